@@ -1,0 +1,1 @@
+"""The data plane: engine, scheduler, pages, model and parallelism."""

@@ -1,0 +1,78 @@
+"""The arithmetic of pages, shared by the engine, the router and the planner.
+
+A sequence's positions fall into pages of `page_size` tokens. Key j is read
+exactly by a query in page P if page(j) is a sink page or page(j) ≥ P − recent;
+otherwise in its sealed form. So a sequence of n tokens, whose next token falls
+into page P = n // page_size, holds
+
+    sealed   [sink, P − recent)           one sealed page each
+    hot      [0, sink) ∪ [P − recent, P]  one hot page each
+
+Torch-free on purpose.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class PageNeed:
+    """Pages of one rank."""
+
+    hot: int
+    sealed: int
+
+    def __add__(self, other: PageNeed) -> PageNeed:
+        return PageNeed(self.hot + other.hot, self.sealed + other.sealed)
+
+    def fits(self, room: PageNeed) -> bool:
+        return self.hot <= room.hot and self.sealed <= room.sealed
+
+
+@dataclass(frozen=True, slots=True)
+class PageGeometry:
+    """Shapes and windows that turn tokens into pages, and pages into bytes.
+
+    hot_page_bytes, sealed_page_bytes: of one page on one rank, all its layers and KV heads
+    ranks: how many ranks hold such a page for a sequence
+    """
+
+    page_size: int
+    sink_pages: int
+    recent_pages: int
+    hot_page_bytes: int
+    sealed_page_bytes: int
+    ranks: int = 1
+
+    def sealed_range(self, num_tokens: int) -> range:
+        """Logical pages that are sealed once `num_tokens` have been written."""
+        return range(
+            self.sink_pages, max(self.sink_pages, num_tokens // self.page_size - self.recent_pages)
+        )
+
+    def hot_per_sequence(self) -> int:
+        """The most hot pages a sequence keeps between steps: sink + recent + the one it writes."""
+        return self.sink_pages + self.recent_pages + 1
+
+    def need(self, num_tokens: int) -> PageNeed:
+        """Pages that a sequence of `num_tokens` written tokens holds between steps."""
+        pages = -(-num_tokens // self.page_size)
+        sealed = len(self.sealed_range(num_tokens))
+        return PageNeed(hot=min(pages - sealed, self.hot_per_sequence()), sealed=sealed)
+
+    def peak_need(self, num_tokens: int) -> PageNeed:
+        """Pages that suffice for a sequence at every length up to `num_tokens`.
+
+        The one page beside the writing page that a boundary step holds is not
+        counted: it belongs to the pool's headroom for the step in flight.
+        """
+        pages = -(-num_tokens // self.page_size)
+        return PageNeed(
+            hot=min(pages, self.hot_per_sequence()), sealed=len(self.sealed_range(num_tokens))
+        )
+
+    def bytes_of(self, need: PageNeed) -> int:
+        """Bytes over all ranks."""
+        per_rank = need.hot * self.hot_page_bytes + need.sealed * self.sealed_page_bytes
+        return per_rank * self.ranks
