@@ -1,0 +1,1 @@
+"""kvmesh: million-token contexts on the GPUs you have, over gRPC, on a Ray cluster."""

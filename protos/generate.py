@@ -1,0 +1,90 @@
+"""Make the Python stubs of the wire contract, or say whether they are current.
+
+    python protos/generate.py [--check]
+
+The stubs are checked in, so that an install needs no compiler. Their text
+depends on the version of grpcio-tools and mypy-protobuf: constraints.txt pins it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+# As the stubs import each other, and as descriptors name their files.
+VIRTUAL_ROOT = "kvmesh/protos"
+
+
+def proto_names() -> list[str]:
+    """Paths of the .proto files, relative to this folder."""
+    return sorted(path.relative_to(HERE).as_posix() for path in HERE.rglob("*.proto"))
+
+
+def generate(out: Path) -> dict[str, bytes]:
+    """Run the compiler into `out`; returns the stubs by path relative to this folder."""
+    from grpc_tools import protoc
+
+    arguments = [
+        "protoc",
+        f"-I{VIRTUAL_ROOT}={HERE}",
+        f"-I{files('grpc_tools') / '_proto'}",
+        f"--python_out={out}",
+        f"--grpc_python_out={out}",
+        f"--mypy_out=quiet:{out}",
+        f"--mypy_grpc_out=quiet:{out}",
+        *(f"{VIRTUAL_ROOT}/{name}" for name in proto_names()),
+    ]
+    if protoc.main(arguments) != 0:
+        raise SystemExit("generate: the proto compiler failed; its message is above")
+    root = out / VIRTUAL_ROOT
+    return {
+        path.relative_to(root).as_posix(): path.read_bytes()
+        for path in sorted(root.rglob("*_pb2*.py*"))
+    }
+
+
+def stale_stubs(fresh: dict[str, bytes]) -> list[str]:
+    """Stubs that are missing, differ, or have no .proto any more."""
+    present = {
+        path.relative_to(HERE).as_posix(): path.read_bytes()
+        for path in HERE.rglob("*_pb2*.py*")
+        if "__pycache__" not in path.parts
+    }
+    return sorted(
+        name for name in fresh.keys() | present.keys() if fresh.get(name) != present.get(name)
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if stale")
+    check: bool = parser.parse_args().check
+    with tempfile.TemporaryDirectory() as folder:
+        fresh = generate(Path(folder))
+    stale = stale_stubs(fresh)
+    if not check:
+        for name in stale:
+            if name in fresh:
+                (HERE / name).write_bytes(fresh[name])
+                print(f"wrote protos/{name}")
+            else:
+                (HERE / name).unlink()
+                print(f"removed protos/{name}")
+        return 0
+    if stale:
+        print(
+            f"stale stubs: {', '.join(stale)}; run `python protos/generate.py` "
+            f"(here: grpcio-tools {version('grpcio-tools')}, "
+            f"mypy-protobuf {version('mypy-protobuf')}; constraints.txt has the pins)",
+            file=sys.stderr,
+        )
+    return 1 if stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
