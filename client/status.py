@@ -19,24 +19,30 @@ from kvmesh.protos import pb
 
 MARK = "kvmesh-error: "
 MAX_ERROR_BYTES = 2048
-MAX_SENTENCE_CHARS = 500
+MAX_SENTENCE_CHARS = 300
+_MAX_NAME_CHARS = 64
 
 
 def encode_details(error: pb.Error) -> str:
     """The details text of a failed call; shortens what would not fit.
 
-    At most MAX_ERROR_BYTES are serialised: verdicts of groups go first, then
-    field violations, then the end of the message.
+    At most MAX_ERROR_BYTES are serialised: texts are cut first, then verdicts
+    of groups are left out, then field violations but the first.
     """
     fitting = pb.Error()
     fitting.CopyFrom(error)
     fitting.message = fitting.message[:MAX_SENTENCE_CHARS]
-    for parts in (fitting.groups, fitting.field_violations):
-        while parts and fitting.ByteSize() > MAX_ERROR_BYTES:
-            del parts[-1]
-    if fitting.ByteSize() > MAX_ERROR_BYTES:
-        fitting.message = fitting.message[: MAX_SENTENCE_CHARS // 5]
-        fitting.request_id = fitting.request_id[: MAX_SENTENCE_CHARS // 5]
+    fitting.request_id = fitting.request_id[:_MAX_NAME_CHARS]
+    for violation in fitting.field_violations:
+        violation.field = violation.field[:_MAX_NAME_CHARS]
+        violation.description = violation.description[: MAX_SENTENCE_CHARS // 2]
+    for verdict in fitting.groups:
+        verdict.group = verdict.group[:_MAX_NAME_CHARS]
+        verdict.reason = verdict.reason[: MAX_SENTENCE_CHARS // 2]
+    while fitting.groups and fitting.ByteSize() > MAX_ERROR_BYTES:
+        del fitting.groups[-1]
+    while len(fitting.field_violations) > 1 and fitting.ByteSize() > MAX_ERROR_BYTES:
+        del fitting.field_violations[-1]
     sentence = " ".join(fitting.message.split())
     tail = base64.b64encode(fitting.SerializeToString()).decode("ascii")
     return f"{sentence}\n{MARK}{tail}"

@@ -1,0 +1,110 @@
+"""Requests: from a caller's arguments to messages."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from kvmesh.client.errors import InvalidRequestError
+from kvmesh.client.options import GenerateOptions, Message, Messages, Prompt
+from kvmesh.protos import pb
+
+_REQUEST_FIELDS: Final = frozenset(
+    ("request_id", "model", "priority", "timeout_s", "min_kv_format", "cache_salt")
+)
+
+
+def prompt_message(prompt: Prompt) -> pb.Prompt:
+    """A prompt's message: text from a str, a chat from messages, else token ids."""
+    if isinstance(prompt, str):
+        message = pb.Prompt()
+        _assign(message, "text", prompt, "prompt.text")
+        return message
+    if len(prompt) and isinstance(prompt[0], Message | Mapping):
+        return pb.Prompt(chat=_chat(prompt))  # type: ignore[arg-type]
+    ids = pb.TokenIds()
+    _assign(ids, "ids", prompt, "prompt.token_ids")
+    return pb.Prompt(token_ids=ids)
+
+
+def chat_message(messages: Messages) -> pb.Prompt:
+    return pb.Prompt(chat=_chat(messages))
+
+
+def generate_request(prompt: pb.Prompt, options: GenerateOptions) -> pb.GenerateRequest:
+    """The message of a generation; makes up a request_id where there is none.
+
+    Raises InvalidRequestError for what a message cannot hold, such as a negative
+    token id. Whether values make sense is for the server to say.
+    """
+    request = pb.GenerateRequest(prompt=prompt)
+    for name, value in options.items():
+        if name == "timeout_s":
+            continue  # counts from the call: set when the request is sent
+        if name in _REQUEST_FIELDS:
+            _assign(request, name, value, name)
+        elif name == "stop" and isinstance(value, str):
+            request.sampling_params.stop.append(value)
+        else:
+            _assign(request.sampling_params, name, value, f"sampling_params.{name}")
+    if not request.request_id:
+        request.request_id = secrets.token_hex(16)
+    return request
+
+
+def estimate_request(
+    prompt: Prompt | None,
+    *,
+    prompt_tokens: int | None,
+    max_tokens: int | None,
+    n: int | None,
+    priority: int | None,
+    min_kv_format: str | None,
+    model: str | None,
+) -> pb.EstimateBudgetRequest:
+    if (prompt is None) == (prompt_tokens is None):
+        raise InvalidRequestError.of("prompt", "give either prompt or prompt_tokens")
+    request = pb.EstimateBudgetRequest()
+    if prompt is not None:
+        request.prompt.CopyFrom(prompt_message(prompt))
+    for name, value in (
+        ("prompt_tokens", prompt_tokens),
+        ("max_tokens", max_tokens),
+        ("n", n),
+        ("priority", priority),
+        ("min_kv_format", min_kv_format),
+        ("model", model),
+    ):
+        if value is not None:
+            _assign(request, name, value, name)
+    return request
+
+
+def _chat(messages: Messages) -> pb.Chat:
+    chat = pb.Chat()
+    for position, message in enumerate(messages):
+        path = f"prompt.chat.messages[{position}]"
+        added = chat.messages.add()
+        if isinstance(message, Message):
+            message = {"role": message.role, "content": message.content}
+        if not isinstance(message, Mapping) or message.keys() != {"role", "content"}:
+            raise InvalidRequestError.of(path, "must have a role and a content, nothing else")
+        for name, value in message.items():
+            _assign(added, name, value, f"{path}.{name}")
+    return chat
+
+
+def _assign(message: Any, name: str, value: object, path: str) -> None:
+    """Set one field; what its type cannot hold becomes an error that names it."""
+    try:
+        if isinstance(value, Mapping):
+            getattr(message, name).update(value)
+        elif isinstance(value, Sequence) and not isinstance(value, str | bytes):
+            getattr(message, name).extend(value)
+        elif hasattr(value, "__array__") and not hasattr(value, "__index__"):
+            getattr(message, name).extend(value)
+        else:
+            setattr(message, name, value)
+    except (TypeError, ValueError, OverflowError, AttributeError) as error:
+        raise InvalidRequestError.of(path, f"cannot be sent: {error}") from error

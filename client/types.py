@@ -1,0 +1,284 @@
+"""Results, as frozen values whose fields are named as in the wire contract."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+TokenId = int
+
+
+class FinishReason(enum.Enum):
+    STOP = "stop"  # a stop string, a stop token or the end of sequence
+    LENGTH = "length"  # max_tokens, or the context is full
+    ABORT = "abort"  # aborted by request_id
+    DEADLINE = "deadline"  # timeout_s ran out after the first token
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token and the natural log of its probability under the model."""
+
+    token_id: TokenId
+    text: str
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """The chosen token, and the best alternatives, best first."""
+
+    chosen: TokenLogprob
+    top: tuple[TokenLogprob, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One output. `matched_stop` is the stop string or stop token id that ended it."""
+
+    index: int
+    text: str
+    token_ids: tuple[TokenId, ...]
+    finish_reason: FinishReason
+    matched_stop: str | int | None
+    logprobs: tuple[TokenLogprobs, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """New output of one choice of a stream; the last one has its finish_reason."""
+
+    index: int
+    text: str
+    token_ids: tuple[TokenId, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    finish_reason: FinishReason | None = None
+    matched_stop: str | int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a request cost, all choices together. Pages of one rank, bytes of all."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    queue_s: float
+    time_to_first_token_s: float | None
+    total_s: float
+    kv_hot_pages: int
+    kv_sealed_pages: int
+    kv_reserved_bytes: int
+    kv_used_bytes: int
+    kv_freed_bytes: int
+    preemptions: int
+    group: str
+    kv_format: str
+    failovers: int
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Output tokens a second after the first one, or None if there were no more."""
+        if self.time_to_first_token_s is None or self.completion_tokens < 2:
+            return None
+        decode_s = self.total_s - self.time_to_first_token_s
+        return (self.completion_tokens - 1) / decode_s if decode_s > 0 else None
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """All of a request's output. `text` is the first choice's."""
+
+    request_id: str
+    model: str
+    seed: int
+    choices: tuple[Choice, ...]
+    usage: Usage
+
+    @property
+    def text(self) -> str:
+        return self.choices[0].text
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """Where a stream runs and what is reserved for it. Pages of one rank, bytes of all."""
+
+    request_id: str
+    model: str
+    model_revision: str
+    group: str
+    kv_format: str
+    seed: int
+    prompt_tokens: int
+    kv_hot_pages: int
+    kv_sealed_pages: int
+    kv_reserved_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Queued:
+    """How many requests wait before this one, and for how long if that is known."""
+
+    position: int
+    projected_wait_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """A prompt as the model sees it."""
+
+    token_ids: tuple[TokenId, ...]
+    max_model_len: int
+
+
+@dataclass(frozen=True, slots=True)
+class GroupEstimate:
+    """What a request would need on one group. Pages of one rank, bytes of all."""
+
+    group: str
+    kv_format: str
+    hot_pages: int
+    sealed_pages: int
+    needed_bytes: int
+    free_bytes: int
+    capacity_bytes: int
+    cached_tokens: int
+    feasible_now: bool
+    feasible_ever: bool
+    projected_wait_s: float | None
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a request would need and when it could start; `group` is "" if nowhere."""
+
+    prompt_tokens: int
+    max_tokens: int
+    feasible_now: bool
+    feasible_ever: bool
+    projected_wait_s: float | None
+    group: str
+    groups: tuple[GroupEstimate, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class GroupInfo:
+    """What does not change of a group. Pages of one rank, capacity of all."""
+
+    group: str
+    kv_format: str
+    dtype: str
+    tp: int
+    kvp: int
+    page_size: int
+    sink_pages: int
+    recent_pages: int
+    max_num_seqs: int
+    hot_pages: int
+    sealed_pages: int
+    hot_page_bytes: int
+    sealed_page_bytes: int
+    capacity_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """The served model; `version` is the server's."""
+
+    model: str
+    model_revision: str
+    max_model_len: int
+    vocab_size: int
+    version: str
+    has_chat_template: bool
+    eos_token_ids: tuple[TokenId, ...]
+    groups: tuple[GroupInfo, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PagesLoad:
+    """Pages of one rank: used + cached + free = total."""
+
+    total: int
+    used: int
+    cached: int
+    free: int
+    page_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class LatencySummary:
+    """Of a recent window."""
+
+    count: int
+    mean_s: float
+    p50_s: float
+    p90_s: float
+    p99_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class GroupLoads:
+    """What a group runs, holds, and has done since it started. Bytes of all ranks."""
+
+    group: str
+    kv_format: str
+    healthy: bool
+    draining: bool
+    running: int
+    waiting: int
+    hot: PagesLoad
+    sealed: PagesLoad
+    used_bytes: int
+    cached_bytes: int
+    free_bytes: int
+    total_bytes: int
+    prompt_tokens_total: int
+    completion_tokens_total: int
+    cached_tokens_total: int
+    preemptions_total: int
+    steps_total: int
+    outcomes_total: Mapping[str, int]
+    time_to_first_token: LatencySummary
+    time_per_output_token: LatencySummary
+    queue_time: LatencySummary
+
+
+@dataclass(frozen=True, slots=True)
+class GroupLedger:
+    """What leases reserve of a group. Pages of one rank, bytes of all."""
+
+    group: str
+    leases: int
+    hot_pages_leased: int
+    hot_pages_total: int
+    sealed_pages_leased: int
+    sealed_pages_total: int
+    leased_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class RouterLoads:
+    """The router's queue and ledger; `expired_total` leases nobody had released."""
+
+    epoch: int
+    queue_length: int
+    queue_capacity: int
+    leases: int
+    ledger: tuple[GroupLedger, ...]
+    granted_total: int
+    released_total: int
+    expired_total: int
+    refused_total: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Loads:
+    """What the cluster does at this moment."""
+
+    groups: tuple[GroupLoads, ...]
+    router: RouterLoads
