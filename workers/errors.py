@@ -24,7 +24,7 @@ class InvalidRequestError(EngineError):
 
 
 class CapacityError(EngineError):
-    """The pool cannot hold the request: now, or (`ever` is False) at any time."""
+    """The pool cannot hold the request: not now, or not at any time when `ever` is False."""
 
     def __init__(self, message: str, needed_bytes: int, available_bytes: int, ever: bool) -> None:
         super().__init__(message, needed_bytes, available_bytes, ever)
@@ -55,3 +55,7 @@ class UnsupportedModelError(ConfigError):
 
 class WorkerDiedError(EngineError):
     """A rank of the group is gone; the group must be built anew."""
+
+
+class DrainingError(EngineError):
+    """The engine finishes what it has and takes nothing new."""

@@ -1,0 +1,86 @@
+"""Page ids of one arena: free, used (with a count of holders), or cached.
+
+A page with a `key` that nobody holds stays cached and is evicted least recently
+released first; one without a key goes back to the free list at once. At every
+moment free + cached + used = total.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+
+Key = bytes
+
+
+class Arena:
+    """Allocates pages 0 … total − 1; `on_evict` is told the key of a page that is taken."""
+
+    def __init__(self, total: int, on_evict: Callable[[Key], None] = lambda key: None) -> None:
+        self.total = total
+        self._on_evict = on_evict
+        self._free = list(range(total - 1, -1, -1))
+        self._holders = [0] * total
+        self._keys: dict[int, Key] = {}
+        self._cached: OrderedDict[int, None] = OrderedDict()
+
+    @property
+    def available(self) -> int:
+        """Pages that `take` can give: free ones, then cached ones."""
+        return len(self._free) + len(self._cached)
+
+    @property
+    def free(self) -> int:
+        return len(self._free)
+
+    @property
+    def cached(self) -> int:
+        return len(self._cached)
+
+    @property
+    def used(self) -> int:
+        return self.total - len(self._free) - len(self._cached)
+
+    def take(self) -> int:
+        """A page with one holder and no key. Raises IndexError when none is available."""
+        if self._free:
+            page = self._free.pop()
+        elif self._cached:
+            page, _ = self._cached.popitem(last=False)
+            self._on_evict(self._keys.pop(page))
+        else:
+            raise IndexError("no page available")
+        self._holders[page] = 1
+        return page
+
+    def name(self, page: int, key: Key) -> None:
+        """Let `page` stay cached under `key` once nobody holds it."""
+        assert self._holders[page] > 0 and page not in self._keys
+        self._keys[page] = key
+
+    def share(self, page: int) -> int:
+        """One more holder, of a used or a cached page."""
+        if self._holders[page] == 0:
+            del self._cached[page]
+        self._holders[page] += 1
+        return page
+
+    def release(self, page: int) -> None:
+        """One holder less."""
+        assert self._holders[page] > 0, f"page {page} released more often than taken"
+        self._holders[page] -= 1
+        if self._holders[page]:
+            return
+        if page in self._keys:
+            self._cached[page] = None
+        else:
+            self._free.append(page)
+
+    def check(self) -> None:
+        """Audit: every page is in exactly one state, and the counts add up."""
+        free, cached = set(self._free), set(self._cached)
+        held = {page for page, holders in enumerate(self._holders) if holders}
+        assert len(free) == len(self._free), "a page is free twice"
+        assert not (free & cached or free & held or cached & held), "a page in two states"
+        assert len(free) + len(cached) + len(held) == self.total, "a page is lost"
+        assert cached <= self._keys.keys() <= cached | held, "a key without its page"

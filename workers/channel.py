@@ -1,0 +1,170 @@
+"""The channel between a leader and its ranks: one ZeroMQ pair a rank, typed messages.
+
+Plans go to every rank; only the rank that samples answers a step, any rank may
+answer with Failed. Messages are msgpack of msgspec structs, so a peer cannot
+make the other side run code. Sockets are Unix sockets in a directory of mode
+0700: the ranks of a group share a host (their placement is STRICT_PACK).
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections import deque
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+import zmq
+
+from kvmesh.workers.errors import ConfigError, EngineError, UnsupportedModelError, WorkerDiedError
+from kvmesh.workers.executor import Allocation, RankDescription
+from kvmesh.workers.plan import StepPlan, StepResult
+
+_POLL_S = 0.05
+
+
+class Allocated(msgspec.Struct, tag="allocated", frozen=True):
+    """A rank's pool is made."""
+
+
+class Close(msgspec.Struct, tag="close", frozen=True):
+    """The rank may end."""
+
+
+class Failed(msgspec.Struct, tag="failed", frozen=True):
+    """A rank could not go on. kind: the error's class; field: the setting at fault, if one is."""
+
+    kind: str
+    message: str
+    field: str = ""
+
+    def error(self) -> EngineError:
+        configuration = {"ConfigError": ConfigError, "UnsupportedModelError": UnsupportedModelError}
+        if self.kind in configuration:
+            return configuration[self.kind](self.field, self.message)
+        return WorkerDiedError(f"{self.kind}: {self.message}")
+
+
+ToRank = StepPlan | Allocation | Close
+FromRank = RankDescription | Allocated | StepResult | Failed
+_Answer = TypeVar("_Answer", RankDescription, Allocated, StepResult)
+
+
+class RankEnd:
+    """A rank's end of its pair."""
+
+    def __init__(self, endpoint: str) -> None:
+        self._socket = zmq.Context.instance().socket(zmq.PAIR)
+        self._socket.setsockopt(zmq.LINGER, 1000)
+        self._socket.connect(endpoint)
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(ToRank)
+
+    def receive(self, timeout_s: float) -> StepPlan | Allocation | Close | None:
+        """The next message, or None when the time is over."""
+        if not self._socket.poll(int(timeout_s * 1000)):
+            return None
+        return self._decoder.decode(self._socket.recv())
+
+    def send(self, message: FromRank) -> None:
+        self._socket.send(self._encoder.encode(message))
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+class ChannelExecutor:
+    """The leader's end: an Executor over ranks that were started with `endpoints`.
+
+    Start each rank with `worker_main(config, rank, endpoints[rank], rendezvous)`, in any
+    process of this host, and call `fail` when one is known to be gone: the call that
+    waits for it then raises within 50 ms. One thread calls the Executor's methods.
+    """
+
+    def __init__(self, num_ranks: int) -> None:
+        self._directory = Path(tempfile.mkdtemp(prefix="kvmesh-"))  # mode 0700
+        self.endpoints = [f"ipc://{self._directory}/rank{rank}" for rank in range(num_ranks)]
+        self._sockets = []
+        for endpoint in self.endpoints:
+            socket = zmq.Context.instance().socket(zmq.PAIR)
+            socket.setsockopt(zmq.LINGER, 0)
+            socket.bind(endpoint)
+            self._sockets.append(socket)
+        self._inbox: list[deque[RankDescription | Allocated | StepResult]] = [
+            deque() for _ in self._sockets
+        ]
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(FromRank)
+        self._failure: EngineError | None = None
+        self._closed = False
+
+    @property
+    def num_ranks(self) -> int:
+        return len(self.endpoints)
+
+    def fail(self, error: EngineError) -> None:
+        """Note that a rank is gone; thread-safe. The first reason is kept."""
+        if self._failure is None and not self._closed:
+            self._failure = error
+
+    def describe(self) -> list[RankDescription]:
+        return [self._expect(rank, RankDescription) for rank in range(self.num_ranks)]
+
+    def allocate(self, allocation: Allocation) -> None:
+        self._send(allocation)
+        for rank in range(self.num_ranks):
+            self._expect(rank, Allocated)
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        self._send(plan)
+        return self._expect(0, StepResult)
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        message = self._encoder.encode(Close())
+        for socket in self._sockets:
+            try:
+                socket.send(message, zmq.DONTWAIT)
+            except zmq.Again:
+                pass  # that rank never connected, or is gone
+            socket.close(linger=1000)
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _send(self, message: ToRank) -> None:
+        data = self._encoder.encode(message)
+        for socket in self._sockets:
+            while not socket.poll(int(_POLL_S * 1000), zmq.POLLOUT):
+                self._raise_failure()
+            socket.send(data)
+
+    def _expect(self, rank: int, kind: type[_Answer]) -> _Answer:
+        """The next answer of `rank`; raises as soon as any rank has failed."""
+        while not self._inbox[rank]:
+            self._raise_failure()
+            self._collect(patient=rank)
+        answer = self._inbox[rank].popleft()
+        if not isinstance(answer, kind):
+            raise WorkerDiedError(
+                f"rank {rank} answered {type(answer).__name__}, due was {kind.__name__}"
+            )
+        return answer
+
+    def _collect(self, patient: int | None = None) -> None:
+        """Take in what has arrived, waiting up to 50 ms for the rank `patient`."""
+        for rank, socket in enumerate(self._sockets):
+            wait_ms = int(_POLL_S * 1000) if rank == patient else 0
+            while socket.poll(wait_ms):
+                wait_ms = 0
+                answer = self._decoder.decode(socket.recv())
+                if isinstance(answer, Failed):
+                    raise answer.error()
+                self._inbox[rank].append(answer)
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            # A rank that fails says why before it ends: its last words may lie in the socket.
+            self._collect()
+            raise self._failure

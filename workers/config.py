@@ -1,0 +1,85 @@
+"""What an engine is asked to be. Torch-free: the control plane builds these."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvmesh.workers.errors import ConfigError
+
+DTYPES = ("auto", "float32", "bfloat16")
+DEVICES = ("auto", "cpu", "cuda")
+DEFAULT_CPU_KV_MEMORY_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """One group: a model, its KV format and layout, and its limits.
+
+    model: a name, a Hugging Face directory or a GGUF file (workers/model/source.py)
+    kv_format: how sealed pages are encoded (kernels/formats/registry.py)
+    page_size: tokens a page
+    sink_pages, recent_pages: windows read exactly; None takes the format's own
+    dtype: of weights, activations and hot pages; auto is bfloat16 on GPUs, float32 on CPUs
+    device: auto takes GPUs where there are any
+    tp: ranks the heads are split over; divides the model's KV heads
+    kv_memory_bytes: of KV a rank; None takes what a GPU has free, or 1 GiB on a CPU
+    gpu_memory_utilization: share of a GPU that weights, activations and KV may fill
+    max_num_seqs: sequences running at once
+    max_num_batched_tokens: tokens a step computes; longer prompts are chunked
+    max_model_len: tokens a sequence may have; None takes the model's own
+    prefix_cache: keep sealed pages of ended sequences and share them
+    threads_per_rank: CPU threads of a rank; None shares the machine's among the ranks
+    """
+
+    model: str
+    kv_format: str = "int8"
+    page_size: int = 64
+    sink_pages: int | None = None
+    recent_pages: int | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    tp: int = 1
+    kv_memory_bytes: int | None = None
+    gpu_memory_utilization: float = 0.9
+    max_num_seqs: int = 16
+    max_num_batched_tokens: int = 512
+    max_model_len: int | None = None
+    prefix_cache: bool = True
+    threads_per_rank: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.model:
+            raise ConfigError("model", "must name a model, a directory or a GGUF file")
+        if self.page_size < 8 or self.page_size > 256 or self.page_size & (self.page_size - 1):
+            raise ConfigError(
+                "page_size", f"must be a power of two from 8 to 256, got {self.page_size}"
+            )
+        _choice("dtype", self.dtype, DTYPES)
+        _choice("device", self.device, DEVICES)
+        for name in ("tp", "max_num_seqs", "max_num_batched_tokens"):
+            _at_least(name, getattr(self, name), 1)
+        for name in ("kv_memory_bytes", "max_model_len", "threads_per_rank"):
+            _at_least(name, getattr(self, name), 1)
+        for name in ("sink_pages", "recent_pages"):
+            _at_least(name, getattr(self, name), 0)
+        if not 0.0 < self.gpu_memory_utilization <= 1.0:
+            raise ConfigError(
+                "gpu_memory_utilization",
+                f"must be over 0 and at most 1, got {self.gpu_memory_utilization}",
+            )
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                "max_num_batched_tokens",
+                f"must be at least max_num_seqs ({self.max_num_seqs}), so that every running "
+                f"sequence can decode in every step; got {self.max_num_batched_tokens}",
+            )
+
+
+def _choice(field: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(field, f"must be one of {', '.join(choices)}; got {value!r}")
+
+
+def _at_least(field: str, value: int | None, least: int) -> None:
+    if value is not None and value < least:
+        raise ConfigError(field, f"must be at least {least}, got {value}")

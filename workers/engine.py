@@ -1,0 +1,297 @@
+"""The engine: sequences in, tokens out, one step at a time.
+
+    add / abort ──► Scheduler.schedule() ──► StepPlan ──► Executor ──► StepResult
+                        ▲                                                  │
+                        └────────── commit, stop conditions ◄──────────────┘──► SequenceDelta
+
+Not thread-safe: one thread owns it (workers/leader.py).
+"""
+
+from __future__ import annotations
+
+import heapq
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable
+
+from kvmesh.workers.config import EngineConfig
+from kvmesh.workers.errors import CapacityError, ConfigError, InvalidRequestError
+from kvmesh.workers.executor import Allocation, Executor, RankDescription
+from kvmesh.workers.plan import SampledToken
+from kvmesh.workers.pool_plan import plan_pool
+from kvmesh.workers.request import (
+    EngineInfo,
+    EngineLoads,
+    EngineRequest,
+    FinishReason,
+    PoolLoads,
+    SequenceDelta,
+    TokenLogprobs,
+)
+from kvmesh.workers.scheduler import Scheduler
+from kvmesh.workers.sequence import Sequence
+from kvmesh.workers.sizes import PageGeometry
+
+
+class Engine:
+    """Continuous batching over an executor's ranks.
+
+    clock: seconds, monotonic. Raises ConfigError when the memory holds no sequence.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        executor: Executor,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._executor = executor
+        self._clock = clock
+        ranks = executor.describe()
+        rank = ranks[0]
+        self._eos = frozenset(rank.eos_token_ids)
+        max_model_len = _max_model_len(config, rank)
+        self.geometry = PageGeometry(
+            page_size=config.page_size,
+            sink_pages=rank.sink_pages,
+            recent_pages=rank.recent_pages,
+            hot_page_bytes=rank.hot_page_bytes,
+            sealed_page_bytes=rank.sealed_page_bytes,
+            ranks=executor.num_ranks,
+        )
+        pool = plan_pool(
+            min(r.kv_budget_bytes for r in ranks),
+            self.geometry,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+        )
+        executor.allocate(
+            Allocation(
+                hot_pages=pool.hot_total,
+                sealed_pages=pool.sealed_pages,
+                max_rows=pool.max_num_seqs,
+                max_pages_per_row=-(-max_model_len // config.page_size),
+            )
+        )
+        self.scheduler = Scheduler(
+            self.geometry,
+            pool,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            prefix_cache=config.prefix_cache,
+        )
+        self.info = EngineInfo(
+            epoch=uuid.uuid4().hex,
+            model=rank.model,
+            model_revision=rank.model_revision,
+            kv_format=config.kv_format,
+            dtype=rank.dtype,
+            tp=config.tp,
+            page_size=config.page_size,
+            sink_pages=rank.sink_pages,
+            recent_pages=rank.recent_pages,
+            max_model_len=max_model_len,
+            vocab_size=rank.vocab_size,
+            max_num_seqs=pool.max_num_seqs,
+            hot_pages=pool.hot_pages,
+            sealed_pages=pool.sealed_pages,
+            hot_page_bytes=rank.hot_page_bytes * executor.num_ranks,
+            sealed_page_bytes=rank.sealed_page_bytes * executor.num_ranks,
+        )
+        self._live: dict[str, Sequence] = {}
+        self._deadlines: list[tuple[float, str]] = []
+        self._totals: Counter[str] = Counter()
+        self._outcomes: Counter[str] = Counter()
+        self.step_host_s = 0.0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._live)
+
+    def check(self, request: EngineRequest) -> None:
+        """Raise what makes `request` impossible here at any time; touches no state.
+
+        InvalidRequestError naming the field, or CapacityError with the bytes."""
+        prompt = request.prompt_token_ids
+        if len(prompt) == 0:
+            raise InvalidRequestError("prompt", "must have at least one token")
+        if (bad := prompt[(prompt < 0) | (prompt >= self.info.vocab_size)]).size:
+            raise InvalidRequestError(
+                "prompt.token_ids",
+                f"token id {int(bad[0])} is not in the vocabulary of {self.info.vocab_size}",
+            )
+        for field in ("stop_token_ids", "logit_bias"):
+            for token_id in getattr(request.params, field):
+                if not 0 <= token_id < self.info.vocab_size:
+                    raise InvalidRequestError(
+                        field,
+                        f"token id {token_id} is not in the vocabulary of {self.info.vocab_size}",
+                    )
+        if not 0 <= request.resumed_tokens < min(len(prompt), request.params.max_tokens):
+            raise InvalidRequestError(
+                "resumed_tokens",
+                f"must be less than the prompt's and than max_tokens, got {request.resumed_tokens}",
+            )
+        total = len(prompt) - request.resumed_tokens + request.params.max_tokens
+        if len(prompt) >= self.info.max_model_len:
+            raise InvalidRequestError(
+                "prompt",
+                f"has {len(prompt)} tokens, which leaves no room for output in the model's "
+                f"context of {self.info.max_model_len}",
+            )
+        need = self.geometry.peak_need(min(total, self.info.max_model_len))
+        if need.sealed > self.info.sealed_pages:
+            raise CapacityError(
+                f"the request needs {self.geometry.bytes_of(need):,} bytes of KV cache; this "
+                f"group has {self.capacity_bytes:,}",
+                needed_bytes=self.geometry.bytes_of(need),
+                available_bytes=self.capacity_bytes,
+                ever=False,
+            )
+
+    @property
+    def capacity_bytes(self) -> int:
+        """What one sequence can have at most, over all ranks."""
+        hot = self.geometry.hot_per_sequence() * self.info.hot_page_bytes
+        return hot + self.info.sealed_pages * self.info.sealed_page_bytes
+
+    def add(self, request: EngineRequest) -> None:
+        """Queue a request that `check` let pass; its id must not be live."""
+        assert request.request_id not in self._live
+        seq = Sequence(request, self.geometry, self.info.max_model_len)
+        seq.arrived_s = self._clock()
+        self._live[request.request_id] = seq
+        self.scheduler.add(seq)
+        self._totals["prompt"] += seq.prompt_tokens
+        if request.timeout_s is not None:
+            heapq.heappush(self._deadlines, (seq.arrived_s + request.timeout_s, request.request_id))
+
+    def abort(
+        self, request_id: str, reason: FinishReason = FinishReason.ABORT
+    ) -> SequenceDelta | None:
+        """End a sequence now and free its pages; None when it is not live."""
+        seq = self._live.get(request_id)
+        return None if seq is None else self._finish(seq, (), (), reason)
+
+    def step(self) -> list[SequenceDelta]:
+        """Compute one step; deltas of the sequences that got a token or ended."""
+        deltas = self._expire()
+        plan = self.scheduler.schedule()
+        if plan is None:
+            return deltas
+        now = self._clock()
+        for row_start in plan.row_starts:
+            self._note_start(row_start.row, now)
+        result = self._executor.execute(plan)
+        assert result.step == plan.step, "a rank answered for another step"
+        self._totals["steps"] += 1
+        self.step_host_s = result.host_s
+        sampled = self.scheduler.commit(plan)
+        assert len(sampled) == len(result.tokens)
+        for seq, token in zip(sampled, result.tokens, strict=True):
+            deltas.append(self._accept(seq, token))
+        return deltas
+
+    def loads(self) -> EngineLoads:
+        """A snapshot; cheap enough for every second."""
+        cache = self.scheduler.cache
+        leases = (seq.request.lease for seq in self._live.values())
+        return EngineLoads(
+            epoch=self.info.epoch,
+            running=len(self.scheduler.running),
+            waiting=len(self.scheduler.waiting),
+            pool=PoolLoads(
+                hot_total=cache.hot.total,
+                hot_used=cache.hot.used,
+                hot_cached=cache.hot.cached,
+                hot_free=cache.hot.free,
+                sealed_total=cache.sealed.total,
+                sealed_used=cache.sealed.used,
+                sealed_cached=cache.sealed.cached,
+                sealed_free=cache.sealed.free,
+                hot_page_bytes=self.info.hot_page_bytes,
+                sealed_page_bytes=self.info.sealed_page_bytes,
+            ),
+            leases=tuple(lease for lease in leases if lease is not None),
+            prompt_tokens_total=self._totals["prompt"],
+            completion_tokens_total=self._totals["completion"],
+            cached_tokens_total=self._totals["cached"],
+            preemptions_total=self.scheduler.preemptions_total,
+            steps_total=self._totals["steps"],
+            outcomes_total=dict(self._outcomes),
+        )
+
+    def check_integrity(self) -> None:
+        """Audit of every page; with nothing live, none may be used."""
+        self.scheduler.check()
+        if not self._live:
+            cache = self.scheduler.cache
+            assert cache.hot.used == 0 and cache.sealed.used == 0, "pages outlive their sequences"
+
+    def _expire(self) -> list[SequenceDelta]:
+        deltas = []
+        now = self._clock()
+        while self._deadlines and self._deadlines[0][0] <= now:
+            due, request_id = heapq.heappop(self._deadlines)
+            seq = self._live.get(request_id)
+            timeout_s = seq.request.timeout_s if seq else None
+            # An id may have been used again since; its own deadline is still to come.
+            if seq is not None and timeout_s is not None and seq.arrived_s + timeout_s == due:
+                deltas.append(self._finish(seq, (), (), FinishReason.DEADLINE))
+        return deltas
+
+    def _note_start(self, row: int, now: float) -> None:
+        seq = next(s for s in self.scheduler.running if s.row == row)
+        if seq.started_s is None:
+            seq.started_s = now
+            self._totals["cached"] += seq.cached_tokens
+
+    def _accept(self, seq: Sequence, token: SampledToken) -> SequenceDelta:
+        params = seq.request.params
+        seq.append(token.token_id)
+        self._totals["completion"] += 1
+        if seq.first_token_s is None:
+            seq.first_token_s = self._clock()
+        ids = (token.token_id,)
+        logprobs = ()
+        if token.logprob is not None:
+            logprobs = (TokenLogprobs(token.logprob, tuple((i, p) for i, p in token.top)),)
+        if seq.num_output >= params.min_tokens and (
+            token.token_id in params.stop_token_ids
+            or (token.token_id in self._eos and not params.ignore_eos)
+        ):
+            return self._finish(seq, ids, logprobs, FinishReason.STOP, token.token_id)
+        if seq.num_tokens >= seq.max_tokens_total:
+            return self._finish(seq, ids, logprobs, FinishReason.LENGTH)
+        return SequenceDelta(seq.request.request_id, ids, logprobs)
+
+    def _finish(
+        self,
+        seq: Sequence,
+        token_ids: tuple[int, ...],
+        logprobs: tuple[TokenLogprobs, ...],
+        reason: FinishReason,
+        matched_stop_token: int | None = None,
+    ) -> SequenceDelta:
+        self.scheduler.remove(seq)
+        del self._live[seq.request.request_id]
+        self._outcomes[reason.value] += 1
+        return SequenceDelta(
+            seq.request.request_id,
+            token_ids,
+            logprobs,
+            finish_reason=reason,
+            matched_stop_token=matched_stop_token,
+            usage=seq.usage(self._clock()),
+        )
+
+
+def _max_model_len(config: EngineConfig, rank: RankDescription) -> int:
+    if config.max_model_len is None:
+        return rank.max_model_len
+    if config.max_model_len > rank.max_model_len:
+        raise ConfigError(
+            "max_model_len",
+            f"is {config.max_model_len}, but {rank.model} was made for {rank.max_model_len} tokens",
+        )
+    return config.max_model_len

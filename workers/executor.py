@@ -1,0 +1,57 @@
+"""What the engine needs of the ranks that carry out its plans."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import msgspec
+
+from kvmesh.workers.plan import StepPlan, StepResult
+
+
+class RankDescription(msgspec.Struct, tag="description", frozen=True):
+    """What a rank reports once its weights are loaded.
+
+    hot_page_bytes, sealed_page_bytes: of one page on this rank
+    kv_budget_bytes: what its memory leaves for KV
+    """
+
+    model: str
+    model_revision: str
+    dtype: str
+    vocab_size: int
+    max_model_len: int
+    eos_token_ids: tuple[int, ...]
+    sink_pages: int
+    recent_pages: int
+    hot_page_bytes: int
+    sealed_page_bytes: int
+    kv_budget_bytes: int
+
+
+class Allocation(msgspec.Struct, tag="allocation", array_like=True, frozen=True):
+    """The pool every rank of a group allocates; all counts are pages or rows."""
+
+    hot_pages: int
+    sealed_pages: int
+    max_rows: int
+    max_pages_per_row: int
+
+
+class Executor(Protocol):
+    """All ranks of a group, as one. Any method may raise WorkerDiedError."""
+
+    @property
+    def num_ranks(self) -> int: ...
+
+    def describe(self) -> list[RankDescription]:
+        """One for each rank, once all have loaded the model. Blocks until then."""
+
+    def allocate(self, allocation: Allocation) -> None:
+        """Make every rank's pool; once, before the first step."""
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Carry out one step on every rank."""
+
+    def close(self) -> None:
+        """Let the ranks end. Idempotent."""

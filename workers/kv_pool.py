@@ -1,0 +1,57 @@
+"""One rank's pages: two arenas a layer, and the block tables that lead to them."""
+
+from __future__ import annotations
+
+import torch
+
+from kvmesh.kernels.formats.base import KVFormat
+from kvmesh.workers.executor import Allocation
+
+
+class KVPool:
+    """Hot and sealed pages of every layer.
+
+    hot: per layer [hot_pages, 2, num_kv_heads, page_size, head_dim] of the compute dtype
+    sealed: per layer [sealed_pages, num_kv_heads, page_bytes] uint8
+    hot_tables, sealed_tables: [max_rows, max_pages_per_row] int32, logical page -> page id,
+        −1 where a row never had that form
+    """
+
+    def __init__(
+        self,
+        allocation: Allocation,
+        fmt: KVFormat,
+        *,
+        num_layers: int,
+        num_kv_heads: int,
+        page_size: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        page_bytes = fmt.page_bytes(page_size, head_dim, dtype.itemsize)
+        hot_shape = (allocation.hot_pages, 2, num_kv_heads, page_size, head_dim)
+        sealed_shape = (allocation.sealed_pages, num_kv_heads, page_bytes)
+        tables = (allocation.max_rows, allocation.max_pages_per_row)
+        # Zeroed, so that the memory is there from the start and not when a request needs it.
+        self.hot = [torch.zeros(hot_shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self.sealed = [
+            torch.zeros(sealed_shape, dtype=torch.uint8, device=device) for _ in range(num_layers)
+        ]
+        self.hot_tables = torch.full(tables, -1, dtype=torch.int32, device=device)
+        self.sealed_tables = torch.full(tables, -1, dtype=torch.int32, device=device)
+
+
+def page_bytes_of(
+    fmt: KVFormat,
+    *,
+    num_layers: int,
+    num_kv_heads: int,
+    page_size: int,
+    head_dim: int,
+    dtype: torch.dtype,
+) -> tuple[int, int]:
+    """Bytes of one hot and one sealed page on this rank, all its layers and KV heads."""
+    heads = num_layers * num_kv_heads
+    hot = heads * 2 * page_size * head_dim * dtype.itemsize
+    return hot, heads * fmt.page_bytes(page_size, head_dim, dtype.itemsize)

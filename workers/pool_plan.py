@@ -1,0 +1,55 @@
+"""From a memory budget to page counts. Torch-free."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvmesh.workers.errors import ConfigError
+from kvmesh.workers.sizes import PageGeometry
+
+# Of the budget, at most this share goes to hot pages; a smaller pool runs fewer sequences.
+_MAX_HOT_SHARE = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class PoolPlan:
+    """How many pages a rank allocates.
+
+    hot_pages: what sequences may hold between steps, `max_num_seqs` × hot_per_sequence
+    headroom_pages: hot pages beside those, for the tokens of the step in flight
+    """
+
+    hot_pages: int
+    headroom_pages: int
+    sealed_pages: int
+    max_num_seqs: int
+
+    @property
+    def hot_total(self) -> int:
+        return self.hot_pages + self.headroom_pages
+
+
+def plan_pool(
+    budget_bytes: int, geometry: PageGeometry, *, max_num_seqs: int, max_num_batched_tokens: int
+) -> PoolPlan:
+    """Split `budget_bytes` of one rank into hot and sealed pages.
+
+    Raises ConfigError naming kv_memory_bytes when not one sequence of two pages fits.
+    """
+    per_sequence = geometry.hot_per_sequence()
+    hot_limit = int(budget_bytes * _MAX_HOT_SHARE) // geometry.hot_page_bytes
+    wanted_headroom = -(-max_num_batched_tokens // geometry.page_size)
+    headroom = max(1, min(wanted_headroom, hot_limit // 2))
+    seqs = min(max_num_seqs, max(1, (hot_limit - headroom) // per_sequence))
+    hot = seqs * per_sequence
+    left = budget_bytes - (hot + headroom) * geometry.hot_page_bytes
+    sealed = left // geometry.sealed_page_bytes
+    if sealed < 1:
+        least = (per_sequence + 1) * geometry.hot_page_bytes + geometry.sealed_page_bytes
+        raise ConfigError(
+            "kv_memory_bytes",
+            f"{budget_bytes:,} bytes hold no sequence: one needs at least {least:,} bytes "
+            f"({per_sequence + 1} hot pages of {geometry.hot_page_bytes:,} and a sealed page "
+            f"of {geometry.sealed_page_bytes:,})",
+        )
+    return PoolPlan(hot, headroom, sealed, seqs)

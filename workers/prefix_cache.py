@@ -1,0 +1,136 @@
+"""Finds pages of earlier sequences that a new prompt begins with.
+
+A page's digest chains over all tokens up to its end (and the salt), so equal
+digests mean equal contents: hash(parent digest, tokens of the page). A page may
+be cached in its sealed form, in its hot form (needed only where windows are
+read exactly), or both.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvmesh.workers.arena import Arena
+from kvmesh.workers.request import TokenIds
+from kvmesh.workers.sizes import PageGeometry
+
+Digest = bytes
+
+
+class PageDigests:
+    """The digests of a growing sequence's full pages, each computed once."""
+
+    def __init__(self, page_size: int, salt: str) -> None:
+        self._page_size = page_size
+        self._last = hashlib.blake2b(salt.encode(), digest_size=16).digest()
+        self._digests: list[Digest] = []
+
+    def upto(self, tokens: TokenIds, num_pages: int) -> list[Digest]:
+        """Digests of the first `num_pages` pages of `tokens` ([>= num_pages·page_size] int32)."""
+        for page in range(len(self._digests), num_pages):
+            first = page * self._page_size
+            block = np.ascontiguousarray(tokens[first : first + self._page_size], dtype=np.int32)
+            self._last = hashlib.blake2b(self._last + block.tobytes(), digest_size=16).digest()
+            self._digests.append(self._last)
+        return self._digests
+
+
+@dataclass(slots=True)
+class _Forms:
+    hot: int | None = None
+    sealed: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixHit:
+    """Pages to share: the first `num_pages` logical pages, in the forms their windows ask for."""
+
+    num_pages: int
+    hot: dict[int, int]
+    sealed: dict[int, int]
+
+
+class PrefixCache:
+    """An index from digests to pages; owns both arenas of a pool."""
+
+    def __init__(self, geometry: PageGeometry, hot_total: int, sealed_total: int, enabled: bool):
+        self._geometry = geometry
+        self._enabled = enabled
+        # Without exact windows nobody can use a cached hot page.
+        self._keep_hot = enabled and geometry.sink_pages + geometry.recent_pages > 0
+        self._forms: dict[Digest, _Forms] = {}
+        self.hot = Arena(hot_total, self._forget_hot)
+        self.sealed = Arena(sealed_total, self._forget_sealed)
+
+    def _forget_hot(self, digest: Digest) -> None:
+        forms = self._forms[digest]
+        forms.hot = None
+        if forms.sealed is None:
+            del self._forms[digest]
+
+    def _forget_sealed(self, digest: Digest) -> None:
+        forms = self._forms[digest]
+        forms.sealed = None
+        if forms.hot is None:
+            del self._forms[digest]
+
+    def name_hot(self, digest: Digest, page: int) -> None:
+        """Make a full hot page findable, unless its contents already are."""
+        if self._keep_hot and self._forms.setdefault(digest, _Forms()).hot is None:
+            self._forms[digest].hot = page
+            self.hot.name(page, digest)
+
+    def name_sealed(self, digest: Digest, page: int) -> None:
+        """Make a sealed page findable, unless its contents already are."""
+        if self._enabled and self._forms.setdefault(digest, _Forms()).sealed is None:
+            self._forms[digest].sealed = page
+            self.sealed.name(page, digest)
+
+    def find_sealed(self, digest: Digest) -> int | None:
+        forms = self._forms.get(digest)
+        return forms.sealed if forms else None
+
+    def match(self, digests: Seq[Digest]) -> PrefixHit:
+        """The longest usable prefix: its next query page n reads pages [0, sink) and
+        [n − recent, n) exactly, the others sealed. Shares nothing yet."""
+        sink, recent = self._geometry.sink_pages, self._geometry.recent_pages
+        best = 0
+        hot_run = 0  # consecutive hot pages that end here
+        sealed_run = sink  # pages [sink, sealed_run) are there in sealed form
+        for page, digest in enumerate(digests):
+            forms = self._forms.get(digest)
+            if forms is None:
+                break
+            hot_run = hot_run + 1 if forms.hot is not None else 0
+            if page < sink and forms.hot is None:
+                break
+            if page == sealed_run and forms.sealed is not None:
+                sealed_run += 1
+            length = page + 1
+            if length - recent <= sealed_run and hot_run >= min(recent, max(0, length - sink)):
+                best = length
+            elif sealed_run + recent < length:
+                break
+        forms_of = [self._forms[digest] for digest in digests[:best]]
+        exact = {p for p in range(best) if p < sink or p >= best - recent}
+        hot = {p: forms_of[p].hot for p in sorted(exact)}
+        sealed = {p: forms_of[p].sealed for p in range(best) if p not in exact}
+        return PrefixHit(
+            best,
+            {p: page for p, page in hot.items() if page is not None},
+            {p: page for p, page in sealed.items() if page is not None},
+        )
+
+    def share(self, hit: PrefixHit) -> None:
+        for page in hit.hot.values():
+            self.hot.share(page)
+        for page in hit.sealed.values():
+            self.sealed.share(page)
+
+    def check(self) -> None:
+        self.hot.check()
+        self.sealed.check()

@@ -1,0 +1,144 @@
+"""One rank: its share of the model and of the pool, on one device."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from kvmesh.kernels.formats.registry import get_format
+from kvmesh.workers.config import DEFAULT_CPU_KV_MEMORY_BYTES, EngineConfig
+from kvmesh.workers.errors import ConfigError
+from kvmesh.workers.executor import Allocation, RankDescription
+from kvmesh.workers.kv_pool import page_bytes_of
+from kvmesh.workers.model.hook import AttendArgs
+from kvmesh.workers.model.load import ServedModel, load_model
+from kvmesh.workers.model.source import resolve_model
+from kvmesh.workers.parallel.comm import Communicator
+from kvmesh.workers.plan import StepPlan, StepResult
+from kvmesh.workers.runner import ModelRunner
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def choose_device(config: EngineConfig, rank: int) -> torch.device:
+    """The device of `rank`; Ray and CUDA_VISIBLE_DEVICES decide which GPUs a process sees.
+
+    Raises ConfigError naming `device` where CUDA is asked for and there is none."""
+    if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError("device", "is cuda, but this process sees no GPU")
+    return torch.device("cuda", rank % torch.cuda.device_count())
+
+
+class Rank:
+    """Loads the model on construction; `allocate` once, then `execute` step by step."""
+
+    def __init__(self, config: EngineConfig, rank: int, comm: Communicator) -> None:
+        self._config = config
+        self._device = choose_device(config, rank)
+        self._fmt = get_format(config.kv_format)
+        self._dtype = _dtype(config, self._device)
+        self._samples = rank == 0
+        self._runner: ModelRunner | None = None
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
+        else:
+            torch.set_num_threads(config.threads_per_rank or max(1, _cpus() // config.tp))
+        files = resolve_model(config.model, progress=None)
+        self._files = files
+        self._model: ServedModel = load_model(
+            files.path, dtype=self._dtype, device=self._device, comm=comm
+        )
+        self._sink_pages = _default(config.sink_pages, self._fmt.sink_pages)
+        self._recent_pages = _default(config.recent_pages, self._fmt.recent_pages)
+
+    def describe(self) -> RankDescription:
+        facts = self._model.facts
+        hot_bytes, sealed_bytes = page_bytes_of(
+            self._fmt,
+            num_layers=facts.num_layers,
+            num_kv_heads=self._model.num_kv_heads,
+            page_size=self._config.page_size,
+            head_dim=self._model.head_dim,
+            dtype=self._dtype,
+        )
+        return RankDescription(
+            model=self._files.name,
+            model_revision=self._files.revision,
+            dtype=str(self._dtype).removeprefix("torch."),
+            vocab_size=facts.vocab_size,
+            max_model_len=facts.max_model_len,
+            eos_token_ids=facts.eos_token_ids,
+            sink_pages=self._sink_pages,
+            recent_pages=self._recent_pages,
+            hot_page_bytes=hot_bytes,
+            sealed_page_bytes=sealed_bytes,
+            kv_budget_bytes=self._kv_budget_bytes(),
+        )
+
+    def allocate(self, allocation: Allocation) -> None:
+        self._runner = ModelRunner(
+            self._model,
+            self._fmt,
+            allocation,
+            page_size=self._config.page_size,
+            sink_pages=self._sink_pages,
+            recent_pages=self._recent_pages,
+            dtype=self._dtype,
+            device=self._device,
+            samples=self._samples,
+        )
+
+    def execute(self, plan: StepPlan) -> StepResult | None:
+        """The result on rank 0, None on the others."""
+        assert self._runner is not None, "allocate comes before execute"
+        return self._runner.execute(plan)
+
+    def _kv_budget_bytes(self) -> int:
+        """What KV may take here: the setting, or what a GPU has left after the weights and the
+        largest step's activations."""
+        if self._config.kv_memory_bytes is not None:
+            return self._config.kv_memory_bytes
+        if self._device.type == "cpu":
+            return DEFAULT_CPU_KV_MEMORY_BYTES
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(self._device)
+        held = torch.cuda.memory_allocated(self._device)
+        self._dry_run()
+        activations = torch.cuda.max_memory_allocated(self._device) - held
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(self._device)
+        return int(free - activations - (1 - self._config.gpu_memory_utilization) * total)
+
+    @torch.inference_mode()
+    def _dry_run(self) -> None:
+        """The largest step, with attention left out: its scratch is a few tiles a head."""
+        tokens = torch.zeros(
+            self._config.max_num_batched_tokens, dtype=torch.int64, device=self._device
+        )
+        rows = torch.zeros(self._config.max_num_seqs, dtype=torch.int64, device=self._device)
+        logits = self._model.forward(tokens, tokens, _attend_to_nothing, rows)
+        if logits is not None:
+            torch.log_softmax(logits, dim=-1)
+
+
+def _attend_to_nothing(
+    layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, args: AttendArgs
+) -> torch.Tensor:
+    return torch.zeros_like(q)
+
+
+def _dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
+    if config.dtype == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return _DTYPES[config.dtype]
+
+
+def _default(value: int | None, otherwise: int) -> int:
+    return otherwise if value is None else value
+
+
+def _cpus() -> int:
+    return len(os.sched_getaffinity(0))

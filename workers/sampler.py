@@ -1,0 +1,189 @@
+"""Chooses next tokens from logits, row by row, independent of who shares the batch.
+
+Order of operations, as elsewhere in the field: logit bias, penalties, forbidden
+tokens; then temperature, top-k, top-p, min-p on the renormalised distribution;
+then one uniform draw by inverse CDF. The uniform at output position i comes from
+(seed, i) alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from kvmesh.workers.plan import RowStart, SampledToken
+from kvmesh.workers.sampling_params import SamplingParams
+
+# Rows with top-k, top-p or min-p first look at this many best tokens; a row whose nucleus is
+# wider is sorted whole.
+_SHORTLIST = 256
+
+
+def uniform(seed: int, position: int) -> float:
+    """A draw in [0, 1) from two 64-bit integers: SplitMix64's finaliser (Steele et al. 2014)
+    over the position's Weyl step, 53 bits of the result."""
+    z = (seed + (position + 1) * 0x9E3779B97F4A7C15) & _MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+    return ((z ^ (z >> 31)) >> 11) * 2.0**-53
+
+
+_MASK = (1 << 64) - 1
+
+
+@dataclass(slots=True)
+class _Row:
+    """What a row's sampling depends on.
+
+    seen: [vocab] bool, tokens of prompt or output; counts: [vocab] fp32, of output.
+    Both only where a penalty asks for them.
+    """
+
+    params: SamplingParams
+    prompt_tokens: int
+    seen: torch.Tensor | None = None
+    counts: torch.Tensor | None = None
+
+
+class Sampler:
+    """Keeps the sampling state of every row.
+
+    eos_token_ids: forbidden, with the row's stop tokens, below its min_tokens
+    """
+
+    def __init__(self, vocab_size: int, eos_token_ids: tuple[int, ...], device: torch.device):
+        self._vocab_size = vocab_size
+        self._eos = eos_token_ids
+        self._device = device
+        self._rows: dict[int, _Row] = {}
+
+    def start_row(self, start: RowStart) -> None:
+        params = start.params
+        row = _Row(params, start.prompt_tokens)
+        if params.repetition_penalty != 1.0:
+            row.seen = torch.zeros(self._vocab_size, dtype=torch.bool, device=self._device)
+        if params.presence_penalty != 0.0 or params.frequency_penalty != 0.0:
+            row.counts = torch.zeros(self._vocab_size, device=self._device)
+        self._rows[start.row] = row
+        self.note_tokens(start.row, 0, start.history)
+
+    def note_tokens(self, row_id: int, start: int, tokens: bytes) -> None:
+        """Count the int32 tokens at positions [start, start + n) towards the row's penalties."""
+        row = self._rows[row_id]
+        if (row.seen is None and row.counts is None) or not tokens:
+            return
+        ids = torch.from_numpy(np.frombuffer(tokens, dtype=np.int32).astype(np.int64))
+        ids = ids.to(self._device)
+        if row.seen is not None:
+            row.seen[ids] = True
+        if row.counts is not None:
+            output = ids[max(0, row.prompt_tokens - start) :]
+            row.counts.index_add_(0, output, torch.ones_like(output, dtype=row.counts.dtype))
+
+    def sample(self, logits: torch.Tensor, rows: list[int], ends: list[int]) -> list[SampledToken]:
+        """One token a row.
+
+        logits: [n, vocab_size] fp32, changed in place; rows: [n] row ids;
+        ends: [n] tokens the sequence has so far, prompt and output
+        """
+        wanted = [i for i, row in enumerate(rows) if self._rows[row].params.logprobs is not None]
+        raw = torch.log_softmax(logits[wanted], dim=-1) if wanted else None
+        for i, (row_id, end) in enumerate(zip(rows, ends, strict=True)):
+            self._adjust(logits[i], self._rows[row_id], end)
+        tokens = torch.argmax(logits, dim=-1)
+        drawn = [i for i, row in enumerate(rows) if not self._rows[row].params.greedy]
+        if drawn:
+            states = [self._rows[rows[i]] for i in drawn]
+            draws = [
+                uniform(state.params.seed, ends[i] - state.prompt_tokens)
+                for i, state in zip(drawn, states, strict=True)
+            ]
+            picked = _draw(logits[drawn], [state.params for state in states], draws)
+            tokens[drawn] = picked.to(tokens.device)
+        ids: list[int] = tokens.tolist()
+        sampled = [SampledToken(token_id) for token_id in ids]
+        if raw is not None:
+            for i, row_logprobs in zip(wanted, raw, strict=True):
+                sampled[i] = _with_logprobs(ids[i], row_logprobs, self._rows[rows[i]].params)
+        return sampled
+
+    def _adjust(self, logits: torch.Tensor, row: _Row, end: int) -> None:
+        """Bias, penalties and forbidden tokens, in place. logits: [vocab_size]."""
+        params = row.params
+        if params.logit_bias:
+            ids = torch.tensor(list(params.logit_bias), device=self._device)
+            values = torch.tensor(list(params.logit_bias.values()), device=self._device)
+            logits.index_add_(0, ids, values)
+        if row.seen is not None:
+            penalty = params.repetition_penalty
+            penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
+            torch.where(row.seen, penalised, logits, out=logits)
+        if row.counts is not None:
+            logits.sub_(row.counts, alpha=params.frequency_penalty)
+            logits.sub_((row.counts > 0).to(logits.dtype), alpha=params.presence_penalty)
+        if end - row.prompt_tokens < params.min_tokens:
+            logits[list(self._eos + params.stop_token_ids)] = -torch.inf
+
+
+def _draw(logits: torch.Tensor, params: list[SamplingParams], draws: list[float]) -> torch.Tensor:
+    """Token ids [n] drawn from logits [n, vocab] at the uniforms `draws`."""
+    device = logits.device
+    temperature = torch.tensor([p.temperature for p in params], device=device)
+    # Weights relative to the best token's: cannot overflow at any temperature.
+    best = logits.amax(dim=-1, keepdim=True)
+    weights = torch.exp((logits - best) / temperature[:, None])
+    at = torch.tensor(draws, dtype=torch.float64, device=device)
+    picked = torch.empty(len(params), dtype=torch.int64, device=device)
+    cut = [i for i, p in enumerate(params) if p.top_k > 0 or p.top_p < 1.0 or p.min_p > 0.0]
+    whole = [i for i in range(len(params)) if i not in set(cut)]
+    if whole:
+        picked[whole] = _inverse(weights[whole], at[whole])
+    if cut:
+        picked[cut] = _inverse_truncated(weights[cut], [params[i] for i in cut], at[cut])
+    return picked
+
+
+def _inverse(weights: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+    """Indices [n] at which the cumulated, unnormalised weights [n, m] pass `draws` of their sum."""
+    cumulated = torch.cumsum(weights, dim=-1, dtype=torch.float64)
+    total = cumulated[:, -1:]
+    index = torch.searchsorted(cumulated, total * draws[:, None], right=True)
+    # A draw next to 1 can round up to the sum; the answer is then the last token that has weight.
+    return torch.minimum(index, torch.searchsorted(cumulated, total)).squeeze(-1)
+
+
+def _inverse_truncated(
+    weights: torch.Tensor, params: list[SamplingParams], draws: torch.Tensor
+) -> torch.Tensor:
+    device, vocab = weights.device, weights.shape[-1]
+    top_k = torch.tensor(
+        [p.top_k if 0 < p.top_k < vocab else vocab for p in params], device=device
+    )[:, None]
+    top_p = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device)[:, None]
+    min_p = torch.tensor([p.min_p for p in params], device=device)[:, None]
+    total = weights.sum(dim=-1, keepdim=True, dtype=torch.float64)
+    size = min(_SHORTLIST, vocab)
+    while True:
+        values, ids = torch.topk(weights, size, dim=-1)
+        mass = torch.cumsum(values, dim=-1, dtype=torch.float64)
+        # top-p is of what top-k leaves: keep tokens before which less than p of it has passed.
+        left = torch.where(top_k <= size, mass.gather(1, top_k.clamp(max=size) - 1), total)
+        keep = (mass - values < top_p * left) & (values >= min_p * values[:, :1])
+        keep &= torch.arange(size, device=device) < top_k
+        keep[:, 0] = True
+        # Done when no row's kept tokens go on beyond the list.
+        if size == vocab or not bool((keep[:, -1:] & (top_k > size)).any()):
+            break
+        size = vocab
+    chosen = _inverse(torch.where(keep, values, torch.zeros_like(values)), draws)
+    return ids.gather(1, chosen[:, None]).squeeze(-1)
+
+
+def _with_logprobs(token_id: int, logprobs: torch.Tensor, params: SamplingParams) -> SampledToken:
+    top: list[tuple[int, float]] = []
+    if params.logprobs:
+        values, ids = torch.topk(logprobs, min(params.logprobs, logprobs.shape[0]))
+        top = list(zip(ids.tolist(), values.tolist(), strict=True))
+    return SampledToken(token_id, float(logprobs[token_id]), top)

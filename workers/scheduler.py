@@ -1,0 +1,275 @@
+"""Decides what the next step computes, and in which pages.
+
+Decoding sequences come first, then prompts in order of arrival, chunked to what
+is left of the step's token budget. When sealed pages run out the youngest
+running sequence is preempted: it gives its pages back and is recomputed later.
+
+Why nobody is preempted to death: while anything that was preempted is waiting or
+running, sequences are admitted only if all running ones and the new one fit at
+their greatest length. So a sequence that comes back is never preempted again,
+the oldest never is, and every one that fits the pool alone completes.
+"""
+
+from __future__ import annotations
+
+import bisect
+
+from kvmesh.workers.plan import Chunk, RowStart, StepPlan, TableUpdate
+from kvmesh.workers.pool_plan import PoolPlan
+from kvmesh.workers.prefix_cache import PrefixCache
+from kvmesh.workers.sequence import Sequence
+from kvmesh.workers.sizes import PageGeometry
+
+
+class Scheduler:
+    """Owns the sequences and the page ids. `schedule` decides; `commit` records that
+    the ranks carried the plan out."""
+
+    def __init__(
+        self,
+        geometry: PageGeometry,
+        pool: PoolPlan,
+        *,
+        max_num_batched_tokens: int,
+        prefix_cache: bool,
+    ) -> None:
+        self.geometry = geometry
+        self.pool = pool
+        self.cache = PrefixCache(geometry, pool.hot_total, pool.sealed_pages, prefix_cache)
+        self.waiting: list[Sequence] = []  # by arrival
+        self.running: list[Sequence] = []  # by arrival
+        self._max_num_batched_tokens = max_num_batched_tokens
+        self._free_rows = list(range(pool.max_num_seqs - 1, -1, -1))
+        self._step = 0
+        # The last admission that failed for want of pages, so that it is not tried again
+        # (hashing and matching a whole prompt) before the room for it has changed.
+        self._no_room: tuple[Sequence, int] | None = None
+        self.preemptions_total = 0
+
+    def add(self, seq: Sequence) -> None:
+        bisect.insort(self.waiting, seq, key=_arrival)
+
+    def remove(self, seq: Sequence) -> None:
+        """Forget a sequence that ended or was cancelled, between two steps."""
+        if seq.row is None:
+            self.waiting.remove(seq)
+        else:
+            self.running.remove(seq)
+            self._release(seq)
+
+    def schedule(self) -> StepPlan | None:
+        """The next step, or None when there is nothing to compute."""
+        draft = _Draft(self._max_num_batched_tokens, self.pool.headroom_pages)
+        decoding = [seq for seq in self.running if seq.to_compute == 1]
+        prefilling = [seq for seq in self.running if seq.to_compute > 1]
+        for seq in decoding + prefilling:
+            if seq.row is not None and draft.tokens_left:  # still running, not preempted meanwhile
+                self._plan_chunk(draft, seq)
+        while draft.tokens_left and (seq := self._admit(draft)):
+            self._plan_chunk(draft, seq)
+        if not draft.chunks:
+            assert not self.running and not self.waiting, "sequences are left but none can go on"
+            return None
+        self._step += 1
+        return draft.plan(self._step)
+
+    def commit(self, plan: StepPlan) -> list[Sequence]:
+        """Advance by a plan that was carried out; returns the sampled sequences in its order.
+
+        Hot pages that fell out of their windows are released, full pages become findable."""
+        by_row = {seq.row: seq for seq in self.running}
+        sampled = []
+        for chunk in plan.chunks:
+            seq = by_row[chunk.row]
+            first_full = seq.num_computed // self.geometry.page_size
+            seq.num_computed = chunk.end
+            self._publish(seq, first_full)
+            if chunk.sample:
+                sampled.append(seq)
+        return sampled
+
+    def check(self) -> None:
+        """Audit: every page held by a sequence is used, and nothing else is."""
+        self.cache.check()
+        hot = {page for seq in self.running for page in seq.hot.values()}
+        sealed = {page for seq in self.running for page in seq.sealed.values()}
+        assert self.cache.hot.used == len(hot), "hot pages used by no sequence"
+        assert self.cache.sealed.used == len(sealed), "sealed pages used by no sequence"
+        assert len(self._free_rows) + len(self.running) == self.pool.max_num_seqs, "a row is lost"
+
+    def _admit(self, draft: _Draft) -> Sequence | None:
+        """Give the first waiting sequence a row and its prefix, if its pages fit."""
+        if not self.waiting or not self._free_rows:
+            return None
+        seq = self.waiting[0]
+        worst_case = any(s.preemptions for s in self.waiting + self.running)
+        promised = sum(self._to_come(other, worst_case) for other in self.running)
+        if self._no_room == (seq, self.cache.sealed.available - promised):
+            return None
+        full_pages = (seq.num_tokens - 1) // self.geometry.page_size  # one token must be computed
+        hit = self.cache.match(seq.digests(full_pages)[:full_pages])
+        self.cache.share(hit)
+        seq.hot.update(hit.hot)
+        seq.sealed.update(hit.sealed)
+        if self._to_come(seq, worst_case) > self.cache.sealed.available - promised:
+            self._drop_pages(seq)
+            self._no_room = (seq, self.cache.sealed.available - promised)
+            return None
+        del self.waiting[0]
+        seq.num_computed = hit.num_pages * self.geometry.page_size
+        if seq.started_s is None:  # a preempted sequence's own pages are no gift
+            seq.cached_tokens = min(seq.num_computed, seq.prompt_tokens)
+        seq.row = self._free_rows.pop()
+        bisect.insort(self.running, seq, key=_arrival)
+        draft.start_row(seq)
+        return seq
+
+    def _to_come(self, seq: Sequence, worst_case: bool) -> int:
+        """Sealed pages the sequence will still take: for what it has been given (and the
+        next token), or up to its greatest length."""
+        tokens = seq.max_tokens_total if worst_case else seq.num_tokens + 1
+        return len(seq.sealed_missing(tokens))
+
+    def _plan_chunk(self, draft: _Draft, seq: Sequence) -> None:
+        start = seq.num_computed
+        first = start // self.geometry.page_size
+        own = self.geometry.hot_per_sequence() - len(seq.hot) + (first in seq.hot)
+        last = first + own + draft.headroom_left - 1  # the last page there is a hot page for
+        end = min(
+            start + seq.to_compute, start + draft.tokens_left, (last + 1) * self.geometry.page_size
+        )
+        missing = seq.sealed_missing(end)
+        while self.cache.sealed.available < len(missing):
+            victim = self.running[-1]
+            draft.undo(victim)
+            self._preempt(victim)
+            if victim is seq:
+                return
+        touched = range(first, (end - 1) // self.geometry.page_size + 1)
+        draft.headroom_left -= max(0, len(touched) - own)
+        for page in touched:
+            if page not in seq.hot:
+                seq.hot[page] = self.cache.hot.take()
+                draft.set_hot(seq, page)
+        for page in missing:
+            self._seal(draft, seq, page)
+        seq.note_peak()
+        draft.add_chunk(seq, start, end)
+
+    def _seal(self, draft: _Draft, seq: Sequence, page: int) -> None:
+        found = self.cache.find_sealed(seq.digests(page + 1)[page])
+        if found is not None:
+            seq.sealed[page] = self.cache.sealed.share(found)
+        else:
+            seq.sealed[page] = self.cache.sealed.take()
+            draft.seal(seq, page)
+        draft.set_sealed(seq, page)
+
+    def _publish(self, seq: Sequence, first_full: int) -> None:
+        num_full = seq.num_computed // self.geometry.page_size
+        digests = seq.digests(num_full)
+        for page in range(first_full, num_full):
+            self.cache.name_hot(digests[page], seq.hot[page])
+        due = self.geometry.sealed_range(seq.num_computed)
+        for page in [p for p in seq.hot if p in due]:
+            self.cache.name_sealed(digests[page], seq.sealed[page])
+            self.cache.hot.release(seq.hot.pop(page))
+
+    def _preempt(self, seq: Sequence) -> None:
+        self.running.remove(seq)
+        self._release(seq)
+        seq.num_computed = 0
+        seq.preemptions += 1
+        self.preemptions_total += 1
+        self.add(seq)
+
+    def _release(self, seq: Sequence) -> None:
+        assert seq.row is not None
+        self._free_rows.append(seq.row)
+        seq.row = None
+        self._drop_pages(seq)
+
+    def _drop_pages(self, seq: Sequence) -> None:
+        # Last pages first, so that of a cached prefix the end is evicted before the beginning.
+        for page in sorted(seq.hot, reverse=True):
+            self.cache.hot.release(seq.hot[page])
+        for page in sorted(seq.sealed, reverse=True):
+            self.cache.sealed.release(seq.sealed[page])
+        seq.hot.clear()
+        seq.sealed.clear()
+
+
+class _Draft:
+    """A step plan in the making, kept by sequence so that a preempted one can be struck out."""
+
+    def __init__(self, tokens_left: int, headroom_left: int) -> None:
+        self.tokens_left = tokens_left
+        self.headroom_left = headroom_left
+        self.row_starts: dict[int, RowStart] = {}
+        self.chunks: dict[int, Chunk] = {}
+        self._hot: dict[int, list[tuple[int, int]]] = {}
+        self._sealed: dict[int, list[tuple[int, int]]] = {}
+        self._seals: dict[int, list[tuple[int, int]]] = {}
+
+    def start_row(self, seq: Sequence) -> None:
+        row = _row(seq)
+        params = seq.request.params
+        penalised = (
+            params.repetition_penalty != 1.0
+            or params.presence_penalty != 0.0
+            or params.frequency_penalty != 0.0
+        )
+        history = seq.tokens[: seq.num_computed].tobytes() if penalised else b""
+        self.row_starts[row] = RowStart(row, params, seq.prompt_tokens, history)
+        self._hot[row] = list(seq.hot.items())
+        self._sealed[row] = list(seq.sealed.items())
+
+    def set_hot(self, seq: Sequence, page: int) -> None:
+        self._hot.setdefault(_row(seq), []).append((page, seq.hot[page]))
+
+    def set_sealed(self, seq: Sequence, page: int) -> None:
+        self._sealed.setdefault(_row(seq), []).append((page, seq.sealed[page]))
+
+    def seal(self, seq: Sequence, page: int) -> None:
+        self._seals.setdefault(_row(seq), []).append((seq.hot[page], seq.sealed[page]))
+
+    def add_chunk(self, seq: Sequence, start: int, end: int) -> None:
+        row = _row(seq)
+        self.tokens_left -= end - start
+        sample = end == seq.num_tokens
+        self.chunks[row] = Chunk(row, start, seq.tokens[start:end].tobytes(), sample)
+
+    def undo(self, seq: Sequence) -> None:
+        """Strike out a sequence that is about to lose its row and pages."""
+        row = _row(seq)
+        chunk = self.chunks.pop(row, None)
+        if chunk is not None:
+            self.tokens_left += chunk.num_tokens
+        for part in (self.row_starts, self._hot, self._sealed, self._seals):
+            part.pop(row, None)
+
+    def plan(self, step: int) -> StepPlan:
+        seals = [pair for pairs in self._seals.values() for pair in pairs]
+        return StepPlan(
+            step=step,
+            row_starts=list(self.row_starts.values()),
+            chunks=list(self.chunks.values()),
+            hot=_table(self._hot),
+            sealed=_table(self._sealed),
+            seal_hot=[hot for hot, _ in seals],
+            seal_sealed=[sealed for _, sealed in seals],
+        )
+
+
+def _table(entries: dict[int, list[tuple[int, int]]]) -> TableUpdate:
+    flat = [(row, page, page_id) for row, pairs in entries.items() for page, page_id in pairs]
+    return TableUpdate([r for r, _, _ in flat], [p for _, p, _ in flat], [i for _, _, i in flat])
+
+
+def _row(seq: Sequence) -> int:
+    assert seq.row is not None
+    return seq.row
+
+
+def _arrival(seq: Sequence) -> float:
+    return seq.arrived_s

@@ -1,0 +1,91 @@
+"""A request inside the engine: its tokens, its pages, how far it has come."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kvmesh.workers.prefix_cache import Digest, PageDigests
+from kvmesh.workers.request import EngineRequest, SequenceUsage, TokenIds
+from kvmesh.workers.sizes import PageGeometry, PageNeed
+
+
+class Sequence:
+    """Positions [0, num_computed) have their keys and values in pages.
+
+        0          prompt_tokens              num_tokens      max_tokens_total
+        |---- prompt ----|------ output ----------|.................|
+        |-------- computed -------|-- to compute--|
+
+    hot, sealed: logical page -> page id of the forms it holds
+    """
+
+    def __init__(self, request: EngineRequest, geometry: PageGeometry, max_model_len: int) -> None:
+        self.request = request
+        self.geometry = geometry
+        given = len(request.prompt_token_ids)
+        self.prompt_tokens = given - request.resumed_tokens
+        self.max_tokens_total = min(self.prompt_tokens + request.params.max_tokens, max_model_len)
+        # A resumed sequence may come with as many tokens as it may have.
+        self._tokens: TokenIds = np.empty(max(self.max_tokens_total, given), dtype=np.int32)
+        self._tokens[:given] = request.prompt_token_ids
+        self.num_tokens = given
+        self.num_computed = 0
+        self.row: int | None = None
+        self.hot: dict[int, int] = {}
+        self.sealed: dict[int, int] = {}
+        self._digests = PageDigests(geometry.page_size, request.cache_salt)
+        self.cached_tokens = 0
+        self.preemptions = 0
+        self.peak = PageNeed(0, 0)
+        self.arrived_s = 0.0
+        self.started_s: float | None = None
+        self.first_token_s: float | None = None
+
+    @property
+    def tokens(self) -> TokenIds:
+        """[num_tokens] int32, prompt then output; a view."""
+        return self._tokens[: self.num_tokens]
+
+    @property
+    def num_output(self) -> int:
+        return self.num_tokens - self.prompt_tokens
+
+    @property
+    def to_compute(self) -> int:
+        return self.num_tokens - self.num_computed
+
+    def append(self, token_id: int) -> None:
+        self._tokens[self.num_tokens] = token_id
+        self.num_tokens += 1
+
+    def digests(self, num_pages: int) -> list[Digest]:
+        """Digests of at least the first `num_pages` full pages."""
+        return self._digests.upto(self.tokens, num_pages)
+
+    def sealed_missing(self, num_tokens: int) -> range:
+        """Logical pages that must be sealed before `num_tokens` are written.
+
+        Sealing goes upward, so what is missing is a range."""
+        due = self.geometry.sealed_range(num_tokens)
+        return range(due.start + len(self.sealed), max(due.stop, due.start + len(self.sealed)))
+
+    def note_peak(self) -> None:
+        self.peak = PageNeed(
+            max(self.peak.hot, len(self.hot)), max(self.peak.sealed, len(self.sealed))
+        )
+
+    def usage(self, now: float) -> SequenceUsage:
+        started = self.started_s if self.started_s is not None else now
+        first = self.first_token_s
+        return SequenceUsage(
+            prompt_tokens=self.prompt_tokens,
+            completion_tokens=self.num_output,
+            cached_tokens=self.cached_tokens,
+            sealed_pages=self.peak.sealed,
+            hot_pages=self.peak.hot,
+            kv_bytes=self.geometry.bytes_of(self.peak),
+            queue_s=started - self.arrived_s,
+            time_to_first_token_s=None if first is None else first - self.arrived_s,
+            total_s=now - self.arrived_s,
+            preemptions=self.preemptions,
+        )

@@ -1,0 +1,61 @@
+"""A rank's process: load, then carry out what the leader sends until it says close."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+from kvmesh.workers.channel import Allocated, Close, Failed, RankEnd
+from kvmesh.workers.config import EngineConfig
+from kvmesh.workers.errors import ConfigError
+from kvmesh.workers.executor import Allocation
+from kvmesh.workers.parallel.comm import Communicator
+from kvmesh.workers.rank import Rank, choose_device
+
+logger = logging.getLogger(__name__)
+
+_PARENT_CHECK_S = 1.0
+
+
+def worker_main(config: EngineConfig, rank: int, endpoint: str, rendezvous: str) -> None:
+    """Serve `rank` of the group until the leader closes it or is gone.
+
+    endpoint: the leader's channel; rendezvous: tcp://host:port where the ranks meet
+    A failure is reported to the leader, then raised.
+    """
+    parent = os.getppid()
+    end = RankEnd(endpoint)
+    try:
+        comm = Communicator.connect(
+            rank, config.tp, rendezvous, device=choose_device(config, rank)
+        )
+        try:
+            _serve(Rank(config, rank, comm), end, parent)
+        finally:
+            comm.close()
+    except ConfigError as error:
+        end.send(Failed(type(error).__name__, error.message, error.field))
+        raise
+    except Exception as error:
+        logger.exception("rank %d failed", rank)
+        end.send(Failed(type(error).__name__, str(error)))
+        raise
+    finally:
+        end.close()
+
+
+def _serve(rank: Rank, end: RankEnd, parent: int) -> None:
+    end.send(rank.describe())
+    while True:
+        message = end.receive(_PARENT_CHECK_S)
+        if isinstance(message, Close):
+            return
+        if message is None:
+            if os.getppid() != parent:
+                logger.warning("the leader is gone")
+                return
+        elif isinstance(message, Allocation):
+            rank.allocate(message)
+            end.send(Allocated())
+        elif (result := rank.execute(message)) is not None:
+            end.send(result)
