@@ -1,0 +1,61 @@
+"""What attention is to be computed: the same for all layers of a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class AttentionBatch:
+    """The sequences of one step, where their pages are, and who reads which form.
+
+    Sequences may be mixed: one new token (decode) or many (a prefill chunk).
+    The query at position i, in page P = i // page_size, reads key j of page p
+    from its hot page if p < sink_pages or p >= P - recent_pages, and otherwise
+    from its sealed page.
+
+    query_starts: [num_seqs + 1] int32, the first row of each sequence in q
+    seq_lens: [num_seqs] int32, tokens including the new ones
+    rows: [num_seqs] int32, the sequence's row in the tables
+    hot_tables, sealed_tables: [num_rows, max_pages] int32, logical page -> page
+        id; -1 where that form does not exist
+    max_query_len, max_seq_len: upper bounds, known to the host
+    plans: what a backend works out of the above once a step; its own business
+    """
+
+    query_starts: torch.Tensor
+    seq_lens: torch.Tensor
+    rows: torch.Tensor
+    hot_tables: torch.Tensor
+    sealed_tables: torch.Tensor
+    page_size: int
+    sink_pages: int
+    recent_pages: int
+    max_query_len: int
+    max_seq_len: int
+    plans: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        num_seqs = self.seq_lens.shape[0]
+        if self.query_starts.shape != (num_seqs + 1,) or self.rows.shape != (num_seqs,):
+            raise ValueError(
+                f"query_starts, rows: expected [{num_seqs + 1}] and [{num_seqs}], "
+                f"got {tuple(self.query_starts.shape)} and {tuple(self.rows.shape)}"
+            )
+        if self.hot_tables.dim() != 2 or self.hot_tables.shape != self.sealed_tables.shape:
+            raise ValueError(
+                "hot_tables, sealed_tables: expected equal shapes [num_rows, max_pages], "
+                f"got {tuple(self.hot_tables.shape)} and {tuple(self.sealed_tables.shape)}"
+            )
+        if self.page_size < 1 or self.sink_pages < 0 or self.recent_pages < 0:
+            raise ValueError(
+                "page_size, sink_pages, recent_pages: expected >= 1, >= 0, >= 0, "
+                f"got {self.page_size}, {self.sink_pages}, {self.recent_pages}"
+            )
+
+    @property
+    def num_seqs(self) -> int:
+        return self.seq_lens.shape[0]

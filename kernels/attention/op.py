@@ -1,0 +1,78 @@
+"""The public operator `paged_attention`."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from kvmesh.kernels.attention import reference
+from kvmesh.kernels.attention.batch import AttentionBatch
+from kvmesh.kernels.formats.base import KVFormat
+
+
+def paged_attention(
+    q: torch.Tensor,
+    hot: torch.Tensor,
+    sealed: torch.Tensor,
+    batch: AttentionBatch,
+    *,
+    fmt: KVFormat,
+    scale: float,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Causal attention of new query tokens over hot and sealed pages of one layer.
+
+    q: [num_tokens, num_heads, head_dim] bf16 or fp32; query head h reads KV head
+        h // (num_heads / num_kv_heads)
+    hot: [num_hot_pages, 2, num_kv_heads, page_size, head_dim], dtype of q; it
+        holds the new tokens' keys and values already (`write_hot`)
+    sealed: [num_sealed_pages, num_kv_heads, page_bytes] uint8 in format `fmt`
+    batch: the step's sequences and tables
+    scale: factor of q·k; softcap c: scores become c * tanh(score / c)
+    sliding_window w: key j is visible to query i if i - j < w
+    backend: None picks the kernels on GPUs and plain torch elsewhere
+    Returns out: like q; lse: [num_tokens, num_heads] fp32, natural log, mergeable
+    with `merge_states`. Rows of q that belong to no sequence get 0 and -inf.
+    Raises ValueError naming the argument; a page whose needed form does not
+    exist is an error on the CPU and is not looked for on a GPU.
+    """
+    if q.dim() != 3 or hot.dim() != 5 or hot.shape[4] != q.shape[2] or hot.dtype != q.dtype:
+        raise ValueError(
+            "q, hot: expected [num_tokens, num_heads, head_dim] and [num_hot_pages, 2, "
+            "num_kv_heads, page_size, head_dim] of one dtype, "
+            f"got {tuple(q.shape)} {q.dtype} and {tuple(hot.shape)} {hot.dtype}"
+        )
+    num_kv_heads, page_size, head_dim = hot.shape[2:]
+    if q.shape[1] % num_kv_heads:
+        raise ValueError(
+            f"q: its {q.shape[1]} heads must be a multiple of the {num_kv_heads} KV heads"
+        )
+    if batch.page_size != page_size:
+        raise ValueError(f"batch: its page_size {batch.page_size} is not hot's, {page_size}")
+    page_bytes = fmt.page_bytes(page_size, head_dim, hot.element_size())
+    if sealed.dtype != torch.uint8 or sealed.shape[1:] != (num_kv_heads, page_bytes):
+        raise ValueError(
+            f"sealed: expected [num_sealed_pages, {num_kv_heads}, {page_bytes}] uint8 for format "
+            f"{fmt.name}, got {tuple(sealed.shape)} {sealed.dtype}"
+        )
+    if not math.isfinite(scale):
+        raise ValueError(f"scale: expected a finite number, got {scale}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap: expected None or a number > 0, got {softcap}")
+    if sliding_window is not None and sliding_window < 1:
+        raise ValueError(f"sliding_window: expected None or >= 1, got {sliding_window}")
+    if backend not in (None, "reference"):
+        raise ValueError(f"backend: expected None or 'reference', got {backend!r}")
+    return reference.paged_attention(
+        q,
+        hot,
+        sealed,
+        batch,
+        fmt=fmt,
+        scale=scale,
+        softcap=softcap,
+        sliding_window=sliding_window,
+    )

@@ -1,0 +1,306 @@
+"""Index arithmetic of the reference attention, done once a step for all layers.
+
+Sequences with one new token are put into groups that are computed together,
+padded to the longest; a group never holds a sequence of fewer than half the
+sealed pages of its longest, so that padding costs less than the sequence. A
+padded place points at a page of the *same* sequence: its numbers are masked out
+of the scores, and nothing of another sequence, not even a NaN, can leak in.
+
+A sequence with several new tokens is cut into blocks of queries. With P0 and P1
+the pages of a block's first and last query, logical pages fall into
+
+    0      sink          P0 - recent     P1 - recent          P1
+    | hot   | sealed      | sealed and hot | hot               |
+             far: no mask   near: masked by position, both forms side by side
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kvmesh.kernels.attention.batch import AttentionBatch
+
+MAX_BLOCK_TOKENS = 512
+MAX_FAR_TOKENS = 8192
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class HotRows:
+    """Rows of hot, seen as [num_hot_pages * 2 * num_kv_heads, page_size * head_dim]."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeGroup:
+    """Sequences of one new token each, b of them.
+
+    tokens: [b] int64 rows of q, or None for all of q in order
+    sealed: [b * num_kv_heads, sealed_pages] int64, page * num_kv_heads + head, or None
+    hot_tokens: how many of the picked hot slots are used; the rest is cut off
+    invisible: [b, 1, 1, keys] bool over sealed then hot keys, or None if all are seen
+    invisible_hot: [b, 1, hot_tokens, 1] bool: places of V that may hold anything
+    """
+
+    tokens: torch.Tensor | None
+    size: int
+    sealed: torch.Tensor | None
+    hot: HotRows
+    hot_tokens: int
+    invisible: torch.Tensor | None
+    invisible_hot: torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkBlock:
+    """Consecutive new tokens of one sequence.
+
+    tokens: rows of q
+    far: pieces [num_kv_heads, pages] int64 of sealed pages that every query sees whole
+    near_sealed: [num_kv_heads, pages] int64 or None
+    near_bias: [queries, keys] fp32, 0 or -inf, over near sealed then hot keys
+    """
+
+    tokens: slice
+    far: tuple[torch.Tensor, ...]
+    near_sealed: torch.Tensor | None
+    hot: HotRows
+    hot_tokens: int
+    near_bias: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """covers_all: every row of q belongs to a group or block."""
+
+    groups: tuple[DecodeGroup, ...]
+    blocks: tuple[ChunkBlock, ...]
+    covers_all: bool
+
+
+def plan_for(
+    batch: AttentionBatch, num_tokens: int, num_kv_heads: int, sliding_window: int | None
+) -> Plan:
+    """The batch's plan, made on first use."""
+    key = ("reference", num_tokens, num_kv_heads, sliding_window)
+    plan = batch.plans.get(key)
+    if plan is None:
+        plan = _Planner(batch, num_tokens, num_kv_heads, sliding_window).plan()
+        batch.plans[key] = plan
+    return plan  # type: ignore[no-any-return]
+
+
+class _Planner:
+    def __init__(
+        self,
+        batch: AttentionBatch,
+        num_tokens: int,
+        num_kv_heads: int,
+        sliding_window: int | None,
+    ) -> None:
+        self.num_tokens = num_tokens
+        self.num_kv_heads = num_kv_heads
+        self.window = sliding_window
+        self.page_size = batch.page_size
+        self.sink = batch.sink_pages
+        self.recent = batch.recent_pages
+        self.device = batch.seq_lens.device
+        self.starts = _ints(batch.query_starts)
+        self.lens = _ints(batch.seq_lens)
+        self.rows = _ints(batch.rows)
+        self.hot_tables = batch.hot_tables.cpu().numpy()
+        self.sealed_tables = batch.sealed_tables.cpu().numpy()
+
+    def plan(self) -> Plan:
+        counts = np.diff(self.starts)
+        short = (counts > self.lens) & (counts > 0)
+        if short.any():
+            seq = int(np.flatnonzero(short)[0])
+            raise ValueError(
+                f"batch: sequence {seq} has {counts[seq]} new tokens but seq_lens {self.lens[seq]}"
+            )
+        decode = np.flatnonzero(counts == 1)
+        groups = tuple(self._group(seqs) for seqs in self._similar(decode))
+        blocks = tuple(
+            self._block(int(seq), start, min(start + MAX_BLOCK_TOKENS, int(counts[seq])))
+            for seq in np.flatnonzero(counts > 1)
+            for start in range(0, int(counts[seq]), MAX_BLOCK_TOKENS)
+        )
+        return Plan(groups, blocks, covers_all=int(counts.sum()) == self.num_tokens)
+
+    def _similar(self, seqs: Ints) -> list[Ints]:
+        """Sequences with one new token, by number of sealed pages."""
+        if len(seqs) == 0:
+            return []
+        first, stop = self._sealed_range(self.lens[seqs] - 1)
+        sealed = stop - first
+        order = np.argsort(-sealed, kind="stable")
+        groups: list[list[int]] = []
+        longest = 0
+        for index in order:
+            count = int(sealed[index])
+            fits = 2 * count >= longest if longest > 8 else (count > 0) == (longest > 0)
+            if not groups or not fits:
+                groups.append([])
+                longest = count
+            groups[-1].append(int(seqs[index]))
+        return [np.array(sorted(group), dtype=np.int64) for group in groups]
+
+    def _first_page(self, positions: Ints) -> Ints:
+        """The first page of which the query at that position sees anything."""
+        if self.window is None:
+            return np.zeros_like(positions)
+        return np.maximum(positions - self.window + 1, 0) // self.page_size
+
+    def _sealed_range(self, positions: Ints) -> tuple[Ints, Ints]:
+        pages = positions // self.page_size
+        first = np.maximum(self._first_page(positions), self.sink)
+        return first, np.maximum(first, pages - self.recent)
+
+    def _hot_pages(self, positions: Ints) -> tuple[Ints, Ints]:
+        """Logical hot pages [n, longest] that each query reads, and how many; padded by the last."""
+        pages = positions // self.page_size
+        seen = self._first_page(positions)
+        sinks = np.maximum(np.minimum(self.sink, pages + 1) - seen, 0)
+        recent = np.maximum(np.maximum(self.sink, pages - self.recent), seen)
+        counts = sinks + np.maximum(pages + 1 - recent, 0)
+        place = np.minimum(np.arange(counts.max())[None, :], counts[:, None] - 1)
+        in_sink = place < sinks[:, None]
+        logical = np.where(in_sink, seen[:, None] + place, (recent - sinks)[:, None] + place)
+        return logical, counts
+
+    def _group(self, seqs: Ints) -> DecodeGroup:
+        positions = self.lens[seqs] - 1
+        table_rows = self.rows[seqs][:, None]
+        first, stop = self._sealed_range(positions)
+        num_sealed = int((stop - first).max())
+        keys: list[Ints] = []
+        padding: list[npt.NDArray[np.bool_]] = []
+        sealed = None
+        if num_sealed:
+            place = np.arange(num_sealed)[None, :]
+            logical = np.minimum(first[:, None] + place, stop[:, None] - 1)
+            sealed = self._index(self.sealed_tables, "sealed_tables", table_rows, logical)
+            keys.append(self._key_positions(logical))
+            padding.append(np.repeat(place >= (stop - first)[:, None], self.page_size, axis=1))
+        logical, counts = self._hot_pages(positions)
+        hot = self._hot_rows(table_rows, logical)
+        hot_padding = np.repeat(
+            np.arange(logical.shape[1])[None, :] >= counts[:, None], self.page_size, axis=1
+        )
+        hot_keys = self._key_positions(logical)
+        unused = hot_padding | (hot_keys > positions[:, None])
+        hot_tokens = int((~unused).sum(1).max())
+        keys.append(hot_keys[:, :hot_tokens])
+        padding.append(unused[:, :hot_tokens])
+        invisible = np.concatenate(padding, axis=1)
+        if self.window is not None:
+            invisible |= positions[:, None] - np.concatenate(keys, axis=1) >= self.window
+        in_order = len(seqs) == self.num_tokens and bool((np.diff(self.starts[seqs]) == 1).all())
+        unused = unused[:, :hot_tokens]
+        return DecodeGroup(
+            tokens=None if in_order else self._tensor(self.starts[seqs]),
+            size=len(seqs),
+            sealed=sealed,
+            hot=hot,
+            hot_tokens=hot_tokens,
+            invisible=self._tensor(invisible[:, None, None, :]) if invisible.any() else None,
+            invisible_hot=self._tensor(unused[:, None, :, None]) if unused.any() else None,
+        )
+
+    def _block(self, seq: int, start: int, stop: int) -> ChunkBlock:
+        offset = int(self.starts[seq])
+        past = int(self.lens[seq] - (self.starts[seq + 1] - self.starts[seq]))
+        positions = past + np.arange(start, stop)
+        row = self.rows[seq : seq + 1][:, None]
+        first_page, last_page = positions[[0, -1]] // self.page_size
+        seen = int(self._first_page(positions[:1])[0])
+        # Sealed pages that some query sees; those below far_stop every query sees
+        # in that form, and from far_first on no window cuts into them.
+        sealed_first = max(self.sink, seen)
+        sealed_stop = max(sealed_first, int(last_page) - self.recent)
+        far_stop = max(sealed_first, int(first_page) - self.recent)
+        far_first = sealed_first
+        if self.window is not None:
+            whole = -(-max(int(positions[-1]) - self.window + 1, 0) // self.page_size)
+            far_first = min(max(sealed_first, whole), far_stop)
+        step = max(1, MAX_FAR_TOKENS // self.page_size)
+        far = tuple(
+            self._index(
+                self.sealed_tables,
+                "sealed_tables",
+                row,
+                np.arange(page, min(page + step, far_stop))[None, :],
+            )
+            for page in range(far_first, far_stop, step)
+        )
+        near = np.r_[sealed_first:far_first, far_stop:sealed_stop][None, :].astype(np.int64)
+        hot_first = max(self.sink, int(first_page) - self.recent, seen)
+        hot = np.r_[min(seen, self.sink) : self.sink, hot_first : last_page + 1]
+        hot = hot[hot <= last_page][None, :].astype(np.int64)
+        near_keys, hot_keys = self._key_positions(near)[0], self._key_positions(hot)[0]
+        hot_keys = hot_keys[: len(hot_keys) - (self.page_size - 1 - positions[-1] % self.page_size)]
+        return ChunkBlock(
+            tokens=slice(offset + start, offset + stop),
+            far=far,
+            near_sealed=self._index(self.sealed_tables, "sealed_tables", row, near)
+            if near.size
+            else None,
+            hot=self._hot_rows(row, hot),
+            hot_tokens=len(hot_keys),
+            near_bias=self._tensor(self._near_bias(positions, near_keys, hot_keys)),
+        )
+
+    def _near_bias(self, positions: Ints, sealed: Ints, hot: Ints) -> npt.NDArray[np.float32]:
+        edge = positions // self.page_size - self.recent  # the first recent page of each query
+        hot_pages = hot // self.page_size
+        seen_hot = (hot_pages < self.sink)[None, :] | (hot_pages[None, :] >= edge[:, None])
+        seen_hot &= hot[None, :] <= positions[:, None]
+        seen_sealed = (sealed // self.page_size)[None, :] < edge[:, None]
+        seen = np.concatenate((seen_sealed, seen_hot), axis=1)
+        if self.window is not None:
+            seen &= positions[:, None] - np.concatenate((sealed, hot))[None, :] < self.window
+        return np.where(seen, np.float32(0.0), np.float32(-np.inf))
+
+    def _key_positions(self, logical: Ints) -> Ints:
+        """[n, pages] -> [n, pages * page_size]"""
+        keys = logical[:, :, None] * self.page_size + np.arange(self.page_size)
+        return keys.reshape(len(logical), -1)
+
+    def _pages(self, tables: npt.NDArray[np.int32], name: str, rows: Ints, logical: Ints) -> Ints:
+        ids = tables[rows, logical].astype(np.int64)
+        if (ids < 0).any():
+            at = tuple(int(i[0]) for i in np.nonzero(ids < 0))
+            raise ValueError(
+                f"{name}: row {int(rows[at[0], 0])} has no page for logical page "
+                f"{int(logical[at])}, which a query reads in this form"
+            )
+        return ids
+
+    def _index(
+        self, tables: npt.NDArray[np.int32], name: str, rows: Ints, logical: Ints
+    ) -> torch.Tensor:
+        """[n * num_kv_heads, pages], page * num_kv_heads + head"""
+        ids = self._pages(tables, name, rows, logical)[:, None, :] * self.num_kv_heads
+        ids = ids + np.arange(self.num_kv_heads)[None, :, None]
+        return self._tensor(ids.reshape(-1, ids.shape[-1]))
+
+    def _hot_rows(self, rows: Ints, logical: Ints) -> HotRows:
+        ids = self._pages(self.hot_tables, "hot_tables", rows, logical)
+        ids = ids[:, None, :] * (2 * self.num_kv_heads)
+        k = (ids + np.arange(self.num_kv_heads)[None, :, None]).reshape(-1)
+        return HotRows(self._tensor(k), self._tensor(k + self.num_kv_heads))
+
+    def _tensor(self, array: npt.NDArray[np.generic]) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+
+
+def _ints(tensor: torch.Tensor) -> Ints:
+    return tensor.cpu().numpy().astype(np.int64)

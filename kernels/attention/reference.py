@@ -1,0 +1,154 @@
+"""`paged_attention` in plain torch: the truth, and the path that serves on CPUs.
+
+The numbers are fp32 whatever the dtype of q. What is read follows from
+positions alone (`plan.py`); how the work is cut changes only rounding.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from kvmesh.kernels.attention.batch import AttentionBatch
+from kvmesh.kernels.attention.plan import ChunkBlock, DecodeGroup, HotRows, plan_for
+from kvmesh.kernels.formats.base import KVFormat
+
+# Scores of one block at most, where they have to be held: 32 MiB of fp32.
+MAX_SCORES = 8 * 1024 * 1024
+
+
+def paged_attention(
+    q: torch.Tensor,
+    hot: torch.Tensor,
+    sealed: torch.Tensor,
+    batch: AttentionBatch,
+    *,
+    fmt: KVFormat,
+    scale: float,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    num_tokens, num_heads, head_dim = q.shape
+    plan = plan_for(batch, num_tokens, hot.shape[2], sliding_window)
+    layer = _Layer(hot, sealed, fmt, scale, softcap)
+    if len(plan.groups) == 1 and plan.groups[0].tokens is None:
+        return layer.decode(q, plan.groups[0])
+    out = torch.empty_like(q)
+    lse = torch.empty(num_tokens, num_heads, dtype=torch.float32, device=q.device)
+    if not plan.covers_all:
+        out.zero_()
+        lse.fill_(-torch.inf)
+    for group in plan.groups:
+        tokens = slice(None) if group.tokens is None else group.tokens
+        out[tokens], lse[tokens] = layer.decode(q[tokens], group)
+    for block in plan.blocks:
+        out[block.tokens], lse[block.tokens] = layer.prefill(q[block.tokens], block)
+    return out, lse
+
+
+class _Layer:
+    """One layer's pages, and attention over parts of them."""
+
+    def __init__(
+        self,
+        hot: torch.Tensor,
+        sealed: torch.Tensor,
+        fmt: KVFormat,
+        scale: float,
+        softcap: float | None,
+    ) -> None:
+        self.num_kv_heads, self.page_size, self.head_dim = hot.shape[2:]
+        self.hot_rows = hot.view(-1, self.page_size * self.head_dim)
+        self.dtype = hot.dtype
+        self.sealed = sealed
+        self.fmt = fmt
+        self.scale = scale
+        self.softcap = softcap
+
+    def decode(self, q: torch.Tensor, group: DecodeGroup) -> tuple[torch.Tensor, torch.Tensor]:
+        """q [b, num_heads, head_dim], one query a sequence."""
+        rows = group.size * self.num_kv_heads
+        # The query heads of a group share their KV head's keys: they are its queries.
+        queries = (q.float() * self.scale).view(rows, -1, self.head_dim)
+        k_hot, v_hot = self._hot(group.hot, rows, group.hot_tokens)
+        scores = torch.bmm(queries, k_hot.transpose(1, 2))
+        tile = None
+        num_sealed = 0
+        if group.sealed is not None:
+            tile = self._tile(group.sealed)
+            sealed_scores = tile.scores(queries)
+            num_sealed = sealed_scores.shape[-1]
+            scores = torch.cat((sealed_scores, scores), dim=-1)
+        if self.softcap is not None:
+            scores = scores.div_(self.softcap).tanh_().mul_(self.softcap)
+        if group.invisible is not None:
+            by_sequence = scores.view(group.size, self.num_kv_heads, -1, scores.shape[-1])
+            by_sequence.masked_fill_(group.invisible, -torch.inf)
+        if group.invisible_hot is not None:
+            # Slots after the last token may hold anything, and 0 * NaN is NaN.
+            by_sequence = v_hot.view(group.size, self.num_kv_heads, -1, self.head_dim)
+            by_sequence.masked_fill_(group.invisible_hot, 0.0)
+        weights = torch.softmax(scores, dim=-1)
+        # log Σ e^s from the best key alone: its weight is e^(s - lse)
+        lse = scores.amax(-1).sub_(weights.amax(-1).log_())
+        if tile is None:
+            out = torch.bmm(weights, v_hot)
+        else:
+            out = tile.weighted_values(weights[..., :num_sealed])
+            out.baddbmm_(weights[..., num_sealed:], v_hot)
+        return out.view(q.shape).to(q.dtype), lse.view(q.shape[:2])
+
+    def prefill(self, q: torch.Tensor, block: ChunkBlock) -> tuple[torch.Tensor, torch.Tensor]:
+        """q [queries, num_heads, head_dim], consecutive tokens of one sequence."""
+        queries = q.float().unflatten(1, (self.num_kv_heads, -1)).permute(1, 2, 0, 3)
+        k, v = self._hot(block.hot, self.num_kv_heads, block.hot_tokens)
+        if block.near_sealed is not None:
+            k_sealed, v_sealed = self._tile(block.near_sealed).dense()
+            k, v = torch.cat((k_sealed, k), dim=1), torch.cat((v_sealed, v), dim=1)
+        out, lse = self._dense(queries, k, v, block.near_bias)
+        for piece in block.far:
+            far_out, far_lse = self._dense(queries, *self._tile(piece).dense(), None)
+            out = torch.lerp(out, far_out, torch.sigmoid(far_lse - lse).unsqueeze(-1))
+            lse = torch.logaddexp(lse, far_lse)
+        return (
+            out.permute(2, 0, 1, 3).reshape(q.shape).to(q.dtype),
+            lse.permute(2, 0, 1).reshape(q.shape[:2]),
+        )
+
+    def _dense(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """q [num_kv_heads, group, queries, head_dim], k and v [num_kv_heads, keys, head_dim],
+        bias [queries, keys] that leaves every query a key -> out like q, lse without its last
+        dimension"""
+        if self.softcap is None and q.device.type == "cpu":
+            heads = (-1, q.shape[1], -1, -1)
+            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(  # type: ignore[no-any-return]
+                q,
+                k.unsqueeze(1).expand(heads),
+                v.unsqueeze(1).expand(heads),
+                attn_mask=None if bias is None else bias[None, None],
+                scale=self.scale,
+            )
+        step = max(1, MAX_SCORES // (q.shape[0] * q.shape[1] * k.shape[1]))
+        outs, lses = [], []
+        for start in range(0, q.shape[2], step):
+            scores = torch.matmul(q[:, :, start : start + step] * self.scale, k.mT.unsqueeze(1))
+            if self.softcap is not None:
+                scores = scores.div_(self.softcap).tanh_().mul_(self.softcap)
+            if bias is not None:
+                scores += bias[start : start + step]
+            lse = torch.logsumexp(scores, dim=-1)
+            outs.append(torch.matmul(scores.sub_(lse.unsqueeze(-1)).exp_(), v.unsqueeze(1)))
+            lses.append(lse)
+        return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
+
+    def _hot(self, rows: HotRows, num_rows: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        shape = (num_rows, -1, self.head_dim)
+        k = self.hot_rows.index_select(0, rows.k).view(shape)[:, :tokens]
+        v = self.hot_rows.index_select(0, rows.v).view(shape)[:, :tokens]
+        return k.float(), v.float()
+
+    def _tile(self, index: torch.Tensor):  # type: ignore[no-untyped-def]
+        return self.fmt.codec().load_tile(
+            self.fmt, self.sealed, index, self.page_size, self.head_dim, self.dtype
+        )

@@ -1,0 +1,1 @@
+"""KV formats: how a sealed page stores keys and values."""

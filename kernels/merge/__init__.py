@@ -1,0 +1,5 @@
+"""Merging partial attention by log-sum-exp."""
+
+from kvmesh.kernels.merge.op import merge_states
+
+__all__ = ["merge_states"]

@@ -1,0 +1,5 @@
+"""Sealing full hot pages in a KV format."""
+
+from kvmesh.kernels.seal.op import seal_pages
+
+__all__ = ["seal_pages"]

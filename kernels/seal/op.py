@@ -1,0 +1,39 @@
+"""The public operator `seal_pages`."""
+
+from __future__ import annotations
+
+import torch
+
+from kvmesh.kernels.formats.base import KVFormat
+from kvmesh.kernels.seal import reference
+
+
+def seal_pages(
+    hot: torch.Tensor,
+    sealed: torch.Tensor,
+    hot_ids: torch.Tensor,
+    sealed_ids: torch.Tensor,
+    *,
+    fmt: KVFormat,
+) -> None:
+    """Encode full hot pages into sealed pages, of one layer, in place.
+
+    hot: [num_hot_pages, 2, num_kv_heads, page_size, head_dim] of the compute dtype
+    sealed: [num_sealed_pages, num_kv_heads, page_bytes] uint8
+    hot_ids, sealed_ids: [n] int32, page n of one goes to page n of the other
+    """
+    if hot_ids.shape != sealed_ids.shape or hot_ids.dim() != 1:
+        raise ValueError(
+            "hot_ids, sealed_ids: expected equal shapes [n], "
+            f"got {tuple(hot_ids.shape)} and {tuple(sealed_ids.shape)}"
+        )
+    if hot_ids.shape[0] == 0:
+        return
+    _, _, num_kv_heads, page_size, head_dim = hot.shape
+    page_bytes = fmt.page_bytes(page_size, head_dim, hot.element_size())
+    if sealed.dtype != torch.uint8 or sealed.shape[1:] != (num_kv_heads, page_bytes):
+        raise ValueError(
+            f"sealed: expected [num_sealed_pages, {num_kv_heads}, {page_bytes}] uint8, "
+            f"got {tuple(sealed.shape)} {sealed.dtype}"
+        )
+    reference.seal_pages(hot, sealed, hot_ids, sealed_ids, fmt=fmt)

@@ -1,0 +1,19 @@
+"""`seal_pages` in plain torch; the same signature as the public operator."""
+
+from __future__ import annotations
+
+import torch
+
+from kvmesh.kernels.formats.base import KVFormat
+
+
+def seal_pages(
+    hot: torch.Tensor,
+    sealed: torch.Tensor,
+    hot_ids: torch.Tensor,
+    sealed_ids: torch.Tensor,
+    *,
+    fmt: KVFormat,
+) -> None:
+    full = hot.index_select(0, hot_ids)
+    sealed.index_copy_(0, sealed_ids.long(), fmt.encode(full[:, 0], full[:, 1]))

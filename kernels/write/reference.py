@@ -1,0 +1,17 @@
+"""`write_hot` in plain torch; the same signature as the public operator."""
+
+from __future__ import annotations
+
+import torch
+
+
+def write_hot(k: torch.Tensor, v: torch.Tensor, hot: torch.Tensor, slots: torch.Tensor) -> None:
+    if slots.numel() and int(slots.min()) < 0:
+        keep = slots >= 0
+        k, v, slots = k[keep], v[keep], slots[keep]
+    page_size = hot.shape[3]
+    pages = slots.div(page_size, rounding_mode="floor")
+    index = (pages, slots - pages * page_size)
+    # [num_hot_pages, page_size, num_kv_heads, head_dim]: the two indices side by side
+    hot[:, 0].transpose(1, 2).index_put_(index, k)
+    hot[:, 1].transpose(1, 2).index_put_(index, v)
