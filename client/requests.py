@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sized
 from typing import Any, Final
 
 from kvmesh.client.errors import InvalidRequestError
@@ -40,8 +40,8 @@ def generate_request(prompt: pb.Prompt, options: GenerateOptions) -> pb.Generate
     """
     request = pb.GenerateRequest(prompt=prompt)
     for name, value in options.items():
-        if name == "timeout_s":
-            continue  # counts from the call: set when the request is sent
+        if value is None or name == "timeout_s":
+            continue  # timeout_s counts from the call: it is set when the request is sent
         if name in _REQUEST_FIELDS:
             _assign(request, name, value, name)
         elif name == "stop" and isinstance(value, str):
@@ -100,9 +100,7 @@ def _assign(message: Any, name: str, value: object, path: str) -> None:
     try:
         if isinstance(value, Mapping):
             getattr(message, name).update(value)
-        elif isinstance(value, Sequence) and not isinstance(value, str | bytes):
-            getattr(message, name).extend(value)
-        elif hasattr(value, "__array__") and not hasattr(value, "__index__"):
+        elif isinstance(value, Sized) and not isinstance(value, str | bytes):
             getattr(message, name).extend(value)
         else:
             setattr(message, name, value)

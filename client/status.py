@@ -6,6 +6,7 @@ The details text is a sentence, and on its last line the serialised Error:
     kvmesh-error: CAMQARoP...
 
 The wire contract (kvmesh.proto, "Errors") says why it is the text that carries it.
+For other clients the same can go into google.rpc's trailer.
 """
 
 from __future__ import annotations
@@ -13,14 +14,17 @@ from __future__ import annotations
 import base64
 import binascii
 
-from google.protobuf.message import DecodeError
+from google.protobuf.any_pb2 import Any
+from google.protobuf.message import DecodeError, Message
 
-from kvmesh.protos import pb
+from kvmesh.protos import pb, pb_status
 
+TRAILER = "grpc-status-details-bin"
 MARK = "kvmesh-error: "
 MAX_ERROR_BYTES = 2048
 MAX_SENTENCE_CHARS = 300
 _MAX_NAME_CHARS = 64
+_GOOGLE = "type.googleapis.com/google.rpc."
 
 
 def encode_details(error: pb.Error) -> str:
@@ -57,3 +61,77 @@ def decode_details(details: str) -> tuple[str, pb.Error | None]:
         return sentence.rstrip("\n"), pb.Error.FromString(base64.b64decode(tail, validate=True))
     except (binascii.Error, DecodeError):
         return details, None
+
+
+def encode_trailer(error: pb.Error) -> bytes:
+    """The value of TRAILER for an Error: google.rpc.Status with standard details."""
+    status = pb_status.RpcStatus(code=error.code, message=error.message[:MAX_SENTENCE_CHARS])
+    reason = pb.ErrorReason.Name(error.reason).removeprefix("ERROR_REASON_")
+    info = pb_status.RpcErrorInfo(reason=reason, domain="kvmesh.v1")
+    for name in ("needed_bytes", "available_bytes"):
+        if error.HasField(name):
+            info.metadata[name] = str(getattr(error, name))
+    details: list[Message] = [info]
+    if error.HasField("retry_after_s"):
+        retry = pb_status.RpcRetryInfo()
+        retry.retry_delay.FromNanoseconds(round(error.retry_after_s * 1e9))
+        details.append(retry)
+    if error.reason == pb.ERROR_REASON_QUOTA:
+        details.append(
+            pb_status.RpcQuotaFailure(
+                violations=[pb_status.RpcQuotaFailure.Violation(description=status.message)]
+            )
+        )
+    if error.field_violations:
+        violation = error.field_violations[0]
+        details.append(
+            pb_status.RpcBadRequest(
+                field_violations=[
+                    pb_status.RpcBadRequest.Violation(
+                        field=violation.field[:_MAX_NAME_CHARS],
+                        description=violation.description[: MAX_SENTENCE_CHARS // 2],
+                    )
+                ]
+            )
+        )
+    for detail in details:
+        name = type(detail).__name__.removeprefix("Rpc")
+        status.details.append(
+            Any(type_url=_GOOGLE + name, value=detail.SerializeToString(deterministic=True))
+        )
+    return status.SerializeToString()
+
+
+def decode_trailer(value: bytes) -> pb.Error | None:
+    """What a TRAILER says, as an Error; None if it is not one. Unknown details are skipped."""
+    try:
+        status = pb_status.RpcStatus.FromString(value)
+        error = pb.Error(code=status.code, message=status.message)
+        for detail in status.details:
+            match detail.type_url.removeprefix(_GOOGLE):
+                case "RetryInfo":
+                    retry = pb_status.RpcRetryInfo.FromString(detail.value)
+                    error.retry_after_s = retry.retry_delay.ToNanoseconds() / 1e9
+                case "BadRequest":
+                    bad = pb_status.RpcBadRequest.FromString(detail.value)
+                    for violation in bad.field_violations:
+                        error.field_violations.add(
+                            field=violation.field, description=violation.description
+                        )
+                case "ErrorInfo":
+                    _read_info(pb_status.RpcErrorInfo.FromString(detail.value), error)
+    except DecodeError:
+        return None
+    return error
+
+
+def _read_info(info: pb_status.RpcErrorInfo, error: pb.Error) -> None:
+    if info.domain != "kvmesh.v1":
+        return
+    name = f"ERROR_REASON_{info.reason}"
+    if name in pb.ErrorReason.keys():
+        error.reason = pb.ErrorReason.Value(name)
+    for field in ("needed_bytes", "available_bytes"):
+        digits = info.metadata.get(field, "")
+        if digits.isdecimal() and len(digits) < 20:
+            setattr(error, field, int(digits))

@@ -1,11 +1,12 @@
 """The wire contract: `kvmesh/v1/*.proto` and the stubs generated from it.
 
-    from kvmesh.protos import pb, pb_grpc
+    from kvmesh.protos import pb, pb_grpc, pb_status
 
 `generate.py` makes the stubs; `generate.py --check` says whether they are current.
 """
 
 from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.protos.kvmesh.v1 import kvmesh_pb2_grpc as pb_grpc
+from kvmesh.protos.kvmesh.v1 import status_pb2 as pb_status
 
-__all__ = ["pb", "pb_grpc"]
+__all__ = ["pb", "pb_grpc", "pb_status"]

@@ -31,10 +31,10 @@ Errors
   successful to proxies, meters and other clients. An `Error` is at most
   2 KiB serialised (trim `groups` first), since header lists beyond 8 KiB are
   refused on the way. kvmesh.client.status has the encoder and the decoder.
-  Where trailers do arrive, a server may add `grpc-status-details-bin` (a
-  google.rpc.Status with RetryInfo, BadRequest, QuotaFailure, ErrorInfo and
-  the Error itself packed) for clients in other languages; the SDK reads
-  RetryInfo, BadRequest and Error from there when the text has no Error.
+  Where trailers do arrive, a server may add `grpc-status-details-bin` with
+  google.rpc's RetryInfo, BadRequest, QuotaFailure and ErrorInfo (status.proto)
+  for clients and proxies that know those; the SDK reads it when the text
+  carries no Error.
 
   cause                                     code                 retryable
   a field is wrong                          INVALID_ARGUMENT     no

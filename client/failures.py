@@ -1,0 +1,171 @@
+"""Failed attempts: which error each one is, and whether to try again."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from kvmesh.client.errors import (
+    AuthenticationError,
+    DeadlineExceededError,
+    DuplicateRequestError,
+    FieldViolation,
+    GroupVerdict,
+    InvalidRequestError,
+    KVMeshError,
+    ModelNotFoundError,
+    NeverFitsError,
+    OverCapacityError,
+    PermissionDeniedError,
+    RequestCancelledError,
+    ResumeError,
+    ServerError,
+    UnavailableError,
+)
+from kvmesh.client.options import RetryPolicy
+from kvmesh.client.status import TRAILER, decode_details, decode_trailer
+from kvmesh.client.transport import RpcFailure
+from kvmesh.protos import pb
+
+_ERRORS: dict[str, type[KVMeshError]] = {
+    "INVALID_ARGUMENT": InvalidRequestError,
+    "OUT_OF_RANGE": InvalidRequestError,
+    "UNAUTHENTICATED": AuthenticationError,
+    "PERMISSION_DENIED": PermissionDeniedError,
+    "NOT_FOUND": ModelNotFoundError,
+    "ALREADY_EXISTS": DuplicateRequestError,
+    "RESOURCE_EXHAUSTED": OverCapacityError,
+    "DEADLINE_EXCEEDED": DeadlineExceededError,
+    "UNAVAILABLE": UnavailableError,
+    "CANCELLED": RequestCancelledError,
+}
+
+# How gRPC words a connection that broke under a call, where the code alone
+# (INTERNAL, UNKNOWN) could as well mean a fault of the server's.
+_BROKEN_CONNECTION = (
+    "RST_STREAM",
+    "GOAWAY",
+    "Stream removed",
+    "Socket closed",
+    "Connection reset",
+    "Broken pipe",
+    "Missing :status",
+    "without trailers",
+)
+
+
+def error_of(failure: RpcFailure) -> KVMeshError:
+    """The SDK's error for a failed attempt, with all that the server said."""
+    sentence, detail = decode_details(failure.details)
+    from_server = detail is not None
+    if detail is None:
+        detail = _trailer_error(failure) or pb.Error()
+    cls = _ERRORS.get(failure.code, ServerError)
+    message = sentence or detail.message or f"the call failed with {failure.code}"
+    violations = tuple(FieldViolation(v.field, v.description) for v in detail.field_violations)
+    if failure.code == "FAILED_PRECONDITION":
+        if detail.reason == pb.ERROR_REASON_RESUME_MISMATCH:
+            cls = ResumeError
+        elif detail.reason == pb.ERROR_REASON_NEVER_FITS:
+            cls = NeverFitsError
+    if failure.code == "NOT_FOUND" and not from_server:
+        # Not the service's answer: a proxy that knows no such route.
+        cls = ServerError
+    if failure.code == "RESOURCE_EXHAUSTED" and _too_large(failure):
+        cls, message = InvalidRequestError, "prompt: larger than the server accepts"
+        violations = (FieldViolation("prompt", "larger than the server accepts"),)
+    if not from_server and failure.code in ("INTERNAL", "UNKNOWN") and lost(failure):
+        cls, message = UnavailableError, f"the connection was lost ({message})"
+    return cls(
+        message,
+        code=failure.code,
+        reason=_reason_name(detail.reason),
+        request_id=detail.request_id,
+        violations=violations,
+        retry_after_s=_optional(detail, "retry_after_s"),
+        needed_bytes=_optional(detail, "needed_bytes"),
+        available_bytes=_optional(detail, "available_bytes"),
+        groups=tuple(
+            GroupVerdict(v.group, v.needed_bytes, v.available_bytes, v.reason)
+            for v in detail.groups
+        ),
+    )
+
+
+def lost(failure: RpcFailure) -> bool:
+    """Whether the call ended because its connection or its server did.
+
+    CANCELLED counts: the SDK never reports its own cancellations as failures, so
+    it comes from a server that went away.
+    """
+    if failure.code in ("UNAVAILABLE", "CANCELLED"):
+        return True
+    wording = failure.details
+    return failure.code in ("INTERNAL", "UNKNOWN") and any(w in wording for w in _BROKEN_CONNECTION)
+
+
+@dataclass(slots=True)
+class RetryState:
+    """Whether, and after how long, one call is tried again.
+
+    rng: random numbers for the jitter
+    deadline: on the transport's clock, or None; no wait goes beyond it
+    """
+
+    policy: RetryPolicy
+    rng: random.Random
+    deadline: float | None
+    failures: int = 0
+    was_lost: bool = False
+
+    def progress(self) -> None:
+        """The call delivered something: failures before that no longer count."""
+        self.failures = 0
+
+    def delay_s(self, failure: RpcFailure, error: KVMeshError, now: float) -> float | None:
+        """Seconds to wait before the next attempt, or None to give up."""
+        self.failures += 1
+        retryable = (
+            isinstance(error, OverCapacityError)
+            or lost(failure)
+            # The lost attempt's request may live on at the server for a moment.
+            or (isinstance(error, DuplicateRequestError) and self.was_lost)
+        )
+        self.was_lost = self.was_lost or lost(failure)
+        if not retryable or self.failures >= self.policy.max_attempts:
+            return None
+        backoff_s = min(
+            self.policy.max_backoff_s,
+            self.policy.initial_backoff_s * 2.0 ** (self.failures - 1),
+        )
+        wait_s = self.rng.uniform(0, backoff_s)
+        if error.retry_after_s is not None:
+            if not 0 <= error.retry_after_s <= self.policy.max_retry_after_s:
+                return None
+            wait_s += error.retry_after_s
+        if self.deadline is not None and now + wait_s >= self.deadline:
+            return None
+        return wait_s
+
+
+def _trailer_error(failure: RpcFailure) -> pb.Error | None:
+    for name, value in failure.trailers:
+        if name == TRAILER and isinstance(value, bytes):
+            return decode_trailer(value)
+    return None
+
+
+def _too_large(failure: RpcFailure) -> bool:
+    return "message larger than max" in failure.details
+
+
+def _reason_name(reason: pb.ErrorReason) -> str | None:
+    if reason == pb.ERROR_REASON_UNSPECIFIED:
+        return None
+    if reason not in pb.ErrorReason.values():
+        return str(reason)  # of a newer server
+    return pb.ErrorReason.Name(reason).removeprefix("ERROR_REASON_")
+
+
+def _optional(detail: pb.Error, name: str) -> float | int | None:
+    return getattr(detail, name) if detail.HasField(name) else None

@@ -1,0 +1,138 @@
+"""How a call is made, retried and resumed, as generators that do no I/O.
+
+A flow yields what it needs done and is sent the outcome; a failed attempt is
+thrown into it as RpcFailure. The synchronous and the asynchronous client only
+differ in the few lines that carry these steps out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any, Generic, TypeAlias, TypeVar
+
+from kvmesh.client.errors import DeadlineExceededError
+from kvmesh.client.failures import RetryState, error_of
+from kvmesh.client.stream_state import StreamState
+from kvmesh.client.transport import Method, Reply, Request, RpcFailure
+from kvmesh.client.types import Delta
+from kvmesh.protos import pb
+
+# The server ends a request at its timeout and answers; the call's own deadline
+# is later by this, for a server that no longer answers.
+GRACE_S = 5.0
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Now:
+    """Outcome: the transport's clock, as a float."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sleep:
+    """Outcome: None."""
+
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Send(Generic[Request, Reply]):
+    """Make one attempt of a unary call. Outcome: the reply."""
+
+    method: Method[Request, Reply]
+    request: Request
+    timeout_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Open:
+    """Start the streaming call, after ending the one before it. Outcome: None."""
+
+    request: pb.GenerateRequest
+    timeout_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """Outcome: the next event of the open call, or None at its end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Emit:
+    """Hand a delta to the caller. Outcome: None."""
+
+    delta: Delta
+
+
+UnaryStep: TypeAlias = Now | Sleep | Send[Any, Any]
+StreamStep: TypeAlias = Now | Sleep | Open | Read | Emit
+UnaryFlow: TypeAlias = Generator[UnaryStep, Any, T]
+StreamFlow: TypeAlias = Generator[StreamStep, Any, None]
+
+
+def unary(
+    method: Method[Request, Reply],
+    request: Request,
+    timeout_s: float | None,
+    retry: RetryState,
+) -> UnaryFlow[Reply]:
+    """One unary call, tried again while that makes sense; returns the reply."""
+    start = yield Now()
+    retry.deadline = None if timeout_s is None else start + timeout_s
+    while True:
+        remaining_s = _remaining_s(retry.deadline, (yield Now()))
+        grace_s = 0.0
+        if isinstance(request, pb.GenerateRequest) and remaining_s is not None:
+            request.timeout_s, grace_s = remaining_s, GRACE_S
+        try:
+            reply: Reply = yield Send(
+                method, request, None if remaining_s is None else remaining_s + grace_s
+            )
+        except RpcFailure as failure:
+            yield from _back_off(failure, retry)
+        else:
+            return reply
+
+
+def stream(state: StreamState, timeout_s: float | None, retry: RetryState) -> StreamFlow:
+    """One streamed generation, resumed where it was when its connection is lost."""
+    start = yield Now()
+    retry.deadline = None if timeout_s is None else start + timeout_s
+    while True:
+        remaining_s = _remaining_s(retry.deadline, (yield Now()))
+        request = state.request_to_send()
+        if remaining_s is not None:
+            request.timeout_s = remaining_s
+        try:
+            yield Open(request, None if remaining_s is None else remaining_s + GRACE_S)
+            while (event := (yield Read())) is not None:
+                if (delta := state.feed(event)) is not None:
+                    retry.progress()
+                    yield Emit(delta)
+            if state.ended:
+                return
+            # An OK without usage is what some proxies make of a lost server.
+            raise RpcFailure("UNAVAILABLE", "the stream ended before its end")
+        except RpcFailure as failure:
+            if state.ended:
+                return  # usage was received: nothing is missing
+            yield from _back_off(failure, retry)
+
+
+def _back_off(failure: RpcFailure, retry: RetryState) -> Generator[Any, Any, None]:
+    """Wait before the next attempt, or raise what the failure means."""
+    error = error_of(failure)
+    wait_s = retry.delay_s(failure, error, (yield Now()))
+    if wait_s is None:
+        raise error from None
+    yield Sleep(wait_s)
+
+
+def _remaining_s(deadline: float | None, now: float) -> float | None:
+    if deadline is None:
+        return None
+    if now >= deadline:
+        raise DeadlineExceededError("timeout_s ran out before the call could be made")
+    return deadline - now

@@ -1,0 +1,119 @@
+"""Results: from messages to typed values."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+from google.protobuf.message import Message as ProtoMessage
+
+from kvmesh.client.errors import ProtocolError
+from kvmesh.client.types import (
+    Choice,
+    Completion,
+    FinishReason,
+    TokenLogprob,
+    TokenLogprobs,
+    Usage,
+)
+from kvmesh.protos import pb
+
+T = TypeVar("T")
+
+_FINISH_REASONS: dict[pb.FinishReason, FinishReason] = {
+    pb.FINISH_REASON_STOP: FinishReason.STOP,
+    pb.FINISH_REASON_LENGTH: FinishReason.LENGTH,
+    pb.FINISH_REASON_ABORT: FinishReason.ABORT,
+    pb.FINISH_REASON_DEADLINE: FinishReason.DEADLINE,
+}
+
+
+def mirror(cls: type[T], message: ProtoMessage) -> T:
+    """The value of a dataclass whose fields are those of a message, by name.
+
+    Unset optional fields become None, repeated ones tuples, maps dicts, and
+    messages the dataclass that the field's annotation names.
+    """
+    values = {
+        name: _value(message, name, optional, element)
+        for name, optional, element in _plan(cls)
+    }
+    return cls(**values)
+
+
+def _value(message: ProtoMessage, name: str, optional: bool, element: type | None) -> Any:
+    value = getattr(message, name)
+    if optional:
+        return value if message.HasField(name) else None
+    if isinstance(value, ProtoMessage):
+        return mirror(typing.cast(type, element), value)
+    if isinstance(value, str | bytes | int | float):
+        return value
+    if isinstance(value, Mapping):
+        return dict(value)
+    return tuple(mirror(element, item) if element else item for item in value)
+
+
+@functools.cache
+def _plan(cls: type) -> tuple[tuple[str, bool, type | None], ...]:
+    """Of each field: its name, whether it may be None, the dataclass in it if any."""
+    hints = typing.get_type_hints(cls)
+    plan = []
+    for field in dataclasses.fields(cls):
+        hint = hints[field.name]
+        inner = (hint, *typing.get_args(hint))
+        element = next((part for part in inner if dataclasses.is_dataclass(part)), None)
+        plan.append((field.name, type(None) in inner, typing.cast("type | None", element)))
+    return tuple(plan)
+
+
+def completion(reply: pb.GenerateResponse) -> Completion:
+    if not reply.choices:
+        raise ProtocolError("the server's reply has no choices", request_id=reply.request_id)
+    return Completion(
+        request_id=reply.request_id,
+        model=reply.model,
+        seed=reply.seed,
+        choices=tuple(
+            Choice(
+                index=choice.index,
+                text=choice.text,
+                token_ids=tuple(choice.token_ids),
+                finish_reason=finish_reason(choice.finish_reason),
+                matched_stop=matched_stop(choice),
+                logprobs=logprobs(choice.logprobs),
+            )
+            for choice in reply.choices
+        ),
+        usage=mirror(Usage, reply.usage),
+    )
+
+
+def finish_reason(value: pb.FinishReason) -> FinishReason:
+    try:
+        return _FINISH_REASONS[value]
+    except KeyError:
+        raise ProtocolError(f"the server sent the unknown finish reason {value}") from None
+
+
+def matched_stop(message: pb.Choice | pb.ChoiceFinished) -> str | int | None:
+    match message.WhichOneof("matched_stop"):
+        case "matched_stop_string":
+            return message.matched_stop_string
+        case "matched_stop_token_id":
+            return message.matched_stop_token_id
+        case _:
+            return None
+
+
+def logprobs(entries: Iterable[pb.TokenLogprobs]) -> tuple[TokenLogprobs, ...]:
+    return tuple(
+        TokenLogprobs(
+            chosen=mirror(TokenLogprob, entry.chosen),
+            top=tuple(mirror(TokenLogprob, token) for token in entry.top),
+        )
+        for entry in entries
+    )

@@ -1,0 +1,102 @@
+"""The seam between the SDK's logic and the outside: calls, time, sleep.
+
+A transport makes one attempt of one call and raises RpcFailure if it fails.
+Retries, resumes, errors and types are the callers'. Its clock and sleep are part
+of it, so that a fake one runs through back-offs at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+from google.protobuf.message import Message
+
+from kvmesh.protos import pb
+
+Request = TypeVar("Request", bound=Message)
+Reply = TypeVar("Reply", bound=Message)
+
+
+class RpcFailure(Exception):
+    """One attempt failed. Never leaves the SDK.
+
+    code: name of the gRPC status code
+    details: the status's text
+    trailers: metadata that came with the status
+    """
+
+    def __init__(
+        self, code: str, details: str, trailers: tuple[tuple[str, str | bytes], ...] = ()
+    ) -> None:
+        super().__init__(code, details, trailers)
+        self.code = code
+        self.details = details
+        self.trailers = trailers
+
+
+@dataclass(frozen=True, slots=True)
+class Method(Generic[Request, Reply]):
+    """A method of the service and the types of its messages."""
+
+    name: str
+    request_type: type[Request]
+    reply_type: type[Reply]
+
+    @property
+    def path(self) -> str:
+        return f"/kvmesh.v1.KVMesh/{self.name}"
+
+
+GENERATE = Method("Generate", pb.GenerateRequest, pb.GenerateResponse)
+GENERATE_STREAM = Method("GenerateStream", pb.GenerateRequest, pb.GenerateStreamResponse)
+TOKENIZE = Method("Tokenize", pb.TokenizeRequest, pb.TokenizeResponse)
+ABORT = Method("Abort", pb.AbortRequest, pb.AbortResponse)
+ESTIMATE_BUDGET = Method("EstimateBudget", pb.EstimateBudgetRequest, pb.EstimateBudgetResponse)
+GET_MODEL_INFO = Method("GetModelInfo", pb.GetModelInfoRequest, pb.GetModelInfoResponse)
+GET_LOADS = Method("GetLoads", pb.GetLoadsRequest, pb.GetLoadsResponse)
+
+
+class StreamCall(Protocol):
+    """A streaming call under way."""
+
+    def read(self) -> pb.GenerateStreamResponse | None:
+        """The next event, or None at the end of a stream whose status is OK."""
+
+    def cancel(self) -> None:
+        """End the call; harmless if it has ended. May be called by any thread."""
+
+
+class Transport(Protocol):
+    def unary(
+        self, method: Method[Request, Reply], request: Request, timeout_s: float | None
+    ) -> Reply: ...
+
+    def stream(self, request: pb.GenerateRequest, timeout_s: float | None) -> StreamCall: ...
+
+    def now(self) -> float:
+        """Seconds on a clock that never goes back."""
+
+    def sleep(self, seconds: float) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class AsyncStreamCall(Protocol):
+    async def read(self) -> pb.GenerateStreamResponse | None: ...
+
+    def cancel(self) -> None: ...
+
+
+class AsyncTransport(Protocol):
+    async def unary(
+        self, method: Method[Request, Reply], request: Request, timeout_s: float | None
+    ) -> Reply: ...
+
+    def stream(self, request: pb.GenerateRequest, timeout_s: float | None) -> AsyncStreamCall: ...
+
+    def now(self) -> float: ...
+
+    async def sleep(self, seconds: float) -> None: ...
+
+    async def close(self) -> None: ...
