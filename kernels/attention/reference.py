@@ -27,7 +27,7 @@ def paged_attention(
     softcap: float | None = None,
     sliding_window: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    num_tokens, num_heads, head_dim = q.shape
+    num_tokens, num_heads, _ = q.shape
     plan = plan_for(batch, num_tokens, hot.shape[2], sliding_window)
     layer = _Layer(hot, sealed, fmt, scale, softcap)
     if len(plan.groups) == 1 and plan.groups[0].tokens is None:

@@ -15,7 +15,7 @@ from tests.kernels.cases import Case, Shape, make_case, truth
 MIXED = [(1, 1), (15, 1), (16, 1), (17, 1), (63, 1), (64, 64), (65, 9), (200, 33), (130, 1)]
 
 
-def check(case: Case, **options: float | int | None) -> None:
+def check(case: Case, **options: float | None) -> None:
     scale = case.shape.head_dim**-0.5
     out, lse = paged_attention(
         case.q, case.hot, case.sealed, case.batch, fmt=case.fmt, scale=scale, **options
@@ -119,7 +119,7 @@ def test_a_missing_page_is_named() -> None:
 
 def test_bad_arguments_are_named() -> None:
     case = make_case(get_format("int8"), Shape(), [(40, 1)])
-    good = dict(fmt=case.fmt, scale=0.125)
+    good = {"fmt": case.fmt, "scale": 0.125}
     args = (case.hot, case.sealed, case.batch)
     with pytest.raises(ValueError, match="q, hot"):
         paged_attention(case.q.bfloat16(), *args, **good)

@@ -1,0 +1,94 @@
+"""Writing, sealing and merging in plain torch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kvmesh.kernels.formats.registry import format_names, get_format
+from kvmesh.kernels.merge import merge_states
+from kvmesh.kernels.seal import seal_pages
+from kvmesh.kernels.write import write_hot
+
+
+def test_write_puts_every_token_into_its_slot_and_nothing_else() -> None:
+    hot = torch.full((5, 2, 3, 16, 64), float("nan"))
+    k, v = torch.randn(2, 4, 3, 64)
+    write_hot(k, v, hot, torch.tensor([0, 79, -1, 33]))
+    for token, (page, offset) in {0: (0, 0), 1: (4, 15), 3: (2, 1)}.items():
+        assert torch.equal(hot[page, 0, :, offset], k[token])
+        assert torch.equal(hot[page, 1, :, offset], v[token])
+    assert hot.isfinite().all((1, 2, 4)).sum() == 3
+
+
+def test_write_refuses_wrong_shapes() -> None:
+    hot = torch.zeros(5, 2, 3, 16, 64)
+    k = torch.zeros(4, 3, 64)
+    slots = torch.zeros(4, dtype=torch.int64)
+    with pytest.raises(ValueError, match="k, v"):
+        write_hot(k, k[:2], hot, slots)
+    with pytest.raises(ValueError, match="hot"):
+        write_hot(k[:, :2], k[:, :2], hot, slots)
+    with pytest.raises(ValueError, match="slots"):
+        write_hot(k, k, hot, slots[:3])
+
+
+@pytest.mark.parametrize("name", format_names())
+def test_seal_encodes_the_named_pages_only(name: str) -> None:
+    fmt = get_format(name)
+    hot = torch.randn(6, 2, 3, 16, 64)
+    sealed = torch.full((9, 3, fmt.page_bytes(16, 64, 4)), 0xAA, dtype=torch.uint8)
+    hot_ids, sealed_ids = torch.tensor([[4, 1], [8, 3]], dtype=torch.int32)
+    seal_pages(hot, sealed, hot_ids, sealed_ids, fmt=fmt)
+    assert torch.equal(sealed[8], fmt.encode(hot[4, 0], hot[4, 1]))
+    assert torch.equal(sealed[3], fmt.encode(hot[1, 0], hot[1, 1]))
+    assert (sealed[[0, 1, 2, 4, 5, 6, 7]] == 0xAA).all()
+
+
+def test_seal_nothing_and_wrong_shapes() -> None:
+    fmt = get_format("int8")
+    hot = torch.randn(2, 2, 3, 16, 64)
+    sealed = torch.zeros(2, 3, fmt.page_bytes(16, 64), dtype=torch.uint8)
+    none = torch.zeros(0, dtype=torch.int32)
+    seal_pages(hot, sealed, none, none, fmt=fmt)
+    assert (sealed == 0).all()
+    one = torch.zeros(1, dtype=torch.int32)
+    with pytest.raises(ValueError, match="hot_ids"):
+        seal_pages(hot, sealed, one, none, fmt=fmt)
+    with pytest.raises(ValueError, match="sealed"):
+        seal_pages(hot, sealed[..., :-1], one, one, fmt=fmt)
+
+
+def test_merge_of_parts_is_attention_over_the_union() -> None:
+    q = torch.randn(5, 3, 64, dtype=torch.float64) * 0.125
+    k, v = torch.randn(2, 40, 3, 64, dtype=torch.float64)
+    scores = torch.einsum("ihd,jhd->ihj", q, k)
+    outs, lses = [], []
+    for part in (slice(0, 7), slice(7, 8), slice(8, 40)):
+        outs.append(torch.einsum("ihj,jhd->ihd", scores[..., part].softmax(-1), v[part]))
+        lses.append(scores[..., part].logsumexp(-1))
+    out, lse = merge_states(torch.stack(outs).float(), torch.stack(lses).float())
+    want = torch.einsum("ihj,jhd->ihd", scores.softmax(-1), v)
+    torch.testing.assert_close(out.double(), want, atol=2e-6, rtol=0)
+    torch.testing.assert_close(lse.double(), scores.logsumexp(-1), atol=1e-5, rtol=0)
+
+
+def test_merge_ignores_parts_without_keys() -> None:
+    outs = torch.randn(3, 2, 1, 64)
+    outs[1] = float("nan")
+    lses = torch.tensor([[[1.0], [-torch.inf]], [[-torch.inf]] * 2, [[-torch.inf]] * 2])
+    out, lse = merge_states(outs, lses)
+    assert torch.equal(out[0], outs[0, 0]) and lse[0] == 1.0
+    assert (out[1] == 0).all() and lse[1] == -torch.inf
+
+
+def test_merge_survives_large_lses() -> None:
+    outs = torch.tensor([1.0, 3.0]).view(2, 1, 1, 1)
+    out, lse = merge_states(outs, torch.full((2, 1, 1), 1e4))
+    assert out.item() == pytest.approx(2.0)
+    assert lse.item() == pytest.approx(1e4 + 0.6931, rel=1e-6)
+
+
+def test_merge_refuses_wrong_shapes() -> None:
+    with pytest.raises(ValueError, match="outs, lses"):
+        merge_states(torch.zeros(2, 3, 1, 8), torch.zeros(2, 3))
