@@ -1,0 +1,117 @@
+"""The router's errors, in one tree. Every class survives pickling.
+
+RoutingError
+├── DuplicateRequestError      a request id that already waits
+├── LedgerError                a transition the ledger does not allow
+├── NeverFitsError             no group could hold it, even empty
+├── DeadlineUnreachableError   its time would run out before it starts
+└── OverCapacityError          not now; says when to come back
+    ├── QueueFullError         the queue has no place left
+    ├── QuotaExceededError     the tenant's share is used up
+    └── NoGroupError           no group is up
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+
+class RoutingError(Exception):
+    """Anything the router refuses."""
+
+
+class DuplicateRequestError(RoutingError):
+    """The request id already waits in the queue."""
+
+    def __init__(self, request_id: str) -> None:
+        super().__init__(request_id)
+        self.request_id = request_id
+
+    def __str__(self) -> str:
+        return f"request {self.request_id!r} already waits in the queue"
+
+
+class LedgerError(RoutingError):
+    """A transition that the ledger's rules forbid: a fault of the caller."""
+
+
+class NeverFitsError(RoutingError):
+    """No group can hold the request, even when it is empty.
+
+    needed_bytes, available_bytes: by group, over all its ranks
+    reasons: by group, why it cannot
+    """
+
+    def __init__(
+        self,
+        needed_bytes: Mapping[str, int],
+        available_bytes: Mapping[str, int],
+        reasons: Mapping[str, str],
+    ) -> None:
+        super().__init__(dict(needed_bytes), dict(available_bytes), dict(reasons))
+        self.needed_bytes = dict(needed_bytes)
+        self.available_bytes = dict(available_bytes)
+        self.reasons = dict(reasons)
+
+    def __str__(self) -> str:
+        parts = [
+            f"{group}: needs {needed} B of KV cache, has {self.available_bytes[group]} B "
+            f"({self.reasons[group]})"
+            for group, needed in self.needed_bytes.items()
+        ]
+        return "no group can hold the request: " + "; ".join(parts)
+
+
+class DeadlineUnreachableError(RoutingError):
+    """The request could not start in time; refused at once, or when its time ran out.
+
+    projected_start_s: from submission, or None where it is not known
+    """
+
+    def __init__(self, timeout_s: float, projected_start_s: float | None) -> None:
+        super().__init__(timeout_s, projected_start_s)
+        self.timeout_s = timeout_s
+        self.projected_start_s = projected_start_s
+
+    def __str__(self) -> str:
+        if self.projected_start_s is None:
+            return f"the request did not start within its {self.timeout_s:.3g} s"
+        return (
+            f"the request would start in {self.projected_start_s:.3g} s, "
+            f"after its {self.timeout_s:.3g} s have run out"
+        )
+
+
+class OverCapacityError(RoutingError):
+    """The request does not fit now.
+
+    retry_after_s: from now, when room is expected
+    needed_bytes, available_bytes: of the group that comes closest, over all its ranks
+    """
+
+    def __init__(
+        self, message: str, retry_after_s: float, needed_bytes: int, available_bytes: int
+    ) -> None:
+        super().__init__(message, retry_after_s, needed_bytes, available_bytes)
+        self.message = message
+        self.retry_after_s = retry_after_s
+        self.needed_bytes = needed_bytes
+        self.available_bytes = available_bytes
+
+    def __str__(self) -> str:
+        return (
+            f"{self.message}: needs {self.needed_bytes} B of KV cache, "
+            f"{self.available_bytes} B are free; retry in {self.retry_after_s:.3g} s"
+        )
+
+
+class QueueFullError(OverCapacityError):
+    """The queue has no place left."""
+
+
+class QuotaExceededError(OverCapacityError):
+    """The tenant holds or has used as much as its quota allows."""
+
+
+class NoGroupError(OverCapacityError):
+    """No group is up."""

@@ -1,0 +1,129 @@
+"""The ledger's transitions. Applied in order to an empty ledger, they make its state.
+
+`at` is the router's clock when the transition happened, in seconds.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+from kvmesh.cluster.routing.group import GroupSpec
+from kvmesh.workers.request import LeaseTerms
+from kvmesh.workers.sizes import PageNeed
+
+
+class ReleaseReason(enum.Enum):
+    ENDED = "its holder gave it back"
+    EXPIRED = "its holder never handed it to the engine"
+    VANISHED = "its engine no longer runs it"
+    VOIDED = "its group is down"
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """A reservation of pages on one group.
+
+    epoch: of the router that granted it
+    need: pages of one rank
+    expires_at: when it may be swept unless an engine's report renews it
+    confirmed: an engine's report has listed it
+    """
+
+    lease_id: str
+    request_id: str
+    tenant: str
+    group: str
+    epoch: int
+    need: PageNeed
+    sequences: int
+    granted_at: float
+    expires_at: float
+    confirmed: bool = False
+
+    @property
+    def terms(self) -> LeaseTerms:
+        return LeaseTerms(self.lease_id, self.epoch, self.need.hot, self.need.sealed)
+
+
+@dataclass(frozen=True, slots=True)
+class GroupUp:
+    spec: GroupSpec
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class GroupDown:
+    """Its leases were voided before."""
+
+    group: str
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class GroupReported:
+    """The engine's report listed `lease_ids`: they are confirmed and renewed."""
+
+    group: str
+    lease_ids: tuple[str, ...]
+    expires_at: float
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseGranted:
+    lease: Lease
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseAdopted:
+    """An engine runs under a lease the ledger did not know; its pages are in use, so they count."""
+
+    lease: Lease
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseResized:
+    lease_id: str
+    need: PageNeed
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseRenewed:
+    lease_id: str
+    expires_at: float
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseHandedOver:
+    """The lease goes on at another group, unconfirmed there as yet."""
+
+    lease_id: str
+    group: str
+    need: PageNeed
+    expires_at: float
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseReleased:
+    lease_id: str
+    reason: ReleaseReason
+    at: float
+
+
+Event = (
+    GroupUp
+    | GroupDown
+    | GroupReported
+    | LeaseGranted
+    | LeaseAdopted
+    | LeaseResized
+    | LeaseRenewed
+    | LeaseHandedOver
+    | LeaseReleased
+)

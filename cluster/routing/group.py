@@ -1,0 +1,67 @@
+"""A group as the router knows it: what it holds, in which shapes, how well."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvmesh.workers.request import EngineInfo
+from kvmesh.workers.sizes import PageGeometry, PageNeed
+
+REFERENCE_BITS = 16.0  # of a bf16 value, the exact cache of a GPU
+
+
+@dataclass(frozen=True, slots=True)
+class GroupSpec:
+    """What does not change while a group's engine lives.
+
+    group: the router's name of it
+    engine_epoch: identifies the incarnation of its engine
+    capacity: pages of one rank that leases may cover
+    geometry: page shapes; its bytes times `geometry.ranks` are over all ranks
+    quality: bits per stored key or value of a sealed page, metadata included
+    """
+
+    group: str
+    engine_epoch: str
+    capacity: PageNeed
+    geometry: PageGeometry
+    max_model_len: int
+    max_sequences: int
+    kv_format: str
+    quality: float
+
+    @property
+    def capacity_bytes(self) -> int:
+        return self.geometry.bytes_of(self.capacity)
+
+    @classmethod
+    def from_engine_info(
+        cls, group: str, info: EngineInfo, *, reserved_hot_pages: int = 0
+    ) -> GroupSpec:
+        """The spec of an engine.
+
+        reserved_hot_pages: of the pool, for the step in flight; not for leases
+        Raises ValueError if nothing remains to lease.
+        """
+        hot_pages = info.hot_pages - reserved_hot_pages
+        if hot_pages < 1:
+            raise ValueError(
+                f"reserved_hot_pages must be less than the pool's {info.hot_pages}, "
+                f"got {reserved_hot_pages}"
+            )
+        return cls(
+            group=group,
+            engine_epoch=info.epoch,
+            capacity=PageNeed(hot=hot_pages, sealed=info.sealed_pages),
+            geometry=PageGeometry(
+                page_size=info.page_size,
+                sink_pages=info.sink_pages,
+                recent_pages=info.recent_pages,
+                hot_page_bytes=info.hot_page_bytes,
+                sealed_page_bytes=info.sealed_page_bytes,
+            ),
+            max_model_len=info.max_model_len,
+            max_sequences=info.max_num_seqs,
+            kv_format=info.kv_format,
+            quality=REFERENCE_BITS * info.sealed_page_bytes / info.hot_page_bytes,
+        )

@@ -1,0 +1,365 @@
+"""The ledger: what every group can hold, and who holds what of it.
+
+Every public method decides, and says what it decided as events; `_apply` alone
+changes the state. So a log of events replays to the same ledger.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+from kvmesh.cluster.routing import events as ev
+from kvmesh.cluster.routing.demand import times
+from kvmesh.cluster.routing.errors import LedgerError
+from kvmesh.cluster.routing.events import Event, Lease, ReleaseReason
+from kvmesh.cluster.routing.group import GroupSpec
+from kvmesh.workers.request import LeaseTerms
+from kvmesh.workers.sizes import PageNeed
+
+NOTHING = PageNeed(hot=0, sealed=0)
+
+
+@dataclass(slots=True)
+class Account:
+    """One group's page of the ledger.
+
+    used: the sum of its leases; sequences: likewise
+    reported_at: when its engine last reported to this ledger, or None
+    """
+
+    spec: GroupSpec
+    used: PageNeed = NOTHING
+    sequences: int = 0
+    lease_ids: set[str] = field(default_factory=set)
+    reported_at: float | None = None
+
+    def free_pages(self) -> PageNeed:
+        """May be negative after leases were adopted; nothing is granted then."""
+        capacity = self.spec.capacity
+        return PageNeed(capacity.hot - self.used.hot, capacity.sealed - self.used.sealed)
+
+    def used_bytes(self) -> int:
+        return self.spec.geometry.bytes_of(self.used)
+
+
+@dataclass(frozen=True, slots=True)
+class Reconciliation:
+    """What a report changed. stale: it came from another incarnation and was ignored."""
+
+    released: tuple[Lease, ...] = ()
+    adopted: tuple[Lease, ...] = ()
+    stale: bool = False
+
+
+class Ledger:
+    """Capacity and leases of all groups, in pages of one rank.
+
+    epoch: of this router; stands in the leases it grants
+    grace_s: how long after its grant (or release) a lease may be missing from
+        (or still stand in) a report that was on its way
+    on_event: called with every transition after it was applied
+    """
+
+    def __init__(
+        self,
+        epoch: int,
+        *,
+        ttl_s: float = 30.0,
+        grace_s: float = 5.0,
+        on_event: Callable[[Event], None] | None = None,
+    ) -> None:
+        if not 0 < grace_s <= ttl_s:
+            raise ValueError(
+                f"grace_s must be greater than 0 and at most ttl_s ({ttl_s}), got {grace_s}"
+            )
+        self.epoch = epoch
+        self.ttl_s = ttl_s
+        self.grace_s = grace_s
+        self._on_event = on_event
+        self._accounts: dict[str, Account] = {}
+        self._leases: dict[str, Lease] = {}
+        self._released_at: dict[str, float] = {}
+        self._granted = 0
+
+    # Reading
+
+    @property
+    def accounts(self) -> Mapping[str, Account]:
+        return self._accounts
+
+    @property
+    def leases(self) -> Mapping[str, Lease]:
+        return self._leases
+
+    def state(self) -> tuple[dict[str, Account], dict[str, Lease]]:
+        """Everything that events determine, for comparison."""
+        return dict(self._accounts), dict(self._leases)
+
+    def check_integrity(self) -> None:
+        """Raise LedgerError unless every account is the sum of its leases."""
+        for group, account in self._accounts.items():
+            held = [lease for lease in self._leases.values() if lease.group == group]
+            used = sum((lease.need for lease in held), NOTHING)
+            if (
+                used != account.used
+                or {lease.lease_id for lease in held} != account.lease_ids
+                or sum(lease.sequences for lease in held) != account.sequences
+            ):
+                raise LedgerError(f"account of {group!r} says {account.used}, leases sum to {used}")
+        strays = [x for x in self._leases.values() if x.group not in self._accounts]
+        if strays:
+            raise LedgerError(f"lease {strays[0].lease_id!r} is on a group that is not up")
+
+    # Groups
+
+    def group_up(self, spec: GroupSpec, now: float) -> tuple[Lease, ...]:
+        """Open an account. A former incarnation's leases are void, and returned."""
+        account = self._accounts.get(spec.group)
+        if account is not None and account.spec == spec:
+            return ()
+        voided = self.group_down(spec.group, now)
+        self._do(ev.GroupUp(spec, now))
+        return voided
+
+    def group_down(self, group: str, now: float) -> tuple[Lease, ...]:
+        """Close an account; its leases are void, and returned."""
+        account = self._accounts.get(group)
+        if account is None:
+            return ()
+        voided = tuple(self._leases[lease_id] for lease_id in sorted(account.lease_ids))
+        for lease in voided:
+            self._do(ev.LeaseReleased(lease.lease_id, ReleaseReason.VOIDED, now))
+        self._do(ev.GroupDown(group, now))
+        return voided
+
+    # Leases
+
+    def grant(
+        self,
+        group: str,
+        need: PageNeed,
+        now: float,
+        *,
+        request_id: str,
+        tenant: str = "default",
+        sequences: int = 1,
+    ) -> Lease:
+        """Reserve pages. Raises LedgerError if they are not free."""
+        account = self._account(group)
+        if not need.fits(account.free_pages()):
+            raise LedgerError(f"{need} does not fit {group!r}, which has {account.free_pages()}")
+        lease = Lease(
+            lease_id=f"{self.epoch:x}-{self._granted}",
+            request_id=request_id,
+            tenant=tenant,
+            group=group,
+            epoch=self.epoch,
+            need=need,
+            sequences=sequences,
+            granted_at=now,
+            expires_at=now + self.ttl_s,
+        )
+        self._do(ev.LeaseGranted(lease, now))
+        return lease
+
+    def grow(self, lease_id: str, need: PageNeed, now: float) -> bool:
+        """Extend a lease to `need`. Returns False, and changes nothing, if the room is missing."""
+        lease = self._lease(lease_id)
+        if need.hot < lease.need.hot or need.sealed < lease.need.sealed:
+            raise LedgerError(f"need of {lease_id!r} must not fall below {lease.need}, got {need}")
+        more = PageNeed(need.hot - lease.need.hot, need.sealed - lease.need.sealed)
+        if not more.fits(self._account(lease.group).free_pages()):
+            return False
+        if more != NOTHING:
+            self._do(ev.LeaseResized(lease_id, need, now))
+        return True
+
+    def shrink(self, lease_id: str, need: PageNeed, now: float) -> None:
+        """Give back what a lease holds beyond `need`."""
+        lease = self._lease(lease_id)
+        if not need.fits(lease.need) or min(need.hot, need.sealed) < 0:
+            raise LedgerError(f"need of {lease_id!r} must lie within {lease.need}, got {need}")
+        if need != lease.need:
+            self._do(ev.LeaseResized(lease_id, need, now))
+
+    def hand_over(self, lease_id: str, group: str, need: PageNeed, now: float) -> bool:
+        """Move a lease to another group, or leave it where it is and return False."""
+        self._lease(lease_id)
+        if not need.fits(self._account(group).free_pages()):
+            return False
+        self._do(ev.LeaseHandedOver(lease_id, group, need, now + self.ttl_s, now))
+        return True
+
+    def renew(self, lease_id: str, now: float) -> bool:
+        """Let a lease live for another `ttl_s`. Returns False if there is no such lease."""
+        if lease_id not in self._leases:
+            return False
+        self._do(ev.LeaseRenewed(lease_id, now + self.ttl_s, now))
+        return True
+
+    def release(
+        self, lease_id: str, now: float, reason: ReleaseReason = ReleaseReason.ENDED
+    ) -> Lease | None:
+        """End a lease. Returns it, or None where it has ended before or never was."""
+        lease = self._leases.get(lease_id)
+        if lease is not None:
+            self._do(ev.LeaseReleased(lease_id, reason, now))
+        return lease
+
+    # Truth from outside
+
+    def reconcile(
+        self, group: str, engine_epoch: str, listed: Iterable[LeaseTerms], now: float
+    ) -> Reconciliation:
+        """Bring the account in line with what the engine says it runs.
+
+        Leases the engine does not run, and that are older than `grace_s`, are
+        released; leases the ledger does not know are adopted. Those it has released
+        within `grace_s` are not: the report was on its way.
+        """
+        account = self._accounts.get(group)
+        if account is None or account.spec.engine_epoch != engine_epoch:
+            return Reconciliation(stale=True)
+        terms_by_id = {terms.lease_id: terms for terms in listed}
+        released = tuple(
+            lease
+            for lease_id in sorted(account.lease_ids - terms_by_id.keys())
+            if (lease := self._leases[lease_id]).confirmed or now - lease.granted_at >= self.grace_s
+        )
+        for lease in released:
+            self._do(ev.LeaseReleased(lease.lease_id, ReleaseReason.VANISHED, now))
+        adopted = tuple(
+            self._foreign(group, terms, now)
+            for lease_id, terms in terms_by_id.items()
+            if lease_id not in self._leases and not self._just_released(lease_id, now)
+        )
+        for lease in adopted:
+            self._do(ev.LeaseAdopted(lease, now))
+        confirmed = tuple(
+            sorted(lease_id for lease_id in terms_by_id if lease_id in account.lease_ids)
+        )
+        self._do(ev.GroupReported(group, confirmed, now + self.ttl_s, now))
+        return Reconciliation(released, adopted)
+
+    def sweep(self, now: float) -> tuple[Lease, ...]:
+        """Release leases whose time is up; returns them.
+
+        A lease whose engine is silent is spared: what a silent engine holds is not
+        known to be free. The group's end, not the clock, frees it.
+        """
+        expired = tuple(
+            lease
+            for lease in self._leases.values()
+            if now >= lease.expires_at and self._heard_since(lease)
+        )
+        for lease in expired:
+            self._do(ev.LeaseReleased(lease.lease_id, ReleaseReason.EXPIRED, now))
+        self._released_at = {
+            lease_id: at for lease_id, at in self._released_at.items() if now - at < self.ttl_s
+        }
+        return expired
+
+    # Replay
+
+    @classmethod
+    def replay(
+        cls, log: Iterable[Event], epoch: int, *, ttl_s: float = 30.0, grace_s: float = 5.0
+    ) -> Ledger:
+        """The ledger that a log of events describes."""
+        ledger = cls(epoch, ttl_s=ttl_s, grace_s=grace_s)
+        for event in log:
+            ledger._apply(event)
+        return ledger
+
+    # Within
+
+    def _account(self, group: str) -> Account:
+        account = self._accounts.get(group)
+        if account is None:
+            raise LedgerError(f"group {group!r} is not up")
+        return account
+
+    def _lease(self, lease_id: str) -> Lease:
+        lease = self._leases.get(lease_id)
+        if lease is None:
+            raise LedgerError(f"there is no lease {lease_id!r}")
+        return lease
+
+    def _foreign(self, group: str, terms: LeaseTerms, now: float) -> Lease:
+        return Lease(
+            lease_id=terms.lease_id,
+            request_id=terms.lease_id,
+            tenant="",
+            group=group,
+            epoch=terms.epoch,
+            need=PageNeed(terms.hot_pages, terms.sealed_pages),
+            sequences=1,
+            granted_at=now,
+            expires_at=now + self.ttl_s,
+            confirmed=True,
+        )
+
+    def _just_released(self, lease_id: str, now: float) -> bool:
+        at = self._released_at.get(lease_id)
+        return at is not None and now - at < self.grace_s
+
+    def _heard_since(self, lease: Lease) -> bool:
+        reported_at = self._accounts[lease.group].reported_at
+        return reported_at is not None and reported_at > lease.expires_at - self.ttl_s
+
+    def _do(self, event: Event) -> None:
+        self._apply(event)
+        if self._on_event is not None:
+            self._on_event(event)
+
+    def _apply(self, event: Event) -> None:
+        match event:
+            case ev.GroupUp(spec=spec):
+                self._accounts[spec.group] = Account(spec)
+            case ev.GroupDown(group=group):
+                del self._accounts[group]
+            case ev.GroupReported(lease_ids=lease_ids, expires_at=expires_at, at=at):
+                self._accounts[event.group].reported_at = at
+                for lease_id in lease_ids:
+                    lease = self._leases[lease_id]
+                    self._leases[lease_id] = replace(lease, expires_at=expires_at, confirmed=True)
+            case ev.LeaseGranted(lease=lease):
+                self._granted += 1
+                self._enter(lease)
+            case ev.LeaseAdopted(lease=lease):
+                self._enter(lease)
+            case ev.LeaseResized(lease_id=lease_id, need=need):
+                self._enter(replace(self._leave(lease_id), need=need))
+            case ev.LeaseRenewed(lease_id=lease_id, expires_at=expires_at):
+                self._leases[lease_id] = replace(self._leases[lease_id], expires_at=expires_at)
+            case ev.LeaseHandedOver(
+                lease_id=lease_id, group=group, need=need, expires_at=expires_at
+            ):
+                moved = replace(
+                    self._leave(lease_id),
+                    group=group,
+                    need=need,
+                    granted_at=event.at,
+                    expires_at=expires_at,
+                    confirmed=False,
+                )
+                self._enter(moved)
+            case ev.LeaseReleased(lease_id=lease_id, at=at):
+                self._leave(lease_id)
+                self._released_at[lease_id] = at
+
+    def _enter(self, lease: Lease) -> None:
+        account = self._accounts[lease.group]
+        self._leases[lease.lease_id] = lease
+        account.lease_ids.add(lease.lease_id)
+        account.used = account.used + lease.need
+        account.sequences += lease.sequences
+
+    def _leave(self, lease_id: str) -> Lease:
+        lease = self._leases.pop(lease_id)
+        account = self._accounts[lease.group]
+        account.lease_ids.remove(lease_id)
+        account.used = account.used + times(lease.need, -1)
+        account.sequences -= lease.sequences
+        return lease

@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import pytest
+
+from kvmesh.cluster.routing.errors import LedgerError
+from kvmesh.cluster.routing.events import Event, ReleaseReason
+from kvmesh.cluster.routing.ledger import Ledger
+from kvmesh.workers.request import LeaseTerms
+from kvmesh.workers.sizes import PageNeed
+from tests.routing.groups import make_spec
+
+
+@pytest.fixture
+def ledger() -> Ledger:
+    ledger = Ledger(7, ttl_s=30.0, grace_s=5.0)
+    ledger.group_up(make_spec("g0"), 0.0)
+    ledger.group_up(make_spec("g1"), 0.0)
+    return ledger
+
+
+def test_a_grant_takes_pages_and_a_release_returns_them_once(ledger: Ledger) -> None:
+    lease = ledger.grant("g0", PageNeed(4, 10), 0.0, request_id="r")
+    assert ledger.accounts["g0"].free_pages() == PageNeed(60, 90)
+    assert ledger.accounts["g0"].used_bytes() == 4 * 1000 + 10 * 300
+    released = ledger.release(lease.lease_id, 1.0)
+    assert released is not None and released.lease_id == lease.lease_id
+    assert ledger.release(lease.lease_id, 2.0) is None
+    assert ledger.accounts["g0"].free_pages() == PageNeed(64, 100)
+    ledger.check_integrity()
+
+
+def test_a_grant_beyond_the_free_pages_is_a_fault(ledger: Ledger) -> None:
+    ledger.grant("g0", PageNeed(4, 90), 0.0, request_id="a")
+    with pytest.raises(LedgerError, match="does not fit 'g0'"):
+        ledger.grant("g0", PageNeed(4, 11), 0.0, request_id="b")
+
+
+def test_growth_needs_room_and_shrinking_makes_it(ledger: Ledger) -> None:
+    first = ledger.grant("g0", PageNeed(4, 60), 0.0, request_id="a")
+    second = ledger.grant("g0", PageNeed(4, 40), 0.0, request_id="b")
+    assert not ledger.grow(second.lease_id, PageNeed(4, 41), 1.0)
+    ledger.shrink(first.lease_id, PageNeed(4, 50), 1.0)
+    assert ledger.grow(second.lease_id, PageNeed(4, 50), 1.0)
+    assert ledger.accounts["g0"].free_pages() == PageNeed(56, 0)
+    with pytest.raises(LedgerError):
+        ledger.shrink(first.lease_id, PageNeed(4, 51), 1.0)
+    with pytest.raises(LedgerError):
+        ledger.grow(first.lease_id, PageNeed(3, 60), 1.0)
+
+
+def test_hand_over_moves_the_pages(ledger: Ledger) -> None:
+    lease = ledger.grant("g0", PageNeed(4, 60), 0.0, request_id="a")
+    ledger.grant("g1", PageNeed(4, 50), 0.0, request_id="b")
+    assert not ledger.hand_over(lease.lease_id, "g1", PageNeed(4, 60), 1.0)
+    assert ledger.hand_over(lease.lease_id, "g1", PageNeed(4, 50), 1.0)
+    assert ledger.accounts["g0"].used == PageNeed(0, 0)
+    assert ledger.accounts["g1"].used == PageNeed(8, 100)
+    ledger.check_integrity()
+
+
+def test_a_report_releases_what_the_engine_no_longer_runs(ledger: Ledger) -> None:
+    old = ledger.grant("g0", PageNeed(4, 10), 0.0, request_id="a")
+    ledger.reconcile("g0", "e0", [old.terms], 1.0)
+    young = ledger.grant("g0", PageNeed(4, 10), 1.5, request_id="b")
+    result = ledger.reconcile("g0", "e0", [], 2.0)
+    assert [lease.lease_id for lease in result.released] == [old.lease_id]
+    assert young.lease_id in ledger.leases
+    result = ledger.reconcile("g0", "e0", [], 6.5)
+    assert [lease.lease_id for lease in result.released] == [young.lease_id]
+
+
+def test_a_report_of_unknown_leases_is_adopted_even_beyond_capacity(ledger: Ledger) -> None:
+    foreign = LeaseTerms("3-9", 3, 4, 120)
+    result = ledger.reconcile("g0", "e0", [foreign], 1.0)
+    assert [lease.lease_id for lease in result.adopted] == ["3-9"]
+    assert ledger.accounts["g0"].free_pages().sealed == -20
+    assert ledger.reconcile("g0", "e0", [foreign], 2.0).adopted == ()
+    assert ledger.release("3-9", 3.0) is not None
+
+
+def test_a_report_that_was_on_its_way_does_not_bring_a_lease_back(ledger: Ledger) -> None:
+    lease = ledger.grant("g0", PageNeed(4, 10), 0.0, request_id="a")
+    ledger.release(lease.lease_id, 10.0)
+    assert ledger.reconcile("g0", "e0", [lease.terms], 11.0).adopted == ()
+    late = ledger.reconcile("g0", "e0", [lease.terms], 16.0)  # the engine does hold it
+    assert len(late.adopted) == 1
+
+
+def test_a_report_of_another_incarnation_is_ignored(ledger: Ledger) -> None:
+    lease = ledger.grant("g0", PageNeed(4, 10), 0.0, request_id="a")
+    assert ledger.reconcile("g0", "former", [], 100.0).stale
+    assert ledger.reconcile("nowhere", "e0", [], 100.0).stale
+    assert lease.lease_id in ledger.leases
+
+
+def test_a_new_incarnation_voids_the_former_leases(ledger: Ledger) -> None:
+    lease = ledger.grant("g0", PageNeed(4, 10), 0.0, request_id="a")
+    assert ledger.group_up(make_spec("g0"), 1.0) == ()
+    voided = ledger.group_up(make_spec("g0", epoch="e1"), 2.0)
+    assert [x.lease_id for x in voided] == [lease.lease_id]
+    assert ledger.release(lease.lease_id, 3.0) is None
+
+
+def test_the_sweep_spares_what_a_silent_engine_may_hold(ledger: Ledger) -> None:
+    lease = ledger.grant("g0", PageNeed(4, 10), 0.0, request_id="a")
+    assert ledger.sweep(100.0) == ()
+    ledger.renew(lease.lease_id, 100.0)
+    ledger.reconcile("g0", "e0", [], 101.0)  # older than the grace period: gone
+    assert lease.lease_id not in ledger.leases
+
+
+def test_the_sweep_frees_a_lease_its_holder_never_used() -> None:
+    ledger = Ledger(7, ttl_s=5.0, grace_s=5.0)
+    ledger.group_up(make_spec("g0"), 0.0)
+    lease = ledger.grant("g0", PageNeed(4, 10), 0.0, request_id="a")
+    ledger.reconcile("g0", "e0", [], 4.0)
+    assert ledger.sweep(4.9) == ()
+    assert [x.lease_id for x in ledger.sweep(5.0)] == [lease.lease_id]
+
+
+def test_the_log_replays_to_the_same_ledger() -> None:
+    log: list[Event] = []
+    ledger = Ledger(7, on_event=log.append)
+    ledger.group_up(make_spec("g0"), 0.0)
+    ledger.group_up(make_spec("g1"), 0.0)
+    a = ledger.grant("g0", PageNeed(4, 10), 0.0, request_id="a")
+    b = ledger.grant("g0", PageNeed(4, 10), 0.5, request_id="b", tenant="t", sequences=2)
+    ledger.reconcile("g0", "e0", [a.terms, LeaseTerms("x", 1, 2, 3)], 1.0)
+    ledger.grow(a.lease_id, PageNeed(4, 20), 2.0)
+    ledger.hand_over(b.lease_id, "g1", PageNeed(4, 9), 3.0)
+    ledger.release("x", 4.0)
+    ledger.group_down("g1", 5.0)
+    again = Ledger.replay(log, 7)
+    assert again.state() == ledger.state()
+    again.check_integrity()
+    c = again.grant("g0", PageNeed(1, 1), 6.0, request_id="c")
+    assert c.lease_id not in {a.lease_id, b.lease_id}
+    assert [e.reason for e in log if hasattr(e, "reason")] == [
+        ReleaseReason.ENDED,
+        ReleaseReason.VOIDED,
+    ]
