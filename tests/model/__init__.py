@@ -1,0 +1,1 @@
+"""Tests of models, tokenizers and tensor parallelism."""

@@ -1,0 +1,94 @@
+"""The model architectures kvmesh serves, and what their configurations leave unsaid.
+
+An allow-list: each was checked against transformers' own output with random
+weights, see tests/model/. Torch-free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """A causal language model of transformers.
+
+    model_type: what config.json calls it
+    kv_heads: of a configuration without `num_key_value_heads`; None for as many as heads
+    head_dim: of a configuration without `head_dim`; None for hidden_size // num_attention_heads
+    sliding: which layers attend through a sliding window, one of the names in `_SLIDING`
+    """
+
+    name: str
+    model_type: str
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    sliding: str = "none"
+
+    def sliding_windows(self, config: Mapping[str, Any]) -> tuple[int | None, ...]:
+        """Window of each layer in tokens, the query's own included; None sees the whole context."""
+        return _SLIDING[self.sliding](config)
+
+
+def _no_layer(config: Mapping[str, Any]) -> tuple[int | None, ...]:
+    return (None,) * int(config["num_hidden_layers"])
+
+
+def _every_layer(config: Mapping[str, Any]) -> tuple[int | None, ...]:
+    return (config.get("sliding_window", 4096),) * int(config["num_hidden_layers"])
+
+
+def _by_layer_types(config: Mapping[str, Any], types: list[str]) -> tuple[int | None, ...]:
+    window = config.get("sliding_window", 4096)
+    return tuple(window if kind == "sliding_attention" else None for kind in types)
+
+
+def _upper_layers(config: Mapping[str, Any]) -> tuple[int | None, ...]:
+    """Qwen2 and Qwen3: the layers from `max_window_layers` on, where it is switched on."""
+    if not config.get("use_sliding_window", False):
+        return _no_layer(config)
+    first = int(config.get("max_window_layers", 28))
+    types = config.get("layer_types") or [
+        "sliding_attention" if layer >= first else "full_attention"
+        for layer in range(config["num_hidden_layers"])
+    ]
+    return _by_layer_types(config, types)
+
+
+def _even_layers(config: Mapping[str, Any]) -> tuple[int | None, ...]:
+    """Gemma 2: every other layer, from the first on."""
+    types = config.get("layer_types") or [
+        "full_attention" if layer % 2 else "sliding_attention"
+        for layer in range(config["num_hidden_layers"])
+    ]
+    return _by_layer_types(config, types)
+
+
+_SLIDING = {
+    "none": _no_layer,
+    "every layer": _every_layer,
+    "upper layers": _upper_layers,
+    "even layers": _even_layers,
+}
+
+ARCHITECTURES: Mapping[str, Architecture] = {
+    architecture.name: architecture
+    for architecture in (
+        Architecture("LlamaForCausalLM", "llama"),
+        Architecture("MistralForCausalLM", "mistral", kv_heads=8, sliding="every layer"),
+        Architecture("Qwen2ForCausalLM", "qwen2", kv_heads=32, sliding="upper layers"),
+        Architecture(
+            "Qwen3ForCausalLM", "qwen3", kv_heads=32, head_dim=128, sliding="upper layers"
+        ),
+        Architecture("GemmaForCausalLM", "gemma", kv_heads=16, head_dim=256),
+        Architecture(
+            "Gemma2ForCausalLM", "gemma2", kv_heads=4, head_dim=256, sliding="even layers"
+        ),
+        Architecture("OlmoForCausalLM", "olmo"),
+        Architecture("Olmo2ForCausalLM", "olmo2"),
+        Architecture("CohereForCausalLM", "cohere"),
+        Architecture("StableLmForCausalLM", "stablelm", kv_heads=32),
+    )
+}

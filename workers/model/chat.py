@@ -1,0 +1,121 @@
+"""Chat templates: a conversation to prompt text, in a sandbox.
+
+A template is the model's, the messages are the user's. A message that holds
+the text of a special token ("<|im_end|>") must not become that token, or it
+could speak in another role's name. Such a text is swapped for a stand-in of
+private-use characters before the template is rendered, and the rendered prompt
+is cut there: the text between is encoded as ordinary text.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, NoReturn
+
+from jinja2 import TemplateError
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from kvmesh.workers.errors import ConfigError, InvalidRequestError
+
+# A stand-in is <open> digits <close>; characters of the private use area have no meaning elsewhere.
+_OPEN, _CLOSE = "\uf8f0", "\uf8f1"
+
+
+@dataclass(frozen=True, slots=True)
+class PromptPiece:
+    """A stretch of a prompt; literal: special tokens' texts in it are only text."""
+
+    text: str
+    literal: bool
+
+
+class ChatTemplate:
+    """A model's Jinja template, compiled once; `variables` are bos_token, eos_token, ..."""
+
+    def __init__(self, source: str, variables: Mapping[str, str]) -> None:
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals["raise_exception"] = _raise_exception
+        environment.globals["strftime_now"] = _strftime_now
+        try:
+            self._template = environment.from_string(source)
+        except TemplateError as error:
+            raise ConfigError("model", f"its chat template is malformed: {error}") from error
+        self._variables = dict(variables)
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool,
+        special_tokens: Sequence[str],
+    ) -> list[PromptPiece]:
+        """The prompt in pieces; one piece unless a message holds a special token's text.
+
+        Raises InvalidRequestError(messages) with the template's own reason.
+        """
+        guard = _Guard(special_tokens)
+        guarded = [guard.protect(message) for message in messages]
+        try:
+            text = self._template.render(
+                messages=guarded, add_generation_prompt=add_generation_prompt, **self._variables
+            )
+        except (TemplateError, TypeError, ValueError, KeyError, OverflowError) as error:
+            raise InvalidRequestError(
+                "messages", f"the model's chat template refuses them: {error}"
+            ) from error
+        return guard.restore(text)
+
+
+class _Guard:
+    """Swaps special tokens' texts for stand-ins, and back."""
+
+    def __init__(self, special_tokens: Sequence[str]) -> None:
+        # Longest first, so that a token's text is not taken for a shorter one's.
+        texts = sorted((*special_tokens, _OPEN, _CLOSE), key=len, reverse=True)
+        self._pattern = re.compile("|".join(re.escape(text) for text in texts if text))
+        self._taken: list[str] = []
+
+    def protect(self, value: Any) -> Any:
+        if isinstance(value, str):
+            return self._pattern.sub(self._stand_in, value)
+        if isinstance(value, Mapping):
+            return {key: self.protect(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [self.protect(item) for item in value]
+        return value
+
+    def _stand_in(self, match: re.Match[str]) -> str:
+        self._taken.append(match.group())
+        return f"{_OPEN}{len(self._taken) - 1}{_CLOSE}"
+
+    def restore(self, text: str) -> list[PromptPiece]:
+        if not self._taken:
+            return [PromptPiece(text, literal=False)]
+        pieces: list[PromptPiece] = []
+        for index, part in enumerate(re.split(f"{_OPEN}(\\d+){_CLOSE}", text)):
+            literal = index % 2 == 1
+            if literal:
+                part = self._taken[int(part)]
+            if part:
+                pieces.append(PromptPiece(part, literal))
+        return pieces
+
+
+def _to_json(value: Any, indent: int | None = None) -> str:
+    # Unlike Jinja's own filter this does not escape for HTML; prompts are not HTML.
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise TemplateError(message)
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.now().strftime(pattern)

@@ -1,0 +1,78 @@
+"""GGUF files, converted once to the safetensors directory that everything else reads.
+
+transformers does the reading: it dequantises, undoes the permutation of Llama's
+query and key weights, and rebuilds the tokenizer. Weights are kept in float32,
+which holds the dequantised values exactly.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from pathlib import Path
+
+from kvmesh.workers.errors import ConfigError, UnsupportedModelError
+
+_MAGIC = b"GGUF"
+_BYTES_PER_GGUF_BYTE = 8  # float32 out of 4-bit blocks
+
+
+def is_gguf(file: Path) -> bool:
+    """Whether `file` starts as a GGUF file does."""
+    with file.open("rb") as stream:
+        return stream.read(4) == _MAGIC
+
+
+def converted_bytes(file: Path) -> int:
+    """More than the conversion of `file` writes."""
+    return file.stat().st_size * _BYTES_PER_GGUF_BYTE
+
+
+def convert_gguf(file: Path, target: Path) -> None:
+    """Write the model of `file` to directory `target` as safetensors with its tokenizer.
+
+    Raises UnsupportedModelError for a model whose conversion was not checked,
+    ConfigError naming a file that is malformed.
+    """
+    check_gguf(file)
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    # transformers draws progress bars on stderr, which no setting of it switches off here.
+    with contextlib.redirect_stderr(io.StringIO()):
+        model = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, dtype=torch.float32
+        )
+        # The weights are plain now; while these two remain, transformers refuses to save them.
+        del model.config.quantization_config
+        model.hf_quantizer = None
+        model.save_pretrained(target)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        tokenizer.save_pretrained(target)
+
+
+def check_gguf(file: Path) -> None:
+    """Refuse what the conversion would lose or was never checked with."""
+    from gguf import GGUFReader
+
+    try:
+        reader = GGUFReader(file)
+        values = {
+            name: field.contents()
+            for name, field in reader.fields.items()
+            if not name.startswith("tokenizer.ggml.")
+        }
+    except (ValueError, IndexError, KeyError, OSError) as error:
+        raise ConfigError("model", f"{file} is not a whole GGUF file: {error}") from error
+    architecture = values.get("general.architecture")
+    reason = None
+    if architecture != "llama":
+        reason = f"GGUF of architecture {architecture!r} was not checked, only 'llama' was"
+    elif values.get("llama.expert_count"):
+        reason = "mixtures of experts are not served"
+    elif values.get("llama.rope.scaling.type", "none") != "none" or any(
+        tensor.name.startswith("rope_freqs") for tensor in reader.tensors
+    ):
+        reason = "its RoPE scaling would be lost in the conversion"
+    if reason is not None:
+        raise UnsupportedModelError("model", f"{file}: {reason}; use its safetensors instead")

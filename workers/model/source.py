@@ -1,0 +1,123 @@
+"""From what a user calls a model to the directory that holds it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvmesh.workers.errors import ConfigError
+from kvmesh.workers.model.embedded import (
+    EMBEDDED_NAME,
+    GGUF_SHA256,
+    fetch_embedded,
+    needed_bytes,
+)
+from kvmesh.workers.model.facts import read_facts, sample_digest
+from kvmesh.workers.model.gguf import check_gguf, convert_gguf, converted_bytes, is_gguf
+from kvmesh.workers.model.store import ModelStore, default_root
+
+Progress = Callable[[str, float | None], None]
+
+_HUB_FILES = ("*.json", "*.safetensors", "*.jinja")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """A Hugging Face directory with safetensors weights.
+
+    name: what clients call the model
+    revision: digest of what is in `path`, see ModelFacts
+    """
+
+    path: Path
+    name: str
+    revision: str
+
+
+def resolve_model(
+    name_or_path: str,
+    *,
+    progress: Callable[[str, float | None], None] | None = None,
+    root: Path | None = None,
+) -> ModelFiles:
+    """The files of a model, fetched and converted first where that was not done before.
+
+    name_or_path: the embedded model's name, a Hugging Face directory, a GGUF
+        file, or a name on the hub
+    progress: called with what is being done and the share of it done, if known
+    root: where converted models are kept; default_root() unless given
+    Raises ConfigError (field `model`) naming what is missing or malformed, and
+    UnsupportedModelError for a model that would be computed wrongly.
+    """
+    report = progress or _silent
+    store = ModelStore(root or default_root())
+    name = name_or_path
+    path = Path(name_or_path).expanduser()
+    if name_or_path == EMBEDDED_NAME:
+        directory = _embedded(store, report)
+    elif path.is_dir():
+        directory, name = path, path.resolve().name
+    elif path.is_file():
+        directory, name = _gguf(path, store, report), path.stem
+    elif _HUB_NAME.fullmatch(name_or_path):
+        directory = _hub(name_or_path, report)
+    else:
+        raise ConfigError(
+            "model",
+            f"{name_or_path!r} is neither {EMBEDDED_NAME}, nor a directory, a GGUF file"
+            " or a name on the hub (owner/name)",
+        )
+    return ModelFiles(directory, name, read_facts(directory).revision)
+
+
+def _silent(step: str, share: float | None) -> None:
+    """Report to nobody."""
+
+
+def _embedded(store: ModelStore, report: Progress) -> Path:
+    key = f"{EMBEDDED_NAME}-{GGUF_SHA256[:12]}"
+
+    def fill(target: Path) -> None:
+        sources = target / "sources"
+        sources.mkdir()
+        gguf = fetch_embedded(sources, report)
+        report(f"converting {EMBEDDED_NAME}", None)
+        convert_gguf(gguf, target)
+        gguf.unlink()
+        sources.rmdir()
+
+    return store.get(key) or store.make(key, EMBEDDED_NAME, fill, needed_bytes())
+
+
+def _gguf(file: Path, store: ModelStore, report: Progress) -> Path:
+    if not is_gguf(file):
+        raise ConfigError("model", f"{file} is not a GGUF file")
+    key = f"{re.sub(r'[^A-Za-z0-9._-]', '-', file.stem)}-{sample_digest(file).hex()[:12]}"
+
+    def fill(target: Path) -> None:
+        report(f"converting {file.name}", None)
+        convert_gguf(file.resolve(), target)
+
+    directory = store.get(key)
+    if directory is None:
+        check_gguf(file)
+        directory = store.make(key, file.stem, fill, converted_bytes(file))
+    return directory
+
+
+def _hub(name: str, report: Progress) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    report(f"downloading {name}", None)
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(_HUB_FILES)))
+    except LocalEntryNotFoundError as error:
+        raise ConfigError(
+            "model", f"{name} is not on this machine and the hub cannot be reached"
+        ) from error
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise ConfigError("model", f"{name} cannot be downloaded from the hub: {error}") from error

@@ -1,0 +1,182 @@
+"""Text to token ids and back, without torch: the ingress uses it too.
+
+Ids come from the model's tokenizer.json through the `tokenizers` library, chat
+prompts from the model's own Jinja template in a sandbox.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer as RawTokenizer
+
+from kvmesh.workers.errors import ConfigError, InvalidRequestError
+from kvmesh.workers.model.chat import ChatTemplate
+from kvmesh.workers.model.facts import read_json
+
+# A character takes at most 4 bytes, hence at most 4 tokens of a byte each.
+_MAX_CHARACTER_TOKENS = 4
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+class Tokenizer:
+    """The tokenizer of one model.
+
+    vocab_size: ids that have a token, added ones included; a model's logits may be wider
+    eos_token_id, bos_token_id: the tokenizer's own, None where it has none
+    special_tokens: text -> id of the tokens that are control, not text
+    """
+
+    def __init__(self, raw: RawTokenizer, config: Mapping[str, Any], template: str | None) -> None:
+        self._raw = raw
+        self._literal: RawTokenizer | None = None
+        self.vocab_size: int = raw.get_vocab_size(with_added_tokens=True)
+        self.special_tokens: dict[str, int] = {
+            token.content: token_id
+            for token_id, token in raw.get_added_tokens_decoder().items()
+            if token.special
+        }
+        texts = {name: _token_text(config.get(name)) for name in ("bos_token", "eos_token")}
+        self.bos_token_id = self._token_id(texts["bos_token"])
+        self.eos_token_id = self._token_id(texts["eos_token"])
+        self._chat = None
+        if template is not None:
+            self._chat = ChatTemplate(
+                template, {name: text for name, text in texts.items() if text is not None}
+            )
+
+    @classmethod
+    def load(cls, path: Path) -> Tokenizer:
+        """The tokenizer of the model in directory `path`; raises ConfigError naming the file."""
+        file = path / "tokenizer.json"
+        if not file.is_file():
+            raise ConfigError("model", f"{file} is missing (convert the model's tokenizer to it)")
+        try:
+            raw = RawTokenizer.from_file(str(file))
+        except Exception as error:  # the library raises nothing narrower
+            raise ConfigError("model", f"{file} cannot be read: {error}") from error
+        raw.no_truncation()
+        raw.no_padding()
+        config_file = path / "tokenizer_config.json"
+        config = read_json(config_file) if config_file.exists() else {}
+        return cls(raw, config, _read_template(path, config))
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._chat is not None
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Ids of `text`, in which the texts of special tokens stand for those tokens.
+
+        add_special_tokens: begin (and end) as the model expects, with its BOS for instance
+        """
+        ids: list[int] = self._raw.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
+
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
+    ) -> list[int]:
+        """Ids of a conversation through the model's template.
+
+        messages: each with `role` and `content`, as the template wants them
+        add_generation_prompt: end where the model's answer begins
+
+        What stands in a message can not become a special token: a special token's text in it
+        is encoded as ordinary text, apart from the rest of the prompt.
+        Raises InvalidRequestError(messages) where the template refuses them or there is none.
+        """
+        if self._chat is None:
+            raise InvalidRequestError("messages", "the model has no chat template")
+        pieces = self._chat.render(messages, add_generation_prompt, tuple(self.special_tokens))
+        ids: list[int] = []
+        for piece in pieces:
+            ids += self._encode_literal(piece.text) if piece.literal else self.encode(
+                piece.text, add_special_tokens=False
+            )
+        return ids
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of `ids`; bytes that are no UTF-8 become U+FFFD."""
+        text: str = self._raw.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        return text
+
+    def stream(self, skip_special_tokens: bool = True) -> DetokenizerStream:
+        """A detokeniser for one sequence of output tokens."""
+        return DetokenizerStream(self, skip_special_tokens)
+
+    def _encode_literal(self, text: str) -> list[int]:
+        if self._literal is None:
+            # A copy: the setting belongs to the tokenizer, which other threads may be using.
+            self._literal = RawTokenizer.from_str(self._raw.to_str())
+            self._literal.encode_special_tokens = True
+        ids: list[int] = self._literal.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def _token_id(self, text: str | None) -> int | None:
+        token_id: int | None = None if text is None else self._raw.token_to_id(text)
+        return token_id
+
+
+class DetokenizerStream:
+    """Text of a growing sequence of tokens, each character as soon as it is whole.
+
+    A push costs O(new tokens): what was emitted is kept only as far as the next tokens' text
+    depends on it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
+        # [context, already emitted | pending, not yet emitted]
+        self._context: list[int] = []
+        self._pending: list[int] = []
+
+    def push(self, ids: Sequence[int]) -> str:
+        """The text that `ids` complete."""
+        self._pending += ids
+        whole = len(self._pending)
+        shortest = max(0, whole - _MAX_CHARACTER_TOKENS)
+        for count in range(whole, shortest, -1):
+            text = self._text(count)
+            if not text.endswith(_REPLACEMENT):
+                return self._emit(count, text)
+        # Longer than any character: what precedes the last few tokens never will be UTF-8.
+        return self._emit(shortest, self._text(shortest)) if shortest else ""
+
+    def flush(self) -> str:
+        """The rest, at the end of the sequence; an unfinished character becomes U+FFFD."""
+        return self._emit(len(self._pending), self._text(len(self._pending)))
+
+    def _text(self, count: int) -> str:
+        """Text that the first `count` pending tokens add to the context's."""
+        before = self._decode(self._context)
+        return self._decode(self._context + self._pending[:count])[len(before) :]
+
+    def _emit(self, count: int, text: str) -> str:
+        emitted = self._pending[:count]
+        self._pending = self._pending[count:]
+        # Tokens without text, special ones say, are no context to tell a leading space by.
+        if text:
+            self._context = emitted[-_MAX_CHARACTER_TOKENS:]
+        return text
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=self._skip)
+
+
+def _token_text(token: object) -> str | None:
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
+
+
+def _read_template(path: Path, config: Mapping[str, Any]) -> str | None:
+    file = path / "chat_template.jinja"
+    if file.exists():
+        return file.read_text(encoding="utf-8")
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several named ones
+        named = {entry.get("name"): entry.get("template") for entry in template}
+        template = named.get("default")
+    return template if isinstance(template, str) else None

@@ -1,0 +1,1 @@
+"""Tensor parallelism: the ranks' communicator and the linears split over it."""
