@@ -82,9 +82,9 @@ def error_of(failure: RpcFailure) -> KVMeshError:
         reason=_reason_name(detail.reason),
         request_id=detail.request_id,
         violations=violations,
-        retry_after_s=_optional(detail, "retry_after_s"),
-        needed_bytes=_optional(detail, "needed_bytes"),
-        available_bytes=_optional(detail, "available_bytes"),
+        retry_after_s=detail.retry_after_s if detail.HasField("retry_after_s") else None,
+        needed_bytes=detail.needed_bytes if detail.HasField("needed_bytes") else None,
+        available_bytes=detail.available_bytes if detail.HasField("available_bytes") else None,
         groups=tuple(
             GroupVerdict(v.group, v.needed_bytes, v.available_bytes, v.reason)
             for v in detail.groups
@@ -114,7 +114,7 @@ class RetryState:
 
     policy: RetryPolicy
     rng: random.Random
-    deadline: float | None
+    deadline: float | None = None
     failures: int = 0
     was_lost: bool = False
 
@@ -159,13 +159,9 @@ def _too_large(failure: RpcFailure) -> bool:
     return "message larger than max" in failure.details
 
 
-def _reason_name(reason: pb.ErrorReason) -> str | None:
+def _reason_name(reason: pb.ErrorReason.ValueType) -> str | None:
     if reason == pb.ERROR_REASON_UNSPECIFIED:
         return None
     if reason not in pb.ErrorReason.values():
         return str(reason)  # of a newer server
     return pb.ErrorReason.Name(reason).removeprefix("ERROR_REASON_")
-
-
-def _optional(detail: pb.Error, name: str) -> float | int | None:
-    return getattr(detail, name) if detail.HasField(name) else None

@@ -122,6 +122,4 @@ class TLS:
 
     def __post_init__(self) -> None:
         if (self.client_cert is None) != (self.client_key is None):
-            raise InvalidRequestError.of(
-                "tls", "client_cert and client_key must be given together"
-            )
+            raise InvalidRequestError.of("tls", "client_cert and client_key must be given together")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from typing import Any, TypeVar
 
 from google.protobuf.message import Message as ProtoMessage
@@ -23,7 +23,7 @@ from kvmesh.protos import pb
 
 T = TypeVar("T")
 
-_FINISH_REASONS: dict[pb.FinishReason, FinishReason] = {
+_FINISH_REASONS: dict[pb.FinishReason.ValueType, FinishReason] = {
     pb.FINISH_REASON_STOP: FinishReason.STOP,
     pb.FINISH_REASON_LENGTH: FinishReason.LENGTH,
     pb.FINISH_REASON_ABORT: FinishReason.ABORT,
@@ -38,8 +38,7 @@ def mirror(cls: type[T], message: ProtoMessage) -> T:
     messages the dataclass that the field's annotation names.
     """
     values = {
-        name: _value(message, name, optional, element)
-        for name, optional, element in _plan(cls)
+        name: _value(message, name, optional, element) for name, optional, element in _plan(cls)
     }
     return cls(**values)
 
@@ -58,8 +57,9 @@ def _value(message: ProtoMessage, name: str, optional: bool, element: type | Non
 
 
 @functools.cache
-def _plan(cls: type) -> tuple[tuple[str, bool, type | None], ...]:
+def _plan(cls: Hashable) -> tuple[tuple[str, bool, type | None], ...]:
     """Of each field: its name, whether it may be None, the dataclass in it if any."""
+    assert isinstance(cls, type) and dataclasses.is_dataclass(cls)
     hints = typing.get_type_hints(cls)
     plan = []
     for field in dataclasses.fields(cls):
@@ -92,7 +92,7 @@ def completion(reply: pb.GenerateResponse) -> Completion:
     )
 
 
-def finish_reason(value: pb.FinishReason) -> FinishReason:
+def finish_reason(value: pb.FinishReason.ValueType) -> FinishReason:
     try:
         return _FINISH_REASONS[value]
     except KeyError:

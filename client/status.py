@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
 
 from google.protobuf.any_pb2 import Any
 from google.protobuf.message import DecodeError, Message
@@ -129,9 +130,9 @@ def _read_info(info: pb_status.RpcErrorInfo, error: pb.Error) -> None:
     if info.domain != "kvmesh.v1":
         return
     name = f"ERROR_REASON_{info.reason}"
-    if name in pb.ErrorReason.keys():
+    if name in pb.ErrorReason.keys():  # noqa: SIM118 - not a dict
         error.reason = pb.ErrorReason.Value(name)
     for field in ("needed_bytes", "available_bytes"):
         digits = info.metadata.get(field, "")
-        if digits.isdecimal() and len(digits) < 20:
+        if re.fullmatch("[0-9]{1,18}", digits):
             setattr(error, field, int(digits))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from kvmesh.client.errors import ProtocolError
+from kvmesh.client.errors import ClosedError, ProtocolError
 from kvmesh.client.responses import finish_reason, logprobs, matched_stop, mirror
 from kvmesh.client.types import (
     Choice,
@@ -44,6 +44,10 @@ class StreamState:
         self.queued: Queued | None = None
         self.started: Started | None = None
         self.usage: Usage | None = None
+
+    @property
+    def request_id(self) -> str:
+        return self._request.request_id
 
     @property
     def ended(self) -> bool:
@@ -94,9 +98,9 @@ class StreamState:
         return None
 
     def completion(self) -> Completion:
-        """The whole result. Only after the end."""
+        """The whole result; raises ClosedError before the end."""
         if self.usage is None or self.started is None:
-            raise self._broken("a result was asked for before the end")
+            raise ClosedError("the stream has not reached its end", request_id=self.request_id)
         return Completion(
             request_id=self.started.request_id,
             model=self.started.model,

@@ -1,1 +1,12 @@
-"""kvmesh: million-token contexts on the GPUs you have, over gRPC, on a Ray cluster."""
+"""kvmesh: million-token contexts on the GPUs you have, over gRPC, on a Ray cluster.
+
+    from kvmesh import Client
+
+    with Client() as client:
+        print(client.generate("The capital of France is", max_tokens=8).text)
+
+The SDK's names are all here; importing them costs neither torch nor Ray.
+"""
+
+from kvmesh.client import *  # noqa: F403
+from kvmesh.client import __all__ as __all__

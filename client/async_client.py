@@ -1,0 +1,262 @@
+"""The asyncio client."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncGenerator, Sequence
+from types import TracebackType
+from typing import Any, Self, TypeVar, Unpack
+
+from kvmesh.client import requests, responses
+from kvmesh.client.core import DEFAULT_TIMEOUT_S, Core, connection
+from kvmesh.client.errors import ClosedError
+from kvmesh.client.flows import Emit, Now, Open, Read, Send, Sleep, StreamFlow, UnaryFlow
+from kvmesh.client.grpc_transport import AsyncGrpcTransport
+from kvmesh.client.options import TLS, GenerateOptions, Messages, Prompt, RetryPolicy
+from kvmesh.client.stream_state import StreamState
+from kvmesh.client.stream_view import StreamView
+from kvmesh.client.transport import AsyncStreamCall, AsyncTransport, RpcFailure
+from kvmesh.client.types import (
+    Completion,
+    Delta,
+    Estimate,
+    Loads,
+    ModelInfo,
+    Tokens,
+)
+from kvmesh.protos import pb
+
+T = TypeVar("T")
+
+
+class AsyncClient:
+    """A client of one kvmesh cluster, of one event loop.
+
+        async with AsyncClient() as client:
+            print((await client.generate("The capital of France is", max_tokens=8)).text)
+            async for delta in client.chat_stream([Message("user", "Hello!")]):
+                print(delta.text, end="", flush=True)
+
+    target: host:port; else $KVMESH_TARGET, else localhost:9000
+    api_key: else $KVMESH_API_KEY, else the local server's key file; "" for none
+    tls: True for the system's roots, or TLS(...); False sends key and text in the clear
+    timeout_s: of generations that give none of their own; None waits for ever
+    retry: how often and how patiently to try again
+    transport: in the place of gRPC, e.g. AsyncFakeTransport
+    """
+
+    def __init__(
+        self,
+        target: str | None = None,
+        *,
+        api_key: str | None = None,
+        tls: TLS | bool = False,
+        timeout_s: float | None = None,
+        retry: RetryPolicy = RetryPolicy(),  # noqa: B008 - frozen
+        transport: AsyncTransport | None = None,
+    ) -> None:
+        if transport is None:
+            where = connection(target, api_key, tls)
+            transport = AsyncGrpcTransport(where.target, where.api_key, where.tls)
+        self._transport = transport
+        self._core = Core(retry, timeout_s, random.Random())
+
+    async def generate(
+        self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]
+    ) -> Completion:
+        """Continue a prompt, given as text or token ids; returns the whole output."""
+        message = requests.prompt_message(prompt)
+        return responses.completion(await self._run(self._core.generate(message, options)))
+
+    def generate_stream(
+        self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]
+    ) -> AsyncStream:
+        """Continue a prompt; returns a stream to iterate over as output is generated."""
+        return self._stream(requests.prompt_message(prompt), options)
+
+    async def chat(self, messages: Messages, **options: Unpack[GenerateOptions]) -> Completion:
+        """Answer a chat, rendered with the model's template; returns the whole output."""
+        message = requests.chat_message(messages)
+        return responses.completion(await self._run(self._core.generate(message, options)))
+
+    def chat_stream(self, messages: Messages, **options: Unpack[GenerateOptions]) -> AsyncStream:
+        """Answer a chat; returns a stream to iterate over as output is generated."""
+        return self._stream(requests.chat_message(messages), options)
+
+    async def tokenize(
+        self,
+        prompt: Prompt,
+        *,
+        model: str | None = None,
+        timeout_s: float | None = DEFAULT_TIMEOUT_S,
+    ) -> Tokens:
+        """The token ids that a generation would see for this prompt."""
+        return responses.mirror(
+            Tokens, await self._run(self._core.tokenize(prompt, model, timeout_s))
+        )
+
+    async def estimate(
+        self,
+        prompt: Prompt | None = None,
+        *,
+        prompt_tokens: int | None = None,
+        max_tokens: int | None = None,
+        n: int | None = None,
+        priority: int | None = None,
+        min_kv_format: str | None = None,
+        model: str | None = None,
+        timeout_s: float | None = DEFAULT_TIMEOUT_S,
+    ) -> Estimate:
+        """What a request would need and when it could start, without submitting it.
+
+        Give the prompt, or only its length to ask before sending megabytes.
+        """
+        request = requests.estimate_request(
+            prompt,
+            prompt_tokens=prompt_tokens,
+            max_tokens=max_tokens,
+            n=n,
+            priority=priority,
+            min_kv_format=min_kv_format,
+            model=model,
+        )
+        return responses.mirror(Estimate, await self._run(self._core.estimate(request, timeout_s)))
+
+    async def abort(self, request_id: str, *, timeout_s: float | None = DEFAULT_TIMEOUT_S) -> bool:
+        """End a request of the same key; returns whether there was one."""
+        return (await self._run(self._core.abort(request_id, timeout_s))).aborted
+
+    async def model_info(self, *, timeout_s: float | None = DEFAULT_TIMEOUT_S) -> ModelInfo:
+        """The served model and its groups."""
+        return responses.mirror(ModelInfo, await self._run(self._core.model_info(timeout_s)))
+
+    async def loads(self, *, timeout_s: float | None = DEFAULT_TIMEOUT_S) -> Loads:
+        """What groups and router hold and do at this moment."""
+        return responses.mirror(Loads, await self._run(self._core.loads(timeout_s)))
+
+    async def close(self) -> None:
+        """Close the connection; calls under way fail."""
+        await self._transport.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    def _stream(self, prompt: pb.Prompt, options: GenerateOptions) -> AsyncStream:
+        state, flow = self._core.generate_stream(prompt, options)
+        return AsyncStream(self._transport, state, flow)
+
+    async def _run(self, flow: UnaryFlow[T]) -> T:
+        """Carry out the steps of a unary flow."""
+        try:
+            step = next(flow)
+            while True:
+                try:
+                    outcome: Any = None
+                    match step:
+                        case Now():
+                            outcome = self._transport.now()
+                        case Sleep(seconds):
+                            await self._transport.sleep(seconds)
+                        case Send(method, request, timeout_s):
+                            outcome = await self._transport.unary(method, request, timeout_s)
+                except RpcFailure as failure:
+                    step = flow.throw(failure)
+                else:
+                    step = flow.send(outcome)
+        except StopIteration as stop:
+            result: T = stop.value
+            return result
+
+
+class AsyncStream(StreamView):
+    """Output as it is generated, to be iterated over once.
+
+        async with client.generate_stream("Once upon a time") as stream:
+            async for delta in stream:
+                print(delta.text, end="", flush=True)
+        print(stream.completion.usage)
+
+    Leaving the loop or the `async with` block in any way ends the request at the server.
+    A lost connection is resumed where it was; no token is emitted twice.
+    """
+
+    def __init__(self, transport: AsyncTransport, state: StreamState, flow: StreamFlow) -> None:
+        super().__init__(state)
+        self._transport = transport
+        self._flow = flow
+        self._iterated = False
+        self._call: AsyncStreamCall | None = None
+        self._closed = False
+
+    def __aiter__(self) -> AsyncGenerator[Delta]:
+        if self._iterated or self._closed:
+            raise ClosedError("a stream can be iterated over once")
+        self._iterated = True
+        return self._run()
+
+    async def aclose(self) -> None:
+        """End the request at the server."""
+        self._closed = True
+        if self._call is not None:
+            self._call.cancel()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+    async def _run(self) -> AsyncGenerator[Delta]:
+        """Carry out the steps of the flow."""
+        try:
+            step = next(self._flow)
+            while True:
+                try:
+                    outcome: Any = None
+                    match step:
+                        case Now():
+                            outcome = self._transport.now()
+                        case Sleep(seconds):
+                            await self._transport.sleep(seconds)
+                        case Open(request, timeout_s):
+                            self._open(request, timeout_s)
+                        case Read():
+                            outcome = await self._read()
+                        case Emit(delta):
+                            yield delta
+                    self._check_open()
+                except RpcFailure as failure:
+                    self._check_open()
+                    step = self._flow.throw(failure)
+                else:
+                    step = self._flow.send(outcome)
+        except StopIteration:
+            return
+        finally:
+            await self.aclose()
+
+    def _open(self, request: pb.GenerateRequest, timeout_s: float | None) -> None:
+        if self._call is not None:
+            self._call.cancel()
+        self._call = self._transport.stream(request, timeout_s)
+
+    async def _read(self) -> pb.GenerateStreamResponse | None:
+        assert self._call is not None
+        return await self._call.read()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("the stream has been closed")

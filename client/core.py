@@ -1,0 +1,93 @@
+"""What both clients share: how they are set up, and the flow of each method."""
+
+from __future__ import annotations
+
+import os
+import random
+from dataclasses import dataclass
+
+from kvmesh.client import requests, transport
+from kvmesh.client.credentials import resolve_api_key, resolve_target
+from kvmesh.client.flows import StreamFlow, UnaryFlow, stream, unary
+from kvmesh.client.failures import RetryState
+from kvmesh.client.options import TLS, GenerateOptions, Prompt, RetryPolicy
+from kvmesh.client.stream_state import StreamState
+from kvmesh.protos import pb
+
+# Of the calls that generate nothing.
+DEFAULT_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """Where a client connects to, and as whom."""
+
+    target: str
+    api_key: str | None
+    tls: TLS | None
+
+
+def connection(target: str | None, api_key: str | None, tls: TLS | bool) -> Connection:
+    """Fill in what was left to the environment, which is read here and nowhere else."""
+    resolved = resolve_target(target, os.environ)
+    return Connection(
+        target=resolved,
+        api_key=resolve_api_key(api_key, resolved, os.environ),
+        tls=(TLS() if tls else None) if isinstance(tls, bool) else tls,
+    )
+
+
+class Core:
+    """Builds the flows of one client's calls.
+
+    timeout_s: of generations that give none
+    """
+
+    def __init__(self, retry: RetryPolicy, timeout_s: float | None, rng: random.Random) -> None:
+        self._retry = retry
+        self._timeout_s = timeout_s
+        self._rng = rng
+
+    def generate(
+        self, prompt: pb.Prompt, options: GenerateOptions
+    ) -> UnaryFlow[pb.GenerateResponse]:
+        request = requests.generate_request(prompt, options)
+        return self._unary(transport.GENERATE, request, self._timeout_of(options))
+
+    def generate_stream(
+        self, prompt: pb.Prompt, options: GenerateOptions
+    ) -> tuple[StreamState, StreamFlow]:
+        state = StreamState(requests.generate_request(prompt, options))
+        retry = RetryState(self._retry, self._rng)
+        return state, stream(state, self._timeout_of(options), retry)
+
+    def tokenize(
+        self, prompt: Prompt, model: str | None, timeout_s: float | None
+    ) -> UnaryFlow[pb.TokenizeResponse]:
+        request = pb.TokenizeRequest(prompt=requests.prompt_message(prompt), model=model or "")
+        return self._unary(transport.TOKENIZE, request, timeout_s)
+
+    def estimate(
+        self, request: pb.EstimateBudgetRequest, timeout_s: float | None
+    ) -> UnaryFlow[pb.EstimateBudgetResponse]:
+        return self._unary(transport.ESTIMATE_BUDGET, request, timeout_s)
+
+    def abort(self, request_id: str, timeout_s: float | None) -> UnaryFlow[pb.AbortResponse]:
+        return self._unary(transport.ABORT, pb.AbortRequest(request_id=request_id), timeout_s)
+
+    def model_info(self, timeout_s: float | None) -> UnaryFlow[pb.GetModelInfoResponse]:
+        return self._unary(transport.GET_MODEL_INFO, pb.GetModelInfoRequest(), timeout_s)
+
+    def loads(self, timeout_s: float | None) -> UnaryFlow[pb.GetLoadsResponse]:
+        return self._unary(transport.GET_LOADS, pb.GetLoadsRequest(), timeout_s)
+
+    def _unary(
+        self,
+        method: transport.Method[transport.Request, transport.Reply],
+        request: transport.Request,
+        timeout_s: float | None,
+    ) -> UnaryFlow[transport.Reply]:
+        return unary(method, request, timeout_s, RetryState(self._retry, self._rng))
+
+    def _timeout_of(self, options: GenerateOptions) -> float | None:
+        return options.get("timeout_s", self._timeout_s)

@@ -1,0 +1,233 @@
+"""The transports over gRPC."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from kvmesh.client.errors import ClosedError, InvalidRequestError
+from kvmesh.client.options import TLS
+from kvmesh.client.transport import GENERATE_STREAM, Method, Reply, Request, RpcFailure
+from kvmesh.protos import pb
+
+_CHANNEL_OPTIONS: tuple[tuple[str, int | str], ...] = (
+    # Only the server limits sizes: a million-token prompt is about 4 MB.
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+    # Retries are made by `failures.RetryState`, which knows what they mean.
+    ("grpc.enable_retries", 0),
+    # A long prefill is silent; without pings a dead peer would look the same.
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    # Long enough for a restarting server, short enough to find it again soon.
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+)
+
+
+class GrpcStreamCall:
+    def __init__(self, call: Any) -> None:
+        self._call = call
+
+    def read(self) -> pb.GenerateStreamResponse | None:
+        try:
+            event: pb.GenerateStreamResponse = next(self._call)
+        except StopIteration:
+            return None
+        except grpc.RpcError as error:
+            raise _failure(error) from None
+        return event
+
+    def cancel(self) -> None:
+        self._call.cancel()
+
+
+class GrpcTransport:
+    """Blocking calls over one channel; safe to use from several threads."""
+
+    def __init__(self, target: str, api_key: str | None, tls: TLS | None) -> None:
+        self._metadata = _metadata(api_key)
+        credentials = None if tls is None else _credentials(tls)
+        options = _options(tls)
+        self._channel = (
+            grpc.insecure_channel(target, options)
+            if credentials is None
+            else grpc.secure_channel(target, credentials, options)
+        )
+        self._closed = False
+
+    def unary(
+        self, method: Method[Request, Reply], request: Request, timeout_s: float | None
+    ) -> Reply:
+        self._check_open()
+        call = self._channel.unary_unary(
+            method.path,
+            request_serializer=method.request_type.SerializeToString,
+            response_deserializer=method.reply_type.FromString,
+        )
+        try:
+            reply: Reply = call(request, timeout=timeout_s, metadata=self._metadata)
+        except grpc.RpcError as error:
+            raise _failure(error) from None
+        return reply
+
+    def stream(self, request: pb.GenerateRequest, timeout_s: float | None) -> GrpcStreamCall:
+        self._check_open()
+        call = self._channel.unary_stream(
+            GENERATE_STREAM.path,
+            request_serializer=GENERATE_STREAM.request_type.SerializeToString,
+            response_deserializer=GENERATE_STREAM.reply_type.FromString,
+        )
+        return GrpcStreamCall(call(request, timeout=timeout_s, metadata=self._metadata))
+
+    def now(self) -> float:
+        return time.monotonic()
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+    def close(self) -> None:
+        self._closed = True
+        self._channel.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("the client has been closed")
+
+
+class AsyncGrpcStreamCall:
+    def __init__(self, call: Any) -> None:
+        self._call = call
+
+    async def read(self) -> pb.GenerateStreamResponse | None:
+        try:
+            event: Any = await self._call.read()
+        except grpc.RpcError as error:
+            raise _failure(error) from None
+        except asyncio.CancelledError:
+            raise_if_cancelling()
+            raise RpcFailure("CANCELLED", "the server cancelled the call") from None
+        if event is grpc.aio.EOF:
+            return None
+        response: pb.GenerateStreamResponse = event
+        return response
+
+    def cancel(self) -> None:
+        self._call.cancel()
+
+
+class AsyncGrpcTransport:
+    """Calls over one channel of the event loop that makes the first of them."""
+
+    def __init__(self, target: str, api_key: str | None, tls: TLS | None) -> None:
+        self._target = target
+        self._metadata = _metadata(api_key)
+        self._credentials = None if tls is None else _credentials(tls)
+        self._options = _options(tls)
+        # Made by the first call: a channel belongs to a running event loop.
+        self._channel: grpc.aio.Channel | None = None
+        self._closed = False
+
+    async def unary(
+        self, method: Method[Request, Reply], request: Request, timeout_s: float | None
+    ) -> Reply:
+        call = self._open_channel().unary_unary(
+            method.path,
+            request_serializer=method.request_type.SerializeToString,
+            response_deserializer=method.reply_type.FromString,
+        )
+        try:
+            reply: Reply = await call(request, timeout=timeout_s, metadata=self._metadata)
+        except grpc.RpcError as error:
+            raise _failure(error) from None
+        except asyncio.CancelledError:
+            raise_if_cancelling()
+            raise RpcFailure("CANCELLED", "the server cancelled the call") from None
+        return reply
+
+    def stream(self, request: pb.GenerateRequest, timeout_s: float | None) -> AsyncGrpcStreamCall:
+        call = self._open_channel().unary_stream(
+            GENERATE_STREAM.path,
+            request_serializer=GENERATE_STREAM.request_type.SerializeToString,
+            response_deserializer=GENERATE_STREAM.reply_type.FromString,
+        )
+        return AsyncGrpcStreamCall(call(request, timeout=timeout_s, metadata=self._metadata))
+
+    def now(self) -> float:
+        return time.monotonic()
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+
+    async def close(self) -> None:
+        self._closed = True
+        if self._channel is not None:
+            await self._channel.close()
+
+    def _open_channel(self) -> grpc.aio.Channel:
+        if self._closed:
+            raise ClosedError("the client has been closed")
+        if self._channel is None:
+            self._channel = (
+                grpc.aio.insecure_channel(self._target, self._options)
+                if self._credentials is None
+                else grpc.aio.secure_channel(self._target, self._credentials, self._options)
+            )
+        return self._channel
+
+
+def raise_if_cancelling() -> None:
+    """Re-raise the CancelledError at hand if this task is the one being cancelled.
+
+    grpc.aio reports a call that the other side cancelled in the same way.
+    """
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise
+
+
+def _failure(error: grpc.RpcError) -> RpcFailure:
+    # What grpc raises is an RpcError that is also a Call (or AioRpcError), which
+    # its types do not say.
+    call: Any = error
+    return RpcFailure(
+        call.code().name,
+        call.details() or "",
+        tuple((name, value) for name, value in call.trailing_metadata() or ()),
+    )
+
+
+def _metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:
+    return () if api_key is None else (("authorization", f"Bearer {api_key}"),)
+
+
+def _options(tls: TLS | None) -> list[tuple[str, int | str]]:
+    options = list(_CHANNEL_OPTIONS)
+    if tls is not None and tls.server_name is not None:
+        options.append(("grpc.ssl_target_name_override", tls.server_name))
+    return options
+
+
+def _credentials(tls: TLS) -> grpc.ChannelCredentials:
+    return grpc.ssl_channel_credentials(
+        root_certificates=_pem(tls.root_ca, "root_ca"),
+        private_key=_pem(tls.client_key, "client_key"),
+        certificate_chain=_pem(tls.client_cert, "client_cert"),
+    )
+
+
+def _pem(source: bytes | str | Path | None, name: str) -> bytes | None:
+    if source is None or isinstance(source, bytes):
+        return source
+    try:
+        return Path(source).read_bytes()
+    except OSError as error:
+        raise InvalidRequestError.of(
+            f"tls.{name}", f"cannot read {source}: {error.strerror}"
+        ) from error

@@ -1,0 +1,42 @@
+"""What both kinds of stream show besides the deltas."""
+
+from __future__ import annotations
+
+from kvmesh.client.stream_state import StreamState
+from kvmesh.client.types import Completion, Queued, Started, Usage
+
+
+class StreamView:
+    """The state of a stream, during and after it."""
+
+    def __init__(self, state: StreamState) -> None:
+        self._state = state
+
+    @property
+    def request_id(self) -> str:
+        return self._state.request_id
+
+    @property
+    def queued(self) -> Queued | None:
+        """The latest news from the queue, if the request had to wait."""
+        return self._state.queued
+
+    @property
+    def started(self) -> Started | None:
+        """Where it runs and what is reserved for it, once that is known."""
+        return self._state.started
+
+    @property
+    def usage(self) -> Usage | None:
+        """What the request cost, once the stream has ended."""
+        return self._state.usage
+
+    @property
+    def resumes(self) -> int:
+        """How often the stream went on after a lost connection."""
+        return self._state.resumes
+
+    @property
+    def completion(self) -> Completion:
+        """The whole output, after the end; raises ClosedError before."""
+        return self._state.completion()
