@@ -156,7 +156,7 @@ class Engine:
         return hot + self.info.sealed_pages * self.info.sealed_page_bytes
 
     def add(self, request: EngineRequest) -> None:
-        """Queue a request that `check` let pass; its id must not be live."""
+        """Queue a request that `check` let pass; its id must not be live. Deltas come from `step`."""
         assert request.request_id not in self._live
         seq = Sequence(request, self.geometry, self.info.max_model_len)
         seq.arrived_s = self._clock()
@@ -172,6 +172,11 @@ class Engine:
         """End a sequence now and free its pages; None when it is not live."""
         seq = self._live.get(request_id)
         return None if seq is None else self._finish(seq, (), (), reason)
+
+    def abort_all(self) -> list[SequenceDelta]:
+        """End every sequence now."""
+        live = list(self._live.values())
+        return [self._finish(seq, (), (), FinishReason.ABORT) for seq in live]
 
     def step(self) -> list[SequenceDelta]:
         """Compute one step; deltas of the sequences that got a token or ended."""
@@ -253,7 +258,7 @@ class Engine:
         if seq.first_token_s is None:
             seq.first_token_s = self._clock()
         ids = (token.token_id,)
-        logprobs = ()
+        logprobs: tuple[TokenLogprobs, ...] = ()
         if token.logprob is not None:
             logprobs = (TokenLogprobs(token.logprob, tuple((i, p) for i, p in token.top)),)
         if seq.num_output >= params.min_tokens and (

@@ -38,7 +38,7 @@ from kvmesh.workers.sizes import PageNeed
 
 logger = logging.getLogger(__name__)
 
-Command = Callable[[Engine], list[SequenceDelta]]
+Command = Callable[[Engine], SequenceDelta | None]
 
 # A client that submits must read its stream within this time, or it counts as gone.
 _ATTACH_TIMEOUT_S = 10.0
@@ -111,13 +111,13 @@ class EngineLeader:
             self._loop.call_later(_ATTACH_TIMEOUT_S, self._drop_unread, request.client_id, stream)
         self._live[request.request_id] = request
         self._idle.clear()
-        self._commands.put(lambda engine: _nothing(engine.add(request)))
+        self._commands.put(lambda engine: engine.add(request))
 
     async def abort(self, request_id: str) -> bool:
         """End a sequence within the step in flight; False when it is not live."""
         if request_id not in self._live:
             return False
-        self._commands.put(lambda engine: _listed(engine.abort(request_id)))
+        self._abort(request_id)
         return True
 
     async def outputs(self, client_id: str) -> AsyncIterator[list[SequenceDelta]]:
@@ -192,10 +192,10 @@ class EngineLeader:
         del self._streams[client_id]
         for request in list(self._live.values()):
             if request.client_id == client_id:
-                self._abort_now(request.request_id)
+                self._abort(request.request_id)
 
-    def _abort_now(self, request_id: str) -> None:
-        self._commands.put(lambda engine: _listed(engine.abort(request_id)))
+    def _abort(self, request_id: str) -> None:
+        self._commands.put(lambda engine: engine.abort(request_id))
 
     def _deliver(self, deltas: list[SequenceDelta]) -> None:
         """On the event loop: hand deltas to their clients' streams."""
@@ -252,9 +252,10 @@ class EngineLeader:
                 return True
             command = self._commands.get()
             if command is None:
+                self._publish(engine, engine.abort_all())
                 return False
-            if deltas := command(engine):
-                self._publish(engine, deltas)
+            if (delta := command(engine)) is not None:
+                self._publish(engine, [delta])
 
     def _publish(self, engine: Engine, deltas: list[SequenceDelta]) -> None:
         if not engine.has_work or time.monotonic() - self._loads_made_s > _LOADS_PERIOD_S:
@@ -270,11 +271,3 @@ class EngineLeader:
             self._loop.call_soon_threadsafe(callback, *args)
         except RuntimeError:  # the event loop is closed: nobody is left to tell
             logger.warning("the event loop ended before the engine")
-
-
-def _nothing(result: None) -> list[SequenceDelta]:
-    return []
-
-
-def _listed(delta: SequenceDelta | None) -> list[SequenceDelta]:
-    return [] if delta is None else [delta]

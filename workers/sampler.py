@@ -148,7 +148,7 @@ def _draw(logits: torch.Tensor, params: list[SamplingParams], draws: list[float]
 def _inverse(weights: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
     """Indices [n] at which the cumulated, unnormalised weights [n, m] pass `draws` of their sum."""
     cumulated = torch.cumsum(weights, dim=-1, dtype=torch.float64)
-    total = cumulated[:, -1:]
+    total = cumulated[:, -1:].contiguous()
     index = torch.searchsorted(cumulated, total * draws[:, None], right=True)
     # A draw next to 1 can round up to the sum; the answer is then the last token that has weight.
     return torch.minimum(index, torch.searchsorted(cumulated, total)).squeeze(-1)

@@ -1,0 +1,123 @@
+"""The channel between leader and ranks: answers, failures, and a rank that is gone."""
+
+from __future__ import annotations
+
+import stat
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from kvmesh.workers.channel import Allocated, ChannelExecutor, Close, Failed, RankEnd
+from kvmesh.workers.errors import ConfigError, UnsupportedModelError, WorkerDiedError
+from kvmesh.workers.executor import Allocation, RankDescription
+from kvmesh.workers.plan import (
+    Chunk,
+    RowStart,
+    SampledToken,
+    StepPlan,
+    StepResult,
+    TableUpdate,
+)
+from kvmesh.workers.sampling_params import SamplingParams
+
+DESCRIPTION = RankDescription("m", "r", "float32", 50, 100, (1,), 0, 0, 4, 1, 100)
+PARAMS = SamplingParams(temperature=0.5, logit_bias={3: 1.5}, stop_token_ids=(4, 5), seed=2**64 - 1)
+PLAN = StepPlan(
+    1,
+    [RowStart(0, PARAMS, 3, b"")],
+    [Chunk(0, 0, b"\1\0\0\0", True)],
+    TableUpdate([0], [0], [7]),
+    TableUpdate([], [], []),
+    [7],
+    [2],
+)
+
+
+def answer_everything(end: RankEnd, rank: int, seen: list[object]) -> None:
+    end.send(DESCRIPTION)
+    while not isinstance(message := end.receive(10), Close | None):
+        seen.append(message)
+        if isinstance(message, Allocation):
+            end.send(Allocated())
+        elif rank == 0:
+            end.send(StepResult(message.step, [SampledToken(9, -0.5, [(9, -0.5)])], 0.0))
+
+
+def start_ranks(
+    executor: ChannelExecutor, body: Callable[[RankEnd, int], None]
+) -> list[threading.Thread]:
+    def run(rank: int) -> None:
+        end = RankEnd(executor.endpoints[rank])
+        body(end, rank)
+        end.close()
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(executor.num_ranks)]
+    for thread in threads:
+        thread.start()
+    return threads
+
+
+def test_every_rank_gets_the_same_plan_and_close_ends_them() -> None:
+    executor = ChannelExecutor(3)
+    seen: list[list[object]] = [[], [], []]
+    threads = start_ranks(executor, lambda end, rank: answer_everything(end, rank, seen[rank]))
+    assert executor.describe() == [DESCRIPTION] * 3
+    executor.allocate(Allocation(1, 2, 3, 4))
+    result = executor.execute(PLAN)
+    assert result.tokens[0].token_id == 9 and result.tokens[0].top == [(9, -0.5)]
+    executor.close()
+    for thread in threads:
+        thread.join(10)
+        assert not thread.is_alive()
+    assert seen[0] == seen[1] == seen[2] == [Allocation(1, 2, 3, 4), PLAN]
+    executor.close()
+
+
+def test_a_failure_of_any_rank_ends_the_wait_for_another() -> None:
+    executor = ChannelExecutor(2)
+
+    def body(end: RankEnd, rank: int) -> None:
+        end.send(DESCRIPTION)
+        end.receive(10)
+        if rank == 1:
+            end.send(Failed("OutOfMemoryError", "no room"))
+
+    threads = start_ranks(executor, body)
+    executor.describe()
+    with pytest.raises(WorkerDiedError, match="OutOfMemoryError: no room"):
+        executor.execute(PLAN)
+    executor.close()
+    for thread in threads:
+        thread.join(10)
+
+
+@pytest.mark.parametrize("kind", [ConfigError, UnsupportedModelError])
+def test_configuration_errors_of_a_rank_keep_class_and_field(kind: type[ConfigError]) -> None:
+    executor = ChannelExecutor(1)
+    threads = start_ranks(
+        executor, lambda end, rank: end.send(Failed(kind.__name__, "must divide 3", "tp"))
+    )
+    with pytest.raises(kind) as caught:
+        executor.describe()
+    assert (type(caught.value), caught.value.field) == (kind, "tp")
+    executor.close()
+    threads[0].join(10)
+
+
+def test_a_rank_known_to_be_gone_is_reported_and_its_last_words_win() -> None:
+    executor = ChannelExecutor(2)
+    executor.fail(WorkerDiedError("rank 0 was killed"))
+    executor.fail(WorkerDiedError("rank 1 was killed"))
+    with pytest.raises(WorkerDiedError, match="rank 0 was killed"):
+        executor.describe()
+    executor.close()
+
+
+def test_the_sockets_lie_in_a_private_directory_that_close_removes() -> None:
+    executor = ChannelExecutor(1)
+    directory = Path(executor.endpoints[0].removeprefix("ipc://")).parent
+    assert stat.S_IMODE(directory.stat().st_mode) == 0o700
+    executor.close()
+    assert not directory.exists()

@@ -1,0 +1,233 @@
+"""The engine's bookkeeping under random load, against an executor that checks every read."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvmesh.workers.config import EngineConfig
+from kvmesh.workers.engine import Engine
+from kvmesh.workers.errors import CapacityError, ConfigError, InvalidRequestError
+from kvmesh.workers.request import EngineRequest, FinishReason, SequenceDelta
+from kvmesh.workers.sampling_params import SamplingParams
+from tests.workers.memory_executor import VOCAB, MemoryExecutor, expected_output
+
+PAGE = 8
+
+
+def make_engine(
+    *,
+    sink: int = 0,
+    recent: int = 0,
+    budget: int = 200,
+    seqs: int = 4,
+    tokens: int = 16,
+    prefix_cache: bool = True,
+) -> tuple[Engine, MemoryExecutor]:
+    executor = MemoryExecutor(PAGE, sink, recent, budget)
+    config = EngineConfig(
+        model="memory",
+        page_size=PAGE,
+        max_num_seqs=seqs,
+        max_num_batched_tokens=tokens,
+        prefix_cache=prefix_cache,
+    )
+    return Engine(config, executor), executor
+
+
+def request(name: str, prompt: list[int], max_tokens: int = 10, **kwargs: object) -> EngineRequest:
+    params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
+    fields = {"params": params, "client_id": "client", **kwargs}
+    return EngineRequest(name, prompt_token_ids=np.array(prompt, np.int32), **fields)  # type: ignore[arg-type]
+
+
+def run(engine: Engine) -> dict[str, list[SequenceDelta]]:
+    deltas: dict[str, list[SequenceDelta]] = {}
+    for _ in range(20_000):
+        if not engine.has_work:
+            break
+        for delta in engine.step():
+            deltas.setdefault(delta.request_id, []).append(delta)
+        engine.check_integrity()
+    assert not engine.has_work, "the engine does not come to an end"
+    return deltas
+
+
+def tokens_of(deltas: list[SequenceDelta]) -> list[int]:
+    return [token for delta in deltas for token in delta.token_ids]
+
+
+prompts = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=70)
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_output_depends_on_the_prompt_alone(data: st.DataObject) -> None:
+    """Whatever shares the batch, however prompts are chunked, cached or preempted."""
+    sink = data.draw(st.integers(0, 2), "sink")
+    recent = data.draw(st.integers(0, 2), "recent")
+    seqs = data.draw(st.integers(1, 4), "seqs")
+    engine, _ = make_engine(
+        sink=sink,
+        recent=recent,
+        seqs=seqs,
+        tokens=data.draw(st.sampled_from([4, 7, 16, 64]), "tokens"),
+        budget=data.draw(st.integers(60, 130), "budget"),
+        prefix_cache=data.draw(st.booleans(), "prefix cache"),
+    )
+    shared = data.draw(prompts, "shared prefix")
+    wanted: dict[str, list[int]] = {}
+    deltas: dict[str, list[SequenceDelta]] = {}
+    for index in range(data.draw(st.integers(1, 10), "requests")):
+        prompt = (shared if data.draw(st.booleans()) else []) + data.draw(prompts)
+        max_tokens = data.draw(st.integers(1, 60))
+        params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
+        item = request(str(index), prompt, params=params)
+        try:
+            engine.check(item)
+        except CapacityError:
+            continue
+        engine.add(item)
+        wanted[str(index)] = expected_output(prompt, max_tokens, ignore_eos=True)
+        for _ in range(data.draw(st.integers(0, 6), "steps between")):
+            for delta in engine.step():
+                deltas.setdefault(delta.request_id, []).append(delta)
+            engine.check_integrity()
+        if data.draw(st.integers(0, 9)) == 0 and engine.abort(str(index)):
+            del wanted[str(index)]
+    for name, rest in run(engine).items():
+        deltas.setdefault(name, []).extend(rest)
+    for name, output in wanted.items():
+        assert tokens_of(deltas[name]) == output
+        usage = deltas[name][-1].usage
+        assert usage is not None and usage.completion_tokens == len(output)
+        assert usage.preemptions <= 1
+    pool = engine.loads().pool
+    assert pool.hot_used == pool.sealed_used == 0
+
+
+@pytest.mark.parametrize("recent,sink", [(0, 0), (1, 0), (2, 1)])
+def test_a_warm_prefix_cache_saves_whole_pages(recent: int, sink: int) -> None:
+    engine, executor = make_engine(recent=recent, sink=sink, tokens=64)
+    prompt = [int(i) % VOCAB for i in range(5 * PAGE + 3)]
+    engine.add(request("cold", prompt))
+    cold = run(engine)["cold"]
+    before = executor.sealed_pages
+    engine.add(request("warm", prompt))
+    warm = run(engine)["warm"]
+    assert tokens_of(warm) == tokens_of(cold)
+    assert cold[-1].usage and cold[-1].usage.cached_tokens == 0
+    assert warm[-1].usage and warm[-1].usage.cached_tokens == 5 * PAGE
+    # The pages it shares are not sealed again; what lies beyond the prompt was sealed before too.
+    assert executor.sealed_pages == before
+
+
+def test_prefix_cache_respects_the_salt() -> None:
+    engine, _ = make_engine()
+    prompt = list(range(40))
+    engine.add(request("a", prompt, cache_salt="tenant a"))
+    run(engine)
+    engine.add(request("b", prompt, cache_salt="tenant b"))
+    usage = run(engine)["b"][-1].usage
+    assert usage and usage.cached_tokens == 0
+
+
+def test_preempts_the_youngest_once_and_finishes_all() -> None:
+    engine, _ = make_engine(budget=62, seqs=3, tokens=32)
+    params = SamplingParams(temperature=0.0, max_tokens=150, ignore_eos=True)
+    for name in "abc":
+        # Each fits alone; the three together do not.
+        engine.add(request(name, [ord(name) % VOCAB] * 9, params=params))
+    deltas = run(engine)
+    assert engine.scheduler.preemptions_total > 0
+    for name in "abc":
+        whole = expected_output([ord(name) % VOCAB] * 9, 150, ignore_eos=True)
+        assert tokens_of(deltas[name]) == whole
+    oldest = deltas["a"][-1].usage
+    assert oldest and oldest.preemptions == 0
+
+
+def test_host_work_of_a_decode_step_does_not_grow_with_context() -> None:
+    engine, executor = make_engine(budget=400, tokens=64)
+    engine.add(request("long", [3] * 300, 60))
+    run(engine)
+    decode = [plan for plan in executor.plans if plan.num_tokens == 1]
+    assert decode
+    for plan in decode:
+        assert len(plan.hot.ids) <= 1 and len(plan.sealed.ids) <= 1 and not plan.row_starts
+
+
+def test_resumed_tokens_are_output_that_is_not_emitted_again() -> None:
+    engine, _ = make_engine()
+    prompt = [5, 6, 7, 8]
+    whole = expected_output(prompt, 20)
+    assert len(whole) > 3, "choose a prompt that does not end at once"
+    engine.add(request("r", prompt + whole[:3], 20, resumed_tokens=3))
+    deltas = run(engine)["r"]
+    assert tokens_of(deltas) == whole[3:]
+    assert deltas[-1].usage and deltas[-1].usage.completion_tokens == len(whole)
+
+
+def test_stop_tokens_min_tokens_and_length() -> None:
+    engine, _ = make_engine()
+    prompt = [5, 6, 7, 8]
+    whole = expected_output(prompt, 30)
+    stop = whole[2]
+    params = SamplingParams(temperature=0.0, max_tokens=30, stop_token_ids=(stop,))
+    engine.add(request("s", prompt, params=params))
+    last = run(engine)["s"][-1]
+    assert (last.finish_reason, last.matched_stop_token) == (FinishReason.STOP, stop)
+    engine.add(request("l", prompt, 2))
+    assert run(engine)["l"][-1].finish_reason is FinishReason.LENGTH
+
+
+def test_deadline_ends_a_sequence_and_frees_its_pages() -> None:
+    now = [0.0]
+    executor = MemoryExecutor(PAGE, 0, 0, 200)
+    config = EngineConfig(
+        model="memory", page_size=PAGE, max_num_seqs=4, max_num_batched_tokens=16
+    )
+    engine = Engine(config, executor, clock=lambda: now[0])
+    engine.add(request("slow", [3] * 30, 300, timeout_s=5.0))
+    engine.add(request("free", [4] * 30, 3))
+    engine.step()
+    now[0] = 5.0
+    deltas = run(engine)
+    assert deltas["slow"][-1].finish_reason is FinishReason.DEADLINE
+    assert deltas["free"][-1].finish_reason is FinishReason.LENGTH
+    assert engine.loads().pool.sealed_used == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"prompt": []}, "prompt"),
+        ({"prompt": [VOCAB]}, "prompt.token_ids"),
+        ({"prompt": [-1]}, "prompt.token_ids"),
+        ({"prompt": [1] * 400}, "prompt"),
+        ({"params": SamplingParams(stop_token_ids=(VOCAB,))}, "stop_token_ids"),
+        ({"params": SamplingParams(logit_bias={-1: 1.0})}, "logit_bias"),
+        ({"resumed_tokens": 3}, "resumed_tokens"),
+    ],
+)
+def test_impossible_requests_are_refused_by_field(change: dict[str, object], field: str) -> None:
+    engine, _ = make_engine()
+    kwargs: dict[str, object] = {"prompt": [1, 2, 3], **change}
+    with pytest.raises(InvalidRequestError) as caught:
+        engine.check(request("bad", kwargs.pop("prompt"), **kwargs))  # type: ignore[arg-type]
+    assert caught.value.field == field
+
+
+def test_a_request_no_pool_can_hold_is_refused_with_bytes() -> None:
+    engine, _ = make_engine(budget=60)
+    with pytest.raises(CapacityError) as caught:
+        engine.check(request("huge", [1] * 300, 90))
+    assert caught.value.needed_bytes > caught.value.available_bytes > 0
+    assert not caught.value.ever
+
+
+def test_a_budget_without_room_for_one_sequence_is_a_configuration_error() -> None:
+    with pytest.raises(ConfigError, match="kv_memory_bytes"):
+        make_engine(budget=6)

@@ -1,0 +1,181 @@
+"""Sampling: distributions, truncation, penalties, and independence of the batch."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvmesh.workers.errors import InvalidRequestError
+from kvmesh.workers.plan import RowStart
+from kvmesh.workers.sampler import Sampler, uniform
+from kvmesh.workers.sampling_params import SamplingParams
+
+VOCAB = 1000
+EOS = 7
+CPU = torch.device("cpu")
+
+
+def sampler_with(*params: SamplingParams, history: list[int] | None = None) -> Sampler:
+    """Row i samples with params[i] after a prompt of two tokens and the given output."""
+    sampler = Sampler(VOCAB, (EOS,), CPU)
+    tokens = np.array([1, 2, *(history or [])], np.int32).tobytes()
+    for row, p in enumerate(params):
+        sampler.start_row(RowStart(row, p, 2, tokens))
+    return sampler
+
+
+def logits_of(*rows: dict[int, float]) -> torch.Tensor:
+    logits = torch.full((len(rows), VOCAB), -10.0)
+    for row, values in enumerate(rows):
+        for token, value in values.items():
+            logits[row, token] = value
+    return logits
+
+
+def drawn(params: SamplingParams, logits: torch.Tensor, n: int) -> list[int]:
+    sampler = sampler_with(*[params] * n)
+    ends = [2 + i for i in range(n)]  # another position, another draw
+    rows = sampler.sample(logits.expand(n, -1).clone(), list(range(n)), ends)
+    return [token.token_id for token in rows]
+
+
+def test_uniform_is_uniform_and_depends_on_both_arguments() -> None:
+    draws = np.array([uniform(seed, i) for seed in range(50) for i in range(200)])
+    assert draws.min() >= 0 and draws.max() < 1
+    histogram, _ = np.histogram(draws, bins=20, range=(0, 1))
+    # chi-square with 19 degrees of freedom: 43.8 is exceeded once in a thousand
+    assert ((histogram - 500) ** 2 / 500).sum() < 43.8
+    assert uniform(1, 2) != uniform(2, 1)
+
+
+@pytest.mark.parametrize("params", [{}, {"top_k": 900}, {"top_p": 0.999999}])
+def test_frequencies_follow_the_softmax(params: dict[str, float]) -> None:
+    logits = torch.linspace(0, 3, VOCAB)[None]
+    n = 4000
+    tokens = np.bincount(
+        np.array(drawn(SamplingParams(seed=11, **params), logits, n)) // 100,  # type: ignore[arg-type]
+        minlength=10,
+    )
+    wanted = torch.softmax(logits[0].double(), 0).reshape(10, 100).sum(1).numpy() * n
+    if "top_k" in params:
+        wanted[0] = 0
+        wanted *= n / wanted.sum()
+        assert tokens[0] == 0
+        tokens, wanted = tokens[1:], wanted[1:]
+    assert ((tokens - wanted) ** 2 / wanted).sum() < 30
+
+
+def test_truncations_keep_what_they_should() -> None:
+    logits = logits_of({10: 4.0, 11: 3.0, 12: 2.0, 13: 1.0})
+    assert set(drawn(SamplingParams(top_k=2, seed=1), logits, 300)) == {10, 11}
+    assert set(drawn(SamplingParams(top_k=1, seed=1), logits, 50)) == {10}
+    # softmax: .64 .24 .09 .03; the nucleus of .7 needs two tokens
+    assert set(drawn(SamplingParams(top_p=0.7, seed=1), logits, 300)) == {10, 11}
+    assert set(drawn(SamplingParams(min_p=0.1, seed=1), logits, 300)) == {10, 11, 12}
+    assert set(drawn(SamplingParams(top_p=1e-9, seed=1), logits, 50)) == {10}
+
+
+def test_a_nucleus_wider_than_the_shortlist_is_exact() -> None:
+    logits = torch.zeros(1, VOCAB)
+    tokens = drawn(SamplingParams(top_p=0.9, seed=3), logits, 3000)
+    assert 850 <= len(set(tokens)) <= 901
+
+
+def test_the_result_of_a_row_does_not_depend_on_its_neighbours() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(4, VOCAB) * 3
+    kinds = [
+        SamplingParams(seed=1),
+        SamplingParams(seed=2, top_p=0.8),
+        SamplingParams(seed=3, top_k=700, temperature=2.0),
+        SamplingParams(temperature=0.0),
+    ]
+    together = sampler_with(*kinds).sample(logits.clone(), [0, 1, 2, 3], [5, 6, 7, 8])
+    for row, params in enumerate(kinds):
+        alone = sampler_with(params).sample(logits[row : row + 1].clone(), [0], [5 + row])
+        assert alone[0].token_id == together[row].token_id
+
+
+def test_penalties_and_bias() -> None:
+    logits = logits_of({1: 5.0, 20: 4.9, 30: 4.8})
+    greedy = {"temperature": 0.0}
+    cases = [
+        (SamplingParams(**greedy), 1),
+        (SamplingParams(repetition_penalty=1.5, **greedy), 20),  # token 1 is in the prompt
+        (SamplingParams(presence_penalty=1.0, **greedy), 1),  # which output penalties leave alone
+        (SamplingParams(logit_bias={1: -100.0, 20: -100.0}, **greedy), 30),
+    ]
+    for params, token in cases:
+        assert sampler_with(params).sample(logits.clone(), [0], [2])[0].token_id == token
+    repeated = sampler_with(SamplingParams(frequency_penalty=0.3, **greedy), history=[1, 1])
+    assert repeated.sample(logits.clone(), [0], [4])[0].token_id == 20
+    sampler = sampler_with(SamplingParams(presence_penalty=0.5, **greedy))
+    sampler.note_tokens(0, 2, np.array([1, 20], np.int32).tobytes())
+    assert sampler.sample(logits.clone(), [0], [4])[0].token_id == 30
+
+
+def test_min_tokens_forbids_stopping() -> None:
+    logits = logits_of({EOS: 9.0, 50: 8.0, 60: 7.0})
+    params = SamplingParams(temperature=0.0, min_tokens=2, stop_token_ids=(50,))
+    sampler = sampler_with(params)
+    assert [sampler.sample(logits.clone(), [0], [end])[0].token_id for end in (2, 3, 4)] == [
+        60,
+        60,
+        EOS,
+    ]
+
+
+def test_logprobs_are_the_models_own() -> None:
+    logits = logits_of({3: 2.0, 4: 1.0})
+    params = SamplingParams(temperature=0.0, logprobs=2, logit_bias={3: -50.0})
+    token = sampler_with(params).sample(logits.clone(), [0], [2])[0]
+    reference = torch.log_softmax(logits[0], 0)
+    assert token.token_id == 4
+    assert token.logprob == pytest.approx(float(reference[4]))
+    assert [i for i, _ in token.top] == [3, 4]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", -1.0),
+        ("temperature", float("nan")),
+        ("temperature", float("inf")),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("top_k", -1),
+        ("min_p", 2.0),
+        ("repetition_penalty", 0.0),
+        ("presence_penalty", float("nan")),
+        ("seed", -1),
+        ("max_tokens", 0),
+        ("logprobs", 21),
+        ("stop_token_ids", tuple(range(200))),
+        ("logit_bias", {1: float("nan")}),
+    ],
+)
+def test_bad_parameters_are_refused_by_name(field: str, value: object) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        SamplingParams(**{field: value})  # type: ignore[arg-type]
+    assert caught.value.field == field
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    temperature=st.floats(1e-3, 100),
+    top_p=st.floats(1e-6, 1),
+    top_k=st.integers(0, VOCAB + 5),
+    min_p=st.floats(0, 1),
+    seed=st.integers(0, 2**64 - 1),
+    scale=st.floats(0, 1e4),
+)
+def test_any_parameters_give_a_token(
+    temperature: float, top_p: float, top_k: int, min_p: float, seed: int, scale: float
+) -> None:
+    params = SamplingParams(temperature, top_p, top_k, min_p, seed=seed)
+    logits = torch.linspace(-scale, scale, VOCAB)[None]
+    token = sampler_with(params).sample(logits, [0], [2])[0].token_id
+    assert 0 <= token < VOCAB
