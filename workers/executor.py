@@ -29,7 +29,7 @@ class RankDescription(msgspec.Struct, tag="description", frozen=True):
     kv_budget_bytes: int
 
 
-class Allocation(msgspec.Struct, tag="allocation", array_like=True, frozen=True):
+class Allocation(msgspec.Struct, tag="allocation", frozen=True):
     """The pool every rank of a group allocates; all counts are pages or rows."""
 
     hot_pages: int

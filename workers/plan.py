@@ -51,7 +51,7 @@ class TableUpdate(msgspec.Struct, array_like=True, frozen=True):
     ids: list[int]
 
 
-class StepPlan(msgspec.Struct, tag="step", array_like=True, frozen=True):
+class StepPlan(msgspec.Struct, tag="step", frozen=True):
     """One step of the group.
 
     seal_hot[i] is encoded into seal_sealed[i], in every layer, after the chunk's keys and
@@ -79,7 +79,7 @@ class SampledToken(msgspec.Struct, array_like=True, frozen=True):
     top: list[tuple[int, float]] = []
 
 
-class StepResult(msgspec.Struct, tag="result", array_like=True, frozen=True):
+class StepResult(msgspec.Struct, tag="result", frozen=True):
     """tokens: one for each chunk with `sample`, in the plan's order; host_s: time the rank
     spent preparing the step before the model ran."""
 
