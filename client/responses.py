@@ -38,7 +38,7 @@ def mirror(cls: type[T], message: ProtoMessage) -> T:
     messages the dataclass that the field's annotation names.
     """
     values = {
-        name: _value(message, name, optional, element) for name, optional, element in _plan(cls)
+        name: _value(message, name, optional, element) for name, optional, element in _plan(typing.cast(Hashable, cls))
     }
     return cls(**values)
 
@@ -59,7 +59,8 @@ def _value(message: ProtoMessage, name: str, optional: bool, element: type | Non
 @functools.cache
 def _plan(cls: Hashable) -> tuple[tuple[str, bool, type | None], ...]:
     """Of each field: its name, whether it may be None, the dataclass in it if any."""
-    assert isinstance(cls, type) and dataclasses.is_dataclass(cls)
+    assert isinstance(cls, type)
+    assert dataclasses.is_dataclass(cls)
     hints = typing.get_type_hints(cls)
     plan = []
     for field in dataclasses.fields(cls):

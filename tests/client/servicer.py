@@ -1,0 +1,126 @@
+"""A real gRPC server for the SDK's tests, whose methods do what a test says."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from contextlib import contextmanager
+from typing import Any
+
+import grpc
+
+from kvmesh.client.status import encode_details
+from kvmesh.protos import pb, pb_grpc
+
+Action = Callable[[Any, grpc.ServicerContext], Any]
+
+
+def fail(context: grpc.ServicerContext, error: pb.Error) -> None:
+    """End the call with a status as the contract has it."""
+    context.abort(
+        next(code for code in grpc.StatusCode if code.value[0] == error.code),
+        encode_details(error),
+    )
+
+
+def failing(error: pb.Error) -> Action:
+    """An action that fails with an Error."""
+
+    def act(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+        fail(context, error)
+        return iter(())
+
+    return act
+
+
+def aborting(
+    code: grpc.StatusCode, details: str, trailers: tuple[tuple[str, bytes], ...] = ()
+) -> Action:
+    """An action that fails with a bare status."""
+
+    def act(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+        context.set_trailing_metadata(trailers)
+        context.abort(code, details)
+
+    return act
+
+
+def answering(reply: Any) -> Action:
+    return lambda request, context: reply
+
+
+def started(request: pb.GenerateRequest, **fields: Any) -> pb.GenerateStreamResponse:
+    values = {"model": "m", "model_revision": "r1", "group": "g0", "kv_format": "int8", "seed": 7}
+    return pb.GenerateStreamResponse(
+        started=pb.Started(request_id=request.request_id, **{**values, **fields})
+    )
+
+
+def delta(offset: int, text: str, *ids: int, index: int = 0) -> pb.GenerateStreamResponse:
+    return pb.GenerateStreamResponse(
+        delta=pb.Delta(index=index, text=text, token_ids=ids, token_offset=offset)
+    )
+
+
+def finished(
+    index: int = 0, reason: pb.FinishReason.ValueType = pb.FINISH_REASON_LENGTH
+) -> pb.GenerateStreamResponse:
+    return pb.GenerateStreamResponse(
+        choice_finished=pb.ChoiceFinished(index=index, finish_reason=reason)
+    )
+
+
+def usage(**fields: Any) -> pb.GenerateStreamResponse:
+    return pb.GenerateStreamResponse(usage=pb.Usage(**fields))
+
+
+class ScriptedServicer(pb_grpc.KVMeshServicer):
+    """Runs the scripted actions in turn, one for each call; the last one for ever.
+
+    requests, metadata: what was received, in order
+    ended: set whenever a streaming call is over, however it ended
+    """
+
+    def __init__(self, *actions: Action) -> None:
+        self._actions = deque(actions)
+        self.requests: list[Any] = []
+        self.metadata: list[dict[str, str | bytes]] = []
+        self.ended = threading.Event()
+
+    def _act(self, request: Any, context: grpc.ServicerContext) -> Any:
+        self.requests.append(request)
+        self.metadata.append(dict(context.invocation_metadata()))
+        action = self._actions.popleft() if len(self._actions) > 1 else self._actions[0]
+        return action(request, context)
+
+    def GenerateStream(self, request: Any, context: grpc.ServicerContext) -> Any:
+        context.add_callback(self.ended.set)
+        yield from self._act(request, context)
+
+    Generate = Tokenize = Abort = EstimateBudget = GetModelInfo = GetLoads = _act
+
+
+@contextmanager
+def serving(
+    servicer: pb_grpc.KVMeshServicer,
+    address: str = "127.0.0.1:0",
+    credentials: grpc.ServerCredentials | None = None,
+    max_receive_bytes: int = -1,
+) -> Iterator[str]:
+    """A server on a free port; yields its target."""
+    server = grpc.server(
+        futures.ThreadPoolExecutor(max_workers=8),
+        options=[("grpc.max_receive_message_length", max_receive_bytes)],
+    )
+    pb_grpc.add_KVMeshServicer_to_server(servicer, server)
+    if credentials is None:
+        port = server.add_insecure_port(address)
+    else:
+        port = server.add_secure_port(address, credentials)
+    server.start()
+    try:
+        yield f"localhost:{port}"
+    finally:
+        server.stop(grace=None).wait()

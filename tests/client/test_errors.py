@@ -1,0 +1,196 @@
+"""The error tree: what each failed call becomes, and that nothing else comes out."""
+
+from __future__ import annotations
+
+import pickle
+
+import grpc
+import pytest
+
+import kvmesh
+from kvmesh import Client, KVMeshError, RetryPolicy
+from kvmesh.client import errors
+from kvmesh.client.status import (
+    MAX_ERROR_BYTES,
+    TRAILER,
+    decode_details,
+    decode_trailer,
+    encode_details,
+    encode_trailer,
+)
+from kvmesh.protos import pb
+from tests.client.servicer import ScriptedServicer, aborting, failing, serving
+
+CASES = [
+    (pb.ERROR_REASON_INVALID_FIELD, grpc.StatusCode.INVALID_ARGUMENT, errors.InvalidRequestError),
+    (pb.ERROR_REASON_MISSING_KEY, grpc.StatusCode.UNAUTHENTICATED, errors.AuthenticationError),
+    (pb.ERROR_REASON_WRONG_KEY, grpc.StatusCode.UNAUTHENTICATED, errors.AuthenticationError),
+    (pb.ERROR_REASON_NOT_ALLOWED, grpc.StatusCode.PERMISSION_DENIED, errors.PermissionDeniedError),
+    (pb.ERROR_REASON_UNKNOWN_MODEL, grpc.StatusCode.NOT_FOUND, errors.ModelNotFoundError),
+    (
+        pb.ERROR_REASON_DUPLICATE_REQUEST_ID,
+        grpc.StatusCode.ALREADY_EXISTS,
+        errors.DuplicateRequestError,
+    ),
+    (pb.ERROR_REASON_NEVER_FITS, grpc.StatusCode.FAILED_PRECONDITION, errors.NeverFitsError),
+    (pb.ERROR_REASON_RESUME_MISMATCH, grpc.StatusCode.FAILED_PRECONDITION, errors.ResumeError),
+    (pb.ERROR_REASON_OVER_CAPACITY, grpc.StatusCode.RESOURCE_EXHAUSTED, errors.OverCapacityError),
+    (pb.ERROR_REASON_QUEUE_FULL, grpc.StatusCode.RESOURCE_EXHAUSTED, errors.OverCapacityError),
+    (pb.ERROR_REASON_QUOTA, grpc.StatusCode.RESOURCE_EXHAUSTED, errors.OverCapacityError),
+    (
+        pb.ERROR_REASON_DEADLINE_EXCEEDED,
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+        errors.DeadlineExceededError,
+    ),
+    (
+        pb.ERROR_REASON_DEADLINE_UNREACHABLE,
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+        errors.DeadlineExceededError,
+    ),
+    (pb.ERROR_REASON_ENGINE_LOST, grpc.StatusCode.UNAVAILABLE, errors.UnavailableError),
+    (pb.ERROR_REASON_DRAINING, grpc.StatusCode.UNAVAILABLE, errors.UnavailableError),
+    (pb.ERROR_REASON_NOT_READY, grpc.StatusCode.UNAVAILABLE, errors.UnavailableError),
+    (pb.ERROR_REASON_INTERNAL, grpc.StatusCode.INTERNAL, errors.ServerError),
+]
+
+
+def full_error(reason: pb.ErrorReason.ValueType, code: grpc.StatusCode) -> pb.Error:
+    return pb.Error(
+        code=code.value[0],
+        reason=reason,
+        message="größer als erlaubt: 97 % 漢",
+        field_violations=[pb.FieldViolation(field="sampling_params.top_p", description="is NaN")],
+        retry_after_s=2.5,
+        needed_bytes=2**40,
+        available_bytes=2**30,
+        groups=[pb.GroupVerdict(group="g0", needed_bytes=5, available_bytes=3, reason="full")],
+        request_id="abc",
+    )
+
+
+def assert_carries_everything(error: KVMeshError) -> None:
+    assert str(error) == "größer als erlaubt: 97 % 漢"
+    assert error.field == "sampling_params.top_p"
+    assert error.violations == (errors.FieldViolation("sampling_params.top_p", "is NaN"),)
+    assert error.retry_after_s == 2.5
+    assert (error.needed_bytes, error.available_bytes) == (2**40, 2**30)
+    assert error.groups == (errors.GroupVerdict("g0", 5, 3, "full"),)
+    assert error.request_id == "abc"
+
+
+@pytest.mark.parametrize(("reason", "code", "expected"), CASES)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_every_error_arrives_whole_and_typed(
+    reason: pb.ErrorReason.ValueType,
+    code: grpc.StatusCode,
+    expected: type[KVMeshError],
+    streaming: bool,
+) -> None:
+    servicer = ScriptedServicer(failing(full_error(reason, code)))
+    with (
+        serving(servicer) as target,
+        Client(target, retry=kvmesh.NO_RETRY) as client,
+        pytest.raises(KVMeshError) as caught,
+    ):
+        if streaming:
+            list(client.generate_stream("hi"))
+        else:
+            client.generate("hi")
+    error = caught.value
+    assert type(error) is expected
+    assert error.code == code.name
+    assert error.reason == pb.ErrorReason.Name(reason).removeprefix("ERROR_REASON_")
+    assert_carries_everything(error)
+    assert_carries_everything(pickle.loads(pickle.dumps(error)))
+
+
+@pytest.mark.parametrize("code", [code for code in grpc.StatusCode if code.value[0]])
+def test_every_bare_status_becomes_an_error_of_the_tree(code: grpc.StatusCode) -> None:
+    with (
+        serving(ScriptedServicer(aborting(code, "says a proxy"))) as target,
+        Client(target, retry=kvmesh.NO_RETRY) as client,
+        pytest.raises(KVMeshError, match="says a proxy") as caught,
+    ):
+        client.generate("hi")
+    assert caught.value.code == code.name
+    assert caught.value.__cause__ is None
+
+
+def test_standard_details_in_trailers_are_read_where_the_text_has_no_error() -> None:
+    detail = full_error(pb.ERROR_REASON_QUOTA, grpc.StatusCode.RESOURCE_EXHAUSTED)
+    action = aborting(
+        grpc.StatusCode.RESOURCE_EXHAUSTED, "full", ((TRAILER, encode_trailer(detail)),)
+    )
+    with (
+        serving(ScriptedServicer(action)) as target,
+        Client(target, retry=kvmesh.NO_RETRY) as client,
+        pytest.raises(errors.OverCapacityError) as caught,
+    ):
+        client.generate("hi")
+    assert caught.value.reason == "QUOTA"
+    assert caught.value.retry_after_s == 2.5
+    assert caught.value.needed_bytes == 2**40
+    assert caught.value.field == "sampling_params.top_p"
+
+
+def test_a_server_that_is_not_there_is_unavailable() -> None:
+    with (
+        Client("localhost:1", retry=RetryPolicy(max_attempts=2, initial_backoff_s=0)) as client,
+        pytest.raises(errors.UnavailableError) as caught,
+    ):
+        client.generate("hi")
+    assert isinstance(caught.value, ConnectionError)
+
+
+def test_a_request_beyond_the_servers_limit_names_the_prompt() -> None:
+    with (
+        serving(ScriptedServicer(), max_receive_bytes=1000) as target,
+        Client(target) as client,
+        pytest.raises(errors.InvalidRequestError) as caught,
+    ):
+        client.generate("x" * 2000)
+    assert caught.value.field == "prompt"
+
+
+def test_the_server_side_encoding_keeps_within_header_limits() -> None:
+    error = full_error(pb.ERROR_REASON_OVER_CAPACITY, grpc.StatusCode.RESOURCE_EXHAUSTED)
+    error.message = "é" * 100_000
+    for number in range(500):
+        error.groups.add(group=f"group-{number}", reason="漢" * 1000)
+        error.field_violations.add(field="f" * 1000, description="d" * 100_000)
+    details = encode_details(error)
+    sentence, decoded = decode_details(details)
+    assert len(details) < 4096
+    assert decoded is not None
+    assert decoded.ByteSize() <= MAX_ERROR_BYTES
+    assert len(encode_trailer(error)) < 2048
+    assert decoded.retry_after_s == 2.5
+    assert decoded.field_violations[0].field == "sampling_params.top_p"
+    assert sentence == decoded.message
+    assert len(error.groups) == 501, "the caller's Error is left alone"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "plain", "kvmesh-error: ", "kvmesh-error: !!!", "x\nkvmesh-error: AAAA", "é漢"]
+)
+def test_texts_without_an_error_stay_text(text: str) -> None:
+    sentence, error = decode_details(text)
+    assert error is None or error == pb.Error()
+    assert sentence in (text, "")
+
+
+def test_rubbish_in_the_trailer_is_no_error() -> None:
+    assert decode_trailer(b"\xff\xff\xff") is None
+
+
+def test_the_tree_is_the_one_drawn() -> None:
+    public = {
+        value
+        for value in vars(kvmesh).values()
+        if isinstance(value, type) and issubclass(value, KVMeshError)
+    }
+    drawn = errors.__doc__ or ""
+    for cls in public:
+        assert cls.__name__ in drawn
+        assert isinstance(pickle.loads(pickle.dumps(cls("sentence"))), cls)
+    assert issubclass(errors.DeadlineExceededError, TimeoutError)
