@@ -57,6 +57,16 @@ class Scheduler:
             self.running.remove(seq)
             self._release(seq)
 
+    def preempt_youngest(self) -> Sequence:
+        """Take the pages of the running sequence that came last; it waits and is recomputed."""
+        seq = self.running.pop()
+        self._release(seq)
+        seq.num_computed = 0
+        seq.preemptions += 1
+        self.preemptions_total += 1
+        self.add(seq)
+        return seq
+
     def schedule(self) -> StepPlan | None:
         """The next step, or None when there is nothing to compute."""
         draft = _Draft(self._max_num_batched_tokens, self.pool.headroom_pages)
@@ -140,10 +150,8 @@ class Scheduler:
         )
         missing = seq.sealed_missing(end)
         while self.cache.sealed.available < len(missing):
-            victim = self.running[-1]
-            draft.undo(victim)
-            self._preempt(victim)
-            if victim is seq:
+            draft.undo(self.running[-1])
+            if self.preempt_youngest() is seq:
                 return
         touched = range(first, (end - 1) // self.geometry.page_size + 1)
         draft.headroom_left -= max(0, len(touched) - own)
@@ -174,14 +182,6 @@ class Scheduler:
         for page in [p for p in seq.hot if p in due]:
             self.cache.name_sealed(digests[page], seq.sealed[page])
             self.cache.hot.release(seq.hot.pop(page))
-
-    def _preempt(self, seq: Sequence) -> None:
-        self.running.remove(seq)
-        self._release(seq)
-        seq.num_computed = 0
-        seq.preemptions += 1
-        self.preemptions_total += 1
-        self.add(seq)
 
     def _release(self, seq: Sequence) -> None:
         assert seq.row is not None
