@@ -1,0 +1,375 @@
+"""Streams: order, resume, cancellation; the same for both clients."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import grpc
+import pytest
+
+from kvmesh import (
+    AsyncClient,
+    Client,
+    ClosedError,
+    DeadlineExceededError,
+    Delta,
+    FinishReason,
+    ProtocolError,
+    RetryPolicy,
+    UnavailableError,
+)
+from kvmesh.protos import pb
+from tests.client.killable_server import WORDS
+from tests.client.servicer import (
+    Action,
+    ScriptedServicer,
+    aborting,
+    delta,
+    finished,
+    serving,
+    started,
+    usage,
+)
+
+EAGER = RetryPolicy(max_attempts=3, initial_backoff_s=0.001, max_backoff_s=0.002)
+
+
+def events(*later: pb.GenerateStreamResponse) -> Action:
+    def act(request: Any, context: grpc.ServicerContext) -> Iterator[pb.GenerateStreamResponse]:
+        yield started(request)
+        yield from later
+
+    return act
+
+
+def endless(request: Any, context: grpc.ServicerContext) -> Iterator[pb.GenerateStreamResponse]:
+    yield started(request)
+    position = 0
+    while context.is_active():
+        yield delta(position, "x", position)
+        position += 1
+
+
+def silent(request: Any, context: grpc.ServicerContext) -> Iterator[pb.GenerateStreamResponse]:
+    """Two tokens, then nothing until the client goes."""
+    yield started(request)
+    yield delta(0, "a", 1)
+    yield delta(1, "b", 2)
+    gone = threading.Event()
+    if context.add_callback(gone.set):
+        gone.wait(60)
+
+
+def collect(target: str, asynchronous: bool, **options: Any) -> tuple[list[Delta], Any]:
+    """All deltas, and the stream, by either client."""
+    if not asynchronous:
+        with Client(target, retry=EAGER) as client, client.generate_stream("hi", **options) as got:
+            return list(got), got
+
+    async def run() -> tuple[list[Delta], Any]:
+        async with (
+            AsyncClient(target, retry=EAGER) as client,
+            client.generate_stream("hi", **options) as got,
+        ):
+            return [item async for item in got], got
+
+    return asyncio.run(run())
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_stream_is_folded_into_its_completion(asynchronous: bool) -> None:
+    servicer = ScriptedServicer(
+        events(
+            delta(0, "Größe ", 5, 6),
+            delta(0, "B", 9, index=1),
+            delta(2, "", 7),
+            delta(3, "🦊", 8),
+            pb.GenerateStreamResponse(
+                choice_finished=pb.ChoiceFinished(
+                    index=1, finish_reason=pb.FINISH_REASON_STOP, matched_stop_string="\n"
+                )
+            ),
+            finished(),
+            usage(prompt_tokens=3, completion_tokens=5, kv_format="int8"),
+        )
+    )
+    with serving(servicer) as target:
+        deltas, stream = collect(target, asynchronous, n=2)
+    assert [d.text for d in deltas] == ["Größe ", "B", "", "🦊", "", ""]
+    completion = stream.completion
+    assert completion.text == "Größe 🦊"
+    assert completion.choices[0].token_ids == (5, 6, 7, 8)
+    assert completion.choices[1].matched_stop == "\n"
+    assert completion.choices[1].finish_reason is FinishReason.STOP
+    assert completion.seed == 7
+    assert stream.usage.completion_tokens == 5
+    assert stream.started.kv_format == "int8"
+    assert stream.resumes == 0
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        aborting(grpc.StatusCode.UNAVAILABLE, "socket closed"),
+        aborting(grpc.StatusCode.CANCELLED, "who knows why"),
+        aborting(grpc.StatusCode.INTERNAL, "Received RST_STREAM with error code 2"),
+        lambda request, context: iter(()),
+    ],
+    ids=["unavailable", "cancelled", "reset", "ok-without-an-end"],
+)
+def test_a_lost_stream_goes_on_where_it_was(loss: Action, asynchronous: bool) -> None:
+    def first(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+        yield started(request)
+        yield delta(0, "one ", 11, 12)
+        yield finished(index=1)
+        yield from loss(request, context)
+
+    rest = events(delta(2, "two", 13), finished(), usage(completion_tokens=3))
+    servicer = ScriptedServicer(first, aborting(grpc.StatusCode.UNAVAILABLE, "not yet"), rest)
+    with serving(servicer) as target:
+        deltas, stream = collect(target, asynchronous, request_id="same")
+    assert [d.text for d in deltas] == ["one ", "", "two", ""]
+    assert stream.completion.text == "one two"
+    assert stream.resumes == 1
+    first_request, *resumed = servicer.requests
+    assert not first_request.HasField("resume")
+    for request in resumed:
+        assert request.request_id == "same"
+        assert request.sampling_params.seed == 7
+        assert request.resume.model_revision == "r1"
+        assert [(c.index, list(c.token_ids), c.text_chars, c.finished) for c in
+                request.resume.choices] == [(0, [11, 12], 4, False), (1, [], 0, True)]  # fmt: skip
+
+
+def test_text_counts_in_code_points_for_the_cursor() -> None:
+    def first(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+        yield started(request)
+        yield delta(0, "👩‍🚀é", 1)
+        context.abort(grpc.StatusCode.UNAVAILABLE, "lost")
+
+    servicer = ScriptedServicer(first, events(finished(), usage()))
+    with serving(servicer) as target:
+        collect(target, False)
+    assert servicer.requests[1].resume.choices[0].text_chars == len("👩‍🚀é") == 4
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_killed_server_is_resumed_at_the_next_one(asynchronous: bool) -> None:
+    with killable("0") as (process, target):
+        with killed_at_third_token(process, target) as on_delta:
+            texts = on_each_delta(target, asynchronous, on_delta)
+        assert texts == [*WORDS, ""]
+
+
+@contextmanager
+def killable(port: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.client.killable_server", port],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        yield process, process.stdout.readline().strip()
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@contextmanager
+def killed_at_third_token(process: subprocess.Popen[str], target: str) -> Iterator[Any]:
+    """Yields a callback that, at the third delta, kills the server and starts another."""
+    successors: list[Any] = []
+    count = 0
+
+    def on_delta() -> None:
+        nonlocal count
+        count += 1
+        if count == 3:
+            process.kill()
+            process.wait()
+            successor = killable(target.rpartition(":")[2])
+            successor.__enter__()
+            successors.append(successor)
+
+    try:
+        yield on_delta
+    finally:
+        for successor in successors:
+            successor.__exit__(None, None, None)
+
+
+def on_each_delta(target: str, asynchronous: bool, on_delta: Any) -> list[str]:
+    texts = []
+    if not asynchronous:
+        with Client(target) as client:
+            for item in client.generate_stream("hi"):
+                texts.append(item.text)
+                on_delta()
+        return texts
+
+    async def run() -> None:
+        async with AsyncClient(target) as client:
+            async for item in client.generate_stream("hi"):
+                texts.append(item.text)
+                await asyncio.to_thread(on_delta)
+
+    asyncio.run(run())
+    return texts
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_giving_up_when_there_is_no_progress(asynchronous: bool) -> None:
+    servicer = ScriptedServicer(aborting(grpc.StatusCode.UNAVAILABLE, "gone"))
+    with serving(servicer) as target, pytest.raises(UnavailableError):
+        collect(target, asynchronous)
+    assert len(servicer.requests) == EAGER.max_attempts
+
+
+def test_progress_gives_new_patience() -> None:
+    def one_token(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+        received = len(request.resume.choices[0].token_ids) if request.resume.choices else 0
+        yield started(request)
+        if received < 9:
+            yield delta(received, "x", received)
+            context.abort(grpc.StatusCode.UNAVAILABLE, "again")
+        yield finished()
+        yield usage()
+
+    servicer = ScriptedServicer(one_token)
+    with serving(servicer) as target:
+        deltas, stream = collect(target, False)
+    assert len(deltas) == 10
+    assert stream.completion.text == "x" * 9
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize(
+    "broken",
+    [
+        events(delta(1, "gap", 5)),
+        events(delta(0, "a", 5), delta(0, "a", 5)),
+        events(finished(), delta(0, "late", 5)),
+        events(delta(0, "a", 5), usage()),
+        events(usage()),
+        events(finished(), usage(), delta(0, "later", 5)),
+        events(finished(reason=pb.FINISH_REASON_UNSPECIFIED)),
+        lambda request, context: iter([delta(0, "unannounced", 5)]),
+    ],
+    ids=["gap", "repeat", "late", "unfinished", "empty", "after-usage", "reason", "not-started"],
+)
+def test_a_stream_that_breaks_the_contract_is_refused(broken: Action, asynchronous: bool) -> None:
+    servicer = ScriptedServicer(broken)
+    with serving(servicer) as target, pytest.raises(ProtocolError):
+        collect(target, asynchronous)
+    assert servicer.ended.wait(10)
+
+
+def test_events_of_a_newer_server_are_skipped() -> None:
+    unknown = pb.GenerateStreamResponse.FromString(b"\xa2\x06\x00")
+    servicer = ScriptedServicer(events(unknown, finished(), usage()))
+    with serving(servicer) as target:
+        _, stream = collect(target, False)
+    assert stream.completion.text == ""
+
+
+def test_the_server_sees_it_when_a_loop_is_left() -> None:
+    servicer = ScriptedServicer(endless)
+    with serving(servicer) as target, Client(target) as client:
+        stream = client.generate_stream("hi")
+        for _ in stream:
+            break
+        assert servicer.ended.wait(10)
+        with pytest.raises(ClosedError):
+            iter(stream)
+        with pytest.raises(ClosedError):
+            _ = stream.completion
+
+
+def test_the_server_sees_it_when_a_with_block_is_left_by_an_error() -> None:
+    servicer = ScriptedServicer(endless)
+    with serving(servicer) as target, Client(target) as client:
+        with pytest.raises(KeyError), client.generate_stream("hi") as stream:
+            iterator = iter(stream)
+            next(iterator)
+            raise KeyError
+        assert servicer.ended.wait(10)
+        with pytest.raises(ClosedError):
+            list(iterator)
+
+
+def test_a_blocked_stream_is_closed_from_another_thread() -> None:
+    servicer = ScriptedServicer(silent)
+    with serving(servicer) as target, Client(target) as client:
+        stream = client.generate_stream("hi")
+        iterator = iter(stream)
+        next(iterator)
+        next(iterator)
+        closer = threading.Timer(0.05, stream.close)
+        closer.start()
+        with pytest.raises(ClosedError):
+            next(iterator)
+        closer.join()
+        assert servicer.ended.wait(10)
+
+
+async def seen(servicer: ScriptedServicer) -> bool:
+    return await asyncio.to_thread(servicer.ended.wait, 10)
+
+
+async def test_the_server_sees_it_when_an_async_loop_is_left() -> None:
+    servicer = ScriptedServicer(endless)
+    with serving(servicer) as target:
+        async with AsyncClient(target) as client:
+            async for _ in client.generate_stream("hi"):
+                break
+            assert await seen(servicer)
+
+
+async def test_the_server_sees_it_when_an_async_iterator_is_closed() -> None:
+    servicer = ScriptedServicer(silent)
+    with serving(servicer) as target:
+        async with AsyncClient(target) as client:
+            iterator = aiter(client.generate_stream("hi"))
+            await anext(iterator)
+            await iterator.aclose()
+            assert await seen(servicer)
+
+
+async def test_the_server_sees_it_when_a_task_is_cancelled() -> None:
+    servicer = ScriptedServicer(silent)
+    with serving(servicer) as target:
+        async with AsyncClient(target) as client:
+            received: asyncio.Queue[Delta] = asyncio.Queue()
+
+            async def consume() -> None:
+                async for item in client.generate_stream("hi"):
+                    received.put_nowait(item)
+
+            task = asyncio.create_task(consume())
+            await received.get()
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert await seen(servicer)
+    assert len(servicer.requests) == 1, "a cancelled call is not tried again"
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_silent_server_runs_into_the_deadline(
+    asynchronous: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvmesh.client.flows.GRACE_S", 0.0)
+    servicer = ScriptedServicer(silent)
+    with serving(servicer) as target, pytest.raises(DeadlineExceededError):
+        collect(target, asynchronous, timeout_s=0.3)
+    assert 0 < servicer.requests[0].timeout_s <= 0.3
+    assert len(servicer.requests) == 1
