@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from kvmesh.client import requests, transport
 from kvmesh.client.credentials import resolve_api_key, resolve_target
-from kvmesh.client.flows import StreamFlow, UnaryFlow, stream, unary
 from kvmesh.client.failures import RetryState
+from kvmesh.client.flows import StreamFlow, UnaryFlow, stream, unary
 from kvmesh.client.options import TLS, GenerateOptions, Prompt, RetryPolicy
 from kvmesh.client.stream_state import StreamState
 from kvmesh.protos import pb

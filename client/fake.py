@@ -13,6 +13,7 @@ Answers travel through the same messages, retries and parsers as real ones.
 from __future__ import annotations
 
 import asyncio
+import copy
 import re
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -79,7 +80,7 @@ class FakeServer:
         self._failures.extend([(error, after_tokens)] * times)
 
     def unary(self, request: Any) -> Any:
-        self.requests.append(request)
+        self.requests.append(copy.deepcopy(request))
         if self._failures:
             raise _failure_of(self._failures.popleft()[0])
         match request:
@@ -107,7 +108,7 @@ class FakeServer:
                 return pb.GetLoadsResponse()
 
     def events(self, request: pb.GenerateRequest) -> Iterator[pb.GenerateStreamResponse]:
-        self.requests.append(request)
+        self.requests.append(copy.deepcopy(request))
         failure, after_tokens = self._failures.popleft() if self._failures else (None, 0)
         if failure is not None and after_tokens == 0:
             raise _failure_of(failure)
@@ -151,7 +152,7 @@ class FakeServer:
                     token_ids=range(len(words)),
                     finish_reason=pb.FINISH_REASON_STOP,
                 )
-                for index in range(request.sampling_params.n or 1)
+                for index in range(_choices(request))
             ],
             usage=_usage(request, len(words)),
         )
@@ -266,10 +267,14 @@ def _prompt_tokens(prompt: pb.Prompt) -> int:
     return sum(len(text.split()) for text in texts)
 
 
+def _choices(request: pb.GenerateRequest) -> int:
+    return max(1, request.sampling_params.n)
+
+
 def _usage(request: pb.GenerateRequest, completion_tokens: int) -> pb.Usage:
     return pb.Usage(
         prompt_tokens=_prompt_tokens(request.prompt),
-        completion_tokens=completion_tokens * (request.sampling_params.n or 1),
+        completion_tokens=completion_tokens * _choices(request),
         group="fake",
         kv_format="exact",
     )

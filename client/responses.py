@@ -38,7 +38,8 @@ def mirror(cls: type[T], message: ProtoMessage) -> T:
     messages the dataclass that the field's annotation names.
     """
     values = {
-        name: _value(message, name, optional, element) for name, optional, element in _plan(typing.cast(Hashable, cls))
+        name: _value(message, name, optional, element)
+        for name, optional, element in _plan(typing.cast(Hashable, cls))
     }
     return cls(**values)
 

@@ -1,0 +1,412 @@
+"""Both clients' methods: what is sent, and what comes back."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import inspect
+import threading
+from typing import Any, get_type_hints
+
+import numpy as np
+import pytest
+
+import kvmesh
+from kvmesh import (
+    AsyncClient,
+    AsyncFakeTransport,
+    Client,
+    ClosedError,
+    FakeTransport,
+    FinishReason,
+    GenerateOptions,
+    InvalidRequestError,
+    Message,
+    Messages,
+    ProtocolError,
+)
+from kvmesh.client import responses, types
+from kvmesh.protos import pb
+from tests.client.servicer import ScriptedServicer, answering, serving
+
+ALL_OPTIONS: GenerateOptions = {
+    "temperature": 0.7,
+    "top_p": 0.9,
+    "top_k": 40,
+    "min_p": 0.05,
+    "repetition_penalty": 1.1,
+    "presence_penalty": -0.5,
+    "frequency_penalty": 0.25,
+    "seed": 2**64 - 1,
+    "max_tokens": 17,
+    "min_tokens": 3,
+    "stop": ["\n", "ende 漢"],
+    "stop_token_ids": [7, 8],
+    "ignore_eos": True,
+    "logit_bias": {5: -100.0, 6: 1.5},
+    "logprobs": 0,
+    "n": 2,
+    "request_id": "mine",
+    "model": "some-model",
+    "priority": -3,
+    "timeout_s": 60.0,
+    "min_kv_format": "int8",
+    "cache_salt": "salt",
+}
+
+
+def test_every_option_reaches_the_server_under_its_name() -> None:
+    assert ALL_OPTIONS.keys() == GenerateOptions.__annotations__.keys()
+    fake = FakeTransport()
+    Client(transport=fake).generate("hi", **ALL_OPTIONS)
+    request = fake.server.requests[0]
+    for name, value in ALL_OPTIONS.items():
+        holder = request if name in pb.GenerateRequest.DESCRIPTOR.fields_by_name else None
+        sent = getattr(holder or request.sampling_params, name)
+        if isinstance(value, list):
+            sent = list(sent)
+        assert sent == value, name
+    parameters = {field.name for field in pb.SamplingParams.DESCRIPTOR.fields}
+    assert parameters <= GenerateOptions.__annotations__.keys()
+
+
+def test_what_is_left_out_stays_unset() -> None:
+    fake = FakeTransport()
+    Client(transport=fake).generate("hi")
+    request = fake.server.requests[0]
+    assert not request.sampling_params.ListFields()
+    assert {field.name for field, _ in request.ListFields()} == {"prompt", "request_id"}
+
+
+def test_zero_is_not_unset() -> None:
+    fake = FakeTransport()
+    Client(transport=fake).generate("hi", temperature=0, priority=0)
+    request = fake.server.requests[0]
+    assert request.sampling_params.HasField("temperature")
+    assert request.HasField("priority")
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"seed": -1}, "sampling_params.seed"),
+        ({"seed": 2**64}, "sampling_params.seed"),
+        ({"max_tokens": 2**31}, "sampling_params.max_tokens"),
+        ({"max_tokens": "many"}, "sampling_params.max_tokens"),
+        ({"temperature": "hot"}, "sampling_params.temperature"),
+        ({"stop_token_ids": [-1]}, "sampling_params.stop_token_ids"),
+        ({"stop_token_ids": 5}, "sampling_params.stop_token_ids"),
+        ({"stop": [5]}, "sampling_params.stop"),
+        ({"stop": ["\ud800"]}, "sampling_params.stop"),
+        ({"logit_bias": {-1: 1.0}}, "sampling_params.logit_bias"),
+        ({"logit_bias": {1: "x"}}, "sampling_params.logit_bias"),
+        ({"priority": 2**40}, "priority"),
+        ({"request_id": 5}, "request_id"),
+        ({"tempreature": 1.0}, "sampling_params.tempreature"),
+    ],
+)
+def test_what_no_message_can_hold_is_refused_by_name(options: Any, field: str) -> None:
+    fake = FakeTransport()
+    with pytest.raises(InvalidRequestError) as caught:
+        Client(transport=fake).generate("hi", **options)
+    assert caught.value.field == field
+    assert not fake.server.requests
+
+
+def test_values_that_are_only_wrong_are_the_servers_to_refuse() -> None:
+    fake = FakeTransport()
+    Client(transport=fake).generate("", temperature=float("nan"), max_tokens=-1, top_k=-5, n=-2)
+    assert fake.server.requests[0].sampling_params.max_tokens == -1
+
+
+@pytest.mark.parametrize(
+    ("prompt", "field"),
+    [
+        ([-1], "prompt.token_ids"),
+        ([2**32], "prompt.token_ids"),
+        ([1.5], "prompt.token_ids"),
+        (b"bytes", "prompt.token_ids"),
+        ("\ud800", "prompt.text"),
+    ],
+)
+def test_prompts_that_cannot_be_sent(prompt: Any, field: str) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        Client(transport=FakeTransport()).generate(prompt)
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    "message",
+    [{"role": "user"}, {"role": "user", "content": "x", "name": "y"}, "user: hi", 5],
+)
+def test_messages_that_are_none(message: Any) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        Client(transport=FakeTransport()).chat([Message("user", "hi"), message])
+    assert caught.value.field == "prompt.chat.messages[1]"
+
+
+def test_prompts_of_each_kind() -> None:
+    fake = FakeTransport()
+    client = Client(transport=fake)
+    messages: Messages = [Message("system", "Sei nett. 🙂"), {"role": "user", "content": "漢字"}]
+    client.generate("Grüße\0")
+    client.generate([1, 2, 3])
+    client.generate((1, 2))
+    client.generate(np.arange(4, dtype=np.int32))  # type: ignore[arg-type]
+    client.chat(messages)
+    client.tokenize(messages)
+    list(client.chat_stream(messages))
+    kinds = [request.prompt.WhichOneof("kind") for request in fake.server.requests]
+    assert kinds == ["text", *["token_ids"] * 3, *["chat"] * 3]
+    assert fake.server.requests[0].prompt.text == "Grüße\0"
+    assert list(fake.server.requests[3].prompt.token_ids.ids) == [0, 1, 2, 3]
+    chat = fake.server.requests[4].prompt.chat
+    assert [(m.role, m.content) for m in chat.messages] == [
+        ("system", "Sei nett. 🙂"),
+        ("user", "漢字"),
+    ]
+
+
+def test_a_million_token_ids_go_through() -> None:
+    ids = list(range(49_152)) * 21
+    servicer = ScriptedServicer(lambda request, context: pb.TokenizeResponse(
+        token_ids=request.prompt.token_ids.ids, max_model_len=2**20
+    ))  # fmt: skip
+    with serving(servicer) as target, Client(target) as client:
+        assert client.tokenize(ids).token_ids == tuple(ids)
+
+
+def filled(message: Any, start: int = 1) -> Any:
+    """Set every field of a message to a value of its own, recursively."""
+    for number, field in enumerate(message.DESCRIPTOR.fields, start):
+        if field.message_type is not None and field.message_type.GetOptions().map_entry:
+            getattr(message, field.name)["key"] = number
+        elif field.message_type is not None:
+            value = getattr(message, field.name)
+            filled(value.add() if field.is_repeated else value, number + 1)
+        elif field.is_repeated:
+            getattr(message, field.name).extend([number, number + 1])
+        elif field.type == field.TYPE_STRING:
+            setattr(message, field.name, f"text {number}")
+        elif field.type == field.TYPE_BOOL:
+            setattr(message, field.name, True)
+        elif field.type == field.TYPE_ENUM:
+            setattr(message, field.name, 1)
+        else:
+            setattr(message, field.name, number)
+    return message
+
+
+def assert_mirrors(value: Any, message: Any) -> None:
+    names = [field.name for field in message.DESCRIPTOR.fields]
+    assert {field.name for field in dataclasses.fields(value)} == set(names)
+    for name in names:
+        got, sent = getattr(value, name), getattr(message, name)
+        if dataclasses.is_dataclass(got):
+            assert_mirrors(got, sent)
+        elif isinstance(got, tuple) and got and dataclasses.is_dataclass(got[0]):
+            for part, sent_part in zip(got, sent, strict=True):
+                assert_mirrors(part, sent_part)
+        elif isinstance(got, tuple):
+            assert got == tuple(sent)
+        else:
+            assert got == sent
+        assert got, f"{name} was filled"
+
+
+@pytest.mark.parametrize(
+    ("cls", "message"),
+    [
+        (types.Estimate, pb.EstimateBudgetResponse),
+        (types.ModelInfo, pb.GetModelInfoResponse),
+        (types.Loads, pb.GetLoadsResponse),
+        (types.Usage, pb.Usage),
+        (types.Started, pb.Started),
+        (types.Queued, pb.Queued),
+        (types.Tokens, pb.TokenizeResponse),
+        (types.TokenLogprob, pb.TokenLogprob),
+    ],
+)
+def test_results_have_every_field_of_their_message(cls: Any, message: Any) -> None:
+    assert_mirrors(responses.mirror(cls, filled(message())), filled(message()))
+
+
+def test_unset_optional_numbers_are_none() -> None:
+    assert responses.mirror(types.Usage, pb.Usage()).time_to_first_token_s is None
+    assert responses.mirror(types.Queued, pb.Queued(projected_wait_s=0)).projected_wait_s == 0
+
+
+def test_a_completion_in_full() -> None:
+    reply = pb.GenerateResponse(
+        request_id="r",
+        model="m",
+        seed=9,
+        choices=[
+            pb.Choice(
+                index=0,
+                text="Ja.",
+                token_ids=[1, 2],
+                finish_reason=pb.FINISH_REASON_STOP,
+                matched_stop_token_id=0,
+                logprobs=[
+                    pb.TokenLogprobs(
+                        chosen=pb.TokenLogprob(token_id=1, text="Ja", logprob=-0.5),
+                        top=[pb.TokenLogprob(token_id=3, text="No", logprob=-1.5)],
+                    )
+                ],
+            ),
+            pb.Choice(index=1, finish_reason=pb.FINISH_REASON_STOP, matched_stop_string="."),
+            pb.Choice(index=2, finish_reason=pb.FINISH_REASON_DEADLINE),
+        ],
+        usage=pb.Usage(completion_tokens=3, time_to_first_token_s=1.0, total_s=2.0),
+    )
+    with serving(ScriptedServicer(answering(reply))) as target, Client(target) as client:
+        completion = client.generate("hi")
+    assert completion.text == "Ja."
+    first, second, third = completion.choices
+    assert first.matched_stop == 0, "token 0 is a token"
+    assert first.logprobs[0].chosen == types.TokenLogprob(1, "Ja", -0.5)
+    assert first.logprobs[0].top == (types.TokenLogprob(3, "No", -1.5),)
+    assert second.matched_stop == "."
+    assert third.finish_reason is FinishReason.DEADLINE
+    assert third.matched_stop is None
+    assert completion.usage.tokens_per_s == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("usage", [pb.Usage(), pb.Usage(completion_tokens=1, total_s=1.0),
+                                   pb.Usage(completion_tokens=5, time_to_first_token_s=1.0,
+                                            total_s=1.0)])  # fmt: skip
+def test_a_rate_needs_two_tokens_and_time(usage: pb.Usage) -> None:
+    assert responses.mirror(types.Usage, usage).tokens_per_s is None
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [pb.GenerateResponse(), pb.GenerateResponse(choices=[pb.Choice(finish_reason=99)])],  # type: ignore[arg-type]
+)
+def test_a_reply_that_breaks_the_contract(reply: pb.GenerateResponse) -> None:
+    with (
+        serving(ScriptedServicer(answering(reply))) as target,
+        Client(target) as client,
+        pytest.raises(ProtocolError),
+    ):
+        client.generate("hi")
+
+
+def test_an_estimate_takes_a_prompt_or_its_length() -> None:
+    client = Client(transport=FakeTransport())
+    assert client.estimate("one two").prompt_tokens == 2
+    assert client.estimate(prompt_tokens=10**6, max_tokens=5).prompt_tokens == 10**6
+    for arguments in ({}, {"prompt": "x", "prompt_tokens": 1}):
+        with pytest.raises(InvalidRequestError, match="either"):
+            client.estimate(**arguments)  # type: ignore[arg-type]
+
+
+def test_abort_of_a_running_stream() -> None:
+    fake = FakeTransport(["a b c"])
+    client = Client(transport=fake)
+    stream = client.generate_stream("hi")
+    next(iter(stream))
+    assert client.abort(stream.request_id) is False, "the loop has been left"
+    with client.generate_stream("hi") as stream:
+        iterator = iter(stream)
+        next(iterator)
+        assert client.abort(stream.request_id) is True
+    assert fake.server.open_streams == 0
+
+
+def test_a_closed_client_says_so() -> None:
+    for client in (Client(transport=FakeTransport()), Client("localhost:1")):
+        client.close()
+        with pytest.raises(ClosedError):
+            client.loads()
+        with pytest.raises(ClosedError):
+            list(client.generate_stream("hi"))
+
+
+async def test_a_closed_async_client_says_so() -> None:
+    for client in (AsyncClient(transport=AsyncFakeTransport()), AsyncClient("localhost:1")):
+        await client.close()
+        with pytest.raises(ClosedError):
+            await client.loads()
+
+
+async def test_every_method_of_the_async_client() -> None:
+    fake = AsyncFakeTransport(["eins zwei"])
+    async with AsyncClient(transport=fake) as client:
+        assert (await client.generate("hi")).text == "eins zwei"
+        assert (await client.chat([Message("user", "hi")])).text == "eins zwei"
+        assert [d.text async for d in client.chat_stream([Message("user", "hi")])] == [
+            "eins",
+            " zwei",
+            "",
+        ]
+        assert len((await client.tokenize("a b c")).token_ids) == 3
+        assert (await client.estimate(prompt_tokens=5)).feasible_now
+        assert (await client.model_info()).model == "fake"
+        assert await client.abort("nothing") is False
+        assert (await client.loads()).groups == ()
+
+
+def test_both_clients_have_one_surface() -> None:
+    def surface(cls: type) -> dict[str, Any]:
+        return {
+            name: (list(inspect.signature(member).parameters.values()))
+            for name, member in vars(cls).items()
+            if inspect.isfunction(member) and not name.startswith("_")
+        }
+
+    assert surface(Client) == surface(AsyncClient)
+    for name in surface(Client):
+        blocking, asynchronous = vars(Client)[name], vars(AsyncClient)[name]
+        assert blocking.__doc__ == asynchronous.__doc__
+        if not name.endswith("_stream"):
+            hints, async_hints = get_type_hints(blocking), get_type_hints(asynchronous)
+            assert hints["return"] == async_hints["return"]
+
+
+def test_a_client_is_shared_between_threads() -> None:
+    servicer = ScriptedServicer(
+        lambda request, context: pb.TokenizeResponse(token_ids=[int(request.prompt.text)])
+    )
+    got: dict[int, tuple[int, ...]] = {}
+    with serving(servicer) as target, Client(target) as client:
+
+        def work(first: int) -> None:
+            for number in range(first, first + 20):
+                got[number] = client.tokenize(str(number)).token_ids
+
+        threads = [threading.Thread(target=work, args=(n * 100,)) for n in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(got) == 160
+    assert all(ids == (number,) for number, ids in got.items())
+
+
+async def test_many_calls_of_one_async_client() -> None:
+    servicer = ScriptedServicer(
+        lambda request, context: pb.TokenizeResponse(token_ids=[int(request.prompt.text)])
+    )
+    with serving(servicer) as target:
+        async with AsyncClient(target) as client:
+            results = await asyncio.gather(*(client.tokenize(str(n)) for n in range(100)))
+    assert [tokens.token_ids for tokens in results] == [(n,) for n in range(100)]
+
+
+def test_the_fakes_own_example() -> None:
+    fake = FakeTransport(["Paris", "Rome"])
+    client = Client(transport=fake)
+    assert client.generate("The capital of France is").text == "Paris"
+    fake.server.fail(kvmesh.OverCapacityError("full", retry_after_s=1.0))
+    assert client.generate("The capital of Italy is").text == "Rome"
+    assert fake.server.slept_s >= 1.0
+    with pytest.raises(ValueError, match="answers"):
+        FakeTransport([])
+
+
+def test_everything_public_is_importable_from_the_top() -> None:
+    assert set(kvmesh.__all__) == set(kvmesh.client.__all__)
+    for name in kvmesh.__all__:
+        assert getattr(kvmesh, name) is getattr(kvmesh.client, name)

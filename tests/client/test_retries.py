@@ -1,0 +1,186 @@
+"""When a call is tried again, and how long that takes. No time passes here."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvmesh import (
+    NO_RETRY,
+    AsyncClient,
+    AsyncFakeTransport,
+    AuthenticationError,
+    Client,
+    DeadlineExceededError,
+    DuplicateRequestError,
+    FakeTransport,
+    InvalidRequestError,
+    KVMeshError,
+    NeverFitsError,
+    OverCapacityError,
+    RequestCancelledError,
+    RetryPolicy,
+    ServerError,
+    UnavailableError,
+)
+from kvmesh.client.failures import RetryState, error_of
+from kvmesh.client.transport import RpcFailure
+
+
+def clients() -> tuple[FakeTransport, Client]:
+    fake = FakeTransport(["yes"])
+    return fake, Client(transport=fake)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OverCapacityError("full"), UnavailableError("gone"), RequestCancelledError("unexpected")],
+    ids=lambda error: type(error).__name__,
+)
+def test_what_may_pass_is_tried_again(error: KVMeshError) -> None:
+    fake, client = clients()
+    fake.server.fail(error, times=3)
+    assert client.generate("hi").text == "yes"
+    ids = {request.request_id for request in fake.server.requests}
+    assert len(fake.server.requests) == 4
+    assert len(ids) == 1, "every attempt is the same request"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        InvalidRequestError.of("prompt", "is empty"),
+        AuthenticationError("wrong key"),
+        NeverFitsError("too long", needed_bytes=2, available_bytes=1),
+        DeadlineExceededError("too late"),
+        DuplicateRequestError("in use"),
+        ServerError("broken"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_what_cannot_pass_is_not(error: KVMeshError, streaming: bool) -> None:
+    fake, client = clients()
+    fake.server.fail(error)
+    with pytest.raises(type(error), match=error.message):
+        list(client.generate_stream("hi")) if streaming else client.generate("hi")
+    assert len(fake.server.requests) == 1
+    assert fake.server.slept_s == 0
+
+
+def test_attempts_are_bounded() -> None:
+    fake, client = clients()
+    fake.server.fail(UnavailableError("gone"), times=100)
+    with pytest.raises(UnavailableError):
+        client.tokenize("hi")
+    assert len(fake.server.requests) == RetryPolicy().max_attempts
+
+
+def test_no_retry_means_one_attempt() -> None:
+    fake = FakeTransport()
+    fake.server.fail(UnavailableError("gone"))
+    with pytest.raises(UnavailableError):
+        Client(transport=fake, retry=NO_RETRY).loads()
+    assert len(fake.server.requests) == 1
+
+
+def test_the_servers_retry_after_is_waited_for() -> None:
+    fake, client = clients()
+    fake.server.fail(OverCapacityError("full", retry_after_s=12.0), times=2)
+    client.generate("hi")
+    assert 24.0 <= fake.server.slept_s <= 24.0 + 0.2 + 0.4
+
+
+@pytest.mark.parametrize("retry_after_s", [61.0, 1e300, float("inf"), float("nan"), -1.0])
+def test_too_much_patience_is_not_had(retry_after_s: float) -> None:
+    fake, client = clients()
+    fake.server.fail(OverCapacityError("full", retry_after_s=retry_after_s))
+    with pytest.raises(OverCapacityError):
+        client.generate("hi")
+    assert fake.server.slept_s == 0
+
+
+def test_no_wait_goes_beyond_the_timeout() -> None:
+    fake, client = clients()
+    fake.server.fail(OverCapacityError("full", retry_after_s=12.0), times=5)
+    with pytest.raises(OverCapacityError) as caught:
+        client.generate("hi", timeout_s=20.0)
+    assert caught.value.retry_after_s == 12.0
+    assert 12.0 <= fake.server.slept_s < 20.0
+    timeouts = [request.timeout_s for request in fake.server.requests]
+    assert timeouts[0] == 20.0
+    assert timeouts[1] == pytest.approx(20.0 - fake.server.slept_s)
+
+
+def test_a_timeout_that_has_passed_makes_no_call() -> None:
+    fake, client = clients()
+    with pytest.raises(DeadlineExceededError):
+        client.generate("hi", timeout_s=0.0)
+    assert not fake.server.requests
+
+
+def test_a_lost_request_that_lives_on_is_waited_out() -> None:
+    fake, client = clients()
+    fake.server.fail(UnavailableError("gone"))
+    fake.server.fail(DuplicateRequestError("still there"))
+    assert client.generate("hi").text == "yes"
+
+
+def test_the_client_timeout_applies_unless_the_call_has_its_own() -> None:
+    fake = FakeTransport()
+    client = Client(transport=fake, timeout_s=9.0)
+    client.generate("a")
+    client.generate("a", timeout_s=3.0)
+    client.generate("a", timeout_s=None)
+    sent = [
+        request.timeout_s if request.HasField("timeout_s") else None
+        for request in fake.server.requests
+    ]
+    assert sent == [9.0, 3.0, None]
+
+
+async def test_the_async_client_retries_alike() -> None:
+    fake = AsyncFakeTransport(["a b c"])
+    client = AsyncClient(transport=fake)
+    fake.server.fail(OverCapacityError("full", retry_after_s=5.0))
+    assert (await client.generate("hi")).text == "a b c"
+    assert fake.server.slept_s >= 5.0
+    fake.server.fail(UnavailableError("gone"), after_tokens=2)
+    stream = client.generate_stream("hi")
+    assert [delta.text async for delta in stream] == ["a", " b", " c", ""]
+    assert stream.resumes == 1
+
+
+@given(
+    failures=st.integers(1, 60),
+    seed=st.integers(),
+    policy=st.builds(
+        RetryPolicy,
+        max_attempts=st.just(100),
+        initial_backoff_s=st.floats(0, 10),
+        max_backoff_s=st.floats(0, 100),
+    ),
+)
+def test_back_off_grows_and_is_bounded(failures: int, seed: int, policy: RetryPolicy) -> None:
+    state = RetryState(policy, random.Random(seed))
+    failure = RpcFailure("UNAVAILABLE", "")
+    for attempt in range(failures):
+        wait_s = state.delay_s(failure, error_of(failure), 0.0)
+        bound_s = min(policy.max_backoff_s, policy.initial_backoff_s * 2**attempt)
+        assert wait_s is not None
+        assert 0 <= wait_s <= bound_s
+
+
+@pytest.mark.parametrize("attempts", [0, -1])
+def test_a_policy_without_attempts_is_refused(attempts: int) -> None:
+    with pytest.raises(InvalidRequestError, match="max_attempts"):
+        RetryPolicy(max_attempts=attempts)
+
+
+@pytest.mark.parametrize("seconds", [-1.0, float("nan"), float("inf")])
+def test_a_policy_with_impossible_waits_is_refused(seconds: float) -> None:
+    with pytest.raises(InvalidRequestError, match="initial_backoff_s"):
+        RetryPolicy(initial_backoff_s=seconds)
