@@ -1,8 +1,8 @@
 """The local store of converted models: whole or absent, never half written.
 
-    <root>/<key>/             the model's files, and kvmesh.json, its manifest
-    <root>/<key>.lock         held by the process that makes the entry
-    <root>/<key>.partial-*    being made; renamed when whole, removed when stale
+<root>/<key>/             the model's files, and kvmesh.json, its manifest
+<root>/<key>.lock         held by the process that makes the entry
+<root>/<key>.partial-*    being made; renamed when whole, removed when stale
 """
 
 from __future__ import annotations
@@ -95,7 +95,8 @@ def _is_whole(path: Path) -> bool:
     try:
         manifest = json.loads((path / NAME_FILE).read_bytes())
         return manifest["version"] == _MANIFEST_VERSION and all(
-            (path / name).stat().st_size == entry["bytes"] and _digest(path / name) == entry["sha256"]
+            (path / name).stat().st_size == entry["bytes"]
+            and _digest(path / name) == entry["sha256"]
             for name, entry in manifest["files"].items()
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -92,8 +92,10 @@ class Tokenizer:
         pieces = self._chat.render(messages, add_generation_prompt, tuple(self.special_tokens))
         ids: list[int] = []
         for piece in pieces:
-            ids += self._encode_literal(piece.text) if piece.literal else self.encode(
-                piece.text, add_special_tokens=False
+            ids += (
+                self._encode_literal(piece.text)
+                if piece.literal
+                else self.encode(piece.text, add_special_tokens=False)
             )
         return ids
 

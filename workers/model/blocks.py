@@ -1,0 +1,154 @@
+"""Leaner forms of the blocks that decoder layers share, for the architectures where they hold.
+
+A decode step of a small model spends as long between its matrix products as in
+them, so: one product for queries, keys and values, one for gate and up, and
+RoPE over queries and keys together. Each table below names the transformers
+classes that compute exactly this; any other class runs as it is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kvmesh.workers.model.hook import AttendArgs, AttendSlot
+from kvmesh.workers.parallel.linears import ColumnLinear
+
+# Projections, then RoPE on halves, then attention; no more between them than the norm of
+# each head (q_norm, k_norm) and the clamp (clip_qkv) that FusedAttention knows.
+_PLAIN_ATTENTION = frozenset(
+    {
+        "LlamaAttention",
+        "MistralAttention",
+        "Qwen2Attention",
+        "Qwen3Attention",
+        "GemmaAttention",
+        "Gemma2Attention",
+        "OlmoAttention",
+    }
+)
+# x / rms(x) * weight
+_PLAIN_RMS_NORM = frozenset(
+    {"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "Olmo2RMSNorm"}
+)
+# x / rms(x) * (1 + weight), the sum in float32
+_CENTRED_RMS_NORM = frozenset({"GemmaRMSNorm", "Gemma2RMSNorm"})
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, computed in float32 and rounded once."""
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self._shape = tuple(weight.shape)
+        self._eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self._shape, self.weight, self._eps)
+
+
+class FusedAttention(nn.Module):
+    """Self-attention from hidden states to hidden states.
+
+    qkv: from hidden size to (num_heads + 2 * num_kv_heads) * head_dim, of this rank
+    q_norm, k_norm: over each head's dimensions, or None
+    """
+
+    def __init__(self, source: Any, sliding_window: int | None, slot: AttendSlot) -> None:
+        super().__init__()
+        projections = [source.q_proj, source.k_proj, source.v_proj]
+        self._head_dim: int = source.head_dim
+        self._heads = [part.weight.shape[0] // self._head_dim for part in projections]
+        self.qkv = ColumnLinear.joined(projections)
+        self.o_proj = source.o_proj
+        self.q_norm = getattr(source, "q_norm", None)
+        self.k_norm = getattr(source, "k_norm", None)
+        self._clip: float | None = getattr(source.config, "clip_qkv", None)
+        self._layer: int = source.layer_idx
+        self._slot = slot
+        self._args = AttendArgs(
+            scale=source.scaling,
+            softcap=getattr(source, "attn_logit_softcapping", None),
+            sliding_window=sliding_window,
+        )
+
+    def forward(
+        self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **_kwargs: Any
+    ) -> tuple[Tensor, None]:
+        """hidden_states: [1, T, hidden] -> ([1, T, hidden], None), as transformers' layers want it"""
+        attend = self._slot.attend
+        assert attend is not None, "attention outside ServedModel.forward"
+        qkv = self.qkv(hidden_states[0])
+        if self._clip is not None:
+            qkv = qkv.clamp_(-self._clip, self._clip)
+        num_q, num_k, _ = self._heads
+        qkv = qkv.view(qkv.shape[0], -1, self._head_dim)
+        qk = qkv[:, : num_q + num_k]
+        if self.q_norm is not None and self.k_norm is not None:
+            qk = torch.cat((self.q_norm(qk[:, :num_q]), self.k_norm(qk[:, num_q:])), dim=1)
+        cos, sin = position_embeddings
+        qk = _rotate(qk, cos[0], sin[0])
+        out = attend(self._layer, qk[:, :num_q], qk[:, num_q:], qkv[:, num_q + num_k :], self._args)
+        return self.o_proj(out.reshape(out.shape[0], -1)).unsqueeze(0), None
+
+
+class FusedMLP(nn.Module):
+    """down(activation(gate(x)) * up(x))"""
+
+    def __init__(self, source: Any) -> None:
+        super().__init__()
+        self.gate_up = ColumnLinear.joined([source.gate_proj, source.up_proj])
+        self.down_proj = source.down_proj
+        self._width: int = source.gate_proj.weight.shape[0]
+        self._activation = source.act_fn
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., hidden] -> like x"""
+        both = self.gate_up(x)
+        gate, up = both[..., : self._width], both[..., self._width :]
+        return self.down_proj(self._activation(gate) * up)  # type: ignore[no-any-return]
+
+
+def fuse(layer: Any, sliding_window: int | None, slot: AttendSlot) -> None:
+    """Replace the blocks of a decoder layer, its weights in place, where the tables allow."""
+    for name, module in list(layer.named_modules()):
+        parent, _, child = name.rpartition(".")
+        lean = _lean_norm(module)
+        if lean is not None:
+            setattr(layer.get_submodule(parent), child, lean)
+    if type(layer.self_attn).__name__ in _PLAIN_ATTENTION:
+        layer.self_attn = FusedAttention(layer.self_attn, sliding_window, slot)
+    layer.mlp = FusedMLP(layer.mlp)
+
+
+def lean_norm(module: nn.Module) -> nn.Module:
+    """The norm in its lean form where there is one, else as it is."""
+    return _lean_norm(module) or module
+
+
+def _lean_norm(module: Any) -> nn.Module | None:
+    kind = type(module).__name__
+    if kind in _PLAIN_RMS_NORM:
+        return RMSNorm(module.weight.data, module.variance_epsilon)
+    # In bfloat16, 1 + weight would be rounded before it is multiplied.
+    if kind in _CENTRED_RMS_NORM and module.weight.dtype == torch.float32:
+        return RMSNorm(1.0 + module.weight.data, module.eps)
+    return None
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE with the two halves of a head as the coordinates of its planes.
+
+    x: [T, H, D]; cos, sin: [T, D], both halves alike
+    """
+    half = x.shape[-1] // 2
+    cos, sin = cos.unsqueeze(1), sin[:, :half].unsqueeze(1)
+    wide = x.to(cos.dtype)  # OLMo rotates in float32 whatever the weights are
+    out = wide * cos
+    out[..., :half].addcmul_(wide[..., half:], sin, value=-1)
+    out[..., half:].addcmul_(wide[..., :half], sin)
+    return out.to(x.dtype)

@@ -1,0 +1,156 @@
+"""Building a rank's model: transformers' modules, kvmesh's attention, this rank's weights.
+
+The model is built on the meta device, which costs nothing, and filled from
+safetensors slice by slice, so that a rank never holds more than its share.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from kvmesh.workers.errors import ConfigError, UnsupportedModelError
+from kvmesh.workers.model.blocks import fuse, lean_norm
+from kvmesh.workers.model.facts import ModelFacts, read_facts
+from kvmesh.workers.model.hook import IMPLEMENTATION, Attend, AttendSlot, attach
+from kvmesh.workers.model.weights import WeightReader
+from kvmesh.workers.parallel.comm import Communicator
+from kvmesh.workers.parallel.linears import VocabHead
+from kvmesh.workers.parallel.shards import Placer, check_tp
+
+
+class ServedModel:
+    """One rank's share of a model, ready to run.
+
+    num_heads, num_kv_heads: of this rank; facts: of the whole model
+    """
+
+    def __init__(self, facts: ModelFacts, model: Any, slot: AttendSlot, tp: int) -> None:
+        self.facts = facts
+        self.num_heads = facts.num_heads // tp
+        self.num_kv_heads = facts.num_kv_heads // tp
+        self.head_dim = facts.head_dim
+        self._body: nn.Module = model.model
+        self._head: VocabHead = model.lm_head
+        self._slot = slot
+        self._logit_scale: float | None = getattr(model, "logit_scale", None)
+        self._logit_softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
+
+    @torch.inference_mode()
+    def forward(
+        self, input_ids: Tensor, positions: Tensor, attend: Attend, logits_rows: Tensor
+    ) -> Tensor | None:
+        """Logits of the tokens `logits_rows` of a step, on rank 0; None on the others.
+
+        input_ids, positions: [T] int64, the tokens of any number of sequences, without padding
+        attend: called once a layer; knows which token belongs to which sequence
+        logits_rows: [n] int64, from 0 to T - 1
+        Returns [n, vocab_size] fp32. There is no host synchronisation and no
+        shape that depends on data, so a call can be captured in a CUDA graph.
+        """
+        with self._slot.holding(attend):
+            hidden = self._body(
+                input_ids=input_ids.unsqueeze(0),
+                position_ids=positions.unsqueeze(0),
+                use_cache=False,
+            ).last_hidden_state
+        logits = self._head(hidden[0].index_select(0, logits_rows))
+        return None if logits is None else self._finish(logits)
+
+    def _finish(self, logits: Tensor) -> Tensor:
+        """What an architecture does to its logits, as its forward does it."""
+        if self._logit_scale is not None:
+            logits = logits * self._logit_scale
+        if self._logit_softcap is not None:
+            logits = torch.tanh(logits / self._logit_softcap) * self._logit_softcap
+        return logits.float()
+
+
+def load_model(
+    path: Path, *, dtype: torch.dtype, device: torch.device, comm: Communicator
+) -> ServedModel:
+    """This rank's share of the model in directory `path`.
+
+    dtype: of weights and activations, whatever the checkpoint's is
+    Raises ConfigError naming `tp` or `model`, UnsupportedModelError for a
+    model that would be computed wrongly.
+    """
+    facts = read_facts(path)
+    check_tp(facts, comm.size)
+    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    _check_agreement(facts, config, path)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=IMPLEMENTATION
+        )
+    model.eval().requires_grad_(False)
+    with WeightReader(path, dtype, device) as reader:
+        Placer(model, reader, comm).place()
+    _restore_buffers(model, config, device)
+    slot = AttendSlot()
+    for layer, window in zip(model.model.layers, facts.sliding_windows, strict=True):
+        _localise(layer.self_attn, comm)
+        attach(layer.self_attn, slot)
+        fuse(layer, window, slot)
+    model.model.norm = lean_norm(model.model.norm)
+    _check_complete(model, path)
+    return ServedModel(facts, model, slot, comm.size)
+
+
+def _check_agreement(facts: ModelFacts, config: Any, path: Path) -> None:
+    """The control plane plans by `facts`, the model computes by `config`."""
+    pairs = {
+        "num_layers": config.num_hidden_layers,
+        "num_heads": config.num_attention_heads,
+        "num_kv_heads": config.num_key_value_heads,
+        "head_dim": getattr(config, "head_dim", None)
+        or config.hidden_size // config.num_attention_heads,
+        "vocab_size": config.vocab_size,
+        "sliding_windows": _sliding_windows(config),
+    }
+    for name, theirs in pairs.items():
+        if getattr(facts, name) != theirs:
+            raise UnsupportedModelError(
+                "model",
+                f"{path / 'config.json'}: {name} reads as {getattr(facts, name)} here,"
+                f" as {theirs} in transformers",
+            )
+
+
+def _sliding_windows(config: Any) -> tuple[int | None, ...]:
+    kinds = getattr(config, "layer_types", None)
+    if config.model_type == "mistral":  # one window for all layers, and no layer types
+        kinds = ["sliding_attention"] * config.num_hidden_layers
+    kinds = kinds or ["full_attention"] * config.num_hidden_layers
+    return tuple(config.sliding_window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def _restore_buffers(model: Any, config: Any, device: torch.device) -> None:
+    """Compute what is in no checkpoint: RoPE's frequencies, Gemma's factor of the embeddings."""
+    body = model.model
+    body.rotary_emb = type(body.rotary_emb)(config=config).to(device)
+    factor = getattr(body.embed_tokens, "scalar_embed_scale", None)
+    if factor is not None:
+        body.embed_tokens.embed_scale = torch.tensor(factor, device=device)
+
+
+def _localise(attention: Any, comm: Communicator) -> None:
+    """StableLM counts its heads instead of inferring them, and keeps a norm a head."""
+    for name in ("num_heads", "num_key_value_heads"):
+        if hasattr(attention, name):
+            setattr(attention, name, getattr(attention, name) // comm.size)
+    for name in ("q_layernorm", "k_layernorm"):
+        norm = getattr(attention, name, None)
+        if norm is not None:
+            count = len(norm.norms) // comm.size
+            norm.norms = norm.norms[comm.rank * count : (comm.rank + 1) * count]
+
+
+def _check_complete(model: nn.Module, path: Path) -> None:
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise ConfigError("model", f"{path}: nothing gives {name} its value")

@@ -1,0 +1,96 @@
+"""Reading a rank's share of a checkpoint's weights."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from kvmesh.workers.errors import ConfigError, UnsupportedModelError
+from kvmesh.workers.model.tensors import read_tensors
+
+# Of old checkpoints: recomputed from the configuration, never loaded.
+_DERIVED_SUFFIXES = (".rotary_emb.inv_freq", ".masked_bias", ".attn.bias")
+
+
+class WeightReader:
+    """Tensors of the checkpoint in `path`, converted to `dtype` on `device`, whole or in part.
+
+    A context manager: the files are open inside. `check_all_read` says whether
+    the model used every tensor there is.
+    """
+
+    def __init__(self, path: Path, dtype: torch.dtype, device: torch.device) -> None:
+        self._tensors = read_tensors(path)
+        self._dtype = dtype
+        self._device = device
+        self._files: dict[Path, Any] = {}
+        self._open = ExitStack()
+        self._read: set[str] = set()
+
+    def __enter__(self) -> WeightReader:
+        for file in {tensor.file for tensor in self._tensors.values()}:
+            try:
+                self._files[file] = self._open.enter_context(safe_open(file, framework="pt"))
+            except (SafetensorError, OSError) as error:
+                self._open.close()
+                raise ConfigError("model", f"{file} cannot be read: {error}") from error
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._open.close()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def whole(self, name: str, shape: torch.Size) -> Tensor:
+        """The tensor `name`, which must have `shape`."""
+        return self._to_place(self._slice(name, shape)[:])
+
+    def rows(self, name: str, shape: torch.Size, first: int, end: int) -> Tensor:
+        """Its part [first, end) of the first dimension."""
+        return self._to_place(self._slice(name, shape)[first:end])
+
+    def columns(self, name: str, shape: torch.Size, first: int, end: int) -> Tensor:
+        """Its part [first, end) of the second dimension."""
+        return self._to_place(self._slice(name, shape)[:, first:end])
+
+    def check_all_read(self) -> None:
+        """Raises UnsupportedModelError naming a tensor that the model has no use for."""
+        rest = sorted(
+            name
+            for name in self._tensors.keys() - self._read
+            if not name.endswith(_DERIVED_SUFFIXES)
+        )
+        if rest:
+            raise UnsupportedModelError(
+                "model",
+                f"{self._tensors[rest[0]].file}: the configuration has no place for tensor"
+                f" {rest[0]}" + (f" and {len(rest) - 1} more" if len(rest) > 1 else ""),
+            )
+
+    def _slice(self, name: str, shape: torch.Size) -> Any:
+        info = self._tensors.get(name)
+        if info is None:
+            raise ConfigError("model", f"the checkpoint has no tensor {name}")
+        if info.shape != tuple(shape):
+            raise ConfigError(
+                "model",
+                f"{info.file}: tensor {name} has shape {list(info.shape)},"
+                f" {list(shape)} was expected",
+            )
+        self._read.add(name)
+        return self._files[info.file].get_slice(name)
+
+    def _to_place(self, tensor: Tensor) -> Tensor:
+        return tensor.to(device=self._device, dtype=self._dtype).contiguous()

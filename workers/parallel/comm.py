@@ -1,0 +1,119 @@
+"""What the ranks of a group say to one another while they compute."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from kvmesh.workers.errors import ConfigError, WorkerDiedError
+
+_TIMEOUT_S = 120.0
+
+
+class Communicator:
+    """The ranks of one group. Alone, every call is a no-op without torch.distributed.
+
+    A sum is the same on every rank, bit for bit: each part of it is summed on
+    one rank, in one order, and sent to the others.
+    """
+
+    rank = 0
+    size = 1
+
+    @staticmethod
+    def single() -> Communicator:
+        """A group of one rank."""
+        return Communicator()
+
+    @staticmethod
+    def connect(
+        rank: int,
+        size: int,
+        rendezvous: str,
+        *,
+        device: torch.device,
+        timeout_s: float = _TIMEOUT_S,
+    ) -> Communicator:
+        """Meet the other ranks at `rendezvous` (tcp://host:port, which rank 0 listens at).
+
+        device: where tensors live; NCCL between GPUs, gloo between CPUs
+        timeout_s: for meeting and, where the backend can tell, for each call
+        Raises ConfigError if rank and size make no sense, WorkerDiedError if
+        the others do not come in time.
+        """
+        if not 0 <= rank < size:
+            raise ConfigError("rank", f"must be from 0 to {size - 1}, got {rank}")
+        if size == 1:
+            return Communicator.single()
+        return _ProcessGroup(rank, size, rendezvous, device, timeout_s)
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum `tensor` over the ranks, in place; contiguous, of any shape. Returns it."""
+        return tensor
+
+    def gather_logits(self, part: torch.Tensor) -> torch.Tensor | None:
+        """Rank 0: the ranks' parts [n, v], joined along the last dimension; None elsewhere."""
+        return part
+
+    def all_gather(self, part: torch.Tensor) -> torch.Tensor:
+        """The ranks' parts [..., v], joined along the last dimension, on every rank."""
+        return part
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+
+    def close(self) -> None:
+        """Leave the group; the communicator is of no use afterwards."""
+
+
+class _ProcessGroup(Communicator):
+    """Ranks in processes of their own, over torch.distributed."""
+
+    def __init__(
+        self, rank: int, size: int, rendezvous: str, device: torch.device, timeout_s: float
+    ) -> None:
+        self.rank = rank
+        self.size = size
+        self._on_gpu = device.type == "cuda"
+        try:
+            dist.init_process_group(
+                "nccl" if self._on_gpu else "gloo",
+                init_method=rendezvous,
+                rank=rank,
+                world_size=size,
+                timeout=timedelta(seconds=timeout_s),
+                device_id=device if self._on_gpu else None,
+            )
+        except dist.DistError as error:
+            raise WorkerDiedError(
+                f"rank {rank} of {size} could not meet the others at {rendezvous}: {error}"
+            ) from error
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        dist.all_reduce(tensor)
+        return tensor
+
+    def gather_logits(self, part: torch.Tensor) -> torch.Tensor | None:
+        if self._on_gpu:  # NCCL has no gather of its own; all_gather is one kernel
+            joined = self.all_gather(part)
+            return joined if self.rank == 0 else None
+        if self.rank != 0:
+            dist.gather(part.contiguous(), dst=0)
+            return None
+        parts = [torch.empty_like(part) for _ in range(self.size)]
+        dist.gather(part.contiguous(), parts, dst=0)
+        return torch.cat(parts, dim=-1)
+
+    def all_gather(self, part: torch.Tensor) -> torch.Tensor:
+        parts = [torch.empty_like(part) for _ in range(self.size)]
+        dist.all_gather(parts, part.contiguous())
+        return torch.cat(parts, dim=-1)
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+    def close(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,0 +1,110 @@
+"""Linears and norms whose weights are split over the ranks of a group.
+
+With a weight W [out, in] and R ranks:
+
+    column-parallel   rank r has rows [r·out/R, (r+1)·out/R) and computes its share of the outputs
+    row-parallel      rank r has those columns, for its share of the inputs; the ranks' partial
+                      outputs are summed, and the bias is added once, after the sum
+
+(Shoeybi et al., Megatron-LM, arXiv 1909.08053.)
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kvmesh.workers.parallel.comm import Communicator
+
+
+class ColumnLinear(nn.Module):
+    """A rank's rows of a linear.
+
+    weight: [out_local, in]; bias: [out_local] or None
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., in] -> [..., out_local]"""
+        return F.linear(x, self.weight, self.bias)
+
+    @staticmethod
+    def joined(parts: list[ColumnLinear]) -> ColumnLinear:
+        """One linear that computes the outputs of all `parts`, side by side."""
+        biases = [part.bias for part in parts if part.bias is not None]
+        assert len(biases) in (0, len(parts)), "parts with and without bias cannot be joined"
+        return ColumnLinear(
+            torch.cat([part.weight for part in parts]), torch.cat(biases) if biases else None
+        )
+
+
+class RowLinear(nn.Module):
+    """A rank's columns of a linear, summed over the ranks.
+
+    weight: [out, in_local]; bias: [out] or None, the same on every rank
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, comm: Communicator) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self._comm = comm
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., in_local] -> [..., out]"""
+        if self._comm.size == 1:
+            return F.linear(x, self.weight, self.bias)
+        out = self._comm.all_reduce(F.linear(x, self.weight))
+        return out if self.bias is None else out.add_(self.bias)
+
+
+class VocabHead(nn.Module):
+    """The output projection, its vocabulary split over the ranks.
+
+    weight: [rows, hidden], this rank's rows; every rank but the last few has
+        ceil(vocab_size / size) of them, and missing ones are zero
+    """
+
+    def __init__(self, weight: Tensor, vocab_size: int, comm: Communicator) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self._vocab_size = vocab_size
+        self._comm = comm
+
+    def forward(self, x: Tensor) -> Tensor | None:
+        """x: [n, hidden] -> [n, vocab_size] on rank 0, None elsewhere"""
+        logits = self._comm.gather_logits(F.linear(x, self.weight))
+        return None if logits is None else logits[..., : self._vocab_size]
+
+    @staticmethod
+    def rows_of(rank: int, size: int, vocab_size: int) -> tuple[int, int, int]:
+        """(first, end, padded count) of the rows of `rank`."""
+        count = -(-vocab_size // size)
+        first = min(rank * count, vocab_size)
+        return first, min(first + count, vocab_size), count
+
+
+class SplitRMSNorm(nn.Module):
+    """RMS norm over a dimension that is split over the ranks (OLMo 2's of queries and keys).
+
+    weight: [dim_local]; dim: of all ranks together
+    """
+
+    def __init__(self, weight: Tensor, dim: int, eps: float, comm: Communicator) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self._dim = dim
+        self._eps = eps
+        self._comm = comm
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., dim_local] -> like x"""
+        exact = x.float()
+        squares = self._comm.all_reduce(exact.square().sum(-1, keepdim=True))
+        scaled = exact * torch.rsqrt(squares / self._dim + self._eps)
+        return (self.weight.float() * scaled).to(x.dtype)
