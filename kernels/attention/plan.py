@@ -23,7 +23,9 @@ import numpy.typing as npt
 import torch
 
 from kvmesh.kernels.attention.batch import AttentionBatch
+from kvmesh.kernels.formats.base import KVFormat
 
+MAX_GROUP_TOKENS = 4096
 MAX_BLOCK_TOKENS = 512
 MAX_FAR_TOKENS = 8192
 
@@ -31,29 +33,42 @@ Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
-class HotRows:
-    """Rows of hot, seen as [num_hot_pages * 2 * num_kv_heads, page_size * head_dim]."""
+class HotSlots:
+    """Hot pages to read, for each (sequence, KV head) in order.
 
-    k: torch.Tensor
-    v: torch.Tensor
+    index: [2 * rows * pages] int64 rows of hot seen as [num_hot_pages * 2 *
+        num_kv_heads, page_size * head_dim]: all keys, then all values
+    only_page: the page's id where it is a single one, which needs no gathering
+    tokens: how many of a row's slots are used; the rest is cut off
+    """
+
+    index: torch.Tensor
+    only_page: int | None
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class SealedPages:
+    """Sealed pages to read: the format's `tile_index` of [rows, pages]."""
+
+    tile_index: torch.Tensor
+    rows: int
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeGroup:
     """Sequences of one new token each, b of them.
 
-    tokens: [b] int64 rows of q, or None for all of q in order
-    sealed: [b * num_kv_heads, sealed_pages] int64, page * num_kv_heads + head, or None
-    hot_tokens: how many of the picked hot slots are used; the rest is cut off
+    tokens: rows of q: [b] int64, or a slice where they follow each other
+    sealed, hot: with b * num_kv_heads rows
     invisible: [b, 1, 1, keys] bool over sealed then hot keys, or None if all are seen
-    invisible_hot: [b, 1, hot_tokens, 1] bool: places of V that may hold anything
+    invisible_hot: [b, 1, hot.tokens, 1] bool: places of V that may hold anything
     """
 
-    tokens: torch.Tensor | None
+    tokens: torch.Tensor | slice
     size: int
-    sealed: torch.Tensor | None
-    hot: HotRows
-    hot_tokens: int
+    sealed: SealedPages | None
+    hot: HotSlots
     invisible: torch.Tensor | None
     invisible_hot: torch.Tensor | None
 
@@ -63,16 +78,14 @@ class ChunkBlock:
     """Consecutive new tokens of one sequence.
 
     tokens: rows of q
-    far: pieces [num_kv_heads, pages] int64 of sealed pages that every query sees whole
-    near_sealed: [num_kv_heads, pages] int64 or None
+    far: pieces of the sealed pages that every query sees whole; num_kv_heads rows each
     near_bias: [queries, keys] fp32, 0 or -inf, over near sealed then hot keys
     """
 
     tokens: slice
-    far: tuple[torch.Tensor, ...]
-    near_sealed: torch.Tensor | None
-    hot: HotRows
-    hot_tokens: int
+    far: tuple[SealedPages, ...]
+    near_sealed: SealedPages | None
+    hot: HotSlots
     near_bias: torch.Tensor
 
 
@@ -86,13 +99,17 @@ class Plan:
 
 
 def plan_for(
-    batch: AttentionBatch, num_tokens: int, num_kv_heads: int, sliding_window: int | None
+    batch: AttentionBatch,
+    num_tokens: int,
+    num_kv_heads: int,
+    fmt: KVFormat,
+    sliding_window: int | None,
 ) -> Plan:
     """The batch's plan, made on first use."""
-    key = ("reference", num_tokens, num_kv_heads, sliding_window)
+    key = ("reference", num_tokens, num_kv_heads, fmt.name, sliding_window)
     plan = batch.plans.get(key)
     if plan is None:
-        plan = _Planner(batch, num_tokens, num_kv_heads, sliding_window).plan()
+        plan = _Planner(batch, num_tokens, num_kv_heads, fmt, sliding_window).plan()
         batch.plans[key] = plan
     return plan  # type: ignore[no-any-return]
 
@@ -103,8 +120,10 @@ class _Planner:
         batch: AttentionBatch,
         num_tokens: int,
         num_kv_heads: int,
+        fmt: KVFormat,
         sliding_window: int | None,
     ) -> None:
+        self.codec = fmt.codec()
         self.num_tokens = num_tokens
         self.num_kv_heads = num_kv_heads
         self.window = sliding_window
@@ -146,8 +165,9 @@ class _Planner:
         longest = 0
         for index in order:
             count = int(sealed[index])
-            fits = 2 * count >= longest if longest > 8 else (count > 0) == (longest > 0)
-            if not groups or not fits:
+            alike = 2 * count >= longest if longest > 8 else (count > 0) == (longest > 0)
+            room = groups and len(groups[-1]) * longest * self.page_size < MAX_GROUP_TOKENS
+            if not (room and alike):
                 groups.append([])
                 longest = count
             groups[-1].append(int(seqs[index]))
@@ -165,7 +185,7 @@ class _Planner:
         return first, np.maximum(first, pages - self.recent)
 
     def _hot_pages(self, positions: Ints) -> tuple[Ints, Ints]:
-        """Logical hot pages [n, longest] that each query reads, and how many; padded by the last."""
+        """Logical hot pages [n, longest] of each query, padded by its last, and their number."""
         pages = positions // self.page_size
         seen = self._first_page(positions)
         sinks = np.maximum(np.minimum(self.sink, pages + 1) - seen, 0)
@@ -187,11 +207,10 @@ class _Planner:
         if num_sealed:
             place = np.arange(num_sealed)[None, :]
             logical = np.minimum(first[:, None] + place, stop[:, None] - 1)
-            sealed = self._index(self.sealed_tables, "sealed_tables", table_rows, logical)
+            sealed = self._sealed(table_rows, logical)
             keys.append(self._key_positions(logical))
             padding.append(np.repeat(place >= (stop - first)[:, None], self.page_size, axis=1))
         logical, counts = self._hot_pages(positions)
-        hot = self._hot_rows(table_rows, logical)
         hot_padding = np.repeat(
             np.arange(logical.shape[1])[None, :] >= counts[:, None], self.page_size, axis=1
         )
@@ -203,14 +222,16 @@ class _Planner:
         invisible = np.concatenate(padding, axis=1)
         if self.window is not None:
             invisible |= positions[:, None] - np.concatenate(keys, axis=1) >= self.window
-        in_order = len(seqs) == self.num_tokens and bool((np.diff(self.starts[seqs]) == 1).all())
+        tokens = self.starts[seqs]
+        consecutive = bool((np.diff(tokens) == 1).all())
         unused = unused[:, :hot_tokens]
         return DecodeGroup(
-            tokens=None if in_order else self._tensor(self.starts[seqs]),
+            tokens=slice(int(tokens[0]), int(tokens[-1]) + 1)
+            if consecutive
+            else self._tensor(tokens),
             size=len(seqs),
             sealed=sealed,
-            hot=hot,
-            hot_tokens=hot_tokens,
+            hot=self._hot(table_rows, logical, hot_tokens),
             invisible=self._tensor(invisible[:, None, None, :]) if invisible.any() else None,
             invisible_hot=self._tensor(unused[:, None, :, None]) if unused.any() else None,
         )
@@ -233,12 +254,7 @@ class _Planner:
             far_first = min(max(sealed_first, whole), far_stop)
         step = max(1, MAX_FAR_TOKENS // self.page_size)
         far = tuple(
-            self._index(
-                self.sealed_tables,
-                "sealed_tables",
-                row,
-                np.arange(page, min(page + step, far_stop))[None, :],
-            )
+            self._sealed(row, np.arange(page, min(page + step, far_stop))[None, :])
             for page in range(far_first, far_stop, step)
         )
         near = np.r_[sealed_first:far_first, far_stop:sealed_stop][None, :].astype(np.int64)
@@ -250,11 +266,8 @@ class _Planner:
         return ChunkBlock(
             tokens=slice(offset + start, offset + stop),
             far=far,
-            near_sealed=self._index(self.sealed_tables, "sealed_tables", row, near)
-            if near.size
-            else None,
-            hot=self._hot_rows(row, hot),
-            hot_tokens=len(hot_keys),
+            near_sealed=self._sealed(row, near) if near.size else None,
+            hot=self._hot(row, hot, len(hot_keys)),
             near_bias=self._tensor(self._near_bias(positions, near_keys, hot_keys)),
         )
 
@@ -284,19 +297,17 @@ class _Planner:
             )
         return ids
 
-    def _index(
-        self, tables: npt.NDArray[np.int32], name: str, rows: Ints, logical: Ints
-    ) -> torch.Tensor:
-        """[n * num_kv_heads, pages], page * num_kv_heads + head"""
-        ids = self._pages(tables, name, rows, logical)[:, None, :] * self.num_kv_heads
-        ids = ids + np.arange(self.num_kv_heads)[None, :, None]
-        return self._tensor(ids.reshape(-1, ids.shape[-1]))
+    def _sealed(self, rows: Ints, logical: Ints) -> SealedPages:
+        ids = self._pages(self.sealed_tables, "sealed_tables", rows, logical)
+        index = ids[:, None, :] * self.num_kv_heads + np.arange(self.num_kv_heads)[None, :, None]
+        index = index.reshape(-1, ids.shape[1])
+        return SealedPages(self.codec.tile_index(self._tensor(index)), len(index))
 
-    def _hot_rows(self, rows: Ints, logical: Ints) -> HotRows:
+    def _hot(self, rows: Ints, logical: Ints, tokens: int) -> HotSlots:
         ids = self._pages(self.hot_tables, "hot_tables", rows, logical)
-        ids = ids[:, None, :] * (2 * self.num_kv_heads)
-        k = (ids + np.arange(self.num_kv_heads)[None, :, None]).reshape(-1)
-        return HotRows(self._tensor(k), self._tensor(k + self.num_kv_heads))
+        k = ids[:, None, :] * (2 * self.num_kv_heads) + np.arange(self.num_kv_heads)[None, :, None]
+        index = np.stack((k, k + self.num_kv_heads)).reshape(-1)
+        return HotSlots(self._tensor(index), int(ids[0, 0]) if ids.size == 1 else None, tokens)
 
     def _tensor(self, array: npt.NDArray[np.generic]) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)

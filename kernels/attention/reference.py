@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 
 from kvmesh.kernels.attention.batch import AttentionBatch
-from kvmesh.kernels.attention.plan import ChunkBlock, DecodeGroup, HotRows, plan_for
-from kvmesh.kernels.formats.base import KVFormat
+from kvmesh.kernels.attention.plan import ChunkBlock, DecodeGroup, HotSlots, SealedPages, plan_for
+from kvmesh.kernels.formats.base import KVFormat, SealedTile
 
 # Scores of one block at most, where they have to be held: 32 MiB of fp32.
 MAX_SCORES = 8 * 1024 * 1024
@@ -28,9 +28,9 @@ def paged_attention(
     sliding_window: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     num_tokens, num_heads, _ = q.shape
-    plan = plan_for(batch, num_tokens, hot.shape[2], sliding_window)
+    plan = plan_for(batch, num_tokens, hot.shape[2], fmt, sliding_window)
     layer = _Layer(hot, sealed, fmt, scale, softcap)
-    if len(plan.groups) == 1 and plan.groups[0].tokens is None:
+    if len(plan.groups) == 1 and plan.groups[0].size == num_tokens:
         return layer.decode(q, plan.groups[0])
     out = torch.empty_like(q)
     lse = torch.empty(num_tokens, num_heads, dtype=torch.float32, device=q.device)
@@ -38,8 +38,7 @@ def paged_attention(
         out.zero_()
         lse.fill_(-torch.inf)
     for group in plan.groups:
-        tokens = slice(None) if group.tokens is None else group.tokens
-        out[tokens], lse[tokens] = layer.decode(q[tokens], group)
+        out[group.tokens], lse[group.tokens] = layer.decode(q[group.tokens], group)
     for block in plan.blocks:
         out[block.tokens], lse[block.tokens] = layer.prefill(q[block.tokens], block)
     return out, lse
@@ -57,7 +56,7 @@ class _Layer:
         softcap: float | None,
     ) -> None:
         self.num_kv_heads, self.page_size, self.head_dim = hot.shape[2:]
-        self.hot_rows = hot.view(-1, self.page_size * self.head_dim)
+        self.hot = hot
         self.dtype = hot.dtype
         self.sealed = sealed
         self.fmt = fmt
@@ -69,8 +68,8 @@ class _Layer:
         rows = group.size * self.num_kv_heads
         # The query heads of a group share their KV head's keys: they are its queries.
         queries = (q.float() * self.scale).view(rows, -1, self.head_dim)
-        k_hot, v_hot = self._hot(group.hot, rows, group.hot_tokens)
-        scores = torch.bmm(queries, k_hot.transpose(1, 2))
+        k_hot, v_hot = self._hot_tokens(group.hot, rows)
+        scores = torch.bmm(queries, k_hot.mT)
         tile = None
         num_sealed = 0
         if group.sealed is not None:
@@ -100,7 +99,7 @@ class _Layer:
     def prefill(self, q: torch.Tensor, block: ChunkBlock) -> tuple[torch.Tensor, torch.Tensor]:
         """q [queries, num_heads, head_dim], consecutive tokens of one sequence."""
         queries = q.float().unflatten(1, (self.num_kv_heads, -1)).permute(1, 2, 0, 3)
-        k, v = self._hot(block.hot, self.num_kv_heads, block.hot_tokens)
+        k, v = self._hot_tokens(block.hot, self.num_kv_heads)
         if block.near_sealed is not None:
             k_sealed, v_sealed = self._tile(block.near_sealed).dense()
             k, v = torch.cat((k_sealed, k), dim=1), torch.cat((v_sealed, v), dim=1)
@@ -142,13 +141,23 @@ class _Layer:
             lses.append(lse)
         return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
 
-    def _hot(self, rows: HotRows, num_rows: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        shape = (num_rows, -1, self.head_dim)
-        k = self.hot_rows.index_select(0, rows.k).view(shape)[:, :tokens]
-        v = self.hot_rows.index_select(0, rows.v).view(shape)[:, :tokens]
-        return k.float(), v.float()
+    def _hot_tokens(self, slots: HotSlots, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values, each [rows, slots.tokens, head_dim] fp32."""
+        if slots.only_page is not None:
+            both = self.hot.select(0, slots.only_page)
+        else:
+            page_rows = self.hot.view(-1, self.page_size * self.head_dim)
+            both = page_rows.index_select(0, slots.index).view(2, rows, -1, self.head_dim)
+        k, v = both.narrow(2, 0, slots.tokens).float().unbind(0)
+        return k, v
 
-    def _tile(self, index: torch.Tensor):  # type: ignore[no-untyped-def]
+    def _tile(self, pages: SealedPages) -> SealedTile:
         return self.fmt.codec().load_tile(
-            self.fmt, self.sealed, index, self.page_size, self.head_dim, self.dtype
+            self.fmt,
+            self.sealed,
+            pages.tile_index,
+            pages.rows,
+            self.page_size,
+            self.head_dim,
+            self.dtype,
         )

@@ -47,11 +47,18 @@ class Codec(Protocol):
         dtype: torch.dtype,
     ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
+    def tile_index(self, index: torch.Tensor) -> torch.Tensor:
+        """What `load_tile` takes for the pages index [rows, pages], page * num_kv_heads + head.
+
+        Made once a step, used by every layer.
+        """
+
     def load_tile(
         self,
         fmt: KVFormat,
         sealed: torch.Tensor,
-        index: torch.Tensor,
+        tile_index: torch.Tensor,
+        rows: int,
         page_size: int,
         head_dim: int,
         dtype: torch.dtype,

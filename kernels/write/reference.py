@@ -6,10 +6,16 @@ import torch
 
 
 def write_hot(k: torch.Tensor, v: torch.Tensor, hot: torch.Tensor, slots: torch.Tensor) -> None:
+    page_size = hot.shape[3]
+    if slots.shape[0] == 1:  # one sequence decodes: two views and a copy
+        slot = int(slots)
+        if slot >= 0:
+            page, offset = divmod(slot, page_size)
+            torch.cat((k, v), out=hot.select(0, page).select(2, offset))
+        return
     if slots.numel() and int(slots.min()) < 0:
         keep = slots >= 0
         k, v, slots = k[keep], v[keep], slots[keep]
-    page_size = hot.shape[3]
     pages = slots.div(page_size, rounding_mode="floor")
     index = (pages, slots - pages * page_size)
     # [num_hot_pages, page_size, num_kv_heads, head_dim]: the two indices side by side

@@ -54,7 +54,8 @@ def test_round_trip(name: str, dtype: torch.dtype, page_size: int, head_dim: int
     pages = fmt.encode(k, v)
     assert pages.shape == (3, 2, fmt.page_bytes(page_size, head_dim, dtype.itemsize))
     for x, decoded in zip((k, v), fmt.decode(pages, page_size, head_dim, dtype), strict=True):
-        assert decoded.shape == x.shape and decoded.dtype == dtype
+        assert decoded.shape == x.shape
+        assert decoded.dtype == dtype
         if name == "exact":
             assert torch.equal(decoded, x)
             continue

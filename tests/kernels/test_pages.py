@@ -78,8 +78,10 @@ def test_merge_ignores_parts_without_keys() -> None:
     outs[1] = float("nan")
     lses = torch.tensor([[[1.0], [-torch.inf]], [[-torch.inf]] * 2, [[-torch.inf]] * 2])
     out, lse = merge_states(outs, lses)
-    assert torch.equal(out[0], outs[0, 0]) and lse[0] == 1.0
-    assert (out[1] == 0).all() and lse[1] == -torch.inf
+    assert torch.equal(out[0], outs[0, 0])
+    assert lse[0] == 1.0
+    assert (out[1] == 0).all()
+    assert lse[1] == -torch.inf
 
 
 def test_merge_survives_large_lses() -> None:

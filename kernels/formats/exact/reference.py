@@ -31,7 +31,7 @@ class ExactTile:
     v: torch.Tensor
 
     def scores(self, q: torch.Tensor) -> torch.Tensor:
-        return torch.bmm(q, self.k.transpose(1, 2))
+        return torch.bmm(q, self.k.mT)
 
     def weighted_values(self, weights: torch.Tensor) -> torch.Tensor:
         return torch.bmm(weights, self.v)
@@ -40,17 +40,20 @@ class ExactTile:
         return self.k, self.v
 
 
+def tile_index(index: torch.Tensor) -> torch.Tensor:
+    """Rows of sealed seen as [pages * num_kv_heads * 2, page_size * head_dim]: keys, then values"""
+    return torch.cat((index.flatten() * 2, index.flatten() * 2 + 1))
+
+
 def load_tile(
     fmt: KVFormat,
     sealed: torch.Tensor,
-    index: torch.Tensor,
+    tile_index: torch.Tensor,
+    rows: int,
     page_size: int,
     head_dim: int,
     dtype: torch.dtype,
 ) -> ExactTile:
-    rows = index.shape[0]
-    halves = sealed.view(dtype).view(-1, 2, page_size * head_dim)
-    flat = index.view(-1)
-    k = halves[:, 0].index_select(0, flat).view(rows, -1, head_dim)
-    v = halves[:, 1].index_select(0, flat).view(rows, -1, head_dim)
-    return ExactTile(k.float(), v.float())
+    halves = sealed.view(dtype).view(-1, page_size * head_dim)
+    k, v = halves.index_select(0, tile_index).view(2, rows, -1, head_dim).float().unbind(0)
+    return ExactTile(k, v)

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 import torch
 
 from kvmesh.kernels.formats.base import KVFormat
-from kvmesh.kernels.formats.per_token.format import META_BYTES, META_NUMBERS
+from kvmesh.kernels.formats.per_token.format import META_NUMBERS
 
 SCALE_FLOOR = 2.0**-125  # its half is still a normal fp32 number
 BF16_MAX = 3.3895313892515355e38
@@ -45,24 +45,28 @@ def decode(
     fmt: KVFormat, pages: torch.Tensor, page_size: int, head_dim: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     lead = pages.shape[:-1]
-    tile = _tile(fmt, pages.reshape(-1, 1, pages.shape[-1]), page_size, head_dim)
+    flat = pages.reshape(-1, pages.shape[-1])
+    tile = _tile(fmt, flat, flat.shape[0], page_size, head_dim)
     k, v = tile.dense_saturated()
     shape = (*lead, page_size, head_dim)
     return k.view(shape).to(dtype), v.view(shape).to(dtype)
 
 
+def tile_index(index: torch.Tensor) -> torch.Tensor:
+    return index.flatten()
+
+
 def load_tile(
     fmt: KVFormat,
     sealed: torch.Tensor,
-    index: torch.Tensor,
+    tile_index: torch.Tensor,
+    rows: int,
     page_size: int,
     head_dim: int,
     dtype: torch.dtype,
 ) -> PerTokenTile:
-    rows, pages = index.shape
-    page_bytes = sealed.shape[-1]
-    picked = sealed.view(-1, page_bytes).index_select(0, index.view(-1))
-    return _tile(fmt, picked.view(rows, pages, page_bytes), page_size, head_dim)
+    picked = sealed.view(-1, sealed.shape[-1]).index_select(0, tile_index)
+    return _tile(fmt, picked, rows, page_size, head_dim)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +76,7 @@ class PerTokenTile:
     k_codes, v_codes: [rows, tokens, head_dim] fp32 for 8 bits. For 4 bits two
         tensors [rows, tokens, head_dim / 2] each: the low nibble, and the whole
         byte, low + 16 * high, which saves the shift.
-    k_scale, k_min, v_scale, v_min: [rows, 1, tokens] fp32
+    k_scale, k_min, v_scale, v_min: [rows, 1, pages, page_size] fp32
     """
 
     k_codes: tuple[torch.Tensor, ...]
@@ -85,66 +89,69 @@ class PerTokenTile:
     def scores(self, q: torch.Tensor) -> torch.Tensor:
         # q·k^ = s (q·codes) + min Σq
         if len(self.k_codes) == 1:
-            products = torch.bmm(q, self.k_codes[0].transpose(1, 2))
+            products = torch.bmm(q, self.k_codes[0].mT)
         else:
             low, byte = self.k_codes
-            half = low.shape[-1]
-            q_high = q[..., half:] * 0.0625
-            products = torch.bmm(q_high, byte.transpose(1, 2))
-            products.baddbmm_(q[..., :half] - q_high, low.transpose(1, 2))
-        return products.mul_(self.k_scale).addcmul_(q.sum(-1, keepdim=True), self.k_min)
+            q_low, q_high = q.chunk(2, dim=-1)
+            q_high = q_high * 0.0625
+            products = torch.bmm(q_high, byte.mT).baddbmm_(q_low - q_high, low.mT)
+        by_page = products.view(*q.shape[:2], *self.k_scale.shape[2:])
+        by_page.mul_(self.k_scale).addcmul_(q.sum(-1)[:, :, None, None], self.k_min)
+        return products
 
     def weighted_values(self, weights: torch.Tensor) -> torch.Tensor:
         # Σ w v^ = (w s)·codes + Σ w min
-        scaled = weights * self.v_scale
-        offset = torch.bmm(weights, self.v_min.transpose(1, 2))
+        by_page = weights.view(*weights.shape[:2], *self.v_scale.shape[2:])
+        scaled = (by_page * self.v_scale).view(weights.shape)
+        offset = (by_page * self.v_min).sum((2, 3)).unsqueeze(-1)
         if len(self.v_codes) == 1:
-            return torch.baddbmm(offset, scaled, self.v_codes[0])
+            return torch.bmm(scaled, self.v_codes[0]).add_(offset)
         low, byte = self.v_codes
         out_low = torch.bmm(scaled, low)
         out_high = torch.bmm(scaled, byte).sub_(out_low).mul_(0.0625)
         return torch.cat((out_low, out_high), dim=-1).add_(offset)
 
     def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
-        k = _codes(self.k_codes).mul_(self.k_scale.transpose(1, 2)).add_(self.k_min.transpose(1, 2))
-        v = _codes(self.v_codes).mul_(self.v_scale.transpose(1, 2)).add_(self.v_min.transpose(1, 2))
-        return k, v
+        return (
+            _dense(self.k_codes, self.k_scale, self.k_min),
+            _dense(self.v_codes, self.v_scale, self.v_min),
+        )
 
     def dense_saturated(self) -> tuple[torch.Tensor, torch.Tensor]:
         """As `dense`, but rows that span nearly all of fp32's range stay finite."""
+        k = _dense(self.k_codes, self.k_scale * 0.5, self.k_min * 0.5)
+        v = _dense(self.v_codes, self.v_scale * 0.5, self.v_min * 0.5)
         return (
-            _saturated(_codes(self.k_codes), self.k_scale, self.k_min),
-            _saturated(_codes(self.v_codes), self.v_scale, self.v_min),
+            k.clamp_(-0.5 * BF16_MAX, 0.5 * BF16_MAX).mul_(2.0),
+            v.clamp_(-0.5 * BF16_MAX, 0.5 * BF16_MAX).mul_(2.0),
         )
 
 
-def _tile(fmt: KVFormat, picked: torch.Tensor, page_size: int, head_dim: int) -> PerTokenTile:
-    """picked: [rows, pages, page_bytes] uint8"""
-    rows, pages, page_bytes = picked.shape
+def _tile(
+    fmt: KVFormat, picked: torch.Tensor, rows: int, page_size: int, head_dim: int
+) -> PerTokenTile:
+    """picked: [rows * pages, page_bytes] uint8"""
     codes_bytes = page_size * head_dim * fmt.k_bits // 8
     width = head_dim * fmt.k_bits // 8
-    meta_start = page_bytes - META_NUMBERS * META_BYTES * page_size
-    meta = picked[..., meta_start:].view(torch.bfloat16).float()
-    meta = meta.view(rows, pages, META_NUMBERS, page_size).permute(2, 0, 1, 3)
-    k_scale, k_min, v_scale, v_min = meta.reshape(META_NUMBERS, rows, 1, -1).unbind(0)
+    meta = picked[:, 2 * codes_bytes :].view(torch.bfloat16).float()
+    meta = meta.view(rows, 1, -1, META_NUMBERS, page_size)
+    k_scale, k_min, v_scale, v_min = meta.unbind(3)
     sides = []
-    for side in (picked[..., :codes_bytes], picked[..., codes_bytes : 2 * codes_bytes]):
+    for side in (picked[:, :codes_bytes], picked[:, codes_bytes : 2 * codes_bytes]):
         parts = (side,) if fmt.k_bits == 8 else (side & 15, side)
         sides.append(tuple(part.float().view(rows, -1, width) for part in parts))
     return PerTokenTile(sides[0], sides[1], k_scale, k_min, v_scale, v_min)
 
 
-def _codes(parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """Codes [rows, tokens, head_dim] fp32, in memory of their own."""
-    if len(parts) == 1:
-        return parts[0].clone()
-    low, byte = parts
-    return torch.cat((low, (byte - low) * 0.0625), dim=-1)
-
-
-def _saturated(codes: torch.Tensor, scale: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
-    half = codes * (scale * 0.5).transpose(1, 2) + (low * 0.5).transpose(1, 2)
-    return half.clamp_(-0.5 * BF16_MAX, 0.5 * BF16_MAX).mul_(2.0)
+def _dense(codes: tuple[torch.Tensor, ...], scale: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
+    """[rows, tokens, head_dim] fp32, in memory of its own"""
+    rows, _, pages, page_size = scale.shape
+    if len(codes) == 1:
+        whole = codes[0]
+    else:
+        whole = torch.cat((codes[0], (codes[1] - codes[0]) * 0.0625), dim=-1)
+    by_page = whole.view(rows, pages, page_size, -1)
+    return (by_page * scale.squeeze(1)[..., None]).add_(low.squeeze(1)[..., None]).flatten(1, 2)
 
 
 def _encode_rows(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
