@@ -1,0 +1,40 @@
+"""The model's tokenizer as the ingress uses it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from kvmesh.cluster.peers import TextStream
+from kvmesh.workers.errors import InvalidRequestError
+from kvmesh.workers.model.facts import read_facts
+from kvmesh.workers.model.tokenizer import Tokenizer
+from kvmesh.workers.request import TokenIds
+
+
+class ModelCodec:
+    """`peers.TextCodec` over the tokenizer of the model in directory `path`."""
+
+    def __init__(self, path: Path) -> None:
+        self._tokenizer = Tokenizer.load(path)
+        self.eos_token_ids = read_facts(path).eos_token_ids
+        self.has_chat_template = self._tokenizer.has_chat_template
+
+    def encode(self, text: str) -> TokenIds:
+        return np.array(self._tokenizer.encode(text), dtype=np.int32)
+
+    def encode_chat(self, turns: Iterable[tuple[str, str]]) -> TokenIds:
+        messages = [{"role": role, "content": content} for role, content in turns]
+        try:
+            ids = self._tokenizer.encode_chat(messages)
+        except InvalidRequestError as error:
+            raise ValueError(error.message) from None
+        return np.array(ids, dtype=np.int32)
+
+    def decode_token(self, token_id: int) -> str:
+        return self._tokenizer.decode([token_id], skip_special_tokens=False)
+
+    def stream(self) -> TextStream:
+        return self._tokenizer.stream()

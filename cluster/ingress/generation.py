@@ -1,0 +1,444 @@
+"""One request from placement to usage, whatever happens on the way.
+
+    place ──► submit ──► deltas ──► usage          the lease is released once, at the end
+      ▲                    │
+      └── engine lost ◄────┘   with the tokens so far as a prefix
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from kvmesh.cluster.ingress import wire
+from kvmesh.cluster.ingress.choice import Choice, Output
+from kvmesh.cluster.ingress.errors import (
+    EngineLostError,
+    RequestAbortedError,
+    RequestDeadlineError,
+)
+from kvmesh.cluster.ingress.links import EngineLink, Mailbox, spawn
+from kvmesh.cluster.ingress.validate import GenerationSpec, ResumedChoice, choice_seed
+from kvmesh.cluster.peers import RouterClient, TextCodec
+from kvmesh.cluster.routing.errors import DeadlineUnreachableError, OverCapacityError
+from kvmesh.cluster.routing.request import Placement, PlaceRequest
+from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
+from kvmesh.workers.errors import CapacityError
+from kvmesh.workers.request import (
+    EngineInfo,
+    EngineRequest,
+    FinishReason,
+    LeaseTerms,
+    SequenceDelta,
+    SequenceUsage,
+    TokenIds,
+)
+from kvmesh.workers.sampling_params import SamplingParams
+
+logger = logging.getLogger(__name__)
+
+MAX_FAILOVERS = 3
+MAX_REFUSALS = 8
+FREEING_TIMEOUT_S = 10.0
+DEADLINE_GRACE_S = 0.5  # the engine ends an overdue sequence itself, with what it has
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What every request of an ingress shares.
+
+    link: the output stream of a group's engine
+    info: what is known of a group
+    keep: holds on to a task that outlives its request
+    """
+
+    router: RouterClient
+    link: Callable[[str], EngineLink]
+    info: Callable[[str], EngineInfo]
+    codec: TextCodec
+    queue_timeout_s: float
+    keep: Callable[[asyncio.Task[None]], None]
+    clock: Callable[[], float] = time.monotonic
+
+
+@dataclass(slots=True)
+class _Attempt:
+    """The sequences of one placement.
+
+    share: one sequence's part of the lease
+    live: sequence id -> choice index
+    """
+
+    placement: Placement
+    share: LeaseTerms
+    link: EngineLink
+    mailbox: Mailbox
+    live: dict[str, int]
+
+
+class Generation:
+    """Runs one request; `events` are its replies, in the order the contract gives.
+
+    params: the request's, with a max_tokens that the context holds
+    tenant: as authentication found it
+    excluded: groups whose KV format is below what the request asks for
+    """
+
+    def __init__(
+        self,
+        spec: GenerationSpec,
+        prompt_ids: TokenIds,
+        params: SamplingParams,
+        tenant: str,
+        around: Surroundings,
+        excluded: frozenset[str] = frozenset(),
+    ) -> None:
+        self.key = f"{tenant}/{spec.request_id}"
+        self._spec = spec
+        self._prompt_ids = prompt_ids
+        self._tenant = tenant
+        self._around = around
+        self._excluded = excluded
+        self._arrived_s = around.clock()
+        self._deadline_s = None if spec.timeout_s is None else self._arrived_s + spec.timeout_s
+        resumed = spec.resume.choices if spec.resume else (ResumedChoice(),) * spec.n
+        self.choices = [
+            Choice(
+                index,
+                replace(params, seed=choice_seed(params.seed, index)),
+                spec.stop,
+                around.codec,
+                resumed[index],
+            )
+            for index in range(spec.n)
+        ]
+        self._attempt: _Attempt | None = None
+        self._placement: Placement | None = None
+        self._usages: list[SequenceUsage] = []
+        self._first_token_s: float | None = None
+        self._queue_s = 0.0
+        self._failovers = 0
+        self._placing = False
+
+    async def events(self) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
+        """Raises the errors of the table in errors.py; closing it ends the request."""
+        try:
+            async for event in self._events():
+                yield event
+        finally:
+            # Also when the client is gone, and then in a task that outlives this call.
+            if self._attempt is not None:
+                self._around.keep(spawn(self._give_back(), "give-back"))
+            elif self._placing:
+                self._around.keep(spawn(self._withdraw(), "withdraw"))
+
+    async def _events(self) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
+        try:
+            placement = await self._place()
+        except RequestAbortedError:
+            for event in self._end_all(FinishReason.ABORT):
+                yield event
+        else:
+            yield pb.GenerateStreamResponse(started=self._started(placement))
+            for event in self._catch_up():
+                yield event
+            async for event in self._run():
+                yield event
+        await self._give_back()
+        yield pb.GenerateStreamResponse(usage=self._usage())
+
+    async def _run(self) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
+        """Deltas of all choices until each has finished, over as many engines as it takes."""
+        try:
+            while True:
+                try:
+                    await self._submit()
+                    while self._unfinished():
+                        for event in self._accept(await self._take()):
+                            yield event
+                    return
+                except EngineLostError:
+                    await self._place_again()
+        except (RequestAbortedError, TimeoutError, DeadlineUnreachableError) as error:
+            aborted = isinstance(error, RequestAbortedError)
+            if not aborted and not self._has_output():
+                raise RequestDeadlineError() from None
+            reason = FinishReason.ABORT if aborted else FinishReason.DEADLINE
+            for event in self._end_all(reason):
+                yield event
+
+    # Placing
+
+    async def _place(self, *, again: bool = False) -> Placement:
+        remaining_s = self._remaining_s()
+        timeout_s = self._around.queue_timeout_s
+        mine = remaining_s is not None and remaining_s <= timeout_s
+        if mine:
+            assert remaining_s is not None
+            timeout_s = max(remaining_s, 1e-3)
+        longest = max(len(choice.token_ids) for choice in self.choices)
+        request = PlaceRequest(
+            request_id=self.key,
+            prompt_tokens=len(self._prompt_ids) + longest,
+            max_tokens=max(self.choices[0].params.max_tokens - longest, 1),
+            tenant=self._tenant,
+            priority=self._spec.priority,
+            timeout_s=timeout_s,
+            excluded_groups=self._excluded,
+            resumed=again,
+            sequences=max(len(self._unfinished()), 1),
+        )
+        supersede = self._spec.resume is not None and not again
+        self._placing = True
+        try:
+            placement = await self._around.router.place(request, supersede=supersede)
+        except DeadlineUnreachableError:
+            self._placing = False
+            if mine:
+                raise
+            raise OverCapacityError(
+                f"no room within {timeout_s:g} s", self._around.queue_timeout_s / 4, 0, 0
+            ) from None
+        except Exception:
+            # Refused. Not so a cancellation: the router may have granted meanwhile.
+            self._placing = False
+            raise
+        self._placing = False
+        self._queue_s += placement.queue_s
+        self._placement = placement
+        link = self._around.link(placement.group)
+        lease = placement.lease
+        share = replace(
+            lease,
+            hot_pages=lease.hot_pages // request.sequences,
+            sealed_pages=lease.sealed_pages // request.sequences,
+        )
+        self._attempt = _Attempt(placement, share, link, Mailbox(), {})
+        return placement
+
+    async def _place_again(self) -> None:
+        """Another lease after the engine was lost, up to a limit; the router is told."""
+        lost = self._attempt
+        assert lost is not None
+        self._failovers += 1
+        logger.warning("request %s lost group %s", self.key, lost.placement.group)
+        if self._failovers > MAX_FAILOVERS:
+            raise EngineLostError()
+        await self._around.router.suspect(lost.placement.group, lost.link.epoch)
+        await self._release()
+        await self._place(again=True)
+
+    async def _submit(self) -> None:
+        """Send every unfinished choice to the placement's engine.
+
+        A group that refuses is placed around; the ledger was ahead of its allocator.
+        """
+        for _ in range(MAX_REFUSALS):
+            try:
+                for choice in self._unfinished():
+                    await self._submit_choice(choice)
+                return
+            except CapacityError as error:
+                logger.warning("%s was refused by its group: %s", self.key, error)
+                if not error.ever:
+                    raise
+                await self._give_back()
+                await self._place(again=True)
+        raise EngineLostError()
+
+    async def _submit_choice(self, choice: Choice) -> None:
+        assert self._attempt is not None
+        lease = self._attempt.placement.lease
+        ids = self._prompt_ids
+        if choice.token_ids:
+            ids = np.concatenate([ids, np.array(choice.token_ids, dtype=np.int32)])
+        request = EngineRequest(
+            request_id=sequence_id(lease.lease_id, choice.index),
+            client_id="",
+            prompt_token_ids=ids,
+            params=choice.params,
+            lease=self._attempt.share,
+            resumed_tokens=len(choice.token_ids),
+            timeout_s=self._remaining_s(),
+            cache_salt=f"{self._tenant}/{self._spec.cache_salt}",
+        )
+        self._attempt.live[request.request_id] = choice.index
+        try:
+            await self._attempt.link.submit(request, self._attempt.mailbox)
+        except BaseException as error:
+            if isinstance(error, (CapacityError, EngineLostError)):
+                del self._attempt.live[request.request_id]
+            raise
+
+    # Receiving
+
+    async def _take(self) -> list[SequenceDelta]:
+        """What has come; TimeoutError once the deadline and a grace are over."""
+        assert self._attempt is not None
+        remaining_s = self._remaining_s()
+        if remaining_s is None:
+            return await self._attempt.mailbox.take()
+        async with asyncio.timeout(remaining_s + DEADLINE_GRACE_S):
+            return await self._attempt.mailbox.take()
+
+    def _accept(self, deltas: list[SequenceDelta]) -> Iterator[pb.GenerateStreamResponse]:
+        """One delta a choice, however many came together."""
+        assert self._attempt is not None
+        by_choice: dict[int, list[SequenceDelta]] = {}
+        for delta in deltas:
+            index = self._attempt.live.get(delta.request_id)
+            if index is None:
+                continue
+            if delta.finish_reason is not None:
+                self._note_end(delta)
+            by_choice.setdefault(index, []).append(delta)
+        failed = False
+        for index, found in by_choice.items():
+            choice = self.choices[index]
+            if choice.finish is not None:
+                continue
+            failed = failed or any(d.finish_reason is FinishReason.ERROR for d in found)
+            found = [d for d in found if d.finish_reason is not FinishReason.ERROR]
+            output = choice.accept(found)
+            if output.token_ids and self._first_token_s is None:
+                self._first_token_s = self._around.clock() - self._arrived_s
+            if self._overdue(choice) and not self._has_output():
+                raise RequestDeadlineError()
+            yield from self._to_wire(choice, output)
+        if failed:
+            raise EngineLostError()
+
+    def _note_end(self, delta: SequenceDelta) -> None:
+        assert self._attempt is not None
+        self._attempt.live.pop(delta.request_id, None)
+        if delta.usage is not None:
+            self._usages.append(delta.usage)
+
+    def _to_wire(self, choice: Choice, output: Output) -> Iterator[pb.GenerateStreamResponse]:
+        if output:
+            delta = wire.delta(choice.index, output, self._around.codec)
+            yield pb.GenerateStreamResponse(delta=delta)
+        if choice.finish is not None:
+            finished = wire.choice_finished(choice.index, choice.finish)
+            yield pb.GenerateStreamResponse(choice_finished=finished)
+
+    def _catch_up(self) -> Iterator[pb.GenerateStreamResponse]:
+        """What a resuming client lacks of the tokens that it has."""
+        for choice in self.choices:
+            if not choice.already_finished:
+                yield from self._to_wire(choice, choice.owed())
+
+    def _end_all(self, reason: FinishReason) -> Iterator[pb.GenerateStreamResponse]:
+        for choice in self._unfinished():
+            yield from self._to_wire(choice, choice.end(reason))
+
+    # Ending
+
+    async def _give_back(self) -> None:
+        """End what still runs, see its pages freed, and release the lease; once."""
+        attempt, self._attempt = self._attempt, None
+        if attempt is None:
+            return
+        if await self._end_sequences(attempt):
+            await self._around.router.release(attempt.placement.lease.lease_id)
+        else:
+            # The pages may still be held, and the lease stands for them. The router
+            # takes it back when the engine's report no longer lists it.
+            logger.error("sequences of %s did not end in time", self.key)
+
+    async def _withdraw(self) -> None:
+        """The client left while the request was being placed."""
+        await self._around.router.abort(self.key)
+
+    async def _release(self) -> None:
+        """Give up a lost engine's lease; there is nobody to free its pages."""
+        attempt, self._attempt = self._attempt, None
+        if attempt is not None:
+            await self._around.router.release(attempt.placement.lease.lease_id)
+
+    async def _end_sequences(self, attempt: _Attempt) -> bool:
+        """Whether the engine has confirmed every sequence's end, or is gone with all of them."""
+        if not attempt.live:
+            return True
+        try:
+            async with asyncio.timeout(FREEING_TIMEOUT_S):
+                await attempt.link.abort(list(attempt.live))
+                while attempt.live:
+                    for delta in await attempt.mailbox.take():
+                        if delta.finish_reason is not None:
+                            attempt.live.pop(delta.request_id, None)
+                            if delta.usage is not None:
+                                self._usages.append(delta.usage)
+        except EngineLostError:
+            return True
+        except TimeoutError:
+            return False
+        return True
+
+    # Reading
+
+    def _unfinished(self) -> list[Choice]:
+        return [choice for choice in self.choices if choice.finish is None]
+
+    def _overdue(self, choice: Choice) -> bool:
+        return choice.finish is not None and choice.finish.reason is FinishReason.DEADLINE
+
+    def _has_output(self) -> bool:
+        return any(choice.token_ids for choice in self.choices)
+
+    def _remaining_s(self) -> float | None:
+        if self._deadline_s is None:
+            return None
+        return max(self._deadline_s - self._around.clock(), 1e-3)
+
+    def _started(self, placement: Placement) -> pb.Started:
+        info = self._around.info(placement.group)
+        return pb.Started(
+            request_id=self._spec.request_id,
+            model=info.model,
+            model_revision=info.model_revision,
+            group=placement.group,
+            kv_format=info.kv_format,
+            seed=self.choices[0].params.seed,
+            prompt_tokens=len(self._prompt_ids),
+            kv_hot_pages=placement.lease.hot_pages,
+            kv_sealed_pages=placement.lease.sealed_pages,
+            kv_reserved_bytes=placement.lease_bytes,
+        )
+
+    def _usage(self) -> pb.Usage:
+        usages, placement = self._usages, self._placement
+        used_bytes = sum(usage.kv_bytes for usage in usages)
+        reply = pb.Usage(
+            prompt_tokens=len(self._prompt_ids),
+            completion_tokens=sum(len(choice.token_ids) for choice in self.choices),
+            cached_tokens=min(
+                max((usage.cached_tokens for usage in usages), default=0), len(self._prompt_ids)
+            ),
+            queue_s=self._queue_s + max((usage.queue_s for usage in usages), default=0.0),
+            total_s=self._around.clock() - self._arrived_s,
+            kv_hot_pages=sum(usage.hot_pages for usage in usages),
+            kv_sealed_pages=sum(usage.sealed_pages for usage in usages),
+            # A sequence's usage comes with its end, when its pages have been freed.
+            kv_used_bytes=used_bytes,
+            kv_freed_bytes=used_bytes,
+            preemptions=sum(usage.preemptions for usage in usages),
+            failovers=self._failovers,
+        )
+        if placement is not None:
+            reply.kv_reserved_bytes = placement.lease_bytes
+            reply.group = placement.group
+            reply.kv_format = self._around.info(placement.group).kv_format
+        if self._first_token_s is not None:
+            reply.time_to_first_token_s = self._first_token_s
+        return reply
+
+
+def sequence_id(lease_id: str, index: int) -> str:
+    """A sequence's id on its engine; the router derives the same to abort it."""
+    return f"{lease_id}.{index}"

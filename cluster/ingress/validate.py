@@ -1,0 +1,308 @@
+"""From a request on the wire to values that hold, or a typed error that names the field."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NoReturn
+
+import numpy as np
+from google.protobuf.message import Message
+
+from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
+from kvmesh.workers.errors import InvalidRequestError
+from kvmesh.workers.request import TokenIds
+from kvmesh.workers.sampling_params import SamplingParams
+
+MAX_ID_CHARS = 128
+MAX_SALT_CHARS = 256
+MAX_MESSAGES = 10_000
+MAX_TIMEOUT_S = 30 * 24 * 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds a server sets; cluster/config.py documents them."""
+
+    max_request_bytes: int = 16 << 20
+    max_stop_strings: int = 16
+    max_stop_chars: int = 1024
+    max_choices: int = 16
+    default_max_tokens: int = 256
+    default_timeout_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Unparsable:
+    """A message whose bytes are no valid protobuf, kept so that it is refused politely."""
+
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ChatTurn:
+    role: str
+    content: str
+
+
+Prompt = str | tuple[ChatTurn, ...] | TokenIds
+
+
+@dataclass(frozen=True, slots=True)
+class ResumedChoice:
+    """Output a client already has: its tokens, and how many characters of its text."""
+
+    token_ids: tuple[int, ...] = ()
+    text_chars: int = 0
+    finished: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    model_revision: str
+    choices: tuple[ResumedChoice, ...]  # one for each index below n
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationSpec:
+    """A request that is well formed; what needs the model is checked after tokenising.
+
+    params: its seed is the request's; each choice derives its own
+    max_tokens_given: False where params.max_tokens is the server's default
+    """
+
+    request_id: str
+    prompt: Prompt
+    params: SamplingParams
+    max_tokens_given: bool
+    n: int
+    stop: tuple[str, ...]
+    priority: int
+    timeout_s: float | None
+    min_kv_format: str
+    cache_salt: str
+    resume: Resume | None
+
+
+def refuse(field: str, message: str) -> NoReturn:
+    raise InvalidRequestError(field, message)
+
+
+def check_message(message: object, limits: Limits) -> None:
+    """Refuse what could not be parsed or is too large; names the field `request`."""
+    if isinstance(message, Unparsable):
+        refuse("request", "is not a valid protobuf message of its type, or holds invalid UTF-8")
+    assert isinstance(message, Message)
+    size_bytes = message.ByteSize()
+    if size_bytes > limits.max_request_bytes:
+        refuse("request", f"must be at most {limits.max_request_bytes} B, got {size_bytes} B")
+
+
+def generation_spec(request: pb.GenerateRequest, limits: Limits) -> GenerationSpec:
+    """Raises InvalidRequestError naming the field by its path in the request."""
+    wire = request.sampling_params
+    n = wire.n if wire.HasField("n") else 1
+    if not 1 <= n <= limits.max_choices:
+        refuse("sampling_params.n", f"must be from 1 to {limits.max_choices}, got {n}")
+    params = sampling_params(wire, limits)
+    if params.greedy and n > 1:
+        refuse(
+            "sampling_params.n",
+            f"must be 1 with temperature 0, where all choices would be equal; got {n}",
+        )
+    return GenerationSpec(
+        request_id=_request_id(request.request_id),
+        prompt=prompt(request.prompt),
+        params=params,
+        max_tokens_given=wire.HasField("max_tokens"),
+        n=n,
+        stop=_stop_strings(wire.stop, limits),
+        priority=request.priority,
+        timeout_s=_timeout_s(request, limits),
+        min_kv_format=request.min_kv_format,
+        cache_salt=_short("cache_salt", request.cache_salt, MAX_SALT_CHARS),
+        resume=_resume(request.resume, n) if request.HasField("resume") else None,
+    )
+
+
+def sampling_params(wire: pb.SamplingParams, limits: Limits) -> SamplingParams:
+    """The wire's parameters, defaults filled in, a seed drawn where there is none."""
+    given = {
+        name: getattr(wire, name)
+        for name in (
+            "temperature",
+            "top_p",
+            "top_k",
+            "min_p",
+            "repetition_penalty",
+            "presence_penalty",
+            "frequency_penalty",
+            "seed",
+            "max_tokens",
+            "min_tokens",
+            "ignore_eos",
+            "logprobs",
+        )
+        if wire.HasField(name)
+    }
+    given.setdefault("seed", secrets.randbits(64))
+    if "max_tokens" not in given:
+        # A default must not refuse a request that asked for more than it.
+        given["max_tokens"] = max(limits.default_max_tokens, given.get("min_tokens", 0))
+    try:
+        return SamplingParams(
+            **given,
+            stop_token_ids=tuple(wire.stop_token_ids),
+            logit_bias=dict(wire.logit_bias),
+        )
+    except InvalidRequestError as error:
+        raise InvalidRequestError(f"sampling_params.{error.field}", error.message) from None
+
+
+def prompt(wire: pb.Prompt) -> Prompt:
+    """The prompt as text, chat turns or token ids; refuses an empty one."""
+    kind = wire.WhichOneof("kind")
+    if kind == "text":
+        if not wire.text:
+            refuse("prompt.text", "must not be empty")
+        return wire.text
+    if kind == "chat":
+        return _chat(wire.chat)
+    if kind == "token_ids":
+        if not wire.token_ids.ids:
+            refuse("prompt.token_ids", "must not be empty")
+        ids = np.array(wire.token_ids.ids, dtype=np.int64)
+        # Vocabularies are far smaller; what exceeds int32 is no token id of any.
+        if int(ids.max()) > np.iinfo(np.int32).max:
+            refuse("prompt.token_ids", f"{int(ids.max())} is no token id of the model")
+        return ids.astype(np.int32)
+    refuse("prompt", "must have one of text, chat and token_ids")
+
+
+def _chat(chat: pb.Chat) -> tuple[ChatTurn, ...]:
+    if not chat.messages:
+        refuse("prompt.chat.messages", "must not be empty")
+    if len(chat.messages) > MAX_MESSAGES:
+        refuse("prompt.chat.messages", f"at most {MAX_MESSAGES}, got {len(chat.messages)}")
+    for index, message in enumerate(chat.messages):
+        if not message.role:
+            refuse(f"prompt.chat.messages[{index}].role", "must not be empty")
+    if not any(message.content for message in chat.messages):
+        refuse("prompt.chat.messages", "must not all be empty")
+    return tuple(ChatTurn(message.role, message.content) for message in chat.messages)
+
+
+def check_tokens(spec: GenerationSpec, prompt_ids: TokenIds, vocab_size: int) -> None:
+    """Refuse token ids that the model does not have, and a prompt of no tokens."""
+    if prompt_ids.size == 0:
+        refuse("prompt", "must have at least one token")
+    if isinstance(spec.prompt, np.ndarray):
+        check_prompt_ids(spec.prompt, vocab_size)
+    for token_id in spec.params.stop_token_ids:
+        if token_id >= vocab_size:
+            refuse("sampling_params.stop_token_ids", _unknown(token_id, vocab_size))
+    for token_id in spec.params.logit_bias:
+        if token_id >= vocab_size:
+            refuse("sampling_params.logit_bias", _unknown(token_id, vocab_size))
+    for index, choice in enumerate(spec.resume.choices if spec.resume else ()):
+        if choice.token_ids and max(choice.token_ids) >= vocab_size:
+            unknown = _unknown(max(choice.token_ids), vocab_size)
+            refuse(f"resume.choices[{index}].token_ids", unknown)
+
+
+def check_prompt_ids(ids: TokenIds, vocab_size: int) -> None:
+    unknown = np.flatnonzero((ids < 0) | (ids >= vocab_size))
+    if unknown.size:
+        at = int(unknown[0])
+        refuse(f"prompt.token_ids.ids[{at}]", _unknown(int(ids[at]), vocab_size))
+
+
+def fit_context(spec: GenerationSpec, prompt_tokens: int, max_model_len: int) -> SamplingParams:
+    """The parameters with a max_tokens that the context holds behind the prompt.
+
+    A default is lowered to the room there is; one that was asked for is refused.
+    prompt_tokens: less than max_model_len
+    """
+    room = max_model_len - prompt_tokens
+    params = spec.params
+    if params.max_tokens <= room:
+        return params
+    if spec.max_tokens_given:
+        refuse(
+            "sampling_params.max_tokens",
+            f"must be at most {room}: the prompt has {prompt_tokens} tokens and the context "
+            f"holds {max_model_len}; got {params.max_tokens}",
+        )
+    if params.min_tokens > room:
+        refuse("sampling_params.min_tokens", f"must be at most {room}, got {params.min_tokens}")
+    return replace(params, max_tokens=room)
+
+
+def choice_seed(seed: int, index: int) -> int:
+    """A choice's seed: the request's own for the first, mixed (SplitMix64) for the others."""
+    if index == 0:
+        return seed
+    mask = (1 << 64) - 1
+    mixed = (seed + index * 0x9E3779B97F4A7C15) & mask
+    mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & mask
+    return mixed ^ (mixed >> 31)
+
+
+def _unknown(token_id: int, vocab_size: int) -> str:
+    return f"{token_id} is no token id of the model, whose vocabulary has {vocab_size}"
+
+
+def _request_id(request_id: str) -> str:
+    if not request_id:
+        return secrets.token_hex(16)
+    _short("request_id", request_id, MAX_ID_CHARS)
+    if not request_id.isprintable():
+        refuse("request_id", "must be printable")
+    return request_id
+
+
+def _short(field: str, value: str, most: int) -> str:
+    if len(value) > most:
+        refuse(field, f"must have at most {most} characters, got {len(value)}")
+    return value
+
+
+def _stop_strings(stops: Sequence[str], limits: Limits) -> tuple[str, ...]:
+    field = "sampling_params.stop"
+    if len(stops) > limits.max_stop_strings:
+        refuse(field, f"at most {limits.max_stop_strings}, got {len(stops)}")
+    for index, stop in enumerate(stops):
+        if not stop:
+            refuse(f"{field}[{index}]", "must not be empty")
+        _short(f"{field}[{index}]", stop, limits.max_stop_chars)
+    return tuple(stops)
+
+
+def _timeout_s(request: pb.GenerateRequest, limits: Limits) -> float | None:
+    if not request.HasField("timeout_s"):
+        return limits.default_timeout_s
+    timeout_s = request.timeout_s
+    if not (math.isfinite(timeout_s) and 0 < timeout_s <= MAX_TIMEOUT_S):
+        refuse("timeout_s", f"must be over 0 and at most {MAX_TIMEOUT_S:g}, got {timeout_s}")
+    if limits.default_timeout_s is not None:
+        return min(timeout_s, limits.default_timeout_s)
+    return timeout_s
+
+
+def _resume(wire: pb.Resume, n: int) -> Resume:
+    choices = [ResumedChoice()] * n
+    seen: set[int] = set()
+    for position, choice in enumerate(wire.choices):
+        field = f"resume.choices[{position}].index"
+        if choice.index >= n:
+            refuse(field, f"must be less than n ({n}), got {choice.index}")
+        if choice.index in seen:
+            refuse(field, f"{choice.index} is there twice")
+        seen.add(choice.index)
+        choices[choice.index] = ResumedChoice(
+            tuple(choice.token_ids), choice.text_chars, choice.finished
+        )
+    return Resume(wire.model_revision, tuple(choices))

@@ -1,0 +1,80 @@
+"""The ranks of one group as actors in the bundles of its leader's placement group."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from dataclasses import dataclass
+
+import ray
+from ray.exceptions import RayError
+from ray.util import get_current_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from kvmesh.workers.actor import rank_actor
+from kvmesh.workers.channel import ChannelExecutor
+from kvmesh.workers.config import EngineConfig
+from kvmesh.workers.errors import WorkerDiedError
+
+logger = logging.getLogger(__name__)
+
+CLOSE_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class RankResources:
+    """What Ray sets aside for one rank."""
+
+    cpus: float
+    gpus: float
+
+    def bundle(self) -> dict[str, float]:
+        bundle = {"CPU": self.cpus, "GPU": self.gpus}
+        return {name: amount for name, amount in bundle.items() if amount}
+
+
+class RankActors:
+    """Starts a group's ranks and watches them; `executor` speaks to them.
+
+    Only within a replica whose placement group has one bundle a rank behind its own.
+    """
+
+    def __init__(self, config: EngineConfig, resources: RankResources) -> None:
+        self.executor = ChannelExecutor(config.tp)
+        group = get_current_placement_group()
+        rendezvous = f"tcp://127.0.0.1:{_free_port()}"
+        self._actors = []
+        self._watchers = []
+        for rank, endpoint in enumerate(self.executor.endpoints):
+            strategy = PlacementGroupSchedulingStrategy(
+                placement_group=group, placement_group_bundle_index=rank + 1
+            )
+            actor = rank_actor(
+                num_cpus=resources.cpus, num_gpus=resources.gpus, scheduling_strategy=strategy
+            ).remote()
+            self._actors.append(actor)
+            running = actor.run.remote(config, rank, endpoint, rendezvous)
+            self._watchers.append(asyncio.create_task(self._watch(rank, running)))
+
+    async def _watch(self, rank: int, running: ray.ObjectRef[None]) -> None:
+        """Tell the executor when a rank ends, however it does."""
+        try:
+            await running
+            error = WorkerDiedError(f"rank {rank} ended")
+        except RayError as cause:
+            logger.warning("rank %d died: %s", rank, cause)
+            error = WorkerDiedError(f"rank {rank} died")
+        self.executor.fail(error)
+
+    async def close(self) -> None:
+        """Wait a little for ranks that were let go, and end those that stay."""
+        await asyncio.wait(self._watchers, timeout=CLOSE_TIMEOUT_S)
+        for actor in self._actors:
+            ray.kill(actor)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

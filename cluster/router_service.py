@@ -1,0 +1,214 @@
+"""The router as a service: follows the engines, and knows every live request by its id."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from kvmesh.cluster.ingress.errors import DrainingError, EngineLostError, RequestAbortedError
+from kvmesh.cluster.ingress.generation import sequence_id
+from kvmesh.cluster.metrics import RouterMeters
+from kvmesh.cluster.peers import ClusterStatus, EngineClient, EngineReport
+from kvmesh.cluster.routing.aio import AsyncRouter
+from kvmesh.cluster.routing.config import RouterConfig
+from kvmesh.cluster.routing.errors import DuplicateRequestError, RoutingError
+from kvmesh.cluster.routing.request import Estimate, Placement, PlaceRequest
+from kvmesh.cluster.routing.router import Router
+from kvmesh.workers.errors import EngineError
+
+logger = logging.getLogger(__name__)
+
+REPORT_TIMEOUT_S = 5.0
+
+
+@dataclass(slots=True)
+class _Live:
+    """A request that waits, or holds a lease. aborted: by Abort, while it waited."""
+
+    sequences: int
+    placement: Placement | None = None
+    aborted: bool = False
+
+
+class RouterService:
+    """Implements `peers.RouterClient` over an AsyncRouter.
+
+    engines: every group's engine, by the group's name
+    clock: seconds, monotonic
+    """
+
+    def __init__(
+        self,
+        engines: Mapping[str, EngineClient],
+        config: RouterConfig,
+        meters: RouterMeters,
+        *,
+        report_period_s: float = 1.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._engines = engines
+        # Greater than any former router's: leases say under which one they were granted.
+        epoch = time.time_ns() // 1_000_000
+        router = Router(config, epoch, clock(), expected_groups=tuple(engines))
+        self._ledger = router.ledger
+        self._router = AsyncRouter(router, clock)
+        self._meters = meters
+        self._report_period_s = report_period_s
+        self._reports: dict[str, EngineReport] = {}
+        self._healthy: set[str] = set()
+        self._live: dict[str, _Live] = {}
+        self._by_lease: dict[str, str] = {}
+        self._totals: Counter[str] = Counter()
+        self._refused: Counter[str] = Counter()
+        self._draining = False
+
+    # Requests
+
+    async def place(self, request: PlaceRequest, *, supersede: bool = False) -> Placement:
+        """See RouterClient; also raises RequestAbortedError."""
+        if self._draining and not request.resumed:
+            raise DrainingError()
+        key = request.request_id
+        if key in self._live:
+            if not supersede:
+                raise DuplicateRequestError(key.partition("/")[2])
+            await self._end(key)
+        live = self._live[key] = _Live(request.sequences)
+        try:
+            placement = await self._router.place(request)
+        except asyncio.CancelledError:
+            self._forget(key, live)
+            if live.aborted:
+                raise RequestAbortedError() from None
+            raise
+        except RoutingError as error:
+            self._forget(key, live)
+            self._refused[type(error).__name__] += 1
+            raise
+        live.placement = placement
+        self._by_lease[placement.lease.lease_id] = key
+        self._totals["granted"] += 1
+        return placement
+
+    async def release(self, lease_id: str) -> None:
+        key = self._by_lease.pop(lease_id, None)
+        if key is not None:
+            self._totals["released"] += 1
+            live = self._live.get(key)
+            if live is not None and live.placement is not None:
+                if live.placement.lease.lease_id == lease_id:
+                    del self._live[key]
+        await self._router.release(lease_id)
+
+    async def abort(self, request_id: str) -> bool:
+        return await self._end(request_id)
+
+    async def estimate(self, request: PlaceRequest) -> Estimate:
+        return await self._router.estimate(request)
+
+    async def drain(self) -> None:
+        """Take nothing new; every ingress learns it from the status."""
+        self._draining = True
+
+    async def _end(self, key: str) -> bool:
+        """End a request: out of the queue, or its sequences on their engine."""
+        live = self._live.get(key)
+        if live is None:
+            return False
+        if live.placement is None:
+            live.aborted = True
+            await self._router.cancel(key)
+            return True
+        lease_id = live.placement.lease.lease_id
+        ids = [sequence_id(lease_id, index) for index in range(live.sequences)]
+        try:
+            ended = await self._engines[live.placement.group].abort(ids)
+        except (EngineLostError, EngineError):
+            ended = 0
+        if not ended:
+            # Its ingress has not submitted it, and perhaps never will: it may be gone.
+            await self.release(lease_id)
+        return ended > 0
+
+    def _forget(self, key: str, live: _Live) -> None:
+        if self._live.get(key) is live:
+            del self._live[key]
+
+    # Groups
+
+    async def suspect(self, group: str, epoch: str) -> None:
+        report = self._reports.get(group)
+        if report is not None and report.info.epoch == epoch and group in self._healthy:
+            await self._down(group)
+
+    async def follow(self) -> None:
+        """Ask every engine for its report, again and again; runs until cancelled."""
+        while True:
+            await self.refresh()
+            await asyncio.sleep(self._report_period_s)
+
+    async def refresh(self) -> None:
+        """Ask every engine once, and let time pass in the ledger."""
+        await asyncio.gather(*(self._refresh_group(group) for group in self._engines))
+        await self._router.sweep()
+        self._drop_ended()
+        status = self._router.snapshot()
+        self._meters.status(
+            status.queue_depth,
+            status.leases,
+            {group.group: group.used_bytes for group in status.groups},
+            len(self._healthy),
+        )
+
+    async def status(self, *, fresh: bool = False) -> ClusterStatus:
+        if fresh:
+            await self.refresh()
+        return ClusterStatus(
+            router=self._router.snapshot(),
+            reports=dict(self._reports),
+            healthy=frozenset(self._healthy),
+            live_requests=len(self._live),
+            draining=self._draining,
+            granted_total=self._totals["granted"],
+            released_total=self._totals["released"],
+            expired_total=self._totals["expired"],
+            refused_total=dict(self._refused),
+        )
+
+    async def _refresh_group(self, group: str) -> None:
+        try:
+            async with asyncio.timeout(REPORT_TIMEOUT_S):
+                report = await self._engines[group].report()
+        except (EngineLostError, EngineError, TimeoutError) as error:
+            if group in self._healthy:
+                logger.warning("group %s does not report: %s", group, error or "timeout")
+                await self._down(group)
+            return
+        if report.draining:
+            self._reports[group] = report
+            await self._down(group)
+            return
+        known = self._reports.get(group)
+        self._reports[group] = report
+        if group not in self._healthy or known is None or known.info.epoch != report.info.epoch:
+            self._healthy.add(group)
+            await self._router.group_up(group, report.info)
+        await self._router.report(group, report.loads)
+
+    async def _down(self, group: str) -> None:
+        self._healthy.discard(group)
+        await self._router.group_down(group)
+
+    def _drop_ended(self) -> None:
+        """Forget requests whose lease the ledger ended without us: expired, or vanished."""
+        for lease_id in [lease for lease in self._by_lease if lease not in self._ledger.leases]:
+            key = self._by_lease.pop(lease_id)
+            live = self._live.get(key)
+            if live is not None and live.placement is not None:
+                if live.placement.lease.lease_id == lease_id:
+                    del self._live[key]
+                    self._totals["expired"] += 1

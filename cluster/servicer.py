@@ -1,0 +1,54 @@
+"""Registers the gRPC service with Serve; the import path stands in its options."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from kvmesh.cluster.ingress.validate import Unparsable
+from kvmesh.protos.kvmesh.v1.kvmesh_pb2_grpc import add_KVMeshServicer_to_server
+
+SERVICER_FUNCTIONS = (
+    "kvmesh.cluster.servicer.add_to_server",
+    "grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server",
+)
+
+
+def add_to_server(servicer: Any, server: Any) -> None:
+    """As the generated function, but bytes that are no message reach the handler.
+
+    grpc would answer them with INTERNAL; the ingress answers INVALID_ARGUMENT.
+    """
+    add_KVMeshServicer_to_server(servicer, _LenientServer(server))
+
+
+class _LenientServer:
+    """Passes handlers on with deserialisers that never raise."""
+
+    def __init__(self, server: Any) -> None:
+        self._server = server
+
+    def add_generic_rpc_handlers(self, handlers: Any) -> None:
+        """The same handlers follow with their names, and are passed on from there."""
+
+    def add_registered_method_handlers(self, service: str, handlers: dict[str, Any]) -> None:
+        lenient = {
+            method: handler._replace(request_deserializer=_lenient(handler.request_deserializer))
+            for method, handler in handlers.items()
+        }
+        generic = grpc.method_handlers_generic_handler(service, lenient)
+        self._server.add_generic_rpc_handlers((generic,))
+        self._server.add_registered_method_handlers(service, lenient)
+
+
+def _lenient(deserialise: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    def parse(data: bytes) -> Any:
+        try:
+            return deserialise(data)
+        except DecodeError:
+            return Unparsable(len(data))
+
+    return parse

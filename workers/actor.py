@@ -1,0 +1,26 @@
+"""A rank as a Ray actor: the one file of the data plane that knows Ray."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray
+
+from kvmesh.workers.config import EngineConfig
+
+
+@ray.remote(max_restarts=0)
+class RankActor:
+    """One rank's process. It ends with its leader: Ray kills what a dead owner leaves."""
+
+    def run(self, config: EngineConfig, rank: int, endpoint: str, rendezvous: str) -> None:
+        """Serve until the leader closes the channel; see worker_main."""
+        # Here and not above: loading the class must not cost the leader torch.
+        from kvmesh.workers.worker import worker_main
+
+        worker_main(config, rank, endpoint, rendezvous)
+
+
+def rank_actor(**options: Any) -> Any:
+    """The actor class with Ray's resource and placement options."""
+    return RankActor.options(**options)  # type: ignore[attr-defined]
