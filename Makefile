@@ -1,0 +1,81 @@
+# kvmesh: `make` lists what there is.
+#
+# Everything runs in .venv, which is made on first use and brought up to date
+# when pyproject.toml or constraints.txt change. All paths are relative, so that
+# the checkout may lie in a folder with spaces in its name.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+# Python 3.11 or newer, to make the environment with: the first that is found.
+PYTHON ?= $(shell for name in python3 python3.13 python3.12 python3.11; do \
+	"$$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	&& echo "$$name" && break; done)
+# A package index with smaller torch builds, e.g. on a machine without a GPU:
+#   make venv TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+# Further arguments, e.g. make test ARGS='-k layering', make serve ARGS='--port 9001'.
+ARGS ?=
+
+PY := .venv/bin/python
+STAMP := .venv/.installed
+
+.PHONY: help venv demo serve test lint format protos bench clean distclean
+
+help: ## This list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+venv: $(STAMP) ## The environment: .venv with pinned dependencies
+
+$(STAMP): pyproject.toml constraints.txt
+	@if [ ! -x $(PY) ]; then \
+		if [ -z '$(PYTHON)' ]; then \
+			echo 'kvmesh needs Python 3.11 or newer; none was found.' >&2; \
+			echo 'On Debian: apt install python3 python3-venv. Or: make venv PYTHON=/path/to/python3.11' >&2; \
+			exit 1; \
+		fi; \
+		echo 'Making .venv with $(PYTHON)'; \
+		'$(PYTHON)' -m venv .venv || { \
+			rm -rf .venv; \
+			echo 'The venv module does not work here. On Debian: apt install python3-venv' >&2; \
+			exit 1; \
+		}; \
+	fi
+	@echo 'Installing kvmesh and what it needs (torch, Ray, transformers: minutes the first time)'
+	$(PY) -m pip install $(if $(TORCH_INDEX),--extra-index-url '$(TORCH_INDEX)') \
+		-c constraints.txt -e '.[serve,plot,dev]'
+	@touch $@
+
+demo: $(STAMP) ## Start a local cluster, ask the model a question, show the costs, stop
+	.venv/bin/kvmesh demo $(ARGS)
+
+serve: $(STAMP) ## Serve until Ctrl-C
+	@exec .venv/bin/kvmesh serve $(ARGS)
+
+test: $(STAMP) ## All tests
+	$(PY) -m pytest $(ARGS)
+
+lint: $(STAMP) ## ruff, mypy, and whether the generated stubs are current
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(PY) protos/generate.py --check
+
+format: $(STAMP) ## Sort imports and format
+	$(PY) -m ruff check --select I --fix .
+	$(PY) -m ruff format .
+
+protos: $(STAMP) ## Make the stubs of the wire contract anew
+	$(PY) protos/generate.py
+
+bench: $(STAMP) ## Benchmarks, reported as ratios in one run
+	$(PY) -m benchmarks $(ARGS)
+
+clean: ## Remove caches and build products
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -path ./.venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## Remove the environment as well
+	rm -rf .venv
