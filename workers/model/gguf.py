@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 from pathlib import Path
+from typing import Any
 
 from kvmesh.workers.errors import ConfigError, UnsupportedModelError
 
@@ -40,7 +41,7 @@ def convert_gguf(file: Path, target: Path) -> None:
 
     # transformers draws progress bars on stderr, which no setting of it switches off here.
     with contextlib.redirect_stderr(io.StringIO()):
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             file.parent, gguf_file=file.name, dtype=torch.float32
         )
         # The weights are plain now; while these two remain, transformers refuses to save them.

@@ -76,7 +76,8 @@ def _attention(
     **_kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' signature: query [1, Hq, T, D], key and value [1, Hkv, T, D]."""
-    assert attention_mask is None and query.shape[0] == 1
+    assert attention_mask is None
+    assert query.shape[0] == 1
     slot: AttendSlot = module.kvmesh_slot  # type: ignore[assignment]
     assert slot.attend is not None, "attention outside ServedModel.forward"
     args = AttendArgs(scaling, softcap, sliding_window)

@@ -36,10 +36,10 @@ class ColumnLinear(nn.Module):
     @staticmethod
     def joined(parts: list[ColumnLinear]) -> ColumnLinear:
         """One linear that computes the outputs of all `parts`, side by side."""
-        biases = [part.bias for part in parts if part.bias is not None]
+        biases = [part.bias.data for part in parts if part.bias is not None]
         assert len(biases) in (0, len(parts)), "parts with and without bias cannot be joined"
         return ColumnLinear(
-            torch.cat([part.weight for part in parts]), torch.cat(biases) if biases else None
+            torch.cat([part.weight.data for part in parts]), torch.cat(biases) if biases else None
         )
 
 

@@ -72,11 +72,11 @@ def check_tp(facts: ModelFacts, tp: int) -> None:
 class Placer:
     """Fills a model that was built on the meta device with a rank's weights."""
 
-    def __init__(self, model: nn.Module, reader: WeightReader, comm: Communicator) -> None:
+    def __init__(self, model: Any, reader: WeightReader, comm: Communicator) -> None:
         self._model = model
         self._reader = reader
         self._comm = comm
-        self._plan = _shard_plan(model.config)  # type: ignore[arg-type]
+        self._plan = _shard_plan(model.config)
 
     def place(self) -> None:
         """Load every weight, replacing the modules whose weights are split.
@@ -115,7 +115,7 @@ class Placer:
         count = total // self._comm.size
         return self._comm.rank * count, (self._comm.rank + 1) * count
 
-    def _column_linear(self, name: str, linear: nn.Module) -> ColumnLinear:
+    def _column_linear(self, name: str, linear: Any) -> ColumnLinear:
         shape = linear.weight.shape
         first, end = self._share(shape[0])
         weight = self._reader.rows(f"{name}.weight", shape, first, end)
@@ -125,7 +125,7 @@ class Placer:
             weight, self._reader.rows(f"{name}.bias", linear.bias.shape, first, end)
         )
 
-    def _row_linear(self, name: str, linear: nn.Module) -> RowLinear:
+    def _row_linear(self, name: str, linear: Any) -> RowLinear:
         shape = linear.weight.shape
         weight = self._reader.columns(f"{name}.weight", shape, *self._share(shape[1]))
         bias = linear.bias
@@ -141,10 +141,10 @@ class Placer:
     def _head(self, head: Any) -> VocabHead:
         """Tied to the embeddings where the configuration says so and the checkpoint agrees,
         as transformers decides it: weights of its own that differ win."""
-        embeddings = self._model.get_input_embeddings().weight  # type: ignore[operator]
+        embeddings = self._model.get_input_embeddings().weight
         vocab_size = head.weight.shape[0]
         first, end, count = VocabHead.rows_of(self._comm.rank, self._comm.size, vocab_size)
-        tied = self._model.config.tie_word_embeddings  # type: ignore[union-attr]
+        tied = self._model.config.tie_word_embeddings
         weight = embeddings[first:end]
         if not tied or "lm_head.weight" in self._reader:
             own = self._reader.rows("lm_head.weight", head.weight.shape, first, end)

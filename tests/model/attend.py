@@ -1,0 +1,91 @@
+"""The plainest attention over a contiguous cache: the truth of the model tests."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvmesh.workers.model.hook import AttendArgs
+from kvmesh.workers.model.load import ServedModel
+
+
+class ContiguousCache:
+    """Keys and values of several sequences, and attention over them, one loop per sequence."""
+
+    def __init__(self) -> None:
+        self._kv: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._lengths: list[tuple[int, int]] = []
+
+    def begin(self, lengths: list[tuple[int, int]]) -> None:
+        """The next forward's tokens are `count` of sequence `seq`, for each (seq, count)."""
+        self._lengths = lengths
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, args: AttendArgs) -> Tensor:
+        outs, start = [], 0
+        for seq, count in self._lengths:
+            part = slice(start, start + count)
+            start += count
+            keys, values = k[part], v[part]
+            if (layer, seq) in self._kv:
+                old_keys, old_values = self._kv[layer, seq]
+                keys, values = torch.cat((old_keys, keys)), torch.cat((old_values, values))
+            self._kv[layer, seq] = keys, values
+            outs.append(_attention(q[part], keys, values, args))
+        return torch.cat(outs)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, args: AttendArgs) -> Tensor:
+    group = q.shape[1] // k.shape[1]
+    keys, values = k.repeat_interleave(group, 1).float(), v.repeat_interleave(group, 1).float()
+    scores = torch.einsum("qhd,khd->hqk", q.float(), keys) * args.scale
+    if args.softcap is not None:
+        scores = args.softcap * torch.tanh(scores / args.softcap)
+    ends = torch.arange(len(k) - len(q), len(k))[:, None]
+    at = torch.arange(len(k))[None, :]
+    seen = at <= ends
+    if args.sliding_window is not None:
+        seen &= at > ends - args.sliding_window
+    weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+    return torch.einsum("hqk,khd->qhd", weights, values).to(q.dtype)
+
+
+def prompt_logits(model: ServedModel, prompt: list[int]) -> Tensor | None:
+    """Logits of every position of `prompt`: [tokens, vocab_size] on rank 0."""
+    cache = ContiguousCache()
+    cache.begin([(0, len(prompt))])
+    positions = torch.arange(len(prompt))
+    return model.forward(torch.tensor(prompt), positions, cache.attend, positions)
+
+
+def generate_greedily(
+    model: ServedModel,
+    prompts: list[list[int]],
+    count: int,
+    tokens_of: list[list[int]] | None = None,
+) -> list[list[int]]:
+    """`count` tokens for each prompt, all packed in one batch.
+
+    tokens_of: what ranks without logits go on with: the tokens that rank 0 chose
+    """
+    cache = ContiguousCache()
+    outputs: list[list[int]] = [[] for _ in prompts]
+    steps = list(prompts)
+    done = [0] * len(prompts)
+    for step in range(count):
+        cache.begin([(seq, len(tokens)) for seq, tokens in enumerate(steps)])
+        packed = torch.tensor([token for tokens in steps for token in tokens])
+        positions = torch.cat(
+            [torch.arange(start, start + len(t)) for start, t in zip(done, steps, strict=True)]
+        )
+        rows = torch.tensor([len(t) for t in steps]).cumsum(0) - 1
+        logits = model.forward(packed, positions, cache.attend, rows)
+        if logits is not None:
+            chosen = logits.argmax(-1).tolist()
+        else:
+            assert tokens_of is not None
+            chosen = [tokens[step] for tokens in tokens_of]
+        done = [start + len(t) for start, t in zip(done, steps, strict=True)]
+        for output, token in zip(outputs, chosen, strict=True):
+            output.append(token)
+        steps = [[token] for token in chosen]
+    return outputs

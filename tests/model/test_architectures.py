@@ -1,0 +1,80 @@
+"""Every architecture against transformers' own logits and generate(), on one rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from kvmesh.workers.model.facts import read_facts
+from kvmesh.workers.model.load import load_model
+from kvmesh.workers.parallel.comm import Communicator
+from tests.model.attend import generate_greedily, prompt_logits
+from tests.model.cases import CASES, PROMPTS
+from tests.model.small import make_small_model
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_and_greedy_output_equal_transformers(case: str, tmp_path: Path) -> None:
+    architecture, overrides = CASES[case]
+    path = make_small_model(architecture, tmp_path, **overrides)
+    theirs = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager")
+    ours = load_model(
+        path, dtype=torch.float32, device=torch.device("cpu"), comm=Communicator.single()
+    )
+    with torch.inference_mode():
+        expected = theirs(torch.tensor([PROMPTS[0]])).logits[0]
+    logits = prompt_logits(ours, PROMPTS[0])
+    assert logits is not None
+    assert logits.dtype == torch.float32
+    spread = expected.std().item()
+    assert spread > 0.05, "the model's logits are too alike to tell anything"
+    torch.testing.assert_close(logits, expected, rtol=0, atol=2e-5 * max(1.0, spread))
+
+    outputs = generate_greedily(ours, PROMPTS, 16)
+    for prompt, output in zip(PROMPTS, outputs, strict=True):
+        generated = theirs.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=16,
+            do_sample=False,
+            eos_token_id=None,
+        )
+        assert output == generated[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bfloat16_is_as_near_to_fp32_as_transformers_is(case: str, tmp_path: Path) -> None:
+    architecture, overrides = CASES[case]
+    path = make_small_model(architecture, tmp_path, dtype=torch.bfloat16, **overrides)
+    exact = AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, attn_implementation="eager"
+    )
+    theirs = AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.bfloat16, attn_implementation="eager"
+    )
+    ours = load_model(
+        path, dtype=torch.bfloat16, device=torch.device("cpu"), comm=Communicator.single()
+    )
+    prompt = torch.tensor([PROMPTS[0]])
+    with torch.inference_mode():
+        truth = exact(prompt).logits[0]
+        their_error = (theirs(prompt).logits[0].float() - truth).square().mean().sqrt()
+    logits = prompt_logits(ours, PROMPTS[0])
+    assert logits is not None
+    our_error = (logits - truth).square().mean().sqrt()
+    assert our_error <= 1.5 * their_error
+
+
+def test_facts_agree_with_the_checkpoint(tmp_path: Path) -> None:
+    path = make_small_model("Gemma2ForCausalLM", tmp_path, head_dim=16, sliding_window=7)
+    facts = read_facts(path)
+    assert (facts.num_layers, facts.num_heads, facts.num_kv_heads) == (3, 8, 4)
+    assert (facts.head_dim, facts.hidden_size, facts.vocab_size) == (16, 64, 131)
+    assert facts.sliding_windows == (7, None, 7)
+    assert facts.eos_token_ids == (2,)
+    assert facts.dtype == "float32"
+    parameters = AutoModelForCausalLM.from_pretrained(path).num_parameters()
+    assert facts.weight_bytes == 4 * parameters
