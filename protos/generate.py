@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import sysconfig
 import tempfile
 from importlib.metadata import version
 from importlib.resources import files
@@ -27,25 +28,34 @@ def proto_names() -> list[str]:
 
 def generate(out: Path) -> dict[str, bytes]:
     """Run the compiler into `out`; returns the stubs by path relative to this folder."""
-    from grpc_tools import protoc
-
-    arguments = [
-        "protoc",
-        f"-I{VIRTUAL_ROOT}={HERE}",
-        f"-I{files('grpc_tools') / '_proto'}",
-        f"--python_out={out}",
-        f"--grpc_python_out={out}",
-        f"--mypy_out=quiet:{out}",
-        f"--mypy_grpc_out=quiet:{out}",
-        *(f"{VIRTUAL_ROOT}/{name}" for name in proto_names()),
-    ]
-    if protoc.main(arguments) != 0:
-        raise SystemExit("generate: the proto compiler failed; its message is above")
+    names = proto_names()
+    services = [name for name in names if "\nservice " in (HERE / name).read_text("utf-8")]
+    _compile(names, "python", "mypy", out)
+    _compile(services, "grpc_python", "mypy_grpc", out)
     root = out / VIRTUAL_ROOT
     return {
         path.relative_to(root).as_posix(): path.read_bytes()
         for path in sorted(root.rglob("*_pb2*.py*"))
     }
+
+
+def _compile(names: list[str], code: str, types: str, out: Path) -> None:
+    from grpc_tools import protoc
+
+    # Beside this interpreter, whether or not its environment is activated.
+    plugin = Path(sysconfig.get_path("scripts")) / f"protoc-gen-{types}"
+
+    arguments = [
+        "protoc",
+        f"-I{VIRTUAL_ROOT}={HERE}",
+        f"-I{files('grpc_tools') / '_proto'}",
+        f"--plugin=protoc-gen-{types}={plugin}",
+        f"--{code}_out={out}",
+        f"--{types}_out=quiet:{out}",
+        *(f"{VIRTUAL_ROOT}/{name}" for name in names),
+    ]
+    if protoc.main(arguments) != 0:
+        raise SystemExit("generate: the proto compiler failed; its message is above")
 
 
 def stale_stubs(fresh: dict[str, bytes]) -> list[str]:
