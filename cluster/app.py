@@ -52,7 +52,7 @@ FLUSH_S = 0.5  # what a failed engine still says reaches its clients
 class Engine:
     """One group: a leader in this process, its ranks in actors beside it."""
 
-    async def __init__(
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, group: str, config: EngineConfig, resources: RankResources, drain_s: float
     ) -> None:
         self._drain_s = drain_s
@@ -285,7 +285,9 @@ def fail(context: RayServegRPCContext, error: Exception, request: object) -> str
     wire = errors.to_wire(error, request_id)
     context.set_code(errors.status_code(wire))
     context.set_details(encode_details(wire))
-    context.set_trailing_metadata([("grpc-status-details-bin", errors.rich_status(wire))])
+    # Serve's annotation knows text alone; a key that ends in -bin takes bytes.
+    trailers: list[Any] = [("grpc-status-details-bin", errors.rich_status(wire))]
+    context.set_trailing_metadata(trailers)
     return errors.reason_label(wire)
 
 
@@ -323,7 +325,7 @@ def build_app(
     health = {"health_check_period_s": config.timeouts.health_period_s}
     stop = {"graceful_shutdown_timeout_s": config.timeouts.drain_s + 10}
     engines = {
-        group: serve.deployment(
+        group: _deployment(
             Engine,
             name=group,
             num_replicas=1,
@@ -339,7 +341,7 @@ def build_app(
         ).bind(group, engine_config, resources, config.timeouts.drain_s)
         for group in group_names(config)
     }
-    router = serve.deployment(
+    router = _deployment(
         Router,
         name="router",
         num_replicas=1,
@@ -347,7 +349,7 @@ def build_app(
         ray_actor_options={"num_cpus": CONTROL_CPUS},
         **health,
     ).bind(engines, config)
-    ingress = serve.deployment(
+    ingress = _deployment(
         Ingress,
         name="ingress",
         num_replicas=config.ingress.replicas,
@@ -356,6 +358,12 @@ def build_app(
         **health,
         **stop,
     )
-    return ingress.bind(router, engines, keys, config)
+    app: serve.Application = ingress.bind(router, engines, keys, config)
+    return app
+
+
+def _deployment(cls: type, **options: Any) -> Any:
+    # Serve's annotations know the decorator, not this call of it.
+    return serve.deployment(cls, **options)
 
 

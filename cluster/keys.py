@@ -29,6 +29,13 @@ def known_keys(auth: AuthSection, environ: Mapping[str, str]) -> list[tuple[str,
     return [(hash_key(key), LOCAL_TENANT)]
 
 
+def local_key(auth: AuthSection, environ: Mapping[str, str]) -> str | None:
+    """The key that `known_keys` lets in, where it is kept on this machine."""
+    if auth.mode == "none" or auth.keys:
+        return None
+    return read_key_file(auth.key_file or key_path(environ))
+
+
 def ensure_key(path: Path) -> str:
     """The key in `path`, made with mode 0600 if it is not there.
 

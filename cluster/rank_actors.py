@@ -43,6 +43,7 @@ class RankActors:
     def __init__(self, config: EngineConfig, resources: RankResources) -> None:
         self.executor = ChannelExecutor(config.tp)
         group = get_current_placement_group()
+        assert group is not None, "the leader runs in no placement group"
         rendezvous = f"tcp://127.0.0.1:{_free_port()}"
         self._actors = []
         self._watchers = []

@@ -98,10 +98,8 @@ class RouterService:
         key = self._by_lease.pop(lease_id, None)
         if key is not None:
             self._totals["released"] += 1
-            live = self._live.get(key)
-            if live is not None and live.placement is not None:
-                if live.placement.lease.lease_id == lease_id:
-                    del self._live[key]
+            if self._holds(key, lease_id):
+                del self._live[key]
         await self._router.release(lease_id)
 
     async def abort(self, request_id: str) -> bool:
@@ -207,8 +205,12 @@ class RouterService:
         """Forget requests whose lease the ledger ended without us: expired, or vanished."""
         for lease_id in [lease for lease in self._by_lease if lease not in self._ledger.leases]:
             key = self._by_lease.pop(lease_id)
-            live = self._live.get(key)
-            if live is not None and live.placement is not None:
-                if live.placement.lease.lease_id == lease_id:
-                    del self._live[key]
-                    self._totals["expired"] += 1
+            if self._holds(key, lease_id):
+                del self._live[key]
+                self._totals["expired"] += 1
+
+    def _holds(self, key: str, lease_id: str) -> bool:
+        """Whether the lease is the request's latest; an older one may end after it."""
+        live = self._live.get(key)
+        placement = live.placement if live is not None else None
+        return placement is not None and placement.lease.lease_id == lease_id

@@ -22,7 +22,8 @@ def add_to_server(servicer: Any, server: Any) -> None:
 
     grpc would answer them with INTERNAL; the ingress answers INVALID_ARGUMENT.
     """
-    add_KVMeshServicer_to_server(servicer, _LenientServer(server))
+    recorder: Any = _LenientServer(server)
+    add_KVMeshServicer_to_server(servicer, recorder)
 
 
 class _LenientServer:

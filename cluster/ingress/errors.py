@@ -114,7 +114,7 @@ class NotReadyError(IngressError):
 _S = grpc.StatusCode
 
 # The first row whose class matches decides; order subclasses before their parents.
-_TABLE: tuple[tuple[type[BaseException], grpc.StatusCode, pb.ErrorReason], ...] = (
+_TABLE: tuple[tuple[type[BaseException], grpc.StatusCode, pb.ErrorReason.ValueType], ...] = (
     (InvalidRequestError, _S.INVALID_ARGUMENT, pb.ERROR_REASON_INVALID_FIELD),
     (UnauthenticatedError, _S.UNAUTHENTICATED, pb.ERROR_REASON_WRONG_KEY),
     (UnknownModelError, _S.NOT_FOUND, pb.ERROR_REASON_UNKNOWN_MODEL),
@@ -232,4 +232,5 @@ def rich_status(wire: pb.Error) -> bytes:
         quota = error_details_pb2.QuotaFailure()
         quota.violations.add(subject="kv_cache_bytes", description=wire.message)
         status.details.add().Pack(quota)
-    return status.SerializeToString()
+    data: bytes = status.SerializeToString()
+    return data

@@ -1,0 +1,23 @@
+"""The command line. Commands import what they need when they run: `--help` costs nothing."""
+
+from __future__ import annotations
+
+import typer
+
+from kvmesh.cluster.cli import client_commands, server_commands
+
+app = typer.Typer(
+    name="kvmesh",
+    help="Distributed LLM serving on Ray with a quantised KV cache, accounted to the byte.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+app.command("demo")(server_commands.demo)
+app.command("serve")(server_commands.serve)
+app.command("config")(server_commands.config)
+app.command("generate")(client_commands.generate)
+app.command("chat")(client_commands.chat)
+app.command("status")(client_commands.status)
+app.command("estimate")(client_commands.estimate)

@@ -1,0 +1,116 @@
+"""The demo: one question through everything, and its bill."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rich.table import Table
+
+from kvmesh.client import Client, Loads, Message, Stream
+from kvmesh.cluster.cli.console import (
+    EXIT_INTERRUPTED,
+    Steps,
+    human_bytes,
+    human_seconds,
+    out,
+)
+from kvmesh.cluster.cli.signals import Stop, hold_signals
+from kvmesh.cluster.config import ClusterConfig
+from kvmesh.cluster.lifecycle import Cluster, Endpoint
+
+MOST_RANKS = 3
+
+
+def widest_tp(model: str) -> int:
+    """The most ranks, up to three, that the model's KV heads can be split over."""
+    from kvmesh.workers.model.facts import read_facts
+    from kvmesh.workers.model.source import resolve_model
+
+    with Steps() as steps:
+        heads = read_facts(resolve_model(model, progress=steps).path).num_kv_heads
+    return next(ranks for ranks in range(MOST_RANKS, 0, -1) if heads % ranks == 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Bill:
+    """A finished stream, and the pool before, during and after it."""
+
+    stream: Stream
+    before: Loads
+    during: Loads
+    after: Loads
+
+
+def run_demo(settings: ClusterConfig, question: str, max_tokens: int) -> int:
+    """The exit code."""
+    with hold_signals() as stop:
+        try:
+            steps = Steps()
+            cluster = Cluster(settings, steps)
+            stop.on_repeat(cluster.hurry)
+            with stop.interrupting():
+                with steps:
+                    endpoint = cluster.start_guarded()
+                try:
+                    _describe(settings)
+                    bill = _ask(endpoint, question, max_tokens)
+                    out.print(_table(bill))
+                finally:
+                    with Steps() as closing:
+                        cluster.report_to(closing)
+                        cluster.stop()
+        except Stop:
+            return EXIT_INTERRUPTED
+    return 0
+
+
+def _describe(settings: ClusterConfig) -> None:
+    ranks = f"{settings.engine.tp} tensor-parallel rank{'s' if settings.engine.tp > 1 else ''}"
+    out.print(f"[bold]{settings.model}[/bold], {ranks}, KV format {settings.engine.kv_format}")
+
+
+def _ask(endpoint: Endpoint, question: str, max_tokens: int) -> Bill:
+    with Client(endpoint.target, api_key=endpoint.api_key) as client:
+        before = during = client.loads()
+        out.print(f"\n[bold cyan]you[/bold cyan]    {question}")
+        out.print("[bold green]model[/bold green]  ", end="")
+        messages = [Message("user", question)]
+        with client.chat_stream(messages, max_tokens=max_tokens, temperature=0.0) as stream:
+            for number, delta in enumerate(stream):
+                out.print(delta.text, end="", markup=False, soft_wrap=True)
+                out.file.flush()
+                if number == 8:
+                    during = client.loads()
+        out.print("\n")
+        return Bill(stream, before, during, client.loads())
+
+
+def _table(bill: Bill) -> Table:
+    usage = bill.stream.usage
+    assert usage is not None, "the stream has ended"
+    table = Table(title="what it cost", title_justify="left", show_header=False)
+    table.add_column(style="dim")
+    table.add_column(justify="right")
+    table.add_row("prompt tokens", f"{usage.prompt_tokens} ({usage.cached_tokens} cached)")
+    table.add_row("output tokens", str(usage.completion_tokens))
+    if usage.time_to_first_token_s is not None:
+        first_s = usage.time_to_first_token_s
+        table.add_row("time to first token", human_seconds(first_s))
+        if usage.completion_tokens > 1:
+            rate = (usage.completion_tokens - 1) / max(usage.total_s - first_s, 1e-9)
+            table.add_row("speed", f"{rate:.1f} tokens/s")
+    table.add_row("KV pages a rank", f"{usage.kv_hot_pages} hot, {usage.kv_sealed_pages} sealed")
+    table.add_row("KV reserved", human_bytes(usage.kv_reserved_bytes))
+    table.add_row("KV used at most", human_bytes(usage.kv_used_bytes))
+    table.add_row("KV freed", human_bytes(usage.kv_freed_bytes))
+    table.add_section()
+    for name, loads in (("before", bill.before), ("during", bill.during), ("after", bill.after)):
+        table.add_row(f"pool in use {name}", _pool(loads))
+    return table
+
+
+def _pool(loads: Loads) -> str:
+    used = sum(group.used_bytes for group in loads.groups)
+    cached = sum(group.cached_bytes for group in loads.groups)
+    pages = sum(group.hot.used + group.sealed.used for group in loads.groups)
+    return f"{pages} pages, {human_bytes(used)} (+ {human_bytes(cached)} cached)"

@@ -1,0 +1,97 @@
+"""The environment that a local Ray and its Serve read when they start.
+
+Serve takes its choice of proxy and its ports from variables, which have to be
+set on every node before Ray starts. On a cluster that runs already, set
+`SERVE_VARIABLES` there.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+from kvmesh.cluster.config import ClusterConfig
+
+# HAProxy instead of Serve's Python proxy: faster, and it does not lose cancellations.
+SERVE_VARIABLES = {
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    "RAY_SERVE_HAPROXY_NBTHREAD": "2",
+    "RAY_SERVE_HAPROXY_H2_FE_MAX_CONCURRENT_STREAMS": "1000",
+    "RAY_SERVE_HAPROXY_H2_BE_MAX_CONCURRENT_STREAMS": "1000",
+    "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "2s",
+    "RAY_SERVE_HAPROXY_HEALTH_CHECK_RISE": "1",
+    # Streams that outlive a reload of the proxy's configuration may go on this long.
+    "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "3600",
+    "RAY_SERVE_PORT_QUARANTINE_S": "60",
+    # The client's stream is resumed elsewhere; waiting helps nobody.
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+}
+
+
+def serve_variables(config: ClusterConfig) -> dict[str, str]:
+    """What every node of a cluster that runs `config` must have set."""
+    request_bytes = config.ingress.max_request_bytes
+    return {
+        **SERVE_VARIABLES,
+        # Twice, so that a somewhat too large request still gets its own error.
+        "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(2 * request_bytes),
+        "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(4 * request_bytes),
+    }
+
+
+def local_variables(config: ClusterConfig, directory: Path) -> dict[str, str]:
+    """`serve_variables`, and what keeps several local clusters apart.
+
+    directory: for sockets and files of the proxy, empty and our own
+    """
+    stats, metrics, fallback_http, fallback_grpc = free_ports(4)
+    # Ranges that overlap another cluster's are sorted out by Serve's retries.
+    return {
+        **serve_variables(config),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(directory / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(directory / "admin.sock"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(directory / "metrics.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(directory),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(directory / "server-state"),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback_http),
+        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(fallback_grpc),
+        "PYTHONPATH": _python_path(),
+    }
+
+
+def _python_path() -> str:
+    """With where this package is imported from, which Ray's workers need not know otherwise."""
+    here = str(Path(__file__).absolute().parents[2])
+    others = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
+    return os.pathsep.join([here, *(part for part in others if part != here)])
+
+
+def free_ports(count: int) -> list[int]:
+    """Different ports that are free on this machine, at this moment."""
+    with ExitStack() as stack:
+        return [port for _, port in zip(range(count), _ports(stack), strict=False)]
+
+
+def _ports(stack: ExitStack) -> Iterator[int]:
+    while True:
+        probe = stack.enter_context(socket.socket())
+        probe.bind(("", 0))
+        yield probe.getsockname()[1]
+
+
+def port_in_use(host: str, port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return True
+    return False

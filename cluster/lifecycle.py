@@ -1,0 +1,343 @@
+"""A cluster from nothing to ready, and back to nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import grpc
+
+from kvmesh.cluster.config import ClusterConfig
+from kvmesh.cluster.environment import free_ports, local_variables, port_in_use, serve_variables
+from kvmesh.cluster.keys import known_keys, local_key
+from kvmesh.cluster.processes import adopt_orphans, descendants, end_descendants
+from kvmesh.workers.errors import ConfigError
+from kvmesh.workers.model.facts import read_facts
+from kvmesh.workers.model.source import resolve_model
+
+if TYPE_CHECKING:
+    from ray import serve
+
+APP_NAME = "kvmesh"
+POLL_S = 0.2
+
+Progress = Callable[[str, float | None], None]
+
+
+class StartError(Exception):
+    """The cluster did not come up; the message is for people."""
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """How to talk to a cluster.
+
+    api_key: the local one; None where keys are configured by their hashes, or none is asked for
+    metrics_url: None where Ray was running already
+    """
+
+    target: str
+    api_key: str | None
+    metrics_url: str | None
+
+
+class Cluster:
+    """A context manager: entered, the cluster serves; left, nothing of it remains.
+
+    config: with `ray.address` to join a Ray cluster, in which only kvmesh's own
+        application is then started and ended
+    progress: called with what is being done, and the share of it done where known
+    """
+
+    def __init__(self, config: ClusterConfig, progress: Progress | None = None) -> None:
+        self._config = config
+        self._progress = progress or _silent
+        self._directory: Path | None = None
+        self._keep: frozenset[int] = frozenset()
+        self._started = False
+        self._in_a_hurry = threading.Event()
+
+    def __enter__(self) -> Endpoint:
+        return self.start_guarded()
+
+    def start_guarded(self) -> Endpoint:
+        """As `start`, and nothing is left behind when it fails."""
+        try:
+            return self.start()
+        except BaseException:
+            self._in_a_hurry.set()
+            self.stop()
+            raise
+
+    def report_to(self, progress: Progress) -> None:
+        """Show what follows through another `progress`."""
+        self._progress = progress
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def hurry(self) -> None:
+        """Wait for no request while stopping. Safe to call from a signal handler."""
+        self._in_a_hurry.set()
+
+    def start(self) -> Endpoint:
+        """Raises ConfigError for a setting that cannot work, StartError for what failed."""
+        config = self._prepare()
+        metrics_url = self._start_ray(config)
+        self._deploy(config)
+        host = "127.0.0.1" if config.ingress.host in ("0.0.0.0", "::") else config.ingress.host
+        target = f"{host}:{config.ingress.port}"
+        self._wait_serving(target)
+        return Endpoint(target, local_key(config.auth, os.environ), metrics_url)
+
+    def _prepare(self) -> ClusterConfig:
+        """What can be checked and fetched before anything runs; fills in free ports."""
+        config = self._config
+        files = resolve_model(config.model, progress=self._progress)
+        facts = read_facts(files.path)
+        if facts.num_kv_heads % config.engine.tp:
+            ways = [str(n) for n in range(1, facts.num_kv_heads + 1) if facts.num_kv_heads % n == 0]
+            raise ConfigError(
+                "engine.tp",
+                f"must divide the model's {facts.num_kv_heads} KV heads: one of "
+                f"{', '.join(ways)}; got {config.engine.tp}",
+            )
+        if config.ray.address is None:
+            if config.ingress.port and port_in_use(config.ingress.host, config.ingress.port):
+                raise ConfigError(
+                    "ingress.port",
+                    f"{config.ingress.port} is in use; choose another, or 0 for any free one",
+                )
+            grpc_port, http_port, metrics_port = free_ports(3)
+            config = _with_ports(config, grpc_port, http_port, metrics_port)
+        self._keys = known_keys(config.auth, os.environ)
+        return config
+
+    def _start_ray(self, config: ClusterConfig) -> str | None:
+        self._progress("starting Ray", None)
+        self._keep = descendants()
+        if config.ray.address is not None:
+            os.environ.update(serve_variables(config))
+            _import_ray().init(
+                address=config.ray.address, logging_level="ERROR", log_to_driver=False
+            )
+            self._started = True
+            return None
+        adopt_orphans()
+        # Short: Ray puts Unix sockets below it, whose paths hold 107 characters.
+        self._directory = Path(tempfile.mkdtemp(prefix="kvmesh-", dir=_short_tmp()))
+        os.environ.update(local_variables(config, self._directory / "proxy"))
+        self._started = True
+        ray = _import_ray()
+        try:
+            ray.init(
+                num_cpus=_logical_cpus(config),
+                object_store_memory=config.ray.object_store_bytes,
+                include_dashboard=config.ray.dashboard,
+                logging_level="ERROR",
+                log_to_driver=False,
+                _temp_dir=str(self._directory / "ray"),
+                _metrics_export_port=config.metrics.port,
+                _node_ip_address="127.0.0.1",
+            )
+        except (RuntimeError, OSError, ValueError) as error:
+            raise StartError(f"Ray did not start: {error}") from error
+        return f"http://127.0.0.1:{config.metrics.port}/metrics"
+
+    def _deploy(self, config: ClusterConfig) -> None:
+        self._progress("starting Serve", None)
+        from ray import serve
+        from ray.serve.config import HTTPOptions, gRPCOptions
+
+        from kvmesh.cluster.app import build_app
+        from kvmesh.cluster.servicer import SERVICER_FUNCTIONS
+
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
+        serve.start(
+            http_options=HTTPOptions(host=config.ingress.host, port=config.ingress.http_port),
+            grpc_options=gRPCOptions(
+                port=config.ingress.port, grpc_servicer_functions=list(SERVICER_FUNCTIONS)
+            ),
+        )
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
+        app = build_app(config, self._keys, gpus_per_rank=_gpus_per_rank(config))
+        self._run(serve, app, config.timeouts.start_s)
+
+    def _run(self, serve: Any, app: serve.Application, timeout_s: float) -> None:
+        """Deploy and wait, telling what is still on its way."""
+        failures: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                serve.run(app, name=APP_NAME, route_prefix="/")
+            except BaseException as error:
+                failures.append(error)
+
+        # Beside this thread, which goes on showing progress and hearing signals.
+        runner = threading.Thread(target=run, name="kvmesh-deploy", daemon=True)
+        runner.start()
+        until = time.monotonic() + timeout_s
+        while runner.is_alive():
+            runner.join(POLL_S)
+            if time.monotonic() > until:
+                raise StartError(f"not ready within {timeout_s:g} s; {_unready(serve)}")
+            if runner.is_alive():
+                self._progress(f"loading the model, {_unready(serve)}", None)
+        if failures:
+            raise StartError(_deploy_failure(serve, failures[0])) from failures[0]
+
+    def _wait_serving(self, target: str) -> None:
+        """Until the health service says SERVING through the whole path."""
+        self._progress("waiting for the first report", None)
+        from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+        until = time.monotonic() + self._config.timeouts.start_s
+        with grpc.insecure_channel(target) as channel:
+            stub = health_pb2_grpc.HealthStub(channel)
+            while time.monotonic() < until:
+                with contextlib.suppress(grpc.RpcError):
+                    reply = stub.Check(health_pb2.HealthCheckRequest(), timeout=2.0)
+                    if reply.status == health_pb2.HealthCheckResponse.SERVING:
+                        return
+                time.sleep(POLL_S)
+        raise StartError("the ingress does not report that it serves")
+
+    def stop(self) -> None:
+        """Let requests end, shut down, and leave nothing behind. Idempotent."""
+        if not self._started:
+            return
+        self._started = False
+        ray = _import_ray()
+        try:
+            if ray.is_initialized():
+                self._progress("shutting down", None)
+                self._stop_serving()
+        finally:
+            self._progress("stopping Ray", None)
+            with _muted():
+                ray.shutdown()
+            if self._directory is not None:
+                end_descendants(self._keep)
+                shutil.rmtree(self._directory, ignore_errors=True)
+                self._directory = None
+
+    def _stop_serving(self) -> None:
+        from ray import serve
+
+        with _muted(), contextlib.suppress(Exception):
+            # Whatever is wrong with it: what follows ends it all the same.
+            if not self._in_a_hurry.is_set():
+                self._drain(serve)
+            if self._config.ray.address is None:
+                serve.shutdown()
+            else:
+                serve.delete(APP_NAME)
+
+    def _drain(self, serve: Any) -> None:
+        """Have the router take nothing new, and wait for what runs."""
+        router = serve.get_deployment_handle("router", APP_NAME)
+        router.drain.remote().result(timeout_s=5.0)
+        until = time.monotonic() + self._config.timeouts.drain_s
+        while time.monotonic() < until and not self._in_a_hurry.is_set():
+            status = router.status.remote(False).result(timeout_s=5.0)
+            if not status.live_requests:
+                return
+            self._progress(f"waiting for {status.live_requests} requests", None)
+            time.sleep(POLL_S)
+
+
+def _with_ports(
+    config: ClusterConfig, grpc_port: int, http_port: int, metrics_port: int
+) -> ClusterConfig:
+    """The configuration with free ports where it asks for any."""
+    ingress = config.ingress.model_copy(
+        update={
+            "port": config.ingress.port or grpc_port,
+            "http_port": config.ingress.http_port or http_port,
+        }
+    )
+    metrics = config.metrics.model_copy(update={"port": config.metrics.port or metrics_port})
+    return config.model_copy(update={"ingress": ingress, "metrics": metrics})
+
+
+def _logical_cpus(config: ClusterConfig) -> int:
+    """At least the machine's; more where groups ask for more, which then share them."""
+    from kvmesh.cluster.app import CONTROL_CPUS
+
+    per_group = CONTROL_CPUS + config.engine.tp * config.engine.cpus_per_rank
+    needed = config.groups * per_group + CONTROL_CPUS * (config.ingress.replicas + 1)
+    return max(os.cpu_count() or 1, math.ceil(needed) + 1)
+
+
+def _gpus_per_rank(config: ClusterConfig) -> float:
+    """1 where ranks run on GPUs, as the setting or the cluster's resources say."""
+    if config.engine.device == "cpu":
+        return 0.0
+    gpus = _import_ray().cluster_resources().get("GPU", 0.0)
+    if config.engine.device == "cuda" or gpus:
+        needed = config.groups * config.engine.tp
+        if gpus < needed:
+            raise ConfigError("engine.tp", f"{needed} GPUs are needed, the cluster has {gpus:g}")
+        return 1.0
+    return 0.0
+
+
+def _unready(serve: Any) -> str:
+    """Which parts are not up yet, for people."""
+    with contextlib.suppress(Exception):  # progress must not be what fails
+        app = serve.status().applications.get(APP_NAME)
+        if app is not None:
+            waiting = [n for n, d in app.deployments.items() if d.status != "HEALTHY"]
+            return f"waiting for {', '.join(sorted(waiting))}" if waiting else "nearly there"
+    return "waiting for Serve"
+
+
+def _deploy_failure(serve: Any, error: BaseException) -> str:
+    """What went wrong, out of Serve's report: the last line of the first trace there is."""
+    with contextlib.suppress(Exception):
+        for name, deployment in serve.status().applications[APP_NAME].deployments.items():
+            if deployment.status in ("DEPLOY_FAILED", "UNHEALTHY") and deployment.message:
+                lines = [line.strip() for line in deployment.message.splitlines() if line.strip()]
+                told = [line for line in lines if "Error" in line]
+                return f"{name} did not start: {(told or lines)[-1]}"
+    return f"the application did not start: {error}"
+
+
+def _import_ray() -> Any:
+    """Ray, imported late: its Serve reads the environment when it is imported."""
+    import ray
+
+    return ray
+
+
+@contextlib.contextmanager
+def _muted() -> Any:
+    """Ray prints of its own actors' deaths while it shuts down; nobody needs to read that."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+        yield
+
+
+def _short_tmp() -> str:
+    """The temporary directory, or /tmp where that is too long for sockets below it."""
+    chosen = tempfile.gettempdir()
+    return chosen if len(chosen) <= 24 or not os.access("/tmp", os.W_OK) else "/tmp"
+
+
+def _silent(step: str, share: float | None) -> None:
+    """Report to nobody."""
