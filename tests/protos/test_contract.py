@@ -66,7 +66,7 @@ def test_declared_versions_are_those_that_the_stubs_demand() -> None:
     assert found is not None
     assert floors == {
         "protobuf": found[1],
-        "grpcio": kvmesh_pb2_grpc.GRPC_GENERATED_VERSION,  # type: ignore[attr-defined]
+        "grpcio": kvmesh_pb2_grpc.GRPC_GENERATED_VERSION,
     }
 
 

@@ -1,0 +1,72 @@
+"""What each module of the checkout imports, read from its source."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+LAYERS = ("client", "cluster", "kernels", "protos", "workers")
+
+
+@dataclass(frozen=True)
+class Import:
+    """One imported module.
+
+    at_load: it is imported whenever the importing module is, rather than in a
+        function or for type checkers alone
+    """
+
+    module: str
+    line: int
+    at_load: bool
+
+
+def module_files(root: Path = ROOT) -> dict[str, Path]:
+    """The importable modules of the checkout by full name; generated stubs left out."""
+    files = {"kvmesh": root / "kvmesh/__init__.py"}
+    for layer in LAYERS:
+        for path in sorted((root / layer).rglob("*.py")):
+            if path.stem.endswith(("_pb2", "_pb2_grpc")):
+                continue
+            parts = path.relative_to(root).with_suffix("").parts
+            name = ".".join(("kvmesh", *parts)).removesuffix(".__init__")
+            files[name] = path
+    return files
+
+
+def imports_of(source: str, module: str, is_package: bool) -> list[Import]:
+    """All imports in a module's source, relative ones resolved."""
+    package = module if is_package else module.rpartition(".")[0]
+    return list(_imports(ast.parse(source), package, at_load=True))
+
+
+def _imports(node: ast.AST, package: str, at_load: bool) -> Iterator[Import]:
+    if isinstance(node, ast.Import):
+        for alias in node.names:
+            yield Import(alias.name, node.lineno, at_load)
+    elif isinstance(node, ast.ImportFrom):
+        base = node.module or ""
+        if node.level:
+            parents = package.split(".")[: len(package.split(".")) - node.level + 1]
+            base = ".".join([*parents, *([base] if base else [])])
+        yield Import(base, node.lineno, at_load)
+        # A name may be a submodule: `from kvmesh.workers import request`.
+        for alias in node.names:
+            yield Import(f"{base}.{alias.name}", node.lineno, at_load)
+    elif isinstance(node, ast.If) and _is_type_checking(node.test):
+        for part in node.body:
+            yield from _imports(part, package, at_load=False)
+        for part in node.orelse:
+            yield from _imports(part, package, at_load)
+    else:
+        inside = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        for child in ast.iter_child_nodes(node):
+            yield from _imports(child, package, at_load and not inside)
+
+
+def _is_type_checking(test: ast.expr) -> bool:
+    name = test.attr if isinstance(test, ast.Attribute) else getattr(test, "id", None)
+    return name == "TYPE_CHECKING"

@@ -1,0 +1,183 @@
+"""Nothing points back: who may import whom, read from the sources.
+
+kernels  <-  workers  <-  cluster  ->  client  ->  protos
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.repo.imports import LAYERS, ROOT, Import, imports_of, module_files
+
+MAY_IMPORT = {
+    "client": {"client", "protos"},
+    "cluster": {"client", "cluster", "protos", "workers"},
+    "kernels": {"kernels"},
+    "protos": {"protos"},
+    "workers": {"kernels", "workers"},
+}
+# Formats' names, sizes and order of faithfulness: plain arithmetic, kept free of torch.
+SHARED_FORMATS = {"kvmesh.kernels.formats.base", "kvmesh.kernels.formats.registry"}
+# Third parties, for the layers where few are allowed.
+THIRD_PARTIES = {
+    "client": {"google", "grpc"},
+    "kernels": {"numpy", "torch", "triton"},
+    "protos": {"google", "grpc", "grpc_tools"},
+}
+RAY_MODULES = {"kvmesh.workers.actor"}
+HEAVY = {"accelerate", "ray", "torch", "transformers", "triton"}
+TORCH_FREE = {
+    "kvmesh.kernels.formats.base",
+    "kvmesh.kernels.formats.registry",
+    "kvmesh.workers.config",
+    "kvmesh.workers.errors",
+    "kvmesh.workers.request",
+    "kvmesh.workers.sampling_params",
+    "kvmesh.workers.sizes",
+}
+
+FILES = module_files()
+IMPORTS: dict[str, list[Import]] = {
+    name: imports_of(path.read_text("utf-8"), name, path.name == "__init__.py")
+    for name, path in FILES.items()
+}
+
+
+def layer_of(module: str) -> str | None:
+    parts = module.split(".")
+    return parts[1] if parts[0] == "kvmesh" and len(parts) > 1 and parts[1] in LAYERS else None
+
+
+def modules_of(*layers: str) -> list[str]:
+    return [name for name in FILES if layer_of(name) in layers]
+
+
+def may_import(layer: str, module: str) -> bool:
+    if layer == "cluster" and any(f"{module}.".startswith(f"{m}.") for m in SHARED_FORMATS):
+        return True
+    return layer_of(module) in {None, *MAY_IMPORT[layer]}
+
+
+def where(module: str, imported: Import) -> str:
+    return f"{FILES[module].relative_to(ROOT)}:{imported.line} imports {imported.module}"
+
+
+def test_the_tree_is_seen() -> None:
+    assert {layer_of(name) for name in FILES} >= {"client", "protos", "workers"}
+    assert "kvmesh.client.sync_client" in FILES
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_layer_imports_only_those_below(layer: str) -> None:
+    faults = [
+        where(module, imported)
+        for module in modules_of(layer)
+        for imported in IMPORTS[module]
+        if not may_import(layer, imported.module)
+    ]
+    assert not faults, "\n".join(faults)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_our_folders_are_imported_under_their_full_name(layer: str) -> None:
+    faults = [
+        where(module, imported)
+        for module in FILES
+        for imported in IMPORTS[module]
+        if imported.module.split(".")[0] == layer
+    ]
+    assert not faults, "\n".join(faults)
+
+
+@pytest.mark.parametrize("layer", THIRD_PARTIES)
+def test_the_bare_layers_need_few_others(layer: str) -> None:
+    allowed = THIRD_PARTIES[layer] | {"kvmesh"} | sys.stdlib_module_names
+    faults = [
+        where(module, imported)
+        for module in modules_of(layer)
+        for imported in IMPORTS[module]
+        if imported.module.split(".")[0] not in allowed
+    ]
+    assert not faults, "\n".join(faults)
+
+
+def test_ray_stays_at_the_edge() -> None:
+    faults = [
+        where(module, imported)
+        for module in FILES
+        if layer_of(module) != "cluster" and module not in RAY_MODULES
+        for imported in IMPORTS[module]
+        if imported.module.split(".")[0] == "ray"
+    ]
+    assert not faults, "\n".join(faults)
+
+
+def loaded_with(module: str) -> dict[str, str]:
+    """Everything that importing `module` loads, with the chain of how it came about."""
+    chains = {module: module}
+    waiting = [module]
+    while waiting:
+        current = waiting.pop()
+        parents = [current.rsplit(".", n)[0] for n in range(1, current.count(".") + 1)]
+        loads = parents + [i.module for i in IMPORTS.get(current, ()) if i.at_load]
+        for name in loads:
+            if name not in chains:
+                chains[name] = f"{chains[current]} -> {name}"
+                waiting.append(name)
+    return chains
+
+
+def heavy_loads(module: str, heavy: set[str]) -> list[str]:
+    return [chain for name, chain in loaded_with(module).items() if name.split(".")[0] in heavy]
+
+
+@pytest.mark.parametrize("module", sorted(TORCH_FREE))
+def test_the_shared_arithmetic_is_free_of_torch(module: str) -> None:
+    assert module in FILES, "moved? then change the list"
+    assert not heavy_loads(module, HEAVY)
+
+
+def test_the_control_plane_loads_no_torch() -> None:
+    faults = [
+        chain for module in modules_of("cluster") for chain in heavy_loads(module, HEAVY - {"ray"})
+    ]
+    assert not faults, "\n".join(faults)
+
+
+def test_the_sdk_loads_neither_torch_nor_ray() -> None:
+    faults = [c for m in ["kvmesh", *modules_of("client")] for c in heavy_loads(m, HEAVY)]
+    assert not faults, "\n".join(faults)
+
+
+def test_kernels_is_no_package_of_its_own() -> None:
+    """One with an __init__.py would be taken for the PyPI package by transformers."""
+    assert not (ROOT / "kernels/__init__.py").exists()
+
+
+def test_the_package_folder_only_links() -> None:
+    links = {path.name: path for path in (ROOT / "kvmesh").iterdir() if path.is_symlink()}
+    assert links.keys() == set(LAYERS)
+    for name, link in links.items():
+        assert link.readlink() == Path("..") / name
+    others = {path.name for path in (ROOT / "kvmesh").iterdir()} - links.keys()
+    assert others - {"__pycache__"} == {"__init__.py", "py.typed"}
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("import torch", [("torch", True)]),
+        ("def f():\n  import torch", [("torch", False)]),
+        ("class A:\n  import torch", [("torch", True)]),
+        ("try:\n  import torch\nexcept ImportError: pass", [("torch", True)]),
+        ("if TYPE_CHECKING:\n  import torch\nelse:\n  import os", [("torch", False), ("os", True)]),
+        ("from . import b", [("kvmesh.x", True), ("kvmesh.x.b", True)]),
+        ("from ..y import b", [("kvmesh.y", True), ("kvmesh.y.b", True)]),
+    ],
+)
+def test_the_reader_itself(source: str, expected: list[tuple[str, bool]]) -> None:
+    found = imports_of(source, "kvmesh.x.a", is_package=False)
+    assert [(i.module, i.at_load) for i in found] == expected

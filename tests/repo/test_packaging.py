@@ -1,0 +1,166 @@
+"""What an install brings: the SDK alone, or everything, from a wheel or in place."""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+
+from tests.repo.imports import LAYERS, ROOT
+
+SKIPPED = {".git", ".venv", "build", "dist", "tests", "benchmarks", "docs", "examples", "helm"}
+# The base dependencies and theirs, as they lie in site-packages.
+BASE_MODULES = ("google", "grpc", "typing_extensions")
+TALK = """
+import sys
+import kvmesh
+from kvmesh import Client, FakeTransport
+assert Client(transport=FakeTransport(["it works"])).generate("hi").text == "it works"
+for heavy in ("torch", "ray", "transformers", "triton", "numpy", "pydantic"):
+    assert heavy not in sys.modules, heavy
+print(kvmesh.__file__)
+"""
+
+
+def run(*command: str | Path, cwd: Path) -> str:
+    result = subprocess.run(
+        [str(part) for part in command], cwd=cwd, capture_output=True, text=True
+    )
+    assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
+    return result.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy, so that building leaves nothing in the real one."""
+    folder = tmp_path_factory.mktemp("packaging") / "a check out"
+    folder.mkdir()
+    for path in ROOT.iterdir():
+        if path.name in SKIPPED or path.name.endswith(".egg-info"):
+            continue
+        if path.is_dir():
+            shutil.copytree(
+                path,
+                folder / path.name,
+                symlinks=True,
+                ignore=shutil.ignore_patterns("__pycache__"),
+            )
+        else:
+            shutil.copy2(path, folder)
+    (folder / "README.md").touch()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(checkout: Path) -> Path:
+    run(
+        sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation",
+        "--no-index", "--wheel-dir", "dist", ".", cwd=checkout,
+    )  # fmt: skip
+    (built,) = (checkout / "dist").glob("*.whl")
+    return built
+
+
+@pytest.fixture
+def bare_python(tmp_path: Path) -> Path:
+    """A fresh environment with the base dependencies alone."""
+    run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv", cwd=tmp_path)
+    (site,) = (tmp_path / "venv/lib").glob("python3.*/site-packages")
+    for name in BASE_MODULES:
+        module = importlib.import_module(name)
+        source = Path(module.__file__ or next(iter(module.__path__)))
+        source = source.parent if source.name == "__init__.py" else source
+        (site / source.name).symlink_to(source)
+    return tmp_path / "venv/bin/python"
+
+
+def install(python: Path, *what: str | Path, cwd: Path) -> None:
+    run(
+        sys.executable, "-m", "pip", "--python", python, "install",
+        "--no-deps", "--no-index", "--no-build-isolation", *what, cwd=cwd,
+    )  # fmt: skip
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        metadata = Parser().parsestr(
+            next(archive.read(n).decode() for n in names if n.endswith("/METADATA"))
+        )
+        entry_points = next(archive.read(n).decode() for n in names if "entry_points" in n)
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"kvmesh"}
+    for name in (
+        "kvmesh/py.typed",
+        "kvmesh/client/sync_client.py",
+        "kvmesh/kernels/formats/base.py",
+        "kvmesh/protos/kvmesh/v1/kvmesh.proto",
+        "kvmesh/protos/kvmesh/v1/kvmesh_pb2.pyi",
+        "kvmesh/workers/sizes.py",
+    ):
+        assert name in names
+    sources = {
+        f"kvmesh/{path.relative_to(ROOT).as_posix()}"
+        for layer in LAYERS
+        for path in (ROOT / layer).rglob("*.py")
+    }
+    assert sources <= names
+    base = {line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line}
+    assert {line.split(">")[0].split("<")[0] for line in base} == {"grpcio", "protobuf"}
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert "kvmesh = kvmesh.cluster.cli:app" in entry_points
+
+
+def test_a_base_install_is_the_sdk(wheel: Path, bare_python: Path, tmp_path: Path) -> None:
+    install(bare_python, wheel, cwd=tmp_path)
+    where = run(bare_python, "-I", "-c", TALK, cwd=tmp_path)
+    assert Path(where).is_relative_to(tmp_path)
+    missing = subprocess.run(
+        [bare_python, "-I", "-c", "import torch"], capture_output=True, cwd=tmp_path
+    )
+    assert missing.returncode != 0, "the environment was to be bare"
+
+
+def test_an_editable_install_shows_the_checkout(
+    checkout: Path, bare_python: Path, tmp_path: Path
+) -> None:
+    # As `pip install -e` has it built, which would want setuptools in the environment.
+    build = "from setuptools.build_meta import build_editable; print(build_editable('.'))"
+    name = run(sys.executable, "-c", build, cwd=checkout).splitlines()[-1]
+    install(bare_python, checkout / name, cwd=tmp_path)
+    where = run(bare_python, "-I", "-c", TALK, cwd=tmp_path)
+    assert Path(where) == checkout / "kvmesh/__init__.py"
+    added = checkout / "client/added_afterwards.py"
+    added.write_text("ANSWER = 42\n")
+    try:
+        script = "import kvmesh.client.added_afterwards as a; print(a.ANSWER)"
+        assert run(bare_python, "-I", "-c", script, cwd=tmp_path) == "42"
+    finally:
+        added.unlink()
+    hidden = subprocess.run(
+        [bare_python, "-I", "-c", "import kernels"], capture_output=True, cwd=tmp_path
+    )
+    assert hidden.returncode != 0, "the top-level folders are no packages of their own"
+
+
+def test_importing_the_sdk_here_loads_nothing_heavy() -> None:
+    assert run(sys.executable, "-c", TALK, cwd=ROOT)
+
+
+def test_every_dependency_is_pinned() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pins = {
+        line.split("==")[0]
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if not line.startswith("#")
+    }
+    wanted = sum(project["optional-dependencies"].values(), project["dependencies"])
+    for line in wanted:
+        name = line.split(";")[0].split("[")[0].split(">")[0].strip()
+        assert name in pins, f"constraints.txt does not pin {name}"
