@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 
 from kvmesh.kernels.attention import reference
 from kvmesh.kernels.attention.batch import AttentionBatch
 from kvmesh.kernels.formats.base import KVFormat
+
+Result = tuple[torch.Tensor, torch.Tensor]
 
 
 def paged_attention(
@@ -22,7 +25,7 @@ def paged_attention(
     softcap: float | None = None,
     sliding_window: int | None = None,
     backend: str | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> Result:
     """Causal attention of new query tokens over hot and sealed pages of one layer.
 
     q: [num_tokens, num_heads, head_dim] bf16 or fp32; query head h reads KV head
@@ -64,9 +67,7 @@ def paged_attention(
         raise ValueError(f"softcap: expected None or a number > 0, got {softcap}")
     if sliding_window is not None and sliding_window < 1:
         raise ValueError(f"sliding_window: expected None or >= 1, got {sliding_window}")
-    if backend not in (None, "reference"):
-        raise ValueError(f"backend: expected None or 'reference', got {backend!r}")
-    return reference.paged_attention(
+    return _implementation(q, backend)(
         q,
         hot,
         sealed,
@@ -76,3 +77,16 @@ def paged_attention(
         softcap=softcap,
         sliding_window=sliding_window,
     )
+
+
+def _implementation(q: torch.Tensor, backend: str | None) -> Callable[..., Result]:
+    if backend is None:
+        backend = "triton" if q.is_cuda else "reference"
+    if backend == "reference":
+        return reference.paged_attention
+    if backend == "triton":
+        # Imported here: a machine without a GPU need not have Triton.
+        from kvmesh.kernels.attention import triton_attention
+
+        return triton_attention.paged_attention
+    raise ValueError(f"backend: expected None, 'triton' or 'reference', got {backend!r}")

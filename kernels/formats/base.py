@@ -8,9 +8,10 @@ format's `reference` module, imported on first use.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, ClassVar, Protocol, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
 if TYPE_CHECKING:
     import torch
@@ -63,6 +64,22 @@ class Codec(Protocol):
         head_dim: int,
         dtype: torch.dtype,
     ) -> SealedTile: ...
+
+
+@dataclass(frozen=True, slots=True)
+class TileKernels:
+    """A format on GPUs: functions of its `triton` module, for the kernels to call.
+
+    views: the sealed arena [num_sealed_pages, num_kv_heads, page_bytes] uint8 and
+        the compute dtype -> the two tensors the tile functions read
+    load_tile, store_tile: `triton.jit` functions
+    affine: keys and values are tile * scale + offset, to be folded by the caller
+    """
+
+    views: Callable[[torch.Tensor, torch.dtype], tuple[torch.Tensor, torch.Tensor]]
+    load_tile: Any
+    store_tile: Any
+    affine: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +150,10 @@ class KVFormat:
     def codec(self) -> Codec:
         """The plain-torch functions of this format."""
         return _codec(self.package)
+
+    def tile_kernels(self) -> TileKernels:
+        """The Triton functions of this format."""
+        return cast(TileKernels, importlib.import_module(f"{self.package}.triton").kernels(self))
 
 
 @cache

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from kvmesh.kernels.formats.base import KVFormat
@@ -15,12 +17,14 @@ def seal_pages(
     sealed_ids: torch.Tensor,
     *,
     fmt: KVFormat,
+    backend: str | None = None,
 ) -> None:
     """Encode full hot pages into sealed pages, of one layer, in place.
 
     hot: [num_hot_pages, 2, num_kv_heads, page_size, head_dim] of the compute dtype
     sealed: [num_sealed_pages, num_kv_heads, page_bytes] uint8
     hot_ids, sealed_ids: [n] int32, page n of one goes to page n of the other
+    backend: None picks the kernels on GPUs and plain torch elsewhere
     """
     if hot_ids.shape != sealed_ids.shape or hot_ids.dim() != 1:
         raise ValueError(
@@ -36,4 +40,16 @@ def seal_pages(
             f"sealed: expected [num_sealed_pages, {num_kv_heads}, {page_bytes}] uint8, "
             f"got {tuple(sealed.shape)} {sealed.dtype}"
         )
-    reference.seal_pages(hot, sealed, hot_ids, sealed_ids, fmt=fmt)
+    _implementation(hot, backend)(hot, sealed, hot_ids, sealed_ids, fmt=fmt)
+
+
+def _implementation(hot: torch.Tensor, backend: str | None) -> Callable[..., None]:
+    if backend is None:
+        backend = "triton" if hot.is_cuda else "reference"
+    if backend == "reference":
+        return reference.seal_pages
+    if backend == "triton":
+        from kvmesh.kernels.seal import triton_seal
+
+        return triton_seal.seal_pages
+    raise ValueError(f"backend: expected None, 'triton' or 'reference', got {backend!r}")

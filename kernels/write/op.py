@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from kvmesh.kernels.write import reference
 
 
-def write_hot(k: torch.Tensor, v: torch.Tensor, hot: torch.Tensor, slots: torch.Tensor) -> None:
+def write_hot(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    hot: torch.Tensor,
+    slots: torch.Tensor,
+    *,
+    backend: str | None = None,
+) -> None:
     """Write the keys and values of new tokens into hot pages, in place.
 
     k, v: [num_tokens, num_kv_heads, head_dim] of the compute dtype
     hot: [num_hot_pages, 2, num_kv_heads, page_size, head_dim] of the compute dtype
     slots: [num_tokens] int64, hot page id * page_size + offset; a negative slot
         is padding and is skipped
+    backend: None picks the kernels on GPUs and plain torch elsewhere
     """
     if k.shape != v.shape or k.dim() != 3 or hot.dim() != 5:
         raise ValueError(
@@ -27,4 +37,16 @@ def write_hot(k: torch.Tensor, v: torch.Tensor, hot: torch.Tensor, slots: torch.
         )
     if slots.shape != k.shape[:1]:
         raise ValueError(f"slots: expected [{k.shape[0]}], got {tuple(slots.shape)}")
-    reference.write_hot(k, v, hot, slots)
+    _implementation(k, backend)(k, v, hot, slots)
+
+
+def _implementation(k: torch.Tensor, backend: str | None) -> Callable[..., None]:
+    if backend is None:
+        backend = "triton" if k.is_cuda else "reference"
+    if backend == "reference":
+        return reference.write_hot
+    if backend == "triton":
+        from kvmesh.kernels.write import triton_write
+
+        return triton_write.write_hot
+    raise ValueError(f"backend: expected None, 'triton' or 'reference', got {backend!r}")

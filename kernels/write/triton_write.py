@@ -1,0 +1,57 @@
+"""`write_hot` as one kernel; the same signature as the public operator."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _write_kernel(
+    k_ptr,
+    v_ptr,
+    hot_ptr,
+    slots_ptr,
+    stride_k_token,
+    stride_k_head,
+    stride_v_token,
+    stride_v_head,
+    NUM_KV_HEADS: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    slot = tl.load(slots_ptr + token)
+    if slot >= 0:
+        offs_d = tl.arange(0, BLOCK_D)
+        mask_d = offs_d < HEAD_DIM
+        page_row = slot // PAGE_SIZE * (2 * NUM_KV_HEADS) + head
+        out_ptr = hot_ptr + (page_row * PAGE_SIZE + slot % PAGE_SIZE) * HEAD_DIM + offs_d
+        k = tl.load(k_ptr + token * stride_k_token + head * stride_k_head + offs_d, mask=mask_d)
+        v = tl.load(v_ptr + token * stride_v_token + head * stride_v_head + offs_d, mask=mask_d)
+        tl.store(out_ptr, k, mask=mask_d)
+        tl.store(out_ptr + NUM_KV_HEADS * PAGE_SIZE * HEAD_DIM, v, mask=mask_d)
+
+
+def write_hot(k: torch.Tensor, v: torch.Tensor, hot: torch.Tensor, slots: torch.Tensor) -> None:
+    num_tokens, num_kv_heads, head_dim = k.shape
+    if num_tokens == 0:
+        return
+    _write_kernel[(num_tokens, num_kv_heads)](
+        k,
+        v,
+        hot,
+        slots,
+        k.stride(0),
+        k.stride(1),
+        v.stride(0),
+        v.stride(1),
+        NUM_KV_HEADS=num_kv_heads,
+        PAGE_SIZE=hot.shape[3],
+        HEAD_DIM=head_dim,
+        BLOCK_D=triton.next_power_of_2(head_dim),
+        num_warps=1,
+    )
