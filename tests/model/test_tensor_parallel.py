@@ -1,15 +1,13 @@
-"""Split models against whole ones: real processes, real gloo.
+"""Split models against whole ones: real processes, real sums between them.
 
 All architectures run in one pair of processes, since starting them costs most.
 """
 
 from __future__ import annotations
 
-import multiprocessing
-import socket
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,62 +18,8 @@ from kvmesh.workers.parallel.comm import Communicator
 from kvmesh.workers.parallel.shards import check_tp
 from tests.model.attend import generate_greedily, prompt_logits
 from tests.model.cases import CASES, PROMPTS
+from tests.model.ranks import CPU, TOKENS, compare_models, run_ranks, sum_then_lose_a_rank
 from tests.model.small import make_small_model
-
-CPU = torch.device("cpu")
-TOKENS = 12
-
-
-def _rank_main(rank: int, size: int, rendezvous: str, root: Path, results: Any) -> None:
-    torch.set_num_threads(1)
-    comm = Communicator.connect(rank, size, rendezvous, device=CPU, timeout_s=60)
-    try:
-        results.put((rank, "sums", _sums(comm)))
-        for case in sorted(path.name for path in root.iterdir()):
-            expected = torch.load(root / case / "expected.pt")
-            model = load_model(root / case, dtype=torch.float32, device=CPU, comm=comm)
-            logits = prompt_logits(model, PROMPTS[0])
-            outputs = generate_greedily(model, PROMPTS, TOKENS, expected["outputs"])
-            if logits is not None:
-                error = (logits - expected["logits"]).abs().max().item()
-                results.put((rank, case, (error, outputs == expected["outputs"])))
-        comm.barrier()
-    finally:
-        comm.close()
-
-
-def _sums(comm: Communicator) -> list[tuple[bytes, bytes]]:
-    """Of tensors of many sizes: the all-reduced bits and the all-gathered ones."""
-    generator = torch.Generator().manual_seed(comm.rank)
-    found = []
-    for count in (1, 2, 3, 7, 576, 577, 4096, 9216, 100_003):
-        part = torch.randn(count, generator=generator)
-        gathered = comm.all_gather(part[None])
-        found.append((comm.all_reduce(part).numpy().tobytes(), gathered.numpy().tobytes()))
-    return found
-
-
-def _run_ranks(size: int, root: Path) -> list[tuple[int, str, Any]]:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        rendezvous = f"tcp://127.0.0.1:{sock.getsockname()[1]}"
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    ranks = [
-        context.Process(target=_rank_main, args=(rank, size, rendezvous, root, results))
-        for rank in range(size)
-    ]
-    for process in ranks:
-        process.start()
-    expected = size + len(list(root.iterdir()))
-    try:
-        found = [results.get(timeout=240) for _ in range(expected)]
-    finally:
-        for process in ranks:
-            process.join(timeout=30)
-            process.kill()
-    assert [process.exitcode for process in ranks] == [0] * size
-    return found
 
 
 def test_two_ranks_compute_what_one_does(tmp_path: Path) -> None:
@@ -87,18 +31,22 @@ def test_two_ranks_compute_what_one_does(tmp_path: Path) -> None:
             "outputs": generate_greedily(model, PROMPTS, TOKENS),
         }
         torch.save(expected, path / "expected.pt")
-    found = _run_ranks(2, tmp_path)
-    sums = {rank: value for rank, name, value in found if name == "sums"}
-    assert sums[0] == sums[1], "ranks must see the same sums, to the bit"
-    results = {name: value for _, name, value in found if name != "sums"}
-    assert results.keys() == CASES.keys()
-    wrong = {case: result for case, result in results.items() if result[0] > 1e-4 or not result[1]}
-    assert not wrong
+    results = run_ranks(compare_models, 2, len(CASES), tmp_path)
+    assert {case for case, _, _ in results} == CASES.keys()
+    assert [result for result in results if result[1] > 1e-4 or not result[2]] == []
 
 
-def test_sums_of_four_ranks_are_alike(tmp_path: Path) -> None:
-    sums = [value for _, _, value in _run_ranks(4, tmp_path)]
-    assert sums[1:] == sums[:-1]
+def test_sums_are_alike_to_the_bit_and_a_lost_rank_is_noticed() -> None:
+    size = 3
+    results = run_ranks(sum_then_lose_a_rank, size, size + (size - 1))
+    sums = dict(result for result in results if isinstance(result, tuple))
+    assert sorted(result for result in results if isinstance(result, int)) == [0, 1]
+    for (total, gathered), *others in zip(*(sums[rank] for rank in range(size)), strict=True):
+        parts = np.split(gathered, size, axis=-1)
+        np.testing.assert_allclose(total, sum(parts), rtol=0, atol=1e-5)
+        for other_total, other_gathered in others:
+            assert other_total.tobytes() == total.tobytes()
+            assert other_gathered.tobytes() == gathered.tobytes()
 
 
 def test_tp_must_divide_the_kv_heads(tmp_path: Path) -> None:
@@ -111,7 +59,7 @@ def test_tp_must_divide_the_kv_heads(tmp_path: Path) -> None:
         assert caught.value.field == "tp"
 
 
-def test_a_rank_alone_gives_up() -> None:
+def test_a_rank_must_be_of_its_group() -> None:
     with pytest.raises(ConfigError, match="rank"):
         Communicator.connect(2, 2, "tcp://127.0.0.1:1", device=CPU)
     assert Communicator.connect(0, 1, "unused", device=CPU).size == 1

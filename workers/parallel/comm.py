@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+import platform
+import shutil
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from kvmesh.workers.errors import ConfigError, WorkerDiedError
+from kvmesh.workers.parallel.same_host import SameHost, make_meeting_place
+
+logger = logging.getLogger(__name__)
 
 _TIMEOUT_S = 120.0
 
@@ -38,7 +45,8 @@ class Communicator:
     ) -> Communicator:
         """Meet the other ranks at `rendezvous` (tcp://host:port, which rank 0 listens at).
 
-        device: where tensors live; NCCL between GPUs, gloo between CPUs
+        device: where tensors live; NCCL between GPUs, shared memory between the CPUs
+            of one host, gloo between those of several
         timeout_s: for meeting and, where the backend can tell, for each call
         Raises ConfigError if rank and size make no sense, WorkerDiedError if
         the others do not come in time.
@@ -69,7 +77,7 @@ class Communicator:
 
 
 class _ProcessGroup(Communicator):
-    """Ranks in processes of their own, over torch.distributed."""
+    """Ranks in processes of their own, over torch.distributed and, on one host, shared memory."""
 
     def __init__(
         self, rank: int, size: int, rendezvous: str, device: torch.device, timeout_s: float
@@ -90,13 +98,18 @@ class _ProcessGroup(Communicator):
             raise WorkerDiedError(
                 f"rank {rank} of {size} could not meet the others at {rendezvous}: {error}"
             ) from error
+        self._same_host = None if self._on_gpu else _meet_on_host(rank, size, timeout_s)
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        dist.all_reduce(tensor)
+        if self._same_host is not None:
+            self._same_host.all_reduce(tensor)
+        else:
+            dist.all_reduce(tensor)
         return tensor
 
     def gather_logits(self, part: torch.Tensor) -> torch.Tensor | None:
-        if self._on_gpu:  # NCCL has no gather of its own; all_gather is one kernel
+        # NCCL has no gather of its own: to gather everywhere is one kernel.
+        if self._on_gpu or self._same_host is not None:
             joined = self.all_gather(part)
             return joined if self.rank == 0 else None
         if self.rank != 0:
@@ -107,6 +120,8 @@ class _ProcessGroup(Communicator):
         return torch.cat(parts, dim=-1)
 
     def all_gather(self, part: torch.Tensor) -> torch.Tensor:
+        if self._same_host is not None:
+            return torch.cat(tuple(self._same_host.all_gather(part)), dim=-1)
         parts = [torch.empty_like(part) for _ in range(self.size)]
         dist.all_gather(parts, part.contiguous())
         return torch.cat(parts, dim=-1)
@@ -115,5 +130,53 @@ class _ProcessGroup(Communicator):
         dist.barrier()
 
     def close(self) -> None:
+        if self._same_host is not None:
+            self._same_host.close()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _meet_on_host(rank: int, size: int, timeout_s: float) -> SameHost | None:
+    """The exchange through shared memory, where every rank is on this host and can have it."""
+    place = None
+    if rank == 0:
+        try:
+            place = make_meeting_place(size)
+        except OSError as error:
+            logger.warning("no shared memory between ranks: %s", error)
+    offer: list[tuple[str, Path | None]] = [(platform.node(), place)]
+    dist.broadcast_object_list(offer, src=0)
+    host, path = offer[0]
+    if path is None:
+        return None
+    try:
+        same_host = _try_to_join(rank, size, host, path, timeout_s)
+        if _all_agree(same_host is not None, size):
+            assert same_host is not None
+            same_host.meet()
+            dist.barrier()
+            return same_host
+        if same_host is not None:
+            same_host.close()
+        return None
+    finally:
+        if place is not None:  # its files are open where they are needed
+            shutil.rmtree(place, ignore_errors=True)
+
+
+def _try_to_join(rank: int, size: int, host: str, place: Path, timeout_s: float) -> SameHost | None:
+    if platform.node() != host:
+        return None
+    try:
+        same_host = SameHost(rank, size, place, timeout_s)
+        same_host.listen()
+    except OSError as error:
+        logger.warning("rank %d cannot share memory with the others: %s", rank, error)
+        return None
+    return same_host
+
+
+def _all_agree(mine: bool, size: int) -> bool:
+    answers: list[bool | None] = [None] * size
+    dist.all_gather_object(answers, mine)
+    return all(answers)

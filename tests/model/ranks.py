@@ -1,0 +1,84 @@
+"""What the processes of the tests of tp run; light to import, since each process does."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvmesh.workers.errors import WorkerDiedError
+from kvmesh.workers.parallel.comm import Communicator
+
+CPU = torch.device("cpu")
+TOKENS = 8
+
+
+def run_ranks(target: Callable[..., None], size: int, num_results: int, *args: Any) -> list[Any]:
+    """What `size` processes of target(rank, size, rendezvous, results, *args) put into results."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        rendezvous = f"tcp://127.0.0.1:{sock.getsockname()[1]}"
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    ranks = [
+        context.Process(target=target, args=(rank, size, rendezvous, results, *args))
+        for rank in range(size)
+    ]
+    for process in ranks:
+        process.start()
+    try:
+        return [results.get(timeout=240) for _ in range(num_results)]
+    finally:
+        for process in ranks:
+            process.join(timeout=30)
+            process.kill()
+
+
+def sum_then_lose_a_rank(rank: int, size: int, rendezvous: str, results: Any) -> None:
+    """Puts (rank, [sums, gathered parts]); then the last rank dies, and the others put their rank
+    when they notice."""
+    torch.set_num_threads(1)
+    comm = Communicator.connect(rank, size, rendezvous, device=CPU, timeout_s=60)
+    generator = torch.Generator().manual_seed(rank)
+    found = []
+    for count in (1, 3, 576, 4097, 600_001):
+        part = torch.randn(2, count, generator=generator)
+        gathered = comm.all_gather(part)
+        found.append((comm.all_reduce(part).numpy(), gathered.numpy()))
+    results.put((rank, found))
+    comm.barrier()
+    if rank == size - 1:
+        results.close()
+        results.join_thread()
+        os._exit(1)
+    try:
+        comm.all_reduce(torch.ones(3))
+    except WorkerDiedError:
+        results.put(rank)
+
+
+def compare_models(rank: int, size: int, rendezvous: str, results: Any, root: Path) -> None:
+    """For each model under `root` rank 0 puts (name, largest error of a logit, same tokens)."""
+    from kvmesh.workers.model.load import load_model
+    from tests.model.attend import generate_greedily, prompt_logits
+    from tests.model.cases import PROMPTS
+
+    torch.set_num_threads(1)
+    comm = Communicator.connect(rank, size, rendezvous, device=CPU, timeout_s=60)
+    try:
+        for path in sorted(root.iterdir()):
+            expected = torch.load(path / "expected.pt")
+            model = load_model(path, dtype=torch.float32, device=CPU, comm=comm)
+            logits = prompt_logits(model, PROMPTS[0])
+            outputs = generate_greedily(model, PROMPTS, TOKENS, expected["outputs"])
+            if logits is not None:
+                error = (logits - expected["logits"]).abs().max().item()
+                results.put((path.name, error, outputs == expected["outputs"]))
+        comm.barrier()
+    finally:
+        comm.close()
