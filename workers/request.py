@@ -26,12 +26,14 @@ class LeaseTerms:
     """A reservation of pages on one group, as the router granted it.
 
     epoch: of the router that granted it, so that a stale one can be told
+    most_sealed_pages: what the lease may grow to
     """
 
     lease_id: str
     epoch: int
     hot_pages: int
     sealed_pages: int
+    most_sealed_pages: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from kvmesh.cluster.routing.errors import DuplicateRequestError
@@ -14,6 +14,7 @@ from kvmesh.cluster.routing.ledger import Reconciliation
 from kvmesh.cluster.routing.request import (
     Estimate,
     Granted,
+    Growth,
     Outcome,
     Placement,
     PlaceRequest,
@@ -75,7 +76,8 @@ class AsyncRouter:
         """
         if request.request_id in self._futures:
             raise DuplicateRequestError(request.request_id)
-        decision = self._router.submit(request, self._clock())
+        decision, changes = self._router.submit(request, self._clock())
+        self._settle(changes)
         match decision:
             case Granted(placement=placement):
                 return placement
@@ -84,10 +86,25 @@ class AsyncRouter:
             case Queued():
                 return await self._wait(request.request_id)
 
-    async def release(self, lease_id: str) -> bool:
-        """End a lease. Returns False where it had ended before."""
+    async def begun(self, lease_id: str) -> None:
+        """The lease's sequence has emitted its first token. Optional, but placement gains by it."""
+        self._settle(self._router.begun(lease_id, self._clock()))
+
+    async def grow(self, lease_id: str, request: PlaceRequest, output_tokens: int) -> Growth | None:
+        """Extend a lease before a sequence of it goes on to `output_tokens`.
+
+        request: as it was placed. Returns the new terms, or None if the pages are not
+        free (ask again in a moment) or the lease is gone.
+        """
+        return self._router.grow(lease_id, request, output_tokens, self._clock())
+
+    async def release(self, lease_id: str, output_tokens: int | None = None) -> bool:
+        """End a lease. Returns False where it had ended before.
+
+        output_tokens: of one sequence, if it ended of its own accord: to learn from
+        """
         known = lease_id in self._router.ledger.leases
-        self._settle(self._router.release(lease_id, self._clock()))
+        self._settle(self._router.release(lease_id, self._clock(), output_tokens))
         return known
 
     async def cancel(self, request_id: str) -> None:
@@ -119,6 +136,12 @@ class AsyncRouter:
         reconciled, changes = self._router.report(group, loads, self._clock())
         self._settle(changes)
         return reconciled
+
+    async def pages_changed(
+        self, group: str, sealed: Iterable[bytes] = (), evicted: Iterable[bytes] = ()
+    ) -> None:
+        """An engine's prefix cache gained and lost pages with these hashes."""
+        self._router.pages_changed(group, sealed, evicted, self._clock())
 
     async def sweep(self) -> None:
         """To be called about once a second: deadlines and expired leases."""

@@ -4,42 +4,79 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvmesh.cluster.routing.group import GroupSpec
+from kvmesh.cluster.routing.group import GroupSpec, Shape
+from kvmesh.cluster.routing.output_lengths import OutputLengths
 from kvmesh.cluster.routing.request import PlaceRequest
 from kvmesh.workers.sizes import PageNeed
 
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What a request would hold on one group.
+    """What a request would hold on a group of one shape.
 
     most: if it used all of its max_tokens; the group must be able to hold this
     leased: what the router reserves at first
-    leased_bytes: over all ranks
     total_tokens: prompt and output of one sequence at most
     """
 
     most: PageNeed
     leased: PageNeed
-    leased_bytes: int
     total_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class OutputEstimate:
+    """Output tokens of one sequence.
+
+    leased: what the lease covers at first; expected: for projecting its end
+    """
+
+    leased: int
+    expected: int
 
 
 def times(need: PageNeed, count: int) -> PageNeed:
     return PageNeed(hot=need.hot * count, sealed=need.sealed * count)
 
 
-def worst_case(request: PlaceRequest, spec: GroupSpec) -> Demand:
-    """The demand if every sequence used all of its max_tokens.
+def tokens_need(spec: GroupSpec, total_tokens: int, sequences: int) -> PageNeed:
+    """Pages of `sequences` sequences that grow to `total_tokens` each."""
+    tokens = min(total_tokens, spec.max_model_len)
+    return times(spec.geometry.peak_need(tokens), sequences)
 
-    The last token sampled is never written to the cache, but the page it would
-    begin is counted: engines allocate before they sample.
+
+@dataclass(frozen=True, slots=True)
+class DemandModel:
+    """Turns a request into output estimates, and those into pages.
+
+    lease_quantile: of the output lengths seen, that a short prompt's lease covers
+    long_share: a prompt is long if max_tokens is at most this share of it; the
+        worst case then costs little, and is leased in full
     """
-    total_tokens = min(request.prompt_tokens + request.max_tokens, spec.max_model_len)
-    most = times(spec.geometry.peak_need(total_tokens), request.sequences)
-    return Demand(
-        most=most,
-        leased=most,
-        leased_bytes=spec.geometry.bytes_of(most),
-        total_tokens=request.prompt_tokens + request.max_tokens,
-    )
+
+    lengths: OutputLengths
+    lease_quantile: float = 0.9
+    long_share: float = 0.25
+
+    def output(self, request: PlaceRequest) -> OutputEstimate:
+        """A resumed request is leased in full: it shall not be disturbed again."""
+        limit, prompt = request.max_tokens, request.prompt_tokens
+        expected = min(limit, self.lengths.quantile(request.tenant, prompt, 0.5) or limit)
+        if request.resumed or limit <= self.long_share * prompt:
+            return OutputEstimate(limit, expected)
+        covered = self.lengths.quantile(request.tenant, prompt, self.lease_quantile)
+        return OutputEstimate(min(limit, covered or limit), expected)
+
+    def demand(self, request: PlaceRequest, output: OutputEstimate, shape: Shape) -> Demand:
+        """The demand on a group of that shape.
+
+        The last token sampled is never written to the cache, but the page it would
+        begin is counted: engines allocate before they sample. Hot pages are bounded
+        by a sequence's windows and leased in full.
+        """
+        total_tokens = request.prompt_tokens + request.max_tokens
+        within = min(total_tokens, shape.max_model_len)
+        most = times(shape.geometry.peak_need(within), request.sequences)
+        covered = min(request.prompt_tokens + output.leased, within)
+        sealed = len(shape.geometry.sealed_range(covered)) * request.sequences
+        return Demand(most, PageNeed(most.hot, sealed), total_tokens)

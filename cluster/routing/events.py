@@ -25,7 +25,9 @@ class Lease:
     """A reservation of pages on one group.
 
     epoch: of the router that granted it
-    need: pages of one rank
+    need: pages of one rank, those shared with other leases of the group included
+    most: what it may grow to
+    page_hashes: of its prompt's sealed pages, in order; equal ones of a group count once
     expires_at: when it may be swept unless an engine's report renews it
     confirmed: an engine's report has listed it
     """
@@ -36,14 +38,23 @@ class Lease:
     group: str
     epoch: int
     need: PageNeed
+    most: PageNeed
     sequences: int
     granted_at: float
     expires_at: float
     confirmed: bool = False
+    page_hashes: tuple[bytes, ...] = ()
+
+    @property
+    def to_grow(self) -> int:
+        """Sealed pages between what it holds and the most it may hold."""
+        return self.most.sealed - self.need.sealed
 
     @property
     def terms(self) -> LeaseTerms:
-        return LeaseTerms(self.lease_id, self.epoch, self.need.hot, self.need.sealed)
+        return LeaseTerms(
+            self.lease_id, self.epoch, self.need.hot, self.need.sealed, self.most.sealed
+        )
 
 
 @dataclass(frozen=True, slots=True)

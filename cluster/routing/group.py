@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kvmesh.cluster.routing.pace import Pace
 from kvmesh.workers.request import EngineInfo
 from kvmesh.workers.sizes import PageGeometry, PageNeed
 
 REFERENCE_BITS = 16.0  # of a bf16 value, the exact cache of a GPU
+UNKNOWN_PACE = Pace()
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What a request's demand depends on; groups of one kind share it."""
+
+    geometry: PageGeometry
+    max_model_len: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +29,7 @@ class GroupSpec:
     capacity: pages of one rank that leases may cover
     geometry: page shapes; its bytes times `geometry.ranks` are over all ranks
     quality: bits per stored key or value of a sealed page, metadata included
+    pace: service times to begin with; the router corrects them by what it sees
     """
 
     group: str
@@ -29,6 +40,11 @@ class GroupSpec:
     max_sequences: int
     kv_format: str
     quality: float
+    pace: Pace = UNKNOWN_PACE
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(self.geometry, self.max_model_len)
 
     @property
     def capacity_bytes(self) -> int:
@@ -36,7 +52,12 @@ class GroupSpec:
 
     @classmethod
     def from_engine_info(
-        cls, group: str, info: EngineInfo, *, reserved_hot_pages: int = 0
+        cls,
+        group: str,
+        info: EngineInfo,
+        *,
+        reserved_hot_pages: int = 0,
+        pace: Pace | None = None,
     ) -> GroupSpec:
         """The spec of an engine.
 
@@ -64,4 +85,5 @@ class GroupSpec:
             max_sequences=info.max_num_seqs,
             kv_format=info.kv_format,
             quality=REFERENCE_BITS * info.sealed_page_bytes / info.hot_page_bytes,
+            pace=pace or UNKNOWN_PACE,
         )

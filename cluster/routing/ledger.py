@@ -9,38 +9,65 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
+from sortedcontainers import SortedDict
+
 from kvmesh.cluster.routing import events as ev
-from kvmesh.cluster.routing.demand import times
 from kvmesh.cluster.routing.errors import LedgerError
 from kvmesh.cluster.routing.events import Event, Lease, ReleaseReason
 from kvmesh.cluster.routing.group import GroupSpec
 from kvmesh.workers.request import LeaseTerms
 from kvmesh.workers.sizes import PageNeed
 
-NOTHING = PageNeed(hot=0, sealed=0)
-
 
 @dataclass(slots=True)
 class Account:
     """One group's page of the ledger.
 
-    used: the sum of its leases; sequences: likewise
+    free_hot, free_sealed: pages no lease covers; negative after adoptions beyond
+        the capacity, and nothing is granted then
+    sequences: of all leases
     reported_at: when its engine last reported to this ledger, or None
+    shared: page hash -> leases that hold the page; it is charged once
+    growing: sealed pages still to grow, of leases below their most
     """
 
     spec: GroupSpec
-    used: PageNeed = NOTHING
+    free_hot: int
+    free_sealed: int
     sequences: int = 0
-    lease_ids: set[str] = field(default_factory=set)
+    lease_ids: dict[str, None] = field(default_factory=dict)  # oldest first
     reported_at: float | None = None
+    shared: dict[bytes, int] = field(default_factory=dict)
+    growing: SortedDict[tuple[int, str], None] = field(default_factory=SortedDict)
+
+    @classmethod
+    def opened(cls, spec: GroupSpec) -> Account:
+        return cls(spec, spec.capacity.hot, spec.capacity.sealed)
+
+    @property
+    def used(self) -> PageNeed:
+        capacity = self.spec.capacity
+        return PageNeed(capacity.hot - self.free_hot, capacity.sealed - self.free_sealed)
+
+    @property
+    def reserve(self) -> int:
+        """Sealed pages that stay free, so that any one lease can grow to its most."""
+        return self.growing.peekitem(-1)[0][0] if self.growing else 0
 
     def free_pages(self) -> PageNeed:
-        """May be negative after leases were adopted; nothing is granted then."""
-        capacity = self.spec.capacity
-        return PageNeed(capacity.hot - self.used.hot, capacity.sealed - self.used.sealed)
+        return PageNeed(self.free_hot, self.free_sealed)
 
     def used_bytes(self) -> int:
         return self.spec.geometry.bytes_of(self.used)
+
+    def shared_pages(self, page_hashes: Iterable[bytes]) -> int:
+        """How many of the pages other leases pay for already."""
+        return sum(page_hash in self.shared for page_hash in page_hashes)
+
+    def holds(self, need: PageNeed, to_grow: int, shared: int = 0) -> bool:
+        """Whether a new lease fits and leaves the reserve whole."""
+        left = self.free_sealed - need.sealed + shared
+        return need.hot <= self.free_hot and left >= max(self.reserve, to_grow)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,10 +127,11 @@ class Ledger:
         """Raise LedgerError unless every account is the sum of its leases."""
         for group, account in self._accounts.items():
             held = [lease for lease in self._leases.values() if lease.group == group]
-            used = sum((lease.need for lease in held), NOTHING)
+            doubled = sum(holders - 1 for holders in account.shared.values())
+            used = sum((lease.need for lease in held), PageNeed(0, -doubled))
             if (
                 used != account.used
-                or {lease.lease_id for lease in held} != account.lease_ids
+                or {lease.lease_id for lease in held} != account.lease_ids.keys()
                 or sum(lease.sequences for lease in held) != account.sequences
             ):
                 raise LedgerError(f"account of {group!r} says {account.used}, leases sum to {used}")
@@ -127,7 +155,7 @@ class Ledger:
         account = self._accounts.get(group)
         if account is None:
             return ()
-        voided = tuple(self._leases[lease_id] for lease_id in sorted(account.lease_ids))
+        voided = tuple(self._leases[lease_id] for lease_id in account.lease_ids)
         for lease in voided:
             self._do(ev.LeaseReleased(lease.lease_id, ReleaseReason.VOIDED, now))
         self._do(ev.GroupDown(group, now))
@@ -144,11 +172,24 @@ class Ledger:
         request_id: str,
         tenant: str = "default",
         sequences: int = 1,
+        most: PageNeed | None = None,
+        page_hashes: tuple[bytes, ...] = (),
     ) -> Lease:
-        """Reserve pages. Raises LedgerError if they are not free."""
+        """Reserve pages. Raises LedgerError if they are not free.
+
+        most: what the lease may grow to; `need` if not given. So much as any lease
+            has yet to grow stays free: the oldest can always go on to its end.
+        page_hashes: of prompt pages that are sealed, to be paid for once by all
+            leases of the group that hold them
+        """
         account = self._account(group)
-        if not need.fits(account.free_pages()):
-            raise LedgerError(f"{need} does not fit {group!r}, which has {account.free_pages()}")
+        most = most or need
+        shared = account.shared_pages(page_hashes)
+        if not account.holds(need, most.sealed - need.sealed, shared):
+            raise LedgerError(
+                f"{need}, to grow to {most}, does not fit {group!r}: "
+                f"{account.free_pages()} are free and {account.reserve} sealed ones reserved"
+            )
         lease = Lease(
             lease_id=f"{self.epoch:x}-{self._granted}",
             request_id=request_id,
@@ -156,23 +197,39 @@ class Ledger:
             group=group,
             epoch=self.epoch,
             need=need,
+            most=most,
             sequences=sequences,
             granted_at=now,
             expires_at=now + self.ttl_s,
+            page_hashes=page_hashes,
         )
         self._do(ev.LeaseGranted(lease, now))
         return lease
 
     def grow(self, lease_id: str, need: PageNeed, now: float) -> bool:
-        """Extend a lease to `need`. Returns False, and changes nothing, if the room is missing."""
+        """Extend a lease to `need`. Returns False, and changes nothing, if it must wait.
+
+        The oldest growing lease of a group takes any free page. Another may, if what
+        remains free lets every single one still grow to its most. So whoever is
+        oldest ends, gives back more than it took, and the next is the oldest: the
+        banker's rule, without a search.
+        """
         lease = self._lease(lease_id)
         if need.hot < lease.need.hot or need.sealed < lease.need.sealed:
             raise LedgerError(f"need of {lease_id!r} must not fall below {lease.need}, got {need}")
-        more = PageNeed(need.hot - lease.need.hot, need.sealed - lease.need.sealed)
-        if not more.fits(self._account(lease.group).free_pages()):
+        if not need.fits(lease.most):
+            raise LedgerError(f"need of {lease_id!r} must be within {lease.most}, got {need}")
+        if need == lease.need:
+            return True
+        account = self._account(lease.group)
+        left = PageNeed(
+            account.free_hot - (need.hot - lease.need.hot),
+            account.free_sealed - (need.sealed - lease.need.sealed),
+        )
+        reserve = 0 if self._oldest_growing(account) == lease_id else account.reserve
+        if left.hot < 0 or left.sealed < reserve:
             return False
-        if more != NOTHING:
-            self._do(ev.LeaseResized(lease_id, need, now))
+        self._do(ev.LeaseResized(lease_id, need, now))
         return True
 
     def shrink(self, lease_id: str, need: PageNeed, now: float) -> None:
@@ -186,7 +243,7 @@ class Ledger:
     def hand_over(self, lease_id: str, group: str, need: PageNeed, now: float) -> bool:
         """Move a lease to another group, or leave it where it is and return False."""
         self._lease(lease_id)
-        if not need.fits(self._account(group).free_pages()):
+        if not self._account(group).holds(need, 0):
             return False
         self._do(ev.LeaseHandedOver(lease_id, group, need, now + self.ttl_s, now))
         return True
@@ -223,9 +280,9 @@ class Ledger:
             return Reconciliation(stale=True)
         terms_by_id = {terms.lease_id: terms for terms in listed}
         released = tuple(
-            lease
-            for lease_id in sorted(account.lease_ids - terms_by_id.keys())
-            if (lease := self._leases[lease_id]).confirmed or now - lease.granted_at >= self.grace_s
+            self._leases[lease_id]
+            for lease_id in account.lease_ids
+            if lease_id not in terms_by_id and self._missed(self._leases[lease_id], now)
         )
         for lease in released:
             self._do(ev.LeaseReleased(lease.lease_id, ReleaseReason.VANISHED, now))
@@ -236,9 +293,7 @@ class Ledger:
         )
         for lease in adopted:
             self._do(ev.LeaseAdopted(lease, now))
-        confirmed = tuple(
-            sorted(lease_id for lease_id in terms_by_id if lease_id in account.lease_ids)
-        )
+        confirmed = tuple(lease_id for lease_id in terms_by_id if lease_id in account.lease_ids)
         self._do(ev.GroupReported(group, confirmed, now + self.ttl_s, now))
         return Reconciliation(released, adopted)
 
@@ -286,6 +341,14 @@ class Ledger:
             raise LedgerError(f"there is no lease {lease_id!r}")
         return lease
 
+    def _missed(self, lease: Lease, now: float) -> bool:
+        """Whether a report without the lease means that the engine does not run it."""
+        return lease.confirmed or now - lease.granted_at >= self.grace_s
+
+    def _oldest_growing(self, account: Account) -> str | None:
+        growing = (x for x in account.lease_ids if self._leases[x].to_grow > 0)
+        return next(growing, None)
+
     def _foreign(self, group: str, terms: LeaseTerms, now: float) -> Lease:
         return Lease(
             lease_id=terms.lease_id,
@@ -294,6 +357,7 @@ class Ledger:
             group=group,
             epoch=terms.epoch,
             need=PageNeed(terms.hot_pages, terms.sealed_pages),
+            most=PageNeed(terms.hot_pages, max(terms.sealed_pages, terms.most_sealed_pages)),
             sequences=1,
             granted_at=now,
             expires_at=now + self.ttl_s,
@@ -316,7 +380,7 @@ class Ledger:
     def _apply(self, event: Event) -> None:
         match event:
             case ev.GroupUp(spec=spec):
-                self._accounts[spec.group] = Account(spec)
+                self._accounts[spec.group] = Account.opened(spec)
             case ev.GroupDown(group=group):
                 del self._accounts[group]
             case ev.GroupReported(lease_ids=lease_ids, expires_at=expires_at, at=at):
@@ -330,7 +394,7 @@ class Ledger:
             case ev.LeaseAdopted(lease=lease):
                 self._enter(lease)
             case ev.LeaseResized(lease_id=lease_id, need=need):
-                self._enter(replace(self._leave(lease_id), need=need))
+                self._resize(lease_id, need)
             case ev.LeaseRenewed(lease_id=lease_id, expires_at=expires_at):
                 self._leases[lease_id] = replace(self._leases[lease_id], expires_at=expires_at)
             case ev.LeaseHandedOver(
@@ -340,6 +404,7 @@ class Ledger:
                     self._leave(lease_id),
                     group=group,
                     need=need,
+                    most=need,
                     granted_at=event.at,
                     expires_at=expires_at,
                     confirmed=False,
@@ -352,14 +417,45 @@ class Ledger:
     def _enter(self, lease: Lease) -> None:
         account = self._accounts[lease.group]
         self._leases[lease.lease_id] = lease
-        account.lease_ids.add(lease.lease_id)
-        account.used = account.used + lease.need
+        account.lease_ids[lease.lease_id] = None
+        shared = account.shared
+        charged = lease.need.sealed
+        for page_hash in lease.page_hashes:
+            holders = shared.get(page_hash, 0)
+            charged -= holders > 0
+            shared[page_hash] = holders + 1
+        account.free_sealed -= charged
+        account.free_hot -= lease.need.hot
         account.sequences += lease.sequences
+        if lease.to_grow > 0:
+            account.growing[(lease.to_grow, lease.lease_id)] = None
 
     def _leave(self, lease_id: str) -> Lease:
         lease = self._leases.pop(lease_id)
         account = self._accounts[lease.group]
-        account.lease_ids.remove(lease_id)
-        account.used = account.used + times(lease.need, -1)
+        del account.lease_ids[lease_id]
+        shared = account.shared
+        freed = lease.need.sealed
+        for page_hash in lease.page_hashes:
+            holders = shared.pop(page_hash)
+            if holders > 1:
+                freed -= 1
+                shared[page_hash] = holders - 1
+        account.free_sealed += freed
+        account.free_hot += lease.need.hot
         account.sequences -= lease.sequences
+        if lease.to_grow > 0:
+            del account.growing[(lease.to_grow, lease.lease_id)]
         return lease
+
+    def _resize(self, lease_id: str, need: PageNeed) -> None:
+        """In place: the lease keeps its age."""
+        old = self._leases[lease_id]
+        new = self._leases[lease_id] = replace(old, need=need)
+        account = self._accounts[old.group]
+        account.free_sealed -= need.sealed - old.need.sealed
+        account.free_hot -= need.hot - old.need.hot
+        if old.to_grow > 0:
+            del account.growing[(old.to_grow, lease_id)]
+        if new.to_grow > 0:
+            account.growing[(new.to_grow, lease_id)] = None

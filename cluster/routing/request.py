@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvmesh.cluster.routing.errors import RoutingError
-from kvmesh.cluster.routing.verdict import Verdict
+from kvmesh.cluster.routing.verdict import Verdicts
 from kvmesh.workers.request import LeaseTerms
+
+NO_VERDICTS = Verdicts()
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,9 @@ class Placement:
 
     expires_at: router's clock; the engine must have the request by then
     queue_s: how long the request waited
+    leased_output_tokens: of each sequence; `grow` the lease before it is longer
+    cached_tokens: of the prompt, that the group is thought to hold
+    promised_at: router's clock, when a promised start was due; None without a promise
     verdicts: what was said of every group
     """
 
@@ -61,7 +66,10 @@ class Placement:
     lease_bytes: int
     expires_at: float
     queue_s: float
-    verdicts: tuple[Verdict, ...] = ()
+    leased_output_tokens: int = 0
+    cached_tokens: int = 0
+    promised_at: float | None = None
+    verdicts: Verdicts = NO_VERDICTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +94,7 @@ class Queued:
     request_id: str
     position: int
     projected_start_s: float | None
-    verdicts: tuple[Verdict, ...] = ()
+    verdicts: Verdicts = NO_VERDICTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +103,18 @@ class Refused:
 
     request_id: str
     error: RoutingError
-    verdicts: tuple[Verdict, ...] = ()
+    verdicts: Verdicts = NO_VERDICTS
+
+
+@dataclass(frozen=True, slots=True)
+class Growth:
+    """A lease was extended: tell the engine its new terms, which it will report.
+
+    output_tokens: of each sequence, that it covers from now on
+    """
+
+    output_tokens: int
+    lease: LeaseTerms
 
 
 Outcome = Granted | Refused
@@ -120,4 +139,4 @@ class Estimate:
     needed_bytes: dict[str, int]
     projected_start_s: float | None
     queue_depth: int
-    verdicts: tuple[Verdict, ...]
+    verdicts: Verdicts

@@ -2,40 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
 
 from kvmesh.cluster.routing.config import RouterConfig
-from kvmesh.cluster.routing.demand import worst_case
 from kvmesh.cluster.routing.errors import (
     DeadlineUnreachableError,
     DuplicateRequestError,
     NeverFitsError,
     NoGroupError,
-    OverCapacityError,
     QueueFullError,
+    QuotaExceededError,
     RoutingError,
 )
 from kvmesh.cluster.routing.events import Event, Lease
+from kvmesh.cluster.routing.fleet import Fleet
+from kvmesh.cluster.routing.forecast import best_promise, earliest_start, promise_on, room_at
 from kvmesh.cluster.routing.group import GroupSpec
 from kvmesh.cluster.routing.ledger import Ledger, Reconciliation
-from kvmesh.cluster.routing.placement import Asked, Candidate, Choice, GroupView, choose
-from kvmesh.cluster.routing.queue import WaitingQueue
+from kvmesh.cluster.routing.placement import (
+    Asked,
+    Choice,
+    GroupView,
+    PlacementRules,
+    Promise,
+    choose,
+)
+from kvmesh.cluster.routing.queue import Waiting, WaitingQueue
 from kvmesh.cluster.routing.request import (
     Decision,
     Estimate,
     Granted,
+    Growth,
     Outcome,
-    Placement,
     PlaceRequest,
     Queued,
     Refused,
 )
-from kvmesh.cluster.routing.verdict import Verdict
+from kvmesh.cluster.routing.verdict import Reason, Verdicts
 from kvmesh.workers.request import EngineLoads
-from kvmesh.workers.sizes import PageNeed
 
-SMOOTHING = 0.1  # weight of the newest lease in the mean duration
+HOLE_MEMORY = 0.999  # how slowly the greatest demand seen is forgotten, a request
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,63 +76,80 @@ class Router:
         on_event: Callable[[Event], None] | None = None,
     ) -> None:
         self.config = config
-        self.ledger = Ledger(
-            epoch, ttl_s=config.lease_ttl_s, grace_s=config.grace_s, on_event=on_event
-        )
+        self._fleet = Fleet(config, epoch, on_event)
         self._queue = WaitingQueue(config.queue_limit)
-        self._specs: dict[str, GroupSpec] = {}
+        self._promise: Promise | None = None
+        self._first_promised: dict[str, float] = {}
         self._unheard = set(expected_groups)
         self._rebuild_until = now + config.rebuild_timeout_s
-        self._mean_lease_s = 1.0
+        self._rules = PlacementRules(config.ahead_s, config.balance_s, config.hole_s)
+        self._hole_pages = 0.0
 
     # Requests
 
-    def submit(self, request: PlaceRequest, now: float) -> Decision:
+    def submit(self, request: PlaceRequest, now: float) -> tuple[Decision, Changes]:
         """Place the request, queue it, or refuse it with the reason.
 
         Raises DuplicateRequestError if the id already waits.
         """
         if request.request_id in self._queue:
             raise DuplicateRequestError(request.request_id)
-        choice = self._choose(request)
-        if self._ready(now):
-            if not self._specs:
-                return Refused(request.request_id, self._no_group())
-            if choice.never:
-                return Refused(request.request_id, _never_fits(choice), choice.verdicts)
-            if choice.group is not None and not len(self._queue):
-                return self._grant(request, choice, now, now)
+        asked = self._fleet.ask(request)
+        choice = self._choose(asked, self._fleet.views.values(), now)
+        if self.ready(now):
+            error = self._hopeless(request, asked, choice, now)
+            if error is not None:
+                return Refused(request.request_id, error, choice.verdicts), Changes()
+            if not len(self._queue) and choice.group is not None and self._in_quota(request, asked):
+                return self._grant(request, asked, choice, now, now), Changes()
         if self._queue.full:
-            return Refused(request.request_id, self._queue_full(choice, now), choice.verdicts)
-        self._queue.put(request, now)
-        position = self._queue.position(request.request_id)
-        return Queued(request.request_id, position, self._projected_start_s(), choice.verdicts)
+            return Refused(
+                request.request_id, self._queue_full(asked, choice, now), choice.verdicts
+            ), Changes()
+        self._enqueue(request, now)
+        return self._wait_for(request, asked, choice, self._admit(now), now)
 
     def cancel(self, request_id: str, now: float) -> Changes:
         """Take a waiting request out of the queue, if it is there."""
-        self._queue.cancel(request_id)
+        self._dequeue(request_id)
         return Changes(self._admit(now))
 
-    def release(self, lease_id: str, now: float) -> Changes:
-        """End a lease; a second time changes nothing."""
-        lease = self.ledger.release(lease_id, now)
-        if lease is None:
-            return Changes()
-        self._learn_duration(lease, now)
+    def begun(self, lease_id: str, now: float) -> Changes:
+        """The lease's sequence has emitted its first token: its prompt is computed."""
+        self._fleet.begun(lease_id, now)
         return Changes(self._admit(now))
+
+    def grow(
+        self, lease_id: str, request: PlaceRequest, output_tokens: int, now: float
+    ) -> Growth | None:
+        """Extend a lease before a sequence of it goes on to `output_tokens`.
+
+        request: as it was placed. Returns None if the sequence must wait for pages, or
+        the lease is gone.
+        """
+        return self._fleet.grow(lease_id, request, output_tokens, now)
+
+    def release(self, lease_id: str, now: float, output_tokens: int | None = None) -> Changes:
+        """End a lease; a second time changes nothing.
+
+        output_tokens: of one sequence, if it ended of its own accord, to learn from
+        """
+        lease = self._fleet.release(lease_id, now, output_tokens)
+        return Changes() if lease is None else Changes(self._admit(now))
 
     def estimate(self, request: PlaceRequest, now: float) -> Estimate:
         """What would become of the request, without submitting it."""
-        choice = self._choose(request)
-        fits_now = choice.group is not None and not len(self._queue) and self._ready(now)
-        fits_ever = not choice.never
+        asked = self._fleet.ask(request)
+        choice = self._choose(asked, self._fleet.views.values(), now)
+        fits_now = choice.group is not None and not len(self._queue) and self.ready(now)
+        start = 0.0 if fits_now else self._projected_start_s(asked, choice, len(self._queue), now)
         return Estimate(
             request_id=request.request_id,
-            fits_ever=fits_ever,
+            fits_ever=not choice.never,
             fits_now=fits_now,
             group=choice.group if fits_now else None,
             needed_bytes={verdict.group: verdict.needed_bytes for verdict in choice.verdicts},
-            projected_start_s=0.0 if fits_now else self._projected_start_s() if fits_ever else None,
+            projected_start_s=None if choice.never else start,
             queue_depth=len(self._queue),
             verdicts=choice.verdicts,
         )
@@ -133,144 +158,295 @@ class Router:
 
     def group_up(self, spec: GroupSpec, now: float) -> Changes:
         """A group's engine is there. It takes requests from its first report on."""
-        self._specs[spec.group] = spec
-        return Changes(self._admit(now), self.ledger.group_up(spec, now))
+        voided = self._fleet.group_up(spec, now)
+        return Changes(self._admit(now), voided)
 
     def group_down(self, group: str, now: float, *, gone: bool = False) -> Changes:
         """A group's engine is lost; `gone` if it will not come back.
 
         What only this group could hold waits for its return, unless it is gone.
         """
-        if gone:
-            self._specs.pop(group, None)
-            self._unheard.discard(group)
-        voided = self.ledger.group_down(group, now)
-        return Changes(self._admit(now), voided)
+        voided = self._fleet.group_down(group, now, gone)
+        if self._promise is not None and self._promise.group == group:
+            self._promise = None
+        if not gone:
+            return Changes(self._admit(now), voided)
+        self._unheard.discard(group)
+        hopeless = tuple(self._refuse_hopeless(now))
+        return Changes(hopeless + self._admit(now), voided)
 
     def report(self, group: str, loads: EngineLoads, now: float) -> tuple[Reconciliation, Changes]:
         """An engine's account of what it runs; the ledger follows it."""
-        reconciled = self.ledger.reconcile(group, loads.epoch, loads.leases, now)
+        reconciled = self._fleet.report(group, loads, now)
         if not reconciled.stale:
             self._unheard.discard(group)
         return reconciled, Changes(self._admit(now))
 
+    def pages_changed(
+        self, group: str, sealed: Iterable[bytes], evicted: Iterable[bytes], now: float
+    ) -> None:
+        """An engine's prefix cache gained and lost pages with these hashes."""
+        self._fleet.index.add(group, sealed)
+        self._fleet.index.remove(group, evicted)
+
     def tick(self, now: float) -> Changes:
-        """What time alone brings: deadlines, expired leases, the end of the rebuild."""
-        self.ledger.sweep(now)
-        overdue = tuple(self._expire(waiting.request, now) for waiting in self._queue.overdue(now))
+        """What time alone brings: deadlines, expired leases, drained backlogs."""
+        self._fleet.sweep(now)
+        overdue = tuple(self._expire(waiting.request) for waiting in self._queue.overdue(now))
         return Changes(overdue + self._admit(now))
 
     # Reading
 
     @property
+    def ledger(self) -> Ledger:
+        return self._fleet.ledger
+
+    @property
     def queue_depth(self) -> int:
         return len(self._queue)
 
+    @property
+    def promise(self) -> Promise | None:
+        """What the longest-waiting request that lacks pages has been promised."""
+        return self._promise
+
     def ready(self, now: float) -> bool:
         """Whether requests are admitted, and not held until the groups have reported."""
-        return self._ready(now)
+        return not self._unheard or now >= self._rebuild_until
 
     def views(self) -> tuple[GroupView, ...]:
         """Every known group as placement sees it."""
-        return tuple(self._view(spec) for spec in self._specs.values())
+        return tuple(self._fleet.views.values())
 
-    # Within
+    # Deciding
 
-    def _ready(self, now: float) -> bool:
-        return not self._unheard or now >= self._rebuild_until
+    def _choose(
+        self, asked: Asked, views: Iterable[GroupView], now: float, *, above: bool = False
+    ) -> Choice:
+        """above: the request stands above the one that has been promised a start."""
+        return choose(views, asked, now, self._rules, None if above else self._promise)
 
-    def _view(self, spec: GroupSpec) -> GroupView:
-        account = self.ledger.accounts.get(spec.group)
-        if account is None:
-            return GroupView(spec, PageNeed(0, 0), 0, up=False, reported=False)
-        return GroupView(
-            spec, account.used, account.sequences, reported=account.reported_at is not None
-        )
+    def _hopeless(
+        self, request: PlaceRequest, asked: Asked, choice: Choice, now: float
+    ) -> RoutingError | None:
+        """Why waiting is of no use, if it is not."""
+        if not self._fleet.views:
+            return NoGroupError("no group is up", self.config.retry_most_s, 0, 0)
+        if choice.never:
+            return _never_fits(choice.verdicts)
+        quota = self._fleet.tenants.policy(request.tenant).quota_bytes
+        least_bytes = self._least_bytes(asked)
+        if quota is not None and least_bytes > quota:
+            return QuotaExceededError(
+                "the request alone exceeds the tenant's quota",
+                self.config.retry_most_s,
+                least_bytes,
+                quota,
+            )
+        if request.timeout_s is not None and choice.group is None:
+            leases = self.ledger.leases
+            start = earliest_start(self._fleet.views, asked, choice.verdicts, leases, now)
+            if start is not None and start - now > request.timeout_s:
+                return DeadlineUnreachableError(request.timeout_s, start - now)
+        return None
 
-    def _choose(self, request: PlaceRequest) -> Choice:
-        candidates = [
-            Candidate(self._view(spec), worst_case(request, spec)) for spec in self._specs.values()
-        ]
-        asked = Asked(request.sequences, request.min_quality, request.excluded_groups)
-        return choose(candidates, asked)
-
-    def _grant(self, request: PlaceRequest, choice: Choice, since: float, now: float) -> Granted:
+    def _grant(
+        self, request: PlaceRequest, asked: Asked, choice: Choice, since: float, now: float
+    ) -> Granted:
         assert choice.group is not None
-        spec = self._specs[choice.group]
-        demand = worst_case(request, spec)
-        lease = self.ledger.grant(
-            choice.group,
-            demand.leased,
-            now,
-            request_id=request.request_id,
-            tenant=request.tenant,
-            sequences=request.sequences,
-        )
-        placement = Placement(
-            request_id=request.request_id,
-            group=choice.group,
-            lease=lease.terms,
-            lease_bytes=demand.leased_bytes,
-            expires_at=lease.expires_at,
-            queue_s=now - since,
-            verdicts=choice.verdicts,
-        )
-        return Granted(placement)
+        placement = self._fleet.grant(request, asked, choice.verdicts, choice.group, now)
+        promised_at = self._first_promised.get(request.request_id)
+        self._remember_size(placement.lease.sealed_pages)
+        return Granted(replace(placement, queue_s=now - since, promised_at=promised_at))
 
     def _admit(self, now: float) -> tuple[Outcome, ...]:
-        """Grant from the front of the queue, in order, until one does not fit."""
+        """Grant whatever may go now, in the queue's order.
+
+        The first that lacks pages is promised the group that has them soonest, and
+        keeps the promise until it starts. Those behind it may overtake where they do
+        not delay it (EASY backfilling: Lifka 1995).
+        """
         outcomes: list[Outcome] = []
-        while len(self._queue) and self._ready(now):
-            first = next(iter(self._queue))
-            choice = self._choose(first.request)
-            if self._specs and choice.never:
-                outcomes.append(
-                    Refused(first.request.request_id, _never_fits(choice), choice.verdicts)
-                )
-            elif choice.group is not None:
-                outcomes.append(self._grant(first.request, choice, first.since, now))
-            else:
+        while len(self._queue) and self.ready(now):
+            granted = self._admit_one(now)
+            if granted is None:
                 break
-            self._queue.cancel(first.request.request_id)
+            outcomes.append(granted)
         return tuple(outcomes)
 
-    def _expire(self, request: PlaceRequest, now: float) -> Refused:
-        self._queue.cancel(request.request_id)
+    def _admit_one(self, now: float) -> Granted | None:
+        views = [view for view in self._fleet.in_use() if self._open(view, now)]
+        if not views:
+            return None
+        for waiting in islice(self._candidates(), self.config.backfill_depth):
+            above = self._above_promise(waiting)
+            asked = self._fleet.ask(waiting.request)
+            choice = self._choose(asked, views, now, above=above)
+            if choice.group is None:
+                self._consider_promise(asked, choice, above, now)
+            elif self._in_quota(waiting.request, asked):
+                granted = self._grant(waiting.request, asked, choice, waiting.since, now)
+                self._dequeue(waiting.request.request_id)
+                return granted
+        return None
+
+    def _open(self, view: GroupView, now: float) -> bool:
+        """Whether the group could take any request at all; spares asking one by one."""
+        account = view.account
+        assert account is not None
+        return (
+            account.free_hot > 0
+            and account.sequences < view.spec.max_sequences
+            and view.backlog.seconds(now) <= self.config.ahead_s
+        )
+
+    def _candidates(self) -> Iterator[Waiting]:
+        """Those above the holder of the promise, the holder, then everybody else in order."""
+        holder = self._holder()
+        for waiting in self._queue.in_order(self._fleet.tenants.counter):
+            if holder is not None and not self._above_promise(waiting):
+                yield holder
+                break
+            yield waiting
+        else:
+            return
+        for waiting in self._queue.in_order(self._fleet.tenants.counter):
+            if waiting is not holder and not self._above_promise(waiting):
+                yield waiting
+
+    def _holder(self) -> Waiting | None:
+        return self._queue.get(self._promise.request_id) if self._promise else None
+
+    def _above_promise(self, waiting: Waiting) -> bool:
+        """Of higher priority than the promise's holder, or resumed and the holder is not."""
+        holder = self._holder()
+        return holder is not None and waiting.rank[:2] < holder.rank[:2]
+
+    def _consider_promise(self, asked: Asked, choice: Choice, above: bool, now: float) -> None:
+        """Promise a start to the first request in line that lacks pages, or renew its promise."""
+        leases, views = self.ledger.leases, self._fleet.views
+        held = self._promise
+        if held is not None and held.request_id == asked.request_id:
+            view = views[held.group]
+            at = room_at(view, asked, leases, now)
+            self._promise = None if at is None else promise_on(view, asked, leases, at, now)
+        elif held is None or above:
+            verdicts = self._choose(asked, views.values(), now, above=above).verdicts
+            if any(verdict.reason is Reason.BACKLOG for verdict in verdicts):
+                return  # a group has the pages; it lacks but a moment
+            promise = best_promise(views, asked, verdicts, leases, now)
+            if promise is not None:
+                self._promise = promise
+                self._first_promised.setdefault(asked.request_id, promise.at)
+
+    # The queue
+
+    def _enqueue(self, request: PlaceRequest, now: float) -> None:
+        config = self.config
+        patience_s = config.stretch * self._fleet.least_prefill_s(request)
+        patience_s = min(max(patience_s, config.patience_s), config.patience_most_s)
+        self._queue.put(request, now, now + patience_s)
+        self._fleet.tenants.enter(request.tenant)
+
+    def _dequeue(self, request_id: str) -> None:
+        waiting = self._queue.cancel(request_id)
+        if waiting is not None:
+            self._fleet.tenants.leave(waiting.request.tenant)
+            self._first_promised.pop(request_id, None)
+            if self._promise is not None and self._promise.request_id == request_id:
+                self._promise = None
+
+    def _wait_for(
+        self,
+        request: PlaceRequest,
+        asked: Asked,
+        choice: Choice,
+        outcomes: tuple[Outcome, ...],
+        now: float,
+    ) -> tuple[Decision, Changes]:
+        """The decision about a request that was queued a moment ago, and the others' outcomes."""
+        own = [x for x in outcomes if x.request_id == request.request_id]
+        others = Changes(tuple(x for x in outcomes if x.request_id != request.request_id))
+        if own:
+            return own[0], others
+        position = self._position(request.request_id)
+        start_s = self._projected_start_s(asked, choice, position, now)
+        return Queued(request.request_id, position, start_s, choice.verdicts), others
+
+    def _position(self, request_id: str) -> int:
+        order = self._queue.in_order(self._fleet.tenants.counter)
+        return next(
+            i for i, waiting in enumerate(order) if waiting.request.request_id == request_id
+        )
+
+    def _expire(self, request: PlaceRequest) -> Refused:
+        self._dequeue(request.request_id)
         assert request.timeout_s is not None
         return Refused(request.request_id, DeadlineUnreachableError(request.timeout_s, None))
 
-    def _learn_duration(self, lease: Lease, now: float) -> None:
-        self._mean_lease_s += SMOOTHING * (now - lease.granted_at - self._mean_lease_s)
+    def _refuse_hopeless(self, now: float) -> Iterable[Outcome]:
+        for waiting in list(self._queue.in_order(self._fleet.tenants.counter)):
+            asked = self._fleet.ask(waiting.request)
+            choice = self._choose(asked, self._fleet.views.values(), now)
+            error = self._hopeless(waiting.request, asked, choice, now)
+            if error is not None:
+                self._dequeue(waiting.request.request_id)
+                yield Refused(waiting.request.request_id, error, choice.verdicts)
 
-    def _projected_start_s(self) -> float:
-        """Waiting requests over the rate at which leases end, bounded."""
-        live = max(len(self.ledger.leases), 1)
-        wait_s = (len(self._queue) + 1) * self._mean_lease_s / live
-        return min(max(wait_s, self.config.retry_least_s), self.config.retry_most_s)
+    # Figures
 
-    def _no_group(self) -> RoutingError:
-        return NoGroupError("no group is up", self.config.retry_most_s, 0, 0)
+    def _projected_start_s(
+        self, asked: Asked, choice: Choice, position: int, now: float
+    ) -> float | None:
+        """From now: the soonest start, plus what those in front take of the fleet's rate."""
+        leases = self.ledger.leases
+        start = earliest_start(self._fleet.views, asked, choice.verdicts, leases, now)
+        if start is None:
+            return None
+        in_front_s = position * self._fleet.mean_lease_s / max(len(leases), 1)
+        return start - now + in_front_s
 
-    def _queue_full(self, choice: Choice, now: float) -> OverCapacityError:
-        nearest = _nearest(choice.verdicts)
-        needed, available = (nearest.needed_bytes, nearest.available_bytes) if nearest else (0, 0)
+    def _retry_after_s(self, asked: Asked, choice: Choice, now: float) -> float:
+        start_s = self._projected_start_s(asked, choice, len(self._queue), now)
+        if start_s is None:
+            return self.config.retry_most_s
+        return min(max(start_s, self.config.retry_least_s), self.config.retry_most_s)
+
+    def _queue_full(self, asked: Asked, choice: Choice, now: float) -> QueueFullError:
+        possible = [verdict for verdict in choice.verdicts if not verdict.never]
+        lacking = [(v.needed_bytes - v.available_bytes, v) for v in possible]
+        nearest = min(lacking, key=lambda pair: pair[0])[1] if lacking else None
         return QueueFullError(
             f"{len(self._queue)} requests wait already",
-            self._projected_start_s(),
-            needed,
-            available,
+            self._retry_after_s(asked, choice, now),
+            nearest.needed_bytes if nearest else 0,
+            nearest.available_bytes if nearest else 0,
         )
 
+    def _least_bytes(self, asked: Asked) -> int:
+        return min(
+            view.spec.geometry.bytes_of(asked.demands[view.shape].leased)
+            for view in self._fleet.views.values()
+        )
 
-def _never_fits(choice: Choice) -> NeverFitsError:
+    def _in_quota(self, request: PlaceRequest, asked: Asked) -> bool:
+        tenants = self._fleet.tenants
+        if tenants.policy(request.tenant).quota_bytes is None:
+            return True
+        return tenants.within_quota(request.tenant, self._least_bytes(asked))
+
+    def _remember_size(self, sealed_pages: int) -> None:
+        """The hole to keep is as large as the greatest demand of late."""
+        self._hole_pages = max(self._hole_pages * HOLE_MEMORY, float(sealed_pages))
+        hole = int(self._hole_pages)
+        if hole != self._rules.hole_pages:
+            self._rules = replace(self._rules, hole_pages=hole)
+
+
+def _never_fits(verdicts: Verdicts) -> NeverFitsError:
+    worded = list(verdicts)
     return NeverFitsError(
-        {verdict.group: verdict.needed_bytes for verdict in choice.verdicts},
-        {verdict.group: verdict.available_bytes for verdict in choice.verdicts},
-        {verdict.group: verdict.reason.value for verdict in choice.verdicts},
+        {verdict.group: verdict.needed_bytes for verdict in worded},
+        {verdict.group: verdict.available_bytes for verdict in worded},
+        {verdict.group: verdict.reason.value for verdict in worded},
     )
-
-
-def _nearest(verdicts: tuple[Verdict, ...]) -> Verdict | None:
-    """The verdict of the group that lacks the fewest bytes."""
-    possible = [verdict for verdict in verdicts if not verdict.never]
-    return min(possible, key=lambda v: v.needed_bytes - v.available_bytes, default=None)

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import overload
+
+from kvmesh.cluster.routing.group import GroupSpec
+from kvmesh.workers.sizes import PageNeed
 
 
 class Reason(enum.Enum):
@@ -18,6 +23,9 @@ class Reason(enum.Enum):
     UNREPORTED = "its engine has not reported yet"
     BUSY = "its sequences are all taken"
     FULL = "its free pages do not hold the request now"
+    BACKLOG = "prompts it was given before are still being computed"
+    PROMISED = "its pages are promised to a request that waits longer"
+    QUOTA = "the tenant's quota is used up"
     WORSE = "another group is a better place"
     CHOSEN = "chosen"
 
@@ -27,14 +35,78 @@ NEVER = frozenset({Reason.QUALITY, Reason.CONTEXT, Reason.SEQUENCES, Reason.PAGE
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What was said of one group; bytes are over all its ranks."""
+    """What was said of one group; bytes are over all its ranks.
+
+    cached_pages: of the prompt, that the group is thought to hold
+    cost_s: what placement compares, where the group could take the request
+    """
 
     group: str
     reason: Reason
     needed_bytes: int
     available_bytes: int
     capacity_bytes: int
+    cached_pages: int = 0
+    cost_s: float | None = None
 
     @property
     def never(self) -> bool:
         return self.reason in NEVER
+
+
+# spec, reason, what the request needs there, free hot and sealed pages, cached pages, cost
+Row = tuple[GroupSpec, Reason, PageNeed, int, int, int, float | None]
+
+
+class Verdicts(Sequence[Verdict]):
+    """Verdicts of all groups, worded only when somebody reads them: deciding is hot."""
+
+    __slots__ = ("_rows",)
+
+    def __init__(self, rows: Sequence[Row] = ()) -> None:
+        self._rows = tuple(rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Verdict: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Verdicts: ...
+
+    def __getitem__(self, index: int | slice) -> Verdict | Verdicts:
+        if isinstance(index, slice):
+            return Verdicts(self._rows[index])
+        return _worded(self._rows[index])
+
+    def __iter__(self) -> Iterator[Verdict]:
+        return map(_worded, self._rows)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Verdicts) and self._rows == other._rows
+
+    def __hash__(self) -> int:
+        return hash(self._rows)
+
+    def __reduce__(self) -> tuple[type[Verdicts], tuple[tuple[Row, ...]]]:
+        return Verdicts, (self._rows,)
+
+    @property
+    def never(self) -> bool:
+        """True if no group could take the request however long it waited."""
+        return all(row[1] in NEVER for row in self._rows)
+
+
+def _worded(row: Row) -> Verdict:
+    spec, reason, need, free_hot, free_sealed, cached_pages, cost_s = row
+    room = spec.capacity if reason in NEVER else PageNeed(max(free_hot, 0), max(free_sealed, 0))
+    return Verdict(
+        group=spec.group,
+        reason=reason,
+        needed_bytes=spec.geometry.bytes_of(need),
+        available_bytes=spec.geometry.bytes_of(room),
+        capacity_bytes=spec.capacity_bytes,
+        cached_pages=cached_pages,
+        cost_s=cost_s,
+    )

@@ -53,7 +53,8 @@ def test_place_waits_for_a_release() -> None:
         first = await router.place(ask())
         waiting = asyncio.ensure_future(router.place(ask()))
         await settle()
-        assert not waiting.done() and router.snapshot().queue_depth == 1
+        assert not waiting.done()
+        assert router.snapshot().queue_depth == 1
         clock.now = 2.0
         assert await router.release(first.lease.lease_id)
         second = await waiting

@@ -23,7 +23,8 @@ def test_a_grant_takes_pages_and_a_release_returns_them_once(ledger: Ledger) -> 
     assert ledger.accounts["g0"].free_pages() == PageNeed(60, 90)
     assert ledger.accounts["g0"].used_bytes() == 4 * 1000 + 10 * 300
     released = ledger.release(lease.lease_id, 1.0)
-    assert released is not None and released.lease_id == lease.lease_id
+    assert released is not None
+    assert released.lease_id == lease.lease_id
     assert ledger.release(lease.lease_id, 2.0) is None
     assert ledger.accounts["g0"].free_pages() == PageNeed(64, 100)
     ledger.check_integrity()
@@ -37,13 +38,49 @@ def test_a_grant_beyond_the_free_pages_is_a_fault(ledger: Ledger) -> None:
 
 def test_growth_needs_room_and_shrinking_makes_it(ledger: Ledger) -> None:
     first = ledger.grant("g0", PageNeed(4, 60), 0.0, request_id="a")
-    second = ledger.grant("g0", PageNeed(4, 40), 0.0, request_id="b")
-    assert not ledger.grow(second.lease_id, PageNeed(4, 41), 1.0)
-    ledger.shrink(first.lease_id, PageNeed(4, 50), 1.0)
-    assert ledger.grow(second.lease_id, PageNeed(4, 50), 1.0)
-    assert ledger.accounts["g0"].free_pages() == PageNeed(56, 0)
+    second = ledger.grant("g0", PageNeed(4, 30), 0.0, request_id="b", most=PageNeed(4, 40))
+    assert ledger.grow(second.lease_id, PageNeed(4, 40), 1.0)
+    ledger.shrink(second.lease_id, PageNeed(4, 35), 1.0)
+    with pytest.raises(LedgerError):  # five pages are free, and reserved for the second's growth
+        ledger.grant("g0", PageNeed(4, 1), 1.0, request_id="c")
+    assert ledger.grow(second.lease_id, PageNeed(4, 40), 1.0)
+    with pytest.raises(LedgerError, match="within"):
+        ledger.grow(second.lease_id, PageNeed(4, 41), 1.0)
+    assert ledger.release(first.lease_id, 1.0)
+
+
+def test_the_oldest_lease_can_always_grow_to_its_most(ledger: Ledger) -> None:
+    old = ledger.grant("g0", PageNeed(4, 30), 0.0, request_id="a", most=PageNeed(4, 50))
+    young = ledger.grant("g0", PageNeed(4, 40), 0.0, request_id="b", most=PageNeed(4, 60))
+    # 30 pages are free; the young one may take 10 and leave 20 for the old one's growth
+    assert not ledger.grow(young.lease_id, PageNeed(4, 55), 1.0)
+    assert ledger.grow(young.lease_id, PageNeed(4, 50), 1.0)
+    assert not ledger.grow(young.lease_id, PageNeed(4, 51), 1.0)
+    assert ledger.grow(old.lease_id, PageNeed(4, 50), 2.0)
+    assert ledger.accounts["g0"].free_pages().sealed == 0
+    assert not ledger.grow(young.lease_id, PageNeed(4, 60), 3.0)
+    ledger.release(old.lease_id, 4.0)
+    assert ledger.grow(young.lease_id, PageNeed(4, 60), 4.0)
+    ledger.check_integrity()
+
+
+def test_equal_pages_of_a_group_are_paid_for_once(ledger: Ledger) -> None:
+    pages = tuple(bytes([i]) for i in range(60))
+    first = ledger.grant("g0", PageNeed(4, 80), 0.0, request_id="a", page_hashes=pages)
+    second = ledger.grant("g0", PageNeed(4, 80), 0.0, request_id="b", page_hashes=pages)
+    assert ledger.accounts["g0"].free_pages().sealed == 0
+    ledger.check_integrity()
+    ledger.release(first.lease_id, 1.0)
+    assert ledger.accounts["g0"].free_pages().sealed == 20  # the shared ones are still in use
+    ledger.release(second.lease_id, 1.0)
+    assert ledger.accounts["g0"].free_pages().sealed == 100
+    assert not ledger.accounts["g0"].shared
+
+
+def test_shrinking_below_and_growing_backwards_are_faults(ledger: Ledger) -> None:
+    first = ledger.grant("g0", PageNeed(4, 60), 0.0, request_id="a")
     with pytest.raises(LedgerError):
-        ledger.shrink(first.lease_id, PageNeed(4, 51), 1.0)
+        ledger.shrink(first.lease_id, PageNeed(4, 61), 1.0)
     with pytest.raises(LedgerError):
         ledger.grow(first.lease_id, PageNeed(3, 60), 1.0)
 
@@ -123,7 +160,7 @@ def test_the_log_replays_to_the_same_ledger() -> None:
     ledger = Ledger(7, on_event=log.append)
     ledger.group_up(make_spec("g0"), 0.0)
     ledger.group_up(make_spec("g1"), 0.0)
-    a = ledger.grant("g0", PageNeed(4, 10), 0.0, request_id="a")
+    a = ledger.grant("g0", PageNeed(4, 10), 0.0, request_id="a", most=PageNeed(4, 20))
     b = ledger.grant("g0", PageNeed(4, 10), 0.5, request_id="b", tenant="t", sequences=2)
     ledger.reconcile("g0", "e0", [a.terms, LeaseTerms("x", 1, 2, 3)], 1.0)
     ledger.grow(a.lease_id, PageNeed(4, 20), 2.0)

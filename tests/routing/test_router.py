@@ -39,8 +39,8 @@ def granted(decision: object) -> Granted:
 
 def test_the_least_used_group_gets_the_request_and_says_why() -> None:
     router = router_with(make_spec("g0"), make_spec("g1"))
-    first = granted(router.submit(ask("a"), 0.0)).placement
-    second = granted(router.submit(ask("b"), 0.0)).placement
+    first = granted(router.submit(ask("a"), 0.0)[0]).placement
+    second = granted(router.submit(ask("b"), 0.0)[0]).placement
     assert {first.group, second.group} == {"g0", "g1"}
     assert {v.reason for v in first.verdicts} == {Reason.CHOSEN, Reason.WORSE}
     # 320 tokens: 20 pages of 16; 4 hot (1 sink, 2 recent, 1 writing), 17 sealed at the end
@@ -50,8 +50,9 @@ def test_the_least_used_group_gets_the_request_and_says_why() -> None:
 
 def test_what_no_group_can_ever_hold_is_refused_with_the_bytes() -> None:
     router = router_with(make_spec("g0", sealed=10), make_spec("g1", max_model_len=64))
-    refused = router.submit(ask("a"), 0.0)
-    assert isinstance(refused, Refused) and isinstance(refused.error, NeverFitsError)
+    refused = router.submit(ask("a"), 0.0)[0]
+    assert isinstance(refused, Refused)
+    assert isinstance(refused.error, NeverFitsError)
     assert refused.error.needed_bytes["g0"] == 4 * 1000 + 17 * 300
     assert refused.error.available_bytes["g0"] == 64 * 1000 + 10 * 300
     assert refused.error.reasons["g1"] == Reason.CONTEXT.value
@@ -62,19 +63,21 @@ def test_what_no_group_can_ever_hold_is_refused_with_the_bytes() -> None:
 def test_the_quality_floor_excludes_a_format() -> None:
     router = router_with(make_spec("low", quality=2.5), make_spec("high", quality=8.5))
     for name in "ab":
-        placement = granted(router.submit(ask(name, min_quality=8.0), 0.0)).placement
+        placement = granted(router.submit(ask(name, min_quality=8.0), 0.0)[0]).placement
         assert placement.group == "high"
-    refused = router.submit(ask("c", min_quality=16.0), 0.0)
-    assert isinstance(refused, Refused) and isinstance(refused.error, NeverFitsError)
+    refused = router.submit(ask("c", min_quality=16.0), 0.0)[0]
+    assert isinstance(refused, Refused)
+    assert isinstance(refused.error, NeverFitsError)
 
 
 def test_the_queue_is_served_in_order_as_leases_end() -> None:
     router = router_with(make_spec("g0", max_sequences=1))
-    running = granted(router.submit(ask("a"), 0.0)).placement
-    assert isinstance(router.submit(ask("b"), 0.0), Queued)
-    assert isinstance(router.submit(ask("c", priority=1), 0.0), Queued)
-    resumed = router.submit(ask("d", priority=1, resumed=True), 0.0)
-    assert isinstance(resumed, Queued) and resumed.position == 0
+    running = granted(router.submit(ask("a"), 0.0)[0]).placement
+    assert isinstance(router.submit(ask("b"), 0.0)[0], Queued)
+    assert isinstance(router.submit(ask("c", priority=1), 0.0)[0], Queued)
+    resumed = router.submit(ask("d", priority=1, resumed=True), 0.0)[0]
+    assert isinstance(resumed, Queued)
+    assert resumed.position == 0
     order = []
     for step in range(3):
         (outcome,) = router.release(running.lease.lease_id, step + 1.0).outcomes
@@ -89,24 +92,26 @@ def test_the_queue_is_served_in_order_as_leases_end() -> None:
 
 def test_a_full_queue_refuses_with_advice() -> None:
     router = router_with(make_spec("g0", max_sequences=1), queue_limit=1)
-    router.submit(ask("a"), 0.0)
-    router.submit(ask("b"), 0.0)
-    refused = router.submit(ask("c"), 0.0)
-    assert isinstance(refused, Refused) and isinstance(refused.error, QueueFullError)
+    router.submit(ask("a"), 0.0)[0]
+    router.submit(ask("b"), 0.0)[0]
+    refused = router.submit(ask("c"), 0.0)[0]
+    assert isinstance(refused, Refused)
+    assert isinstance(refused.error, QueueFullError)
     assert refused.error.retry_after_s > 0
     assert refused.error.needed_bytes > 0
     with pytest.raises(DuplicateRequestError):
-        router.submit(ask("b"), 0.0)
+        router.submit(ask("b"), 0.0)[0]
 
 
 def test_a_deadline_and_a_cancellation_leave_the_queue() -> None:
     router = router_with(make_spec("g0", max_sequences=1))
-    router.submit(ask("a"), 0.0)
-    router.submit(ask("b", timeout_s=5.0), 0.0)
-    router.submit(ask("c"), 0.0)
+    router.submit(ask("a"), 0.0)[0]
+    router.submit(ask("b", timeout_s=5.0), 0.0)[0]
+    router.submit(ask("c"), 0.0)[0]
     assert router.tick(4.9).outcomes == ()
     (late,) = router.tick(5.0).outcomes
-    assert isinstance(late, Refused) and isinstance(late.error, DeadlineUnreachableError)
+    assert isinstance(late, Refused)
+    assert isinstance(late.error, DeadlineUnreachableError)
     router.cancel("c", 6.0)
     router.cancel("c", 6.0)
     assert router.queue_depth == 0
@@ -114,10 +119,10 @@ def test_a_deadline_and_a_cancellation_leave_the_queue() -> None:
 
 def test_a_lost_group_voids_its_leases_and_its_requests_wait_for_its_return() -> None:
     router = router_with(make_spec("g0"), make_spec("small", sealed=5))
-    lease = granted(router.submit(ask("a"), 0.0)).placement.lease
+    lease = granted(router.submit(ask("a"), 0.0)[0]).placement.lease
     changes = router.group_down("g0", 1.0)
     assert [x.lease_id for x in changes.voided] == [lease.lease_id]
-    waiting = router.submit(ask("a", resumed=True), 1.0)
+    waiting = router.submit(ask("a", resumed=True), 1.0)[0]
     assert isinstance(waiting, Queued)
     assert [v.reason for v in waiting.verdicts] == [Reason.DOWN, Reason.PAGES]
     assert router.group_up(make_spec("g0", epoch="e1"), 2.0).outcomes == ()  # not reported yet
@@ -128,15 +133,17 @@ def test_a_lost_group_voids_its_leases_and_its_requests_wait_for_its_return() ->
 def test_a_group_gone_for_good_refuses_what_only_it_could_hold() -> None:
     router = router_with(make_spec("g0"), make_spec("small", sealed=5))
     router.group_down("g0", 1.0)
-    router.submit(ask("a"), 1.0)
+    router.submit(ask("a"), 1.0)[0]
     (outcome,) = router.group_down("g0", 2.0, gone=True).outcomes
-    assert isinstance(outcome, Refused) and isinstance(outcome.error, NeverFitsError)
+    assert isinstance(outcome, Refused)
+    assert isinstance(outcome.error, NeverFitsError)
 
 
 def test_without_any_group_the_answer_is_to_come_back() -> None:
     router = Router(RouterConfig(), epoch=1, now=0.0)
-    refused = router.submit(ask("a"), 0.0)
-    assert isinstance(refused, Refused) and isinstance(refused.error, NoGroupError)
+    refused = router.submit(ask("a"), 0.0)[0]
+    assert isinstance(refused, Refused)
+    assert isinstance(refused.error, NoGroupError)
 
 
 def test_a_restarted_router_admits_only_after_the_known_groups_have_reported() -> None:
@@ -144,7 +151,7 @@ def test_a_restarted_router_admits_only_after_the_known_groups_have_reported() -
     held = LeaseTerms("1-0", 1, 4, 90)
     router.group_up(make_spec("g0"), 0.0)
     router.report("g0", make_loads([held]), 0.1)
-    assert isinstance(router.submit(ask("a"), 0.2), Queued)
+    assert isinstance(router.submit(ask("a"), 0.2)[0], Queued)
     router.group_up(make_spec("g1"), 0.3)
     _, changes = router.report("g1", make_loads(), 0.4)
     assert granted(changes.outcomes[0]).placement.group == "g1"
@@ -155,7 +162,7 @@ def test_a_restarted_router_does_not_wait_for_ever() -> None:
     router = Router(RouterConfig(rebuild_timeout_s=10.0), 2, 0.0, expected_groups=["g0", "g1"])
     router.group_up(make_spec("g0"), 0.0)
     router.report("g0", make_loads(), 0.1)
-    router.submit(ask("a"), 0.2)
+    router.submit(ask("a"), 0.2)[0]
     assert router.tick(9.9).outcomes == ()
     assert granted(router.tick(10.0).outcomes[0]).placement.group == "g0"
 
@@ -163,11 +170,16 @@ def test_a_restarted_router_does_not_wait_for_ever() -> None:
 def test_an_estimate_changes_nothing() -> None:
     router = router_with(make_spec("g0", max_sequences=1))
     before = router.estimate(ask("a"), 0.0)
-    assert before.fits_now and before.group == "g0" and before.projected_start_s == 0.0
-    router.submit(ask("b"), 0.0)
+    assert before.fits_now
+    assert before.group == "g0"
+    assert before.projected_start_s == 0.0
+    router.submit(ask("b"), 0.0)[0]
     after = router.estimate(ask("a"), 0.0)
-    assert after.fits_ever and not after.fits_now
-    assert after.projected_start_s is not None and after.projected_start_s > 0
+    assert after.fits_ever
+    assert not after.fits_now
+    assert after.projected_start_s is not None
+    assert after.projected_start_s > 0
     assert router.queue_depth == 0
     never = router.estimate(ask("a", prompt=10_000), 0.0)
-    assert not never.fits_ever and never.projected_start_s is None
+    assert not never.fits_ever
+    assert never.projected_start_s is None

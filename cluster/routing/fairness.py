@@ -1,0 +1,99 @@
+"""Who has used how much: KV byte-seconds by tenant, with weights and quotas.
+
+A virtual counter in the manner of the virtual token counter (Sheng et al., arXiv
+2401.00588), over KV byte-seconds instead of tokens: the tenant with the least goes
+first, and one that comes back from idling starts level with the others, so that
+it can neither save up nor be made to pay for what it left unused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class TenantPolicy:
+    """weight: share relative to others'; quota_bytes: most KV bytes leased at once, or None."""
+
+    weight: float = 1.0
+    quota_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.weight > 0:
+            raise ValueError(f"weight must be greater than 0, got {self.weight}")
+        if self.quota_bytes is not None and self.quota_bytes < 1:
+            raise ValueError(f"quota_bytes must be at least 1, got {self.quota_bytes}")
+
+
+@dataclass(slots=True)
+class _Use:
+    """counter: weighted byte-seconds; active: requests waiting or leased."""
+
+    counter: float = 0.0
+    leased_bytes: int = 0
+    active: int = 0
+
+
+@dataclass(slots=True)
+class Tenants:
+    """The virtual counters. A lease is charged in advance, and settled when it ends."""
+
+    policies: Mapping[str, TenantPolicy] = field(default_factory=dict)
+    default: TenantPolicy = TenantPolicy()
+    remembered: int = 4096
+    _uses: dict[str, _Use] = field(default_factory=dict)
+    _level: float = 0.0
+
+    def policy(self, tenant: str) -> TenantPolicy:
+        return self.policies.get(tenant, self.default)
+
+    def counter(self, tenant: str) -> float:
+        use = self._uses.get(tenant)
+        return self._level if use is None else use.counter
+
+    def leased_bytes(self, tenant: str) -> int:
+        use = self._uses.get(tenant)
+        return 0 if use is None else use.leased_bytes
+
+    def within_quota(self, tenant: str, more_bytes: int) -> bool:
+        quota = self.policy(tenant).quota_bytes
+        return quota is None or self.leased_bytes(tenant) + more_bytes <= quota
+
+    def enter(self, tenant: str) -> None:
+        """A request of the tenant waits or runs."""
+        use = self._uses.setdefault(tenant, _Use())
+        if use.active == 0:
+            use.counter = max(use.counter, self._least_active())
+        use.active += 1
+
+    def leave(self, tenant: str) -> None:
+        """The request is over. An idle tenant is remembered while it is ahead of the others."""
+        use = self._uses[tenant]
+        use.active -= 1
+        if use.active == 0:
+            self._level = max(self._level, use.counter)
+            if len(self._uses) > self.remembered:
+                self._forget()
+
+    def charge(self, tenant: str, lease_bytes: int, seconds: float) -> None:
+        """Projected byte-seconds of a lease just granted."""
+        use = self._uses[tenant]
+        use.leased_bytes += lease_bytes
+        use.counter += lease_bytes * seconds / self.policy(tenant).weight
+
+    def settle(self, tenant: str, lease_bytes: int, over_s: float) -> None:
+        """The lease ended; `over_s` is its real less its projected length."""
+        use = self._uses[tenant]
+        use.leased_bytes -= lease_bytes
+        use.counter += lease_bytes * over_s / self.policy(tenant).weight
+
+    def _least_active(self) -> float:
+        return min((use.counter for use in self._uses.values() if use.active), default=self._level)
+
+    def _forget(self) -> None:
+        """Drop idle tenants that would start level with the others anyway."""
+        least = self._least_active()
+        self._uses = {
+            tenant: use for tenant, use in self._uses.items() if use.active or use.counter > least
+        }

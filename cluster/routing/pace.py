@@ -1,0 +1,104 @@
+"""How fast a group works, as far as the router can tell."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+SMOOTHING = 0.05  # weight of the newest observation
+CORRECTION_RANGE = (0.1, 20.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """Service times of one group.
+
+    prefill_s_per_token: projections and MLP, for each prompt token computed
+    prefill_s_per_pair: attention, for each (query, key) pair of tokens
+    decode_step_s: one output token of a sequence in a usual batch
+    """
+
+    prefill_s_per_token: float = 1e-6
+    prefill_s_per_pair: float = 0.0
+    decode_step_s: float = 0.01
+
+    def prefill_s(self, new_tokens: int, cached_tokens: int = 0) -> float:
+        """Seconds to compute `new_tokens` of a prompt that follow `cached_tokens`."""
+        pairs = new_tokens * (cached_tokens + 0.5 * new_tokens)
+        return self.prefill_s_per_token * new_tokens + self.prefill_s_per_pair * pairs
+
+
+@dataclass(slots=True)
+class Backlog:
+    """Prompts given to a group and not yet computed, in order.
+
+    The engine computes prompts in order of arrival, so a prompt that has begun to
+    emit is done, and so are those before it. As long as nobody tells of beginnings,
+    the clock alone empties the backlog.
+
+    correction: observed prefill time over predicted, a moving average
+    """
+
+    pace: Pace
+    correction: float = 1.0
+    _prompts: dict[str, float] = field(default_factory=dict)  # lease id -> predicted seconds
+    _sum_s: float = 0.0
+    _front_since: float = 0.0
+    _told: bool = False
+
+    def __len__(self) -> int:
+        return len(self._prompts)
+
+    def add(self, lease_id: str, new_tokens: int, cached_tokens: int, now: float) -> None:
+        self._drop_done(now)
+        if not self._prompts:
+            self._front_since = now
+        seconds = self.pace.prefill_s(new_tokens, cached_tokens)
+        self._prompts[lease_id] = seconds
+        self._sum_s += seconds
+
+    def begun(self, lease_id: str, now: float) -> None:
+        """The lease's first token is out."""
+        if lease_id not in self._prompts:
+            return
+        self._told = True
+        predicted = 0.0
+        for prompt in list(self._prompts):
+            predicted += self._pop(prompt)
+            if prompt == lease_id:
+                break
+        if predicted > 0:
+            low, high = CORRECTION_RANGE
+            seen = min(max((now - self._front_since) / predicted, low), high)
+            weight = SMOOTHING * min(1.0, predicted / 0.05)  # tiny prompts are mostly noise
+            self.correction += weight * (seen - self.correction)
+        self._front_since = now
+
+    def drop(self, lease_id: str, now: float) -> None:
+        """The lease is gone, computed or not."""
+        if lease_id in self._prompts:
+            if next(iter(self._prompts)) == lease_id:
+                self._front_since = now
+            self._pop(lease_id)
+
+    def seconds(self, now: float) -> float:
+        """Until a prompt added now would be begun with."""
+        self._drop_done(now)
+        if not self._prompts:
+            return 0.0
+        front = next(iter(self._prompts.values()))
+        done = min((now - self._front_since) / self.correction, front)
+        return (self._sum_s - done) * self.correction
+
+    def _pop(self, lease_id: str) -> float:
+        seconds = self._prompts.pop(lease_id)
+        self._sum_s = self._sum_s - seconds if self._prompts else 0.0
+        return seconds
+
+    def _drop_done(self, now: float) -> None:
+        while self._prompts and not self._told:
+            first = next(iter(self._prompts))
+            done_at = self._front_since + self._prompts[first] * self.correction
+            if done_at > now:
+                return
+            self._pop(first)
+            self._front_since = done_at
