@@ -23,6 +23,10 @@ back, and a captured graph stays right for other lengths.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -37,6 +41,26 @@ MIN_TILES_PER_SPLIT = 4
 MAX_BLOCK_N = 64
 PREFILL_ROWS = 64
 INTERPRETER_PROCESSORS = 8  # what the interpreter pretends to split for
+
+
+@triton.jit
+def _load_hot(
+    hot_ptr,
+    page_row,
+    slots,
+    mask,
+    PAGE_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HALF: tl.constexpr,
+):
+    """A tile of hot keys or values, in halves; the page row tells which, the mask what is there."""
+    offs_d = tl.arange(0, HALF)
+    mask_d = mask[:, None] & (offs_d < HEAD_DIM // 2)[None, :]
+    row_ptr = hot_ptr + page_row * (PAGE_SIZE * HEAD_DIM)
+    row_ptr += slots[:, None] * HEAD_DIM + offs_d[None, :]
+    low = tl.load(row_ptr, mask=mask_d, other=0.0)
+    high = tl.load(row_ptr + HEAD_DIM // 2, mask=mask_d, other=0.0)
+    return low, high
 
 
 @triton.jit
@@ -65,6 +89,7 @@ def _attend_tile(
     LOAD: tl.constexpr,
     AFFINE: tl.constexpr,
     HOT: tl.constexpr,
+    DECODE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
@@ -75,12 +100,17 @@ def _attend_tile(
     PRECISION: tl.constexpr,
 ):
     """One tile of BLOCK_N keys of one page, positions [least_key, end_key) of it valid."""
-    keys = first_key + tl.arange(0, BLOCK_N)
-    slots = keys % PAGE_SIZE
+    offs_n = tl.arange(0, BLOCK_N)
+    keys = first_key + offs_n
+    slots = first_key % PAGE_SIZE + offs_n
     mask = (keys >= least_key) & (keys < end_key)
-    k_low, k_high, k_scale, k_offset = LOAD(
-        data_ptr, meta_ptr, k_row, slots, mask, 0, PAGE_SIZE, HEAD_DIM, HALF, DTYPE
-    )
+    if HOT:
+        k_low, k_high = _load_hot(data_ptr, k_row, slots, mask, PAGE_SIZE, HEAD_DIM, HALF)
+        k_scale, k_offset = 1.0, 0.0
+    else:
+        k_low, k_high, k_scale, k_offset = LOAD(
+            data_ptr, meta_ptr, k_row, slots, 0, PAGE_SIZE, HEAD_DIM, HALF, DTYPE
+        )
     scores = tl.dot(q_low, tl.trans(k_low), input_precision=PRECISION)
     scores = tl.dot(q_high, tl.trans(k_high), scores, input_precision=PRECISION)
     if AFFINE:
@@ -91,25 +121,31 @@ def _attend_tile(
     if HAS_SOFTCAP:
         # tanh(x) = 2 sigmoid(2x) - 1; scores are natural until here
         scores = (2.0 * tl.sigmoid(scores * (2.0 / softcap)) - 1.0) * (softcap * 1.4426950408889634)
-    page = first_key // PAGE_SIZE
-    edge = q_pos // PAGE_SIZE - recent_pages
-    if HOT:
-        seen = (page < sink_pages) | (page >= edge)
-        visible = mask[None, :] & seen[:, None] & (keys[None, :] <= q_pos[:, None])
-    else:
-        visible = mask[None, :] & (page < edge)[:, None]
-    if HAS_WINDOW:
-        visible = visible & (q_pos[:, None] - keys[None, :] < window)
-    scores = tl.where(visible, scores, float("-inf"))
+    # Sealed tiles are whole: a decoding query without a window sees all of each.
+    if HOT or HAS_WINDOW or not DECODE:
+        page = first_key // PAGE_SIZE
+        edge = q_pos // PAGE_SIZE - recent_pages
+        if HOT:
+            seen = (page < sink_pages) | (page >= edge)
+            visible = mask[None, :] & seen[:, None] & (keys[None, :] <= q_pos[:, None])
+        else:
+            visible = mask[None, :] & (page < edge)[:, None]
+        if HAS_WINDOW:
+            visible = visible & (q_pos[:, None] - keys[None, :] < window)
+        scores = tl.where(visible, scores, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, 1))
     # A row that has seen nothing yet keeps -inf; subtract 0 there, not inf from inf.
     base = tl.where(new_top == float("-inf"), 0.0, new_top)
     weights = tl.exp2(scores - base[:, None])
     keep = tl.exp2(top - base)
     total = total * keep + tl.sum(weights, 1)
-    v_low, v_high, v_scale, v_offset = LOAD(
-        data_ptr, meta_ptr, v_row, slots, mask, 1, PAGE_SIZE, HEAD_DIM, HALF, DTYPE
-    )
+    if HOT:
+        v_low, v_high = _load_hot(data_ptr, v_row, slots, mask, PAGE_SIZE, HEAD_DIM, HALF)
+        v_scale, v_offset = 1.0, 0.0
+    else:
+        v_low, v_high, v_scale, v_offset = LOAD(
+            data_ptr, meta_ptr, v_row, slots, 1, PAGE_SIZE, HEAD_DIM, HALF, DTYPE
+        )
     if AFFINE:
         acc_offset = acc_offset * keep + tl.sum(weights * v_offset[None, :], 1)
         weights = weights * v_scale[None, :]
@@ -122,31 +158,7 @@ def _attend_tile(
 
 
 @triton.jit
-def _load_hot(
-    data_ptr,
-    meta_ptr,
-    page_row,
-    slots,
-    mask,
-    V: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    HALF: tl.constexpr,
-    DTYPE: tl.constexpr,
-):
-    """A tile of hot keys or values; the page row already tells which."""
-    offs_d = tl.arange(0, HALF)
-    mask_d = mask[:, None] & (offs_d < HEAD_DIM // 2)[None, :]
-    row_ptr = data_ptr + page_row * (PAGE_SIZE * HEAD_DIM)
-    row_ptr += slots[:, None] * HEAD_DIM + offs_d[None, :]
-    low = tl.load(row_ptr, mask=mask_d, other=0.0)
-    high = tl.load(row_ptr + HEAD_DIM // 2, mask=mask_d, other=0.0)
-    unused = tl.zeros_like(slots).to(tl.float32)
-    return low, high, unused, unused
-
-
-@triton.jit
-def _attention_kernel(
+def attention_kernel(
     q_ptr,
     hot_ptr,
     data_ptr,
@@ -168,7 +180,6 @@ def _attention_kernel(
     num_splits,
     LOAD_SEALED: tl.constexpr,
     AFFINE: tl.constexpr,
-    LOAD_HOT: tl.constexpr,
     DECODE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
@@ -280,6 +291,7 @@ def _attention_kernel(
                 LOAD_SEALED,
                 AFFINE,
                 False,
+                DECODE,
                 HAS_SOFTCAP,
                 HAS_WINDOW,
                 PAGE_SIZE,
@@ -322,9 +334,10 @@ def _attention_kernel(
                 window,
                 sink_pages,
                 recent_pages,
-                LOAD_HOT,
+                LOAD_SEALED,
                 False,
                 True,
+                DECODE,
                 HAS_SOFTCAP,
                 HAS_WINDOW,
                 PAGE_SIZE,
@@ -351,6 +364,59 @@ def _attention_kernel(
         tl.store(lse_ptr + out_row, lse, mask=mask_m)
 
 
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """How the kernel is compiled: its constants but for the layer's flags, warps and stages."""
+
+    constants: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+
+@cache
+def decode_launch(fmt: KVFormat, head_dim: int, group: int, page_size: int) -> Launch:
+    """group: query heads of a KV head"""
+    block_m = max(16, triton.next_power_of_2(group))
+    return _launch(fmt, head_dim, group, page_size, decode=True, block_q=1, block_m=block_m)
+
+
+@cache
+def prefill_launch(fmt: KVFormat, head_dim: int, group: int, page_size: int) -> Launch:
+    """group: query heads of a KV head"""
+    block_q = max(1, PREFILL_ROWS // group)
+    block_m = triton.next_power_of_2(block_q * group)
+    return _launch(fmt, head_dim, group, page_size, decode=False, block_q=block_q, block_m=block_m)
+
+
+def _launch(
+    fmt: KVFormat,
+    head_dim: int,
+    group: int,
+    page_size: int,
+    *,
+    decode: bool,
+    block_q: int,
+    block_m: int,
+) -> Launch:
+    kernels = fmt.tile_kernels()
+    constants = {
+        "LOAD_SEALED": kernels.load_tile,
+        "AFFINE": kernels.affine,
+        "DECODE": decode,
+        "HAS_SOFTCAP": False,
+        "HAS_WINDOW": False,
+        "GROUP": group,
+        "PAGE_SIZE": page_size,
+        "HEAD_DIM": head_dim,
+        "HALF": triton.next_power_of_2(head_dim // 2),
+        "BLOCK_Q": block_q,
+        "BLOCK_M": block_m,
+        "BLOCK_N": min(MAX_BLOCK_N, page_size & -page_size),
+        "PRECISION": "ieee",
+    }
+    return Launch(constants, num_warps=4, num_stages=3)
+
+
 def paged_attention(
     q: torch.Tensor,
     hot: torch.Tensor,
@@ -373,8 +439,7 @@ def paged_attention(
         return out, lse
     kernels = fmt.tile_kernels()
     data, meta = kernels.views(sealed, q.dtype)
-    group = num_heads // num_kv_heads
-    block_n = min(MAX_BLOCK_N, page_size & -page_size)
+    decode = decode_launch(fmt, head_dim, num_heads // num_kv_heads, page_size)
     tables = (
         batch.query_starts,
         batch.seq_lens,
@@ -390,29 +455,20 @@ def paged_attention(
         batch.sink_pages,
         batch.recent_pages,
     )
-    constants = {
-        "LOAD_SEALED": kernels.load_tile,
-        "AFFINE": kernels.affine,
-        "LOAD_HOT": _load_hot,
+    flags = {
         "HAS_SOFTCAP": softcap is not None,
         "HAS_WINDOW": sliding_window is not None,
         "NUM_KV_HEADS": num_kv_heads,
-        "GROUP": group,
-        "PAGE_SIZE": page_size,
-        "HEAD_DIM": head_dim,
-        "HALF": triton.next_power_of_2(head_dim // 2),
-        "BLOCK_N": block_n,
-        "PRECISION": "ieee",
     }
     pages = (hot, data, meta)
 
-    num_splits = _num_splits(q.device, batch.num_seqs * num_kv_heads, batch.max_seq_len, block_n)
+    num_splits = _num_splits(q.device, batch.num_seqs * num_kv_heads, batch.max_seq_len, decode)
     parts = torch.empty(
         (num_splits, batch.num_seqs, num_heads, head_dim), dtype=torch.float32, device=q.device
     )
     part_lses = torch.empty(parts.shape[:3], dtype=torch.float32, device=q.device)
     stride_split = batch.num_seqs * num_heads
-    _attention_kernel[(num_splits, num_kv_heads, batch.num_seqs)](
+    attention_kernel[(num_splits, num_kv_heads, batch.num_seqs)](
         q,
         *pages,
         parts,
@@ -421,11 +477,9 @@ def paged_attention(
         stride_split,
         *numbers,
         num_splits,
-        **constants,
-        DECODE=True,
-        BLOCK_Q=1,
-        BLOCK_M=max(16, triton.next_power_of_2(group)),
-        num_warps=4,
+        **{**decode.constants, **flags},
+        num_warps=decode.num_warps,
+        num_stages=decode.num_stages,
     )
     merge_kernel[(batch.num_seqs, num_heads)](
         parts,
@@ -442,9 +496,9 @@ def paged_attention(
         num_warps=1,
     )
     if batch.max_query_len > 1:
-        block_q = max(1, PREFILL_ROWS // group)
-        blocks = triton.cdiv(batch.max_query_len, block_q)
-        _attention_kernel[(blocks, num_kv_heads, batch.num_seqs)](
+        prefill = prefill_launch(fmt, head_dim, num_heads // num_kv_heads, page_size)
+        blocks = triton.cdiv(batch.max_query_len, prefill.constants["BLOCK_Q"])
+        attention_kernel[(blocks, num_kv_heads, batch.num_seqs)](
             q,
             *pages,
             out,
@@ -453,11 +507,9 @@ def paged_attention(
             0,
             *numbers,
             1,
-            **constants,
-            DECODE=False,
-            BLOCK_Q=block_q,
-            BLOCK_M=triton.next_power_of_2(block_q * group),
-            num_warps=4,
+            **{**prefill.constants, **flags},
+            num_warps=prefill.num_warps,
+            num_stages=prefill.num_stages,
         )
     return out, lse
 
@@ -472,11 +524,11 @@ def _check(hot: torch.Tensor, sealed: torch.Tensor) -> None:
         raise ValueError("hot, sealed: the kernels need contiguous arenas")
 
 
-def _num_splits(device: torch.device, programs: int, max_seq_len: int, block_n: int) -> int:
+def _num_splits(device: torch.device, programs: int, max_seq_len: int, launch: Launch) -> int:
     """Enough to fill the device twice, none with less than a few tiles."""
     processors = INTERPRETER_PROCESSORS
     if device.type == "cuda":
         processors = torch.cuda.get_device_properties(device).multi_processor_count
     wanted = triton.cdiv(2 * processors, programs)
-    tiles = triton.cdiv(max_seq_len, block_n)
+    tiles = triton.cdiv(max_seq_len, launch.constants["BLOCK_N"])
     return max(1, min(wanted, tiles // MIN_TILES_PER_SPLIT, MAX_SPLITS))

@@ -23,7 +23,8 @@ def seal_pages(
 
     hot: [num_hot_pages, 2, num_kv_heads, page_size, head_dim] of the compute dtype
     sealed: [num_sealed_pages, num_kv_heads, page_bytes] uint8
-    hot_ids, sealed_ids: [n] int32, page n of one goes to page n of the other
+    hot_ids, sealed_ids: [n] int32, page n of one goes to page n of the other; a negative
+        hot id is padding and is skipped
     backend: None picks the kernels on GPUs and plain torch elsewhere
     """
     if hot_ids.shape != sealed_ids.shape or hot_ids.dim() != 1:

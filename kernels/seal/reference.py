@@ -15,5 +15,6 @@ def seal_pages(
     *,
     fmt: KVFormat,
 ) -> None:
-    full = hot.index_select(0, hot_ids)
-    sealed.index_copy_(0, sealed_ids.long(), fmt.encode(full[:, 0], full[:, 1]))
+    wanted = hot_ids >= 0
+    full = hot.index_select(0, hot_ids[wanted])
+    sealed.index_copy_(0, sealed_ids[wanted].long(), fmt.encode(full[:, 0], full[:, 1]))

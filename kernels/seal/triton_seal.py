@@ -34,7 +34,7 @@ def _seal_kernel(
     hot_id = tl.load(hot_ids_ptr + page).to(tl.int64)
     sealed_id = tl.load(sealed_ids_ptr + page).to(tl.int64)
     slots = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
-    mask = slots < PAGE_SIZE
+    mask = (slots < PAGE_SIZE) & (hot_id >= 0)
     offs_d = tl.arange(0, HALF)
     mask_d = mask[:, None] & (offs_d < HEAD_DIM // 2)[None, :]
     for V in tl.static_range(2):

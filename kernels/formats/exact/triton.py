@@ -1,10 +1,10 @@
 """Tile functions of the format `exact` for the Triton kernels.
 
 page_row: int64, page id * num_kv_heads + head: where one head's part of a page
-starts, in units of such parts; slots, mask: [N], the page's tokens; V: 0 for
+starts, in units of such parts; slots: [N], the page's tokens; V: 0 for
 keys, 1 for values. A tile comes in two halves of the head's dimensions, low and
-high, each [N, HALF], HALF being head_dim / 2 padded to a power of two. See `kernels/attention/triton_attention.py` for
-how the functions are used and what they are given.
+high, each [N, HALF], HALF being head_dim / 2 padded to a power of two. See
+`kernels/attention/triton_attention.py` for how the functions are used.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ def load_tile(
     meta_ptr,
     page_row,
     slots,
-    mask,
     V: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -36,11 +35,15 @@ def load_tile(
     DTYPE: tl.constexpr,
 ):
     offs_d = tl.arange(0, HALF)
-    mask_d = mask[:, None] & (offs_d < HEAD_DIM // 2)[None, :]
     page_ptr = data_ptr + page_row * (2 * PAGE_SIZE * HEAD_DIM)
     row_ptr = page_ptr + (V * PAGE_SIZE + slots)[:, None] * HEAD_DIM + offs_d[None, :]
-    low = tl.load(row_ptr, mask=mask_d, other=0.0)
-    high = tl.load(row_ptr + HEAD_DIM // 2, mask=mask_d, other=0.0)
+    if HALF * 2 == HEAD_DIM:
+        low = tl.load(row_ptr)
+        high = tl.load(row_ptr + HEAD_DIM // 2)
+    else:
+        mask_d = (offs_d < HEAD_DIM // 2)[None, :]
+        low = tl.load(row_ptr, mask=mask_d, other=0.0)
+        high = tl.load(row_ptr + HEAD_DIM // 2, mask=mask_d, other=0.0)
     unused = tl.zeros_like(slots).to(tl.float32)
     return low, high, unused, unused
 

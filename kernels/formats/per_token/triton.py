@@ -21,20 +21,89 @@ from kvmesh.kernels.formats.base import KVFormat, TileKernels
 
 
 def views(sealed: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sealed arena as the tensors the tile functions read: codes, and metadata as the bits of bf16."""
+    """The sealed arena as the tile functions read it: codes, and the bits of bf16 metadata."""
     return sealed, sealed.view(torch.int16)
 
 
 @triton.jit
 def _load_meta(
-    meta_ptr, page_row, slots, mask, V: tl.constexpr, PAGE_SIZE: tl.constexpr, CODES: tl.constexpr
+    meta_ptr, page_row, slots, V: tl.constexpr, PAGE_SIZE: tl.constexpr, CODES: tl.constexpr
 ):
     """CODES: bytes of a page's codes, K and V"""
     page_ptr = meta_ptr + page_row * (CODES // 2 + 4 * PAGE_SIZE) + CODES // 2
     offs = 2 * V * PAGE_SIZE + slots
-    scale = tl.load(page_ptr + offs, mask=mask, other=0).to(tl.int32) << 16
-    minimum = tl.load(page_ptr + PAGE_SIZE + offs, mask=mask, other=0).to(tl.int32) << 16
+    scale = tl.load(page_ptr + offs).to(tl.int32) << 16
+    minimum = tl.load(page_ptr + PAGE_SIZE + offs).to(tl.int32) << 16
     return scale.to(tl.float32, bitcast=True), minimum.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _centred_8(codes, DTYPE: tl.constexpr):
+    """[N, HALF] uint8 -> codes - 128"""
+    if DTYPE == tl.bfloat16:  # noqa: SIM300
+        # Two codes a register, each in 16 bits. A bf16 number from 128 to 255 holds
+        # its whole part's low 7 bits as its mantissa: 0x4300 | (code & 127) is 128 +
+        # (code & 127). Subtract 128 where the code's top bit is set (0x4300), else 256
+        # (0x4380); a fused multiply-add is the subtraction that sm_80 has.
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 x, y, a, b, minus;
+            mov.b32 minus, 0xbf80bf80;
+            prmt.b32 x, $2, 0, 0x4140;
+            prmt.b32 y, $2, 0, 0x4342;
+            lop3.b32 a, x, 0x007f007f, 0x43004300, 0xea;
+            lop3.b32 b, x, 0x00800080, 0x43004300, 0xae;
+            fma.rn.bf16x2 $0, b, minus, a;
+            lop3.b32 a, y, 0x007f007f, 0x43004300, 0xea;
+            lop3.b32 b, y, 0x00800080, 0x43004300, 0xae;
+            fma.rn.bf16x2 $1, b, minus, a;
+            }""",
+            "=r,=r,r",
+            [codes],
+            dtype=tl.bfloat16,
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        # code ^ 128 read as signed is code - 128
+        return (codes ^ 128).to(tl.int8, bitcast=True).to(DTYPE)
+
+
+@triton.jit
+def _centred_4(pairs, DTYPE: tl.constexpr):
+    """[N, HALF] uint8, two codes each -> low codes - 8, high codes - 8"""
+    if DTYPE == tl.bfloat16:  # noqa: SIM300
+        # As above, with 128 + code, less 136.
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 x, y, a, b, one, less;
+            mov.b32 one, 0x3f803f80;
+            mov.b32 less, 0xc308c308;
+            prmt.b32 x, $4, 0, 0x4140;
+            prmt.b32 y, $4, 0, 0x4342;
+            lop3.b32 a, x, 0x000f000f, 0x43004300, 0xea;
+            lop3.b32 b, y, 0x000f000f, 0x43004300, 0xea;
+            fma.rn.bf16x2 $0, a, one, less;
+            fma.rn.bf16x2 $1, b, one, less;
+            shr.b32 x, x, 4;
+            shr.b32 y, y, 4;
+            lop3.b32 a, x, 0x000f000f, 0x43004300, 0xea;
+            lop3.b32 b, y, 0x000f000f, 0x43004300, 0xea;
+            fma.rn.bf16x2 $2, a, one, less;
+            fma.rn.bf16x2 $3, b, one, less;
+            }""",
+            "=r,=r,=r,=r,r",
+            [pairs],
+            dtype=(tl.bfloat16, tl.bfloat16),
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        # Flipping a nibble's top bit makes it its code less 8 in two's complement;
+        # shifting it up and arithmetically down again extends the sign.
+        signed = pairs ^ 0x88
+        low = ((signed << 4).to(tl.int8, bitcast=True) >> 4).to(DTYPE)
+        return low, (signed.to(tl.int8, bitcast=True) >> 4).to(DTYPE)
 
 
 @triton.jit
@@ -43,7 +112,6 @@ def load_tile_8(
     meta_ptr,
     page_row,
     slots,
-    mask,
     V: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -52,16 +120,17 @@ def load_tile_8(
 ):
     CODES: tl.constexpr = 2 * PAGE_SIZE * HEAD_DIM
     offs_d = tl.arange(0, HALF)
-    mask_d = mask[:, None] & (offs_d < HEAD_DIM // 2)[None, :]
     page_ptr = data_ptr + page_row * (CODES + 8 * PAGE_SIZE)
     row_ptr = page_ptr + (V * PAGE_SIZE + slots)[:, None] * HEAD_DIM + offs_d[None, :]
-    low = tl.load(row_ptr, mask=mask_d, other=128)
-    high = tl.load(row_ptr + HEAD_DIM // 2, mask=mask_d, other=128)
-    scale, minimum = _load_meta(meta_ptr, page_row, slots, mask, V, PAGE_SIZE, CODES)
-    # code ^ 128 read as signed is code - 128
-    low = (low ^ 128).to(tl.int8, bitcast=True).to(DTYPE)
-    high = (high ^ 128).to(tl.int8, bitcast=True).to(DTYPE)
-    return low, high, scale, minimum + 128.0 * scale
+    if HALF * 2 == HEAD_DIM:
+        low = tl.load(row_ptr)
+        high = tl.load(row_ptr + HEAD_DIM // 2)
+    else:
+        mask_d = (offs_d < HEAD_DIM // 2)[None, :]
+        low = tl.load(row_ptr, mask=mask_d, other=128)
+        high = tl.load(row_ptr + HEAD_DIM // 2, mask=mask_d, other=128)
+    scale, minimum = _load_meta(meta_ptr, page_row, slots, V, PAGE_SIZE, CODES)
+    return _centred_8(low, DTYPE), _centred_8(high, DTYPE), scale, minimum + 128.0 * scale
 
 
 @triton.jit
@@ -70,7 +139,6 @@ def load_tile_4(
     meta_ptr,
     page_row,
     slots,
-    mask,
     V: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -79,16 +147,14 @@ def load_tile_4(
 ):
     CODES: tl.constexpr = PAGE_SIZE * HEAD_DIM
     offs_d = tl.arange(0, HALF)
-    mask_d = mask[:, None] & (offs_d < HEAD_DIM // 2)[None, :]
     page_ptr = data_ptr + page_row * (CODES + 8 * PAGE_SIZE)
     row_ptr = page_ptr + (V * PAGE_SIZE + slots)[:, None] * (HEAD_DIM // 2) + offs_d[None, :]
-    byte = tl.load(row_ptr, mask=mask_d, other=0x88)
-    scale, minimum = _load_meta(meta_ptr, page_row, slots, mask, V, PAGE_SIZE, CODES)
-    # Flipping a nibble's top bit makes it its code less 8 in two's complement;
-    # shifting it up and arithmetically down again extends the sign.
-    signed = byte ^ 0x88
-    low = ((signed << 4).to(tl.int8, bitcast=True) >> 4).to(DTYPE)
-    high = (signed.to(tl.int8, bitcast=True) >> 4).to(DTYPE)
+    if HALF * 2 == HEAD_DIM:
+        pairs = tl.load(row_ptr)
+    else:
+        pairs = tl.load(row_ptr, mask=(offs_d < HEAD_DIM // 2)[None, :], other=0x88)
+    scale, minimum = _load_meta(meta_ptr, page_row, slots, V, PAGE_SIZE, CODES)
+    low, high = _centred_4(pairs, DTYPE)
     return low, high, scale, minimum + 8.0 * scale
 
 

@@ -1,0 +1,214 @@
+"""Instructions per KV element of the decode kernel, counted in its machine code; needs no GPU.
+
+    python benchmarks/sass.py [--output FILE] [--check FILE] [--capability 90] [--dump DIR]
+
+Triton compiles for a GPU that is not there and ships a disassembler. The loop
+over sealed pages is the backward branch whose body holds tensor-core
+instructions and comes first; every thread of the program runs it once a tile:
+
+    instructions per element = instructions * threads / (tile's tokens * head_dim * 2)
+
+A streaming multiprocessor issues 4 warps' instructions a clock, that is 128
+thread instructions. With b stored bits an element, clock f and n processors, a
+loop of i instructions an element can ask for at most 128 f n b / (8 i) bytes a
+second; `bound` gives that as a share of the GPU's memory bandwidth, and it is a
+bound, not a forecast: stalls come on top.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ.pop("TRITON_INTERPRET", None)  # the interpreter's functions cannot be compiled
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from kvmesh.kernels.attention import triton_attention
+from kvmesh.kernels.formats.registry import format_names, get_format
+
+# name: capability, processors, boost clock Hz, memory bytes a second
+GPUS = {
+    "A100": (80, 108, 1.41e9, 2.04e12),
+    "L40S": (89, 142, 2.52e9, 0.864e12),
+    "H100": (90, 132, 1.755e9, 3.35e12),
+    "H200": (90, 132, 1.755e9, 4.8e12),
+}
+TOLERANCE = 1.05
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kernel: `instructions` of the sealed loop an element; registers a thread;
+    shared memory and spills in bytes; `bound` as a share of each GPU's bandwidth."""
+
+    kv_format: str
+    capability: int
+    head_dim: int
+    group: int
+    page_size: int
+    instructions: float
+    registers: int
+    shared_bytes: int
+    spill_bytes: int
+    bound: dict[str, float]
+
+
+def compile_decode(name: str, capability: int, head_dim: int, group: int, page_size: int) -> Any:
+    """The decode kernel for that GPU, as the operator would launch it, and its constants."""
+    launch = triton_attention.decode_launch(get_format(name), head_dim, group, page_size)
+    kernel = triton_attention.attention_kernel
+    types = {
+        **dict.fromkeys(("q_ptr", "hot_ptr"), "*bf16"),
+        **dict.fromkeys(("out_ptr", "lse_ptr"), "*fp32"),
+        **dict.fromkeys(("qk_scale", "softcap"), "fp32"),
+        "data_ptr": "*bf16" if name == "exact" else "*u8",
+        "meta_ptr": "*bf16" if name == "exact" else "*i16",
+    }
+    constants = {**launch.constants, "NUM_KV_HEADS": 8}
+    signature = {}
+    for argument in kernel.arg_names:
+        default = "*i32" if argument.endswith("_ptr") else "i32"
+        signature[argument] = "constexpr" if argument in constants else types.get(argument, default)
+    names = list(kernel.arg_names)
+    source = ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={
+            (index,): [["tt.divisibility", 16]]
+            for index, name in enumerate(names)
+            if signature[name].startswith("*")
+        },
+    )
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return compiled, launch
+
+
+def disassemble(cubin: bytes) -> tuple[list[str], str]:
+    """Lines of machine code, and what cuobjdump says of resources."""
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        code = subprocess.run(
+            [tools / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True
+        )
+        usage = subprocess.run(
+            [tools / "cuobjdump", "-res-usage", file.name],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    return code.stdout.splitlines(), usage.stdout + usage.stderr
+
+
+def sealed_loop(lines: list[str]) -> int:
+    """Instructions of the first innermost loop that multiplies matrices."""
+    labels: dict[str, int] = {}
+    is_instruction = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s")
+    for index, line in enumerate(lines):
+        label = re.match(r"^(\.L_\w+):", line)
+        if label:
+            labels[label[1]] = index
+        branch = re.search(r"\bBRA(?:\.\w+)*\s.*`\((\.L_\w+)\)", line)
+        if branch and branch[1] in labels:
+            body = lines[labels[branch[1]] : index + 1]
+            if any(re.search(r"\b[HIQ]G?MMA\b", text) for text in body):
+                return sum(bool(is_instruction.match(text)) for text in body)
+    raise SystemExit("no loop with tensor-core instructions found")
+
+
+def measure(
+    name: str, capability: int, head_dim: int, group: int, page_size: int, dump: Path | None
+) -> Row:
+    compiled, launch = compile_decode(name, capability, head_dim, group, page_size)
+    lines, usage = disassemble(compiled.asm["cubin"])
+    if dump:
+        dump.mkdir(parents=True, exist_ok=True)
+        (dump / f"{name}-sm{capability}-d{head_dim}-g{group}.sass").write_text("\n".join(lines))
+    threads = launch.num_warps * 32
+    elements = launch.constants["BLOCK_N"] * head_dim * 2
+    instructions = sealed_loop(lines) * threads / elements
+    bits = get_format(name).bits_per_element(page_size, head_dim)
+    bound = {
+        gpu: round(128 * clock * processors * bits / 8 / instructions / bandwidth, 2)
+        for gpu, (cc, processors, clock, bandwidth) in GPUS.items()
+        if cc == capability
+    }
+    registers = int(re.search(r"REG:(\d+)", usage)[1])  # type: ignore[index]
+    local = int(re.search(r"LOCAL:(\d+)", usage)[1])  # type: ignore[index]
+    stack = int(re.search(r"STACK:(\d+)", usage)[1])  # type: ignore[index]
+    return Row(
+        name,
+        capability,
+        head_dim,
+        group,
+        page_size,
+        round(instructions, 2),
+        registers,
+        compiled.metadata.shared,
+        local + stack,
+        bound,
+    )
+
+
+def regressions(rows: list[Row], committed: Path) -> list[str]:
+    """What is worse than the committed table by more than 5%."""
+    keys = ("kv_format", "capability", "head_dim", "group", "page_size")
+    known = {tuple(row[key] for key in keys): row for row in json.loads(committed.read_text())}
+    found = []
+    for row in rows:
+        before = known.get(tuple(getattr(row, key) for key in keys))
+        if before and row.instructions > TOLERANCE * before["instructions"]:
+            found.append(f"{row}: {before['instructions']} instructions an element before")
+        if before and row.spill_bytes > before["spill_bytes"]:
+            found.append(f"{row}: {before['spill_bytes']} bytes spilled before")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--check", type=Path, help="fail where this committed table was better")
+    parser.add_argument("--capability", type=int, nargs="*", default=[80, 89, 90])
+    parser.add_argument("--format", nargs="*", default=list(format_names()))
+    parser.add_argument("--shape", nargs="*", default=["128x8", "128x4", "64x3"])
+    parser.add_argument("--page-size", type=int, default=64)
+    parser.add_argument("--dump", type=Path)
+    options = parser.parse_args()
+    rows = []
+    print("format  sm  dim group  instr/elem  regs  shared  spill  bound")
+    for capability in options.capability:
+        for shape in options.shape:
+            head_dim, group = map(int, shape.split("x"))
+            for name in options.format:
+                row = measure(name, capability, head_dim, group, options.page_size, options.dump)
+                rows.append(row)
+                print(
+                    f"{name:7} {capability} {head_dim:4} {group:5} {row.instructions:11.2f}"
+                    f" {row.registers:5} {row.shared_bytes:7} {row.spill_bytes:6}  {row.bound}",
+                    flush=True,
+                )
+    if options.output:
+        options.output.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    if options.check:
+        worse = regressions(rows, options.check)
+        if worse:
+            raise SystemExit("\n".join(worse))
+
+
+if __name__ == "__main__":
+    main()
