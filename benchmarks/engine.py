@@ -117,7 +117,11 @@ def run_generate_batch(model: PreTrainedModel, prompts: list[list[int]], tokens:
 
 def _greedy(tokens: int) -> GenerationConfig:
     return GenerationConfig(
-        max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, eos_token_id=-1, pad_token_id=0
+        max_new_tokens=tokens,
+        min_new_tokens=tokens,
+        do_sample=False,
+        eos_token_id=-1,
+        pad_token_id=0,
     )
 
 

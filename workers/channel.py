@@ -55,7 +55,7 @@ class RankEnd:
     """A rank's end of its pair."""
 
     def __init__(self, endpoint: str) -> None:
-        self._socket = zmq.Context.instance().socket(zmq.PAIR)
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PAIR)
         self._socket.setsockopt(zmq.LINGER, 1000)
         self._socket.connect(endpoint)
         self._encoder = msgspec.msgpack.Encoder()
@@ -65,7 +65,8 @@ class RankEnd:
         """The next message, or None when the time is over."""
         if not self._socket.poll(int(timeout_s * 1000)):
             return None
-        return self._decoder.decode(self._socket.recv())
+        message: StepPlan | Allocation | Close = self._decoder.decode(self._socket.recv())
+        return message
 
     def send(self, message: FromRank) -> None:
         self._socket.send(self._encoder.encode(message))
@@ -85,9 +86,9 @@ class ChannelExecutor:
     def __init__(self, num_ranks: int) -> None:
         self._directory = Path(tempfile.mkdtemp(prefix="kvmesh-"))  # mode 0700
         self.endpoints = [f"ipc://{self._directory}/rank{rank}" for rank in range(num_ranks)]
-        self._sockets = []
+        self._sockets: list[zmq.Socket[bytes]] = []
         for endpoint in self.endpoints:
-            socket = zmq.Context.instance().socket(zmq.PAIR)
+            socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PAIR)
             socket.setsockopt(zmq.LINGER, 0)
             socket.bind(endpoint)
             self._sockets.append(socket)

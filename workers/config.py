@@ -8,6 +8,7 @@ from kvmesh.workers.errors import ConfigError
 
 DTYPES = ("auto", "float32", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")
+PAGE_SIZES = (16, 32, 64, 128, 256)
 DEFAULT_CPU_KV_MEMORY_BYTES = 1 << 30
 
 
@@ -29,6 +30,7 @@ class EngineConfig:
     max_model_len: tokens a sequence may have; None takes the model's own
     prefix_cache: keep sealed pages of ended sequences and share them
     threads_per_rank: CPU threads of a rank; None shares the machine's among the ranks
+    cuda_graphs: replay decode steps from CUDA graphs; has no effect on CPUs
     """
 
     model: str
@@ -46,13 +48,15 @@ class EngineConfig:
     max_model_len: int | None = None
     prefix_cache: bool = True
     threads_per_rank: int | None = None
+    cuda_graphs: bool = False
 
     def __post_init__(self) -> None:
         if not self.model:
             raise ConfigError("model", "must name a model, a directory or a GGUF file")
-        if self.page_size < 8 or self.page_size > 256 or self.page_size & (self.page_size - 1):
+        if self.page_size not in PAGE_SIZES:
             raise ConfigError(
-                "page_size", f"must be a power of two from 8 to 256, got {self.page_size}"
+                "page_size",
+                f"must be one of {', '.join(map(str, PAGE_SIZES))}; got {self.page_size}",
             )
         _choice("dtype", self.dtype, DTYPES)
         _choice("device", self.device, DEVICES)

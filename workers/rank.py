@@ -89,6 +89,7 @@ class Rank:
             dtype=self._dtype,
             device=self._device,
             samples=self._samples,
+            cuda_graphs=self._config.cuda_graphs,
         )
 
     def execute(self, plan: StepPlan) -> StepResult | None:

@@ -59,7 +59,8 @@ class SamplingParams:
             raise InvalidRequestError("top_p", f"must be greater than 0, got {self.top_p}")
         if self.min_tokens > self.max_tokens:
             raise InvalidRequestError(
-                "min_tokens", f"must be at most max_tokens ({self.max_tokens}), got {self.min_tokens}"
+                "min_tokens",
+                f"must be at most max_tokens ({self.max_tokens}), got {self.min_tokens}",
             )
         if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
             raise InvalidRequestError(

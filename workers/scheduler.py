@@ -75,8 +75,8 @@ class Scheduler:
         for seq in decoding + prefilling:
             if seq.row is not None and draft.tokens_left:  # still running, not preempted meanwhile
                 self._plan_chunk(draft, seq)
-        while draft.tokens_left and (seq := self._admit(draft)):
-            self._plan_chunk(draft, seq)
+        while draft.tokens_left and (admitted := self._admit(draft)):
+            self._plan_chunk(draft, admitted)
         if not draft.chunks:
             assert not self.running and not self.waiting, "sequences are left but none can go on"
             return None

@@ -26,9 +26,7 @@ def worker_main(config: EngineConfig, rank: int, endpoint: str, rendezvous: str)
     parent = os.getppid()
     end = RankEnd(endpoint)
     try:
-        comm = Communicator.connect(
-            rank, config.tp, rendezvous, device=choose_device(config, rank)
-        )
+        comm = Communicator.connect(rank, config.tp, rendezvous, device=choose_device(config, rank))
         try:
             _serve(Rank(config, rank, comm), end, parent)
         finally:

@@ -49,7 +49,7 @@ class MemoryExecutor:
     num_ranks = 2
 
     def __init__(
-        self, page_size: int, sink: int, recent: int, budget_pages: int, max_model_len: int = 400
+        self, page_size: int, sink: int, recent: int, budget_pages: int, max_model_len: int = 800
     ) -> None:
         self._page_size, self._sink, self._recent = page_size, sink, recent
         self._description = RankDescription(

@@ -14,7 +14,7 @@ from kvmesh.workers.request import EngineRequest, FinishReason, SequenceDelta
 from kvmesh.workers.sampling_params import SamplingParams
 from tests.workers.memory_executor import VOCAB, MemoryExecutor, expected_output
 
-PAGE = 8
+PAGE = 16
 
 
 def make_engine(
@@ -59,7 +59,7 @@ def tokens_of(deltas: list[SequenceDelta]) -> list[int]:
     return [token for delta in deltas for token in delta.token_ids]
 
 
-prompts = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=70)
+prompts = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=140)
 
 
 @settings(max_examples=150, deadline=None)
@@ -73,7 +73,7 @@ def test_output_depends_on_the_prompt_alone(data: st.DataObject) -> None:
         sink=sink,
         recent=recent,
         seqs=seqs,
-        tokens=data.draw(st.sampled_from([4, 7, 16, 64]), "tokens"),
+        tokens=data.draw(st.sampled_from([4, 7, 16, 128]), "tokens"),
         budget=data.draw(st.integers(60, 130), "budget"),
         prefix_cache=data.draw(st.booleans(), "prefix cache"),
     )
@@ -82,7 +82,7 @@ def test_output_depends_on_the_prompt_alone(data: st.DataObject) -> None:
     deltas: dict[str, list[SequenceDelta]] = {}
     for index in range(data.draw(st.integers(1, 10), "requests")):
         prompt = (shared if data.draw(st.booleans()) else []) + data.draw(prompts)
-        max_tokens = data.draw(st.integers(1, 60))
+        max_tokens = data.draw(st.integers(1, 120))
         params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
         item = request(str(index), prompt, params=params)
         try:
@@ -136,14 +136,14 @@ def test_prefix_cache_respects_the_salt() -> None:
 
 def test_preempts_the_youngest_once_and_finishes_all() -> None:
     engine, _ = make_engine(budget=62, seqs=3, tokens=32)
-    params = SamplingParams(temperature=0.0, max_tokens=150, ignore_eos=True)
+    params = SamplingParams(temperature=0.0, max_tokens=300, ignore_eos=True)
     for name in "abc":
         # Each fits alone; the three together do not.
         engine.add(request(name, [ord(name) % VOCAB] * 9, params=params))
     deltas = run(engine)
     assert engine.scheduler.preemptions_total > 0
     for name in "abc":
-        whole = expected_output([ord(name) % VOCAB] * 9, 150, ignore_eos=True)
+        whole = expected_output([ord(name) % VOCAB] * 9, 300, ignore_eos=True)
         assert tokens_of(deltas[name]) == whole
     oldest = deltas["a"][-1].usage
     assert oldest and oldest.preemptions == 0
@@ -186,9 +186,7 @@ def test_stop_tokens_min_tokens_and_length() -> None:
 def test_deadline_ends_a_sequence_and_frees_its_pages() -> None:
     now = [0.0]
     executor = MemoryExecutor(PAGE, 0, 0, 200)
-    config = EngineConfig(
-        model="memory", page_size=PAGE, max_num_seqs=4, max_num_batched_tokens=16
-    )
+    config = EngineConfig(model="memory", page_size=PAGE, max_num_seqs=4, max_num_batched_tokens=16)
     engine = Engine(config, executor, clock=lambda: now[0])
     engine.add(request("slow", [3] * 30, 300, timeout_s=5.0))
     engine.add(request("free", [4] * 30, 3))
@@ -206,7 +204,7 @@ def test_deadline_ends_a_sequence_and_frees_its_pages() -> None:
         ({"prompt": []}, "prompt"),
         ({"prompt": [VOCAB]}, "prompt.token_ids"),
         ({"prompt": [-1]}, "prompt.token_ids"),
-        ({"prompt": [1] * 400}, "prompt"),
+        ({"prompt": [1] * 800}, "prompt"),
         ({"params": SamplingParams(stop_token_ids=(VOCAB,))}, "stop_token_ids"),
         ({"params": SamplingParams(logit_bias={-1: 1.0})}, "logit_bias"),
         ({"resumed_tokens": 3}, "resumed_tokens"),
@@ -223,7 +221,7 @@ def test_impossible_requests_are_refused_by_field(change: dict[str, object], fie
 def test_a_request_no_pool_can_hold_is_refused_with_bytes() -> None:
     engine, _ = make_engine(budget=60)
     with pytest.raises(CapacityError) as caught:
-        engine.check(request("huge", [1] * 300, 90))
+        engine.check(request("huge", [1] * 700, 90))
     assert caught.value.needed_bytes > caught.value.available_bytes > 0
     assert not caught.value.ever
 

@@ -25,7 +25,7 @@ from tests.workers.test_engine import PAGE, request, tokens_of
 
 CONFIG = EngineConfig(model="memory", page_size=PAGE, max_num_seqs=4, max_num_batched_tokens=16)
 MANY = 10_000
-ENDLESS = SamplingParams(temperature=0.0, max_tokens=380, ignore_eos=True)
+ENDLESS = SamplingParams(temperature=0.0, max_tokens=700, ignore_eos=True)
 
 
 class GatedExecutor(MemoryExecutor):

@@ -1,0 +1,82 @@
+"""Step plans as arrays, and padded decode steps against unpadded ones."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from kvmesh.kernels.attention import paged_attention
+from kvmesh.kernels.formats.registry import get_format
+from kvmesh.kernels.seal import seal_pages
+from kvmesh.kernels.write import write_hot
+from kvmesh.workers.plan import Chunk, StepPlan, TableUpdate
+from kvmesh.workers.step import StepArrays, Tables, to_device
+
+PAGE = 16
+CPU = torch.device("cpu")
+NOTHING = TableUpdate([], [], [])
+
+
+def chunk(row: int, start: int, tokens: list[int], sample: bool = True) -> Chunk:
+    return Chunk(row, start, np.array(tokens, np.int32).tobytes(), sample)
+
+
+def plan_of(*chunks: Chunk, seal: tuple[int, int] | None = None) -> StepPlan:
+    hot, sealed = ([seal[0]], [seal[1]]) if seal else ([], [])
+    return StepPlan(1, [], list(chunks), NOTHING, NOTHING, hot, sealed)
+
+
+def test_chunks_are_packed_with_their_positions_and_slots() -> None:
+    hot_ids = np.full((3, 4), -1, dtype=np.int64)
+    hot_ids[2, 0], hot_ids[2, 1], hot_ids[0, 3] = 7, 5, 2
+    arrays = StepArrays.of(
+        plan_of(chunk(2, 14, [9, 8, 7], sample=False), chunk(0, 50, [4])), hot_ids, PAGE
+    )
+    assert arrays.input_ids.tolist() == [9, 8, 7, 4]
+    assert arrays.positions.tolist() == [14, 15, 16, 50]
+    assert arrays.slots.tolist() == [7 * PAGE + 14, 7 * PAGE + 15, 5 * PAGE, 2 * PAGE + 2]
+    assert arrays.query_starts.tolist() == [0, 3, 4]
+    assert arrays.seq_lens.tolist() == [17, 51]
+    assert arrays.rows.tolist() == [2, 0]
+    assert arrays.logits_rows.tolist() == [3]
+    assert not arrays.is_decode
+
+
+def test_a_padded_decode_step_computes_the_same() -> None:
+    """Padding writes nothing, seals nothing, and its rows of the output are empty."""
+    torch.manual_seed(0)
+    fmt = get_format("int8")
+    heads, kv_heads, head_dim = 4, 2, 64
+    lengths = [40, 17, 16]  # the last fills its page, which is sealed in this step
+    hot = torch.randn(6, 2, kv_heads, PAGE, head_dim)
+    sealed = torch.zeros(6, kv_heads, fmt.page_bytes(PAGE, head_dim, 4), dtype=torch.uint8)
+    for page in range(4):
+        seal_pages(hot, sealed, torch.tensor([page]), torch.tensor([page]), fmt=fmt)
+    tables = Tables(
+        torch.tensor([[-1, -1, 3], [-1, 4, -1], [5, -1, -1]], dtype=torch.int32),
+        torch.tensor([[0, 1, -1], [2, -1, -1], [4, -1, -1]], dtype=torch.int32),
+        PAGE,
+        0,
+        0,
+    )
+    plan = plan_of(*(chunk(i, n - 1, [i]) for i, n in enumerate(lengths)), seal=(5, 4))
+    arrays = StepArrays.of(plan, tables.hot.numpy().astype(np.int64), PAGE)
+    assert arrays.is_decode
+    q = torch.randn(4, heads, head_dim)
+    k, v = torch.randn(2, 4, kv_heads, head_dim)
+
+    def run(step: StepArrays) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        pool, codes = hot.clone(), sealed.clone()
+        tensors = to_device(step, tables, CPU)
+        count = len(tensors.slots)
+        write_hot(k[:count], v[:count], pool, tensors.slots)
+        seal_pages(pool, codes, tensors.seal_hot, tensors.seal_sealed, fmt=fmt)
+        out, _ = paged_attention(q[:count], pool, codes, tensors.batch, fmt=fmt, scale=0.125)
+        return out, pool, codes
+
+    out, pool, codes = run(arrays)
+    padded_out, padded_pool, padded_codes = run(arrays.padded(4))
+    torch.testing.assert_close(padded_out[:3], out)
+    assert (padded_out[3] == 0).all()
+    assert torch.equal(padded_pool, pool) and torch.equal(padded_codes, codes)
+    assert not torch.equal(codes[4], sealed[4])

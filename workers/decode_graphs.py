@@ -1,0 +1,134 @@
+"""Decode steps replayed from CUDA graphs, one for each batch size that is a power of two.
+
+A graph's inputs are fixed tensors: a step is padded to the next size, copied
+into them with one transfer, and replayed. Lengths and block tables are read on
+the device, so a graph stays right as sequences grow, end and change rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from kvmesh.workers.step import StepArrays, StepTensors, Tables
+
+Forward = Callable[[StepTensors], torch.Tensor | None]
+
+# Larger batches are bound by the device, not by launches.
+_MAX_SIZE = 256
+
+
+@dataclass(frozen=True, slots=True)
+class _Graph:
+    """staging: [n] int64 on the host, pinned; inputs: the same on the device."""
+
+    graph: torch.cuda.CUDAGraph
+    staging: torch.Tensor
+    inputs: torch.Tensor
+    logits: torch.Tensor | None
+
+
+class DecodeGraphs:
+    """Captures every size at construction; all ranks of a group capture in the same order."""
+
+    def __init__(
+        self, forward: Forward, tables: Tables, *, max_rows: int, max_seq_len: int
+    ) -> None:
+        self._forward = forward
+        self._tables = tables
+        self._max_seq_len = max_seq_len
+        self._pool: Any = None  # torch's handle of the graphs' shared memory
+        self._graphs: dict[int, _Graph] = {}
+        largest = min(_MAX_SIZE, 1 << (max_rows - 1).bit_length())
+        size = largest
+        while size:  # the largest first: the smaller ones then find its memory in the pool
+            self._graphs[size] = self._capture(size)
+            size //= 2
+
+    def run(self, arrays: StepArrays) -> torch.Tensor | None:
+        """Logits [S, vocab_size] of a decode step, valid until the next run; None where this
+        rank has none. Call only when `fits`."""
+        count = len(arrays.rows)
+        graph = self._graphs[_bucket(count)]
+        _fill(graph.staging.numpy(), arrays.padded(_bucket(count)))
+        graph.inputs.copy_(graph.staging, non_blocking=True)
+        graph.graph.replay()
+        return None if graph.logits is None else graph.logits[:count]
+
+    def fits(self, arrays: StepArrays) -> bool:
+        """Whether a graph covers the step."""
+        return arrays.is_decode and _bucket(len(arrays.rows)) in self._graphs
+
+    def _capture(self, size: int) -> _Graph:
+        device = self._tables.hot.device
+        empty = np.zeros(0, dtype=np.int64)
+        nothing = StepArrays(*(empty,) * 4, np.zeros(1, dtype=np.int64), *(empty,) * 4).padded(size)
+        staging = torch.empty(_num_ints(size), dtype=torch.int64, pin_memory=True)
+        _fill(staging.numpy(), nothing)
+        inputs = staging.to(device)
+        # Twice on a side stream: kernels are compiled and libraries set up outside the capture.
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                self._forward(self._views(inputs, size))
+        torch.cuda.current_stream(device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            logits = self._forward(self._views(inputs, size))
+        self._pool = graph.pool()
+        return _Graph(graph, staging, inputs, logits)
+
+    def _views(self, inputs: torch.Tensor, size: int) -> StepTensors:
+        """The packed inputs as a step; the casts are part of the graph."""
+        parts = inputs.split(_part_sizes(size))
+        ids, positions, slots, logits_rows, starts, lens, rows, seal_hot, seal_sealed = parts
+        return StepTensors(
+            input_ids=ids,
+            positions=positions,
+            slots=slots,
+            logits_rows=logits_rows,
+            seal_hot=seal_hot.int(),
+            seal_sealed=seal_sealed.int(),
+            batch=self._tables.batch(
+                starts.int(),
+                lens.int(),
+                rows.int(),
+                max_query_len=1,
+                max_seq_len=self._max_seq_len,
+            ),
+        )
+
+
+def _bucket(count: int) -> int:
+    return 1 << (count - 1).bit_length()
+
+
+def _part_sizes(size: int) -> list[int]:
+    """Of StepArrays' fields, in their order, for a padded decode step."""
+    return [size, size, size, size, size + 1, size, size, size, size]
+
+
+def _num_ints(size: int) -> int:
+    return sum(_part_sizes(size))
+
+
+def _fill(staging: np.ndarray[tuple[int, ...], np.dtype[np.int64]], arrays: StepArrays) -> None:
+    np.concatenate(
+        (
+            arrays.input_ids,
+            arrays.positions,
+            arrays.slots,
+            arrays.logits_rows,
+            arrays.query_starts,
+            arrays.seq_lens,
+            arrays.rows,
+            arrays.seal_hot,
+            arrays.seal_sealed,
+        ),
+        out=staging,
+    )
