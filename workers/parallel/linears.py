@@ -17,6 +17,29 @@ from torch import Tensor, nn
 
 from kvmesh.workers.parallel.comm import Communicator
 
+# Up to here the CPU's product is faster the other way round, see project().
+_FEW_ROWS = 64
+
+
+def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b, as torch.nn.functional.linear.
+
+    x: [..., in]; weight: [out, in]; bias: [out] or None; returns [..., out]
+
+    With few rows MKL takes 1.3 to 2.5 times as long for x W^T in float32 as for
+    W x^T, whose transpose is then copied (measured on AMD EPYC, 1 to 64 rows).
+    """
+    rows = x.shape[:-1].numel()
+    turned = x.device.type == "cpu" and x.dtype == torch.float32 and 0 < rows <= _FEW_ROWS
+    if not turned:
+        return F.linear(x, weight, bias)
+    columns = x.reshape(rows, -1).t()
+    if bias is None:
+        out = torch.mm(weight, columns)
+    else:
+        out = torch.addmm(bias.unsqueeze(1), weight, columns)
+    return out.t().contiguous().view(*x.shape[:-1], -1)
+
 
 class ColumnLinear(nn.Module):
     """A rank's rows of a linear.
@@ -31,7 +54,7 @@ class ColumnLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in] -> [..., out_local]"""
-        return F.linear(x, self.weight, self.bias)
+        return project(x, self.weight, self.bias)
 
     @staticmethod
     def joined(parts: list[ColumnLinear]) -> ColumnLinear:
@@ -58,8 +81,8 @@ class RowLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in_local] -> [..., out]"""
         if self._comm.size == 1:
-            return F.linear(x, self.weight, self.bias)
-        out = self._comm.all_reduce(F.linear(x, self.weight))
+            return project(x, self.weight, self.bias)
+        out = self._comm.all_reduce(project(x, self.weight))
         return out if self.bias is None else out.add_(self.bias)
 
 
@@ -78,7 +101,7 @@ class VocabHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor | None:
         """x: [n, hidden] -> [n, vocab_size] on rank 0, None elsewhere"""
-        logits = self._comm.gather_logits(F.linear(x, self.weight))
+        logits = self._comm.gather_logits(project(x, self.weight))
         return None if logits is None else logits[..., : self._vocab_size]
 
     @staticmethod
