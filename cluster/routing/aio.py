@@ -144,7 +144,7 @@ class AsyncRouter:
         self._router.pages_changed(group, sealed, evicted, self._clock())
 
     async def sweep(self) -> None:
-        """To be called about once a second: deadlines and expired leases."""
+        """To be called about once a second: what time alone brings, deadlines above all."""
         self._settle(self._router.tick(self._clock()))
 
     def snapshot(self) -> RouterStatus:

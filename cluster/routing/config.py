@@ -13,8 +13,8 @@ class RouterConfig:
     """How the router waits, forgets, estimates and chooses.
 
     queue_limit: requests that may wait at once
-    lease_ttl_s: an unused lease lives this long
-    grace_s: how long a lease may be missing from an engine's report after its grant
+    lease_ttl_s: a lease is to be handed to its engine within this time
+    grace_s: how old an engine's report may be when it arrives
     rebuild_timeout_s: after its start, the router waits this long for the known
         groups' first reports before it admits to those that have reported
     retry_least_s, retry_most_s: bounds of the advice when to come back
@@ -28,12 +28,13 @@ class RouterConfig:
         come, first served
     patience_s, patience_most_s: ... but after this at least, and this at most
     backfill_depth: how far down the queue a request may overtake from
-    index_limit: page hashes the prefix index remembers
+    block_pages: prompts are compared in runs of so many pages
+    index_limit: runs the prefix index remembers
     tenants, tenant_default: weights and quotas
     """
 
     queue_limit: int = 1024
-    lease_ttl_s: float = 30.0
+    lease_ttl_s: float = 10.0
     grace_s: float = 5.0
     rebuild_timeout_s: float = 30.0
     retry_least_s: float = 0.25
@@ -48,6 +49,7 @@ class RouterConfig:
     patience_s: float = 1.0
     patience_most_s: float = 60.0
     backfill_depth: int = 64
+    block_pages: int = 8
     index_limit: int = 1_000_000
     tenants: Mapping[str, TenantPolicy] = field(default_factory=dict)
     tenant_default: TenantPolicy = field(default_factory=TenantPolicy)
@@ -59,13 +61,11 @@ class RouterConfig:
         for name in ("lease_ttl_s", "grace_s", "rebuild_timeout_s", "retry_least_s"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be greater than 0, got {getattr(self, name)}")
-        for name in ("backfill_depth", "index_limit", "least_samples"):
+        for name in ("backfill_depth", "block_pages", "index_limit", "least_samples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 < self.lease_quantile <= 1:
             raise ValueError(f"lease_quantile must be within (0, 1], got {self.lease_quantile}")
-        if self.grace_s > self.lease_ttl_s:
-            raise ValueError(f"grace_s must be at most lease_ttl_s, got {self.grace_s}")
         if self.patience_most_s < self.patience_s:
             raise ValueError(
                 f"patience_most_s must be at least patience_s, got {self.patience_most_s}"

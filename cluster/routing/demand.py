@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvmesh.cluster.routing.group import GroupSpec, Shape
+from kvmesh.cluster.routing.group import Kind, Shape
 from kvmesh.cluster.routing.output_lengths import OutputLengths
 from kvmesh.cluster.routing.request import PlaceRequest
+from kvmesh.cluster.routing.verdict import Reason
 from kvmesh.workers.sizes import PageNeed
 
 
@@ -37,12 +38,6 @@ class OutputEstimate:
 
 def times(need: PageNeed, count: int) -> PageNeed:
     return PageNeed(hot=need.hot * count, sealed=need.sealed * count)
-
-
-def tokens_need(spec: GroupSpec, total_tokens: int, sequences: int) -> PageNeed:
-    """Pages of `sequences` sequences that grow to `total_tokens` each."""
-    tokens = min(total_tokens, spec.max_model_len)
-    return times(spec.geometry.peak_need(tokens), sequences)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,3 +75,14 @@ class DemandModel:
         covered = min(request.prompt_tokens + output.leased, within)
         sealed = len(shape.geometry.sealed_range(covered)) * request.sequences
         return Demand(most, PageNeed(most.hot, sealed), total_tokens)
+
+
+def never_fits(request: PlaceRequest, demand: Demand, kind: Kind) -> Reason | None:
+    """Why no group of the kind could take the request even when empty; None if one could."""
+    if request.min_quality is not None and kind.quality < request.min_quality:
+        return Reason.QUALITY
+    if demand.total_tokens > kind.shape.max_model_len:
+        return Reason.CONTEXT
+    if request.sequences > kind.max_sequences:
+        return Reason.SEQUENCES
+    return None if demand.most.fits(kind.capacity) else Reason.PAGES

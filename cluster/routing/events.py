@@ -27,8 +27,9 @@ class Lease:
     epoch: of the router that granted it
     need: pages of one rank, those shared with other leases of the group included
     most: what it may grow to
-    page_hashes: of its prompt's sealed pages, in order; equal ones of a group count once
-    expires_at: when it may be swept unless an engine's report renews it
+    blocks: hashes of its prompt's runs of `block_pages` pages, from the first page on;
+        equal ones of a group are stored, and count, once
+    expires_at: until then it is to be handed to the engine; without meaning once confirmed
     confirmed: an engine's report has listed it
     """
 
@@ -43,7 +44,8 @@ class Lease:
     granted_at: float
     expires_at: float
     confirmed: bool = False
-    page_hashes: tuple[bytes, ...] = ()
+    blocks: tuple[bytes, ...] = ()
+    block_pages: int = 0
 
     @property
     def to_grow(self) -> int:
@@ -73,11 +75,10 @@ class GroupDown:
 
 @dataclass(frozen=True, slots=True)
 class GroupReported:
-    """The engine's report listed `lease_ids`: they are confirmed and renewed."""
+    """The engine's report listed `lease_ids`: they are confirmed."""
 
     group: str
     lease_ids: tuple[str, ...]
-    expires_at: float
     at: float
 
 

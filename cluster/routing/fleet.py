@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from kvmesh.cluster.routing.config import RouterConfig
-from kvmesh.cluster.routing.demand import DemandModel
+from kvmesh.cluster.routing.demand import DemandModel, OutputEstimate, never_fits
 from kvmesh.cluster.routing.events import Event, Lease
 from kvmesh.cluster.routing.fairness import Tenants
-from kvmesh.cluster.routing.group import GroupSpec, Shape
+from kvmesh.cluster.routing.group import GroupSpec, Kind
 from kvmesh.cluster.routing.ledger import Ledger, Reconciliation
 from kvmesh.cluster.routing.output_lengths import OutputLengths
 from kvmesh.cluster.routing.pace import Backlog
-from kvmesh.cluster.routing.placement import Asked, GroupView, projected_s, sealed_hashes
+from kvmesh.cluster.routing.placement import Asked, GroupView, Plan, projected_s
 from kvmesh.cluster.routing.prefix_index import PrefixIndex
 from kvmesh.cluster.routing.request import Growth, Placement, PlaceRequest
 from kvmesh.cluster.routing.timeline import Timeline
@@ -56,7 +56,8 @@ class Fleet:
         self.model = DemandModel(self.lengths, config.lease_quantile, config.long_share)
         self.mean_lease_s = 1.0
         self._views: dict[str, GroupView] = {}
-        self._shapes: dict[Shape, int] = {}
+        self._kinds: dict[Kind, int] = {}
+        self._block_pages = config.block_pages
         self._live: dict[str, Live] = {}
 
     # Reading
@@ -71,17 +72,18 @@ class Fleet:
     def ask(self, request: PlaceRequest) -> Asked:
         """The request in terms of pages, at this moment's knowledge."""
         output = self.model.output(request)
+        blocks = request.page_hashes[self._block_pages - 1 :: self._block_pages]
         return Asked(
             request_id=request.request_id,
-            demands=[self.model.demand(request, output, shape) for shape in self._shapes],
+            plans=[self._plan(request, output, kind) for kind in self._kinds],
             prompt_tokens=request.prompt_tokens,
             decode_tokens=output.expected,
             leased_tokens=output.leased,
             sequences=request.sequences,
-            min_quality=request.min_quality,
             excluded_groups=request.excluded_groups,
-            page_hashes=request.page_hashes,
-            cached_pages=self.index.match(request.page_hashes),
+            blocks=blocks,
+            block_pages=self._block_pages,
+            cached_blocks=self.index.match(blocks),
         )
 
     def least_prefill_s(self, request: PlaceRequest) -> float:
@@ -96,10 +98,8 @@ class Fleet:
         account = self.ledger.accounts[spec.group]
         known = self._views.get(spec.group)
         if known is None or known.account is not account:
-            shape = self._shapes.setdefault(spec.shape, len(self._shapes))
-            self._views[spec.group] = GroupView(
-                spec, shape, account, Backlog(spec.pace), Timeline()
-            )
+            kind = self._kinds.setdefault(spec.kind, len(self._kinds))
+            self._views[spec.group] = GroupView(spec, kind, account, Backlog(spec.pace), Timeline())
             self.index.clear(spec.group)
         self._drop(voided, now)
         return voided
@@ -122,9 +122,6 @@ class Fleet:
             self._views[group].timeline.put(lease.lease_id, now, now + self.mean_lease_s)
         return reconciled
 
-    def sweep(self, now: float) -> None:
-        self._drop(self.ledger.sweep(now), now)
-
     # Leases
 
     def grant(
@@ -132,7 +129,7 @@ class Fleet:
     ) -> Placement:
         """Reserve what is asked on the group that was chosen."""
         view = self._views[group]
-        demand = asked.demands[view.shape]
+        demand = asked.plans[view.kind].demand
         lease = self.ledger.grant(
             group,
             demand.leased,
@@ -141,7 +138,8 @@ class Fleet:
             tenant=request.tenant,
             sequences=request.sequences,
             most=demand.most,
-            page_hashes=sealed_hashes(asked, view),
+            blocks=asked.sealed_blocks(view),
+            block_pages=asked.block_pages,
         )
         hold_s = projected_s(view, asked, now)
         lease_bytes = view.spec.geometry.bytes_of(demand.leased)
@@ -151,7 +149,7 @@ class Fleet:
         view.backlog.add(lease.lease_id, request.prompt_tokens - cached, cached, now)
         self.tenants.enter(request.tenant)
         self.tenants.charge(request.tenant, lease_bytes, hold_s)
-        self.index.add(group, request.page_hashes)
+        self.index.add(group, asked.blocks)
         return Placement(
             request_id=request.request_id,
             group=group,
@@ -196,6 +194,16 @@ class Fleet:
         return lease
 
     # Within
+
+    def _plan(self, request: PlaceRequest, output: OutputEstimate, kind: Kind) -> Plan:
+        demand = self.model.demand(request, output, kind.shape)
+        sealed = kind.shape.geometry.sealed_range(request.prompt_tokens)
+        return Plan(
+            demand,
+            never_fits(request, demand, kind),
+            num_blocks=sealed.stop // self._block_pages,
+            prefill_s=kind.pace.prefill_s(request.prompt_tokens),
+        )
 
     def _grow_to(
         self, lease_id: str, live: Live, request: PlaceRequest, output_tokens: int, now: float

@@ -18,7 +18,7 @@ def room_at(view: GroupView, asked: Asked, leases: Mapping[str, Lease], now: flo
     account = view.account
     if account is None:
         return None
-    demand = asked.demands[view.shape]
+    demand = asked.plans[view.kind].demand
     reserve = max(account.reserve, demand.most.sealed - demand.leased.sealed)
     free = PageNeed(account.free_hot, account.free_sealed - reserve)
     at = view.timeline.room_at(demand.leased, free, leases, now)
@@ -50,7 +50,7 @@ def promise_on(
     view: GroupView, asked: Asked, leases: Mapping[str, Lease], at: float, now: float
 ) -> Promise:
     """A promise of the group's pages from `at` on."""
-    account, need = view.account, asked.demands[view.shape].leased
+    account, need = view.account, asked.leased(view)
     assert account is not None
     freed = view.timeline.freed_by(at, leases, now)
     spare = PageNeed(

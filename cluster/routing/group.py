@@ -21,6 +21,17 @@ class Shape:
 
 
 @dataclass(frozen=True, slots=True)
+class Kind:
+    """What decides whether a group could ever take a request, and how long it computes."""
+
+    shape: Shape
+    capacity: PageNeed
+    max_sequences: int
+    quality: float
+    pace: Pace
+
+
+@dataclass(frozen=True, slots=True)
 class GroupSpec:
     """What does not change while a group's engine lives.
 
@@ -45,6 +56,10 @@ class GroupSpec:
     @property
     def shape(self) -> Shape:
         return Shape(self.geometry, self.max_model_len)
+
+    @property
+    def kind(self) -> Kind:
+        return Kind(self.shape, self.capacity, self.max_sequences, self.quality, self.pace)
 
     @property
     def capacity_bytes(self) -> int:

@@ -6,7 +6,7 @@ changes the state. So a log of events replays to the same ledger.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from sortedcontainers import SortedDict
@@ -27,8 +27,9 @@ class Account:
         the capacity, and nothing is granted then
     sequences: of all leases
     reported_at: when its engine last reported to this ledger, or None
-    shared: page hash -> leases that hold the page; it is charged once
+    shared: block hash -> leases that hold the block; it is charged once
     growing: sealed pages still to grow, of leases below their most
+    reserve: sealed pages that stay free, so that any one lease can grow to its most
     """
 
     spec: GroupSpec
@@ -39,6 +40,7 @@ class Account:
     reported_at: float | None = None
     shared: dict[bytes, int] = field(default_factory=dict)
     growing: SortedDict[tuple[int, str], None] = field(default_factory=SortedDict)
+    reserve: int = 0
 
     @classmethod
     def opened(cls, spec: GroupSpec) -> Account:
@@ -49,20 +51,38 @@ class Account:
         capacity = self.spec.capacity
         return PageNeed(capacity.hot - self.free_hot, capacity.sealed - self.free_sealed)
 
-    @property
-    def reserve(self) -> int:
-        """Sealed pages that stay free, so that any one lease can grow to its most."""
-        return self.growing.peekitem(-1)[0][0] if self.growing else 0
-
     def free_pages(self) -> PageNeed:
         return PageNeed(self.free_hot, self.free_sealed)
 
     def used_bytes(self) -> int:
         return self.spec.geometry.bytes_of(self.used)
 
-    def shared_pages(self, page_hashes: Iterable[bytes]) -> int:
-        """How many of the pages other leases pay for already."""
-        return sum(page_hash in self.shared for page_hash in page_hashes)
+    def block_weight(self, index: int, block_pages: int) -> int:
+        """Sealed pages of a prompt's block: pages of the sink have no sealed form."""
+        return min(block_pages, max(0, (index + 1) * block_pages - self.spec.geometry.sink_pages))
+
+    def shared_pages(self, blocks: Sequence[bytes], block_pages: int) -> int:
+        """How many of the blocks' pages other leases pay for already."""
+        weights = (
+            self.block_weight(index, block_pages)
+            for index, block in enumerate(blocks)
+            if block in self.shared
+        )
+        return sum(weights)
+
+    def grows(self, lease: Lease) -> None:
+        """The lease has yet to grow; keep so much free."""
+        if lease.to_grow > 0:
+            self.growing[(lease.to_grow, lease.lease_id)] = None
+            self._set_reserve()
+
+    def grows_no_more(self, lease: Lease) -> None:
+        if lease.to_grow > 0:
+            del self.growing[(lease.to_grow, lease.lease_id)]
+            self._set_reserve()
+
+    def _set_reserve(self) -> None:
+        self.reserve = self.growing.peekitem(-1)[0][0] if self.growing else 0
 
     def holds(self, need: PageNeed, to_grow: int, shared: int = 0) -> bool:
         """Whether a new lease fits and leaves the reserve whole."""
@@ -83,8 +103,8 @@ class Ledger:
     """Capacity and leases of all groups, in pages of one rank.
 
     epoch: of this router; stands in the leases it grants
-    grace_s: how long after its grant (or release) a lease may be missing from
-        (or still stand in) a report that was on its way
+    ttl_s: a lease is to be handed to its engine within this time
+    grace_s: how old a report may be when it is reconciled
     on_event: called with every transition after it was applied
     """
 
@@ -96,10 +116,9 @@ class Ledger:
         grace_s: float = 5.0,
         on_event: Callable[[Event], None] | None = None,
     ) -> None:
-        if not 0 < grace_s <= ttl_s:
-            raise ValueError(
-                f"grace_s must be greater than 0 and at most ttl_s ({ttl_s}), got {grace_s}"
-            )
+        for name, value in (("ttl_s", ttl_s), ("grace_s", grace_s)):
+            if not value > 0:
+                raise ValueError(f"{name} must be greater than 0, got {value}")
         self.epoch = epoch
         self.ttl_s = ttl_s
         self.grace_s = grace_s
@@ -127,8 +146,7 @@ class Ledger:
         """Raise LedgerError unless every account is the sum of its leases."""
         for group, account in self._accounts.items():
             held = [lease for lease in self._leases.values() if lease.group == group]
-            doubled = sum(holders - 1 for holders in account.shared.values())
-            used = sum((lease.need for lease in held), PageNeed(0, -doubled))
+            used = sum((lease.need for lease in held), PageNeed(0, -_doubled(account, held)))
             if (
                 used != account.used
                 or {lease.lease_id for lease in held} != account.lease_ids.keys()
@@ -173,18 +191,19 @@ class Ledger:
         tenant: str = "default",
         sequences: int = 1,
         most: PageNeed | None = None,
-        page_hashes: tuple[bytes, ...] = (),
+        blocks: tuple[bytes, ...] = (),
+        block_pages: int = 0,
     ) -> Lease:
         """Reserve pages. Raises LedgerError if they are not free.
 
         most: what the lease may grow to; `need` if not given. So much as any lease
             has yet to grow stays free: the oldest can always go on to its end.
-        page_hashes: of prompt pages that are sealed, to be paid for once by all
-            leases of the group that hold them
+        blocks: hashes of the prompt's runs of `block_pages` pages, all within what is
+            sealed (or the sink), paid for once by all leases of the group that hold them
         """
         account = self._account(group)
         most = most or need
-        shared = account.shared_pages(page_hashes)
+        shared = account.shared_pages(blocks, block_pages)
         if not account.holds(need, most.sealed - need.sealed, shared):
             raise LedgerError(
                 f"{need}, to grow to {most}, does not fit {group!r}: "
@@ -201,7 +220,8 @@ class Ledger:
             sequences=sequences,
             granted_at=now,
             expires_at=now + self.ttl_s,
-            page_hashes=page_hashes,
+            blocks=blocks,
+            block_pages=block_pages,
         )
         self._do(ev.LeaseGranted(lease, now))
         return lease
@@ -249,7 +269,10 @@ class Ledger:
         return True
 
     def renew(self, lease_id: str, now: float) -> bool:
-        """Let a lease live for another `ttl_s`. Returns False if there is no such lease."""
+        """Give the holder another `ttl_s` to hand the lease to its engine.
+
+        Returns False if there is no such lease.
+        """
         if lease_id not in self._leases:
             return False
         self._do(ev.LeaseRenewed(lease_id, now + self.ttl_s, now))
@@ -271,49 +294,41 @@ class Ledger:
     ) -> Reconciliation:
         """Bring the account in line with what the engine says it runs.
 
-        Leases the engine does not run, and that are older than `grace_s`, are
-        released; leases the ledger does not know are adopted. Those it has released
-        within `grace_s` are not: the report was on its way.
+        Leases that it listed before and no longer lists are over. Those it has never
+        listed are over when their time to be used, and `grace_s`, has passed. Leases
+        the ledger does not know are adopted, unless it released them within `grace_s`:
+        the report may have been on its way. What a silent engine holds is not known to
+        be free; the group's end frees it, not the clock.
         """
         account = self._accounts.get(group)
         if account is None or account.spec.engine_epoch != engine_epoch:
             return Reconciliation(stale=True)
         terms_by_id = {terms.lease_id: terms for terms in listed}
+        missing = [
+            self._leases[lease_id] for lease_id in account.lease_ids if lease_id not in terms_by_id
+        ]
         released = tuple(
-            self._leases[lease_id]
-            for lease_id in account.lease_ids
-            if lease_id not in terms_by_id and self._missed(self._leases[lease_id], now)
+            lease for lease in missing if lease.confirmed or now >= lease.expires_at + self.grace_s
         )
         for lease in released:
-            self._do(ev.LeaseReleased(lease.lease_id, ReleaseReason.VANISHED, now))
+            reason = ReleaseReason.VANISHED if lease.confirmed else ReleaseReason.EXPIRED
+            self._do(ev.LeaseReleased(lease.lease_id, reason, now))
         adopted = tuple(
             self._foreign(group, terms, now)
             for lease_id, terms in terms_by_id.items()
-            if lease_id not in self._leases and not self._just_released(lease_id, now)
+            if lease_id not in self._leases and not self._just(self._released_at.get(lease_id), now)
         )
         for lease in adopted:
             self._do(ev.LeaseAdopted(lease, now))
         confirmed = tuple(lease_id for lease_id in terms_by_id if lease_id in account.lease_ids)
-        self._do(ev.GroupReported(group, confirmed, now + self.ttl_s, now))
+        self._do(ev.GroupReported(group, confirmed, now))
         return Reconciliation(released, adopted)
 
-    def sweep(self, now: float) -> tuple[Lease, ...]:
-        """Release leases whose time is up; returns them.
-
-        A lease whose engine is silent is spared: what a silent engine holds is not
-        known to be free. The group's end, not the clock, frees it.
-        """
-        expired = tuple(
-            lease
-            for lease in self._leases.values()
-            if now >= lease.expires_at and self._heard_since(lease)
-        )
-        for lease in expired:
-            self._do(ev.LeaseReleased(lease.lease_id, ReleaseReason.EXPIRED, now))
+    def forget(self, now: float) -> None:
+        """Drop the memory of leases released so long ago that no report can be about them."""
         self._released_at = {
-            lease_id: at for lease_id, at in self._released_at.items() if now - at < self.ttl_s
+            lease_id: at for lease_id, at in self._released_at.items() if self._just(at, now)
         }
-        return expired
 
     # Replay
 
@@ -341,10 +356,6 @@ class Ledger:
             raise LedgerError(f"there is no lease {lease_id!r}")
         return lease
 
-    def _missed(self, lease: Lease, now: float) -> bool:
-        """Whether a report without the lease means that the engine does not run it."""
-        return lease.confirmed or now - lease.granted_at >= self.grace_s
-
     def _oldest_growing(self, account: Account) -> str | None:
         growing = (x for x in account.lease_ids if self._leases[x].to_grow > 0)
         return next(growing, None)
@@ -364,13 +375,8 @@ class Ledger:
             confirmed=True,
         )
 
-    def _just_released(self, lease_id: str, now: float) -> bool:
-        at = self._released_at.get(lease_id)
+    def _just(self, at: float | None, now: float) -> bool:
         return at is not None and now - at < self.grace_s
-
-    def _heard_since(self, lease: Lease) -> bool:
-        reported_at = self._accounts[lease.group].reported_at
-        return reported_at is not None and reported_at > lease.expires_at - self.ttl_s
 
     def _do(self, event: Event) -> None:
         self._apply(event)
@@ -383,11 +389,11 @@ class Ledger:
                 self._accounts[spec.group] = Account.opened(spec)
             case ev.GroupDown(group=group):
                 del self._accounts[group]
-            case ev.GroupReported(lease_ids=lease_ids, expires_at=expires_at, at=at):
+            case ev.GroupReported(lease_ids=lease_ids, at=at):
                 self._accounts[event.group].reported_at = at
                 for lease_id in lease_ids:
-                    lease = self._leases[lease_id]
-                    self._leases[lease_id] = replace(lease, expires_at=expires_at, confirmed=True)
+                    if not (lease := self._leases[lease_id]).confirmed:
+                        self._leases[lease_id] = replace(lease, confirmed=True)
             case ev.LeaseGranted(lease=lease):
                 self._granted += 1
                 self._enter(lease)
@@ -418,34 +424,33 @@ class Ledger:
         account = self._accounts[lease.group]
         self._leases[lease.lease_id] = lease
         account.lease_ids[lease.lease_id] = None
-        shared = account.shared
         charged = lease.need.sealed
-        for page_hash in lease.page_hashes:
-            holders = shared.get(page_hash, 0)
-            charged -= holders > 0
-            shared[page_hash] = holders + 1
+        shared = account.shared
+        for index, block in enumerate(lease.blocks):
+            holders = shared.get(block, 0)
+            if holders:
+                charged -= account.block_weight(index, lease.block_pages)
+            shared[block] = holders + 1
         account.free_sealed -= charged
         account.free_hot -= lease.need.hot
         account.sequences += lease.sequences
-        if lease.to_grow > 0:
-            account.growing[(lease.to_grow, lease.lease_id)] = None
+        account.grows(lease)
 
     def _leave(self, lease_id: str) -> Lease:
         lease = self._leases.pop(lease_id)
         account = self._accounts[lease.group]
         del account.lease_ids[lease_id]
-        shared = account.shared
         freed = lease.need.sealed
-        for page_hash in lease.page_hashes:
-            holders = shared.pop(page_hash)
+        shared = account.shared
+        for index, block in enumerate(lease.blocks):
+            holders = shared.pop(block)
             if holders > 1:
-                freed -= 1
-                shared[page_hash] = holders - 1
+                freed -= account.block_weight(index, lease.block_pages)
+                shared[block] = holders - 1
         account.free_sealed += freed
         account.free_hot += lease.need.hot
         account.sequences -= lease.sequences
-        if lease.to_grow > 0:
-            del account.growing[(lease.to_grow, lease.lease_id)]
+        account.grows_no_more(lease)
         return lease
 
     def _resize(self, lease_id: str, need: PageNeed) -> None:
@@ -455,7 +460,17 @@ class Ledger:
         account = self._accounts[old.group]
         account.free_sealed -= need.sealed - old.need.sealed
         account.free_hot -= need.hot - old.need.hot
-        if old.to_grow > 0:
-            del account.growing[(old.to_grow, lease_id)]
-        if new.to_grow > 0:
-            account.growing[(new.to_grow, lease_id)] = None
+        account.grows_no_more(old)
+        account.grows(new)
+
+
+def _doubled(account: Account, held: Iterable[Lease]) -> int:
+    """Sealed pages that leases hold together, counted once less than they are held."""
+    seen: set[bytes] = set()
+    doubled = 0
+    for lease in held:
+        for index, block in enumerate(lease.blocks):
+            if block in seen:
+                doubled += account.block_weight(index, lease.block_pages)
+            seen.add(block)
+    return doubled

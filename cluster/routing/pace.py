@@ -36,10 +36,15 @@ class Backlog:
     the clock alone empties the backlog.
 
     correction: observed prefill time over predicted, a moving average
+    clear_at: when all of them will be computed, if the first takes what is predicted
+    behind_s: what those after the first take; the least there is to wait for while
+        the first takes longer than predicted
     """
 
     pace: Pace
     correction: float = 1.0
+    clear_at: float = 0.0
+    behind_s: float = 0.0
     _prompts: dict[str, float] = field(default_factory=dict)  # lease id -> predicted seconds
     _sum_s: float = 0.0
     _front_since: float = 0.0
@@ -48,6 +53,10 @@ class Backlog:
     def __len__(self) -> int:
         return len(self._prompts)
 
+    def seconds(self, now: float) -> float:
+        """Until a prompt added now would be begun with."""
+        return max(self.clear_at - now, self.behind_s)
+
     def add(self, lease_id: str, new_tokens: int, cached_tokens: int, now: float) -> None:
         self._drop_done(now)
         if not self._prompts:
@@ -55,6 +64,7 @@ class Backlog:
         seconds = self.pace.prefill_s(new_tokens, cached_tokens)
         self._prompts[lease_id] = seconds
         self._sum_s += seconds
+        self._project()
 
     def begun(self, lease_id: str, now: float) -> None:
         """The lease's first token is out."""
@@ -72,6 +82,7 @@ class Backlog:
             weight = SMOOTHING * min(1.0, predicted / 0.05)  # tiny prompts are mostly noise
             self.correction += weight * (seen - self.correction)
         self._front_since = now
+        self._project()
 
     def drop(self, lease_id: str, now: float) -> None:
         """The lease is gone, computed or not."""
@@ -79,15 +90,12 @@ class Backlog:
             if next(iter(self._prompts)) == lease_id:
                 self._front_since = now
             self._pop(lease_id)
+            self._project()
 
-    def seconds(self, now: float) -> float:
-        """Until a prompt added now would be begun with."""
-        self._drop_done(now)
-        if not self._prompts:
-            return 0.0
-        front = next(iter(self._prompts.values()))
-        done = min((now - self._front_since) / self.correction, front)
-        return (self._sum_s - done) * self.correction
+    def _project(self) -> None:
+        front = next(iter(self._prompts.values()), 0.0)
+        self.clear_at = self._front_since + self._sum_s * self.correction
+        self.behind_s = (self._sum_s - front) * self.correction if self._told else 0.0
 
     def _pop(self, lease_id: str) -> float:
         seconds = self._prompts.pop(lease_id)

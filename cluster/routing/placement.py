@@ -19,13 +19,13 @@ from kvmesh.workers.sizes import PageNeed
 class GroupView:
     """A group as placement sees it; the router keeps it current.
 
-    shape: index of its shape among the demands
+    kind: index of its kind among the plans
     account: of the ledger; None while the group is down
     decode_step_s: time between two tokens of a sequence, a moving average
     """
 
     spec: GroupSpec
-    shape: int
+    kind: int
     account: Account | None
     backlog: Backlog
     timeline: Timeline
@@ -69,31 +69,54 @@ class Promise:
 
 
 @dataclass(frozen=True, slots=True)
+class Plan:
+    """A request on groups of one kind.
+
+    never: why such a group could not take it even when empty
+    num_blocks: of the prompt's blocks, how many end up sealed
+    prefill_s: to compute the whole prompt, uncorrected
+    """
+
+    demand: Demand
+    never: Reason | None
+    num_blocks: int
+    prefill_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Asked:
     """What is asked of the groups.
 
-    demands: by shape
+    plans: by kind
     prompt_tokens: of one sequence
-    page_hashes: of the prompt's full pages
-    cached_pages: by group, of the prompt; groups without any may be missing
     decode_tokens, leased_tokens: output expected of one sequence; that its lease covers
+    blocks: hashes of the prompt's runs of `block_pages` pages
+    cached_blocks: by group, how many of them it holds; groups without any may be missing
     """
 
     request_id: str
-    demands: Sequence[Demand]
+    plans: Sequence[Plan]
     prompt_tokens: int
     decode_tokens: int
     leased_tokens: int
     sequences: int = 1
-    min_quality: float | None = None
     excluded_groups: frozenset[str] = frozenset()
-    page_hashes: tuple[bytes, ...] = ()
-    cached_pages: Mapping[str, int] = field(default_factory=dict)
+    blocks: tuple[bytes, ...] = ()
+    block_pages: int = 1
+    cached_blocks: Mapping[str, int] = field(default_factory=dict)
+
+    def leased(self, view: GroupView) -> PageNeed:
+        return self.plans[view.kind].demand.leased
 
     def cached_tokens(self, view: GroupView) -> int:
         """Of the prompt; its last token is computed in any case."""
-        pages = self.cached_pages.get(view.spec.group, 0)
-        return min(pages * view.spec.geometry.page_size, self.prompt_tokens - 1)
+        blocks = self.cached_blocks.get(view.spec.group, 0)
+        tokens = blocks * self.block_pages * view.spec.geometry.page_size
+        return min(tokens, self.prompt_tokens - 1)
+
+    def sealed_blocks(self, view: GroupView) -> tuple[bytes, ...]:
+        """Of the prompt's blocks, those the group will store sealed: equal ones but once."""
+        return self.blocks[: self.plans[view.kind].num_blocks]
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,36 +190,33 @@ def obstacle(
     promise: Promise | None = None,
 ) -> Reason | None:
     """Why the group cannot take the request now, or None if it can."""
-    spec, account, demand = view.spec, view.account, asked.demands[view.shape]
-    if asked.min_quality is not None and spec.quality < asked.min_quality:
-        return Reason.QUALITY
-    if demand.total_tokens > spec.max_model_len:
-        return Reason.CONTEXT
-    if asked.sequences > spec.max_sequences:
-        return Reason.SEQUENCES
-    if not demand.most.fits(spec.capacity):
-        return Reason.PAGES
-    if spec.group in asked.excluded_groups:
+    plan, account = asked.plans[view.kind], view.account
+    if plan.never is not None:
+        return plan.never
+    if asked.excluded_groups and view.spec.group in asked.excluded_groups:
         return Reason.EXCLUDED
     if account is None:
         return Reason.DOWN
     if account.reported_at is None:
         return Reason.UNREPORTED
-    if account.sequences + asked.sequences > spec.max_sequences:
+    if account.sequences + asked.sequences > view.spec.max_sequences:
         return Reason.BUSY
-    if not _fits(account, asked, demand):
-        return Reason.FULL
-    if _behind(view, asked, now, rules):
-        return Reason.BACKLOG
-    if promise is not None and promise.group == spec.group:
+    demand = plan.demand
+    to_grow = demand.most.sealed - demand.leased.sealed
+    if not account.holds(demand.leased, to_grow):
+        shared = account.shared_pages(asked.sealed_blocks(view), asked.block_pages)
+        if not shared or not account.holds(demand.leased, to_grow, shared):
+            return Reason.FULL
+    backlog = view.backlog
+    if backlog.clear_at - now > rules.ahead_s or backlog.behind_s > rules.ahead_s:
+        spared_s = 0.0
+        if view.spec.group in asked.cached_blocks:  # worth waiting for, as long as it spares
+            spared_s = plan.prefill_s * backlog.correction - _prefill_s(view, asked)
+        if backlog.seconds(now) > rules.ahead_s + spared_s:
+            return Reason.BACKLOG
+    if promise is not None and promise.group == view.spec.group:
         return _breach(view, asked, now, promise)
     return None
-
-
-def sealed_hashes(asked: Asked, view: GroupView) -> tuple[bytes, ...]:
-    """Of the prompt's pages, those the group stores sealed: equal ones are stored once."""
-    sealed = view.spec.geometry.sealed_range(asked.prompt_tokens)
-    return asked.page_hashes[sealed.start : sealed.stop]
 
 
 def projected_s(view: GroupView, asked: Asked, now: float) -> float:
@@ -205,34 +225,11 @@ def projected_s(view: GroupView, asked: Asked, now: float) -> float:
     return view.backlog.seconds(now) + _prefill_s(view, asked) + decode_s
 
 
-def _fits(account: Account, asked: Asked, demand: Demand) -> bool:
-    to_grow = demand.most.sealed - demand.leased.sealed
-    if account.holds(demand.leased, to_grow):
-        return True
-    if not account.shared or not asked.page_hashes:
-        return False
-    sealed = account.spec.geometry.sealed_range(asked.prompt_tokens)
-    shared = account.shared_pages(asked.page_hashes[sealed.start : sealed.stop])
-    return account.holds(demand.leased, to_grow, shared)
-
-
-def _behind(view: GroupView, asked: Asked, now: float, rules: PlacementRules) -> bool:
-    """Whether too much is to be computed there first, even for the time a cached prefix spares."""
-    backlog_s = view.backlog.seconds(now)
-    if backlog_s <= rules.ahead_s:
-        return False
-    if view.spec.group not in asked.cached_pages:
-        return True
-    backlog = view.backlog
-    whole_s = backlog.pace.prefill_s(asked.prompt_tokens) * backlog.correction
-    return backlog_s > rules.ahead_s + whole_s - _prefill_s(view, asked)
-
-
 def _breach(view: GroupView, asked: Asked, now: float, promise: Promise) -> Reason | None:
     """PROMISED if the request would hold pages that the promise needs."""
     if promise.request_id == asked.request_id:
         return None
-    if asked.demands[view.shape].leased.fits(promise.spare):
+    if asked.leased(view).fits(promise.spare):
         return None
     if now + projected_s(view, asked, now) <= promise.at:
         return None
@@ -241,27 +238,34 @@ def _breach(view: GroupView, asked: Asked, now: float, promise: Promise) -> Reas
 
 def _prefill_s(view: GroupView, asked: Asked) -> float:
     """Time to compute what is not cached of the prompt."""
-    cached, backlog = asked.cached_tokens(view), view.backlog
+    backlog = view.backlog
+    if view.spec.group not in asked.cached_blocks:
+        return asked.plans[view.kind].prefill_s * backlog.correction
+    cached = asked.cached_tokens(view)
     return backlog.pace.prefill_s(asked.prompt_tokens - cached, cached) * backlog.correction
 
 
 def _cost_s(view: GroupView, asked: Asked, now: float, rules: PlacementRules) -> float:
-    account, backlog = view.account, view.backlog
+    account, backlog, spec = view.account, view.backlog, view.spec
     assert account is not None
-    capacity = view.spec.capacity.sealed or 1
-    leased = asked.demands[view.shape].leased.sealed
-    left = account.free_sealed - leased
-    cost = backlog.seconds(now) + _prefill_s(view, asked)
-    cost += rules.balance_s * (1.0 - left / capacity)
-    if left < rules.hole_pages <= account.free_sealed and leased < rules.hole_pages:
+    free = account.free_sealed
+    leased = asked.plans[view.kind].demand.leased.sealed
+    left = free - leased
+    wait_s = backlog.clear_at - now
+    if wait_s < backlog.behind_s:
+        wait_s = backlog.behind_s
+    used_share = 1.0 - left / (spec.capacity.sealed or 1)
+    cost = wait_s + _prefill_s(view, asked) + rules.balance_s * used_share
+    if left < rules.hole_pages <= free and leased < rules.hole_pages:
         cost += rules.hole_s
     return cost
 
 
 def _row(view: GroupView, asked: Asked, reason: Reason, cost: float | None) -> Row:
-    demand, account = asked.demands[view.shape], view.account
-    cached = asked.cached_pages.get(view.spec.group, 0)
+    demand, account = asked.plans[view.kind].demand, view.account
+    spec = view.spec
+    cached = asked.cached_blocks.get(spec.group, 0) * asked.block_pages
     if account is None:
-        return (view.spec, reason, demand.most, 0, 0, cached, cost)
+        return (spec, reason, demand.most, 0, 0, cached, cost)
     needed = demand.leased if reason is not Reason.PAGES else demand.most
-    return (view.spec, reason, needed, account.free_hot, account.free_sealed, cached, cost)
+    return (spec, reason, needed, account.free_hot, account.free_sealed, cached, cost)

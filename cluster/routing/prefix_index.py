@@ -1,10 +1,11 @@
-"""Which groups hold which sealed pages, by the pages' chained hashes.
+"""Which groups hold which blocks of pages, by the blocks' chained hashes.
 
 A hint for placement, never part of the budget: it may be stale either way.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 
 
@@ -19,7 +20,7 @@ class PrefixIndex:
         if limit < 1:
             raise ValueError(f"limit must be at least 1, got {limit}")
         self.limit = limit
-        self._masks: dict[bytes, int] = {}  # oldest first
+        self._masks: OrderedDict[bytes, int] = OrderedDict()  # oldest first
         self._bits: dict[str, int] = {}
 
     def __len__(self) -> int:
@@ -30,9 +31,10 @@ class PrefixIndex:
         bit = self._bits.setdefault(group, 1 << len(self._bits))
         masks = self._masks
         for page_hash in hashes:
-            masks[page_hash] = masks.pop(page_hash, 0) | bit
+            masks[page_hash] = masks.get(page_hash, 0) | bit
+            masks.move_to_end(page_hash)
         while len(masks) > self.limit:
-            del masks[next(iter(masks))]
+            masks.popitem(last=False)
 
     def remove(self, group: str, hashes: Iterable[bytes]) -> None:
         """The group has evicted these pages."""
@@ -47,7 +49,8 @@ class PrefixIndex:
     def clear(self, group: str) -> None:
         """The group holds nothing any more: O(index), for a group that died."""
         bit = self._bits.get(group, 0)
-        self._masks = {key: rest for key, mask in self._masks.items() if (rest := mask & ~bit)}
+        kept = ((key, mask & ~bit) for key, mask in self._masks.items())
+        self._masks = OrderedDict((key, mask) for key, mask in kept if mask)
 
     def match(self, hashes: Sequence[bytes]) -> Mapping[str, int]:
         """How many leading pages each group holds; groups without any are left out."""

@@ -12,6 +12,7 @@ from kvmesh.cluster.routing.errors import (
     DuplicateRequestError,
     NeverFitsError,
     NoGroupError,
+    OverCapacityError,
     QueueFullError,
     QuotaExceededError,
     RoutingError,
@@ -29,6 +30,7 @@ from kvmesh.cluster.routing.placement import (
     Promise,
     choose,
 )
+from kvmesh.cluster.routing.prefix_index import PrefixIndex
 from kvmesh.cluster.routing.queue import Waiting, WaitingQueue
 from kvmesh.cluster.routing.request import (
     Decision,
@@ -103,9 +105,10 @@ class Router:
             if not len(self._queue) and choice.group is not None and self._in_quota(request, asked):
                 return self._grant(request, asked, choice, now, now), Changes()
         if self._queue.full:
-            return Refused(
-                request.request_id, self._queue_full(asked, choice, now), choice.verdicts
-            ), Changes()
+            full = self._over_capacity(
+                f"{len(self._queue)} requests wait already", asked, choice, now, queue_full=True
+            )
+            return Refused(request.request_id, full, choice.verdicts), Changes()
         self._enqueue(request, now)
         return self._wait_for(request, asked, choice, self._admit(now), now)
 
@@ -190,8 +193,8 @@ class Router:
         self._fleet.index.remove(group, evicted)
 
     def tick(self, now: float) -> Changes:
-        """What time alone brings: deadlines, expired leases, drained backlogs."""
-        self._fleet.sweep(now)
+        """What time alone brings: deadlines, drained backlogs, the end of a rebuild."""
+        self.ledger.forget(now)
         overdue = tuple(self._expire(waiting.request) for waiting in self._queue.overdue(now))
         return Changes(overdue + self._admit(now))
 
@@ -200,6 +203,10 @@ class Router:
     @property
     def ledger(self) -> Ledger:
         return self._fleet.ledger
+
+    @property
+    def page_index(self) -> PrefixIndex:
+        return self._fleet.index
 
     @property
     def queue_depth(self) -> int:
@@ -234,9 +241,12 @@ class Router:
             return NoGroupError("no group is up", self.config.retry_most_s, 0, 0)
         if choice.never:
             return _never_fits(choice.verdicts)
+        if all(verdict.never or verdict.reason is Reason.EXCLUDED for verdict in choice.verdicts):
+            return self._over_capacity(
+                "every group that could hold it is excluded", asked, choice, now
+            )
         quota = self._fleet.tenants.policy(request.tenant).quota_bytes
-        least_bytes = self._least_bytes(asked)
-        if quota is not None and least_bytes > quota:
+        if quota is not None and (least_bytes := self._least_bytes(asked)) > quota:
             return QuotaExceededError(
                 "the request alone exceeds the tenant's quota",
                 self.config.retry_most_s,
@@ -412,12 +422,14 @@ class Router:
             return self.config.retry_most_s
         return min(max(start_s, self.config.retry_least_s), self.config.retry_most_s)
 
-    def _queue_full(self, asked: Asked, choice: Choice, now: float) -> QueueFullError:
+    def _over_capacity(
+        self, message: str, asked: Asked, choice: Choice, now: float, *, queue_full: bool = False
+    ) -> OverCapacityError:
         possible = [verdict for verdict in choice.verdicts if not verdict.never]
-        lacking = [(v.needed_bytes - v.available_bytes, v) for v in possible]
-        nearest = min(lacking, key=lambda pair: pair[0])[1] if lacking else None
-        return QueueFullError(
-            f"{len(self._queue)} requests wait already",
+        nearest = min(possible, key=lambda v: v.needed_bytes - v.available_bytes, default=None)
+        error = QueueFullError if queue_full else OverCapacityError
+        return error(
+            message,
             self._retry_after_s(asked, choice, now),
             nearest.needed_bytes if nearest else 0,
             nearest.available_bytes if nearest else 0,
@@ -425,8 +437,7 @@ class Router:
 
     def _least_bytes(self, asked: Asked) -> int:
         return min(
-            view.spec.geometry.bytes_of(asked.demands[view.shape].leased)
-            for view in self._fleet.views.values()
+            view.spec.geometry.bytes_of(asked.leased(view)) for view in self._fleet.views.values()
         )
 
     def _in_quota(self, request: PlaceRequest, asked: Asked) -> bool:

@@ -64,14 +64,15 @@ def test_the_oldest_lease_can_always_grow_to_its_most(ledger: Ledger) -> None:
     ledger.check_integrity()
 
 
-def test_equal_pages_of_a_group_are_paid_for_once(ledger: Ledger) -> None:
-    pages = tuple(bytes([i]) for i in range(60))
-    first = ledger.grant("g0", PageNeed(4, 80), 0.0, request_id="a", page_hashes=pages)
-    second = ledger.grant("g0", PageNeed(4, 80), 0.0, request_id="b", page_hashes=pages)
-    assert ledger.accounts["g0"].free_pages().sealed == 0
+def test_equal_blocks_of_a_group_are_paid_for_once(ledger: Ledger) -> None:
+    blocks = tuple(bytes([i]) for i in range(15))
+    need = PageNeed(4, 79)  # 60 pages in blocks of 4, the first of which is the sink
+    first = ledger.grant("g0", need, 0.0, request_id="a", blocks=blocks, block_pages=4)
+    second = ledger.grant("g0", need, 0.0, request_id="b", blocks=blocks, block_pages=4)
+    assert ledger.accounts["g0"].free_pages().sealed == 100 - 158 + 59
     ledger.check_integrity()
     ledger.release(first.lease_id, 1.0)
-    assert ledger.accounts["g0"].free_pages().sealed == 20  # the shared ones are still in use
+    assert ledger.accounts["g0"].free_pages().sealed == 21  # the shared ones are still in use
     ledger.release(second.lease_id, 1.0)
     assert ledger.accounts["g0"].free_pages().sealed == 100
     assert not ledger.accounts["g0"].shared
@@ -102,7 +103,7 @@ def test_a_report_releases_what_the_engine_no_longer_runs(ledger: Ledger) -> Non
     result = ledger.reconcile("g0", "e0", [], 2.0)
     assert [lease.lease_id for lease in result.released] == [old.lease_id]
     assert young.lease_id in ledger.leases
-    result = ledger.reconcile("g0", "e0", [], 6.5)
+    result = ledger.reconcile("g0", "e0", [], 36.5)
     assert [lease.lease_id for lease in result.released] == [young.lease_id]
 
 
@@ -138,21 +139,16 @@ def test_a_new_incarnation_voids_the_former_leases(ledger: Ledger) -> None:
     assert ledger.release(lease.lease_id, 3.0) is None
 
 
-def test_the_sweep_spares_what_a_silent_engine_may_hold(ledger: Ledger) -> None:
-    lease = ledger.grant("g0", PageNeed(4, 10), 0.0, request_id="a")
-    assert ledger.sweep(100.0) == ()
-    ledger.renew(lease.lease_id, 100.0)
-    ledger.reconcile("g0", "e0", [], 101.0)  # older than the grace period: gone
-    assert lease.lease_id not in ledger.leases
-
-
-def test_the_sweep_frees_a_lease_its_holder_never_used() -> None:
-    ledger = Ledger(7, ttl_s=5.0, grace_s=5.0)
+def test_a_lease_nobody_used_is_freed_by_a_report_and_not_by_a_silent_engine() -> None:
+    ledger = Ledger(7, ttl_s=30.0, grace_s=5.0)
     ledger.group_up(make_spec("g0"), 0.0)
     lease = ledger.grant("g0", PageNeed(4, 10), 0.0, request_id="a")
-    ledger.reconcile("g0", "e0", [], 4.0)
-    assert ledger.sweep(4.9) == ()
-    assert [x.lease_id for x in ledger.sweep(5.0)] == [lease.lease_id]
+    ledger.forget(1000.0)
+    assert ledger.reconcile("g0", "e0", [], 34.9).released == ()
+    assert ledger.renew(lease.lease_id, 34.9)
+    assert ledger.reconcile("g0", "e0", [], 69.8).released == ()
+    assert [x.lease_id for x in ledger.reconcile("g0", "e0", [], 69.9).released] == ["7-0"]
+    assert not ledger.renew(lease.lease_id, 70.0)
 
 
 def test_the_log_replays_to_the_same_ledger() -> None:

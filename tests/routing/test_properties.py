@@ -10,14 +10,15 @@ from dataclasses import dataclass, field
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 
 from kvmesh.cluster.routing.config import RouterConfig
 from kvmesh.cluster.routing.events import Event, LeaseAdopted, LeaseGranted, LeaseReleased
+from kvmesh.cluster.routing.group import GroupSpec
 from kvmesh.cluster.routing.ledger import Ledger
 from kvmesh.cluster.routing.request import Granted, PlaceRequest, Queued, Refused
 from kvmesh.cluster.routing.router import Changes, Router
-from kvmesh.workers.request import LeaseTerms
+from kvmesh.workers.request import EngineLoads, LeaseTerms
 from kvmesh.workers.sizes import PageNeed
 from tests.routing.groups import make_loads, make_spec
 
@@ -30,6 +31,7 @@ class Sequence:
     output: int  # what it will emit in the end, unknown to the router
     emitted: int = 0
     covered: int = 0
+    use_by: float = 0.0
     group: str = ""
     lease: LeaseTerms | None = None
     state: str = "queued"  # queued, granted, running, done, refused, cancelled
@@ -53,6 +55,7 @@ class RouterMachine(RuleBasedStateMachine):
         self.all: dict[str, Sequence] = {}
         self.engines = {name: Engine() for name in GROUPS}
         self.log: list[Event] = []
+        self.on_its_way: dict[str, tuple[float, EngineLoads | None]] = {}
         self.start_router()
 
     # What happens
@@ -91,15 +94,9 @@ class RouterMachine(RuleBasedStateMachine):
         self.submit(request)
         return request.request_id
 
-    @rule(target=sequences, name=consumes(sequences))
-    def hand_to_engine(self, name: str) -> object:
-        seq = self.all[name]
-        if seq.state == "granted":
-            assert seq.lease is not None
-            seq.state = "running"
-            self.engines[seq.group].running[seq.lease.lease_id] = seq
-            self.settle(self.router.begun(seq.lease.lease_id, self.now))
-        return multiple(name)
+    @rule(name=sequences)
+    def hand_to_engine(self, name: str) -> None:
+        self.hand_over(self.all[name])
 
     @rule(name=sequences)
     def engine_refuses(self, name: str) -> None:
@@ -140,8 +137,18 @@ class RouterMachine(RuleBasedStateMachine):
     def report(self, group: str) -> None:
         engine = self.engines[group]
         if engine.up:
-            leases = [seq.lease for seq in engine.running.values() if seq.lease is not None]
-            loads = make_loads(leases, epoch=str(engine.epoch))
+            self.settle(self.router.report(group, self.loads(group), self.now)[1])
+            self.drop_swept()
+
+    @rule(group=st.sampled_from(sorted(GROUPS)))
+    def send_report(self, group: str) -> None:
+        if self.engines[group].up:
+            self.on_its_way[group] = (self.now, self.loads(group))
+
+    @rule(group=st.sampled_from(sorted(GROUPS)))
+    def late_report_arrives(self, group: str) -> None:
+        sent_at, loads = self.on_its_way.pop(group, (-1e9, None))
+        if loads is not None and self.now - sent_at < self.router.config.grace_s:
             self.settle(self.router.report(group, loads, self.now)[1])
             self.drop_swept()
 
@@ -184,7 +191,7 @@ class RouterMachine(RuleBasedStateMachine):
             for seq in self.held_on(group):
                 assert seq.lease is not None
                 own = make_spec().geometry.sealed_range(seq.request.prompt_tokens)
-                shared = seq.request.page_hashes[own.start : own.stop]
+                shared = seq.request.page_hashes[own.start : own.stop // 4 * 4]
                 hot += seq.lease.hot_pages
                 sealed += seq.lease.sealed_pages - len(shared)
                 pages.update(shared)
@@ -230,7 +237,7 @@ class RouterMachine(RuleBasedStateMachine):
                 self.report(group)
             self.settle(self.router.tick(self.now))
             for name in list(self.all):
-                self.hand_over(name)
+                self.hand_over(self.all[name])
                 self.advance(self.all[name], 400)
             self.no_group_is_overcommitted()
             if all(x.state in ("done", "refused", "cancelled") for x in self.all.values()):
@@ -244,7 +251,12 @@ class RouterMachine(RuleBasedStateMachine):
 
     # Within
 
-    def spec(self, group: str) -> object:
+    def loads(self, group: str) -> EngineLoads:
+        engine = self.engines[group]
+        leases = [seq.lease for seq in engine.running.values() if seq.lease is not None]
+        return make_loads(leases, epoch=str(engine.epoch))
+
+    def spec(self, group: str) -> GroupSpec:
         hot, sealed = GROUPS[group]
         epoch = str(self.engines[group].epoch)
         return make_spec(group, hot=hot, sealed=sealed, epoch=epoch, max_sequences=5)
@@ -252,12 +264,14 @@ class RouterMachine(RuleBasedStateMachine):
     def start_router(self) -> None:
         self.epoch += 1
         self.log.clear()
+        self.on_its_way.clear()
         up = [group for group, engine in self.engines.items() if engine.up]
         config = RouterConfig(
             queue_limit=200,
             least_samples=2,
             lease_quantile=0.5,
             long_share=0.0,
+            block_pages=4,
             rebuild_timeout_s=1e9,
         )
         self.router = Router(
@@ -305,16 +319,22 @@ class RouterMachine(RuleBasedStateMachine):
                     seq.state = "granted"
                     seq.group, seq.lease = placement.group, placement.lease
                     seq.covered = placement.leased_output_tokens
+                    seq.use_by = placement.expires_at
                     assert self.engines[seq.group].up
                 case Refused():
                     seq.state = "refused"
 
-    def hand_over(self, name: str) -> None:
-        seq = self.all[name]
-        if seq.state == "granted":
-            assert seq.lease is not None
-            seq.state = "running"
-            self.engines[seq.group].running[seq.lease.lease_id] = seq
+    def hand_over(self, seq: Sequence) -> None:
+        if seq.state != "granted":
+            return
+        assert seq.lease is not None
+        if self.now > seq.use_by:
+            self.settle(self.router.release(seq.lease.lease_id, self.now))
+            self.replace(seq)
+            return
+        seq.state = "running"
+        self.engines[seq.group].running[seq.lease.lease_id] = seq
+        self.settle(self.router.begun(seq.lease.lease_id, self.now))
 
     def advance(self, seq: Sequence, tokens: int) -> None:
         if seq.state != "running":
