@@ -168,7 +168,10 @@ def measure(
 def regressions(rows: list[Row], committed: Path) -> list[str]:
     """What is worse than the committed table by more than 5%."""
     keys = ("kv_format", "capability", "head_dim", "group", "page_size")
-    known = {tuple(row[key] for key in keys): row for row in json.loads(committed.read_text())}
+    table = json.loads(committed.read_text())
+    if table["triton"] != triton.__version__:  # another compiler: nothing to compare with
+        return []
+    known = {tuple(row[key] for key in keys): row for row in table["rows"]}
     found = []
     for row in rows:
         before = known.get(tuple(getattr(row, key) for key in keys))
@@ -203,7 +206,8 @@ def main() -> None:
                     flush=True,
                 )
     if options.output:
-        options.output.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+        report = {"triton": triton.__version__, "rows": [asdict(row) for row in rows]}
+        options.output.write_text(json.dumps(report, indent=1) + "\n")
     if options.check:
         worse = regressions(rows, options.check)
         if worse:

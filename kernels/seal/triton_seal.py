@@ -16,7 +16,7 @@ ROWS = 16
 
 
 @triton.jit
-def _seal_kernel(
+def seal_kernel(
     hot_ptr,
     data_ptr,
     meta_ptr,
@@ -70,7 +70,7 @@ def seal_pages(
     kernels = fmt.tile_kernels()
     data, meta = kernels.views(sealed, hot.dtype)
     grid = (hot_ids.shape[0], num_kv_heads, triton.cdiv(page_size, ROWS))
-    _seal_kernel[grid](
+    seal_kernel[grid](
         hot,
         data,
         meta,

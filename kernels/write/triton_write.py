@@ -8,7 +8,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _write_kernel(
+def write_kernel(
     k_ptr,
     v_ptr,
     hot_ptr,
@@ -40,7 +40,7 @@ def write_hot(k: torch.Tensor, v: torch.Tensor, hot: torch.Tensor, slots: torch.
     num_tokens, num_kv_heads, head_dim = k.shape
     if num_tokens == 0:
         return
-    _write_kernel[(num_tokens, num_kv_heads)](
+    write_kernel[(num_tokens, num_kv_heads)](
         k,
         v,
         hot,
