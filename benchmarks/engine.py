@@ -120,7 +120,7 @@ def _greedy(tokens: int) -> GenerationConfig:
         max_new_tokens=tokens,
         min_new_tokens=tokens,
         do_sample=False,
-        eos_token_id=-1,
+        eos_token_id=None,
         pad_token_id=0,
     )
 

@@ -156,7 +156,7 @@ class Engine:
         return hot + self.info.sealed_pages * self.info.sealed_page_bytes
 
     def add(self, request: EngineRequest) -> None:
-        """Queue a request that `check` let pass; its id must not be live. Deltas come from `step`."""
+        """Queue a request that `check` let pass; its id must not be live."""
         assert request.request_id not in self._live
         seq = Sequence(request, self.geometry, self.info.max_model_len)
         seq.arrived_s = self._clock()

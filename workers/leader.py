@@ -177,7 +177,7 @@ class EngineLeader:
         if not wanted.fits(room):
             needed, available = engine.geometry.bytes_of(wanted), engine.geometry.bytes_of(room)
             raise CapacityError(
-                f"the lease asks for {needed:,} bytes of KV cache; other leases leave {available:,}",
+                f"the lease asks for {needed:,} bytes of KV; other leases leave {available:,}",
                 needed_bytes=needed,
                 available_bytes=available,
                 ever=True,

@@ -108,7 +108,7 @@ def test_output_depends_on_the_prompt_alone(data: st.DataObject) -> None:
     assert pool.hot_used == pool.sealed_used == 0
 
 
-@pytest.mark.parametrize("recent,sink", [(0, 0), (1, 0), (2, 1)])
+@pytest.mark.parametrize(("recent", "sink"), [(0, 0), (1, 0), (2, 1)])
 def test_a_warm_prefix_cache_saves_whole_pages(recent: int, sink: int) -> None:
     engine, executor = make_engine(recent=recent, sink=sink, tokens=64)
     prompt = [int(i) % VOCAB for i in range(5 * PAGE + 3)]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
@@ -143,7 +141,7 @@ FORMATS = [
 @pytest.fixture(scope="module", params=FORMATS)
 def invariance(
     request: pytest.FixtureRequest, tokenizer: Tokenizer, prompts: list[list[int]]
-) -> Iterator[Invariance]:
+) -> Invariance:
     preamble = tokenizer.encode(
         "You answer in plain words, from what you know, and say so when you do not know. " * 6,
         add_special_tokens=False,
@@ -151,7 +149,7 @@ def invariance(
     config = dataclasses.replace(
         CONFIG, page_size=16, max_num_batched_tokens=64, prefix_cache=False, **request.param
     )
-    yield Invariance(config, [preamble + prompt for prompt in prompts[:3]])
+    return Invariance(config, [preamble + prompt for prompt in prompts[:3]])
 
 
 @pytest.mark.parametrize("chunk", [16, 512])
