@@ -131,6 +131,7 @@ class DetokenizerStream:
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
+        self._special = frozenset(tokenizer.special_tokens.values())
         # [context, already emitted | pending, not yet emitted]
         self._context: list[int] = []
         self._pending: list[int] = []
@@ -159,10 +160,20 @@ class DetokenizerStream:
     def _emit(self, count: int, text: str) -> str:
         emitted = self._pending[:count]
         self._pending = self._pending[count:]
-        # Tokens without text, special ones say, are no context to tell a leading space by.
-        if text:
-            self._context = emitted[-_MAX_CHARACTER_TOKENS:]
+        # Special tokens, which have no text, are no context to tell a leading space by.
+        seen = [token for token in emitted if not (self._skip and token in self._special)]
+        if seen:
+            self._context = self._whole_suffix(seen)
         return text
+
+    def _whole_suffix(self, ids: list[int]) -> list[int]:
+        """The last few of `ids`, from the beginning of a character on.
+
+        Decoders with byte tokens spoil a whole run of them if it begins inside a character."""
+        for count in range(1, min(_MAX_CHARACTER_TOKENS, len(ids)) + 1):
+            if _REPLACEMENT not in self._decode(ids[-count:]):
+                return ids[-count:]
+        return ids[-1:]
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=self._skip)
