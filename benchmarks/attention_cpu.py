@@ -143,9 +143,7 @@ def measure(fmt: KVFormat, batch: int, context: int, rounds: int) -> Row:
     times = [(seconds(case.paged), seconds(case.sdpa)) for _ in range(rounds)]
     ours, theirs = (statistics.median(side) / layers * 1e6 for side in zip(*times, strict=True))
     ratio = round(theirs / ours, 2)
-    return Row(
-        fmt.name, batch, context, layers, round(ours, 1), round(theirs, 1), ratio, error
-    )
+    return Row(fmt.name, batch, context, layers, round(ours, 1), round(theirs, 1), ratio, error)
 
 
 def main() -> None:

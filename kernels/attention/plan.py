@@ -17,6 +17,7 @@ the pages of a block's first and last query, logical pages fall into
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +27,8 @@ from kvmesh.kernels.attention.batch import AttentionBatch
 from kvmesh.kernels.formats.base import KVFormat
 
 MAX_GROUP_TOKENS = 4096
-MAX_BLOCK_TOKENS = 512
+MIN_BLOCK_TOKENS = 64
+MAX_BLOCK_TOKENS = 256
 MAX_FAR_TOKENS = 8192
 
 Ints = npt.NDArray[np.int64]
@@ -148,11 +150,23 @@ class _Planner:
         decode = np.flatnonzero(counts == 1)
         groups = tuple(self._group(seqs) for seqs in self._similar(decode))
         blocks = tuple(
-            self._block(int(seq), start, min(start + MAX_BLOCK_TOKENS, int(counts[seq])))
+            self._block(int(seq), start, stop)
             for seq in np.flatnonzero(counts > 1)
-            for start in range(0, int(counts[seq]), MAX_BLOCK_TOKENS)
+            for start, stop in self._cuts(int(self.lens[seq]), int(counts[seq]))
         )
         return Plan(groups, blocks, covers_all=int(counts.sum()) == self.num_tokens)
+
+    def _cuts(self, length: int, count: int) -> list[tuple[int, int]]:
+        """Blocks of a sequence's new tokens, cut where pages begin.
+
+        Short blocks mask little; long ones unpack a long past fewer times.
+        """
+        tokens = min(max(length // 16, MIN_BLOCK_TOKENS), MAX_BLOCK_TOKENS)
+        tokens = max(tokens // self.page_size, 1) * self.page_size
+        past = length - count
+        edges = range((past // tokens + 1) * tokens, length, tokens)
+        cuts = [0, *(edge - past for edge in edges), count]
+        return list(pairwise(cuts))
 
     def _similar(self, seqs: Ints) -> list[Ints]:
         """Sequences with one new token, by number of sealed pages."""

@@ -79,7 +79,7 @@ def test_bf16_pages() -> None:
 
 def test_far_pages_in_pieces_and_long_chunks_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planning, "MAX_FAR_TOKENS", 48)
-    monkeypatch.setattr(planning, "MAX_BLOCK_TOKENS", 40)
+    monkeypatch.setattr(planning, "MIN_BLOCK_TOKENS", 32)
     for name, window in itertools.product(format_names(), (None, 90)):
         shape = Shape(sink_pages=1, recent_pages=1)
         check(
