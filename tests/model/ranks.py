@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,23 +62,43 @@ def sum_then_lose_a_rank(rank: int, size: int, rendezvous: str, results: Any) ->
         results.put(rank)
 
 
-def compare_models(rank: int, size: int, rendezvous: str, results: Any, root: Path) -> None:
-    """For each model under `root` rank 0 puts (name, largest error of a logit, same tokens)."""
+def save_expectation(file: Path, path: Path, prompts: list[list[int]]) -> Path:
+    """What one rank computes, for compare_models; returns `file`."""
     from kvmesh.workers.model.load import load_model
     from tests.model.attend import generate_greedily, prompt_logits
-    from tests.model.cases import PROMPTS
+
+    model = load_model(path, dtype=torch.float32, device=CPU, comm=Communicator.single())
+    expectation = {
+        "path": str(path),
+        "prompts": prompts,
+        "logits": prompt_logits(model, prompts[0]),
+        "outputs": generate_greedily(model, prompts, TOKENS),
+    }
+    torch.save(expectation, file)
+    return file
+
+
+def compare_models(
+    rank: int, size: int, rendezvous: str, results: Any, expectations: Sequence[Path]
+) -> None:
+    """For each file of expectations rank 0 puts (its stem, largest error of a logit, same tokens).
+
+    Such a file holds a model's path, prompts, the logits of the first one and outputs."""
+    from kvmesh.workers.model.load import load_model
+    from tests.model.attend import generate_greedily, prompt_logits
 
     torch.set_num_threads(1)
     comm = Communicator.connect(rank, size, rendezvous, device=CPU, timeout_s=60)
     try:
-        for path in sorted(root.iterdir()):
-            expected = torch.load(path / "expected.pt")
+        for file in expectations:
+            expected = torch.load(file)
+            path, prompts = Path(expected["path"]), expected["prompts"]
             model = load_model(path, dtype=torch.float32, device=CPU, comm=comm)
-            logits = prompt_logits(model, PROMPTS[0])
-            outputs = generate_greedily(model, PROMPTS, TOKENS, expected["outputs"])
+            logits = prompt_logits(model, prompts[0])
+            outputs = generate_greedily(model, prompts, TOKENS, expected["outputs"])
             if logits is not None:
                 error = (logits - expected["logits"]).abs().max().item()
-                results.put((path.name, error, outputs == expected["outputs"]))
+                results.put((file.stem, error, outputs == expected["outputs"]))
         comm.barrier()
     finally:
         comm.close()

@@ -91,10 +91,10 @@ def make_small_tokenizer(directory: Path) -> int:
     return int(raw.get_vocab_size())
 
 
-def make_small_gguf(file: Path, source: Path, **metadata: Any) -> Path:
+def make_small_gguf(file: Path, source: Path, leave_out: str = "", **metadata: Any) -> Path:
     """The Llama model of directory `source` as a GGUF file, tokenizer included.
 
-    metadata: further keys, with __ for dots
+    leave_out: name of a tensor; metadata: further keys, with __ for dots
     """
     model = transformers.AutoModelForCausalLM.from_pretrained(source)
     config = model.config
@@ -122,13 +122,15 @@ def make_small_gguf(file: Path, source: Path, **metadata: Any) -> Path:
         writer.add_string(key.replace("__", "."), value)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, weight in model.state_dict().items():
+        if name == leave_out:
+            continue
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
         array = weight.numpy()
         for projection, count in heads.items():
             if projection in name:  # GGUF's Llama rotates neighbours, transformers halves
                 array = array.reshape(count, 2, -1, array.shape[-1]).swapaxes(1, 2)
                 array = array.reshape(weight.shape)
-        writer.add_tensor(names.get_name(name, (".weight",)) + ".weight", array.copy())
+        writer.add_tensor(names.get_name(name, (".weight",)), array.copy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

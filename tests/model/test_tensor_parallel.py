@@ -9,29 +9,32 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from kvmesh.workers.errors import ConfigError
 from kvmesh.workers.model.facts import read_facts
-from kvmesh.workers.model.load import load_model
 from kvmesh.workers.parallel.comm import Communicator
 from kvmesh.workers.parallel.shards import check_tp
-from tests.model.attend import generate_greedily, prompt_logits
 from tests.model.cases import CASES, PROMPTS
-from tests.model.ranks import CPU, TOKENS, compare_models, run_ranks, sum_then_lose_a_rank
+from tests.model.ranks import (
+    CPU,
+    compare_models,
+    run_ranks,
+    save_expectation,
+    sum_then_lose_a_rank,
+)
 from tests.model.small import make_small_model
 
 
 def test_two_ranks_compute_what_one_does(tmp_path: Path) -> None:
-    for case, (architecture, overrides) in CASES.items():
-        path = make_small_model(architecture, tmp_path / case, **overrides)
-        model = load_model(path, dtype=torch.float32, device=CPU, comm=Communicator.single())
-        expected = {
-            "logits": prompt_logits(model, PROMPTS[0]),
-            "outputs": generate_greedily(model, PROMPTS, TOKENS),
-        }
-        torch.save(expected, path / "expected.pt")
-    results = run_ranks(compare_models, 2, len(CASES), tmp_path)
+    expectations = [
+        save_expectation(
+            tmp_path / f"{case}.pt",
+            make_small_model(architecture, tmp_path / case, **overrides),
+            PROMPTS,
+        )
+        for case, (architecture, overrides) in CASES.items()
+    ]
+    results = run_ranks(compare_models, 2, len(CASES), expectations)
     assert {case for case, _, _ in results} == CASES.keys()
     assert [result for result in results if result[1] > 1e-4 or not result[2]] == []
 

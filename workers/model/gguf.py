@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +42,25 @@ def convert_gguf(file: Path, target: Path) -> None:
 
     # transformers draws progress bars on stderr, which no setting of it switches off here.
     with contextlib.redirect_stderr(io.StringIO()):
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, dtype=torch.float32
+        model, report = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, dtype=torch.float32, output_loading_info=True
         )
+        _check_report(file, report)
         # The weights are plain now; while these two remain, transformers refuses to save them.
         del model.config.quantization_config
         model.hf_quantizer = None
         model.save_pretrained(target)
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         tokenizer.save_pretrained(target)
+
+
+def _check_report(file: Path, report: Mapping[str, Any]) -> None:
+    """transformers fills what it does not find with random numbers, and goes on."""
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report[what]:
+            raise UnsupportedModelError(
+                "model", f"{file}: {what.replace('_', ' ')} in the conversion: {min(report[what])}"
+            )
 
 
 def check_gguf(file: Path) -> None:

