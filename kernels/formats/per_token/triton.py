@@ -19,6 +19,44 @@ import triton.language as tl
 
 from kvmesh.kernels.formats.base import KVFormat, TileKernels
 
+# Four codes in a register, $2, become two registers of two bf16 numbers each. A
+# bf16 number from 128 to 255 holds the low 7 bits of its whole part as its
+# mantissa: 0x4300 | (code & 127) is 128 + (code & 127). From it comes 128 (0x4300)
+# where the code's top bit is set, else 256 (0x4380); a fused multiply-add is the
+# subtraction that sm_80 has.
+CENTRED_8_PTX = tl.constexpr("""{
+    .reg .b32 x, y, a, b, minus;
+    mov.b32 minus, 0xbf80bf80;
+    prmt.b32 x, $2, 0, 0x4140;
+    prmt.b32 y, $2, 0, 0x4342;
+    lop3.b32 a, x, 0x007f007f, 0x43004300, 0xea;
+    lop3.b32 b, x, 0x00800080, 0x43004300, 0xae;
+    fma.rn.bf16x2 $0, b, minus, a;
+    lop3.b32 a, y, 0x007f007f, 0x43004300, 0xea;
+    lop3.b32 b, y, 0x00800080, 0x43004300, 0xae;
+    fma.rn.bf16x2 $1, b, minus, a;
+}""")
+
+# Four bytes in $4 become the low nibbles, then the high ones, less 8: 128 + code,
+# less 136.
+CENTRED_4_PTX = tl.constexpr("""{
+    .reg .b32 x, y, a, b, one, less;
+    mov.b32 one, 0x3f803f80;
+    mov.b32 less, 0xc308c308;
+    prmt.b32 x, $4, 0, 0x4140;
+    prmt.b32 y, $4, 0, 0x4342;
+    lop3.b32 a, x, 0x000f000f, 0x43004300, 0xea;
+    lop3.b32 b, y, 0x000f000f, 0x43004300, 0xea;
+    fma.rn.bf16x2 $0, a, one, less;
+    fma.rn.bf16x2 $1, b, one, less;
+    shr.b32 x, x, 4;
+    shr.b32 y, y, 4;
+    lop3.b32 a, x, 0x000f000f, 0x43004300, 0xea;
+    lop3.b32 b, y, 0x000f000f, 0x43004300, 0xea;
+    fma.rn.bf16x2 $2, a, one, less;
+    fma.rn.bf16x2 $3, b, one, less;
+}""")
+
 
 def views(sealed: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """The sealed arena as the tile functions read it: codes, and the bits of bf16 metadata."""
@@ -41,23 +79,8 @@ def _load_meta(
 def _centred_8(codes, DTYPE: tl.constexpr):
     """[N, HALF] uint8 -> codes - 128"""
     if DTYPE == tl.bfloat16:  # noqa: SIM300
-        # Two codes a register, each in 16 bits. A bf16 number from 128 to 255 holds
-        # its whole part's low 7 bits as its mantissa: 0x4300 | (code & 127) is 128 +
-        # (code & 127). Subtract 128 where the code's top bit is set (0x4300), else 256
-        # (0x4380); a fused multiply-add is the subtraction that sm_80 has.
         return tl.inline_asm_elementwise(
-            """{
-            .reg .b32 x, y, a, b, minus;
-            mov.b32 minus, 0xbf80bf80;
-            prmt.b32 x, $2, 0, 0x4140;
-            prmt.b32 y, $2, 0, 0x4342;
-            lop3.b32 a, x, 0x007f007f, 0x43004300, 0xea;
-            lop3.b32 b, x, 0x00800080, 0x43004300, 0xae;
-            fma.rn.bf16x2 $0, b, minus, a;
-            lop3.b32 a, y, 0x007f007f, 0x43004300, 0xea;
-            lop3.b32 b, y, 0x00800080, 0x43004300, 0xae;
-            fma.rn.bf16x2 $1, b, minus, a;
-            }""",
+            CENTRED_8_PTX,
             "=r,=r,r",
             [codes],
             dtype=tl.bfloat16,
@@ -73,25 +96,8 @@ def _centred_8(codes, DTYPE: tl.constexpr):
 def _centred_4(pairs, DTYPE: tl.constexpr):
     """[N, HALF] uint8, two codes each -> low codes - 8, high codes - 8"""
     if DTYPE == tl.bfloat16:  # noqa: SIM300
-        # As above, with 128 + code, less 136.
         return tl.inline_asm_elementwise(
-            """{
-            .reg .b32 x, y, a, b, one, less;
-            mov.b32 one, 0x3f803f80;
-            mov.b32 less, 0xc308c308;
-            prmt.b32 x, $4, 0, 0x4140;
-            prmt.b32 y, $4, 0, 0x4342;
-            lop3.b32 a, x, 0x000f000f, 0x43004300, 0xea;
-            lop3.b32 b, y, 0x000f000f, 0x43004300, 0xea;
-            fma.rn.bf16x2 $0, a, one, less;
-            fma.rn.bf16x2 $1, b, one, less;
-            shr.b32 x, x, 4;
-            shr.b32 y, y, 4;
-            lop3.b32 a, x, 0x000f000f, 0x43004300, 0xea;
-            lop3.b32 b, y, 0x000f000f, 0x43004300, 0xea;
-            fma.rn.bf16x2 $2, a, one, less;
-            fma.rn.bf16x2 $3, b, one, less;
-            }""",
+            CENTRED_4_PTX,
             "=r,=r,=r,=r,r",
             [pairs],
             dtype=(tl.bfloat16, tl.bfloat16),
