@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import ray
 
 from kvmesh.workers.config import EngineConfig
+from kvmesh.workers.threads import wait_passively
 
 
 @ray.remote(max_restarts=0)
@@ -15,6 +17,7 @@ class RankActor:
 
     def run(self, config: EngineConfig, rank: int, endpoint: str, rendezvous: str) -> None:
         """Serve until the leader closes the channel; see worker_main."""
+        wait_passively(os.environ)
         # Here and not above: loading the class must not cost the leader torch.
         from kvmesh.workers.worker import worker_main
 

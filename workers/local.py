@@ -6,6 +6,7 @@ For machines and programs that have no Ray: benchmarks, evaluation, tests.
 from __future__ import annotations
 
 import multiprocessing
+import os
 import socket
 from multiprocessing.process import BaseProcess
 from threading import Thread
@@ -17,6 +18,7 @@ from kvmesh.workers.executor import Allocation, RankDescription
 from kvmesh.workers.parallel.comm import Communicator
 from kvmesh.workers.plan import StepPlan, StepResult
 from kvmesh.workers.rank import Rank
+from kvmesh.workers.threads import wait_passively
 from kvmesh.workers.worker import worker_main
 
 
@@ -51,6 +53,7 @@ class LocalProcesses(ChannelExecutor):
         super().__init__(config.tp)
         rendezvous = f"tcp://127.0.0.1:{free_port()}"
         context = multiprocessing.get_context("spawn")
+        wait_passively(os.environ)  # which the ranks inherit
         self._processes: list[BaseProcess] = []
         for rank, endpoint in enumerate(self.endpoints):
             process = context.Process(

@@ -1,0 +1,22 @@
+"""`make bench`: the CPU benchmarks one after the other; each also runs alone, with options."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+BENCHMARKS = ("benchmarks.engine", "benchmarks.serving", "benchmarks.attention_cpu")
+
+
+def main() -> int:
+    """Each in a process of its own, so that none inherits another's threads."""
+    for name in BENCHMARKS:
+        print(f"\n== python -m {name}", flush=True)
+        code = subprocess.run([sys.executable, "-m", name], check=False).returncode
+        if code:
+            return code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
