@@ -15,6 +15,8 @@ def seal_pages(
     *,
     fmt: KVFormat,
 ) -> None:
-    wanted = hot_ids >= 0
-    full = hot.index_select(0, hot_ids[wanted])
-    sealed.index_copy_(0, sealed_ids[wanted].long(), fmt.encode(full[:, 0], full[:, 1]))
+    if int(hot_ids.min()) < 0:
+        wanted = hot_ids >= 0
+        hot_ids, sealed_ids = hot_ids[wanted], sealed_ids[wanted]
+    full = hot.index_select(0, hot_ids)
+    sealed.index_copy_(0, sealed_ids.long(), fmt.encode(full[:, 0], full[:, 1]))

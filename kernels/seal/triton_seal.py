@@ -33,29 +33,31 @@ def seal_kernel(
     head = tl.program_id(1)
     hot_id = tl.load(hot_ids_ptr + page).to(tl.int64)
     sealed_id = tl.load(sealed_ids_ptr + page).to(tl.int64)
-    slots = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
-    mask = (slots < PAGE_SIZE) & (hot_id >= 0)
-    offs_d = tl.arange(0, HALF)
-    mask_d = mask[:, None] & (offs_d < HEAD_DIM // 2)[None, :]
-    for V in tl.static_range(2):
-        page_row = (hot_id * 2 + V) * NUM_KV_HEADS + head
-        row_ptr = hot_ptr + page_row * (PAGE_SIZE * HEAD_DIM)
-        row_ptr += slots[:, None] * HEAD_DIM + offs_d[None, :]
-        low = tl.load(row_ptr, mask=mask_d, other=0.0)
-        high = tl.load(row_ptr + HEAD_DIM // 2, mask=mask_d, other=0.0)
-        STORE(
-            low,
-            high,
-            data_ptr,
-            meta_ptr,
-            sealed_id * NUM_KV_HEADS + head,
-            slots,
-            mask,
-            V,
-            PAGE_SIZE,
-            HEAD_DIM,
-            HALF,
-        )
+    if hot_id >= 0:
+        slots = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
+        mask = slots < PAGE_SIZE
+        offs_d = tl.arange(0, HALF)
+        mask_d = mask[:, None] & (offs_d < HEAD_DIM // 2)[None, :]
+        sealed_row = sealed_id * NUM_KV_HEADS + head
+        for V in tl.static_range(2):
+            hot_row = (hot_id * 2 + V) * NUM_KV_HEADS + head
+            row_ptr = hot_ptr + hot_row * (PAGE_SIZE * HEAD_DIM)
+            row_ptr += slots[:, None] * HEAD_DIM + offs_d[None, :]
+            low = tl.load(row_ptr, mask=mask_d, other=0.0)
+            high = tl.load(row_ptr + HEAD_DIM // 2, mask=mask_d, other=0.0)
+            STORE(
+                low,
+                high,
+                data_ptr,
+                meta_ptr,
+                sealed_row,
+                slots,
+                mask,
+                V,
+                PAGE_SIZE,
+                HEAD_DIM,
+                HALF,
+            )
 
 
 def seal_pages(

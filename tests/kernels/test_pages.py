@@ -45,6 +45,16 @@ def test_seal_encodes_the_named_pages_only(name: str) -> None:
     assert (sealed[[0, 1, 2, 4, 5, 6, 7]] == 0xAA).all()
 
 
+def test_seal_skips_padding() -> None:
+    fmt = get_format("int4")
+    hot = torch.randn(3, 2, 1, 16, 64)
+    sealed = torch.zeros(3, 1, fmt.page_bytes(16, 64), dtype=torch.uint8)
+    hot_ids, sealed_ids = torch.tensor([[-1, 2, -1], [0, 1, -1]], dtype=torch.int32)
+    seal_pages(hot, sealed, hot_ids, sealed_ids, fmt=fmt)
+    assert torch.equal(sealed[1], fmt.encode(hot[2, 0], hot[2, 1]))
+    assert (sealed[[0, 2]] == 0).all()
+
+
 def test_seal_nothing_and_wrong_shapes() -> None:
     fmt = get_format("int8")
     hot = torch.randn(2, 2, 3, 16, 64)

@@ -113,7 +113,9 @@ def test_sealing_gives_the_reference_bytes(name: str, dtype: torch.dtype) -> Non
         page_bytes = fmt.page_bytes(page_size, head_dim, dtype.itemsize)
         want = torch.full((9, 2, page_bytes), 0xAA, dtype=torch.uint8)
         got = want.clone().to(DEVICE)
-        hot_ids, sealed_ids = torch.tensor([[4, 1, 0, 2, 3], [8, 3, 0, 1, 5]], dtype=torch.int32)
+        hot_ids, sealed_ids = torch.tensor(
+            [[4, 1, -1, 0, 2, 3], [8, 3, 7, 0, 1, 5]], dtype=torch.int32
+        )
         seal_pages(hot, want, hot_ids, sealed_ids, fmt=fmt)
         ids = hot_ids.to(DEVICE), sealed_ids.to(DEVICE)
         seal_pages(hot.to(DEVICE), got, *ids, fmt=fmt, backend="triton")

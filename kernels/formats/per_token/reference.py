@@ -36,9 +36,8 @@ _UPPER_HALF = -65536  # 0xFFFF0000 as int32: the bits of an fp32 number that bf1
 
 
 def encode(fmt: KVFormat, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    k_codes, k_meta = _encode_rows(k, fmt.k_bits)
-    v_codes, v_meta = _encode_rows(v, fmt.v_bits)
-    return torch.cat((k_codes, v_codes, k_meta, v_meta), dim=-1)
+    codes, meta = _encode_rows(torch.stack((k, v), dim=-3), fmt.k_bits)
+    return torch.cat((codes.flatten(-2), meta.flatten(-2)), dim=-1)
 
 
 def decode(
@@ -164,8 +163,8 @@ def _encode_rows(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor
     half_scale = (half.amax(-1) - half_min) / levels
     scale = _round_up_to_bf16((half_scale * 2.0).clamp_min(SCALE_FLOOR))
     # floor(t + 0.5) rather than round-half-even: the same in every backend
-    codes = (half - half_min[..., None]) / (scale * 0.5)[..., None]
-    codes = (codes + 0.5).floor_().clamp_(0.0, levels).to(torch.uint8)
+    codes = half.sub_(half_min[..., None]).div_((scale * 0.5)[..., None])
+    codes = codes.add_(0.5).floor_().clamp_(0.0, levels).to(torch.uint8)
     if bits == 4:
         low, high = codes.chunk(2, dim=-1)
         codes = low | (high << 4)
