@@ -130,7 +130,9 @@ def make_small_gguf(file: Path, source: Path, leave_out: str = "", **metadata: A
             if projection in name:  # GGUF's Llama rotates neighbours, transformers halves
                 array = array.reshape(count, 2, -1, array.shape[-1]).swapaxes(1, 2)
                 array = array.reshape(weight.shape)
-        writer.add_tensor(names.get_name(name, (".weight",)), array.copy())
+        gguf_name = names.get_name(name, (".weight",))
+        assert gguf_name is not None
+        writer.add_tensor(gguf_name, array.copy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from kvmesh.workers.errors import ConfigError, UnsupportedModelError
-from kvmesh.workers.model import embedded, store
+from kvmesh.workers.model import embedded
 from kvmesh.workers.model.facts import read_facts
 from kvmesh.workers.model.load import load_model
 from kvmesh.workers.model.source import ModelFiles, resolve_model
@@ -377,7 +377,7 @@ def test_a_full_disk_is_told_before_the_download(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(store.shutil, "disk_usage", lambda path: usage._replace(free=10))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10))
     with pytest.raises(ConfigError, match="needs 1,000 bytes"):
         ModelStore(tmp_path).make("key", "name", _fill, 1000)
 

@@ -6,6 +6,7 @@ All architectures run in one pair of processes, since starting them costs most.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,7 +43,7 @@ def test_two_ranks_compute_what_one_does(tmp_path: Path) -> None:
 def test_sums_are_alike_to_the_bit_and_a_lost_rank_is_noticed() -> None:
     size = 3
     results = run_ranks(sum_then_lose_a_rank, size, size + (size - 1))
-    sums = dict(result for result in results if isinstance(result, tuple))
+    sums: dict[int, Any] = dict(result for result in results if isinstance(result, tuple))
     assert sorted(result for result in results if isinstance(result, int)) == [0, 1]
     for (total, gathered), *others in zip(*(sums[rank] for rank in range(size)), strict=True):
         parts = np.split(gathered, size, axis=-1)
