@@ -6,7 +6,7 @@ it shares no code with the operators except the formats' own `decode`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -44,28 +44,20 @@ class Case:
 
     def to(self, device: str) -> Case:
         b = self.batch
-        batch = AttentionBatch(
-            b.query_starts.to(device),
-            b.seq_lens.to(device),
-            b.rows.to(device),
-            b.hot_tables.to(device),
-            b.sealed_tables.to(device),
-            b.page_size,
-            b.sink_pages,
-            b.recent_pages,
-            b.max_query_len,
-            b.max_seq_len,
+        batch = replace(
+            b,
+            query_starts=b.query_starts.to(device),
+            seq_lens=b.seq_lens.to(device),
+            rows=b.rows.to(device),
+            hot_tables=b.hot_tables.to(device),
+            sealed_tables=b.sealed_tables.to(device),
         )
-        return Case(
-            self.shape,
-            self.fmt,
-            self.q.to(device),
-            self.hot.to(device),
-            self.sealed.to(device),
-            batch,
-            self.k,
-            self.v,
-            self.new_tokens,
+        return replace(
+            self,
+            q=self.q.to(device),
+            hot=self.hot.to(device),
+            sealed=self.sealed.to(device),
+            batch=batch,
         )
 
 
@@ -149,6 +141,18 @@ def make_case(
         max_seq_len=max(length for length, _ in sequences),
     )
     return Case(shape, fmt, q.to(dtype), hot, sealed, batch, keys, values, new_tokens)
+
+
+def with_empty_sequences(case: Case, count: int) -> Case:
+    """The case with `count` sequences more that have no new token, as padding has none."""
+    b = case.batch
+    batch = replace(
+        b,
+        query_starts=torch.cat((b.query_starts, b.query_starts[-1:].repeat(count))),
+        seq_lens=torch.cat((b.seq_lens, torch.ones(count, dtype=torch.int32))),
+        rows=torch.cat((b.rows, torch.zeros(count, dtype=torch.int32))),
+    )
+    return replace(case, batch=batch)
 
 
 def truth(

@@ -10,7 +10,7 @@ import torch
 from kvmesh.kernels.attention import paged_attention
 from kvmesh.kernels.attention import plan as planning
 from kvmesh.kernels.formats.registry import format_names, get_format
-from tests.kernels.cases import Case, Shape, make_case, truth
+from tests.kernels.cases import Case, Shape, make_case, truth, with_empty_sequences
 
 MIXED = [(1, 1), (15, 1), (16, 1), (17, 1), (63, 1), (64, 64), (65, 9), (200, 33), (130, 1)]
 
@@ -61,6 +61,11 @@ def test_decode_alone_with_padding_rows(name: str) -> None:
     lengths = (300, 17, 31, 16, 1, 250, 100, 299)
     case = make_case(get_format(name), Shape(), [(n, 1) for n in lengths], padding_tokens=3)
     check(case)
+
+
+def test_sequences_without_a_query_are_padding() -> None:
+    case = make_case(get_format("int8"), Shape(), [(40, 1), (17, 3)], padding_tokens=2)
+    check(with_empty_sequences(case, 2))
 
 
 @pytest.mark.parametrize("name", format_names())

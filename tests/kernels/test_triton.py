@@ -13,7 +13,7 @@ from kvmesh.kernels.formats.registry import format_names, get_format
 from kvmesh.kernels.merge import merge_states
 from kvmesh.kernels.seal import seal_pages
 from kvmesh.kernels.write import write_hot
-from tests.kernels.cases import Case, Shape, make_case, truth
+from tests.kernels.cases import Case, Shape, make_case, truth, with_empty_sequences
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16] if DEVICE == "cuda" else [torch.float32]
@@ -86,6 +86,14 @@ def test_softcap_and_sliding_window(name: str, dtype: torch.dtype) -> None:
     check(case, softcap=15.0, sliding_window=37)
     check(case, softcap=15.0)
     check(case, sliding_window=1)
+
+
+@EVERY_DTYPE
+def test_sequences_without_a_query_are_padding(dtype: torch.dtype) -> None:
+    case = make_case(
+        get_format("int8"), Shape(3, 1), [(40, 1), (17, 1)], dtype=dtype, padding_tokens=2
+    )
+    check(with_empty_sequences(case, 2))
 
 
 @FORMATS
