@@ -67,7 +67,7 @@ class _Layer:
         """q [b, num_heads, head_dim], one query a sequence."""
         rows = group.size * self.num_kv_heads
         # The query heads of a group share their KV head's keys: they are its queries.
-        queries = (q.float() * self.scale).view(rows, -1, self.head_dim)
+        queries = (q.float() * self.scale).reshape(rows, -1, self.head_dim)
         k_hot, v_hot = self._hot_tokens(group.hot, rows)
         scores = torch.bmm(queries, k_hot.mT)
         tile = None
