@@ -28,6 +28,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+import triton
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -74,7 +75,7 @@ class Row:
 
 
 def shapes(quick: bool) -> Iterator[Shape]:
-    heads = ((8, 4, 128), (8, 8, 128), (32, 1, 128), (8, 4, 64))
+    heads = [(8, 4, 128), (8, 8, 128), (32, 1, 128), (8, 4, 64)]
     if quick:
         heads = heads[1:2]
     for kv_heads, group, head_dim in heads:
@@ -181,7 +182,7 @@ def seconds(step: Callable[[], object], rounds: int = 15) -> float:
     with torch.cuda.graph(graph):
         step()
     graph.replay()
-    times = []
+    times: list[float] = []
     for _ in range(rounds):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -271,11 +272,11 @@ def tune(bandwidth: float) -> list[Row]:
             for num_stages in (2, 3, 4):
                 constants = chosen(get_format(name), 128, 8, PAGE_SIZE).constants
                 launch = triton_attention.Launch(constants, num_warps, num_stages)
-                triton_attention.decode_launch = lambda *_, launch=launch: launch
+                triton_attention.decode_launch = lambda *_, launch=launch: launch  # type: ignore[assignment]
                 try:
                     rows.append(measure(get_format(name), shape, bandwidth, None, rounds=5))
                     show(rows[-1])
-                except triton_attention.triton.runtime.errors.OutOfResources as error:
+                except triton.runtime.errors.OutOfResources as error:
                     print(f"{name} w{num_warps} s{num_stages}: {error}", file=sys.stderr)
                 finally:
                     triton_attention.decode_launch = chosen
@@ -302,7 +303,7 @@ def main() -> None:
         "device": torch.cuda.get_device_name(),
         "clocks": clocks,
         "torch": torch.__version__,
-        "triton": triton_attention.triton.__version__,
+        "triton": triton.__version__,
         "copy_gb_per_s": round(bandwidth / 1e9, 1),
         "page_size": PAGE_SIZE,
         "dtype": "bfloat16",

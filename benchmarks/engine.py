@@ -47,7 +47,7 @@ console = Console(stderr=True)
 
 def prompt_of(length: int, seed: int) -> list[int]:
     """Random ordinary tokens: content does not change the work."""
-    return np.random.default_rng(seed).integers(100, 40_000, length).tolist()
+    return [int(i) for i in np.random.default_rng(seed).integers(100, 40_000, length)]
 
 
 def make_engine(kv_format: str, max_num_seqs: int = 16) -> Engine:
@@ -79,7 +79,7 @@ def run_engine(engine: Engine, prompts: list[list[int]], tokens: int) -> tuple[f
     return first - began, ended - first, statistics.median(host)
 
 
-class _FirstToken(BaseStreamer):
+class _FirstToken(BaseStreamer):  # type: ignore[misc]
     """Notes when generate's first new token arrives (its first put is the prompt)."""
 
     def __init__(self) -> None:

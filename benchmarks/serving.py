@@ -105,7 +105,10 @@ async def measure(
     await leader.start()
     prompts = Prompts()
     async with AsyncClient(endpoint.target, api_key=endpoint.api_key) as client:
-        sides = {"engine": EngineAlone(leader), "path": WholePath(client)}
+        sides: dict[str, EngineAlone | WholePath] = {
+            "engine": EngineAlone(leader),
+            "path": WholePath(client),
+        }
         for side in sides.values():
             await side.run(prompts.take(streams), 8)
         rates: dict[str, list[float]] = {name: [] for name in sides}

@@ -12,7 +12,6 @@ from collections.abc import AsyncGenerator, Awaitable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeVar
 
-import grpc
 from grpc_health.v1 import health_pb2
 from ray import serve
 from ray.serve.grpc_util import RayServegRPCContext
@@ -225,9 +224,7 @@ class Ingress:
 
     # grpc.health.v1.Health; needs no key, as probes have none.
 
-    async def Check(
-        self, request: health_pb2.HealthCheckRequest
-    ) -> health_pb2.HealthCheckResponse:
+    async def Check(self, request: health_pb2.HealthCheckRequest) -> health_pb2.HealthCheckResponse:
         return health_pb2.HealthCheckResponse(status=self._health())
 
     async def Watch(
@@ -241,7 +238,7 @@ class Ingress:
                 last = status
             await asyncio.sleep(1.0)
 
-    def _health(self) -> health_pb2.HealthCheckResponse.ServingStatus:
+    def _health(self) -> int:
         if self._service.ready:
             return health_pb2.HealthCheckResponse.SERVING
         return health_pb2.HealthCheckResponse.NOT_SERVING
@@ -365,5 +362,3 @@ def build_app(
 def _deployment(cls: type, **options: Any) -> Any:
     # Serve's annotations know the decorator, not this call of it.
     return serve.deployment(cls, **options)
-
-

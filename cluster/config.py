@@ -45,7 +45,9 @@ class _Section(BaseModel):
 class EngineSection(_Section):
     """One group's engine."""
 
-    kv_format: str = Field(default="int8", description="How sealed KV pages are encoded: exact, int8, int4")
+    kv_format: str = Field(
+        default="int8", description="How sealed KV pages are encoded: exact, int8, int4"
+    )
     page_size: int = Field(default=64, description="Tokens a page; a power of two from 8 to 256")
     sink_pages: int | None = Field(
         default=None, ge=0, description="First pages always read exactly; null: the format's own"
@@ -59,14 +61,19 @@ class EngineSection(_Section):
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="auto: GPUs where there are any"
     )
-    tp: int = Field(default=1, ge=1, description="Ranks the heads are split over; divides the KV heads")
+    tp: int = Field(
+        default=1, ge=1, description="Ranks the heads are split over; divides the KV heads"
+    )
     kv_memory_bytes: Bytes | None = Field(
         default=None,
         description="KV memory of one rank, e.g. 512MiB; "
         "null: what the GPU has free, or 1 GiB on CPUs",
     )
     gpu_memory_utilization: float = Field(
-        default=0.9, gt=0, le=1, description="Share of a GPU that weights, activations and KV may fill"
+        default=0.9,
+        gt=0,
+        le=1,
+        description="Share of a GPU that weights, activations and KV may fill",
     )
     max_num_seqs: int = Field(default=16, ge=1, description="Sequences that run at once")
     max_num_batched_tokens: int = Field(
@@ -87,16 +94,26 @@ class EngineSection(_Section):
 class IngressSection(_Section):
     """Where clients come in."""
 
-    replicas: int = Field(default=1, ge=1, le=64, description="Ingress processes; 2 or more outlive a crash")
-    host: str = Field(default="127.0.0.1", description="Address to listen on; 0.0.0.0: all interfaces")
+    replicas: int = Field(
+        default=1, ge=1, le=64, description="Ingress processes; 2 or more outlive a crash"
+    )
+    host: str = Field(
+        default="127.0.0.1", description="Address to listen on; 0.0.0.0: all interfaces"
+    )
     port: Port = Field(default=9000, description="gRPC port; 0: any free one")
-    http_port: Port = Field(default=0, description="Port of Serve's own HTTP health page; 0: any free one")
-    max_streams: int = Field(default=1024, ge=1, description="Calls one ingress process serves at once")
+    http_port: Port = Field(
+        default=0, description="Port of Serve's own HTTP health page; 0: any free one"
+    )
+    max_streams: int = Field(
+        default=1024, ge=1, description="Calls one ingress process serves at once"
+    )
     max_request_bytes: Bytes = Field(
         default=16 << 20, description="Largest request; a million token ids are about 4 MB"
     )
     max_stop_strings: int = Field(default=16, ge=0, description="Stop strings a request may have")
-    max_stop_chars: int = Field(default=1024, ge=1, description="Characters one stop string may have")
+    max_stop_chars: int = Field(
+        default=1024, ge=1, description="Characters one stop string may have"
+    )
     max_choices: int = Field(default=16, ge=1, description="Greatest n of a request")
     default_max_tokens: int = Field(
         default=256, ge=1, description="Output tokens where a request names no max_tokens"
@@ -119,10 +136,12 @@ class AuthSection(_Section):
         default="api_key", description="none lets everybody in, and must be asked for"
     )
     keys: tuple[TenantKey, ...] = Field(
-        default=(), description="Keys let in; empty: one is made on first start and kept in key_file"
+        default=(),
+        description="Keys let in; empty: one is made on first start and kept in key_file",
     )
     key_file: Path | None = Field(
-        default=None, description="Where the made key is kept (mode 0600); null: where the SDK looks"
+        default=None,
+        description="Where the made key is kept (mode 0600); null: where the SDK looks",
     )
 
 
@@ -130,7 +149,9 @@ class RouterSection(_Section):
     """Who gets which group's pages, and who waits."""
 
     max_queued: int = Field(default=256, ge=0, description="Requests that may wait for pages")
-    queue_timeout_s: Seconds = Field(default=120.0, description="Longest wait for pages, in seconds")
+    queue_timeout_s: Seconds = Field(
+        default=120.0, description="Longest wait for pages, in seconds"
+    )
     lease_ttl_s: Seconds = Field(
         default=60.0, description="Seconds after which a lease no engine reports is taken back"
     )
@@ -140,13 +161,17 @@ class RouterSection(_Section):
 class MetricsSection(_Section):
     """Prometheus."""
 
-    port: Port = Field(default=0, description="Port of the node's Prometheus endpoint; 0: any free one")
+    port: Port = Field(
+        default=0, description="Port of the node's Prometheus endpoint; 0: any free one"
+    )
 
 
 class TimeoutSection(_Section):
     """How long things may take, in seconds."""
 
-    start_s: Seconds = Field(default=900.0, description="From deployment to ready, downloads included")
+    start_s: Seconds = Field(
+        default=900.0, description="From deployment to ready, downloads included"
+    )
     request_s: Seconds | None = Field(
         default=None, description="Longest a request may take; null: unlimited unless it says"
     )
@@ -157,7 +182,9 @@ class TimeoutSection(_Section):
 class RaySection(_Section):
     """The Ray cluster: a local one, or one that runs already."""
 
-    address: str | None = Field(default=None, description="Cluster to join; null: start a local one")
+    address: str | None = Field(
+        default=None, description="Cluster to join; null: start a local one"
+    )
     object_store_bytes: Bytes = Field(
         default=200 << 20, description="Object store of a local Ray; kvmesh hardly uses it"
     )
@@ -177,7 +204,9 @@ class ClusterConfig(_Section):
     engine: EngineSection = Field(default=EngineSection(), description="Each group's engine")
     ingress: IngressSection = Field(default=IngressSection(), description="Where clients come in")
     auth: AuthSection = Field(default=AuthSection(), description="Who may come in")
-    router: RouterSection = Field(default=RouterSection(), description="Who gets pages, and who waits")
+    router: RouterSection = Field(
+        default=RouterSection(), description="Who gets pages, and who waits"
+    )
     metrics: MetricsSection = Field(default=MetricsSection(), description="Prometheus")
     timeouts: TimeoutSection = Field(default=TimeoutSection(), description="Times, in seconds")
     ray: RaySection = Field(default=RaySection(), description="The Ray cluster")

@@ -91,9 +91,7 @@ class ServeEngineClient:
         await self._caller.call("submit", request, epoch, timeout_s=ENGINE_CALL_TIMEOUT_S)
 
     async def abort(self, request_ids: Sequence[str]) -> int:
-        ended = await self._caller.call(
-            "abort", list(request_ids), timeout_s=ENGINE_CALL_TIMEOUT_S
-        )
+        ended = await self._caller.call("abort", list(request_ids), timeout_s=ENGINE_CALL_TIMEOUT_S)
         return int(ended)
 
     async def outputs(
@@ -128,9 +126,7 @@ class ServeRouterClient:
         await self._caller.call("release", lease_id, timeout_s=ROUTER_CALL_TIMEOUT_S)
 
     async def abort(self, request_id: str) -> bool:
-        return bool(
-            await self._caller.call("abort", request_id, timeout_s=ROUTER_CALL_TIMEOUT_S)
-        )
+        return bool(await self._caller.call("abort", request_id, timeout_s=ROUTER_CALL_TIMEOUT_S))
 
     async def estimate(self, request: PlaceRequest) -> Estimate:
         estimate = await self._caller.call("estimate", request, timeout_s=ROUTER_CALL_TIMEOUT_S)

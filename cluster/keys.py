@@ -54,9 +54,7 @@ def ensure_key(path: Path) -> str:
             raise ConfigError("auth.key_file", f"{path} vanished while it was read") from None
         return made
     except OSError as error:
-        raise ConfigError(
-            "auth.key_file", f"cannot make {path}: {error.strerror}"
-        ) from None
+        raise ConfigError("auth.key_file", f"cannot make {path}: {error.strerror}") from None
 
 
 def _make_key(path: Path) -> str:

@@ -209,7 +209,7 @@ class Cluster:
 
         until = time.monotonic() + self._config.timeouts.start_s
         with grpc.insecure_channel(target) as channel:
-            stub = health_pb2_grpc.HealthStub(channel)
+            stub: Any = health_pb2_grpc.HealthStub(channel)
             while time.monotonic() < until:
                 with contextlib.suppress(grpc.RpcError):
                     reply = stub.Check(health_pb2.HealthCheckRequest(), timeout=2.0)

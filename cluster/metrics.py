@@ -168,7 +168,9 @@ class RouterMeters:
     """The budget."""
 
     def __init__(self, factory: MeterFactory) -> None:
-        self._queue = factory.gauge("kvmesh_router_queue_length", "Requests that wait for pages", ())
+        self._queue = factory.gauge(
+            "kvmesh_router_queue_length", "Requests that wait for pages", ()
+        )
         self._leases = factory.gauge("kvmesh_router_leases", "Live leases", ())
         self._leased = factory.gauge(
             "kvmesh_router_leased_bytes", "KV bytes that leases reserve", ("group",)

@@ -13,7 +13,9 @@ TargetOption = Annotated[
 ]
 KeyOption = Annotated[
     str | None,
-    typer.Option(help="Else $KVMESH_API_KEY, else the local server's; visible to other users here."),
+    typer.Option(
+        help="Else $KVMESH_API_KEY, else the local server's; visible to other users here."
+    ),
 ]
 MaxTokensOption = Annotated[int | None, typer.Option(help="Output tokens.")]
 TemperatureOption = Annotated[float | None, typer.Option(help="0 is greedy.")]
@@ -37,9 +39,11 @@ def generate(
         options = _given(
             max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=stop
         )
-        with Client(target, api_key=api_key) as client:
-            with client.generate_stream(prompt, **options) as stream:
-                _print_stream(stream)
+        with (
+            Client(target, api_key=api_key) as client,
+            client.generate_stream(prompt, **options) as stream,
+        ):
+            _print_stream(stream)
 
 
 def chat(

@@ -72,8 +72,10 @@ class Steps:
 
     def _finish(self) -> None:
         if self._step and err.is_terminal:
-            err.print(f"  [green]✓[/green] {escape(self._step)} "
-                      f"[dim]{time.monotonic() - self._began_s:.1f} s[/dim]")
+            err.print(
+                f"  [green]✓[/green] {escape(self._step)} "
+                f"[dim]{time.monotonic() - self._began_s:.1f} s[/dim]"
+            )
         self._step = ""
 
 

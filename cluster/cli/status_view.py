@@ -17,9 +17,9 @@ def show_status(info: ModelInfo, loads: Loads) -> None:
     out.print(_activity(loads))
     router = loads.router
     out.print(
-        f"router: {router.queue_length} of {router.queue_capacity} waiting, {router.leases} leases, "
-        f"{router.granted_total} granted, {router.released_total} released, "
-        f"{router.expired_total} expired"
+        f"router: {router.queue_length} of {router.queue_capacity} waiting, "
+        f"{router.leases} leases, {router.granted_total} granted, "
+        f"{router.released_total} released, {router.expired_total} expired"
     )
     for reason, count in sorted(router.refused_total.items()):
         out.print(f"  refused {count}: {reason}")

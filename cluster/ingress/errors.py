@@ -1,15 +1,15 @@
 """What the ingress refuses, and the one table from every error to the wire.
 
-    IngressError
-    ├── UnauthenticatedError    no key, or a wrong one
-    ├── UnknownModelError       the request names another model
-    ├── ResumeMismatchError     the cursor does not belong to what is served
-    ├── ContextExceededError    the prompt is longer than any group's context
-    ├── RequestDeadlineError    the time ran out before the first token
-    ├── EngineLostError         an engine died under the request
-    ├── RequestAbortedError     Abort ended the request; no failure towards its client
-    ├── DrainingError           the server is shutting down
-    └── NotReadyError           no group is up yet
+IngressError
+├── UnauthenticatedError    no key, or a wrong one
+├── UnknownModelError       the request names another model
+├── ResumeMismatchError     the cursor does not belong to what is served
+├── ContextExceededError    the prompt is longer than any group's context
+├── RequestDeadlineError    the time ran out before the first token
+├── EngineLostError         an engine died under the request
+├── RequestAbortedError     Abort ended the request; no failure towards its client
+├── DrainingError           the server is shutting down
+└── NotReadyError           no group is up yet
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """One request from placement to usage, whatever happens on the way.
 
-    place ──► submit ──► deltas ──► usage          the lease is released once, at the end
-      ▲                    │
-      └── engine lost ◄────┘   with the tokens so far as a prefix
+place ──► submit ──► deltas ──► usage          the lease is released once, at the end
+  ▲                    │
+  └── engine lost ◄────┘   with the tokens so far as a prefix
 """
 
 from __future__ import annotations

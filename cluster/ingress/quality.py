@@ -28,7 +28,7 @@ def groups_below(min_kv_format: str, status: ClusterStatus) -> frozenset[str]:
     )
     if len(below) == len(status.reports):
         raise NeverFitsError(
-            {group: 0 for group in below},
+            dict.fromkeys(below, 0),
             {group: _capacity_bytes(status, group) for group in below},
             {
                 group: f"its format {status.reports[group].info.kv_format} is less faithful "
@@ -46,6 +46,4 @@ def _bits(fmt: KVFormat) -> int:
 def _capacity_bytes(status: ClusterStatus, group: str) -> int:
     info = status.reports[group].info
     geometry = geometry_of(info)
-    return (
-        info.hot_pages * geometry.hot_page_bytes + info.sealed_pages * geometry.sealed_page_bytes
-    )
+    return info.hot_pages * geometry.hot_page_bytes + info.sealed_pages * geometry.sealed_page_bytes

@@ -212,9 +212,7 @@ class IngressService:
         )
         return estimate_reply(asked, await self._router.estimate(asked), status)
 
-    async def get_model_info(
-        self, request: object, metadata: Metadata
-    ) -> pb.GetModelInfoResponse:
+    async def get_model_info(self, request: object, metadata: Metadata) -> pb.GetModelInfoResponse:
         self._admit(request, metadata)
         return wire.model_info(self._known(), self._codec, self._version)
 
@@ -329,4 +327,3 @@ def _gather_finish(choices: dict[int, pb.Choice], finished: pb.ChoiceFinished) -
             choice.matched_stop_string = finished.matched_stop_string
         case "matched_stop_token_id":
             choice.matched_stop_token_id = finished.matched_stop_token_id
-

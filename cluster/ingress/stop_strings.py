@@ -1,7 +1,7 @@
 """Finds stop strings in text that arrives in pieces.
 
-    emitted so far | held back: could be the beginning of a stop string
-                                ^ never more than the longest one, less a character
+emitted so far | held back: could be the beginning of a stop string
+                            ^ never more than the longest one, less a character
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ changes the state. So a log of events replays to the same ledger.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -125,7 +126,7 @@ class Ledger:
         self._on_event = on_event
         self._accounts: dict[str, Account] = {}
         self._leases: dict[str, Lease] = {}
-        self._released_at: dict[str, float] = {}
+        self._released_at: OrderedDict[str, float] = OrderedDict()  # earliest first
         self._granted = 0
 
     # Reading
@@ -326,9 +327,8 @@ class Ledger:
 
     def forget(self, now: float) -> None:
         """Drop the memory of leases released so long ago that no report can be about them."""
-        self._released_at = {
-            lease_id: at for lease_id, at in self._released_at.items() if self._just(at, now)
-        }
+        while self._released_at and not self._just(next(iter(self._released_at.values())), now):
+            self._released_at.popitem(last=False)
 
     # Replay
 
@@ -419,6 +419,7 @@ class Ledger:
             case ev.LeaseReleased(lease_id=lease_id, at=at):
                 self._leave(lease_id)
                 self._released_at[lease_id] = at
+                self._released_at.move_to_end(lease_id)
 
     def _enter(self, lease: Lease) -> None:
         account = self._accounts[lease.group]

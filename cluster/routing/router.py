@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -45,6 +45,7 @@ from kvmesh.cluster.routing.request import (
 from kvmesh.cluster.routing.verdict import Reason, Verdicts
 from kvmesh.workers.request import EngineLoads
 
+FRESH_S = 0.5
 HOLE_MEMORY = 0.999  # how slowly the greatest demand seen is forgotten, a request
 
 
@@ -79,7 +80,8 @@ class Router:
     ) -> None:
         self.config = config
         self._fleet = Fleet(config, epoch, on_event)
-        self._queue = WaitingQueue(config.queue_limit)
+        self._queue = WaitingQueue(config.queue_limit, config.patience_most_s)
+        self._known: dict[str, tuple[float, Asked]] = {}
         self._promise: Promise | None = None
         self._first_promised: dict[str, float] = {}
         self._unheard = set(expected_groups)
@@ -276,29 +278,47 @@ class Router:
         keeps the promise until it starts. Those behind it may overtake where they do
         not delay it (EASY backfilling: Lifka 1995).
         """
+        if not len(self._queue) or not self.ready(now):
+            return ()
+        views = self._open_views(now)
+        if not views:
+            return ()
         outcomes: list[Outcome] = []
-        while len(self._queue) and self.ready(now):
-            granted = self._admit_one(now)
-            if granted is None:
-                break
-            outcomes.append(granted)
+        # One pass is enough: a grant only takes room from those that were tried before.
+        for waiting in list(islice(self._candidates(now), self.config.backfill_depth)):
+            granted = self._try(waiting, views, now)
+            if granted is not None:
+                outcomes.append(granted)
+                views = self._open_views(now)
+                if not views:
+                    break
         return tuple(outcomes)
 
-    def _admit_one(self, now: float) -> Granted | None:
-        views = [view for view in self._fleet.in_use() if self._open(view, now)]
-        if not views:
-            return None
-        for waiting in islice(self._candidates(), self.config.backfill_depth):
-            above = self._above_promise(waiting)
-            asked = self._fleet.ask(waiting.request)
+    def _try(self, waiting: Waiting, views: Sequence[GroupView], now: float) -> Granted | None:
+        request = waiting.request
+        asked = self._ask_again(request, now)
+        above = self._above_promise(waiting)
+        choice = self._choose(asked, views, now, above=above)
+        if choice.group is None:
+            self._consider_promise(asked, choice, above, now)
+        elif self._in_quota(request, asked):
+            asked = self._fleet.ask(request)
             choice = self._choose(asked, views, now, above=above)
-            if choice.group is None:
-                self._consider_promise(asked, choice, above, now)
-            elif self._in_quota(waiting.request, asked):
-                granted = self._grant(waiting.request, asked, choice, waiting.since, now)
-                self._dequeue(waiting.request.request_id)
+            if choice.group is not None:
+                granted = self._grant(request, asked, choice, waiting.since, now)
+                self._dequeue(request.request_id)
                 return granted
         return None
+
+    def _ask_again(self, request: PlaceRequest, now: float) -> Asked:
+        """What was found out about a waiting request a moment ago is good enough to try it."""
+        known = self._known.get(request.request_id)
+        if known is None or now - known[0] > FRESH_S:
+            known = self._known[request.request_id] = (now, self._fleet.ask(request))
+        return known[1]
+
+    def _open_views(self, now: float) -> list[GroupView]:
+        return [view for view in self._fleet.in_use() if self._open(view, now)]
 
     def _open(self, view: GroupView, now: float) -> bool:
         """Whether the group could take any request at all; spares asking one by one."""
@@ -310,19 +330,22 @@ class Router:
             and view.backlog.seconds(now) <= self.config.ahead_s
         )
 
-    def _candidates(self) -> Iterator[Waiting]:
+    def _candidates(self, now: float) -> Iterator[Waiting]:
         """Those above the holder of the promise, the holder, then everybody else in order."""
         holder = self._holder()
-        for waiting in self._queue.in_order(self._fleet.tenants.counter):
-            if holder is not None and not self._above_promise(waiting):
+        order = self._queue.in_order(self._fleet.tenants.counter, now)
+        if holder is None:
+            yield from order
+            return
+        above = holder.rank[:2]
+        for waiting in order:
+            if waiting.rank[:2] >= above:
                 yield holder
+                if waiting is not holder:
+                    yield waiting
                 break
             yield waiting
-        else:
-            return
-        for waiting in self._queue.in_order(self._fleet.tenants.counter):
-            if waiting is not holder and not self._above_promise(waiting):
-                yield waiting
+        yield from (waiting for waiting in order if waiting is not holder)
 
     def _holder(self) -> Waiting | None:
         return self._queue.get(self._promise.request_id) if self._promise else None
@@ -354,7 +377,7 @@ class Router:
     def _enqueue(self, request: PlaceRequest, now: float) -> None:
         config = self.config
         patience_s = config.stretch * self._fleet.least_prefill_s(request)
-        patience_s = min(max(patience_s, config.patience_s), config.patience_most_s)
+        patience_s = max(patience_s, config.patience_s)
         self._queue.put(request, now, now + patience_s)
         self._fleet.tenants.enter(request.tenant)
 
@@ -363,6 +386,7 @@ class Router:
         if waiting is not None:
             self._fleet.tenants.leave(waiting.request.tenant)
             self._first_promised.pop(request_id, None)
+            self._known.pop(request_id, None)
             if self._promise is not None and self._promise.request_id == request_id:
                 self._promise = None
 
@@ -379,12 +403,12 @@ class Router:
         others = Changes(tuple(x for x in outcomes if x.request_id != request.request_id))
         if own:
             return own[0], others
-        position = self._position(request.request_id)
+        position = self._position(request.request_id, now)
         start_s = self._projected_start_s(asked, choice, position, now)
         return Queued(request.request_id, position, start_s, choice.verdicts), others
 
-    def _position(self, request_id: str) -> int:
-        order = self._queue.in_order(self._fleet.tenants.counter)
+    def _position(self, request_id: str, now: float) -> int:
+        order = self._queue.in_order(self._fleet.tenants.counter, now)
         return next(
             i for i, waiting in enumerate(order) if waiting.request.request_id == request_id
         )
@@ -395,7 +419,7 @@ class Router:
         return Refused(request.request_id, DeadlineUnreachableError(request.timeout_s, None))
 
     def _refuse_hopeless(self, now: float) -> Iterable[Outcome]:
-        for waiting in list(self._queue.in_order(self._fleet.tenants.counter)):
+        for waiting in list(self._queue.in_order(self._fleet.tenants.counter, now)):
             asked = self._fleet.ask(waiting.request)
             choice = self._choose(asked, self._fleet.views.values(), now)
             error = self._hopeless(waiting.request, asked, choice, now)

@@ -101,6 +101,7 @@ class SimEngine:
         self._began = 0.0
         self._ends = 0.0
         self._busy = False
+        self._waking = False
 
     # Figures that policies read
 
@@ -125,15 +126,17 @@ class SimEngine:
     def submit(self, seq: SimSequence, now: float) -> float | None:
         seq.dispatched_at = now
         self.waiting.append(seq)
+        if self._waking:  # sent in answer to an end of this very step
+            return None
         if not self._busy:
             return self._begin(now)
         return self._cut_short(now)
 
     def wake(self, now: float) -> float | None:
-        """The step in flight ends."""
-        if not self._busy or now < self._ends:
-            return self._ends if self._busy else None
-        self._busy = False
+        """The step in flight ends; a wake-up that an earlier end has overtaken does nothing."""
+        if not self._busy or now != self._ends:
+            return None
+        self._busy, self._waking = False, True
         self.used_page_s += self.pool.used_pages * (now - self._began)
         self.busy_s += now - self._began
         self._advance(self._jump)
@@ -143,6 +146,7 @@ class SimEngine:
             if seq.to_prefill == 0:
                 self._prefilled(seq, now)
         self._stop_due(now)
+        self._waking = False
         return self._begin(now)
 
     # A step
@@ -193,8 +197,8 @@ class SimEngine:
             return None
         self._give_back(self._jump - steps, steps)
         self._jump = steps
-        self._ends = self._began + self._elapsed(steps)
-        return max(self._ends, now)
+        self._ends = max(self._began + self._elapsed(steps), now)
+        return self._ends
 
     def _next_stop(self) -> int:
         while self._stops:

@@ -8,6 +8,7 @@ import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 BLOCK_TOKENS = 512  # of a Mooncake trace's hash ids
@@ -91,7 +92,7 @@ def _read_mooncake(path: Path) -> list[TraceRequest]:
     rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
     spread = random.Random(0)
     stamps = sorted({row["timestamp"] for row in rows})
-    steps = [later - earlier for earlier, later in zip(stamps, stamps[1:], strict=False)]
+    steps = [later - earlier for earlier, later in pairwise(stamps)]
     rounding_ms = min(steps, default=0)
     return [
         TraceRequest(

@@ -1,4 +1,4 @@
-"""Every architecture through the engine: pages, chunks and batches, against transformers' generate."""
+"""Every architecture through the engine, in pages and chunks, against transformers' generate."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ from kvmesh.workers.errors import (
     InvalidRequestError,
     WorkerDiedError,
 )
+from kvmesh.workers.executor import RankDescription
 from kvmesh.workers.leader import EngineLeader
 from kvmesh.workers.plan import StepPlan, StepResult
 from kvmesh.workers.request import FinishReason, LeaseTerms, SequenceDelta
@@ -144,7 +145,7 @@ async def test_a_failed_rank_ends_every_sequence_with_an_error() -> None:
 @pytest.mark.asyncio
 async def test_start_raises_what_kept_the_ranks_from_starting() -> None:
     class Broken(GatedExecutor):
-        def describe(self) -> list[object]:  # type: ignore[override]
+        def describe(self) -> list[RankDescription]:
             raise WorkerDiedError("rank 0 ended with exit code 1")
 
     with pytest.raises(WorkerDiedError, match="exit code 1"):

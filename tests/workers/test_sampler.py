@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -101,7 +103,7 @@ def test_the_result_of_a_row_does_not_depend_on_its_neighbours() -> None:
 
 def test_penalties_and_bias() -> None:
     logits = logits_of({1: 5.0, 20: 4.9, 30: 4.8})
-    greedy = {"temperature": 0.0}
+    greedy: dict[str, Any] = {"temperature": 0.0}
     cases = [
         (SamplingParams(**greedy), 1),
         (SamplingParams(repetition_penalty=1.5, **greedy), 20),  # token 1 is in the prompt
