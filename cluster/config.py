@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from kvmesh.workers.config import EngineConfig
+from kvmesh.kernels.formats.registry import format_names, get_format
+from kvmesh.workers.config import PAGE_SIZES, EngineConfig
 from kvmesh.workers.errors import ConfigError
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -33,7 +34,14 @@ def parse_bytes(value: object) -> object:
     return int(float(match[1]) * unit)
 
 
+def _known_format(name: str) -> str:
+    """A KV format's name; the registry's own error lists those there are."""
+    get_format(name)
+    return name
+
+
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
+FormatName = Annotated[str, AfterValidator(_known_format)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 
@@ -45,10 +53,12 @@ class _Section(BaseModel):
 class EngineSection(_Section):
     """One group's engine."""
 
-    kv_format: str = Field(
-        default="int8", description="How sealed KV pages are encoded: exact, int8, int4"
+    kv_format: FormatName = Field(
+        default="int8", description=f"How sealed KV pages are encoded: {', '.join(format_names())}"
     )
-    page_size: int = Field(default=64, description="Tokens a page; a power of two from 8 to 256")
+    page_size: int = Field(
+        default=64, description=f"Tokens a page: one of {', '.join(map(str, PAGE_SIZES))}"
+    )
     sink_pages: int | None = Field(
         default=None, ge=0, description="First pages always read exactly; null: the format's own"
     )
@@ -85,6 +95,9 @@ class EngineSection(_Section):
     prefix_cache: bool = Field(default=True, description="Share sealed pages of equal prefixes")
     threads_per_rank: int | None = Field(
         default=None, ge=1, description="CPU threads of a rank; null: the machine's, shared"
+    )
+    cuda_graphs: bool = Field(
+        default=False, description="Replay decode steps from CUDA graphs; no effect on CPUs"
     )
     cpus_per_rank: float = Field(
         default=1.0, ge=0, description="CPUs a rank asks Ray for (logical, not threads)"
@@ -123,7 +136,11 @@ class IngressSection(_Section):
 class TenantKey(_Section):
     """One API key, by its hash."""
 
-    tenant: str = Field(min_length=1, description="Name under which its use is accounted")
+    # A request is known to the router as tenant/request_id: a slash would let one tenant
+    # name another's requests.
+    tenant: str = Field(
+        pattern="^[^/]+$", description="Name under which its use is accounted; no slash"
+    )
     sha256: str = Field(
         pattern="^[0-9a-f]{64}$", description="SHA-256 of the key, in lower-case hexadecimal"
     )
@@ -265,10 +282,10 @@ def load(path: Path | None, overrides: Mapping[str, Any] | None = None) -> Clust
 
 
 def _put(values: dict[str, Any], path: list[str], value: Any) -> None:
-    for part in path[:-1]:
+    for depth, part in enumerate(path[:-1], 1):
         inner = values.setdefault(part, {})
         if not isinstance(inner, dict):
-            raise ConfigError(part, f"must be a mapping, got {inner!r}")
+            raise ConfigError(".".join(path[:depth]), f"must be a mapping, got {inner!r}")
         values = inner
     values[path[-1]] = value
 
