@@ -33,7 +33,7 @@ class KVPool:
         hot_shape = (allocation.hot_pages, 2, num_kv_heads, page_size, head_dim)
         sealed_shape = (allocation.sealed_pages, num_kv_heads, page_bytes)
         tables = (allocation.max_rows, allocation.max_pages_per_row)
-        # Zeroed, so that the memory is there from the start and not when a request needs it.
+        # On a GPU the memory is taken here, once; on a CPU as pages are first written.
         self.hot = [torch.zeros(hot_shape, dtype=dtype, device=device) for _ in range(num_layers)]
         self.sealed = [
             torch.zeros(sealed_shape, dtype=torch.uint8, device=device) for _ in range(num_layers)

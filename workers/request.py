@@ -105,7 +105,10 @@ class SequenceDelta:
 
 @dataclass(frozen=True, slots=True)
 class PoolLoads:
-    """Pages of one rank's pool; every rank's is alike. used + cached + free = total."""
+    """Pages of one rank's pool; every rank's is alike. used + cached + free = total.
+
+    hot_page_bytes, sealed_page_bytes: of one page over all ranks
+    """
 
     hot_total: int
     hot_used: int
@@ -144,7 +147,9 @@ class EngineLoads:
 class EngineInfo:
     """What does not change while an engine lives.
 
-    model_revision: digest of the weights' source; kv bytes are over all ranks
+    model_revision: digest of the weights' source
+    hot_pages, sealed_pages: that sequences can hold, so without the step's headroom
+    hot_page_bytes, sealed_page_bytes: of one page over all ranks
     """
 
     epoch: str
