@@ -1,0 +1,499 @@
+"""One group behind gRPC: answers, refusals, cancellation, over capacity, what is shown."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pytest
+
+from kvmesh.client import (
+    NO_RETRY,
+    AsyncClient,
+    AuthenticationError,
+    Client,
+    DeadlineExceededError,
+    FinishReason,
+    InvalidRequestError,
+    KVMeshError,
+    ModelNotFoundError,
+    NeverFitsError,
+    OverCapacityError,
+)
+from kvmesh.cluster.lifecycle import Endpoint
+from kvmesh.protos import pb
+from tests.cluster.e2e.harness import (
+    POOL_SEQUENCES,
+    call_raw,
+    check_accounts,
+    greedy_by_engine,
+    in_use,
+    serving,
+    small_config,
+    stream_raw,
+    text_request,
+    used_pages,
+    wait_for,
+    wait_idle,
+)
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+
+# A second, stretched for machines that do other things besides.
+FREED_WITHIN_S = 5.0
+QUEUE_LIMIT = 24
+CONFIG = small_config(router={"max_queued": QUEUE_LIMIT})
+
+
+@pytest.fixture(scope="module")
+def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
+    with serving(CONFIG, tmp_path_factory.mktemp("config")) as endpoint:
+        yield endpoint
+
+
+@pytest.fixture
+def client(endpoint: Endpoint) -> Iterator[Client]:
+    with Client(endpoint.target, api_key=endpoint.api_key) as client:
+        yield client
+
+
+PROMPTS = ("The capital of France is", "def fibonacci(n):", "Water boils at")
+
+
+def test_answers_are_the_engines_own(client: Client) -> None:
+    ids = [client.tokenize(prompt).token_ids for prompt in PROMPTS]
+    expected = greedy_by_engine(CONFIG, ids, max_tokens=20)
+    for prompt, tokens in zip(PROMPTS, expected, strict=True):
+        for _ in range(2):
+            completion = client.generate(prompt, max_tokens=20, temperature=0.0, ignore_eos=True)
+            assert completion.choices[0].token_ids == tokens
+            assert completion.usage.completion_tokens == len(tokens)
+    wait_idle(client)
+
+
+def test_a_stream_gives_what_a_reply_in_one_piece_gives(client: Client) -> None:
+    whole = client.generate(PROMPTS[0], max_tokens=12, temperature=0.0)
+    with client.generate_stream(PROMPTS[0], max_tokens=12, temperature=0.0) as stream:
+        deltas = list(stream)
+    assert "".join(delta.text for delta in deltas) == whole.text
+    assert stream.completion.choices == whole.choices
+    usage = stream.usage
+    assert usage is not None
+    assert usage.kv_used_bytes == usage.kv_freed_bytes > 0
+
+
+def test_several_choices_of_one_seed_are_repeatable(client: Client) -> None:
+    first, second = (
+        client.generate(PROMPTS[0], max_tokens=6, temperature=1.0, n=2, seed=7) for _ in range(2)
+    )
+    assert first.choices == second.choices
+    assert [choice.index for choice in first.choices] == [0, 1]
+
+
+# Bad input
+
+
+def with_ids(*ids: int) -> pb.GenerateRequest:
+    return pb.GenerateRequest(
+        prompt=pb.Prompt(token_ids=pb.TokenIds(ids=ids)),
+        sampling_params=pb.SamplingParams(max_tokens=2),
+    )
+
+
+BAD_FIELDS: Mapping[str, tuple[pb.GenerateRequest, str]] = {
+    "no prompt": (pb.GenerateRequest(), "prompt"),
+    "empty text": (text_request(""), "prompt.text"),
+    "no token ids": (with_ids(), "prompt.token_ids"),
+    "unknown token id": (with_ids(1, 2, 49_152), "prompt.token_ids.ids[2]"),
+    "huge token id": (with_ids(1, 2**32 - 1), "prompt.token_ids"),
+    "NaN temperature": (text_request(temperature=math.nan), "sampling_params.temperature"),
+    "negative temperature": (text_request(temperature=-1.0), "sampling_params.temperature"),
+    "NaN top_p": (text_request(top_p=math.nan), "sampling_params.top_p"),
+    "negative top_p": (text_request(top_p=-0.5), "sampling_params.top_p"),
+    "negative top_k": (text_request(top_k=-2), "sampling_params.top_k"),
+    "NaN min_p": (text_request(min_p=math.nan), "sampling_params.min_p"),
+    "NaN penalty": (
+        text_request(presence_penalty=math.nan),
+        "sampling_params.presence_penalty",
+    ),
+    "negative repetition penalty": (
+        text_request(repetition_penalty=-1.0),
+        "sampling_params.repetition_penalty",
+    ),
+    "negative max_tokens": (text_request(max_tokens=-1), "sampling_params.max_tokens"),
+    "NaN bias": (text_request(logit_bias={5: math.nan}), "sampling_params.logit_bias"),
+    "greedy choices": (text_request(temperature=0.0, n=2), "sampling_params.n"),
+    "beyond the context": (text_request(max_tokens=8192), "sampling_params.max_tokens"),
+    "10,000 stop strings": (
+        text_request(stop=[str(number) for number in range(10_000)]),
+        "sampling_params.stop",
+    ),
+    "unknown stop token": (text_request(stop_token_ids=[49_152]), "sampling_params.stop_token_ids"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FIELDS)
+def test_bad_input_is_refused_by_its_field(endpoint: Endpoint, client: Client, name: str) -> None:
+    request, field = BAD_FIELDS[name]
+    body = request.SerializeToString()
+    for error in (
+        call_raw(endpoint.target, "Generate", body, endpoint.api_key),
+        stream_raw(endpoint.target, body, endpoint.api_key),
+    ):
+        assert isinstance(error, InvalidRequestError)
+        assert error.code == "INVALID_ARGUMENT"
+        assert error.field is not None and error.field.startswith(field)
+    assert client.generate("And yet", max_tokens=1).usage.completion_tokens == 1
+
+
+def broken_text() -> bytes:
+    whole = text_request("AAAA").SerializeToString()
+    assert whole.count(b"AAAA") == 1
+    return whole.replace(b"AAAA", b"\xff\xfe\xc0\x80")
+
+
+@pytest.mark.parametrize(
+    "body", [broken_text(), b"\xff" * 64, b"\x1a\xff\xff\xff\xff\x0f"], ids=["utf8", "ff", "length"]
+)
+@pytest.mark.parametrize("method", ["Generate", "GenerateStream", "Tokenize"])
+def test_bytes_that_are_no_message_are_refused(
+    endpoint: Endpoint, client: Client, method: str, body: bytes
+) -> None:
+    if method == "GenerateStream":
+        error = stream_raw(endpoint.target, body, endpoint.api_key)
+    else:
+        error = call_raw(endpoint.target, method, body, endpoint.api_key)
+    assert isinstance(error, InvalidRequestError)
+    assert error.field == "request"
+    assert client.generate("And yet", max_tokens=1).usage.completion_tokens == 1
+
+
+def test_a_prompt_that_no_group_can_hold_is_refused_with_its_bytes(client: Client) -> None:
+    with pytest.raises(NeverFitsError) as caught:
+        client.generate([5] * 4000, max_tokens=8)
+    assert caught.value.code == "FAILED_PRECONDITION"
+    needed, available = caught.value.needed_bytes, caught.value.available_bytes
+    assert needed is not None and available is not None
+    assert needed > available > 0
+    assert client.loads().groups[0].total_bytes >= available
+
+
+def test_a_prompt_beyond_the_context_is_refused_with_its_bytes(client: Client) -> None:
+    with pytest.raises(NeverFitsError) as caught:
+        client.generate([5] * 9000, max_tokens=1)
+    needed, available = caught.value.needed_bytes, caught.value.available_bytes
+    assert needed is not None and available is not None
+    assert needed > available > 0
+
+
+@pytest.mark.parametrize("key", [None, "", "wrong", "ünknown"])
+def test_without_its_key_nobody_comes_in(
+    endpoint: Endpoint, client: Client, key: str | None
+) -> None:
+    text = None if key is None else key.encode().decode("latin-1")
+    if text is not None and not text.isascii():
+        pytest.skip("gRPC itself refuses metadata that is not ASCII")
+    body = text_request().SerializeToString()
+    for error in (
+        call_raw(endpoint.target, "Generate", body, text),
+        stream_raw(endpoint.target, body, text),
+        call_raw(endpoint.target, "GetLoads", b"", text),
+    ):
+        assert isinstance(error, AuthenticationError)
+        assert error.code == "UNAUTHENTICATED"
+    assert client.generate("And yet", max_tokens=1).usage.completion_tokens == 1
+
+
+def test_an_unknown_model_is_not_found(client: Client) -> None:
+    with pytest.raises(ModelNotFoundError, match="no-such-model"):
+        client.generate("Hello", max_tokens=1, model="no-such-model")
+
+
+def test_refusals_say_nothing_of_the_servers_insides(endpoint: Endpoint) -> None:
+    for request, _ in BAD_FIELDS.values():
+        error = call_raw(endpoint.target, "Generate", request.SerializeToString(), endpoint.api_key)
+        assert error is not None
+        told = f"{error.message} {error.violations}"
+        assert "Traceback" not in told and ".py" not in told
+        assert str(os.getpid()) not in told and "/tmp" not in told
+
+
+# Cancellation
+
+
+def test_leaving_a_stream_frees_its_pages(client: Client, record_property: Any) -> None:
+    wait_idle(client)
+    with client.generate_stream("Count:", max_tokens=500, ignore_eos=True) as stream:
+        for number, _ in enumerate(stream):
+            if number == 3:
+                break
+        assert used_pages(client.loads()) > 0
+    record_property("freed_after_s", wait_idle(client, FREED_WITHIN_S))
+
+
+def test_abort_ends_a_stream_from_another_connection(endpoint: Endpoint, client: Client) -> None:
+    with client.generate_stream(
+        "Count:", max_tokens=500, ignore_eos=True, request_id="to-abort"
+    ) as stream:
+        deltas = iter(stream)
+        next(deltas)
+        with Client(endpoint.target, api_key=endpoint.api_key) as other:
+            assert other.abort("to-abort")
+        assert [delta.finish_reason for delta in deltas][-1] is FinishReason.ABORT
+    wait_idle(client, FREED_WITHIN_S)
+    assert not client.abort("to-abort")
+
+
+CHILD = """
+import os
+from kvmesh.client import Client
+with Client(os.environ["KVMESH_TARGET"]) as client:
+    with client.generate_stream("Count:", max_tokens=500, ignore_eos=True) as stream:
+        for delta in stream:
+            print("token", flush=True)
+"""
+
+
+def child_environment(endpoint: Endpoint) -> dict[str, str]:
+    return {
+        **os.environ,
+        "KVMESH_TARGET": endpoint.target,
+        "KVMESH_API_KEY": endpoint.api_key or "",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "COLUMNS": "200",
+    }
+
+
+def test_a_client_that_is_killed_counts_as_cancelled(
+    endpoint: Endpoint, client: Client, record_property: Any
+) -> None:
+    wait_idle(client)
+    child = subprocess.Popen(
+        [sys.executable, "-c", CHILD],
+        env=child_environment(endpoint),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "token\n"
+        assert used_pages(client.loads()) > 0
+    finally:
+        child.send_signal(signal.SIGKILL)
+        child.communicate(timeout=30)
+    record_property("freed_after_s", wait_idle(client, FREED_WITHIN_S))
+
+
+async def one_of_many(client: AsyncClient, rng: random.Random) -> str:
+    """A request with a random length that is left, or runs out of time, at a random moment."""
+    prompt = [rng.randrange(100, 40_000) for _ in range(rng.randint(1, 60))]
+    options: dict[str, Any] = {"max_tokens": rng.randint(1, 16), "ignore_eos": True}
+    fate = rng.choice(("whole", "left", "cancelled", "deadline"))
+    if fate == "deadline":
+        options["timeout_s"] = rng.uniform(0.02, 2.0)
+    leave_after = rng.randint(0, 4) if fate == "left" else math.inf
+    patience_s = rng.uniform(0.0, 2.0) if fate == "cancelled" else None
+    try:
+        async with asyncio.timeout(patience_s):
+            async with client.generate_stream(prompt, **options) as stream:
+                seen = 0
+                async for _ in stream:
+                    seen += 1
+                    if seen > leave_after:
+                        return "left"
+    except TimeoutError:
+        return "deadline" if fate == "deadline" else "cancelled"
+    except OverCapacityError:
+        return "refused"
+    return "ended"
+
+
+async def test_200_requests_of_every_fate_leave_nothing(
+    endpoint: Endpoint, client: Client, record_property: Any
+) -> None:
+    rng = random.Random(11)
+    before = client.loads().router
+    async with AsyncClient(endpoint.target, api_key=endpoint.api_key) as many:
+        slots = asyncio.Semaphore(20)
+
+        async def one(number: int) -> str:
+            async with slots:
+                return await one_of_many(many, random.Random(rng.randrange(1 << 32) + number))
+
+        fates = await asyncio.gather(*(one(number) for number in range(200)))
+    counts = {fate: fates.count(fate) for fate in sorted(set(fates))}
+    record_property("fates", counts)
+    assert counts.get("ended", 0) > 20
+    await asyncio.to_thread(wait_idle, client)
+    after = client.loads()
+    check_accounts(after)
+    assert in_use(after) == dict.fromkeys(in_use(after), 0)
+    granted = after.router.granted_total - before.granted_total
+    released = after.router.released_total - before.released_total
+    assert granted == released
+    assert after.router.expired_total == before.expired_total
+
+
+# Over capacity
+
+
+async def test_100_at_once_finish_or_are_refused(
+    endpoint: Endpoint, client: Client, record_property: Any
+) -> None:
+    await asyncio.to_thread(wait_idle, client)
+    ledger = client.loads().router.ledger
+    assert [account.hot_pages_total for account in ledger] == [POOL_SEQUENCES]
+
+    async with AsyncClient(endpoint.target, api_key=endpoint.api_key, retry=NO_RETRY) as many:
+
+        async def one(number: int) -> int:
+            completion = await many.generate(
+                [300 + number, 301, 302], max_tokens=4, ignore_eos=True, timeout_s=120.0
+            )
+            return len(completion.choices[0].token_ids)
+
+        async with asyncio.timeout(150):
+            results = await asyncio.gather(
+                *(one(number) for number in range(100)), return_exceptions=True
+            )
+    finished = [result for result in results if isinstance(result, int)]
+    refused = [result for result in results if isinstance(result, KVMeshError)]
+    record_property("finished", len(finished))
+    assert len(finished) + len(refused) == 100
+    assert set(finished) == {4}
+    assert len(finished) >= POOL_SEQUENCES + QUEUE_LIMIT
+    assert refused, "the queue is shorter than what came"
+    for error in refused:
+        assert isinstance(error, OverCapacityError)
+        assert error.code == "RESOURCE_EXHAUSTED"
+        assert error.retry_after_s is not None and error.retry_after_s > 0
+    await asyncio.to_thread(wait_idle, client)
+
+
+async def test_who_waits_in_the_queue_may_leave_it(endpoint: Endpoint, client: Client) -> None:
+    async with AsyncClient(endpoint.target, api_key=endpoint.api_key) as many:
+        options: dict[str, Any] = {"max_tokens": 500, "ignore_eos": True}
+        streams = [many.generate_stream("Count:", **options) for _ in range(POOL_SEQUENCES + 2)]
+        readers = [asyncio.create_task(anext(aiter(stream))) for stream in streams]
+        await asyncio.to_thread(
+            wait_for, lambda: client.loads().router.queue_length == 2, "two in the queue"
+        )
+        with pytest.raises(DeadlineExceededError):
+            await many.generate("Count:", max_tokens=4, timeout_s=0.5)
+        for stream in streams:
+            await stream.aclose()
+        await asyncio.gather(*readers, return_exceptions=True)
+    await asyncio.to_thread(wait_idle, client)
+
+
+# What is shown
+
+METERS = (
+    "ray_kvmesh_tokens_total",
+    "ray_kvmesh_sequences_total",
+    "ray_kvmesh_time_to_first_token_seconds_bucket",
+    "ray_kvmesh_time_per_output_token_seconds_bucket",
+    "ray_kvmesh_engine_queue_seconds_bucket",
+    "ray_kvmesh_pool_pages",
+    "ray_kvmesh_pool_bytes",
+    "ray_kvmesh_sequences{",
+    "ray_kvmesh_preemptions",
+    "ray_kvmesh_requests_total",
+    "ray_kvmesh_request_time_to_first_token_seconds_bucket",
+    "ray_kvmesh_request_queue_seconds_bucket",
+    "ray_kvmesh_router_queue_length",
+    "ray_kvmesh_router_leases",
+    "ray_kvmesh_router_leased_bytes",
+    "ray_kvmesh_groups_healthy",
+)
+
+
+def scrape(endpoint: Endpoint) -> list[str]:
+    assert endpoint.metrics_url is not None
+    with urllib.request.urlopen(endpoint.metrics_url, timeout=30) as reply:
+        text: str = reply.read().decode()
+    return [line for line in text.splitlines() if line.startswith("ray_kvmesh")]
+
+
+def total(lines: list[str], name: str, *labels: str) -> float:
+    """The sum of a meter's samples that have all of `labels`."""
+    return sum(
+        float(line.rpartition(" ")[2])
+        for line in lines
+        if line.startswith(name + "{") and all(label in line for label in labels)
+    )
+
+
+def test_metrics_and_loads_say_the_same(endpoint: Endpoint, client: Client) -> None:
+    client.generate("Say something", max_tokens=4)
+    wait_idle(client)
+    group = client.loads().groups[0]
+
+    def agree() -> bool:
+        lines = scrape(endpoint)
+        kinds = {
+            "prompt": group.prompt_tokens_total,
+            "completion": group.completion_tokens_total,
+            "cached": group.cached_tokens_total,
+        }
+        return (
+            all(
+                total(lines, "ray_kvmesh_tokens_total", f'kind="{kind}"') == expected
+                for kind, expected in kinds.items()
+            )
+            and all(
+                total(lines, "ray_kvmesh_sequences_total", f'outcome="{outcome}"') == count
+                for outcome, count in group.outcomes_total.items()
+            )
+            and total(lines, "ray_kvmesh_pool_pages", 'state="used"') == 0
+            and total(lines, "ray_kvmesh_pool_pages", 'kind="hot"') == group.hot.total
+            and total(lines, "ray_kvmesh_pool_pages", 'kind="sealed"') == group.sealed.total
+            and total(lines, "ray_kvmesh_router_leases") == 0
+        )
+
+    wait_for(agree, "the Prometheus endpoint says what GetLoads does", within_s=60, period_s=0.5)
+    lines = scrape(endpoint)
+    missing = [name for name in METERS if not any(line.startswith(name) for line in lines)]
+    assert not missing
+
+
+def kvmesh(endpoint: Endpoint, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", "from kvmesh.cluster.cli import app; app()", *arguments],
+        env=child_environment(endpoint),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_the_command_line_asks_and_looks(endpoint: Endpoint, client: Client) -> None:
+    asked = kvmesh(endpoint, "generate", PROMPTS[0], "--max-tokens", "8", "--temperature", "0")
+    assert asked.returncode == 0, asked.stderr
+    expected = client.generate(PROMPTS[0], max_tokens=8, temperature=0.0).text
+    assert asked.stdout.strip() == expected.strip()
+    looked = kvmesh(endpoint, "status")
+    assert looked.returncode == 0, looked.stderr
+    for word in ("engine-0", "int8", "smollm2-135m-instruct", "0 leases"):
+        assert word in looked.stdout
+    weighed = kvmesh(endpoint, "estimate", "--prompt-tokens", "4000")
+    assert weighed.returncode == 0, weighed.stderr
+    assert "never fits" in weighed.stdout
+
+
+def test_the_command_line_fails_in_one_line(endpoint: Endpoint) -> None:
+    refused = kvmesh(endpoint, "generate", "x", "--temperature", "-1")
+    assert refused.returncode == 1
+    assert "temperature" in refused.stderr and "Traceback" not in refused.stderr
+    keyless = kvmesh(endpoint, "status", "--api-key", "wrong")
+    assert keyless.returncode == 1
+    assert "key" in keyless.stderr and "Traceback" not in keyless.stderr

@@ -1,0 +1,222 @@
+"""`kvmesh serve` as a process of its own: how it ends, and that nothing of it stays."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from kvmesh.client import Client, KVMeshError
+from kvmesh.client.credentials import read_key_file
+from tests.cluster.e2e.harness import SMALL_ENGINE, wait_for
+
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.timeout(240),
+    pytest.mark.skipif(sys.platform != "linux", reason="processes are found the Linux way"),
+]
+
+READY_WITHIN_S = 120.0
+GONE_WITHIN_S = 60.0
+INTERRUPTED = 130
+MARK = "KVMESH_TEST_MARK"
+PR_SET_CHILD_SUBREAPER = 36
+
+
+@pytest.fixture(scope="module", autouse=True)
+def adopted() -> Iterator[None]:
+    """What a dead server leaves behind becomes this process's, and so is found."""
+    libc = ctypes.CDLL(None)
+    libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    yield
+    libc.prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+
+
+class Server:
+    """`kvmesh serve`, in a process group of its own as a terminal would have it."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        config = directory / "kvmesh.yaml"
+        config.write_text(yaml.safe_dump({"engine": dict(SMALL_ENGINE), "ingress": {"port": 0}}))
+        self._mark = f"{os.getpid()}-{directory.name}"
+        self._before = {child.pid for child in psutil.Process().children(recursive=True)}
+        self._seen: set[tuple[int, float]] = set()
+        environment = {**os.environ, "XDG_CONFIG_HOME": str(directory), MARK: self._mark}
+        environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+        environment["COLUMNS"] = "200"
+        environment["PYTHONUNBUFFERED"] = "1"
+        environment["TMPDIR"] = str(directory)
+        self.process = subprocess.Popen(
+            [
+                sys.executable,
+                "-c",
+                "from kvmesh.cluster.cli import app; app()",
+                "serve",
+                "--config",
+                str(config),
+            ],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        self._lines: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self._lines.append(line)
+
+    @property
+    def output(self) -> str:
+        return "".join(self._lines)
+
+    def wait_for_output(self, pattern: str) -> re.Match[str]:
+        found: list[re.Match[str]] = []
+
+        def there() -> bool:
+            match = re.search(pattern, self.output)
+            if match is not None:
+                found.append(match)
+            assert match or self.process.poll() is None, f"it ended:\n{self.output}"
+            return match is not None
+
+        wait_for(there, f"output {pattern!r}", READY_WITHIN_S)
+        return found[0]
+
+    def client(self) -> Client:
+        target = self.wait_for_output(r"ready at (\S+)")[1]
+        return Client(target, api_key=read_key_file(self._directory / "kvmesh" / "api_key"))
+
+    def ctrl_c(self) -> None:
+        """As a terminal does it: to the whole foreground group, after a look at who there is."""
+        self.note_processes()
+        os.killpg(self.process.pid, signal.SIGINT)
+
+    def terminate(self) -> None:
+        """As a supervisor does it: to the one process."""
+        self.note_processes()
+        self.process.send_signal(signal.SIGTERM)
+
+    def note_processes(self) -> None:
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            try:
+                self._seen.add((process.pid, process.create_time()))
+            except psutil.Error:
+                continue
+        assert self._seen
+
+    def wait_ended(self) -> int:
+        """The exit code."""
+        try:
+            code = self.process.wait(GONE_WITHIN_S)
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"it did not end:\n{self.output}")
+        self._reader.join(timeout=10)
+        return code
+
+    def left_behind(self) -> list[str]:
+        """Processes that are still there, found in three ways."""
+        adopted = {
+            child.pid
+            for child in psutil.Process().children(recursive=True)
+            if child.pid not in self._before
+        }
+        known = {pid for pid, _ in self._seen}
+        left = []
+        for process in psutil.process_iter():
+            try:
+                if process.status() == psutil.STATUS_ZOMBIE or process.pid == self.process.pid:
+                    continue
+                seen = process.pid in known and (process.pid, process.create_time()) in self._seen
+                if seen or process.pid in adopted or self._is_marked(process):
+                    left.append(f"{process.pid} {process.name()} {' '.join(process.cmdline())}")
+            except psutil.Error:
+                continue
+        return left
+
+    def _is_marked(self, process: psutil.Process) -> bool:
+        try:
+            return process.environ().get(MARK) == self._mark
+        except psutil.Error:
+            return False
+
+    def left_files(self) -> list[str]:
+        """What Ray and its proxy had on disk."""
+        return [path.name for path in self._directory.glob("kvmesh-*")]
+
+
+@contextmanager
+def server() -> Iterator[Server]:
+    # Short, as sockets are put below it, whose paths have a limit.
+    with tempfile.TemporaryDirectory(prefix="kv-", dir="/tmp") as directory:
+        server = Server(Path(directory))
+        try:
+            yield server
+        finally:
+            if server.process.poll() is None:
+                server.process.kill()
+                server.process.wait(30)
+
+
+def check_gone(server: Server) -> None:
+    assert server.left_behind() == []
+    assert server.left_files() == []
+    assert "Traceback" not in server.output
+
+
+def test_sigterm_lets_a_stream_end_and_leaves_nothing() -> None:
+    with server() as serve, serve.client() as client:
+        assert "kvmesh generate" in serve.output
+        with client.generate_stream("Once upon", max_tokens=20, ignore_eos=True) as stream:
+            deltas = iter(stream)
+            seen = [next(deltas)]
+            serve.terminate()
+            seen.extend(deltas)
+        assert sum(len(delta.token_ids) for delta in seen) == 20
+        assert stream.resumes == 0
+        assert serve.wait_ended() == 0
+        assert "shutting down" in serve.output
+        check_gone(serve)
+
+
+def test_a_second_ctrl_c_waits_for_nobody() -> None:
+    with server() as serve, serve.client() as client:
+        stream = client.generate_stream("Once upon", max_tokens=600, ignore_eos=True)
+        with stream:
+            deltas = iter(stream)
+            next(deltas)
+            serve.ctrl_c()
+            serve.wait_for_output("Ctrl-C again")
+            seen = [next(deltas) for _ in range(3)]
+            assert seen, "the first Ctrl-C lets what runs go on"
+            serve.ctrl_c()
+            with pytest.raises(KVMeshError):
+                list(deltas)
+        assert serve.wait_ended() == 0
+        check_gone(serve)
+
+
+def test_ctrl_c_while_it_starts_leaves_nothing() -> None:
+    with server() as serve:
+        serve.wait_for_output("loading the model")
+        serve.ctrl_c()
+        assert serve.wait_ended() == INTERRUPTED
+        check_gone(serve)
