@@ -19,7 +19,8 @@ _KEY_BYTES = 32
 def known_keys(auth: AuthSection, environ: Mapping[str, str]) -> list[tuple[str, str]] | None:
     """(sha256, tenant) of every key let in, or None where everybody is.
 
-    Makes the local key if none is configured and there is none yet. Raises ConfigError.
+    Makes the local key if none is configured and there is none yet. Raises as
+    `ensure_key`.
     """
     if auth.mode == "none":
         return None
@@ -39,7 +40,8 @@ def local_key(auth: AuthSection, environ: Mapping[str, str]) -> str | None:
 def ensure_key(path: Path) -> str:
     """The key in `path`, made with mode 0600 if it is not there.
 
-    Raises ConfigError if it can be neither read nor made.
+    Raises CredentialsError if it cannot be read or others can read it, ConfigError if it
+    cannot be made.
     """
     try:
         found = read_key_file(path)

@@ -151,6 +151,9 @@ def to_wire(error: BaseException, request_id: str = "") -> pb.Error:
         error = routing.NeverFitsError(
             {"": error.needed_bytes}, {"": error.available_bytes}, {"": error.message}
         )
+    if isinstance(error, WorkerDiedError):
+        # Its sentence tells of ranks, processes and files: for the log, not for clients.
+        error = EngineLostError()
     for kind, code, reason in _TABLE:
         if isinstance(error, kind):
             wire = pb.Error(
@@ -195,7 +198,7 @@ def _fill(wire: pb.Error, error: BaseException) -> None:
             wire.needed_bytes = error.needed_bytes
             wire.available_bytes = error.available_bytes
             wire.retry_after_s = RETRY_LOST_ENGINE_S
-        case EngineLostError() | WorkerDiedError():
+        case EngineLostError():
             wire.retry_after_s = RETRY_LOST_ENGINE_S
         case NotReadyError():
             wire.retry_after_s = RETRY_NOT_READY_S

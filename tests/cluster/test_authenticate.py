@@ -1,0 +1,181 @@
+"""API keys: who is let in under which name, and how the local key is kept."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from hmac import compare_digest
+from pathlib import Path
+
+import pytest
+
+from kvmesh.client.credentials import key_path
+from kvmesh.client.errors import CredentialsError
+from kvmesh.cluster import keys
+from kvmesh.cluster.config import AuthSection, TenantKey
+from kvmesh.cluster.ingress import authenticate
+from kvmesh.cluster.ingress.authenticate import ANONYMOUS, Authenticator, hash_key
+from kvmesh.cluster.ingress.errors import UnauthenticatedError
+from kvmesh.cluster.keys import LOCAL_TENANT, ensure_key, known_keys, local_key
+from kvmesh.workers.errors import ConfigError
+
+KEYS = {"alpha-key": "alpha", "beta-key": "beta"}
+
+
+@pytest.fixture
+def guard() -> Authenticator:
+    return Authenticator([(hash_key(key), tenant) for key, tenant in KEYS.items()])
+
+
+def bearer(key: str) -> list[tuple[str, str | bytes]]:
+    return [("user-agent", "x"), ("authorization", f"Bearer {key}")]
+
+
+@pytest.mark.parametrize(("key", "tenant"), KEYS.items())
+def test_a_key_gives_its_tenant(guard: Authenticator, key: str, tenant: str) -> None:
+    assert guard.authenticate(bearer(key)) == tenant
+    assert guard.authenticate([("Authorization", f"bEaReR  {key} ")]) == tenant
+    assert guard.authenticate([("authorization", f"Bearer {key}".encode())]) == tenant
+
+
+@pytest.mark.parametrize("key", ["", "alpha", "alpha-key2", "ALPHA-KEY", "\xe9", "x" * 9000])
+def test_a_wrong_key_is_refused(guard: Authenticator, key: str) -> None:
+    with pytest.raises(UnauthenticatedError) as caught:
+        guard.authenticate(bearer(key))
+    assert not caught.value.missing
+    assert not key or key not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        [],
+        [("authorization", "")],
+        [("authorization", "alpha-key")],
+        [("authorization", "Basic alpha-key")],
+        [("authorization", b"\xff\xfe")],
+        [("x-api-key", "alpha-key")],
+    ],
+)
+def test_a_missing_key_is_refused(
+    guard: Authenticator, metadata: list[tuple[str, str | bytes]]
+) -> None:
+    with pytest.raises(UnauthenticatedError) as caught:
+        guard.authenticate(metadata)
+    assert caught.value.missing
+    assert "authorization: Bearer" in str(caught.value)
+
+
+def test_a_tenant_may_have_two_keys() -> None:
+    guard = Authenticator([(hash_key("old"), "a"), (hash_key("new"), "a")])
+    assert guard.authenticate(bearer("old")) == guard.authenticate(bearer("new")) == "a"
+
+
+def test_without_keys_nobody_is_let_in_and_without_authentication_everybody() -> None:
+    with pytest.raises(UnauthenticatedError):
+        Authenticator([]).authenticate(bearer("alpha-key"))
+    assert Authenticator(None).authenticate([]) == ANONYMOUS
+    assert Authenticator(None).authenticate(bearer("whatever")) == ANONYMOUS
+
+
+def test_hashes_are_compared_in_constant_time_and_all_of_them(
+    guard: Authenticator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared: list[tuple[bytes, bytes]] = []
+
+    def record(known: bytes, given: bytes) -> bool:
+        compared.append((known, given))
+        return compare_digest(known, given)
+
+    monkeypatch.setattr(authenticate.hmac, "compare_digest", record)
+    for key in ("alpha-key", "beta-key"):
+        compared.clear()
+        guard.authenticate(bearer(key))
+        given = hashlib.sha256(key.encode()).digest()
+        assert compared == [(hashlib.sha256(known.encode()).digest(), given) for known in KEYS]
+
+
+def test_keys_are_held_as_hashes_alone(guard: Authenticator) -> None:
+    assert "alpha-key" not in repr(vars(guard))
+
+
+# Keys of a local server
+
+
+def environ_of(tmp_path: Path) -> dict[str, str]:
+    return {"XDG_CONFIG_HOME": str(tmp_path / "config")}
+
+
+def test_the_first_start_makes_a_key_that_only_its_owner_reads(tmp_path: Path) -> None:
+    environ = environ_of(tmp_path)
+    path = key_path(environ)
+    before = os.umask(0)
+    try:
+        found = known_keys(AuthSection(), environ)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+    key = path.read_text().strip()
+    assert len(key) >= 32
+    assert found == [(hash_key(key), LOCAL_TENANT)]
+    assert local_key(AuthSection(), environ) == key
+    assert Authenticator(found).authenticate(bearer(key)) == LOCAL_TENANT
+
+
+def test_later_starts_keep_the_key(tmp_path: Path) -> None:
+    path = tmp_path / "key"
+    assert ensure_key(path) == ensure_key(path) == path.read_text().strip()
+    assert ensure_key(tmp_path / "other") != ensure_key(path)
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o644, 0o660])
+def test_a_key_that_others_may_read_is_refused(tmp_path: Path, mode: int) -> None:
+    path = tmp_path / "key"
+    ensure_key(path)
+    path.chmod(mode)
+    with pytest.raises(CredentialsError, match="open to others"):
+        known_keys(AuthSection(key_file=path), {})
+
+
+def test_a_key_made_by_another_server_in_between_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "key"
+    path.write_text("theirs\n")
+    path.chmod(0o600)
+    read = keys.read_key_file
+    looks: list[Path] = []
+
+    def absent_at_first(where: Path) -> str | None:
+        looks.append(where)
+        return read(where) if len(looks) > 1 else None
+
+    monkeypatch.setattr(keys, "read_key_file", absent_at_first)
+    assert ensure_key(path) == "theirs"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["key"]
+
+
+def test_a_key_that_cannot_be_made_is_a_configuration_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises((ConfigError, CredentialsError)) as caught:
+        ensure_key(tmp_path / "file" / "key")
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_configured_keys_take_the_place_of_the_local_one(tmp_path: Path) -> None:
+    environ = environ_of(tmp_path)
+    auth = AuthSection(keys=(TenantKey(tenant="a", sha256=hash_key("k")),))
+    assert known_keys(auth, environ) == [(hash_key("k"), "a")]
+    assert local_key(auth, environ) is None
+    assert not key_path(environ).exists()
+
+
+def test_no_authentication_must_be_asked_for(tmp_path: Path) -> None:
+    environ = environ_of(tmp_path)
+    assert known_keys(AuthSection(mode="none"), environ) is None
+    assert local_key(AuthSection(mode="none"), environ) is None
+    assert AuthSection().mode == "api_key"
+    assert not key_path(environ).exists()

@@ -1,0 +1,193 @@
+"""The one table from errors to the wire, and what unknown errors give away: nothing."""
+
+from __future__ import annotations
+
+import inspect
+import pickle
+import re
+from pathlib import Path
+
+import grpc
+import pytest
+from google.rpc import error_details_pb2, status_pb2
+
+from kvmesh.client.status import decode_details, encode_details
+from kvmesh.cluster.ingress import errors as ingress
+from kvmesh.cluster.ingress.errors import (
+    is_expected,
+    reason_label,
+    rich_status,
+    status_code,
+    to_wire,
+)
+from kvmesh.cluster.routing import errors as routing
+from kvmesh.workers.errors import CapacityError, InvalidRequestError, WorkerDiedError
+
+S = grpc.StatusCode
+SECRETS = "rank 1 (pid 4242) at 10.1.2.3:6379 died, see /var/tmp/engine.log"
+
+# error, code, reason
+TABLE: list[tuple[Exception, grpc.StatusCode, str]] = [
+    (InvalidRequestError("prompt.text", "must not be empty"), S.INVALID_ARGUMENT, "invalid_field"),
+    (ingress.UnauthenticatedError(missing=True), S.UNAUTHENTICATED, "missing_key"),
+    (ingress.UnauthenticatedError(missing=False), S.UNAUTHENTICATED, "wrong_key"),
+    (ingress.UnknownModelError("a", "b"), S.NOT_FOUND, "unknown_model"),
+    (ingress.ResumeMismatchError("other"), S.FAILED_PRECONDITION, "resume_mismatch"),
+    (ingress.ContextExceededError(9, 8, 700, 600), S.FAILED_PRECONDITION, "never_fits"),
+    (ingress.RequestDeadlineError(), S.DEADLINE_EXCEEDED, "deadline_exceeded"),
+    (ingress.EngineLostError(), S.UNAVAILABLE, "engine_lost"),
+    (ingress.DrainingError(), S.UNAVAILABLE, "draining"),
+    (ingress.NotReadyError(), S.UNAVAILABLE, "not_ready"),
+    (routing.DuplicateRequestError("r"), S.ALREADY_EXISTS, "duplicate_request_id"),
+    (
+        routing.NeverFitsError({"g0": 900}, {"g0": 500}, {"g0": "pages"}),
+        S.FAILED_PRECONDITION,
+        "never_fits",
+    ),
+    (routing.DeadlineUnreachableError(1.0, 3.0), S.DEADLINE_EXCEEDED, "deadline_unreachable"),
+    (routing.DeadlineUnreachableError(1.0, None), S.DEADLINE_EXCEEDED, "deadline_unreachable"),
+    (routing.OverCapacityError("full", 2.5, 90, 50), S.RESOURCE_EXHAUSTED, "over_capacity"),
+    (routing.QueueFullError("full", 2.5, 90, 50), S.RESOURCE_EXHAUSTED, "queue_full"),
+    (routing.QuotaExceededError("quota", 2.5, 90, 50), S.RESOURCE_EXHAUSTED, "quota"),
+    (routing.NoGroupError("no group is up", 2.5, 0, 0), S.UNAVAILABLE, "not_ready"),
+    (CapacityError("full", 90, 50, ever=True), S.RESOURCE_EXHAUSTED, "over_capacity"),
+    (CapacityError("too long", 90, 50, ever=False), S.FAILED_PRECONDITION, "never_fits"),
+    (WorkerDiedError(SECRETS), S.UNAVAILABLE, "engine_lost"),
+]
+# Never reaches a client as an error: its choices finish with ABORT.
+INTERNAL_MATTERS = {ingress.RequestAbortedError, routing.LedgerError}
+
+
+def give_away(text: str) -> list[str]:
+    """Parts of a text that no client should see."""
+    return re.findall(
+        r"/\w+/\S*|\bpid\b|\b\d{1,3}(?:\.\d{1,3}){3}\b|Traceback|File \"|\.py\b|0x[0-9a-f]+", text
+    )
+
+
+@pytest.mark.parametrize(("error", "code", "reason"), TABLE)
+def test_every_error_of_the_table(error: Exception, code: grpc.StatusCode, reason: str) -> None:
+    wire = to_wire(error, "request-1")
+    assert is_expected(error)
+    assert status_code(wire) is code
+    assert reason_label(wire) == reason
+    assert wire.request_id == "request-1"
+    assert wire.message
+    assert not give_away(wire.message)
+
+
+@pytest.mark.parametrize("module", [ingress, routing])
+def test_every_class_of_the_trees_has_a_row(module: object) -> None:
+    root = ingress.IngressError if module is ingress else routing.RoutingError
+    classes = {
+        value
+        for value in vars(module).values()
+        if inspect.isclass(value) and issubclass(value, root) and value is not root
+    }
+    assert classes - INTERNAL_MATTERS == {type(e) for e, _, _ in TABLE if isinstance(e, root)}
+
+
+@pytest.mark.parametrize("error", [error for error, _, _ in TABLE])
+def test_errors_survive_pickling(error: Exception) -> None:
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is type(error)
+    assert str(again) == str(error)
+    assert to_wire(again) == to_wire(error)
+
+
+def _raised(error: Exception) -> Exception:
+    """With a traceback and a cause, as in life."""
+    try:
+        try:
+            Path("/nonexistent/secret.yaml").read_text()
+        except OSError as cause:
+            raise error from cause
+    except Exception as caught:
+        return caught
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError(SECRETS),
+        FileNotFoundError(2, "No such file or directory", "/home/someone/model.gguf"),
+        KeyError("g0"),
+        AssertionError(),
+        routing.LedgerError("lease 1-2 of 10.0.0.7 is not there"),
+        ConnectionRefusedError("127.0.0.1:6379"),
+        ValueError('Traceback (most recent call last): File "/srv/app.py", line 3'),
+    ],
+)
+def test_an_unknown_error_is_internal_and_says_nothing_of_itself(error: Exception) -> None:
+    error = _raised(error)
+    wire = to_wire(error, "request-1")
+    assert not is_expected(error)
+    assert status_code(wire) is S.INTERNAL
+    assert reason_label(wire) == "internal"
+    assert wire.request_id == "request-1"
+    for text in (wire.message, encode_details(wire), str(rich_status(wire))):
+        assert not give_away(text.split("kvmesh-error")[0])
+        assert "secret" not in text
+        assert not str(error) or str(error) not in text
+
+
+def test_a_dead_worker_tells_clients_no_more_than_a_lost_engine() -> None:
+    wire = to_wire(WorkerDiedError(SECRETS))
+    assert wire == to_wire(ingress.EngineLostError())
+    assert wire.retry_after_s > 0
+
+
+def test_a_wrong_field_is_named() -> None:
+    wire = to_wire(InvalidRequestError("sampling_params.n", "must be 1"))
+    (violation,) = wire.field_violations
+    assert (violation.field, violation.description) == ("sampling_params.n", "must be 1")
+    assert "sampling_params.n" in wire.message
+
+
+def test_over_capacity_says_when_to_come_back_and_how_much_is_missing() -> None:
+    wire = to_wire(routing.QueueFullError("12 requests wait already", 2.5, 90, 50))
+    assert (wire.retry_after_s, wire.needed_bytes, wire.available_bytes) == (2.5, 90, 50)
+    wire = to_wire(CapacityError("full", 90, 50, ever=True))
+    assert wire.retry_after_s > 0
+    assert (wire.needed_bytes, wire.available_bytes) == (90, 50)
+
+
+def test_never_fitting_names_the_bytes_of_the_group_that_comes_closest() -> None:
+    error = routing.NeverFitsError(
+        {"g0": 900, "g1": 450}, {"g0": 500, "g1": 400}, {"g0": "pages", "g1": "pages"}
+    )
+    wire = to_wire(error)
+    assert (wire.needed_bytes, wire.available_bytes) == (450, 400)
+    assert {group.group: group.reason for group in wire.groups} == {"g0": "pages", "g1": "pages"}
+    assert not wire.HasField("retry_after_s")
+    wire = to_wire(ingress.ContextExceededError(9, 8, 700, 600))
+    assert (wire.needed_bytes, wire.available_bytes) == (700, 600)
+
+
+@pytest.mark.parametrize(("error", "code", "reason"), TABLE)
+def test_the_details_text_carries_the_error(
+    error: Exception, code: grpc.StatusCode, reason: str
+) -> None:
+    wire = to_wire(error, "request-1")
+    sentence, decoded = decode_details(encode_details(wire))
+    assert decoded == wire
+    assert sentence == wire.message
+
+
+def test_standard_details_for_other_clients() -> None:
+    status = status_pb2.Status.FromString(
+        rich_status(to_wire(routing.QueueFullError("full", 2.5, 90, 50)))
+    )
+    assert status.code == S.RESOURCE_EXHAUSTED.value[0]
+    details = {any_.TypeName(): any_ for any_ in status.details}
+    retry = error_details_pb2.RetryInfo()
+    assert details["google.rpc.RetryInfo"].Unpack(retry)
+    assert retry.retry_delay.ToNanoseconds() == 2_500_000_000
+    info = error_details_pb2.ErrorInfo()
+    assert details["google.rpc.ErrorInfo"].Unpack(info)
+    assert dict(info.metadata) == {"needed_bytes": "90", "available_bytes": "50"}
+    assert "google.rpc.QuotaFailure" in details
+    bad = status_pb2.Status.FromString(rich_status(to_wire(InvalidRequestError("n", "bad"))))
+    violations = error_details_pb2.BadRequest()
+    assert any(any_.Unpack(violations) for any_ in bad.details)
+    assert violations.field_violations[0].field == "n"

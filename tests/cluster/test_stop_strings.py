@@ -1,0 +1,122 @@
+"""Stop strings in text that arrives in pieces, against a search in the whole text."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvmesh.cluster.ingress.stop_strings import StopStrings
+
+
+def reference(text: str, stops: list[str]) -> tuple[str, str | None]:
+    """The first stop string to be complete in `text`; of those, the one that begins first."""
+    for end in range(1, len(text) + 1):
+        complete = [stop for stop in stops if text[:end].endswith(stop)]
+        if complete:
+            found = max(complete, key=len)
+            return text[: end - len(found)], found
+    return text, None
+
+
+def fed(pieces: list[str], stops: list[str]) -> tuple[list[str], str | None]:
+    """What is passed at each piece, and at the end; and the stop string that ended it."""
+    search = StopStrings(stops)
+    passed = []
+    for piece in pieces:
+        certain, matched = search.push(piece)
+        passed.append(certain)
+        if matched is not None:
+            assert search.flush() == ""
+            return passed, matched
+    return [*passed, search.flush()], None
+
+
+few = st.text("ab", max_size=12)
+stop_lists = st.lists(st.text("ab", min_size=1, max_size=5), max_size=4)
+pieces = st.lists(st.text("ab", max_size=4), max_size=10)
+
+
+@settings(max_examples=500, deadline=None)
+@given(pieces=pieces, stops=stop_lists)
+def test_any_split_gives_what_the_whole_text_gives(pieces: list[str], stops: list[str]) -> None:
+    passed, matched = fed(pieces, stops)
+    assert ("".join(passed), matched) == reference("".join(pieces), stops)
+
+
+@settings(max_examples=300, deadline=None)
+@given(pieces=pieces, stops=stop_lists)
+def test_what_is_passed_depends_on_the_text_alone(pieces: list[str], stops: list[str]) -> None:
+    """So that a resumed stream can be replayed: after equal text, equal output."""
+    search, by_character = StopStrings(stops), StopStrings(stops)
+    together = apart = ""
+    for piece in pieces:
+        certain, matched = search.push(piece)
+        together += certain
+        ended = None
+        for character in piece:
+            if ended is None:
+                certain, ended = by_character.push(character)
+                apart += certain
+        assert (together, matched) == (apart, ended)
+        if matched is not None:
+            return
+
+
+@settings(max_examples=300, deadline=None)
+@given(pieces=pieces, stops=stop_lists)
+def test_no_more_is_held_back_than_could_become_a_stop_string(
+    pieces: list[str], stops: list[str]
+) -> None:
+    search = StopStrings(stops)
+    seen = passed = ""
+    for piece in pieces:
+        certain, matched = search.push(piece)
+        seen, passed = seen + piece, passed + certain
+        if matched is not None:
+            return
+        held = seen[len(passed) :]
+        assert passed + held == seen
+        assert not held or any(stop.startswith(held) and stop != held for stop in stops)
+
+
+def test_text_that_could_begin_a_stop_string_is_held_back() -> None:
+    search = StopStrings(["\n\nQ:"])
+    assert search.push("Answer.\n") == ("Answer.", None)
+    assert search.push("\n") == ("", None)
+    assert search.push("B") == ("\n\nB", None)
+    assert search.push("\n\nQ") == ("", None)
+    assert search.push(": more") == ("", "\n\nQ:")
+
+
+def test_text_held_back_is_passed_at_the_end() -> None:
+    search = StopStrings(["END"])
+    assert search.push("the EN") == ("the ", None)
+    assert search.flush() == "EN"
+    assert search.flush() == ""
+
+
+@pytest.mark.parametrize(
+    ("stops", "text", "expected"),
+    [
+        (["ab", "b"], "xab", ("x", "ab")),  # complete together: the one that begins first
+        (["abcd", "bc"], "xabcd", ("xa", "bc")),  # the one that is complete first
+        (["aab"], "aaab", ("a", "aab")),  # a stop string may begin within a false start
+        (["aa", "aa"], "baa", ("b", "aa")),
+        (["é"], "cafe\u0301 café", ("cafe\u0301 caf", "é")),  # code points, not looks
+        (["🙂🙂"], "🙂x🙂🙂", ("🙂x", "🙂🙂")),
+        ([], "anything", ("anything", None)),
+    ],
+)
+@pytest.mark.parametrize("size", [1, 2, 100])
+def test_overlapping_stop_strings(
+    stops: list[str], text: str, expected: tuple[str, str | None], size: int
+) -> None:
+    pieces = [text[at : at + size] for at in range(0, len(text), size)]
+    passed, matched = fed(pieces, stops)
+    assert ("".join(passed), matched) == expected
+
+
+def test_an_empty_stop_string_is_refused() -> None:
+    with pytest.raises(ValueError, match="stops"):
+        StopStrings(["a", ""])
