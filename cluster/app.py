@@ -17,7 +17,7 @@ from ray import serve
 from ray.serve.grpc_util import RayServegRPCContext
 from ray.serve.handle import DeploymentHandle
 
-from kvmesh.client.status import encode_details
+from kvmesh.client.status import TRAILER, encode_details, encode_trailer
 from kvmesh.cluster.config import ClusterConfig
 from kvmesh.cluster.engine_service import EngineService
 from kvmesh.cluster.handles import Failure, ServeEngineClient, ServeRouterClient, outcome
@@ -25,7 +25,7 @@ from kvmesh.cluster.ingress import errors
 from kvmesh.cluster.ingress.authenticate import Authenticator
 from kvmesh.cluster.ingress.codec import ModelCodec
 from kvmesh.cluster.ingress.service import IngressService
-from kvmesh.cluster.ingress.validate import Limits
+from kvmesh.cluster.ingress.validate import MAX_ID_CHARS, Limits
 from kvmesh.cluster.metrics import EngineMeters, IngressMeters, RouterMeters
 from kvmesh.cluster.peers import ClusterStatus, EngineReport, StreamOpened
 from kvmesh.cluster.rank_actors import RankActors, RankResources
@@ -274,7 +274,7 @@ class Ingress:
 
 def fail(context: RayServegRPCContext, error: Exception, request: object) -> str:
     """Put an error into a call's status and log what clients must not see; its metrics label."""
-    request_id = str(getattr(request, "request_id", ""))
+    request_id = str(getattr(request, "request_id", ""))[:MAX_ID_CHARS]
     if errors.is_expected(error):
         logger.info("refused request %r: %s", request_id, error)
     else:
@@ -283,7 +283,7 @@ def fail(context: RayServegRPCContext, error: Exception, request: object) -> str
     context.set_code(errors.status_code(wire))
     context.set_details(encode_details(wire))
     # Serve's annotation knows text alone; a key that ends in -bin takes bytes.
-    trailers: list[Any] = [("grpc-status-details-bin", errors.rich_status(wire))]
+    trailers: list[Any] = [(TRAILER, encode_trailer(wire))]
     context.set_trailing_metadata(trailers)
     return errors.reason_label(wire)
 

@@ -15,7 +15,6 @@ IngressError
 from __future__ import annotations
 
 import grpc
-from google.rpc import error_details_pb2, status_pb2
 
 from kvmesh.cluster.routing import errors as routing
 from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
@@ -212,28 +211,3 @@ def _fill_never_fits(wire: pb.Error, error: routing.NeverFitsError) -> None:
         wire.available_bytes = available[closest]
     for group, why in error.reasons.items():
         wire.groups.add(group=group, reason=why)
-
-
-def rich_status(wire: pb.Error) -> bytes:
-    """The error as a google.rpc.Status, for clients that read its standard details."""
-    status = status_pb2.Status(code=wire.code, message=wire.message)
-    if wire.HasField("retry_after_s"):
-        retry = error_details_pb2.RetryInfo()
-        retry.retry_delay.FromNanoseconds(int(wire.retry_after_s * 1e9))
-        status.details.add().Pack(retry)
-    if wire.field_violations:
-        bad = error_details_pb2.BadRequest()
-        for violation in wire.field_violations:
-            bad.field_violations.add(field=violation.field, description=violation.description)
-        status.details.add().Pack(bad)
-    info = error_details_pb2.ErrorInfo(reason=pb.ErrorReason.Name(wire.reason), domain="kvmesh")
-    for name in ("needed_bytes", "available_bytes"):
-        if wire.HasField(name):
-            info.metadata[name] = str(getattr(wire, name))
-    status.details.add().Pack(info)
-    if wire.code == _S.RESOURCE_EXHAUSTED.value[0]:
-        quota = error_details_pb2.QuotaFailure()
-        quota.violations.add(subject="kv_cache_bytes", description=wire.message)
-        status.details.add().Pack(quota)
-    data: bytes = status.SerializeToString()
-    return data

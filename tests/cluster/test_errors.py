@@ -9,14 +9,12 @@ from pathlib import Path
 
 import grpc
 import pytest
-from google.rpc import error_details_pb2, status_pb2
 
-from kvmesh.client.status import decode_details, encode_details
+from kvmesh.client.status import decode_details, encode_details, encode_trailer
 from kvmesh.cluster.ingress import errors as ingress
 from kvmesh.cluster.ingress.errors import (
     is_expected,
     reason_label,
-    rich_status,
     status_code,
     to_wire,
 )
@@ -125,7 +123,7 @@ def test_an_unknown_error_is_internal_and_says_nothing_of_itself(error: Exceptio
     assert status_code(wire) is S.INTERNAL
     assert reason_label(wire) == "internal"
     assert wire.request_id == "request-1"
-    for text in (wire.message, encode_details(wire), str(rich_status(wire))):
+    for text in (wire.message, encode_details(wire), str(encode_trailer(wire))):
         assert not give_away(text.split("kvmesh-error")[0])
         assert "secret" not in text
         assert not str(error) or str(error) not in text
@@ -174,20 +172,7 @@ def test_the_details_text_carries_the_error(
     assert sentence == wire.message
 
 
-def test_standard_details_for_other_clients() -> None:
-    status = status_pb2.Status.FromString(
-        rich_status(to_wire(routing.QueueFullError("full", 2.5, 90, 50)))
-    )
-    assert status.code == S.RESOURCE_EXHAUSTED.value[0]
-    details = {any_.TypeName(): any_ for any_ in status.details}
-    retry = error_details_pb2.RetryInfo()
-    assert details["google.rpc.RetryInfo"].Unpack(retry)
-    assert retry.retry_delay.ToNanoseconds() == 2_500_000_000
-    info = error_details_pb2.ErrorInfo()
-    assert details["google.rpc.ErrorInfo"].Unpack(info)
-    assert dict(info.metadata) == {"needed_bytes": "90", "available_bytes": "50"}
-    assert "google.rpc.QuotaFailure" in details
-    bad = status_pb2.Status.FromString(rich_status(to_wire(InvalidRequestError("n", "bad"))))
-    violations = error_details_pb2.BadRequest()
-    assert any(any_.Unpack(violations) for any_ in bad.details)
-    assert violations.field_violations[0].field == "n"
+def test_an_error_about_a_huge_field_stays_small_enough_for_a_header() -> None:
+    wire = to_wire(ingress.UnknownModelError("\U0001f642" * 100_000, "m"), "r" * 100_000)
+    assert len(encode_details(wire).encode()) < 4096
+    assert len(encode_trailer(wire)) < 2048
