@@ -52,11 +52,15 @@ Prompt = str | tuple[ChatTurn, ...] | TokenIds
 
 @dataclass(frozen=True, slots=True)
 class ResumedChoice:
-    """Output a client already has: its tokens, and how many characters of its text."""
+    """Output a client already has: its tokens, and how many characters of its text.
+
+    position: in the request's list, which may be in another order than the choices
+    """
 
     token_ids: tuple[int, ...] = ()
     text_chars: int = 0
     finished: bool = False
+    position: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,10 +210,10 @@ def check_tokens(spec: GenerationSpec, prompt_ids: TokenIds, vocab_size: int) ->
     for token_id in spec.params.logit_bias:
         if token_id >= vocab_size:
             refuse("sampling_params.logit_bias", _unknown(token_id, vocab_size))
-    for index, choice in enumerate(spec.resume.choices if spec.resume else ()):
+    for choice in spec.resume.choices if spec.resume else ():
         if choice.token_ids and max(choice.token_ids) >= vocab_size:
             unknown = _unknown(max(choice.token_ids), vocab_size)
-            refuse(f"resume.choices[{index}].token_ids", unknown)
+            refuse(f"resume.choices[{choice.position}].token_ids", unknown)
 
 
 def check_prompt_ids(ids: TokenIds, vocab_size: int) -> None:
@@ -303,6 +307,6 @@ def _resume(wire: pb.Resume, n: int) -> Resume:
             refuse(field, f"{choice.index} is there twice")
         seen.add(choice.index)
         choices[choice.index] = ResumedChoice(
-            tuple(choice.token_ids), choice.text_chars, choice.finished
+            tuple(choice.token_ids), choice.text_chars, choice.finished, position
         )
     return Resume(wire.model_revision, tuple(choices))

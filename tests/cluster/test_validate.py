@@ -1,0 +1,431 @@
+"""Requests from the wire: every bad input is refused by the name of its field."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from google.protobuf.message import DecodeError
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from kvmesh.cluster.ingress import validate
+from kvmesh.cluster.ingress.validate import (
+    GenerationSpec,
+    Limits,
+    Unparsable,
+    check_message,
+    check_tokens,
+    choice_seed,
+    fit_context,
+    generation_spec,
+)
+from kvmesh.cluster.servicer import add_to_server
+from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
+from kvmesh.workers.errors import InvalidRequestError
+from kvmesh.workers.request import TokenIds
+
+LIMITS = Limits()
+VOCAB = 100
+CONTEXT = 64
+NAN, INF = float("nan"), float("inf")
+
+
+def asked(prompt: pb.Prompt | None = None, **params: object) -> pb.GenerateRequest:
+    return pb.GenerateRequest(
+        prompt=pb.Prompt(text="hello") if prompt is None else prompt,
+        sampling_params=pb.SamplingParams(**params),  # type: ignore[arg-type]
+    )
+
+
+def tokens(*ids: int) -> pb.Prompt:
+    return pb.Prompt(token_ids=pb.TokenIds(ids=ids))
+
+
+def chat(*turns: tuple[str, str]) -> pb.Prompt:
+    messages = [pb.ChatMessage(role=role, content=content) for role, content in turns]
+    return pb.Prompt(chat=pb.Chat(messages=messages))
+
+
+def validated(request: object, limits: Limits = LIMITS) -> GenerationSpec:
+    """All that is checked of a request, for a model of VOCAB tokens and CONTEXT of context."""
+    check_message(request, limits)
+    assert isinstance(request, pb.GenerateRequest)
+    spec = generation_spec(request, limits)
+    ids = encoded(spec)
+    check_tokens(spec, ids, VOCAB)
+    if ids.size < CONTEXT:
+        fit_context(spec, ids.size, CONTEXT)
+    return spec
+
+
+def encoded(spec: GenerationSpec) -> TokenIds:
+    if isinstance(spec.prompt, np.ndarray):
+        return spec.prompt
+    text = spec.prompt if isinstance(spec.prompt, str) else "".join(t.content for t in spec.prompt)
+    return np.arange(len(text), dtype=np.int32) % VOCAB
+
+
+def field_of(request: object, limits: Limits = LIMITS) -> str:
+    with pytest.raises(InvalidRequestError) as caught:
+        validated(request, limits)
+    assert caught.value.message
+    return caught.value.field
+
+
+@pytest.mark.parametrize(
+    ("prompt", "field"),
+    [
+        (pb.Prompt(), "prompt"),
+        (pb.Prompt(text=""), "prompt.text"),
+        (tokens(), "prompt.token_ids"),
+        (chat(), "prompt.chat.messages"),
+        (chat(("user", "")), "prompt.chat.messages"),
+        (chat(("user", "hi"), ("", "hi")), "prompt.chat.messages[1].role"),
+        (chat(*[("user", "hi")] * 10_001), "prompt.chat.messages"),
+        (tokens(1, 2, VOCAB), "prompt.token_ids.ids[2]"),
+        (tokens(1, 2**31 - 1), "prompt.token_ids.ids[1]"),
+        (tokens(1, 2**31), "prompt.token_ids"),
+        (tokens(2**32 - 1), "prompt.token_ids"),
+    ],
+)
+def test_a_wrong_prompt_is_refused(prompt: pb.Prompt, field: str) -> None:
+    assert field_of(asked(prompt)) == field
+
+
+def test_a_request_without_any_prompt_is_refused() -> None:
+    assert field_of(pb.GenerateRequest()) == "prompt"
+
+
+def test_a_prompt_that_has_no_tokens_is_refused() -> None:
+    spec = generation_spec(asked(), LIMITS)
+    with pytest.raises(InvalidRequestError, match="prompt: must have at least one token"):
+        check_tokens(spec, np.zeros(0, np.int32), VOCAB)
+
+
+@pytest.mark.parametrize("value", [-0.5, NAN, INF, -INF, 1e9])
+@pytest.mark.parametrize("name", ["temperature", "top_p", "min_p", "repetition_penalty"])
+def test_a_parameter_that_is_no_number_of_its_range_is_refused(name: str, value: float) -> None:
+    assert field_of(asked(**{name: value})) == f"sampling_params.{name}"
+
+
+@pytest.mark.parametrize("value", [-100.5, NAN, INF, 100.5])
+@pytest.mark.parametrize("name", ["presence_penalty", "frequency_penalty"])
+def test_a_penalty_out_of_range_is_refused(name: str, value: float) -> None:
+    assert field_of(asked(**{name: value})) == f"sampling_params.{name}"
+
+
+@pytest.mark.parametrize(
+    ("params", "name"),
+    [
+        ({"top_p": 0.0}, "top_p"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty"),
+        ({"top_k": -1}, "top_k"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": -3}, "max_tokens"),
+        ({"min_tokens": -1}, "min_tokens"),
+        ({"max_tokens": 3, "min_tokens": 4}, "min_tokens"),
+        ({"logprobs": -1}, "logprobs"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"n": 0}, "n"),
+        ({"n": -1}, "n"),
+        ({"n": 17}, "n"),
+        ({"n": 2, "temperature": 0.0}, "n"),
+        ({"logit_bias": {3: NAN}}, "logit_bias"),
+        ({"logit_bias": {3: 101.0}}, "logit_bias"),
+        ({"logit_bias": dict.fromkeys(range(1025), 0.0)}, "logit_bias"),
+        ({"logit_bias": {VOCAB: 1.0}}, "logit_bias"),
+        ({"stop_token_ids": [VOCAB]}, "stop_token_ids"),
+        ({"stop_token_ids": [2**32 - 1]}, "stop_token_ids"),
+        ({"stop_token_ids": [1] * 129}, "stop_token_ids"),
+        ({"stop": ["x"] * 10_000}, "stop"),
+        ({"stop": ["x"] * 17}, "stop"),
+        ({"stop": ["a", ""]}, "stop[1]"),
+        ({"stop": ["a", "x" * 1025]}, "stop[1]"),
+        ({"max_tokens": CONTEXT}, "max_tokens"),
+        ({"max_tokens": 2**31 - 1}, "max_tokens"),
+        ({"min_tokens": CONTEXT}, "min_tokens"),
+    ],
+)
+def test_a_wrong_parameter_is_refused(params: dict[str, object], name: str) -> None:
+    assert field_of(asked(**params)) == f"sampling_params.{name}"
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"request_id": "x" * 129}, "request_id"),
+        ({"request_id": "a\nb"}, "request_id"),
+        ({"request_id": "a\x00"}, "request_id"),
+        ({"timeout_s": 0.0}, "timeout_s"),
+        ({"timeout_s": -1.0}, "timeout_s"),
+        ({"timeout_s": NAN}, "timeout_s"),
+        ({"timeout_s": INF}, "timeout_s"),
+        ({"timeout_s": 1e12}, "timeout_s"),
+        ({"cache_salt": "x" * 257}, "cache_salt"),
+    ],
+)
+def test_a_wrong_field_of_the_request_is_refused(changes: dict[str, object], field: str) -> None:
+    request = asked()
+    request.MergeFrom(pb.GenerateRequest(**changes))  # type: ignore[arg-type]
+    assert field_of(request) == field
+
+
+@pytest.mark.parametrize(
+    ("choices", "field"),
+    [
+        ([pb.ResumedChoice(index=2)], "resume.choices[0].index"),
+        ([pb.ResumedChoice(index=1), pb.ResumedChoice(index=1)], "resume.choices[1].index"),
+        ([pb.ResumedChoice(index=1, token_ids=[VOCAB])], "resume.choices[0].token_ids"),
+        (
+            [pb.ResumedChoice(index=1), pb.ResumedChoice(index=0, token_ids=[2**32 - 1])],
+            "resume.choices[1].token_ids",
+        ),
+    ],
+)
+def test_a_wrong_cursor_is_refused(choices: list[pb.ResumedChoice], field: str) -> None:
+    request = asked(n=2)
+    request.resume.choices.extend(choices)
+    assert field_of(request) == field
+
+
+def test_a_request_that_is_too_large_is_refused() -> None:
+    request = asked(pb.Prompt(text="x" * 2000))
+    assert field_of(request, Limits(max_request_bytes=1000)) == "request"
+
+
+class Recorder:
+    """A grpc server as far as registering goes."""
+
+    def __init__(self) -> None:
+        self.parse: Callable[[bytes], object] = bytes
+
+    def add_generic_rpc_handlers(self, handlers: object) -> None: ...
+
+    def add_registered_method_handlers(self, service: str, handlers: dict[str, object]) -> None:
+        self.parse = handlers["Generate"].request_deserializer  # type: ignore[attr-defined]
+
+
+class Servicer:
+    def __getattr__(self, name: str) -> object:
+        return lambda request, context: None
+
+
+def parse(data: bytes) -> object:
+    """As the server's own deserialiser does."""
+    recorder = Recorder()
+    add_to_server(Servicer(), recorder)
+    return recorder.parse(data)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\xff\xff\xff\xff",
+        b"\x0a\x7fshort",
+        b"\x0a\x02\xc3\x28",  # a request_id that is not UTF-8
+        b"\x1a\x04\x0a\x02\xff\xfe",  # a prompt.text that is not UTF-8
+    ],
+)
+def test_bytes_that_are_no_message_are_refused(data: bytes) -> None:
+    with pytest.raises(DecodeError):
+        pb.GenerateRequest.FromString(data)
+    message = parse(data)
+    assert message == Unparsable(len(data))
+    assert field_of(message) == "request"
+
+
+# What is left open gets its default
+
+
+def test_defaults() -> None:
+    spec = validated(asked())
+    assert spec.n == 1
+    assert spec.params.temperature == spec.params.top_p == 1.0
+    assert spec.params.max_tokens == LIMITS.default_max_tokens
+    assert not spec.max_tokens_given
+    assert spec.timeout_s is None
+    assert spec.request_id
+    assert spec.request_id != validated(asked()).request_id
+    assert spec.params.seed != validated(asked()).params.seed
+
+
+def test_a_default_max_tokens_makes_room_and_is_lowered_to_what_there_is() -> None:
+    assert generation_spec(asked(min_tokens=900), LIMITS).params.max_tokens == 900
+    spec = generation_spec(asked(), LIMITS)
+    assert fit_context(spec, 10, CONTEXT).max_tokens == CONTEXT - 10
+    assert fit_context(spec, 10, 10_000).max_tokens == LIMITS.default_max_tokens
+
+
+def test_max_tokens_up_to_the_context_are_taken() -> None:
+    spec = generation_spec(asked(max_tokens=CONTEXT - 5), LIMITS)
+    assert fit_context(spec, 5, CONTEXT).max_tokens == CONTEXT - 5
+    with pytest.raises(InvalidRequestError, match="must be at most 58"):
+        fit_context(spec, 6, CONTEXT)
+
+
+def test_greedy_with_one_choice_and_zero_valued_parameters_are_taken() -> None:
+    params = validated(asked(temperature=0.0, n=1, seed=0, logprobs=0, min_tokens=0)).params
+    assert params.greedy
+    assert params.seed == 0
+    assert params.logprobs == 0
+
+
+def test_a_servers_time_limit_bounds_the_requests() -> None:
+    limits = Limits(default_timeout_s=5.0)
+    assert generation_spec(asked(), limits).timeout_s == 5.0
+    request = asked()
+    request.timeout_s = 9.0
+    assert generation_spec(request, limits).timeout_s == 5.0
+    request.timeout_s = 2.0
+    assert generation_spec(request, limits).timeout_s == 2.0
+
+
+@given(seed=st.integers(0, 2**64 - 1))
+def test_every_choice_has_its_own_seed(seed: int) -> None:
+    seeds = [choice_seed(seed, index) for index in range(16)]
+    assert seeds[0] == seed
+    assert len(set(seeds)) == 16
+    assert all(0 <= value < 2**64 for value in seeds)
+
+
+# Whatever comes: a specification that holds, or a refusal that names a field
+
+numbers = st.one_of(st.floats(), st.sampled_from([0.0, 0.5, 1.0, -1.0]))
+int32 = st.one_of(st.integers(-2, 40), st.integers(-(2**31), 2**31 - 1))
+uint32 = st.one_of(st.integers(0, VOCAB + 2), st.integers(0, 2**32 - 1))
+ids = st.lists(uint32, max_size=6)
+text = st.text(max_size=12)
+
+
+def messages(
+    kind: Callable[..., pb.GenerateRequest | object], **fields: st.SearchStrategy[object]
+) -> st.SearchStrategy[object]:
+    """Messages with any of the fields set."""
+    return st.fixed_dictionaries({}, optional=fields).map(lambda given: kind(**given))
+
+
+prompts = st.one_of(
+    st.builds(pb.Prompt, text=text),
+    st.builds(pb.Prompt, token_ids=st.builds(pb.TokenIds, ids=ids)),
+    st.builds(
+        pb.Prompt,
+        chat=st.builds(
+            pb.Chat,
+            messages=st.lists(st.builds(pb.ChatMessage, role=text, content=text), max_size=3),
+        ),
+    ),
+    st.just(pb.Prompt()),
+)
+parameters = messages(
+    pb.SamplingParams,
+    **dict.fromkeys(
+        (
+            "temperature",
+            "top_p",
+            "min_p",
+            "repetition_penalty",
+            "presence_penalty",
+            "frequency_penalty",
+        ),
+        numbers,
+    ),
+    **dict.fromkeys(("top_k", "max_tokens", "min_tokens", "logprobs", "n"), int32),
+    seed=st.integers(0, 2**64 - 1),
+    stop=st.lists(text, max_size=20),
+    stop_token_ids=ids,
+    ignore_eos=st.booleans(),
+    logit_bias=st.dictionaries(uint32, numbers, max_size=4),
+)
+resumes = messages(
+    pb.Resume,
+    choices=st.lists(
+        messages(
+            pb.ResumedChoice,
+            index=uint32,
+            token_ids=ids,
+            text_chars=st.integers(0, 2**64 - 1),
+            finished=st.booleans(),
+        ),
+        max_size=3,
+    ),
+    model_revision=text,
+)
+requests = messages(
+    pb.GenerateRequest,
+    request_id=text,
+    model=text,
+    prompt=prompts,
+    sampling_params=parameters,
+    priority=int32,
+    timeout_s=numbers,
+    min_kv_format=text,
+    cache_salt=text,
+    resume=resumes,
+)
+
+
+def outcome(request: object) -> GenerationSpec | InvalidRequestError:
+    try:
+        return validated(request)
+    except InvalidRequestError as error:
+        return error
+
+
+def names_a_field(error: InvalidRequestError) -> None:
+    assert error.message
+    if error.field == "request":
+        return
+    message = pb.GenerateRequest.DESCRIPTOR
+    for part in error.field.split("."):
+        name = part.partition("[")[0]
+        assert name in message.fields_by_name, error.field
+        message = message.fields_by_name[name].message_type
+
+
+def holds_or_names_a_field(request: object) -> None:
+    spec = outcome(request)
+    if isinstance(spec, InvalidRequestError):
+        names_a_field(spec)
+        return
+    assert 1 <= spec.n <= LIMITS.max_choices
+    assert not (spec.params.greedy and spec.n > 1)
+    assert spec.request_id
+    assert len(spec.stop) <= LIMITS.max_stop_strings
+    assert all(0 < len(stop) <= LIMITS.max_stop_chars for stop in spec.stop)
+    assert spec.timeout_s is None or 0 < spec.timeout_s <= validate.MAX_TIMEOUT_S
+    assert spec.resume is None or len(spec.resume.choices) == spec.n
+    ids = encoded(spec)
+    assert ids.dtype == np.int32
+    assert ids.size > 0
+    if isinstance(spec.prompt, np.ndarray):
+        assert int(ids.min()) >= 0
+        assert int(ids.max()) < VOCAB
+    if ids.size < CONTEXT:
+        params = fit_context(spec, ids.size, CONTEXT)
+        assert params.min_tokens <= params.max_tokens <= CONTEXT - ids.size
+
+
+@settings(max_examples=600, deadline=None)
+@given(request=requests)
+def test_any_request_holds_or_names_a_field(request: object) -> None:
+    holds_or_names_a_field(request)
+
+
+@settings(max_examples=300, deadline=None)
+@given(request=requests, data=st.data())
+def test_a_damaged_request_holds_or_names_a_field(request: object, data: st.DataObject) -> None:
+    assert isinstance(request, pb.GenerateRequest)
+    wire = bytearray(request.SerializeToString())
+    for _ in range(data.draw(st.integers(0, 3))):
+        at = data.draw(st.integers(0, len(wire)))
+        wire[at : at + data.draw(st.integers(0, 2))] = data.draw(st.binary(max_size=3))
+    holds_or_names_a_field(parse(bytes(wire)))
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.binary(max_size=60))
+@example(b"")
+def test_any_bytes_hold_or_name_a_field(data: bytes) -> None:
+    holds_or_names_a_field(parse(data))
