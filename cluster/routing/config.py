@@ -26,7 +26,8 @@ class RouterConfig:
     balance_s, hole_s: see PlacementRules
     stretch: a request is due after this many times its own prefill time; 0 is first
         come, first served
-    patience_s, patience_most_s: ... but after this at least, and this at most
+    patience_s: ... and after this at least
+    patience_most_s: who has waited for longer goes before all others of its priority
     backfill_depth: how far down the queue a request may overtake from
     block_pages: prompts are compared in runs of so many pages
     index_limit: runs the prefix index remembers
@@ -48,7 +49,7 @@ class RouterConfig:
     stretch: float = 4.0
     patience_s: float = 1.0
     patience_most_s: float = 60.0
-    backfill_depth: int = 64
+    backfill_depth: int = 32
     block_pages: int = 8
     index_limit: int = 1_000_000
     tenants: Mapping[str, TenantPolicy] = field(default_factory=dict)

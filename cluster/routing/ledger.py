@@ -63,13 +63,19 @@ class Account:
         return min(block_pages, max(0, (index + 1) * block_pages - self.spec.geometry.sink_pages))
 
     def shared_pages(self, blocks: Sequence[bytes], block_pages: int) -> int:
-        """How many of the blocks' pages other leases pay for already."""
-        weights = (
-            self.block_weight(index, block_pages)
-            for index, block in enumerate(blocks)
-            if block in self.shared
-        )
-        return sum(weights)
+        """How many of the blocks' pages other leases pay for already.
+
+        Block hashes are chained: who holds a block holds those before it, so the
+        shared ones are the first so many.
+        """
+        low, high = 0, len(blocks)
+        while low < high:
+            middle = (low + high) // 2
+            if blocks[middle] in self.shared:
+                low = middle + 1
+            else:
+                high = middle
+        return max(0, low * block_pages - self.spec.geometry.sink_pages)
 
     def grows(self, lease: Lease) -> None:
         """The lease has yet to grow; keep so much free."""

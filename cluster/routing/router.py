@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -163,6 +163,7 @@ class Router:
 
     def group_up(self, spec: GroupSpec, now: float) -> Changes:
         """A group's engine is there. It takes requests from its first report on."""
+        self._known.clear()
         voided = self._fleet.group_up(spec, now)
         return Changes(self._admit(now), voided)
 
@@ -284,31 +285,23 @@ class Router:
         if not views:
             return ()
         outcomes: list[Outcome] = []
+        in_front = True  # nobody before lacks pages
         # One pass is enough: a grant only takes room from those that were tried before.
         for waiting in list(islice(self._candidates(now), self.config.backfill_depth)):
-            granted = self._try(waiting, views, now)
-            if granted is not None:
-                outcomes.append(granted)
-                views = self._open_views(now)
-                if not views:
-                    break
-        return tuple(outcomes)
-
-    def _try(self, waiting: Waiting, views: Sequence[GroupView], now: float) -> Granted | None:
-        request = waiting.request
-        asked = self._ask_again(request, now)
-        above = self._above_promise(waiting)
-        choice = self._choose(asked, views, now, above=above)
-        if choice.group is None:
-            self._consider_promise(asked, choice, above, now)
-        elif self._in_quota(request, asked):
-            asked = self._fleet.ask(request)
+            asked = self._ask_again(waiting.request, now)
+            if not self._in_quota(waiting.request, asked):
+                continue
+            above = self._above_promise(waiting)
             choice = self._choose(asked, views, now, above=above)
             if choice.group is not None:
-                granted = self._grant(request, asked, choice, waiting.since, now)
-                self._dequeue(request.request_id)
-                return granted
-        return None
+                outcomes.append(self._grant(waiting.request, asked, choice, waiting.since, now))
+                self._dequeue(waiting.request.request_id)
+                if not (views := self._open_views(now)):
+                    break
+            elif in_front:
+                in_front = False
+                self._consider_promise(asked, above, now)
+        return tuple(outcomes)
 
     def _ask_again(self, request: PlaceRequest, now: float) -> Asked:
         """What was found out about a waiting request a moment ago is good enough to try it."""
@@ -355,7 +348,7 @@ class Router:
         holder = self._holder()
         return holder is not None and waiting.rank[:2] < holder.rank[:2]
 
-    def _consider_promise(self, asked: Asked, choice: Choice, above: bool, now: float) -> None:
+    def _consider_promise(self, asked: Asked, above: bool, now: float) -> None:
         """Promise a start to the first request in line that lacks pages, or renew its promise."""
         leases, views = self.ledger.leases, self._fleet.views
         held = self._promise

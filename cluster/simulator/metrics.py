@@ -37,7 +37,7 @@ class Summary:
     goodput_rps: requests within the objective, a second of the trace's arrivals
     attainment: their share of all that arrived
     kv_used_share: of all pools' pages, mean over the run
-    fairness: Jain's index of KV token-seconds served by tenant
+    fairness: Jain's index of the tenants' mean times to first token
     promises, promises_kept, promise_lateness_s: starts promised, share that began
         within half a second of the promise, mean lateness of the rest
     long_wait_s: from arrival to the first computation, of each injected request
@@ -133,7 +133,7 @@ def _percentiles(values: Sequence[float]) -> dict[str, float]:
 
 
 def _jain(done: Sequence[SimSequence]) -> float:
-    """Of the mean slowdown by tenant: 1 if all wait alike for what they ask."""
+    """1 if all tenants wait alike; 1 / tenants if one alone waits."""
     by_tenant: dict[str, list[float]] = {}
     for seq in done:
         by_tenant.setdefault(seq.request.tenant, []).append(_ttft_s(seq))

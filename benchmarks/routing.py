@@ -1,0 +1,184 @@
+"""The router against other systems' rules, on public traces, in simulation.
+
+For each setting the load is found at which the best of the other rules has a p99
+time to first token of five times that of idle engines; all policies run there, and
+some around it; then with three prompts of 2**20 tokens added, where they fit.
+
+    python benchmarks/routing.py TRACES [--setting NAME ...] [--json FILE] [--plots DIR]
+
+TRACES is a folder with mooncake_conversation.jsonl and azure_conv_2023.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from kvmesh.cluster.routing.config import RouterConfig
+from kvmesh.cluster.simulator.hardware import GPUS, MODELS
+from kvmesh.cluster.simulator.metrics import Objective, Summary, summarize
+from kvmesh.cluster.simulator.plots import plot_curves
+from kvmesh.cluster.simulator.policies import OWN, PEERS, POLICIES
+from kvmesh.cluster.simulator.service_time import EngineShape, ServiceTime
+from kvmesh.cluster.simulator.simulation import Scenario, simulate
+from kvmesh.cluster.simulator.trace import TraceRequest, at_rate, inject_long, read_trace
+from kvmesh.kernels.formats.registry import get_format
+
+GROUPS = 8
+OVERLOAD = 5.0
+MILLION = 1 << 20
+CURVE = (0.85, 0.9, 0.95, 1.05)
+CURVE_POLICIES = ("vllm-dp", "prefix-tree", "dynamo", "kvmesh")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Setting:
+    trace: str
+    kv_format: str
+    gpu: str
+    gpus: int
+    model: str
+    max_tokens: int
+    guess: float  # of the rate to find
+    inject: bool = False
+
+
+SETTINGS = {
+    "mooncake-exact": Setting("mooncake_conversation.jsonl", "exact", "h100", 1, "llama-3-8b", 2000, 2.1),
+    "mooncake-int4": Setting("mooncake_conversation.jsonl", "int4", "h100", 1, "llama-3-8b", 2000, 2.4),
+    "mooncake-70b": Setting("mooncake_conversation.jsonl", "int8", "h100", 4, "llama-3-70b", 2000, 0.9),
+    "azure-40g": Setting("azure_conv_2023.csv", "exact", "a100-40g", 1, "llama-3-8b", 1000, 4.0),
+    "million": Setting("mooncake_conversation.jsonl", "int4", "h100", 8, "llama-3-8b", 2000, 12.0, True),
+}  # fmt: skip
+
+
+class Bench:
+    """One setting: runs policies on it at a rate."""
+
+    def __init__(self, setting: Setting, folder: Path) -> None:
+        self.setting = setting
+        model, fmt = MODELS[setting.model], get_format(setting.kv_format)
+        self.shape = EngineShape(GPUS[setting.gpu], model, fmt, setting.gpus)
+        self.service = ServiceTime.of(self.shape)
+        self.requests = read_trace(folder / setting.trace)
+
+    @property
+    def idle_p99_s(self) -> float:
+        chunk = self.shape.max_num_batched_tokens
+        alone = [self.service.alone(x.prompt_tokens, chunk) for x in self.requests]
+        return float(np.percentile(alone, 99))
+
+    def run(self, policy: str, rate: float, inject: int = 0) -> Summary:
+        requests: Sequence[TraceRequest] = at_rate(self.requests, rate)
+        if inject:
+            requests = inject_long(requests, inject, MILLION)
+        router = RouterConfig(queue_limit=1_000_000)
+        shapes = [self.shape] * GROUPS
+        scenario = Scenario(shapes, requests, self.setting.max_tokens, router=router)
+        run = simulate(scenario, policy)
+        chunk = self.shape.max_num_batched_tokens
+        summary = summarize(run, self.service, chunk, Objective())
+        print(
+            f"  {policy:16s} x{rate:.3f} goodput {summary.goodput_rps:6.2f} "
+            f"({summary.attainment:.1%})  TTFT p50 {summary.ttft_s['p50']:.2f} "
+            f"p99 {summary.ttft_s['p99']:.2f} short p99 {summary.short_ttft_p99_s:.2f}  "
+            f"preempted {summary.preemptions}  long TTFT {[round(x) for x in summary.long_ttft_s]}",
+            file=sys.stderr,
+            flush=True,
+        )
+        return summary
+
+    def overload_rate(self) -> float:
+        """Where the best peer's p99 TTFT is OVERLOAD times the idle one, within half a percent."""
+        limit = OVERLOAD * self.idle_p99_s
+        low, high = 0.0, self.setting.guess
+        while self._best_peer_p99(high, limit) < limit:
+            low, high = high, high * 1.15
+        low = low or high * 0.8
+        while high / low > 1.005:
+            middle = (low + high) / 2
+            low, high = (
+                (low, middle) if self._best_peer_p99(middle, limit) >= limit else (middle, high)
+            )
+        return high
+
+    def _best_peer_p99(self, rate: float, limit: float) -> float:
+        best = float("inf")
+        for policy in ("dynamo", *(name for name in PEERS if name != "dynamo")):
+            best = min(best, self.run(policy, rate).ttft_s["p99"])
+            if best < limit:
+                break
+        return best
+
+
+def measure(name: str, folder: Path) -> dict[str, object]:
+    bench = Bench(SETTINGS[name], folder)
+    rate = bench.overload_rate()
+    at_load = [bench.run(policy, rate) for policy in POLICIES]
+    curve = {
+        f"{share:.2f}": [bench.run(policy, rate * share) for policy in CURVE_POLICIES]
+        for share in CURVE
+    }
+    curve["1.00"] = [x for x in at_load if x.policy in CURVE_POLICIES]
+    injected: list[tuple[float, int, Summary]] = []
+    if bench.setting.inject:
+        for share in (0.7, 0.9):
+            for policy in ("vllm-dp", "dynamo", "kvmesh"):
+                for count in (0, 3):
+                    injected.append((share, count, bench.run(policy, rate * share, count)))
+    best = max((x for x in at_load if x.policy in PEERS), key=lambda x: x.goodput_rps)
+    own = {x.policy: x for x in at_load if x.policy in OWN}
+    return {
+        "setting": dataclasses.asdict(bench.setting),
+        "groups": GROUPS,
+        "objective": dataclasses.asdict(Objective()),
+        "idle_p99_ttft_s": bench.idle_p99_s,
+        "rate": rate,
+        "best_peer": best.policy,
+        "over_best_peer": own["kvmesh"].goodput_rps / best.goodput_rps,
+        "of_clairvoyant": own["kvmesh"].goodput_rps / own["clairvoyant"].goodput_rps,
+        "at_load": [dataclasses.asdict(x) for x in at_load],
+        "curve": {key: [dataclasses.asdict(x) for x in rows] for key, rows in curve.items()},
+        "injected": [
+            {"load": share, "long_requests": count, **dataclasses.asdict(x)}
+            for share, count, x in injected
+        ],
+    }
+
+
+def draw(name: str, result: dict[str, object], folder: Path) -> None:
+    curve = result["curve"]
+    assert isinstance(curve, dict)
+    points: dict[str, list[tuple[float, float]]] = {}
+    for share in sorted(curve):
+        for row in curve[share]:
+            points.setdefault(row["policy"], []).append((float(share), row["attainment"]))
+    label = "load, as a share of that at which the best peer's p99 is five times the idle one"
+    plot_curves(points, folder / f"routing-{name}.png", label, "share within the objective")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("traces", type=Path)
+    parser.add_argument("--setting", action="append", choices=sorted(SETTINGS))
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plots", type=Path)
+    arguments = parser.parse_args()
+    results = {}
+    for name in arguments.setting or SETTINGS:
+        print(name, file=sys.stderr, flush=True)
+        results[name] = measure(name, arguments.traces)
+        if arguments.plots:
+            draw(name, results[name], arguments.plots)
+        if arguments.json:
+            arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
