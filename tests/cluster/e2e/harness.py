@@ -119,7 +119,7 @@ def call_raw(target: str, method: str, body: bytes, key: str | None) -> KVMeshEr
     """Send bytes as the request of a unary method; the error that comes back, if any."""
     metadata = () if key is None else (("authorization", f"Bearer {key}"),)
     with grpc.insecure_channel(target) as channel:
-        call = channel.unary_unary(f"/kvmesh.v1.KVMesh/{method}")
+        call: Callable[..., Any] = channel.unary_unary(f"/kvmesh.v1.KVMesh/{method}")
         try:
             call(body, metadata=metadata, timeout=PATIENCE_S)
         except grpc.RpcError as error:
@@ -131,7 +131,7 @@ def stream_raw(target: str, body: bytes, key: str | None) -> KVMeshError | None:
     """The same by GenerateStream, read to its end."""
     metadata = () if key is None else (("authorization", f"Bearer {key}"),)
     with grpc.insecure_channel(target) as channel:
-        call = channel.unary_stream("/kvmesh.v1.KVMesh/GenerateStream")
+        call: Callable[..., Any] = channel.unary_stream("/kvmesh.v1.KVMesh/GenerateStream")
         try:
             for _ in call(body, metadata=metadata, timeout=PATIENCE_S):
                 pass
@@ -140,9 +140,9 @@ def stream_raw(target: str, body: bytes, key: str | None) -> KVMeshError | None:
     return None
 
 
-def _typed(error: grpc.RpcError) -> KVMeshError:
-    assert isinstance(error, grpc.Call)
-    trailers = tuple((k, v) for k, v in error.trailing_metadata() or ())
+def _typed(error: Any) -> KVMeshError:
+    """As the SDK would raise it. error: what grpc raises, which is a grpc.Call as well"""
+    trailers = tuple(error.trailing_metadata() or ())
     return error_of(RpcFailure(error.code().name, error.details() or "", trailers))
 
 

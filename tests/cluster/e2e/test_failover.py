@@ -25,7 +25,12 @@ from tests.cluster.e2e.harness import (
     wait_idle,
 )
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.timeout(300),
+    # Ray's own, at its import.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
+]
 
 GROUPS = 2
 TOKENS = 24

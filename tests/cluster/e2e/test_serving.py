@@ -45,7 +45,12 @@ from tests.cluster.e2e.harness import (
     wait_idle,
 )
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.timeout(300),
+    # Ray's own, at its import.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
+]
 
 # A second, stretched for machines that do other things besides.
 FREED_WITHIN_S = 5.0
@@ -154,19 +159,26 @@ def test_bad_input_is_refused_by_its_field(endpoint: Endpoint, client: Client, n
     assert client.generate("And yet", max_tokens=1).usage.completion_tokens == 1
 
 
-def broken_text() -> bytes:
-    whole = text_request("AAAA").SerializeToString()
+def broken_text(method: str) -> bytes:
+    request = text_request("AAAA")
+    if method == "Tokenize":
+        whole = pb.TokenizeRequest(prompt=request.prompt).SerializeToString()
+    else:
+        whole = request.SerializeToString()
     assert whole.count(b"AAAA") == 1
     return whole.replace(b"AAAA", b"\xff\xfe\xc0\x80")
 
 
-@pytest.mark.parametrize(
-    "body", [broken_text(), b"\xff" * 64, b"\x1a\xff\xff\xff\xff\x0f"], ids=["utf8", "ff", "length"]
-)
+@pytest.mark.parametrize("kind", ["invalid UTF-8", "no protobuf", "a length beyond the end"])
 @pytest.mark.parametrize("method", ["Generate", "GenerateStream", "Tokenize"])
 def test_bytes_that_are_no_message_are_refused(
-    endpoint: Endpoint, client: Client, method: str, body: bytes
+    endpoint: Endpoint, client: Client, method: str, kind: str
 ) -> None:
+    body = {
+        "invalid UTF-8": broken_text(method),
+        "no protobuf": b"\xff" * 64,
+        "a length beyond the end": b"\x1a\xff\xff\xff\xff\x0f",
+    }[kind]
     if method == "GenerateStream":
         error = stream_raw(endpoint.target, body, endpoint.api_key)
     else:
@@ -194,18 +206,15 @@ def test_a_prompt_beyond_the_context_is_refused_with_its_bytes(client: Client) -
     assert needed > available > 0
 
 
-@pytest.mark.parametrize("key", [None, "", "wrong", "ünknown"])
+@pytest.mark.parametrize("key", [None, "", "wrong"])
 def test_without_its_key_nobody_comes_in(
     endpoint: Endpoint, client: Client, key: str | None
 ) -> None:
-    text = None if key is None else key.encode().decode("latin-1")
-    if text is not None and not text.isascii():
-        pytest.skip("gRPC itself refuses metadata that is not ASCII")
     body = text_request().SerializeToString()
     for error in (
-        call_raw(endpoint.target, "Generate", body, text),
-        stream_raw(endpoint.target, body, text),
-        call_raw(endpoint.target, "GetLoads", b"", text),
+        call_raw(endpoint.target, "Generate", body, key),
+        stream_raw(endpoint.target, body, key),
+        call_raw(endpoint.target, "GetLoads", b"", key),
     ):
         assert isinstance(error, AuthenticationError)
         assert error.code == "UNAUTHENTICATED"
@@ -295,7 +304,7 @@ def test_a_client_that_is_killed_counts_as_cancelled(
 async def one_of_many(client: AsyncClient, rng: random.Random) -> str:
     """A request with a random length that is left, or runs out of time, at a random moment."""
     prompt = [rng.randrange(100, 40_000) for _ in range(rng.randint(1, 60))]
-    options: dict[str, Any] = {"max_tokens": rng.randint(1, 16), "ignore_eos": True}
+    options: dict[str, Any] = {"max_tokens": rng.randint(1, 12), "ignore_eos": True}
     fate = rng.choice(("whole", "left", "cancelled", "deadline"))
     if fate == "deadline":
         options["timeout_s"] = rng.uniform(0.02, 2.0)
@@ -380,9 +389,11 @@ async def test_100_at_once_finish_or_are_refused(
 
 async def test_who_waits_in_the_queue_may_leave_it(endpoint: Endpoint, client: Client) -> None:
     async with AsyncClient(endpoint.target, api_key=endpoint.api_key) as many:
-        options: dict[str, Any] = {"max_tokens": 500, "ignore_eos": True}
+        options: dict[str, Any] = {"max_tokens": 150, "ignore_eos": True}
         streams = [many.generate_stream("Count:", **options) for _ in range(POOL_SEQUENCES + 2)]
-        readers = [asyncio.create_task(anext(aiter(stream))) for stream in streams]
+        # Held on to: an iterator that nobody holds is closed, and its request ends.
+        iterators = [aiter(stream) for stream in streams]
+        readers = [asyncio.ensure_future(anext(iterator)) for iterator in iterators]
         await asyncio.to_thread(
             wait_for, lambda: client.loads().router.queue_length == 2, "two in the queue"
         )
