@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from kvmesh.cluster.ingress import wire
 from kvmesh.cluster.ingress.choice import Choice, Output
 from kvmesh.cluster.ingress.errors import (
     EngineLostError,
+    IngressError,
     RequestAbortedError,
     RequestDeadlineError,
 )
@@ -44,6 +45,7 @@ logger = logging.getLogger(__name__)
 
 MAX_FAILOVERS = 3
 MAX_REFUSALS = 8
+REFUSAL_PAUSE_S = 0.02  # doubled each time; the group's engine is freeing what it refused for
 FREEING_TIMEOUT_S = 10.0
 DEADLINE_GRACE_S = 0.5  # the engine ends an overdue sequence itself, with what it has
 
@@ -71,14 +73,20 @@ class _Attempt:
     """The sequences of one placement.
 
     share: one sequence's part of the lease
+    epoch: the incarnation of the group's engine, as far as is known
     live: sequence id -> choice index
+    ending: sequences that the engine has been asked to end
+    sending: the submission under way; its outcome decides what there is to end
     """
 
     placement: Placement
     share: LeaseTerms
     link: EngineLink
-    mailbox: Mailbox
-    live: dict[str, int]
+    epoch: str = ""
+    mailbox: Mailbox = field(default_factory=Mailbox)
+    live: dict[str, int] = field(default_factory=dict)
+    ending: set[str] = field(default_factory=set)
+    sending: asyncio.Task[None] | None = None
 
 
 class Generation:
@@ -132,9 +140,8 @@ class Generation:
                 yield event
         finally:
             # Also when the client is gone, and then in a task that outlives this call.
-            if self._attempt is not None:
-                self._around.keep(spawn(self._give_back(), "give-back"))
-            elif self._placing:
+            self._begin_giving_back()
+            if self._placing:
                 self._around.keep(spawn(self._withdraw(), "withdraw"))
 
     async def _events(self) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
@@ -161,6 +168,7 @@ class Generation:
                     while self._unfinished():
                         for event in self._accept(await self._take()):
                             yield event
+                        await self._end_finished()
                     return
                 except EngineLostError:
                     await self._place_again()
@@ -218,7 +226,8 @@ class Generation:
             hot_pages=lease.hot_pages // request.sequences,
             sealed_pages=lease.sealed_pages // request.sequences,
         )
-        self._attempt = _Attempt(placement, share, link, Mailbox(), {})
+        self._attempt = _Attempt(placement, share, link)
+        self._attempt.epoch = self._around.info(placement.group).epoch
         return placement
 
     async def _place_again(self) -> None:
@@ -229,51 +238,53 @@ class Generation:
         logger.warning("request %s lost group %s", self.key, lost.placement.group)
         if self._failovers > MAX_FAILOVERS:
             raise EngineLostError()
-        await self._around.router.suspect(lost.placement.group, lost.link.epoch)
-        await self._release()
+        await self._around.router.suspect(lost.placement.group, lost.epoch)
+        await self._give_back()
         await self._place(again=True)
 
     async def _submit(self) -> None:
         """Send every unfinished choice to the placement's engine.
 
-        A group that refuses is placed around; the ledger was ahead of its allocator.
+        A group that refuses is asked again, with a new lease, after a pause: the ledger
+        was ahead of its allocator. Raises its CapacityError once that has happened too often.
         """
-        for _ in range(MAX_REFUSALS):
+        refusals = 0
+        while True:
             try:
-                for choice in self._unfinished():
-                    await self._submit_choice(choice)
+                for position, choice in enumerate(self._unfinished()):
+                    await self._submit_choice(position, choice)
                 return
             except CapacityError as error:
                 logger.warning("%s was refused by its group: %s", self.key, error)
-                if not error.ever:
+                refusals += 1
+                if not error.ever or refusals == MAX_REFUSALS:
                     raise
-                await self._give_back()
-                await self._place(again=True)
-        raise EngineLostError()
+            await self._give_back()
+            await asyncio.sleep(REFUSAL_PAUSE_S * 2**refusals)
+            await self._place(again=True)
 
-    async def _submit_choice(self, choice: Choice) -> None:
-        assert self._attempt is not None
-        lease = self._attempt.placement.lease
+    async def _submit_choice(self, position: int, choice: Choice) -> None:
+        """position: among the sequences of the placement"""
+        attempt = self._attempt
+        assert attempt is not None
         ids = self._prompt_ids
         if choice.token_ids:
             ids = np.concatenate([ids, np.array(choice.token_ids, dtype=np.int32)])
         request = EngineRequest(
-            request_id=sequence_id(lease.lease_id, choice.index),
+            request_id=sequence_id(attempt.placement.lease.lease_id, position),
             client_id="",
             prompt_token_ids=ids,
             params=choice.params,
-            lease=self._attempt.share,
+            lease=attempt.share,
             resumed_tokens=len(choice.token_ids),
             timeout_s=self._remaining_s(),
             cache_salt=f"{self._tenant}/{self._spec.cache_salt}",
         )
-        self._attempt.live[request.request_id] = choice.index
-        try:
-            await self._attempt.link.submit(request, self._attempt.mailbox)
-        except BaseException as error:
-            if isinstance(error, (CapacityError, EngineLostError)):
-                del self._attempt.live[request.request_id]
-            raise
+        # Not cancelled with this call: whether the engine has the sequence must be known,
+        # or nobody would end it.
+        attempt.sending = spawn(_send(attempt, request, choice.index), "submit")
+        self._around.keep(attempt.sending)
+        await asyncio.shield(attempt.sending)
 
     # Receiving
 
@@ -295,7 +306,7 @@ class Generation:
             if index is None:
                 continue
             if delta.finish_reason is not None:
-                self._note_end(delta)
+                self._note_end(self._attempt, delta)
             by_choice.setdefault(index, []).append(delta)
         failed = False
         for index, found in by_choice.items():
@@ -312,12 +323,6 @@ class Generation:
             yield from self._to_wire(choice, output)
         if failed:
             raise EngineLostError()
-
-    def _note_end(self, delta: SequenceDelta) -> None:
-        assert self._attempt is not None
-        self._attempt.live.pop(delta.request_id, None)
-        if delta.usage is not None:
-            self._usages.append(delta.usage)
 
     def _to_wire(self, choice: Choice, output: Output) -> Iterator[pb.GenerateStreamResponse]:
         if output:
@@ -339,46 +344,77 @@ class Generation:
 
     # Ending
 
+    async def _end_finished(self) -> None:
+        """End sequences of choices that a stop string has ended, while others go on."""
+        attempt = self._attempt
+        assert attempt is not None
+        over = [
+            sequence
+            for sequence, index in attempt.live.items()
+            if self.choices[index].finish is not None and sequence not in attempt.ending
+        ]
+        if over and self._unfinished():
+            attempt.ending.update(over)
+            await attempt.link.abort(over)
+
     async def _give_back(self) -> None:
-        """End what still runs, see its pages freed, and release the lease; once."""
+        """End what still runs, see its pages freed, and release the lease; once.
+
+        Goes on if this call is cancelled.
+        """
+        task = self._begin_giving_back()
+        if task is not None:
+            await asyncio.shield(task)
+
+    def _begin_giving_back(self) -> asyncio.Task[None] | None:
         attempt, self._attempt = self._attempt, None
         if attempt is None:
-            return
-        if await self._end_sequences(attempt):
-            await self._around.router.release(attempt.placement.lease.lease_id)
-        else:
+            return None
+        task = spawn(self._end_attempt(attempt), "give-back")
+        self._around.keep(task)
+        return task
+
+    async def _end_attempt(self, attempt: _Attempt) -> None:
+        if not await self._end_sequences(attempt):
             # The pages may still be held, and the lease stands for them. The router
             # takes it back when the engine's report no longer lists it.
             logger.error("sequences of %s did not end in time", self.key)
+            return
+        try:
+            await self._around.router.release(attempt.placement.lease.lease_id)
+        except IngressError as error:
+            # No fault of the request's: the engine's report will show that it has ended.
+            logger.warning("the lease of %s could not be given back: %s", self.key, error)
 
     async def _withdraw(self) -> None:
         """The client left while the request was being placed."""
-        await self._around.router.abort(self.key)
-
-    async def _release(self) -> None:
-        """Give up a lost engine's lease; there is nobody to free its pages."""
-        attempt, self._attempt = self._attempt, None
-        if attempt is not None:
-            await self._around.router.release(attempt.placement.lease.lease_id)
+        try:
+            await self._around.router.abort(self.key)
+        except IngressError as error:
+            logger.warning("%s could not be withdrawn: %s", self.key, error)
 
     async def _end_sequences(self, attempt: _Attempt) -> bool:
         """Whether the engine has confirmed every sequence's end, or is gone with all of them."""
-        if not attempt.live:
-            return True
         try:
             async with asyncio.timeout(FREEING_TIMEOUT_S):
-                await attempt.link.abort(list(attempt.live))
+                if attempt.sending is not None:
+                    await asyncio.wait([attempt.sending])
+                if attempt.live:
+                    await attempt.link.abort(list(attempt.live))
                 while attempt.live:
                     for delta in await attempt.mailbox.take():
                         if delta.finish_reason is not None:
-                            attempt.live.pop(delta.request_id, None)
-                            if delta.usage is not None:
-                                self._usages.append(delta.usage)
+                            self._note_end(attempt, delta)
         except EngineLostError:
             return True
         except TimeoutError:
             return False
         return True
+
+    def _note_end(self, attempt: _Attempt, delta: SequenceDelta) -> None:
+        attempt.live.pop(delta.request_id, None)
+        if delta.usage is not None:
+            self._usages.append(delta.usage)
 
     # Reading
 
@@ -439,6 +475,19 @@ class Generation:
         return reply
 
 
-def sequence_id(lease_id: str, index: int) -> str:
-    """A sequence's id on its engine; the router derives the same to abort it."""
-    return f"{lease_id}.{index}"
+async def _send(attempt: _Attempt, request: EngineRequest, index: int) -> None:
+    """Submit one sequence; it is among the live ones while the engine may have it."""
+    attempt.live[request.request_id] = index
+    try:
+        attempt.epoch = await attempt.link.submit(request, attempt.mailbox)
+    except BaseException:
+        del attempt.live[request.request_id]
+        raise
+
+
+def sequence_id(lease_id: str, position: int) -> str:
+    """A sequence's id on its engine; the router derives the same to abort it.
+
+    position: among the sequences of the lease
+    """
+    return f"{lease_id}.{position}"

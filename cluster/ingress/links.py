@@ -73,12 +73,12 @@ class EngineLink:
         self._opening: asyncio.Task[str] | None = None
         self._reader: asyncio.Task[None] | None = None
         self._client_id = ""
-        self.epoch = ""
 
-    async def submit(self, request: EngineRequest, mailbox: Mailbox) -> None:
+    async def submit(self, request: EngineRequest, mailbox: Mailbox) -> str:
         """Send one sequence; its deltas go to `mailbox`. `request.client_id` is filled in here.
 
-        Raises CapacityError, InvalidRequestError, EngineLostError.
+        Returns the epoch of the engine that took it. Raises CapacityError,
+        InvalidRequestError, EngineLostError.
         """
         epoch = await self._open()
         self._mailboxes[request.request_id] = mailbox
@@ -87,6 +87,7 @@ class EngineLink:
         except BaseException:
             self._mailboxes.pop(request.request_id, None)
             raise
+        return epoch
 
     async def abort(self, request_ids: list[str]) -> None:
         """Ask the engine to end sequences; their last deltas come as any other."""
@@ -122,13 +123,12 @@ class EngineLink:
         opened: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._reader = spawn(self._read(self._client_id, opened), "engine-link-read")
         try:
-            self.epoch = await asyncio.wait_for(opened, OPEN_TIMEOUT_S)
+            return await asyncio.wait_for(opened, OPEN_TIMEOUT_S)
         except TimeoutError:
             # Waited for, or its end would be taken for the end of the next stream.
             self._reader.cancel()
             await asyncio.gather(self._reader, return_exceptions=True)
             raise EngineLostError() from None
-        return self.epoch
 
     async def _read(self, client_id: str, opened: asyncio.Future[str]) -> None:
         stream = self._engine.outputs(client_id)

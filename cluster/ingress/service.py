@@ -279,7 +279,10 @@ class IngressService:
         return self._status
 
     def _info(self, group: str) -> EngineInfo:
-        return self._known().reports[group].info
+        report = self._known().reports.get(group)
+        if report is None:
+            raise NotReadyError()  # it came up since the last refresh
+        return report.info
 
     def _any_info(self, status: ClusterStatus) -> EngineInfo:
         return next(iter(status.reports.values())).info

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from kvmesh.client.credentials import key_path
+from kvmesh.client.credentials import key_path, read_key_file
 from kvmesh.client.errors import CredentialsError
 from kvmesh.cluster import keys
 from kvmesh.cluster.config import AuthSection, TenantKey
-from kvmesh.cluster.ingress import authenticate
 from kvmesh.cluster.ingress.authenticate import ANONYMOUS, Authenticator, hash_key
 from kvmesh.cluster.ingress.errors import UnauthenticatedError
 from kvmesh.cluster.keys import LOCAL_TENANT, ensure_key, known_keys, local_key
@@ -88,7 +87,7 @@ def test_hashes_are_compared_in_constant_time_and_all_of_them(
         compared.append((known, given))
         return compare_digest(known, given)
 
-    monkeypatch.setattr(authenticate.hmac, "compare_digest", record)
+    monkeypatch.setattr("hmac.compare_digest", record)
     for key in ("alpha-key", "beta-key"):
         compared.clear()
         guard.authenticate(bearer(key))
@@ -146,12 +145,11 @@ def test_a_key_made_by_another_server_in_between_is_taken(
     path = tmp_path / "key"
     path.write_text("theirs\n")
     path.chmod(0o600)
-    read = keys.read_key_file
     looks: list[Path] = []
 
     def absent_at_first(where: Path) -> str | None:
         looks.append(where)
-        return read(where) if len(looks) > 1 else None
+        return read_key_file(where) if len(looks) > 1 else None
 
     monkeypatch.setattr(keys, "read_key_file", absent_at_first)
     assert ensure_key(path) == "theirs"

@@ -95,13 +95,12 @@ def test_errors_survive_pickling(error: Exception) -> None:
 
 def _raised(error: Exception) -> Exception:
     """With a traceback and a cause, as in life."""
-    try:
+    with pytest.raises(type(error)) as caught:
         try:
             Path("/nonexistent/secret.yaml").read_text()
         except OSError as cause:
             raise error from cause
-    except Exception as caught:
-        return caught
+    return caught.value
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
+from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import DecodeError
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -32,10 +34,10 @@ CONTEXT = 64
 NAN, INF = float("nan"), float("inf")
 
 
-def asked(prompt: pb.Prompt | None = None, **params: object) -> pb.GenerateRequest:
+def asked(prompt: pb.Prompt | None = None, /, **params: Any) -> pb.GenerateRequest:
     return pb.GenerateRequest(
         prompt=pb.Prompt(text="hello") if prompt is None else prompt,
-        sampling_params=pb.SamplingParams(**params),  # type: ignore[arg-type]
+        sampling_params=pb.SamplingParams(**params),
     )
 
 
@@ -377,9 +379,10 @@ def names_a_field(error: InvalidRequestError) -> None:
     assert error.message
     if error.field == "request":
         return
-    message = pb.GenerateRequest.DESCRIPTOR
+    message: Descriptor | None = pb.GenerateRequest.DESCRIPTOR
     for part in error.field.split("."):
         name = part.partition("[")[0]
+        assert message is not None
         assert name in message.fields_by_name, error.field
         message = message.fields_by_name[name].message_type
 

@@ -1,0 +1,256 @@
+"""A cluster in one process: real ingress, router, engines and leaders; only Ray is not there.
+
+The engines' executor keeps tokens for keys and values and takes a permit for
+each step, so that a test decides what is in flight.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
+
+import numpy as np
+import numpy.typing as npt
+
+from kvmesh.cluster.engine_service import EngineService
+from kvmesh.cluster.ingress.authenticate import Authenticator
+from kvmesh.cluster.ingress.errors import EngineLostError
+from kvmesh.cluster.ingress.service import IngressService
+from kvmesh.cluster.ingress.validate import Limits
+from kvmesh.cluster.metrics import EngineMeters, IngressMeters, RouterMeters
+from kvmesh.cluster.peers import EngineReport, StreamOpened
+from kvmesh.cluster.router_service import RouterService
+from kvmesh.cluster.routing.config import RouterConfig
+from kvmesh.cluster.routing.request import Placement, PlaceRequest
+from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
+from kvmesh.workers.leader import EngineLeader
+from kvmesh.workers.request import EngineRequest, SequenceDelta
+from tests.workers.memory_executor import EOS, VOCAB, expected_output
+from tests.workers.test_leader import CONFIG, MANY, GatedExecutor
+
+FIRST = ord("A")
+
+
+def text_of(tokens: Iterable[int]) -> str:
+    """One character a token; none for the end of sequence."""
+    return "".join(chr(FIRST + token) for token in tokens if token != EOS)
+
+
+def answer(prompt: Sequence[int], max_tokens: int) -> list[int]:
+    return expected_output(list(prompt), max_tokens, ignore_eos=True)
+
+
+class LetterStream:
+    def push(self, ids: Sequence[int]) -> str:
+        return text_of(ids)
+
+    def flush(self) -> str:
+        return ""
+
+
+class LetterCodec:
+    """`peers.TextCodec` of a model whose tokens are characters."""
+
+    has_chat_template = False
+    eos_token_ids = (EOS,)
+
+    def encode(self, text: str) -> npt.NDArray[np.int32]:
+        return np.array([(ord(character) - FIRST) % VOCAB for character in text], dtype=np.int32)
+
+    def encode_chat(self, turns: Iterable[tuple[str, str]]) -> npt.NDArray[np.int32]:
+        raise ValueError("there is no template")
+
+    def decode_token(self, token_id: int) -> str:
+        return text_of([token_id])
+
+    def stream(self) -> LetterStream:
+        return LetterStream()
+
+
+class NoMeters:
+    def inc(self, value: float, tags: Mapping[str, str]) -> None: ...
+
+    def set(self, value: float, tags: Mapping[str, str]) -> None: ...
+
+    def observe(self, value: float, tags: Mapping[str, str]) -> None: ...
+
+    def counter(self, name: str, description: str, tags: Sequence[str]) -> NoMeters:
+        return self
+
+    def gauge(self, name: str, description: str, tags: Sequence[str]) -> NoMeters:
+        return self
+
+    def histogram(
+        self, name: str, description: str, tags: Sequence[str], buckets: Sequence[float]
+    ) -> NoMeters:
+        return self
+
+
+class Line:
+    """`peers.EngineClient` that can be cut, made to refuse, or held up on its way."""
+
+    def __init__(self, service: EngineService) -> None:
+        self._service = service
+        self._cut = asyncio.Event()
+        self.refusals: list[Exception] = []
+        self.submitted: list[EngineRequest] = []
+        self.aborted: list[str] = []
+        self.let_through = asyncio.Event()
+        self.let_through.set()
+        self.arrived = asyncio.Event()
+
+    def cut(self) -> None:
+        """From now on nothing gets through; streams end as with a dead process."""
+        self._cut.set()
+
+    async def submit(self, request: EngineRequest, epoch: str) -> None:
+        self._check()
+        self.arrived.set()
+        await self.let_through.wait()
+        if self.refusals:
+            raise self.refusals.pop(0)
+        self.submitted.append(request)
+        await self._service.submit(request, epoch)
+
+    async def abort(self, request_ids: Sequence[str]) -> int:
+        self._check()
+        self.aborted.extend(request_ids)
+        return await self._service.abort(request_ids)
+
+    async def outputs(
+        self, client_id: str
+    ) -> AsyncGenerator[StreamOpened | list[SequenceDelta], None]:
+        self._check()
+        stream = self._service.outputs(client_id)
+        cut = asyncio.ensure_future(self._cut.wait())
+        try:
+            while True:
+                message = asyncio.ensure_future(anext(stream))
+                await asyncio.wait([message, cut], return_when=asyncio.FIRST_COMPLETED)
+                if cut.done():
+                    message.cancel()
+                    await asyncio.gather(message, return_exceptions=True)
+                    raise EngineLostError()
+                yield await message
+        finally:
+            cut.cancel()
+            await stream.aclose()
+
+    async def report(self) -> EngineReport:
+        self._check()
+        return await self._service.report()
+
+    def _check(self) -> None:
+        if self._cut.is_set():
+            raise EngineLostError()
+
+
+class CountingRouter(RouterService):
+    """Remembers what was granted, and how often it was given back."""
+
+    def __init__(self, lines: Mapping[str, Line]) -> None:
+        super().__init__(lines, RouterConfig(), RouterMeters(NoMeters()))
+        self.placed: list[PlaceRequest] = []
+        self.granted: list[Placement] = []
+        self.given_back: Counter[str] = Counter()
+        self.suspected: list[str] = []
+        self.hold_release = asyncio.Event()
+        self.hold_release.set()
+        self.releasing = asyncio.Event()
+
+    async def place(self, request: PlaceRequest, *, supersede: bool = False) -> Placement:
+        self.placed.append(request)
+        placement = await super().place(request, supersede=supersede)
+        self.granted.append(placement)
+        return placement
+
+    async def release(self, lease_id: str) -> None:
+        self.given_back[lease_id] += 1
+        self.releasing.set()
+        await self.hold_release.wait()
+        await super().release(lease_id)
+
+    async def suspect(self, group: str, epoch: str) -> None:
+        self.suspected.append(group)
+        await super().suspect(group, epoch)
+
+
+class Machine:
+    """Everything of a cluster with `groups` engines, and one ingress."""
+
+    def __init__(self, groups: int) -> None:
+        names = [f"g{index}" for index in range(groups)]
+        self.executors = {name: GatedExecutor() for name in names}
+        self.leaders = {name: EngineLeader(CONFIG, self.executors[name]) for name in names}
+        self.services = {
+            name: EngineService(self.leaders[name], EngineMeters(NoMeters(), name))
+            for name in names
+        }
+        self.lines = {name: Line(self.services[name]) for name in names}
+        self.router = CountingRouter(self.lines)
+        self.ingress = IngressService(
+            self.router,
+            self.lines,
+            LetterCodec(),
+            Authenticator(None),
+            Limits(),
+            IngressMeters(NoMeters()),
+            name="ingress",
+            version="0",
+        )
+
+    async def start(self) -> None:
+        for service in self.services.values():
+            await service.start()
+        await self.router.refresh()
+        await self.ingress.refresh()
+
+    async def stop(self) -> None:
+        self.allow(MANY)
+        await self.ingress.stop()
+        for service in self.services.values():
+            await service.stop()
+
+    def allow(self, steps: int) -> None:
+        for executor in self.executors.values():
+            executor.allow(steps)
+
+    def stream(self, request: pb.GenerateRequest) -> AsyncGenerator[pb.GenerateStreamResponse]:
+        return self.ingress.generate_stream(request, ())
+
+    async def settled(self) -> None:
+        """Wait until everything that outlives its request has ended too."""
+        while self.ingress._kept:
+            await asyncio.wait_for(asyncio.gather(*self.ingress._kept, return_exceptions=True), 20)
+
+    async def at_rest(self) -> None:
+        """Nothing is leased, nothing held, and every lease was given back exactly once."""
+        await self.settled()
+        await self.router.refresh()
+        status = await self.router.status()
+        assert status.live_requests == 0
+        assert status.router.leases == status.router.queue_depth == 0
+        for group in status.router.groups:
+            assert (group.sequences, group.used_bytes) == (0, 0)
+            assert group.hot_pages_used == group.sealed_pages_used == 0
+        assert self.router.given_back == {p.lease.lease_id: 1 for p in self.router.granted}
+        for leader in self.leaders.values():
+            if leader.failed is None:
+                loads = leader.loads()
+                assert (loads.running, loads.waiting, loads.leases) == (0, 0, ())
+                assert loads.pool.hot_used == loads.pool.sealed_used == 0
+
+
+@asynccontextmanager
+async def machine(groups: int = 1) -> AsyncGenerator[Machine]:
+    """Leaves a cluster at rest behind, or fails."""
+    built = Machine(groups)
+    await built.start()
+    try:
+        yield built
+        built.allow(MANY)
+        await built.at_rest()
+    finally:
+        await built.stop()

@@ -1,0 +1,668 @@
+"""One request through ingress, router and engine, and everything that may happen to it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+
+import pytest
+
+from kvmesh.cluster.ingress import generation
+from kvmesh.cluster.ingress.errors import (
+    EngineLostError,
+    RequestDeadlineError,
+    ResumeMismatchError,
+    to_wire,
+)
+from kvmesh.cluster.routing.errors import DuplicateRequestError
+from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
+from kvmesh.workers.errors import CapacityError, InvalidRequestError, WorkerDiedError
+from tests.cluster.machine import Machine, answer, machine, text_of
+from tests.workers.memory_executor import EOS, expected_output
+from tests.workers.test_leader import MANY
+
+PROMPT = [3, 14, 15, 9, 26]
+Stream = AsyncGenerator[pb.GenerateStreamResponse]
+
+
+def asked(
+    max_tokens: int = 40,
+    *,
+    prompt: list[int] | None = None,
+    request_id: str = "r",
+    timeout_s: float | None = None,
+    **params: object,
+) -> pb.GenerateRequest:
+    values: dict[str, object] = {"ignore_eos": True, "seed": 7, **params}
+    return pb.GenerateRequest(
+        request_id=request_id,
+        prompt=pb.Prompt(token_ids=pb.TokenIds(ids=PROMPT if prompt is None else prompt)),
+        sampling_params=pb.SamplingParams(max_tokens=max_tokens, **values),  # type: ignore[arg-type]
+        timeout_s=timeout_s,
+    )
+
+
+class Received:
+    """A client's view of one stream, which checks the order that the contract gives."""
+
+    def __init__(self) -> None:
+        self.started: pb.Started | None = None
+        self.usage: pb.Usage | None = None
+        self.tokens: dict[int, list[int]] = {}
+        self.text: dict[int, str] = {}
+        self.finished: dict[int, pb.ChoiceFinished] = {}
+        self.deltas = 0
+
+    def take(self, event: pb.GenerateStreamResponse, offsets: dict[int, int] | None = None) -> None:
+        assert self.usage is None, "nothing follows usage"
+        match event.WhichOneof("event"):
+            case "started":
+                assert self.started is None
+                self.started = event.started
+            case "delta":
+                delta = event.delta
+                assert self.started is not None
+                assert delta.index not in self.finished
+                tokens = self.tokens.setdefault(delta.index, [])
+                before = (offsets or {}).get(delta.index, 0)
+                assert delta.token_offset == before + len(tokens)
+                tokens.extend(delta.token_ids)
+                self.text[delta.index] = self.text.get(delta.index, "") + delta.text
+                self.deltas += 1
+            case "choice_finished":
+                assert event.choice_finished.index not in self.finished
+                self.finished[event.choice_finished.index] = event.choice_finished
+            case "usage":
+                self.usage = event.usage
+
+    def reason(self, index: int = 0) -> str:
+        name = pb.FinishReason.Name(self.finished[index].finish_reason)
+        return name.removeprefix("FINISH_REASON_").lower()
+
+
+async def read(stream: Stream, offsets: dict[int, int] | None = None) -> Received:
+    received = Received()
+    async with asyncio.timeout(60):
+        async for event in stream:
+            received.take(event, offsets)
+    assert received.usage is not None
+    return received
+
+
+async def read_until(stream: Stream, tokens: int) -> Received:
+    """Until a choice has so many tokens; the stream stays open."""
+    received = Received()
+    async with asyncio.timeout(60):
+        while max((len(t) for t in received.tokens.values()), default=0) < tokens:
+            received.take(await anext(stream))
+    return received
+
+
+async def read_until_finished(stream: Stream) -> Received:
+    received = Received()
+    async with asyncio.timeout(60):
+        while not received.finished:
+            received.take(await anext(stream))
+    return received
+
+
+async def allow_the_end(built: Machine, sequences: int = 1) -> None:
+    """Steps for what is in flight, and only once the engine has been asked to end the rest."""
+    async with asyncio.timeout(20):
+        while sum(len(line.aborted) for line in built.lines.values()) < sequences:
+            await asyncio.sleep(0)
+    built.allow(3)
+
+
+async def rest_of(stream: Stream, received: Received) -> Received:
+    async with asyncio.timeout(60):
+        async for event in stream:
+            received.take(event)
+    assert received.usage is not None
+    return received
+
+
+@pytest.fixture
+async def one() -> AsyncIterator[Machine]:
+    async with machine() as built:
+        yield built
+
+
+@pytest.fixture
+async def two() -> AsyncIterator[Machine]:
+    async with machine(groups=2) as built:
+        yield built
+
+
+# The plain way
+
+
+async def test_a_stream_gives_tokens_text_finish_and_usage(one: Machine) -> None:
+    one.allow(MANY)
+    received = await read(one.stream(asked(40)))
+    wanted = answer(PROMPT, 40)
+    assert received.started is not None
+    assert received.usage is not None
+    assert received.started.group == received.usage.group == "g0"
+    assert received.started.seed == 7
+    assert received.started.kv_reserved_bytes > 0
+    assert received.tokens == {0: wanted}
+    assert received.text == {0: text_of(wanted)}
+    assert received.reason() == "length"
+    usage = received.usage
+    assert (usage.prompt_tokens, usage.completion_tokens) == (len(PROMPT), 40)
+    assert 0 < usage.kv_used_bytes == usage.kv_freed_bytes <= usage.kv_reserved_bytes
+    assert usage.HasField("time_to_first_token_s")
+
+
+async def test_tokens_come_as_they_are_made(one: Machine) -> None:
+    stream = one.stream(asked(10))
+    one.allow(3)
+    received = await read_until(stream, 3)
+    assert received.tokens[0] == answer(PROMPT, 3)
+    one.allow(MANY)
+    assert (await rest_of(stream, received)).tokens[0] == answer(PROMPT, 10)
+
+
+async def test_what_is_ready_together_is_sent_together(one: Machine) -> None:
+    stream = one.stream(asked(40))
+    assert (await anext(stream)).HasField("started")
+    one.allow(1)
+    received = Received()
+    received.started = pb.Started()
+    received.take(await anext(stream))
+    one.allow(MANY)
+    await asyncio.wait_for(one.leaders["g0"]._idle.wait(), 20)
+    await rest_of(stream, received)
+    assert received.tokens[0] == answer(PROMPT, 40)
+    assert received.deltas < 10
+
+
+async def test_the_end_of_sequence_ends_a_choice(one: Machine) -> None:
+    one.allow(MANY)
+    prompt = next([i, 2] for i in range(50) if EOS in expected_output([i, 2], 60)[2:])
+    wanted = expected_output(prompt, 60)
+    received = await read(one.stream(asked(60, prompt=prompt, ignore_eos=False)))
+    assert received.tokens[0] == wanted
+    assert received.text[0] == text_of(wanted)
+    assert received.reason() == "stop"
+    assert received.finished[0].matched_stop_token_id == EOS
+
+
+async def test_generate_gathers_the_stream(one: Machine) -> None:
+    one.allow(MANY)
+    reply = await one.ingress.generate(asked(12), ())
+    (choice,) = reply.choices
+    assert list(choice.token_ids) == answer(PROMPT, 12)
+    assert choice.text == text_of(answer(PROMPT, 12))
+    assert reply.usage.completion_tokens == 12
+
+
+# Stop strings
+
+
+async def test_a_stop_string_ends_the_sequence_on_the_engine(one: Machine) -> None:
+    whole = text_of(answer(PROMPT, 600))
+    stop = whole[20:23]
+    cut = whole.index(stop)
+    stream = one.stream(asked(600, stop=[stop]))
+    one.allow(cut + 4)
+    received = await read_until_finished(stream)
+    await asyncio.gather(rest_of(stream, received), allow_the_end(one))
+    assert received.text[0] == whole[:cut]
+    assert received.reason() == "stop"
+    assert received.finished[0].matched_stop_string == stop
+    assert received.tokens[0] == answer(PROMPT, len(received.tokens[0]))
+    assert received.usage is not None
+    assert received.usage.completion_tokens == len(received.tokens[0])
+    # The last event comes when the pages are free, not before.
+    loads = one.leaders["g0"].loads()
+    assert loads.pool.hot_used == loads.pool.sealed_used == 0
+    assert loads.outcomes_total["abort"] == 1
+
+
+async def test_a_choice_that_a_stop_string_ends_is_ended_while_others_go_on(one: Machine) -> None:
+    whole = answer(PROMPT, 300)
+    stop = text_of(whole[38:42])
+    assert text_of(whole).index(stop) == 38
+    request = resumed(asked(300, n=2, stop=[stop]), {0: (whole[:30], 30)})
+    stream = one.stream(request)
+    one.allow(16)
+    received = Received()
+    async with asyncio.timeout(60):
+        while 0 not in received.finished:
+            received.take(await anext(stream), {0: 30})
+        one.allow(4)
+        while not one.lines["g0"].aborted:
+            received.take(await anext(stream), {0: 30})
+    assert 1 not in received.finished
+    assert one.lines["g0"].aborted == [one.lines["g0"].submitted[0].request_id]
+    one.allow(MANY)
+    async with asyncio.timeout(60):
+        async for event in stream:
+            received.take(event, {0: 30})
+    assert received.text == {0: text_of(whole[30:38]), 1: text_of(whole[:38])}
+    assert received.reason(0) == received.reason(1) == "stop"
+    assert one.lines["g0"].aborted == [r.request_id for r in one.lines["g0"].submitted]
+
+
+# Several choices
+
+
+async def test_choices_share_a_lease_and_have_seeds_of_their_own(one: Machine) -> None:
+    one.allow(MANY)
+    received = await read(one.stream(asked(70, n=3)))
+    wanted = answer(PROMPT, 70)
+    assert received.tokens == {0: wanted, 1: wanted, 2: wanted}
+    assert [received.reason(index) for index in range(3)] == ["length"] * 3
+    assert received.usage is not None
+    assert received.usage.completion_tokens == 210
+    assert len(one.router.granted) == 1
+    requests = one.lines["g0"].submitted
+    assert requests[0].params.seed == 7
+    assert len({request.params.seed for request in requests}) == 3
+    (placement,) = one.router.granted
+    assert sum(r.lease.sealed_pages for r in requests if r.lease) == placement.lease.sealed_pages
+    assert sum(r.lease.hot_pages for r in requests if r.lease) == placement.lease.hot_pages
+
+
+async def test_abort_ends_every_choice_of_a_resumed_request(one: Machine) -> None:
+    """Its sequences are fewer than its choices: one had finished."""
+    whole = answer(PROMPT, 600)
+    request = resumed(asked(600, n=3), {0: (whole[:9], 9)}, finished={0})
+    stream = one.stream(request)
+    one.allow(8)
+    await read_until(stream, 2)
+    assert len(one.lines["g0"].submitted) == 2
+    assert (await one.ingress.abort(pb.AbortRequest(request_id="r"), ())).aborted
+    one.allow(4)
+    received = Received()
+    received.started = pb.Started()
+    async with asyncio.timeout(60):
+        async for event in stream:
+            if not event.HasField("delta"):
+                received.take(event)
+    assert set(received.finished) == {1, 2}
+    assert received.reason(1) == received.reason(2) == "abort"
+
+
+# Clients that leave
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 5])
+async def test_a_client_that_leaves_frees_its_pages(one: Machine, tokens: int) -> None:
+    stream = one.stream(asked(600, n=2))
+    one.allow(8)
+    if tokens:
+        await read_until(stream, tokens)
+    else:
+        await anext(stream)
+    await stream.aclose()
+    await allow_the_end(one, sequences=2 if tokens else 0)
+    await one.at_rest()
+
+
+async def test_a_client_that_leaves_while_its_sequence_is_being_submitted(one: Machine) -> None:
+    line = one.lines["g0"]
+    line.let_through.clear()
+    reader = asyncio.ensure_future(read(one.stream(asked(600))))
+    await asyncio.wait_for(line.arrived.wait(), 20)
+    await cancelled(reader)
+    assert one.router.given_back.total() == 0  # the engine may yet take it
+    line.let_through.set()
+    await allow_the_end(one)
+    await one.at_rest()
+    assert line.aborted == [line.submitted[0].request_id]
+
+
+async def test_a_client_that_leaves_while_it_waits_for_pages(one: Machine) -> None:
+    holders = [one.stream(asked(500, request_id=f"h{i}")) for i in range(4)]
+    one.allow(20)
+    for holder in holders:
+        await anext(holder)
+    waiting = asyncio.ensure_future(read(one.stream(asked(10, request_id="w"))))
+    async with asyncio.timeout(20):
+        while (await one.router.status()).router.queue_depth == 0:
+            await asyncio.sleep(0)
+    await cancelled(waiting)
+    await one.settled()
+    status = await one.router.status()
+    assert (status.router.queue_depth, status.live_requests) == (0, 4)
+    for holder in holders:
+        await holder.aclose()
+
+
+async def test_a_client_that_leaves_while_its_lease_is_given_back(one: Machine) -> None:
+    one.router.hold_release.clear()
+    one.allow(MANY)
+    reader = asyncio.ensure_future(read(one.stream(asked(10))))
+    await asyncio.wait_for(one.router.releasing.wait(), 20)
+    await cancelled(reader)
+    one.router.hold_release.set()
+    await one.at_rest()
+
+
+async def test_abort_ends_a_running_request_with_what_it_has(one: Machine) -> None:
+    stream = one.stream(asked(600))
+    one.allow(5)
+    received = await read_until(stream, 3)
+    assert (await one.ingress.abort(pb.AbortRequest(request_id="r"), ())).aborted
+    one.allow(3)
+    await rest_of(stream, received)
+    assert received.reason() == "abort"
+    assert received.tokens[0] == answer(PROMPT, len(received.tokens[0]))
+    assert not (await one.ingress.abort(pb.AbortRequest(request_id="r"), ())).aborted
+
+
+async def test_abort_ends_a_waiting_request(one: Machine) -> None:
+    holders = [one.stream(asked(500, request_id=f"h{i}")) for i in range(4)]
+    one.allow(20)
+    for holder in holders:
+        await anext(holder)
+    waiting = asyncio.ensure_future(read(one.stream(asked(10, request_id="w"))))
+    async with asyncio.timeout(20):
+        while (await one.router.status()).router.queue_depth == 0:
+            await asyncio.sleep(0)
+    assert (await one.ingress.abort(pb.AbortRequest(request_id="w"), ())).aborted
+    received = await waiting
+    assert received.started is None
+    assert received.reason() == "abort"
+    for holder in holders:
+        await holder.aclose()
+
+
+async def test_a_request_id_in_use_is_refused(one: Machine) -> None:
+    stream = one.stream(asked(300))
+    one.allow(3)
+    await read_until(stream, 1)
+    with pytest.raises(DuplicateRequestError) as caught:
+        await read(one.stream(asked(5)))
+    assert caught.value.request_id == "r"
+    await stream.aclose()
+
+
+# Engines that are lost, or refuse
+
+
+async def fail_engine(built: Machine, group: str) -> None:
+    built.executors[group].error = WorkerDiedError("rank 1 ended")
+    built.executors[group].allow(1)
+
+
+@pytest.mark.parametrize("way", ["fails", "vanishes"])
+async def test_a_lost_engine_is_replaced_and_the_output_goes_on(two: Machine, way: str) -> None:
+    stream = two.stream(asked(120, n=2, stop=["no such text"]))
+    two.allow(20)
+    received = await read_until(stream, 12)
+    assert received.started is not None
+    first = received.started.group
+    other = "g1" if first == "g0" else "g0"
+    if way == "fails":
+        await fail_engine(two, first)
+    else:
+        two.lines[first].cut()
+    two.allow(MANY)
+    await rest_of(stream, received)
+    wanted = answer(PROMPT, 120)
+    assert received.tokens == {0: wanted, 1: wanted}
+    assert received.text == {0: text_of(wanted), 1: text_of(wanted)}
+    assert received.usage is not None
+    assert (received.usage.group, received.usage.failovers) == (other, 1)
+    assert received.usage.prompt_tokens == len(PROMPT)
+    assert received.usage.completion_tokens == 240
+    again = two.lines[other].submitted
+    assert max(request.resumed_tokens for request in again) >= 12
+    for request in again:
+        assert request.prompt_token_ids.tolist() == PROMPT + wanted[: request.resumed_tokens]
+    assert two.router.suspected == [first]
+    assert two.router.placed[-1].resumed
+
+
+async def test_an_engine_lost_before_it_took_the_request(two: Machine) -> None:
+    two.allow(MANY)
+    probe = await read(two.stream(asked(2)))
+    assert probe.started is not None
+    two.lines[probe.started.group].cut()
+    received = await read(two.stream(asked(30)))
+    assert received.tokens[0] == answer(PROMPT, 30)
+
+
+async def test_an_engine_that_is_lost_again_and_again_is_an_error(
+    one: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one.lines["g0"].refusals = [EngineLostError() for _ in range(generation.MAX_FAILOVERS + 1)]
+
+    async def suspect(group: str, epoch: str) -> None: ...
+
+    monkeypatch.setattr(one.router, "suspect", suspect)
+    with pytest.raises(EngineLostError):
+        await read(one.stream(asked(30)))
+    assert len(one.router.granted) == generation.MAX_FAILOVERS + 1
+
+
+def full() -> CapacityError:
+    return CapacityError("other leases leave nothing", 90, 50, ever=True)
+
+
+@pytest.fixture
+def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generation, "REFUSAL_PAUSE_S", 0.0)
+
+
+@pytest.mark.usefixtures("no_pause")
+async def test_an_engine_that_refuses_is_asked_again(one: Machine) -> None:
+    one.lines["g0"].refusals = [full(), full()]
+    one.allow(MANY)
+    received = await read(one.stream(asked(30, n=2)))
+    assert received.tokens[1] == answer(PROMPT, 30)
+    assert len(one.router.granted) == 3
+    assert one.router.suspected == []
+
+
+@pytest.mark.usefixtures("no_pause")
+async def test_an_engine_that_keeps_refusing_is_full_and_not_lost(one: Machine) -> None:
+    one.lines["g0"].refusals = [full() for _ in range(generation.MAX_REFUSALS)]
+    with pytest.raises(CapacityError) as caught:
+        await read(one.stream(asked(30)))
+    assert to_wire(caught.value).reason == pb.ERROR_REASON_OVER_CAPACITY
+    assert to_wire(caught.value).HasField("retry_after_s")
+    assert one.router.suspected == []
+    assert (await one.router.status()).healthy == {"g0"}
+
+
+@pytest.mark.parametrize(
+    "error",
+    [CapacityError("too long", 90, 50, ever=False), InvalidRequestError("prompt", "is odd")],
+)
+async def test_a_final_refusal_by_the_engine_gives_the_lease_back(
+    one: Machine, error: Exception
+) -> None:
+    one.lines["g0"].refusals = [error]
+    with pytest.raises(type(error)):
+        await read(one.stream(asked(30)))
+    await asyncio.wait_for(one.at_rest(), generation.FREEING_TIMEOUT_S / 2)
+
+
+# Deadlines
+
+
+async def test_a_deadline_after_the_first_token_ends_with_what_there_is(
+    one: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generation, "DEADLINE_GRACE_S", 0.0)
+    stream = one.stream(asked(600, timeout_s=1.0))
+    one.allow(5)
+    received = await read_until(stream, 3)
+    # No step is made any more: the engine cannot end it by itself.
+    await asyncio.gather(rest_of(stream, received), allow_the_end(one))
+    assert received.reason() == "deadline"
+    assert received.tokens[0] == answer(PROMPT, len(received.tokens[0]))
+
+
+async def test_a_deadline_before_the_first_token_is_an_error(
+    one: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generation, "DEADLINE_GRACE_S", 0.0)
+    with pytest.raises(RequestDeadlineError):
+        await read(one.stream(asked(600, timeout_s=0.05)))
+    await allow_the_end(one)
+
+
+async def test_the_engine_ends_an_overdue_sequence(
+    one: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generation, "DEADLINE_GRACE_S", 60.0)
+    stream = one.stream(asked(700, timeout_s=1.0))
+    one.allow(3)
+    received = await read_until(stream, 2)
+    await asyncio.sleep(1.0)  # the deadline itself
+    one.allow(5)
+    await rest_of(stream, received)
+    assert received.reason() == "deadline"
+    assert one.leaders["g0"].loads().outcomes_total.get("deadline") == 1
+    assert one.lines["g0"].aborted == []
+
+
+# Resuming
+
+
+def resumed(
+    request: pb.GenerateRequest,
+    choices: dict[int, tuple[list[int], int]],
+    finished: set[int] = frozenset(),  # type: ignore[assignment]
+) -> pb.GenerateRequest:
+    """choices: by index, the tokens received and how many characters of text."""
+    request.resume.model_revision = "0"
+    for index, (tokens, chars) in choices.items():
+        request.resume.choices.add(
+            index=index, token_ids=tokens, text_chars=chars, finished=index in finished
+        )
+    return request
+
+
+@pytest.mark.parametrize("cut", [0, 1, 15, 16, 33, 69, 70])
+async def test_a_resumed_stream_gives_what_is_missing(one: Machine, cut: int) -> None:
+    one.allow(MANY)
+    wanted = answer(PROMPT, 70)
+    chars = len(text_of(wanted[: max(0, cut - 2)]))  # its text lags behind its tokens
+    request = resumed(asked(70), {0: (wanted[:cut], chars)})
+    received = await read(one.stream(request), {0: cut})
+    assert received.tokens.get(0, []) == wanted[cut:]
+    assert received.text[0] == text_of(wanted)[chars:]
+    assert received.reason() == "length"
+    assert received.usage is not None
+    assert received.usage.completion_tokens == 70
+
+
+@pytest.mark.parametrize("cut", [18, 20, 21, 22, 23])
+async def test_a_stop_string_is_found_across_the_cut(one: Machine, cut: int) -> None:
+    one.allow(MANY)
+    whole = text_of(answer(PROMPT, 70))
+    stop = whole[20:23]
+    assert whole.index(stop) == 20
+    request = resumed(asked(70, stop=[stop]), {0: (answer(PROMPT, cut), min(cut, 20))})
+    received = await read(one.stream(request), {0: cut})
+    assert received.text.get(0, "") == whole[min(cut, 20) : 20]
+    assert received.finished[0].matched_stop_string == stop
+
+
+async def test_a_choice_that_had_finished_is_only_counted(one: Machine) -> None:
+    one.allow(MANY)
+    wanted = answer(PROMPT, 30)
+    request = resumed(asked(30, n=2), {0: (wanted, 30), 1: (wanted[:3], 3)}, finished={0})
+    received = await read(one.stream(request), {1: 3})
+    assert received.tokens == {1: wanted[3:]}
+    assert set(received.finished) == {1}
+    assert received.usage is not None
+    assert received.usage.completion_tokens == 60
+
+
+async def test_a_resumed_request_supersedes_its_older_self(one: Machine) -> None:
+    wanted = answer(PROMPT, 60)
+    old = one.stream(asked(60))
+    one.allow(6)
+    before = await read_until(old, 4)
+    received = asyncio.ensure_future(
+        read(one.stream(resumed(asked(60), {0: (wanted[:4], 4)})), {0: 4})
+    )
+    async with asyncio.timeout(20):
+        while len(one.router.placed) < 2 or not one.lines["g0"].aborted:
+            await asyncio.sleep(0)
+    one.allow(MANY)
+    await rest_of(old, before)
+    assert before.reason() == "abort"
+    assert (await received).tokens[0] == wanted[4:]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "chars", "revision"),
+    [([], 0, "another"), ([2, 3], 3, "0"), ([2] * 41, 0, "0")],
+)
+async def test_a_cursor_that_does_not_belong_here_is_refused(
+    one: Machine, tokens: list[int], chars: int, revision: str
+) -> None:
+    request = resumed(asked(40), {0: (tokens, chars)})
+    request.resume.model_revision = revision
+    with pytest.raises(ResumeMismatchError):
+        await read(one.stream(request))
+
+
+async def test_resuming_needs_the_seed(one: Machine) -> None:
+    request = resumed(asked(40), {})
+    request.sampling_params.ClearField("seed")
+    with pytest.raises(InvalidRequestError, match=r"sampling_params\.seed"):
+        await read(one.stream(request))
+
+
+# Many at once
+
+
+async def test_more_than_there_is_room_for_all_end(one: Machine) -> None:
+    one.allow(MANY)
+    prompts = [[i % 50, 5, 9, i // 50] for i in range(60)]
+    requests = [
+        asked(20 + i % 80, prompt=prompt, request_id=str(i)) for i, prompt in enumerate(prompts)
+    ]
+    read_all = asyncio.gather(*(read(one.stream(request)) for request in requests))
+    async with asyncio.timeout(100):
+        while not read_all.done():
+            await one.router.refresh()
+            await asyncio.sleep(0.01)
+    for i, received in enumerate(await read_all):
+        assert received.tokens[0] == answer(prompts[i], 20 + i % 80)
+
+
+async def test_requests_that_end_in_every_way_leave_nothing(two: Machine) -> None:
+    two.allow(MANY)
+
+    async def one_of(i: int) -> None:
+        request = asked(
+            10 + 7 * (i % 30),
+            prompt=[i % 50, i // 50, 4],
+            request_id=str(i),
+            n=1 + i % 3,
+            timeout_s=0.01 + (i % 11) / 20 if i % 4 == 0 else None,
+        )
+        leave_after = i % 13 if i % 3 == 0 else None
+        async with aclosing(two.stream(request)) as stream:
+            count = 0
+            async for _ in stream:
+                count += 1
+                if count == leave_after:
+                    return
+
+    ended = asyncio.gather(*(one_of(i) for i in range(100)), return_exceptions=True)
+    async with asyncio.timeout(100):
+        while not ended.done():
+            await two.router.refresh()
+            await asyncio.sleep(0.01)
+    for result in await ended:
+        if result is not None:
+            assert to_wire(result).code in (4, 8), result  # deadline, over capacity
+
+
+async def cancelled(task: asyncio.Future[Received]) -> None:
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
