@@ -49,13 +49,14 @@ class Setting:
     inject: bool = False
 
 
+MOONCAKE, AZURE = "mooncake_conversation.jsonl", "azure_conv_2023.csv"
 SETTINGS = {
-    "mooncake-exact": Setting("mooncake_conversation.jsonl", "exact", "h100", 1, "llama-3-8b", 2000, 2.1),
-    "mooncake-int4": Setting("mooncake_conversation.jsonl", "int4", "h100", 1, "llama-3-8b", 2000, 2.4),
-    "mooncake-70b": Setting("mooncake_conversation.jsonl", "int8", "h100", 4, "llama-3-70b", 2000, 0.9),
-    "azure-40g": Setting("azure_conv_2023.csv", "exact", "a100-40g", 1, "llama-3-8b", 1000, 4.0),
-    "million": Setting("mooncake_conversation.jsonl", "int4", "h100", 8, "llama-3-8b", 2000, 12.0, True),
-}  # fmt: skip
+    "mooncake-exact": Setting(MOONCAKE, "exact", "h100", 1, "llama-3-8b", 2000, 2.1),
+    "mooncake-int4": Setting(MOONCAKE, "int4", "h100", 1, "llama-3-8b", 2000, 2.4),
+    "mooncake-70b": Setting(MOONCAKE, "int8", "h100", 4, "llama-3-70b", 2000, 0.9),
+    "azure-40g": Setting(AZURE, "exact", "a100-40g", 1, "llama-3-8b", 1000, 4.0),
+    "million": Setting(MOONCAKE, "int4", "h100", 8, "llama-3-8b", 2000, 12.0, inject=True),
+}
 
 
 class Bench:
