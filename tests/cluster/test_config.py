@@ -45,8 +45,9 @@ def refused(values: dict[str, object]) -> ConfigError:
 
 
 def test_every_field_is_documented() -> None:
-    documented: list[tuple[str, type[BaseModel]]] = [*sections(ClusterConfig)]
-    for path, section in [*documented, ("auth.keys", TenantKey)]:
+    documented = list(sections(ClusterConfig))
+    documented.append(("auth.keys", TenantKey))
+    for path, section in documented:
         assert section.__doc__, path
         for name, info in section.model_fields.items():
             assert info.description, f"{path}.{name}"
