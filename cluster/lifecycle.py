@@ -140,9 +140,9 @@ class Cluster:
             self._started = True
             return None
         adopt_orphans()
-        # Short: Ray puts Unix sockets below it, whose paths hold 107 characters.
+        # Short: Ray and HAProxy put Unix sockets below it, whose paths have a limit.
         self._directory = Path(tempfile.mkdtemp(prefix="kvmesh-", dir=_short_tmp()))
-        os.environ.update(local_variables(config, self._directory / "proxy"))
+        os.environ.update(local_variables(config, self._directory / "p"))
         self._started = True
         ray = _import_ray()
         try:
@@ -163,18 +163,22 @@ class Cluster:
     def _deploy(self, config: ClusterConfig) -> None:
         self._progress("starting Serve", None)
         from ray import serve
+        from ray.exceptions import RayError
         from ray.serve.config import HTTPOptions, gRPCOptions
 
         from kvmesh.cluster.app import build_app
         from kvmesh.cluster.servicer import SERVICER_FUNCTIONS
 
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
-        serve.start(
-            http_options=HTTPOptions(host=config.ingress.host, port=config.ingress.http_port),
-            grpc_options=gRPCOptions(
-                port=config.ingress.port, grpc_servicer_functions=list(SERVICER_FUNCTIONS)
-            ),
-        )
+        try:
+            serve.start(
+                http_options=HTTPOptions(host=config.ingress.host, port=config.ingress.http_port),
+                grpc_options=gRPCOptions(
+                    port=config.ingress.port, grpc_servicer_functions=list(SERVICER_FUNCTIONS)
+                ),
+            )
+        except (RayError, RuntimeError, TimeoutError, ValueError) as error:
+            raise StartError(f"Serve did not start: {_told_last(str(error))}") from error
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         app = build_app(config, self._keys, gpus_per_rank=_gpus_per_rank(config))
         self._run(serve, app, config.timeouts.start_s)
@@ -313,10 +317,15 @@ def _deploy_failure(serve: Any, error: BaseException) -> str:
     with contextlib.suppress(Exception):
         for name, deployment in serve.status().applications[APP_NAME].deployments.items():
             if deployment.status in ("DEPLOY_FAILED", "UNHEALTHY") and deployment.message:
-                lines = [line.strip() for line in deployment.message.splitlines() if line.strip()]
-                told = [line for line in lines if "Error" in line]
-                return f"{name} did not start: {(told or lines)[-1]}"
+                return f"{name} did not start: {_told_last(deployment.message)}"
     return f"the application did not start: {error}"
+
+
+def _told_last(trace: str) -> str:
+    """What a trace says at its end: the last line that names an error."""
+    lines = [line.strip() for line in trace.splitlines() if line.strip()]
+    told = [line for line in lines if "Error" in line]
+    return (told or lines or ["no reason was given"])[-1]
 
 
 def _import_ray() -> Any:
@@ -334,9 +343,12 @@ def _muted() -> Any:
 
 
 def _short_tmp() -> str:
-    """The temporary directory, or /tmp where that is too long for sockets below it."""
+    """The temporary directory, or /tmp where that is too long for sockets below it.
+
+    HAProxy takes paths of 97 characters, and Serve puts 57 of its own before their names.
+    """
     chosen = tempfile.gettempdir()
-    return chosen if len(chosen) <= 24 or not os.access("/tmp", os.W_OK) else "/tmp"
+    return chosen if len(chosen) <= 12 or not os.access("/tmp", os.W_OK) else "/tmp"
 
 
 def _silent(step: str, share: float | None) -> None:

@@ -165,8 +165,8 @@ class Server:
 
 @contextmanager
 def server() -> Iterator[Server]:
-    # Short, as sockets are put below it, whose paths have a limit.
-    with tempfile.TemporaryDirectory(prefix="kv-", dir="/tmp") as directory:
+    # Short, so that sockets fit below it and its own files show what is left.
+    with tempfile.TemporaryDirectory(prefix="", dir="/tmp") as directory:
         server = Server(Path(directory))
         try:
             yield server
