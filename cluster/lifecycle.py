@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import math
@@ -11,6 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -29,8 +31,11 @@ from kvmesh.workers.model.source import resolve_model
 if TYPE_CHECKING:
     from ray import serve
 
+logger = logging.getLogger(__name__)
+
 APP_NAME = "kvmesh"
 POLL_S = 0.2
+ROUTER_TIMEOUT_S = 5.0
 
 Progress = Callable[[str, float | None], None]
 
@@ -244,26 +249,44 @@ class Cluster:
     def _stop_serving(self) -> None:
         from ray import serve
 
+        if not self._in_a_hurry.is_set():
+            self._wait_for_requests(serve)
         with _muted(), contextlib.suppress(Exception):
             # Whatever is wrong with it: what follows ends it all the same.
-            if not self._in_a_hurry.is_set():
-                self._drain(serve)
             if self._config.ray.address is None:
                 serve.shutdown()
             else:
                 serve.delete(APP_NAME)
 
-    def _drain(self, serve: Any) -> None:
+    def _wait_for_requests(self, serve: Any) -> None:
+        from ray.exceptions import RayError
+        from ray.serve.exceptions import RayServeException
+
+        # In a thread, as its loop may not run within one that the caller runs.
+        with ThreadPoolExecutor(1, "kvmesh-drain") as thread:
+            try:
+                thread.submit(asyncio.run, self._drain(serve)).result()
+            except (RayError, RayServeException, TimeoutError) as error:
+                logger.warning("running requests are not waited for: %s", error)
+
+    async def _drain(self, serve: Any) -> None:
         """Have the router take nothing new, and wait for what runs."""
+        # Serve's handles work only within an event loop here, see SERVE_VARIABLES.
         router = serve.get_deployment_handle("router", APP_NAME)
-        router.drain.remote().result(timeout_s=5.0)
+        async with asyncio.timeout(ROUTER_TIMEOUT_S):
+            await router.drain.remote()
         until = time.monotonic() + self._config.timeouts.drain_s
+        idle_polls = 0
         while time.monotonic() < until and not self._in_a_hurry.is_set():
-            status = router.status.remote(False).result(timeout_s=5.0)
-            if not status.live_requests:
+            async with asyncio.timeout(ROUTER_TIMEOUT_S):
+                status = await router.status.remote(False)
+            # Once more: the last words of a request follow the end of its lease.
+            idle_polls = 0 if status.live_requests else idle_polls + 1
+            if idle_polls > 1:
                 return
-            self._progress(f"waiting for {status.live_requests} requests", None)
-            time.sleep(POLL_S)
+            if status.live_requests:
+                self._progress(f"waiting for {status.live_requests} requests", None)
+            await asyncio.sleep(POLL_S)
 
 
 def _with_ports(
