@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from kvmesh.cluster.ingress.estimate import geometry_of
 from kvmesh.cluster.peers import ClusterStatus
 from kvmesh.cluster.routing.errors import NeverFitsError
@@ -39,8 +41,9 @@ def groups_below(min_kv_format: str, status: ClusterStatus) -> frozenset[str]:
     return below
 
 
-def _bits(fmt: KVFormat) -> int:
-    return fmt.k_bits + fmt.v_bits
+def _bits(fmt: KVFormat) -> float:
+    """Bits of a key and a value; a format without codes keeps all there are."""
+    return fmt.k_bits + fmt.v_bits or math.inf
 
 
 def _capacity_bytes(status: ClusterStatus, group: str) -> int:

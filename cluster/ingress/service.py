@@ -143,6 +143,7 @@ class IngressService:
 
     async def generate(self, request: object, metadata: Metadata) -> pb.GenerateResponse:
         """Generate: the stream's events, gathered."""
+        self._authenticator.authenticate(metadata)  # before anything is said of the request
         if isinstance(request, pb.GenerateRequest) and request.HasField("resume"):
             validate.refuse("resume", "is for GenerateStream; a reply in one piece has no cursor")
         started, usage = pb.Started(), pb.Usage()

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvmesh.cluster.engine_service import EngineService
-from kvmesh.cluster.ingress.authenticate import Authenticator
+from kvmesh.cluster.ingress.authenticate import Authenticator, hash_key
 from kvmesh.cluster.ingress.errors import EngineLostError
 from kvmesh.cluster.ingress.service import IngressService
 from kvmesh.cluster.ingress.validate import Limits
@@ -31,6 +31,8 @@ from tests.workers.memory_executor import EOS, VOCAB, expected_output
 from tests.workers.test_leader import CONFIG, MANY, GatedExecutor
 
 FIRST = ord("A")
+KEY = "the-key"
+METADATA = (("authorization", f"Bearer {KEY}"),)
 
 
 def text_of(tokens: Iterable[int]) -> str:
@@ -194,7 +196,7 @@ class Machine:
             self.router,
             self.lines,
             LetterCodec(),
-            Authenticator(None),
+            Authenticator([(hash_key(KEY), "tenant")]),
             Limits(),
             IngressMeters(NoMeters()),
             name="ingress",
@@ -218,7 +220,7 @@ class Machine:
             executor.allow(steps)
 
     def stream(self, request: pb.GenerateRequest) -> AsyncGenerator[pb.GenerateStreamResponse]:
-        return self.ingress.generate_stream(request, ())
+        return self.ingress.generate_stream(request, METADATA)
 
     async def settled(self) -> None:
         """Wait until everything that outlives its request has ended too."""

@@ -10,15 +10,18 @@ import pytest
 
 from kvmesh.cluster.ingress import generation
 from kvmesh.cluster.ingress.errors import (
+    ContextExceededError,
     EngineLostError,
     RequestDeadlineError,
     ResumeMismatchError,
+    UnauthenticatedError,
+    UnknownModelError,
     to_wire,
 )
-from kvmesh.cluster.routing.errors import DuplicateRequestError
+from kvmesh.cluster.routing.errors import DuplicateRequestError, NeverFitsError
 from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.workers.errors import CapacityError, InvalidRequestError, WorkerDiedError
-from tests.cluster.machine import Machine, answer, machine, text_of
+from tests.cluster.machine import METADATA, Machine, answer, machine, text_of
 from tests.workers.memory_executor import EOS, expected_output
 from tests.workers.test_leader import MANY
 
@@ -192,11 +195,49 @@ async def test_the_end_of_sequence_ends_a_choice(one: Machine) -> None:
 
 async def test_generate_gathers_the_stream(one: Machine) -> None:
     one.allow(MANY)
-    reply = await one.ingress.generate(asked(12), ())
+    reply = await one.ingress.generate(asked(12), METADATA)
     (choice,) = reply.choices
     assert list(choice.token_ids) == answer(PROMPT, 12)
     assert choice.text == text_of(answer(PROMPT, 12))
     assert reply.usage.completion_tokens == 12
+
+
+async def test_a_stranger_learns_nothing_but_that_a_key_is_needed(one: Machine) -> None:
+    empty = resumed(pb.GenerateRequest(model="another"), {})
+    for call in (
+        one.ingress.generate(empty, ()),
+        anext(one.ingress.generate_stream(empty, ())),
+        one.ingress.tokenize(pb.TokenizeRequest(), ()),
+        one.ingress.abort(pb.AbortRequest(), ()),
+        one.ingress.estimate_budget(pb.EstimateBudgetRequest(), ()),
+        one.ingress.get_model_info(pb.GetModelInfoRequest(), ()),
+        one.ingress.get_loads(pb.GetLoadsRequest(), ()),
+    ):
+        with pytest.raises(UnauthenticatedError):
+            await call
+
+
+@pytest.mark.parametrize(
+    ("request_", "kind"),
+    [
+        (asked(5, prompt=[2] * 800), ContextExceededError),
+        (asked(5, prompt=[50]), InvalidRequestError),
+        (asked(800), InvalidRequestError),
+        (pb.GenerateRequest(model="another", prompt=pb.Prompt(text="A")), UnknownModelError),
+        (pb.GenerateRequest(min_kv_format="int9", prompt=pb.Prompt(text="A")), InvalidRequestError),
+        (pb.GenerateRequest(min_kv_format="exact", prompt=pb.Prompt(text="A")), NeverFitsError),
+    ],
+)
+async def test_bad_requests_are_refused_and_others_served_on(
+    one: Machine, request_: pb.GenerateRequest, kind: type[Exception]
+) -> None:
+    with pytest.raises(kind) as caught:
+        await read(one.stream(request_))
+    if to_wire(caught.value).reason == pb.ERROR_REASON_NEVER_FITS:
+        assert to_wire(caught.value).HasField("needed_bytes")
+        assert to_wire(caught.value).available_bytes > 0
+    one.allow(MANY)
+    assert (await read(one.stream(asked(5)))).tokens[0] == answer(PROMPT, 5)
 
 
 # Stop strings
@@ -275,7 +316,7 @@ async def test_abort_ends_every_choice_of_a_resumed_request(one: Machine) -> Non
     one.allow(8)
     await read_until(stream, 2)
     assert len(one.lines["g0"].submitted) == 2
-    assert (await one.ingress.abort(pb.AbortRequest(request_id="r"), ())).aborted
+    assert (await one.ingress.abort(pb.AbortRequest(request_id="r"), METADATA)).aborted
     one.allow(4)
     received = Received()
     received.started = pb.Started()
@@ -347,12 +388,12 @@ async def test_abort_ends_a_running_request_with_what_it_has(one: Machine) -> No
     stream = one.stream(asked(600))
     one.allow(5)
     received = await read_until(stream, 3)
-    assert (await one.ingress.abort(pb.AbortRequest(request_id="r"), ())).aborted
+    assert (await one.ingress.abort(pb.AbortRequest(request_id="r"), METADATA)).aborted
     one.allow(3)
     await rest_of(stream, received)
     assert received.reason() == "abort"
     assert received.tokens[0] == answer(PROMPT, len(received.tokens[0]))
-    assert not (await one.ingress.abort(pb.AbortRequest(request_id="r"), ())).aborted
+    assert not (await one.ingress.abort(pb.AbortRequest(request_id="r"), METADATA)).aborted
 
 
 async def test_abort_ends_a_waiting_request(one: Machine) -> None:
@@ -364,7 +405,7 @@ async def test_abort_ends_a_waiting_request(one: Machine) -> None:
     async with asyncio.timeout(20):
         while (await one.router.status()).router.queue_depth == 0:
             await asyncio.sleep(0)
-    assert (await one.ingress.abort(pb.AbortRequest(request_id="w"), ())).aborted
+    assert (await one.ingress.abort(pb.AbortRequest(request_id="w"), METADATA)).aborted
     received = await waiting
     assert received.started is None
     assert received.reason() == "abort"
