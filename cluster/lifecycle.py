@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,17 +150,20 @@ class Cluster:
         os.environ.update(local_variables(config, self._directory / "p"))
         self._started = True
         ray = _import_ray()
+        scratch = self._directory / "t"
+        scratch.mkdir()
         try:
-            ray.init(
-                num_cpus=_logical_cpus(config),
-                object_store_memory=config.ray.object_store_bytes,
-                include_dashboard=config.ray.dashboard,
-                logging_level="ERROR",
-                log_to_driver=False,
-                _temp_dir=str(self._directory / "ray"),
-                _metrics_export_port=config.metrics.port,
-                _node_ip_address="127.0.0.1",
-            )
+            with _temporary_directory(scratch):
+                ray.init(
+                    num_cpus=_logical_cpus(config),
+                    object_store_memory=config.ray.object_store_bytes,
+                    include_dashboard=config.ray.dashboard,
+                    logging_level="ERROR",
+                    log_to_driver=False,
+                    _temp_dir=str(self._directory / "ray"),
+                    _metrics_export_port=config.metrics.port,
+                    _node_ip_address="127.0.0.1",
+                )
         except (RuntimeError, OSError, ValueError) as error:
             raise StartError(f"Ray did not start: {error}") from error
         return f"http://127.0.0.1:{config.metrics.port}/metrics"
@@ -372,6 +375,20 @@ def _short_tmp() -> str:
     """
     chosen = tempfile.gettempdir()
     return chosen if len(chosen) <= 12 or not os.access("/tmp", os.W_OK) else "/tmp"
+
+
+@contextlib.contextmanager
+def _temporary_directory(path: Path) -> Iterator[None]:
+    """Where processes started meanwhile, and theirs, put what is to go with the cluster."""
+    before = os.environ.get("TMPDIR")
+    os.environ["TMPDIR"] = str(path)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TMPDIR"]
+        else:
+            os.environ["TMPDIR"] = before
 
 
 def _silent(step: str, share: float | None) -> None:
