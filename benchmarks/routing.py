@@ -55,7 +55,7 @@ SETTINGS = {
     "mooncake-int4": Setting(MOONCAKE, "int4", "h100", 1, "llama-3-8b", 2000, 2.4),
     "mooncake-70b": Setting(MOONCAKE, "int8", "h100", 4, "llama-3-70b", 2000, 0.9),
     "azure-40g": Setting(AZURE, "exact", "a100-40g", 1, "llama-3-8b", 1000, 4.0),
-    "million": Setting(MOONCAKE, "int4", "h100", 8, "llama-3-8b", 2000, 12.0, inject=True),
+    "million": Setting(MOONCAKE, "int4", "h100", 8, "llama-3-8b", 2000, 17.0, inject=True),
 }
 
 

@@ -27,7 +27,8 @@ class RouterConfig:
     stretch: a request is due after this many times its own prefill time; 0 is first
         come, first served
     patience_s: ... and after this at least
-    patience_most_s: who has waited for longer goes before all others of its priority
+    patience_most_s: who has waited for longer goes before all others of its priority,
+        whenever it is the turn of such requests: at one of `aged_every` grants
     backfill_depth: how far down the queue a request may overtake from
     block_pages: prompts are compared in runs of so many pages
     index_limit: runs the prefix index remembers
@@ -49,6 +50,7 @@ class RouterConfig:
     stretch: float = 4.0
     patience_s: float = 1.0
     patience_most_s: float = 60.0
+    aged_every: int = 4
     backfill_depth: int = 32
     block_pages: int = 8
     index_limit: int = 1_000_000
@@ -62,7 +64,7 @@ class RouterConfig:
         for name in ("lease_ttl_s", "grace_s", "rebuild_timeout_s", "retry_least_s"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be greater than 0, got {getattr(self, name)}")
-        for name in ("backfill_depth", "block_pages", "index_limit", "least_samples"):
+        for name in ("backfill_depth", "block_pages", "aged_every", "index_limit", "least_samples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 < self.lease_quantile <= 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+OVERRUN_SHARE = 0.1
 SMOOTHING = 0.05  # weight of the newest observation
 CORRECTION_RANGE = (0.1, 20.0)
 
@@ -37,8 +38,8 @@ class Backlog:
 
     correction: observed prefill time over predicted, a moving average
     clear_at: when all of them will be computed, if the first takes what is predicted
-    behind_s: what those after the first take; the least there is to wait for while
-        the first takes longer than predicted
+    behind_s: the least there is to wait: what those after the first take, and a share
+        of the first, since one that takes longer than predicted is not over yet
     """
 
     pace: Pace
@@ -95,7 +96,8 @@ class Backlog:
     def _project(self) -> None:
         front = next(iter(self._prompts.values()), 0.0)
         self.clear_at = self._front_since + self._sum_s * self.correction
-        self.behind_s = (self._sum_s - front) * self.correction if self._told else 0.0
+        left = self._sum_s - (1.0 - OVERRUN_SHARE) * front
+        self.behind_s = left * self.correction if self._told else 0.0
 
     def _pop(self, lease_id: str) -> float:
         seconds = self._prompts.pop(lease_id)

@@ -15,7 +15,7 @@ from kvmesh.cluster.routing.verdict import Reason, Row, Verdicts
 from kvmesh.workers.sizes import PageNeed
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class GroupView:
     """A group as placement sees it; the router keeps it current.
 
@@ -128,20 +128,26 @@ class PlacementRules:
     balance_s: what a full group costs over an empty one: its decoding is slower
     hole_s: what a small request costs on the group whose room large ones need
     hole_pages: sealed pages that shall stay free together somewhere, if they can
+    scarcity: what a second of computing costs; more than one where requests wait for it
     """
 
     ahead_s: float = math.inf
     balance_s: float = 0.5
     hole_s: float = 0.25
     hole_pages: int = 0
+    scarcity: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """group: where the request goes, or None; verdicts: one for each group, in order."""
+    """group: where the request goes, or None; verdicts: one for each group, in order.
+
+    better_later: the group worth waiting for, where that is why there is none now
+    """
 
     group: str | None
     verdicts: Verdicts
+    better_later: str | None = None
 
     @property
     def never(self) -> bool:
@@ -155,8 +161,12 @@ def choose(
     now: float,
     rules: PlacementRules,
     promise: Promise | None = None,
+    deferred_s: Mapping[str, float] | None = None,
 ) -> Choice:
     """The group of least cost among those that can take the request now.
+
+    deferred_s: by group, the computing that waits for it already; where this is given,
+        no group is chosen if it costs less to wait for one that holds the prefix
 
     Cost is the projected time to the first token there, less what a cached prefix
     spares, plus what the request does to others: the fuller the group the more, and
@@ -164,8 +174,8 @@ def choose(
     O(groups), besides the pages that groups share.
     """
     rows: list[Row] = []
-    best = -1
-    best_cost = math.inf
+    best = later = -1
+    best_cost = later_cost = math.inf
     for view in views:
         reason = obstacle(view, asked, now, rules, promise)
         cost = None
@@ -174,9 +184,18 @@ def choose(
             cost = _cost_s(view, asked, now, rules)
             if cost < best_cost:
                 best, best_cost = len(rows), cost
+        elif (
+            reason is Reason.BACKLOG
+            and deferred_s is not None
+            and view.spec.group in asked.cached_blocks
+        ):
+            cost = _cost_s(view, asked, now, rules) + deferred_s.get(view.spec.group, 0.0)
+            if cost < later_cost:
+                later, later_cost = len(rows), cost
         rows.append(_row(view, asked, reason, cost))
-    if best < 0:
-        return Choice(None, Verdicts(rows))
+    if best < 0 or later_cost < best_cost:
+        better_later = rows[later][0].group if later >= 0 else None
+        return Choice(None, Verdicts(rows), better_later)
     chosen = rows[best]
     rows[best] = (chosen[0], Reason.CHOSEN, *chosen[2:])
     return Choice(chosen[0].group, Verdicts(rows))
@@ -211,7 +230,7 @@ def obstacle(
     if backlog.clear_at - now > rules.ahead_s or backlog.behind_s > rules.ahead_s:
         spared_s = 0.0
         if view.spec.group in asked.cached_blocks:  # worth waiting for, as long as it spares
-            spared_s = plan.prefill_s * backlog.correction - _prefill_s(view, asked)
+            spared_s = plan.prefill_s * backlog.correction - prefill_s(view, asked)
         if backlog.seconds(now) > rules.ahead_s + spared_s:
             return Reason.BACKLOG
     if promise is not None and promise.group == view.spec.group:
@@ -222,7 +241,7 @@ def obstacle(
 def projected_s(view: GroupView, asked: Asked, now: float) -> float:
     """How long the request would hold its lease on the group."""
     decode_s = asked.decode_tokens * view.decode_step_s
-    return view.backlog.seconds(now) + _prefill_s(view, asked) + decode_s
+    return view.backlog.seconds(now) + prefill_s(view, asked) + decode_s
 
 
 def _breach(view: GroupView, asked: Asked, now: float, promise: Promise) -> Reason | None:
@@ -236,7 +255,7 @@ def _breach(view: GroupView, asked: Asked, now: float, promise: Promise) -> Reas
     return Reason.PROMISED
 
 
-def _prefill_s(view: GroupView, asked: Asked) -> float:
+def prefill_s(view: GroupView, asked: Asked) -> float:
     """Time to compute what is not cached of the prompt."""
     backlog = view.backlog
     if view.spec.group not in asked.cached_blocks:
@@ -255,7 +274,7 @@ def _cost_s(view: GroupView, asked: Asked, now: float, rules: PlacementRules) ->
     if wait_s < backlog.behind_s:
         wait_s = backlog.behind_s
     used_share = 1.0 - left / (spec.capacity.sealed or 1)
-    cost = wait_s + _prefill_s(view, asked) + rules.balance_s * used_share
+    cost = wait_s + rules.scarcity * prefill_s(view, asked) + rules.balance_s * used_share
     if left < rules.hole_pages <= free and leased < rules.hole_pages:
         cost += rules.hole_s
     return cost

@@ -71,10 +71,11 @@ class _Line:
 class WaitingQueue:
     """At most `limit` requests; put and cancel are O(log n).
 
-    Higher priority goes first, then resumed requests, then those that have waited for
-    longer than `patience_s`, then the tenant that has used least. A tenant's requests
-    go by the time they are due, and those that have missed it after those that have
-    not: what is late already loses less by waiting than others would by becoming late.
+    Higher priority goes first, then resumed requests, then the tenant that has used
+    least. A tenant's requests go by the time they are due, and those that have missed
+    it after those that have not: what is late already loses less by waiting than
+    others would by becoming late. So that nobody waits for ever, those that have waited
+    for longer than `patience_s` have their turns, oldest first and whoever's they are.
     """
 
     def __init__(self, limit: int, patience_s: float = math.inf) -> None:
@@ -127,28 +128,37 @@ class WaitingQueue:
             self._deadlines.remove((waiting.deadline, request_id))
         return waiting
 
-    def in_order(self, used: Callable[[str], float], now: float) -> Iterator[Waiting]:
+    def in_order(
+        self, used: Callable[[str], float], now: float, *, aged_first: bool = True
+    ) -> Iterator[Waiting]:
         """All that wait, first to last; the queue must not change meanwhile.
 
         used: how much a tenant has used so far
+        aged_first: whether it is the turn of those that have waited beyond patience
         """
+        aged_before = now - self.patience_s if aged_first else -math.inf
         heap: list[_Entry] = []
         for tenant, line in self._lines.items():
             line.age(now)
             for late, sorted_line in enumerate((line.timely, line.late)):
                 followers = iter(sorted_line.values())
                 if (first := next(followers, None)) is not None:
-                    heap.append(self._entry(first, late, used(tenant), followers, now))
+                    heap.append(self._entry(first, late, used(tenant), followers, aged_before))
         heapq.heapify(heap)
         while heap:
-            key, waiting, followers = heap[0]
+            _, waiting, followers = heap[0]
             yield waiting
             follower = next(followers, None)
             if follower is None:
                 heapq.heappop(heap)
             else:
                 late = int(follower.due < now)
-                heapq.heapreplace(heap, self._entry(follower, late, key[3], followers, now))
+                heapq.heapreplace(
+                    heap,
+                    self._entry(
+                        follower, late, used(follower.request.tenant), followers, aged_before
+                    ),
+                )
 
     def overdue(self, now: float) -> list[Waiting]:
         """Those whose deadline has passed, earliest first; they stay until cancelled."""
@@ -156,10 +166,15 @@ class WaitingQueue:
         return [self._by_id[request_id] for _, request_id in late]
 
     def _entry(
-        self, waiting: Waiting, late: int, used: float, followers: Iterator[Waiting], now: float
+        self,
+        waiting: Waiting,
+        late: int,
+        used: float,
+        followers: Iterator[Waiting],
+        aged_before: float,
     ) -> _Entry:
         priority, fresh, due, arrival = waiting.rank
-        if waiting.since + self.patience_s < now:
+        if waiting.since < aged_before:
             return (priority, fresh, 0, 0.0, 0, waiting.since, arrival), waiting, followers
         at = waiting.since if late else due
         return (priority, fresh, 1, used, late, at, arrival), waiting, followers

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -29,6 +29,7 @@ from kvmesh.cluster.routing.placement import (
     PlacementRules,
     Promise,
     choose,
+    prefill_s,
 )
 from kvmesh.cluster.routing.prefix_index import PrefixIndex
 from kvmesh.cluster.routing.queue import Waiting, WaitingQueue
@@ -46,6 +47,7 @@ from kvmesh.cluster.routing.verdict import Reason, Verdicts
 from kvmesh.workers.request import EngineLoads
 
 FRESH_S = 0.5
+SCARCITY_MOST = 4.0
 HOLE_MEMORY = 0.999  # how slowly the greatest demand seen is forgotten, a request
 
 
@@ -88,6 +90,7 @@ class Router:
         self._rebuild_until = now + config.rebuild_timeout_s
         self._rules = PlacementRules(config.ahead_s, config.balance_s, config.hole_s)
         self._hole_pages = 0.0
+        self._grants = 0
 
     # Requests
 
@@ -269,6 +272,7 @@ class Router:
         assert choice.group is not None
         placement = self._fleet.grant(request, asked, choice.verdicts, choice.group, now)
         promised_at = self._first_promised.get(request.request_id)
+        self._grants += 1
         self._remember_size(placement.lease.sealed_pages)
         return Granted(replace(placement, queue_s=now - since, promised_at=promised_at))
 
@@ -285,6 +289,7 @@ class Router:
         if not views:
             return ()
         outcomes: list[Outcome] = []
+        deferred_s: dict[str, float] = {}
         in_front = True  # nobody before lacks pages
         # One pass is enough: a grant only takes room from those that were tried before.
         for waiting in list(islice(self._candidates(now), self.config.backfill_depth)):
@@ -292,16 +297,40 @@ class Router:
             if not self._in_quota(waiting.request, asked):
                 continue
             above = self._above_promise(waiting)
-            choice = self._choose(asked, views, now, above=above)
+            late = now > waiting.due
+            choice = self._choose_open(asked, views, now, above, None if late else deferred_s)
             if choice.group is not None:
                 outcomes.append(self._grant(waiting.request, asked, choice, waiting.since, now))
                 self._dequeue(waiting.request.request_id)
                 if not (views := self._open_views(now)):
                     break
+            elif choice.better_later is not None:
+                view = self._fleet.views[choice.better_later]
+                so_far_s = deferred_s.get(choice.better_later, 0.0)
+                deferred_s[choice.better_later] = so_far_s + prefill_s(view, asked)
             elif in_front:
                 in_front = False
                 self._consider_promise(asked, above, now)
         return tuple(outcomes)
+
+    def _choose_open(
+        self,
+        asked: Asked,
+        views: Sequence[GroupView],
+        now: float,
+        above: bool,
+        deferred_s: Mapping[str, float] | None,
+    ) -> Choice:
+        """Choose among open groups and, to wait for, those that hold the prefix."""
+        rules = self._rules
+        if deferred_s is not None and asked.cached_blocks:
+            known = self._fleet.views
+            holders = [known[x] for x in asked.cached_blocks if x in known]
+            views = [*views, *(view for view in holders if view.reported and view not in views)]
+            scarcity = 1.0 + min(len(self._queue) / len(known), SCARCITY_MOST)
+            rules = replace(rules, scarcity=scarcity)
+        promise = None if above else self._promise
+        return choose(views, asked, now, rules, promise, deferred_s)
 
     def _ask_again(self, request: PlaceRequest, now: float) -> Asked:
         """What was found out about a waiting request a moment ago is good enough to try it."""
@@ -326,7 +355,8 @@ class Router:
     def _candidates(self, now: float) -> Iterator[Waiting]:
         """Those above the holder of the promise, the holder, then everybody else in order."""
         holder = self._holder()
-        order = self._queue.in_order(self._fleet.tenants.counter, now)
+        turn = self._grants % self.config.aged_every == 0
+        order = self._queue.in_order(self._fleet.tenants.counter, now, aged_first=turn)
         if holder is None:
             yield from order
             return
