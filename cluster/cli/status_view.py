@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from kvmesh.client import Estimate, GroupLoads, LatencySummary, Loads, ModelInfo, PagesLoad
+from kvmesh.client import (
+    Estimate,
+    GroupInfo,
+    GroupLedger,
+    GroupLoads,
+    LatencySummary,
+    Loads,
+    ModelInfo,
+    PagesLoad,
+)
 from kvmesh.cluster.cli.console import human_bytes, human_seconds, out
 
 
@@ -13,11 +22,14 @@ def show_status(info: ModelInfo, loads: Loads) -> None:
         f"[bold]{info.model}[/bold] ({info.model_revision}), context {info.max_model_len} tokens, "
         f"server {info.version}"
     )
-    out.print(_groups(info, loads))
-    out.print(_activity(loads))
+    facts = {group.group: group for group in info.groups}
+    ledger = {group.group: group for group in loads.router.ledger}
+    for group in loads.groups:
+        out.print()
+        out.print(_group(group, facts.get(group.group), ledger.get(group.group)))
     router = loads.router
     out.print(
-        f"router: {router.queue_length} of {router.queue_capacity} waiting, "
+        f"\nrouter: {router.queue_length} of {router.queue_capacity} waiting, "
         f"{router.leases} leases, {router.granted_total} granted, "
         f"{router.released_total} released, {router.expired_total} expired"
     )
@@ -25,25 +37,32 @@ def show_status(info: ModelInfo, loads: Loads) -> None:
         out.print(f"  refused {count}: {reason}")
 
 
-def _groups(info: ModelInfo, loads: Loads) -> Table:
-    facts = {group.group: group for group in info.groups}
-    ledger = {group.group: group for group in loads.router.ledger}
-    table = Table(title="KV pools (pages of one rank: used / cached / free)", title_justify="left")
-    for name in ("group", "state", "format", "ranks", "hot", "sealed", "in use", "leased", "of"):
-        table.add_column(name)
-    for group in loads.groups:
-        fact, account = facts.get(group.group), ledger.get(group.group)
-        table.add_row(
-            group.group,
-            _state(group),
-            group.kv_format,
-            f"tp {fact.tp}" if fact else "",
-            _pages(group.hot),
-            _pages(group.sealed),
-            human_bytes(group.used_bytes),
-            human_bytes(account.leased_bytes) if account else "",
-            human_bytes(group.total_bytes),
-        )
+def _group(group: GroupLoads, fact: GroupInfo | None, account: GroupLedger | None) -> Table:
+    """One group from top to bottom: it fits a narrow terminal, and a log."""
+    ranks = f", tp {fact.tp}" if fact else ""
+    title = f"[bold]{group.group}[/bold] {_state(group)} [dim]{group.kv_format}{ranks}[/dim]"
+    table = Table(title=title, title_justify="left", title_style="", show_header=False, box=None)
+    table.add_column(style="dim")
+    table.add_column()
+    leased = f", {human_bytes(account.leased_bytes)} leased" if account else ""
+    total = human_bytes(group.total_bytes)
+    table.add_row("KV in use", f"{human_bytes(group.used_bytes)} of {total}{leased}")
+    table.add_row("hot pages a rank", _pages(group.hot))
+    table.add_row("sealed pages a rank", _pages(group.sealed))
+    table.add_row(
+        "sequences",
+        f"{group.running} running, {group.waiting} waiting, {group.preemptions_total} preempted",
+    )
+    table.add_row(
+        "tokens",
+        f"{group.prompt_tokens_total} prompt ({group.cached_tokens_total} cached), "
+        f"{group.completion_tokens_total} output",
+    )
+    outcomes = ", ".join(f"{n} {outcome}" for outcome, n in sorted(group.outcomes_total.items()))
+    table.add_row("ended", outcomes or "none")
+    table.add_row("first token, p50 / p99", _latency(group.time_to_first_token))
+    table.add_row("per token, p50 / p99", _latency(group.time_per_output_token))
+    table.add_row("queue, p50 / p99", _latency(group.queue_time))
     return table
 
 
@@ -54,29 +73,7 @@ def _state(group: GroupLoads) -> str:
 
 
 def _pages(pages: PagesLoad) -> str:
-    return f"{pages.used} / {pages.cached} / {pages.free}"
-
-
-def _activity(loads: Loads) -> Table:
-    table = Table(title="since start", title_justify="left")
-    names = ("group", "running", "waiting", "prompt", "cached", "output", "preempted", "outcomes")
-    for name in (*names, "first token p50/p99", "per token p50/p99"):
-        table.add_column(name)
-    for group in loads.groups:
-        outcomes = ", ".join(f"{n} {k}" for k, n in sorted(group.outcomes_total.items()))
-        table.add_row(
-            group.group,
-            str(group.running),
-            str(group.waiting),
-            str(group.prompt_tokens_total),
-            str(group.cached_tokens_total),
-            str(group.completion_tokens_total),
-            str(group.preemptions_total),
-            outcomes or "–",
-            _latency(group.time_to_first_token),
-            _latency(group.time_per_output_token),
-        )
-    return table
+    return f"{pages.used} used, {pages.cached} cached, {pages.free} free"
 
 
 def _latency(summary: LatencySummary) -> str:
@@ -96,18 +93,10 @@ def show_estimate(estimate: Estimate) -> None:
         f"{estimate.prompt_tokens} prompt + {estimate.max_tokens} output tokens: "
         f"[bold]{verdict}[/bold]{where}{told}"
     )
-    table = Table()
-    for name in ("group", "format", "hot pages", "sealed pages", "needs", "free", "of", "verdict"):
-        table.add_column(name)
     for group in estimate.groups:
-        table.add_row(
-            group.group,
-            group.kv_format,
-            str(group.hot_pages),
-            str(group.sealed_pages),
-            human_bytes(group.needed_bytes),
-            human_bytes(group.free_bytes),
-            human_bytes(group.capacity_bytes),
-            group.reason,
+        out.print(
+            f"  {group.group} ({group.kv_format}): {group.reason}\n"
+            f"    needs {human_bytes(group.needed_bytes)} "
+            f"({group.hot_pages} hot + {group.sealed_pages} sealed pages a rank), "
+            f"{human_bytes(group.free_bytes)} free of {human_bytes(group.capacity_bytes)}"
         )
-    out.print(table)

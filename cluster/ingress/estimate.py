@@ -47,8 +47,11 @@ def estimate_reply(
             reason=verdict.reason.value,
         )
         if report is not None:
-            need = geometry_of(report.info).peak_need(asked.prompt_tokens + asked.max_tokens)
+            geometry = geometry_of(report.info)
+            need = geometry.peak_need(asked.prompt_tokens + asked.max_tokens)
             group.kv_format = report.info.kv_format
+            # Of all the tokens asked for: a verdict counts no more than the context holds.
+            group.needed_bytes = geometry.bytes_of(need) * asked.sequences
             group.hot_pages = need.hot * asked.sequences
             group.sealed_pages = need.sealed * asked.sequences
         if estimate.projected_start_s is not None and group.feasible_ever:
