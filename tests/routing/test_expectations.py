@@ -38,9 +38,7 @@ def test_a_told_backlog_waits_for_the_prompt_in_front_and_learns_its_pace() -> N
     backlog.begun("a", now=2.0)  # took twice as long as predicted
     assert backlog.correction > 1.0
     assert backlog.seconds(2.0) == pytest.approx(2.0 * backlog.correction)
-    assert backlog.seconds(60.0) == pytest.approx(
-        1.1 * backlog.correction
-    )
+    assert backlog.seconds(60.0) == pytest.approx(1.1 * backlog.correction)
     backlog.drop("c", now=60.0)
     assert backlog.seconds(60.0) == pytest.approx(0.1 * backlog.correction)
     backlog.begun("b", now=61.0)

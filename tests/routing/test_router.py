@@ -12,6 +12,7 @@ from kvmesh.cluster.routing.errors import (
     NoGroupError,
     QueueFullError,
 )
+from kvmesh.cluster.routing.explain import explain
 from kvmesh.cluster.routing.group import GroupSpec
 from kvmesh.cluster.routing.request import Granted, PlaceRequest, Queued, Refused
 from kvmesh.cluster.routing.router import Router
@@ -183,3 +184,14 @@ def test_an_estimate_changes_nothing() -> None:
     never = router.estimate(ask("a", prompt=10_000), 0.0)
     assert not never.fits_ever
     assert never.projected_start_s is None
+
+
+def test_an_estimate_is_told_in_words() -> None:
+    router = router_with(make_spec("g0"), make_spec("small", sealed=5))
+    lines = explain(router.estimate(ask("a"), 0.0))
+    assert lines[0] == "a would go to g0 at once"
+    assert "g0: chosen" in lines[1]
+    assert Reason.PAGES.value in lines[2]
+    router.group_down("g0", 1.0)
+    assert "would wait" in explain(router.estimate(ask("a"), 1.0))[0]
+    assert "fits no group" in explain(router.estimate(ask("a", prompt=9000), 1.0))[0]
