@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from random import Random
 
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 
@@ -366,6 +367,38 @@ class RouterMachine(RuleBasedStateMachine):
                 assert seq.lease is not None
                 if seq.lease.lease_id not in self.router.ledger.leases:
                     self.replace(seq)
+
+
+@given(
+    mosts=st.lists(st.integers(1, 20), min_size=1, max_size=12),
+    order=st.randoms(use_true_random=False),
+)
+def test_leases_that_grow_page_by_page_all_reach_their_most(
+    mosts: list[int], order: Random
+) -> None:
+    """However growth is interleaved, and whoever comes in between, nobody is stuck for good."""
+    ledger = Ledger(1)
+    ledger.group_up(make_spec("g", hot=1000, sealed=20), 0.0)
+    account = ledger.accounts["g"]
+    waiting, growing = list(mosts), list[str]()
+    while waiting or growing:
+        moved = False
+        if waiting and account.holds(PageNeed(1, 0), waiting[-1]):
+            most = PageNeed(1, waiting.pop())
+            lease = ledger.grant("g", PageNeed(1, 0), 0.0, request_id="r", most=most)
+            growing.append(lease.lease_id)
+            moved = True
+        order.shuffle(growing)
+        for lease_id in list(growing):
+            lease = ledger.leases[lease_id]
+            if lease.to_grow == 0:
+                ledger.release(lease_id, 0.0)
+                growing.remove(lease_id)
+                moved = True
+            elif ledger.grow(lease_id, PageNeed(1, lease.need.sealed + 1), 0.0):
+                moved = True
+        assert moved, "nobody can go on"
+        ledger.check_integrity()
 
 
 RouterMachine.TestCase.settings = settings(
