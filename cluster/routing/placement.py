@@ -177,11 +177,15 @@ def choose(
     best = later = -1
     best_cost = later_cost = math.inf
     for view in views:
-        reason = obstacle(view, asked, now, rules, promise)
-        cost = None
-        if reason is None:
-            reason = Reason.WORSE
-            cost = _cost_s(view, asked, now, rules)
+        cost = _plain_cost_s(view, asked, now, rules, promise)
+        reason = Reason.WORSE
+        if cost is None:
+            found = obstacle(view, asked, now, rules, promise)
+            if found is None:
+                cost = _cost_s(view, asked, now, rules)
+            else:
+                reason = found
+        if cost is not None:
             if cost < best_cost:
                 best, best_cost = len(rows), cost
         elif (
@@ -262,6 +266,50 @@ def prefill_s(view: GroupView, asked: Asked) -> float:
         return asked.plans[view.kind].prefill_s * backlog.correction
     cached = asked.cached_tokens(view)
     return backlog.pace.prefill_s(asked.prompt_tokens - cached, cached) * backlog.correction
+
+
+def _plain_cost_s(
+    view: GroupView,
+    asked: Asked,
+    now: float,
+    rules: PlacementRules,
+    promise: Promise | None,
+) -> float | None:
+    """The cost where nothing is special about the group and it can take the request; else None.
+
+    The same as no `obstacle` and `_cost_s`, in one function: most groups of a large
+    fleet are plain, and this is what a decision's time goes into.
+    """
+    account, plan, spec = view.account, asked.plans[view.kind], view.spec
+    group = spec.group
+    if (
+        account is None
+        or account.reported_at is None
+        or plan.never is not None
+        or promise is not None
+        or group in asked.cached_blocks
+        or group in asked.excluded_groups
+        or account.sequences + asked.sequences > spec.max_sequences
+    ):
+        return None
+    demand, backlog = plan.demand, view.backlog
+    leased, free = demand.leased, account.free_sealed
+    left = free - leased.sealed
+    wait_s = backlog.clear_at - now
+    if wait_s < backlog.behind_s:
+        wait_s = backlog.behind_s
+    if (
+        left < account.reserve
+        or left < demand.most.sealed - leased.sealed
+        or leased.hot > account.free_hot
+        or wait_s > rules.ahead_s
+    ):
+        return None
+    cost = wait_s + rules.scarcity * plan.prefill_s * backlog.correction
+    cost += rules.balance_s * (1.0 - left / (spec.capacity.sealed or 1))
+    if left < rules.hole_pages <= free and leased.sealed < rules.hole_pages:
+        cost += rules.hole_s
+    return cost
 
 
 def _cost_s(view: GroupView, asked: Asked, now: float, rules: PlacementRules) -> float:

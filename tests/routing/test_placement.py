@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+from random import Random
+
 import pytest
 
+from kvmesh.cluster.routing import placement as rules
 from kvmesh.cluster.routing.config import RouterConfig
 from kvmesh.cluster.routing.errors import DeadlineUnreachableError, LedgerError
 from kvmesh.cluster.routing.group import GroupSpec
@@ -135,3 +138,24 @@ def test_growth_past_the_estimate_is_granted_with_new_terms() -> None:
         router.ledger.grow(placement.lease.lease_id, PageNeed(4, 99), 3.0)
     router.release(placement.lease.lease_id, 4.0)
     assert router.grow(placement.lease.lease_id, request, 600, 5.0) is None
+
+
+def test_the_short_way_to_a_cost_is_the_long_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the groups' state, deciding with and without the short cut is the same."""
+    chance = Random(5)
+    for _ in range(30):
+        specs = [paced(f"g{i}", sealed=chance.choice([60, 200, 1000])) for i in range(6)]
+        router = router_with(*specs, ahead_s=chance.choice([0.2, 2.0]), least_samples=2)
+        pages = tuple(b"%d" % page for page in range(100))
+        for step in range(30):
+            prompt = chance.randrange(16, 2400)
+            hashes = pages[: prompt // 16] if chance.random() < 0.3 else ()
+            request = PlaceRequest(f"r{step}", prompt, 320, page_hashes=hashes)
+            short = router.estimate(request, float(step))
+            with monkeypatch.context() as patched:
+                patched.setattr(rules, "_plain_cost_s", lambda *_: None)
+                long = router.estimate(request, float(step))
+            assert short == long
+            router.submit(request, float(step))
+            if step % 7 == 3:
+                router.group_down(f"g{step % 6}", float(step))
