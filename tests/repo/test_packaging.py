@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import shutil
 import subprocess
 import sys
@@ -30,8 +31,10 @@ print(kvmesh.__file__)
 
 
 def run(*command: str | Path, cwd: Path) -> str:
+    # pip takes what PYTHONPATH leads to for installed, and a cluster of an earlier test sets it.
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     result = subprocess.run(
-        [str(part) for part in command], cwd=cwd, capture_output=True, text=True
+        [str(part) for part in command], cwd=cwd, capture_output=True, text=True, env=environment
     )
     assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
     return result.stdout.strip()
