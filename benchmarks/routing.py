@@ -125,9 +125,9 @@ class Bench:
         return best
 
 
-def measure(name: str, folder: Path) -> dict[str, object]:
+def measure(name: str, folder: Path, rate: float | None) -> dict[str, object]:
     bench = Bench(SETTINGS[name], folder)
-    rate = bench.overload_rate()
+    rate = rate or bench.overload_rate()
     at_load = [bench.run(policy, rate) for policy in POLICIES]
     curve = {
         f"{share:.2f}": [bench.run(policy, rate * share) for policy in CURVE_POLICIES]
@@ -175,13 +175,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("traces", type=Path)
     parser.add_argument("--setting", action="append", choices=sorted(SETTINGS))
+    parser.add_argument("--rate", type=float, help="do not look for the load, take this")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plots", type=Path)
     arguments = parser.parse_args()
     results = {}
     for name in arguments.setting or SETTINGS:
         print(name, file=sys.stderr, flush=True)
-        results[name] = measure(name, arguments.traces)
+        results[name] = measure(name, arguments.traces, arguments.rate)
         if arguments.plots:
             draw(name, results[name], arguments.plots)
         if arguments.json:

@@ -66,7 +66,7 @@ class DecodeGraphs:
     def _capture(self, size: int) -> _Graph:
         device = self._tables.hot.device
         empty = np.zeros(0, dtype=np.int64)
-        nothing = StepArrays(*(empty,) * 4, np.zeros(1, dtype=np.int64), *(empty,) * 4).padded(size)
+        nothing = StepArrays(*(empty,) * 4, np.zeros(1, dtype=np.int64), *(empty,) * 5).padded(size)
         staging = torch.empty(_num_ints(size), dtype=torch.int64, pin_memory=True)
         _fill(staging.numpy(), nothing)
         inputs = staging.to(device)
@@ -86,7 +86,8 @@ class DecodeGraphs:
     def _views(self, inputs: torch.Tensor, size: int) -> StepTensors:
         """The packed inputs as a step; the casts are part of the graph."""
         parts = inputs.split(_part_sizes(size))
-        ids, positions, slots, logits_rows, starts, lens, rows, seal_hot, seal_sealed = parts
+        ids, positions, slots, logits_rows, starts, lens, rows = parts[:7]
+        seal_hot, seal_sealed, seal_positions = parts[7:]
         return StepTensors(
             input_ids=ids,
             positions=positions,
@@ -94,6 +95,7 @@ class DecodeGraphs:
             logits_rows=logits_rows,
             seal_hot=seal_hot.int(),
             seal_sealed=seal_sealed.int(),
+            seal_positions=seal_positions,
             batch=self._tables.batch(
                 starts.int(),
                 lens.int(),
@@ -110,7 +112,7 @@ def _bucket(count: int) -> int:
 
 def _part_sizes(size: int) -> list[int]:
     """Of StepArrays' fields, in their order, for a padded decode step."""
-    return [size, size, size, size, size + 1, size, size, size, size]
+    return [size, size, size, size, size + 1, size, size, size, size, size]
 
 
 def _num_ints(size: int) -> int:
@@ -129,6 +131,7 @@ def _fill(staging: np.ndarray[tuple[int, ...], np.dtype[np.int64]], arrays: Step
             arrays.rows,
             arrays.seal_hot,
             arrays.seal_sealed,
+            arrays.seal_positions,
         ),
         out=staging,
     )

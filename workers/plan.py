@@ -54,7 +54,8 @@ class TableUpdate(msgspec.Struct, array_like=True, frozen=True):
 class StepPlan(msgspec.Struct, tag="step", frozen=True):
     """One step of the group.
 
-    seal_hot[i] is encoded into seal_sealed[i], in every layer, after the chunk's keys and
+    seal_hot[i], the logical page seal_pages[i] of its sequence, is encoded into
+    seal_sealed[i], in every layer, after the chunk's keys and
     values are written and before anything is attended to.
     """
 
@@ -65,6 +66,7 @@ class StepPlan(msgspec.Struct, tag="step", frozen=True):
     sealed: TableUpdate
     seal_hot: list[int]
     seal_sealed: list[int]
+    seal_pages: list[int]
 
     @property
     def num_tokens(self) -> int:

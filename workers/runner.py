@@ -8,9 +8,10 @@ import numpy as np
 import torch
 
 from kvmesh.kernels.attention import paged_attention
-from kvmesh.kernels.formats.base import KVFormat
+from kvmesh.kernels.formats.base import NO_PARAMS, KVFormat, LayerParams
 from kvmesh.kernels.seal import seal_pages
 from kvmesh.kernels.write import write_hot
+from kvmesh.workers.basis import Basis
 from kvmesh.workers.decode_graphs import DecodeGraphs
 from kvmesh.workers.executor import Allocation
 from kvmesh.workers.kv_pool import KVPool
@@ -26,6 +27,8 @@ class ModelRunner:
 
     sink_pages, recent_pages: windows read exactly, as every rank of the group has them
     samples: whether this rank gets the logits and chooses the tokens
+    params: what calibration found, for each layer and this rank's heads, where the format
+        needs it
     """
 
     def __init__(
@@ -41,9 +44,12 @@ class ModelRunner:
         device: torch.device,
         samples: bool,
         cuda_graphs: bool,
+        params: list[LayerParams] | None = None,
     ) -> None:
         self._model = model
         self._fmt = fmt
+        self._basis = Basis(fmt, model.head_dim, dtype, device)
+        self._params = params or [NO_PARAMS] * model.facts.num_layers
         self._device = device
         self._pool = KVPool(
             allocation,
@@ -106,10 +112,19 @@ class ModelRunner:
         def attend(
             layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, args: AttendArgs
         ) -> torch.Tensor:
-            hot, sealed = self._pool.hot[layer], self._pool.sealed[layer]
+            hot, sealed, params = self._pool.hot[layer], self._pool.sealed[layer], self._params[layer]
+            q, k, v = self._basis.enter(q, k, v)
             write_hot(k, v, hot, step.slots)
             if step.seal_hot.shape[0]:
-                seal_pages(hot, sealed, step.seal_hot, step.seal_sealed, fmt=self._fmt)
+                seal_pages(
+                    hot,
+                    sealed,
+                    step.seal_hot,
+                    step.seal_sealed,
+                    fmt=self._fmt,
+                    params=params,
+                    positions=step.seal_positions,
+                )
             out, _ = paged_attention(
                 q,
                 hot,
@@ -117,10 +132,11 @@ class ModelRunner:
                 step.batch,
                 fmt=self._fmt,
                 scale=args.scale,
+                params=params,
                 softcap=args.softcap,
                 sliding_window=args.sliding_window,
             )
-            return out
+            return self._basis.leave(out)
 
         return self._model.forward(step.input_ids, step.positions, attend, step.logits_rows)
 

@@ -231,7 +231,7 @@ class _Draft:
         self._sealed.setdefault(_row(seq), []).append((page, seq.sealed[page]))
 
     def seal(self, seq: Sequence, page: int) -> None:
-        self._seals.setdefault(_row(seq), []).append((seq.hot[page], seq.sealed[page]))
+        self._seals.setdefault(_row(seq), []).append((seq.hot[page], seq.sealed[page], page))
 
     def add_chunk(self, seq: Sequence, start: int, end: int) -> None:
         row = _row(seq)
@@ -249,15 +249,16 @@ class _Draft:
             part.pop(row, None)
 
     def plan(self, step: int) -> StepPlan:
-        seals = [pair for pairs in self._seals.values() for pair in pairs]
+        seals = [seal for found in self._seals.values() for seal in found]
         return StepPlan(
             step=step,
             row_starts=list(self.row_starts.values()),
             chunks=list(self.chunks.values()),
             hot=_table(self._hot),
             sealed=_table(self._sealed),
-            seal_hot=[hot for hot, _ in seals],
-            seal_sealed=[sealed for _, sealed in seals],
+            seal_hot=[hot for hot, _, _ in seals],
+            seal_sealed=[sealed for _, sealed, _ in seals],
+            seal_pages=[page for _, _, page in seals],
         )
 
 

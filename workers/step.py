@@ -24,7 +24,7 @@ class StepArrays:
 
     slots: [T], hot page id * page_size + offset; query_starts: [S + 1]; seq_lens: [S], tokens
     including the new ones; rows: [S], block table rows; logits_rows: [n], the sampled chunks'
-    last tokens
+    last tokens; seal_positions: [s], of each page's first token
     """
 
     input_ids: Ints
@@ -36,6 +36,7 @@ class StepArrays:
     rows: Ints
     seal_hot: Ints
     seal_sealed: Ints
+    seal_positions: Ints
 
     @staticmethod
     def of(plan: StepPlan, hot_ids: Ints, page_size: int) -> StepArrays:
@@ -59,6 +60,7 @@ class StepArrays:
             rows=rows,
             seal_hot=np.array(plan.seal_hot, dtype=np.int64),
             seal_sealed=np.array(plan.seal_sealed, dtype=np.int64),
+            seal_positions=np.array(plan.seal_pages, dtype=np.int64) * page_size,
         )
 
     @property
@@ -80,6 +82,7 @@ class StepArrays:
             rows=_pad(self.rows, size, 0),
             seal_hot=_pad(self.seal_hot, size, -1),
             seal_sealed=_pad(self.seal_sealed, size, -1),
+            seal_positions=_pad(self.seal_positions, size, 0),
         )
 
 
@@ -93,6 +96,7 @@ class StepTensors:
     logits_rows: torch.Tensor
     seal_hot: torch.Tensor
     seal_sealed: torch.Tensor
+    seal_positions: torch.Tensor
     batch: AttentionBatch
 
 
@@ -139,6 +143,7 @@ def to_device(arrays: StepArrays, tables: Tables, device: torch.device) -> StepT
         logits_rows=ints(arrays.logits_rows, torch.int64, device),
         seal_hot=ints(arrays.seal_hot, torch.int32, device),
         seal_sealed=ints(arrays.seal_sealed, torch.int32, device),
+        seal_positions=ints(arrays.seal_positions, torch.int64, device),
         batch=tables.batch(
             ints(arrays.query_starts, torch.int32, device),
             ints(arrays.seq_lens, torch.int32, device),

@@ -9,7 +9,7 @@ import torch
 
 from kvmesh.kernels.attention import reference
 from kvmesh.kernels.attention.batch import AttentionBatch
-from kvmesh.kernels.formats.base import KVFormat
+from kvmesh.kernels.formats.base import NO_PARAMS, KVFormat, LayerParams
 
 Result = tuple[torch.Tensor, torch.Tensor]
 
@@ -22,6 +22,7 @@ def paged_attention(
     *,
     fmt: KVFormat,
     scale: float,
+    params: LayerParams = NO_PARAMS,
     softcap: float | None = None,
     sliding_window: int | None = None,
     backend: str | None = None,
@@ -34,6 +35,7 @@ def paged_attention(
         holds the new tokens' keys and values already (`write_hot`)
     sealed: [num_sealed_pages, num_kv_heads, page_bytes] uint8 in format `fmt`
     batch: the step's sequences and tables
+    params: what calibration found for this layer, where the format needs it
     scale: factor of q·k; softcap c: scores become c * tanh(score / c)
     sliding_window w: key j is visible to query i if i - j < w
     backend: None picks the kernels on GPUs and plain torch elsewhere
@@ -74,6 +76,7 @@ def paged_attention(
         batch,
         fmt=fmt,
         scale=scale,
+        params=params,
         softcap=softcap,
         sliding_window=sliding_window,
     )

@@ -24,7 +24,6 @@ import numpy.typing as npt
 import torch
 
 from kvmesh.kernels.attention.batch import AttentionBatch
-from kvmesh.kernels.formats.base import KVFormat
 
 MAX_GROUP_TOKENS = 4096
 MIN_BLOCK_TOKENS = 64
@@ -51,9 +50,13 @@ class HotSlots:
 
 @dataclass(frozen=True, slots=True)
 class SealedPages:
-    """Sealed pages to read: the format's `tile_index` of [rows, pages]."""
+    """Sealed pages to read, for each (sequence, KV head) in order.
 
-    tile_index: torch.Tensor
+    index: [rows * pages] int64 rows of sealed seen as [num_sealed_pages * num_kv_heads,
+        page_bytes]
+    """
+
+    index: torch.Tensor
     rows: int
 
 
@@ -104,14 +107,13 @@ def plan_for(
     batch: AttentionBatch,
     num_tokens: int,
     num_kv_heads: int,
-    fmt: KVFormat,
     sliding_window: int | None,
 ) -> Plan:
     """The batch's plan, made on first use."""
-    key = ("reference", num_tokens, num_kv_heads, fmt.name, sliding_window)
+    key = ("reference", num_tokens, num_kv_heads, sliding_window)
     plan = batch.plans.get(key)
     if plan is None:
-        plan = _Planner(batch, num_tokens, num_kv_heads, fmt, sliding_window).plan()
+        plan = _Planner(batch, num_tokens, num_kv_heads, sliding_window).plan()
         batch.plans[key] = plan
     return plan  # type: ignore[no-any-return]
 
@@ -122,10 +124,8 @@ class _Planner:
         batch: AttentionBatch,
         num_tokens: int,
         num_kv_heads: int,
-        fmt: KVFormat,
         sliding_window: int | None,
     ) -> None:
-        self.codec = fmt.codec()
         self.num_tokens = num_tokens
         self.num_kv_heads = num_kv_heads
         self.window = sliding_window
@@ -315,7 +315,7 @@ class _Planner:
         ids = self._pages(self.sealed_tables, "sealed_tables", rows, logical)
         index = ids[:, None, :] * self.num_kv_heads + np.arange(self.num_kv_heads)[None, :, None]
         index = index.reshape(-1, ids.shape[1])
-        return SealedPages(self.codec.tile_index(self._tensor(index)), len(index))
+        return SealedPages(self._tensor(index.reshape(-1)), len(index))
 
     def _hot(self, rows: Ints, logical: Ints, tokens: int) -> HotSlots:
         ids = self._pages(self.hot_tables, "hot_tables", rows, logical)

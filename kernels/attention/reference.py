@@ -10,7 +10,14 @@ import torch
 
 from kvmesh.kernels.attention.batch import AttentionBatch
 from kvmesh.kernels.attention.plan import ChunkBlock, DecodeGroup, HotSlots, SealedPages, plan_for
-from kvmesh.kernels.formats.base import KVFormat, SealedTile
+from kvmesh.kernels.formats.base import (
+    NO_PARAMS,
+    KVFormat,
+    LayerParams,
+    Params,
+    Side,
+    SideTile,
+)
 
 # Scores of one block at most, where they have to be held: 32 MiB of fp32.
 MAX_SCORES = 8 * 1024 * 1024
@@ -24,12 +31,13 @@ def paged_attention(
     *,
     fmt: KVFormat,
     scale: float,
+    params: LayerParams = NO_PARAMS,
     softcap: float | None = None,
     sliding_window: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     num_tokens, num_heads, _ = q.shape
-    plan = plan_for(batch, num_tokens, hot.shape[2], fmt, sliding_window)
-    layer = _Layer(hot, sealed, fmt, scale, softcap)
+    plan = plan_for(batch, num_tokens, hot.shape[2], sliding_window)
+    layer = _Layer(hot, sealed, fmt, params, scale, softcap)
     if len(plan.groups) == 1 and plan.groups[0].size == num_tokens:
         return layer.decode(q, plan.groups[0])
     out = torch.empty_like(q)
@@ -52,14 +60,18 @@ class _Layer:
         hot: torch.Tensor,
         sealed: torch.Tensor,
         fmt: KVFormat,
+        params: LayerParams,
         scale: float,
         softcap: float | None,
     ) -> None:
         self.num_kv_heads, self.page_size, self.head_dim = hot.shape[2:]
         self.hot = hot
         self.dtype = hot.dtype
-        self.sealed = sealed
+        pages = sealed.view(-1, sealed.shape[-1])
+        middle = fmt.k.num_bytes(self.page_size, self.head_dim, hot.element_size())
+        self.sealed_k, self.sealed_v = pages[:, :middle], pages[:, middle:]
         self.fmt = fmt
+        self.params = params
         self.scale = scale
         self.softcap = softcap
 
@@ -70,11 +82,9 @@ class _Layer:
         queries = (q.float() * self.scale).reshape(rows, -1, self.head_dim)
         k_hot, v_hot = self._hot_tokens(group.hot, rows)
         scores = torch.bmm(queries, k_hot.mT)
-        tile = None
         num_sealed = 0
         if group.sealed is not None:
-            tile = self._tile(group.sealed)
-            sealed_scores = tile.scores(queries)
+            sealed_scores = self._sealed_keys(group.sealed).scores(queries)
             num_sealed = sealed_scores.shape[-1]
             scores = torch.cat((sealed_scores, scores), dim=-1)
         if self.softcap is not None:
@@ -89,10 +99,10 @@ class _Layer:
         weights = torch.softmax(scores, dim=-1)
         # log Σ e^s from the best key alone: its weight is e^(s - lse)
         lse = scores.amax(-1).sub_(weights.amax(-1).log_())
-        if tile is None:
+        if group.sealed is None:
             out = torch.bmm(weights, v_hot)
         else:
-            out = tile.weighted_values(weights[..., :num_sealed])
+            out = self._sealed_values(group.sealed).weighted(weights[..., :num_sealed])
             out.baddbmm_(weights[..., num_sealed:], v_hot)
         return out.view(q.shape).to(q.dtype), lse.view(q.shape[:2])
 
@@ -101,11 +111,12 @@ class _Layer:
         queries = q.float().unflatten(1, (self.num_kv_heads, -1)).permute(1, 2, 0, 3)
         k, v = self._hot_tokens(block.hot, self.num_kv_heads)
         if block.near_sealed is not None:
-            k_sealed, v_sealed = self._tile(block.near_sealed).dense()
-            k, v = torch.cat((k_sealed, k), dim=1), torch.cat((v_sealed, v), dim=1)
+            k = torch.cat((self._sealed_keys(block.near_sealed).dense(), k), dim=1)
+            v = torch.cat((self._sealed_values(block.near_sealed).dense(), v), dim=1)
         out, lse = self._dense(queries, k, v, block.near_bias)
         for piece in block.far:
-            far_out, far_lse = self._dense(queries, *self._tile(piece).dense(), None)
+            k, v = self._sealed_keys(piece).dense(), self._sealed_values(piece).dense()
+            far_out, far_lse = self._dense(queries, k, v, None)
             out = torch.lerp(out, far_out, torch.sigmoid(far_lse - lse).unsqueeze(-1))
             lse = torch.logaddexp(lse, far_lse)
         return (
@@ -151,13 +162,16 @@ class _Layer:
         k, v = both.narrow(2, 0, slots.tokens).float().unbind(0)
         return k, v
 
-    def _tile(self, pages: SealedPages) -> SealedTile:
-        return self.fmt.codec().load_tile(
-            self.fmt,
-            self.sealed,
-            pages.tile_index,
-            pages.rows,
-            self.page_size,
-            self.head_dim,
-            self.dtype,
+    def _sealed_keys(self, pages: SealedPages) -> SideTile:
+        return self._load(self.fmt.k, self.sealed_k, pages, self.params.k)
+
+    def _sealed_values(self, pages: SealedPages) -> SideTile:
+        return self._load(self.fmt.v, self.sealed_v, pages, self.params.v)
+
+    def _load(
+        self, side: Side, sealed: torch.Tensor, pages: SealedPages, params: Params
+    ) -> SideTile:
+        picked = sealed.index_select(0, pages.index)
+        return side.codec().load(
+            side, picked, pages.rows, self.page_size, self.head_dim, self.dtype, params
         )

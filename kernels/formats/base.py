@@ -1,85 +1,132 @@
-"""What a KV format is: a frozen value that knows its sizes and its codec.
+"""What a KV format is: a frozen value, made of a side for keys and a side for values.
 
-This module is free of torch, so that the router and the planner can do the
-arithmetic of pages without it; everything that touches a tensor stands in the
-format's `reference` module, imported on first use.
+    page of one layer and KV head   | keys, k.num_bytes | values, v.num_bytes |
+
+A side knows its sizes and its codec. This module and the sides' own modules are
+free of torch, so that the router and the planner can do the arithmetic of pages
+without it; everything that touches a tensor stands in the side's `reference`
+module, and in its `triton` module for GPUs, imported on first use.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
 if TYPE_CHECKING:
     import torch
 
+Params = Mapping[str, "torch.Tensor"]
 
-class SealedTile(Protocol):
-    """Sealed pages picked for the reference attention, one row of pages per (sequence, KV head).
 
-    The tile may keep codes as they are and fold scale and minimum into the
+class SideTile(Protocol):
+    """One side of sealed pages picked for the reference attention, a row of pages per
+    (sequence, KV head).
+
+    The tile may keep codes as they are and fold scales and offsets into the
     scores and the weights, so that nothing is dequantised for a single query.
     """
 
     def scores(self, q: torch.Tensor) -> torch.Tensor:
-        """q [rows, queries, head_dim] fp32 -> q·k, [rows, queries, pages * page_size] fp32."""
+        """Keys: q [rows, queries, head_dim] fp32 -> q·k, [rows, queries, tokens] fp32."""
 
-    def weighted_values(self, weights: torch.Tensor) -> torch.Tensor:
-        """weights [rows, queries, pages * page_size] fp32 -> [rows, queries, head_dim] fp32."""
+    def weighted(self, weights: torch.Tensor) -> torch.Tensor:
+        """Values: weights [rows, queries, tokens] fp32 -> [rows, queries, head_dim] fp32."""
 
-    def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values, each [rows, pages * page_size, head_dim] fp32."""
+    def dense(self) -> torch.Tensor:
+        """The numbers, [rows, tokens, head_dim] fp32."""
 
 
-class Codec(Protocol):
-    """What a format's `reference` module supplies; `fmt` is the format itself."""
+class SideCodec(Protocol):
+    """What a side's `reference` module supplies; `side` is the side itself.
 
-    def encode(self, fmt: KVFormat, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor: ...
+    params: what calibration found for this side of one layer, each
+        [num_kv_heads, ...] or without heads; empty where the side needs none
+    """
 
-    def decode(
-        self,
-        fmt: KVFormat,
-        pages: torch.Tensor,
-        page_size: int,
-        head_dim: int,
-        dtype: torch.dtype,
-    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+    def encode(
+        self, side: Side, x: torch.Tensor, params: Params, positions: torch.Tensor | None
+    ) -> torch.Tensor:
+        """x [n, num_kv_heads, page_size, head_dim] fp32 -> [n, num_kv_heads, num_bytes] uint8.
 
-    def tile_index(self, index: torch.Tensor) -> torch.Tensor:
-        """What `load_tile` takes for the pages index [rows, pages], page * num_kv_heads + head.
-
-        Made once a step, used by every layer.
+        positions: [n] int64, of each page's first token; given where the side asks for it
         """
 
-    def load_tile(
+    def load(
         self,
-        fmt: KVFormat,
-        sealed: torch.Tensor,
-        tile_index: torch.Tensor,
+        side: Side,
+        pages: torch.Tensor,
         rows: int,
         page_size: int,
         head_dim: int,
         dtype: torch.dtype,
-    ) -> SealedTile: ...
+        params: Params,
+    ) -> SideTile:
+        """pages [rows * pages a row, num_bytes] uint8; rows are (sequence, KV head), heads last."""
+
+    def decode(
+        self,
+        side: Side,
+        pages: torch.Tensor,
+        page_size: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        params: Params,
+    ) -> torch.Tensor:
+        """pages [n, num_kv_heads, num_bytes] -> [n, num_kv_heads, page_size, head_dim] fp32,
+        finite whatever was encoded."""
 
 
 @dataclass(frozen=True, slots=True)
-class TileKernels:
-    """A format on GPUs: functions of its `triton` module, for the kernels to call.
+class Side:
+    """How a sealed page stores its keys, or its values.
 
-    views: the sealed arena [num_sealed_pages, num_kv_heads, page_bytes] uint8 and
-        the compute dtype -> the two tensors the tile functions read
-    load_tile, store_tile: `triton.jit` functions
-    affine: keys and values are tile * scale + offset, to be folded by the caller
+    width: bits of one code, without metadata; 0 for the compute dtype's own
+    rotated: the numbers are in the basis of `rotation.py`: whoever calls the
+        operators rotates queries, keys and values into it, and the output back
+    calibrated: names of the parameters that calibration has to supply
+    wants_positions: encoding needs to know where in the sequence a page lies
     """
 
-    views: Callable[[torch.Tensor, torch.dtype], tuple[torch.Tensor, torch.Tensor]]
-    load_tile: Any
-    store_tile: Any
-    affine: bool
+    width: int
+    rotated: bool = field(default=False, kw_only=True)
+
+    package: ClassVar[str] = ""
+    calibrated: ClassVar[tuple[str, ...]] = ()
+    wants_positions: ClassVar[bool] = False
+
+    def num_bytes(self, page_size: int, head_dim: int, dtype_bytes: int = 2) -> int:
+        """Bytes of this side of one page of one layer and one KV head.
+
+        dtype_bytes: size of the compute dtype; only `exact` depends on it
+        """
+        raise TypeError(f"{type(self).__name__} must define num_bytes")
+
+    def bits_per_element(self, page_size: int, head_dim: int, dtype_bytes: int = 2) -> float:
+        """Stored bits a number, metadata included."""
+        return 8 * self.num_bytes(page_size, head_dim, dtype_bytes) / (page_size * head_dim)
+
+    def codec(self) -> SideCodec:
+        """The plain-torch functions of this side."""
+        return cast(SideCodec, _module(f"{self.package}.reference"))
+
+    def kernels(self) -> Any:
+        """The Triton functions of this side, a `SideKernels` of `formats/tiles_triton.py`."""
+        return _module(f"{self.package}.triton").kernels(self)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerParams:
+    """What calibration found for one layer, by the sides' parameter names."""
+
+    k: Params
+    v: Params
+
+
+NO_PARAMS = LayerParams({}, {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,75 +134,112 @@ class KVFormat:
     """How a sealed page stores keys and values.
 
     name: the registry's name, e.g. ``int4``
-    k_bits, v_bits: width of one code, without metadata; 0 for the compute dtype's own
     sink_pages, recent_pages: default windows whose pages are read exactly:
         key j is read from its hot page if its page is among the first
         `sink_pages` or at most `recent_pages` before the query's page
     aliases: other names users know it by (LMDeploy's ``quant_policy``, ...)
+    reference: kept for comparison, not for serving
     """
 
     name: str
-    k_bits: int
-    v_bits: int
+    k: Side
+    v: Side
+    summary: str
     sink_pages: int = 0
     recent_pages: int = 0
-    needs_calibration: bool = False
     aliases: tuple[str, ...] = ()
+    reference: bool = False
 
-    package: ClassVar[str] = ""
+    @property
+    def k_bits(self) -> int:
+        return self.k.width
+
+    @property
+    def v_bits(self) -> int:
+        return self.v.width
+
+    @property
+    def needs_calibration(self) -> bool:
+        return bool(self.k.calibrated or self.v.calibrated)
+
+    @property
+    def wants_positions(self) -> bool:
+        return self.k.wants_positions or self.v.wants_positions
 
     def page_bytes(self, page_size: int, head_dim: int, dtype_bytes: int = 2) -> int:
         """Bytes of one sealed page of one layer and one KV head, keys and values.
 
-        dtype_bytes: size of the compute dtype; only a format that stores it
-        (``exact``) depends on it.
+        Raises ValueError naming head_dim where a side cannot hold such heads.
         """
-        raise TypeError(f"{type(self).__name__} must define page_bytes")
+        return self.k.num_bytes(page_size, head_dim, dtype_bytes) + self.v.num_bytes(
+            page_size, head_dim, dtype_bytes
+        )
 
     def bits_per_element(self, page_size: int, head_dim: int, dtype_bytes: int = 2) -> float:
         """Stored bits per key or value element, metadata included."""
         elements = 2 * page_size * head_dim
         return 8 * self.page_bytes(page_size, head_dim, dtype_bytes) / elements
 
-    def encode(self, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def encode(
+        self,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        params: LayerParams = NO_PARAMS,
+        positions: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Seal whole pages.
 
-        k, v: [..., page_size, head_dim] of the compute dtype
-        Returns [..., page_bytes] uint8. Each page is encoded from its own
-        numbers alone: the same page gives the same bytes in any batch.
+        k, v: [n, num_kv_heads, page_size, head_dim] of the compute dtype, in the
+            sides' bases
+        positions: [n] int64, of each page's first token, where `wants_positions`
+        Returns [n, num_kv_heads, page_bytes] uint8. Each page is encoded from its
+        own numbers alone: the same page gives the same bytes in any batch.
         """
-        if k.shape != v.shape or k.dim() < 2:
+        if k.shape != v.shape or k.dim() != 4:
             raise ValueError(
-                "k, v: expected equal shapes [..., page_size, head_dim], "
+                "k, v: expected equal shapes [n, num_kv_heads, page_size, head_dim], "
                 f"got {tuple(k.shape)} and {tuple(v.shape)}"
             )
-        return self.codec().encode(self, k, v)
+        if self.wants_positions and (positions is None or positions.shape != k.shape[:1]):
+            raise ValueError(f"positions: {self.name} needs [{k.shape[0]}] first positions")
+        return _join(
+            self.k.codec().encode(self.k, k, params.k, positions),
+            self.v.codec().encode(self.v, v, params.v, positions),
+        )
 
     def decode(
-        self, pages: torch.Tensor, page_size: int, head_dim: int, dtype: torch.dtype
+        self,
+        pages: torch.Tensor,
+        page_size: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        params: LayerParams = NO_PARAMS,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of sealed pages, as attention reads them.
 
-        pages: [..., page_bytes] uint8
-        Returns k, v: [..., page_size, head_dim] of `dtype`
+        pages: [n, num_kv_heads, page_bytes] uint8
+        dtype: of the result, and for `exact` the compute dtype that was stored
+        Returns k, v: [n, num_kv_heads, page_size, head_dim] of `dtype`
         """
         expected = self.page_bytes(page_size, head_dim, dtype.itemsize)
-        if pages.shape[-1] != expected:
+        if pages.dim() != 3 or pages.shape[-1] != expected:
             raise ValueError(
-                f"pages: expected {expected} bytes a page of format {self.name}, "
-                f"got {pages.shape[-1]}"
+                f"pages: expected [n, num_kv_heads, {expected}] for format {self.name}, "
+                f"got {tuple(pages.shape)}"
             )
-        return self.codec().decode(self, pages, page_size, head_dim, dtype)
+        at = self.k.num_bytes(page_size, head_dim, dtype.itemsize)
+        shape = (page_size, head_dim, dtype)
+        k = self.k.codec().decode(self.k, pages[..., :at].contiguous(), *shape, params.k)
+        v = self.v.codec().decode(self.v, pages[..., at:].contiguous(), *shape, params.v)
+        return k.to(dtype), v.to(dtype)
 
-    def codec(self) -> Codec:
-        """The plain-torch functions of this format."""
-        return _codec(self.package)
 
-    def tile_kernels(self) -> TileKernels:
-        """The Triton functions of this format."""
-        return cast(TileKernels, importlib.import_module(f"{self.package}.triton").kernels(self))
+def _join(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    return torch.cat((k, v), dim=-1)
 
 
 @cache
-def _codec(package: str) -> Codec:
-    return cast(Codec, importlib.import_module(f"{package}.reference"))
+def _module(name: str) -> Any:
+    return importlib.import_module(name)

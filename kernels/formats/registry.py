@@ -1,15 +1,114 @@
-"""Every KV format by name. Adding one is a folder and a line here."""
+"""Every KV format by name. Adding one is a line here, and a folder where its encoding is new."""
 
 from __future__ import annotations
 
-from kvmesh.kernels.formats.base import KVFormat
-from kvmesh.kernels.formats.exact.format import EXACT
-from kvmesh.kernels.formats.per_token.format import INT4, INT8
+from kvmesh.kernels.formats.affine.side import Affine
+from kvmesh.kernels.formats.base import KVFormat, Side
+from kvmesh.kernels.formats.codebook.side import Codebook
+from kvmesh.kernels.formats.exact.side import Exact
+from kvmesh.kernels.formats.fp8.side import Fp8
+
+
+def _channels(width: int) -> Side:
+    """Keys on a grid a channel and page, fitted by least squares."""
+    return Affine(width, along="channel", fit="least_squares", scale="e5m3")
+
+
+def _rotated(width: int) -> Side:
+    """Rotated values on Lloyd-Max levels, unbiased."""
+    return Codebook(width, scale="e5m3", rotated=True)
+
 
 _FORMATS: tuple[KVFormat, ...] = (
-    EXACT,
-    INT8,
-    INT4,
+    KVFormat("exact", Exact(), Exact(), "the compute dtype's own", aliases=("0", "none", "auto")),
+    KVFormat(
+        "int8",
+        Affine(8),
+        Affine(8),
+        "a grid a token and head, as LMDeploy's policy 8",
+        aliases=("8",),
+    ),
+    KVFormat("fp8", Fp8(centred=True), Fp8(), "e4m3, a scale a page and head, keys centred"),
+    KVFormat(
+        "k4v4",
+        _channels(4),
+        _rotated(4),
+        "keys on a grid a channel and page, values rotated",
+        sink_pages=1,
+        recent_pages=1,
+    ),
+    KVFormat(
+        "k4v2",
+        _channels(4),
+        _rotated(2),
+        "as k4v4; in place of LMDeploy's policy 42",
+        sink_pages=1,
+        recent_pages=2,
+        aliases=("42",),
+    ),
+    KVFormat(
+        "k3v3", _channels(3), _rotated(3), "as k4v4, in 3 bits", sink_pages=1, recent_pages=2
+    ),
+    KVFormat(
+        "k3v2",
+        _channels(3),
+        _rotated(2),
+        "as k4v4, for long contexts",
+        sink_pages=1,
+        recent_pages=4,
+    ),
+    KVFormat(
+        "k2v2", _channels(2), _rotated(2), "as k4v4, for capacity", sink_pages=1, recent_pages=4
+    ),
+    KVFormat(
+        "int4",
+        Affine(4),
+        Affine(4),
+        "a grid a token and head, as LMDeploy's policy 4",
+        aliases=("4",),
+    ),
+    KVFormat(
+        "kivi4",
+        Affine(4, along="channel", run=32),
+        Affine(4, run=32),
+        "KIVI: keys a channel and 32 tokens, values a token and 32 channels",
+        recent_pages=2,
+    ),
+    KVFormat(
+        "kivi2",
+        Affine(2, along="channel", run=32),
+        Affine(2, run=32),
+        "as kivi4, in 2 bits",
+        recent_pages=2,
+    ),
+    *(
+        KVFormat(
+            f"{name}{width}",
+            Affine(width, run=64, fit=fit),
+            Affine(width, run=64, fit=fit),
+            summary,
+            recent_pages=2,
+        )
+        for name, fit, summary in (
+            ("g64-int", "range", "a grid a token and 64 channels, as transformers' Quanto cache"),
+            ("g64-hqq", "half_quadratic", "the same grid solved as transformers' HQQ cache does"),
+        )
+        for width in (4, 2)
+    ),
+    KVFormat(
+        "turboquant-sign",
+        Codebook(3, norm="rms", residual="sign", rotated=True),
+        Codebook(2, norm="rms", rotated=True),
+        "LMDeploy's policy 42: 3-bit levels and a residual sign",
+        reference=True,
+    ),
+    KVFormat(
+        "turboquant-qjl",
+        Codebook(3, norm="rms", residual="qjl", rotated=True),
+        Codebook(2, norm="rms", rotated=True),
+        "TurboQuant as published: 3-bit levels and a projected residual sign",
+        reference=True,
+    ),
 )
 
 _BY_NAME: dict[str, KVFormat] = {name: fmt for fmt in _FORMATS for name in (fmt.name, *fmt.aliases)}

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from kvmesh.kernels.formats.base import KVFormat
+from kvmesh.kernels.formats.base import NO_PARAMS, KVFormat, LayerParams
 from kvmesh.kernels.seal import reference
 
 
@@ -17,6 +17,8 @@ def seal_pages(
     sealed_ids: torch.Tensor,
     *,
     fmt: KVFormat,
+    params: LayerParams = NO_PARAMS,
+    positions: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> None:
     """Encode full hot pages into sealed pages, of one layer, in place.
@@ -25,6 +27,8 @@ def seal_pages(
     sealed: [num_sealed_pages, num_kv_heads, page_bytes] uint8
     hot_ids, sealed_ids: [n] int32, page n of one goes to page n of the other; a negative
         hot id is padding and is skipped
+    params: what calibration found for this layer, where the format needs it
+    positions: [n] int64, of each page's first token; only for formats that want positions
     backend: None picks the kernels on GPUs and plain torch elsewhere
     """
     if hot_ids.shape != sealed_ids.shape or hot_ids.dim() != 1:
@@ -41,7 +45,11 @@ def seal_pages(
             f"sealed: expected [num_sealed_pages, {num_kv_heads}, {page_bytes}] uint8, "
             f"got {tuple(sealed.shape)} {sealed.dtype}"
         )
-    _implementation(hot, backend)(hot, sealed, hot_ids, sealed_ids, fmt=fmt)
+    if fmt.wants_positions and (positions is None or positions.shape != hot_ids.shape):
+        raise ValueError(f"positions: format {fmt.name} needs [{hot_ids.shape[0]}] first positions")
+    _implementation(hot, backend)(
+        hot, sealed, hot_ids, sealed_ids, fmt=fmt, params=params, positions=positions
+    )
 
 
 def _implementation(hot: torch.Tensor, backend: str | None) -> Callable[..., None]:

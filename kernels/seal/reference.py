@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kvmesh.kernels.formats.base import KVFormat
+from kvmesh.kernels.formats.base import KVFormat, LayerParams
 
 
 def seal_pages(
@@ -14,9 +14,13 @@ def seal_pages(
     sealed_ids: torch.Tensor,
     *,
     fmt: KVFormat,
+    params: LayerParams,
+    positions: torch.Tensor | None,
 ) -> None:
     if int(hot_ids.min()) < 0:
         wanted = hot_ids >= 0
         hot_ids, sealed_ids = hot_ids[wanted], sealed_ids[wanted]
+        positions = None if positions is None else positions[wanted]
     full = hot.index_select(0, hot_ids)
-    sealed.index_copy_(0, sealed_ids.long(), fmt.encode(full[:, 0], full[:, 1]))
+    pages = fmt.encode(full[:, 0], full[:, 1], params, positions)
+    sealed.index_copy_(0, sealed_ids.long(), pages)

@@ -1,1 +1,1 @@
-"""The format `exact`: sealed pages keep the bytes of the hot page."""
+"""The side `exact`: sealed pages keep the bytes of the hot page."""

@@ -1,0 +1,232 @@
+"""Plain-torch codec of `Affine`.
+
+    side of a page   | codes (packing.py) | offsets | scales |    runs of each, in order
+
+    scale = (max - min) / (2^bits - 1),  code = round((x - offset) / scale)
+
+"token" runs come token by token, "channel" runs one run of tokens after the
+other, all channels of each.
+
+How scale and offset are fitted to a run:
+
+range           from its least to its greatest number: LMDeploy's online int8 and
+                int4, KIVI (arXiv 2402.02750), Quanto
+least_squares   the grid that leaves the least squared error, by turns: codes for the
+                grid, then the line through (code, number) (Lloyd's iteration on a
+                uniform grid); starts from the range
+half_quadratic  HQQ's solver (Badri & Shaji, 2023): the range's scale, and the offset
+                that minimises the p-norm of the error, p = 0.7, by a proximal
+                iteration. Errors are measured in steps here, not in the numbers'
+                own units, so that the result does not depend on those
+
+Why bf16 for offsets, and how "range" rounds. bf16 has fp32's range, so 1e38 needs no
+special case, and a minimum of bf16 numbers is itself one. The codes are
+computed against the *stored* numbers, which "range" rounds outwards (minimum down,
+scale up): the stored grid then covers the run, and no code saturates by more
+than the rounding of one division. The price is a step at most 2^-7 wider. For
+fp32 runs far from zero the grid also has to reach down to the rounded minimum,
+at most 2^-7 |min| away: half a step is then 2^-12 |min| at four bits, still finer
+than bf16 itself resolves. A floor under the scale keeps constant runs from
+dividing by zero; their codes are 0 and they come back as the stored minimum.
+Everything is computed on halves of the numbers, because max - min may exceed
+fp32 where max and min do not; fits are computed in steps from the least
+number, which nothing makes overflow.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from kvmesh.kernels.formats.affine.side import OFFSET_BYTES, Affine
+from kvmesh.kernels.formats.base import Params, SideTile
+from kvmesh.kernels.formats.packing import pack, packed_bytes, unpack
+from kvmesh.kernels.formats.scales import load_scale, rounded_scale, store_scale
+from kvmesh.kernels.formats.tiles import BF16_MAX, ChannelTile, DenseTile, TokenTile, saturated
+
+SCALE_FLOOR = 2.0**-125  # its half is still a normal fp32 number
+SCALE_CEILING = 2.0**126
+FIT_ROUNDS = 6
+# Where least squares starts, as a share of the range: with few levels the best grid is narrower.
+FIRST_SHARE = {2: 0.8, 3: 0.9}
+HQQ_ROUNDS, HQQ_NORM, HQQ_BETA, HQQ_KAPPA = 20, 0.7, 10.0, 1.01
+_UPPER_HALF = -65536  # 0xFFFF0000 as int32: the bits of an fp32 number that bf16 keeps
+
+
+def encode(
+    side: Affine, x: torch.Tensor, params: Params, positions: torch.Tensor | None
+) -> torch.Tensor:
+    page_size, head_dim = x.shape[-2:]
+    half = _to_runs(side, x.float() * 0.5)
+    offset, scale = _FITS[side.fit](half, side)
+    # floor(t + 0.5) rather than round-half-even: the same in every backend
+    codes = half.sub_((offset * 0.5)[..., None]).div_((scale * 0.5)[..., None])
+    codes = codes.add_(0.5).floor_().clamp_(0.0, 2.0**side.width - 1).to(torch.uint8)
+    offsets = offset.to(torch.bfloat16).flatten(2).view(torch.uint8)
+    scales = store_scale(scale.flatten(2), side.scale)
+    packed = pack(_from_runs(side, codes, page_size, head_dim), side.width)
+    return torch.cat((packed, offsets, scales), dim=-1)
+
+
+def load(
+    side: Affine,
+    pages: torch.Tensor,
+    rows: int,
+    page_size: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    params: Params,
+) -> SideTile:
+    offset, scale = _meta(side, pages, page_size, head_dim)
+    if side.along == "token" and side.run_length(page_size, head_dim) == head_dim:
+        parts: tuple[torch.Tensor, ...]
+        if side.width == 4:
+            byte = pages[:, : packed_bytes(4, page_size, head_dim)]
+            parts = (byte & 15, byte)
+        else:
+            parts = (unpack(pages, side.width, page_size, head_dim),)
+        codes = tuple(part.float().reshape(rows, -1, head_dim // len(parts)) for part in parts)
+        return TokenTile(codes, scale.view(rows, -1), offset.view(rows, -1))
+    unpacked = unpack(pages, side.width, page_size, head_dim).float()
+    if side.along == "channel":
+        tokens = side.run_length(page_size, head_dim)
+        return ChannelTile(
+            unpacked.view(rows, -1, tokens, head_dim),
+            scale.view(rows, -1, head_dim),
+            offset.view(rows, -1, head_dim),
+        )
+    runs = _to_runs(side, unpacked)
+    x = runs.mul_(scale.view(runs.shape[:-1])[..., None])
+    x = x.add_(offset.view(runs.shape[:-1])[..., None])
+    return DenseTile(x.view(rows, -1, head_dim))
+
+
+def decode(
+    side: Affine,
+    pages: torch.Tensor,
+    page_size: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    params: Params,
+) -> torch.Tensor:
+    offset, scale = _meta(side, pages, page_size, head_dim)
+    codes = _to_runs(side, unpack(pages, side.width, page_size, head_dim).float())
+    shape = codes.shape[:-1]
+    x = saturated(codes, scale.view(shape)[..., None], offset.view(shape)[..., None])
+    return _from_runs(side, x, page_size, head_dim)
+
+
+def _meta(
+    side: Affine, pages: torch.Tensor, page_size: int, head_dim: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Offsets and scales, each [..., runs] fp32."""
+    start = packed_bytes(side.width, page_size, head_dim)
+    middle = start + side.runs(page_size, head_dim) * OFFSET_BYTES
+    return (
+        load_scale(pages[..., start:middle], "bf16"),
+        load_scale(pages[..., middle:], side.scale),
+    )
+
+
+def _to_runs(side: Affine, x: torch.Tensor) -> torch.Tensor:
+    """[..., page_size, head_dim] -> [..., page_size, runs, run] along tokens, or
+    [..., runs, head_dim, run] along channels; a copy or a view."""
+    run = side.run_length(*x.shape[-2:])
+    if side.along == "token":
+        return x.unflatten(-1, (-1, run))
+    return x.unflatten(-2, (-1, run)).transpose(-1, -2).contiguous()
+
+
+def _from_runs(side: Affine, runs: torch.Tensor, page_size: int, head_dim: int) -> torch.Tensor:
+    if side.along == "channel":
+        runs = runs.transpose(-1, -2)
+    return runs.reshape(*runs.shape[:-3], page_size, head_dim).contiguous()
+
+
+def _fit_range(half: torch.Tensor, side: Affine) -> tuple[torch.Tensor, torch.Tensor]:
+    """half: half of the numbers, [..., run] -> offset, scale, [...] as they will be stored"""
+    levels = 2.0**side.width - 1
+    offset = _round_down_to_bf16(half.amin(-1) * 2.0)
+    half_scale = (half.amax(-1) - offset * 0.5) / levels
+    scale = _round_up_to_bf16((half_scale * 2.0).clamp_min(SCALE_FLOOR))
+    return offset, rounded_scale(scale, side.scale)
+
+
+def _fit_least_squares(half: torch.Tensor, side: Affine) -> tuple[torch.Tensor, torch.Tensor]:
+    """x in steps t = a q + b + error: by turns the codes q of a and b, then a and b of q."""
+    levels = 2.0**side.width - 1
+    steps, mean, half_min, half_step = _in_steps(half, levels)
+    a = torch.full_like(mean, FIRST_SHARE.get(side.width, 1.0))
+    b = (0.5 * levels) * (1.0 - a)
+    for _ in range(FIT_ROUNDS):
+        q = steps.sub(b).div_(a).add_(0.5).floor_().clamp_(0.0, levels)
+        q_mean = q.mean(-1, keepdim=True)
+        q.sub_(q_mean)
+        spread = q.square().sum(-1, keepdim=True)
+        # All codes alike: a run that is constant up to rounding; any grid will do.
+        slope = (q * (steps - mean)).sum(-1, keepdim=True) / spread.clamp_min(1e-9)
+        a = torch.where(spread > 1e-9, slope.clamp_min(1e-3), a)
+        b = mean - a * q_mean
+    scale = _stored_scale(half_step * a.squeeze(-1) * 2.0, side)
+    # The line through the means stays, with the scale that is stored.
+    b = mean - (scale * 0.5 / half_step).unsqueeze(-1) * q_mean
+    return _stored_offset(half_min, half_step, b.squeeze(-1)), scale
+
+
+def _fit_half_quadratic(half: torch.Tensor, side: Affine) -> tuple[torch.Tensor, torch.Tensor]:
+    """The code of t is q = round(t + z); z follows from what the proximal step leaves."""
+    levels = 2.0**side.width - 1
+    steps, _, half_min, half_step = _in_steps(half, levels)
+    z = torch.zeros_like(steps[..., :1])
+    beta = HQQ_BETA
+    for _ in range(HQQ_ROUNDS):
+        q = steps.add(z).add_(0.5).floor_().clamp_(0.0, levels)
+        error = steps - (q - z)
+        size = error.abs()
+        kept = (size - size.clamp_min(1e-9).pow(HQQ_NORM - 1.0) / beta).clamp_min(0.0)
+        z = (q - (steps - error.sign() * kept)).mean(-1, keepdim=True)
+        beta *= HQQ_KAPPA
+    scale = _stored_scale(half_step * 2.0, side)
+    return _stored_offset(half_min, half_step, -z.squeeze(-1)), scale
+
+
+def _in_steps(
+    half: torch.Tensor, levels: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The numbers as steps of the run's range above its least, from 0 to `levels`; their mean
+    (with a last dimension of 1), and the halves of the least number and of a step."""
+    half_min = half.amin(-1)
+    half_step = ((half.amax(-1) - half_min) / levels).clamp_min(0.5 * SCALE_FLOOR)
+    steps = (half - half_min[..., None]).div_(half_step[..., None])
+    return steps, steps.mean(-1, keepdim=True), half_min, half_step
+
+
+def _stored_scale(scale: torch.Tensor, side: Affine) -> torch.Tensor:
+    return rounded_scale(scale.clamp(SCALE_FLOOR, SCALE_CEILING), side.scale)
+
+
+def _stored_offset(
+    half_min: torch.Tensor, half_step: torch.Tensor, steps: torch.Tensor
+) -> torch.Tensor:
+    half = (half_min + half_step * steps).clamp(-0.5 * BF16_MAX, 0.5 * BF16_MAX)
+    return (half * 2.0).to(torch.bfloat16).float()
+
+
+def _round_up_to_bf16(x: torch.Tensor) -> torch.Tensor:
+    """Positive fp32 numbers to the next bf16 number above, still as fp32."""
+    bits = x.contiguous().view(torch.int32)
+    return ((bits + 0xFFFF) & _UPPER_HALF).view(torch.float32)
+
+
+def _round_down_to_bf16(x: torch.Tensor) -> torch.Tensor:
+    """fp32 numbers to the next bf16 number below, at least bf16's least, still as fp32."""
+    bits = x.contiguous().view(torch.int32)
+    # Truncating the magnitude rounds towards zero: down for x > 0 only.
+    away = torch.where(x < 0, 0xFFFF, 0).to(torch.int32)
+    return ((bits + away) & _UPPER_HALF).view(torch.float32).clamp_min(-BF16_MAX)
+
+
+_FITS = {
+    "range": _fit_range,
+    "least_squares": _fit_least_squares,
+    "half_quadratic": _fit_half_quadratic,
+}

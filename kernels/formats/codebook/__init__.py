@@ -1,0 +1,1 @@
+"""Codebook codes: levels made for Gaussian numbers, times one scale a token."""

@@ -1,0 +1,50 @@
+"""Lloyd-Max levels with a scale a token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from kvmesh.kernels.formats.base import Side
+from kvmesh.kernels.formats.packing import packed_bytes
+from kvmesh.kernels.formats.scales import SCALE_BYTES
+
+# Max (1960): the positive levels of the least squared error for N(0, 1).
+LLOYD_MAX = {
+    2: (0.452780, 1.510418),
+    3: (0.245094, 0.756005, 1.343909, 2.151946),
+    4: (0.128395, 0.388048, 0.656759, 0.942340, 1.256231, 1.618046, 2.069017, 2.732590),
+}
+RESIDUAL_NORM_BYTES = 2  # bf16
+
+
+@dataclass(frozen=True, slots=True)
+class Codebook(Side):
+    """x^ = level(code) * scale, of numbers that a rotation has made Gaussian.
+
+    norm: what the scale is, "eden" or "rms", see `reference.py`
+    scale: how it is stored, "bf16" or "e5m3"
+    residual: a sign a number for what the level leaves: "" for none, "sign" in the
+        same basis, "qjl" after a Gaussian projection; for comparison with TurboQuant
+    """
+
+    norm: str = "eden"
+    scale: str = "bf16"
+    residual: str = ""
+
+    package: ClassVar[str] = "kvmesh.kernels.formats.codebook"
+
+    def __post_init__(self) -> None:
+        if self.width not in LLOYD_MAX:
+            raise ValueError(f"width: expected one of {tuple(LLOYD_MAX)}, got {self.width}")
+        if self.norm not in ("eden", "rms"):
+            raise ValueError(f"norm: expected eden or rms, got {self.norm!r}")
+        if self.residual not in ("", "sign", "qjl"):
+            raise ValueError(f"residual: expected '', sign or qjl, got {self.residual!r}")
+
+    def num_bytes(self, page_size: int, head_dim: int, dtype_bytes: int = 2) -> int:
+        codes = packed_bytes(self.width, page_size, head_dim)
+        total = codes + page_size * SCALE_BYTES[self.scale]
+        if self.residual:
+            total += packed_bytes(1, page_size, head_dim) + page_size * RESIDUAL_NORM_BYTES
+        return total

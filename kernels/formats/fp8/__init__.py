@@ -1,0 +1,1 @@
+"""Eight-bit floating point, e4m3, with a scale a page."""

@@ -1,0 +1,65 @@
+"""Plain-torch codec of `Fp8`.
+
+    side of a page   | e4m3 numbers [page_size, head_dim] | centres bf16 | scale fp32 |
+
+scale = max |x - centre| / 448 over the head's page, in fp32; 448 is e4m3's greatest
+number, and torch rounds to the nearest. Other engines calibrate one scale a layer;
+a page's own costs four bytes and cannot be wrong.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from kvmesh.kernels.formats.base import Params
+from kvmesh.kernels.formats.fp8.side import Fp8
+from kvmesh.kernels.formats.tiles import BF16_MAX, DenseTile
+
+E4M3_MAX = 448.0
+SCALE_FLOOR = 2.0**-100
+
+
+def encode(
+    side: Fp8, x: torch.Tensor, params: Params, positions: torch.Tensor | None
+) -> torch.Tensor:
+    half = x.float() * 0.5
+    parts = []
+    if side.centred:
+        centre = (half.mean(-2, keepdim=True) * 2.0).to(torch.bfloat16)
+        parts.append(centre.flatten(-2).view(torch.uint8))
+        half = half - centre.float() * 0.5
+    half_scale = (half.abs().amax((-2, -1), keepdim=True) / E4M3_MAX).clamp_min(SCALE_FLOOR)
+    numbers = (half / half_scale).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+    scale = (half_scale * 2.0).flatten(-2)
+    return torch.cat((numbers.flatten(-2).view(torch.uint8), *parts, scale.view(torch.uint8)), -1)
+
+
+def load(
+    side: Fp8,
+    pages: torch.Tensor,
+    rows: int,
+    page_size: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    params: Params,
+) -> DenseTile:
+    x = decode(side, pages.unsqueeze(1), page_size, head_dim, dtype, params)
+    return DenseTile(x.view(rows, -1, head_dim))
+
+
+def decode(
+    side: Fp8,
+    pages: torch.Tensor,
+    page_size: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    params: Params,
+) -> torch.Tensor:
+    end = page_size * head_dim
+    numbers = pages[..., :end].contiguous().view(torch.float8_e4m3fn).float()
+    scale = pages[..., -4:].contiguous().view(torch.float32)
+    half = numbers.unflatten(-1, (page_size, head_dim)) * (scale * 0.5)[..., None]
+    if side.centred:
+        centre = pages[..., end:-4].contiguous().view(torch.bfloat16).float()
+        half = half + centre[..., None, :] * 0.5
+    return half.clamp_(-0.5 * BF16_MAX, 0.5 * BF16_MAX).mul_(2.0)

@@ -1,0 +1,46 @@
+"""The basis of rotated sides: a random-sign Hadamard rotation, the same for every head.
+
+A rotation spreads what stands out in a few channels over all of them, so that
+one scale a token suffices and a codebook made for Gaussian numbers fits
+(QuaRot, arXiv 2404.00456; TurboQuant, arXiv 2504.19874). It is orthonormal:
+rotated queries and keys have the scores of plain ones, and an output of rotated
+values is rotated back once. Signs are random, but fixed: without them a
+constant vector, or any other that a Hadamard matrix knows, stays concentrated.
+
+A head_dim that is no power of two splits into blocks that are: 80 = 64 + 16.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+_SEED = 20160811
+
+
+@cache
+def rotation_matrix(head_dim: int) -> torch.Tensor:
+    """R [head_dim, head_dim] fp32, orthonormal; x in the rotated basis is x @ R.T.
+
+    Raises ValueError for an odd head_dim, where a channel would stay alone.
+    """
+    if head_dim < 2 or head_dim % 2:
+        raise ValueError(f"head_dim: a rotation needs an even number, got {head_dim}")
+    generator = torch.Generator().manual_seed(_SEED)
+    blocks = []
+    left = head_dim
+    while left:
+        size = 1 << (left.bit_length() - 1)
+        signs = torch.randint(0, 2, (size,), generator=generator) * 2.0 - 1.0
+        blocks.append(_hadamard(size) * signs)
+        left -= size
+    return torch.block_diag(*blocks)
+
+
+def _hadamard(size: int) -> torch.Tensor:
+    """Sylvester's construction, orthonormal."""
+    matrix = torch.ones(1, 1)
+    while matrix.shape[0] < size:
+        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
+    return matrix / size**0.5

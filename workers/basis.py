@@ -1,0 +1,39 @@
+"""The basis a format keeps keys and values in: rotated, or as they are.
+
+Hot and sealed pages share it, so that attention need not know of it: queries
+are rotated with the keys, and the output back with the values.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from kvmesh.kernels.formats.base import KVFormat
+from kvmesh.kernels.formats.rotation import rotation_matrix
+
+
+class Basis:
+    """Rotations of a format's sides, for one head_dim and dtype."""
+
+    def __init__(
+        self, fmt: KVFormat, head_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        def matrix(rotated: bool) -> torch.Tensor | None:
+            return rotation_matrix(head_dim).to(device, dtype) if rotated else None
+
+        self._k = matrix(fmt.k.rotated)
+        self._v = matrix(fmt.v.rotated)
+
+    def enter(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q [tokens, num_heads, head_dim], k and v [tokens, num_kv_heads, head_dim]."""
+        if self._k is not None:
+            q, k = q @ self._k.T, k @ self._k.T
+        if self._v is not None:
+            v = v @ self._v.T
+        return q, k, v
+
+    def leave(self, out: torch.Tensor) -> torch.Tensor:
+        """out [tokens, num_heads, head_dim], of values in the basis."""
+        return out if self._v is None else out @ self._v
