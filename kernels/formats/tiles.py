@@ -67,7 +67,8 @@ class TokenTile:
             out_high = torch.bmm(scaled, byte).sub_(out_low).mul_(0.0625)
             out = torch.cat((out_low, out_high), dim=-1)
         if self.offset is not None:
-            out.add_(torch.bmm(weights, self.offset.unsqueeze(-1)))
+            # A sum by halves: a product with a vector would round once a token.
+            out.add_((weights * self.offset.unsqueeze(1)).sum(-1, keepdim=True))
         return out
 
     def dense(self) -> torch.Tensor:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from kvmesh.kernels.attention import AttentionBatch
-from kvmesh.kernels.formats.base import KVFormat
+from kvmesh.kernels.formats.base import NO_PARAMS, KVFormat, LayerParams
 from kvmesh.kernels.seal import seal_pages
 from kvmesh.kernels.write import write_hot
 
@@ -41,6 +41,7 @@ class Case:
     k: list[torch.Tensor]
     v: list[torch.Tensor]
     new_tokens: list[int]
+    params: LayerParams = NO_PARAMS
 
     def to(self, device: str) -> Case:
         b = self.batch
@@ -70,6 +71,7 @@ def make_case(
     seed: int = 0,
     shared_prefix_pages: int = 0,
     padding_tokens: int = 0,
+    params: LayerParams = NO_PARAMS,
 ) -> Case:
     """sequences: (tokens in all, of which new). The pools are shuffled; every page and slot that no
     query may read is NaN (hot) or 0xFF (sealed: NaN scales), and table rows are permuted.
@@ -121,7 +123,8 @@ def make_case(
                 sealed_tables[row, page] = page_id
                 write_hot(k[tokens], v[tokens], staging, page_id * size + torch.arange(count))
                 ids = torch.tensor([page_id], dtype=torch.int32)
-                seal_pages(staging, sealed, ids, ids, fmt=fmt)
+                at = torch.tensor([page * size])
+                seal_pages(staging, sealed, ids, ids, fmt=fmt, params=params, positions=at)
 
     new_tokens = [new for _, new in sequences]
     starts = torch.tensor([0, *new_tokens]).cumsum(0).to(torch.int32)
@@ -140,7 +143,7 @@ def make_case(
         max_query_len=max(new_tokens),
         max_seq_len=max(length for length, _ in sequences),
     )
-    return Case(shape, fmt, q.to(dtype), hot, sealed, batch, keys, values, new_tokens)
+    return Case(shape, fmt, q.to(dtype), hot, sealed, batch, keys, values, new_tokens, params)
 
 
 def with_empty_sequences(case: Case, count: int) -> Case:
@@ -214,9 +217,11 @@ def _sealed_form(case: Case, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Te
     size, dim = case.shape.page_size, case.shape.head_dim
     k_sealed, v_sealed = k.float().clone(), v.float().clone()
     stored = k.dtype if case.fmt.name == "exact" else torch.float32
+    params = case.params
     for start in range(0, k.shape[0] - size + 1, size):
         tokens = slice(start, start + size)
-        page = case.fmt.encode(k[tokens].transpose(0, 1), v[tokens].transpose(0, 1))
-        k_page, v_page = case.fmt.codec().decode(case.fmt, page, size, dim, stored)
-        k_sealed[tokens], v_sealed[tokens] = k_page.transpose(0, 1), v_page.transpose(0, 1)
+        pages = (x[tokens].transpose(0, 1).unsqueeze(0) for x in (k, v))
+        page = case.fmt.encode(*pages, params, torch.tensor([start]))
+        k_page, v_page = case.fmt.decode(page, size, dim, stored, params)
+        k_sealed[tokens], v_sealed[tokens] = k_page[0].transpose(0, 1), v_page[0].transpose(0, 1)
     return k_sealed, v_sealed

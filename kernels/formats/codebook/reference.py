@@ -66,7 +66,7 @@ def encode(
     top = x.abs().amax(-1, keepdim=True).clamp_min(SCALE_FLOOR)
     y = x / top
     rms = y.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-30)
-    codes = torch.bucketize(y / rms, boundaries(side.width).to(x.device))
+    codes = torch.bucketize((y / rms).contiguous(), boundaries(side.width).to(x.device))
     chosen = levels(side.width).to(x.device)[codes]
     if side.norm == "eden":
         scale = y.square().sum(-1, keepdim=True) / (y * chosen).sum(-1, keepdim=True)
