@@ -91,7 +91,7 @@ def load(
 ) -> SideTile:
     if side.residual:
         x = decode(side, pages.unsqueeze(1), page_size, head_dim, dtype, params)
-        return DenseTile(x.reshape(rows, -1, head_dim))
+        return DenseTile(x.contiguous().view(rows, -1, head_dim))
     scale = _scales(side, pages, page_size, head_dim).view(rows, -1)
     table = unpack(pages, side.width, page_size, head_dim, values=side.values)
     if side.levels == "uniform":

@@ -44,7 +44,7 @@ def load(
     params: Params,
 ) -> DenseTile:
     x = decode(side, pages.unsqueeze(1), page_size, head_dim, dtype, params)
-    return DenseTile(x.reshape(rows, -1, head_dim))
+    return DenseTile(x.contiguous().view(rows, -1, head_dim))
 
 
 def decode(
