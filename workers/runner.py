@@ -112,7 +112,8 @@ class ModelRunner:
         def attend(
             layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, args: AttendArgs
         ) -> torch.Tensor:
-            hot, sealed, params = self._pool.hot[layer], self._pool.sealed[layer], self._params[layer]
+            hot, sealed = self._pool.hot[layer], self._pool.sealed[layer]
+            params = self._params[layer]
             q, k, v = self._basis.enter(q, k, v)
             write_hot(k, v, hot, step.slots)
             if step.seal_hot.shape[0]:

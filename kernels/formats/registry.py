@@ -22,7 +22,13 @@ def _rotated(width: int) -> Side:
 
 
 _FORMATS: tuple[KVFormat, ...] = (
-    KVFormat("exact", Exact(), Exact(values=True), "the compute dtype's own", aliases=("0", "none", "auto")),
+    KVFormat(
+        "exact",
+        Exact(),
+        Exact(values=True),
+        "the compute dtype's own",
+        aliases=("0", "none", "auto"),
+    ),
     KVFormat(
         "int8",
         Affine(8),
@@ -30,7 +36,9 @@ _FORMATS: tuple[KVFormat, ...] = (
         "a grid a token and head, as LMDeploy's policy 8",
         aliases=("8",),
     ),
-    KVFormat("fp8", Fp8(centred=True), Fp8(values=True), "e4m3, a scale a page and head, keys centred"),
+    KVFormat(
+        "fp8", Fp8(centred=True), Fp8(values=True), "e4m3, a scale a page and head, keys centred"
+    ),
     KVFormat(
         "k4v4",
         _channels(4),
@@ -48,9 +56,7 @@ _FORMATS: tuple[KVFormat, ...] = (
         recent_pages=2,
         aliases=("42",),
     ),
-    KVFormat(
-        "k3v3", _channels(3), _rotated(3), "as k4v4, in 3 bits", sink_pages=1, recent_pages=2
-    ),
+    KVFormat("k3v3", _channels(3), _rotated(3), "as k4v4, in 3 bits", sink_pages=1, recent_pages=2),
     KVFormat(
         "k3v2",
         _channels(3),
