@@ -24,7 +24,7 @@ def choose_formats(names: list[str]) -> list[KVFormat]:
     try:
         formats = [get_format(name) for name in (EXACT, *names)]
     except ValueError as error:
-        raise ConfigError("kv_format", str(error)) from None
+        raise ConfigError("kv_format", str(error).removeprefix("kv format: ")) from None
     return list({fmt.name: fmt for fmt in formats}.values())
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvmesh.kernels.formats.base import KVFormat
+from kvmesh.workers.evaluation.meter import Meter
 from kvmesh.workers.evaluation.model import EvaluatedModel
-from kvmesh.workers.evaluation.tally import Advance, Tally, compare
+from kvmesh.workers.evaluation.tally import Tally, compare
 from kvmesh.workers.evaluation.text import TokenText
 
 LONG_CONTEXT = 32_768
@@ -56,7 +57,7 @@ def measure_perplexity(
     *,
     context: int,
     windows: int,
-    advance: Advance | None = None,
+    meter: Meter,
 ) -> PerplexityReport:
     """formats: exact first, as choose_formats gives them.
 
@@ -66,10 +67,11 @@ def measure_perplexity(
     model.check_length("context", context)
     footprints = [model.footprint(fmt) for fmt in formats]
     parts = TokenText(model.tokenizer, text).windows(context, windows)
+    meter.plan(sum(map(len, parts)) * len(formats))
     scorers = [model.scorer(fmt, context) for fmt in formats]
     tallies = [Tally() for _ in formats]
     for tokens in parts:
-        compare(scorers, tokens, tallies, advance=advance)
+        compare(scorers, tokens, tallies, meter)
     figures = [
         FormatPerplexity(
             kv_format=fmt.name,

@@ -15,8 +15,9 @@ import numpy as np
 
 from kvmesh.kernels.formats.base import KVFormat
 from kvmesh.workers.errors import ConfigError
+from kvmesh.workers.evaluation.meter import Meter
 from kvmesh.workers.evaluation.model import EvaluatedModel
-from kvmesh.workers.evaluation.tally import Advance, Tally, compare
+from kvmesh.workers.evaluation.tally import Tally, compare
 from kvmesh.workers.evaluation.text import TokenText
 
 PASSAGE_TOKENS = 256
@@ -53,7 +54,7 @@ def measure_recall(
     *,
     lengths: list[int],
     passages: int,
-    advance: Advance | None = None,
+    meter: Meter,
 ) -> RecallReport:
     """formats: exact first, as choose_formats gives them.
 
@@ -69,17 +70,17 @@ def measure_recall(
     for fmt in formats:
         model.footprint(fmt)
     source = TokenText(model.tokenizer, text)
+    windows = {length: source.windows(length, passages) for length in lengths}
+    for length, parts in windows.items():
+        meter.plan((length + PASSAGE_TOKENS) * len(parts) * len(formats))
     figures: list[FormatRecall] = []
-    counts: dict[int, int] = {}
-    for length in lengths:
-        parts = source.windows(length, passages)
-        counts[length] = len(parts)
+    for length, parts in windows.items():
         scorers = [model.scorer(fmt, length + PASSAGE_TOKENS) for fmt in formats]
         tallies = [Tally() for _ in formats]
         begin = len(source.prefix)
         for window in parts:
             tokens = np.concatenate((window, window[begin : begin + PASSAGE_TOKENS]))
-            compare(scorers, tokens, tallies, first=length, advance=advance)
+            compare(scorers, tokens, tallies, meter, first=length)
         figures += [
             FormatRecall(
                 kv_format=fmt.name,
@@ -95,6 +96,6 @@ def measure_recall(
         model_revision=model.facts.revision,
         dtype=model.dtype,
         page_size=model.config.page_size,
-        passages=counts,
+        passages={length: len(parts) for length, parts in windows.items()},
         figures=figures,
     )

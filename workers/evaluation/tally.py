@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch.nn import functional
 
+from kvmesh.workers.evaluation.meter import Meter
 from kvmesh.workers.evaluation.scorer import Scorer, lockstep
 from kvmesh.workers.request import TokenIds
-
-# Told how many tokens have been computed since it was last called.
-Advance = Callable[[int], None]
 
 # Of a chunk's logits so many rows are compared at once: the temporaries stay small.
 _ROWS = 64
@@ -65,9 +62,9 @@ def compare(
     scorers: list[Scorer],
     tokens: TokenIds,
     tallies: list[Tally],
+    meter: Meter,
     *,
     first: int = 0,
-    advance: Advance | None = None,
 ) -> None:
     """Count the predictions from position `first` on into `tallies`, one for each scorer.
 
@@ -83,9 +80,8 @@ def compare(
         targets = torch.from_numpy(tokens[begin + 1 : stop + 1].astype("int64")).to(exact.device)
         for tally, logits in zip(tallies, parts, strict=True):
             tally.add(_given(logits)[rows], exact, targets)
-        if advance is not None:
-            advance((end - computed) * len(scorers))
-            computed = end
+        meter.advance((end - computed) * len(scorers))
+        computed = end
 
 
 def _given(logits: torch.Tensor | None) -> torch.Tensor:
