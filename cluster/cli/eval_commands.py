@@ -141,7 +141,13 @@ def _explained_options() -> Iterator[None]:
 @contextlib.contextmanager
 def _evaluated(model: str, settings: dict[str, Any]) -> Iterator[tuple[EvaluatedModel, Meter]]:
     """The loaded model, under a progress bar that the meter moves."""
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
     from kvmesh.workers.config import EngineConfig
     from kvmesh.workers.evaluation.meter import Meter

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from rich.box import SIMPLE_HEAD
+from rich.console import Group
 from rich.table import Table
 
 from kvmesh.workers.evaluation.perplexity import PerplexityReport
 from kvmesh.workers.evaluation.recall import RecallReport
 
 
-def perplexity_table(report: PerplexityReport) -> Table:
-    table = _table(
+def perplexity_table(report: PerplexityReport) -> Group:
+    title = (
         f"[bold]{report.model}[/bold], {report.dtype}: {report.predictions} predictions in "
         f"{report.windows} windows of {report.context} tokens"
     )
+    table = _table()
     table.add_column("KV format", no_wrap=True)
     for name in ("perplexity", "loss", "KL", "bits", f"at {_short(report.context)}", "at 32k"):
         table.add_column(name, justify="right")
@@ -30,17 +32,18 @@ def perplexity_table(report: PerplexityReport) -> Table:
             f"{row.bits_at_32k:.2f}",
             f"{row.bytes_per_token:,.0f}",
         )
-    table.caption = (
+    notes = (
         "loss: of perplexity over exact KV; KL: of the next token's distribution, in nats\n"
         "bits: an element of a sealed page takes, metadata included; then the mean over\n"
         f"sequences of {_short(report.context)} and 32k tokens, whose exact windows count as "
         "16 bits"
     )
-    return table
+    return Group(title, table, _dim(notes))
 
 
-def recall_table(report: RecallReport) -> Table:
-    table = _table(f"[bold]{report.model}[/bold], {report.dtype}: recall of a 256-token passage")
+def recall_table(report: RecallReport) -> Group:
+    title = f"[bold]{report.model}[/bold], {report.dtype}: recall of a 256-token passage"
+    table = _table()
     table.add_column("length", justify="right")
     table.add_column("passages", justify="right")
     table.add_column("KV format", no_wrap=True)
@@ -56,11 +59,11 @@ def recall_table(report: RecallReport) -> Table:
                 f"{row.kl_nats:.5f}" if place else "–",
             )
         table.add_section()
-    table.caption = (
+    notes = (
         "accuracy: of the next token over the passage's second copy, which begins\n"
         "`length` tokens after the first; KL: from exact KV there, in nats"
     )
-    return table
+    return Group(title, table, _dim(notes))
 
 
 def _short(tokens: int) -> str:
@@ -68,13 +71,9 @@ def _short(tokens: int) -> str:
     return f"{tokens // 1024}k" if tokens % 1024 == 0 else str(tokens)
 
 
-def _table(title: str) -> Table:
-    return Table(
-        title=title,
-        title_justify="left",
-        title_style="",
-        caption_justify="left",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-    )
+def _dim(notes: str) -> str:
+    return f"[dim]{notes}[/dim]"
+
+
+def _table() -> Table:
+    return Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)

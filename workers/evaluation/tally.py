@@ -52,9 +52,7 @@ class Tally:
             wanted = targets[part]
             self.predictions += len(wanted)
             self.nll_nats += float(functional.nll_loss(ours, wanted, reduction="sum"))
-            self.kl_nats += float(
-                functional.kl_div(ours, theirs, reduction="sum", log_target=True)
-            )
+            self.kl_nats += float(functional.kl_div(ours, theirs, reduction="sum", log_target=True))
             self.hits += int((ours.argmax(dim=-1) == wanted).sum())
 
 
