@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 
 import torch
@@ -33,10 +34,21 @@ def choose_device(config: EngineConfig, rank: int) -> torch.device:
 
 
 class Rank:
-    """Loads the model on construction; `allocate` once, then `execute` step by step."""
+    """Loads the model on construction; `allocate` once, then `execute` step by step.
 
-    def __init__(self, config: EngineConfig, rank: int, comm: Communicator) -> None:
+    model: this rank's share of `config.model` where it is loaded already
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        rank: int,
+        comm: Communicator,
+        model: ServedModel | None = None,
+    ) -> None:
         self._config = config
+        self._rank = rank
+        self._comm = comm
         self._device = choose_device(config, rank)
         self._fmt = get_format(config.kv_format)
         self._dtype = _dtype(config, self._device)
@@ -48,7 +60,7 @@ class Rank:
             torch.set_num_threads(config.threads_per_rank or max(1, _cpus() // config.tp))
         files = resolve_model(config.model, progress=None)
         self._files = files
-        self._model: ServedModel = load_model(
+        self._model: ServedModel = model or load_model(
             files.path, dtype=self._dtype, device=self._device, comm=comm
         )
         self._sink_pages = _default(config.sink_pages, self._fmt.sink_pages)
@@ -96,6 +108,16 @@ class Rank:
         """The result on rank 0, None on the others."""
         assert self._runner is not None, "allocate comes before execute"
         return self._runner.execute(plan)
+
+    def score(self, plan: StepPlan) -> torch.Tensor | None:
+        """Logits of all the plan's tokens, see ModelRunner.score."""
+        assert self._runner is not None, "allocate comes before score"
+        return self._runner.score(plan)
+
+    def with_format(self, kv_format: str) -> Rank:
+        """A rank of the same model, weights shared, with another KV format and a pool to come."""
+        config = dataclasses.replace(self._config, kv_format=kv_format)
+        return Rank(config, self._rank, self._comm, self._model)
 
     def _kv_budget_bytes(self) -> int:
         """What KV may take here: the setting, or what a GPU has left after the weights and the
