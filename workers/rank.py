@@ -10,6 +10,7 @@ import torch
 from kvmesh.kernels.formats.registry import get_format
 from kvmesh.workers.config import DEFAULT_CPU_KV_MEMORY_BYTES, EngineConfig
 from kvmesh.workers.errors import ConfigError
+from kvmesh.workers.evaluation.probe import measure_divergences
 from kvmesh.workers.executor import Allocation, RankDescription
 from kvmesh.workers.kv_pool import page_bytes_of
 from kvmesh.workers.model.hook import AttendArgs
@@ -88,6 +89,7 @@ class Rank:
             hot_page_bytes=hot_bytes,
             sealed_page_bytes=sealed_bytes,
             kv_budget_bytes=self._kv_budget_bytes(),
+            head_dim=self._model.head_dim,
         )
 
     def allocate(self, allocation: Allocation) -> None:
@@ -113,6 +115,16 @@ class Rank:
         """Logits of all the plan's tokens, see ModelRunner.score."""
         assert self._runner is not None, "allocate comes before score"
         return self._runner.score(plan)
+
+    def divergences(self, kv_formats: list[str]) -> list[float]:
+        """See Executor.divergences; the figures on rank 0, [] on the others."""
+        return measure_divergences(
+            self,
+            self._files.path,
+            kv_formats,
+            page_size=self._config.page_size,
+            max_tokens=self._model.facts.max_model_len,
+        )
 
     def with_format(self, kv_format: str) -> Rank:
         """A rank of the same model, weights shared, with another KV format and a pool to come."""

@@ -6,8 +6,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
 
-from kvmesh.workers.evaluation.perplexity import PerplexityReport
-from kvmesh.workers.evaluation.recall import RecallReport
+from kvmesh.workers.evaluation.reports import PerplexityReport, RecallReport
 
 
 def perplexity_table(report: PerplexityReport) -> Group:
