@@ -196,8 +196,13 @@ def _evaluated(
     from kvmesh.workers.evaluation.model import EvaluatedModel
 
     config = EngineConfig(model=model or DEFAULT_MODEL, **settings)
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=err, transient=True) as bar:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
         task = bar.add_task(f"loading {config.model}", total=None)
 
         def report(step: str, share: float | None) -> None:
