@@ -37,7 +37,7 @@ def choose_device(config: EngineConfig, rank: int) -> torch.device:
 class Rank:
     """Loads the model on construction; `allocate` once, then `execute` step by step.
 
-    model: this rank's share of `config.model` where it is loaded already
+    shared: a rank that has loaded the same model, whose weights are used
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Rank:
         config: EngineConfig,
         rank: int,
         comm: Communicator,
-        model: ServedModel | None = None,
+        shared: Rank | None = None,
     ) -> None:
         self._config = config
         self._rank = rank
@@ -59,10 +59,11 @@ class Rank:
             torch.cuda.set_device(self._device)
         else:
             torch.set_num_threads(config.threads_per_rank or max(1, _cpus() // config.tp))
-        files = resolve_model(config.model, progress=None)
-        self._files = files
-        self._model: ServedModel = model or load_model(
-            files.path, dtype=self._dtype, device=self._device, comm=comm
+        self._files = shared._files if shared else resolve_model(config.model, progress=None)
+        self._model: ServedModel = (
+            shared._model
+            if shared
+            else load_model(self._files.path, dtype=self._dtype, device=self._device, comm=comm)
         )
         self._sink_pages = _default(config.sink_pages, self._fmt.sink_pages)
         self._recent_pages = _default(config.recent_pages, self._fmt.recent_pages)
@@ -129,7 +130,7 @@ class Rank:
     def with_format(self, kv_format: str) -> Rank:
         """A rank of the same model, weights shared, with another KV format and a pool to come."""
         config = dataclasses.replace(self._config, kv_format=kv_format)
-        return Rank(config, self._rank, self._comm, self._model)
+        return Rank(config, self._rank, self._comm, shared=self)
 
     def _kv_budget_bytes(self) -> int:
         """What KV may take here: the setting, or what a GPU has left after the weights and the
