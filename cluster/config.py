@@ -99,6 +99,11 @@ class EngineSection(_Section):
     cuda_graphs: bool = Field(
         default=False, description="Replay decode steps from CUDA graphs; no effect on CPUs"
     )
+    kv_probe: Literal["off", "warn", "refuse"] = Field(
+        default="warn",
+        description="Measure at load what the KV format does to the model; where it hurts, "
+        "warn or refuse",
+    )
     cpus_per_rank: float = Field(
         default=1.0, ge=0, description="CPUs a rank asks Ray for (logical, not threads)"
     )

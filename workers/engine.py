@@ -17,6 +17,7 @@ from collections.abc import Callable
 
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.errors import CapacityError, ConfigError, InvalidRequestError
+from kvmesh.workers.evaluation.gate import check_format
 from kvmesh.workers.executor import Allocation, Executor, RankDescription
 from kvmesh.workers.plan import SampledToken
 from kvmesh.workers.pool_plan import plan_pool
@@ -37,7 +38,8 @@ from kvmesh.workers.sizes import PageGeometry
 class Engine:
     """Continuous batching over an executor's ranks.
 
-    clock: seconds, monotonic. Raises ConfigError when the memory holds no sequence.
+    clock: seconds, monotonic. Raises ConfigError when the memory holds no sequence, and when
+    the model is refused with its KV format (`kv_probe`).
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class Engine:
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
         )
+        check_format(config, rank.head_dim, executor.divergences)
         executor.allocate(
             Allocation(
                 hot_pages=pool.hot_total,

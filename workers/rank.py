@@ -10,6 +10,7 @@ import torch
 from kvmesh.kernels.formats.registry import get_format
 from kvmesh.workers.config import DEFAULT_CPU_KV_MEMORY_BYTES, EngineConfig
 from kvmesh.workers.errors import ConfigError
+from kvmesh.workers.evaluation.probe import measure_divergences
 from kvmesh.workers.executor import Allocation, RankDescription
 from kvmesh.workers.kv_pool import page_bytes_of
 from kvmesh.workers.model.hook import AttendArgs
@@ -36,7 +37,7 @@ def choose_device(config: EngineConfig, rank: int) -> torch.device:
 class Rank:
     """Loads the model on construction; `allocate` once, then `execute` step by step.
 
-    model: this rank's share of `config.model` where it is loaded already
+    shared: a rank that has loaded the same model, whose weights are used
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class Rank:
         config: EngineConfig,
         rank: int,
         comm: Communicator,
-        model: ServedModel | None = None,
+        shared: Rank | None = None,
     ) -> None:
         self._config = config
         self._rank = rank
@@ -58,10 +59,11 @@ class Rank:
             torch.cuda.set_device(self._device)
         else:
             torch.set_num_threads(config.threads_per_rank or max(1, _cpus() // config.tp))
-        files = resolve_model(config.model, progress=None)
-        self._files = files
-        self._model: ServedModel = model or load_model(
-            files.path, dtype=self._dtype, device=self._device, comm=comm
+        self._files = shared._files if shared else resolve_model(config.model, progress=None)
+        self._model: ServedModel = (
+            shared._model
+            if shared
+            else load_model(self._files.path, dtype=self._dtype, device=self._device, comm=comm)
         )
         self._sink_pages = _default(config.sink_pages, self._fmt.sink_pages)
         self._recent_pages = _default(config.recent_pages, self._fmt.recent_pages)
@@ -88,6 +90,7 @@ class Rank:
             hot_page_bytes=hot_bytes,
             sealed_page_bytes=sealed_bytes,
             kv_budget_bytes=self._kv_budget_bytes(),
+            head_dim=self._model.head_dim,
         )
 
     def allocate(self, allocation: Allocation) -> None:
@@ -114,10 +117,20 @@ class Rank:
         assert self._runner is not None, "allocate comes before score"
         return self._runner.score(plan)
 
+    def divergences(self, kv_formats: list[str]) -> list[float]:
+        """See Executor.divergences; the figures on rank 0, [] on the others."""
+        return measure_divergences(
+            self,
+            self._files.path,
+            kv_formats,
+            page_size=self._config.page_size,
+            max_tokens=self._model.facts.max_model_len,
+        )
+
     def with_format(self, kv_format: str) -> Rank:
         """A rank of the same model, weights shared, with another KV format and a pool to come."""
         config = dataclasses.replace(self._config, kv_format=kv_format)
-        return Rank(config, self._rank, self._comm, self._model)
+        return Rank(config, self._rank, self._comm, shared=self)
 
     def _kv_budget_bytes(self) -> int:
         """What KV may take here: the setting, or what a GPU has left after the weights and the

@@ -78,6 +78,7 @@ def test_every_engine_setting_reaches_the_engine() -> None:
         "prefix_cache": False,
         "threads_per_rank": 2,
         "cuda_graphs": True,
+        "kv_probe": "refuse",
     }
     built = build({"model": "m", "engine": values}).engine_config()
     assert dataclasses.asdict(built) == {**values, "model": "m", "kv_memory_bytes": 64 << 20}

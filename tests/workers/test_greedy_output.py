@@ -31,6 +31,7 @@ CONFIG = EngineConfig(
     dtype="float32",
     device="cpu",
     kv_memory_bytes=400 << 20,
+    kv_probe="off",
     threads_per_rank=1,  # spinning threads make a shared machine crawl
 )
 
