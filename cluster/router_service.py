@@ -9,14 +9,14 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from kvmesh.cluster.ingress.attempt import sequence_id
 from kvmesh.cluster.ingress.errors import DrainingError, EngineLostError, RequestAbortedError
-from kvmesh.cluster.ingress.generation import sequence_id
 from kvmesh.cluster.metrics import RouterMeters
 from kvmesh.cluster.peers import ClusterStatus, EngineClient, EngineReport
 from kvmesh.cluster.routing.aio import AsyncRouter
 from kvmesh.cluster.routing.config import RouterConfig
 from kvmesh.cluster.routing.errors import DuplicateRequestError, RoutingError
-from kvmesh.cluster.routing.request import Estimate, Placement, PlaceRequest
+from kvmesh.cluster.routing.request import Estimate, Growth, Placement, PlaceRequest
 from kvmesh.cluster.routing.router import Router
 from kvmesh.workers.errors import EngineError
 
@@ -27,8 +27,13 @@ REPORT_TIMEOUT_S = 5.0
 
 @dataclass(slots=True)
 class _Live:
-    """A request that waits, or holds a lease. aborted: by Abort, while it waited."""
+    """A request that waits, or holds a lease.
 
+    ticket: of the call that placed it
+    aborted: while it waited
+    """
+
+    ticket: str
     sequences: int
     placement: Placement | None = None
     aborted: bool = False
@@ -60,6 +65,7 @@ class RouterService:
         self._report_period_s = report_period_s
         self._reports: dict[str, EngineReport] = {}
         self._healthy: set[str] = set()
+        self._page_versions: dict[str, int] = {}
         self._live: dict[str, _Live] = {}
         self._by_lease: dict[str, str] = {}
         self._totals: Counter[str] = Counter()
@@ -68,7 +74,9 @@ class RouterService:
 
     # Requests
 
-    async def place(self, request: PlaceRequest, *, supersede: bool = False) -> Placement:
+    async def place(
+        self, request: PlaceRequest, *, ticket: str, supersede: bool = False
+    ) -> Placement:
         """See RouterClient; also raises RequestAbortedError."""
         if self._draining and not request.resumed:
             raise DrainingError()
@@ -77,7 +85,7 @@ class RouterService:
             if not supersede:
                 raise DuplicateRequestError(key.partition("/")[2])
             await self._end(key)
-        live = self._live[key] = _Live(request.sequences)
+        live = self._live[key] = _Live(ticket, request.sequences)
         try:
             placement = await self._router.place(request)
         except asyncio.CancelledError:
@@ -94,16 +102,31 @@ class RouterService:
         self._totals["granted"] += 1
         return placement
 
-    async def release(self, lease_id: str) -> None:
+    async def begun(self, lease_id: str) -> None:
+        await self._router.begun(lease_id)
+
+    async def grow(self, lease_id: str, request: PlaceRequest, output_tokens: int) -> Growth | None:
+        return await self._router.grow(lease_id, request, output_tokens)
+
+    async def release(self, lease_id: str, output_tokens: int | None = None) -> None:
+        await self._end_lease(lease_id, output_tokens)
+
+    async def _end_lease(self, lease_id: str, output_tokens: int | None) -> None:
         key = self._by_lease.pop(lease_id, None)
         if key is not None:
             self._totals["released"] += 1
             if self._holds(key, lease_id):
                 del self._live[key]
-        await self._router.release(lease_id)
+        await self._router.release(lease_id, output_tokens)
 
     async def abort(self, request_id: str) -> bool:
         return await self._end(request_id)
+
+    async def withdraw(self, request_id: str, ticket: str) -> None:
+        live = self._live.get(request_id)
+        # The id may be another request's by now.
+        if live is not None and live.ticket == ticket:
+            await self._end(request_id)
 
     async def estimate(self, request: PlaceRequest) -> Estimate:
         return await self._router.estimate(request)
@@ -113,7 +136,10 @@ class RouterService:
         self._draining = True
 
     async def _end(self, key: str) -> bool:
-        """End a request: out of the queue, or its sequences on their engine."""
+        """End a request: out of the queue, or its sequences on their engine.
+
+        What has not reached the engine yet is refused there when it comes.
+        """
         live = self._live.get(key)
         if live is None:
             return False
@@ -129,8 +155,8 @@ class RouterService:
             ended = 0
         if not ended:
             # Its ingress has not submitted it, and perhaps never will: it may be gone.
-            await self.release(lease_id)
-        return ended > 0
+            await self._end_lease(lease_id, None)
+        return True
 
     def _forget(self, key: str, live: _Live) -> None:
         if self._live.get(key) is live:
@@ -180,7 +206,8 @@ class RouterService:
     async def _refresh_group(self, group: str) -> None:
         try:
             async with asyncio.timeout(REPORT_TIMEOUT_S):
-                report = await self._engines[group].report()
+                known_pages = self._page_versions.get(group, 0)
+                report, changes = await self._engines[group].report(known_pages)
         except (EngineLostError, EngineError, TimeoutError) as error:
             if group in self._healthy:
                 logger.warning("group %s does not report: %s", group, error or "timeout")
@@ -194,7 +221,11 @@ class RouterService:
         self._reports[group] = report
         if group not in self._healthy or known is None or known.info.epoch != report.info.epoch:
             self._healthy.add(group)
+            self._page_versions.pop(group, None)  # counts anew, and so do we
             await self._router.group_up(group, report.info)
+        else:
+            self._page_versions[group] = changes.version
+            await self._router.pages_changed(group, changes.held, changes.dropped)
         await self._router.report(group, report.loads)
 
     async def _down(self, group: str) -> None:

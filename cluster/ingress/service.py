@@ -26,6 +26,7 @@ from kvmesh.cluster.metrics import IngressMeters
 from kvmesh.cluster.peers import ClusterStatus, EngineClient, RouterClient, TextCodec
 from kvmesh.cluster.routing.request import PlaceRequest
 from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
+from kvmesh.workers.prefix_cache import PageDigests
 from kvmesh.workers.request import EngineInfo, TokenIds
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ logger = logging.getLogger(__name__)
 Metadata = Iterable[tuple[str, str | bytes]]
 
 LONG_TEXT_CHARS = 4096  # tokenising longer texts would hold up everybody's streams
+LONG_PROMPT_TOKENS = 1 << 16  # and so would hashing longer prompts
 REFRESH_PERIOD_S = 1.0
 
 
@@ -247,8 +249,9 @@ class IngressService:
         if len(ids) >= longest:
             raise self._context_exceeded(len(ids), status)
         params = validate.fit_context(spec, len(ids), longest)
+        hashes = await _page_hashes(ids, spec.salt_of(tenant), info)
         excluded = groups_below(spec.min_kv_format, status)
-        return Generation(spec, ids, params, tenant, self._around, excluded)
+        return Generation(spec, ids, params, tenant, self._around, hashes, excluded)
 
     async def _encode(self, prompt: validate.Prompt) -> TokenIds:
         """Token ids; a long text is tokenised beside the event loop."""
@@ -314,6 +317,17 @@ class IngressService:
         if usage.HasField("time_to_first_token_s"):
             first_token_s = usage.time_to_first_token_s
         self._meters.finished(usage.group, first_token_s, usage.queue_s, usage.failovers)
+
+
+async def _page_hashes(ids: TokenIds, salt: str, info: EngineInfo) -> tuple[bytes, ...]:
+    """Of the prompt's full pages, as the prefix caches of engines like this one know them."""
+    if not info.prefix_cache:
+        return ()
+    digests = PageDigests(info.page_size, salt)
+    pages = len(ids) // info.page_size
+    if len(ids) < LONG_PROMPT_TOKENS:
+        return tuple(digests.upto(ids, pages))
+    return tuple(await asyncio.to_thread(digests.upto, ids, pages))
 
 
 def _gather_delta(choices: dict[int, pb.Choice], delta: pb.Delta) -> None:

@@ -89,6 +89,10 @@ class GenerationSpec:
     cache_salt: str
     resume: Resume | None
 
+    def salt_of(self, tenant: str) -> str:
+        """Prompts of different salts share no cached page: speed would tell one of the other."""
+        return f"{tenant}/{self.cache_salt}"
+
 
 def refuse(field: str, message: str) -> NoReturn:
     raise InvalidRequestError(field, message)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from kvmesh.cluster.routing.fairness import TenantPolicy
+from kvmesh.workers.sizes import BLOCK_PAGES
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,7 @@ class RouterConfig:
     patience_most_s: float = 60.0
     aged_every: int = 4
     backfill_depth: int = 32
-    block_pages: int = 8
+    block_pages: int = BLOCK_PAGES
     index_limit: int = 1_000_000
     tenants: Mapping[str, TenantPolicy] = field(default_factory=dict)
     tenant_default: TenantPolicy = field(default_factory=TenantPolicy)

@@ -213,6 +213,8 @@ class Fleet:
         tokens = min(request.prompt_tokens + output_tokens, view.spec.max_model_len)
         sealed = len(view.spec.geometry.sealed_range(tokens)) * request.sequences
         need = PageNeed(lease.need.hot, max(lease.need.sealed, sealed))
+        if not need.fits(lease.most):
+            return False  # an adopted lease, not all of whose sequences are known yet
         if not self.ledger.grow(lease_id, need, now):
             return False
         more_s = max(output_tokens - live.output_tokens, 0) * view.decode_step_s

@@ -27,6 +27,7 @@ class Account:
     free_hot, free_sealed: pages no lease covers; negative after adoptions beyond
         the capacity, and nothing is granted then
     sequences: of all leases
+    adopted: leases that a former router granted
     reported_at: when its engine last reported to this ledger, or None
     shared: block hash -> leases that hold the block; it is charged once
     growing: sealed pages still to grow, of leases below their most
@@ -37,6 +38,7 @@ class Account:
     free_hot: int
     free_sealed: int
     sequences: int = 0
+    adopted: int = 0
     lease_ids: dict[str, None] = field(default_factory=dict)  # oldest first
     reported_at: float | None = None
     shared: dict[bytes, int] = field(default_factory=dict)
@@ -229,6 +231,8 @@ class Ledger:
             expires_at=now + self.ttl_s,
             blocks=blocks,
             block_pages=block_pages,
+            shared=shared,
+            number=self._granted,
         )
         self._do(ev.LeaseGranted(lease, now))
         return lease
@@ -240,6 +244,11 @@ class Ledger:
         remains free lets every single one still grow to its most. So whoever is
         oldest ends, gives back more than it took, and the next is the oldest: the
         banker's rule, without a search.
+
+        Adopted leases are charged for pages that they share, as no report tells which
+        those are, so pages may be free that the account does not show. While there are
+        adopted ones, the oldest therefore grows regardless: its engine has its own rule
+        by which the oldest comes to its end.
         """
         lease = self._lease(lease_id)
         if need.hot < lease.need.hot or need.sealed < lease.need.sealed:
@@ -253,8 +262,10 @@ class Ledger:
             account.free_hot - (need.hot - lease.need.hot),
             account.free_sealed - (need.sealed - lease.need.sealed),
         )
-        reserve = 0 if self._oldest_growing(account) == lease_id else account.reserve
-        if left.hot < 0 or left.sealed < reserve:
+        oldest = self._oldest_growing(account) == lease_id
+        reserve = 0 if oldest else account.reserve
+        overstated = oldest and account.adopted > 0
+        if left.hot < 0 or (left.sealed < reserve and not overstated):
             return False
         self._do(ev.LeaseResized(lease_id, need, now))
         return True
@@ -304,13 +315,15 @@ class Ledger:
         Leases that it listed before and no longer lists are over. Those it has never
         listed are over when their time to be used, and `grace_s`, has passed. Leases
         the ledger does not know are adopted, unless it released them within `grace_s`:
-        the report may have been on its way. What a silent engine holds is not known to
-        be free; the group's end frees it, not the clock.
+        the report may have been on its way. An adopted lease follows the reports upward:
+        more of its sequences may arrive, or a growth of the former router's. What a
+        silent engine holds is not known to be free; the group's end frees it, not the clock.
         """
         account = self._accounts.get(group)
         if account is None or account.spec.engine_epoch != engine_epoch:
             return Reconciliation(stale=True)
-        terms_by_id = {terms.lease_id: terms for terms in listed}
+        by_age = sorted(listed, key=lambda terms: (terms.epoch, terms.number))
+        terms_by_id = {terms.lease_id: terms for terms in by_age}
         missing = [
             self._leases[lease_id] for lease_id in account.lease_ids if lease_id not in terms_by_id
         ]
@@ -327,6 +340,8 @@ class Ledger:
         )
         for lease in adopted:
             self._do(ev.LeaseAdopted(lease, now))
+        for lease in self._restated(terms_by_id.values()):
+            self._do(ev.LeaseRestated(lease, now))
         confirmed = tuple(lease_id for lease_id in terms_by_id if lease_id in account.lease_ids)
         self._do(ev.GroupReported(group, confirmed, now))
         return Reconciliation(released, adopted)
@@ -375,11 +390,31 @@ class Ledger:
             epoch=terms.epoch,
             need=PageNeed(terms.hot_pages, terms.sealed_pages),
             most=PageNeed(terms.hot_pages, max(terms.sealed_pages, terms.most_sealed_pages)),
-            sequences=1,
+            sequences=terms.sequences,
+            number=terms.number,
             granted_at=now,
             expires_at=now + self.ttl_s,
             confirmed=True,
         )
+
+    def _restated(self, listed: Iterable[LeaseTerms]) -> list[Lease]:
+        """Adopted leases that are listed with more than is known of them, as they are now."""
+        restated: list[Lease] = []
+        for terms in listed:
+            known = self._leases.get(terms.lease_id)
+            if known is None or known.epoch == self.epoch:
+                continue
+            most = max(terms.sealed_pages, terms.most_sealed_pages, known.most.sealed)
+            hot = max(terms.hot_pages, known.need.hot)
+            now_known = replace(
+                known,
+                need=PageNeed(hot, max(terms.sealed_pages, known.need.sealed)),
+                most=PageNeed(hot, most),
+                sequences=max(terms.sequences, known.sequences),
+            )
+            if now_known != known:
+                restated.append(now_known)
+        return restated
 
     def _just(self, at: float | None, now: float) -> bool:
         return at is not None and now - at < self.grace_s
@@ -405,8 +440,10 @@ class Ledger:
                 self._enter(lease)
             case ev.LeaseAdopted(lease=lease):
                 self._enter(lease)
+            case ev.LeaseRestated(lease=lease):
+                self._restate(lease)
             case ev.LeaseResized(lease_id=lease_id, need=need):
-                self._resize(lease_id, need)
+                self._restate(replace(self._leases[lease_id], need=need))
             case ev.LeaseRenewed(lease_id=lease_id, expires_at=expires_at):
                 self._leases[lease_id] = replace(self._leases[lease_id], expires_at=expires_at)
             case ev.LeaseHandedOver(
@@ -441,6 +478,7 @@ class Ledger:
         account.free_sealed -= charged
         account.free_hot -= lease.need.hot
         account.sequences += lease.sequences
+        account.adopted += lease.epoch != self.epoch
         account.grows(lease)
 
     def _leave(self, lease_id: str) -> Lease:
@@ -457,16 +495,18 @@ class Ledger:
         account.free_sealed += freed
         account.free_hot += lease.need.hot
         account.sequences -= lease.sequences
+        account.adopted -= lease.epoch != self.epoch
         account.grows_no_more(lease)
         return lease
 
-    def _resize(self, lease_id: str, need: PageNeed) -> None:
-        """In place: the lease keeps its age."""
-        old = self._leases[lease_id]
-        new = self._leases[lease_id] = replace(old, need=need)
+    def _restate(self, new: Lease) -> None:
+        """Of another size, in place: the lease keeps its age."""
+        old = self._leases[new.lease_id]
+        self._leases[new.lease_id] = new
         account = self._accounts[old.group]
-        account.free_sealed -= need.sealed - old.need.sealed
-        account.free_hot -= need.hot - old.need.hot
+        account.free_sealed -= new.need.sealed - old.need.sealed
+        account.free_hot -= new.need.hot - old.need.hot
+        account.sequences += new.sequences - old.sequences
         account.grows_no_more(old)
         account.grows(new)
 

@@ -306,14 +306,25 @@ def _plain_cost_s(
     ):
         return None
     cost = wait_s + rules.scarcity * plan.prefill_s * backlog.correction
-    cost += rules.balance_s * (1.0 - left / (spec.capacity.sealed or 1))
+    cost += rules.balance_s * _used_share(account, leased)
     if left < rules.hole_pages <= free and leased.sealed < rules.hole_pages:
         cost += rules.hole_s
     return cost
 
 
+def _used_share(account: Account, leased: PageNeed) -> float:
+    """Of the group's pages, with the request: of the kind that it runs out of first.
+
+    Short sequences hold hot pages alone; by sealed ones a group of them looks empty.
+    """
+    capacity = account.spec.capacity
+    sealed = 1.0 - (account.free_sealed - leased.sealed) / (capacity.sealed or 1)
+    hot = 1.0 - (account.free_hot - leased.hot) / (capacity.hot or 1)
+    return hot if hot > sealed else sealed
+
+
 def _cost_s(view: GroupView, asked: Asked, now: float, rules: PlacementRules) -> float:
-    account, backlog, spec = view.account, view.backlog, view.spec
+    account, backlog = view.account, view.backlog
     assert account is not None
     free = account.free_sealed
     leased = asked.plans[view.kind].demand.leased.sealed
@@ -321,7 +332,7 @@ def _cost_s(view: GroupView, asked: Asked, now: float, rules: PlacementRules) ->
     wait_s = backlog.clear_at - now
     if wait_s < backlog.behind_s:
         wait_s = backlog.behind_s
-    used_share = 1.0 - left / (spec.capacity.sealed or 1)
+    used_share = _used_share(account, asked.plans[view.kind].demand.leased)
     cost = wait_s + rules.scarcity * prefill_s(view, asked) + rules.balance_s * used_share
     if left < rules.hole_pages <= free and leased < rules.hole_pages:
         cost += rules.hole_s

@@ -8,7 +8,7 @@ from contextlib import aclosing
 
 import pytest
 
-from kvmesh.cluster.ingress import generation
+from kvmesh.cluster.ingress import attempt, generation
 from kvmesh.cluster.ingress.errors import (
     ContextExceededError,
     EngineLostError,
@@ -522,7 +522,7 @@ async def test_a_final_refusal_by_the_engine_gives_the_lease_back(
     one.lines["g0"].refusals = [error]
     with pytest.raises(type(error)):
         await read(one.stream(asked(30)))
-    await asyncio.wait_for(one.at_rest(), generation.FREEING_TIMEOUT_S / 2)
+    await asyncio.wait_for(one.at_rest(), attempt.FREEING_TIMEOUT_S / 2)
 
 
 # Deadlines
