@@ -263,7 +263,12 @@ class GroupLedger:
 
 @dataclass(frozen=True, slots=True)
 class RouterLoads:
-    """The router's queue and ledger; `expired_total` leases nobody had released."""
+    """The router's queue and ledger.
+
+    expired_total: leases nobody had released
+    audits_total, audit_faults_total: engines' reports compared with the ledger, and those
+        that did not agree with it
+    """
 
     epoch: int
     queue_length: int
@@ -274,6 +279,8 @@ class RouterLoads:
     released_total: int
     expired_total: int
     refused_total: Mapping[str, int]
+    audits_total: int
+    audit_faults_total: int
 
 
 @dataclass(frozen=True, slots=True)

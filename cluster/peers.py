@@ -81,6 +81,8 @@ class ClusterStatus:
     released_total: int = 0
     expired_total: int = 0
     refused_total: Mapping[str, int] = field(default_factory=dict)
+    audits_total: int = 0
+    audit_faults_total: int = 0
 
 
 class EngineClient(Protocol):

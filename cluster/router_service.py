@@ -201,6 +201,8 @@ class RouterService:
             released_total=self._totals["released"],
             expired_total=self._totals["expired"],
             refused_total=dict(self._refused),
+            audits_total=self._totals["audits"],
+            audit_faults_total=self._totals["audit faults"],
         )
 
     async def _refresh_group(self, group: str) -> None:
@@ -226,7 +228,11 @@ class RouterService:
         else:
             self._page_versions[group] = changes.version
             await self._router.pages_changed(group, changes.held, changes.dropped)
-        await self._router.report(group, report.loads)
+        reconciled = await self._router.report(group, report.loads)
+        self._totals["audits"] += 1
+        if reconciled.faults:
+            self._totals["audit faults"] += 1
+            logger.error("group %s and the ledger disagree: %s", group, reconciled.faults)
 
     async def _down(self, group: str) -> None:
         self._healthy.discard(group)

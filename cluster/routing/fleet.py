@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from kvmesh.cluster.routing.audit import audit
 from kvmesh.cluster.routing.config import RouterConfig
 from kvmesh.cluster.routing.demand import DemandModel, OutputEstimate, never_fits
 from kvmesh.cluster.routing.events import Event, Lease
@@ -120,7 +121,9 @@ class Fleet:
         for lease in reconciled.adopted:
             self._live[lease.lease_id] = Live(None, 0, now, self.mean_lease_s, 0)
             self._views[group].timeline.put(lease.lease_id, now, now + self.mean_lease_s)
-        return reconciled
+        if reconciled.stale:
+            return reconciled
+        return replace(reconciled, faults=audit(loads, self.ledger.leases))
 
     # Leases
 

@@ -101,11 +101,16 @@ class Account:
 
 @dataclass(frozen=True, slots=True)
 class Reconciliation:
-    """What a report changed. stale: it came from another incarnation and was ignored."""
+    """What a report changed.
+
+    stale: it came from another incarnation and was ignored
+    faults: where the engine's account and the ledger disagree all the same; see audit.py
+    """
 
     released: tuple[Lease, ...] = ()
     adopted: tuple[Lease, ...] = ()
     stale: bool = False
+    faults: tuple[str, ...] = ()
 
 
 class Ledger:

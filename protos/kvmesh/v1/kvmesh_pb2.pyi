@@ -1559,6 +1559,8 @@ class RouterLoads(_message.Message):
     RELEASED_TOTAL_FIELD_NUMBER: _builtins.int
     EXPIRED_TOTAL_FIELD_NUMBER: _builtins.int
     REFUSED_TOTAL_FIELD_NUMBER: _builtins.int
+    AUDITS_TOTAL_FIELD_NUMBER: _builtins.int
+    AUDIT_FAULTS_TOTAL_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     queue_length: _builtins.int
     queue_capacity: _builtins.int
@@ -1567,6 +1569,9 @@ class RouterLoads(_message.Message):
     released_total: _builtins.int
     expired_total: _builtins.int
     """Released by the sweep because nobody else did."""
+    audits_total: _builtins.int
+    """Engines' reports compared with the ledger, and those that did not agree with it."""
+    audit_faults_total: _builtins.int
     @_builtins.property
     def ledger(self) -> _containers.RepeatedCompositeFieldContainer[Global___GroupLedger]: ...
     @_builtins.property
@@ -1585,10 +1590,12 @@ class RouterLoads(_message.Message):
         released_total: _builtins.int = ...,
         expired_total: _builtins.int = ...,
         refused_total: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        audits_total: _builtins.int = ...,
+        audit_faults_total: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "expired_total", b"expired_total", "granted_total", b"granted_total", "leases", b"leases", "ledger", b"ledger", "queue_capacity", b"queue_capacity", "queue_length", b"queue_length", "refused_total", b"refused_total", "released_total", b"released_total"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["audit_faults_total", b"audit_faults_total", "audits_total", b"audits_total", "epoch", b"epoch", "expired_total", b"expired_total", "granted_total", b"granted_total", "leases", b"leases", "ledger", b"ledger", "queue_capacity", b"queue_capacity", "queue_length", b"queue_length", "refused_total", b"refused_total", "released_total", b"released_total"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
