@@ -61,6 +61,9 @@ class RouterService:
         router = Router(config, epoch, clock(), expected_groups=tuple(engines))
         self._ledger = router.ledger
         self._router = AsyncRouter(router, clock)
+        self._clock = clock
+        self._grace_s = config.grace_s
+        self._over_since: dict[str, float] = {}
         self._meters = meters
         self._report_period_s = report_period_s
         self._reports: dict[str, EngineReport] = {}
@@ -81,7 +84,7 @@ class RouterService:
         if self._draining and not request.resumed:
             raise DrainingError()
         key = request.request_id
-        if key in self._live:
+        if key in self._live and not self._is_over(self._live[key]):
             if not supersede:
                 raise DuplicateRequestError(key.partition("/")[2])
             await self._end(key)
@@ -195,7 +198,7 @@ class RouterService:
             router=self._router.snapshot(),
             reports=dict(self._reports),
             healthy=frozenset(self._healthy),
-            live_requests=len(self._live),
+            live_requests=sum(not self._is_over(live) for live in self._live.values()),
             draining=self._draining,
             granted_total=self._totals["granted"],
             released_total=self._totals["released"],
@@ -239,12 +242,25 @@ class RouterService:
         await self._router.group_down(group)
 
     def _drop_ended(self) -> None:
-        """Forget requests whose lease the ledger ended without us: expired, or vanished."""
-        for lease_id in [lease for lease in self._by_lease if lease not in self._ledger.leases]:
-            key = self._by_lease.pop(lease_id)
-            if self._holds(key, lease_id):
-                del self._live[key]
+        """Forget requests whose lease the ledger ended without us: expired, or vanished.
+
+        Not at once: an engine's report that a sequence has ended is often a moment ahead
+        of its ingress, which is about to say so.
+        """
+        now = self._clock()
+        over = [lease_id for lease_id in self._by_lease if lease_id not in self._ledger.leases]
+        self._over_since = {lease_id: self._over_since.get(lease_id, now) for lease_id in over}
+        for lease_id, since in list(self._over_since.items()):
+            if now - since >= self._grace_s:
+                key = self._by_lease.pop(lease_id)
+                if self._holds(key, lease_id):
+                    del self._live[key]
                 self._totals["expired"] += 1
+
+    def _is_over(self, live: _Live) -> bool:
+        """Whether its lease has ended, and nobody but the ledger has noticed so far."""
+        placement = live.placement
+        return placement is not None and placement.lease.lease_id not in self._ledger.leases
 
     def _holds(self, key: str, lease_id: str) -> bool:
         """Whether the lease is the request's latest; an older one may end after it."""

@@ -18,6 +18,7 @@ from kvmesh.cluster.ingress.links import EngineLink, Mailbox, spawn
 from kvmesh.cluster.peers import RouterClient
 from kvmesh.cluster.routing.request import Placement, PlaceRequest
 from kvmesh.workers.request import EngineInfo, EngineRequest, SequenceDelta, SequenceUsage
+from kvmesh.workers.sizes import PageNeed
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ class Attempt:
     """The sequences of one placement.
 
     keep: holds on to a task that outlives its request
+    share, reserved_bytes: one sequence's part of the lease, and all of it, as it has grown
     live: sequence id -> choice index
     usages: of the sequences that have ended
     epoch: the incarnation of the group's engine, as far as is known
@@ -51,6 +53,7 @@ class Attempt:
     def __init__(self, asked: Asked, router: RouterClient, link: EngineLink, keep: Keep) -> None:
         self.placement = asked.placement
         self.share = asked.placement.lease.share
+        self.reserved_bytes = asked.placement.lease_bytes
         self.epoch = asked.info.epoch
         self.live: dict[str, int] = {}
         self.usages: list[SequenceUsage] = []
@@ -180,6 +183,8 @@ class Attempt:
             logger.warning("lease %s could not be extended: %s", lease_id, error)
             return False
         self.share = share
+        need = PageNeed(growth.lease.hot_pages, growth.lease.sealed_pages)
+        self.reserved_bytes = self._geometry.bytes_of(need)
         return True
 
 

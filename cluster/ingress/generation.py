@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -22,6 +22,7 @@ from kvmesh.cluster.ingress.choice import Choice, Output
 from kvmesh.cluster.ingress.errors import (
     EngineLostError,
     IngressError,
+    NotReadyError,
     RequestAbortedError,
     RequestDeadlineError,
 )
@@ -29,7 +30,7 @@ from kvmesh.cluster.ingress.links import EngineLink, spawn
 from kvmesh.cluster.ingress.validate import GenerationSpec, ResumedChoice, choice_seed
 from kvmesh.cluster.peers import RouterClient, TextCodec
 from kvmesh.cluster.routing.errors import DeadlineUnreachableError, OverCapacityError
-from kvmesh.cluster.routing.request import Placement, PlaceRequest
+from kvmesh.cluster.routing.request import PlaceRequest
 from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.workers.errors import CapacityError
 from kvmesh.workers.request import (
@@ -62,7 +63,7 @@ class Surroundings:
 
     router: RouterClient
     link: Callable[[str], EngineLink]
-    info: Callable[[str], EngineInfo]
+    info: Callable[[str], Awaitable[EngineInfo]]
     codec: TextCodec
     queue_timeout_s: float
     keep: Callable[[asyncio.Task[None]], None]
@@ -109,8 +110,9 @@ class Generation:
             for index in range(spec.n)
         ]
         self._attempt: Attempt | None = None
-        self._placement: Placement | None = None
+        self._placed: Asked | None = None
         self._usages: list[SequenceUsage] = []
+        self._reserved_bytes = 0
         self._first_token_s: float | None = None
         self._queue_s = 0.0
         self._failovers = 0
@@ -129,12 +131,12 @@ class Generation:
 
     async def _events(self) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
         try:
-            placement = await self._place()
+            placed = await self._place()
         except RequestAbortedError:
             for event in self._end_all(FinishReason.ABORT):
                 yield event
         else:
-            yield pb.GenerateStreamResponse(started=self._started(placement))
+            yield pb.GenerateStreamResponse(started=self._started(placed))
             for event in self._catch_up():
                 yield event
             async for event in self._run():
@@ -165,7 +167,7 @@ class Generation:
 
     # Placing
 
-    async def _place(self, *, again: bool = False) -> Placement:
+    async def _place(self, *, again: bool = False) -> Asked:
         remaining_s = self._remaining_s()
         timeout_s = self._around.queue_timeout_s
         mine = remaining_s is not None and remaining_s <= timeout_s
@@ -202,13 +204,20 @@ class Generation:
             # Refused. Not so a cancellation: the router may have granted meanwhile.
             self._ticket = ""
             raise
-        self._ticket = ""
         self._queue_s += placement.queue_s
-        self._placement = placement
-        asked = Asked(request, placement, self._around.info(placement.group))
+        try:
+            info = await self._around.info(placement.group)
+        except NotReadyError:
+            # Before the client hears of it, or its next attempt would meet this one.
+            ticket, self._ticket = self._ticket, ""
+            await self._withdraw(ticket)
+            raise
+        asked = Asked(request, placement, info)
         link = self._around.link(placement.group)
         self._attempt = Attempt(asked, self._around.router, link, self._around.keep)
-        return placement
+        self._ticket = ""  # from here on the attempt owns the lease
+        self._placed = asked
+        return asked
 
     async def _place_again(self) -> None:
         """Another lease after the engine was lost, up to a limit; the router is told."""
@@ -356,6 +365,7 @@ class Generation:
     async def _end_attempt(self, attempt: Attempt, output_tokens: int | None) -> None:
         await attempt.end(output_tokens)
         self._usages += attempt.usages
+        self._reserved_bytes = attempt.reserved_bytes
 
     async def _withdraw(self, ticket: str) -> None:
         """The client left while the request was being placed."""
@@ -387,8 +397,8 @@ class Generation:
             return None
         return max(self._deadline_s - self._around.clock(), 1e-3)
 
-    def _started(self, placement: Placement) -> pb.Started:
-        info = self._around.info(placement.group)
+    def _started(self, placed: Asked) -> pb.Started:
+        info, placement = placed.info, placed.placement
         return pb.Started(
             request_id=self._spec.request_id,
             model=info.model,
@@ -403,7 +413,7 @@ class Generation:
         )
 
     def _usage(self) -> pb.Usage:
-        usages, placement = self._usages, self._placement
+        usages, placed = self._usages, self._placed
         used_bytes = sum(usage.kv_bytes for usage in usages)
         reply = pb.Usage(
             prompt_tokens=len(self._prompt_ids),
@@ -421,10 +431,10 @@ class Generation:
             preemptions=sum(usage.preemptions for usage in usages),
             failovers=self._failovers,
         )
-        if placement is not None:
-            reply.kv_reserved_bytes = placement.lease_bytes
-            reply.group = placement.group
-            reply.kv_format = self._around.info(placement.group).kv_format
+        if placed is not None:
+            reply.kv_reserved_bytes = self._reserved_bytes
+            reply.group = placed.placement.group
+            reply.kv_format = placed.info.kv_format
         if self._first_token_s is not None:
             reply.time_to_first_token_s = self._first_token_s
         return reply

@@ -282,10 +282,13 @@ class IngressService:
             raise NotReadyError()
         return self._status
 
-    def _info(self, group: str) -> EngineInfo:
+    async def _info(self, group: str) -> EngineInfo:
         report = self._known().reports.get(group)
+        if report is None:  # it came up since the last refresh
+            await self.refresh()
+            report = self._known().reports.get(group)
         if report is None:
-            raise NotReadyError()  # it came up since the last refresh
+            raise NotReadyError()
         return report.info
 
     def _any_info(self, status: ClusterStatus) -> EngineInfo:

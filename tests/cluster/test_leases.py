@@ -4,9 +4,14 @@ and what engines tell of the pages they hold."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections import Counter
 from dataclasses import replace
 
+import pytest
+
 from kvmesh.cluster.engine_service import ABORTED_LIMIT
+from kvmesh.cluster.ingress.errors import NotReadyError
 from kvmesh.cluster.routing.config import RouterConfig
 from kvmesh.cluster.routing.request import PlaceRequest
 from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
@@ -58,6 +63,8 @@ async def test_a_lease_covers_what_was_learned_and_grows_with_the_output() -> No
         assert one.lines["g0"].extended[-1].sealed_pages <= second.lease.most_sealed_pages
         assert received.usage is not None
         assert received.usage.kv_sealed_pages == (len(PROMPT) + 299) // PAGE
+        assert received.started is not None
+        assert received.started.kv_reserved_bytes < received.usage.kv_reserved_bytes
         await one.settled()
         assert one.router.told_begun[second.lease.lease_id] == 1
         assert one.router.learned == [20, 300]
@@ -166,6 +173,43 @@ async def test_withdrawing_ends_what_the_call_led_to() -> None:
         status = await one.router.status()
         assert (status.live_requests, status.router.leases) == (0, 0)
         one.router.granted.clear()  # it was given back by the router itself
+
+
+async def test_a_group_that_came_up_a_moment_ago_serves_at_once() -> None:
+    async with machine(groups=2) as two:
+        status = two.ingress._status
+        assert status is not None
+        two.allow(MANY)
+        for number in range(2):
+            # As before either group had reported: whichever is chosen is not known yet.
+            known = {g: r for g, r in status.reports.items() if g == f"g{number}"}
+            two.ingress._status = replace(status, reports=known)
+            request = asked(5, request_id=str(number))
+            received = await read(two.stream(request))
+            assert received.started is not None
+
+
+async def test_a_lease_on_a_group_that_stays_unknown_is_given_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with machine(groups=2) as two:
+        status = two.ingress._status
+        assert status is not None
+
+        async def nothing_new() -> None: ...
+
+        monkeypatch.setattr(two.ingress, "refresh", nothing_new)
+        for name in ("g0", "g1"):
+            known = {g: r for g, r in status.reports.items() if g != name}
+            two.ingress._status = replace(status, reports=known)
+            with contextlib.suppress(NotReadyError):
+                two.allow(50)
+                await read(two.stream(asked(5)))
+        await two.settled()
+        two.ingress._status = status
+        found = await two.router.status()
+        assert (found.live_requests, found.router.leases) == (0, 0)
+        two.router.given_back = Counter(p.lease.lease_id for p in two.router.granted)
 
 
 # Restarts

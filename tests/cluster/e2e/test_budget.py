@@ -34,6 +34,7 @@ pytestmark = [
 
 GROUPS = 2
 REQUESTS = 200
+BRIEF = 66  # of them, at first
 CONFIG = small_config(
     groups=GROUPS, engine=SMALL_ENGINE, router={"report_period_s": 0.1, "max_queued": REQUESTS}
 )
@@ -86,7 +87,7 @@ def mixed_load(sealed_total: int, count: int) -> list[Order]:
         if number % 40 == 39:
             large = [dice.randrange(VOCAB) for _ in range(sealed_total * PAGE_TOKENS * 7 // 10)]
             orders.append(Order(large, BRIEF_TOKENS))
-        elif number < count // 3:
+        elif number < BRIEF:
             orders.append(Order(own, BRIEF_TOKENS))
         else:
             prompt = common + own[:8] if number % 5 == 0 else own
@@ -95,32 +96,46 @@ def mixed_load(sealed_total: int, count: int) -> list[Order]:
     return orders
 
 
-async def run(endpoint: Endpoint, orders: list[Order], started: asyncio.Event) -> list[Completion]:
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What became of a request. reserved_bytes: at first"""
+
+    completion: Completion
+    reserved_bytes: int
+
+
+async def run(endpoint: Endpoint, orders: list[Order], begun: asyncio.Event) -> list[Served]:
     async with AsyncClient(endpoint.target, api_key=endpoint.api_key, retry=PATIENT) as client:
 
-        async def one(order: Order) -> Completion:
-            reply = await client.generate(
+        async def one(order: Order) -> Served:
+            stream = client.generate_stream(
                 order.prompt, max_tokens=order.max_tokens, ignore_eos=True, temperature=0.0
             )
-            started.set()
-            return reply
+            async for _ in stream:
+                begun.set()
+            assert stream.started is not None
+            return Served(stream.completion, stream.started.kv_reserved_bytes)
 
         return list(await asyncio.gather(*(one(order) for order in orders)))
 
 
-def check_served(orders: list[Order], completions: list[Completion]) -> None:
-    for order, completion in zip(orders, completions, strict=True):
-        (choice,) = completion.choices
+def check_served(orders: list[Order], served: list[Served]) -> None:
+    for order, one in zip(orders, served, strict=True):
+        (choice,) = one.completion.choices
+        usage = one.completion.usage
         assert len(choice.token_ids) == order.max_tokens
-        assert completion.usage.preemptions == 0
+        assert usage.preemptions == 0
+        assert usage.kv_used_bytes == usage.kv_freed_bytes > 0
 
 
 async def test_a_mixed_load_keeps_the_budget(endpoint: Endpoint, client: Client) -> None:
     loads = client.loads()
     orders = mixed_load(loads.groups[0].sealed.total, REQUESTS)
-    completions = await run(endpoint, orders, asyncio.Event())
-    check_served(orders, completions)
-    groups = Counter(completion.usage.group for completion in completions)
+    served = await run(endpoint, orders[:BRIEF], asyncio.Event())
+    served += await run(endpoint, orders[BRIEF:], asyncio.Event())
+    check_served(orders, served)
+    assert any(one.reserved_bytes < one.completion.usage.kv_reserved_bytes for one in served)
+    groups = Counter(one.completion.usage.group for one in served)
     assert len(groups) == GROUPS
     assert min(groups.values()) >= REQUESTS // 10
     after = client.loads().router
@@ -133,9 +148,9 @@ async def test_a_killed_router_loses_and_doubles_nothing(
 ) -> None:
     before = client.loads().router
     orders = mixed_load(client.loads().groups[0].sealed.total, 60)
-    started = asyncio.Event()
-    running = asyncio.create_task(run(endpoint, orders, started))
-    await started.wait()
+    begun = asyncio.Event()
+    running = asyncio.create_task(run(endpoint, orders, begun))
+    await begun.wait()
     (router,) = processes_named("ray::ServeReplica:kvmesh:router")
     os.kill(router.pid, signal.SIGKILL)
     check_served(orders, await running)
