@@ -176,15 +176,20 @@ def choose(
     rows: list[Row] = []
     best = later = -1
     best_cost = later_cost = math.inf
+    worse, plans = Reason.WORSE, asked.plans
     for view in views:
         cost = _plain_cost_s(view, asked, now, rules, promise)
-        reason = Reason.WORSE
-        if cost is None:
-            found = obstacle(view, asked, now, rules, promise)
-            if found is None:
-                cost = _cost_s(view, asked, now, rules)
-            else:
-                reason = found
+        if cost is not None:
+            if cost < best_cost:
+                best, best_cost = len(rows), cost
+            account: Account = view.account  # type: ignore[assignment]  # plain, so it has one
+            leased = plans[view.kind].demand.leased
+            rows.append((view.spec, worse, leased, account.free_hot, account.free_sealed, 0, cost))
+            continue
+        found = obstacle(view, asked, now, rules, promise)
+        reason = found or worse
+        if found is None:
+            cost = _cost_s(view, asked, now, rules)
         if cost is not None:
             if cost < best_cost:
                 best, best_cost = len(rows), cost
@@ -306,7 +311,9 @@ def _plain_cost_s(
     ):
         return None
     cost = wait_s + rules.scarcity * plan.prefill_s * backlog.correction
-    cost += rules.balance_s * _used_share(account, leased)
+    capacity, left_hot = spec.capacity, account.free_hot - leased.hot
+    share, hot_share = left / (capacity.sealed or 1), left_hot / (capacity.hot or 1)
+    cost += rules.balance_s * (1.0 - (hot_share if hot_share < share else share))
     if left < rules.hole_pages <= free and leased.sealed < rules.hole_pages:
         cost += rules.hole_s
     return cost
@@ -318,9 +325,9 @@ def _used_share(account: Account, leased: PageNeed) -> float:
     Short sequences hold hot pages alone; by sealed ones a group of them looks empty.
     """
     capacity = account.spec.capacity
-    sealed = 1.0 - (account.free_sealed - leased.sealed) / (capacity.sealed or 1)
-    hot = 1.0 - (account.free_hot - leased.hot) / (capacity.hot or 1)
-    return hot if hot > sealed else sealed
+    sealed_left = (account.free_sealed - leased.sealed) / (capacity.sealed or 1)
+    hot_left = (account.free_hot - leased.hot) / (capacity.hot or 1)
+    return 1.0 - min(sealed_left, hot_left)
 
 
 def _cost_s(view: GroupView, asked: Asked, now: float, rules: PlacementRules) -> float:
