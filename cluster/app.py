@@ -27,7 +27,7 @@ from kvmesh.cluster.ingress.codec import ModelCodec
 from kvmesh.cluster.ingress.service import IngressService
 from kvmesh.cluster.ingress.validate import MAX_ID_CHARS, Limits
 from kvmesh.cluster.metrics import EngineMeters, IngressMeters, RouterMeters
-from kvmesh.cluster.peers import ClusterStatus, EngineReport, StreamOpened
+from kvmesh.cluster.peers import ClusterStatus, EngineReport, Explained, StreamOpened
 from kvmesh.cluster.rank_actors import RankActors, RankResources
 from kvmesh.cluster.ray_meters import RayMeterFactory
 from kvmesh.cluster.router_service import RouterService
@@ -142,6 +142,9 @@ class Router:
     async def estimate(self, request: PlaceRequest) -> Estimate | Failure:
         return await outcome(self._service.estimate(request))
 
+    async def explain(self, request_id: str) -> tuple[Explained, ...] | Failure:
+        return await outcome(self._service.explain(request_id))
+
     async def suspect(self, group: str, epoch: str) -> None | Failure:
         return await outcome(self._service.suspect(group, epoch))
 
@@ -223,6 +226,12 @@ class Ingress:
         return await self._answer(
             "EstimateBudget", request, grpc_context, call, pb.EstimateBudgetResponse()
         )
+
+    async def Explain(
+        self, request: object, grpc_context: RayServegRPCContext
+    ) -> pb.ExplainResponse:
+        call = self._service.explain(request, grpc_context.invocation_metadata())
+        return await self._answer("Explain", request, grpc_context, call, pb.ExplainResponse())
 
     async def GetModelInfo(
         self, request: object, grpc_context: RayServegRPCContext

@@ -17,7 +17,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from kvmesh.cluster.ingress.errors import EngineLostError, IngressError, NotReadyError
-from kvmesh.cluster.peers import ClusterStatus, EngineReport, StreamOpened
+from kvmesh.cluster.peers import ClusterStatus, EngineReport, Explained, StreamOpened
 from kvmesh.cluster.routing.errors import RoutingError
 from kvmesh.cluster.routing.request import Estimate, Growth, Placement, PlaceRequest
 from kvmesh.workers.errors import EngineError
@@ -152,6 +152,11 @@ class ServeRouterClient:
         estimate = await self._caller.call("estimate", request, timeout_s=ROUTER_CALL_TIMEOUT_S)
         assert isinstance(estimate, Estimate)
         return estimate
+
+    async def explain(self, request_id: str) -> tuple[Explained, ...]:
+        explained = await self._caller.call("explain", request_id, timeout_s=ROUTER_CALL_TIMEOUT_S)
+        assert isinstance(explained, tuple)
+        return explained
 
     async def suspect(self, group: str, epoch: str) -> None:
         await self._caller.call("suspect", group, epoch, timeout_s=ROUTER_CALL_TIMEOUT_S)

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from kvmesh.cluster.routing.aio import RouterStatus
 from kvmesh.cluster.routing.request import Estimate, Growth, Placement, PlaceRequest
+from kvmesh.cluster.routing.verdict import Verdicts
 from kvmesh.workers.request import (
     EngineInfo,
     EngineLoads,
@@ -85,6 +86,19 @@ class ClusterStatus:
     audit_faults_total: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Explained:
+    """One decision about a request.
+
+    age_s: how long ago; group: where it was placed, or empty; verdicts: of every group
+    """
+
+    age_s: float
+    outcome: str
+    group: str
+    verdicts: Verdicts
+
+
 class EngineClient(Protocol):
     """One group's engine. Anything may raise EngineLostError."""
 
@@ -142,6 +156,9 @@ class RouterClient(Protocol):
 
     async def estimate(self, request: PlaceRequest) -> Estimate:
         """What would become of it."""
+
+    async def explain(self, request_id: str) -> tuple[Explained, ...]:
+        """What was decided of it, oldest first; nothing if it is not known, or no longer."""
 
     async def suspect(self, group: str, epoch: str) -> None:
         """Tell that this incarnation of the group's engine does not answer."""

@@ -7,17 +7,19 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvmesh.cluster.ingress.attempt import sequence_id
 from kvmesh.cluster.ingress.errors import DrainingError, EngineLostError, RequestAbortedError
 from kvmesh.cluster.metrics import RouterMeters
-from kvmesh.cluster.peers import ClusterStatus, EngineClient, EngineReport
+from kvmesh.cluster.peers import ClusterStatus, EngineClient, EngineReport, Explained
 from kvmesh.cluster.routing.aio import AsyncRouter
 from kvmesh.cluster.routing.config import RouterConfig
 from kvmesh.cluster.routing.errors import DuplicateRequestError, RoutingError
+from kvmesh.cluster.routing.explain import explain
 from kvmesh.cluster.routing.request import Estimate, Growth, Placement, PlaceRequest
 from kvmesh.cluster.routing.router import Router
+from kvmesh.cluster.routing.verdict import NO_VERDICTS
 from kvmesh.workers.errors import EngineError
 
 logger = logging.getLogger(__name__)
@@ -99,11 +101,13 @@ class RouterService:
         except RoutingError as error:
             self._forget(key, live)
             self._refused[type(error).__name__] += 1
+            self._log_refusal(key)
             raise
         live.placement = placement
         self._by_lease[placement.lease.lease_id] = key
         self._totals["granted"] += 1
-        return placement
+        # They are many, and stay here for `explain`.
+        return replace(placement, verdicts=NO_VERDICTS)
 
     async def begun(self, lease_id: str) -> None:
         await self._router.begun(lease_id)
@@ -130,6 +134,12 @@ class RouterService:
         # The id may be another request's by now.
         if live is not None and live.ticket == ticket:
             await self._end(request_id)
+
+    async def explain(self, request_id: str) -> tuple[Explained, ...]:
+        return tuple(
+            Explained(age_s, decided.in_words(), decided.group, decided.verdicts)
+            for age_s, decided in self._router.explain(request_id)
+        )
 
     async def estimate(self, request: PlaceRequest) -> Estimate:
         return await self._router.estimate(request)
@@ -160,6 +170,11 @@ class RouterService:
             # Its ingress has not submitted it, and perhaps never will: it may be gone.
             await self._end_lease(lease_id, None)
         return True
+
+    def _log_refusal(self, key: str) -> None:
+        for _, decided in self._router.explain(key)[-1:]:
+            lines = explain(f"request {key}: {decided.in_words()}", decided.verdicts)
+            logger.info("%s", "\n".join(lines))
 
     def _forget(self, key: str, live: _Live) -> None:
         if self._live.get(key) is live:

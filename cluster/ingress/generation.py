@@ -27,7 +27,7 @@ from kvmesh.cluster.ingress.errors import (
     RequestDeadlineError,
 )
 from kvmesh.cluster.ingress.links import EngineLink, spawn
-from kvmesh.cluster.ingress.validate import GenerationSpec, ResumedChoice, choice_seed
+from kvmesh.cluster.ingress.validate import GenerationSpec, ResumedChoice, cache_salt, choice_seed
 from kvmesh.cluster.peers import RouterClient, TextCodec
 from kvmesh.cluster.routing.errors import DeadlineUnreachableError, OverCapacityError
 from kvmesh.cluster.routing.request import PlaceRequest
@@ -267,7 +267,7 @@ class Generation:
             lease=attempt.share,
             resumed_tokens=len(choice.token_ids),
             timeout_s=self._remaining_s(),
-            cache_salt=self._spec.salt_of(self._tenant),
+            cache_salt=cache_salt(self._tenant, self._spec.cache_salt),
         )
         await attempt.submit(request, choice.index)
 

@@ -18,7 +18,7 @@ from kvmesh.cluster.ingress.errors import (
     ResumeMismatchError,
     UnknownModelError,
 )
-from kvmesh.cluster.ingress.estimate import estimate_reply, geometry_of
+from kvmesh.cluster.ingress.estimate import estimate_reply, explain_reply, geometry_of
 from kvmesh.cluster.ingress.generation import Generation, Surroundings
 from kvmesh.cluster.ingress.links import EngineLink
 from kvmesh.cluster.ingress.quality import groups_below
@@ -194,7 +194,7 @@ class IngressService:
         assert isinstance(request, pb.EstimateBudgetRequest)
         self._check_model(request.model)
         status = self._known()
-        prompt_tokens = await self._prompt_tokens(request)
+        prompt_tokens, hashes = await self._size(request, tenant)
         max_tokens = self._limits.default_max_tokens
         if request.HasField("max_tokens"):
             max_tokens = request.max_tokens
@@ -210,10 +210,20 @@ class IngressService:
             max_tokens=max_tokens,
             tenant=tenant,
             priority=request.priority,
+            page_hashes=hashes,
             excluded_groups=groups_below(request.min_kv_format, status),
             sequences=n,
         )
         return estimate_reply(asked, await self._router.estimate(asked), status)
+
+    async def explain(self, request: object, metadata: Metadata) -> pb.ExplainResponse:
+        """Explain, by a request id of the caller's own tenant."""
+        tenant = self._admit(request, metadata)
+        assert isinstance(request, pb.ExplainRequest)
+        if not request.request_id:
+            validate.refuse("request_id", "must not be empty")
+        explained = await self._router.explain(f"{tenant}/{request.request_id}")
+        return explain_reply(request.request_id, explained, self._known())
 
     async def get_model_info(self, request: object, metadata: Metadata) -> pb.GetModelInfoResponse:
         self._admit(request, metadata)
@@ -249,7 +259,7 @@ class IngressService:
         if len(ids) >= longest:
             raise self._context_exceeded(len(ids), status)
         params = validate.fit_context(spec, len(ids), longest)
-        hashes = await _page_hashes(ids, spec.salt_of(tenant), info)
+        hashes = await _page_hashes(ids, validate.cache_salt(tenant, spec.cache_salt), info)
         excluded = groups_below(spec.min_kv_format, status)
         return Generation(spec, ids, params, tenant, self._around, hashes, excluded)
 
@@ -272,10 +282,15 @@ class IngressService:
         except ValueError as error:
             validate.refuse("prompt.chat", str(error))
 
-    async def _prompt_tokens(self, request: pb.EstimateBudgetRequest) -> int:
+    async def _size(
+        self, request: pb.EstimateBudgetRequest, tenant: str
+    ) -> tuple[int, tuple[bytes, ...]]:
+        """The prompt's length, and its pages' hashes where the prompt itself is given."""
         if request.WhichOneof("size") == "prompt_tokens":
-            return request.prompt_tokens
-        return len(await self._encode(validate.prompt(request.prompt)))
+            return request.prompt_tokens, ()
+        ids = await self._encode(validate.prompt(request.prompt))
+        info = self._any_info(self._known())
+        return len(ids), await _page_hashes(ids, validate.cache_salt(tenant, ""), info)
 
     def _known(self) -> ClusterStatus:
         if self._status is None or not self._status.reports:

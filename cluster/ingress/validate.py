@@ -89,9 +89,10 @@ class GenerationSpec:
     cache_salt: str
     resume: Resume | None
 
-    def salt_of(self, tenant: str) -> str:
-        """Prompts of different salts share no cached page: speed would tell one of the other."""
-        return f"{tenant}/{self.cache_salt}"
+
+def cache_salt(tenant: str, salt: str) -> str:
+    """Prompts of different salts share no cached page: speed would tell one of the other."""
+    return f"{tenant}/{salt}"
 
 
 def refuse(field: str, message: str) -> NoReturn:

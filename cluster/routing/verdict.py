@@ -98,6 +98,9 @@ class Verdicts(Sequence[Verdict]):
         return all(row[1] in NEVER for row in self._rows)
 
 
+NO_VERDICTS = Verdicts()
+
+
 def _worded(row: Row) -> Verdict:
     spec, reason, need, free_hot, free_sealed, cached_pages, cost_s = row
     room = spec.capacity if reason in NEVER else PageNeed(max(free_hot, 0), max(free_sealed, 0))

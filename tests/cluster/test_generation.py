@@ -280,7 +280,7 @@ async def test_a_choice_that_a_stop_string_ends_is_ended_while_others_go_on(one:
     assert 1 not in received.finished
     assert one.lines["g0"].aborted == [one.lines["g0"].submitted[0].request_id]
     async with asyncio.timeout(60):
-        one.allow(30)  # as far as the string, and not to the end
+        one.allow(50)  # as far as the string, and not to the end
         ending = asyncio.ensure_future(allow_the_end(one, 2))
         async for event in stream:
             received.take(event, {0: 30})
