@@ -33,7 +33,7 @@ from kvmesh.kernels.formats.registry import get_format
 GROUPS = 8
 OVERLOAD = 5.0
 MILLION = 1 << 20
-CURVE = (0.85, 0.9, 0.95, 1.05)
+CURVE = (0.85, 0.9, 0.95, 1.05, 1.15, 1.3)
 CURVE_POLICIES = ("vllm-dp", "prefix-tree", "dynamo", "kvmesh")
 
 

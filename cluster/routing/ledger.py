@@ -7,96 +7,16 @@ changes the state. So a log of events replays to the same ledger.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-
-from sortedcontainers import SortedDict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 
 from kvmesh.cluster.routing import events as ev
+from kvmesh.cluster.routing.account import Account
 from kvmesh.cluster.routing.errors import LedgerError
 from kvmesh.cluster.routing.events import Event, Lease, ReleaseReason
 from kvmesh.cluster.routing.group import GroupSpec
 from kvmesh.workers.request import LeaseTerms
 from kvmesh.workers.sizes import PageNeed
-
-
-@dataclass(slots=True)
-class Account:
-    """One group's page of the ledger.
-
-    free_hot, free_sealed: pages no lease covers; negative after adoptions beyond
-        the capacity, and nothing is granted then
-    sequences: of all leases
-    adopted: leases that a former router granted
-    reported_at: when its engine last reported to this ledger, or None
-    shared: block hash -> leases that hold the block; it is charged once
-    growing: sealed pages still to grow, of leases below their most
-    reserve: sealed pages that stay free, so that any one lease can grow to its most
-    """
-
-    spec: GroupSpec
-    free_hot: int
-    free_sealed: int
-    sequences: int = 0
-    adopted: int = 0
-    lease_ids: dict[str, None] = field(default_factory=dict)  # oldest first
-    reported_at: float | None = None
-    shared: dict[bytes, int] = field(default_factory=dict)
-    growing: SortedDict[tuple[int, str], None] = field(default_factory=SortedDict)
-    reserve: int = 0
-
-    @classmethod
-    def opened(cls, spec: GroupSpec) -> Account:
-        return cls(spec, spec.capacity.hot, spec.capacity.sealed)
-
-    @property
-    def used(self) -> PageNeed:
-        capacity = self.spec.capacity
-        return PageNeed(capacity.hot - self.free_hot, capacity.sealed - self.free_sealed)
-
-    def free_pages(self) -> PageNeed:
-        return PageNeed(self.free_hot, self.free_sealed)
-
-    def used_bytes(self) -> int:
-        return self.spec.geometry.bytes_of(self.used)
-
-    def block_weight(self, index: int, block_pages: int) -> int:
-        """Sealed pages of a prompt's block: pages of the sink have no sealed form."""
-        return min(block_pages, max(0, (index + 1) * block_pages - self.spec.geometry.sink_pages))
-
-    def shared_pages(self, blocks: Sequence[bytes], block_pages: int) -> int:
-        """How many of the blocks' pages other leases pay for already.
-
-        Block hashes are chained: who holds a block holds those before it, so the
-        shared ones are the first so many.
-        """
-        low, high = 0, len(blocks)
-        while low < high:
-            middle = (low + high) // 2
-            if blocks[middle] in self.shared:
-                low = middle + 1
-            else:
-                high = middle
-        return max(0, low * block_pages - self.spec.geometry.sink_pages)
-
-    def grows(self, lease: Lease) -> None:
-        """The lease has yet to grow; keep so much free."""
-        if lease.to_grow > 0:
-            self.growing[(lease.to_grow, lease.lease_id)] = None
-            self._set_reserve()
-
-    def grows_no_more(self, lease: Lease) -> None:
-        if lease.to_grow > 0:
-            del self.growing[(lease.to_grow, lease.lease_id)]
-            self._set_reserve()
-
-    def _set_reserve(self) -> None:
-        self.reserve = self.growing.peekitem(-1)[0][0] if self.growing else 0
-
-    def holds(self, need: PageNeed, to_grow: int, shared: int = 0) -> bool:
-        """Whether a new lease fits and leaves the reserve whole."""
-        left = self.free_sealed - need.sealed + shared
-        return need.hot <= self.free_hot and left >= max(self.reserve, to_grow)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +80,7 @@ class Ledger:
         """Raise LedgerError unless every account is the sum of its leases."""
         for group, account in self._accounts.items():
             held = [lease for lease in self._leases.values() if lease.group == group]
-            used = sum((lease.need for lease in held), PageNeed(0, -_doubled(account, held)))
+            used = account.owed(held)
             if (
                 used != account.used
                 or {lease.lease_id for lease in held} != account.lease_ids.keys()
@@ -432,7 +352,7 @@ class Ledger:
     def _apply(self, event: Event) -> None:
         match event:
             case ev.GroupUp(spec=spec):
-                self._accounts[spec.group] = Account.opened(spec)
+                self._accounts[spec.group] = Account.opened(spec, self.epoch)
             case ev.GroupDown(group=group):
                 del self._accounts[group]
             case ev.GroupReported(lease_ids=lease_ids, at=at):
@@ -470,59 +390,15 @@ class Ledger:
                 self._released_at.move_to_end(lease_id)
 
     def _enter(self, lease: Lease) -> None:
-        account = self._accounts[lease.group]
         self._leases[lease.lease_id] = lease
-        account.lease_ids[lease.lease_id] = None
-        charged = lease.need.sealed
-        shared = account.shared
-        for index, block in enumerate(lease.blocks):
-            holders = shared.get(block, 0)
-            if holders:
-                charged -= account.block_weight(index, lease.block_pages)
-            shared[block] = holders + 1
-        account.free_sealed -= charged
-        account.free_hot -= lease.need.hot
-        account.sequences += lease.sequences
-        account.adopted += lease.epoch != self.epoch
-        account.grows(lease)
+        self._accounts[lease.group].enter(lease)
 
     def _leave(self, lease_id: str) -> Lease:
         lease = self._leases.pop(lease_id)
-        account = self._accounts[lease.group]
-        del account.lease_ids[lease_id]
-        freed = lease.need.sealed
-        shared = account.shared
-        for index, block in enumerate(lease.blocks):
-            holders = shared.pop(block)
-            if holders > 1:
-                freed -= account.block_weight(index, lease.block_pages)
-                shared[block] = holders - 1
-        account.free_sealed += freed
-        account.free_hot += lease.need.hot
-        account.sequences -= lease.sequences
-        account.adopted -= lease.epoch != self.epoch
-        account.grows_no_more(lease)
+        self._accounts[lease.group].leave(lease)
         return lease
 
     def _restate(self, new: Lease) -> None:
-        """Of another size, in place: the lease keeps its age."""
         old = self._leases[new.lease_id]
         self._leases[new.lease_id] = new
-        account = self._accounts[old.group]
-        account.free_sealed -= new.need.sealed - old.need.sealed
-        account.free_hot -= new.need.hot - old.need.hot
-        account.sequences += new.sequences - old.sequences
-        account.grows_no_more(old)
-        account.grows(new)
-
-
-def _doubled(account: Account, held: Iterable[Lease]) -> int:
-    """Sealed pages that leases hold together, counted once less than they are held."""
-    seen: set[bytes] = set()
-    doubled = 0
-    for lease in held:
-        for index, block in enumerate(lease.blocks):
-            if block in seen:
-                doubled += account.block_weight(index, lease.block_pages)
-            seen.add(block)
-    return doubled
+        self._accounts[old.group].restate(old, new)

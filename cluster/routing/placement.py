@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from kvmesh.cluster.routing.account import Account
 from kvmesh.cluster.routing.demand import Demand
 from kvmesh.cluster.routing.group import GroupSpec
-from kvmesh.cluster.routing.ledger import Account
 from kvmesh.cluster.routing.pace import Backlog
 from kvmesh.cluster.routing.timeline import Timeline
 from kvmesh.cluster.routing.verdict import Reason, Row, Verdicts
