@@ -107,7 +107,9 @@ class Router:
     def __init__(self, engines: Mapping[str, DeploymentHandle[Any]], config: ClusterConfig) -> None:
         clients = {group: ServeEngineClient(handle) for group, handle in engines.items()}
         settings = RouterConfig(
-            queue_limit=config.router.max_queued, lease_ttl_s=config.router.lease_ttl_s
+            queue_limit=config.router.max_queued,
+            lease_ttl_s=config.router.lease_ttl_s,
+            tenants=config.router.policies(),
         )
         self._service = RouterService(
             clients,

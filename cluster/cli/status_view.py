@@ -32,7 +32,8 @@ def show_status(info: ModelInfo, loads: Loads) -> None:
     out.print(
         f"\nrouter: {router.queue_length} of {router.queue_capacity} waiting, "
         f"{router.leases} leases, {router.granted_total} granted, "
-        f"{router.released_total} released, {router.expired_total} expired"
+        f"{router.released_total} released, {router.expired_total} expired\n"
+        f"ledger: {router.audits_total} audits, {router.audit_faults_total} with a fault"
     )
     for reason, count in sorted(router.refused_total.items()):
         out.print(f"  refused {count}: {reason}")
