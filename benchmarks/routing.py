@@ -136,7 +136,7 @@ def measure(name: str, folder: Path) -> dict[str, object]:
     curve["1.00"] = [x for x in at_load if x.policy in CURVE_POLICIES]
     injected: list[tuple[float, int, Summary]] = []
     if bench.setting.inject:
-        for share in (0.5, 0.7, 0.8):
+        for share in (0.5, 0.7, 0.8, 0.9, 1.0):
             for policy in ("dynamo", "prefix-tree", "kvmesh"):
                 for count in (0, 1, 3):
                     injected.append((share, count, bench.run(policy, rate * share, count)))

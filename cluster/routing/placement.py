@@ -128,6 +128,7 @@ class PlacementRules:
     balance_s: what a full group costs over an empty one: its decoding is slower
     hole_s: what a small request costs on the group whose room large ones need
     hole_pages: sealed pages that shall stay free together somewhere, if they can
+    longest_s: prompts that take longer to compute are not begun with at present
     scarcity: what a second of computing costs; more than one where requests wait for it
     """
 
@@ -135,6 +136,7 @@ class PlacementRules:
     balance_s: float = 0.5
     hole_s: float = 0.25
     hole_pages: int = 0
+    longest_s: float = math.inf
     scarcity: float = 1.0
 
 
@@ -229,6 +231,8 @@ def obstacle(
         return Reason.UNREPORTED
     if account.sequences + asked.sequences > view.spec.max_sequences:
         return Reason.BUSY
+    if plan.prefill_s > rules.longest_s:
+        return Reason.LONG
     demand = plan.demand
     to_grow = demand.most.sealed - demand.leased.sealed
     if not account.holds(demand.leased, to_grow):
@@ -291,6 +295,7 @@ def _plain_cost_s(
         account is None
         or account.reported_at is None
         or plan.never is not None
+        or plan.prefill_s > rules.longest_s
         or promise is not None
         or group in asked.cached_blocks
         or group in asked.excluded_groups

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -15,6 +16,7 @@ from kvmesh.cluster.routing.events import Event, Lease
 from kvmesh.cluster.routing.fleet import Fleet
 from kvmesh.cluster.routing.group import GroupSpec
 from kvmesh.cluster.routing.ledger import Ledger, Reconciliation
+from kvmesh.cluster.routing.occupancy import Occupancy
 from kvmesh.cluster.routing.placement import (
     Asked,
     Choice,
@@ -83,6 +85,7 @@ class Router:
         self._unheard = set(expected_groups)
         self._rebuild_until = now + config.rebuild_timeout_s
         self._rules = PlacementRules(config.ahead_s, config.balance_s, config.hole_s)
+        self._occupancy = Occupancy(config.long_s, config.busy_most)
         self._hole_pages = 0.0
         self._grants = 0
 
@@ -95,6 +98,7 @@ class Router:
         """
         if request.request_id in self._queue:
             raise DuplicateRequestError(request.request_id)
+        self._occupancy.note_arrival(self._fleet.views.values(), now)
         asked = self._fleet.ask(request)
         choice = self._choose(asked, self._fleet.views.values(), now)
         if self.ready(now):
@@ -232,7 +236,16 @@ class Router:
         self, asked: Asked, views: Iterable[GroupView], now: float, *, above: bool = False
     ) -> Choice:
         """above: the request stands above the one that has been promised a start."""
-        return choose(views, asked, now, self._rules, None if above else self._promised.current)
+        promise = None if above else self._promised.current
+        return choose(views, asked, now, self._rules_for(asked), promise)
+
+    def _rules_for(self, asked: Asked) -> PlacementRules:
+        long_s = self.config.long_s
+        if any(plan.prefill_s > long_s for plan in asked.plans) and not self._occupancy.spares_one(
+            self._fleet.views.values()
+        ):
+            return replace(self._rules, longest_s=long_s)
+        return self._rules
 
     def _grant(
         self, request: PlaceRequest, asked: Asked, choice: Choice, since: float, now: float
@@ -276,7 +289,7 @@ class Router:
                 view = self._fleet.views[choice.better_later]
                 so_far_s = deferred_s.get(choice.better_later, 0.0)
                 deferred_s[choice.better_later] = so_far_s + prefill_s(view, asked)
-            elif in_front:
+            elif in_front and math.isinf(self._rules_for(asked).longest_s):
                 in_front = False
                 self._consider_promise(asked, above, now)
         return tuple(outcomes)
@@ -290,7 +303,7 @@ class Router:
         deferred_s: Mapping[str, float] | None,
     ) -> Choice:
         """Choose among open groups and, to wait for, those that hold the prefix."""
-        rules = self._rules
+        rules = self._rules_for(asked)
         if deferred_s is not None and asked.cached_blocks:
             known = self._fleet.views
             holders = [known[x] for x in asked.cached_blocks if x in known]
