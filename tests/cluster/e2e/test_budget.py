@@ -27,7 +27,7 @@ from tests.cluster.e2e.harness import (
 
 pytestmark = [
     pytest.mark.ray,
-    pytest.mark.timeout(420),
+    pytest.mark.timeout(900),
     # Ray's own, at its import.
     pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
 ]
@@ -36,7 +36,10 @@ GROUPS = 2
 REQUESTS = 200
 BRIEF = 66  # of them, at first
 CONFIG = small_config(
-    groups=GROUPS, engine=SMALL_ENGINE, router={"report_period_s": 0.1, "max_queued": REQUESTS}
+    groups=GROUPS,
+    engine=SMALL_ENGINE,
+    # Half a minute's load on an idle machine; nobody is refused on a busy one either.
+    router={"report_period_s": 0.1, "max_queued": REQUESTS, "queue_timeout_s": 900.0},
 )
 PATIENT = RetryPolicy(max_attempts=12, max_backoff_s=5.0)
 VOCAB = 49_152
