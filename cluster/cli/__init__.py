@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from kvmesh.cluster.cli import client_commands, server_commands
+from kvmesh.cluster.cli.calibrate_command import calibrate
 from kvmesh.cluster.cli.simulate_command import HANDED_ON, simulate
 
 app = typer.Typer(
@@ -22,4 +23,5 @@ app.command("generate")(client_commands.generate)
 app.command("chat")(client_commands.chat)
 app.command("status")(client_commands.status)
 app.command("estimate")(client_commands.estimate)
+app.command("calibrate")(calibrate)
 app.command("simulate", context_settings=HANDED_ON)(simulate)

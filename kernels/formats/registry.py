@@ -7,6 +7,7 @@ from kvmesh.kernels.formats.base import KVFormat, Side
 from kvmesh.kernels.formats.codebook.side import Codebook
 from kvmesh.kernels.formats.exact.side import Exact
 from kvmesh.kernels.formats.fp8.side import Fp8
+from kvmesh.kernels.formats.static8.side import Static8
 
 
 def _channels(width: int) -> Side:
@@ -28,6 +29,7 @@ _FORMATS: tuple[KVFormat, ...] = (
         "a grid a token and head, as LMDeploy's policy 8",
         aliases=("8",),
     ),
+    KVFormat("int8-static", Static8(), Static8(), "calibrated ranges a head and channel"),
     KVFormat("fp8", Fp8(centred=True), Fp8(), "e4m3, a scale a page and head, keys centred"),
     KVFormat(
         "k4v4",
@@ -46,9 +48,7 @@ _FORMATS: tuple[KVFormat, ...] = (
         recent_pages=2,
         aliases=("42",),
     ),
-    KVFormat(
-        "k3v3", _channels(3), _rotated(3), "as k4v4, in 3 bits", sink_pages=1, recent_pages=2
-    ),
+    KVFormat("k3v3", _channels(3), _rotated(3), "as k4v4, in 3 bits", sink_pages=1, recent_pages=2),
     KVFormat(
         "k3v2",
         _channels(3),
@@ -94,6 +94,13 @@ _FORMATS: tuple[KVFormat, ...] = (
             ("g64-hqq", "half_quadratic", "the same grid solved as transformers' HQQ cache does"),
         )
         for width in (4, 2)
+    ),
+    KVFormat(
+        "int8-static-layer",
+        Static8(per="layer"),
+        Static8(per="layer"),
+        "LMDeploy's offline int8: calibrated ranges a layer",
+        reference=True,
     ),
     KVFormat(
         "turboquant-sign",
