@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -38,10 +39,21 @@ def choose_device(config: EngineConfig, rank: int) -> torch.device:
 
 
 class Rank:
-    """Loads the model on construction; `allocate` once, then `execute` step by step."""
+    """Loads the model on construction; `allocate` once, then `execute` step by step.
 
-    def __init__(self, config: EngineConfig, rank: int, comm: Communicator) -> None:
+    model: this rank's share of `config.model` where it is loaded already
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        rank: int,
+        comm: Communicator,
+        model: ServedModel | None = None,
+    ) -> None:
         self._config = config
+        self._rank = rank
+        self._comm = comm
         self._device = choose_device(config, rank)
         self._fmt = get_format(config.kv_format)
         self._dtype = _dtype(config, self._device)
@@ -58,7 +70,7 @@ class Rank:
         self._recent_pages = _default(config.recent_pages, self._fmt.recent_pages)
         # Before the weights: a file that does not fit is told at once.
         self._params = self._load_calibration(files, rank)
-        self._model: ServedModel = load_model(
+        self._model: ServedModel = model or load_model(
             files.path, dtype=self._dtype, device=self._device, comm=comm
         )
 
@@ -116,6 +128,16 @@ class Rank:
             Path(self._config.calibration), self._fmt, facts, self._config.model, self._sink_pages
         )
         return found.for_rank(self._fmt, rank, self._config.tp, self._device)
+
+    def score(self, plan: StepPlan) -> torch.Tensor | None:
+        """Logits of all the plan's tokens, see ModelRunner.score."""
+        assert self._runner is not None, "allocate comes before score"
+        return self._runner.score(plan)
+
+    def with_format(self, kv_format: str, calibration: str | None = None) -> Rank:
+        """A rank of the same model, weights shared, with another KV format and a pool to come."""
+        config = dataclasses.replace(self._config, kv_format=kv_format, calibration=calibration)
+        return Rank(config, self._rank, self._comm, self._model)
 
     def _kv_budget_bytes(self) -> int:
         """What KV may take here: the setting, or what a GPU has left after the weights and the

@@ -209,7 +209,7 @@ class _Draft:
         self.chunks: dict[int, Chunk] = {}
         self._hot: dict[int, list[tuple[int, int]]] = {}
         self._sealed: dict[int, list[tuple[int, int]]] = {}
-        self._seals: dict[int, list[tuple[int, int]]] = {}
+        self._seals: dict[int, list[tuple[int, int, int]]] = {}
 
     def start_row(self, seq: Sequence) -> None:
         row = _row(seq)

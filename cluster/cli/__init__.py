@@ -6,6 +6,7 @@ import typer
 
 from kvmesh.cluster.cli import client_commands, server_commands
 from kvmesh.cluster.cli.calibrate_command import calibrate
+from kvmesh.cluster.cli.eval_commands import eval_app
 from kvmesh.cluster.cli.simulate_command import HANDED_ON, simulate
 
 app = typer.Typer(
@@ -25,3 +26,4 @@ app.command("status")(client_commands.status)
 app.command("estimate")(client_commands.estimate)
 app.command("calibrate")(calibrate)
 app.command("simulate", context_settings=HANDED_ON)(simulate)
+app.add_typer(eval_app, name="eval")

@@ -41,7 +41,7 @@ class SideTile(Protocol):
         """Values: weights [rows, queries, tokens] fp32 -> [rows, queries, head_dim] fp32."""
 
     def dense(self) -> torch.Tensor:
-        """The numbers, [rows, tokens, head_dim] fp32."""
+        """The numbers, [rows, tokens, head_dim] fp32, contiguous."""
 
 
 class SideCodec(Protocol):
@@ -93,11 +93,13 @@ class Side:
         operators rotates queries, keys and values into it, and the output back
     calibrated: the parameters that calibration has to supply, each with its dimensions;
         ranks share out those whose first one is "heads"
+    values: it is the values' side; packing.py lays their codes out otherwise
     wants_positions: encoding needs to know where in the sequence a page lies
     """
 
     width: int
     rotated: bool = field(default=False, kw_only=True)
+    values: bool = field(default=False, kw_only=True)
 
     package: ClassVar[str] = ""
     calibrated: ClassVar[Mapping[str, Dims]] = {}
@@ -157,6 +159,10 @@ class KVFormat:
     recent_pages: int = 0
     aliases: tuple[str, ...] = ()
     reference: bool = False
+
+    def __post_init__(self) -> None:
+        if self.k.values or not self.v.values:
+            raise ValueError(f"{self.name}: the values' side, and it alone, must be marked so")
 
     @property
     def k_bits(self) -> int:
@@ -239,7 +245,7 @@ class KVFormat:
         shape = (page_size, head_dim, dtype)
         k = self.k.codec().decode(self.k, pages[..., :at].contiguous(), *shape, params.k)
         v = self.v.codec().decode(self.v, pages[..., at:].contiguous(), *shape, params.v)
-        return k.to(dtype), v.to(dtype)
+        return k.to(dtype).contiguous(), v.to(dtype).contiguous()
 
 
 def _join(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

@@ -1,9 +1,26 @@
-"""How codes of 1 to 8 bits share bytes: in planes, in contiguous slices of a token's channels.
+"""How codes of 1 to 8 bits share bytes: in planes, made for integer tensor cores.
 
-With b bits a code, 8 / b codes share a byte: the byte i of a token holds its
-channels i, i + head_dim b/8, i + 2 head_dim b/8, ..., the first in the low bits. So
-unpacking gives contiguous slices of channels and permutes nothing. Codes of 3
-bits are two planes: the low 2 bits of a page's codes, then their high bit.
+A page is cut into blocks of 64 tokens (fewer where the page has fewer). A block of
+keys is a table [tokens, head_dim], one of values [head_dim, tokens]: the axis
+that attention sums over lies last. P codes share a byte, those of P *rows*, so
+that a plane, the codes of one place in the byte, is a table again:
+
+    keys     plane p is rows P r + p:      neighbouring tokens share a byte
+    values   plane p is rows p R + r:      R = rows / P; far channels share a byte
+
+    width   P   byte (r, x)
+    8       1   code - 128, signed
+    4       2   p0 | (p1 ^ 8) << 4
+    2       4   p0 | p1 << 2 | p2 << 4 | (p3 ^ 2) << 6
+    3       4   the low 2 bits of each: p0 | p1 << 2 | p2 << 4 | p3 << 6; then, after all
+                of them, a byte (r, x) for columns x and x + columns / 2 of the high
+                bits, (p3 ^ 4) for p3: column x in bits 2, 4, 6, 7, the other in 1, 3, 5, 0
+    1       8   p0 | p1 << 1 | ... | p7 << 7, rows as for values: signs of residuals
+
+A kernel takes a plane out with one AND and no shift: codes at bits 2p are 4^p times
+themselves, and the top plane, read as signed, is its codes less half their range,
+which is why its highest bit is stored flipped.
+
 Torch is imported where a tensor comes in.
 """
 
@@ -14,51 +31,89 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-_PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
+BLOCK_TOKENS = 64
+PLANES = {8: 1, 4: 2, 3: 4, 2: 4, 1: 8}
+# Width 3: the bit of plane p's high bit, for the first and the second half of the columns.
+_HIGH_BITS = ((2, 4, 6, 7), (1, 3, 5, 0))
 
 
 def packed_bytes(width: int, page_size: int, head_dim: int) -> int:
     """Bytes of a page's codes. Raises ValueError where head_dim does not fill bytes."""
-    for plane in _PLANES[width]:
-        if head_dim * plane % 8:
-            raise ValueError(
-                f"head_dim: {width}-bit codes need a multiple of {8 // plane}, got {head_dim}"
-            )
+    need = {8: 1, 4: 2, 3: 8, 2: 4, 1: 8}[width]
+    if head_dim % need:
+        raise ValueError(f"head_dim: {width}-bit codes need a multiple of {need}, got {head_dim}")
     return page_size * head_dim * width // 8
 
 
-def pack(codes: torch.Tensor, width: int) -> torch.Tensor:
+def pack(codes: torch.Tensor, width: int, *, values: bool) -> torch.Tensor:
     """codes [..., page_size, head_dim] uint8 below 2^width -> [..., bytes] uint8."""
     import torch
 
-    planes = []
-    shift = 0
-    for plane in _PLANES[width]:
-        part = (codes >> shift) & (2**plane - 1) if len(_PLANES[width]) > 1 else codes
-        slices = part.chunk(8 // plane, dim=-1)
-        byte = slices[0]
-        for index, piece in enumerate(slices[1:], start=1):
-            byte = byte | (piece << (index * plane))
-        planes.append(byte.flatten(-2))
-        shift += plane
-    return torch.cat(planes, dim=-1) if len(planes) > 1 else planes[0].contiguous()
+    block = min(BLOCK_TOKENS, codes.shape[-2])
+    table = codes.unflatten(-2, (-1, block))
+    if values:
+        table = table.mT
+    if width == 8:
+        return (table ^ 128).flatten(-3)
+    planes = list(_split(table, PLANES[width], values))
+    if width > 1:
+        planes[-1] = planes[-1] ^ (1 << (width - 1))
+    bits = 2 if width == 3 else width
+    packed = _overlay([plane & (2**bits - 1) for plane in planes], range(0, 8, bits))
+    if width != 3:
+        return packed.flatten(-3)
+    halves = [(plane >> 2).chunk(2, dim=-1) for plane in planes]
+    first, second = zip(*halves, strict=True)
+    high = _overlay([*first, *second], [*_HIGH_BITS[0], *_HIGH_BITS[1]])
+    return torch.cat((packed.flatten(-3), high.flatten(-3)), dim=-1)
 
 
-def unpack(data: torch.Tensor, width: int, page_size: int, head_dim: int) -> torch.Tensor:
-    """The inverse: [..., bytes] uint8 -> [..., page_size, head_dim] uint8."""
+def unpack(
+    data: torch.Tensor, width: int, page_size: int, head_dim: int, *, values: bool
+) -> torch.Tensor:
+    """Codes in the tables they lie in.
+
+    data: [..., bytes] uint8, more bytes than the codes take are left alone
+    Returns uint8, keys [..., page_size, head_dim], values [..., blocks, head_dim, block]
+    """
     import torch
 
-    codes = None
-    shift = start = 0
-    for plane in _PLANES[width]:
-        end = start + packed_bytes(plane, page_size, head_dim)
-        byte = data[..., start:end].unflatten(-1, (page_size, -1))
-        if plane < 8:
-            mask = 2**plane - 1
-            shifts = range(0, 8, plane)
-            byte = torch.cat([(byte >> by) & mask for by in shifts], dim=-1)
-        codes = byte if codes is None else codes | (byte << shift)
-        start = end
-        shift += plane
-    assert codes is not None
-    return codes
+    block = min(BLOCK_TOKENS, page_size)
+    rows, columns = (head_dim, block) if values else (block, head_dim)
+    count = PLANES[width]
+    bits = 2 if width == 3 else width
+    middle = page_size * head_dim * bits // 8
+    table = data[..., :middle].unflatten(-1, (-1, rows // count, columns))
+    if width == 8:
+        codes = table ^ 128
+    else:
+        planes = [(table >> shift) & (2**bits - 1) for shift in range(0, 8, bits)]
+        if width == 3:
+            end = packed_bytes(3, page_size, head_dim)
+            high = data[..., middle:end].unflatten(-1, (-1, rows // count, columns // 2))
+            for p, plane in enumerate(planes):
+                ones = [(high >> at[p]) & 1 for at in _HIGH_BITS]
+                planes[p] = plane | (torch.cat(ones, dim=-1) << 2)
+        if width > 1:
+            planes[-1] = planes[-1] ^ (1 << (width - 1))
+        codes = torch.cat(planes, dim=-2) if values else torch.stack(planes, dim=-2).flatten(-3, -2)
+    return codes if values else codes.flatten(-3, -2)
+
+
+def by_token(table: torch.Tensor, *, values: bool) -> torch.Tensor:
+    """A table as `unpack` gives it -> [..., page_size, head_dim]; a copy for values."""
+    return table.mT.flatten(-3, -2) if values else table
+
+
+def _split(table: torch.Tensor, count: int, values: bool) -> tuple[torch.Tensor, ...]:
+    """The planes of a table [..., rows, columns]."""
+    if values:
+        return table.chunk(count, dim=-2)
+    return table.unflatten(-2, (-1, count)).unbind(-2)
+
+
+def _overlay(parts: list[torch.Tensor], shifts: list[int] | range) -> torch.Tensor:
+    byte = parts[0] << shifts[0]
+    for part, shift in zip(parts[1:], shifts[1:], strict=True):
+        byte = byte | (part << shift)
+    return byte

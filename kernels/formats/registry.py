@@ -16,21 +16,33 @@ def _channels(width: int) -> Side:
 
 
 def _rotated(width: int) -> Side:
-    """Rotated values on Lloyd-Max levels, unbiased."""
-    return Codebook(width, scale="e5m3", rotated=True)
+    """Rotated values: with 4 bits on a grid a token, with fewer on unbiased uniform levels."""
+    if width == 4:
+        return Affine(4, fit="least_squares", scale="e5m3", rotated=True, values=True)
+    return Codebook(width, scale="e5m3", rotated=True, values=True)
 
 
 _FORMATS: tuple[KVFormat, ...] = (
-    KVFormat("exact", Exact(), Exact(), "the compute dtype's own", aliases=("0", "none", "auto")),
+    KVFormat(
+        "exact",
+        Exact(),
+        Exact(values=True),
+        "the compute dtype's own",
+        aliases=("0", "none", "auto"),
+    ),
     KVFormat(
         "int8",
         Affine(8),
-        Affine(8),
+        Affine(8, values=True),
         "a grid a token and head, as LMDeploy's policy 8",
         aliases=("8",),
     ),
-    KVFormat("int8-static", Static8(), Static8(), "calibrated ranges a head and channel"),
-    KVFormat("fp8", Fp8(centred=True), Fp8(), "e4m3, a scale a page and head, keys centred"),
+    KVFormat(
+        "int8-static", Static8(), Static8(values=True), "calibrated ranges a head and channel"
+    ),
+    KVFormat(
+        "fp8", Fp8(centred=True), Fp8(values=True), "e4m3, a scale a page and head, keys centred"
+    ),
     KVFormat(
         "k4v4",
         _channels(4),
@@ -63,21 +75,21 @@ _FORMATS: tuple[KVFormat, ...] = (
     KVFormat(
         "int4",
         Affine(4),
-        Affine(4),
+        Affine(4, values=True),
         "a grid a token and head, as LMDeploy's policy 4",
         aliases=("4",),
     ),
     KVFormat(
         "kivi4",
         Affine(4, along="channel", run=32),
-        Affine(4, run=32),
+        Affine(4, run=32, values=True),
         "KIVI: keys a channel and 32 tokens, values a token and 32 channels",
         recent_pages=2,
     ),
     KVFormat(
         "kivi2",
         Affine(2, along="channel", run=32),
-        Affine(2, run=32),
+        Affine(2, run=32, values=True),
         "as kivi4, in 2 bits",
         recent_pages=2,
     ),
@@ -85,7 +97,7 @@ _FORMATS: tuple[KVFormat, ...] = (
         KVFormat(
             f"{name}{width}",
             Affine(width, run=64, fit=fit),
-            Affine(width, run=64, fit=fit),
+            Affine(width, run=64, fit=fit, values=True),
             summary,
             recent_pages=2,
         )
@@ -98,21 +110,21 @@ _FORMATS: tuple[KVFormat, ...] = (
     KVFormat(
         "int8-static-layer",
         Static8(per="layer"),
-        Static8(per="layer"),
+        Static8(per="layer", values=True),
         "LMDeploy's offline int8: calibrated ranges a layer",
         reference=True,
     ),
     KVFormat(
         "turboquant-sign",
-        Codebook(3, norm="rms", residual="sign", rotated=True),
-        Codebook(2, norm="rms", rotated=True),
+        Codebook(3, levels="lloyd_max", norm="rms", residual="sign", rotated=True),
+        Codebook(2, levels="lloyd_max", norm="rms", rotated=True, values=True),
         "LMDeploy's policy 42: 3-bit levels and a residual sign",
         reference=True,
     ),
     KVFormat(
         "turboquant-qjl",
-        Codebook(3, norm="rms", residual="qjl", rotated=True),
-        Codebook(2, norm="rms", rotated=True),
+        Codebook(3, levels="lloyd_max", norm="rms", residual="qjl", rotated=True),
+        Codebook(2, levels="lloyd_max", norm="rms", rotated=True, values=True),
         "TurboQuant as published: 3-bit levels and a projected residual sign",
         reference=True,
     ),

@@ -1,6 +1,7 @@
 """The tiles that sides share: numbers as they are, and codes with scales to be folded.
 
 A row is a (sequence, KV head); its tokens are those of its pages, in order.
+Keys lie by token, values by channel in blocks of tokens (packing.py).
 """
 
 from __future__ import annotations
@@ -29,61 +30,69 @@ class DenseTile:
 
 
 @dataclass(frozen=True, slots=True)
-class TokenTile:
+class TokenKeys:
     """x = codes * scale + offset, one scale and offset a token.
 
-    codes: [rows, tokens, head_dim] fp32. Where two codes share a byte, two
-        tensors [rows, tokens, head_dim / 2]: the low nibble, and the whole
-        byte, low + 16 * high, which saves the shift.
-    scale: [rows, tokens] fp32; offset: the same, or None for zero
+    codes: [rows, tokens, head_dim] fp32; scale, offset: [rows, tokens] fp32, offset None for 0
     """
 
-    codes: tuple[torch.Tensor, ...]
+    codes: torch.Tensor
     scale: torch.Tensor
     offset: torch.Tensor | None
 
     def scores(self, q: torch.Tensor) -> torch.Tensor:
         # q·x = scale (q·codes) + offset Σq
-        if len(self.codes) == 1:
-            products = torch.bmm(q, self.codes[0].mT)
-        else:
-            low, byte = self.codes
-            q_low, q_high = q.chunk(2, dim=-1)
-            q_high = q_high * 0.0625
-            products = torch.bmm(q_high, byte.mT).baddbmm_(q_low - q_high, low.mT)
-        products.mul_(self.scale.unsqueeze(1))
+        products = torch.bmm(q, self.codes.mT).mul_(self.scale.unsqueeze(1))
         if self.offset is not None:
             products.addcmul_(q.sum(-1, keepdim=True), self.offset.unsqueeze(1))
         return products
 
     def weighted(self, weights: torch.Tensor) -> torch.Tensor:
-        # Σ w x = (w scale)·codes + Σ w offset
-        scaled = weights * self.scale.unsqueeze(1)
-        if len(self.codes) == 1:
-            out = torch.bmm(scaled, self.codes[0])
-        else:
-            low, byte = self.codes
-            out_low = torch.bmm(scaled, low)
-            out_high = torch.bmm(scaled, byte).sub_(out_low).mul_(0.0625)
-            out = torch.cat((out_low, out_high), dim=-1)
+        return torch.bmm(weights, self.dense())
+
+    def dense(self) -> torch.Tensor:
+        x = self.codes * self.scale.unsqueeze(-1)
+        return x if self.offset is None else x.add_(self.offset.unsqueeze(-1))
+
+
+@dataclass(frozen=True, slots=True)
+class TokenValues:
+    """x = codes * scale + offset, one scale and offset a token.
+
+    codes: [rows, blocks, head_dim, block] fp32; scale, offset: [rows, blocks * block] fp32,
+        offset None for 0
+    """
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    offset: torch.Tensor | None
+
+    def scores(self, q: torch.Tensor) -> torch.Tensor:
+        return torch.bmm(q, self.dense().mT)
+
+    def weighted(self, weights: torch.Tensor) -> torch.Tensor:
+        # Σ w x = (w scale)·codes + Σ w offset, block by block
+        rows, blocks, head_dim, block = self.codes.shape
+        scaled = (weights * self.scale.unsqueeze(1)).view(rows, -1, blocks, block)
+        products = torch.bmm(
+            scaled.transpose(1, 2).reshape(rows * blocks, -1, block),
+            self.codes.view(rows * blocks, head_dim, block).mT,
+        )
+        out = products.view(rows, blocks, -1, head_dim).sum(1)
         if self.offset is not None:
             # A sum by halves: a product with a vector would round once a token.
             out.add_((weights * self.offset.unsqueeze(1)).sum(-1, keepdim=True))
         return out
 
     def dense(self) -> torch.Tensor:
-        x = self._whole() * self.scale.unsqueeze(-1)
+        # Contiguous also where there is a single block: torch's attention on CPUs reads other
+        # strides wrongly.
+        x = self.codes.mT.contiguous().flatten(1, 2) * self.scale.unsqueeze(-1)
         return x if self.offset is None else x.add_(self.offset.unsqueeze(-1))
-
-    def _whole(self) -> torch.Tensor:
-        if len(self.codes) == 1:
-            return self.codes[0]
-        low, byte = self.codes
-        return torch.cat((low, (byte - low) * 0.0625), dim=-1)
 
 
 @dataclass(frozen=True, slots=True)
-class ChannelTile:
+class ChannelKeys:
     """x = codes * scale + offset, one scale and offset a channel and run of tokens.
 
     codes: [rows, runs, tokens a run, head_dim] fp32

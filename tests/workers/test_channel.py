@@ -32,6 +32,7 @@ PLAN = StepPlan(
     TableUpdate([], [], []),
     [7],
     [2],
+    [0],
 )
 
 

@@ -39,9 +39,16 @@ import torch
 
 from kvmesh.kernels.formats.affine.side import OFFSET_BYTES, Affine
 from kvmesh.kernels.formats.base import Params, SideTile
-from kvmesh.kernels.formats.packing import pack, packed_bytes, unpack
+from kvmesh.kernels.formats.packing import by_token, pack, packed_bytes, unpack
 from kvmesh.kernels.formats.scales import load_scale, rounded_scale, store_scale
-from kvmesh.kernels.formats.tiles import BF16_MAX, ChannelTile, DenseTile, TokenTile, saturated
+from kvmesh.kernels.formats.tiles import (
+    BF16_MAX,
+    ChannelKeys,
+    DenseTile,
+    TokenKeys,
+    TokenValues,
+    saturated,
+)
 
 SCALE_FLOOR = 2.0**-125  # its half is still a normal fp32 number
 SCALE_CEILING = 2.0**126
@@ -63,7 +70,7 @@ def encode(
     codes = codes.add_(0.5).floor_().clamp_(0.0, 2.0**side.width - 1).to(torch.uint8)
     offsets = offset.to(torch.bfloat16).flatten(2).view(torch.uint8)
     scales = store_scale(scale.flatten(2), side.scale)
-    packed = pack(_from_runs(side, codes, page_size, head_dim), side.width)
+    packed = pack(_from_runs(side, codes, page_size, head_dim), side.width, values=side.values)
     return torch.cat((packed, offsets, scales), dim=-1)
 
 
@@ -77,27 +84,25 @@ def load(
     params: Params,
 ) -> SideTile:
     offset, scale = _meta(side, pages, page_size, head_dim)
+    table = unpack(pages, side.width, page_size, head_dim, values=side.values)
     if side.along == "token" and side.run_length(page_size, head_dim) == head_dim:
-        parts: tuple[torch.Tensor, ...]
-        if side.width == 4:
-            byte = pages[:, : packed_bytes(4, page_size, head_dim)]
-            parts = (byte & 15, byte)
-        else:
-            parts = (unpack(pages, side.width, page_size, head_dim),)
-        codes = tuple(part.float().reshape(rows, -1, head_dim // len(parts)) for part in parts)
-        return TokenTile(codes, scale.view(rows, -1), offset.view(rows, -1))
-    unpacked = unpack(pages, side.width, page_size, head_dim).float()
+        scale, offset = scale.view(rows, -1), offset.view(rows, -1)
+        if side.values:
+            blocks = table.float().view(rows, -1, *table.shape[-2:])
+            return TokenValues(blocks, scale, offset)
+        return TokenKeys(table.float().view(rows, -1, head_dim), scale, offset)
+    codes = by_token(table, values=side.values).float()
     if side.along == "channel":
         tokens = side.run_length(page_size, head_dim)
-        return ChannelTile(
-            unpacked.view(rows, -1, tokens, head_dim),
+        return ChannelKeys(
+            codes.view(rows, -1, tokens, head_dim),
             scale.view(rows, -1, head_dim),
             offset.view(rows, -1, head_dim),
         )
-    runs = _to_runs(side, unpacked)
+    runs = _to_runs(side, codes)
     x = runs.mul_(scale.view(runs.shape[:-1])[..., None])
     x = x.add_(offset.view(runs.shape[:-1])[..., None])
-    return DenseTile(x.view(rows, -1, head_dim))
+    return DenseTile(x.contiguous().view(rows, -1, head_dim))
 
 
 def decode(
@@ -109,7 +114,8 @@ def decode(
     params: Params,
 ) -> torch.Tensor:
     offset, scale = _meta(side, pages, page_size, head_dim)
-    codes = _to_runs(side, unpack(pages, side.width, page_size, head_dim).float())
+    table = unpack(pages, side.width, page_size, head_dim, values=side.values)
+    codes = _to_runs(side, by_token(table, values=side.values).float())
     shape = codes.shape[:-1]
     x = saturated(codes, scale.view(shape)[..., None], offset.view(shape)[..., None])
     return _from_runs(side, x, page_size, head_dim)

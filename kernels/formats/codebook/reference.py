@@ -3,8 +3,8 @@
     side of a page   | codes (packing.py) | scales | residual signs | residual norms |
                                             page_size each            bf16 each
 
-Levels are Lloyd-Max's for N(0, 1): what a rotated vector's numbers nearly are,
-once divided by their root mean square. The scale a token is
+Levels are Lloyd-Max's for N(0, 1), or the best uniform ones: what a rotated vector's
+numbers nearly are, once divided by their root mean square. The scale a token is
 
 eden   Σ y² / Σ y level(y): with it <x, x^> = |x|², so that scores are unbiased (EDEN,
        Vargaftik et al. 2022). What is lost by not having the least squared error
@@ -21,41 +21,35 @@ qjl    x^ + |r| √(π/2) / d Sᵀ sign(S r), S [d, d] of N(0, 1) numbers
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from functools import cache
 
 import torch
 
 from kvmesh.kernels.formats.base import Params, SideTile
-from kvmesh.kernels.formats.codebook.side import LLOYD_MAX, Codebook
-from kvmesh.kernels.formats.packing import pack, packed_bytes, unpack
+from kvmesh.kernels.formats.codebook.side import LLOYD_MAX, UNIFORM_STEP, Codebook
+from kvmesh.kernels.formats.packing import by_token, pack, packed_bytes, unpack
 from kvmesh.kernels.formats.scales import SCALE_BYTES, load_scale, rounded_scale, store_scale
-from kvmesh.kernels.formats.tiles import BF16_MAX, DenseTile, TokenTile
+from kvmesh.kernels.formats.tiles import BF16_MAX, DenseTile, TokenKeys, TokenValues
 
 SCALE_FLOOR = 2.0**-125
 _QJL_SEED = 20240606
 
 
 @cache
-def levels(width: int) -> torch.Tensor:
+def levels(side: Codebook) -> torch.Tensor:
     """[2^width] fp32, from the least up."""
-    positive = torch.tensor(LLOYD_MAX[width])
+    count = 2**side.width
+    if side.levels == "uniform":
+        return (torch.arange(count) - (count - 1) / 2) * UNIFORM_STEP[side.width]
+    positive = torch.tensor(LLOYD_MAX[side.width])
     return torch.cat((-positive.flip(0), positive))
 
 
 @cache
-def boundaries(width: int) -> torch.Tensor:
+def boundaries(side: Codebook) -> torch.Tensor:
     """[2^width - 1] fp32, half-way between levels."""
-    table = levels(width)
+    table = levels(side)
     return (table[1:] + table[:-1]) / 2
-
-
-@cache
-def levels_of_byte(width: int) -> torch.Tensor:
-    """[256, 8 / width] fp32: the levels of the codes that share a byte, low bits first."""
-    byte = torch.arange(256)[:, None]
-    shifts = torch.arange(0, 8, width)[None, :]
-    return levels(width)[(byte >> shifts) & (2**width - 1)].contiguous()
 
 
 def encode(
@@ -66,8 +60,8 @@ def encode(
     top = x.abs().amax(-1, keepdim=True).clamp_min(SCALE_FLOOR)
     y = x / top
     rms = y.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-30)
-    codes = torch.bucketize((y / rms).contiguous(), boundaries(side.width).to(x.device))
-    chosen = levels(side.width).to(x.device)[codes]
+    codes = torch.bucketize((y / rms).contiguous(), boundaries(side).to(x.device))
+    chosen = levels(side).to(x.device)[codes]
     if side.norm == "eden":
         scale = y.square().sum(-1, keepdim=True) / (y * chosen).sum(-1, keepdim=True)
         scale = torch.where(rms > 1e-30, scale, 0.0) * top
@@ -75,13 +69,16 @@ def encode(
         scale = rms * top
     # A quarter of bf16's greatest number: the outermost level times it is still finite.
     scale = scale.clamp(SCALE_FLOOR, 0.25 * BF16_MAX)
-    parts = [pack(codes.to(torch.uint8), side.width), store_scale(scale.squeeze(-1), side.scale)]
+    parts = [
+        pack(codes.to(torch.uint8), side.width, values=side.values),
+        store_scale(scale.squeeze(-1), side.scale),
+    ]
     if side.residual:
         r = x - chosen * rounded_scale(scale, side.scale)
         largest = r.abs().amax(-1, keepdim=True).clamp_min(SCALE_FLOOR)
         norm = (r / largest).norm(dim=-1) * largest.squeeze(-1)
         seen = r / largest if side.residual == "sign" else (r / largest) @ _projection(x).T
-        parts.append(pack((seen >= 0).to(torch.uint8), 1))
+        parts.append(pack((seen >= 0).to(torch.uint8), 1, values=True))
         parts.append(store_scale(norm.clamp(SCALE_FLOOR, 0.25 * BF16_MAX), "bf16"))
     return torch.cat(parts, dim=-1)
 
@@ -97,16 +94,17 @@ def load(
 ) -> SideTile:
     if side.residual:
         x = decode(side, pages.unsqueeze(1), page_size, head_dim, dtype, params)
-        return DenseTile(x.view(rows, -1, head_dim))
+        return DenseTile(x.contiguous().view(rows, -1, head_dim))
     scale = _scales(side, pages, page_size, head_dim).view(rows, -1)
-    if side.width == 3:
-        codes = unpack(pages, 3, page_size, head_dim)
-        whole = levels(3).to(pages.device)[codes.int()].view(rows, -1, head_dim)
-        return TokenTile((whole,), scale, None)
-    byte = pages[:, : packed_bytes(side.width, page_size, head_dim)]
-    table = levels_of_byte(side.width).to(pages.device)
-    mixed = table.index_select(0, byte.reshape(-1).int()).view(rows, -1, head_dim)
-    return _MixedTile(TokenTile((mixed,), scale, None), 8 // side.width)
+    table = unpack(pages, side.width, page_size, head_dim, values=side.values)
+    if side.levels == "uniform":
+        chosen = table.float().sub_((2**side.width - 1) / 2)
+        scale = scale * UNIFORM_STEP[side.width]
+    else:
+        chosen = levels(side).to(pages.device)[table.int()]
+    if side.values:
+        return TokenValues(chosen.view(rows, -1, *table.shape[-2:]), scale, None)
+    return TokenKeys(chosen.view(rows, -1, head_dim), scale, None)
 
 
 def decode(
@@ -117,14 +115,16 @@ def decode(
     dtype: torch.dtype,
     params: Params,
 ) -> torch.Tensor:
-    codes = unpack(pages, side.width, page_size, head_dim)
+    table = unpack(pages, side.width, page_size, head_dim, values=side.values)
+    codes = by_token(table, values=side.values)
     scale = _scales(side, pages, page_size, head_dim)
-    x = levels(side.width).to(pages.device)[codes.int()] * scale[..., None]
+    x = levels(side).to(pages.device)[codes.int()] * scale[..., None]
     if not side.residual:
         return x
     start = packed_bytes(side.width, page_size, head_dim) + page_size * SCALE_BYTES[side.scale]
     middle = start + packed_bytes(1, page_size, head_dim)
-    signs = unpack(pages[..., start:middle], 1, page_size, head_dim).float() * 2.0 - 1.0
+    table = unpack(pages[..., start:middle], 1, page_size, head_dim, values=True)
+    signs = by_token(table, values=True).float() * 2.0 - 1.0
     norm = load_scale(pages[..., middle:], "bf16")[..., None]
     if side.residual == "sign":
         return x + signs * (norm / math.sqrt(head_dim))
@@ -144,26 +144,3 @@ def _gaussian(head_dim: int) -> torch.Tensor:
 
 def _projection(like: torch.Tensor) -> torch.Tensor:
     return _gaussian(like.shape[-1]).to(like.device)
-
-
-@dataclass(frozen=True, slots=True)
-class _MixedTile:
-    """A tile whose channels lie as the bytes held them: channel i of slice s at i * slices + s.
-
-    It is cheaper to mix the query and to sort the output than to sort the keys.
-    """
-
-    tile: TokenTile
-    slices: int
-
-    def scores(self, q: torch.Tensor) -> torch.Tensor:
-        return self.tile.scores(q.unflatten(-1, (self.slices, -1)).mT.flatten(-2))
-
-    def weighted(self, weights: torch.Tensor) -> torch.Tensor:
-        return self._sorted(self.tile.weighted(weights))
-
-    def dense(self) -> torch.Tensor:
-        return self._sorted(self.tile.dense())
-
-    def _sorted(self, x: torch.Tensor) -> torch.Tensor:
-        return x.unflatten(-1, (-1, self.slices)).mT.flatten(-2)
