@@ -7,6 +7,7 @@ from kvmesh.kernels.formats.base import KVFormat, Side
 from kvmesh.kernels.formats.codebook.side import Codebook
 from kvmesh.kernels.formats.exact.side import Exact
 from kvmesh.kernels.formats.fp8.side import Fp8
+from kvmesh.kernels.formats.nuq.side import NonUniform
 from kvmesh.kernels.formats.static8.side import Static8
 
 
@@ -106,6 +107,16 @@ _FORMATS: tuple[KVFormat, ...] = (
             ("g64-hqq", "half_quadratic", "the same grid solved as transformers' HQQ cache does"),
         )
         for width in (4, 2)
+    ),
+    *(
+        KVFormat(
+            f"nuq{width}",
+            NonUniform(width),
+            NonUniform(width, values=True),
+            "KVQuant: calibrated levels, outliers apart, keys as before RoPE",
+            sink_pages=1,
+        )
+        for width in (4, 3, 2)
     ),
     KVFormat(
         "int8-static-layer",

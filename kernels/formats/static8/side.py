@@ -20,14 +20,14 @@ class Static8(Side):
     per: str = "channel"
 
     package: ClassVar[str] = "kvmesh.kernels.formats.static8"
-    calibrated: ClassVar[Mapping[str, Dims]] = {
-        "scale": ("heads", "channels"),
-        "zero": ("heads", "channels"),
-    }
 
     def __post_init__(self) -> None:
         if self.per not in ("channel", "layer"):
             raise ValueError(f"per: expected channel or layer, got {self.per!r}")
+
+    @property
+    def calibrated(self) -> Mapping[str, Dims]:
+        return {"scale": ("heads", "channels"), "zero": ("heads", "channels")}
 
     def num_bytes(self, page_size: int, head_dim: int, dtype_bytes: int = 2) -> int:
         return page_size * head_dim
