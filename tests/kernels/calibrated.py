@@ -58,6 +58,7 @@ def nuq_keys(
     return {
         "scale": torch.full((num_kv_heads, head_dim), reach),
         "zero": torch.randn(num_kv_heads, head_dim, generator=gen) * 0.3,
+        "importance": torch.rand(num_kv_heads, head_dim, generator=gen) + 0.5,
         "inv_freq": 10000.0 ** -(torch.arange(planes) / planes),
         "interleaved": torch.tensor([interleaved], dtype=torch.uint8),
     }

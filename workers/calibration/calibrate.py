@@ -10,10 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvmesh.kernels.formats.base import KVFormat, LayerParams, Side
+from kvmesh.kernels.formats.nuq.side import NonUniform
 from kvmesh.kernels.formats.registry import get_format
 from kvmesh.kernels.formats.static8.side import Static8
 from kvmesh.workers.calibration.attention import causal_attention
 from kvmesh.workers.calibration.file import Calibration
+from kvmesh.workers.calibration.nuq import LevelObserver
 from kvmesh.workers.calibration.observer import Observer
 from kvmesh.workers.calibration.ranges import RangeObserver
 from kvmesh.workers.calibration.windows import windows_of
@@ -102,6 +104,8 @@ class _Unobserved:
 def _observer(side: Side, model: ServedModel, samples: int) -> Observer:
     if isinstance(side, Static8):
         return RangeObserver(side)
+    if isinstance(side, NonUniform):
+        return LevelObserver(side, model.rope, model.num_kv_heads, model.head_dim, samples)
     assert not side.calibrated, f"nothing calibrates {type(side).__name__}"
     return _Unobserved()
 

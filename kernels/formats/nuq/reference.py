@@ -3,7 +3,7 @@
     keys     | codes (packing.py) | outliers | their channels | position, int32 |
     values   | codes (packing.py) | outliers | their channels | scales | offsets |
 
-with n = `side.outliers(head_dim)` outliers a token, [page_size, n] bf16 and then
+with n = `side.outliers(head_dim)` outliers a token, [page_size, n] of bf16 and then
 [page_size, n] of a byte; a scale a token in e5m3 (scales.py) and an offset in int8, in
 64ths of the scale.
 
@@ -11,22 +11,24 @@ with n = `side.outliers(head_dim)` outliers a token, [page_size, n] bf16 and the
     x^ = levels[code] * scale + zero
 
 Keys are turned back by RoPE's angle before and forth after, since a channel's numbers
-keep to their range only without it. Scale and zero of their channels bring what lies
-between two percentiles to [-1, 1]. A page holds the position of its first token, so
-that reading needs to know nothing else. The factor that YaRN gives the turned channels
-is left in: it commutes with turning.
+keep to their range only without it. Scale and zero of their channels were found
+beforehand. A page holds the position of its first token, so that reading needs to know
+nothing else. The factor that YaRN gives the turned channels is left in: it commutes
+with turning.
 
-Values have their scale and zero from what a token's outliers leave, whose range
-they bring to [-1, 1].
+Values have their scale and zero from the range of what a token's outliers leave, which
+they bring to [-1, 1], fitted once more to the codes by least squares.
 
 `bounds` lie half-way between the levels that k-means found; `levels` are those after
-Q-Norm (see workers/calibration). A token's outliers are the n numbers that its codes
-would miss by most (keys), or that lie farthest from the token's mean (values).
-They replace what the codes say.
+Q-Norm (workers/calibration/nuq.py). A token's outliers are the n numbers that its codes
+miss by most, for keys in units of how much the model minds an error in their
+channel: KVQuant takes the greatest instead, which its codes may well reach. They
+replace what the codes say.
 
 params
     levels [2^width], bounds [2^width - 1] fp32
-    keys: scale, zero [num_kv_heads, head_dim], inv_freq [planes] fp32, interleaved [1] uint8
+    keys: scale, zero, importance [num_kv_heads, head_dim], inv_freq [planes] fp32,
+        interleaved [1] uint8
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ import torch
 
 from kvmesh.kernels.formats.base import Params, SideTile
 from kvmesh.kernels.formats.nuq.side import POSITION_BYTES, SCALE_BYTES, VALUE_BYTES, NonUniform
+from kvmesh.kernels.formats.nuq.turn import Turn, phases
 from kvmesh.kernels.formats.packing import by_token, pack, packed_bytes, unpack
 from kvmesh.kernels.formats.scales import load_scale, rounded_scale, store_scale
 from kvmesh.kernels.formats.tiles import BF16_MAX, DenseTile
@@ -53,45 +56,96 @@ def encode(
     if side.values:
         return _encode_values(side, x.clamp(-GREATEST, GREATEST), params)
     assert positions is not None, "KVFormat.encode and seal_pages see to it"
-    turn = _Turn.of(params, x.shape[-2])
-    page_phase = _phase(params, positions).unflatten(-2, (-1, 1, 1))
-    x = turn.by(turn.by(x, turn.tokens.conj()), page_phase.conj()).clamp_(-GREATEST, GREATEST)
+    turn = Turn(_interleaved(params))
+    x = turn.by(x, _token_phases(params, x.shape[-2]).conj())
+    page_phase = phases(params["inv_freq"], positions)[:, None, None, :]
+    x = turn.by(x, page_phase.conj()).clamp_(-GREATEST, GREATEST)
     scale, zero = params["scale"].unsqueeze(1), params["zero"].unsqueeze(1)
-    codes = _codes(x.sub(zero).div_(scale), params)
+    codes = _codes((x - zero).div_(scale), params)
     missed = params["levels"][codes].mul_(scale).add_(zero).sub_(x).abs_()
-    apart = missed.topk(side.outliers(x.shape[-1]), dim=-1).indices
-    stored = positions.to(torch.int32).view(-1, 1, 1).expand(-1, x.shape[1], 1).contiguous()
+    first = positions.to(torch.int32).view(-1, 1, 1).expand(-1, x.shape[1], 1).contiguous()
     return torch.cat(
         (
             pack(codes.to(torch.uint8), side.width, values=False),
-            *_outliers(x, apart),
-            stored.view(torch.uint8),
+            *_outliers(side, x, missed.mul_(params["importance"].unsqueeze(1))),
+            first.view(torch.uint8),
         ),
         dim=-1,
     )
 
 
 def _encode_values(side: NonUniform, x: torch.Tensor, params: Params) -> torch.Tensor:
-    mean = x.mul(1.0 / x.shape[-1]).sum(-1, keepdim=True)
-    apart = (x - mean).abs_().topk(side.outliers(x.shape[-1]), dim=-1).indices
-    rest = x.scatter(-1, apart, mean.expand_as(apart))
-    low, high = rest.amin(-1), rest.amax(-1)
-    middle = low.add(high).mul_(0.5)
-    # Wide enough for the offset to be at most twice the scale.
-    scale = torch.maximum(high.sub(low), middle.abs()).mul_(0.5)
-    scale = rounded_scale(scale, "e5m3")
-    offset = middle.div(scale).mul_(OFFSET_STEPS).round_().clamp_(-128.0, 127.0)
-    zero = offset.mul(scale * (1.0 / OFFSET_STEPS))
-    codes = _codes(x.sub(zero[..., None]).div_(scale[..., None]), params)
+    apart = _farthest(side, x)
+    scale, offset = _ranges(x, apart)
+    scale, offset = _fitted(
+        x, apart, scale, offset, params["levels"][_value_codes(x, scale, offset, params)]
+    )
+    codes = _value_codes(x, scale, offset, params)
+    zero = _zero(scale, offset)
+    missed = params["levels"][codes].mul_(scale[..., None]).add_(zero[..., None]).sub_(x).abs_()
     return torch.cat(
         (
             pack(codes.to(torch.uint8), side.width, values=True),
-            *_outliers(x, apart),
+            *_outliers(side, x, missed),
             store_scale(scale, "e5m3"),
             offset.to(torch.int8).view(torch.uint8),
         ),
         dim=-1,
     )
+
+
+def _farthest(side: NonUniform, x: torch.Tensor) -> torch.Tensor:
+    """The channels of a token that lie farthest from its mean: [..., page_size, n] int64."""
+    mean = x.mul(1.0 / x.shape[-1]).sum(-1, keepdim=True)
+    return (x - mean).abs_().topk(side.outliers(x.shape[-1]), dim=-1).indices
+
+
+def _ranges(x: torch.Tensor, apart: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and offset of the tokens' other channels, [..., page_size], as they are stored."""
+    low = x.scatter(-1, apart, torch.inf).amin(-1)
+    high = x.scatter(-1, apart, -torch.inf).amax(-1)
+    return _stored(high.sub(low).mul_(0.5), low.add(high).mul_(0.5))
+
+
+def _fitted(
+    x: torch.Tensor,
+    apart: torch.Tensor,
+    scale: torch.Tensor,
+    offset: torch.Tensor,
+    chosen: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and offset of the line through (level, number), the channels `apart` left out."""
+    t = x.sub(_zero(scale, offset)[..., None]).div_(scale[..., None])
+    others = torch.ones_like(t).scatter_(-1, apart, 0.0)
+    t = t.scatter_(-1, apart, 0.0)
+    count = float(x.shape[-1] - apart.shape[-1])
+    mean_t = t.sum(-1) / count
+    mean_level = (chosen * others).sum(-1) / count
+    centred = (chosen - mean_level[..., None]).mul_(others)
+    spread = centred.square().sum(-1)
+    slope = (centred * (t - mean_t[..., None])).sum(-1) / spread.clamp_min(1e-9)
+    zero = _zero(scale, offset) + scale * (mean_t - slope * mean_level)
+    # All numbers on one level, or beyond what a scale can be: the range will do.
+    sane = (spread > 1e-6) & (slope > 0.5) & (slope < 2.0) & zero.isfinite()
+    return _stored(
+        torch.where(sane, scale * slope, scale), torch.where(sane, zero, _zero(scale, offset))
+    )
+
+
+def _stored(scale: torch.Tensor, zero: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The scale, wide enough for the offset to be at most twice as much, and the offset."""
+    scale = rounded_scale(torch.maximum(scale, zero.abs() * 0.5), "e5m3")
+    return scale, zero.div(scale).mul_(OFFSET_STEPS).round_().clamp_(-128.0, 127.0)
+
+
+def _zero(scale: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+    return offset * (scale * (1.0 / OFFSET_STEPS))
+
+
+def _value_codes(
+    x: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, params: Params
+) -> torch.Tensor:
+    return _codes(x.sub(_zero(scale, offset)[..., None]).div_(scale[..., None]), params)
 
 
 def load(
@@ -108,10 +162,10 @@ def load(
     heads = params["scale"].shape[0]
     by_head = pages.view(rows // heads, heads, -1, pages.shape[-1])
     x = _keys_before_rope(side, by_head, page_size, head_dim, params)
-    turn = _Turn.of(params, page_size)
-    x = turn.by(x, turn.tokens).view(rows, -1, page_size, head_dim)
+    turn = Turn(_interleaved(params))
+    x = turn.by(x, _token_phases(params, page_size)).view(rows, -1, page_size, head_dim)
     # A page's position is the same for all heads.
-    phase = _phase(params, _positions(by_head[:, 0])).repeat_interleave(heads, 0)
+    phase = phases(params["inv_freq"], _positions(by_head[:, 0])).repeat_interleave(heads, 0)
     return _TurnedKeys(x, phase, turn)
 
 
@@ -126,8 +180,9 @@ def decode(
     if side.values:
         return _values(side, pages, page_size, head_dim, params)
     x = _keys_before_rope(side, pages.unsqueeze(2), page_size, head_dim, params).squeeze(2)
-    turn = _Turn.of(params, page_size)
-    return turn.by(turn.by(x, turn.tokens), _phase(params, _positions(pages)).unsqueeze(-2))
+    turn = Turn(_interleaved(params))
+    x = turn.by(x, _token_phases(params, page_size))
+    return turn.by(x, phases(params["inv_freq"], _positions(pages)).unsqueeze(-2))
 
 
 def _keys_before_rope(
@@ -147,17 +202,20 @@ def _values(
     x = params["levels"][by_token(table, values=True).int().contiguous()]
     start = pages.shape[-1] - 2 * page_size
     scale = load_scale(pages[..., start : start + SCALE_BYTES * page_size], "e5m3")
-    offset = pages[..., start + SCALE_BYTES * page_size :].contiguous().view(torch.int8)
-    zero = offset.float().mul_(scale * (1.0 / OFFSET_STEPS))
-    return _with_outliers(side, x.mul_(scale[..., None]).add_(zero[..., None]), pages)
+    offset = pages[..., start + SCALE_BYTES * page_size :].contiguous().view(torch.int8).float()
+    x = x.mul_(scale[..., None]).add_(_zero(scale, offset)[..., None])
+    return _with_outliers(side, x, pages)
 
 
 def _codes(t: torch.Tensor, params: Params) -> torch.Tensor:
     return torch.bucketize(t.contiguous(), params["bounds"])
 
 
-def _outliers(x: torch.Tensor, apart: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The numbers of x in the channels `apart`, and those channels, as bytes."""
+def _outliers(
+    side: NonUniform, x: torch.Tensor, missed: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The numbers whose codes miss by most, and their channels, as bytes."""
+    apart = missed.topk(side.outliers(x.shape[-1]), dim=-1).indices
     kept = x.gather(-1, apart).to(torch.bfloat16).flatten(-2)
     return kept.view(torch.uint8), apart.to(torch.uint8).flatten(-2)
 
@@ -178,55 +236,27 @@ def _positions(pages: torch.Tensor) -> torch.Tensor:
     return pages[..., -POSITION_BYTES:].contiguous().view(torch.int32).squeeze(-1)
 
 
-def _phase(params: Params, positions: torch.Tensor) -> torch.Tensor:
-    """e^(i angle) of positions [...] -> [..., planes] complex64.
-
-    The angles are computed in fp64: at a million tokens fp32 is off by some hundredths.
-    """
-    angle = positions.double().unsqueeze(-1) * params["inv_freq"].double()
-    return torch.polar(torch.ones_like(angle), angle).to(torch.complex64)
+def _interleaved(params: Params) -> bool:
+    return bool(params["interleaved"].item())
 
 
-@dataclass(frozen=True, slots=True)
-class _Turn:
-    """RoPE on channels in pairs.
-
-    tokens: [page_size, planes] complex64, the phases of a page's tokens against its first
-    """
-
-    tokens: torch.Tensor
-    interleaved: bool
-
-    @classmethod
-    def of(cls, params: Params, page_size: int) -> _Turn:
-        offsets = torch.arange(page_size, device=params["inv_freq"].device)
-        return cls(_phase(params, offsets), bool(params["interleaved"].item()))
-
-    def by(self, x: torch.Tensor, phase: torch.Tensor) -> torch.Tensor:
-        """x [..., head_dim] fp32, phase [..., planes], broadcast -> like x, turned"""
-        planes = phase.shape[-1]
-        out = x.clone()
-        if self.interleaved:
-            first, second = slice(0, 2 * planes, 2), slice(1, 2 * planes, 2)
-        else:
-            first, second = slice(0, planes), slice(planes, 2 * planes)
-        cos, sin = phase.real, phase.imag
-        out[..., first] = x[..., first] * cos - x[..., second] * sin
-        out[..., second] = x[..., second] * cos + x[..., first] * sin
-        return out
+def _token_phases(params: Params, page_size: int) -> torch.Tensor:
+    """Of a page's tokens against its first: [page_size, planes]."""
+    inv_freq = params["inv_freq"]
+    return phases(inv_freq, torch.arange(page_size, device=inv_freq.device))
 
 
 @dataclass(frozen=True, slots=True)
 class _TurnedKeys:
-    """Keys turned by their places in their pages; what the pages' positions add, queries
-    are turned back by, which are far fewer.
+    """Keys turned by their places in their pages; by what the pages' positions add,
+    queries are turned back, which are far fewer.
 
     x: [rows, pages, page_size, head_dim] fp32; phase: [rows, pages, planes]
     """
 
     x: torch.Tensor
     phase: torch.Tensor
-    turn: _Turn
+    turn: Turn
 
     def scores(self, q: torch.Tensor) -> torch.Tensor:
         rows, pages, page_size, head_dim = self.x.shape

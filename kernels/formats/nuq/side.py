@@ -38,7 +38,7 @@ class NonUniform(Side):
             return levels
         channels: Dims = ("heads", "channels")
         rope: dict[str, Dims] = {"inv_freq": ("planes",), "interleaved": (1,)}
-        return {**levels, **rope, "scale": channels, "zero": channels}
+        return {**levels, **rope, "scale": channels, "zero": channels, "importance": channels}
 
     @property
     def wants_positions(self) -> bool:
