@@ -47,6 +47,14 @@ RecentOption = Annotated[
     typer.Option("--recent-pages", help="Latest pages kept exact; else the format's own."),
 ]
 DtypeOption = Annotated[str, typer.Option(help="float32 or bfloat16; auto as when serving.")]
+CalibrationOption = Annotated[
+    str,
+    typer.Option(
+        "--calibration",
+        metavar="FILE[,FILE…]",
+        help="Files of `kvmesh calibrate`, for the formats that need one.",
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -61,6 +69,7 @@ def perplexity(
     sink_pages: SinkOption = None,
     recent_pages: RecentOption = None,
     dtype: DtypeOption = "auto",
+    calibration: CalibrationOption = "",
     as_json: JsonOption = False,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE.png", help="Draw bits against loss there.")
@@ -75,7 +84,7 @@ def perplexity(
 
         formats, source = choose_formats(_listed(kv_format)), read_text(text)
         settings = _settings(page_size, sink_pages, recent_pages, dtype)
-        with _evaluated(model, settings) as (evaluated, meter):
+        with _evaluated(model, settings, _listed(calibration)) as (evaluated, meter):
             report = measure_perplexity(
                 evaluated, formats, source, context=context, windows=windows, meter=meter
             )
@@ -100,6 +109,7 @@ def recall(
     sink_pages: SinkOption = None,
     recent_pages: RecentOption = None,
     dtype: DtypeOption = "auto",
+    calibration: CalibrationOption = "",
     as_json: JsonOption = False,
 ) -> None:
     """Next-token accuracy on a passage that was read once, LENGTH tokens before."""
@@ -111,7 +121,7 @@ def recall(
         formats, source = choose_formats(_listed(kv_format)), read_text(text)
         sizes = _lengths(lengths)
         settings = _settings(page_size, sink_pages, recent_pages, dtype)
-        with _evaluated(model, settings) as (evaluated, meter):
+        with _evaluated(model, settings, _listed(calibration)) as (evaluated, meter):
             report = measure_recall(
                 evaluated, formats, source, lengths=sizes, passages=passages, meter=meter
             )
@@ -139,7 +149,9 @@ def _explained_options() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _evaluated(model: str, settings: dict[str, Any]) -> Iterator[tuple[EvaluatedModel, Meter]]:
+def _evaluated(
+    model: str, settings: dict[str, Any], calibrations: list[str]
+) -> Iterator[tuple[EvaluatedModel, Meter]]:
     """The loaded model, under a progress bar that the meter moves."""
     from rich.progress import (
         BarColumn,
@@ -165,7 +177,7 @@ def _evaluated(model: str, settings: dict[str, Any]) -> Iterator[tuple[Evaluated
         def count(done: int, total: int) -> None:
             bar.update(task, description="tokens", total=total, completed=done)
 
-        yield EvaluatedModel(config, report), Meter(count)
+        yield EvaluatedModel(config, report, calibrations), Meter(count)
 
 
 def _settings(

@@ -111,6 +111,16 @@ class Calibration:
             ) from None
         return found
 
+    @staticmethod
+    def format_of(path: Path) -> str:
+        """The KV format a file says it is for. Raises ConfigError (field `calibration`)."""
+        try:
+            return _read(path)[0]["kv_format"]
+        except _MismatchError as mismatch:
+            raise ConfigError("calibration", f"{path} {mismatch}") from mismatch.__cause__
+        except KeyError:
+            raise ConfigError("calibration", f"{path} is no calibration file") from None
+
     def for_rank(
         self, fmt: KVFormat, rank: int, tp: int, device: torch.device
     ) -> list[LayerParams]:
@@ -127,8 +137,9 @@ class Calibration:
         return [LayerParams(share(fmt.k, layer.k), share(fmt.v, layer.v)) for layer in self.layers]
 
     def _tensors(self) -> dict[str, Tensor]:
+        # Clones: safetensors refuses tensors that share their memory, as RoPE's frequencies do.
         return {
-            f"layers.{index}.{key}.{name}": tensor.contiguous()
+            f"layers.{index}.{key}.{name}": tensor.clone(memory_format=torch.contiguous_format)
             for index, layer in enumerate(self.layers)
             for key, params in (("k", layer.k), ("v", layer.v))
             for name, tensor in params.items()

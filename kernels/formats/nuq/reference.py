@@ -52,9 +52,9 @@ OFFSET_STEPS = 64.0
 def encode(
     side: NonUniform, x: torch.Tensor, params: Params, positions: torch.Tensor | None
 ) -> torch.Tensor:
-    x = x.float()
+    x = x.float().clamp(-GREATEST, GREATEST)
     if side.values:
-        return _encode_values(side, x.clamp(-GREATEST, GREATEST), params)
+        return _encode_values(side, x, params)
     assert positions is not None, "KVFormat.encode and seal_pages see to it"
     turn = Turn(_interleaved(params))
     x = turn.by(x, _token_phases(params, x.shape[-2]).conj())
