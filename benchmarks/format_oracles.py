@@ -14,17 +14,21 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from kvmesh.kernels.formats.registry import get_format
 
+Pair = tuple[torch.Tensor, torch.Tensor]
+
 PAGE_SIZE = 64
 TOKENS = 1024
 
 
-def model_cache(text: Path) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def model_cache(text: Path) -> list[Pair]:
     """Keys and values of every layer, each [1, num_kv_heads, TOKENS, head_dim] fp32."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
@@ -40,14 +44,14 @@ def model_cache(text: Path) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return [(layer.keys, layer.values) for layer in cache.layers]
 
 
-def synthetic_cache() -> list[tuple[torch.Tensor, torch.Tensor]]:
+def synthetic_cache() -> list[Pair]:
     numbers = torch.Generator().manual_seed(0)
     k, v = torch.randn(2, 1, 4, TOKENS, 128, generator=numbers)
     k += 4.0 * torch.randn(1, 4, 1, 128, generator=numbers)
     return [(k, v)]
 
 
-def ours(name: str, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def ours(name: str, k: torch.Tensor, v: torch.Tensor) -> Pair:
     fmt = get_format(name)
     pages = [x[0].unflatten(1, (-1, PAGE_SIZE)).transpose(0, 1) for x in (k, v)]
     decoded = fmt.decode(fmt.encode(*pages), PAGE_SIZE, k.shape[-1], torch.float32)
@@ -55,14 +59,14 @@ def ours(name: str, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, tor
     return k, v
 
 
-def quanto(bits: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quanto(bits: int, k: torch.Tensor, v: torch.Tensor) -> Pair:
     from transformers.cache_utils import QuantoQuantizedLayer
 
     layer = QuantoQuantizedLayer(nbits=bits, axis_key=0, axis_value=0, q_group_size=64)
-    return tuple(layer._dequantize(layer._quantize(x.contiguous(), 0)) for x in (k, v))  # type: ignore[return-value]
+    return tuple(layer._dequantize(layer._quantize(x.contiguous(), 0)) for x in (k, v))
 
 
-def hqq(bits: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def hqq(bits: int, k: torch.Tensor, v: torch.Tensor) -> Pair:
     """Axis 1: groups of 64 neighbouring channels, as Quanto's."""
     from hqq.core.quantize import Quantizer
 
@@ -76,19 +80,19 @@ def hqq(bits: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torc
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--text", type=Path)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     layers = model_cache(options.text) if options.text else synthetic_cache()
-    methods = {
-        **{f"g64-int{b}": lambda k, v, b=b: ours(f"g64-int{b}", k, v) for b in (4, 2)},
-        **{f"transformers Quanto {b}": lambda k, v, b=b: quanto(b, k, v) for b in (4, 2)},
-        **{f"g64-hqq{b}": lambda k, v, b=b: ours(f"g64-hqq{b}", k, v) for b in (4, 2)},
-        **{f"HQQ {b}": lambda k, v, b=b: hqq(b, k, v) for b in (4, 2)},
-        **{name: lambda k, v, n=name: ours(n, k, v) for name in ("k4v4", "k2v2", "kivi4", "kivi2")},
+    methods: dict[str, Callable[[torch.Tensor, torch.Tensor], Pair]] = {
+        **{f"g64-int{bits}": partial(ours, f"g64-int{bits}") for bits in (4, 2)},
+        **{f"transformers Quanto {bits}": partial(quanto, bits) for bits in (4, 2)},
+        **{f"g64-hqq{bits}": partial(ours, f"g64-hqq{bits}") for bits in (4, 2)},
+        **{f"HQQ {bits}": partial(hqq, bits) for bits in (4, 2)},
+        **{name: partial(ours, name) for name in ("k4v4", "k2v2", "kivi4", "kivi2")},
     }
-    report = {}
+    report: dict[str, dict[str, float]] = {}
     print(f"{'method':22} {'keys':>9} {'values':>9}   relative squared error, mean of the layers")
     for name, method in methods.items():
         errors = []

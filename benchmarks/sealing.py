@@ -16,11 +16,13 @@ import json
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 
 from benchmarks.engine import make_engine, prompt_of
 from kvmesh.kernels.formats.registry import format_names, get_format
+from kvmesh.kernels.seal import seal_pages
 from kvmesh.workers import runner
 from kvmesh.workers.request import EngineRequest
 from kvmesh.workers.sampling_params import SamplingParams
@@ -52,17 +54,14 @@ def measure(kv_format: str, tokens: int) -> dict[str, float | str | int]:
     waiting = SEQUENCES
     while waiting:  # until every request has its first token
         waiting -= sum(1 for delta in engine.step() if delta.token_ids)
-    timed = _Timed(runner.seal_pages)
-    runner.seal_pages = timed
-    try:
+    timed = _Timed(seal_pages)
+    with patch.object(runner, "seal_pages", timed):
         began = time.perf_counter()
         steps = 0
         while engine.has_work:
             engine.step()
             steps += 1
         total_s = time.perf_counter() - began
-    finally:
-        runner.seal_pages = timed.operator
     return {
         "kv_format": kv_format,
         "steps": steps,
@@ -74,7 +73,7 @@ def measure(kv_format: str, tokens: int) -> dict[str, float | str | int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     served = [n for n in format_names() if not get_format(n).needs_calibration]
     parser.add_argument("--kv-format", default=",".join(served))
     parser.add_argument("--tokens", type=int, default=64)

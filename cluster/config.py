@@ -57,6 +57,10 @@ class EngineSection(_Section):
     kv_format: FormatName = Field(
         default="int8", description=f"How sealed KV pages are encoded: {', '.join(format_names())}"
     )
+    calibration: str | None = Field(
+        default=None,
+        description="File of `kvmesh calibrate`, the same on every node; for formats that need one",
+    )
     page_size: int = Field(
         default=64, description=f"Tokens a page: one of {', '.join(map(str, PAGE_SIZES))}"
     )
@@ -259,6 +263,9 @@ class ClusterConfig(_Section):
     def engine_config(self) -> EngineConfig:
         """What each group's engine is built from; raises ConfigError naming the field."""
         values = self.engine.model_dump(exclude={"cpus_per_rank"})
+        if self.engine.calibration is not None:
+            # Ranks run in directories of their own.
+            values["calibration"] = str(Path(self.engine.calibration).expanduser().absolute())
         try:
             return EngineConfig(model=self.model, **values)
         except ConfigError as error:

@@ -45,6 +45,14 @@ RecentOption = Annotated[
     typer.Option("--recent-pages", help="Latest pages kept exact; else the format's own."),
 ]
 DtypeOption = Annotated[str, typer.Option(help="float32 or bfloat16; auto as when serving.")]
+CalibrationOption = Annotated[
+    str,
+    typer.Option(
+        "--calibration",
+        metavar="FILE[,FILE…]",
+        help="Files of `kvmesh calibrate`, for the formats that need one.",
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -59,6 +67,7 @@ def perplexity(
     sink_pages: SinkOption = None,
     recent_pages: RecentOption = None,
     dtype: DtypeOption = "auto",
+    calibration: CalibrationOption = "",
     as_json: JsonOption = False,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE.png", help="Draw bits against loss there.")
@@ -73,7 +82,7 @@ def perplexity(
 
         formats, source = choose_formats(_listed(kv_format)), read_text(text)
         settings = _settings(page_size, sink_pages, recent_pages, dtype)
-        with _evaluated(model, settings) as (evaluated, meter):
+        with _evaluated(model, settings, _listed(calibration)) as (evaluated, meter):
             report = measure_perplexity(
                 evaluated, formats, source, context=context, windows=windows, meter=meter
             )
@@ -99,6 +108,7 @@ def passkey(
     sink_pages: SinkOption = None,
     recent_pages: RecentOption = None,
     dtype: DtypeOption = "auto",
+    calibration: CalibrationOption = "",
     as_json: JsonOption = False,
 ) -> None:
     """How often a number hidden in real text is found when it is asked for at the end."""
@@ -110,7 +120,7 @@ def passkey(
         formats, source = choose_formats(_listed(kv_format)), read_text(text)
         sizes = _lengths(lengths)
         settings = _settings(page_size, sink_pages, recent_pages, dtype)
-        with _evaluated(model, settings) as (evaluated, meter):
+        with _evaluated(model, settings, _listed(calibration)) as (evaluated, meter):
             report = measure_passkey(
                 evaluated,
                 formats,
@@ -139,6 +149,7 @@ def recall(
     sink_pages: SinkOption = None,
     recent_pages: RecentOption = None,
     dtype: DtypeOption = "auto",
+    calibration: CalibrationOption = "",
     as_json: JsonOption = False,
 ) -> None:
     """Next-token accuracy on a passage that was read once, LENGTH tokens before."""
@@ -150,7 +161,7 @@ def recall(
         formats, source = choose_formats(_listed(kv_format)), read_text(text)
         sizes = _lengths(lengths)
         settings = _settings(page_size, sink_pages, recent_pages, dtype)
-        with _evaluated(model, settings) as (evaluated, meter):
+        with _evaluated(model, settings, _listed(calibration)) as (evaluated, meter):
             report = measure_recall(
                 evaluated, formats, source, lengths=sizes, passages=passages, meter=meter
             )
@@ -179,7 +190,7 @@ def _explained_options() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _evaluated(
-    model: str | None, settings: dict[str, Any]
+    model: str | None, settings: dict[str, Any], calibrations: list[str]
 ) -> Iterator[tuple[EvaluatedModel, Meter]]:
     """The loaded model, under a progress bar that the meter moves."""
     from rich.progress import (
@@ -212,7 +223,7 @@ def _evaluated(
         def count(done: int, total: int) -> None:
             bar.update(task, description="tokens", total=total, completed=done)
 
-        yield EvaluatedModel(config, report), Meter(count)
+        yield EvaluatedModel(config, report, calibrations), Meter(count)
 
 
 def _settings(

@@ -7,6 +7,8 @@ from kvmesh.kernels.formats.base import KVFormat, Side
 from kvmesh.kernels.formats.codebook.side import Codebook
 from kvmesh.kernels.formats.exact.side import Exact
 from kvmesh.kernels.formats.fp8.side import Fp8
+from kvmesh.kernels.formats.nuq.side import NonUniform
+from kvmesh.kernels.formats.static8.side import Static8
 
 
 def _channels(width: int) -> Side:
@@ -35,6 +37,9 @@ _FORMATS: tuple[KVFormat, ...] = (
         Affine(8, values=True),
         "a grid a token and head, as LMDeploy's policy 8",
         aliases=("8",),
+    ),
+    KVFormat(
+        "int8-static", Static8(), Static8(values=True), "calibrated ranges a head and channel"
     ),
     KVFormat(
         "fp8", Fp8(centred=True), Fp8(values=True), "e4m3, a scale a page and head, keys centred"
@@ -93,6 +98,23 @@ _FORMATS: tuple[KVFormat, ...] = (
             ("g64-hqq", "half_quadratic", "the same grid solved as transformers' HQQ cache does"),
         )
         for width in (4, 2)
+    ),
+    *(
+        KVFormat(
+            f"nuq{width}",
+            NonUniform(width),
+            NonUniform(width, values=True),
+            "KVQuant: calibrated levels, outliers apart, keys as before RoPE",
+            sink_pages=1,
+        )
+        for width in (4, 3, 2)
+    ),
+    KVFormat(
+        "int8-static-layer",
+        Static8(per="layer"),
+        Static8(per="layer", values=True),
+        "LMDeploy's offline int8: calibrated ranges a layer",
+        reference=True,
     ),
     KVFormat(
         "turboquant-sign",

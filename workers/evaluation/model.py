@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 from kvmesh.kernels.formats.base import KVFormat
 from kvmesh.kernels.formats.registry import get_format
+from kvmesh.workers.calibration.file import Calibration
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.errors import ConfigError
 from kvmesh.workers.evaluation.footprint import Footprint
@@ -29,15 +33,24 @@ def choose_formats(names: list[str]) -> list[KVFormat]:
 
 
 class EvaluatedModel:
-    """config: of a single rank; its kv_format is not used. Raises what loading the model does."""
+    """config: of a single rank; its kv_format is not used
+    calibrations: files of `kvmesh calibrate`, of the formats that need one
+    Raises what loading the model does.
+    """
 
-    def __init__(self, config: EngineConfig, progress: Progress | None = None) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        progress: Progress | None = None,
+        calibrations: Sequence[str] = (),
+    ) -> None:
         assert config.tp == 1, "evaluation runs in this process"
         files = resolve_model(config.model, progress=progress)
         self.config = config
         self.name = files.name
         self.facts: ModelFacts = read_facts(files.path)
         self.tokenizer = Tokenizer.load(files.path)
+        self._calibrations = {Calibration.format_of(Path(path)): path for path in calibrations}
         self._rank = Rank(config, 0, Communicator.single())
         self.dtype = self._rank.describe().dtype
 
@@ -53,7 +66,9 @@ class EvaluatedModel:
     def scorer(self, fmt: KVFormat, context: int) -> Scorer:
         """A scorer with a pool of its own for sequences of up to `context` tokens."""
         return Scorer(
-            self._rank.with_format(fmt.name), page_size=self.config.page_size, context=context
+            self._rank.with_format(fmt.name, self._calibrations.get(fmt.name)),
+            page_size=self.config.page_size,
+            context=context,
         )
 
     def footprint(self, fmt: KVFormat) -> Footprint:

@@ -1,0 +1,275 @@
+"""Plain-torch codec of `NonUniform`: KVQuant (Hooper et al., arXiv 2401.18079), page by page.
+
+    keys     | codes (packing.py) | outliers | their channels | position, int32 |
+    values   | codes (packing.py) | outliers | their channels | scales | offsets |
+
+with n = `side.outliers(head_dim)` outliers a token, [page_size, n] of bf16 and then
+[page_size, n] of a byte; a scale a token in e5m3 (scales.py) and an offset in int8, in
+64ths of the scale.
+
+    t = (x - zero) / scale,  code = the interval of `bounds` that t lies in,
+    x^ = levels[code] * scale + zero
+
+Keys are turned back by RoPE's angle before and forth after, since a channel's numbers
+keep to their range only without it. Scale and zero of their channels were found
+beforehand. A page holds the position of its first token, so that reading needs to know
+nothing else. The factor that YaRN gives the turned channels is left in: it commutes
+with turning.
+
+Values have their scale and zero from the range of what a token's outliers leave, which
+they bring to [-1, 1], fitted once more to the codes by least squares.
+
+`bounds` lie half-way between the levels that k-means found; `levels` are those after
+Q-Norm (workers/calibration/nuq.py). A token's outliers are the n numbers that its codes
+miss by most, for keys in units of how much the model minds an error in their
+channel: KVQuant takes the greatest instead, which its codes may well reach. They
+replace what the codes say.
+
+params
+    levels [2^width], bounds [2^width - 1] fp32
+    keys: scale, zero, importance [num_kv_heads, head_dim], inv_freq [planes] fp32,
+        interleaved [1] uint8
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from kvmesh.kernels.formats.base import Params, SideTile
+from kvmesh.kernels.formats.nuq.side import POSITION_BYTES, SCALE_BYTES, VALUE_BYTES, NonUniform
+from kvmesh.kernels.formats.nuq.turn import Turn, phases
+from kvmesh.kernels.formats.packing import by_token, pack, packed_bytes, unpack
+from kvmesh.kernels.formats.scales import load_scale, rounded_scale, store_scale
+from kvmesh.kernels.formats.tiles import BF16_MAX, DenseTile
+
+# Turning a plane of two such numbers stays finite, with room for the level beside them.
+GREATEST = 0.25 * BF16_MAX
+OFFSET_STEPS = 64.0
+
+
+def encode(
+    side: NonUniform, x: torch.Tensor, params: Params, positions: torch.Tensor | None
+) -> torch.Tensor:
+    x = x.float().clamp(-GREATEST, GREATEST)
+    if side.values:
+        return _encode_values(side, x, params)
+    assert positions is not None, "KVFormat.encode and seal_pages see to it"
+    turn = Turn(_interleaved(params))
+    x = turn.by(x, _token_phases(params, x.shape[-2]).conj())
+    page_phase = phases(params["inv_freq"], positions)[:, None, None, :]
+    x = turn.by(x, page_phase.conj()).clamp_(-GREATEST, GREATEST)
+    scale, zero = params["scale"].unsqueeze(1), params["zero"].unsqueeze(1)
+    codes = _codes((x - zero).div_(scale), params)
+    missed = params["levels"][codes].mul_(scale).add_(zero).sub_(x).abs_()
+    first = positions.to(torch.int32).view(-1, 1, 1).expand(-1, x.shape[1], 1).contiguous()
+    return torch.cat(
+        (
+            pack(codes.to(torch.uint8), side.width, values=False),
+            *_outliers(side, x, missed.mul_(params["importance"].unsqueeze(1))),
+            first.view(torch.uint8),
+        ),
+        dim=-1,
+    )
+
+
+def _encode_values(side: NonUniform, x: torch.Tensor, params: Params) -> torch.Tensor:
+    apart = _farthest(side, x)
+    scale, offset = _ranges(x, apart)
+    scale, offset = _fitted(
+        x, apart, scale, offset, params["levels"][_value_codes(x, scale, offset, params)]
+    )
+    codes = _value_codes(x, scale, offset, params)
+    zero = _zero(scale, offset)
+    missed = params["levels"][codes].mul_(scale[..., None]).add_(zero[..., None]).sub_(x).abs_()
+    return torch.cat(
+        (
+            pack(codes.to(torch.uint8), side.width, values=True),
+            *_outliers(side, x, missed),
+            store_scale(scale, "e5m3"),
+            offset.to(torch.int8).view(torch.uint8),
+        ),
+        dim=-1,
+    )
+
+
+def _farthest(side: NonUniform, x: torch.Tensor) -> torch.Tensor:
+    """The channels of a token that lie farthest from its mean: [..., page_size, n] int64."""
+    mean = x.mul(1.0 / x.shape[-1]).sum(-1, keepdim=True)
+    return (x - mean).abs_().topk(side.outliers(x.shape[-1]), dim=-1).indices
+
+
+def _ranges(x: torch.Tensor, apart: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and offset of the tokens' other channels, [..., page_size], as they are stored."""
+    low = x.scatter(-1, apart, torch.inf).amin(-1)
+    high = x.scatter(-1, apart, -torch.inf).amax(-1)
+    return _stored(high.sub(low).mul_(0.5), low.add(high).mul_(0.5))
+
+
+def _fitted(
+    x: torch.Tensor,
+    apart: torch.Tensor,
+    scale: torch.Tensor,
+    offset: torch.Tensor,
+    chosen: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and offset of the line through (level, number), the channels `apart` left out."""
+    t = x.sub(_zero(scale, offset)[..., None]).div_(scale[..., None])
+    others = torch.ones_like(t).scatter_(-1, apart, 0.0)
+    t = t.scatter_(-1, apart, 0.0)
+    count = float(x.shape[-1] - apart.shape[-1])
+    mean_t = t.sum(-1) / count
+    mean_level = (chosen * others).sum(-1) / count
+    centred = (chosen - mean_level[..., None]).mul_(others)
+    spread = centred.square().sum(-1)
+    slope = (centred * (t - mean_t[..., None])).sum(-1) / spread.clamp_min(1e-9)
+    zero = _zero(scale, offset) + scale * (mean_t - slope * mean_level)
+    # All numbers on one level, or beyond what a scale can be: the range will do.
+    sane = (spread > 1e-6) & (slope > 0.5) & (slope < 2.0) & zero.isfinite()
+    return _stored(
+        torch.where(sane, scale * slope, scale), torch.where(sane, zero, _zero(scale, offset))
+    )
+
+
+def _stored(scale: torch.Tensor, zero: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The scale, wide enough for the offset to be at most twice as much, and the offset."""
+    scale = rounded_scale(torch.maximum(scale, zero.abs() * 0.5), "e5m3")
+    return scale, zero.div(scale).mul_(OFFSET_STEPS).round_().clamp_(-128.0, 127.0)
+
+
+def _zero(scale: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+    return offset * (scale * (1.0 / OFFSET_STEPS))
+
+
+def _value_codes(
+    x: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, params: Params
+) -> torch.Tensor:
+    return _codes(x.sub(_zero(scale, offset)[..., None]).div_(scale[..., None]), params)
+
+
+def load(
+    side: NonUniform,
+    pages: torch.Tensor,
+    rows: int,
+    page_size: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    params: Params,
+) -> SideTile:
+    if side.values:
+        return DenseTile(_values(side, pages, page_size, head_dim, params).view(rows, -1, head_dim))
+    heads = params["scale"].shape[0]
+    by_head = pages.view(rows // heads, heads, -1, pages.shape[-1])
+    x = _keys_before_rope(side, by_head, page_size, head_dim, params)
+    turn = Turn(_interleaved(params))
+    x = turn.by(x, _token_phases(params, page_size)).view(rows, -1, page_size, head_dim)
+    # A page's position is the same for all heads.
+    phase = phases(params["inv_freq"], _positions(by_head[:, 0])).repeat_interleave(heads, 0)
+    return _TurnedKeys(x, phase, turn)
+
+
+def decode(
+    side: NonUniform,
+    pages: torch.Tensor,
+    page_size: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    params: Params,
+) -> torch.Tensor:
+    if side.values:
+        return _values(side, pages, page_size, head_dim, params)
+    x = _keys_before_rope(side, pages.unsqueeze(2), page_size, head_dim, params).squeeze(2)
+    turn = Turn(_interleaved(params))
+    x = turn.by(x, _token_phases(params, page_size))
+    return turn.by(x, phases(params["inv_freq"], _positions(pages)).unsqueeze(-2))
+
+
+def _keys_before_rope(
+    side: NonUniform, pages: torch.Tensor, page_size: int, head_dim: int, params: Params
+) -> torch.Tensor:
+    """pages [n, num_kv_heads, p, num_bytes] -> [n, num_kv_heads, p, page_size, head_dim]"""
+    codes = unpack(pages, side.width, page_size, head_dim, values=False)
+    scale, zero = (params[name][:, None, None, :] for name in ("scale", "zero"))
+    x = params["levels"][codes.int()].mul_(scale).add_(zero)
+    return _with_outliers(side, x, pages)
+
+
+def _values(
+    side: NonUniform, pages: torch.Tensor, page_size: int, head_dim: int, params: Params
+) -> torch.Tensor:
+    table = unpack(pages, side.width, page_size, head_dim, values=True)
+    x = params["levels"][by_token(table, values=True).int().contiguous()]
+    start = pages.shape[-1] - 2 * page_size
+    scale = load_scale(pages[..., start : start + SCALE_BYTES * page_size], "e5m3")
+    offset = pages[..., start + SCALE_BYTES * page_size :].contiguous().view(torch.int8).float()
+    x = x.mul_(scale[..., None]).add_(_zero(scale, offset)[..., None])
+    return _with_outliers(side, x, pages)
+
+
+def _codes(t: torch.Tensor, params: Params) -> torch.Tensor:
+    return torch.bucketize(t.contiguous(), params["bounds"])
+
+
+def _outliers(
+    side: NonUniform, x: torch.Tensor, missed: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The numbers whose codes miss by most, and their channels, as bytes."""
+    apart = missed.topk(side.outliers(x.shape[-1]), dim=-1).indices
+    kept = x.gather(-1, apart).to(torch.bfloat16).flatten(-2)
+    return kept.view(torch.uint8), apart.to(torch.uint8).flatten(-2)
+
+
+def _with_outliers(side: NonUniform, x: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
+    page_size, head_dim = x.shape[-2:]
+    count = side.outliers(head_dim)
+    start = packed_bytes(side.width, page_size, head_dim)
+    middle = start + page_size * count * VALUE_BYTES
+    kept = pages[..., start:middle].contiguous().view(torch.bfloat16).float()
+    channels = pages[..., middle : middle + page_size * count].long()
+    shape = (page_size, count)
+    return x.scatter_(-1, channels.unflatten(-1, shape), kept.unflatten(-1, shape))
+
+
+def _positions(pages: torch.Tensor) -> torch.Tensor:
+    """[..., num_bytes] -> [...] int32"""
+    return pages[..., -POSITION_BYTES:].contiguous().view(torch.int32).squeeze(-1)
+
+
+def _interleaved(params: Params) -> bool:
+    return bool(params["interleaved"].item())
+
+
+def _token_phases(params: Params, page_size: int) -> torch.Tensor:
+    """Of a page's tokens against its first: [page_size, planes]."""
+    inv_freq = params["inv_freq"]
+    return phases(inv_freq, torch.arange(page_size, device=inv_freq.device))
+
+
+@dataclass(frozen=True, slots=True)
+class _TurnedKeys:
+    """Keys turned by their places in their pages; by what the pages' positions add,
+    queries are turned back, which are far fewer.
+
+    x: [rows, pages, page_size, head_dim] fp32; phase: [rows, pages, planes]
+    """
+
+    x: torch.Tensor
+    phase: torch.Tensor
+    turn: Turn
+
+    def scores(self, q: torch.Tensor) -> torch.Tensor:
+        rows, pages, page_size, head_dim = self.x.shape
+        phase = self.phase.conj().unsqueeze(2)
+        turned = self.turn.by(q.unsqueeze(1).expand(-1, pages, -1, -1), phase)
+        products = torch.bmm(
+            turned.view(rows * pages, -1, head_dim),
+            self.x.view(rows * pages, page_size, head_dim).mT,
+        )
+        return products.view(rows, pages, -1, page_size).transpose(1, 2).flatten(2)
+
+    def weighted(self, weights: torch.Tensor) -> torch.Tensor:
+        return torch.bmm(weights, self.dense())
+
+    def dense(self) -> torch.Tensor:
+        return self.turn.by(self.x, self.phase.unsqueeze(2)).flatten(1, 2)
