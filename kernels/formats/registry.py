@@ -55,7 +55,6 @@ _FORMATS: tuple[KVFormat, ...] = (
             aliases=aliases,
         )
         for name, k_width, v_width, recent_pages, aliases in (
-            ("k8v8", 8, 8, 0, ()),
             ("k8v4", 8, 4, 1, ()),
             ("k4v4", 4, 4, 2, ()),
             ("k4v2", 4, 2, 2, ("42",)),  # in place of LMDeploy's policy 42
