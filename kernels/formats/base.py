@@ -220,6 +220,9 @@ class KVFormat:
                 "k, v: expected equal shapes [n, num_kv_heads, page_size, head_dim], "
                 f"got {tuple(k.shape)} and {tuple(v.shape)}"
             )
+        for side, found in ((self.k, params.k), (self.v, params.v)):
+            if missing := [name for name in side.calibrated if name not in found]:
+                raise ValueError(f"params: {self.name} needs calibration: no {', '.join(missing)}")
         if self.wants_positions and (positions is None or positions.shape != k.shape[:1]):
             raise ValueError(f"positions: {self.name} needs [{k.shape[0]}] first positions")
         return _join(

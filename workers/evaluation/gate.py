@@ -45,7 +45,9 @@ def alternatives(chosen: KVFormat, page_size: int, head_dim: int) -> list[KVForm
     """What could be served instead, without calibration, fewest bits first; `exact` last."""
     formats = [get_format(name) for name in format_names() if name != chosen.name]
     usable = [
-        fmt for fmt in formats if not fmt.needs_calibration and _holds(fmt, page_size, head_dim)
+        fmt
+        for fmt in formats
+        if not (fmt.needs_calibration or fmt.reference) and _holds(fmt, page_size, head_dim)
     ]
     return sorted(usable, key=lambda fmt: fmt.bits_per_element(page_size, head_dim))
 
