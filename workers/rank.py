@@ -15,7 +15,7 @@ from kvmesh.workers.executor import Allocation, RankDescription
 from kvmesh.workers.kv_pool import page_bytes_of
 from kvmesh.workers.model.hook import AttendArgs
 from kvmesh.workers.model.load import ServedModel, load_model
-from kvmesh.workers.model.source import resolve_model
+from kvmesh.workers.model.source import ModelFiles, resolve_model
 from kvmesh.workers.parallel.comm import Communicator
 from kvmesh.workers.plan import StepPlan, StepResult
 from kvmesh.workers.runner import ModelRunner
@@ -59,7 +59,9 @@ class Rank:
             torch.cuda.set_device(self._device)
         else:
             torch.set_num_threads(config.threads_per_rank or max(1, _cpus() // config.tp))
-        self._files = shared._files if shared else resolve_model(config.model, progress=None)
+        self._files: ModelFiles = (
+            shared._files if shared else resolve_model(config.model, progress=None)
+        )
         self._model: ServedModel = (
             shared._model
             if shared

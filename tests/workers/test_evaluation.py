@@ -21,12 +21,14 @@ from kvmesh.workers.evaluation.meter import Meter
 from kvmesh.workers.evaluation.model import EvaluatedModel, choose_formats
 from kvmesh.workers.evaluation.passkey import OUTPUT_TOKENS, RiddleMaker, measure_passkey
 from kvmesh.workers.evaluation.perplexity import measure_perplexity
+from kvmesh.workers.evaluation.probe import measure_divergences
 from kvmesh.workers.evaluation.recall import PASSAGE_TOKENS, measure_recall
 from kvmesh.workers.evaluation.scorer import Scorer
 from kvmesh.workers.evaluation.tally import Tally, compare
 from kvmesh.workers.evaluation.text import TokenText, read_text
 from kvmesh.workers.local import InProcessExecutor, LocalProcesses
 from kvmesh.workers.model.embedded import EMBEDDED_NAME
+from kvmesh.workers.model.source import resolve_model
 from kvmesh.workers.parallel.comm import Communicator
 from kvmesh.workers.rank import Rank
 from tests.model.small import make_small_model, make_small_tokenizer
@@ -330,7 +332,9 @@ def test_an_engine_does_not_start_with_a_refused_format() -> None:
 
 def test_the_embedded_model_bears_int8_better_than_int4() -> None:
     config = EngineConfig(model=EMBEDDED_NAME, device="cpu", threads_per_rank=1)
-    int8, int4 = InProcessExecutor(config).divergences(["int8", "int4"])
+    rank = Rank(config, 0, Communicator.single())
+    path = resolve_model(EMBEDDED_NAME).path
+    int8, int4 = measure_divergences(rank, path, ["int8", "int4"], page_size=64, max_tokens=384)
     assert 0.0 < int8 < 1e-3 < int4
 
 
