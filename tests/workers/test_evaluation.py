@@ -177,8 +177,12 @@ def test_a_riddle_hides_its_key_where_it_should(model: EvaluatedModel, depth: fl
     text = model.tokenizer.decode([int(token) for token in riddle.prompt])
     assert text.count(riddle.key) == 2
     begin, end = text.index("remember it.") + len("remember it."), text.index("What is the pass")
-    # The number stands where a sentence ends.
-    assert depth - 0.01 < (text.index(riddle.key) - begin) / (end - begin) < depth + 0.3
+    needle = (
+        f"The pass key number is {riddle.key}. Remember it. {riddle.key} is the pass key number."
+    )
+    before, after = text[begin:end].split(needle)
+    # The number stands where the next sentence or word ends.
+    assert depth - 0.02 < len(before) / len(before + after) < depth + 0.3
     again = maker.make(800, depth, seed=3)
     assert again.key == riddle.key and (again.prompt == riddle.prompt).all()
     assert maker.make(800, depth, seed=4).key != riddle.key
