@@ -42,7 +42,7 @@ def perplexity_table(report: PerplexityReport) -> Group:
 
 def passkey_table(report: PasskeyReport) -> Group:
     title = (
-        f"[bold]{report.model}[/bold], {report.dtype}: a number hidden in real text, "
+        f"[bold]{report.model}[/bold], {report.dtype}: passkey, "
         f"depths: {report.depths}, seeds: {report.seeds}"
     )
     table = _table()
@@ -61,7 +61,7 @@ def passkey_table(report: PasskeyReport) -> Group:
             ", ".join(f"{depth:.0%}" for depth in row.missed_depths),
         )
         length = row.length
-    notes = "found: in the first ten tokens of greedy output; depth: share of the text before it"
+    notes = "found: in ten tokens of greedy output; depth: share of the text before it"
     return Group(title, table, _dim(notes))
 
 

@@ -21,12 +21,14 @@ from kvmesh.workers.evaluation.meter import Meter
 from kvmesh.workers.evaluation.model import EvaluatedModel, choose_formats
 from kvmesh.workers.evaluation.passkey import OUTPUT_TOKENS, RiddleMaker, measure_passkey
 from kvmesh.workers.evaluation.perplexity import measure_perplexity
+from kvmesh.workers.evaluation.probe import measure_divergences
 from kvmesh.workers.evaluation.recall import PASSAGE_TOKENS, measure_recall
 from kvmesh.workers.evaluation.scorer import Scorer
 from kvmesh.workers.evaluation.tally import Tally, compare
 from kvmesh.workers.evaluation.text import TokenText, read_text
 from kvmesh.workers.local import InProcessExecutor, LocalProcesses
 from kvmesh.workers.model.embedded import EMBEDDED_NAME
+from kvmesh.workers.model.source import resolve_model
 from kvmesh.workers.parallel.comm import Communicator
 from kvmesh.workers.rank import Rank
 from tests.model.small import make_small_model, make_small_tokenizer
@@ -175,8 +177,12 @@ def test_a_riddle_hides_its_key_where_it_should(model: EvaluatedModel, depth: fl
     text = model.tokenizer.decode([int(token) for token in riddle.prompt])
     assert text.count(riddle.key) == 2
     begin, end = text.index("remember it.") + len("remember it."), text.index("What is the pass")
-    # The number stands where a sentence ends.
-    assert depth - 0.01 < (text.index(riddle.key) - begin) / (end - begin) < depth + 0.3
+    needle = (
+        f"The pass key number is {riddle.key}. Remember it. {riddle.key} is the pass key number."
+    )
+    before, after = text[begin:end].split(needle)
+    # The number stands where the next sentence or word ends.
+    assert depth - 0.02 < len(before) / len(before + after) < depth + 0.3
     again = maker.make(800, depth, seed=3)
     assert again.key == riddle.key and (again.prompt == riddle.prompt).all()
     assert maker.make(800, depth, seed=4).key != riddle.key
@@ -330,7 +336,9 @@ def test_an_engine_does_not_start_with_a_refused_format() -> None:
 
 def test_the_embedded_model_bears_int8_better_than_int4() -> None:
     config = EngineConfig(model=EMBEDDED_NAME, device="cpu", threads_per_rank=1)
-    int8, int4 = InProcessExecutor(config).divergences(["int8", "int4"])
+    rank = Rank(config, 0, Communicator.single())
+    path = resolve_model(EMBEDDED_NAME).path
+    int8, int4 = measure_divergences(rank, path, ["int8", "int4"], page_size=64, max_tokens=384)
     assert 0.0 < int8 < 1e-3 < int4
 
 

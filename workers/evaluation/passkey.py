@@ -96,7 +96,7 @@ def _ask(
 
 
 class RiddleMaker:
-    """Prompts from a text that nobody repeats. Raises ConfigError(text) if it is too short."""
+    """Makes prompts out of a text."""
 
     def __init__(self, tokenizer: Tokenizer, text: str) -> None:
         self._tokenizer = tokenizer
@@ -105,7 +105,9 @@ class RiddleMaker:
     def make(self, length: int, depth: float, seed: int) -> Riddle:
         """A prompt of at most `length` tokens less the output's, and hardly fewer.
 
-        The same arguments make the same prompt."""
+        The same arguments make the same prompt. Raises ConfigError(lengths) if there is no room
+        for text, ConfigError(text) if there is not enough of it.
+        """
         draw = random.Random(f"{seed} {depth} {length}")
         key = str(draw.randrange(10_000, 100_000))
         frame = len(self._prompt("", key, depth))
