@@ -19,8 +19,8 @@ with turning.
 Values have their scale and zero from the range of what a token's outliers leave, which
 they bring to [-1, 1], fitted once more to the codes by least squares.
 
-`bounds` lie half-way between the levels that k-means found; `levels` are those after
-Q-Norm (workers/calibration/nuq.py). A token's outliers are the n numbers that its codes
+`bounds` lie half-way between the levels that k-means found; of keys, `levels` are those
+after Q-Norm (workers/calibration/nuq.py). A token's outliers are the n numbers that its codes
 miss by most, for keys in units of how much the model minds an error in their
 channel: KVQuant takes the greatest instead, which its codes may well reach. They
 replace what the codes say.
