@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from kvmesh.cluster.routing.fairness import TenantPolicy
 from kvmesh.kernels.formats.registry import format_names, get_format
 from kvmesh.workers.config import PAGE_SIZES, EngineConfig
 from kvmesh.workers.errors import ConfigError
@@ -103,6 +104,11 @@ class EngineSection(_Section):
     cuda_graphs: bool = Field(
         default=False, description="Replay decode steps from CUDA graphs; no effect on CPUs"
     )
+    kv_probe: Literal["off", "warn", "refuse"] = Field(
+        default="warn",
+        description="Measure at load what the KV format does to the model; where it hurts, "
+        "warn or refuse",
+    )
     cpus_per_rank: float = Field(
         default=1.0, ge=0, description="CPUs a rank asks Ray for (logical, not threads)"
     )
@@ -166,6 +172,17 @@ class AuthSection(_Section):
     )
 
 
+class TenantSection(_Section):
+    """What one tenant may use."""
+
+    weight: float = Field(
+        default=1.0, gt=0, allow_inf_nan=False, description="Share of KV memory beside others'"
+    )
+    quota_bytes: Bytes | None = Field(
+        default=None, description="Most KV bytes leased to it at once; null: no limit"
+    )
+
+
 class RouterSection(_Section):
     """Who gets which group's pages, and who waits."""
 
@@ -177,6 +194,17 @@ class RouterSection(_Section):
         default=60.0, description="Seconds after which a lease no engine reports is taken back"
     )
     report_period_s: Seconds = Field(default=1.0, description="Seconds between engines' reports")
+    tenants: dict[str, TenantSection] = Field(
+        default_factory=dict,
+        description="By name: weight (1) and quota_bytes (no limit); others have the defaults",
+    )
+
+    def policies(self) -> dict[str, TenantPolicy]:
+        """What the router's account of tenants takes."""
+        return {
+            name: TenantPolicy(tenant.weight, tenant.quota_bytes)
+            for name, tenant in self.tenants.items()
+        }
 
 
 class MetricsSection(_Section):

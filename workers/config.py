@@ -9,6 +9,7 @@ from kvmesh.workers.errors import ConfigError
 
 DTYPES = ("auto", "float32", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")
+KV_PROBES = ("off", "warn", "refuse")
 PAGE_SIZES = (16, 32, 64, 128, 256)
 DEFAULT_CPU_KV_MEMORY_BYTES = 1 << 30
 
@@ -33,6 +34,8 @@ class EngineConfig:
     prefix_cache: keep sealed pages of ended sequences and share them
     threads_per_rank: CPU threads of a rank; None shares the machine's among the ranks
     cuda_graphs: replay decode steps from CUDA graphs; has no effect on CPUs
+    kv_probe: at load, measure what the KV format does to the model, and where it hurts
+        warn or refuse; or off
     """
 
     model: str
@@ -52,6 +55,7 @@ class EngineConfig:
     prefix_cache: bool = True
     threads_per_rank: int | None = None
     cuda_graphs: bool = False
+    kv_probe: str = "warn"
 
     def __post_init__(self) -> None:
         if not self.model:
@@ -64,6 +68,7 @@ class EngineConfig:
             )
         _choice("dtype", self.dtype, DTYPES)
         _choice("device", self.device, DEVICES)
+        _choice("kv_probe", self.kv_probe, KV_PROBES)
         for name in ("tp", "max_num_seqs", "max_num_batched_tokens"):
             _at_least(name, getattr(self, name), 1)
         for name in ("kv_memory_bytes", "max_model_len", "threads_per_rank"):

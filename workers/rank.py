@@ -13,6 +13,7 @@ from kvmesh.kernels.formats.registry import get_format
 from kvmesh.workers.calibration.file import Calibration
 from kvmesh.workers.config import DEFAULT_CPU_KV_MEMORY_BYTES, EngineConfig
 from kvmesh.workers.errors import ConfigError
+from kvmesh.workers.evaluation.probe import measure_divergences
 from kvmesh.workers.executor import Allocation, RankDescription
 from kvmesh.workers.kv_pool import page_bytes_of
 from kvmesh.workers.model.facts import read_facts
@@ -41,7 +42,7 @@ def choose_device(config: EngineConfig, rank: int) -> torch.device:
 class Rank:
     """Loads the model on construction; `allocate` once, then `execute` step by step.
 
-    model: this rank's share of `config.model` where it is loaded already
+    shared: a rank that has loaded the same model, whose weights are used
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class Rank:
         config: EngineConfig,
         rank: int,
         comm: Communicator,
-        model: ServedModel | None = None,
+        shared: Rank | None = None,
     ) -> None:
         self._config = config
         self._rank = rank
@@ -64,14 +65,17 @@ class Rank:
             torch.cuda.set_device(self._device)
         else:
             torch.set_num_threads(config.threads_per_rank or max(1, _cpus() // config.tp))
-        files = resolve_model(config.model, progress=None)
-        self._files = files
+        self._files: ModelFiles = (
+            shared._files if shared else resolve_model(config.model, progress=None)
+        )
         self._sink_pages = _default(config.sink_pages, self._fmt.sink_pages)
         self._recent_pages = _default(config.recent_pages, self._fmt.recent_pages)
         # Before the weights: a file that does not fit is told at once.
-        self._params = self._load_calibration(files, rank)
-        self._model: ServedModel = model or load_model(
-            files.path, dtype=self._dtype, device=self._device, comm=comm
+        self._params = self._load_calibration(rank)
+        self._model: ServedModel = (
+            shared._model
+            if shared
+            else load_model(self._files.path, dtype=self._dtype, device=self._device, comm=comm)
         )
 
     def describe(self) -> RankDescription:
@@ -96,6 +100,7 @@ class Rank:
             hot_page_bytes=hot_bytes,
             sealed_page_bytes=sealed_bytes,
             kv_budget_bytes=self._kv_budget_bytes(),
+            head_dim=self._model.head_dim,
         )
 
     def allocate(self, allocation: Allocation) -> None:
@@ -118,11 +123,11 @@ class Rank:
         assert self._runner is not None, "allocate comes before execute"
         return self._runner.execute(plan)
 
-    def _load_calibration(self, files: ModelFiles, rank: int) -> list[LayerParams] | None:
+    def _load_calibration(self, rank: int) -> list[LayerParams] | None:
         """This rank's parameters of every layer, where the format needs them."""
         if self._config.calibration is None:
             return None
-        facts = read_facts(files.path)
+        facts = read_facts(self._files.path)
         check_tp(facts, self._config.tp)
         found = Calibration.load(
             Path(self._config.calibration), self._fmt, facts, self._config.model, self._sink_pages
@@ -134,10 +139,20 @@ class Rank:
         assert self._runner is not None, "allocate comes before score"
         return self._runner.score(plan)
 
+    def divergences(self, kv_formats: list[str]) -> list[float]:
+        """See Executor.divergences; the figures on rank 0, [] on the others."""
+        return measure_divergences(
+            self,
+            self._files.path,
+            kv_formats,
+            page_size=self._config.page_size,
+            max_tokens=self._model.facts.max_model_len,
+        )
+
     def with_format(self, kv_format: str, calibration: str | None = None) -> Rank:
         """A rank of the same model, weights shared, with another KV format and a pool to come."""
         config = dataclasses.replace(self._config, kv_format=kv_format, calibration=calibration)
-        return Rank(config, self._rank, self._comm, self._model)
+        return Rank(config, self._rank, self._comm, shared=self)
 
     def _kv_budget_bytes(self) -> int:
         """What KV may take here: the setting, or what a GPU has left after the weights and the

@@ -26,10 +26,8 @@ eval_app = typer.Typer(
     no_args_is_help=True,
 )
 
-EMBEDDED = "smollm2-135m-instruct"
-
 ModelOption = Annotated[
-    str, typer.Option(help="A local Hugging Face directory, a GGUF file, or a hub name.")
+    str | None, typer.Option(help="A local Hugging Face directory, a GGUF file, or a hub name.")
 ]
 FormatsOption = Annotated[
     str, typer.Option("--kv-format", metavar="F[,F…]", help="Formats; `kvmesh formats` lists them.")
@@ -62,7 +60,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 def perplexity(
     kv_format: FormatsOption,
     text: TextOption,
-    model: ModelOption = EMBEDDED,
+    model: ModelOption = None,
     context: Annotated[int, typer.Option(help="Tokens of a window.")] = 2048,
     windows: Annotated[int, typer.Option(min=1, help="At most; spread over the text.")] = 8,
     page_size: PageSizeOption = 64,
@@ -98,11 +96,53 @@ def perplexity(
             out.print(perplexity_table(report))
 
 
+@eval_app.command("passkey")
+def passkey(
+    kv_format: FormatsOption,
+    text: TextOption,
+    model: ModelOption = None,
+    lengths: LengthsOption = "1024,4096",
+    depths: Annotated[int, typer.Option(min=1, help="Places of the number in the text.")] = 5,
+    seeds: Annotated[int, typer.Option(min=1, help="Numbers and texts for each place.")] = 1,
+    page_size: PageSizeOption = 64,
+    sink_pages: SinkOption = None,
+    recent_pages: RecentOption = None,
+    dtype: DtypeOption = "auto",
+    calibration: CalibrationOption = "",
+    as_json: JsonOption = False,
+) -> None:
+    """How often a number hidden in real text is found when it is asked for at the end."""
+    with _explained_options():
+        from kvmesh.workers.evaluation.model import choose_formats
+        from kvmesh.workers.evaluation.passkey import measure_passkey
+        from kvmesh.workers.evaluation.text import read_text
+
+        formats, source = choose_formats(_listed(kv_format)), read_text(text)
+        sizes = _lengths(lengths)
+        settings = _settings(page_size, sink_pages, recent_pages, dtype)
+        with _evaluated(model, settings, _listed(calibration)) as (evaluated, meter):
+            report = measure_passkey(
+                evaluated,
+                formats,
+                source,
+                lengths=sizes,
+                depths=depths,
+                seeds=seeds,
+                meter=meter,
+            )
+        if as_json:
+            _print_json(report)
+        else:
+            from kvmesh.cluster.cli.eval_tables import passkey_table
+
+            out.print(passkey_table(report))
+
+
 @eval_app.command("recall")
 def recall(
     kv_format: FormatsOption,
     text: TextOption,
-    model: ModelOption = EMBEDDED,
+    model: ModelOption = None,
     lengths: LengthsOption = "1024,4096",
     passages: Annotated[int, typer.Option(min=1, help="Of each length, at most.")] = 10,
     page_size: PageSizeOption = 64,
@@ -150,7 +190,7 @@ def _explained_options() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _evaluated(
-    model: str, settings: dict[str, Any], calibrations: list[str]
+    model: str | None, settings: dict[str, Any], calibrations: list[str]
 ) -> Iterator[tuple[EvaluatedModel, Meter]]:
     """The loaded model, under a progress bar that the meter moves."""
     from rich.progress import (
@@ -161,14 +201,20 @@ def _evaluated(
         TimeRemainingColumn,
     )
 
+    from kvmesh.cluster.config import DEFAULT_MODEL
     from kvmesh.workers.config import EngineConfig
     from kvmesh.workers.evaluation.meter import Meter
     from kvmesh.workers.evaluation.model import EvaluatedModel
 
-    config = EngineConfig(model=model, **settings)
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=err, transient=True) as bar:
-        task = bar.add_task(f"loading {model}", total=None)
+    config = EngineConfig(model=model or DEFAULT_MODEL, **settings)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
+        task = bar.add_task(f"loading {config.model}", total=None)
 
         def report(step: str, share: float | None) -> None:
             total = None if share is None else 1.0

@@ -10,7 +10,7 @@ from matplotlib.text import Annotation
 from matplotlib.ticker import FuncFormatter, MultipleLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
-from kvmesh.workers.evaluation.perplexity import FormatPerplexity, PerplexityReport
+from kvmesh.workers.evaluation.reports import FormatPerplexity, PerplexityReport
 
 # A smaller loss is what the choice of text makes it, and may be a gain.
 FLOOR_PERCENT = 0.01

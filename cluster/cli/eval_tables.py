@@ -6,8 +6,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
 
-from kvmesh.workers.evaluation.perplexity import PerplexityReport
-from kvmesh.workers.evaluation.recall import RecallReport
+from kvmesh.workers.evaluation.reports import PasskeyReport, PerplexityReport, RecallReport
 
 
 def perplexity_table(report: PerplexityReport) -> Group:
@@ -38,6 +37,31 @@ def perplexity_table(report: PerplexityReport) -> Group:
         f"sequences of {_short(report.context)} and 32k tokens, whose exact windows count as "
         "16 bits"
     )
+    return Group(title, table, _dim(notes))
+
+
+def passkey_table(report: PasskeyReport) -> Group:
+    title = (
+        f"[bold]{report.model}[/bold], {report.dtype}: a number hidden in real text, "
+        f"depths: {report.depths}, seeds: {report.seeds}"
+    )
+    table = _table()
+    table.add_column("length", justify="right")
+    table.add_column("KV format", no_wrap=True)
+    table.add_column("found", justify="right")
+    table.add_column("missed at depth")
+    length = 0
+    for row in report.figures:
+        if length and row.length != length:
+            table.add_section()
+        table.add_row(
+            "" if row.length == length else str(row.length),
+            row.kv_format,
+            f"{row.found} of {row.asked}",
+            ", ".join(f"{depth:.0%}" for depth in row.missed_depths),
+        )
+        length = row.length
+    notes = "found: in the first ten tokens of greedy output; depth: share of the text before it"
     return Group(title, table, _dim(notes))
 
 

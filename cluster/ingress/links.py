@@ -17,7 +17,7 @@ from typing import Any
 from kvmesh.cluster.ingress.errors import EngineLostError
 from kvmesh.cluster.peers import EngineClient, StreamOpened
 from kvmesh.workers.errors import EngineError
-from kvmesh.workers.request import EngineRequest, SequenceDelta
+from kvmesh.workers.request import EngineRequest, LeaseTerms, SequenceDelta
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +94,10 @@ class EngineLink:
         live = [request_id for request_id in request_ids if request_id in self._mailboxes]
         if live:
             await self._engine.abort(live)
+
+    async def extend(self, request_ids: list[str], lease: LeaseTerms) -> None:
+        """Tell the engine that the sequences' lease has grown; `lease` is each one's part."""
+        await self._engine.extend(request_ids, lease)
 
     async def close(self) -> None:
         """Close the stream, which ends all of its sequences."""

@@ -34,6 +34,7 @@ TORCH_FREE = {
     "kvmesh.kernels.formats.registry",
     "kvmesh.workers.config",
     "kvmesh.workers.errors",
+    "kvmesh.workers.prefix_cache",
     "kvmesh.workers.request",
     "kvmesh.workers.sampling_params",
     "kvmesh.workers.sizes",

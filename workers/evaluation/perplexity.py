@@ -2,52 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from kvmesh.kernels.formats.base import KVFormat
 from kvmesh.workers.evaluation.meter import Meter
 from kvmesh.workers.evaluation.model import EvaluatedModel
+from kvmesh.workers.evaluation.reports import LONG_CONTEXT, FormatPerplexity, PerplexityReport
 from kvmesh.workers.evaluation.tally import Tally, compare
 from kvmesh.workers.evaluation.text import TokenText
-
-LONG_CONTEXT = 32_768
-
-
-@dataclass(frozen=True, slots=True)
-class FormatPerplexity:
-    """One format's figures.
-
-    loss: perplexity over exact KV's, less 1
-    kl_nats: mean KL(exact ‖ format) of the next-token distributions
-    sealed_bits: per element of a sealed page, metadata included
-    bits, bytes_per_token: at the context measured, exact windows counted at 16 bits
-    bits_at_32k: the same at 32,768 tokens
-    """
-
-    kv_format: str
-    perplexity: float
-    loss: float
-    kl_nats: float
-    sealed_bits: float
-    bits: float
-    bits_at_32k: float
-    bytes_per_token: float
-    sink_pages: int
-    recent_pages: int
-
-
-@dataclass(frozen=True, slots=True)
-class PerplexityReport:
-    """Figures of one run: the same windows for all formats, `exact` first."""
-
-    model: str
-    model_revision: str
-    dtype: str
-    page_size: int
-    context: int
-    windows: int
-    predictions: int
-    formats: list[FormatPerplexity]
 
 
 def measure_perplexity(

@@ -9,42 +9,17 @@ recent window reaches: next-token accuracy on it is fidelity at range.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from kvmesh.kernels.formats.base import KVFormat
 from kvmesh.workers.errors import ConfigError
 from kvmesh.workers.evaluation.meter import Meter
 from kvmesh.workers.evaluation.model import EvaluatedModel
+from kvmesh.workers.evaluation.reports import FormatRecall, RecallReport
 from kvmesh.workers.evaluation.tally import Tally, compare
 from kvmesh.workers.evaluation.text import TokenText
 
 PASSAGE_TOKENS = 256
-
-
-@dataclass(frozen=True, slots=True)
-class FormatRecall:
-    """accuracy: share of the second copy's tokens predicted, mean over the passages;
-    difference: to exact KV's; kl_nats: mean KL(exact ‖ format) there"""
-
-    kv_format: str
-    length: int
-    accuracy: float
-    difference: float
-    kl_nats: float
-
-
-@dataclass(frozen=True, slots=True)
-class RecallReport:
-    """passages: of each length, in the order of the formats' figures, `exact` first"""
-
-    model: str
-    model_revision: str
-    dtype: str
-    page_size: int
-    passages: dict[int, int]
-    figures: list[FormatRecall]
 
 
 def measure_recall(

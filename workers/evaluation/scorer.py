@@ -9,23 +9,34 @@ The one difference to serving is which rows' logits are read.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 
 from kvmesh.workers.executor import Allocation
 from kvmesh.workers.pool_plan import PoolPlan
-from kvmesh.workers.rank import Rank
 from kvmesh.workers.request import EngineRequest, TokenIds
 from kvmesh.workers.sampling_params import SamplingParams
 from kvmesh.workers.scheduler import Scheduler
 from kvmesh.workers.sequence import Sequence
 from kvmesh.workers.sizes import PageGeometry
 
+if TYPE_CHECKING:
+    from kvmesh.workers.rank import Rank
+
 # Logits of a chunk are fp32 over the whole vocabulary: 50 MB of them for 50,000 tokens.
 CHUNK_TOKENS = 256
+
+
+class ScoredChunk(NamedTuple):
+    """logits: [end - start, vocab_size] fp32, those of position p of the token at p + 1;
+    None on ranks of a group that have none"""
+
+    start: int
+    end: int
+    logits: torch.Tensor | None
 
 
 class Scorer:
@@ -70,12 +81,10 @@ class Scorer:
             self._geometry, pool, max_num_batched_tokens=chunk_tokens, prefix_cache=False
         )
 
-    def logits(self, tokens: TokenIds, first: int = 0) -> Iterator[tuple[int, torch.Tensor | None]]:
+    def logits(self, tokens: TokenIds, first: int = 0) -> Iterator[ScoredChunk]:
         """Logits chunk by chunk, of the chunks that end behind position `first`.
 
         tokens: [n] int32, at most `context`
-        Yields (start, logits): logits [chunk, vocab_size] fp32 of the positions from `start`
-        on, each of the token that follows it; None on ranks that have none.
         """
         assert 0 <= first < len(tokens) <= self._context
         seq = self._add(tokens, SamplingParams(temperature=0.0, max_tokens=1))
@@ -85,7 +94,7 @@ class Scorer:
                 assert plan is not None
                 (chunk,) = plan.chunks
                 if chunk.end > first:
-                    yield chunk.start, self._rank.score(plan)
+                    yield ScoredChunk(chunk.start, chunk.end, self._rank.score(plan))
                 else:
                     self._rank.execute(plan)
                 self._scheduler.commit(plan)
@@ -111,14 +120,3 @@ class Scorer:
         seq = Sequence(request, self._geometry, self._context + params.max_tokens)
         self._scheduler.add(seq)
         return seq
-
-
-def lockstep(
-    scorers: list[Scorer], tokens: TokenIds, first: int = 0
-) -> Iterator[tuple[int, list[torch.Tensor | None]]]:
-    """The same chunk from every scorer in turn, so that no more than a chunk's logits of each
-    are held at a time. They must have been made with the same chunk_tokens."""
-    for parts in zip(*(scorer.logits(tokens, first) for scorer in scorers), strict=True):
-        starts = [start for start, _ in parts]
-        assert all(a == b for a, b in itertools.pairwise(starts)), "chunks differ between formats"
-        yield starts[0], [logits for _, logits in parts]

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from kvmesh.workers.evaluation.meter import Meter
-from kvmesh.workers.evaluation.scorer import Scorer, lockstep
+from kvmesh.workers.evaluation.scorer import ScoredChunk, Scorer
 from kvmesh.workers.request import TokenIds
 
 # Of a chunk's logits so many rows are compared at once: the temporaries stay small.
@@ -57,31 +57,36 @@ class Tally:
 
 
 def compare(
-    scorers: list[Scorer],
-    tokens: TokenIds,
-    tallies: list[Tally],
-    meter: Meter,
-    *,
-    first: int = 0,
+    scorers: list[Scorer], tokens: TokenIds, tallies: list[Tally], meter: Meter, *, first: int = 0
 ) -> None:
     """Count the predictions from position `first` on into `tallies`, one for each scorer.
 
-    scorers: the first one's distributions are what the others are compared with
+    scorers: made with the same chunk_tokens; the first one's distributions are what the others
+        are compared with. On a rank that has no logits, nothing is counted.
     tokens: [n] int32, of which n − 1 − first are predicted
     """
+    exact_chunks, *others = (scorer.logits(tokens, first) for scorer in scorers)
+    following = torch.from_numpy(tokens[1:].astype("int64"))
     computed = 0
-    for start, parts in lockstep(scorers, tokens, first):
-        end = start + len(_given(parts[0]))
-        begin, stop = max(start, first), min(end, len(tokens) - 1)
-        rows = slice(begin - start, stop - start)
-        exact = _given(parts[0])[rows]
-        targets = torch.from_numpy(tokens[begin + 1 : stop + 1].astype("int64")).to(exact.device)
-        for tally, logits in zip(tallies, parts, strict=True):
-            tally.add(_given(logits)[rows], exact, targets)
-        meter.advance((end - computed) * len(scorers))
-        computed = end
+    # Chunk by chunk side by side, so that two chunks' logits are held and not all windows'.
+    for exact in exact_chunks:
+        _count(tallies[0], exact, exact, following, first)
+        for tally, chunks in zip(tallies[1:], others, strict=True):
+            _count(tally, next(chunks), exact, following, first)
+        meter.advance((exact.end - computed) * len(scorers))
+        computed = exact.end
+    for chunks in others:
+        assert next(chunks, None) is None, "a format has chunks that exact has not"
 
 
-def _given(logits: torch.Tensor | None) -> torch.Tensor:
-    assert logits is not None, "only the rank that samples compares"
-    return logits
+def _count(
+    tally: Tally, chunk: ScoredChunk, exact: ScoredChunk, following: torch.Tensor, first: int
+) -> None:
+    """following: [n − 1] int64, at p the token after position p"""
+    assert chunk[:2] == exact[:2], "chunks differ between formats"
+    if chunk.logits is None or exact.logits is None:
+        return
+    begin, end = max(chunk.start, first), min(chunk.end, len(following))
+    rows = slice(begin - chunk.start, end - chunk.start)
+    targets = following[begin:end].to(chunk.logits.device)
+    tally.add(chunk.logits[rows], exact.logits[rows], targets)
