@@ -41,7 +41,7 @@ from kvmesh.workers.parallel.comm import Communicator
 from tests.model.attend import _attention
 from tests.model.cases import CASES
 from tests.model.small import make_small_model, make_small_tokenizer
-from tests.workers.test_greedy_output import INVARIANT_TOKENS, Invariance, generate
+from tests.workers.invariance import INVARIANT_TOKENS, Invariance, generate
 
 TEXT = " ".join(f"page {i} of a sequence is dealt to rank {i * i % 7}," for i in range(400))
 SAMPLES, CONTEXT = 3, 80
@@ -394,7 +394,7 @@ def test_ranks_take_their_heads(name: str, calibrations: dict[str, Calibration])
 def test_output_does_not_depend_on_how_it_is_run(
     name: str, calibrations: dict[str, Calibration], model_path: Path, tmp_path: Path
 ) -> None:
-    """Alone, in chunks, in a batch, with a prefix cache cold and warm."""
+    """Alone, in chunks, in a batch, with a prefix cache cold and warm, after preemption."""
     file = tmp_path / "file"
     calibrations[name].save(file)
     config = EngineConfig(
@@ -408,6 +408,7 @@ def test_output_does_not_depend_on_how_it_is_run(
         max_num_batched_tokens=64,
         prefix_cache=False,
         threads_per_rank=1,
+        kv_probe="warn",  # which has to find this format's file too
     )
     start = np.arange(100) * 7 % 301
     prompts = [[*start.tolist(), *(np.arange(60) * (5 + i) % 301).tolist()] for i in range(3)]
@@ -424,6 +425,7 @@ def test_output_does_not_depend_on_how_it_is_run(
     usage = warm[-1][-1].usage
     assert usage is not None and usage.cached_tokens > 0
     invariance.check(warm)
+    invariance.check(invariance.preempted((12, 30)))
 
 
 def test_fisher_information_is_what_outliers_and_levels_follow() -> None:
