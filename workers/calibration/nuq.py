@@ -11,7 +11,7 @@ Keys, before RoPE, of each head and channel; values of each token; levels for a 
     Q-Norm        C' = C s1/s2 + (m1 - m2 s1/s2) with the means m and deviations s of the
                   numbers (1) and of their levels (2), which the centres of cells shrink:
                   of keys, where a softmax suffers from a bias more than from noise. Values
-                  are fitted by least squares when they are sealed, which would undo it
+                  get the scale that leaves them none when they are sealed
 
 Outliers take no part in fits: they are chosen as the codec will choose them.
 """
