@@ -150,7 +150,12 @@ class Rank:
         )
 
     def with_format(self, kv_format: str, calibration: str | None = None) -> Rank:
-        """A rank of the same model, weights shared, with another KV format and a pool to come."""
+        """A rank of the same model, weights shared, with a KV format and a pool to come.
+
+        calibration: of that format; this rank's own serves its own format
+        """
+        if calibration is None and get_format(kv_format) == self._fmt:
+            calibration = self._config.calibration
         config = dataclasses.replace(self._config, kv_format=kv_format, calibration=calibration)
         return Rank(config, self._rank, self._comm, shared=self)
 

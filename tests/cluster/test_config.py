@@ -66,7 +66,8 @@ def test_the_engine_section_has_every_field_of_the_engines_configuration() -> No
 
 def test_every_engine_setting_reaches_the_engine() -> None:
     values = {
-        "kv_format": "int4",
+        "kv_format": "nuq4",
+        "calibration": "/there/nuq4.safetensors",
         "page_size": 32,
         "sink_pages": 2,
         "recent_pages": 3,
@@ -85,6 +86,13 @@ def test_every_engine_setting_reaches_the_engine() -> None:
     }
     built = build({"model": "m", "engine": values}).engine_config()
     assert dataclasses.asdict(built) == {**values, "model": "m", "kv_memory_bytes": 64 << 20}
+
+
+def test_a_calibration_file_is_found_from_every_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir("/")
+    engine = {"kv_format": "nuq4", "calibration": "there/file"}
+    assert build({"model": "m", "engine": engine}).engine_config().calibration == "/there/file"
+    assert refused({"model": "m", "engine": {"kv_format": "nuq4"}}).field == "engine.calibration"
 
 
 @pytest.mark.parametrize("path", [path for path, _ in sections(ClusterConfig)])

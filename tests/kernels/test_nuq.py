@@ -124,7 +124,7 @@ def test_the_greatest_are_kept_as_they_are(head_dim: int, count: int, values: bo
     assert ((got - x).gather(-1, at).abs() <= (0.0 if values else 4.01)).all()
     rest = torch.ones_like(x).scatter(-1, at, 0.0)
     error = ((got - x).square() * rest).sum() / (x.square() * rest).sum()
-    assert error < 0.25
+    assert error < 0.3
 
 
 @pytest.mark.parametrize("name", NAMES)

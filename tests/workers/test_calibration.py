@@ -38,11 +38,10 @@ from kvmesh.workers.model.hook import AttendArgs
 from kvmesh.workers.model.load import load_model
 from kvmesh.workers.model.rope import Rope
 from kvmesh.workers.parallel.comm import Communicator
-from kvmesh.workers.request import EngineRequest
-from kvmesh.workers.sampling_params import SamplingParams
 from tests.model.attend import _attention
 from tests.model.cases import CASES
 from tests.model.small import make_small_model, make_small_tokenizer
+from tests.workers.invariance import INVARIANT_TOKENS, Invariance, generate
 
 TEXT = " ".join(f"page {i} of a sequence is dealt to rank {i * i % 7}," for i in range(400))
 SAMPLES, CONTEXT = 3, 80
@@ -297,7 +296,11 @@ def _set(key: str, value: str) -> Edit:
 
 
 def _drop(name: str) -> Edit:
-    return lambda metadata, tensors: [tensors.pop(name), None][1]
+    def edit(metadata: dict[str, str], tensors: dict[str, Tensor]) -> None:
+        metadata.pop(name, None)
+        tensors.pop(name, None)
+
+    return edit
 
 
 def _flip(metadata: dict[str, str], tensors: dict[str, Tensor]) -> None:
@@ -318,7 +321,7 @@ def _narrow(metadata: dict[str, str], tensors: dict[str, Tensor]) -> None:
         (_flip, "is damaged"),
         (_narrow, r"has layers\.0\.k\.scale of shape \[3, 8\], not \[4, 8\]"),
         (_drop("layers.2.k.zero"), r"for layers\.2\.k, where bounds, .*zero belongs"),
-        (lambda m, t: m.pop("samples") and None, "is no calibration file"),
+        (_drop("samples"), "is no calibration file"),
     ],
 )
 def test_a_file_that_does_not_fit_is_refused(
@@ -392,10 +395,10 @@ def test_ranks_take_their_heads(name: str, calibrations: dict[str, Calibration])
 
 
 @pytest.mark.parametrize("name", ["nuq3", "int8-static", "int8-static-layer"])
-def test_an_engine_serves_it_and_reads_sealed_pages(
+def test_output_does_not_depend_on_how_it_is_run(
     name: str, calibrations: dict[str, Calibration], model_path: Path, tmp_path: Path
 ) -> None:
-    """Output differs from exact KV's at most, and never for want of a parameter."""
+    """Alone, in chunks, in a batch, with a prefix cache cold and warm, after preemption."""
     file = tmp_path / "file"
     calibrations[name].save(file)
     config = EngineConfig(
@@ -406,18 +409,27 @@ def test_an_engine_serves_it_and_reads_sealed_pages(
         device="cpu",
         page_size=16,
         kv_memory_bytes=32 << 20,
+        max_num_batched_tokens=64,
+        prefix_cache=False,
         threads_per_rank=1,
+        kv_probe="warn",  # which has to find this format's file too
     )
+    start = np.arange(100) * 7 % 301
+    prompts = [[*start.tolist(), *(np.arange(60) * (5 + i) % 301).tolist()] for i in range(3)]
+    invariance = Invariance(config, prompts)
+
+    chunked = dataclasses.replace(config, max_num_batched_tokens=16)
+    invariance.check(invariance.one_by_one(Engine(chunked, local_executor(chunked))))
     engine = Engine(config, local_executor(config))
-    params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
-    prompt = (np.arange(150) * 7 % 301).astype(np.int32)
-    engine.add(EngineRequest("a", "test", prompt, params))
-    tokens = []
-    while engine.has_work:
-        for delta in engine.step():
-            tokens.extend(delta.token_ids)
-    assert len(tokens) == 8
-    engine.check_integrity()
+    invariance.check(generate(engine, [*prompts, prompts[1][:40], [1, 2, 3]], INVARIANT_TOKENS)[:3])
+    cached = dataclasses.replace(config, prefix_cache=True)
+    engine = Engine(cached, local_executor(cached))
+    invariance.check(invariance.one_by_one(engine))
+    warm = invariance.one_by_one(engine)
+    usage = warm[-1][-1].usage
+    assert usage is not None and usage.cached_tokens > 0
+    invariance.check(warm)
+    invariance.check(invariance.preempted((12, 30)))
 
 
 def test_fisher_information_is_what_outliers_and_levels_follow() -> None:

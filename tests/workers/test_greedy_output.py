@@ -8,8 +8,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from kvmesh.kernels.formats.registry import get_format
-from kvmesh.workers.calibration.calibrate import calibrate
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.engine import Engine
 from kvmesh.workers.local import local_executor
@@ -81,30 +79,19 @@ FORMATS = [
     pytest.param({"kv_format": "int8"}, id="int8"),
     pytest.param({"kv_format": "int4"}, id="int4"),
     pytest.param({"kv_format": "int4", "sink_pages": 1, "recent_pages": 2}, id="int4-windows"),
-    pytest.param({"kv_format": "nuq4"}, id="nuq4"),
 ]
 
 
 @pytest.fixture(scope="module", params=FORMATS)
 def invariance(
-    request: pytest.FixtureRequest,
-    tokenizer: Tokenizer,
-    prompts: list[list[int]],
-    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest, tokenizer: Tokenizer, prompts: list[list[int]]
 ) -> Invariance:
     preamble = tokenizer.encode(
         "You answer in plain words, from what you know, and say so when you do not know. " * 6,
         add_special_tokens=False,
     )
-    options = dict(request.param)
-    if get_format(options["kv_format"]).needs_calibration:
-        file = tmp_path_factory.mktemp("calibration") / "file"
-        text = " ".join(QUESTIONS) * 6
-        found = calibrate(EMBEDDED_NAME, options["kv_format"], text, samples=2, context=128)
-        found.save(file)
-        options["calibration"] = str(file)
     config = dataclasses.replace(
-        CONFIG, page_size=16, max_num_batched_tokens=64, prefix_cache=False, **options
+        CONFIG, page_size=16, max_num_batched_tokens=64, prefix_cache=False, **request.param
     )
     return Invariance(config, [preamble + prompt for prompt in prompts[:3]])
 

@@ -9,8 +9,9 @@ Keys, before RoPE, of each head and channel; values of each token; levels for a 
                   measured in what it does to the loss. KVQuant weighs every number by its
                   own squared gradient, whose noise costs as much as it gains on other text
     Q-Norm        C' = C s1/s2 + (m1 - m2 s1/s2) with the means m and deviations s of the
-                  numbers (1) and of their levels (2): of two bits, where levels at the
-                  centres of their cells shrink the numbers most
+                  numbers (1) and of their levels (2), which the centres of cells shrink:
+                  of keys, where a softmax suffers from a bias more than from noise. Values
+                  get the scale that leaves them none when they are sealed
 
 Outliers take no part in fits: they are chosen as the codec will choose them.
 """
@@ -28,7 +29,6 @@ from kvmesh.workers.model.rope import Rope
 
 _PERCENTILE = 0.005  # KVQuant's 1%, half of it at either end
 _ROUNDS = 4
-_Q_NORM_WIDTHS = (2,)
 # Of a layer and side: what percentiles and levels are found from.
 _MOST_TOKENS = 8192
 _MOST_NUMBERS = 1 << 23
@@ -88,7 +88,8 @@ class LevelObserver:
             scale, zero = _line(chosen, x, inside)
             levels = self._levels((x - zero) / scale, inside, fisher * scale.square())
         return {
-            **self._level_params((x - zero) / scale, inside, levels),
+            "levels": _q_norm(((x - zero) / scale)[inside], levels),
+            "bounds": _bounds(levels),
             "scale": scale,
             "zero": zero,
             "importance": importance / importance.amax(),
@@ -102,7 +103,8 @@ class LevelObserver:
         high = x.masked_fill(~inside, -torch.inf).amax(-1, keepdim=True)
         scale, zero = _floored((high - low) / 2), (high + low) / 2
         t = (x - zero) / scale
-        return self._level_params(t, inside, self._levels(t, inside, fisher * scale.square()))
+        levels = self._levels(t, inside, fisher * scale.square())
+        return {"levels": levels, "bounds": _bounds(levels)}
 
     def _all_but_outliers(self, missed: Tensor) -> Tensor:
         apart = missed.topk(self._side.outliers(missed.shape[-1]), dim=-1).indices
@@ -114,13 +116,16 @@ class LevelObserver:
         found = best_levels(numbers, weighing, 2**self._side.width)
         return torch.from_numpy(found.astype(np.float32))
 
-    def _level_params(self, t: Tensor, inside: Tensor, levels: Tensor) -> dict[str, Tensor]:
-        bounds = (levels[1:] + levels[:-1]) / 2
-        if self._side.width in _Q_NORM_WIDTHS:
-            numbers, chosen = t[inside].double(), _nearest(t[inside], levels).double()
-            ratio = float(numbers.std() / chosen.std().clamp_min(1e-9))
-            levels = levels * ratio + float(numbers.mean() - chosen.mean() * ratio)
-        return {"levels": levels, "bounds": bounds}
+
+def _bounds(levels: Tensor) -> Tensor:
+    return (levels[1:] + levels[:-1]) / 2
+
+
+def _q_norm(t: Tensor, levels: Tensor) -> Tensor:
+    """The levels, shifted and stretched to the mean and deviation of the numbers they stand for."""
+    numbers, chosen = t.double(), _nearest(t, levels).double()
+    ratio = float(numbers.std() / chosen.std().clamp_min(1e-9))
+    return levels * ratio + float(numbers.mean() - chosen.mean() * ratio)
 
 
 def _percentiles(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -131,7 +136,7 @@ def _percentiles(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _nearest(t: Tensor, levels: Tensor) -> Tensor:
-    return levels[torch.bucketize(t.contiguous(), (levels[1:] + levels[:-1]) / 2)]
+    return levels[torch.bucketize(t.contiguous(), _bounds(levels))]
 
 
 def _line(chosen: Tensor, x: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
