@@ -62,12 +62,14 @@ class Attempt:
         self._router = router
         self._link = link
         self._keep = keep
-        self._mailbox = Mailbox()
+        # Not what the client has read: one that reads slowly must not hold up the lease.
+        self._mailbox = Mailbox(self._note_progress)
+        self._tokens: dict[str, int] = {}  # of each sequence that goes on, prompt included
         self._ending: set[str] = set()
         # The submission under way; its outcome decides what there is to end.
         self._sending: asyncio.Task[None] | None = None
         self._growing: asyncio.Task[None] | None = None
-        self._longest_tokens = 0
+        self._begun = False
 
     async def submit(self, request: EngineRequest, choice: int) -> None:
         """Send one sequence. Raises CapacityError, InvalidRequestError, EngineLostError."""
@@ -80,15 +82,6 @@ class Attempt:
     async def take(self) -> list[SequenceDelta]:
         """What has come, at least one delta; EngineLostError when nothing will."""
         return await self._mailbox.take()
-
-    def reached(self, longest_tokens: int) -> None:
-        """The longest sequence has so many tokens, prompt included, and goes on."""
-        if not self._longest_tokens:
-            self._keep(spawn(self._tell_begun(), "begun"))
-        self._longest_tokens = longest_tokens
-        if self._must_grow() and (self._growing is None or self._growing.done()):
-            self._growing = spawn(self._grow(), "grow")
-            self._keep(self._growing)
 
     def note_end(self, delta: SequenceDelta) -> None:
         self.live.pop(delta.request_id, None)
@@ -121,13 +114,28 @@ class Attempt:
             # No fault of the request's: the engine's report will show that it has ended.
             logger.warning("lease %s could not be given back: %s", lease_id, error)
 
+    def _note_progress(self, delta: SequenceDelta) -> None:
+        """Tell the router of the first token, and let the lease grow ahead of the output."""
+        if delta.finish_reason is not None or delta.request_id not in self._tokens:
+            self._tokens.pop(delta.request_id, None)
+            return
+        self._tokens[delta.request_id] += len(delta.token_ids)
+        if not self._begun:
+            self._begun = True
+            self._keep(spawn(self._tell_begun(), "begun"))
+        if self._must_grow() and (self._growing is None or self._growing.done()):
+            self._growing = spawn(self._grow(), "grow")
+            self._keep(self._growing)
+
     async def _send(self, request: EngineRequest, choice: int) -> None:
         """Among the live ones while the engine may have it."""
         self.live[request.request_id] = choice
+        self._tokens[request.request_id] = len(request.prompt_token_ids)
         try:
             self.epoch = await self._link.submit(request, self._mailbox)
         except BaseException:
-            del self.live[request.request_id]
+            self.live.pop(request.request_id, None)
+            self._tokens.pop(request.request_id, None)
             raise
 
     async def _end_sequences(self) -> bool:
@@ -159,10 +167,14 @@ class Attempt:
         more = self.share.sealed_pages < self.share.most_sealed_pages
         return more and self._longest_tokens + AHEAD_TOKENS > covered
 
+    @property
+    def _longest_tokens(self) -> int:
+        return max(self._tokens.values(), default=0)
+
     async def _grow(self) -> None:
         """Extend the lease, asking again as long as others hold the pages."""
         pause_s = GROW_PAUSE_S
-        while self.live and self._must_grow():
+        while self._must_grow():
             if await self._grow_once():
                 pause_s = GROW_PAUSE_S
             else:
@@ -171,14 +183,15 @@ class Attempt:
 
     async def _grow_once(self) -> bool:
         lease_id = self.placement.lease.lease_id
-        request = replace(self._request, sequences=len(self.live))
+        ids = list(self._tokens)
+        request = replace(self._request, sequences=len(ids))
         output_tokens = self._longest_tokens + AHEAD_TOKENS - request.prompt_tokens
         try:
             growth = await self._router.grow(lease_id, request, output_tokens)
             if growth is None:
                 return False
             share = replace(growth.lease, sequences=request.sequences).share
-            await self._link.extend(list(self.live), share)
+            await self._link.extend(ids, share)
         except IngressError as error:
             logger.warning("lease %s could not be extended: %s", lease_id, error)
             return False

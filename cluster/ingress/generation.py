@@ -294,7 +294,6 @@ class Generation:
                 self._attempt.note_end(delta)
             by_choice.setdefault(index, []).append(delta)
         failed = False
-        outputs: list[tuple[Choice, Output]] = []
         for index, found in by_choice.items():
             choice = self.choices[index]
             if choice.finish is not None:
@@ -306,19 +305,9 @@ class Generation:
                 self._first_token_s = self._around.clock() - self._arrived_s
             if self._overdue(choice) and not self._has_output():
                 raise RequestDeadlineError()
-            outputs.append((choice, output))
-        # Before anything is sent: a client that reads slowly must not hold up the lease.
-        self._keep_ahead(self._attempt)
-        for choice, output in outputs:
             yield from self._to_wire(choice, output)
         if failed:
             raise EngineLostError()
-
-    def _keep_ahead(self, attempt: Attempt) -> None:
-        """Let the lease grow with the longest choice that goes on."""
-        longest = max((len(choice.token_ids) for choice in self._unfinished()), default=0)
-        if longest:
-            attempt.reached(len(self._prompt_ids) + longest)
 
     def _to_wire(self, choice: Choice, output: Output) -> Iterator[pb.GenerateStreamResponse]:
         if output:

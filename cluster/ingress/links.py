@@ -10,7 +10,7 @@ import asyncio
 import contextvars
 import itertools
 import logging
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from typing import Any
 
@@ -31,9 +31,13 @@ def spawn(coroutine: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
 
 
 class Mailbox:
-    """Deltas of one request's sequences, in order, until somebody takes them."""
+    """Deltas of one request's sequences, in order, until somebody takes them.
 
-    def __init__(self) -> None:
+    watch: told of each as it comes, however long it then waits here
+    """
+
+    def __init__(self, watch: Callable[[SequenceDelta], None]) -> None:
+        self._watch = watch
         self._deltas: list[SequenceDelta] = []
         self._lost = False
         self._ready = asyncio.Event()
@@ -41,6 +45,7 @@ class Mailbox:
     def put(self, delta: SequenceDelta) -> None:
         self._deltas.append(delta)
         self._ready.set()
+        self._watch(delta)
 
     def lose(self) -> None:
         """The engine is gone; what is here can still be taken."""

@@ -81,6 +81,7 @@ class Fleet:
             decode_tokens=output.expected,
             leased_tokens=output.leased,
             sequences=request.sequences,
+            resumed=request.resumed,
             excluded_groups=request.excluded_groups,
             blocks=blocks,
             block_pages=self._block_pages,

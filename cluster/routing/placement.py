@@ -100,6 +100,7 @@ class Asked:
     decode_tokens: int
     leased_tokens: int
     sequences: int = 1
+    resumed: bool = False
     excluded_groups: frozenset[str] = frozenset()
     blocks: tuple[bytes, ...] = ()
     block_pages: int = 1

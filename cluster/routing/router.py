@@ -240,7 +240,10 @@ class Router:
         return choose(views, asked, now, self._rules_for(asked), promise)
 
     def _rules_for(self, asked: Asked) -> PlacementRules:
+        """Long prompts may have to wait; not those that have lost their group."""
         long_s = self.config.long_s
+        if asked.resumed:
+            return self._rules
         if any(plan.prefill_s > long_s for plan in asked.plans) and not self._occupancy.spares_one(
             self._fleet.views.values()
         ):

@@ -17,7 +17,7 @@ from kvmesh.cluster.routing.request import PlaceRequest
 from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.workers.sizes import PageNeed
 from tests.cluster.machine import METADATA, CountingRouter, Machine, answer, machine
-from tests.cluster.test_generation import PROMPT, asked, read, read_until, rest_of
+from tests.cluster.test_generation import PROMPT, Received, asked, read, read_until, rest_of
 from tests.workers.test_engine import PAGE
 from tests.workers.test_leader import MANY
 
@@ -110,6 +110,21 @@ async def test_a_growth_waits_until_pages_are_free() -> None:
         await rest_of(stream, received)
         assert received.tokens[0] == answer(PROMPT, 200)
         assert one.router.grown[lease_id] >= 1
+
+
+async def test_a_client_that_does_not_read_does_not_hold_up_its_lease() -> None:
+    async with machine(config=EAGER) as one:
+        one.allow(MANY)
+        await answered(one, 20, "teacher")
+        stream = one.stream(asked(200))
+        assert (await anext(stream)).HasField("started")
+        received = Received()
+        received.started = pb.Started()
+        received.take(await anext(stream))
+        await asyncio.wait_for(one.leaders["g0"]._idle.wait(), 20)
+        await rest_of(stream, received)
+        assert received.tokens[0] == answer(PROMPT, 200)
+        assert received.deltas < 10
 
 
 async def test_all_choices_of_a_lease_grow_together() -> None:

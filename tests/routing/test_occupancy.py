@@ -52,6 +52,10 @@ def test_where_groups_are_needed_long_prompts_go_one_after_another() -> None:
     # Those behind it go on.
     short = router.submit(PlaceRequest("short", 100, 10), 2.0)[0]
     assert isinstance(short, Granted)
+    # And whoever has lost a group is not held back.
+    lost = router.submit(PlaceRequest("lost", LONG_TOKENS, 10, resumed=True), 3.0)[0]
+    assert isinstance(lost, Granted)
+    router.release(lost.placement.lease.lease_id, 4.0)
     outcomes = router.begun(first.placement.lease.lease_id, 80.0).outcomes
     assert [outcome.request_id for outcome in outcomes] == ["b"]
 
