@@ -35,8 +35,8 @@ MAX_BLOCK_N = 64
 PREFILL_ROWS = 64
 INTERPRETER_PROCESSORS = 8  # what the interpreter pretends to split for
 # Programs that a processor holds at a time: two of four warps; of one warp as many as
-# 65536 registers, of which a thread takes up to 224, are enough for.
-PLAIN_PROGRAMS, INTEGER_PROGRAMS = 2, 9
+# 65536 registers, of which a thread takes up to 255, are enough for.
+PLAIN_PROGRAMS, INTEGER_PROGRAMS = 2, 8
 INTEGER_HEAD_DIMS = (64, 128)
 INTEGER_CAPABILITY = (8, 0)
 
@@ -162,7 +162,7 @@ def integer_launch(fmt: KVFormat, head_dim: int, group: int, page_size: int) -> 
         "TOKENS": TOKENS,
         "PTX": not isinstance(sealed_kernel, InterpretedFunction),
     }
-    options = {"num_warps": 1, "num_stages": 3, "maxnreg": 224}
+    options = {"num_warps": 1, "num_stages": 3}
     return Launch(sealed_kernel, constants, TOKENS, INTEGER_PROGRAMS, options)
 
 

@@ -227,10 +227,14 @@ def sealed_kernel(
             offs_v = tl.arange(0, D // V_PLANES)
             at = offs_n % ROWS
             if K_PLANES == 1:
-                row = (offs_r // 32) * 32 + (offs_r // 2 % 4) * 8 + (offs_r // 8 % 4) * 2 + offs_r % 2
+                row = (
+                    (offs_r // 32) * 32 + (offs_r // 2 % 4) * 8 + (offs_r // 8 % 4) * 2 + offs_r % 2
+                )
                 tok = (at // 32) * 32 + (at // 2 % 4) * 8 + (at // 8 % 4) * 2 + at % 2
             elif K_PLANES == 2:
-                row = (offs_r // 16) * 16 + (offs_r // 2 % 4) * 4 + (offs_r // 8 % 2) * 2 + offs_r % 2
+                row = (
+                    (offs_r // 16) * 16 + (offs_r // 2 % 4) * 4 + (offs_r // 8 % 2) * 2 + offs_r % 2
+                )
                 tok = (at // 16) * 16 + (at // 2 % 4) * 4 + (at // 8 % 2) * 2 + at % 2
                 tok = 2 * tok + offs_n // ROWS
             else:
@@ -281,9 +285,11 @@ def sealed_kernel(
                     s3 += q_top[:, None] * K_TOP
                     s = tl.join(tl.join(s0, s2), tl.join(s1, s3)).reshape(HEADS, ROWS, 4)
                     s = s.permute(0, 2, 1).reshape(HEADS, TOKENS)
+                if MODE == "channel" and K_WIDTH == 8:
+                    s += q_top[:, None] * 128.0
                 tokens = block * TOKENS + tok
                 if MODE == "level":
-                    s = (s - q_top[:, None] * K_MIDDLE)
+                    s = s - q_top[:, None] * K_MIDDLE
                     s = s * load_scale(k_numbers_ptr, tokens, None, K_SIDE.scale)[None, :]
                 elif MODE == "token":  # | offsets [PAGE_SIZE] | scales [PAGE_SIZE] |
                     scale = load_scale(k_numbers_ptr + 2 * PAGE_SIZE, tokens, None, K_SIDE.scale)
@@ -300,7 +306,9 @@ def sealed_kernel(
                     s = s * tile_scale[:, None]
                     if MODE == "channel":
                         s += shift[:, None]
-                    s = (2.0 * tl.sigmoid(s * (2.0 / softcap)) - 1.0) * (softcap * 1.4426950408889634)
+                    s = (2.0 * tl.sigmoid(s * (2.0 / softcap)) - 1.0) * (
+                        softcap * 1.4426950408889634
+                    )
                     tile_top = tl.max(s, 1)
                     p = tl.exp2(s - tile_top[:, None])
                 else:

@@ -37,7 +37,7 @@ class SideTile(Protocol):
         """Values: weights [rows, queries, tokens] fp32 -> [rows, queries, head_dim] fp32."""
 
     def dense(self) -> torch.Tensor:
-        """The numbers, [rows, tokens, head_dim] fp32."""
+        """The numbers, [rows, tokens, head_dim] fp32, contiguous."""
 
 
 class SideCodec(Protocol):

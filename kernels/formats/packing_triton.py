@@ -14,7 +14,9 @@ def packed_bytes(width: int, page_size: int, head_dim: int) -> int:
 
 
 @triton.jit
-def load_codes(part_ptr, n, d, mask, SIDE: tl.constexpr, PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr):
+def load_codes(
+    part_ptr, n, d, mask, SIDE: tl.constexpr, PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr
+):
     """Codes less half their range, int32.
 
     n, d: slots and channels, int32 of shapes that broadcast to the result's
@@ -53,7 +55,9 @@ def load_codes(part_ptr, n, d, mask, SIDE: tl.constexpr, PAGE_SIZE: tl.constexpr
 @triton.jit
 def _high_bit(plane, half):
     """Where width 3 keeps a plane's high bit, by half of the columns: 2, 4, 6, 7 and 1, 3, 5, 0."""
-    return tl.where(half == 0, tl.where(plane == 3, 7, 2 * plane + 2), tl.where(plane == 3, 0, 2 * plane + 1))
+    return tl.where(
+        half == 0, tl.where(plane == 3, 7, 2 * plane + 2), tl.where(plane == 3, 0, 2 * plane + 1)
+    )
 
 
 # ------------------------------------------------------------------ sealing
@@ -93,7 +97,9 @@ def block_channels(SIDE: tl.constexpr, HEAD_DIM: tl.constexpr):
 
 
 @triton.jit
-def store_codes(codes, part_ptr, block, SIDE: tl.constexpr, PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr):
+def store_codes(
+    codes, part_ptr, block, SIDE: tl.constexpr, PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr
+):
     """codes [N, D] int32 of a block, in the orders of `block_slots` and `block_channels`."""
     WIDTH: tl.constexpr = SIDE.width
     BITS: tl.constexpr = 2 if WIDTH == 3 else WIDTH
@@ -125,7 +131,9 @@ def store_codes(codes, part_ptr, block, SIDE: tl.constexpr, PAGE_SIZE: tl.conste
         rows = (at // (PAD_N // PLANES)) * (HALF_N // PLANES) + at % (PAD_N // PLANES)
         mask_r = at % (PAD_N // PLANES) < HALF_N // PLANES
         mask = mask_r[:, None] & mask_d[None, :]
-        tl.store(codes_ptr + rows[:, None] * HEAD_DIM + channels[None, :], low.to(tl.int8), mask=mask)
+        tl.store(
+            codes_ptr + rows[:, None] * HEAD_DIM + channels[None, :], low.to(tl.int8), mask=mask
+        )
     if WIDTH == 3:
         high_ptr = part_ptr + PAGE_SIZE * HEAD_DIM // 4 + block * (BLOCK * HEAD_DIM // 8)
         halves = tl.arange(0, 2)

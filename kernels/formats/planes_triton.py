@@ -50,9 +50,7 @@ _EIGHT_OUT = tl.constexpr("=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r")
 
 
 @triton.jit
-def load_planes(
-    ptr, high_ptr, rows, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, PTX: tl.constexpr
-):
+def load_planes(ptr, high_ptr, rows, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, PTX: tl.constexpr):
     """Planes of a table of packed rows, each [rows, COLUMNS] int8; of width 3 eight halves.
 
     rows: which rows, and in what order

@@ -15,14 +15,20 @@ def _channels(width: int) -> Side:
 
 
 def _rotated(width: int) -> Side:
-    """Rotated values: with 4 bits on a grid a token, with fewer on unbiased uniform levels."""
-    if width == 4:
-        return Affine(4, fit="least_squares", scale="e5m3", rotated=True, values=True)
+    """Rotated values: on a grid a token, or with fewer than 4 bits on unbiased uniform levels."""
+    if width >= 4:
+        return Affine(width, fit="least_squares", scale="e5m3", rotated=True, values=True)
     return Codebook(width, scale="e5m3", rotated=True, values=True)
 
 
 _FORMATS: tuple[KVFormat, ...] = (
-    KVFormat("exact", Exact(), Exact(values=True), "the compute dtype's own", aliases=("0", "none", "auto")),
+    KVFormat(
+        "exact",
+        Exact(),
+        Exact(values=True),
+        "the compute dtype's own",
+        aliases=("0", "none", "auto"),
+    ),
     KVFormat(
         "int8",
         Affine(8),
@@ -30,37 +36,28 @@ _FORMATS: tuple[KVFormat, ...] = (
         "a grid a token and head, as LMDeploy's policy 8",
         aliases=("8",),
     ),
-    KVFormat("fp8", Fp8(centred=True), Fp8(values=True), "e4m3, a scale a page and head, keys centred"),
     KVFormat(
-        "k4v4",
-        _channels(4),
-        _rotated(4),
-        "keys on a grid a channel and page, values rotated",
-        sink_pages=1,
-        recent_pages=1,
+        "fp8", Fp8(centred=True), Fp8(values=True), "e4m3, a scale a page and head, keys centred"
     ),
-    KVFormat(
-        "k4v2",
-        _channels(4),
-        _rotated(2),
-        "as k4v4; in place of LMDeploy's policy 42",
-        sink_pages=1,
-        recent_pages=2,
-        aliases=("42",),
-    ),
-    KVFormat(
-        "k3v3", _channels(3), _rotated(3), "as k4v4, in 3 bits", sink_pages=1, recent_pages=2
-    ),
-    KVFormat(
-        "k3v2",
-        _channels(3),
-        _rotated(2),
-        "as k4v4, for long contexts",
-        sink_pages=1,
-        recent_pages=4,
-    ),
-    KVFormat(
-        "k2v2", _channels(2), _rotated(2), "as k4v4, for capacity", sink_pages=1, recent_pages=4
+    *(
+        KVFormat(
+            name,
+            _channels(k_width),
+            _rotated(v_width),
+            "keys on a grid a channel and page, values rotated",
+            sink_pages=1,
+            recent_pages=recent_pages,
+            aliases=aliases,
+        )
+        for name, k_width, v_width, recent_pages, aliases in (
+            ("k8v8", 8, 8, 0, ()),
+            ("k8v4", 8, 4, 1, ()),
+            ("k4v4", 4, 4, 2, ()),
+            ("k4v2", 4, 2, 2, ("42",)),  # in place of LMDeploy's policy 42
+            ("k3v3", 3, 3, 2, ()),
+            ("k3v2", 3, 2, 4, ()),
+            ("k2v2", 2, 2, 4, ()),
+        )
     ),
     KVFormat(
         "int4",

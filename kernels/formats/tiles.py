@@ -85,7 +85,9 @@ class TokenValues:
         return out
 
     def dense(self) -> torch.Tensor:
-        x = self.codes.mT.flatten(1, 2) * self.scale.unsqueeze(-1)
+        # Contiguous also where there is a single block: torch's attention on CPUs reads other
+        # strides wrongly.
+        x = self.codes.mT.contiguous().flatten(1, 2) * self.scale.unsqueeze(-1)
         return x if self.offset is None else x.add_(self.offset.unsqueeze(-1))
 
 

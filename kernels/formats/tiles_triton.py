@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from kvmesh.kernels.formats.base import KVFormat, Side
+from kvmesh.kernels.formats.codebook.side import Codebook
 
 SCALE_FLOOR = tl.constexpr(2.0**-125)
 BF16_MAX = tl.constexpr(3.3895313892515355e38)
@@ -38,19 +39,21 @@ class SideKernels:
     seal: Any
 
 
-def format_kernels(fmt: KVFormat) -> tuple[SideKernels, SideKernels]:
-    """Of keys and of values. Raises ValueError where a side of the format runs on CPUs only."""
+def why_no_kernels(fmt: KVFormat) -> str | None:
+    """What keeps the format on CPUs; None where nothing does."""
     for side in (fmt.k, fmt.v):
         if side.calibrated:
-            raise ValueError(
-                f"fmt: {fmt.name} needs calibration ({', '.join(side.calibrated)}) and has no "
-                "GPU kernels; it runs on CPUs"
-            )
-        if getattr(side, "residual", ""):
-            raise ValueError(
-                f"fmt: {fmt.name} keeps residual signs, for comparison, and has no GPU kernels; "
-                "it runs on CPUs"
-            )
+            return f"it needs calibration ({', '.join(side.calibrated)})"
+        if isinstance(side, Codebook) and side.residual:
+            return "it keeps residual signs, for comparison"
+    return None
+
+
+def format_kernels(fmt: KVFormat) -> tuple[SideKernels, SideKernels]:
+    """Of keys and of values. Raises ValueError for formats that run on CPUs only."""
+    reason = why_no_kernels(fmt)
+    if reason:
+        raise ValueError(f"fmt: {fmt.name} has no GPU kernels, because {reason}")
     return fmt.k.kernels(), fmt.v.kernels()
 
 

@@ -5,6 +5,9 @@ A program encodes the keys or the values of one head of one page, as the side do
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -56,24 +59,35 @@ def seal_pages(
     positions: torch.Tensor | None = None,
 ) -> None:
     _, _, num_kv_heads, page_size, head_dim = hot.shape
-    k, v = format_kernels(fmt)
+    constants = seal_constants(fmt, page_size, head_dim, hot.element_size())
     check_arenas(hot, sealed)
     seal_kernel[(hot_ids.shape[0], num_kv_heads, 2)](
         hot,
         sealed.view(torch.int8),
         hot_ids,
         sealed_ids,
-        SEAL_K=k.seal,
-        SEAL_V=v.seal,
-        K_SIDE=fmt.k,
-        V_SIDE=fmt.v,
-        K_BYTES=fmt.k.num_bytes(page_size, head_dim, hot.element_size()),
-        PAGE_BYTES=sealed.shape[-1],
+        **constants,
         NUM_KV_HEADS=num_kv_heads,
-        PAGE_SIZE=page_size,
-        HEAD_DIM=head_dim,
         num_warps=NUM_WARPS,
     )
+
+
+@cache
+def seal_constants(
+    fmt: KVFormat, page_size: int, head_dim: int, dtype_bytes: int
+) -> dict[str, Any]:
+    """The kernel's, but for the number of heads. Raises ValueError as `format_kernels`."""
+    k, v = format_kernels(fmt)
+    return {
+        "SEAL_K": k.seal,
+        "SEAL_V": v.seal,
+        "K_SIDE": fmt.k,
+        "V_SIDE": fmt.v,
+        "K_BYTES": fmt.k.num_bytes(page_size, head_dim, dtype_bytes),
+        "PAGE_BYTES": fmt.page_bytes(page_size, head_dim, dtype_bytes),
+        "PAGE_SIZE": page_size,
+        "HEAD_DIM": head_dim,
+    }
 
 
 def check_arenas(hot: torch.Tensor, sealed: torch.Tensor) -> None:

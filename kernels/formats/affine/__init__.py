@@ -1,1 +1,1 @@
-"""Affine codes: a scale and an offset for a run of channels of a token, or of tokens of a channel."""
+"""Affine codes: a scale and an offset for each run of channels or of tokens."""

@@ -102,7 +102,7 @@ def load(
     runs = _to_runs(side, codes)
     x = runs.mul_(scale.view(runs.shape[:-1])[..., None])
     x = x.add_(offset.view(runs.shape[:-1])[..., None])
-    return DenseTile(x.reshape(rows, -1, head_dim))
+    return DenseTile(x.contiguous().view(rows, -1, head_dim))
 
 
 def decode(

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from kvmesh.kernels.formats.affine import reference
-from kvmesh.kernels.formats.affine.side import Affine
+from kvmesh.kernels.formats.affine.side import WIDTHS, Affine
 from kvmesh.kernels.formats.packing_triton import (
     block_channels,
     block_slots,
@@ -46,11 +46,12 @@ HQQ_BETA = tl.constexpr(reference.HQQ_BETA)
 HQQ_KAPPA = tl.constexpr(reference.HQQ_KAPPA)
 HQQ_POWER = tl.constexpr(reference.HQQ_NORM - 1.0)
 FIT_NUMBERS = 4096  # of a page that are fitted at once
+FIRST_SHARE = {width: reference.FIRST_SHARE.get(width, 1.0) for width in WIDTHS}
 
 
 @triton.constexpr_function
 def first_share(width: int) -> float:
-    return reference.FIRST_SHARE.get(width, 1.0)
+    return FIRST_SHARE[width]
 
 
 @triton.constexpr_function
@@ -90,7 +91,7 @@ def load_tile(
         n, d = slots[:, None], channels[None, :]
     mask = None if BLOCK_D == HEAD_DIM else d < HEAD_DIM
     codes = load_codes(part_ptr, n, d, mask, SIDE, PAGE_SIZE, HEAD_DIM).to(tl.float32)
-    if SIDE.along == "token" and RUN == HEAD_DIM:
+    if SIDE.along == "token" and SIDE.run is None:
         scale = load_scale(scale_ptr, slots, None, SIDE.scale)
         offset = load_bf16(offset_ptr, slots) + HALF_RANGE * scale
         codes = codes.to(DTYPE)

@@ -69,7 +69,10 @@ def encode(
         scale = rms * top
     # A quarter of bf16's greatest number: the outermost level times it is still finite.
     scale = scale.clamp(SCALE_FLOOR, 0.25 * BF16_MAX)
-    parts = [pack(codes.to(torch.uint8), side.width, values=side.values), store_scale(scale.squeeze(-1), side.scale)]
+    parts = [
+        pack(codes.to(torch.uint8), side.width, values=side.values),
+        store_scale(scale.squeeze(-1), side.scale),
+    ]
     if side.residual:
         r = x - chosen * rounded_scale(scale, side.scale)
         largest = r.abs().amax(-1, keepdim=True).clamp_min(SCALE_FLOOR)
@@ -91,7 +94,7 @@ def load(
 ) -> SideTile:
     if side.residual:
         x = decode(side, pages.unsqueeze(1), page_size, head_dim, dtype, params)
-        return DenseTile(x.reshape(rows, -1, head_dim))
+        return DenseTile(x.contiguous().view(rows, -1, head_dim))
     scale = _scales(side, pages, page_size, head_dim).view(rows, -1)
     table = unpack(pages, side.width, page_size, head_dim, values=side.values)
     if side.levels == "uniform":
@@ -141,4 +144,3 @@ def _gaussian(head_dim: int) -> torch.Tensor:
 
 def _projection(like: torch.Tensor) -> torch.Tensor:
     return _gaussian(like.shape[-1]).to(like.device)
-

@@ -27,6 +27,12 @@ from kvmesh.kernels.formats.tiles_triton import (
     store_scale,
 )
 
+BOUNDARIES = {
+    (kind, width): reference.boundaries(Codebook(width, levels=kind)).tolist()
+    for kind in ("uniform", "lloyd_max")
+    for width in LLOYD_MAX
+}
+
 
 @triton.constexpr_function
 def uniform_step(width: int) -> float:
@@ -40,7 +46,7 @@ def positive_level(width: int, index: int) -> float:
 
 @triton.constexpr_function
 def boundary(side: Codebook, index: int) -> float:
-    return float(reference.boundaries(side)[index])
+    return BOUNDARIES[side.levels, side.width][index]
 
 
 @triton.jit
@@ -119,6 +125,4 @@ def seal(hot_ptr, part_ptr, SIDE: tl.constexpr, PAGE_SIZE: tl.constexpr, HEAD_DI
 
 
 def kernels(side: Codebook) -> SideKernels:
-    if side.residual:
-        raise ValueError(f"side: residual signs ({side.residual}) have no GPU kernels")
     return SideKernels(load_tile, folded=True, seal=seal)

@@ -25,7 +25,7 @@ def encode(
     half = x.float() * 0.5
     parts = []
     if side.centred:
-        centre = (half.mean(-2, keepdim=True) * 2.0).to(torch.bfloat16)
+        centre = half.mul(2.0 / half.shape[-2]).sum(-2, keepdim=True).to(torch.bfloat16)
         parts.append(centre.flatten(-2).view(torch.uint8))
         half = half - centre.float() * 0.5
     half_scale = (half.abs().amax((-2, -1), keepdim=True) / E4M3_MAX).clamp_min(SCALE_FLOOR)
@@ -44,7 +44,7 @@ def load(
     params: Params,
 ) -> DenseTile:
     x = decode(side, pages.unsqueeze(1), page_size, head_dim, dtype, params)
-    return DenseTile(x.reshape(rows, -1, head_dim))
+    return DenseTile(x.contiguous().view(rows, -1, head_dim))
 
 
 def decode(
