@@ -38,8 +38,8 @@ FLOOR = tl.constexpr(2.0**-100)
 
 
 @triton.constexpr_function
-def keys_mode(side: Side) -> str:
-    """How numbers follow from codes: "channel" and "token" have scales and offsets, "level" scales."""
+def grid_of(side: Side) -> str:
+    """A grid along "channel" or "token" has scales and offsets, a "level" a scale a token."""
     return getattr(side, "along", "level")
 
 
@@ -161,12 +161,12 @@ def sealed_kernel(
     V_WIDTH: tl.constexpr = V_SIDE.width
     K_PLANES: tl.constexpr = planes_of(K_SIDE)
     V_PLANES: tl.constexpr = planes_of(V_SIDE)
-    MODE: tl.constexpr = keys_mode(K_SIDE)
+    MODE: tl.constexpr = grid_of(K_SIDE)
     K_TOP: tl.constexpr = top_offset(K_SIDE)
     V_TOP: tl.constexpr = top_offset(V_SIDE)
     K_MIDDLE: tl.constexpr = middle_of(K_SIDE)
     V_MIDDLE: tl.constexpr = middle_of(V_SIDE)
-    V_OFFSET: tl.constexpr = keys_mode(V_SIDE) != "level"
+    V_OFFSET: tl.constexpr = grid_of(V_SIDE) != "level"
     PARTS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
     NUM_HEADS: tl.constexpr = NUM_KV_HEADS * GROUP
     BLOCKS: tl.constexpr = PAGE_SIZE // TOKENS
