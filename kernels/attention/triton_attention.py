@@ -35,8 +35,8 @@ MAX_BLOCK_N = 64
 PREFILL_ROWS = 64
 INTERPRETER_PROCESSORS = 8  # what the interpreter pretends to split for
 # Programs that a processor holds at a time: two of four warps; of one warp as many as
-# 65536 registers, of which a thread takes up to 255, are enough for.
-PLAIN_PROGRAMS, INTEGER_PROGRAMS = 2, 8
+# 65536 registers, of which a thread takes up to 216, are enough for.
+PLAIN_PROGRAMS, INTEGER_PROGRAMS = 2, 9
 INTEGER_HEAD_DIMS = (64, 128)
 INTEGER_CAPABILITY = (8, 0)
 

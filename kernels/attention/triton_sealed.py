@@ -16,8 +16,8 @@ codes. A plane of keys is every 4th (2nd) token, one of values a run of channels
 
 One warp has no barriers and reduces in registers. For q and P to become operands
 without a detour through shared memory, values are computed where the tensor core wants
-them: channels of q and rows of K are taken in the orders `chan` and `row`, and
-`tok` says which token a column of scores is.
+them: channels of q and rows of K are taken in the orders `chan` and `row`; what goes with
+them is brought into these orders.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from kvmesh.kernels.formats.base import Side
 from kvmesh.kernels.formats.codebook.side import UNIFORM_STEP
 from kvmesh.kernels.formats.packing_triton import packed_bytes
 from kvmesh.kernels.formats.planes_triton import load_planes, unit
-from kvmesh.kernels.formats.tiles_triton import load_bf16, load_scale
+from kvmesh.kernels.formats.tiles_triton import as_int16, from_bf16, from_e5m3
 
 HEADS = 8  # of a program, padded
 TOKENS = 64  # of a tile
@@ -120,6 +120,45 @@ def _query_operand(q, D: tl.constexpr):
 
 
 @triton.jit
+def _in_chan_order(x):
+    """[X] in order -> in the order `chan`, which is also that of scores over 8-bit keys."""
+    X: tl.constexpr = x.shape[0]
+    return x.reshape(X // 32, 4, 4, 2).permute(0, 2, 1, 3).reshape(X)
+
+
+@triton.jit
+def _in_score_order(x, PLANES: tl.constexpr):
+    """[TOKENS] in order -> as the columns of scores"""
+    X: tl.constexpr = x.shape[0]
+    if PLANES == 1:
+        return _in_chan_order(x)
+    elif PLANES == 2:
+        return x.reshape(X // 32, 4, 2, 2, 2).permute(4, 0, 2, 1, 3).reshape(X)
+    else:
+        return x.reshape(X // 4, 4).permute(1, 0).reshape(X)
+
+
+@triton.jit
+def _load_stored(ptr, COUNT: tl.constexpr, SCALE: tl.constexpr):
+    """[COUNT] stored numbers in order, int16 or int8; bytes by words, or they would not be
+    fetched ahead."""
+    if SCALE == "bf16":
+        return tl.load(as_int16(ptr) + tl.arange(0, COUNT))
+    else:
+        words_ptr = ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+        words = tl.load(words_ptr + tl.arange(0, COUNT // 4))
+        return (words[:, None] >> (tl.arange(0, 4) * 8)[None, :]).to(tl.int8).reshape(COUNT)
+
+
+@triton.jit
+def _numbers(stored, SCALE: tl.constexpr):
+    if SCALE == "bf16":
+        return from_bf16(stored)
+    else:
+        return from_e5m3(stored)
+
+
+@triton.jit
 def sealed_kernel(
     q_ptr,
     sealed_ptr,
@@ -174,6 +213,8 @@ def sealed_kernel(
     V_CODES: tl.constexpr = packed_bytes(V_WIDTH, PAGE_SIZE, D)
     K_TABLE: tl.constexpr = TOKENS * D // K_PLANES
     V_TABLE: tl.constexpr = TOKENS * D // V_PLANES
+    K_SCALE_BYTES: tl.constexpr = 2 if K_SIDE.scale == "bf16" else 1
+    V_SCALE_BYTES: tl.constexpr = 2 if V_SIDE.scale == "bf16" else 1
 
     split = tl.program_id(0)
     head = tl.program_id(1) // PARTS
@@ -195,7 +236,6 @@ def sealed_kernel(
     if tl.load(query_starts_ptr + seq + 1) - query_start == 1:
         if tile_from < tile_end:
             offs_d = tl.arange(0, D)
-            offs_n = tl.arange(0, TOKENS)
             offs_m = tl.arange(0, 2 * HEADS)
             # The queries, twice, where the tensor core puts products: a product with
             # the identity brings them there.
@@ -225,21 +265,16 @@ def sealed_kernel(
             ROWS: tl.constexpr = TOKENS // K_PLANES
             offs_r = tl.arange(0, ROWS)
             offs_v = tl.arange(0, D // V_PLANES)
-            at = offs_n % ROWS
             if K_PLANES == 1:
                 row = (
                     (offs_r // 32) * 32 + (offs_r // 2 % 4) * 8 + (offs_r // 8 % 4) * 2 + offs_r % 2
                 )
-                tok = (at // 32) * 32 + (at // 2 % 4) * 8 + (at // 8 % 4) * 2 + at % 2
             elif K_PLANES == 2:
                 row = (
                     (offs_r // 16) * 16 + (offs_r // 2 % 4) * 4 + (offs_r // 8 % 2) * 2 + offs_r % 2
                 )
-                tok = (at // 16) * 16 + (at // 2 % 4) * 4 + (at // 8 % 2) * 2 + at % 2
-                tok = 2 * tok + offs_n // ROWS
             else:
                 row = offs_r
-                tok = 4 * at + offs_n // ROWS
 
             table_ptr = sealed_tables_ptr + tl.load(rows_ptr + seq).to(tl.int64) * stride_table
             table_ptr += sink_pages
@@ -258,12 +293,24 @@ def sealed_kernel(
                     K_WIDTH,
                     PTX,
                 )
+                # Scales and offsets are asked for first, and in the order they lie in.
+                first = block * TOKENS
+                if V_OFFSET:  # | offsets [PAGE_SIZE] | scales [PAGE_SIZE] |
+                    v_offset = _load_stored(v_numbers_ptr + 2 * first, TOKENS, "bf16")
+                    v_numbers_ptr += 2 * PAGE_SIZE
+                v_numbers_ptr += V_SCALE_BYTES * first
+                v_scale = _load_stored(v_numbers_ptr, TOKENS, V_SIDE.scale)
+                if MODE == "token":
+                    k_offset = _load_stored(k_numbers_ptr + 2 * first, TOKENS, "bf16")
+                    k_numbers_ptr += 2 * PAGE_SIZE
+                if MODE != "channel":
+                    k_numbers_ptr += K_SCALE_BYTES * first
+                    k_scale = _load_stored(k_numbers_ptr, TOKENS, K_SIDE.scale)
                 if MODE == "channel":  # | offsets [D] | scales [D] |
-                    scales_ptr = k_numbers_ptr + 2 * D
-                    page_scale, u = _channel_scales(scales_ptr, offs_d, chan, K_SIDE.scale)
+                    k_offset = _load_stored(k_numbers_ptr, D, "bf16")
+                    page_scale, u = _channel_scales(k_numbers_ptr + 2 * D, D, K_SIDE.scale)
                     qq = _query_operand(q_whole * u[None, :], D)
                     tile_scale = q_scale * page_scale
-                    shift = tl.sum(q_whole * load_bf16(k_numbers_ptr, chan)[None, :], 1) * q_scale
                     q_tops = tl.full([8, D], 1, tl.int8)
                     q_top = tl.max(_joined(_times(qq, q_tops)), 1)
                 else:
@@ -287,21 +334,24 @@ def sealed_kernel(
                     s = s.permute(0, 2, 1).reshape(HEADS, TOKENS)
                 if MODE == "channel" and K_WIDTH == 8:
                     s += q_top[:, None] * 128.0
-                tokens = block * TOKENS + tok
                 if MODE == "level":
                     s = s - q_top[:, None] * K_MIDDLE
-                    s = s * load_scale(k_numbers_ptr, tokens, None, K_SIDE.scale)[None, :]
-                elif MODE == "token":  # | offsets [PAGE_SIZE] | scales [PAGE_SIZE] |
-                    scale = load_scale(k_numbers_ptr + 2 * PAGE_SIZE, tokens, None, K_SIDE.scale)
-                    offset = load_bf16(k_numbers_ptr, tokens)
+                    k_scale = _numbers(_in_score_order(k_scale, K_PLANES), K_SIDE.scale)
+                    s = s * k_scale[None, :]
+                elif MODE == "token":
+                    k_scale = _numbers(_in_score_order(k_scale, K_PLANES), K_SIDE.scale)
+                    k_offset = from_bf16(_in_score_order(k_offset, K_PLANES))
                     if K_WIDTH == 8:
-                        offset = tl.fma(scale, tl.full([TOKENS], 128.0, tl.float32), offset)
-                    s = s * scale[None, :]
+                        k_offset = tl.fma(k_scale, tl.full([TOKENS], 128.0, tl.float32), k_offset)
+                    s = s * k_scale[None, :]
                     s = tl.fma(
-                        tl.broadcast_to(offset[None, :], [HEADS, TOKENS]),
+                        tl.broadcast_to(k_offset[None, :], [HEADS, TOKENS]),
                         tl.broadcast_to(q_sum[:, None], [HEADS, TOKENS]),
                         s,
                     )
+                if MODE == "channel":
+                    k_offset = from_bf16(_in_chan_order(k_offset))
+                    shift = tl.sum(q_whole * k_offset[None, :], 1) * q_scale
                 if HAS_SOFTCAP:
                     s = s * tile_scale[:, None]
                     if MODE == "channel":
@@ -336,14 +386,12 @@ def sealed_kernel(
                     V_WIDTH,
                     PTX,
                 )
+                v_scale = _numbers(_in_score_order(v_scale, K_PLANES), V_SIDE.scale)
                 if V_OFFSET:
-                    v_scale = load_scale(v_numbers_ptr + 2 * PAGE_SIZE, tokens, None, V_SIDE.scale)
-                    v_offset = load_bf16(v_numbers_ptr, tokens)
+                    v_offset = from_bf16(_in_score_order(v_offset, K_PLANES))
                     if V_WIDTH == 8:
                         v_offset = tl.fma(v_scale, tl.full([TOKENS], 128.0, tl.float32), v_offset)
                     acc_offset = acc_offset * keep + tl.sum(p * v_offset[None, :], 1) * gain
-                else:
-                    v_scale = load_scale(v_numbers_ptr, tokens, None, V_SIDE.scale)
                 v_most = tl.maximum(tl.max(v_scale, 0), FLOOR)
                 w = p * (v_scale * (LARGEST / v_most))[None, :]
                 gain = gain * (v_most * (step_of(V_SIDE) / LARGEST))
@@ -381,17 +429,19 @@ def sealed_kernel(
 
 
 @triton.jit
-def _channel_scales(scales_ptr, offs_d, chan, SCALE: tl.constexpr):
-    """A page's scales [D] as S and u, in the order `chan`: scale = S u, u <= 1. S is the power of
-    two above the greatest scale, so that q u fits into 15 bits whatever the page."""
+def _channel_scales(scales_ptr, D: tl.constexpr, SCALE: tl.constexpr):
+    """A page's scales [D] as S and u, in the order `chan`: scale = S u, u <= 1, so that q u fits
+    into 15 bits whatever the page."""
     if SCALE == "e5m3":
-        # 2^(e - 19) where (8 + m) 2^(e - 23) is the greatest; dividing is less exponent.
-        codes = tl.load(scales_ptr + offs_d).to(tl.int32) & 255
-        e = tl.max(codes, 0) >> 3
+        # (8 + m) 2^(e - 23) has the biased exponent e + 107. S is 2^(e - 19), e that of the
+        # greatest scale: dividing by it is less exponent.
+        codes = tl.load(scales_ptr + tl.arange(0, D))
+        e = tl.max(codes.to(tl.int32) & 255, 0) >> 3
         page_scale = ((e + 108) << 23).to(tl.float32, bitcast=True)
-        u = ((tl.load(scales_ptr + chan).to(tl.int32) & 255) << 20) + ((126 - e) << 23)
-        # (8 + m) 2^(e - 23) = (1 + m / 8) 2^(e - 20): its biased exponent is e + 107.
-        return page_scale, u.to(tl.float32, bitcast=True)
+        codes = _in_chan_order(codes).to(tl.int32) & 255
+        u = ((codes << 20) + ((126 - e) << 23)).to(tl.float32, bitcast=True)
+        return page_scale, u
     else:
-        most = tl.maximum(tl.max(load_bf16(scales_ptr, offs_d), 0), FLOOR)
-        return most, load_bf16(scales_ptr, chan) * (1.0 / most)
+        stored = _load_stored(scales_ptr, D, "bf16")
+        page_scale = tl.maximum(tl.max(from_bf16(stored), 0), FLOOR)
+        return page_scale, from_bf16(_in_chan_order(stored)) * (1.0 / page_scale)
