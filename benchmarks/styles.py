@@ -1,3 +1,4 @@
+# mypy: disable-error-code="untyped-decorator, no-untyped-def"
 """Decode loops over packed pages in the styles in use elsewhere, to count them beside ours.
 
 Plain reproductions of how codes become numbers, for `sass.py`: the loop around it,

@@ -44,6 +44,7 @@ class Rank:
         self._runner: ModelRunner | None = None
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
+            self._check_kernels()
         else:
             torch.set_num_threads(config.threads_per_rank or max(1, _cpus() // config.tp))
         files = resolve_model(config.model, progress=None)
@@ -53,6 +54,15 @@ class Rank:
         )
         self._sink_pages = _default(config.sink_pages, self._fmt.sink_pages)
         self._recent_pages = _default(config.recent_pages, self._fmt.recent_pages)
+
+    def _check_kernels(self) -> None:
+        """Raises ConfigError for a format that only CPUs can serve, before a model is loaded."""
+        # Imported here: a machine without a GPU need not have Triton.
+        from kvmesh.kernels.formats.tiles_triton import why_no_kernels
+
+        reason = why_no_kernels(self._fmt)
+        if reason:
+            raise ConfigError("kv_format", f"{self._fmt.name} has no GPU kernels, because {reason}")
 
     def describe(self) -> RankDescription:
         facts = self._model.facts
