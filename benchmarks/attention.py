@@ -1,6 +1,6 @@
 """Decode attention on a GPU: share of memory bandwidth by shape and KV format.
 
-    python benchmarks/attention.py [--output FILE] [--quick] [--tune]
+    python benchmarks/attention.py [--output FILE] [--quick] [--tune] [--format NAME ...]
 
 Needs torch and triton only, and runs from a checkout. For each shape the output
 is first compared with attention in fp64 over the decoded pages, by
@@ -24,7 +24,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -34,12 +34,22 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from kvmesh.kernels.attention import AttentionBatch, paged_attention, triton_attention
+from kvmesh.kernels.attention.triton_attention import Launch, takes_integer_path
 from kvmesh.kernels.formats.base import KVFormat
 from kvmesh.kernels.formats.registry import format_names, get_format
+from kvmesh.kernels.formats.tiles_triton import why_no_kernels
+from kvmesh.kernels.seal import seal_pages
 
 PAGE_SIZE = 64
 DEVICE = "cuda"
 MAX_CONTIGUOUS_BYTES = 24 * 2**30
+CONTENT_PAGES = 256
+# g64-hqq is sealed otherwise than g64-int and read alike.
+FORMATS = tuple(
+    name
+    for name in format_names()
+    if why_no_kernels(get_format(name)) is None and not name.startswith("g64-hqq")
+)
 BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)
 
 
@@ -58,12 +68,14 @@ class Shape:
 
 @dataclass(frozen=True)
 class Row:
-    """error, error_allowed: largest of the output against fp64, and twice same-dtype torch's."""
+    """path: "integer" or "plain", with how it was compiled
+    error, error_allowed: largest of the output against fp64, and twice same-dtype torch's
+    """
 
     shape: Shape
     kv_format: str
-    num_warps: int
-    num_stages: int
+    path: str
+    options: dict[str, int]
     error: float
     error_allowed: float
     bytes: int
@@ -104,13 +116,15 @@ class Case:
         self.sealed = torch.empty(
             total, shape.kv_heads, page_bytes, dtype=torch.uint8, device=DEVICE
         )
-        # 256 pages of content, repeated: the bytes read are as many, the encoding is quick.
+        # Some pages of content, repeated: the bytes read are as many, the sealing is quick.
+        count = min(total, CONTENT_PAGES)
         content = torch.randn(
-            2, min(total, 256), shape.kv_heads, PAGE_SIZE, shape.head_dim, device=DEVICE
+            count, 2, shape.kv_heads, PAGE_SIZE, shape.head_dim, device=DEVICE
         ).bfloat16()
-        encoded = fmt.encode(content[0], content[1])
-        for start in range(0, total, len(encoded)):
-            self.sealed[start : start + len(encoded)] = encoded[: total - start]
+        ids = torch.arange(count, dtype=torch.int32, device=DEVICE)
+        seal_pages(content, self.sealed, ids, ids, fmt=fmt)
+        for start in range(count, total, count):
+            self.sealed[start : start + count] = self.sealed[: min(count, total - start)]
         table = torch.randperm(total, device=DEVICE).int().view(shape.batch, pages)
         hot_table = torch.full_like(table, -1)
         hot_table[:, -1] = torch.arange(shape.batch, device=DEVICE)
@@ -152,7 +166,7 @@ class Case:
         """[kv_heads, tokens, head_dim] each, what the pages of one sequence stand for."""
         pages = self.sealed[self.batch.sealed_tables[seq, :-1].long()]
         stored = torch.bfloat16 if self.fmt.name == "exact" else torch.float32
-        decoded = self.fmt.codec().decode(self.fmt, pages, PAGE_SIZE, self.shape.head_dim, stored)
+        decoded = self.fmt.decode(pages, PAGE_SIZE, self.shape.head_dim, stored)
         k, v = (
             torch.cat((x.float(), self.hot[seq : seq + 1, part].float())).transpose(0, 1)
             for part, x in enumerate(decoded)
@@ -227,6 +241,17 @@ def sdpa_seconds(shape: Shape) -> float:
     return best
 
 
+def launch_of(fmt: KVFormat, shape: Shape) -> tuple[str, Launch]:
+    """Which path decode takes, and how that is compiled."""
+    capability = torch.cuda.get_device_capability()
+    geometry = (fmt, shape.head_dim, shape.group, PAGE_SIZE)
+    if takes_integer_path(
+        fmt, shape.head_dim, PAGE_SIZE, dtype=torch.bfloat16, capability=capability
+    ):
+        return "integer", triton_attention.integer_launch(*geometry)
+    return "plain", triton_attention.decode_launch(*geometry)
+
+
 def measure(
     fmt: KVFormat, shape: Shape, bandwidth: float, sdpa_s: float | None, rounds: int = 15
 ) -> Row:
@@ -235,12 +260,12 @@ def measure(
     if error > allowed:
         raise SystemExit(f"{fmt.name} {shape}: error {error:.2e}, allowed {allowed:.2e}")
     time_s = seconds(case.attend, rounds)
-    launch = triton_attention.decode_launch(fmt, shape.head_dim, shape.group, PAGE_SIZE)
+    path, launch = launch_of(fmt, shape)
     return Row(
         shape,
         fmt.name,
-        launch.num_warps,
-        launch.num_stages,
+        path,
+        launch.options,
         error,
         allowed,
         case.bytes,
@@ -255,31 +280,46 @@ def measure(
 def show(row: Row) -> None:
     s = row.shape
     print(
-        f"{row.kv_format:6} b{s.batch:<3} {s.context:>8} {s.kv_heads}x{s.group} d{s.head_dim:<4}"
-        f" w{row.num_warps} s{row.num_stages} {row.time_us:>9.1f} us {row.gb_per_s:>7.1f} GB/s"
-        f" {row.share:>6.1%}  x{row.speed_up or math.nan:.2f}  err {row.error:.1e}",
+        f"{row.kv_format:9} b{s.batch:<3} {s.context:>8} {s.kv_heads}x{s.group} d{s.head_dim:<4}"
+        f" {row.path:8} {row.time_us:>9.1f} us {row.gb_per_s:>7.1f} GB/s"
+        f" {row.share:>6.1%}  x{row.speed_up or math.nan:.2f}  err {row.error:.1e}"
+        f"  {row.options}",
         flush=True,
     )
 
 
-def tune(bandwidth: float) -> list[Row]:
-    """Warps and stages of the decode kernel at one long shape."""
+def tune(names: list[str], bandwidth: float) -> list[Row]:
+    """Warps and stages, or stages and registers, at one long shape."""
     shape = Shape(8, 131072, 8, 8, 128)
-    chosen = triton_attention.decode_launch
     rows = []
-    for name in format_names():
-        for num_warps in (1, 2, 4, 8):
-            for num_stages in (2, 3, 4):
-                constants = chosen(get_format(name), 128, 8, PAGE_SIZE).constants
-                launch = triton_attention.Launch(constants, num_warps, num_stages)
-                triton_attention.decode_launch = lambda *_, launch=launch: launch  # type: ignore[assignment]
-                try:
-                    rows.append(measure(get_format(name), shape, bandwidth, None, rounds=5))
-                    show(rows[-1])
-                except triton.runtime.errors.OutOfResources as error:
-                    print(f"{name} w{num_warps} s{num_stages}: {error}", file=sys.stderr)
-                finally:
-                    triton_attention.decode_launch = chosen
+    for name in names:
+        fmt = get_format(name)
+        path, launch = launch_of(fmt, shape)
+        if path == "integer":
+            attribute = "integer_launch"
+            tried = [
+                {"num_warps": 1, "num_stages": stages, **registers}
+                for stages in (2, 3, 4, 5)
+                for registers in ({}, {"maxnreg": 168}, {"maxnreg": 208})
+            ]
+        else:
+            attribute = "decode_launch"
+            tried = [
+                {"num_warps": warps, "num_stages": stages}
+                for warps in (1, 2, 4, 8)
+                for stages in (2, 3, 4)
+            ]
+        chosen = getattr(triton_attention, attribute)
+        for options in tried:
+            other = replace(launch, options=options)
+            setattr(triton_attention, attribute, lambda *_, other=other, **__: other)
+            try:
+                rows.append(measure(fmt, shape, bandwidth, None, rounds=5))
+                show(rows[-1])
+            except triton.runtime.errors.OutOfResources as error:
+                print(f"{name} {options}: {error}", file=sys.stderr)
+            finally:
+                setattr(triton_attention, attribute, chosen)
     return rows
 
 
@@ -287,7 +327,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path)
     parser.add_argument("--quick", action="store_true", help="one head layout only")
-    parser.add_argument("--tune", action="store_true", help="also try warps and stages")
+    parser.add_argument("--tune", action="store_true", help="also try how kernels are compiled")
+    parser.add_argument("--format", nargs="*", default=list(FORMATS))
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("this benchmark needs a CUDA GPU; see benchmarks/sass.py without one")
@@ -309,10 +350,10 @@ def main() -> None:
         "dtype": "bfloat16",
     }
     print(conditions)
-    rows = tune(bandwidth) if options.tune else []
+    rows = tune(options.format, bandwidth) if options.tune else []
     for shape in shapes(options.quick):
         sdpa_s = sdpa_seconds(shape)
-        for name in format_names():
+        for name in options.format:
             torch.cuda.empty_cache()
             rows.append(measure(get_format(name), shape, bandwidth, sdpa_s))
             show(rows[-1])

@@ -1,4 +1,4 @@
-"""Instructions per KV element of the decode kernel, counted in its machine code; needs no GPU.
+"""Instructions per KV element of the decode kernels, counted in their machine code; needs no GPU.
 
     python benchmarks/sass.py [--output FILE] [--check FILE] [--capability 90] [--dump DIR]
 
@@ -13,6 +13,9 @@ thread instructions. With b stored bits an element, clock f and n processors, a
 loop of i instructions an element can ask for at most 128 f n b / (8 i) bytes a
 second; `bound` gives that as a share of the GPU's memory bandwidth, and it is a
 bound, not a forecast: stalls come on top.
+
+The last rows are loops in the styles in use elsewhere (`styles.py`), compiled in the
+same way, with the format of ours that stores as many bits and the ratio to it.
 """
 
 from __future__ import annotations
@@ -31,12 +34,20 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.pop("TRITON_INTERPRET", None)  # the interpreter's functions cannot be compiled
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kvmesh.kernels.attention import triton_attention
+from benchmarks.styles import STYLES, style_kernel
+from kvmesh.kernels.attention.triton_attention import (
+    Launch,
+    decode_launch,
+    integer_launch,
+    takes_integer_path,
+)
 from kvmesh.kernels.formats.registry import format_names, get_format
+from kvmesh.kernels.formats.tiles_triton import why_no_kernels
 
 # name: capability, processors, boost clock Hz, memory bytes a second
 GPUS = {
@@ -46,14 +57,26 @@ GPUS = {
     "H200": (90, 132, 1.755e9, 4.8e12),
 }
 TOLERANCE = 1.05
+# g64-hqq is sealed otherwise than g64-int and read alike.
+FORMATS = tuple(
+    name
+    for name in format_names()
+    if why_no_kernels(get_format(name)) is None and not name.startswith("g64-hqq")
+)
+POINTERS = {"q_ptr": "*bf16", "hot_ptr": "*bf16", "sealed_ptr": "*i8", "out_ptr": "*fp32"}
+TYPES = {**POINTERS, "lse_ptr": "*fp32", "qk_scale": "fp32", "softcap": "fp32"}
 
 
 @dataclass(frozen=True)
 class Row:
     """One kernel: `instructions` of the sealed loop an element; registers a thread;
-    shared memory and spills in bytes; `bound` as a share of each GPU's bandwidth."""
+    shared memory and spills in bytes; `bound` as a share of each GPU's bandwidth.
+
+    path: "integer" or "plain", or "style", of a loop as elsewhere
+    """
 
     kv_format: str
+    path: str
     capability: int
     head_dim: int
     group: int
@@ -65,22 +88,13 @@ class Row:
     bound: dict[str, float]
 
 
-def compile_decode(name: str, capability: int, head_dim: int, group: int, page_size: int) -> Any:
-    """The decode kernel for that GPU, as the operator would launch it, and its constants."""
-    launch = triton_attention.decode_launch(get_format(name), head_dim, group, page_size)
-    kernel = triton_attention.attention_kernel
-    types = {
-        **dict.fromkeys(("q_ptr", "hot_ptr"), "*bf16"),
-        **dict.fromkeys(("out_ptr", "lse_ptr"), "*fp32"),
-        **dict.fromkeys(("qk_scale", "softcap"), "fp32"),
-        "data_ptr": "*bf16" if name == "exact" else "*u8",
-        "meta_ptr": "*bf16" if name == "exact" else "*i16",
-    }
-    constants = {**launch.constants, "NUM_KV_HEADS": 8}
+def compile_launch(launch: Launch, capability: int) -> Any:
+    """The kernel for that GPU, as the operator would launch it."""
+    kernel, constants = launch.kernel, launch.constants
     signature = {}
     for argument in kernel.arg_names:
         default = "*i32" if argument.endswith("_ptr") else "i32"
-        signature[argument] = "constexpr" if argument in constants else types.get(argument, default)
+        signature[argument] = "constexpr" if argument in constants else TYPES.get(argument, default)
     names = list(kernel.arg_names)
     source = ASTSource(
         fn=kernel,
@@ -92,9 +106,41 @@ def compile_decode(name: str, capability: int, head_dim: int, group: int, page_s
             if signature[name].startswith("*")
         },
     )
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    return compiled, launch
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
+
+
+def launch_of(
+    name: str, capability: int, head_dim: int, group: int, page_size: int
+) -> tuple[str, Launch]:
+    fmt = get_format(name)
+    if takes_integer_path(
+        fmt,
+        head_dim,
+        page_size,
+        dtype=torch.bfloat16,
+        capability=(capability // 10, capability % 10),
+    ):
+        path, launch = "integer", integer_launch(fmt, head_dim, group, page_size)
+    else:
+        path, launch = "plain", decode_launch(fmt, head_dim, group, page_size)
+    return path, with_constants(launch, NUM_KV_HEADS=8)
+
+
+def with_constants(launch: Launch, **constants: Any) -> Launch:
+    merged = {**launch.constants, **constants}
+    return Launch(launch.kernel, merged, launch.tokens, launch.programs, launch.options)
+
+
+def style_launch(style: str, head_dim: int, group: int, page_size: int) -> Launch:
+    constants = {
+        "STYLE": style,
+        "K_WIDTH": 4,
+        "V_WIDTH": 2 if style == "where_chain" else 4,
+        "GROUP": group,
+        "TOKENS": page_size,
+        "HEAD_DIM": head_dim,
+    }
+    return Launch(style_kernel, constants, page_size, 2, {"num_warps": 4, "num_stages": 3})
 
 
 def disassemble(cubin: bytes) -> tuple[list[str], str]:
@@ -132,17 +178,25 @@ def sealed_loop(lines: list[str]) -> int:
 
 
 def measure(
-    name: str, capability: int, head_dim: int, group: int, page_size: int, dump: Path | None
+    name: str,
+    path: str,
+    launch: Launch,
+    bits: float,
+    capability: int,
+    head_dim: int,
+    group: int,
+    page_size: int,
+    dump: Path | None,
 ) -> Row:
-    compiled, launch = compile_decode(name, capability, head_dim, group, page_size)
+    """bits: stored an element, metadata included"""
+    compiled = compile_launch(launch, capability)
     lines, usage = disassemble(compiled.asm["cubin"])
     if dump:
         dump.mkdir(parents=True, exist_ok=True)
         (dump / f"{name}-sm{capability}-d{head_dim}-g{group}.sass").write_text("\n".join(lines))
-    threads = launch.num_warps * 32
-    elements = launch.constants["BLOCK_N"] * head_dim * 2
-    instructions = sealed_loop(lines) * threads / elements
-    bits = get_format(name).bits_per_element(page_size, head_dim)
+    threads = launch.options["num_warps"] * 32
+    instructions = sealed_loop(lines) * threads / (launch.tokens * head_dim * 2)
+    instructions *= -(-group // launch.constants.get("HEADS", group))
     bound = {
         gpu: round(128 * clock * processors * bits / 8 / instructions / bandwidth, 2)
         for gpu, (cc, processors, clock, bandwidth) in GPUS.items()
@@ -153,6 +207,7 @@ def measure(
     stack = int(re.search(r"STACK:(\d+)", usage)[1])  # type: ignore[index]
     return Row(
         name,
+        path,
         capability,
         head_dim,
         group,
@@ -165,9 +220,44 @@ def measure(
     )
 
 
+def rows_of(
+    formats: list[str],
+    capability: int,
+    head_dim: int,
+    group: int,
+    page_size: int,
+    dump: Path | None,
+) -> list[Row]:
+    rows = []
+    shape = (capability, head_dim, group, page_size)
+    for name in formats:
+        path, launch = launch_of(name, *shape)
+        bits = get_format(name).bits_per_element(page_size, head_dim)
+        rows.append(measure(name, path, launch, bits, *shape, dump))
+        show(rows[-1])
+    for style, (ours, bits) in STYLES.items():
+        if ours not in formats:
+            continue
+        launch = style_launch(style, head_dim, group, page_size)
+        row = measure(style, "style", launch, bits + 32 / head_dim / 2, *shape, dump)
+        rows.append(row)
+        least = next(row.instructions for row in rows if row.kv_format == ours)
+        show(row, f"{row.instructions / least:.1f} times {ours}")
+    return rows
+
+
+def show(row: Row, note: str = "") -> None:
+    print(
+        f"{row.kv_format:11} {row.path:8} {row.capability} {row.head_dim:4} {row.group:5}"
+        f" {row.instructions:11.2f} {row.registers:5} {row.shared_bytes:7} {row.spill_bytes:6}"
+        f"  {row.bound} {note}",
+        flush=True,
+    )
+
+
 def regressions(rows: list[Row], committed: Path) -> list[str]:
     """What is worse than the committed table by more than 5%."""
-    keys = ("kv_format", "capability", "head_dim", "group", "page_size")
+    keys = ("kv_format", "path", "capability", "head_dim", "group", "page_size")
     table = json.loads(committed.read_text())
     if table["triton"] != triton.__version__:  # another compiler: nothing to compare with
         return []
@@ -187,24 +277,18 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     parser.add_argument("--check", type=Path, help="fail where this committed table was better")
     parser.add_argument("--capability", type=int, nargs="*", default=[80, 89, 90])
-    parser.add_argument("--format", nargs="*", default=list(format_names()))
+    parser.add_argument("--format", nargs="*", default=list(FORMATS))
     parser.add_argument("--shape", nargs="*", default=["128x8", "128x4", "64x3"])
     parser.add_argument("--page-size", type=int, default=64)
     parser.add_argument("--dump", type=Path)
     options = parser.parse_args()
-    rows = []
-    print("format  sm  dim group  instr/elem  regs  shared  spill  bound")
+    rows: list[Row] = []
+    print("format      path     sm  dim group  instr/elem  regs  shared  spill  bound")
     for capability in options.capability:
         for shape in options.shape:
             head_dim, group = map(int, shape.split("x"))
-            for name in options.format:
-                row = measure(name, capability, head_dim, group, options.page_size, options.dump)
-                rows.append(row)
-                print(
-                    f"{name:7} {capability} {head_dim:4} {group:5} {row.instructions:11.2f}"
-                    f" {row.registers:5} {row.shared_bytes:7} {row.spill_bytes:6}  {row.bound}",
-                    flush=True,
-                )
+            geometry = (capability, head_dim, group, options.page_size)
+            rows += rows_of(options.format, *geometry, options.dump)
     if options.output:
         report = {"triton": triton.__version__, "rows": [asdict(row) for row in rows]}
         options.output.write_text(json.dumps(report, indent=1) + "\n")

@@ -63,6 +63,7 @@ class Rank:
         if self._device.type == "cuda":
             _check_kernels(self._fmt)
             torch.cuda.set_device(self._device)
+            self._check_kernels()
         else:
             torch.set_num_threads(config.threads_per_rank or max(1, _cpus() // config.tp))
         self._files: ModelFiles = (
@@ -77,6 +78,15 @@ class Rank:
             if shared
             else load_model(self._files.path, dtype=self._dtype, device=self._device, comm=comm)
         )
+
+    def _check_kernels(self) -> None:
+        """Raises ConfigError for a format that only CPUs can serve, before a model is loaded."""
+        # Imported here: a machine without a GPU need not have Triton.
+        from kvmesh.kernels.formats.tiles_triton import why_no_kernels
+
+        reason = why_no_kernels(self._fmt)
+        if reason:
+            raise ConfigError("kv_format", f"{self._fmt.name} has no GPU kernels, because {reason}")
 
     def describe(self) -> RankDescription:
         facts = self._model.facts

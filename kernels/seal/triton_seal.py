@@ -1,63 +1,51 @@
 """`seal_pages` as one kernel; the same signature as the public operator.
 
-A program encodes 16 tokens' keys or values of one head of one page: formats
-with statistics over a whole page will ask for the whole page instead.
+A program encodes the keys or the values of one head of one page, as the side does it.
 """
 
 from __future__ import annotations
+
+from functools import cache
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from kvmesh.kernels.formats.base import KVFormat
+from kvmesh.kernels.formats.base import NO_PARAMS, KVFormat, LayerParams
+from kvmesh.kernels.formats.tiles_triton import format_kernels
 
-ROWS = 16
+NUM_WARPS = 8
 
 
 @triton.jit
 def seal_kernel(
     hot_ptr,
-    data_ptr,
-    meta_ptr,
+    sealed_ptr,
     hot_ids_ptr,
     sealed_ids_ptr,
-    STORE: tl.constexpr,
+    SEAL_K: tl.constexpr,
+    SEAL_V: tl.constexpr,
+    K_SIDE: tl.constexpr,
+    V_SIDE: tl.constexpr,
+    K_BYTES: tl.constexpr,
+    PAGE_BYTES: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    HALF: tl.constexpr,
-    ROWS: tl.constexpr,
 ):
     page = tl.program_id(0)
     head = tl.program_id(1)
     hot_id = tl.load(hot_ids_ptr + page).to(tl.int64)
     sealed_id = tl.load(sealed_ids_ptr + page).to(tl.int64)
     if hot_id >= 0:
-        slots = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
-        mask = slots < PAGE_SIZE
-        offs_d = tl.arange(0, HALF)
-        mask_d = mask[:, None] & (offs_d < HEAD_DIM // 2)[None, :]
-        sealed_row = sealed_id * NUM_KV_HEADS + head
-        for V in tl.static_range(2):
-            hot_row = (hot_id * 2 + V) * NUM_KV_HEADS + head
-            row_ptr = hot_ptr + hot_row * (PAGE_SIZE * HEAD_DIM)
-            row_ptr += slots[:, None] * HEAD_DIM + offs_d[None, :]
-            low = tl.load(row_ptr, mask=mask_d, other=0.0)
-            high = tl.load(row_ptr + HEAD_DIM // 2, mask=mask_d, other=0.0)
-            STORE(
-                low,
-                high,
-                data_ptr,
-                meta_ptr,
-                sealed_row,
-                slots,
-                mask,
-                V,
-                PAGE_SIZE,
-                HEAD_DIM,
-                HALF,
-            )
+        k_ptr = hot_ptr + (hot_id * (2 * NUM_KV_HEADS) + head) * (PAGE_SIZE * HEAD_DIM)
+        page_ptr = sealed_ptr + (sealed_id * NUM_KV_HEADS + head) * PAGE_BYTES
+        if tl.program_id(2) == 0:
+            SEAL_K(k_ptr, page_ptr, K_SIDE, PAGE_SIZE, HEAD_DIM)
+        else:
+            v_ptr = k_ptr + NUM_KV_HEADS * PAGE_SIZE * HEAD_DIM
+            SEAL_V(v_ptr, page_ptr + K_BYTES, V_SIDE, PAGE_SIZE, HEAD_DIM)
 
 
 def seal_pages(
@@ -67,22 +55,47 @@ def seal_pages(
     sealed_ids: torch.Tensor,
     *,
     fmt: KVFormat,
+    params: LayerParams = NO_PARAMS,
+    positions: torch.Tensor | None = None,
 ) -> None:
     _, _, num_kv_heads, page_size, head_dim = hot.shape
-    kernels = fmt.tile_kernels()
-    data, meta = kernels.views(sealed, hot.dtype)
-    grid = (hot_ids.shape[0], num_kv_heads, triton.cdiv(page_size, ROWS))
-    seal_kernel[grid](
+    constants = seal_constants(fmt, page_size, head_dim, hot.element_size())
+    check_arenas(hot, sealed)
+    seal_kernel[(hot_ids.shape[0], num_kv_heads, 2)](
         hot,
-        data,
-        meta,
+        sealed.view(torch.int8),
         hot_ids,
         sealed_ids,
-        STORE=kernels.store_tile,
+        **constants,
         NUM_KV_HEADS=num_kv_heads,
-        PAGE_SIZE=page_size,
-        HEAD_DIM=head_dim,
-        HALF=triton.next_power_of_2(head_dim // 2),
-        ROWS=ROWS,
-        num_warps=4,
+        num_warps=NUM_WARPS,
     )
+
+
+@cache
+def seal_constants(
+    fmt: KVFormat, page_size: int, head_dim: int, dtype_bytes: int
+) -> dict[str, Any]:
+    """The kernel's, but for the number of heads. Raises ValueError as `format_kernels`."""
+    k, v = format_kernels(fmt)
+    return {
+        "SEAL_K": k.seal,
+        "SEAL_V": v.seal,
+        "K_SIDE": fmt.k,
+        "V_SIDE": fmt.v,
+        "K_BYTES": fmt.k.num_bytes(page_size, head_dim, dtype_bytes),
+        "PAGE_BYTES": fmt.page_bytes(page_size, head_dim, dtype_bytes),
+        "PAGE_SIZE": page_size,
+        "HEAD_DIM": head_dim,
+    }
+
+
+def check_arenas(hot: torch.Tensor, sealed: torch.Tensor) -> None:
+    """Raises ValueError for what the kernels cannot address."""
+    page_size, head_dim = hot.shape[3:]
+    if page_size % 16:
+        raise ValueError(f"hot: the kernels need a page_size that 16 divides, got {page_size}")
+    if head_dim % 16:
+        raise ValueError(f"hot: the kernels need a head_dim that 16 divides, got {head_dim}")
+    if not (hot.is_contiguous() and sealed.is_contiguous()):
+        raise ValueError("hot, sealed: the kernels need contiguous arenas")

@@ -5,26 +5,29 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from kvmesh.kernels.formats.per_token.triton import CENTRED_4_PTX, CENTRED_8_PTX
+from kvmesh.kernels.formats.fp8.triton import E4M3_PTX
+from kvmesh.kernels.formats.packing import pack
+from kvmesh.kernels.formats.planes_triton import THREE_BITS_PTX
 
 
-def run(ptx: str, word: int) -> dict[str, int]:
-    """Registers after a block of prmt, lop3, shr, mov and bf16x2 fma; `$n` that is read is word."""
-    registers: dict[str, int] = {}
-
-    def value(operand: str) -> int:
-        if operand in registers:
-            return registers[operand]
-        return word if operand.startswith("$") else int(operand, 0)
-
+def run(ptx: str, words: dict[str, int]) -> dict[str, int]:
+    """Registers after a block of the opcodes below, from those in `words`."""
+    registers = dict(words)
     for line in ptx.strip("{} \n").split(";"):
         opcode, _, rest = line.strip().partition(" ")
         if opcode in ("", ".reg"):
             continue
         target, *operands = (operand.strip() for operand in rest.split(","))
-        sources = [value(operand) for operand in operands]
+        sources = [
+            registers[operand] if operand in registers else int(operand, 0) for operand in operands
+        ]
         registers[target] = OPCODES[opcode](*sources)
     return registers
+
+
+def lop3(a: int, b: int, c: int, table: int) -> int:
+    bits = [((a >> i) & 1) << 2 | ((b >> i) & 1) << 1 | ((c >> i) & 1) for i in range(32)]
+    return sum(((table >> bit) & 1) << i for i, bit in enumerate(bits))
 
 
 def prmt(a: int, b: int, selector: int) -> int:
@@ -33,45 +36,59 @@ def prmt(a: int, b: int, selector: int) -> int:
     return sum(byte << (8 * i) for i, byte in enumerate(picked))
 
 
-def lop3(a: int, b: int, c: int, table: int) -> int:
-    bits = [((a >> i) & 1) << 2 | ((b >> i) & 1) << 1 | ((c >> i) & 1) for i in range(32)]
-    return sum(((table >> bit) & 1) << i for i, bit in enumerate(bits))
-
-
 def fma(a: int, b: int, c: int) -> int:
-    x, y, z = (np.array(halves(word), dtype=np.float64) for word in (a, b, c))
+    x, y, z = (np.array(bf16_pair(word), dtype=np.float64) for word in (a, b, c))
     rounded = torch.from_numpy(x * y + z).to(torch.bfloat16).view(torch.int16).tolist()
     return (rounded[0] & 0xFFFF) | (rounded[1] & 0xFFFF) << 16
 
 
-def halves(word: int) -> list[float]:
+def bf16_pair(word: int) -> list[float]:
     bits = np.array([word & 0xFFFF, word >> 16], dtype=np.uint32) << 16
     return [float(x) for x in bits.view(np.float32)]
 
 
 OPCODES = {
     "mov.b32": lambda a: a,
+    "and.b32": lambda a, b: a & b,
+    "shr.u32": lambda a, count: a >> count,
     "shr.b32": lambda a, count: a >> count,
+    "shl.b32": lambda a, count: (a << count) & 0xFFFFFFFF,
     "prmt.b32": prmt,
     "lop3.b32": lop3,
     "fma.rn.bf16x2": fma,
 }
 
 
-def test_eight_bit_codes() -> None:
+def test_e4m3_numbers() -> None:
+    """All of them but the two that are no numbers."""
     for first in range(0, 256, 4):
-        codes = [first, 255 - first, (first * 7) % 256, first + 3]
-        registers = run(CENTRED_8_PTX.value, sum(code << (8 * i) for i, code in enumerate(codes)))
-        got = halves(registers["$0"]) + halves(registers["$1"])
-        assert got == [code - 128 for code in codes]
+        codes = [first, first + 1, first + 2, (first * 7) % 127]
+        want = torch.tensor(codes, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+        after = run(E4M3_PTX.value, {"$2": sum(code << (8 * i) for i, code in enumerate(codes))})
+        got = torch.tensor(bf16_pair(after["$0"]) + bf16_pair(after["$1"]))
+        assert torch.equal(got, want)
 
 
-def test_four_bit_codes() -> None:
-    for first in range(256):
-        pairs = [first, 255 - first, (first * 7) % 256, (first + 85) % 256]
-        registers = run(CENTRED_4_PTX.value, sum(pair << (8 * i) for i, pair in enumerate(pairs)))
-        low, high = (
-            halves(registers[a]) + halves(registers[b]) for a, b in (("$0", "$1"), ("$2", "$3"))
-        )
-        assert low == [(pair & 15) - 8 for pair in pairs]
-        assert high == [(pair >> 4) - 8 for pair in pairs]
+def test_three_bit_planes() -> None:
+    """A block of keys of 64 tokens and 256 channels: four planes of 16 rows."""
+    codes = torch.randint(0, 8, (64, 256), dtype=torch.uint8)
+    packed = pack(codes, 3, values=False)
+    low, high = packed[: 16 * 256].view(16, 256), packed[16 * 256 :].view(16, 128)
+    inputs = [words(x) for x in (low[:, :128], low[:, 128:], high)]
+    outputs = [
+        run(THREE_BITS_PTX.value, {"$8": a, "$9": b, "$10": y})
+        for a, b, y in zip(*inputs, strict=True)
+    ]
+    for plane, unit in enumerate((1, 4, 16, 32)):
+        want = codes[plane::4].int() * unit if plane < 3 else (codes[3::4].int() - 4) * 32
+        for half in range(2):
+            got = signed_bytes([output[f"${4 * half + plane}"] for output in outputs])
+            assert torch.equal(got.view(16, 128).int(), want[:, 128 * half :][:, :128])
+
+
+def words(x: torch.Tensor) -> list[int]:
+    return x.contiguous().view(-1).numpy().view(np.uint32).tolist()  # type: ignore[no-any-return]
+
+
+def signed_bytes(numbers: list[int]) -> torch.Tensor:
+    return torch.from_numpy(np.array(numbers, dtype=np.uint32).view(np.int8))

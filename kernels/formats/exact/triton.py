@@ -1,74 +1,47 @@
-"""Tile functions of the format `exact` for the Triton kernels.
-
-page_row: int64, page id * num_kv_heads + head: where one head's part of a page
-starts, in units of such parts; slots: [N], the page's tokens; V: 0 for
-keys, 1 for values. A tile comes in two halves of the head's dimensions, low and
-high, each [N, HALF], HALF being head_dim / 2 padded to a power of two. See
-`kernels/attention/triton_attention.py` for how the functions are used.
-"""
+"""Triton functions of `Exact`."""
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
-from kvmesh.kernels.formats.base import KVFormat, TileKernels
+from kvmesh.kernels.formats.exact.side import Exact
+from kvmesh.kernels.formats.tiles_triton import SideKernels, padded
 
-
-def views(sealed: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sealed arena as the tensors the tile functions read: numbers, and again."""
-    typed = sealed.view(dtype)
-    return typed, typed
+SEAL_ROWS = tl.constexpr(16)
 
 
 @triton.jit
 def load_tile(
-    data_ptr,
-    meta_ptr,
-    page_row,
-    slots,
-    V: tl.constexpr,
+    part_ptr,
+    first_slot,
+    SIDE: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    HALF: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    offs_d = tl.arange(0, HALF)
-    page_ptr = data_ptr + page_row * (2 * PAGE_SIZE * HEAD_DIM)
-    row_ptr = page_ptr + (V * PAGE_SIZE + slots)[:, None] * HEAD_DIM + offs_d[None, :]
-    if HALF * 2 == HEAD_DIM:
-        low = tl.load(row_ptr)
-        high = tl.load(row_ptr + HEAD_DIM // 2)
+    offs_n = first_slot + tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    row_ptr = part_ptr.to(tl.pointer_type(DTYPE), bitcast=True)
+    row_ptr += offs_n[:, None] * HEAD_DIM + offs_d[None, :]
+    if BLOCK_D == HEAD_DIM:
+        return tl.load(row_ptr), 1.0, 0.0
     else:
-        mask_d = (offs_d < HEAD_DIM // 2)[None, :]
-        low = tl.load(row_ptr, mask=mask_d, other=0.0)
-        high = tl.load(row_ptr + HEAD_DIM // 2, mask=mask_d, other=0.0)
-    unused = tl.zeros_like(slots).to(tl.float32)
-    return low, high, unused, unused
+        return tl.load(row_ptr, mask=(offs_d < HEAD_DIM)[None, :], other=0.0), 1.0, 0.0
 
 
 @triton.jit
-def store_tile(
-    low,
-    high,
-    data_ptr,
-    meta_ptr,
-    page_row,
-    slots,
-    mask,
-    V: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    HALF: tl.constexpr,
-):
-    offs_d = tl.arange(0, HALF)
-    mask_d = mask[:, None] & (offs_d < HEAD_DIM // 2)[None, :]
-    page_ptr = data_ptr + page_row * (2 * PAGE_SIZE * HEAD_DIM)
-    row_ptr = page_ptr + (V * PAGE_SIZE + slots)[:, None] * HEAD_DIM + offs_d[None, :]
-    tl.store(row_ptr, low, mask=mask_d)
-    tl.store(row_ptr + HEAD_DIM // 2, high, mask=mask_d)
+def seal(hot_ptr, part_ptr, SIDE: tl.constexpr, PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr):
+    to_ptr = part_ptr.to(hot_ptr.dtype, bitcast=True)
+    offs_d = tl.arange(0, padded(HEAD_DIM))
+    for first in range(0, PAGE_SIZE, SEAL_ROWS):
+        offs_n = first + tl.arange(0, SEAL_ROWS)
+        at = offs_n[:, None] * HEAD_DIM + offs_d[None, :]
+        mask = (offs_n < PAGE_SIZE)[:, None] & (offs_d < HEAD_DIM)[None, :]
+        tl.store(to_ptr + at, tl.load(hot_ptr + at, mask=mask), mask=mask)
 
 
-def kernels(fmt: KVFormat) -> TileKernels:
-    return TileKernels(views, load_tile, store_tile, affine=False)
+def kernels(side: Exact) -> SideKernels:
+    return SideKernels(load_tile, folded=False, seal=seal)

@@ -1,0 +1,341 @@
+"""The plain attention loop: every format, decode and prefill, hot pages and sealed.
+
+A program attends a block of rows, (query token, query head of one KV head's
+group) pairs, over a share of the keys. Keys come in two ranges of positions,
+
+    sealed   [sink, Pl - recent)                 pages; Pl that of the block's last query
+    hot      [0, sink) and [Pf - recent, end)    Pf that of its first
+
+and each row masks what it does not see in that form. For decode a block is one
+token and Pf = Pl; `num_splits` programs share its keys. For prefill a block is 64
+rows or more, so that unpacking a tile of sealed keys is shared by all of them.
+
+Sides supply `LOAD` (formats/tiles_triton.py). Where a side is folded, so are its
+scale and offset,
+
+    q·k^ = scale (q·tile) + offset Σq        Σ p v^ = Σ (p scale) tile + Σ p offset
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _load_hot(
+    data_ptr,
+    slots,
+    mask,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """A tile of one head of a hot page, keys or values; the mask says what is there."""
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_d = mask[:, None] & (offs_d < HEAD_DIM)[None, :]
+    row_ptr = data_ptr + slots[:, None] * HEAD_DIM + offs_d[None, :]
+    return tl.load(row_ptr, mask=mask_d, other=0.0)
+
+
+@triton.jit
+def _attend_tile(
+    q,
+    q_sum,
+    q_pos,
+    acc,
+    acc_offset,
+    top,
+    total,
+    k_ptr,
+    v_ptr,
+    first_key,
+    least_key,
+    end_key,
+    qk_scale,
+    softcap,
+    window,
+    sink_pages,
+    recent_pages,
+    LOAD_K: tl.constexpr,
+    LOAD_V: tl.constexpr,
+    K_FOLDED: tl.constexpr,
+    V_FOLDED: tl.constexpr,
+    K_SIDE: tl.constexpr,
+    V_SIDE: tl.constexpr,
+    HOT: tl.constexpr,
+    DECODE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One tile of BLOCK_N keys of one page, positions [least_key, end_key) of it valid.
+
+    k_ptr, v_ptr: of the head's keys and values in the page
+    """
+    offs_n = tl.arange(0, BLOCK_N)
+    keys = first_key + offs_n
+    first_slot = first_key % PAGE_SIZE
+    mask = (keys >= least_key) & (keys < end_key)
+    if HOT:
+        k = _load_hot(k_ptr, first_slot + offs_n, mask, HEAD_DIM, BLOCK_D)
+        k_scale, k_offset = 1.0, 0.0
+    else:
+        k, k_scale, k_offset = LOAD_K(
+            k_ptr, first_slot, K_SIDE, PAGE_SIZE, HEAD_DIM, BLOCK_N, BLOCK_D, DTYPE
+        )
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if K_FOLDED and not HOT:
+        scores = scores * (k_scale * qk_scale)[None, :]
+        scores += q_sum[:, None] * (k_offset * qk_scale)[None, :]
+    else:
+        scores = scores * qk_scale
+    if HAS_SOFTCAP:
+        # tanh(x) = 2 sigmoid(2x) - 1; scores are natural until here
+        scores = (2.0 * tl.sigmoid(scores * (2.0 / softcap)) - 1.0) * (softcap * 1.4426950408889634)
+    # Sealed tiles are whole: a decoding query without a window sees all of each.
+    if HOT or HAS_WINDOW or not DECODE:
+        page = first_key // PAGE_SIZE
+        edge = q_pos // PAGE_SIZE - recent_pages
+        if HOT:
+            seen = (page < sink_pages) | (page >= edge)
+            visible = mask[None, :] & seen[:, None] & (keys[None, :] <= q_pos[:, None])
+        else:
+            visible = mask[None, :] & (page < edge)[:, None]
+        if HAS_WINDOW:
+            visible = visible & (q_pos[:, None] - keys[None, :] < window)
+        scores = tl.where(visible, scores, float("-inf"))
+    new_top = tl.maximum(top, tl.max(scores, 1))
+    # A row that has seen nothing yet keeps -inf; subtract 0 there, not inf from inf.
+    base = tl.where(new_top == float("-inf"), 0.0, new_top)
+    weights = tl.exp2(scores - base[:, None])
+    keep = tl.exp2(top - base)
+    total = total * keep + tl.sum(weights, 1)
+    if HOT:
+        v = _load_hot(v_ptr, first_slot + offs_n, mask, HEAD_DIM, BLOCK_D)
+        v_scale, v_offset = 1.0, 0.0
+    else:
+        v, v_scale, v_offset = LOAD_V(
+            v_ptr, first_slot, V_SIDE, PAGE_SIZE, HEAD_DIM, BLOCK_N, BLOCK_D, DTYPE
+        )
+    if V_FOLDED and not HOT:
+        acc_offset = acc_offset * keep + tl.sum(weights * v_offset[None, :], 1)
+        weights = weights * v_scale[None, :]
+    else:
+        acc_offset = acc_offset * keep
+    acc = tl.dot(weights.to(DTYPE), v, acc * keep[:, None], input_precision=PRECISION)
+    return acc, acc_offset, new_top, total
+
+
+@triton.jit
+def attention_kernel(
+    q_ptr,
+    hot_ptr,
+    sealed_ptr,
+    out_ptr,
+    lse_ptr,
+    query_starts_ptr,
+    seq_lens_ptr,
+    rows_ptr,
+    hot_tables_ptr,
+    sealed_tables_ptr,
+    stride_table,
+    stride_split,
+    qk_scale,
+    softcap,
+    window,
+    sink_pages,
+    recent_pages,
+    num_splits,
+    LOAD_K: tl.constexpr,
+    LOAD_V: tl.constexpr,
+    K_FOLDED: tl.constexpr,
+    V_FOLDED: tl.constexpr,
+    K_SIDE: tl.constexpr,
+    V_SIDE: tl.constexpr,
+    K_BYTES: tl.constexpr,
+    PAGE_BYTES: tl.constexpr,
+    DECODE: tl.constexpr,
+    HOT_ONLY: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Program (split or query block, KV head, sequence).
+
+    DECODE: sequences with one new token; out and lse are partial, fp32
+        [num_splits, num_seqs, num_heads, HEAD_DIM] and without HEAD_DIM.
+        Otherwise sequences with more; out and lse are the operator's.
+    HOT_ONLY: the sealed keys are another kernel's
+    """
+    head = tl.program_id(1)
+    seq = tl.program_id(2)
+    query_start = tl.load(query_starts_ptr + seq)
+    num_queries = tl.load(query_starts_ptr + seq + 1) - query_start
+    seq_len = tl.load(seq_lens_ptr + seq)
+    if DECODE:
+        split = tl.program_id(0)
+        block = 0
+        wanted = num_queries == 1
+    else:
+        split = 0
+        block = tl.program_id(0)
+        wanted = (num_queries > 1) & (block * BLOCK_Q < num_queries)
+    if wanted:
+        DTYPE: tl.constexpr = q_ptr.dtype.element_ty
+        NUM_HEADS: tl.constexpr = NUM_KV_HEADS * GROUP
+        offs_m = tl.arange(0, BLOCK_M)
+        offs_d = tl.arange(0, BLOCK_D)
+        token = block * BLOCK_Q + offs_m // GROUP
+        q_head = head * GROUP + offs_m % GROUP
+        mask_m = (offs_m < BLOCK_Q * GROUP) & (token < num_queries)
+        mask_q = mask_m[:, None] & (offs_d < HEAD_DIM)[None, :]
+        q_row = (query_start + token).to(tl.int64) * NUM_HEADS + q_head
+        q = tl.load(q_ptr + q_row[:, None] * HEAD_DIM + offs_d[None, :], mask=mask_q, other=0.0)
+        q_sum = tl.sum(q.to(tl.float32), 1)
+
+        # Positions: rows beyond the block take its first query's, so that they see something.
+        past = seq_len - num_queries
+        q_pos = past + tl.where(mask_m, token, block * BLOCK_Q)
+        first_pos = past + block * BLOCK_Q
+        last_pos = tl.minimum(first_pos + BLOCK_Q, seq_len) - 1
+        seen_from = 0
+        if HAS_WINDOW:
+            seen_from = tl.maximum(first_pos - window + 1, 0)
+        sealed_from = tl.maximum(sink_pages * PAGE_SIZE, seen_from)
+        sealed_end = (last_pos // PAGE_SIZE - recent_pages) * PAGE_SIZE
+        sink_end = tl.minimum(sink_pages * PAGE_SIZE, last_pos + 1)
+        recent_from = (first_pos // PAGE_SIZE - recent_pages) * PAGE_SIZE
+        recent_from = tl.maximum(tl.maximum(recent_from, sink_pages * PAGE_SIZE), seen_from)
+
+        # Tiles: sealed ones, then those of the sink, then the recent ones.
+        sealed_tile = sealed_from // BLOCK_N
+        sink_tile = seen_from // BLOCK_N
+        recent_tile = recent_from // BLOCK_N
+        num_sealed = 0
+        if not HOT_ONLY:
+            num_sealed = tl.maximum(sealed_end // BLOCK_N - sealed_tile, 0)
+        num_sink = tl.maximum((sink_end + BLOCK_N - 1) // BLOCK_N - sink_tile, 0)
+        num_recent = tl.maximum(last_pos // BLOCK_N + 1 - recent_tile, 0)
+        num_tiles = num_sealed + num_sink + num_recent
+        per_split = num_tiles
+        if DECODE:
+            per_split = (num_tiles + num_splits - 1) // num_splits
+        tile_from = split * per_split
+        tile_end = tl.minimum(tile_from + per_split, num_tiles)
+
+        table = tl.load(rows_ptr + seq).to(tl.int64) * stride_table
+        acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+        acc_offset = tl.zeros([BLOCK_M], dtype=tl.float32)
+        total = tl.zeros([BLOCK_M], dtype=tl.float32)
+        top = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+
+        if not HOT_ONLY:
+            for tile in range(tile_from, tl.minimum(tile_end, num_sealed)):
+                first_key = (sealed_tile + tile) * BLOCK_N
+                page = tl.load(sealed_tables_ptr + table + first_key // PAGE_SIZE).to(tl.int64)
+                page_ptr = sealed_ptr + (page * NUM_KV_HEADS + head) * PAGE_BYTES
+                acc, acc_offset, top, total = _attend_tile(
+                    q,
+                    q_sum,
+                    q_pos,
+                    acc,
+                    acc_offset,
+                    top,
+                    total,
+                    page_ptr,
+                    page_ptr + K_BYTES,
+                    first_key,
+                    sealed_from,
+                    sealed_end,
+                    qk_scale,
+                    softcap,
+                    window,
+                    sink_pages,
+                    recent_pages,
+                    LOAD_K,
+                    LOAD_V,
+                    K_FOLDED,
+                    V_FOLDED,
+                    K_SIDE,
+                    V_SIDE,
+                    False,
+                    DECODE,
+                    HAS_SOFTCAP,
+                    HAS_WINDOW,
+                    PAGE_SIZE,
+                    HEAD_DIM,
+                    BLOCK_D,
+                    BLOCK_N,
+                    DTYPE,
+                    PRECISION,
+                )
+        for tile in range(tl.maximum(tile_from, num_sealed), tile_end):
+            index = tile - num_sealed
+            in_sink = index < num_sink
+            first_key = tl.where(in_sink, sink_tile + index, recent_tile + index - num_sink)
+            first_key = first_key * BLOCK_N
+            least_key = tl.where(in_sink, seen_from, recent_from)
+            end_key = tl.where(in_sink, sink_end, last_pos + 1)
+            page = tl.load(hot_tables_ptr + table + first_key // PAGE_SIZE).to(tl.int64)
+            # A hot page is all heads' keys, then all heads' values.
+            k_ptr = hot_ptr + (page * (2 * NUM_KV_HEADS) + head) * (PAGE_SIZE * HEAD_DIM)
+            acc, acc_offset, top, total = _attend_tile(
+                q,
+                q_sum,
+                q_pos,
+                acc,
+                acc_offset,
+                top,
+                total,
+                k_ptr,
+                k_ptr + NUM_KV_HEADS * PAGE_SIZE * HEAD_DIM,
+                first_key,
+                least_key,
+                end_key,
+                qk_scale,
+                softcap,
+                window,
+                sink_pages,
+                recent_pages,
+                LOAD_K,
+                LOAD_V,
+                K_FOLDED,
+                V_FOLDED,
+                K_SIDE,
+                V_SIDE,
+                True,
+                DECODE,
+                HAS_SOFTCAP,
+                HAS_WINDOW,
+                PAGE_SIZE,
+                HEAD_DIM,
+                BLOCK_D,
+                BLOCK_N,
+                DTYPE,
+                PRECISION,
+            )
+
+        some = total > 0.0
+        total = tl.where(some, total, 1.0)
+        out = (acc + acc_offset[:, None]) * (1.0 / total)[:, None]
+        lse = tl.where(some, (top + tl.log2(total)) * 0.6931471805599453, float("-inf"))
+        if DECODE:
+            out_row = split.to(tl.int64) * stride_split + seq * NUM_HEADS + q_head
+        else:
+            out_row = q_row
+        out_row_ptr = out_ptr + out_row[:, None] * HEAD_DIM + offs_d[None, :]
+        tl.store(out_row_ptr, out.to(out_ptr.dtype.element_ty), mask=mask_q)
+        tl.store(lse_ptr + out_row, lse, mask=mask_m)

@@ -1,0 +1,141 @@
+"""Triton functions of `Fp8`, in integer arithmetic: e4m3 needs no GPU that knows it.
+
+An e4m3 number's bits, moved to where a 16-bit number has its exponent and mantissa, are
+that number smaller by the difference of the exponents' biases, 2^8 or 2^120, down to
+the subnormal ones.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kvmesh.kernels.formats.fp8 import reference
+from kvmesh.kernels.formats.fp8.side import Fp8
+from kvmesh.kernels.formats.tiles_triton import (
+    SideKernels,
+    from_bf16,
+    load,
+    load_bf16,
+    padded,
+    store_bf16,
+    to_bf16,
+)
+
+E4M3_MAX = tl.constexpr(reference.E4M3_MAX)
+FLOOR = tl.constexpr(reference.SCALE_FLOOR)
+ROWS = tl.constexpr(16)
+
+# Four bytes in $2 become two registers of two bf16 numbers each.
+E4M3_PTX = tl.constexpr("""{
+    .reg .b32 x, y, a, more, none;
+    mov.b32 more, 0x7b807b80;
+    mov.b32 none, 0x80008000;
+    prmt.b32 x, $2, 0, 0x1404;
+    prmt.b32 y, $2, 0, 0x3424;
+    shr.b32 a, x, 4;
+    and.b32 a, a, 0x07f007f0;
+    lop3.b32 a, x, 0x80008000, a, 0xea;
+    fma.rn.bf16x2 $0, a, more, none;
+    shr.b32 a, y, 4;
+    and.b32 a, a, 0x07f007f0;
+    lop3.b32 a, y, 0x80008000, a, 0xea;
+    fma.rn.bf16x2 $1, a, more, none;
+}""")
+
+
+@triton.jit
+def from_e4m3(byte, DTYPE: tl.constexpr):
+    """int8 -> DTYPE"""
+    if DTYPE == tl.bfloat16:  # noqa: SIM300
+        return tl.inline_asm_elementwise(
+            E4M3_PTX, "=&r,=&r,r", [byte], dtype=tl.bfloat16, is_pure=True, pack=4
+        )
+    else:
+        byte = byte.to(tl.int32)
+        bits = ((byte & 0x7F) << 7) | ((byte & 0x80) << 8)
+        return (bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0).to(DTYPE)
+
+
+@triton.jit
+def to_e4m3(x):
+    """fp32, at most 448 -> int8, to the nearest even"""
+    bits = x.to(tl.int32, bitcast=True)
+    sign = (bits >> 24) & 0x80
+    size = tl.abs(x)
+    bits = bits & 0x7FFFFFFF
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
+    # Below 2^-6 in steps of 2^-9: adding 1.5 * 2^14 leaves them in the lowest bits.
+    small = (size + 24576.0).to(tl.int32, bitcast=True) & 15
+    return (sign | tl.where(size < 2.0**-6, small, normal)).to(tl.int8)
+
+
+@triton.jit
+def _scale_ptr(part_ptr, SIDE: tl.constexpr, PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr):
+    END: tl.constexpr = PAGE_SIZE * HEAD_DIM + (2 * HEAD_DIM if SIDE.centred else 0)
+    return (part_ptr + END).to(tl.pointer_type(tl.float32), bitcast=True)
+
+
+@triton.jit
+def load_tile(
+    part_ptr,
+    first_slot,
+    SIDE: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    offs_n = first_slot + tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_d = None if BLOCK_D == HEAD_DIM else offs_d < HEAD_DIM
+    mask = None if BLOCK_D == HEAD_DIM else mask_d[None, :]
+    at = offs_n[:, None] * HEAD_DIM + offs_d[None, :]
+    x = from_e4m3(load(part_ptr + at, mask), DTYPE)
+    scale = tl.load(_scale_ptr(part_ptr, SIDE, PAGE_SIZE, HEAD_DIM))
+    if SIDE.centred:
+        centre = load_bf16(part_ptr + PAGE_SIZE * HEAD_DIM, offs_d, mask_d)
+        return (x.to(tl.float32) * scale + centre[None, :]).to(DTYPE), 1.0, 0.0
+    else:
+        scales = tl.zeros([BLOCK_N], tl.float32) + scale
+        return x, scales, tl.zeros([BLOCK_N], tl.float32)
+
+
+@triton.jit
+def seal(hot_ptr, part_ptr, SIDE: tl.constexpr, PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr):
+    offs_d = tl.arange(0, padded(HEAD_DIM))
+    mask_d = offs_d < HEAD_DIM
+    half_centre = tl.zeros(offs_d.shape, tl.float32)
+    if SIDE.centred:
+        for first in range(0, PAGE_SIZE, ROWS):
+            # Divided first, so that no sum overflows.
+            half_centre += tl.sum(_halves(hot_ptr, first, offs_d, HEAD_DIM) / PAGE_SIZE, 0)
+        centre = from_bf16(to_bf16(half_centre * 2.0))
+        store_bf16(part_ptr + PAGE_SIZE * HEAD_DIM, offs_d, centre, mask_d)
+        half_centre = centre * 0.5
+    most = tl.zeros(offs_d.shape, tl.float32)
+    for first in range(0, PAGE_SIZE, ROWS):
+        half = _halves(hot_ptr, first, offs_d, HEAD_DIM) - half_centre[None, :]
+        most = tl.maximum(most, tl.max(tl.abs(half), 0))
+    half_scale = tl.maximum(tl.math.div_rn(tl.max(most, 0), E4M3_MAX), FLOOR)
+    tl.store(_scale_ptr(part_ptr, SIDE, PAGE_SIZE, HEAD_DIM), half_scale * 2.0)
+    for first in range(0, PAGE_SIZE, ROWS):
+        half = _halves(hot_ptr, first, offs_d, HEAD_DIM) - half_centre[None, :]
+        x = tl.math.div_rn(half, tl.zeros(half.shape, tl.float32) + half_scale)
+        x = tl.minimum(tl.maximum(x, -E4M3_MAX), E4M3_MAX)
+        at = (first + tl.arange(0, ROWS))[:, None] * HEAD_DIM + offs_d[None, :]
+        mask = tl.broadcast_to(mask_d[None, :], at.shape)
+        tl.store(part_ptr + at, to_e4m3(x), mask=mask)
+
+
+@triton.jit
+def _halves(hot_ptr, first, offs_d, HEAD_DIM: tl.constexpr):
+    """Half of 16 rows of the page, [16, channels] fp32; 16 divides the page."""
+    at = (first + tl.arange(0, ROWS))[:, None] * HEAD_DIM + offs_d[None, :]
+    mask = tl.broadcast_to((offs_d < HEAD_DIM)[None, :], at.shape)
+    return tl.load(hot_ptr + at, mask=mask, other=0.0).to(tl.float32) * 0.5
+
+
+def kernels(side: Fp8) -> SideKernels:
+    return SideKernels(load_tile, folded=not side.centred, seal=seal)

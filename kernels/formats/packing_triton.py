@@ -1,0 +1,154 @@
+"""The layout of `packing.py` for Triton: codes out of a page, and into one."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kvmesh.kernels.formats.tiles_triton import load, padded
+
+
+@triton.constexpr_function
+def packed_bytes(width: int, page_size: int, head_dim: int) -> int:
+    return page_size * head_dim * width // 8
+
+
+@triton.jit
+def load_codes(
+    part_ptr, n, d, mask, SIDE: tl.constexpr, PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr
+):
+    """Codes less half their range, int32.
+
+    n, d: slots and channels, int32 of shapes that broadcast to the result's
+    mask: where there is a code, or None for everywhere; elsewhere what comes is finite
+    """
+    WIDTH: tl.constexpr = SIDE.width
+    BITS: tl.constexpr = 2 if WIDTH == 3 else WIDTH
+    PLANES: tl.constexpr = 8 // BITS
+    BLOCK: tl.constexpr = min(64, PAGE_SIZE)
+    block = n // BLOCK
+    if SIDE.values:
+        ROWS: tl.constexpr = HEAD_DIM // PLANES
+        COLUMNS: tl.constexpr = BLOCK
+        plane, row, column = d // ROWS, d % ROWS, n % BLOCK
+    else:
+        ROWS: tl.constexpr = BLOCK // PLANES
+        COLUMNS: tl.constexpr = HEAD_DIM
+        plane, row, column = n % PLANES, (n % BLOCK) // PLANES, d
+    at = (block * ROWS + row) * COLUMNS + column
+    byte = load(part_ptr + at, mask).to(tl.int32)
+    if WIDTH == 8:
+        codes = byte
+    else:
+        HALF_RANGE: tl.constexpr = 1 << (WIDTH - 1)
+        codes = (byte >> (plane * BITS)) & ((1 << BITS) - 1)
+        if WIDTH == 3:
+            HALF: tl.constexpr = COLUMNS // 2
+            at = (block * ROWS + row) * HALF + column % HALF + PAGE_SIZE * HEAD_DIM // 4
+            high = load(part_ptr + at, mask).to(tl.int32)
+            codes |= ((high >> _high_bit(plane, column // HALF)) & 1) << 2
+        # The top plane's highest bit is stored flipped.
+        codes = (codes ^ tl.where(plane == PLANES - 1, HALF_RANGE, 0)) - HALF_RANGE
+    return codes
+
+
+@triton.jit
+def _high_bit(plane, half):
+    """Where width 3 keeps a plane's high bit, by half of the columns: 2, 4, 6, 7 and 1, 3, 5, 0."""
+    return tl.where(
+        half == 0, tl.where(plane == 3, 7, 2 * plane + 2), tl.where(plane == 3, 0, 2 * plane + 1)
+    )
+
+
+# ------------------------------------------------------------------ sealing
+#
+# A block of a page is held as [N, D], both padded to powers of two *in parts*, so
+# that a reshape finds the planes: tokens in two halves, channels in two halves
+# (keys) or in planes (values).
+
+
+@triton.constexpr_function
+def block_tokens(page_size: int) -> int:
+    return min(64, page_size)
+
+
+@triton.constexpr_function
+def channel_parts(side, head_dim: int) -> int:
+    return {8: 1, 4: 2, 3: 4, 2: 4}[side.width] if side.values else 2
+
+
+@triton.jit
+def block_slots(PAGE_SIZE: tl.constexpr):
+    """Slots in the padded order, [N] int32, and which are there."""
+    HALF: tl.constexpr = block_tokens(PAGE_SIZE) // 2
+    PAD: tl.constexpr = padded(HALF)
+    offs = tl.arange(0, 2 * PAD)
+    return (offs // PAD) * HALF + offs % PAD, offs % PAD < HALF
+
+
+@triton.jit
+def block_channels(SIDE: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Channels in the padded order, [D] int32, and which are there."""
+    PARTS: tl.constexpr = channel_parts(SIDE, HEAD_DIM)
+    SPAN: tl.constexpr = HEAD_DIM // PARTS
+    PAD: tl.constexpr = padded(SPAN)
+    offs = tl.arange(0, PARTS * PAD)
+    return (offs // PAD) * SPAN + offs % PAD, offs % PAD < SPAN
+
+
+@triton.jit
+def store_codes(
+    codes, part_ptr, block, SIDE: tl.constexpr, PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr
+):
+    """codes [N, D] int32 of a block, in the orders of `block_slots` and `block_channels`."""
+    WIDTH: tl.constexpr = SIDE.width
+    BITS: tl.constexpr = 2 if WIDTH == 3 else WIDTH
+    PLANES: tl.constexpr = 8 // BITS
+    BLOCK: tl.constexpr = block_tokens(PAGE_SIZE)
+    HALF_N: tl.constexpr = BLOCK // 2
+    PAD_N: tl.constexpr = padded(HALF_N)
+    N: tl.constexpr = codes.shape[0]
+    D: tl.constexpr = codes.shape[1]
+    planes = tl.arange(0, PLANES)
+    low_bits = planes * BITS
+    flip = tl.where(planes == PLANES - 1, 1 << (WIDTH - 1), 0)
+    codes_ptr = part_ptr + block * (BLOCK * HEAD_DIM // PLANES)
+    if SIDE.values:
+        SPAN: tl.constexpr = HEAD_DIM // PLANES
+        PAD: tl.constexpr = D // PLANES
+        x = codes.reshape(N, PLANES, PAD) ^ flip[None, :, None]
+        low = tl.sum((x & ((1 << BITS) - 1)) << low_bits[None, :, None], 1)  # [N, PAD]
+        slots, mask_n = block_slots(PAGE_SIZE)
+        rows = tl.arange(0, PAD)
+        mask = mask_n[:, None] & (rows < SPAN)[None, :]
+        tl.store(codes_ptr + rows[None, :] * BLOCK + slots[:, None], low.to(tl.int8), mask=mask)
+    else:
+        ROWS: tl.constexpr = N // PLANES
+        x = codes.reshape(ROWS, PLANES, D) ^ flip[None, :, None]
+        low = tl.sum((x & ((1 << BITS) - 1)) << low_bits[None, :, None], 1)  # [ROWS, D]
+        channels, mask_d = block_channels(SIDE, HEAD_DIM)
+        at = tl.arange(0, ROWS)
+        rows = (at // (PAD_N // PLANES)) * (HALF_N // PLANES) + at % (PAD_N // PLANES)
+        mask_r = at % (PAD_N // PLANES) < HALF_N // PLANES
+        mask = mask_r[:, None] & mask_d[None, :]
+        tl.store(
+            codes_ptr + rows[:, None] * HEAD_DIM + channels[None, :], low.to(tl.int8), mask=mask
+        )
+    if WIDTH == 3:
+        high_ptr = part_ptr + PAGE_SIZE * HEAD_DIM // 4 + block * (BLOCK * HEAD_DIM // 8)
+        halves = tl.arange(0, 2)
+        if SIDE.values:
+            bit = _high_bit(planes[None, :], halves[:, None])  # [2, PLANES]
+            y = (x >> 2).reshape(2, PAD_N, PLANES, PAD) << bit[:, None, :, None]
+            high = tl.sum(tl.sum(y, 2), 0)  # [PAD_N, PAD]
+            offs_n = tl.arange(0, PAD_N)
+            mask = (offs_n < HALF_N)[:, None] & (rows < SPAN)[None, :]
+            to = rows[None, :] * HALF_N + offs_n[:, None]
+        else:
+            bit = _high_bit(planes[:, None], halves[None, :])  # [PLANES, 2]
+            y = (x >> 2).reshape(ROWS, PLANES, 2, D // 2) << bit[None, :, :, None]
+            high = tl.sum(tl.sum(y, 1), 1)  # [ROWS, D / 2]
+            offs_d = tl.arange(0, D // 2)
+            mask = mask_r[:, None] & (offs_d < HEAD_DIM // 2)[None, :]
+            to = rows[:, None] * (HEAD_DIM // 2) + offs_d[None, :]
+        tl.store(high_ptr + to, high.to(tl.int8), mask=mask)

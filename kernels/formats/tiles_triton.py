@@ -1,0 +1,146 @@
+"""What a side supplies to the Triton kernels, and the stored numbers they all read and write.
+
+A kernel gets a side as a compile-time value, as the side is: `SIDE.width` and
+the rest are constants in it. Pages are bytes; a part's numbers are reached by
+reading its pointer as that of another type.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from kvmesh.kernels.formats.base import KVFormat, Side
+from kvmesh.kernels.formats.codebook.side import Codebook
+
+SCALE_FLOOR = tl.constexpr(2.0**-125)
+BF16_MAX = tl.constexpr(3.3895313892515355e38)
+
+
+@dataclass(frozen=True, slots=True)
+class SideKernels:
+    """The Triton functions of a side.
+
+    load: (part_ptr, first_slot, SIDE, PAGE_SIZE, HEAD_DIM, BLOCK_N, BLOCK_D, DTYPE) ->
+        tile, scale, offset: BLOCK_N tokens of one page of one head from first_slot on,
+        tile [BLOCK_N, BLOCK_D] in DTYPE, channels from HEAD_DIM on finite; the numbers
+        are tile * scale[:, None] + offset[:, None]
+    folded: whether scale and offset, [BLOCK_N] fp32, are there; otherwise the tile is
+        the numbers
+    seal: (hot_ptr, part_ptr, SIDE, PAGE_SIZE, HEAD_DIM): encode one page of one head,
+        [PAGE_SIZE, HEAD_DIM] of the compute dtype, into this side's part
+    """
+
+    load: Any
+    folded: bool
+    seal: Any
+
+
+def why_no_kernels(fmt: KVFormat) -> str | None:
+    """What keeps the format on CPUs; None where nothing does."""
+    for side in (fmt.k, fmt.v):
+        if side.calibrated:
+            return f"it needs calibration ({', '.join(side.calibrated)})"
+        if isinstance(side, Codebook) and side.residual:
+            return "it keeps residual signs, for comparison"
+    return None
+
+
+def format_kernels(fmt: KVFormat) -> tuple[SideKernels, SideKernels]:
+    """Of keys and of values. Raises ValueError for formats that run on CPUs only."""
+    reason = why_no_kernels(fmt)
+    if reason:
+        raise ValueError(f"fmt: {fmt.name} has no GPU kernels, because {reason}")
+    return fmt.k.kernels(), fmt.v.kernels()
+
+
+@triton.constexpr_function
+def run_length(side: Side, page_size: int, head_dim: int) -> int:
+    return side.run_length(page_size, head_dim)
+
+
+@triton.constexpr_function
+def padded(n: int) -> int:
+    """The next power of two."""
+    return triton.next_power_of_2(n)
+
+
+@triton.jit
+def from_bf16(bits):
+    """int16 bits -> fp32"""
+    return (bits.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def from_e5m3(code):
+    """int8 -> fp32, see scales.py"""
+    return (((code.to(tl.int32) & 255) << 20) + (107 << 23)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def to_bf16(x):
+    """fp32 -> int16 bits, rounded to the nearest even; the interpreter's own conversion cuts."""
+    bits = x.to(tl.int32, bitcast=True)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.int16)
+
+
+@triton.jit
+def to_e5m3(x):
+    """Positive fp32 -> int8 code of the nearest"""
+    x = tl.minimum(tl.maximum(x, 2.0**-20), 3840.0)
+    code = ((x.to(tl.int32, bitcast=True) + (1 << 19)) >> 20) - (107 << 3)
+    return tl.minimum(tl.maximum(code, 0), 255).to(tl.int8)
+
+
+@triton.jit
+def load(ptr, mask):
+    """0 where the mask says so; mask None for everywhere"""
+    if mask is None:
+        return tl.load(ptr)
+    else:
+        return tl.load(ptr, mask=mask, other=0)
+
+
+@triton.jit
+def as_int16(ptr):
+    return ptr.to(tl.pointer_type(tl.int16), bitcast=True)
+
+
+@triton.jit
+def load_bf16(ptr, index, mask=None):
+    """ptr: of bytes; index in numbers"""
+    return from_bf16(load(as_int16(ptr) + index, mask))
+
+
+@triton.jit
+def load_scale(ptr, index, mask, SCALE: tl.constexpr):
+    """SCALE: "bf16" or "e5m3\""""
+    if SCALE == "bf16":
+        return load_bf16(ptr, index, mask)
+    else:
+        return from_e5m3(load(ptr + index, mask))
+
+
+@triton.jit
+def store_bf16(ptr, index, x, mask):
+    tl.store(as_int16(ptr) + index, to_bf16(x), mask=mask)
+
+
+@triton.jit
+def store_scale(ptr, index, x, mask, SCALE: tl.constexpr):
+    if SCALE == "bf16":
+        store_bf16(ptr, index, x, mask)
+    else:
+        tl.store(ptr + index, to_e5m3(x), mask=mask)
+
+
+@triton.jit
+def rounded_scale(x, SCALE: tl.constexpr):
+    """The scale as it will be read."""
+    if SCALE == "bf16":
+        return from_bf16(to_bf16(x))
+    else:
+        return from_e5m3(to_e5m3(x))
