@@ -64,11 +64,10 @@ def describe(fmt: KVFormat, head_dim: int, page_size: int) -> FormatLine:
         bits: float | None = fmt.bits_per_element(page_size, head_dim)
     except ValueError:  # not every format goes with every head_dim
         bits = None
-    k_bits, v_bits = (None, None) if bits is None else _sides(fmt, bits)
     return FormatLine(
         name=fmt.name,
-        k_bits=k_bits,
-        v_bits=v_bits,
+        k_bits=None if bits is None else fmt.k.bits_per_element(page_size, head_dim),
+        v_bits=None if bits is None else fmt.v.bits_per_element(page_size, head_dim),
         bits=bits,
         capacity=None if bits is None else BF16_BITS / bits,
         sink_pages=fmt.sink_pages,
@@ -76,14 +75,6 @@ def describe(fmt: KVFormat, head_dim: int, page_size: int) -> FormatLine:
         needs_calibration=fmt.needs_calibration,
         aliases=fmt.aliases,
     )
-
-
-def _sides(fmt: KVFormat, bits: float) -> tuple[float, float]:
-    """Bits of keys and of values: their codes, and of the metadata a half each."""
-    if not fmt.k_bits:
-        return bits, bits
-    metadata = bits - (fmt.k_bits + fmt.v_bits) / 2
-    return fmt.k_bits + metadata, fmt.v_bits + metadata
 
 
 def _table(lines: list[FormatLine]) -> Table:

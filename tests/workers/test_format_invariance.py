@@ -38,6 +38,7 @@ def test_output_depends_on_the_prompt_alone(name: str, model: Path) -> None:
     config = EngineConfig(
         model=str(model),
         kv_format=name,
+        kv_probe="off",
         page_size=16,
         dtype="float32",
         device="cpu",
