@@ -57,6 +57,7 @@ def make_engine(kv_format: str, max_num_seqs: int = 16) -> Engine:
         kv_memory_bytes=3 << 30,
         max_num_seqs=max_num_seqs,
         prefix_cache=False,
+        kv_probe="off",
     )
     return Engine(config, local_executor(config))
 

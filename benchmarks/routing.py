@@ -33,7 +33,7 @@ from kvmesh.kernels.formats.registry import get_format
 GROUPS = 8
 OVERLOAD = 5.0
 MILLION = 1 << 20
-CURVE = (0.85, 0.9, 0.95, 1.05)
+CURVE = (0.85, 0.9, 0.95, 1.05, 1.15, 1.3)
 CURVE_POLICIES = ("vllm-dp", "prefix-tree", "dynamo", "kvmesh")
 
 
@@ -136,7 +136,7 @@ def measure(name: str, folder: Path, rate: float | None) -> dict[str, object]:
     curve["1.00"] = [x for x in at_load if x.policy in CURVE_POLICIES]
     injected: list[tuple[float, int, Summary]] = []
     if bench.setting.inject:
-        for share in (0.5, 0.7, 0.8):
+        for share in (0.5, 0.7, 0.8, 0.9, 1.0):
             for policy in ("dynamo", "prefix-tree", "kvmesh"):
                 for count in (0, 1, 3):
                     injected.append((share, count, bench.run(policy, rate * share, count)))

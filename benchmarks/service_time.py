@@ -56,6 +56,7 @@ class Watched:
         self._inner = local_executor(config)
         self.num_ranks = self._inner.num_ranks
         self.describe = self._inner.describe
+        self.divergences = self._inner.divergences
         self.allocate = self._inner.allocate
         self.close = self._inner.close
         self.last: StepPlan | None = None
@@ -193,6 +194,7 @@ def main() -> None:
         max_num_seqs=MAX_SEQS,
         max_num_batched_tokens=BUDGET_TOKENS,
         prefix_cache=False,
+        kv_probe="off",
     )
     watched = Watched(config)
     engine = Engine(config, watched)

@@ -20,6 +20,7 @@ from kvmesh.client.types import (
     Completion,
     Delta,
     Estimate,
+    Explanation,
     Loads,
     ModelInfo,
     Tokens,
@@ -125,6 +126,13 @@ class AsyncClient:
     async def abort(self, request_id: str, *, timeout_s: float | None = DEFAULT_TIMEOUT_S) -> bool:
         """End a request of the same key; returns whether there was one."""
         return (await self._run(self._core.abort(request_id, timeout_s))).aborted
+
+    async def explain(
+        self, request_id: str, *, timeout_s: float | None = DEFAULT_TIMEOUT_S
+    ) -> Explanation:
+        """What was decided of a request of the same key, and why; no decisions if not known."""
+        reply = await self._run(self._core.explain(request_id, timeout_s))
+        return responses.mirror(Explanation, reply)
 
     async def model_info(self, *, timeout_s: float | None = DEFAULT_TIMEOUT_S) -> ModelInfo:
         """The served model and its groups."""

@@ -75,6 +75,9 @@ class Core:
     def abort(self, request_id: str, timeout_s: float | None) -> UnaryFlow[pb.AbortResponse]:
         return self._unary(transport.ABORT, pb.AbortRequest(request_id=request_id), timeout_s)
 
+    def explain(self, request_id: str, timeout_s: float | None) -> UnaryFlow[pb.ExplainResponse]:
+        return self._unary(transport.EXPLAIN, pb.ExplainRequest(request_id=request_id), timeout_s)
+
     def model_info(self, timeout_s: float | None) -> UnaryFlow[pb.GetModelInfoResponse]:
         return self._unary(transport.GET_MODEL_INFO, pb.GetModelInfoRequest(), timeout_s)
 

@@ -102,6 +102,8 @@ class FakeServer:
                     projected_wait_s=0.0,
                     group="fake",
                 )
+            case pb.ExplainRequest():
+                return pb.ExplainResponse(request_id=request.request_id)
             case pb.GetModelInfoRequest():
                 return pb.GetModelInfoResponse(model="fake", max_model_len=8192, vocab_size=50000)
             case _:

@@ -53,6 +53,7 @@ GENERATE_STREAM = Method("GenerateStream", pb.GenerateRequest, pb.GenerateStream
 TOKENIZE = Method("Tokenize", pb.TokenizeRequest, pb.TokenizeResponse)
 ABORT = Method("Abort", pb.AbortRequest, pb.AbortResponse)
 ESTIMATE_BUDGET = Method("EstimateBudget", pb.EstimateBudgetRequest, pb.EstimateBudgetResponse)
+EXPLAIN = Method("Explain", pb.ExplainRequest, pb.ExplainResponse)
 GET_MODEL_INFO = Method("GetModelInfo", pb.GetModelInfoRequest, pb.GetModelInfoResponse)
 GET_LOADS = Method("GetLoads", pb.GetLoadsRequest, pb.GetLoadsResponse)
 

@@ -135,7 +135,10 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class GroupEstimate:
-    """What a request would need on one group. Pages of one rank, bytes of all."""
+    """What a request would need on one group. Pages of one rank, bytes of all.
+
+    cost_s: what placement compares, in seconds of time to first token
+    """
 
     group: str
     kv_format: str
@@ -149,6 +152,25 @@ class GroupEstimate:
     feasible_ever: bool
     projected_wait_s: float | None
     reason: str
+    cost_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class PlacementDecision:
+    """What was decided of a request, and every group as it was then; `group` is "" if nowhere."""
+
+    age_s: float
+    outcome: str
+    group: str
+    groups: tuple[GroupEstimate, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """All that was decided of a request, oldest first; nothing if it is not known."""
+
+    request_id: str
+    decisions: tuple[PlacementDecision, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,7 +285,12 @@ class GroupLedger:
 
 @dataclass(frozen=True, slots=True)
 class RouterLoads:
-    """The router's queue and ledger; `expired_total` leases nobody had released."""
+    """The router's queue and ledger.
+
+    expired_total: leases nobody had released
+    audits_total, audit_faults_total: engines' reports compared with the ledger, and those
+        that did not agree with it
+    """
 
     epoch: int
     queue_length: int
@@ -274,6 +301,8 @@ class RouterLoads:
     released_total: int
     expired_total: int
     refused_total: Mapping[str, int]
+    audits_total: int
+    audit_faults_total: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,17 +27,17 @@ from kvmesh.cluster.ingress.codec import ModelCodec
 from kvmesh.cluster.ingress.service import IngressService
 from kvmesh.cluster.ingress.validate import MAX_ID_CHARS, Limits
 from kvmesh.cluster.metrics import EngineMeters, IngressMeters, RouterMeters
-from kvmesh.cluster.peers import ClusterStatus, EngineReport, StreamOpened
+from kvmesh.cluster.peers import ClusterStatus, EngineReport, Explained, StreamOpened
 from kvmesh.cluster.rank_actors import RankActors, RankResources
 from kvmesh.cluster.ray_meters import RayMeterFactory
 from kvmesh.cluster.router_service import RouterService
 from kvmesh.cluster.routing.config import RouterConfig
-from kvmesh.cluster.routing.request import Estimate, Placement, PlaceRequest
+from kvmesh.cluster.routing.request import Estimate, Growth, Placement, PlaceRequest
 from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.leader import EngineLeader
 from kvmesh.workers.model.source import resolve_model
-from kvmesh.workers.request import EngineRequest, SequenceDelta
+from kvmesh.workers.request import EngineRequest, LeaseTerms, PageChanges, SequenceDelta
 
 logger = logging.getLogger("ray.serve")
 
@@ -77,8 +77,11 @@ class Engine:
         finally:
             await stream.aclose()
 
-    async def report(self) -> EngineReport | Failure:
-        return await outcome(self._service.report())
+    async def extend(self, request_ids: list[str], lease: LeaseTerms) -> None | Failure:
+        return await outcome(self._service.extend(request_ids, lease))
+
+    async def report(self, pages_after: int) -> tuple[EngineReport, PageChanges] | Failure:
+        return await outcome(self._service.report(pages_after))
 
     async def check_health(self) -> None:
         self._service.check_health()
@@ -104,7 +107,9 @@ class Router:
     def __init__(self, engines: Mapping[str, DeploymentHandle[Any]], config: ClusterConfig) -> None:
         clients = {group: ServeEngineClient(handle) for group, handle in engines.items()}
         settings = RouterConfig(
-            queue_limit=config.router.max_queued, lease_ttl_s=config.router.lease_ttl_s
+            queue_limit=config.router.max_queued,
+            lease_ttl_s=config.router.lease_ttl_s,
+            tenants=config.router.policies(),
         )
         self._service = RouterService(
             clients,
@@ -114,17 +119,33 @@ class Router:
         )
         self._following = asyncio.create_task(self._service.follow())
 
-    async def place(self, request: PlaceRequest, supersede: bool) -> Placement | Failure:
-        return await outcome(self._service.place(request, supersede=supersede))
+    async def place(
+        self, request: PlaceRequest, ticket: str, supersede: bool
+    ) -> Placement | Failure:
+        return await outcome(self._service.place(request, ticket=ticket, supersede=supersede))
 
-    async def release(self, lease_id: str) -> None | Failure:
-        return await outcome(self._service.release(lease_id))
+    async def begun(self, lease_id: str) -> None | Failure:
+        return await outcome(self._service.begun(lease_id))
+
+    async def grow(
+        self, lease_id: str, request: PlaceRequest, output_tokens: int
+    ) -> Growth | None | Failure:
+        return await outcome(self._service.grow(lease_id, request, output_tokens))
+
+    async def release(self, lease_id: str, output_tokens: int | None) -> None | Failure:
+        return await outcome(self._service.release(lease_id, output_tokens))
 
     async def abort(self, request_id: str) -> bool | Failure:
         return await outcome(self._service.abort(request_id))
 
+    async def withdraw(self, request_id: str, ticket: str) -> None | Failure:
+        return await outcome(self._service.withdraw(request_id, ticket))
+
     async def estimate(self, request: PlaceRequest) -> Estimate | Failure:
         return await outcome(self._service.estimate(request))
+
+    async def explain(self, request_id: str) -> tuple[Explained, ...] | Failure:
+        return await outcome(self._service.explain(request_id))
 
     async def suspect(self, group: str, epoch: str) -> None | Failure:
         return await outcome(self._service.suspect(group, epoch))
@@ -207,6 +228,12 @@ class Ingress:
         return await self._answer(
             "EstimateBudget", request, grpc_context, call, pb.EstimateBudgetResponse()
         )
+
+    async def Explain(
+        self, request: object, grpc_context: RayServegRPCContext
+    ) -> pb.ExplainResponse:
+        call = self._service.explain(request, grpc_context.invocation_metadata())
+        return await self._answer("Explain", request, grpc_context, call, pb.ExplainResponse())
 
     async def GetModelInfo(
         self, request: object, grpc_context: RayServegRPCContext

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from kvmesh.cluster.routing.fairness import TenantPolicy
 from kvmesh.kernels.formats.registry import format_names, get_format
 from kvmesh.workers.config import PAGE_SIZES, EngineConfig
 from kvmesh.workers.errors import ConfigError
@@ -55,6 +56,10 @@ class EngineSection(_Section):
 
     kv_format: FormatName = Field(
         default="int8", description=f"How sealed KV pages are encoded: {', '.join(format_names())}"
+    )
+    calibration: str | None = Field(
+        default=None,
+        description="File of `kvmesh calibrate`, the same on every node; for formats that need one",
     )
     page_size: int = Field(
         default=64, description=f"Tokens a page: one of {', '.join(map(str, PAGE_SIZES))}"
@@ -98,6 +103,11 @@ class EngineSection(_Section):
     )
     cuda_graphs: bool = Field(
         default=False, description="Replay decode steps from CUDA graphs; no effect on CPUs"
+    )
+    kv_probe: Literal["off", "warn", "refuse"] = Field(
+        default="warn",
+        description="Measure at load what the KV format does to the model; where it hurts, "
+        "warn or refuse",
     )
     cpus_per_rank: float = Field(
         default=1.0, ge=0, description="CPUs a rank asks Ray for (logical, not threads)"
@@ -162,6 +172,17 @@ class AuthSection(_Section):
     )
 
 
+class TenantSection(_Section):
+    """What one tenant may use."""
+
+    weight: float = Field(
+        default=1.0, gt=0, allow_inf_nan=False, description="Share of KV memory beside others'"
+    )
+    quota_bytes: Bytes | None = Field(
+        default=None, description="Most KV bytes leased to it at once; null: no limit"
+    )
+
+
 class RouterSection(_Section):
     """Who gets which group's pages, and who waits."""
 
@@ -173,6 +194,17 @@ class RouterSection(_Section):
         default=60.0, description="Seconds after which a lease no engine reports is taken back"
     )
     report_period_s: Seconds = Field(default=1.0, description="Seconds between engines' reports")
+    tenants: dict[str, TenantSection] = Field(
+        default_factory=dict,
+        description="By name: weight (1) and quota_bytes (no limit); others have the defaults",
+    )
+
+    def policies(self) -> dict[str, TenantPolicy]:
+        """What the router's account of tenants takes."""
+        return {
+            name: TenantPolicy(tenant.weight, tenant.quota_bytes)
+            for name, tenant in self.tenants.items()
+        }
 
 
 class MetricsSection(_Section):
@@ -231,6 +263,9 @@ class ClusterConfig(_Section):
     def engine_config(self) -> EngineConfig:
         """What each group's engine is built from; raises ConfigError naming the field."""
         values = self.engine.model_dump(exclude={"cpus_per_rank"})
+        if self.engine.calibration is not None:
+            # Ranks run in directories of their own.
+            values["calibration"] = str(Path(self.engine.calibration).expanduser().absolute())
         try:
             return EngineConfig(model=self.model, **values)
         except ConfigError as error:

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Protocol
 
-from kvmesh.cluster.ingress.errors import EngineLostError
+from kvmesh.cluster.ingress.errors import EngineLostError, RequestAbortedError
 from kvmesh.cluster.metrics import EngineMeters
 from kvmesh.cluster.peers import EngineReport, StreamOpened
 from kvmesh.workers.errors import DrainingError, WorkerDiedError
-from kvmesh.workers.request import EngineInfo, EngineLoads, EngineRequest, SequenceDelta
+from kvmesh.workers.request import (
+    EngineInfo,
+    EngineLoads,
+    EngineRequest,
+    LeaseTerms,
+    PageChanges,
+    SequenceDelta,
+)
+
+ABORTED_LIMIT = 4096
 
 
 class Leader(Protocol):
@@ -23,6 +33,10 @@ class Leader(Protocol):
     async def submit(self, request: EngineRequest) -> None: ...
 
     async def abort(self, request_id: str) -> bool: ...
+
+    async def extend(self, request_ids: Sequence[str], lease: LeaseTerms) -> None: ...
+
+    def page_changes(self, version: int) -> PageChanges: ...
 
     def outputs(self, client_id: str) -> AsyncIterator[list[SequenceDelta]]: ...
 
@@ -42,6 +56,9 @@ class EngineService:
         self._leader = leader
         self._meters = meters
         self._draining = False
+        # Sequences that were not here when they were aborted, oldest first: most have ended,
+        # some are on their way. Their ids are never used again.
+        self._aborted: OrderedDict[str, None] = OrderedDict()
 
     async def start(self) -> EngineInfo:
         """Wait until the ranks have loaded; raises what kept them from it."""
@@ -50,7 +67,12 @@ class EngineService:
         return info
 
     async def submit(self, request: EngineRequest, epoch: str) -> None:
-        """See EngineClient. A leader that drains counts as lost: the request goes elsewhere."""
+        """See EngineClient. A leader that drains counts as lost: the request goes elsewhere.
+
+        Raises RequestAbortedError for a sequence that was aborted before it came.
+        """
+        if request.request_id in self._aborted:
+            raise RequestAbortedError()
         if self._leader.failed is not None or self._leader.info().epoch != epoch:
             raise EngineLostError()
         try:
@@ -59,8 +81,19 @@ class EngineService:
             raise EngineLostError() from None
 
     async def abort(self, request_ids: Sequence[str]) -> int:
-        ended = [await self._leader.abort(request_id) for request_id in request_ids]
-        return sum(ended)
+        ended = 0
+        for request_id in request_ids:
+            if await self._leader.abort(request_id):
+                ended += 1
+            else:
+                self._aborted[request_id] = None
+        while len(self._aborted) > ABORTED_LIMIT:
+            self._aborted.popitem(last=False)
+        return ended
+
+    async def extend(self, request_ids: Sequence[str], lease: LeaseTerms) -> None:
+        """See EngineClient."""
+        await self._leader.extend(request_ids, lease)
 
     async def outputs(
         self, client_id: str
@@ -76,14 +109,15 @@ class EngineService:
             if isinstance(stream, AsyncGenerator):
                 await stream.aclose()
 
-    async def report(self) -> EngineReport:
-        """Raises EngineLostError once the engine has failed."""
+    async def report(self, pages_after: int = 0) -> tuple[EngineReport, PageChanges]:
+        """See EngineClient. Raises EngineLostError once the engine has failed."""
         self.check_health()
         loads = self._leader.loads()
         self._meters.loads(loads)
-        return EngineReport(
+        report = EngineReport(
             self._leader.info(), loads, self._meters.latencies(), draining=self._draining
         )
+        return report, self._leader.page_changes(pages_after)
 
     def check_health(self) -> None:
         """Raises EngineLostError when the engine has failed, so that it is replaced."""

@@ -17,11 +17,11 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from kvmesh.cluster.ingress.errors import EngineLostError, IngressError, NotReadyError
-from kvmesh.cluster.peers import ClusterStatus, EngineReport, StreamOpened
+from kvmesh.cluster.peers import ClusterStatus, EngineReport, Explained, StreamOpened
 from kvmesh.cluster.routing.errors import RoutingError
-from kvmesh.cluster.routing.request import Estimate, Placement, PlaceRequest
+from kvmesh.cluster.routing.request import Estimate, Growth, Placement, PlaceRequest
 from kvmesh.workers.errors import EngineError
-from kvmesh.workers.request import EngineRequest, SequenceDelta
+from kvmesh.workers.request import EngineRequest, LeaseTerms, PageChanges, SequenceDelta
 
 T = TypeVar("T")
 
@@ -104,10 +104,15 @@ class ServeEngineClient:
         finally:
             await stream.aclose()
 
-    async def report(self) -> EngineReport:
-        report = await self._caller.call("report", timeout_s=ENGINE_CALL_TIMEOUT_S)
-        assert isinstance(report, EngineReport)
-        return report
+    async def extend(self, request_ids: Sequence[str], lease: LeaseTerms) -> None:
+        await self._caller.call("extend", list(request_ids), lease, timeout_s=ENGINE_CALL_TIMEOUT_S)
+
+    async def report(self, pages_after: int = 0) -> tuple[EngineReport, PageChanges]:
+        report, changes = await self._caller.call(
+            "report", pages_after, timeout_s=ENGINE_CALL_TIMEOUT_S
+        )
+        assert isinstance(report, EngineReport) and isinstance(changes, PageChanges)
+        return report, changes
 
 
 class ServeRouterClient:
@@ -116,22 +121,42 @@ class ServeRouterClient:
     def __init__(self, handle: DeploymentHandle[Any]) -> None:
         self._caller = _Caller(handle, NotReadyError)
 
-    async def place(self, request: PlaceRequest, *, supersede: bool = False) -> Placement:
+    async def place(
+        self, request: PlaceRequest, *, ticket: str, supersede: bool = False
+    ) -> Placement:
         # The router itself keeps the time of what waits there.
-        placement = await self._caller.call("place", request, supersede, timeout_s=None)
+        placement = await self._caller.call("place", request, ticket, supersede, timeout_s=None)
         assert isinstance(placement, Placement)
         return placement
 
-    async def release(self, lease_id: str) -> None:
-        await self._caller.call("release", lease_id, timeout_s=ROUTER_CALL_TIMEOUT_S)
+    async def begun(self, lease_id: str) -> None:
+        await self._caller.call("begun", lease_id, timeout_s=ROUTER_CALL_TIMEOUT_S)
+
+    async def grow(self, lease_id: str, request: PlaceRequest, output_tokens: int) -> Growth | None:
+        growth = await self._caller.call(
+            "grow", lease_id, request, output_tokens, timeout_s=ROUTER_CALL_TIMEOUT_S
+        )
+        assert growth is None or isinstance(growth, Growth)
+        return growth
+
+    async def release(self, lease_id: str, output_tokens: int | None = None) -> None:
+        await self._caller.call("release", lease_id, output_tokens, timeout_s=ROUTER_CALL_TIMEOUT_S)
 
     async def abort(self, request_id: str) -> bool:
         return bool(await self._caller.call("abort", request_id, timeout_s=ROUTER_CALL_TIMEOUT_S))
+
+    async def withdraw(self, request_id: str, ticket: str) -> None:
+        await self._caller.call("withdraw", request_id, ticket, timeout_s=ROUTER_CALL_TIMEOUT_S)
 
     async def estimate(self, request: PlaceRequest) -> Estimate:
         estimate = await self._caller.call("estimate", request, timeout_s=ROUTER_CALL_TIMEOUT_S)
         assert isinstance(estimate, Estimate)
         return estimate
+
+    async def explain(self, request_id: str) -> tuple[Explained, ...]:
+        explained = await self._caller.call("explain", request_id, timeout_s=ROUTER_CALL_TIMEOUT_S)
+        assert isinstance(explained, tuple)
+        return explained
 
     async def suspect(self, group: str, epoch: str) -> None:
         await self._caller.call("suspect", group, epoch, timeout_s=ROUTER_CALL_TIMEOUT_S)

@@ -14,11 +14,14 @@ import numpy as np
 import numpy.typing as npt
 
 from kvmesh.cluster.routing.aio import RouterStatus
-from kvmesh.cluster.routing.request import Estimate, Placement, PlaceRequest
+from kvmesh.cluster.routing.request import Estimate, Growth, Placement, PlaceRequest
+from kvmesh.cluster.routing.verdict import Verdicts
 from kvmesh.workers.request import (
     EngineInfo,
     EngineLoads,
     EngineRequest,
+    LeaseTerms,
+    PageChanges,
     SequenceDelta,
 )
 
@@ -79,6 +82,21 @@ class ClusterStatus:
     released_total: int = 0
     expired_total: int = 0
     refused_total: Mapping[str, int] = field(default_factory=dict)
+    audits_total: int = 0
+    audit_faults_total: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Explained:
+    """One decision about a request.
+
+    age_s: how long ago; group: where it was placed, or empty; verdicts: of every group
+    """
+
+    age_s: float
+    outcome: str
+    group: str
+    verdicts: Verdicts
 
 
 class EngineClient(Protocol):
@@ -91,32 +109,56 @@ class EngineClient(Protocol):
         """
 
     async def abort(self, request_ids: Sequence[str]) -> int:
-        """End sequences; how many were live."""
+        """End sequences; how many were live. The others are refused if they come later."""
 
     def outputs(self, client_id: str) -> AsyncGenerator[StreamOpened | list[SequenceDelta], None]:
         """All output of a client's sequences; closing it aborts them."""
 
-    async def report(self) -> EngineReport:
-        """How it is."""
+    async def extend(self, request_ids: Sequence[str], lease: LeaseTerms) -> None:
+        """The lease of these sequences has grown; `lease` is each one's part."""
+
+    async def report(self, pages_after: int = 0) -> tuple[EngineReport, PageChanges]:
+        """How it is, and what its prefix cache gained and lost after a version of it."""
 
 
 class RouterClient(Protocol):
     """The router. Request ids are prefixed with their tenant by the caller."""
 
-    async def place(self, request: PlaceRequest, *, supersede: bool = False) -> Placement:
+    async def place(
+        self, request: PlaceRequest, *, ticket: str, supersede: bool = False
+    ) -> Placement:
         """Wait for a lease; raises the tree of routing/errors.py.
 
+        ticket: of this very call, to withdraw it by
         supersede: an older incarnation of the request is ended first
         """
 
-    async def release(self, lease_id: str) -> None:
-        """End a lease; again is harmless."""
+    async def begun(self, lease_id: str) -> None:
+        """The lease's first token is out."""
+
+    async def grow(self, lease_id: str, request: PlaceRequest, output_tokens: int) -> Growth | None:
+        """Extend a lease before a sequence of it goes on to `output_tokens`.
+
+        request: as it was placed. None if the pages are not free yet, or the lease is gone.
+        """
+
+    async def release(self, lease_id: str, output_tokens: int | None = None) -> None:
+        """End a lease; again is harmless.
+
+        output_tokens: of one sequence, if it ended of its own accord: to learn from
+        """
 
     async def abort(self, request_id: str) -> bool:
         """End a request wherever it is; whether there was one."""
 
+    async def withdraw(self, request_id: str, ticket: str) -> None:
+        """End what a call of `place` has led to, whose caller is gone."""
+
     async def estimate(self, request: PlaceRequest) -> Estimate:
         """What would become of it."""
+
+    async def explain(self, request_id: str) -> tuple[Explained, ...]:
+        """What was decided of it, oldest first; nothing if it is not known, or no longer."""
 
     async def suspect(self, group: str, epoch: str) -> None:
         """Tell that this incarnation of the group's engine does not answer."""

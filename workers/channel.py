@@ -24,6 +24,18 @@ from kvmesh.workers.plan import StepPlan, StepResult
 _POLL_S = 0.05
 
 
+class Probe(msgspec.Struct, tag="probe", frozen=True):
+    """Measure what formats do to the model; rank 0 answers."""
+
+    kv_formats: list[str]
+
+
+class Divergences(msgspec.Struct, tag="divergences", frozen=True):
+    """kl_nats: of each format that was asked for, see Executor.divergences."""
+
+    kl_nats: list[float]
+
+
 class Allocated(msgspec.Struct, tag="allocated", frozen=True):
     """A rank's pool is made."""
 
@@ -46,9 +58,9 @@ class Failed(msgspec.Struct, tag="failed", frozen=True):
         return WorkerDiedError(f"{self.kind}: {self.message}")
 
 
-ToRank = StepPlan | Allocation | Close
-FromRank = RankDescription | Allocated | StepResult | Failed
-_Answer = TypeVar("_Answer", RankDescription, Allocated, StepResult)
+ToRank = StepPlan | Allocation | Probe | Close
+FromRank = RankDescription | Divergences | Allocated | StepResult | Failed
+_Answer = TypeVar("_Answer", RankDescription, Divergences, Allocated, StepResult)
 
 
 class RankEnd:
@@ -61,11 +73,11 @@ class RankEnd:
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(ToRank)
 
-    def receive(self, timeout_s: float) -> StepPlan | Allocation | Close | None:
+    def receive(self, timeout_s: float) -> ToRank | None:
         """The next message, or None when the time is over."""
         if not self._socket.poll(int(timeout_s * 1000)):
             return None
-        message: StepPlan | Allocation | Close = self._decoder.decode(self._socket.recv())
+        message: ToRank = self._decoder.decode(self._socket.recv())
         return message
 
     def send(self, message: FromRank) -> None:
@@ -92,7 +104,7 @@ class ChannelExecutor:
             socket.setsockopt(zmq.LINGER, 0)
             socket.bind(endpoint)
             self._sockets.append(socket)
-        self._inbox: list[deque[RankDescription | Allocated | StepResult]] = [
+        self._inbox: list[deque[RankDescription | Divergences | Allocated | StepResult]] = [
             deque() for _ in self._sockets
         ]
         self._encoder = msgspec.msgpack.Encoder()
@@ -111,6 +123,10 @@ class ChannelExecutor:
 
     def describe(self) -> list[RankDescription]:
         return [self._expect(rank, RankDescription) for rank in range(self.num_ranks)]
+
+    def divergences(self, kv_formats: list[str]) -> list[float]:
+        self._send(Probe(kv_formats))
+        return self._expect(0, Divergences).kl_nats
 
     def allocate(self, allocation: Allocation) -> None:
         self._send(allocation)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kvmesh.kernels.formats.registry import get_format
 from kvmesh.workers.errors import ConfigError
 
 DTYPES = ("auto", "float32", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")
+KV_PROBES = ("off", "warn", "refuse")
 PAGE_SIZES = (16, 32, 64, 128, 256)
 DEFAULT_CPU_KV_MEMORY_BYTES = 1 << 30
 
@@ -18,6 +20,7 @@ class EngineConfig:
 
     model: a name, a Hugging Face directory or a GGUF file (workers/model/source.py)
     kv_format: how sealed pages are encoded (kernels/formats/registry.py)
+    calibration: file of `kvmesh calibrate`, for the formats that need one
     page_size: tokens a page
     sink_pages, recent_pages: windows read exactly; None takes the format's own
     dtype: of weights, activations and hot pages; auto is bfloat16 on GPUs, float32 on CPUs
@@ -31,10 +34,13 @@ class EngineConfig:
     prefix_cache: keep sealed pages of ended sequences and share them
     threads_per_rank: CPU threads of a rank; None shares the machine's among the ranks
     cuda_graphs: replay decode steps from CUDA graphs; has no effect on CPUs
+    kv_probe: at load, measure what the KV format does to the model, and where it hurts
+        warn or refuse; or off
     """
 
     model: str
     kv_format: str = "int8"
+    calibration: str | None = None
     page_size: int = 64
     sink_pages: int | None = None
     recent_pages: int | None = None
@@ -49,10 +55,12 @@ class EngineConfig:
     prefix_cache: bool = True
     threads_per_rank: int | None = None
     cuda_graphs: bool = False
+    kv_probe: str = "warn"
 
     def __post_init__(self) -> None:
         if not self.model:
             raise ConfigError("model", "must name a model, a directory or a GGUF file")
+        _check_calibration(self.model, self.kv_format, self.calibration)
         if self.page_size not in PAGE_SIZES:
             raise ConfigError(
                 "page_size",
@@ -60,6 +68,7 @@ class EngineConfig:
             )
         _choice("dtype", self.dtype, DTYPES)
         _choice("device", self.device, DEVICES)
+        _choice("kv_probe", self.kv_probe, KV_PROBES)
         for name in ("tp", "max_num_seqs", "max_num_batched_tokens"):
             _at_least(name, getattr(self, name), 1)
         for name in ("kv_memory_bytes", "max_model_len", "threads_per_rank"):
@@ -77,6 +86,29 @@ class EngineConfig:
                 f"must be at least max_num_seqs ({self.max_num_seqs}), so that every running "
                 f"sequence can decode in every step; got {self.max_num_batched_tokens}",
             )
+
+
+def _check_calibration(model: str, kv_format: str, calibration: str | None) -> None:
+    try:
+        fmt = get_format(kv_format)
+    except ValueError as error:
+        raise ConfigError("kv_format", str(error)) from None
+    if fmt.needs_calibration and calibration is None:
+        raise ConfigError(
+            "calibration",
+            f"{fmt.name} needs a calibration file; make one with: "
+            + calibrate_command(model, fmt.name),
+        )
+    if calibration is not None and not fmt.needs_calibration:
+        raise ConfigError("calibration", f"{fmt.name} needs none, got {calibration}")
+
+
+def calibrate_command(model: str, kv_format: str) -> str:
+    """What makes the calibration file of a model and format."""
+    return (
+        f"kvmesh calibrate --model {model} --kv-format {kv_format} "
+        f"--text TEXT --output {kv_format}.safetensors"
+    )
 
 
 def _choice(field: str, value: str, choices: tuple[str, ...]) -> None:

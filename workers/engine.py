@@ -17,6 +17,7 @@ from collections.abc import Callable
 
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.errors import CapacityError, ConfigError, InvalidRequestError
+from kvmesh.workers.evaluation.gate import check_format
 from kvmesh.workers.executor import Allocation, Executor, RankDescription
 from kvmesh.workers.plan import SampledToken
 from kvmesh.workers.pool_plan import plan_pool
@@ -25,6 +26,7 @@ from kvmesh.workers.request import (
     EngineLoads,
     EngineRequest,
     FinishReason,
+    LeaseTerms,
     PoolLoads,
     SequenceDelta,
     TokenLogprobs,
@@ -37,7 +39,8 @@ from kvmesh.workers.sizes import PageGeometry
 class Engine:
     """Continuous batching over an executor's ranks.
 
-    clock: seconds, monotonic. Raises ConfigError when the memory holds no sequence.
+    clock: seconds, monotonic. Raises ConfigError when the memory holds no sequence, and when
+    the model is refused with its KV format (`kv_probe`).
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class Engine:
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
         )
+        check_format(config, rank.head_dim, executor.divergences)
         executor.allocate(
             Allocation(
                 hot_pages=pool.hot_total,
@@ -97,12 +101,15 @@ class Engine:
             sealed_pages=pool.sealed_pages,
             hot_page_bytes=rank.hot_page_bytes * executor.num_ranks,
             sealed_page_bytes=rank.sealed_page_bytes * executor.num_ranks,
+            prefix_cache=config.prefix_cache,
         )
         self._live: dict[str, Sequence] = {}
         self._deadlines: list[tuple[float, str]] = []
         self._totals: Counter[str] = Counter()
         self._outcomes: Counter[str] = Counter()
         self.step_host_s = 0.0
+        # Everything that lives waits for its lease to grow.
+        self.stalled = False
 
     @property
     def has_work(self) -> bool:
@@ -158,6 +165,7 @@ class Engine:
     def add(self, request: EngineRequest) -> None:
         """Queue a request that `check` let pass; its id must not be live."""
         assert request.request_id not in self._live
+        self.stalled = False
         seq = Sequence(request, self.geometry, self.info.max_model_len)
         seq.arrived_s = self._clock()
         self._live[request.request_id] = seq
@@ -170,8 +178,24 @@ class Engine:
         self, request_id: str, reason: FinishReason = FinishReason.ABORT
     ) -> SequenceDelta | None:
         """End a sequence now and free its pages; None when it is not live."""
+        self.stalled = False
         seq = self._live.get(request_id)
         return None if seq is None else self._finish(seq, (), (), reason)
+
+    def extend(self, request_id: str, lease: LeaseTerms) -> None:
+        """A sequence's lease has grown; one that is not live any more needs it no more."""
+        seq = self._live.get(request_id)
+        if seq is not None:
+            seq.lease = lease
+            self.stalled = False
+
+    def deadline_s(self) -> float | None:
+        """Until the earliest deadline, None without one."""
+        return max(self._deadlines[0][0] - self._clock(), 0.0) if self._deadlines else None
+
+    def take_page_changes(self) -> dict[bytes, bool]:
+        """See PrefixCache.take_changes."""
+        return self.scheduler.cache.take_changes()
 
     def abort_all(self) -> list[SequenceDelta]:
         """End every sequence now."""
@@ -182,6 +206,7 @@ class Engine:
         """Compute one step; deltas of the sequences that got a token or ended."""
         deltas = self._expire()
         plan = self.scheduler.schedule()
+        self.stalled = plan is None and self.has_work
         if plan is None:
             return deltas
         now = self._clock()
@@ -200,7 +225,11 @@ class Engine:
     def loads(self) -> EngineLoads:
         """A snapshot; cheap enough for every second."""
         cache = self.scheduler.cache
-        leases = (seq.request.lease for seq in self._live.values())
+        leases: dict[str, LeaseTerms] = {}
+        for seq in self._live.values():
+            if (lease := seq.lease) is not None:
+                known = leases.get(lease.lease_id)
+                leases[lease.lease_id] = lease if known is None else known + lease
         return EngineLoads(
             epoch=self.info.epoch,
             running=len(self.scheduler.running),
@@ -217,7 +246,7 @@ class Engine:
                 hot_page_bytes=self.info.hot_page_bytes,
                 sealed_page_bytes=self.info.sealed_page_bytes,
             ),
-            leases=tuple(lease for lease in leases if lease is not None),
+            leases=tuple(leases.values()),
             prompt_tokens_total=self._totals["prompt"],
             completion_tokens_total=self._totals["completion"],
             cached_tokens_total=self._totals["cached"],

@@ -27,6 +27,7 @@ class RankDescription(msgspec.Struct, tag="description", frozen=True):
     hot_page_bytes: int
     sealed_page_bytes: int
     kv_budget_bytes: int
+    head_dim: int
 
 
 class Allocation(msgspec.Struct, tag="allocation", frozen=True):
@@ -46,6 +47,10 @@ class Executor(Protocol):
 
     def describe(self) -> list[RankDescription]:
         """One for each rank, once all have loaded the model. Blocks until then."""
+
+    def divergences(self, kv_formats: list[str]) -> list[float]:
+        """Mean KL(exact ‖ format) of the next token, in nats, of each format on a short text
+        (workers/evaluation/probe.py); before `allocate`, for it takes the memory it needs."""
 
     def allocate(self, allocation: Allocation) -> None:
         """Make every rank's pool; once, before the first step."""

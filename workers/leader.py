@@ -14,8 +14,9 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.engine import Engine
@@ -27,11 +28,14 @@ from kvmesh.workers.errors import (
     WorkerDiedError,
 )
 from kvmesh.workers.executor import Executor
+from kvmesh.workers.page_journal import PageJournal
 from kvmesh.workers.request import (
     EngineInfo,
     EngineLoads,
     EngineRequest,
     FinishReason,
+    LeaseTerms,
+    PageChanges,
     SequenceDelta,
 )
 from kvmesh.workers.sizes import PageNeed
@@ -72,6 +76,7 @@ class EngineLeader:
         self._loads_made_s = 0.0
         self._streams: dict[str, _Stream] = {}
         self._live: dict[str, EngineRequest] = {}
+        self._journal = PageJournal()
         self._idle = asyncio.Event()
         self._idle.set()
         self._draining = False
@@ -119,6 +124,22 @@ class EngineLeader:
             return False
         self._abort(request_id)
         return True
+
+    async def extend(self, request_ids: Sequence[str], lease: LeaseTerms) -> None:
+        """The lease of these sequences has grown; `lease` is each one's part. Ended ones need none.
+
+        Not checked against other leases: the router grew it by its rules, and a sequence
+        that was refused it would wait for ever.
+        """
+        for request_id in request_ids:
+            request = self._live.get(request_id)
+            if request is not None:
+                self._live[request_id] = replace(request, lease=lease)
+                self._commands.put(partial(_extend, request_id, lease))
+
+    def page_changes(self, version: int) -> PageChanges:
+        """What the prefix cache gained and lost after `version`; see PageJournal."""
+        return self._journal.since(version)
 
     async def outputs(self, client_id: str) -> AsyncIterator[list[SequenceDelta]]:
         """Everything that is ready for a client, again and again, until it stops reading.
@@ -171,8 +192,8 @@ class EngineLeader:
         held = PageNeed(0, 0)
         for other in self._live.values():
             if other.lease is not None:
-                held += PageNeed(other.lease.hot_pages, other.lease.sealed_pages)
-        wanted = PageNeed(request.lease.hot_pages, request.lease.sealed_pages)
+                held += _charged(other.lease)
+        wanted = _charged(request.lease)
         room = PageNeed(engine.info.hot_pages - held.hot, engine.info.sealed_pages - held.sealed)
         if not wanted.fits(room):
             needed, available = engine.geometry.bytes_of(wanted), engine.geometry.bytes_of(room)
@@ -243,14 +264,24 @@ class EngineLeader:
             self._started.set_result(engine.info)
 
     def _obey(self, engine: Engine) -> bool:
-        """Carry out the commands that wait; with no work, wait for one. False ends the thread."""
+        """Carry out the commands that wait; with nothing to compute, wait for one.
+
+        False ends the thread.
+        """
         while True:
-            if not engine.has_work and self._commands.empty():
-                engine.check_integrity()
+            patience_s = None
+            if self._commands.empty():
+                if engine.has_work and not engine.stalled:
+                    return True
+                if engine.has_work:
+                    patience_s = engine.deadline_s()
+                else:
+                    engine.check_integrity()
                 self._report(engine)
-            elif self._commands.empty():
+            try:
+                command = self._commands.get(timeout=patience_s)
+            except queue.Empty:
                 return True
-            command = self._commands.get()
             if command is None:
                 self._publish(engine, engine.abort_all())
                 return False
@@ -265,9 +296,20 @@ class EngineLeader:
     def _report(self, engine: Engine) -> None:
         self._loads = engine.loads()
         self._loads_made_s = time.monotonic()
+        if changes := engine.take_page_changes():
+            self._post(self._journal.note, changes)
 
     def _post(self, callback: Callable[..., None], *args: object) -> None:
         try:
             self._loop.call_soon_threadsafe(callback, *args)
         except RuntimeError:  # the event loop is closed: nobody is left to tell
             logger.warning("the event loop ended before the engine")
+
+
+def _extend(request_id: str, lease: LeaseTerms, engine: Engine) -> None:
+    engine.extend(request_id, lease)
+
+
+def _charged(lease: LeaseTerms) -> PageNeed:
+    """What the lease adds to those before it."""
+    return PageNeed(lease.hot_pages, lease.sealed_pages - lease.shared_sealed_pages)

@@ -34,6 +34,9 @@ class InProcessExecutor:
     def describe(self) -> list[RankDescription]:
         return [self._rank.describe()]
 
+    def divergences(self, kv_formats: list[str]) -> list[float]:
+        return self._rank.divergences(kv_formats)
+
     def allocate(self, allocation: Allocation) -> None:
         self._rank.allocate(allocation)
 

@@ -63,6 +63,8 @@ class PrefixCache:
         # Without exact windows nobody can use a cached hot page.
         self._keep_hot = enabled and geometry.sink_pages + geometry.recent_pages > 0
         self._forms: dict[Digest, _Forms] = {}
+        self._blocks: set[Digest] = set()
+        self._changes: dict[Digest, bool] = {}
         self.hot = Arena(hot_total, self._forget_hot)
         self.sealed = Arena(sealed_total, self._forget_sealed)
 
@@ -70,13 +72,19 @@ class PrefixCache:
         forms = self._forms[digest]
         forms.hot = None
         if forms.sealed is None:
-            del self._forms[digest]
+            self._forget(digest)
 
     def _forget_sealed(self, digest: Digest) -> None:
         forms = self._forms[digest]
         forms.sealed = None
         if forms.hot is None:
-            del self._forms[digest]
+            self._forget(digest)
+
+    def _forget(self, digest: Digest) -> None:
+        del self._forms[digest]
+        if digest in self._blocks:
+            self._blocks.remove(digest)
+            self._changes[digest] = False
 
     def name_hot(self, digest: Digest, page: int) -> None:
         """Make a full hot page findable, unless its contents already are."""
@@ -89,6 +97,17 @@ class PrefixCache:
         if self._enabled and self._forms.setdefault(digest, _Forms()).sealed is None:
             self._forms[digest].sealed = page
             self.sealed.name(page, digest)
+
+    def note_block(self, digest: Digest) -> None:
+        """The page ends a block of its prompt: others shall hear of it as long as it is here."""
+        if digest in self._forms and digest not in self._blocks:
+            self._blocks.add(digest)
+            self._changes[digest] = True
+
+    def take_changes(self) -> dict[Digest, bool]:
+        """Ends of blocks -> whether they are here, of those that came or went since last asked."""
+        changes, self._changes = self._changes, {}
+        return changes
 
     def find_sealed(self, digest: Digest) -> int | None:
         forms = self._forms.get(digest)

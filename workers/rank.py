@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+from pathlib import Path
 
 import torch
 
+from kvmesh.kernels.formats.base import KVFormat, LayerParams
 from kvmesh.kernels.formats.registry import get_format
+from kvmesh.workers.calibration.file import Calibration
 from kvmesh.workers.config import DEFAULT_CPU_KV_MEMORY_BYTES, EngineConfig
 from kvmesh.workers.errors import ConfigError
+from kvmesh.workers.evaluation.probe import measure_divergences
 from kvmesh.workers.executor import Allocation, RankDescription
 from kvmesh.workers.kv_pool import page_bytes_of
+from kvmesh.workers.model.facts import read_facts
 from kvmesh.workers.model.hook import AttendArgs
 from kvmesh.workers.model.load import ServedModel, load_model
-from kvmesh.workers.model.source import resolve_model
+from kvmesh.workers.model.source import ModelFiles, resolve_model
 from kvmesh.workers.parallel.comm import Communicator
+from kvmesh.workers.parallel.shards import check_tp
 from kvmesh.workers.plan import StepPlan, StepResult
 from kvmesh.workers.runner import ModelRunner
 
@@ -33,27 +40,44 @@ def choose_device(config: EngineConfig, rank: int) -> torch.device:
 
 
 class Rank:
-    """Loads the model on construction; `allocate` once, then `execute` step by step."""
+    """Loads the model on construction; `allocate` once, then `execute` step by step.
 
-    def __init__(self, config: EngineConfig, rank: int, comm: Communicator) -> None:
+    shared: a rank that has loaded the same model, whose weights are used
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        rank: int,
+        comm: Communicator,
+        shared: Rank | None = None,
+    ) -> None:
         self._config = config
+        self._rank = rank
+        self._comm = comm
         self._device = choose_device(config, rank)
         self._fmt = get_format(config.kv_format)
         self._dtype = _dtype(config, self._device)
         self._samples = rank == 0
         self._runner: ModelRunner | None = None
         if self._device.type == "cuda":
+            _check_kernels(self._fmt)
             torch.cuda.set_device(self._device)
             self._check_kernels()
         else:
             torch.set_num_threads(config.threads_per_rank or max(1, _cpus() // config.tp))
-        files = resolve_model(config.model, progress=None)
-        self._files = files
-        self._model: ServedModel = load_model(
-            files.path, dtype=self._dtype, device=self._device, comm=comm
+        self._files: ModelFiles = (
+            shared._files if shared else resolve_model(config.model, progress=None)
         )
         self._sink_pages = _default(config.sink_pages, self._fmt.sink_pages)
         self._recent_pages = _default(config.recent_pages, self._fmt.recent_pages)
+        # Before the weights: a file that does not fit is told at once.
+        self._params = self._load_calibration(rank)
+        self._model: ServedModel = (
+            shared._model
+            if shared
+            else load_model(self._files.path, dtype=self._dtype, device=self._device, comm=comm)
+        )
 
     def _check_kernels(self) -> None:
         """Raises ConfigError for a format that only CPUs can serve, before a model is loaded."""
@@ -86,6 +110,7 @@ class Rank:
             hot_page_bytes=hot_bytes,
             sealed_page_bytes=sealed_bytes,
             kv_budget_bytes=self._kv_budget_bytes(),
+            head_dim=self._model.head_dim,
         )
 
     def allocate(self, allocation: Allocation) -> None:
@@ -100,12 +125,49 @@ class Rank:
             device=self._device,
             samples=self._samples,
             cuda_graphs=self._config.cuda_graphs,
+            params=self._params,
         )
 
     def execute(self, plan: StepPlan) -> StepResult | None:
         """The result on rank 0, None on the others."""
         assert self._runner is not None, "allocate comes before execute"
         return self._runner.execute(plan)
+
+    def _load_calibration(self, rank: int) -> list[LayerParams] | None:
+        """This rank's parameters of every layer, where the format needs them."""
+        if self._config.calibration is None:
+            return None
+        facts = read_facts(self._files.path)
+        check_tp(facts, self._config.tp)
+        found = Calibration.load(
+            Path(self._config.calibration), self._fmt, facts, self._config.model, self._sink_pages
+        )
+        return found.for_rank(self._fmt, rank, self._config.tp, self._device)
+
+    def score(self, plan: StepPlan) -> torch.Tensor | None:
+        """Logits of all the plan's tokens, see ModelRunner.score."""
+        assert self._runner is not None, "allocate comes before score"
+        return self._runner.score(plan)
+
+    def divergences(self, kv_formats: list[str]) -> list[float]:
+        """See Executor.divergences; the figures on rank 0, [] on the others."""
+        return measure_divergences(
+            self,
+            self._files.path,
+            kv_formats,
+            page_size=self._config.page_size,
+            max_tokens=self._model.facts.max_model_len,
+        )
+
+    def with_format(self, kv_format: str, calibration: str | None = None) -> Rank:
+        """A rank of the same model, weights shared, with a KV format and a pool to come.
+
+        calibration: of that format; this rank's own serves its own format
+        """
+        if calibration is None and get_format(kv_format) == self._fmt:
+            calibration = self._config.calibration
+        config = dataclasses.replace(self._config, kv_format=kv_format, calibration=calibration)
+        return Rank(config, self._rank, self._comm, shared=self)
 
     def _kv_budget_bytes(self) -> int:
         """What KV may take here: the setting, or what a GPU has left after the weights and the
@@ -139,6 +201,15 @@ def _attend_to_nothing(
     layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, args: AttendArgs
 ) -> torch.Tensor:
     return torch.zeros_like(q)
+
+
+def _check_kernels(fmt: KVFormat) -> None:
+    """Raises ConfigError naming `kv_format` where a side cannot be read on a GPU."""
+    for side in (fmt.k, fmt.v):
+        try:
+            side.kernels()
+        except ValueError as error:
+            raise ConfigError("kv_format", f"{fmt.name} runs on CPUs alone: {error}") from None
 
 
 def _dtype(config: EngineConfig, device: torch.device) -> torch.dtype:

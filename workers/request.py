@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +26,11 @@ class LeaseTerms:
     """A reservation of pages on one group, as the router granted it.
 
     epoch: of the router that granted it, so that a stale one can be told
+    number: of that router's grants before it, which gives leases an order of age
     most_sealed_pages: what the lease may grow to
+    shared_sealed_pages: of its sealed pages, those that an earlier lease of the group paid
+        for when it was granted
+    sequences: that it is for
     """
 
     lease_id: str
@@ -34,6 +38,33 @@ class LeaseTerms:
     hot_pages: int
     sealed_pages: int
     most_sealed_pages: int = 0
+    shared_sealed_pages: int = 0
+    sequences: int = 1
+    number: int = 0
+
+    @property
+    def share(self) -> LeaseTerms:
+        """One sequence's part; page counts are alike for all of them."""
+        count = self.sequences
+        return replace(
+            self,
+            hot_pages=self.hot_pages // count,
+            sealed_pages=self.sealed_pages // count,
+            most_sealed_pages=self.most_sealed_pages // count,
+            shared_sealed_pages=-(-self.shared_sealed_pages // count),
+            sequences=1,
+        )
+
+    def __add__(self, other: LeaseTerms) -> LeaseTerms:
+        """Two parts of one lease together."""
+        return replace(
+            self,
+            hot_pages=self.hot_pages + other.hot_pages,
+            sealed_pages=self.sealed_pages + other.sealed_pages,
+            most_sealed_pages=self.most_sealed_pages + other.most_sealed_pages,
+            shared_sealed_pages=self.shared_sealed_pages + other.shared_sealed_pages,
+            sequences=self.sequences + other.sequences,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +158,7 @@ class EngineLoads:
     """A report of an engine: what it runs, holds and has done since it started.
 
     epoch: identifies this incarnation of the engine
-    leases: the terms of every live sequence that came with a lease
+    leases: of every lease that live sequences came with, the terms of those together
     """
 
     epoch: str
@@ -144,12 +175,25 @@ class EngineLoads:
 
 
 @dataclass(frozen=True, slots=True)
+class PageChanges:
+    """What an engine's prefix cache has gained and lost, by the digests of blocks' last pages.
+
+    version: of the cache, after them; to ask for what follows
+    """
+
+    version: int
+    held: tuple[bytes, ...] = ()
+    dropped: tuple[bytes, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class EngineInfo:
     """What does not change while an engine lives.
 
     model_revision: digest of the weights' source
     hot_pages, sealed_pages: that sequences can hold, so without the step's headroom
     hot_page_bytes, sealed_page_bytes: of one page over all ranks
+    prefix_cache: equal pages of live and ended sequences are stored once
     """
 
     epoch: str
@@ -168,3 +212,4 @@ class EngineInfo:
     sealed_pages: int
     hot_page_bytes: int
     sealed_page_bytes: int
+    prefix_cache: bool = True

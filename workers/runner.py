@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -82,15 +83,7 @@ class ModelRunner:
     def execute(self, plan: StepPlan) -> StepResult | None:
         """Compute the plan; the result on the rank that samples, None on the others."""
         began_s = time.perf_counter()
-        self._update(self._tables.hot, plan.hot)
-        self._update(self._tables.sealed, plan.sealed)
-        self._hot_ids[plan.hot.rows, plan.hot.pages] = plan.hot.ids
-        if self._sampler is not None:
-            for row_start in plan.row_starts:
-                self._sampler.start_row(row_start)
-            for chunk in plan.chunks:
-                self._sampler.note_tokens(chunk.row, chunk.start, chunk.tokens)
-        arrays = StepArrays.of(plan, self._hot_ids, self._tables.page_size)
+        arrays = self._prepare(plan)
         if self._graphs is not None and self._graphs.fits(arrays):
             host_s = time.perf_counter() - began_s
             logits = self._graphs.run(arrays)
@@ -106,13 +99,34 @@ class ModelRunner:
         rows, ends = [chunk.row for chunk in sampled], [chunk.end for chunk in sampled]
         return StepResult(plan.step, self._sampler.sample(logits, rows, ends), host_s)
 
+    @torch.inference_mode()
+    def score(self, plan: StepPlan) -> torch.Tensor | None:
+        """Compute the plan and sample nothing: the logits [T, vocab_size] fp32 of all its T
+        tokens, in the order of its chunks, on the rank that samples; None on the others."""
+        arrays = self._prepare(plan)
+        every = replace(arrays, logits_rows=np.arange(len(arrays.input_ids)))
+        return self._forward(to_device(every, self._tables, self._device))
+
+    def _prepare(self, plan: StepPlan) -> StepArrays:
+        """Bring tables and sampler up to date; the plan as arrays."""
+        self._update(self._tables.hot, plan.hot)
+        self._update(self._tables.sealed, plan.sealed)
+        self._hot_ids[plan.hot.rows, plan.hot.pages] = plan.hot.ids
+        if self._sampler is not None:
+            for row_start in plan.row_starts:
+                self._sampler.start_row(row_start)
+            for chunk in plan.chunks:
+                self._sampler.note_tokens(chunk.row, chunk.start, chunk.tokens)
+        return StepArrays.of(plan, self._hot_ids, self._tables.page_size)
+
     def _forward(self, step: StepTensors) -> torch.Tensor | None:
         """Logits [n, vocab_size] fp32 of the step's sampled rows; None where this rank has none."""
 
         def attend(
             layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, args: AttendArgs
         ) -> torch.Tensor:
-            hot, sealed, params = self._pool.hot[layer], self._pool.sealed[layer], self._params[layer]
+            hot, sealed = self._pool.hot[layer], self._pool.sealed[layer]
+            params = self._params[layer]
             q, k, v = self._basis.enter(q, k, v)
             write_hot(k, v, hot, step.slots)
             if step.seal_hot.shape[0]:

@@ -16,9 +16,9 @@ import bisect
 
 from kvmesh.workers.plan import Chunk, RowStart, StepPlan, TableUpdate
 from kvmesh.workers.pool_plan import PoolPlan
-from kvmesh.workers.prefix_cache import PrefixCache
+from kvmesh.workers.prefix_cache import Digest, PrefixCache
 from kvmesh.workers.sequence import Sequence
-from kvmesh.workers.sizes import PageGeometry
+from kvmesh.workers.sizes import BLOCK_PAGES, PageGeometry
 
 
 class Scheduler:
@@ -78,7 +78,8 @@ class Scheduler:
         while draft.tokens_left and (admitted := self._admit(draft)):
             self._plan_chunk(draft, admitted)
         if not draft.chunks:
-            assert not self.running and not self.waiting, "sequences are left but none can go on"
+            assert self.running or not self.waiting, "sequences are left but none can go on"
+            assert all(seq.paused for seq in self.running), "a sequence is left out of the step"
             return None
         self._step += 1
         return draft.plan(self._step)
@@ -146,8 +147,13 @@ class Scheduler:
         own = self.geometry.hot_per_sequence() - len(seq.hot) + (first in seq.hot)
         last = first + own + draft.headroom_left - 1  # the last page there is a hot page for
         end = min(
-            start + seq.to_compute, start + draft.tokens_left, (last + 1) * self.geometry.page_size
+            start + seq.to_compute,
+            start + draft.tokens_left,
+            (last + 1) * self.geometry.page_size,
+            seq.leased_tokens,
         )
+        if end <= start:  # paused
+            return
         missing = seq.sealed_missing(end)
         while self.cache.sealed.available < len(missing):
             draft.undo(self.running[-1])
@@ -165,12 +171,15 @@ class Scheduler:
         draft.add_chunk(seq, start, end)
 
     def _seal(self, draft: _Draft, seq: Sequence, page: int) -> None:
-        found = self.cache.find_sealed(seq.digests(page + 1)[page])
+        digest = seq.digests(page + 1)[page]
+        found = self.cache.find_sealed(digest)
+        if found is None:
+            found = draft.being_sealed(seq, digest)
         if found is not None:
             seq.sealed[page] = self.cache.sealed.share(found)
         else:
             seq.sealed[page] = self.cache.sealed.take()
-            draft.seal(seq, page)
+            draft.seal(seq, page, digest)
         draft.set_sealed(seq, page)
 
     def _publish(self, seq: Sequence, first_full: int) -> None:
@@ -178,10 +187,16 @@ class Scheduler:
         digests = seq.digests(num_full)
         for page in range(first_full, num_full):
             self.cache.name_hot(digests[page], seq.hot[page])
+            self._note_block(digests, page)
         due = self.geometry.sealed_range(seq.num_computed)
         for page in [p for p in seq.hot if p in due]:
             self.cache.name_sealed(digests[page], seq.sealed[page])
+            self._note_block(digests, page)
             self.cache.hot.release(seq.hot.pop(page))
+
+    def _note_block(self, digests: list[Digest], page: int) -> None:
+        if (page + 1) % BLOCK_PAGES == 0:
+            self.cache.note_block(digests[page])
 
     def _release(self, seq: Sequence) -> None:
         assert seq.row is not None
@@ -209,7 +224,8 @@ class _Draft:
         self.chunks: dict[int, Chunk] = {}
         self._hot: dict[int, list[tuple[int, int]]] = {}
         self._sealed: dict[int, list[tuple[int, int]]] = {}
-        self._seals: dict[int, list[tuple[int, int]]] = {}
+        self._seals: dict[int, list[tuple[int, int, int]]] = {}
+        self._being_sealed: dict[Digest, tuple[Sequence, int]] = {}
 
     def start_row(self, seq: Sequence) -> None:
         row = _row(seq)
@@ -230,7 +246,16 @@ class _Draft:
     def set_sealed(self, seq: Sequence, page: int) -> None:
         self._sealed.setdefault(_row(seq), []).append((page, seq.sealed[page]))
 
-    def seal(self, seq: Sequence, page: int) -> None:
+    def being_sealed(self, seq: Sequence, digest: Digest) -> int | None:
+        """The page that an older sequence seals with these contents in the same step.
+
+        Not a younger one's: that could be struck out, and its page with it.
+        """
+        found = self._being_sealed.get(digest)
+        return found[1] if found is not None and _arrival(found[0]) < _arrival(seq) else None
+
+    def seal(self, seq: Sequence, page: int, digest: Digest) -> None:
+        self._being_sealed.setdefault(digest, (seq, seq.sealed[page]))
         self._seals.setdefault(_row(seq), []).append((seq.hot[page], seq.sealed[page], page))
 
     def add_chunk(self, seq: Sequence, start: int, end: int) -> None:
@@ -247,6 +272,8 @@ class _Draft:
             self.tokens_left += chunk.num_tokens
         for part in (self.row_starts, self._hot, self._sealed, self._seals):
             part.pop(row, None)
+        for digest in [d for d, (sealer, _) in self._being_sealed.items() if sealer is seq]:
+            del self._being_sealed[digest]
 
     def plan(self, step: int) -> StepPlan:
         seals = [seal for found in self._seals.values() for seal in found]

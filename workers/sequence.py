@@ -24,6 +24,7 @@ class Sequence:
         self.geometry = geometry
         given = len(request.prompt_token_ids)
         self.prompt_tokens = given - request.resumed_tokens
+        self.lease = request.lease
         self.max_tokens_total = min(self.prompt_tokens + request.params.max_tokens, max_model_len)
         # A resumed sequence may come with as many tokens as it may have.
         self._tokens: TokenIds = np.empty(max(self.max_tokens_total, given), dtype=np.int32)
@@ -53,6 +54,18 @@ class Sequence:
     @property
     def to_compute(self) -> int:
         return self.num_tokens - self.num_computed
+
+    @property
+    def leased_tokens(self) -> int:
+        """How many tokens may be written under the lease; without one, all of them."""
+        if self.lease is None:
+            return len(self._tokens)
+        return self.geometry.tokens_within(self.lease.sealed_pages)
+
+    @property
+    def paused(self) -> bool:
+        """Its lease has to grow before it goes on; it keeps its pages meanwhile."""
+        return self.num_computed >= self.leased_tokens
 
     def append(self, token_id: int) -> None:
         self._tokens[self.num_tokens] = token_id

@@ -15,6 +15,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# Prefixes are compared between groups by runs of so many pages: the router keeps the last
+# page's digest of each, and engines report no others.
+BLOCK_PAGES = 8
+
 
 @dataclass(frozen=True, slots=True)
 class PageNeed:
@@ -50,6 +54,10 @@ class PageGeometry:
         return range(
             self.sink_pages, max(self.sink_pages, num_tokens // self.page_size - self.recent_pages)
         )
+
+    def tokens_within(self, sealed_pages: int) -> int:
+        """The most tokens a sequence can write before it needs more sealed pages than that."""
+        return (self.sink_pages + self.recent_pages + sealed_pages + 1) * self.page_size - 1
 
     def hot_per_sequence(self) -> int:
         """The most hot pages a sequence keeps between steps: sink + recent + the one it writes."""

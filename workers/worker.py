@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 
-from kvmesh.workers.channel import Allocated, Close, Failed, RankEnd
+from kvmesh.workers.channel import Allocated, Close, Divergences, Failed, Probe, RankEnd
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.errors import ConfigError
 from kvmesh.workers.executor import Allocation
@@ -55,5 +55,9 @@ def _serve(rank: Rank, end: RankEnd, parent: int) -> None:
         elif isinstance(message, Allocation):
             rank.allocate(message)
             end.send(Allocated())
+        elif isinstance(message, Probe):
+            kl_nats = rank.divergences(message.kv_formats)
+            if kl_nats:
+                end.send(Divergences(kl_nats))
         elif (result := rank.execute(message)) is not None:
             end.send(result)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import typer
 
 from kvmesh.cluster.cli import client_commands, server_commands
+from kvmesh.cluster.cli.calibrate_command import calibrate
+from kvmesh.cluster.cli.eval_commands import eval_app
+from kvmesh.cluster.cli.formats_command import formats
 from kvmesh.cluster.cli.simulate_command import HANDED_ON, simulate
 
 app = typer.Typer(
@@ -22,4 +25,8 @@ app.command("generate")(client_commands.generate)
 app.command("chat")(client_commands.chat)
 app.command("status")(client_commands.status)
 app.command("estimate")(client_commands.estimate)
+app.command("explain")(client_commands.explain)
+app.command("calibrate")(calibrate)
 app.command("simulate", context_settings=HANDED_ON)(simulate)
+app.command("formats")(formats)
+app.add_typer(eval_app, name="eval")

@@ -136,6 +136,20 @@ def estimate(
             )
 
 
+def explain(
+    request_id: Annotated[str, typer.Argument(help="Of a request of the same key.")],
+    target: TargetOption = None,
+    api_key: KeyOption = None,
+) -> None:
+    """Why a request went where it went, waited or was refused; of the latest requests only."""
+    with explained():
+        from kvmesh.client import Client
+        from kvmesh.cluster.cli.status_view import show_explanation
+
+        with Client(target, api_key=api_key) as client:
+            show_explanation(client.explain(request_id))
+
+
 def _given(**options: object) -> Any:
     """Only what was asked for: the server has its own defaults."""
     return {name: value for name, value in options.items() if value is not None}

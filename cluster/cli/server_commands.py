@@ -21,7 +21,10 @@ ModelOption = Annotated[
     str | None,
     typer.Option(help="A local Hugging Face directory, a GGUF file, or a hub name."),
 ]
-FormatOption = Annotated[str | None, typer.Option(help="KV format: exact, int8 or int4.")]
+FormatOption = Annotated[str | None, typer.Option(help="KV format, e.g. int8, k4v4 or exact.")]
+CalibrationOption = Annotated[
+    Path | None, typer.Option(help="A file of `kvmesh calibrate`, for the formats that need one.")
+]
 TpOption = Annotated[int | None, typer.Option(help="Tensor-parallel ranks of a group.")]
 GroupsOption = Annotated[int | None, typer.Option(help="Engine groups.")]
 MemoryOption = Annotated[
@@ -40,6 +43,7 @@ def serve(
     config: ConfigOption = None,
     model: ModelOption = None,
     kv_format: FormatOption = None,
+    calibration: CalibrationOption = None,
     tp: TpOption = None,
     groups: GroupsOption = None,
     kv_memory: MemoryOption = None,
@@ -58,6 +62,7 @@ def serve(
             {
                 "model": model,
                 "engine.kv_format": kv_format,
+                "engine.calibration": None if calibration is None else str(calibration),
                 "engine.tp": tp,
                 "groups": groups,
                 "engine.kv_memory_bytes": kv_memory,
@@ -103,6 +108,7 @@ def demo(
     config: ConfigOption = None,
     model: ModelOption = None,
     kv_format: FormatOption = None,
+    calibration: CalibrationOption = None,
     tp: TpOption = None,
     max_tokens: Annotated[int, typer.Option(help="Length of the answer.")] = 96,
 ) -> None:
@@ -115,6 +121,7 @@ def demo(
             {
                 "model": model,
                 "engine.kv_format": kv_format,
+                "engine.calibration": None if calibration is None else str(calibration),
                 "engine.tp": tp,
                 "ingress.port": 0,
             },

@@ -6,6 +6,7 @@ from rich.table import Table
 
 from kvmesh.client import (
     Estimate,
+    Explanation,
     GroupInfo,
     GroupLedger,
     GroupLoads,
@@ -31,7 +32,8 @@ def show_status(info: ModelInfo, loads: Loads) -> None:
     out.print(
         f"\nrouter: {router.queue_length} of {router.queue_capacity} waiting, "
         f"{router.leases} leases, {router.granted_total} granted, "
-        f"{router.released_total} released, {router.expired_total} expired"
+        f"{router.released_total} released, {router.expired_total} expired\n"
+        f"ledger: {router.audits_total} audits, {router.audit_faults_total} with a fault"
     )
     for reason, count in sorted(router.refused_total.items()):
         out.print(f"  refused {count}: {reason}")
@@ -100,3 +102,21 @@ def show_estimate(estimate: Estimate) -> None:
             f"({group.hot_pages} hot + {group.sealed_pages} sealed pages a rank), "
             f"{human_bytes(group.free_bytes)} free of {human_bytes(group.capacity_bytes)}"
         )
+
+
+def show_explanation(explanation: Explanation) -> None:
+    if not explanation.decisions:
+        out.print(f"nothing is known, or no longer, of a request {explanation.request_id}")
+    for decision in explanation.decisions:
+        where = f" on {decision.group}" if decision.group else ""
+        out.print(f"{human_seconds(decision.age_s)} ago: [bold]{decision.outcome}[/bold]{where}")
+        for group in decision.groups:
+            out.print(f"  {group.group} ({group.kv_format}): {group.reason}")
+            facts = [
+                f"needs {human_bytes(group.needed_bytes)}, {human_bytes(group.free_bytes)} free"
+            ]
+            if group.cached_tokens:
+                facts.append(f"holds {group.cached_tokens} tokens of it")
+            if group.cost_s is not None:
+                facts.append(f"cost {group.cost_s:.3f} s")
+            out.print(f"    {'; '.join(facts)}")

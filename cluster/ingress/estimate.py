@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from kvmesh.cluster.peers import ClusterStatus
+from collections.abc import Sequence
+
+from kvmesh.cluster.peers import ClusterStatus, EngineReport, Explained
 from kvmesh.cluster.routing.request import Estimate, PlaceRequest
-from kvmesh.cluster.routing.verdict import Reason
+from kvmesh.cluster.routing.verdict import Reason, Verdict
 from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.workers.request import EngineInfo
 from kvmesh.workers.sizes import PageGeometry
@@ -37,23 +39,46 @@ def estimate_reply(
         reply.projected_wait_s = estimate.projected_start_s
     for verdict in estimate.verdicts:
         report = status.reports.get(verdict.group)
-        group = reply.groups.add(
-            group=verdict.group,
-            needed_bytes=verdict.needed_bytes,
-            free_bytes=verdict.available_bytes,
-            capacity_bytes=verdict.capacity_bytes,
-            feasible_now=verdict.reason in _AT_ONCE,
-            feasible_ever=not verdict.never and verdict.reason is not Reason.EXCLUDED,
-            reason=verdict.reason.value,
-        )
+        group = _group(verdict, report)
         if report is not None:
             geometry = geometry_of(report.info)
             need = geometry.peak_need(asked.prompt_tokens + asked.max_tokens)
-            group.kv_format = report.info.kv_format
             # Of all the tokens asked for: a verdict counts no more than the context holds.
             group.needed_bytes = geometry.bytes_of(need) * asked.sequences
             group.hot_pages = need.hot * asked.sequences
             group.sealed_pages = need.sealed * asked.sequences
         if estimate.projected_start_s is not None and group.feasible_ever:
             group.projected_wait_s = 0.0 if group.feasible_now else estimate.projected_start_s
+        reply.groups.append(group)
     return reply
+
+
+def explain_reply(
+    request_id: str, explained: Sequence[Explained], status: ClusterStatus
+) -> pb.ExplainResponse:
+    """The reply to Explain: the same of what was decided."""
+    reply = pb.ExplainResponse(request_id=request_id)
+    for decision in explained:
+        groups = [_group(x, status.reports.get(x.group)) for x in decision.verdicts]
+        reply.decisions.add(
+            age_s=decision.age_s, outcome=decision.outcome, group=decision.group, groups=groups
+        )
+    return reply
+
+
+def _group(verdict: Verdict, report: EngineReport | None) -> pb.GroupEstimate:
+    group = pb.GroupEstimate(
+        group=verdict.group,
+        needed_bytes=verdict.needed_bytes,
+        free_bytes=verdict.available_bytes,
+        capacity_bytes=verdict.capacity_bytes,
+        feasible_now=verdict.reason in _AT_ONCE,
+        feasible_ever=not verdict.never and verdict.reason is not Reason.EXCLUDED,
+        reason=verdict.reason.value,
+    )
+    if verdict.cost_s is not None:
+        group.cost_s = verdict.cost_s
+    if report is not None:
+        group.kv_format = report.info.kv_format
+        group.cached_tokens = verdict.cached_pages * report.info.page_size
+    return group

@@ -10,31 +10,33 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator
-from dataclasses import dataclass, field, replace
+import uuid
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from kvmesh.cluster.ingress import wire
+from kvmesh.cluster.ingress.attempt import Asked, Attempt, sequence_id
 from kvmesh.cluster.ingress.choice import Choice, Output
 from kvmesh.cluster.ingress.errors import (
     EngineLostError,
     IngressError,
+    NotReadyError,
     RequestAbortedError,
     RequestDeadlineError,
 )
-from kvmesh.cluster.ingress.links import EngineLink, Mailbox, spawn
-from kvmesh.cluster.ingress.validate import GenerationSpec, ResumedChoice, choice_seed
+from kvmesh.cluster.ingress.links import EngineLink, spawn
+from kvmesh.cluster.ingress.validate import GenerationSpec, ResumedChoice, cache_salt, choice_seed
 from kvmesh.cluster.peers import RouterClient, TextCodec
 from kvmesh.cluster.routing.errors import DeadlineUnreachableError, OverCapacityError
-from kvmesh.cluster.routing.request import Placement, PlaceRequest
+from kvmesh.cluster.routing.request import PlaceRequest
 from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.workers.errors import CapacityError
 from kvmesh.workers.request import (
     EngineInfo,
     EngineRequest,
     FinishReason,
-    LeaseTerms,
     SequenceDelta,
     SequenceUsage,
     TokenIds,
@@ -46,8 +48,8 @@ logger = logging.getLogger(__name__)
 MAX_FAILOVERS = 3
 MAX_REFUSALS = 8
 REFUSAL_PAUSE_S = 0.02  # doubled each time; the group's engine is freeing what it refused for
-FREEING_TIMEOUT_S = 10.0
 DEADLINE_GRACE_S = 0.5  # the engine ends an overdue sequence itself, with what it has
+NATURAL = frozenset({FinishReason.STOP, FinishReason.LENGTH})
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,32 +63,11 @@ class Surroundings:
 
     router: RouterClient
     link: Callable[[str], EngineLink]
-    info: Callable[[str], EngineInfo]
+    info: Callable[[str], Awaitable[EngineInfo]]
     codec: TextCodec
     queue_timeout_s: float
     keep: Callable[[asyncio.Task[None]], None]
     clock: Callable[[], float] = time.monotonic
-
-
-@dataclass(slots=True)
-class _Attempt:
-    """The sequences of one placement.
-
-    share: one sequence's part of the lease
-    epoch: the incarnation of the group's engine, as far as is known
-    live: sequence id -> choice index
-    ending: sequences that the engine has been asked to end
-    sending: the submission under way; its outcome decides what there is to end
-    """
-
-    placement: Placement
-    share: LeaseTerms
-    link: EngineLink
-    epoch: str = ""
-    mailbox: Mailbox = field(default_factory=Mailbox)
-    live: dict[str, int] = field(default_factory=dict)
-    ending: set[str] = field(default_factory=set)
-    sending: asyncio.Task[None] | None = None
 
 
 class Generation:
@@ -94,6 +75,7 @@ class Generation:
 
     params: the request's, with a max_tokens that the context holds
     tenant: as authentication found it
+    page_hashes: of the prompt's full pages, as the engines' prefix caches know them
     excluded: groups whose KV format is below what the request asks for
     """
 
@@ -104,6 +86,7 @@ class Generation:
         params: SamplingParams,
         tenant: str,
         around: Surroundings,
+        page_hashes: tuple[bytes, ...] = (),
         excluded: frozenset[str] = frozenset(),
     ) -> None:
         self.key = f"{tenant}/{spec.request_id}"
@@ -111,6 +94,7 @@ class Generation:
         self._prompt_ids = prompt_ids
         self._tenant = tenant
         self._around = around
+        self._page_hashes = page_hashes
         self._excluded = excluded
         self._arrived_s = around.clock()
         self._deadline_s = None if spec.timeout_s is None else self._arrived_s + spec.timeout_s
@@ -125,13 +109,14 @@ class Generation:
             )
             for index in range(spec.n)
         ]
-        self._attempt: _Attempt | None = None
-        self._placement: Placement | None = None
+        self._attempt: Attempt | None = None
+        self._placed: Asked | None = None
         self._usages: list[SequenceUsage] = []
+        self._reserved_bytes = 0
         self._first_token_s: float | None = None
         self._queue_s = 0.0
         self._failovers = 0
-        self._placing = False
+        self._ticket = ""  # of the placement under way
 
     async def events(self) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
         """Raises the errors of the table in errors.py; closing it ends the request."""
@@ -141,22 +126,22 @@ class Generation:
         finally:
             # Also when the client is gone, and then in a task that outlives this call.
             self._begin_giving_back()
-            if self._placing:
-                self._around.keep(spawn(self._withdraw(), "withdraw"))
+            if self._ticket:
+                self._around.keep(spawn(self._withdraw(self._ticket), "withdraw"))
 
     async def _events(self) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
         try:
-            placement = await self._place()
+            placed = await self._place()
         except RequestAbortedError:
             for event in self._end_all(FinishReason.ABORT):
                 yield event
         else:
-            yield pb.GenerateStreamResponse(started=self._started(placement))
+            yield pb.GenerateStreamResponse(started=self._started(placed))
             for event in self._catch_up():
                 yield event
             async for event in self._run():
                 yield event
-        await self._give_back()
+        await self._give_back(self._natural_output_tokens())
         yield pb.GenerateStreamResponse(usage=self._usage())
 
     async def _run(self) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
@@ -182,7 +167,7 @@ class Generation:
 
     # Placing
 
-    async def _place(self, *, again: bool = False) -> Placement:
+    async def _place(self, *, again: bool = False) -> Asked:
         remaining_s = self._remaining_s()
         timeout_s = self._around.queue_timeout_s
         mine = remaining_s is not None and remaining_s <= timeout_s
@@ -197,16 +182,19 @@ class Generation:
             tenant=self._tenant,
             priority=self._spec.priority,
             timeout_s=timeout_s,
+            page_hashes=self._page_hashes,
             excluded_groups=self._excluded,
             resumed=again,
             sequences=max(len(self._unfinished()), 1),
         )
         supersede = self._spec.resume is not None and not again
-        self._placing = True
+        self._ticket = uuid.uuid4().hex
         try:
-            placement = await self._around.router.place(request, supersede=supersede)
+            placement = await self._around.router.place(
+                request, ticket=self._ticket, supersede=supersede
+            )
         except DeadlineUnreachableError:
-            self._placing = False
+            self._ticket = ""
             if mine:
                 raise
             raise OverCapacityError(
@@ -214,21 +202,22 @@ class Generation:
             ) from None
         except Exception:
             # Refused. Not so a cancellation: the router may have granted meanwhile.
-            self._placing = False
+            self._ticket = ""
             raise
-        self._placing = False
         self._queue_s += placement.queue_s
-        self._placement = placement
+        try:
+            info = await self._around.info(placement.group)
+        except NotReadyError:
+            # Before the client hears of it, or its next attempt would meet this one.
+            ticket, self._ticket = self._ticket, ""
+            await self._withdraw(ticket)
+            raise
+        asked = Asked(request, placement, info)
         link = self._around.link(placement.group)
-        lease = placement.lease
-        share = replace(
-            lease,
-            hot_pages=lease.hot_pages // request.sequences,
-            sealed_pages=lease.sealed_pages // request.sequences,
-        )
-        self._attempt = _Attempt(placement, share, link)
-        self._attempt.epoch = self._around.info(placement.group).epoch
-        return placement
+        self._attempt = Attempt(asked, self._around.router, link, self._around.keep)
+        self._ticket = ""  # from here on the attempt owns the lease
+        self._placed = asked
+        return asked
 
     async def _place_again(self) -> None:
         """Another lease after the engine was lost, up to a limit; the router is told."""
@@ -278,13 +267,9 @@ class Generation:
             lease=attempt.share,
             resumed_tokens=len(choice.token_ids),
             timeout_s=self._remaining_s(),
-            cache_salt=f"{self._tenant}/{self._spec.cache_salt}",
+            cache_salt=cache_salt(self._tenant, self._spec.cache_salt),
         )
-        # Not cancelled with this call: whether the engine has the sequence must be known,
-        # or nobody would end it.
-        attempt.sending = spawn(_send(attempt, request, choice.index), "submit")
-        self._around.keep(attempt.sending)
-        await asyncio.shield(attempt.sending)
+        await attempt.submit(request, choice.index)
 
     # Receiving
 
@@ -293,9 +278,9 @@ class Generation:
         assert self._attempt is not None
         remaining_s = self._remaining_s()
         if remaining_s is None:
-            return await self._attempt.mailbox.take()
+            return await self._attempt.take()
         async with asyncio.timeout(remaining_s + DEADLINE_GRACE_S):
-            return await self._attempt.mailbox.take()
+            return await self._attempt.take()
 
     def _accept(self, deltas: list[SequenceDelta]) -> Iterator[pb.GenerateStreamResponse]:
         """One delta a choice, however many came together."""
@@ -306,7 +291,7 @@ class Generation:
             if index is None:
                 continue
             if delta.finish_reason is not None:
-                self._note_end(self._attempt, delta)
+                self._attempt.note_end(delta)
             by_choice.setdefault(index, []).append(delta)
         failed = False
         for index, found in by_choice.items():
@@ -346,77 +331,46 @@ class Generation:
 
     async def _end_finished(self) -> None:
         """End sequences of choices that a stop string has ended, while others go on."""
-        attempt = self._attempt
-        assert attempt is not None
-        over = [
-            sequence
-            for sequence, index in attempt.live.items()
-            if self.choices[index].finish is not None and sequence not in attempt.ending
-        ]
-        if over and self._unfinished():
-            attempt.ending.update(over)
-            await attempt.link.abort(over)
+        if self._attempt is not None and self._unfinished():
+            await self._attempt.stop([x.index for x in self.choices if x.finish is not None])
 
-    async def _give_back(self) -> None:
+    async def _give_back(self, output_tokens: int | None = None) -> None:
         """End what still runs, see its pages freed, and release the lease; once.
 
-        Goes on if this call is cancelled.
+        Goes on if this call is cancelled. output_tokens: see Attempt.end
         """
-        task = self._begin_giving_back()
+        task = self._begin_giving_back(output_tokens)
         if task is not None:
             await asyncio.shield(task)
 
-    def _begin_giving_back(self) -> asyncio.Task[None] | None:
+    def _begin_giving_back(self, output_tokens: int | None = None) -> asyncio.Task[None] | None:
         attempt, self._attempt = self._attempt, None
         if attempt is None:
             return None
-        task = spawn(self._end_attempt(attempt), "give-back")
+        task = spawn(self._end_attempt(attempt, output_tokens), "give-back")
         self._around.keep(task)
         return task
 
-    async def _end_attempt(self, attempt: _Attempt) -> None:
-        if not await self._end_sequences(attempt):
-            # The pages may still be held, and the lease stands for them. The router
-            # takes it back when the engine's report no longer lists it.
-            logger.error("sequences of %s did not end in time", self.key)
-            return
-        try:
-            await self._around.router.release(attempt.placement.lease.lease_id)
-        except IngressError as error:
-            # No fault of the request's: the engine's report will show that it has ended.
-            logger.warning("the lease of %s could not be given back: %s", self.key, error)
+    async def _end_attempt(self, attempt: Attempt, output_tokens: int | None) -> None:
+        await attempt.end(output_tokens)
+        self._usages += attempt.usages
+        self._reserved_bytes = attempt.reserved_bytes
 
-    async def _withdraw(self) -> None:
+    async def _withdraw(self, ticket: str) -> None:
         """The client left while the request was being placed."""
         try:
-            await self._around.router.abort(self.key)
+            await self._around.router.withdraw(self.key, ticket)
         except IngressError as error:
             logger.warning("%s could not be withdrawn: %s", self.key, error)
 
-    async def _end_sequences(self, attempt: _Attempt) -> bool:
-        """Whether the engine has confirmed every sequence's end, or is gone with all of them."""
-        try:
-            async with asyncio.timeout(FREEING_TIMEOUT_S):
-                if attempt.sending is not None:
-                    await asyncio.wait([attempt.sending])
-                if attempt.live:
-                    await attempt.link.abort(list(attempt.live))
-                while attempt.live:
-                    for delta in await attempt.mailbox.take():
-                        if delta.finish_reason is not None:
-                            self._note_end(attempt, delta)
-        except EngineLostError:
-            return True
-        except TimeoutError:
-            return False
-        return True
-
-    def _note_end(self, attempt: _Attempt, delta: SequenceDelta) -> None:
-        attempt.live.pop(delta.request_id, None)
-        if delta.usage is not None:
-            self._usages.append(delta.usage)
-
     # Reading
+
+    def _natural_output_tokens(self) -> int | None:
+        """How long the longest choice became, if all ended by themselves and in one go."""
+        natural = all(x.finish is not None and x.finish.reason in NATURAL for x in self.choices)
+        if not natural or self._failovers or self._spec.resume is not None:
+            return None
+        return max(len(choice.token_ids) for choice in self.choices)
 
     def _unfinished(self) -> list[Choice]:
         return [choice for choice in self.choices if choice.finish is None]
@@ -432,8 +386,8 @@ class Generation:
             return None
         return max(self._deadline_s - self._around.clock(), 1e-3)
 
-    def _started(self, placement: Placement) -> pb.Started:
-        info = self._around.info(placement.group)
+    def _started(self, placed: Asked) -> pb.Started:
+        info, placement = placed.info, placed.placement
         return pb.Started(
             request_id=self._spec.request_id,
             model=info.model,
@@ -448,7 +402,7 @@ class Generation:
         )
 
     def _usage(self) -> pb.Usage:
-        usages, placement = self._usages, self._placement
+        usages, placed = self._usages, self._placed
         used_bytes = sum(usage.kv_bytes for usage in usages)
         reply = pb.Usage(
             prompt_tokens=len(self._prompt_ids),
@@ -466,28 +420,10 @@ class Generation:
             preemptions=sum(usage.preemptions for usage in usages),
             failovers=self._failovers,
         )
-        if placement is not None:
-            reply.kv_reserved_bytes = placement.lease_bytes
-            reply.group = placement.group
-            reply.kv_format = self._around.info(placement.group).kv_format
+        if placed is not None:
+            reply.kv_reserved_bytes = self._reserved_bytes
+            reply.group = placed.placement.group
+            reply.kv_format = placed.info.kv_format
         if self._first_token_s is not None:
             reply.time_to_first_token_s = self._first_token_s
         return reply
-
-
-async def _send(attempt: _Attempt, request: EngineRequest, index: int) -> None:
-    """Submit one sequence; it is among the live ones while the engine may have it."""
-    attempt.live[request.request_id] = index
-    try:
-        attempt.epoch = await attempt.link.submit(request, attempt.mailbox)
-    except BaseException:
-        del attempt.live[request.request_id]
-        raise
-
-
-def sequence_id(lease_id: str, position: int) -> str:
-    """A sequence's id on its engine; the router derives the same to abort it.
-
-    position: among the sequences of the lease
-    """
-    return f"{lease_id}.{position}"

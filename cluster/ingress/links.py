@@ -10,14 +10,14 @@ import asyncio
 import contextvars
 import itertools
 import logging
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from typing import Any
 
 from kvmesh.cluster.ingress.errors import EngineLostError
 from kvmesh.cluster.peers import EngineClient, StreamOpened
 from kvmesh.workers.errors import EngineError
-from kvmesh.workers.request import EngineRequest, SequenceDelta
+from kvmesh.workers.request import EngineRequest, LeaseTerms, SequenceDelta
 
 logger = logging.getLogger(__name__)
 
@@ -31,9 +31,13 @@ def spawn(coroutine: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
 
 
 class Mailbox:
-    """Deltas of one request's sequences, in order, until somebody takes them."""
+    """Deltas of one request's sequences, in order, until somebody takes them.
 
-    def __init__(self) -> None:
+    watch: told of each as it comes, however long it then waits here
+    """
+
+    def __init__(self, watch: Callable[[SequenceDelta], None]) -> None:
+        self._watch = watch
         self._deltas: list[SequenceDelta] = []
         self._lost = False
         self._ready = asyncio.Event()
@@ -41,6 +45,7 @@ class Mailbox:
     def put(self, delta: SequenceDelta) -> None:
         self._deltas.append(delta)
         self._ready.set()
+        self._watch(delta)
 
     def lose(self) -> None:
         """The engine is gone; what is here can still be taken."""
@@ -94,6 +99,10 @@ class EngineLink:
         live = [request_id for request_id in request_ids if request_id in self._mailboxes]
         if live:
             await self._engine.abort(live)
+
+    async def extend(self, request_ids: list[str], lease: LeaseTerms) -> None:
+        """Tell the engine that the sequences' lease has grown; `lease` is each one's part."""
+        await self._engine.extend(request_ids, lease)
 
     async def close(self) -> None:
         """Close the stream, which ends all of its sequences."""

@@ -18,7 +18,7 @@ from kvmesh.cluster.ingress.errors import (
     ResumeMismatchError,
     UnknownModelError,
 )
-from kvmesh.cluster.ingress.estimate import estimate_reply, geometry_of
+from kvmesh.cluster.ingress.estimate import estimate_reply, explain_reply, geometry_of
 from kvmesh.cluster.ingress.generation import Generation, Surroundings
 from kvmesh.cluster.ingress.links import EngineLink
 from kvmesh.cluster.ingress.quality import groups_below
@@ -26,6 +26,7 @@ from kvmesh.cluster.metrics import IngressMeters
 from kvmesh.cluster.peers import ClusterStatus, EngineClient, RouterClient, TextCodec
 from kvmesh.cluster.routing.request import PlaceRequest
 from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
+from kvmesh.workers.prefix_cache import PageDigests
 from kvmesh.workers.request import EngineInfo, TokenIds
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ logger = logging.getLogger(__name__)
 Metadata = Iterable[tuple[str, str | bytes]]
 
 LONG_TEXT_CHARS = 4096  # tokenising longer texts would hold up everybody's streams
+LONG_PROMPT_TOKENS = 1 << 16  # and so would hashing longer prompts
 REFRESH_PERIOD_S = 1.0
 
 
@@ -192,7 +194,7 @@ class IngressService:
         assert isinstance(request, pb.EstimateBudgetRequest)
         self._check_model(request.model)
         status = self._known()
-        prompt_tokens = await self._prompt_tokens(request)
+        prompt_tokens, hashes = await self._size(request, tenant)
         max_tokens = self._limits.default_max_tokens
         if request.HasField("max_tokens"):
             max_tokens = request.max_tokens
@@ -208,10 +210,20 @@ class IngressService:
             max_tokens=max_tokens,
             tenant=tenant,
             priority=request.priority,
+            page_hashes=hashes,
             excluded_groups=groups_below(request.min_kv_format, status),
             sequences=n,
         )
         return estimate_reply(asked, await self._router.estimate(asked), status)
+
+    async def explain(self, request: object, metadata: Metadata) -> pb.ExplainResponse:
+        """Explain, by a request id of the caller's own tenant."""
+        tenant = self._admit(request, metadata)
+        assert isinstance(request, pb.ExplainRequest)
+        if not request.request_id:
+            validate.refuse("request_id", "must not be empty")
+        explained = await self._router.explain(f"{tenant}/{request.request_id}")
+        return explain_reply(request.request_id, explained, self._known())
 
     async def get_model_info(self, request: object, metadata: Metadata) -> pb.GetModelInfoResponse:
         self._admit(request, metadata)
@@ -247,8 +259,9 @@ class IngressService:
         if len(ids) >= longest:
             raise self._context_exceeded(len(ids), status)
         params = validate.fit_context(spec, len(ids), longest)
+        hashes = await _page_hashes(ids, validate.cache_salt(tenant, spec.cache_salt), info)
         excluded = groups_below(spec.min_kv_format, status)
-        return Generation(spec, ids, params, tenant, self._around, excluded)
+        return Generation(spec, ids, params, tenant, self._around, hashes, excluded)
 
     async def _encode(self, prompt: validate.Prompt) -> TokenIds:
         """Token ids; a long text is tokenised beside the event loop."""
@@ -269,20 +282,28 @@ class IngressService:
         except ValueError as error:
             validate.refuse("prompt.chat", str(error))
 
-    async def _prompt_tokens(self, request: pb.EstimateBudgetRequest) -> int:
+    async def _size(
+        self, request: pb.EstimateBudgetRequest, tenant: str
+    ) -> tuple[int, tuple[bytes, ...]]:
+        """The prompt's length, and its pages' hashes where the prompt itself is given."""
         if request.WhichOneof("size") == "prompt_tokens":
-            return request.prompt_tokens
-        return len(await self._encode(validate.prompt(request.prompt)))
+            return request.prompt_tokens, ()
+        ids = await self._encode(validate.prompt(request.prompt))
+        info = self._any_info(self._known())
+        return len(ids), await _page_hashes(ids, validate.cache_salt(tenant, ""), info)
 
     def _known(self) -> ClusterStatus:
         if self._status is None or not self._status.reports:
             raise NotReadyError()
         return self._status
 
-    def _info(self, group: str) -> EngineInfo:
+    async def _info(self, group: str) -> EngineInfo:
         report = self._known().reports.get(group)
+        if report is None:  # it came up since the last refresh
+            await self.refresh()
+            report = self._known().reports.get(group)
         if report is None:
-            raise NotReadyError()  # it came up since the last refresh
+            raise NotReadyError()
         return report.info
 
     def _any_info(self, status: ClusterStatus) -> EngineInfo:
@@ -314,6 +335,17 @@ class IngressService:
         if usage.HasField("time_to_first_token_s"):
             first_token_s = usage.time_to_first_token_s
         self._meters.finished(usage.group, first_token_s, usage.queue_s, usage.failovers)
+
+
+async def _page_hashes(ids: TokenIds, salt: str, info: EngineInfo) -> tuple[bytes, ...]:
+    """Of the prompt's full pages, as the prefix caches of engines like this one know them."""
+    if not info.prefix_cache:
+        return ()
+    digests = PageDigests(info.page_size, salt)
+    pages = len(ids) // info.page_size
+    if len(ids) < LONG_PROMPT_TOKENS:
+        return tuple(digests.upto(ids, pages))
+    return tuple(await asyncio.to_thread(digests.upto, ids, pages))
 
 
 def _gather_delta(choices: dict[int, pb.Choice], delta: pb.Delta) -> None:

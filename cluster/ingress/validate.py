@@ -90,6 +90,11 @@ class GenerationSpec:
     resume: Resume | None
 
 
+def cache_salt(tenant: str, salt: str) -> str:
+    """Prompts of different salts share no cached page: speed would tell one of the other."""
+    return f"{tenant}/{salt}"
+
+
 def refuse(field: str, message: str) -> NoReturn:
     raise InvalidRequestError(field, message)
 

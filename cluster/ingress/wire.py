@@ -158,6 +158,8 @@ def _router(status: ClusterStatus) -> pb.RouterLoads:
         released_total=status.released_total,
         expired_total=status.expired_total,
         refused_total=dict(status.refused_total),
+        audits_total=status.audits_total,
+        audit_faults_total=status.audit_faults_total,
     )
     for group in router.groups:
         wire.ledger.add(

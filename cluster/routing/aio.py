@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from kvmesh.cluster.routing.decisions import Decided, DecisionLog
 from kvmesh.cluster.routing.errors import DuplicateRequestError
 from kvmesh.cluster.routing.events import Lease
 from kvmesh.cluster.routing.group import GroupSpec
@@ -66,6 +67,7 @@ class AsyncRouter:
         self._router = router
         self._clock = clock
         self._futures: dict[str, asyncio.Future[Placement]] = {}
+        self._decisions = DecisionLog()
 
     async def place(self, request: PlaceRequest) -> Placement:
         """Wait for a group and a lease on it.
@@ -76,7 +78,9 @@ class AsyncRouter:
         """
         if request.request_id in self._futures:
             raise DuplicateRequestError(request.request_id)
-        decision, changes = self._router.submit(request, self._clock())
+        now = self._clock()
+        decision, changes = self._router.submit(request, now)
+        self._decisions.note(decision, now)
         self._settle(changes)
         match decision:
             case Granted(placement=placement):
@@ -117,6 +121,11 @@ class AsyncRouter:
     async def estimate(self, request: PlaceRequest) -> Estimate:
         """What would become of the request, without submitting it."""
         return self._router.estimate(request, self._clock())
+
+    def explain(self, request_id: str) -> tuple[tuple[float, Decided], ...]:
+        """How long ago what was decided of a request, oldest first; nothing if it is not known."""
+        now = self._clock()
+        return tuple((now - x.at, x) for x in self._decisions.of(request_id))
 
     async def group_up(self, group: str, info: EngineInfo) -> tuple[Lease, ...]:
         """A group is there. Returns leases of a former incarnation, now void."""
@@ -200,6 +209,7 @@ class AsyncRouter:
             self._resolve(outcome)
 
     def _resolve(self, outcome: Outcome) -> None:
+        self._decisions.note(outcome, self._clock())
         future = self._futures.pop(outcome.request_id, None)
         match outcome:
             case Granted(placement=placement):

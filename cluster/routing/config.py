@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from kvmesh.cluster.routing.fairness import TenantPolicy
+from kvmesh.workers.sizes import BLOCK_PAGES
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,10 @@ class RouterConfig:
     balance_s, hole_s: see PlacementRules
     stretch: a request is due after this many times its own prefill time; 0 is first
         come, first served
+    long_s: a prompt that takes longer than this to compute keeps a group from all others:
+        one may at any time, and more while the other groups have less to do than `busy_most`
+    busy_most: share of the time that a group may be computing prompts, so that those who
+        come do not wait long
     patience_s: ... and after this at least
     patience_most_s: who has waited for longer goes before all others of its priority,
         whenever it is the turn of such requests: at one of `aged_every` grants
@@ -48,11 +53,13 @@ class RouterConfig:
     balance_s: float = 0.5
     hole_s: float = 0.25
     stretch: float = 4.0
+    long_s: float = 60.0
+    busy_most: float = 0.55
     patience_s: float = 1.0
     patience_most_s: float = 60.0
     aged_every: int = 4
     backfill_depth: int = 32
-    block_pages: int = 8
+    block_pages: int = BLOCK_PAGES
     index_limit: int = 1_000_000
     tenants: Mapping[str, TenantPolicy] = field(default_factory=dict)
     tenant_default: TenantPolicy = field(default_factory=TenantPolicy)
@@ -61,14 +68,15 @@ class RouterConfig:
         for name in ("queue_limit", "ahead_s", "balance_s", "hole_s", "stretch", "patience_s"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
-        for name in ("lease_ttl_s", "grace_s", "rebuild_timeout_s", "retry_least_s"):
+        for name in ("lease_ttl_s", "grace_s", "rebuild_timeout_s", "retry_least_s", "long_s"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be greater than 0, got {getattr(self, name)}")
         for name in ("backfill_depth", "block_pages", "aged_every", "index_limit", "least_samples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 < self.lease_quantile <= 1:
-            raise ValueError(f"lease_quantile must be within (0, 1], got {self.lease_quantile}")
+        for name in ("lease_quantile", "busy_most"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be within (0, 1], got {getattr(self, name)}")
         if self.patience_most_s < self.patience_s:
             raise ValueError(
                 f"patience_most_s must be at least patience_s, got {self.patience_most_s}"

@@ -24,11 +24,12 @@ class ReleaseReason(enum.Enum):
 class Lease:
     """A reservation of pages on one group.
 
-    epoch: of the router that granted it
+    epoch, number: of the router that granted it; of its grants before
     need: pages of one rank, those shared with other leases of the group included
     most: what it may grow to
     blocks: hashes of its prompt's runs of `block_pages` pages, from the first page on;
         equal ones of a group are stored, and count, once
+    shared: sealed pages of those blocks that others paid for when it was granted
     expires_at: until then it is to be handed to the engine; without meaning once confirmed
     confirmed: an engine's report has listed it
     """
@@ -46,6 +47,8 @@ class Lease:
     confirmed: bool = False
     blocks: tuple[bytes, ...] = ()
     block_pages: int = 0
+    shared: int = 0
+    number: int = 0
 
     @property
     def to_grow(self) -> int:
@@ -55,7 +58,14 @@ class Lease:
     @property
     def terms(self) -> LeaseTerms:
         return LeaseTerms(
-            self.lease_id, self.epoch, self.need.hot, self.need.sealed, self.most.sealed
+            lease_id=self.lease_id,
+            epoch=self.epoch,
+            hot_pages=self.need.hot,
+            sealed_pages=self.need.sealed,
+            most_sealed_pages=self.most.sealed,
+            shared_sealed_pages=self.shared,
+            sequences=self.sequences,
+            number=self.number,
         )
 
 
@@ -91,6 +101,14 @@ class LeaseGranted:
 @dataclass(frozen=True, slots=True)
 class LeaseAdopted:
     """An engine runs under a lease the ledger did not know; its pages are in use, so they count."""
+
+    lease: Lease
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseRestated:
+    """An adopted lease is larger than its engine's reports had said so far."""
 
     lease: Lease
     at: float
@@ -134,6 +152,7 @@ Event = (
     | GroupReported
     | LeaseGranted
     | LeaseAdopted
+    | LeaseRestated
     | LeaseResized
     | LeaseRenewed
     | LeaseHandedOver

@@ -1,29 +1,17 @@
-"""An estimate in words: what would become of a request, and why, group by group."""
+"""A decision in words: what became of a request, and why, group by group."""
 
 from __future__ import annotations
 
-from kvmesh.cluster.routing.request import Estimate
+from collections.abc import Iterable
+
 from kvmesh.cluster.routing.verdict import Verdict
 
 MIB = 1 << 20
 
 
-def explain(estimate: Estimate) -> list[str]:
-    """Lines for a terminal or a log: the outcome first, then every group."""
-    return [_outcome(estimate), *(_group(verdict) for verdict in estimate.verdicts)]
-
-
-def _outcome(estimate: Estimate) -> str:
-    if not estimate.fits_ever:
-        return f"{estimate.request_id} fits no group, however long it waits"
-    if estimate.fits_now:
-        return f"{estimate.request_id} would go to {estimate.group} at once"
-    waiting = f"{estimate.queue_depth} requests wait"
-    if estimate.projected_start_s is None:
-        return f"{estimate.request_id} would wait; {waiting}, its start is not known"
-    return (
-        f"{estimate.request_id} would start in about {estimate.projected_start_s:.1f} s; {waiting}"
-    )
+def explain(outcome: str, verdicts: Iterable[Verdict]) -> list[str]:
+    """Lines for a log: the outcome first, then every group."""
+    return [outcome, *(_group(verdict) for verdict in verdicts)]
 
 
 def _group(verdict: Verdict) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from kvmesh.cluster.routing.audit import audit
 from kvmesh.cluster.routing.config import RouterConfig
 from kvmesh.cluster.routing.demand import DemandModel, OutputEstimate, never_fits
 from kvmesh.cluster.routing.events import Event, Lease
@@ -80,6 +81,7 @@ class Fleet:
             decode_tokens=output.expected,
             leased_tokens=output.leased,
             sequences=request.sequences,
+            resumed=request.resumed,
             excluded_groups=request.excluded_groups,
             blocks=blocks,
             block_pages=self._block_pages,
@@ -120,7 +122,9 @@ class Fleet:
         for lease in reconciled.adopted:
             self._live[lease.lease_id] = Live(None, 0, now, self.mean_lease_s, 0)
             self._views[group].timeline.put(lease.lease_id, now, now + self.mean_lease_s)
-        return reconciled
+        if reconciled.stale:
+            return reconciled
+        return replace(reconciled, faults=audit(loads, self.ledger.leases))
 
     # Leases
 
@@ -213,6 +217,8 @@ class Fleet:
         tokens = min(request.prompt_tokens + output_tokens, view.spec.max_model_len)
         sealed = len(view.spec.geometry.sealed_range(tokens)) * request.sequences
         need = PageNeed(lease.need.hot, max(lease.need.sealed, sealed))
+        if not need.fits(lease.most):
+            return False  # an adopted lease, not all of whose sequences are known yet
         if not self.ledger.grow(lease_id, need, now):
             return False
         more_s = max(output_tokens - live.output_tokens, 0) * view.decode_step_s

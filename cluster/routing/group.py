@@ -10,6 +10,9 @@ from kvmesh.workers.sizes import PageGeometry, PageNeed
 
 REFERENCE_BITS = 16.0  # of a bf16 value, the exact cache of a GPU
 UNKNOWN_PACE = Pace()
+# Of an engine that nothing is known of: between what CPUs and large GPUs do, within reach of
+# what the router learns by itself.
+USUAL_PACE = Pace(prefill_s_per_token=1e-4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +80,7 @@ class GroupSpec:
         """The spec of an engine.
 
         reserved_hot_pages: of the pool, for the step in flight; not for leases
+        pace: to begin with
         Raises ValueError if nothing remains to lease.
         """
         hot_pages = info.hot_pages - reserved_hot_pages
@@ -100,5 +104,5 @@ class GroupSpec:
             max_sequences=info.max_num_seqs,
             kv_format=info.kv_format,
             quality=REFERENCE_BITS * info.sealed_page_bytes / info.hot_page_bytes,
-            pace=pace or UNKNOWN_PACE,
+            pace=pace or USUAL_PACE,
         )

@@ -7,12 +7,11 @@ changes the state. So a log of events replays to the same ledger.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-
-from sortedcontainers import SortedDict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 
 from kvmesh.cluster.routing import events as ev
+from kvmesh.cluster.routing.account import Account
 from kvmesh.cluster.routing.errors import LedgerError
 from kvmesh.cluster.routing.events import Event, Lease, ReleaseReason
 from kvmesh.cluster.routing.group import GroupSpec
@@ -20,90 +19,18 @@ from kvmesh.workers.request import LeaseTerms
 from kvmesh.workers.sizes import PageNeed
 
 
-@dataclass(slots=True)
-class Account:
-    """One group's page of the ledger.
-
-    free_hot, free_sealed: pages no lease covers; negative after adoptions beyond
-        the capacity, and nothing is granted then
-    sequences: of all leases
-    reported_at: when its engine last reported to this ledger, or None
-    shared: block hash -> leases that hold the block; it is charged once
-    growing: sealed pages still to grow, of leases below their most
-    reserve: sealed pages that stay free, so that any one lease can grow to its most
-    """
-
-    spec: GroupSpec
-    free_hot: int
-    free_sealed: int
-    sequences: int = 0
-    lease_ids: dict[str, None] = field(default_factory=dict)  # oldest first
-    reported_at: float | None = None
-    shared: dict[bytes, int] = field(default_factory=dict)
-    growing: SortedDict[tuple[int, str], None] = field(default_factory=SortedDict)
-    reserve: int = 0
-
-    @classmethod
-    def opened(cls, spec: GroupSpec) -> Account:
-        return cls(spec, spec.capacity.hot, spec.capacity.sealed)
-
-    @property
-    def used(self) -> PageNeed:
-        capacity = self.spec.capacity
-        return PageNeed(capacity.hot - self.free_hot, capacity.sealed - self.free_sealed)
-
-    def free_pages(self) -> PageNeed:
-        return PageNeed(self.free_hot, self.free_sealed)
-
-    def used_bytes(self) -> int:
-        return self.spec.geometry.bytes_of(self.used)
-
-    def block_weight(self, index: int, block_pages: int) -> int:
-        """Sealed pages of a prompt's block: pages of the sink have no sealed form."""
-        return min(block_pages, max(0, (index + 1) * block_pages - self.spec.geometry.sink_pages))
-
-    def shared_pages(self, blocks: Sequence[bytes], block_pages: int) -> int:
-        """How many of the blocks' pages other leases pay for already.
-
-        Block hashes are chained: who holds a block holds those before it, so the
-        shared ones are the first so many.
-        """
-        low, high = 0, len(blocks)
-        while low < high:
-            middle = (low + high) // 2
-            if blocks[middle] in self.shared:
-                low = middle + 1
-            else:
-                high = middle
-        return max(0, low * block_pages - self.spec.geometry.sink_pages)
-
-    def grows(self, lease: Lease) -> None:
-        """The lease has yet to grow; keep so much free."""
-        if lease.to_grow > 0:
-            self.growing[(lease.to_grow, lease.lease_id)] = None
-            self._set_reserve()
-
-    def grows_no_more(self, lease: Lease) -> None:
-        if lease.to_grow > 0:
-            del self.growing[(lease.to_grow, lease.lease_id)]
-            self._set_reserve()
-
-    def _set_reserve(self) -> None:
-        self.reserve = self.growing.peekitem(-1)[0][0] if self.growing else 0
-
-    def holds(self, need: PageNeed, to_grow: int, shared: int = 0) -> bool:
-        """Whether a new lease fits and leaves the reserve whole."""
-        left = self.free_sealed - need.sealed + shared
-        return need.hot <= self.free_hot and left >= max(self.reserve, to_grow)
-
-
 @dataclass(frozen=True, slots=True)
 class Reconciliation:
-    """What a report changed. stale: it came from another incarnation and was ignored."""
+    """What a report changed.
+
+    stale: it came from another incarnation and was ignored
+    faults: where the engine's account and the ledger disagree all the same; see audit.py
+    """
 
     released: tuple[Lease, ...] = ()
     adopted: tuple[Lease, ...] = ()
     stale: bool = False
+    faults: tuple[str, ...] = ()
 
 
 class Ledger:
@@ -153,7 +80,7 @@ class Ledger:
         """Raise LedgerError unless every account is the sum of its leases."""
         for group, account in self._accounts.items():
             held = [lease for lease in self._leases.values() if lease.group == group]
-            used = sum((lease.need for lease in held), PageNeed(0, -_doubled(account, held)))
+            used = account.owed(held)
             if (
                 used != account.used
                 or {lease.lease_id for lease in held} != account.lease_ids.keys()
@@ -229,6 +156,8 @@ class Ledger:
             expires_at=now + self.ttl_s,
             blocks=blocks,
             block_pages=block_pages,
+            shared=shared,
+            number=self._granted,
         )
         self._do(ev.LeaseGranted(lease, now))
         return lease
@@ -240,6 +169,11 @@ class Ledger:
         remains free lets every single one still grow to its most. So whoever is
         oldest ends, gives back more than it took, and the next is the oldest: the
         banker's rule, without a search.
+
+        Adopted leases are charged for pages that they share, as no report tells which
+        those are, so pages may be free that the account does not show. While there are
+        adopted ones, the oldest therefore grows regardless: its engine has its own rule
+        by which the oldest comes to its end.
         """
         lease = self._lease(lease_id)
         if need.hot < lease.need.hot or need.sealed < lease.need.sealed:
@@ -253,8 +187,10 @@ class Ledger:
             account.free_hot - (need.hot - lease.need.hot),
             account.free_sealed - (need.sealed - lease.need.sealed),
         )
-        reserve = 0 if self._oldest_growing(account) == lease_id else account.reserve
-        if left.hot < 0 or left.sealed < reserve:
+        oldest = self._oldest_growing(account) == lease_id
+        reserve = 0 if oldest else account.reserve
+        overstated = oldest and account.adopted > 0
+        if left.hot < 0 or (left.sealed < reserve and not overstated):
             return False
         self._do(ev.LeaseResized(lease_id, need, now))
         return True
@@ -304,13 +240,15 @@ class Ledger:
         Leases that it listed before and no longer lists are over. Those it has never
         listed are over when their time to be used, and `grace_s`, has passed. Leases
         the ledger does not know are adopted, unless it released them within `grace_s`:
-        the report may have been on its way. What a silent engine holds is not known to
-        be free; the group's end frees it, not the clock.
+        the report may have been on its way. An adopted lease follows the reports upward:
+        more of its sequences may arrive, or a growth of the former router's. What a
+        silent engine holds is not known to be free; the group's end frees it, not the clock.
         """
         account = self._accounts.get(group)
         if account is None or account.spec.engine_epoch != engine_epoch:
             return Reconciliation(stale=True)
-        terms_by_id = {terms.lease_id: terms for terms in listed}
+        by_age = sorted(listed, key=lambda terms: (terms.epoch, terms.number))
+        terms_by_id = {terms.lease_id: terms for terms in by_age}
         missing = [
             self._leases[lease_id] for lease_id in account.lease_ids if lease_id not in terms_by_id
         ]
@@ -327,6 +265,8 @@ class Ledger:
         )
         for lease in adopted:
             self._do(ev.LeaseAdopted(lease, now))
+        for lease in self._restated(terms_by_id.values()):
+            self._do(ev.LeaseRestated(lease, now))
         confirmed = tuple(lease_id for lease_id in terms_by_id if lease_id in account.lease_ids)
         self._do(ev.GroupReported(group, confirmed, now))
         return Reconciliation(released, adopted)
@@ -375,11 +315,31 @@ class Ledger:
             epoch=terms.epoch,
             need=PageNeed(terms.hot_pages, terms.sealed_pages),
             most=PageNeed(terms.hot_pages, max(terms.sealed_pages, terms.most_sealed_pages)),
-            sequences=1,
+            sequences=terms.sequences,
+            number=terms.number,
             granted_at=now,
             expires_at=now + self.ttl_s,
             confirmed=True,
         )
+
+    def _restated(self, listed: Iterable[LeaseTerms]) -> list[Lease]:
+        """Adopted leases that are listed with more than is known of them, as they are now."""
+        restated: list[Lease] = []
+        for terms in listed:
+            known = self._leases.get(terms.lease_id)
+            if known is None or known.epoch == self.epoch:
+                continue
+            most = max(terms.sealed_pages, terms.most_sealed_pages, known.most.sealed)
+            hot = max(terms.hot_pages, known.need.hot)
+            now_known = replace(
+                known,
+                need=PageNeed(hot, max(terms.sealed_pages, known.need.sealed)),
+                most=PageNeed(hot, most),
+                sequences=max(terms.sequences, known.sequences),
+            )
+            if now_known != known:
+                restated.append(now_known)
+        return restated
 
     def _just(self, at: float | None, now: float) -> bool:
         return at is not None and now - at < self.grace_s
@@ -392,7 +352,7 @@ class Ledger:
     def _apply(self, event: Event) -> None:
         match event:
             case ev.GroupUp(spec=spec):
-                self._accounts[spec.group] = Account.opened(spec)
+                self._accounts[spec.group] = Account.opened(spec, self.epoch)
             case ev.GroupDown(group=group):
                 del self._accounts[group]
             case ev.GroupReported(lease_ids=lease_ids, at=at):
@@ -405,8 +365,10 @@ class Ledger:
                 self._enter(lease)
             case ev.LeaseAdopted(lease=lease):
                 self._enter(lease)
+            case ev.LeaseRestated(lease=lease):
+                self._restate(lease)
             case ev.LeaseResized(lease_id=lease_id, need=need):
-                self._resize(lease_id, need)
+                self._restate(replace(self._leases[lease_id], need=need))
             case ev.LeaseRenewed(lease_id=lease_id, expires_at=expires_at):
                 self._leases[lease_id] = replace(self._leases[lease_id], expires_at=expires_at)
             case ev.LeaseHandedOver(
@@ -428,56 +390,15 @@ class Ledger:
                 self._released_at.move_to_end(lease_id)
 
     def _enter(self, lease: Lease) -> None:
-        account = self._accounts[lease.group]
         self._leases[lease.lease_id] = lease
-        account.lease_ids[lease.lease_id] = None
-        charged = lease.need.sealed
-        shared = account.shared
-        for index, block in enumerate(lease.blocks):
-            holders = shared.get(block, 0)
-            if holders:
-                charged -= account.block_weight(index, lease.block_pages)
-            shared[block] = holders + 1
-        account.free_sealed -= charged
-        account.free_hot -= lease.need.hot
-        account.sequences += lease.sequences
-        account.grows(lease)
+        self._accounts[lease.group].enter(lease)
 
     def _leave(self, lease_id: str) -> Lease:
         lease = self._leases.pop(lease_id)
-        account = self._accounts[lease.group]
-        del account.lease_ids[lease_id]
-        freed = lease.need.sealed
-        shared = account.shared
-        for index, block in enumerate(lease.blocks):
-            holders = shared.pop(block)
-            if holders > 1:
-                freed -= account.block_weight(index, lease.block_pages)
-                shared[block] = holders - 1
-        account.free_sealed += freed
-        account.free_hot += lease.need.hot
-        account.sequences -= lease.sequences
-        account.grows_no_more(lease)
+        self._accounts[lease.group].leave(lease)
         return lease
 
-    def _resize(self, lease_id: str, need: PageNeed) -> None:
-        """In place: the lease keeps its age."""
-        old = self._leases[lease_id]
-        new = self._leases[lease_id] = replace(old, need=need)
-        account = self._accounts[old.group]
-        account.free_sealed -= need.sealed - old.need.sealed
-        account.free_hot -= need.hot - old.need.hot
-        account.grows_no_more(old)
-        account.grows(new)
-
-
-def _doubled(account: Account, held: Iterable[Lease]) -> int:
-    """Sealed pages that leases hold together, counted once less than they are held."""
-    seen: set[bytes] = set()
-    doubled = 0
-    for lease in held:
-        for index, block in enumerate(lease.blocks):
-            if block in seen:
-                doubled += account.block_weight(index, lease.block_pages)
-            seen.add(block)
-    return doubled
+    def _restate(self, new: Lease) -> None:
+        old = self._leases[new.lease_id]
+        self._leases[new.lease_id] = new
+        self._accounts[old.group].restate(old, new)

@@ -58,6 +58,11 @@ class Backlog:
         """Until a prompt added now would be begun with."""
         return max(self.clear_at - now, self.behind_s)
 
+    @property
+    def longest_s(self) -> float:
+        """What the longest of its prompts was predicted to take."""
+        return max(self._prompts.values(), default=0.0)
+
     def add(self, lease_id: str, new_tokens: int, cached_tokens: int, now: float) -> None:
         self._drop_done(now)
         if not self._prompts:

@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from kvmesh.cluster.routing.account import Account
 from kvmesh.cluster.routing.demand import Demand
 from kvmesh.cluster.routing.group import GroupSpec
-from kvmesh.cluster.routing.ledger import Account
 from kvmesh.cluster.routing.pace import Backlog
 from kvmesh.cluster.routing.timeline import Timeline
 from kvmesh.cluster.routing.verdict import Reason, Row, Verdicts
@@ -100,6 +100,7 @@ class Asked:
     decode_tokens: int
     leased_tokens: int
     sequences: int = 1
+    resumed: bool = False
     excluded_groups: frozenset[str] = frozenset()
     blocks: tuple[bytes, ...] = ()
     block_pages: int = 1
@@ -128,6 +129,7 @@ class PlacementRules:
     balance_s: what a full group costs over an empty one: its decoding is slower
     hole_s: what a small request costs on the group whose room large ones need
     hole_pages: sealed pages that shall stay free together somewhere, if they can
+    longest_s: prompts that take longer to compute are not begun with at present
     scarcity: what a second of computing costs; more than one where requests wait for it
     """
 
@@ -135,6 +137,7 @@ class PlacementRules:
     balance_s: float = 0.5
     hole_s: float = 0.25
     hole_pages: int = 0
+    longest_s: float = math.inf
     scarcity: float = 1.0
 
 
@@ -176,15 +179,20 @@ def choose(
     rows: list[Row] = []
     best = later = -1
     best_cost = later_cost = math.inf
+    worse, plans = Reason.WORSE, asked.plans
     for view in views:
         cost = _plain_cost_s(view, asked, now, rules, promise)
-        reason = Reason.WORSE
-        if cost is None:
-            found = obstacle(view, asked, now, rules, promise)
-            if found is None:
-                cost = _cost_s(view, asked, now, rules)
-            else:
-                reason = found
+        if cost is not None:
+            if cost < best_cost:
+                best, best_cost = len(rows), cost
+            account: Account = view.account  # type: ignore[assignment]  # plain, so it has one
+            leased = plans[view.kind].demand.leased
+            rows.append((view.spec, worse, leased, account.free_hot, account.free_sealed, 0, cost))
+            continue
+        found = obstacle(view, asked, now, rules, promise)
+        reason = found or worse
+        if found is None:
+            cost = _cost_s(view, asked, now, rules)
         if cost is not None:
             if cost < best_cost:
                 best, best_cost = len(rows), cost
@@ -224,6 +232,8 @@ def obstacle(
         return Reason.UNREPORTED
     if account.sequences + asked.sequences > view.spec.max_sequences:
         return Reason.BUSY
+    if plan.prefill_s > rules.longest_s:
+        return Reason.LONG
     demand = plan.demand
     to_grow = demand.most.sealed - demand.leased.sealed
     if not account.holds(demand.leased, to_grow):
@@ -286,6 +296,7 @@ def _plain_cost_s(
         account is None
         or account.reported_at is None
         or plan.never is not None
+        or plan.prefill_s > rules.longest_s
         or promise is not None
         or group in asked.cached_blocks
         or group in asked.excluded_groups
@@ -306,14 +317,27 @@ def _plain_cost_s(
     ):
         return None
     cost = wait_s + rules.scarcity * plan.prefill_s * backlog.correction
-    cost += rules.balance_s * (1.0 - left / (spec.capacity.sealed or 1))
+    capacity, left_hot = spec.capacity, account.free_hot - leased.hot
+    share, hot_share = left / (capacity.sealed or 1), left_hot / (capacity.hot or 1)
+    cost += rules.balance_s * (1.0 - (hot_share if hot_share < share else share))
     if left < rules.hole_pages <= free and leased.sealed < rules.hole_pages:
         cost += rules.hole_s
     return cost
 
 
+def _used_share(account: Account, leased: PageNeed) -> float:
+    """Of the group's pages, with the request: of the kind that it runs out of first.
+
+    Short sequences hold hot pages alone; by sealed ones a group of them looks empty.
+    """
+    capacity = account.spec.capacity
+    sealed_left = (account.free_sealed - leased.sealed) / (capacity.sealed or 1)
+    hot_left = (account.free_hot - leased.hot) / (capacity.hot or 1)
+    return 1.0 - min(sealed_left, hot_left)
+
+
 def _cost_s(view: GroupView, asked: Asked, now: float, rules: PlacementRules) -> float:
-    account, backlog, spec = view.account, view.backlog, view.spec
+    account, backlog = view.account, view.backlog
     assert account is not None
     free = account.free_sealed
     leased = asked.plans[view.kind].demand.leased.sealed
@@ -321,7 +345,7 @@ def _cost_s(view: GroupView, asked: Asked, now: float, rules: PlacementRules) ->
     wait_s = backlog.clear_at - now
     if wait_s < backlog.behind_s:
         wait_s = backlog.behind_s
-    used_share = 1.0 - left / (spec.capacity.sealed or 1)
+    used_share = _used_share(account, asked.plans[view.kind].demand.leased)
     cost = wait_s + rules.scarcity * prefill_s(view, asked) + rules.balance_s * used_share
     if left < rules.hole_pages <= free and leased < rules.hole_pages:
         cost += rules.hole_s

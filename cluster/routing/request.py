@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvmesh.cluster.routing.errors import RoutingError
-from kvmesh.cluster.routing.verdict import Verdicts
+from kvmesh.cluster.routing.verdict import NO_VERDICTS, Verdicts
 from kvmesh.workers.request import LeaseTerms
-
-NO_VERDICTS = Verdicts()
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -10,18 +11,12 @@ from kvmesh.cluster.routing.config import RouterConfig
 from kvmesh.cluster.routing.errors import (
     DeadlineUnreachableError,
     DuplicateRequestError,
-    NeverFitsError,
-    NoGroupError,
-    OverCapacityError,
-    QueueFullError,
-    QuotaExceededError,
-    RoutingError,
 )
 from kvmesh.cluster.routing.events import Event, Lease
 from kvmesh.cluster.routing.fleet import Fleet
-from kvmesh.cluster.routing.forecast import best_promise, earliest_start, promise_on, room_at
 from kvmesh.cluster.routing.group import GroupSpec
 from kvmesh.cluster.routing.ledger import Ledger, Reconciliation
+from kvmesh.cluster.routing.occupancy import Occupancy
 from kvmesh.cluster.routing.placement import (
     Asked,
     Choice,
@@ -32,7 +27,9 @@ from kvmesh.cluster.routing.placement import (
     prefill_s,
 )
 from kvmesh.cluster.routing.prefix_index import PrefixIndex
+from kvmesh.cluster.routing.promised import PromisedStart
 from kvmesh.cluster.routing.queue import Waiting, WaitingQueue
+from kvmesh.cluster.routing.refusals import Refusals
 from kvmesh.cluster.routing.request import (
     Decision,
     Estimate,
@@ -43,7 +40,6 @@ from kvmesh.cluster.routing.request import (
     Queued,
     Refused,
 )
-from kvmesh.cluster.routing.verdict import Reason, Verdicts
 from kvmesh.workers.request import EngineLoads
 
 FRESH_S = 0.5
@@ -84,11 +80,12 @@ class Router:
         self._fleet = Fleet(config, epoch, on_event)
         self._queue = WaitingQueue(config.queue_limit, config.patience_most_s)
         self._known: dict[str, tuple[float, Asked]] = {}
-        self._promise: Promise | None = None
-        self._first_promised: dict[str, float] = {}
+        self._promised = PromisedStart(self._queue)
+        self._refusals = Refusals(config, self._fleet)
         self._unheard = set(expected_groups)
         self._rebuild_until = now + config.rebuild_timeout_s
         self._rules = PlacementRules(config.ahead_s, config.balance_s, config.hole_s)
+        self._occupancy = Occupancy(config.long_s, config.busy_most)
         self._hole_pages = 0.0
         self._grants = 0
 
@@ -101,18 +98,17 @@ class Router:
         """
         if request.request_id in self._queue:
             raise DuplicateRequestError(request.request_id)
+        self._occupancy.note_arrival(self._fleet.views.values(), now)
         asked = self._fleet.ask(request)
         choice = self._choose(asked, self._fleet.views.values(), now)
         if self.ready(now):
-            error = self._hopeless(request, asked, choice, now)
+            error = self._refusals.hopeless(request, asked, choice, len(self._queue), now)
             if error is not None:
                 return Refused(request.request_id, error, choice.verdicts), Changes()
             if not len(self._queue) and choice.group is not None and self._in_quota(request, asked):
                 return self._grant(request, asked, choice, now, now), Changes()
         if self._queue.full:
-            full = self._over_capacity(
-                f"{len(self._queue)} requests wait already", asked, choice, now, queue_full=True
-            )
+            full = self._refusals.queue_full(asked, choice, len(self._queue), now)
             return Refused(request.request_id, full, choice.verdicts), Changes()
         self._enqueue(request, now)
         return self._wait_for(request, asked, choice, self._admit(now), now)
@@ -150,7 +146,11 @@ class Router:
         asked = self._fleet.ask(request)
         choice = self._choose(asked, self._fleet.views.values(), now)
         fits_now = choice.group is not None and not len(self._queue) and self.ready(now)
-        start = 0.0 if fits_now else self._projected_start_s(asked, choice, len(self._queue), now)
+        start = (
+            0.0
+            if fits_now
+            else self._refusals.projected_start_s(asked, choice, len(self._queue), now)
+        )
         return Estimate(
             request_id=request.request_id,
             fits_ever=not choice.never,
@@ -176,8 +176,7 @@ class Router:
         What only this group could hold waits for its return, unless it is gone.
         """
         voided = self._fleet.group_down(group, now, gone)
-        if self._promise is not None and self._promise.group == group:
-            self._promise = None
+        self._promised.group_down(group)
         if not gone:
             return Changes(self._admit(now), voided)
         self._unheard.discard(group)
@@ -221,7 +220,7 @@ class Router:
     @property
     def promise(self) -> Promise | None:
         """What the longest-waiting request that lacks pages has been promised."""
-        return self._promise
+        return self._promised.current
 
     def ready(self, now: float) -> bool:
         """Whether requests are admitted, and not held until the groups have reported."""
@@ -237,41 +236,26 @@ class Router:
         self, asked: Asked, views: Iterable[GroupView], now: float, *, above: bool = False
     ) -> Choice:
         """above: the request stands above the one that has been promised a start."""
-        return choose(views, asked, now, self._rules, None if above else self._promise)
+        promise = None if above else self._promised.current
+        return choose(views, asked, now, self._rules_for(asked), promise)
 
-    def _hopeless(
-        self, request: PlaceRequest, asked: Asked, choice: Choice, now: float
-    ) -> RoutingError | None:
-        """Why waiting is of no use, if it is not."""
-        if not self._fleet.views:
-            return NoGroupError("no group is up", self.config.retry_most_s, 0, 0)
-        if choice.never:
-            return _never_fits(choice.verdicts)
-        if all(verdict.never or verdict.reason is Reason.EXCLUDED for verdict in choice.verdicts):
-            return self._over_capacity(
-                "every group that could hold it is excluded", asked, choice, now
-            )
-        quota = self._fleet.tenants.policy(request.tenant).quota_bytes
-        if quota is not None and (least_bytes := self._least_bytes(asked)) > quota:
-            return QuotaExceededError(
-                "the request alone exceeds the tenant's quota",
-                self.config.retry_most_s,
-                least_bytes,
-                quota,
-            )
-        if request.timeout_s is not None and choice.group is None:
-            leases = self.ledger.leases
-            start = earliest_start(self._fleet.views, asked, choice.verdicts, leases, now)
-            if start is not None and start - now > request.timeout_s:
-                return DeadlineUnreachableError(request.timeout_s, start - now)
-        return None
+    def _rules_for(self, asked: Asked) -> PlacementRules:
+        """Long prompts may have to wait; not those that have lost their group."""
+        long_s = self.config.long_s
+        if asked.resumed:
+            return self._rules
+        if any(plan.prefill_s > long_s for plan in asked.plans) and not self._occupancy.spares_one(
+            self._fleet.views.values()
+        ):
+            return replace(self._rules, longest_s=long_s)
+        return self._rules
 
     def _grant(
         self, request: PlaceRequest, asked: Asked, choice: Choice, since: float, now: float
     ) -> Granted:
         assert choice.group is not None
         placement = self._fleet.grant(request, asked, choice.verdicts, choice.group, now)
-        promised_at = self._first_promised.get(request.request_id)
+        promised_at = self._promised.first_at(request.request_id)
         self._grants += 1
         self._remember_size(placement.lease.sealed_pages)
         return Granted(replace(placement, queue_s=now - since, promised_at=promised_at))
@@ -296,7 +280,7 @@ class Router:
             asked = self._ask_again(waiting.request, now)
             if not self._in_quota(waiting.request, asked):
                 continue
-            above = self._above_promise(waiting)
+            above = self._promised.outranked_by(waiting)
             late = now > waiting.due
             choice = self._choose_open(asked, views, now, above, None if late else deferred_s)
             if choice.group is not None:
@@ -308,7 +292,7 @@ class Router:
                 view = self._fleet.views[choice.better_later]
                 so_far_s = deferred_s.get(choice.better_later, 0.0)
                 deferred_s[choice.better_later] = so_far_s + prefill_s(view, asked)
-            elif in_front:
+            elif in_front and math.isinf(self._rules_for(asked).longest_s):
                 in_front = False
                 self._consider_promise(asked, above, now)
         return tuple(outcomes)
@@ -322,14 +306,14 @@ class Router:
         deferred_s: Mapping[str, float] | None,
     ) -> Choice:
         """Choose among open groups and, to wait for, those that hold the prefix."""
-        rules = self._rules
+        rules = self._rules_for(asked)
         if deferred_s is not None and asked.cached_blocks:
             known = self._fleet.views
             holders = [known[x] for x in asked.cached_blocks if x in known]
             views = [*views, *(view for view in holders if view.reported and view not in views)]
             scarcity = 1.0 + min(len(self._queue) / len(known), SCARCITY_MOST)
             rules = replace(rules, scarcity=scarcity)
-        promise = None if above else self._promise
+        promise = None if above else self._promised.current
         return choose(views, asked, now, rules, promise, deferred_s)
 
     def _ask_again(self, request: PlaceRequest, now: float) -> Asked:
@@ -353,47 +337,20 @@ class Router:
         )
 
     def _candidates(self, now: float) -> Iterator[Waiting]:
-        """Those above the holder of the promise, the holder, then everybody else in order."""
-        holder = self._holder()
         turn = self._grants % self.config.aged_every == 0
         order = self._queue.in_order(self._fleet.tenants.counter, now, aged_first=turn)
-        if holder is None:
-            yield from order
-            return
-        above = holder.rank[:2]
-        for waiting in order:
-            if waiting.rank[:2] >= above:
-                yield holder
-                if waiting is not holder:
-                    yield waiting
-                break
-            yield waiting
-        yield from (waiting for waiting in order if waiting is not holder)
-
-    def _holder(self) -> Waiting | None:
-        return self._queue.get(self._promise.request_id) if self._promise else None
-
-    def _above_promise(self, waiting: Waiting) -> bool:
-        """Of higher priority than the promise's holder, or resumed and the holder is not."""
-        holder = self._holder()
-        return holder is not None and waiting.rank[:2] < holder.rank[:2]
+        return self._promised.in_order(order)
 
     def _consider_promise(self, asked: Asked, above: bool, now: float) -> None:
-        """Promise a start to the first request in line that lacks pages, or renew its promise."""
-        leases, views = self.ledger.leases, self._fleet.views
-        held = self._promise
-        if held is not None and held.request_id == asked.request_id:
-            view = views[held.group]
-            at = room_at(view, asked, leases, now)
-            self._promise = None if at is None else promise_on(view, asked, leases, at, now)
-        elif held is None or above:
-            verdicts = self._choose(asked, views.values(), now, above=above).verdicts
-            if any(verdict.reason is Reason.BACKLOG for verdict in verdicts):
-                return  # a group has the pages; it lacks but a moment
-            promise = best_promise(views, asked, verdicts, leases, now)
-            if promise is not None:
-                self._promise = promise
-                self._first_promised.setdefault(asked.request_id, promise.at)
+        views = self._fleet.views
+        self._promised.consider(
+            asked,
+            views,
+            self.ledger.leases,
+            now,
+            above=above,
+            verdicts=lambda: self._choose(asked, views.values(), now, above=above).verdicts,
+        )
 
     # The queue
 
@@ -408,10 +365,8 @@ class Router:
         waiting = self._queue.cancel(request_id)
         if waiting is not None:
             self._fleet.tenants.leave(waiting.request.tenant)
-            self._first_promised.pop(request_id, None)
+            self._promised.forget(request_id)
             self._known.pop(request_id, None)
-            if self._promise is not None and self._promise.request_id == request_id:
-                self._promise = None
 
     def _wait_for(
         self,
@@ -427,7 +382,7 @@ class Router:
         if own:
             return own[0], others
         position = self._position(request.request_id, now)
-        start_s = self._projected_start_s(asked, choice, position, now)
+        start_s = self._refusals.projected_start_s(asked, choice, position, now)
         return Queued(request.request_id, position, start_s, choice.verdicts), others
 
     def _position(self, request_id: str, now: float) -> int:
@@ -445,53 +400,16 @@ class Router:
         for waiting in list(self._queue.in_order(self._fleet.tenants.counter, now)):
             asked = self._fleet.ask(waiting.request)
             choice = self._choose(asked, self._fleet.views.values(), now)
-            error = self._hopeless(waiting.request, asked, choice, now)
+            error = self._refusals.hopeless(waiting.request, asked, choice, len(self._queue), now)
             if error is not None:
                 self._dequeue(waiting.request.request_id)
                 yield Refused(waiting.request.request_id, error, choice.verdicts)
-
-    # Figures
-
-    def _projected_start_s(
-        self, asked: Asked, choice: Choice, position: int, now: float
-    ) -> float | None:
-        """From now: the soonest start, plus what those in front take of the fleet's rate."""
-        leases = self.ledger.leases
-        start = earliest_start(self._fleet.views, asked, choice.verdicts, leases, now)
-        if start is None:
-            return None
-        in_front_s = position * self._fleet.mean_lease_s / max(len(leases), 1)
-        return start - now + in_front_s
-
-    def _retry_after_s(self, asked: Asked, choice: Choice, now: float) -> float:
-        start_s = self._projected_start_s(asked, choice, len(self._queue), now)
-        if start_s is None:
-            return self.config.retry_most_s
-        return min(max(start_s, self.config.retry_least_s), self.config.retry_most_s)
-
-    def _over_capacity(
-        self, message: str, asked: Asked, choice: Choice, now: float, *, queue_full: bool = False
-    ) -> OverCapacityError:
-        possible = [verdict for verdict in choice.verdicts if not verdict.never]
-        nearest = min(possible, key=lambda v: v.needed_bytes - v.available_bytes, default=None)
-        error = QueueFullError if queue_full else OverCapacityError
-        return error(
-            message,
-            self._retry_after_s(asked, choice, now),
-            nearest.needed_bytes if nearest else 0,
-            nearest.available_bytes if nearest else 0,
-        )
-
-    def _least_bytes(self, asked: Asked) -> int:
-        return min(
-            view.spec.geometry.bytes_of(asked.leased(view)) for view in self._fleet.views.values()
-        )
 
     def _in_quota(self, request: PlaceRequest, asked: Asked) -> bool:
         tenants = self._fleet.tenants
         if tenants.policy(request.tenant).quota_bytes is None:
             return True
-        return tenants.within_quota(request.tenant, self._least_bytes(asked))
+        return tenants.within_quota(request.tenant, self._refusals.least_bytes(asked))
 
     def _remember_size(self, sealed_pages: int) -> None:
         """The hole to keep is as large as the greatest demand of late."""
@@ -499,12 +417,3 @@ class Router:
         hole = int(self._hole_pages)
         if hole != self._rules.hole_pages:
             self._rules = replace(self._rules, hole_pages=hole)
-
-
-def _never_fits(verdicts: Verdicts) -> NeverFitsError:
-    worded = list(verdicts)
-    return NeverFitsError(
-        {verdict.group: verdict.needed_bytes for verdict in worded},
-        {verdict.group: verdict.available_bytes for verdict in worded},
-        {verdict.group: verdict.reason.value for verdict in worded},
-    )

@@ -24,6 +24,7 @@ class Reason(enum.Enum):
     BUSY = "its sequences are all taken"
     FULL = "its free pages do not hold the request now"
     BACKLOG = "prompts it was given before are still being computed"
+    LONG = "its prompt would take a group that other requests need"
     PROMISED = "its pages are promised to a request that waits longer"
     QUOTA = "the tenant's quota is used up"
     WORSE = "another group is a better place"
@@ -96,6 +97,9 @@ class Verdicts(Sequence[Verdict]):
     def never(self) -> bool:
         """True if no group could take the request however long it waited."""
         return all(row[1] in NEVER for row in self._rows)
+
+
+NO_VERDICTS = Verdicts()
 
 
 def _worded(row: Row) -> Verdict:

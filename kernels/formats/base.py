@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 
 Params = Mapping[str, "torch.Tensor"]
 
+# Sizes of a parameter's dimensions: "heads" and "channels" are the KV heads and head_dim,
+# a number is itself, any other word is free.
+Dims = tuple[str | int, ...]
+
 
 class SideTile(Protocol):
     """One side of sealed pages picked for the reference attention, a row of pages per
@@ -87,9 +91,7 @@ class Side:
     width: bits of one code, without metadata; 0 for the compute dtype's own
     rotated: the numbers are in the basis of `rotation.py`: whoever calls the
         operators rotates queries, keys and values into it, and the output back
-    calibrated: names of the parameters that calibration has to supply
     values: it is the values' side; packing.py lays their codes out otherwise
-    wants_positions: encoding needs to know where in the sequence a page lies
     """
 
     width: int
@@ -97,8 +99,17 @@ class Side:
     values: bool = field(default=False, kw_only=True)
 
     package: ClassVar[str] = ""
-    calibrated: ClassVar[tuple[str, ...]] = ()
-    wants_positions: ClassVar[bool] = False
+
+    @property
+    def calibrated(self) -> Mapping[str, Dims]:
+        """The parameters that calibration has to supply, each with its dimensions; ranks share
+        out those whose first one is "heads"."""
+        return {}
+
+    @property
+    def wants_positions(self) -> bool:
+        """Whether encoding needs to know where in the sequence a page lies."""
+        return False
 
     def num_bytes(self, page_size: int, head_dim: int, dtype_bytes: int = 2) -> int:
         """Bytes of this side of one page of one layer and one KV head.
@@ -116,7 +127,10 @@ class Side:
         return cast(SideCodec, _module(f"{self.package}.reference"))
 
     def kernels(self) -> Any:
-        """The Triton functions of this side, a `SideKernels` of `formats/tiles_triton.py`."""
+        """The Triton functions of this side, a `SideKernels` of `formats/tiles_triton.py`.
+
+        Raises ValueError where there are none.
+        """
         return _module(f"{self.package}.triton").kernels(self)
 
 
@@ -206,6 +220,9 @@ class KVFormat:
                 "k, v: expected equal shapes [n, num_kv_heads, page_size, head_dim], "
                 f"got {tuple(k.shape)} and {tuple(v.shape)}"
             )
+        for side, found in ((self.k, params.k), (self.v, params.v)):
+            if missing := [name for name in side.calibrated if name not in found]:
+                raise ValueError(f"params: {self.name} needs calibration: no {', '.join(missing)}")
         if self.wants_positions and (positions is None or positions.shape != k.shape[:1]):
             raise ValueError(f"positions: {self.name} needs [{k.shape[0]}] first positions")
         return _join(

@@ -100,6 +100,18 @@ def unpack(
     return codes if values else codes.flatten(-3, -2)
 
 
+def unpack_signed(
+    data: torch.Tensor, page_size: int, head_dim: int, *, values: bool
+) -> torch.Tensor:
+    """8-bit codes less 128, int8, in the tables they lie in: no more than another view."""
+    import torch
+
+    block = min(BLOCK_TOKENS, page_size)
+    rows, columns = (head_dim, block) if values else (block, head_dim)
+    table = data[..., : page_size * head_dim].view(torch.int8).unflatten(-1, (-1, rows, columns))
+    return table if values else table.flatten(-3, -2)
+
+
 def by_token(table: torch.Tensor, *, values: bool) -> torch.Tensor:
     """A table as `unpack` gives it -> [..., page_size, head_dim]; a copy for values."""
     return table.mT.flatten(-3, -2) if values else table

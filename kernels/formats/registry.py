@@ -7,6 +7,8 @@ from kvmesh.kernels.formats.base import KVFormat, Side
 from kvmesh.kernels.formats.codebook.side import Codebook
 from kvmesh.kernels.formats.exact.side import Exact
 from kvmesh.kernels.formats.fp8.side import Fp8
+from kvmesh.kernels.formats.nuq.side import NonUniform
+from kvmesh.kernels.formats.static8.side import Static8
 
 
 def _channels(width: int) -> Side:
@@ -37,6 +39,9 @@ _FORMATS: tuple[KVFormat, ...] = (
         aliases=("8",),
     ),
     KVFormat(
+        "int8-static", Static8(), Static8(values=True), "calibrated ranges a head and channel"
+    ),
+    KVFormat(
         "fp8", Fp8(centred=True), Fp8(values=True), "e4m3, a scale a page and head, keys centred"
     ),
     *(
@@ -50,7 +55,6 @@ _FORMATS: tuple[KVFormat, ...] = (
             aliases=aliases,
         )
         for name, k_width, v_width, recent_pages, aliases in (
-            ("k8v8", 8, 8, 0, ()),
             ("k8v4", 8, 4, 1, ()),
             ("k4v4", 4, 4, 2, ()),
             ("k4v2", 4, 2, 2, ("42",)),  # in place of LMDeploy's policy 42
@@ -93,6 +97,23 @@ _FORMATS: tuple[KVFormat, ...] = (
             ("g64-hqq", "half_quadratic", "the same grid solved as transformers' HQQ cache does"),
         )
         for width in (4, 2)
+    ),
+    *(
+        KVFormat(
+            f"nuq{width}",
+            NonUniform(width),
+            NonUniform(width, values=True),
+            "KVQuant: calibrated levels, outliers apart, keys as before RoPE",
+            sink_pages=1,
+        )
+        for width in (4, 3, 2)
+    ),
+    KVFormat(
+        "int8-static-layer",
+        Static8(per="layer"),
+        Static8(per="layer", values=True),
+        "LMDeploy's offline int8: calibrated ranges a layer",
+        reference=True,
     ),
     KVFormat(
         "turboquant-sign",

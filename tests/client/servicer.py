@@ -99,7 +99,7 @@ class ScriptedServicer(pb_grpc.KVMeshServicer):
         context.add_callback(self.ended.set)
         yield from self._act(request, context)
 
-    Generate = Tokenize = Abort = EstimateBudget = GetModelInfo = GetLoads = _act
+    Generate = Tokenize = Abort = EstimateBudget = Explain = GetModelInfo = GetLoads = _act
 
 
 @contextmanager

@@ -218,6 +218,7 @@ def assert_mirrors(value: Any, message: Any) -> None:
     ("cls", "message"),
     [
         (types.Estimate, pb.EstimateBudgetResponse),
+        (types.Explanation, pb.ExplainResponse),
         (types.ModelInfo, pb.GetModelInfoResponse),
         (types.Loads, pb.GetLoadsResponse),
         (types.Usage, pb.Usage),

@@ -23,10 +23,10 @@ from kvmesh.cluster.metrics import EngineMeters, IngressMeters, RouterMeters
 from kvmesh.cluster.peers import EngineReport, StreamOpened
 from kvmesh.cluster.router_service import RouterService
 from kvmesh.cluster.routing.config import RouterConfig
-from kvmesh.cluster.routing.request import Placement, PlaceRequest
+from kvmesh.cluster.routing.request import Growth, Placement, PlaceRequest
 from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.workers.leader import EngineLeader
-from kvmesh.workers.request import EngineRequest, SequenceDelta
+from kvmesh.workers.request import EngineRequest, LeaseTerms, PageChanges, SequenceDelta
 from tests.workers.memory_executor import EOS, VOCAB, expected_output
 from tests.workers.test_leader import CONFIG, MANY, GatedExecutor
 
@@ -99,6 +99,7 @@ class Line:
         self.refusals: list[Exception] = []
         self.submitted: list[EngineRequest] = []
         self.aborted: list[str] = []
+        self.extended: list[LeaseTerms] = []
         self.let_through = asyncio.Event()
         self.let_through.set()
         self.arrived = asyncio.Event()
@@ -140,9 +141,14 @@ class Line:
             cut.cancel()
             await stream.aclose()
 
-    async def report(self) -> EngineReport:
+    async def extend(self, request_ids: Sequence[str], lease: LeaseTerms) -> None:
         self._check()
-        return await self._service.report()
+        self.extended.append(lease)
+        await self._service.extend(request_ids, lease)
+
+    async def report(self, pages_after: int = 0) -> tuple[EngineReport, PageChanges]:
+        self._check()
+        return await self._service.report(pages_after)
 
     def _check(self) -> None:
         if self._cut.is_set():
@@ -152,27 +158,47 @@ class Line:
 class CountingRouter(RouterService):
     """Remembers what was granted, and how often it was given back."""
 
-    def __init__(self, lines: Mapping[str, Line]) -> None:
-        super().__init__(lines, RouterConfig(), RouterMeters(NoMeters()))
+    def __init__(self, lines: Mapping[str, Line], config: RouterConfig) -> None:
+        super().__init__(lines, config, RouterMeters(NoMeters()))
         self.placed: list[PlaceRequest] = []
         self.granted: list[Placement] = []
         self.given_back: Counter[str] = Counter()
+        self.told_begun: Counter[str] = Counter()
+        self.learned: list[int | None] = []
+        self.grown: Counter[str] = Counter()
         self.suspected: list[str] = []
         self.hold_release = asyncio.Event()
         self.hold_release.set()
         self.releasing = asyncio.Event()
+        self.hold_grow = asyncio.Event()
+        self.hold_grow.set()
+        self.growing = asyncio.Event()
 
-    async def place(self, request: PlaceRequest, *, supersede: bool = False) -> Placement:
+    async def place(
+        self, request: PlaceRequest, *, ticket: str, supersede: bool = False
+    ) -> Placement:
         self.placed.append(request)
-        placement = await super().place(request, supersede=supersede)
+        placement = await super().place(request, ticket=ticket, supersede=supersede)
         self.granted.append(placement)
         return placement
 
-    async def release(self, lease_id: str) -> None:
+    async def release(self, lease_id: str, output_tokens: int | None = None) -> None:
         self.given_back[lease_id] += 1
+        self.learned.append(output_tokens)
         self.releasing.set()
         await self.hold_release.wait()
-        await super().release(lease_id)
+        await super().release(lease_id, output_tokens)
+
+    async def begun(self, lease_id: str) -> None:
+        self.told_begun[lease_id] += 1
+        await super().begun(lease_id)
+
+    async def grow(self, lease_id: str, request: PlaceRequest, output_tokens: int) -> Growth | None:
+        self.growing.set()
+        await self.hold_grow.wait()
+        growth = await super().grow(lease_id, request, output_tokens)
+        self.grown[lease_id] += growth is not None
+        return growth
 
     async def suspect(self, group: str, epoch: str) -> None:
         self.suspected.append(group)
@@ -182,7 +208,7 @@ class CountingRouter(RouterService):
 class Machine:
     """Everything of a cluster with `groups` engines, and one ingress."""
 
-    def __init__(self, groups: int) -> None:
+    def __init__(self, groups: int, config: RouterConfig) -> None:
         names = [f"g{index}" for index in range(groups)]
         self.executors = {name: GatedExecutor() for name in names}
         self.leaders = {name: EngineLeader(CONFIG, self.executors[name]) for name in names}
@@ -191,7 +217,7 @@ class Machine:
             for name in names
         }
         self.lines = {name: Line(self.services[name]) for name in names}
-        self.router = CountingRouter(self.lines)
+        self.router = CountingRouter(self.lines, config)
         self.ingress = IngressService(
             self.router,
             self.lines,
@@ -246,9 +272,9 @@ class Machine:
 
 
 @asynccontextmanager
-async def machine(groups: int = 1) -> AsyncGenerator[Machine]:
+async def machine(groups: int = 1, config: RouterConfig | None = None) -> AsyncGenerator[Machine]:
     """Leaves a cluster at rest behind, or fails."""
-    built = Machine(groups)
+    built = Machine(groups, config or RouterConfig())
     await built.start()
     try:
         yield built

@@ -14,10 +14,12 @@ from kvmesh.cluster.config import (
     ClusterConfig,
     EngineSection,
     TenantKey,
+    TenantSection,
     build,
     default_yaml,
     load,
 )
+from kvmesh.cluster.routing.fairness import TenantPolicy
 from kvmesh.workers.config import PAGE_SIZES, EngineConfig
 from kvmesh.workers.errors import ConfigError
 
@@ -47,6 +49,7 @@ def refused(values: dict[str, object]) -> ConfigError:
 def test_every_field_is_documented() -> None:
     documented = list(sections(ClusterConfig))
     documented.append(("auth.keys", TenantKey))
+    documented.append(("router.tenants", TenantSection))
     for path, section in documented:
         assert section.__doc__, path
         for name, info in section.model_fields.items():
@@ -63,7 +66,8 @@ def test_the_engine_section_has_every_field_of_the_engines_configuration() -> No
 
 def test_every_engine_setting_reaches_the_engine() -> None:
     values = {
-        "kv_format": "int4",
+        "kv_format": "nuq4",
+        "calibration": "/there/nuq4.safetensors",
         "page_size": 32,
         "sink_pages": 2,
         "recent_pages": 3,
@@ -78,9 +82,17 @@ def test_every_engine_setting_reaches_the_engine() -> None:
         "prefix_cache": False,
         "threads_per_rank": 2,
         "cuda_graphs": True,
+        "kv_probe": "refuse",
     }
     built = build({"model": "m", "engine": values}).engine_config()
     assert dataclasses.asdict(built) == {**values, "model": "m", "kv_memory_bytes": 64 << 20}
+
+
+def test_a_calibration_file_is_found_from_every_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir("/")
+    engine = {"kv_format": "nuq4", "calibration": "there/file"}
+    assert build({"model": "m", "engine": engine}).engine_config().calibration == "/there/file"
+    assert refused({"model": "m", "engine": {"kv_format": "nuq4"}}).field == "engine.calibration"
 
 
 @pytest.mark.parametrize("path", [path for path, _ in sections(ClusterConfig)])
@@ -167,6 +179,16 @@ def test_a_wrong_value_is_refused_by_its_path(values: dict[str, object], field: 
 )
 def test_bytes_may_have_a_unit(text: str, size_bytes: int) -> None:
     assert build({"engine": {"kv_memory_bytes": text}}).engine.kv_memory_bytes == size_bytes
+
+
+def test_tenants_have_weights_and_quotas() -> None:
+    config = build({"router": {"tenants": {"a": {"quota_bytes": "2GiB"}, "b": {"weight": 3}}}})
+    assert config.router.policies() == {
+        "a": TenantPolicy(1.0, 2 << 30),
+        "b": TenantPolicy(3.0, None),
+    }
+    error = refused({"router": {"tenants": {"a": {"weight": 0}}}})
+    assert error.field == "router.tenants.a.weight"
 
 
 def test_a_configuration_is_frozen() -> None:

@@ -5,16 +5,25 @@ from __future__ import annotations
 import pytest
 
 from kvmesh.client.responses import mirror
-from kvmesh.client.types import Estimate, Loads, ModelInfo
+from kvmesh.client.types import Estimate, Explanation, Loads, ModelInfo
 from kvmesh.cluster.cli import console, status_view
 from kvmesh.cluster.ingress.estimate import geometry_of
+from kvmesh.cluster.routing.errors import NeverFitsError
+from kvmesh.cluster.routing.request import PlaceRequest
 from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
 from tests.cluster.machine import METADATA, Machine, machine
+from tests.cluster.test_generation import asked, read
+from tests.workers.test_engine import PAGE
+from tests.workers.test_leader import MANY
 
 
 async def estimate(built: Machine, prompt_tokens: int, n: int = 1) -> pb.EstimateBudgetResponse:
     request = pb.EstimateBudgetRequest(prompt_tokens=prompt_tokens, max_tokens=10, n=n)
     return await built.ingress.estimate_budget(request, METADATA)
+
+
+async def explain(built: Machine, request_id: str) -> pb.ExplainResponse:
+    return await built.ingress.explain(pb.ExplainRequest(request_id=request_id), METADATA)
 
 
 @pytest.mark.parametrize("n", [1, 3])
@@ -45,7 +54,46 @@ async def test_the_views_fit_eighty_columns(
         loads = await built.ingress.get_loads(pb.GetLoadsRequest(), METADATA)
         status_view.show_status(mirror(ModelInfo, info), mirror(Loads, loads))
         status_view.show_estimate(mirror(Estimate, await estimate(built, 1_000_000)))
+        built.allow(MANY)
+        await read(built.stream(asked(5)))
+        for request_id in ("r", "unheard"):
+            status_view.show_explanation(mirror(Explanation, await explain(built, request_id)))
     shown = capsys.readouterr().out
+    assert "nothing is known" in shown and "placed after" in shown
     assert "never fits" in shown and "g0" in shown and "g1" in shown and "0 leases" in shown
     assert "…" not in shown
     assert max(len(line) for line in shown.splitlines()) <= 80
+
+
+async def test_a_request_is_explained_by_its_id_to_its_own_tenant() -> None:
+    async with machine(groups=2) as built:
+        built.allow(MANY)
+        placed = await read(built.stream(asked(5)))
+        assert placed.started is not None
+        reply = await explain(built, "r")
+        (decision,) = reply.decisions
+        assert decision.group == placed.started.group
+        assert decision.age_s >= 0.0
+        reasons = {group.group: group.reason for group in decision.groups}
+        assert reasons[decision.group] == "chosen"
+        assert len(reasons) == 2 and set(reasons.values()) > {"chosen"}
+        assert all(group.HasField("cost_s") for group in decision.groups)
+        with pytest.raises(NeverFitsError):
+            await read(built.stream(asked(600, prompt=[3] * 150, request_id="n", n=16)))
+        (refused,) = (await explain(built, "n")).decisions
+        assert refused.outcome.startswith("refused: no group can hold")
+        assert not refused.group
+        other = PlaceRequest("other/r", 10, 10)
+        await built.router.release((await built.router.place(other, ticket="t")).lease.lease_id)
+        assert len((await explain(built, "r")).decisions) == 1
+
+
+async def test_an_estimate_of_a_prompt_counts_its_cached_prefix() -> None:
+    async with machine() as built:
+        built.allow(MANY)
+        prompt = [(7 * i) % 50 for i in range(18 * PAGE)]
+        await read(built.stream(asked(3, prompt=prompt)))
+        size = pb.Prompt(token_ids=pb.TokenIds(ids=prompt))
+        request = pb.EstimateBudgetRequest(prompt=size, max_tokens=10)
+        reply = await built.ingress.estimate_budget(request, METADATA)
+        assert reply.groups[0].cached_tokens == 16 * PAGE

@@ -8,7 +8,7 @@ from contextlib import aclosing
 
 import pytest
 
-from kvmesh.cluster.ingress import generation
+from kvmesh.cluster.ingress import attempt, generation
 from kvmesh.cluster.ingress.errors import (
     ContextExceededError,
     EngineLostError,
@@ -279,10 +279,12 @@ async def test_a_choice_that_a_stop_string_ends_is_ended_while_others_go_on(one:
             received.take(await anext(stream), {0: 30})
     assert 1 not in received.finished
     assert one.lines["g0"].aborted == [one.lines["g0"].submitted[0].request_id]
-    one.allow(MANY)
     async with asyncio.timeout(60):
+        one.allow(50)  # as far as the string, and not to the end
+        ending = asyncio.ensure_future(allow_the_end(one, 2))
         async for event in stream:
             received.take(event, {0: 30})
+        await ending
     assert received.text == {0: text_of(whole[30:38]), 1: text_of(whole[:38])}
     assert received.reason(0) == received.reason(1) == "stop"
     assert one.lines["g0"].aborted == [r.request_id for r in one.lines["g0"].submitted]
@@ -522,7 +524,7 @@ async def test_a_final_refusal_by_the_engine_gives_the_lease_back(
     one.lines["g0"].refusals = [error]
     with pytest.raises(type(error)):
         await read(one.stream(asked(30)))
-    await asyncio.wait_for(one.at_rest(), generation.FREEING_TIMEOUT_S / 2)
+    await asyncio.wait_for(one.at_rest(), attempt.FREEING_TIMEOUT_S / 2)
 
 
 # Deadlines

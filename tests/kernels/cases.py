@@ -14,6 +14,7 @@ from kvmesh.kernels.attention import AttentionBatch
 from kvmesh.kernels.formats.base import NO_PARAMS, KVFormat, LayerParams
 from kvmesh.kernels.seal import seal_pages
 from kvmesh.kernels.write import write_hot
+from tests.kernels.calibrated import params_for
 
 
 @dataclass(frozen=True)
@@ -71,15 +72,18 @@ def make_case(
     seed: int = 0,
     shared_prefix_pages: int = 0,
     padding_tokens: int = 0,
-    params: LayerParams = NO_PARAMS,
+    params: LayerParams | None = None,
 ) -> Case:
     """sequences: (tokens in all, of which new). The pools are shuffled; every page and slot that no
     query may read is NaN (hot) or 0xFF (sealed: NaN scales), and table rows are permuted.
 
     shared_prefix_pages: the sequences' first sealed pages are one and the same
+    params: some that go with the numbers unless given
     """
     gen = torch.Generator().manual_seed(seed)
     size, heads, dim = shape.page_size, shape.num_kv_heads, shape.head_dim
+    if params is None:
+        params = params_for(fmt, heads, dim)
     prefix = torch.randn(2, shared_prefix_pages * size, heads, dim, generator=gen)
     keys, values = [], []
     for length, _ in sequences:

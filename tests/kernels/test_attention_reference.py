@@ -18,7 +18,14 @@ MIXED = [(1, 1), (15, 1), (16, 1), (17, 1), (63, 1), (64, 64), (65, 9), (200, 33
 def check(case: Case, **options: float | None) -> None:
     scale = case.shape.head_dim**-0.5
     out, lse = paged_attention(
-        case.q, case.hot, case.sealed, case.batch, fmt=case.fmt, scale=scale, **options
+        case.q,
+        case.hot,
+        case.sealed,
+        case.batch,
+        fmt=case.fmt,
+        scale=scale,
+        params=case.params,
+        **options,
     )
     want_out, want_lse = truth(case, scale=scale, **options)
     same_dtype = truth(case, scale=scale, **options, dtype=case.q.dtype)[0]
@@ -98,8 +105,8 @@ def test_chunking_and_batching_change_rounding_only(name: str) -> None:
     """A wrong page form would show at the size of the quantisation error, 1e-2 at four bits."""
     fmt, shape = get_format(name), Shape(sink_pages=1, recent_pages=1)
     whole = make_case(fmt, shape, [(200, 200)])
-    scale = 0.125
-    want, _ = paged_attention(whole.q, whole.hot, whole.sealed, whole.batch, fmt=fmt, scale=scale)
+    options = {"fmt": fmt, "scale": 0.125, "params": whole.params}
+    want, _ = paged_attention(whole.q, whole.hot, whole.sealed, whole.batch, **options)
     for length, new in ((200, 1), (200, 7), (200, 64), (150, 1), (150, 50)):
         part = make_case(fmt, shape, [(200, 200)])
         batch = part.batch
@@ -110,8 +117,7 @@ def test_chunking_and_batching_change_rounding_only(name: str) -> None:
             part.hot,
             part.sealed,
             batch,
-            fmt=fmt,
-            scale=scale,
+            **options,
         )
         torch.testing.assert_close(got, want[length - new : length], atol=2e-6, rtol=0)
 

@@ -19,6 +19,7 @@ from kvmesh.kernels.formats.packing import pack, packed_bytes, unpack
 from kvmesh.kernels.formats.registry import format_names, get_format
 from kvmesh.kernels.formats.rotation import rotation_matrix
 from kvmesh.kernels.formats.scales import load_scale, store_scale
+from tests.kernels.calibrated import params_for
 
 PER_TOKEN = ("int8", "int4")
 
@@ -76,9 +77,10 @@ def test_our_formats_keep_to_their_widths(name: str, most: float) -> None:
 def test_round_trip(name: str, dtype: torch.dtype, page_size: int, head_dim: int) -> None:
     fmt = get_format(name)
     k, v = torch.randn(2, 3, 2, page_size, head_dim).to(dtype)
-    pages = fmt.encode(k, v)
+    params = params_for(fmt, 2, head_dim)
+    pages = fmt.encode(k, v, params, torch.arange(3) * page_size)
     assert pages.shape == (3, 2, fmt.page_bytes(page_size, head_dim, dtype.itemsize))
-    decoded = fmt.decode(pages, page_size, head_dim, dtype)
+    decoded = fmt.decode(pages, page_size, head_dim, dtype, params)
     for x, got, side in zip((k, v), decoded, (fmt.k, fmt.v), strict=True):
         assert got.shape == x.shape
         assert got.dtype == dtype
@@ -232,12 +234,14 @@ def test_relative_mse_is_that_of_the_method() -> None:
 def test_bytes_depend_on_the_page_alone(name: str) -> None:
     fmt = get_format(name)
     k, v = torch.randn(2, 7, 3, 32, 80)
-    together = fmt.encode(k, v)
+    params, at = params_for(fmt, 3, 80), torch.arange(7) * 32
+    together = fmt.encode(k, v, params, at)
     for page in range(7):
-        alone = fmt.encode(k[page : page + 1], v[page : page + 1])
-        assert torch.equal(together[page], alone[0])
+        one = slice(page, page + 1)
+        assert torch.equal(together[page], fmt.encode(k[one], v[one], params, at[one])[0])
     shuffled = torch.randperm(7)
-    assert torch.equal(together[shuffled], fmt.encode(k[shuffled], v[shuffled]))
+    again = fmt.encode(k[shuffled], v[shuffled], params, at[shuffled])
+    assert torch.equal(together[shuffled], again)
 
 
 def hard_rows() -> torch.Tensor:
@@ -287,9 +291,10 @@ def test_hard_rows_stay_finite(name: str) -> None:
     rows = hard_rows()
     for x in (rows, rows.repeat(4, 1).T.contiguous(), rows[-1:].repeat(16, 1)):
         page = x[None, None]
+        params, at = params_for(fmt, 1, x.shape[-1]), torch.tensor([64])
         for dtype in (torch.float32, torch.bfloat16):
-            pages = fmt.encode(page.to(dtype), page.to(dtype))
-            for side in fmt.decode(pages, *x.shape, dtype):
+            pages = fmt.encode(page.to(dtype), page.to(dtype), params, at)
+            for side in fmt.decode(pages, *x.shape, dtype, params):
                 assert side.isfinite().all()
 
 

@@ -9,6 +9,7 @@ from kvmesh.kernels.formats.registry import format_names, get_format
 from kvmesh.kernels.merge import merge_states
 from kvmesh.kernels.seal import seal_pages
 from kvmesh.kernels.write import write_hot
+from tests.kernels.calibrated import params_for
 
 
 def test_write_puts_every_token_into_its_slot_and_nothing_else() -> None:
@@ -39,19 +40,25 @@ def test_seal_encodes_the_named_pages_only(name: str) -> None:
     hot = torch.randn(6, 2, 3, 16, 64)
     sealed = torch.full((9, 3, fmt.page_bytes(16, 64, 4)), 0xAA, dtype=torch.uint8)
     hot_ids, sealed_ids = torch.tensor([[4, 1], [8, 3]], dtype=torch.int32)
-    seal_pages(hot, sealed, hot_ids, sealed_ids, fmt=fmt)
-    assert torch.equal(sealed[8], fmt.encode(hot[4, 0], hot[4, 1]))
-    assert torch.equal(sealed[3], fmt.encode(hot[1, 0], hot[1, 1]))
+    params, at = params_for(fmt, 3, 64), torch.tensor([160, 16])
+    seal_pages(hot, sealed, hot_ids, sealed_ids, fmt=fmt, params=params, positions=at)
+    for index, (hot_id, sealed_id) in enumerate([(4, 8), (1, 3)]):
+        one = slice(hot_id, hot_id + 1)
+        want = fmt.encode(hot[one, 0], hot[one, 1], params, at[index : index + 1])
+        assert torch.equal(sealed[sealed_id], want[0])
     assert (sealed[[0, 1, 2, 4, 5, 6, 7]] == 0xAA).all()
 
 
 def test_seal_skips_padding() -> None:
-    fmt = get_format("int4")
+    fmt = get_format("nuq4")
+    params = params_for(fmt, 1, 64)
     hot = torch.randn(3, 2, 1, 16, 64)
     sealed = torch.zeros(3, 1, fmt.page_bytes(16, 64), dtype=torch.uint8)
     hot_ids, sealed_ids = torch.tensor([[-1, 2, -1], [0, 1, -1]], dtype=torch.int32)
-    seal_pages(hot, sealed, hot_ids, sealed_ids, fmt=fmt)
-    assert torch.equal(sealed[1], fmt.encode(hot[2, 0], hot[2, 1]))
+    at = torch.tensor([0, 48, 0])
+    seal_pages(hot, sealed, hot_ids, sealed_ids, fmt=fmt, params=params, positions=at)
+    want = fmt.encode(hot[2:, 0], hot[2:, 1], params, at[1:2])
+    assert torch.equal(sealed[1], want[0])
     assert (sealed[[0, 2]] == 0).all()
 
 

@@ -106,6 +106,7 @@ def test_the_methods_are_the_lineages() -> None:
         "Tokenize",
         "Abort",
         "EstimateBudget",
+        "Explain",
         "GetModelInfo",
         "GetLoads",
     }

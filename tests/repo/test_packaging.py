@@ -105,6 +105,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
         "kvmesh/kernels/formats/base.py",
         "kvmesh/protos/kvmesh/v1/kvmesh.proto",
         "kvmesh/protos/kvmesh/v1/kvmesh_pb2.pyi",
+        "kvmesh/workers/evaluation/probe.txt",
         "kvmesh/workers/sizes.py",
     ):
         assert name in names

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from kvmesh.cluster.routing.errors import LedgerError
@@ -172,3 +174,65 @@ def test_the_log_replays_to_the_same_ledger() -> None:
         ReleaseReason.ENDED,
         ReleaseReason.VOIDED,
     ]
+
+
+def test_all_sequences_of_an_adopted_lease_count() -> None:
+    ledger = Ledger(7)
+    ledger.group_up(make_spec("g0"), 0.0)
+    listed = LeaseTerms("3-9", 3, 8, 20, 30, sequences=2)
+    ledger.reconcile("g0", "e0", [listed], 1.0)
+    account = ledger.accounts["g0"]
+    assert (account.sequences, account.used) == (2, PageNeed(8, 20))
+
+
+def test_an_adopted_lease_follows_the_reports_upward_and_keeps_its_age() -> None:
+    log: list[Event] = []
+    ledger = Ledger(7, on_event=log.append)
+    ledger.group_up(make_spec("g0"), 0.0)
+    ledger.reconcile("g0", "e0", [LeaseTerms("3-9", 3, 4, 10, 15)], 1.0)
+    young = ledger.grant("g0", PageNeed(4, 10), 1.0, request_id="b")
+    more = LeaseTerms("3-9", 3, 8, 24, 30, sequences=2)
+    ledger.reconcile("g0", "e0", [more], 2.0)
+    assert (ledger.leases["3-9"].need, ledger.leases["3-9"].most.sealed) == (PageNeed(8, 24), 30)
+    assert ledger.accounts["g0"].sequences == 3
+    assert list(ledger.accounts["g0"].lease_ids) == ["3-9", young.lease_id]
+    ledger.grow("3-9", PageNeed(8, 30), 3.0)
+    ledger.reconcile("g0", "e0", [more], 4.0)  # written before it had grown
+    assert ledger.leases["3-9"].need == PageNeed(8, 30)
+    ledger.check_integrity()
+    assert Ledger.replay(log, 7).state() == ledger.state()
+
+
+def test_leases_are_adopted_oldest_first() -> None:
+    ledger = Ledger(7)
+    ledger.group_up(make_spec("g0"), 0.0)
+    listed = [LeaseTerms(f"3-{n}", 3, 1, 1, 5, number=n) for n in (11, 9, 10)]
+    ledger.reconcile("g0", "e0", listed, 1.0)
+    assert list(ledger.accounts["g0"].lease_ids) == ["3-9", "3-10", "3-11"]
+
+
+def test_the_oldest_grows_where_adopted_leases_overstate_what_is_used() -> None:
+    """Their shared pages are charged to each: the account shows none free, the engine has some."""
+    ledger = Ledger(7)
+    ledger.group_up(make_spec("g0"), 0.0)
+    listed = [LeaseTerms(f"3-{n}", 3, 1, 60, 70, 50, number=n) for n in range(3)]
+    ledger.reconcile("g0", "e0", listed, 1.0)
+    assert ledger.accounts["g0"].free_pages().sealed == -80
+    assert not ledger.grow("3-1", PageNeed(1, 61), 2.0)
+    assert ledger.grow("3-0", PageNeed(1, 70), 2.0)
+    ledger.release("3-0", 3.0)
+    assert ledger.grow("3-1", PageNeed(1, 70), 4.0)
+
+
+def test_terms_say_what_others_paid_for() -> None:
+    ledger = Ledger(7)
+    ledger.group_up(make_spec("g0"), 0.0)
+    blocks = (b"a", b"b", b"c")
+    first = ledger.grant("g0", PageNeed(1, 30), 0.0, request_id="a", blocks=blocks, block_pages=8)
+    second = ledger.grant(
+        "g0", PageNeed(2, 20), 0.0, request_id="b", blocks=blocks[:2], block_pages=8, sequences=2
+    )
+    assert first.terms.shared_sealed_pages == 0
+    assert second.terms.shared_sealed_pages == 15  # one page of the first block is the sink's
+    assert second.terms.share.shared_sealed_pages == 8
+    assert second.terms.share + second.terms.share == replace(second.terms, shared_sealed_pages=16)

@@ -159,3 +159,10 @@ def test_the_short_way_to_a_cost_is_the_long_way(monkeypatch: pytest.MonkeyPatch
             router.submit(request, float(step))
             if step % 7 == 3:
                 router.group_down(f"g{step % 6}", float(step))
+
+
+def test_short_requests_that_hold_no_sealed_page_are_spread() -> None:
+    """By sealed pages alone, every group would look as empty as the first."""
+    router = router_with(make_spec("g0"), make_spec("g1"), make_spec("g2"))
+    groups = [place(router, str(i), 10, 10, 0.0).group for i in range(6)]
+    assert sorted(groups) == ["g0", "g0", "g1", "g1", "g2", "g2"]

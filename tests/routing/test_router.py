@@ -5,6 +5,7 @@ import pickle
 import pytest
 
 from kvmesh.cluster.routing.config import RouterConfig
+from kvmesh.cluster.routing.decisions import Decided, DecisionLog
 from kvmesh.cluster.routing.errors import (
     DeadlineUnreachableError,
     DuplicateRequestError,
@@ -186,12 +187,32 @@ def test_an_estimate_changes_nothing() -> None:
     assert never.projected_start_s is None
 
 
-def test_an_estimate_is_told_in_words() -> None:
+def test_a_decision_is_told_in_words() -> None:
     router = router_with(make_spec("g0"), make_spec("small", sealed=5))
-    lines = explain(router.estimate(ask("a"), 0.0))
-    assert lines[0] == "a would go to g0 at once"
+    decision, _ = router.submit(ask("a"), 0.0)
+    decided = Decided(0.0, decision)
+    lines = explain(decided.in_words(), decided.verdicts)
+    assert lines[0] == "placed after 0.000 s in the queue"
     assert "g0: chosen" in lines[1]
     assert Reason.PAGES.value in lines[2]
+    assert decided.group == "g0"
     router.group_down("g0", 1.0)
-    assert "would wait" in explain(router.estimate(ask("a"), 1.0))[0]
-    assert "fits no group" in explain(router.estimate(ask("a", prompt=9000), 1.0))[0]
+    waits = Decided(1.0, router.submit(ask("b"), 1.0)[0])
+    assert waits.in_words().startswith("queued behind 0 others")
+    assert waits.group == ""
+    never = Decided(1.0, router.submit(ask("c", prompt=9000), 1.0)[0])
+    assert never.in_words().startswith("refused: no group can hold the request")
+    assert len(never.verdicts) == 2
+
+
+def test_the_log_of_decisions_is_bounded_and_keeps_the_latest() -> None:
+    router = router_with(make_spec("g0", max_sequences=100), make_spec("small", sealed=5))
+    log = DecisionLog(limit=10)
+    for number in range(8):
+        log.note(router.submit(ask(f"r{number}", prompt=10), 0.0)[0], float(number))
+    assert [bool(log.of(f"r{number}")) for number in range(8)] == [False] * 3 + [True] * 5
+    again = router.submit(ask("again", prompt=10), 0.0)[0]
+    for _ in range(20):
+        log.note(again, 9.0)
+    assert len(log.of("again")) == 8
+    assert not log.of("r7")

@@ -52,6 +52,7 @@ class MemoryExecutor:
         self, page_size: int, sink: int, recent: int, budget_pages: int, max_model_len: int = 800
     ) -> None:
         self._page_size, self._sink, self._recent = page_size, sink, recent
+        self.kl_nats: dict[str, float] = {}
         self._description = RankDescription(
             model="memory",
             model_revision="0",
@@ -64,12 +65,16 @@ class MemoryExecutor:
             hot_page_bytes=4,
             sealed_page_bytes=1,
             kv_budget_bytes=budget_pages,
+            head_dim=8,
         )
         self.plans: list[StepPlan] = []
         self.sealed_pages = 0
 
     def describe(self) -> list[RankDescription]:
         return [self._description, self._description]
+
+    def divergences(self, kv_formats: list[str]) -> list[float]:
+        return [self.kl_nats.get(name, 0.0) for name in kv_formats]
 
     def allocate(self, allocation: Allocation) -> None:
         self._hot: list[Page] = [self._empty() for _ in range(allocation.hot_pages)]

@@ -9,7 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from kvmesh.workers.channel import Allocated, ChannelExecutor, Close, Failed, RankEnd
+from kvmesh.workers.channel import (
+    Allocated,
+    ChannelExecutor,
+    Close,
+    Divergences,
+    Failed,
+    Probe,
+    RankEnd,
+)
 from kvmesh.workers.errors import ConfigError, UnsupportedModelError, WorkerDiedError
 from kvmesh.workers.executor import Allocation, RankDescription
 from kvmesh.workers.plan import (
@@ -22,7 +30,7 @@ from kvmesh.workers.plan import (
 )
 from kvmesh.workers.sampling_params import SamplingParams
 
-DESCRIPTION = RankDescription("m", "r", "float32", 50, 100, (1,), 0, 0, 4, 1, 100)
+DESCRIPTION = RankDescription("m", "r", "float32", 50, 100, (1,), 0, 0, 4, 1, 100, 8)
 PARAMS = SamplingParams(temperature=0.5, logit_bias={3: 1.5}, stop_token_ids=(4, 5), seed=2**64 - 1)
 PLAN = StepPlan(
     1,
@@ -32,6 +40,7 @@ PLAN = StepPlan(
     TableUpdate([], [], []),
     [7],
     [2],
+    [0],
 )
 
 
@@ -41,6 +50,9 @@ def answer_everything(end: RankEnd, rank: int, seen: list[object]) -> None:
         seen.append(message)
         if isinstance(message, Allocation):
             end.send(Allocated())
+        elif isinstance(message, Probe):
+            if rank == 0:
+                end.send(Divergences([len(name) / 100 for name in message.kv_formats]))
         elif rank == 0:
             end.send(StepResult(message.step, [SampledToken(9, -0.5, [(9, -0.5)])], 0.0))
 
@@ -64,6 +76,7 @@ def test_every_rank_gets_the_same_plan_and_close_ends_them() -> None:
     seen: list[list[object]] = [[], [], []]
     threads = start_ranks(executor, lambda end, rank: answer_everything(end, rank, seen[rank]))
     assert executor.describe() == [DESCRIPTION] * 3
+    assert executor.divergences(["int4", "int8-x"]) == [0.04, 0.06]
     executor.allocate(Allocation(1, 2, 3, 4))
     result = executor.execute(PLAN)
     assert result.tokens[0].token_id == 9 and result.tokens[0].top == [(9, -0.5)]
@@ -71,7 +84,8 @@ def test_every_rank_gets_the_same_plan_and_close_ends_them() -> None:
     for thread in threads:
         thread.join(10)
         assert not thread.is_alive()
-    assert seen[0] == seen[1] == seen[2] == [Allocation(1, 2, 3, 4), PLAN]
+    assert seen[0] == seen[1] == seen[2]
+    assert seen[0] == [Probe(["int4", "int8-x"]), Allocation(1, 2, 3, 4), PLAN]
     executor.close()
 
 

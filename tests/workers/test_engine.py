@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.engine import Engine
 from kvmesh.workers.errors import CapacityError, ConfigError, InvalidRequestError
-from kvmesh.workers.request import EngineRequest, FinishReason, SequenceDelta
+from kvmesh.workers.prefix_cache import PageDigests
+from kvmesh.workers.request import EngineRequest, FinishReason, LeaseTerms, SequenceDelta
 from kvmesh.workers.sampling_params import SamplingParams
+from kvmesh.workers.sizes import BLOCK_PAGES
 from tests.workers.memory_executor import VOCAB, MemoryExecutor, expected_output
 
 PAGE = 16
@@ -229,3 +231,92 @@ def test_a_request_no_pool_can_hold_is_refused_with_bytes() -> None:
 def test_a_budget_without_room_for_one_sequence_is_a_configuration_error() -> None:
     with pytest.raises(ConfigError, match="kv_memory_bytes"):
         make_engine(budget=6)
+
+
+@pytest.mark.parametrize(("recent", "sink"), [(0, 0), (1, 0), (2, 1)])
+def test_a_sequence_pauses_at_the_end_of_its_lease_and_goes_on_when_it_grows(
+    recent: int, sink: int
+) -> None:
+    engine, _ = make_engine(recent=recent, sink=sink)
+    params = SamplingParams(temperature=0.0, max_tokens=190, ignore_eos=True)
+    engine.add(request("r", [5, 6, 7], params=params, lease=LeaseTerms("l", 1, 4, 1, 12)))
+    tokens: list[int] = []
+    for pages in (1, 2, 3, 12):
+        engine.extend("r", LeaseTerms("l", 1, 4, pages, 12))
+        while engine.has_work and not engine.stalled:
+            tokens += tokens_of(engine.step())
+            engine.check_integrity()
+            assert engine.scheduler.cache.sealed.used <= pages
+        if pages < 12:
+            # The last token that was sampled is yet to be written.
+            assert 3 + len(tokens) == engine.geometry.tokens_within(pages) + 1
+            assert engine.loads().leases == (LeaseTerms("l", 1, 4, pages, 12),)
+    assert tokens == expected_output([5, 6, 7], 190, ignore_eos=True)
+
+
+def test_others_go_on_beside_a_paused_sequence_and_may_preempt_it() -> None:
+    engine, _ = make_engine(budget=40, seqs=3)
+    params = SamplingParams(temperature=0.0, max_tokens=200, ignore_eos=True)
+    engine.add(request("old", [4, 5], params=params))
+    engine.add(request("paused", [6, 7], params=params, lease=LeaseTerms("l", 1, 1, 5, 13)))
+    deltas = {"old": [], "paused": []}  # type: dict[str, list[int]]
+    while not engine.stalled:
+        for delta in engine.step():
+            deltas[delta.request_id] += delta.token_ids
+        engine.check_integrity()
+    assert deltas["old"] == expected_output([4, 5], 200, ignore_eos=True)
+    assert len(deltas["paused"]) == 6 * PAGE - 2
+    engine.extend("paused", LeaseTerms("l", 1, 1, 13, 13))
+    for delta in run(engine)["paused"]:
+        deltas["paused"] += delta.token_ids
+    assert deltas["paused"] == expected_output([6, 7], 200, ignore_eos=True)
+
+
+def test_a_paused_sequence_still_has_its_deadline() -> None:
+    now = [0.0]
+    executor = MemoryExecutor(PAGE, 0, 0, 200)
+    config = EngineConfig(model="memory", page_size=PAGE, max_num_seqs=4, max_num_batched_tokens=16)
+    engine = Engine(config, executor, clock=lambda: now[0])
+    params = SamplingParams(temperature=0.0, max_tokens=90, ignore_eos=True)
+    lease = LeaseTerms("l", 1, 1, 0, 6)
+    engine.add(request("r", [5, 6], params=params, lease=lease, timeout_s=9.0))
+    while not engine.stalled:
+        engine.step()
+    now[0] = 4.0
+    assert engine.deadline_s() == 5.0
+    now[0] = 9.5
+    assert engine.deadline_s() == 0.0
+    (delta,) = engine.step()
+    assert delta.finish_reason is FinishReason.DEADLINE
+    assert not engine.has_work and not engine.stalled
+
+
+def test_pages_that_two_sequences_seal_in_the_same_step_are_stored_once() -> None:
+    engine, executor = make_engine(tokens=256)
+    prompt = [int(i) % VOCAB for i in range(6 * PAGE)]
+    for name in "ab":
+        engine.add(request(name, prompt, 3))
+    first = engine.step()
+    assert engine.scheduler.cache.sealed.used == executor.sealed_pages == 6
+    rest = run(engine)
+    for delta in first:
+        output = tokens_of([delta, *rest[delta.request_id]])
+        assert output == expected_output(prompt, 3)
+
+
+def test_the_ends_of_blocks_are_told_as_they_come_and_go() -> None:
+    engine, _ = make_engine(budget=64, tokens=64)
+    prompt = [int(i) % VOCAB for i in range(2 * BLOCK_PAGES * PAGE + 5)]
+    engine.add(request("a", prompt, 2))
+    run(engine)
+    wanted = PageDigests(PAGE, "").upto(np.array(prompt, np.int32), 2 * BLOCK_PAGES)
+    ends = wanted[BLOCK_PAGES - 1 :: BLOCK_PAGES]
+    assert engine.take_page_changes() == dict.fromkeys(ends, True)
+    assert engine.take_page_changes() == {}
+    # Another prompt takes the pages; the end of the first is evicted before its beginning.
+    for salt in "bcd":
+        engine.add(request(salt, prompt, 2, cache_salt=salt))
+        run(engine)
+    changes = engine.take_page_changes()
+    assert {changes[end] for end in ends} == {False}
+    assert sum(changes.values()) <= 64 // BLOCK_PAGES

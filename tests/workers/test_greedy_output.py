@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -15,11 +14,9 @@ from kvmesh.workers.local import local_executor
 from kvmesh.workers.model.embedded import EMBEDDED_NAME
 from kvmesh.workers.model.source import resolve_model
 from kvmesh.workers.model.tokenizer import Tokenizer
-from kvmesh.workers.request import EngineRequest, SequenceDelta, TokenLogprobs
-from kvmesh.workers.sampling_params import SamplingParams
+from tests.workers.invariance import INVARIANT_TOKENS, Invariance, generate, tokens_of
 
 TOKENS = 64
-INVARIANT_TOKENS = 40
 QUESTIONS = [
     "What is the capital of France, and what is it known for?",
     "Write a short story about a lighthouse keeper who finds a letter in a bottle.",
@@ -34,12 +31,9 @@ CONFIG = EngineConfig(
     dtype="float32",
     device="cpu",
     kv_memory_bytes=400 << 20,
+    kv_probe="off",
     threads_per_rank=1,  # spinning threads make a shared machine crawl
 )
-
-# Logits of one token, computed in products of other shapes, were seen to differ by some 1e-4 with
-# fp32 weights; sealed codes then differ by a step now and then, which moves logits by about 1e-2.
-NOISE = 0.05
 
 
 @pytest.fixture(scope="module")
@@ -67,25 +61,6 @@ def reference(prompts: list[list[int]]) -> list[list[int]]:
     return outputs
 
 
-def generate(
-    engine: Engine, prompts: list[list[int]], max_tokens: int = TOKENS
-) -> list[list[SequenceDelta]]:
-    params = SamplingParams(temperature=0.0, max_tokens=max_tokens, logprobs=2)
-    for index, prompt in enumerate(prompts):
-        ids = np.array(prompt, np.int32)
-        engine.add(EngineRequest(str(index), "test", ids, params))
-    deltas: dict[str, list[SequenceDelta]] = {str(i): [] for i in range(len(prompts))}
-    while engine.has_work:
-        for delta in engine.step():
-            deltas[delta.request_id].append(delta)
-    engine.check_integrity()
-    return list(deltas.values())
-
-
-def tokens_of(deltas: list[SequenceDelta]) -> list[int]:
-    return [token for delta in deltas for token in delta.token_ids]
-
-
 @pytest.mark.parametrize("tp", [1, 3])
 def test_exact_fp32_equals_transformers(
     tp: int, prompts: list[list[int]], reference: list[list[int]]
@@ -94,42 +69,10 @@ def test_exact_fp32_equals_transformers(
     executor = local_executor(config)
     try:
         engine = Engine(config, executor)
-        outputs = [tokens_of(deltas) for deltas in generate(engine, prompts)]
+        outputs = [tokens_of(deltas) for deltas in generate(engine, prompts, TOKENS)]
     finally:
         executor.close()
     assert outputs == reference
-
-
-class Invariance:
-    """Outputs of one configuration, against the same prompts run alone."""
-
-    def __init__(self, config: EngineConfig, prompts: list[list[int]]) -> None:
-        self.config = config
-        self.prompts = prompts
-        engine = Engine(config, local_executor(config))
-        self.alone = self.one_by_one(engine)
-
-    def one_by_one(self, engine: Engine) -> list[list[SequenceDelta]]:
-        return [generate(engine, [prompt], INVARIANT_TOKENS)[0] for prompt in self.prompts]
-
-    def check(self, outputs: list[list[SequenceDelta]]) -> None:
-        """Equal, but for a rare token whose rival's logit lies within the noise."""
-        differing = 0
-        for alone, other in zip(self.alone, outputs, strict=True):
-            pairs = list(zip(_flat(alone), _flat(other), strict=False))
-            at = next((i for i, (a, b) in enumerate(pairs) if a[0] != b[0]), None)
-            if at is None:
-                assert len(_flat(alone)) == len(_flat(other))
-                continue
-            differing += 1
-            for _, logprobs in pairs[at]:
-                (_, best), (_, second) = logprobs.top
-                assert best - second < NOISE, f"token {at} differs by more than noise"
-        assert differing <= 1
-
-
-def _flat(deltas: list[SequenceDelta]) -> list[tuple[int, TokenLogprobs]]:
-    return [pair for delta in deltas for pair in zip(delta.token_ids, delta.logprobs, strict=True)]
 
 
 FORMATS = [
@@ -182,20 +125,4 @@ def test_output_does_not_depend_on_the_prefix_cache(invariance: Invariance) -> N
 
 
 def test_output_does_not_depend_on_preemption(invariance: Invariance) -> None:
-    engine = Engine(invariance.config, local_executor(invariance.config))
-    params = SamplingParams(temperature=0.0, max_tokens=INVARIANT_TOKENS, logprobs=2)
-    deltas: dict[str, list[SequenceDelta]] = {}
-    for index, prompt in enumerate(invariance.prompts):
-        ids = np.array(prompt, np.int32)
-        engine.add(EngineRequest(str(index), "test", ids, params))
-        deltas[str(index)] = []
-    for step in range(10_000):
-        if not engine.has_work:
-            break
-        if step in (12, 30):  # in the midst of decoding, two at a time
-            engine.scheduler.preempt_youngest()
-            engine.scheduler.preempt_youngest()
-        for delta in engine.step():
-            deltas[delta.request_id].append(delta)
-    assert sum(d[-1].usage.preemptions for d in deltas.values() if d[-1].usage) == 4
-    invariance.check(list(deltas.values()))
+    invariance.check(invariance.preempted(steps=(12, 30)))

@@ -21,9 +21,9 @@ def chunk(row: int, start: int, tokens: list[int], sample: bool = True) -> Chunk
     return Chunk(row, start, np.array(tokens, np.int32).tobytes(), sample)
 
 
-def plan_of(*chunks: Chunk, seal: tuple[int, int] | None = None) -> StepPlan:
-    hot, sealed = ([seal[0]], [seal[1]]) if seal else ([], [])
-    return StepPlan(1, [], list(chunks), NOTHING, NOTHING, hot, sealed)
+def plan_of(*chunks: Chunk, seal: tuple[int, int, int] | None = None) -> StepPlan:
+    hot, sealed, pages = ([part] for part in seal) if seal else ([], [], [])
+    return StepPlan(1, [], list(chunks), NOTHING, NOTHING, hot, sealed, pages)
 
 
 def test_chunks_are_packed_with_their_positions_and_slots() -> None:
@@ -59,7 +59,7 @@ def test_a_padded_decode_step_computes_the_same() -> None:
         0,
         0,
     )
-    plan = plan_of(*(chunk(i, n - 1, [i]) for i, n in enumerate(lengths)), seal=(5, 4))
+    plan = plan_of(*(chunk(i, n - 1, [i]) for i, n in enumerate(lengths)), seal=(5, 4, 0))
     arrays = StepArrays.of(plan, tables.hot.numpy().astype(np.int64), PAGE)
     assert arrays.is_decode
     q = torch.randn(4, heads, head_dim)

@@ -18,6 +18,7 @@ class Architecture:
     model_type: what config.json calls it
     kv_heads: of a configuration without `num_key_value_heads`; None for as many as heads
     head_dim: of a configuration without `head_dim`; None for hidden_size // num_attention_heads
+    interleaved_rope: RoPE's planes are neighbouring channels, not the two halves of a head
     sliding: which layers attend through a sliding window, one of the names in `_SLIDING`
     """
 
@@ -25,6 +26,7 @@ class Architecture:
     model_type: str
     kv_heads: int | None = None
     head_dim: int | None = None
+    interleaved_rope: bool = False
     sliding: str = "none"
 
     def sliding_windows(self, config: Mapping[str, Any]) -> tuple[int | None, ...]:
@@ -88,7 +90,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         ),
         Architecture("OlmoForCausalLM", "olmo"),
         Architecture("Olmo2ForCausalLM", "olmo2"),
-        Architecture("CohereForCausalLM", "cohere"),
+        Architecture("CohereForCausalLM", "cohere", interleaved_rope=True),
         Architecture("StableLmForCausalLM", "stablelm", kv_heads=32),
     )
 }

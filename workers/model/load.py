@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kvmesh.workers.errors import ConfigError, UnsupportedModelError
+from kvmesh.workers.model.architectures import ARCHITECTURES
 from kvmesh.workers.model.blocks import fuse, lean_norm
 from kvmesh.workers.model.facts import ModelFacts, read_facts
 from kvmesh.workers.model.hook import IMPLEMENTATION, Attend, AttendSlot, attach
+from kvmesh.workers.model.rope import Rope
 from kvmesh.workers.model.weights import WeightReader
 from kvmesh.workers.parallel.comm import Communicator
 from kvmesh.workers.parallel.linears import VocabHead
@@ -34,6 +36,7 @@ class ServedModel:
         self.num_heads = facts.num_heads // tp
         self.num_kv_heads = facts.num_kv_heads // tp
         self.head_dim = facts.head_dim
+        self.rope = Rope.of(model, interleaved=ARCHITECTURES[facts.architecture].interleaved_rope)
         self._body: nn.Module = model.model
         self._head: VocabHead = model.lm_head
         self._slot = slot
@@ -52,6 +55,12 @@ class ServedModel:
         Returns [n, vocab_size] fp32. There is no host synchronisation and no
         shape that depends on data, so a call can be captured in a CUDA graph.
         """
+        return self.forward_with_grad(input_ids, positions, attend, logits_rows)
+
+    def forward_with_grad(
+        self, input_ids: Tensor, positions: Tensor, attend: Attend, logits_rows: Tensor
+    ) -> Tensor | None:
+        """`forward`, differentiable where `attend` returns what requires a gradient."""
         with self._slot.holding(attend):
             hidden = self._body(
                 input_ids=input_ids.unsqueeze(0),

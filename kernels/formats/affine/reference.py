@@ -39,7 +39,13 @@ import torch
 
 from kvmesh.kernels.formats.affine.side import OFFSET_BYTES, Affine
 from kvmesh.kernels.formats.base import Params, SideTile
-from kvmesh.kernels.formats.packing import by_token, pack, packed_bytes, unpack
+from kvmesh.kernels.formats.packing import (
+    by_token,
+    pack,
+    packed_bytes,
+    unpack,
+    unpack_signed,
+)
 from kvmesh.kernels.formats.scales import load_scale, rounded_scale, store_scale
 from kvmesh.kernels.formats.tiles import (
     BF16_MAX,
@@ -84,13 +90,18 @@ def load(
     params: Params,
 ) -> SideTile:
     offset, scale = _meta(side, pages, page_size, head_dim)
-    table = unpack(pages, side.width, page_size, head_dim, values=side.values)
     if side.along == "token" and side.run_length(page_size, head_dim) == head_dim:
         scale, offset = scale.view(rows, -1), offset.view(rows, -1)
+        if side.width == 8:  # the bytes as they are: codes less 128, which the offset takes
+            table = unpack_signed(pages, page_size, head_dim, values=side.values)
+            offset = offset + 128.0 * scale
+        else:
+            table = unpack(pages, side.width, page_size, head_dim, values=side.values)
         if side.values:
             blocks = table.float().view(rows, -1, *table.shape[-2:])
             return TokenValues(blocks, scale, offset)
         return TokenKeys(table.float().view(rows, -1, head_dim), scale, offset)
+    table = unpack(pages, side.width, page_size, head_dim, values=side.values)
     codes = by_token(table, values=side.values).float()
     if side.along == "channel":
         tokens = side.run_length(page_size, head_dim)

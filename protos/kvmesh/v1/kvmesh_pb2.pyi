@@ -1153,6 +1153,7 @@ class GroupEstimate(_message.Message):
     FEASIBLE_EVER_FIELD_NUMBER: _builtins.int
     PROJECTED_WAIT_S_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    COST_S_FIELD_NUMBER: _builtins.int
     group: _builtins.str
     kv_format: _builtins.str
     hot_pages: _builtins.int
@@ -1167,6 +1168,8 @@ class GroupEstimate(_message.Message):
     projected_wait_s: _builtins.float
     reason: _builtins.str
     """Why it was chosen, or was not."""
+    cost_s: _builtins.float
+    """What placement compares, in seconds of time to first token; unset where it is no choice."""
     def __init__(
         self,
         *,
@@ -1182,16 +1185,99 @@ class GroupEstimate(_message.Message):
         feasible_ever: _builtins.bool = ...,
         projected_wait_s: _builtins.float | None = ...,
         reason: _builtins.str = ...,
+        cost_s: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_projected_wait_s", b"_projected_wait_s", "projected_wait_s", b"projected_wait_s"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_cost_s", b"_cost_s", "_projected_wait_s", b"_projected_wait_s", "cost_s", b"cost_s", "projected_wait_s", b"projected_wait_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_projected_wait_s", b"_projected_wait_s", "cached_tokens", b"cached_tokens", "capacity_bytes", b"capacity_bytes", "feasible_ever", b"feasible_ever", "feasible_now", b"feasible_now", "free_bytes", b"free_bytes", "group", b"group", "hot_pages", b"hot_pages", "kv_format", b"kv_format", "needed_bytes", b"needed_bytes", "projected_wait_s", b"projected_wait_s", "reason", b"reason", "sealed_pages", b"sealed_pages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cost_s", b"_cost_s", "_projected_wait_s", b"_projected_wait_s", "cached_tokens", b"cached_tokens", "capacity_bytes", b"capacity_bytes", "cost_s", b"cost_s", "feasible_ever", b"feasible_ever", "feasible_now", b"feasible_now", "free_bytes", b"free_bytes", "group", b"group", "hot_pages", b"hot_pages", "kv_format", b"kv_format", "needed_bytes", b"needed_bytes", "projected_wait_s", b"projected_wait_s", "reason", b"reason", "sealed_pages", b"sealed_pages"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__cost_s: _TypeAlias = _typing.Literal["cost_s"]  # noqa: Y015
+    _WhichOneofArgType__cost_s: _TypeAlias = _typing.Literal["_cost_s", b"_cost_s"]  # noqa: Y015
     _WhichOneofReturnType__projected_wait_s: _TypeAlias = _typing.Literal["projected_wait_s"]  # noqa: Y015
     _WhichOneofArgType__projected_wait_s: _TypeAlias = _typing.Literal["_projected_wait_s", b"_projected_wait_s"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__cost_s) -> _WhichOneofReturnType__cost_s | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__projected_wait_s) -> _WhichOneofReturnType__projected_wait_s | None: ...
 
 Global___GroupEstimate: _TypeAlias = GroupEstimate  # noqa: Y015
+
+@_typing.final
+class ExplainRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExplainRequest: _TypeAlias = ExplainRequest  # noqa: Y015
+
+@_typing.final
+class ExplainResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    DECISIONS_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    @_builtins.property
+    def decisions(self) -> _containers.RepeatedCompositeFieldContainer[Global___PlacementDecision]:
+        """Oldest first; none if the request is not known, or no longer."""
+
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        decisions: _abc.Iterable[Global___PlacementDecision] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decisions", b"decisions", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExplainResponse: _TypeAlias = ExplainResponse  # noqa: Y015
+
+@_typing.final
+class PlacementDecision(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AGE_S_FIELD_NUMBER: _builtins.int
+    OUTCOME_FIELD_NUMBER: _builtins.int
+    GROUP_FIELD_NUMBER: _builtins.int
+    GROUPS_FIELD_NUMBER: _builtins.int
+    age_s: _builtins.float
+    outcome: _builtins.str
+    """In words: placed, queued or refused, and with what."""
+    group: _builtins.str
+    """Where it was placed; empty if nowhere."""
+    @_builtins.property
+    def groups(self) -> _containers.RepeatedCompositeFieldContainer[Global___GroupEstimate]:
+        """Every group as it was then. Bytes free and needed are of that moment; pages are not given."""
+
+    def __init__(
+        self,
+        *,
+        age_s: _builtins.float = ...,
+        outcome: _builtins.str = ...,
+        group: _builtins.str = ...,
+        groups: _abc.Iterable[Global___GroupEstimate] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_s", b"age_s", "group", b"group", "groups", b"groups", "outcome", b"outcome"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlacementDecision: _TypeAlias = PlacementDecision  # noqa: Y015
 
 @_typing.final
 class GetModelInfoRequest(_message.Message):
@@ -1559,6 +1645,8 @@ class RouterLoads(_message.Message):
     RELEASED_TOTAL_FIELD_NUMBER: _builtins.int
     EXPIRED_TOTAL_FIELD_NUMBER: _builtins.int
     REFUSED_TOTAL_FIELD_NUMBER: _builtins.int
+    AUDITS_TOTAL_FIELD_NUMBER: _builtins.int
+    AUDIT_FAULTS_TOTAL_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     queue_length: _builtins.int
     queue_capacity: _builtins.int
@@ -1567,6 +1655,9 @@ class RouterLoads(_message.Message):
     released_total: _builtins.int
     expired_total: _builtins.int
     """Released by the sweep because nobody else did."""
+    audits_total: _builtins.int
+    """Engines' reports compared with the ledger, and those that did not agree with it."""
+    audit_faults_total: _builtins.int
     @_builtins.property
     def ledger(self) -> _containers.RepeatedCompositeFieldContainer[Global___GroupLedger]: ...
     @_builtins.property
@@ -1585,10 +1676,12 @@ class RouterLoads(_message.Message):
         released_total: _builtins.int = ...,
         expired_total: _builtins.int = ...,
         refused_total: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        audits_total: _builtins.int = ...,
+        audit_faults_total: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "expired_total", b"expired_total", "granted_total", b"granted_total", "leases", b"leases", "ledger", b"ledger", "queue_capacity", b"queue_capacity", "queue_length", b"queue_length", "refused_total", b"refused_total", "released_total", b"released_total"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["audit_faults_total", b"audit_faults_total", "audits_total", b"audits_total", "epoch", b"epoch", "expired_total", b"expired_total", "granted_total", b"granted_total", "leases", b"leases", "ledger", b"ledger", "queue_capacity", b"queue_capacity", "queue_length", b"queue_length", "refused_total", b"refused_total", "released_total", b"released_total"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -59,6 +59,11 @@ class KVMeshStub:
                 request_serializer=kvmesh_dot_protos_dot_kvmesh_dot_v1_dot_kvmesh__pb2.EstimateBudgetRequest.SerializeToString,
                 response_deserializer=kvmesh_dot_protos_dot_kvmesh_dot_v1_dot_kvmesh__pb2.EstimateBudgetResponse.FromString,
                 _registered_method=True)
+        self.Explain = channel.unary_unary(
+                '/kvmesh.v1.KVMesh/Explain',
+                request_serializer=kvmesh_dot_protos_dot_kvmesh_dot_v1_dot_kvmesh__pb2.ExplainRequest.SerializeToString,
+                response_deserializer=kvmesh_dot_protos_dot_kvmesh_dot_v1_dot_kvmesh__pb2.ExplainResponse.FromString,
+                _registered_method=True)
         self.GetModelInfo = channel.unary_unary(
                 '/kvmesh.v1.KVMesh/GetModelInfo',
                 request_serializer=kvmesh_dot_protos_dot_kvmesh_dot_v1_dot_kvmesh__pb2.GetModelInfoRequest.SerializeToString,
@@ -112,6 +117,13 @@ class KVMeshServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Explain(self, request, context):
+        """What was decided of a request of the same tenant, and why; of the latest requests only.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetModelInfo(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -151,6 +163,11 @@ def add_KVMeshServicer_to_server(servicer, server):
                     servicer.EstimateBudget,
                     request_deserializer=kvmesh_dot_protos_dot_kvmesh_dot_v1_dot_kvmesh__pb2.EstimateBudgetRequest.FromString,
                     response_serializer=kvmesh_dot_protos_dot_kvmesh_dot_v1_dot_kvmesh__pb2.EstimateBudgetResponse.SerializeToString,
+            ),
+            'Explain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Explain,
+                    request_deserializer=kvmesh_dot_protos_dot_kvmesh_dot_v1_dot_kvmesh__pb2.ExplainRequest.FromString,
+                    response_serializer=kvmesh_dot_protos_dot_kvmesh_dot_v1_dot_kvmesh__pb2.ExplainResponse.SerializeToString,
             ),
             'GetModelInfo': grpc.unary_unary_rpc_method_handler(
                     servicer.GetModelInfo,
@@ -298,6 +315,33 @@ class KVMesh:
             '/kvmesh.v1.KVMesh/EstimateBudget',
             kvmesh_dot_protos_dot_kvmesh_dot_v1_dot_kvmesh__pb2.EstimateBudgetRequest.SerializeToString,
             kvmesh_dot_protos_dot_kvmesh_dot_v1_dot_kvmesh__pb2.EstimateBudgetResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Explain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvmesh.v1.KVMesh/Explain',
+            kvmesh_dot_protos_dot_kvmesh_dot_v1_dot_kvmesh__pb2.ExplainRequest.SerializeToString,
+            kvmesh_dot_protos_dot_kvmesh_dot_v1_dot_kvmesh__pb2.ExplainResponse.FromString,
             options,
             channel_credentials,
             insecure,

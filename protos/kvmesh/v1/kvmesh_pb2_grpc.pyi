@@ -119,6 +119,8 @@ class KVMeshStub:
     """
     EstimateBudget: _grpc.UnaryUnaryMultiCallable[_kvmesh_pb2.EstimateBudgetRequest, _kvmesh_pb2.EstimateBudgetResponse]
     """What a request would need and when it could start, without submitting it."""
+    Explain: _grpc.UnaryUnaryMultiCallable[_kvmesh_pb2.ExplainRequest, _kvmesh_pb2.ExplainResponse]
+    """What was decided of a request of the same tenant, and why; of the latest requests only."""
     GetModelInfo: _grpc.UnaryUnaryMultiCallable[_kvmesh_pb2.GetModelInfoRequest, _kvmesh_pb2.GetModelInfoResponse]
     GetLoads: _grpc.UnaryUnaryMultiCallable[_kvmesh_pb2.GetLoadsRequest, _kvmesh_pb2.GetLoadsResponse]
 
@@ -140,6 +142,8 @@ class KVMeshAsyncStub(KVMeshStub):
     """
     EstimateBudget: _aio.UnaryUnaryMultiCallable[_kvmesh_pb2.EstimateBudgetRequest, _kvmesh_pb2.EstimateBudgetResponse]  # type: ignore[assignment]
     """What a request would need and when it could start, without submitting it."""
+    Explain: _aio.UnaryUnaryMultiCallable[_kvmesh_pb2.ExplainRequest, _kvmesh_pb2.ExplainResponse]  # type: ignore[assignment]
+    """What was decided of a request of the same tenant, and why; of the latest requests only."""
     GetModelInfo: _aio.UnaryUnaryMultiCallable[_kvmesh_pb2.GetModelInfoRequest, _kvmesh_pb2.GetModelInfoResponse]  # type: ignore[assignment]
     GetLoads: _aio.UnaryUnaryMultiCallable[_kvmesh_pb2.GetLoadsRequest, _kvmesh_pb2.GetLoadsResponse]  # type: ignore[assignment]
 
@@ -188,6 +192,14 @@ class KVMeshServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_kvmesh_pb2.EstimateBudgetResponse, _abc.Awaitable[_kvmesh_pb2.EstimateBudgetResponse]]:
         """What a request would need and when it could start, without submitting it."""
+
+    @_abc_1.abstractmethod
+    def Explain(
+        self,
+        request: _kvmesh_pb2.ExplainRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_kvmesh_pb2.ExplainResponse, _abc.Awaitable[_kvmesh_pb2.ExplainResponse]]:
+        """What was decided of a request of the same tenant, and why; of the latest requests only."""
 
     @_abc_1.abstractmethod
     def GetModelInfo(

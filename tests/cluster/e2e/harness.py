@@ -40,6 +40,7 @@ SMALL_ENGINE: Mapping[str, Any] = {
     "max_num_seqs": POOL_SEQUENCES,
     "max_num_batched_tokens": 128,
     "kv_memory_bytes": "16MiB",
+    "kv_probe": "off",
 }
 
 

@@ -1,0 +1,270 @@
+"""`kvmesh eval perplexity`, `passkey` and `recall`: what a KV format costs a model.
+
+They run the engine's own path in this process, without Ray.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvmesh.cluster.cli.console import EXIT_USAGE, err, explained, fail, out
+
+if TYPE_CHECKING:
+    from kvmesh.workers.evaluation.meter import Meter
+    from kvmesh.workers.evaluation.model import EvaluatedModel
+
+eval_app = typer.Typer(
+    help="Measure what KV formats cost a model, through the engine's own path.",
+    no_args_is_help=True,
+)
+
+ModelOption = Annotated[
+    str | None, typer.Option(help="A local Hugging Face directory, a GGUF file, or a hub name.")
+]
+FormatsOption = Annotated[
+    str, typer.Option("--kv-format", metavar="F[,F…]", help="Formats; `kvmesh formats` lists them.")
+]
+TextOption = Annotated[
+    Path, typer.Option(help="Real text in UTF-8 that nothing was calibrated on.")
+]
+LengthsOption = Annotated[str, typer.Option(metavar="N[,N…]", help="Lengths in tokens.")]
+PageSizeOption = Annotated[int, typer.Option(help="Tokens a page.")]
+SinkOption = Annotated[
+    int | None, typer.Option("--sink-pages", help="First pages kept exact; else the format's own.")
+]
+RecentOption = Annotated[
+    int | None,
+    typer.Option("--recent-pages", help="Latest pages kept exact; else the format's own."),
+]
+DtypeOption = Annotated[str, typer.Option(help="float32 or bfloat16; auto as when serving.")]
+CalibrationOption = Annotated[
+    str,
+    typer.Option(
+        "--calibration",
+        metavar="FILE[,FILE…]",
+        help="Files of `kvmesh calibrate`, for the formats that need one.",
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@eval_app.command("perplexity")
+def perplexity(
+    kv_format: FormatsOption,
+    text: TextOption,
+    model: ModelOption = None,
+    context: Annotated[int, typer.Option(help="Tokens of a window.")] = 2048,
+    windows: Annotated[int, typer.Option(min=1, help="At most; spread over the text.")] = 8,
+    page_size: PageSizeOption = 64,
+    sink_pages: SinkOption = None,
+    recent_pages: RecentOption = None,
+    dtype: DtypeOption = "auto",
+    calibration: CalibrationOption = "",
+    as_json: JsonOption = False,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Draw bits against loss there.")
+    ] = None,
+) -> None:
+    """Perplexity, and divergence from exact KV, on windows of real text."""
+    with _explained_options():
+        draw = None if plot is None else _plotter(plot)
+        from kvmesh.workers.evaluation.model import choose_formats
+        from kvmesh.workers.evaluation.perplexity import measure_perplexity
+        from kvmesh.workers.evaluation.text import read_text
+
+        formats, source = choose_formats(_listed(kv_format)), read_text(text)
+        settings = _settings(page_size, sink_pages, recent_pages, dtype)
+        with _evaluated(model, settings, _listed(calibration)) as (evaluated, meter):
+            report = measure_perplexity(
+                evaluated, formats, source, context=context, windows=windows, meter=meter
+            )
+        if draw is not None:
+            draw(report, plot)
+        if as_json:
+            _print_json(report)
+        else:
+            from kvmesh.cluster.cli.eval_tables import perplexity_table
+
+            out.print(perplexity_table(report))
+
+
+@eval_app.command("passkey")
+def passkey(
+    kv_format: FormatsOption,
+    text: TextOption,
+    model: ModelOption = None,
+    lengths: LengthsOption = "1024,4096",
+    depths: Annotated[int, typer.Option(min=1, help="Places of the number in the text.")] = 5,
+    seeds: Annotated[int, typer.Option(min=1, help="Numbers and texts for each place.")] = 1,
+    page_size: PageSizeOption = 64,
+    sink_pages: SinkOption = None,
+    recent_pages: RecentOption = None,
+    dtype: DtypeOption = "auto",
+    calibration: CalibrationOption = "",
+    as_json: JsonOption = False,
+) -> None:
+    """How often a number hidden in real text is found when it is asked for at the end."""
+    with _explained_options():
+        from kvmesh.workers.evaluation.model import choose_formats
+        from kvmesh.workers.evaluation.passkey import measure_passkey
+        from kvmesh.workers.evaluation.text import read_text
+
+        formats, source = choose_formats(_listed(kv_format)), read_text(text)
+        sizes = _lengths(lengths)
+        settings = _settings(page_size, sink_pages, recent_pages, dtype)
+        with _evaluated(model, settings, _listed(calibration)) as (evaluated, meter):
+            report = measure_passkey(
+                evaluated,
+                formats,
+                source,
+                lengths=sizes,
+                depths=depths,
+                seeds=seeds,
+                meter=meter,
+            )
+        if as_json:
+            _print_json(report)
+        else:
+            from kvmesh.cluster.cli.eval_tables import passkey_table
+
+            out.print(passkey_table(report))
+
+
+@eval_app.command("recall")
+def recall(
+    kv_format: FormatsOption,
+    text: TextOption,
+    model: ModelOption = None,
+    lengths: LengthsOption = "1024,4096",
+    passages: Annotated[int, typer.Option(min=1, help="Of each length, at most.")] = 10,
+    page_size: PageSizeOption = 64,
+    sink_pages: SinkOption = None,
+    recent_pages: RecentOption = None,
+    dtype: DtypeOption = "auto",
+    calibration: CalibrationOption = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Next-token accuracy on a passage that was read once, LENGTH tokens before."""
+    with _explained_options():
+        from kvmesh.workers.evaluation.model import choose_formats
+        from kvmesh.workers.evaluation.recall import measure_recall
+        from kvmesh.workers.evaluation.text import read_text
+
+        formats, source = choose_formats(_listed(kv_format)), read_text(text)
+        sizes = _lengths(lengths)
+        settings = _settings(page_size, sink_pages, recent_pages, dtype)
+        with _evaluated(model, settings, _listed(calibration)) as (evaluated, meter):
+            report = measure_recall(
+                evaluated, formats, source, lengths=sizes, passages=passages, meter=meter
+            )
+        if as_json:
+            _print_json(report)
+        else:
+            from kvmesh.cluster.cli.eval_tables import recall_table
+
+            out.print(recall_table(report))
+
+
+@contextlib.contextmanager
+def _explained_options() -> Iterator[None]:
+    """A setting at fault is named as the option it came by, with the exit code of wrong usage."""
+    # Before torch is loaded, which the commands do when they run.
+    from kvmesh.workers.errors import ConfigError
+    from kvmesh.workers.threads import wait_passively
+
+    wait_passively(os.environ)
+    with explained():
+        try:
+            yield
+        except ConfigError as error:
+            fail(f"--{error.field.replace('_', '-')}: {error.message}", EXIT_USAGE)
+
+
+@contextlib.contextmanager
+def _evaluated(
+    model: str | None, settings: dict[str, Any], calibrations: list[str]
+) -> Iterator[tuple[EvaluatedModel, Meter]]:
+    """The loaded model, under a progress bar that the meter moves."""
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    from kvmesh.cluster.config import DEFAULT_MODEL
+    from kvmesh.workers.config import EngineConfig
+    from kvmesh.workers.evaluation.meter import Meter
+    from kvmesh.workers.evaluation.model import EvaluatedModel
+
+    config = EngineConfig(model=model or DEFAULT_MODEL, **settings)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
+        task = bar.add_task(f"loading {config.model}", total=None)
+
+        def report(step: str, share: float | None) -> None:
+            total = None if share is None else 1.0
+            bar.update(task, description=step, total=total, completed=share or 0.0)
+
+        def count(done: int, total: int) -> None:
+            bar.update(task, description="tokens", total=total, completed=done)
+
+        yield EvaluatedModel(config, report, calibrations), Meter(count)
+
+
+def _settings(
+    page_size: int, sink_pages: int | None, recent_pages: int | None, dtype: str
+) -> dict[str, Any]:
+    return {
+        "page_size": page_size,
+        "sink_pages": sink_pages,
+        "recent_pages": recent_pages,
+        "dtype": dtype,
+    }
+
+
+def _listed(names: str) -> list[str]:
+    return [name.strip() for name in names.split(",") if name.strip()]
+
+
+def _lengths(values: str) -> list[int]:
+    """Each once, shortest first; raises ConfigError(lengths)."""
+    from kvmesh.workers.errors import ConfigError
+
+    parts = _listed(values)
+    if not parts or not all(part.isdecimal() for part in parts):
+        raise ConfigError("lengths", f"must be whole numbers with commas between, got {values!r}")
+    return sorted({int(part) for part in parts})
+
+
+def _plotter(path: Path) -> Any:
+    """The function that draws; what would keep it from drawing is found before the work."""
+    from kvmesh.workers.errors import ConfigError
+
+    if not path.resolve().parent.is_dir():
+        raise ConfigError("plot", f"{path.resolve().parent} is not a directory")
+    try:
+        from kvmesh.cluster.cli.eval_plot import plot_perplexity
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            "plot", f"needs {error.name}, which the extra `plot` brings: pip install kvmesh[plot]"
+        ) from None
+    return plot_perplexity
+
+
+def _print_json(report: Any) -> None:
+    typer.echo(json.dumps(asdict(report), indent=2))

@@ -1,0 +1,156 @@
+"""The picture of an evaluation: what formats cost against what they take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.text import Annotation
+from matplotlib.ticker import FuncFormatter, MultipleLocator, NullFormatter
+from matplotlib.transforms import Bbox
+
+from kvmesh.workers.evaluation.reports import FormatPerplexity, PerplexityReport
+
+# A smaller loss is what the choice of text makes it, and may be a gain.
+FLOOR_PERCENT = 0.01
+_INK, _MUTED, _GRID, _POINT = "#1c2733", "#66727f", "#e4e8ec", "#1f6feb"
+# Where a label may stand about its point: offset in points, alignments.
+_PLACES = (
+    (6, 5, "left", "bottom"),
+    (9, 0, "left", "center"),
+    (0, 9, "center", "bottom"),
+    (0, -9, "center", "top"),
+    (-9, 0, "right", "center"),
+    (7, -7, "left", "top"),
+    (-7, 7, "right", "bottom"),
+    (-7, -7, "right", "top"),
+)
+
+
+def plot_perplexity(report: PerplexityReport, path: Path) -> None:
+    """A point for each format but exact: bits per element at the context measured, and loss."""
+    rows = sorted(report.formats[1:], key=lambda row: (row.bits, _loss_percent(row)))
+    figure = Figure(figsize=(8.4, 5.2), layout="constrained")
+    axes = figure.subplots()
+    _frame(axes, report, rows)
+    front = _front(rows)
+    axes.plot(
+        [row.bits for row in front],
+        [_loss_percent(row) for row in front],
+        color=_POINT,
+        alpha=0.25,
+        linewidth=6,
+        solid_capstyle="round",
+        solid_joinstyle="round",
+        zorder=2,
+    )
+    for row in rows:
+        floored = _loss_percent(row) == FLOOR_PERCENT
+        axes.plot(
+            row.bits,
+            _loss_percent(row),
+            marker="v" if floored else "o",
+            markersize=8,
+            markerfacecolor="white" if floored else _POINT,
+            markeredgecolor=_POINT,
+            markeredgewidth=1.6,
+            zorder=3,
+        )
+    figure.draw_without_rendering()  # which settles where the points lie
+    _label(axes, rows)
+    figure.savefig(path, dpi=160)
+
+
+def _loss_percent(row: FormatPerplexity) -> float:
+    return max(row.loss * 100, FLOOR_PERCENT)
+
+
+def _front(rows: list[FormatPerplexity]) -> list[FormatPerplexity]:
+    """Formats, by bits, of which none that takes less costs less."""
+    front: list[FormatPerplexity] = []
+    for row in rows:
+        if not front or _loss_percent(row) < _loss_percent(front[-1]):
+            front.append(row)
+    return front
+
+
+def _frame(axes: Axes, report: PerplexityReport, rows: list[FormatPerplexity]) -> None:
+    axes.set_yscale("log")
+    highest = max([_loss_percent(row) for row in rows], default=1.0)
+    axes.set_ylim(FLOOR_PERCENT / 1.6, max(highest * 2, 1.0))
+    widest = max([row.bits for row in rows], default=8.0)
+    least = min([row.bits for row in rows], default=2.0)
+    margin = max(0.4, (widest - least) * 0.08)
+    axes.set_xlim(least - margin, widest + 2 * margin)
+    axes.xaxis.set_major_locator(MultipleLocator(1))
+    axes.yaxis.set_major_formatter(FuncFormatter(_percent))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.grid(visible=True, which="major", color=_GRID, linewidth=0.9)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(_MUTED)
+    axes.tick_params(which="both", colors=_MUTED, labelsize=9.5)
+    axes.tick_params(which="minor", length=0)
+    axes.set_xlabel(
+        f"bits per key or value element at {report.context} tokens", color=_INK, fontsize=10.5
+    )
+    axes.set_ylabel("perplexity over exact KV", color=_INK, fontsize=10.5)
+    axes.set_title(
+        f"{report.model}: what KV formats cost", loc="left", color=_INK, fontsize=13, pad=24,
+        fontweight="bold",
+    )  # fmt: skip
+    axes.text(
+        0,
+        1.025,
+        f"{report.predictions:,} predictions in {report.windows} windows of {report.context} "
+        f"tokens, {report.dtype}; exact windows count as 16 bits; ▽ at most 0.01%",
+        transform=axes.transAxes,
+        color=_MUTED,
+        fontsize=9,
+    )
+
+
+def _percent(value: float, _: int) -> str:
+    return f"+{value:g}%"
+
+
+def _label(axes: Axes, rows: list[FormatPerplexity]) -> None:
+    """Each point's name where it covers neither a point nor another name."""
+    taken = []
+    for row in rows:
+        x, y = axes.transData.transform((row.bits, _loss_percent(row)))
+        taken.append(Bbox.from_bounds(x - 6, y - 6, 12, 12))
+    for row in rows:
+        label = axes.annotate(
+            row.kv_format,
+            (row.bits, _loss_percent(row)),
+            xytext=(0, 0),
+            textcoords="offset points",
+            color=_INK,
+            fontsize=9.5,
+            zorder=4,
+        )
+        taken.append(_place(label, taken, axes.bbox))
+
+
+def _place(label: Annotation, taken: list[Bbox], frame: Bbox) -> Bbox:
+    """Put a label at the first place that is free, or the least covered; its box there."""
+    boxes = []
+    for dx, dy, horizontal, vertical in _PLACES:
+        label.set(position=(dx, dy), horizontalalignment=horizontal, verticalalignment=vertical)
+        box = label.get_window_extent()
+        inside = box.x0 >= frame.x0 and box.x1 <= frame.x1
+        covered = sum(_overlap(box, other) for other in taken)
+        boxes.append((covered if inside else covered + box.width * box.height, box))
+    best = min(range(len(boxes)), key=lambda place: boxes[place][0])
+    dx, dy, horizontal, vertical = _PLACES[best]
+    label.set(position=(dx, dy), horizontalalignment=horizontal, verticalalignment=vertical)
+    return boxes[best][1]
+
+
+def _overlap(a: Bbox, b: Bbox) -> float:
+    both = Bbox.intersection(a, b)
+    return 0.0 if both is None else both.width * both.height

@@ -1,0 +1,103 @@
+"""Evaluations as tables of at most eighty columns."""
+
+from __future__ import annotations
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Group
+from rich.table import Table
+
+from kvmesh.workers.evaluation.reports import PasskeyReport, PerplexityReport, RecallReport
+
+
+def perplexity_table(report: PerplexityReport) -> Group:
+    title = (
+        f"[bold]{report.model}[/bold], {report.dtype}: {report.predictions} predictions in "
+        f"{report.windows} windows of {report.context} tokens"
+    )
+    table = _table()
+    table.add_column("KV format", no_wrap=True)
+    for name in ("perplexity", "loss", "KL", "bits", f"at {_short(report.context)}", "at 32k"):
+        table.add_column(name, justify="right")
+    table.add_column("bytes a\ntoken", justify="right")
+    for row in report.formats:
+        exact = row is report.formats[0]
+        table.add_row(
+            row.kv_format,
+            f"{row.perplexity:.3f}",
+            "–" if exact else f"{row.loss:+.2%}",
+            "–" if exact else f"{row.kl_nats:.5f}",
+            f"{row.sealed_bits:.2f}",
+            f"{row.bits:.2f}",
+            f"{row.bits_at_32k:.2f}",
+            f"{row.bytes_per_token:,.0f}",
+        )
+    notes = (
+        "loss: of perplexity over exact KV; KL: of the next token's distribution, in nats\n"
+        "bits: an element of a sealed page takes, metadata included; then the mean over\n"
+        f"sequences of {_short(report.context)} and 32k tokens, whose exact windows count as "
+        "16 bits"
+    )
+    return Group(title, table, _dim(notes))
+
+
+def passkey_table(report: PasskeyReport) -> Group:
+    title = (
+        f"[bold]{report.model}[/bold], {report.dtype}: passkey, "
+        f"depths: {report.depths}, seeds: {report.seeds}"
+    )
+    table = _table()
+    table.add_column("length", justify="right")
+    table.add_column("KV format", no_wrap=True)
+    table.add_column("found", justify="right")
+    table.add_column("missed at depth")
+    length = 0
+    for row in report.figures:
+        if length and row.length != length:
+            table.add_section()
+        table.add_row(
+            "" if row.length == length else str(row.length),
+            row.kv_format,
+            f"{row.found} of {row.asked}",
+            ", ".join(f"{depth:.0%}" for depth in row.missed_depths),
+        )
+        length = row.length
+    notes = "found: in ten tokens of greedy output; depth: share of the text before it"
+    return Group(title, table, _dim(notes))
+
+
+def recall_table(report: RecallReport) -> Group:
+    title = f"[bold]{report.model}[/bold], {report.dtype}: recall of a 256-token passage"
+    table = _table()
+    table.add_column("length", justify="right")
+    table.add_column("passages", justify="right")
+    table.add_column("KV format", no_wrap=True)
+    for name in ("accuracy", "difference", "KL"):
+        table.add_column(name, justify="right")
+    for length, count in report.passages.items():
+        for place, row in enumerate(r for r in report.figures if r.length == length):
+            table.add_row(
+                *(("", "") if place else (str(length), str(count))),
+                row.kv_format,
+                f"{row.accuracy:.3f}",
+                f"{row.difference:+.3f}" if place else "–",
+                f"{row.kl_nats:.5f}" if place else "–",
+            )
+        table.add_section()
+    notes = (
+        "accuracy: of the next token over the passage's second copy, which begins\n"
+        "`length` tokens after the first; KL: from exact KV there, in nats"
+    )
+    return Group(title, table, _dim(notes))
+
+
+def _short(tokens: int) -> str:
+    """2048 -> '2k', 1000 -> '1000'."""
+    return f"{tokens // 1024}k" if tokens % 1024 == 0 else str(tokens)
+
+
+def _dim(notes: str) -> str:
+    return f"[dim]{notes}[/dim]"
+
+
+def _table() -> Table:
+    return Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)

@@ -1,0 +1,1 @@
+"""Non-uniform codes on calibrated levels, outliers kept apart, keys as before RoPE: KVQuant."""

@@ -1,0 +1,277 @@
+"""Plain-torch codec of `NonUniform`: KVQuant (Hooper et al., arXiv 2401.18079), page by page.
+
+    keys     | codes (packing.py) | outliers | their channels | position, int32 |
+    values   | codes (packing.py) | outliers | their channels | scales | offsets |
+
+with n = `side.outliers(head_dim)` outliers a token, [page_size, n] of bf16 and then
+[page_size, n] of a byte; a scale a token in e5m3 (scales.py) and an offset in int8, in
+64ths of the scale.
+
+    t = (x - zero) / scale,  code = the interval of `bounds` that t lies in,
+    x^ = levels[code] * scale + zero
+
+Keys are turned back by RoPE's angle before and forth after, since a channel's numbers
+keep to their range only without it. Scale and zero of their channels were found
+beforehand. A page holds the position of its first token, so that reading needs to know
+nothing else. The factor that YaRN gives the turned channels is left in: it commutes
+with turning.
+
+Values have their codes from the range of what a token's outliers leave, which is brought
+to [-1, 1], and then the scale and zero with which they are unbiased, as EDEN's
+(Vargaftik et al., 2022).
+
+`bounds` lie half-way between the levels that k-means found; of keys, `levels` are those
+after Q-Norm (workers/calibration/nuq.py). A token's outliers are the n numbers that its codes
+miss by most, for keys in units of how much the model minds an error in their
+channel: KVQuant takes the greatest instead, which its codes may well reach. They
+replace what the codes say.
+
+params
+    levels [2^width], bounds [2^width - 1] fp32
+    keys: scale, zero, importance [num_kv_heads, head_dim], inv_freq [planes] fp32,
+        interleaved [1] uint8
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from kvmesh.kernels.formats.base import Params, SideTile
+from kvmesh.kernels.formats.nuq.side import POSITION_BYTES, SCALE_BYTES, VALUE_BYTES, NonUniform
+from kvmesh.kernels.formats.nuq.turn import Turn, phases
+from kvmesh.kernels.formats.packing import by_token, pack, packed_bytes, unpack
+from kvmesh.kernels.formats.scales import E5M3_MAX, E5M3_MIN, load_scale, rounded_scale, store_scale
+from kvmesh.kernels.formats.tiles import BF16_MAX, DenseTile
+
+# Turning a plane of two such numbers stays finite, with room for the level beside them.
+GREATEST = 0.25 * BF16_MAX
+OFFSET_STEPS = 64.0
+
+
+def encode(
+    side: NonUniform, x: torch.Tensor, params: Params, positions: torch.Tensor | None
+) -> torch.Tensor:
+    x = x.float().clamp(-GREATEST, GREATEST)
+    if side.values:
+        return _encode_values(side, x, params)
+    assert positions is not None, "KVFormat.encode and seal_pages see to it"
+    turn = Turn(_interleaved(params))
+    x = turn.by(x, _token_phases(params, x.shape[-2]).conj())
+    page_phase = phases(params["inv_freq"], positions)[:, None, None, :]
+    x = turn.by(x, page_phase.conj()).clamp_(-GREATEST, GREATEST)
+    scale, zero = params["scale"].unsqueeze(1), params["zero"].unsqueeze(1)
+    codes = _codes((x - zero).div_(scale), params)
+    missed = _numbers(codes, params).mul_(scale).add_(zero).sub_(x).abs_()
+    first = positions.to(torch.int32).view(-1, 1, 1).expand(-1, x.shape[1], 1).contiguous()
+    return torch.cat(
+        (
+            pack(codes.to(torch.uint8), side.width, values=False),
+            *_outliers(side, x, missed.mul_(params["importance"].unsqueeze(1))),
+            first.view(torch.uint8),
+        ),
+        dim=-1,
+    )
+
+
+def _encode_values(side: NonUniform, x: torch.Tensor, params: Params) -> torch.Tensor:
+    apart = _farthest(side, x)
+    scale, zero = _ranges(x, apart)
+    t = x.sub(zero[..., None]).div_(scale[..., None])
+    codes = _codes(t, params)
+    chosen = _numbers(codes, params)
+    scale, offset = _stored(*_unbiased(t, apart, chosen, scale, zero))
+    missed = chosen.mul_(scale[..., None]).add_(_zero(scale, offset)[..., None]).sub_(x).abs_()
+    return torch.cat(
+        (
+            pack(codes.to(torch.uint8), side.width, values=True),
+            *_outliers(side, x, missed),
+            store_scale(scale, "e5m3"),
+            offset.to(torch.int8).view(torch.uint8),
+        ),
+        dim=-1,
+    )
+
+
+def _farthest(side: NonUniform, x: torch.Tensor) -> torch.Tensor:
+    """The channels of a token that lie farthest from its mean: [..., page_size, n] int64."""
+    mean = x.mul(1.0 / x.shape[-1]).sum(-1, keepdim=True)
+    return (x - mean).abs_().topk(side.outliers(x.shape[-1]), dim=-1).indices
+
+
+def _ranges(x: torch.Tensor, apart: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero that bring a token's other channels to [-1, 1]: [..., page_size] each."""
+    low = x.scatter(-1, apart, torch.inf).amin(-1)
+    high = x.scatter(-1, apart, -torch.inf).amax(-1)
+    zero = low.add(high).mul_(0.5)
+    # Wide enough for an offset to be at most twice the scale.
+    scale = torch.maximum(high.sub(low).mul_(0.5), zero.abs().mul_(0.5))
+    return scale.clamp_(E5M3_MIN, E5M3_MAX), zero
+
+
+def _unbiased(
+    t: torch.Tensor,
+    apart: torch.Tensor,
+    chosen: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero for the levels chosen, with which <x, x^> = |x|² around the token's mean.
+
+    t: the numbers in units of scale and zero; the channels `apart` do not count
+    """
+    others = torch.ones_like(t).scatter_(-1, apart, 0.0)
+    t = t.scatter(-1, apart, 0.0)
+    count = float(t.shape[-1] - apart.shape[-1])
+    mean = t.sum(-1, keepdim=True) / count
+    mean_level = (chosen * others).sum(-1, keepdim=True) / count
+    centred = (t - mean).mul_(others)
+    slope = centred.square().sum(-1) / (centred * chosen).sum(-1).clamp_min(1e-9)
+    stretched = scale * slope
+    shifted = zero + scale * (mean.squeeze(-1) - slope * mean_level.squeeze(-1))
+    # All numbers alike, or beyond what can be stored: the range will do.
+    sane = (slope > 0.5) & (slope < 2.0) & (shifted.abs() < 1.9 * stretched)
+    return torch.where(sane, stretched, scale), torch.where(sane, shifted, zero)
+
+
+def _stored(scale: torch.Tensor, zero: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The scale as it will be read, and the offset in its steps."""
+    scale = rounded_scale(scale, "e5m3")
+    return scale, zero.div(scale).mul_(OFFSET_STEPS).round_().clamp_(-128.0, 127.0)
+
+
+def _zero(scale: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+    return offset * (scale * (1.0 / OFFSET_STEPS))
+
+
+def load(
+    side: NonUniform,
+    pages: torch.Tensor,
+    rows: int,
+    page_size: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    params: Params,
+) -> SideTile:
+    if side.values:
+        return DenseTile(_values(side, pages, page_size, head_dim, params).view(rows, -1, head_dim))
+    heads = params["scale"].shape[0]
+    by_head = pages.view(rows // heads, heads, -1, pages.shape[-1])
+    x = _keys_before_rope(side, by_head, page_size, head_dim, params)
+    turn = Turn(_interleaved(params))
+    x = turn.by(x, _token_phases(params, page_size)).view(rows, -1, page_size, head_dim)
+    # A page's position is the same for all heads.
+    phase = phases(params["inv_freq"], _positions(by_head[:, 0])).repeat_interleave(heads, 0)
+    return _TurnedKeys(x, phase, turn)
+
+
+def decode(
+    side: NonUniform,
+    pages: torch.Tensor,
+    page_size: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    params: Params,
+) -> torch.Tensor:
+    if side.values:
+        return _values(side, pages, page_size, head_dim, params)
+    x = _keys_before_rope(side, pages.unsqueeze(2), page_size, head_dim, params).squeeze(2)
+    turn = Turn(_interleaved(params))
+    x = turn.by(x, _token_phases(params, page_size))
+    return turn.by(x, phases(params["inv_freq"], _positions(pages)).unsqueeze(-2))
+
+
+def _keys_before_rope(
+    side: NonUniform, pages: torch.Tensor, page_size: int, head_dim: int, params: Params
+) -> torch.Tensor:
+    """pages [n, num_kv_heads, p, num_bytes] -> [n, num_kv_heads, p, page_size, head_dim]"""
+    codes = unpack(pages, side.width, page_size, head_dim, values=False)
+    scale, zero = (params[name][:, None, None, :] for name in ("scale", "zero"))
+    x = _numbers(codes, params).mul_(scale).add_(zero)
+    return _with_outliers(side, x, pages)
+
+
+def _values(
+    side: NonUniform, pages: torch.Tensor, page_size: int, head_dim: int, params: Params
+) -> torch.Tensor:
+    table = unpack(pages, side.width, page_size, head_dim, values=True)
+    x = _numbers(by_token(table, values=True), params)
+    start = pages.shape[-1] - 2 * page_size
+    scale = load_scale(pages[..., start : start + SCALE_BYTES * page_size], "e5m3")
+    offset = pages[..., start + SCALE_BYTES * page_size :].contiguous().view(torch.int8).float()
+    x = x.mul_(scale[..., None]).add_(_zero(scale, offset)[..., None])
+    return _with_outliers(side, x, pages)
+
+
+def _codes(t: torch.Tensor, params: Params) -> torch.Tensor:
+    return torch.bucketize(t.contiguous(), params["bounds"])
+
+
+def _numbers(codes: torch.Tensor, params: Params) -> torch.Tensor:
+    # On CPUs five times as fast as levels[codes].
+    return params["levels"].index_select(0, codes.reshape(-1).int()).view(codes.shape)
+
+
+def _outliers(
+    side: NonUniform, x: torch.Tensor, missed: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The numbers whose codes miss by most, and their channels, as bytes."""
+    apart = missed.topk(side.outliers(x.shape[-1]), dim=-1).indices
+    kept = x.gather(-1, apart).to(torch.bfloat16).flatten(-2)
+    return kept.view(torch.uint8), apart.to(torch.uint8).flatten(-2)
+
+
+def _with_outliers(side: NonUniform, x: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
+    page_size, head_dim = x.shape[-2:]
+    count = side.outliers(head_dim)
+    start = packed_bytes(side.width, page_size, head_dim)
+    middle = start + page_size * count * VALUE_BYTES
+    kept = pages[..., start:middle].contiguous().view(torch.bfloat16).float()
+    channels = pages[..., middle : middle + page_size * count].long()
+    shape = (page_size, count)
+    return x.scatter_(-1, channels.unflatten(-1, shape), kept.unflatten(-1, shape))
+
+
+def _positions(pages: torch.Tensor) -> torch.Tensor:
+    """[..., num_bytes] -> [...] int32"""
+    return pages[..., -POSITION_BYTES:].contiguous().view(torch.int32).squeeze(-1)
+
+
+def _interleaved(params: Params) -> bool:
+    return bool(params["interleaved"].item())
+
+
+def _token_phases(params: Params, page_size: int) -> torch.Tensor:
+    """Of a page's tokens against its first: [page_size, planes]."""
+    inv_freq = params["inv_freq"]
+    return phases(inv_freq, torch.arange(page_size, device=inv_freq.device))
+
+
+@dataclass(frozen=True, slots=True)
+class _TurnedKeys:
+    """Keys turned by their places in their pages; by what the pages' positions add,
+    queries are turned back, which are far fewer.
+
+    x: [rows, pages, page_size, head_dim] fp32; phase: [rows, pages, planes]
+    """
+
+    x: torch.Tensor
+    phase: torch.Tensor
+    turn: Turn
+
+    def scores(self, q: torch.Tensor) -> torch.Tensor:
+        rows, pages, page_size, head_dim = self.x.shape
+        phase = self.phase.conj().unsqueeze(2)
+        turned = self.turn.by(q.unsqueeze(1).expand(-1, pages, -1, -1), phase)
+        products = torch.bmm(
+            turned.view(rows * pages, -1, head_dim),
+            self.x.view(rows * pages, page_size, head_dim).mT,
+        )
+        return products.view(rows, pages, -1, page_size).transpose(1, 2).flatten(2)
+
+    def weighted(self, weights: torch.Tensor) -> torch.Tensor:
+        return torch.bmm(weights, self.dense())
+
+    def dense(self) -> torch.Tensor:
+        return self.turn.by(self.x, self.phase.unsqueeze(2)).flatten(1, 2)

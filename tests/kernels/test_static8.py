@@ -1,0 +1,56 @@
+"""`int8-static`: calibrated ranges."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kvmesh.kernels.formats.registry import get_format
+from kvmesh.kernels.formats.static8.side import Static8
+from tests.kernels.calibrated import params_for
+
+NAMES = ("int8-static", "int8-static-layer")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+def test_a_page_is_codes_alone(name: str, head_dim: int) -> None:
+    assert get_format(name).bits_per_element(64, head_dim) == 8.0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_within_the_range_it_errs_by_half_a_step_beyond_it_clips(name: str) -> None:
+    fmt = get_format(name)
+    params = params_for(fmt, 2, 64)
+    zero, scale = params.k["zero"].unsqueeze(1), params.k["scale"].unsqueeze(1)
+    x = zero + scale * torch.empty(3, 2, 16, 64).uniform_(-127.5, 127.4)
+    for got in fmt.decode(fmt.encode(x, x, params), 16, 64, torch.float32, params):
+        assert ((got - x).abs() <= 0.5 * scale * (1 + 1e-4)).all()
+    far = x.sign() * 1e6
+    for got in fmt.decode(fmt.encode(far, far, params), 16, 64, torch.float32, params):
+        torch.testing.assert_close(got, zero + scale * torch.where(far > 0, 127.0, -128.0))
+
+
+@pytest.mark.parametrize("values", [False, True])
+def test_tiles_fold_what_dense_spells_out(values: bool) -> None:
+    side = Static8(values=values)
+    fmt = get_format("int8-static")
+    params = params_for(fmt, 3, 64).k
+    x = torch.randn(4, 3, 32, 64)  # 2 sequences of 2 pages each, by page
+    by_head = x.view(2, 2, 3, 32, 64).transpose(1, 2)
+    pages = side.codec().encode(side, x, params, None)
+    rows = pages.view(2, 2, 3, -1).transpose(1, 2).reshape(12, -1)
+    tile = side.codec().load(side, rows, 6, 32, 64, torch.float32, params)
+    dense = tile.dense()
+    assert dense.is_contiguous()
+    assert (dense - by_head.reshape(6, 64, 64)).abs().max() < 0.6 * 12 / 255
+    q, weights = torch.randn(6, 5, 64), torch.rand(6, 5, 64)
+    torch.testing.assert_close(tile.scores(q), q @ dense.mT, atol=1e-4, rtol=0)
+    torch.testing.assert_close(tile.weighted(weights), weights @ dense, atol=1e-4, rtol=0)
+
+
+def test_what_cannot_be_is_named() -> None:
+    with pytest.raises(ValueError, match="per: expected channel or layer, got 'head'"):
+        Static8(per="head")
+    with pytest.raises(ValueError, match="GPU"):
+        Static8().kernels()

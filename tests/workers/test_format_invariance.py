@@ -1,0 +1,61 @@
+"""Greedy output in every format is the same however it is run: chunks, batch, cache, preemption."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kvmesh.kernels.formats.registry import format_names, get_format
+from kvmesh.workers.config import EngineConfig
+from kvmesh.workers.engine import Engine
+from kvmesh.workers.local import local_executor
+from tests.model.small import VOCAB_SIZE, make_small_model
+from tests.workers.invariance import Invariance, generate
+
+TOKENS = 12
+
+SELF_SUFFICIENT = [name for name in format_names() if not get_format(name).needs_calibration]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_small_model(
+        "LlamaForCausalLM",
+        tmp_path_factory.mktemp("small"),
+        hidden_size=128,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+    )
+
+
+@pytest.mark.parametrize("name", SELF_SUFFICIENT)
+def test_output_depends_on_the_prompt_alone(name: str, model: Path) -> None:
+    """Pages of 16 tokens, prompts of up to 13 pages: most are sealed in every format's windows."""
+    config = EngineConfig(
+        model=str(model),
+        kv_format=name,
+        page_size=16,
+        dtype="float32",
+        device="cpu",
+        kv_memory_bytes=16 << 20,
+        max_num_batched_tokens=64,
+        prefix_cache=False,
+        threads_per_rank=1,
+    )
+    numbers = np.random.default_rng(0)
+    prompts = [numbers.integers(3, VOCAB_SIZE, length).tolist() for length in (200, 171, 96)]
+    alone = Invariance(config, prompts, TOKENS)
+    alone.check(generate(Engine(config, local_executor(config)), prompts, TOKENS))
+    alone.check(alone.preempted(steps=(6, 14)))
+    short_chunks = dataclasses.replace(config, max_num_batched_tokens=16)
+    alone.check(alone.one_by_one(Engine(short_chunks, local_executor(short_chunks))))
+    cached = dataclasses.replace(config, prefix_cache=True)
+    engine = Engine(cached, local_executor(cached))
+    alone.check(alone.one_by_one(engine))
+    warm = alone.one_by_one(engine)
+    assert all(deltas[-1].usage and deltas[-1].usage.cached_tokens > 0 for deltas in warm)
+    alone.check(warm)

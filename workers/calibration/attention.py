@@ -1,0 +1,31 @@
+"""Exact causal attention of one window, differentiable."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kvmesh.workers.model.hook import AttendArgs
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, args: AttendArgs) -> Tensor:
+    """q [T, num_heads, head_dim], k and v [T, num_kv_heads, head_dim] -> like q."""
+    group = q.shape[1] // k.shape[1]
+    queries = q.transpose(0, 1)
+    keys, values = (x.repeat_interleave(group, 1).transpose(0, 1) for x in (k, v))
+    window = args.sliding_window
+    if args.softcap is None and (window is None or window >= len(q)):
+        out = F.scaled_dot_product_attention(
+            queries, keys, values, is_causal=True, scale=args.scale
+        )
+        return out.transpose(0, 1)
+    scores = torch.matmul(queries.float(), keys.float().mT) * args.scale
+    if args.softcap is not None:
+        scores = torch.tanh(scores / args.softcap) * args.softcap
+    at = torch.arange(len(q), device=q.device)
+    unseen = at[None, :] > at[:, None]
+    if window is not None:
+        unseen |= at[None, :] <= at[:, None] - window
+    weights = scores.masked_fill(unseen, float("-inf")).softmax(-1)
+    return torch.matmul(weights, values.float()).to(q.dtype).transpose(0, 1)

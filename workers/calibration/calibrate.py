@@ -1,0 +1,168 @@
+"""Running a model over a text, and what a KV format has to know of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kvmesh.kernels.formats.base import KVFormat, LayerParams, Side
+from kvmesh.kernels.formats.nuq.side import NonUniform
+from kvmesh.kernels.formats.registry import get_format
+from kvmesh.kernels.formats.static8.side import Static8
+from kvmesh.workers.calibration.attention import causal_attention
+from kvmesh.workers.calibration.file import Calibration
+from kvmesh.workers.calibration.nuq import LevelObserver
+from kvmesh.workers.calibration.observer import Observer
+from kvmesh.workers.calibration.ranges import RangeObserver
+from kvmesh.workers.calibration.windows import windows_of
+from kvmesh.workers.config import PAGE_SIZES
+from kvmesh.workers.errors import ConfigError
+from kvmesh.workers.model.hook import AttendArgs
+from kvmesh.workers.model.load import ServedModel, load_model
+from kvmesh.workers.model.source import resolve_model
+from kvmesh.workers.model.tokenizer import Tokenizer
+from kvmesh.workers.parallel.comm import Communicator
+
+Progress = Callable[[str, float | None], None]
+
+
+def calibrate(
+    model: str,
+    kv_format: str,
+    text: str,
+    *,
+    samples: int,
+    context: int,
+    device: str = "auto",
+    progress: Progress | None = None,
+    root: Path | None = None,
+) -> Calibration:
+    """What `kv_format` needs to know of `model`, measured on `text`.
+
+    text: should be none that the result is judged by
+    samples, context: windows of the text, and tokens of each
+    progress: called with what is being done and the share of it done, if known
+    root: where converted models are kept
+    Raises ConfigError naming the argument at fault.
+    """
+    report = progress or _silent
+    fmt = _calibrated_format(kv_format)
+    exact_tokens = fmt.sink_pages * min(PAGE_SIZES)
+    if samples < 1:
+        raise ConfigError("samples", f"must be at least 1, got {samples}")
+    if context < 2 * exact_tokens + 2:
+        raise ConfigError("context", f"must be at least {2 * exact_tokens + 2}, got {context}")
+    files = resolve_model(model, progress=report, root=root)
+    report("reading the text", None)
+    windows = windows_of(text, Tokenizer.load(files.path), samples, context)
+    place = _device(device)
+    dtype = torch.float32 if place.type == "cpu" else torch.bfloat16
+    report("loading the model", None)
+    served = load_model(files.path, dtype=dtype, device=place, comm=Communicator.single())
+    if context > served.facts.max_model_len:
+        raise ConfigError(
+            "context", f"must be at most the model's {served.facts.max_model_len}, got {context}"
+        )
+    observers = _observer(fmt.k, served, samples), _observer(fmt.v, served, samples)
+    for index, window in enumerate(windows):
+        report("running the model", index / samples)
+        tokens = torch.tensor(window, device=place)
+        _run(served, tokens, observers, exact_tokens)
+    num_layers = served.facts.num_layers
+    layers = []
+    for layer in range(num_layers):
+        report("fitting", layer / num_layers)
+        layers.append(LayerParams(*(observer.params(layer) for observer in observers)))
+    return Calibration(
+        model=files.name,
+        model_revision=files.revision,
+        kv_format=fmt.name,
+        head_dim=served.head_dim,
+        sink_pages=fmt.sink_pages,
+        samples=samples,
+        context=context,
+        layers=tuple(layers),
+    )
+
+
+class _Unobserved:
+    """A side that needs nothing."""
+
+    wants_gradients = False
+
+    def observe(self, layer: int, x: Tensor, gradient: Tensor | None, positions: Tensor) -> None:
+        """Nothing to learn."""
+
+    def params(self, layer: int) -> dict[str, Tensor]:
+        return {}
+
+
+def _observer(side: Side, model: ServedModel, samples: int) -> Observer:
+    if isinstance(side, Static8):
+        return RangeObserver(side)
+    if isinstance(side, NonUniform):
+        return LevelObserver(side, model.rope, model.num_kv_heads, model.head_dim, samples)
+    assert not side.calibrated, f"nothing calibrates {type(side).__name__}"
+    return _Unobserved()
+
+
+def _run(
+    model: ServedModel, tokens: Tensor, observers: tuple[Observer, Observer], exact_tokens: int
+) -> None:
+    """One window through the model, past the observers; its first `exact_tokens` stay unseen."""
+    wants_gradients = any(observer.wants_gradients for observer in observers)
+    positions = torch.arange(len(tokens), device=tokens.device)
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, args: AttendArgs) -> Tensor:
+        assert layer == len(seen), "layers attend in order"
+        if wants_gradients:
+            k, v = _with_gradient(k), _with_gradient(v)
+        seen.append((k, v))
+        return causal_attention(q, k, v, args)
+
+    if wants_gradients:
+        rows = positions[:-1]
+        with torch.enable_grad():
+            logits = model.forward_with_grad(tokens, positions, attend, rows)
+            assert logits is not None
+            F.cross_entropy(logits, tokens[1:], reduction="sum").backward()
+    else:
+        model.forward(tokens, positions, attend, positions[:0])
+    for layer, sides in enumerate(seen):
+        for observer, x in zip(observers, sides, strict=True):
+            gradient = x.grad[exact_tokens:].float() if x.grad is not None else None
+            x = x.detach()[exact_tokens:].float()
+            observer.observe(layer, x, gradient, positions[exact_tokens:])
+
+
+def _with_gradient(x: Tensor) -> Tensor:
+    """x, whose gradient will be kept."""
+    if not x.requires_grad:  # the first layer's: the weights want no gradients
+        return x.detach().requires_grad_()
+    x.retain_grad()
+    return x
+
+
+def _calibrated_format(name: str) -> KVFormat:
+    try:
+        fmt = get_format(name)
+    except ValueError as error:
+        raise ConfigError("kv_format", str(error)) from None
+    if not fmt.needs_calibration:
+        raise ConfigError("kv_format", f"{fmt.name} needs no calibration")
+    return fmt
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
+
+
+def _silent(step: str, share: float | None) -> None:
+    """Report to nobody."""

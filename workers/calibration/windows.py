@@ -1,0 +1,28 @@
+"""A text as the windows a calibration runs over."""
+
+from __future__ import annotations
+
+from kvmesh.workers.errors import ConfigError
+from kvmesh.workers.model.tokenizer import Tokenizer
+
+
+def windows_of(text: str, tokenizer: Tokenizer, samples: int, context: int) -> list[list[int]]:
+    """`samples` windows of `context` tokens, spread evenly over the text, none overlapping.
+
+    Each begins as the model expects a text to begin. Raises ConfigError naming
+    `text` where it is too short.
+    """
+    plain = tokenizer.encode(text, add_special_tokens=False)
+    opening = tokenizer.encode("", add_special_tokens=True)
+    if tokenizer.bos_token_id is None or opening != [tokenizer.bos_token_id]:
+        opening = []
+    length = context - len(opening)
+    if len(plain) < samples * length:
+        raise ConfigError(
+            "text",
+            f"has {len(plain)} tokens, too few for {samples} samples of {context}:"
+            f" {len(plain) // length} would fit",
+        )
+    stride = (len(plain) - length) // max(1, samples - 1) if samples > 1 else 0
+    starts = [index * stride for index in range(samples)]
+    return [opening + plain[start : start + length] for start in starts]

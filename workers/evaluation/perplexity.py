@@ -1,0 +1,59 @@
+"""Perplexity and divergence on windows of real text, every token predicted."""
+
+from __future__ import annotations
+
+from kvmesh.kernels.formats.base import KVFormat
+from kvmesh.workers.evaluation.meter import Meter
+from kvmesh.workers.evaluation.model import EvaluatedModel
+from kvmesh.workers.evaluation.reports import LONG_CONTEXT, FormatPerplexity, PerplexityReport
+from kvmesh.workers.evaluation.tally import Tally, compare
+from kvmesh.workers.evaluation.text import TokenText
+
+
+def measure_perplexity(
+    model: EvaluatedModel,
+    formats: list[KVFormat],
+    text: str,
+    *,
+    context: int,
+    windows: int,
+    meter: Meter,
+) -> PerplexityReport:
+    """formats: exact first, as choose_formats gives them.
+
+    windows: at most; context: tokens of one
+    Raises ConfigError naming what is at fault: context, text, kv_format.
+    """
+    model.check_length("context", context)
+    footprints = [model.footprint(fmt) for fmt in formats]
+    parts = TokenText(model.tokenizer, text).windows(context, windows)
+    meter.plan(sum(map(len, parts)) * len(formats))
+    scorers = [model.scorer(fmt, context) for fmt in formats]
+    tallies = [Tally() for _ in formats]
+    for tokens in parts:
+        compare(scorers, tokens, tallies, meter)
+    figures = [
+        FormatPerplexity(
+            kv_format=fmt.name,
+            perplexity=tally.perplexity,
+            loss=tally.perplexity / tallies[0].perplexity - 1,
+            kl_nats=tally.mean_kl_nats,
+            sealed_bits=footprint.sealed_bits,
+            bits=footprint.bits_at(context),
+            bits_at_32k=footprint.bits_at(LONG_CONTEXT),
+            bytes_per_token=footprint.bytes_per_token_at(context),
+            sink_pages=footprint.geometry.sink_pages,
+            recent_pages=footprint.geometry.recent_pages,
+        )
+        for fmt, tally, footprint in zip(formats, tallies, footprints, strict=True)
+    ]
+    return PerplexityReport(
+        model=model.name,
+        model_revision=model.facts.revision,
+        dtype=model.dtype,
+        page_size=model.config.page_size,
+        context=context,
+        windows=len(parts),
+        predictions=tallies[0].predictions,
+        formats=figures,
+    )

@@ -1,0 +1,47 @@
+"""A short look, at load, at what KV formats do to a model: one built-in text, mean KL.
+
+The text (`probe.txt`, written for this) has prose, a table, dialogue, code, German
+and arithmetic, and its second half takes up names and numbers of the first, so that
+predicting it needs what lies in sealed pages. Only the second half is counted.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from kvmesh.workers.evaluation.meter import Meter
+from kvmesh.workers.evaluation.scorer import Scorer
+from kvmesh.workers.evaluation.tally import Tally, compare
+from kvmesh.workers.model.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from kvmesh.workers.rank import Rank
+
+_TEXT = Path(__file__).with_name("probe.txt")
+_MAX_TOKENS = 1280
+
+
+def measure_divergences(
+    rank: Rank, model_path: Path, kv_formats: list[str], *, page_size: int, max_tokens: int
+) -> list[float]:
+    """Mean KL(exact ‖ format) in nats of each format, on the rank that samples; [] on others.
+
+    All ranks of a group call it together: each runs the same plans on its own shard.
+    """
+    tokenizer = Tokenizer.load(model_path)
+    ids = tokenizer.encode(_TEXT.read_text(encoding="utf-8"))[: min(_MAX_TOKENS, max_tokens)]
+    tokens = np.array(ids, dtype=np.int32)
+    scorers = [
+        Scorer(rank.with_format(name), page_size=page_size, context=len(tokens))
+        for name in ("exact", *kv_formats)
+    ]
+    tallies = [Tally() for _ in scorers]
+    compare(scorers, tokens, tallies, Meter(), first=len(tokens) // 2)
+    del scorers
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # the serving pool is allocated next, in one piece a layer
+    return [tally.mean_kl_nats for tally in tallies[1:] if tally.predictions]

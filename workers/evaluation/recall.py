@@ -1,0 +1,76 @@
+"""Recall at distance: a passage, other text, and the passage again.
+
+    0        256                     length          length + 256
+    |passage |------ other text ------|-- passage ---|
+
+What the second copy's tokens can be told from lies `length` tokens back, where no
+recent window reaches: next-token accuracy on it is fidelity at range.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kvmesh.kernels.formats.base import KVFormat
+from kvmesh.workers.errors import ConfigError
+from kvmesh.workers.evaluation.meter import Meter
+from kvmesh.workers.evaluation.model import EvaluatedModel
+from kvmesh.workers.evaluation.reports import FormatRecall, RecallReport
+from kvmesh.workers.evaluation.tally import Tally, compare
+from kvmesh.workers.evaluation.text import TokenText
+
+PASSAGE_TOKENS = 256
+
+
+def measure_recall(
+    model: EvaluatedModel,
+    formats: list[KVFormat],
+    text: str,
+    *,
+    lengths: list[int],
+    passages: int,
+    meter: Meter,
+) -> RecallReport:
+    """formats: exact first, as choose_formats gives them.
+
+    lengths: tokens from the first copy's beginning to the second's; passages: at most
+    Raises ConfigError naming what is at fault: lengths, text, kv_format.
+    """
+    for length in lengths:
+        if length <= PASSAGE_TOKENS:
+            raise ConfigError(
+                "lengths", f"must be over {PASSAGE_TOKENS}, a passage's length; got {length}"
+            )
+        model.check_length("lengths", length + PASSAGE_TOKENS)
+    for fmt in formats:
+        model.footprint(fmt)
+    source = TokenText(model.tokenizer, text)
+    windows = {length: source.windows(length, passages) for length in lengths}
+    for length, parts in windows.items():
+        meter.plan((length + PASSAGE_TOKENS) * len(parts) * len(formats))
+    figures: list[FormatRecall] = []
+    for length, parts in windows.items():
+        scorers = [model.scorer(fmt, length + PASSAGE_TOKENS) for fmt in formats]
+        tallies = [Tally() for _ in formats]
+        begin = len(source.prefix)
+        for window in parts:
+            tokens = np.concatenate((window, window[begin : begin + PASSAGE_TOKENS]))
+            compare(scorers, tokens, tallies, meter, first=length)
+        figures += [
+            FormatRecall(
+                kv_format=fmt.name,
+                length=length,
+                accuracy=tally.accuracy,
+                difference=tally.accuracy - tallies[0].accuracy,
+                kl_nats=tally.mean_kl_nats,
+            )
+            for fmt, tally in zip(formats, tallies, strict=True)
+        ]
+    return RecallReport(
+        model=model.name,
+        model_revision=model.facts.revision,
+        dtype=model.dtype,
+        page_size=model.config.page_size,
+        passages={length: len(parts) for length, parts in windows.items()},
+        figures=figures,
+    )

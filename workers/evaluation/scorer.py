@@ -1,0 +1,122 @@
+"""Scores sequences as the engine computes them: its scheduler, pages, sealing and attention.
+
+    tokens ──► Scheduler.schedule() ──► StepPlan ──► Rank.score ──► logits of every token
+                    ▲                                   │
+                    └────────────── commit ◄────────────┘
+
+The one difference to serving is which rows' logits are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+
+from kvmesh.workers.executor import Allocation
+from kvmesh.workers.pool_plan import PoolPlan
+from kvmesh.workers.request import EngineRequest, TokenIds
+from kvmesh.workers.sampling_params import SamplingParams
+from kvmesh.workers.scheduler import Scheduler
+from kvmesh.workers.sequence import Sequence
+from kvmesh.workers.sizes import PageGeometry
+
+if TYPE_CHECKING:
+    from kvmesh.workers.rank import Rank
+
+# Logits of a chunk are fp32 over the whole vocabulary: 50 MB of them for 50,000 tokens.
+CHUNK_TOKENS = 256
+
+
+class ScoredChunk(NamedTuple):
+    """logits: [end - start, vocab_size] fp32, those of position p of the token at p + 1;
+    None on ranks of a group that have none"""
+
+    start: int
+    end: int
+    logits: torch.Tensor | None
+
+
+class Scorer:
+    """One sequence at a time through a rank, which gets a pool for just that.
+
+    rank: not allocated yet; in a group, every rank has a scorer and calls it alike
+    context: the most tokens a sequence may have
+    chunk_tokens: computed, and handed out, at once
+    """
+
+    def __init__(
+        self, rank: Rank, *, page_size: int, context: int, chunk_tokens: int = CHUNK_TOKENS
+    ) -> None:
+        description = rank.describe()
+        self._rank = rank
+        self._context = context
+        self._geometry = PageGeometry(
+            page_size=page_size,
+            sink_pages=description.sink_pages,
+            recent_pages=description.recent_pages,
+            hot_page_bytes=description.hot_page_bytes,
+            sealed_page_bytes=description.sealed_page_bytes,
+        )
+        pages = -(-context // page_size)
+        pool = PoolPlan(
+            hot_pages=self._geometry.hot_per_sequence(),
+            # A chunk that begins amid a page touches one page more than it fills.
+            headroom_pages=-(-chunk_tokens // page_size) + 1,
+            sealed_pages=pages,
+            max_num_seqs=1,
+        )
+        rank.allocate(
+            Allocation(
+                hot_pages=pool.hot_total,
+                sealed_pages=pool.sealed_pages,
+                max_rows=1,
+                max_pages_per_row=pages,
+            )
+        )
+        # Without the prefix cache, so that every window is computed from its beginning.
+        self._scheduler = Scheduler(
+            self._geometry, pool, max_num_batched_tokens=chunk_tokens, prefix_cache=False
+        )
+
+    def logits(self, tokens: TokenIds, first: int = 0) -> Iterator[ScoredChunk]:
+        """Logits chunk by chunk, of the chunks that end behind position `first`.
+
+        tokens: [n] int32, at most `context`
+        """
+        assert 0 <= first < len(tokens) <= self._context
+        seq = self._add(tokens, SamplingParams(temperature=0.0, max_tokens=1))
+        try:
+            while seq.to_compute:
+                plan = self._scheduler.schedule()
+                assert plan is not None
+                (chunk,) = plan.chunks
+                if chunk.end > first:
+                    yield ScoredChunk(chunk.start, chunk.end, self._rank.score(plan))
+                else:
+                    self._rank.execute(plan)
+                self._scheduler.commit(plan)
+        finally:
+            self._scheduler.remove(seq)
+
+    def generate(self, prompt: TokenIds, max_tokens: int) -> list[int]:
+        """Greedy output of `max_tokens` tokens; prompt: [n] int32. On the rank that samples."""
+        assert len(prompt) + max_tokens <= self._context
+        seq = self._add(prompt, SamplingParams(temperature=0.0, max_tokens=max_tokens))
+        while seq.num_output < max_tokens:
+            plan = self._scheduler.schedule()
+            assert plan is not None
+            result = self._rank.execute(plan)
+            assert result is not None
+            for _, sampled in zip(self._scheduler.commit(plan), result.tokens, strict=True):
+                seq.append(sampled.token_id)
+        self._scheduler.remove(seq)
+        return [int(token) for token in seq.tokens[len(prompt) :]]
+
+    def _add(self, tokens: TokenIds, params: SamplingParams) -> Sequence:
+        request = EngineRequest("scored", "evaluation", np.asarray(tokens, np.int32), params)
+        seq = Sequence(request, self._geometry, self._context + params.max_tokens)
+        self._scheduler.add(seq)
+        return seq
