@@ -98,7 +98,7 @@ def test_the_table_reaches_what_was_set_out_for() -> None:
         if (row["capability"], row["head_dim"], row["group"]) == (90, 128, 8)
     ]
     found = {row["kv_format"]: row for row in rows}
-    limits = {"int8": 2.0, "k8v8": 2.0, "k8v4": 2.0, "int4": 3.0, "k4v4": 3.0, "k4v2": 3.0}
+    limits = {"int8": 2.0, "k8v4": 3.0, "int4": 3.0, "k4v4": 3.0, "k4v2": 3.0}
     limits |= dict.fromkeys(("k3v3", "k3v2", "k2v2"), 2.5)
     for name, limit in limits.items():
         assert found[name]["path"] == "integer"

@@ -30,7 +30,7 @@ CAPABILITY = torch.cuda.get_device_capability() if DEVICE == "cuda" else None
 WITH_KERNELS = [name for name in format_names() if why_no_kernels(get_format(name)) is None]
 # Dense tiles, a grid a token, a grid a channel and levels, e4m3, runs within a token.
 EVERY_KIND = ["exact", "int8", "k3v2", "fp8", "kivi4"]
-INTEGER = ["int8", "k8v8", "k8v4", "k4v4", "k4v2", "k3v3", "k3v2", "k2v2", "int4"]
+INTEGER = ["int8", "k8v4", "k4v4", "k4v2", "k3v3", "k3v2", "k2v2", "int4"]
 
 # Not in the registry: what a side's kernels can do besides.
 LLOYD_MAX = KVFormat(
