@@ -54,7 +54,6 @@ def make_engine(kv_format: str, max_num_seqs: int = 16) -> Engine:
     config = EngineConfig(
         model=EMBEDDED_NAME,
         kv_format=kv_format,
-        kv_probe="off",
         kv_memory_bytes=3 << 30,
         max_num_seqs=max_num_seqs,
         prefix_cache=False,
