@@ -34,9 +34,9 @@ MIN_TILES_PER_SPLIT = 4
 MAX_BLOCK_N = 64
 PREFILL_ROWS = 64
 INTERPRETER_PROCESSORS = 8  # what the interpreter pretends to split for
-# Programs that a processor holds at a time: two of four warps; of one warp as many as
-# 65536 registers, of which a thread takes some 220, are enough for.
-PLAIN_PROGRAMS, INTEGER_PROGRAMS = 2, 9
+# Programs that a processor holds at a time: of four warps as many as its shared memory is
+# enough for; of one warp as many as 65536 registers are, of which a thread takes some 220.
+PLAIN_PROGRAMS, INTEGER_PROGRAMS = 4, 9
 # Left alone, the compiler settles on 168 registers for these widths, and spills.
 INTEGER_REGISTERS = {(3, 2): 216}
 INTEGER_HEAD_DIMS = (64, 128)
