@@ -151,6 +151,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=9)
+    served = [name for name in format_names() if not get_format(name).needs_calibration]
+    parser.add_argument("--kv-format", default=",".join(served))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
@@ -158,7 +160,7 @@ def main() -> None:
     print(f"{'format':8}{'batch':>6}{'context':>9}{'kvmesh us':>11}{'sdpa us':>10}{'ratio':>7}")
     for batch in (1, 16):
         for context in (500, 2000, 8000):
-            for name in format_names():
+            for name in options.kv_format.split(","):
                 row = measure(get_format(name), batch, context, options.rounds)
                 rows.append(row)
                 print(

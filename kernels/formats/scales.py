@@ -34,11 +34,14 @@ def store_scale(scale: torch.Tensor, kind: str) -> torch.Tensor:
 
 
 def load_scale(stored: torch.Tensor, kind: str) -> torch.Tensor:
-    """The inverse: [..., n * SCALE_BYTES[kind]] uint8 -> [..., n] fp32."""
+    """The inverse: [..., n * SCALE_BYTES[kind]] uint8 -> [..., n] fp32.
+
+    A part of a page's bytes will do: everything in a page starts at an even byte.
+    """
     import torch
 
     if kind == "bf16":
-        return stored.contiguous().view(torch.bfloat16).float()
+        return stored.view(torch.bfloat16).float()
     bits = (stored.to(torch.int32) << 20) + (E5M3_BIAS << 16)
     return bits.view(torch.float32)
 

@@ -44,6 +44,7 @@ from kvmesh.kernels.formats.packing import (
     pack,
     packed_bytes,
     unpack,
+    unpack_nibbles,
     unpack_signed,
 )
 from kvmesh.kernels.formats.scales import load_scale, rounded_scale, store_scale
@@ -51,6 +52,8 @@ from kvmesh.kernels.formats.tiles import (
     BF16_MAX,
     ChannelKeys,
     DenseTile,
+    NibbleKeys,
+    NibbleValues,
     TokenKeys,
     TokenValues,
     saturated,
@@ -92,9 +95,16 @@ def load(
     offset, scale = _meta(side, pages, page_size, head_dim)
     if side.along == "token" and side.run_length(page_size, head_dim) == head_dim:
         scale, offset = scale.view(rows, -1), offset.view(rows, -1)
+        if side.width == 4:
+            low, byte = unpack_nibbles(pages, page_size, head_dim, values=side.values)
+            if side.values:
+                blocks = (rows, -1, *low.shape[-2:])
+                return NibbleValues(low.view(blocks), byte.view(blocks), scale, offset)
+            tokens = (rows, -1, head_dim)
+            return NibbleKeys(low.view(tokens), byte.view(tokens), scale, offset)
         if side.width == 8:  # the bytes as they are: codes less 128, which the offset takes
             table = unpack_signed(pages, page_size, head_dim, values=side.values)
-            offset = offset + 128.0 * scale
+            offset = offset.add(scale, alpha=128.0)
         else:
             table = unpack(pages, side.width, page_size, head_dim, values=side.values)
         if side.values:
