@@ -4,9 +4,8 @@
 
 The engine decodes 16 requests of different lengths with the embedded model, so
 that their pages fill at different steps, as in service; the time inside
-`seal_pages` is summed over all layers and divided by the time of all decode
-steps. Every page is sealed once in 64 tokens of its sequence, so `--tokens 64`
-sees each sequence seal one.
+`seal_layers` is divided by the time of all decode steps. Every page is sealed
+once in 64 tokens of its sequence, so `--tokens 64` sees each sequence seal one.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ import numpy as np
 
 from benchmarks.engine import make_engine, prompt_of
 from kvmesh.kernels.formats.registry import format_names, get_format
-from kvmesh.kernels.seal import seal_pages
+from kvmesh.kernels.seal import seal_layers
 from kvmesh.workers import runner
 from kvmesh.workers.request import EngineRequest
 from kvmesh.workers.sampling_params import SamplingParams
@@ -54,8 +53,8 @@ def measure(kv_format: str, tokens: int) -> dict[str, float | str | int]:
     waiting = SEQUENCES
     while waiting:  # until every request has its first token
         waiting -= sum(1 for delta in engine.step() if delta.token_ids)
-    timed = _Timed(seal_pages)
-    with patch.object(runner, "seal_pages", timed):
+    timed = _Timed(seal_layers)
+    with patch.object(runner, "seal_layers", timed):
         began = time.perf_counter()
         steps = 0
         while engine.has_work:
@@ -67,7 +66,7 @@ def measure(kv_format: str, tokens: int) -> dict[str, float | str | int]:
         "steps": steps,
         "step_ms": 1e3 * total_s / steps,
         "seal_calls": timed.calls,
-        "seal_ms_a_layer": 1e3 * timed.spent_s / max(timed.calls, 1),
+        "seal_ms": 1e3 * timed.spent_s / max(timed.calls, 1),
         "share": timed.spent_s / total_s,
     }
 
@@ -80,12 +79,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     rows = []
-    print(f"{'format':16} {'decode step':>12} {'sealing a layer':>16} {'share of all steps':>19}")
+    print(f"{'format':16} {'decode step':>12} {'sealing':>16} {'share of all steps':>19}")
     for name in options.kv_format.split(","):
         row = measure(name, options.tokens)
         rows.append(row)
         print(
-            f"{name:16} {row['step_ms']:9.1f} ms {row['seal_ms_a_layer']:13.2f} ms"
+            f"{name:16} {row['step_ms']:9.1f} ms {row['seal_ms']:13.2f} ms"
             f" {100 * float(row['share']):17.2f} %",
             flush=True,
         )

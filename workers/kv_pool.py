@@ -11,6 +11,7 @@ from kvmesh.workers.executor import Allocation
 class KVPool:
     """Hot and sealed pages of every layer.
 
+    all_hot, all_sealed: every layer's pages, [num_layers, ...] of
     hot: per layer [hot_pages, 2, num_kv_heads, page_size, head_dim] of the compute dtype
     sealed: per layer [sealed_pages, num_kv_heads, page_bytes] uint8
     hot_tables, sealed_tables: [max_rows, max_pages_per_row] int32, logical page -> page id,
@@ -34,10 +35,10 @@ class KVPool:
         sealed_shape = (allocation.sealed_pages, num_kv_heads, page_bytes)
         tables = (allocation.max_rows, allocation.max_pages_per_row)
         # On a GPU the memory is taken here, once; on a CPU as pages are first written.
-        self.hot = [torch.zeros(hot_shape, dtype=dtype, device=device) for _ in range(num_layers)]
-        self.sealed = [
-            torch.zeros(sealed_shape, dtype=torch.uint8, device=device) for _ in range(num_layers)
-        ]
+        self.all_hot = torch.zeros((num_layers, *hot_shape), dtype=dtype, device=device)
+        self.all_sealed = torch.zeros((num_layers, *sealed_shape), dtype=torch.uint8, device=device)
+        self.hot = self.all_hot.unbind(0)
+        self.sealed = self.all_sealed.unbind(0)
         self.hot_tables = torch.full(tables, -1, dtype=torch.int32, device=device)
         self.sealed_tables = torch.full(tables, -1, dtype=torch.int32, device=device)
 

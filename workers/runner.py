@@ -10,7 +10,7 @@ import torch
 
 from kvmesh.kernels.attention import paged_attention
 from kvmesh.kernels.formats.base import NO_PARAMS, KVFormat, LayerParams
-from kvmesh.kernels.seal import seal_pages
+from kvmesh.kernels.seal import seal_layers, seal_pages
 from kvmesh.kernels.write import write_hot
 from kvmesh.workers.basis import Basis
 from kvmesh.workers.decode_graphs import DecodeGraphs
@@ -52,6 +52,8 @@ class ModelRunner:
         self._basis = Basis(fmt, model.head_dim, dtype, device)
         self._params = params or [NO_PARAMS] * model.facts.num_layers
         self._device = device
+        # On a GPU a layer's sealing is one kernel, and part of captured graphs.
+        self._seals_layers_together = device.type == "cpu" and not fmt.needs_calibration
         self._pool = KVPool(
             allocation,
             fmt,
@@ -121,6 +123,9 @@ class ModelRunner:
 
     def _forward(self, step: StepTensors) -> torch.Tensor | None:
         """Logits [n, vocab_size] fp32 of the step's sampled rows; None where this rank has none."""
+        # Nobody reads in a decode step what it seals: those pages are still in every query's
+        # window, or its own page. So they can wait, and be sealed in all layers together.
+        later = step.batch.max_query_len == 1 and self._seals_layers_together
 
         def attend(
             layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, args: AttendArgs
@@ -129,7 +134,7 @@ class ModelRunner:
             params = self._params[layer]
             q, k, v = self._basis.enter(q, k, v)
             write_hot(k, v, hot, step.slots)
-            if step.seal_hot.shape[0]:
+            if step.seal_hot.shape[0] and not later:
                 seal_pages(
                     hot,
                     sealed,
@@ -152,7 +157,16 @@ class ModelRunner:
             )
             return self._basis.leave(out)
 
-        return self._model.forward(step.input_ids, step.positions, attend, step.logits_rows)
+        logits = self._model.forward(step.input_ids, step.positions, attend, step.logits_rows)
+        if later and step.seal_hot.shape[0]:
+            seal_layers(
+                self._pool.all_hot,
+                self._pool.all_sealed,
+                step.seal_hot,
+                step.seal_sealed,
+                fmt=self._fmt,
+            )
+        return logits
 
     def _update(self, table: torch.Tensor, update: TableUpdate) -> None:
         if update.ids:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kvmesh.kernels.formats.base import KVFormat, LayerParams
+from kvmesh.kernels.formats.base import NO_PARAMS, KVFormat, LayerParams
 
 
 def seal_pages(
@@ -24,3 +24,18 @@ def seal_pages(
     full = hot.index_select(0, hot_ids)
     pages = fmt.encode(full[:, 0], full[:, 1], params, positions)
     sealed.index_copy_(0, sealed_ids.long(), pages)
+
+
+def seal_layers(
+    hot: torch.Tensor,
+    sealed: torch.Tensor,
+    hot_ids: torch.Tensor,
+    sealed_ids: torch.Tensor,
+    *,
+    fmt: KVFormat,
+) -> None:
+    wanted = hot_ids >= 0
+    hot_ids, sealed_ids = hot_ids[wanted], sealed_ids[wanted]
+    full = hot.index_select(1, hot_ids)  # [num_layers, n, 2, num_kv_heads, page_size, head_dim]
+    pages = fmt.encode(*full.flatten(0, 1).unbind(1), NO_PARAMS)
+    sealed.index_copy_(1, sealed_ids.long(), pages.unflatten(0, full.shape[:2]))

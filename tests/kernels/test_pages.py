@@ -7,7 +7,7 @@ import torch
 
 from kvmesh.kernels.formats.registry import format_names, get_format
 from kvmesh.kernels.merge import merge_states
-from kvmesh.kernels.seal import seal_pages
+from kvmesh.kernels.seal import seal_layers, seal_pages
 from kvmesh.kernels.write import write_hot
 from tests.kernels.calibrated import params_for
 
@@ -32,6 +32,24 @@ def test_write_refuses_wrong_shapes() -> None:
         write_hot(k[:, :2], k[:, :2], hot, slots)
     with pytest.raises(ValueError, match="slots"):
         write_hot(k, k, hot, slots[:3])
+
+
+@pytest.mark.parametrize("name", format_names())
+def test_layers_sealed_together_are_those_sealed_alone(name: str) -> None:
+    fmt = get_format(name)
+    hot = torch.randn(4, 6, 2, 3, 64, 64)
+    together = torch.zeros(4, 9, 3, fmt.page_bytes(64, 64, 4), dtype=torch.uint8)
+    alone = together.clone()
+    ids = torch.tensor([5, -1, 2], dtype=torch.int32), torch.tensor([8, 3, 0], dtype=torch.int32)
+    if fmt.needs_calibration:
+        with pytest.raises(ValueError, match=f"fmt.*{name}"):
+            seal_layers(hot, together, *ids, fmt=fmt)
+        return
+    seal_layers(hot, together, *ids, fmt=fmt)
+    for layer in range(4):
+        seal_pages(hot[layer], alone[layer], *ids, fmt=fmt)
+    assert torch.equal(together, alone)
+    assert (together[:, 3] == 0).all() and (together[:, 8] != 0).any()
 
 
 @pytest.mark.parametrize("name", format_names())

@@ -93,13 +93,23 @@ class MemoryExecutor:
         assert len({c.row for c in plan.chunks}) == len(plan.chunks)
         for chunk in plan.chunks:
             self._write(chunk)
+        for sealed in plan.seal_sealed:
+            self._sealed[sealed] = self._empty()
+        # A step of one token a sequence may seal after it has read (ModelRunner on CPUs).
+        later = all(chunk.num_tokens == 1 for chunk in plan.chunks)
+        if not later:
+            self._seal(plan)
+        states = {chunk.row: self._read(chunk) for chunk in plan.chunks}
+        if later:
+            self._seal(plan)
+        tokens = [SampledToken(next_token(states[c.row])) for c in plan.chunks if c.sample]
+        return StepResult(plan.step, tokens, 0.0)
+
+    def _seal(self, plan: StepPlan) -> None:
         for hot, sealed in zip(plan.seal_hot, plan.seal_sealed, strict=True):
             assert None not in self._hot[hot], "a page is sealed before it is full"
             self._sealed[sealed] = list(self._hot[hot])
             self.sealed_pages += 1
-        states = {chunk.row: self._read(chunk) for chunk in plan.chunks}
-        tokens = [SampledToken(next_token(states[c.row])) for c in plan.chunks if c.sample]
-        return StepResult(plan.step, tokens, 0.0)
 
     def _empty(self) -> Page:
         return [None] * self._page_size

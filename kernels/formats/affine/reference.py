@@ -61,10 +61,9 @@ from kvmesh.kernels.formats.tiles import (
 
 SCALE_FLOOR = 2.0**-125  # its half is still a normal fp32 number
 SCALE_CEILING = 2.0**126
+FIT_ROUNDS = 6
 # Where least squares starts, as a share of the range: with few levels the best grid is narrower.
-# From there three turns come within 1% of where many would end.
-FIRST_SHARE = {2: 0.7, 3: 0.87, 4: 0.95}
-FIT_ROUNDS = 3
+FIRST_SHARE = {2: 0.8, 3: 0.9}
 HQQ_ROUNDS, HQQ_NORM, HQQ_BETA, HQQ_KAPPA = 20, 0.7, 10.0, 1.01
 _UPPER_HALF = -65536  # 0xFFFF0000 as int32: the bits of an fp32 number that bf16 keeps
 
