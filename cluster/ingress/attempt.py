@@ -69,6 +69,7 @@ class Attempt:
         # The submission under way; its outcome decides what there is to end.
         self._sending: asyncio.Task[None] | None = None
         self._growing: asyncio.Task[None] | None = None
+        self._submitted = 0
         self._begun = False
 
     async def submit(self, request: EngineRequest, choice: int) -> None:
@@ -123,6 +124,9 @@ class Attempt:
         if not self._begun:
             self._begun = True
             self._keep(spawn(self._tell_begun(), "begun"))
+        self._grow_if_due()
+
+    def _grow_if_due(self) -> None:
         if self._must_grow() and (self._growing is None or self._growing.done()):
             self._growing = spawn(self._grow(), "grow")
             self._keep(self._growing)
@@ -137,6 +141,8 @@ class Attempt:
             self.live.pop(request.request_id, None)
             self._tokens.pop(request.request_id, None)
             raise
+        self._submitted += 1
+        self._grow_if_due()
 
     async def _end_sequences(self) -> bool:
         """Whether the engine has confirmed every sequence's end, or is gone with all of them."""
@@ -163,6 +169,10 @@ class Attempt:
             logger.warning("the router was not told of a first token: %s", error)
 
     def _must_grow(self) -> bool:
+        # A sequence on its way to the engine carries the share of before: it would not be
+        # among those extended, and pause for ever.
+        if self._submitted < self._request.sequences:
+            return False
         covered = self._geometry.tokens_within(self.share.sealed_pages)
         more = self.share.sealed_pages < self.share.most_sealed_pages
         return more and self._longest_tokens + AHEAD_TOKENS > covered
