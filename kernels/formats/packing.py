@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 BLOCK_TOKENS = 64
 PLANES = {8: 1, 4: 2, 3: 4, 2: 4, 1: 8}
 # Width 3: the bit of plane p's high bit, for the first and the second half of the columns.
-_HIGH_BITS = ((2, 4, 6, 7), (1, 3, 5, 0))
+HIGH_BITS = ((2, 4, 6, 7), (1, 3, 5, 0))
 
 
 def packed_bytes(width: int, page_size: int, head_dim: int) -> int:
@@ -64,7 +64,7 @@ def pack(codes: torch.Tensor, width: int, *, values: bool) -> torch.Tensor:
         return packed.flatten(-3)
     halves = [(plane >> 2).chunk(2, dim=-1) for plane in planes]
     first, second = zip(*halves, strict=True)
-    high = _overlay([*first, *second], [*_HIGH_BITS[0], *_HIGH_BITS[1]])
+    high = _overlay([*first, *second], [*HIGH_BITS[0], *HIGH_BITS[1]])
     return torch.cat((packed.flatten(-3), high.flatten(-3)), dim=-1)
 
 
@@ -92,7 +92,7 @@ def unpack(
             end = packed_bytes(3, page_size, head_dim)
             high = data[..., middle:end].unflatten(-1, (-1, rows // count, columns // 2))
             for p, plane in enumerate(planes):
-                ones = [(high >> at[p]) & 1 for at in _HIGH_BITS]
+                ones = [(high >> at[p]) & 1 for at in HIGH_BITS]
                 planes[p] = plane | (torch.cat(ones, dim=-1) << 2)
         if width > 1:
             planes[-1] = planes[-1] ^ (1 << (width - 1))
