@@ -100,33 +100,6 @@ def unpack(
     return codes if values else codes.flatten(-3, -2)
 
 
-def unpack_signed(
-    data: torch.Tensor, page_size: int, head_dim: int, *, values: bool
-) -> torch.Tensor:
-    """8-bit codes less 128, int8, in the tables they lie in: no more than another view."""
-    import torch
-
-    block = min(BLOCK_TOKENS, page_size)
-    rows, columns = (head_dim, block) if values else (block, head_dim)
-    table = data[..., : page_size * head_dim].view(torch.int8).unflatten(-1, (-1, rows, columns))
-    return table if values else table.flatten(-3, -2)
-
-
-def unpack_nibbles(
-    data: torch.Tensor, page_size: int, head_dim: int, *, values: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """4-bit codes as they are paired: low nibbles, and whole bytes as signed numbers, fp32.
-
-    Each of keys [..., blocks, block / 2, head_dim], of values [..., blocks, head_dim / 2, block]
-    """
-    import torch
-
-    block = min(BLOCK_TOKENS, page_size)
-    rows, columns = (head_dim, block) if values else (block, head_dim)
-    byte = data[..., : page_size * head_dim // 2].unflatten(-1, (-1, rows // 2, columns))
-    return (byte & 15).float(), byte.view(torch.int8).float()
-
-
 def by_token(table: torch.Tensor, *, values: bool) -> torch.Tensor:
     """A table as `unpack` gives it -> [..., page_size, head_dim]; a copy for values."""
     return table.mT.flatten(-3, -2) if values else table
