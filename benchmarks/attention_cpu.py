@@ -1,4 +1,4 @@
-"""Decode attention on the CPU: kvmesh's plain-torch path beside torch SDPA on contiguous KV.
+"""Decode attention on the CPU: kvmesh's path beside torch SDPA on contiguous KV.
 
     python benchmarks/attention_cpu.py [--output FILE] [--threads N] [--rounds N]
 
@@ -8,6 +8,9 @@ has memory of its own, more than the caches hold. SDPA gets keys and values laid
 out contiguously and grouped heads; it writes nothing and returns no lse. Both
 sides are timed in turns and the median is taken. A case is timed only after its
 output has been checked against SDPA on the decoded keys and values.
+
+The second table is of sequences that share a prefix: its pages read once for all of
+them, beside the same batch with each sequence reading them alone.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from kvmesh.kernels.attention import AttentionBatch, paged_attention
+from kvmesh.kernels.attention import AttentionBatch, SharedPrefixes, paged_attention
 from kvmesh.kernels.formats.base import KVFormat
 from kvmesh.kernels.formats.registry import format_names, get_format
 from kvmesh.kernels.seal import seal_pages
@@ -49,6 +52,21 @@ class Row:
     sdpa_us: float
     ratio: float
     max_error: float
+
+
+@dataclass(frozen=True)
+class SharedRow:
+    """ratio: the time alone over the time together."""
+
+    kv_format: str
+    batch: int
+    context: int
+    shared: int
+    layers: int
+    alone_us: float
+    together_us: float
+    ratio: float
+    max_difference: float
 
 
 class Case:
@@ -81,7 +99,17 @@ class Case:
         self.q = torch.randn(batch, HEADS, HEAD_DIM)
         self.k, self.v = torch.randn(2, batch, KV_HEADS, HEAD_DIM)
 
-    def batch(self) -> AttentionBatch:
+    def share(self, pages: int) -> None:
+        """Let all sequences read the first one's first pages."""
+        self.sealed_tables[:, :pages] = self.sealed_tables[0, :pages]
+        num_seqs = self.q.shape[0]
+        self.prefixes = SharedPrefixes(
+            pages=torch.full((num_seqs,), pages, dtype=torch.int32),
+            members=torch.arange(num_seqs, dtype=torch.int32),
+            starts=torch.tensor([0, num_seqs], dtype=torch.int32),
+        )
+
+    def batch(self, prefixes: SharedPrefixes | None = None) -> AttentionBatch:
         num_seqs = self.q.shape[0]
         return AttentionBatch(
             query_starts=torch.arange(num_seqs + 1, dtype=torch.int32),
@@ -94,10 +122,11 @@ class Case:
             recent_pages=0,
             max_query_len=1,
             max_seq_len=self.context,
+            prefixes=prefixes,
         )
 
-    def paged(self) -> torch.Tensor:
-        batch = self.batch()
+    def paged(self, prefixes: SharedPrefixes | None = None) -> torch.Tensor:
+        batch = self.batch(prefixes)
         for hot, sealed in zip(self.hot, self.sealed, strict=True):
             write_hot(self.k, self.v, hot, self.slots)
             out, _ = paged_attention(self.q, hot, sealed, batch, fmt=self.fmt, scale=SCALE)
@@ -146,6 +175,32 @@ def measure(fmt: KVFormat, batch: int, context: int, rounds: int) -> Row:
     return Row(fmt.name, batch, context, layers, round(ours, 1), round(theirs, 1), ratio, error)
 
 
+def measure_shared(fmt: KVFormat, batch: int, context: int, shared: int, rounds: int) -> SharedRow:
+    case = Case(fmt, batch, context, layers=3)
+    case.share(shared // PAGE_SIZE)
+    difference = float((case.paged() - case.paged(case.prefixes)).abs().max())
+    if difference > 5e-5:
+        raise SystemExit(f"{fmt.name}: read together differs by {difference:.2e}")
+    times = [
+        (seconds(case.paged), seconds(lambda: case.paged(case.prefixes))) for _ in range(rounds)
+    ]
+    alone, together = (
+        statistics.median(side) / case.layers * 1e6 for side in zip(*times, strict=True)
+    )
+    ratio = round(alone / together, 2)
+    return SharedRow(
+        fmt.name,
+        batch,
+        context,
+        shared,
+        case.layers,
+        round(alone, 1),
+        round(together, 1),
+        ratio,
+        difference,
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path)
@@ -168,6 +223,19 @@ def main() -> None:
                     f"{row.sdpa_us:10.1f}{row.ratio:7.2f}",
                     flush=True,
                 )
+    print(
+        f"\n{'format':8}{'batch':>6}{'context':>9}{'shared':>8}{'alone us':>10}{'together us':>13}"
+    )
+    shared_rows = []
+    for batch, context, shared in ((4, 2000, 1536), (16, 2000, 1536), (16, 8000, 7680)):
+        for name in options.kv_format.split(","):
+            found = measure_shared(get_format(name), batch, context, shared, options.rounds)
+            shared_rows.append(found)
+            print(
+                f"{name:8}{batch:6}{context:9}{shared:8}{found.alone_us:10.1f}"
+                f"{found.together_us:13.1f}{found.ratio:7.2f}",
+                flush=True,
+            )
     if options.output:
         conditions = {
             "device": platform.processor() or platform.machine(),
@@ -180,7 +248,11 @@ def main() -> None:
             "page_size": PAGE_SIZE,
             "rounds": options.rounds,
         }
-        report = {"conditions": conditions, "rows": [asdict(row) for row in rows]}
+        report = {
+            "conditions": conditions,
+            "rows": [asdict(row) for row in rows],
+            "shared": [asdict(row) for row in shared_rows],
+        }
         options.output.write_text(json.dumps(report, indent=1) + "\n")
 
 
