@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Callable
+from functools import cache
 
 import torch
 
@@ -115,7 +116,7 @@ def warm_up(
 
 def _implementation(fmt: KVFormat, hot: torch.Tensor, backend: str | None) -> Callable[..., Result]:
     if backend is None:
-        backend = "triton" if hot.is_cuda else _cpu_backend(fmt, hot)
+        backend = "triton" if hot.is_cuda else _cpu_backend(fmt, *hot.shape[3:], hot.dtype)
     if backend == "reference":
         return reference.paged_attention
     # Imported here: a machine with a GPU need not have Numba, nor one without it Triton.
@@ -130,12 +131,12 @@ def _implementation(fmt: KVFormat, hot: torch.Tensor, backend: str | None) -> Ca
     raise ValueError(f"backend: expected None, 'numba', 'triton' or 'reference', got {backend!r}")
 
 
-def _cpu_backend(fmt: KVFormat, hot: torch.Tensor) -> str:
+@cache
+def _cpu_backend(fmt: KVFormat, page_size: int, head_dim: int, dtype: torch.dtype) -> str:
     """Compiled loops where Numba is there and the format has them; else plain torch."""
     if importlib.util.find_spec("numba") is None:
         return "reference"
     from kvmesh.kernels.attention import numba_attention
 
-    page_size, head_dim = hot.shape[3:]
-    compiled = numba_attention.has_loop(fmt, page_size, head_dim, hot.dtype)
+    compiled = numba_attention.has_loop(fmt, page_size, head_dim, dtype)
     return "numba" if compiled else "reference"
