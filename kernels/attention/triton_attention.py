@@ -66,11 +66,13 @@ def takes_integer_path(
 
 
 def _has_integer_codes(side: Side, page_size: int, head_dim: int) -> bool:
-    """Codes on a uniform grid, with one scale a token, or for keys a channel and page."""
+    """Codes on a uniform grid, with scales of runs that a product of codes can be cut into: of
+    32 channels or more of a token, or for keys of 32 tokens or more of a channel."""
     if isinstance(side, Affine):
+        run = side.run_length(page_size, head_dim)
         if side.along == "token":
-            return side.run_length(page_size, head_dim) == head_dim
-        return not side.values and side.run_length(page_size, head_dim) == page_size
+            return run == head_dim or (run % 32 == 0 and (side.values or side.width != 3))
+        return not side.values and (run == 32 or run % TOKENS == 0)
     return isinstance(side, Codebook) and side.levels == "uniform" and not side.residual
 
 

@@ -64,8 +64,22 @@ def middle_of(side: Side) -> float:
 
 @triton.constexpr_function
 def top_offset(side: Side) -> float:
-    """What the last plane's numbers lack."""
-    return 0.0 if side.width == 8 else 2.0 ** (side.width - 1)
+    """What the last plane's numbers lack; of 8 bits a grid a token has it in its offset."""
+    if side.width == 8:
+        return 128.0 if grid_of(side) == "channel" else 0.0
+    return 2.0 ** (side.width - 1)
+
+
+@triton.constexpr_function
+def channel_runs(side: Side, head_dim: int) -> int:
+    """Runs of channels with a scale each, in a token."""
+    return head_dim // side.run_length(TOKENS, head_dim) if grid_of(side) == "token" else 1
+
+
+@triton.constexpr_function
+def token_run(side: Side, page_size: int, head_dim: int) -> int:
+    """Tokens that share a channel's scale."""
+    return side.run_length(page_size, head_dim) if grid_of(side) == "channel" else page_size
 
 
 @triton.jit
@@ -112,6 +126,69 @@ def _products(a, planes, P: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def _scores(qq, planes, q_top, WIDTH: tl.constexpr, PLANES: tl.constexpr, TOP: tl.constexpr):
+    """Products of queries with keys, [HEADS, PLANES * rows]: plane after plane, in units of codes.
+
+    q_top: [HEADS], sums of the queries, of which the last plane's numbers lack TOP times
+    """
+    x = _products(qq, planes, 0, WIDTH)
+    H: tl.constexpr = x.shape[0]
+    ROWS: tl.constexpr = x.shape[1]
+    if PLANES == 1:
+        s = x
+        if TOP != 0.0:
+            s += q_top[:, None] * TOP
+    elif PLANES == 2:
+        last = unit(_products(qq, planes, 1, WIDTH), 1, WIDTH)
+        last += q_top[:, None] * TOP
+        s = tl.join(x, last).permute(0, 2, 1).reshape(H, 2 * ROWS)
+    else:
+        s1 = unit(_products(qq, planes, 1, WIDTH), 1, WIDTH)
+        s2 = unit(_products(qq, planes, 2, WIDTH), 2, WIDTH)
+        last = unit(_products(qq, planes, 3, WIDTH), 3, WIDTH)
+        last += q_top[:, None] * TOP
+        s = tl.join(tl.join(x, s2), tl.join(s1, last)).reshape(H, ROWS, 4)
+        s = s.permute(0, 2, 1).reshape(H, 4 * ROWS)
+    return s
+
+
+@triton.jit
+def _side_by_side(first, second, PLANES: tl.constexpr):
+    """Scores of two runs of tokens, as `_scores` gives them -> of both."""
+    H: tl.constexpr = first.shape[0]
+    X: tl.constexpr = first.shape[1]
+    first = first.reshape(H, PLANES, X // PLANES)
+    second = second.reshape(H, PLANES, X // PLANES)
+    return tl.join(first, second).permute(0, 1, 3, 2).reshape(H, 2 * X)
+
+
+@triton.jit
+def _channels(x, R: tl.constexpr, RUNS: tl.constexpr):
+    """[HEADS, D] -> run R of the channels"""
+    if RUNS == 1:
+        return x
+    else:
+        first, second = _halves(x)
+        if 2 * R < RUNS:
+            return _channels(first, R, RUNS // 2)
+        else:
+            return _channels(second, R - RUNS // 2, RUNS // 2)
+
+
+@triton.jit
+def _run(x, R: tl.constexpr, RUNS: tl.constexpr):
+    """[tokens * RUNS], of each token one run after the other -> those of run R, [tokens]"""
+    if RUNS == 1:
+        return x
+    else:
+        even, odd = tl.split(x.reshape(x.shape[0] // 2, 2))
+        if R % 2 == 0:
+            return _run(even, R // 2, RUNS // 2)
+        else:
+            return _run(odd, R // 2, RUNS // 2)
+
+
+@triton.jit
 def _query_operand(q, D: tl.constexpr):
     """q [HEADS, D] fp32 in the order `chan` -> [2 HEADS, D] int8, channels in order"""
     hi, lo = _split(q)
@@ -139,6 +216,22 @@ def _in_score_order(x, PLANES: tl.constexpr):
 
 
 @triton.jit
+def _weight_operand(w, PLANES: tl.constexpr):
+    """w [HEADS, TOKENS] fp32 in the order of scores -> [2 HEADS, TOKENS] int8, tokens in order"""
+    hi, lo = _split(w)
+    pp = _stack(hi, lo)
+    H: tl.constexpr = pp.shape[0]
+    X: tl.constexpr = pp.shape[1]
+    if PLANES == 1:
+        pp = pp.reshape(H, X // 32, 4, 4, 2).permute(0, 1, 3, 2, 4)
+    elif PLANES == 2:
+        pp = pp.reshape(H, 2, X // 32, 2, 4, 2).permute(0, 2, 4, 3, 5, 1)
+    else:
+        pp = pp.reshape(H, 4, X // 4).permute(0, 2, 1)
+    return pp.reshape(H, X)
+
+
+@triton.jit
 def _load_stored(ptr, COUNT: tl.constexpr, SCALE: tl.constexpr):
     """[COUNT] stored numbers in order, int16 or int8; bytes by words, or they would not be
     fetched ahead."""
@@ -156,6 +249,52 @@ def _numbers(stored, SCALE: tl.constexpr):
         return from_bf16(stored)
     else:
         return from_e5m3(stored)
+
+
+@triton.jit
+def _run_weights(
+    p,
+    keep,
+    gain,
+    stored_scale,
+    stored_offset,
+    acc_offset,
+    weight_sum,
+    R: tl.constexpr,
+    RUNS: tl.constexpr,
+    HAS_OFFSET: tl.constexpr,
+    SIDE: tl.constexpr,
+    K_PLANES: tl.constexpr,
+):
+    """The weights of the values' run R as an operand, what products with it are multiplied with,
+    and the sums over all tiles of weights times offsets and of weights.
+
+    p: [HEADS, TOKENS]; keep, gain: [HEADS], of what was summed before and of this tile
+    """
+    LARGEST: tl.constexpr = 32639.0
+    scale = _numbers(_in_score_order(_run(stored_scale, R, RUNS), K_PLANES), SIDE.scale)
+    if HAS_OFFSET:
+        offset = from_bf16(_in_score_order(_run(stored_offset, R, RUNS), K_PLANES))
+        if SIDE.width == 8:
+            offset = tl.fma(scale, tl.full(scale.shape, 128.0, tl.float32), offset)
+        acc_offset = acc_offset * keep + tl.sum(p * offset[None, :], 1) * gain
+    most = tl.maximum(tl.max(scale, 0), FLOOR)
+    w = p * (scale * (LARGEST / most))[None, :]
+    gain = gain * (most * (step_of(SIDE) / LARGEST))
+    if SIDE.width != 8:
+        weight_sum = weight_sum * keep + tl.sum(w, 1) * gain
+    return _weight_operand(w, K_PLANES), gain, acc_offset, weight_sum
+
+
+@triton.jit
+def _outputs(acc, acc_offset, weight_sum, P: tl.constexpr, SIDE: tl.constexpr):
+    """Sums over plane P's numbers -> over the values, [HEADS, channels]"""
+    MIDDLE: tl.constexpr = middle_of(SIDE)
+    x = unit(acc, P, SIDE.width) + (acc_offset - weight_sum * MIDDLE)[:, None]
+    if P == planes_of(SIDE) - 1:
+        TOP: tl.constexpr = top_offset(SIDE)
+        x += (weight_sum * TOP)[:, None]
+    return x
 
 
 @triton.jit
@@ -206,6 +345,15 @@ def sealed_kernel(
     K_MIDDLE: tl.constexpr = middle_of(K_SIDE)
     V_MIDDLE: tl.constexpr = middle_of(V_SIDE)
     V_OFFSET: tl.constexpr = grid_of(V_SIDE) != "level"
+    # Keys: runs of channels, and runs of tokens, of which a tile has K_PARTS.
+    K_RUNS: tl.constexpr = channel_runs(K_SIDE, D)
+    K_RUN: tl.constexpr = token_run(K_SIDE, PAGE_SIZE, D)
+    K_PARTS: tl.constexpr = max(1, TOKENS // K_RUN)
+    # Values: a plane has V_PARTS runs of channels, or a run several planes.
+    V_RUNS: tl.constexpr = channel_runs(V_SIDE, D)
+    V_PARTS: tl.constexpr = max(1, V_RUNS // V_PLANES)
+    V_PIECES: tl.constexpr = V_PLANES * V_PARTS
+    SCALED: tl.constexpr = HAS_SOFTCAP or K_PARTS > 1  # scores, before they are compared
     PARTS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
     NUM_HEADS: tl.constexpr = NUM_KV_HEADS * GROUP
     BLOCKS: tl.constexpr = PAGE_SIZE // TOKENS
@@ -251,20 +399,25 @@ def sealed_kernel(
             q_scale = q_most * (qk_scale * (step_of(K_SIDE) / LARGEST))
             q_whole = q * (LARGEST / q_most)[:, None]
             q_sum = tl.sum(q_whole, 1)
+            q_sums, qqs = (), ()
             if MODE != "channel":
-                qq = _query_operand(q_whole, D)
+                for r in tl.static_range(K_RUNS):
+                    q_run = _channels(q_whole, r, K_RUNS)
+                    q_sums = q_sums + (tl.sum(q_run, 1),)  # noqa: RUF005
+                    qqs = qqs + (_query_operand(q_run, D // K_RUNS),)  # noqa: RUF005
 
-            accs = ()
-            for _ in tl.static_range(V_PLANES):
-                accs = accs + (tl.zeros([HEADS, D // V_PLANES], tl.float32),)  # noqa: RUF005
-            acc_offset = tl.zeros([HEADS], tl.float32)
-            weight_sum = tl.zeros([HEADS], tl.float32)
+            accs, acc_offsets, weight_sums = (), (), ()
+            for _ in tl.static_range(V_PIECES):
+                accs = accs + (tl.zeros([HEADS, D // V_PIECES], tl.float32),)  # noqa: RUF005
+            for _ in tl.static_range(V_RUNS):
+                acc_offsets = acc_offsets + (tl.zeros([HEADS], tl.float32),)  # noqa: RUF005
+                weight_sums = weight_sums + (tl.zeros([HEADS], tl.float32),)  # noqa: RUF005
             top = tl.full([HEADS], float("-inf"), tl.float32)
             total = tl.zeros([HEADS], tl.float32)
 
-            ROWS: tl.constexpr = TOKENS // K_PLANES
+            ROWS: tl.constexpr = TOKENS // K_PLANES // K_PARTS
             offs_r = tl.arange(0, ROWS)
-            offs_v = tl.arange(0, D // V_PLANES)
+            offs_v = tl.arange(0, D // V_PIECES)
             if K_PLANES == 1:
                 row = (
                     (offs_r // 32) * 32 + (offs_r // 2 % 4) * 8 + (offs_r // 8 % 4) * 2 + offs_r % 2
@@ -285,80 +438,89 @@ def sealed_kernel(
                 v_ptr = k_ptr + K_BYTES
                 k_numbers_ptr = k_ptr + K_CODES
                 v_numbers_ptr = v_ptr + V_CODES
-                kk = load_planes(
-                    k_ptr + block * K_TABLE,
-                    k_ptr + PAGE_SIZE * D // 4 + block * (TOKENS * D // 8),
-                    row,
-                    D,
-                    K_WIDTH,
-                    PTX,
-                )
+                k_high_ptr = k_ptr + PAGE_SIZE * D // 4 + block * (TOKENS * D // 8)
+                k_codes_ptr = k_ptr + block * K_TABLE
+                kks = ()
+                for r in tl.static_range(K_RUNS):
+                    x = load_planes(
+                        k_codes_ptr + r * (D // K_RUNS), k_high_ptr, row, D, D // K_RUNS, K_WIDTH, PTX
+                    )
+                    kks = kks + (x,)  # noqa: RUF005
+                for r in tl.static_range(1, K_PARTS):
+                    x = load_planes(k_codes_ptr, k_high_ptr, r * ROWS + row, D, D, K_WIDTH, PTX)
+                    kks = kks + (x,)  # noqa: RUF005
                 # Scales and offsets are asked for first, and in the order they lie in.
                 first = block * TOKENS
-                if V_OFFSET:  # | offsets [PAGE_SIZE] | scales [PAGE_SIZE] |
-                    v_offset = _load_stored(v_numbers_ptr + 2 * first, TOKENS, "bf16")
-                    v_numbers_ptr += 2 * PAGE_SIZE
-                v_numbers_ptr += V_SCALE_BYTES * first
-                v_scale = _load_stored(v_numbers_ptr, TOKENS, V_SIDE.scale)
+                if V_OFFSET:  # | offsets [PAGE_SIZE, V_RUNS] | scales [PAGE_SIZE, V_RUNS] |
+                    v_offset_ptr = v_numbers_ptr + 2 * V_RUNS * first
+                    v_offset = _load_stored(v_offset_ptr, TOKENS * V_RUNS, "bf16")
+                    v_numbers_ptr += 2 * V_RUNS * PAGE_SIZE
+                v_numbers_ptr += V_SCALE_BYTES * V_RUNS * first
+                v_scale = _load_stored(v_numbers_ptr, TOKENS * V_RUNS, V_SIDE.scale)
+                if not V_OFFSET:
+                    v_offset = v_scale
                 if MODE == "token":
-                    k_offset = _load_stored(k_numbers_ptr + 2 * first, TOKENS, "bf16")
-                    k_numbers_ptr += 2 * PAGE_SIZE
+                    k_offset_ptr = k_numbers_ptr + 2 * K_RUNS * first
+                    k_offset = _load_stored(k_offset_ptr, TOKENS * K_RUNS, "bf16")
+                    k_numbers_ptr += 2 * K_RUNS * PAGE_SIZE
                 if MODE != "channel":
-                    k_numbers_ptr += K_SCALE_BYTES * first
-                    k_scale = _load_stored(k_numbers_ptr, TOKENS, K_SIDE.scale)
-                if MODE == "channel":  # | offsets [D] | scales [D] |
-                    k_offset = _load_stored(k_numbers_ptr, D, "bf16")
-                    page_scale, u = _channel_scales(k_numbers_ptr + 2 * D, D, K_SIDE.scale)
-                    qq = _query_operand(q_whole * u[None, :], D)
-                    tile_scale = q_scale * page_scale
-                    q_tops = tl.full([8, D], 1, tl.int8)
-                    q_top = tl.max(_joined(_times(qq, q_tops)), 1)
-                else:
-                    tile_scale = q_scale
-                    q_top = q_sum
+                    k_numbers_ptr += K_SCALE_BYTES * K_RUNS * first
+                    k_scale = _load_stored(k_numbers_ptr, TOKENS * K_RUNS, K_SIDE.scale)
                 # Scores in the tile's order.
-                if K_PLANES == 1:
-                    s = _products(qq, kk, 0, K_WIDTH)
-                elif K_PLANES == 2:
-                    low = unit(_products(qq, kk, 0, K_WIDTH), 0, K_WIDTH)
-                    high = unit(_products(qq, kk, 1, K_WIDTH), 1, K_WIDTH)
-                    high += q_top[:, None] * K_TOP
-                    s = tl.join(low, high).permute(0, 2, 1).reshape(HEADS, TOKENS)
+                tile_scale = q_scale
+                if MODE == "channel":  # | offsets [runs, D] | scales [runs, D] |
+                    for r in tl.static_range(K_PARTS):
+                        run = first // K_RUN + r
+                        k_offset = _load_stored(k_numbers_ptr + 2 * D * run, D, "bf16")
+                        page_scale, u = _channel_scales(
+                            k_numbers_ptr + (2 * D * PAGE_SIZE // K_RUN) + K_SCALE_BYTES * D * run,
+                            D,
+                            K_SIDE.scale,
+                        )
+                        qq = _query_operand(q_whole * u[None, :], D)
+                        tile_scale = q_scale * page_scale
+                        q_tops = tl.full([8, D], 1, tl.int8)
+                        q_top = tl.max(_joined(_times(qq, q_tops)), 1)
+                        x = _scores(qq, kks[r], q_top, K_WIDTH, K_PLANES, K_TOP)
+                        k_offset = from_bf16(_in_chan_order(k_offset))
+                        shift = tl.sum(q_whole * k_offset[None, :], 1) * q_scale
+                        if SCALED:
+                            x = x * tile_scale[:, None] + shift[:, None]
+                        if r == 0:
+                            s = x
+                        else:
+                            s = _side_by_side(s, x, K_PLANES)
+                elif MODE == "level":
+                    s = _scores(qqs[0], kks[0], q_sum, K_WIDTH, K_PLANES, K_TOP)
+                    s = s - q_sum[:, None] * K_MIDDLE
+                    k_scale = _numbers(_in_score_order(k_scale, K_PLANES), K_SIDE.scale)
+                    s = s * k_scale[None, :]
                 else:
-                    s0 = unit(_products(qq, kk, 0, K_WIDTH), 0, K_WIDTH)
-                    s1 = unit(_products(qq, kk, 1, K_WIDTH), 1, K_WIDTH)
-                    s2 = unit(_products(qq, kk, 2, K_WIDTH), 2, K_WIDTH)
-                    s3 = unit(_products(qq, kk, 3, K_WIDTH), 3, K_WIDTH)
-                    s3 += q_top[:, None] * K_TOP
-                    s = tl.join(tl.join(s0, s2), tl.join(s1, s3)).reshape(HEADS, ROWS, 4)
-                    s = s.permute(0, 2, 1).reshape(HEADS, TOKENS)
-                if MODE == "channel" and K_WIDTH == 8:
-                    s += q_top[:, None] * 128.0
-                if MODE == "level":
-                    s = s - q_top[:, None] * K_MIDDLE
-                    k_scale = _numbers(_in_score_order(k_scale, K_PLANES), K_SIDE.scale)
-                    s = s * k_scale[None, :]
-                elif MODE == "token":
-                    k_scale = _numbers(_in_score_order(k_scale, K_PLANES), K_SIDE.scale)
-                    k_offset = from_bf16(_in_score_order(k_offset, K_PLANES))
-                    if K_WIDTH == 8:
-                        k_offset = tl.fma(k_scale, tl.full([TOKENS], 128.0, tl.float32), k_offset)
-                    s = s * k_scale[None, :]
-                    s = tl.fma(
-                        tl.broadcast_to(k_offset[None, :], [HEADS, TOKENS]),
-                        tl.broadcast_to(q_sum[:, None], [HEADS, TOKENS]),
-                        s,
-                    )
-                if MODE == "channel":
-                    k_offset = from_bf16(_in_chan_order(k_offset))
-                    shift = tl.sum(q_whole * k_offset[None, :], 1) * q_scale
+                    for r in tl.static_range(K_RUNS):
+                        x = _scores(qqs[r], kks[r], q_sums[r], K_WIDTH, K_PLANES, K_TOP)
+                        scale = _numbers(
+                            _in_score_order(_run(k_scale, r, K_RUNS), K_PLANES), K_SIDE.scale
+                        )
+                        offset = from_bf16(_in_score_order(_run(k_offset, r, K_RUNS), K_PLANES))
+                        if K_WIDTH == 8:
+                            offset = tl.fma(scale, tl.full([TOKENS], 128.0, tl.float32), offset)
+                        scale = tl.broadcast_to(scale[None, :], [HEADS, TOKENS])
+                        if r == 0:
+                            s = x * scale
+                        else:
+                            s = tl.fma(x, scale, s)
+                        s = tl.fma(
+                            tl.broadcast_to(offset[None, :], [HEADS, TOKENS]),
+                            tl.broadcast_to(q_sums[r][:, None], [HEADS, TOKENS]),
+                            s,
+                        )
                 if HAS_SOFTCAP:
-                    s = s * tile_scale[:, None]
-                    if MODE == "channel":
-                        s += shift[:, None]
+                    if MODE != "channel":
+                        s = s * tile_scale[:, None]
                     s = (2.0 * tl.sigmoid(s * (2.0 / softcap)) - 1.0) * (
                         softcap * 1.4426950408889634
                     )
+                if SCALED:
                     tile_top = tl.max(s, 1)
                     p = tl.exp2(s - tile_top[:, None])
                 else:
@@ -378,50 +540,60 @@ def sealed_kernel(
                 total = total * keep + tl.sum(p, 1) * gain
                 top = new_top
 
-                vv = load_planes(
-                    v_ptr + block * V_TABLE,
-                    v_ptr + PAGE_SIZE * D // 4 + block * (TOKENS * D // 8),
-                    offs_v,
-                    TOKENS,
-                    V_WIDTH,
-                    PTX,
-                )
-                v_scale = _numbers(_in_score_order(v_scale, K_PLANES), V_SIDE.scale)
-                if V_OFFSET:
-                    v_offset = from_bf16(_in_score_order(v_offset, K_PLANES))
-                    if V_WIDTH == 8:
-                        v_offset = tl.fma(v_scale, tl.full([TOKENS], 128.0, tl.float32), v_offset)
-                    acc_offset = acc_offset * keep + tl.sum(p * v_offset[None, :], 1) * gain
-                v_most = tl.maximum(tl.max(v_scale, 0), FLOOR)
-                w = p * (v_scale * (LARGEST / v_most))[None, :]
-                gain = gain * (v_most * (step_of(V_SIDE) / LARGEST))
-                if V_WIDTH != 8:
-                    weight_sum = weight_sum * keep + tl.sum(w, 1) * gain
-                hi, lo = _split(w)
-                pp = _stack(hi, lo)
-                if K_PLANES == 1:
-                    pp = pp.reshape(2 * HEADS, TOKENS // 32, 4, 4, 2).permute(0, 1, 3, 2, 4)
-                elif K_PLANES == 2:
-                    pp = pp.reshape(2 * HEADS, 2, TOKENS // 32, 2, 4, 2).permute(0, 2, 4, 3, 5, 1)
-                else:
-                    pp = pp.reshape(2 * HEADS, 4, TOKENS // 4).permute(0, 2, 1)
-                pp = pp.reshape(2 * HEADS, TOKENS)
-                new_accs = ()
-                for i in tl.static_range(V_PLANES):
-                    x = _products(pp, vv, i, V_WIDTH)
-                    x = tl.fma(x, tl.broadcast_to(gain[:, None], x.shape), accs[i] * keep[:, None])
-                    new_accs = new_accs + (x,)  # noqa: RUF005
-                accs = new_accs
+                v_high_ptr = v_ptr + PAGE_SIZE * D // 4 + block * (TOKENS * D // 8)
+                v_codes_ptr = v_ptr + block * V_TABLE
+                new_accs, new_offsets, new_sums = (), (), ()
+                for j in tl.static_range(V_PARTS):
+                    vv = load_planes(
+                        v_codes_ptr,
+                        v_high_ptr,
+                        j * (D // V_PIECES) + offs_v,
+                        TOKENS,
+                        TOKENS,
+                        V_WIDTH,
+                        PTX,
+                    )
+                    for i in tl.static_range(V_PLANES):
+                        if V_PARTS > 1 or i * V_RUNS % V_PIECES == 0:
+                            pp, run_gain, offset, weights = _run_weights(
+                                p,
+                                keep,
+                                gain,
+                                v_scale,
+                                v_offset,
+                                acc_offsets[(j * V_PLANES + i) * V_RUNS // V_PIECES],
+                                weight_sums[(j * V_PLANES + i) * V_RUNS // V_PIECES],
+                                (i * V_PARTS + j) * V_RUNS // V_PIECES,
+                                V_RUNS,
+                                V_OFFSET,
+                                V_SIDE,
+                                K_PLANES,
+                            )
+                            new_offsets = new_offsets + (offset,)  # noqa: RUF005
+                            new_sums = new_sums + (weights,)  # noqa: RUF005
+                        x = _products(pp, vv, i, V_WIDTH)
+                        x = tl.fma(
+                            x,
+                            tl.broadcast_to(run_gain[:, None], x.shape),
+                            accs[j * V_PLANES + i] * keep[:, None],
+                        )
+                        new_accs = new_accs + (x,)  # noqa: RUF005
+                accs, acc_offsets, weight_sums = new_accs, new_offsets, new_sums
 
             norm = 1.0 / total
-            acc_offset -= weight_sum * V_MIDDLE
-            for i in tl.static_range(V_PLANES):
-                x = unit(accs[i], i, V_WIDTH) + acc_offset[:, None]
-                if i == V_PLANES - 1:
-                    x += (weight_sum * V_TOP)[:, None]
-                at = out_row[:, None] * D + (i * (D // V_PLANES) + offs_v)[None, :]
-                mask = tl.broadcast_to(mask_g[:, None], at.shape)
-                tl.store(out_ptr + at, x * norm[:, None], mask=mask)
+            for j in tl.static_range(V_PARTS):
+                for i in tl.static_range(V_PLANES):
+                    x = _outputs(
+                        accs[j * V_PLANES + i],
+                        acc_offsets[(j * V_PLANES + i) * V_RUNS // V_PIECES],
+                        weight_sums[(j * V_PLANES + i) * V_RUNS // V_PIECES],
+                        i,
+                        V_SIDE,
+                    )
+                    channel = (i * V_PARTS + j) * (D // V_PIECES) + offs_v
+                    at = out_row[:, None] * D + channel[None, :]
+                    mask = tl.broadcast_to(mask_g[:, None], at.shape)
+                    tl.store(out_ptr + at, x * norm[:, None], mask=mask)
             lse = (top + tl.log2(total)) * 0.6931471805599453
             tl.store(lse_ptr + out_row, lse, mask=mask_g)
         else:

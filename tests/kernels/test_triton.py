@@ -31,6 +31,7 @@ WITH_KERNELS = [name for name in format_names() if why_no_kernels(get_format(nam
 # Dense tiles, a grid a token, a grid a channel and levels, e4m3, runs within a token.
 EVERY_KIND = ["exact", "int8", "k3v2", "fp8", "kivi4"]
 INTEGER = ["int8", "k8v4", "k4v4", "k4v2", "k3v3", "k3v2", "k2v2", "int4"]
+INTEGER += ["kivi4", "kivi2", "g64-int4", "g64-int2"]  # scales of runs
 
 # Not in the registry: what a side's kernels can do besides.
 LLOYD_MAX = KVFormat(
