@@ -39,6 +39,7 @@ INTERPRETER_PROCESSORS = 8  # what the interpreter pretends to split for
 PLAIN_PROGRAMS, INTEGER_PROGRAMS = 4, 9
 # Left alone, the compiler settles on 168 registers for these widths, and spills.
 INTEGER_REGISTERS = {(3, 2): 216}
+NUM_STAGES = 3
 INTEGER_HEAD_DIMS = (64, 128)
 INTEGER_CAPABILITY = (8, 0)
 
@@ -145,7 +146,7 @@ def _plain_launch(
         "PRECISION": "ieee",
         **shape,
     }
-    options = {"num_warps": 4, "num_stages": 3}
+    options = {"num_warps": 4, "num_stages": NUM_STAGES}
     return Launch(attention_kernel, constants, tokens, PLAIN_PROGRAMS, options)
 
 
@@ -164,9 +165,10 @@ def integer_launch(fmt: KVFormat, head_dim: int, group: int, page_size: int) -> 
         "MIN_TILES": MIN_TILES_PER_SPLIT,
         "HEADS": HEADS,
         "TOKENS": TOKENS,
+        "STAGES": NUM_STAGES,
         "PTX": not isinstance(sealed_kernel, InterpretedFunction),
     }
-    options = {"num_warps": 1, "num_stages": 3}
+    options = {"num_warps": 1, "num_stages": NUM_STAGES}
     registers = INTEGER_REGISTERS.get((fmt.k.width, fmt.v.width))
     if registers:
         options["maxnreg"] = registers
@@ -312,6 +314,7 @@ class _Pages:
                 **launch.constants,
                 "HAS_SOFTCAP": self.softcap is not None,
                 "NUM_KV_HEADS": self.hot.shape[2],
+                "STAGES": launch.options["num_stages"],
             },
             **launch.options,
         )

@@ -35,6 +35,21 @@ HEADS = 8  # of a program, padded
 TOKENS = 64  # of a tile
 # No number may be divided by less: 32639 / FLOOR is finite, and what is smaller weighs nothing.
 FLOOR = tl.constexpr(2.0**-100)
+# 1.5 * 2^23 + 128: of a number with this added the lowest bits are those of the nearest whole
+# number + 128. With MAGIC * 2^k added they are those of the number over 2^k.
+MAGIC = tl.constexpr(12583040.0)
+LOG2_LARGEST = tl.constexpr(14.994309420105886)
+
+
+# Numbers $2 to $5, of each the second byte and the first: bytes of $0 and of $1.
+_SPLIT_PTX = tl.constexpr("""{
+    .reg .b32 a, b;
+    prmt.b32 a, $2, $3, 0x5140;
+    prmt.b32 b, $4, $5, 0x5140;
+    prmt.b32 $0, a, b, 0x7632;
+    prmt.b32 a, a, b, 0x5410;
+    xor.b32 $1, a, 0x80808080;
+}""")
 
 
 @triton.constexpr_function
@@ -83,11 +98,15 @@ def token_run(side: Side, page_size: int, head_dim: int) -> int:
 
 
 @triton.jit
-def _split(x):
-    """fp32, |x| <= 32639 -> hi, lo of the nearest whole number: with 1.5 * 2^23 + 128 added its
-    lowest bits are those of the number + 128."""
-    bits = (x + 12583040.0).to(tl.int32, bitcast=True)
-    return (bits >> 8).to(tl.int8), bits.to(tl.int8) ^ (-128)
+def _split(x, PTX: tl.constexpr):
+    """Numbers with `_magic` added -> hi, lo of the nearest whole number, int8."""
+    bits = x.to(tl.int32, bitcast=True)
+    if PTX:
+        return tl.inline_asm_elementwise(
+            _SPLIT_PTX, "=&r,=&r,r,r,r,r", [bits], dtype=(tl.int8, tl.int8), is_pure=True, pack=4
+        )
+    else:
+        return (bits >> 8).to(tl.int8), bits.to(tl.int8) ^ (-128)
 
 
 @triton.jit
@@ -189,9 +208,9 @@ def _run(x, R: tl.constexpr, RUNS: tl.constexpr):
 
 
 @triton.jit
-def _query_operand(q, D: tl.constexpr):
-    """q [HEADS, D] fp32 in the order `chan` -> [2 HEADS, D] int8, channels in order"""
-    hi, lo = _split(q)
+def _query_operand(q, D: tl.constexpr, PTX: tl.constexpr):
+    """q [HEADS, D] fp32 in the order `chan`, magic added -> [2 HEADS, D] int8, in order"""
+    hi, lo = _split(q, PTX)
     rows = _stack(hi, lo).reshape(2 * q.shape[0], D // 32, 4, 4, 2)
     return rows.permute(0, 1, 3, 2, 4).reshape(2 * q.shape[0], D)
 
@@ -216,9 +235,10 @@ def _in_score_order(x, PLANES: tl.constexpr):
 
 
 @triton.jit
-def _weight_operand(w, PLANES: tl.constexpr):
-    """w [HEADS, TOKENS] fp32 in the order of scores -> [2 HEADS, TOKENS] int8, tokens in order"""
-    hi, lo = _split(w)
+def _weight_operand(w, PLANES: tl.constexpr, PTX: tl.constexpr):
+    """w [HEADS, TOKENS] fp32 as scores are ordered, magic added -> [2 HEADS, TOKENS] int8, in
+    order"""
+    hi, lo = _split(w, PTX)
     pp = _stack(hi, lo)
     H: tl.constexpr = pp.shape[0]
     X: tl.constexpr = pp.shape[1]
@@ -265,25 +285,27 @@ def _run_weights(
     HAS_OFFSET: tl.constexpr,
     SIDE: tl.constexpr,
     K_PLANES: tl.constexpr,
+    PTX: tl.constexpr,
 ):
     """The weights of the values' run R as an operand, what products with it are multiplied with,
     and the sums over all tiles of weights times offsets and of weights.
 
     p: [HEADS, TOKENS]; keep, gain: [HEADS], of what was summed before and of this tile
     """
-    LARGEST: tl.constexpr = 32639.0
-    scale = _numbers(_in_score_order(_run(stored_scale, R, RUNS), K_PLANES), SIDE.scale)
+    stored_scale = _run(stored_scale, R, RUNS)
+    power = _power_above(stored_scale, SIDE.scale)
+    scale = _numbers(_in_score_order(stored_scale, K_PLANES), SIDE.scale)
     if HAS_OFFSET:
         offset = from_bf16(_in_score_order(_run(stored_offset, R, RUNS), K_PLANES))
         if SIDE.width == 8:
             offset = tl.fma(scale, tl.full(scale.shape, 128.0, tl.float32), offset)
         acc_offset = acc_offset * keep + tl.sum(p * offset[None, :], 1) * gain
-    most = tl.maximum(tl.max(scale, 0), FLOOR)
-    w = p * (scale * (LARGEST / most))[None, :]
-    gain = gain * (most * (step_of(SIDE) / LARGEST))
+    w = _weight_operand(p * scale[None, :] + power * MAGIC, K_PLANES, PTX)
+    gain = gain * (power * step_of(SIDE))
     if SIDE.width != 8:
-        weight_sum = weight_sum * keep + tl.sum(w, 1) * gain
-    return _weight_operand(w, K_PLANES), gain, acc_offset, weight_sum
+        ones = tl.full([8, p.shape[1]], 1, tl.int8)
+        weight_sum = weight_sum * keep[:, None] + _joined(_times(w, ones)) * gain[:, None]
+    return w, gain, acc_offset, weight_sum
 
 
 @triton.jit
@@ -295,6 +317,18 @@ def _outputs(acc, acc_offset, weight_sum, P: tl.constexpr, SIDE: tl.constexpr):
         TOP: tl.constexpr = top_offset(SIDE)
         x += (weight_sum * TOP)[:, None]
     return x
+
+
+@triton.jit
+def _power_above(stored, SCALE: tl.constexpr):
+    """The power of two above the greatest of stored scales, as far as MAGIC times it is normal."""
+    most = tl.max(stored.to(tl.int32) & (0x7FFF if SCALE == "bf16" else 255), 0)
+    if SCALE == "bf16":
+        exponent = (most >> 7) + 1
+    else:
+        exponent = (most >> 3) + 108
+    exponent = tl.minimum(tl.maximum(exponent, 27), 230)
+    return (exponent << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -326,6 +360,7 @@ def sealed_kernel(
     MIN_TILES: tl.constexpr,
     HEADS: tl.constexpr,
     TOKENS: tl.constexpr,
+    STAGES: tl.constexpr,
     PTX: tl.constexpr,
 ):
     """Program (split, KV head and eight of its query heads, sequence with one new token).
@@ -404,14 +439,15 @@ def sealed_kernel(
                 for r in tl.static_range(K_RUNS):
                     q_run = _channels(q_whole, r, K_RUNS)
                     q_sums = q_sums + (tl.sum(q_run, 1),)  # noqa: RUF005
-                    qqs = qqs + (_query_operand(q_run, D // K_RUNS),)  # noqa: RUF005
+                    qq = _query_operand(q_run + MAGIC, D // K_RUNS, PTX)
+                    qqs = qqs + (qq,)  # noqa: RUF005
 
             accs, acc_offsets, weight_sums = (), (), ()
             for _ in tl.static_range(V_PIECES):
                 accs = accs + (tl.zeros([HEADS, D // V_PIECES], tl.float32),)  # noqa: RUF005
             for _ in tl.static_range(V_RUNS):
                 acc_offsets = acc_offsets + (tl.zeros([HEADS], tl.float32),)  # noqa: RUF005
-                weight_sums = weight_sums + (tl.zeros([HEADS], tl.float32),)  # noqa: RUF005
+                weight_sums = weight_sums + (tl.zeros([HEADS, 8], tl.float32),)  # noqa: RUF005
             top = tl.full([HEADS], float("-inf"), tl.float32)
             total = tl.zeros([HEADS], tl.float32)
 
@@ -431,7 +467,7 @@ def sealed_kernel(
 
             table_ptr = sealed_tables_ptr + tl.load(rows_ptr + seq).to(tl.int64) * stride_table
             table_ptr += sink_pages
-            for tile in range(tile_from, tile_end):
+            for tile in tl.range(tile_from, tile_end, num_stages=STAGES):
                 page = tl.load(table_ptr + tile // BLOCKS).to(tl.int64)
                 block = tile % BLOCKS
                 k_ptr = sealed_ptr + (page * NUM_KV_HEADS + head) * PAGE_BYTES
@@ -472,13 +508,12 @@ def sealed_kernel(
                     for r in tl.static_range(K_PARTS):
                         run = first // K_RUN + r
                         k_offset = _load_stored(k_numbers_ptr + 2 * D * run, D, "bf16")
-                        page_scale, u = _channel_scales(
-                            k_numbers_ptr + (2 * D * PAGE_SIZE // K_RUN) + K_SCALE_BYTES * D * run,
-                            D,
-                            K_SIDE.scale,
-                        )
-                        qq = _query_operand(q_whole * u[None, :], D)
-                        tile_scale = q_scale * page_scale
+                        k_scale_ptr = k_numbers_ptr + 2 * D * PAGE_SIZE // K_RUN
+                        k_scale = _load_stored(k_scale_ptr + K_SCALE_BYTES * D * run, D, K_SIDE.scale)
+                        power = _power_above(k_scale, K_SIDE.scale)
+                        k_scale = _numbers(_in_chan_order(k_scale), K_SIDE.scale)
+                        qq = _query_operand(q_whole * k_scale[None, :] + power * MAGIC, D, PTX)
+                        tile_scale = q_scale * power
                         q_tops = tl.full([8, D], 1, tl.int8)
                         q_top = tl.max(_joined(_times(qq, q_tops)), 1)
                         x = _scores(qq, kks[r], q_top, K_WIDTH, K_PLANES, K_TOP)
@@ -522,14 +557,14 @@ def sealed_kernel(
                     )
                 if SCALED:
                     tile_top = tl.max(s, 1)
-                    p = tl.exp2(s - tile_top[:, None])
+                    p = tl.exp2(s + -(tile_top - LOG2_LARGEST)[:, None])
                 else:
                     tile_top = tl.max(s, 1) * tile_scale
                     p = tl.exp2(
                         tl.fma(
                             s,
                             tl.broadcast_to(tile_scale[:, None], [HEADS, TOKENS]),
-                            tl.broadcast_to(-tile_top[:, None], [HEADS, TOKENS]),
+                            tl.broadcast_to(-(tile_top - LOG2_LARGEST)[:, None], [HEADS, TOKENS]),
                         )
                     )
                     if MODE == "channel":
@@ -568,6 +603,7 @@ def sealed_kernel(
                                 V_OFFSET,
                                 V_SIDE,
                                 K_PLANES,
+                                PTX,
                             )
                             new_offsets = new_offsets + (offset,)  # noqa: RUF005
                             new_sums = new_sums + (weights,)  # noqa: RUF005
@@ -586,7 +622,7 @@ def sealed_kernel(
                     x = _outputs(
                         accs[j * V_PLANES + i],
                         acc_offsets[(j * V_PLANES + i) * V_RUNS // V_PIECES],
-                        weight_sums[(j * V_PLANES + i) * V_RUNS // V_PIECES],
+                        tl.max(weight_sums[(j * V_PLANES + i) * V_RUNS // V_PIECES], 1),
                         i,
                         V_SIDE,
                     )
@@ -594,26 +630,7 @@ def sealed_kernel(
                     at = out_row[:, None] * D + channel[None, :]
                     mask = tl.broadcast_to(mask_g[:, None], at.shape)
                     tl.store(out_ptr + at, x * norm[:, None], mask=mask)
-            lse = (top + tl.log2(total)) * 0.6931471805599453
+            lse = (top - LOG2_LARGEST + tl.log2(total)) * 0.6931471805599453
             tl.store(lse_ptr + out_row, lse, mask=mask_g)
         else:
             tl.store(lse_ptr + out_row, tl.full([HEADS], float("-inf"), tl.float32), mask=mask_g)
-
-
-@triton.jit
-def _channel_scales(scales_ptr, D: tl.constexpr, SCALE: tl.constexpr):
-    """A page's scales [D] as S and u, in the order `chan`: scale = S u, u <= 1, so that q u fits
-    into 15 bits whatever the page."""
-    if SCALE == "e5m3":
-        # (8 + m) 2^(e - 23) has the biased exponent e + 107. S is 2^(e - 19), e that of the
-        # greatest scale: dividing by it is less exponent.
-        codes = tl.load(scales_ptr + tl.arange(0, D))
-        e = tl.max(codes.to(tl.int32) & 255, 0) >> 3
-        page_scale = ((e + 108) << 23).to(tl.float32, bitcast=True)
-        codes = _in_chan_order(codes).to(tl.int32) & 255
-        u = ((codes << 20) + ((126 - e) << 23)).to(tl.float32, bitcast=True)
-        return page_scale, u
-    else:
-        stored = _load_stored(scales_ptr, D, "bf16")
-        page_scale = tl.maximum(tl.max(from_bf16(stored), 0), FLOOR)
-        return page_scale, from_bf16(_in_chan_order(stored)) * (1.0 / page_scale)
