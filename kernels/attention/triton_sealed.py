@@ -29,7 +29,7 @@ from kvmesh.kernels.formats.base import Side
 from kvmesh.kernels.formats.codebook.side import UNIFORM_STEP
 from kvmesh.kernels.formats.packing_triton import packed_bytes
 from kvmesh.kernels.formats.planes_triton import load_planes, unit
-from kvmesh.kernels.formats.tiles_triton import as_int16, from_bf16, from_e5m3
+from kvmesh.kernels.formats.tiles_triton import from_e5m3
 
 HEADS = 8  # of a program, padded
 TOKENS = 64  # of a tile
@@ -195,19 +195,6 @@ def _channels(x, R: tl.constexpr, RUNS: tl.constexpr):
 
 
 @triton.jit
-def _run(x, R: tl.constexpr, RUNS: tl.constexpr):
-    """[tokens * RUNS], of each token one run after the other -> those of run R, [tokens]"""
-    if RUNS == 1:
-        return x
-    else:
-        even, odd = tl.split(x.reshape(x.shape[0] // 2, 2))
-        if R % 2 == 0:
-            return _run(even, R // 2, RUNS // 2)
-        else:
-            return _run(odd, R // 2, RUNS // 2)
-
-
-@triton.jit
 def _query_operand(q, D: tl.constexpr, PTX: tl.constexpr):
     """q [HEADS, D] fp32 in the order `chan`, magic added -> [2 HEADS, D] int8, in order"""
     hi, lo = _split(q, PTX)
@@ -252,23 +239,56 @@ def _weight_operand(w, PLANES: tl.constexpr, PTX: tl.constexpr):
 
 
 @triton.jit
-def _load_stored(ptr, COUNT: tl.constexpr, SCALE: tl.constexpr):
-    """[COUNT] stored numbers in order, int16 or int8; bytes by words, or they would not be
-    fetched ahead."""
-    if SCALE == "bf16":
-        return tl.load(as_int16(ptr) + tl.arange(0, COUNT))
-    else:
-        words_ptr = ptr.to(tl.pointer_type(tl.int32), bitcast=True)
-        words = tl.load(words_ptr + tl.arange(0, COUNT // 4))
-        return (words[:, None] >> (tl.arange(0, 4) * 8)[None, :]).to(tl.int8).reshape(COUNT)
+def _load_words(ptr, COUNT: tl.constexpr, SCALE: tl.constexpr):
+    """COUNT stored numbers in order, as int32 of two or four."""
+    words_ptr = ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+    return tl.load(words_ptr + tl.arange(0, COUNT // (2 if SCALE == "bf16" else 4)))
 
 
 @triton.jit
-def _numbers(stored, SCALE: tl.constexpr):
-    if SCALE == "bf16":
-        return from_bf16(stored)
+def _every(x, R: tl.constexpr, STEP: tl.constexpr):
+    """[X] -> [X / STEP], those at R, R + STEP, ...; STEP a power of two"""
+    if STEP == 1:
+        return x
     else:
-        return from_e5m3(stored)
+        even, odd = tl.split(x.reshape(x.shape[0] // 2, 2))
+        if R % 2 == 0:
+            return _every(even, R // 2, STEP // 2)
+        else:
+            return _every(odd, R // 2, STEP // 2)
+
+
+@triton.jit
+def _numbers(words, R: tl.constexpr, RUNS: tl.constexpr, SCALE: tl.constexpr):
+    """Every RUNS-th number from R on, fp32 in order."""
+    if SCALE == "e5m3":
+        codes = (words[:, None] >> (tl.arange(0, 4) * 8)[None, :]).to(tl.int8)
+        return from_e5m3(_every(codes.reshape(4 * words.shape[0]), R, RUNS))
+    elif RUNS == 1:
+        both = tl.join(words << 16, words & -65536).reshape(2 * words.shape[0])
+        return both.to(tl.float32, bitcast=True)
+    else:
+        word = _every(words, R // 2, RUNS // 2)
+        word = word << 16 if R % 2 == 0 else word & -65536
+        return word.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _power_above(words, R: tl.constexpr, RUNS: tl.constexpr, SCALE: tl.constexpr):
+    """The power of two above every RUNS-th scale from R on, as far as MAGIC times it is normal."""
+    if SCALE == "e5m3":
+        codes = (words[:, None] >> (tl.arange(0, 4) * 8)[None, :]) & 255
+        most = tl.max(_every(codes.reshape(4 * words.shape[0]), R, RUNS), 0)
+        exponent = (most >> 3) + 108
+    else:
+        if RUNS == 1:
+            most = tl.max(tl.maximum(words & 0x7FFF, words >> 16), 0)
+        else:
+            word = _every(words, R // 2, RUNS // 2)
+            most = tl.max(word & 0x7FFF if R % 2 == 0 else word >> 16, 0)
+        exponent = (most >> 7) + 1
+    exponent = tl.minimum(tl.maximum(exponent, 27), 230)
+    return (exponent << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -276,8 +296,8 @@ def _run_weights(
     p,
     keep,
     gain,
-    stored_scale,
-    stored_offset,
+    scales,
+    offsets,
     acc_offset,
     weight_sum,
     R: tl.constexpr,
@@ -292,11 +312,10 @@ def _run_weights(
 
     p: [HEADS, TOKENS]; keep, gain: [HEADS], of what was summed before and of this tile
     """
-    stored_scale = _run(stored_scale, R, RUNS)
-    power = _power_above(stored_scale, SIDE.scale)
-    scale = _numbers(_in_score_order(stored_scale, K_PLANES), SIDE.scale)
+    power = _power_above(scales, R, RUNS, SIDE.scale)
+    scale = _in_score_order(_numbers(scales, R, RUNS, SIDE.scale), K_PLANES)
     if HAS_OFFSET:
-        offset = from_bf16(_in_score_order(_run(stored_offset, R, RUNS), K_PLANES))
+        offset = _in_score_order(_numbers(offsets, R, RUNS, "bf16"), K_PLANES)
         if SIDE.width == 8:
             offset = tl.fma(scale, tl.full(scale.shape, 128.0, tl.float32), offset)
         acc_offset = acc_offset * keep + tl.sum(p * offset[None, :], 1) * gain
@@ -317,18 +336,6 @@ def _outputs(acc, acc_offset, weight_sum, P: tl.constexpr, SIDE: tl.constexpr):
         TOP: tl.constexpr = top_offset(SIDE)
         x += (weight_sum * TOP)[:, None]
     return x
-
-
-@triton.jit
-def _power_above(stored, SCALE: tl.constexpr):
-    """The power of two above the greatest of stored scales, as far as MAGIC times it is normal."""
-    most = tl.max(stored.to(tl.int32) & (0x7FFF if SCALE == "bf16" else 255), 0)
-    if SCALE == "bf16":
-        exponent = (most >> 7) + 1
-    else:
-        exponent = (most >> 3) + 108
-    exponent = tl.minimum(tl.maximum(exponent, 27), 230)
-    return (exponent << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -489,35 +496,35 @@ def sealed_kernel(
                 first = block * TOKENS
                 if V_OFFSET:  # | offsets [PAGE_SIZE, V_RUNS] | scales [PAGE_SIZE, V_RUNS] |
                     v_offset_ptr = v_numbers_ptr + 2 * V_RUNS * first
-                    v_offset = _load_stored(v_offset_ptr, TOKENS * V_RUNS, "bf16")
+                    v_offset = _load_words(v_offset_ptr, TOKENS * V_RUNS, "bf16")
                     v_numbers_ptr += 2 * V_RUNS * PAGE_SIZE
                 v_numbers_ptr += V_SCALE_BYTES * V_RUNS * first
-                v_scale = _load_stored(v_numbers_ptr, TOKENS * V_RUNS, V_SIDE.scale)
+                v_scale = _load_words(v_numbers_ptr, TOKENS * V_RUNS, V_SIDE.scale)
                 if not V_OFFSET:
                     v_offset = v_scale
                 if MODE == "token":
                     k_offset_ptr = k_numbers_ptr + 2 * K_RUNS * first
-                    k_offset = _load_stored(k_offset_ptr, TOKENS * K_RUNS, "bf16")
+                    k_offset = _load_words(k_offset_ptr, TOKENS * K_RUNS, "bf16")
                     k_numbers_ptr += 2 * K_RUNS * PAGE_SIZE
                 if MODE != "channel":
                     k_numbers_ptr += K_SCALE_BYTES * K_RUNS * first
-                    k_scale = _load_stored(k_numbers_ptr, TOKENS * K_RUNS, K_SIDE.scale)
+                    k_scale = _load_words(k_numbers_ptr, TOKENS * K_RUNS, K_SIDE.scale)
                 # Scores in the tile's order.
                 tile_scale = q_scale
                 if MODE == "channel":  # | offsets [runs, D] | scales [runs, D] |
                     for r in tl.static_range(K_PARTS):
                         run = first // K_RUN + r
-                        k_offset = _load_stored(k_numbers_ptr + 2 * D * run, D, "bf16")
+                        k_offset = _load_words(k_numbers_ptr + 2 * D * run, D, "bf16")
                         k_scale_ptr = k_numbers_ptr + 2 * D * PAGE_SIZE // K_RUN
-                        k_scale = _load_stored(k_scale_ptr + K_SCALE_BYTES * D * run, D, K_SIDE.scale)
-                        power = _power_above(k_scale, K_SIDE.scale)
-                        k_scale = _numbers(_in_chan_order(k_scale), K_SIDE.scale)
+                        k_scale = _load_words(k_scale_ptr + K_SCALE_BYTES * D * run, D, K_SIDE.scale)
+                        power = _power_above(k_scale, 0, 1, K_SIDE.scale)
+                        k_scale = _in_chan_order(_numbers(k_scale, 0, 1, K_SIDE.scale))
                         qq = _query_operand(q_whole * k_scale[None, :] + power * MAGIC, D, PTX)
                         tile_scale = q_scale * power
                         q_tops = tl.full([8, D], 1, tl.int8)
                         q_top = tl.max(_joined(_times(qq, q_tops)), 1)
                         x = _scores(qq, kks[r], q_top, K_WIDTH, K_PLANES, K_TOP)
-                        k_offset = from_bf16(_in_chan_order(k_offset))
+                        k_offset = _in_chan_order(_numbers(k_offset, 0, 1, "bf16"))
                         shift = tl.sum(q_whole * k_offset[None, :], 1) * q_scale
                         if SCALED:
                             x = x * tile_scale[:, None] + shift[:, None]
@@ -528,15 +535,14 @@ def sealed_kernel(
                 elif MODE == "level":
                     s = _scores(qqs[0], kks[0], q_sum, K_WIDTH, K_PLANES, K_TOP)
                     s = s - q_sum[:, None] * K_MIDDLE
-                    k_scale = _numbers(_in_score_order(k_scale, K_PLANES), K_SIDE.scale)
+                    k_scale = _in_score_order(_numbers(k_scale, 0, 1, K_SIDE.scale), K_PLANES)
                     s = s * k_scale[None, :]
                 else:
                     for r in tl.static_range(K_RUNS):
                         x = _scores(qqs[r], kks[r], q_sums[r], K_WIDTH, K_PLANES, K_TOP)
-                        scale = _numbers(
-                            _in_score_order(_run(k_scale, r, K_RUNS), K_PLANES), K_SIDE.scale
-                        )
-                        offset = from_bf16(_in_score_order(_run(k_offset, r, K_RUNS), K_PLANES))
+                        scale = _numbers(k_scale, r, K_RUNS, K_SIDE.scale)
+                        scale = _in_score_order(scale, K_PLANES)
+                        offset = _in_score_order(_numbers(k_offset, r, K_RUNS, "bf16"), K_PLANES)
                         if K_WIDTH == 8:
                             offset = tl.fma(scale, tl.full([TOKENS], 128.0, tl.float32), offset)
                         scale = tl.broadcast_to(scale[None, :], [HEADS, TOKENS])
