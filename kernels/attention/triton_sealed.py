@@ -145,10 +145,31 @@ def _products(a, planes, P: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def _row_sums(a):
+    """a [2 HEADS, X] int8 -> sums of the rows' numbers, [HEADS, 8] fp32: eight times the same, as
+    products lie, so that they meet those without leaving their threads"""
+    return _joined(_times(a, tl.full([8, a.shape[1]], 1, tl.int8)))
+
+
+@triton.jit
+def _column_sums(x):
+    """[HEADS, X] -> every 8th column's sum, [HEADS, 8]: what a thread has of a row; what the others
+    have is added when the loop is over"""
+    return tl.sum(x.reshape(x.shape[0], x.shape[1] // 8, 8), 1)
+
+
+@triton.jit
+def _plus(x, sums):
+    """x [HEADS, X] + sums [HEADS, 8], eight times the same"""
+    parts = x.reshape(x.shape[0], x.shape[1] // 8, 8) + sums[:, None, :]
+    return parts.reshape(x.shape[0], x.shape[1])
+
+
+@triton.jit
 def _scores(qq, planes, q_top, WIDTH: tl.constexpr, PLANES: tl.constexpr, TOP: tl.constexpr):
     """Products of queries with keys, [HEADS, PLANES * rows]: plane after plane, in units of codes.
 
-    q_top: [HEADS], sums of the queries, of which the last plane's numbers lack TOP times
+    q_top: [HEADS, 8], sums of the queries, of which the last plane's numbers lack TOP times
     """
     x = _products(qq, planes, 0, WIDTH)
     H: tl.constexpr = x.shape[0]
@@ -156,16 +177,16 @@ def _scores(qq, planes, q_top, WIDTH: tl.constexpr, PLANES: tl.constexpr, TOP: t
     if PLANES == 1:
         s = x
         if TOP != 0.0:
-            s += q_top[:, None] * TOP
+            s = _plus(s, q_top * TOP)
     elif PLANES == 2:
         last = unit(_products(qq, planes, 1, WIDTH), 1, WIDTH)
-        last += q_top[:, None] * TOP
+        last = _plus(last, q_top * TOP)
         s = tl.join(x, last).permute(0, 2, 1).reshape(H, 2 * ROWS)
     else:
         s1 = unit(_products(qq, planes, 1, WIDTH), 1, WIDTH)
         s2 = unit(_products(qq, planes, 2, WIDTH), 2, WIDTH)
         last = unit(_products(qq, planes, 3, WIDTH), 3, WIDTH)
-        last += q_top[:, None] * TOP
+        last = _plus(last, q_top * TOP)
         s = tl.join(tl.join(x, s2), tl.join(s1, last)).reshape(H, ROWS, 4)
         s = s.permute(0, 2, 1).reshape(H, 4 * ROWS)
     return s
@@ -303,6 +324,7 @@ def _run_weights(
     R: tl.constexpr,
     RUNS: tl.constexpr,
     HAS_OFFSET: tl.constexpr,
+    WANTS_SUM: tl.constexpr,
     SIDE: tl.constexpr,
     K_PLANES: tl.constexpr,
     PTX: tl.constexpr,
@@ -318,12 +340,12 @@ def _run_weights(
         offset = _in_score_order(_numbers(offsets, R, RUNS, "bf16"), K_PLANES)
         if SIDE.width == 8:
             offset = tl.fma(scale, tl.full(scale.shape, 128.0, tl.float32), offset)
-        acc_offset = acc_offset * keep + tl.sum(p * offset[None, :], 1) * gain
+        sums = _column_sums(p * offset[None, :])
+        acc_offset = acc_offset * keep[:, None] + sums * gain[:, None]
     w = _weight_operand(p * scale[None, :] + power * MAGIC, K_PLANES, PTX)
     gain = gain * (power * step_of(SIDE))
-    if SIDE.width != 8:
-        ones = tl.full([8, p.shape[1]], 1, tl.int8)
-        weight_sum = weight_sum * keep[:, None] + _joined(_times(w, ones)) * gain[:, None]
+    if WANTS_SUM:
+        weight_sum = weight_sum * keep[:, None] + _row_sums(w) * gain[:, None]
     return w, gain, acc_offset, weight_sum
 
 
@@ -453,10 +475,10 @@ def sealed_kernel(
             for _ in tl.static_range(V_PIECES):
                 accs = accs + (tl.zeros([HEADS, D // V_PIECES], tl.float32),)  # noqa: RUF005
             for _ in tl.static_range(V_RUNS):
-                acc_offsets = acc_offsets + (tl.zeros([HEADS], tl.float32),)  # noqa: RUF005
+                acc_offsets = acc_offsets + (tl.zeros([HEADS, 8], tl.float32),)  # noqa: RUF005
                 weight_sums = weight_sums + (tl.zeros([HEADS, 8], tl.float32),)  # noqa: RUF005
             top = tl.full([HEADS], float("-inf"), tl.float32)
-            total = tl.zeros([HEADS], tl.float32)
+            total = tl.zeros([HEADS, 8], tl.float32)
 
             ROWS: tl.constexpr = TOKENS // K_PLANES // K_PARTS
             offs_r = tl.arange(0, ROWS)
@@ -521,9 +543,7 @@ def sealed_kernel(
                         k_scale = _in_chan_order(_numbers(k_scale, 0, 1, K_SIDE.scale))
                         qq = _query_operand(q_whole * k_scale[None, :] + power * MAGIC, D, PTX)
                         tile_scale = q_scale * power
-                        q_tops = tl.full([8, D], 1, tl.int8)
-                        q_top = tl.max(_joined(_times(qq, q_tops)), 1)
-                        x = _scores(qq, kks[r], q_top, K_WIDTH, K_PLANES, K_TOP)
+                        x = _scores(qq, kks[r], _row_sums(qq), K_WIDTH, K_PLANES, K_TOP)
                         k_offset = _in_chan_order(_numbers(k_offset, 0, 1, "bf16"))
                         shift = tl.sum(q_whole * k_offset[None, :], 1) * q_scale
                         if SCALED:
@@ -533,13 +553,15 @@ def sealed_kernel(
                         else:
                             s = _side_by_side(s, x, K_PLANES)
                 elif MODE == "level":
-                    s = _scores(qqs[0], kks[0], q_sum, K_WIDTH, K_PLANES, K_TOP)
+                    q_top = tl.broadcast_to(q_sum[:, None], [HEADS, 8])
+                    s = _scores(qqs[0], kks[0], q_top, K_WIDTH, K_PLANES, K_TOP)
                     s = s - q_sum[:, None] * K_MIDDLE
                     k_scale = _in_score_order(_numbers(k_scale, 0, 1, K_SIDE.scale), K_PLANES)
                     s = s * k_scale[None, :]
                 else:
                     for r in tl.static_range(K_RUNS):
-                        x = _scores(qqs[r], kks[r], q_sums[r], K_WIDTH, K_PLANES, K_TOP)
+                        q_top = tl.broadcast_to(q_sums[r][:, None], [HEADS, 8])
+                        x = _scores(qqs[r], kks[r], q_top, K_WIDTH, K_PLANES, K_TOP)
                         scale = _numbers(k_scale, r, K_RUNS, K_SIDE.scale)
                         scale = _in_score_order(scale, K_PLANES)
                         offset = _in_score_order(_numbers(k_offset, r, K_RUNS, "bf16"), K_PLANES)
@@ -578,7 +600,7 @@ def sealed_kernel(
                 new_top = tl.maximum(top, tile_top)
                 keep = tl.exp2(top - new_top)
                 gain = tl.exp2(tile_top - new_top)
-                total = total * keep + tl.sum(p, 1) * gain
+                total = total * keep[:, None] + _column_sums(p) * gain[:, None]
                 top = new_top
 
                 v_high_ptr = v_ptr + PAGE_SIZE * D // 4 + block * (TOKENS * D // 8)
@@ -607,6 +629,8 @@ def sealed_kernel(
                                 (i * V_PARTS + j) * V_RUNS // V_PIECES,
                                 V_RUNS,
                                 V_OFFSET,
+                                V_MIDDLE != 0.0
+                                or (V_TOP != 0.0 and i + max(1, V_PLANES // V_RUNS) == V_PLANES),
                                 V_SIDE,
                                 K_PLANES,
                                 PTX,
@@ -622,12 +646,13 @@ def sealed_kernel(
                         new_accs = new_accs + (x,)  # noqa: RUF005
                 accs, acc_offsets, weight_sums = new_accs, new_offsets, new_sums
 
+            total = tl.sum(total, 1)
             norm = 1.0 / total
             for j in tl.static_range(V_PARTS):
                 for i in tl.static_range(V_PLANES):
                     x = _outputs(
                         accs[j * V_PLANES + i],
-                        acc_offsets[(j * V_PLANES + i) * V_RUNS // V_PIECES],
+                        tl.sum(acc_offsets[(j * V_PLANES + i) * V_RUNS // V_PIECES], 1),
                         tl.max(weight_sums[(j * V_PLANES + i) * V_RUNS // V_PIECES], 1),
                         i,
                         V_SIDE,
