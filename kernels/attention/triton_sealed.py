@@ -243,13 +243,22 @@ def _in_score_order(x, PLANES: tl.constexpr):
 
 
 @triton.jit
-def _weight_operand(w, PLANES: tl.constexpr, PTX: tl.constexpr):
+def _weight_operand(w, PLANES: tl.constexpr, PARTS: tl.constexpr, PTX: tl.constexpr):
     """w [HEADS, TOKENS] fp32 as scores are ordered, magic added -> [2 HEADS, TOKENS] int8, in
     order"""
-    hi, lo = _split(w, PTX)
+    H: tl.constexpr = 2 * w.shape[0]
+    X: tl.constexpr = w.shape[1]
+    if PARTS == 1:
+        hi, lo = _split(w, PTX)
+    else:
+        # One run of tokens after the other: four numbers that make a word come together.
+        w = w.reshape(H // 2, PLANES, 2, X // PLANES // 2)
+        first, second = tl.split(w.permute(0, 1, 3, 2))
+        hi, lo = _split(first, PTX)
+        second_hi, second_lo = _split(second, PTX)
+        hi = tl.join(hi, second_hi).permute(0, 1, 3, 2).reshape(H // 2, X)
+        lo = tl.join(lo, second_lo).permute(0, 1, 3, 2).reshape(H // 2, X)
     pp = _stack(hi, lo)
-    H: tl.constexpr = pp.shape[0]
-    X: tl.constexpr = pp.shape[1]
     if PLANES == 1:
         pp = pp.reshape(H, X // 32, 4, 4, 2).permute(0, 1, 3, 2, 4)
     elif PLANES == 2:
@@ -327,6 +336,7 @@ def _run_weights(
     WANTS_SUM: tl.constexpr,
     SIDE: tl.constexpr,
     K_PLANES: tl.constexpr,
+    K_PARTS: tl.constexpr,
     PTX: tl.constexpr,
 ):
     """The weights of the values' run R as an operand, what products with it are multiplied with,
@@ -342,7 +352,7 @@ def _run_weights(
             offset = tl.fma(scale, tl.full(scale.shape, 128.0, tl.float32), offset)
         sums = _column_sums(p * offset[None, :])
         acc_offset = acc_offset * keep[:, None] + sums * gain[:, None]
-    w = _weight_operand(p * scale[None, :] + power * MAGIC, K_PLANES, PTX)
+    w = _weight_operand(p * scale[None, :] + power * MAGIC, K_PLANES, K_PARTS, PTX)
     gain = gain * (power * step_of(SIDE))
     if WANTS_SUM:
         weight_sum = weight_sum * keep[:, None] + _row_sums(w) * gain[:, None]
@@ -633,6 +643,7 @@ def sealed_kernel(
                                 or (V_TOP != 0.0 and i + max(1, V_PLANES // V_RUNS) == V_PLANES),
                                 V_SIDE,
                                 K_PLANES,
+                                K_PARTS,
                                 PTX,
                             )
                             new_offsets = new_offsets + (offset,)  # noqa: RUF005
