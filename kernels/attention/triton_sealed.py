@@ -29,7 +29,7 @@ from kvmesh.kernels.formats.base import Side
 from kvmesh.kernels.formats.codebook.side import UNIFORM_STEP
 from kvmesh.kernels.formats.packing_triton import packed_bytes
 from kvmesh.kernels.formats.planes_triton import load_planes, unit
-from kvmesh.kernels.formats.tiles_triton import from_e5m3
+from kvmesh.kernels.formats.tiles_triton import from_bf16, from_e5m3
 
 HEADS = 8  # of a program, padded
 TOKENS = 64  # of a tile
@@ -317,8 +317,42 @@ def _power_above(words, R: tl.constexpr, RUNS: tl.constexpr, SCALE: tl.constexpr
             word = _every(words, R // 2, RUNS // 2)
             most = tl.max(word & 0x7FFF if R % 2 == 0 else word >> 16, 0)
         exponent = (most >> 7) + 1
-    exponent = tl.minimum(tl.maximum(exponent, 27), 230)
     return (exponent << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _exact_operand(q, DTYPE: tl.constexpr):
+    """q [HEADS, D] fp32 in the order `chan` -> [2 HEADS, D] of the numbers that it had, below them
+    zeros; in the order in which a thread's numbers are an operand's."""
+    q = q.to(DTYPE)
+    q = _stack(q, tl.zeros_like(q)).reshape(2 * q.shape[0], q.shape[1] // 16, 2, 4, 2)
+    return q.permute(0, 1, 3, 2, 4).reshape(q.shape[0], q.shape[1] * 16)
+
+
+@triton.jit
+def _shifts(q, offset_ptr, offs_d, PARTS: tl.constexpr, HEADS: tl.constexpr):
+    """Products of queries, as `_exact_operand` gives them, with keys' offsets [PARTS, D], bf16
+    -> [HEADS, 8], column r that of part r % PARTS"""
+    D: tl.constexpr = offs_d.shape[0]
+    bits_ptr = offset_ptr.to(tl.pointer_type(tl.int16), bitcast=True)
+    bits = tl.load(bits_ptr + tl.arange(0, PARTS)[:, None] * D + offs_d[None, :])
+    bits = bits.reshape(PARTS, D // 32, 4, 2, 4).permute(0, 1, 3, 2, 4).reshape(PARTS, D)
+    if q.dtype == tl.bfloat16:
+        offsets = bits.to(tl.bfloat16, bitcast=True)
+    else:
+        offsets = from_bf16(bits).to(q.dtype)
+    offsets = tl.broadcast_to(offsets[None, :, :], [8 // PARTS, PARTS, D]).reshape(8, D)
+    x = tl.dot(q, tl.trans(offsets), input_precision="ieee")
+    x, zeros = tl.split(x.reshape(2, HEADS, 8).permute(1, 2, 0))
+    return x
+
+
+@triton.jit
+def _part_columns(x, R: tl.constexpr, PARTS: tl.constexpr):
+    """x [HEADS, 8] as `_shifts` gives it -> part R's number in all columns; PARTS is 2"""
+    even, odd = tl.split(x.reshape(x.shape[0], x.shape[1] // 2, 2))
+    one = even if R == 0 else odd
+    return tl.broadcast_to(one[:, :, None], [x.shape[0], x.shape[1] // 2, 2]).reshape(x.shape)
 
 
 @triton.jit
@@ -469,6 +503,8 @@ def sealed_kernel(
             one = (offs_m[:, None] == offs_m[None, :]).to(q.dtype)
             q = tl.dot(one, q, input_precision="ieee")
             q, _ = tl.split(q.reshape(2, HEADS, D).permute(1, 2, 0))
+            if K_PARTS > 1:
+                q_exact = _exact_operand(q, one.dtype)
             q_most = tl.maximum(tl.max(tl.abs(q), 1), FLOOR)
             q_scale = q_most * (qk_scale * (step_of(K_SIDE) / LARGEST))
             q_whole = q * (LARGEST / q_most)[:, None]
@@ -544,24 +580,31 @@ def sealed_kernel(
                 # Scores in the tile's order.
                 tile_scale = q_scale
                 if MODE == "channel":  # | offsets [runs, D] | scales [runs, D] |
+                    run = first // K_RUN
+                    k_offset_ptr = k_numbers_ptr + 2 * D * run
+                    k_numbers_ptr += 2 * D * PAGE_SIZE // K_RUN + K_SCALE_BYTES * D * run
+                    if K_PARTS == 1:
+                        k_offset = _load_words(k_offset_ptr, D, "bf16")
+                    else:
+                        shifts = _shifts(q_exact, k_offset_ptr, offs_d, K_PARTS, HEADS) * qk_scale
                     for r in tl.static_range(K_PARTS):
-                        run = first // K_RUN + r
-                        k_offset = _load_words(k_numbers_ptr + 2 * D * run, D, "bf16")
-                        k_scale_ptr = k_numbers_ptr + 2 * D * PAGE_SIZE // K_RUN
-                        k_scale = _load_words(k_scale_ptr + K_SCALE_BYTES * D * run, D, K_SIDE.scale)
+                        k_scale_ptr = k_numbers_ptr + r * K_SCALE_BYTES * D
+                        k_scale = _load_words(k_scale_ptr, D, K_SIDE.scale)
                         power = _power_above(k_scale, 0, 1, K_SIDE.scale)
                         k_scale = _in_chan_order(_numbers(k_scale, 0, 1, K_SIDE.scale))
                         qq = _query_operand(q_whole * k_scale[None, :] + power * MAGIC, D, PTX)
                         tile_scale = q_scale * power
                         x = _scores(qq, kks[r], _row_sums(qq), K_WIDTH, K_PLANES, K_TOP)
-                        k_offset = _in_chan_order(_numbers(k_offset, 0, 1, "bf16"))
-                        shift = tl.sum(q_whole * k_offset[None, :], 1) * q_scale
-                        if SCALED:
-                            x = x * tile_scale[:, None] + shift[:, None]
                         if r == 0:
                             s = x
-                        else:
-                            s = _side_by_side(s, x, K_PLANES)
+                        if K_PARTS > 1:
+                            x = _plus(x * tile_scale[:, None], _part_columns(shifts, r, K_PARTS))
+                            s = x if r == 0 else _side_by_side(s, x, K_PLANES)
+                    if K_PARTS == 1:
+                        k_offset = _in_chan_order(_numbers(k_offset, 0, 1, "bf16"))
+                        shift = tl.sum(q_whole * k_offset[None, :], 1) * q_scale
+                        if HAS_SOFTCAP:
+                            s = s * tile_scale[:, None] + shift[:, None]
                 elif MODE == "level":
                     q_top = tl.broadcast_to(q_sum[:, None], [HEADS, 8])
                     s = _scores(qqs[0], kks[0], q_top, K_WIDTH, K_PLANES, K_TOP)
