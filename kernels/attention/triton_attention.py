@@ -20,7 +20,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from kvmesh.kernels.attention.batch import AttentionBatch
 from kvmesh.kernels.attention.triton_loop import attention_kernel
-from kvmesh.kernels.attention.triton_sealed import HEADS, TOKENS, sealed_kernel
+from kvmesh.kernels.attention.triton_sealed import HEADS, TOKENS, sealed_kernel, token_run
 from kvmesh.kernels.formats.affine.side import Affine
 from kvmesh.kernels.formats.base import NO_PARAMS, KVFormat, LayerParams, Side
 from kvmesh.kernels.formats.codebook.side import Codebook
@@ -37,8 +37,9 @@ INTERPRETER_PROCESSORS = 8  # what the interpreter pretends to split for
 # Programs that a processor holds at a time: of four warps as many as its shared memory is
 # enough for; of one warp as many as 65536 registers are, of which a thread takes some 220.
 PLAIN_PROGRAMS, INTEGER_PROGRAMS = 4, 9
-# Left alone, the compiler settles on 168 registers for these widths, and spills.
-INTEGER_REGISTERS = {(3, 2): 216}
+# Registers a thread may have. Left alone, the compiler settles on 168 for some formats, and
+# spills; allowed more, it mostly does not use them. Two runs of tokens take all there are.
+INTEGER_REGISTERS, INTEGER_REGISTERS_OF_TOKEN_RUNS = 208, 255
 NUM_STAGES = 3
 INTEGER_HEAD_DIMS = (64, 128)
 INTEGER_CAPABILITY = (8, 0)
@@ -168,10 +169,10 @@ def integer_launch(fmt: KVFormat, head_dim: int, group: int, page_size: int) -> 
         "STAGES": NUM_STAGES,
         "PTX": not isinstance(sealed_kernel, InterpretedFunction),
     }
-    options = {"num_warps": 1, "num_stages": NUM_STAGES}
-    registers = INTEGER_REGISTERS.get((fmt.k.width, fmt.v.width))
-    if registers:
-        options["maxnreg"] = registers
+    registers = INTEGER_REGISTERS
+    if token_run(fmt.k, page_size, head_dim) < TOKENS:
+        registers = INTEGER_REGISTERS_OF_TOKEN_RUNS
+    options = {"num_warps": 1, "num_stages": NUM_STAGES, "maxnreg": registers}
     return Launch(sealed_kernel, constants, TOKENS, INTEGER_PROGRAMS, options)
 
 
