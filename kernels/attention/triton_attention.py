@@ -10,7 +10,7 @@ other lengths.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -102,9 +102,29 @@ def decode_launch(
     hot_only: bool = False,
 ) -> Launch:
     """The plain loop; group: query heads of a KV head."""
+    pages = {"HOT_ONLY": hot_only, "SEALED_ONLY": False}
+    return _plain_launch(fmt, head_dim, group, page_size, dtype_bytes, _decode_shape(group), pages)
+
+
+@cache
+def one_warp_launch(
+    fmt: KVFormat, head_dim: int, group: int, page_size: int, dtype_bytes: int = 2
+) -> Launch | None:
+    """The plain loop over sealed pages alone with one warp a program; None for formats that it
+    does not suit. Hot pages would take more registers than one warp has."""
+    k, v = format_kernels(fmt)
+    if not (k.one_warp and v.one_warp and head_dim <= max(INTEGER_HEAD_DIMS)):
+        return None
+    pages = {"HOT_ONLY": False, "SEALED_ONLY": True}
+    shape = _decode_shape(group)
+    launch = _plain_launch(fmt, head_dim, group, page_size, dtype_bytes, shape, pages)
+    options = {**launch.options, "num_warps": 1}
+    return replace(launch, programs=INTEGER_PROGRAMS, options=options)
+
+
+def _decode_shape(group: int) -> dict[str, Any]:
     block_m = max(16, triton.next_power_of_2(group))
-    shape = {"DECODE": True, "HOT_ONLY": hot_only, "BLOCK_Q": 1, "BLOCK_M": block_m}
-    return _plain_launch(fmt, head_dim, group, page_size, dtype_bytes, shape)
+    return {"DECODE": True, "BLOCK_Q": 1, "BLOCK_M": block_m}
 
 
 @cache
@@ -114,8 +134,9 @@ def prefill_launch(
     """group: query heads of a KV head"""
     block_q = max(1, PREFILL_ROWS // group)
     block_m = max(16, triton.next_power_of_2(block_q * group))
-    shape = {"DECODE": False, "HOT_ONLY": False, "BLOCK_Q": block_q, "BLOCK_M": block_m}
-    return _plain_launch(fmt, head_dim, group, page_size, dtype_bytes, shape)
+    shape = {"DECODE": False, "BLOCK_Q": block_q, "BLOCK_M": block_m}
+    pages = {"HOT_ONLY": False, "SEALED_ONLY": False}
+    return _plain_launch(fmt, head_dim, group, page_size, dtype_bytes, shape, pages)
 
 
 def _plain_launch(
@@ -125,11 +146,13 @@ def _plain_launch(
     page_size: int,
     dtype_bytes: int,
     shape: dict[str, Any],
+    pages: dict[str, bool],
 ) -> Launch:
     k, v = format_kernels(fmt)
     tokens = min(MAX_BLOCK_N, page_size & -page_size)
     constants = {
         "LOAD_K": k.load,
+        "LOAD_K_CENTRE": k.load_centre,
         "LOAD_V": v.load,
         "K_FOLDED": k.folded,
         "V_FOLDED": v.folded,
@@ -146,6 +169,7 @@ def _plain_launch(
         "BLOCK_N": tokens,
         "PRECISION": "ieee",
         **shape,
+        **pages,
     }
     options = {"num_warps": 4, "num_stages": NUM_STAGES}
     return Launch(attention_kernel, constants, tokens, PLAIN_PROGRAMS, options)
@@ -203,18 +227,20 @@ def paged_attention(
     capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
     geometry = (fmt, head_dim, group, page_size)
     size = q.element_size()
-    if takes_integer_path(
+    integer = takes_integer_path(
         fmt,
         head_dim,
         page_size,
         dtype=q.dtype,
         sliding_window=sliding_window,
         capability=capability,
-    ):
-        integer = integer_launch(*geometry)
-        splits = pages.num_splits(integer)
+    )
+    sealed_launch = integer_launch(*geometry) if integer else one_warp_launch(*geometry, size)
+    if sealed_launch is not None:
+        splits = pages.num_splits(sealed_launch)
         parts, part_lses = pages.parts(splits + 1)
-        pages.attend_sealed(integer, parts, part_lses, splits)
+        attend = pages.attend_sealed if integer else pages.attend
+        attend(sealed_launch, parts, part_lses, splits)
         hot_launch = decode_launch(*geometry, size, hot_only=True)
         pages.attend(hot_launch, parts[splits:], part_lses[splits:], 1)
     else:
