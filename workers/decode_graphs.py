@@ -1,4 +1,5 @@
-"""Decode steps replayed from CUDA graphs, one for each batch size that is a power of two.
+"""Decode steps replayed from CUDA graphs, for each batch size that is a power of two: one for
+steps whose sequences share prefixes, and one for others.
 
 A graph's inputs are fixed tensors: a step is padded to the next size, copied
 into them with one transfer, and replayed. Lengths and block tables are read on
@@ -14,6 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from kvmesh.kernels.attention import SharedPrefixes
+from kvmesh.workers.shared_prefixes import PrefixSets, num_starts
 from kvmesh.workers.step import StepArrays, StepTensors, Tables
 
 Forward = Callable[[StepTensors], torch.Tensor | None]
@@ -42,18 +45,19 @@ class DecodeGraphs:
         self._tables = tables
         self._max_seq_len = max_seq_len
         self._pool: Any = None  # torch's handle of the graphs' shared memory
-        self._graphs: dict[int, _Graph] = {}
+        self._graphs: dict[tuple[int, bool], _Graph] = {}
         largest = min(_MAX_SIZE, 1 << (max_rows - 1).bit_length())
         size = largest
         while size:  # the largest first: the smaller ones then find its memory in the pool
-            self._graphs[size] = self._capture(size)
+            for shares in (True, False) if size > 1 else (False,):
+                self._graphs[size, shares] = self._capture(size, shares)
             size //= 2
 
     def run(self, arrays: StepArrays) -> torch.Tensor | None:
         """Logits [S, vocab_size] of a decode step, valid until the next run; None where this
         rank has none. Call only when `fits`."""
         count = len(arrays.rows)
-        graph = self._graphs[_bucket(count)]
+        graph = self._graphs[_key(arrays)]
         _fill(graph.staging.numpy(), arrays.padded(_bucket(count)))
         graph.inputs.copy_(graph.staging, non_blocking=True)
         graph.graph.replay()
@@ -61,13 +65,15 @@ class DecodeGraphs:
 
     def fits(self, arrays: StepArrays) -> bool:
         """Whether a graph covers the step."""
-        return arrays.is_decode and _bucket(len(arrays.rows)) in self._graphs
+        return arrays.is_decode and _key(arrays) in self._graphs
 
-    def _capture(self, size: int) -> _Graph:
+    def _capture(self, size: int, shares: bool) -> _Graph:
         device = self._tables.hot.device
         empty = np.zeros(0, dtype=np.int64)
-        nothing = StepArrays(*(empty,) * 4, np.zeros(1, dtype=np.int64), *(empty,) * 5).padded(size)
-        staging = torch.empty(_num_ints(size), dtype=torch.int64, pin_memory=True)
+        zero = np.zeros(1, dtype=np.int64)
+        prefixes = PrefixSets(empty, empty, zero) if shares else None
+        nothing = StepArrays(*(empty,) * 4, zero, *(empty,) * 5, prefixes).padded(size)
+        staging = torch.empty(sum(_part_sizes(size, shares)), dtype=torch.int64, pin_memory=True)
         _fill(staging.numpy(), nothing)
         inputs = staging.to(device)
         # Twice on a side stream: kernels are compiled and libraries set up outside the capture.
@@ -75,19 +81,20 @@ class DecodeGraphs:
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
             for _ in range(2):
-                self._forward(self._views(inputs, size))
+                self._forward(self._views(inputs, size, shares))
         torch.cuda.current_stream(device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            logits = self._forward(self._views(inputs, size))
+            logits = self._forward(self._views(inputs, size, shares))
         self._pool = graph.pool()
         return _Graph(graph, staging, inputs, logits)
 
-    def _views(self, inputs: torch.Tensor, size: int) -> StepTensors:
+    def _views(self, inputs: torch.Tensor, size: int, shares: bool) -> StepTensors:
         """The packed inputs as a step; the casts are part of the graph."""
-        parts = inputs.split(_part_sizes(size))
+        parts = inputs.split(_part_sizes(size, shares))
         ids, positions, slots, logits_rows, starts, lens, rows = parts[:7]
-        seal_hot, seal_sealed, seal_positions = parts[7:]
+        seal_hot, seal_sealed, seal_positions = parts[7:10]
+        prefixes = SharedPrefixes(*(part.int() for part in parts[10:])) if shares else None
         return StepTensors(
             input_ids=ids,
             positions=positions,
@@ -102,6 +109,7 @@ class DecodeGraphs:
                 rows.int(),
                 max_query_len=1,
                 max_seq_len=self._max_seq_len,
+                prefixes=prefixes,
             ),
         )
 
@@ -110,16 +118,18 @@ def _bucket(count: int) -> int:
     return 1 << (count - 1).bit_length()
 
 
-def _part_sizes(size: int) -> list[int]:
+def _key(arrays: StepArrays) -> tuple[int, bool]:
+    return _bucket(len(arrays.rows)), arrays.prefixes is not None
+
+
+def _part_sizes(size: int, shares: bool) -> list[int]:
     """Of StepArrays' fields, in their order, for a padded decode step."""
-    return [size, size, size, size, size + 1, size, size, size, size, size]
-
-
-def _num_ints(size: int) -> int:
-    return sum(_part_sizes(size))
+    prefixes = [size, size, num_starts(size)] if shares else []
+    return [size, size, size, size, size + 1, size, size, size, size, size, *prefixes]
 
 
 def _fill(staging: np.ndarray[tuple[int, ...], np.dtype[np.int64]], arrays: StepArrays) -> None:
+    prefixes = arrays.prefixes
     np.concatenate(
         (
             arrays.input_ids,
@@ -132,6 +142,7 @@ def _fill(staging: np.ndarray[tuple[int, ...], np.dtype[np.int64]], arrays: Step
             arrays.seal_hot,
             arrays.seal_sealed,
             arrays.seal_positions,
+            *(() if prefixes is None else (prefixes.pages, prefixes.members, prefixes.starts)),
         ),
         out=staging,
     )

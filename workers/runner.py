@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from kvmesh.kernels.attention import paged_attention
+from kvmesh.kernels.attention import most_sharers, paged_attention, warm_up
 from kvmesh.kernels.formats.base import NO_PARAMS, KVFormat, LayerParams
 from kvmesh.kernels.seal import seal_layers, seal_pages
 from kvmesh.kernels.write import write_hot
@@ -20,6 +20,7 @@ from kvmesh.workers.model.hook import AttendArgs
 from kvmesh.workers.model.load import ServedModel
 from kvmesh.workers.plan import StepPlan, StepResult, TableUpdate
 from kvmesh.workers.sampler import Sampler
+from kvmesh.workers.shared_prefixes import PrefixFinder
 from kvmesh.workers.step import StepArrays, StepTensors, Tables, ints, to_device
 
 
@@ -67,10 +68,16 @@ class ModelRunner:
         self._tables = Tables(
             self._pool.hot_tables, self._pool.sealed_tables, page_size, sink_pages, recent_pages
         )
-        # The host's copy of the hot tables: slots are computed from it without asking the device.
+        # The host's copies of the tables: slots and shared prefixes are found without asking the
+        # device.
         self._hot_ids = np.full(self._pool.hot_tables.shape, -1, dtype=np.int64)
+        self._sealed_ids = np.full(self._pool.sealed_tables.shape, -1, dtype=np.int64)
+        sharers = most_sharers(model.num_heads // model.num_kv_heads)
+        self._prefixes = PrefixFinder(self._sealed_ids, sink_pages, sharers)
         facts = model.facts
         self._sampler = Sampler(facts.vocab_size, facts.eos_token_ids, device) if samples else None
+        hot, sealed = self._pool.hot[0], self._pool.sealed[0]
+        warm_up(hot, sealed, model.num_heads, fmt=fmt, params=self._params[0])
         self._graphs: DecodeGraphs | None = None
         if cuda_graphs and device.type == "cuda":
             with torch.inference_mode():
@@ -114,12 +121,19 @@ class ModelRunner:
         self._update(self._tables.hot, plan.hot)
         self._update(self._tables.sealed, plan.sealed)
         self._hot_ids[plan.hot.rows, plan.hot.pages] = plan.hot.ids
+        if plan.sealed.ids:
+            self._sealed_ids[plan.sealed.rows, plan.sealed.pages] = plan.sealed.ids
+            self._prefixes.note_update()
         if self._sampler is not None:
             for row_start in plan.row_starts:
                 self._sampler.start_row(row_start)
             for chunk in plan.chunks:
                 self._sampler.note_tokens(chunk.row, chunk.start, chunk.tokens)
-        return StepArrays.of(plan, self._hot_ids, self._tables.page_size)
+        arrays = StepArrays.of(plan, self._hot_ids, self._tables.page_size)
+        alone = np.diff(arrays.query_starts) > 1
+        pages = (arrays.seq_lens - 1) // self._tables.page_size
+        stops = np.where(alone, 0, pages - self._tables.recent_pages)
+        return replace(arrays, prefixes=self._prefixes.find(arrays.rows, stops))
 
     def _forward(self, step: StepTensors) -> torch.Tensor | None:
         """Logits [n, vocab_size] fp32 of the step's sampled rows; None where this rank has none."""

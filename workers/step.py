@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvmesh.kernels.attention import AttentionBatch
+from kvmesh.kernels.attention import AttentionBatch, SharedPrefixes
 from kvmesh.workers.plan import StepPlan
+from kvmesh.workers.shared_prefixes import PrefixSets
 
 Ints = npt.NDArray[np.int64]
 
@@ -37,10 +38,11 @@ class StepArrays:
     seal_hot: Ints
     seal_sealed: Ints
     seal_positions: Ints
+    prefixes: PrefixSets | None = None
 
     @staticmethod
     def of(plan: StepPlan, hot_ids: Ints, page_size: int) -> StepArrays:
-        """hot_ids: [rows, pages], the hot page of each logical page."""
+        """hot_ids: [rows, pages], the hot page of each logical page. Prefixes are left out."""
         lengths = np.array([chunk.num_tokens for chunk in plan.chunks])
         starts = np.array([chunk.start for chunk in plan.chunks])
         rows = np.array([chunk.row for chunk in plan.chunks])
@@ -83,6 +85,7 @@ class StepArrays:
             seal_hot=_pad(self.seal_hot, size, -1),
             seal_sealed=_pad(self.seal_sealed, size, -1),
             seal_positions=_pad(self.seal_positions, size, 0),
+            prefixes=None if self.prefixes is None else self.prefixes.padded(size),
         )
 
 
@@ -118,6 +121,7 @@ class Tables:
         *,
         max_query_len: int,
         max_seq_len: int,
+        prefixes: SharedPrefixes | None,
     ) -> AttentionBatch:
         return AttentionBatch(
             query_starts=query_starts,
@@ -130,6 +134,7 @@ class Tables:
             recent_pages=self.recent_pages,
             max_query_len=max_query_len,
             max_seq_len=max_seq_len,
+            prefixes=prefixes,
         )
 
 
@@ -150,8 +155,16 @@ def to_device(arrays: StepArrays, tables: Tables, device: torch.device) -> StepT
             ints(arrays.rows, torch.int32, device),
             max_query_len=int(lengths.max()),
             max_seq_len=int(arrays.seq_lens.max()),
+            prefixes=_shared(arrays.prefixes, device),
         ),
     )
+
+
+def _shared(sets: PrefixSets | None, device: torch.device) -> SharedPrefixes | None:
+    if sets is None:
+        return None
+    arrays = (sets.pages, sets.members, sets.starts)
+    return SharedPrefixes(*(ints(array, torch.int32, device) for array in arrays))
 
 
 def ints(values: npt.ArrayLike, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -7,6 +7,34 @@ from typing import Any
 
 import torch
 
+# Query rows of a tile whose unpacking is worth sharing: (new token, query head) pairs.
+SHARED_ROWS = 64
+
+
+def most_sharers(group_heads: int) -> int:
+    """Sequences that read a shared prefix together, at most; group_heads: query heads of a KV
+    head."""
+    return max(2, SHARED_ROWS // group_heads)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class SharedPrefixes:
+    """Sequences of one new token whose first sealed pages are the same, to be read once for all.
+
+    pages: [num_seqs] int32, how many pages from the sink on each reads together with others,
+        all of them sealed for it; 0 for a sequence that does not
+    members: [num_seqs] int32, those that do, set by set; what comes after them is not read
+    starts: [num_sets + 1] int32, where each set's members begin; a set may be empty, and has
+        `most_sharers` members at most, all with the same `pages`
+    """
+
+    pages: torch.Tensor
+    members: torch.Tensor
+    starts: torch.Tensor
+
+    def to(self, device: torch.device | str) -> SharedPrefixes:
+        return SharedPrefixes(*(x.to(device) for x in (self.pages, self.members, self.starts)))
+
 
 @dataclass(frozen=True, eq=False, slots=True)
 class AttentionBatch:
@@ -23,6 +51,7 @@ class AttentionBatch:
     hot_tables, sealed_tables: [num_rows, max_pages] int32, logical page -> page
         id; -1 where that form does not exist
     max_query_len, max_seq_len: upper bounds, known to the host
+    prefixes: what may be read once for several sequences; changes rounding only
     plans: what a backend works out of the above once a step; its own business
     """
 
@@ -36,6 +65,7 @@ class AttentionBatch:
     recent_pages: int
     max_query_len: int
     max_seq_len: int
+    prefixes: SharedPrefixes | None = None
     plans: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:

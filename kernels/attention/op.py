@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable
 
@@ -38,7 +39,8 @@ def paged_attention(
     params: what calibration found for this layer, where the format needs it
     scale: factor of q·k; softcap c: scores become c * tanh(score / c)
     sliding_window w: key j is visible to query i if i - j < w
-    backend: None picks the kernels on GPUs and plain torch elsewhere
+    backend: None picks "triton" on GPUs; elsewhere "numba", or "reference", plain torch,
+        for formats without compiled loops
     Returns out: like q; lse: [num_tokens, num_heads] fp32, natural log, mergeable
     with `merge_states`. Rows of q that belong to no sequence get 0 and -inf.
     Raises ValueError naming the argument; a page whose needed form does not
@@ -69,7 +71,7 @@ def paged_attention(
         raise ValueError(f"softcap: expected None or a number > 0, got {softcap}")
     if sliding_window is not None and sliding_window < 1:
         raise ValueError(f"sliding_window: expected None or >= 1, got {sliding_window}")
-    return _implementation(q, backend)(
+    return _implementation(fmt, hot, backend)(
         q,
         hot,
         sealed,
@@ -82,14 +84,58 @@ def paged_attention(
     )
 
 
-def _implementation(q: torch.Tensor, backend: str | None) -> Callable[..., Result]:
+def warm_up(
+    hot: torch.Tensor,
+    sealed: torch.Tensor,
+    num_heads: int,
+    *,
+    fmt: KVFormat,
+    params: LayerParams = NO_PARAMS,
+) -> None:
+    """Attend from one token to itself, so that decode is compiled before a request waits for it.
+
+    hot, sealed, fmt, params: as in `paged_attention`; page 0 is read and may hold anything
+    """
+    ids = torch.zeros(1, 1, dtype=torch.int32, device=hot.device)
+    batch = AttentionBatch(
+        query_starts=torch.tensor([0, 1], dtype=torch.int32, device=hot.device),
+        seq_lens=torch.ones(1, dtype=torch.int32, device=hot.device),
+        rows=ids[0],
+        hot_tables=ids,
+        sealed_tables=ids,
+        page_size=hot.shape[3],
+        sink_pages=0,
+        recent_pages=0,
+        max_query_len=1,
+        max_seq_len=1,
+    )
+    q = torch.zeros(1, num_heads, hot.shape[4], dtype=hot.dtype, device=hot.device)
+    paged_attention(q, hot, sealed, batch, fmt=fmt, scale=1.0, params=params)
+
+
+def _implementation(fmt: KVFormat, hot: torch.Tensor, backend: str | None) -> Callable[..., Result]:
     if backend is None:
-        backend = "triton" if q.is_cuda else "reference"
+        backend = "triton" if hot.is_cuda else _cpu_backend(fmt, hot)
     if backend == "reference":
         return reference.paged_attention
+    # Imported here: a machine with a GPU need not have Numba, nor one without it Triton.
+    if backend == "numba":
+        from kvmesh.kernels.attention import numba_attention
+
+        return numba_attention.paged_attention
     if backend == "triton":
-        # Imported here: a machine without a GPU need not have Triton.
         from kvmesh.kernels.attention import triton_attention
 
         return triton_attention.paged_attention
-    raise ValueError(f"backend: expected None, 'triton' or 'reference', got {backend!r}")
+    raise ValueError(f"backend: expected None, 'numba', 'triton' or 'reference', got {backend!r}")
+
+
+def _cpu_backend(fmt: KVFormat, hot: torch.Tensor) -> str:
+    """Compiled loops where Numba is there and the format has them; else plain torch."""
+    if importlib.util.find_spec("numba") is None:
+        return "reference"
+    from kvmesh.kernels.attention import numba_attention
+
+    page_size, head_dim = hot.shape[3:]
+    compiled = numba_attention.has_loop(fmt, page_size, head_dim, hot.dtype)
+    return "numba" if compiled else "reference"

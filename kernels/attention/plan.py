@@ -16,8 +16,10 @@ the pages of a block's first and last query, logical pages fall into
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -94,39 +96,47 @@ class ChunkBlock:
     near_bias: torch.Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """covers_all: every row of q belongs to a group or block."""
-
-    groups: tuple[DecodeGroup, ...]
-    blocks: tuple[ChunkBlock, ...]
-    covers_all: bool
+def decode_groups(
+    batch: AttentionBatch, num_kv_heads: int, sliding_window: int | None
+) -> tuple[DecodeGroup, ...]:
+    """The batch's sequences of one new token, in groups worked out on first use."""
+    return _once(batch, _Planner.groups, num_kv_heads, sliding_window)  # type: ignore[no-any-return]
 
 
-def plan_for(
-    batch: AttentionBatch,
-    num_tokens: int,
-    num_kv_heads: int,
-    sliding_window: int | None,
-) -> Plan:
-    """The batch's plan, made on first use."""
-    key = ("reference", num_tokens, num_kv_heads, sliding_window)
-    plan = batch.plans.get(key)
-    if plan is None:
-        plan = _Planner(batch, num_tokens, num_kv_heads, sliding_window).plan()
-        batch.plans[key] = plan
-    return plan  # type: ignore[no-any-return]
+def chunk_blocks(
+    batch: AttentionBatch, num_kv_heads: int, sliding_window: int | None
+) -> tuple[ChunkBlock, ...]:
+    """The batch's sequences of several new tokens, in blocks worked out on first use."""
+    return _once(batch, _Planner.blocks, num_kv_heads, sliding_window)  # type: ignore[no-any-return]
+
+
+def check_queries(counts: Ints, lens: Ints) -> None:
+    """Raises ValueError for a sequence that has more new tokens than tokens."""
+    short = (counts > lens) & (counts > 0)
+    if short.any():
+        seq = int(np.flatnonzero(short)[0])
+        raise ValueError(
+            f"batch: sequence {seq} has {counts[seq]} new tokens but seq_lens {lens[seq]}"
+        )
+
+
+def missing_page(table: str, row: int, page: int) -> ValueError:
+    return ValueError(
+        f"{table}: row {row} has no page for logical page {page}, which a query reads in this form"
+    )
+
+
+def _once(batch: AttentionBatch, make: Callable[[_Planner], Any], *geometry: int | None) -> Any:
+    key = (make, *geometry)
+    if key not in batch.plans:
+        batch.plans[key] = make(_Planner(batch, *geometry))  # type: ignore[arg-type]
+    return batch.plans[key]
 
 
 class _Planner:
     def __init__(
-        self,
-        batch: AttentionBatch,
-        num_tokens: int,
-        num_kv_heads: int,
-        sliding_window: int | None,
+        self, batch: AttentionBatch, num_kv_heads: int, sliding_window: int | None
     ) -> None:
-        self.num_tokens = num_tokens
         self.num_kv_heads = num_kv_heads
         self.window = sliding_window
         self.page_size = batch.page_size
@@ -139,22 +149,19 @@ class _Planner:
         self.hot_tables = batch.hot_tables.cpu().numpy()
         self.sealed_tables = batch.sealed_tables.cpu().numpy()
 
-    def plan(self) -> Plan:
-        counts = np.diff(self.starts)
-        short = (counts > self.lens) & (counts > 0)
-        if short.any():
-            seq = int(np.flatnonzero(short)[0])
-            raise ValueError(
-                f"batch: sequence {seq} has {counts[seq]} new tokens but seq_lens {self.lens[seq]}"
-            )
-        decode = np.flatnonzero(counts == 1)
-        groups = tuple(self._group(seqs) for seqs in self._similar(decode))
-        blocks = tuple(
+        self.counts = np.diff(self.starts)
+        check_queries(self.counts, self.lens)
+
+    def groups(self) -> tuple[DecodeGroup, ...]:
+        decode = np.flatnonzero(self.counts == 1)
+        return tuple(self._group(seqs) for seqs in self._similar(decode))
+
+    def blocks(self) -> tuple[ChunkBlock, ...]:
+        return tuple(
             self._block(int(seq), start, stop)
-            for seq in np.flatnonzero(counts > 1)
-            for start, stop in self._cuts(int(self.lens[seq]), int(counts[seq]))
+            for seq in np.flatnonzero(self.counts > 1)
+            for start, stop in self._cuts(int(self.lens[seq]), int(self.counts[seq]))
         )
-        return Plan(groups, blocks, covers_all=int(counts.sum()) == self.num_tokens)
 
     def _cuts(self, length: int, count: int) -> list[tuple[int, int]]:
         """Blocks of a sequence's new tokens, cut where pages begin.
@@ -305,10 +312,7 @@ class _Planner:
         ids = tables[rows, logical].astype(np.int64)
         if (ids < 0).any():
             at = tuple(int(i[0]) for i in np.nonzero(ids < 0))
-            raise ValueError(
-                f"{name}: row {int(rows[at[0], 0])} has no page for logical page "
-                f"{int(logical[at])}, which a query reads in this form"
-            )
+            raise missing_page(name, int(rows[at[0], 0]), int(logical[at]))
         return ids
 
     def _sealed(self, rows: Ints, logical: Ints) -> SealedPages:

@@ -9,7 +9,14 @@ from __future__ import annotations
 import torch
 
 from kvmesh.kernels.attention.batch import AttentionBatch
-from kvmesh.kernels.attention.plan import ChunkBlock, DecodeGroup, HotSlots, SealedPages, plan_for
+from kvmesh.kernels.attention.plan import (
+    ChunkBlock,
+    DecodeGroup,
+    HotSlots,
+    SealedPages,
+    chunk_blocks,
+    decode_groups,
+)
 from kvmesh.kernels.formats.base import (
     NO_PARAMS,
     KVFormat,
@@ -36,20 +43,37 @@ def paged_attention(
     sliding_window: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     num_tokens, num_heads, _ = q.shape
-    plan = plan_for(batch, num_tokens, hot.shape[2], sliding_window)
+    groups = decode_groups(batch, hot.shape[2], sliding_window)
     layer = _Layer(hot, sealed, fmt, params, scale, softcap)
-    if len(plan.groups) == 1 and plan.groups[0].size == num_tokens:
-        return layer.decode(q, plan.groups[0])
-    out = torch.empty_like(q)
-    lse = torch.empty(num_tokens, num_heads, dtype=torch.float32, device=q.device)
-    if not plan.covers_all:
-        out.zero_()
-        lse.fill_(-torch.inf)
-    for group in plan.groups:
+    if len(groups) == 1 and groups[0].size == num_tokens:
+        return layer.decode(q, groups[0])
+    out = torch.zeros_like(q)
+    lse = torch.full((num_tokens, num_heads), -torch.inf, dtype=torch.float32, device=q.device)
+    for group in groups:
         out[group.tokens], lse[group.tokens] = layer.decode(q[group.tokens], group)
-    for block in plan.blocks:
+    for block in chunk_blocks(batch, hot.shape[2], sliding_window):
         out[block.tokens], lse[block.tokens] = layer.prefill(q[block.tokens], block)
     return out, lse
+
+
+def attend_chunks(
+    q: torch.Tensor,
+    hot: torch.Tensor,
+    sealed: torch.Tensor,
+    batch: AttentionBatch,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    *,
+    fmt: KVFormat,
+    scale: float,
+    params: LayerParams,
+    softcap: float | None,
+    sliding_window: int | None,
+) -> None:
+    """The part of `paged_attention` whose sequences have several new tokens, into its results."""
+    layer = _Layer(hot, sealed, fmt, params, scale, softcap)
+    for block in chunk_blocks(batch, hot.shape[2], sliding_window):
+        out[block.tokens], lse[block.tokens] = layer.prefill(q[block.tokens], block)
 
 
 class _Layer:

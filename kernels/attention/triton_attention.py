@@ -2,7 +2,8 @@
 
 Decode runs in parts that `merge_kernel` joins by log-sum-exp (FlashDecoding): the
 splits of the plain loop, or, where `takes_integer_path`, those of the integer loop
-over sealed pages and one of the plain loop over the hot ones. Prefill is the plain
+over sealed pages and one of the plain loop over the hot ones, and beside either those
+of prefixes that sequences share. Prefill is the plain
 loop. Grids and loop bounds follow from the host's upper bounds and from lengths
 read on the device: nothing is read back, and a captured graph stays right for
 other lengths.
@@ -18,8 +19,9 @@ import torch
 import triton
 from triton.runtime.interpreter import InterpretedFunction
 
-from kvmesh.kernels.attention.batch import AttentionBatch
+from kvmesh.kernels.attention.batch import AttentionBatch, SharedPrefixes, most_sharers
 from kvmesh.kernels.attention.triton_loop import attention_kernel
+from kvmesh.kernels.attention.triton_prefix import prefix_kernel
 from kvmesh.kernels.attention.triton_sealed import HEADS, TOKENS, sealed_kernel, token_run
 from kvmesh.kernels.formats.affine.side import Affine
 from kvmesh.kernels.formats.base import NO_PARAMS, KVFormat, LayerParams, Side
@@ -30,6 +32,7 @@ from kvmesh.kernels.seal.triton_seal import check_arenas
 
 LOG2_E = 1.4426950408889634
 MAX_SPLITS = 256
+MAX_PREFIX_SPLITS = 16
 MIN_TILES_PER_SPLIT = 4
 MAX_BLOCK_N = 64
 PREFILL_ROWS = 64
@@ -41,6 +44,8 @@ PLAIN_PROGRAMS, INTEGER_PROGRAMS = 4, 9
 # spills; allowed more, it mostly does not use them. Two runs of tokens take all there are.
 INTEGER_REGISTERS, INTEGER_REGISTERS_OF_TOKEN_RUNS = 208, 255
 NUM_STAGES = 3
+# What a layer or a batch may have and most have not; the launcher says where one has.
+FLAGS = {"HAS_WINDOW": False, "HAS_PREFIXES": False}
 INTEGER_HEAD_DIMS = (64, 128)
 INTEGER_CAPABILITY = (8, 0)
 
@@ -102,8 +107,8 @@ def decode_launch(
     hot_only: bool = False,
 ) -> Launch:
     """The plain loop; group: query heads of a KV head."""
-    pages = {"HOT_ONLY": hot_only, "SEALED_ONLY": False}
-    return _plain_launch(fmt, head_dim, group, page_size, dtype_bytes, _decode_shape(group), pages)
+    shape = _decode_shape(group) | {"HOT_ONLY": hot_only, "SEALED_ONLY": False}
+    return _plain_launch(attention_kernel, fmt, head_dim, group, page_size, dtype_bytes, shape)
 
 
 @cache
@@ -115,16 +120,15 @@ def one_warp_launch(
     k, v = format_kernels(fmt)
     if not (k.one_warp and v.one_warp and head_dim <= max(INTEGER_HEAD_DIMS)):
         return None
-    pages = {"HOT_ONLY": False, "SEALED_ONLY": True}
-    shape = _decode_shape(group)
-    launch = _plain_launch(fmt, head_dim, group, page_size, dtype_bytes, shape, pages)
+    shape = _decode_shape(group) | {"HOT_ONLY": False, "SEALED_ONLY": True}
+    launch = _plain_launch(attention_kernel, fmt, head_dim, group, page_size, dtype_bytes, shape)
     options = {**launch.options, "num_warps": 1}
     return replace(launch, programs=INTEGER_PROGRAMS, options=options)
 
 
 def _decode_shape(group: int) -> dict[str, Any]:
     block_m = max(16, triton.next_power_of_2(group))
-    return {"DECODE": True, "BLOCK_Q": 1, "BLOCK_M": block_m}
+    return {"DECODE": True, "BLOCK_Q": 1, "BLOCK_M": block_m, **FLAGS}
 
 
 @cache
@@ -134,19 +138,29 @@ def prefill_launch(
     """group: query heads of a KV head"""
     block_q = max(1, PREFILL_ROWS // group)
     block_m = max(16, triton.next_power_of_2(block_q * group))
-    shape = {"DECODE": False, "BLOCK_Q": block_q, "BLOCK_M": block_m}
-    pages = {"HOT_ONLY": False, "SEALED_ONLY": False}
-    return _plain_launch(fmt, head_dim, group, page_size, dtype_bytes, shape, pages)
+    shape = {"DECODE": False, "BLOCK_Q": block_q, "BLOCK_M": block_m, **FLAGS}
+    shape |= {"HOT_ONLY": False, "SEALED_ONLY": False}
+    return _plain_launch(attention_kernel, fmt, head_dim, group, page_size, dtype_bytes, shape)
+
+
+@cache
+def prefix_launch(
+    fmt: KVFormat, head_dim: int, group: int, page_size: int, dtype_bytes: int = 2
+) -> Launch:
+    """Prefixes that sequences share; group: query heads of a KV head"""
+    block_m = max(16, triton.next_power_of_2(most_sharers(group) * group))
+    shape = {"BLOCK_M": block_m}
+    return _plain_launch(prefix_kernel, fmt, head_dim, group, page_size, dtype_bytes, shape)
 
 
 def _plain_launch(
+    kernel: Any,
     fmt: KVFormat,
     head_dim: int,
     group: int,
     page_size: int,
     dtype_bytes: int,
     shape: dict[str, Any],
-    pages: dict[str, bool],
 ) -> Launch:
     k, v = format_kernels(fmt)
     tokens = min(MAX_BLOCK_N, page_size & -page_size)
@@ -161,7 +175,6 @@ def _plain_launch(
         "K_BYTES": fmt.k.num_bytes(page_size, head_dim, dtype_bytes),
         "PAGE_BYTES": fmt.page_bytes(page_size, head_dim, dtype_bytes),
         "HAS_SOFTCAP": False,
-        "HAS_WINDOW": False,
         "GROUP": group,
         "PAGE_SIZE": page_size,
         "HEAD_DIM": head_dim,
@@ -169,10 +182,9 @@ def _plain_launch(
         "BLOCK_N": tokens,
         "PRECISION": "ieee",
         **shape,
-        **pages,
     }
     options = {"num_warps": 4, "num_stages": NUM_STAGES}
-    return Launch(attention_kernel, constants, tokens, PLAIN_PROGRAMS, options)
+    return Launch(kernel, constants, tokens, PLAIN_PROGRAMS, options)
 
 
 @cache
@@ -183,6 +195,7 @@ def integer_launch(fmt: KVFormat, head_dim: int, group: int, page_size: int) -> 
         "V_SIDE": fmt.v,
         "K_BYTES": fmt.k.num_bytes(page_size, head_dim),
         "PAGE_BYTES": fmt.page_bytes(page_size, head_dim),
+        "HAS_PREFIXES": False,
         "HAS_SOFTCAP": False,
         "GROUP": group,
         "PAGE_SIZE": page_size,
@@ -227,6 +240,8 @@ def paged_attention(
     capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
     geometry = (fmt, head_dim, group, page_size)
     size = q.element_size()
+    prefix = prefix_launch(*geometry, size)
+    shared_splits = pages.num_prefix_splits(prefix) if pages.prefixes else 0
     integer = takes_integer_path(
         fmt,
         head_dim,
@@ -238,16 +253,20 @@ def paged_attention(
     sealed_launch = integer_launch(*geometry) if integer else one_warp_launch(*geometry, size)
     if sealed_launch is not None:
         splits = pages.num_splits(sealed_launch)
-        parts, part_lses = pages.parts(splits + 1)
+        parts, part_lses = pages.parts(splits + 1 + shared_splits)
         attend = pages.attend_sealed if integer else pages.attend
         attend(sealed_launch, parts, part_lses, splits)
         hot_launch = decode_launch(*geometry, size, hot_only=True)
         pages.attend(hot_launch, parts[splits:], part_lses[splits:], 1)
+        splits += 1
     else:
         plain = decode_launch(*geometry, size)
         splits = pages.num_splits(plain)
-        parts, part_lses = pages.parts(splits)
+        parts, part_lses = pages.parts(splits + shared_splits)
         pages.attend(plain, parts, part_lses, splits)
+    if shared_splits:
+        part_lses[splits:].fill_(-torch.inf)  # of sequences that share nothing
+        pages.attend_prefixes(prefix, parts[splits:], part_lses[splits:], shared_splits)
     merge_decode(parts, part_lses, out, lse, batch.query_starts)
     if batch.max_query_len > 1:
         prefill = prefill_launch(*geometry, size)
@@ -270,13 +289,27 @@ class _Pages:
 
     def num_splits(self, launch: Launch) -> int:
         """Enough to fill the device, none with less than a few tiles."""
-        processors = INTERPRETER_PROCESSORS
-        if self.q.is_cuda:
-            properties = torch.cuda.get_device_properties(self.q.device)
-            processors = properties.multi_processor_count
-        wanted = launch.programs * processors // (self._programs(launch) * self.batch.num_seqs)
+        programs = self._programs(launch) * self.batch.num_seqs
+        wanted = launch.programs * self._processors // programs
         tiles = triton.cdiv(self.batch.max_seq_len, launch.tokens)
         return max(1, min(wanted, tiles // MIN_TILES_PER_SPLIT, MAX_SPLITS))
+
+    def num_prefix_splits(self, launch: Launch) -> int:
+        """Enough for one set to fill the device; the more parts, the more there is to merge."""
+        wanted = launch.programs * self._processors // self.hot.shape[2]
+        tiles = triton.cdiv(self.batch.max_seq_len, launch.tokens)
+        return max(1, min(wanted, tiles // MIN_TILES_PER_SPLIT, MAX_PREFIX_SPLITS))
+
+    @property
+    def prefixes(self) -> SharedPrefixes | None:
+        """Those of the batch; a window may begin behind them."""
+        return None if self.sliding_window is not None else self.batch.prefixes
+
+    @property
+    def _processors(self) -> int:
+        if not self.q.is_cuda:
+            return INTERPRETER_PROCESSORS
+        return torch.cuda.get_device_properties(self.q.device).multi_processor_count
 
     def parts(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """out and lse, of `count` parts of the keys."""
@@ -300,6 +333,7 @@ class _Pages:
             batch.rows,
             batch.hot_tables,
             batch.sealed_tables,
+            self._prefix_pages,
             batch.hot_tables.stride(0),
             batch.num_seqs * self.q.shape[1],
             self._qk_scale,
@@ -312,6 +346,7 @@ class _Pages:
                 **launch.constants,
                 "HAS_SOFTCAP": self.softcap is not None,
                 "HAS_WINDOW": self.sliding_window is not None,
+                "HAS_PREFIXES": launch.constants["DECODE"] and self.prefixes is not None,
                 "NUM_KV_HEADS": self.hot.shape[2],
             },
             **launch.options,
@@ -330,6 +365,7 @@ class _Pages:
             batch.seq_lens,
             batch.rows,
             batch.sealed_tables,
+            self._prefix_pages,
             batch.sealed_tables.stride(0),
             batch.num_seqs * self.q.shape[1],
             self._qk_scale,
@@ -340,11 +376,47 @@ class _Pages:
             **{
                 **launch.constants,
                 "HAS_SOFTCAP": self.softcap is not None,
+                "HAS_PREFIXES": self.prefixes is not None,
                 "NUM_KV_HEADS": self.hot.shape[2],
                 "STAGES": launch.options["num_stages"],
             },
             **launch.options,
         )
+
+    def attend_prefixes(
+        self, launch: Launch, out: torch.Tensor, lse: torch.Tensor, num_splits: int
+    ) -> None:
+        batch, prefixes = self.batch, self.prefixes
+        assert prefixes is not None
+        launch.kernel[(num_splits, self.hot.shape[2], prefixes.starts.shape[0] - 1)](
+            self.q,
+            self.sealed,
+            out,
+            lse,
+            batch.query_starts,
+            batch.rows,
+            batch.sealed_tables,
+            prefixes.pages,
+            prefixes.members,
+            prefixes.starts,
+            batch.sealed_tables.stride(0),
+            batch.num_seqs * self.q.shape[1],
+            self._qk_scale,
+            self.softcap or 0.0,
+            batch.sink_pages,
+            num_splits,
+            **{
+                **launch.constants,
+                "HAS_SOFTCAP": self.softcap is not None,
+                "NUM_KV_HEADS": self.hot.shape[2],
+            },
+            **launch.options,
+        )
+
+    @property
+    def _prefix_pages(self) -> torch.Tensor:
+        """What kernels without HAS_PREFIXES get is not read."""
+        return self.batch.seq_lens if self.prefixes is None else self.prefixes.pages
 
     def _programs(self, launch: Launch) -> int:
         """Of one split of one sequence."""

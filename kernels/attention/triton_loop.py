@@ -3,11 +3,12 @@
 A program attends a block of rows, (query token, query head of one KV head's
 group) pairs, over a share of the keys. Keys come in two ranges of positions,
 
-    sealed   [sink, Pl - recent)                 pages; Pl that of the block's last query
+    sealed   [sink + shared, Pl - recent)        pages; Pl that of the block's last query
     hot      [0, sink) and [Pf - recent, end)    Pf that of its first
 
 and each row masks what it does not see in that form. For decode a block is one
-token and Pf = Pl; `num_splits` programs share its keys. For prefill a block is 64
+token and Pf = Pl; `num_splits` programs share its keys, and the pages that a sequence
+shares with others are read elsewhere (`triton_prefix.py`). For prefill a block is 64
 rows or more, so that unpacking a tile of sealed keys is shared by all of them.
 
 Sides supply `LOAD` (formats/tiles_triton.py). Where a side is folded, so are its
@@ -40,7 +41,7 @@ def _load_hot(
 
 
 @triton.jit
-def _attend_tile(
+def attend_tile(
     q,
     q_sum,
     q_pos,
@@ -154,6 +155,7 @@ def attention_kernel(
     rows_ptr,
     hot_tables_ptr,
     sealed_tables_ptr,
+    prefix_pages_ptr,
     stride_table,
     stride_split,
     qk_scale,
@@ -174,6 +176,7 @@ def attention_kernel(
     DECODE: tl.constexpr,
     HOT_ONLY: tl.constexpr,
     SEALED_ONLY: tl.constexpr,
+    HAS_PREFIXES: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
@@ -192,6 +195,7 @@ def attention_kernel(
         [num_splits, num_seqs, num_heads, HEAD_DIM] and without HEAD_DIM.
         Otherwise sequences with more; out and lse are the operator's.
     HOT_ONLY, SEALED_ONLY: the other keys are another kernel's
+    HAS_PREFIXES: so are those of the sequence's first prefix_pages sealed pages
     """
     head = tl.program_id(1)
     seq = tl.program_id(2)
@@ -228,6 +232,8 @@ def attention_kernel(
         if HAS_WINDOW:
             seen_from = tl.maximum(first_pos - window + 1, 0)
         sealed_from = tl.maximum(sink_pages * PAGE_SIZE, seen_from)
+        if HAS_PREFIXES:
+            sealed_from += tl.load(prefix_pages_ptr + seq) * PAGE_SIZE
         sealed_end = (last_pos // PAGE_SIZE - recent_pages) * PAGE_SIZE
         sink_end = tl.minimum(sink_pages * PAGE_SIZE, last_pos + 1)
         recent_from = (first_pos // PAGE_SIZE - recent_pages) * PAGE_SIZE
@@ -262,7 +268,7 @@ def attention_kernel(
                 first_key = (sealed_tile + tile) * BLOCK_N
                 page = tl.load(sealed_tables_ptr + table + first_key // PAGE_SIZE).to(tl.int64)
                 page_ptr = sealed_ptr + (page * NUM_KV_HEADS + head) * PAGE_BYTES
-                acc, acc_offset, top, total = _attend_tile(
+                acc, acc_offset, top, total = attend_tile(
                     q,
                     q_sum,
                     q_pos,
@@ -309,7 +315,7 @@ def attention_kernel(
                 page = tl.load(hot_tables_ptr + table + first_key // PAGE_SIZE).to(tl.int64)
                 # A hot page is all heads' keys, then all heads' values.
                 k_ptr = hot_ptr + (page * (2 * NUM_KV_HEADS) + head) * (PAGE_SIZE * HEAD_DIM)
-                acc, acc_offset, top, total = _attend_tile(
+                acc, acc_offset, top, total = attend_tile(
                     q,
                     q_sum,
                     q_pos,

@@ -414,6 +414,7 @@ def sealed_kernel(
     seq_lens_ptr,
     rows_ptr,
     sealed_tables_ptr,
+    prefix_pages_ptr,
     stride_table,
     stride_split,
     qk_scale,
@@ -425,6 +426,7 @@ def sealed_kernel(
     V_SIDE: tl.constexpr,
     K_BYTES: tl.constexpr,
     PAGE_BYTES: tl.constexpr,
+    HAS_PREFIXES: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -440,6 +442,7 @@ def sealed_kernel(
 
     out, lse: partial, fp32 [num_splits, num_seqs, num_heads, HEAD_DIM] and without
         HEAD_DIM; where a split has no tile, lse is -inf and out is not written
+    HAS_PREFIXES: a sequence's first prefix_pages sealed pages are another kernel's
     """
     D: tl.constexpr = HEAD_DIM
     LARGEST: tl.constexpr = 32639.0  # 127 * 256 + 127
@@ -478,7 +481,10 @@ def sealed_kernel(
     seq = tl.program_id(2)
     query_start = tl.load(query_starts_ptr + seq)
     seq_len = tl.load(seq_lens_ptr + seq)
-    num_pages = (seq_len - 1) // PAGE_SIZE - recent_pages - sink_pages
+    first_page = sink_pages
+    if HAS_PREFIXES:
+        first_page += tl.load(prefix_pages_ptr + seq)
+    num_pages = (seq_len - 1) // PAGE_SIZE - recent_pages - first_page
     num_tiles = tl.maximum(num_pages, 0) * BLOCKS
     per_split = tl.maximum((num_tiles + num_splits - 1) // num_splits, MIN_TILES)
     tile_from = split * per_split
@@ -541,7 +547,7 @@ def sealed_kernel(
                 row = offs_r
 
             table_ptr = sealed_tables_ptr + tl.load(rows_ptr + seq).to(tl.int64) * stride_table
-            table_ptr += sink_pages
+            table_ptr += first_page
             for tile in tl.range(tile_from, tile_end, num_stages=STAGES):
                 page = tl.load(table_ptr + tile // BLOCKS).to(tl.int64)
                 block = tile % BLOCKS

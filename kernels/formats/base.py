@@ -11,6 +11,7 @@ module, and in its `triton` module for GPUs, imported on first use.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -132,6 +133,17 @@ class Side:
         Raises ValueError where there are none.
         """
         return _module(f"{self.package}.triton").kernels(self)
+
+    def numba_load(self, page_size: int, head_dim: int, dtype: str) -> Any | None:
+        """How decode attention on CPUs reads this side, a `SideLoad` of `formats/tiles_numba.py`.
+
+        dtype: the compute dtype, "float32" or "bfloat16"
+        None where there is nothing but plain torch.
+        """
+        name = f"{self.package}.numba"
+        if importlib.util.find_spec(name) is None:
+            return None
+        return _module(name).side_load(self, page_size, head_dim, dtype)
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 BLOCK_TOKENS = 64
 PLANES = {8: 1, 4: 2, 3: 4, 2: 4, 1: 8}
 # Width 3: the bit of plane p's high bit, for the first and the second half of the columns.
-_HIGH_BITS = ((2, 4, 6, 7), (1, 3, 5, 0))
+HIGH_BITS = ((2, 4, 6, 7), (1, 3, 5, 0))
 
 
 def packed_bytes(width: int, page_size: int, head_dim: int) -> int:
@@ -64,7 +64,7 @@ def pack(codes: torch.Tensor, width: int, *, values: bool) -> torch.Tensor:
         return packed.flatten(-3)
     halves = [(plane >> 2).chunk(2, dim=-1) for plane in planes]
     first, second = zip(*halves, strict=True)
-    high = _overlay([*first, *second], [*_HIGH_BITS[0], *_HIGH_BITS[1]])
+    high = _overlay([*first, *second], [*HIGH_BITS[0], *HIGH_BITS[1]])
     return torch.cat((packed.flatten(-3), high.flatten(-3)), dim=-1)
 
 
@@ -92,39 +92,12 @@ def unpack(
             end = packed_bytes(3, page_size, head_dim)
             high = data[..., middle:end].unflatten(-1, (-1, rows // count, columns // 2))
             for p, plane in enumerate(planes):
-                ones = [(high >> at[p]) & 1 for at in _HIGH_BITS]
+                ones = [(high >> at[p]) & 1 for at in HIGH_BITS]
                 planes[p] = plane | (torch.cat(ones, dim=-1) << 2)
         if width > 1:
             planes[-1] = planes[-1] ^ (1 << (width - 1))
         codes = torch.cat(planes, dim=-2) if values else torch.stack(planes, dim=-2).flatten(-3, -2)
     return codes if values else codes.flatten(-3, -2)
-
-
-def unpack_signed(
-    data: torch.Tensor, page_size: int, head_dim: int, *, values: bool
-) -> torch.Tensor:
-    """8-bit codes less 128, int8, in the tables they lie in: no more than another view."""
-    import torch
-
-    block = min(BLOCK_TOKENS, page_size)
-    rows, columns = (head_dim, block) if values else (block, head_dim)
-    table = data[..., : page_size * head_dim].view(torch.int8).unflatten(-1, (-1, rows, columns))
-    return table if values else table.flatten(-3, -2)
-
-
-def unpack_nibbles(
-    data: torch.Tensor, page_size: int, head_dim: int, *, values: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """4-bit codes as they are paired: low nibbles, and whole bytes as signed numbers, fp32.
-
-    Each of keys [..., blocks, block / 2, head_dim], of values [..., blocks, head_dim / 2, block]
-    """
-    import torch
-
-    block = min(BLOCK_TOKENS, page_size)
-    rows, columns = (head_dim, block) if values else (block, head_dim)
-    byte = data[..., : page_size * head_dim // 2].unflatten(-1, (-1, rows // 2, columns))
-    return (byte & 15).float(), byte.view(torch.int8).float()
 
 
 def by_token(table: torch.Tensor, *, values: bool) -> torch.Tensor:

@@ -86,66 +86,6 @@ class TokenValues:
 
 
 @dataclass(frozen=True, slots=True)
-class NibbleKeys:
-    """As TokenKeys, of 4-bit codes as packing.py pairs them: token 2r in the low nibble of row r,
-    token 2r + 1 in the high one.
-
-    low: [rows, tokens / 2, head_dim] fp32, the low nibbles
-    byte: the same, whole bytes as signed numbers, low + 16 (high - 8), which saves the shift
-    """
-
-    low: torch.Tensor
-    byte: torch.Tensor
-    scale: torch.Tensor
-    offset: torch.Tensor
-
-    def scores(self, q: torch.Tensor) -> torch.Tensor:
-        q_sum = q.sum(-1, keepdim=True)
-        low = torch.bmm(q, self.low.mT)
-        high = torch.bmm(q, self.byte.mT).sub_(low).mul_(0.0625).add_(q_sum, alpha=8.0)
-        products = torch.stack((low, high), dim=-1).flatten(-2)
-        return products.mul_(self.scale.unsqueeze(1)).addcmul_(q_sum, self.offset.unsqueeze(1))
-
-    def weighted(self, weights: torch.Tensor) -> torch.Tensor:
-        return torch.bmm(weights, self.dense())
-
-    def dense(self) -> torch.Tensor:
-        high = (self.byte - self.low).mul_(0.0625).add_(8.0)
-        x = torch.stack((self.low, high), dim=2).flatten(1, 2)
-        return x.mul_(self.scale.unsqueeze(-1)).add_(self.offset.unsqueeze(-1))
-
-
-@dataclass(frozen=True, slots=True)
-class NibbleValues:
-    """As TokenValues, of 4-bit codes as packing.py pairs them: channel m in the low nibble of
-    row m, channel m + head_dim / 2 in the high one.
-
-    low, byte: [rows, blocks, head_dim / 2, block] fp32, as in NibbleKeys
-    """
-
-    low: torch.Tensor
-    byte: torch.Tensor
-    scale: torch.Tensor
-    offset: torch.Tensor
-
-    def scores(self, q: torch.Tensor) -> torch.Tensor:
-        return torch.bmm(q, self.dense().mT)
-
-    def weighted(self, weights: torch.Tensor) -> torch.Tensor:
-        scaled = weights * self.scale.unsqueeze(1)
-        low = _by_block(scaled, self.low)
-        high = _by_block(scaled, self.byte).sub_(low).mul_(0.0625)
-        high.add_(scaled.sum(-1, keepdim=True), alpha=8.0)
-        shift = (weights * self.offset.unsqueeze(1)).sum(-1, keepdim=True)
-        return torch.cat((low, high), dim=-1).add_(shift)
-
-    def dense(self) -> torch.Tensor:
-        high = (self.byte - self.low).mul_(0.0625).add_(8.0)
-        x = torch.cat((self.low, high), dim=2).mT.contiguous().flatten(1, 2)
-        return x.mul_(self.scale.unsqueeze(-1)).add_(self.offset.unsqueeze(-1))
-
-
-@dataclass(frozen=True, slots=True)
 class ChannelKeys:
     """x = codes * scale + offset, one scale and offset a channel and run of tokens.
 

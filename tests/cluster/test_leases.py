@@ -138,6 +138,30 @@ async def test_all_choices_of_a_lease_grow_together() -> None:
         assert one.router.learned[-1] == 120
 
 
+async def test_a_lease_does_not_grow_while_one_of_its_sequences_is_on_its_way() -> None:
+    """The one on its way carries the share of before, and would pause there for ever."""
+    async with machine(config=EAGER) as one:
+        one.allow(MANY)
+        await answered(one, 20, "teacher")
+        line, leader = one.lines["g0"], one.leaders["g0"]
+        line.ahead = 1
+        line.let_through.clear()
+        line.arrived.clear()
+        before = leader.loads().completion_tokens_total
+        reading = asyncio.ensure_future(read(one.stream(asked(120, n=2))))
+        await asyncio.wait_for(line.arrived.wait(), 20)
+        # The first uses up its share of the lease meanwhile.
+        async with asyncio.timeout(20):
+            while leader.loads().completion_tokens_total - before < 2 * PAGE - len(PROMPT):
+                await asyncio.sleep(0)
+        for _ in range(20):  # what the last token leads to
+            await asyncio.sleep(0)
+        assert not one.router.growing.is_set()
+        line.let_through.set()
+        received = await asyncio.wait_for(reading, 20)
+        assert received.tokens == {i: answer(PROMPT, 120) for i in range(2)}
+
+
 async def test_only_natural_ends_are_learned_from() -> None:
     async with machine() as one:
         stream = one.stream(asked(60))

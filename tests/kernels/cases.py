@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from kvmesh.kernels.attention import AttentionBatch
+from kvmesh.kernels.attention import AttentionBatch, SharedPrefixes
 from kvmesh.kernels.formats.base import NO_PARAMS, KVFormat, LayerParams
 from kvmesh.kernels.seal import seal_pages
 from kvmesh.kernels.write import write_hot
@@ -53,6 +53,7 @@ class Case:
             rows=b.rows.to(device),
             hot_tables=b.hot_tables.to(device),
             sealed_tables=b.sealed_tables.to(device),
+            prefixes=None if b.prefixes is None else b.prefixes.to(device),
         )
         return replace(
             self,
@@ -160,6 +161,19 @@ def with_empty_sequences(case: Case, count: int) -> Case:
         rows=torch.cat((b.rows, torch.zeros(count, dtype=torch.int32))),
     )
     return replace(case, batch=batch)
+
+
+def with_prefixes(case: Case, sets: list[tuple[list[int], int]], *, padding: int = 0) -> Case:
+    """The case with sets of (sequences, pages that they read together), and empty sets after."""
+    pages = torch.zeros(case.batch.num_seqs, dtype=torch.int32)
+    members = torch.full_like(pages, -1)
+    starts = [0]
+    for seqs, count in sets:
+        pages[seqs] = count
+        members[starts[-1] : starts[-1] + len(seqs)] = torch.tensor(seqs, dtype=torch.int32)
+        starts.append(starts[-1] + len(seqs))
+    ends = torch.tensor(starts + [starts[-1]] * padding, dtype=torch.int32)
+    return replace(case, batch=replace(case.batch, prefixes=SharedPrefixes(pages, members, ends)))
 
 
 def truth(

@@ -25,6 +25,7 @@ def check(case: Case, **options: float | None) -> None:
         fmt=case.fmt,
         scale=scale,
         params=case.params,
+        backend="reference",
         **options,
     )
     want_out, want_lse = truth(case, scale=scale, **options)
@@ -105,7 +106,7 @@ def test_chunking_and_batching_change_rounding_only(name: str) -> None:
     """A wrong page form would show at the size of the quantisation error, 1e-2 at four bits."""
     fmt, shape = get_format(name), Shape(sink_pages=1, recent_pages=1)
     whole = make_case(fmt, shape, [(200, 200)])
-    options = {"fmt": fmt, "scale": 0.125, "params": whole.params}
+    options = {"fmt": fmt, "scale": 0.125, "params": whole.params, "backend": "reference"}
     want, _ = paged_attention(whole.q, whole.hot, whole.sealed, whole.batch, **options)
     for length, new in ((200, 1), (200, 7), (200, 64), (150, 1), (150, 50)):
         part = make_case(fmt, shape, [(200, 200)])
@@ -126,7 +127,15 @@ def test_a_missing_page_is_named() -> None:
     case = make_case(get_format("int8"), Shape(), [(100, 1)])
     case.batch.sealed_tables[case.batch.rows.long(), 2] = -1
     with pytest.raises(ValueError, match=r"sealed_tables.*logical page 2"):
-        paged_attention(case.q, case.hot, case.sealed, case.batch, fmt=case.fmt, scale=0.125)
+        paged_attention(
+            case.q,
+            case.hot,
+            case.sealed,
+            case.batch,
+            fmt=case.fmt,
+            scale=0.125,
+            backend="reference",
+        )
 
 
 def test_bad_arguments_are_named() -> None:

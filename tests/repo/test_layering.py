@@ -24,11 +24,11 @@ SHARED_FORMATS = {"kvmesh.kernels.formats.base", "kvmesh.kernels.formats.registr
 # Third parties, for the layers where few are allowed.
 THIRD_PARTIES = {
     "client": {"google", "grpc"},
-    "kernels": {"numpy", "torch", "triton"},
+    "kernels": {"llvmlite", "numba", "numpy", "torch", "triton"},
     "protos": {"google", "grpc", "grpc_tools"},
 }
 RAY_MODULES = {"kvmesh.workers.actor"}
-HEAVY = {"accelerate", "ray", "torch", "transformers", "triton"}
+HEAVY = {"accelerate", "numba", "ray", "torch", "transformers", "triton"}
 TORCH_FREE = {
     "kvmesh.kernels.formats.base",
     "kvmesh.kernels.formats.registry",

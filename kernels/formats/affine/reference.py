@@ -44,16 +44,12 @@ from kvmesh.kernels.formats.packing import (
     pack,
     packed_bytes,
     unpack,
-    unpack_nibbles,
-    unpack_signed,
 )
 from kvmesh.kernels.formats.scales import load_scale, rounded_scale, store_scale
 from kvmesh.kernels.formats.tiles import (
     BF16_MAX,
     ChannelKeys,
     DenseTile,
-    NibbleKeys,
-    NibbleValues,
     TokenKeys,
     TokenValues,
     saturated,
@@ -95,22 +91,10 @@ def load(
     offset, scale = _meta(side, pages, page_size, head_dim)
     if side.along == "token" and side.run_length(page_size, head_dim) == head_dim:
         scale, offset = scale.view(rows, -1), offset.view(rows, -1)
-        if side.width == 4:
-            low, byte = unpack_nibbles(pages, page_size, head_dim, values=side.values)
-            if side.values:
-                blocks = (rows, -1, *low.shape[-2:])
-                return NibbleValues(low.view(blocks), byte.view(blocks), scale, offset)
-            tokens = (rows, -1, head_dim)
-            return NibbleKeys(low.view(tokens), byte.view(tokens), scale, offset)
-        if side.width == 8:  # the bytes as they are: codes less 128, which the offset takes
-            table = unpack_signed(pages, page_size, head_dim, values=side.values)
-            offset = offset.add(scale, alpha=128.0)
-        else:
-            table = unpack(pages, side.width, page_size, head_dim, values=side.values)
+        codes = unpack(pages, side.width, page_size, head_dim, values=side.values).float()
         if side.values:
-            blocks = table.float().view(rows, -1, *table.shape[-2:])
-            return TokenValues(blocks, scale, offset)
-        return TokenKeys(table.float().view(rows, -1, head_dim), scale, offset)
+            return TokenValues(codes.view(rows, -1, *codes.shape[-2:]), scale, offset)
+        return TokenKeys(codes.view(rows, -1, head_dim), scale, offset)
     table = unpack(pages, side.width, page_size, head_dim, values=side.values)
     codes = by_token(table, values=side.values).float()
     if side.along == "channel":

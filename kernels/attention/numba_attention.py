@@ -1,0 +1,189 @@
+"""`paged_attention` on CPUs: decode in compiled loops, chunks of prompts in plain torch."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kvmesh.kernels.attention import reference
+from kvmesh.kernels.attention.batch import AttentionBatch
+from kvmesh.kernels.attention.numba_loop import LOG2_E, Rule, Sequences, decode_loop
+from kvmesh.kernels.attention.plan import check_queries, missing_page
+from kvmesh.kernels.formats.base import NO_PARAMS, KVFormat, LayerParams
+from kvmesh.kernels.merge import merge_states
+
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+MIN_PAGES_PER_THREAD = 32  # handing work to a thread costs about as much as so many pages
+
+Ints = npt.NDArray[np.int64]
+
+
+def has_loop(fmt: KVFormat, page_size: int, head_dim: int, dtype: torch.dtype) -> bool:
+    """Whether this format's pages can be read by a compiled loop."""
+    return dtype in DTYPES and decode_loop(fmt, page_size, head_dim, DTYPES[dtype]) is not None
+
+
+@dataclass(frozen=True, slots=True)
+class _Decode:
+    """The decode part of a batch, worked out once a step.
+
+    shares: what each thread does, units of `DecodeLoop.attend`
+    """
+
+    sequences: Sequences
+    shares: tuple[Ints, ...]
+    splits: int
+
+
+def paged_attention(
+    q: torch.Tensor,
+    hot: torch.Tensor,
+    sealed: torch.Tensor,
+    batch: AttentionBatch,
+    *,
+    fmt: KVFormat,
+    scale: float,
+    params: LayerParams = NO_PARAMS,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    num_tokens, num_heads, head_dim = q.shape
+    num_pages, _, num_kv_heads, page_size, _ = hot.shape
+    loop = decode_loop(fmt, page_size, head_dim, DTYPES[hot.dtype])
+    if loop is None:
+        raise ValueError(f"fmt: {fmt.name} has no compiled loop")
+    decode = _decode_of(batch, num_kv_heads)
+    shape = (decode.splits, num_tokens, num_heads, head_dim)
+    out = torch.empty(shape, dtype=torch.float32)
+    lse = torch.empty(shape[:3], dtype=torch.float32)
+    if decode.sequences.members.size < num_tokens:  # rows of other sequences, or of none
+        out.zero_()
+        lse.fill_(-torch.inf)
+    rule = Rule(
+        decode.splits,
+        batch.sink_pages,
+        batch.recent_pages,
+        sliding_window or 0,
+        np.float32(scale if softcap else scale * LOG2_E),
+        np.float32(softcap or 0.0),
+    )
+    largest = int(np.diff(decode.sequences.group_starts).max(initial=0))
+
+    def attend(share: Ints) -> tuple[int, int, bool]:
+        return loop.attend(  # type: ignore[no-any-return]
+            share,
+            decode.sequences,
+            rule,
+            *arrays,
+            loop.scratch(largest * num_heads // num_kv_heads),
+        )
+
+    arrays = (
+        q.float().contiguous().numpy(),
+        hot.view(num_pages, 2, num_kv_heads, -1).view(torch.uint8).numpy(),
+        sealed.numpy(),
+        out.numpy(),
+        lse.numpy(),
+    )
+    others = [_threads().submit(attend, share) for share in decode.shares[1:]]
+    for row, page, is_hot in [attend(decode.shares[0]), *(other.result() for other in others)]:
+        if row >= 0:
+            raise missing_page("hot_tables" if is_hot else "sealed_tables", row, page)
+    if decode.splits > 1:
+        out, lse = merge_states(out, lse)
+    else:
+        out, lse = out[0], lse[0]
+    out = out.to(q.dtype)
+    if batch.max_query_len > 1:
+        reference.attend_chunks(
+            q,
+            hot,
+            sealed,
+            batch,
+            out,
+            lse,
+            fmt=fmt,
+            scale=scale,
+            params=params,
+            softcap=softcap,
+            sliding_window=sliding_window,
+        )
+    return out, lse
+
+
+def _decode_of(batch: AttentionBatch, num_kv_heads: int) -> _Decode:
+    """The batch's decode part, worked out on first use."""
+    threads = torch.get_num_threads()
+    key = ("numba", num_kv_heads, threads)
+    decode = batch.plans.get(key)
+    if decode is None:
+        decode = batch.plans[key] = _plan(batch, num_kv_heads, threads)
+    return decode  # type: ignore[no-any-return]
+
+
+def _plan(batch: AttentionBatch, num_kv_heads: int, threads: int) -> _Decode:
+    starts = batch.query_starts.numpy().astype(np.int64)
+    seq_lens = batch.seq_lens.numpy().astype(np.int64)
+    counts = np.diff(starts)
+    check_queries(counts, seq_lens)
+    group_starts, members, shared_pages = _groups(batch, np.flatnonzero(counts == 1))
+    # Pages that are read, by group; a split of them is a unit of work.
+    own = -(-seq_lens // batch.page_size)[members]
+    firsts = group_starts[:-1]
+    work = np.add.reduceat(own, firsts) if len(members) else own
+    work -= shared_pages * (np.diff(group_starts) - 1)
+    tasks = max(len(work) * num_kv_heads, 1)
+    threads = max(1, min(threads, int(work.sum()) * num_kv_heads // MIN_PAGES_PER_THREAD))
+    splits = 1
+    if threads > 1 and len(members) == len(counts):
+        splits = max(1, min(-(-2 * threads // tasks), int(work.max()) // MIN_PAGES_PER_THREAD))
+    units = np.stack(np.indices((len(work), num_kv_heads, splits)), -1).reshape(-1, 3)
+    sequences = Sequences(
+        group_starts=group_starts,
+        members=members,
+        shared_pages=shared_pages,
+        tokens=starts[:-1],
+        seq_lens=seq_lens,
+        table_rows=batch.rows.numpy().astype(np.int64),
+        hot_tables=batch.hot_tables.numpy(),
+        sealed_tables=batch.sealed_tables.numpy(),
+    )
+    shares = _dealt(units, work[units[:, 0]], threads)
+    return _Decode(sequences, shares, splits)
+
+
+def _groups(batch: AttentionBatch, decoding: Ints) -> tuple[Ints, Ints, Ints]:
+    """`Sequences`' group_starts, members and shared_pages, of the sequences with one new token."""
+    if batch.prefixes is None:
+        return np.arange(len(decoding) + 1), decoding, np.zeros(len(decoding), np.int64)
+    pages = batch.prefixes.pages.numpy().astype(np.int64)
+    starts = batch.prefixes.starts.numpy().astype(np.int64)
+    starts = starts[np.append(np.diff(starts) > 0, True)]  # without empty sets
+    sharing = batch.prefixes.members.numpy()[: starts[-1]].astype(np.int64)
+    alone = decoding[pages[decoding] == 0]
+    shared_pages = np.append(pages[sharing[starts[:-1]]], np.zeros(len(alone), np.int64))
+    group_starts = np.append(starts, starts[-1] + np.arange(1, len(alone) + 1))
+    return group_starts, np.append(sharing, alone), shared_pages
+
+
+def _dealt(units: Ints, work: Ints, threads: int) -> tuple[Ints, ...]:
+    """The units by thread: the largest first, each to the thread with the least to do."""
+    if threads == 1:
+        return (units,)
+    hands: list[list[int]] = [[] for _ in range(threads)]
+    loads = [0] * threads
+    for unit in np.argsort(-work, kind="stable"):
+        least = loads.index(min(loads))
+        hands[least].append(int(unit))
+        loads[least] += int(work[unit])
+    return tuple(units[hand] for hand in hands)
+
+
+@cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(thread_name_prefix="kvmesh-attention")

@@ -1,0 +1,150 @@
+"""Decode on CPUs in compiled loops against the truth in fp64, by the reference's rule.
+
+A loop is compiled in a second or two, so each format has one geometry, and a few have more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from kvmesh.kernels.attention import numba_attention, paged_attention, warm_up
+from kvmesh.kernels.formats.registry import format_names, get_format
+from tests.kernels.cases import Case, Shape, make_case, truth, with_empty_sequences
+
+pytest.importorskip("numba")
+
+COMPILED = [
+    name
+    for name in format_names()
+    if numba_attention.has_loop(get_format(name), 64, 64, torch.float32)
+]
+MIXED = [(1, 1), (63, 1), (64, 1), (65, 1), (200, 33), (300, 1), (1000, 1), (128, 1), (320, 1)]
+
+
+def check(case: Case, **options: float | None) -> None:
+    scale = case.shape.head_dim**-0.5
+    arguments = (case.q, case.hot, case.sealed, case.batch)
+    out, lse = paged_attention(
+        *arguments, fmt=case.fmt, scale=scale, params=case.params, backend="numba", **options
+    )
+    want_out, want_lse = truth(case, scale=scale, **options)
+    same_dtype = truth(case, scale=scale, **options, dtype=case.q.dtype)[0]
+    limit = 2 * (same_dtype.double() - want_out).abs().max() + 2e-6
+    count = want_out.shape[0]
+    assert (out[:count].double() - want_out).abs().max() <= limit
+    assert (lse[:count].double() - want_lse).abs().max() < 1e-5
+    assert (out[count:] == 0).all()
+    assert (lse[count:] == -torch.inf).all()
+
+
+@pytest.fixture
+def three_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_all_formats_but_the_calibrated_and_those_with_residuals_are_compiled() -> None:
+    others = set(format_names()) - set(COMPILED)
+    assert others == {
+        name
+        for name in format_names()
+        if get_format(name).needs_calibration or name.startswith("turboquant")
+    }
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_mixed_batch_follows_the_rule(name: str) -> None:
+    for windows in ((0, 0), (1, 0), (2, 1)):
+        shape = Shape(page_size=64, sink_pages=windows[0], recent_pages=windows[1])
+        check(make_case(get_format(name), shape, MIXED))
+
+
+@pytest.mark.parametrize("name", ["exact", "int8", "k4v4", "k3v2"])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "page_size"),
+    [(9, 3, 80, 32), (16, 1, 128, 128), (4, 4, 256, 16)],
+)
+def test_shapes(name: str, heads: int, kv_heads: int, head_dim: int, page_size: int) -> None:
+    shape = Shape(heads, kv_heads, head_dim, page_size, recent_pages=1)
+    check(make_case(get_format(name), shape, [(1000, 1), (300, 40), (63, 63), (65, 1)]))
+
+
+@pytest.mark.parametrize("name", ["int8", "k3v2", "kivi2"])
+@pytest.mark.parametrize("softcap", [None, 20.0])
+@pytest.mark.parametrize("window", [1, 64, 100, 1000])
+def test_softcap_and_sliding_window(name: str, softcap: float | None, window: int) -> None:
+    shape = Shape(page_size=64, sink_pages=1, recent_pages=1)
+    case = make_case(get_format(name), shape, MIXED)
+    check(case, softcap=softcap, sliding_window=window)
+
+
+@pytest.mark.parametrize("name", ["exact", "int8", "k4v2"])
+def test_bf16_pages(name: str) -> None:
+    shape = Shape(page_size=64, recent_pages=1)
+    check(make_case(get_format(name), shape, MIXED, dtype=torch.bfloat16))
+
+
+def test_rows_of_no_sequence_and_sequences_of_no_query() -> None:
+    shape = Shape(page_size=64)
+    case = make_case(get_format("int8"), shape, [(300, 1), (17, 1)], padding_tokens=3)
+    check(case)
+    check(with_empty_sequences(case, 2))
+
+
+def test_threads_share_sequences_and_long_ones_are_split(
+    three_threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(numba_attention, "MIN_PAGES_PER_THREAD", 2)
+    shape = Shape(page_size=64, sink_pages=1, recent_pages=1)
+    check(make_case(get_format("int8"), shape, [(2000, 1)]))
+    check(make_case(get_format("int8"), shape, [(1, 1), (900, 1)]))
+    check(make_case(get_format("int8"), shape, [(400 + 70 * i, 1) for i in range(7)]))
+    check(make_case(get_format("int8"), shape, MIXED))
+
+
+def test_batching_does_not_change_a_bit() -> None:
+    """Each sequence is computed alone, on one thread in one order."""
+    shape = Shape(page_size=64, recent_pages=1)
+    together = make_case(get_format("k4v4"), shape, [(500, 1), (70, 1), (300, 1)])
+    options = {"fmt": together.fmt, "scale": 0.125, "backend": "numba"}
+    arenas = (together.hot, together.sealed)
+    want, _ = paged_attention(together.q, *arenas, together.batch, **options)
+    for seq in range(3):
+        alone = make_case(get_format("k4v4"), shape, [(500, 1), (70, 1), (300, 1)]).batch
+        object.__setattr__(alone, "query_starts", torch.tensor([0, 1], dtype=torch.int32))
+        object.__setattr__(alone, "seq_lens", alone.seq_lens[seq : seq + 1])
+        object.__setattr__(alone, "rows", alone.rows[seq : seq + 1])
+        got, _ = paged_attention(together.q[seq : seq + 1], *arenas, alone, **options)
+        assert torch.equal(got[0], want[seq])
+
+
+@pytest.mark.parametrize(("table", "page"), [("sealed_tables", 1), ("hot_tables", 4)])
+def test_a_missing_page_is_named(table: str, page: int) -> None:
+    case = make_case(get_format("int8"), Shape(page_size=64), [(300, 1)])
+    getattr(case.batch, table)[case.batch.rows.long(), page] = -1
+    arguments = (case.q, case.hot, case.sealed, case.batch)
+    with pytest.raises(ValueError, match=rf"{table}: row \d has no page for logical page {page}"):
+        paged_attention(*arguments, fmt=case.fmt, scale=0.125, backend="numba")
+
+
+def test_formats_without_a_loop_are_refused_by_name_and_served_by_plain_torch() -> None:
+    case = make_case(get_format("turboquant-sign"), Shape(page_size=64), [(300, 1)])
+    arguments = (case.q, case.hot, case.sealed, case.batch)
+    with pytest.raises(ValueError, match="turboquant-sign"):
+        paged_attention(*arguments, fmt=case.fmt, scale=0.125, backend="numba")
+    out, _ = paged_attention(*arguments, fmt=case.fmt, scale=0.125)
+    want, _ = paged_attention(*arguments, fmt=case.fmt, scale=0.125, backend="reference")
+    assert torch.equal(out, want)
+
+
+def test_warming_up_leaves_pages_alone() -> None:
+    case = make_case(get_format("int8"), Shape(page_size=64), [(300, 1)])
+    hot, sealed = case.hot.clone(), case.sealed.clone()
+    warm_up(case.hot, case.sealed, case.shape.num_heads, fmt=case.fmt)
+    torch.testing.assert_close(case.hot, hot, equal_nan=True, rtol=0, atol=0)
+    assert torch.equal(case.sealed, sealed)

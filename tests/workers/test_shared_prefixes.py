@@ -1,0 +1,212 @@
+"""Which sequences read sealed pages together, and that it changes nothing of what they say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvmesh.workers.config import EngineConfig
+from kvmesh.workers.engine import Engine
+from kvmesh.workers.local import local_executor
+from kvmesh.workers.shared_prefixes import (
+    MIN_SAVED_PAGES,
+    Ints,
+    PrefixFinder,
+    PrefixSets,
+    num_starts,
+)
+from tests.model.small import VOCAB_SIZE, make_small_model
+from tests.workers.invariance import Invariance, generate
+
+PAGES = 40
+
+
+def tables(*sequences: list[int]) -> Ints:
+    ids = np.full((len(sequences), PAGES), -1, dtype=np.int64)
+    for row, pages in enumerate(sequences):
+        ids[row, : len(pages)] = pages
+    return ids
+
+
+def find(ids: Ints, *, first_page: int = 0, most: int = 8) -> PrefixSets | None:
+    stops = first_page + (ids[:, first_page:] >= 0).sum(1)
+    return PrefixFinder(ids, first_page, most).find(np.arange(len(ids)), stops)
+
+
+def sets_of(found: PrefixSets | None) -> list[tuple[list[int], int]]:
+    if found is None:
+        return []
+    parts = np.split(found.members, found.starts[1:-1])
+    return [(part.tolist(), int(found.pages[part[0]])) for part in parts]
+
+
+def own(start: int, count: int = 10) -> list[int]:
+    return list(range(start, start + count))
+
+
+def test_those_with_the_same_pages_read_them_together() -> None:
+    shared = own(100)
+    ids = tables(shared + own(200), own(300), shared + own(400), shared)
+    assert sets_of(find(ids)) == [([0, 2, 3], 10)]
+    found = find(ids)
+    assert found is not None
+    assert found.pages.tolist() == [10, 0, 10, 10]
+
+
+def test_little_in_common_is_not_worth_it() -> None:
+    few = own(100, MIN_SAVED_PAGES // 2)
+    assert find(tables(few + own(200), few + own(300))) is None
+    assert sets_of(find(tables(*(few + own(200 * i) for i in range(2, 5))))) == [
+        ([0, 1, 2], len(few))
+    ]
+    assert find(tables(own(100), own(200))) is None
+
+
+def test_pages_of_the_sink_do_not_count() -> None:
+    shared = own(100)
+    ids = tables([7, *shared, 1], [8, *shared, 2])
+    assert find(ids) is None
+    assert sets_of(find(ids, first_page=1)) == [([0, 1], 10)]
+
+
+def test_of_nested_prefixes_those_that_save_more_are_taken() -> None:
+    system = own(100, 2)
+    document, other = own(200, 20), own(300, 20)
+    # Two documents, each read by two; what all share is less.
+    four = [system + document + own(400), system + document + own(500)]
+    four += [system + other + own(600), system + other + own(700)]
+    assert sets_of(find(tables(*four))) == [([0, 1], 22), ([2, 3], 22)]
+    # Many share the system prompt, and two a document: both sets.
+    many = [system + own(1000 + 100 * i) for i in range(8)]
+    assert sets_of(find(tables(*four[:2], *many))) == [([0, 1], 22), (list(range(2, 10)), 2)]
+    # A page more in common is not worth leaving the others for.
+    close = [[*own(100), 1, 0], [*own(100), 1, 1], [*own(100), 2, 9]]
+    assert sets_of(find(tables(*close))) == [([0, 1, 2], 10)]
+
+
+def test_large_sets_are_cut_and_nobody_is_left_alone_in_one() -> None:
+    shared = own(100)
+    nine = tables(*(shared + own(200 + 20 * i) for i in range(9)))
+    assert [len(members) for members, _ in sets_of(find(nine, most=4))] == [3, 3, 3]
+    found = find(nine[:3], most=2)
+    assert sets_of(found) == [([0, 1], 10)]
+    assert found is not None
+    assert found.pages[2] == 0
+
+
+def test_an_answer_holds_until_sequences_or_tables_change() -> None:
+    shared = own(100)
+    ids = tables(shared + own(200), shared + own(300))
+    finder = PrefixFinder(ids, 0, 8)
+    rows, stops = np.arange(2), np.array([20, 20])
+    found = finder.find(rows, stops)
+    assert finder.find(rows, stops) is found
+    assert finder.find(rows, np.array([20, 0])) is None
+    ids[1, 4] = 999
+    finder.note_update()
+    assert sets_of(finder.find(rows, stops)) == []
+
+
+def test_padding_adds_empty_sets() -> None:
+    shared = own(100)
+    found = find(tables(shared + own(200), shared + own(300), own(400)))
+    assert found is not None
+    padded = found.padded(8)
+    assert padded.pages.tolist() == [10, 10, 0, 0, 0, 0, 0, 0]
+    assert len(padded.members) == 8
+    assert padded.starts.tolist() == [0, 2, 2, 2, 2]
+    assert len(padded.starts) == num_starts(8)
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=12), min_size=1, max_size=10),
+    st.integers(2, 5),
+)
+def test_sets_are_true_and_save_no_less_than_one_for_each_first_page(
+    paths: list[list[int]], most: int
+) -> None:
+    """Each number is a fork in the road, followed by three pages of its own."""
+    names: dict[tuple[int, ...], int] = {}
+
+    def page_ids(path: list[int]) -> list[int]:
+        pages = []
+        for depth in range(len(path)):
+            node = names.setdefault(tuple(path[: depth + 1]), len(names))
+            pages += [4 * node, 4 * node + 1, 4 * node + 2]
+        return pages
+
+    ids = tables(*map(page_ids, paths))
+    whole = find(ids, most=len(paths) + 2)
+    seen: list[int] = []
+    saved = 0
+    for members, common in sets_of(whole):
+        assert (ids[members, :common] == ids[members[0], :common]).all()
+        assert (ids[members, :common] >= 0).all()
+        saved += (len(members) - 1) * common
+        seen += members
+    assert len(seen) == len(set(seen))
+    for first in range(3):
+        group = [i for i, path in enumerate(paths) if path[0] == first]
+        if len(group) > 1:
+            table = ids[group]
+            common = int((table == table[0]).all(0).argmin())
+            least = (len(group) - 1) * common
+            assert saved >= least or least < 2 * MIN_SAVED_PAGES
+    cut = find(ids, most=most)
+    assert all(2 <= len(members) <= most for members, _ in sets_of(cut))
+    if cut is not None:
+        assert len(cut.starts) <= num_starts(len(paths))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_small_model(
+        "LlamaForCausalLM",
+        tmp_path_factory.mktemp("small"),
+        hidden_size=128,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+    )
+
+
+@pytest.mark.parametrize("kv_format", ["exact", "int8", "k4v2"])
+def test_output_is_the_same_when_prefixes_are_read_together(
+    kv_format: str, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = EngineConfig(
+        model=str(model),
+        kv_format=kv_format,
+        kv_probe="off",
+        page_size=16,
+        dtype="float32",
+        device="cpu",
+        kv_memory_bytes=16 << 20,
+        max_num_batched_tokens=64,
+        threads_per_rank=1,
+    )
+    numbers = np.random.default_rng(0)
+    document = numbers.integers(3, VOCAB_SIZE, 250).tolist()
+    prompts = [
+        document + numbers.integers(3, VOCAB_SIZE, length).tolist() for length in (5, 60, 21)
+    ]
+    alone = Invariance(config, prompts, 24)
+    steps: list[PrefixSets | None] = []
+    search = PrefixFinder.find
+
+    def recorded(self: PrefixFinder, rows: Ints, stops: Ints) -> PrefixSets | None:
+        steps.append(search(self, rows, stops))
+        return steps[-1]
+
+    monkeypatch.setattr(PrefixFinder, "find", recorded)
+    engine = Engine(config, local_executor(config))
+    alone.check(alone.one_by_one(engine))
+    assert not any(steps)
+    alone.check(generate(engine, prompts, 24))
+    together = [found for found in steps if found is not None]
+    assert len(together) > 20
+    assert max(len(found.members) for found in together) == 3

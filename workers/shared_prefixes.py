@@ -1,0 +1,127 @@
+"""Which decoding sequences read the same first sealed pages, from the block tables.
+
+Sequences with a common prefix hold the same pages, by prefix caching or as choices of
+one request. Read together, such pages are unpacked once for all. Prefixes nest: of a
+system prompt that all share and a document that some do, a set takes the one that
+saves more reads,
+
+    saved = (members - 1) * pages in common
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Ints = npt.NDArray[np.int64]
+
+# A set of its own costs a kernel a layer, and parts to merge.
+MIN_SAVED_PAGES = 8
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class PrefixSets:
+    """`SharedPrefixes` of the kernels on the host: pages [S] of S sequences, members, starts."""
+
+    pages: Ints
+    members: Ints
+    starts: Ints
+
+    def padded(self, size: int) -> PrefixSets:
+        """Of `size` sequences, with as many sets as they could form."""
+        return PrefixSets(
+            _pad(self.pages, size, 0),
+            _pad(self.members, size, 0),
+            _pad(self.starts, num_starts(size), int(self.starts[-1])),
+        )
+
+
+def num_starts(size: int) -> int:
+    """Sets have two members at least."""
+    return size // 2 + 1
+
+
+class PrefixFinder:
+    """Finds sets in a host's copy of the sealed tables, and remembers the last answer.
+
+    sealed_ids: [rows, pages], kept up to date by the caller, who says so to `note_update`
+    first_page: where sealed pages begin, behind the sink
+    most: members of a set at most
+    """
+
+    def __init__(self, sealed_ids: Ints, first_page: int, most: int) -> None:
+        self._ids = sealed_ids
+        self._first = first_page
+        self._most = most
+        self._asked: tuple[bytes, bytes] | None = None
+        self._found: PrefixSets | None = None
+
+    def note_update(self) -> None:
+        self._asked = None
+
+    def find(self, rows: Ints, stops: Ints) -> PrefixSets | None:
+        """The sets of a step's sequences; None where there is nothing to share.
+
+        rows: [S] of the tables
+        stops: [S], the first page that a sequence does not read sealed; 0 for one that is not
+            to share, as its new tokens are several
+        """
+        asked = (rows.tobytes(), stops.tobytes())
+        if asked != self._asked:
+            self._asked, self._found = asked, self._search(rows, stops)
+        return self._found
+
+    def _search(self, rows: Ints, stops: Ints) -> PrefixSets | None:
+        counts = stops - self._first
+        sharing = np.flatnonzero(counts > 0)
+        found: list[tuple[list[int], int]] = []
+        for members in self._alike(rows, sharing, 0):
+            found += self._divide(rows, counts, members, 1)[1]
+        pages = np.zeros(len(rows), np.int64)
+        sets: list[Ints] = []
+        for chosen, common in found:
+            if (len(chosen) - 1) * common < MIN_SAVED_PAGES:
+                continue
+            for part in np.array_split(np.array(chosen), -(-len(chosen) // self._most)):
+                if len(part) > 1:
+                    pages[part] = common
+                    sets.append(part)
+        if not sets:
+            return None
+        starts = np.cumsum([0, *map(len, sets)])
+        return PrefixSets(pages, np.concatenate(sets), starts)
+
+    def _alike(self, rows: Ints, members: Ints, place: int) -> list[Ints]:
+        """Members with the same page at a place behind the sink, two or more together."""
+        ids = self._ids[rows[members], self._first + place]
+        order = np.argsort(ids, kind="stable")
+        cuts = np.flatnonzero(np.diff(ids[order])) + 1
+        return [part for part in np.split(members[order], cuts) if len(part) > 1]
+
+    def _divide(
+        self, rows: Ints, counts: Ints, members: Ints, known: int
+    ) -> tuple[int, list[tuple[list[int], int]]]:
+        """The sets of members that share `known` pages or more, and the reads that they save."""
+        table = self._ids[rows[members], self._first : self._first + int(counts[members].min())]
+        differ = np.flatnonzero((table[:, known:] != table[0, known:]).any(0))
+        common = known + int(differ[0]) if len(differ) else table.shape[1]
+        saved, sets = 0, []
+        rest = set(members.tolist())
+        # Those who go on together leave the others, where that saves more.
+        going_on = members[counts[members] > common]
+        for part in self._alike(rows, going_on, common):
+            more, within = self._divide(rows, counts, part, common + 1)
+            if more > len(part) * common:
+                saved += more
+                sets += within
+                rest -= set(part.tolist())
+        if len(rest) > 1:
+            saved += (len(rest) - 1) * common
+            sets.append((sorted(rest), common))
+        return saved, sets
+
+
+def _pad(array: Ints, size: int, value: int) -> Ints:
+    return np.append(array, np.full(size - len(array), value, np.int64))
