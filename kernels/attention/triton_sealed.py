@@ -4,12 +4,17 @@ Codes are multiplied as they are: no key and no value is dequantised. The sixtee
 a tensor core's tile are eight query heads, times the high and the low byte of a
 16-bit number v = 256 hi + lo, |v| <= 32639. As such come
 
-    q      once, or where keys have a scale a channel once a page, as q * scale
-    P      once a tile: e^(score - the tile's greatest) * the value's scale, relative to
-           the tile's greatest of both. The running maximum is not in it: tokens far
-           below a sink would round to nothing
+    q      once, or where keys have a scale a channel once a run of tokens, as q * scale
+    P      once a tile and run of channels: e^(score - the tile's greatest) * the value's
+           scale, in steps of the power of two above the tile's greatest of both. The running
+           maximum is not in it: tokens far below a sink would round to nothing
 
-so that for the price of a 16-bit product both have 15 bits. A tile is 64 tokens: K
+so that for the price of a 16-bit product both have 14 to 15 bits. Where scales are shared by runs
+of a token's channels, keys' products are summed a run and scaled, values' have weights of their
+own for each run. Where keys' are shared by 32 tokens, a tile is two halves of rows with a query
+operand each.
+
+A tile is 64 tokens: K
 [tokens, D] and V [D, tokens] are the products' second operands, the axis that is
 summed over last, which is how packing.py has them; `load_planes` gives planes of
 codes. A plane of keys is every 4th (2nd) token, one of values a run of channels.
@@ -42,7 +47,7 @@ LOG2_LARGEST = tl.constexpr(14.994309420105886)
 
 
 # Numbers $2 to $5, of each the second byte and the first: bytes of $0 and of $1.
-_SPLIT_PTX = tl.constexpr("""{
+SPLIT_PTX = tl.constexpr("""{
     .reg .b32 a, b;
     prmt.b32 a, $2, $3, 0x5140;
     prmt.b32 b, $4, $5, 0x5140;
@@ -103,7 +108,7 @@ def _split(x, PTX: tl.constexpr):
     bits = x.to(tl.int32, bitcast=True)
     if PTX:
         return tl.inline_asm_elementwise(
-            _SPLIT_PTX, "=&r,=&r,r,r,r,r", [bits], dtype=(tl.int8, tl.int8), is_pure=True, pack=4
+            SPLIT_PTX, "=&r,=&r,r,r,r,r", [bits], dtype=(tl.int8, tl.int8), is_pure=True, pack=4
         )
     else:
         return (bits >> 8).to(tl.int8), bits.to(tl.int8) ^ (-128)
