@@ -64,10 +64,10 @@ def kernels_of(
         if launch is None:
             continue
         asked = {"HAS_SOFTCAP": True, "HAS_WINDOW": True, "HAS_PREFIXES": name != "prefill"}
-        constants = {key: value for key, value in asked.items() if key in launch.kernel.arg_names}
-        constants = {**launch.constants, **constants, "NUM_KV_HEADS": NUM_KV_HEADS}
+        taken = {key: value for key, value in asked.items() if key in launch.kernel.arg_names}
+        constants = {**launch.constants, **taken, "NUM_KV_HEADS": NUM_KV_HEADS}
         yield name, launch.kernel, constants, launch.options
-    warps = {"num_warps": NUM_WARPS}
+    warps: dict[str, Any] = {"num_warps": NUM_WARPS}
     constants = {**seal_constants(fmt, page_size, head_dim, 2), "NUM_KV_HEADS": NUM_KV_HEADS}
     yield "seal", seal_kernel, constants, warps
 

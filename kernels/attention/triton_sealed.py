@@ -348,7 +348,7 @@ def _shifts(q, offset_ptr, offs_d, PARTS: tl.constexpr, HEADS: tl.constexpr):
         offsets = from_bf16(bits).to(q.dtype)
     offsets = tl.broadcast_to(offsets[None, :, :], [8 // PARTS, PARTS, D]).reshape(8, D)
     x = tl.dot(q, tl.trans(offsets), input_precision="ieee")
-    x, zeros = tl.split(x.reshape(2, HEADS, 8).permute(1, 2, 0))
+    x, _ = tl.split(x.reshape(2, HEADS, 8).permute(1, 2, 0))
     return x
 
 
@@ -403,7 +403,8 @@ def _outputs(acc, acc_offset, weight_sum, P: tl.constexpr, SIDE: tl.constexpr):
     """Sums over plane P's numbers -> over the values, [HEADS, channels]"""
     MIDDLE: tl.constexpr = middle_of(SIDE)
     x = unit(acc, P, SIDE.width) + (acc_offset - weight_sum * MIDDLE)[:, None]
-    if P == planes_of(SIDE) - 1:
+    PLANES: tl.constexpr = planes_of(SIDE)
+    if P + 1 == PLANES:
         TOP: tl.constexpr = top_offset(SIDE)
         x += (weight_sum * TOP)[:, None]
     return x
@@ -565,7 +566,13 @@ def sealed_kernel(
                 kks = ()
                 for r in tl.static_range(K_RUNS):
                     x = load_planes(
-                        k_codes_ptr + r * (D // K_RUNS), k_high_ptr, row, D, D // K_RUNS, K_WIDTH, PTX
+                        k_codes_ptr + r * (D // K_RUNS),
+                        k_high_ptr,
+                        row,
+                        D,
+                        D // K_RUNS,
+                        K_WIDTH,
+                        PTX,
                     )
                     kks = kks + (x,)  # noqa: RUF005
                 for r in tl.static_range(1, K_PARTS):

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TABLE = ROOT / "benchmarks" / "results" / "sass.json"
 COMPILED = ROOT / "benchmarks" / "results" / "compiled.json"
 
+
 def run(*arguments: str) -> None:
     environment = {key: v for key, v in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run(
