@@ -44,6 +44,7 @@ from kvmesh.kernels.attention.triton_attention import (
     Launch,
     decode_launch,
     integer_launch,
+    one_warp_launch,
     takes_integer_path,
 )
 from kvmesh.kernels.formats.registry import format_names, get_format
@@ -90,11 +91,21 @@ class Row:
 
 def compile_launch(launch: Launch, capability: int) -> Any:
     """The kernel for that GPU, as the operator would launch it."""
-    kernel, constants = launch.kernel, launch.constants
+    return compile_kernel(launch.kernel, launch.constants, launch.options, capability, TYPES)
+
+
+def compile_kernel(
+    kernel: Any,
+    constants: dict[str, Any],
+    options: dict[str, Any],
+    capability: int,
+    types: dict[str, str],
+) -> Any:
+    """types: of arguments that are no int32, or pointers to such"""
     signature = {}
     for argument in kernel.arg_names:
         default = "*i32" if argument.endswith("_ptr") else "i32"
-        signature[argument] = "constexpr" if argument in constants else TYPES.get(argument, default)
+        signature[argument] = "constexpr" if argument in constants else types.get(argument, default)
     names = list(kernel.arg_names)
     source = ASTSource(
         fn=kernel,
@@ -106,7 +117,7 @@ def compile_launch(launch: Launch, capability: int) -> Any:
             if signature[name].startswith("*")
         },
     )
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
 def launch_of(
@@ -122,7 +133,8 @@ def launch_of(
     ):
         path, launch = "integer", integer_launch(fmt, head_dim, group, page_size)
     else:
-        path, launch = "plain", decode_launch(fmt, head_dim, group, page_size)
+        geometry = (fmt, head_dim, group, page_size)
+        path, launch = "plain", one_warp_launch(*geometry) or decode_launch(*geometry)
     return path, with_constants(launch, NUM_KV_HEADS=8)
 
 

@@ -11,7 +11,7 @@ other lengths.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -22,7 +22,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from kvmesh.kernels.attention.batch import AttentionBatch, SharedPrefixes, most_sharers
 from kvmesh.kernels.attention.triton_loop import attention_kernel
 from kvmesh.kernels.attention.triton_prefix import prefix_kernel
-from kvmesh.kernels.attention.triton_sealed import HEADS, TOKENS, sealed_kernel
+from kvmesh.kernels.attention.triton_sealed import HEADS, TOKENS, sealed_kernel, token_run
 from kvmesh.kernels.formats.affine.side import Affine
 from kvmesh.kernels.formats.base import NO_PARAMS, KVFormat, LayerParams, Side
 from kvmesh.kernels.formats.codebook.side import Codebook
@@ -40,8 +40,10 @@ INTERPRETER_PROCESSORS = 8  # what the interpreter pretends to split for
 # Programs that a processor holds at a time: of four warps as many as its shared memory is
 # enough for; of one warp as many as 65536 registers are, of which a thread takes some 220.
 PLAIN_PROGRAMS, INTEGER_PROGRAMS = 4, 9
-# Left alone, the compiler settles on 168 registers for these widths, and spills.
-INTEGER_REGISTERS = {(3, 2): 216}
+# Registers a thread may have. Left alone, the compiler settles on 168 for some formats, and
+# spills; allowed more, it mostly does not use them. Two runs of tokens take all there are.
+INTEGER_REGISTERS, INTEGER_REGISTERS_OF_TOKEN_RUNS = 208, 255
+NUM_STAGES = 3
 # What a layer or a batch may have and most have not; the launcher says where one has.
 FLAGS = {"HAS_WINDOW": False, "HAS_PREFIXES": False}
 INTEGER_HEAD_DIMS = (64, 128)
@@ -71,11 +73,13 @@ def takes_integer_path(
 
 
 def _has_integer_codes(side: Side, page_size: int, head_dim: int) -> bool:
-    """Codes on a uniform grid, with one scale a token, or for keys a channel and page."""
+    """Codes on a uniform grid, with scales of runs that a product of codes can be cut into: of
+    32 channels or more of a token, or for keys of 32 tokens or more of a channel."""
     if isinstance(side, Affine):
+        run = side.run_length(page_size, head_dim)
         if side.along == "token":
-            return side.run_length(page_size, head_dim) == head_dim
-        return not side.values and side.run_length(page_size, head_dim) == page_size
+            return run == head_dim or (run % 32 == 0 and (side.values or side.width != 3))
+        return not side.values and (run == 32 or run % TOKENS == 0)
     return isinstance(side, Codebook) and side.levels == "uniform" and not side.residual
 
 
@@ -103,9 +107,28 @@ def decode_launch(
     hot_only: bool = False,
 ) -> Launch:
     """The plain loop; group: query heads of a KV head."""
-    block_m = max(16, triton.next_power_of_2(group))
-    shape = {"DECODE": True, "HOT_ONLY": hot_only, "BLOCK_Q": 1, "BLOCK_M": block_m, **FLAGS}
+    shape = _decode_shape(group) | {"HOT_ONLY": hot_only, "SEALED_ONLY": False}
     return _plain_launch(attention_kernel, fmt, head_dim, group, page_size, dtype_bytes, shape)
+
+
+@cache
+def one_warp_launch(
+    fmt: KVFormat, head_dim: int, group: int, page_size: int, dtype_bytes: int = 2
+) -> Launch | None:
+    """The plain loop over sealed pages alone with one warp a program; None for formats that it
+    does not suit. Hot pages would take more registers than one warp has."""
+    k, v = format_kernels(fmt)
+    if not (k.one_warp and v.one_warp and head_dim <= max(INTEGER_HEAD_DIMS)):
+        return None
+    shape = _decode_shape(group) | {"HOT_ONLY": False, "SEALED_ONLY": True}
+    launch = _plain_launch(attention_kernel, fmt, head_dim, group, page_size, dtype_bytes, shape)
+    options = {**launch.options, "num_warps": 1}
+    return replace(launch, programs=INTEGER_PROGRAMS, options=options)
+
+
+def _decode_shape(group: int) -> dict[str, Any]:
+    block_m = max(16, triton.next_power_of_2(group))
+    return {"DECODE": True, "BLOCK_Q": 1, "BLOCK_M": block_m, **FLAGS}
 
 
 @cache
@@ -115,7 +138,8 @@ def prefill_launch(
     """group: query heads of a KV head"""
     block_q = max(1, PREFILL_ROWS // group)
     block_m = max(16, triton.next_power_of_2(block_q * group))
-    shape = {"DECODE": False, "HOT_ONLY": False, "BLOCK_Q": block_q, "BLOCK_M": block_m, **FLAGS}
+    shape = {"DECODE": False, "BLOCK_Q": block_q, "BLOCK_M": block_m, **FLAGS}
+    shape |= {"HOT_ONLY": False, "SEALED_ONLY": False}
     return _plain_launch(attention_kernel, fmt, head_dim, group, page_size, dtype_bytes, shape)
 
 
@@ -142,6 +166,7 @@ def _plain_launch(
     tokens = min(MAX_BLOCK_N, page_size & -page_size)
     constants = {
         "LOAD_K": k.load,
+        "LOAD_K_CENTRE": k.load_centre,
         "LOAD_V": v.load,
         "K_FOLDED": k.folded,
         "V_FOLDED": v.folded,
@@ -158,7 +183,7 @@ def _plain_launch(
         "PRECISION": "ieee",
         **shape,
     }
-    options = {"num_warps": 4, "num_stages": 3}
+    options = {"num_warps": 4, "num_stages": NUM_STAGES}
     return Launch(kernel, constants, tokens, PLAIN_PROGRAMS, options)
 
 
@@ -178,12 +203,13 @@ def integer_launch(fmt: KVFormat, head_dim: int, group: int, page_size: int) -> 
         "MIN_TILES": MIN_TILES_PER_SPLIT,
         "HEADS": HEADS,
         "TOKENS": TOKENS,
+        "STAGES": NUM_STAGES,
         "PTX": not isinstance(sealed_kernel, InterpretedFunction),
     }
-    options = {"num_warps": 1, "num_stages": 3}
-    registers = INTEGER_REGISTERS.get((fmt.k.width, fmt.v.width))
-    if registers:
-        options["maxnreg"] = registers
+    registers = INTEGER_REGISTERS
+    if token_run(fmt.k, page_size, head_dim) < TOKENS:
+        registers = INTEGER_REGISTERS_OF_TOKEN_RUNS
+    options = {"num_warps": 1, "num_stages": NUM_STAGES, "maxnreg": registers}
     return Launch(sealed_kernel, constants, TOKENS, INTEGER_PROGRAMS, options)
 
 
@@ -216,18 +242,20 @@ def paged_attention(
     size = q.element_size()
     prefix = prefix_launch(*geometry, size)
     shared_splits = pages.num_prefix_splits(prefix) if pages.prefixes else 0
-    if takes_integer_path(
+    integer = takes_integer_path(
         fmt,
         head_dim,
         page_size,
         dtype=q.dtype,
         sliding_window=sliding_window,
         capability=capability,
-    ):
-        integer = integer_launch(*geometry)
-        splits = pages.num_splits(integer)
+    )
+    sealed_launch = integer_launch(*geometry) if integer else one_warp_launch(*geometry, size)
+    if sealed_launch is not None:
+        splits = pages.num_splits(sealed_launch)
         parts, part_lses = pages.parts(splits + 1 + shared_splits)
-        pages.attend_sealed(integer, parts, part_lses, splits)
+        attend = pages.attend_sealed if integer else pages.attend
+        attend(sealed_launch, parts, part_lses, splits)
         hot_launch = decode_launch(*geometry, size, hot_only=True)
         pages.attend(hot_launch, parts[splits:], part_lses[splits:], 1)
         splits += 1
@@ -350,6 +378,7 @@ class _Pages:
                 "HAS_SOFTCAP": self.softcap is not None,
                 "HAS_PREFIXES": self.prefixes is not None,
                 "NUM_KV_HEADS": self.hot.shape[2],
+                "STAGES": launch.options["num_stages"],
             },
             **launch.options,
         )

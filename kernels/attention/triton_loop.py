@@ -15,6 +15,8 @@ Sides supply `LOAD` (formats/tiles_triton.py). Where a side is folded, so are it
 scale and offset,
 
     q·k^ = scale (q·tile) + offset Σq        Σ p v^ = Σ (p scale) tile + Σ p offset
+
+and a page's centre of keys, if they have one, q·k^ + q·centre.
 """
 
 from __future__ import annotations
@@ -58,6 +60,7 @@ def attend_tile(
     sink_pages,
     recent_pages,
     LOAD_K: tl.constexpr,
+    LOAD_K_CENTRE: tl.constexpr,
     LOAD_V: tl.constexpr,
     K_FOLDED: tl.constexpr,
     V_FOLDED: tl.constexpr,
@@ -92,9 +95,17 @@ def attend_tile(
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if K_FOLDED and not HOT:
         scores = scores * (k_scale * qk_scale)[None, :]
-        scores += q_sum[:, None] * (k_offset * qk_scale)[None, :]
+        if k_offset is not None:
+            scores += q_sum[:, None] * (k_offset * qk_scale)[None, :]
     else:
         scores = scores * qk_scale
+    if LOAD_K_CENTRE is not None and not HOT:
+        # A product with eight times the centre lies as the scores do.
+        centre = LOAD_K_CENTRE(k_ptr, K_SIDE, PAGE_SIZE, HEAD_DIM, BLOCK_D).to(DTYPE)
+        centre = tl.broadcast_to(centre[None, :], [8, BLOCK_D])
+        shift = tl.dot(q, tl.trans(centre), input_precision=PRECISION) * qk_scale
+        scores = scores.reshape(scores.shape[0], BLOCK_N // 8, 8) + shift[:, None, :]
+        scores = scores.reshape(shift.shape[0], BLOCK_N)
     if HAS_SOFTCAP:
         # tanh(x) = 2 sigmoid(2x) - 1; scores are natural until here
         scores = (2.0 * tl.sigmoid(scores * (2.0 / softcap)) - 1.0) * (softcap * 1.4426950408889634)
@@ -123,11 +134,11 @@ def attend_tile(
         v, v_scale, v_offset = LOAD_V(
             v_ptr, first_slot, V_SIDE, PAGE_SIZE, HEAD_DIM, BLOCK_N, BLOCK_D, DTYPE
         )
+    acc_offset = acc_offset * keep
     if V_FOLDED and not HOT:
-        acc_offset = acc_offset * keep + tl.sum(weights * v_offset[None, :], 1)
+        if v_offset is not None:
+            acc_offset += tl.sum(weights * v_offset[None, :], 1)
         weights = weights * v_scale[None, :]
-    else:
-        acc_offset = acc_offset * keep
     acc = tl.dot(weights.to(DTYPE), v, acc * keep[:, None], input_precision=PRECISION)
     return acc, acc_offset, new_top, total
 
@@ -154,6 +165,7 @@ def attention_kernel(
     recent_pages,
     num_splits,
     LOAD_K: tl.constexpr,
+    LOAD_K_CENTRE: tl.constexpr,
     LOAD_V: tl.constexpr,
     K_FOLDED: tl.constexpr,
     V_FOLDED: tl.constexpr,
@@ -163,6 +175,7 @@ def attention_kernel(
     PAGE_BYTES: tl.constexpr,
     DECODE: tl.constexpr,
     HOT_ONLY: tl.constexpr,
+    SEALED_ONLY: tl.constexpr,
     HAS_PREFIXES: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
@@ -181,7 +194,7 @@ def attention_kernel(
     DECODE: sequences with one new token; out and lse are partial, fp32
         [num_splits, num_seqs, num_heads, HEAD_DIM] and without HEAD_DIM.
         Otherwise sequences with more; out and lse are the operator's.
-    HOT_ONLY: the sealed keys are another kernel's
+    HOT_ONLY, SEALED_ONLY: the other keys are another kernel's
     HAS_PREFIXES: so are those of the sequence's first prefix_pages sealed pages
     """
     head = tl.program_id(1)
@@ -233,8 +246,10 @@ def attention_kernel(
         num_sealed = 0
         if not HOT_ONLY:
             num_sealed = tl.maximum(sealed_end // BLOCK_N - sealed_tile, 0)
-        num_sink = tl.maximum((sink_end + BLOCK_N - 1) // BLOCK_N - sink_tile, 0)
-        num_recent = tl.maximum(last_pos // BLOCK_N + 1 - recent_tile, 0)
+        num_sink, num_recent = 0, 0
+        if not SEALED_ONLY:
+            num_sink = tl.maximum((sink_end + BLOCK_N - 1) // BLOCK_N - sink_tile, 0)
+            num_recent = tl.maximum(last_pos // BLOCK_N + 1 - recent_tile, 0)
         num_tiles = num_sealed + num_sink + num_recent
         per_split = num_tiles
         if DECODE:
@@ -272,6 +287,7 @@ def attention_kernel(
                     sink_pages,
                     recent_pages,
                     LOAD_K,
+                    LOAD_K_CENTRE,
                     LOAD_V,
                     K_FOLDED,
                     V_FOLDED,
@@ -288,51 +304,53 @@ def attention_kernel(
                     DTYPE,
                     PRECISION,
                 )
-        for tile in range(tl.maximum(tile_from, num_sealed), tile_end):
-            index = tile - num_sealed
-            in_sink = index < num_sink
-            first_key = tl.where(in_sink, sink_tile + index, recent_tile + index - num_sink)
-            first_key = first_key * BLOCK_N
-            least_key = tl.where(in_sink, seen_from, recent_from)
-            end_key = tl.where(in_sink, sink_end, last_pos + 1)
-            page = tl.load(hot_tables_ptr + table + first_key // PAGE_SIZE).to(tl.int64)
-            # A hot page is all heads' keys, then all heads' values.
-            k_ptr = hot_ptr + (page * (2 * NUM_KV_HEADS) + head) * (PAGE_SIZE * HEAD_DIM)
-            acc, acc_offset, top, total = attend_tile(
-                q,
-                q_sum,
-                q_pos,
-                acc,
-                acc_offset,
-                top,
-                total,
-                k_ptr,
-                k_ptr + NUM_KV_HEADS * PAGE_SIZE * HEAD_DIM,
-                first_key,
-                least_key,
-                end_key,
-                qk_scale,
-                softcap,
-                window,
-                sink_pages,
-                recent_pages,
-                LOAD_K,
-                LOAD_V,
-                K_FOLDED,
-                V_FOLDED,
-                K_SIDE,
-                V_SIDE,
-                True,
-                DECODE,
-                HAS_SOFTCAP,
-                HAS_WINDOW,
-                PAGE_SIZE,
-                HEAD_DIM,
-                BLOCK_D,
-                BLOCK_N,
-                DTYPE,
-                PRECISION,
-            )
+        if not SEALED_ONLY:
+            for tile in range(tl.maximum(tile_from, num_sealed), tile_end):
+                index = tile - num_sealed
+                in_sink = index < num_sink
+                first_key = tl.where(in_sink, sink_tile + index, recent_tile + index - num_sink)
+                first_key = first_key * BLOCK_N
+                least_key = tl.where(in_sink, seen_from, recent_from)
+                end_key = tl.where(in_sink, sink_end, last_pos + 1)
+                page = tl.load(hot_tables_ptr + table + first_key // PAGE_SIZE).to(tl.int64)
+                # A hot page is all heads' keys, then all heads' values.
+                k_ptr = hot_ptr + (page * (2 * NUM_KV_HEADS) + head) * (PAGE_SIZE * HEAD_DIM)
+                acc, acc_offset, top, total = attend_tile(
+                    q,
+                    q_sum,
+                    q_pos,
+                    acc,
+                    acc_offset,
+                    top,
+                    total,
+                    k_ptr,
+                    k_ptr + NUM_KV_HEADS * PAGE_SIZE * HEAD_DIM,
+                    first_key,
+                    least_key,
+                    end_key,
+                    qk_scale,
+                    softcap,
+                    window,
+                    sink_pages,
+                    recent_pages,
+                    LOAD_K,
+                    LOAD_K_CENTRE,
+                    LOAD_V,
+                    K_FOLDED,
+                    V_FOLDED,
+                    K_SIDE,
+                    V_SIDE,
+                    True,
+                    DECODE,
+                    HAS_SOFTCAP,
+                    HAS_WINDOW,
+                    PAGE_SIZE,
+                    HEAD_DIM,
+                    BLOCK_D,
+                    BLOCK_N,
+                    DTYPE,
+                    PRECISION,
+                )
 
         some = total > 0.0
         total = tl.where(some, total, 1.0)

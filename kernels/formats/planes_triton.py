@@ -50,15 +50,24 @@ _EIGHT_OUT = tl.constexpr("=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r")
 
 
 @triton.jit
-def load_planes(ptr, high_ptr, rows, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, PTX: tl.constexpr):
+def load_planes(
+    ptr,
+    high_ptr,
+    rows,
+    STRIDE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PTX: tl.constexpr,
+):
     """Planes of a table of packed rows, each [rows, COLUMNS] int8; of width 3 eight halves.
 
     rows: which rows, and in what order
+    STRIDE: bytes from row to row; of width 3 COLUMNS
     high_ptr: width 3: where the table's high bits start
     PTX: whether to use instructions that the interpreter does not know
     """
     offs = tl.arange(0, COLUMNS)[None, :]
-    row_ptr = ptr + rows[:, None] * COLUMNS
+    row_ptr = ptr + rows[:, None] * STRIDE
     if WIDTH == 8:
         return (tl.load(row_ptr + offs),)
     elif WIDTH == 4:

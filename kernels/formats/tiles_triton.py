@@ -29,14 +29,19 @@ class SideKernels:
         tile [BLOCK_N, BLOCK_D] in DTYPE, channels from HEAD_DIM on finite; the numbers
         are tile * scale[:, None] + offset[:, None]
     folded: whether scale and offset, [BLOCK_N] fp32, are there; otherwise the tile is
-        the numbers
+        the numbers. An offset may be None, for 0
     seal: (hot_ptr, part_ptr, SIDE, PAGE_SIZE, HEAD_DIM): encode one page of one head,
         [PAGE_SIZE, HEAD_DIM] of the compute dtype, into this side's part
+    load_centre: (part_ptr, SIDE, PAGE_SIZE, HEAD_DIM, BLOCK_D) -> what the numbers of a page's
+        channels have in common besides, [BLOCK_D] fp32, of keys only; None where they have not
+    one_warp: whether decode over sealed pages takes least instructions with one warp a program
     """
 
     load: Any
     folded: bool
     seal: Any
+    load_centre: Any = None
+    one_warp: bool = False
 
 
 def why_no_kernels(fmt: KVFormat) -> str | None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
+from kvmesh.kernels.attention.triton_sealed import MAGIC, SPLIT_PTX
 from kvmesh.kernels.formats.fp8.triton import E4M3_PTX
 from kvmesh.kernels.formats.packing import pack
 from kvmesh.kernels.formats.planes_triton import THREE_BITS_PTX
@@ -32,8 +34,14 @@ def lop3(a: int, b: int, c: int, table: int) -> int:
 
 def prmt(a: int, b: int, selector: int) -> int:
     data = (b << 32) | a
-    picked = [(data >> (8 * ((selector >> (4 * i)) & 7))) & 0xFF for i in range(4)]
-    return sum(byte << (8 * i) for i, byte in enumerate(picked))
+    result = 0
+    for i in range(4):
+        pick = selector >> (4 * i)
+        byte = (data >> (8 * (pick & 7))) & 0xFF
+        if pick & 8:  # eight times its sign
+            byte = 0xFF * (byte >> 7)
+        result |= byte << (8 * i)
+    return result
 
 
 def fma(a: int, b: int, c: int) -> int:
@@ -50,6 +58,7 @@ def bf16_pair(word: int) -> list[float]:
 OPCODES = {
     "mov.b32": lambda a: a,
     "and.b32": lambda a, b: a & b,
+    "xor.b32": lambda a, b: a ^ b,
     "shr.u32": lambda a, count: a >> count,
     "shr.b32": lambda a, count: a >> count,
     "shl.b32": lambda a, count: (a << count) & 0xFFFFFFFF,
@@ -67,6 +76,20 @@ def test_e4m3_numbers() -> None:
         after = run(E4M3_PTX.value, {"$2": sum(code << (8 * i) for i, code in enumerate(codes))})
         got = torch.tensor(bf16_pair(after["$0"]) + bf16_pair(after["$1"]))
         assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("power", [2.0**-100, 1.0, 2.0**60])
+def test_whole_numbers_split_into_two_bytes(power: float) -> None:
+    """256 hi + lo is the nearest whole number of the steps that are asked for."""
+    steps = torch.cat((torch.tensor([-32639.0, 32639.0, 0.0, -0.5]), torch.randn(60) * 9000))
+    numbers = (steps * power + MAGIC.value * power).view(torch.int32).view(-1, 4)
+    his, los = [], []
+    for four in numbers.tolist():
+        after = run(SPLIT_PTX.value, {f"${2 + i}": x & 0xFFFFFFFF for i, x in enumerate(four)})
+        his.append(after["$0"])
+        los.append(after["$1"])
+    whole = 256 * signed_bytes(his).double() + signed_bytes(los).double()
+    assert (whole - steps.double()).abs().max() <= 0.5
 
 
 def test_three_bit_planes() -> None:

@@ -31,6 +31,8 @@ WITH_KERNELS = [name for name in format_names() if why_no_kernels(get_format(nam
 # Dense tiles, a grid a token, a grid a channel and levels, e4m3, runs within a token.
 EVERY_KIND = ["exact", "int8", "k3v2", "fp8", "kivi4"]
 INTEGER = ["int8", "k8v4", "k4v4", "k4v2", "k3v3", "k3v2", "k2v2", "int4"]
+INTEGER += ["kivi4", "kivi2", "g64-int4", "g64-int2"]  # scales of runs
+INTEGER_KINDS = [*INTEGER, "level-keys", "channels-bf16", "runs-of-bytes"]
 
 # Not in the registry: what a side's kernels can do besides.
 LLOYD_MAX = KVFormat(
@@ -51,7 +53,35 @@ CHANNELS_BF16 = KVFormat(
     Affine(3, values=True),
     "scales of channels in bf16",
 )
-UNREGISTERED = {fmt.name: fmt for fmt in (LLOYD_MAX, LEVEL_KEYS, CHANNELS_BF16)}
+RUNS_OF_16 = KVFormat(
+    "runs-of-16",
+    Affine(4, along="channel", run=16),
+    Affine(4, values=True),
+    "fewer tokens than a product of integers has",
+)
+THREE_BIT_RUNS = KVFormat(
+    "three-bit-runs",
+    Affine(3, run=64),
+    Affine(8, run=32, values=True),
+    "halves of channels share bytes",
+)
+RUNS_OF_BYTES = KVFormat(
+    "runs-of-bytes",
+    Affine(8, along="channel", run=32, scale="e5m3"),
+    Affine(8, run=32, scale="e5m3", values=True),
+    "runs whose scales are bytes, and planes of all channels",
+)
+UNREGISTERED = {
+    fmt.name: fmt
+    for fmt in (
+        LLOYD_MAX,
+        LEVEL_KEYS,
+        CHANNELS_BF16,
+        RUNS_OF_16,
+        THREE_BIT_RUNS,
+        RUNS_OF_BYTES,
+    )
+}
 
 FORMATS = pytest.mark.parametrize("name", WITH_KERNELS)
 KINDS = pytest.mark.parametrize("name", EVERY_KIND)
@@ -180,10 +210,11 @@ def test_which_formats_take_the_integer_path() -> None:
         options = {"head_dim": 128, "page_size": 64, "dtype": torch.bfloat16, **changes}
         return takes_integer_path(format_of(name), **options)  # type: ignore[arg-type]
 
-    assert all(takes(name) for name in (*INTEGER, "level-keys", "channels-bf16"))
-    for name in ("exact", "fp8", "kivi4", "g64-int2", "turboquant-sign", "lloyd-max"):
+    assert all(takes(name) for name in INTEGER_KINDS)
+    for name in ("exact", "fp8", "turboquant-sign", "lloyd-max", "runs-of-16", "three-bit-runs"):
         assert not takes(name)
-    assert takes("g64-int2", head_dim=64)  # one run is the whole head
+    assert takes("three-bit-runs", head_dim=64)  # one run is the whole head
+    assert takes("kivi4", head_dim=64, page_size=128)
     assert takes("int8", head_dim=64, page_size=128, capability=(8, 0))
     assert takes("int8", dtype=torch.float16, capability=(9, 0))
     assert not takes("int8", head_dim=80)
@@ -196,7 +227,7 @@ def test_which_formats_take_the_integer_path() -> None:
 
 
 @EVERY_DTYPE
-@pytest.mark.parametrize("name", [*INTEGER, "level-keys", "channels-bf16"])
+@pytest.mark.parametrize("name", INTEGER_KINDS)
 def test_integer_path_follows_the_rule(name: str, dtype: torch.dtype) -> None:
     lengths = [(300, 1), (1, 1), (64, 1), (65, 1), (130, 9)]
     case = make_case(format_of(name), Shape(8, 1, 128, 64), lengths, dtype=dtype, padding_tokens=1)
@@ -204,7 +235,7 @@ def test_integer_path_follows_the_rule(name: str, dtype: torch.dtype) -> None:
 
 
 @EVERY_DTYPE
-@pytest.mark.parametrize("name", ["int8", "k3v2"])
+@pytest.mark.parametrize("name", ["int8", "k3v2", "kivi2", "runs-of-bytes"])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim", "page_size", "windows"),
     [
@@ -222,13 +253,13 @@ def test_integer_path_of_other_shapes(
     windows: tuple[int, int],
 ) -> None:
     shape = Shape(heads, kv_heads, head_dim, page_size, *windows)
-    case = make_case(get_format(name), shape, [(63, 1), (500, 1)], dtype=dtype)
+    case = make_case(format_of(name), shape, [(63, 1), (500, 1)], dtype=dtype)
     check(case, integer=True)
     check(case, integer=True, softcap=15.0)
 
 
 @EVERY_DTYPE
-@pytest.mark.parametrize("name", ["int4", "k2v2"])
+@pytest.mark.parametrize("name", ["int4", "k2v2", "kivi4"])
 def test_integer_path_splits_long_sequences_and_shares_pages(
     name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -244,7 +275,7 @@ def test_integer_path_splits_long_sequences_and_shares_pages(
 
 
 @EVERY_DTYPE
-@pytest.mark.parametrize("name", ["int8", "k4v2"])
+@pytest.mark.parametrize("name", ["int8", "k4v2", "kivi4"])
 def test_integer_and_plain_path_agree(
     name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -259,7 +290,7 @@ def test_integer_and_plain_path_agree(
     assert not torch.equal(out, plain_out)  # they are two paths
 
 
-@pytest.mark.parametrize("name", ["int8", "int4", "k4v4", "k4v2"])
+@pytest.mark.parametrize("name", ["int8", "int4", "k4v4", "k4v2", "kivi2"])
 def test_integer_path_survives_empty_pages_and_queries(name: str) -> None:
     """Pages of zeros have scales at the floor; a query of zeros has no greatest number."""
     fmt, shape = get_format(name), Shape(2, 1, 64, 64)

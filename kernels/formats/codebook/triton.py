@@ -86,7 +86,7 @@ def load_tile(
     scale = load_scale(scale_ptr, slots, None, SIDE.scale)
     if SIDE.levels == "uniform":
         scale = scale * uniform_step(SIDE.width)
-    return tl.trans(tile) if SIDE.values else tile, scale, tl.zeros_like(scale)
+    return tl.trans(tile) if SIDE.values else tile, scale, None
 
 
 @triton.jit

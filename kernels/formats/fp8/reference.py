@@ -1,6 +1,9 @@
 """Plain-torch codec of `Fp8`.
 
-    side of a page   | e4m3 numbers [page_size, head_dim] | centres bf16 | scale fp32 |
+    side of a page   | e4m3 numbers | centres bf16 | scale fp32 | 12 zeros |
+
+Numbers lie as 8-bit codes do (packing.py): keys [page_size, head_dim], values in blocks of 64
+tokens [head_dim, 64], so that tensor cores get both with the axis they sum over last.
 
 scale = max |x - centre| / 448 over the head's page, in fp32; 448 is e4m3's greatest
 number, and torch rounds to the nearest. Other engines calibrate one scale a layer;
@@ -12,7 +15,8 @@ from __future__ import annotations
 import torch
 
 from kvmesh.kernels.formats.base import Params
-from kvmesh.kernels.formats.fp8.side import Fp8
+from kvmesh.kernels.formats.fp8.side import PADDING_BYTES, SCALE_BYTES, Fp8
+from kvmesh.kernels.formats.packing import BLOCK_TOKENS
 from kvmesh.kernels.formats.tiles import BF16_MAX, DenseTile
 
 E4M3_MAX = 448.0
@@ -31,7 +35,11 @@ def encode(
     half_scale = (half.abs().amax((-2, -1), keepdim=True) / E4M3_MAX).clamp_min(SCALE_FLOOR)
     numbers = (half / half_scale).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
     scale = (half_scale * 2.0).flatten(-2)
-    return torch.cat((numbers.flatten(-2).view(torch.uint8), *parts, scale.view(torch.uint8)), -1)
+    stored = numbers.view(torch.uint8)
+    if side.values:
+        stored = stored.unflatten(-2, (-1, min(BLOCK_TOKENS, x.shape[-2]))).mT.flatten(-3, -2)
+    padded_scale = torch.nn.functional.pad(scale.view(torch.uint8), (0, PADDING_BYTES))
+    return torch.cat((stored.flatten(-2), *parts, padded_scale), -1)
 
 
 def load(
@@ -57,9 +65,13 @@ def decode(
 ) -> torch.Tensor:
     end = page_size * head_dim
     numbers = pages[..., :end].contiguous().view(torch.float8_e4m3fn).float()
-    scale = pages[..., -4:].contiguous().view(torch.float32)
+    start = pages.shape[-1] - SCALE_BYTES - PADDING_BYTES
+    scale = pages[..., start : start + SCALE_BYTES].contiguous().view(torch.float32)
+    if side.values:
+        block = min(BLOCK_TOKENS, page_size)
+        numbers = numbers.unflatten(-1, (-1, head_dim, block)).mT.flatten(-3)
     half = numbers.unflatten(-1, (page_size, head_dim)) * (scale * 0.5)[..., None]
     if side.centred:
-        centre = pages[..., end:-4].contiguous().view(torch.bfloat16).float()
+        centre = pages[..., end:start].contiguous().view(torch.bfloat16).float()
         half = half + centre[..., None, :] * 0.5
     return half.clamp_(-0.5 * BF16_MAX, 0.5 * BF16_MAX).mul_(2.0)

@@ -9,6 +9,8 @@ from kvmesh.kernels.formats.base import Side
 
 CENTRE_BYTES = 2  # bf16
 SCALE_BYTES = 4  # fp32
+# Zeros after it, so that the values, and the next page, begin where 16 bytes are fetched at once.
+PADDING_BYTES = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,4 +29,4 @@ class Fp8(Side):
         if head_dim % 2:
             raise ValueError(f"head_dim: expected an even number, got {head_dim}")
         centres = head_dim * CENTRE_BYTES if self.centred else 0
-        return page_size * head_dim + centres + SCALE_BYTES
+        return page_size * head_dim + centres + SCALE_BYTES + PADDING_BYTES

@@ -12,6 +12,7 @@ import triton.language as tl
 
 from kvmesh.kernels.formats.fp8 import reference
 from kvmesh.kernels.formats.fp8.side import Fp8
+from kvmesh.kernels.formats.packing_triton import block_tokens
 from kvmesh.kernels.formats.tiles_triton import (
     SideKernels,
     from_bf16,
@@ -26,21 +27,20 @@ E4M3_MAX = tl.constexpr(reference.E4M3_MAX)
 FLOOR = tl.constexpr(reference.SCALE_FLOOR)
 ROWS = tl.constexpr(16)
 
-# Four bytes in $2 become two registers of two bf16 numbers each.
+# Four bytes in $2 become two registers of two bf16 numbers each. A byte and above it eight times
+# its sign, moved up by 4: the sign and the number's bits are where they belong.
 E4M3_PTX = tl.constexpr("""{
-    .reg .b32 x, y, a, more, none;
+    .reg .b32 x, y, more, none;
     mov.b32 more, 0x7b807b80;
     mov.b32 none, 0x80008000;
-    prmt.b32 x, $2, 0, 0x1404;
-    prmt.b32 y, $2, 0, 0x3424;
-    shr.b32 a, x, 4;
-    and.b32 a, a, 0x07f007f0;
-    lop3.b32 a, x, 0x80008000, a, 0xea;
-    fma.rn.bf16x2 $0, a, more, none;
-    shr.b32 a, y, 4;
-    and.b32 a, a, 0x07f007f0;
-    lop3.b32 a, y, 0x80008000, a, 0xea;
-    fma.rn.bf16x2 $1, a, more, none;
+    prmt.b32 x, $2, 0, 0x9180;
+    prmt.b32 y, $2, 0, 0xb3a2;
+    shl.b32 x, x, 4;
+    shl.b32 y, y, 4;
+    and.b32 x, x, 0x87f087f0;
+    and.b32 y, y, 0x87f087f0;
+    fma.rn.bf16x2 $0, x, more, none;
+    fma.rn.bf16x2 $1, y, more, none;
 }""")
 
 
@@ -87,19 +87,47 @@ def load_tile(
     BLOCK_D: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    offs_n = first_slot + tl.arange(0, BLOCK_N)
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    # The compiler has to see that what a thread loads lies together.
+    if SIDE.values:  # columns are tokens, and a tile lies in one block
+        BLOCK: tl.constexpr = block_tokens(PAGE_SIZE)
+        d = offs_d[:, None]
+        row_ptr = part_ptr + first_slot // BLOCK * (BLOCK * HEAD_DIM)
+        if BLOCK_N != BLOCK:
+            row_ptr += first_slot % BLOCK
+        number_ptr = row_ptr + d * BLOCK + offs_n[None, :]
+    else:
+        d = offs_d[None, :]
+        number_ptr = part_ptr + (first_slot + offs_n[:, None]) * HEAD_DIM + d
+    mask = None if BLOCK_D == HEAD_DIM else d < HEAD_DIM
+    x = from_e4m3(load(number_ptr, mask), DTYPE)
+    scale = tl.load(_scale_ptr(part_ptr, SIDE, PAGE_SIZE, HEAD_DIM))
+    scales = tl.zeros([BLOCK_N], tl.float32) + scale
+    return tl.trans(x) if SIDE.values else x, scales, None
+
+
+@triton.jit
+def load_centre(
+    part_ptr,
+    SIDE: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = None if BLOCK_D == HEAD_DIM else offs_d < HEAD_DIM
-    mask = None if BLOCK_D == HEAD_DIM else mask_d[None, :]
-    at = offs_n[:, None] * HEAD_DIM + offs_d[None, :]
-    x = from_e4m3(load(part_ptr + at, mask), DTYPE)
-    scale = tl.load(_scale_ptr(part_ptr, SIDE, PAGE_SIZE, HEAD_DIM))
-    if SIDE.centred:
-        centre = load_bf16(part_ptr + PAGE_SIZE * HEAD_DIM, offs_d, mask_d)
-        return (x.to(tl.float32) * scale + centre[None, :]).to(DTYPE), 1.0, 0.0
+    return load_bf16(part_ptr + PAGE_SIZE * HEAD_DIM, offs_d, mask_d)
+
+
+@triton.jit
+def _place(n, d, SIDE: tl.constexpr, PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Where the number of slot n and channel d lies."""
+    if SIDE.values:
+        BLOCK: tl.constexpr = block_tokens(PAGE_SIZE)
+        return (n // BLOCK * HEAD_DIM + d) * BLOCK + n % BLOCK
     else:
-        scales = tl.zeros([BLOCK_N], tl.float32) + scale
-        return x, scales, tl.zeros([BLOCK_N], tl.float32)
+        return n * HEAD_DIM + d
 
 
 @triton.jit
@@ -119,12 +147,16 @@ def seal(hot_ptr, part_ptr, SIDE: tl.constexpr, PAGE_SIZE: tl.constexpr, HEAD_DI
         half = _halves(hot_ptr, first, offs_d, HEAD_DIM) - half_centre[None, :]
         most = tl.maximum(most, tl.max(tl.abs(half), 0))
     half_scale = tl.maximum(tl.math.div_rn(tl.max(most, 0), E4M3_MAX), FLOOR)
-    tl.store(_scale_ptr(part_ptr, SIDE, PAGE_SIZE, HEAD_DIM), half_scale * 2.0)
+    # The scale, and zeros.
+    offs_s = tl.arange(0, 4)
+    scale_ptr = _scale_ptr(part_ptr, SIDE, PAGE_SIZE, HEAD_DIM)
+    tl.store(scale_ptr + offs_s, tl.where(offs_s == 0, half_scale * 2.0, 0.0))
     for first in range(0, PAGE_SIZE, ROWS):
         half = _halves(hot_ptr, first, offs_d, HEAD_DIM) - half_centre[None, :]
         x = tl.math.div_rn(half, tl.zeros(half.shape, tl.float32) + half_scale)
         x = tl.minimum(tl.maximum(x, -E4M3_MAX), E4M3_MAX)
-        at = (first + tl.arange(0, ROWS))[:, None] * HEAD_DIM + offs_d[None, :]
+        slots = (first + tl.arange(0, ROWS))[:, None]
+        at = _place(slots, offs_d[None, :], SIDE, PAGE_SIZE, HEAD_DIM)
         mask = tl.broadcast_to(mask_d[None, :], at.shape)
         tl.store(part_ptr + at, to_e4m3(x), mask=mask)
 
@@ -138,4 +170,5 @@ def _halves(hot_ptr, first, offs_d, HEAD_DIM: tl.constexpr):
 
 
 def kernels(side: Fp8) -> SideKernels:
-    return SideKernels(load_tile, folded=not side.centred, seal=seal)
+    centre = load_centre if side.centred else None
+    return SideKernels(load_tile, folded=True, seal=seal, load_centre=centre, one_warp=True)

@@ -1,0 +1,145 @@
+"""Which kernels compile for which GPUs, and whether to tensor-core instructions; needs no GPU.
+
+    python benchmarks/compiled.py [--output FILE] [--capability 70 75 ...] [--format NAME ...]
+        [--shape 128x8] [--page-size 64]
+
+Every kernel is compiled as the operators launch it, with all that a layer or a batch may ask
+for: a window, a softcap, shared prefixes. GPUs before sm_80 have no bf16: there it is fp16.
+What a compiler does not take is recorded with its reason, and nothing of this has run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ.pop("TRITON_INTERPRET", None)  # the interpreter's functions cannot be compiled
+
+import torch
+import triton
+
+from benchmarks.sass import FORMATS, TYPES, compile_kernel
+from kvmesh.kernels.attention.triton_attention import (
+    Launch,
+    decode_launch,
+    integer_launch,
+    one_warp_launch,
+    prefill_launch,
+    prefix_launch,
+    takes_integer_path,
+)
+from kvmesh.kernels.formats.base import KVFormat
+from kvmesh.kernels.formats.registry import get_format
+from kvmesh.kernels.merge.triton_merge import BLOCK_P, merge_kernel
+from kvmesh.kernels.seal.triton_seal import NUM_WARPS, seal_constants, seal_kernel
+from kvmesh.kernels.write.triton_write import write_kernel
+
+CAPABILITIES = (70, 75, 80, 89, 90)
+NUM_KV_HEADS = 8
+
+
+def kernels_of(
+    fmt: KVFormat, capability: int, head_dim: int, group: int, page_size: int
+) -> Iterator[tuple[str, Any, dict[str, Any], dict[str, Any]]]:
+    """Name, kernel, constants and options of every kernel that this format runs there."""
+    geometry = (fmt, head_dim, group, page_size)
+    launches: dict[str, Launch | None] = {
+        "decode": decode_launch(*geometry),
+        "decode, hot pages": decode_launch(*geometry, hot_only=True),
+        "decode, one warp": one_warp_launch(*geometry),
+        "shared prefixes": prefix_launch(*geometry),
+        "prefill": prefill_launch(*geometry),
+    }
+    if takes_integer_path(
+        fmt, head_dim, page_size, dtype=torch.bfloat16, capability=divmod(capability, 10)
+    ):
+        launches["decode, integer"] = integer_launch(*geometry)
+    for name, launch in launches.items():
+        if launch is None:
+            continue
+        asked = {"HAS_SOFTCAP": True, "HAS_WINDOW": True, "HAS_PREFIXES": name != "prefill"}
+        taken = {key: value for key, value in asked.items() if key in launch.kernel.arg_names}
+        constants = {**launch.constants, **taken, "NUM_KV_HEADS": NUM_KV_HEADS}
+        yield name, launch.kernel, constants, launch.options
+    warps: dict[str, Any] = {"num_warps": NUM_WARPS}
+    constants = {**seal_constants(fmt, page_size, head_dim, 2), "NUM_KV_HEADS": NUM_KV_HEADS}
+    yield "seal", seal_kernel, constants, warps
+
+
+def shared_kernels(
+    head_dim: int, group: int, page_size: int
+) -> Iterator[tuple[str, Any, dict[str, Any], dict[str, Any]]]:
+    """Of all formats."""
+    block_d = triton.next_power_of_2(head_dim)
+    sizes = {"HEAD_DIM": head_dim, "BLOCK_D": block_d}
+    pages = {"NUM_KV_HEADS": NUM_KV_HEADS, "PAGE_SIZE": page_size}
+    yield "write", write_kernel, {**sizes, **pages}, {}
+    merge = {"NUM_HEADS": NUM_KV_HEADS * group, "BLOCK_P": BLOCK_P, "DECODE": True}
+    yield "merge", merge_kernel, {**sizes, **merge}, {}
+
+
+def attempt(kernel: Any, constants: dict[str, Any], options: dict[str, Any], cc: int) -> str:
+    """ "tensor cores", "compiled" (to code without them), or the compiler's reason."""
+    number = "*bf16" if cc >= 80 else "*fp16"
+    numbers = dict.fromkeys(("q_ptr", "hot_ptr", "k_ptr", "v_ptr"), number)
+    parts = dict.fromkeys(("outs_ptr", "lses_ptr"), "*fp32")
+    types = {**TYPES, **numbers, **parts, "slots_ptr": "*i64"}
+    try:
+        compiled = compile_kernel(kernel, constants, options, cc, types)
+    except (triton.compiler.errors.CompilationError, RuntimeError) as error:
+        return (str(error).strip().splitlines() or [type(error).__name__])[-1][:200]
+    return "tensor cores" if "mma.sync" in compiled.asm["ptx"] else "compiled"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--capability", type=int, nargs="*", default=list(CAPABILITIES))
+    parser.add_argument("--format", nargs="*", default=list(FORMATS))
+    parser.add_argument("--shape", default="128x8")
+    parser.add_argument("--page-size", type=int, default=64)
+    options = parser.parse_args()
+    head_dim, group = map(int, options.shape.split("x"))
+    # For each GPU and kernel, what became of it: the formats of each outcome.
+    found: dict[str, dict[str, dict[str, list[str]]]] = {}
+    for capability in options.capability:
+        outcomes = found.setdefault(f"sm_{capability}", {})
+        geometry = (head_dim, group, options.page_size)
+        work = [("all", *one) for one in shared_kernels(*geometry)]
+        for name in options.format:
+            fmt = get_format(name)
+            work += [(name, *one) for one in kernels_of(fmt, capability, *geometry)]
+        for name, what, kernel, constants, how in work:
+            outcome = attempt(kernel, constants, how, capability)
+            outcomes.setdefault(what, {}).setdefault(outcome, []).append(name)
+        for what, by_outcome in outcomes.items():
+            for outcome, names in by_outcome.items():
+                print(f"sm_{capability}  {what:18} {outcome}: {', '.join(names)}", flush=True)
+    if options.output:
+        report = {
+            "triton": triton.__version__,
+            "head_dim": head_dim,
+            "group": group,
+            "page_size": options.page_size,
+            "kernels": found,
+        }
+        options.output.write_text(json.dumps(report, indent=1) + "\n")
+    failures = [
+        f"sm_{capability} {what}: {outcome}"
+        for capability in options.capability
+        for what, by_outcome in found[f"sm_{capability}"].items()
+        for outcome in by_outcome
+        if outcome not in ("tensor cores", "compiled")
+    ]
+    if failures:
+        raise SystemExit("\n".join(failures))
+
+
+if __name__ == "__main__":
+    main()
