@@ -80,6 +80,11 @@ class ModelRunner:
                     max_seq_len=allocation.max_pages_per_row * page_size,
                 )
 
+    @property
+    def pool(self) -> KVPool:
+        """This rank's pages."""
+        return self._pool
+
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult | None:
         """Compute the plan; the result on the rank that samples, None on the others."""
