@@ -35,7 +35,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.device import DEVICE, conditions
+from benchmarks.device import DEVICE, conditions, free_bytes
 from benchmarks.random_model import SHAPES, RandomModelExecutor, dtype_on, random_model
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.engine import Engine
@@ -238,8 +238,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 f" {one.seconds:.0f} s",
                 flush=True,
             )
-            if DEVICE == "cuda":
-                torch.cuda.empty_cache()
+            free_bytes()  # the pool goes back before the next one is made
         rounds.append(runs)
         report["rounds"] = len(rounds)
         report["rows"] = summary(rounds)
