@@ -1,7 +1,7 @@
 """Requests a second at a ShareGPT-like mix of lengths, by KV format, in the same KV memory.
 
     python -m benchmarks.throughput [--model M] [--format F ...] [--requests N]
-        [--kv-memory-mb M] [--page-size N] [--rounds R] [--seed S] [--json FILE]
+        [--kv-memory-mb M] [--page-size N] [--scale N] [--rounds R] [--seed S] [--json FILE]
 
 All requests are there at the start, as in LMDeploy's `profile_throughput` and vLLM's
 `benchmark_throughput`; the engine batches them continuously, in order, greedily, each to its
@@ -15,6 +15,10 @@ output (Kwon et al., "Efficient Memory Management for LLM Serving with PagedAtte
 figure 11). The spread is ours, sigma 1.0 and 0.7 of the logarithm; a prompt has at most 1024
 tokens and a sequence 2048, as in vLLM's filter of the data, so means of a sample are lower.
 Its realised means are reported.
+
+On a CPU, time is the process's processor time: the engine is one thread there, and a shared
+machine would otherwise count what others do. `--scale 4` divides lengths, pages and memory by 4:
+as many pages a sequence, at a quarter of the work, so that enough requests can wait.
 
 --model embedded serves the embedded model; llama-3-8b and tiny are shapes with random weights.
 """
@@ -65,16 +69,20 @@ class Request:
 class Run:
     """One format once.
 
+    seconds: of processor time on a CPU, by the clock on a GPU; wall_s: always by the clock
+    saturated_tokens_per_s: of output, while requests waited; None where none ever did
     max_running, mean_running: sequences in a step; preemptions: sequences recomputed
     seats: sequences that may run at once, wanted for the memory and granted by the engine,
-        which gives at most half of it to hot pages
+        which gives at most `max_hot_share` of it to hot pages
     hot_pages, sealed_pages: that sequences can hold
     """
 
     kv_format: str
     seconds: float
+    wall_s: float
     requests_per_s: float
     output_tokens_per_s: float
+    saturated_tokens_per_s: float | None
     steps: int
     max_running: int
     mean_running: float
@@ -85,13 +93,13 @@ class Run:
     sealed_pages: int
 
 
-def mix(count: int, seed: int, longest: int = MAX_TOTAL) -> list[Request]:
-    """longest: tokens a sequence may have"""
+def mix(count: int, seed: int, longest: int = MAX_TOTAL, scale: int = 1) -> list[Request]:
+    """longest: tokens a sequence may have, before all are divided by scale"""
     random = np.random.default_rng(seed)
     prompts = _lengths(random, count, PROMPT_MEAN, PROMPT_SIGMA, min(MAX_PROMPT, longest // 2))
     outputs = _lengths(random, count, OUTPUT_MEAN, OUTPUT_SIGMA, longest)
     return [
-        Request(int(prompt), min(int(output), longest - int(prompt)))
+        Request(-(-int(prompt) // scale), -(-min(int(output), longest - int(prompt)) // scale))
         for prompt, output in zip(prompts, outputs, strict=True)
     ]
 
@@ -135,20 +143,26 @@ def run(config: EngineConfig, make_executor: MakeExecutor, requests: list[Reques
         engine.check(asked)
         engine.add(asked)
     running, given = [], 0
-    began = time.perf_counter()
+    saturated: float | None = None
+    clock = time.perf_counter if DEVICE == "cuda" else time.process_time
+    began, began_wall = clock(), time.perf_counter()
     while engine.has_work:
         deltas = engine.step()
         given += sum(len(delta.token_ids) for delta in deltas)
         running.append(len(engine.scheduler.running) + sum(1 for d in deltas if d.finish_reason))
-    took_s = time.perf_counter() - began
+        if engine.scheduler.waiting:
+            saturated = given / (clock() - began)
+    took_s, wall_s = clock() - began, time.perf_counter() - began_wall
     engine.check_integrity()
     loads = engine.loads()
     assert given == sum(request.output for request in requests), "tokens are missing"
     return Run(
         kv_format=config.kv_format,
         seconds=took_s,
+        wall_s=wall_s,
         requests_per_s=len(requests) / took_s,
         output_tokens_per_s=given / took_s,
+        saturated_tokens_per_s=saturated,
         steps=len(running),
         max_running=max(running),
         mean_running=statistics.mean(running),
@@ -191,22 +205,25 @@ def executor_maker(model: str) -> tuple[str, MakeExecutor]:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     model, make_executor = executor_maker(options.model)
     longest = min(MAX_TOTAL, SHAPES[model].max_model_len if model in SHAPES else MAX_TOTAL)
-    requests = mix(options.requests, options.seed, longest)
+    requests = mix(options.requests, options.seed, longest, options.scale)
     prompts, outputs = [r.prompt for r in requests], [r.output for r in requests]
     report: dict[str, Any] = {
         "conditions": {
             **conditions(),
             "model": model,
             "dtype": str(dtype_on(DEVICE)).removeprefix("torch."),
-            "threads": torch.get_num_threads() if DEVICE == "cpu" else None,
+            "threads": options.threads if DEVICE == "cpu" else None,
+            "clock": "processor time" if DEVICE == "cpu" else "wall",
             "load_average": os.getloadavg()[0],
             "requests": len(requests),
             "seed": options.seed,
             "prompt_tokens_mean": statistics.mean(prompts),
             "output_tokens_mean": statistics.mean(outputs),
-            "kv_memory_mb": options.kv_memory_mb,
-            "page_size": options.page_size,
-            "max_num_batched_tokens": options.max_num_batched_tokens,
+            "scale": options.scale,
+            "kv_memory_mb": options.kv_memory_mb / options.scale,
+            "page_size": options.page_size // options.scale,
+            "max_num_batched_tokens": options.max_num_batched_tokens // options.scale,
+            "max_hot_share": options.max_hot_share,
             "cuda_graphs": DEVICE == "cuda",
         },
         "rows": [],
@@ -219,10 +236,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             config = EngineConfig(
                 model=model,
                 kv_format=kv_format,
-                page_size=options.page_size,
-                kv_memory_bytes=int(options.kv_memory_mb * 2**20),
+                page_size=options.page_size // options.scale,
+                kv_memory_bytes=int(options.kv_memory_mb * 2**20) // options.scale,
                 max_num_seqs=1,
-                max_num_batched_tokens=options.max_num_batched_tokens,
+                max_hot_share=options.max_hot_share,
+                max_num_batched_tokens=options.max_num_batched_tokens // options.scale,
                 max_model_len=longest,
                 prefix_cache=False,
                 threads_per_rank=options.threads,
@@ -254,7 +272,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--requests", type=int, default=24)
     parser.add_argument("--kv-memory-mb", type=float, default=160)
     parser.add_argument("--page-size", type=int, default=64)
+    parser.add_argument("--scale", type=int, default=1, choices=(1, 2, 4))
     parser.add_argument("--max-num-batched-tokens", type=int, default=256)
+    parser.add_argument("--max-hot-share", type=float, default=0.8)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="on a CPU")

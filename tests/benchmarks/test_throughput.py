@@ -22,6 +22,12 @@ def test_the_mix_has_the_published_means() -> None:
     assert max(r.prompt + r.output for r in requests) <= 2048
 
 
+def test_a_scaled_mix_has_as_many_pages() -> None:
+    for whole, scaled in zip(mix(50, seed=0), mix(50, seed=0, scale=4), strict=True):
+        assert -(-whole.prompt // 64) == -(-scaled.prompt // 16)
+        assert -(-whole.output // 64) == -(-scaled.output // 16)
+
+
 def test_long_outputs_hold_their_pages_for_longer() -> None:
     assert held_tokens([Request(100, 2)]) == 101
     assert held_tokens([Request(100, 100), Request(100, 300)]) == 225
@@ -31,7 +37,8 @@ def test_every_format_serves_the_same_requests(tmp_path: Path) -> None:
     output = tmp_path / "throughput.json"
     report = throughput.main(
         [
-            *("--model", "tiny", "--requests", "5", "--kv-memory-mb", "6", "--rounds", "2"),
+            *("--model", "tiny", "--requests", "16", "--kv-memory-mb", "6", "--rounds", "2"),
+            *("--scale", "4"),
             *("--format", "exact", "int8", "k4v2", "--json", str(output)),
         ]
     )
@@ -42,7 +49,8 @@ def test_every_format_serves_the_same_requests(tmp_path: Path) -> None:
     assert rows["exact"]["gain"] == 1.0
     for row in rows.values():
         assert row["gain_range"][0] <= row["gain"] <= row["gain_range"][1]
-        assert row["requests_per_s"] == pytest.approx(5 / row["seconds"])
+        assert row["requests_per_s"] == pytest.approx(16 / row["seconds"])
+        assert row["saturated_tokens_per_s"] is None or row["saturated_tokens_per_s"] > 0
         assert row["max_running"] <= row["seats"] <= row["seats_wanted"]
     # The same bytes hold more sequences.
     assert rows["int8"]["seats_wanted"] > 1.5 * rows["exact"]["seats_wanted"]
