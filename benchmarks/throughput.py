@@ -273,7 +273,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--kv-memory-mb", type=float, default=160)
     parser.add_argument("--page-size", type=int, default=64)
     parser.add_argument("--scale", type=int, default=1, choices=(1, 2, 4))
-    parser.add_argument("--max-num-batched-tokens", type=int, default=256)
+    batched = 2048 if DEVICE == "cuda" else 256
+    parser.add_argument("--max-num-batched-tokens", type=int, default=batched)
     parser.add_argument("--max-hot-share", type=float, default=0.8)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
