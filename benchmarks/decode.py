@@ -41,6 +41,7 @@ if not torch.cuda.is_available():
 
 from benchmarks.decode_steps import DecodeSteps, fill
 from benchmarks.device import DEVICE, clocks, conditions, copy_bandwidth, free_bytes
+from benchmarks.gate import gate
 from benchmarks.random_model import (
     SHAPES,
     ModelShape,
@@ -48,11 +49,8 @@ from benchmarks.random_model import (
     dtype_on,
     random_model,
 )
-from kvmesh.kernels.attention import AttentionBatch, paged_attention
-from kvmesh.kernels.formats.base import KVFormat
 from kvmesh.kernels.formats.registry import get_format
 from kvmesh.workers.config import EngineConfig
-from kvmesh.workers.kv_pool import KVPool
 from kvmesh.workers.model.load import ServedModel
 from kvmesh.workers.sizes import PageGeometry
 
@@ -61,9 +59,6 @@ CONTEXTS = {"llama-3-8b": (32768, 131072, 524288, 1048576), "tiny": (256, 1024)}
 BATCHES = (1, 8)
 PAGE_SIZE = 64
 WARM_UP = 8
-GATE_PAGES = 64 if DEVICE == "cuda" else 4
-# Norm of the error over that of the output: rounding makes .005 of it in bf16.
-TOLERANCE = 0.02
 # Beside weights and pool: activations, attention's parts, graphs, content to fill the pool with.
 MARGIN_BYTES = 3 * 2**30
 
@@ -181,37 +176,6 @@ class Device:
             x_exact=exact_ms / (median_s * 1e3) if exact_ms else None,
             clocks=now,
         )
-
-
-@torch.inference_mode()
-def gate(pool: KVPool, fmt: KVFormat, heads: int) -> None:
-    """Compare the kernels with plain torch over the last pages of the last layer's arena."""
-    hot, sealed = pool.hot[-1], pool.sealed[-1]
-    pages = min(len(sealed), GATE_PAGES)
-    ids = torch.arange(len(sealed) - pages, len(sealed) + 1, dtype=torch.int32, device=hot.device)
-    ids[-1] = 0  # the query's own page is hot
-    batch = AttentionBatch(
-        query_starts=torch.tensor([0, 1], dtype=torch.int32, device=hot.device),
-        seq_lens=torch.tensor([pages * PAGE_SIZE + 9], dtype=torch.int32, device=hot.device),
-        rows=torch.zeros(1, dtype=torch.int32, device=hot.device),
-        hot_tables=torch.zeros_like(ids)[None],
-        sealed_tables=ids[None],
-        page_size=PAGE_SIZE,
-        sink_pages=0,
-        recent_pages=0,
-        max_query_len=1,
-        max_seq_len=(pages + 1) * PAGE_SIZE,
-    )
-    q = torch.randn(1, heads, hot.shape[-1], device=hot.device).to(hot.dtype)
-    got, want = (
-        paged_attention(
-            q, hot, sealed, batch, fmt=fmt, scale=hot.shape[-1] ** -0.5, backend=backend
-        )[0].double()
-        for backend in ("triton", "reference")
-    )
-    error = float((got - want).norm() / want.norm())
-    if not error <= TOLERANCE:
-        raise SystemExit(f"{fmt.name}: the kernels' output is off by {error:.2e} of plain torch's")
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:

@@ -6,15 +6,15 @@
 All requests are there at the start, as in LMDeploy's `profile_throughput` and vLLM's
 `benchmark_throughput`; the engine batches them continuously, in order, greedily, each to its
 given length. Every format gets the same requests and the same bytes of KV, hot pages included,
-and as many seats (`max_num_seqs`) as such sequences fill that memory.
-Formats take turns in a round; a figure is the median of the rounds, a ratio that of the
-rounds' ratios to `exact`.
+and as many seats (`max_num_seqs`) as such sequences fill that memory. Formats take turns in a
+round; a figure is the median of the rounds, a ratio that of the rounds' ratios to `exact`. On a
+GPU the kernels are compared with plain torch before anything is timed.
 
 Lengths are log-normal with ShareGPT's published means, 161.31 tokens of prompt and 337.99 of
 output (Kwon et al., "Efficient Memory Management for LLM Serving with PagedAttention", 2023,
-figure 11). The spread is ours, sigma 1.0 and 0.7 of the logarithm; a prompt has at most 1024
-tokens and a sequence 2048, as in vLLM's filter of the data, so means of a sample are lower.
-Its realised means are reported.
+figure 11). The spread is ours, sigma 1.0 and 0.7 of the logarithm. A sequence has at most 2048
+tokens and a prompt half of them, as in vLLM's filter of the data (`--longest`), so means of a
+sample are lower: the realised ones are reported.
 
 On a CPU, time is the process's processor time: the engine is one thread there, and a shared
 machine would otherwise count what others do. `--scale 4` divides lengths, pages and memory by 4:
@@ -39,11 +39,21 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.decode_steps import fill
 from benchmarks.device import DEVICE, conditions, free_bytes
-from benchmarks.random_model import SHAPES, RandomModelExecutor, dtype_on, random_model
+from benchmarks.gate import gate
+from benchmarks.random_model import (
+    SHAPES,
+    ModelShape,
+    RandomModelExecutor,
+    dtype_on,
+    random_model,
+)
+from kvmesh.kernels.formats.registry import get_format
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.engine import Engine
-from kvmesh.workers.executor import Executor, RankDescription
+from kvmesh.workers.executor import Allocation, Executor, RankDescription
+from kvmesh.workers.kv_pool import KVPool
 from kvmesh.workers.local import InProcessExecutor
 from kvmesh.workers.model.embedded import EMBEDDED_NAME
 from kvmesh.workers.request import EngineRequest
@@ -51,8 +61,9 @@ from kvmesh.workers.sampling_params import SamplingParams
 from kvmesh.workers.sizes import PageGeometry, PageNeed
 
 FORMATS = ("exact", "int8", "int4", "k4v4", "k4v2", "k2v2")
-PROMPT_MEAN, PROMPT_SIGMA, MAX_PROMPT = 161.31, 1.0, 1024
-OUTPUT_MEAN, OUTPUT_SIGMA, MAX_TOTAL = 337.99, 0.7, 2048
+PROMPT_MEAN, PROMPT_SIGMA = 161.31, 1.0
+OUTPUT_MEAN, OUTPUT_SIGMA = 337.99, 0.7
+LONGEST = 2048
 
 MakeExecutor = Callable[[EngineConfig], Executor]
 
@@ -93,10 +104,10 @@ class Run:
     sealed_pages: int
 
 
-def mix(count: int, seed: int, longest: int = MAX_TOTAL, scale: int = 1) -> list[Request]:
+def mix(count: int, seed: int, longest: int = LONGEST, scale: int = 1) -> list[Request]:
     """longest: tokens a sequence may have, before all are divided by scale"""
     random = np.random.default_rng(seed)
-    prompts = _lengths(random, count, PROMPT_MEAN, PROMPT_SIGMA, min(MAX_PROMPT, longest // 2))
+    prompts = _lengths(random, count, PROMPT_MEAN, PROMPT_SIGMA, longest // 2)
     outputs = _lengths(random, count, OUTPUT_MEAN, OUTPUT_SIGMA, longest)
     return [
         Request(-(-int(prompt) // scale), -(-min(int(output), longest - int(prompt)) // scale))
@@ -202,10 +213,28 @@ def executor_maker(model: str) -> tuple[str, MakeExecutor]:
     return model, lambda config: RandomModelExecutor(served, config, dtype=dtype, device=device)
 
 
+def check_kernels(kv_formats: list[str], shape: ModelShape, page_size: int) -> None:
+    """Over a small pool like those to come."""
+    for name in kv_formats:
+        pool = KVPool(
+            Allocation(hot_pages=1, sealed_pages=64, max_rows=1, max_pages_per_row=65),
+            get_format(name),
+            num_layers=1,
+            num_kv_heads=shape.kv_heads,
+            page_size=page_size,
+            head_dim=shape.head_dim,
+            dtype=dtype_on(DEVICE),
+            device=torch.device(DEVICE),
+        )
+        fill(pool, get_format(name))
+        gate(pool, get_format(name), shape.heads)
+
+
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     model, make_executor = executor_maker(options.model)
-    longest = min(MAX_TOTAL, SHAPES[model].max_model_len if model in SHAPES else MAX_TOTAL)
-    requests = mix(options.requests, options.seed, longest, options.scale)
+    requests = mix(options.requests, options.seed, options.longest, options.scale)
+    if DEVICE == "cuda" and model in SHAPES:  # CPUs serve by plain torch itself
+        check_kernels(options.format, SHAPES[model], options.page_size // options.scale)
     prompts, outputs = [r.prompt for r in requests], [r.output for r in requests]
     report: dict[str, Any] = {
         "conditions": {
@@ -220,6 +249,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             "prompt_tokens_mean": statistics.mean(prompts),
             "output_tokens_mean": statistics.mean(outputs),
             "scale": options.scale,
+            "longest": options.longest,
             "kv_memory_mb": options.kv_memory_mb / options.scale,
             "page_size": options.page_size // options.scale,
             "max_num_batched_tokens": options.max_num_batched_tokens // options.scale,
@@ -241,7 +271,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 max_num_seqs=1,
                 max_hot_share=options.max_hot_share,
                 max_num_batched_tokens=options.max_num_batched_tokens // options.scale,
-                max_model_len=longest,
+                max_model_len=options.longest,
                 prefix_cache=False,
                 threads_per_rank=options.threads,
                 cuda_graphs=DEVICE == "cuda",
@@ -272,6 +302,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--requests", type=int, default=24)
     parser.add_argument("--kv-memory-mb", type=float, default=160)
     parser.add_argument("--page-size", type=int, default=64)
+    parser.add_argument("--longest", type=int, default=LONGEST, help="tokens of a sequence")
     parser.add_argument("--scale", type=int, default=1, choices=(1, 2, 4))
     batched = 2048 if DEVICE == "cuda" else 256
     parser.add_argument("--max-num-batched-tokens", type=int, default=batched)

@@ -102,6 +102,6 @@ def test_a_wrong_kernel_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
         out, lse = paged_attention(*arguments, backend=backend, **options)
         return (out.flip(1) if backend == "triton" else out), lse
 
-    monkeypatch.setattr(decode, "paged_attention", wrong)
+    monkeypatch.setattr("benchmarks.gate.paged_attention", wrong)
     with pytest.raises(SystemExit, match="int8: the kernels' output is off"):
         decode.main(["--shape", "tiny", "--context", "256", "--batch", "1", "--format", "int8"])

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import throughput
+from benchmarks.random_model import SHAPES
 from benchmarks.throughput import Request, held_tokens, mix
 
 
@@ -26,6 +27,10 @@ def test_a_scaled_mix_has_as_many_pages() -> None:
     for whole, scaled in zip(mix(50, seed=0), mix(50, seed=0, scale=4), strict=True):
         assert -(-whole.prompt // 64) == -(-scaled.prompt // 16)
         assert -(-whole.output // 64) == -(-scaled.output // 16)
+
+
+def test_kernels_are_checked_in_the_shape_to_be_served() -> None:
+    throughput.check_kernels(["exact", "k4v2"], SHAPES["tiny"], 64)
 
 
 def test_long_outputs_hold_their_pages_for_longer() -> None:
