@@ -19,7 +19,8 @@ from kvmesh.kernels.formats.tiles_triton import format_kernels
 NUM_WARPS = 8
 
 
-@triton.jit
+# One binary for pools of any size.
+@triton.jit(do_not_specialize=["num_hot_pages", "num_sealed_pages"])
 def seal_kernel(
     hot_ptr,
     sealed_ptr,
