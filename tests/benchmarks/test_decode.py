@@ -10,6 +10,8 @@ import pytest
 
 from benchmarks import decode
 from benchmarks.decode_steps import DecodeSteps
+from benchmarks.device import DEVICE
+from benchmarks.random_model import dtype_on
 from kvmesh.kernels.attention import paged_attention
 from kvmesh.workers.sizes import PageGeometry
 
@@ -62,7 +64,7 @@ def test_a_tiny_model_runs_and_is_reported(tmp_path: Path) -> None:
     report = decode.main(
         [
             *("--shape", "tiny", "--context", "1024", "--batch", "1", "3", "--steps", "64"),
-            *("--format", "exact", "k4v2", "--output", str(output)),
+            *("--format", "exact", "k4v2", "--graphs", "off", "--output", str(output)),
         ]
     )
     assert json.loads(output.read_text())["rows"] == report["rows"]
@@ -76,10 +78,10 @@ def test_a_tiny_model_runs_and_is_reported(tmp_path: Path) -> None:
     exact, low = report["rows"][2:]
     assert exact["x_exact"] is None
     assert low["x_exact"] == pytest.approx(exact["ms"] / low["ms"])
-    # 15 or 16 pages of each of 3 sequences, 64 tokens x 2 layers x 2 heads x 2 x 64 fp32 each.
-    page_bytes = 64 * 2 * 2 * 2 * 64 * 4
+    # 15 or 16 pages of each of 3 sequences, 64 tokens x 2 layers x 2 heads x 2 x 64 numbers each.
+    page_bytes = 64 * 2 * 2 * 2 * 64 * dtype_on(DEVICE).itemsize
     assert 45 * page_bytes <= exact["kv_bytes"] <= 48 * page_bytes
-    assert low["kv_bytes"] < 0.4 * exact["kv_bytes"]  # 4 pages exact, the others in 3 bits of 32
+    assert low["kv_bytes"] < 0.5 * exact["kv_bytes"]  # 4 pages exact, the others in 3 bits
 
 
 def test_what_does_not_fit_is_left_out(
@@ -90,7 +92,7 @@ def test_what_does_not_fit_is_left_out(
     report = decode.main(
         [
             *("--shape", "tiny", "--context", "256", "--batch", "1", "--steps", "4"),
-            *("--format", "exact", "int8"),
+            *("--format", "exact", "int8", "--graphs", "off"),
         ]
     )
     assert [(row["kv_format"], row["x_exact"]) for row in report["rows"]] == [("int8", None)]
