@@ -1,6 +1,7 @@
 """Decode attention on a GPU: share of memory bandwidth by shape and KV format.
 
-    python benchmarks/attention.py [--output FILE] [--quick] [--tune] [--format NAME ...]
+    python benchmarks/attention.py [--output FILE] [--format NAME ...] [--heads 8x4 ...]
+        [--head-dim N ...] [--batch N ...] [--context N ...] [--tune]
 
 Needs torch and triton only, and runs from a checkout. For each shape the output
 is first compared with attention in fp64 over the decoded pages, by
@@ -10,29 +11,47 @@ Then, over pools larger than the caches:
     bytes      what had to be read: sealed and hot pages of every sequence, once
     GB/s       bytes over the median time of one call
     share      of the bandwidth of a large device copy in the same run
-    speed-up   the time of torch SDPA on contiguous bf16 keys and values, by ours
+    speed-up   the time of the fastest baseline over bf16, by ours
 
-The GPU's clocks are taken as found.
+Baselines (`baselines.py`) are torch SDPA on contiguous bf16 keys and values, and
+FlashInfer's paged decode over bf16 and fp8 where it is installed. What does not
+fit the GPU's memory is left out with a line that says so. Clocks are as found.
+`g64-hqq` is sealed otherwise than `g64-int`, read alike, and not measured apart.
+
+Without a GPU, `--dry-run` takes the same way through one tiny shape in Triton's
+interpreter: correctness is gated, what is printed of time means nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
-import statistics
-import subprocess
+import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-
-import torch
-import triton
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
+
+import triton
+
+from benchmarks.baselines import Baselines, Shape, measure_baselines
+from benchmarks.device import (
+    DEVICE,
+    ROUNDS,
+    clocks,
+    conditions,
+    copy_bandwidth,
+    free_bytes,
+    seconds,
+)
 from kvmesh.kernels.attention import AttentionBatch, paged_attention, triton_attention
 from kvmesh.kernels.attention.triton_attention import Launch, takes_integer_path
 from kvmesh.kernels.formats.base import KVFormat
@@ -41,35 +60,28 @@ from kvmesh.kernels.formats.tiles_triton import why_no_kernels
 from kvmesh.kernels.seal import seal_pages
 
 PAGE_SIZE = 64
-DEVICE = "cuda"
-MAX_CONTIGUOUS_BYTES = 24 * 2**30
+# The interpreter cuts bf16 instead of rounding it.
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+CAPABILITY = torch.cuda.get_device_capability() if DEVICE == "cuda" else None
 CONTENT_PAGES = 256
-# g64-hqq is sealed otherwise than g64-int and read alike.
 FORMATS = tuple(
     name
     for name in format_names()
     if why_no_kernels(get_format(name)) is None and not name.startswith("g64-hqq")
 )
-BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)
-
-
-@dataclass(frozen=True)
-class Shape:
-    batch: int
-    context: int
-    kv_heads: int
-    group: int
-    head_dim: int
-
-    @property
-    def contiguous_bytes(self) -> int:
-        return 4 * self.batch * self.context * self.kv_heads * self.head_dim
+HEADS = ("8x4", "8x8", "32x1")  # KV heads x query heads of each
+HEAD_DIMS = (128, 64)
+BATCHES = (1, 8, 64)
+CONTEXTS = (4096, 32768, 131072, 1048576)
+TINY = Shape(2, 200, 2, 3, 64)
 
 
 @dataclass(frozen=True)
 class Row:
     """path: "integer" or "plain", with how it was compiled
     error, error_allowed: largest of the output against fp64, and twice same-dtype torch's
+    bf16_us: the fastest baseline over bf16; sdpa_us, flashinfer_us, flashinfer_fp8_us: each
+    clocks: right after the measurement
     """
 
     shape: Shape
@@ -83,21 +95,22 @@ class Row:
     gb_per_s: float
     share: float
     sdpa_us: float | None
+    flashinfer_us: float | None
+    flashinfer_fp8_us: float | None
     speed_up: float | None
+    clocks: str
 
 
-def shapes(quick: bool) -> Iterator[Shape]:
-    heads = [(8, 4, 128), (8, 8, 128), (32, 1, 128), (8, 4, 64)]
-    if quick:
-        heads = heads[1:2]
-    for kv_heads, group, head_dim in heads:
-        for batch in (1, 8, 64):
-            for context in (4096, 32768, 131072, 1048576):
-                shape = Shape(batch, context, kv_heads, group, head_dim)
-                if context == 1048576 and batch > 1:
-                    continue
-                if shape.contiguous_bytes <= MAX_CONTIGUOUS_BYTES:
-                    yield shape
+def shapes(
+    heads: Iterable[str], head_dims: Iterable[int], batches: Iterable[int], contexts: Iterable[int]
+) -> Iterator[Shape]:
+    """A million tokens for a batch of one alone."""
+    for head_dim in head_dims:
+        for kv_heads, group in (map(int, pair.split("x")) for pair in heads):
+            for batch in batches:
+                for context in contexts:
+                    if context < 2**20 or batch == 1:
+                        yield Shape(batch, context, kv_heads, group, head_dim)
 
 
 class Case:
@@ -106,13 +119,13 @@ class Case:
     def __init__(self, fmt: KVFormat, shape: Shape) -> None:
         self.fmt = fmt
         self.shape = shape
-        pages = shape.context // PAGE_SIZE
+        pages = -(-shape.context // PAGE_SIZE)
         total = pages * shape.batch
         # The last page of each sequence is hot, all others are sealed.
         self.hot = torch.randn(
             shape.batch, 2, shape.kv_heads, PAGE_SIZE, shape.head_dim, device=DEVICE
-        ).bfloat16()
-        page_bytes = fmt.page_bytes(PAGE_SIZE, shape.head_dim)
+        ).to(DTYPE)
+        page_bytes = fmt.page_bytes(PAGE_SIZE, shape.head_dim, DTYPE.itemsize)
         self.sealed = torch.empty(
             total, shape.kv_heads, page_bytes, dtype=torch.uint8, device=DEVICE
         )
@@ -120,9 +133,9 @@ class Case:
         count = min(total, CONTENT_PAGES)
         content = torch.randn(
             count, 2, shape.kv_heads, PAGE_SIZE, shape.head_dim, device=DEVICE
-        ).bfloat16()
+        ).to(DTYPE)
         ids = torch.arange(count, dtype=torch.int32, device=DEVICE)
-        seal_pages(content, self.sealed, ids, ids, fmt=fmt)
+        seal_pages(content, self.sealed, ids, ids, fmt=fmt, backend="triton")
         for start in range(count, total, count):
             self.sealed[start : start + count] = self.sealed[: min(count, total - start)]
         table = torch.randperm(total, device=DEVICE).int().view(shape.batch, pages)
@@ -130,7 +143,7 @@ class Case:
         hot_table[:, -1] = torch.arange(shape.batch, device=DEVICE)
         self.q = torch.randn(
             shape.batch, shape.kv_heads * shape.group, shape.head_dim, device=DEVICE
-        ).bfloat16()
+        ).to(DTYPE)
         self.batch = AttentionBatch(
             query_starts=torch.arange(shape.batch + 1, dtype=torch.int32, device=DEVICE),
             seq_lens=torch.full((shape.batch,), shape.context, dtype=torch.int32, device=DEVICE),
@@ -143,147 +156,137 @@ class Case:
             max_query_len=1,
             max_seq_len=shape.context,
         )
-        hot_bytes = self.hot.numel() * 2
+        hot_bytes = self.hot.numel() * DTYPE.itemsize
         self.bytes = (pages - 1) * shape.batch * shape.kv_heads * page_bytes + hot_bytes
 
     def attend(self) -> tuple[torch.Tensor, torch.Tensor]:
         scale = self.shape.head_dim**-0.5
-        return paged_attention(self.q, self.hot, self.sealed, self.batch, fmt=self.fmt, scale=scale)
+        return paged_attention(
+            self.q,
+            self.hot,
+            self.sealed,
+            self.batch,
+            fmt=self.fmt,
+            scale=scale,
+            backend="triton",
+        )
 
     def errors(self) -> tuple[float, float]:
         """Of the first and the last sequence: ours, and twice that of torch in bf16."""
         out, _ = self.attend()
         ours, allowed = 0.0, 0.0
         for seq in {0, self.shape.batch - 1}:
-            k, v = self._decoded(seq)
-            want = _naive(self.q[seq].double(), k, v, chunk_dtype=torch.float64)
-            same = _naive(self.q[seq], k.bfloat16(), v.bfloat16(), chunk_dtype=torch.bfloat16)
-            ours = max(ours, float((out[seq].double() - want).abs().max()))
-            allowed = max(allowed, 2 * float((same.double() - want).abs().max()))
+            for head in range(self.shape.kv_heads):
+                group = slice(head * self.shape.group, (head + 1) * self.shape.group)
+                q, (k, v) = self.q[seq, group], self._decoded(seq, head)
+                want = _naive(q, k, v, torch.float64)
+                same = _naive(q, k, v, torch.bfloat16)
+                ours = max(ours, float((out[seq, group].double() - want).abs().max()))
+                allowed = max(allowed, 2 * float((same.double() - want).abs().max()))
         return ours, allowed + 1e-4
 
-    def _decoded(self, seq: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """[kv_heads, tokens, head_dim] each, what the pages of one sequence stand for."""
-        pages = self.sealed[self.batch.sealed_tables[seq, :-1].long()]
-        stored = torch.bfloat16 if self.fmt.name == "exact" else torch.float32
-        decoded = self.fmt.decode(pages, PAGE_SIZE, self.shape.head_dim, stored)
-        k, v = (
-            torch.cat((x.float(), self.hot[seq : seq + 1, part].float())).transpose(0, 1)
-            for part, x in enumerate(decoded)
-        )
-        return k.flatten(1, 2), v.flatten(1, 2)
+    def _decoded(self, seq: int, head: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """[tokens, head_dim] fp32 each, what the pages of one sequence and KV head stand for."""
+        stored = DTYPE if self.fmt.name == "exact" else torch.float32
+        parts: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+        # A number decoded takes many times the memory of one sealed.
+        for ids in self.batch.sealed_tables[seq, :-1].long().split(1024):
+            pages = self.sealed[ids, head : head + 1]
+            decoded = self.fmt.decode(pages, PAGE_SIZE, self.shape.head_dim, stored)
+            for part, x in zip(parts, decoded, strict=True):
+                part.append(x.float().flatten(0, 2))
+        for index, part in enumerate(parts):
+            part.append(self.hot[seq, index, head].float())
+        k, v = (torch.cat(part)[: self.shape.context] for part in parts)
+        return k, v
 
 
-def _naive(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, chunk_dtype: torch.dtype
-) -> torch.Tensor:
-    """Attention of one query [heads, head_dim] in the given dtype, a KV head at a time."""
-    group = q.shape[0] // k.shape[0]
-    outs = []
-    for head in range(k.shape[0]):
-        scores = q[head * group : (head + 1) * group] @ k[head].to(chunk_dtype).T
-        weights = torch.softmax(scores * q.shape[-1] ** -0.5, dim=-1)
-        outs.append(weights @ v[head].to(chunk_dtype))
-    return torch.cat(outs)
+def case_bytes(fmt: KVFormat, shape: Shape) -> int:
+    """What a case takes: its pool, and the greatest of what checking it needs beside."""
+    pages = -(-shape.context // PAGE_SIZE) * shape.batch
+    page_bytes = fmt.page_bytes(PAGE_SIZE, shape.head_dim, DTYPE.itemsize)
+    one_head = shape.context * shape.head_dim
+    return pages * shape.kv_heads * page_bytes + 64 * one_head + 2**30
 
 
-def seconds(step: Callable[[], object], rounds: int = 15) -> float:
-    """Median time of one call; the launches are captured, so that the host does not count."""
-    for _ in range(3):
-        step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    graph.replay()
-    times: list[float] = []
-    for _ in range(rounds):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    return statistics.median(times)
-
-
-def copy_bandwidth() -> float:
-    """Bytes a second, read and written, of a copy of 2 GiB."""
-    source = torch.empty(2**31, dtype=torch.uint8, device=DEVICE)
-    target = torch.empty_like(source)
-    return 2 * source.numel() / seconds(lambda: target.copy_(source))
-
-
-def sdpa_seconds(shape: Shape) -> float:
-    """The fastest of torch's own kernels on contiguous bf16."""
-    k, v = torch.randn(
-        2, shape.batch, shape.kv_heads, shape.context, shape.head_dim,
-        device=DEVICE, dtype=torch.bfloat16,
-    )  # fmt: skip
-    q = torch.randn(
-        shape.batch, shape.kv_heads * shape.group, 1, shape.head_dim,
-        device=DEVICE, dtype=torch.bfloat16,
-    )  # fmt: skip
-    best = math.inf
-    for backend in BACKENDS:
-        try:
-            with sdpa_kernel(backend):
-                best = min(
-                    best,
-                    seconds(
-                        lambda: torch.nn.functional.scaled_dot_product_attention(
-                            q, k, v, enable_gqa=True
-                        )
-                    ),
-                )
-        except RuntimeError as error:  # a backend that does not take this shape
-            print(f"  {backend.name}: {str(error).splitlines()[0]}", file=sys.stderr)
-    return best
+def _naive(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Attention of one query [heads, head_dim] over one KV head's keys and values, in `dtype`."""
+    scores = q.to(dtype) @ k.to(dtype).T
+    weights = torch.softmax(scores * q.shape[-1] ** -0.5, dim=-1)
+    return weights @ v.to(dtype)
 
 
 def launch_of(fmt: KVFormat, shape: Shape) -> tuple[str, Launch]:
     """Which path decode takes, and how that is compiled."""
-    capability = torch.cuda.get_device_capability()
     geometry = (fmt, shape.head_dim, shape.group, PAGE_SIZE)
     if takes_integer_path(
-        fmt, shape.head_dim, PAGE_SIZE, dtype=torch.bfloat16, capability=capability
+        fmt, shape.head_dim, PAGE_SIZE, dtype=torch.bfloat16, capability=CAPABILITY
     ):
         return "integer", triton_attention.integer_launch(*geometry)
     return "plain", triton_attention.decode_launch(*geometry)
 
 
 def measure(
-    fmt: KVFormat, shape: Shape, bandwidth: float, sdpa_s: float | None, rounds: int = 15
-) -> Row:
+    fmt: KVFormat,
+    shape: Shape,
+    bandwidth: float,
+    baselines: Baselines | None,
+    rounds: int = ROUNDS,
+) -> Row | None:
+    """None where the case does not fit the device; ends the run where its output is wrong."""
+    needed, free = case_bytes(fmt, shape), free_bytes()
+    if free is not None and needed > free:
+        print(f"{fmt.name} {shape}: {needed:,} bytes do not fit {free:,}", file=sys.stderr)
+        return None
     case = Case(fmt, shape)
     error, allowed = case.errors()
-    if error > allowed:
+    if not error <= allowed:
         raise SystemExit(f"{fmt.name} {shape}: error {error:.2e}, allowed {allowed:.2e}")
     time_s = seconds(case.attend, rounds)
+    now = clocks()
     path, launch = launch_of(fmt, shape)
+    others = baselines or Baselines(None, None, None, {})
     return Row(
-        shape,
-        fmt.name,
-        path,
-        launch.options,
-        error,
-        allowed,
-        case.bytes,
-        round(time_s * 1e6, 1),
-        round(case.bytes / time_s / 1e9, 1),
-        round(case.bytes / time_s / bandwidth, 3),
-        round(sdpa_s * 1e6, 1) if sdpa_s else None,
-        round(sdpa_s / time_s, 2) if sdpa_s else None,
+        shape=shape,
+        kv_format=fmt.name,
+        path=path,
+        options=launch.options,
+        error=error,
+        error_allowed=allowed,
+        bytes=case.bytes,
+        time_us=round(time_s * 1e6, 1),
+        gb_per_s=round(case.bytes / time_s / 1e9, 1),
+        share=round(case.bytes / time_s / bandwidth, 3),
+        sdpa_us=_us(others.sdpa_s),
+        flashinfer_us=_us(others.flashinfer_s),
+        flashinfer_fp8_us=_us(others.flashinfer_fp8_s),
+        speed_up=round(others.bf16_s / time_s, 2) if others.bf16_s else None,
+        clocks=now,
     )
+
+
+def _us(time_s: float | None) -> float | None:
+    return None if time_s is None else round(time_s * 1e6, 1)
+
+
+COLUMNS = (
+    f"{'format':9} {'shape':24} {'path':8} {'time us':>9} {'GB/s':>7} {'share':>6} {'x bf16':>7}"
+    f" {'SDPA':>9} {'FlashInfer':>10} {'its fp8':>9}  error"
+)
 
 
 def show(row: Row) -> None:
     s = row.shape
+
+    def number(value: float | None, width: int, digits: int = 1) -> str:
+        return f"{'–':>{width}}" if value is None else f"{value:>{width}.{digits}f}"
+
+    where = f"b{s.batch} {s.context} {s.kv_heads}x{s.group} d{s.head_dim}"
     print(
-        f"{row.kv_format:9} b{s.batch:<3} {s.context:>8} {s.kv_heads}x{s.group} d{s.head_dim:<4}"
-        f" {row.path:8} {row.time_us:>9.1f} us {row.gb_per_s:>7.1f} GB/s"
-        f" {row.share:>6.1%}  x{row.speed_up or math.nan:.2f}  err {row.error:.1e}"
-        f"  {row.options}",
+        f"{row.kv_format:9} {where:24} {row.path:8} {row.time_us:>9.1f} {row.gb_per_s:>7.1f}"
+        f" {row.share:>6.1%} {number(row.speed_up, 7, 2)} {number(row.sdpa_us, 9)}"
+        f" {number(row.flashinfer_us, 10)} {number(row.flashinfer_fp8_us, 9)}"
+        f"  {row.error:.1e}",
         flush=True,
     )
 
@@ -314,8 +317,11 @@ def tune(names: list[str], bandwidth: float) -> list[Row]:
             other = replace(launch, options=options)
             setattr(triton_attention, attribute, lambda *_, other=other, **__: other)
             try:
-                rows.append(measure(fmt, shape, bandwidth, None, rounds=5))
-                show(rows[-1])
+                row = measure(fmt, shape, bandwidth, None, rounds=5)
+                if row is not None:
+                    rows.append(row)
+                    print(options, end="  ")
+                    show(row)
             except triton.runtime.errors.OutOfResources as error:
                 print(f"{name} {options}: {error}", file=sys.stderr)
             finally:
@@ -323,43 +329,56 @@ def tune(names: list[str], bandwidth: float) -> list[Row]:
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path)
-    parser.add_argument("--quick", action="store_true", help="one head layout only")
-    parser.add_argument("--tune", action="store_true", help="also try how kernels are compiled")
-    parser.add_argument("--format", nargs="*", default=list(FORMATS))
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("this benchmark needs a CUDA GPU; see benchmarks/sass.py without one")
+def run(grid: Iterable[Shape], formats: list[str], output: Path | None, tuning: bool) -> list[Row]:
+    """Measure, print, and write after every shape: what was measured stays if the rest is not."""
     torch.manual_seed(0)
     bandwidth = copy_bandwidth()
-    clocks = subprocess.run(
-        ["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,power.limit", "--format=csv,noheader"],
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
-    conditions = {
-        "device": torch.cuda.get_device_name(),
-        "clocks": clocks,
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "copy_gb_per_s": round(bandwidth / 1e9, 1),
-        "page_size": PAGE_SIZE,
-        "dtype": "bfloat16",
+    report: dict[str, Any] = {
+        "conditions": {
+            **conditions(),
+            "copy_gb_per_s": round(bandwidth / 1e9, 1),
+            "page_size": PAGE_SIZE,
+            "dtype": str(DTYPE).removeprefix("torch."),
+        },
+        "baselines": [],
+        "rows": [],
     }
-    print(conditions)
-    rows = tune(options.format, bandwidth) if options.tune else []
-    for shape in shapes(options.quick):
-        sdpa_s = sdpa_seconds(shape)
-        for name in options.format:
-            torch.cuda.empty_cache()
-            rows.append(measure(get_format(name), shape, bandwidth, sdpa_s))
-            show(rows[-1])
-    if options.output:
-        report = {"conditions": conditions, "rows": [asdict(row) for row in rows]}
-        options.output.write_text(json.dumps(report, indent=1) + "\n")
+    print(report["conditions"])
+    rows = tune(formats, bandwidth) if tuning else []
+    print(COLUMNS)
+    for shape in grid:
+        baselines = measure_baselines(shape)
+        report["baselines"].append({"shape": asdict(shape), "fastest": baselines.fastest})
+        for name in formats:
+            row = measure(get_format(name), shape, bandwidth, baselines)
+            if row is not None:
+                rows.append(row)
+                show(row)
+        if output:
+            report["rows"] = [asdict(row) for row in rows]
+            output.write_text(json.dumps(report, indent=1) + "\n")
+    return rows
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--tune", action="store_true", help="also try how kernels are compiled")
+    parser.add_argument("--dry-run", action="store_true", help="one tiny shape, without a GPU too")
+    parser.add_argument("--format", nargs="+", default=list(FORMATS))
+    parser.add_argument("--heads", nargs="+", default=HEADS, help="KV heads x queries of each")
+    parser.add_argument("--head-dim", nargs="+", type=int, default=HEAD_DIMS)
+    parser.add_argument("--batch", nargs="+", type=int, default=BATCHES)
+    parser.add_argument("--context", nargs="+", type=int, default=CONTEXTS)
+    options = parser.parse_args(arguments)
+    if DEVICE == "cpu" and not options.dry_run:
+        raise SystemExit(
+            "this benchmark needs a CUDA GPU; without one: --dry-run, and benchmarks/sass.py"
+        )
+    grid: Iterable[Shape] = [TINY]
+    if not options.dry_run:
+        grid = shapes(options.heads, options.head_dim, options.batch, options.context)
+    run(grid, options.format, options.output, options.tune)
 
 
 if __name__ == "__main__":

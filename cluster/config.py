@@ -18,6 +18,7 @@ from kvmesh.cluster.routing.fairness import TenantPolicy
 from kvmesh.kernels.formats.registry import format_names, get_format
 from kvmesh.workers.config import PAGE_SIZES, EngineConfig
 from kvmesh.workers.errors import ConfigError
+from kvmesh.workers.pool_plan import DEFAULT_MAX_HOT_SHARE
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 _UNITS = {"": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
@@ -91,6 +92,13 @@ class EngineSection(_Section):
         description="Share of a GPU that weights, activations and KV may fill",
     )
     max_num_seqs: int = Field(default=16, ge=1, description="Sequences that run at once")
+    max_hot_share: float = Field(
+        default=DEFAULT_MAX_HOT_SHARE,
+        gt=0,
+        lt=1,
+        description="Share of the KV memory that exact pages may take; more than half is for "
+        "short sequences in formats with exact windows",
+    )
     max_num_batched_tokens: int = Field(
         default=512, ge=1, description="Tokens a step computes; longer prompts are chunked"
     )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from kvmesh.kernels.formats.registry import get_format
 from kvmesh.workers.errors import ConfigError
+from kvmesh.workers.pool_plan import DEFAULT_MAX_HOT_SHARE
 
 DTYPES = ("auto", "float32", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")
@@ -29,6 +30,8 @@ class EngineConfig:
     kv_memory_bytes: of KV a rank; None takes what a GPU has free, or 1 GiB on a CPU
     gpu_memory_utilization: share of a GPU that weights, activations and KV may fill
     max_num_seqs: sequences running at once
+    max_hot_share: of the KV memory, what exact pages may take; where it is too little for
+        max_num_seqs, fewer run. More than half is for short sequences in formats with windows
     max_num_batched_tokens: tokens a step computes; longer prompts are chunked
     max_model_len: tokens a sequence may have; None takes the model's own
     prefix_cache: keep sealed pages of ended sequences and share them
@@ -50,6 +53,7 @@ class EngineConfig:
     kv_memory_bytes: int | None = None
     gpu_memory_utilization: float = 0.9
     max_num_seqs: int = 16
+    max_hot_share: float = DEFAULT_MAX_HOT_SHARE
     max_num_batched_tokens: int = 512
     max_model_len: int | None = None
     prefix_cache: bool = True
@@ -79,6 +83,10 @@ class EngineConfig:
             raise ConfigError(
                 "gpu_memory_utilization",
                 f"must be over 0 and at most 1, got {self.gpu_memory_utilization}",
+            )
+        if not 0.0 < self.max_hot_share < 1.0:
+            raise ConfigError(
+                "max_hot_share", f"must be over 0 and under 1, got {self.max_hot_share}"
             )
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(

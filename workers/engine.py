@@ -68,6 +68,7 @@ class Engine:
             self.geometry,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
+            max_hot_share=config.max_hot_share,
         )
         check_format(config, rank.head_dim, executor.divergences)
         executor.allocate(

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from kvmesh.workers.errors import ConfigError
 from kvmesh.workers.sizes import PageGeometry
 
-# Of the budget, at most this share goes to hot pages; a smaller pool runs fewer sequences.
-_MAX_HOT_SHARE = 0.5
+# Where nobody says otherwise.
+DEFAULT_MAX_HOT_SHARE = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,14 +30,20 @@ class PoolPlan:
 
 
 def plan_pool(
-    budget_bytes: int, geometry: PageGeometry, *, max_num_seqs: int, max_num_batched_tokens: int
+    budget_bytes: int,
+    geometry: PageGeometry,
+    *,
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
+    max_hot_share: float = DEFAULT_MAX_HOT_SHARE,
 ) -> PoolPlan:
     """Split `budget_bytes` of one rank into hot and sealed pages.
 
+    max_hot_share: of the budget, what hot pages may take; a smaller pool runs fewer sequences
     Raises ConfigError naming kv_memory_bytes when not one sequence of two pages fits.
     """
     per_sequence = geometry.hot_per_sequence()
-    hot_limit = int(budget_bytes * _MAX_HOT_SHARE) // geometry.hot_page_bytes
+    hot_limit = int(budget_bytes * max_hot_share) // geometry.hot_page_bytes
     wanted_headroom = -(-max_num_batched_tokens // geometry.page_size)
     headroom = max(1, min(wanted_headroom, hot_limit // 2))
     seqs = min(max_num_seqs, max(1, (hot_limit - headroom) // per_sequence))

@@ -53,8 +53,7 @@ class ModelRunner:
         self._basis = Basis(fmt, model.head_dim, dtype, device)
         self._params = params or [NO_PARAMS] * model.facts.num_layers
         self._device = device
-        # On a GPU a layer's sealing is one kernel, and part of captured graphs.
-        self._seals_layers_together = device.type == "cpu" and not fmt.needs_calibration
+        self._seals_layers_together = not fmt.needs_calibration
         self._pool = KVPool(
             allocation,
             fmt,
@@ -87,6 +86,11 @@ class ModelRunner:
                     max_rows=allocation.max_rows,
                     max_seq_len=allocation.max_pages_per_row * page_size,
                 )
+
+    @property
+    def pool(self) -> KVPool:
+        """This rank's pages."""
+        return self._pool
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult | None:

@@ -1,8 +1,8 @@
-"""The public operator `seal_pages`."""
+"""The public operators `seal_pages` and `seal_layers`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from types import ModuleType
 
 import torch
 
@@ -31,23 +31,12 @@ def seal_pages(
     positions: [n] int64, of each page's first token; only for formats that want positions
     backend: None picks the kernels on GPUs and plain torch elsewhere
     """
-    if hot_ids.shape != sealed_ids.shape or hot_ids.dim() != 1:
-        raise ValueError(
-            "hot_ids, sealed_ids: expected equal shapes [n], "
-            f"got {tuple(hot_ids.shape)} and {tuple(sealed_ids.shape)}"
-        )
+    _check(hot, sealed, hot_ids, sealed_ids, fmt, "")
     if hot_ids.shape[0] == 0:
         return
-    _, _, num_kv_heads, page_size, head_dim = hot.shape
-    page_bytes = fmt.page_bytes(page_size, head_dim, hot.element_size())
-    if sealed.dtype != torch.uint8 or sealed.shape[1:] != (num_kv_heads, page_bytes):
-        raise ValueError(
-            f"sealed: expected [num_sealed_pages, {num_kv_heads}, {page_bytes}] uint8, "
-            f"got {tuple(sealed.shape)} {sealed.dtype}"
-        )
     if fmt.wants_positions and (positions is None or positions.shape != hot_ids.shape):
         raise ValueError(f"positions: format {fmt.name} needs [{hot_ids.shape[0]}] first positions")
-    _implementation(hot, backend)(
+    _implementation(hot, backend).seal_pages(
         hot, sealed, hot_ids, sealed_ids, fmt=fmt, params=params, positions=positions
     )
 
@@ -63,8 +52,8 @@ def seal_layers(
 ) -> None:
     """Encode full hot pages into sealed pages, of all layers at once, in place.
 
-    A CPU pays for calls of torch more than for numbers: one pass over all layers costs a
-    fraction of a pass a layer. On a GPU a layer is one kernel either way.
+    A CPU pays for calls of torch more than for numbers, a GPU for launches: one pass over all
+    layers costs a fraction of a pass a layer.
 
     hot: [num_layers, num_hot_pages, 2, num_kv_heads, page_size, head_dim]
     sealed: [num_layers, num_sealed_pages, num_kv_heads, page_bytes] uint8
@@ -73,20 +62,49 @@ def seal_layers(
     """
     if fmt.needs_calibration:
         raise ValueError(f"fmt: the layers of {fmt.name} have parameters of their own")
-    if backend == "reference" or (backend is None and not hot.is_cuda):
-        reference.seal_layers(hot, sealed, hot_ids, sealed_ids, fmt=fmt)
+    _check(hot, sealed, hot_ids, sealed_ids, fmt, "num_layers, ")
+    if sealed.shape[0] != hot.shape[0]:
+        raise ValueError(f"sealed: has {sealed.shape[0]} layers, hot {hot.shape[0]}")
+    if hot_ids.shape[0] == 0:
         return
-    for layer_hot, layer_sealed in zip(hot, sealed, strict=True):
-        seal_pages(layer_hot, layer_sealed, hot_ids, sealed_ids, fmt=fmt, backend=backend)
+    _implementation(hot, backend).seal_layers(hot, sealed, hot_ids, sealed_ids, fmt=fmt)
 
 
-def _implementation(hot: torch.Tensor, backend: str | None) -> Callable[..., None]:
+def _check(
+    hot: torch.Tensor,
+    sealed: torch.Tensor,
+    hot_ids: torch.Tensor,
+    sealed_ids: torch.Tensor,
+    fmt: KVFormat,
+    layers: str,
+) -> None:
+    """layers: what the shapes begin with"""
+    if hot_ids.shape != sealed_ids.shape or hot_ids.dim() != 1:
+        raise ValueError(
+            "hot_ids, sealed_ids: expected equal shapes [n], "
+            f"got {tuple(hot_ids.shape)} and {tuple(sealed_ids.shape)}"
+        )
+    num_kv_heads, page_size, head_dim = hot.shape[-3:]
+    page_bytes = fmt.page_bytes(page_size, head_dim, hot.element_size())
+    if (
+        sealed.dtype != torch.uint8
+        or sealed.dim() != hot.dim() - 2
+        or sealed.shape[-2:] != (num_kv_heads, page_bytes)
+    ):
+        raise ValueError(
+            f"sealed: expected [{layers}num_sealed_pages, {num_kv_heads}, {page_bytes}] uint8, "
+            f"got {tuple(sealed.shape)} {sealed.dtype}"
+        )
+
+
+def _implementation(hot: torch.Tensor, backend: str | None) -> ModuleType:
     if backend is None:
         backend = "triton" if hot.is_cuda else "reference"
     if backend == "reference":
-        return reference.seal_pages
+        return reference
     if backend == "triton":
+        # Imported here: a machine without a GPU need not have Triton.
         from kvmesh.kernels.seal import triton_seal
 
-        return triton_seal.seal_pages
+        return triton_seal
     raise ValueError(f"backend: expected None, 'triton' or 'reference', got {backend!r}")

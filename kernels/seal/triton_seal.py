@@ -1,6 +1,7 @@
-"""`seal_pages` as one kernel; the same signature as the public operator.
+"""`seal_layers` and `seal_pages` as one kernel; the same signatures as the public operators.
 
-A program encodes the keys or the values of one head of one page, as the side does it.
+A program encodes the keys or the values of one head of one page of one layer, as the side does
+it. The arenas of all layers are one: page p of layer l is page l * num_pages + p of it.
 """
 
 from __future__ import annotations
@@ -18,12 +19,15 @@ from kvmesh.kernels.formats.tiles_triton import format_kernels
 NUM_WARPS = 8
 
 
-@triton.jit
+# One binary for pools of any size.
+@triton.jit(do_not_specialize=["num_hot_pages", "num_sealed_pages"])
 def seal_kernel(
     hot_ptr,
     sealed_ptr,
     hot_ids_ptr,
     sealed_ids_ptr,
+    num_hot_pages,
+    num_sealed_pages,
     SEAL_K: tl.constexpr,
     SEAL_V: tl.constexpr,
     K_SIDE: tl.constexpr,
@@ -34,14 +38,19 @@ def seal_kernel(
     PAGE_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
 ):
+    """Program (page to seal, KV head, twice the layer, plus one for the values)."""
     page = tl.program_id(0)
     head = tl.program_id(1)
+    part = tl.program_id(2)
+    layer = (part // 2).to(tl.int64)
     hot_id = tl.load(hot_ids_ptr + page).to(tl.int64)
     sealed_id = tl.load(sealed_ids_ptr + page).to(tl.int64)
     if hot_id >= 0:
-        k_ptr = hot_ptr + (hot_id * (2 * NUM_KV_HEADS) + head) * (PAGE_SIZE * HEAD_DIM)
-        page_ptr = sealed_ptr + (sealed_id * NUM_KV_HEADS + head) * PAGE_BYTES
-        if tl.program_id(2) == 0:
+        hot_page = layer * num_hot_pages + hot_id
+        sealed_page = layer * num_sealed_pages + sealed_id
+        k_ptr = hot_ptr + (hot_page * (2 * NUM_KV_HEADS) + head) * (PAGE_SIZE * HEAD_DIM)
+        page_ptr = sealed_ptr + (sealed_page * NUM_KV_HEADS + head) * PAGE_BYTES
+        if part % 2 == 0:
             SEAL_K(k_ptr, page_ptr, K_SIDE, PAGE_SIZE, HEAD_DIM)
         else:
             v_ptr = k_ptr + NUM_KV_HEADS * PAGE_SIZE * HEAD_DIM
@@ -58,14 +67,28 @@ def seal_pages(
     params: LayerParams = NO_PARAMS,
     positions: torch.Tensor | None = None,
 ) -> None:
-    _, _, num_kv_heads, page_size, head_dim = hot.shape
+    """params, positions: no format with kernels has any"""
+    seal_layers(hot.unsqueeze(0), sealed.unsqueeze(0), hot_ids, sealed_ids, fmt=fmt)
+
+
+def seal_layers(
+    hot: torch.Tensor,
+    sealed: torch.Tensor,
+    hot_ids: torch.Tensor,
+    sealed_ids: torch.Tensor,
+    *,
+    fmt: KVFormat,
+) -> None:
+    num_layers, num_hot_pages, _, num_kv_heads, page_size, head_dim = hot.shape
     constants = seal_constants(fmt, page_size, head_dim, hot.element_size())
     check_arenas(hot, sealed)
-    seal_kernel[(hot_ids.shape[0], num_kv_heads, 2)](
+    seal_kernel[(hot_ids.shape[0], num_kv_heads, 2 * num_layers)](
         hot,
         sealed.view(torch.int8),
         hot_ids,
         sealed_ids,
+        num_hot_pages,
+        sealed.shape[1],
         **constants,
         NUM_KV_HEADS=num_kv_heads,
         num_warps=NUM_WARPS,
@@ -92,7 +115,7 @@ def seal_constants(
 
 def check_arenas(hot: torch.Tensor, sealed: torch.Tensor) -> None:
     """Raises ValueError for what the kernels cannot address."""
-    page_size, head_dim = hot.shape[3:]
+    page_size, head_dim = hot.shape[-2:]
     if page_size % 16:
         raise ValueError(f"hot: the kernels need a page_size that 16 divides, got {page_size}")
     if head_dim % 16:

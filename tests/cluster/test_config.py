@@ -77,6 +77,7 @@ def test_every_engine_setting_reaches_the_engine() -> None:
         "kv_memory_bytes": "64MiB",
         "gpu_memory_utilization": 0.5,
         "max_num_seqs": 7,
+        "max_hot_share": 0.7,
         "max_num_batched_tokens": 99,
         "max_model_len": 1000,
         "prefix_cache": False,

@@ -92,6 +92,12 @@ def test_seal_nothing_and_wrong_shapes() -> None:
         seal_pages(hot, sealed, one, none, fmt=fmt)
     with pytest.raises(ValueError, match="sealed"):
         seal_pages(hot, sealed[..., :-1], one, one, fmt=fmt)
+    with pytest.raises(ValueError, match=r"sealed: expected \[num_layers"):
+        seal_layers(hot[None], sealed, one, one, fmt=fmt)
+    with pytest.raises(ValueError, match="2 layers, hot 1"):
+        seal_layers(hot[None], torch.stack((sealed, sealed)), one, one, fmt=fmt)
+    with pytest.raises(ValueError, match="backend"):
+        seal_layers(hot[None], sealed[None], one, one, fmt=fmt, backend="cuda")
 
 
 def test_merge_of_parts_is_attention_over_the_union() -> None:

@@ -19,7 +19,7 @@ from kvmesh.kernels.formats.codebook.side import Codebook
 from kvmesh.kernels.formats.registry import format_names, get_format
 from kvmesh.kernels.formats.tiles_triton import why_no_kernels
 from kvmesh.kernels.merge import merge_states
-from kvmesh.kernels.seal import seal_pages
+from kvmesh.kernels.seal import seal_layers, seal_pages, triton_seal
 from kvmesh.kernels.write import write_hot
 from tests.kernels.cases import Case, Shape, make_case, truth, with_empty_sequences
 
@@ -386,6 +386,37 @@ def test_sealing_that_sums_in_another_order_is_as_good(name: str, dtype: torch.d
                 assert errors[1] <= 1.01 * errors[0] + 1e-12
         hardest = fmt.decode(got[[0, 1]], page_size, head_dim, torch.float32)
         assert all(x.isfinite().all() for x in hardest)
+
+
+@EVERY_DTYPE
+@pytest.mark.parametrize("name", [*SAME_BYTES, "k3v2", "fp8"])
+def test_layers_are_sealed_in_one_launch(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fmt = get_format(name)
+    hot = torch.randn(3, 4, 2, 2, 16, 64).to(dtype).to(DEVICE)
+    page_bytes = fmt.page_bytes(16, 64, dtype.itemsize)
+    together = torch.full((3, 7, 2, page_bytes), 0xAA, dtype=torch.uint8, device=DEVICE)
+    alone, want = together.clone(), together.cpu()
+    ids = torch.tensor([[3, -1, 0], [6, 2, 1]], dtype=torch.int32, device=DEVICE)
+    for layer in range(3):
+        seal_pages(hot[layer], alone[layer], *ids, fmt=fmt, backend="triton")
+    launches = []
+
+    class Counted:
+        def __getitem__(self, grid: tuple[int, ...]) -> object:
+            launches.append(grid)
+            return kernel[grid]
+
+    kernel = triton_seal.seal_kernel
+    monkeypatch.setattr(triton_seal, "seal_kernel", Counted())
+    seal_layers(hot, together, *ids, fmt=fmt, backend="triton")
+    assert launches == [(3, 2, 6)]
+    assert torch.equal(together, alone)
+    assert (together[:, [0, 2, 3, 4, 5]] == 0xAA).all()  # padding is skipped
+    if name in SAME_BYTES:
+        seal_layers(hot.cpu(), want, *ids.cpu(), fmt=fmt)
+        assert torch.equal(together.cpu(), want)
 
 
 # ------------------------------------------------------------------ writing, merging, refusing

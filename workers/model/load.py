@@ -19,7 +19,7 @@ from kvmesh.workers.model.blocks import fuse, lean_norm
 from kvmesh.workers.model.facts import ModelFacts, read_facts
 from kvmesh.workers.model.hook import IMPLEMENTATION, Attend, AttendSlot, attach
 from kvmesh.workers.model.rope import Rope
-from kvmesh.workers.model.weights import WeightReader
+from kvmesh.workers.model.weights import WeightReader, Weights
 from kvmesh.workers.parallel.comm import Communicator
 from kvmesh.workers.parallel.linears import VocabHead
 from kvmesh.workers.parallel.shards import Placer, check_tp
@@ -92,13 +92,29 @@ def load_model(
     check_tp(facts, comm.size)
     config = AutoConfig.from_pretrained(path, local_files_only=True)
     _check_agreement(facts, config, path)
+    with WeightReader(path, dtype, device) as reader:
+        return build_model(facts, config, reader, dtype=dtype, device=device, comm=comm)
+
+
+def build_model(
+    facts: ModelFacts,
+    config: Any,
+    weights: Weights,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    comm: Communicator,
+) -> ServedModel:
+    """This rank's share of the model that `config`, of transformers, describes.
+
+    weights: on `device` and of `dtype`, from a checkpoint or wherever they come from
+    """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=IMPLEMENTATION
         )
     model.eval().requires_grad_(False)
-    with WeightReader(path, dtype, device) as reader:
-        Placer(model, reader, comm).place()
+    Placer(model, weights, comm).place()
     _restore_buffers(model, config, device)
     slot = AttendSlot()
     for layer, window in zip(model.model.layers, facts.sliding_windows, strict=True):
@@ -106,7 +122,7 @@ def load_model(
         attach(layer.self_attn, slot)
         fuse(layer, window, slot)
     model.model.norm = lean_norm(model.model.norm)
-    _check_complete(model, path)
+    _check_complete(model, facts.name)
     return ServedModel(facts, model, slot, comm.size)
 
 
@@ -159,7 +175,7 @@ def _localise(attention: Any, comm: Communicator) -> None:
             norm.norms = norm.norms[comm.rank * count : (comm.rank + 1) * count]
 
 
-def _check_complete(model: nn.Module, path: Path) -> None:
+def _check_complete(model: nn.Module, name_of_model: str) -> None:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_meta:
-            raise ConfigError("model", f"{path}: nothing gives {name} its value")
+            raise ConfigError("model", f"{name_of_model}: nothing gives {name} its value")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,6 +16,20 @@ from kvmesh.workers.model.tensors import read_tensors
 
 # Of old checkpoints: recomputed from the configuration, never loaded.
 _DERIVED_SUFFIXES = (".rotary_emb.inv_freq", ".masked_bias", ".attn.bias")
+
+
+class Weights(Protocol):
+    """Where a model's tensors come from, whole or in part; see WeightReader."""
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def whole(self, name: str, shape: torch.Size) -> Tensor: ...
+
+    def rows(self, name: str, shape: torch.Size, first: int, end: int) -> Tensor: ...
+
+    def columns(self, name: str, shape: torch.Size, first: int, end: int) -> Tensor: ...
+
+    def check_all_read(self) -> None: ...
 
 
 class WeightReader:

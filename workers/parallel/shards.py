@@ -15,7 +15,7 @@ from torch import nn
 
 from kvmesh.workers.errors import ConfigError
 from kvmesh.workers.model.facts import ModelFacts
-from kvmesh.workers.model.weights import WeightReader
+from kvmesh.workers.model.weights import Weights
 from kvmesh.workers.parallel.comm import Communicator
 from kvmesh.workers.parallel.linears import ColumnLinear, RowLinear, SplitRMSNorm, VocabHead
 
@@ -72,7 +72,7 @@ def check_tp(facts: ModelFacts, tp: int) -> None:
 class Placer:
     """Fills a model that was built on the meta device with a rank's weights."""
 
-    def __init__(self, model: Any, reader: WeightReader, comm: Communicator) -> None:
+    def __init__(self, model: Any, reader: Weights, comm: Communicator) -> None:
         self._model = model
         self._reader = reader
         self._comm = comm

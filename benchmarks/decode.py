@@ -1,0 +1,249 @@
+"""Time per output token of the engine's data plane, by context, batch and KV format.
+
+    python benchmarks/decode.py [--shape llama-3-8b] [--context N ...] [--batch N ...]
+        [--format F ...] [--graphs both|on|off] [--steps N] [--output FILE]
+
+Needs torch, triton, transformers and msgspec, no Ray, no model file: weights of the shape are
+random and made on the device. What is timed is `ModelRunner.execute`, which is what an
+engine's rank does in a step: the plan's arrays, the model, writing, sealing and attention over
+a pool filled with random pages, and the greedy choice, whose tokens go into the next step.
+Scheduling and the network are not in it.
+
+    ms         median over the steps, and mean, in which every sealing counts
+    share      of a large copy's bandwidth in the same run: (weights + KV bytes read) / time
+    x exact    the time with KV in `exact`, same context, batch and graphs, by this one
+
+Before a format is timed, the attention kernels are compared with plain torch over pages of a
+pool filled in the same way, and the run ends where they differ.
+
+A pool that does not fit the device's memory is left out with a line that says so, and with it
+the ratios to it. `--shape tiny` runs anywhere, in seconds; figures then mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
+
+from benchmarks.decode_steps import DecodeSteps, fill
+from benchmarks.device import DEVICE, clocks, conditions, copy_bandwidth, free_bytes
+from benchmarks.gate import gate
+from benchmarks.random_model import (
+    SHAPES,
+    ModelShape,
+    RandomModelExecutor,
+    dtype_on,
+    random_model,
+)
+from kvmesh.kernels.formats.registry import get_format
+from kvmesh.workers.config import EngineConfig
+from kvmesh.workers.model.load import ServedModel
+from kvmesh.workers.sizes import PageGeometry
+
+FORMATS = ("exact", "int8", "fp8", "k8v4", "int4", "k4v4", "k4v2", "k3v3", "k3v2", "k2v2")
+CONTEXTS = {"llama-3-8b": (32768, 131072, 524288, 1048576), "tiny": (256, 1024)}
+BATCHES = (1, 8)
+PAGE_SIZE = 64
+WARM_UP = 8
+# Beside weights and pool: activations, attention's parts, graphs, content to fill the pool with.
+MARGIN_BYTES = 3 * 2**30
+
+
+@dataclass(frozen=True)
+class Row:
+    """host_ms: of a step, before the model runs; kv_bytes: read by the last step; sealed_pages:
+    in the measured steps; share and x_exact as the module says"""
+
+    kv_format: str
+    context: int
+    batch: int
+    cuda_graphs: bool
+    ms: float
+    mean_ms: float
+    host_ms: float
+    tokens_per_s: float
+    weight_bytes: int
+    kv_bytes: int
+    sealed_pages: int
+    share: float
+    x_exact: float | None
+    clocks: str
+
+
+@dataclass(frozen=True)
+class Device:
+    """What all measurements of a run share."""
+
+    shape: ModelShape
+    model: ServedModel
+    dtype: torch.dtype
+    bandwidth: float
+    steps: int
+    gated: set[str] = field(default_factory=set)
+
+    def measure(
+        self, kv_format: str, context: int, batch: int, cuda_graphs: bool, exact_ms: float | None
+    ) -> Row | None:
+        """None where the pool does not fit."""
+        config = EngineConfig(
+            model=self.shape.name,
+            kv_format=kv_format,
+            page_size=PAGE_SIZE,
+            kv_memory_bytes=1,
+            cuda_graphs=cuda_graphs,
+            kv_probe="off",
+        )
+        executor = RandomModelExecutor(
+            self.model, config, dtype=self.dtype, device=torch.device(DEVICE)
+        )
+        (rank,) = executor.describe()
+        geometry = PageGeometry(
+            page_size=PAGE_SIZE,
+            sink_pages=rank.sink_pages,
+            recent_pages=rank.recent_pages,
+            hot_page_bytes=rank.hot_page_bytes,
+            sealed_page_bytes=rank.sealed_page_bytes,
+        )
+        needed = DecodeSteps.pool_bytes(geometry, batch=batch, context=context) + MARGIN_BYTES
+        free = free_bytes()
+        if free is not None and needed > free:
+            print(
+                f"{kv_format:6} {context:>8} x{batch}: needs {needed / 2**30:.1f} GiB with its"
+                f" margin, {free / 2**30:.1f} are free: left out",
+                flush=True,
+            )
+            return None
+        steps = DecodeSteps(geometry, batch=batch, context=context, steps=WARM_UP + self.steps)
+        executor.allocate(steps.allocation)
+        fill(executor.runner.pool, get_format(kv_format))
+        if kv_format not in self.gated:
+            gate(executor.runner.pool, get_format(kv_format), self.shape.heads)
+            self.gated.add(kv_format)
+        return self._timed(executor, steps, config, context, batch, exact_ms)
+
+    def _timed(
+        self,
+        executor: RandomModelExecutor,
+        steps: DecodeSteps,
+        config: EngineConfig,
+        context: int,
+        batch: int,
+        exact_ms: float | None,
+    ) -> Row:
+        tokens = list(range(3, 3 + batch))
+        times, hosts, sealed = [], [], 0
+        for number in range(WARM_UP + self.steps):
+            kv_bytes = steps.kv_bytes
+            plan = steps.plan(tokens)
+            began = time.perf_counter()
+            result = executor.execute(plan)  # it ends with the tokens on the host
+            took_s = time.perf_counter() - began
+            tokens = [token.token_id for token in result.tokens]
+            if number >= WARM_UP:
+                times.append(took_s)
+                hosts.append(result.host_s)
+                sealed += len(plan.seal_hot)
+        now = clocks()
+        median_s = statistics.median(times)
+        weight_bytes = self.shape.params_read * self.dtype.itemsize
+        return Row(
+            kv_format=config.kv_format,
+            context=context,
+            batch=batch,
+            cuda_graphs=config.cuda_graphs,
+            ms=median_s * 1e3,
+            mean_ms=statistics.mean(times) * 1e3,
+            host_ms=statistics.median(hosts) * 1e3,
+            tokens_per_s=batch / median_s,
+            weight_bytes=weight_bytes,
+            kv_bytes=kv_bytes,
+            sealed_pages=sealed,
+            share=(weight_bytes + kv_bytes) / median_s / self.bandwidth,
+            x_exact=exact_ms / (median_s * 1e3) if exact_ms else None,
+            clocks=now,
+        )
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure, print, and write after every row: what was measured stays if the rest is not."""
+    shape = SHAPES[options.shape]
+    dtype = dtype_on(DEVICE)
+    bandwidth = copy_bandwidth()
+    torch.manual_seed(0)
+    model = random_model(shape, dtype, torch.device(DEVICE))
+    device = Device(shape, model, dtype, bandwidth, options.steps)
+    report: dict[str, Any] = {
+        "conditions": {
+            **conditions(),
+            "shape": asdict(shape),
+            "dtype": str(dtype).removeprefix("torch."),
+            "page_size": PAGE_SIZE,
+            "steps": options.steps,
+            "copy_gb_per_s": round(bandwidth / 1e9, 1),
+        },
+        "rows": [],
+    }
+    print(report["conditions"])
+    print(
+        f"{'format':6} {'context':>8} {'batch':>5} {'graphs':>6} {'ms':>9} {'mean':>9}"
+        f" {'tokens/s':>9} {'host ms':>8} {'share':>6} {'x exact':>8}"
+    )
+    graphs = {"both": (True, False), "on": (True,), "off": (False,)}[options.graphs]
+    for context in options.context or CONTEXTS[options.shape]:
+        for batch in options.batch:
+            for cuda_graphs in graphs if DEVICE == "cuda" else (False,):
+                exact_ms: float | None = None
+                for kv_format in options.format:
+                    row = device.measure(kv_format, context, batch, cuda_graphs, exact_ms)
+                    if row is None:
+                        continue
+                    if kv_format == "exact":
+                        exact_ms = row.ms
+                    report["rows"].append(asdict(row))
+                    show(row)
+                    if options.output:
+                        options.output.write_text(json.dumps(report, indent=1) + "\n")
+    return report
+
+
+def show(row: Row) -> None:
+    ratio = "–" if row.x_exact is None else f"{row.x_exact:.2f}"
+    print(
+        f"{row.kv_format:6} {row.context:>8} {row.batch:>5} {'yes' if row.cuda_graphs else 'no':>6}"
+        f" {row.ms:>9.3f} {row.mean_ms:>9.3f} {row.tokens_per_s:>9.1f} {row.host_ms:>8.3f}"
+        f" {row.share:>6.1%} {ratio:>8}",
+        flush=True,
+    )
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="llama-3-8b")
+    parser.add_argument("--context", nargs="+", type=int)
+    parser.add_argument("--batch", nargs="+", type=int, default=BATCHES)
+    parser.add_argument("--format", nargs="+", default=FORMATS, help="exact first, for the ratios")
+    parser.add_argument("--graphs", choices=("both", "on", "off"), default="both")
+    parser.add_argument("--steps", type=int, default=64)
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args(arguments)
+    if DEVICE == "cpu" and options.shape != "tiny":
+        raise SystemExit("this benchmark needs a CUDA GPU; without one there is --shape tiny")
+    return run(options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,217 @@
+"""Models of a given shape with random weights, made where they run: no file, no download.
+
+What a step costs does not depend on what the weights are. The model is the one that serves
+(workers/model/load.py), and a rank of it runs what a rank runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import LlamaConfig
+
+from kvmesh.kernels.formats.registry import get_format
+from kvmesh.workers.config import EngineConfig
+from kvmesh.workers.executor import Allocation, RankDescription
+from kvmesh.workers.kv_pool import page_bytes_of
+from kvmesh.workers.model.facts import ModelFacts
+from kvmesh.workers.model.load import ServedModel, build_model
+from kvmesh.workers.parallel.comm import Communicator
+from kvmesh.workers.plan import StepPlan, StepResult
+from kvmesh.workers.runner import ModelRunner
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A Llama's sizes."""
+
+    name: str
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    hidden: int
+    intermediate: int
+    vocab: int
+    max_model_len: int
+
+    def config(self) -> LlamaConfig:
+        return LlamaConfig(
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            hidden_size=self.hidden,
+            intermediate_size=self.intermediate,
+            vocab_size=self.vocab,
+            max_position_embeddings=self.max_model_len,
+            rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+            tie_word_embeddings=False,
+        )
+
+    def facts(self, dtype: torch.dtype) -> ModelFacts:
+        return ModelFacts(
+            name=self.name,
+            revision="random",
+            architecture="LlamaForCausalLM",
+            num_layers=self.layers,
+            num_heads=self.heads,
+            num_kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            hidden_size=self.hidden,
+            intermediate_size=self.intermediate,
+            vocab_size=self.vocab,
+            max_model_len=self.max_model_len,
+            eos_token_ids=(),
+            weight_bytes=self.params * dtype.itemsize,
+            dtype=str(dtype).removeprefix("torch."),
+            sliding_windows=(None,) * self.layers,
+        )
+
+    @property
+    def params(self) -> int:
+        attention = 2 * (self.heads + self.kv_heads) * self.head_dim * self.hidden
+        layer = attention + 3 * self.hidden * self.intermediate + 2 * self.hidden
+        return self.layers * layer + (2 * self.vocab + 1) * self.hidden
+
+    @property
+    def params_read(self) -> int:
+        """By a decode step: of the embeddings it reads some rows."""
+        return self.params - self.vocab * self.hidden
+
+
+SHAPES = {
+    shape.name: shape
+    for shape in (
+        ModelShape("llama-3-8b", 32, 32, 8, 128, 4096, 14336, 128256, 2**20 + 1024),
+        ModelShape("tiny", 2, 4, 2, 64, 64, 128, 128, 4096),
+    )
+}
+
+
+class RandomWeights:
+    """Tensors of any name: ones for norms, else N(0, 0.02²), as Llama is initialised."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device, seed: int = 0) -> None:
+        self._dtype = dtype
+        self._device = device
+        self._generator = torch.Generator(device).manual_seed(seed)
+
+    def __contains__(self, name: str) -> bool:
+        return True
+
+    def whole(self, name: str, shape: torch.Size) -> torch.Tensor:
+        if len(shape) == 1:
+            return torch.ones(shape, dtype=self._dtype, device=self._device)
+        weight = torch.empty(shape, dtype=self._dtype, device=self._device)
+        return weight.normal_(0.0, 0.02, generator=self._generator)
+
+    def rows(self, name: str, shape: torch.Size, first: int, end: int) -> torch.Tensor:
+        return self.whole(name, torch.Size((end - first, *shape[1:])))
+
+    def columns(self, name: str, shape: torch.Size, first: int, end: int) -> torch.Tensor:
+        return self.whole(name, torch.Size((shape[0], end - first)))
+
+    def check_all_read(self) -> None:
+        """There is always another."""
+
+
+def random_model(shape: ModelShape, dtype: torch.dtype, device: torch.device) -> ServedModel:
+    return build_model(
+        shape.facts(dtype),
+        shape.config(),
+        RandomWeights(dtype, device),
+        dtype=dtype,
+        device=device,
+        comm=Communicator.single(),
+    )
+
+
+class RandomModelExecutor:
+    """The single rank of a group over a model that is there already."""
+
+    num_ranks = 1
+
+    def __init__(
+        self,
+        model: ServedModel,
+        config: EngineConfig,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        assert config.kv_memory_bytes is not None
+        self._model = model
+        self._config = config
+        self._dtype = dtype
+        self._device = device
+        self._fmt = get_format(config.kv_format)
+        self._runner: ModelRunner | None = None
+
+    def describe(self) -> list[RankDescription]:
+        facts, config, fmt = self._model.facts, self._config, self._fmt
+        hot_bytes, sealed_bytes = page_bytes_of(
+            fmt,
+            num_layers=facts.num_layers,
+            num_kv_heads=self._model.num_kv_heads,
+            page_size=config.page_size,
+            head_dim=facts.head_dim,
+            dtype=self._dtype,
+        )
+        assert config.kv_memory_bytes is not None
+        return [
+            RankDescription(
+                model=facts.name,
+                model_revision=facts.revision,
+                dtype=facts.dtype,
+                vocab_size=facts.vocab_size,
+                max_model_len=facts.max_model_len,
+                eos_token_ids=facts.eos_token_ids,
+                sink_pages=fmt.sink_pages if config.sink_pages is None else config.sink_pages,
+                recent_pages=(
+                    fmt.recent_pages if config.recent_pages is None else config.recent_pages
+                ),
+                hot_page_bytes=hot_bytes,
+                sealed_page_bytes=sealed_bytes,
+                kv_budget_bytes=config.kv_memory_bytes,
+                head_dim=facts.head_dim,
+            )
+        ]
+
+    def divergences(self, kv_formats: list[str]) -> list[float]:
+        raise NotImplementedError("random weights have no text to be probed with")
+
+    def allocate(self, allocation: Allocation) -> None:
+        (description,) = self.describe()
+        self._runner = ModelRunner(
+            self._model,
+            self._fmt,
+            allocation,
+            page_size=self._config.page_size,
+            sink_pages=description.sink_pages,
+            recent_pages=description.recent_pages,
+            dtype=self._dtype,
+            device=self._device,
+            samples=True,
+            cuda_graphs=self._config.cuda_graphs,
+        )
+
+    @property
+    def runner(self) -> ModelRunner:
+        assert self._runner is not None, "allocate comes first"
+        return self._runner
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        result = self.runner.execute(plan)
+        assert result is not None
+        return result
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
+def dtype_on(device: Any) -> torch.dtype:
+    """As the engine's `auto`."""
+    return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32

@@ -1,0 +1,198 @@
+"""A million tokens, and pages whose bytes lie beyond two gigabytes.
+
+The interpreter takes some 5 to 20 ms for a tile of 64 tokens, so there a million tokens are
+read in tiles of 1024, by kernels that are otherwise the same; on a GPU they are as compiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from kvmesh.kernels.attention import paged_attention, triton_attention
+from kvmesh.kernels.attention.triton_attention import takes_integer_path
+from kvmesh.kernels.formats.registry import format_names, get_format
+from kvmesh.kernels.seal import seal_layers, seal_pages
+from kvmesh.kernels.write import write_hot
+from tests.kernels.cases import Shape
+from tests.kernels.long_cases import LongCase, arena, long_truth, make_long_case, pages_beyond
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+MILLION = 2**20
+WITHOUT_CALIBRATION = [n for n in format_names() if not get_format(n).needs_calibration]
+
+
+@pytest.fixture
+def large_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Tiles of 1024 tokens in the plain loop, where there is an interpreter."""
+    made = (triton_attention.decode_launch, triton_attention.prefill_launch)
+    for cached in made:
+        cached.cache_clear()
+    if DEVICE == "cpu":
+        monkeypatch.setattr(triton_attention, "MAX_BLOCK_N", 1024)
+    yield
+    for cached in made:
+        cached.cache_clear()
+
+
+def check(case: LongCase, backend: str, *, integer: bool = False, rounding: float = 2e-6) -> None:
+    """FlashAttention's rule, as in test_triton.py; torch's own error is that over pages weighted
+    by how often they are seen, which is less than over a million keys.
+
+    Plain torch has the rounding of fp32 sums over a million terms, in whatever order its
+    libraries take them: the same rule would compare one such order with another.
+
+    rounding: of the operator's own sums in fp32
+    """
+    scale = case.shape.head_dim**-0.5
+    out, lse = paged_attention(
+        case.q, case.hot, case.sealed, case.batch, fmt=case.fmt, scale=scale, backend=backend
+    )
+    want_out, want_lse = long_truth(case, scale)
+
+    def error_of(dtype: torch.dtype) -> float:
+        return float((long_truth(case, scale, dtype)[0].double() - want_out).abs().max())
+
+    if backend == "reference":
+        limit, lse_limit = 1e-3, 1e-4
+    elif case.q.dtype == torch.bfloat16:
+        limit, lse_limit = 2 * error_of(torch.bfloat16) + 1e-4, 2e-2
+    elif integer:
+        limit, lse_limit = 0.25 * error_of(torch.bfloat16), 1e-3
+    else:
+        limit, lse_limit = 2 * error_of(torch.float32) + rounding, 1e-5
+    assert (out.cpu().double() - want_out).abs().max() <= limit
+    assert (lse.cpu().double() - want_lse).abs().max() < lse_limit
+
+
+def far_case(name: str, shape: Shape, sequences: list[tuple[int, int]]) -> LongCase:
+    """With pages beyond 2^31 elements of either arena, or of the sealed one's bytes."""
+    fmt = get_format(name)
+    page_bytes = fmt.page_bytes(shape.page_size, shape.head_dim, DTYPE.itemsize)
+    hot_elements = 2 * shape.num_kv_heads * shape.page_size * shape.head_dim
+    return make_long_case(
+        fmt,
+        shape,
+        sequences,
+        dtype=DTYPE,
+        device=DEVICE,
+        first_hot=pages_beyond(2**31, hot_elements),
+        first_sealed=pages_beyond(2**31, page_bytes * shape.num_kv_heads),
+    )
+
+
+MIXED = [(1, 1), (MILLION, 1), (64, 1), (1, 0)]  # the last one is padding
+
+
+@pytest.mark.parametrize("name", WITHOUT_CALIBRATION)
+def test_a_million_tokens_in_plain_torch(name: str) -> None:
+    fmt = get_format(name)
+    shape = Shape(2, 1, 64, 64, fmt.sink_pages, fmt.recent_pages)
+    case = make_long_case(fmt, shape, [*MIXED, (131071, 1)], dtype=torch.float32, device="cpu")
+    check(case, "reference")
+
+
+def test_a_chunk_behind_a_million_tokens_in_plain_torch() -> None:
+    shape = Shape(2, 1, 64, 64, 1, 2)
+    case = far_case("k4v4", shape, [(1, 1), (MILLION - 1, 70), (200, 130)])
+    check(case, "reference")
+
+
+@pytest.mark.parametrize("name", ["exact", "int8"])
+def test_131071_tokens(name: str) -> None:
+    case = far_case(name, Shape(2, 1, 64, 64), [(131071, 1), (1, 1), (63, 1), (1, 0)])
+    check(case, "triton", integer=name != "exact")
+
+
+@pytest.mark.parametrize("name", ["k3v2", "k4v4", "kivi4"])
+def test_far_pages_of_other_kinds(name: str) -> None:
+    case = far_case(name, Shape(2, 1, 64, 64, 1, 2), [(4000, 1), (64, 1), (130, 3)])
+    check(case, "triton", integer=name != "kivi4")
+
+
+@pytest.mark.usefixtures("large_tiles")
+def test_a_million_tokens_and_one() -> None:
+    case = far_case("exact", Shape(2, 1, 64, 1024 if DEVICE == "cpu" else 64), MIXED)
+    check(case, "triton")
+
+
+@pytest.mark.usefixtures("large_tiles")
+def test_a_chunk_behind_a_million_tokens() -> None:
+    shape = Shape(2, 1, 64, 1024 if DEVICE == "cpu" else 64, 1, 1)
+    case = far_case("fp8", shape, [(1, 1), (MILLION - 1, 3), (1, 0)])
+    # One program goes over all tiles, where decode would split them.
+    check(case, "triton", rounding=2e-5)
+
+
+@pytest.mark.usefixtures("large_tiles")
+def test_a_million_tokens_of_which_the_last_are_sealed_for_integers() -> None:
+    """The integer loop's tiles are 64 tokens by their layout: it reads the last pages of the
+    million, and the plain loop the others, as a sink."""
+    case = far_case("int8", Shape(2, 1, 64, 1024, MILLION // 1024 - 48), MIXED)
+    check(case, "triton", integer=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="takes minutes in the interpreter")
+@pytest.mark.parametrize("name", ["int8", "int4", "k8v4", "k4v4", "k4v2", "k3v3", "k3v2", "k2v2"])
+def test_a_million_tokens_of_integers(name: str) -> None:
+    fmt, shape = get_format(name), Shape(8, 1, 128, 64)
+    assert takes_integer_path(
+        fmt, 128, 64, dtype=DTYPE, capability=torch.cuda.get_device_capability()
+    )
+    check(far_case(name, shape, [*MIXED, (131071, 1)]), "triton", integer=True)
+
+
+# ------------------------------------------------------------------ sealing and writing
+
+
+BACKENDS = pytest.mark.parametrize("backend", ["reference", "triton"])
+
+
+@BACKENDS
+@pytest.mark.parametrize("name", ["exact", "int8", "kivi4"])
+def test_sealing_far_pages_of_far_layers(name: str, backend: str) -> None:
+    """A layer's pages begin beyond 2^31 elements, and so do the page's within its layer."""
+    fmt, size, dim = get_format(name), 64, 64
+    page_bytes = fmt.page_bytes(size, dim, DTYPE.itemsize)
+    far_hot = pages_beyond(2**31, 2 * size * dim)
+    far_sealed = pages_beyond(2**31, page_bytes)
+    hot = arena((2, far_hot + 2, 2, 1, size, dim), DTYPE, DEVICE)
+    sealed = arena((2, far_sealed + 2, 1, page_bytes), torch.uint8, DEVICE)
+    content = torch.randn(2, 2, 2, 1, size, dim, dtype=DTYPE)  # of two layers, two pages each
+    hot_ids = torch.tensor([far_hot + 1, -1, 1], dtype=torch.int32)
+    sealed_ids = torch.tensor([1, 0, far_sealed + 1], dtype=torch.int32)
+    for index, page in enumerate((far_hot + 1, 1)):
+        hot[:, page] = content[:, index].to(DEVICE)
+    untouched = [0, 2, far_sealed]
+    sealed[:, untouched] = 0xAA
+    ids = hot_ids.to(DEVICE), sealed_ids.to(DEVICE)
+    seal_layers(hot, sealed, *ids, fmt=fmt, backend=backend)
+    for layer in range(2):
+        want = fmt.encode(*content[layer].unbind(1))
+        assert torch.equal(sealed[layer, [1, far_sealed + 1]].cpu(), want)
+    assert (sealed[:, untouched] == 0xAA).all()
+    sealed[1, [1, far_sealed + 1]] = 0xAA
+    seal_pages(hot[1], sealed[1], *ids, fmt=fmt, backend=backend)
+    assert torch.equal(sealed[1, [1, far_sealed + 1]].cpu(), want)
+
+
+@BACKENDS
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_writing_far_pages(tokens: int, backend: str) -> None:
+    heads, size, dim = 2, 64, 64
+    far = pages_beyond(2**31, 2 * heads * size * dim)
+    hot = arena((far + 2, 2, heads, size, dim), DTYPE, DEVICE)
+    hot[[0, far, far + 1]] = 9.0
+    k, v = torch.randn(2, tokens, heads, dim, dtype=DTYPE)
+    slots = torch.tensor([(far + 1) * size + 5, -1, 63])[:tokens]
+    on_device = [x.to(DEVICE) for x in (k, v)]
+    write_hot(*on_device, hot, slots.to(DEVICE), backend=backend)
+    want = torch.full((3, 2, heads, size, dim), 9.0, dtype=DTYPE)
+    want[2, :, :, 5] = torch.stack((k[0], v[0]))
+    if tokens == 3:
+        want[0, :, :, 63] = torch.stack((k[2], v[2]))
+    assert torch.equal(hot[[0, far, far + 1]].cpu(), want)

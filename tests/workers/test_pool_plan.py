@@ -1,0 +1,39 @@
+"""How a rank's KV memory is divided."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvmesh.workers.config import EngineConfig
+from kvmesh.workers.errors import ConfigError
+from kvmesh.workers.pool_plan import plan_pool
+from kvmesh.workers.sizes import PageGeometry
+
+# Four hot pages a sequence, of which each takes as much as eight sealed ones.
+GEOMETRY = PageGeometry(
+    page_size=64, sink_pages=1, recent_pages=2, hot_page_bytes=800, sealed_page_bytes=100
+)
+
+
+@pytest.mark.parametrize(("share", "seqs"), [(0.5, 5), (0.8, 9), (0.1, 1)])
+def test_hot_pages_take_their_share_and_no_more(share: float, seqs: int) -> None:
+    budget = 40_000
+    plan = plan_pool(
+        budget, GEOMETRY, max_num_seqs=100, max_num_batched_tokens=128, max_hot_share=share
+    )
+    assert plan.max_num_seqs == seqs
+    assert plan.hot_pages == 4 * seqs
+    hot_bytes = 800 * plan.hot_total
+    assert hot_bytes <= share * budget or seqs == 1
+    assert budget - 100 < hot_bytes + 100 * plan.sealed_pages <= budget
+
+
+def test_few_sequences_leave_the_rest_to_sealed_pages() -> None:
+    plan = plan_pool(40_000, GEOMETRY, max_num_seqs=2, max_num_batched_tokens=128)
+    assert (plan.hot_pages, plan.headroom_pages, plan.sealed_pages) == (8, 2, 320)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, -0.5])
+def test_a_share_of_nothing_or_all_is_refused(share: float) -> None:
+    with pytest.raises(ConfigError, match="max_hot_share"):
+        EngineConfig(model="m", max_hot_share=share)
