@@ -53,7 +53,13 @@ from benchmarks.device import (
     seconds,
 )
 from kvmesh.kernels.attention import AttentionBatch, paged_attention, triton_attention
-from kvmesh.kernels.attention.triton_attention import Launch, takes_integer_path
+from kvmesh.kernels.attention.triton_launch import (
+    Launch,
+    decode_launch,
+    integer_launch,
+    one_warp_launch,
+    takes_integer_path,
+)
 from kvmesh.kernels.formats.base import KVFormat
 from kvmesh.kernels.formats.registry import format_names, get_format
 from kvmesh.kernels.formats.tiles_triton import why_no_kernels
@@ -78,7 +84,7 @@ TINY = Shape(2, 200, 2, 3, 64)
 
 @dataclass(frozen=True)
 class Row:
-    """path: "integer" or "plain", with how it was compiled
+    """path: "integer", "one warp" or "plain", with how it was compiled
     error, error_allowed: largest of the output against fp64, and twice same-dtype torch's
     bf16_us: the fastest baseline over bf16; sdpa_us, flashinfer_us, flashinfer_fp8_us: each
     clocks: right after the measurement
@@ -222,8 +228,9 @@ def launch_of(fmt: KVFormat, shape: Shape) -> tuple[str, Launch]:
     if takes_integer_path(
         fmt, shape.head_dim, PAGE_SIZE, dtype=torch.bfloat16, capability=CAPABILITY
     ):
-        return "integer", triton_attention.integer_launch(*geometry)
-    return "plain", triton_attention.decode_launch(*geometry)
+        return "integer", integer_launch(*geometry)
+    one_warp = one_warp_launch(*geometry)
+    return ("plain", decode_launch(*geometry)) if one_warp is None else ("one warp", one_warp)
 
 
 def measure(
@@ -298,8 +305,8 @@ def tune(names: list[str], bandwidth: float) -> list[Row]:
     for name in names:
         fmt = get_format(name)
         path, launch = launch_of(fmt, shape)
-        if path == "integer":
-            attribute = "integer_launch"
+        if path != "plain":
+            attribute = "integer_launch" if path == "integer" else "one_warp_launch"
             tried = [
                 {"num_warps": 1, "num_stages": stages, **registers}
                 for stages in (2, 3, 4, 5)

@@ -5,7 +5,8 @@
 
 Every kernel is compiled as the operators launch it, with all that a layer or a batch may ask
 for: a window, a softcap, shared prefixes. GPUs before sm_80 have no bf16: there it is fp16.
-What a compiler does not take is recorded with its reason, and nothing of this has run.
+What a compiler does not take, or the GPU has no shared memory for, is recorded with the reason,
+and nothing of this has run.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import torch
 import triton
 
 from benchmarks.sass import FORMATS, TYPES, compile_kernel
-from kvmesh.kernels.attention.triton_attention import (
+from kvmesh.kernels.attention.triton_launch import (
     Launch,
     decode_launch,
     integer_launch,
@@ -40,7 +41,9 @@ from kvmesh.kernels.merge.triton_merge import BLOCK_P, merge_kernel
 from kvmesh.kernels.seal.triton_seal import NUM_WARPS, seal_constants, seal_kernel
 from kvmesh.kernels.write.triton_write import write_kernel
 
-CAPABILITIES = (70, 75, 80, 89, 90)
+# Shared memory that a program may have, in KiB (CUDA C++ programming guide, table of compute
+# capabilities).
+SHARED_KIB = {70: 96, 75: 64, 80: 163, 89: 99, 90: 227}
 NUM_KV_HEADS = 8
 
 
@@ -53,8 +56,8 @@ def kernels_of(
         "decode": decode_launch(*geometry),
         "decode, hot pages": decode_launch(*geometry, hot_only=True),
         "decode, one warp": one_warp_launch(*geometry),
-        "shared prefixes": prefix_launch(*geometry),
-        "prefill": prefill_launch(*geometry),
+        "shared prefixes": prefix_launch(*geometry, capability=divmod(capability, 10)),
+        "prefill": prefill_launch(*geometry, capability=divmod(capability, 10)),
     }
     if takes_integer_path(
         fmt, head_dim, page_size, dtype=torch.bfloat16, capability=divmod(capability, 10)
@@ -94,13 +97,15 @@ def attempt(kernel: Any, constants: dict[str, Any], options: dict[str, Any], cc:
         compiled = compile_kernel(kernel, constants, options, cc, types)
     except (triton.compiler.errors.CompilationError, RuntimeError) as error:
         return (str(error).strip().splitlines() or [type(error).__name__])[-1][:200]
-    return "tensor cores" if "mma.sync" in compiled.asm["ptx"] else "compiled"
+    if compiled.metadata.shared > SHARED_KIB[cc] * 1024:
+        return f"takes {compiled.metadata.shared / 1024:.0f} KiB of shared memory"
+    return "tensor cores" if "mma" in compiled.asm["ptx"] else "compiled"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--capability", type=int, nargs="*", default=list(CAPABILITIES))
+    parser.add_argument("--capability", type=int, nargs="*", default=list(SHARED_KIB))
     parser.add_argument("--format", nargs="*", default=list(FORMATS))
     parser.add_argument("--shape", default="128x8")
     parser.add_argument("--page-size", type=int, default=64)

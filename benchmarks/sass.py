@@ -40,7 +40,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks.styles import STYLES, style_kernel
-from kvmesh.kernels.attention.triton_attention import (
+from kvmesh.kernels.attention.triton_launch import (
     Launch,
     decode_launch,
     integer_launch,

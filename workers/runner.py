@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from kvmesh.kernels.attention import most_sharers, paged_attention, warm_up
+from kvmesh.kernels.attention import paged_attention, sharers, warm_up
 from kvmesh.kernels.formats.base import NO_PARAMS, KVFormat, LayerParams
 from kvmesh.kernels.seal import seal_layers, seal_pages
 from kvmesh.kernels.write import write_hot
@@ -71,8 +71,8 @@ class ModelRunner:
         # device.
         self._hot_ids = np.full(self._pool.hot_tables.shape, -1, dtype=np.int64)
         self._sealed_ids = np.full(self._pool.sealed_tables.shape, -1, dtype=np.int64)
-        sharers = most_sharers(model.num_heads // model.num_kv_heads)
-        self._prefixes = PrefixFinder(self._sealed_ids, sink_pages, sharers)
+        least, most = sharers(fmt, self._pool.hot[0], model.num_heads)
+        self._prefixes = PrefixFinder(self._sealed_ids, sink_pages, least, most)
         facts = model.facts
         self._sampler = Sampler(facts.vocab_size, facts.eos_token_ids, device) if samples else None
         hot, sealed = self._pool.hot[0], self._pool.sealed[0]

@@ -48,12 +48,13 @@ class PrefixFinder:
 
     sealed_ids: [rows, pages], kept up to date by the caller, who says so to `note_update`
     first_page: where sealed pages begin, behind the sink
-    most: members of a set at most
+    least, most: members of a set
     """
 
-    def __init__(self, sealed_ids: Ints, first_page: int, most: int) -> None:
+    def __init__(self, sealed_ids: Ints, first_page: int, least: int, most: int) -> None:
         self._ids = sealed_ids
         self._first = first_page
+        self._least = least
         self._most = most
         self._asked: tuple[bytes, bytes] | None = None
         self._found: PrefixSets | None = None
@@ -84,8 +85,9 @@ class PrefixFinder:
         for chosen, common in found:
             if (len(chosen) - 1) * common < MIN_SAVED_PAGES:
                 continue
-            for part in np.array_split(np.array(chosen), -(-len(chosen) // self._most)):
-                if len(part) > 1:
+            for start in range(0, len(chosen), self._most):
+                part = np.array(chosen[start : start + self._most])
+                if len(part) >= self._least:
                     pages[part] = common
                     sets.append(part)
         if not sets:
@@ -94,11 +96,11 @@ class PrefixFinder:
         return PrefixSets(pages, np.concatenate(sets), starts)
 
     def _alike(self, rows: Ints, members: Ints, place: int) -> list[Ints]:
-        """Members with the same page at a place behind the sink, two or more together."""
+        """Members with the same page at a place behind the sink, enough of them for a set."""
         ids = self._ids[rows[members], self._first + place]
         order = np.argsort(ids, kind="stable")
         cuts = np.flatnonzero(np.diff(ids[order])) + 1
-        return [part for part in np.split(members[order], cuts) if len(part) > 1]
+        return [part for part in np.split(members[order], cuts) if len(part) >= self._least]
 
     def _divide(
         self, rows: Ints, counts: Ints, members: Ints, known: int
@@ -117,7 +119,7 @@ class PrefixFinder:
                 saved += more
                 sets += within
                 rest -= set(part.tolist())
-        if len(rest) > 1:
+        if len(rest) >= self._least:
             saved += (len(rest) - 1) * common
             sets.append((sorted(rest), common))
         return saved, sets

@@ -7,15 +7,6 @@ from typing import Any
 
 import torch
 
-# Query rows of a tile whose unpacking is worth sharing: (new token, query head) pairs.
-SHARED_ROWS = 64
-
-
-def most_sharers(group_heads: int) -> int:
-    """Sequences that read a shared prefix together, at most; group_heads: query heads of a KV
-    head."""
-    return max(2, SHARED_ROWS // group_heads)
-
 
 @dataclass(frozen=True, eq=False, slots=True)
 class SharedPrefixes:
@@ -25,7 +16,7 @@ class SharedPrefixes:
         all of them sealed for it; 0 for a sequence that does not
     members: [num_seqs] int32, those that do, set by set; what comes after them is not read
     starts: [num_sets + 1] int32, where each set's members begin; a set may be empty, and has
-        `most_sharers` members at most, all with the same `pages`
+        as many members as `sharers` allows at most, all with the same `pages`
     """
 
     pages: torch.Tensor

@@ -13,6 +13,9 @@ from kvmesh.kernels.attention import reference
 from kvmesh.kernels.attention.batch import AttentionBatch
 from kvmesh.kernels.formats.base import NO_PARAMS, KVFormat, LayerParams
 
+# Rows of queries and scores that stay in the cache beside a page.
+CPU_SHARED_ROWS = 64
+
 Result = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -83,6 +86,21 @@ def paged_attention(
         softcap=softcap,
         sliding_window=sliding_window,
     )
+
+
+def sharers(fmt: KVFormat, hot: torch.Tensor, num_heads: int) -> tuple[int, int]:
+    """How many sequences a set of `SharedPrefixes` has at least, to be worth it, and at most.
+
+    hot: as in `paged_attention`; num_heads: query heads
+    """
+    num_kv_heads, page_size, head_dim = hot.shape[2:]
+    group = num_heads // num_kv_heads
+    if not hot.is_cuda:
+        return 2, max(2, CPU_SHARED_ROWS // group)
+    from kvmesh.kernels.attention import triton_launch
+
+    capability = torch.cuda.get_device_capability(hot.device)
+    return triton_launch.sharers(fmt, head_dim, group, page_size, hot.dtype, capability)
 
 
 def warm_up(

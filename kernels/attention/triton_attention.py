@@ -3,29 +3,31 @@
 Decode runs in parts that `merge_kernel` joins by log-sum-exp (FlashDecoding): the
 splits of the plain loop, or, where `takes_integer_path`, those of the integer loop
 over sealed pages and one of the plain loop over the hot ones, and beside either those
-of prefixes that sequences share. Prefill is the plain
-loop. Grids and loop bounds follow from the host's upper bounds and from lengths
-read on the device: nothing is read back, and a captured graph stays right for
-other lengths.
+of prefixes that sequences share. Prefill is the plain loop. Grids and loop bounds follow
+from the host's upper bounds and from lengths read on the device: nothing is read back,
+and a captured graph stays right for other lengths.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import cache
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import triton
-from triton.runtime.interpreter import InterpretedFunction
 
-from kvmesh.kernels.attention.batch import AttentionBatch, SharedPrefixes, most_sharers
-from kvmesh.kernels.attention.triton_loop import attention_kernel
-from kvmesh.kernels.attention.triton_prefix import prefix_kernel
-from kvmesh.kernels.attention.triton_sealed import HEADS, TOKENS, sealed_kernel, token_run
-from kvmesh.kernels.formats.affine.side import Affine
-from kvmesh.kernels.formats.base import NO_PARAMS, KVFormat, LayerParams, Side
-from kvmesh.kernels.formats.codebook.side import Codebook
+from kvmesh.kernels.attention.batch import AttentionBatch, SharedPrefixes
+from kvmesh.kernels.attention.triton_launch import (
+    MIN_TILES_PER_SPLIT,
+    Launch,
+    decode_launch,
+    integer_launch,
+    one_warp_launch,
+    prefill_launch,
+    prefix_launch,
+    takes_integer_path,
+)
+from kvmesh.kernels.attention.triton_sealed import HEADS, sealed_kernel
+from kvmesh.kernels.formats.base import NO_PARAMS, KVFormat, LayerParams
 from kvmesh.kernels.formats.tiles_triton import format_kernels
 from kvmesh.kernels.merge.triton_merge import merge_decode
 from kvmesh.kernels.seal.triton_seal import check_arenas
@@ -33,184 +35,7 @@ from kvmesh.kernels.seal.triton_seal import check_arenas
 LOG2_E = 1.4426950408889634
 MAX_SPLITS = 256
 MAX_PREFIX_SPLITS = 16
-MIN_TILES_PER_SPLIT = 4
-MAX_BLOCK_N = 64
-PREFILL_ROWS = 64
 INTERPRETER_PROCESSORS = 8  # what the interpreter pretends to split for
-# Programs that a processor holds at a time: of four warps as many as its shared memory is
-# enough for; of one warp as many as 65536 registers are, of which a thread takes some 220.
-PLAIN_PROGRAMS, INTEGER_PROGRAMS = 4, 9
-# Registers a thread may have. Left alone, the compiler settles on 168 for some formats, and
-# spills; allowed more, it mostly does not use them. Two runs of tokens take all there are.
-INTEGER_REGISTERS, INTEGER_REGISTERS_OF_TOKEN_RUNS = 208, 255
-NUM_STAGES = 3
-# What a layer or a batch may have and most have not; the launcher says where one has.
-FLAGS = {"HAS_WINDOW": False, "HAS_PREFIXES": False}
-INTEGER_HEAD_DIMS = (64, 128)
-INTEGER_CAPABILITY = (8, 0)
-
-
-def takes_integer_path(
-    fmt: KVFormat,
-    head_dim: int,
-    page_size: int,
-    *,
-    dtype: torch.dtype,
-    sliding_window: int | None = None,
-    capability: tuple[int, int] | None = None,
-) -> bool:
-    """Whether decode multiplies this format's codes on integer tensor cores.
-
-    capability: of the GPU; None for the interpreter, which has them all
-    """
-    return (
-        head_dim in INTEGER_HEAD_DIMS
-        and page_size % TOKENS == 0
-        and sliding_window is None
-        and (capability is None or (capability >= INTEGER_CAPABILITY and dtype.itemsize == 2))
-        and all(_has_integer_codes(side, page_size, head_dim) for side in (fmt.k, fmt.v))
-    )
-
-
-def _has_integer_codes(side: Side, page_size: int, head_dim: int) -> bool:
-    """Codes on a uniform grid, with scales of runs that a product of codes can be cut into: of
-    32 channels or more of a token, or for keys of 32 tokens or more of a channel."""
-    if isinstance(side, Affine):
-        run = side.run_length(page_size, head_dim)
-        if side.along == "token":
-            return run == head_dim or (run % 32 == 0 and (side.values or side.width != 3))
-        return not side.values and (run == 32 or run % TOKENS == 0)
-    return isinstance(side, Codebook) and side.levels == "uniform" and not side.residual
-
-
-@dataclass(frozen=True, slots=True)
-class Launch:
-    """How a kernel is compiled: its constants but for the layer's flags, warps and stages.
-
-    tokens: of a tile; programs: how many a processor holds
-    """
-
-    kernel: Any
-    constants: dict[str, Any]
-    tokens: int
-    programs: int
-    options: dict[str, Any]
-
-
-@cache
-def decode_launch(
-    fmt: KVFormat,
-    head_dim: int,
-    group: int,
-    page_size: int,
-    dtype_bytes: int = 2,
-    hot_only: bool = False,
-) -> Launch:
-    """The plain loop; group: query heads of a KV head."""
-    shape = _decode_shape(group) | {"HOT_ONLY": hot_only, "SEALED_ONLY": False}
-    return _plain_launch(attention_kernel, fmt, head_dim, group, page_size, dtype_bytes, shape)
-
-
-@cache
-def one_warp_launch(
-    fmt: KVFormat, head_dim: int, group: int, page_size: int, dtype_bytes: int = 2
-) -> Launch | None:
-    """The plain loop over sealed pages alone with one warp a program; None for formats that it
-    does not suit. Hot pages would take more registers than one warp has."""
-    k, v = format_kernels(fmt)
-    if not (k.one_warp and v.one_warp and head_dim <= max(INTEGER_HEAD_DIMS)):
-        return None
-    shape = _decode_shape(group) | {"HOT_ONLY": False, "SEALED_ONLY": True}
-    launch = _plain_launch(attention_kernel, fmt, head_dim, group, page_size, dtype_bytes, shape)
-    options = {**launch.options, "num_warps": 1}
-    return replace(launch, programs=INTEGER_PROGRAMS, options=options)
-
-
-def _decode_shape(group: int) -> dict[str, Any]:
-    block_m = max(16, triton.next_power_of_2(group))
-    return {"DECODE": True, "BLOCK_Q": 1, "BLOCK_M": block_m, **FLAGS}
-
-
-@cache
-def prefill_launch(
-    fmt: KVFormat, head_dim: int, group: int, page_size: int, dtype_bytes: int = 2
-) -> Launch:
-    """group: query heads of a KV head"""
-    block_q = max(1, PREFILL_ROWS // group)
-    block_m = max(16, triton.next_power_of_2(block_q * group))
-    shape = {"DECODE": False, "BLOCK_Q": block_q, "BLOCK_M": block_m, **FLAGS}
-    shape |= {"HOT_ONLY": False, "SEALED_ONLY": False}
-    return _plain_launch(attention_kernel, fmt, head_dim, group, page_size, dtype_bytes, shape)
-
-
-@cache
-def prefix_launch(
-    fmt: KVFormat, head_dim: int, group: int, page_size: int, dtype_bytes: int = 2
-) -> Launch:
-    """Prefixes that sequences share; group: query heads of a KV head"""
-    block_m = max(16, triton.next_power_of_2(most_sharers(group) * group))
-    shape = {"BLOCK_M": block_m}
-    return _plain_launch(prefix_kernel, fmt, head_dim, group, page_size, dtype_bytes, shape)
-
-
-def _plain_launch(
-    kernel: Any,
-    fmt: KVFormat,
-    head_dim: int,
-    group: int,
-    page_size: int,
-    dtype_bytes: int,
-    shape: dict[str, Any],
-) -> Launch:
-    k, v = format_kernels(fmt)
-    tokens = min(MAX_BLOCK_N, page_size & -page_size)
-    constants = {
-        "LOAD_K": k.load,
-        "LOAD_K_CENTRE": k.load_centre,
-        "LOAD_V": v.load,
-        "K_FOLDED": k.folded,
-        "V_FOLDED": v.folded,
-        "K_SIDE": fmt.k,
-        "V_SIDE": fmt.v,
-        "K_BYTES": fmt.k.num_bytes(page_size, head_dim, dtype_bytes),
-        "PAGE_BYTES": fmt.page_bytes(page_size, head_dim, dtype_bytes),
-        "HAS_SOFTCAP": False,
-        "GROUP": group,
-        "PAGE_SIZE": page_size,
-        "HEAD_DIM": head_dim,
-        "BLOCK_D": triton.next_power_of_2(head_dim),
-        "BLOCK_N": tokens,
-        "PRECISION": "ieee",
-        **shape,
-    }
-    options = {"num_warps": 4, "num_stages": NUM_STAGES}
-    return Launch(kernel, constants, tokens, PLAIN_PROGRAMS, options)
-
-
-@cache
-def integer_launch(fmt: KVFormat, head_dim: int, group: int, page_size: int) -> Launch:
-    """The integer loop over sealed pages; group: query heads of a KV head."""
-    constants = {
-        "K_SIDE": fmt.k,
-        "V_SIDE": fmt.v,
-        "K_BYTES": fmt.k.num_bytes(page_size, head_dim),
-        "PAGE_BYTES": fmt.page_bytes(page_size, head_dim),
-        "HAS_PREFIXES": False,
-        "HAS_SOFTCAP": False,
-        "GROUP": group,
-        "PAGE_SIZE": page_size,
-        "HEAD_DIM": head_dim,
-        "MIN_TILES": MIN_TILES_PER_SPLIT,
-        "HEADS": HEADS,
-        "TOKENS": TOKENS,
-        "STAGES": NUM_STAGES,
-        "PTX": not isinstance(sealed_kernel, InterpretedFunction),
-    }
-    registers = INTEGER_REGISTERS
-    if token_run(fmt.k, page_size, head_dim) < TOKENS:
-        registers = INTEGER_REGISTERS_OF_TOKEN_RUNS
-    options = {"num_warps": 1, "num_stages": NUM_STAGES, "maxnreg": registers}
-    return Launch(sealed_kernel, constants, TOKENS, INTEGER_PROGRAMS, options)
 
 
 def paged_attention(
@@ -240,7 +65,7 @@ def paged_attention(
     capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
     geometry = (fmt, head_dim, group, page_size)
     size = q.element_size()
-    prefix = prefix_launch(*geometry, size)
+    prefix = prefix_launch(*geometry, size, capability)
     shared_splits = pages.num_prefix_splits(prefix) if pages.prefixes else 0
     integer = takes_integer_path(
         fmt,
@@ -269,7 +94,7 @@ def paged_attention(
         pages.attend_prefixes(prefix, parts[splits:], part_lses[splits:], shared_splits)
     merge_decode(parts, part_lses, out, lse, batch.query_starts)
     if batch.max_query_len > 1:
-        prefill = prefill_launch(*geometry, size)
+        prefill = prefill_launch(*geometry, size, capability)
         blocks = triton.cdiv(batch.max_query_len, prefill.constants["BLOCK_Q"])
         pages.attend(prefill, out, lse, blocks)
     return out, lse

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from kvmesh.kernels.attention import paged_attention, triton_attention
-from kvmesh.kernels.attention.triton_attention import takes_integer_path
+from kvmesh.kernels.attention import paged_attention, triton_launch
+from kvmesh.kernels.attention.triton_launch import takes_integer_path
 from kvmesh.kernels.formats.registry import format_names, get_format
 from kvmesh.kernels.seal import seal_layers, seal_pages
 from kvmesh.kernels.write import write_hot
@@ -28,11 +28,11 @@ WITHOUT_CALIBRATION = [n for n in format_names() if not get_format(n).needs_cali
 @pytest.fixture
 def large_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Tiles of 1024 tokens in the plain loop, where there is an interpreter."""
-    made = (triton_attention.decode_launch, triton_attention.prefill_launch)
+    made = (triton_launch.decode_launch, triton_launch.prefill_launch)
     for cached in made:
         cached.cache_clear()
     if DEVICE == "cpu":
-        monkeypatch.setattr(triton_attention, "MAX_BLOCK_N", 1024)
+        monkeypatch.setattr(triton_launch, "MAX_BLOCK_N", 1024)
     yield
     for cached in made:
         cached.cache_clear()

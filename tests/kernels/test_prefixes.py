@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvmesh.kernels.attention import most_sharers, paged_attention
+from kvmesh.kernels.attention import paged_attention
+from kvmesh.kernels.attention.triton_launch import sharers
 from kvmesh.kernels.formats.registry import get_format
 from tests.kernels.cases import Case, Shape, make_case, truth, with_prefixes
 
@@ -45,7 +46,8 @@ def test_sets_of_sequences(name: str, backend: str) -> None:
 @pytest.mark.parametrize("backend", ["numba", "triton"])
 def test_one_set_with_as_many_members_as_may_be(backend: str) -> None:
     shape = Shape(num_heads=16, num_kv_heads=1, page_size=64)
-    count = most_sharers(16)
+    capability = torch.cuda.get_device_capability() if DEVICE == "cuda" else None
+    _, count = sharers(get_format("k4v4"), 64, 16, 64, torch.float32, capability)
     case = make_case(
         get_format("k4v4"), shape, [(200 + i, 1) for i in range(count)], shared_prefix_pages=3
     )

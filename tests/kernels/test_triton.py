@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from kvmesh.kernels.attention import paged_attention, triton_attention
-from kvmesh.kernels.attention.triton_attention import takes_integer_path
+from kvmesh.kernels.attention.triton_launch import takes_integer_path
 from kvmesh.kernels.formats.affine.side import Affine
 from kvmesh.kernels.formats.base import KVFormat
 from kvmesh.kernels.formats.codebook.side import Codebook

@@ -32,9 +32,9 @@ def tables(*sequences: list[int]) -> Ints:
     return ids
 
 
-def find(ids: Ints, *, first_page: int = 0, most: int = 8) -> PrefixSets | None:
+def find(ids: Ints, *, first_page: int = 0, least: int = 2, most: int = 8) -> PrefixSets | None:
     stops = first_page + (ids[:, first_page:] >= 0).sum(1)
-    return PrefixFinder(ids, first_page, most).find(np.arange(len(ids)), stops)
+    return PrefixFinder(ids, first_page, least, most).find(np.arange(len(ids)), stops)
 
 
 def sets_of(found: PrefixSets | None) -> list[tuple[list[int], int]]:
@@ -88,20 +88,29 @@ def test_of_nested_prefixes_those_that_save_more_are_taken() -> None:
     assert sets_of(find(tables(*close))) == [([0, 1, 2], 10)]
 
 
-def test_large_sets_are_cut_and_nobody_is_left_alone_in_one() -> None:
+def test_large_sets_are_cut_and_small_ones_are_not_made() -> None:
     shared = own(100)
     nine = tables(*(shared + own(200 + 20 * i) for i in range(9)))
-    assert [len(members) for members, _ in sets_of(find(nine, most=4))] == [3, 3, 3]
-    found = find(nine[:3], most=2)
-    assert sets_of(found) == [([0, 1], 10)]
+    assert [len(members) for members, _ in sets_of(find(nine, most=4))] == [4, 4]
+    assert [len(members) for members, _ in sets_of(find(nine, most=5, least=4))] == [5, 4]
+    found = find(nine, most=6, least=4)
+    assert sets_of(found) == [([0, 1, 2, 3, 4, 5], 10)]
     assert found is not None
-    assert found.pages[2] == 0
+    assert found.pages[6:].tolist() == [0, 0, 0]
+    assert find(nine, most=12, least=10) is None
+
+
+def test_a_set_within_a_set_must_be_large_enough_too() -> None:
+    documents = [[*own(100), *own(200), i] for i in range(2)]
+    ids = tables(*documents, [*own(100), 5], [*own(100), 6])
+    assert sets_of(find(ids)) == [([0, 1], 20), ([2, 3], 10)]
+    assert sets_of(find(ids, least=3)) == [([0, 1, 2, 3], 10)]
 
 
 def test_an_answer_holds_until_sequences_or_tables_change() -> None:
     shared = own(100)
     ids = tables(shared + own(200), shared + own(300))
-    finder = PrefixFinder(ids, 0, 8)
+    finder = PrefixFinder(ids, 0, 2, 8)
     rows, stops = np.arange(2), np.array([20, 20])
     found = finder.find(rows, stops)
     assert finder.find(rows, stops) is found

@@ -1,0 +1,261 @@
+"""How the Triton kernels of attention are compiled, for a format, a geometry and a GPU.
+
+What decides is counted in machine code (`benchmarks/sass.py`); nothing has been timed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+from triton.runtime.interpreter import InterpretedFunction
+
+from kvmesh.kernels.attention.triton_loop import attention_kernel
+from kvmesh.kernels.attention.triton_prefix import prefix_kernel
+from kvmesh.kernels.attention.triton_sealed import HEADS, TOKENS, sealed_kernel, token_run
+from kvmesh.kernels.formats.affine.side import Affine
+from kvmesh.kernels.formats.base import KVFormat, Side
+from kvmesh.kernels.formats.codebook.side import Codebook
+from kvmesh.kernels.formats.tiles_triton import format_kernels
+
+MAX_BLOCK_N = 64
+MIN_TILES_PER_SPLIT = 4
+# Programs that a processor holds at a time: of four warps as many as its shared memory is
+# enough for; of one warp as many as 65536 registers are, of which a thread takes some 220.
+PLAIN_PROGRAMS, INTEGER_PROGRAMS = 4, 9
+# Registers a thread may have. Left alone, the compiler settles on 168 for some formats, and
+# spills; allowed more, it mostly does not use them. Two runs of tokens take all there are.
+INTEGER_REGISTERS, INTEGER_REGISTERS_OF_TOKEN_RUNS = 208, 255
+NUM_STAGES = 3
+# What a layer or a batch may have and most have not; the launcher says where one has.
+FLAGS = {"HAS_WINDOW": False, "HAS_PREFIXES": False}
+INTEGER_HEAD_DIMS = (64, 128)
+INTEGER_CAPABILITY = (8, 0)
+# So many query rows cost the integer loop, eight at a time, what the plain one takes for a
+# tile of them all.
+LEAST_SHARED_ROWS = 64
+
+Capability = tuple[int, int]  # of a GPU; None for the interpreter, which has them all
+
+
+def takes_integer_path(
+    fmt: KVFormat,
+    head_dim: int,
+    page_size: int,
+    *,
+    dtype: torch.dtype,
+    sliding_window: int | None = None,
+    capability: Capability | None = None,
+) -> bool:
+    """Whether decode multiplies this format's codes on integer tensor cores.
+
+    capability: of the GPU; None for the interpreter, which has them all
+    """
+    return (
+        head_dim in INTEGER_HEAD_DIMS
+        and page_size % TOKENS == 0
+        and sliding_window is None
+        and (capability is None or (capability >= INTEGER_CAPABILITY and dtype.itemsize == 2))
+        and all(_has_integer_codes(side, page_size, head_dim) for side in (fmt.k, fmt.v))
+    )
+
+
+def _has_integer_codes(side: Side, page_size: int, head_dim: int) -> bool:
+    """Codes on a uniform grid, with scales of runs that a product of codes can be cut into: of
+    32 channels or more of a token, or for keys of 32 tokens or more of a channel."""
+    if isinstance(side, Affine):
+        run = side.run_length(page_size, head_dim)
+        if side.along == "token":
+            return run == head_dim or (run % 32 == 0 and (side.values or side.width != 3))
+        return not side.values and (run == 32 or run % TOKENS == 0)
+    return isinstance(side, Codebook) and side.levels == "uniform" and not side.residual
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """How a kernel is compiled: its constants but for the layer's flags, warps and stages.
+
+    tokens: of a tile; programs: how many a processor holds
+    """
+
+    kernel: Any
+    constants: dict[str, Any]
+    tokens: int
+    programs: int
+    options: dict[str, Any]
+
+
+@cache
+def decode_launch(
+    fmt: KVFormat,
+    head_dim: int,
+    group: int,
+    page_size: int,
+    dtype_bytes: int = 2,
+    hot_only: bool = False,
+) -> Launch:
+    """The plain loop; group: query heads of a KV head."""
+    shape = _decode_shape(group) | {"HOT_ONLY": hot_only, "SEALED_ONLY": False}
+    return _plain_launch(attention_kernel, fmt, head_dim, group, page_size, dtype_bytes, shape)
+
+
+@cache
+def one_warp_launch(
+    fmt: KVFormat, head_dim: int, group: int, page_size: int, dtype_bytes: int = 2
+) -> Launch | None:
+    """The plain loop over sealed pages alone with one warp a program; None for formats that it
+    does not suit. Hot pages would take more registers than one warp has."""
+    k, v = format_kernels(fmt)
+    if not (k.one_warp and v.one_warp and head_dim <= max(INTEGER_HEAD_DIMS)):
+        return None
+    shape = _decode_shape(group) | {"HOT_ONLY": False, "SEALED_ONLY": True}
+    launch = _plain_launch(attention_kernel, fmt, head_dim, group, page_size, dtype_bytes, shape)
+    options = {**launch.options, "num_warps": 1}
+    return replace(launch, programs=INTEGER_PROGRAMS, options=options)
+
+
+def _decode_shape(group: int) -> dict[str, Any]:
+    block_m = max(16, triton.next_power_of_2(group))
+    return {"DECODE": True, "BLOCK_Q": 1, "BLOCK_M": block_m, **FLAGS}
+
+
+@dataclass(frozen=True, slots=True)
+class RowBlock:
+    """Query rows, (token, query head) pairs, that share the unpacking of a tile."""
+
+    rows: int
+    warps: int
+    stages: int
+
+
+def row_block(head_dim: int, capability: Capability | None) -> RowBlock:
+    """The largest for which a processor has shared memory, and that spills no registers."""
+    # 160 KiB and more: A100, H100 and what came after. 64 to 99 KiB: T4, L4, L40S, consumers'.
+    roomy = capability is None or capability in ((8, 0), (8, 7)) or (9, 0) <= capability < (12, 0)
+    if head_dim <= 128:
+        return RowBlock(128, 8, 2) if roomy else RowBlock(64, 4, 2)
+    if roomy and capability != (8, 0):
+        return RowBlock(64, 8, 2)
+    return RowBlock(32, 4, 2 if roomy else 1)
+
+
+@cache
+def prefill_launch(
+    fmt: KVFormat,
+    head_dim: int,
+    group: int,
+    page_size: int,
+    dtype_bytes: int = 2,
+    capability: Capability | None = None,
+) -> Launch:
+    """group: query heads of a KV head"""
+    block = row_block(head_dim, capability)
+    block_q = max(1, block.rows // group)
+    block_m = max(16, triton.next_power_of_2(block_q * group))
+    shape = {"DECODE": False, "BLOCK_Q": block_q, "BLOCK_M": block_m, **FLAGS}
+    shape |= {"HOT_ONLY": False, "SEALED_ONLY": False}
+    launch = _plain_launch(attention_kernel, fmt, head_dim, group, page_size, dtype_bytes, shape)
+    return _with_rows(launch, block)
+
+
+@cache
+def prefix_launch(
+    fmt: KVFormat,
+    head_dim: int,
+    group: int,
+    page_size: int,
+    dtype_bytes: int = 2,
+    capability: Capability | None = None,
+) -> Launch:
+    """Prefixes that sequences share; group: query heads of a KV head"""
+    most = _most_sharers(head_dim, group, capability)
+    shape = {"BLOCK_M": max(16, triton.next_power_of_2(most * group))}
+    launch = _plain_launch(prefix_kernel, fmt, head_dim, group, page_size, dtype_bytes, shape)
+    return _with_rows(launch, row_block(head_dim, capability))
+
+
+def _with_rows(launch: Launch, block: RowBlock) -> Launch:
+    options = {"num_warps": block.warps, "num_stages": block.stages}
+    return replace(launch, programs=max(1, 2 * 4 // block.warps), options=options)
+
+
+def sharers(
+    fmt: KVFormat,
+    head_dim: int,
+    group: int,
+    page_size: int,
+    dtype: torch.dtype,
+    capability: Capability | None,
+) -> tuple[int, int]:
+    """Least and most members of a set of `SharedPrefixes`; group: query heads of a KV head."""
+    most = _most_sharers(head_dim, group, capability)
+    integer = takes_integer_path(fmt, head_dim, page_size, dtype=dtype, capability=capability)
+    least = LEAST_SHARED_ROWS // group if integer else 2
+    return max(2, min(least, most)), most
+
+
+def _most_sharers(head_dim: int, group: int, capability: Capability | None) -> int:
+    return max(2, row_block(head_dim, capability).rows // group)
+
+
+def _plain_launch(
+    kernel: Any,
+    fmt: KVFormat,
+    head_dim: int,
+    group: int,
+    page_size: int,
+    dtype_bytes: int,
+    shape: dict[str, Any],
+) -> Launch:
+    k, v = format_kernels(fmt)
+    tokens = min(MAX_BLOCK_N, page_size & -page_size)
+    constants = {
+        "LOAD_K": k.load,
+        "LOAD_K_CENTRE": k.load_centre,
+        "LOAD_V": v.load,
+        "K_FOLDED": k.folded,
+        "V_FOLDED": v.folded,
+        "K_SIDE": fmt.k,
+        "V_SIDE": fmt.v,
+        "K_BYTES": fmt.k.num_bytes(page_size, head_dim, dtype_bytes),
+        "PAGE_BYTES": fmt.page_bytes(page_size, head_dim, dtype_bytes),
+        "HAS_SOFTCAP": False,
+        "GROUP": group,
+        "PAGE_SIZE": page_size,
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": triton.next_power_of_2(head_dim),
+        "BLOCK_N": tokens,
+        "PRECISION": "ieee",
+        **shape,
+    }
+    options = {"num_warps": 4, "num_stages": NUM_STAGES}
+    return Launch(kernel, constants, tokens, PLAIN_PROGRAMS, options)
+
+
+@cache
+def integer_launch(fmt: KVFormat, head_dim: int, group: int, page_size: int) -> Launch:
+    """The integer loop over sealed pages; group: query heads of a KV head."""
+    constants = {
+        "K_SIDE": fmt.k,
+        "V_SIDE": fmt.v,
+        "K_BYTES": fmt.k.num_bytes(page_size, head_dim),
+        "PAGE_BYTES": fmt.page_bytes(page_size, head_dim),
+        "HAS_PREFIXES": False,
+        "HAS_SOFTCAP": False,
+        "GROUP": group,
+        "PAGE_SIZE": page_size,
+        "HEAD_DIM": head_dim,
+        "MIN_TILES": MIN_TILES_PER_SPLIT,
+        "HEADS": HEADS,
+        "TOKENS": TOKENS,
+        "STAGES": NUM_STAGES,
+        "PTX": not isinstance(sealed_kernel, InterpretedFunction),
+    }
+    registers = INTEGER_REGISTERS
+    if token_run(fmt.k, page_size, head_dim) < TOKENS:
+        registers = INTEGER_REGISTERS_OF_TOKEN_RUNS
+    options = {"num_warps": 1, "num_stages": NUM_STAGES, "maxnreg": registers}
+    return Launch(sealed_kernel, constants, TOKENS, INTEGER_PROGRAMS, options)
