@@ -7,11 +7,13 @@ they say of time is worth nothing there.
 from __future__ import annotations
 
 import gc
+import os
 import platform
 import statistics
 import subprocess
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -91,10 +93,20 @@ def conditions() -> dict[str, Any]:
     """What a figure is to be read with."""
     on_gpu = DEVICE == "cuda"
     return {
-        "device": torch.cuda.get_device_name() if on_gpu else platform.processor() or "cpu",
+        "device": torch.cuda.get_device_name() if on_gpu else _cpu_name(),
         "capability": list(torch.cuda.get_device_capability()) if on_gpu else None,
         "clocks": clocks(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "triton": triton.__version__,
     }
+
+
+def _cpu_name() -> str:
+    """As Linux has it, and how many of it this process may use."""
+    name = platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        name = lines[0].partition(":")[2].strip() if lines else name
+    return f"{name}, {len(os.sched_getaffinity(0))} cores"

@@ -7,8 +7,8 @@ All requests are there at the start, as in LMDeploy's `profile_throughput` and v
 `benchmark_throughput`; the engine batches them continuously, in order, greedily, each to its
 given length. Every format gets the same requests and the same bytes of KV, hot pages included,
 and as many seats (`max_num_seqs`) as such sequences fill that memory. Formats take turns in a
-round; a figure is the median of the rounds, a ratio that of the rounds' ratios to `exact`. On a
-GPU the kernels are compared with plain torch before anything is timed.
+round; a figure is the middle round's (of two, the faster's), a gain the median of the rounds'
+gains over `exact`. On a GPU the kernels are compared with plain torch before anything is timed.
 
 Lengths are log-normal with ShareGPT's published means, 161.31 tokens of prompt and 337.99 of
 output (Kwon et al., "Efficient Memory Management for LLM Serving with PagedAttention", 2023,
