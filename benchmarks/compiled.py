@@ -94,7 +94,8 @@ def attempt(kernel: Any, constants: dict[str, Any], options: dict[str, Any], cc:
         compiled = compile_kernel(kernel, constants, options, cc, types)
     except (triton.compiler.errors.CompilationError, RuntimeError) as error:
         return (str(error).strip().splitlines() or [type(error).__name__])[-1][:200]
-    return "tensor cores" if "mma.sync" in compiled.asm["ptx"] else "compiled"
+    multiplies = any(opcode in compiled.asm["ptx"] for opcode in ("mma.sync", "wgmma"))
+    return "tensor cores" if multiplies else "compiled"
 
 
 def main() -> None:
