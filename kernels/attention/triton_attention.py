@@ -22,7 +22,8 @@ from triton.runtime.interpreter import InterpretedFunction
 from kvmesh.kernels.attention.batch import AttentionBatch, SharedPrefixes, most_sharers
 from kvmesh.kernels.attention.triton_loop import attention_kernel
 from kvmesh.kernels.attention.triton_prefix import prefix_kernel
-from kvmesh.kernels.attention.triton_sealed import HEADS, TOKENS, sealed_kernel, token_run
+from kvmesh.kernels.attention.triton_sealed import HEADS, sealed_kernel
+from kvmesh.kernels.attention.triton_sides import TOKENS, token_run
 from kvmesh.kernels.formats.affine.side import Affine
 from kvmesh.kernels.formats.base import NO_PARAMS, KVFormat, LayerParams, Side
 from kvmesh.kernels.formats.codebook.side import Codebook
