@@ -39,7 +39,7 @@ MAX_BLOCK_N = 64
 PREFILL_ROWS = 64
 INTERPRETER_PROCESSORS = 8  # what the interpreter pretends to split for
 # Programs that a processor holds at a time: of four warps as many as its shared memory is
-# enough for; of one warp as many as 65536 registers are, of which a thread takes some 220.
+# enough for; of one warp as many as 65536 registers are, of which a thread takes 170 to 250.
 PLAIN_PROGRAMS, INTEGER_PROGRAMS = 4, 9
 # Registers a thread may have. Left alone, the compiler settles on 168 for some formats, and
 # spills; allowed more, it mostly does not use them. Two runs of tokens take all there are.
