@@ -99,7 +99,8 @@ def attempt(kernel: Any, constants: dict[str, Any], options: dict[str, Any], cc:
         return (str(error).strip().splitlines() or [type(error).__name__])[-1][:200]
     if compiled.metadata.shared > SHARED_KIB[cc] * 1024:
         return f"takes {compiled.metadata.shared / 1024:.0f} KiB of shared memory"
-    return "tensor cores" if "mma" in compiled.asm["ptx"] else "compiled"
+    multiplies = any(opcode in compiled.asm["ptx"] for opcode in ("mma.sync", "wgmma"))
+    return "tensor cores" if multiplies else "compiled"
 
 
 def main() -> None:

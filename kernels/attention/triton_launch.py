@@ -15,7 +15,8 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from kvmesh.kernels.attention.triton_loop import attention_kernel
 from kvmesh.kernels.attention.triton_prefix import prefix_kernel
-from kvmesh.kernels.attention.triton_sealed import HEADS, TOKENS, sealed_kernel, token_run
+from kvmesh.kernels.attention.triton_sealed import HEADS, sealed_kernel
+from kvmesh.kernels.attention.triton_sides import TOKENS, token_run
 from kvmesh.kernels.formats.affine.side import Affine
 from kvmesh.kernels.formats.base import KVFormat, Side
 from kvmesh.kernels.formats.codebook.side import Codebook
@@ -24,7 +25,7 @@ from kvmesh.kernels.formats.tiles_triton import format_kernels
 MAX_BLOCK_N = 64
 MIN_TILES_PER_SPLIT = 4
 # Programs that a processor holds at a time: of four warps as many as its shared memory is
-# enough for; of one warp as many as 65536 registers are, of which a thread takes some 220.
+# enough for; of one warp as many as 65536 registers are, of which a thread takes 170 to 250.
 PLAIN_PROGRAMS, INTEGER_PROGRAMS = 4, 9
 # Registers a thread may have. Left alone, the compiler settles on 168 for some formats, and
 # spills; allowed more, it mostly does not use them. Two runs of tokens take all there are.

@@ -15,28 +15,42 @@ def packed_bytes(width: int, page_size: int, head_dim: int) -> int:
 
 @triton.jit
 def load_codes(
-    part_ptr, n, d, mask, SIDE: tl.constexpr, PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr
+    part_ptr,
+    first_slot,
+    SIDE: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
-    """Codes less half their range, int32.
+    """Codes less half their range, int32: of keys [BLOCK_N, BLOCK_D], of values transposed.
 
-    n, d: slots and channels, int32 of shapes that broadcast to the result's
-    mask: where there is a code, or None for everywhere; elsewhere what comes is finite
+    BLOCK_N slots from first_slot on lie in one block; what comes for channels from HEAD_DIM on
+    is finite
     """
     WIDTH: tl.constexpr = SIDE.width
     BITS: tl.constexpr = 2 if WIDTH == 3 else WIDTH
     PLANES: tl.constexpr = 8 // BITS
     BLOCK: tl.constexpr = min(64, PAGE_SIZE)
-    block = n // BLOCK
+    block = first_slot // BLOCK
+    # In the block; the compiler has to see that what a thread loads lies together.
+    n = tl.arange(0, BLOCK_N)
+    if BLOCK_N != BLOCK:
+        n += first_slot % BLOCK
+    d = tl.arange(0, BLOCK_D)
     if SIDE.values:
         ROWS: tl.constexpr = HEAD_DIM // PLANES
         COLUMNS: tl.constexpr = BLOCK
-        plane, row, column = d // ROWS, d % ROWS, n % BLOCK
+        d = d[:, None]
+        plane, row, column = d // ROWS, d % ROWS, n[None, :]
     else:
         ROWS: tl.constexpr = BLOCK // PLANES
         COLUMNS: tl.constexpr = HEAD_DIM
-        plane, row, column = n % PLANES, (n % BLOCK) // PLANES, d
-    at = (block * ROWS + row) * COLUMNS + column
-    byte = load(part_ptr + at, mask).to(tl.int32)
+        d = d[None, :]
+        plane, row, column = n[:, None] % PLANES, n[:, None] // PLANES, d
+    mask = None if BLOCK_D == HEAD_DIM else d < HEAD_DIM
+    byte_ptr = part_ptr + block * (ROWS * COLUMNS)
+    byte = load(byte_ptr + row * COLUMNS + column, mask).to(tl.int32)
     if WIDTH == 8:
         codes = byte
     else:
@@ -44,8 +58,8 @@ def load_codes(
         codes = (byte >> (plane * BITS)) & ((1 << BITS) - 1)
         if WIDTH == 3:
             HALF: tl.constexpr = COLUMNS // 2
-            at = (block * ROWS + row) * HALF + column % HALF + PAGE_SIZE * HEAD_DIM // 4
-            high = load(part_ptr + at, mask).to(tl.int32)
+            high_ptr = part_ptr + PAGE_SIZE * HEAD_DIM // 4 + block * (ROWS * HALF)
+            high = load(high_ptr + row * HALF + column % HALF, mask).to(tl.int32)
             codes |= ((high >> _high_bit(plane, column // HALF)) & 1) << 2
         # The top plane's highest bit is stored flipped.
         codes = (codes ^ tl.where(plane == PLANES - 1, HALF_RANGE, 0)) - HALF_RANGE

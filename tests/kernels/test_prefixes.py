@@ -36,7 +36,7 @@ def check(case: Case, backend: str, **options: float | None) -> None:
 
 
 @pytest.mark.parametrize("backend", ["numba", "triton", "reference"])
-@pytest.mark.parametrize("name", ["exact", "int8", "k4v4", "kivi2"])
+@pytest.mark.parametrize("name", ["exact", "int8", "k4v4", "kivi2", "fp8"])
 def test_sets_of_sequences(name: str, backend: str) -> None:
     shape = Shape(page_size=64, sink_pages=1, recent_pages=0)
     case = make_case(get_format(name), shape, SEQUENCES, shared_prefix_pages=4)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from kvmesh.kernels.attention.triton_sealed import MAGIC, SPLIT_PTX
+from kvmesh.kernels.attention.triton_operands import MAGIC, SPLIT_PTX
 from kvmesh.kernels.formats.fp8.triton import E4M3_PTX
 from kvmesh.kernels.formats.packing import pack
 from kvmesh.kernels.formats.planes_triton import THREE_BITS_PTX

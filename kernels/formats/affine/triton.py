@@ -90,7 +90,8 @@ def load_tile(
     else:
         n, d = slots[:, None], channels[None, :]
     mask = None if BLOCK_D == HEAD_DIM else d < HEAD_DIM
-    codes = load_codes(part_ptr, n, d, mask, SIDE, PAGE_SIZE, HEAD_DIM).to(tl.float32)
+    codes = load_codes(part_ptr, first_slot, SIDE, PAGE_SIZE, HEAD_DIM, BLOCK_N, BLOCK_D)
+    codes = codes.to(tl.float32)
     if SIDE.along == "token" and SIDE.run is None:
         scale = load_scale(scale_ptr, slots, None, SIDE.scale)
         offset = load_bf16(offset_ptr, slots) + HALF_RANGE * scale

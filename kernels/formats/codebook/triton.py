@@ -74,13 +74,7 @@ def load_tile(
     DTYPE: tl.constexpr,
 ):
     slots = first_slot + tl.arange(0, BLOCK_N)
-    channels = tl.arange(0, BLOCK_D)
-    if SIDE.values:  # columns are tokens
-        n, d = slots[None, :], channels[:, None]
-    else:
-        n, d = slots[:, None], channels[None, :]
-    mask = None if BLOCK_D == HEAD_DIM else d < HEAD_DIM
-    codes = load_codes(part_ptr, n, d, mask, SIDE, PAGE_SIZE, HEAD_DIM)
+    codes = load_codes(part_ptr, first_slot, SIDE, PAGE_SIZE, HEAD_DIM, BLOCK_N, BLOCK_D)
     tile = levels(codes, SIDE).to(DTYPE)
     scale_ptr = part_ptr + packed_bytes(SIDE.width, PAGE_SIZE, HEAD_DIM)
     scale = load_scale(scale_ptr, slots, None, SIDE.scale)
