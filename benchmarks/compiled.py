@@ -33,6 +33,7 @@ from kvmesh.kernels.attention.triton_launch import (
     one_warp_launch,
     prefill_launch,
     prefix_launch,
+    shared_kib,
     takes_integer_path,
 )
 from kvmesh.kernels.formats.base import KVFormat
@@ -41,9 +42,7 @@ from kvmesh.kernels.merge.triton_merge import BLOCK_P, merge_kernel
 from kvmesh.kernels.seal.triton_seal import NUM_WARPS, seal_constants, seal_kernel
 from kvmesh.kernels.write.triton_write import write_kernel
 
-# Shared memory that a program may have, in KiB (CUDA C++ programming guide, table of compute
-# capabilities).
-SHARED_KIB = {70: 96, 75: 64, 80: 163, 89: 99, 90: 227}
+CAPABILITIES = (70, 75, 80, 89, 90)
 NUM_KV_HEADS = 8
 
 
@@ -52,16 +51,15 @@ def kernels_of(
 ) -> Iterator[tuple[str, Any, dict[str, Any], dict[str, Any]]]:
     """Name, kernel, constants and options of every kernel that this format runs there."""
     geometry = (fmt, head_dim, group, page_size)
+    gpu = divmod(capability, 10)
     launches: dict[str, Launch | None] = {
-        "decode": decode_launch(*geometry),
-        "decode, hot pages": decode_launch(*geometry, hot_only=True),
+        "decode": decode_launch(*geometry, capability=gpu),
+        "decode, hot pages": decode_launch(*geometry, hot_only=True, capability=gpu),
         "decode, one warp": one_warp_launch(*geometry),
-        "shared prefixes": prefix_launch(*geometry, capability=divmod(capability, 10)),
-        "prefill": prefill_launch(*geometry, capability=divmod(capability, 10)),
+        "shared prefixes": prefix_launch(*geometry, capability=gpu),
+        "prefill": prefill_launch(*geometry, capability=gpu),
     }
-    if takes_integer_path(
-        fmt, head_dim, page_size, dtype=torch.bfloat16, capability=divmod(capability, 10)
-    ):
+    if takes_integer_path(fmt, head_dim, page_size, dtype=torch.bfloat16, capability=gpu):
         launches["decode, integer"] = integer_launch(*geometry)
     for name, launch in launches.items():
         if launch is None:
@@ -97,7 +95,7 @@ def attempt(kernel: Any, constants: dict[str, Any], options: dict[str, Any], cc:
         compiled = compile_kernel(kernel, constants, options, cc, types)
     except (triton.compiler.errors.CompilationError, RuntimeError) as error:
         return (str(error).strip().splitlines() or [type(error).__name__])[-1][:200]
-    if compiled.metadata.shared > SHARED_KIB[cc] * 1024:
+    if compiled.metadata.shared > shared_kib(divmod(cc, 10)) * 1024:
         return f"takes {compiled.metadata.shared / 1024:.0f} KiB of shared memory"
     multiplies = any(opcode in compiled.asm["ptx"] for opcode in ("mma.sync", "wgmma"))
     return "tensor cores" if multiplies else "compiled"
@@ -106,7 +104,7 @@ def attempt(kernel: Any, constants: dict[str, Any], options: dict[str, Any], cc:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--capability", type=int, nargs="*", default=list(SHARED_KIB))
+    parser.add_argument("--capability", type=int, nargs="*", default=list(CAPABILITIES))
     parser.add_argument("--format", nargs="*", default=list(FORMATS))
     parser.add_argument("--shape", default="128x8")
     parser.add_argument("--page-size", type=int, default=64)

@@ -81,11 +81,11 @@ def paged_attention(
         parts, part_lses = pages.parts(splits + 1 + shared_splits)
         attend = pages.attend_sealed if integer else pages.attend
         attend(sealed_launch, parts, part_lses, splits)
-        hot_launch = decode_launch(*geometry, size, hot_only=True)
+        hot_launch = decode_launch(*geometry, size, hot_only=True, capability=capability)
         pages.attend(hot_launch, parts[splits:], part_lses[splits:], 1)
         splits += 1
     else:
-        plain = decode_launch(*geometry, size)
+        plain = decode_launch(*geometry, size, capability=capability)
         splits = pages.num_splits(plain)
         parts, part_lses = pages.parts(splits + shared_splits)
         pages.attend(plain, parts, part_lses, splits)

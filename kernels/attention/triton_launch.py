@@ -97,10 +97,14 @@ def decode_launch(
     page_size: int,
     dtype_bytes: int = 2,
     hot_only: bool = False,
+    capability: Capability | None = None,
 ) -> Launch:
     """The plain loop; group: query heads of a KV head."""
     shape = _decode_shape(group) | {"HOT_ONLY": hot_only, "SEALED_ONLY": False}
-    return _plain_launch(attention_kernel, fmt, head_dim, group, page_size, dtype_bytes, shape)
+    launch = _plain_launch(attention_kernel, fmt, head_dim, group, page_size, dtype_bytes, shape)
+    if head_dim > 128 and shared_kib(capability) < 160:
+        return replace(launch, options={**launch.options, "num_stages": 1})
+    return launch
 
 
 @cache
@@ -134,13 +138,18 @@ class RowBlock:
 
 def row_block(head_dim: int, capability: Capability | None) -> RowBlock:
     """The largest for which a processor has shared memory, and that spills no registers."""
-    # 160 KiB and more: A100, H100 and what came after. 64 to 99 KiB: T4, L4, L40S, consumers'.
-    roomy = capability is None or capability in ((8, 0), (8, 7)) or (9, 0) <= capability < (12, 0)
+    roomy = shared_kib(capability) >= 160
     if head_dim <= 128:
         return RowBlock(128, 8, 2) if roomy else RowBlock(64, 4, 2)
-    if roomy and capability != (8, 0):
-        return RowBlock(64, 8, 2)
-    return RowBlock(32, 4, 2 if roomy else 1)
+    return RowBlock(64, 8, 2) if shared_kib(capability) >= 200 else RowBlock(32, 4, 1)
+
+
+def shared_kib(capability: Capability | None) -> int:
+    """Shared memory that a program may have (CUDA C++ programming guide, compute capabilities)."""
+    if capability is None:
+        return 227
+    table = {(7, 0): 96, (7, 5): 64, (8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227}
+    return table.get(capability, 99)
 
 
 @cache

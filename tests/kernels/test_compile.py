@@ -48,6 +48,12 @@ def test_every_kernel_compiles_for_odd_shapes(capability: str, names: list[str])
     run(script, *where, "--format", *names)
 
 
+@pytest.mark.parametrize(("capability", "names"), [("80", ["kivi4"]), ("89", ["k4v4"])])
+def test_wide_heads_fit_into_shared_memory(capability: str, names: list[str]) -> None:
+    script = str(ROOT / "benchmarks" / "compiled.py")
+    run(script, "--capability", capability, "--shape", "256x4", "--format", *names)
+
+
 def test_the_record_of_what_compiles_has_no_failure() -> None:
     """And names the GPUs for which the compiler uses tensor cores."""
     kernels = json.loads(COMPILED.read_text())["kernels"]
