@@ -1,0 +1,35 @@
+"""The benchmark of shared prefixes takes its whole way at a tiny shape."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import prefixes
+from kvmesh.kernels.attention import SharedPrefixes
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+def test_a_dry_run_compares_and_reports(tmp_path: Path) -> None:
+    output = tmp_path / "prefixes.json"
+    prefixes.main(["--dry-run", "--format", "exact", "k4v4", "--output", str(output)])
+    rows = json.loads(output.read_text())["rows"]
+    assert [(row["kv_format"], row["sets"], row["members"]) for row in rows] == [
+        ("exact", 1, 8),
+        ("k4v4", 1, 8),
+    ]
+    assert all(row["ratio"] > 0 for row in rows)
+
+
+def test_a_difference_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_few(pages: torch.Tensor, members: torch.Tensor, starts: torch.Tensor) -> SharedPrefixes:
+        """Sequences leave pages to a set that does not read them."""
+        return SharedPrefixes(pages, members, torch.zeros_like(starts))
+
+    monkeypatch.setattr(prefixes, "SharedPrefixes", too_few)
+    with pytest.raises(SystemExit, match="they differ"):
+        prefixes.main(["--dry-run", "--format", "int8"])
