@@ -101,9 +101,9 @@ def test_large_sets_are_cut_and_small_ones_are_not_made() -> None:
 
 
 def test_a_set_within_a_set_must_be_large_enough_too() -> None:
-    documents = [[*own(100), *own(200), i] for i in range(2)]
+    documents = [[*own(100), *own(200, 15), i] for i in range(2)]
     ids = tables(*documents, [*own(100), 5], [*own(100), 6])
-    assert sets_of(find(ids)) == [([0, 1], 20), ([2, 3], 10)]
+    assert sets_of(find(ids)) == [([0, 1], 25), ([2, 3], 10)]
     assert sets_of(find(ids, least=3)) == [([0, 1, 2, 3], 10)]
 
 
