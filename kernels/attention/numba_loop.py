@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numba
 import numpy as np
+import numpy.typing as npt
 
 from kvmesh.kernels.formats.base import KVFormat
 from kvmesh.kernels.formats.exact.side import Exact
@@ -30,7 +31,7 @@ from kvmesh.kernels.formats.tiles_numba import (
 
 LOG2_E = np.float32(1.4426950408889634)
 CACHE_LINE = 64
-LN_2 = np.float32(0.6931471805599453)
+LN_2 = 0.6931471805599453
 # 2^f for |f| <= 1/2, relative error 2e-7: the polynomial of Cephes' exp2f (Moshier).
 _EXP2 = tuple(
     np.float32(c)
@@ -73,11 +74,10 @@ def _exp2_below(x, top):  # type: ignore[no-untyped-def]
 
 @cache
 def _products(length: int) -> Any:
-    """(a, b, out): out[r, i] = a[r] · b[i] over `length` numbers each, for the rows of a and of
-    b; `add` puts them on top of what is there."""
+    """(a, b, out): out[r, i] = a[r] · b[i] over `length` numbers each, for rows of a and of b."""
 
     @compiled
-    def products(a, b, out, add):  # type: ignore[no-untyped-def]
+    def products(a, b, out):  # type: ignore[no-untyped-def]
         count = b.shape[0]
         whole = count // 4 * 4
         for i in range(0, whole, 4):  # four at a time: a's row is read once for them
@@ -89,31 +89,28 @@ def _products(length: int) -> Any:
                     s1 += x * b[i + 1, d]
                     s2 += x * b[i + 2, d]
                     s3 += x * b[i + 3, d]
-                if add:
-                    s0 += out[r, i]
-                    s1 += out[r, i + 1]
-                    s2 += out[r, i + 2]
-                    s3 += out[r, i + 3]
                 out[r, i], out[r, i + 1], out[r, i + 2], out[r, i + 3] = s0, s1, s2, s3
         for i in range(whole, count):
             for r in range(a.shape[0]):
                 s = np.float32(0.0)
                 for d in range(length):
                     s += a[r, d] * b[i, d]
-                out[r, i] = s + out[r, i] if add else s
+                out[r, i] = s
 
     return products
 
 
 @cache
 def _sums(head_dim: int) -> Any:
-    """(w, x, out): out[r] += Σ w[r, i] x[i], rows of `head_dim` numbers."""
+    """(w, x, out): out[r] = Σ w[r, i] x[i], rows of `head_dim` numbers."""
 
     @compiled
     def sums(w, x, out):  # type: ignore[no-untyped-def]
         count = x.shape[0]
         whole = count // 4 * 4
         for r in range(w.shape[0]):
+            for d in range(head_dim):
+                out[r, d] = 0.0
             for i in range(0, whole, 4):
                 w0, w1, w2, w3 = w[r, i], w[r, i + 1], w[r, i + 2], w[r, i + 3]
                 for d in range(head_dim):
@@ -133,8 +130,9 @@ def _absorber(page_size: int, head_dim: int) -> Any:
 
     q [rows, head_dim], times the scale; k by token; v by token, or by channel if v_transposed
     k_grid, v_grid, k_numbers, v_numbers: what k and v stand for, see `SideLoad`
-    scaled [rows, head_dim], scores [rows, page_size]: scratch
-    acc [rows, head_dim], top and total [rows]: the state
+    scaled, part [rows, head_dim], scores [rows, page_size]: scratch
+    acc [rows, head_dim], top and total [rows]: the state; fp64 but for top, or the sums of a
+        million tokens would lose three digits
     """
     products, weigh, sums = _products(head_dim), _products(page_size), _sums(head_dim)
 
@@ -152,6 +150,7 @@ def _absorber(page_size: int, head_dim: int) -> Any:
         end,
         softcap,
         scaled,
+        part,
         scores,
         acc,
         top,
@@ -167,7 +166,7 @@ def _absorber(page_size: int, head_dim: int) -> Any:
                     queries[r, d] = q[r, d] * k_numbers[d]
         k_scale, k_offset = k_numbers[first:end], k_numbers[page_size + first : page_size + end]
         v_scale, v_offset = v_numbers[first:end], v_numbers[page_size + first : page_size + end]
-        products(queries, k[first:end], scores[:, first:end], False)
+        products(queries, k[first:end], scores[:, first:end])
         for r in range(rows):
             row = scores[r, first:end]
             if k_grid == BY_CHANNEL:
@@ -187,7 +186,7 @@ def _absorber(page_size: int, head_dim: int) -> Any:
                     row[i] = softcap * np.float32(math.tanh(row[i] / softcap)) * LOG2_E
             row_top = _largest(row)
             if row_top > top[r]:
-                keep = np.float32(2.0 ** (top[r] - row_top))
+                keep = 2.0 ** np.float64(top[r] - row_top)
                 top[r] = row_top
                 total[r] *= keep
                 for d in range(head_dim):
@@ -203,9 +202,12 @@ def _absorber(page_size: int, head_dim: int) -> Any:
         if v_transposed:
             scores[:, :first] = 0.0
             scores[:, end:] = 0.0
-            weigh(scores, v, acc, True)
+            weigh(scores, v, part)
         else:
-            sums(scores[:, first:end], v[first:end], acc)
+            sums(scores[:, first:end], v[first:end], part)
+        for r in range(rows):
+            for d in range(head_dim):
+                acc[r, d] += part[r, d]
 
     return absorb
 
@@ -253,6 +255,7 @@ class Scratch(NamedTuple):
     v_numbers: Any
     queries: Any
     scaled: Any
+    part: Any
     scores: Any
     acc: Any
     top: Any
@@ -281,8 +284,8 @@ class DecodeLoop:
         """rows: query heads of the largest group's sequences, of one KV head"""
         tile = (self.page_size, self.head_dim)
 
-        def empty(*shape: int) -> Any:
-            return np.empty(shape, np.float32)
+        def empty(*shape: int, dtype: npt.DTypeLike = np.float32) -> Any:
+            return np.empty(shape, dtype)
 
         return Scratch(
             k_tile=empty(*tile),
@@ -292,10 +295,11 @@ class DecodeLoop:
             v_numbers=empty(self.v.numbers_size),
             queries=empty(rows, self.head_dim),
             scaled=empty(rows, self.head_dim),
+            part=empty(rows, self.head_dim),
             scores=empty(rows, self.page_size),
-            acc=empty(rows, self.head_dim),
+            acc=empty(rows, self.head_dim, dtype=np.float64),
             top=empty(rows),
-            total=empty(rows),
+            total=empty(rows, dtype=np.float64),
         )
 
 
@@ -389,6 +393,7 @@ def decode_loop(fmt: KVFormat, page_size: int, head_dim: int, dtype: str) -> Dec
                         min(last_slot + 1 - page * page_size, page_size),
                         rule.softcap,
                         scratch.scaled[mine],
+                        scratch.part[mine],
                         scratch.scores[mine],
                         acc[mine],
                         top[mine],
@@ -397,10 +402,10 @@ def decode_loop(fmt: KVFormat, page_size: int, head_dim: int, dtype: str) -> Dec
             for r in range(rows):
                 token = batch.tokens[seqs[r // group_heads]]
                 q_head = head * group_heads + r % group_heads
-                share = np.float32(1.0) / total[r] if total[r] > 0.0 else np.float32(0.0)
+                share = 1.0 / total[r] if total[r] > 0.0 else 0.0
                 for d in range(head_dim):
                     out[split, token, q_head, d] = acc[r, d] * share
-                lse[split, token, q_head] = (top[r] + np.float32(math.log2(total[r]))) * LN_2
+                lse[split, token, q_head] = (top[r] + math.log2(total[r])) * LN_2
         return -1, 0, False
 
     return DecodeLoop(attend, page_size, head_dim, k, v)

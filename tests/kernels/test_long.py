@@ -95,6 +95,24 @@ def test_a_million_tokens_in_plain_torch(name: str) -> None:
     check(case, "reference")
 
 
+@pytest.mark.parametrize("name", ["exact", "int8", "k4v4", "k3v2"])
+def test_a_million_tokens_in_compiled_loops(name: str) -> None:
+    """By the rule itself, beyond 2^31 elements of both arenas."""
+    pytest.importorskip("numba")
+    fmt = get_format(name)
+    shape = Shape(2, 1, 64, 64, fmt.sink_pages, fmt.recent_pages)
+    case = make_long_case(
+        fmt,
+        shape,
+        [*MIXED, (131071, 1)],
+        dtype=torch.float32,
+        device="cpu",
+        first_hot=pages_beyond(2**31, 2 * 64 * 64),
+        first_sealed=pages_beyond(2**31, fmt.page_bytes(64, 64, 4)),
+    )
+    check(case, "numba")
+
+
 def test_a_chunk_behind_a_million_tokens_in_plain_torch() -> None:
     shape = Shape(2, 1, 64, 64, 1, 2)
     case = far_case("k4v4", shape, [(1, 1), (MILLION - 1, 70), (200, 130)])
