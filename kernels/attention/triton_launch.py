@@ -140,7 +140,7 @@ def row_block(head_dim: int, capability: Capability | None) -> RowBlock:
     """The largest for which a processor has shared memory, and that spills no registers."""
     roomy = shared_kib(capability) >= 160
     if head_dim <= 128:
-        return RowBlock(128, 8, 2) if roomy else RowBlock(64, 4, 2)
+        return RowBlock(128, 8, 2) if roomy else RowBlock(64, 4, 1)
     return RowBlock(64, 8, 2) if shared_kib(capability) >= 200 else RowBlock(32, 4, 1)
 
 
