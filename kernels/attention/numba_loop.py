@@ -62,7 +62,9 @@ def _exp2_below(x, top):  # type: ignore[no-untyped-def]
     """x -> 2^(x - top), in place, top no less than any of x; their sum"""
     total = np.float32(0.0)
     for i in range(x.shape[0]):
-        y = max(x[i] - top, np.float32(-126.0))
+        y = x[i] - top
+        if y < np.float32(-126.0):  # not max, which may drop a NaN
+            y = np.float32(-126.0)
         whole = np.int32(y - np.float32(0.5))  # cut towards 0: the nearest, as y <= 0
         f = y - np.float32(whole)
         p = ((((_C0 * f + _C1) * f + _C2) * f + _C3) * f + _C4) * f + _C5

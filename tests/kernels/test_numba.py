@@ -107,6 +107,27 @@ def test_threads_share_sequences_and_long_ones_are_split(
     check(make_case(get_format("int8"), shape, MIXED))
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("at", [3, 130, 299])
+def test_numbers_that_are_none_are_not_hidden(bad: float, at: int) -> None:
+    """In the sequence that has one, and in no other."""
+    case = make_case(get_format("exact"), Shape(page_size=64), [(300, 1), (200, 1)])
+    page, slot = divmod(at, 64)
+    row = int(case.batch.rows[0])
+    if page == 299 // 64:
+        case.hot[case.batch.hot_tables[row, page], 0, :, slot, 5] = bad
+    else:
+        keys = case.sealed[case.batch.sealed_tables[row, page]].view(torch.float32)
+        keys[:, slot * 64 + 5] = bad
+    out, lse = paged_attention(
+        case.q, case.hot, case.sealed, case.batch, fmt=case.fmt, scale=0.125, backend="numba"
+    )
+    with_sign = case.q[0, :, 5] > 0 if bad == float("inf") else torch.ones(6, dtype=torch.bool)
+    assert out[0, with_sign].isnan().all()
+    assert out[1].isfinite().all()
+    assert lse[1].isfinite().all()
+
+
 def test_batching_does_not_change_a_bit() -> None:
     """Each sequence is computed alone, on one thread in one order."""
     shape = Shape(page_size=64, recent_pages=1)
