@@ -131,6 +131,7 @@ def _plan(batch: AttentionBatch, num_kv_heads: int, threads: int) -> _Decode:
     seq_lens = batch.seq_lens.numpy().astype(np.int64)
     counts = np.diff(starts)
     check_queries(counts, seq_lens)
+    _check_tables(batch, seq_lens)
     group_starts, members, shared_pages = _groups(batch, np.flatnonzero(counts == 1))
     # Pages that are read, by group; a split of them is a unit of work.
     own = -(-seq_lens // batch.page_size)[members]
@@ -155,6 +156,18 @@ def _plan(batch: AttentionBatch, num_kv_heads: int, threads: int) -> _Decode:
     )
     shares = _dealt(units, work[units[:, 0]], threads)
     return _Decode(sequences, shares, splits)
+
+
+def _check_tables(batch: AttentionBatch, seq_lens: Ints) -> None:
+    """Compiled loops do not look where a table ends."""
+    num_rows, max_pages = batch.hot_tables.shape
+    longest = int(seq_lens.max(initial=0))
+    if longest > max_pages * batch.page_size:
+        raise ValueError(
+            f"seq_lens: {longest} tokens are more than {max_pages} pages of {batch.page_size} hold"
+        )
+    if batch.num_seqs and not 0 <= int(batch.rows.min()) <= int(batch.rows.max()) < num_rows:
+        raise ValueError(f"rows: expected rows of tables that have {num_rows}, got {batch.rows}")
 
 
 def _groups(batch: AttentionBatch, decoding: Ints) -> tuple[Ints, Ints, Ints]:

@@ -368,7 +368,8 @@ def decode_loop(fmt: KVFormat, page_size: int, head_dim: int, dtype: str) -> Dec
                     is_hot = page < sink or page >= recent_from
                     tables = batch.hot_tables if is_hot else batch.sealed_tables
                     page_id = tables[row, page]
-                    if page_id < 0:
+                    num_pages = hot.shape[0] if is_hot else sealed.shape[0]
+                    if page_id < 0 or page_id >= num_pages:
                         return row, page, is_hot
                     if is_hot:
                         k = load_hot(hot[page_id, 0, head], k_tile, k_numbers)

@@ -6,6 +6,7 @@ A loop is compiled in a second or two, so each format has one geometry, and a fe
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -151,6 +152,22 @@ def test_a_missing_page_is_named(table: str, page: int) -> None:
     arguments = (case.q, case.hot, case.sealed, case.batch)
     with pytest.raises(ValueError, match=rf"{table}: row \d has no page for logical page {page}"):
         paged_attention(*arguments, fmt=case.fmt, scale=0.125, backend="numba")
+
+
+def test_what_lies_outside_tables_and_arenas_is_refused() -> None:
+    case = make_case(get_format("int8"), Shape(page_size=64), [(300, 1)])
+    arguments = (case.q, case.hot, case.sealed)
+    options = {"fmt": case.fmt, "scale": 0.125, "backend": "numba"}
+    row = case.batch.rows.long()
+    case.batch.sealed_tables[row, 2] = len(case.sealed)
+    with pytest.raises(ValueError, match=r"sealed_tables: row .* logical page 2"):
+        paged_attention(*arguments, case.batch, **options)
+    longer = replace(case.batch, seq_lens=case.batch.seq_lens + 64)
+    with pytest.raises(ValueError, match="seq_lens: 364 tokens are more than 5 pages"):
+        paged_attention(*arguments, longer, **options)
+    elsewhere = replace(case.batch, rows=case.batch.rows + 7)
+    with pytest.raises(ValueError, match="rows: expected rows of tables that have 3"):
+        paged_attention(*arguments, elsewhere, **options)
 
 
 def test_formats_without_a_loop_are_refused_by_name_and_served_by_plain_torch() -> None:
