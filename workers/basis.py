@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from kvmesh.kernels.formats.base import KVFormat
-from kvmesh.kernels.formats.rotation import rotation_matrix
+from kvmesh.kernels.formats.rotation import rotate, rotation_matrix
 
 
 class Basis:
@@ -18,22 +18,25 @@ class Basis:
     def __init__(
         self, fmt: KVFormat, head_dim: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        def matrix(rotated: bool) -> torch.Tensor | None:
-            return rotation_matrix(head_dim).to(device, dtype) if rotated else None
-
-        self._k = matrix(fmt.k.rotated)
-        self._v = matrix(fmt.v.rotated)
+        matrix = rotation_matrix(head_dim).to(device, dtype) if _is_rotated(fmt) else None
+        self._k = matrix if fmt.k.rotated else None
+        self._v = matrix if fmt.v.rotated else None
+        self._v_back = None if self._v is None else self._v.T.contiguous()
 
     def enter(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q [tokens, num_heads, head_dim], k and v [tokens, num_kv_heads, head_dim]."""
         if self._k is not None:
-            q, k = q @ self._k.T, k @ self._k.T
+            q, k = rotate(q, self._k), rotate(k, self._k)
         if self._v is not None:
-            v = v @ self._v.T
+            v = rotate(v, self._v)
         return q, k, v
 
     def leave(self, out: torch.Tensor) -> torch.Tensor:
         """out [tokens, num_heads, head_dim], of values in the basis."""
-        return out if self._v is None else out @ self._v
+        return out if self._v_back is None else rotate(out, self._v_back)
+
+
+def _is_rotated(fmt: KVFormat) -> bool:
+    return fmt.k.rotated or fmt.v.rotated

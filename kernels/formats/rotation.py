@@ -12,10 +12,12 @@ A head_dim that is no power of two splits into blocks that are: 80 = 64 + 16.
 
 from __future__ import annotations
 
+import importlib.util
 from functools import cache
 
 import torch
 
+_HAS_NUMBA = importlib.util.find_spec("numba") is not None
 _SEED = 20160811
 
 
@@ -36,6 +38,17 @@ def rotation_matrix(head_dim: int) -> torch.Tensor:
         blocks.append(_hadamard(size) * signs)
         left -= size
     return torch.block_diag(*blocks)
+
+
+def rotate(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """x [..., head_dim] @ matrix.T, the matrix contiguous and of the same dtype."""
+    rows = x.reshape(-1, x.shape[-1])
+    if _HAS_NUMBA and not rows.is_cuda:
+        from kvmesh.kernels.formats import rotation_numba
+
+        if rotation_numba.suits(rows):
+            return rotation_numba.rotate(rows.contiguous(), matrix).view(x.shape)
+    return x @ matrix.T
 
 
 def _hadamard(size: int) -> torch.Tensor:

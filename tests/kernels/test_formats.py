@@ -17,7 +17,7 @@ from kvmesh.kernels.formats.codebook.side import Codebook
 from kvmesh.kernels.formats.exact.side import Exact
 from kvmesh.kernels.formats.packing import pack, packed_bytes, unpack
 from kvmesh.kernels.formats.registry import format_names, get_format
-from kvmesh.kernels.formats.rotation import rotation_matrix
+from kvmesh.kernels.formats.rotation import rotate, rotation_matrix
 from kvmesh.kernels.formats.scales import load_scale, store_scale
 from tests.kernels.calibrated import params_for
 
@@ -174,6 +174,20 @@ def test_rotations_are_orthonormal_and_spread(head_dim: int) -> None:
     assert (matrix[:largest, 0].abs() - largest**-0.5).abs().max() < 1e-6
     constant = matrix @ torch.ones(head_dim)
     assert head_dim == 2 or constant.abs().max() < 0.9 * math.sqrt(head_dim)
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 256])
+@pytest.mark.parametrize("tokens", [1, 3, 200])
+def test_rotating_is_a_product_with_the_matrix(head_dim: int, tokens: int) -> None:
+    """Of few vectors and many, of a view, and back again."""
+    matrix = rotation_matrix(head_dim)
+    x = torch.randn(tokens, 7, head_dim)[:, 2:5]
+    rotated = rotate(x, matrix)
+    torch.testing.assert_close(rotated, (x.double() @ matrix.double().T).float())
+    torch.testing.assert_close(rotate(rotated, matrix.T.contiguous()), x)
+    halves = rotate(x.bfloat16(), matrix.bfloat16())
+    assert halves.dtype == torch.bfloat16
+    torch.testing.assert_close(halves.float(), rotated, atol=0.05, rtol=0.05)
 
 
 def test_an_odd_head_cannot_be_rotated() -> None:
