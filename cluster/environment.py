@@ -27,6 +27,8 @@ SERVE_VARIABLES = {
     # Streams that outlive a reload of the proxy's configuration may go on this long.
     "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "3600",
     "RAY_SERVE_PORT_QUARANTINE_S": "60",
+    # A proxy on a cold or busy machine was killed and given up for being slower than 5 seconds.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",
     # The client's stream is resumed elsewhere; waiting helps nobody.
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
 }
