@@ -18,9 +18,11 @@ class Basis:
     def __init__(
         self, fmt: KVFormat, head_dim: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        matrix = rotation_matrix(head_dim).to(device, dtype) if _is_rotated(fmt) else None
-        self._k = matrix if fmt.k.rotated else None
-        self._v = matrix if fmt.v.rotated else None
+        def matrix(rotated: bool) -> torch.Tensor | None:
+            return rotation_matrix(head_dim).to(device, dtype) if rotated else None
+
+        self._k = matrix(fmt.k.rotated)
+        self._v = matrix(fmt.v.rotated)
         self._v_back = None if self._v is None else self._v.T.contiguous()
 
     def enter(
@@ -36,7 +38,3 @@ class Basis:
     def leave(self, out: torch.Tensor) -> torch.Tensor:
         """out [tokens, num_heads, head_dim], of values in the basis."""
         return out if self._v_back is None else rotate(out, self._v_back)
-
-
-def _is_rotated(fmt: KVFormat) -> bool:
-    return fmt.k.rotated or fmt.v.rotated
