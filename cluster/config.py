@@ -199,7 +199,7 @@ class RouterSection(_Section):
         default=120.0, description="Longest wait for pages, in seconds"
     )
     lease_ttl_s: Seconds = Field(
-        default=60.0, description="Seconds after which a lease no engine reports is taken back"
+        default=10.0, description="Seconds after which a lease no engine reports is taken back"
     )
     report_period_s: Seconds = Field(default=1.0, description="Seconds between engines' reports")
     tenants: dict[str, TenantSection] = Field(

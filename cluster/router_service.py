@@ -103,6 +103,10 @@ class RouterService:
             self._refused[type(error).__name__] += 1
             self._log_refusal(key)
             raise
+        if live.aborted:  # in the moment between its grant and now
+            self._forget(key, live)
+            await self._router.release(placement.lease.lease_id)
+            raise RequestAbortedError()
         live.placement = placement
         self._by_lease[placement.lease.lease_id] = key
         self._totals["granted"] += 1
@@ -166,7 +170,11 @@ class RouterService:
             ended = await self._engines[live.placement.group].abort(ids)
         except (EngineLostError, EngineError):
             ended = 0
-        if not ended:
+        if ended:
+            # Its ingress, which sees the pages freed, gives the lease back; if it is gone,
+            # the engine's next report will do.
+            self._ledger.handed(lease_id, self._clock())
+        else:
             # Its ingress has not submitted it, and perhaps never will: it may be gone.
             await self._end_lease(lease_id, None)
         return True

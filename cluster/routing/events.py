@@ -30,7 +30,8 @@ class Lease:
     blocks: hashes of its prompt's runs of `block_pages` pages, from the first page on;
         equal ones of a group are stored, and count, once
     shared: sealed pages of those blocks that others paid for when it was granted
-    expires_at: until then it is to be handed to the engine; without meaning once confirmed
+    expires_at: until then it is to be handed to the engine, or when that was known to have
+        been done; without meaning once confirmed
     confirmed: an engine's report has listed it
     """
 
@@ -122,9 +123,10 @@ class LeaseResized:
 
 
 @dataclass(frozen=True, slots=True)
-class LeaseRenewed:
+class LeaseHanded:
+    """Its engine has it, as others than the engine's report say."""
+
     lease_id: str
-    expires_at: float
     at: float
 
 
@@ -154,7 +156,7 @@ Event = (
     | LeaseAdopted
     | LeaseRestated
     | LeaseResized
-    | LeaseRenewed
+    | LeaseHanded
     | LeaseHandedOver
     | LeaseReleased
 )

@@ -171,6 +171,7 @@ class Fleet:
         lease, live = self.ledger.leases.get(lease_id), self._live.get(lease_id)
         if lease is not None and live is not None and live.begun_at is None:
             live.begun_at = now
+            self.ledger.handed(lease_id, now)
             self._views[lease.group].backlog.begun(lease_id, now)
 
     def grow(

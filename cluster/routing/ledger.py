@@ -211,15 +211,15 @@ class Ledger:
         self._do(ev.LeaseHandedOver(lease_id, group, need, now + self.ttl_s, now))
         return True
 
-    def renew(self, lease_id: str, now: float) -> bool:
-        """Give the holder another `ttl_s` to hand the lease to its engine.
+    def handed(self, lease_id: str, now: float) -> None:
+        """Note that the engine has the lease, before a report has listed it.
 
-        Returns False if there is no such lease.
+        A report made from now on lists it, or it is over: a holder that dies within
+        the time between two reports does not keep its pages until `ttl_s` has passed.
         """
-        if lease_id not in self._leases:
-            return False
-        self._do(ev.LeaseRenewed(lease_id, now + self.ttl_s, now))
-        return True
+        lease = self._leases.get(lease_id)
+        if lease is not None and not lease.confirmed and now < lease.expires_at:
+            self._do(ev.LeaseHanded(lease_id, now))
 
     def release(
         self, lease_id: str, now: float, reason: ReleaseReason = ReleaseReason.ENDED
@@ -369,8 +369,8 @@ class Ledger:
                 self._restate(lease)
             case ev.LeaseResized(lease_id=lease_id, need=need):
                 self._restate(replace(self._leases[lease_id], need=need))
-            case ev.LeaseRenewed(lease_id=lease_id, expires_at=expires_at):
-                self._leases[lease_id] = replace(self._leases[lease_id], expires_at=expires_at)
+            case ev.LeaseHanded(lease_id=lease_id, at=at):
+                self._leases[lease_id] = replace(self._leases[lease_id], expires_at=at)
             case ev.LeaseHandedOver(
                 lease_id=lease_id, group=group, need=need, expires_at=expires_at
             ):

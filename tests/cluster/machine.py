@@ -7,8 +7,9 @@ each step, so that a test decides what is in flight.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 
 import numpy as np
@@ -162,8 +163,13 @@ class Line:
 class CountingRouter(RouterService):
     """Remembers what was granted, and how often it was given back."""
 
-    def __init__(self, lines: Mapping[str, Line], config: RouterConfig) -> None:
-        super().__init__(lines, config, RouterMeters(NoMeters()))
+    def __init__(
+        self,
+        lines: Mapping[str, Line],
+        config: RouterConfig,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        super().__init__(lines, config, RouterMeters(NoMeters()), clock=clock)
         self.placed: list[PlaceRequest] = []
         self.granted: list[Placement] = []
         self.given_back: Counter[str] = Counter()

@@ -8,13 +8,17 @@ import contextlib
 from collections import Counter
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from kvmesh.cluster.engine_service import ABORTED_LIMIT
-from kvmesh.cluster.ingress.errors import NotReadyError
+from kvmesh.cluster.ingress.attempt import sequence_id
+from kvmesh.cluster.ingress.errors import NotReadyError, RequestAbortedError
 from kvmesh.cluster.routing.config import RouterConfig
 from kvmesh.cluster.routing.request import PlaceRequest
 from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
+from kvmesh.workers.request import EngineRequest
+from kvmesh.workers.sampling_params import SamplingParams
 from kvmesh.workers.sizes import PageNeed
 from tests.cluster.machine import METADATA, CountingRouter, Machine, answer, machine
 from tests.cluster.test_generation import PROMPT, Received, asked, read, read_until, rest_of
@@ -212,6 +216,62 @@ async def test_withdrawing_ends_what_the_call_led_to() -> None:
         status = await one.router.status()
         assert (status.live_requests, status.router.leases) == (0, 0)
         one.router.granted.clear()  # it was given back by the router itself
+
+
+async def test_an_abort_in_the_moment_of_the_grant_holds() -> None:
+    async with machine() as one:
+        held = [
+            await one.router.place(PlaceRequest(f"tenant/{i}", 20, 20), ticket="a")
+            for i in range(4)
+        ]
+        waiting = asyncio.ensure_future(
+            one.router.place(PlaceRequest("tenant/r", 20, 20), ticket="a")
+        )
+        async with asyncio.timeout(20):
+            while (await one.router.status()).router.queue_depth == 0:
+                await asyncio.sleep(0)
+        # Granted with this, but its caller has not been told when the abort comes.
+        await one.router.release(held[0].lease.lease_id)
+        assert (await one.router.status()).router.queue_depth == 0
+        assert await one.router.abort("tenant/r")
+        with pytest.raises(RequestAbortedError):
+            await waiting
+        for placement in held[1:]:
+            await one.router.release(placement.lease.lease_id)
+
+
+@pytest.mark.parametrize("way", ["aborted", "begun"])
+async def test_what_a_dead_ingress_held_is_free_with_the_next_reports(way: str) -> None:
+    """Also what came and went between two reports, and was never in one."""
+    now = [0.0]
+    async with machine() as one:
+        config = RouterConfig()
+        router = CountingRouter(one.lines, config, clock=lambda: now[0])
+        await router.refresh()
+        lease = (await router.place(PlaceRequest("tenant/r", 20, 20), ticket="a")).lease
+        leader = one.leaders["g0"]
+        await one.lines["g0"].submit(
+            EngineRequest(
+                request_id=sequence_id(lease.lease_id, 0),
+                client_id="dead",
+                prompt_token_ids=np.arange(20, dtype=np.int32),
+                params=SamplingParams(max_tokens=20),
+                lease=lease.share,
+            ),
+            leader.info().epoch,
+        )
+        if way == "aborted":
+            assert await router.abort("tenant/r")
+        else:
+            await router.begun(lease.lease_id)
+        one.allow(MANY)
+        await asyncio.wait_for(leader._idle.wait(), 20)
+        await router.refresh()
+        assert (await router.status()).router.leases == 1, "a report may be older than the lease"
+        now[0] += config.grace_s
+        assert now[0] < config.lease_ttl_s
+        await router.refresh()
+        assert (await router.status()).router.leases == 0
 
 
 async def test_a_group_that_came_up_a_moment_ago_serves_at_once() -> None:

@@ -147,10 +147,20 @@ def test_a_lease_nobody_used_is_freed_by_a_report_and_not_by_a_silent_engine() -
     lease = ledger.grant("g0", PageNeed(4, 10), 0.0, request_id="a")
     ledger.forget(1000.0)
     assert ledger.reconcile("g0", "e0", [], 34.9).released == ()
-    assert ledger.renew(lease.lease_id, 34.9)
-    assert ledger.reconcile("g0", "e0", [], 69.8).released == ()
-    assert [x.lease_id for x in ledger.reconcile("g0", "e0", [], 69.9).released] == ["7-0"]
-    assert not ledger.renew(lease.lease_id, 70.0)
+    assert ledger.reconcile("g0", "e0", [], 35.0).released == (lease,)
+
+
+def test_a_lease_the_engine_is_known_to_have_is_over_when_a_new_report_lacks_it() -> None:
+    log: list[Event] = []
+    ledger = Ledger(7, ttl_s=30.0, grace_s=5.0, on_event=log.append)
+    ledger.group_up(make_spec("g0"), 0.0)
+    lease = ledger.grant("g0", PageNeed(4, 10), 0.0, request_id="a")
+    ledger.handed(lease.lease_id, 2.0)
+    ledger.handed(lease.lease_id, 6.0)  # it was known before
+    assert ledger.reconcile("g0", "e0", [], 6.9).released == ()  # may be of before
+    assert [x.lease_id for x in ledger.reconcile("g0", "e0", [], 7.0).released] == ["7-0"]
+    ledger.handed(lease.lease_id, 8.0)
+    assert Ledger.replay(log, 7).state() == ledger.state()
 
 
 def test_the_log_replays_to_the_same_ledger() -> None:

@@ -59,13 +59,17 @@ def serving(config: ClusterConfig, keys: Path) -> Iterator[Endpoint]:
 
 
 def wait_for(
-    condition: Callable[[], bool], what: str, within_s: float = PATIENCE_S, period_s: float = POLL_S
+    condition: Callable[[], bool],
+    what: str | Callable[[], str],
+    within_s: float = PATIENCE_S,
+    period_s: float = POLL_S,
 ) -> float:
-    """Seconds until `condition` held; fails the test when it does not."""
+    """Seconds until `condition` held; fails the test when it does not, and says what."""
     began = time.monotonic()
     while not condition():
         if time.monotonic() - began > within_s:
-            pytest.fail(f"not within {within_s:g} s: {what}")
+            missed = what if isinstance(what, str) else what()
+            pytest.fail(f"not within {within_s:g} s: {missed}")
         time.sleep(period_s)
     return time.monotonic() - began
 
@@ -90,7 +94,9 @@ def in_use(loads: Loads) -> dict[str, int]:
 def wait_idle(client: Client, within_s: float = PATIENCE_S) -> float:
     """Seconds until pools and ledger are at exactly zero use."""
     return wait_for(
-        lambda: not any(in_use(client.loads()).values()), "pool and ledger at zero", within_s
+        lambda: not any(in_use(client.loads()).values()),
+        lambda: f"pool and ledger at zero, they are at {in_use(client.loads())}",
+        within_s,
     )
 
 

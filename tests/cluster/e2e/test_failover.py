@@ -41,6 +41,7 @@ CONFIG = small_config(
 )
 # A replica that died is replaced within seconds, on a busy machine many.
 PATIENT = RetryPolicy(max_attempts=12, max_backoff_s=5.0)
+NO_RETRY = RetryPolicy(max_attempts=1)
 PROMPTS = (
     "The capital of France is",
     "def fibonacci(n):",
@@ -190,6 +191,26 @@ async def test_streams_outlive_an_ingress(
     streamed = await streams.ends()
     check_whole(streamed, prompts, expected)
     assert sum(seen.resumes for seen in streamed) >= 1
+
+
+async def test_what_an_ingress_and_its_clients_leave_behind_is_freed(
+    endpoint: Endpoint, client: Client
+) -> None:
+    """Nobody resumes, and nobody is left to give the leases back."""
+    async with AsyncClient(endpoint.target, api_key=endpoint.api_key, retry=NO_RETRY) as leaving:
+        streams = [
+            leaving.generate_stream(prompt, max_tokens=300, ignore_eos=True) for prompt in PROMPTS
+        ]
+        iterators = [aiter(stream) for stream in streams]
+        for iterator in iterators:
+            for _ in range(3):
+                await anext(iterator)
+        for process in processes_named("ray::ServeReplica:kvmesh:ingress"):
+            kill(process)
+        for iterator in iterators:
+            with pytest.raises(KVMeshError):
+                async for _ in iterator:
+                    pass
 
 
 async def test_streams_do_not_notice_that_the_router_died(
