@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
@@ -112,6 +112,18 @@ class Side:
         """Whether encoding needs to know where in the sequence a page lies."""
         return False
 
+    def bound(self, params: Params) -> Side:
+        """The side with what compiled kernels must know of its parameters as constants."""
+        return self
+
+    def table(self, params: Params, page_size: int) -> torch.Tensor | None:
+        """What compiled kernels read of a layer's parameters, fp32 [numbers]: those of all heads,
+        then each head's; None where the side needs none."""
+        if not self.calibrated:
+            return None
+        made: torch.Tensor = _module(f"{self.package}.table").table(self, params, page_size)
+        return made
+
     def num_bytes(self, page_size: int, head_dim: int, dtype_bytes: int = 2) -> int:
         """Bytes of this side of one page of one layer and one KV head.
 
@@ -152,9 +164,32 @@ class LayerParams:
 
     k: Params
     v: Params
+    _compiled: dict[tuple[KVFormat, int], CompiledParams] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    def compiled(self, fmt: KVFormat, page_size: int) -> CompiledParams:
+        """As compiled kernels want them; made on first use."""
+        made = self._compiled.get((fmt, page_size))
+        if made is None:
+            made = self._compiled[fmt, page_size] = CompiledParams(
+                replace(fmt, k=fmt.k.bound(self.k), v=fmt.v.bound(self.v)),
+                fmt.k.table(self.k, page_size),
+                fmt.v.table(self.v, page_size),
+            )
+        return made
 
 
 NO_PARAMS = LayerParams({}, {})
+
+
+@dataclass(frozen=True, slots=True)
+class CompiledParams:
+    """fmt: with its sides bound; k_table, v_table: see `Side.table`"""
+
+    fmt: KVFormat
+    k_table: torch.Tensor | None
+    v_table: torch.Tensor | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-from kvmesh.kernels.formats.base import Dims, Side
+from kvmesh.kernels.formats.base import Dims, Params, Side
 from kvmesh.kernels.formats.packing import packed_bytes
 
 WIDTHS = (2, 3, 4)
@@ -23,7 +23,12 @@ class NonUniform(Side):
 
     Keys have a scale and a zero a channel, found beforehand, and are encoded as they
     were before RoPE; values have them a token, found when the page is sealed.
+
+    turned: planes that RoPE turns, and whether they are interleaved; of keys whose
+        parameters are known
     """
+
+    turned: tuple[int, bool] | None = field(default=None, kw_only=True)
 
     package: ClassVar[str] = "kvmesh.kernels.formats.nuq"
 
@@ -43,6 +48,12 @@ class NonUniform(Side):
     @property
     def wants_positions(self) -> bool:
         return not self.values
+
+    def bound(self, params: Params) -> NonUniform:
+        if self.values:
+            return self
+        planes = params["inv_freq"].shape[0]
+        return replace(self, turned=(planes, bool(params["interleaved"].item())))
 
     def outliers(self, head_dim: int) -> int:
         """Numbers of a token and head that are kept apart: the same for every token, so that
