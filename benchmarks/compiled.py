@@ -25,7 +25,7 @@ os.environ.pop("TRITON_INTERPRET", None)  # the interpreter's functions cannot b
 import torch
 import triton
 
-from benchmarks.sass import FORMATS, TYPES, compile_kernel
+from benchmarks.sass import FORMATS, TYPES, as_served, compile_kernel
 from kvmesh.kernels.attention.triton_launch import (
     Launch,
     decode_launch,
@@ -37,7 +37,6 @@ from kvmesh.kernels.attention.triton_launch import (
     takes_integer_path,
 )
 from kvmesh.kernels.formats.base import KVFormat
-from kvmesh.kernels.formats.registry import get_format
 from kvmesh.kernels.merge.triton_merge import BLOCK_P, merge_kernel
 from kvmesh.kernels.seal.triton_seal import NUM_WARPS, seal_constants, seal_kernel
 from kvmesh.kernels.write.triton_write import write_kernel
@@ -117,7 +116,7 @@ def main() -> None:
         geometry = (head_dim, group, options.page_size)
         work = [("all", *one) for one in shared_kernels(*geometry)]
         for name in options.format:
-            fmt = get_format(name)
+            fmt = as_served(name, head_dim)
             work += [(name, *one) for one in kernels_of(fmt, capability, *geometry)]
         for name, what, kernel, constants, how in work:
             outcome = attempt(kernel, constants, how, capability)

@@ -27,7 +27,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,8 @@ from kvmesh.kernels.attention.triton_launch import (
     one_warp_launch,
     takes_integer_path,
 )
+from kvmesh.kernels.formats.base import KVFormat
+from kvmesh.kernels.formats.nuq.side import NonUniform
 from kvmesh.kernels.formats.registry import format_names, get_format
 from kvmesh.kernels.formats.tiles_triton import why_no_kernels
 
@@ -66,6 +68,7 @@ FORMATS = tuple(
 )
 POINTERS = {"q_ptr": "*bf16", "hot_ptr": "*bf16", "sealed_ptr": "*i8", "out_ptr": "*fp32"}
 TYPES = {**POINTERS, "lse_ptr": "*fp32", "qk_scale": "fp32", "softcap": "fp32"}
+TYPES |= {"k_table_ptr": "*fp32", "v_table_ptr": "*fp32", "positions_ptr": "*i64"}
 
 
 @dataclass(frozen=True)
@@ -120,10 +123,18 @@ def compile_kernel(
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
+def as_served(name: str, head_dim: int) -> KVFormat:
+    """The format, with its keys turned by RoPE as Llama has it, where their side must know it."""
+    fmt = get_format(name)
+    if isinstance(fmt.k, NonUniform):
+        return replace(fmt, k=replace(fmt.k, turned=(head_dim // 2, False)))
+    return fmt
+
+
 def launch_of(
     name: str, capability: int, head_dim: int, group: int, page_size: int
 ) -> tuple[str, Launch]:
-    fmt = get_format(name)
+    fmt = as_served(name, head_dim)
     if takes_integer_path(
         fmt,
         head_dim,

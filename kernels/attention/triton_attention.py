@@ -60,10 +60,13 @@ def paged_attention(
     lse = torch.full((num_tokens, num_heads), -torch.inf, dtype=torch.float32, device=q.device)
     if num_tokens == 0 or batch.num_seqs == 0:
         return out, lse
-    pages = _Pages(q, hot, sealed.view(torch.int8), batch, scale, softcap, sliding_window)
+    found = params.compiled(fmt, page_size)
+    # What kernels get in place of a table that a side does not have is not read.
+    tables = tuple(lse if table is None else table for table in (found.k_table, found.v_table))
+    pages = _Pages(q, hot, sealed.view(torch.int8), tables, batch, scale, softcap, sliding_window)
     group = num_heads // num_kv_heads
     capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
-    geometry = (fmt, head_dim, group, page_size)
+    geometry = (found.fmt, head_dim, group, page_size)
     size = q.element_size()
     prefix = prefix_launch(*geometry, size, capability)
     shared_splits = pages.num_prefix_splits(prefix) if pages.prefixes else 0
@@ -107,6 +110,7 @@ class _Pages:
     q: torch.Tensor
     hot: torch.Tensor
     sealed: torch.Tensor
+    tables: tuple[torch.Tensor, ...]
     batch: AttentionBatch
     scale: float
     softcap: float | None
@@ -159,6 +163,7 @@ class _Pages:
             batch.hot_tables,
             batch.sealed_tables,
             self._prefix_pages,
+            *self.tables,
             batch.hot_tables.stride(0),
             batch.num_seqs * self.q.shape[1],
             self._qk_scale,
@@ -191,6 +196,7 @@ class _Pages:
             batch.rows,
             batch.sealed_tables,
             self._prefix_pages,
+            *self.tables,
             batch.sealed_tables.stride(0),
             batch.num_seqs * self.q.shape[1],
             self._qk_scale,
@@ -224,6 +230,7 @@ class _Pages:
             prefixes.pages,
             prefixes.members,
             prefixes.starts,
+            *self.tables,
             batch.sealed_tables.stride(0),
             batch.num_seqs * self.q.shape[1],
             self._qk_scale,

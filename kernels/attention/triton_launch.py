@@ -20,6 +20,7 @@ from kvmesh.kernels.attention.triton_sides import TOKENS, token_run
 from kvmesh.kernels.formats.affine.side import Affine
 from kvmesh.kernels.formats.base import KVFormat, Side
 from kvmesh.kernels.formats.codebook.side import Codebook
+from kvmesh.kernels.formats.static8.side import Static8
 from kvmesh.kernels.formats.tiles_triton import format_kernels
 
 MAX_BLOCK_N = 64
@@ -72,6 +73,8 @@ def _has_integer_codes(side: Side, page_size: int, head_dim: int) -> bool:
         if side.along == "token":
             return run == head_dim or (run % 32 == 0 and (side.values or side.width != 3))
         return not side.values and (run == 32 or run % TOKENS == 0)
+    if isinstance(side, Static8):
+        return True
     return isinstance(side, Codebook) and side.levels == "uniform" and not side.residual
 
 

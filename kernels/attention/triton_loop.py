@@ -24,20 +24,46 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kvmesh.kernels.formats.pairs_triton import padded_half, pair_channels
+from kvmesh.kernels.formats.tiles_triton import turned
+
 
 @triton.jit
-def _load_hot(
-    data_ptr,
-    slots,
-    mask,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """A tile of one head of a hot page, keys or values; the mask says what is there."""
-    offs_d = tl.arange(0, BLOCK_D)
-    mask_d = mask[:, None] & (offs_d < HEAD_DIM)[None, :]
-    row_ptr = data_ptr + slots[:, None] * HEAD_DIM + offs_d[None, :]
-    return tl.load(row_ptr, mask=mask_d, other=0.0)
+def _load_rows(ptr, rows, mask, offs_d, mask_d, HEAD_DIM: tl.constexpr):
+    """Some channels of rows of HEAD_DIM numbers; the masks say what is there."""
+    mask = mask[:, None]
+    if mask_d is not None:
+        mask = mask & mask_d[None, :]
+    return tl.load(ptr + rows[:, None] * HEAD_DIM + offs_d[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def load_keys(ptr, rows, mask, K_SIDE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Queries or exact keys, to be multiplied with each other or with the side's tiles: a tuple of
+    one tile of all channels or, where the side's keys are turned, of two."""
+    TURNED: tl.constexpr = turned(K_SIDE)
+    if TURNED is None:
+        offs_d = tl.arange(0, BLOCK_D)
+        mask_d = None if BLOCK_D == HEAD_DIM else offs_d < HEAD_DIM
+        return (_load_rows(ptr, rows, mask, offs_d, mask_d, HEAD_DIM),)
+    else:
+        PAD: tl.constexpr = padded_half(HEAD_DIM)
+        mask_d = None if 2 * PAD == HEAD_DIM else tl.arange(0, PAD) < HEAD_DIM // 2
+        first = pair_channels(0, TURNED, HEAD_DIM)
+        second = pair_channels(1, TURNED, HEAD_DIM)
+        return (
+            _load_rows(ptr, rows, mask, first, mask_d, HEAD_DIM),
+            _load_rows(ptr, rows, mask, second, mask_d, HEAD_DIM),
+        )
+
+
+@triton.jit
+def key_products(q, k, PRECISION: tl.constexpr):
+    """q, k: tuples of tiles, as `load_keys` gives them -> [rows, keys] fp32"""
+    x = tl.dot(q[0], tl.trans(k[0]), input_precision=PRECISION)
+    if len(q) == 2:
+        x = tl.dot(q[1], tl.trans(k[1]), x, input_precision=PRECISION)
+    return x
 
 
 @triton.jit
@@ -51,6 +77,9 @@ def attend_tile(
     total,
     k_ptr,
     v_ptr,
+    k_table_ptr,
+    v_table_ptr,
+    head,
     first_key,
     least_key,
     end_key,
@@ -79,6 +108,7 @@ def attend_tile(
 ):
     """One tile of BLOCK_N keys of one page, positions [least_key, end_key) of it valid.
 
+    q: as `load_keys` gives it; q_sum: [rows] fp32
     k_ptr, v_ptr: of the head's keys and values in the page
     """
     offs_n = tl.arange(0, BLOCK_N)
@@ -86,13 +116,24 @@ def attend_tile(
     first_slot = first_key % PAGE_SIZE
     mask = (keys >= least_key) & (keys < end_key)
     if HOT:
-        k = _load_hot(k_ptr, first_slot + offs_n, mask, HEAD_DIM, BLOCK_D)
+        k = load_keys(k_ptr, first_slot + offs_n, mask, K_SIDE, HEAD_DIM, BLOCK_D)
         k_scale, k_offset = 1.0, 0.0
     else:
         k, k_scale, k_offset = LOAD_K(
-            k_ptr, first_slot, K_SIDE, PAGE_SIZE, HEAD_DIM, BLOCK_N, BLOCK_D, DTYPE
+            k_ptr,
+            k_table_ptr,
+            head,
+            first_slot,
+            K_SIDE,
+            PAGE_SIZE,
+            HEAD_DIM,
+            BLOCK_N,
+            BLOCK_D,
+            DTYPE,
         )
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if turned(K_SIDE) is None:
+            k = (k,)
+    scores = key_products(q, k, PRECISION)
     if K_FOLDED and not HOT:
         scores = scores * (k_scale * qk_scale)[None, :]
         if k_offset is not None:
@@ -103,7 +144,7 @@ def attend_tile(
         # A product with eight times the centre lies as the scores do.
         centre = LOAD_K_CENTRE(k_ptr, K_SIDE, PAGE_SIZE, HEAD_DIM, BLOCK_D).to(DTYPE)
         centre = tl.broadcast_to(centre[None, :], [8, BLOCK_D])
-        shift = tl.dot(q, tl.trans(centre), input_precision=PRECISION) * qk_scale
+        shift = key_products(q, (centre,), PRECISION) * qk_scale
         scores = scores.reshape(scores.shape[0], BLOCK_N // 8, 8) + shift[:, None, :]
         scores = scores.reshape(shift.shape[0], BLOCK_N)
     if HAS_SOFTCAP:
@@ -128,11 +169,22 @@ def attend_tile(
     keep = tl.exp2(top - base)
     total = total * keep + tl.sum(weights, 1)
     if HOT:
-        v = _load_hot(v_ptr, first_slot + offs_n, mask, HEAD_DIM, BLOCK_D)
+        offs_d = tl.arange(0, BLOCK_D)
+        mask_d = None if BLOCK_D == HEAD_DIM else offs_d < HEAD_DIM
+        v = _load_rows(v_ptr, first_slot + offs_n, mask, offs_d, mask_d, HEAD_DIM)
         v_scale, v_offset = 1.0, 0.0
     else:
         v, v_scale, v_offset = LOAD_V(
-            v_ptr, first_slot, V_SIDE, PAGE_SIZE, HEAD_DIM, BLOCK_N, BLOCK_D, DTYPE
+            v_ptr,
+            v_table_ptr,
+            head,
+            first_slot,
+            V_SIDE,
+            PAGE_SIZE,
+            HEAD_DIM,
+            BLOCK_N,
+            BLOCK_D,
+            DTYPE,
         )
     acc_offset = acc_offset * keep
     if V_FOLDED and not HOT:
@@ -156,6 +208,8 @@ def attention_kernel(
     hot_tables_ptr,
     sealed_tables_ptr,
     prefix_pages_ptr,
+    k_table_ptr,
+    v_table_ptr,
     stride_table,
     stride_split,
     qk_scale,
@@ -220,8 +274,8 @@ def attention_kernel(
         mask_m = (offs_m < BLOCK_Q * GROUP) & (token < num_queries)
         mask_q = mask_m[:, None] & (offs_d < HEAD_DIM)[None, :]
         q_row = (query_start + token).to(tl.int64) * NUM_HEADS + q_head
-        q = tl.load(q_ptr + q_row[:, None] * HEAD_DIM + offs_d[None, :], mask=mask_q, other=0.0)
-        q_sum = tl.sum(q.to(tl.float32), 1)
+        q = load_keys(q_ptr, q_row, mask_m, K_SIDE, HEAD_DIM, BLOCK_D)
+        q_sum = tl.sum(q[0].to(tl.float32), 1)  # of all channels where a side is folded
 
         # Positions: rows beyond the block take its first query's, so that they see something.
         past = seq_len - num_queries
@@ -278,6 +332,9 @@ def attention_kernel(
                     total,
                     page_ptr,
                     page_ptr + K_BYTES,
+                    k_table_ptr,
+                    v_table_ptr,
+                    head,
                     first_key,
                     sealed_from,
                     sealed_end,
@@ -325,6 +382,9 @@ def attention_kernel(
                     total,
                     k_ptr,
                     k_ptr + NUM_KV_HEADS * PAGE_SIZE * HEAD_DIM,
+                    k_table_ptr,
+                    v_table_ptr,
+                    head,
                     first_key,
                     least_key,
                     end_key,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvmesh.kernels.attention.triton_loop import attend_tile
+from kvmesh.kernels.attention.triton_loop import attend_tile, load_keys
 
 
 @triton.jit
@@ -26,6 +26,8 @@ def prefix_kernel(
     prefix_pages_ptr,
     members_ptr,
     set_starts_ptr,
+    k_table_ptr,
+    v_table_ptr,
     stride_table,
     stride_split,
     qk_scale,
@@ -71,8 +73,8 @@ def prefix_kernel(
         q_head = head * GROUP + offs_m % GROUP
         token = tl.load(query_starts_ptr + seq, mask=mask_m, other=0).to(tl.int64)
         q_row = token * NUM_HEADS + q_head
-        q = tl.load(q_ptr + q_row[:, None] * HEAD_DIM + offs_d[None, :], mask=mask_q, other=0.0)
-        q_sum = tl.sum(q.to(tl.float32), 1)
+        q = load_keys(q_ptr, q_row, mask_m, K_SIDE, HEAD_DIM, BLOCK_D)
+        q_sum = tl.sum(q[0].to(tl.float32), 1)
 
         first_seq = tl.load(members_ptr + members_from)
         num_pages = tl.load(prefix_pages_ptr + first_seq)
@@ -103,6 +105,9 @@ def prefix_kernel(
                 total,
                 page_ptr,
                 page_ptr + K_BYTES,
+                k_table_ptr,
+                v_table_ptr,
+                head,
                 key,
                 first_key,
                 end_key,

@@ -56,6 +56,7 @@ from kvmesh.kernels.attention.triton_sides import (
     numbers,
     planes_of,
     power_above,
+    scale_bytes,
     step_of,
     token_run,
     top_offset,
@@ -91,16 +92,19 @@ def _run_weights(
 
     p: [HEADS, TOKENS]; keep, gain: [HEADS], of what was summed before and of this tile
     """
-    power = power_above(scales, R, RUNS, SIDE.scale)
-    scale = in_score_order(numbers(scales, R, RUNS, SIDE.scale), K_PLANES)
-    if HAS_OFFSET:
-        offset = in_score_order(numbers(offsets, R, RUNS, "bf16"), K_PLANES)
-        if SIDE.width == 8:
-            offset = tl.fma(scale, tl.full(scale.shape, 128.0, tl.float32), offset)
-        sums = column_sums(p * offset[None, :])
-        acc_offset = acc_offset * keep[:, None] + sums * gain[:, None]
-    w = weight_operand(p * scale[None, :] + power * MAGIC, K_PLANES, K_PARTS, PTX)
-    gain = gain * (power * step_of(SIDE))
+    if grid_of(SIDE) == "constant":
+        w = weight_operand(p + MAGIC, K_PLANES, K_PARTS, PTX)
+    else:
+        power = power_above(scales, R, RUNS, SIDE.scale)
+        scale = in_score_order(numbers(scales, R, RUNS, SIDE.scale), K_PLANES)
+        if HAS_OFFSET:
+            offset = in_score_order(numbers(offsets, R, RUNS, "bf16"), K_PLANES)
+            if SIDE.width == 8:
+                offset = tl.fma(scale, tl.full(scale.shape, 128.0, tl.float32), offset)
+            sums = column_sums(p * offset[None, :])
+            acc_offset = acc_offset * keep[:, None] + sums * gain[:, None]
+        w = weight_operand(p * scale[None, :] + power * MAGIC, K_PLANES, K_PARTS, PTX)
+        gain = gain * (power * step_of(SIDE))
     if WANTS_SUM:
         weight_sum = weight_sum * keep[:, None] + row_sums(w) * gain[:, None]
     return w, gain, acc_offset, weight_sum
@@ -129,6 +133,8 @@ def sealed_kernel(
     rows_ptr,
     sealed_tables_ptr,
     prefix_pages_ptr,
+    k_table_ptr,
+    v_table_ptr,
     stride_table,
     stride_split,
     qk_scale,
@@ -169,7 +175,8 @@ def sealed_kernel(
     V_TOP: tl.constexpr = top_offset(V_SIDE)
     K_MIDDLE: tl.constexpr = middle_of(K_SIDE)
     V_MIDDLE: tl.constexpr = middle_of(V_SIDE)
-    V_OFFSET: tl.constexpr = grid_of(V_SIDE) != "level"
+    V_MODE: tl.constexpr = grid_of(V_SIDE)
+    V_OFFSET: tl.constexpr = V_MODE == "token"
     # Keys: runs of channels, and runs of tokens, of which a tile has K_PARTS.
     K_RUNS: tl.constexpr = channel_runs(K_SIDE, D)
     K_RUN: tl.constexpr = token_run(K_SIDE, PAGE_SIZE, D)
@@ -186,8 +193,8 @@ def sealed_kernel(
     V_CODES: tl.constexpr = packed_bytes(V_WIDTH, PAGE_SIZE, D)
     K_TABLE: tl.constexpr = TOKENS * D // K_PLANES
     V_TABLE: tl.constexpr = TOKENS * D // V_PLANES
-    K_SCALE_BYTES: tl.constexpr = 2 if K_SIDE.scale == "bf16" else 1
-    V_SCALE_BYTES: tl.constexpr = 2 if V_SIDE.scale == "bf16" else 1
+    K_SCALE_BYTES: tl.constexpr = scale_bytes(K_SIDE)
+    V_SCALE_BYTES: tl.constexpr = scale_bytes(V_SIDE)
 
     split = tl.program_id(0)
     head = tl.program_id(1) // PARTS
@@ -225,6 +232,10 @@ def sealed_kernel(
             q, _ = tl.split(q.reshape(2, HEADS, D).permute(1, 2, 0))
             if K_PARTS > 1:
                 q_exact = exact_operand(q, one.dtype)
+            if MODE == "constant":
+                k_scale_ptr = k_table_ptr + head * (2 * D) + chan
+                shift = tl.sum(q * tl.load(k_scale_ptr + D)[None, :], 1) * qk_scale
+                q = q * tl.load(k_scale_ptr)[None, :]
             q_most = tl.maximum(tl.max(tl.abs(q), 1), FLOOR)
             q_scale = q_most * (qk_scale * (step_of(K_SIDE) / LARGEST))
             q_whole = q * (LARGEST / q_most)[:, None]
@@ -293,14 +304,16 @@ def sealed_kernel(
                     v_offset = load_words(v_offset_ptr, TOKENS * V_RUNS, "bf16")
                     v_numbers_ptr += 2 * V_RUNS * PAGE_SIZE
                 v_numbers_ptr += V_SCALE_BYTES * V_RUNS * first
-                v_scale = load_words(v_numbers_ptr, TOKENS * V_RUNS, V_SIDE.scale)
+                v_scale = None
+                if V_MODE != "constant":
+                    v_scale = load_words(v_numbers_ptr, TOKENS * V_RUNS, V_SIDE.scale)
                 if not V_OFFSET:
                     v_offset = v_scale
                 if MODE == "token":
                     k_offset_ptr = k_numbers_ptr + 2 * K_RUNS * first
                     k_offset = load_words(k_offset_ptr, TOKENS * K_RUNS, "bf16")
                     k_numbers_ptr += 2 * K_RUNS * PAGE_SIZE
-                if MODE != "channel":
+                if MODE == "token" or MODE == "level":
                     k_numbers_ptr += K_SCALE_BYTES * K_RUNS * first
                     k_scale = load_words(k_numbers_ptr, TOKENS * K_RUNS, K_SIDE.scale)
                 # Scores in the tile's order.
@@ -334,6 +347,10 @@ def sealed_kernel(
                         shift = tl.sum(q_whole * k_offset[None, :], 1) * q_scale
                         if HAS_SOFTCAP:
                             s = s * tile_scale[:, None] + shift[:, None]
+                elif MODE == "constant":
+                    s = products(qqs[0], kks[0], 0, K_WIDTH)
+                    if HAS_SOFTCAP:
+                        s = s * tile_scale[:, None] + shift[:, None]
                 elif MODE == "level":
                     q_top = tl.broadcast_to(q_sum[:, None], [HEADS, 8])
                     s = scores(qqs[0], kks[0], q_top, K_WIDTH, K_PLANES, K_TOP)
@@ -360,7 +377,7 @@ def sealed_kernel(
                             s,
                         )
                 if HAS_SOFTCAP:
-                    if MODE != "channel":
+                    if MODE == "token" or MODE == "level":
                         s = s * tile_scale[:, None]
                     s = (2.0 * tl.sigmoid(s * (2.0 / softcap)) - 1.0) * (
                         softcap * 1.4426950408889634
@@ -377,7 +394,7 @@ def sealed_kernel(
                             tl.broadcast_to(-(tile_top - LOG2_LARGEST)[:, None], [HEADS, TOKENS]),
                         )
                     )
-                    if MODE == "channel":
+                    if MODE == "channel" or MODE == "constant":
                         tile_top += shift
                 new_top = tl.maximum(top, tile_top)
                 keep = tl.exp2(top - new_top)
@@ -441,9 +458,13 @@ def sealed_kernel(
                         V_SIDE,
                     )
                     channel = (i * V_PARTS + j) * (D // V_PIECES) + offs_v
+                    x = x * norm[:, None]
+                    if V_MODE == "constant":
+                        v_scale_ptr = v_table_ptr + head * (2 * D) + channel
+                        x = x * tl.load(v_scale_ptr)[None, :] + tl.load(v_scale_ptr + D)[None, :]
                     at = out_row[:, None] * D + channel[None, :]
                     mask = tl.broadcast_to(mask_g[:, None], at.shape)
-                    tl.store(out_ptr + at, x * norm[:, None], mask=mask)
+                    tl.store(out_ptr + at, x, mask=mask)
             lse = (top - LOG2_LARGEST + tl.log2(total)) * 0.6931471805599453
             tl.store(lse_ptr + out_row, lse, mask=mask_g)
         else:

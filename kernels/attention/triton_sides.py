@@ -6,7 +6,8 @@ import triton
 import triton.language as tl
 
 from kvmesh.kernels.formats.base import Side
-from kvmesh.kernels.formats.codebook.side import UNIFORM_STEP
+from kvmesh.kernels.formats.codebook.side import UNIFORM_STEP, Codebook
+from kvmesh.kernels.formats.static8.side import Static8
 from kvmesh.kernels.formats.tiles_triton import from_e5m3
 
 TOKENS = 64  # of a tile
@@ -14,8 +15,14 @@ TOKENS = 64  # of a tile
 
 @triton.constexpr_function
 def grid_of(side: Side) -> str:
-    """A grid along "channel" or "token" has scales and offsets, a "level" a scale a token."""
-    return getattr(side, "along", "level")
+    """A grid along "channel" or "token" has scales and offsets, a "level" a scale a token, and a
+    "constant" one none in the page."""
+    return getattr(side, "along", "constant" if isinstance(side, Static8) else "level")
+
+
+@triton.constexpr_function
+def scale_bytes(side: Side) -> int:
+    return 2 if getattr(side, "scale", None) == "bf16" else 1
 
 
 @triton.constexpr_function
@@ -26,20 +33,19 @@ def planes_of(side: Side) -> int:
 @triton.constexpr_function
 def step_of(side: Side) -> float:
     """What scales are multiplied with."""
-    return 1.0 if hasattr(side, "along") else UNIFORM_STEP[side.width]
+    return UNIFORM_STEP[side.width] if isinstance(side, Codebook) else 1.0
 
 
 @triton.constexpr_function
 def middle_of(side: Side) -> float:
     """The code that stands for 0, or for the offset; 8-bit codes come less 128."""
-    if hasattr(side, "along"):
-        return 0.0
-    return (2.0**side.width - 1.0) / 2.0
+    return (2.0**side.width - 1.0) / 2.0 if isinstance(side, Codebook) else 0.0
 
 
 @triton.constexpr_function
 def top_offset(side: Side) -> float:
-    """What the last plane's numbers lack; of 8 bits a grid a token has it in its offset."""
+    """What the last plane's numbers lack; of 8 bits a grid a token has it in its offset, and a
+    constant one is about the middle."""
     if side.width == 8:
         return 128.0 if grid_of(side) == "channel" else 0.0
     return 2.0 ** (side.width - 1)

@@ -168,10 +168,17 @@ class LayerParams:
         default_factory=dict, init=False, repr=False, compare=False
     )
 
+    def to(self, device: torch.device | str) -> LayerParams:
+        k, v = (
+            {name: tensor.to(device) for name, tensor in side.items()} for side in (self.k, self.v)
+        )
+        return LayerParams(k, v)
+
     def compiled(self, fmt: KVFormat, page_size: int) -> CompiledParams:
-        """As compiled kernels want them; made on first use."""
+        """As compiled kernels want them; made on first use. Raises as `fmt.check_params`."""
         made = self._compiled.get((fmt, page_size))
         if made is None:
+            fmt.check_params(self)
             made = self._compiled[fmt, page_size] = CompiledParams(
                 replace(fmt, k=fmt.k.bound(self.k), v=fmt.v.bound(self.v)),
                 fmt.k.table(self.k, page_size),
@@ -233,6 +240,12 @@ class KVFormat:
     def wants_positions(self) -> bool:
         return self.k.wants_positions or self.v.wants_positions
 
+    def check_params(self, params: LayerParams) -> None:
+        """Raises ValueError that names what calibration has to supply and has not."""
+        for side, found in ((self.k, params.k), (self.v, params.v)):
+            if missing := [name for name in side.calibrated if name not in found]:
+                raise ValueError(f"params: {self.name} needs calibration: no {', '.join(missing)}")
+
     def page_bytes(self, page_size: int, head_dim: int, dtype_bytes: int = 2) -> int:
         """Bytes of one sealed page of one layer and one KV head, keys and values.
 
@@ -267,9 +280,7 @@ class KVFormat:
                 "k, v: expected equal shapes [n, num_kv_heads, page_size, head_dim], "
                 f"got {tuple(k.shape)} and {tuple(v.shape)}"
             )
-        for side, found in ((self.k, params.k), (self.v, params.v)):
-            if missing := [name for name in side.calibrated if name not in found]:
-                raise ValueError(f"params: {self.name} needs calibration: no {', '.join(missing)}")
+        self.check_params(params)
         if self.wants_positions and (positions is None or positions.shape != k.shape[:1]):
             raise ValueError(f"positions: {self.name} needs [{k.shape[0]}] first positions")
         return _join(

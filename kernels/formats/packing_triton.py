@@ -28,6 +28,23 @@ def load_codes(
     BLOCK_N slots from first_slot on lie in one block; what comes for channels from HEAD_DIM on
     is finite
     """
+    d = tl.arange(0, BLOCK_D)
+    mask_d = None if BLOCK_D == HEAD_DIM else d < HEAD_DIM
+    return load_codes_of(part_ptr, first_slot, d, mask_d, SIDE, PAGE_SIZE, HEAD_DIM, BLOCK_N)
+
+
+@triton.jit
+def load_codes_of(
+    part_ptr,
+    first_slot,
+    channels,
+    mask_d,
+    SIDE: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """The same of some channels; mask_d says which of them are there, None that all are."""
     WIDTH: tl.constexpr = SIDE.width
     BITS: tl.constexpr = 2 if WIDTH == 3 else WIDTH
     PLANES: tl.constexpr = 8 // BITS
@@ -37,18 +54,18 @@ def load_codes(
     n = tl.arange(0, BLOCK_N)
     if BLOCK_N != BLOCK:
         n += first_slot % BLOCK
-    d = tl.arange(0, BLOCK_D)
     if SIDE.values:
         ROWS: tl.constexpr = HEAD_DIM // PLANES
         COLUMNS: tl.constexpr = BLOCK
-        d = d[:, None]
+        d = channels[:, None]
         plane, row, column = d // ROWS, d % ROWS, n[None, :]
     else:
         ROWS: tl.constexpr = BLOCK // PLANES
         COLUMNS: tl.constexpr = HEAD_DIM
-        d = d[None, :]
-        plane, row, column = n[:, None] % PLANES, n[:, None] // PLANES, d
-    mask = None if BLOCK_D == HEAD_DIM else d < HEAD_DIM
+        plane, row, column = n[:, None] % PLANES, n[:, None] // PLANES, channels[None, :]
+    mask = None
+    if mask_d is not None:
+        mask = mask_d[:, None] if SIDE.values else mask_d[None, :]
     byte_ptr = part_ptr + block * (ROWS * COLUMNS)
     byte = load(byte_ptr + row * COLUMNS + column, mask).to(tl.int32)
     if WIDTH == 8:

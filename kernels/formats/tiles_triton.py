@@ -24,17 +24,20 @@ BF16_MAX = tl.constexpr(3.3895313892515355e38)
 class SideKernels:
     """The Triton functions of a side.
 
-    load: (part_ptr, first_slot, SIDE, PAGE_SIZE, HEAD_DIM, BLOCK_N, BLOCK_D, DTYPE) ->
-        tile, scale, offset: BLOCK_N tokens of one page of one head from first_slot on,
+    load: (part_ptr, table_ptr, head, first_slot, SIDE, PAGE_SIZE, HEAD_DIM, BLOCK_N, BLOCK_D,
+        DTYPE) -> tile, scale, offset: BLOCK_N tokens of one page of one head from first_slot on,
         tile [BLOCK_N, BLOCK_D] in DTYPE, channels from HEAD_DIM on finite; the numbers
-        are tile * scale[:, None] + offset[:, None]
+        are tile * scale[:, None] + offset[:, None]. Of keys that are turned in pairs of
+        channels, tile is two: of the pairs' first channels and of their second ones
     folded: whether scale and offset, [BLOCK_N] fp32, are there; otherwise the tile is
         the numbers. An offset may be None, for 0
-    seal: (hot_ptr, part_ptr, SIDE, PAGE_SIZE, HEAD_DIM): encode one page of one head,
-        [PAGE_SIZE, HEAD_DIM] of the compute dtype, into this side's part
+    seal: (hot_ptr, part_ptr, table_ptr, head, position, SIDE, PAGE_SIZE, HEAD_DIM): encode one
+        page of one head, [PAGE_SIZE, HEAD_DIM] of the compute dtype, into this side's part
     load_centre: (part_ptr, SIDE, PAGE_SIZE, HEAD_DIM, BLOCK_D) -> what the numbers of a page's
         channels have in common besides, [BLOCK_D] fp32, of keys only; None where they have not
     one_warp: whether decode over sealed pages takes least instructions with one warp a program
+
+    table_ptr: the side's table (`Side.table`), of the layer; position: of the page's first token
     """
 
     load: Any
@@ -47,8 +50,6 @@ class SideKernels:
 def why_no_kernels(fmt: KVFormat) -> str | None:
     """What keeps the format on CPUs; None where nothing does."""
     for side in (fmt.k, fmt.v):
-        if side.calibrated:
-            return f"it needs calibration ({', '.join(side.calibrated)})"
         if isinstance(side, Codebook) and side.residual:
             return "it keeps residual signs, for comparison"
     return None
@@ -65,6 +66,12 @@ def format_kernels(fmt: KVFormat) -> tuple[SideKernels, SideKernels]:
 @triton.constexpr_function
 def run_length(side: Side, page_size: int, head_dim: int) -> int:
     return side.run_length(page_size, head_dim)
+
+
+@triton.constexpr_function
+def turned(side: Side) -> tuple[int, bool] | None:
+    """Planes of keys that are turned as RoPE does, and whether they are interleaved."""
+    return getattr(side, "turned", None)
 
 
 @triton.constexpr_function

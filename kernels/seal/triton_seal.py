@@ -26,6 +26,9 @@ def seal_kernel(
     sealed_ptr,
     hot_ids_ptr,
     sealed_ids_ptr,
+    positions_ptr,
+    k_table_ptr,
+    v_table_ptr,
     num_hot_pages,
     num_sealed_pages,
     SEAL_K: tl.constexpr,
@@ -38,7 +41,10 @@ def seal_kernel(
     PAGE_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
 ):
-    """Program (page to seal, KV head, twice the layer, plus one for the values)."""
+    """Program (page to seal, KV head, twice the layer, plus one for the values).
+
+    positions: of the pages' first tokens, where a side wants them
+    """
     page = tl.program_id(0)
     head = tl.program_id(1)
     part = tl.program_id(2)
@@ -50,11 +56,15 @@ def seal_kernel(
         sealed_page = layer * num_sealed_pages + sealed_id
         k_ptr = hot_ptr + (hot_page * (2 * NUM_KV_HEADS) + head) * (PAGE_SIZE * HEAD_DIM)
         page_ptr = sealed_ptr + (sealed_page * NUM_KV_HEADS + head) * PAGE_BYTES
+        position = 0
+        if K_SIDE.wants_positions:
+            position = tl.load(positions_ptr + page).to(tl.int32)
         if part % 2 == 0:
-            SEAL_K(k_ptr, page_ptr, K_SIDE, PAGE_SIZE, HEAD_DIM)
+            SEAL_K(k_ptr, page_ptr, k_table_ptr, head, position, K_SIDE, PAGE_SIZE, HEAD_DIM)
         else:
             v_ptr = k_ptr + NUM_KV_HEADS * PAGE_SIZE * HEAD_DIM
-            SEAL_V(v_ptr, page_ptr + K_BYTES, V_SIDE, PAGE_SIZE, HEAD_DIM)
+            page_ptr += K_BYTES
+            SEAL_V(v_ptr, page_ptr, v_table_ptr, head, position, V_SIDE, PAGE_SIZE, HEAD_DIM)
 
 
 def seal_pages(
@@ -67,8 +77,9 @@ def seal_pages(
     params: LayerParams = NO_PARAMS,
     positions: torch.Tensor | None = None,
 ) -> None:
-    """params, positions: no format with kernels has any"""
-    seal_layers(hot.unsqueeze(0), sealed.unsqueeze(0), hot_ids, sealed_ids, fmt=fmt)
+    found = params.compiled(fmt, hot.shape[3])
+    tables = (found.k_table, found.v_table)
+    _seal(hot.unsqueeze(0), sealed.unsqueeze(0), hot_ids, sealed_ids, found.fmt, positions, tables)
 
 
 def seal_layers(
@@ -79,14 +90,31 @@ def seal_layers(
     *,
     fmt: KVFormat,
 ) -> None:
+    _seal(hot, sealed, hot_ids, sealed_ids, fmt, None, (None, None))
+
+
+def _seal(
+    hot: torch.Tensor,
+    sealed: torch.Tensor,
+    hot_ids: torch.Tensor,
+    sealed_ids: torch.Tensor,
+    fmt: KVFormat,
+    positions: torch.Tensor | None,
+    tables: tuple[torch.Tensor | None, torch.Tensor | None],
+) -> None:
     num_layers, num_hot_pages, _, num_kv_heads, page_size, head_dim = hot.shape
     constants = seal_constants(fmt, page_size, head_dim, hot.element_size())
     check_arenas(hot, sealed)
+    # What stands in for positions and tables that no side has is not read.
+    k_table, v_table = (hot if table is None else table for table in tables)
     seal_kernel[(hot_ids.shape[0], num_kv_heads, 2 * num_layers)](
         hot,
         sealed.view(torch.int8),
         hot_ids,
         sealed_ids,
+        hot_ids if positions is None else positions,
+        k_table,
+        v_table,
         num_hot_pages,
         sealed.shape[1],
         **constants,

@@ -61,6 +61,7 @@ class Case:
             hot=self.hot.to(device),
             sealed=self.sealed.to(device),
             batch=batch,
+            params=self.params.to(device),
         )
 
 

@@ -71,6 +71,8 @@ def _run_index(n, d, SIDE: tl.constexpr, RUN: tl.constexpr, HEAD_DIM: tl.constex
 @triton.jit
 def load_tile(
     part_ptr,
+    table_ptr,
+    head,
     first_slot,
     SIDE: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
@@ -106,7 +108,16 @@ def load_tile(
 
 
 @triton.jit
-def seal(hot_ptr, part_ptr, SIDE: tl.constexpr, PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr):
+def seal(
+    hot_ptr,
+    part_ptr,
+    table_ptr,
+    head,
+    position,
+    SIDE: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+):
     """First the runs, whose scales and offsets are stored; then codes for what is stored."""
     RUN: tl.constexpr = run_length(SIDE, PAGE_SIZE, HEAD_DIM)
     RUNS: tl.constexpr = PAGE_SIZE * HEAD_DIM // RUN

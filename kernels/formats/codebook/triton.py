@@ -65,6 +65,8 @@ def levels(codes, SIDE: tl.constexpr):
 @triton.jit
 def load_tile(
     part_ptr,
+    table_ptr,
+    head,
     first_slot,
     SIDE: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
@@ -84,7 +86,16 @@ def load_tile(
 
 
 @triton.jit
-def seal(hot_ptr, part_ptr, SIDE: tl.constexpr, PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr):
+def seal(
+    hot_ptr,
+    part_ptr,
+    table_ptr,
+    head,
+    position,
+    SIDE: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+):
     BLOCK: tl.constexpr = block_tokens(PAGE_SIZE)
     scale_ptr = part_ptr + packed_bytes(SIDE.width, PAGE_SIZE, HEAD_DIM)
     slots, mask_n = block_slots(PAGE_SIZE)

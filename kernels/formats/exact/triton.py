@@ -14,6 +14,8 @@ SEAL_ROWS = tl.constexpr(16)
 @triton.jit
 def load_tile(
     part_ptr,
+    table_ptr,
+    head,
     first_slot,
     SIDE: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
@@ -33,7 +35,16 @@ def load_tile(
 
 
 @triton.jit
-def seal(hot_ptr, part_ptr, SIDE: tl.constexpr, PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr):
+def seal(
+    hot_ptr,
+    part_ptr,
+    table_ptr,
+    head,
+    position,
+    SIDE: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+):
     to_ptr = part_ptr.to(hot_ptr.dtype, bitcast=True)
     offs_d = tl.arange(0, padded(HEAD_DIM))
     for first in range(0, PAGE_SIZE, SEAL_ROWS):

@@ -79,6 +79,8 @@ def _scale_ptr(part_ptr, SIDE: tl.constexpr, PAGE_SIZE: tl.constexpr, HEAD_DIM: 
 @triton.jit
 def load_tile(
     part_ptr,
+    table_ptr,
+    head,
     first_slot,
     SIDE: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
@@ -131,7 +133,16 @@ def _place(n, d, SIDE: tl.constexpr, PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.const
 
 
 @triton.jit
-def seal(hot_ptr, part_ptr, SIDE: tl.constexpr, PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr):
+def seal(
+    hot_ptr,
+    part_ptr,
+    table_ptr,
+    head,
+    position,
+    SIDE: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+):
     offs_d = tl.arange(0, padded(HEAD_DIM))
     mask_d = offs_d < HEAD_DIM
     half_centre = tl.zeros(offs_d.shape, tl.float32)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from kvmesh.kernels.formats.base import Dims, Params, Side
 from kvmesh.kernels.formats.packing import packed_bytes
@@ -66,6 +66,3 @@ class NonUniform(Side):
         sparse = self.outliers(head_dim) * (VALUE_BYTES + CHANNEL_BYTES)
         meta = page_size * (SCALE_BYTES + OFFSET_BYTES) if self.values else POSITION_BYTES
         return packed_bytes(self.width, page_size, head_dim) + page_size * sparse + meta
-
-    def kernels(self) -> Any:
-        raise ValueError("calibrated levels have no GPU kernels yet")

@@ -1,14 +1,14 @@
 """The parameters of `NonUniform` as compiled kernels read them.
 
     values           | levels [n] | bounds [n] |
-    keys, all heads  | levels [n] | bounds [n] | in a page [page_size, planes] | digits [3, 256, planes] |
+    keys, all heads  | levels [n] | bounds [n] | in a page [page_size, planes] | digits |
     of each head     | scale [head_dim] | zero [head_dim] | importance [head_dim] |
 
 with n = 2^width (the last bound is infinite) and head_dim / 2 planes, those that RoPE does
-not turn at the end. `in a page` and `digits` are cosines, and after them as many sines: of a
-token's angle against its page's first, and of the angle that a digit of a page's position
-adds, to the base of 256 and the lowest first. So no kernel computes an angle, which
-at a million tokens would take fp64.
+not turn at the end. `in a page` and `digits` [3, 256, planes] are cosines, and after them
+as many sines: of a token's angle against its page's first, and of the angle that a digit
+of a page's position adds, to the base of 256 and the lowest first. So no kernel computes
+an angle, which at a million tokens would take fp64.
 """
 
 from __future__ import annotations
@@ -41,8 +41,3 @@ def table(side: NonUniform, params: Params, page_size: int) -> torch.Tensor:
         common += [phase.real.flatten(), phase.imag.flatten()]
     heads = torch.stack((scale, params["zero"], params["importance"]), dim=1)
     return torch.cat((*common, heads.float().flatten()))
-
-
-def digit_numbers(planes: int) -> int:
-    """Of the cosines of `digits`."""
-    return DIGITS * BASE * planes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from kvmesh.kernels.formats.base import Dims, Side
 
@@ -31,6 +31,3 @@ class Static8(Side):
 
     def num_bytes(self, page_size: int, head_dim: int, dtype_bytes: int = 2) -> int:
         return page_size * head_dim
-
-    def kernels(self) -> Any:
-        raise ValueError("calibrated int8 has no GPU kernels yet")
