@@ -52,6 +52,7 @@ from benchmarks.device import (
     free_bytes,
     seconds,
 )
+from benchmarks.stand_in_params import params_for
 from kvmesh.kernels.attention import AttentionBatch, paged_attention, triton_attention
 from kvmesh.kernels.attention.triton_launch import (
     Launch,
@@ -141,7 +142,17 @@ class Case:
             count, 2, shape.kv_heads, PAGE_SIZE, shape.head_dim, device=DEVICE
         ).to(DTYPE)
         ids = torch.arange(count, dtype=torch.int32, device=DEVICE)
-        seal_pages(content, self.sealed, ids, ids, fmt=fmt, backend="triton")
+        self.params = params_for(fmt, shape.kv_heads, shape.head_dim).to(DEVICE)
+        seal_pages(
+            content,
+            self.sealed,
+            ids,
+            ids,
+            fmt=fmt,
+            params=self.params,
+            positions=ids.long() * PAGE_SIZE,
+            backend="triton",
+        )
         for start in range(count, total, count):
             self.sealed[start : start + count] = self.sealed[: min(count, total - start)]
         table = torch.randperm(total, device=DEVICE).int().view(shape.batch, pages)
@@ -174,6 +185,7 @@ class Case:
             self.batch,
             fmt=self.fmt,
             scale=scale,
+            params=self.params,
             backend="triton",
         )
 
@@ -194,11 +206,12 @@ class Case:
     def _decoded(self, seq: int, head: int) -> tuple[torch.Tensor, torch.Tensor]:
         """[tokens, head_dim] fp32 each, what the pages of one sequence and KV head stand for."""
         stored = DTYPE if self.fmt.name == "exact" else torch.float32
+        params = self.params.share(self.fmt, head, self.shape.kv_heads)
         parts: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
         # A number decoded takes many times the memory of one sealed.
         for ids in self.batch.sealed_tables[seq, :-1].long().split(1024):
             pages = self.sealed[ids, head : head + 1]
-            decoded = self.fmt.decode(pages, PAGE_SIZE, self.shape.head_dim, stored)
+            decoded = self.fmt.decode(pages, PAGE_SIZE, self.shape.head_dim, stored, params)
             for part, x in zip(parts, decoded, strict=True):
                 part.append(x.float().flatten(0, 2))
         for index, part in enumerate(parts):
@@ -224,6 +237,7 @@ def _naive(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dtype: torch.dtype
 
 def launch_of(fmt: KVFormat, shape: Shape) -> tuple[str, Launch]:
     """Which path decode takes, and how that is compiled."""
+    fmt = params_for(fmt, 1, shape.head_dim).compiled(fmt, PAGE_SIZE).fmt
     geometry = (fmt, shape.head_dim, shape.group, PAGE_SIZE)
     if takes_integer_path(
         fmt, shape.head_dim, PAGE_SIZE, dtype=torch.bfloat16, capability=CAPABILITY

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from kvmesh.kernels.formats.base import KVFormat, LayerParams
+from kvmesh.kernels.formats.base import ModelParams
 from kvmesh.kernels.formats.registry import get_format
 from kvmesh.workers.calibration.file import Calibration
 from kvmesh.workers.config import DEFAULT_CPU_KV_MEMORY_BYTES, EngineConfig
@@ -61,7 +61,6 @@ class Rank:
         self._samples = rank == 0
         self._runner: ModelRunner | None = None
         if self._device.type == "cuda":
-            _check_kernels(self._fmt)
             torch.cuda.set_device(self._device)
             self._check_kernels()
         else:
@@ -133,7 +132,7 @@ class Rank:
         assert self._runner is not None, "allocate comes before execute"
         return self._runner.execute(plan)
 
-    def _load_calibration(self, rank: int) -> list[LayerParams] | None:
+    def _load_calibration(self, rank: int) -> ModelParams | None:
         """This rank's parameters of every layer, where the format needs them."""
         if self._config.calibration is None:
             return None
@@ -201,15 +200,6 @@ def _attend_to_nothing(
     layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, args: AttendArgs
 ) -> torch.Tensor:
     return torch.zeros_like(q)
-
-
-def _check_kernels(fmt: KVFormat) -> None:
-    """Raises ConfigError naming `kv_format` where a side cannot be read on a GPU."""
-    for side in (fmt.k, fmt.v):
-        try:
-            side.kernels()
-        except ValueError as error:
-            raise ConfigError("kv_format", f"{fmt.name} runs on CPUs alone: {error}") from None
 
 
 def _dtype(config: EngineConfig, device: torch.device) -> torch.dtype:

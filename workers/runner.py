@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from kvmesh.kernels.attention import paged_attention, sharers, warm_up
-from kvmesh.kernels.formats.base import NO_PARAMS, KVFormat, LayerParams
+from kvmesh.kernels.formats.base import NO_PARAMS, KVFormat, LayerParams, ModelParams
 from kvmesh.kernels.seal import seal_layers, seal_pages
 from kvmesh.kernels.write import write_hot
 from kvmesh.workers.basis import Basis
@@ -29,8 +29,7 @@ class ModelRunner:
 
     sink_pages, recent_pages: windows read exactly, as every rank of the group has them
     samples: whether this rank gets the logits and chooses the tokens
-    params: what calibration found, for each layer and this rank's heads, where the format
-        needs it
+    params: what calibration found for this rank's heads, where the format needs it
     """
 
     def __init__(
@@ -46,14 +45,15 @@ class ModelRunner:
         device: torch.device,
         samples: bool,
         cuda_graphs: bool,
-        params: list[LayerParams] | None = None,
+        params: ModelParams | None = None,
     ) -> None:
         self._model = model
         self._fmt = fmt
         self._basis = Basis(fmt, model.head_dim, dtype, device)
-        self._params = params or [NO_PARAMS] * model.facts.num_layers
+        self._params = params
+        if params is not None:
+            params.compiled(fmt, page_size)  # before a captured graph needs them
         self._device = device
-        self._seals_layers_together = not fmt.needs_calibration
         self._pool = KVPool(
             allocation,
             fmt,
@@ -76,7 +76,7 @@ class ModelRunner:
         facts = model.facts
         self._sampler = Sampler(facts.vocab_size, facts.eos_token_ids, device) if samples else None
         hot, sealed = self._pool.hot[0], self._pool.sealed[0]
-        warm_up(hot, sealed, model.num_heads, fmt=fmt, params=self._params[0])
+        warm_up(hot, sealed, model.num_heads, fmt=fmt, params=self._layer_params(0))
         self._graphs: DecodeGraphs | None = None
         if cuda_graphs and device.type == "cuda":
             with torch.inference_mode():
@@ -143,13 +143,13 @@ class ModelRunner:
         """Logits [n, vocab_size] fp32 of the step's sampled rows; None where this rank has none."""
         # Nobody reads in a decode step what it seals: those pages are still in every query's
         # window, or its own page. So they can wait, and be sealed in all layers together.
-        later = step.batch.max_query_len == 1 and self._seals_layers_together
+        later = step.batch.max_query_len == 1
 
         def attend(
             layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, args: AttendArgs
         ) -> torch.Tensor:
             hot, sealed = self._pool.hot[layer], self._pool.sealed[layer]
-            params = self._params[layer]
+            params = self._layer_params(layer)
             q, k, v = self._basis.enter(q, k, v)
             write_hot(k, v, hot, step.slots)
             if step.seal_hot.shape[0] and not later:
@@ -183,8 +183,13 @@ class ModelRunner:
                 step.seal_hot,
                 step.seal_sealed,
                 fmt=self._fmt,
+                params=self._params,
+                positions=step.seal_positions,
             )
         return logits
+
+    def _layer_params(self, layer: int) -> LayerParams:
+        return NO_PARAMS if self._params is None else self._params.layers[layer]
 
     def _update(self, table: torch.Tensor, update: TableUpdate) -> None:
         if update.ids:

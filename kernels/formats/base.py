@@ -174,6 +174,17 @@ class LayerParams:
         )
         return LayerParams(k, v)
 
+    def share(self, fmt: KVFormat, index: int, count: int) -> LayerParams:
+        """Those of one of `count` equal shares of the KV heads."""
+
+        def own(side: Side, params: Params) -> Params:
+            return {
+                name: tensor.chunk(count)[index] if _has_heads(side, name) else tensor
+                for name, tensor in params.items()
+            }
+
+        return LayerParams(own(fmt.k, self.k), own(fmt.v, self.v))
+
     def compiled(self, fmt: KVFormat, page_size: int) -> CompiledParams:
         """As compiled kernels want them; made on first use. Raises as `fmt.check_params`."""
         made = self._compiled.get((fmt, page_size))
@@ -187,16 +198,63 @@ class LayerParams:
         return made
 
 
+def _has_heads(side: Side, name: str) -> bool:
+    return side.calibrated[name][0] == "heads"
+
+
 NO_PARAMS = LayerParams({}, {})
 
 
 @dataclass(frozen=True, slots=True)
 class CompiledParams:
-    """fmt: with its sides bound; k_table, v_table: see `Side.table`"""
+    """fmt: with its sides bound; k_table, v_table: see `Side.table`, or [layers, numbers]"""
 
     fmt: KVFormat
     k_table: torch.Tensor | None
     v_table: torch.Tensor | None
+
+    def layer(self, index: int) -> CompiledParams:
+        tables = (self.k_table, self.v_table)
+        return CompiledParams(self.fmt, *(None if x is None else x[index] for x in tables))
+
+
+@dataclass(frozen=True, slots=True)
+class ModelParams:
+    """What calibration found for every layer."""
+
+    layers: tuple[LayerParams, ...]
+    _compiled: dict[tuple[KVFormat, int], CompiledParams] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    def to(self, device: torch.device | str) -> ModelParams:
+        return ModelParams(tuple(layer.to(device) for layer in self.layers))
+
+    def compiled(self, fmt: KVFormat, page_size: int) -> CompiledParams:
+        """As compiled kernels want them, of all layers together; made on first use. The layers' own
+        are from then on parts of these."""
+        made = self._compiled.get((fmt, page_size))
+        if made is None:
+            each = [layer.compiled(fmt, page_size) for layer in self.layers]
+            made = self._compiled[fmt, page_size] = CompiledParams(
+                each[0].fmt, *(_stack(tables) for tables in _tables(each))
+            )
+            for index, layer in enumerate(self.layers):
+                layer._compiled[fmt, page_size] = made.layer(index)
+        return made
+
+
+def _tables(
+    each: list[CompiledParams],
+) -> tuple[list[torch.Tensor | None], list[torch.Tensor | None]]:
+    return [found.k_table for found in each], [found.v_table for found in each]
+
+
+def _stack(tables: list[torch.Tensor | None]) -> torch.Tensor | None:
+    import torch
+
+    found = [table for table in tables if table is not None]
+    return torch.stack(found) if found else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from types import ModuleType
 
 import torch
 
-from kvmesh.kernels.formats.base import NO_PARAMS, KVFormat, LayerParams
+from kvmesh.kernels.formats.base import NO_PARAMS, KVFormat, LayerParams, ModelParams
 from kvmesh.kernels.seal import reference
 
 
@@ -34,8 +34,7 @@ def seal_pages(
     _check(hot, sealed, hot_ids, sealed_ids, fmt, "")
     if hot_ids.shape[0] == 0:
         return
-    if fmt.wants_positions and (positions is None or positions.shape != hot_ids.shape):
-        raise ValueError(f"positions: format {fmt.name} needs [{hot_ids.shape[0]}] first positions")
+    _check_positions(fmt, hot_ids, positions)
     _implementation(hot, backend).seal_pages(
         hot, sealed, hot_ids, sealed_ids, fmt=fmt, params=params, positions=positions
     )
@@ -48,6 +47,8 @@ def seal_layers(
     sealed_ids: torch.Tensor,
     *,
     fmt: KVFormat,
+    params: ModelParams | None = None,
+    positions: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> None:
     """Encode full hot pages into sealed pages, of all layers at once, in place.
@@ -57,17 +58,25 @@ def seal_layers(
 
     hot: [num_layers, num_hot_pages, 2, num_kv_heads, page_size, head_dim]
     sealed: [num_layers, num_sealed_pages, num_kv_heads, page_bytes] uint8
-    hot_ids, sealed_ids, backend: as in `seal_pages`
-    Raises ValueError for a format whose layers need parameters of their own.
+    params: what calibration found for the layers, where the format needs it
+    hot_ids, sealed_ids, positions, backend: as in `seal_pages`
     """
-    if fmt.needs_calibration:
-        raise ValueError(f"fmt: the layers of {fmt.name} have parameters of their own")
     _check(hot, sealed, hot_ids, sealed_ids, fmt, "num_layers, ")
     if sealed.shape[0] != hot.shape[0]:
         raise ValueError(f"sealed: has {sealed.shape[0]} layers, hot {hot.shape[0]}")
+    if fmt.needs_calibration and (params is None or len(params.layers) != hot.shape[0]):
+        raise ValueError(f"params: {fmt.name} needs those of {hot.shape[0]} layers")
     if hot_ids.shape[0] == 0:
         return
-    _implementation(hot, backend).seal_layers(hot, sealed, hot_ids, sealed_ids, fmt=fmt)
+    _check_positions(fmt, hot_ids, positions)
+    _implementation(hot, backend).seal_layers(
+        hot, sealed, hot_ids, sealed_ids, fmt=fmt, params=params, positions=positions
+    )
+
+
+def _check_positions(fmt: KVFormat, hot_ids: torch.Tensor, positions: torch.Tensor | None) -> None:
+    if fmt.wants_positions and (positions is None or positions.shape != hot_ids.shape):
+        raise ValueError(f"positions: format {fmt.name} needs [{hot_ids.shape[0]}] first positions")
 
 
 def _check(

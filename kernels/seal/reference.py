@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kvmesh.kernels.formats.base import NO_PARAMS, KVFormat, LayerParams
+from kvmesh.kernels.formats.base import NO_PARAMS, KVFormat, LayerParams, ModelParams
 
 
 def seal_pages(
@@ -33,7 +33,16 @@ def seal_layers(
     sealed_ids: torch.Tensor,
     *,
     fmt: KVFormat,
+    params: ModelParams | None,
+    positions: torch.Tensor | None,
 ) -> None:
+    if params is not None:  # the layers' own
+        for layer, found in enumerate(params.layers):
+            shared = (hot_ids, sealed_ids)
+            seal_pages(
+                hot[layer], sealed[layer], *shared, fmt=fmt, params=found, positions=positions
+            )
+        return
     wanted = hot_ids >= 0
     hot_ids, sealed_ids = hot_ids[wanted], sealed_ids[wanted]
     full = hot.index_select(1, hot_ids)  # [num_layers, n, 2, num_kv_heads, page_size, head_dim]

@@ -13,7 +13,13 @@ import torch
 import triton
 import triton.language as tl
 
-from kvmesh.kernels.formats.base import NO_PARAMS, KVFormat, LayerParams
+from kvmesh.kernels.formats.base import (
+    NO_PARAMS,
+    CompiledParams,
+    KVFormat,
+    LayerParams,
+    ModelParams,
+)
 from kvmesh.kernels.formats.tiles_triton import format_kernels
 
 NUM_WARPS = 8
@@ -29,6 +35,8 @@ def seal_kernel(
     positions_ptr,
     k_table_ptr,
     v_table_ptr,
+    stride_k_table,
+    stride_v_table,
     num_hot_pages,
     num_sealed_pages,
     SEAL_K: tl.constexpr,
@@ -44,6 +52,7 @@ def seal_kernel(
     """Program (page to seal, KV head, twice the layer, plus one for the values).
 
     positions: of the pages' first tokens, where a side wants them
+    stride_k_table, stride_v_table: from one layer's table to the next one's
     """
     page = tl.program_id(0)
     head = tl.program_id(1)
@@ -60,9 +69,11 @@ def seal_kernel(
         if K_SIDE.wants_positions:
             position = tl.load(positions_ptr + page).to(tl.int32)
         if part % 2 == 0:
+            k_table_ptr += layer * stride_k_table
             SEAL_K(k_ptr, page_ptr, k_table_ptr, head, position, K_SIDE, PAGE_SIZE, HEAD_DIM)
         else:
             v_ptr = k_ptr + NUM_KV_HEADS * PAGE_SIZE * HEAD_DIM
+            v_table_ptr += layer * stride_v_table
             page_ptr += K_BYTES
             SEAL_V(v_ptr, page_ptr, v_table_ptr, head, position, V_SIDE, PAGE_SIZE, HEAD_DIM)
 
@@ -78,8 +89,7 @@ def seal_pages(
     positions: torch.Tensor | None = None,
 ) -> None:
     found = params.compiled(fmt, hot.shape[3])
-    tables = (found.k_table, found.v_table)
-    _seal(hot.unsqueeze(0), sealed.unsqueeze(0), hot_ids, sealed_ids, found.fmt, positions, tables)
+    _seal(hot.unsqueeze(0), sealed.unsqueeze(0), hot_ids, sealed_ids, positions, found)
 
 
 def seal_layers(
@@ -89,8 +99,11 @@ def seal_layers(
     sealed_ids: torch.Tensor,
     *,
     fmt: KVFormat,
+    params: ModelParams | None = None,
+    positions: torch.Tensor | None = None,
 ) -> None:
-    _seal(hot, sealed, hot_ids, sealed_ids, fmt, None, (None, None))
+    found = (params or NO_PARAMS).compiled(fmt, hot.shape[4])
+    _seal(hot, sealed, hot_ids, sealed_ids, positions, found)
 
 
 def _seal(
@@ -98,15 +111,14 @@ def _seal(
     sealed: torch.Tensor,
     hot_ids: torch.Tensor,
     sealed_ids: torch.Tensor,
-    fmt: KVFormat,
     positions: torch.Tensor | None,
-    tables: tuple[torch.Tensor | None, torch.Tensor | None],
+    params: CompiledParams,
 ) -> None:
     num_layers, num_hot_pages, _, num_kv_heads, page_size, head_dim = hot.shape
-    constants = seal_constants(fmt, page_size, head_dim, hot.element_size())
+    constants = seal_constants(params.fmt, page_size, head_dim, hot.element_size())
     check_arenas(hot, sealed)
     # What stands in for positions and tables that no side has is not read.
-    k_table, v_table = (hot if table is None else table for table in tables)
+    k_table, v_table = (hot if x is None else x for x in (params.k_table, params.v_table))
     seal_kernel[(hot_ids.shape[0], num_kv_heads, 2 * num_layers)](
         hot,
         sealed.view(torch.int8),
@@ -115,6 +127,8 @@ def _seal(
         hot_ids if positions is None else positions,
         k_table,
         v_table,
+        k_table.stride(0),
+        v_table.stride(0),
         num_hot_pages,
         sealed.shape[1],
         **constants,

@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from benchmarks.stand_in_params import params_for
 from kvmesh.kernels.attention import AttentionBatch, SharedPrefixes
 from kvmesh.kernels.formats.base import NO_PARAMS, KVFormat, LayerParams
 from kvmesh.kernels.seal import seal_pages
 from kvmesh.kernels.write import write_hot
-from tests.kernels.calibrated import params_for
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.stand_in_params import params_for
 from kvmesh.kernels.formats.affine.side import Affine
 from kvmesh.kernels.formats.base import KVFormat, Side
 from kvmesh.kernels.formats.codebook.side import Codebook
@@ -19,7 +20,6 @@ from kvmesh.kernels.formats.packing import pack, packed_bytes, unpack
 from kvmesh.kernels.formats.registry import format_names, get_format
 from kvmesh.kernels.formats.rotation import rotate, rotation_matrix
 from kvmesh.kernels.formats.scales import load_scale, store_scale
-from tests.kernels.calibrated import params_for
 
 PER_TOKEN = ("int8", "int4")
 

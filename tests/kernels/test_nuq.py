@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks.stand_in_params import levels_for, nuq_keys, params_for
 from kvmesh.kernels.attention import paged_attention
 from kvmesh.kernels.formats.base import LayerParams
 from kvmesh.kernels.formats.nuq.side import NonUniform
 from kvmesh.kernels.formats.packing import packed_bytes
 from kvmesh.kernels.formats.registry import get_format
-from tests.kernels.calibrated import levels_for, nuq_keys, params_for
 from tests.kernels.cases import Shape, make_case, truth
 from tests.kernels.test_formats import hard_rows
 
@@ -177,8 +177,6 @@ def test_what_cannot_be_is_named() -> None:
         NonUniform(8)
     with pytest.raises(ValueError, match="head_dim: expected 2 to 256"):
         NonUniform(4).num_bytes(64, 512)
-    with pytest.raises(ValueError, match="GPU"):
-        NonUniform(4).kernels()
     fmt = get_format("nuq4")
     k = torch.randn(2, 1, 16, 64)
     with pytest.raises(ValueError, match=r"positions: nuq4 needs \[2\] first positions"):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks.stand_in_params import model_params_for, params_for
+from kvmesh.kernels.formats.base import NO_PARAMS
 from kvmesh.kernels.formats.registry import format_names, get_format
 from kvmesh.kernels.merge import merge_states
 from kvmesh.kernels.seal import seal_layers, seal_pages
 from kvmesh.kernels.write import write_hot
-from tests.kernels.calibrated import params_for
 
 
 def test_write_puts_every_token_into_its_slot_and_nothing_else() -> None:
@@ -41,13 +42,11 @@ def test_layers_sealed_together_are_those_sealed_alone(name: str) -> None:
     together = torch.zeros(4, 9, 3, fmt.page_bytes(64, 64, 4), dtype=torch.uint8)
     alone = together.clone()
     ids = torch.tensor([5, -1, 2], dtype=torch.int32), torch.tensor([8, 3, 0], dtype=torch.int32)
-    if fmt.needs_calibration:
-        with pytest.raises(ValueError, match=f"fmt.*{name}"):
-            seal_layers(hot, together, *ids, fmt=fmt)
-        return
-    seal_layers(hot, together, *ids, fmt=fmt)
+    params, at = model_params_for(fmt, 4, 3, 64), torch.tensor([640, 0, 64])
+    seal_layers(hot, together, *ids, fmt=fmt, params=params, positions=at)
     for layer in range(4):
-        seal_pages(hot[layer], alone[layer], *ids, fmt=fmt)
+        found = NO_PARAMS if params is None else params.layers[layer]
+        seal_pages(hot[layer], alone[layer], *ids, fmt=fmt, params=found, positions=at)
     assert torch.equal(together, alone)
     assert (together[:, 3] == 0).all() and (together[:, 8] != 0).any()
 
@@ -96,6 +95,12 @@ def test_seal_nothing_and_wrong_shapes() -> None:
         seal_layers(hot[None], sealed, one, one, fmt=fmt)
     with pytest.raises(ValueError, match="2 layers, hot 1"):
         seal_layers(hot[None], torch.stack((sealed, sealed)), one, one, fmt=fmt)
+    nuq = get_format("nuq2")
+    needed = torch.zeros(1, 2, 3, nuq.page_bytes(16, 64), dtype=torch.uint8)
+    with pytest.raises(ValueError, match="params: nuq2 needs those of 1 layers"):
+        seal_layers(hot[None], needed, one, one, fmt=nuq)
+    with pytest.raises(ValueError, match=r"positions: format nuq2 needs \[1\]"):
+        seal_layers(hot[None], needed, one, one, fmt=nuq, params=model_params_for(nuq, 1, 3, 64))
     with pytest.raises(ValueError, match="backend"):
         seal_layers(hot[None], sealed[None], one, one, fmt=fmt, backend="cuda")
 

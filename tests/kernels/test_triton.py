@@ -11,17 +11,17 @@ from dataclasses import replace
 import pytest
 import torch
 
+from benchmarks.stand_in_params import model_params_for, params_for
 from kvmesh.kernels.attention import paged_attention, triton_attention
 from kvmesh.kernels.attention.triton_launch import takes_integer_path
 from kvmesh.kernels.formats.affine.side import Affine
-from kvmesh.kernels.formats.base import KVFormat
+from kvmesh.kernels.formats.base import NO_PARAMS, KVFormat
 from kvmesh.kernels.formats.codebook.side import Codebook
 from kvmesh.kernels.formats.registry import format_names, get_format
 from kvmesh.kernels.formats.tiles_triton import why_no_kernels
 from kvmesh.kernels.merge import merge_states
 from kvmesh.kernels.seal import seal_layers, seal_pages, triton_seal
 from kvmesh.kernels.write import write_hot
-from tests.kernels.calibrated import params_for
 from tests.kernels.cases import Case, Shape, make_case, truth, with_empty_sequences
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -429,7 +429,7 @@ def test_sealing_that_sums_in_another_order_is_as_good(name: str, dtype: torch.d
 
 
 @EVERY_DTYPE
-@pytest.mark.parametrize("name", ["exact", "int8", "int4", "kivi2", "g64-int4", "k3v2", "fp8"])
+@pytest.mark.parametrize("name", [*SAME_BYTES, "k3v2", "fp8", "nuq3"])
 def test_layers_are_sealed_in_one_launch(
     name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -439,8 +439,20 @@ def test_layers_are_sealed_in_one_launch(
     together = torch.full((3, 7, 2, page_bytes), 0xAA, dtype=torch.uint8, device=DEVICE)
     alone, want = together.clone(), together.cpu()
     ids = torch.tensor([[3, -1, 0], [6, 2, 1]], dtype=torch.int32, device=DEVICE)
+    params, at = model_params_for(fmt, 3, 2, 64), torch.tensor([160, 0, 32])
+    on_device = None if params is None else params.to(DEVICE)
     for layer in range(3):
-        seal_pages(hot[layer], alone[layer], *ids, fmt=fmt, backend="triton")
+        found = NO_PARAMS if on_device is None else on_device.layers[layer]
+        positions = at.to(DEVICE)
+        seal_pages(
+            hot[layer],
+            alone[layer],
+            *ids,
+            fmt=fmt,
+            params=found,
+            positions=positions,
+            backend="triton",
+        )
     launches = []
 
     class Counted:
@@ -450,12 +462,14 @@ def test_layers_are_sealed_in_one_launch(
 
     kernel = triton_seal.seal_kernel
     monkeypatch.setattr(triton_seal, "seal_kernel", Counted())
-    seal_layers(hot, together, *ids, fmt=fmt, backend="triton")
+    seal_layers(
+        hot, together, *ids, fmt=fmt, params=on_device, positions=at.to(DEVICE), backend="triton"
+    )
     assert launches == [(3, 2, 6)]
     assert torch.equal(together, alone)
     assert (together[:, [0, 2, 3, 4, 5]] == 0xAA).all()  # padding is skipped
     if name in SAME_BYTES:
-        seal_layers(hot.cpu(), want, *ids.cpu(), fmt=fmt)
+        seal_layers(hot.cpu(), want, *ids.cpu(), fmt=fmt, params=params, positions=at)
         assert torch.equal(together.cpu(), want)
 
 

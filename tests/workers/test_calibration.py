@@ -383,12 +383,12 @@ def test_a_format_and_its_file_go_together() -> None:
 @pytest.mark.parametrize("name", ["nuq3", "int8-static"])
 def test_ranks_take_their_heads(name: str, calibrations: dict[str, Calibration]) -> None:
     fmt, made = get_format(name), calibrations[name]
-    whole = made.for_rank(fmt, 0, 1, torch.device("cpu"))
+    whole = made.for_rank(fmt, 0, 1, torch.device("cpu")).layers
     k, v = torch.randn(2, 5, 4, 16, 8)
     at = torch.arange(5) * 16
     for rank in range(2):
         heads = slice(2 * rank, 2 * rank + 2)
-        share = made.for_rank(fmt, rank, 2, torch.device("cpu"))
+        share = made.for_rank(fmt, rank, 2, torch.device("cpu")).layers
         for layer in range(3):
             want = fmt.encode(k, v, whole[layer], at)[:, heads]
             assert torch.equal(fmt.encode(k[:, heads], v[:, heads], share[layer], at), want)

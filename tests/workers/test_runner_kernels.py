@@ -14,6 +14,7 @@ import torch
 
 from benchmarks.decode_steps import DecodeSteps
 from benchmarks.random_model import SHAPES, dtype_on, random_model
+from benchmarks.stand_in_params import model_params_for
 from kvmesh.kernels.attention import paged_attention
 from kvmesh.kernels.formats.base import KVFormat
 from kvmesh.kernels.formats.registry import get_format
@@ -58,6 +59,9 @@ def filled_rank(
     model: ServedModel, fmt: KVFormat, steps: DecodeSteps, *, graphs: bool = False
 ) -> ModelRunner:
     """The same numbers in its pages whenever it is made."""
+    params = model_params_for(fmt, SHAPE.layers, SHAPE.kv_heads, SHAPE.head_dim)
+    if params is not None:
+        params = params.to(DEVICE)
     rank = ModelRunner(
         model,
         fmt,
@@ -69,17 +73,26 @@ def filled_rank(
         device=DEVICE,
         samples=True,
         cuda_graphs=graphs,
+        params=params,
     )
     torch.manual_seed(0)
     rank.pool.all_hot.normal_()
     count = rank.pool.all_sealed.shape[1]
     content = torch.randn(SHAPE.layers, count, 2, SHAPE.kv_heads, SIZE, SHAPE.head_dim)
     ids = torch.arange(count, dtype=torch.int32, device=DEVICE)
-    seal_layers(content.to(DEVICE, DTYPE), rank.pool.all_sealed, ids, ids, fmt=fmt)
+    seal_layers(
+        content.to(DEVICE, DTYPE),
+        rank.pool.all_sealed,
+        ids,
+        ids,
+        fmt=fmt,
+        params=params,
+        positions=ids.long() * SIZE,
+    )
     return rank
 
 
-@pytest.mark.parametrize("kv_format", ["exact", "k4v2"])
+@pytest.mark.parametrize("kv_format", ["exact", "k4v2", "int8-static", "nuq3"])
 def test_decode_steps_are_those_of_plain_torch(
     kv_format: str, model: ServedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -99,7 +112,7 @@ def test_decode_steps_are_those_of_plain_torch(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs are captured on GPUs")
-@pytest.mark.parametrize("kv_format", ["exact", "int8", "k4v2"])
+@pytest.mark.parametrize("kv_format", ["exact", "int8", "k4v2", "nuq3"])
 def test_steps_from_graphs_choose_what_others_do(kv_format: str, model: ServedModel) -> None:
     """Three sequences, so that a graph of four is padded, through the steps that seal."""
     fmt = get_format(kv_format)

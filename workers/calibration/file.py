@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from kvmesh.kernels.formats.base import KVFormat, LayerParams, Side
+from kvmesh.kernels.formats.base import KVFormat, LayerParams, ModelParams, Side
 from kvmesh.workers.config import calibrate_command
 from kvmesh.workers.errors import ConfigError
 from kvmesh.workers.model.facts import ModelFacts
@@ -121,20 +121,10 @@ class Calibration:
         except KeyError:
             raise ConfigError("calibration", f"{path} is no calibration file") from None
 
-    def for_rank(
-        self, fmt: KVFormat, rank: int, tp: int, device: torch.device
-    ) -> list[LayerParams]:
+    def for_rank(self, fmt: KVFormat, rank: int, tp: int, device: torch.device) -> ModelParams:
         """Each layer's parameters, of this rank's heads, on its device."""
-
-        def share(side: Side, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            return {
-                name: (
-                    tensor.chunk(tp)[rank] if side.calibrated[name][0] == "heads" else tensor
-                ).to(device)
-                for name, tensor in params.items()
-            }
-
-        return [LayerParams(share(fmt.k, layer.k), share(fmt.v, layer.v)) for layer in self.layers]
+        shares = (layer.share(fmt, rank, tp) for layer in self.layers)
+        return ModelParams(tuple(shares)).to(device)
 
     def _tensors(self) -> dict[str, Tensor]:
         # Clones: safetensors refuses tensors that share their memory, as RoPE's frequencies do.

@@ -4,9 +4,26 @@ from __future__ import annotations
 
 import torch
 
-from kvmesh.kernels.formats.base import NO_PARAMS, KVFormat, LayerParams, Side
+from kvmesh.kernels.formats.base import NO_PARAMS, KVFormat, LayerParams, ModelParams, Side
 from kvmesh.kernels.formats.nuq.side import NonUniform
 from kvmesh.kernels.formats.static8.side import Static8
+
+
+def model_params_for(
+    fmt: KVFormat, num_layers: int, num_kv_heads: int, head_dim: int
+) -> ModelParams | None:
+    """Each layer's a little wider than the one before; None where the format needs none."""
+    if not fmt.needs_calibration:
+        return None
+    layers = []
+    for layer in range(num_layers):
+        found = params_for(fmt, num_kv_heads, head_dim)
+        wider = (
+            {name: x * (1 + layer / 10) if name == "scale" else x for name, x in side.items()}
+            for side in (found.k, found.v)
+        )
+        layers.append(LayerParams(*wider))
+    return ModelParams(tuple(layers))
 
 
 def params_for(fmt: KVFormat, num_kv_heads: int, head_dim: int, **rope: object) -> LayerParams:
