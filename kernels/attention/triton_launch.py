@@ -191,7 +191,8 @@ def prefix_launch(
 
 
 def _with_rows(launch: Launch, block: RowBlock) -> Launch:
-    options = {"num_warps": block.warps, "num_stages": block.stages}
+    stages = min(block.stages, launch.options["num_stages"])
+    options = {"num_warps": block.warps, "num_stages": stages}
     return replace(launch, programs=max(1, 2 * 4 // block.warps), options=options)
 
 
@@ -244,7 +245,8 @@ def _plain_launch(
         "PRECISION": "ieee",
         **shape,
     }
-    options = {"num_warps": 4, "num_stages": NUM_STAGES}
+    stages = 1 if k.looks_up or v.looks_up else NUM_STAGES
+    options = {"num_warps": 4, "num_stages": stages}
     return Launch(kernel, constants, tokens, PLAIN_PROGRAMS, options)
 
 

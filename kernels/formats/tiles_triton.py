@@ -36,6 +36,8 @@ class SideKernels:
     load_centre: (part_ptr, SIDE, PAGE_SIZE, HEAD_DIM, BLOCK_D) -> what the numbers of a page's
         channels have in common besides, [BLOCK_D] fp32, of keys only; None where they have not
     one_warp: whether decode over sealed pages takes least instructions with one warp a program
+    looks_up: whether numbers are looked up one by one: such loads are not to be made ahead, as
+        each would take shared memory
 
     table_ptr: the side's table (`Side.table`), of the layer; position: of the page's first token
     """
@@ -45,6 +47,7 @@ class SideKernels:
     seal: Any
     load_centre: Any = None
     one_warp: bool = False
+    looks_up: bool = False
 
 
 def why_no_kernels(fmt: KVFormat) -> str | None:

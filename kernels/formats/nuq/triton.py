@@ -405,5 +405,5 @@ def _pair_of(channels, TURNED: tl.constexpr):
 
 def kernels(side: NonUniform) -> SideKernels:
     if side.values:
-        return SideKernels(load_values, folded=False, seal=seal_values)
-    return SideKernels(load_keys, folded=False, seal=seal_keys)
+        return SideKernels(load_values, folded=False, seal=seal_values, looks_up=True)
+    return SideKernels(load_keys, folded=False, seal=seal_keys, looks_up=True)
