@@ -7,7 +7,8 @@ is one layer of one decode step: `write_hot` and `paged_attention`. Every layer
 has memory of its own, more than the caches hold. SDPA gets keys and values laid
 out contiguously and grouped heads; it writes nothing and returns no lse. Both
 sides are timed in turns and the median is taken. A case is timed only after its
-output has been checked against SDPA on the decoded keys and values.
+output has been checked against SDPA on the decoded keys and values. Calibrated
+formats get parameters that suit normal numbers, the same for all layers.
 
 The second table is of sequences that share a prefix: its pages read once for all of
 them, beside the same batch with each sequence reading them alone.
@@ -29,6 +30,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.stand_in_params import params_for
 from kvmesh.kernels.attention import AttentionBatch, SharedPrefixes, paged_attention
 from kvmesh.kernels.formats.base import KVFormat
 from kvmesh.kernels.formats.registry import format_names, get_format
@@ -77,6 +79,8 @@ class Case:
         shape = (pages * batch, 2, KV_HEADS, PAGE_SIZE, HEAD_DIM)
         self.fmt = fmt
         self.layers = layers
+        self.params = params_for(fmt, KV_HEADS, HEAD_DIM)
+        positions = torch.arange(pages).repeat(batch) * PAGE_SIZE
         order = torch.randperm(pages * batch, dtype=torch.int32)
         self.sealed_tables = order.view(batch, pages)
         self.hot_tables = torch.full_like(self.sealed_tables, -1)
@@ -90,7 +94,7 @@ class Case:
             exact = torch.randn(shape)
             sealed = torch.zeros(pages * batch, KV_HEADS, page_bytes, dtype=torch.uint8)
             ids = torch.arange(pages * batch, dtype=torch.int32)
-            seal_pages(exact, sealed, ids, order, fmt=fmt)
+            seal_pages(exact, sealed, ids, order, fmt=fmt, params=self.params, positions=positions)
             by_sequence = exact.view(batch, pages, 2, KV_HEADS, PAGE_SIZE, HEAD_DIM)
             self.hot.append(by_sequence[:, -1].clone())
             self.sealed.append(sealed)
@@ -129,7 +133,9 @@ class Case:
         batch = self.batch(prefixes)
         for hot, sealed in zip(self.hot, self.sealed, strict=True):
             write_hot(self.k, self.v, hot, self.slots)
-            out, _ = paged_attention(self.q, hot, sealed, batch, fmt=self.fmt, scale=SCALE)
+            out, _ = paged_attention(
+                self.q, hot, sealed, batch, fmt=self.fmt, scale=SCALE, params=self.params
+            )
         return out
 
     def sdpa(self) -> torch.Tensor:
@@ -145,7 +151,8 @@ class Case:
         kv = self.contiguous[-1].clone()
         full = (self.context - 1) // PAGE_SIZE * PAGE_SIZE
         for seq, row in enumerate(self.sealed_tables[:, : full // PAGE_SIZE]):
-            decoded = self.fmt.decode(self.sealed[-1][row.long()], PAGE_SIZE, HEAD_DIM, kv.dtype)
+            pages = self.sealed[-1][row.long()]
+            decoded = self.fmt.decode(pages, PAGE_SIZE, HEAD_DIM, kv.dtype, self.params)
             for part, x in enumerate(decoded):
                 kv[part, seq, :, :full] = x.transpose(0, 1).flatten(1, 2)
         kv[0, :, :, self.context - 1], kv[1, :, :, self.context - 1] = self.k, self.v
@@ -206,8 +213,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=9)
-    served = [name for name in format_names() if not get_format(name).needs_calibration]
-    parser.add_argument("--kv-format", default=",".join(served))
+    parser.add_argument("--kv-format", default=",".join(format_names()))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)

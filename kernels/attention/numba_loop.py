@@ -247,6 +247,13 @@ class Rule(NamedTuple):
     softcap: Any
 
 
+class Tables(NamedTuple):
+    """What the sides read of the layer's parameters, fp32, see `Side.table`; empty for nothing."""
+
+    k: Any
+    v: Any
+
+
 class Scratch(NamedTuple):
     """What a thread needs for one group: tiles, and a row for each of its query heads."""
 
@@ -266,7 +273,8 @@ class Scratch(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class DecodeLoop:
-    """attend: (units, Sequences, Rule, q, hot, sealed, out, lse, Scratch) -> (row, page, is_hot)
+    """attend: (units, Sequences, Rule, Tables, q, hot, sealed, out, lse, Scratch) ->
+        (row, page, is_hot)
 
     units [n, 3] int64: group, KV head and split
     q [num_tokens, num_heads, head_dim] fp32
@@ -309,6 +317,7 @@ class DecodeLoop:
 def decode_loop(fmt: KVFormat, page_size: int, head_dim: int, dtype: str) -> DecodeLoop | None:
     """The loop for a format; None where a side has no Numba function.
 
+    fmt: of `LayerParams.compiled`, to run the loop; any, to know whether there is one
     dtype: of hot pages, "float32" or "bfloat16"
     """
     dtype_bytes = {"float32": 4, "bfloat16": 2}[dtype]
@@ -322,7 +331,7 @@ def decode_loop(fmt: KVFormat, page_size: int, head_dim: int, dtype: str) -> Dec
     absorb = _absorber(page_size, head_dim)
 
     @compiled
-    def attend(units, batch, rule, q, hot, sealed, out, lse, scratch):  # type: ignore[no-untyped-def]
+    def attend(units, batch, rule, params, q, hot, sealed, out, lse, scratch):  # type: ignore[no-untyped-def]
         num_kv_heads, page_bytes = sealed.shape[1:]
         group_heads = q.shape[1] // num_kv_heads
         split_count, sink, window = rule.splits, rule.sink_pages, rule.window
@@ -372,8 +381,8 @@ def decode_loop(fmt: KVFormat, page_size: int, head_dim: int, dtype: str) -> Dec
                     if page_id < 0 or page_id >= num_pages:
                         return row, page, is_hot
                     if is_hot:
-                        k = load_hot(hot[page_id, 0, head], k_tile, k_numbers)
-                        v = load_hot(hot[page_id, 1, head], v_hot_tile, v_numbers)
+                        k = load_hot(hot[page_id, 0, head], k_tile, k_numbers, params.k, head)
+                        v = load_hot(hot[page_id, 1, head], v_hot_tile, v_numbers, params.v, head)
                     else:
                         # The next page, most likely sealed too, comes while this one is computed.
                         if index + 1 < end_index and page + 1 < recent_from:
@@ -381,8 +390,9 @@ def decode_loop(fmt: KVFormat, page_size: int, head_dim: int, dtype: str) -> Dec
                             start = (next_id * num_kv_heads + head) * page_bytes
                             for at in range(start, start + page_bytes, CACHE_LINE):
                                 prefetch(sealed, at)
-                        k = load_k(sealed[page_id, head, :k_bytes], k_tile, k_numbers)
-                        v = load_v(sealed[page_id, head, k_bytes:], v_tile, v_numbers)
+                        part = sealed[page_id, head]
+                        k = load_k(part[:k_bytes], k_tile, k_numbers, params.k, head)
+                        v = load_v(part[k_bytes:], v_tile, v_numbers, params.v, head)
                     absorb(
                         queries[mine],
                         k,

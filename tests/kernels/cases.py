@@ -31,7 +31,10 @@ class Shape:
 
 @dataclass(frozen=True)
 class Case:
-    """A batch with its pools; k and v are each sequence's, [tokens, num_kv_heads, head_dim]."""
+    """A batch with its pools; k and v are each sequence's, [tokens, num_kv_heads, head_dim].
+
+    first_position: where in a text the sequences begin, for pages that keep their positions
+    """
 
     shape: Shape
     fmt: KVFormat
@@ -43,6 +46,7 @@ class Case:
     v: list[torch.Tensor]
     new_tokens: list[int]
     params: LayerParams = NO_PARAMS
+    first_position: int = 0
 
     def to(self, device: str) -> Case:
         b = self.batch
@@ -75,6 +79,7 @@ def make_case(
     shared_prefix_pages: int = 0,
     padding_tokens: int = 0,
     params: LayerParams | None = None,
+    first_position: int = 0,
 ) -> Case:
     """sequences: (tokens in all, of which new). The pools are shuffled; every page and slot that no
     query may read is NaN (hot) or 0xFF (sealed: NaN scales), and table rows are permuted.
@@ -129,7 +134,7 @@ def make_case(
                 sealed_tables[row, page] = page_id
                 write_hot(k[tokens], v[tokens], staging, page_id * size + torch.arange(count))
                 ids = torch.tensor([page_id], dtype=torch.int32)
-                at = torch.tensor([page * size])
+                at = torch.tensor([first_position + page * size])
                 seal_pages(staging, sealed, ids, ids, fmt=fmt, params=params, positions=at)
 
     new_tokens = [new for _, new in sequences]
@@ -149,7 +154,8 @@ def make_case(
         max_query_len=max(new_tokens),
         max_seq_len=max(length for length, _ in sequences),
     )
-    return Case(shape, fmt, q.to(dtype), hot, sealed, batch, keys, values, new_tokens, params)
+    arenas = (q.to(dtype), hot, sealed)
+    return Case(shape, fmt, *arenas, batch, keys, values, new_tokens, params, first_position)
 
 
 def with_empty_sequences(case: Case, count: int) -> Case:
@@ -240,7 +246,7 @@ def _sealed_form(case: Case, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Te
     for start in range(0, k.shape[0] - size + 1, size):
         tokens = slice(start, start + size)
         pages = (x[tokens].transpose(0, 1).unsqueeze(0) for x in (k, v))
-        page = case.fmt.encode(*pages, params, torch.tensor([start]))
+        page = case.fmt.encode(*pages, params, torch.tensor([case.first_position + start]))
         k_page, v_page = case.fmt.decode(page, size, dim, stored, params)
         k_sealed[tokens], v_sealed[tokens] = k_page[0].transpose(0, 1), v_page[0].transpose(0, 1)
     return k_sealed, v_sealed

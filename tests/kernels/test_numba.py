@@ -8,12 +8,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
+from benchmarks.stand_in_params import params_for
 from kvmesh.kernels.attention import numba_attention, paged_attention, warm_up
+from kvmesh.kernels.formats.levels_numba import look_up
 from kvmesh.kernels.formats.registry import format_names, get_format
 from tests.kernels.cases import Case, Shape, make_case, truth, with_empty_sequences
+from tests.kernels.test_nuq import ROPES
 
 pytest.importorskip("numba")
 
@@ -49,13 +53,9 @@ def three_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def test_all_formats_but_the_calibrated_and_those_with_residuals_are_compiled() -> None:
+def test_all_formats_but_those_with_residuals_are_compiled() -> None:
     others = set(format_names()) - set(COMPILED)
-    assert others == {
-        name
-        for name in format_names()
-        if get_format(name).needs_calibration or name.startswith("turboquant")
-    }
+    assert others == {name for name in format_names() if name.startswith("turboquant")}
 
 
 @pytest.mark.parametrize("name", COMPILED)
@@ -65,7 +65,7 @@ def test_mixed_batch_follows_the_rule(name: str) -> None:
         check(make_case(get_format(name), shape, MIXED))
 
 
-@pytest.mark.parametrize("name", ["exact", "int8", "k4v4", "k3v2"])
+@pytest.mark.parametrize("name", ["exact", "int8", "k4v4", "k3v2", "nuq3", "int8-static"])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim", "page_size"),
     [(9, 3, 80, 32), (16, 1, 128, 128), (4, 4, 256, 16)],
@@ -75,7 +75,7 @@ def test_shapes(name: str, heads: int, kv_heads: int, head_dim: int, page_size: 
     check(make_case(get_format(name), shape, [(1000, 1), (300, 40), (63, 63), (65, 1)]))
 
 
-@pytest.mark.parametrize("name", ["int8", "k3v2", "kivi2"])
+@pytest.mark.parametrize("name", ["int8", "k3v2", "kivi2", "nuq2", "int8-static"])
 @pytest.mark.parametrize("softcap", [None, 20.0])
 @pytest.mark.parametrize("window", [1, 64, 100, 1000])
 def test_softcap_and_sliding_window(name: str, softcap: float | None, window: int) -> None:
@@ -84,10 +84,55 @@ def test_softcap_and_sliding_window(name: str, softcap: float | None, window: in
     check(case, softcap=softcap, sliding_window=window)
 
 
-@pytest.mark.parametrize("name", ["exact", "int8", "k4v2"])
+@pytest.mark.parametrize("name", ["exact", "int8", "k4v2", "nuq4"])
 def test_bf16_pages(name: str) -> None:
     shape = Shape(page_size=64, recent_pages=1)
     check(make_case(get_format(name), shape, MIXED, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("first", [0, 1_000_000, 16_000_000])
+@pytest.mark.parametrize("rope", ROPES)
+def test_keys_are_turned_to_where_their_pages_lie(rope: dict[str, object], first: int) -> None:
+    fmt = get_format("nuq4")
+    params = params_for(fmt, 2, 64, **rope)
+    shape = Shape(page_size=64, sink_pages=1)
+    check(make_case(fmt, shape, MIXED, params=params, first_position=first))
+
+
+@pytest.mark.parametrize("name", ["nuq4", "int8-static"])
+def test_each_head_and_channel_has_its_own_scale(name: str) -> None:
+    fmt = get_format(name)
+    params = params_for(fmt, 2, 64)
+    for side in (params.k, params.v):
+        if "scale" in side:
+            side["scale"].mul_(torch.rand(2, 64) + 0.5)
+    check(make_case(fmt, Shape(page_size=64), MIXED, params=params))
+
+
+@pytest.mark.parametrize("width", [2, 3, 4])
+def test_codes_become_levels(width: int) -> None:
+    """Also those beside the last whole register."""
+    levels = np.random.default_rng(0).normal(size=2**width).astype(np.float32)
+    codes = np.arange(3 * 7).reshape(3, 7) % 2**width
+    tile = codes.astype(np.float32)
+    look_up(width)(levels, tile)
+    assert (tile == levels[codes]).all()
+
+
+@pytest.mark.parametrize("name", ["nuq4", "nuq3", "nuq2"])
+def test_outliers_of_channels_that_a_head_has_not_are_passed_over(name: str) -> None:
+    """As pages that were damaged may name: nothing is written outside of the tile."""
+    params = params_for(get_format(name), 1, 64)
+    compiled = params.compiled(get_format(name), 64)
+    for side, table in ((compiled.fmt.k, compiled.k_table), (compiled.fmt.v, compiled.v_table)):
+        assert table is not None
+        load = side.numba_load(64, 64, "float32")
+        assert load is not None
+        page = np.full(side.num_bytes(64, 64), 0xFF, np.uint8)
+        around = np.full((512, 64), 7.0, np.float32)
+        numbers = np.empty(load.numbers_size, np.float32)
+        load.load(page, around[:64], numbers, table.numpy(), 0)
+        assert (around[64:] == 7.0).all()
 
 
 def test_rows_of_no_sequence_and_sequences_of_no_query() -> None:
@@ -180,9 +225,10 @@ def test_formats_without_a_loop_are_refused_by_name_and_served_by_plain_torch() 
     assert torch.equal(out, want)
 
 
-def test_warming_up_leaves_pages_alone() -> None:
-    case = make_case(get_format("int8"), Shape(page_size=64), [(300, 1)])
+@pytest.mark.parametrize("name", ["int8", "nuq4"])
+def test_warming_up_leaves_pages_alone(name: str) -> None:
+    case = make_case(get_format(name), Shape(page_size=64), [(300, 1)])
     hot, sealed = case.hot.clone(), case.sealed.clone()
-    warm_up(case.hot, case.sealed, case.shape.num_heads, fmt=case.fmt)
+    warm_up(case.hot, case.sealed, case.shape.num_heads, fmt=case.fmt, params=case.params)
     torch.testing.assert_close(case.hot, hot, equal_nan=True, rtol=0, atol=0)
     assert torch.equal(case.sealed, sealed)

@@ -25,6 +25,7 @@ def check(case: Case, backend: str, **options: float | None) -> None:
         there.batch,
         fmt=case.fmt,
         scale=scale,
+        params=case.params,
         backend=backend,
         **options,
     )
@@ -41,6 +42,14 @@ def test_sets_of_sequences(name: str, backend: str) -> None:
     shape = Shape(page_size=64, sink_pages=1, recent_pages=0)
     case = make_case(get_format(name), shape, SEQUENCES, shared_prefix_pages=4)
     check(with_prefixes(case, [([0, 2, 5], 3), ([1, 4], 2)], padding=1), backend)
+
+
+@pytest.mark.parametrize("backend", ["numba", "reference"])
+@pytest.mark.parametrize("name", ["nuq4", "int8-static"])
+def test_sets_of_sequences_in_calibrated_formats(name: str, backend: str) -> None:
+    shape = Shape(page_size=64, sink_pages=1)
+    case = make_case(get_format(name), shape, SEQUENCES, shared_prefix_pages=4)
+    check(with_prefixes(case, [([0, 2, 5], 3), ([1, 4], 2)]), backend)
 
 
 @pytest.mark.parametrize("backend", ["numba", "triton"])

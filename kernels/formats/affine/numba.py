@@ -30,7 +30,7 @@ def side_load(side: Affine, page_size: int, head_dim: int, dtype: str) -> SideLo
     scales_at = offsets_at + runs * OFFSET_BYTES
 
     @compiled
-    def load_codes(part, tile, numbers):  # type: ignore[no-untyped-def]
+    def load_codes(part, tile, numbers, table, head):  # type: ignore[no-untyped-def]
         unpack(part, tile)
         read_scales(part, scales_at, runs, numbers[:runs])
         read_bf16(part, offsets_at, runs, numbers[runs:])
@@ -40,8 +40,8 @@ def side_load(side: Affine, page_size: int, head_dim: int, dtype: str) -> SideLo
         return SideLoad(load_codes, values, grid, 2 * runs)
 
     @compiled
-    def load(part, tile, numbers):  # type: ignore[no-untyped-def]
-        load_codes(part, tile, numbers)
+    def load(part, tile, numbers, table, head):  # type: ignore[no-untyped-def]
+        load_codes(part, tile, numbers, table, head)
         scale, offset = numbers[:runs], numbers[runs:]
         for n in range(page_size):
             for d in range(head_dim):

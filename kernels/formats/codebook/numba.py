@@ -23,7 +23,7 @@ def side_load(side: Codebook, page_size: int, head_dim: int, dtype: str) -> Side
     middle = np.float32((2**side.width - 1) / 2)
 
     @compiled
-    def load(part, tile, numbers):  # type: ignore[no-untyped-def]
+    def load(part, tile, numbers, table, head):  # type: ignore[no-untyped-def]
         unpack(part, tile)
         scale, offset = numbers[:page_size], numbers[page_size:]
         read_scales(part, scales_at, page_size, scale)
