@@ -16,7 +16,7 @@ Then, over pools larger than the caches:
 Baselines (`baselines.py`) are torch SDPA on contiguous bf16 keys and values, and
 FlashInfer's paged decode over bf16 and fp8 where it is installed. What does not
 fit the GPU's memory is left out with a line that says so. Clocks are as found.
-`g64-hqq` is sealed otherwise than `g64-int`, read alike, and not measured apart.
+Formats that are sealed otherwise than another and read alike are not measured apart.
 
 Without a GPU, `--dry-run` takes the same way through one tiny shape in Triton's
 interpreter: correctness is gated, what is printed of time means nothing.
@@ -52,6 +52,7 @@ from benchmarks.device import (
     free_bytes,
     seconds,
 )
+from benchmarks.kernel_formats import FORMATS, as_served
 from benchmarks.stand_in_params import params_for
 from kvmesh.kernels.attention import AttentionBatch, paged_attention, triton_attention
 from kvmesh.kernels.attention.triton_launch import (
@@ -62,8 +63,7 @@ from kvmesh.kernels.attention.triton_launch import (
     takes_integer_path,
 )
 from kvmesh.kernels.formats.base import KVFormat
-from kvmesh.kernels.formats.registry import format_names, get_format
-from kvmesh.kernels.formats.tiles_triton import why_no_kernels
+from kvmesh.kernels.formats.registry import get_format
 from kvmesh.kernels.seal import seal_pages
 
 PAGE_SIZE = 64
@@ -71,11 +71,6 @@ PAGE_SIZE = 64
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 CAPABILITY = torch.cuda.get_device_capability() if DEVICE == "cuda" else None
 CONTENT_PAGES = 256
-FORMATS = tuple(
-    name
-    for name in format_names()
-    if why_no_kernels(get_format(name)) is None and not name.startswith("g64-hqq")
-)
 HEADS = ("8x4", "8x8", "32x1")  # KV heads x query heads of each
 HEAD_DIMS = (128, 64)
 BATCHES = (1, 8, 64)
@@ -237,7 +232,7 @@ def _naive(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dtype: torch.dtype
 
 def launch_of(fmt: KVFormat, shape: Shape) -> tuple[str, Launch]:
     """Which path decode takes, and how that is compiled."""
-    fmt = params_for(fmt, 1, shape.head_dim).compiled(fmt, PAGE_SIZE).fmt
+    fmt = as_served(fmt.name, shape.head_dim)
     geometry = (fmt, shape.head_dim, shape.group, PAGE_SIZE)
     if takes_integer_path(
         fmt, shape.head_dim, PAGE_SIZE, dtype=torch.bfloat16, capability=CAPABILITY

@@ -25,7 +25,8 @@ os.environ.pop("TRITON_INTERPRET", None)  # the interpreter's functions cannot b
 import torch
 import triton
 
-from benchmarks.sass import FORMATS, TYPES, as_served, compile_kernel
+from benchmarks.kernel_formats import FORMATS, as_served
+from benchmarks.sass import TYPES, compile_kernel
 from kvmesh.kernels.attention.triton_launch import (
     Launch,
     decode_launch,

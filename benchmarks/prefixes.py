@@ -26,9 +26,10 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
 
-from benchmarks.attention import CAPABILITY, DTYPE, FORMATS, PAGE_SIZE, Case, case_bytes
+from benchmarks.attention import CAPABILITY, DTYPE, PAGE_SIZE, Case, case_bytes
 from benchmarks.baselines import Shape
 from benchmarks.device import DEVICE, clocks, conditions, free_bytes, seconds
+from benchmarks.kernel_formats import FORMATS
 from kvmesh.kernels.attention import SharedPrefixes
 from kvmesh.kernels.attention.triton_launch import sharers
 from kvmesh.kernels.formats.registry import get_format

@@ -1,6 +1,7 @@
-"""Instructions per KV element of the decode kernels, counted in their machine code; needs no GPU.
+"""Instructions per KV element of the attention kernels, counted in machine code; needs no GPU.
 
-    python benchmarks/sass.py [--output FILE] [--check FILE] [--capability 90] [--dump DIR]
+    python benchmarks/sass.py [--prefill] [--output FILE] [--check FILE] [--capability 90]
+        [--dump DIR]
 
 Triton compiles for a GPU that is not there and ships a disassembler. The loop
 over sealed pages is the backward branch whose body holds tensor-core
@@ -13,6 +14,9 @@ thread instructions. With b stored bits an element, clock f and n processors, a
 loop of i instructions an element can ask for at most 128 f n b / (8 i) bytes a
 second; `bound` gives that as a share of the GPU's memory bandwidth, and it is a
 bound, not a forecast: stalls come on top.
+
+With `--prefill` it is the loop of prefill, whose tiles many query rows share: instructions
+an element and row. There the tensor core is what bounds, and no share is given.
 
 The last rows are loops in the styles in use elsewhere (`styles.py`), compiled in the
 same way, with the format of ours that stores as many bits and the ratio to it.
@@ -27,7 +31,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,18 +43,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks.kernel_formats import FORMATS, as_served
 from benchmarks.styles import STYLES, style_kernel
 from kvmesh.kernels.attention.triton_launch import (
     Launch,
     decode_launch,
     integer_launch,
     one_warp_launch,
+    prefill_launch,
     takes_integer_path,
 )
-from kvmesh.kernels.formats.base import KVFormat
-from kvmesh.kernels.formats.nuq.side import NonUniform
-from kvmesh.kernels.formats.registry import format_names, get_format
-from kvmesh.kernels.formats.tiles_triton import why_no_kernels
+from kvmesh.kernels.formats.registry import get_format
 
 # name: capability, processors, boost clock Hz, memory bytes a second
 GPUS = {
@@ -60,12 +63,6 @@ GPUS = {
     "H200": (90, 132, 1.755e9, 4.8e12),
 }
 TOLERANCE = 1.05
-# g64-hqq is sealed otherwise than g64-int and read alike.
-FORMATS = tuple(
-    name
-    for name in format_names()
-    if why_no_kernels(get_format(name)) is None and not name.startswith("g64-hqq")
-)
 POINTERS = {"q_ptr": "*bf16", "hot_ptr": "*bf16", "sealed_ptr": "*i8", "out_ptr": "*fp32"}
 TYPES = {**POINTERS, "lse_ptr": "*fp32", "qk_scale": "fp32", "softcap": "fp32"}
 TYPES |= {"k_table_ptr": "*fp32", "v_table_ptr": "*fp32", "positions_ptr": "*i64"}
@@ -73,10 +70,11 @@ TYPES |= {"k_table_ptr": "*fp32", "v_table_ptr": "*fp32", "positions_ptr": "*i64
 
 @dataclass(frozen=True)
 class Row:
-    """One kernel: `instructions` of the sealed loop an element; registers a thread;
-    shared memory and spills in bytes; `bound` as a share of each GPU's bandwidth.
+    """One kernel: `instructions` of the sealed loop an element, of prefill an element and query
+    row; registers a thread; shared memory and spills in bytes; `bound` as a share of each
+    GPU's bandwidth.
 
-    path: "integer" or "plain", or "style", of a loop as elsewhere
+    path: "integer", "plain" or "prefill", or "style", of a loop as elsewhere
     """
 
     kv_format: str
@@ -123,14 +121,6 @@ def compile_kernel(
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-def as_served(name: str, head_dim: int) -> KVFormat:
-    """The format, with its keys turned by RoPE as Llama has it, where their side must know it."""
-    fmt = get_format(name)
-    if isinstance(fmt.k, NonUniform):
-        return replace(fmt, k=replace(fmt.k, turned=(head_dim // 2, False)))
-    return fmt
-
-
 def launch_of(
     name: str, capability: int, head_dim: int, group: int, page_size: int
 ) -> tuple[str, Launch]:
@@ -147,6 +137,15 @@ def launch_of(
         geometry = (fmt, head_dim, group, page_size)
         path, launch = "plain", one_warp_launch(*geometry) or decode_launch(*geometry)
     return path, with_constants(launch, NUM_KV_HEADS=8)
+
+
+def prefill_of(
+    name: str, capability: int, head_dim: int, group: int, page_size: int
+) -> tuple[str, Launch]:
+    gpu = divmod(capability, 10)
+    fmt = as_served(name, head_dim)
+    launch = prefill_launch(fmt, head_dim, group, page_size, capability=gpu)
+    return "prefill", with_constants(launch, NUM_KV_HEADS=8)
 
 
 def with_constants(launch: Launch, **constants: Any) -> Launch:
@@ -220,10 +219,13 @@ def measure(
     threads = launch.options["num_warps"] * 32
     instructions = sealed_loop(lines) * threads / (launch.tokens * head_dim * 2)
     instructions *= -(-group // launch.constants.get("HEADS", group))
+    digits = 2
+    if path == "prefill":
+        instructions, digits = instructions / launch.constants["BLOCK_M"], 4
     bound = {
         gpu: round(128 * clock * processors * bits / 8 / instructions / bandwidth, 2)
         for gpu, (cc, processors, clock, bandwidth) in GPUS.items()
-        if cc == capability
+        if cc == capability and path != "prefill"
     }
     registers = int(re.search(r"REG:(\d+)", usage)[1])  # type: ignore[index]
     local = int(re.search(r"LOCAL:(\d+)", usage)[1])  # type: ignore[index]
@@ -235,7 +237,7 @@ def measure(
         head_dim,
         group,
         page_size,
-        round(instructions, 2),
+        round(instructions, digits),
         registers,
         compiled.metadata.shared,
         local + stack,
@@ -250,16 +252,17 @@ def rows_of(
     group: int,
     page_size: int,
     dump: Path | None,
+    prefill: bool,
 ) -> list[Row]:
     rows = []
     shape = (capability, head_dim, group, page_size)
     for name in formats:
-        path, launch = launch_of(name, *shape)
+        path, launch = (prefill_of if prefill else launch_of)(name, *shape)
         bits = get_format(name).bits_per_element(page_size, head_dim)
         rows.append(measure(name, path, launch, bits, *shape, dump))
         show(rows[-1])
     for style, (ours, bits) in STYLES.items():
-        if ours not in formats:
+        if ours not in formats or prefill:
             continue
         launch = style_launch(style, head_dim, group, page_size)
         row = measure(style, "style", launch, bits + 32 / head_dim / 2, *shape, dump)
@@ -272,7 +275,7 @@ def rows_of(
 def show(row: Row, note: str = "") -> None:
     print(
         f"{row.kv_format:11} {row.path:8} {row.capability} {row.head_dim:4} {row.group:5}"
-        f" {row.instructions:11.2f} {row.registers:5} {row.shared_bytes:7} {row.spill_bytes:6}"
+        f" {row.instructions:11.4g} {row.registers:5} {row.shared_bytes:7} {row.spill_bytes:6}"
         f"  {row.bound} {note}",
         flush=True,
     )
@@ -304,6 +307,7 @@ def main() -> None:
     parser.add_argument("--shape", nargs="*", default=["128x8", "128x4", "64x3"])
     parser.add_argument("--page-size", type=int, default=64)
     parser.add_argument("--dump", type=Path)
+    parser.add_argument("--prefill", action="store_true")
     options = parser.parse_args()
     rows: list[Row] = []
     print("format      path     sm  dim group  instr/elem  regs  shared  spill  bound")
@@ -311,7 +315,7 @@ def main() -> None:
         for shape in options.shape:
             head_dim, group = map(int, shape.split("x"))
             geometry = (capability, head_dim, group, options.page_size)
-            rows += rows_of(options.format, *geometry, options.dump)
+            rows += rows_of(options.format, *geometry, options.dump, options.prefill)
     if options.output:
         report = {"triton": triton.__version__, "rows": [asdict(row) for row in rows]}
         options.output.write_text(json.dumps(report, indent=1) + "\n")

@@ -171,7 +171,7 @@ def prefill_launch(
     shape = {"DECODE": False, "BLOCK_Q": block_q, "BLOCK_M": block_m, **FLAGS}
     shape |= {"HOT_ONLY": False, "SEALED_ONLY": False}
     launch = _plain_launch(attention_kernel, fmt, head_dim, group, page_size, dtype_bytes, shape)
-    return _with_rows(launch, block)
+    return _with_rows(launch, block, fmt)
 
 
 @cache
@@ -187,13 +187,20 @@ def prefix_launch(
     most = _most_sharers(head_dim, group, capability)
     shape = {"BLOCK_M": max(16, triton.next_power_of_2(most * group))}
     launch = _plain_launch(prefix_kernel, fmt, head_dim, group, page_size, dtype_bytes, shape)
-    return _with_rows(launch, row_block(head_dim, capability))
+    return _with_rows(launch, row_block(head_dim, capability), fmt)
 
 
-def _with_rows(launch: Launch, block: RowBlock) -> Launch:
+def _with_rows(launch: Launch, block: RowBlock, fmt: KVFormat) -> Launch:
+    """For many rows; they have no use for what is folded."""
+    dense: dict[str, Any] = {}
+    for side, kernels in zip("KV", format_kernels(fmt), strict=True):
+        if kernels.load_dense is not None:
+            dense |= {f"LOAD_{side}": kernels.load_dense, f"{side}_FOLDED": False}
     stages = min(block.stages, launch.options["num_stages"])
     options = {"num_warps": block.warps, "num_stages": stages}
-    return replace(launch, programs=max(1, 2 * 4 // block.warps), options=options)
+    constants = {**launch.constants, **dense}
+    programs = max(1, 2 * 4 // block.warps)
+    return replace(launch, constants=constants, programs=programs, options=options)
 
 
 def sharers(

@@ -31,6 +31,8 @@ class SideKernels:
         channels, tile is two: of the pairs' first channels and of their second ones
     folded: whether scale and offset, [BLOCK_N] fp32, are there; otherwise the tile is
         the numbers. An offset may be None, for 0
+    load_dense: the same for many queries, to which folding costs more: the tile is the numbers;
+        None where there is nothing but `load`
     seal: (hot_ptr, part_ptr, table_ptr, head, position, SIDE, PAGE_SIZE, HEAD_DIM): encode one
         page of one head, [PAGE_SIZE, HEAD_DIM] of the compute dtype, into this side's part
     load_centre: (part_ptr, SIDE, PAGE_SIZE, HEAD_DIM, BLOCK_D) -> what the numbers of a page's
@@ -45,6 +47,7 @@ class SideKernels:
     load: Any
     folded: bool
     seal: Any
+    load_dense: Any = None
     load_centre: Any = None
     one_warp: bool = False
     looks_up: bool = False

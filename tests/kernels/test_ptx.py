@@ -8,6 +8,7 @@ import torch
 
 from kvmesh.kernels.attention.triton_operands import MAGIC, SPLIT_PTX
 from kvmesh.kernels.formats.fp8.triton import E4M3_PTX
+from kvmesh.kernels.formats.numbers_triton import MIDDLES, numbers_ptx, planes_of
 from kvmesh.kernels.formats.packing import pack
 from kvmesh.kernels.formats.planes_triton import THREE_BITS_PTX
 
@@ -107,6 +108,28 @@ def test_three_bit_planes() -> None:
         for half in range(2):
             got = signed_bytes([output[f"${4 * half + plane}"] for output in outputs])
             assert torch.equal(got.view(16, 128).int(), want[:, 128 * half :][:, :128])
+
+
+@pytest.mark.parametrize(("width", "middle"), [(w, x) for w in MIDDLES for x in MIDDLES[w]])
+def test_codes_as_bf16_numbers(width: int, middle: float) -> None:
+    """A block of keys of 64 tokens and 256 channels, of width 3 by halves of the channels."""
+    codes = torch.randint(0, 2**width, (64, 256), dtype=torch.uint8)
+    packed = pack(codes, width, values=False)
+    planes = planes_of(width)
+    rows, halves = 64 // planes, 2 if width == 3 else 1
+    parts = [packed[: rows * 256].view(rows, 256)]
+    if halves == 2:
+        parts = [*parts[0].chunk(2, dim=1), packed[rows * 256 :].view(rows, 128)]
+    ptx, first_word = numbers_ptx(width, middle), 2 * halves * planes
+    after = [
+        run(ptx, {f"${first_word + i}": word for i, word in enumerate(group)})
+        for group in zip(*map(words, parts), strict=True)
+    ]
+    for index in range(halves * planes):
+        pairs = [bf16_pair(x[f"${2 * index}"]) + bf16_pair(x[f"${2 * index + 1}"]) for x in after]
+        half, plane = divmod(index, planes)
+        want = codes[plane::planes].chunk(halves, dim=1)[half] - middle
+        assert torch.equal(torch.tensor(pairs).view(rows, -1), want.float())
 
 
 def words(x: torch.Tensor) -> list[int]:

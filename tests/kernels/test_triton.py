@@ -388,7 +388,7 @@ def sealed_both_ways(fmt: KVFormat, hot: torch.Tensor) -> tuple[torch.Tensor, to
     return want, got.cpu()
 
 
-POSITIONS = torch.tensor([0, 100, 0, 70_000, 1_000_000, (1 << 24) - 1])
+POSITIONS = torch.tensor([0, 100, 0, 70_000, 1_000_000, (1 << 31) - 1])
 SAME_BYTES = ["exact", "int8", "int4", "kivi4", "kivi2", "g64-int4", "g64-int2"]
 SAME_BYTES += ["int8-static", "int8-static-layer"]
 

@@ -5,8 +5,8 @@ only operations that IEEE 754 defines (correctly rounded division, floor, bit
 masks), and the one product that a compiler might fuse is by a power of two. The
 other fits sum in another order and agree up to rounding.
 
-A grid a token is folded: the tile is codes less half their range, exact in 16
-bits, so that rounding a tile costs nothing; other tiles are dequantised.
+For few queries a grid a token is folded: the tile is codes less half their range, exact in
+16 bits, so that rounding a tile costs nothing. Other tiles are dequantised.
 """
 
 from __future__ import annotations
@@ -16,6 +16,13 @@ import triton.language as tl
 
 from kvmesh.kernels.formats.affine import reference
 from kvmesh.kernels.formats.affine.side import WIDTHS, Affine
+from kvmesh.kernels.formats.numbers_triton import (
+    fused,
+    has_planes,
+    load_number,
+    load_planes,
+    together,
+)
 from kvmesh.kernels.formats.packing_triton import (
     block_channels,
     block_slots,
@@ -69,7 +76,37 @@ def _run_index(n, d, SIDE: tl.constexpr, RUN: tl.constexpr, HEAD_DIM: tl.constex
 
 
 @triton.jit
-def load_tile(
+def load_folded(
+    part_ptr,
+    table_ptr,
+    head,
+    first_slot,
+    SIDE: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Of a grid a token."""
+    HALF_RANGE: tl.constexpr = 1 << (SIDE.width - 1)
+    offset_ptr = part_ptr + packed_bytes(SIDE.width, PAGE_SIZE, HEAD_DIM)
+    slots = first_slot + tl.arange(0, BLOCK_N)
+    if has_planes(SIDE, PAGE_SIZE, HEAD_DIM, BLOCK_N, BLOCK_D):
+        planes = load_planes(
+            part_ptr, first_slot, SIDE, PAGE_SIZE, HEAD_DIM, BLOCK_N, HALF_RANGE, DTYPE
+        )
+        codes = together(planes, SIDE.values)
+    else:
+        codes = load_codes(part_ptr, first_slot, SIDE, PAGE_SIZE, HEAD_DIM, BLOCK_N, BLOCK_D)
+        codes = codes.to(tl.float32).to(DTYPE)
+    scale = load_scale(offset_ptr + PAGE_SIZE * 2, slots, None, SIDE.scale)
+    offset = load_bf16(offset_ptr, slots) + HALF_RANGE * scale
+    return tl.trans(codes) if SIDE.values else codes, scale, offset
+
+
+@triton.jit
+def load_dense(
     part_ptr,
     table_ptr,
     head,
@@ -82,7 +119,6 @@ def load_tile(
     DTYPE: tl.constexpr,
 ):
     RUN: tl.constexpr = run_length(SIDE, PAGE_SIZE, HEAD_DIM)
-    HALF_RANGE: tl.constexpr = 1 << (SIDE.width - 1)
     offset_ptr = part_ptr + packed_bytes(SIDE.width, PAGE_SIZE, HEAD_DIM)
     scale_ptr = offset_ptr + PAGE_SIZE * HEAD_DIM // RUN * 2
     slots = first_slot + tl.arange(0, BLOCK_N)
@@ -91,20 +127,23 @@ def load_tile(
         n, d = slots[None, :], channels[:, None]
     else:
         n, d = slots[:, None], channels[None, :]
-    mask = None if BLOCK_D == HEAD_DIM else d < HEAD_DIM
-    codes = load_codes(part_ptr, first_slot, SIDE, PAGE_SIZE, HEAD_DIM, BLOCK_N, BLOCK_D)
-    codes = codes.to(tl.float32)
-    if SIDE.along == "token" and SIDE.run is None:
-        scale = load_scale(scale_ptr, slots, None, SIDE.scale)
-        offset = load_bf16(offset_ptr, slots) + HALF_RANGE * scale
-        codes = codes.to(DTYPE)
-        return tl.trans(codes) if SIDE.values else codes, scale, offset
+    if SIDE.along == "token" and RUN == HEAD_DIM:
+        index, mask = n, None
     else:
         index = _run_index(n, d, SIDE, RUN, HEAD_DIM)
+        mask = None if BLOCK_D == HEAD_DIM else d < HEAD_DIM
+    if has_planes(SIDE, PAGE_SIZE, HEAD_DIM, BLOCK_N, BLOCK_D):
+        planes = load_planes(part_ptr, first_slot, SIDE, PAGE_SIZE, HEAD_DIM, BLOCK_N, 0, DTYPE)
+        scale = load_number(scale_ptr, index, mask, SIDE.scale, DTYPE)
+        offset = load_number(offset_ptr, index, mask, "bf16", DTYPE)
+        x = fused(together(planes, SIDE.values), scale, offset, DTYPE)
+    else:
+        HALF_RANGE: tl.constexpr = 1 << (SIDE.width - 1)
+        codes = load_codes(part_ptr, first_slot, SIDE, PAGE_SIZE, HEAD_DIM, BLOCK_N, BLOCK_D)
         scale = load_scale(scale_ptr, index, mask, SIDE.scale)
-        offset = load_bf16(offset_ptr, index, mask)
-        x = ((codes + HALF_RANGE) * scale + offset).to(DTYPE)
-        return tl.trans(x) if SIDE.values else x, 1.0, 0.0
+        offset = load_bf16(offset_ptr, index, mask) + HALF_RANGE * scale
+        x = (codes.to(tl.float32) * scale + offset).to(DTYPE)
+    return tl.trans(x) if SIDE.values else x, 1.0, 0.0
 
 
 @triton.jit
@@ -255,4 +294,6 @@ def _round_down_to_bf16(x):
 
 
 def kernels(side: Affine) -> SideKernels:
-    return SideKernels(load_tile, folded=side.along == "token" and side.run is None, seal=seal)
+    if side.along == "token" and side.run is None:
+        return SideKernels(load_folded, folded=True, seal=seal, load_dense=load_dense)
+    return SideKernels(load_dense, folded=False, seal=seal)

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from kvmesh.kernels.formats.codebook import reference
 from kvmesh.kernels.formats.codebook.side import LLOYD_MAX, UNIFORM_STEP, Codebook
+from kvmesh.kernels.formats.numbers_triton import has_planes, load_planes, together
 from kvmesh.kernels.formats.packing_triton import (
     block_channels,
     block_slots,
@@ -76,11 +77,19 @@ def load_tile(
     DTYPE: tl.constexpr,
 ):
     slots = first_slot + tl.arange(0, BLOCK_N)
-    codes = load_codes(part_ptr, first_slot, SIDE, PAGE_SIZE, HEAD_DIM, BLOCK_N, BLOCK_D)
-    tile = levels(codes, SIDE).to(DTYPE)
+    UNIFORM: tl.constexpr = SIDE.levels == "uniform"
+    if UNIFORM and has_planes(SIDE, PAGE_SIZE, HEAD_DIM, BLOCK_N, BLOCK_D):
+        MIDDLE: tl.constexpr = ((1 << SIDE.width) - 1) / 2
+        planes = load_planes(
+            part_ptr, first_slot, SIDE, PAGE_SIZE, HEAD_DIM, BLOCK_N, MIDDLE, DTYPE
+        )
+        tile = together(planes, SIDE.values)
+    else:
+        codes = load_codes(part_ptr, first_slot, SIDE, PAGE_SIZE, HEAD_DIM, BLOCK_N, BLOCK_D)
+        tile = levels(codes, SIDE).to(DTYPE)
     scale_ptr = part_ptr + packed_bytes(SIDE.width, PAGE_SIZE, HEAD_DIM)
     scale = load_scale(scale_ptr, slots, None, SIDE.scale)
-    if SIDE.levels == "uniform":
+    if UNIFORM:
         scale = scale * uniform_step(SIDE.width)
     return tl.trans(tile) if SIDE.values else tile, scale, None
 

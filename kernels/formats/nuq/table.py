@@ -5,7 +5,7 @@
     of each head     | scale [head_dim] | zero [head_dim] | importance [head_dim] |
 
 with n = 2^width (the last bound is infinite) and head_dim / 2 planes, those that RoPE does
-not turn at the end. `in a page` and `digits` [3, 256, planes] are cosines, and after them
+not turn at the end. `in a page` and `digits` [4, 256, planes] are cosines, and after them
 as many sines: of a token's angle against its page's first, and of the angle that a digit
 of a page's position adds, to the base of 256 and the lowest first. So no kernel computes
 an angle, which at a million tokens would take fp64.
@@ -19,7 +19,7 @@ from kvmesh.kernels.formats.base import Params
 from kvmesh.kernels.formats.nuq.side import NonUniform
 from kvmesh.kernels.formats.nuq.turn import phases
 
-DIGITS = 3  # of positions below 256^3
+DIGITS = 4  # of an int32
 BASE = 256
 
 
