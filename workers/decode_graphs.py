@@ -1,5 +1,5 @@
 """Decode steps replayed from CUDA graphs, for each batch size that is a power of two: one for
-steps whose sequences share prefixes, and one for others.
+steps whose sequences share prefixes, where there can be such, and one for others.
 
 A graph's inputs are fixed tensors: a step is padded to the next size, copied
 into them with one transfer, and replayed. Lengths and block tables are read on
@@ -36,10 +36,19 @@ class _Graph:
 
 
 class DecodeGraphs:
-    """Captures every size at construction; all ranks of a group capture in the same order."""
+    """Captures every size at construction; all ranks of a group capture in the same order.
+
+    least_sharers: sequences that a set of shared prefixes has at least
+    """
 
     def __init__(
-        self, forward: Forward, tables: Tables, *, max_rows: int, max_seq_len: int
+        self,
+        forward: Forward,
+        tables: Tables,
+        *,
+        max_rows: int,
+        max_seq_len: int,
+        least_sharers: int,
     ) -> None:
         self._forward = forward
         self._tables = tables
@@ -49,7 +58,7 @@ class DecodeGraphs:
         largest = min(_MAX_SIZE, 1 << (max_rows - 1).bit_length())
         size = largest
         while size:  # the largest first: the smaller ones then find its memory in the pool
-            for shares in (True, False) if size > 1 else (False,):
+            for shares in (True, False) if size >= least_sharers else (False,):
                 self._graphs[size, shares] = self._capture(size, shares)
             size //= 2
 

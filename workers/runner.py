@@ -85,6 +85,7 @@ class ModelRunner:
                     self._tables,
                     max_rows=allocation.max_rows,
                     max_seq_len=allocation.max_pages_per_row * page_size,
+                    least_sharers=least,
                 )
 
     @property

@@ -104,7 +104,8 @@ def decode_launch(
 ) -> Launch:
     """The plain loop; group: query heads of a KV head."""
     shape = _decode_shape(group) | {"HOT_ONLY": hot_only, "SEALED_ONLY": False}
-    launch = _plain_launch(attention_kernel, fmt, head_dim, group, page_size, dtype_bytes, shape)
+    geometry = (fmt, head_dim, group, page_size, dtype_bytes)
+    launch = _plain_launch(attention_kernel, *geometry, shape, capability)
     if head_dim > 128 and shared_kib(capability) < 160:
         return replace(launch, options={**launch.options, "num_stages": 1})
     return launch
@@ -120,7 +121,8 @@ def one_warp_launch(
     if not (k.one_warp and v.one_warp and head_dim <= max(INTEGER_HEAD_DIMS)):
         return None
     shape = _decode_shape(group) | {"HOT_ONLY": False, "SEALED_ONLY": True}
-    launch = _plain_launch(attention_kernel, fmt, head_dim, group, page_size, dtype_bytes, shape)
+    geometry = (fmt, head_dim, group, page_size, dtype_bytes)
+    launch = _plain_launch(attention_kernel, *geometry, shape, None)
     options = {**launch.options, "num_warps": 1}
     return replace(launch, programs=INTEGER_PROGRAMS, options=options)
 
@@ -170,7 +172,8 @@ def prefill_launch(
     block_m = max(16, triton.next_power_of_2(block_q * group))
     shape = {"DECODE": False, "BLOCK_Q": block_q, "BLOCK_M": block_m, **FLAGS}
     shape |= {"HOT_ONLY": False, "SEALED_ONLY": False}
-    launch = _plain_launch(attention_kernel, fmt, head_dim, group, page_size, dtype_bytes, shape)
+    geometry = (fmt, head_dim, group, page_size, dtype_bytes)
+    launch = _plain_launch(attention_kernel, *geometry, shape, capability)
     return _with_rows(launch, block, fmt)
 
 
@@ -186,7 +189,8 @@ def prefix_launch(
     """Prefixes that sequences share; group: query heads of a KV head"""
     most = _most_sharers(head_dim, group, capability)
     shape = {"BLOCK_M": max(16, triton.next_power_of_2(most * group))}
-    launch = _plain_launch(prefix_kernel, fmt, head_dim, group, page_size, dtype_bytes, shape)
+    geometry = (fmt, head_dim, group, page_size, dtype_bytes)
+    launch = _plain_launch(prefix_kernel, *geometry, shape, capability)
     return _with_rows(launch, row_block(head_dim, capability), fmt)
 
 
@@ -230,9 +234,12 @@ def _plain_launch(
     page_size: int,
     dtype_bytes: int,
     shape: dict[str, Any],
+    capability: Capability | None,
 ) -> Launch:
     k, v = format_kernels(fmt)
-    tokens = min(MAX_BLOCK_N, page_size & -page_size)
+    # A tile of wide heads is too much for a T4.
+    most = MAX_BLOCK_N if head_dim <= 128 or shared_kib(capability) > 64 else MAX_BLOCK_N // 2
+    tokens = min(most, page_size & -page_size)
     constants = {
         "LOAD_K": k.load,
         "LOAD_K_CENTRE": k.load_centre,

@@ -196,6 +196,16 @@ def attend_tile(
 
 
 @triton.jit
+def finished(acc, acc_offset, top, total):
+    """The sums over all tiles -> out [rows, channels] and lse [rows]; 0 and -inf for rows that have
+    seen nothing"""
+    some = total > 0.0
+    total = tl.where(some, total, 1.0)
+    out = (acc + acc_offset[:, None]) * (1.0 / total)[:, None]
+    return out, tl.where(some, (top + tl.log2(total)) * 0.6931471805599453, float("-inf"))
+
+
+@triton.jit
 def attention_kernel(
     q_ptr,
     hot_ptr,
@@ -412,10 +422,7 @@ def attention_kernel(
                     PRECISION,
                 )
 
-        some = total > 0.0
-        total = tl.where(some, total, 1.0)
-        out = (acc + acc_offset[:, None]) * (1.0 / total)[:, None]
-        lse = tl.where(some, (top + tl.log2(total)) * 0.6931471805599453, float("-inf"))
+        out, lse = finished(acc, acc_offset, top, total)
         if DECODE:
             out_row = split.to(tl.int64) * stride_split + seq * NUM_HEADS + q_head
         else:

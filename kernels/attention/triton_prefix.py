@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvmesh.kernels.attention.triton_loop import attend_tile, load_keys
+from kvmesh.kernels.attention.triton_loop import attend_tile, finished, load_keys
 
 
 @triton.jit
@@ -134,10 +134,7 @@ def prefix_kernel(
                 DTYPE,
                 PRECISION,
             )
-        some = total > 0.0
-        total = tl.where(some, total, 1.0)
-        out = (acc + acc_offset[:, None]) * (1.0 / total)[:, None]
-        lse = tl.where(some, (top + tl.log2(total)) * 0.6931471805599453, float("-inf"))
+        out, lse = finished(acc, acc_offset, top, total)
         out_row = split.to(tl.int64) * stride_split + seq * NUM_HEADS + q_head
         tl.store(out_ptr + out_row[:, None] * HEAD_DIM + offs_d[None, :], out, mask=mask_q)
         tl.store(lse_ptr + out_row, lse, mask=mask_m)
