@@ -8,8 +8,8 @@ import torch
 
 from kvmesh.kernels.attention.triton_operands import MAGIC, SPLIT_PTX
 from kvmesh.kernels.formats.fp8.triton import E4M3_PTX
-from kvmesh.kernels.formats.numbers_triton import MIDDLES, numbers_ptx, planes_of
-from kvmesh.kernels.formats.packing import pack
+from kvmesh.kernels.formats.numbers_ptx import MIDDLES, numbers_ptx
+from kvmesh.kernels.formats.packing import PLANES, pack
 from kvmesh.kernels.formats.planes_triton import THREE_BITS_PTX
 
 
@@ -115,7 +115,7 @@ def test_codes_as_bf16_numbers(width: int, middle: float) -> None:
     """A block of keys of 64 tokens and 256 channels, of width 3 by halves of the channels."""
     codes = torch.randint(0, 2**width, (64, 256), dtype=torch.uint8)
     packed = pack(codes, width, values=False)
-    planes = planes_of(width)
+    planes = PLANES[width]
     rows, halves = 64 // planes, 2 if width == 3 else 1
     parts = [packed[: rows * 256].view(rows, 256)]
     if halves == 2:
