@@ -232,22 +232,20 @@ class ModelParams:
 
     def compiled(self, fmt: KVFormat, page_size: int) -> CompiledParams:
         """As compiled kernels want them, of all layers together; made on first use. The layers' own
-        are from then on parts of these."""
+        are from then on parts of these. Raises ValueError where one kernel cannot do them all."""
         made = self._compiled.get((fmt, page_size))
         if made is None:
             each = [layer.compiled(fmt, page_size) for layer in self.layers]
+            if any(found.fmt != each[0].fmt for found in each):
+                raise ValueError("params: RoPE turns other channels in some layers than in others")
             made = self._compiled[fmt, page_size] = CompiledParams(
-                each[0].fmt, *(_stack(tables) for tables in _tables(each))
+                each[0].fmt,
+                _stack([found.k_table for found in each]),
+                _stack([found.v_table for found in each]),
             )
             for index, layer in enumerate(self.layers):
                 layer._compiled[fmt, page_size] = made.layer(index)
         return made
-
-
-def _tables(
-    each: list[CompiledParams],
-) -> tuple[list[torch.Tensor | None], list[torch.Tensor | None]]:
-    return [found.k_table for found in each], [found.v_table for found in each]
 
 
 def _stack(tables: list[torch.Tensor | None]) -> torch.Tensor | None:

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from kvmesh.kernels.formats.base import Side
 from kvmesh.kernels.formats.numbers_ptx import MIDDLES, numbers_ptx
+from kvmesh.kernels.formats.packing_triton import load_codes
 from kvmesh.kernels.formats.tiles_triton import as_int16, load, load_scale
 
 _PTX = {(width, x): numbers_ptx(width, x) for width, found in MIDDLES.items() for x in found}
@@ -166,6 +167,30 @@ def together(planes, VALUES: tl.constexpr):
         x = tl.join(tl.join(planes[0], planes[2]), tl.join(planes[1], planes[3]))
         x = x.permute(2, 3, 0, 1) if VALUES else x.permute(0, 2, 3, 1)
         return x.reshape(4 * R, C)
+
+
+@triton.jit
+def load_numbers(
+    part_ptr,
+    first_slot,
+    SIDE: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    MIDDLE: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Codes less MIDDLE, exact in DTYPE: of keys [BLOCK_N, BLOCK_D], of values transposed"""
+    if has_planes(SIDE, PAGE_SIZE, HEAD_DIM, BLOCK_N, BLOCK_D):
+        planes = load_planes(
+            part_ptr, first_slot, SIDE, PAGE_SIZE, HEAD_DIM, BLOCK_N, MIDDLE, DTYPE
+        )
+        return together(planes, SIDE.values)
+    else:
+        LESS: tl.constexpr = MIDDLE - (1 << (SIDE.width - 1))
+        codes = load_codes(part_ptr, first_slot, SIDE, PAGE_SIZE, HEAD_DIM, BLOCK_N, BLOCK_D)
+        return (codes.to(tl.float32) - LESS).to(DTYPE)
 
 
 @triton.jit

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.kernel_formats import READ_ALIKE
 from benchmarks.stand_in_params import params_for
 from kvmesh.kernels.attention import numba_attention, paged_attention, warm_up
 from kvmesh.kernels.formats.levels_numba import look_up
@@ -26,8 +27,6 @@ COMPILED = [
     for name in format_names()
     if numba_attention.has_loop(get_format(name), 64, 64, torch.float32)
 ]
-# A loop takes seconds to compile. These are read as others are.
-READ_ALIKE = {"g64-hqq4", "g64-hqq2", "int8-static-layer"}
 MIXED = [(1, 1), (63, 1), (64, 1), (65, 1), (200, 33), (300, 1), (1000, 1), (128, 1), (320, 1)]
 
 
@@ -60,6 +59,7 @@ def test_all_formats_but_those_with_residuals_are_compiled() -> None:
     assert others == {name for name in format_names() if name.startswith("turboquant")}
 
 
+# A loop takes seconds to compile.
 @pytest.mark.parametrize("name", [name for name in COMPILED if name not in READ_ALIKE])
 def test_mixed_batch_follows_the_rule(name: str) -> None:
     for windows in ((0, 0), (1, 0), (2, 1)):

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.stand_in_params import levels_for, nuq_keys, params_for
 from kvmesh.kernels.attention import paged_attention
-from kvmesh.kernels.formats.base import LayerParams
+from kvmesh.kernels.formats.base import LayerParams, ModelParams
 from kvmesh.kernels.formats.nuq.side import NonUniform
 from kvmesh.kernels.formats.packing import packed_bytes
 from kvmesh.kernels.formats.registry import get_format
@@ -181,3 +181,6 @@ def test_what_cannot_be_is_named() -> None:
     k = torch.randn(2, 1, 16, 64)
     with pytest.raises(ValueError, match=r"positions: nuq4 needs \[2\] first positions"):
         fmt.encode(k, k, params_for(fmt, 1, 64))
+    partial = params_for(fmt, 1, 64, rotary_dim=32)
+    with pytest.raises(ValueError, match="RoPE turns other channels in some layers"):
+        ModelParams((params_for(fmt, 1, 64), partial)).compiled(fmt, 16)

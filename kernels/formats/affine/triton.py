@@ -20,6 +20,7 @@ from kvmesh.kernels.formats.numbers_triton import (
     fused,
     has_planes,
     load_number,
+    load_numbers,
     load_planes,
     together,
 )
@@ -92,14 +93,9 @@ def load_folded(
     HALF_RANGE: tl.constexpr = 1 << (SIDE.width - 1)
     offset_ptr = part_ptr + packed_bytes(SIDE.width, PAGE_SIZE, HEAD_DIM)
     slots = first_slot + tl.arange(0, BLOCK_N)
-    if has_planes(SIDE, PAGE_SIZE, HEAD_DIM, BLOCK_N, BLOCK_D):
-        planes = load_planes(
-            part_ptr, first_slot, SIDE, PAGE_SIZE, HEAD_DIM, BLOCK_N, HALF_RANGE, DTYPE
-        )
-        codes = together(planes, SIDE.values)
-    else:
-        codes = load_codes(part_ptr, first_slot, SIDE, PAGE_SIZE, HEAD_DIM, BLOCK_N, BLOCK_D)
-        codes = codes.to(tl.float32).to(DTYPE)
+    codes = load_numbers(
+        part_ptr, first_slot, SIDE, PAGE_SIZE, HEAD_DIM, BLOCK_N, BLOCK_D, HALF_RANGE, DTYPE
+    )
     scale = load_scale(offset_ptr + PAGE_SIZE * 2, slots, None, SIDE.scale)
     offset = load_bf16(offset_ptr, slots) + HALF_RANGE * scale
     return tl.trans(codes) if SIDE.values else codes, scale, offset

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from kvmesh.kernels.formats.codebook import reference
 from kvmesh.kernels.formats.codebook.side import LLOYD_MAX, UNIFORM_STEP, Codebook
-from kvmesh.kernels.formats.numbers_triton import has_planes, load_planes, together
+from kvmesh.kernels.formats.numbers_triton import load_numbers
 from kvmesh.kernels.formats.packing_triton import (
     block_channels,
     block_slots,
@@ -78,12 +78,11 @@ def load_tile(
 ):
     slots = first_slot + tl.arange(0, BLOCK_N)
     UNIFORM: tl.constexpr = SIDE.levels == "uniform"
-    if UNIFORM and has_planes(SIDE, PAGE_SIZE, HEAD_DIM, BLOCK_N, BLOCK_D):
+    if UNIFORM:
         MIDDLE: tl.constexpr = ((1 << SIDE.width) - 1) / 2
-        planes = load_planes(
-            part_ptr, first_slot, SIDE, PAGE_SIZE, HEAD_DIM, BLOCK_N, MIDDLE, DTYPE
+        tile = load_numbers(
+            part_ptr, first_slot, SIDE, PAGE_SIZE, HEAD_DIM, BLOCK_N, BLOCK_D, MIDDLE, DTYPE
         )
-        tile = together(planes, SIDE.values)
     else:
         codes = load_codes(part_ptr, first_slot, SIDE, PAGE_SIZE, HEAD_DIM, BLOCK_N, BLOCK_D)
         tile = levels(codes, SIDE).to(DTYPE)
