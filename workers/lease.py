@@ -1,0 +1,71 @@
+"""A lease as its engine sees it, and what engine and router tell each other about leases."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseTerms:
+    """A reservation of pages on one group, as the router granted it; pages of one rank.
+
+    epoch: of the router that granted it
+    number: of that router's grants before it, which orders leases by age
+    hot_pages, sealed_pages: of all its sequences together
+    max_sealed_pages: what the lease may grow to
+    shared_sealed_pages: of its sealed pages, those that an earlier lease of the group paid
+        for when it was granted
+    sequences: how many share it; each has an equal part
+    """
+
+    lease_id: str
+    epoch: int
+    hot_pages: int
+    sealed_pages: int
+    max_sealed_pages: int
+    shared_sealed_pages: int = 0
+    sequences: int = 1
+    number: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseWant:
+    """A lease needs more pages before its sequences can go on.
+
+    prompt_tokens: of its longest sequence, resumed output included
+    tokens: each sequence is to reach, prompt included
+    """
+
+    lease_id: str
+    prompt_tokens: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseEnd:
+    """All sequences of a lease have ended and their pages are free.
+
+    output_tokens: of the longest sequence, if all of them ended naturally and none was
+        resumed, to learn from; otherwise None
+    """
+
+    lease_id: str
+    output_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AccountUpdate:
+    """What changed in an engine's account since its last update, in no order within one.
+
+    arrived: leases whose sequences the engine has taken
+    first_tokens: ids of leases whose first token is out
+    wants: at most one a lease; a later one replaces it
+    """
+
+    arrived: tuple[LeaseTerms, ...] = ()
+    first_tokens: tuple[str, ...] = ()
+    wants: tuple[LeaseWant, ...] = ()
+    ended: tuple[LeaseEnd, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.arrived or self.first_tokens or self.wants or self.ended)

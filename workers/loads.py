@@ -1,0 +1,79 @@
+"""What an engine says of itself: facts that hold while it lives, and reports of its load."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from kvmesh.workers.lease import LeaseTerms
+from kvmesh.workers.sizes import PageGeometry, PageNeed
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What does not change while an engine lives.
+
+    epoch: identifies this incarnation of the engine
+    model_revision: digest of the weights' source
+    geometry: page shapes and windows; `geometry.ranks` ranks hold each page's parts
+    capacity: pages of one rank that sequences can hold, the step's headroom left out
+    prefix_cache: equal pages of live and ended sequences are stored once
+    """
+
+    epoch: str
+    model: str
+    model_revision: str
+    kv_format: str
+    dtype: str
+    tp: int
+    geometry: PageGeometry
+    capacity: PageNeed
+    max_model_len: int
+    vocab_size: int
+    max_num_seqs: int
+    prefix_cache: bool = True
+
+    @property
+    def capacity_bytes(self) -> int:
+        """KV bytes over all ranks."""
+        return self.geometry.bytes_of(self.capacity)
+
+
+@dataclass(frozen=True, slots=True)
+class ArenaLoads:
+    """Pages of one rank's arena; every rank's is alike. used + cached + free = total."""
+
+    total: int = 0
+    used: int = 0
+    cached: int = 0
+    free: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PoolLoads:
+    """Both arenas of one rank."""
+
+    hot: ArenaLoads = ArenaLoads()
+    sealed: ArenaLoads = ArenaLoads()
+
+    @property
+    def used(self) -> PageNeed:
+        return PageNeed(self.hot.used, self.sealed.used)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoads:
+    """A report of an engine: what it runs, holds and has done since it started.
+
+    leases: of all live sequences
+    """
+
+    running: int = 0
+    waiting: int = 0
+    pool: PoolLoads = PoolLoads()
+    leases: tuple[LeaseTerms, ...] = ()
+    prompt_tokens_total: int = 0
+    completion_tokens_total: int = 0
+    cached_tokens_total: int = 0
+    preemptions_total: int = 0
+    steps_total: int = 0
+    outcomes_total: dict[str, int] = field(default_factory=dict)
