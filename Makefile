@@ -22,10 +22,10 @@ ARGS ?=
 PY := .venv/bin/python
 STAMP := .venv/.installed
 
-.PHONY: help venv demo serve test lint format protos bench clean distclean
+.PHONY: help venv hooks demo serve test test-fast lint format protos graph bench clean distclean
 
 help: ## This list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
 venv: $(STAMP) ## The environment: .venv with pinned dependencies
 
@@ -48,6 +48,9 @@ $(STAMP): pyproject.toml constraints.txt
 		-c constraints.txt -e '.[serve,plot,dev]'
 	@touch $@
 
+hooks: $(STAMP) ## Let git run lint and the repository's rules before each commit
+	.venv/bin/pre-commit install
+
 demo: $(STAMP) ## Start a local cluster, ask the model a question, show the costs, stop
 	.venv/bin/kvmesh demo $(ARGS)
 
@@ -56,6 +59,10 @@ serve: $(STAMP) ## Serve until Ctrl-C
 
 test: $(STAMP) ## All tests
 	$(PY) -m pytest $(ARGS)
+
+# ARGS choose tests, and a choice covers little: coverage is then not measured.
+test-fast: $(STAMP) ## Two minutes of tests: no Ray cluster, no slow ones; with coverage
+	$(PY) -m pytest -m 'not (ray or slow)' $(or $(ARGS),--cov)
 
 lint: $(STAMP) ## ruff, mypy, and whether the generated stubs are current
 	$(PY) -m ruff check .
@@ -67,8 +74,11 @@ format: $(STAMP) ## Sort imports and format
 	$(PY) -m ruff check --select I --fix .
 	$(PY) -m ruff format .
 
-protos: $(STAMP) ## Make the stubs of the wire contract anew
+protos: $(STAMP) ## Generate the stubs of the wire contract
 	$(PY) protos/generate.py
+
+graph: $(STAMP) ## Draw the import graph in CONTRIBUTING.md
+	$(PY) -m tests.repo.graph
 
 bench: $(STAMP) ## Benchmarks, reported as ratios in one run
 	$(PY) -m benchmarks $(ARGS)
