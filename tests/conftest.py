@@ -2,12 +2,14 @@
 
 Threads that wait sleep, so that a shared machine does not slow them tenfold. Without a GPU the
 Triton kernels run in its interpreter, which must be asked for before Triton's first import,
-wherever in the suite that is.
+wherever in the suite that is. Property tests have no deadlines: a busy machine is not a bug.
 """
 
 from __future__ import annotations
 
 import os
+
+from hypothesis import HealthCheck, settings
 
 from kvmesh.workers.threads import wait_passively
 
@@ -17,3 +19,6 @@ import torch  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")

@@ -188,6 +188,7 @@ def test_a_riddle_hides_its_key_where_it_should(model: EvaluatedModel, depth: fl
     assert maker.make(800, depth, seed=4).key != riddle.key
 
 
+@pytest.mark.slow
 def test_the_embedded_model_finds_a_passkey() -> None:
     model = EvaluatedModel(EngineConfig(model=EMBEDDED_NAME, device="cpu", threads_per_rank=1))
     report = measure_passkey(
@@ -334,6 +335,7 @@ def test_an_engine_does_not_start_with_a_refused_format() -> None:
         Engine(config, executor)
 
 
+@pytest.mark.slow
 def test_the_embedded_model_bears_int8_better_than_int4() -> None:
     config = EngineConfig(model=EMBEDDED_NAME, device="cpu", threads_per_rank=1)
     rank = Rank(config, 0, Communicator.single())
@@ -342,6 +344,7 @@ def test_the_embedded_model_bears_int8_better_than_int4() -> None:
     assert 0.0 < int8 < 1e-3 < int4
 
 
+@pytest.mark.slow
 def test_a_group_measures_together(path: Path) -> None:
     alone = InProcessExecutor(small_config(path)).divergences(["int4", "int8"])
     group = LocalProcesses(small_config(path, tp=2))

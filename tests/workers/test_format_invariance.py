@@ -32,6 +32,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SELF_SUFFICIENT)
 def test_output_depends_on_the_prompt_alone(name: str, model: Path) -> None:
     """Pages of 16 tokens, prompts of up to 13 pages: most are sealed in every format's windows."""
