@@ -68,7 +68,7 @@ def run_engine(engine: Engine, prompts: list[list[int]], tokens: int) -> tuple[f
     began = time.perf_counter()
     for index, prompt in enumerate(prompts):
         ids = np.array(prompt, np.int32)
-        engine.add(EngineRequest(str(index), "benchmark", ids, params))
+        engine.add(EngineRequest(str(index), ids, params))
     first = 0.0
     host = []
     while engine.has_work:

@@ -49,7 +49,7 @@ def measure(kv_format: str, tokens: int) -> dict[str, float | str | int]:
     params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
     for index in range(SEQUENCES):
         ids = np.array(prompt_of(400 + 5 * index, index), np.int32)
-        engine.add(EngineRequest(str(index), "benchmark", ids, params))
+        engine.add(EngineRequest(str(index), ids, params))
     waiting = SEQUENCES
     while waiting:  # until every request has its first token
         waiting -= sum(1 for delta in engine.step() if delta.token_ids)

@@ -109,7 +109,7 @@ def drive(
             params = SamplingParams(
                 temperature=0.0, max_tokens=request.output_tokens, ignore_eos=True
             )
-            engine.add(EngineRequest(request.request_id, "bench", tokens, params))
+            engine.add(EngineRequest(request.request_id, tokens, params))
         if not engine.has_work:
             time.sleep(0.001)
             continue

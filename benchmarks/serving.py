@@ -26,7 +26,7 @@ from kvmesh.cluster.config import ClusterConfig, build
 from kvmesh.cluster.lifecycle import Cluster, Endpoint
 from kvmesh.workers.leader import EngineLeader
 from kvmesh.workers.local import LocalProcesses
-from kvmesh.workers.request import EngineRequest
+from kvmesh.workers.request import EngineRequest, SequenceDelta
 from kvmesh.workers.sampling_params import SamplingParams
 
 console = Console(stderr=True)
@@ -51,6 +51,7 @@ class EngineAlone:
         self._leader = leader
         self._params: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True}
         self._count = 0
+        self._arrived: asyncio.Queue[list[SequenceDelta]] = asyncio.Queue()
 
     async def run(self, prompts: list[list[int]], tokens: int) -> tuple[float, float]:
         """Seconds to the first token of any, and to the last of all."""
@@ -61,13 +62,13 @@ class EngineAlone:
             self._count += 1
             live.add(str(self._count))
             ids = np.array(prompt, np.int32)
-            await self._leader.submit(EngineRequest(str(self._count), "bench", ids, params))
+            request = EngineRequest(str(self._count), ids, params)
+            self._leader.submit([request], self._arrived.put_nowait)
         first = 0.0
-        async for deltas in self._leader.outputs("bench"):
+        while live:
+            deltas = await self._arrived.get()
             first = first or time.perf_counter()
             live -= {delta.request_id for delta in deltas if delta.finish_reason}
-            if not live:
-                break
         return first - began, time.perf_counter() - began
 
 

@@ -150,7 +150,7 @@ def run(config: EngineConfig, make_executor: MakeExecutor, requests: list[Reques
     for index, request in enumerate(requests):
         ids = random.integers(3, engine.info.vocab_size, request.prompt).astype(np.int32)
         params = SamplingParams(temperature=0.0, max_tokens=request.output, ignore_eos=True)
-        asked = EngineRequest(str(index), "benchmark", ids, params)
+        asked = EngineRequest(str(index), ids, params)
         engine.check(asked)
         engine.add(asked)
     running, given = [], 0
@@ -180,8 +180,8 @@ def run(config: EngineConfig, make_executor: MakeExecutor, requests: list[Reques
         seats_wanted=wanted,
         seats=engine.info.max_num_seqs,
         preemptions=loads.preemptions_total,
-        hot_pages=engine.info.hot_pages,
-        sealed_pages=engine.info.sealed_pages,
+        hot_pages=engine.info.capacity.hot,
+        sealed_pages=engine.info.capacity.sealed,
     )
 
 

@@ -282,13 +282,13 @@ class Cluster:
         idle_polls = 0
         while time.monotonic() < until and not self._in_a_hurry.is_set():
             async with asyncio.timeout(ROUTER_TIMEOUT_S):
-                status = await router.status.remote(False)
-            # Once more: the last words of a request follow the end of its lease.
-            idle_polls = 0 if status.live_requests else idle_polls + 1
+                live_requests = await router.live_requests.remote()
+            # Once more: the last events of a request follow the end of its lease.
+            idle_polls = 0 if live_requests else idle_polls + 1
             if idle_polls > 1:
                 return
-            if status.live_requests:
-                self._progress(f"waiting for {status.live_requests} requests", None)
+            if live_requests:
+                self._progress(f"waiting for {live_requests} requests", None)
             await asyncio.sleep(POLL_S)
 
 

@@ -6,8 +6,11 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from kvmesh.cluster.peers import EngineLatencies, LatencySummary
-from kvmesh.workers.request import EngineLoads, SequenceDelta, SequenceUsage
+from kvmesh.cluster.reports import EngineLatencies, LatencySummary
+from kvmesh.cluster.routing.status import RouterStatus
+from kvmesh.workers.loads import EngineInfo, EngineLoads
+from kvmesh.workers.request import SequenceDelta, SequenceUsage
+from kvmesh.workers.sizes import PageNeed
 
 WINDOW = 512  # ended sequences that latency summaries are made of
 LATENCY_BUCKETS_S = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0)
@@ -76,14 +79,17 @@ class EngineMeters:
     def _histogram(self, factory: MeterFactory, name: str, description: str) -> HistogramMeter:
         return factory.histogram(name, description, ("group",), LATENCY_BUCKETS_S)
 
-    def delta(self, delta: SequenceDelta) -> None:
-        """Count what goes to a client."""
-        if delta.token_ids:
-            self._tokens.inc(len(delta.token_ids), {**self._tags, "kind": "completion"})
-        if delta.finish_reason is not None:
-            self._sequences.inc(1, {**self._tags, "outcome": delta.finish_reason.value})
-        if delta.usage is not None:
-            self._usage(delta.usage)
+    def deltas(self, deltas: Sequence[SequenceDelta]) -> None:
+        """Count what a step sends to a client: once a step, not once a token."""
+        tokens = 0
+        for delta in deltas:
+            tokens += len(delta.token_ids)
+            if delta.finish_reason is not None:
+                self._sequences.inc(1, {**self._tags, "outcome": delta.finish_reason.value})
+                if delta.usage is not None:
+                    self._usage(delta.usage)
+        if tokens:
+            self._tokens.inc(tokens, {**self._tags, "kind": "completion"})
 
     def _usage(self, usage: SequenceUsage) -> None:
         if usage.prompt_tokens:
@@ -103,16 +109,17 @@ class EngineMeters:
         meter.observe(seconds, self._tags)
         self._windows[window].append(seconds)
 
-    def loads(self, loads: EngineLoads) -> None:
+    def loads(self, info: EngineInfo, loads: EngineLoads) -> None:
         """Set the gauges."""
-        pool = loads.pool
-        for state in ("used", "cached", "free"):
-            hot: int = getattr(pool, f"hot_{state}")
-            sealed: int = getattr(pool, f"sealed_{state}")
-            self._pages.set(hot, {**self._tags, "kind": "hot", "state": state})
-            self._pages.set(sealed, {**self._tags, "kind": "sealed", "state": state})
-            total = hot * pool.hot_page_bytes + sealed * pool.sealed_page_bytes
-            self._bytes.set(total, {**self._tags, "state": state})
+        hot, sealed = loads.pool.hot, loads.pool.sealed
+        for state, need in (
+            ("used", PageNeed(hot.used, sealed.used)),
+            ("cached", PageNeed(hot.cached, sealed.cached)),
+            ("free", PageNeed(hot.free, sealed.free)),
+        ):
+            self._pages.set(need.hot, {**self._tags, "kind": "hot", "state": state})
+            self._pages.set(need.sealed, {**self._tags, "kind": "sealed", "state": state})
+            self._bytes.set(info.geometry.bytes_of(need), {**self._tags, "state": state})
         self._running.set(loads.running, {**self._tags, "state": "running"})
         self._running.set(loads.waiting, {**self._tags, "state": "waiting"})
         self._preemptions.set(loads.preemptions_total, self._tags)
@@ -177,14 +184,13 @@ class RouterMeters:
         )
         self._groups = factory.gauge("kvmesh_groups_healthy", "Groups that are up", ())
 
-    def status(
-        self, queue_length: int, leases: int, leased_bytes: Mapping[str, int], healthy: int
-    ) -> None:
-        self._queue.set(queue_length, {})
-        self._leases.set(leases, {})
+    def status(self, status: RouterStatus, healthy: int) -> None:
+        """healthy: groups that are up"""
+        self._queue.set(status.queue_depth, {})
+        self._leases.set(status.leases, {})
         self._groups.set(healthy, {})
-        for group, size_bytes in leased_bytes.items():
-            self._leased.set(size_bytes, {"group": group})
+        for group in status.groups:
+            self._leased.set(group.used_bytes, {"group": group.group})
 
 
 def summarise(values: Sequence[float]) -> LatencySummary:

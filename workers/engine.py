@@ -13,27 +13,25 @@ import heapq
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.errors import CapacityError, ConfigError, InvalidRequestError
 from kvmesh.workers.evaluation.gate import check_format
 from kvmesh.workers.executor import Allocation, Executor, RankDescription
+from kvmesh.workers.lease import LeaseTerms
+from kvmesh.workers.loads import ArenaLoads, EngineInfo, EngineLoads, PoolLoads
 from kvmesh.workers.plan import SampledToken
 from kvmesh.workers.pool_plan import plan_pool
 from kvmesh.workers.request import (
-    EngineInfo,
-    EngineLoads,
     EngineRequest,
     FinishReason,
-    LeaseTerms,
-    PoolLoads,
     SequenceDelta,
     TokenLogprobs,
 )
 from kvmesh.workers.scheduler import Scheduler
 from kvmesh.workers.sequence import Sequence
-from kvmesh.workers.sizes import PageGeometry
+from kvmesh.workers.sizes import PageGeometry, PageNeed
 
 
 class Engine:
@@ -92,16 +90,11 @@ class Engine:
             kv_format=config.kv_format,
             dtype=rank.dtype,
             tp=config.tp,
-            page_size=config.page_size,
-            sink_pages=rank.sink_pages,
-            recent_pages=rank.recent_pages,
+            geometry=self.geometry,
+            capacity=PageNeed(pool.hot_pages, pool.sealed_pages),
             max_model_len=max_model_len,
             vocab_size=rank.vocab_size,
             max_num_seqs=pool.max_num_seqs,
-            hot_pages=pool.hot_pages,
-            sealed_pages=pool.sealed_pages,
-            hot_page_bytes=rank.hot_page_bytes * executor.num_ranks,
-            sealed_page_bytes=rank.sealed_page_bytes * executor.num_ranks,
             prefix_cache=config.prefix_cache,
         )
         self._live: dict[str, Sequence] = {}
@@ -148,20 +141,16 @@ class Engine:
                 f"context of {self.info.max_model_len}",
             )
         need = self.geometry.peak_need(min(total, self.info.max_model_len))
-        if need.sealed > self.info.sealed_pages:
+        # One sequence's hot pages always fit; what it can have of sealed ones is all there are.
+        largest = PageNeed(self.geometry.hot_per_sequence(), self.info.capacity.sealed)
+        if need.sealed > largest.sealed:
+            needed, available = self.geometry.bytes_of(need), self.geometry.bytes_of(largest)
             raise CapacityError(
-                f"the request needs {self.geometry.bytes_of(need):,} bytes of KV cache; this "
-                f"group has {self.capacity_bytes:,}",
-                needed_bytes=self.geometry.bytes_of(need),
-                available_bytes=self.capacity_bytes,
-                ever=False,
+                f"the request needs {needed:,} bytes of KV cache; this group has {available:,}",
+                needed_bytes=needed,
+                available_bytes=available,
+                retryable=False,
             )
-
-    @property
-    def capacity_bytes(self) -> int:
-        """What one sequence can have at most, over all ranks."""
-        hot = self.geometry.hot_per_sequence() * self.info.hot_page_bytes
-        return hot + self.info.sealed_pages * self.info.sealed_page_bytes
 
     def add(self, request: EngineRequest) -> None:
         """Queue a request that `check` let pass; its id must not be live."""
@@ -175,6 +164,10 @@ class Engine:
         if request.timeout_s is not None:
             heapq.heappush(self._deadlines, (seq.arrived_s + request.timeout_s, request.request_id))
 
+    def add_all(self, requests: Iterable[EngineRequest]) -> None:
+        for request in requests:
+            self.add(request)
+
     def abort(
         self, request_id: str, reason: FinishReason = FinishReason.ABORT
     ) -> SequenceDelta | None:
@@ -183,12 +176,12 @@ class Engine:
         seq = self._live.get(request_id)
         return None if seq is None else self._finish(seq, (), (), reason)
 
-    def extend(self, request_id: str, lease: LeaseTerms) -> None:
-        """A sequence's lease has grown; one that is not live any more needs it no more."""
-        seq = self._live.get(request_id)
-        if seq is not None:
-            seq.lease = lease
-            self.stalled = False
+    def extend(self, lease: LeaseTerms) -> None:
+        """A lease has grown, for all live sequences under it."""
+        for seq in self._live.values():
+            if seq.lease is not None and seq.lease.lease_id == lease.lease_id:
+                seq.extend(lease)
+                self.stalled = False
 
     def deadline_s(self) -> float | None:
         """Until the earliest deadline, None without one."""
@@ -224,30 +217,17 @@ class Engine:
         return deltas
 
     def loads(self) -> EngineLoads:
-        """A snapshot; cheap enough for every second."""
+        """A snapshot of everything but the leases, whose book the leader keeps."""
         cache = self.scheduler.cache
-        leases: dict[str, LeaseTerms] = {}
-        for seq in self._live.values():
-            if (lease := seq.lease) is not None:
-                known = leases.get(lease.lease_id)
-                leases[lease.lease_id] = lease if known is None else known + lease
         return EngineLoads(
-            epoch=self.info.epoch,
             running=len(self.scheduler.running),
             waiting=len(self.scheduler.waiting),
             pool=PoolLoads(
-                hot_total=cache.hot.total,
-                hot_used=cache.hot.used,
-                hot_cached=cache.hot.cached,
-                hot_free=cache.hot.free,
-                sealed_total=cache.sealed.total,
-                sealed_used=cache.sealed.used,
-                sealed_cached=cache.sealed.cached,
-                sealed_free=cache.sealed.free,
-                hot_page_bytes=self.info.hot_page_bytes,
-                sealed_page_bytes=self.info.sealed_page_bytes,
+                *(
+                    ArenaLoads(arena.total, arena.used, arena.cached, arena.free)
+                    for arena in (cache.hot, cache.sealed)
+                )
             ),
-            leases=tuple(leases.values()),
             prompt_tokens_total=self._totals["prompt"],
             completion_tokens_total=self._totals["completion"],
             cached_tokens_total=self._totals["cached"],

@@ -24,14 +24,16 @@ class InvalidRequestError(EngineError):
 
 
 class CapacityError(EngineError):
-    """The pool cannot hold the request: not now, or not at any time when `ever` is False."""
+    """The pool cannot hold the request: not now, or never where it is not `retryable`."""
 
-    def __init__(self, message: str, needed_bytes: int, available_bytes: int, ever: bool) -> None:
-        super().__init__(message, needed_bytes, available_bytes, ever)
+    def __init__(
+        self, message: str, needed_bytes: int, available_bytes: int, retryable: bool
+    ) -> None:
+        super().__init__(message, needed_bytes, available_bytes, retryable)
         self.message = message
         self.needed_bytes = needed_bytes
         self.available_bytes = available_bytes
-        self.ever = ever
+        self.retryable = retryable
 
     def __str__(self) -> str:
         return self.message
@@ -54,7 +56,7 @@ class UnsupportedModelError(ConfigError):
 
 
 class WorkerDiedError(EngineError):
-    """A rank of the group is gone; the group must be built anew."""
+    """A rank of the group is gone; the group must be replaced."""
 
 
 class DrainingError(EngineError):

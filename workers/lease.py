@@ -69,3 +69,12 @@ class AccountUpdate:
 
     def __bool__(self) -> bool:
         return bool(self.arrived or self.first_tokens or self.wants or self.ended)
+
+
+@dataclass(frozen=True, slots=True)
+class PageChanges:
+    """Blocks of pages that an engine's prefix cache has gained and lost, by the digests of
+    their last pages."""
+
+    held: tuple[bytes, ...] = ()
+    dropped: tuple[bytes, ...] = ()

@@ -30,6 +30,9 @@ class PageNeed:
     def __add__(self, other: PageNeed) -> PageNeed:
         return PageNeed(self.hot + other.hot, self.sealed + other.sealed)
 
+    def __sub__(self, other: PageNeed) -> PageNeed:
+        return PageNeed(self.hot - other.hot, self.sealed - other.sealed)
+
     def fits(self, room: PageNeed) -> bool:
         return self.hot <= room.hot and self.sealed <= room.sealed
 

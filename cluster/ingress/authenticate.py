@@ -6,7 +6,7 @@ import hashlib
 import hmac
 from collections.abc import Iterable, Sequence
 
-from kvmesh.cluster.ingress.errors import UnauthenticatedError
+from kvmesh.cluster.errors import UnauthenticatedError
 
 ANONYMOUS = "anonymous"
 _BEARER = "bearer "

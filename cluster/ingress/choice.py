@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvmesh.cluster.ingress.errors import ResumeMismatchError
+from kvmesh.cluster.errors import ResumeMismatchError
+from kvmesh.cluster.ingress.codec import TextCodec
 from kvmesh.cluster.ingress.stop_strings import StopStrings
 from kvmesh.cluster.ingress.validate import ResumedChoice
-from kvmesh.cluster.peers import TextCodec
 from kvmesh.workers.request import FinishReason, SequenceDelta, TokenLogprobs
 from kvmesh.workers.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
-class Finish:
+class ChoiceFinish:
     """Why a choice ended, and what ended it."""
 
     reason: FinishReason
@@ -23,7 +23,7 @@ class Finish:
 
 
 @dataclass(frozen=True, slots=True)
-class Output:
+class ChoiceOutput:
     """What is new of a choice. offset: output tokens there were before."""
 
     offset: int
@@ -56,7 +56,7 @@ class Choice:
         self.index = index
         self.params = params
         self.token_ids: list[int] = []
-        self.finish: Finish | None = None
+        self.finish: ChoiceFinish | None = None
         self._eos = frozenset(() if params.ignore_eos else codec.eos_token_ids)
         self._text = codec.stream()
         self._stops = StopStrings(stops)
@@ -68,31 +68,31 @@ class Choice:
         text = ""
         for token_id in resumed.token_ids:
             if self.finish is not None:
-                raise ResumeMismatchError("the resumed output goes on behind its own end")
+                raise ResumeMismatchError("the resumed output continues after its own end")
             stop_token = self._stop_token(token_id)
             text += self._take(token_id, is_stop_token=stop_token)
             if stop_token:
-                self.finish = Finish(FinishReason.STOP, stop_token_id=token_id)
+                self.finish = ChoiceFinish(FinishReason.STOP, stop_token_id=token_id)
             elif len(self.token_ids) >= self.params.max_tokens and self.finish is None:
-                self.finish = Finish(FinishReason.LENGTH)
+                self.finish = ChoiceFinish(FinishReason.LENGTH)
         if resumed.finished and self.finish is None:
             # It ended for a reason that its tokens do not show, e.g. a deadline.
-            self.finish = Finish(FinishReason.ABORT)
+            self.finish = ChoiceFinish(FinishReason.ABORT)
         if self.finish is not None and self.finish.stop_string is None:
             text += self._rest()
         if resumed.text_chars > len(text):
-            raise ResumeMismatchError("the resumed tokens do not give as much text as was received")
+            raise ResumeMismatchError("the resumed tokens decode to less text than the client received")
         self._owed_text = text[resumed.text_chars :]
 
-    def owed(self) -> Output:
+    def owed(self) -> ChoiceOutput:
         """Text that the resumed tokens give and the client lacks."""
         owed, self._owed_text = self._owed_text, ""
-        return Output(len(self.token_ids), (), owed, ())
+        return ChoiceOutput(len(self.token_ids), (), owed, ())
 
-    def accept(self, deltas: Sequence[SequenceDelta]) -> Output:
+    def accept(self, deltas: Sequence[SequenceDelta]) -> ChoiceOutput:
         """Take tokens of the engine, and its end; sets `finish`.
 
-        Tokens behind a stop string are dropped.
+        Tokens after a stop string are dropped.
         """
         offset, text = len(self.token_ids), ""
         logprobs: list[TokenLogprobs] = []
@@ -105,14 +105,14 @@ class Choice:
                 text += self._take(token_id, is_stop_token=is_stop_token)
                 logprobs.extend(delta.logprobs[position : position + 1])
             if delta.finish_reason is not None and self.finish is None:
-                self.finish = Finish(delta.finish_reason, stop_token_id=delta.matched_stop_token)
+                self.finish = ChoiceFinish(delta.finish_reason, stop_token_id=delta.matched_stop_token)
                 text += self._rest()
-        return Output(offset, tuple(self.token_ids[offset:]), text, tuple(logprobs))
+        return ChoiceOutput(offset, tuple(self.token_ids[offset:]), text, tuple(logprobs))
 
-    def end(self, reason: FinishReason) -> Output:
+    def end(self, reason: FinishReason) -> ChoiceOutput:
         """End the choice from outside."""
-        self.finish = Finish(reason)
-        return Output(len(self.token_ids), (), self._rest(), ())
+        self.finish = ChoiceFinish(reason)
+        return ChoiceOutput(len(self.token_ids), (), self._rest(), ())
 
     def _stop_token(self, token_id: int) -> bool:
         enough = len(self.token_ids) + 1 >= self.params.min_tokens
@@ -131,7 +131,7 @@ class Choice:
     def _scan(self, text: str) -> str:
         certain, matched = self._stops.push(text)
         if matched is not None:
-            self.finish = Finish(FinishReason.STOP, stop_string=matched)
+            self.finish = ChoiceFinish(FinishReason.STOP, stop_string=matched)
         return certain
 
     def _rest(self) -> str:

@@ -2,20 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
-from kvmesh.cluster.peers import TextStream
 from kvmesh.workers.errors import InvalidRequestError
 from kvmesh.workers.model.facts import read_facts
 from kvmesh.workers.model.tokenizer import Tokenizer
 from kvmesh.workers.request import TokenIds
 
 
+class TextStream(Protocol):
+    """Text of tokens that come one by one."""
+
+    def push(self, ids: Sequence[int]) -> str:
+        """The text that has become certain."""
+
+    def flush(self) -> str:
+        """What is left at the end."""
+
+
+class TextCodec(Protocol):
+    """The model's tokenizer."""
+
+    def encode(self, text: str) -> TokenIds:
+        """Token ids of a prompt, with what the model puts before it."""
+
+    def encode_chat(self, turns: Iterable[tuple[str, str]]) -> TokenIds:
+        """Token ids of a conversation, ready for the assistant; ValueError if it cannot be."""
+
+    def decode_token(self, token_id: int) -> str:
+        """One token's own text."""
+
+    def stream(self) -> TextStream:
+        """A new incremental decoder."""
+
+    @property
+    def has_chat_template(self) -> bool: ...
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]: ...
+
+
 class ModelCodec:
-    """`peers.TextCodec` over the tokenizer of the model in directory `path`."""
+    """`TextCodec` over the tokenizer of the model in directory `path`."""
 
     def __init__(self, path: Path) -> None:
         self._tokenizer = Tokenizer.load(path)

@@ -4,29 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kvmesh.cluster.peers import ClusterStatus, EngineReport, Explained
-from kvmesh.cluster.routing.request import Estimate, PlaceRequest
+from kvmesh.cluster.reports import ClusterStatus, EngineReport
+from kvmesh.cluster.routing.decisions import Explained
+from kvmesh.cluster.routing.outcome import BudgetEstimate
+from kvmesh.cluster.routing.request import PlaceRequest
 from kvmesh.cluster.routing.verdict import Reason, Verdict
 from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
-from kvmesh.workers.request import EngineInfo
-from kvmesh.workers.sizes import PageGeometry
 
 _AT_ONCE = frozenset({Reason.CHOSEN, Reason.WORSE})
 
 
-def geometry_of(info: EngineInfo) -> PageGeometry:
-    """Page shapes of a group; an engine's page bytes are over all its ranks."""
-    return PageGeometry(
-        page_size=info.page_size,
-        sink_pages=info.sink_pages,
-        recent_pages=info.recent_pages,
-        hot_page_bytes=info.hot_page_bytes,
-        sealed_page_bytes=info.sealed_page_bytes,
-    )
-
-
 def estimate_reply(
-    asked: PlaceRequest, estimate: Estimate, status: ClusterStatus
+    asked: PlaceRequest, estimate: BudgetEstimate, status: ClusterStatus
 ) -> pb.EstimateBudgetResponse:
     reply = pb.EstimateBudgetResponse(
         prompt_tokens=asked.prompt_tokens,
@@ -41,7 +30,7 @@ def estimate_reply(
         report = status.reports.get(verdict.group)
         group = _group(verdict, report)
         if report is not None:
-            geometry = geometry_of(report.info)
+            geometry = report.info.geometry
             need = geometry.peak_need(asked.prompt_tokens + asked.max_tokens)
             # Of all the tokens asked for: a verdict counts no more than the context holds.
             group.needed_bytes = geometry.bytes_of(need) * asked.sequences
@@ -80,5 +69,5 @@ def _group(verdict: Verdict, report: EngineReport | None) -> pb.GroupEstimate:
         group.cost_s = verdict.cost_s
     if report is not None:
         group.kv_format = report.info.kv_format
-        group.cached_tokens = verdict.cached_pages * report.info.page_size
+        group.cached_tokens = verdict.cached_pages * report.info.geometry.page_size
     return group

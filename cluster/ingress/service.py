@@ -5,35 +5,40 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Iterable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
 
 import numpy as np
 
-from kvmesh.cluster.ingress import validate, wire
-from kvmesh.cluster.ingress.authenticate import Authenticator
-from kvmesh.cluster.ingress.errors import (
+from kvmesh.cluster.errors import (
     ContextExceededError,
     DrainingError,
     NotReadyError,
     ResumeMismatchError,
     UnknownModelError,
 )
-from kvmesh.cluster.ingress.estimate import estimate_reply, explain_reply, geometry_of
-from kvmesh.cluster.ingress.generation import Generation, Surroundings
-from kvmesh.cluster.ingress.links import EngineLink
-from kvmesh.cluster.ingress.quality import groups_below
+from kvmesh.cluster.identity import Identity
+from kvmesh.cluster.ingress import validate, wire
+from kvmesh.cluster.ingress.authenticate import Authenticator
+from kvmesh.cluster.ingress.codec import TextCodec
+from kvmesh.cluster.ingress.engine_links import EngineLinks
+from kvmesh.cluster.ingress.estimate import estimate_reply, explain_reply
+from kvmesh.cluster.ingress.generation import Generation, IngressContext
+from kvmesh.cluster.ingress.quality import DIVERGENCE_NATS, groups_below
+from kvmesh.cluster.ingress.router_link import RouterLink
+from kvmesh.cluster.link import Address
 from kvmesh.cluster.metrics import IngressMeters
-from kvmesh.cluster.peers import ClusterStatus, EngineClient, RouterClient, TextCodec
+from kvmesh.cluster.reports import ClusterStatus
 from kvmesh.cluster.routing.request import PlaceRequest
 from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
+from kvmesh.workers.loads import EngineInfo
 from kvmesh.workers.prefix_cache import PageDigests
-from kvmesh.workers.request import EngineInfo, TokenIds
+from kvmesh.workers.request import TokenIds
 
 logger = logging.getLogger(__name__)
 
 Metadata = Iterable[tuple[str, str | bytes]]
 
-LONG_TEXT_CHARS = 4096  # tokenising longer texts would hold up everybody's streams
+LONG_TEXT_CHARS = 4096  # tokenising longer texts would delay every stream
 LONG_PROMPT_TOKENS = 1 << 16  # and so would hashing longer prompts
 REFRESH_PERIOD_S = 1.0
 
@@ -41,85 +46,88 @@ REFRESH_PERIOD_S = 1.0
 class IngressService:
     """One ingress process.
 
-    engines: by group
-    model_names: by which requests may call the model, besides its engines' own name for it
-    name: unique among ingress processes
+    find_router: where the router listens; raises LinkError while it is not known
+    model_names: names by which requests may call the model, besides its engines' own
+    divergence_nats: measured divergence of KV formats, for the quality floor
     """
 
     def __init__(
         self,
-        router: RouterClient,
-        engines: Mapping[str, EngineClient],
+        identity: Identity,
+        find_router: Callable[[], Awaitable[Address]],
         codec: TextCodec,
         authenticator: Authenticator,
         limits: validate.Limits,
         meters: IngressMeters,
         *,
-        name: str,
         version: str,
         model_names: frozenset[str] = frozenset(),
         queue_timeout_s: float = 120.0,
+        divergence_nats: Mapping[str, float] = DIVERGENCE_NATS,
     ) -> None:
-        self._router = router
+        self._router = RouterLink(identity, find_router)
+        self._engines = EngineLinks(identity)
         self._codec = codec
         self._authenticator = authenticator
         self._limits = limits
         self._meters = meters
         self._version = version
         self._model_names = model_names
-        self._links = {group: EngineLink(engine, name) for group, engine in engines.items()}
+        self._divergence_nats = divergence_nats
         self._status: ClusterStatus | None = None
-        self._kept: set[asyncio.Task[None]] = set()
+        self._tasks: list[asyncio.Task[None]] = []
         self._running = 0
         self._idle = asyncio.Event()
         self._idle.set()
         self.draining = False
-        self._around = Surroundings(
-            router=router,
-            link=self._links.__getitem__,
-            info=self._info,
-            codec=codec,
-            queue_timeout_s=queue_timeout_s,
-            keep=self._keep,
-        )
+        self._context = IngressContext(self._router, self._engines, codec, queue_timeout_s)
 
     # Life
 
-    async def follow(self) -> None:
-        """Keep what is known of the groups current; runs until cancelled."""
-        while True:
-            await self.refresh()
-            await asyncio.sleep(REFRESH_PERIOD_S)
+    def start(self) -> None:
+        """Find the router, and keep what is known of the groups current."""
+        self._tasks = [
+            asyncio.create_task(self._router.run()),
+            asyncio.create_task(self._follow()),
+        ]
 
-    async def refresh(self) -> None:
-        try:
-            self._status = await self._router.status()
-            self.draining = self.draining or self._status.draining
-        except NotReadyError:
-            logger.warning("the router does not answer")
+    def check_health(self) -> None:
+        """Raises RuntimeError if this process no longer follows the router."""
+        if any(task.done() for task in self._tasks):
+            raise RuntimeError("the ingress no longer follows the router")
 
     @property
     def ready(self) -> bool:
         """Whether a request could be served."""
         return bool(self._status and self._status.healthy) and not self.draining
 
+    async def refresh(self) -> None:
+        """Ask the router for its status."""
+        self._status = await self._router.status()
+        self.draining = self.draining or self._status.draining
+
     async def drain(self, timeout_s: float) -> None:
-        """Take nothing new and let what runs end, for so long at most."""
+        """Take nothing new and let what runs end, for at most this long."""
         self.draining = True
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._idle.wait()
 
     async def stop(self) -> None:
-        """Close every stream, and see leases given back."""
+        """Close every connection, which ends what runs."""
         self.draining = True
-        await asyncio.gather(*(link.close() for link in self._links.values()))
-        if self._kept:
-            await asyncio.wait(self._kept, timeout=5.0)
+        self._engines.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _keep(self, task: asyncio.Task[None]) -> None:
-        self._kept.add(task)
-        task.add_done_callback(self._kept.discard)
+    async def _follow(self) -> None:
+        while True:
+            try:
+                await self.refresh()
+            except NotReadyError:
+                logger.warning("the router does not answer")
+            await asyncio.sleep(REFRESH_PERIOD_S)
 
     # Calls
 
@@ -145,7 +153,7 @@ class IngressService:
 
     async def generate(self, request: object, metadata: Metadata) -> pb.GenerateResponse:
         """Generate: the stream's events, gathered."""
-        self._authenticator.authenticate(metadata)  # before anything is said of the request
+        self._authenticator.authenticate(metadata)  # before anything is said about the request
         if isinstance(request, pb.GenerateRequest) and request.HasField("resume"):
             validate.refuse("resume", "is for GenerateStream; a reply in one piece has no cursor")
         started, usage = pb.Started(), pb.Usage()
@@ -211,7 +219,7 @@ class IngressService:
             tenant=tenant,
             priority=request.priority,
             page_hashes=hashes,
-            excluded_groups=groups_below(request.min_kv_format, status),
+            excluded_groups=groups_below(request.min_kv_format, status, self._divergence_nats),
             sequences=n,
         )
         return estimate_reply(asked, await self._router.estimate(asked), status)
@@ -236,7 +244,7 @@ class IngressService:
     # Within
 
     def _admit(self, request: object, metadata: Metadata) -> str:
-        """The caller's tenant; refuses who is not known, then what cannot be read."""
+        """The caller's tenant; refuses unknown callers, then what cannot be read."""
         tenant = self._authenticator.authenticate(metadata)
         validate.check_message(request, self._limits)
         if self.draining:
@@ -260,8 +268,8 @@ class IngressService:
             raise self._context_exceeded(len(ids), status)
         params = validate.fit_context(spec, len(ids), longest)
         hashes = await _page_hashes(ids, validate.cache_salt(tenant, spec.cache_salt), info)
-        excluded = groups_below(spec.min_kv_format, status)
-        return Generation(spec, ids, params, tenant, self._around, hashes, excluded)
+        excluded = groups_below(spec.min_kv_format, status, self._divergence_nats)
+        return Generation(spec, ids, params, tenant, self._context, hashes, excluded)
 
     async def _encode(self, prompt: validate.Prompt) -> TokenIds:
         """Token ids; a long text is tokenised beside the event loop."""
@@ -297,15 +305,6 @@ class IngressService:
             raise NotReadyError()
         return self._status
 
-    async def _info(self, group: str) -> EngineInfo:
-        report = self._known().reports.get(group)
-        if report is None:  # it came up since the last refresh
-            await self.refresh()
-            report = self._known().reports.get(group)
-        if report is None:
-            raise NotReadyError()
-        return report.info
-
     def _any_info(self, status: ClusterStatus) -> EngineInfo:
         return next(iter(status.reports.values())).info
 
@@ -322,12 +321,12 @@ class IngressService:
     def _context_exceeded(self, prompt_tokens: int, status: ClusterStatus) -> ContextExceededError:
         """The bytes are of the group with the longest context."""
         info = max((r.info for r in status.reports.values()), key=lambda i: i.max_model_len)
-        geometry = geometry_of(info)
+        geometry = info.geometry
         return ContextExceededError(
             prompt_tokens,
             info.max_model_len,
             geometry.bytes_of(geometry.peak_need(prompt_tokens + 1)),
-            info.hot_pages * info.hot_page_bytes + info.sealed_pages * info.sealed_page_bytes,
+            info.capacity_bytes,
         )
 
     def _measure(self, usage: pb.Usage) -> None:
@@ -341,8 +340,9 @@ async def _page_hashes(ids: TokenIds, salt: str, info: EngineInfo) -> tuple[byte
     """Of the prompt's full pages, as the prefix caches of engines like this one know them."""
     if not info.prefix_cache:
         return ()
-    digests = PageDigests(info.page_size, salt)
-    pages = len(ids) // info.page_size
+    page_size = info.geometry.page_size
+    digests = PageDigests(page_size, salt)
+    pages = len(ids) // page_size
     if len(ids) < LONG_PROMPT_TOKENS:
         return tuple(digests.upto(ids, pages))
     return tuple(await asyncio.to_thread(digests.upto, ids, pages))

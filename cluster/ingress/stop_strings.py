@@ -1,7 +1,7 @@
 """Finds stop strings in text that arrives in pieces.
 
-emitted so far | held back: could be the beginning of a stop string
-                            ^ never more than the longest one, less a character
+emitted so far | held back: could be the start of a stop string
+                            ^ never longer than the longest one minus a character
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class StopStrings:
         """(text that is certain now, the stop string found or None).
 
         Of several stop strings the one that is complete first ends the text; of
-        those complete at the same character, the one that begins first.
+        those complete at the same character, the one that starts first.
         """
         if not self._stops:
             return text, None
@@ -36,10 +36,10 @@ class StopStrings:
         # does not depend on how much text came at once.
         found = self._first_complete(buffer)
         if found is not None:
-            begin, stop = found
+            start, stop = found
             self._held = ""
-            return buffer[:begin], stop
-        keep = self._possible_beginning(buffer)
+            return buffer[:start], stop
+        keep = self._possible_start(buffer)
         self._held = buffer[keep:]
         return buffer[:keep], None
 
@@ -51,14 +51,14 @@ class StopStrings:
     def _first_complete(self, buffer: str) -> tuple[int, str] | None:
         best: tuple[int, int, str] | None = None
         for stop in self._stops:
-            begin = buffer.find(stop)
-            if begin >= 0 and (best is None or (begin + len(stop), begin) < best[:2]):
-                best = (begin + len(stop), begin, stop)
+            start = buffer.find(stop)
+            if start >= 0 and (best is None or (start + len(stop), start) < best[:2]):
+                best = (start + len(stop), start, stop)
         return None if best is None else (best[1], best[2])
 
-    def _possible_beginning(self, buffer: str) -> int:
-        """Where the longest suffix begins that is a proper prefix of a stop string."""
-        for begin in range(max(0, len(buffer) - self._longest + 1), len(buffer)):
-            if any(stop.startswith(buffer[begin:]) for stop in self._stops):
-                return begin
+    def _possible_start(self, buffer: str) -> int:
+        """Where the longest suffix starts that is a proper prefix of a stop string."""
+        for start in range(max(0, len(buffer) - self._longest + 1), len(buffer)):
+            if any(stop.startswith(buffer[start:]) for stop in self._stops):
+                return start
         return len(buffer)

@@ -1,4 +1,4 @@
-"""From a request on the wire to values that hold, or a typed error that names the field."""
+"""From a request on the wire to checked values, or to a typed error that names the field."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Unparsable:
-    """A message whose bytes are no valid protobuf, kept so that it is refused politely."""
+    """A message whose bytes are not valid protobuf, kept so that it gets a proper error."""
 
     size_bytes: int
 
@@ -71,7 +71,7 @@ class Resume:
 
 @dataclass(frozen=True, slots=True)
 class GenerationSpec:
-    """A request that is well formed; what needs the model is checked after tokenising.
+    """A well-formed request; what depends on the model is checked after tokenising.
 
     params: its seed is the request's; each choice derives its own
     max_tokens_given: False where params.max_tokens is the server's default
@@ -91,7 +91,7 @@ class GenerationSpec:
 
 
 def cache_salt(tenant: str, salt: str) -> str:
-    """Prompts of different salts share no cached page: speed would tell one of the other."""
+    """Prompts with different salts share no cached pages, whose timing would reveal each other."""
     return f"{tenant}/{salt}"
 
 
@@ -158,7 +158,7 @@ def sampling_params(wire: pb.SamplingParams, limits: Limits) -> SamplingParams:
     }
     given.setdefault("seed", secrets.randbits(64))
     if "max_tokens" not in given:
-        # A default must not refuse a request that asked for more than it.
+        # The default must not conflict with a larger min_tokens.
         given["max_tokens"] = max(limits.default_max_tokens, given.get("min_tokens", 0))
     try:
         return SamplingParams(
@@ -183,9 +183,9 @@ def prompt(wire: pb.Prompt) -> Prompt:
         if not wire.token_ids.ids:
             refuse("prompt.token_ids", "must not be empty")
         ids = np.array(wire.token_ids.ids, dtype=np.int64)
-        # Vocabularies are far smaller; what exceeds int32 is no token id of any.
+        # Vocabularies are far smaller; what exceeds int32 is not a token id of any model.
         if int(ids.max()) > np.iinfo(np.int32).max:
-            refuse("prompt.token_ids", f"{int(ids.max())} is no token id of the model")
+            refuse("prompt.token_ids", f"{int(ids.max())} is not a valid token id: the limit is 2^31 - 1")
         return ids.astype(np.int32)
     refuse("prompt", "must have one of text, chat and token_ids")
 
@@ -194,7 +194,7 @@ def _chat(chat: pb.Chat) -> tuple[ChatTurn, ...]:
     if not chat.messages:
         refuse("prompt.chat.messages", "must not be empty")
     if len(chat.messages) > MAX_MESSAGES:
-        refuse("prompt.chat.messages", f"at most {MAX_MESSAGES}, got {len(chat.messages)}")
+        refuse("prompt.chat.messages", f"must have at most {MAX_MESSAGES} messages, got {len(chat.messages)}")
     for index, message in enumerate(chat.messages):
         if not message.role:
             refuse(f"prompt.chat.messages[{index}].role", "must not be empty")
@@ -229,9 +229,9 @@ def check_prompt_ids(ids: TokenIds, vocab_size: int) -> None:
 
 
 def fit_context(spec: GenerationSpec, prompt_tokens: int, max_model_len: int) -> SamplingParams:
-    """The parameters with a max_tokens that the context holds behind the prompt.
+    """The parameters with a max_tokens that fits in the context after the prompt.
 
-    A default is lowered to the room there is; one that was asked for is refused.
+    A default is lowered to what fits; an explicit value that does not fit is refused.
     prompt_tokens: less than max_model_len
     """
     room = max_model_len - prompt_tokens
@@ -261,7 +261,7 @@ def choice_seed(seed: int, index: int) -> int:
 
 
 def _unknown(token_id: int, vocab_size: int) -> str:
-    return f"{token_id} is no token id of the model, whose vocabulary has {vocab_size}"
+    return f"{token_id} is not a valid token id; the vocabulary has {vocab_size:,} tokens"
 
 
 def _request_id(request_id: str) -> str:
@@ -273,16 +273,16 @@ def _request_id(request_id: str) -> str:
     return request_id
 
 
-def _short(field: str, value: str, most: int) -> str:
-    if len(value) > most:
-        refuse(field, f"must have at most {most} characters, got {len(value)}")
+def _short(field: str, value: str, max_chars: int) -> str:
+    if len(value) > max_chars:
+        refuse(field, f"must have at most {max_chars} characters, got {len(value)}")
     return value
 
 
 def _stop_strings(stops: Sequence[str], limits: Limits) -> tuple[str, ...]:
     field = "sampling_params.stop"
     if len(stops) > limits.max_stop_strings:
-        refuse(field, f"at most {limits.max_stop_strings}, got {len(stops)}")
+        refuse(field, f"must have at most {limits.max_stop_strings} strings, got {len(stops)}")
     for index, stop in enumerate(stops):
         if not stop:
             refuse(f"{field}[{index}]", "must not be empty")
@@ -309,7 +309,7 @@ def _resume(wire: pb.Resume, n: int) -> Resume:
         if choice.index >= n:
             refuse(field, f"must be less than n ({n}), got {choice.index}")
         if choice.index in seen:
-            refuse(field, f"{choice.index} is there twice")
+            refuse(field, f"{choice.index} appears twice")
         seen.add(choice.index)
         choices[choice.index] = ResumedChoice(
             tuple(choice.token_ids), choice.text_chars, choice.finished, position

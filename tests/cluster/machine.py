@@ -1,4 +1,5 @@
-"""A cluster in one process: real ingress, router, engines and leaders; only Ray is not there.
+"""A cluster in one process: real ingress, router, engines, leaders and connections between
+them; only Ray is not there.
 
 The engines' executor keeps tokens for keys and values and takes a permit for
 each step, so that a test decides what is in flight.
@@ -9,28 +10,34 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 
 import numpy as np
 import numpy.typing as npt
 
-from kvmesh.cluster.engine_service import EngineService
+from kvmesh.cluster.engine_service import EngineService, _Ingress
+from kvmesh.cluster.errors import Failure
+from kvmesh.cluster.identity import Identity
 from kvmesh.cluster.ingress.authenticate import Authenticator, hash_key
-from kvmesh.cluster.ingress.errors import EngineLostError
 from kvmesh.cluster.ingress.service import IngressService
 from kvmesh.cluster.ingress.validate import Limits
+from kvmesh.cluster.link import Address, Connection, Listener, LinkError, listen
+from kvmesh.cluster.messages import TO_ROUTER, Account, Place, Submit
 from kvmesh.cluster.metrics import EngineMeters, IngressMeters, RouterMeters
-from kvmesh.cluster.peers import EngineReport, StreamOpened
-from kvmesh.cluster.router_service import RouterService
+from kvmesh.cluster.router_service import RouterService, _Peer
 from kvmesh.cluster.routing.config import RouterConfig
-from kvmesh.cluster.routing.request import Growth, Placement, PlaceRequest
+from kvmesh.cluster.routing.outcome import Granted, Grown, Outcome, Placement
+from kvmesh.cluster.routing.request import PlaceRequest
 from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
+from kvmesh.workers.lease import LeaseTerms
 from kvmesh.workers.leader import EngineLeader
-from kvmesh.workers.request import EngineRequest, LeaseTerms, PageChanges, SequenceDelta
+from kvmesh.workers.request import FinishReason
+from kvmesh.workers.sizes import PageNeed
 from tests.workers.memory_executor import EOS, VOCAB, expected_output
 from tests.workers.test_leader import CONFIG, MANY, GatedExecutor
 
+IDENTITY = Identity.make()
 FIRST = ord("A")
 KEY = "the-key"
 METADATA = (("authorization", f"Bearer {KEY}"),)
@@ -54,7 +61,7 @@ class LetterStream:
 
 
 class LetterCodec:
-    """`peers.TextCodec` of a model whose tokens are characters."""
+    """`TextCodec` of a model whose tokens are characters."""
 
     has_chat_template = False
     eos_token_ids = (EOS,)
@@ -91,128 +98,155 @@ class NoMeters:
         return self
 
 
-class Line:
-    """`peers.EngineClient` that can be cut, made to refuse, or held up on its way."""
-
-    def __init__(self, service: EngineService) -> None:
-        self._service = service
-        self._cut = asyncio.Event()
-        self.refusals: list[Exception] = []
-        self.submitted: list[EngineRequest] = []
-        self.aborted: list[str] = []
-        self.extended: list[LeaseTerms] = []
-        self.let_through = asyncio.Event()
-        self.let_through.set()
-        self.arrived = asyncio.Event()
-        self.ahead = 0  # submissions that pass even when others are held
-
-    def cut(self) -> None:
-        """From now on nothing gets through; streams end as with a dead process."""
-        self._cut.set()
-
-    async def submit(self, request: EngineRequest, epoch: str) -> None:
-        self._check()
-        if self.ahead:
-            self.ahead -= 1
-        else:
-            self.arrived.set()
-            await self.let_through.wait()
-        if self.refusals:
-            raise self.refusals.pop(0)
-        self.submitted.append(request)
-        await self._service.submit(request, epoch)
-
-    async def abort(self, request_ids: Sequence[str]) -> int:
-        self._check()
-        self.aborted.extend(request_ids)
-        return await self._service.abort(request_ids)
-
-    async def outputs(
-        self, client_id: str
-    ) -> AsyncGenerator[StreamOpened | list[SequenceDelta], None]:
-        self._check()
-        stream = self._service.outputs(client_id)
-        cut = asyncio.ensure_future(self._cut.wait())
-        try:
-            while True:
-                message = asyncio.ensure_future(anext(stream))
-                await asyncio.wait([message, cut], return_when=asyncio.FIRST_COMPLETED)
-                if cut.done():
-                    message.cancel()
-                    await asyncio.gather(message, return_exceptions=True)
-                    raise EngineLostError()
-                yield await message
-        finally:
-            cut.cancel()
-            await stream.aclose()
-
-    async def extend(self, request_ids: Sequence[str], lease: LeaseTerms) -> None:
-        self._check()
-        self.extended.append(lease)
-        await self._service.extend(request_ids, lease)
-
-    async def report(self, pages_after: int = 0) -> tuple[EngineReport, PageChanges]:
-        self._check()
-        return await self._service.report(pages_after)
-
-    def _check(self) -> None:
-        if self._cut.is_set():
-            raise EngineLostError()
-
-
-class CountingRouter(RouterService):
-    """Remembers what was granted, and how often it was given back."""
+class WatchedEngine(EngineService):
+    """An engine that can be cut off, made to refuse, or kept from hearing its ingresses."""
 
     def __init__(
         self,
-        lines: Mapping[str, Line],
+        name: str,
+        executor: GatedExecutor,
+        find_router: Callable[[], Awaitable[Address]],
+    ) -> None:
+        super().__init__(
+            name, CONFIG, executor, EngineMeters(NoMeters(), name), IDENTITY, find_router
+        )
+        self.refusals: list[Exception] = []
+        self.submitted: list[Submit] = []
+        self.ended: list[str] = []
+        self.extended: list[LeaseTerms] = []
+        self.arrived = asyncio.Event()
+        self._held: list[Callable[[], None]] | None = None
+        self._connections: list[_Ingress] = []
+        extend = self.leader.extend
+
+        def watch(terms: LeaseTerms) -> None:
+            self.extended.append(terms)
+            extend(terms)
+
+        self.leader.extend = watch  # type: ignore[method-assign]
+
+    @property
+    def sequences(self) -> list[str]:
+        """Ids of all sequences that were submitted."""
+        return [sequence.request_id for x in self.submitted for sequence in x.sequences]
+
+    def hold(self) -> None:
+        """What ingresses say waits on its way, in order, until `let_through`."""
+        self._held = []
+
+    def let_through(self) -> None:
+        held, self._held = self._held or [], None
+        for act in held:
+            act()
+
+    def cut(self) -> None:
+        """From now on nothing gets through, as with a dead process."""
+        assert self._listener is not None
+        self._listener.close()
+        self._leave_router()
+        for ingress in self._connections:
+            ingress._connection.abort()
+
+    def submit(self, message: Submit, ingress: _Ingress) -> None:
+        self.arrived.set()
+        if ingress not in self._connections:
+            self._connections.append(ingress)
+        if self._held is not None:
+            self._held.append(lambda: self.submit(message, ingress))
+        elif self.refusals:
+            ingress.reject(message.lease.lease_id, Failure.of(self.refusals.pop(0)))  # type: ignore[arg-type]
+        else:
+            self.submitted.append(message)
+            super().submit(message, ingress)
+
+    def end(self, request_ids: list[str], reason: FinishReason) -> None:
+        if self._held is not None:
+            self._held.append(lambda: self.end(request_ids, reason))
+        else:
+            self.ended.extend(request_ids)
+            super().end(request_ids, reason)
+
+
+class WatchedRouter(RouterService):
+    """Remembers what was granted and how often each lease has ended; can withhold growth."""
+
+    def __init__(
+        self,
         config: RouterConfig,
+        groups: Iterable[str] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        super().__init__(lines, config, RouterMeters(NoMeters()), clock=clock)
+        super().__init__(config, RouterMeters(NoMeters()), groups=list(groups), clock=clock)
         self.placed: list[PlaceRequest] = []
         self.granted: list[Placement] = []
         self.given_back: Counter[str] = Counter()
-        self.told_begun: Counter[str] = Counter()
+        self.first_tokens: Counter[str] = Counter()
         self.learned: list[int | None] = []
+        self.wanted: Counter[str] = Counter()
         self.grown: Counter[str] = Counter()
-        self.suspected: list[str] = []
-        self.hold_release = asyncio.Event()
-        self.hold_release.set()
-        self.releasing = asyncio.Event()
-        self.hold_grow = asyncio.Event()
-        self.hold_grow.set()
-        self.growing = asyncio.Event()
+        self.voided: set[str] = set()
+        self._withheld: list[Outcome] | None = None
+        self._listener: Listener | None = None
+        self._connections: list[Connection] = []
 
-    async def place(
-        self, request: PlaceRequest, *, ticket: str, supersede: bool = False
-    ) -> Placement:
-        self.placed.append(request)
-        placement = await super().place(request, ticket=ticket, supersede=supersede)
-        self.granted.append(placement)
-        return placement
+    async def listen(self) -> None:
+        self._listener = await listen("127.0.0.1", IDENTITY, TO_ROUTER, self.accept)
 
-    async def release(self, lease_id: str, output_tokens: int | None = None) -> None:
+    async def find(self) -> Address:
+        if self._listener is None:
+            raise LinkError("the router is away")
+        return self._listener.address
+
+    def die(self) -> None:
+        """As a process that is killed: everything it knew is gone."""
+        assert self._listener is not None
+        self._listener.close()
+        self._listener = None
+        for connection in self._connections:
+            connection.abort()
+
+    def accept(self, connection: Connection) -> _Peer:
+        self._connections.append(connection)
+        return super().accept(connection)
+
+    def withhold_growth(self) -> None:
+        self._withheld = []
+
+    def let_grow(self) -> None:
+        withheld, self._withheld = self._withheld or [], None
+        self.settle(withheld)
+
+    def place(self, message: Place, peer: _Peer) -> None:
+        self.placed.append(message.request)
+        super().place(message, peer)
+
+    def release(self, lease_id: str) -> None:
         self.given_back[lease_id] += 1
-        self.learned.append(output_tokens)
-        self.releasing.set()
-        await self.hold_release.wait()
-        await super().release(lease_id, output_tokens)
+        super().release(lease_id)
 
-    async def begun(self, lease_id: str) -> None:
-        self.told_begun[lease_id] += 1
-        await super().begun(lease_id)
+    def account(self, name: str, message: Account) -> None:
+        self.first_tokens.update(message.update.first_tokens)
+        self.wanted.update(want.lease_id for want in message.update.wants)
+        for end in message.update.ended:
+            self.given_back[end.lease_id] += 1
+            self.learned.append(end.output_tokens)
+        super().account(name, message)
 
-    async def grow(self, lease_id: str, request: PlaceRequest, output_tokens: int) -> Growth | None:
-        self.growing.set()
-        await self.hold_grow.wait()
-        growth = await super().grow(lease_id, request, output_tokens)
-        self.grown[lease_id] += growth is not None
-        return growth
+    def group_down(self, name: str, connection: Connection) -> None:
+        self.voided |= {x.lease.lease_id for x in self.granted if x.group == name}
+        super().group_down(name, connection)
 
-    async def suspect(self, group: str, epoch: str) -> None:
-        self.suspected.append(group)
-        await super().suspect(group, epoch)
+    def settle(self, outcomes: Iterable[Outcome]) -> None:
+        for outcome in outcomes:
+            match outcome:
+                case Granted(placement=placement):
+                    self.granted.append(placement)
+                case Grown(lease=lease):
+                    if self._withheld is not None:
+                        self._withheld.append(outcome)
+                        continue
+                    self.grown[lease.lease_id] += 1
+            super().settle([outcome])
 
 
 class Machine:
@@ -220,36 +254,61 @@ class Machine:
 
     def __init__(self, groups: int, config: RouterConfig) -> None:
         names = [f"g{index}" for index in range(groups)]
+        self.router = WatchedRouter(config, names)
         self.executors = {name: GatedExecutor() for name in names}
-        self.leaders = {name: EngineLeader(CONFIG, self.executors[name]) for name in names}
-        self.services = {
-            name: EngineService(self.leaders[name], EngineMeters(NoMeters(), name))
-            for name in names
+        self.engines = {
+            name: WatchedEngine(name, executor, self.find_router)
+            for name, executor in self.executors.items()
         }
-        self.lines = {name: Line(self.services[name]) for name in names}
-        self.router = CountingRouter(self.lines, config)
+        self.former: list[WatchedEngine] = []
         self.ingress = IngressService(
-            self.router,
-            self.lines,
+            IDENTITY,
+            self.find_router,
             LetterCodec(),
             Authenticator([(hash_key(KEY), "tenant")]),
             Limits(),
             IngressMeters(NoMeters()),
-            name="ingress",
             version="0",
         )
 
+    @property
+    def leaders(self) -> dict[str, EngineLeader]:
+        return {name: engine.leader for name, engine in self.engines.items()}
+
+    async def find_router(self) -> Address:
+        return await self.router.find()
+
     async def start(self) -> None:
-        for service in self.services.values():
-            await service.start()
-        await self.router.refresh()
+        await self.router.listen()
+        for engine in self.engines.values():
+            await engine.start()
+        self.ingress.start()
+        await self.until(lambda: len(self.router._groups) == len(self.engines))
         await self.ingress.refresh()
 
     async def stop(self) -> None:
         self.allow(MANY)
         await self.ingress.stop()
-        for service in self.services.values():
-            await service.stop()
+        for engine in (*self.engines.values(), *self.former):
+            await engine.stop()
+        self.router.die()
+
+    async def new_router(self, config: RouterConfig | None = None) -> WatchedRouter:
+        """The router dies, and another takes its place."""
+        self.router.die()
+        self.router = WatchedRouter(config or self.router.router.config, self.engines)
+        await self.router.listen()
+        await self.until(lambda: len(self.router._groups) == len(self.engines))
+        return self.router
+
+    async def replace_engine(self, name: str) -> None:
+        """A new incarnation of a group whose engine was cut off."""
+        self.former.append(self.engines[name])
+        self.executors[name].allow(MANY)
+        self.executors[name] = GatedExecutor()
+        self.engines[name] = WatchedEngine(name, self.executors[name], self.find_router)
+        await self.engines[name].start()
+        await self.until(lambda: name in self.router._groups)
 
     def allow(self, steps: int) -> None:
         for executor in self.executors.values():
@@ -258,27 +317,38 @@ class Machine:
     def stream(self, request: pb.GenerateRequest) -> AsyncGenerator[pb.GenerateStreamResponse]:
         return self.ingress.generate_stream(request, METADATA)
 
-    async def settled(self) -> None:
-        """Wait until everything that outlives its request has ended too."""
-        while self.ingress._kept:
-            await asyncio.wait_for(asyncio.gather(*self.ingress._kept, return_exceptions=True), 20)
+    async def until(self, holds: Callable[[], bool]) -> None:
+        async with asyncio.timeout(20):
+            while not holds():
+                await asyncio.sleep(0)
+
+    def leases(self) -> int:
+        return self.router.status().router.leases
+
+    def free_sealed_pages(self, name: str = "g0") -> int:
+        groups = {group.group: group for group in self.router.status().router.groups}
+        return groups[name].capacity.sealed - groups[name].used.sealed
 
     async def at_rest(self) -> None:
-        """Nothing is leased, nothing held, and every lease was given back exactly once."""
-        await self.settled()
-        await self.router.refresh()
-        status = await self.router.status()
-        assert status.live_requests == 0
-        assert status.router.leases == status.router.queue_depth == 0
-        for group in status.router.groups:
+        """Nothing is leased, nothing held, and every lease has ended exactly once."""
+        await self.until(lambda: self.leases() == 0)
+        status = self.router.status().router
+        assert status.queue_depth == 0
+        for group in status.groups:
             assert (group.sequences, group.used_bytes) == (0, 0)
-            assert group.hot_pages_used == group.sealed_pages_used == 0
-        assert self.router.given_back == {p.lease.lease_id: 1 for p in self.router.granted}
+            assert group.used == PageNeed(0, 0)
+        assert not self.router._callers
+        for placement in self.router.granted:
+            lease_id = placement.lease.lease_id
+            ends = self.router.given_back[lease_id]
+            assert ends == 1 or lease_id in self.router.voided, f"{lease_id} ended {ends} times"
         for leader in self.leaders.values():
             if leader.failed is None:
+                await asyncio.wait_for(leader._idle.wait(), 20)
+                await self.until(lambda: leader.loads_current)  # noqa: B023
                 loads = leader.loads()
                 assert (loads.running, loads.waiting, loads.leases) == (0, 0, ())
-                assert loads.pool.hot_used == loads.pool.sealed_used == 0
+                assert loads.pool.used == PageNeed(0, 0)
 
 
 @asynccontextmanager

@@ -8,11 +8,13 @@ import re
 from pathlib import Path
 
 import grpc
+import msgspec
 import pytest
 
 from kvmesh.client.status import decode_details, encode_details, encode_trailer
-from kvmesh.cluster.ingress import errors as ingress
-from kvmesh.cluster.ingress.errors import (
+from kvmesh.cluster import errors as cluster
+from kvmesh.cluster.errors import Failure
+from kvmesh.cluster.ingress.error_table import (
     is_expected,
     reason_label,
     status_code,
@@ -27,15 +29,15 @@ SECRETS = "rank 1 (pid 4242) at 10.1.2.3:6379 died, see /var/tmp/engine.log"
 # error, code, reason
 TABLE: list[tuple[Exception, grpc.StatusCode, str]] = [
     (InvalidRequestError("prompt.text", "must not be empty"), S.INVALID_ARGUMENT, "invalid_field"),
-    (ingress.UnauthenticatedError(missing=True), S.UNAUTHENTICATED, "missing_key"),
-    (ingress.UnauthenticatedError(missing=False), S.UNAUTHENTICATED, "wrong_key"),
-    (ingress.UnknownModelError("a", "b"), S.NOT_FOUND, "unknown_model"),
-    (ingress.ResumeMismatchError("other"), S.FAILED_PRECONDITION, "resume_mismatch"),
-    (ingress.ContextExceededError(9, 8, 700, 600), S.FAILED_PRECONDITION, "never_fits"),
-    (ingress.RequestDeadlineError(), S.DEADLINE_EXCEEDED, "deadline_exceeded"),
-    (ingress.EngineLostError(), S.UNAVAILABLE, "engine_lost"),
-    (ingress.DrainingError(), S.UNAVAILABLE, "draining"),
-    (ingress.NotReadyError(), S.UNAVAILABLE, "not_ready"),
+    (cluster.UnauthenticatedError(missing=True), S.UNAUTHENTICATED, "missing_key"),
+    (cluster.UnauthenticatedError(missing=False), S.UNAUTHENTICATED, "wrong_key"),
+    (cluster.UnknownModelError("a", "b"), S.NOT_FOUND, "unknown_model"),
+    (cluster.ResumeMismatchError("other"), S.FAILED_PRECONDITION, "resume_mismatch"),
+    (cluster.ContextExceededError(9, 8, 700, 600), S.FAILED_PRECONDITION, "never_fits"),
+    (cluster.RequestDeadlineError(), S.DEADLINE_EXCEEDED, "deadline_exceeded"),
+    (cluster.EngineLostError(), S.UNAVAILABLE, "engine_lost"),
+    (cluster.DrainingError(), S.UNAVAILABLE, "draining"),
+    (cluster.NotReadyError(), S.UNAVAILABLE, "not_ready"),
     (routing.DuplicateRequestError("r"), S.ALREADY_EXISTS, "duplicate_request_id"),
     (
         routing.NeverFitsError({"g0": 900}, {"g0": 500}, {"g0": "pages"}),
@@ -48,12 +50,12 @@ TABLE: list[tuple[Exception, grpc.StatusCode, str]] = [
     (routing.QueueFullError("full", 2.5, 90, 50), S.RESOURCE_EXHAUSTED, "queue_full"),
     (routing.QuotaExceededError("quota", 2.5, 90, 50), S.RESOURCE_EXHAUSTED, "quota"),
     (routing.NoGroupError("no group is up", 2.5, 0, 0), S.UNAVAILABLE, "not_ready"),
-    (CapacityError("full", 90, 50, ever=True), S.RESOURCE_EXHAUSTED, "over_capacity"),
-    (CapacityError("too long", 90, 50, ever=False), S.FAILED_PRECONDITION, "never_fits"),
+    (CapacityError("full", 90, 50, retryable=True), S.RESOURCE_EXHAUSTED, "over_capacity"),
+    (CapacityError("too long", 90, 50, retryable=False), S.FAILED_PRECONDITION, "never_fits"),
     (WorkerDiedError(SECRETS), S.UNAVAILABLE, "engine_lost"),
 ]
 # Never reaches a client as an error: its choices finish with ABORT.
-INTERNAL_MATTERS = {ingress.RequestAbortedError, routing.LedgerError}
+INTERNAL_MATTERS = {routing.RequestAbortedError, routing.LedgerError}
 
 
 def give_away(text: str) -> list[str]:
@@ -74,9 +76,9 @@ def test_every_error_of_the_table(error: Exception, code: grpc.StatusCode, reaso
     assert not give_away(wire.message)
 
 
-@pytest.mark.parametrize("module", [ingress, routing])
+@pytest.mark.parametrize("module", [cluster, routing])
 def test_every_class_of_the_trees_has_a_row(module: object) -> None:
-    root = ingress.IngressError if module is ingress else routing.RoutingError
+    root = cluster.ClusterError if module is cluster else routing.RoutingError
     classes = {
         value
         for value in vars(module).values()
@@ -85,12 +87,16 @@ def test_every_class_of_the_trees_has_a_row(module: object) -> None:
     assert classes - INTERNAL_MATTERS == {type(e) for e, _, _ in TABLE if isinstance(e, root)}
 
 
-@pytest.mark.parametrize("error", [error for error, _, _ in TABLE])
-def test_errors_survive_pickling(error: Exception) -> None:
-    again = pickle.loads(pickle.dumps(error))
-    assert type(again) is type(error)
-    assert str(again) == str(error)
-    assert to_wire(again) == to_wire(error)
+@pytest.mark.parametrize("error", [*(error for error, _, _ in TABLE), routing.RequestAbortedError()])
+def test_errors_survive_the_way_to_another_process(error: Exception) -> None:
+    carried = msgspec.msgpack.encode(Failure.of(error))  # type: ignore[arg-type]
+    for again in (
+        pickle.loads(pickle.dumps(error)),
+        msgspec.msgpack.decode(carried, type=Failure).error,
+    ):
+        assert type(again) is type(error)
+        assert str(again) == str(error)
+        assert to_wire(again) == to_wire(error)
 
 
 def _raised(error: Exception) -> Exception:
@@ -130,7 +136,7 @@ def test_an_unknown_error_is_internal_and_says_nothing_of_itself(error: Exceptio
 
 def test_a_dead_worker_tells_clients_no_more_than_a_lost_engine() -> None:
     wire = to_wire(WorkerDiedError(SECRETS))
-    assert wire == to_wire(ingress.EngineLostError())
+    assert wire == to_wire(cluster.EngineLostError())
     assert wire.retry_after_s > 0
 
 
@@ -144,7 +150,7 @@ def test_a_wrong_field_is_named() -> None:
 def test_over_capacity_says_when_to_come_back_and_how_much_is_missing() -> None:
     wire = to_wire(routing.QueueFullError("12 requests wait already", 2.5, 90, 50))
     assert (wire.retry_after_s, wire.needed_bytes, wire.available_bytes) == (2.5, 90, 50)
-    wire = to_wire(CapacityError("full", 90, 50, ever=True))
+    wire = to_wire(CapacityError("full", 90, 50, retryable=True))
     assert wire.retry_after_s > 0
     assert (wire.needed_bytes, wire.available_bytes) == (90, 50)
 
@@ -157,7 +163,7 @@ def test_never_fitting_names_the_bytes_of_the_group_that_comes_closest() -> None
     assert (wire.needed_bytes, wire.available_bytes) == (450, 400)
     assert {group.group: group.reason for group in wire.groups} == {"g0": "pages", "g1": "pages"}
     assert not wire.HasField("retry_after_s")
-    wire = to_wire(ingress.ContextExceededError(9, 8, 700, 600))
+    wire = to_wire(cluster.ContextExceededError(9, 8, 700, 600))
     assert (wire.needed_bytes, wire.available_bytes) == (700, 600)
 
 
@@ -172,6 +178,6 @@ def test_the_details_text_carries_the_error(
 
 
 def test_an_error_about_a_huge_field_stays_small_enough_for_a_header() -> None:
-    wire = to_wire(ingress.UnknownModelError("\U0001f642" * 100_000, "m"), "r" * 100_000)
+    wire = to_wire(cluster.UnknownModelError("\U0001f642" * 100_000, "m"), "r" * 100_000)
     assert len(encode_details(wire).encode()) < 4096
     assert len(encode_trailer(wire)) < 2048

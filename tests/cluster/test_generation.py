@@ -6,21 +6,23 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 
+import numpy as np
 import pytest
 
-from kvmesh.cluster.ingress import attempt, generation
-from kvmesh.cluster.ingress.errors import (
+from kvmesh.cluster.errors import (
     ContextExceededError,
     EngineLostError,
     RequestDeadlineError,
     ResumeMismatchError,
     UnauthenticatedError,
     UnknownModelError,
-    to_wire,
 )
+from kvmesh.cluster.ingress import generation
+from kvmesh.cluster.ingress.error_table import to_wire
 from kvmesh.cluster.routing.errors import DuplicateRequestError, NeverFitsError
 from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.workers.errors import CapacityError, InvalidRequestError, WorkerDiedError
+from kvmesh.workers.sizes import PageNeed
 from tests.cluster.machine import METADATA, Machine, answer, machine, text_of
 from tests.workers.memory_executor import EOS, expected_output
 from tests.workers.test_leader import MANY
@@ -112,9 +114,7 @@ async def read_until_finished(stream: Stream) -> Received:
 
 async def allow_the_end(built: Machine, sequences: int = 1) -> None:
     """Steps for what is in flight, and only once the engine has been asked to end the rest."""
-    async with asyncio.timeout(20):
-        while sum(len(line.aborted) for line in built.lines.values()) < sequences:
-            await asyncio.sleep(0)
+    await built.until(lambda: sum(len(x.ended) for x in built.engines.values()) >= sequences)
     built.allow(3)
 
 
@@ -259,8 +259,8 @@ async def test_a_stop_string_ends_the_sequence_on_the_engine(one: Machine) -> No
     assert received.usage.completion_tokens == len(received.tokens[0])
     # The last event comes when the pages are free, not before.
     loads = one.leaders["g0"].loads()
-    assert loads.pool.hot_used == loads.pool.sealed_used == 0
-    assert loads.outcomes_total["abort"] == 1
+    assert loads.pool.used == PageNeed(0, 0)
+    assert loads.outcomes_total == {"stop": 1}
 
 
 async def test_a_choice_that_a_stop_string_ends_is_ended_while_others_go_on(one: Machine) -> None:
@@ -275,10 +275,10 @@ async def test_a_choice_that_a_stop_string_ends_is_ended_while_others_go_on(one:
         while 0 not in received.finished:
             received.take(await anext(stream), {0: 30})
         one.allow(4)
-        while not one.lines["g0"].aborted:
+        while not one.engines["g0"].ended:
             received.take(await anext(stream), {0: 30})
     assert 1 not in received.finished
-    assert one.lines["g0"].aborted == [one.lines["g0"].submitted[0].request_id]
+    assert one.engines["g0"].ended == one.engines["g0"].sequences[:1]
     async with asyncio.timeout(60):
         one.allow(50)  # as far as the string, and not to the end
         ending = asyncio.ensure_future(allow_the_end(one, 2))
@@ -287,7 +287,7 @@ async def test_a_choice_that_a_stop_string_ends_is_ended_while_others_go_on(one:
         await ending
     assert received.text == {0: text_of(whole[30:38]), 1: text_of(whole[:38])}
     assert received.reason(0) == received.reason(1) == "stop"
-    assert one.lines["g0"].aborted == [r.request_id for r in one.lines["g0"].submitted]
+    assert one.engines["g0"].ended == one.engines["g0"].sequences
 
 
 # Several choices
@@ -301,13 +301,12 @@ async def test_choices_share_a_lease_and_have_seeds_of_their_own(one: Machine) -
     assert [received.reason(index) for index in range(3)] == ["length"] * 3
     assert received.usage is not None
     assert received.usage.completion_tokens == 210
-    assert len(one.router.granted) == 1
-    requests = one.lines["g0"].submitted
-    assert requests[0].params.seed == 7
-    assert len({request.params.seed for request in requests}) == 3
     (placement,) = one.router.granted
-    assert sum(r.lease.sealed_pages for r in requests if r.lease) == placement.lease.sealed_pages
-    assert sum(r.lease.hot_pages for r in requests if r.lease) == placement.lease.hot_pages
+    (submit,) = one.engines["g0"].submitted
+    seeds = [sequence.params.seed for sequence in submit.sequences]
+    assert seeds[0] == 7
+    assert len(set(seeds)) == 3
+    assert submit.lease == placement.lease
 
 
 async def test_abort_ends_every_choice_of_a_resumed_request(one: Machine) -> None:
@@ -317,7 +316,7 @@ async def test_abort_ends_every_choice_of_a_resumed_request(one: Machine) -> Non
     stream = one.stream(request)
     one.allow(8)
     await read_until(stream, 2)
-    assert len(one.lines["g0"].submitted) == 2
+    assert len(one.engines["g0"].sequences) == 2
     assert (await one.ingress.abort(pb.AbortRequest(request_id="r"), METADATA)).aborted
     one.allow(4)
     received = Received()
@@ -346,44 +345,51 @@ async def test_a_client_that_leaves_frees_its_pages(one: Machine, tokens: int) -
     await one.at_rest()
 
 
-async def test_a_client_that_leaves_while_its_sequence_is_being_submitted(one: Machine) -> None:
-    line = one.lines["g0"]
-    line.let_through.clear()
+async def test_a_client_that_leaves_before_its_sequence_has_arrived(one: Machine) -> None:
+    engine = one.engines["g0"]
+    engine.hold()
     reader = asyncio.ensure_future(read(one.stream(asked(600))))
-    await asyncio.wait_for(line.arrived.wait(), 20)
+    await asyncio.wait_for(engine.arrived.wait(), 20)
     await cancelled(reader)
-    assert one.router.given_back.total() == 0  # the engine may yet take it
-    line.let_through.set()
+    assert one.router.given_back.total() == 0  # the engine will yet take it
+    engine.let_through()
     await allow_the_end(one)
     await one.at_rest()
-    assert line.aborted == [line.submitted[0].request_id]
+    assert engine.ended == engine.sequences
 
 
 async def test_a_client_that_leaves_while_it_waits_for_pages(one: Machine) -> None:
-    holders = [one.stream(asked(500, request_id=f"h{i}")) for i in range(4)]
-    one.allow(20)
-    for holder in holders:
-        await anext(holder)
+    holders = await hold_every_place(one)
     waiting = asyncio.ensure_future(read(one.stream(asked(10, request_id="w"))))
-    async with asyncio.timeout(20):
-        while (await one.router.status()).router.queue_depth == 0:
-            await asyncio.sleep(0)
+    await one.until(lambda: one.router.status().router.queue_depth == 1)
     await cancelled(waiting)
-    await one.settled()
-    status = await one.router.status()
-    assert (status.router.queue_depth, status.live_requests) == (0, 4)
+    await one.until(lambda: one.router.status().router.queue_depth == 0)
+    assert one.leases() == 4
     for holder in holders:
         await holder.aclose()
 
 
-async def test_a_client_that_leaves_while_its_lease_is_given_back(one: Machine) -> None:
-    one.router.hold_release.clear()
-    one.allow(MANY)
-    reader = asyncio.ensure_future(read(one.stream(asked(10))))
-    await asyncio.wait_for(one.router.releasing.wait(), 20)
-    await cancelled(reader)
-    one.router.hold_release.set()
-    await one.at_rest()
+async def test_a_client_that_leaves_as_its_place_is_granted(one: Machine) -> None:
+    """The grant is on its way to an ingress in which nobody waits for it any more."""
+    holders = await hold_every_place(one)
+    waiting = asyncio.ensure_future(read(one.stream(asked(10, request_id="w"))))
+    await one.until(lambda: one.router.status().router.queue_depth == 1)
+    await holders[0].aclose()
+    await allow_the_end(one)
+    await one.until(lambda: len(one.router.granted) == 5)
+    await cancelled(waiting)
+    await one.until(lambda: one.router.given_back[one.router.granted[4].lease.lease_id] == 1)
+    for holder in holders:
+        await holder.aclose()
+
+
+async def hold_every_place(built: Machine) -> list[Stream]:
+    """As many long requests as the engine runs at once."""
+    holders = [built.stream(asked(500, request_id=f"h{i}")) for i in range(4)]
+    built.allow(20)
+    for holder in holders:
+        await anext(holder)
+    return holders
 
 
 async def test_abort_ends_a_running_request_with_what_it_has(one: Machine) -> None:
@@ -399,14 +405,9 @@ async def test_abort_ends_a_running_request_with_what_it_has(one: Machine) -> No
 
 
 async def test_abort_ends_a_waiting_request(one: Machine) -> None:
-    holders = [one.stream(asked(500, request_id=f"h{i}")) for i in range(4)]
-    one.allow(20)
-    for holder in holders:
-        await anext(holder)
+    holders = await hold_every_place(one)
     waiting = asyncio.ensure_future(read(one.stream(asked(10, request_id="w"))))
-    async with asyncio.timeout(20):
-        while (await one.router.status()).router.queue_depth == 0:
-            await asyncio.sleep(0)
+    await one.until(lambda: one.router.status().router.queue_depth == 1)
     assert (await one.ingress.abort(pb.AbortRequest(request_id="w"), METADATA)).aborted
     received = await waiting
     assert received.started is None
@@ -444,7 +445,7 @@ async def test_a_lost_engine_is_replaced_and_the_output_goes_on(two: Machine, wa
     if way == "fails":
         await fail_engine(two, first)
     else:
-        two.lines[first].cut()
+        two.engines[first].cut()
     two.allow(MANY)
     await rest_of(stream, received)
     wanted = answer(PROMPT, 120)
@@ -454,11 +455,12 @@ async def test_a_lost_engine_is_replaced_and_the_output_goes_on(two: Machine, wa
     assert (received.usage.group, received.usage.failovers) == (other, 1)
     assert received.usage.prompt_tokens == len(PROMPT)
     assert received.usage.completion_tokens == 240
-    again = two.lines[other].submitted
-    assert max(request.resumed_tokens for request in again) >= 12
-    for request in again:
-        assert request.prompt_token_ids.tolist() == PROMPT + wanted[: request.resumed_tokens]
-    assert two.router.suspected == [first]
+    (again,) = two.engines[other].submitted
+    assert np.frombuffer(again.prompt, np.int32).tolist() == PROMPT
+    for sequence in again.sequences:
+        output = np.frombuffer(sequence.output, np.int32).tolist()
+        assert len(output) >= 12
+        assert output == wanted[: len(output)]
     assert two.router.placed[-1].resumed
 
 
@@ -466,26 +468,36 @@ async def test_an_engine_lost_before_it_took_the_request(two: Machine) -> None:
     two.allow(MANY)
     probe = await read(two.stream(asked(2)))
     assert probe.started is not None
-    two.lines[probe.started.group].cut()
+    two.engines[probe.started.group].cut()
     received = await read(two.stream(asked(30)))
     assert received.tokens[0] == answer(PROMPT, 30)
 
 
-async def test_an_engine_that_is_lost_again_and_again_is_an_error(
-    one: Machine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    one.lines["g0"].refusals = [EngineLostError() for _ in range(generation.MAX_FAILOVERS + 1)]
+async def test_a_request_under_which_engines_are_lost_again_and_again_fails() -> None:
+    async with machine(groups=generation.MAX_FAILOVERS + 2) as many:
+        for engine in many.engines.values():
+            engine.refusals = [EngineLostError()]
+        with pytest.raises(EngineLostError):
+            await read(many.stream(asked(30)))
+        groups = [placement.group for placement in many.router.granted]
+        assert len(set(groups)) == len(groups) == generation.MAX_FAILOVERS + 1
 
-    async def suspect(group: str, epoch: str) -> None: ...
 
-    monkeypatch.setattr(one.router, "suspect", suspect)
-    with pytest.raises(EngineLostError):
-        await read(one.stream(asked(30)))
-    assert len(one.router.granted) == generation.MAX_FAILOVERS + 1
+async def test_a_request_waits_for_the_replacement_of_the_only_engine(one: Machine) -> None:
+    stream = one.stream(asked(60))
+    one.allow(8)
+    received = await read_until(stream, 4)
+    one.engines["g0"].cut()
+    await one.until(lambda: len(one.router.placed) == 2)
+    await one.until(lambda: one.router.status().router.queue_depth == 1)
+    await one.replace_engine("g0")
+    one.allow(MANY)
+    await rest_of(stream, received)
+    assert received.tokens[0] == answer(PROMPT, 60)
 
 
 def full() -> CapacityError:
-    return CapacityError("other leases leave nothing", 90, 50, ever=True)
+    return CapacityError("other leases leave nothing", 90, 50, retryable=True)
 
 
 @pytest.fixture
@@ -495,36 +507,34 @@ def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("no_pause")
 async def test_an_engine_that_refuses_is_asked_again(one: Machine) -> None:
-    one.lines["g0"].refusals = [full(), full()]
+    one.engines["g0"].refusals = [full(), full()]
     one.allow(MANY)
     received = await read(one.stream(asked(30, n=2)))
     assert received.tokens[1] == answer(PROMPT, 30)
     assert len(one.router.granted) == 3
-    assert one.router.suspected == []
 
 
 @pytest.mark.usefixtures("no_pause")
 async def test_an_engine_that_keeps_refusing_is_full_and_not_lost(one: Machine) -> None:
-    one.lines["g0"].refusals = [full() for _ in range(generation.MAX_REFUSALS)]
+    one.engines["g0"].refusals = [full() for _ in range(generation.MAX_REFUSALS)]
     with pytest.raises(CapacityError) as caught:
         await read(one.stream(asked(30)))
     assert to_wire(caught.value).reason == pb.ERROR_REASON_OVER_CAPACITY
     assert to_wire(caught.value).HasField("retry_after_s")
-    assert one.router.suspected == []
-    assert (await one.router.status()).healthy == {"g0"}
+    assert one.router.status().healthy == {"g0"}
 
 
 @pytest.mark.parametrize(
     "error",
-    [CapacityError("too long", 90, 50, ever=False), InvalidRequestError("prompt", "is odd")],
+    [CapacityError("too long", 90, 50, retryable=False), InvalidRequestError("prompt", "is odd")],
 )
 async def test_a_final_refusal_by_the_engine_gives_the_lease_back(
     one: Machine, error: Exception
 ) -> None:
-    one.lines["g0"].refusals = [error]
+    one.engines["g0"].refusals = [error]
     with pytest.raises(type(error)):
         await read(one.stream(asked(30)))
-    await asyncio.wait_for(one.at_rest(), attempt.FREEING_TIMEOUT_S / 2)
+    await one.until(lambda: one.leases() == 0)
 
 
 # Deadlines
@@ -564,7 +574,7 @@ async def test_the_engine_ends_an_overdue_sequence(
     await rest_of(stream, received)
     assert received.reason() == "deadline"
     assert one.leaders["g0"].loads().outcomes_total.get("deadline") == 1
-    assert one.lines["g0"].aborted == []
+    assert one.engines["g0"].ended == []
 
 
 # Resuming
@@ -629,9 +639,7 @@ async def test_a_resumed_request_supersedes_its_older_self(one: Machine) -> None
     received = asyncio.ensure_future(
         read(one.stream(resumed(asked(60), {0: (wanted[:4], 4)})), {0: 4})
     )
-    async with asyncio.timeout(20):
-        while len(one.router.placed) < 2 or not one.lines["g0"].aborted:
-            await asyncio.sleep(0)
+    await one.until(lambda: len(one.router.granted) == 2)
     one.allow(MANY)
     await rest_of(old, before)
     assert before.reason() == "abort"
@@ -668,11 +676,7 @@ async def test_more_than_there_is_room_for_all_end(one: Machine) -> None:
         asked(20 + i % 80, prompt=prompt, request_id=str(i)) for i, prompt in enumerate(prompts)
     ]
     read_all = asyncio.gather(*(read(one.stream(request)) for request in requests))
-    async with asyncio.timeout(100):
-        while not read_all.done():
-            await one.router.refresh()
-            await asyncio.sleep(0.01)
-    for i, received in enumerate(await read_all):
+    for i, received in enumerate(await asyncio.wait_for(read_all, 100)):
         assert received.tokens[0] == answer(prompts[i], 20 + i % 80)
 
 
@@ -696,11 +700,7 @@ async def test_requests_that_end_in_every_way_leave_nothing(two: Machine) -> Non
                     return
 
     ended = asyncio.gather(*(one_of(i) for i in range(100)), return_exceptions=True)
-    async with asyncio.timeout(100):
-        while not ended.done():
-            await two.router.refresh()
-            await asyncio.sleep(0.01)
-    for result in await ended:
+    for result in await asyncio.wait_for(ended, 100):
         if result is not None:
             assert to_wire(result).code in (4, 8), result  # deadline, over capacity
 

@@ -23,7 +23,7 @@ def generate(
     params = SamplingParams(temperature=0.0, max_tokens=max_tokens, logprobs=2)
     for index, prompt in enumerate(prompts):
         ids = np.array(prompt, np.int32)
-        engine.add(EngineRequest(str(index), "test", ids, params))
+        engine.add(EngineRequest(str(index), ids, params))
     deltas: dict[str, list[SequenceDelta]] = {str(i): [] for i in range(len(prompts))}
     while engine.has_work:
         for delta in engine.step():
@@ -58,7 +58,7 @@ class Invariance:
         deltas: dict[str, list[SequenceDelta]] = {}
         for index, prompt in enumerate(self.prompts):
             ids = np.array(prompt, np.int32)
-            engine.add(EngineRequest(str(index), "test", ids, params))
+            engine.add(EngineRequest(str(index), ids, params))
             deltas[str(index)] = []
         step = 0
         while engine.has_work:

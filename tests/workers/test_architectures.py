@@ -39,7 +39,7 @@ def test_engine_output_equals_transformers(case: str, tmp_path: Path) -> None:
     params = SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True)
     for index, prompt in enumerate(PROMPTS):
         ids = np.array(prompt, np.int32)
-        engine.add(EngineRequest(str(index), "test", ids, params))
+        engine.add(EngineRequest(str(index), ids, params))
     outputs: dict[str, list[int]] = {str(index): [] for index in range(len(PROMPTS))}
     while engine.has_work:
         for delta in engine.step():

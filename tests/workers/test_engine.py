@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.engine import Engine
 from kvmesh.workers.errors import CapacityError, ConfigError, InvalidRequestError
+from kvmesh.workers.lease import LeaseTerms
 from kvmesh.workers.prefix_cache import PageDigests
-from kvmesh.workers.request import EngineRequest, FinishReason, LeaseTerms, SequenceDelta
+from kvmesh.workers.request import EngineRequest, FinishReason, SequenceDelta
 from kvmesh.workers.sampling_params import SamplingParams
-from kvmesh.workers.sizes import BLOCK_PAGES
+from kvmesh.workers.sizes import BLOCK_PAGES, PageNeed
 from tests.workers.memory_executor import VOCAB, MemoryExecutor, expected_output
 
 PAGE = 16
@@ -41,7 +42,7 @@ def make_engine(
 
 def request(name: str, prompt: list[int], max_tokens: int = 10, **kwargs: object) -> EngineRequest:
     params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
-    fields = {"params": params, "client_id": "client", **kwargs}
+    fields = {"params": params, **kwargs}
     return EngineRequest(name, prompt_token_ids=np.array(prompt, np.int32), **fields)  # type: ignore[arg-type]
 
 
@@ -107,7 +108,7 @@ def test_output_depends_on_the_prompt_alone(data: st.DataObject) -> None:
         assert usage is not None and usage.completion_tokens == len(output)
         assert usage.preemptions <= 1
     pool = engine.loads().pool
-    assert pool.hot_used == pool.sealed_used == 0
+    assert pool.used == PageNeed(0, 0)
 
 
 @pytest.mark.parametrize(("recent", "sink"), [(0, 0), (1, 0), (2, 1)])
@@ -197,7 +198,7 @@ def test_deadline_ends_a_sequence_and_frees_its_pages() -> None:
     deltas = run(engine)
     assert deltas["slow"][-1].finish_reason is FinishReason.DEADLINE
     assert deltas["free"][-1].finish_reason is FinishReason.LENGTH
-    assert engine.loads().pool.sealed_used == 0
+    assert engine.loads().pool.sealed.used == 0
 
 
 @pytest.mark.parametrize(
@@ -225,7 +226,7 @@ def test_a_request_no_pool_can_hold_is_refused_with_bytes() -> None:
     with pytest.raises(CapacityError) as caught:
         engine.check(request("huge", [1] * 700, 90))
     assert caught.value.needed_bytes > caught.value.available_bytes > 0
-    assert not caught.value.ever
+    assert not caught.value.retryable
 
 
 def test_a_budget_without_room_for_one_sequence_is_a_configuration_error() -> None:
@@ -242,7 +243,7 @@ def test_a_sequence_pauses_at_the_end_of_its_lease_and_goes_on_when_it_grows(
     engine.add(request("r", [5, 6, 7], params=params, lease=LeaseTerms("l", 1, 4, 1, 12)))
     tokens: list[int] = []
     for pages in (1, 2, 3, 12):
-        engine.extend("r", LeaseTerms("l", 1, 4, pages, 12))
+        engine.extend(LeaseTerms("l", 1, 4, pages, 12))
         while engine.has_work and not engine.stalled:
             tokens += tokens_of(engine.step())
             engine.check_integrity()
@@ -250,7 +251,6 @@ def test_a_sequence_pauses_at_the_end_of_its_lease_and_goes_on_when_it_grows(
         if pages < 12:
             # The last token that was sampled is yet to be written.
             assert 3 + len(tokens) == engine.geometry.tokens_within(pages) + 1
-            assert engine.loads().leases == (LeaseTerms("l", 1, 4, pages, 12),)
     assert tokens == expected_output([5, 6, 7], 190, ignore_eos=True)
 
 
@@ -266,7 +266,7 @@ def test_others_go_on_beside_a_paused_sequence_and_may_preempt_it() -> None:
         engine.check_integrity()
     assert deltas["old"] == expected_output([4, 5], 200, ignore_eos=True)
     assert len(deltas["paused"]) == 6 * PAGE - 2
-    engine.extend("paused", LeaseTerms("l", 1, 1, 13, 13))
+    engine.extend(LeaseTerms("l", 1, 1, 13, 13))
     for delta in run(engine)["paused"]:
         deltas["paused"] += delta.token_ids
     assert deltas["paused"] == expected_output([6, 7], 200, ignore_eos=True)

@@ -116,7 +116,7 @@ class Scorer:
         return [int(token) for token in seq.tokens[len(prompt) :]]
 
     def _add(self, tokens: TokenIds, params: SamplingParams) -> Sequence:
-        request = EngineRequest("scored", "evaluation", np.asarray(tokens, np.int32), params)
+        request = EngineRequest("scored", np.asarray(tokens, np.int32), params)
         seq = Sequence(request, self._geometry, self._context + params.max_tokens)
         self._scheduler.add(seq)
         return seq

@@ -24,7 +24,7 @@ from kvmesh.cluster.lifecycle import Cluster, Endpoint
 from kvmesh.protos import pb
 from kvmesh.workers.leader import EngineLeader
 from kvmesh.workers.local import LocalProcesses
-from kvmesh.workers.request import EngineRequest
+from kvmesh.workers.request import EngineRequest, SequenceDelta
 from kvmesh.workers.sampling_params import SamplingParams
 
 POLL_S = 0.05
@@ -171,14 +171,14 @@ def greedy_by_engine(
         await leader.start()
         params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
         answers: list[tuple[int, ...]] = []
-        stream = leader.outputs("alone")
+        arrived: asyncio.Queue[list[SequenceDelta]] = asyncio.Queue()
         for number, prompt in enumerate(prompts):
             ids = np.array(prompt, np.int32)
-            await leader.submit(EngineRequest(str(number), "alone", ids, params))
+            leader.submit([EngineRequest(str(number), ids, params)], arrived.put_nowait)
             tokens: list[int] = []
             ended = False
             while not ended:
-                for delta in await anext(stream):
+                for delta in await arrived.get():
                     tokens.extend(delta.token_ids)
                     ended = ended or delta.finish_reason is not None
             answers.append(tuple(tokens))

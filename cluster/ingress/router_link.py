@@ -1,0 +1,173 @@
+"""The ingress's connection to the router: questions, and a place for a request.
+
+    async with link.place(request) as placement:
+        ...placement.submitted = True      # from here on the lease is the engine's affair
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from kvmesh.cluster.errors import NotReadyError
+from kvmesh.cluster.identity import Identity
+from kvmesh.cluster.link import Address, Connection, stay_connected
+from kvmesh.cluster.messages import (
+    TO_INGRESS_FROM_ROUTER,
+    Abort,
+    Aborted,
+    AskEstimate,
+    AskExplanation,
+    AskStatus,
+    Cancel,
+    Estimated,
+    Explanation,
+    Failed,
+    Place,
+    Placed,
+    Release,
+    Status,
+)
+from kvmesh.cluster.reports import ClusterStatus
+from kvmesh.cluster.routing.decisions import Explained
+from kvmesh.cluster.routing.outcome import BudgetEstimate
+from kvmesh.cluster.routing.request import PlaceRequest
+
+ANSWER_TIMEOUT_S = 15.0
+
+
+@dataclass(slots=True)
+class HeldPlace:
+    """A lease, in the hands of the ingress until its sequences are submitted."""
+
+    placed: Placed
+    submitted: bool = False
+
+
+class RouterLink:
+    """Asks the router; what is asked while it is away is asked again when it is back.
+
+    find: where the router listens; raises LinkError while it is not known
+    """
+
+    def __init__(self, identity: Identity, find: Callable[[], Awaitable[Address]]) -> None:
+        self._identity = identity
+        self._find = find
+        self._numbers = itertools.count(1)
+        self._open: dict[int, tuple[Any, asyncio.Future[Any]]] = {}
+        self._connection: Connection | None = None
+
+    async def run(self) -> None:
+        """Keep the connection; runs until cancelled."""
+        await stay_connected(
+            self._find, self._identity, TO_INGRESS_FROM_ROUTER, lambda c: _Router(self, c)
+        )
+
+    @asynccontextmanager
+    async def place(self, request: PlaceRequest) -> AsyncIterator[HeldPlace]:
+        """Wait for a lease, which goes back at the end unless it was submitted under.
+
+        Raises the tree of routing/errors.py, DrainingError.
+        """
+        call = next(self._numbers)
+        answer = self._ask(Place(call, request))
+        try:
+            placed = await answer
+        except asyncio.CancelledError:
+            if answer.cancelled():
+                self._send(Cancel(call))
+            else:  # placed at the very moment in which its caller was cancelled
+                self._send(Release(answer.result().lease.lease_id))
+            raise
+        assert isinstance(placed, Placed)
+        held = HeldPlace(placed)
+        try:
+            yield held
+        finally:
+            if not held.submitted:
+                self._send(Release(placed.lease.lease_id))
+
+    async def abort(self, request_id: str) -> bool:
+        """End a request wherever it is; whether there was one. Ids have the tenant before them."""
+        answer = await self._ask_soon(Abort(next(self._numbers), request_id))
+        assert isinstance(answer, Aborted)
+        return answer.found
+
+    async def estimate(self, request: PlaceRequest) -> BudgetEstimate:
+        answer = await self._ask_soon(AskEstimate(next(self._numbers), request))
+        assert isinstance(answer, Estimated)
+        return answer.estimate
+
+    async def explain(self, request_id: str) -> tuple[Explained, ...]:
+        answer = await self._ask_soon(AskExplanation(next(self._numbers), request_id))
+        assert isinstance(answer, Explanation)
+        return answer.decisions
+
+    async def status(self, *, fresh: bool = False) -> ClusterStatus:
+        """fresh: ask every engine first. Raises NotReadyError."""
+        answer = await self._ask_soon(AskStatus(next(self._numbers), fresh))
+        assert isinstance(answer, Status)
+        return answer.status
+
+    # Within
+
+    async def _ask_soon(self, message: Any) -> Any:
+        try:
+            async with asyncio.timeout(ANSWER_TIMEOUT_S):
+                return await self._ask(message)
+        except TimeoutError:
+            raise NotReadyError() from None
+
+    def _ask(self, message: Any) -> asyncio.Future[Any]:
+        """The answer to come; cancelling it leaves nothing open."""
+        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._open[message.call] = (message, answer)
+        answer.add_done_callback(lambda _: self._open.pop(message.call, None))
+        self._send(message)
+        return answer
+
+    def _send(self, message: Any) -> None:
+        if self._connection is not None:
+            self._connection.send(message)
+
+    def connected(self, connection: Connection) -> None:
+        """A router, perhaps a new one, which knows nothing of what is open."""
+        self._connection = connection
+        for message, _ in self._open.values():
+            if isinstance(message, Place):
+                # One that still knows the request has not heard from us since.
+                message = Place(message.call, replace(message.request, supersedes=True))
+            connection.send(message)
+
+    def disconnected(self, connection: Connection) -> None:
+        if self._connection is connection:
+            self._connection = None
+
+    def answered(self, message: Any) -> None:
+        _, answer = self._open.get(message.call, (None, None))
+        if answer is None or answer.done():
+            if isinstance(message, Placed):  # whoever waited for it has left
+                self._send(Release(message.lease.lease_id))
+        elif isinstance(message, Failed):
+            answer.set_exception(message.failure.error)
+        else:
+            answer.set_result(message)
+
+
+class _Router:
+    """The router that this ingress is connected to."""
+
+    def __init__(self, link: RouterLink, connection: Connection) -> None:
+        self._link = link
+        self._connection = connection
+        link.connected(connection)
+
+    def received(self, message: Any) -> None:
+        self._link.answered(message)
+
+    def lost(self) -> None:
+        self._link.disconnected(self._connection)

@@ -1,0 +1,221 @@
+"""What the processes of the control plane say to each other; cluster/link.py carries it.
+
+    ingress ── Place, Cancel, Release, Abort, … ──► router     Placed, Failed, Aborted, …  back
+    ingress ── Submit, End ──► engine                          Deltas, Rejected            back
+    engine ── Hello, Account, Report ──► router                Extend, Withdraw, AskReport back
+
+`call` numbers an ingress's questions to the router; an answer carries the same number.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from kvmesh.cluster.errors import Failure
+from kvmesh.cluster.link import Address
+from kvmesh.cluster.reports import ClusterStatus, EngineReport
+from kvmesh.cluster.routing.decisions import Explained
+from kvmesh.cluster.routing.outcome import BudgetEstimate
+from kvmesh.cluster.routing.request import PlaceRequest
+from kvmesh.workers.lease import AccountUpdate, LeaseTerms, PageChanges
+from kvmesh.workers.loads import EngineInfo
+from kvmesh.workers.request import FinishReason, SequenceDelta
+from kvmesh.workers.sampling_params import SamplingParams
+
+
+class _Message(msgspec.Struct, frozen=True, tag=True):
+    """One message; its class's name tells it from others."""
+
+
+# Ingress to router
+
+
+class Place(_Message):
+    """Wait for a lease on a group: Placed, or Failed."""
+
+    call: int
+    request: PlaceRequest
+
+
+class Cancel(_Message):
+    """Whoever waited for the placement is gone."""
+
+    call: int
+
+
+class Release(_Message):
+    """Nothing will be submitted under this lease."""
+
+    lease_id: str
+
+
+class Abort(_Message):
+    """End a request, wherever it is: Aborted."""
+
+    call: int
+    request_id: str
+
+
+class AskEstimate(_Message):
+    call: int
+    request: PlaceRequest
+
+
+class AskExplanation(_Message):
+    call: int
+    request_id: str
+
+
+class AskStatus(_Message):
+    """fresh: ask every engine first"""
+
+    call: int
+    fresh: bool
+
+
+# Router to ingress
+
+
+class Placed(_Message):
+    """A lease on a group, and where its engine listens."""
+
+    call: int
+    group: str
+    engine: EngineInfo
+    address: Address
+    lease: LeaseTerms
+    lease_bytes: int
+    queue_s: float
+
+
+class Aborted(_Message):
+    """found: whether there was such a request"""
+
+    call: int
+    found: bool
+
+
+class Estimated(_Message):
+    call: int
+    estimate: BudgetEstimate
+
+
+class Explanation(_Message):
+    """decisions: oldest first; none about a request that is not known, or no longer"""
+
+    call: int
+    decisions: tuple[Explained, ...]
+
+
+class Status(_Message):
+    call: int
+    status: ClusterStatus
+
+
+class Failed(_Message):
+    call: int
+    failure: Failure
+
+
+# Ingress to engine
+
+
+class NewSequence(msgspec.Struct, frozen=True):
+    """One choice of a request.
+
+    output: int32 token ids that the client already has, little-endian
+    """
+
+    request_id: str
+    params: SamplingParams
+    output: bytes = b""
+
+
+class Submit(_Message):
+    """All sequences of a lease: Deltas until each has ended, or Rejected.
+
+    prompt: int32 token ids, little-endian
+    """
+
+    lease: LeaseTerms
+    prompt: bytes
+    sequences: tuple[NewSequence, ...]
+    timeout_s: float | None = None
+    cache_salt: str = ""
+
+
+class End(_Message):
+    """End sequences; their last deltas come as any other."""
+
+    request_ids: list[str]
+    reason: FinishReason
+
+
+# Engine to ingress
+
+
+class Deltas(_Message):
+    """What a step has brought."""
+
+    deltas: list[SequenceDelta]
+
+
+class Rejected(_Message):
+    """The engine did not take the sequences of a lease."""
+
+    lease_id: str
+    failure: Failure
+
+
+# Engine to router
+
+
+class Hello(_Message):
+    """The first message of an engine: who it is, where it listens, what it holds."""
+
+    group: str
+    info: EngineInfo
+    address: Address
+    leases: tuple[LeaseTerms, ...]
+    update: AccountUpdate
+    pages: PageChanges
+
+
+class Account(_Message):
+    """What has changed; empty when it says only that the engine is alive."""
+
+    update: AccountUpdate
+    pages: PageChanges
+
+
+class Report(_Message):
+    """audited: made at a moment when loads and leases can be compared with each other"""
+
+    report: EngineReport
+    audited: bool
+
+
+# Router to engine
+
+
+class Extend(_Message):
+    leases: tuple[LeaseTerms, ...]
+
+
+class Withdraw(_Message):
+    """End the sequences of these leases, and reject them if they come later."""
+
+    lease_ids: tuple[str, ...]
+
+
+class AskReport(_Message):
+    """Send a Report now."""
+
+
+FROM_INGRESS = Place | Cancel | Release | Abort | AskEstimate | AskExplanation | AskStatus
+FROM_ENGINE = Hello | Account | Report
+TO_ROUTER = FROM_INGRESS | FROM_ENGINE
+TO_INGRESS_FROM_ROUTER = Placed | Aborted | Estimated | Explanation | Status | Failed
+TO_ENGINE_FROM_ROUTER = Extend | Withdraw | AskReport
+TO_ENGINE_FROM_INGRESS = Submit | End
+TO_INGRESS_FROM_ENGINE = Deltas | Rejected

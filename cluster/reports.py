@@ -1,0 +1,56 @@
+"""What engines report of themselves, and the router of everything."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from kvmesh.cluster.routing.status import RouterStatus
+from kvmesh.workers.loads import EngineInfo, EngineLoads
+
+
+@dataclass(frozen=True, slots=True)
+class LatencySummary:
+    """Of a recent window, in seconds."""
+
+    count: int = 0
+    mean_s: float = 0.0
+    p50_s: float = 0.0
+    p90_s: float = 0.0
+    p99_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLatencies:
+    """time_to_first_token counts from submission to the engine."""
+
+    time_to_first_token: LatencySummary = LatencySummary()
+    time_per_output_token: LatencySummary = LatencySummary()
+    queue_time: LatencySummary = LatencySummary()
+
+
+@dataclass(frozen=True, slots=True)
+class EngineReport:
+    """All that an engine says of itself."""
+
+    info: EngineInfo
+    loads: EngineLoads
+    latencies: EngineLatencies = EngineLatencies()
+    draining: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterStatus:
+    """The router's view of everything.
+
+    reports: the latest of each group that ever reported
+    healthy: groups that are up
+    draining: nothing new is taken
+    """
+
+    router: RouterStatus
+    reports: Mapping[str, EngineReport]
+    healthy: frozenset[str]
+    draining: bool = False
+    audits_total: int = 0
+    audit_faults_total: int = 0
