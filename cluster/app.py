@@ -115,9 +115,7 @@ class Router:
         )
         meters = RouterMeters(RayMeterFactory())
         self._service = RouterService(settings, meters, groups=group_names(config))
-        self._listener = await listen(
-            node_ip(), deployed.identity, TO_ROUTER, self._service.accept
-        )
+        self._listener = await listen(node_ip(), deployed.identity, TO_ROUTER, self._service.accept)
         self._running = asyncio.create_task(self._service.run())
 
     async def address(self) -> Address:
@@ -278,7 +276,7 @@ def router_finder(router: DeploymentHandle[Any]) -> Callable[[], Awaitable[Addre
     """Asks Serve where the router listens now; raises LinkError while nobody answers."""
 
     async def find() -> Address:
-        response = router.address.remote()
+        response: Any = router.address.remote()
         try:
             async with asyncio.timeout(FIND_TIMEOUT_S):
                 address = await response

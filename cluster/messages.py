@@ -1,6 +1,6 @@
 """What the processes of the control plane say to each other; cluster/link.py carries it.
 
-    ingress ── Place, Cancel, Release, Abort, … ──► router     Placed, Failed, Aborted, …  back
+    ingress ── Place, Release, Finished, Abort, … ──► router   Placed, Failed, Aborted, …  back
     ingress ── Submit, End ──► engine                          Deltas, Rejected            back
     engine ── Hello, Account, Report ──► router                Extend, Withdraw, AskReport back
 
@@ -23,7 +23,7 @@ from kvmesh.workers.request import FinishReason, SequenceDelta
 from kvmesh.workers.sampling_params import SamplingParams
 
 
-class _Message(msgspec.Struct, frozen=True, tag=True):
+class _Message(msgspec.Struct, tag=True):
     """One message; its class's name tells it from others."""
 
 
@@ -45,6 +45,12 @@ class Cancel(_Message):
 
 class Release(_Message):
     """Nothing will be submitted under this lease."""
+
+    lease_id: str
+
+
+class Finished(_Message):
+    """The request under this lease is over, and its id free; the engine settles the lease."""
 
     lease_id: str
 
@@ -212,7 +218,9 @@ class AskReport(_Message):
     """Send a Report now."""
 
 
-FROM_INGRESS = Place | Cancel | Release | Abort | AskEstimate | AskExplanation | AskStatus
+FROM_INGRESS = (
+    Place | Cancel | Release | Finished | Abort | AskEstimate | AskExplanation | AskStatus
+)
 FROM_ENGINE = Hello | Account | Report
 TO_ROUTER = FROM_INGRESS | FROM_ENGINE
 TO_INGRESS_FROM_ROUTER = Placed | Aborted | Estimated | Explanation | Status | Failed

@@ -27,6 +27,7 @@ from kvmesh.cluster.messages import (
     Explanation,
     Extend,
     Failed,
+    Finished,
     Hello,
     Place,
     Placed,
@@ -155,7 +156,7 @@ class RouterService:
             return
         if name in self._callers:
             if not (request.supersedes or request.resumed):
-                peer.fail(message.call, Failure.of(DuplicateRequestError(_own_id(name))))
+                peer.fail(message.call, Failure.of(DuplicateRequestError(name)))
                 return
             self.settle(self.router.abort(name, self._clock()))
         self._callers[name] = (peer, message.call)
@@ -306,6 +307,8 @@ class _Peer:
                 service.cancel(call, self)
             case Release(lease_id=lease_id):
                 service.release(lease_id)
+            case Finished(lease_id=lease_id):
+                service.router.finished(lease_id)
             case Report():
                 service.report(self._group, message)
             case Abort(call=call, request_id=request_id):
@@ -327,8 +330,3 @@ class _Peer:
 
     def fail(self, call: int, failure: Failure) -> None:
         self.send(Failed(call, failure))
-
-
-def _own_id(name: str) -> str:
-    """The id as its client gave it, without the tenant before it."""
-    return name.partition("/")[2]

@@ -81,7 +81,9 @@ class Choice:
         if self.finish is not None and self.finish.stop_string is None:
             text += self._rest()
         if resumed.text_chars > len(text):
-            raise ResumeMismatchError("the resumed tokens decode to less text than the client received")
+            raise ResumeMismatchError(
+                "the resumed tokens decode to less text than the client received"
+            )
         self._owed_text = text[resumed.text_chars :]
 
     def owed(self) -> ChoiceOutput:
@@ -105,7 +107,9 @@ class Choice:
                 text += self._take(token_id, is_stop_token=is_stop_token)
                 logprobs.extend(delta.logprobs[position : position + 1])
             if delta.finish_reason is not None and self.finish is None:
-                self.finish = ChoiceFinish(delta.finish_reason, stop_token_id=delta.matched_stop_token)
+                self.finish = ChoiceFinish(
+                    delta.finish_reason, stop_token_id=delta.matched_stop_token
+                )
                 text += self._rest()
         return ChoiceOutput(offset, tuple(self.token_ids[offset:]), text, tuple(logprobs))
 

@@ -29,6 +29,7 @@ from kvmesh.cluster.ingress.validate import GenerationSpec, ResumedChoice, cache
 from kvmesh.cluster.messages import NewSequence, Placed, Submit
 from kvmesh.cluster.routing.errors import (
     DeadlineUnreachableError,
+    DuplicateRequestError,
     OverCapacityError,
     RequestAbortedError,
 )
@@ -145,18 +146,32 @@ class Generation:
             await self._serve()
         except RequestAbortedError:
             self._end_all(FinishReason.ABORT)
+        except DuplicateRequestError:
+            # As its client knows it, without the tenant.
+            raise DuplicateRequestError(self._spec.request_id) from None
         except TimeoutError:
             self._end_overdue()
         except DeadlineUnreachableError as error:
             if error.timeout_s >= self._context.queue_timeout_s:
                 # Not the request's own time: the longest wait that the server allows.
                 limit_s = self._context.queue_timeout_s
-                raise OverCapacityError(f"no room within {limit_s:g} s", limit_s / 4, 0, 0) from None
+                raise OverCapacityError(
+                    f"no room within {limit_s:g} s", limit_s / 4, 0, 0
+                ) from None
             if self._placed is None:
                 raise
             self._end_overdue()
         self._absorb()
-        self._events.append(pb.GenerateStreamResponse(usage=self._usage()))
+        usage = wire.usage(self._usages, self._placed)
+        usage.prompt_tokens = len(self._prompt_ids)
+        usage.completion_tokens = sum(len(choice.token_ids) for choice in self._choices)
+        usage.cached_tokens = min(usage.cached_tokens, len(self._prompt_ids))
+        usage.queue_s += self._queue_s
+        usage.total_s = self._context.clock() - self._arrived_s
+        usage.failovers = self._failovers
+        if self._first_token_s is not None:
+            usage.time_to_first_token_s = self._first_token_s
+        self._events.append(pb.GenerateStreamResponse(usage=usage))
 
     async def _serve(self) -> None:
         """Every choice to its end, over as many placements as it takes."""
@@ -265,7 +280,10 @@ class Generation:
         first, self._placed = self._placed is None, placed
         self._queue_s += placed.queue_s
         if first:
-            self._events.append(pb.GenerateStreamResponse(started=self._started(placed)))
+            started = wire.started(
+                placed, self._spec.request_id, len(self._prompt_ids), self._choices[0].params.seed
+            )
+            self._events.append(pb.GenerateStreamResponse(started=started))
             for choice in self._choices:  # what a resuming client lacks of the tokens it has
                 if not choice.already_finished:
                     self._emit(choice, choice.owed())
@@ -288,11 +306,11 @@ class Generation:
         found: dict[Choice, list[SequenceDelta]] = {}
         for delta in deltas:
             choice = self._sequences.get(delta.request_id)
-            if choice is not None and delta.finish_reason is not FinishReason.ERROR:
+            if choice is None or choice.finish is not None:
+                continue  # of a placement that is over, or after a stop string
+            if delta.finish_reason is not FinishReason.ERROR:
                 found.setdefault(choice, []).append(delta)
         for choice, its in found.items():
-            if choice.finish is not None:
-                continue
             output = choice.accept(its)
             if self._overdue(choice) and not self._has_output():
                 raise RequestDeadlineError()
@@ -340,48 +358,6 @@ class Generation:
         if self._deadline_s is None:
             return None
         return max(self._deadline_s - self._context.clock(), 1e-3)
-
-    def _started(self, placed: Placed) -> pb.Started:
-        return pb.Started(
-            request_id=self._spec.request_id,
-            model=placed.engine.model,
-            model_revision=placed.engine.model_revision,
-            group=placed.group,
-            kv_format=placed.engine.kv_format,
-            seed=self._choices[0].params.seed,
-            prompt_tokens=len(self._prompt_ids),
-            kv_hot_pages=placed.lease.hot_pages,
-            kv_sealed_pages=placed.lease.sealed_pages,
-            kv_reserved_bytes=placed.lease_bytes,
-        )
-
-    def _usage(self) -> pb.Usage:
-        usages, placed = self._usages, self._placed
-        used_bytes = sum(usage.kv_bytes for usage in usages)
-        reply = pb.Usage(
-            prompt_tokens=len(self._prompt_ids),
-            completion_tokens=sum(len(choice.token_ids) for choice in self._choices),
-            cached_tokens=min(
-                max((usage.cached_tokens for usage in usages), default=0), len(self._prompt_ids)
-            ),
-            queue_s=self._queue_s + max((usage.queue_s for usage in usages), default=0.0),
-            total_s=self._context.clock() - self._arrived_s,
-            kv_hot_pages=sum(usage.hot_pages for usage in usages),
-            kv_sealed_pages=sum(usage.sealed_pages for usage in usages),
-            # A sequence's usage comes with its end, when its pages have been freed.
-            kv_used_bytes=used_bytes,
-            kv_freed_bytes=used_bytes,
-            preemptions=sum(usage.preemptions for usage in usages),
-            failovers=self._failovers,
-        )
-        if placed is not None:
-            reserved_bytes = sum(usage.reserved_bytes for usage in usages)
-            reply.kv_reserved_bytes = max(reserved_bytes, placed.lease_bytes)
-            reply.group = placed.group
-            reply.kv_format = placed.engine.kv_format
-        if self._first_token_s is not None:
-            reply.time_to_first_token_s = self._first_token_s
-        return reply
 
 
 def _int32_bytes(ids: TokenIds | list[int]) -> bytes:

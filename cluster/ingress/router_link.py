@@ -1,7 +1,7 @@
 """The ingress's connection to the router: questions, and a place for a request.
 
-    async with link.place(request) as placement:
-        ...placement.submitted = True      # from here on the lease is the engine's affair
+async with link.place(request) as placement:
+    ...placement.submitted = True      # from here on the lease is the engine's affair
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from kvmesh.cluster.messages import (
     Estimated,
     Explanation,
     Failed,
+    Finished,
     Place,
     Placed,
     Release,
@@ -63,9 +64,7 @@ class RouterLink:
 
     async def run(self) -> None:
         """Keep the connection; runs until cancelled."""
-        await stay_connected(
-            self._find, self._identity, TO_INGRESS_FROM_ROUTER, lambda c: _Router(self, c)
-        )
+        await stay_connected(self._find, self._identity, TO_INGRESS_FROM_ROUTER, self._connected)
 
     @asynccontextmanager
     async def place(self, request: PlaceRequest) -> AsyncIterator[HeldPlace]:
@@ -88,8 +87,8 @@ class RouterLink:
         try:
             yield held
         finally:
-            if not held.submitted:
-                self._send(Release(placed.lease.lease_id))
+            over = Finished if held.submitted else Release
+            self._send(over(placed.lease.lease_id))
 
     async def abort(self, request_id: str) -> bool:
         """End a request wherever it is; whether there was one. Ids have the tenant before them."""
@@ -134,7 +133,7 @@ class RouterLink:
         if self._connection is not None:
             self._connection.send(message)
 
-    def connected(self, connection: Connection) -> None:
+    def _connected(self, connection: Connection) -> RouterLink:
         """A router, perhaps a new one, which knows nothing of what is open."""
         self._connection = connection
         for message, _ in self._open.values():
@@ -142,12 +141,11 @@ class RouterLink:
                 # One that still knows the request has not heard from us since.
                 message = Place(message.call, replace(message.request, supersedes=True))
             connection.send(message)
+        return self
 
-    def disconnected(self, connection: Connection) -> None:
-        if self._connection is connection:
-            self._connection = None
+    # The connection's handler
 
-    def answered(self, message: Any) -> None:
+    def received(self, message: Any) -> None:
         _, answer = self._open.get(message.call, (None, None))
         if answer is None or answer.done():
             if isinstance(message, Placed):  # whoever waited for it has left
@@ -157,17 +155,5 @@ class RouterLink:
         else:
             answer.set_result(message)
 
-
-class _Router:
-    """The router that this ingress is connected to."""
-
-    def __init__(self, link: RouterLink, connection: Connection) -> None:
-        self._link = link
-        self._connection = connection
-        link.connected(connection)
-
-    def received(self, message: Any) -> None:
-        self._link.answered(message)
-
     def lost(self) -> None:
-        self._link.disconnected(self._connection)
+        self._connection = None

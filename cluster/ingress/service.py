@@ -156,26 +156,8 @@ class IngressService:
         self._authenticator.authenticate(metadata)  # before anything is said about the request
         if isinstance(request, pb.GenerateRequest) and request.HasField("resume"):
             validate.refuse("resume", "is for GenerateStream; a reply in one piece has no cursor")
-        started, usage = pb.Started(), pb.Usage()
-        choices: dict[int, pb.Choice] = {}
         async with contextlib.aclosing(self.generate_stream(request, metadata)) as events:
-            async for event in events:
-                match event.WhichOneof("event"):
-                    case "started":
-                        started = event.started
-                    case "delta":
-                        _gather_delta(choices, event.delta)
-                    case "choice_finished":
-                        _gather_finish(choices, event.choice_finished)
-                    case "usage":
-                        usage = event.usage
-        return pb.GenerateResponse(
-            request_id=started.request_id,
-            model=started.model,
-            seed=started.seed,
-            choices=[choices[index] for index in sorted(choices)],
-            usage=usage,
-        )
+            return wire.generated([event async for event in events])
 
     async def tokenize(self, request: object, metadata: Metadata) -> pb.TokenizeResponse:
         self._admit(request, metadata)
@@ -346,20 +328,3 @@ async def _page_hashes(ids: TokenIds, salt: str, info: EngineInfo) -> tuple[byte
     if len(ids) < LONG_PROMPT_TOKENS:
         return tuple(digests.upto(ids, pages))
     return tuple(await asyncio.to_thread(digests.upto, ids, pages))
-
-
-def _gather_delta(choices: dict[int, pb.Choice], delta: pb.Delta) -> None:
-    choice = choices.setdefault(delta.index, pb.Choice(index=delta.index))
-    choice.text += delta.text
-    choice.token_ids.extend(delta.token_ids)
-    choice.logprobs.extend(delta.logprobs)
-
-
-def _gather_finish(choices: dict[int, pb.Choice], finished: pb.ChoiceFinished) -> None:
-    choice = choices.setdefault(finished.index, pb.Choice(index=finished.index))
-    choice.finish_reason = finished.finish_reason
-    match finished.WhichOneof("matched_stop"):
-        case "matched_stop_string":
-            choice.matched_stop_string = finished.matched_stop_string
-        case "matched_stop_token_id":
-            choice.matched_stop_token_id = finished.matched_stop_token_id

@@ -185,7 +185,10 @@ def prompt(wire: pb.Prompt) -> Prompt:
         ids = np.array(wire.token_ids.ids, dtype=np.int64)
         # Vocabularies are far smaller; what exceeds int32 is not a token id of any model.
         if int(ids.max()) > np.iinfo(np.int32).max:
-            refuse("prompt.token_ids", f"{int(ids.max())} is not a valid token id: the limit is 2^31 - 1")
+            refuse(
+                "prompt.token_ids",
+                f"{int(ids.max())} is not a valid token id: the limit is 2^31 - 1",
+            )
         return ids.astype(np.int32)
     refuse("prompt", "must have one of text, chat and token_ids")
 
@@ -194,7 +197,10 @@ def _chat(chat: pb.Chat) -> tuple[ChatTurn, ...]:
     if not chat.messages:
         refuse("prompt.chat.messages", "must not be empty")
     if len(chat.messages) > MAX_MESSAGES:
-        refuse("prompt.chat.messages", f"must have at most {MAX_MESSAGES} messages, got {len(chat.messages)}")
+        refuse(
+            "prompt.chat.messages",
+            f"must have at most {MAX_MESSAGES} messages, got {len(chat.messages)}",
+        )
     for index, message in enumerate(chat.messages):
         if not message.role:
             refuse(f"prompt.chat.messages[{index}].role", "must not be empty")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 from kvmesh.cluster.ingress.choice import ChoiceFinish, ChoiceOutput
 from kvmesh.cluster.ingress.codec import TextCodec
+from kvmesh.cluster.messages import Placed
 from kvmesh.cluster.reports import ClusterStatus, EngineReport, LatencySummary
 from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.workers.loads import ArenaLoads
-from kvmesh.workers.request import FinishReason, TokenLogprobs
+from kvmesh.workers.request import FinishReason, SequenceUsage, TokenLogprobs
 from kvmesh.workers.sizes import PageNeed
 
 FINISH_REASONS = {
@@ -50,6 +53,76 @@ def choice_finished(index: int, finish: ChoiceFinish) -> pb.ChoiceFinished:
     elif finish.stop_token_id is not None:
         wire.matched_stop_token_id = finish.stop_token_id
     return wire
+
+
+def started(placed: Placed, request_id: str, prompt_tokens: int, seed: int) -> pb.Started:
+    return pb.Started(
+        request_id=request_id,
+        model=placed.engine.model,
+        model_revision=placed.engine.model_revision,
+        group=placed.group,
+        kv_format=placed.engine.kv_format,
+        seed=seed,
+        prompt_tokens=prompt_tokens,
+        kv_hot_pages=placed.lease.hot_pages,
+        kv_sealed_pages=placed.lease.sealed_pages,
+        kv_reserved_bytes=placed.lease_bytes,
+    )
+
+
+def usage(sequences: Sequence[SequenceUsage], placed: Placed | None) -> pb.Usage:
+    """What the sequences of a request cost together. placed: the latest placement, if any"""
+    used_bytes = sum(sequence.kv_bytes for sequence in sequences)
+    wire = pb.Usage(
+        cached_tokens=max((sequence.cached_tokens for sequence in sequences), default=0),
+        queue_s=max((sequence.queue_s for sequence in sequences), default=0.0),
+        kv_hot_pages=sum(sequence.hot_pages for sequence in sequences),
+        kv_sealed_pages=sum(sequence.sealed_pages for sequence in sequences),
+        # A sequence's usage comes with its end, when its pages have been freed.
+        kv_used_bytes=used_bytes,
+        kv_freed_bytes=used_bytes,
+        preemptions=sum(sequence.preemptions for sequence in sequences),
+    )
+    if placed is not None:
+        reserved_bytes = sum(sequence.reserved_bytes for sequence in sequences)
+        wire.kv_reserved_bytes = max(reserved_bytes, placed.lease_bytes)
+        wire.group = placed.group
+        wire.kv_format = placed.engine.kv_format
+    return wire
+
+
+def generated(events: Iterable[pb.GenerateStreamResponse]) -> pb.GenerateResponse:
+    """A stream's events in one reply."""
+    reply = pb.GenerateResponse()
+    choices: dict[int, pb.Choice] = {}
+
+    def choice_of(index: int) -> pb.Choice:
+        return choices.setdefault(index, pb.Choice(index=index))
+
+    for event in events:
+        match event.WhichOneof("event"):
+            case "started":
+                reply.request_id = event.started.request_id
+                reply.model = event.started.model
+                reply.seed = event.started.seed
+            case "delta":
+                choice = choice_of(event.delta.index)
+                choice.text += event.delta.text
+                choice.token_ids.extend(event.delta.token_ids)
+                choice.logprobs.extend(event.delta.logprobs)
+            case "choice_finished":
+                finished = event.choice_finished
+                choice = choice_of(finished.index)
+                choice.finish_reason = finished.finish_reason
+                match finished.WhichOneof("matched_stop"):
+                    case "matched_stop_string":
+                        choice.matched_stop_string = finished.matched_stop_string
+                    case "matched_stop_token_id":
+                        choice.matched_stop_token_id = finished.matched_stop_token_id
+            case "usage":
+                reply.usage.CopyFrom(event.usage)
+    reply.choices.extend(choices[index] for index in sorted(choices))
+    return reply
 
 
 def model_info(status: ClusterStatus, codec: TextCodec, version: str) -> pb.GetModelInfoResponse:

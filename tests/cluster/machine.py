@@ -22,17 +22,27 @@ from kvmesh.cluster.identity import Identity
 from kvmesh.cluster.ingress.authenticate import Authenticator, hash_key
 from kvmesh.cluster.ingress.service import IngressService
 from kvmesh.cluster.ingress.validate import Limits
-from kvmesh.cluster.link import Address, Connection, Listener, LinkError, listen
-from kvmesh.cluster.messages import TO_ROUTER, Account, Place, Submit
+from kvmesh.cluster.link import Address, Connection, LinkError, Listener, connect, listen
+from kvmesh.cluster.messages import (
+    TO_INGRESS_FROM_ENGINE,
+    TO_INGRESS_FROM_ROUTER,
+    TO_ROUTER,
+    Account,
+    NewSequence,
+    Place,
+    Placed,
+    Submit,
+)
 from kvmesh.cluster.metrics import EngineMeters, IngressMeters, RouterMeters
 from kvmesh.cluster.router_service import RouterService, _Peer
 from kvmesh.cluster.routing.config import RouterConfig
 from kvmesh.cluster.routing.outcome import Granted, Grown, Outcome, Placement
 from kvmesh.cluster.routing.request import PlaceRequest
 from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
-from kvmesh.workers.lease import LeaseTerms
 from kvmesh.workers.leader import EngineLeader
+from kvmesh.workers.lease import LeaseTerms
 from kvmesh.workers.request import FinishReason
+from kvmesh.workers.sampling_params import SamplingParams
 from kvmesh.workers.sizes import PageNeed
 from tests.workers.memory_executor import EOS, VOCAB, expected_output
 from tests.workers.test_leader import CONFIG, MANY, GatedExecutor
@@ -221,14 +231,17 @@ class WatchedRouter(RouterService):
         super().place(message, peer)
 
     def release(self, lease_id: str) -> None:
-        self.given_back[lease_id] += 1
+        self.given_back[lease_id] += self._holds(lease_id)
         super().release(lease_id)
+
+    def _holds(self, lease_id: str) -> bool:
+        return lease_id in self.router.fleet.ledger.leases
 
     def account(self, name: str, message: Account) -> None:
         self.first_tokens.update(message.update.first_tokens)
         self.wanted.update(want.lease_id for want in message.update.wants)
         for end in message.update.ended:
-            self.given_back[end.lease_id] += 1
+            self.given_back[end.lease_id] += self._holds(end.lease_id)
             self.learned.append(end.output_tokens)
         super().account(name, message)
 
@@ -252,10 +265,10 @@ class WatchedRouter(RouterService):
 class Machine:
     """Everything of a cluster with `groups` engines, and one ingress."""
 
-    def __init__(self, groups: int, config: RouterConfig) -> None:
+    def __init__(self, groups: int, config: RouterConfig, budget: int) -> None:
         names = [f"g{index}" for index in range(groups)]
         self.router = WatchedRouter(config, names)
-        self.executors = {name: GatedExecutor() for name in names}
+        self.executors = {name: GatedExecutor(budget) for name in names}
         self.engines = {
             name: WatchedEngine(name, executor, self.find_router)
             for name, executor in self.executors.items()
@@ -351,10 +364,57 @@ class Machine:
                 assert loads.pool.used == PageNeed(0, 0)
 
 
+class Stranger:
+    """An ingress of which a test decides every word."""
+
+    def __init__(self) -> None:
+        self._answers: asyncio.Queue[object] = asyncio.Queue()
+        self._connections: list[Connection] = []
+
+    async def answer(self) -> object:
+        return await asyncio.wait_for(self._answers.get(), 20)
+
+    def received(self, message: object) -> None:
+        self._answers.put_nowait(message)
+
+    def lost(self) -> None: ...
+
+    async def ask_router(self, built: Machine) -> None:
+        address = await built.find_router()
+        self.router = await connect(address, IDENTITY, TO_INGRESS_FROM_ROUTER, lambda _: self)
+        self._connections.append(self.router)
+
+    async def place(self, request: PlaceRequest, call: int = 1) -> Placed:
+        self.router.send(Place(call, request))
+        answer = await self.answer()
+        assert isinstance(answer, Placed)
+        return answer
+
+    async def submit(self, placed: Placed, max_tokens: int) -> None:
+        engine = await connect(placed.address, IDENTITY, TO_INGRESS_FROM_ENGINE, lambda _: self)
+        self._connections.append(engine)
+        params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+        prompt = np.arange(20, dtype="<i4").tobytes()
+        sequence = NewSequence(f"{placed.lease.lease_id}.0", params)
+        engine.send(Submit(placed.lease, prompt, (sequence,)))
+
+    def die(self) -> None:
+        for connection in self._connections:
+            connection.abort()
+
+
+async def stranger(built: Machine) -> Stranger:
+    made = Stranger()
+    await made.ask_router(built)
+    return made
+
+
 @asynccontextmanager
-async def machine(groups: int = 1, config: RouterConfig | None = None) -> AsyncGenerator[Machine]:
-    """Leaves a cluster at rest behind, or fails."""
-    built = Machine(groups, config or RouterConfig())
+async def machine(
+    groups: int = 1, config: RouterConfig | None = None, budget: int = 400
+) -> AsyncGenerator[Machine]:
+    """Leaves a cluster at rest behind, or fails. budget: of each engine's memory"""
+    built = Machine(groups, config or RouterConfig(), budget)
     await built.start()
     try:
         yield built

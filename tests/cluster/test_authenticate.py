@@ -14,8 +14,8 @@ from kvmesh.client.credentials import key_path, read_key_file
 from kvmesh.client.errors import CredentialsError
 from kvmesh.cluster import keys
 from kvmesh.cluster.config import AuthSection, TenantKey
-from kvmesh.cluster.ingress.authenticate import ANONYMOUS, Authenticator, hash_key
 from kvmesh.cluster.errors import UnauthenticatedError
+from kvmesh.cluster.ingress.authenticate import ANONYMOUS, Authenticator, hash_key
 from kvmesh.cluster.keys import LOCAL_TENANT, ensure_key, known_keys, local_key
 from kvmesh.workers.errors import ConfigError
 

@@ -87,7 +87,9 @@ def test_every_class_of_the_trees_has_a_row(module: object) -> None:
     assert classes - INTERNAL_MATTERS == {type(e) for e, _, _ in TABLE if isinstance(e, root)}
 
 
-@pytest.mark.parametrize("error", [*(error for error, _, _ in TABLE), routing.RequestAbortedError()])
+@pytest.mark.parametrize(
+    "error", [*(error for error, _, _ in TABLE), routing.RequestAbortedError()]
+)
 def test_errors_survive_the_way_to_another_process(error: Exception) -> None:
     carried = msgspec.msgpack.encode(Failure.of(error))  # type: ignore[arg-type]
     for again in (

@@ -7,11 +7,11 @@ import pytest
 from kvmesh.client.responses import mirror
 from kvmesh.client.types import Estimate, Explanation, Loads, ModelInfo
 from kvmesh.cluster.cli import console, status_view
-from kvmesh.cluster.ingress.estimate import geometry_of
+from kvmesh.cluster.messages import Release
 from kvmesh.cluster.routing.errors import NeverFitsError
 from kvmesh.cluster.routing.request import PlaceRequest
 from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
-from tests.cluster.machine import METADATA, Machine, machine
+from tests.cluster.machine import METADATA, Machine, machine, stranger
 from tests.cluster.test_generation import asked, read
 from tests.workers.test_engine import PAGE
 from tests.workers.test_leader import MANY
@@ -32,7 +32,7 @@ async def test_bytes_and_pages_agree_and_count_every_choice(n: int) -> None:
         reply = await estimate(built, 100, n)
         assert reply.feasible_ever and reply.group in ("g0", "g1")
         for group in reply.groups:
-            geometry = geometry_of(built.leaders[group.group].info())
+            geometry = built.leaders[group.group].info().geometry
             need = geometry.peak_need(110)
             assert (group.hot_pages, group.sealed_pages) == (need.hot * n, need.sealed * n)
             assert group.needed_bytes == n * geometry.bytes_of(need) <= group.capacity_bytes
@@ -68,11 +68,11 @@ async def test_the_views_fit_eighty_columns(
 async def test_a_request_is_explained_by_its_id_to_its_own_tenant() -> None:
     async with machine(groups=2) as built:
         built.allow(MANY)
-        placed = await read(built.stream(asked(5)))
-        assert placed.started is not None
+        answered = await read(built.stream(asked(5)))
+        assert answered.started is not None
         reply = await explain(built, "r")
         (decision,) = reply.decisions
-        assert decision.group == placed.started.group
+        assert decision.group == answered.started.group
         assert decision.age_s >= 0.0
         reasons = {group.group: group.reason for group in decision.groups}
         assert reasons[decision.group] == "chosen"
@@ -83,8 +83,9 @@ async def test_a_request_is_explained_by_its_id_to_its_own_tenant() -> None:
         (refused,) = (await explain(built, "n")).decisions
         assert refused.outcome.startswith("refused: no group can hold")
         assert not refused.group
-        other = PlaceRequest("other/r", 10, 10)
-        await built.router.release((await built.router.place(other, ticket="t")).lease.lease_id)
+        other = await stranger(built)
+        placed = await other.place(PlaceRequest("other/r", 10, 10))
+        other.router.send(Release(placed.lease.lease_id))
         assert len((await explain(built, "r")).decisions) == 1
 
 

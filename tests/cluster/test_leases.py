@@ -6,27 +6,19 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 
-import numpy as np
 import pytest
 
 from kvmesh.cluster import router_service
 from kvmesh.cluster.engine_service import WITHDRAWN_LIMIT
-from kvmesh.cluster.link import connect
 from kvmesh.cluster.messages import (
-    TO_INGRESS_FROM_ENGINE,
-    TO_INGRESS_FROM_ROUTER,
-    NewSequence,
     Place,
-    Placed,
     Rejected,
     Release,
-    Submit,
 )
 from kvmesh.cluster.routing.config import RouterConfig, RouterTuning
 from kvmesh.cluster.routing.request import PlaceRequest
 from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
-from kvmesh.workers.sampling_params import SamplingParams
-from tests.cluster.machine import IDENTITY, METADATA, Machine, answer, machine
+from tests.cluster.machine import METADATA, Machine, answer, machine, stranger
 from tests.cluster.test_generation import PROMPT, Received, asked, read, read_until, rest_of
 from tests.workers.test_engine import PAGE
 from tests.workers.test_leader import MANY
@@ -52,48 +44,6 @@ def agree(built: Machine) -> None:
     ledger = {group.group: group for group in built.router.status().router.groups}
     for name, leader in built.leaders.items():
         assert leader.loads().pool.used.fits(ledger[name].used)
-
-
-class Stranger:
-    """An ingress of which a test decides every word."""
-
-    def __init__(self) -> None:
-        self._answers: asyncio.Queue[object] = asyncio.Queue()
-
-    def received(self, message: object) -> None:
-        self._answers.put_nowait(message)
-
-    def lost(self) -> None: ...
-
-    async def ask_router(self, built: Machine) -> None:
-        address = await built.find_router()
-        self.router = await connect(address, IDENTITY, TO_INGRESS_FROM_ROUTER, lambda _: self)
-
-    async def place(self, request: PlaceRequest, call: int = 1) -> Placed:
-        self.router.send(Place(call, request))
-        answer = await asyncio.wait_for(self._answers.get(), 20)
-        assert isinstance(answer, Placed)
-        return answer
-
-    async def submit(self, placed: Placed, max_tokens: int) -> None:
-        self.engine = await connect(
-            placed.address, IDENTITY, TO_INGRESS_FROM_ENGINE, lambda _: self
-        )
-        params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
-        prompt = np.arange(20, dtype="<i4").tobytes()
-        sequence = NewSequence(f"{placed.lease.lease_id}.0", params)
-        self.engine.send(Submit(placed.lease, prompt, (sequence,)))
-
-    def die(self) -> None:
-        self.router.abort()
-        if hasattr(self, "engine"):
-            self.engine.abort()
-
-
-async def stranger(built: Machine) -> Stranger:
-    made = Stranger()
-    await made.ask_router(built)
-    return made
 
 
 async def test_a_lease_covers_what_was_learned_and_grows_with_the_output() -> None:
@@ -136,28 +86,27 @@ async def test_an_engine_pauses_what_has_used_up_its_lease() -> None:
 
 
 async def test_a_growth_waits_until_pages_are_free() -> None:
-    async with machine(config=EAGER) as one:
+    async with machine(config=EAGER, budget=80) as one:
         await taught(one)
-        one.router.withhold_growth()
+        other = await stranger(one)
+        # An older lease that may still grow, and one that leaves just the pages for that.
+        request = PlaceRequest("tenant/old", len(PROMPT), 300, tenant="tenant", sequences=2)
+        old = await other.place(request, 1)
+        to_grow = old.lease.max_sealed_pages - old.lease.sealed_pages
+        spare_pages = one.free_sealed_pages() - to_grow - 1
+        await other.place(PlaceRequest("tenant/filler", spare_pages * PAGE, 1), 2)
         stream = one.stream(asked(200))
         received = await read_until(stream, 2 * PAGE - len(PROMPT))
         lease_id = one.router.granted[-1].lease.lease_id
-        other = await stranger(one)
-        # Others hold every other page before the growth is decided.
-        held = []
-        while one.free_sealed_pages() > 1:
-            tokens = min(one.free_sealed_pages() - 1, 40) * PAGE
-            request = PlaceRequest(f"tenant/{len(held)}", tokens, 1)
-            held.append((await other.place(request)).lease.lease_id)
-        one.router.let_grow()
-        await one.until(lambda: one.router.wanted[lease_id] >= 1)
+        await one.until(lambda: one.router.wanted[lease_id] == 1)
+        assert one.router.grown[lease_id] == 0
         assert one.leaders["g0"].loads().running == 1
-        assert len(received.tokens[0]) <= 3 * PAGE
-        for name in held:
-            other.router.send(Release(name))
+        other.router.send(Release(old.lease.lease_id))
         await rest_of(stream, received)
         assert received.tokens[0] == answer(PROMPT, 200)
         assert one.router.grown[lease_id] >= 1
+        other.router.send(Release(one.router.granted[2].lease.lease_id))
+        await one.until(lambda: one.leases() == 0)
         other.die()
 
 
@@ -244,7 +193,7 @@ async def test_a_lease_whose_ingress_dies_before_it_submits_expires(
         late = await stranger(one)
         await late.submit(placed, 20)
         # What comes late is refused: its pages may be others' by now.
-        assert isinstance(await asyncio.wait_for(late._answers.get(), 20), Rejected)
+        assert isinstance(await late.answer(), Rejected)
         late.die()
         ticking.cancel()
         one.router.given_back[placed.lease.lease_id] = 1  # it expired, and that was its end

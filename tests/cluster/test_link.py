@@ -14,7 +14,7 @@ import pytest
 
 from kvmesh.cluster import link
 from kvmesh.cluster.identity import Identity
-from kvmesh.cluster.link import Address, Connection, Listener, LinkError, connect, listen
+from kvmesh.cluster.link import Address, Connection, LinkError, Listener, connect, listen
 
 IDENTITY = Identity.make()
 

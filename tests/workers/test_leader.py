@@ -36,8 +36,8 @@ ENDLESS = SamplingParams(temperature=0.0, max_tokens=700, ignore_eos=True)
 class GatedExecutor(MemoryExecutor):
     """Takes a permit for each step, so that a test decides what is in flight."""
 
-    def __init__(self) -> None:
-        super().__init__(PAGE, 0, 0, 400)
+    def __init__(self, budget: int = 400) -> None:
+        super().__init__(PAGE, 0, 0, budget)
         self.permits = threading.Semaphore(0)
         self.error: Exception | None = None
 
