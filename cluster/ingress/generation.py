@@ -124,7 +124,7 @@ class Generation:
         Raises the errors of the table in error_table.py.
         """
         task = asyncio.create_task(self._run(), name=f"generate {self.key}")
-        task.add_done_callback(lambda _: self._ready.set())
+        task.add_done_callback(self._note_over)
         try:
             over = False
             while not over:
@@ -138,6 +138,11 @@ class Generation:
             task.result()
         finally:
             task.cancel()
+
+    def _note_over(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled():
+            task.exception()  # retrieved, even if the reader has left meanwhile
+        self._ready.set()
 
     # The request's task
 

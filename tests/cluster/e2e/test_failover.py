@@ -82,6 +82,8 @@ class Streams:
 
     def __init__(self, endpoint: Endpoint, prompts: Sequence[str]) -> None:
         self._endpoint = endpoint
+        self._tokens = 0
+        self._news = asyncio.Condition()
         self._started = [asyncio.Event() for _ in prompts]
         self._tasks = [
             asyncio.create_task(self._one(prompt, started))
@@ -94,6 +96,11 @@ class Streams:
             for started in self._started:
                 await started.wait()
         assert not any(task.done() for task in self._tasks), "over before anything could die"
+
+    async def received(self, tokens: int) -> None:
+        """Until all of them together have this many tokens."""
+        async with asyncio.timeout(150), self._news:
+            await self._news.wait_for(lambda: self._tokens >= tokens)
 
     async def ends(self) -> list[Streamed]:
         async with asyncio.timeout(150):
@@ -112,6 +119,9 @@ class Streams:
                 text += delta.text
                 if len(token_ids) >= 3:
                     started.set()
+                async with self._news:
+                    self._tokens += len(delta.token_ids)
+                    self._news.notify_all()
             usage = stream.usage
             assert usage is not None
             return Streamed(
@@ -266,3 +276,27 @@ async def test_a_new_router_takes_over_the_leases_of_live_streams(
             await stream.aclose()
         await asyncio.gather(reading, return_exceptions=True)
     await asyncio.to_thread(wait_idle, client)
+
+
+THIRTY = 30
+# One after another, each when a further share of all tokens has come.
+VICTIMS = (
+    "ray::RankActor",
+    "ray::ServeReplica:kvmesh:router",
+    "ray::ServeReplica:kvmesh:ingress",
+    "ray::ServeController",
+    "ray::ServeReplica:kvmesh:engine-0",
+)
+
+
+async def test_thirty_streams_outlive_the_death_of_every_part(
+    endpoint: Endpoint, client: Client, expected: dict[str, tuple[int, ...]]
+) -> None:
+    """Each ends with the tokens it would have had undisturbed, and has none twice."""
+    prompts = [PROMPTS[number % len(PROMPTS)] for number in range(THIRTY)]
+    streams = Streams(endpoint, prompts)
+    for number, victim in enumerate(VICTIMS):
+        share = (number + 1) / (len(VICTIMS) + 1)
+        await streams.received(int(share * THIRTY * TOKENS))
+        kill(processes_named(victim)[0])
+    check_whole(await streams.ends(), prompts, expected)
