@@ -3,145 +3,160 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 
 from sortedcontainers import SortedDict
 
-from kvmesh.cluster.routing.events import Lease
-from kvmesh.cluster.routing.group import GroupSpec
+from kvmesh.cluster.routing.errors import LedgerError
+from kvmesh.cluster.routing.live import Age, Lease
+from kvmesh.workers.loads import EngineInfo
 from kvmesh.workers.sizes import PageNeed
 
 
-@dataclass(slots=True)
 class Account:
-    """One group's page of the ledger.
+    """The leases of a group, and what they leave free.
 
-    epoch: of the router that keeps it
-    free_hot, free_sealed: pages no lease covers; negative after adoptions beyond
-        the capacity, and nothing is granted then
+    block_pages: shared blocks are runs of this many pages
+    free: pages that no lease covers; negative after adoptions beyond the capacity,
+        and nothing is granted then
     sequences: of all leases
-    adopted: leases that a former router granted
-    reported_at: when its engine last reported to this ledger, or None
-    shared: block hash -> leases that hold the block; it is charged once
-    growing: sealed pages still to grow, of leases below their most
-    reserve: sealed pages that stay free, so that any one lease can grow to its most
+    reserve: sealed pages that stay free, so that any one lease can grow to its maximum
     """
 
-    spec: GroupSpec
-    epoch: int
-    free_hot: int
-    free_sealed: int
-    sequences: int = 0
-    adopted: int = 0
-    lease_ids: dict[str, None] = field(default_factory=dict)  # oldest first
-    reported_at: float | None = None
-    shared: dict[bytes, int] = field(default_factory=dict)
-    growing: SortedDict[tuple[int, str], None] = field(default_factory=SortedDict)
-    reserve: int = 0
-
-    @classmethod
-    def opened(cls, spec: GroupSpec, epoch: int) -> Account:
-        return cls(spec, epoch, spec.capacity.hot, spec.capacity.sealed)
+    def __init__(self, info: EngineInfo, block_pages: int) -> None:
+        self.info = info
+        self.free = info.capacity
+        self.sequences = 0
+        self.reserve = 0
+        self._block_pages = block_pages
+        self._leases: SortedDict[tuple[Age, str], Lease] = SortedDict()  # oldest first
+        self._adopted = 0
+        self._holders: dict[bytes, int] = {}  # leases that hold a block; it is charged once
+        self._growing: SortedDict[tuple[int, str], None] = SortedDict()  # by pages to grow
 
     @property
     def used(self) -> PageNeed:
-        capacity = self.spec.capacity
-        return PageNeed(capacity.hot - self.free_hot, capacity.sealed - self.free_sealed)
+        capacity = self.info.capacity
+        return PageNeed(capacity.hot - self.free.hot, capacity.sealed - self.free.sealed)
 
-    def free_pages(self) -> PageNeed:
-        return PageNeed(self.free_hot, self.free_sealed)
+    def by_age(self) -> Iterable[Lease]:
+        """All leases, oldest first."""
+        return self._leases.values()
 
-    def used_bytes(self) -> int:
-        return self.spec.geometry.bytes_of(self.used)
+    def shared_pages(self, blocks: Sequence[bytes]) -> int:
+        """How many of the blocks' sealed pages other leases pay for already.
 
-    def block_weight(self, index: int, block_pages: int) -> int:
-        """Sealed pages of a prompt's block: pages of the sink have no sealed form."""
-        return min(block_pages, max(0, (index + 1) * block_pages - self.spec.geometry.sink_pages))
-
-    def shared_pages(self, blocks: Sequence[bytes], block_pages: int) -> int:
-        """How many of the blocks' pages other leases pay for already.
-
-        Block hashes are chained: who holds a block holds those before it, so the
-        shared ones are the first so many.
+        Block hashes are chained: a lease that holds a block holds those before it, so
+        the shared ones are at the front.
         """
         low, high = 0, len(blocks)
         while low < high:
             middle = (low + high) // 2
-            if blocks[middle] in self.shared:
+            if blocks[middle] in self._holders:
                 low = middle + 1
             else:
                 high = middle
-        return max(0, low * block_pages - self.spec.geometry.sink_pages)
+        return max(0, low * self._block_pages - self.info.geometry.sink_pages)
 
     def holds(self, need: PageNeed, to_grow: int, shared: int = 0) -> bool:
         """Whether a new lease fits and leaves the reserve whole."""
-        left = self.free_sealed - need.sealed + shared
-        return need.hot <= self.free_hot and left >= max(self.reserve, to_grow)
+        left = self.free.sealed - need.sealed + shared
+        return need.hot <= self.free.hot and left >= max(self.reserve, to_grow)
 
-    def owed(self, leases: Iterable[Lease]) -> PageNeed:
-        """What the account must have in use if these are its leases: shared blocks count once."""
-        held = list(leases)
-        return sum((lease.need for lease in held), PageNeed(0, -self._doubled(held)))
+    def may_grow(self, lease: Lease, need: PageNeed) -> bool:
+        """Whether a lease may be extended to `need` now.
 
-    # Changes; the ledger's `_apply` alone makes them
+        The oldest growing lease takes any free page. Another may grow if what remains
+        free lets every single one still grow to its maximum. So the oldest ends, gives
+        back more than it took, and the next is the oldest: the banker's rule, without
+        a search.
+
+        Adopted leases are charged for pages that they share, as nothing tells which
+        those are, so pages may be free that the account does not show. While there are
+        adopted ones, the oldest therefore grows regardless: its engine has its own rule
+        by which the oldest comes to its end.
+        """
+        if need == lease.need:
+            return True
+        hot = self.free.hot - (need.hot - lease.need.hot)
+        sealed = self.free.sealed - (need.sealed - lease.need.sealed)
+        if lease is self._oldest_growing():
+            return hot >= 0 and (sealed >= 0 or self._adopted > 0)
+        return hot >= 0 and sealed >= self.reserve
+
+    def check_integrity(self) -> None:
+        """Raise LedgerError unless the account is the sum of its leases."""
+        leases = list(self._leases.values())
+        used = sum((lease.need for lease in leases), PageNeed(0, -self._counted_twice(leases)))
+        to_grow = max((lease.to_grow for lease in leases), default=0)
+        if (used, to_grow) != (self.used, self.reserve):
+            raise LedgerError(
+                f"the account has {self.used} in use and {self.reserve} reserved, "
+                f"its leases sum to {used} and {to_grow}"
+            )
+        if sum(lease.sequences for lease in leases) != self.sequences:
+            raise LedgerError(f"the account has {self.sequences} sequences, not its leases' sum")
+
+    # Changes, which the ledger makes
 
     def enter(self, lease: Lease) -> None:
-        self.lease_ids[lease.lease_id] = None
-        charged = lease.need.sealed
+        self._leases[(lease.age, lease.lease_id)] = lease
+        shared = 0
         for index, block in enumerate(lease.blocks):
-            holders = self.shared.get(block, 0)
+            holders = self._holders.get(block, 0)
             if holders:
-                charged -= self.block_weight(index, lease.block_pages)
-            self.shared[block] = holders + 1
-        self.free_sealed -= charged
-        self.free_hot -= lease.need.hot
+                shared += self._sealed_pages_of(index)
+            self._holders[block] = holders + 1
+        self._take(PageNeed(lease.need.hot, lease.need.sealed - shared))
         self.sequences += lease.sequences
-        self.adopted += lease.epoch != self.epoch
-        self._grows(lease)
+        self._adopted += lease.adopted
+        self._note_growing(lease)
 
     def leave(self, lease: Lease) -> None:
-        del self.lease_ids[lease.lease_id]
-        freed = lease.need.sealed
+        del self._leases[(lease.age, lease.lease_id)]
+        shared = 0
         for index, block in enumerate(lease.blocks):
-            holders = self.shared.pop(block)
+            holders = self._holders.pop(block)
             if holders > 1:
-                freed -= self.block_weight(index, lease.block_pages)
-                self.shared[block] = holders - 1
-        self.free_sealed += freed
-        self.free_hot += lease.need.hot
+                shared += self._sealed_pages_of(index)
+                self._holders[block] = holders - 1
+        self._take(PageNeed(-lease.need.hot, shared - lease.need.sealed))
         self.sequences -= lease.sequences
-        self.adopted -= lease.epoch != self.epoch
-        self._grows_no_more(lease)
+        self._adopted -= lease.adopted
+        self._forget_growing(lease)
 
-    def restate(self, old: Lease, new: Lease) -> None:
-        """A lease is of another size; it keeps its age."""
-        self.free_sealed -= new.need.sealed - old.need.sealed
-        self.free_hot -= new.need.hot - old.need.hot
-        self.sequences += new.sequences - old.sequences
-        self._grows_no_more(old)
-        self._grows(new)
+    def resize(self, lease: Lease, need: PageNeed) -> None:
+        self._take(PageNeed(need.hot - lease.need.hot, need.sealed - lease.need.sealed))
+        self._forget_growing(lease)
+        lease.need = need
+        self._note_growing(lease)
 
-    def _grows(self, lease: Lease) -> None:
-        """The lease has yet to grow; keep so much free."""
+    def _take(self, pages: PageNeed) -> None:
+        self.free = PageNeed(self.free.hot - pages.hot, self.free.sealed - pages.sealed)
+
+    def _note_growing(self, lease: Lease) -> None:
         if lease.to_grow > 0:
-            self.growing[(lease.to_grow, lease.lease_id)] = None
-            self._set_reserve()
+            self._growing[(lease.to_grow, lease.lease_id)] = None
+            self.reserve = self._growing.peekitem(-1)[0][0]
 
-    def _grows_no_more(self, lease: Lease) -> None:
+    def _forget_growing(self, lease: Lease) -> None:
         if lease.to_grow > 0:
-            del self.growing[(lease.to_grow, lease.lease_id)]
-            self._set_reserve()
+            del self._growing[(lease.to_grow, lease.lease_id)]
+            self.reserve = self._growing.peekitem(-1)[0][0] if self._growing else 0
 
-    def _set_reserve(self) -> None:
-        self.reserve = self.growing.peekitem(-1)[0][0] if self.growing else 0
+    def _oldest_growing(self) -> Lease | None:
+        return next((lease for lease in self._leases.values() if lease.to_grow > 0), None)
 
-    def _doubled(self, held: Iterable[Lease]) -> int:
-        """Sealed pages that leases hold together, counted once less than they are held."""
+    def _sealed_pages_of(self, block: int) -> int:
+        """Sealed pages of a prompt's block: pages of the sink have no sealed form."""
+        end = (block + 1) * self._block_pages
+        return min(self._block_pages, max(0, end - self.info.geometry.sink_pages))
+
+    def _counted_twice(self, leases: Iterable[Lease]) -> int:
+        """Sealed pages of blocks that an earlier lease of these holds as well."""
         seen: set[bytes] = set()
-        doubled = 0
-        for lease in held:
+        pages = 0
+        for lease in leases:
             for index, block in enumerate(lease.blocks):
-                if block in seen:
-                    doubled += self.block_weight(index, lease.block_pages)
+                pages += self._sealed_pages_of(index) if block in seen else 0
                 seen.add(block)
-        return doubled
+        return pages

@@ -1,69 +1,90 @@
-"""What was decided of the latest requests, and why: for those who ask afterwards."""
+"""What was decided of the latest requests, and why, for people who ask afterwards."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from kvmesh.cluster.routing.request import Decision, Granted, Queued, Refused
-from kvmesh.cluster.routing.verdict import Verdicts
+from kvmesh.cluster.routing.outcome import Decision, Granted, Queued, Refused
+from kvmesh.cluster.routing.verdict import Verdict, Verdicts
 
-MOST_VERDICTS = 1 << 16
-MOST_OF_ONE = 8
+MAX_VERDICTS = 1 << 16
+MAX_PER_REQUEST = 8
+MIB = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Decided:
-    """at: router's clock; decision: with its verdicts"""
+class Explained:
+    """One decision about a request.
 
-    at: float
-    decision: Decision
+    age_s: how long ago; outcome: in words
+    group: where it was placed, or empty; verdicts: of every group
+    """
 
-    @property
-    def verdicts(self) -> Verdicts:
-        if isinstance(self.decision, Granted):
-            return self.decision.placement.verdicts
-        return self.decision.verdicts
+    age_s: float
+    outcome: str
+    group: str
+    verdicts: Verdicts
 
-    @property
-    def group(self) -> str:
-        """Where it was placed, or nothing."""
-        return self.decision.placement.group if isinstance(self.decision, Granted) else ""
-
-    def in_words(self) -> str:
-        match self.decision:
-            case Granted(placement=placement):
-                promised = "" if placement.promised_at is None else ", as it had been promised"
-                return f"placed after {placement.queue_s:.3f} s in the queue{promised}"
-            case Queued(position=position, projected_start_s=start_s):
-                when = "" if start_s is None else f", to start in about {start_s:.1f} s"
-                return f"queued behind {position} others{when}"
-            case Refused(error=error):
-                return f"refused: {error}"
+    def lines(self) -> list[str]:
+        """For a log: the outcome first, then every group."""
+        return [self.outcome, *(_line(verdict) for verdict in self.verdicts)]
 
 
 class DecisionLog:
-    """The decisions of so many requests as `limit` verdicts allow, the latest of each."""
+    """The latest requests' decisions, as many as `limit` verdicts allow."""
 
-    def __init__(self, limit: int = MOST_VERDICTS) -> None:
+    def __init__(self, limit: int = MAX_VERDICTS) -> None:
         if limit < 1:
             raise ValueError(f"limit must be at least 1, got {limit}")
         self._limit = limit
-        self._by_request: OrderedDict[str, list[Decided]] = OrderedDict()  # latest decided last
+        # By request id, the one decided last at the end; with the router's clock.
+        self._decided: OrderedDict[str, list[tuple[float, Decision]]] = OrderedDict()
         self._verdicts = 0
 
     def note(self, decision: Decision, now: float) -> None:
-        decided = Decided(now, decision)
-        of_it = self._by_request.setdefault(decision.request_id, [])
-        self._by_request.move_to_end(decision.request_id)
-        of_it.append(decided)
-        self._verdicts += len(decided.verdicts)
-        if len(of_it) > MOST_OF_ONE:
-            self._verdicts -= len(of_it.pop(0).verdicts)
-        while self._verdicts > self._limit and len(self._by_request) > 1:
-            _, oldest = self._by_request.popitem(last=False)
-            self._verdicts -= sum(len(x.verdicts) for x in oldest)
+        entries = self._decided.setdefault(decision.request_id, [])
+        self._decided.move_to_end(decision.request_id)
+        entries.append((now, decision))
+        self._verdicts += len(decision.verdicts)
+        if len(entries) > MAX_PER_REQUEST:
+            self._verdicts -= len(entries.pop(0)[1].verdicts)
+        while self._verdicts > self._limit and len(self._decided) > 1:
+            _, oldest = self._decided.popitem(last=False)
+            self._verdicts -= sum(len(old.verdicts) for _, old in oldest)
 
-    def of(self, request_id: str) -> tuple[Decided, ...]:
+    def explain(self, request_id: str, now: float) -> tuple[Explained, ...]:
         """Oldest first; nothing of a request that is not known, or no longer."""
-        return tuple(self._by_request.get(request_id, ()))
+        return tuple(
+            Explained(now - at, _in_words(decision), _group(decision), decision.verdicts)
+            for at, decision in self._decided.get(request_id, ())
+        )
+
+
+def _in_words(decision: Decision) -> str:
+    match decision:
+        case Granted(placement=placement):
+            promised = "" if placement.promised_at is None else ", as promised"
+            return f"placed after {placement.queue_s:.3f} s in the queue{promised}"
+        case Queued(position=position, projected_start_s=start_s):
+            when = "" if start_s is None else f", to start in about {start_s:.1f} s"
+            return f"queued after {position} others{when}"
+        case Refused(error=error):
+            return f"refused: {error}"
+
+
+def _group(decision: Decision) -> str:
+    return decision.placement.group if isinstance(decision, Granted) else ""
+
+
+def _line(verdict: Verdict) -> str:
+    available, capacity = verdict.available_bytes / MIB, verdict.capacity_bytes / MIB
+    parts = [
+        f"needs {verdict.needed_bytes / MIB:,.1f} MiB",
+        f"{available:,.1f} of {capacity:,.1f} MiB are free",
+    ]
+    if verdict.cached_pages:
+        parts.append(f"holds {verdict.cached_pages} pages of its prompt")
+    if verdict.cost_s is not None:
+        parts.append(f"cost {verdict.cost_s:.3f} s")
+    return f"  {verdict.group}: {verdict.reason.value} ({'; '.join(parts)})"

@@ -7,31 +7,28 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import overload
 
-from kvmesh.cluster.routing.group import GroupSpec
+from kvmesh.workers.loads import EngineInfo
 from kvmesh.workers.sizes import PageNeed
 
 
 class Reason(enum.Enum):
-    """Why a group was, or was not, chosen. The first four no waiting cures."""
+    """Why a group was, or was not, chosen. No waiting cures the first three."""
 
-    QUALITY = "its KV format is below the request's quality floor"
     CONTEXT = "prompt and output exceed its context"
     SEQUENCES = "it never runs that many sequences at once"
     PAGES = "the request needs more pages than it has"
     EXCLUDED = "the request excludes it"
     DOWN = "it is down"
-    UNREPORTED = "its engine has not reported yet"
     BUSY = "its sequences are all taken"
     FULL = "its free pages do not hold the request now"
     BACKLOG = "prompts it was given before are still being computed"
     LONG = "its prompt would take a group that other requests need"
     PROMISED = "its pages are promised to a request that waits longer"
-    QUOTA = "the tenant's quota is used up"
     WORSE = "another group is a better place"
     CHOSEN = "chosen"
 
 
-NEVER = frozenset({Reason.QUALITY, Reason.CONTEXT, Reason.SEQUENCES, Reason.PAGES})
+NEVER = frozenset({Reason.CONTEXT, Reason.SEQUENCES, Reason.PAGES})
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +49,12 @@ class Verdict:
 
     @property
     def never(self) -> bool:
+        """Whether the group could not take the request even when empty."""
         return self.reason in NEVER
 
 
-# spec, reason, what the request needs there, free hot and sealed pages, cached pages, cost
-Row = tuple[GroupSpec, Reason, PageNeed, int, int, int, float | None]
+# group, its engine, reason, pages needed there, free pages, cached pages, cost
+Row = tuple[str, EngineInfo, Reason, PageNeed, PageNeed, int, float | None]
 
 
 class Verdicts(Sequence[Verdict]):
@@ -95,22 +93,22 @@ class Verdicts(Sequence[Verdict]):
 
     @property
     def never(self) -> bool:
-        """True if no group could take the request however long it waited."""
-        return all(row[1] in NEVER for row in self._rows)
+        """Whether no group could take the request however long it waited."""
+        return all(row[2] in NEVER for row in self._rows)
 
 
 NO_VERDICTS = Verdicts()
 
 
 def _worded(row: Row) -> Verdict:
-    spec, reason, need, free_hot, free_sealed, cached_pages, cost_s = row
-    room = spec.capacity if reason in NEVER else PageNeed(max(free_hot, 0), max(free_sealed, 0))
+    group, info, reason, need, free, cached_pages, cost_s = row
+    room = info.capacity if reason in NEVER else PageNeed(max(free.hot, 0), max(free.sealed, 0))
     return Verdict(
-        group=spec.group,
+        group=group,
         reason=reason,
-        needed_bytes=spec.geometry.bytes_of(need),
-        available_bytes=spec.geometry.bytes_of(room),
-        capacity_bytes=spec.capacity_bytes,
+        needed_bytes=info.geometry.bytes_of(need),
+        available_bytes=info.geometry.bytes_of(room),
+        capacity_bytes=info.capacity_bytes,
         cached_pages=cached_pages,
         cost_s=cost_s,
     )

@@ -1,0 +1,110 @@
+"""What the router answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvmesh.cluster.routing.errors import RoutingError
+from kvmesh.cluster.routing.verdict import NO_VERDICTS, Verdicts
+from kvmesh.workers.lease import LeaseTerms
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """A group, and the lease on it.
+
+    engine_epoch: the incarnation of the group's engine that the lease is good for
+    lease_bytes: over all ranks
+    queue_s: how long the request waited
+    leased_output_tokens: of each sequence, that the lease covers at first
+    cached_tokens: of the prompt, that the group is thought to hold
+    promised_at: router's clock, when a promised start was due; None without a promise
+    """
+
+    request_id: str
+    group: str
+    engine_epoch: str
+    lease: LeaseTerms
+    lease_bytes: int
+    queue_s: float
+    leased_output_tokens: int
+    cached_tokens: int
+    promised_at: float | None = None
+    verdicts: Verdicts = NO_VERDICTS
+
+
+@dataclass(frozen=True, slots=True)
+class Granted:
+    """The request may go to `placement.group` now."""
+
+    placement: Placement
+
+    @property
+    def request_id(self) -> str:
+        return self.placement.request_id
+
+    @property
+    def verdicts(self) -> Verdicts:
+        return self.placement.verdicts
+
+
+@dataclass(frozen=True, slots=True)
+class Queued:
+    """The request waits; a later call's outcomes carry its grant or refusal.
+
+    position: requests ahead of it
+    projected_start_s: from its arrival, or None where it is not known
+    """
+
+    request_id: str
+    position: int
+    projected_start_s: float | None
+    verdicts: Verdicts = NO_VERDICTS
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The request will not be served; `error` says why."""
+
+    request_id: str
+    error: RoutingError
+    verdicts: Verdicts = NO_VERDICTS
+
+
+@dataclass(frozen=True, slots=True)
+class Grown:
+    """A lease was extended: send its engine the new terms."""
+
+    group: str
+    lease: LeaseTerms
+
+
+@dataclass(frozen=True, slots=True)
+class Withdrawn:
+    """The engine must end the lease's sequences, and refuse them if they come later.
+
+    Where none has come, the engine may report the lease as ended at once.
+    """
+
+    group: str
+    lease_id: str
+
+
+Decision = Granted | Queued | Refused
+Outcome = Decision | Grown | Withdrawn
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetEstimate:
+    """What would happen to a request, without placing it.
+
+    fits_ever, fits_now: some group could hold it when empty; would take it at once
+    group: where it would go now, or None
+    projected_start_s: 0 if it would start at once, None where it is not known
+    """
+
+    fits_ever: bool
+    fits_now: bool
+    group: str | None
+    projected_start_s: float | None
+    verdicts: Verdicts
