@@ -108,15 +108,6 @@ class Router:
         self._records.lease_over(lease)
         return self._go_on(now)
 
-    def finished(self, lease_id: str) -> None:
-        """The ingress has seen the request end, so its id is free for another.
-
-        The lease stays until the engine's account says that its pages are free.
-        """
-        lease = self.fleet.ledger.leases.get(lease_id)
-        if lease is not None:
-            self._records.request_over(lease)
-
     # Engines
 
     def group_up(

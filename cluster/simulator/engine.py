@@ -57,8 +57,8 @@ class SimEngine:
     """One group. `submit` and `wake` return when to wake it next, or None while it idles.
 
     worst_case: admit only what fits at its greatest length (no preemption)
-    grow: asked when a sequence has used up its lease; returns what it covers from
-        then on, or None if it must wait
+    on_want: called once when a sequence has used up its lease; the sequence goes on when
+        `covered` has grown, at once or before a later step
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class SimEngine:
         service: ServiceTime,
         *,
         worst_case: bool = False,
-        grow: Callable[[SimSequence], int | None] | None = None,
+        on_want: Callable[[SimSequence, float], None] | None = None,
         on_first_token: Callable[[SimSequence, float], None] | None = None,
         on_finish: Callable[[SimSequence, float], None] | None = None,
     ) -> None:
@@ -86,7 +86,7 @@ class SimEngine:
         self._budget = shape.max_num_batched_tokens
         self._worst_case = worst_case
         self._reserved = 0
-        self._grow = grow
+        self._on_want = on_want
         self._on_first_token = on_first_token
         self._on_finish = on_finish
         self._steps = 0  # decode steps taken
@@ -237,30 +237,26 @@ class SimEngine:
         if seq.emitted >= seq.request.output_tokens:
             self._end(seq, now)
         elif seq.covered is not None and seq.emitted >= seq.covered:
-            self._extend(seq)
+            self._extend(seq, now)
         else:
             self._enter_decoding(seq)
 
-    def _extend(self, seq: SimSequence) -> None:
-        assert self._grow is not None
-        covered = self._grow(seq)
-        if covered is None:
+    def _extend(self, seq: SimSequence, now: float) -> None:
+        assert self._on_want is not None
+        self._on_want(seq, now)
+        if self._covers_more(seq):
+            self._enter_decoding(seq)
+        else:
             seq.stalls += 1
             self._stalled.append(seq)
-        else:
-            seq.covered = covered
-            self._enter_decoding(seq)
 
     def _resume_stalled(self) -> None:
-        stalled, self._stalled = self._stalled, []
-        for seq in stalled:
-            assert self._grow is not None
-            covered = self._grow(seq)
-            if covered is None:
-                self._stalled.append(seq)
-            else:
-                seq.covered = covered
-                self._enter_decoding(seq)
+        for seq in [seq for seq in self._stalled if self._covers_more(seq)]:
+            self._stalled.remove(seq)
+            self._enter_decoding(seq)
+
+    def _covers_more(self, seq: SimSequence) -> bool:
+        return seq.covered is not None and seq.emitted < seq.covered
 
     def _enter_decoding(self, seq: SimSequence) -> None:
         limit = seq.request.output_tokens
