@@ -222,6 +222,8 @@ class RouterService:
     def report(self, name: str, message: Report) -> None:
         self._groups[name].heard_s = self._clock()
         self._known.reports[name] = message.report
+        if message.report.draining:
+            self.router.group_drains(name)
         if message.audited:
             self._known.audits += 1
             if faults := self.router.audit(name, message.report.loads):

@@ -145,7 +145,7 @@ class Admission:
             fits_now=group is not None,
             group=None if group is None else group.name,
             projected_start_s=None if never else start_s,
-            verdicts=choice.verdicts,
+            verdicts=tuple(choice.verdicts),
         )
 
     # Within

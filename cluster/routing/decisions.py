@@ -6,7 +6,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 
 from kvmesh.cluster.routing.outcome import Decision, Granted, Queued, Refused
-from kvmesh.cluster.routing.verdict import Verdict, Verdicts
+from kvmesh.cluster.routing.verdict import Verdict
 
 MAX_VERDICTS = 1 << 16
 MAX_PER_REQUEST = 8
@@ -24,7 +24,7 @@ class Explained:
     age_s: float
     outcome: str
     group: str
-    verdicts: Verdicts
+    verdicts: tuple[Verdict, ...]
 
     def lines(self) -> list[str]:
         """For a log: the outcome first, then every group."""
@@ -56,7 +56,7 @@ class DecisionLog:
     def explain(self, request_id: str, now: float) -> tuple[Explained, ...]:
         """Oldest first; nothing of a request that is not known, or no longer."""
         return tuple(
-            Explained(now - at, _in_words(decision), _group(decision), decision.verdicts)
+            Explained(now - at, _in_words(decision), _group(decision), tuple(decision.verdicts))
             for at, decision in self._decided.get(request_id, ())
         )
 

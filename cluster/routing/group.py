@@ -30,6 +30,7 @@ class Group:
     account: Account | None
     backlog: Backlog
     decode_step_s: float
+    draining: bool = False
     timeline: Timeline = field(default_factory=Timeline)
 
     def learn_step(self, seconds: float, weight: float) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvmesh.cluster.routing.errors import RoutingError
-from kvmesh.cluster.routing.verdict import NO_VERDICTS, Verdicts
+from kvmesh.cluster.routing.verdict import NO_VERDICTS, Verdict, Verdicts
 from kvmesh.workers.lease import LeaseTerms
 
 
@@ -107,4 +107,4 @@ class BudgetEstimate:
     fits_now: bool
     group: str | None
     projected_start_s: float | None
-    verdicts: Verdicts
+    verdicts: tuple[Verdict, ...]

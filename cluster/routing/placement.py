@@ -118,6 +118,8 @@ def obstacle(
         return Reason.EXCLUDED
     if account is None or group.info.epoch in request.lost_engines:
         return Reason.DOWN
+    if group.draining:
+        return Reason.DRAINING
     if account.sequences + request.sequences > group.info.max_num_seqs:
         return Reason.BUSY
     if demand.prefill_s > weights.longest_s:

@@ -44,6 +44,12 @@ class Records:
             return
         self.expired += expired
         self.released += not expired
+        self.request_over(lease)
+
+    def request_over(self, lease: Lease) -> None:
+        """The request that the lease is for has ended, unless a newer one has its id."""
+        if lease.request is None:
+            return
         live = self._live.get(lease.request.request_id)
         if live is not None and live.lease is lease:
             del self._live[live.request_id]

@@ -108,6 +108,15 @@ class Router:
         self._records.lease_over(lease)
         return self._go_on(now)
 
+    def finished(self, lease_id: str) -> None:
+        """The ingress has seen the request end, so its id is free for another.
+
+        The lease stays until the engine's account says that its pages are free.
+        """
+        lease = self.fleet.ledger.leases.get(lease_id)
+        if lease is not None:
+            self._records.request_over(lease)
+
     # Engines
 
     def group_up(
@@ -129,6 +138,10 @@ class Router:
         """
         self._void(group, now)
         return self._go_on(now)
+
+    def group_drains(self, group: str) -> None:
+        """A group's engine finishes what it has and takes nothing new; its leases stay."""
+        self.fleet.groups[group].draining = True
 
     def account(self, group: str, update: AccountUpdate, now: float) -> list[Outcome]:
         """What changed in the account of a group's engine; ignored if the group is down."""

@@ -19,6 +19,7 @@ class Reason(enum.Enum):
     PAGES = "the request needs more pages than it has"
     EXCLUDED = "the request excludes it"
     DOWN = "it is down"
+    DRAINING = "it finishes what it has and takes nothing new"
     BUSY = "its sequences are all taken"
     FULL = "its free pages do not hold the request now"
     BACKLOG = "prompts it was given before are still being computed"
