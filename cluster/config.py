@@ -6,123 +6,32 @@ takes, and `default_yaml` prints it with its documentation.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from kvmesh.cluster.routing.fairness import TenantPolicy
-from kvmesh.kernels.formats.registry import format_names, get_format
-from kvmesh.workers.config import PAGE_SIZES, EngineConfig
+from kvmesh.workers.byte_size import Bytes
+from kvmesh.workers.config import EngineConfig, EngineSettings, Settings, config_error
 from kvmesh.workers.errors import ConfigError
-from kvmesh.workers.pool_plan import DEFAULT_MAX_HOT_SHARE
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
-_UNITS = {"": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
-_UNITS |= {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "B": 1}
-
-
-def parse_bytes(value: object) -> object:
-    """An integer, or a string such as ``512MiB``, as bytes; other types pass to the validator."""
-    if not isinstance(value, str):
-        return value
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
-    unit = _UNITS.get(match[2].upper()) if match else None
-    if match is None or unit is None:
-        raise ValueError("must be bytes: a number, or one with a unit such as 512MiB or 8GB")
-    return int(float(match[1]) * unit)
-
-
-def _known_format(name: str) -> str:
-    """A KV format's name; the registry's own error lists those there are."""
-    get_format(name)
-    return name
-
-
-Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
-FormatName = Annotated[str, AfterValidator(_known_format)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
-
-
-class EngineSection(_Section):
+class EngineSection(EngineSettings):
     """One group's engine."""
 
-    kv_format: FormatName = Field(
-        default="int8", description=f"How sealed KV pages are encoded: {', '.join(format_names())}"
-    )
-    calibration: str | None = Field(
-        default=None,
-        description="File of `kvmesh calibrate`, the same on every node; for formats that need one",
-    )
-    page_size: int = Field(
-        default=64, description=f"Tokens a page: one of {', '.join(map(str, PAGE_SIZES))}"
-    )
-    sink_pages: int | None = Field(
-        default=None, ge=0, description="First pages always read exactly; null: the format's own"
-    )
-    recent_pages: int | None = Field(
-        default=None, ge=0, description="Latest pages read exactly; null: the format's own"
-    )
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        default="auto", description="Compute dtype; auto: bfloat16 on GPUs, float32 on CPUs"
-    )
-    device: Literal["auto", "cpu", "cuda"] = Field(
-        default="auto", description="auto: GPUs where there are any"
-    )
-    tp: int = Field(
-        default=1, ge=1, description="Ranks the heads are split over; divides the KV heads"
-    )
-    kv_memory_bytes: Bytes | None = Field(
-        default=None,
-        description="KV memory of one rank, e.g. 512MiB; "
-        "null: what the GPU has free, or 1 GiB on CPUs",
-    )
-    gpu_memory_utilization: float = Field(
-        default=0.9,
-        gt=0,
-        le=1,
-        description="Share of a GPU that weights, activations and KV may fill",
-    )
-    max_num_seqs: int = Field(default=16, ge=1, description="Sequences that run at once")
-    max_hot_share: float = Field(
-        default=DEFAULT_MAX_HOT_SHARE,
-        gt=0,
-        lt=1,
-        description="Share of the KV memory that exact pages may take; more than half is for "
-        "short sequences in formats with exact windows",
-    )
-    max_num_batched_tokens: int = Field(
-        default=512, ge=1, description="Tokens a step computes; longer prompts are chunked"
-    )
-    max_model_len: int | None = Field(
-        default=None, ge=1, description="Tokens a sequence may have; null: the model's own limit"
-    )
-    prefix_cache: bool = Field(default=True, description="Share sealed pages of equal prefixes")
-    threads_per_rank: int | None = Field(
-        default=None, ge=1, description="CPU threads of a rank; null: the machine's, shared"
-    )
-    cuda_graphs: bool = Field(
-        default=False, description="Replay decode steps from CUDA graphs; no effect on CPUs"
-    )
-    kv_probe: Literal["off", "warn", "refuse"] = Field(
-        default="warn",
-        description="Measure at load what the KV format does to the model; where it hurts, "
-        "warn or refuse",
-    )
     cpus_per_rank: float = Field(
         default=1.0, ge=0, description="CPUs a rank asks Ray for (logical, not threads)"
     )
 
 
-class IngressSection(_Section):
+class IngressSection(Settings):
     """Where clients come in."""
 
     replicas: int = Field(
@@ -151,7 +60,7 @@ class IngressSection(_Section):
     )
 
 
-class TenantKey(_Section):
+class TenantKey(Settings):
     """One API key, by its hash."""
 
     # A request is known to the router as tenant/request_id: a slash would let one tenant
@@ -164,7 +73,7 @@ class TenantKey(_Section):
     )
 
 
-class AuthSection(_Section):
+class AuthSection(Settings):
     """Who may come in."""
 
     mode: Literal["api_key", "none"] = Field(
@@ -180,7 +89,7 @@ class AuthSection(_Section):
     )
 
 
-class TenantSection(_Section):
+class TenantSection(Settings):
     """What one tenant may use."""
 
     weight: float = Field(
@@ -191,7 +100,7 @@ class TenantSection(_Section):
     )
 
 
-class RouterSection(_Section):
+class RouterSection(Settings):
     """Who gets which group's pages, and who waits."""
 
     max_queued: int = Field(default=256, ge=0, description="Requests that may wait for pages")
@@ -215,7 +124,7 @@ class RouterSection(_Section):
         }
 
 
-class MetricsSection(_Section):
+class MetricsSection(Settings):
     """Prometheus."""
 
     port: Port = Field(
@@ -223,7 +132,7 @@ class MetricsSection(_Section):
     )
 
 
-class TimeoutSection(_Section):
+class TimeoutSection(Settings):
     """How long things may take, in seconds."""
 
     start_s: Seconds = Field(
@@ -236,7 +145,7 @@ class TimeoutSection(_Section):
     health_period_s: Seconds = Field(default=2.0, description="Between health checks of an engine")
 
 
-class RaySection(_Section):
+class RaySection(Settings):
     """The Ray cluster: a local one, or one that runs already."""
 
     address: str | None = Field(
@@ -248,7 +157,7 @@ class RaySection(_Section):
     dashboard: bool = Field(default=False, description="Start Ray's dashboard with a local Ray")
 
 
-class ClusterConfig(_Section):
+class ClusterConfig(Settings):
     """All of a kvmesh cluster."""
 
     model: str = Field(
@@ -286,18 +195,9 @@ def build(values: Mapping[str, Any]) -> ClusterConfig:
     try:
         config = ClusterConfig.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        path = ".".join(str(part) for part in first["loc"]) or "configuration"
-        raise ConfigError(path, _friendly(first)) from None
+        raise config_error(error) from None
     config.engine_config()
     return config
-
-
-def _friendly(problem: Mapping[str, Any]) -> str:
-    if problem["type"] == "extra_forbidden":
-        return "is not a setting; `kvmesh config` prints all there are"
-    message = str(problem["msg"]).removeprefix("Value error, ")
-    return f"{message[0].lower()}{message[1:]}, got {problem['input']!r}"
 
 
 def load(path: Path | None, overrides: Mapping[str, Any] | None = None) -> ClusterConfig:

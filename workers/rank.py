@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from pathlib import Path
 
@@ -165,7 +164,7 @@ class Rank:
         """
         if calibration is None and get_format(kv_format) == self._fmt:
             calibration = self._config.calibration
-        config = dataclasses.replace(self._config, kv_format=kv_format, calibration=calibration)
+        config = self._config.replace(kv_format=kv_format, calibration=calibration)
         return Rank(config, self._rank, self._comm, shared=self)
 
     def _kv_budget_bytes(self) -> int:

@@ -351,7 +351,7 @@ def test_a_missing_or_foreign_file_is_refused(model_path: Path, tmp_path: Path) 
         local_executor(config)
     foreign = tmp_path / "foreign"
     foreign.write_text("{}")
-    config = dataclasses.replace(config, calibration=str(foreign))
+    config = config.replace(calibration=str(foreign))
     with pytest.raises(ConfigError, match=r"calibration: .*foreign cannot be read"):
         local_executor(config)
 
@@ -418,11 +418,11 @@ def test_output_does_not_depend_on_how_it_is_run(
     prompts = [[*start.tolist(), *(np.arange(60) * (5 + i) % 301).tolist()] for i in range(3)]
     invariance = Invariance(config, prompts)
 
-    chunked = dataclasses.replace(config, max_num_batched_tokens=16)
+    chunked = config.replace(max_num_batched_tokens=16)
     invariance.check(invariance.one_by_one(Engine(chunked, local_executor(chunked))))
     engine = Engine(config, local_executor(config))
     invariance.check(generate(engine, [*prompts, prompts[1][:40], [1, 2, 3]], INVARIANT_TOKENS)[:3])
-    cached = dataclasses.replace(config, prefix_cache=True)
+    cached = config.replace(prefix_cache=True)
     engine = Engine(cached, local_executor(cached))
     invariance.check(invariance.one_by_one(engine))
     warm = invariance.one_by_one(engine)

@@ -285,7 +285,7 @@ class Figures:
 def checked(kv_format: str, kv_probe: str, kl_nats: dict[str, float]) -> Figures:
     others = {fmt.name: 1.0 for fmt in alternatives(get_format(kv_format), 64, 64)}
     figures = Figures({**others, "exact": 0.0, **kl_nats})
-    config = EngineConfig(model="m", kv_format=kv_format, kv_probe=kv_probe)
+    config = EngineConfig(model="m", kv_format=kv_format).replace(kv_probe=kv_probe)
     check_format(config, 64, figures)
     return figures
 
