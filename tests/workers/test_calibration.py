@@ -396,9 +396,14 @@ def test_ranks_take_their_heads(name: str, calibrations: dict[str, Calibration])
 
 @pytest.mark.parametrize("name", ["nuq3", "int8-static", "int8-static-layer"])
 def test_output_does_not_depend_on_how_it_is_run(
-    name: str, calibrations: dict[str, Calibration], model_path: Path, tmp_path: Path
+    name: str,
+    calibrations: dict[str, Calibration],
+    model_path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Alone, in chunks, in a batch, with a prefix cache cold and warm, after preemption."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # where the probe keeps its figures
     file = tmp_path / "file"
     calibrations[name].save(file)
     config = EngineConfig(

@@ -342,12 +342,19 @@ def test_the_embedded_model_bears_int8_better_than_int4() -> None:
     assert 0.0 < int8 < 1e-3 < int4
 
 
-def test_a_group_measures_together(path: Path) -> None:
+def test_a_group_measures_together_and_once(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     alone = InProcessExecutor(small_config(path)).divergences(["int4", "int8"])
     group = LocalProcesses(small_config(path, tp=2))
     try:
         group.describe()
         together = group.divergences(["int4", "int8"])
+        for file in (tmp_path / "kvmesh/probes").iterdir():
+            file.write_text("[0.5, 0.25]")
+        assert group.divergences(["int4", "int8"]) == [0.5, 0.25]
+        assert group.divergences(["int8"]) == pytest.approx(together[1:])
     finally:
         group.close()
     assert together == pytest.approx(alone, rel=0.02)
