@@ -1,4 +1,4 @@
-"""A digest of source code, which tells whether what was kept on disk was made by it."""
+"""A digest of source code, to recognise files on disk that other code has made."""
 
 from __future__ import annotations
 

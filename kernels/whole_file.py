@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, though several processes write the same one."""
+"""Atomic writes, safe when several processes write the same file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write `content` beside `path` and put it in its place; raises OSError."""
+    """Write `content` to a temporary file beside `path` and rename it. Raises OSError."""
     descriptor, draft = tempfile.mkstemp(dir=path.parent, prefix=".draft-")
     try:
         with os.fdopen(descriptor, "wb") as file:

@@ -5,9 +5,8 @@
     with Client() as client:
         print(client.generate("The capital of France is", max_tokens=8).text)
 
-The SDK's names are all here; importing them costs neither torch nor Ray. They are
-loaded when the first is used: a process of the server that needs none of them
-loads no gRPC for them.
+This package exports the whole SDK, which imports neither torch nor Ray. It is imported
+at the first use of a name, because not every process of the server needs it.
 """
 
 from importlib import import_module
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 else:
 
     def __getattr__(name: str) -> object:
-        # Python itself asks for names such as __path__; only __all__ is the SDK's.
+        # Python looks up names such as __path__ here; of those, the SDK has only __all__.
         if name.startswith("__") and name != "__all__":
             raise AttributeError(name)
         client = import_module("kvmesh.client")

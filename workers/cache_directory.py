@@ -1,8 +1,8 @@
-"""Where this machine keeps what can be made again: models, compiled loops, probes.
+"""The directory for files that can be recreated: models, compiled loops, probe results.
 
 <cache>/models/    converted models (workers/model/store.py)
 <cache>/numba/     compiled loops (kernels/attention/numba_cache.py)
-<cache>/probes/    what KV formats do to models (workers/evaluation/probe_cache.py)
+<cache>/probes/    results of probes (workers/evaluation/probe_cache.py)
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ def cache_directory() -> Path:
 
 
 def keep_compiled_loops(environ: MutableMapping[str, str]) -> None:
-    """Let Numba load and store compiled loops on disk, unless the user has chosen a directory.
+    """Keep compiled loops on disk: set NUMBA_CACHE_DIR unless the user has.
 
-    Numba reads this when it is imported: call it before, at the start of a process.
+    Call it at the start of a process, because Numba reads the variable when it is imported.
     """
     environ.setdefault("NUMBA_CACHE_DIR", str(cache_directory() / "numba"))

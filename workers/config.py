@@ -1,7 +1,7 @@
-"""The settings of an engine, each in one place. Torch-free: the control plane builds these.
+"""The settings of an engine. Torch-free, because the control plane builds them.
 
-The control plane nests `EngineSettings` in its YAML; an engine is built from an
-`EngineConfig`, which is those settings and the model.
+The control plane nests `EngineSettings` in its YAML file. An engine is built from an
+`EngineConfig`, which adds the model.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _PAGE_SIZE_LIST = ", ".join(map(str, PAGE_SIZES))
 
 
 def _known_format(name: str) -> str:
-    """A KV format's name; the registry's own error lists those there are."""
+    """Raises the registry's ValueError, which lists the known names."""
     get_format(name)
     return name
 
@@ -48,7 +48,7 @@ PageSize = Annotated[int, AfterValidator(_known_page_size)]
 
 
 class Settings(BaseModel):
-    """Frozen settings: unknown names are refused, defaults are checked like any other value."""
+    """Immutable settings. Unknown names are errors, and defaults are validated too."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
@@ -61,28 +61,28 @@ class EngineSettings(Settings):
     )
     calibration: str | None = Field(
         default=None,
-        description="File of `kvmesh calibrate`, the same on every node; for formats that need one",
+        description="File of `kvmesh calibrate`, the same on every node; for calibrated formats",
     )
     page_size: PageSize = Field(default=64, description=f"Tokens a page: one of {_PAGE_SIZE_LIST}")
     sink_pages: int | None = Field(
-        default=None, ge=0, description="First pages always read exactly; null: the format's own"
+        default=None, ge=0, description="First pages kept exact; null: the format's default"
     )
     recent_pages: int | None = Field(
-        default=None, ge=0, description="Latest pages read exactly; null: the format's own"
+        default=None, ge=0, description="Latest pages kept exact; null: the format's default"
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="Compute dtype; auto: bfloat16 on GPUs, float32 on CPUs"
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
-        default="auto", description="auto: GPUs where there are any"
+        default="auto", description="auto: GPUs if there are any"
     )
     tp: int = Field(
-        default=1, ge=1, description="Ranks the heads are split over; divides the KV heads"
+        default=1, ge=1, description="Tensor-parallel ranks; must divide the number of KV heads"
     )
     kv_memory_bytes: Bytes | None = Field(
         default=None,
         description="KV memory of one rank, e.g. 512MiB; "
-        "null: what the GPU has free, or 1 GiB on CPUs",
+        "null: the GPU's free memory, or 1 GiB on CPUs",
     )
     gpu_memory_utilization: float = Field(
         default=0.9,
@@ -90,47 +90,53 @@ class EngineSettings(Settings):
         le=1,
         description="Share of a GPU that weights, activations and KV may fill",
     )
-    max_num_seqs: int = Field(default=16, ge=1, description="Sequences that run at once")
+    max_num_seqs: int = Field(default=16, ge=1, description="Maximum sequences that run at a time")
     max_hot_share: float = Field(
         default=DEFAULT_MAX_HOT_SHARE,
         gt=0,
         lt=1,
-        description="Share of the KV memory that exact pages may take; more than half is for "
+        description="Share of the KV memory that exact pages may use; more than half suits "
         "short sequences in formats with exact windows",
     )
     max_num_batched_tokens: int = Field(
-        default=512, ge=1, description="Tokens a step computes; longer prompts are chunked"
+        default=512, ge=1, description="Maximum tokens of a step; longer prompts are chunked"
     )
     max_model_len: int | None = Field(
-        default=None, ge=1, description="Tokens a sequence may have; null: the model's own limit"
+        default=None, ge=1, description="Maximum tokens of a sequence; null: the model's limit"
     )
-    prefix_cache: bool = Field(default=True, description="Share sealed pages of equal prefixes")
+    prefix_cache: bool = Field(
+        default=True, description="Share sealed pages between equal prefixes"
+    )
     threads_per_rank: int | None = Field(
-        default=None, ge=1, description="CPU threads of a rank; null: the machine's, shared"
+        default=None,
+        ge=1,
+        description="CPU threads of a rank; null: the machine's, divided among the ranks",
     )
     cuda_graphs: bool = Field(
-        default=False, description="Replay decode steps from CUDA graphs; no effect on CPUs"
+        default=False, description="Run decode steps from CUDA graphs; no effect on CPUs"
     )
     kv_probe: Literal["off", "warn", "refuse"] = Field(
         default="warn",
-        description="Measure at load what the KV format does to the model; where it hurts, "
-        "warn or refuse",
+        description="Measure at start how much the KV format degrades the model; if too much, "
+        "warn or refuse to start",
     )
 
 
 class EngineConfig(EngineSettings):
-    """What an engine is built from: its settings and the model.
+    """The configuration of an engine: its settings and the model.
 
-    Building one raises ConfigError that names the field at fault.
+    Raises ConfigError naming the invalid field.
     """
 
     model: str = Field(
-        min_length=1, description="A name, a Hugging Face directory, a GGUF file, or a hub name"
+        min_length=1,
+        description="The embedded model's name, a Hugging Face directory, "
+        "a GGUF file, or a hub name",
     )
 
     @model_validator(mode="wrap")
     @classmethod
-    def _named_errors(cls, values: Any, build: ModelWrapValidatorHandler[Self]) -> Self:
+    def _raise_config_error(cls, values: Any, build: ModelWrapValidatorHandler[Self]) -> Self:
         try:
             config = build(values)
         except ValidationError as error:
@@ -139,11 +145,11 @@ class EngineConfig(EngineSettings):
         return config
 
     def replace(self, **changes: object) -> EngineConfig:
-        """The same with some fields changed, checked as a new one is."""
+        """A copy with some fields changed, validated like a new one."""
         return EngineConfig.model_validate({**dict(self), **changes})
 
     def _check_together(self) -> None:
-        """What no field can check alone."""
+        """Validate fields that depend on one another."""
         fmt = get_format(self.kv_format)
         if fmt.needs_calibration and self.calibration is None:
             raise ConfigError(
@@ -152,7 +158,10 @@ class EngineConfig(EngineSettings):
                 + calibrate_command(self.model, fmt.name),
             )
         if self.calibration is not None and not fmt.needs_calibration:
-            raise ConfigError("calibration", f"{fmt.name} needs none, got {self.calibration}")
+            raise ConfigError(
+                "calibration",
+                f"must be null, because {fmt.name} needs no calibration; got {self.calibration}",
+            )
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
                 "max_num_batched_tokens",
@@ -162,21 +171,21 @@ class EngineConfig(EngineSettings):
 
 
 def config_error(error: ValidationError) -> ConfigError:
-    """The first fault that pydantic found, named by the path of its field."""
+    """The first of pydantic's errors, with the path of its field."""
     first = error.errors()[0]
     path = ".".join(str(part) for part in first["loc"]) or "configuration"
-    return ConfigError(path, _sentence(first))
+    return ConfigError(path, _message(first))
 
 
-def _sentence(fault: Mapping[str, Any]) -> str:
-    if fault["type"] == "extra_forbidden":
-        return "is not a setting; `kvmesh config` prints all there are"
-    if fault["type"] == "missing":
-        return "is required, and was not given"
-    message = str(fault["msg"]).removeprefix("Value error, ")
-    # "Input should be ...", "String should match ...": the field's name stands before it.
+def _message(error: Mapping[str, Any]) -> str:
+    if error["type"] == "extra_forbidden":
+        return "is not a setting; `kvmesh config` prints all settings"
+    if error["type"] == "missing":
+        return "is required"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    # "Input should be ..." and "String should match ..." follow the name of the field.
     message = re.sub(r"^\w+ should ", "must ", message)
-    return f"{message[0].lower()}{message[1:]}, got {fault['input']!r}"
+    return f"{message[0].lower()}{message[1:]}, got {error['input']!r}"
 
 
 def calibrate_command(model: str, kv_format: str) -> str:

@@ -46,11 +46,11 @@ class KVPool:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """On a GPU the memory is taken here, once; on a CPU as pages are first written."""
+    """Zeros. A GPU allocates them now; a CPU allocates each page of memory at its first write."""
     num_bytes = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or not num_bytes:
         return torch.zeros(shape, dtype=dtype, device=device)
-    # torch.zeros would write all of it: a second for 1 GiB, which few requests fill.
+    # torch.zeros would write all of it, which takes up to a second for 1 GiB.
     memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 

@@ -152,11 +152,13 @@ class Rank:
 
     def divergences(self, kv_formats: list[str]) -> list[float]:
         """See Executor.divergences; the figures on rank 0, [] on the others."""
-        cache = ProbeCache(self._probe_facts(kv_formats))
+        cache = ProbeCache(self._probe_inputs(kv_formats))
         found = cache.load() if self._rank == 0 else None
-        if self._comm.all_reduce(torch.tensor([float(found is not None)], device=self._device)):
+        # Rank 0 decides for all ranks, because they measure together.
+        is_found = torch.tensor([float(found is not None)], device=self._device)
+        if self._comm.all_reduce(is_found):
             return found or []
-        figures = measure_divergences(
+        kl_nats = measure_divergences(
             self,
             self._files.path,
             kv_formats,
@@ -164,11 +166,11 @@ class Rank:
             max_tokens=self._model.facts.max_model_len,
         )
         if self._rank == 0:
-            cache.store(figures)
-        return figures
+            cache.store(kl_nats)
+        return kl_nats
 
-    def _probe_facts(self, kv_formats: list[str]) -> tuple[object, ...]:
-        """All that the probe's figures follow from."""
+    def _probe_inputs(self, kv_formats: list[str]) -> tuple[object, ...]:
+        """Everything that the probe's result depends on."""
         config = self._config
         cuda = self._device.type == "cuda"
         return (

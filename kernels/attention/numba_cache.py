@@ -1,12 +1,11 @@
-"""Compiled loops, kept on disk where NUMBA_CACHE_DIR names a directory.
+"""A cache on disk for compiled loops, if NUMBA_CACHE_DIR is set.
 
-Numba has a cache of its own, which does not help here: it misses whenever a
-function closes over another compiled one, as all loops do, and it does not
-notice a change in another file. A loop's file is named by everything it was
-made from, so a file never goes stale, and processes that write the same one
-write the same bytes.
+Numba's own cache does not work here: it misses if a function closes over another
+compiled function, as all loops do, and it does not notice changes in other files.
+Here the file's name is a digest of everything the loop depends on, so that a file
+is never out of date, and processes that write the same file write the same code.
 
-<NUMBA_CACHE_DIR>/kvmesh-loops/<digest>    SHA-256 of the rest, then a pickle
+<NUMBA_CACHE_DIR>/kvmesh-loops/<digest>    SHA-256 of the pickle, then the pickle
 """
 
 from __future__ import annotations
@@ -33,17 +32,20 @@ _KERNELS = Path(__file__).parents[1]
 
 
 def keep_on_disk(loop: Any, name: str) -> None:
-    """Let `loop`, a Numba dispatcher that has compiled nothing yet, be loaded and stored.
+    """Load `loop` from disk, or store it there when it is compiled.
 
-    name: what tells this loop from others that the same sources make
+    loop: a Numba dispatcher that has not compiled anything yet
+    name: distinguishes loops that are made by the same source code
     """
     if numba.config.CACHE_DIR:
         loop._cache = _LoopCache(Path(numba.config.CACHE_DIR) / "kvmesh-loops", name)
 
 
 class _LoopCache:
-    """The interface of Numba's own cache, as a dispatcher calls it. It never raises: what cannot
-    be loaded is compiled, and what cannot be stored is compiled again next time."""
+    """Has the interface of Numba's own cache, which the dispatcher calls.
+
+    It never raises: a loop that cannot be loaded or stored is compiled in every process.
+    """
 
     def __init__(self, directory: Path, name: str) -> None:
         self.cache_path = str(directory)
@@ -61,23 +63,23 @@ class _LoopCache:
             return None
         try:
             return CompileResult._rebuild(target_context, *pickle.loads(payload))
-        except Exception as error:  # whatever is wrong with it, it can be compiled
-            logger.warning("a compiled loop in %s cannot be used: %s", self._directory, error)
+        except Exception as error:  # of any kind: the loop can always be compiled
+            logger.warning("cannot load a compiled loop from %s: %s", self._directory, error)
             return None
 
     def save_overload(self, signature: Any, result: CompileResult) -> None:
         if result.lifted or result.library.has_dynamic_globals:
-            return  # it holds addresses of this process
+            return  # it contains addresses of this process
         try:
             payload = serialize.dumps(result._reduce())
             self._directory.mkdir(parents=True, exist_ok=True)
             file = self._file(signature, result.codegen)
             write_whole(file, hashlib.sha256(payload).digest() + payload)
         except (OSError, pickle.PicklingError) as error:
-            logger.info("a compiled loop is not kept in %s: %s", self._directory, error)
+            logger.info("cannot store a compiled loop in %s: %s", self._directory, error)
 
     def flush(self) -> None:
-        """Nothing is held back, and files never go stale."""
+        """Nothing to do: files are never out of date."""
 
     def _file(self, signature: Any, codegen: Any) -> Path:
         parts = (

@@ -371,7 +371,7 @@ def test_exact_first_pages_are_needed_where_calibration_left_them_out(
 def test_a_format_and_its_file_go_together() -> None:
     with pytest.raises(ConfigError, match=r"calibration: nuq4 needs a .* --kv-format nuq4 --text"):
         EngineConfig(model="m", kv_format="nuq4")
-    with pytest.raises(ConfigError, match="calibration: int8 needs none, got file"):
+    with pytest.raises(ConfigError, match="int8 needs no calibration; got file"):
         EngineConfig(model="m", kv_format="int8", calibration="file")
     with pytest.raises(ConfigError, match=r"kv_format: .*int9"):
         EngineConfig(model="m", kv_format="int9")

@@ -31,7 +31,7 @@ _SOURCES = Path(__file__).parents[1]
 
 
 def code_versions() -> tuple[str, ...]:
-    """What else the figures follow from: the text and the code that computes them."""
+    """Digests and versions of the text and the code that the divergences depend on."""
     text = hashlib.sha256(_TEXT.read_bytes()).hexdigest()
     sources = (source_digest(_SOURCES), source_digest(_SOURCES.with_name("kernels")))
     return (text, *sources, torch.__version__, transformers.__version__)

@@ -1,6 +1,6 @@
-"""What probes found, kept on disk: the same model and formats are not measured at every start.
+"""Results of probes on disk, so that not every start measures the same model and formats.
 
-<cache>/probes/<digest>.json    the figures, under a digest of everything they follow from
+<cache>/probes/<digest>.json    divergences in nats; a digest of everything they depend on
 """
 
 from __future__ import annotations
@@ -17,27 +17,26 @@ logger = logging.getLogger(__name__)
 
 
 class ProbeCache:
-    """One measurement, by everything its figures depend on.
+    """The result of one measurement.
 
-    facts: repr tells them apart
+    inputs: everything that the result depends on, compared by repr
     """
 
-    def __init__(self, facts: object, directory: Path | None = None) -> None:
-        name = hashlib.sha256(repr(facts).encode()).hexdigest()
+    def __init__(self, inputs: object, directory: Path | None = None) -> None:
+        name = hashlib.sha256(repr(inputs).encode()).hexdigest()
         self._file = (directory or cache_directory() / "probes") / f"{name}.json"
 
     def load(self) -> list[float] | None:
-        """The figures, or None if they are not there or not readable."""
+        """The divergences, or None if they are not stored or not readable."""
         try:
-            figures = json.loads(self._file.read_bytes())
-            return [float(figure) for figure in figures]
+            return [float(nats) for nats in json.loads(self._file.read_bytes())]
         except (OSError, ValueError, TypeError):
             return None
 
     def store(self, kl_nats: list[float]) -> None:
-        """Keep the figures; where that fails they are measured again next time."""
+        """Store the divergences. If that fails, the next start measures again."""
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             write_whole(self._file, json.dumps(kl_nats).encode())
         except OSError as error:
-            logger.info("the probe's figures are not kept in %s: %s", self._file.parent, error)
+            logger.info("cannot store the probe's result in %s: %s", self._file.parent, error)
