@@ -32,7 +32,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +145,7 @@ def run(config: EngineConfig, make_executor: MakeExecutor, requests: list[Reques
     executor = make_executor(config)
     (rank,) = executor.describe()
     wanted = min(seats(config, rank, held_tokens(requests)), config.max_num_batched_tokens)
-    engine = Engine(replace(config, max_num_seqs=wanted), executor)
+    engine = Engine(config.replace(max_num_seqs=wanted), executor)
     random = np.random.default_rng(0)
     for index, request in enumerate(requests):
         ids = random.integers(3, engine.info.vocab_size, request.prompt).astype(np.int32)

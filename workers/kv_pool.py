@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import mmap
+
 import torch
 
 from kvmesh.kernels.formats.base import KVFormat
@@ -34,13 +37,22 @@ class KVPool:
         hot_shape = (allocation.hot_pages, 2, num_kv_heads, page_size, head_dim)
         sealed_shape = (allocation.sealed_pages, num_kv_heads, page_bytes)
         tables = (allocation.max_rows, allocation.max_pages_per_row)
-        # On a GPU the memory is taken here, once; on a CPU as pages are first written.
-        self.all_hot = torch.zeros((num_layers, *hot_shape), dtype=dtype, device=device)
-        self.all_sealed = torch.zeros((num_layers, *sealed_shape), dtype=torch.uint8, device=device)
+        self.all_hot = _zeros((num_layers, *hot_shape), dtype, device)
+        self.all_sealed = _zeros((num_layers, *sealed_shape), torch.uint8, device)
         self.hot = self.all_hot.unbind(0)
         self.sealed = self.all_sealed.unbind(0)
         self.hot_tables = torch.full(tables, -1, dtype=torch.int32, device=device)
         self.sealed_tables = torch.full(tables, -1, dtype=torch.int32, device=device)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros. A GPU allocates them now; a CPU allocates each page of memory at its first write."""
+    num_bytes = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or not num_bytes:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # torch.zeros would write all of it, which takes up to a second for 1 GiB.
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 def page_bytes_of(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from pathlib import Path
 
@@ -13,10 +12,11 @@ from kvmesh.kernels.formats.registry import get_format
 from kvmesh.workers.calibration.file import Calibration
 from kvmesh.workers.config import DEFAULT_CPU_KV_MEMORY_BYTES, EngineConfig
 from kvmesh.workers.errors import ConfigError
-from kvmesh.workers.evaluation.probe import measure_divergences
+from kvmesh.workers.evaluation.probe import code_versions, measure_divergences
+from kvmesh.workers.evaluation.probe_cache import ProbeCache
 from kvmesh.workers.executor import Allocation, RankDescription
 from kvmesh.workers.kv_pool import page_bytes_of
-from kvmesh.workers.model.facts import read_facts
+from kvmesh.workers.model.facts import read_facts, sample_digest
 from kvmesh.workers.model.hook import AttendArgs
 from kvmesh.workers.model.load import ServedModel, load_model
 from kvmesh.workers.model.source import ModelFiles, resolve_model
@@ -112,7 +112,8 @@ class Rank:
             head_dim=self._model.head_dim,
         )
 
-    def allocate(self, allocation: Allocation) -> None:
+    def allocate(self, allocation: Allocation, *, prepare_decode: bool = True) -> None:
+        """prepare_decode: compile decode, and capture its CUDA graphs, before the first step"""
         self._runner = ModelRunner(
             self._model,
             self._fmt,
@@ -123,6 +124,7 @@ class Rank:
             dtype=self._dtype,
             device=self._device,
             samples=self._samples,
+            prepare_decode=prepare_decode,
             cuda_graphs=self._config.cuda_graphs,
             params=self._params,
         )
@@ -150,12 +152,37 @@ class Rank:
 
     def divergences(self, kv_formats: list[str]) -> list[float]:
         """See Executor.divergences; the figures on rank 0, [] on the others."""
-        return measure_divergences(
+        cache = ProbeCache(self._probe_inputs(kv_formats))
+        found = cache.load() if self._rank == 0 else None
+        # Rank 0 decides for all ranks, because they measure together.
+        is_found = torch.tensor([float(found is not None)], device=self._device)
+        if self._comm.all_reduce(is_found):
+            return found or []
+        kl_nats = measure_divergences(
             self,
             self._files.path,
             kv_formats,
             page_size=self._config.page_size,
             max_tokens=self._model.facts.max_model_len,
+        )
+        if self._rank == 0:
+            cache.store(kl_nats)
+        return kl_nats
+
+    def _probe_inputs(self, kv_formats: list[str]) -> tuple[object, ...]:
+        """Everything that the probe's result depends on."""
+        config = self._config
+        cuda = self._device.type == "cuda"
+        return (
+            self._files.revision,
+            kv_formats,
+            config.page_size,
+            (config.sink_pages, config.recent_pages),
+            None if config.calibration is None else sample_digest(Path(config.calibration)),
+            config.tp,
+            self._dtype,
+            torch.cuda.get_device_name(self._device) if cuda else "cpu",
+            code_versions(),
         )
 
     def with_format(self, kv_format: str, calibration: str | None = None) -> Rank:
@@ -165,7 +192,7 @@ class Rank:
         """
         if calibration is None and get_format(kv_format) == self._fmt:
             calibration = self._config.calibration
-        config = dataclasses.replace(self._config, kv_format=kv_format, calibration=calibration)
+        config = self._config.replace(kv_format=kv_format, calibration=calibration)
         return Rank(config, self._rank, self._comm, shared=self)
 
     def _kv_budget_bytes(self) -> int:

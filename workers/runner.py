@@ -29,6 +29,7 @@ class ModelRunner:
 
     sink_pages, recent_pages: windows read exactly, as every rank of the group has them
     samples: whether this rank gets the logits and chooses the tokens
+    prepare_decode: compile decode, and capture its CUDA graphs, before the first step
     params: what calibration found for this rank's heads, where the format needs it
     """
 
@@ -45,6 +46,7 @@ class ModelRunner:
         device: torch.device,
         samples: bool,
         cuda_graphs: bool,
+        prepare_decode: bool = True,
         params: ModelParams | None = None,
     ) -> None:
         self._model = model
@@ -75,10 +77,11 @@ class ModelRunner:
         self._prefixes = PrefixFinder(self._sealed_ids, sink_pages, least, most)
         facts = model.facts
         self._sampler = Sampler(facts.vocab_size, facts.eos_token_ids, device) if samples else None
-        hot, sealed = self._pool.hot[0], self._pool.sealed[0]
-        warm_up(hot, sealed, model.num_heads, fmt=fmt, params=self._layer_params(0))
         self._graphs: DecodeGraphs | None = None
-        if cuda_graphs and device.type == "cuda":
+        if prepare_decode:
+            hot, sealed = self._pool.hot[0], self._pool.sealed[0]
+            warm_up(hot, sealed, model.num_heads, fmt=fmt, params=self._layer_params(0))
+        if prepare_decode and cuda_graphs and device.type == "cuda":
             with torch.inference_mode():
                 self._graphs = DecodeGraphs(
                     self._forward,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 
+from kvmesh.workers.cache_directory import keep_compiled_loops
 from kvmesh.workers.channel import Allocated, Close, Divergences, Failed, Probe, RankEnd
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.errors import ConfigError
@@ -23,6 +24,7 @@ def worker_main(config: EngineConfig, rank: int, endpoint: str, rendezvous: str)
     endpoint: the leader's channel; rendezvous: tcp://host:port where the ranks meet
     A failure is reported to the leader, then raised.
     """
+    keep_compiled_loops(os.environ)
     parent = os.getppid()
     end = RankEnd(endpoint)
     try:

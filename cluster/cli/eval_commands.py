@@ -176,11 +176,13 @@ def recall(
 @contextlib.contextmanager
 def _explained_options() -> Iterator[None]:
     """A setting at fault is named as the option it came by, with the exit code of wrong usage."""
-    # Before torch is loaded, which the commands do when they run.
+    # Before torch and Numba are loaded, which the commands do when they run.
+    from kvmesh.workers.cache_directory import keep_compiled_loops
     from kvmesh.workers.errors import ConfigError
     from kvmesh.workers.threads import wait_passively
 
     wait_passively(os.environ)
+    keep_compiled_loops(os.environ)
     with explained():
         try:
             yield

@@ -77,6 +77,8 @@ def paged_attention(
     largest = int(np.diff(decode.sequences.group_starts).max(initial=0))
 
     def attend(share: Ints) -> tuple[int, int, bool]:
+        if not len(share):  # nothing decodes, so the loop need not be compiled
+            return -1, 0, False
         return loop.attend(  # type: ignore[no-any-return]
             share,
             decode.sequences,

@@ -17,6 +17,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
+from kvmesh.kernels.attention.numba_cache import keep_on_disk
 from kvmesh.kernels.formats.base import KVFormat
 from kvmesh.kernels.formats.exact.side import Exact
 from kvmesh.kernels.formats.tiles_numba import (
@@ -421,4 +422,5 @@ def decode_loop(fmt: KVFormat, page_size: int, head_dim: int, dtype: str) -> Dec
                 lse[split, token, q_head] = (top[r] + math.log2(total[r])) * LN_2
         return -1, 0, False
 
+    keep_on_disk(attend, repr((fmt.k, fmt.v, geometry)))
     return DecodeLoop(attend, page_size, head_dim, k, v)

@@ -32,6 +32,7 @@ HEAVY = {"accelerate", "numba", "ray", "torch", "transformers", "triton"}
 TORCH_FREE = {
     "kvmesh.kernels.formats.base",
     "kvmesh.kernels.formats.registry",
+    "kvmesh.workers.byte_size",
     "kvmesh.workers.config",
     "kvmesh.workers.errors",
     "kvmesh.workers.prefix_cache",

@@ -285,7 +285,7 @@ class Figures:
 def checked(kv_format: str, kv_probe: str, kl_nats: dict[str, float]) -> Figures:
     others = {fmt.name: 1.0 for fmt in alternatives(get_format(kv_format), 64, 64)}
     figures = Figures({**others, "exact": 0.0, **kl_nats})
-    config = EngineConfig(model="m", kv_format=kv_format, kv_probe=kv_probe)
+    config = EngineConfig(model="m", kv_format=kv_format).replace(kv_probe=kv_probe)
     check_format(config, 64, figures)
     return figures
 
@@ -342,12 +342,19 @@ def test_the_embedded_model_bears_int8_better_than_int4() -> None:
     assert 0.0 < int8 < 1e-3 < int4
 
 
-def test_a_group_measures_together(path: Path) -> None:
+def test_a_group_measures_together_and_once(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     alone = InProcessExecutor(small_config(path)).divergences(["int4", "int8"])
     group = LocalProcesses(small_config(path, tp=2))
     try:
         group.describe()
         together = group.divergences(["int4", "int8"])
+        for file in (tmp_path / "kvmesh/probes").iterdir():
+            file.write_text("[0.5, 0.25]")
+        assert group.divergences(["int4", "int8"]) == [0.5, 0.25]
+        assert group.divergences(["int8"]) == pytest.approx(together[1:])
     finally:
         group.close()
     assert together == pytest.approx(alone, rel=0.02)

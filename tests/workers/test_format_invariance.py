@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -52,9 +51,9 @@ def test_output_depends_on_the_prompt_alone(name: str, model: Path) -> None:
     alone = Invariance(config, prompts, TOKENS)
     alone.check(generate(Engine(config, local_executor(config)), prompts, TOKENS))
     alone.check(alone.preempted(steps=(6, 14)))
-    short_chunks = dataclasses.replace(config, max_num_batched_tokens=16)
+    short_chunks = config.replace(max_num_batched_tokens=16)
     alone.check(alone.one_by_one(Engine(short_chunks, local_executor(short_chunks))))
-    cached = dataclasses.replace(config, prefix_cache=True)
+    cached = config.replace(prefix_cache=True)
     engine = Engine(cached, local_executor(cached))
     alone.check(alone.one_by_one(engine))
     warm = alone.one_by_one(engine)

@@ -7,12 +7,15 @@ predicting it needs what lies in sealed pages. Only the second half is counted.
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+import transformers
 
+from kvmesh.kernels.source_digest import source_digest
 from kvmesh.workers.evaluation.meter import Meter
 from kvmesh.workers.evaluation.scorer import Scorer
 from kvmesh.workers.evaluation.tally import Tally, compare
@@ -23,6 +26,15 @@ if TYPE_CHECKING:
 
 _TEXT = Path(__file__).with_name("probe.txt")
 _MAX_TOKENS = 1280
+
+_SOURCES = Path(__file__).parents[1]
+
+
+def code_versions() -> tuple[str, ...]:
+    """Digests and versions of the text and the code that the divergences depend on."""
+    text = hashlib.sha256(_TEXT.read_bytes()).hexdigest()
+    sources = (source_digest(_SOURCES), source_digest(_SOURCES.with_name("kernels")))
+    return (text, *sources, torch.__version__, transformers.__version__)
 
 
 def measure_divergences(

@@ -74,7 +74,8 @@ class Scorer:
                 sealed_pages=pool.sealed_pages,
                 max_rows=1,
                 max_pages_per_row=pages,
-            )
+            ),
+            prepare_decode=False,  # a text is scored in chunks, none of which decodes
         )
         # Without the prefix cache, so that every window is computed from its beginning.
         self._scheduler = Scheduler(

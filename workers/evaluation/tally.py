@@ -43,16 +43,18 @@ class Tally:
         return self.hits / self.predictions
 
     def add(self, logits: torch.Tensor, exact: torch.Tensor, targets: torch.Tensor) -> None:
-        """logits, exact: [n, vocab_size] fp32, with the format's KV and with exact KV;
-        targets: [n] int64, the tokens that follow"""
+        """logits, exact: [n, vocab_size] fp32, with the format's KV and with exact KV, or the same
+        twice, which costs half; targets: [n] int64, the tokens that follow"""
         for rows in range(0, len(targets), _ROWS):
             part = slice(rows, rows + _ROWS)
             ours = torch.log_softmax(logits[part], dim=-1)
-            theirs = torch.log_softmax(exact[part], dim=-1)
             wanted = targets[part]
             self.predictions += len(wanted)
             self.nll_nats += float(functional.nll_loss(ours, wanted, reduction="sum"))
-            self.kl_nats += float(functional.kl_div(ours, theirs, reduction="sum", log_target=True))
+            if logits is not exact:
+                theirs = torch.log_softmax(exact[part], dim=-1)
+                kl = functional.kl_div(ours, theirs, reduction="sum", log_target=True)
+                self.kl_nats += float(kl)
             self.hits += int((ours.argmax(dim=-1) == wanted).sum())
 
 
@@ -89,4 +91,5 @@ def _count(
     begin, end = max(chunk.start, first), min(chunk.end, len(following))
     rows = slice(begin - chunk.start, end - chunk.start)
     targets = following[begin:end].to(chunk.logits.device)
-    tally.add(chunk.logits[rows], exact.logits[rows], targets)
+    logits = chunk.logits[rows]
+    tally.add(logits, logits if chunk is exact else exact.logits[rows], targets)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from kvmesh.workers.cache_directory import cache_directory
 from kvmesh.workers.errors import ConfigError
 from kvmesh.workers.model.facts import NAME_FILE
 
@@ -26,9 +27,8 @@ _DIGESTED_BYTES = 16 << 20  # larger files are checked by their size only
 
 
 def default_root() -> Path:
-    """Where models are kept: $XDG_CACHE_HOME/kvmesh/models, by default under ~/.cache."""
-    cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "kvmesh" / "models"
+    """Where converted models are kept on this machine."""
+    return cache_directory() / "models"
 
 
 class ModelStore:
