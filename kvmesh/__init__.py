@@ -5,7 +5,7 @@
     with Client() as client:
         print(client.generate("The capital of France is", max_tokens=8).text)
 
-The SDK's names are all here; importing them costs neither torch nor Ray.
+All names of the SDK are here; importing them loads neither torch nor Ray.
 """
 
 from kvmesh.client import *  # noqa: F403
