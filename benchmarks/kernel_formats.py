@@ -22,5 +22,5 @@ def as_served(name: str, head_dim: int) -> KVFormat:
     """The format, with its keys turned by RoPE as Llama has it, where their side must know it."""
     fmt = get_format(name)
     if isinstance(fmt.k, NonUniform):
-        return replace(fmt, k=replace(fmt.k, turned=(head_dim // 2, False)))
+        return replace(fmt, k=replace(fmt.k, rope=(head_dim // 2, False)))
     return fmt

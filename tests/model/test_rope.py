@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvmesh.kernels.formats.nuq.turn import Turn, phases
+from kvmesh.kernels.formats.nuq.rope import RopePairs, phases
 from kvmesh.workers.model.hook import AttendArgs
 from kvmesh.workers.model.load import load_model
 from kvmesh.workers.parallel.comm import Communicator
@@ -36,7 +36,7 @@ def test_one_tokens_keys_are_the_same_everywhere_once_turned_back(
     positions = torch.tensor([0, 1, 2, 7, 100, 255])
     model.forward(torch.full((6,), 17), positions, attend, positions[:0])
     back = phases(model.rope.inv_freq, positions).conj().unsqueeze(1)
-    plain = Turn(model.rope.interleaved).by(keys[0], back)
+    plain = RopePairs(model.rope.interleaved).rotate(keys[0], back)
     spread = (plain - plain[:1]).abs().amax()
     assert spread < 1e-4 * plain.abs().amax()
     assert (keys[0] - keys[0][:1]).abs().amax() > 0.1 * plain.abs().amax()

@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 
 from kvmesh.cluster.cli import app
 from kvmesh.kernels.formats.base import LayerParams
+from kvmesh.kernels.formats.nuq.rope import RopePairs, phases
 from kvmesh.kernels.formats.nuq.side import NonUniform
-from kvmesh.kernels.formats.nuq.turn import Turn, phases
 from kvmesh.kernels.formats.registry import get_format
 from kvmesh.kernels.formats.static8.side import Static8
 from kvmesh.workers.calibration.attention import causal_attention
@@ -136,20 +136,20 @@ def our_error(width: int, draw: Callable[[torch.Generator], Tensor]) -> float:
     scale = torch.randn(HEADS, HEAD_DIM, generator=gen).mul(0.5).exp()
     mean = torch.randn(HEADS, HEAD_DIM, generator=gen) * scale
     rope = Rope(10000.0 ** -(torch.arange(64) / 64), interleaved=False)
-    side, turn = NonUniform(width), Turn(interleaved=False)
+    side, rope = NonUniform(width), RopePairs(interleaved=False)
     positions = torch.arange(TOKENS)
     forth = phases(rope.inv_freq, positions).unsqueeze(1)
     observer = LevelObserver(side, rope, HEADS, HEAD_DIM, samples=1)
     seen = draw(gen) * scale + mean
     # An error in a channel is minded the more, the narrower the channel.
     gradient = torch.randn(seen.shape, generator=gen) / scale
-    observer.observe(0, turn.by(seen, forth), turn.by(gradient, forth), positions)
+    observer.observe(0, rope.rotate(seen, forth), rope.rotate(gradient, forth), positions)
     params = observer.params(0)
     judged = draw(gen)
-    keys = turn.by(judged * scale + mean, forth).view(-1, 64, HEADS, HEAD_DIM).transpose(1, 2)
+    keys = rope.rotate(judged * scale + mean, forth).view(-1, 64, HEADS, HEAD_DIM).transpose(1, 2)
     pages = side.codec().encode(side, keys, params, positions[::64])
     got = side.codec().decode(side, pages, 64, HEAD_DIM, torch.float32, params)
-    error = turn.by((got - keys).transpose(1, 2).reshape(seen.shape), forth.conj()) / scale
+    error = rope.rotate((got - keys).transpose(1, 2).reshape(seen.shape), forth.conj()) / scale
     return float(error.square().sum() / judged.square().sum())
 
 

@@ -89,7 +89,7 @@ def calibrate(
     )
 
 
-class _Unobserved:
+class _NoObserver:
     """A side that needs nothing."""
 
     wants_gradients = False
@@ -107,7 +107,7 @@ def _observer(side: Side, model: ServedModel, samples: int) -> Observer:
     if isinstance(side, NonUniform):
         return LevelObserver(side, model.rope, model.num_kv_heads, model.head_dim, samples)
     assert not side.calibrated, f"nothing calibrates {type(side).__name__}"
-    return _Unobserved()
+    return _NoObserver()
 
 
 def _run(

@@ -22,17 +22,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvmesh.kernels.formats.nuq.rope import RopePairs, phases
 from kvmesh.kernels.formats.nuq.side import NonUniform
-from kvmesh.kernels.formats.nuq.turn import Turn, phases
 from kvmesh.workers.calibration.levels import best_levels
 from kvmesh.workers.model.rope import Rope
 
 _PERCENTILE = 0.005  # KVQuant's 1%, half of it at either end
 _ROUNDS = 4
 # Of a layer and side: what percentiles and levels are found from.
-_MOST_TOKENS = 8192
-_MOST_NUMBERS = 1 << 23
-_LEAST_SCALE = 1e-6
+_MAX_TOKENS = 8192
+_MAX_NUMBERS = 1 << 23
+_MIN_SCALE = 1e-6
 
 
 class LevelObserver:
@@ -48,8 +48,8 @@ class LevelObserver:
     ) -> None:
         self._side = side
         self._rope = rope
-        most = min(_MOST_TOKENS, max(1024, _MOST_NUMBERS // (num_kv_heads * head_dim)))
-        self._tokens_per_window = -(-most // samples)
+        max_tokens = min(_MAX_TOKENS, max(1024, _MAX_NUMBERS // (num_kv_heads * head_dim)))
+        self._tokens_per_window = -(-max_tokens // samples)
         self._generator = torch.Generator().manual_seed(0)
         self._kept: dict[int, list[Tensor]] = {}
         self._fisher: dict[int, Tensor] = {}
@@ -58,8 +58,8 @@ class LevelObserver:
         assert gradient is not None
         if not self._side.values:
             back = phases(self._rope.inv_freq, positions).conj().unsqueeze(1)
-            turn = Turn(self._rope.interleaved)
-            x, gradient = turn.by(x, back), turn.by(gradient, back)
+            rope = RopePairs(self._rope.interleaved)
+            x, gradient = rope.rotate(x, back), rope.rotate(gradient, back)
         order = torch.randperm(len(x), generator=self._generator)[: self._tokens_per_window]
         self._kept.setdefault(layer, []).append(x[order.to(x.device)].bfloat16().cpu())
         fisher = gradient.square().sum(0).double().cpu()
@@ -77,7 +77,7 @@ class LevelObserver:
         """x: [tokens, num_kv_heads, head_dim]; fisher: [num_kv_heads, head_dim]"""
         importance = fisher.sqrt()
         low, high = _percentiles(x)
-        scale, zero = _floored((high - low) / 2), (high + low) / 2
+        scale, zero = _clamped((high - low) / 2), (high + low) / 2
         t = (x - zero) / scale
         inside = t.abs() <= 1
         levels = self._levels(t, inside, fisher * scale.square())
@@ -101,7 +101,7 @@ class LevelObserver:
         inside = self._all_but_outliers((x - x.mean(-1, keepdim=True)).abs())
         low = x.masked_fill(~inside, torch.inf).amin(-1, keepdim=True)
         high = x.masked_fill(~inside, -torch.inf).amax(-1, keepdim=True)
-        scale, zero = _floored((high - low) / 2), (high + low) / 2
+        scale, zero = _clamped((high - low) / 2), (high + low) / 2
         t = (x - zero) / scale
         levels = self._levels(t, inside, fisher * scale.square())
         return {"levels": levels, "bounds": _bounds(levels)}
@@ -112,8 +112,8 @@ class LevelObserver:
 
     def _levels(self, t: Tensor, inside: Tensor, weights: Tensor) -> Tensor:
         numbers = t[inside].double().numpy()
-        weighing = weights.expand_as(t)[inside].double().numpy()
-        found = best_levels(numbers, weighing, 2**self._side.width)
+        weights_inside = weights.expand_as(t)[inside].double().numpy()
+        found = best_levels(numbers, weights_inside, 2**self._side.width)
         return torch.from_numpy(found.astype(np.float32))
 
 
@@ -146,9 +146,9 @@ def _line(chosen: Tensor, x: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
     mean_level, mean = (chosen * weight).sum(0) / count, (x * weight).sum(0) / count
     centred = (chosen - mean_level) * weight
     slope = (centred * (x - mean)).sum(0) / centred.square().sum(0).clamp_min(1e-9)
-    scale = _floored(slope)
+    scale = _clamped(slope)
     return scale, mean - scale * mean_level
 
 
-def _floored(scale: Tensor) -> Tensor:
-    return scale.clamp_min(_LEAST_SCALE)
+def _clamped(scale: Tensor) -> Tensor:
+    return scale.clamp_min(_MIN_SCALE)
