@@ -227,7 +227,7 @@ def test_sides_are_checked() -> None:
         Affine(4, fit="guess")
     with pytest.raises(ValueError, match="levels"):
         Codebook(4, levels="fancy")
-    with pytest.raises(ValueError, match="x: the values' side"):
+    with pytest.raises(ValueError, match="x: set values=True"):
         KVFormat("x", Exact(), Exact(), "")
     with pytest.raises(ValueError, match="head_dim: 3-bit codes need a multiple of 8, got 20"):
         get_format("k3v2").page_bytes(64, 20)

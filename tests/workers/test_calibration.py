@@ -136,20 +136,20 @@ def our_error(width: int, draw: Callable[[torch.Generator], Tensor]) -> float:
     scale = torch.randn(HEADS, HEAD_DIM, generator=gen).mul(0.5).exp()
     mean = torch.randn(HEADS, HEAD_DIM, generator=gen) * scale
     rope = Rope(10000.0 ** -(torch.arange(64) / 64), interleaved=False)
-    side, rope = NonUniform(width), RopePairs(interleaved=False)
+    side, pairs = NonUniform(width), RopePairs(interleaved=False)
     positions = torch.arange(TOKENS)
     forth = phases(rope.inv_freq, positions).unsqueeze(1)
     observer = LevelObserver(side, rope, HEADS, HEAD_DIM, samples=1)
     seen = draw(gen) * scale + mean
     # An error in a channel is minded the more, the narrower the channel.
     gradient = torch.randn(seen.shape, generator=gen) / scale
-    observer.observe(0, rope.rotate(seen, forth), rope.rotate(gradient, forth), positions)
+    observer.observe(0, pairs.rotate(seen, forth), rope.rotate(gradient, forth), positions)
     params = observer.params(0)
     judged = draw(gen)
-    keys = rope.rotate(judged * scale + mean, forth).view(-1, 64, HEADS, HEAD_DIM).transpose(1, 2)
+    keys = pairs.rotate(judged * scale + mean, forth).view(-1, 64, HEADS, HEAD_DIM).transpose(1, 2)
     pages = side.codec().encode(side, keys, params, positions[::64])
     got = side.codec().decode(side, pages, 64, HEAD_DIM, torch.float32, params)
-    error = rope.rotate((got - keys).transpose(1, 2).reshape(seen.shape), forth.conj()) / scale
+    error = pairs.rotate((got - keys).transpose(1, 2).reshape(seen.shape), forth.conj()) / scale
     return float(error.square().sum() / judged.square().sum())
 
 
@@ -511,7 +511,7 @@ def test_params_of_layers_are_checked_against_the_format(
     short = dataclasses.replace(calibrations["nuq3"], layers=calibrations["nuq3"].layers[:2])
     file = tmp_path / "short"
     short.save(file)
-    with pytest.raises(ConfigError, match="has 2 layers, the model 3"):
+    with pytest.raises(ConfigError, match="has 2 layers, but the model has 3"):
         Calibration.load(file, get_format("nuq3"), read_facts(model_path), "m", 1)
     wrong = dataclasses.replace(
         calibrations["nuq3"],

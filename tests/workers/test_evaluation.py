@@ -19,7 +19,7 @@ from kvmesh.workers.evaluation.footprint import Footprint
 from kvmesh.workers.evaluation.gate import LIMIT_NATS, alternatives, check_format
 from kvmesh.workers.evaluation.meter import Meter
 from kvmesh.workers.evaluation.model import EvaluatedModel, choose_formats
-from kvmesh.workers.evaluation.passkey import OUTPUT_TOKENS, RiddleMaker, measure_passkey
+from kvmesh.workers.evaluation.passkey import OUTPUT_TOKENS, PasskeyPromptMaker, measure_passkey
 from kvmesh.workers.evaluation.perplexity import measure_perplexity
 from kvmesh.workers.evaluation.probe import measure_divergences
 from kvmesh.workers.evaluation.recall import PASSAGE_TOKENS, measure_recall
@@ -171,21 +171,21 @@ def test_generated_tokens_are_transformers(model: EvaluatedModel, theirs: torch.
 
 @pytest.mark.parametrize("depth", [0.0, 0.3, 0.9])
 def test_a_riddle_hides_its_key_where_it_should(model: EvaluatedModel, depth: float) -> None:
-    maker = RiddleMaker(model.tokenizer, TEXT)
-    riddle = maker.make(800, depth, seed=3)
-    assert 780 - OUTPUT_TOKENS < len(riddle.prompt) <= 800 - OUTPUT_TOKENS
-    text = model.tokenizer.decode([int(token) for token in riddle.prompt])
-    assert text.count(riddle.key) == 2
+    maker = PasskeyPromptMaker(model.tokenizer, TEXT)
+    prompt = maker.make(800, depth, seed=3)
+    assert 780 - OUTPUT_TOKENS < len(prompt.tokens) <= 800 - OUTPUT_TOKENS
+    text = model.tokenizer.decode([int(token) for token in prompt.tokens])
+    assert text.count(prompt.key) == 2
     begin, end = text.index("remember it.") + len("remember it."), text.index("What is the pass")
     needle = (
-        f"The pass key number is {riddle.key}. Remember it. {riddle.key} is the pass key number."
+        f"The pass key number is {prompt.key}. Remember it. {prompt.key} is the pass key number."
     )
     before, after = text[begin:end].split(needle)
     # The number stands where the next sentence or word ends.
     assert depth - 0.02 < len(before) / len(before + after) < depth + 0.3
     again = maker.make(800, depth, seed=3)
-    assert again.key == riddle.key and (again.prompt == riddle.prompt).all()
-    assert maker.make(800, depth, seed=4).key != riddle.key
+    assert again.key == prompt.key and (again.tokens == prompt.tokens).all()
+    assert maker.make(800, depth, seed=4).key != prompt.key
 
 
 def test_the_embedded_model_finds_a_passkey() -> None:

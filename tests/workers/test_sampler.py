@@ -115,7 +115,7 @@ def test_penalties_and_bias() -> None:
     repeated = sampler_with(SamplingParams(frequency_penalty=0.3, **greedy), history=[1, 1])
     assert repeated.sample(logits.clone(), [0], [4])[0].token_id == 20
     sampler = sampler_with(SamplingParams(presence_penalty=0.5, **greedy))
-    sampler.note_tokens(0, 2, np.array([1, 20], np.int32).tobytes())
+    sampler.record_tokens(0, 2, np.array([1, 20], np.int32).tobytes())
     assert sampler.sample(logits.clone(), [0], [4])[0].token_id == 30
 
 

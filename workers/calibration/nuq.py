@@ -1,19 +1,20 @@
 """Ranges and levels of keys or values, for `NonUniform` (KVQuant, arXiv 2401.18079).
 
-Keys, before RoPE, of each head and channel; values of each token; levels for a layer.
+Keys, before RoPE, have ranges per head and channel; values per token; levels are per layer.
 
-    scale, zero   what lies between two percentiles of a channel goes to [-1, 1]; then, by
-                  turns with the levels, the line through (level, number) by least squares
-    levels        the best for the weighted numbers (levels.py): a channel's Fisher
-                  information times the square of its scale, so that the error is
-                  measured in what it does to the loss. KVQuant weighs every number by its
-                  own squared gradient, whose noise costs as much as it gains on other text
+    scale, zero   map the range between two percentiles of a channel to [-1, 1]; then they are
+                  refitted alternately with the levels, as the least-squares line through
+                  (level, number)
+    levels        optimal for the weighted numbers (levels.py). The weight is a channel's
+                  Fisher information times the square of its scale, so that the error is
+                  measured by its effect on the loss. KVQuant weighs every number by its own
+                  squared gradient, whose noise costs as much on other text as it gains
     Q-Norm        C' = C s1/s2 + (m1 - m2 s1/s2) with the means m and deviations s of the
-                  numbers (1) and of their levels (2), which the centres of cells shrink:
-                  of keys, where a softmax suffers from a bias more than from noise. Values
-                  get the scale that leaves them none when they are sealed
+                  numbers (1) and of their levels (2), because levels at the centres of cells
+                  shrink the deviation. Used for keys, since a softmax suffers more from bias
+                  than from noise. Values get an unbiased scale when they are sealed
 
-Outliers take no part in fits: they are chosen as the codec will choose them.
+Outliers are excluded from fits: they are chosen in the same way as in the codec.
 """
 
 from __future__ import annotations
@@ -27,18 +28,18 @@ from kvmesh.kernels.formats.nuq.side import NonUniform
 from kvmesh.workers.calibration.levels import best_levels
 from kvmesh.workers.model.rope import Rope
 
-_PERCENTILE = 0.005  # KVQuant's 1%, half of it at either end
+_PERCENTILE = 0.005  # KVQuant's 1%, half of it at each end
 _ROUNDS = 4
-# Of a layer and side: what percentiles and levels are found from.
+# Per layer and side: how many numbers percentiles and levels are computed from.
 _MAX_TOKENS = 8192
 _MAX_NUMBERS = 1 << 23
 _MIN_SCALE = 1e-6
 
 
 class LevelObserver:
-    """Keeps some tokens of every window, and the sum of squared gradients of all of them.
+    """Keeps some tokens of every window, and the sum of squared gradients of all tokens.
 
-    samples: windows there will be
+    samples: number of windows
     """
 
     wants_gradients = True
@@ -68,7 +69,7 @@ class LevelObserver:
     def params(self, layer: int) -> dict[str, Tensor]:
         x = torch.cat(self._kept.pop(layer)).float()
         fisher = self._fisher.pop(layer)
-        # Relative to the layer's mean; a model that minds no channel minds all alike.
+        # Relative to the layer's mean; if no channel has an effect, all count equally.
         mean = fisher.mean()
         fisher = (fisher / mean).float() if mean > 0 else torch.ones_like(fisher).float()
         return self._fit_values(x, fisher) if self._side.values else self._fit_keys(x, fisher)
@@ -122,14 +123,14 @@ def _bounds(levels: Tensor) -> Tensor:
 
 
 def _q_norm(t: Tensor, levels: Tensor) -> Tensor:
-    """The levels, shifted and stretched to the mean and deviation of the numbers they stand for."""
+    """The levels, shifted and scaled to the mean and deviation of the numbers they represent."""
     numbers, chosen = t.double(), _nearest(t, levels).double()
     ratio = float(numbers.std() / chosen.std().clamp_min(1e-9))
     return levels * ratio + float(numbers.mean() - chosen.mean() * ratio)
 
 
 def _percentiles(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The least and greatest of each channel's numbers, outliers cut: [num_kv_heads, head_dim]."""
+    """Minimum and maximum of each channel without outliers: [num_kv_heads, head_dim] each."""
     at = torch.tensor([_PERCENTILE, 1 - _PERCENTILE])
     low, high = torch.stack([head.quantile(at, dim=0) for head in x.unbind(1)], dim=1)
     return low, high
@@ -140,7 +141,7 @@ def _nearest(t: Tensor, levels: Tensor) -> Tensor:
 
 
 def _line(chosen: Tensor, x: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
-    """Slope and offset of x by its levels, by least squares over a channel's inner numbers."""
+    """Slope and offset of x by its levels: least squares over a channel without outliers."""
     weight = inside.float()
     count = weight.sum(0).clamp_min(1.0)
     mean_level, mean = (chosen * weight).sum(0) / count, (x * weight).sum(0) / count

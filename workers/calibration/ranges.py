@@ -7,12 +7,12 @@ from torch import Tensor
 
 from kvmesh.kernels.formats.static8.side import Static8
 
-# Of a channel that never changed.
+# For a channel that is constant.
 _MIN_SCALE = 1e-6
 
 
 class RangeObserver:
-    """Least and greatest numbers of every head and channel, or of a layer's together."""
+    """Minimum and maximum of every head and channel, or of a whole layer."""
 
     wants_gradients = False
 
