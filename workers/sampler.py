@@ -145,7 +145,7 @@ def _draw(logits: torch.Tensor, params: list[SamplingParams], draws: list[float]
 
 
 def _inverse(weights: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
-    """Indices [n] where the cumulative weights [n, m], not normalised, exceed `draws` of the sum."""
+    """Indices [n] where the cumulative weights [n, m], not normalised, exceed draws of the sum."""
     cumulated = torch.cumsum(weights, dim=-1, dtype=torch.float64)
     total = cumulated[:, -1:].contiguous()
     index = torch.searchsorted(cumulated, total * draws[:, None], right=True)

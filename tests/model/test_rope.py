@@ -1,4 +1,4 @@
-"""What undoes RoPE, against the models' own keys."""
+"""Undoing RoPE, checked with the models' own keys."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from tests.model.small import make_small_model
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_one_tokens_keys_are_the_same_everywhere_once_turned_back(
+def test_keys_of_a_token_are_equal_at_all_positions_once_rope_is_undone(
     case: str, tmp_path: Path
 ) -> None:
-    """In the first layer, where a key depends on its token and position alone."""
+    """In the first layer, where a key depends only on its token and position."""
     architecture, overrides = CASES[case]
     path = make_small_model(architecture, tmp_path, **overrides)
     model = load_model(

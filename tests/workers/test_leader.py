@@ -1,4 +1,4 @@
-"""The leader: streams, cancellation, vanished clients, leases, failure."""
+"""The leader: streams, cancellation, lost clients, leases, failure."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ENDLESS = SamplingParams(temperature=0.0, max_tokens=700, ignore_eos=True)
 
 
 class GatedExecutor(MemoryExecutor):
-    """Takes a permit for each step, so that a test decides what is in flight."""
+    """Needs a permit for each step, so that a test decides what is in flight."""
 
     def __init__(self) -> None:
         super().__init__(PAGE, 0, 0, 400)
@@ -75,7 +75,7 @@ async def read_until_end(
 
 
 async def idle(leader: EngineLeader) -> None:
-    """Wait until nothing lives, by draining's own signal."""
+    """Wait until no sequence is left, using the drain signal."""
     await asyncio.wait_for(leader._idle.wait(), 10)
 
 
@@ -109,7 +109,7 @@ async def test_abort_ends_a_sequence_in_flight() -> None:
 
 
 @pytest.mark.asyncio
-async def test_a_client_that_stops_reading_loses_its_sequences_only() -> None:
+async def test_a_client_that_stops_reading_loses_only_its_own_sequences() -> None:
     async with running() as (leader, executor):
         gone, stays = leader.outputs("gone"), leader.outputs("stays")
         for name in ("a", "b"):
@@ -143,7 +143,7 @@ async def test_a_failed_rank_ends_every_sequence_with_an_error() -> None:
 
 
 @pytest.mark.asyncio
-async def test_start_raises_what_kept_the_ranks_from_starting() -> None:
+async def test_start_raises_the_error_that_kept_the_ranks_from_starting() -> None:
     class Broken(GatedExecutor):
         def describe(self) -> list[RankDescription]:
             raise WorkerDiedError("rank 0 ended with exit code 1")
@@ -153,7 +153,7 @@ async def test_start_raises_what_kept_the_ranks_from_starting() -> None:
 
 
 @pytest.mark.asyncio
-async def test_submit_refuses_what_cannot_be() -> None:
+async def test_submit_refuses_invalid_requests() -> None:
     async with running() as (leader, _):
         await leader.submit(request("a", [3, 4], params=ENDLESS))
         with pytest.raises(InvalidRequestError, match="request_id"):
@@ -171,7 +171,7 @@ async def test_submit_refuses_what_cannot_be() -> None:
 
 
 @pytest.mark.asyncio
-async def test_drain_waits_for_what_runs() -> None:
+async def test_drain_waits_for_running_sequences() -> None:
     async with running() as (leader, executor):
         executor.allow(MANY)
         await leader.submit(request("a", [3, 4], 20))

@@ -1,4 +1,4 @@
-"""The journal of a prefix cache: who asks with what it knows gets the rest, once."""
+"""The journal of a prefix cache: a reader gets every change since its last request, once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from kvmesh.workers.page_journal import PageJournal
 from kvmesh.workers.request import PageChanges
 
 
-def test_a_reader_gets_what_changed_since_it_asked() -> None:
+def test_a_reader_gets_the_changes_since_its_last_request() -> None:
     journal = PageJournal()
     assert journal.since(0) == PageChanges(0)
     journal.note({b"a": True, b"b": True})
@@ -31,7 +31,9 @@ def test_the_journal_is_bounded() -> None:
 
 
 @given(st.lists(st.dictionaries(st.binary(max_size=1), st.booleans(), max_size=5), max_size=20))
-def test_however_often_it_asks_a_reader_knows_what_is_held(noted: list[dict[bytes, bool]]) -> None:
+def test_a_reader_knows_what_is_cached_at_any_rate(
+    noted: list[dict[bytes, bool]],
+) -> None:
     journal = PageJournal()
     truth: dict[bytes, bool] = {}
     known: set[bytes] = set()
