@@ -1,9 +1,9 @@
-"""How long a placement decision takes: 8 to 512 groups, many live leases, a full prefix index.
+"""The time of a placement decision: 8 to 512 groups, many live leases, a full prefix index.
 
-A decision is everything the router does for a request that is granted at once:
-demand, prefix match, choice among all groups, lease, index and projections. The
-release that follows is timed apart. Groups and leases grow together, but for the
-last rows, where leases alone grow.
+A decision is everything the router does for a request that is granted at once: demand,
+prefix match, choice among all groups, lease, index and projections. The later release is
+timed separately. Groups and leases grow together, except in the last rows, where only
+leases grow.
 
     python benchmarks/placement.py [--json FILE]
 """
@@ -34,7 +34,7 @@ NO_POOL = PoolLoads(0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
 
 
 def make_router(num_groups: int) -> Router:
-    """Groups that hold what is asked of them, and have reported."""
+    """Groups that can hold every request, and have reported."""
     router = Router(RouterConfig(ahead_s=1e9, index_limit=INDEX_ENTRIES), epoch=1, now=0.0)
     for index in range(num_groups):
         spec = GroupSpec(
@@ -55,7 +55,7 @@ def make_router(num_groups: int) -> Router:
 
 
 class Requests:
-    """Prompts of 2k to 24k tokens; one in three begins like an earlier one."""
+    """Prompts of 2k to 24k tokens; one in three shares a prefix with an earlier one."""
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
@@ -88,7 +88,7 @@ def measure(num_groups: int, num_leases: int, seed: int = 0) -> dict[str, float]
         group = f"engine-{fill.randrange(num_groups)}"
         router.pages_changed(group, [fill.randbytes(16) for _ in range(10_000)], (), 0.0)
     gc.collect()
-    gc.freeze()  # as the router's process does; else collections walk the index
+    gc.freeze()  # like the router's process; otherwise collections traverse the index
     placing, releasing = [], []
     for step in range(DECISIONS):
         request, now = requests(), step * 1e-3
@@ -113,7 +113,7 @@ def measure(num_groups: int, num_leases: int, seed: int = 0) -> dict[str, float]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, help="write the figures there as well")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()
     sizes = [(groups, groups * 156) for groups in (8, 16, 32, 64, 128, 256, 512)]
     sizes += [(64, 1_000), (64, 40_000)]

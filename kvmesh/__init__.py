@@ -5,8 +5,8 @@
     with Client() as client:
         print(client.generate("The capital of France is", max_tokens=8).text)
 
-This package exports the whole SDK, which imports neither torch nor Ray. It is imported
-at the first use of a name, because not every process of the server needs it.
+All names of the SDK are here. They are imported at their first use, and load neither torch
+nor Ray.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""One rank's pages: two arenas a layer, and the block tables that lead to them."""
+"""One rank's pages: two arenas per layer, and the block tables that point into them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from kvmesh.workers.executor import Allocation
 class KVPool:
     """Hot and sealed pages of every layer.
 
-    all_hot, all_sealed: every layer's pages, [num_layers, ...] of
+    all_hot, all_sealed: the pages of all layers, [num_layers, ...] of
     hot: per layer [hot_pages, 2, num_kv_heads, page_size, head_dim] of the compute dtype
     sealed: per layer [sealed_pages, num_kv_heads, page_bytes] uint8
     hot_tables, sealed_tables: [max_rows, max_pages_per_row] int32, logical page -> page id,
-        −1 where a row never had that form
+        −1 if the row's page never existed in that form
     """
 
     def __init__(
@@ -64,7 +64,7 @@ def page_bytes_of(
     head_dim: int,
     dtype: torch.dtype,
 ) -> tuple[int, int]:
-    """Bytes of one hot and one sealed page on this rank, all its layers and KV heads."""
+    """Bytes of one hot and one sealed page on this rank, over all its layers and KV heads."""
     heads = num_layers * num_kv_heads
     hot = heads * 2 * page_size * head_dim * dtype.itemsize
     return hot, heads * fmt.page_bytes(page_size, head_dim, dtype.itemsize)

@@ -31,18 +31,18 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def choose_device(config: EngineConfig, rank: int) -> torch.device:
     """The device of `rank`; Ray and CUDA_VISIBLE_DEVICES decide which GPUs a process sees.
 
-    Raises ConfigError naming `device` where CUDA is asked for and there is none."""
+    Raises ConfigError naming `device` if CUDA is requested but not available."""
     if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise ConfigError("device", "is cuda, but this process sees no GPU")
+        raise ConfigError("device", "is cuda, but this process sees no GPU; use cpu or auto")
     return torch.device("cuda", rank % torch.cuda.device_count())
 
 
 class Rank:
-    """Loads the model on construction; `allocate` once, then `execute` step by step.
+    """Loads the model on construction. Call `allocate` once, then `execute` for every step.
 
-    shared: a rank that has loaded the same model, whose weights are used
+    shared: a rank that has loaded the same model, whose weights are reused
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Rank:
         )
         self._sink_pages = _default(config.sink_pages, self._fmt.sink_pages)
         self._recent_pages = _default(config.recent_pages, self._fmt.recent_pages)
-        # Before the weights: a file that does not fit is told at once.
+        # Before the weights, so that a file that does not fit fails early.
         self._params = self._load_calibration(rank)
         self._model: ServedModel = (
             shared._model
@@ -79,8 +79,8 @@ class Rank:
         )
 
     def _check_kernels(self) -> None:
-        """Raises ConfigError for a format that only CPUs can serve, before a model is loaded."""
-        # Imported here: a machine without a GPU need not have Triton.
+        """Raises ConfigError for a format that only CPUs support, before the model is loaded."""
+        # Imported here: a machine without a GPU may lack Triton.
         from kvmesh.kernels.formats.tiles_triton import why_no_kernels
 
         reason = why_no_kernels(self._fmt)
@@ -130,12 +130,12 @@ class Rank:
         )
 
     def execute(self, plan: StepPlan) -> StepResult | None:
-        """The result on rank 0, None on the others."""
+        """The result on rank 0, None on the other ranks."""
         assert self._runner is not None, "allocate comes before execute"
         return self._runner.execute(plan)
 
     def _load_calibration(self, rank: int) -> ModelParams | None:
-        """This rank's parameters of every layer, where the format needs them."""
+        """This rank's calibrated parameters of every layer, if the format needs them."""
         if self._config.calibration is None:
             return None
         facts = read_facts(self._files.path)
@@ -151,7 +151,7 @@ class Rank:
         return self._runner.score(plan)
 
     def divergences(self, kv_formats: list[str]) -> list[float]:
-        """See Executor.divergences; the figures on rank 0, [] on the others."""
+        """See Executor.divergences; the result on rank 0, [] on the other ranks."""
         cache = ProbeCache(self._probe_inputs(kv_formats))
         found = cache.load() if self._rank == 0 else None
         # Rank 0 decides for all ranks, because they measure together.
@@ -186,9 +186,9 @@ class Rank:
         )
 
     def with_format(self, kv_format: str, calibration: str | None = None) -> Rank:
-        """A rank of the same model, weights shared, with a KV format and a pool to come.
+        """A rank with the same model and weights, another KV format, and no pool yet.
 
-        calibration: of that format; this rank's own serves its own format
+        calibration: file for that format; by default this rank's file if the format is its own
         """
         if calibration is None and get_format(kv_format) == self._fmt:
             calibration = self._config.calibration
@@ -196,8 +196,8 @@ class Rank:
         return Rank(config, self._rank, self._comm, shared=self)
 
     def _kv_budget_bytes(self) -> int:
-        """What KV may take here: the setting, or what a GPU has left after the weights and the
-        largest step's activations."""
+        """Memory for KV on this rank: the setting, or what a GPU has left after the weights and
+        the largest step's activations."""
         if self._config.kv_memory_bytes is not None:
             return self._config.kv_memory_bytes
         if self._device.type == "cpu":
@@ -213,7 +213,7 @@ class Rank:
 
     @torch.inference_mode()
     def _dry_run(self) -> None:
-        """The largest step, with attention left out: its scratch is a few tiles a head."""
+        """The largest step without attention, whose scratch is only a few tiles per head."""
         tokens = torch.zeros(
             self._config.max_num_batched_tokens, dtype=torch.int64, device=self._device
         )

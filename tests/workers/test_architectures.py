@@ -1,4 +1,4 @@
-"""Every architecture through the engine, in pages and chunks, against transformers' generate."""
+"""Every architecture in the engine, with pages and chunks, against transformers' generate."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TOKENS = 24
 
 @pytest.mark.parametrize("case", CASES)
 def test_engine_output_equals_transformers(case: str, tmp_path: Path) -> None:
-    """Prompts in chunks of 16 tokens beside decoding ones, over several pages."""
+    """Prompts in chunks of 16 tokens next to decoding ones, over several pages."""
     architecture, overrides = CASES[case]
     path = make_small_model(architecture, tmp_path, **overrides)
     config = EngineConfig(

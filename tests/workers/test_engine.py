@@ -54,7 +54,7 @@ def run(engine: Engine) -> dict[str, list[SequenceDelta]]:
         for delta in engine.step():
             deltas.setdefault(delta.request_id, []).append(delta)
         engine.check_integrity()
-    assert not engine.has_work, "the engine does not come to an end"
+    assert not engine.has_work, "the engine does not finish"
     return deltas
 
 
@@ -67,8 +67,8 @@ prompts = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=140)
 
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
-def test_output_depends_on_the_prompt_alone(data: st.DataObject) -> None:
-    """Whatever shares the batch, however prompts are chunked, cached or preempted."""
+def test_output_depends_only_on_the_prompt(data: st.DataObject) -> None:
+    """Whatever else is in the batch, and however prompts are chunked, cached or preempted."""
     sink = data.draw(st.integers(0, 2), "sink")
     recent = data.draw(st.integers(0, 2), "recent")
     seqs = data.draw(st.integers(1, 4), "seqs")
@@ -123,7 +123,7 @@ def test_a_warm_prefix_cache_saves_whole_pages(recent: int, sink: int) -> None:
     assert tokens_of(warm) == tokens_of(cold)
     assert cold[-1].usage and cold[-1].usage.cached_tokens == 0
     assert warm[-1].usage and warm[-1].usage.cached_tokens == 5 * PAGE
-    # The pages it shares are not sealed again; what lies beyond the prompt was sealed before too.
+    # The pages it shares are not sealed again; those after the prompt were sealed before, too.
     assert executor.sealed_pages == before
 
 
@@ -162,7 +162,7 @@ def test_host_work_of_a_decode_step_does_not_grow_with_context() -> None:
         assert len(plan.hot.ids) <= 1 and len(plan.sealed.ids) <= 1 and not plan.row_starts
 
 
-def test_resumed_tokens_are_output_that_is_not_emitted_again() -> None:
+def test_resumed_tokens_are_not_emitted_again() -> None:
     engine, _ = make_engine()
     prompt = [5, 6, 7, 8]
     whole = expected_output(prompt, 20)
@@ -235,7 +235,7 @@ def test_a_budget_without_room_for_one_sequence_is_a_configuration_error() -> No
 
 
 @pytest.mark.parametrize(("recent", "sink"), [(0, 0), (1, 0), (2, 1)])
-def test_a_sequence_pauses_at_the_end_of_its_lease_and_goes_on_when_it_grows(
+def test_a_sequence_pauses_at_the_end_of_its_lease_and_continues_when_it_grows(
     recent: int, sink: int
 ) -> None:
     engine, _ = make_engine(recent=recent, sink=sink)
@@ -249,12 +249,12 @@ def test_a_sequence_pauses_at_the_end_of_its_lease_and_goes_on_when_it_grows(
             engine.check_integrity()
             assert engine.scheduler.cache.sealed.used <= pages
         if pages < 12:
-            # The last token that was sampled is yet to be written.
+            # The last sampled token has not been written yet.
             assert 3 + len(tokens) == engine.geometry.tokens_within(pages) + 1
     assert tokens == expected_output([5, 6, 7], 190, ignore_eos=True)
 
 
-def test_others_go_on_beside_a_paused_sequence_and_may_preempt_it() -> None:
+def test_others_continue_beside_a_paused_sequence_and_may_preempt_it() -> None:
     engine, _ = make_engine(budget=40, seqs=3)
     params = SamplingParams(temperature=0.0, max_tokens=200, ignore_eos=True)
     engine.add(request("old", [4, 5], params=params))
@@ -304,7 +304,7 @@ def test_pages_that_two_sequences_seal_in_the_same_step_are_stored_once() -> Non
         assert output == expected_output(prompt, 3)
 
 
-def test_the_ends_of_blocks_are_told_as_they_come_and_go() -> None:
+def test_cached_block_ends_are_reported_when_they_change() -> None:
     engine, _ = make_engine(budget=64, tokens=64)
     prompt = [int(i) % VOCAB for i in range(2 * BLOCK_PAGES * PAGE + 5)]
     engine.add(request("a", prompt, 2))

@@ -1,4 +1,4 @@
-"""Evaluation through the engine's path: figures that transformers gives too, and its arithmetic."""
+"""Evaluation through the engine's path: results that transformers also gives, and arithmetic."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from kvmesh.workers.evaluation.footprint import Footprint
 from kvmesh.workers.evaluation.gate import LIMIT_NATS, alternatives, check_format
 from kvmesh.workers.evaluation.meter import Meter
 from kvmesh.workers.evaluation.model import EvaluatedModel, choose_formats
-from kvmesh.workers.evaluation.passkey import OUTPUT_TOKENS, RiddleMaker, measure_passkey
+from kvmesh.workers.evaluation.passkey import OUTPUT_TOKENS, PasskeyPromptMaker, measure_passkey
 from kvmesh.workers.evaluation.perplexity import measure_perplexity
 from kvmesh.workers.evaluation.probe import measure_divergences
 from kvmesh.workers.evaluation.recall import PASSAGE_TOKENS, measure_recall
@@ -86,7 +86,9 @@ def windows_of(model: EvaluatedModel, context: int, count: int) -> list[np.ndarr
     return list(TokenText(model.tokenizer, TEXT).windows(context, count))
 
 
-def test_exact_perplexity_is_transformers(model: EvaluatedModel, theirs: torch.nn.Module) -> None:
+def test_exact_perplexity_equals_transformers(
+    model: EvaluatedModel, theirs: torch.nn.Module
+) -> None:
     report = measure_perplexity(
         model, choose_formats(["int4"]), TEXT, context=300, windows=3, meter=Meter()
     )
@@ -112,7 +114,7 @@ def test_exact_does_not_diverge_from_exact(model: EvaluatedModel) -> None:
     assert tallies[1] == tallies[0]
 
 
-def test_divergence_is_that_of_the_definition() -> None:
+def test_divergence_matches_its_definition() -> None:
     generator = torch.Generator().manual_seed(0)
     logits, exact = torch.randn(2, 100, 50, generator=generator)
     targets = torch.randint(50, (100,), generator=generator)
@@ -133,12 +135,12 @@ def test_logits_do_not_depend_on_chunks(path: Path, model: EvaluatedModel, kv_fo
     for chunk_tokens in (PAGE, 37, 128):
         part = all_logits(path, kv_format, tokens, chunk_tokens)
         assert float((part - whole).abs().max()) < 2e-3 * spread
-    # What would be seen if a chunk read the wrong form of a page:
+    # The difference that would show if a chunk read a page in the wrong form:
     other = all_logits(path, "int4", tokens, 256)
     assert float((other - whole).abs().max()) > 2e-2 * spread
 
 
-def test_recall_is_the_accuracy_that_transformers_has_on_the_second_copy(
+def test_recall_equals_the_accuracy_of_transformers_on_the_second_copy(
     model: EvaluatedModel, theirs: torch.nn.Module
 ) -> None:
     length, passages = 400, 2
@@ -153,15 +155,17 @@ def test_recall_is_the_accuracy_that_transformers_has_on_the_second_copy(
     hits = 0
     for window in windows_of(model, length, passages):
         tokens = np.concatenate((window, window[:PASSAGE_TOKENS]))
-        told = their_logits(theirs, tokens)[length:-1].argmax(-1).numpy()
-        hits += int((told == tokens[length + 1 :]).sum())
+        expected = their_logits(theirs, tokens)[length:-1].argmax(-1).numpy()
+        hits += int((expected == tokens[length + 1 :]).sum())
     exact, int8 = report.figures
     assert exact.accuracy == pytest.approx(hits / (passages * (PASSAGE_TOKENS - 1)))
     assert exact.difference == 0.0
     assert (int8.kv_format, int8.length, report.passages) == ("int8", length, {length: passages})
 
 
-def test_generated_tokens_are_transformers(model: EvaluatedModel, theirs: torch.nn.Module) -> None:
+def test_generated_tokens_equal_transformers(
+    model: EvaluatedModel, theirs: torch.nn.Module
+) -> None:
     (tokens,) = windows_of(model, 70, 1)
     output = model.scorer(get_format("exact"), 90).generate(tokens, 20)
     for token in output:
@@ -170,22 +174,24 @@ def test_generated_tokens_are_transformers(model: EvaluatedModel, theirs: torch.
 
 
 @pytest.mark.parametrize("depth", [0.0, 0.3, 0.9])
-def test_a_riddle_hides_its_key_where_it_should(model: EvaluatedModel, depth: float) -> None:
-    maker = RiddleMaker(model.tokenizer, TEXT)
-    riddle = maker.make(800, depth, seed=3)
-    assert 780 - OUTPUT_TOKENS < len(riddle.prompt) <= 800 - OUTPUT_TOKENS
-    text = model.tokenizer.decode([int(token) for token in riddle.prompt])
-    assert text.count(riddle.key) == 2
+def test_a_passkey_prompt_hides_its_key_at_the_right_depth(
+    model: EvaluatedModel, depth: float
+) -> None:
+    maker = PasskeyPromptMaker(model.tokenizer, TEXT)
+    prompt = maker.make(800, depth, seed=3)
+    assert 780 - OUTPUT_TOKENS < len(prompt.tokens) <= 800 - OUTPUT_TOKENS
+    text = model.tokenizer.decode([int(token) for token in prompt.tokens])
+    assert text.count(prompt.key) == 2
     begin, end = text.index("remember it.") + len("remember it."), text.index("What is the pass")
     needle = (
-        f"The pass key number is {riddle.key}. Remember it. {riddle.key} is the pass key number."
+        f"The pass key number is {prompt.key}. Remember it. {prompt.key} is the pass key number."
     )
     before, after = text[begin:end].split(needle)
-    # The number stands where the next sentence or word ends.
+    # The number is at the end of the next sentence or word.
     assert depth - 0.02 < len(before) / len(before + after) < depth + 0.3
     again = maker.make(800, depth, seed=3)
-    assert again.key == riddle.key and (again.prompt == riddle.prompt).all()
-    assert maker.make(800, depth, seed=4).key != riddle.key
+    assert again.key == prompt.key and (again.tokens == prompt.tokens).all()
+    assert maker.make(800, depth, seed=4).key != prompt.key
 
 
 def test_the_embedded_model_finds_a_passkey() -> None:
@@ -216,7 +222,7 @@ def test_windows_do_not_overlap_and_span_the_text(model: EvaluatedModel) -> None
     assert len(source.windows(100, 10**6)) == available
 
 
-def test_windows_begin_as_the_models_sequences_do(model: EvaluatedModel) -> None:
+def test_windows_begin_with_the_models_prefix(model: EvaluatedModel) -> None:
     source = TokenText(model.tokenizer, TEXT)
     source.prefix = np.array([1], dtype=np.int32)
     for window in source.windows(50, 2):
@@ -234,7 +240,7 @@ def test_bits_count_exact_windows_as_bfloat16() -> None:
         sink_pages=1,
         recent_pages=2,
     )
-    # 2048 tokens are 32 pages; the next token is in page 32, so that [1, 30) are sealed.
+    # 2048 tokens are 32 pages; the next token is in page 32, so [1, 30) are sealed.
     assert footprint.bits_at(2048) == pytest.approx((29 * 4.5 + 3 * 16) / 32)
     assert footprint.bytes_per_token_at(2048) == pytest.approx(
         footprint.bits_at(2048) * 2 * 3 * 2 * 64 / 8
@@ -243,7 +249,7 @@ def test_bits_count_exact_windows_as_bfloat16() -> None:
     assert footprint.bits_at(2048) > footprint.bits_at(32_768) > footprint.sealed_bits == 4.5
 
 
-def test_bad_inputs_name_what_is_at_fault(model: EvaluatedModel, tmp_path: Path) -> None:
+def test_errors_name_the_invalid_argument(model: EvaluatedModel, tmp_path: Path) -> None:
     def fault(call: object, *arguments: object, **settings: object) -> ConfigError:
         with pytest.raises(ConfigError) as caught:
             call(*arguments, **settings)  # type: ignore[operator]
@@ -271,7 +277,7 @@ def test_bad_inputs_name_what_is_at_fault(model: EvaluatedModel, tmp_path: Path)
 
 
 class Figures:
-    """Divergences from a table; what was asked for is kept."""
+    """Divergences from a table; records which formats were requested."""
 
     def __init__(self, kl_nats: dict[str, float]) -> None:
         self.kl_nats = kl_nats
@@ -295,7 +301,9 @@ def test_the_probe_can_be_off_and_exact_needs_none() -> None:
     assert checked("exact", "refuse", {}).asked == []
 
 
-def test_a_harmless_format_is_measured_alone(caplog: pytest.LogCaptureFixture) -> None:
+def test_only_the_chosen_format_is_measured_if_it_is_harmless(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     assert checked("4", "refuse", {"int4": LIMIT_NATS}).asked == [["int4"]]
     assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
 
@@ -303,23 +311,23 @@ def test_a_harmless_format_is_measured_alone(caplog: pytest.LogCaptureFixture) -
 @pytest.mark.parametrize(
     ("kl_nats", "advised"),
     [
-        ({"int4": 0.4, "int8": 0.001}, "int8 with 8.50 bits"),
-        ({"int4": math.nan, "int8": math.nan}, "exact with 16.00 bits"),
+        ({"int4": 0.4, "int8": 0.001}, "int8, with 8.50 bits"),
+        ({"int4": math.nan, "int8": math.nan}, "exact, with 16.00 bits"),
     ],
 )
-def test_a_format_that_hurts_is_warned_of_or_refused(
+def test_a_harmful_format_causes_a_warning_or_is_refused(
     kl_nats: dict[str, float], advised: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     checked("int4", "warn", kl_nats)
     (record,) = [r for r in caplog.records if r.levelno == logging.WARNING]
-    told = f"{kl_nats['int4']:.3f} nats"
-    assert advised in record.getMessage() and told in record.getMessage()
+    expected = f"{kl_nats['int4']:.3f} nats"
+    assert advised in record.getMessage() and expected in record.getMessage()
     with pytest.raises(ConfigError, match=advised) as caught:
         checked("int4", "refuse", kl_nats)
     assert caught.value.field == "kv_format"
 
 
-def test_alternatives_come_by_bits() -> None:
+def test_alternatives_are_ordered_by_bits() -> None:
     formats = alternatives(get_format("int8"), 64, 64)
     bits = [fmt.bits_per_element(64, 64) for fmt in formats]
     assert bits == sorted(bits) and formats[-1].name == "exact"
@@ -334,7 +342,7 @@ def test_an_engine_does_not_start_with_a_refused_format() -> None:
         Engine(config, executor)
 
 
-def test_the_embedded_model_bears_int8_better_than_int4() -> None:
+def test_int8_diverges_less_than_int4_on_the_embedded_model() -> None:
     config = EngineConfig(model=EMBEDDED_NAME, device="cpu", threads_per_rank=1)
     rank = Rank(config, 0, Communicator.single())
     path = resolve_model(EMBEDDED_NAME).path

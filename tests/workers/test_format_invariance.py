@@ -1,4 +1,4 @@
-"""Greedy output in every format is the same however it is run: chunks, batch, cache, preemption."""
+"""Greedy output in every format does not depend on chunks, batch, cache or preemption."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", SELF_SUFFICIENT)
-def test_output_depends_on_the_prompt_alone(name: str, model: Path) -> None:
-    """Pages of 16 tokens, prompts of up to 13 pages: most are sealed in every format's windows."""
+def test_output_depends_only_on_the_prompt(name: str, model: Path) -> None:
+    """Pages of 16 tokens, prompts of up to 13 pages: most are sealed in every format."""
     config = EngineConfig(
         model=str(model),
         kv_format=name,

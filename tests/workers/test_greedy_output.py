@@ -1,4 +1,4 @@
-"""Greedy output of the embedded model: equal to transformers', and the same however it is run."""
+"""Greedy output of the embedded model: equal to transformers', and independent of how it is run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CONFIG = EngineConfig(
     device="cpu",
     kv_memory_bytes=400 << 20,
     kv_probe="off",
-    threads_per_rank=1,  # spinning threads make a shared machine crawl
+    threads_per_rank=1,  # spinning threads slow a shared machine down
 )
 
 

@@ -1,4 +1,4 @@
-"""The leader: streams, cancellation, vanished clients, leases, failure."""
+"""The leader: streams, cancellation, lost clients, leases, failure."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ENDLESS = SamplingParams(temperature=0.0, max_tokens=700, ignore_eos=True)
 
 
 class GatedExecutor(MemoryExecutor):
-    """Takes a permit for each step, so that a test decides what is in flight."""
+    """Needs a permit for each step, so that a test decides what is in flight."""
 
     def __init__(self, budget: int = 400) -> None:
         super().__init__(PAGE, 0, 0, budget)
@@ -87,7 +87,7 @@ class Inbox:
 
 
 async def idle(leader: EngineLeader) -> None:
-    """Wait until nothing lives, by draining's own signal."""
+    """Wait until no sequence is left, using the drain signal."""
     await asyncio.wait_for(leader._idle.wait(), 10)
 
 
@@ -117,7 +117,7 @@ async def test_abort_ends_a_sequence_in_flight() -> None:
         assert leader.loads().pool.used == PageNeed(0, 0)
 
 
-async def test_a_client_that_is_gone_loses_its_sequences_only() -> None:
+async def test_a_client_that_stops_reading_loses_only_its_own_sequences() -> None:
     async with running() as (leader, executor):
         gone, stays = Inbox(), Inbox()
         for name in ("a", "b"):
@@ -149,7 +149,7 @@ async def test_a_failed_rank_ends_every_sequence_with_an_error() -> None:
             leader.submit([request("c", [3])], inbox.deliver)
 
 
-async def test_start_raises_what_kept_the_ranks_from_starting() -> None:
+async def test_start_raises_the_error_that_kept_the_ranks_from_starting() -> None:
     class Broken(GatedExecutor):
         def describe(self) -> list[RankDescription]:
             raise WorkerDiedError("rank 0 ended with exit code 1")
@@ -158,7 +158,7 @@ async def test_start_raises_what_kept_the_ranks_from_starting() -> None:
         await EngineLeader(CONFIG, Broken()).start()
 
 
-async def test_submit_refuses_what_cannot_be() -> None:
+async def test_submit_refuses_invalid_requests() -> None:
     async with running() as (leader, _):
         inbox = Inbox()
         leader.submit([request("a", [3, 4], params=ENDLESS)], inbox.deliver)
@@ -187,7 +187,7 @@ async def test_all_sequences_of_a_lease_are_taken_or_none() -> None:
         assert leader._idle.is_set()
 
 
-async def test_drain_waits_for_what_runs() -> None:
+async def test_drain_waits_for_running_sequences() -> None:
     async with running() as (leader, executor):
         executor.allow(MANY)
         inbox = Inbox()

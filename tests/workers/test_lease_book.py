@@ -23,6 +23,10 @@ def book() -> LeaseBook:
     return LeaseBook(GEOMETRY, PageNeed(hot=6, sealed=20))
 
 
+def book_leases(made: LeaseBook) -> tuple[LeaseTerms, ...]:
+    return made.leases
+
+
 def requests(terms: LeaseTerms, tokens: int = 20, resumed: int = 0) -> list[EngineRequest]:
     return [
         EngineRequest(
@@ -101,10 +105,10 @@ def test_a_lease_ends_with_its_last_sequence(
 ) -> None:
     made, held = admitted(resumed=resumed)
     made.end(held, outputs[0])
-    assert len(made.leases) == 1
+    assert book_leases(made) == (TERMS,)
     assert not made.take_update()
     made.end(held, outputs[1])
-    assert not made.leases
+    assert book_leases(made) == ()
     assert made.take_update() == AccountUpdate(ended=(LeaseEnd("l", learned),))
     assert not made.extend(TERMS)
 

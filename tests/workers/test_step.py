@@ -42,7 +42,7 @@ def test_chunks_are_packed_with_their_positions_and_slots() -> None:
     assert not arrays.is_decode
 
 
-def test_a_padded_decode_step_computes_the_same() -> None:
+def test_a_padded_decode_step_gives_the_same_results() -> None:
     """Padding writes nothing, seals nothing, and its rows of the output are empty."""
     torch.manual_seed(0)
     fmt = get_format("int8")

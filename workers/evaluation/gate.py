@@ -1,5 +1,5 @@
-"""Whether a model bears the KV format it is to be served with. Torch-free: decides, and asks
-the ranks for the figures."""
+"""Checks at load whether a KV format degrades the model too much. Torch-free: the ranks
+measure, this module decides."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from kvmesh.workers.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-# Mean KL on the probe's text above which a format hurts; docs/evaluation.md says why.
+# Mean KL on the probe's text above which a format is considered harmful, see docs/evaluation.md.
 LIMIT_NATS = 0.05
 _MEASURED_AT_ONCE = 3
 
-# Mean KL(exact ‖ format) of each format of those names.
+# Mean KL(exact ‖ format) of each named format.
 Measure = Callable[[list[str]], list[float]]
 
 
 def check_format(config: EngineConfig, head_dim: int, measure: Measure) -> None:
-    """Carry out `config.kv_probe`: warn, or raise ConfigError(kv_format), where it hurts."""
+    """Apply `config.kv_probe`: if the format hurts, warn or raise ConfigError(kv_format)."""
     chosen = get_format(config.kv_format)
     if config.kv_probe == "off" or chosen.name == "exact":
         return
@@ -34,7 +34,7 @@ def check_format(config: EngineConfig, head_dim: int, measure: Measure) -> None:
     advice = _advice(alternatives(chosen, config.page_size, head_dim), config, head_dim, measure)
     verdict = (
         f"{chosen.name} hurts this model: on a short text its next-token distribution is "
-        f"{kl_nats:.3f} nats from exact KV's (mean KL; over {LIMIT_NATS} hurts); {advice}"
+        f"{kl_nats:.3f} nats from that of exact KV (mean KL; the limit is {LIMIT_NATS}); {advice}"
     )
     if config.kv_probe == "refuse":
         raise ConfigError("kv_format", f"{verdict} (kv_probe: refuse)")
@@ -42,7 +42,7 @@ def check_format(config: EngineConfig, head_dim: int, measure: Measure) -> None:
 
 
 def alternatives(chosen: KVFormat, page_size: int, head_dim: int) -> list[KVFormat]:
-    """What could be served instead, without calibration, fewest bits first; `exact` last."""
+    """Formats to serve instead, without calibration, fewest bits first; `exact` last."""
     formats = [get_format(name) for name in format_names() if name != chosen.name]
     usable = [
         fmt
@@ -55,17 +55,17 @@ def alternatives(chosen: KVFormat, page_size: int, head_dim: int) -> list[KVForm
 def _holds(fmt: KVFormat, page_size: int, head_dim: int) -> bool:
     try:
         fmt.page_bytes(page_size, head_dim)
-    except ValueError:  # not every format goes with every head_dim
+    except ValueError:  # not every format supports every head_dim
         return False
     return True
 
 
 def _advice(formats: list[KVFormat], config: EngineConfig, head_dim: int, measure: Measure) -> str:
-    """What does not hurt; a few formats are measured at a time, which shares exact KV's part."""
+    """The smallest format within the limit; measures a few at a time, sharing the exact run."""
     for at in range(0, len(formats), _MEASURED_AT_ONCE):
         several = formats[at : at + _MEASURED_AT_ONCE]
         for fmt, kl_nats in zip(several, measure([fmt.name for fmt in several]), strict=True):
             if kl_nats <= LIMIT_NATS:
                 bits = fmt.bits_per_element(config.page_size, head_dim)
-                return f"{fmt.name} with {bits:.2f} bits an element is at {kl_nats:.3f}"
-    raise AssertionError("exact is 0 from itself")
+                return f"use {fmt.name}, with {bits:.2f} bits per element and {kl_nats:.3f} nats"
+    raise AssertionError("exact has no divergence from itself")

@@ -1,4 +1,4 @@
-"""How far an evaluation has come, in tokens computed."""
+"""The progress of an evaluation, in computed tokens."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 
 class Meter:
-    """report: told (done, total) whenever either changes"""
+    """report: called with (done, total) whenever either changes"""
 
     def __init__(self, report: Callable[[int, int], None] | None = None) -> None:
         self._report = report
@@ -14,15 +14,15 @@ class Meter:
         self._total = 0
 
     def plan(self, tokens: int) -> None:
-        """So many tokens more are to be computed."""
+        """Add tokens that will be computed."""
         self._total += tokens
-        self._tell()
+        self._notify()
 
     def advance(self, tokens: int) -> None:
-        """So many of them have been."""
+        """Add tokens that have been computed."""
         self._done += tokens
-        self._tell()
+        self._notify()
 
-    def _tell(self) -> None:
+    def _notify(self) -> None:
         if self._report is not None:
             self._report(self._done, self._total)

@@ -1,4 +1,4 @@
-"""Perplexity and divergence on windows of real text, every token predicted."""
+"""Perplexity and divergence on windows of real text; every token is predicted."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def measure_perplexity(
     windows: int,
     meter: Meter,
 ) -> PerplexityReport:
-    """formats: exact first, as choose_formats gives them.
+    """formats: exact first, as returned by choose_formats.
 
-    windows: at most; context: tokens of one
-    Raises ConfigError naming what is at fault: context, text, kv_format.
+    windows: maximum number; context: tokens per window
+    Raises ConfigError naming the invalid argument: context, text, kv_format.
     """
     model.check_length("context", context)
     footprints = [model.footprint(fmt) for fmt in formats]

@@ -1,8 +1,8 @@
-"""A short look, at load, at what KV formats do to a model: one built-in text, mean KL.
+"""A short measurement, at load, of how KV formats affect a model: mean KL on a built-in text.
 
-The text (`probe.txt`, written for this) has prose, a table, dialogue, code, German
-and arithmetic, and its second half takes up names and numbers of the first, so that
-predicting it needs what lies in sealed pages. Only the second half is counted.
+The text (`probe.txt`, written for this purpose) has prose, a table, dialogue, code, German
+and arithmetic. Its second half repeats names and numbers of the first, so that predicting
+it needs keys and values in sealed pages. Only the second half is counted.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def measure_divergences(
 ) -> list[float]:
     """Mean KL(exact ‖ format) in nats of each format, on the rank that samples; [] on others.
 
-    All ranks of a group call it together: each runs the same plans on its own shard.
+    All ranks of a group call this together: each runs the same plans on its own shard.
     """
     tokenizer = Tokenizer.load(model_path)
     ids = tokenizer.encode(_TEXT.read_text(encoding="utf-8"))[: min(_MAX_TOKENS, max_tokens)]
@@ -55,5 +55,5 @@ def measure_divergences(
     compare(scorers, tokens, tallies, Meter(), first=len(tokens) // 2)
     del scorers
     if torch.cuda.is_available():
-        torch.cuda.empty_cache()  # the serving pool is allocated next, in one piece a layer
+        torch.cuda.empty_cache()  # the serving pool is allocated next, in one block per layer
     return [tally.mean_kl_nats for tally in tallies[1:] if tally.predictions]

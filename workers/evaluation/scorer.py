@@ -1,10 +1,10 @@
-"""Scores sequences as the engine computes them: its scheduler, pages, sealing and attention.
+"""Scores sequences the way the engine computes them: scheduler, pages, sealing and attention.
 
     tokens ──► Scheduler.schedule() ──► StepPlan ──► Rank.score ──► logits of every token
                     ▲                                   │
                     └────────────── commit ◄────────────┘
 
-The one difference to serving is which rows' logits are read.
+The only difference from serving is which rows' logits are read.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from kvmesh.workers.sizes import PageGeometry
 if TYPE_CHECKING:
     from kvmesh.workers.rank import Rank
 
-# Logits of a chunk are fp32 over the whole vocabulary: 50 MB of them for 50,000 tokens.
+# A chunk has fp32 logits over the whole vocabulary: 50 MB for 50,000 tokens.
 CHUNK_TOKENS = 256
 
 
 class ScoredChunk(NamedTuple):
-    """logits: [end - start, vocab_size] fp32, those of position p of the token at p + 1;
-    None on ranks of a group that have none"""
+    """logits: [end - start, vocab_size] fp32; row i predicts the token after position start + i;
+    None on ranks without logits"""
 
     start: int
     end: int
@@ -40,11 +40,11 @@ class ScoredChunk(NamedTuple):
 
 
 class Scorer:
-    """One sequence at a time through a rank, which gets a pool for just that.
+    """Runs one sequence at a time through a rank, with a pool for just that sequence.
 
-    rank: not allocated yet; in a group, every rank has a scorer and calls it alike
-    context: the most tokens a sequence may have
-    chunk_tokens: computed, and handed out, at once
+    rank: not allocated yet; in a group, every rank has a scorer and makes the same calls
+    context: maximum number of tokens of a sequence
+    chunk_tokens: computed and returned at a time
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Scorer:
         pages = -(-context // page_size)
         pool = PoolPlan(
             hot_pages=self._geometry.hot_per_sequence(),
-            # A chunk that begins amid a page touches one page more than it fills.
+            # A chunk that begins within a page touches one page more than it fills.
             headroom_pages=-(-chunk_tokens // page_size) + 1,
             sealed_pages=pages,
             max_num_seqs=1,
@@ -83,7 +83,7 @@ class Scorer:
         )
 
     def logits(self, tokens: TokenIds, first: int = 0) -> Iterator[ScoredChunk]:
-        """Logits chunk by chunk, of the chunks that end behind position `first`.
+        """Logits chunk by chunk, of the chunks that end after position `first`.
 
         tokens: [n] int32, at most `context`
         """
@@ -103,7 +103,7 @@ class Scorer:
             self._scheduler.remove(seq)
 
     def generate(self, prompt: TokenIds, max_tokens: int) -> list[int]:
-        """Greedy output of `max_tokens` tokens; prompt: [n] int32. On the rank that samples."""
+        """Greedy output of `max_tokens` tokens, on the rank that samples; prompt: [n] int32."""
         assert len(prompt) + max_tokens <= self._context
         seq = self._add(prompt, SamplingParams(temperature=0.0, max_tokens=max_tokens))
         while seq.num_output < max_tokens:

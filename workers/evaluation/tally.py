@@ -1,4 +1,4 @@
-"""Counts of how well a format's next-token distributions do, beside exact KV's."""
+"""Statistics of a format's next-token distributions, compared with exact KV's."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kvmesh.workers.evaluation.meter import Meter
 from kvmesh.workers.evaluation.scorer import ScoredChunk, Scorer
 from kvmesh.workers.request import TokenIds
 
-# Of a chunk's logits so many rows are compared at once: the temporaries stay small.
+# This many rows of a chunk's logits are compared at once, to keep temporaries small.
 _ROWS = 64
 
 
@@ -20,9 +20,9 @@ _ROWS = 64
 class Tally:
     """Sums over predictions of next tokens.
 
-    nll_nats: negative log-likelihoods of the tokens that do follow
+    nll_nats: negative log-likelihoods of the tokens that follow
     kl_nats: KL(exact ‖ format) of the distributions
-    hits: predictions whose most likely token does follow
+    hits: predictions whose most likely token follows
     """
 
     predictions: int = 0
@@ -61,16 +61,16 @@ class Tally:
 def compare(
     scorers: list[Scorer], tokens: TokenIds, tallies: list[Tally], meter: Meter, *, first: int = 0
 ) -> None:
-    """Count the predictions from position `first` on into `tallies`, one for each scorer.
+    """Add the predictions from position `first` on to `tallies`, one per scorer.
 
-    scorers: made with the same chunk_tokens; the first one's distributions are what the others
-        are compared with. On a rank that has no logits, nothing is counted.
+    scorers: made with the same chunk_tokens; the others are compared with the first one's
+        distributions. On ranks without logits nothing is counted.
     tokens: [n] int32, of which n − 1 − first are predicted
     """
     exact_chunks, *others = (scorer.logits(tokens, first) for scorer in scorers)
     following = torch.from_numpy(tokens[1:].astype("int64"))
     computed = 0
-    # Chunk by chunk side by side, so that two chunks' logits are held and not all windows'.
+    # All scorers advance chunk by chunk, so that only two chunks' logits are held at a time.
     for exact in exact_chunks:
         _count(tallies[0], exact, exact, following, first)
         for tally, chunks in zip(tallies[1:], others, strict=True):
@@ -78,13 +78,13 @@ def compare(
         meter.advance((exact.end - computed) * len(scorers))
         computed = exact.end
     for chunks in others:
-        assert next(chunks, None) is None, "a format has chunks that exact has not"
+        assert next(chunks, None) is None, "a format has more chunks than exact"
 
 
 def _count(
     tally: Tally, chunk: ScoredChunk, exact: ScoredChunk, following: torch.Tensor, first: int
 ) -> None:
-    """following: [n − 1] int64, at p the token after position p"""
+    """following: [n − 1] int64, the token after each position"""
     assert chunk[:2] == exact[:2], "chunks differ between formats"
     if chunk.logits is None or exact.logits is None:
         return

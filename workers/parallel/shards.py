@@ -1,8 +1,8 @@
-"""Which weights of a model a rank holds, and putting them in their place.
+"""Which weights of a model a rank holds, and loading them into its modules.
 
-The plan is transformers' own (`base_model_tp_plan` of a configuration), with
-what it leaves to the reader of a whole model: norms over heads, OLMo 2's norm
-over all heads, and StableLM, which has no plan.
+The plan is transformers' own (`base_model_tp_plan` of a configuration), plus what it
+does not split: norms over heads, OLMo 2's norm over all heads, and StableLM, which has
+no plan.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _FROM_TRANSFORMERS = {
     "replicated_with_grad_allreduce": "whole",
 }
 _OWN_PLANS: Mapping[str, Mapping[str, str]] = {
-    # transformers replicates queries and keys for the norm; SplitRMSNorm makes that needless.
+    # transformers replicates queries and keys for the norm; SplitRMSNorm makes that unnecessary.
     "olmo2": {
         **_PROJECTIONS,
         "layers.*.self_attn.q_norm": "split norm",
@@ -40,19 +40,19 @@ _OWN_PLANS: Mapping[str, Mapping[str, str]] = {
     },
     "stablelm": {
         **_PROJECTIONS,
-        "layers.*.self_attn.q_layernorm.norms.*": "a module a head",
-        "layers.*.self_attn.k_layernorm.norms.*": "a module a head",
+        "layers.*.self_attn.q_layernorm.norms.*": "module per head",
+        "layers.*.self_attn.k_layernorm.norms.*": "module per head",
     },
     "cohere": {
         **_PROJECTIONS,
-        "layers.*.self_attn.q_norm": "rows of weight",
-        "layers.*.self_attn.k_norm": "rows of weight",
+        "layers.*.self_attn.q_norm": "weight rows",
+        "layers.*.self_attn.k_norm": "weight rows",
     },
 }
 
 
 def check_tp(facts: ModelFacts, tp: int) -> None:
-    """Raises ConfigError naming `tp` and its valid values, unless it divides the heads."""
+    """Raises ConfigError naming `tp` and its valid values unless it divides the heads."""
     valid = [
         ranks
         for ranks in range(1, facts.num_kv_heads + 1)
@@ -82,7 +82,7 @@ class Placer:
         """Load every weight, replacing the modules whose weights are split.
 
         Raises ConfigError or UnsupportedModelError naming a tensor that is
-        missing, of another shape, or left over.
+        missing, has the wrong shape, or is not used.
         """
         for name, module in list(self._model.named_modules()):
             if not any(weight is not None for weight in module._parameters.values()):
@@ -101,17 +101,17 @@ class Placer:
             self._replace(name, self._row_linear(name, module))
         elif shard == "split norm":
             self._replace(name, self._split_norm(name, module))
-        elif shard == "a module a head":
+        elif shard == "module per head":
             self._fill(name, module)
-        elif shard == "rows of weight":
+        elif shard == "weight rows":
             self._fill_rows(name, module)
         else:
-            assert shard == "whole", f"no such shard: {shard}"
+            assert shard == "whole", f"unknown shard: {shard}"
             self._fill(name, module)
 
     def _share(self, total: int) -> tuple[int, int]:
         """This rank's part of a dimension of `total`."""
-        assert total % self._comm.size == 0, "check_tp comes first"
+        assert total % self._comm.size == 0, "call check_tp first"
         count = total // self._comm.size
         return self._comm.rank * count, (self._comm.rank + 1) * count
 
@@ -139,8 +139,8 @@ class Placer:
         return SplitRMSNorm(weight, shape[0], norm.variance_epsilon, self._comm)
 
     def _head(self, head: Any) -> VocabHead:
-        """Tied to the embeddings where the configuration says so and the checkpoint agrees,
-        as transformers decides it: weights of its own that differ win."""
+        """Tied to the embeddings if the configuration says so, unless the checkpoint has separate
+        weights that differ, like in transformers."""
         embeddings = self._model.get_input_embeddings().weight
         vocab_size = head.weight.shape[0]
         first, end, count = VocabHead.rows_of(self._comm.rank, self._comm.size, vocab_size)
@@ -153,7 +153,7 @@ class Placer:
         if end - first < count:
             weight = nn.functional.pad(weight, (0, 0, 0, count - (end - first)))
         if head.bias is not None:
-            raise ConfigError("model", "an output projection with a bias is not supported")
+            raise ConfigError("model", "output projections with a bias are not supported")
         return VocabHead(weight, vocab_size, self._comm)
 
     def _fill(self, name: str, module: nn.Module) -> None:
@@ -175,7 +175,7 @@ class Placer:
 
 
 def _shard_plan(config: Any) -> Mapping[str, str]:
-    """Module name with * for numbers -> its shard, under the base model."""
+    """Module name with * for numbers -> its shard, relative to the base model."""
     own = _OWN_PLANS.get(config.model_type)
     if own is not None:
         return own

@@ -1,4 +1,4 @@
-"""RoPE, undone and done again: planes of channels turned by an angle."""
+"""Applying and undoing RoPE: rotating pairs of channels by an angle."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ import torch
 def phases(inv_freq: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """e^(i angle) of positions [...], the angles positions * inv_freq -> [..., planes] complex64.
 
-    The angles are computed in fp64: at a million tokens fp32 is off by some hundredths.
+    The angles are computed in fp64: at a million tokens fp32 is off by a few hundredths.
     """
     angles = positions.double().unsqueeze(-1) * inv_freq.double()
     return torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
-    """Which channels make a plane: 2i and 2i + 1 where interleaved, else i and i + planes.
+class RopePairs:
+    """Which channels form a pair: 2i and 2i + 1 if interleaved, otherwise i and i + planes.
 
-    Channels from 2 * planes on stay as they are.
+    Channels from 2 * planes on are not rotated.
     """
 
     interleaved: bool
 
-    def by(self, x: torch.Tensor, phase: torch.Tensor) -> torch.Tensor:
-        """x [..., head_dim] fp32, phase [..., planes], broadcast -> like x, turned"""
+    def rotate(self, x: torch.Tensor, phase: torch.Tensor) -> torch.Tensor:
+        """x [..., head_dim] fp32, phase [..., planes], broadcast -> like x, rotated"""
         planes = phase.shape[-1]
         if self.interleaved:
             first, second = slice(0, 2 * planes, 2), slice(1, 2 * planes, 2)
