@@ -6,6 +6,7 @@ The classes here are what Serve calls; each delegates to an object that knows no
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
@@ -28,6 +29,7 @@ from kvmesh.cluster.identity import Identity
 from kvmesh.cluster.ingress import error_table
 from kvmesh.cluster.ingress.authenticate import Authenticator
 from kvmesh.cluster.ingress.codec import ModelCodec
+from kvmesh.cluster.ingress.quality import DIVERGENCE_NATS
 from kvmesh.cluster.ingress.service import IngressService
 from kvmesh.cluster.ingress.validate import MAX_ID_CHARS, Limits
 from kvmesh.cluster.link import Address, LinkError, listen
@@ -49,6 +51,7 @@ CONTROL_CPUS = 0.1  # of ingress, router and leaders: they ask Ray for little
 FAILURE_POLL_S = 0.25
 FLUSH_S = 0.5  # what a failed engine still says reaches its clients
 FIND_TIMEOUT_S = 5.0
+LIVE_POLL_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +111,7 @@ class Router:
 
     async def __init__(self, deployed: Deployed) -> None:  # type: ignore[misc]  # Serve awaits it
         config = deployed.config
+        self._drain_s = config.timeouts.drain_s
         settings = RouterConfig(
             queue_limit=config.router.max_queued,
             lease_ttl_s=config.router.lease_ttl_s,
@@ -132,7 +136,17 @@ class Router:
 
     async def check_health(self) -> None:
         if self._running.done():
-            raise RuntimeError("time stands still in the router")
+            raise RuntimeError("the router's clock has stopped")
+
+    async def __del__(self) -> None:
+        """Stay while requests run: a sequence may need more pages before it can end."""
+        self._service.drain()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._drain_s):
+                while await self.live_requests():
+                    await asyncio.sleep(LIVE_POLL_S)
+        self._running.cancel()
+        self._listener.close()
 
 
 class Ingress:
@@ -160,6 +174,7 @@ class Ingress:
             version=package_version(),
             model_names=frozenset({config.model, files.name}),
             queue_timeout_s=config.router.queue_timeout_s,
+            divergence_nats={**DIVERGENCE_NATS, **config.ingress.kv_divergence_nats},
         )
         self._service.start()
 
@@ -353,6 +368,7 @@ def build_app(
         max_ongoing_requests=100_000,
         ray_actor_options={"num_cpus": CONTROL_CPUS},
         **health,
+        **stop,
     ).bind(deployed)
     engines = {
         group: _deployment(

@@ -15,7 +15,13 @@ from pydantic import BaseModel, Field, ValidationError
 
 from kvmesh.cluster.routing.fairness import TenantPolicy
 from kvmesh.workers.byte_size import Bytes
-from kvmesh.workers.config import EngineConfig, EngineSettings, Settings, config_error
+from kvmesh.workers.config import (
+    EngineConfig,
+    EngineSettings,
+    FormatName,
+    Settings,
+    config_error,
+)
 from kvmesh.workers.errors import ConfigError
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -58,6 +64,14 @@ class IngressSection(Settings):
     max_choices: int = Field(default=16, ge=1, description="Maximum n of a request")
     default_max_tokens: int = Field(
         default=256, ge=1, description="Output tokens of a request that does not set max_tokens"
+    )
+    kv_divergence_nats: dict[FormatName, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = (
+        Field(
+            default_factory=dict,
+            description="By KV format: its divergence from exact KV on your model (`kvmesh eval "
+            "perplexity`, KL), for min_kv_format; formats that are not named have the figures of "
+            "docs/kv_formats.md",
+        )
     )
 
 
