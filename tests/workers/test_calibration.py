@@ -485,7 +485,7 @@ def test_the_command_makes_a_file(model_path: Path, tmp_path: Path) -> None:
         ({"--context": "8"}, "--context", "must be at least"),
         ({"--context": "300", "--samples": "1"}, "--context", "at most the model's 256"),
         ({"--text": "/nowhere/text"}, "--text", "No such file"),
-        ({"--output": "/nowhere/file"}, "--output", "there is no directory /nowhere"),
+        ({"--output": "/nowhere/file"}, "--output", "the directory /nowhere does not exist"),
         ({"--model": "/nowhere"}, "--model", "/nowhere"),
     ],
 )
