@@ -39,7 +39,9 @@ def test_a_decision_has_its_parts(page: Path) -> None:
     match = STATUS.fullmatch(status)
     assert match, f"{page.name}: expected a status like 'accepted', got {status!r}"
     if match[1] is not None:
-        assert int(match[1]) in map(number_of, PAGES), f"{page.name}: there is no decision {match[1]}"
+        assert int(match[1]) in map(number_of, PAGES), (
+            f"{page.name}: there is no decision {match[1]}"
+        )
     datetime.date.fromisoformat(date)  # raises if it is not a date
     text = page.read_text("utf-8")
     assert re.findall(r"^## (.+)$", text, re.MULTILINE) == SECTIONS
