@@ -167,7 +167,7 @@ def _numbers(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     q = torch.randn(shape.batch, shape.kv_heads * shape.group, shape.head_dim, device=DEVICE)
     kv = torch.empty(kv_shape, dtype=dtype, device=DEVICE)
-    for part in kv.view(-1).split(2**26):  # in parts: all of it in bf16 would not fit beside fp8
+    for part in kv.view(-1).split(2**26):  # in parts: all of it in bf16 would not fit next to fp8
         part.copy_(torch.randn(part.shape, dtype=torch.bfloat16, device=DEVICE))
     return q.bfloat16(), kv
 

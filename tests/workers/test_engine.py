@@ -254,7 +254,7 @@ def test_a_sequence_pauses_at_the_end_of_its_lease_and_continues_when_it_grows(
     assert tokens == expected_output([5, 6, 7], 190, ignore_eos=True)
 
 
-def test_others_continue_beside_a_paused_sequence_and_may_preempt_it() -> None:
+def test_others_continue_while_a_sequence_is_paused_and_may_preempt_it() -> None:
     engine, _ = make_engine(budget=40, seqs=3)
     params = SamplingParams(temperature=0.0, max_tokens=200, ignore_eos=True)
     engine.add(request("old", [4, 5], params=params))

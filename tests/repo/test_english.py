@@ -1,0 +1,150 @@
+"""Plain, modern English in every tracked source file: a word list with replacements."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from functools import cache
+
+import pytest
+
+from tests.repo.imports import ROOT
+
+# Word or phrase -> what to write instead. Spaces also match line breaks and underscores, so that
+# phrases are found in names too. Words with ordinary uses in code do not belong here.
+WORDS = {
+    "amid": "within",
+    "anew": "again",
+    "as others say": "leave it out",
+    "aught": "anything",
+    "beside": "next to, or compared with",
+    "begun": "started, or first token",
+    "betters": "improves on",
+    "for ever": "forever, or repeatedly",
+    "goes on": "continues",
+    "go on": "continue",
+    "had better": "should",
+    "hear of it": "are informed",
+    "henceforth": "from then on",
+    "hither": "here",
+    "in the place of": "instead of",
+    "knows more": "say what it contains",
+    "lacks but": "only needs",
+    "lest": "so that ... not",
+    "no token id": "not a valid token id",
+    "nought": "zero",
+    "of late": "recently",
+    "ought": "should",
+    "riddle": "prompt",
+    "shall": "must, or will",
+    "so much as": "even",
+    "thereof": "of it",
+    "thither": "there",
+    "told": "sent, or reported",
+    "upward of": "more than",
+    "whence": "from where",
+    "wherein": "in which",
+    "whoever": "anyone, or the caller",
+    "whither": "where",
+}
+# Sizes are min_x and max_x: names that begin or end like this are wrong.
+SIZE = re.compile(r"least|most")
+SIZE_NAME = re.compile(r"_*(?:least|most)_\w+|\w+_(?:least|most)")
+ALLOWED_NAMES = re.compile(r"least_squares|\w*at_(?:least|most)")
+
+SUFFIXES = (".py", ".md", ".proto", ".toml", ".yaml")
+THIS_FILE = "tests/repo/test_english.py"
+# Prefixes of paths that still have to be rewritten.
+TO_DO = (
+    "cluster/",
+    "tests/cluster/",
+    "tests/routing/",
+    "workers/channel.py",
+    "workers/errors.py",
+    "workers/leader.py",
+    "workers/lease.py",
+    "workers/page_journal.py",
+    "workers/request.py",
+    "workers/scheduler.py",
+    "workers/sequence.py",
+)
+
+
+def _phrase(words: str) -> str:
+    return r"[\s_]+(?:#\s*)?".join(map(re.escape, words.split()))
+
+
+PHRASES = re.compile(
+    rf"(?<![a-z])(?:{'|'.join(map(_phrase, WORDS))})(?![a-z])", re.IGNORECASE | re.ASCII
+)
+
+
+@cache
+def tracked_files() -> tuple[str, ...]:
+    """Tracked text files without the generated stubs, relative to the repository."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return tuple(
+        name
+        for name in listed.stdout.split("\0")
+        if name.endswith(SUFFIXES) and "_pb2" not in name and name != THIS_FILE
+    )
+
+
+def faults_in(text: str) -> list[str]:
+    """What to change in `text`, as "line: word -> replacement"."""
+    faults = []
+    for found in PHRASES.finditer(text):
+        word = " ".join(re.findall("[a-z]+", found[0].lower()))
+        faults.append(f"{_line_of(text, found)}: {word!r} -> {WORDS[word]}")
+    for found in SIZE.finditer(text):
+        name = _name_around(text, found)
+        if SIZE_NAME.fullmatch(name) and not ALLOWED_NAMES.fullmatch(name):
+            faults.append(f"{_line_of(text, found)}: {name} -> min_ or max_")
+    return faults
+
+
+def _name_around(text: str, found: re.Match[str]) -> str:
+    start, end = found.span()
+    while start and (text[start - 1].isalnum() or text[start - 1] == "_"):
+        start -= 1
+    while end < len(text) and (text[end].isalnum() or text[end] == "_"):
+        end += 1
+    return text[start:end]
+
+
+def _line_of(text: str, found: re.Match[str]) -> int:
+    return text.count("\n", 0, found.start()) + 1
+
+
+def faults_of(name: str) -> list[str]:
+    return [f"{name}:{fault}" for fault in faults_in((ROOT / name).read_text("utf-8"))]
+
+
+def test_files_use_plain_english() -> None:
+    done = [name for name in tracked_files() if not name.startswith(TO_DO)]
+    assert len(done) > 200, "the tracked files are found"
+    faults = [fault for name in done for fault in faults_of(name)]
+    assert not faults, "\n".join(faults)
+
+
+@pytest.mark.parametrize("prefix", TO_DO)
+def test_what_is_listed_to_do_is_not_done(prefix: str) -> None:
+    names = [name for name in tracked_files() if name.startswith(prefix)]
+    assert any(map(faults_of, names)), f"{prefix} is clean: remove it from TO_DO"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("An error shall say\nso.", ["1: 'shall' -> must, or will"]),
+        ("x = 1  # made of\n# late", ["1: 'of late' -> recently"]),
+        ("def test_it_has_begun(): ...", ["1: 'begun' -> started, or first token"]),
+        ("least_bytes = busy_most", ["1: least_bytes -> min_ or max_"]),
+        ('fit="least_squares"; _at_least(x); marshall(y)', []),
+    ],
+)
+def test_words_are_found(text: str, expected: list[str]) -> None:
+    assert faults_in(text)[: len(expected)] == expected
+    assert bool(faults_in(text)) == bool(expected)
