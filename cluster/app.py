@@ -49,14 +49,14 @@ Reply = TypeVar("Reply")
 
 CONTROL_CPUS = 0.1  # of ingress, router and leaders: they ask Ray for little
 FAILURE_POLL_S = 0.25
-FLUSH_S = 0.5  # what a failed engine still says reaches its clients
+FLUSH_S = 0.5  # time for a failed engine's last messages to reach its clients
 FIND_TIMEOUT_S = 5.0
 LIVE_POLL_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class Deployed:
-    """What every process of a deployment is given."""
+    """What every process of a deployment receives."""
 
     config: ClusterConfig
     identity: Identity
@@ -92,7 +92,7 @@ class Engine:
         self._service.check_health()
 
     async def _exit_on_failure(self) -> None:
-        """A group that lost a rank is replaced: Serve starts a new replica for one that is gone."""
+        """Exit when a rank is lost: Serve then starts a new replica, with new ranks."""
         while (failed := self._service.leader.failed) is None:
             await asyncio.sleep(FAILURE_POLL_S)
         logger.error("the engine failed and its replica exits: %s", failed)
@@ -123,7 +123,7 @@ class Router:
         self._running = asyncio.create_task(self._service.run())
 
     async def address(self) -> Address:
-        """Where engines and ingresses connect to."""
+        """The address that engines and ingresses connect to."""
         return self._listener.address
 
     async def drain(self) -> None:
@@ -131,7 +131,7 @@ class Router:
         self._service.drain()
 
     async def live_requests(self) -> int:
-        """How many wait or run."""
+        """The number of requests that wait or run."""
         return self._service.status().router.live_requests
 
     async def check_health(self) -> None:
@@ -139,7 +139,7 @@ class Router:
             raise RuntimeError("the router's clock has stopped")
 
     async def __del__(self) -> None:
-        """Stay while requests run: a sequence may need more pages before it can end."""
+        """Stay while requests run, because they may still need more pages."""
         self._service.drain()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._drain_s):
@@ -159,7 +159,7 @@ class Ingress:
         keys: list[tuple[str, str]] | None,
         deployed: Deployed,
     ) -> None:
-        """engines: only so that they belong to the application; the router says where they are"""
+        """engines: bound only to make them part of the application"""
         config = deployed.config
         files = resolve_model(config.model)
         self._meters = IngressMeters(RayMeterFactory())
@@ -288,7 +288,7 @@ class Ingress:
 
 
 def router_finder(router: DeploymentHandle[Any]) -> Callable[[], Awaitable[Address]]:
-    """Asks Serve where the router listens now; raises LinkError while nobody answers."""
+    """A function that asks Serve for the router's address; it raises LinkError."""
 
     async def find() -> Address:
         response: Any = router.address.remote()

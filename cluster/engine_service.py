@@ -1,14 +1,13 @@
-"""An engine among the processes of a cluster.
+"""An engine as a process of a cluster.
 
     ingresses ── Submit, End ──► [leader] ── Deltas ──► the ingress that submitted
                                     │
                                     └── Hello, Account, Report ──► router
                                     ◄── Extend, Withdraw ──
 
-The lease of a request is settled here, between engine and router: what has arrived, started,
-needs more pages or has ended is told in batches. A connection that is lost says it all: an
-ingress that is gone has its sequences ended; a router that is gone is looked for, and a new
-one is told everything.
+Engine and router keep the account of leases together: the engine reports in batches what has
+arrived, started, needs more pages or has ended. If an ingress's connection is lost, its
+sequences are ended. If the router's is lost, the engine reconnects and sends everything.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ class EngineService:
     group: its name
     host: address of this node, to listen on
     find_router: where the router listens; raises LinkError while it is not known
-    report_period_s: at most this long between two signs of life
+    report_period_s: at most this long between two messages to the router
     """
 
     def __init__(
@@ -86,8 +85,7 @@ class EngineService:
         self._flushed_s = 0.0
         self._report_due = True
         self._draining = False
-        # Leases that were withdrawn, oldest first: the sequences of some are still on their
-        # way. Their ids are never used again.
+        # Withdrawn leases, oldest first: sequences of some may still arrive. Ids are never reused.
         self._withdrawn: OrderedDict[str, None] = OrderedDict()
         self._tasks: list[asyncio.Task[None]] = []
         self._listener: Listener | None = None
@@ -104,7 +102,7 @@ class EngineService:
         following = stay_connected(
             self._find_router, self._identity, TO_ENGINE_FROM_ROUTER, lambda c: _Router(self, c)
         )
-        self._tasks = [asyncio.create_task(following), asyncio.create_task(self._give_signs())]
+        self._tasks = [asyncio.create_task(following), asyncio.create_task(self._send_heartbeats())]
 
     def check_health(self) -> None:
         """Raises EngineLostError when the engine has failed, so that it is replaced."""
@@ -112,14 +110,14 @@ class EngineService:
             raise EngineLostError()
 
     async def drain(self, timeout_s: float) -> None:
-        """Take nothing new and let what runs end, for at most this long."""
+        """Accept nothing new and let running sequences end, for at most this long."""
         self._draining = True
         self.report_now()
         try:
             async with asyncio.timeout(timeout_s):
                 await self.leader.drain()
         except TimeoutError:
-            pass  # what is left is aborted with the engine
+            pass  # the rest is aborted when the engine stops
 
     async def stop(self) -> None:
         for task in self._tasks:
@@ -132,9 +130,9 @@ class EngineService:
     # Ingresses
 
     def submit(self, message: Submit, ingress: _Ingress) -> None:
-        """Take the sequences of a lease, or reject them all.
+        """Accept all sequences of a lease, or reject them.
 
-        A leader that drains or has failed counts as lost: the request goes elsewhere.
+        A leader that drains or has failed counts as lost, so that the request moves elsewhere.
         """
         lease_id = message.lease.lease_id
         try:
@@ -146,9 +144,9 @@ class EngineService:
         except (EngineError, RequestAbortedError) as error:
             ingress.reject(lease_id, Failure.of(error))
         except Exception:
-            # A fault of ours that one request has found: it must not end the others.
-            logger.exception("lease %s: the engine failed at its request", lease_id)
-            ingress.reject(lease_id, Failure.of(EngineError("the engine failed at this request")))
+            # A bug that one request triggers must not end the others.
+            logger.exception("internal error at the request of lease %s", lease_id)
+            ingress.reject(lease_id, Failure.of(EngineError("internal error")))
 
     def end(self, request_ids: list[str], reason: FinishReason) -> None:
         self.leader.abort(request_ids, reason)
@@ -159,7 +157,7 @@ class EngineService:
     # The router
 
     def greet(self, router: Connection) -> None:
-        """Tell a router, perhaps a new one, everything."""
+        """Send the whole account to a router that has just been connected."""
         assert self._listener is not None
         leases, update, pages = self.leader.restate()
         info, address = self.leader.info(), self._listener.address
@@ -183,7 +181,7 @@ class EngineService:
         self._flush(report_anyway=True)
 
     def _changed(self) -> None:
-        """The leader has something to tell; it waits a little for more."""
+        """The leader has news: flush it soon, together with what follows."""
         if self.leader.failed is not None:
             self._leave_router()
         elif self._flush_timer is None:
@@ -192,7 +190,7 @@ class EngineService:
             self._flush_timer = loop.call_later(wait_s, self._flush_due)
 
     def _leave_router(self) -> None:
-        """A failed engine is no group any more: requests go elsewhere from now on."""
+        """Disconnect a failed engine, so that requests move to other groups at once."""
         for task in self._tasks:
             task.cancel()
         if self._router is not None:
@@ -205,12 +203,12 @@ class EngineService:
     def _flush(self, *, even_empty: bool = False, report_anyway: bool = False) -> None:
         router = self._router
         if router is None or self.leader.failed is not None:
-            return  # the next Hello says it all
+            return  # the next Hello sends everything
         self._flushed_s = asyncio.get_running_loop().time()
         update, pages = self.leader.take_update(), self.leader.take_page_changes()
         if update or pages.held or pages.dropped or even_empty:
             router.send(Account(update, pages))
-        # Loads can be compared with the account only while nothing has changed since.
+        # Loads match the account only while nothing has changed since they were made.
         audited = self.leader.loads_current
         if self._report_due and (audited or report_anyway):
             self._report_due = False
@@ -221,7 +219,7 @@ class EngineService:
         self._meters.loads(info, loads)
         return EngineReport(info, loads, self._meters.latencies(), draining=self._draining)
 
-    async def _give_signs(self) -> None:
+    async def _send_heartbeats(self) -> None:
         while True:
             await asyncio.sleep(self._report_period_s)
             self._report_due = True
@@ -229,7 +227,7 @@ class EngineService:
 
 
 class _Ingress:
-    """One ingress that is connected."""
+    """A connected ingress."""
 
     def __init__(self, service: EngineService, connection: Connection) -> None:
         self._service = service
@@ -254,7 +252,7 @@ class _Ingress:
 
 
 class _Router:
-    """The router that this engine is connected to."""
+    """The connected router."""
 
     def __init__(self, service: EngineService, connection: Connection) -> None:
         self._service = service

@@ -6,12 +6,12 @@ ClusterError
 ├── ResumeMismatchError     the cursor does not belong to what is served
 ├── ContextExceededError    the prompt is longer than any group's context
 ├── RequestDeadlineError    the time ran out before the first token
-├── EngineLostError         an engine died under the request
+├── EngineLostError         the engine that ran the request died
 ├── DrainingError           the server is shutting down
 └── NotReadyError           no group is up yet
 
-`Failure` is how these, the router's and the engine's errors cross a process: the class's name
-and its arguments, which are plain data.
+`Failure` carries these errors, the router's and the engine's to another process, as the class
+name and its arguments, which are plain data.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class RequestDeadlineError(ClusterError):
 
 
 class EngineLostError(ClusterError):
-    """The engine died, or was replaced, under the request."""
+    """The engine that ran the request died or was replaced."""
 
     def __str__(self) -> str:
         return "the engine that served the request was lost"
@@ -106,7 +106,7 @@ class NotReadyError(ClusterError):
 
 
 class Failure(msgspec.Struct, frozen=True):
-    """An error on its way to another process."""
+    """An error as a message to another process."""
 
     kind: str
     args: list[Any]

@@ -3,9 +3,9 @@
     connect(address) ── TLS, both ends authenticated ──► Listener
     length (4 bytes) | msgpack | length | msgpack | …     both ways, in order, once
 
-`send` only queues, so that it may stand in any `finally`; what a peer says is handed to a
-callback as it comes, all that has arrived before anybody else runs. A connection that closes,
-for whatever reason, is the sign that the peer is gone: nothing is sent again.
+`send` only queues, so it is safe in a `finally`. Everything that has arrived is handed to the
+handler before any other task runs. A closed connection, for whatever reason, means that the
+peer is gone: nothing is sent again.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ logger = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 5.0
 RECONNECT_S = 0.1
-MAX_FRAME_BYTES = 256 << 20  # prompts of tens of millions of tokens; a limit against nonsense
-# A peer that leaves this much unread hangs; it is cut off before it takes our memory.
+MAX_FRAME_BYTES = 256 << 20  # above prompts of tens of millions of tokens
+# A peer that leaves this much unread hangs: disconnect it before it exhausts our memory.
 MAX_UNSENT_BYTES = 64 << 20
-# A host that vanishes without a word is noticed within about half a minute.
+# A host that vanishes is detected within about 25 seconds.
 KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES = 10, 5, 3
 UNACKNOWLEDGED_MS = 25_000
 _LENGTH = struct.Struct(">I")
@@ -47,12 +47,12 @@ class LinkError(Exception):
 
 
 class Handler(Protocol):
-    """One end's ears. Neither method may block."""
+    """Receives one end's messages. Neither method may block."""
 
     def received(self, message: Any) -> None: ...
 
     def lost(self) -> None:
-        """The connection is closed; nothing more will come. Called once."""
+        """The connection is closed and no more messages will come. Called once."""
 
 
 class Connection(asyncio.Protocol):
@@ -78,27 +78,27 @@ class Connection(asyncio.Protocol):
         await asyncio.shield(self._gone)
 
     def send(self, message: msgspec.Struct) -> None:
-        """Queue a message; after the end of the connection it goes nowhere."""
+        """Queue a message. On a closed connection this does nothing."""
         if self.closed:
             return
         if not self._unsent:
-            # Everything that is sent before the loop goes on leaves in one write.
+            # All messages of one turn of the event loop leave in one write.
             asyncio.get_running_loop().call_soon(self._flush)
         body = _encoder.encode(message)
         self._unsent += (_LENGTH.pack(len(body)), body)
 
     def close(self) -> None:
-        """Close without waiting; what was sent before still leaves."""
+        """Close without waiting; queued messages are still sent."""
         if self._transport is not None and not self.closed:
             self._flush()
             self._transport.close()
 
     def abort(self) -> None:
-        """Close at once."""
+        """Close at once, without sending what is queued."""
         if self._transport is not None:
             self._transport.abort()
 
-    # asyncio's side
+    # asyncio.Protocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
@@ -112,7 +112,7 @@ class Connection(asyncio.Protocol):
                 assert self._handler is not None
                 self._handler.received(message)
         except Exception:
-            logger.exception("a message could not be handled; its connection is closed")
+            logger.exception("cannot handle a message; closing its connection")
             self.abort()
 
     def connection_lost(self, error: Exception | None) -> None:
@@ -122,12 +122,14 @@ class Connection(asyncio.Protocol):
             self._handler.lost()
 
     def _messages(self) -> list[Any]:
-        """All messages that are complete."""
+        """Takes all complete messages out of the buffer."""
         buffer, messages, start = self._received, [], 0
         while len(buffer) - start >= _LENGTH.size:
             (length,) = _LENGTH.unpack_from(buffer, start)
             if length > MAX_FRAME_BYTES:
-                raise ValueError(f"a message has {length} bytes, the limit is {MAX_FRAME_BYTES}")
+                raise ValueError(
+                    f"a message must have at most {MAX_FRAME_BYTES} bytes, got {length}"
+                )
             end = start + _LENGTH.size + length
             if end > len(buffer):
                 break
@@ -144,7 +146,7 @@ class Connection(asyncio.Protocol):
         data, self._unsent = b"".join(self._unsent), []
         self._transport.write(data)
         if self._transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
-            logger.error("a peer does not read; its connection is closed")
+            logger.error("a peer does not read; closing its connection")
             self.abort()
 
 
@@ -156,7 +158,7 @@ class Listener:
         self.address = address
 
     def close(self) -> None:
-        """Accept no more; open connections stay."""
+        """Accept no new connections; open ones stay."""
         self._server.close()
 
 
@@ -165,8 +167,8 @@ async def listen(
 ) -> Listener:
     """Listen on a free port.
 
-    messages: the union of message types to take
-    handle: called with every new connection, for the handler of its messages
+    messages: the union of message types that peers may send
+    handle: called with each new connection; returns the handler of its messages
     """
     server = await asyncio.get_running_loop().create_server(
         lambda: Connection(messages, handle), host, 0, ssl=identity.server_context()
@@ -207,7 +209,7 @@ async def stay_connected(
         try:
             connection = await connect(await find(), identity, messages, handle)
         except LinkError as error:
-            if not failed:  # once, not at every attempt
+            if not failed:  # log the first failure only
                 logger.warning("%s; trying again", error)
             failed = True
         else:
@@ -225,5 +227,5 @@ def _tune(sock: socket.socket) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL_S)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
-    # The same where something is unacknowledged, which keepalive does not watch.
+    # Keepalive does not cover connections with unacknowledged data; this does.
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNACKNOWLEDGED_MS)

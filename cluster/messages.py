@@ -1,10 +1,10 @@
-"""What the processes of the control plane say to each other; cluster/link.py carries it.
+"""The messages between the processes of the control plane; cluster/link.py carries them.
 
     ingress ── Place, Release, Finished, Abort, … ──► router   Placed, Failed, Aborted, …  back
     ingress ── Submit, End ──► engine                          Deltas, Rejected            back
     engine ── Hello, Account, Report ──► router                Extend, Withdraw, AskReport back
 
-`call` numbers an ingress's questions to the router; an answer carries the same number.
+`call` numbers an ingress's calls to the router; an answer carries the same number.
 """
 
 from __future__ import annotations
@@ -24,39 +24,39 @@ from kvmesh.workers.sampling_params import SamplingParams
 
 
 class _Message(msgspec.Struct, tag=True):
-    """One message; its class's name tells it from others."""
+    """One message; the class name is its tag."""
 
 
 # Ingress to router
 
 
 class Place(_Message):
-    """Wait for a lease on a group: Placed, or Failed."""
+    """Wait for a lease on a group; answered by Placed or Failed."""
 
     call: int
     request: PlaceRequest
 
 
 class Cancel(_Message):
-    """Whoever waited for the placement is gone."""
+    """The caller no longer waits for the placement."""
 
     call: int
 
 
 class Release(_Message):
-    """Nothing will be submitted under this lease."""
+    """No sequence will be submitted under this lease."""
 
     lease_id: str
 
 
 class Finished(_Message):
-    """The request under this lease is over, and its id free; the engine settles the lease."""
+    """The request under this lease has ended, so its id is free. The engine ends the lease."""
 
     lease_id: str
 
 
 class Abort(_Message):
-    """End a request, wherever it is: Aborted."""
+    """End a request, whether it waits or runs; answered by Aborted."""
 
     call: int
     request_id: str
@@ -107,7 +107,7 @@ class Estimated(_Message):
 
 
 class Explanation(_Message):
-    """decisions: oldest first; none about a request that is not known, or no longer"""
+    """decisions: oldest first; empty for a request that is unknown or forgotten"""
 
     call: int
     decisions: tuple[Explained, ...]
@@ -138,7 +138,7 @@ class NewSequence(msgspec.Struct, frozen=True):
 
 
 class Submit(_Message):
-    """All sequences of a lease: Deltas until each has ended, or Rejected.
+    """All sequences of a lease; answered by Deltas until each has ended, or by Rejected.
 
     prompt: int32 token ids, little-endian
     """
@@ -151,7 +151,7 @@ class Submit(_Message):
 
 
 class End(_Message):
-    """End sequences; their last deltas come as any other."""
+    """End sequences; their last deltas follow."""
 
     request_ids: list[str]
     reason: FinishReason
@@ -161,13 +161,13 @@ class End(_Message):
 
 
 class Deltas(_Message):
-    """What a step has brought."""
+    """The output of a step."""
 
     deltas: list[SequenceDelta]
 
 
 class Rejected(_Message):
-    """The engine did not take the sequences of a lease."""
+    """The engine did not accept the sequences of a lease."""
 
     lease_id: str
     failure: Failure
@@ -177,7 +177,7 @@ class Rejected(_Message):
 
 
 class Hello(_Message):
-    """The first message of an engine: who it is, where it listens, what it holds."""
+    """The first message of an engine: its facts, its address, and the leases it holds."""
 
     group: str
     info: EngineInfo
@@ -188,14 +188,14 @@ class Hello(_Message):
 
 
 class Account(_Message):
-    """What has changed; empty when it says only that the engine is alive."""
+    """What has changed. An empty one is a heartbeat."""
 
     update: AccountUpdate
     pages: PageChanges
 
 
 class Report(_Message):
-    """audited: made at a moment when loads and leases can be compared with each other"""
+    """audited: loads and leases are of the same moment, so they can be compared"""
 
     report: EngineReport
     audited: bool
@@ -209,7 +209,7 @@ class Extend(_Message):
 
 
 class Withdraw(_Message):
-    """End the sequences of these leases, and reject them if they come later."""
+    """End the sequences of these leases, and reject them if they arrive later."""
 
     lease_ids: tuple[str, ...]
 

@@ -1,7 +1,7 @@
-"""The router among the processes of a cluster: messages in, the pure router, messages out.
+"""The router as a process of a cluster: messages in, the pure router, messages out.
 
-Nothing here waits: a request that waits for pages is a row in `_callers`, and the outcome
-that ends its wait is sent to whoever asked.
+No call blocks. A request that waits for pages is an entry of `_callers`, and the outcome that
+ends its wait is sent to its caller.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ from kvmesh.workers.loads import EngineInfo
 logger = logging.getLogger(__name__)
 
 TICK_S = 0.25
-SILENCE_S = 5.0  # an engine that says nothing for this long counts as lost
+SILENCE_S = 5.0  # an engine without a message for this long counts as lost
 FRESH_TIMEOUT_S = 2.0  # how long a status waits for the engines' reports
 
 
 @dataclass(slots=True, eq=False)
 class _Group:
-    """A group whose engine is connected. heard_s: of the last message"""
+    """A group whose engine is connected. heard_s: time of its last message"""
 
     name: str
     connection: Connection
@@ -64,7 +64,7 @@ class _Group:
 
 @dataclass(slots=True, eq=False)
 class _FreshStatus:
-    """A status that waits for reports of these groups, and no longer than `until`."""
+    """A status call that waits for reports of these groups until a deadline."""
 
     peer: _Peer
     call: int
@@ -74,7 +74,7 @@ class _FreshStatus:
 
 @dataclass(slots=True)
 class _Known:
-    """What is remembered of groups, up or down."""
+    """What outlives a group's connection."""
 
     reports: dict[str, EngineReport] = field(default_factory=dict)
     audits: int = 0
@@ -84,7 +84,7 @@ class _Known:
 class RouterService:
     """The one router of a cluster.
 
-    groups: names of those that are expected to come up
+    groups: names of the groups that are expected to come up
     clock: seconds, monotonic
     """
 
@@ -96,13 +96,13 @@ class RouterService:
         groups: Collection[str] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        # Greater than any former router's: leases say under which one they were granted.
+        # Greater than any former router's; every lease carries the epoch of its router.
         epoch = time.time_ns() // 1_000_000
         self.router = Router(config, epoch, clock(), expected_groups=groups)
         self._clock = clock
         self._meters = meters
         self._groups: dict[str, _Group] = {}
-        self._callers: dict[str, tuple[_Peer, int]] = {}  # of requests that wait
+        self._callers: dict[str, tuple[_Peer, int]] = {}  # of waiting requests
         self._fresh: list[_FreshStatus] = []
         self._known = _Known()
         self._draining = False
@@ -112,7 +112,7 @@ class RouterService:
         return _Peer(self, connection)
 
     async def run(self) -> None:
-        """Let time pass in the router; runs until cancelled."""
+        """Tick until cancelled."""
         while True:
             await asyncio.sleep(TICK_S)
             self.tick()
@@ -133,7 +133,7 @@ class RouterService:
         return self._clock()
 
     def drain(self) -> None:
-        """Take nothing new; every ingress learns it from the status."""
+        """Accept nothing new; ingresses see it in the status."""
         self._draining = True
 
     def status(self) -> ClusterStatus:
@@ -164,7 +164,7 @@ class RouterService:
         self.settle(self.router.place(request, self._clock()))
 
     def cancel(self, call: int, peer: _Peer) -> None:
-        """Whoever waited is gone; a placement that is on its way to it comes back by Release."""
+        """The caller no longer waits. A placement already on its way comes back as a Release."""
         name = peer.waiting.pop(call, None)
         if name is not None:
             del self._callers[name]
@@ -174,7 +174,7 @@ class RouterService:
         self.settle(self.router.release(lease_id, self._clock()))
 
     def abort(self, request_id: str) -> bool:
-        """End a request; whether there was one."""
+        """End a request. Returns False if there is none."""
         outcomes = self.router.abort(request_id, self._clock())
         self.settle(outcomes)
         return bool(outcomes)
@@ -204,7 +204,7 @@ class RouterService:
     def group_down(self, name: str, connection: Connection) -> None:
         group = self._groups.get(name)
         if group is None or group.connection is not connection:
-            return  # another incarnation has taken its place
+            return  # a newer incarnation has replaced it
         logger.warning("group %s is down", name)
         del self._groups[name]
         self.settle(self.router.group_down(name, self._clock()))
@@ -234,7 +234,7 @@ class RouterService:
     # Within
 
     def settle(self, outcomes: Iterable[Outcome]) -> None:
-        """Tell everybody concerned what the router has decided."""
+        """Send each outcome to the caller or the engine that it concerns."""
         for outcome in outcomes:
             match outcome:
                 case Granted():
@@ -246,7 +246,7 @@ class RouterService:
                 case Withdrawn(group=group, lease_id=lease_id):
                     self._groups[group].connection.send(Withdraw((lease_id,)))
                 case Queued():
-                    pass  # its caller goes on waiting
+                    pass  # its caller keeps waiting
 
     def _granted(self, outcome: Granted) -> None:
         placement = outcome.placement
@@ -286,9 +286,9 @@ class RouterService:
 
 
 class _Peer:
-    """One connection. It is an engine's from its Hello on, and an ingress's otherwise.
+    """One connection: an engine's once it has sent Hello, otherwise an ingress's.
 
-    waiting: ids of its requests that wait, by the number of the call
+    waiting: its waiting requests, by call
     """
 
     def __init__(self, service: RouterService, connection: Connection) -> None:

@@ -1,10 +1,10 @@
-"""The leader of a group: an asyncio face over the engine's thread.
+"""The leader of a group: an asyncio interface to the engine's thread.
 
     submit, abort ──► commands ──► [engine thread: step, step, …] ──► deltas ──► deliver
-                                                       the account ──► take_update
+                                       account of leases and pages ──► take_update
 
-The engine has a thread of its own, so that a step never waits for the event
-loop and the event loop never waits for a step.
+The engine runs in its own thread, so that neither a step nor the event loop waits for the
+other.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 Command = Callable[[Engine], SequenceDelta | None]
 Deliver = Callable[[list[SequenceDelta]], None]
-# The engine's load, and which cached blocks have come and gone since the report before.
+# The engine's load, and the cached blocks that were added or dropped since the last report.
 Report = tuple[EngineLoads, Mapping[bytes, bool]]
 
 # While sequences run, a report is made at most this often.
@@ -60,7 +60,7 @@ class _LiveSequence:
 class EngineLeader:
     """Runs an Engine; all public methods belong to one event loop.
 
-    on_change: called when the account has changed or a fresh report is there
+    on_change: called when the account has changed or there is a new report
     `failed` is set when the engine cannot go on: every live sequence has then ended with
     FinishReason.ERROR, and the group must be replaced.
     """
@@ -111,10 +111,10 @@ class EngineLeader:
     # Sequences
 
     def submit(self, requests: Sequence[EngineRequest], deliver: Deliver) -> None:
-        """Take all sequences of one lease, or of none; their deltas go to `deliver`.
+        """Accept all sequences of one lease, or one without a lease; deltas go to `deliver`.
 
-        Raises InvalidRequestError, CapacityError (never fits, or its lease is more than what
-        other leases leave), DrainingError, WorkerDiedError; then none was taken.
+        Raises InvalidRequestError, CapacityError (never fits, or its lease exceeds what other
+        leases leave), DrainingError, WorkerDiedError; then none was accepted.
         """
         engine, book = self._ready()
         if self._draining:
@@ -138,17 +138,17 @@ class EngineLeader:
         self._commands.put(lambda engine: engine.add_all(requests))
 
     def abort(self, request_ids: Iterable[str], reason: FinishReason = FinishReason.ABORT) -> None:
-        """End sequences within the step in flight; those that are not live are skipped."""
+        """End sequences after the current step; those that are not live are skipped."""
         for request_id in request_ids:
             if request_id in self._live:
                 self._commands.put(partial(_abort, request_id, reason))
 
     def disconnect(self, deliver: Deliver) -> None:
-        """Nobody listens to `deliver` any more: end its sequences."""
+        """End all sequences that deliver to `deliver`."""
         self.abort([name for name, live in self._live.items() if live.deliver == deliver])
 
     def withdraw(self, lease_id: str) -> None:
-        """End all sequences of a lease; it is reported as ended even if there are none."""
+        """End all sequences of a lease; it is reported as ended even if it has none."""
         names = [
             name
             for name, live in self._live.items()
@@ -163,8 +163,8 @@ class EngineLeader:
     def extend(self, terms: LeaseTerms) -> None:
         """A lease has grown.
 
-        Not checked against other leases: the router grew it by its rules, and a sequence
-        that was refused it would wait without end.
+        Not checked against other leases: the router grows leases by its own rules, and if this
+        refused, the sequence would wait forever.
         """
         if self._book is not None and self._book.extend(terms):
             self._commands.put(lambda engine: engine.extend(terms))
@@ -181,15 +181,15 @@ class EngineLeader:
 
     @property
     def loads_current(self) -> bool:
-        """Whether nothing has begun or ended since the latest report was made."""
+        """Whether no sequence has started or ended since the latest report."""
         return self._loads_current
 
     def take_update(self) -> AccountUpdate:
-        """How leases have changed since the last call."""
+        """Changes of leases since the last call."""
         return self._ready()[1].take_update()
 
     def take_page_changes(self) -> PageChanges:
-        """What the prefix cache has gained and lost since the last call."""
+        """Blocks that the prefix cache has added and dropped since the last call."""
         changes, self._pages = self._pages, {}
         return PageChanges(
             tuple(page for page, held in changes.items() if held),
@@ -197,7 +197,7 @@ class EngineLeader:
         )
 
     def restate(self) -> tuple[tuple[LeaseTerms, ...], AccountUpdate, PageChanges]:
-        """All leases, what is open about them, and all cached blocks: for a new listener."""
+        """All leases, their open wants, and all cached blocks: for a new router."""
         book = self._ready()[1]
         self._pages = {}
         return book.leases, book.restate(), PageChanges(held=tuple(self._held_pages))
@@ -212,9 +212,9 @@ class EngineLeader:
         return self._engine, self._book
 
     def _deliver(self, deltas: list[SequenceDelta], report: Report | None = None) -> None:
-        """On the event loop: hand deltas to whoever submitted their sequences.
+        """On the event loop: deliver each client's deltas.
 
-        report: made after them; it is noted before anybody hears of an end
+        report: made after the deltas; noted before clients see that a sequence has ended
         """
         by_client: dict[Deliver, list[SequenceDelta]] = {}
         changed = False
@@ -269,7 +269,7 @@ class EngineLeader:
                 self._held_pages.pop(page, None)
 
     def _fail(self, error: Exception) -> None:
-        """On the event loop: end everything that lives."""
+        """On the event loop: end all live sequences."""
         self.failed = error
         if not self._started.done():
             self._started.set_exception(error)
@@ -302,9 +302,9 @@ class EngineLeader:
             self._post(self._fail, error)
 
     def _obey(self, engine: Engine) -> bool:
-        """Carry out the commands that wait; with nothing to compute, wait for one.
+        """Run the queued commands; if there is nothing to compute, wait for one.
 
-        False ends the thread.
+        Returns False to end the thread.
         """
         while True:
             patience_s = None
@@ -329,7 +329,7 @@ class EngineLeader:
     def _publish(
         self, engine: Engine, deltas: list[SequenceDelta], *, report: bool = False
     ) -> None:
-        """report: now, and not only if one is due"""
+        """report: in any case, not only when one is due"""
         now = time.monotonic()
         if report or not engine.has_work or now - self._loads_made_s > _LOADS_PERIOD_S:
             self._loads_made_s = now
@@ -340,7 +340,7 @@ class EngineLeader:
     def _post(self, callback: Callable[..., None], *args: object) -> None:
         try:
             self._loop.call_soon_threadsafe(callback, *args)
-        except RuntimeError:  # the event loop is closed: nobody is left to hear it
+        except RuntimeError:  # the event loop is closed
             logger.warning("the event loop ended before the engine")
 
 

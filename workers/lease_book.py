@@ -1,10 +1,10 @@
-"""The leases that an engine's sequences run under, and what to tell the router about them.
+"""The leases of an engine's sequences, and what to report to the router about them.
 
     admit ──► note (tokens so far) ──► wants more ──► extend ──► … ──► end
                     │                                                    │
                     └── first token          take_update: all of it ◄────┘
 
-Owned by the leader's event loop; tokens are counted there as they are handed out.
+The leader's event loop owns it and counts tokens there as it delivers them.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from kvmesh.workers.lease import AccountUpdate, LeaseEnd, LeaseTerms, LeaseWant
 from kvmesh.workers.request import EngineRequest
 from kvmesh.workers.sizes import PageGeometry, PageNeed
 
-# More pages are asked for this many tokens before a lease is used up; the engine pauses a
-# sequence that gets there first.
+# Ask for more pages this many tokens before a lease is used up. A sequence that uses up its
+# lease before the answer pauses.
 AHEAD_TOKENS = 16
 NEVER = sys.maxsize
 
 
 @dataclass(slots=True, eq=False)
 class HeldLease:
-    """A lease that live sequences run under.
+    """A lease with live sequences.
 
     next_note_tokens: `note` has nothing to do before a sequence has this many tokens,
         prompt included
@@ -44,7 +44,7 @@ class HeldLease:
 
 @dataclass(slots=True)
 class _Pending:
-    """What the router has not been told yet."""
+    """What has not been reported yet."""
 
     arrived: dict[str, LeaseTerms] = field(default_factory=dict)
     first_tokens: list[str] = field(default_factory=list)
@@ -71,7 +71,7 @@ class LeaseBook:
         return tuple(held.terms for held in self._held.values())
 
     def check(self, terms: LeaseTerms) -> None:
-        """Raise CapacityError if the lease is more than what the others leave."""
+        """Raise CapacityError if the lease exceeds what other leases leave."""
         wanted = _charge(terms)
         room = self._capacity - self._charged
         if not wanted.fits(room):
@@ -84,7 +84,7 @@ class LeaseBook:
             )
 
     def admit(self, terms: LeaseTerms, requests: Sequence[EngineRequest]) -> HeldLease:
-        """Take the sequences of a lease, all at once."""
+        """Add a lease with all of its sequences."""
         prompt_tokens = max(len(request.prompt_token_ids) for request in requests)
         resumed = any(request.resumed_tokens for request in requests)
         held = HeldLease(terms, prompt_tokens, len(requests), None if resumed else 0)
@@ -92,7 +92,7 @@ class LeaseBook:
         self._charged += _charge(terms)
         self._pending.arrived[terms.lease_id] = terms
         self._want_if_due(held, prompt_tokens)
-        held.next_note_tokens = 0  # the first token is worth a note
+        held.next_note_tokens = 0  # report the first token
         return held
 
     def note(self, held: HeldLease, tokens: int) -> None:
@@ -103,7 +103,7 @@ class LeaseBook:
         self._want_if_due(held, tokens)
 
     def extend(self, terms: LeaseTerms) -> bool:
-        """The lease has grown; False if nothing runs under it any more."""
+        """The lease has grown. Returns False if it has no sequences any more."""
         held = self._held.get(terms.lease_id)
         if held is None:
             return False
@@ -134,11 +134,11 @@ class LeaseBook:
         self._pending.ended.append(LeaseEnd(lease_id, held.output_tokens or None))
 
     def withdraw(self, lease_id: str) -> None:
-        """Nothing runs under a lease that was withdrawn: say so."""
+        """Report a withdrawn lease as ended, because it has no sequences."""
         self._pending.ended.append(LeaseEnd(lease_id))
 
     def take_update(self) -> AccountUpdate:
-        """What has changed since the last call."""
+        """The changes since the last call."""
         pending, self._pending = self._pending, _Pending()
         return AccountUpdate(
             tuple(pending.arrived.values()),
@@ -148,7 +148,7 @@ class LeaseBook:
         )
 
     def restate(self) -> AccountUpdate:
-        """What a router that knows nothing needs to hear besides `leases`."""
+        """What a new router must know besides `leases`."""
         self._pending = _Pending()
         started = (held.terms.lease_id for held in self._held.values() if held.started)
         return AccountUpdate((), tuple(started), tuple(self._unmet.values()))
@@ -167,5 +167,5 @@ class LeaseBook:
 
 
 def _charge(terms: LeaseTerms) -> PageNeed:
-    """What the lease adds to those before it."""
+    """The pages that the lease adds to those of earlier leases."""
     return PageNeed(terms.hot_pages, terms.sealed_pages - terms.shared_sealed_pages)

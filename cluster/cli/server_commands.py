@@ -85,7 +85,9 @@ def serve(
                     stop.wait_ready()
                     _announce(endpoint, settings)
                     stop.wait()
-                    err.print("shutting down; press Ctrl-C again to stop without waiting for requests")
+                    err.print(
+                        "shutting down; press Ctrl-C again to stop without waiting for requests"
+                    )
             except Stop:
                 raise typer.Exit(EXIT_INTERRUPTED) from None
 

@@ -1,4 +1,4 @@
-"""The ingress's connections to engines: sequences go out, their deltas come back."""
+"""The ingress's connections to engines: sequences out, deltas back."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ logger = logging.getLogger(__name__)
 
 
 class Receiver(Protocol):
-    """Whoever submitted a lease's sequences. No method may block."""
+    """Receives the output of a lease's sequences. No method may block."""
 
     def deliver(self, delta: SequenceDelta) -> None: ...
 
     def reject(self, error: Exception) -> None:
-        """The engine did not take the sequences; nothing more comes of them."""
+        """The engine rejected the sequences; no output follows."""
 
     def lose(self) -> None:
-        """The engine is gone; nothing more comes of them."""
+        """The engine is gone; no output follows."""
 
 
 class EngineLink:
-    """A connection to one engine. It is the handler of the connection's messages."""
+    """A connection to one engine, and the handler of its messages."""
 
     def __init__(self) -> None:
         self._connection: Connection | None = None
@@ -54,12 +54,12 @@ class EngineLink:
         self._connection.send(message)
 
     def end(self, request_ids: list[str], reason: FinishReason) -> None:
-        """Ask for the end of sequences; their last deltas come as any other."""
+        """End sequences; their last deltas follow."""
         if self._connection is not None:
             self._connection.send(End(request_ids, reason))
 
     def forget(self, lease_id: str) -> None:
-        """Nobody listens to the lease's sequences any more; those that run are ended."""
+        """Stop receiving a lease's output; sequences that still run are ended."""
         ids = self._sequences.pop(lease_id, ())
         left = [name for name in ids if self._receivers.pop(name, None) is not None]
         if left:
@@ -93,7 +93,7 @@ class EngineLink:
 
 
 class EngineLinks:
-    """One connection for each engine that is in use, opened when it is needed first."""
+    """One connection per engine, opened at first use."""
 
     def __init__(self, identity: Identity) -> None:
         self._identity = identity
@@ -109,7 +109,7 @@ class EngineLinks:
         if opening is None:
             opening = asyncio.create_task(self._open(epoch, address))
             self._opening[epoch] = opening
-        # Shielded: it is everybody's connection, not only this request's.
+        # Shielded: other requests use the connection too.
         return await asyncio.shield(opening)
 
     async def _open(self, epoch: str, address: Address) -> EngineLink:

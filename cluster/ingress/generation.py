@@ -1,12 +1,12 @@
-"""One request from placement to usage, whatever happens on the way.
+"""One request, from placement to usage.
 
     place ──► submit ──► deltas ──► all ended ──► usage
       ▲                    │
       └── engine lost ◄────┘   with the tokens so far as a prefix
 
-One task (`_run`) owns the request: it holds the place, waits for the end, and what it leaves
-behind when it ends or is cancelled is in its `finally`s. Tokens do not wake it: they wait in
-`_deltas` until the reader of the stream turns all that are there into one event.
+One task (`_run`) owns the request: it holds the lease and waits for the end of the sequences,
+and its `finally` blocks clean up, whether it ends or is cancelled. Tokens do not wake this task:
+they collect in `_deltas` until the reader of the stream turns all of them into one event.
 """
 
 from __future__ import annotations
@@ -100,18 +100,18 @@ class Generation:
             )
             for index in range(spec.n)
         ]
-        # Of the placement under way: its sequences, those that go on, and how it ends.
+        # The current placement: its sequences, those still running, and how it ends.
         self._placed: Placed | None = None
         self._held: HeldPlace | None = None
         self._link: EngineLink | None = None
         self._sequences: dict[str, Choice] = {}
         self._live: set[str] = set()
         self._end: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        # What has come and is not in `_events` yet, and what the reader has not taken yet.
+        # Deltas that are not in `_events` yet, and events that the reader has not taken yet.
         self._deltas: list[SequenceDelta] = []
         self._events: list[pb.GenerateStreamResponse] = []
         self._ready = asyncio.Event()
-        # For the bill.
+        # For the usage.
         self._usages: list[SequenceUsage] = []
         self._first_token_s: float | None = None
         self._queue_s = 0.0
@@ -119,7 +119,7 @@ class Generation:
         self._failovers = 0
 
     async def events(self) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
-        """The replies, in the order the contract gives; closing it ends the request.
+        """The replies, in the contract's order; closing the generator ends the request.
 
         Raises the errors of the table in error_table.py.
         """
@@ -152,13 +152,13 @@ class Generation:
         except RequestAbortedError:
             self._end_all(FinishReason.ABORT)
         except DuplicateRequestError:
-            # As its client knows it, without the tenant.
+            # With the id that the client gave, without the tenant.
             raise DuplicateRequestError(self._spec.request_id) from None
         except TimeoutError:
             self._end_overdue()
         except DeadlineUnreachableError as error:
             if error.timeout_s >= self._context.queue_timeout_s:
-                # Not the request's own time: the longest wait that the server allows.
+                # The limit was the server's longest wait, not the request's own deadline.
                 limit_s = self._context.queue_timeout_s
                 raise OverCapacityError(
                     f"no room within {limit_s:g} s", limit_s / 4, 0, 0
@@ -179,7 +179,7 @@ class Generation:
         self._events.append(pb.GenerateStreamResponse(usage=usage))
 
     async def _serve(self) -> None:
-        """Every choice to its end, over as many placements as it takes."""
+        """Run every choice to its end, over as many placements as necessary."""
         refusals = 0
         while True:
             try:
@@ -191,7 +191,7 @@ class Generation:
             except EngineLostError:
                 self._note_lost()
             except CapacityError as error:
-                # The ledger was ahead of the group's allocator: ask again, after a pause.
+                # The ledger was ahead of the group's allocator: retry after a pause.
                 logger.warning("%s was refused by its group: %s", self.key, error)
                 refusals += 1
                 if not error.retryable or refusals == MAX_REFUSALS:
@@ -201,8 +201,8 @@ class Generation:
     async def _generate(self, held: HeldPlace) -> None:
         """Submit all unfinished choices under one lease, and wait until each has ended.
 
-        Raises EngineLostError, TimeoutError once the deadline and a grace are over, and
-        what the engine refuses them for.
+        Raises EngineLostError, TimeoutError after the deadline and a grace period, and the
+        engine's reason if it rejects them.
         """
         placed, lease_id = held.placed, held.placed.lease.lease_id
         self._link = await self._context.engines.get(placed.engine.epoch, placed.address)
@@ -231,7 +231,7 @@ class Generation:
         finally:
             self._link.forget(lease_id)
 
-    # The engine's words, as they come
+    # Receiver
 
     def deliver(self, delta: SequenceDelta) -> None:
         self._deltas.append(delta)
@@ -289,13 +289,13 @@ class Generation:
                 placed, self._spec.request_id, len(self._prompt_ids), self._choices[0].params.seed
             )
             self._events.append(pb.GenerateStreamResponse(started=started))
-            for choice in self._choices:  # what a resuming client lacks of the tokens it has
+            for choice in self._choices:  # text that a resuming client lacks
                 if not choice.already_finished:
                     self._emit(choice, choice.owed())
             self._ready.set()
 
     def _note_lost(self) -> None:
-        """Raises EngineLostError once too many engines were lost under the request."""
+        """Raises EngineLostError if the request has lost too many engines."""
         assert self._placed is not None
         logger.warning("request %s lost group %s", self.key, self._placed.group)
         self._failovers += 1
@@ -306,13 +306,13 @@ class Generation:
     # Events
 
     def _absorb(self) -> None:
-        """Turn deltas into events, one for each choice however many tokens have come."""
+        """Turn the deltas into events: one per choice, however many tokens have come."""
         deltas, self._deltas = self._deltas, []
         found: dict[Choice, list[SequenceDelta]] = {}
         for delta in deltas:
             choice = self._sequences.get(delta.request_id)
             if choice is None or choice.finish is not None:
-                continue  # of a placement that is over, or after a stop string
+                continue  # from a lost placement, or after a stop string
             if delta.finish_reason is not FinishReason.ERROR:
                 found.setdefault(choice, []).append(delta)
         for choice, its in found.items():
@@ -332,7 +332,7 @@ class Generation:
             self._events.append(pb.GenerateStreamResponse(choice_finished=finished))
 
     def _end_sequence(self, choice: Choice) -> None:
-        """A stop string has ended the choice: the engine does not know it yet."""
+        """End the choice's sequence if the engine still runs it: a stop string has matched."""
         names = [name for name in self._live if self._sequences[name] is choice]
         if names and self._link is not None:
             self._link.end(names, FinishReason.STOP)

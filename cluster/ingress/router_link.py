@@ -43,14 +43,14 @@ ANSWER_TIMEOUT_S = 15.0
 
 @dataclass(slots=True)
 class HeldPlace:
-    """A lease, in the hands of the ingress until its sequences are submitted."""
+    """A lease, which the ingress holds until it submits sequences under it."""
 
     placed: Placed
     submitted: bool = False
 
 
 class RouterLink:
-    """Asks the router; what is asked while it is away is asked again when it is back.
+    """Calls the router. Open calls are sent again when the connection was lost and is back.
 
     find: where the router listens; raises LinkError while it is not known
     """
@@ -68,7 +68,7 @@ class RouterLink:
 
     @asynccontextmanager
     async def place(self, request: PlaceRequest) -> AsyncIterator[HeldPlace]:
-        """Wait for a lease, which goes back at the end unless it was submitted under.
+        """Wait for a lease; at the end it is given back unless sequences were submitted.
 
         Raises the tree of routing/errors.py, DrainingError.
         """
@@ -79,7 +79,7 @@ class RouterLink:
         except asyncio.CancelledError:
             if answer.cancelled():
                 self._send(Cancel(call))
-            else:  # placed at the very moment in which its caller was cancelled
+            else:  # placed in the same moment in which this task was cancelled
                 self._send(Release(answer.result().lease.lease_id))
             raise
         assert isinstance(placed, Placed)
@@ -91,7 +91,7 @@ class RouterLink:
             self._send(over(placed.lease.lease_id))
 
     async def abort(self, request_id: str) -> bool:
-        """End a request wherever it is; whether there was one. Ids have the tenant before them."""
+        """End a request, waiting or running. request_id: tenant/id. Returns False if there is none."""
         answer = await self._ask_soon(Abort(next(self._numbers), request_id))
         assert isinstance(answer, Aborted)
         return answer.found
@@ -122,7 +122,7 @@ class RouterLink:
             raise NotReadyError() from None
 
     def _ask(self, message: Any) -> asyncio.Future[Any]:
-        """The answer to come; cancelling it leaves nothing open."""
+        """A future of the answer; cancelling it forgets the call."""
         answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._open[message.call] = (message, answer)
         answer.add_done_callback(lambda _: self._open.pop(message.call, None))
@@ -134,11 +134,11 @@ class RouterLink:
             self._connection.send(message)
 
     def _connected(self, connection: Connection) -> RouterLink:
-        """A router, perhaps a new one, which knows nothing of what is open."""
+        """Send the open calls, which a new router does not know."""
         self._connection = connection
         for message, _ in self._open.values():
             if isinstance(message, Place):
-                # One that still knows the request has not heard from us since.
+                # The same router may still know the request from the lost connection.
                 message = Place(message.call, replace(message.request, supersedes=True))
             connection.send(message)
         return self
@@ -148,7 +148,7 @@ class RouterLink:
     def received(self, message: Any) -> None:
         _, answer = self._open.get(message.call, (None, None))
         if answer is None or answer.done():
-            if isinstance(message, Placed):  # whoever waited for it has left
+            if isinstance(message, Placed):  # its caller has left
                 self._send(Release(message.lease.lease_id))
         elif isinstance(message, Failed):
             answer.set_exception(message.failure.error)
