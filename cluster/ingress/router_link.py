@@ -1,7 +1,8 @@
-"""The ingress's connection to the router: questions, and a place for a request.
+"""The ingress's connection to the router.
 
-async with link.place(request) as placement:
-    ...placement.submitted = True      # from here on the lease is the engine's affair
+async with link.place(request) as held:
+    ...                      # leaving here gives the lease back
+    held.submitted = True    # from here on the engine ends it
 """
 
 from __future__ import annotations
@@ -91,7 +92,10 @@ class RouterLink:
             self._send(over(placed.lease.lease_id))
 
     async def abort(self, request_id: str) -> bool:
-        """End a request, waiting or running. request_id: tenant/id. Returns False if there is none."""
+        """End a request, waiting or running. Returns False if there is none.
+
+        request_id: tenant/id
+        """
         answer = await self._ask_soon(Abort(next(self._numbers), request_id))
         assert isinstance(answer, Aborted)
         return answer.found
