@@ -1,0 +1,144 @@
+"""The control plane's benchmark without a cluster: its gate, its figures, its stand-in ranks."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.control_plane.__main__ import HERE, environment_of
+from benchmarks.control_plane.costs import medians, ratios, rounded, split_costs
+from benchmarks.control_plane.executor import InstantExecutor
+from benchmarks.control_plane.load import PROMPT_TOKENS, make_prompt
+from benchmarks.control_plane.processes import CpuTimes, kind_of
+from benchmarks.control_plane.tokens import FIRST_ID, NUM_IDS, Checker, chain, successor
+from kvmesh.workers.config import EngineConfig
+from kvmesh.workers.plan import Chunk, RowStart, StepPlan, TableUpdate
+from kvmesh.workers.sampling_params import SamplingParams
+
+NOTHING = TableUpdate([], [], [])
+
+
+def test_chain_visits_every_ordinary_token_once() -> None:
+    tokens = chain(FIRST_ID, NUM_IDS)
+    assert sorted(tokens) == list(range(FIRST_ID, FIRST_ID + NUM_IDS))
+    assert successor(tokens[-1]) == tokens[0]
+
+
+def test_output_that_follows_the_prompt_passes() -> None:
+    checker = Checker(FIRST_ID, 5)
+    checker.take(chain(FIRST_ID, 5)[:2])
+    checker.take(chain(FIRST_ID, 5)[2:])
+    checker.end()
+    assert checker.seen == 5
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(lambda tokens: tokens[:3] + tokens[4:], id="lost"),
+        pytest.param(lambda tokens: [*tokens[:3], tokens[2], *tokens[3:]], id="repeated"),
+        pytest.param(lambda tokens: [tokens[1], tokens[0], *tokens[2:]], id="out of order"),
+        pytest.param(lambda tokens: chain(FIRST_ID + 1, 8), id="of another stream"),
+    ],
+)
+def test_damaged_output_is_found(damage: object) -> None:
+    assert callable(damage)
+    checker = Checker(FIRST_ID, 8)
+    with pytest.raises(ValueError, match="was sampled"):
+        checker.take(damage(chain(FIRST_ID, 8)))
+
+
+@pytest.mark.parametrize("count", [7, 9])
+def test_wrong_number_of_tokens_is_found(count: int) -> None:
+    checker = Checker(FIRST_ID, 8)
+    checker.take(chain(FIRST_ID, count))
+    with pytest.raises(ValueError, match=f"{count} output tokens came, 8 were asked for"):
+        checker.end()
+
+
+def test_executor_continues_each_prompt_and_takes_the_time_of_its_first_token() -> None:
+    executor = InstantExecutor(EngineConfig(model="any"))
+    prompts = [make_prompt(seed, step_ms=3) for seed in (0, 7)]
+    result = executor.execute(_plan([_chunk(row, 0, ids) for row, ids in enumerate(prompts)]))
+    assert executor.step_s == 3e-3
+    first = [token.token_id for token in result.tokens]
+    assert first == [successor(prompt[-1]) for prompt in prompts]
+    result = executor.execute(_plan([_chunk(1, PROMPT_TOKENS, [first[1]])]))
+    assert [token.token_id for token in result.tokens] == chain(prompts[1][-1], 2)[1:]
+    assert (executor.num_tokens, executor.steps) == (3, 2)
+
+
+def _chunk(row: int, start: int, ids: list[int]) -> Chunk:
+    return Chunk(row, start, b"".join(i.to_bytes(4, "little") for i in ids), sample=True)
+
+
+def _plan(chunks: list[Chunk]) -> StepPlan:
+    starts = [RowStart(c.row, SamplingParams(max_tokens=4), c.end, b"") for c in chunks]
+    return StepPlan(1, starts, chunks, NOTHING, NOTHING, [], [], [])
+
+
+@pytest.mark.parametrize(
+    ("title", "kind"),
+    [
+        ("ray::ServeReplica:kvmesh:ingress", "ingress"),
+        ("ray::ServeReplica:kvmesh:ingress.handle_request", "ingress"),
+        ("ray::ServeReplica:kvmesh:router", "router"),
+        ("ray::ServeReplica:kvmesh:engine-12", "leader"),
+        ("/opt/haproxy/bin/haproxy -db -f /run/haproxy.cfg", "haproxy"),
+        ("ray::HAProxyManager", "rest"),
+        ("ray::ServeController.listen_for_change", "rest"),
+        ("/opt/ray/raylet --log /tmp/haproxy", "rest"),
+    ],
+)
+def test_processes_are_told_apart(title: str, kind: str) -> None:
+    assert kind_of(title) == kind
+
+
+def test_cpu_times_are_differences() -> None:
+    before, after = CpuTimes(busy=1.0), CpuTimes(busy=4.0)
+    before.by_kind["router"], after.by_kind["router"] = 1.0, 1.5
+    before.by_thread[3], after.by_thread[3], after.by_thread[4] = 2.0, 2.25, 0.5
+    spent = after.since(before)
+    assert (spent.by_kind["router"], spent.by_kind["ingress"], spent.busy) == (0.5, 0.0, 3.0)
+    assert spent.by_thread == {3: 0.25, 4: 0.5}
+
+
+def test_costs_of_tokens_and_requests_are_separated() -> None:
+    token, request = 40.0, 5000.0
+    found = split_costs(token + request / 256, 256, request + 2 * token, 2)
+    assert found == pytest.approx((token, request))
+    with pytest.raises(ValueError, match="short requests must be shorter"):
+        split_costs(1.0, 2, 1.0, 2)
+
+
+def test_rounds_are_summed_up_by_medians() -> None:
+    ours = [{"a": 1.0, "b": {"c": 10.0}}, {"a": 2.0, "b": {"c": 30.0}}, {"a": 9.0, "b": {}}]
+    theirs = [{"a": 2.0, "b": {"c": 5.0}}, {"a": 2.0, "b": {"c": 0.0}}, {"a": 3.0, "b": {}}]
+    assert medians(ours) == {"a": 2.0, "b": {"c": 20.0}}
+    # Round by round: a machine that was slow for both does not count.
+    assert ratios(ours, theirs) == {"a": 1.0, "b": {"c": 2.0}}
+    assert rounded({"a": 12345.678, "b": {"n": 123456}}) == {"a": 12350.0, "b": {"n": 123456}}
+
+
+def test_baseline_is_measured_by_this_benchmark(tmp_path: Path) -> None:
+    """Its `kvmesh` comes first, and `benchmarks` from here."""
+    package = tmp_path / "checkout" / "kvmesh"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (tmp_path / "checkout" / "benchmarks").mkdir()
+    directory = tmp_path / "run"
+    directory.mkdir()
+    code = "import benchmarks, kvmesh; print(kvmesh.__file__, *benchmarks.__path__)"
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=directory,
+        env=environment_of(tmp_path / "checkout", directory, dict(os.environ)),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stdout.split() == [str(directory / "kvmesh" / "__init__.py"), f"{HERE}/benchmarks"]
