@@ -15,7 +15,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -26,6 +26,7 @@ from kvmesh.cluster.ingress.codec import TextCodec
 from kvmesh.cluster.ingress.engine_links import EngineLink, EngineLinks
 from kvmesh.cluster.ingress.router_link import HeldPlace, RouterLink
 from kvmesh.cluster.ingress.validate import GenerationSpec, ResumedChoice, cache_salt, choice_seed
+from kvmesh.cluster.ingress.waker import Waker
 from kvmesh.cluster.messages import NewSequence, Placed, Submit
 from kvmesh.cluster.routing.errors import (
     DeadlineUnreachableError,
@@ -58,6 +59,7 @@ class IngressContext:
     engines: EngineLinks
     codec: TextCodec
     queue_timeout_s: float
+    waker: Waker = field(default_factory=Waker)
     clock: Callable[[], float] = time.monotonic
 
 
@@ -111,6 +113,7 @@ class Generation:
         self._deltas: list[SequenceDelta] = []
         self._events: list[pb.GenerateStreamResponse] = []
         self._ready = asyncio.Event()
+        self._woken = False  # or about to be
         # For the usage.
         self._usages: list[SequenceUsage] = []
         self._first_token_s: float | None = None
@@ -130,6 +133,7 @@ class Generation:
             while not over:
                 await self._ready.wait()
                 self._ready.clear()
+                self._woken = False
                 over = task.done()
                 self._absorb()
                 events, self._events = self._events, []
@@ -142,7 +146,13 @@ class Generation:
     def _note_over(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled():
             task.exception()  # retrieved, even if the reader has left meanwhile
-        self._ready.set()
+        self._wake()
+
+    def _wake(self) -> None:
+        """Let the reader take what there is, in its turn."""
+        if not self._woken:
+            self._woken = True
+            self._context.waker.wake(self._ready)
 
     # The request's task
 
@@ -245,7 +255,7 @@ class Generation:
                 self.lose()
             elif not self._live and not self._end.done():
                 self._end.set_result(None)
-        self._ready.set()
+        self._wake()
 
     def reject(self, error: Exception) -> None:
         assert self._held is not None
@@ -292,7 +302,7 @@ class Generation:
             for choice in self._choices:  # text that a resuming client lacks
                 if not choice.already_finished:
                     self._emit(choice, choice.owed())
-            self._ready.set()
+            self._wake()
 
     def _note_lost(self) -> None:
         """Raises EngineLostError if the request has lost too many engines."""
