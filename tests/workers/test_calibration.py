@@ -347,7 +347,7 @@ def test_a_file_that_does_not_fit_is_refused(
 
 def test_a_missing_or_invalid_file_is_refused(model_path: Path, tmp_path: Path) -> None:
     config = EngineConfig(model=str(model_path), kv_format="nuq3", calibration=str(tmp_path / "no"))
-    with pytest.raises(ConfigError, match=r"calibration: .*no is missing; make one"):
+    with pytest.raises(ConfigError, match=r"calibration: .*no is missing; make a new one"):
         local_executor(config)
     foreign = tmp_path / "foreign"
     foreign.write_text("{}")
