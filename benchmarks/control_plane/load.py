@@ -81,8 +81,8 @@ class LoadGenerator:
         self._channel = grpc.aio.insecure_channel(target)
         # A probe has a connection of its own.
         own = (("grpc.use_local_subchannel_pool", 1),)
-        self._probe_channel = grpc.aio.insecure_channel(target, options=own)
-        self._health: Any = health_pb2_grpc.HealthStub(self._probe_channel)
+        probe_channel = grpc.aio.insecure_channel(target, options=own)
+        self._health: Any = health_pb2_grpc.HealthStub(probe_channel)
         self._metadata = () if api_key is None else (("authorization", f"Bearer {api_key}"),)
         self._seeds = itertools.count()
 
@@ -111,10 +111,6 @@ class LoadGenerator:
             if probing is not None:
                 probing.cancel()
         return replace(outcome, checked_requests=self._counts.requests)
-
-    async def close(self) -> None:
-        await self._channel.close()
-        await self._probe_channel.close()
 
     async def _window(
         self,
@@ -249,7 +245,7 @@ class LoadProcess:
         return outcome
 
     def stop(self) -> None:
-        self._pipe.send(None)
+        self._process.terminate()
         self._process.join()
 
 
@@ -259,12 +255,11 @@ def _serve(pipe: Connection) -> None:
 
 async def _serve_loads(pipe: Connection) -> None:
     generator = LoadGenerator(*pipe.recv())
-    while (load := pipe.recv()) is not None:
+    while True:
+        load: Load = pipe.recv()
         try:
             pipe.send(
                 await generator.run(load, lambda: pipe.send("opened"), lambda: pipe.send("closed"))
             )
-        except BaseExceptionGroup as group:
+        except ExceptionGroup as group:
             pipe.send("; ".join(sorted({str(error) for error in group.exceptions})[:3]))
-            return
-    await generator.close()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections import Counter, defaultdict
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import psutil
 
@@ -27,51 +28,59 @@ def kind_of(title: str) -> str:
 
 @dataclass(slots=True)
 class CpuTimes:
-    """CPU seconds since the processes began.
+    """CPU seconds since each process began.
 
-    by_kind: of all processes of a kind
+    by_process: (kind, seconds) by process id
     by_thread: of each thread of the leader
     busy: of the whole machine
     """
 
-    by_kind: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
-    by_thread: dict[int, float] = field(default_factory=dict)
-    busy: float = 0.0
+    by_process: dict[int, tuple[str, float]]
+    by_thread: dict[int, float]
+    busy: float
 
-    def since(self, before: CpuTimes) -> CpuTimes:
-        return CpuTimes(
-            defaultdict(float, {kind: self.by_kind[kind] - before.by_kind[kind] for kind in KINDS}),
-            {
-                thread: seconds - before.by_thread.get(thread, 0.0)
-                for thread, seconds in self.by_thread.items()
-            },
-            self.busy - before.busy,
-        )
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """CPU seconds between two CpuTimes; what a process took that ended between them is lost."""
+
+    by_kind: dict[str, float]
+    by_thread: dict[int, float]
+    busy: float
+
+
+def spent_between(before: CpuTimes, after: CpuTimes) -> Spent:
+    by_kind = dict.fromkeys(KINDS, 0.0)
+    for pid, (kind, seconds) in after.by_process.items():
+        by_kind[kind] += seconds - before.by_process.get(pid, (kind, 0.0))[1]
+    by_thread = {
+        thread: seconds - before.by_thread.get(thread, 0.0)
+        for thread, seconds in after.by_thread.items()
+    }
+    return Spent(by_kind, by_thread, after.busy - before.busy)
 
 
 class ClusterProcesses:
-    """Descendants of this process, except those in `others`."""
+    """Descendants of this process, except those in `others`, as they come and go."""
 
     def __init__(self, others: frozenset[int]) -> None:
-        self._kinds: list[tuple[psutil.Process, str]] = []
-        for process in psutil.Process().children(recursive=True):
-            if process.pid in others:
-                continue
-            with contextlib.suppress(psutil.Error):
-                self._kinds.append((process, kind_of(" ".join(process.cmdline()))))
-        self.counts = Counter(kind for _, kind in self._kinds)
-        if missing := set(KINDS) - set(self.counts):
+        self._others = others
+        if missing := set(KINDS) - set(self.counts()):
             raise RuntimeError(
                 f"no process of the cluster is {' or '.join(sorted(missing))} by its title; "
                 "processes.py must know how it is called now"
             )
 
+    def counts(self) -> dict[str, int]:
+        """How many there are of each kind."""
+        return dict(Counter(kind for _, kind in self._found()))
+
     def cpu_times(self) -> CpuTimes:
-        times = CpuTimes(busy=_busy())
-        for process, kind in self._kinds:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                spent = process.cpu_times()
-                times.by_kind[kind] += spent.user + spent.system
+        times = CpuTimes({}, {}, _busy())
+        for process, kind in self._found():
+            with contextlib.suppress(psutil.Error):
+                used = process.cpu_times()
+                times.by_process[process.pid] = kind, used.user + used.system
                 if kind == "leader":
                     for thread in process.threads():
                         times.by_thread[thread.id] = thread.user_time + thread.system_time
@@ -80,12 +89,18 @@ class ClusterProcesses:
     def memory_bytes(self) -> dict[str, dict[str, int]]:
         """RSS and PSS by kind; shared pages count once in PSS, once a process in RSS."""
         memory: dict[str, Counter[str]] = {"rss": Counter(), "pss": Counter()}
-        for process, kind in self._kinds:
-            with contextlib.suppress(psutil.NoSuchProcess):
+        for process, kind in self._found():
+            with contextlib.suppress(psutil.Error):
                 found = process.memory_full_info()
                 memory["rss"][kind] += found.rss
                 memory["pss"][kind] += found.pss
         return {name: dict(by_kind) for name, by_kind in memory.items()}
+
+    def _found(self) -> Iterator[tuple[psutil.Process, str]]:
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if process.pid not in self._others:
+                    yield process, kind_of(" ".join(process.cmdline()))
 
 
 def _busy() -> float:

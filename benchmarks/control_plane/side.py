@@ -26,7 +26,13 @@ from typing import Any, TypeVar
 
 from benchmarks.control_plane.costs import split_costs
 from benchmarks.control_plane.load import Load, LoadProcess, Outcome
-from benchmarks.control_plane.processes import KINDS, ClusterProcesses, CpuTimes
+from benchmarks.control_plane.processes import (
+    KINDS,
+    ClusterProcesses,
+    CpuTimes,
+    Spent,
+    spent_between,
+)
 from kvmesh.cluster.config import ClusterConfig, build
 from kvmesh.cluster.lifecycle import APP_NAME, Cluster, Endpoint
 
@@ -117,14 +123,14 @@ class Side:
             "phases": figures,
             "per_request_us": self._per_request(figures),
             "memory_bytes": self._processes.memory_bytes(),
-            "processes": dict(self._processes.counts),
+            "processes": self._processes.counts(),
         }
 
     def _idle_cores(self) -> dict[str, float]:
         """What each kind of process takes of a core with nothing to do."""
         before = self._processes.cpu_times()
         time.sleep(IDLE_S)
-        spent = self._processes.cpu_times().since(before)
+        spent = spent_between(before, self._processes.cpu_times())
         return {kind: spent.by_kind[kind] / IDLE_S for kind in KINDS}
 
     def _phase(self, load: Load) -> dict[str, Any]:
@@ -135,7 +141,7 @@ class Side:
 
         outcome = self._load.run(load, snapshot, snapshot)
         before, self._facts = self._facts, self._executor_facts()
-        spent = snapshots[1].since(snapshots[0])
+        spent = spent_between(*snapshots)
         return {
             **{name: value for name, value in asdict(outcome).items() if value is not None},
             "tokens_per_s": outcome.tokens / outcome.seconds,
@@ -146,13 +152,13 @@ class Side:
             "cores_of_others": self._others(spent, outcome),
         }
 
-    def _per_token(self, spent: CpuTimes, outcome: Outcome) -> dict[str, float]:
+    def _per_token(self, spent: Spent, outcome: Outcome) -> dict[str, float]:
         parts = {kind: spent.by_kind[kind] for kind in KINDS}
         for part in ("engine", "loop"):
             parts[f"leader_{part}"] = spent.by_thread[self._facts[f"{part}_thread"]]
         return {part: seconds / outcome.tokens * 1e6 for part, seconds in parts.items()}
 
-    def _others(self, spent: CpuTimes, outcome: Outcome) -> float:
+    def _others(self, spent: Spent, outcome: Outcome) -> float:
         """Cores that neither the cluster nor the load used."""
         ours = sum(spent.by_kind.values()) + outcome.client_cpu_s
         return (spent.busy - ours) / outcome.seconds

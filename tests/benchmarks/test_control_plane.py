@@ -13,7 +13,7 @@ from benchmarks.control_plane.__main__ import HERE, environment_of
 from benchmarks.control_plane.costs import medians, ratios, rounded, split_costs
 from benchmarks.control_plane.executor import InstantExecutor
 from benchmarks.control_plane.load import PROMPT_TOKENS, make_prompt
-from benchmarks.control_plane.processes import CpuTimes, kind_of
+from benchmarks.control_plane.processes import KINDS, CpuTimes, kind_of, spent_between
 from benchmarks.control_plane.tokens import FIRST_ID, NUM_IDS, Checker, chain, successor
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.plan import Chunk, RowStart, StepPlan, TableUpdate
@@ -98,13 +98,13 @@ def test_processes_are_told_apart(title: str, kind: str) -> None:
     assert kind_of(title) == kind
 
 
-def test_cpu_times_are_differences() -> None:
-    before, after = CpuTimes(busy=1.0), CpuTimes(busy=4.0)
-    before.by_kind["router"], after.by_kind["router"] = 1.0, 1.5
-    before.by_thread[3], after.by_thread[3], after.by_thread[4] = 2.0, 2.25, 0.5
-    spent = after.since(before)
-    assert (spent.by_kind["router"], spent.by_kind["ingress"], spent.busy) == (0.5, 0.0, 3.0)
-    assert spent.by_thread == {3: 0.25, 4: 0.5}
+def test_what_was_spent_is_the_difference_of_processes_that_are_there() -> None:
+    before = CpuTimes({1: ("router", 1.0), 2: ("haproxy", 9.0)}, {5: 2.0}, busy=1.0)
+    # The proxy has been replaced meanwhile, and the leader has a new thread.
+    after = CpuTimes({1: ("router", 1.5), 3: ("haproxy", 0.25)}, {5: 2.25, 6: 0.5}, busy=4.0)
+    spent = spent_between(before, after)
+    assert spent.by_kind == {**dict.fromkeys(KINDS, 0.0), "router": 0.5, "haproxy": 0.25}
+    assert (spent.by_thread, spent.busy) == ({5: 0.25, 6: 0.5}, 3.0)
 
 
 def test_costs_of_tokens_and_requests_are_separated() -> None:
