@@ -1,8 +1,8 @@
-"""Who may speak inside a cluster: one certificate that every process of a deployment holds.
+"""Mutual TLS inside a cluster, with one certificate that all processes of a deployment share.
 
-Made when the application is deployed and handed to its processes with their configuration.
-Both ends of every connection present it and accept no other, so that a stranger who reaches
-a port can neither read nor say anything.
+It is made when the application is deployed, and passed to its processes with their
+configuration. Both ends of every connection present it and accept no other, so that others
+who can reach a port can neither read nor send messages.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 NAME = "kvmesh"
-LIFETIME = datetime.timedelta(days=3650)  # a deployment's, not a machine's: a new one has a new one
+LIFETIME = datetime.timedelta(days=3650)  # every deployment makes a new certificate
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +63,10 @@ class Identity:
     def _context(self, protocol: int) -> ssl.SSLContext:
         context = ssl.SSLContext(protocol)
         context.minimum_version = ssl.TLSVersion.TLSv1_3
-        context.check_hostname = False  # the certificate is the deployment's, on whatever host
+        context.check_hostname = False  # the certificate belongs to the deployment, not to a host
         context.verify_mode = ssl.CERT_REQUIRED
         context.load_verify_locations(cadata=self.certificate)
-        # The ssl module takes a key from a file only; mkstemp makes one for this user alone.
+        # The ssl module reads keys only from files; mkstemp makes one that only this user can read.
         handle, path = tempfile.mkstemp(prefix="kvmesh-")
         try:
             with os.fdopen(handle, "w") as file:
