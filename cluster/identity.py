@@ -1,8 +1,8 @@
-"""Mutual TLS inside a cluster, with one certificate that all processes of a deployment share.
+"""Mutual authentication inside a cluster: one certificate for all processes of a deployment.
 
-It is made when the application is deployed, and passed to its processes with their
-configuration. Both ends of every connection present it and accept no other, so that others
-who can reach a port can neither read nor send messages.
+It is created when the application is deployed and passed to its processes with their
+configuration. Both ends of every connection present it and accept no other, so anyone else who
+reaches a port can neither read nor send anything.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 NAME = "kvmesh"
-LIFETIME = datetime.timedelta(days=3650)  # every deployment makes a new certificate
+LIFETIME = datetime.timedelta(days=3650)  # every deployment creates a new certificate
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class Identity:
             .issuer_name(name)
             .public_key(key.public_key())
             .serial_number(x509.random_serial_number())
-            .not_valid_before(now - datetime.timedelta(days=1))  # clocks of nodes differ
+            .not_valid_before(now - datetime.timedelta(days=1))  # nodes' clocks differ
             .not_valid_after(now + LIFETIME)
             .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
             .sign(key, hashes.SHA256())
@@ -63,10 +63,10 @@ class Identity:
     def _context(self, protocol: int) -> ssl.SSLContext:
         context = ssl.SSLContext(protocol)
         context.minimum_version = ssl.TLSVersion.TLSv1_3
-        context.check_hostname = False  # the certificate belongs to the deployment, not to a host
+        context.check_hostname = False  # the certificate names a deployment, not a host
         context.verify_mode = ssl.CERT_REQUIRED
         context.load_verify_locations(cadata=self.certificate)
-        # The ssl module reads keys only from files; mkstemp makes one that only this user can read.
+        # The ssl module reads keys from files only; mkstemp's are readable by this user alone.
         handle, path = tempfile.mkstemp(prefix="kvmesh-")
         try:
             with os.fdopen(handle, "w") as file:
