@@ -20,7 +20,7 @@ def known_keys(auth: AuthSection, environ: Mapping[str, str]) -> list[tuple[str,
     """(sha256, tenant) of every accepted key, or None if no key is needed.
 
     Generates the local key if no keys are configured and it does not exist yet.
-    Raises like `ensure_key`.
+    Raises the errors of `ensure_key`.
     """
     if auth.mode == "none":
         return None
@@ -50,7 +50,7 @@ def ensure_key(path: Path) -> str:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         return _create_key(path)
     except FileExistsError:
-        # Another server has created it in the meantime.
+        # Another server has created the key in the meantime.
         created = read_key_file(path)
         if created is None:
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""What is counted, under which names; on Ray's Prometheus endpoint as ``ray_<name>``."""
+"""Metrics and their names; Ray's Prometheus endpoint shows them as ``ray_<name>``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kvmesh.workers.loads import EngineInfo, EngineLoads
 from kvmesh.workers.request import SequenceDelta, SequenceUsage
 from kvmesh.workers.sizes import PageNeed
 
-WINDOW = 512  # ended sequences that latency summaries are made of
+WINDOW = 512  # ended sequences in a latency summary
 LATENCY_BUCKETS_S = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0)
 
 
@@ -29,7 +29,7 @@ class HistogramMeter(Protocol):
 
 
 class MeterFactory(Protocol):
-    """Makes meters: Ray's in a cluster (cluster/ray_meters.py), a notebook's in tests."""
+    """Makes meters: Ray's in a cluster (cluster/ray_meters.py), fakes in tests."""
 
     def counter(self, name: str, description: str, tags: Sequence[str]) -> CounterMeter: ...
 
@@ -80,7 +80,7 @@ class EngineMeters:
         return factory.histogram(name, description, ("group",), LATENCY_BUCKETS_S)
 
     def deltas(self, deltas: Sequence[SequenceDelta]) -> None:
-        """Count what a step sends to a client: once a step, not once a token."""
+        """Count what a step sends to a client; called once per step, not once per token."""
         tokens = 0
         for delta in deltas:
             tokens += len(delta.token_ids)
@@ -133,7 +133,7 @@ class EngineMeters:
 
 
 class IngressMeters:
-    """Calls as clients see them."""
+    """Calls and their latencies as clients see them."""
 
     def __init__(self, factory: MeterFactory) -> None:
         self._requests = factory.counter(
@@ -172,7 +172,7 @@ class IngressMeters:
 
 
 class RouterMeters:
-    """The budget."""
+    """The router's queue and leases."""
 
     def __init__(self, factory: MeterFactory) -> None:
         self._queue = factory.gauge(

@@ -24,7 +24,7 @@ def adopt_orphans() -> None:
 def end_descendants(keep: frozenset[int], timeout_s: float = 3.0) -> list[str]:
     """Terminate, then kill, every descendant except those in `keep`. Returns their names.
 
-    keep: process ids of descendants from before
+    keep: process ids of descendants that were there before
     """
     me = psutil.Process()
     ended: list[str] = []

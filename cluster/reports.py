@@ -1,4 +1,4 @@
-"""What engines report of themselves, and the router of everything."""
+"""Reports of engines, and the router's status of the whole cluster."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kvmesh.workers.loads import EngineInfo, EngineLoads
 
 @dataclass(frozen=True, slots=True)
 class LatencySummary:
-    """Of a recent window, in seconds."""
+    """Latencies in a recent window, in seconds."""
 
     count: int = 0
     mean_s: float = 0.0
@@ -31,7 +31,7 @@ class EngineLatencies:
 
 @dataclass(frozen=True, slots=True)
 class EngineReport:
-    """All that an engine says of itself."""
+    """Everything that an engine reports."""
 
     info: EngineInfo
     loads: EngineLoads
@@ -41,11 +41,11 @@ class EngineReport:
 
 @dataclass(frozen=True, slots=True)
 class ClusterStatus:
-    """The router's view of everything.
+    """The router's view of the cluster.
 
-    reports: the latest of each group that ever reported
+    reports: the latest report of each group that has ever sent one
     healthy: groups that are up
-    draining: nothing new is taken
+    draining: new requests are refused
     """
 
     router: RouterStatus

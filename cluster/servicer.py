@@ -33,7 +33,7 @@ class _LenientServer:
         self._server = server
 
     def add_generic_rpc_handlers(self, handlers: Any) -> None:
-        """Does nothing: the same handlers come with their names in the next call."""
+        """Does nothing: the next call registers the same handlers with their names."""
 
     def add_registered_method_handlers(self, service: str, handlers: dict[str, Any]) -> None:
         lenient = {

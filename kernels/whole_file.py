@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write `content` to a temporary file beside `path` and rename it. Raises OSError."""
+    """Write `content` to a temporary file next to `path` and rename it. Raises OSError."""
     descriptor, draft = tempfile.mkstemp(dir=path.parent, prefix=".draft-")
     try:
         with os.fdopen(descriptor, "wb") as file:

@@ -37,8 +37,8 @@ from kvmesh.workers.sizes import PageGeometry, PageNeed
 class Engine:
     """Continuous batching over an executor's ranks.
 
-    clock: seconds, monotonic. Raises ConfigError when the memory holds no sequence, and when
-    the model is refused with its KV format (`kv_probe`).
+    clock: seconds, monotonic. Raises ConfigError if the memory is too small for one sequence,
+    or if the model is refused with its KV format (`kv_probe`).
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Engine:
         self._totals: Counter[str] = Counter()
         self._outcomes: Counter[str] = Counter()
         self.step_host_s = 0.0
-        # Everything that lives waits for its lease to grow.
+        # Every live sequence waits for its lease to grow.
         self.stalled = False
 
     @property
@@ -110,38 +110,37 @@ class Engine:
         return bool(self._live)
 
     def check(self, request: EngineRequest) -> None:
-        """Raise what makes `request` impossible here at any time; touches no state.
+        """Raise if this engine can never serve `request`; does not change any state.
 
-        InvalidRequestError naming the field, or CapacityError with the bytes."""
+        InvalidRequestError names the field, CapacityError has the bytes."""
         prompt = request.prompt_token_ids
         if len(prompt) == 0:
             raise InvalidRequestError("prompt", "must have at least one token")
         if (bad := prompt[(prompt < 0) | (prompt >= self.info.vocab_size)]).size:
             raise InvalidRequestError(
                 "prompt.token_ids",
-                f"token id {int(bad[0])} is not in the vocabulary of {self.info.vocab_size}",
+                self._unknown_token(int(bad[0])),
             )
         for field in ("stop_token_ids", "logit_bias"):
             for token_id in getattr(request.params, field):
                 if not 0 <= token_id < self.info.vocab_size:
-                    raise InvalidRequestError(
-                        field,
-                        f"token id {token_id} is not in the vocabulary of {self.info.vocab_size}",
-                    )
-        if not 0 <= request.resumed_tokens < min(len(prompt), request.params.max_tokens):
+                    raise InvalidRequestError(field, self._unknown_token(token_id))
+        resumable = min(len(prompt), request.params.max_tokens) - 1
+        if not 0 <= request.resumed_tokens <= resumable:
             raise InvalidRequestError(
                 "resumed_tokens",
-                f"must be less than the prompt's and than max_tokens, got {request.resumed_tokens}",
+                f"must be from 0 to {resumable}, less than the prompt's tokens and than "
+                f"max_tokens; got {request.resumed_tokens}",
             )
         total = len(prompt) - request.resumed_tokens + request.params.max_tokens
         if len(prompt) >= self.info.max_model_len:
             raise InvalidRequestError(
                 "prompt",
-                f"has {len(prompt)} tokens, which leaves no room for output in the model's "
-                f"context of {self.info.max_model_len}",
+                f"must have less than {self.info.max_model_len} tokens, the model's context, "
+                f"to leave room for output; got {len(prompt)}",
             )
         need = self.geometry.peak_need(min(total, self.info.max_model_len))
-        # One sequence's hot pages always fit; what it can have of sealed ones is all there are.
+        # One sequence's hot pages always fit, and it can have all sealed pages.
         largest = PageNeed(self.geometry.hot_per_sequence(), self.info.capacity.sealed)
         if need.sealed > largest.sealed:
             needed, available = self.geometry.bytes_of(need), self.geometry.bytes_of(largest)
@@ -153,7 +152,7 @@ class Engine:
             )
 
     def add(self, request: EngineRequest) -> None:
-        """Queue a request that `check` let pass; its id must not be live."""
+        """Queue a request that has passed `check`; its id must not be live."""
         assert request.request_id not in self._live
         self.stalled = False
         seq = Sequence(request, self.geometry, self.info.max_model_len)
@@ -171,7 +170,7 @@ class Engine:
     def abort(
         self, request_id: str, reason: FinishReason = FinishReason.ABORT
     ) -> SequenceDelta | None:
-        """End a sequence now and free its pages; None when it is not live."""
+        """End a sequence now and free its pages; None if it is not live."""
         self.stalled = False
         seq = self._live.get(request_id)
         return None if seq is None else self._finish(seq, (), (), reason)
@@ -184,7 +183,7 @@ class Engine:
                 self.stalled = False
 
     def deadline_s(self) -> float | None:
-        """Until the earliest deadline, None without one."""
+        """Seconds until the earliest deadline, None without one."""
         return max(self._deadlines[0][0] - self._clock(), 0.0) if self._deadlines else None
 
     def take_page_changes(self) -> dict[bytes, bool]:
@@ -207,7 +206,7 @@ class Engine:
         for row_start in plan.row_starts:
             self._note_start(row_start.row, now)
         result = self._executor.execute(plan)
-        assert result.step == plan.step, "a rank answered for another step"
+        assert result.step == plan.step, "a rank sent the result of another step"
         self._totals["steps"] += 1
         self.step_host_s = result.host_s
         sampled = self.scheduler.commit(plan)
@@ -217,7 +216,7 @@ class Engine:
         return deltas
 
     def loads(self) -> EngineLoads:
-        """A snapshot of everything but the leases, whose book the leader keeps."""
+        """A snapshot, except for the leases, which the leader adds."""
         cache = self.scheduler.cache
         return EngineLoads(
             running=len(self.scheduler.running),
@@ -237,11 +236,13 @@ class Engine:
         )
 
     def check_integrity(self) -> None:
-        """Audit of every page; with nothing live, none may be used."""
+        """Audit every page; without live sequences none may be in use."""
         self.scheduler.check()
         if not self._live:
             cache = self.scheduler.cache
-            assert cache.hot.used == 0 and cache.sealed.used == 0, "pages outlive their sequences"
+            assert cache.hot.used == 0 and cache.sealed.used == 0, (
+                "pages are in use without a sequence"
+            )
 
     def _expire(self) -> list[SequenceDelta]:
         deltas = []
@@ -250,10 +251,14 @@ class Engine:
             due, request_id = heapq.heappop(self._deadlines)
             seq = self._live.get(request_id)
             timeout_s = seq.request.timeout_s if seq else None
-            # An id may have been used again since; its own deadline is still to come.
+            # The id may have been reused since: the new sequence has its own deadline.
             if seq is not None and timeout_s is not None and seq.arrived_s + timeout_s == due:
                 deltas.append(self._finish(seq, (), (), FinishReason.DEADLINE))
         return deltas
+
+    def _unknown_token(self, token_id: int) -> str:
+        vocabulary = f"the vocabulary has {self.info.vocab_size:,} tokens"
+        return f"{token_id} is not a valid token id; {vocabulary}"
 
     def _note_start(self, row: int, now: float) -> None:
         seq = next(s for s in self.scheduler.running if s.row == row)
@@ -307,6 +312,7 @@ def _max_model_len(config: EngineConfig, rank: RankDescription) -> int:
     if config.max_model_len > rank.max_model_len:
         raise ConfigError(
             "max_model_len",
-            f"is {config.max_model_len}, but {rank.model} was made for {rank.max_model_len} tokens",
+            f"must be at most {rank.max_model_len}, the context of {rank.model}; "
+            f"got {config.max_model_len}",
         )
     return config.max_model_len

@@ -1,18 +1,18 @@
 """The data plane's errors, in one tree.
 
-Every class survives pickling, so that it may cross a process; `field` names
-the input at fault where there is one.
+Every class can be pickled, so that it can be sent to another process; `field`
+names the input at fault, if there is one.
 """
 
 from __future__ import annotations
 
 
 class EngineError(Exception):
-    """Anything the data plane refuses or fails at."""
+    """Any refusal or failure of the data plane."""
 
 
 class InvalidRequestError(EngineError):
-    """A request that can never be served as it is; `field` says which part."""
+    """A request that is not valid; `field` names the part at fault."""
 
     def __init__(self, field: str, message: str) -> None:
         super().__init__(field, message)
@@ -24,7 +24,7 @@ class InvalidRequestError(EngineError):
 
 
 class CapacityError(EngineError):
-    """The pool cannot hold the request: not now, or never where it is not `retryable`."""
+    """The pool cannot hold the request now or, if not `retryable`, at any time."""
 
     def __init__(
         self, message: str, needed_bytes: int, available_bytes: int, retryable: bool
@@ -52,12 +52,12 @@ class ConfigError(EngineError):
 
 
 class UnsupportedModelError(ConfigError):
-    """A model kvmesh would compute wrongly, refused by name with the reason."""
+    """A model that kvmesh would compute wrongly; the message has its name and the reason."""
 
 
 class WorkerDiedError(EngineError):
-    """A rank of the group is gone; the group must be replaced."""
+    """A rank of the group has died; the group must be replaced."""
 
 
 class DrainingError(EngineError):
-    """The engine finishes what it has and takes nothing new."""
+    """The engine is draining: it finishes its sequences and accepts no others."""

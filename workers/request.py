@@ -1,4 +1,4 @@
-"""What goes into an engine and what comes out: the values both sides share."""
+"""The inputs and outputs of an engine."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ TokenIds = npt.NDArray[np.int32]
 class FinishReason(enum.Enum):
     STOP = "stop"  # an end-of-sequence token, a stop token, or a stop string
     LENGTH = "length"  # max_tokens or the model's context
-    ABORT = "abort"  # the client cancelled, or is gone
+    ABORT = "abort"  # the client cancelled or disconnected
     DEADLINE = "deadline"  # the request's time ran out
-    ERROR = "error"  # the engine failed; `SequenceDelta.error` says how
+    ERROR = "error"  # the engine failed; see `SequenceDelta.error`
 
 
-# Ends that the model or its limits brought about: their lengths are worth learning from.
+# Ends caused by the model or by its limits: the router learns from their lengths.
 NATURAL_ENDS = frozenset({FinishReason.STOP, FinishReason.LENGTH})
 
 
@@ -63,7 +63,7 @@ class SequenceUsage(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """What a sequence cost, known when it ends.
 
     sealed_pages, hot_pages: the most it held at once; kv_bytes: the bytes of
-    those, over all ranks; cached_tokens: prompt tokens the prefix cache spared
+    those, over all ranks; cached_tokens: prompt tokens found in the prefix cache
     reserved_bytes: its part of the lease as it was at the end, over all ranks
     """
 

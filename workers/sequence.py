@@ -1,4 +1,4 @@
-"""A request inside the engine: its tokens, its pages, how far it has come."""
+"""A request inside the engine: its tokens, its pages, its progress."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Sequence:
         given = len(request.prompt_token_ids)
         self.prompt_tokens = given - request.resumed_tokens
         self.max_tokens_total = min(self.prompt_tokens + request.params.max_tokens, max_model_len)
-        # A resumed sequence may come with as many tokens as it may have.
+        # A resumed sequence may already have all the tokens that it may have.
         self._tokens: TokenIds = np.empty(max(self.max_tokens_total, given), dtype=np.int32)
         self._tokens[:given] = request.prompt_token_ids
         self.extend(request.lease)
@@ -68,7 +68,7 @@ class Sequence:
 
     @property
     def paused(self) -> bool:
-        """Its lease has to grow before it goes on; it keeps its pages meanwhile."""
+        """Its lease has to grow before it can continue; it keeps its pages until then."""
         return self.num_computed >= self.leased_tokens
 
     def append(self, token_id: int) -> None:
@@ -82,7 +82,7 @@ class Sequence:
     def sealed_missing(self, num_tokens: int) -> range:
         """Logical pages that must be sealed before `num_tokens` are written.
 
-        Sealing goes upward, so what is missing is a range."""
+        Pages are sealed in order, so the missing ones are a range."""
         due = self.geometry.sealed_range(num_tokens)
         return range(due.start + len(self.sealed), max(due.stop, due.start + len(self.sealed)))
 

@@ -15,7 +15,7 @@ from kvmesh.workers.sampling_params import SamplingParams
 
 @dataclass(frozen=True, slots=True)
 class ChoiceFinish:
-    """Why a choice ended, and what ended it."""
+    """Why a choice ended, and the stop string or stop token if one ended it."""
 
     reason: FinishReason
     stop_string: str | None = None
@@ -24,7 +24,7 @@ class ChoiceFinish:
 
 @dataclass(frozen=True, slots=True)
 class ChoiceOutput:
-    """What is new of a choice. offset: output tokens there were before."""
+    """New output of a choice. offset: number of output tokens before it"""
 
     offset: int
     token_ids: tuple[int, ...]
@@ -38,11 +38,12 @@ class ChoiceOutput:
 class Choice:
     """Turns a sequence's tokens into text, up to a stop string.
 
-    Tokens are taken one at a time, so that the text after a given token does
-    not depend on how tokens were grouped on their way; a resumed choice is
+    Tokens are processed one at a time, so that the text after a given token does
+    not depend on how tokens were grouped in messages. A resumed choice is
     replayed from its tokens.
     resumed: what the client already has
-    Raises ResumeMismatchError if the client has text that those tokens do not give.
+    Raises ResumeMismatchError if the client has more text than those tokens decode to, or
+    tokens after the end of the output.
     """
 
     def __init__(
@@ -68,7 +69,10 @@ class Choice:
         text = ""
         for token_id in resumed.token_ids:
             if self.finish is not None:
-                raise ResumeMismatchError("the resumed output continues after its own end")
+                raise ResumeMismatchError(
+                    f"the resumed output ends at token {len(self.token_ids)}, but it has "
+                    f"{len(resumed.token_ids)} tokens"
+                )
             stop_token = self._stop_token(token_id)
             text += self._take(token_id, is_stop_token=stop_token)
             if stop_token:
@@ -82,17 +86,18 @@ class Choice:
             text += self._rest()
         if resumed.text_chars > len(text):
             raise ResumeMismatchError(
-                "the resumed tokens decode to less text than the client received"
+                f"the resumed tokens decode to {len(text)} characters, but the client "
+                f"received {resumed.text_chars}"
             )
         self._owed_text = text[resumed.text_chars :]
 
     def owed(self) -> ChoiceOutput:
-        """Text that the resumed tokens give and the client lacks."""
+        """Text of the resumed tokens that the client has not received."""
         owed, self._owed_text = self._owed_text, ""
         return ChoiceOutput(len(self.token_ids), (), owed, ())
 
     def accept(self, deltas: Sequence[SequenceDelta]) -> ChoiceOutput:
-        """Take tokens of the engine, and its end; sets `finish`.
+        """Add tokens from the engine; sets `finish` at the end of the output.
 
         Tokens after a stop string are dropped.
         """
@@ -114,7 +119,7 @@ class Choice:
         return ChoiceOutput(offset, tuple(self.token_ids[offset:]), text, tuple(logprobs))
 
     def end(self, reason: FinishReason) -> ChoiceOutput:
-        """End the choice from outside."""
+        """End the choice for a reason other than its tokens."""
         self.finish = ChoiceFinish(reason)
         return ChoiceOutput(len(self.token_ids), (), self._rest(), ())
 
@@ -123,7 +128,7 @@ class Choice:
         return enough and (token_id in self._eos or token_id in self.params.stop_token_ids)
 
     def _take(self, token_id: int, *, is_stop_token: bool) -> str:
-        """Text that this token makes certain; a stop token has none."""
+        """Text that is final after this token; a stop token adds none."""
         self.token_ids.append(token_id)
         if is_stop_token:
             return ""
@@ -133,11 +138,11 @@ class Choice:
         return self._scan(text)
 
     def _scan(self, text: str) -> str:
-        certain, matched = self._stops.push(text)
+        final, matched = self._stops.push(text)
         if matched is not None:
             self.finish = ChoiceFinish(FinishReason.STOP, stop_string=matched)
-        return certain
+        return final
 
     def _rest(self) -> str:
-        """What the decoder and the search for stop strings still hold, at the end."""
+        """At the end: the text that the decoder and the search for stop strings have held back."""
         return self._scan(self._text.flush()) + self._stops.flush()

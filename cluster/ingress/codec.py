@@ -15,26 +15,29 @@ from kvmesh.workers.request import TokenIds
 
 
 class TextStream(Protocol):
-    """Text of tokens that come one by one."""
+    """An incremental decoder: tokens in, text out."""
 
     def push(self, ids: Sequence[int]) -> str:
-        """The text that has become certain."""
+        """The text that is final after these tokens."""
 
     def flush(self) -> str:
-        """What is left at the end."""
+        """The remaining text, at the end."""
 
 
 class TextCodec(Protocol):
     """The model's tokenizer."""
 
     def encode(self, text: str) -> TokenIds:
-        """Token ids of a prompt, with what the model puts before it."""
+        """Token ids of a prompt, after the special tokens that the model starts with."""
 
     def encode_chat(self, turns: Iterable[tuple[str, str]]) -> TokenIds:
-        """Token ids of a conversation, ready for the assistant; ValueError if it cannot be."""
+        """Token ids of a conversation, up to where the assistant's reply starts.
+
+        Raises ValueError if the chat template refuses it.
+        """
 
     def decode_token(self, token_id: int) -> str:
-        """One token's own text."""
+        """The text of one token alone."""
 
     def stream(self) -> TextStream:
         """A new incremental decoder."""

@@ -1,4 +1,4 @@
-"""The one table from every error to the wire."""
+"""The table that maps every error to its form on the wire."""
 
 from __future__ import annotations
 
@@ -51,18 +51,18 @@ _TABLE: tuple[tuple[type[BaseException], grpc.StatusCode, pb.ErrorReason.ValueTy
 
 
 def is_expected(error: BaseException) -> bool:
-    """Whether the table lists the error; others are faults of the server."""
+    """Whether the table lists the error; others are bugs of the server."""
     return any(isinstance(error, row[0]) for row in _TABLE)
 
 
 def to_wire(error: BaseException, request_id: str = "") -> pb.Error:
-    """The error as clients see it; one that the table does not list says nothing of its cause."""
+    """The error as clients see it. Errors that are not in the table do not reveal their cause."""
     if isinstance(error, CapacityError) and not error.retryable:
         error = routing.NeverFitsError(
             {"": error.needed_bytes}, {"": error.available_bytes}, {"": error.message}
         )
     if isinstance(error, WorkerDiedError):
-        # Its message names ranks, processes and files: for the log, not for clients.
+        # Its message names ranks, processes and files, which belong in the log only.
         error = EngineLostError()
     for kind, code, reason in _TABLE:
         if isinstance(error, kind):
@@ -89,7 +89,7 @@ def reason_label(wire: pb.Error) -> str:
 
 
 def _fill(wire: pb.Error, error: BaseException) -> None:
-    """The details that a class carries beside its message."""
+    """Fill in the details that an error has in addition to its message."""
     match error:
         case InvalidRequestError():
             wire.field_violations.add(field=error.field, description=error.message)

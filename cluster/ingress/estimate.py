@@ -1,4 +1,4 @@
-"""The reply to EstimateBudget: what every group says to a request of that size."""
+"""The replies to EstimateBudget and Explain: whether each group can serve a request."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from kvmesh.cluster.routing.request import PlaceRequest
 from kvmesh.cluster.routing.verdict import Reason, Verdict
 from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
 
-_AT_ONCE = frozenset({Reason.CHOSEN, Reason.WORSE})
+_FITS_NOW = frozenset({Reason.CHOSEN, Reason.WORSE})
 
 
 def estimate_reply(
-    asked: PlaceRequest, estimate: BudgetEstimate, status: ClusterStatus
+    request: PlaceRequest, estimate: BudgetEstimate, status: ClusterStatus
 ) -> pb.EstimateBudgetResponse:
     reply = pb.EstimateBudgetResponse(
-        prompt_tokens=asked.prompt_tokens,
-        max_tokens=asked.max_tokens,
+        prompt_tokens=request.prompt_tokens,
+        max_tokens=request.max_tokens,
         feasible_now=estimate.fits_now,
         feasible_ever=estimate.fits_ever,
         group=estimate.group or "",
@@ -31,11 +31,11 @@ def estimate_reply(
         group = _group(verdict, report)
         if report is not None:
             geometry = report.info.geometry
-            need = geometry.peak_need(asked.prompt_tokens + asked.max_tokens)
-            # Of all the tokens asked for: a verdict counts no more than the context holds.
-            group.needed_bytes = geometry.bytes_of(need) * asked.sequences
-            group.hot_pages = need.hot * asked.sequences
-            group.sealed_pages = need.sealed * asked.sequences
+            need = geometry.peak_need(request.prompt_tokens + request.max_tokens)
+            # For all requested tokens; a verdict counts at most as many as the context holds.
+            group.needed_bytes = geometry.bytes_of(need) * request.sequences
+            group.hot_pages = need.hot * request.sequences
+            group.sealed_pages = need.sealed * request.sequences
         if estimate.projected_start_s is not None and group.feasible_ever:
             group.projected_wait_s = 0.0 if group.feasible_now else estimate.projected_start_s
         reply.groups.append(group)
@@ -45,7 +45,7 @@ def estimate_reply(
 def explain_reply(
     request_id: str, explained: Sequence[Explained], status: ClusterStatus
 ) -> pb.ExplainResponse:
-    """The reply to Explain: the same of what was decided."""
+    """The reply to Explain: past decisions about a request, group by group."""
     reply = pb.ExplainResponse(request_id=request_id)
     for decision in explained:
         groups = [_group(x, status.reports.get(x.group)) for x in decision.verdicts]
@@ -61,7 +61,7 @@ def _group(verdict: Verdict, report: EngineReport | None) -> pb.GroupEstimate:
         needed_bytes=verdict.needed_bytes,
         free_bytes=verdict.available_bytes,
         capacity_bytes=verdict.capacity_bytes,
-        feasible_now=verdict.reason in _AT_ONCE,
+        feasible_now=verdict.reason in _FITS_NOW,
         feasible_ever=not verdict.never and verdict.reason is not Reason.EXCLUDED,
         reason=verdict.reason.value,
     )

@@ -43,7 +43,7 @@ def groups_below(
 ) -> frozenset[str]:
     """Groups whose format diverges further from exact KV than `min_kv_format` does.
 
-    A format without a measured divergence is good enough for its own name alone.
+    A format without a measured divergence meets only the floor of its own name.
     Raises InvalidRequestError for an unknown name, NeverFitsError if no group is left.
     """
     if not min_kv_format:
@@ -55,7 +55,7 @@ def groups_below(
     below = frozenset(
         group
         for group, report in status.reports.items()
-        if not _good_enough(report.info.kv_format, floor, divergence_nats)
+        if not _meets(report.info.kv_format, floor, divergence_nats)
     )
     if len(below) == len(status.reports):
         infos = {group: status.reports[group].info for group in sorted(below)}
@@ -70,7 +70,7 @@ def groups_below(
     return below
 
 
-def _good_enough(kv_format: str, floor: str, divergence_nats: Mapping[str, float]) -> bool:
+def _meets(kv_format: str, floor: str, divergence_nats: Mapping[str, float]) -> bool:
     name = get_format(kv_format).name
     if name == floor:
         return True

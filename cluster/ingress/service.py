@@ -47,7 +47,7 @@ class IngressService:
     """One ingress process.
 
     find_router: where the router listens; raises LinkError while it is not known
-    model_names: names by which requests may call the model, besides its engines' own
+    model_names: other names for the model that requests may use
     divergence_nats: measured divergence of KV formats, for the quality floor
     """
 
@@ -82,23 +82,23 @@ class IngressService:
         self.draining = False
         self._context = IngressContext(self._router, self._engines, codec, queue_timeout_s)
 
-    # Life
+    # Start and stop
 
     def start(self) -> None:
-        """Find the router, and keep what is known of the groups current."""
+        """Connect to the router, and keep its status up to date."""
         self._tasks = [
             asyncio.create_task(self._router.run()),
-            asyncio.create_task(self._follow()),
+            asyncio.create_task(self._poll_status()),
         ]
 
     def check_health(self) -> None:
-        """Raises RuntimeError if this process no longer follows the router."""
+        """Raises RuntimeError if this process no longer polls the router."""
         if any(task.done() for task in self._tasks):
-            raise RuntimeError("the ingress no longer follows the router")
+            raise RuntimeError("the ingress no longer polls the router: a task has ended")
 
     @property
     def ready(self) -> bool:
-        """Whether a request could be served."""
+        """Whether requests can be served."""
         return bool(self._status and self._status.healthy) and not self.draining
 
     async def refresh(self) -> None:
@@ -107,21 +107,21 @@ class IngressService:
         self.draining = self.draining or self._status.draining
 
     async def drain(self, timeout_s: float) -> None:
-        """Take nothing new and let what runs end, for at most this long."""
+        """Refuse new requests, and wait up to `timeout_s` for running ones to end."""
         self.draining = True
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._idle.wait()
 
     async def stop(self) -> None:
-        """Close every connection, which ends what runs."""
+        """Close every connection, which ends running requests."""
         self.draining = True
         self._engines.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _follow(self) -> None:
+    async def _poll_status(self) -> None:
         while True:
             try:
                 await self.refresh()
@@ -134,7 +134,7 @@ class IngressService:
     async def generate_stream(
         self, request: object, metadata: Metadata
     ) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
-        """GenerateStream; raises the errors of the table."""
+        """GenerateStream; raises the errors of ingress/error_table.py."""
         tenant = self._admit(request, metadata)
         assert isinstance(request, pb.GenerateRequest)
         generation = await self._generation(request, tenant)
@@ -152,10 +152,12 @@ class IngressService:
                 self._idle.set()
 
     async def generate(self, request: object, metadata: Metadata) -> pb.GenerateResponse:
-        """Generate: the stream's events, gathered."""
-        self._authenticator.authenticate(metadata)  # before anything is said about the request
+        """Generate: a stream's events in one reply."""
+        self._authenticator.authenticate(metadata)  # before any error about the request
         if isinstance(request, pb.GenerateRequest) and request.HasField("resume"):
-            validate.refuse("resume", "is for GenerateStream; a reply in one piece has no cursor")
+            validate.refuse(
+                "resume", "must not be set for Generate; only GenerateStream can resume"
+            )
         async with contextlib.aclosing(self.generate_stream(request, metadata)) as events:
             return wire.generated([event async for event in events])
 
@@ -165,7 +167,7 @@ class IngressService:
         self._check_model(request.model)
         ids = await self._encode(validate.prompt(request.prompt))
         return pb.TokenizeResponse(
-            token_ids=ids.tolist(), max_model_len=self._max_model_len(self._known())
+            token_ids=ids.tolist(), max_model_len=self._max_model_len(self._current_status())
         )
 
     async def abort(self, request: object, metadata: Metadata) -> pb.AbortResponse:
@@ -183,7 +185,7 @@ class IngressService:
         tenant = self._admit(request, metadata)
         assert isinstance(request, pb.EstimateBudgetRequest)
         self._check_model(request.model)
-        status = self._known()
+        status = self._current_status()
         prompt_tokens, hashes = await self._size(request, tenant)
         max_tokens = self._limits.default_max_tokens
         if request.HasField("max_tokens"):
@@ -194,7 +196,7 @@ class IngressService:
         n = request.n if request.HasField("n") else 1
         if not 1 <= n <= self._limits.max_choices:
             validate.refuse("n", f"must be from 1 to {self._limits.max_choices}, got {n}")
-        asked = PlaceRequest(
+        place = PlaceRequest(
             request_id="estimate",
             prompt_tokens=prompt_tokens,
             max_tokens=max_tokens,
@@ -204,7 +206,7 @@ class IngressService:
             excluded_groups=groups_below(request.min_kv_format, status, self._divergence_nats),
             sequences=n,
         )
-        return estimate_reply(asked, await self._router.estimate(asked), status)
+        return estimate_reply(place, await self._router.estimate(place), status)
 
     async def explain(self, request: object, metadata: Metadata) -> pb.ExplainResponse:
         """Explain, by a request id of the caller's own tenant."""
@@ -213,20 +215,20 @@ class IngressService:
         if not request.request_id:
             validate.refuse("request_id", "must not be empty")
         explained = await self._router.explain(f"{tenant}/{request.request_id}")
-        return explain_reply(request.request_id, explained, self._known())
+        return explain_reply(request.request_id, explained, self._current_status())
 
     async def get_model_info(self, request: object, metadata: Metadata) -> pb.GetModelInfoResponse:
         self._admit(request, metadata)
-        return wire.model_info(self._known(), self._codec, self._version)
+        return wire.model_info(self._current_status(), self._codec, self._version)
 
     async def get_loads(self, request: object, metadata: Metadata) -> pb.GetLoadsResponse:
         self._admit(request, metadata)
         return wire.loads(await self._router.status(fresh=True))
 
-    # Within
+    # Internals
 
     def _admit(self, request: object, metadata: Metadata) -> str:
-        """The caller's tenant; refuses unknown callers, then what cannot be read."""
+        """The caller's tenant; refuses unknown callers first, then invalid messages."""
         tenant = self._authenticator.authenticate(metadata)
         validate.check_message(request, self._limits)
         if self.draining:
@@ -236,13 +238,18 @@ class IngressService:
     async def _generation(self, request: pb.GenerateRequest, tenant: str) -> Generation:
         self._check_model(request.model)
         spec = validate.generation_spec(request, self._limits)
-        status = self._known()
+        status = self._current_status()
         info = self._any_info(status)
         if spec.resume is not None:
             if not request.sampling_params.HasField("seed"):
-                validate.refuse("sampling_params.seed", "must be the one that `started` reported")
+                validate.refuse(
+                    "sampling_params.seed", "must be set to the seed that `started` reported"
+                )
             if spec.resume.model_revision != info.model_revision:
-                raise ResumeMismatchError("the model is no longer the one that was resumed from")
+                raise ResumeMismatchError(
+                    f"the stream started on model revision {spec.resume.model_revision!r}, but "
+                    f"the cluster now serves {info.model_revision!r}"
+                )
         ids = await self._encode(spec.prompt)
         validate.check_tokens(spec, ids, info.vocab_size)
         longest = self._max_model_len(status)
@@ -254,9 +261,9 @@ class IngressService:
         return Generation(spec, ids, params, tenant, self._context, hashes, excluded)
 
     async def _encode(self, prompt: validate.Prompt) -> TokenIds:
-        """Token ids; a long text is tokenised beside the event loop."""
+        """Token ids; a long text is tokenised outside the event loop."""
         if isinstance(prompt, np.ndarray):
-            validate.check_prompt_ids(prompt, self._any_info(self._known()).vocab_size)
+            validate.check_prompt_ids(prompt, self._any_info(self._current_status()).vocab_size)
             return prompt
         if isinstance(prompt, str):
             if len(prompt) < LONG_TEXT_CHARS:
@@ -264,7 +271,9 @@ class IngressService:
             return await asyncio.to_thread(self._codec.encode, prompt)
         turns = [(turn.role, turn.content) for turn in prompt]
         if not self._codec.has_chat_template:
-            validate.refuse("prompt.chat", "the model has no chat template; send text")
+            validate.refuse(
+                "prompt.chat", "must not be set: the model has no chat template; send text"
+            )
         try:
             if sum(len(content) for _, content in turns) < LONG_TEXT_CHARS:
                 return self._codec.encode_chat(turns)
@@ -275,14 +284,14 @@ class IngressService:
     async def _size(
         self, request: pb.EstimateBudgetRequest, tenant: str
     ) -> tuple[int, tuple[bytes, ...]]:
-        """The prompt's length, and its pages' hashes where the prompt itself is given."""
+        """The prompt's length, and its pages' hashes if the prompt itself is given."""
         if request.WhichOneof("size") == "prompt_tokens":
             return request.prompt_tokens, ()
         ids = await self._encode(validate.prompt(request.prompt))
-        info = self._any_info(self._known())
+        info = self._any_info(self._current_status())
         return len(ids), await _page_hashes(ids, validate.cache_salt(tenant, ""), info)
 
-    def _known(self) -> ClusterStatus:
+    def _current_status(self) -> ClusterStatus:
         if self._status is None or not self._status.reports:
             raise NotReadyError()
         return self._status
@@ -293,12 +302,12 @@ class IngressService:
     def _max_model_len(self, status: ClusterStatus) -> int:
         return max(report.info.max_model_len for report in status.reports.values())
 
-    def _check_model(self, asked: str) -> None:
-        if not asked or asked in self._model_names:
+    def _check_model(self, requested: str) -> None:
+        if not requested or requested in self._model_names:
             return
-        served = self._any_info(self._known()).model
-        if asked != served:
-            raise UnknownModelError(asked, served)
+        served = self._any_info(self._current_status()).model
+        if requested != served:
+            raise UnknownModelError(requested, served)
 
     def _context_exceeded(self, prompt_tokens: int, status: ClusterStatus) -> ContextExceededError:
         """The bytes are of the group with the longest context."""
@@ -319,7 +328,7 @@ class IngressService:
 
 
 async def _page_hashes(ids: TokenIds, salt: str, info: EngineInfo) -> tuple[bytes, ...]:
-    """Of the prompt's full pages, as the prefix caches of engines like this one know them."""
+    """Hashes of the prompt's full pages, as used by the prefix caches of engines like this one."""
     if not info.prefix_cache:
         return ()
     page_size = info.geometry.page_size

@@ -1,7 +1,7 @@
 """Finds stop strings in text that arrives in pieces.
 
 emitted so far | held back: could be the start of a stop string
-                            ^ never longer than the longest one minus a character
+                            ^ always shorter than the longest stop string
 """
 
 from __future__ import annotations
@@ -12,28 +12,28 @@ from collections.abc import Sequence
 class StopStrings:
     """Passes text through up to the first stop string.
 
-    What it has passed after a given text is the same however that was cut into
-    pieces, so that a resumed stream can be replayed.
+    The text emitted so far depends only on the text received, not on how that was
+    split into pieces, so that a resumed stream can be replayed.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
         if any(not stop for stop in stops):
-            raise ValueError("stops must not contain an empty string")
+            raise ValueError(f"stops must not contain an empty string, got {tuple(stops)!r}")
         self._stops = tuple(stops)
         self._held = ""
         self._longest = max((len(stop) for stop in self._stops), default=0)
 
     def push(self, text: str) -> tuple[str, str | None]:
-        """(text that is certain now, the stop string found or None).
+        """(text that is final now, the stop string found or None).
 
-        Of several stop strings the one that is complete first ends the text; of
-        those complete at the same character, the one that starts first.
+        If several stop strings match, the one that completes first ends the text; of
+        those that complete at the same character, the one that starts first.
         """
         if not self._stops:
             return text, None
         buffer = self._held + text
-        # Matches are looked for from where they complete, so that the answer
-        # does not depend on how much text came at once.
+        # Matches are ordered by where they complete, so that the result does
+        # not depend on how much text arrived at once.
         found = self._first_complete(buffer)
         if found is not None:
             start, stop = found
@@ -44,7 +44,7 @@ class StopStrings:
         return buffer[:keep], None
 
     def flush(self) -> str:
-        """The text held back, when no more follows."""
+        """The text held back; for the end, when no more follows."""
         held, self._held = self._held, ""
         return held
 

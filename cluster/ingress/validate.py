@@ -52,9 +52,9 @@ Prompt = str | tuple[ChatTurn, ...] | TokenIds
 
 @dataclass(frozen=True, slots=True)
 class ResumedChoice:
-    """Output a client already has: its tokens, and how many characters of its text.
+    """Output that a client already has: its tokens, and how many characters of its text.
 
-    position: in the request's list, which may be in another order than the choices
+    position: in the request's list, which need not be in the order of the choices
     """
 
     token_ids: tuple[int, ...] = ()
@@ -71,7 +71,7 @@ class Resume:
 
 @dataclass(frozen=True, slots=True)
 class GenerationSpec:
-    """A well-formed request; what depends on the model is checked after tokenising.
+    """A well-formed request. Checks that depend on the model follow after tokenising.
 
     params: its seed is the request's; each choice derives its own
     max_tokens_given: False where params.max_tokens is the server's default
@@ -91,7 +91,10 @@ class GenerationSpec:
 
 
 def cache_salt(tenant: str, salt: str) -> str:
-    """Prompts with different salts share no cached pages, whose timing would reveal each other."""
+    """Prompts with different salts share no cached pages.
+
+    Otherwise the time to the first token would reveal that another tenant sent the same text.
+    """
     return f"{tenant}/{salt}"
 
 
@@ -100,9 +103,13 @@ def refuse(field: str, message: str) -> NoReturn:
 
 
 def check_message(message: object, limits: Limits) -> None:
-    """Refuse what could not be parsed or is too large; names the field `request`."""
+    """Refuse a message that could not be parsed or is too large; names the field `request`."""
     if isinstance(message, Unparsable):
-        refuse("request", "is not a valid protobuf message of its type, or holds invalid UTF-8")
+        refuse(
+            "request",
+            "must be a valid protobuf message with text in UTF-8; the "
+            f"{message.size_bytes} B received are not",
+        )
     assert isinstance(message, Message)
     size_bytes = message.ByteSize()
     if size_bytes > limits.max_request_bytes:
@@ -137,7 +144,7 @@ def generation_spec(request: pb.GenerateRequest, limits: Limits) -> GenerationSp
 
 
 def sampling_params(wire: pb.SamplingParams, limits: Limits) -> SamplingParams:
-    """The wire's parameters, defaults filled in, a seed drawn where there is none."""
+    """The wire's parameters with defaults, and with a random seed if none is given."""
     given = {
         name: getattr(wire, name)
         for name in (
@@ -183,14 +190,14 @@ def prompt(wire: pb.Prompt) -> Prompt:
         if not wire.token_ids.ids:
             refuse("prompt.token_ids", "must not be empty")
         ids = np.array(wire.token_ids.ids, dtype=np.int64)
-        # Vocabularies are far smaller; what exceeds int32 is not a token id of any model.
+        # Vocabularies are far smaller: no model has a token id beyond int32.
         if int(ids.max()) > np.iinfo(np.int32).max:
             refuse(
                 "prompt.token_ids",
-                f"{int(ids.max())} is not a valid token id: the limit is 2^31 - 1",
+                f"{int(ids.max())} is not a valid token id; the maximum is 2^31 - 1",
             )
         return ids.astype(np.int32)
-    refuse("prompt", "must have one of text, chat and token_ids")
+    refuse("prompt", "must have one of text, chat or token_ids; none is set")
 
 
 def _chat(chat: pb.Chat) -> tuple[ChatTurn, ...]:
@@ -205,7 +212,7 @@ def _chat(chat: pb.Chat) -> tuple[ChatTurn, ...]:
         if not message.role:
             refuse(f"prompt.chat.messages[{index}].role", "must not be empty")
     if not any(message.content for message in chat.messages):
-        refuse("prompt.chat.messages", "must not all be empty")
+        refuse("prompt.chat.messages", "must have content; all messages are empty")
     return tuple(ChatTurn(message.role, message.content) for message in chat.messages)
 
 
@@ -235,24 +242,26 @@ def check_prompt_ids(ids: TokenIds, vocab_size: int) -> None:
 
 
 def fit_context(spec: GenerationSpec, prompt_tokens: int, max_model_len: int) -> SamplingParams:
-    """The parameters with a max_tokens that fits in the context after the prompt.
+    """The parameters, with a max_tokens that fits in the context after the prompt.
 
     A default is lowered to what fits; an explicit value that does not fit is refused.
     prompt_tokens: less than max_model_len
     """
-    room = max_model_len - prompt_tokens
+    available = max_model_len - prompt_tokens
     params = spec.params
-    if params.max_tokens <= room:
+    if params.max_tokens <= available:
         return params
     if spec.max_tokens_given:
         refuse(
             "sampling_params.max_tokens",
-            f"must be at most {room}: the prompt has {prompt_tokens} tokens and the context "
+            f"must be at most {available}: the prompt has {prompt_tokens} tokens and the context "
             f"holds {max_model_len}; got {params.max_tokens}",
         )
-    if params.min_tokens > room:
-        refuse("sampling_params.min_tokens", f"must be at most {room}, got {params.min_tokens}")
-    return replace(params, max_tokens=room)
+    if params.min_tokens > available:
+        refuse(
+            "sampling_params.min_tokens", f"must be at most {available}, got {params.min_tokens}"
+        )
+    return replace(params, max_tokens=available)
 
 
 def choice_seed(seed: int, index: int) -> int:
@@ -275,7 +284,7 @@ def _request_id(request_id: str) -> str:
         return secrets.token_hex(16)
     _short("request_id", request_id, MAX_ID_CHARS)
     if not request_id.isprintable():
-        refuse("request_id", "must be printable")
+        refuse("request_id", f"must be printable, got {request_id!r}")
     return request_id
 
 
@@ -301,7 +310,7 @@ def _timeout_s(request: pb.GenerateRequest, limits: Limits) -> float | None:
         return limits.default_timeout_s
     timeout_s = request.timeout_s
     if not (math.isfinite(timeout_s) and 0 < timeout_s <= MAX_TIMEOUT_S):
-        refuse("timeout_s", f"must be over 0 and at most {MAX_TIMEOUT_S:g}, got {timeout_s}")
+        refuse("timeout_s", f"must be above 0 and at most {MAX_TIMEOUT_S:g}, got {timeout_s}")
     if limits.default_timeout_s is not None:
         return min(timeout_s, limits.default_timeout_s)
     return timeout_s
@@ -315,7 +324,7 @@ def _resume(wire: pb.Resume, n: int) -> Resume:
         if choice.index >= n:
             refuse(field, f"must be less than n ({n}), got {choice.index}")
         if choice.index in seen:
-            refuse(field, f"{choice.index} appears twice")
+            refuse(field, f"must be unique, but {choice.index} appears twice")
         seen.add(choice.index)
         choices[choice.index] = ResumedChoice(
             tuple(choice.token_ids), choice.text_chars, choice.finished, position

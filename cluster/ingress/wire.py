@@ -1,4 +1,4 @@
-"""Replies on the wire, from the control plane's own values."""
+"""Protobuf replies, from the control plane's own types."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def generated(events: Iterable[pb.GenerateStreamResponse]) -> pb.GenerateRespons
 
 
 def model_info(status: ClusterStatus, codec: TextCodec, version: str) -> pb.GetModelInfoResponse:
-    """What is served; the groups' common facts are those of the first."""
+    """The model and its groups. What the groups have in common is read from the first."""
     first = next(iter(status.reports.values())).info
     wire = pb.GetModelInfoResponse(
         model=first.model,

@@ -1,4 +1,4 @@
-"""The event loop, and the two ways a request gets to an engine."""
+"""The event loop, and the two ways in which a request reaches an engine."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Scenario:
 
 @dataclass(slots=True)
 class Run:
-    """What came of it."""
+    """The result of a simulation."""
 
     policy: str
     sequences: list[SimSequence]
@@ -119,7 +119,7 @@ class _Fleet:
 
 
 class _Peer:
-    """A rule that sends every request on at once."""
+    """Another system's rule, which forwards every request on arrival."""
 
     idle = True
 
@@ -132,18 +132,18 @@ class _Peer:
         ]
 
     def arrive(self, seq: SimSequence, now: float) -> None:
-        able = [x for x in self._fleet.engines if x.fits_ever(seq.request, seq.max_tokens)]
-        if not able:
+        candidates = [x for x in self._fleet.engines if x.fits_ever(seq.request, seq.max_tokens)]
+        if not candidates:
             seq.refused = True
             return
-        self._fleet.send(seq, able[self._rule(seq.request, able)].index)
+        self._fleet.send(seq, candidates[self._rule(seq.request, candidates)].index)
 
     def tick(self, now: float) -> None:
-        """Nothing waits here."""
+        """Does nothing: no request waits here."""
 
 
 class _Own:
-    """The router itself: its core, given the simulation's time."""
+    """The core of kvmesh's own router, with the simulation's clock."""
 
     def __init__(self, fleet: _Fleet, scenario: Scenario, *, clairvoyant: bool) -> None:
         self._fleet = fleet
@@ -210,7 +210,7 @@ class _Own:
                     seq.covered = placement.leased_output_tokens
                     seq.promised_at = placement.promised_at
                     self._fleet.send(seq, int(placement.group[1:]))
-                    self._tell(seq, AccountUpdate(arrived=(placement.lease,)), now)
+                    self._report(seq, AccountUpdate(arrived=(placement.lease,)), now)
                 case Refused(request_id=request_id):
                     self._waiting.pop(request_id).refused = True
                 case Grown(lease=lease):
@@ -222,22 +222,22 @@ class _Own:
     def _want(self, seq: SimSequence, now: float) -> None:
         prompt = seq.request.prompt_tokens
         want = LeaseWant(seq.lease_id, prompt, prompt + seq.emitted + 1)
-        self._tell(seq, AccountUpdate(wants=(want,)), now)
+        self._report(seq, AccountUpdate(wants=(want,)), now)
 
     def _first_token(self, seq: SimSequence, now: float) -> None:
-        self._tell(seq, AccountUpdate(first_tokens=(seq.lease_id,)), now)
+        self._report(seq, AccountUpdate(first_tokens=(seq.lease_id,)), now)
 
     def _finish(self, seq: SimSequence, now: float) -> None:
         del self._leased[seq.lease_id]
         end = LeaseEnd(seq.lease_id, seq.request.output_tokens)
-        self._tell(seq, AccountUpdate(ended=(end,)), now)
+        self._report(seq, AccountUpdate(ended=(end,)), now)
 
-    def _tell(self, seq: SimSequence, update: AccountUpdate, now: float) -> None:
+    def _report(self, seq: SimSequence, update: AccountUpdate, now: float) -> None:
         self._settle(self._router.account(f"g{seq.group}", update, now), now)
 
 
 def engine_info(engine: SimEngine, shape: EngineShape) -> EngineInfo:
-    """A modelled engine as the router sees it: every sequence holds one hot page."""
+    """A simulated engine as the router sees it: every sequence holds one hot page."""
     geometry = shape.geometry
     return EngineInfo(
         epoch="1",

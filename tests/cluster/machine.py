@@ -1,8 +1,8 @@
 """A cluster in one process: real ingress, router, engines, leaders and connections between
-them; only Ray is not there.
+them; only Ray is missing.
 
-The engines' executor keeps tokens for keys and values and takes a permit for
-each step, so that a test decides what is in flight.
+The engines' executor stores tokens as keys and values and needs a permit for
+each step, so that a test controls what is in flight.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class LetterCodec:
         return np.array([(ord(character) - FIRST) % VOCAB for character in text], dtype=np.int32)
 
     def encode_chat(self, turns: Iterable[tuple[str, str]]) -> npt.NDArray[np.int32]:
-        raise ValueError("there is no template")
+        raise ValueError("there is no chat template")
 
     def decode_token(self, token_id: int) -> str:
         return text_of([token_id])
@@ -109,7 +109,7 @@ class NoMeters:
 
 
 class WatchedEngine(EngineService):
-    """An engine that can be cut off, made to refuse, or kept from hearing its ingresses."""
+    """An engine that can be cut off, or made to refuse or to delay the ingresses' messages."""
 
     def __init__(
         self,
@@ -141,16 +141,16 @@ class WatchedEngine(EngineService):
         return [sequence.request_id for x in self.submitted for sequence in x.sequences]
 
     def hold(self) -> None:
-        """What ingresses say waits on its way, in order, until `let_through`."""
+        """Delay the ingresses' messages until `deliver_held`, in order."""
         self._held = []
 
-    def let_through(self) -> None:
+    def deliver_held(self) -> None:
         held, self._held = self._held or [], None
         for act in held:
             act()
 
     def cut(self) -> None:
-        """From now on nothing gets through, as with a dead process."""
+        """Close every connection for good, as if the process had died."""
         assert self._listener is not None
         self._listener.close()
         self._leave_router()
@@ -178,7 +178,7 @@ class WatchedEngine(EngineService):
 
 
 class WatchedRouter(RouterService):
-    """Remembers what was granted and how often each lease has ended; can withhold growth."""
+    """Records what was granted and how often each lease has ended; can withhold growth."""
 
     def __init__(
         self,
@@ -189,7 +189,7 @@ class WatchedRouter(RouterService):
         super().__init__(config, RouterMeters(NoMeters()), groups=list(groups), clock=clock)
         self.placed: list[PlaceRequest] = []
         self.granted: list[Placement] = []
-        self.given_back: Counter[str] = Counter()
+        self.lease_ends: Counter[str] = Counter()
         self.first_tokens: Counter[str] = Counter()
         self.learned: list[int | None] = []
         self.wanted: Counter[str] = Counter()
@@ -204,11 +204,11 @@ class WatchedRouter(RouterService):
 
     async def find(self) -> Address:
         if self._listener is None:
-            raise LinkError("the router is away")
+            raise LinkError("the router is down")
         return self._listener.address
 
     def die(self) -> None:
-        """As a process that is killed: everything it knew is gone."""
+        """Close every connection for good, as if the process had been killed."""
         assert self._listener is not None
         self._listener.close()
         self._listener = None
@@ -222,7 +222,7 @@ class WatchedRouter(RouterService):
     def withhold_growth(self) -> None:
         self._withheld = []
 
-    def let_grow(self) -> None:
+    def resume_growth(self) -> None:
         withheld, self._withheld = self._withheld or [], None
         self.settle(withheld)
 
@@ -231,7 +231,7 @@ class WatchedRouter(RouterService):
         super().place(message, peer)
 
     def release(self, lease_id: str) -> None:
-        self.given_back[lease_id] += self._holds(lease_id)
+        self.lease_ends[lease_id] += self._holds(lease_id)
         super().release(lease_id)
 
     def _holds(self, lease_id: str) -> bool:
@@ -241,7 +241,7 @@ class WatchedRouter(RouterService):
         self.first_tokens.update(message.update.first_tokens)
         self.wanted.update(want.lease_id for want in message.update.wants)
         for end in message.update.ended:
-            self.given_back[end.lease_id] += self._holds(end.lease_id)
+            self.lease_ends[end.lease_id] += self._holds(end.lease_id)
             self.learned.append(end.output_tokens)
         super().account(name, message)
 
@@ -263,7 +263,7 @@ class WatchedRouter(RouterService):
 
 
 class Machine:
-    """Everything of a cluster with `groups` engines, and one ingress."""
+    """A cluster with `groups` engines, a router and one ingress."""
 
     def __init__(self, groups: int, config: RouterConfig, budget: int) -> None:
         names = [f"g{index}" for index in range(groups)]
@@ -273,7 +273,7 @@ class Machine:
             name: WatchedEngine(name, executor, self.find_router)
             for name, executor in self.executors.items()
         }
-        self.former: list[WatchedEngine] = []
+        self.replaced: list[WatchedEngine] = []
         self.ingress = IngressService(
             IDENTITY,
             self.find_router,
@@ -302,12 +302,12 @@ class Machine:
     async def stop(self) -> None:
         self.allow(MANY)
         await self.ingress.stop()
-        for engine in (*self.engines.values(), *self.former):
+        for engine in (*self.engines.values(), *self.replaced):
             await engine.stop()
         self.router.die()
 
     async def new_router(self, config: RouterConfig | None = None) -> WatchedRouter:
-        """The router dies, and another takes its place."""
+        """Kill the router, and replace it with a new one."""
         self.router.die()
         self.router = WatchedRouter(config or self.router.router.config, self.engines)
         await self.router.listen()
@@ -315,8 +315,8 @@ class Machine:
         return self.router
 
     async def replace_engine(self, name: str) -> None:
-        """A new incarnation of a group whose engine was cut off."""
-        self.former.append(self.engines[name])
+        """Start a new engine for a group whose engine was cut off."""
+        self.replaced.append(self.engines[name])
         self.executors[name].allow(MANY)
         self.executors[name] = GatedExecutor()
         self.engines[name] = WatchedEngine(name, self.executors[name], self.find_router)
@@ -343,7 +343,7 @@ class Machine:
         return groups[name].capacity.sealed - groups[name].used.sealed
 
     async def at_rest(self) -> None:
-        """Nothing is leased, nothing held, and every lease has ended exactly once."""
+        """Wait until nothing is leased or held; check that every lease has ended exactly once."""
         await self.until(lambda: self.leases() == 0)
         status = self.router.status().router
         assert status.queue_depth == 0
@@ -353,7 +353,7 @@ class Machine:
         assert not self.router._callers
         for placement in self.router.granted:
             lease_id = placement.lease.lease_id
-            ends = self.router.given_back[lease_id]
+            ends = self.router.lease_ends[lease_id]
             assert ends == 1 or lease_id in self.router.voided, f"{lease_id} ended {ends} times"
         for leader in self.leaders.values():
             if leader.failed is None:
@@ -364,8 +364,8 @@ class Machine:
                 assert loads.pool.used == PageNeed(0, 0)
 
 
-class Stranger:
-    """An ingress of which a test decides every word."""
+class ScriptedIngress:
+    """An ingress whose messages the test chooses."""
 
     def __init__(self) -> None:
         self._answers: asyncio.Queue[object] = asyncio.Queue()
@@ -379,7 +379,7 @@ class Stranger:
 
     def lost(self) -> None: ...
 
-    async def ask_router(self, built: Machine) -> None:
+    async def connect_router(self, built: Machine) -> None:
         address = await built.find_router()
         self.router = await connect(address, IDENTITY, TO_INGRESS_FROM_ROUTER, lambda _: self)
         self._connections.append(self.router)
@@ -403,9 +403,9 @@ class Stranger:
             connection.abort()
 
 
-async def stranger(built: Machine) -> Stranger:
-    made = Stranger()
-    await made.ask_router(built)
+async def scripted_ingress(built: Machine) -> ScriptedIngress:
+    made = ScriptedIngress()
+    await made.connect_router(built)
     return made
 
 
@@ -413,7 +413,7 @@ async def stranger(built: Machine) -> Stranger:
 async def machine(
     groups: int = 1, config: RouterConfig | None = None, budget: int = 400
 ) -> AsyncGenerator[Machine]:
-    """Leaves a cluster at rest behind, or fails. budget: of each engine's memory"""
+    """A running cluster, which must be at rest in the end. budget: of each engine's memory"""
     built = Machine(groups, config or RouterConfig(), budget)
     await built.start()
     try:

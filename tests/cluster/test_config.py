@@ -1,4 +1,4 @@
-"""The one YAML file: documented, strict, and as wide as the engine's own configuration."""
+"""The YAML configuration: documented, strict, and with every setting of the engine."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_page_sizes(page_size: int) -> None:
         assert refused({"engine": {"page_size": page_size}}).field == "engine.page_size"
 
 
-def test_the_documented_page_sizes_are_those_there_are() -> None:
+def test_the_documented_page_sizes_are_the_supported_ones() -> None:
     description = EngineSection.model_fields["page_size"].description
     assert description is not None
     assert description.endswith(", ".join(str(size) for size in PAGE_SIZES))
@@ -210,7 +210,7 @@ def test_a_configuration_is_frozen() -> None:
         ClusterConfig().groups = 2
 
 
-def test_overrides_lie_over_the_file(tmp_path: Path) -> None:
+def test_overrides_take_precedence_over_the_file(tmp_path: Path) -> None:
     path = written(tmp_path, "groups: 2\nengine:\n  tp: 3\n  page_size: 32\n")
     overrides = {"engine.tp": 1, "ingress.port": 1234, "groups": None}
     config = load(path, overrides)
@@ -227,7 +227,7 @@ def test_an_override_below_a_value_names_the_whole_path(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text", ["a: [", "- 1\n- 2\n", "just text", "groups: 1\ngroups : {", "\t- tab"]
 )
-def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None:
+def test_a_file_that_is_not_a_mapping_is_refused(tmp_path: Path, text: str) -> None:
     path = written(tmp_path, text)
     with pytest.raises(ConfigError, match=str(path)) as caught:
         load(path)

@@ -1,4 +1,4 @@
-"""The one table from errors to the wire, and what unknown errors give away: nothing."""
+"""The table that maps errors to the wire; unknown errors reveal nothing."""
 
 from __future__ import annotations
 
@@ -55,10 +55,10 @@ TABLE: list[tuple[Exception, grpc.StatusCode, str]] = [
     (WorkerDiedError(SECRETS), S.UNAVAILABLE, "engine_lost"),
 ]
 # Never reaches a client as an error: its choices finish with ABORT.
-INTERNAL_MATTERS = {routing.RequestAbortedError, routing.LedgerError}
+INTERNAL_ERRORS = {routing.RequestAbortedError, routing.LedgerError}
 
 
-def give_away(text: str) -> list[str]:
+def internals_in(text: str) -> list[str]:
     """Parts of a text that no client should see."""
     return re.findall(
         r"/\w+/\S*|\bpid\b|\b\d{1,3}(?:\.\d{1,3}){3}\b|Traceback|File \"|\.py\b|0x[0-9a-f]+", text
@@ -73,7 +73,7 @@ def test_every_error_of_the_table(error: Exception, code: grpc.StatusCode, reaso
     assert reason_label(wire) == reason
     assert wire.request_id == "request-1"
     assert wire.message
-    assert not give_away(wire.message)
+    assert not internals_in(wire.message)
 
 
 @pytest.mark.parametrize("module", [cluster, routing])
@@ -84,13 +84,13 @@ def test_every_class_of_the_trees_has_a_row(module: object) -> None:
         for value in vars(module).values()
         if inspect.isclass(value) and issubclass(value, root) and value is not root
     }
-    assert classes - INTERNAL_MATTERS == {type(e) for e, _, _ in TABLE if isinstance(e, root)}
+    assert classes - INTERNAL_ERRORS == {type(e) for e, _, _ in TABLE if isinstance(e, root)}
 
 
 @pytest.mark.parametrize(
     "error", [*(error for error, _, _ in TABLE), routing.RequestAbortedError()]
 )
-def test_errors_survive_the_way_to_another_process(error: Exception) -> None:
+def test_errors_can_be_sent_to_another_process(error: Exception) -> None:
     carried = msgspec.msgpack.encode(Failure.of(error))  # type: ignore[arg-type]
     for again in (
         pickle.loads(pickle.dumps(error)),
@@ -102,7 +102,7 @@ def test_errors_survive_the_way_to_another_process(error: Exception) -> None:
 
 
 def _raised(error: Exception) -> Exception:
-    """With a traceback and a cause, as in life."""
+    """With a traceback and a cause, as in production."""
     with pytest.raises(type(error)) as caught:
         try:
             Path("/nonexistent/secret.yaml").read_text()
@@ -123,7 +123,7 @@ def _raised(error: Exception) -> Exception:
         ValueError('Traceback (most recent call last): File "/srv/app.py", line 3'),
     ],
 )
-def test_an_unknown_error_is_internal_and_says_nothing_of_itself(error: Exception) -> None:
+def test_an_unknown_error_is_internal_and_reveals_nothing(error: Exception) -> None:
     error = _raised(error)
     wire = to_wire(error, "request-1")
     assert not is_expected(error)
@@ -131,12 +131,12 @@ def test_an_unknown_error_is_internal_and_says_nothing_of_itself(error: Exceptio
     assert reason_label(wire) == "internal"
     assert wire.request_id == "request-1"
     for text in (wire.message, encode_details(wire), str(encode_trailer(wire))):
-        assert not give_away(text.split("kvmesh-error")[0])
+        assert not internals_in(text.split("kvmesh-error")[0])
         assert "secret" not in text
         assert not str(error) or str(error) not in text
 
 
-def test_a_dead_worker_tells_clients_no_more_than_a_lost_engine() -> None:
+def test_a_dead_worker_is_a_lost_engine_to_clients() -> None:
     wire = to_wire(WorkerDiedError(SECRETS))
     assert wire == to_wire(cluster.EngineLostError())
     assert wire.retry_after_s > 0
@@ -149,15 +149,15 @@ def test_a_wrong_field_is_named() -> None:
     assert "sampling_params.n" in wire.message
 
 
-def test_over_capacity_says_when_to_come_back_and_how_much_is_missing() -> None:
-    wire = to_wire(routing.QueueFullError("12 requests wait already", 2.5, 90, 50))
+def test_over_capacity_has_the_bytes_and_when_to_retry() -> None:
+    wire = to_wire(routing.QueueFullError("12 requests are waiting", 2.5, 90, 50))
     assert (wire.retry_after_s, wire.needed_bytes, wire.available_bytes) == (2.5, 90, 50)
     wire = to_wire(CapacityError("full", 90, 50, retryable=True))
     assert wire.retry_after_s > 0
     assert (wire.needed_bytes, wire.available_bytes) == (90, 50)
 
 
-def test_never_fitting_names_the_bytes_of_the_group_that_comes_closest() -> None:
+def test_never_fits_has_the_bytes_of_the_closest_group() -> None:
     error = routing.NeverFitsError(
         {"g0": 900, "g1": 450}, {"g0": 500, "g1": 400}, {"g0": "pages", "g1": "pages"}
     )

@@ -1,5 +1,5 @@
 """Leases of live requests: settled between engine and router from arrival to end, grown ahead
-of the output, learned from; and what engines tell of the pages they hold."""
+of the output, learned from; and engines' reports of the pages that they hold."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from kvmesh.cluster.messages import (
 from kvmesh.cluster.routing.config import RouterConfig, RouterTuning
 from kvmesh.cluster.routing.request import PlaceRequest
 from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
-from tests.cluster.machine import METADATA, Machine, answer, machine, stranger
-from tests.cluster.test_generation import PROMPT, Received, asked, read, read_until, rest_of
+from tests.cluster.machine import METADATA, Machine, answer, machine, scripted_ingress
+from tests.cluster.test_generation import PROMPT, Received, make_request, read, read_until, rest_of
 from tests.workers.test_engine import PAGE
 from tests.workers.test_leader import MANY
 
-# One answer is enough to believe in: leases are small from the second request on.
+# One sample is enough to learn from: leases are small from the second request on.
 EAGER = RouterConfig(tuning=RouterTuning(min_samples=1), lease_ttl_s=1000.0)
 
 
-async def answered(built: Machine, max_tokens: int, request_id: str) -> None:
+async def run_request(built: Machine, max_tokens: int, request_id: str) -> None:
     """A request that the router learns from."""
-    await read(built.stream(asked(max_tokens, request_id=request_id)))
+    await read(built.stream(make_request(max_tokens, request_id=request_id)))
 
 
-async def taught(built: Machine) -> None:
-    """The router has seen an output of 20 tokens, and knows that it has ended."""
+async def teach_router(built: Machine) -> None:
+    """Let the router learn an output of 20 tokens."""
     built.allow(MANY)
-    await answered(built, 20, "teacher")
+    await run_request(built, 20, "teacher")
     await built.until(lambda: built.router.learned == [20])
 
 
-def agree(built: Machine) -> None:
+def check_engines_within_ledger(built: Machine) -> None:
     """No engine holds more than the ledger has leased there."""
     ledger = {group.group: group for group in built.router.status().router.groups}
     for name, leader in built.leaders.items():
@@ -48,14 +48,14 @@ def agree(built: Machine) -> None:
 
 async def test_a_lease_covers_what_was_learned_and_grows_with_the_output() -> None:
     async with machine(config=EAGER) as one:
-        await taught(one)
-        received = await read(one.stream(asked(300)))
+        await teach_router(one)
+        received = await read(one.stream(make_request(300)))
         assert received.tokens[0] == answer(PROMPT, 300)
         first, second = one.router.granted
         assert first.lease.sealed_pages == first.lease.max_sealed_pages
         assert second.leased_output_tokens == 20
         assert second.lease.sealed_pages == (len(PROMPT) + 20) // PAGE
-        # Half as much again each time, not page by page.
+        # Each growth is by half, not by a page.
         assert 2 <= one.router.grown[second.lease.lease_id] <= 8
         assert one.engines["g0"].extended[-1].sealed_pages <= second.lease.max_sealed_pages
         assert received.usage is not None
@@ -66,19 +66,19 @@ async def test_a_lease_covers_what_was_learned_and_grows_with_the_output() -> No
         assert one.router.first_tokens[second.lease.lease_id] == 1
 
 
-async def test_an_engine_pauses_what_has_used_up_its_lease() -> None:
+async def test_an_engine_pauses_a_request_that_has_used_up_its_lease() -> None:
     async with machine(config=EAGER) as one:
-        await taught(one)
+        await teach_router(one)
         one.router.withhold_growth()
-        stream = one.stream(asked(200))
+        stream = one.stream(make_request(200))
         # The lease is for one sealed page: two pages, less the token that would fill the second.
         received = await read_until(stream, 2 * PAGE - len(PROMPT))
         await one.until(lambda: one.leaders["g0"].loads_current)
-        agree(one)
+        check_engines_within_ledger(one)
         assert one.leaders["g0"].loads().running == 1
-        # Another goes on meanwhile.
-        await answered(one, 10, "other")
-        one.router.let_grow()
+        # Another request runs meanwhile.
+        await run_request(one, 10, "other")
+        one.router.resume_growth()
         await rest_of(stream, received)
         assert received.tokens[0] == answer(PROMPT, 200)
         assert received.usage is not None
@@ -87,15 +87,15 @@ async def test_an_engine_pauses_what_has_used_up_its_lease() -> None:
 
 async def test_a_growth_waits_until_pages_are_free() -> None:
     async with machine(config=EAGER, budget=80) as one:
-        await taught(one)
-        other = await stranger(one)
+        await teach_router(one)
+        other = await scripted_ingress(one)
         # An older lease that may still grow, and one that leaves just the pages for that.
         request = PlaceRequest("tenant/old", len(PROMPT), 300, tenant="tenant", sequences=2)
         old = await other.place(request, 1)
         to_grow = old.lease.max_sealed_pages - old.lease.sealed_pages
         spare_pages = one.free_sealed_pages() - to_grow - 1
         await other.place(PlaceRequest("tenant/filler", spare_pages * PAGE, 1), 2)
-        stream = one.stream(asked(200))
+        stream = one.stream(make_request(200))
         received = await read_until(stream, 2 * PAGE - len(PROMPT))
         lease_id = one.router.granted[-1].lease.lease_id
         await one.until(lambda: one.router.wanted[lease_id] == 1)
@@ -110,10 +110,10 @@ async def test_a_growth_waits_until_pages_are_free() -> None:
         other.die()
 
 
-async def test_a_client_that_does_not_read_does_not_hold_up_its_lease() -> None:
+async def test_a_client_that_does_not_read_does_not_delay_its_lease() -> None:
     async with machine(config=EAGER) as one:
-        await taught(one)
-        stream = one.stream(asked(200))
+        await teach_router(one)
+        stream = one.stream(make_request(200))
         assert (await anext(stream)).HasField("started")
         received = Received()
         received.started = pb.Started()
@@ -126,8 +126,8 @@ async def test_a_client_that_does_not_read_does_not_hold_up_its_lease() -> None:
 
 async def test_all_choices_of_a_lease_grow_together() -> None:
     async with machine(config=EAGER) as one:
-        await taught(one)
-        received = await read(one.stream(asked(120, n=3)))
+        await teach_router(one)
+        received = await read(one.stream(make_request(120, n=3)))
         assert received.tokens == {i: answer(PROMPT, 120) for i in range(3)}
         lease = one.router.granted[-1].lease
         assert one.router.grown[lease.lease_id] >= 1
@@ -136,7 +136,7 @@ async def test_all_choices_of_a_lease_grow_together() -> None:
 
 async def test_only_natural_ends_are_learned_from() -> None:
     async with machine() as one:
-        stream = one.stream(asked(60))
+        stream = one.stream(make_request(60))
         one.allow(6)
         received = await read_until(stream, 4)
         reply = await one.ingress.abort(pb.AbortRequest(request_id="r"), METADATA)
@@ -146,20 +146,20 @@ async def test_only_natural_ends_are_learned_from() -> None:
         await one.until(lambda: one.router.learned == [None])
 
 
-# What ends between placing and submitting
+# Ends between placement and submission
 
 
-async def test_an_abort_between_placing_and_submitting_holds() -> None:
+async def test_an_abort_between_placement_and_submission_takes_effect() -> None:
     async with machine() as one:
         one.allow(MANY)
         engine = one.engines["g0"]
         engine.hold()
-        reading = asyncio.ensure_future(read(one.stream(asked(40))))
+        reading = asyncio.ensure_future(read(one.stream(make_request(40))))
         await asyncio.wait_for(engine.arrived.wait(), 20)
         reply = await one.ingress.abort(pb.AbortRequest(request_id="r"), METADATA)
         assert reply.aborted
         await one.until(lambda: one.leases() == 0)
-        engine.let_through()
+        engine.deliver_held()
         received = await reading
         assert received.reason() == "abort"
         assert not received.tokens
@@ -168,15 +168,15 @@ async def test_an_abort_between_placing_and_submitting_holds() -> None:
 
 async def test_an_ingress_that_dies_while_its_request_waits_leaves_the_queue() -> None:
     async with machine() as one:
-        mine = await stranger(one)
-        held = [(await mine.place(PlaceRequest(f"t/{i}", 20, 20), i)).lease for i in range(4)]
-        dying = await stranger(one)
+        scripted = await scripted_ingress(one)
+        held = [(await scripted.place(PlaceRequest(f"t/{i}", 20, 20), i)).lease for i in range(4)]
+        dying = await scripted_ingress(one)
         dying.router.send(Place(1, PlaceRequest("t/r", 20, 20)))
         await one.until(lambda: one.router.status().router.queue_depth == 1)
         dying.die()
         await one.until(lambda: one.router.status().router.queue_depth == 0)
         for lease in held:
-            mine.router.send(Release(lease.lease_id))
+            scripted.router.send(Release(lease.lease_id))
 
 
 async def test_a_lease_whose_ingress_dies_before_it_submits_expires(
@@ -185,24 +185,24 @@ async def test_a_lease_whose_ingress_dies_before_it_submits_expires(
     monkeypatch.setattr(router_service, "TICK_S", 0.01)
     async with machine(config=RouterConfig(lease_ttl_s=0.2)) as one:
         ticking = asyncio.create_task(one.router.run())
-        dying = await stranger(one)
+        dying = await scripted_ingress(one)
         placed = await dying.place(PlaceRequest("t/r", 20, 20))
         dying.die()
         await one.until(lambda: one.leases() == 0)
         assert one.router.status().router.expired_total == 1
-        late = await stranger(one)
+        late = await scripted_ingress(one)
         await late.submit(placed, 20)
-        # What comes late is refused: its pages may be others' by now.
+        # A late submission is refused: its pages may belong to other leases by now.
         assert isinstance(await late.answer(), Rejected)
         late.die()
         ticking.cancel()
-        one.router.given_back[placed.lease.lease_id] = 1  # it expired, and that was its end
+        one.router.lease_ends[placed.lease.lease_id] = 1  # its expiry was its end
 
 
 @pytest.mark.parametrize("started", [False, True])
-async def test_what_a_dead_ingress_ran_is_free_at_once(started: bool) -> None:
+async def test_the_pages_of_a_dead_ingress_are_freed_at_once(started: bool) -> None:
     async with machine() as one:
-        dying = await stranger(one)
+        dying = await scripted_ingress(one)
         placed = await dying.place(PlaceRequest("tenant/r", 20, 600))
         await dying.submit(placed, 600)
         await one.until(lambda: len(one.leaders["g0"]._live) == 1)
@@ -224,7 +224,7 @@ async def test_what_a_dead_ingress_ran_is_free_at_once(started: bool) -> None:
 
 async def test_a_new_router_takes_over_all_choices_of_a_lease() -> None:
     async with machine() as one:
-        stream = one.stream(asked(700, n=3))
+        stream = one.stream(make_request(700, n=3))
         one.allow(8)
         received = await read_until(stream, 3)
         held = one.router.status().router.groups[0]
@@ -237,77 +237,77 @@ async def test_a_new_router_takes_over_all_choices_of_a_lease() -> None:
         await rest_of(stream, received)
 
 
-async def test_a_lease_goes_on_growing_under_a_new_router() -> None:
+async def test_a_lease_continues_to_grow_under_a_new_router() -> None:
     async with machine(config=EAGER) as one:
-        await taught(one)
+        await teach_router(one)
         one.router.withhold_growth()
-        stream = one.stream(asked(200))
+        stream = one.stream(make_request(200))
         received = await read_until(stream, 2 * PAGE - len(PROMPT))
         lease_id = one.router.granted[-1].lease.lease_id
         await one.until(lambda: one.router.wanted[lease_id] == 1)
-        # The router dies with what it owed: the engine asks the new one.
+        # The router dies before it grants the growth: the engine asks the new one.
         new = await one.new_router()
         await rest_of(stream, received)
         assert received.tokens[0] == answer(PROMPT, 200)
         assert new.grown[lease_id] >= 1
 
 
-async def test_a_request_that_waits_is_asked_again_of_a_new_router() -> None:
+async def test_a_waiting_request_is_sent_again_to_a_new_router() -> None:
     async with machine() as one:
-        mine = await stranger(one)
+        scripted = await scripted_ingress(one)
         for i in range(4):
-            await mine.place(PlaceRequest(f"t/{i}", 20, 20), i)
+            await scripted.place(PlaceRequest(f"t/{i}", 20, 20), i)
         one.allow(MANY)
-        reading = asyncio.ensure_future(read(one.stream(asked(30))))
+        reading = asyncio.ensure_future(read(one.stream(make_request(30))))
         await one.until(lambda: one.router.status().router.queue_depth == 1)
-        mine.die()
+        scripted.die()
         await one.new_router()  # what was granted and never submitted is forgotten
         received = await asyncio.wait_for(reading, 20)
         assert received.tokens[0] == answer(PROMPT, 30)
 
 
-async def test_a_lease_of_a_former_router_is_taken_under_a_new_one() -> None:
-    """Granted by the one, submitted after the engine had told the other what it held."""
+async def test_a_lease_of_a_previous_router_is_accepted_under_a_new_one() -> None:
+    """Submitted to an engine that has already reported its leases to the new router."""
     async with machine() as one:
-        mine = await stranger(one)
-        placed = await mine.place(PlaceRequest("tenant/r", 20, 600))
+        scripted = await scripted_ingress(one)
+        placed = await scripted.place(PlaceRequest("tenant/r", 20, 600))
         new = await one.new_router()
         assert one.leases() == 0
-        await mine.submit(placed, 600)
+        await scripted.submit(placed, 600)
         await one.until(lambda: one.leases() == 1)
         assert new.status().router.groups[0].used.hot == placed.lease.hot_pages
-        mine.die()
+        scripted.die()
 
 
 # Prefixes
 
 
-async def test_engines_tell_a_router_which_blocks_they_hold() -> None:
+async def test_engines_report_to_a_router_which_blocks_they_hold() -> None:
     async with machine(groups=2) as two:
         two.allow(MANY)
         prompt = [(7 * i) % 50 for i in range(20 * PAGE)]
-        first = await read(two.stream(asked(3, prompt=prompt)))
+        first = await read(two.stream(make_request(3, prompt=prompt)))
         assert first.started is not None
         request = replace(two.router.placed[0], request_id="tenant/again")
         await two.at_rest()
         new = await two.new_router()
-        mine = await stranger(two)
-        placed = await mine.place(request)
+        scripted = await scripted_ingress(two)
+        placed = await scripted.place(request)
         assert placed.group == first.started.group
-        # Two blocks; four pages are no whole block.
+        # Two blocks; the other four pages are not a whole block.
         assert new.granted[0].cached_tokens == 16 * PAGE
-        mine.router.send(Release(placed.lease.lease_id))
-        salted = asked(3, prompt=prompt, request_id="s")
+        scripted.router.send(Release(placed.lease.lease_id))
+        salted = make_request(3, prompt=prompt, request_id="s")
         salted.cache_salt = "other"
         await read(two.stream(salted))
         assert not set(request.page_hashes) & set(new.placed[-1].page_hashes)
 
 
 async def test_leases_with_the_same_prompt_share_its_pages() -> None:
-    """More of them than would fit if each paid for all of it, and no engine refuses."""
+    """More leases than would fit if each paid for the whole prompt, and no engine refuses one."""
     async with machine(groups=1) as one:
         prompt = [(7 * i) % 50 for i in range(25 * PAGE)]
-        requests = [asked(100, prompt=prompt, request_id=str(i)) for i in range(4)]
+        requests = [make_request(100, prompt=prompt, request_id=str(i)) for i in range(4)]
         reads = [asyncio.ensure_future(read(one.stream(request))) for request in requests]
         await one.until(lambda: len(one.router.granted) == 4)
         one.allow(MANY)
@@ -319,7 +319,7 @@ async def test_leases_with_the_same_prompt_share_its_pages() -> None:
         assert len(one.router.placed) == 4, "an engine has refused"
 
 
-async def test_withdrawn_leases_are_remembered_for_a_while() -> None:
+async def test_withdrawn_leases_are_remembered_up_to_a_limit() -> None:
     async with machine() as one:
         engine = one.engines["g0"]
         engine.withdraw(tuple(f"gone-{i}" for i in range(2 * WITHDRAWN_LIMIT)))

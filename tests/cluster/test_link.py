@@ -1,4 +1,4 @@
-"""Connections inside a cluster: order, size, strangers, nonsense, peers that hang or vanish."""
+"""Connections in a cluster: order, size, authentication, invalid data, peers that hang or die."""
 
 from __future__ import annotations
 
@@ -30,43 +30,43 @@ class Blob(msgspec.Struct, frozen=True, tag=True):
 MESSAGES = Number | Blob
 
 
-class Ear:
-    """Collects what comes; `fail_at` is a number that it cannot bear."""
+class Collector:
+    """Collects messages; raises at the number `fail_at`."""
 
     def __init__(self, connection: Connection, fail_at: int | None = None) -> None:
         self.connection = connection
         self.losses = 0
         self._fail_at = fail_at
-        self._heard: asyncio.Queue[Number | Blob | None] = asyncio.Queue()
+        self._messages: asyncio.Queue[Number | Blob | None] = asyncio.Queue()
 
     def received(self, message: Number | Blob) -> None:
         if isinstance(message, Number) and message.value == self._fail_at:
-            raise RuntimeError("cannot bear it")
-        self._heard.put_nowait(message)
+            raise RuntimeError("failed on purpose")
+        self._messages.put_nowait(message)
 
     def lost(self) -> None:
         self.losses += 1
-        self._heard.put_nowait(None)
+        self._messages.put_nowait(None)
 
     async def next(self) -> Number | Blob | None:
         """The next message, or None when the connection is lost."""
-        return await asyncio.wait_for(self._heard.get(), 20)
+        return await asyncio.wait_for(self._messages.get(), 20)
 
 
 class Server:
     def __init__(self, fail_at: int | None = None) -> None:
-        self.ears: list[Ear] = []
+        self.collectors: list[Collector] = []
         self._fail_at = fail_at
 
-    def accept(self, connection: Connection) -> Ear:
-        self.ears.append(Ear(connection, self._fail_at))
-        return self.ears[-1]
+    def accept(self, connection: Connection) -> Collector:
+        self.collectors.append(Collector(connection, self._fail_at))
+        return self.collectors[-1]
 
-    async def ear(self, index: int = 0) -> Ear:
+    async def collector(self, index: int = 0) -> Collector:
         async with asyncio.timeout(20):
-            while len(self.ears) <= index:
+            while len(self.collectors) <= index:
                 await asyncio.sleep(0)
-        return self.ears[index]
+        return self.collectors[index]
 
 
 @asynccontextmanager
@@ -77,25 +77,25 @@ async def listening(fail_at: int | None = None) -> AsyncIterator[tuple[Server, L
         yield server, listener
     finally:
         listener.close()
-        for ear in server.ears:
-            ear.connection.abort()
+        for collector in server.collectors:
+            collector.connection.abort()
 
 
-async def dial(address: Address, identity: Identity = IDENTITY) -> Ear:
-    ears: list[Ear] = []
+async def dial(address: Address, identity: Identity = IDENTITY) -> Collector:
+    collectors: list[Collector] = []
 
-    def handle(connection: Connection) -> Ear:
-        ears.append(Ear(connection))
-        return ears[0]
+    def handle(connection: Connection) -> Collector:
+        collectors.append(Collector(connection))
+        return collectors[0]
 
     await connect(address, identity, MESSAGES, handle)
-    return ears[0]
+    return collectors[0]
 
 
 async def test_messages_arrive_in_order_both_ways() -> None:
     async with listening() as (server, listener):
         near = await dial(listener.address)
-        far = await server.ear()
+        far = await server.collector()
         for value in range(1000):
             near.connection.send(Number(value))
             far.connection.send(Number(-value))
@@ -110,29 +110,29 @@ async def test_large_messages_arrive_between_small_ones() -> None:
         large = bytes(range(256)) * (1 << 16)
         for message in (Number(1), Blob(large), Number(2)):
             near.connection.send(message)
-        far = await server.ear()
+        far = await server.collector()
         assert [await far.next() for _ in range(3)] == [Number(1), Blob(large), Number(2)]
 
 
-async def test_closing_tells_both_ends_once_and_sends_what_was_queued() -> None:
+async def test_closing_notifies_both_ends_once_and_sends_queued_messages() -> None:
     async with listening() as (server, listener):
         near = await dial(listener.address)
         near.connection.send(Number(7))
         near.connection.close()
-        far = await server.ear()
+        far = await server.collector()
         assert await far.next() == Number(7)
         assert await far.next() is None
         assert await near.next() is None
-        near.connection.send(Number(8))  # goes nowhere, and says nothing
+        near.connection.send(Number(8))  # dropped without an error
         assert (near.losses, far.losses) == (1, 1)
         assert near.connection.closed
 
 
-async def test_a_stranger_is_refused_whatever_it_presents() -> None:
+async def test_a_peer_without_the_certificate_is_refused() -> None:
     async with listening() as (server, listener):
         with pytest.raises(LinkError):
             await dial(listener.address, Identity.make())
-        # One that does not care who answers, with a certificate of its own and with none.
+        # Peers that do not check the listener, with another certificate and with none.
         own = Identity.make().client_context()
         none = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         none.check_hostname = False
@@ -148,45 +148,45 @@ async def test_a_stranger_is_refused_whatever_it_presents() -> None:
                 writer.close()
         near = await dial(listener.address)
         near.connection.send(Number(2))
-        assert await (await server.ear()).next() == Number(2)
-        assert len(server.ears) == 1, "a stranger has got as far as a handler"
+        assert await (await server.collector()).next() == Number(2)
+        assert len(server.collectors) == 1, "an unauthenticated peer has reached a handler"
 
 
-async def test_plain_bytes_on_the_port_harm_nobody() -> None:
+async def test_plain_bytes_on_the_port_do_not_affect_other_connections() -> None:
     async with listening() as (server, listener):
         near = await dial(listener.address)
         _, writer = await asyncio.open_connection(listener.address.host, listener.address.port)
         writer.write(b"GET / HTTP/1.1\r\n\r\n" * 100)
         near.connection.send(Number(1))
-        assert await (await server.ear()).next() == Number(1)
+        assert await (await server.collector()).next() == Number(1)
         writer.close()
 
 
-@pytest.mark.parametrize("nonsense", [b"\xff\xff\xff\xff", b"\x00\x00\x00\x03abc"])
-async def test_nonsense_ends_its_own_connection_only(nonsense: bytes) -> None:
+@pytest.mark.parametrize("data", [b"\xff\xff\xff\xff", b"\x00\x00\x00\x03abc"])
+async def test_invalid_data_ends_only_its_own_connection(data: bytes) -> None:
     async with listening() as (server, listener):
         good, bad = await dial(listener.address), await dial(listener.address)
         assert bad.connection._transport is not None
-        bad.connection._transport.write(nonsense)
+        bad.connection._transport.write(data)
         assert await bad.next() is None
         good.connection.send(Number(1))
-        assert await (await server.ear(0)).next() == Number(1)
+        assert await (await server.collector(0)).next() == Number(1)
 
 
-async def test_a_handler_that_fails_ends_its_own_connection_only() -> None:
+async def test_a_handler_that_fails_ends_only_its_own_connection() -> None:
     async with listening(fail_at=13) as (server, listener):
         good, bad = await dial(listener.address), await dial(listener.address)
         bad.connection.send(Number(13))
         assert await bad.next() is None
         good.connection.send(Number(1))
-        assert await (await server.ear(0)).next() == Number(1)
+        assert await (await server.collector(0)).next() == Number(1)
 
 
 async def test_a_peer_that_does_not_read_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(link, "MAX_UNSENT_BYTES", 1 << 20)
     async with listening() as (server, listener):
         near = await dial(listener.address)
-        far = await server.ear()
+        far = await server.collector()
         assert far.connection._transport is not None
         far.connection._transport.pause_reading()
         while not near.connection.closed:
@@ -195,7 +195,7 @@ async def test_a_peer_that_does_not_read_is_cut_off(monkeypatch: pytest.MonkeyPa
         assert await near.next() is None
 
 
-async def test_a_lost_connection_is_made_again() -> None:
+async def test_a_lost_connection_is_replaced() -> None:
     async with listening() as (server, listener):
         asked = 0
 
@@ -206,17 +206,17 @@ async def test_a_lost_connection_is_made_again() -> None:
                 raise LinkError("not known yet")
             return listener.address
 
-        ears: list[Ear] = []
+        collectors: list[Collector] = []
 
-        def handle(connection: Connection) -> Ear:
-            ears.append(Ear(connection))
-            connection.send(Number(len(ears)))
-            return ears[-1]
+        def handle(connection: Connection) -> Collector:
+            collectors.append(Collector(connection))
+            connection.send(Number(len(collectors)))
+            return collectors[-1]
 
         task = asyncio.create_task(link.stay_connected(find, IDENTITY, MESSAGES, handle))
-        assert await (await server.ear(0)).next() == Number(1)
-        server.ears[0].connection.abort()
-        assert await (await server.ear(1)).next() == Number(2)
+        assert await (await server.collector(0)).next() == Number(1)
+        server.collectors[0].connection.abort()
+        assert await (await server.collector(1)).next() == Number(2)
         assert asked == 3
         task.cancel()
-        assert await server.ears[1].next() is None
+        assert await server.collectors[1].next() is None

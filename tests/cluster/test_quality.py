@@ -37,7 +37,7 @@ def cluster(*formats: str) -> ClusterStatus:
         ("", set()),
         ("exact", {"int8", "k4v4", "int4", "k2v2"}),
         ("int8", {"k4v4", "int4", "k2v2"}),
-        # Wider in bits than k4v4 or as wide, and less faithful all the same.
+        # At least as many bits as k4v4, but less faithful.
         ("k4v4", {"int4", "k2v2"}),
         ("int4", {"k2v2"}),
         ("4", {"k2v2"}),  # LMDeploy's name of int4
@@ -49,12 +49,12 @@ def test_groups_are_below_a_floor_by_measured_divergence(floor: str, below: set[
     assert groups_below(floor, status, DIVERGENCE_NATS) == below
 
 
-def test_what_was_measured_elsewhere_overrides() -> None:
+def test_configured_divergences_override_the_table() -> None:
     status = cluster("exact", "k4v4")
     assert groups_below("int4", status, {**DIVERGENCE_NATS, "k4v4": 0.5}) == {"k4v4"}
 
 
-def test_a_format_without_a_figure_is_good_enough_for_itself_alone() -> None:
+def test_a_format_without_a_divergence_meets_only_its_own_floor() -> None:
     assert "int8-static" not in DIVERGENCE_NATS
     status = cluster("exact", "int8-static")
     assert groups_below("int8-static", status, DIVERGENCE_NATS) == {"exact"}
@@ -69,7 +69,7 @@ def test_floors_that_cannot_be_met_are_errors() -> None:
         groups_below("int8", cluster("int4"), DIVERGENCE_NATS)
 
 
-def test_the_table_has_the_figures_that_were_measured() -> None:
+def test_the_table_has_the_measured_divergences() -> None:
     measured = json.loads(RESULTS.read_text("utf-8"))["perplexity"]["formats"]
     for row in measured:
         name, kl_nats = row["kv_format"], row["kl_nats"]

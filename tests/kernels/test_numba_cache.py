@@ -82,7 +82,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "kvmesh-loops"
 
 
-def test_loops_are_told_apart_by_name_types_and_sources(
+def test_loops_are_distinguished_by_name_types_and_sources(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert make_loop(2)(3) == 6

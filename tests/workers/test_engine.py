@@ -1,4 +1,4 @@
-"""The engine's bookkeeping under random load, against an executor that checks every read."""
+"""The engine's bookkeeping under random load, with an executor that checks every read."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ prompts = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=140)
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_output_depends_only_on_the_prompt(data: st.DataObject) -> None:
-    """Whatever else is in the batch, and however prompts are chunked, cached or preempted."""
+    """It does not depend on the batch, on chunking, on the cache, or on preemption."""
     sink = data.draw(st.integers(0, 2), "sink")
     recent = data.draw(st.integers(0, 2), "recent")
     seqs = data.draw(st.integers(1, 4), "seqs")
@@ -81,7 +81,7 @@ def test_output_depends_only_on_the_prompt(data: st.DataObject) -> None:
         prefix_cache=data.draw(st.booleans(), "prefix cache"),
     )
     shared = data.draw(prompts, "shared prefix")
-    wanted: dict[str, list[int]] = {}
+    expected: dict[str, list[int]] = {}
     deltas: dict[str, list[SequenceDelta]] = {}
     for index in range(data.draw(st.integers(1, 10), "requests")):
         prompt = (shared if data.draw(st.booleans()) else []) + data.draw(prompts)
@@ -93,16 +93,16 @@ def test_output_depends_only_on_the_prompt(data: st.DataObject) -> None:
         except CapacityError:
             continue
         engine.add(item)
-        wanted[str(index)] = expected_output(prompt, max_tokens, ignore_eos=True)
+        expected[str(index)] = expected_output(prompt, max_tokens, ignore_eos=True)
         for _ in range(data.draw(st.integers(0, 6), "steps between")):
             for delta in engine.step():
                 deltas.setdefault(delta.request_id, []).append(delta)
             engine.check_integrity()
         if data.draw(st.integers(0, 9)) == 0 and engine.abort(str(index)):
-            del wanted[str(index)]
+            del expected[str(index)]
     for name, rest in run(engine).items():
         deltas.setdefault(name, []).extend(rest)
-    for name, output in wanted.items():
+    for name, output in expected.items():
         assert tokens_of(deltas[name]) == output
         usage = deltas[name][-1].usage
         assert usage is not None and usage.completion_tokens == len(output)
@@ -221,7 +221,7 @@ def test_impossible_requests_are_refused_by_field(change: dict[str, object], fie
     assert caught.value.field == field
 
 
-def test_a_request_no_pool_can_hold_is_refused_with_bytes() -> None:
+def test_a_request_that_exceeds_the_pool_is_refused_with_bytes() -> None:
     engine, _ = make_engine(budget=60)
     with pytest.raises(CapacityError) as caught:
         engine.check(request("huge", [1] * 700, 90))
@@ -309,8 +309,8 @@ def test_cached_block_ends_are_reported_when_they_change() -> None:
     prompt = [int(i) % VOCAB for i in range(2 * BLOCK_PAGES * PAGE + 5)]
     engine.add(request("a", prompt, 2))
     run(engine)
-    wanted = PageDigests(PAGE, "").upto(np.array(prompt, np.int32), 2 * BLOCK_PAGES)
-    ends = wanted[BLOCK_PAGES - 1 :: BLOCK_PAGES]
+    expected = PageDigests(PAGE, "").upto(np.array(prompt, np.int32), 2 * BLOCK_PAGES)
+    ends = expected[BLOCK_PAGES - 1 :: BLOCK_PAGES]
     assert engine.take_page_changes() == dict.fromkeys(ends, True)
     assert engine.take_page_changes() == {}
     # Another prompt takes the pages; the end of the first is evicted before its beginning.

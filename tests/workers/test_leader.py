@@ -64,7 +64,7 @@ async def running() -> AsyncIterator[tuple[EngineLeader, GatedExecutor]]:
 
 
 class Inbox:
-    """Where a client's deltas go."""
+    """Collects a client's deltas."""
 
     def __init__(self) -> None:
         self._arrived: asyncio.Queue[list[SequenceDelta]] = asyncio.Queue()
@@ -149,7 +149,7 @@ async def test_a_failed_rank_ends_every_sequence_with_an_error() -> None:
             leader.submit([request("c", [3])], inbox.deliver)
 
 
-async def test_start_raises_the_error_that_kept_the_ranks_from_starting() -> None:
+async def test_start_raises_the_error_of_a_rank_that_could_not_start() -> None:
     class Broken(GatedExecutor):
         def describe(self) -> list[RankDescription]:
             raise WorkerDiedError("rank 0 ended with exit code 1")
@@ -177,7 +177,7 @@ async def test_submit_refuses_invalid_requests() -> None:
             leader.submit([request("d", [3, 4])], inbox.deliver)
 
 
-async def test_all_sequences_of_a_lease_are_taken_or_none() -> None:
+async def test_all_sequences_of_a_lease_are_accepted_or_none() -> None:
     async with running() as (leader, _):
         lease = LeaseTerms("l", 1, 2, 4, 4, sequences=2)
         good, bad = request("l.0", [3, 4], lease=lease), request("l.1", [-1], lease=lease)
@@ -215,7 +215,7 @@ async def test_the_account_of_a_lease_from_its_arrival_to_its_end() -> None:
         (want,) = update.wants
         assert want.prompt_tokens == 2
         assert want.tokens <= 2 * PAGE + AHEAD_TOKENS
-        assert leader.restate()[1].wants == (want,), "a new router hears of it again"
+        assert leader.restate()[1].wants == (want,), "a new router gets it again"
         leader.extend(replace(lease, sealed_pages=8))
         read = await inbox.until_end({"l.0"})
         tokens += tokens_of(read["l.0"])

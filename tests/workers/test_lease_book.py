@@ -1,4 +1,4 @@
-"""What an engine tells the router of its leases: each thing once, in whatever order it happens."""
+"""An engine's reports of its leases to the router: each event once, in any order."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def admitted(terms: LeaseTerms = TERMS, resumed: int = 0) -> tuple[LeaseBook, He
     return made, held
 
 
-def test_the_first_token_is_told_once() -> None:
+def test_the_first_token_is_reported_once() -> None:
     made, held = admitted()
     assert held.next_note_tokens == 0
     made.note(held, 21)
@@ -56,7 +56,7 @@ def test_the_first_token_is_told_once() -> None:
     assert not made.take_update()
 
 
-def test_pages_are_asked_for_once_ahead_of_need_and_again_after_growth() -> None:
+def test_pages_are_requested_once_ahead_of_need_and_again_after_growth() -> None:
     made, held = admitted()
     covered = GEOMETRY.tokens_within(TERMS.sealed_pages // 2)
     made.note(held, 21)
@@ -68,7 +68,7 @@ def test_pages_are_asked_for_once_ahead_of_need_and_again_after_growth() -> None
     made.note(held, due)
     want = LeaseWant("l", 20, due + AHEAD_TOKENS)
     assert made.take_update() == AccountUpdate(wants=(want,))
-    assert held.next_note_tokens == NEVER, "once is enough"
+    assert held.next_note_tokens == NEVER, "it asks only once"
     assert made.extend(replace(TERMS, sealed_pages=8))
     made.note(held, due + 1)
     assert not made.take_update()
@@ -78,19 +78,19 @@ def test_pages_are_asked_for_once_ahead_of_need_and_again_after_growth() -> None
     assert held.next_note_tokens == NEVER, "it can grow no further"
 
 
-def test_a_lease_that_is_nearly_used_up_on_arrival_asks_at_once() -> None:
+def test_a_lease_that_is_nearly_used_up_on_arrival_requests_pages_at_once() -> None:
     made = book()
     terms = replace(TERMS, sealed_pages=2)
     made.admit(terms, requests(terms))
     assert made.take_update() == AccountUpdate((terms,), (), (LeaseWant("l", 20, 36),))
 
 
-def test_an_open_want_is_told_to_a_new_router_until_it_is_met() -> None:
+def test_an_open_want_is_reported_to_a_new_router_until_it_is_met() -> None:
     made, held = admitted()
     made.note(held, 100)
     want = LeaseWant("l", 20, 116)
     assert made.restate() == AccountUpdate((), ("l",), (want,))
-    assert not made.take_update(), "restating says it all"
+    assert not made.take_update(), "restating includes it"
     assert made.restate().wants == (want,)
     made.extend(replace(TERMS, sealed_pages=12))
     assert made.restate() == AccountUpdate((), ("l",))
@@ -131,7 +131,7 @@ def test_what_leases_cover_never_exceeds_the_pool() -> None:
     made.check(replace(fits, hot_pages=6, sealed_pages=20))
 
 
-def test_a_want_that_the_end_overtakes_is_not_told() -> None:
+def test_a_want_is_not_reported_once_its_lease_has_ended() -> None:
     made, held = admitted(replace(TERMS, sequences=1))
     made.note(held, 21)
     made.note(held, 200)
