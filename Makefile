@@ -22,10 +22,10 @@ ARGS ?=
 PY := .venv/bin/python
 STAMP := .venv/.installed
 
-.PHONY: help venv demo serve test lint format protos bench clean distclean
+.PHONY: help venv hooks demo serve test test-fast lint format protos graph bench clean distclean
 
 help: ## Print this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
 venv: $(STAMP) ## Make the environment: .venv with pinned dependencies
 
@@ -48,6 +48,9 @@ $(STAMP): pyproject.toml constraints.txt
 		-c constraints.txt -e '.[serve,plot,dev]'
 	@touch $@
 
+hooks: $(STAMP) ## Let git run lint and the repository's rules before each commit
+	.venv/bin/pre-commit install
+
 demo: $(STAMP) ## Start a local cluster, ask the model a question, show the cost, stop
 	.venv/bin/kvmesh demo $(ARGS)
 
@@ -56,6 +59,10 @@ serve: $(STAMP) ## Serve until Ctrl-C
 
 test: $(STAMP) ## Run all tests
 	$(PY) -m pytest $(ARGS)
+
+# ARGS choose tests, and a choice covers little: coverage is then not measured.
+test-fast: $(STAMP) ## Run two minutes of tests, no Ray and no slow ones, with coverage
+	$(PY) -m pytest -m 'not (ray or slow)' $(or $(ARGS),--cov)
 
 lint: $(STAMP) ## Run ruff and mypy, and check that the generated stubs are current
 	$(PY) -m ruff check .
@@ -69,6 +76,9 @@ format: $(STAMP) ## Sort imports and format
 
 protos: $(STAMP) ## Regenerate the stubs of the wire contract
 	$(PY) protos/generate.py
+
+graph: $(STAMP) ## Draw the import graph in CONTRIBUTING.md
+	$(PY) -m tests.repo.graph
 
 bench: $(STAMP) ## Run the benchmarks, which report ratios within one run
 	$(PY) -m benchmarks $(ARGS)

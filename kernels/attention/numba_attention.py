@@ -132,7 +132,7 @@ def _decode_of(batch: AttentionBatch, num_kv_heads: int) -> _Decode:
     decode = batch.plans.get(key)
     if decode is None:
         decode = batch.plans[key] = _plan(batch, num_kv_heads, threads)
-    return decode  # type: ignore[no-any-return]
+    return decode
 
 
 def _plan(batch: AttentionBatch, num_kv_heads: int, threads: int) -> _Decode:
@@ -152,7 +152,8 @@ def _plan(batch: AttentionBatch, num_kv_heads: int, threads: int) -> _Decode:
     splits = 1
     if threads > 1 and len(members) == len(counts):
         splits = max(1, min(-(-2 * threads // tasks), int(work.max()) // MIN_PAGES_PER_THREAD))
-    units = np.stack(np.indices((len(work), num_kv_heads, splits)), -1).reshape(-1, 3)
+    grid = tuple(np.indices((len(work), num_kv_heads, splits)))
+    units = np.stack(grid, -1).reshape(-1, 3)
     sequences = Sequences(
         group_starts=group_starts,
         members=members,

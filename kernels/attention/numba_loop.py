@@ -327,7 +327,8 @@ def decode_loop(fmt: KVFormat, page_size: int, head_dim: int, dtype: str) -> Dec
     k, v = fmt.k.numba_load(*geometry), fmt.v.numba_load(*geometry)
     if k is None or v is None:
         return None
-    load_k, load_v, load_hot = k.load, v.load, Exact().numba_load(*geometry).load
+    exact: Any = Exact().numba_load(*geometry)
+    load_k, load_v, load_hot = k.load, v.load, exact.load
     k_grid, v_grid, v_transposed = k.grid, v.grid, v.transposed
     k_bytes = fmt.k.num_bytes(page_size, head_dim, dtype_bytes)
     absorb = _absorber(page_size, head_dim)

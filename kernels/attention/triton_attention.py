@@ -121,13 +121,13 @@ class _Pages:
         programs = self._programs(launch) * self.batch.num_seqs
         wanted = launch.programs * self._processors // programs
         tiles = triton.cdiv(self.batch.max_seq_len, launch.tokens)
-        return max(1, min(wanted, tiles // MIN_TILES_PER_SPLIT, MAX_SPLITS))
+        return max(1, min(wanted, tiles // MIN_TILES_PER_SPLIT, MAX_SPLITS))  # type: ignore[no-any-return]
 
     def num_prefix_splits(self, launch: Launch) -> int:
         """Enough for one set to fill the device; more parts would cost more merging."""
         wanted = launch.programs * self._processors // self.hot.shape[2]
         tiles = triton.cdiv(self.batch.max_seq_len, launch.tokens)
-        return max(1, min(wanted, tiles // MIN_TILES_PER_SPLIT, MAX_PREFIX_SPLITS))
+        return max(1, min(wanted, tiles // MIN_TILES_PER_SPLIT, MAX_PREFIX_SPLITS))  # type: ignore[no-any-return]
 
     @property
     def prefixes(self) -> SharedPrefixes | None:
@@ -254,7 +254,7 @@ class _Pages:
         """Number of programs of one split of one sequence."""
         num_kv_heads = self.hot.shape[2]
         if launch.kernel is sealed_kernel:
-            return num_kv_heads * triton.cdiv(self.q.shape[1] // num_kv_heads, HEADS)
+            return num_kv_heads * triton.cdiv(self.q.shape[1] // num_kv_heads, HEADS)  # type: ignore[no-any-return]
         return num_kv_heads
 
     @property

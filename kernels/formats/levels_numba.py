@@ -59,7 +59,7 @@ def _picker(count: int) -> Any:
             codes = builder.fptosi(builder.load(place, align=4), lanes)
             in_register = builder.and_(codes, ir.Constant(lanes, [LANES - 1] * LANES))
 
-            def permuted(first):  # type: ignore[no-untyped-def]
+            def permuted(first: int) -> Any:
                 """Select by the codes' low bits from levels first to first + LANES."""
                 size = min(count, LANES)
                 at = builder.gep(levels_ptr, [ir.Constant(ir.IntType(64), first)])

@@ -54,7 +54,7 @@ def pack(codes: torch.Tensor, width: int, *, values: bool) -> torch.Tensor:
     if values:
         table = table.mT
     if width == 8:
-        return (table ^ 128).flatten(-3)
+        return (table ^ 128).flatten(-3)  # type: ignore[no-any-return]
     planes = list(_split(table, PLANES[width], values))
     if width > 1:
         planes[-1] = planes[-1] ^ (1 << (width - 1))
@@ -97,7 +97,7 @@ def unpack(
         if width > 1:
             planes[-1] = planes[-1] ^ (1 << (width - 1))
         codes = torch.cat(planes, dim=-2) if values else torch.stack(planes, dim=-2).flatten(-3, -2)
-    return codes if values else codes.flatten(-3, -2)
+    return codes if values else codes.flatten(-3, -2)  # type: ignore[no-any-return]
 
 
 def by_token(table: torch.Tensor, *, values: bool) -> torch.Tensor:
@@ -109,7 +109,7 @@ def _split(table: torch.Tensor, count: int, values: bool) -> tuple[torch.Tensor,
     """The planes of a table [..., rows, columns]."""
     if values:
         return table.chunk(count, dim=-2)
-    return table.unflatten(-2, (-1, count)).unbind(-2)
+    return table.unflatten(-2, (-1, count)).unbind(-2)  # type: ignore[no-any-return]
 
 
 def _overlay(parts: list[torch.Tensor], shifts: list[int] | range) -> torch.Tensor:

@@ -37,7 +37,7 @@ def rotation_matrix(head_dim: int) -> torch.Tensor:
         signs = torch.randint(0, 2, (size,), generator=generator) * 2.0 - 1.0
         blocks.append(_hadamard(size) * signs)
         left -= size
-    return torch.block_diag(*blocks)
+    return torch.block_diag(*blocks)  # type: ignore[no-any-return]
 
 
 def rotate(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
@@ -56,4 +56,4 @@ def _hadamard(size: int) -> torch.Tensor:
     matrix = torch.ones(1, 1)
     while matrix.shape[0] < size:
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
-    return matrix / size**0.5
+    return matrix / size**0.5  # type: ignore[no-any-return]

@@ -46,5 +46,6 @@ def seal_layers(
     wanted = hot_ids >= 0
     hot_ids, sealed_ids = hot_ids[wanted], sealed_ids[wanted]
     full = hot.index_select(1, hot_ids)  # [num_layers, n, 2, num_kv_heads, page_size, head_dim]
-    pages = fmt.encode(*full.flatten(0, 1).unbind(1), NO_PARAMS)
+    k, v = full.flatten(0, 1).unbind(1)
+    pages = fmt.encode(k, v, NO_PARAMS)
     sealed.index_copy_(1, sealed_ids.long(), pages.unflatten(0, full.shape[:2]))

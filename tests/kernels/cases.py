@@ -7,6 +7,7 @@ This shares no code with the operators except the formats' own `decode`.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TypedDict
 
 import torch
 
@@ -183,6 +184,13 @@ def with_prefixes(case: Case, sets: list[tuple[list[int], int]], *, padding: int
     return replace(case, batch=replace(case.batch, prefixes=SharedPrefixes(pages, members, ends)))
 
 
+class AttentionOptions(TypedDict, total=False):
+    """What attention computes besides the rule: `paged_attention` and `truth` both take these."""
+
+    softcap: float | None
+    sliding_window: int | None
+
+
 def truth(
     case: Case,
     *,
@@ -245,8 +253,9 @@ def _sealed_form(case: Case, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Te
     params = case.params
     for start in range(0, k.shape[0] - size + 1, size):
         tokens = slice(start, start + size)
-        pages = (x[tokens].transpose(0, 1).unsqueeze(0) for x in (k, v))
-        page = case.fmt.encode(*pages, params, torch.tensor([case.first_position + start]))
+        k_page, v_page = (x[tokens].transpose(0, 1).unsqueeze(0) for x in (k, v))
+        position = torch.tensor([case.first_position + start])
+        page = case.fmt.encode(k_page, v_page, params, position)
         k_page, v_page = case.fmt.decode(page, size, dim, stored, params)
         k_sealed[tokens], v_sealed[tokens] = k_page[0].transpose(0, 1), v_page[0].transpose(0, 1)
     return k_sealed, v_sealed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any, Unpack
 
 import pytest
 import torch
@@ -10,12 +11,19 @@ import torch
 from kvmesh.kernels.attention import paged_attention
 from kvmesh.kernels.attention import plan as planning
 from kvmesh.kernels.formats.registry import format_names, get_format
-from tests.kernels.cases import Case, Shape, make_case, truth, with_empty_sequences
+from tests.kernels.cases import (
+    AttentionOptions,
+    Case,
+    Shape,
+    make_case,
+    truth,
+    with_empty_sequences,
+)
 
 MIXED = [(1, 1), (15, 1), (16, 1), (17, 1), (63, 1), (64, 64), (65, 9), (200, 33), (130, 1)]
 
 
-def check(case: Case, **options: float | None) -> None:
+def check(case: Case, **options: Unpack[AttentionOptions]) -> None:
     scale = case.shape.head_dim**-0.5
     out, lse = paged_attention(
         case.q,
@@ -107,7 +115,12 @@ def test_chunking_and_batching_change_only_rounding(name: str) -> None:
     1e-2 at four bits."""
     fmt, shape = get_format(name), Shape(sink_pages=1, recent_pages=1)
     whole = make_case(fmt, shape, [(200, 200)])
-    options = {"fmt": fmt, "scale": 0.125, "params": whole.params, "backend": "reference"}
+    options: dict[str, Any] = {
+        "fmt": fmt,
+        "scale": 0.125,
+        "params": whole.params,
+        "backend": "reference",
+    }
     want, _ = paged_attention(whole.q, whole.hot, whole.sealed, whole.batch, **options)
     for length, new in ((200, 1), (200, 7), (200, 64), (150, 1), (150, 50)):
         part = make_case(fmt, shape, [(200, 200)])
@@ -141,7 +154,7 @@ def test_a_missing_page_is_named() -> None:
 
 def test_bad_arguments_are_named() -> None:
     case = make_case(get_format("int8"), Shape(), [(40, 1)])
-    good = {"fmt": case.fmt, "scale": 0.125}
+    good: dict[str, Any] = {"fmt": case.fmt, "scale": 0.125}
     args = (case.hot, case.sealed, case.batch)
     with pytest.raises(ValueError, match="q, hot"):
         paged_attention(case.q.bfloat16(), *args, **good)

@@ -135,8 +135,8 @@ def test_the_eden_scale_is_unbiased(width: int, levels: str) -> None:
     """<x, x^> = |x|², up to the rounding of the scale; least squares would give less."""
     x = torch.randn(2, 2, 64, 128, generator=torch.Generator().manual_seed(2))
     side = Codebook(width, levels=levels, scale="bf16")
-    shape = (64, 128, torch.float32, {})
-    got = side.codec().decode(side, side.codec().encode(side, x, {}, None), *shape)
+    pages = side.codec().encode(side, x, {}, None)
+    got = side.codec().decode(side, pages, 64, 128, torch.float32, {})
     slope = (x * got).sum(-1) / x.square().sum(-1)
     torch.testing.assert_close(slope, torch.ones_like(slope), atol=2**-8, rtol=0)
 
@@ -309,7 +309,7 @@ def test_hard_rows_stay_finite(name: str) -> None:
         params, at = params_for(fmt, 1, x.shape[-1]), torch.tensor([64])
         for dtype in (torch.float32, torch.bfloat16):
             pages = fmt.encode(page.to(dtype), page.to(dtype), params, at)
-            for side in fmt.decode(pages, *x.shape, dtype, params):
+            for side in fmt.decode(pages, x.shape[0], x.shape[1], dtype, params):
                 assert side.isfinite().all()
 
 

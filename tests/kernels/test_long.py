@@ -190,7 +190,8 @@ def test_sealing_far_pages_of_far_layers(name: str, backend: str) -> None:
     ids = hot_ids.to(DEVICE), sealed_ids.to(DEVICE)
     seal_layers(hot, sealed, *ids, fmt=fmt, backend=backend)
     for layer in range(2):
-        want = fmt.encode(*content[layer].unbind(1))
+        k, v = content[layer].unbind(1)
+        want = fmt.encode(k, v)
         assert torch.equal(sealed[layer, [1, far_sealed + 1]].cpu(), want)
     assert (sealed[:, untouched] == 0xAA).all()
     sealed[1, [1, far_sealed + 1]] = 0xAA
@@ -207,8 +208,7 @@ def test_writing_far_pages(tokens: int, backend: str) -> None:
     hot[[0, far, far + 1]] = 9.0
     k, v = torch.randn(2, tokens, heads, dim, dtype=DTYPE)
     slots = torch.tensor([(far + 1) * size + 5, -1, 63])[:tokens]
-    on_device = [x.to(DEVICE) for x in (k, v)]
-    write_hot(*on_device, hot, slots.to(DEVICE), backend=backend)
+    write_hot(k.to(DEVICE), v.to(DEVICE), hot, slots.to(DEVICE), backend=backend)
     want = torch.full((3, 2, heads, size, dim), 9.0, dtype=DTYPE)
     want[2, :, :, 5] = torch.stack((k[0], v[0]))
     if tokens == 3:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any, Unpack
 
 import numpy as np
 import pytest
@@ -17,7 +18,14 @@ from benchmarks.stand_in_params import params_for
 from kvmesh.kernels.attention import numba_attention, paged_attention, warm_up
 from kvmesh.kernels.formats.levels_numba import look_up
 from kvmesh.kernels.formats.registry import format_names, get_format
-from tests.kernels.cases import Case, Shape, make_case, truth, with_empty_sequences
+from tests.kernels.cases import (
+    AttentionOptions,
+    Case,
+    Shape,
+    make_case,
+    truth,
+    with_empty_sequences,
+)
 from tests.kernels.test_nuq import ROPES
 
 pytest.importorskip("numba")
@@ -30,7 +38,7 @@ COMPILED = [
 MIXED = [(1, 1), (63, 1), (64, 1), (65, 1), (200, 33), (300, 1), (1000, 1), (128, 1), (320, 1)]
 
 
-def check(case: Case, **options: float | None) -> None:
+def check(case: Case, **options: Unpack[AttentionOptions]) -> None:
     scale = case.shape.head_dim**-0.5
     arguments = (case.q, case.hot, case.sealed, case.batch)
     out, lse = paged_attention(
@@ -183,7 +191,7 @@ def test_batching_does_not_change_a_bit() -> None:
     """Each sequence is computed on its own, on one thread, in a fixed order."""
     shape = Shape(page_size=64, recent_pages=1)
     together = make_case(get_format("k4v4"), shape, [(500, 1), (70, 1), (300, 1)])
-    options = {"fmt": together.fmt, "scale": 0.125, "backend": "numba"}
+    options: dict[str, Any] = {"fmt": together.fmt, "scale": 0.125, "backend": "numba"}
     arenas = (together.hot, together.sealed)
     want, _ = paged_attention(together.q, *arenas, together.batch, **options)
     for seq in range(3):
@@ -207,7 +215,7 @@ def test_a_missing_page_is_named(table: str, page: int) -> None:
 def test_indices_outside_tables_and_arenas_are_refused() -> None:
     case = make_case(get_format("int8"), Shape(page_size=64), [(300, 1)])
     arguments = (case.q, case.hot, case.sealed)
-    options = {"fmt": case.fmt, "scale": 0.125, "backend": "numba"}
+    options: dict[str, Any] = {"fmt": case.fmt, "scale": 0.125, "backend": "numba"}
     row = case.batch.rows.long()
     case.batch.sealed_tables[row, 2] = len(case.sealed)
     with pytest.raises(ValueError, match=r"sealed_tables: row .* logical page 2"):

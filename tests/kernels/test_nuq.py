@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.stand_in_params import levels_for, nuq_keys, params_for
 from kvmesh.kernels.attention import paged_attention
-from kvmesh.kernels.formats.base import LayerParams, ModelParams
+from kvmesh.kernels.formats.base import LayerParams, ModelParams, Params
 from kvmesh.kernels.formats.nuq.side import NonUniform
 from kvmesh.kernels.formats.packing import packed_bytes
 from kvmesh.kernels.formats.registry import get_format
@@ -25,9 +25,7 @@ ROPES = [
 ]
 
 
-def rotated(
-    x: torch.Tensor, positions: torch.Tensor, params: dict[str, torch.Tensor]
-) -> torch.Tensor:
+def rotated(x: torch.Tensor, positions: torch.Tensor, params: Params) -> torch.Tensor:
     """RoPE in fp64, channel by channel. x [..., tokens, head_dim]; positions [..., tokens]"""
     inv_freq = params["inv_freq"].double()
     out = x.double().clone()
@@ -158,7 +156,7 @@ def test_hard_rows_stay_finite_at_any_position(name: str, rope: dict[str, object
         page = rows[None, None]
         for first in (0, 1008, 999_936):
             pages = fmt.encode(page, page, params, torch.tensor([first]))
-            for got in fmt.decode(pages, *rows.shape, torch.float32, params):
+            for got in fmt.decode(pages, rows.shape[0], rows.shape[1], torch.float32, params):
                 assert got.isfinite().all()
 
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import pytest
 import torch
 
 from kvmesh.kernels.attention import paged_attention
 from kvmesh.kernels.attention.triton_launch import sharers
 from kvmesh.kernels.formats.registry import get_format
-from tests.kernels.cases import Case, Shape, make_case, truth, with_prefixes
+from tests.kernels.cases import AttentionOptions, Case, Shape, make_case, truth, with_prefixes
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Sequences 0, 2, 5 read the first set together, and 1, 4 the second; 3 has a chunk.
 SEQUENCES = [(260, 1), (330, 1), (300, 1), (270, 20), (500, 1), (257, 1), (64, 1)]
 
 
-def check(case: Case, backend: str, **options: float | None) -> None:
+def check(case: Case, backend: str, **options: Unpack[AttentionOptions]) -> None:
     scale = case.shape.head_dim**-0.5
     there = case.to(DEVICE) if backend == "triton" else case
     out, lse = paged_attention(

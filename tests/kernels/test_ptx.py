@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -47,7 +49,7 @@ def prmt(a: int, b: int, selector: int) -> int:
 
 def fma(a: int, b: int, c: int) -> int:
     x, y, z = (np.array(bf16_pair(word), dtype=np.float64) for word in (a, b, c))
-    rounded = torch.from_numpy(x * y + z).to(torch.bfloat16).view(torch.int16).tolist()
+    rounded: list[int] = torch.from_numpy(x * y + z).to(torch.bfloat16).view(torch.int16).tolist()
     return (rounded[0] & 0xFFFF) | (rounded[1] & 0xFFFF) << 16
 
 
@@ -56,7 +58,7 @@ def bf16_pair(word: int) -> list[float]:
     return [float(x) for x in bits.view(np.float32)]
 
 
-OPCODES = {
+OPCODES: dict[str, Callable[..., int]] = {
     "mov.b32": lambda a: a,
     "and.b32": lambda a, b: a & b,
     "xor.b32": lambda a, b: a ^ b,

@@ -7,6 +7,7 @@ kind of side is tested on every shape, the others on one.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Unpack
 
 import pytest
 import torch
@@ -22,7 +23,14 @@ from kvmesh.kernels.formats.tiles_triton import why_no_kernels
 from kvmesh.kernels.merge import merge_states
 from kvmesh.kernels.seal import seal_layers, seal_pages, triton_seal
 from kvmesh.kernels.write import write_hot
-from tests.kernels.cases import Case, Shape, make_case, truth, with_empty_sequences
+from tests.kernels.cases import (
+    AttentionOptions,
+    Case,
+    Shape,
+    make_case,
+    truth,
+    with_empty_sequences,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16] if DEVICE == "cuda" else [torch.float32]
@@ -95,7 +103,7 @@ def format_of(name: str) -> KVFormat:
     return UNREGISTERED.get(name) or get_format(name)
 
 
-def attend(case: Case, **options: float | None) -> tuple[torch.Tensor, torch.Tensor]:
+def attend(case: Case, **options: Unpack[AttentionOptions]) -> tuple[torch.Tensor, torch.Tensor]:
     on_device = case.to(DEVICE)
     out, lse = paged_attention(
         on_device.q,
@@ -111,7 +119,7 @@ def attend(case: Case, **options: float | None) -> tuple[torch.Tensor, torch.Ten
     return out.cpu(), lse.cpu()
 
 
-def check(case: Case, *, integer: bool = False, **options: float | None) -> None:
+def check(case: Case, *, integer: bool = False, **options: Unpack[AttentionOptions]) -> None:
     """FlashAttention's rule: at most twice the error of torch in the same dtype.
 
     integer: the case takes the integer path, whose queries and weights have 15 bits: in fp32
@@ -167,15 +175,13 @@ PLAIN_SHAPES = [
 def test_mixed_batch_matches_the_expected_results(
     name: str, dtype: torch.dtype, shape: tuple[int, int, int, int, tuple[int, int]]
 ) -> None:
-    *sizes, windows = shape
-    page_size = sizes[-1]
+    heads, kv_heads, head_dim, page_size, windows = shape
     lengths = [(1, 1), (page_size, 1), (2 * page_size + 7, page_size + 9)]
     if page_size == 16:
         lengths += [(63, 1), (65, 1), (64, 23)]
     lengths.append((min(5, 160 // page_size) * page_size + 3, 1))
-    case = make_case(
-        format_of(name), Shape(*sizes, *windows), lengths, dtype=dtype, padding_tokens=2
-    )
+    geometry = Shape(heads, kv_heads, head_dim, page_size, *windows)
+    case = make_case(format_of(name), geometry, lengths, dtype=dtype, padding_tokens=2)
     check(case)
 
 
@@ -369,7 +375,7 @@ def hard_pages(page_size: int, head_dim: int, dtype: torch.dtype) -> torch.Tenso
 
 def sealed_both_ways(fmt: KVFormat, hot: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """By plain torch and by the kernel: hot pages 4, 1, 0, 2, 3 into sealed 8, 3, 0, 1, 5."""
-    page_bytes = fmt.page_bytes(*hot.shape[3:], hot.element_size())
+    page_bytes = fmt.page_bytes(hot.shape[3], hot.shape[4], hot.element_size())
     want = torch.full((9, 2, page_bytes), 0xAA, dtype=torch.uint8)
     got = want.clone().to(DEVICE)
     ids = torch.tensor([[4, 1, -1, 0, 2, 3], [8, 3, 7, 0, 1, 5]], dtype=torch.int32)

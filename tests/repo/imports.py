@@ -37,6 +37,14 @@ def module_files(root: Path = ROOT) -> dict[str, Path]:
     return files
 
 
+def imports_by_module(files: dict[str, Path]) -> dict[str, list[Import]]:
+    """What each of these modules imports, by the module's full name."""
+    return {
+        name: imports_of(path.read_text("utf-8"), name, path.name == "__init__.py")
+        for name, path in files.items()
+    }
+
+
 def imports_of(source: str, module: str, is_package: bool) -> list[Import]:
     """All imports in a module's source, with relative ones resolved."""
     package = module if is_package else module.rpartition(".")[0]

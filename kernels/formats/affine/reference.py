@@ -143,8 +143,8 @@ def _to_runs(side: Affine, x: torch.Tensor) -> torch.Tensor:
     [..., runs, head_dim, run] along channels; a copy or a view."""
     run = side.run_length(*x.shape[-2:])
     if side.along == "token":
-        return x.unflatten(-1, (-1, run))
-    return x.unflatten(-2, (-1, run)).transpose(-1, -2).contiguous()
+        return x.unflatten(-1, (-1, run))  # type: ignore[no-any-return]
+    return x.unflatten(-2, (-1, run)).transpose(-1, -2).contiguous()  # type: ignore[no-any-return]
 
 
 def _from_runs(side: Affine, runs: torch.Tensor, page_size: int, head_dim: int) -> torch.Tensor:

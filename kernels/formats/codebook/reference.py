@@ -39,7 +39,7 @@ def levels(side: Codebook) -> torch.Tensor:
     """[2^width] fp32, ascending."""
     count = 2**side.width
     if side.levels == "uniform":
-        return (torch.arange(count) - (count - 1) / 2) * UNIFORM_STEP[side.width]
+        return (torch.arange(count) - (count - 1) / 2) * UNIFORM_STEP[side.width]  # type: ignore[no-any-return]
     positive = torch.tensor(LLOYD_MAX[side.width])
     return torch.cat((-positive.flip(0), positive))
 

@@ -35,4 +35,4 @@ def decode(
     dtype: torch.dtype,
     params: Params,
 ) -> torch.Tensor:
-    return pages.view(dtype).unflatten(-1, (page_size, head_dim)).float()
+    return pages.view(dtype).unflatten(-1, (page_size, head_dim)).float()  # type: ignore[no-any-return]

@@ -74,4 +74,4 @@ def decode(
     if side.centred:
         centre = pages[..., end:start].contiguous().view(torch.bfloat16).float()
         half = half + centre[..., None, :] * 0.5
-    return half.clamp_(-0.5 * BF16_MAX, 0.5 * BF16_MAX).mul_(2.0)
+    return half.clamp_(-0.5 * BF16_MAX, 0.5 * BF16_MAX).mul_(2.0)  # type: ignore[no-any-return]
