@@ -97,10 +97,10 @@ def choose(
                 later, later_cost = group, cost
         rows.append(_row(group, demand, reason, cost))
     if best is None or later_cost < best_cost:
-        return GroupChoice(None, Verdicts(rows), later)
+        return GroupChoice(None, Verdicts(tuple(rows)), later)
     name, info, _, need, free, cached, cost = rows[best_row]
     rows[best_row] = (name, info, Reason.CHOSEN, need, free, cached, cost)
-    return GroupChoice(best, Verdicts(rows))
+    return GroupChoice(best, Verdicts(tuple(rows)))
 
 
 def obstacle(

@@ -310,7 +310,7 @@ class RouterMachine(RuleBasedStateMachine):
     def no_group_is_overcommitted(self) -> None:
         """Counted from the holders' side: what they are entitled to fits the pool."""
         for name, engine in self.engines.items():
-            engine.strayed &= bool(engine.runs)
+            self.note_strays(engine)
             if engine.strayed:
                 continue
             hot = sealed = 0
@@ -342,6 +342,8 @@ class RouterMachine(RuleBasedStateMachine):
         for engine in self.engines.values():
             if engine.connected and not engine.to_router:
                 assert engine.runs.keys() <= self.leases.keys()
+            elif not engine.connected:
+                assert all(lease.group != engine.name for lease in self.leases.values())
 
     def teardown(self) -> None:
         """Left alone, all that waits or runs comes to its end."""
@@ -441,8 +443,14 @@ class RouterMachine(RuleBasedStateMachine):
             self.place_again(job, lost_engines=lost if not engine.up else frozenset())
             return
         job.state = "running"
-        lease = self.leases.get(placement.lease.lease_id)
-        engine.strayed |= lease is None or lease.group != engine.name
+        self.note_strays(engine)
+
+    def note_strays(self, engine: BookEngine) -> None:
+        """Look for leases that the ledger gave up before it heard of their arrival."""
+        if not engine.runs:
+            engine.strayed = False
+        elif engine.connected:
+            engine.strayed |= not engine.runs.keys() <= self.leases.keys()
 
     def give_back(self, job: Job) -> Placement:
         assert job.placement is not None
@@ -484,8 +492,9 @@ class RouterMachine(RuleBasedStateMachine):
                         assert job.state == "queued"
                         job.state = "refused"
                 case Grown() | Withdrawn():
-                    assert self.engines[outcome.group].connected
-                    self.engines[outcome.group].from_router.append(outcome)
+                    engine = self.engines[outcome.group]
+                    if engine.connected:  # the router hears of a broken connection later
+                        engine.from_router.append(outcome)
 
     def deliver_to_router(self, engine: BookEngine, count: int) -> None:
         for _ in range(min(count, len(engine.to_router))):
@@ -493,8 +502,7 @@ class RouterMachine(RuleBasedStateMachine):
             if isinstance(message, EngineLoads):
                 assert self.router.audit(engine.name, message) == ()
             else:
-                for terms in message.arrived:
-                    engine.strayed |= terms.lease_id not in self.leases
+                self.note_strays(engine)
                 self.settle(self.router.account(engine.name, message, self.now))
 
     def deliver_to_engine(self, engine: BookEngine, count: int) -> None:
