@@ -9,11 +9,11 @@ from kvmesh.cluster.routing.chooser import Chooser
 from kvmesh.cluster.routing.config import RouterConfig
 from kvmesh.cluster.routing.demand import RequestDemand
 from kvmesh.cluster.routing.fleet import Fleet
+from kvmesh.cluster.routing.forecast import PromisedStart
 from kvmesh.cluster.routing.group import Group
 from kvmesh.cluster.routing.live import LiveRequest
 from kvmesh.cluster.routing.outcome import BudgetEstimate, Decision, Granted, Queued, Refused
 from kvmesh.cluster.routing.placement import GroupChoice, Promise, prefill_s
-from kvmesh.cluster.routing.promise import PromisedStart
 from kvmesh.cluster.routing.queue import WaitingQueue
 from kvmesh.cluster.routing.refusals import Refusals
 from kvmesh.cluster.routing.request import PlaceRequest
@@ -177,13 +177,13 @@ class Admission:
         self._promised.forget(live)
 
     def _candidates(self, now: float) -> Iterator[LiveRequest]:
-        turn = self._fleet.ledger.grants % self._tuning.aged_every == 0
+        turn = self._fleet.grants % self._tuning.aged_every == 0
         order = self.queue.in_order(self._fleet.tenants.counter, now, aged_first=turn)
         return self._promised.in_order(order)
 
     def _refresh(self, live: LiveRequest, now: float) -> RequestDemand:
         """What was found out about a waiting request a moment ago is good enough to try it."""
-        if now - live.demand_at > FRESH_S or not self._fleet.is_current(live.demand):
+        if now - live.demand_at > FRESH_S or live.demand.kinds is not self._fleet.kinds:
             live.demand, live.demand_at = self._fleet.demand(live.request), now
         return live.demand
 

@@ -104,7 +104,7 @@ class Router:
 
         If its sequences have arrived all the same, the engine has to end them first.
         """
-        lease = self.fleet.ledger.leases.get(lease_id)
+        lease = self.fleet.leases.get(lease_id)
         if lease is None:
             return []
         if lease.arrived:
@@ -140,7 +140,7 @@ class Router:
         known = self.fleet.groups.get(group)
         if known is None or known.account is None:
             return []
-        leases = self.fleet.ledger.leases
+        leases = self.fleet.leases
         for terms in update.arrived:
             if (lease := leases.get(terms.lease_id)) is None:
                 # Granted by a former router, or before the group's connection broke.
@@ -167,7 +167,8 @@ class Router:
 
     def audit(self, group: str, loads: EngineLoads) -> tuple[str, ...]:
         """Where an engine's report and the ledger disagree, in words; nothing if they agree."""
-        return self.fleet.ledger.audit(group, loads)
+        known = self.fleet.groups.get(group)
+        return known.account.audit(loads) if known and known.account else ()
 
     # Time
 
@@ -181,7 +182,7 @@ class Router:
             refused = Refused(live.request_id, error)
             self._records.note(refused, now)
             outcomes.append(refused)
-        for lease in self.fleet.ledger.never_arrived(now - self.config.lease_ttl_s):
+        for lease in self.fleet.never_arrived(now - self.config.lease_ttl_s):
             self.fleet.release(lease, now)
             self._records.lease_over(lease, expired=True)
             outcomes.append(Withdrawn(lease.group, lease.lease_id))
@@ -201,12 +202,12 @@ class Router:
         """The budget as it stands."""
         records, queue = self._records, self.admission.queue
         return RouterStatus(
-            epoch=self.fleet.ledger.epoch,
+            epoch=self.fleet.epoch,
             ready=self.admission.ready(now),
             queue_depth=len(queue),
             queue_limit=queue.limit,
             live_requests=len(records.live),
-            leases=len(self.fleet.ledger.leases),
+            leases=len(self.fleet.leases),
             groups=tuple(group.status() for group in self.fleet.groups.values()),
             granted_total=records.granted,
             released_total=records.released,

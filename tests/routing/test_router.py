@@ -207,7 +207,7 @@ def test_a_lease_that_never_arrives_is_released_and_withdrawn() -> None:
     assert router.status(10.1).leases == 3
     end(router, unused, 10.2)
     assert router.status(10.2).leases == 2
-    router.fleet.ledger.check_integrity()
+    router.fleet.check_integrity()
 
 
 def test_a_lost_group_voids_its_leases_and_its_requests_wait_for_its_return() -> None:
@@ -248,7 +248,7 @@ def test_a_group_that_connects_again_has_the_leases_that_it_lists() -> None:
     assert router.group_down("g0", 1.0) == []
     next_one = granted(router.group_up("g0", make_info(max_sequences=3), [kept.lease], 2.0))
     assert next_one.request_id == "d"
-    assert list(router.fleet.ledger.leases) == [kept.lease.lease_id, next_one.lease.lease_id]
+    assert list(router.fleet.leases) == [kept.lease.lease_id, next_one.lease.lease_id]
     # Granted before the connection broke, submitted to the engine in the meantime:
     arrive(router, on_its_way, 3.0)
     assert router.status(3.0).groups[0].sequences == 3
