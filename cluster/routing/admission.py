@@ -107,7 +107,9 @@ class Admission:
         keeps the promise until it starts. Those after it may overtake where they do
         not delay it.
         """
-        open_groups = self._open_groups(now) if len(self.queue) and self.ready(now) else []
+        if not len(self.queue) or not self.ready(now):
+            return []
+        open_groups = self._open_groups(now)
         decisions: list[Decision] = []
         deferred_s: dict[str, float] = {}
         first = True  # no request before lacks pages

@@ -63,7 +63,7 @@ class Account:
     def holds(self, need: PageNeed, to_grow: int, shared: int = 0) -> bool:
         """Whether a new lease fits and leaves the reserve whole."""
         left = self.free.sealed - need.sealed + shared
-        return need.hot <= self.free.hot and left >= max(self.reserve, to_grow)
+        return need.hot <= self.free.hot and left >= self.reserve and left >= to_grow
 
     def grant(
         self,
