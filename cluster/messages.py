@@ -14,8 +14,7 @@ import msgspec
 from kvmesh.cluster.errors import Failure
 from kvmesh.cluster.link import Address
 from kvmesh.cluster.reports import ClusterStatus, EngineReport
-from kvmesh.cluster.routing.decisions import Explained
-from kvmesh.cluster.routing.outcome import BudgetEstimate
+from kvmesh.cluster.routing.outcome import BudgetEstimate, Explained
 from kvmesh.cluster.routing.request import PlaceRequest
 from kvmesh.workers.lease import AccountUpdate, LeaseTerms, PageChanges
 from kvmesh.workers.loads import EngineInfo

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from kvmesh.cluster.reports import EngineLatencies, LatencySummary
-from kvmesh.cluster.routing.status import RouterStatus
+from kvmesh.cluster.routing.outcome import RouterStatus
 from kvmesh.workers.loads import EngineInfo, EngineLoads
 from kvmesh.workers.request import SequenceDelta, SequenceUsage
 from kvmesh.workers.sizes import PageNeed

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from kvmesh.cluster.routing.status import RouterStatus
+from kvmesh.cluster.routing.outcome import RouterStatus
 from kvmesh.workers.loads import EngineInfo, EngineLoads
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kvmesh.cluster.reports import ClusterStatus, EngineReport
-from kvmesh.cluster.routing.decisions import Explained
-from kvmesh.cluster.routing.outcome import BudgetEstimate
+from kvmesh.cluster.routing.outcome import BudgetEstimate, Explained
 from kvmesh.cluster.routing.request import PlaceRequest
 from kvmesh.cluster.routing.verdict import Reason, Verdict
 from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb

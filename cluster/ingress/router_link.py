@@ -35,8 +35,7 @@ from kvmesh.cluster.messages import (
     Status,
 )
 from kvmesh.cluster.reports import ClusterStatus
-from kvmesh.cluster.routing.decisions import Explained
-from kvmesh.cluster.routing.outcome import BudgetEstimate
+from kvmesh.cluster.routing.outcome import BudgetEstimate, Explained
 from kvmesh.cluster.routing.request import PlaceRequest
 
 ANSWER_TIMEOUT_S = 15.0

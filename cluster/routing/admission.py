@@ -9,11 +9,11 @@ from kvmesh.cluster.routing.chooser import Chooser
 from kvmesh.cluster.routing.config import RouterConfig
 from kvmesh.cluster.routing.demand import RequestDemand
 from kvmesh.cluster.routing.fleet import Fleet
+from kvmesh.cluster.routing.forecast import PromisedStart
 from kvmesh.cluster.routing.group import Group
 from kvmesh.cluster.routing.live import LiveRequest
 from kvmesh.cluster.routing.outcome import BudgetEstimate, Decision, Granted, Queued, Refused
 from kvmesh.cluster.routing.placement import GroupChoice, Promise, prefill_s
-from kvmesh.cluster.routing.promise import PromisedStart
 from kvmesh.cluster.routing.queue import WaitingQueue
 from kvmesh.cluster.routing.refusals import Refusals
 from kvmesh.cluster.routing.request import PlaceRequest
@@ -74,7 +74,7 @@ class Admission:
         )
 
     def place(self, live: LiveRequest, now: float) -> list[Decision]:
-        """The request's own decision first, then grants to others that waited."""
+        """The request's own decision first, then those on others that waited."""
         name, demand, ahead = live.request_id, live.demand, len(self.queue)
         choice = self._chooser.choose(demand, now, self._promised.current)
         if self.ready(now):
@@ -89,10 +89,10 @@ class Admission:
             return [Refused(name, full, choice.verdicts)]
         self._fleet.tenants.enter(live.request.tenant)
         self.queue.put(live)
-        granted = self.admit(now)
-        others = [x for x in granted if x.request_id != name]
-        if len(others) < len(granted):
-            return [*(x for x in granted if x.request_id == name), *others]
+        decisions = self.admit(now)
+        others = [x for x in decisions if x.request_id != name]
+        if len(others) < len(decisions):
+            return [*(x for x in decisions if x.request_id == name), *others]
         return [self._queued(live, choice, now), *others]
 
     def give_up(self, live: LiveRequest) -> None:
@@ -100,15 +100,17 @@ class Admission:
         self._leave_queue(live)
         self._fleet.tenants.leave(live.request.tenant)
 
-    def admit(self, now: float) -> list[Granted]:
-        """Grant whatever may go now, in the queue's order.
+    def admit(self, now: float) -> list[Decision]:
+        """Grant whatever may go now, in the queue's order; refuse what no group can hold now.
 
         The first that lacks pages is promised the group that has them soonest, and
         keeps the promise until it starts. Those after it may overtake where they do
         not delay it.
         """
-        open_groups = self._open_groups(now) if len(self.queue) and self.ready(now) else []
-        granted: list[Granted] = []
+        if not len(self.queue) or not self.ready(now):
+            return []
+        open_groups = self._open_groups(now)
+        decisions: list[Decision] = []
         deferred_s: dict[str, float] = {}
         first = True  # no request before lacks pages
         # One pass is enough: a grant only takes room from those that were tried before.
@@ -116,12 +118,15 @@ class Admission:
             if not open_groups:
                 break
             demand = self._refresh(live, now)
+            if demand.fits_nowhere:
+                decisions.append(self._refuse(live, now))
+                continue
             if not self._in_quota(demand):
                 continue
             choice = self._choose_for(live, open_groups, deferred_s, now)
             if choice.group is not None:
                 self._leave_queue(live)
-                granted.append(self._grant(live, choice, now))
+                decisions.append(self._grant(live, choice, now))
                 open_groups = self._open_groups(now)
             elif (later := choice.better_later) is not None:
                 so_far_s = deferred_s.get(later.name, 0.0)
@@ -129,7 +134,7 @@ class Admission:
             elif first and not self._chooser.holds_back(demand):
                 first = False
                 self._consider_promise(live, now)
-        return granted
+        return decisions
 
     def estimate(self, request: PlaceRequest, now: float) -> BudgetEstimate:
         """What would happen to the request, without placing it."""
@@ -155,6 +160,14 @@ class Admission:
         self._chooser.note_grant(placement.lease.sealed_pages)
         return Granted(placement)
 
+    def _refuse(self, live: LiveRequest, now: float) -> Refused:
+        """Refuse a waiting request that came before its groups were known, or they changed."""
+        self.give_up(live)
+        choice = self._chooser.choose(live.demand, now, None)
+        error = self._refusals.hopeless(live.demand, choice, len(self.queue), now)
+        assert error is not None
+        return Refused(live.request_id, error, choice.verdicts)
+
     def _queued(self, live: LiveRequest, choice: GroupChoice, now: float) -> Queued:
         order = self.queue.in_order(self._fleet.tenants.counter, now)
         position = next(i for i, waiting in enumerate(order) if waiting is live)
@@ -166,13 +179,13 @@ class Admission:
         self._promised.forget(live)
 
     def _candidates(self, now: float) -> Iterator[LiveRequest]:
-        turn = self._fleet.ledger.grants % self._tuning.aged_every == 0
+        turn = self._fleet.grants % self._tuning.aged_every == 0
         order = self.queue.in_order(self._fleet.tenants.counter, now, aged_first=turn)
         return self._promised.in_order(order)
 
     def _refresh(self, live: LiveRequest, now: float) -> RequestDemand:
         """What was found out about a waiting request a moment ago is good enough to try it."""
-        if now - live.demand_at > FRESH_S or not self._fleet.is_current(live.demand):
+        if now - live.demand_at > FRESH_S or live.demand.kinds is not self._fleet.kinds:
             live.demand, live.demand_at = self._fleet.demand(live.request), now
         return live.demand
 

@@ -1,4 +1,4 @@
-"""What the choice of a group depends on beside the groups: the weights of the moment."""
+"""What the choice of a group depends on besides the groups: the weights of the moment."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from dataclasses import replace
 from kvmesh.cluster.routing.config import RouterTuning
 from kvmesh.cluster.routing.demand import RequestDemand
 from kvmesh.cluster.routing.group import Group
-from kvmesh.cluster.routing.occupancy import Occupancy
 from kvmesh.cluster.routing.placement import GroupChoice, PlacementWeights, Promise, choose
 
 MAX_SCARCITY = 4.0  # beyond 1
 HOLE_MEMORY = 0.999  # how slowly the largest demand seen is forgotten, a grant
+SAMPLE_EVERY = 16  # arrivals
+SMOOTHING = 0.05  # weight of the newest sample
 
 
 class Chooser:
@@ -24,12 +25,19 @@ class Chooser:
     def __init__(self, tuning: RouterTuning, groups: Mapping[str, Group]) -> None:
         self._groups = groups
         self._long_s = tuning.long_s
-        self._occupancy = Occupancy(tuning.long_s, tuning.max_busy_share)
+        self._max_busy_share = tuning.max_busy_share
+        self._arrivals = 0
+        self._busy_groups = 0.0  # of those without a long prompt, a moving average
         self._weights = PlacementWeights(tuning.ahead_s, tuning.balance_s, tuning.hole_s)
         self._hole_pages = 0.0
 
     def note_arrival(self, now: float) -> None:
-        self._occupancy.note_arrival(self._groups.values(), now)
+        """Sample which groups compute: random arrivals see time averages. O(groups), at times."""
+        self._arrivals += 1
+        if self._arrivals % SAMPLE_EVERY == 0:
+            others = [x for x in self._groups.values() if not self._has_long(x)]
+            busy = sum(group.backlog.seconds(now) > 0.0 for group in others)
+            self._busy_groups += SMOOTHING * (busy - self._busy_groups)
 
     def note_grant(self, sealed_pages: int) -> None:
         """The hole to keep is as large as the largest recent demand."""
@@ -49,10 +57,16 @@ class Chooser:
         )
 
     def holds_back(self, demand: RequestDemand) -> bool:
-        """Whether the prompt is too long to start now. Never one that has lost its group."""
+        """Whether the prompt would take a group that other requests need.
+
+        The first long prompt may always start, so that none starves; never held back is
+        a request that has lost its group.
+        """
         if demand.request.resumed or demand.prefill_s <= self._long_s:
             return False
-        return not self._occupancy.spares_one(self._groups.values())
+        up = [group for group in self._groups.values() if group.account is not None]
+        spare = sum(not self._has_long(group) for group in up)
+        return spare < len(up) and self._busy_groups > self._max_busy_share * (spare - 1)
 
     def choose(self, demand: RequestDemand, now: float, promise: Promise | None) -> GroupChoice:
         """Among all groups."""
@@ -86,3 +100,7 @@ class Chooser:
         if self.holds_back(demand):
             return replace(self._weights, longest_s=self._long_s)
         return self._weights
+
+    def _has_long(self, group: Group) -> bool:
+        """Whether a long prompt keeps the group from all others."""
+        return group.backlog.longest_s > self._long_s

@@ -77,6 +77,11 @@ class RequestDemand:
     block_pages: int
     cached_blocks: Mapping[str, int]
 
+    @property
+    def fits_nowhere(self) -> bool:
+        """Whether no group that is known could ever take the request."""
+        return all(here.never is not None for here in self.by_kind)
+
     def cached_tokens(self, group: str, page_size: int) -> int:
         """Of the prompt, on a group; its last token is computed in any case."""
         tokens = self.cached_blocks.get(group, 0) * self.block_pages * page_size

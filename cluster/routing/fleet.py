@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
 
 from kvmesh.cluster.routing.config import RouterConfig
 from kvmesh.cluster.routing.demand import DemandModel, EngineKind, RequestDemand
+from kvmesh.cluster.routing.errors import LedgerError
 from kvmesh.cluster.routing.fairness import Tenants
 from kvmesh.cluster.routing.group import Group
-from kvmesh.cluster.routing.ledger import Ledger
+from kvmesh.cluster.routing.ledger import Account
 from kvmesh.cluster.routing.live import Lease, LiveRequest
 from kvmesh.cluster.routing.outcome import Grown, Placement
 from kvmesh.cluster.routing.output_lengths import OutputLengths
@@ -27,31 +29,34 @@ SMOOTHING = 0.05
 class Fleet:
     """Keeps ledger, backlogs, projected ends, prefix index and tenants' use in step.
 
+    epoch: of this router; stands in the leases that it grants
     groups: by name; those that are down stay known
+    kinds: of the groups' engines
+    leases: by id, of the groups that are up
+    grants: how many leases were granted so far
     mean_lease_s: how long a lease lasts, a moving average
     """
 
     def __init__(self, config: RouterConfig, epoch: int) -> None:
         tuning = config.tuning
-        self.ledger = Ledger(epoch)
+        self.epoch = epoch
+        self.leases: dict[str, Lease] = {}
+        self.grants = 0
         self.tenants = Tenants(config.tenants, config.tenant_default)
         self.index = PrefixIndex(tuning.index_limit)
         self.lengths = OutputLengths(min_samples=tuning.min_samples)
         self.groups: dict[str, Group] = {}
+        self.kinds: tuple[EngineKind, ...] = ()
         self.mean_lease_s = 1.0
         self._tuning = tuning
         self._model = DemandModel(self.lengths, tuning)
-        self._kinds: tuple[EngineKind, ...] = ()
         self._wanting: set[Lease] = set()
+        self._not_arrived: deque[Lease] = deque()  # earliest grant first; settled ones too
 
     def demand(self, request: PlaceRequest) -> RequestDemand:
         """The request in terms of pages, at this moment's knowledge."""
         blocks = self._model.blocks(request)
-        return self._model.demand(request, self._kinds, blocks, self.index.match(blocks))
-
-    def is_current(self, demand: RequestDemand) -> bool:
-        """Whether the groups are still those that the demand was made for."""
-        return demand.kinds is self._kinds
+        return self._model.demand(request, self.kinds, blocks, self.index.match(blocks))
 
     # Groups
 
@@ -60,12 +65,12 @@ class Fleet:
     ) -> None:
         """A group that was not up is there, and runs under these leases."""
         pace = self._tuning.pace
-        account = self.ledger.open(name, info, self._tuning.block_pages)
+        account = Account(name, info, self._tuning.block_pages)
         self.groups[name] = Group(name, info, 0, account, Backlog(pace), pace.decode_step_s)
         kinds = {EngineKind.of(group.info): 0 for group in self.groups.values()}
-        self._kinds = tuple(kinds)
+        self.kinds = tuple(kinds)
         for group in self.groups.values():
-            group.kind = self._kinds.index(EngineKind.of(group.info))
+            group.kind = self.kinds.index(EngineKind.of(group.info))
         for terms in leases:
             self.adopt(name, terms, now)
 
@@ -74,9 +79,9 @@ class Fleet:
         group = self.groups.get(name)
         if group is None or group.account is None:
             return []
-        voided = self.ledger.close(name)
+        voided = list(group.account.by_age())
         for lease in voided:
-            self._forget(lease, now)
+            self.release(lease, now)
         group.account = None
         self.index.clear(name)
         return voided
@@ -94,10 +99,13 @@ class Fleet:
         """Reserve what the request needs on the group that was chosen."""
         group, demand, request = choice.group, live.demand, live.request
         assert group is not None
+        assert group.account is not None
         here, blocks = demand.by_kind[group.kind], demand.sealed_blocks(group.kind)
-        lease = live.lease = self.ledger.grant(
-            group.name, here.leased, now, max_need=here.max, request=request, blocks=blocks
-        )
+        age = (self.epoch, self.grants)
+        lease = group.account.grant(age, here.leased, here.max, request, now, blocks)
+        self.grants += 1
+        self.leases[lease.lease_id] = live.lease = lease
+        self._not_arrived.append(lease)
         cached = demand.cached_tokens(group.name, group.info.geometry.page_size)
         lease.charged_s = projected_s(group, demand, now)
         lease.charged_bytes = group.info.geometry.bytes_of(here.leased)
@@ -120,7 +128,9 @@ class Fleet:
 
     def adopt(self, group: str, terms: LeaseTerms, now: float) -> None:
         """Enter a lease that is not in the ledger and whose sequences the engine has."""
-        lease = self.ledger.adopt(group, terms, now)
+        account = self.groups[group].account
+        assert account is not None
+        lease = self.leases[terms.lease_id] = account.adopt(terms, now)
         self.groups[group].timeline.add(lease, now + self.mean_lease_s)
 
     def first_token(self, lease: Lease, now: float) -> None:
@@ -161,12 +171,45 @@ class Fleet:
 
     def release(self, lease: Lease, now: float) -> None:
         """End a lease of which there is nothing to learn."""
-        self.ledger.release(lease)
-        self._forget(lease, now)
+        group = self.groups[lease.group]
+        assert group.account is not None
+        group.account.release(lease)
+        del self.leases[lease.lease_id]
+        group.timeline.remove(lease)
+        group.backlog.drop(lease.lease_id, now)
+        self._wanting.discard(lease)
+        if lease.request is not None:
+            over_s = now - lease.granted_at - lease.charged_s
+            self.tenants.settle(lease.request.tenant, lease.charged_bytes, over_s)
+            self.tenants.leave(lease.request.tenant)
+
+    def never_arrived(self, granted_by: float) -> list[Lease]:
+        """Leases granted until then whose sequences have not arrived; each is returned once."""
+        late: list[Lease] = []
+        queue = self._not_arrived
+        while queue:
+            lease = queue[0]
+            settled = lease.arrived or self.leases.get(lease.lease_id) is not lease
+            if not settled and lease.granted_at > granted_by:
+                break
+            queue.popleft()
+            if not settled:
+                late.append(lease)
+        return late
+
+    def check_integrity(self) -> None:
+        """Raise LedgerError unless all accounts are the sums of their leases."""
+        accounts = [x.account for x in self.groups.values() if x.account is not None]
+        for account in accounts:
+            account.check_integrity()
+        entered = {lease.lease_id for account in accounts for lease in account.by_age()}
+        if entered != self.leases.keys():
+            raise LedgerError(f"leases {entered ^ self.leases.keys()} are not in both places")
 
     def _grow(self, lease: Lease, want: LeaseWant, now: float) -> bool:
         """Extend the lease beyond what it wants, else by just that; never past its maximum."""
         group = self.groups[lease.group]
+        assert group.account is not None
         geometry = group.info.geometry
         max_tokens = min(
             geometry.tokens_within(lease.max.sealed // lease.sequences), group.info.max_model_len
@@ -176,20 +219,9 @@ class Fleet:
             tokens = min(want.prompt_tokens + target, max_tokens)
             sealed = len(geometry.sealed_range(tokens)) * lease.sequences
             need = PageNeed(lease.need.hot, max(lease.need.sealed, sealed))
-            if self.ledger.grow(lease, need):
+            if group.account.grow(lease, need):
                 more_s = max(tokens - want.tokens, 0) * group.decode_step_s
                 group.timeline.remove(lease)
                 group.timeline.add(lease, now + more_s)
                 return True
         return False
-
-    def _forget(self, lease: Lease, now: float) -> None:
-        """Drop what is expected of a lease that the ledger has released."""
-        group = self.groups[lease.group]
-        group.timeline.remove(lease)
-        group.backlog.drop(lease.lease_id, now)
-        self._wanting.discard(lease)
-        if lease.request is not None:
-            over_s = now - lease.granted_at - lease.charged_s
-            self.tenants.settle(lease.request.tenant, lease.charged_bytes, over_s)
-            self.tenants.leave(lease.request.tenant)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from kvmesh.cluster.routing.account import Account
+from kvmesh.cluster.routing.ledger import Account
+from kvmesh.cluster.routing.outcome import GroupStatus
 from kvmesh.cluster.routing.pace import Backlog
-from kvmesh.cluster.routing.status import GroupStatus
 from kvmesh.cluster.routing.timeline import Timeline
 from kvmesh.workers.loads import EngineInfo
 from kvmesh.workers.sizes import PageNeed

@@ -1,90 +1,95 @@
-"""The ledger: what every group can hold, and who holds what of it."""
+"""The ledger, a page for each group: what is free, who holds it, and who shares what."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Sequence
 
-from kvmesh.cluster.routing.account import Account
+from sortedcontainers import SortedDict
+
 from kvmesh.cluster.routing.errors import LedgerError
-from kvmesh.cluster.routing.live import Lease
+from kvmesh.cluster.routing.live import Age, Lease
 from kvmesh.cluster.routing.request import PlaceRequest
 from kvmesh.workers.lease import LeaseTerms
 from kvmesh.workers.loads import EngineInfo, EngineLoads
 from kvmesh.workers.sizes import PageNeed
 
 
-class Ledger:
-    """Accounts of the groups that are up, and all their leases. Every lease is released once.
+class Account:
+    """The leases of a group that is up, and what they leave free, in pages of one rank.
 
-    epoch: of this router; stands in the leases it grants
+    block_pages: shared blocks are runs of this many pages
+    free: pages that no lease covers; negative after adoptions beyond the capacity,
+        and nothing is granted then
+    sequences: of all leases
+    reserve: sealed pages that stay free, so that any one lease can grow to its maximum
     """
 
-    def __init__(self, epoch: int) -> None:
-        self.epoch = epoch
-        self._accounts: dict[str, Account] = {}
-        self._leases: dict[str, Lease] = {}
-        self._not_arrived: deque[Lease] = deque()  # earliest grant first; settled ones too
-        self._grants = 0
+    def __init__(self, group: str, info: EngineInfo, block_pages: int) -> None:
+        self.free = info.capacity
+        self.sequences = 0
+        self.reserve = 0
+        self._group = group
+        self._info = info
+        self._block_pages = block_pages
+        self._leases: SortedDict[tuple[Age, str], Lease] = SortedDict()  # oldest first
+        self._adopted = 0
+        self._holders: dict[bytes, int] = {}  # leases that hold a block; it is charged once
+        self._growing: SortedDict[tuple[int, str], None] = SortedDict()  # by pages to grow
 
     @property
-    def leases(self) -> Mapping[str, Lease]:
-        """By id."""
-        return self._leases
+    def used(self) -> PageNeed:
+        capacity = self._info.capacity
+        return PageNeed(capacity.hot - self.free.hot, capacity.sealed - self.free.sealed)
 
-    @property
-    def grants(self) -> int:
-        """How many leases were granted so far."""
-        return self._grants
+    def by_age(self) -> Iterable[Lease]:
+        """All leases, oldest first."""
+        return self._leases.values()
 
-    def account(self, group: str) -> Account:
-        """Raises LedgerError if the group is not up."""
-        account = self._accounts.get(group)
-        if account is None:
-            raise LedgerError(f"group {group!r} is not up")
-        return account
+    def shared_pages(self, blocks: Sequence[bytes]) -> int:
+        """How many of the blocks' sealed pages other leases pay for already.
 
-    def open(self, group: str, info: EngineInfo, block_pages: int) -> Account:
-        """Begin the account of a group that was not up."""
-        if group in self._accounts:
-            raise LedgerError(f"group {group!r} is up already")
-        account = self._accounts[group] = Account(info, block_pages)
-        return account
+        Block hashes are chained: a lease that holds a block holds those before it, so
+        the shared ones are at the front.
+        """
+        low, high = 0, len(blocks)
+        while low < high:
+            middle = (low + high) // 2
+            if blocks[middle] in self._holders:
+                low = middle + 1
+            else:
+                high = middle
+        return max(0, low * self._block_pages - self._info.geometry.sink_pages)
 
-    def close(self, group: str) -> list[Lease]:
-        """End a group's account, if it is up. Its leases are void, and returned."""
-        account = self._accounts.pop(group, None)
-        if account is None:
-            return []
-        return [self._leases.pop(lease.lease_id) for lease in account.by_age()]
+    def holds(self, need: PageNeed, to_grow: int, shared: int = 0) -> bool:
+        """Whether a new lease fits and leaves the reserve whole."""
+        left = self.free.sealed - need.sealed + shared
+        return need.hot <= self.free.hot and left >= self.reserve and left >= to_grow
 
     def grant(
         self,
-        group: str,
+        age: Age,
         need: PageNeed,
-        now: float,
-        *,
         max_need: PageNeed,
         request: PlaceRequest,
+        now: float,
         blocks: tuple[bytes, ...] = (),
     ) -> Lease:
         """Reserve pages. Raises LedgerError if they are not free.
 
         max_need: what the lease may grow to
         blocks: hashes of the prompt's runs of pages, all within what is sealed (or the
-            sink), paid for once by all leases of the group that hold them
+            sink), paid for once by all leases that hold them
         """
-        account = self.account(group)
-        shared = account.shared_pages(blocks)
-        if not account.holds(need, max_need.sealed - need.sealed, shared):
+        shared = self.shared_pages(blocks)
+        if not self.holds(need, max_need.sealed - need.sealed, shared):
             raise LedgerError(
-                f"{need}, to grow to {max_need}, does not fit {group!r}: "
-                f"{account.free} are free and {account.reserve} sealed ones are reserved"
+                f"{need}, to grow to {max_need}, does not fit {self._group!r}: "
+                f"{self.free} are free and {self.reserve} sealed ones are reserved"
             )
         lease = Lease(
-            lease_id=f"{self.epoch:x}-{self._grants}",
-            group=group,
-            age=(self.epoch, self._grants),
+            lease_id=f"{age[0]:x}-{age[1]}",
+            group=self._group,
+            age=age,
             need=need,
             max=max_need,
             sequences=request.sequences,
@@ -93,22 +98,18 @@ class Ledger:
             blocks=blocks,
             shared=shared,
         )
-        self._grants += 1
-        self._not_arrived.append(lease)
         self._enter(lease)
         return lease
 
-    def adopt(self, group: str, terms: LeaseTerms, now: float) -> Lease:
+    def adopt(self, terms: LeaseTerms, now: float) -> Lease:
         """Enter a lease that the engine runs under and the ledger does not know.
 
-        Its pages are in use, so they count, even beyond the group's capacity.
+        Its pages are in use, so they count, even beyond the capacity.
         """
-        if terms.lease_id in self._leases:
-            raise LedgerError(f"lease {terms.lease_id!r} is in the ledger already")
         need = PageNeed(terms.hot_pages, terms.sealed_pages)
         lease = Lease(
             lease_id=terms.lease_id,
-            group=group,
+            group=self._group,
             age=(terms.epoch, terms.number),
             need=need,
             max=PageNeed(need.hot, max(need.sealed, terms.max_sealed_pages)),
@@ -120,59 +121,68 @@ class Ledger:
         return lease
 
     def grow(self, lease: Lease, need: PageNeed) -> bool:
-        """Extend a lease to `need`. Returns False, and changes nothing, if it must wait."""
+        """Extend a lease to `need`. Returns False, and changes nothing, if it must wait.
+
+        The oldest growing lease takes any free page. Another may grow if what remains
+        free lets every single one still grow to its maximum. So the oldest ends, gives
+        back more than it took, and the next is the oldest: the banker's rule, without
+        a search.
+
+        Adopted leases are charged for pages that they share, as nothing tells which
+        those are, so pages may be free that the account does not show. While there are
+        adopted ones, the oldest therefore grows regardless: its engine has its own rule
+        by which the oldest comes to its end.
+        """
         if not (lease.need.fits(need) and need.fits(lease.max)):
             raise LedgerError(
                 f"lease {lease.lease_id!r} must grow within {lease.need} and {lease.max}, "
                 f"got {need}"
             )
-        account = self.account(lease.group)
-        if not account.may_grow(lease, need):
-            return False
-        account.resize(lease, need)
+        hot, sealed = need.hot - lease.need.hot, need.sealed - lease.need.sealed
+        if hot or sealed:
+            oldest = next((x for x in self._leases.values() if x.to_grow > 0), None) is lease
+            overstated = oldest and self._adopted > 0
+            left = self.free.sealed - sealed - (0 if oldest else self.reserve)
+            if self.free.hot < hot or (left < 0 and not overstated):
+                return False
+            self._charge(hot, sealed)
+            self._set_growing(lease, False)
+            lease.need = need
+            self._set_growing(lease, True)
         return True
 
     def release(self, lease: Lease) -> None:
-        """End a lease. Raises LedgerError if it has ended before."""
-        if self._leases.get(lease.lease_id) is not lease:
+        """End a lease. Raises LedgerError if it is not here, because it has ended before."""
+        if self._leases.pop((lease.age, lease.lease_id), None) is not lease:
             raise LedgerError(f"lease {lease.lease_id!r} is not in the ledger")
-        del self._leases[lease.lease_id]
-        self._accounts[lease.group].leave(lease)
+        shared = 0
+        for index, block in enumerate(lease.blocks):
+            holders = self._holders.pop(block)
+            if holders > 1:
+                shared += self._sealed_pages_of(index)
+                self._holders[block] = holders - 1
+        self._charge(-lease.need.hot, shared - lease.need.sealed)
+        self.sequences -= lease.sequences
+        self._adopted -= lease.adopted
+        self._set_growing(lease, False)
 
-    def never_arrived(self, granted_by: float) -> list[Lease]:
-        """Leases granted until then whose sequences have not arrived; each is returned once."""
-        late: list[Lease] = []
-        queue = self._not_arrived
-        while queue:
-            lease = queue[0]
-            settled = lease.arrived or self._leases.get(lease.lease_id) is not lease
-            if not settled and lease.granted_at > granted_by:
-                break
-            queue.popleft()
-            if not settled:
-                late.append(lease)
-        return late
-
-    def audit(self, group: str, loads: EngineLoads) -> tuple[str, ...]:
-        """Where the engine's own account and the ledger disagree; nothing if they agree.
+    def audit(self, loads: EngineLoads) -> tuple[str, ...]:
+        """Where the engine's own account disagrees, in words; nothing if they agree.
 
         loads: one moment of the engine's, sent after all updates of its account before it.
             An extension may be on its way there: terms are never larger there than here.
         """
-        account = self._accounts.get(group)
-        if account is None:
-            return ()
         faults: list[str] = []
         covered = PageNeed(0, 0)
-        listed = {terms.lease_id for terms in loads.leases}
         for terms in loads.leases:
             covered += PageNeed(terms.hot_pages, terms.sealed_pages)
-            lease = self._leases.get(terms.lease_id)
-            if lease is None or lease.group != group:
+            lease = self._leases.get(((terms.epoch, terms.number), terms.lease_id))
+            if lease is None:
                 faults.append(f"lease {terms.lease_id} is not in the ledger, the engine has it")
             elif not _within(terms, lease):
                 faults.append(f"lease {terms.lease_id} is {lease.terms} here and {terms} there")
-        for lease in account.by_age():
+        listed = {terms.lease_id for terms in loads.leases}
+        for lease in self._leases.values():
             if lease.arrived and lease.lease_id not in listed:
                 faults.append(f"lease {lease.lease_id} has arrived, the engine does not have it")
         if not loads.pool.used.fits(covered):
@@ -180,16 +190,52 @@ class Ledger:
         return tuple(faults)
 
     def check_integrity(self) -> None:
-        """Raise LedgerError unless every account is the sum of its leases."""
-        for account in self._accounts.values():
-            account.check_integrity()
-        entered = {x.lease_id for account in self._accounts.values() for x in account.by_age()}
-        if entered != self._leases.keys():
-            raise LedgerError(f"leases {entered ^ self._leases.keys()} are not in both places")
+        """Raise LedgerError unless the account is the sum of its leases."""
+        leases = list(self._leases.values())
+        twice, seen = 0, set[bytes]()
+        for lease in leases:
+            for index, block in enumerate(lease.blocks):
+                twice += self._sealed_pages_of(index) if block in seen else 0
+                seen.add(block)
+        kept = (self.used, self.reserve, self.sequences)
+        summed = (
+            sum((lease.need for lease in leases), PageNeed(0, -twice)),
+            max((lease.to_grow for lease in leases), default=0),
+            sum(lease.sequences for lease in leases),
+        )
+        if kept != summed:
+            raise LedgerError(f"use, reserve and sequences are {kept}, the leases sum to {summed}")
 
     def _enter(self, lease: Lease) -> None:
-        self.account(lease.group).enter(lease)
-        self._leases[lease.lease_id] = lease
+        if self._leases.setdefault((lease.age, lease.lease_id), lease) is not lease:
+            raise LedgerError(f"lease {lease.lease_id!r} is in the ledger already")
+        shared = 0
+        for index, block in enumerate(lease.blocks):
+            holders = self._holders.get(block, 0)
+            if holders:
+                shared += self._sealed_pages_of(index)
+            self._holders[block] = holders + 1
+        self._charge(lease.need.hot, lease.need.sealed - shared)
+        self.sequences += lease.sequences
+        self._adopted += lease.adopted
+        self._set_growing(lease, True)
+
+    def _charge(self, hot: int, sealed: int) -> None:
+        self.free = PageNeed(self.free.hot - hot, self.free.sealed - sealed)
+
+    def _set_growing(self, lease: Lease, growing: bool) -> None:
+        """Reserve what the lease has yet to grow, or no longer."""
+        if lease.to_grow > 0:
+            if growing:
+                self._growing[(lease.to_grow, lease.lease_id)] = None
+            else:
+                del self._growing[(lease.to_grow, lease.lease_id)]
+            self.reserve = self._growing.peekitem(-1)[0][0] if self._growing else 0
+
+    def _sealed_pages_of(self, block: int) -> int:
+        """Sealed pages of a prompt's block: pages of the sink have no sealed form."""
+        end = (block + 1) * self._block_pages
+        return min(self._block_pages, max(0, end - self._info.geometry.sink_pages))
 
 
 def _within(terms: LeaseTerms, lease: Lease) -> bool:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from kvmesh.cluster.routing.errors import RoutingError
 from kvmesh.cluster.routing.verdict import NO_VERDICTS, Verdict, Verdicts
 from kvmesh.workers.lease import LeaseTerms
+from kvmesh.workers.sizes import PageNeed
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,10 @@ class Granted:
     def verdicts(self) -> Verdicts:
         return self.placement.verdicts
 
+    def __str__(self) -> str:
+        promised = "" if self.placement.promised_at is None else ", as promised"
+        return f"placed after {self.placement.queue_s:.3f} s in the queue{promised}"
+
 
 @dataclass(frozen=True, slots=True)
 class Queued:
@@ -61,6 +67,11 @@ class Queued:
     projected_start_s: float | None
     verdicts: Verdicts = NO_VERDICTS
 
+    def __str__(self) -> str:
+        start_s = self.projected_start_s
+        when = "" if start_s is None else f", to start in about {start_s:.1f} s"
+        return f"queued after {self.position} others{when}"
+
 
 @dataclass(frozen=True, slots=True)
 class Refused:
@@ -69,6 +80,9 @@ class Refused:
     request_id: str
     error: RoutingError
     verdicts: Verdicts = NO_VERDICTS
+
+    def __str__(self) -> str:
+        return f"refused: {self.error}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,3 +122,64 @@ class BudgetEstimate:
     group: str | None
     projected_start_s: float | None
     verdicts: tuple[Verdict, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Explained:
+    """One decision about a request.
+
+    age_s: how long ago; outcome: in words
+    group: where it was placed, or empty; verdicts: of every group
+    """
+
+    age_s: float
+    outcome: str
+    group: str
+    verdicts: tuple[Verdict, ...]
+
+    def lines(self) -> list[str]:
+        """For a log: the outcome first, then every group."""
+        return [self.outcome, *(f"  {verdict}" for verdict in self.verdicts)]
+
+
+@dataclass(frozen=True, slots=True)
+class GroupStatus:
+    """One group's budget; pages of one rank, bytes over all ranks.
+
+    sequences: of all its leases
+    """
+
+    group: str
+    up: bool
+    engine_epoch: str
+    kv_format: str
+    sequences: int
+    max_sequences: int
+    capacity: PageNeed
+    used: PageNeed
+    capacity_bytes: int
+    used_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class RouterStatus:
+    """The router's budget at a glance.
+
+    ready: requests are admitted
+    live_requests: that wait or hold a lease; leases: live ones, adopted ones included
+    granted_total: leases; released_total: those of them that ended, or whose group was lost
+    expired_total: those that never reached their engine
+    refused_total: by the error's class name
+    """
+
+    epoch: int
+    ready: bool
+    queue_depth: int
+    queue_limit: int
+    live_requests: int
+    leases: int
+    groups: tuple[GroupStatus, ...]
+    granted_total: int
+    released_total: int
+    expired_total: int
+    refused_total: Mapping[str, int]

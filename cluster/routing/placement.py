@@ -81,9 +81,10 @@ def choose(
     later: Group | None = None
     best_row, best_cost, later_cost = -1, math.inf, math.inf
     for group in groups:
-        reason, cost = obstacle(group, demand, now, weights, promise), None
+        wait_s, cost = group.backlog.seconds(now), None
+        reason = _obstacle(group, demand, wait_s, now, weights, promise)
         if reason is None:
-            reason, cost = Reason.WORSE, _cost_s(group, demand, now, weights)
+            reason, cost = Reason.WORSE, _cost_s(group, demand, wait_s, weights)
             if cost < best_cost:
                 best, best_cost, best_row = group, cost, len(rows)
         elif (
@@ -91,26 +92,27 @@ def choose(
             and deferred_s is not None
             and group.name in demand.cached_blocks
         ):
-            waits_s = deferred_s.get(group.name, 0.0)
-            cost = _cost_s(group, demand, now, weights) + waits_s
+            deferred = deferred_s.get(group.name, 0.0)
+            cost = _cost_s(group, demand, wait_s, weights) + deferred
             if cost < later_cost:
                 later, later_cost = group, cost
         rows.append(_row(group, demand, reason, cost))
     if best is None or later_cost < best_cost:
-        return GroupChoice(None, Verdicts(rows), later)
+        return GroupChoice(None, Verdicts(tuple(rows)), later)
     name, info, _, need, free, cached, cost = rows[best_row]
     rows[best_row] = (name, info, Reason.CHOSEN, need, free, cached, cost)
-    return GroupChoice(best, Verdicts(rows))
+    return GroupChoice(best, Verdicts(tuple(rows)))
 
 
-def obstacle(
+def _obstacle(
     group: Group,
     demand: RequestDemand,
+    wait_s: float,
     now: float,
     weights: PlacementWeights,
-    promise: Promise | None = None,
+    promise: Promise | None,
 ) -> Reason | None:
-    """Why the group cannot take the request now, or None if it can."""
+    """Why the group cannot take the request now, or None if it can. wait_s: its backlog"""
     here, account, request = demand.by_kind[group.kind], group.account, demand.request
     if here.never is not None:
         return here.never
@@ -128,12 +130,11 @@ def obstacle(
         shared = account.shared_pages(demand.sealed_blocks(group.kind))
         if not shared or not account.holds(here.leased, here.to_grow, shared):
             return Reason.FULL
-    backlog_s = group.backlog.seconds(now)
-    if backlog_s > weights.ahead_s:
+    if wait_s > weights.ahead_s:
         saved_s = 0.0
         if group.name in demand.cached_blocks:  # worth waiting for, as long as it saves
             saved_s = demand.prefill_s * group.backlog.correction - prefill_s(group, demand)
-        if backlog_s > weights.ahead_s + saved_s:
+        if wait_s > weights.ahead_s + saved_s:
             return Reason.BACKLOG
     if promise is not None and promise.group == group.name:
         return _breach(group, demand, now, promise)
@@ -167,7 +168,7 @@ def _breach(group: Group, demand: RequestDemand, now: float, promise: Promise) -
     return Reason.PROMISED
 
 
-def _cost_s(group: Group, demand: RequestDemand, now: float, weights: PlacementWeights) -> float:
+def _cost_s(group: Group, demand: RequestDemand, wait_s: float, weights: PlacementWeights) -> float:
     account, leased = group.account, demand.by_kind[group.kind].leased
     assert account is not None
     free, capacity = account.free, group.info.capacity
@@ -175,7 +176,7 @@ def _cost_s(group: Group, demand: RequestDemand, now: float, weights: PlacementW
     # ones, a group of them looks empty.
     sealed, hot = free.sealed - leased.sealed, free.hot - leased.hot
     used_share = 1.0 - min(sealed / (capacity.sealed or 1), hot / (capacity.hot or 1))
-    cost = group.backlog.seconds(now) + weights.scarcity * prefill_s(group, demand)
+    cost = wait_s + weights.scarcity * prefill_s(group, demand)
     cost += weights.balance_s * used_share
     if sealed < weights.hole_pages <= free.sealed and leased.sealed < weights.hole_pages:
         cost += weights.hole_s

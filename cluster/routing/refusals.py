@@ -64,7 +64,7 @@ class Refusals:
         start = earliest_start(self._fleet.groups, demand, verdicts, now)
         if start is None:
             return None
-        leases = len(self._fleet.ledger.leases)
+        leases = len(self._fleet.leases)
         return start - now + ahead * self._fleet.mean_lease_s / max(leases, 1)
 
     def min_bytes(self, demand: RequestDemand) -> int:

@@ -13,7 +13,6 @@ from collections.abc import Collection, Iterable
 
 from kvmesh.cluster.routing.admission import Admission
 from kvmesh.cluster.routing.config import RouterConfig
-from kvmesh.cluster.routing.decisions import Explained
 from kvmesh.cluster.routing.errors import (
     DeadlineUnreachableError,
     DuplicateRequestError,
@@ -21,10 +20,17 @@ from kvmesh.cluster.routing.errors import (
 )
 from kvmesh.cluster.routing.fleet import Fleet
 from kvmesh.cluster.routing.live import LiveRequest
-from kvmesh.cluster.routing.outcome import BudgetEstimate, Outcome, Refused, Withdrawn
+from kvmesh.cluster.routing.outcome import (
+    BudgetEstimate,
+    Decision,
+    Explained,
+    Outcome,
+    Refused,
+    RouterStatus,
+    Withdrawn,
+)
 from kvmesh.cluster.routing.records import Records
 from kvmesh.cluster.routing.request import PlaceRequest
-from kvmesh.cluster.routing.status import RouterStatus
 from kvmesh.workers.lease import AccountUpdate, LeaseTerms
 from kvmesh.workers.loads import EngineInfo, EngineLoads
 
@@ -61,23 +67,22 @@ class Router:
         it has the same id, so settle the others before the request's own outcome.
         """
         others: list[Outcome] = []
-        if (older := self._records.get(request.request_id)) is not None:
+        if (older := self._records.live.get(request.request_id)) is not None:
             if not (request.supersedes or request.resumed):
-                error = DuplicateRequestError(request.request_id)
-                duplicate = Refused(request.request_id, error)
-                self._records.note_refusal(duplicate)
-                return [duplicate]
+                # Counted alone: it says nothing about the live request.
+                self._records.refused[DuplicateRequestError.__name__] += 1
+                return [Refused(request.request_id, DuplicateRequestError(request.request_id))]
             others = [*self._abort(older, now), *self._go_on(now)]
         live = self.admission.arrive(request, now)
-        own, *granted = self.admission.place(live, now)
+        own, *more = self.admission.place(live, now)
         if not isinstance(own, Refused):
-            self._records.add(live)
-        self._records.note([own, *granted], now)
-        return [own, *others, *granted]
+            self._records.live[request.request_id] = live
+        self._records.note(own, now)
+        return [own, *others, *self._note_admitted(more, now)]
 
     def cancel(self, request_id: str, now: float) -> list[Outcome]:
         """The caller of a waiting request is gone. There is no outcome for itself."""
-        live = self._records.get(request_id)
+        live = self._records.live.get(request_id)
         if live is None or live.lease is not None:
             return []
         self._give_up(live)
@@ -89,7 +94,7 @@ class Router:
         A waiting one is refused. A lease is withdrawn, and stays until the engine says
         that it has ended.
         """
-        live = self._records.get(request_id)
+        live = self._records.live.get(request_id)
         if live is None:
             return []
         return [*self._abort(live, now), *self._go_on(now)]
@@ -99,7 +104,7 @@ class Router:
 
         If its sequences have arrived all the same, the engine has to end them first.
         """
-        lease = self.fleet.ledger.leases.get(lease_id)
+        lease = self.fleet.leases.get(lease_id)
         if lease is None:
             return []
         if lease.arrived:
@@ -113,7 +118,7 @@ class Router:
 
         The lease stays until the engine's account says that its pages are free.
         """
-        lease = self.fleet.ledger.leases.get(lease_id)
+        lease = self.fleet.leases.get(lease_id)
         if lease is not None:
             self._records.request_over(lease)
 
@@ -148,7 +153,7 @@ class Router:
         known = self.fleet.groups.get(group)
         if known is None or known.account is None:
             return []
-        leases = self.fleet.ledger.leases
+        leases = self.fleet.leases
         for terms in update.arrived:
             if (lease := leases.get(terms.lease_id)) is None:
                 # Granted by a former router, or before the group's connection broke.
@@ -175,7 +180,8 @@ class Router:
 
     def audit(self, group: str, loads: EngineLoads) -> tuple[str, ...]:
         """Where an engine's report and the ledger disagree, in words; nothing if they agree."""
-        return self.fleet.ledger.audit(group, loads)
+        known = self.fleet.groups.get(group)
+        return known.account.audit(loads) if known and known.account else ()
 
     # Time
 
@@ -187,9 +193,9 @@ class Router:
             assert live.request.timeout_s is not None
             error = DeadlineUnreachableError(live.request.timeout_s, None)
             refused = Refused(live.request_id, error)
-            self._records.note([refused], now)
+            self._records.note(refused, now)
             outcomes.append(refused)
-        for lease in self.fleet.ledger.never_arrived(now - self.config.lease_ttl_s):
+        for lease in self.fleet.never_arrived(now - self.config.lease_ttl_s):
             self.fleet.release(lease, now)
             self._records.lease_over(lease, expired=True)
             outcomes.append(Withdrawn(lease.group, lease.lease_id))
@@ -209,17 +215,17 @@ class Router:
         """The budget as it stands."""
         records, queue = self._records, self.admission.queue
         return RouterStatus(
-            epoch=self.fleet.ledger.epoch,
+            epoch=self.fleet.epoch,
             ready=self.admission.ready(now),
             queue_depth=len(queue),
             queue_limit=queue.limit,
-            live_requests=len(records),
-            leases=len(self.fleet.ledger.leases),
+            live_requests=len(records.live),
+            leases=len(self.fleet.leases),
             groups=tuple(group.status() for group in self.fleet.groups.values()),
             granted_total=records.granted,
             released_total=records.released,
             expired_total=records.expired,
-            refused_total=records.refused,
+            refused_total=dict(records.refused),
         )
 
     # Within
@@ -227,21 +233,26 @@ class Router:
     def _go_on(self, now: float) -> list[Outcome]:
         """Use what has become free: leases that want more come before new ones."""
         grown = self.fleet.grow_wanting(now)
-        granted = self.admission.admit(now)
-        self._records.note(granted, now)
-        return [*grown, *granted]
+        return [*grown, *self._note_admitted(self.admission.admit(now), now)]
+
+    def _note_admitted(self, decisions: list[Decision], now: float) -> list[Decision]:
+        for decision in decisions:
+            self._records.note(decision, now)
+            if isinstance(decision, Refused):
+                del self._records.live[decision.request_id]
+        return decisions
 
     def _abort(self, live: LiveRequest, now: float) -> list[Outcome]:
         if live.lease is not None:
             return [Withdrawn(live.lease.group, live.lease.lease_id)]
         self._give_up(live)
         refused = Refused(live.request_id, RequestAbortedError())
-        self._records.note([refused], now)
+        self._records.note(refused, now)
         return [refused]
 
     def _give_up(self, live: LiveRequest) -> None:
         self.admission.give_up(live)
-        self._records.remove(live)
+        del self._records.live[live.request_id]
 
     def _void(self, group: str, now: float) -> None:
         self.admission.group_down(group)

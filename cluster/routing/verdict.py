@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import overload
 
 from kvmesh.workers.loads import EngineInfo
 from kvmesh.workers.sizes import PageNeed
+
+MIB = 1 << 20
 
 
 class Reason(enum.Enum):
@@ -53,49 +54,39 @@ class Verdict:
         """Whether the group could not take the request even when empty."""
         return self.reason in NEVER
 
+    def __str__(self) -> str:
+        free, capacity = self.available_bytes / MIB, self.capacity_bytes / MIB
+        parts = [
+            f"needs {self.needed_bytes / MIB:,.1f} MiB",
+            f"{free:,.1f} of {capacity:,.1f} MiB are free",
+        ]
+        if self.cached_pages:
+            parts.append(f"holds {self.cached_pages} pages of its prompt")
+        if self.cost_s is not None:
+            parts.append(f"cost {self.cost_s:.3f} s")
+        return f"{self.group}: {self.reason.value} ({'; '.join(parts)})"
+
 
 # group, its engine, reason, pages needed there, free pages, cached pages, cost
 Row = tuple[str, EngineInfo, Reason, PageNeed, PageNeed, int, float | None]
 
 
-class Verdicts(Sequence[Verdict]):
+@dataclass(frozen=True, slots=True)
+class Verdicts:
     """Verdicts of all groups, worded only when somebody reads them: deciding is hot."""
 
-    __slots__ = ("_rows",)
-
-    def __init__(self, rows: Sequence[Row] = ()) -> None:
-        self._rows = tuple(rows)
+    rows: tuple[Row, ...] = ()
 
     def __len__(self) -> int:
-        return len(self._rows)
-
-    @overload
-    def __getitem__(self, index: int) -> Verdict: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> Verdicts: ...
-
-    def __getitem__(self, index: int | slice) -> Verdict | Verdicts:
-        if isinstance(index, slice):
-            return Verdicts(self._rows[index])
-        return _worded(self._rows[index])
+        return len(self.rows)
 
     def __iter__(self) -> Iterator[Verdict]:
-        return map(_worded, self._rows)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Verdicts) and self._rows == other._rows
-
-    def __hash__(self) -> int:
-        return hash(self._rows)
-
-    def __reduce__(self) -> tuple[type[Verdicts], tuple[tuple[Row, ...]]]:
-        return Verdicts, (self._rows,)
+        return map(_worded, self.rows)
 
     @property
     def never(self) -> bool:
         """Whether no group could take the request however long it waited."""
-        return all(row[2] in NEVER for row in self._rows)
+        return all(row[2] in NEVER for row in self.rows)
 
 
 NO_VERDICTS = Verdicts()

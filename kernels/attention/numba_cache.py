@@ -37,8 +37,9 @@ def keep_on_disk(loop: Any, name: str) -> None:
     loop: a Numba dispatcher that has not compiled anything yet
     name: distinguishes loops that are made by the same source code
     """
-    if numba.config.CACHE_DIR:
-        loop._cache = _LoopCache(Path(numba.config.CACHE_DIR) / "kvmesh-loops", name)
+    directory: str = getattr(numba.config, "CACHE_DIR", "")  # numba has no annotations
+    if directory:
+        loop._cache = _LoopCache(Path(directory) / "kvmesh-loops", name)
 
 
 class _LoopCache:
@@ -52,7 +53,8 @@ class _LoopCache:
         self._directory = directory
         self._name = name
 
-    def load_overload(self, signature: Any, target_context: Any) -> CompileResult | None:
+    def load_overload(self, signature: Any, target_context: Any) -> Any:
+        """A CompileResult, or None."""
         target_context.refresh()
         try:
             stored = self._file(signature, target_context.codegen()).read_bytes()
@@ -67,7 +69,7 @@ class _LoopCache:
             logger.warning("cannot load a compiled loop from %s: %s", self._directory, error)
             return None
 
-    def save_overload(self, signature: Any, result: CompileResult) -> None:
+    def save_overload(self, signature: Any, result: Any) -> None:
         if result.lifted or result.library.has_dynamic_globals:
             return  # it contains addresses of this process
         try:

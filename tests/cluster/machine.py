@@ -235,7 +235,7 @@ class WatchedRouter(RouterService):
         super().release(lease_id)
 
     def _holds(self, lease_id: str) -> bool:
-        return lease_id in self.router.fleet.ledger.leases
+        return lease_id in self.router.fleet.leases
 
     def account(self, name: str, message: Account) -> None:
         self.first_tokens.update(message.update.first_tokens)

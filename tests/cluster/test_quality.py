@@ -10,7 +10,7 @@ import pytest
 from kvmesh.cluster.ingress.quality import DIVERGENCE_NATS, groups_below
 from kvmesh.cluster.reports import ClusterStatus, EngineReport
 from kvmesh.cluster.routing.errors import NeverFitsError
-from kvmesh.cluster.routing.status import RouterStatus
+from kvmesh.cluster.routing.outcome import RouterStatus
 from kvmesh.kernels.formats.registry import format_names
 from kvmesh.workers.errors import InvalidRequestError
 from kvmesh.workers.loads import EngineInfo, EngineLoads

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import fields, replace
 
 from kvmesh.cluster.routing.config import RouterConfig, RouterTuning
-from kvmesh.cluster.routing.ledger import Ledger
+from kvmesh.cluster.routing.ledger import Account
 from kvmesh.cluster.routing.live import Lease
 from kvmesh.cluster.routing.outcome import Granted, Outcome, Placement
 from kvmesh.cluster.routing.pace import Pace
@@ -110,35 +110,26 @@ def end(
     return router.account(placement.group, AccountUpdate(ended=(ended,)), now)
 
 
-# A ledger by itself
+# A page of the ledger by itself
 
 
-def make_ledger(*groups: str, **sizes: int) -> Ledger:
+def make_account(**sizes: int) -> Account:
     """Its blocks have four pages."""
-    ledger = Ledger(7)
-    for group in groups:
-        ledger.open(group, make_info(**sizes), 4)  # type: ignore[arg-type]
-    return ledger
+    return Account("g0", make_info(**sizes), 4)  # type: ignore[arg-type]
 
 
 def grant(
-    ledger: Ledger,
+    account: Account,
     need: PageNeed,
     *,
+    number: int = 0,
     max_sealed: int | None = None,
     blocks: tuple[bytes, ...] = (),
-    group: str = "g0",
     sequences: int = 1,
-    now: float = 0.0,
 ) -> Lease:
-    return ledger.grant(
-        group,
-        need,
-        now,
-        max_need=PageNeed(need.hot, need.sealed if max_sealed is None else max_sealed),
-        request=ask("r", sequences=sequences),
-        blocks=blocks,
-    )
+    max_need = PageNeed(need.hot, need.sealed if max_sealed is None else max_sealed)
+    request = ask("r", sequences=sequences)
+    return account.grant((7, number), need, max_need, request, 0.0, blocks)
 
 
 def foreign(number: int, hot: int, sealed: int, max_sealed: int = 0, **rest: int) -> LeaseTerms:

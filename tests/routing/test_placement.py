@@ -49,7 +49,7 @@ def test_a_group_with_a_backlog_gets_nothing_more_until_its_first_token() -> Non
     first = place(router, "a", 8000, 16, 0.0)
     (waiting,) = router.place(ask("b", 160, 16), 0.0)
     assert isinstance(waiting, Queued)
-    assert waiting.verdicts[0].reason is Reason.BACKLOG
+    assert next(iter(waiting.verdicts)).reason is Reason.BACKLOG
     assert granted(emit(router, first, 8.0)).request_id == "b"
 
 

@@ -6,7 +6,6 @@ import pytest
 
 from kvmesh.cluster.routing import errors
 from kvmesh.cluster.routing.config import RouterConfig
-from kvmesh.cluster.routing.decisions import DecisionLog
 from kvmesh.cluster.routing.errors import (
     DeadlineUnreachableError,
     DuplicateRequestError,
@@ -17,6 +16,7 @@ from kvmesh.cluster.routing.errors import (
     RoutingError,
 )
 from kvmesh.cluster.routing.outcome import Decision, Granted, Outcome, Queued, Refused, Withdrawn
+from kvmesh.cluster.routing.records import Records
 from kvmesh.cluster.routing.router import Router
 from kvmesh.cluster.routing.verdict import Reason
 from kvmesh.workers.sizes import PageNeed
@@ -207,7 +207,7 @@ def test_a_lease_that_never_arrives_is_released_and_withdrawn() -> None:
     assert router.status(10.1).leases == 3
     end(router, unused, 10.2)
     assert router.status(10.2).leases == 2
-    router.fleet.ledger.check_integrity()
+    router.fleet.check_integrity()
 
 
 def test_a_lost_group_voids_its_leases_and_its_requests_wait_for_its_return() -> None:
@@ -231,7 +231,7 @@ def test_a_request_that_lost_an_engine_waits_for_another_incarnation_of_it() -> 
     (waiting,) = router.place(ask("a", lost_engines=frozenset(["e1"])), 0.0)
     assert isinstance(waiting, Queued)
     assert waiting.projected_start_s is None
-    assert waiting.verdicts[0].reason is Reason.DOWN
+    assert next(iter(waiting.verdicts)).reason is Reason.DOWN
     granted(router.place(ask("other"), 0.0))
     assert router.tick(5.0) == []
     router.group_down("g0", 6.0)
@@ -248,7 +248,7 @@ def test_a_group_that_connects_again_has_the_leases_that_it_lists() -> None:
     assert router.group_down("g0", 1.0) == []
     next_one = granted(router.group_up("g0", make_info(max_sequences=3), [kept.lease], 2.0))
     assert next_one.request_id == "d"
-    assert list(router.fleet.ledger.leases) == [kept.lease.lease_id, next_one.lease.lease_id]
+    assert list(router.fleet.leases) == [kept.lease.lease_id, next_one.lease.lease_id]
     # Granted before the connection broke, submitted to the engine in the meantime:
     arrive(router, on_its_way, 3.0)
     assert router.status(3.0).groups[0].sequences == 3
@@ -278,6 +278,16 @@ def test_a_restarted_router_does_not_wait_indefinitely() -> None:
     router.place(ask("a"), 0.2)
     assert router.tick(9.9) == []
     assert granted(router.tick(10.0)).group == "g0"
+
+
+def test_what_never_fits_is_refused_when_the_groups_are_known() -> None:
+    router = Router(RouterConfig(), epoch=2, now=0.0, expected_groups=["g0"])
+    assert isinstance(router.place(ask("large", prompt=10_000), 0.0)[0], Queued)
+    assert isinstance(router.place(ask("a"), 0.0)[0], Queued)
+    next_one, never = router.group_up("g0", make_info(), (), 1.0)
+    refused(never, NeverFitsError)
+    assert granted([next_one]).request_id == "a"
+    assert router.status(1.0).live_requests == 1
 
 
 def test_an_estimate_changes_nothing() -> None:
@@ -319,13 +329,13 @@ def test_decisions_are_explained_in_words() -> None:
 
 def test_the_log_of_decisions_is_bounded_and_keeps_the_latest() -> None:
     infos = {"g0": make_info(max_sequences=100), "small": make_info(sealed=5)}
-    router, log = router_with(groups=infos), DecisionLog(limit=10)
+    router, records = router_with(groups=infos), Records(max_verdicts=10)
     for number in range(8):
-        log.note(decide(router, f"r{number}", 10), float(number))
-    kept = [bool(log.explain(f"r{number}", 9.0)) for number in range(8)]
+        records.note(decide(router, f"r{number}", 10), float(number))
+    kept = [bool(records.explain(f"r{number}", 9.0)) for number in range(8)]
     assert kept == [False] * 3 + [True] * 5
     again = decide(router, "again", 10)
     for _ in range(20):
-        log.note(again, 9.0)
-    assert len(log.explain("again", 9.0)) == 8
-    assert not log.explain("r7", 9.0)
+        records.note(again, 9.0)
+    assert len(records.explain("again", 9.0)) == 8
+    assert not records.explain("r7", 9.0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvmesh.cluster.routing.occupancy import SAMPLE_EVERY
+from kvmesh.cluster.routing.chooser import SAMPLE_EVERY
 from kvmesh.cluster.routing.outcome import Queued
 from kvmesh.cluster.routing.router import Router
 from kvmesh.cluster.routing.verdict import Reason
