@@ -62,7 +62,7 @@ class Deployed:
     identity: Identity
 
 
-class Engine:
+class EngineReplica:
     """One group: a leader in this process, its ranks in actors beside it."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
@@ -106,7 +106,7 @@ class Engine:
         await self._actors.close()
 
 
-class Router:
+class RouterReplica:
     """The one router."""
 
     async def __init__(self, deployed: Deployed) -> None:  # type: ignore[misc]  # Serve awaits it
@@ -149,7 +149,7 @@ class Router:
         self._listener.close()
 
 
-class Ingress:
+class IngressReplica:
     """The gRPC methods of one ingress process."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
@@ -362,7 +362,7 @@ def build_app(
     health = {"health_check_period_s": config.timeouts.health_period_s}
     stop = {"graceful_shutdown_timeout_s": config.timeouts.drain_s + 10}
     router = _deployment(
-        Router,
+        RouterReplica,
         name="router",
         num_replicas=1,
         max_ongoing_requests=100_000,
@@ -372,7 +372,7 @@ def build_app(
     ).bind(deployed)
     engines = {
         group: _deployment(
-            Engine,
+            EngineReplica,
             name=group,
             num_replicas=1,
             ray_actor_options={"num_cpus": CONTROL_CPUS},
@@ -387,7 +387,7 @@ def build_app(
         for group in group_names(config)
     }
     ingress = _deployment(
-        Ingress,
+        IngressReplica,
         name="ingress",
         num_replicas=config.ingress.replicas,
         max_ongoing_requests=config.ingress.max_streams,

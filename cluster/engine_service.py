@@ -2,7 +2,7 @@
 
     ingresses ── Submit, End ──► [leader] ── Deltas ──► the ingress that submitted
                                     │
-                                    └── Hello, Account, Report ──► router
+                                    └── Hello, AccountNews, Report ──► router
                                     ◄── Extend, Withdraw ──
 
 Engine and router keep the account of leases together: the engine reports in batches what has
@@ -21,11 +21,11 @@ import numpy as np
 
 from kvmesh.cluster.errors import EngineLostError, Failure
 from kvmesh.cluster.identity import Identity
-from kvmesh.cluster.link import Address, Connection, Listener, listen, stay_connected
+from kvmesh.cluster.link import Address, Link, Listener, listen, stay_connected
 from kvmesh.cluster.messages import (
     TO_ENGINE_FROM_INGRESS,
     TO_ENGINE_FROM_ROUTER,
-    Account,
+    AccountNews,
     AskReport,
     Deltas,
     End,
@@ -41,10 +41,10 @@ from kvmesh.cluster.metrics import EngineMeters
 from kvmesh.cluster.reports import EngineReport
 from kvmesh.cluster.routing.errors import RequestAbortedError
 from kvmesh.workers.config import EngineConfig
-from kvmesh.workers.errors import DrainingError, EngineError, WorkerDiedError
+from kvmesh.workers.errors import EngineDrainingError, EngineError, WorkerDiedError
 from kvmesh.workers.executor import Executor
 from kvmesh.workers.leader import EngineLeader
-from kvmesh.workers.request import EngineRequest, FinishReason, SequenceDelta, TokenIds
+from kvmesh.workers.request import EndReason, EngineRequest, SequenceDelta, TokenIds
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ class EngineService:
         self._find_router = find_router
         self._host = host
         self._report_period_s = report_period_s
-        self._router: Connection | None = None
+        self._router: Link | None = None
         self._flush_timer: asyncio.TimerHandle | None = None
         self._flushed_s = 0.0
         self._report_due = True
@@ -139,7 +139,7 @@ class EngineService:
             if lease_id in self._withdrawn:
                 raise RequestAbortedError()
             self.leader.submit([_request(message, x) for x in message.sequences], ingress.deliver)
-        except (DrainingError, WorkerDiedError):
+        except (EngineDrainingError, WorkerDiedError):
             ingress.reject(lease_id, Failure.of(EngineLostError()))
         except (EngineError, RequestAbortedError) as error:
             ingress.reject(lease_id, Failure.of(error))
@@ -148,7 +148,7 @@ class EngineService:
             logger.exception("internal error at the request of lease %s", lease_id)
             ingress.reject(lease_id, Failure.of(EngineError("internal error")))
 
-    def end(self, request_ids: list[str], reason: FinishReason) -> None:
+    def end(self, request_ids: list[str], reason: EndReason) -> None:
         self.leader.abort(request_ids, reason)
 
     def count(self, deltas: list[SequenceDelta]) -> None:
@@ -156,7 +156,7 @@ class EngineService:
 
     # The router
 
-    def greet(self, router: Connection) -> None:
+    def greet(self, router: Link) -> None:
         """Send the whole account to a router that has just been connected."""
         assert self._listener is not None
         leases, update, pages = self.leader.restate()
@@ -165,7 +165,7 @@ class EngineService:
         self._router = router
         self.report_now()
 
-    def forget_router(self, router: Connection) -> None:
+    def forget_router(self, router: Link) -> None:
         if self._router is router:
             self._router = None
 
@@ -207,7 +207,7 @@ class EngineService:
         self._flushed_s = asyncio.get_running_loop().time()
         update, pages = self.leader.take_update(), self.leader.take_page_changes()
         if update or pages.held or pages.dropped or even_empty:
-            router.send(Account(update, pages))
+            router.send(AccountNews(update, pages))
         # Loads match the account only while nothing has changed since they were made.
         audited = self.leader.loads_current
         if self._report_due and (audited or report_anyway):
@@ -229,7 +229,7 @@ class EngineService:
 class _Ingress:
     """A connected ingress."""
 
-    def __init__(self, service: EngineService, connection: Connection) -> None:
+    def __init__(self, service: EngineService, connection: Link) -> None:
         self._service = service
         self._connection = connection
 
@@ -254,7 +254,7 @@ class _Ingress:
 class _Router:
     """The connected router."""
 
-    def __init__(self, service: EngineService, connection: Connection) -> None:
+    def __init__(self, service: EngineService, connection: Link) -> None:
         self._service = service
         self._connection = connection
         service.greet(connection)

@@ -55,13 +55,13 @@ class Handler(Protocol):
         """The connection is closed and no more messages will come. Called once."""
 
 
-class Connection(asyncio.Protocol):
+class Link(asyncio.Protocol):
     """One end of a connection.
 
     messages: the union of message types that the peer may send
     """
 
-    def __init__(self, messages: Any, handle: Callable[[Connection], Handler]) -> None:
+    def __init__(self, messages: Any, handle: Callable[[Link], Handler]) -> None:
         self._decoder = msgspec.msgpack.Decoder(messages)
         self._handle = handle
         self._handler: Handler | None = None
@@ -163,7 +163,7 @@ class Listener:
 
 
 async def listen(
-    host: str, identity: Identity, messages: Any, handle: Callable[[Connection], Handler]
+    host: str, identity: Identity, messages: Any, handle: Callable[[Link], Handler]
 ) -> Listener:
     """Listen on a free port.
 
@@ -171,20 +171,20 @@ async def listen(
     handle: called with each new connection; returns the handler of its messages
     """
     server = await asyncio.get_running_loop().create_server(
-        lambda: Connection(messages, handle), host, 0, ssl=identity.server_context()
+        lambda: Link(messages, handle), host, 0, ssl=identity.server_context()
     )
     port: int = server.sockets[0].getsockname()[1]
     return Listener(server, Address(host, port))
 
 
 async def connect(
-    address: Address, identity: Identity, messages: Any, handle: Callable[[Connection], Handler]
-) -> Connection:
+    address: Address, identity: Identity, messages: Any, handle: Callable[[Link], Handler]
+) -> Link:
     """Connect to a listener; raises LinkError."""
     try:
         async with asyncio.timeout(CONNECT_TIMEOUT_S):
             _, connection = await asyncio.get_running_loop().create_connection(
-                lambda: Connection(messages, handle),
+                lambda: Link(messages, handle),
                 address.host,
                 address.port,
                 ssl=identity.client_context(),
@@ -198,7 +198,7 @@ async def stay_connected(
     find: Callable[[], Awaitable[Address]],
     identity: Identity,
     messages: Any,
-    handle: Callable[[Connection], Handler],
+    handle: Callable[[Link], Handler],
 ) -> None:
     """Connect, and connect again whenever the connection is lost; runs until cancelled.
 

@@ -1,8 +1,8 @@
 """The messages between the processes of the control plane; cluster/link.py carries them.
 
-    ingress ── Place, Release, Finished, Abort, … ──► router   Placed, Failed, Aborted, …  back
+    ingress ── Place, Release, Finished, Abort, … ──► router   Placed, CallFailed, Aborted, …  back
     ingress ── Submit, End ──► engine                          Deltas, Rejected            back
-    engine ── Hello, Account, Report ──► router                Extend, Withdraw, AskReport back
+    engine ── Hello, AccountNews, Report ──► router                Extend, Withdraw, AskReport back
 
 `call` numbers an ingress's calls to the router; an answer carries the same number.
 """
@@ -18,7 +18,7 @@ from kvmesh.cluster.routing.outcome import BudgetEstimate, Explained
 from kvmesh.cluster.routing.request import PlaceRequest
 from kvmesh.workers.lease import AccountUpdate, LeaseTerms, PageChanges
 from kvmesh.workers.loads import EngineInfo
-from kvmesh.workers.request import FinishReason, SequenceDelta
+from kvmesh.workers.request import EndReason, SequenceDelta
 from kvmesh.workers.sampling_params import SamplingParams
 
 
@@ -30,7 +30,7 @@ class _Message(msgspec.Struct, tag=True):
 
 
 class Place(_Message):
-    """Wait for a lease on a group; answered by Placed or Failed."""
+    """Wait for a lease on a group; answered by Placed or CallFailed."""
 
     call: int
     request: PlaceRequest
@@ -105,7 +105,7 @@ class Estimated(_Message):
     estimate: BudgetEstimate
 
 
-class Explanation(_Message):
+class Decisions(_Message):
     """decisions: oldest first; empty for a request that is unknown or forgotten"""
 
     call: int
@@ -117,7 +117,7 @@ class Status(_Message):
     status: ClusterStatus
 
 
-class Failed(_Message):
+class CallFailed(_Message):
     call: int
     failure: Failure
 
@@ -153,7 +153,7 @@ class End(_Message):
     """End sequences; their last deltas follow."""
 
     request_ids: list[str]
-    reason: FinishReason
+    reason: EndReason
 
 
 # Engine to ingress
@@ -186,7 +186,7 @@ class Hello(_Message):
     pages: PageChanges
 
 
-class Account(_Message):
+class AccountNews(_Message):
     """What has changed. An empty one is a heartbeat."""
 
     update: AccountUpdate
@@ -220,9 +220,9 @@ class AskReport(_Message):
 FROM_INGRESS = (
     Place | Cancel | Release | Finished | Abort | AskEstimate | AskExplanation | AskStatus
 )
-FROM_ENGINE = Hello | Account | Report
+FROM_ENGINE = Hello | AccountNews | Report
 TO_ROUTER = FROM_INGRESS | FROM_ENGINE
-TO_INGRESS_FROM_ROUTER = Placed | Aborted | Estimated | Explanation | Status | Failed
+TO_INGRESS_FROM_ROUTER = Placed | Aborted | Estimated | Decisions | Status | CallFailed
 TO_ENGINE_FROM_ROUTER = Extend | Withdraw | AskReport
 TO_ENGINE_FROM_INGRESS = Submit | End
 TO_INGRESS_FROM_ENGINE = Deltas | Rejected

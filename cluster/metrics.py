@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from kvmesh.cluster.reports import EngineLatencies, LatencySummary
+from kvmesh.cluster.reports import EngineLatencies, LatencyStats
 from kvmesh.cluster.routing.outcome import RouterStatus
 from kvmesh.workers.loads import EngineInfo, EngineLoads
 from kvmesh.workers.request import SequenceDelta, SequenceUsage
@@ -193,16 +193,16 @@ class RouterMeters:
             self._leased.set(group.used_bytes, {"group": group.group})
 
 
-def summarise(values: Sequence[float]) -> LatencySummary:
+def summarise(values: Sequence[float]) -> LatencyStats:
     """Mean and nearest-rank percentiles."""
     if not values:
-        return LatencySummary()
+        return LatencyStats()
     ordered = sorted(values)
 
     def percentile(share: float) -> float:
         return ordered[min(int(share * len(ordered)), len(ordered) - 1)]
 
-    return LatencySummary(
+    return LatencyStats(
         count=len(ordered),
         mean_s=sum(ordered) / len(ordered),
         p50_s=percentile(0.5),

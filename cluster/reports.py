@@ -10,7 +10,7 @@ from kvmesh.workers.loads import EngineInfo, EngineLoads
 
 
 @dataclass(frozen=True, slots=True)
-class LatencySummary:
+class LatencyStats:
     """Latencies in a recent window, in seconds."""
 
     count: int = 0
@@ -24,9 +24,9 @@ class LatencySummary:
 class EngineLatencies:
     """time_to_first_token counts from submission to the engine."""
 
-    time_to_first_token: LatencySummary = LatencySummary()
-    time_per_output_token: LatencySummary = LatencySummary()
-    queue_time: LatencySummary = LatencySummary()
+    time_to_first_token: LatencyStats = LatencyStats()
+    time_per_output_token: LatencyStats = LatencyStats()
+    queue_time: LatencyStats = LatencyStats()
 
 
 @dataclass(frozen=True, slots=True)

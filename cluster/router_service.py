@@ -13,20 +13,20 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 
 from kvmesh.cluster.errors import DrainingError, Failure
-from kvmesh.cluster.link import Address, Connection
+from kvmesh.cluster.link import Address, Link
 from kvmesh.cluster.messages import (
     Abort,
     Aborted,
-    Account,
+    AccountNews,
     AskEstimate,
     AskExplanation,
     AskReport,
     AskStatus,
+    CallFailed,
     Cancel,
+    Decisions,
     Estimated,
-    Explanation,
     Extend,
-    Failed,
     Finished,
     Hello,
     Place,
@@ -39,8 +39,8 @@ from kvmesh.cluster.messages import (
 from kvmesh.cluster.metrics import RouterMeters
 from kvmesh.cluster.reports import ClusterStatus, EngineReport
 from kvmesh.cluster.routing.config import RouterConfig
-from kvmesh.cluster.routing.errors import DuplicateRequestError
-from kvmesh.cluster.routing.outcome import Granted, Grown, Outcome, Queued, Refused, Withdrawn
+from kvmesh.cluster.routing.errors import RequestIdInUseError
+from kvmesh.cluster.routing.outcome import Enqueued, Granted, Grown, Outcome, Refused, Withdrawn
 from kvmesh.cluster.routing.router import Router
 from kvmesh.workers.loads import EngineInfo
 
@@ -56,7 +56,7 @@ class _Group:
     """A group whose engine is connected. heard_s: time of its last message"""
 
     name: str
-    connection: Connection
+    connection: Link
     info: EngineInfo
     address: Address
     heard_s: float
@@ -66,7 +66,7 @@ class _Group:
 class _FreshStatus:
     """A status call that waits for reports of these groups until a deadline."""
 
-    peer: _Peer
+    peer: _RouterPeer
     call: int
     awaited: set[str]
     until: float
@@ -102,14 +102,14 @@ class RouterService:
         self._clock = clock
         self._meters = meters
         self._groups: dict[str, _Group] = {}
-        self._callers: dict[str, tuple[_Peer, int]] = {}  # of waiting requests
+        self._callers: dict[str, tuple[_RouterPeer, int]] = {}  # of waiting requests
         self._fresh: list[_FreshStatus] = []
         self._known = _Known()
         self._draining = False
 
-    def accept(self, connection: Connection) -> _Peer:
+    def accept(self, connection: Link) -> _RouterPeer:
         """The handler of a new connection, an engine's or an ingress's."""
-        return _Peer(self, connection)
+        return _RouterPeer(self, connection)
 
     async def run(self) -> None:
         """Tick until cancelled."""
@@ -148,7 +148,7 @@ class RouterService:
 
     # Ingresses
 
-    def place(self, message: Place, peer: _Peer) -> None:
+    def place(self, message: Place, peer: _RouterPeer) -> None:
         request = message.request
         name = request.request_id
         if self._draining and not request.resumed:
@@ -156,14 +156,14 @@ class RouterService:
             return
         if name in self._callers:
             if not (request.supersedes or request.resumed):
-                peer.fail(message.call, Failure.of(DuplicateRequestError(name)))
+                peer.fail(message.call, Failure.of(RequestIdInUseError(name)))
                 return
             self.settle(self.router.abort(name, self._clock()))
         self._callers[name] = (peer, message.call)
         peer.waiting[message.call] = name
         self.settle(self.router.place(request, self._clock()))
 
-    def cancel(self, call: int, peer: _Peer) -> None:
+    def cancel(self, call: int, peer: _RouterPeer) -> None:
         """The caller no longer waits. A placement already on its way comes back as a Release."""
         name = peer.waiting.pop(call, None)
         if name is not None:
@@ -179,7 +179,7 @@ class RouterService:
         self.settle(outcomes)
         return bool(outcomes)
 
-    def ask_status(self, message: AskStatus, peer: _Peer) -> None:
+    def ask_status(self, message: AskStatus, peer: _RouterPeer) -> None:
         if not message.fresh or not self._groups:
             peer.send(Status(message.call, self.status()))
             return
@@ -190,7 +190,7 @@ class RouterService:
 
     # Engines
 
-    def group_up(self, message: Hello, connection: Connection) -> str:
+    def group_up(self, message: Hello, connection: Link) -> str:
         name, now = message.group, self._clock()
         if (former := self._groups.get(name)) is not None:
             self.group_down(name, former.connection)
@@ -198,10 +198,10 @@ class RouterService:
         logger.info("group %s is up with %d leases", name, len(message.leases))
         self._groups[name] = _Group(name, connection, message.info, message.address, now)
         self.settle(self.router.group_up(name, message.info, message.leases, now))
-        self.account(name, Account(message.update, message.pages))
+        self.account(name, AccountNews(message.update, message.pages))
         return name
 
-    def group_down(self, name: str, connection: Connection) -> None:
+    def group_down(self, name: str, connection: Link) -> None:
         group = self._groups.get(name)
         if group is None or group.connection is not connection:
             return  # a newer incarnation has replaced it
@@ -210,7 +210,7 @@ class RouterService:
         self.settle(self.router.group_down(name, self._clock()))
         self._reported(name)
 
-    def account(self, name: str, message: Account) -> None:
+    def account(self, name: str, message: AccountNews) -> None:
         now = self._clock()
         self._groups[name].heard_s = now
         pages = message.pages
@@ -245,7 +245,7 @@ class RouterService:
                     self._groups[group].connection.send(Extend((lease,)))
                 case Withdrawn(group=group, lease_id=lease_id):
                     self._groups[group].connection.send(Withdraw((lease_id,)))
-                case Queued():
+                case Enqueued():
                     pass  # its caller keeps waiting
 
     def _granted(self, outcome: Granted) -> None:
@@ -285,13 +285,13 @@ class RouterService:
                 waiting.peer.send(Status(waiting.call, self.status()))
 
 
-class _Peer:
+class _RouterPeer:
     """One connection: an engine's once it has sent Hello, otherwise an ingress's.
 
     waiting: its waiting requests, by call
     """
 
-    def __init__(self, service: RouterService, connection: Connection) -> None:
+    def __init__(self, service: RouterService, connection: Link) -> None:
         self._service = service
         self._connection = connection
         self._group = ""
@@ -301,7 +301,7 @@ class _Peer:
     def received(self, message: object) -> None:
         service = self._service
         match message:
-            case Account():
+            case AccountNews():
                 service.account(self._group, message)
             case Place():
                 service.place(message, self)
@@ -320,7 +320,7 @@ class _Peer:
             case AskEstimate(call=call, request=request):
                 self.send(Estimated(call, service.router.estimate(request, service.now)))
             case AskExplanation(call=call, request_id=request_id):
-                self.send(Explanation(call, service.router.explain(request_id, service.now)))
+                self.send(Decisions(call, service.router.explain(request_id, service.now)))
             case Hello():
                 self._group = service.group_up(message, self._connection)
 
@@ -331,4 +331,4 @@ class _Peer:
             self._service.cancel(call, self)
 
     def fail(self, call: int, failure: Failure) -> None:
-        self.send(Failed(call, failure))
+        self.send(CallFailed(call, failure))

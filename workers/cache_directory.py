@@ -2,7 +2,7 @@
 
 <cache>/models/    converted models (workers/model/store.py)
 <cache>/numba/     compiled loops (kernels/attention/numba_cache.py)
-<cache>/probes/    results of probes (workers/evaluation/probe_cache.py)
+<cache>/probes/    results of probes (workers/scoring/probe_cache.py)
 """
 
 from __future__ import annotations

@@ -111,6 +111,7 @@ class ChannelExecutor:
         self._decoder = msgspec.msgpack.Decoder(FromRank)
         self._failure: EngineError | None = None
         self._closed = False
+        self._descriptions: list[RankDescription] = []
 
     @property
     def num_ranks(self) -> int:
@@ -122,7 +123,10 @@ class ChannelExecutor:
             self._failure = error
 
     def describe(self) -> list[RankDescription]:
-        return [self._expect(rank, RankDescription) for rank in range(self.num_ranks)]
+        if not self._descriptions:  # each rank sends its own once
+            ranks = range(self.num_ranks)
+            self._descriptions = [self._expect(rank, RankDescription) for rank in ranks]
+        return self._descriptions
 
     def divergences(self, kv_formats: list[str]) -> list[float]:
         self._send(Probe(kv_formats))

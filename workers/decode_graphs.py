@@ -17,7 +17,7 @@ import torch
 
 from kvmesh.kernels.attention import SharedPrefixes
 from kvmesh.workers.shared_prefixes import PrefixSets, num_starts
-from kvmesh.workers.step import StepArrays, StepTensors, Tables
+from kvmesh.workers.step import BlockTables, StepArrays, StepTensors
 
 Forward = Callable[[StepTensors], torch.Tensor | None]
 
@@ -44,7 +44,7 @@ class DecodeGraphs:
     def __init__(
         self,
         forward: Forward,
-        tables: Tables,
+        tables: BlockTables,
         *,
         max_rows: int,
         max_seq_len: int,

@@ -16,18 +16,17 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 
 from kvmesh.workers.config import EngineConfig
-from kvmesh.workers.errors import CapacityError, ConfigError, InvalidRequestError
-from kvmesh.workers.evaluation.gate import check_format
+from kvmesh.workers.errors import ConfigError, InvalidFieldError, PoolCapacityError
 from kvmesh.workers.executor import Allocation, Executor, RankDescription
 from kvmesh.workers.lease import LeaseTerms
 from kvmesh.workers.loads import ArenaLoads, EngineInfo, EngineLoads, PoolLoads
 from kvmesh.workers.plan import SampledToken
 from kvmesh.workers.pool_plan import plan_pool
 from kvmesh.workers.request import (
+    EndReason,
     EngineRequest,
-    FinishReason,
+    SampledLogprobs,
     SequenceDelta,
-    TokenLogprobs,
 )
 from kvmesh.workers.scheduler import Scheduler
 from kvmesh.workers.sequence import Sequence
@@ -37,8 +36,7 @@ from kvmesh.workers.sizes import PageGeometry, PageNeed
 class Engine:
     """Continuous batching over an executor's ranks.
 
-    clock: seconds, monotonic. Raises ConfigError if the memory is too small for one sequence,
-    or if the model is refused with its KV format (`kv_probe`).
+    clock: seconds, monotonic. Raises ConfigError if the memory is too small for one sequence.
     """
 
     def __init__(
@@ -68,7 +66,6 @@ class Engine:
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_hot_share=config.max_hot_share,
         )
-        check_format(config, rank.head_dim, executor.divergences)
         executor.allocate(
             Allocation(
                 hot_pages=pool.hot_total,
@@ -112,29 +109,29 @@ class Engine:
     def check(self, request: EngineRequest) -> None:
         """Raise if this engine can never serve `request`; does not change any state.
 
-        InvalidRequestError names the field, CapacityError has the bytes."""
+        InvalidFieldError names the field, PoolCapacityError has the bytes."""
         prompt = request.prompt_token_ids
         if len(prompt) == 0:
-            raise InvalidRequestError("prompt", "must have at least one token")
+            raise InvalidFieldError("prompt", "must have at least one token")
         if (bad := prompt[(prompt < 0) | (prompt >= self.info.vocab_size)]).size:
-            raise InvalidRequestError(
+            raise InvalidFieldError(
                 "prompt.token_ids",
                 self._unknown_token(int(bad[0])),
             )
         for field in ("stop_token_ids", "logit_bias"):
             for token_id in getattr(request.params, field):
                 if not 0 <= token_id < self.info.vocab_size:
-                    raise InvalidRequestError(field, self._unknown_token(token_id))
+                    raise InvalidFieldError(field, self._unknown_token(token_id))
         resumable = min(len(prompt), request.params.max_tokens) - 1
         if not 0 <= request.resumed_tokens <= resumable:
-            raise InvalidRequestError(
+            raise InvalidFieldError(
                 "resumed_tokens",
                 f"must be from 0 to {resumable}, less than the prompt's tokens and than "
                 f"max_tokens; got {request.resumed_tokens}",
             )
         total = len(prompt) - request.resumed_tokens + request.params.max_tokens
         if len(prompt) >= self.info.max_model_len:
-            raise InvalidRequestError(
+            raise InvalidFieldError(
                 "prompt",
                 f"must have less than {self.info.max_model_len} tokens, the model's context, "
                 f"to leave room for output; got {len(prompt)}",
@@ -144,7 +141,7 @@ class Engine:
         largest = PageNeed(self.geometry.hot_per_sequence(), self.info.capacity.sealed)
         if need.sealed > largest.sealed:
             needed, available = self.geometry.bytes_of(need), self.geometry.bytes_of(largest)
-            raise CapacityError(
+            raise PoolCapacityError(
                 f"the request needs {needed:,} bytes of KV cache; this group has {available:,}",
                 needed_bytes=needed,
                 available_bytes=available,
@@ -167,9 +164,7 @@ class Engine:
         for request in requests:
             self.add(request)
 
-    def abort(
-        self, request_id: str, reason: FinishReason = FinishReason.ABORT
-    ) -> SequenceDelta | None:
+    def abort(self, request_id: str, reason: EndReason = EndReason.ABORT) -> SequenceDelta | None:
         """End a sequence now and free its pages; None if it is not live."""
         self.stalled = False
         seq = self._live.get(request_id)
@@ -193,7 +188,7 @@ class Engine:
     def abort_all(self) -> list[SequenceDelta]:
         """End every sequence now."""
         live = list(self._live.values())
-        return [self._finish(seq, (), (), FinishReason.ABORT) for seq in live]
+        return [self._finish(seq, (), (), EndReason.ABORT) for seq in live]
 
     def step(self) -> list[SequenceDelta]:
         """Compute one step; deltas of the sequences that got a token or ended."""
@@ -253,7 +248,7 @@ class Engine:
             timeout_s = seq.request.timeout_s if seq else None
             # The id may have been reused since: the new sequence has its own deadline.
             if seq is not None and timeout_s is not None and seq.arrived_s + timeout_s == due:
-                deltas.append(self._finish(seq, (), (), FinishReason.DEADLINE))
+                deltas.append(self._finish(seq, (), (), EndReason.DEADLINE))
         return deltas
 
     def _unknown_token(self, token_id: int) -> str:
@@ -273,24 +268,24 @@ class Engine:
         if seq.first_token_s is None:
             seq.first_token_s = self._clock()
         ids = (token.token_id,)
-        logprobs: tuple[TokenLogprobs, ...] = ()
+        logprobs: tuple[SampledLogprobs, ...] = ()
         if token.logprob is not None:
-            logprobs = (TokenLogprobs(token.logprob, tuple((i, p) for i, p in token.top)),)
+            logprobs = (SampledLogprobs(token.logprob, tuple((i, p) for i, p in token.top)),)
         if seq.num_output >= params.min_tokens and (
             token.token_id in params.stop_token_ids
             or (token.token_id in self._eos and not params.ignore_eos)
         ):
-            return self._finish(seq, ids, logprobs, FinishReason.STOP, token.token_id)
+            return self._finish(seq, ids, logprobs, EndReason.STOP, token.token_id)
         if seq.num_tokens >= seq.max_tokens_total:
-            return self._finish(seq, ids, logprobs, FinishReason.LENGTH)
+            return self._finish(seq, ids, logprobs, EndReason.LENGTH)
         return SequenceDelta(seq.request.request_id, ids, logprobs)
 
     def _finish(
         self,
         seq: Sequence,
         token_ids: tuple[int, ...],
-        logprobs: tuple[TokenLogprobs, ...],
-        reason: FinishReason,
+        logprobs: tuple[SampledLogprobs, ...],
+        reason: EndReason,
         matched_stop_token: int | None = None,
     ) -> SequenceDelta:
         self.scheduler.remove(seq)

@@ -11,7 +11,7 @@ class EngineError(Exception):
     """Any refusal or failure of the data plane."""
 
 
-class InvalidRequestError(EngineError):
+class InvalidFieldError(EngineError):
     """A request that is not valid; `field` names the part at fault."""
 
     def __init__(self, field: str, message: str) -> None:
@@ -23,7 +23,7 @@ class InvalidRequestError(EngineError):
         return f"{self.field}: {self.message}"
 
 
-class CapacityError(EngineError):
+class PoolCapacityError(EngineError):
     """The pool cannot hold the request now or, if not `retryable`, at any time."""
 
     def __init__(
@@ -59,5 +59,5 @@ class WorkerDiedError(EngineError):
     """A rank of the group has died; the group must be replaced."""
 
 
-class DrainingError(EngineError):
+class EngineDrainingError(EngineError):
     """The engine is draining: it finishes its sequences and accepts no others."""

@@ -50,7 +50,7 @@ class Executor(Protocol):
 
     def divergences(self, kv_formats: list[str]) -> list[float]:
         """Mean KL(exact ‖ format) of the next token, in nats, of each format on a short text
-        (workers/evaluation/probe.py). Call it before `allocate`, which takes its memory."""
+        (workers/scoring/probe.py). Call it before `allocate`, which takes its memory."""
 
     def allocate(self, allocation: Allocation) -> None:
         """Allocate every rank's pool; called once, before the first step."""

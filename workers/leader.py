@@ -21,9 +21,9 @@ from functools import partial
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.engine import Engine
 from kvmesh.workers.errors import (
-    DrainingError,
+    EngineDrainingError,
     EngineError,
-    InvalidRequestError,
+    InvalidFieldError,
     WorkerDiedError,
 )
 from kvmesh.workers.executor import Executor
@@ -32,10 +32,11 @@ from kvmesh.workers.lease_book import HeldLease, LeaseBook
 from kvmesh.workers.loads import EngineInfo, EngineLoads
 from kvmesh.workers.request import (
     NATURAL_ENDS,
+    EndReason,
     EngineRequest,
-    FinishReason,
     SequenceDelta,
 )
+from kvmesh.workers.scoring.gate import check_format
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ class EngineLeader:
 
     on_change: called when the account has changed or there is a new report
     `failed` is set when the engine cannot go on: every live sequence has then ended with
-    FinishReason.ERROR, and the group must be replaced.
+    EndReason.ERROR, and the group must be replaced.
     """
 
     def __init__(
@@ -113,17 +114,15 @@ class EngineLeader:
     def submit(self, requests: Sequence[EngineRequest], deliver: Deliver) -> None:
         """Accept all sequences of one lease, or one without a lease; deltas go to `deliver`.
 
-        Raises InvalidRequestError, CapacityError (never fits, or its lease exceeds what other
-        leases leave), DrainingError, WorkerDiedError; then none was accepted.
+        Raises InvalidFieldError, CapacityError (never fits, or its lease exceeds what other
+        leases leave), EngineDrainingError, WorkerDiedError; then none was accepted.
         """
         engine, book = self._ready()
         if self._draining:
-            raise DrainingError("this group is shutting down")
+            raise EngineDrainingError("this group is shutting down")
         for request in requests:
             if request.request_id in self._live:
-                raise InvalidRequestError(
-                    "request_id", f"{request.request_id!r} is already running"
-                )
+                raise InvalidFieldError("request_id", f"{request.request_id!r} is already running")
             engine.check(request)
         held = None
         if (terms := requests[0].lease) is not None:
@@ -137,7 +136,7 @@ class EngineLeader:
         self._loads_current = False
         self._commands.put(lambda engine: engine.add_all(requests))
 
-    def abort(self, request_ids: Iterable[str], reason: FinishReason = FinishReason.ABORT) -> None:
+    def abort(self, request_ids: Iterable[str], reason: EndReason = EndReason.ABORT) -> None:
         """End sequences after the current step; those that are not live are skipped."""
         for request_id in request_ids:
             if request_id in self._live:
@@ -276,7 +275,7 @@ class EngineLeader:
         self._on_change()
         self._deliver(
             [
-                SequenceDelta(request_id, (), finish_reason=FinishReason.ERROR, error=str(error))
+                SequenceDelta(request_id, (), finish_reason=EndReason.ERROR, error=str(error))
                 for request_id in self._live
             ]
         )
@@ -291,6 +290,8 @@ class EngineLeader:
 
     def _run(self) -> None:
         try:
+            head_dim = self._executor.describe()[0].head_dim
+            check_format(self._config, head_dim, self._executor.divergences)
             engine = Engine(self._config, self._executor)
             self._post(self._on_started, engine)
             self._publish(engine, [])
@@ -344,5 +345,5 @@ class EngineLeader:
             logger.warning("the event loop ended before the engine")
 
 
-def _abort(request_id: str, reason: FinishReason, engine: Engine) -> SequenceDelta | None:
+def _abort(request_id: str, reason: EndReason, engine: Engine) -> SequenceDelta | None:
     return engine.abort(request_id, reason)

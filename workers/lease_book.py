@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from kvmesh.workers.errors import CapacityError
+from kvmesh.workers.errors import PoolCapacityError
 from kvmesh.workers.lease import AccountUpdate, LeaseEnd, LeaseTerms, LeaseWant
 from kvmesh.workers.request import EngineRequest
 from kvmesh.workers.sizes import PageGeometry, PageNeed
@@ -71,12 +71,12 @@ class LeaseBook:
         return tuple(held.terms for held in self._held.values())
 
     def check(self, terms: LeaseTerms) -> None:
-        """Raise CapacityError if the lease exceeds what other leases leave."""
+        """Raise PoolCapacityError if the lease exceeds what other leases leave."""
         wanted = _charge(terms)
         room = self._capacity - self._charged
         if not wanted.fits(room):
             needed, available = self._geometry.bytes_of(wanted), self._geometry.bytes_of(room)
-            raise CapacityError(
+            raise PoolCapacityError(
                 f"the lease asks for {needed:,} bytes of KV; other leases leave {available:,}",
                 needed_bytes=needed,
                 available_bytes=available,

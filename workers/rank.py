@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Self
 
 import torch
 
@@ -12,18 +13,18 @@ from kvmesh.kernels.formats.registry import get_format
 from kvmesh.workers.calibration.file import Calibration
 from kvmesh.workers.config import DEFAULT_CPU_KV_MEMORY_BYTES, EngineConfig
 from kvmesh.workers.errors import ConfigError
-from kvmesh.workers.evaluation.probe import code_versions, measure_divergences
-from kvmesh.workers.evaluation.probe_cache import ProbeCache
 from kvmesh.workers.executor import Allocation, RankDescription
 from kvmesh.workers.kv_pool import page_bytes_of
 from kvmesh.workers.model.facts import read_facts, sample_digest
 from kvmesh.workers.model.hook import AttendArgs
 from kvmesh.workers.model.load import ServedModel, load_model
+from kvmesh.workers.model.shards import check_tp
 from kvmesh.workers.model.source import ModelFiles, resolve_model
 from kvmesh.workers.parallel.comm import Communicator
-from kvmesh.workers.parallel.shards import check_tp
 from kvmesh.workers.plan import StepPlan, StepResult
 from kvmesh.workers.runner import ModelRunner
+from kvmesh.workers.scoring.probe import code_versions, measure_divergences
+from kvmesh.workers.scoring.probe_cache import ProbeCache
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -185,7 +186,7 @@ class Rank:
             code_versions(),
         )
 
-    def with_format(self, kv_format: str, calibration: str | None = None) -> Rank:
+    def with_format(self, kv_format: str, calibration: str | None = None) -> Self:
         """A rank with the same model and weights, another KV format, and no pool yet.
 
         calibration: file for that format; by default this rank's file if the format is its own
@@ -193,7 +194,7 @@ class Rank:
         if calibration is None and get_format(kv_format) == self._fmt:
             calibration = self._config.calibration
         config = self._config.replace(kv_format=kv_format, calibration=calibration)
-        return Rank(config, self._rank, self._comm, shared=self)
+        return type(self)(config, self._rank, self._comm, shared=self)
 
     def _kv_budget_bytes(self) -> int:
         """Memory for KV on this rank: the setting, or what a GPU has left after the weights and

@@ -15,7 +15,7 @@ from kvmesh.workers.sampling_params import SamplingParams
 TokenIds = npt.NDArray[np.int32]
 
 
-class FinishReason(enum.Enum):
+class EndReason(enum.Enum):
     STOP = "stop"  # an end-of-sequence token, a stop token, or a stop string
     LENGTH = "length"  # max_tokens or the model's context
     ABORT = "abort"  # the client cancelled or disconnected
@@ -24,7 +24,7 @@ class FinishReason(enum.Enum):
 
 
 # Ends caused by the model or by its limits: the router learns from their lengths.
-NATURAL_ENDS = frozenset({FinishReason.STOP, FinishReason.LENGTH})
+NATURAL_ENDS = frozenset({EndReason.STOP, EndReason.LENGTH})
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class EngineRequest:
     cache_salt: str = ""
 
 
-class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True, gc=False):
+class SampledLogprobs(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Natural-log probabilities under the model, before any sampling parameter.
 
     top: (token id, logprob), best first
@@ -85,8 +85,8 @@ class SequenceDelta(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
     request_id: str
     token_ids: tuple[int, ...]
-    logprobs: tuple[TokenLogprobs, ...] = ()
-    finish_reason: FinishReason | None = None
+    logprobs: tuple[SampledLogprobs, ...] = ()
+    finish_reason: EndReason | None = None
     matched_stop_token: int | None = None
     usage: SequenceUsage | None = None
     error: str | None = None

@@ -21,7 +21,7 @@ from kvmesh.workers.model.load import ServedModel
 from kvmesh.workers.plan import StepPlan, StepResult, TableUpdate
 from kvmesh.workers.sampler import Sampler
 from kvmesh.workers.shared_prefixes import PrefixFinder
-from kvmesh.workers.step import StepArrays, StepTensors, Tables, ints, to_device
+from kvmesh.workers.step import BlockTables, StepArrays, StepTensors, ints, to_device
 
 
 class ModelRunner:
@@ -66,7 +66,7 @@ class ModelRunner:
             dtype=dtype,
             device=device,
         )
-        self._tables = Tables(
+        self._tables = BlockTables(
             self._pool.hot_tables, self._pool.sealed_tables, page_size, sink_pages, recent_pages
         )
         # Host copies of the tables, so that slots and shared prefixes are found without reading

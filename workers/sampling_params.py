@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from kvmesh.workers.errors import InvalidRequestError
+from kvmesh.workers.errors import InvalidFieldError
 
 MAX_STOP_TOKEN_IDS = 128
 MAX_LOGIT_BIAS = 1024
@@ -28,7 +28,7 @@ class SamplingParams:
     stop_token_ids: end the sequence, like the model's end-of-sequence tokens
     logit_bias: token id -> bias added to its logit
     logprobs: None for none, n for the chosen token's and the n best alternatives'
-    Raises InvalidRequestError naming the field.
+    Raises InvalidFieldError naming the field.
     """
 
     temperature: float = 1.0
@@ -50,35 +50,35 @@ class SamplingParams:
         for name, low, high in _RANGES:
             value = getattr(self, name)
             if not (math.isfinite(value) and low <= value <= high):
-                raise InvalidRequestError(name, f"must be from {low:g} to {high:g}, got {value}")
+                raise InvalidFieldError(name, f"must be from {low:g} to {high:g}, got {value}")
         if self.repetition_penalty <= 0:
-            raise InvalidRequestError(
+            raise InvalidFieldError(
                 "repetition_penalty", f"must be greater than 0, got {self.repetition_penalty}"
             )
         if self.top_p <= 0:
-            raise InvalidRequestError("top_p", f"must be greater than 0, got {self.top_p}")
+            raise InvalidFieldError("top_p", f"must be greater than 0, got {self.top_p}")
         if self.min_tokens > self.max_tokens:
-            raise InvalidRequestError(
+            raise InvalidFieldError(
                 "min_tokens",
                 f"must be at most max_tokens ({self.max_tokens}), got {self.min_tokens}",
             )
         if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
-            raise InvalidRequestError(
+            raise InvalidFieldError(
                 "stop_token_ids",
                 f"must have at most {MAX_STOP_TOKEN_IDS} ids, got {len(self.stop_token_ids)}",
             )
         if len(self.logit_bias) > MAX_LOGIT_BIAS:
-            raise InvalidRequestError(
+            raise InvalidFieldError(
                 "logit_bias",
                 f"must have at most {MAX_LOGIT_BIAS} entries, got {len(self.logit_bias)}",
             )
         for token_id, bias in self.logit_bias.items():
             if not (math.isfinite(bias) and -100 <= bias <= 100):
-                raise InvalidRequestError(
+                raise InvalidFieldError(
                     "logit_bias", f"must be from -100 to 100, got {bias} for token {token_id}"
                 )
         if self.logprobs is not None and not 0 <= self.logprobs <= MAX_TOP_LOGPROBS:
-            raise InvalidRequestError(
+            raise InvalidFieldError(
                 "logprobs", f"must be from 0 to {MAX_TOP_LOGPROBS}, got {self.logprobs}"
             )
 

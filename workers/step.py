@@ -104,7 +104,7 @@ class StepTensors:
 
 
 @dataclass(frozen=True, slots=True)
-class Tables:
+class BlockTables:
     """What the attention of every step uses: block tables on the device, and the windows."""
 
     hot: torch.Tensor
@@ -138,7 +138,7 @@ class Tables:
         )
 
 
-def to_device(arrays: StepArrays, tables: Tables, device: torch.device) -> StepTensors:
+def to_device(arrays: StepArrays, tables: BlockTables, device: torch.device) -> StepTensors:
     """The step's tensors, with the step's own shapes."""
     lengths = np.diff(arrays.query_starts)
     return StepTensors(

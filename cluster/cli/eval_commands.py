@@ -18,8 +18,8 @@ import typer
 from kvmesh.cluster.cli.console import EXIT_USAGE, err, fail, friendly_errors, out
 
 if TYPE_CHECKING:
-    from kvmesh.workers.evaluation.meter import Meter
     from kvmesh.workers.evaluation.model import EvaluatedModel
+    from kvmesh.workers.scoring.meter import Meter
 
 eval_app = typer.Typer(
     help="Measure how much KV formats degrade a model, with the engine itself.",
@@ -207,8 +207,8 @@ def _evaluated(
 
     from kvmesh.cluster.config import DEFAULT_MODEL
     from kvmesh.workers.config import EngineConfig
-    from kvmesh.workers.evaluation.meter import Meter
     from kvmesh.workers.evaluation.model import EvaluatedModel
+    from kvmesh.workers.scoring.meter import Meter
 
     config = EngineConfig(model=model or DEFAULT_MODEL, **settings)
     columns = (

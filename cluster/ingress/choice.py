@@ -9,7 +9,7 @@ from kvmesh.cluster.errors import ResumeMismatchError
 from kvmesh.cluster.ingress.codec import TextCodec
 from kvmesh.cluster.ingress.stop_strings import StopStrings
 from kvmesh.cluster.ingress.validate import ResumedChoice
-from kvmesh.workers.request import FinishReason, SequenceDelta, TokenLogprobs
+from kvmesh.workers.request import EndReason, SampledLogprobs, SequenceDelta
 from kvmesh.workers.sampling_params import SamplingParams
 
 
@@ -17,7 +17,7 @@ from kvmesh.workers.sampling_params import SamplingParams
 class ChoiceFinish:
     """Why a choice ended, and the stop string or stop token if one ended it."""
 
-    reason: FinishReason
+    reason: EndReason
     stop_string: str | None = None
     stop_token_id: int | None = None
 
@@ -29,13 +29,13 @@ class ChoiceOutput:
     offset: int
     token_ids: tuple[int, ...]
     text: str
-    logprobs: tuple[TokenLogprobs, ...]
+    logprobs: tuple[SampledLogprobs, ...]
 
     def __bool__(self) -> bool:
         return bool(self.token_ids or self.text)
 
 
-class Choice:
+class RunningChoice:
     """Turns a sequence's tokens into text, up to a stop string.
 
     Tokens are processed one at a time, so that the text after a given token does
@@ -76,12 +76,12 @@ class Choice:
             stop_token = self._stop_token(token_id)
             text += self._take(token_id, is_stop_token=stop_token)
             if stop_token:
-                self.finish = ChoiceFinish(FinishReason.STOP, stop_token_id=token_id)
+                self.finish = ChoiceFinish(EndReason.STOP, stop_token_id=token_id)
             elif len(self.token_ids) >= self.params.max_tokens and self.finish is None:
-                self.finish = ChoiceFinish(FinishReason.LENGTH)
+                self.finish = ChoiceFinish(EndReason.LENGTH)
         if resumed.finished and self.finish is None:
             # It ended for a reason that its tokens do not show, e.g. a deadline.
-            self.finish = ChoiceFinish(FinishReason.ABORT)
+            self.finish = ChoiceFinish(EndReason.ABORT)
         if self.finish is not None and self.finish.stop_string is None:
             text += self._rest()
         if resumed.text_chars > len(text):
@@ -102,7 +102,7 @@ class Choice:
         Tokens after a stop string are dropped.
         """
         offset, text = len(self.token_ids), ""
-        logprobs: list[TokenLogprobs] = []
+        logprobs: list[SampledLogprobs] = []
         for delta in deltas:
             for position, token_id in enumerate(delta.token_ids):
                 if self.finish is not None:
@@ -118,7 +118,7 @@ class Choice:
                 text += self._rest()
         return ChoiceOutput(offset, tuple(self.token_ids[offset:]), text, tuple(logprobs))
 
-    def end(self, reason: FinishReason) -> ChoiceOutput:
+    def end(self, reason: EndReason) -> ChoiceOutput:
         """End the choice for a reason other than its tokens."""
         self.finish = ChoiceFinish(reason)
         return ChoiceOutput(len(self.token_ids), (), self._rest(), ())
@@ -140,7 +140,7 @@ class Choice:
     def _scan(self, text: str) -> str:
         final, matched = self._stops.push(text)
         if matched is not None:
-            self.finish = ChoiceFinish(FinishReason.STOP, stop_string=matched)
+            self.finish = ChoiceFinish(EndReason.STOP, stop_string=matched)
         return final
 
     def _rest(self) -> str:

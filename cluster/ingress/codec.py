@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from kvmesh.workers.errors import InvalidRequestError
+from kvmesh.workers.errors import InvalidFieldError
 from kvmesh.workers.model.facts import read_facts
 from kvmesh.workers.model.tokenizer import Tokenizer
 from kvmesh.workers.request import TokenIds
@@ -64,7 +64,7 @@ class ModelCodec:
         messages = [{"role": role, "content": content} for role, content in turns]
         try:
             ids = self._tokenizer.encode_chat(messages)
-        except InvalidRequestError as error:
+        except InvalidFieldError as error:
             raise ValueError(error.message) from None
         return np.array(ids, dtype=np.int32)
 

@@ -8,9 +8,9 @@ from typing import Protocol
 
 from kvmesh.cluster.errors import EngineLostError
 from kvmesh.cluster.identity import Identity
-from kvmesh.cluster.link import Address, Connection, LinkError, connect
+from kvmesh.cluster.link import Address, Link, LinkError, connect
 from kvmesh.cluster.messages import TO_INGRESS_FROM_ENGINE, Deltas, End, Rejected, Submit
-from kvmesh.workers.request import FinishReason, SequenceDelta
+from kvmesh.workers.request import EndReason, SequenceDelta
 
 logger = logging.getLogger(__name__)
 
@@ -31,11 +31,11 @@ class EngineLink:
     """A connection to one engine, and the handler of its messages."""
 
     def __init__(self) -> None:
-        self._connection: Connection | None = None
+        self._connection: Link | None = None
         self._receivers: dict[str, Receiver] = {}  # by sequence
         self._sequences: dict[str, tuple[str, ...]] = {}  # by lease
 
-    def use(self, connection: Connection) -> EngineLink:
+    def use(self, connection: Link) -> EngineLink:
         self._connection = connection
         return self
 
@@ -53,7 +53,7 @@ class EngineLink:
         self._receivers.update(dict.fromkeys(ids, receiver))
         self._connection.send(message)
 
-    def end(self, request_ids: list[str], reason: FinishReason) -> None:
+    def end(self, request_ids: list[str], reason: EndReason) -> None:
         """End sequences; their last deltas follow."""
         if self._connection is not None:
             self._connection.send(End(request_ids, reason))
@@ -63,7 +63,7 @@ class EngineLink:
         ids = self._sequences.pop(lease_id, ())
         left = [name for name in ids if self._receivers.pop(name, None) is not None]
         if left:
-            self.end(left, FinishReason.ABORT)
+            self.end(left, EndReason.ABORT)
 
     def close(self) -> None:
         if self._connection is not None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
+
 import grpc
 
 from kvmesh.cluster.errors import (
@@ -16,7 +19,7 @@ from kvmesh.cluster.errors import (
 )
 from kvmesh.cluster.routing import errors as routing
 from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
-from kvmesh.workers.errors import CapacityError, InvalidRequestError, WorkerDiedError
+from kvmesh.workers.errors import InvalidFieldError, PoolCapacityError, WorkerDiedError
 
 RETRY_LOST_ENGINE_S = 1.0
 RETRY_NOT_READY_S = 2.0
@@ -25,18 +28,18 @@ _S = grpc.StatusCode
 
 # The first row whose class matches decides; order subclasses before their parents.
 _TABLE: tuple[tuple[type[BaseException], grpc.StatusCode, pb.ErrorReason.ValueType], ...] = (
-    (InvalidRequestError, _S.INVALID_ARGUMENT, pb.ERROR_REASON_INVALID_FIELD),
+    (InvalidFieldError, _S.INVALID_ARGUMENT, pb.ERROR_REASON_INVALID_FIELD),
     (UnauthenticatedError, _S.UNAUTHENTICATED, pb.ERROR_REASON_WRONG_KEY),
     (UnknownModelError, _S.NOT_FOUND, pb.ERROR_REASON_UNKNOWN_MODEL),
-    (routing.DuplicateRequestError, _S.ALREADY_EXISTS, pb.ERROR_REASON_DUPLICATE_REQUEST_ID),
-    (routing.NeverFitsError, _S.FAILED_PRECONDITION, pb.ERROR_REASON_NEVER_FITS),
+    (routing.RequestIdInUseError, _S.ALREADY_EXISTS, pb.ERROR_REASON_DUPLICATE_REQUEST_ID),
+    (routing.ExceedsEveryGroupError, _S.FAILED_PRECONDITION, pb.ERROR_REASON_NEVER_FITS),
     (ContextExceededError, _S.FAILED_PRECONDITION, pb.ERROR_REASON_NEVER_FITS),
     (ResumeMismatchError, _S.FAILED_PRECONDITION, pb.ERROR_REASON_RESUME_MISMATCH),
     (routing.QueueFullError, _S.RESOURCE_EXHAUSTED, pb.ERROR_REASON_QUEUE_FULL),
     (routing.QuotaExceededError, _S.RESOURCE_EXHAUSTED, pb.ERROR_REASON_QUOTA),
     (routing.NoGroupError, _S.UNAVAILABLE, pb.ERROR_REASON_NOT_READY),
-    (routing.OverCapacityError, _S.RESOURCE_EXHAUSTED, pb.ERROR_REASON_OVER_CAPACITY),
-    (CapacityError, _S.RESOURCE_EXHAUSTED, pb.ERROR_REASON_OVER_CAPACITY),
+    (routing.NoRoomError, _S.RESOURCE_EXHAUSTED, pb.ERROR_REASON_OVER_CAPACITY),
+    (PoolCapacityError, _S.RESOURCE_EXHAUSTED, pb.ERROR_REASON_OVER_CAPACITY),
     (
         routing.DeadlineUnreachableError,
         _S.DEADLINE_EXCEEDED,
@@ -57,8 +60,8 @@ def is_expected(error: BaseException) -> bool:
 
 def to_wire(error: BaseException, request_id: str = "") -> pb.Error:
     """The error as clients see it. Errors that are not in the table do not reveal their cause."""
-    if isinstance(error, CapacityError) and not error.retryable:
-        error = routing.NeverFitsError(
+    if isinstance(error, PoolCapacityError) and not error.retryable:
+        error = routing.ExceedsEveryGroupError(
             {"": error.needed_bytes}, {"": error.available_bytes}, {"": error.message}
         )
     if isinstance(error, WorkerDiedError):
@@ -79,6 +82,15 @@ def to_wire(error: BaseException, request_id: str = "") -> pb.Error:
     )
 
 
+def count_by_reason(refused: Mapping[str, int]) -> dict[str, int]:
+    """Counts by the error's class name as counts by ErrorReason name."""
+    reasons: Counter[str] = Counter()
+    for name, count in refused.items():
+        reason = next((row[2] for row in _TABLE if row[0].__name__ == name), None)
+        reasons[pb.ErrorReason.Name(reason or pb.ERROR_REASON_INTERNAL)] += count
+    return dict(reasons)
+
+
 def status_code(wire: pb.Error) -> grpc.StatusCode:
     return next(code for code in grpc.StatusCode if code.value[0] == wire.code)
 
@@ -91,20 +103,20 @@ def reason_label(wire: pb.Error) -> str:
 def _fill(wire: pb.Error, error: BaseException) -> None:
     """Fill in the details that an error has in addition to its message."""
     match error:
-        case InvalidRequestError():
+        case InvalidFieldError():
             wire.field_violations.add(field=error.field, description=error.message)
         case UnauthenticatedError(missing=True):
             wire.reason = pb.ERROR_REASON_MISSING_KEY
-        case routing.NeverFitsError():
+        case routing.ExceedsEveryGroupError():
             _fill_never_fits(wire, error)
-        case routing.OverCapacityError():
+        case routing.NoRoomError():
             wire.retry_after_s = error.retry_after_s
             wire.needed_bytes = error.needed_bytes
             wire.available_bytes = error.available_bytes
         case ContextExceededError():
             wire.needed_bytes = error.needed_bytes
             wire.available_bytes = error.available_bytes
-        case CapacityError():
+        case PoolCapacityError():
             wire.needed_bytes = error.needed_bytes
             wire.available_bytes = error.available_bytes
             wire.retry_after_s = RETRY_LOST_ENGINE_S
@@ -114,7 +126,7 @@ def _fill(wire: pb.Error, error: BaseException) -> None:
             wire.retry_after_s = RETRY_NOT_READY_S
 
 
-def _fill_never_fits(wire: pb.Error, error: routing.NeverFitsError) -> None:
+def _fill_never_fits(wire: pb.Error, error: routing.ExceedsEveryGroupError) -> None:
     needed, available = error.needed_bytes, error.available_bytes
     closest = min(needed, key=lambda group: needed[group] - available[group], default=None)
     if closest is not None:

@@ -21,7 +21,7 @@ import numpy as np
 
 from kvmesh.cluster.errors import EngineLostError, RequestDeadlineError
 from kvmesh.cluster.ingress import wire
-from kvmesh.cluster.ingress.choice import Choice, ChoiceOutput
+from kvmesh.cluster.ingress.choice import ChoiceOutput, RunningChoice
 from kvmesh.cluster.ingress.codec import TextCodec
 from kvmesh.cluster.ingress.engine_links import EngineLink, EngineLinks
 from kvmesh.cluster.ingress.router_link import HeldPlace, RouterLink
@@ -30,14 +30,14 @@ from kvmesh.cluster.ingress.waker import Waker
 from kvmesh.cluster.messages import NewSequence, Placed, Submit
 from kvmesh.cluster.routing.errors import (
     DeadlineUnreachableError,
-    DuplicateRequestError,
-    OverCapacityError,
+    NoRoomError,
     RequestAbortedError,
+    RequestIdInUseError,
 )
 from kvmesh.cluster.routing.request import PlaceRequest
 from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
-from kvmesh.workers.errors import CapacityError
-from kvmesh.workers.request import FinishReason, SequenceDelta, SequenceUsage, TokenIds
+from kvmesh.workers.errors import PoolCapacityError
+from kvmesh.workers.request import EndReason, SequenceDelta, SequenceUsage, TokenIds
 from kvmesh.workers.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ class Generation:
         self._deadline_s = None if spec.timeout_s is None else self._arrived_s + spec.timeout_s
         resumed = spec.resume.choices if spec.resume else (ResumedChoice(),) * spec.n
         self._choices = [
-            Choice(
+            RunningChoice(
                 index,
                 replace(params, seed=choice_seed(params.seed, index)),
                 spec.stop,
@@ -106,7 +106,7 @@ class Generation:
         self._placed: Placed | None = None
         self._held: HeldPlace | None = None
         self._link: EngineLink | None = None
-        self._sequences: dict[str, Choice] = {}
+        self._sequences: dict[str, RunningChoice] = {}
         self._live: set[str] = set()
         self._end: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         # Deltas that are not in `_events` yet, and events that the reader has not taken yet.
@@ -160,19 +160,17 @@ class Generation:
         try:
             await self._serve()
         except RequestAbortedError:
-            self._end_all(FinishReason.ABORT)
-        except DuplicateRequestError:
+            self._end_all(EndReason.ABORT)
+        except RequestIdInUseError:
             # With the id that the client gave, without the tenant.
-            raise DuplicateRequestError(self._spec.request_id) from None
+            raise RequestIdInUseError(self._spec.request_id) from None
         except TimeoutError:
             self._end_overdue()
         except DeadlineUnreachableError as error:
             if error.timeout_s >= self._context.queue_timeout_s:
                 # The limit was the server's longest wait, not the request's own deadline.
                 limit_s = self._context.queue_timeout_s
-                raise OverCapacityError(
-                    f"no room within {limit_s:g} s", limit_s / 4, 0, 0
-                ) from None
+                raise NoRoomError(f"no room within {limit_s:g} s", limit_s / 4, 0, 0) from None
             if self._placed is None:
                 raise
             self._end_overdue()
@@ -200,7 +198,7 @@ class Generation:
                     return
             except EngineLostError:
                 self._note_lost()
-            except CapacityError as error:
+            except PoolCapacityError as error:
                 # The ledger was ahead of the group's allocator: retry after a pause.
                 logger.warning("%s was refused by its group: %s", self.key, error)
                 refusals += 1
@@ -251,7 +249,7 @@ class Generation:
             self._live.discard(delta.request_id)
             if delta.usage is not None:
                 self._usages.append(delta.usage)
-            if delta.finish_reason is FinishReason.ERROR:
+            if delta.finish_reason is EndReason.ERROR:
                 self.lose()
             elif not self._live and not self._end.done():
                 self._end.set_result(None)
@@ -318,12 +316,12 @@ class Generation:
     def _absorb(self) -> None:
         """Turn the deltas into events: one per choice, however many tokens have come."""
         deltas, self._deltas = self._deltas, []
-        found: dict[Choice, list[SequenceDelta]] = {}
+        found: dict[RunningChoice, list[SequenceDelta]] = {}
         for delta in deltas:
             choice = self._sequences.get(delta.request_id)
             if choice is None or choice.finish is not None:
                 continue  # from a lost placement, or after a stop string
-            if delta.finish_reason is not FinishReason.ERROR:
+            if delta.finish_reason is not EndReason.ERROR:
                 found.setdefault(choice, []).append(delta)
         for choice, its in found.items():
             output = choice.accept(its)
@@ -333,7 +331,7 @@ class Generation:
             if choice.finish is not None:
                 self._end_sequence(choice)
 
-    def _emit(self, choice: Choice, output: ChoiceOutput) -> None:
+    def _emit(self, choice: RunningChoice, output: ChoiceOutput) -> None:
         if output:
             delta = wire.delta(choice.index, output, self._context.codec)
             self._events.append(pb.GenerateStreamResponse(delta=delta))
@@ -341,13 +339,13 @@ class Generation:
             finished = wire.choice_finished(choice.index, choice.finish)
             self._events.append(pb.GenerateStreamResponse(choice_finished=finished))
 
-    def _end_sequence(self, choice: Choice) -> None:
+    def _end_sequence(self, choice: RunningChoice) -> None:
         """End the choice's sequence if the engine still runs it: a stop string has matched."""
         names = [name for name in self._live if self._sequences[name] is choice]
         if names and self._link is not None:
-            self._link.end(names, FinishReason.STOP)
+            self._link.end(names, EndReason.STOP)
 
-    def _end_all(self, reason: FinishReason) -> None:
+    def _end_all(self, reason: EndReason) -> None:
         self._absorb()
         for choice in self._unfinished():
             self._emit(choice, choice.end(reason))
@@ -356,15 +354,15 @@ class Generation:
         self._absorb()
         if not self._has_output():
             raise RequestDeadlineError()
-        self._end_all(FinishReason.DEADLINE)
+        self._end_all(EndReason.DEADLINE)
 
     # Reading
 
-    def _unfinished(self) -> list[Choice]:
+    def _unfinished(self) -> list[RunningChoice]:
         return [choice for choice in self._choices if choice.finish is None]
 
-    def _overdue(self, choice: Choice) -> bool:
-        return choice.finish is not None and choice.finish.reason is FinishReason.DEADLINE
+    def _overdue(self, choice: RunningChoice) -> bool:
+        return choice.finish is not None and choice.finish.reason is EndReason.DEADLINE
 
     def _has_output(self) -> bool:
         return any(choice.token_ids for choice in self._choices)

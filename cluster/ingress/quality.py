@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from kvmesh.cluster.reports import ClusterStatus
-from kvmesh.cluster.routing.errors import NeverFitsError
+from kvmesh.cluster.routing.errors import ExceedsEveryGroupError
 from kvmesh.kernels.formats.registry import get_format
-from kvmesh.workers.errors import InvalidRequestError
+from kvmesh.workers.errors import InvalidFieldError
 
 # Mean KL(exact ‖ format) of the next token in nats, on held-out text with SmolLM2-135M
 # (docs/kv_formats.md, benchmarks/results/kv_formats.json; nuq: the calibrated table there).
@@ -44,14 +44,14 @@ def groups_below(
     """Groups whose format diverges further from exact KV than `min_kv_format` does.
 
     A format without a measured divergence meets only the floor of its own name.
-    Raises InvalidRequestError for an unknown name, NeverFitsError if no group is left.
+    Raises InvalidFieldError for an unknown name, ExceedsEveryGroupError if no group is left.
     """
     if not min_kv_format:
         return frozenset()
     try:
         floor = get_format(min_kv_format).name
     except ValueError as error:
-        raise InvalidRequestError("min_kv_format", str(error)) from None
+        raise InvalidFieldError("min_kv_format", str(error)) from None
     below = frozenset(
         group
         for group, report in status.reports.items()
@@ -59,7 +59,7 @@ def groups_below(
     )
     if len(below) == len(status.reports):
         infos = {group: status.reports[group].info for group in sorted(below)}
-        raise NeverFitsError(
+        raise ExceedsEveryGroupError(
             dict.fromkeys(below, 0),
             {group: info.capacity_bytes for group, info in infos.items()},
             {

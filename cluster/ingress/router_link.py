@@ -16,7 +16,7 @@ from typing import Any
 
 from kvmesh.cluster.errors import NotReadyError
 from kvmesh.cluster.identity import Identity
-from kvmesh.cluster.link import Address, Connection, stay_connected
+from kvmesh.cluster.link import Address, Link, stay_connected
 from kvmesh.cluster.messages import (
     TO_INGRESS_FROM_ROUTER,
     Abort,
@@ -24,10 +24,10 @@ from kvmesh.cluster.messages import (
     AskEstimate,
     AskExplanation,
     AskStatus,
+    CallFailed,
     Cancel,
+    Decisions,
     Estimated,
-    Explanation,
-    Failed,
     Finished,
     Place,
     Placed,
@@ -60,7 +60,7 @@ class RouterLink:
         self._find = find
         self._numbers = itertools.count(1)
         self._open: dict[int, tuple[Any, asyncio.Future[Any]]] = {}
-        self._connection: Connection | None = None
+        self._connection: Link | None = None
 
     async def run(self) -> None:
         """Keep the connection; runs until cancelled."""
@@ -106,7 +106,7 @@ class RouterLink:
 
     async def explain(self, request_id: str) -> tuple[Explained, ...]:
         answer = await self._ask_soon(AskExplanation(next(self._numbers), request_id))
-        assert isinstance(answer, Explanation)
+        assert isinstance(answer, Decisions)
         return answer.decisions
 
     async def status(self, *, fresh: bool = False) -> ClusterStatus:
@@ -136,7 +136,7 @@ class RouterLink:
         if self._connection is not None:
             self._connection.send(message)
 
-    def _connected(self, connection: Connection) -> RouterLink:
+    def _connected(self, connection: Link) -> RouterLink:
         """Send the open calls, which a new router does not know."""
         self._connection = connection
         for message, _ in self._open.values():
@@ -153,7 +153,7 @@ class RouterLink:
         if answer is None or answer.done():
             if isinstance(message, Placed):  # its caller has left
                 self._send(Release(message.lease.lease_id))
-        elif isinstance(message, Failed):
+        elif isinstance(message, CallFailed):
             answer.set_exception(message.failure.error)
         else:
             answer.set_result(message)

@@ -12,7 +12,7 @@ import numpy as np
 from google.protobuf.message import Message
 
 from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
-from kvmesh.workers.errors import InvalidRequestError
+from kvmesh.workers.errors import InvalidFieldError
 from kvmesh.workers.request import TokenIds
 from kvmesh.workers.sampling_params import SamplingParams
 
@@ -99,7 +99,7 @@ def cache_salt(tenant: str, salt: str) -> str:
 
 
 def refuse(field: str, message: str) -> NoReturn:
-    raise InvalidRequestError(field, message)
+    raise InvalidFieldError(field, message)
 
 
 def check_message(message: object, limits: Limits) -> None:
@@ -117,7 +117,7 @@ def check_message(message: object, limits: Limits) -> None:
 
 
 def generation_spec(request: pb.GenerateRequest, limits: Limits) -> GenerationSpec:
-    """Raises InvalidRequestError naming the field by its path in the request."""
+    """Raises InvalidFieldError naming the field by its path in the request."""
     wire = request.sampling_params
     n = wire.n if wire.HasField("n") else 1
     if not 1 <= n <= limits.max_choices:
@@ -173,8 +173,8 @@ def sampling_params(wire: pb.SamplingParams, limits: Limits) -> SamplingParams:
             stop_token_ids=tuple(wire.stop_token_ids),
             logit_bias=dict(wire.logit_bias),
         )
-    except InvalidRequestError as error:
-        raise InvalidRequestError(f"sampling_params.{error.field}", error.message) from None
+    except InvalidFieldError as error:
+        raise InvalidFieldError(f"sampling_params.{error.field}", error.message) from None
 
 
 def prompt(wire: pb.Prompt) -> Prompt:

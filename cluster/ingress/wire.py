@@ -6,18 +6,19 @@ from collections.abc import Iterable, Sequence
 
 from kvmesh.cluster.ingress.choice import ChoiceFinish, ChoiceOutput
 from kvmesh.cluster.ingress.codec import TextCodec
+from kvmesh.cluster.ingress.error_table import count_by_reason
 from kvmesh.cluster.messages import Placed
-from kvmesh.cluster.reports import ClusterStatus, EngineReport, LatencySummary
+from kvmesh.cluster.reports import ClusterStatus, EngineReport, LatencyStats
 from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.workers.loads import ArenaLoads
-from kvmesh.workers.request import FinishReason, SequenceUsage, TokenLogprobs
+from kvmesh.workers.request import EndReason, SampledLogprobs, SequenceUsage
 from kvmesh.workers.sizes import PageNeed
 
 FINISH_REASONS = {
-    FinishReason.STOP: pb.FINISH_REASON_STOP,
-    FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
-    FinishReason.ABORT: pb.FINISH_REASON_ABORT,
-    FinishReason.DEADLINE: pb.FINISH_REASON_DEADLINE,
+    EndReason.STOP: pb.FINISH_REASON_STOP,
+    EndReason.LENGTH: pb.FINISH_REASON_LENGTH,
+    EndReason.ABORT: pb.FINISH_REASON_ABORT,
+    EndReason.DEADLINE: pb.FINISH_REASON_DEADLINE,
 }
 
 
@@ -36,7 +37,7 @@ def logprobs(output: ChoiceOutput, codec: TextCodec) -> list[pb.TokenLogprobs]:
     return [_logprobs(token_id, found, codec) for token_id, found in pairs]
 
 
-def _logprobs(token_id: int, found: TokenLogprobs, codec: TextCodec) -> pb.TokenLogprobs:
+def _logprobs(token_id: int, found: SampledLogprobs, codec: TextCodec) -> pb.TokenLogprobs:
     wire = pb.TokenLogprobs(chosen=_logprob(token_id, found.logprob, codec))
     wire.top.extend(_logprob(other, logprob, codec) for other, logprob in found.top)
     return wire
@@ -207,7 +208,7 @@ def _pages(arena: ArenaLoads, page_bytes: int) -> pb.PagesLoad:
     )
 
 
-def _latency(summary: LatencySummary) -> pb.LatencySummary:
+def _latency(summary: LatencyStats) -> pb.LatencySummary:
     return pb.LatencySummary(
         count=summary.count,
         mean_s=summary.mean_s,
@@ -227,7 +228,7 @@ def _router(status: ClusterStatus) -> pb.RouterLoads:
         granted_total=router.granted_total,
         released_total=router.released_total,
         expired_total=router.expired_total,
-        refused_total=dict(router.refused_total),
+        refused_total=count_by_reason(router.refused_total),
         audits_total=status.audits_total,
         audit_faults_total=status.audit_faults_total,
     )

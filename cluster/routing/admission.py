@@ -12,7 +12,7 @@ from kvmesh.cluster.routing.fleet import Fleet
 from kvmesh.cluster.routing.forecast import PromisedStart
 from kvmesh.cluster.routing.group import Group
 from kvmesh.cluster.routing.live import LiveRequest
-from kvmesh.cluster.routing.outcome import BudgetEstimate, Decision, Granted, Queued, Refused
+from kvmesh.cluster.routing.outcome import BudgetEstimate, Decision, Enqueued, Granted, Refused
 from kvmesh.cluster.routing.placement import GroupChoice, Promise, prefill_s
 from kvmesh.cluster.routing.queue import WaitingQueue
 from kvmesh.cluster.routing.refusals import Refusals
@@ -168,11 +168,11 @@ class Admission:
         assert error is not None
         return Refused(live.request_id, error, choice.verdicts)
 
-    def _queued(self, live: LiveRequest, choice: GroupChoice, now: float) -> Queued:
+    def _queued(self, live: LiveRequest, choice: GroupChoice, now: float) -> Enqueued:
         order = self.queue.in_order(self._fleet.tenants.counter, now)
         position = next(i for i, waiting in enumerate(order) if waiting is live)
         start_s = self._refusals.projected_start_s(live.demand, choice.verdicts, position, now)
-        return Queued(live.request_id, position, start_s, choice.verdicts)
+        return Enqueued(live.request_id, position, start_s, choice.verdicts)
 
     def _leave_queue(self, live: LiveRequest) -> None:
         self.queue.remove(live)

@@ -1,12 +1,12 @@
 """The router's errors, in one tree. Each one can be rebuilt from its `args`, which are plain data.
 
 RoutingError
-├── DuplicateRequestError      the id is in use by a live request
+├── RequestIdInUseError      the id is in use by a live request
 ├── RequestAbortedError        somebody aborted the request
 ├── LedgerError                a transition the ledger does not allow
-├── NeverFitsError             no group could hold it, even empty
+├── ExceedsEveryGroupError             no group could hold it, even empty
 ├── DeadlineUnreachableError   it could not start within its timeout
-└── OverCapacityError          it does not fit now; says when to come back
+└── NoRoomError          it does not fit now; says when to come back
     ├── QueueFullError         the queue has no place left
     ├── QuotaExceededError     the request alone exceeds its tenant's quota
     └── NoGroupError           no group is known
@@ -21,7 +21,7 @@ class RoutingError(Exception):
     """Anything the router refuses."""
 
 
-class DuplicateRequestError(RoutingError):
+class RequestIdInUseError(RoutingError):
     """A request with this id waits or runs, and is not superseded."""
 
     def __init__(self, request_id: str) -> None:
@@ -43,7 +43,7 @@ class LedgerError(RoutingError):
     """A transition that the ledger's rules forbid: a fault of the caller."""
 
 
-class NeverFitsError(RoutingError):
+class ExceedsEveryGroupError(RoutingError):
     """No group can hold the request, even when it is empty.
 
     needed_bytes, available_bytes: by group, over all its ranks
@@ -90,7 +90,7 @@ class DeadlineUnreachableError(RoutingError):
         )
 
 
-class OverCapacityError(RoutingError):
+class NoRoomError(RoutingError):
     """The request does not fit now.
 
     retry_after_s: from now, when room is expected
@@ -113,13 +113,13 @@ class OverCapacityError(RoutingError):
         )
 
 
-class QueueFullError(OverCapacityError):
+class QueueFullError(NoRoomError):
     """The queue has no place left."""
 
 
-class QuotaExceededError(OverCapacityError):
+class QuotaExceededError(NoRoomError):
     """The request alone exceeds its tenant's quota; `available_bytes` is the quota."""
 
 
-class NoGroupError(OverCapacityError):
+class NoGroupError(NoRoomError):
     """No group is known."""

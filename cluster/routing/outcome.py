@@ -55,7 +55,7 @@ class Granted:
 
 
 @dataclass(frozen=True, slots=True)
-class Queued:
+class Enqueued:
     """The request waits; a later call's outcomes carry its grant or refusal.
 
     position: requests ahead of it
@@ -104,7 +104,7 @@ class Withdrawn:
     lease_id: str
 
 
-Decision = Granted | Queued | Refused
+Decision = Granted | Enqueued | Refused
 Outcome = Decision | Grown | Withdrawn
 
 

@@ -6,9 +6,9 @@ from kvmesh.cluster.routing.config import RouterConfig
 from kvmesh.cluster.routing.demand import RequestDemand
 from kvmesh.cluster.routing.errors import (
     DeadlineUnreachableError,
-    NeverFitsError,
+    ExceedsEveryGroupError,
     NoGroupError,
-    OverCapacityError,
+    NoRoomError,
     QueueFullError,
     QuotaExceededError,
     RoutingError,
@@ -40,7 +40,7 @@ class Refusals:
             return _never_fits(verdicts)
         if all(verdict.never or verdict.reason is Reason.EXCLUDED for verdict in verdicts):
             message = "every group that could hold it is excluded"
-            return self._over_capacity(OverCapacityError, message, demand, verdicts, ahead, now)
+            return self._over_capacity(NoRoomError, message, demand, verdicts, ahead, now)
         quota = self._fleet.tenants.policy(request.tenant).quota_bytes
         if quota is not None and (min_bytes := self.min_bytes(demand)) > quota:
             message = "the request alone exceeds its tenant's quota"
@@ -53,7 +53,7 @@ class Refusals:
 
     def queue_full(
         self, demand: RequestDemand, choice: GroupChoice, ahead: int, now: float
-    ) -> OverCapacityError:
+    ) -> NoRoomError:
         message = f"the queue is full: {ahead} requests wait"
         return self._over_capacity(QueueFullError, message, demand, choice.verdicts, ahead, now)
 
@@ -76,13 +76,13 @@ class Refusals:
 
     def _over_capacity(
         self,
-        error: type[OverCapacityError],
+        error: type[NoRoomError],
         message: str,
         demand: RequestDemand,
         verdicts: Verdicts,
         ahead: int,
         now: float,
-    ) -> OverCapacityError:
+    ) -> NoRoomError:
         possible = [verdict for verdict in verdicts if not verdict.never]
         nearest = min(possible, key=lambda v: v.needed_bytes - v.available_bytes, default=None)
         start_s = self.projected_start_s(demand, verdicts, ahead, now)
@@ -95,9 +95,9 @@ class Refusals:
         )
 
 
-def _never_fits(verdicts: Verdicts) -> NeverFitsError:
+def _never_fits(verdicts: Verdicts) -> ExceedsEveryGroupError:
     worded = list(verdicts)
-    return NeverFitsError(
+    return ExceedsEveryGroupError(
         {verdict.group: verdict.needed_bytes for verdict in worded},
         {verdict.group: verdict.available_bytes for verdict in worded},
         {verdict.group: verdict.reason.value for verdict in worded},

@@ -15,8 +15,8 @@ from kvmesh.cluster.routing.admission import Admission
 from kvmesh.cluster.routing.config import RouterConfig
 from kvmesh.cluster.routing.errors import (
     DeadlineUnreachableError,
-    DuplicateRequestError,
     RequestAbortedError,
+    RequestIdInUseError,
 )
 from kvmesh.cluster.routing.fleet import Fleet
 from kvmesh.cluster.routing.live import LiveRequest
@@ -70,8 +70,8 @@ class Router:
         if (older := self._records.live.get(request.request_id)) is not None:
             if not (request.supersedes or request.resumed):
                 # Counted alone: it says nothing about the live request.
-                self._records.refused[DuplicateRequestError.__name__] += 1
-                return [Refused(request.request_id, DuplicateRequestError(request.request_id))]
+                self._records.refused[RequestIdInUseError.__name__] += 1
+                return [Refused(request.request_id, RequestIdInUseError(request.request_id))]
             others = [*self._abort(older, now), *self._go_on(now)]
         live = self.admission.arrive(request, now)
         own, *more = self.admission.place(live, now)

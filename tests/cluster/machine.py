@@ -22,26 +22,26 @@ from kvmesh.cluster.identity import Identity
 from kvmesh.cluster.ingress.authenticate import Authenticator, hash_key
 from kvmesh.cluster.ingress.service import IngressService
 from kvmesh.cluster.ingress.validate import Limits
-from kvmesh.cluster.link import Address, Connection, LinkError, Listener, connect, listen
+from kvmesh.cluster.link import Address, Link, LinkError, Listener, connect, listen
 from kvmesh.cluster.messages import (
     TO_INGRESS_FROM_ENGINE,
     TO_INGRESS_FROM_ROUTER,
     TO_ROUTER,
-    Account,
+    AccountNews,
     NewSequence,
     Place,
     Placed,
     Submit,
 )
 from kvmesh.cluster.metrics import EngineMeters, IngressMeters, RouterMeters
-from kvmesh.cluster.router_service import RouterService, _Peer
+from kvmesh.cluster.router_service import RouterService, _RouterPeer
 from kvmesh.cluster.routing.config import RouterConfig
 from kvmesh.cluster.routing.outcome import Granted, Grown, Outcome, Placement
 from kvmesh.cluster.routing.request import PlaceRequest
 from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.workers.leader import EngineLeader
 from kvmesh.workers.lease import LeaseTerms
-from kvmesh.workers.request import FinishReason
+from kvmesh.workers.request import EndReason
 from kvmesh.workers.sampling_params import SamplingParams
 from kvmesh.workers.sizes import PageNeed
 from tests.workers.memory_executor import EOS, VOCAB, expected_output
@@ -169,7 +169,7 @@ class WatchedEngine(EngineService):
             self.submitted.append(message)
             super().submit(message, ingress)
 
-    def end(self, request_ids: list[str], reason: FinishReason) -> None:
+    def end(self, request_ids: list[str], reason: EndReason) -> None:
         if self._held is not None:
             self._held.append(lambda: self.end(request_ids, reason))
         else:
@@ -197,7 +197,7 @@ class WatchedRouter(RouterService):
         self.voided: set[str] = set()
         self._withheld: list[Outcome] | None = None
         self._listener: Listener | None = None
-        self._connections: list[Connection] = []
+        self._connections: list[Link] = []
 
     async def listen(self) -> None:
         self._listener = await listen("127.0.0.1", IDENTITY, TO_ROUTER, self.accept)
@@ -215,7 +215,7 @@ class WatchedRouter(RouterService):
         for connection in self._connections:
             connection.abort()
 
-    def accept(self, connection: Connection) -> _Peer:
+    def accept(self, connection: Link) -> _RouterPeer:
         self._connections.append(connection)
         return super().accept(connection)
 
@@ -226,7 +226,7 @@ class WatchedRouter(RouterService):
         withheld, self._withheld = self._withheld or [], None
         self.settle(withheld)
 
-    def place(self, message: Place, peer: _Peer) -> None:
+    def place(self, message: Place, peer: _RouterPeer) -> None:
         self.placed.append(message.request)
         super().place(message, peer)
 
@@ -237,7 +237,7 @@ class WatchedRouter(RouterService):
     def _holds(self, lease_id: str) -> bool:
         return lease_id in self.router.fleet.leases
 
-    def account(self, name: str, message: Account) -> None:
+    def account(self, name: str, message: AccountNews) -> None:
         self.first_tokens.update(message.update.first_tokens)
         self.wanted.update(want.lease_id for want in message.update.wants)
         for end in message.update.ended:
@@ -245,7 +245,7 @@ class WatchedRouter(RouterService):
             self.learned.append(end.output_tokens)
         super().account(name, message)
 
-    def group_down(self, name: str, connection: Connection) -> None:
+    def group_down(self, name: str, connection: Link) -> None:
         self.voided |= {x.lease.lease_id for x in self.granted if x.group == name}
         super().group_down(name, connection)
 
@@ -369,7 +369,7 @@ class ScriptedIngress:
 
     def __init__(self) -> None:
         self._answers: asyncio.Queue[object] = asyncio.Queue()
-        self._connections: list[Connection] = []
+        self._connections: list[Link] = []
 
     async def answer(self) -> object:
         return await asyncio.wait_for(self._answers.get(), 20)

@@ -15,20 +15,21 @@ from kvmesh.client.status import decode_details, encode_details, encode_trailer
 from kvmesh.cluster import errors as cluster
 from kvmesh.cluster.errors import Failure
 from kvmesh.cluster.ingress.error_table import (
+    count_by_reason,
     is_expected,
     reason_label,
     status_code,
     to_wire,
 )
 from kvmesh.cluster.routing import errors as routing
-from kvmesh.workers.errors import CapacityError, InvalidRequestError, WorkerDiedError
+from kvmesh.workers.errors import InvalidFieldError, PoolCapacityError, WorkerDiedError
 
 S = grpc.StatusCode
 SECRETS = "rank 1 (pid 4242) at 10.1.2.3:6379 died, see /var/tmp/engine.log"
 
 # error, code, reason
 TABLE: list[tuple[Exception, grpc.StatusCode, str]] = [
-    (InvalidRequestError("prompt.text", "must not be empty"), S.INVALID_ARGUMENT, "invalid_field"),
+    (InvalidFieldError("prompt.text", "must not be empty"), S.INVALID_ARGUMENT, "invalid_field"),
     (cluster.UnauthenticatedError(missing=True), S.UNAUTHENTICATED, "missing_key"),
     (cluster.UnauthenticatedError(missing=False), S.UNAUTHENTICATED, "wrong_key"),
     (cluster.UnknownModelError("a", "b"), S.NOT_FOUND, "unknown_model"),
@@ -38,20 +39,20 @@ TABLE: list[tuple[Exception, grpc.StatusCode, str]] = [
     (cluster.EngineLostError(), S.UNAVAILABLE, "engine_lost"),
     (cluster.DrainingError(), S.UNAVAILABLE, "draining"),
     (cluster.NotReadyError(), S.UNAVAILABLE, "not_ready"),
-    (routing.DuplicateRequestError("r"), S.ALREADY_EXISTS, "duplicate_request_id"),
+    (routing.RequestIdInUseError("r"), S.ALREADY_EXISTS, "duplicate_request_id"),
     (
-        routing.NeverFitsError({"g0": 900}, {"g0": 500}, {"g0": "pages"}),
+        routing.ExceedsEveryGroupError({"g0": 900}, {"g0": 500}, {"g0": "pages"}),
         S.FAILED_PRECONDITION,
         "never_fits",
     ),
     (routing.DeadlineUnreachableError(1.0, 3.0), S.DEADLINE_EXCEEDED, "deadline_unreachable"),
     (routing.DeadlineUnreachableError(1.0, None), S.DEADLINE_EXCEEDED, "deadline_unreachable"),
-    (routing.OverCapacityError("full", 2.5, 90, 50), S.RESOURCE_EXHAUSTED, "over_capacity"),
+    (routing.NoRoomError("full", 2.5, 90, 50), S.RESOURCE_EXHAUSTED, "over_capacity"),
     (routing.QueueFullError("full", 2.5, 90, 50), S.RESOURCE_EXHAUSTED, "queue_full"),
     (routing.QuotaExceededError("quota", 2.5, 90, 50), S.RESOURCE_EXHAUSTED, "quota"),
     (routing.NoGroupError("no group is up", 2.5, 0, 0), S.UNAVAILABLE, "not_ready"),
-    (CapacityError("full", 90, 50, retryable=True), S.RESOURCE_EXHAUSTED, "over_capacity"),
-    (CapacityError("too long", 90, 50, retryable=False), S.FAILED_PRECONDITION, "never_fits"),
+    (PoolCapacityError("full", 90, 50, retryable=True), S.RESOURCE_EXHAUSTED, "over_capacity"),
+    (PoolCapacityError("too long", 90, 50, retryable=False), S.FAILED_PRECONDITION, "never_fits"),
     (WorkerDiedError(SECRETS), S.UNAVAILABLE, "engine_lost"),
 ]
 # Never reaches a client as an error: its choices finish with ABORT.
@@ -142,8 +143,17 @@ def test_a_dead_worker_is_a_lost_engine_to_clients() -> None:
     assert wire.retry_after_s > 0
 
 
+def test_refusals_are_counted_by_reason() -> None:
+    counts = {"QueueFullError": 2, "NoRoomError": 1, "RequestAbortedError": 3}
+    assert count_by_reason(counts) == {
+        "ERROR_REASON_QUEUE_FULL": 2,
+        "ERROR_REASON_OVER_CAPACITY": 1,
+        "ERROR_REASON_INTERNAL": 3,
+    }
+
+
 def test_a_wrong_field_is_named() -> None:
-    wire = to_wire(InvalidRequestError("sampling_params.n", "must be 1"))
+    wire = to_wire(InvalidFieldError("sampling_params.n", "must be 1"))
     (violation,) = wire.field_violations
     assert (violation.field, violation.description) == ("sampling_params.n", "must be 1")
     assert "sampling_params.n" in wire.message
@@ -152,13 +162,13 @@ def test_a_wrong_field_is_named() -> None:
 def test_over_capacity_has_the_bytes_and_when_to_retry() -> None:
     wire = to_wire(routing.QueueFullError("12 requests are waiting", 2.5, 90, 50))
     assert (wire.retry_after_s, wire.needed_bytes, wire.available_bytes) == (2.5, 90, 50)
-    wire = to_wire(CapacityError("full", 90, 50, retryable=True))
+    wire = to_wire(PoolCapacityError("full", 90, 50, retryable=True))
     assert wire.retry_after_s > 0
     assert (wire.needed_bytes, wire.available_bytes) == (90, 50)
 
 
 def test_never_fits_has_the_bytes_of_the_closest_group() -> None:
-    error = routing.NeverFitsError(
+    error = routing.ExceedsEveryGroupError(
         {"g0": 900, "g1": 450}, {"g0": 500, "g1": 400}, {"g0": "pages", "g1": "pages"}
     )
     wire = to_wire(error)

@@ -8,7 +8,7 @@ from kvmesh.client.responses import mirror
 from kvmesh.client.types import Estimate, Explanation, Loads, ModelInfo
 from kvmesh.cluster.cli import console, status_view
 from kvmesh.cluster.messages import Release
-from kvmesh.cluster.routing.errors import NeverFitsError
+from kvmesh.cluster.routing.errors import ExceedsEveryGroupError
 from kvmesh.cluster.routing.request import PlaceRequest
 from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
 from tests.cluster.machine import METADATA, Machine, machine, scripted_ingress
@@ -78,7 +78,7 @@ async def test_a_request_is_explained_by_its_id_to_its_own_tenant() -> None:
         assert reasons[decision.group] == "chosen"
         assert len(reasons) == 2 and set(reasons.values()) > {"chosen"}
         assert all(group.HasField("cost_s") for group in decision.groups)
-        with pytest.raises(NeverFitsError):
+        with pytest.raises(ExceedsEveryGroupError):
             await read(built.stream(make_request(600, prompt=[3] * 150, request_id="n", n=16)))
         (refused,) = (await explain(built, "n")).decisions
         assert refused.outcome.startswith("refused: no group can hold")

@@ -19,9 +19,9 @@ from kvmesh.cluster.errors import (
 )
 from kvmesh.cluster.ingress import generation
 from kvmesh.cluster.ingress.error_table import to_wire
-from kvmesh.cluster.routing.errors import DuplicateRequestError, NeverFitsError
+from kvmesh.cluster.routing.errors import ExceedsEveryGroupError, RequestIdInUseError
 from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
-from kvmesh.workers.errors import CapacityError, InvalidRequestError, WorkerDiedError
+from kvmesh.workers.errors import InvalidFieldError, PoolCapacityError, WorkerDiedError
 from kvmesh.workers.sizes import PageNeed
 from tests.cluster.machine import METADATA, Machine, answer, machine, text_of
 from tests.workers.memory_executor import EOS, expected_output
@@ -221,11 +221,14 @@ async def test_a_call_without_a_key_reveals_only_that_a_key_is_needed(one: Machi
     ("request_", "kind"),
     [
         (make_request(5, prompt=[2] * 800), ContextExceededError),
-        (make_request(5, prompt=[50]), InvalidRequestError),
-        (make_request(800), InvalidRequestError),
+        (make_request(5, prompt=[50]), InvalidFieldError),
+        (make_request(800), InvalidFieldError),
         (pb.GenerateRequest(model="another", prompt=pb.Prompt(text="A")), UnknownModelError),
-        (pb.GenerateRequest(min_kv_format="int9", prompt=pb.Prompt(text="A")), InvalidRequestError),
-        (pb.GenerateRequest(min_kv_format="exact", prompt=pb.Prompt(text="A")), NeverFitsError),
+        (pb.GenerateRequest(min_kv_format="int9", prompt=pb.Prompt(text="A")), InvalidFieldError),
+        (
+            pb.GenerateRequest(min_kv_format="exact", prompt=pb.Prompt(text="A")),
+            ExceedsEveryGroupError,
+        ),
     ],
 )
 async def test_bad_requests_are_refused_and_others_still_served(
@@ -420,7 +423,7 @@ async def test_a_request_id_in_use_is_refused(one: Machine) -> None:
     stream = one.stream(make_request(300))
     one.allow(3)
     await read_until(stream, 1)
-    with pytest.raises(DuplicateRequestError) as caught:
+    with pytest.raises(RequestIdInUseError) as caught:
         await read(one.stream(make_request(5)))
     assert caught.value.request_id == "r"
     await stream.aclose()
@@ -498,8 +501,8 @@ async def test_a_request_waits_for_the_replacement_of_the_only_engine(one: Machi
     assert received.tokens[0] == answer(PROMPT, 60)
 
 
-def full() -> CapacityError:
-    return CapacityError("other leases hold all pages", 90, 50, retryable=True)
+def full() -> PoolCapacityError:
+    return PoolCapacityError("other leases hold all pages", 90, 50, retryable=True)
 
 
 @pytest.fixture
@@ -519,7 +522,7 @@ async def test_a_request_is_placed_again_when_an_engine_refuses(one: Machine) ->
 @pytest.mark.usefixtures("no_pause")
 async def test_an_engine_that_keeps_refusing_is_full_and_not_lost(one: Machine) -> None:
     one.engines["g0"].refusals = [full() for _ in range(generation.MAX_REFUSALS)]
-    with pytest.raises(CapacityError) as caught:
+    with pytest.raises(PoolCapacityError) as caught:
         await read(one.stream(make_request(30)))
     assert to_wire(caught.value).reason == pb.ERROR_REASON_OVER_CAPACITY
     assert to_wire(caught.value).HasField("retry_after_s")
@@ -529,8 +532,8 @@ async def test_an_engine_that_keeps_refusing_is_full_and_not_lost(one: Machine) 
 @pytest.mark.parametrize(
     "error",
     [
-        CapacityError("too long", 90, 50, retryable=False),
-        InvalidRequestError("prompt", "is not valid"),
+        PoolCapacityError("too long", 90, 50, retryable=False),
+        InvalidFieldError("prompt", "is not valid"),
     ],
 )
 async def test_a_final_refusal_by_the_engine_releases_the_lease(
@@ -669,7 +672,7 @@ async def test_a_cursor_that_does_not_match_is_refused(
 async def test_resuming_needs_the_seed(one: Machine) -> None:
     request = resumed(make_request(40), {})
     request.sampling_params.ClearField("seed")
-    with pytest.raises(InvalidRequestError, match=r"sampling_params\.seed"):
+    with pytest.raises(InvalidFieldError, match=r"sampling_params\.seed"):
         await read(one.stream(request))
 
 

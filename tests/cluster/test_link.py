@@ -14,7 +14,7 @@ import pytest
 
 from kvmesh.cluster import link
 from kvmesh.cluster.identity import Identity
-from kvmesh.cluster.link import Address, Connection, LinkError, Listener, connect, listen
+from kvmesh.cluster.link import Address, Link, LinkError, Listener, connect, listen
 
 IDENTITY = Identity.make()
 
@@ -33,7 +33,7 @@ MESSAGES = Number | Blob
 class Collector:
     """Collects messages; raises at the number `fail_at`."""
 
-    def __init__(self, connection: Connection, fail_at: int | None = None) -> None:
+    def __init__(self, connection: Link, fail_at: int | None = None) -> None:
         self.connection = connection
         self.losses = 0
         self._fail_at = fail_at
@@ -58,7 +58,7 @@ class Server:
         self.collectors: list[Collector] = []
         self._fail_at = fail_at
 
-    def accept(self, connection: Connection) -> Collector:
+    def accept(self, connection: Link) -> Collector:
         self.collectors.append(Collector(connection, self._fail_at))
         return self.collectors[-1]
 
@@ -84,7 +84,7 @@ async def listening(fail_at: int | None = None) -> AsyncIterator[tuple[Server, L
 async def dial(address: Address, identity: Identity = IDENTITY) -> Collector:
     collectors: list[Collector] = []
 
-    def handle(connection: Connection) -> Collector:
+    def handle(connection: Link) -> Collector:
         collectors.append(Collector(connection))
         return collectors[0]
 
@@ -208,7 +208,7 @@ async def test_a_lost_connection_is_replaced() -> None:
 
         collectors: list[Collector] = []
 
-        def handle(connection: Connection) -> Collector:
+        def handle(connection: Link) -> Collector:
             collectors.append(Collector(connection))
             connection.send(Number(len(collectors)))
             return collectors[-1]

@@ -9,10 +9,10 @@ import pytest
 
 from kvmesh.cluster.ingress.quality import DIVERGENCE_NATS, groups_below
 from kvmesh.cluster.reports import ClusterStatus, EngineReport
-from kvmesh.cluster.routing.errors import NeverFitsError
+from kvmesh.cluster.routing.errors import ExceedsEveryGroupError
 from kvmesh.cluster.routing.outcome import RouterStatus
 from kvmesh.kernels.formats.registry import format_names
-from kvmesh.workers.errors import InvalidRequestError
+from kvmesh.workers.errors import InvalidFieldError
 from kvmesh.workers.loads import EngineInfo, EngineLoads
 from kvmesh.workers.sizes import PageGeometry, PageNeed
 
@@ -63,9 +63,9 @@ def test_a_format_without_a_divergence_meets_only_its_own_floor() -> None:
 
 
 def test_floors_that_cannot_be_met_are_errors() -> None:
-    with pytest.raises(InvalidRequestError, match="min_kv_format"):
+    with pytest.raises(InvalidFieldError, match="min_kv_format"):
         groups_below("int9", cluster("int8"), DIVERGENCE_NATS)
-    with pytest.raises(NeverFitsError, match="int4 is less faithful than int8"):
+    with pytest.raises(ExceedsEveryGroupError, match="int4 is less faithful than int8"):
         groups_below("int8", cluster("int4"), DIVERGENCE_NATS)
 
 

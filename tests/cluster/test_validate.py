@@ -25,7 +25,7 @@ from kvmesh.cluster.ingress.validate import (
 )
 from kvmesh.cluster.servicer import add_to_server
 from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
-from kvmesh.workers.errors import InvalidRequestError
+from kvmesh.workers.errors import InvalidFieldError
 from kvmesh.workers.request import TokenIds
 
 LIMITS = Limits()
@@ -70,7 +70,7 @@ def encoded(spec: GenerationSpec) -> TokenIds:
 
 
 def field_of(request: object, limits: Limits = LIMITS) -> str:
-    with pytest.raises(InvalidRequestError) as caught:
+    with pytest.raises(InvalidFieldError) as caught:
         validated(request, limits)
     assert caught.value.message
     return caught.value.field
@@ -102,7 +102,7 @@ def test_a_request_without_any_prompt_is_refused() -> None:
 
 def test_a_prompt_that_has_no_tokens_is_refused() -> None:
     spec = generation_spec(make_request(), LIMITS)
-    with pytest.raises(InvalidRequestError, match="prompt: must have at least one token"):
+    with pytest.raises(InvalidFieldError, match="prompt: must have at least one token"):
         check_tokens(spec, np.zeros(0, np.int32), VOCAB)
 
 
@@ -263,7 +263,7 @@ def test_a_default_max_tokens_is_raised_to_min_tokens_and_lowered_to_the_context
 def test_max_tokens_up_to_the_context_are_accepted() -> None:
     spec = generation_spec(make_request(max_tokens=CONTEXT - 5), LIMITS)
     assert fit_context(spec, 5, CONTEXT).max_tokens == CONTEXT - 5
-    with pytest.raises(InvalidRequestError, match="must be at most 58"):
+    with pytest.raises(InvalidFieldError, match="must be at most 58"):
         fit_context(spec, 6, CONTEXT)
 
 
@@ -368,14 +368,14 @@ requests = messages(
 )
 
 
-def outcome(request: object) -> GenerationSpec | InvalidRequestError:
+def outcome(request: object) -> GenerationSpec | InvalidFieldError:
     try:
         return validated(request)
-    except InvalidRequestError as error:
+    except InvalidFieldError as error:
         return error
 
 
-def check_names_a_field(error: InvalidRequestError) -> None:
+def check_names_a_field(error: InvalidFieldError) -> None:
     assert error.message
     if error.field == "request":
         return
@@ -389,7 +389,7 @@ def check_names_a_field(error: InvalidRequestError) -> None:
 
 def check_valid_or_names_a_field(request: object) -> None:
     spec = outcome(request)
-    if isinstance(spec, InvalidRequestError):
+    if isinstance(spec, InvalidFieldError):
         check_names_a_field(spec)
         return
     assert 1 <= spec.n <= LIMITS.max_choices

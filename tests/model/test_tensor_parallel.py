@@ -13,8 +13,8 @@ import pytest
 
 from kvmesh.workers.errors import ConfigError
 from kvmesh.workers.model.facts import read_facts
+from kvmesh.workers.model.shards import check_tp
 from kvmesh.workers.parallel.comm import Communicator
-from kvmesh.workers.parallel.shards import check_tp
 from tests.model.cases import CASES, PROMPTS
 from tests.model.ranks import (
     CPU,

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from kvmesh.workers.errors import ConfigError, InvalidRequestError
+from kvmesh.workers.errors import ConfigError, InvalidFieldError
 from kvmesh.workers.model.tokenizer import Tokenizer
 from tests.model.small import make_small_tokenizer
 
@@ -151,11 +151,11 @@ def test_a_refusal_of_the_template_is_a_request_error(tmp_path: Path) -> None:
     template = "{% if messages[0].role != 'user' %}{{ raise_exception('users first') }}{% endif %}"
     (tmp_path / "chat_template.jinja").write_text(template)
     tokenizer = Tokenizer.load(tmp_path)
-    with pytest.raises(InvalidRequestError, match="users first") as caught:
+    with pytest.raises(InvalidFieldError, match="users first") as caught:
         tokenizer.encode_chat([{"role": "system", "content": ""}])
     assert caught.value.field == "messages"
     (tmp_path / "chat_template.jinja").unlink()
-    with pytest.raises(InvalidRequestError, match="no chat template"):
+    with pytest.raises(InvalidFieldError, match="no chat template"):
         Tokenizer.load(tmp_path).encode_chat([{"role": "user", "content": ""}])
 
 
@@ -164,7 +164,7 @@ def test_a_template_cannot_reach_the_machine(tmp_path: Path) -> None:
     (tmp_path / "chat_template.jinja").write_text(
         "{{ ''.__class__.__mro__[1].__subclasses__() }}{{ messages.append(1) }}"
     )
-    with pytest.raises(InvalidRequestError, match="messages"):
+    with pytest.raises(InvalidFieldError, match="messages"):
         Tokenizer.load(tmp_path).encode_chat([{"role": "user", "content": ""}])
 
 

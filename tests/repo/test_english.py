@@ -74,23 +74,9 @@ ALLOWED_NAMES = re.compile(r"least_squares|\w*at_(?:least|most)")
 
 SUFFIXES = (".py", ".md", ".proto", ".toml", ".yaml")
 THIS_FILE = "tests/repo/test_english.py"
+
+
 # Prefixes of paths that still have to be rewritten.
-TO_DO = (
-    "cluster/app.py",
-    "cluster/engine_service.py",
-    "cluster/ingress/engine_links.py",
-    "cluster/ingress/generation.py",
-    "cluster/ingress/router_link.py",
-    "cluster/link.py",
-    "cluster/messages.py",
-    "cluster/router_service.py",
-    "cluster/routing/",
-    "tests/routing/",
-    "workers/leader.py",
-    "workers/lease_book.py",
-)
-
-
 def _phrase(words: str) -> str:
     return r"[\s_]+(?:#\s*)?".join(map(re.escape, words.split()))
 
@@ -144,16 +130,10 @@ def faults_of(name: str) -> list[str]:
 
 
 def test_files_use_plain_english() -> None:
-    done = [name for name in tracked_files() if not name.startswith(TO_DO)]
-    assert len(done) > 200, "the tracked files are found"
-    faults = [fault for name in done for fault in faults_of(name)]
+    names = tracked_files()
+    assert len(names) > 200, "the tracked files are found"
+    faults = [fault for name in names for fault in faults_of(name)]
     assert not faults, "\n".join(faults)
-
-
-@pytest.mark.parametrize("prefix", TO_DO)
-def test_what_is_listed_to_do_is_not_done(prefix: str) -> None:
-    names = [name for name in tracked_files() if name.startswith(prefix)]
-    assert any(map(faults_of, names)), f"{prefix} is clean: remove it from TO_DO"
 
 
 @pytest.mark.parametrize(

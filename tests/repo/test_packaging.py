@@ -105,7 +105,7 @@ def test_the_wheel_contains_only_the_package(wheel: Path) -> None:
         "kvmesh/kernels/formats/base.py",
         "kvmesh/protos/kvmesh/v1/kvmesh.proto",
         "kvmesh/protos/kvmesh/v1/kvmesh_pb2.pyi",
-        "kvmesh/workers/evaluation/probe.txt",
+        "kvmesh/workers/scoring/probe.txt",
         "kvmesh/workers/sizes.py",
     ):
         assert name in names

@@ -5,9 +5,9 @@ from collections import Counter
 
 import pytest
 
-from kvmesh.cluster.routing.errors import OverCapacityError, QuotaExceededError
+from kvmesh.cluster.routing.errors import NoRoomError, QuotaExceededError
 from kvmesh.cluster.routing.fairness import TenantPolicy, Tenants
-from kvmesh.cluster.routing.outcome import Granted, Placement, Queued, Refused
+from kvmesh.cluster.routing.outcome import Enqueued, Granted, Placement, Refused
 from kvmesh.cluster.routing.router import Router
 from tests.routing.groups import ask, end, granted, make_info, router_with
 
@@ -78,7 +78,7 @@ def test_a_quota_holds_back_its_tenant_and_no_other() -> None:
     router = router_with(groups={"g0": make_info()}, tenants=tenants)
     first = granted(router.place(ask("r0", tenant="t"), 0.0))
     granted(router.place(ask("r1", tenant="t"), 0.0))
-    assert isinstance(router.place(ask("r2", tenant="t"), 0.0)[0], Queued)
+    assert isinstance(router.place(ask("r2", tenant="t"), 0.0)[0], Enqueued)
     granted(router.place(ask("other"), 0.0))
     assert granted(end(router, first, 1.0)).request_id == "r2"
     (refused,) = router.place(ask("big", 640, 640, tenant="t"), 1.0)
@@ -89,4 +89,4 @@ def test_a_quota_holds_back_its_tenant_and_no_other() -> None:
 def test_excluding_every_possible_group_is_refused_and_not_queued() -> None:
     (refused,) = one_at_a_time().place(ask("r", excluded_groups=frozenset(["g0"])), 0.0)
     assert isinstance(refused, Refused)
-    assert isinstance(refused.error, OverCapacityError)
+    assert isinstance(refused.error, NoRoomError)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kvmesh.cluster.routing.chooser import SAMPLE_EVERY
-from kvmesh.cluster.routing.outcome import Queued
+from kvmesh.cluster.routing.outcome import Enqueued
 from kvmesh.cluster.routing.router import Router
 from kvmesh.cluster.routing.verdict import Reason
 from tests.routing.groups import SLOW, ask, emit, end, granted, make_info, place, router_with
@@ -38,7 +38,7 @@ def test_where_groups_are_needed_long_prompts_go_one_after_another() -> None:
     keep_busy(router)
     first = place(router, "a", LONG_TOKENS, 10, 5.0)
     (second,) = router.place(ask("b", LONG_TOKENS, 10), 6.0)
-    assert isinstance(second, Queued)
+    assert isinstance(second, Enqueued)
     assert {verdict.reason for verdict in second.verdicts} == {Reason.LONG}
     assert router.admission.promise is None
     # Those after it go on.

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from kvmesh.cluster.routing.errors import DeadlineUnreachableError
-from kvmesh.cluster.routing.outcome import Grown, Queued, Refused
+from kvmesh.cluster.routing.outcome import Enqueued, Grown, Refused
 from kvmesh.cluster.routing.verdict import Reason
 from kvmesh.workers.sizes import PageNeed
 from tests.routing.groups import (
@@ -48,7 +48,7 @@ def test_a_group_with_a_backlog_gets_nothing_more_until_its_first_token() -> Non
     router = router_with(pace=SLOW, groups={"g0": make_info(sealed=1000)}, ahead_s=0.5)
     first = place(router, "a", 8000, 16, 0.0)
     (waiting,) = router.place(ask("b", 160, 16), 0.0)
-    assert isinstance(waiting, Queued)
+    assert isinstance(waiting, Enqueued)
     assert next(iter(waiting.verdicts)).reason is Reason.BACKLOG
     assert granted(emit(router, first, 8.0)).request_id == "b"
 
@@ -56,7 +56,7 @@ def test_a_group_with_a_backlog_gets_nothing_more_until_its_first_token() -> Non
 def test_the_first_in_line_is_promised_a_start_and_smaller_ones_pass_it_without_harm() -> None:
     router = router_with(pace=SLOW, groups={"g0": make_info()}, ahead_s=1e9, patience_s=1.0)
     running = place(router, "running", 960, 320, 0.0)  # 78 sealed pages, ends at about 33 s
-    assert isinstance(router.place(ask("large", 960, 320), 1.0)[0], Queued)
+    assert isinstance(router.place(ask("large", 960, 320), 1.0)[0], Enqueued)
     promise = router.admission.promise
     assert promise is not None
     assert promise.request_id == "large"
@@ -64,7 +64,7 @@ def test_the_first_in_line_is_promised_a_start_and_smaller_ones_pass_it_without_
     # 22 pages are free. One that ends before the promise may have them:
     assert place(router, "quick", 160, 160, 2.0).group == "g0"
     # the next would hold its pages for longer than that, and beyond what is spare:
-    assert isinstance(router.place(ask("slow", 48, 350), 3.0)[0], Queued)
+    assert isinstance(router.place(ask("slow", 48, 350), 3.0)[0], Enqueued)
     outcomes = end(router, running, 30.0)
     large = granted(outcomes)
     assert large.request_id == "large"
@@ -78,7 +78,7 @@ def test_what_cannot_start_in_time_is_refused_at_once() -> None:
     assert isinstance(refused, Refused)
     assert isinstance(refused.error, DeadlineUnreachableError)
     assert refused.error.projected_start_s == pytest.approx(32.0, abs=0.5)
-    assert isinstance(router.place(ask("patient", 960, 320, timeout_s=60.0), 1.0)[0], Queued)
+    assert isinstance(router.place(ask("patient", 960, 320, timeout_s=60.0), 1.0)[0], Enqueued)
 
 
 def test_small_requests_leave_the_hole_that_large_ones_need() -> None:

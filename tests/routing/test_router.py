@@ -8,14 +8,14 @@ from kvmesh.cluster.routing import errors
 from kvmesh.cluster.routing.config import RouterConfig
 from kvmesh.cluster.routing.errors import (
     DeadlineUnreachableError,
-    DuplicateRequestError,
-    NeverFitsError,
+    ExceedsEveryGroupError,
     NoGroupError,
     QueueFullError,
     RequestAbortedError,
+    RequestIdInUseError,
     RoutingError,
 )
-from kvmesh.cluster.routing.outcome import Decision, Granted, Outcome, Queued, Refused, Withdrawn
+from kvmesh.cluster.routing.outcome import Decision, Enqueued, Granted, Outcome, Refused, Withdrawn
 from kvmesh.cluster.routing.records import Records
 from kvmesh.cluster.routing.router import Router
 from kvmesh.cluster.routing.verdict import Reason
@@ -45,7 +45,7 @@ def refused(outcome: Outcome, error: type[RoutingError]) -> RoutingError:
 
 def decide(router: Router, *args: object, **rest: object) -> Decision:
     decision = router.place(ask(*args, **rest), 0.0)[0]  # type: ignore[arg-type]
-    assert isinstance(decision, Granted | Queued | Refused)
+    assert isinstance(decision, Granted | Enqueued | Refused)
     return decision
 
 
@@ -63,8 +63,8 @@ def test_the_least_used_group_gets_the_request_and_says_why() -> None:
 def test_what_no_group_can_ever_hold_is_refused_with_the_bytes() -> None:
     infos = {"g0": make_info(sealed=10), "g1": make_info(max_model_len=64)}
     (outcome,) = router_with(groups=infos).place(ask("a"), 0.0)
-    error = refused(outcome, NeverFitsError)
-    assert isinstance(error, NeverFitsError)
+    error = refused(outcome, ExceedsEveryGroupError)
+    assert isinstance(error, ExceedsEveryGroupError)
     assert error.needed_bytes["g0"] == 4 * 1000 + 17 * 300
     assert error.available_bytes["g0"] == 64 * 1000 + 10 * 300
     assert error.reasons["g1"] == Reason.CONTEXT.value
@@ -73,9 +73,9 @@ def test_what_no_group_can_ever_hold_is_refused_with_the_bytes() -> None:
 @pytest.mark.parametrize(
     "error",
     [
-        DuplicateRequestError("r"),
+        RequestIdInUseError("r"),
         RequestAbortedError(),
-        NeverFitsError({"g": 2}, {"g": 1}, {"g": "why"}),
+        ExceedsEveryGroupError({"g": 2}, {"g": 1}, {"g": "why"}),
         DeadlineUnreachableError(1.0, 2.0),
         QueueFullError("full", 1.0, 2, 1),
         errors.LedgerError("fault"),
@@ -90,9 +90,9 @@ def test_the_queue_is_served_in_order_as_leases_end() -> None:
     router = one_at_a_time()
     running = granted(router.place(ask("a"), 0.0))
     for later in (ask("b"), ask("c", priority=1)):
-        assert isinstance(router.place(later, 0.0)[0], Queued)
+        assert isinstance(router.place(later, 0.0)[0], Enqueued)
     (resumed,) = router.place(ask("d", priority=1, resumed=True), 0.0)
-    assert isinstance(resumed, Queued)
+    assert isinstance(resumed, Enqueued)
     assert resumed.position == 0
     order = []
     for step in range(3):
@@ -138,11 +138,11 @@ def test_a_live_id_is_in_use_until_its_lease_ends() -> None:
     running = granted(router.place(ask("a"), 0.0))
     router.place(ask("b"), 0.0)
     for name in "ab":
-        error = refused(router.place(ask(name), 1.0)[0], DuplicateRequestError)
+        error = refused(router.place(ask(name), 1.0)[0], RequestIdInUseError)
         assert str(error) == f"request id {name!r} is already in use by a live request"
     assert len(router.explain("b", 1.0)) == 1
     running = granted(end(router, running, 2.0))
-    assert isinstance(router.place(ask("a"), 3.0)[0], Queued)
+    assert isinstance(router.place(ask("a"), 3.0)[0], Enqueued)
 
 
 @pytest.mark.parametrize("how", ["supersedes", "resumed"])
@@ -151,10 +151,10 @@ def test_a_newer_incarnation_ends_the_older_one(how: str) -> None:
     first = granted(router.place(ask("a"), 0.0))
     arrive(router, first, 0.0)
     queued, withdrawn = router.place(ask("a", **{how: True}), 1.0)
-    assert isinstance(queued, Queued)
+    assert isinstance(queued, Enqueued)
     assert withdrawn == Withdrawn("g0", first.lease.lease_id)
     queued, older = router.place(ask("a", **{how: True}), 2.0)
-    assert isinstance(queued, Queued)
+    assert isinstance(queued, Enqueued)
     refused(older, RequestAbortedError)
     assert router.status(2.0).live_requests == 1
     # The older lease ends through its engine, and what it held goes to the newest.
@@ -217,7 +217,7 @@ def test_a_lost_group_voids_its_leases_and_its_requests_wait_for_its_return() ->
     assert router.group_down("g0", 1.0) == []
     assert router.release(lease.lease_id, 1.0) == []
     (waiting,) = router.place(ask("a", resumed=True), 1.0)
-    assert isinstance(waiting, Queued)
+    assert isinstance(waiting, Enqueued)
     assert [v.reason for v in waiting.verdicts] == [Reason.DOWN, Reason.PAGES]
     outcomes = router.group_up("g0", make_info(epoch="e1"), (), 2.0)
     assert granted(outcomes).engine_epoch == "e1"
@@ -229,7 +229,7 @@ def test_a_request_that_lost_an_engine_waits_for_another_incarnation_of_it() -> 
     info = make_info(epoch="e1")
     router = router_with(groups={"g0": info})
     (waiting,) = router.place(ask("a", lost_engines=frozenset(["e1"])), 0.0)
-    assert isinstance(waiting, Queued)
+    assert isinstance(waiting, Enqueued)
     assert waiting.projected_start_s is None
     assert next(iter(waiting.verdicts)).reason is Reason.DOWN
     granted(router.place(ask("other"), 0.0))
@@ -266,7 +266,7 @@ def test_without_any_group_the_answer_is_to_come_back() -> None:
 def test_a_restarted_router_admits_only_after_the_expected_groups_are_up() -> None:
     router = Router(RouterConfig(), epoch=4, now=0.0, expected_groups=["g0", "g1"])
     assert router.group_up("g0", make_info(), [foreign(0, 4, 90)], 0.0) == []
-    assert isinstance(router.place(ask("a"), 0.2)[0], Queued)
+    assert isinstance(router.place(ask("a"), 0.2)[0], Enqueued)
     assert not router.status(0.2).ready
     assert granted(router.group_up("g1", make_info(), (), 0.4)).group == "g1"
     assert router.status(0.4).groups[0].used.sealed == 90
@@ -282,10 +282,10 @@ def test_a_restarted_router_does_not_wait_indefinitely() -> None:
 
 def test_what_never_fits_is_refused_when_the_groups_are_known() -> None:
     router = Router(RouterConfig(), epoch=2, now=0.0, expected_groups=["g0"])
-    assert isinstance(router.place(ask("large", prompt=10_000), 0.0)[0], Queued)
-    assert isinstance(router.place(ask("a"), 0.0)[0], Queued)
+    assert isinstance(router.place(ask("large", prompt=10_000), 0.0)[0], Enqueued)
+    assert isinstance(router.place(ask("a"), 0.0)[0], Enqueued)
     next_one, never = router.group_up("g0", make_info(), (), 1.0)
-    refused(never, NeverFitsError)
+    refused(never, ExceedsEveryGroupError)
     assert granted([next_one]).request_id == "a"
     assert router.status(1.0).live_requests == 1
 

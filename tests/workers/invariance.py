@@ -7,7 +7,7 @@ import numpy as np
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.engine import Engine
 from kvmesh.workers.local import local_executor
-from kvmesh.workers.request import EngineRequest, SequenceDelta, TokenLogprobs
+from kvmesh.workers.request import EngineRequest, SampledLogprobs, SequenceDelta
 from kvmesh.workers.sampling_params import SamplingParams
 
 INVARIANT_TOKENS = 40
@@ -88,5 +88,5 @@ class Invariance:
         assert differing <= 1
 
 
-def _flat(deltas: list[SequenceDelta]) -> list[tuple[int, TokenLogprobs]]:
+def _flat(deltas: list[SequenceDelta]) -> list[tuple[int, SampledLogprobs]]:
     return [pair for delta in deltas for pair in zip(delta.token_ids, delta.logprobs, strict=True)]

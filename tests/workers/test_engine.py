@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.engine import Engine
-from kvmesh.workers.errors import CapacityError, ConfigError, InvalidRequestError
+from kvmesh.workers.errors import ConfigError, InvalidFieldError, PoolCapacityError
 from kvmesh.workers.lease import LeaseTerms
 from kvmesh.workers.prefix_cache import PageDigests
-from kvmesh.workers.request import EngineRequest, FinishReason, SequenceDelta
+from kvmesh.workers.request import EndReason, EngineRequest, SequenceDelta
 from kvmesh.workers.sampling_params import SamplingParams
 from kvmesh.workers.sizes import BLOCK_PAGES, PageNeed
 from tests.workers.memory_executor import VOCAB, MemoryExecutor, expected_output
@@ -90,7 +90,7 @@ def test_output_depends_only_on_the_prompt(data: st.DataObject) -> None:
         item = request(str(index), prompt, params=params)
         try:
             engine.check(item)
-        except CapacityError:
+        except PoolCapacityError:
             continue
         engine.add(item)
         expected[str(index)] = expected_output(prompt, max_tokens, ignore_eos=True)
@@ -181,9 +181,9 @@ def test_stop_tokens_min_tokens_and_length() -> None:
     params = SamplingParams(temperature=0.0, max_tokens=30, stop_token_ids=(stop,))
     engine.add(request("s", prompt, params=params))
     last = run(engine)["s"][-1]
-    assert (last.finish_reason, last.matched_stop_token) == (FinishReason.STOP, stop)
+    assert (last.finish_reason, last.matched_stop_token) == (EndReason.STOP, stop)
     engine.add(request("l", prompt, 2))
-    assert run(engine)["l"][-1].finish_reason is FinishReason.LENGTH
+    assert run(engine)["l"][-1].finish_reason is EndReason.LENGTH
 
 
 def test_deadline_ends_a_sequence_and_frees_its_pages() -> None:
@@ -196,8 +196,8 @@ def test_deadline_ends_a_sequence_and_frees_its_pages() -> None:
     engine.step()
     now[0] = 5.0
     deltas = run(engine)
-    assert deltas["slow"][-1].finish_reason is FinishReason.DEADLINE
-    assert deltas["free"][-1].finish_reason is FinishReason.LENGTH
+    assert deltas["slow"][-1].finish_reason is EndReason.DEADLINE
+    assert deltas["free"][-1].finish_reason is EndReason.LENGTH
     assert engine.loads().pool.sealed.used == 0
 
 
@@ -216,14 +216,14 @@ def test_deadline_ends_a_sequence_and_frees_its_pages() -> None:
 def test_impossible_requests_are_refused_by_field(change: dict[str, object], field: str) -> None:
     engine, _ = make_engine()
     kwargs: dict[str, object] = {"prompt": [1, 2, 3], **change}
-    with pytest.raises(InvalidRequestError) as caught:
+    with pytest.raises(InvalidFieldError) as caught:
         engine.check(request("bad", kwargs.pop("prompt"), **kwargs))  # type: ignore[arg-type]
     assert caught.value.field == field
 
 
 def test_a_request_that_exceeds_the_pool_is_refused_with_bytes() -> None:
     engine, _ = make_engine(budget=60)
-    with pytest.raises(CapacityError) as caught:
+    with pytest.raises(PoolCapacityError) as caught:
         engine.check(request("huge", [1] * 700, 90))
     assert caught.value.needed_bytes > caught.value.available_bytes > 0
     assert not caught.value.retryable
@@ -287,7 +287,7 @@ def test_a_paused_sequence_still_has_its_deadline() -> None:
     now[0] = 9.5
     assert engine.deadline_s() == 0.0
     (delta,) = engine.step()
-    assert delta.finish_reason is FinishReason.DEADLINE
+    assert delta.finish_reason is EndReason.DEADLINE
     assert not engine.has_work and not engine.stalled
 
 

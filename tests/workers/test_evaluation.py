@@ -16,21 +16,21 @@ from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.engine import Engine
 from kvmesh.workers.errors import ConfigError
 from kvmesh.workers.evaluation.footprint import Footprint
-from kvmesh.workers.evaluation.gate import LIMIT_NATS, alternatives, check_format
-from kvmesh.workers.evaluation.meter import Meter
 from kvmesh.workers.evaluation.model import EvaluatedModel, choose_formats
 from kvmesh.workers.evaluation.passkey import OUTPUT_TOKENS, PasskeyPromptMaker, measure_passkey
 from kvmesh.workers.evaluation.perplexity import measure_perplexity
-from kvmesh.workers.evaluation.probe import measure_divergences
 from kvmesh.workers.evaluation.recall import PASSAGE_TOKENS, measure_recall
-from kvmesh.workers.evaluation.scorer import Scorer
-from kvmesh.workers.evaluation.tally import Tally, compare
 from kvmesh.workers.evaluation.text import TokenText, read_text
 from kvmesh.workers.local import InProcessExecutor, LocalProcesses
 from kvmesh.workers.model.embedded import EMBEDDED_NAME
 from kvmesh.workers.model.source import resolve_model
 from kvmesh.workers.parallel.comm import Communicator
 from kvmesh.workers.rank import Rank
+from kvmesh.workers.scoring.gate import LIMIT_NATS, alternatives, check_format
+from kvmesh.workers.scoring.meter import Meter
+from kvmesh.workers.scoring.probe import measure_divergences
+from kvmesh.workers.scoring.scorer import Scorer
+from kvmesh.workers.scoring.tally import Tally, compare
 from tests.model.small import make_small_model, make_small_tokenizer
 from tests.repo.imports import ROOT
 from tests.workers.memory_executor import MemoryExecutor

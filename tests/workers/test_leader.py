@@ -12,9 +12,9 @@ import pytest
 
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.errors import (
-    CapacityError,
-    DrainingError,
-    InvalidRequestError,
+    EngineDrainingError,
+    InvalidFieldError,
+    PoolCapacityError,
     WorkerDiedError,
 )
 from kvmesh.workers.executor import RankDescription
@@ -22,7 +22,7 @@ from kvmesh.workers.leader import EngineLeader
 from kvmesh.workers.lease import AccountUpdate, LeaseEnd, LeaseTerms
 from kvmesh.workers.lease_book import AHEAD_TOKENS
 from kvmesh.workers.plan import StepPlan, StepResult
-from kvmesh.workers.request import FinishReason, SequenceDelta
+from kvmesh.workers.request import EndReason, SequenceDelta
 from kvmesh.workers.sampling_params import SamplingParams
 from kvmesh.workers.sizes import PageNeed
 from tests.workers.memory_executor import MemoryExecutor, expected_output
@@ -113,7 +113,7 @@ async def test_abort_ends_a_sequence_in_flight() -> None:
         leader.abort(["a", "unknown"])
         executor.allow(1)
         read = await inbox.until_end({"a"})
-        assert read["a"][-1].finish_reason is FinishReason.ABORT
+        assert read["a"][-1].finish_reason is EndReason.ABORT
         assert leader.loads().pool.used == PageNeed(0, 0)
 
 
@@ -143,7 +143,7 @@ async def test_a_failed_rank_ends_every_sequence_with_an_error() -> None:
         executor.error = WorkerDiedError("rank 1 ended")
         executor.allow(1)
         read = await inbox.until_end({"a", "b"})
-        assert all(deltas[-1].finish_reason is FinishReason.ERROR for deltas in read.values())
+        assert all(deltas[-1].finish_reason is EndReason.ERROR for deltas in read.values())
         assert leader.failed is executor.error
         with pytest.raises(WorkerDiedError):
             leader.submit([request("c", [3])], inbox.deliver)
@@ -162,18 +162,18 @@ async def test_submit_refuses_invalid_requests() -> None:
     async with running() as (leader, _):
         inbox = Inbox()
         leader.submit([request("a", [3, 4], params=ENDLESS)], inbox.deliver)
-        with pytest.raises(InvalidRequestError, match="request_id"):
+        with pytest.raises(InvalidFieldError, match="request_id"):
             leader.submit([request("a", [3, 4])], inbox.deliver)
         total = leader.info().capacity.sealed
         big = LeaseTerms("l1", 1, hot_pages=1, sealed_pages=total - 1, max_sealed_pages=total - 1)
         leader.submit([request("b", [3, 4], params=ENDLESS, lease=big)], inbox.deliver)
         small = LeaseTerms("l2", 1, 1, 2, 2)
-        with pytest.raises(CapacityError) as caught:
+        with pytest.raises(PoolCapacityError) as caught:
             leader.submit([request("c", [3, 4], lease=small)], inbox.deliver)
         assert caught.value.retryable
         assert leader.take_update() == AccountUpdate(arrived=(big,))
         leader._draining = True
-        with pytest.raises(DrainingError):
+        with pytest.raises(EngineDrainingError):
             leader.submit([request("d", [3, 4])], inbox.deliver)
 
 
@@ -181,7 +181,7 @@ async def test_all_sequences_of_a_lease_are_accepted_or_none() -> None:
     async with running() as (leader, _):
         lease = LeaseTerms("l", 1, 2, 4, 4, sequences=2)
         good, bad = request("l.0", [3, 4], lease=lease), request("l.1", [-1], lease=lease)
-        with pytest.raises(InvalidRequestError):
+        with pytest.raises(InvalidFieldError):
             leader.submit([good, bad], Inbox().deliver)
         assert not leader.take_update()
         assert leader._idle.is_set()
@@ -237,7 +237,7 @@ async def test_a_withdrawn_lease_ends_whether_it_runs_or_not() -> None:
         leader.withdraw("l")
         executor.allow(1)
         read = await inbox.until_end({"l.0"})
-        assert read["l.0"][-1].finish_reason is FinishReason.ABORT
+        assert read["l.0"][-1].finish_reason is EndReason.ABORT
         assert leader.take_update() == AccountUpdate(ended=(LeaseEnd("l"),))
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from kvmesh.workers.errors import CapacityError
+from kvmesh.workers.errors import PoolCapacityError
 from kvmesh.workers.lease import AccountUpdate, LeaseEnd, LeaseTerms, LeaseWant
 from kvmesh.workers.lease_book import AHEAD_TOKENS, NEVER, HeldLease, LeaseBook
 from kvmesh.workers.request import EngineRequest
@@ -118,13 +118,13 @@ def test_what_leases_cover_never_exceeds_the_pool() -> None:
     fits = replace(TERMS, lease_id="m", sealed_pages=16)
     made.check(fits)
     for more in (replace(fits, sealed_pages=17), replace(fits, hot_pages=5)):
-        with pytest.raises(CapacityError) as caught:
+        with pytest.raises(PoolCapacityError) as caught:
             made.check(more)
         assert caught.value.retryable
     # Shared pages were paid for by an earlier lease.
     made.check(replace(fits, sealed_pages=20, shared_sealed_pages=4))
     made.extend(replace(TERMS, sealed_pages=8))
-    with pytest.raises(CapacityError):
+    with pytest.raises(PoolCapacityError):
         made.check(fits)
     made.end(held, 1)
     made.end(held, 1)

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from kvmesh.workers.config import EngineConfig
-from kvmesh.workers.evaluation import probe_cache
-from kvmesh.workers.evaluation.probe_cache import ProbeCache
 from kvmesh.workers.parallel.comm import Communicator
 from kvmesh.workers.rank import Rank
+from kvmesh.workers.scoring import probe_cache
+from kvmesh.workers.scoring.probe_cache import ProbeCache
 from tests.model.small import make_small_model, make_small_tokenizer
 
 INPUTS = ("revision", ["int8", "int4"])

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvmesh.workers.errors import InvalidRequestError
+from kvmesh.workers.errors import InvalidFieldError
 from kvmesh.workers.plan import RowStart
 from kvmesh.workers.sampler import Sampler, uniform
 from kvmesh.workers.sampling_params import SamplingParams
@@ -160,7 +160,7 @@ def test_logprobs_are_those_of_the_model() -> None:
     ],
 )
 def test_invalid_parameters_are_refused_by_name(field: str, value: object) -> None:
-    with pytest.raises(InvalidRequestError) as caught:
+    with pytest.raises(InvalidFieldError) as caught:
         SamplingParams(**{field: value})  # type: ignore[arg-type]
     assert caught.value.field == field
 

@@ -10,7 +10,7 @@ from kvmesh.kernels.formats.registry import get_format
 from kvmesh.kernels.seal import seal_pages
 from kvmesh.kernels.write import write_hot
 from kvmesh.workers.plan import Chunk, StepPlan, TableUpdate
-from kvmesh.workers.step import StepArrays, Tables, to_device
+from kvmesh.workers.step import BlockTables, StepArrays, to_device
 
 PAGE = 16
 CPU = torch.device("cpu")
@@ -52,7 +52,7 @@ def test_a_padded_decode_step_gives_the_same_results() -> None:
     sealed = torch.zeros(6, kv_heads, fmt.page_bytes(PAGE, head_dim, 4), dtype=torch.uint8)
     for page in range(4):
         seal_pages(hot, sealed, torch.tensor([page]), torch.tensor([page]), fmt=fmt)
-    tables = Tables(
+    tables = BlockTables(
         torch.tensor([[-1, -1, 3], [-1, 4, -1], [5, -1, -1]], dtype=torch.int32),
         torch.tensor([[0, 1, -1], [2, -1, -1], [4, -1, -1]], dtype=torch.int32),
         PAGE,

@@ -11,12 +11,12 @@ from kvmesh.workers.calibration.file import Calibration
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.errors import ConfigError
 from kvmesh.workers.evaluation.footprint import Footprint
-from kvmesh.workers.evaluation.scorer import Scorer
 from kvmesh.workers.model.facts import ModelFacts, read_facts
 from kvmesh.workers.model.source import Progress, resolve_model
 from kvmesh.workers.model.tokenizer import Tokenizer
 from kvmesh.workers.parallel.comm import Communicator
 from kvmesh.workers.rank import Rank
+from kvmesh.workers.scoring.scorer import Scorer
 
 EXACT = "exact"
 

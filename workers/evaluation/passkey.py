@@ -15,11 +15,11 @@ import numpy as np
 
 from kvmesh.kernels.formats.base import KVFormat
 from kvmesh.workers.errors import ConfigError
-from kvmesh.workers.evaluation.meter import Meter
 from kvmesh.workers.evaluation.model import EvaluatedModel
 from kvmesh.workers.evaluation.reports import FormatPasskey, PasskeyReport
 from kvmesh.workers.model.tokenizer import Tokenizer
 from kvmesh.workers.request import TokenIds
+from kvmesh.workers.scoring.meter import Meter
 
 OUTPUT_TOKENS = 10
 

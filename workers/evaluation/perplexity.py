@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from kvmesh.kernels.formats.base import KVFormat
-from kvmesh.workers.evaluation.meter import Meter
 from kvmesh.workers.evaluation.model import EvaluatedModel
 from kvmesh.workers.evaluation.reports import LONG_CONTEXT, FormatPerplexity, PerplexityReport
-from kvmesh.workers.evaluation.tally import Tally, compare
 from kvmesh.workers.evaluation.text import TokenText
+from kvmesh.workers.scoring.meter import Meter
+from kvmesh.workers.scoring.tally import Tally, compare
 
 
 def measure_perplexity(

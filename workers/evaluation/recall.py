@@ -13,11 +13,11 @@ import numpy as np
 
 from kvmesh.kernels.formats.base import KVFormat
 from kvmesh.workers.errors import ConfigError
-from kvmesh.workers.evaluation.meter import Meter
 from kvmesh.workers.evaluation.model import EvaluatedModel
 from kvmesh.workers.evaluation.reports import FormatRecall, RecallReport
-from kvmesh.workers.evaluation.tally import Tally, compare
 from kvmesh.workers.evaluation.text import TokenText
+from kvmesh.workers.scoring.meter import Meter
+from kvmesh.workers.scoring.tally import Tally, compare
 
 PASSAGE_TOKENS = 256
 

@@ -20,7 +20,7 @@ from jinja2 import TemplateError
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from kvmesh.workers.errors import ConfigError, InvalidRequestError
+from kvmesh.workers.errors import ConfigError, InvalidFieldError
 
 # A placeholder is <open> digits <close>; private-use characters have no meaning elsewhere.
 _OPEN, _CLOSE = "\uf8f0", "\uf8f1"
@@ -58,7 +58,7 @@ class ChatTemplate:
     ) -> list[PromptPiece]:
         """The prompt in pieces; a single piece unless a message contains a special token's text.
 
-        Raises InvalidRequestError(messages) with the template's own reason.
+        Raises InvalidFieldError(messages) with the template's own reason.
         """
         guard = _Guard(special_tokens)
         guarded = [guard.protect(message) for message in messages]
@@ -67,7 +67,7 @@ class ChatTemplate:
                 messages=guarded, add_generation_prompt=add_generation_prompt, **self._variables
             )
         except (TemplateError, TypeError, ValueError, KeyError, OverflowError) as error:
-            raise InvalidRequestError(
+            raise InvalidFieldError(
                 "messages", f"are refused by the model's chat template: {error}"
             ) from error
         return guard.restore(text)

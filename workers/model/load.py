@@ -19,10 +19,10 @@ from kvmesh.workers.model.blocks import fuse, lean_norm
 from kvmesh.workers.model.facts import ModelFacts, read_facts
 from kvmesh.workers.model.hook import IMPLEMENTATION, Attend, AttendSlot, attach
 from kvmesh.workers.model.rope import Rope
+from kvmesh.workers.model.shards import Placer, check_tp
 from kvmesh.workers.model.weights import WeightReader, Weights
 from kvmesh.workers.parallel.comm import Communicator
 from kvmesh.workers.parallel.linears import VocabHead
-from kvmesh.workers.parallel.shards import Placer, check_tp
 
 
 class ServedModel:

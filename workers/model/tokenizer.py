@@ -12,7 +12,7 @@ from typing import Any
 
 from tokenizers import Tokenizer as RawTokenizer
 
-from kvmesh.workers.errors import ConfigError, InvalidRequestError
+from kvmesh.workers.errors import ConfigError, InvalidFieldError
 from kvmesh.workers.model.chat import ChatTemplate
 from kvmesh.workers.model.facts import read_json
 
@@ -85,10 +85,10 @@ class Tokenizer:
 
         Text in a message cannot become a special token: the text of a special token is
         encoded as ordinary text, separately from the rest of the prompt.
-        Raises InvalidRequestError(messages) if the template refuses them or there is none.
+        Raises InvalidFieldError(messages) if the template refuses them or there is none.
         """
         if self._chat is None:
-            raise InvalidRequestError(
+            raise InvalidFieldError(
                 "messages", "need a chat template, and the model has no chat template; send text"
             )
         pieces = self._chat.render(messages, add_generation_prompt, tuple(self.special_tokens))

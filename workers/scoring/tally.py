@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from kvmesh.workers.evaluation.meter import Meter
-from kvmesh.workers.evaluation.scorer import ScoredChunk, Scorer
 from kvmesh.workers.request import TokenIds
+from kvmesh.workers.scoring.meter import Meter
+from kvmesh.workers.scoring.scorer import ScoredChunk, Scorer
 
 # This many rows of a chunk's logits are compared at once, to keep temporaries small.
 _ROWS = 64

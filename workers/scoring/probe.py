@@ -9,20 +9,16 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import transformers
 
 from kvmesh.kernels.source_digest import source_digest
-from kvmesh.workers.evaluation.meter import Meter
-from kvmesh.workers.evaluation.scorer import Scorer
-from kvmesh.workers.evaluation.tally import Tally, compare
 from kvmesh.workers.model.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from kvmesh.workers.rank import Rank
+from kvmesh.workers.scoring.meter import Meter
+from kvmesh.workers.scoring.scorer import Scorer, ScoringRank
+from kvmesh.workers.scoring.tally import Tally, compare
 
 _TEXT = Path(__file__).with_name("probe.txt")
 _MAX_TOKENS = 1280
@@ -38,7 +34,7 @@ def code_versions() -> tuple[str, ...]:
 
 
 def measure_divergences(
-    rank: Rank, model_path: Path, kv_formats: list[str], *, page_size: int, max_tokens: int
+    rank: ScoringRank, model_path: Path, kv_formats: list[str], *, page_size: int, max_tokens: int
 ) -> list[float]:
     """Mean KL(exact ‖ format) in nats of each format, on the rank that samples; [] on others.
 

@@ -10,21 +10,19 @@ The only difference from serving is which rows' logits are read.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
 
-from kvmesh.workers.executor import Allocation
+from kvmesh.workers.executor import Allocation, RankDescription
+from kvmesh.workers.plan import StepPlan, StepResult
 from kvmesh.workers.pool_plan import PoolPlan
 from kvmesh.workers.request import EngineRequest, TokenIds
 from kvmesh.workers.sampling_params import SamplingParams
 from kvmesh.workers.scheduler import Scheduler
 from kvmesh.workers.sequence import Sequence
 from kvmesh.workers.sizes import PageGeometry
-
-if TYPE_CHECKING:
-    from kvmesh.workers.rank import Rank
 
 # A chunk has fp32 logits over the whole vocabulary: 50 MB for 50,000 tokens.
 CHUNK_TOKENS = 256
@@ -39,6 +37,20 @@ class ScoredChunk(NamedTuple):
     logits: torch.Tensor | None
 
 
+class ScoringRank(Protocol):
+    """What scoring needs of a rank; workers/rank.py says more."""
+
+    def describe(self) -> RankDescription: ...
+
+    def allocate(self, allocation: Allocation, *, prepare_decode: bool = True) -> None: ...
+
+    def execute(self, plan: StepPlan) -> StepResult | None: ...
+
+    def score(self, plan: StepPlan) -> torch.Tensor | None: ...
+
+    def with_format(self, kv_format: str, calibration: str | None = None) -> Self: ...
+
+
 class Scorer:
     """Runs one sequence at a time through a rank, with a pool for just that sequence.
 
@@ -48,7 +60,7 @@ class Scorer:
     """
 
     def __init__(
-        self, rank: Rank, *, page_size: int, context: int, chunk_tokens: int = CHUNK_TOKENS
+        self, rank: ScoringRank, *, page_size: int, context: int, chunk_tokens: int = CHUNK_TOKENS
     ) -> None:
         description = rank.describe()
         self._rank = rank
