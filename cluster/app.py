@@ -63,7 +63,7 @@ class Deployed:
 
 
 class EngineReplica:
-    """One group: a leader in this process, its ranks in actors beside it."""
+    """One group: a leader in this process, its ranks in actors next to it."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self,
@@ -354,7 +354,7 @@ def build_app(
 ) -> serve.Application:
     """The application, with one deployment for each group, so that a handle is a group.
 
-    keys: (sha256, tenant) of the API keys let in, None for everybody
+    keys: (sha256, tenant) of the accepted API keys; None accepts every caller
     """
     deployed = Deployed(config, Identity.make())
     engine_config = config.engine_config()

@@ -62,7 +62,7 @@ class EngineLeader:
     """Runs an Engine; all public methods belong to one event loop.
 
     on_change: called when the account has changed or there is a new report
-    `failed` is set when the engine cannot go on: every live sequence has then ended with
+    `failed` is set when the engine cannot continue: every live sequence has then ended with
     EndReason.ERROR, and the group must be replaced.
     """
 

@@ -40,7 +40,7 @@ SIDE_TIMEOUT_S = 1800.0
 
 
 def environment_of(checkout: Path, directory: Path, environ: dict[str, str]) -> dict[str, str]:
-    """What a side runs with: the checkout's `kvmesh` beside our `benchmarks`.
+    """What a side runs with: the checkout's `kvmesh` next to our `benchmarks`.
 
     directory: empty, and the side's working directory; a link in it stands for the checkout,
         because the checkout itself would bring its own `benchmarks`. Ray's workers inherit it.

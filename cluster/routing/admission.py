@@ -1,4 +1,4 @@
-"""Which requests start, which wait, and in which order they are let in."""
+"""Which requests start, which wait, and in which order they are admitted."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ class Admission:
             if not open_groups:
                 break
             demand = self._refresh(live, now)
-            if demand.fits_nowhere:
+            if self._fits_nowhere(demand):
                 decisions.append(self._refuse(live, now))
                 continue
             if not self._in_quota(demand):
@@ -168,6 +168,14 @@ class Admission:
         assert error is not None
         return Refused(live.request_id, error, choice.verdicts)
 
+    def _fits_nowhere(self, demand: RequestDemand) -> bool:
+        """Whether no group that the request allows could hold it, even when empty."""
+        excluded = demand.request.excluded_groups
+        return all(
+            demand.by_kind[group.kind].never is not None or group.name in excluded
+            for group in self._fleet.groups.values()
+        )
+
     def _queued(self, live: LiveRequest, choice: GroupChoice, now: float) -> Enqueued:
         order = self.queue.in_order(self._fleet.tenants.counter, now)
         position = next(i for i, waiting in enumerate(order) if waiting is live)
@@ -199,15 +207,14 @@ class Admission:
         deferred_s: dict[str, float],
         now: float,
     ) -> GroupChoice:
-        promise = None if self._promised.outranked_by(live) else self._promised.current
+        promise, waiting = self._promised.binding(live), len(self.queue)
         deferred = None if now > live.due else deferred_s  # what is late waits for no prefix
-        waiting = len(self.queue)
         return self._chooser.choose_waiting(
             live.demand, open_groups, now, promise, waiting, deferred
         )
 
     def _consider_promise(self, live: LiveRequest, now: float) -> None:
-        promise = None if self._promised.outranked_by(live) else self._promised.current
+        promise = self._promised.binding(live)
         self._promised.consider(
             live,
             self._fleet.groups,

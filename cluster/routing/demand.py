@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from kvmesh.cluster.routing.config import RouterTuning
 from kvmesh.cluster.routing.output_lengths import OutputLengths
+from kvmesh.cluster.routing.prefix_index import PrefixIndex
 from kvmesh.cluster.routing.request import PlaceRequest
 from kvmesh.cluster.routing.verdict import Reason
 from kvmesh.workers.loads import EngineInfo
@@ -48,39 +49,26 @@ class KindDemand:
 
 
 @dataclass(frozen=True, slots=True)
-class OutputEstimate:
-    """Output tokens of one sequence.
-
-    leased: what the lease covers at first; expected: for projecting its end
-    """
-
-    leased: int
-    expected: int
-
-
-@dataclass(frozen=True, slots=True)
 class RequestDemand:
     """A request in terms of pages and time, at one moment's knowledge.
 
     kinds, by_kind: of engines, and the demand on each; groups know their kind's index
+    leased_tokens: of each sequence's output, that the lease covers at first
+    expected_tokens: of each sequence's output, for projecting its end
     prefill_s: to compute the whole prompt, uncorrected
     blocks: hashes of the prompt's runs of `block_pages` pages
     cached_blocks: by group, how many of them it holds; groups without any are missing
     """
 
     request: PlaceRequest
-    output: OutputEstimate
     kinds: Sequence[EngineKind]
     by_kind: Sequence[KindDemand]
+    leased_tokens: int
+    expected_tokens: int
     prefill_s: float
     blocks: tuple[bytes, ...]
     block_pages: int
     cached_blocks: Mapping[str, int]
-
-    @property
-    def fits_nowhere(self) -> bool:
-        """Whether no group that is known could ever take the request."""
-        return all(here.never is not None for here in self.by_kind)
 
     def cached_tokens(self, group: str, page_size: int) -> int:
         """Of the prompt, on a group; its last token is computed in any case."""
@@ -93,51 +81,44 @@ class RequestDemand:
 
 
 class DemandModel:
-    """Turns a request into output estimates, and those into pages."""
+    """Turns a request into output to expect, and that into pages."""
 
-    def __init__(self, lengths: OutputLengths, tuning: RouterTuning) -> None:
+    def __init__(self, lengths: OutputLengths, index: PrefixIndex, tuning: RouterTuning) -> None:
         self._lengths = lengths
+        self._index = index
         self._tuning = tuning
 
-    def blocks(self, request: PlaceRequest) -> tuple[bytes, ...]:
-        """The prompt's runs of pages, by each one's last hash: hashes are chained."""
-        pages = self._tuning.block_pages
-        return request.page_hashes[pages - 1 :: pages]
+    def demand(self, request: PlaceRequest, kinds: Sequence[EngineKind]) -> RequestDemand:
+        tuning, limit, prompt = self._tuning, request.max_tokens, request.prompt_tokens
+        # Hashes are chained: the last one of each run of pages stands for all before it.
+        blocks = request.page_hashes[tuning.block_pages - 1 :: tuning.block_pages]
+        leased = self._leased_tokens(request)
+        usual = self._lengths.quantile(request.tenant, prompt, 0.5)
+        return RequestDemand(
+            request=request,
+            kinds=kinds,
+            by_kind=[self._on(kind, request, leased) for kind in kinds],
+            leased_tokens=leased,
+            expected_tokens=min(limit, usual or limit),
+            prefill_s=tuning.pace.prefill_s(prompt),
+            blocks=blocks,
+            block_pages=tuning.block_pages,
+            cached_blocks=self._index.match(blocks),
+        )
 
-    def output(self, request: PlaceRequest) -> OutputEstimate:
+    def _leased_tokens(self, request: PlaceRequest) -> int:
         """Long prompts and resumed requests are leased in full.
 
         For a long prompt the worst case costs little, and a resumed request is not to be
         disturbed again.
         """
-        limit, prompt = request.max_tokens, request.prompt_tokens
-        expected = min(limit, self._lengths.quantile(request.tenant, prompt, 0.5) or limit)
-        if request.resumed or limit <= self._tuning.long_share * prompt:
-            return OutputEstimate(limit, expected)
-        share = self._tuning.lease_quantile
-        covered = self._lengths.quantile(request.tenant, prompt, share)
-        return OutputEstimate(min(limit, covered or limit), expected)
+        limit, prompt, tuning = request.max_tokens, request.prompt_tokens, self._tuning
+        if request.resumed or limit <= tuning.long_share * prompt:
+            return limit
+        usual = self._lengths.quantile(request.tenant, prompt, tuning.lease_quantile)
+        return min(limit, usual or limit)
 
-    def demand(
-        self,
-        request: PlaceRequest,
-        kinds: Sequence[EngineKind],
-        blocks: tuple[bytes, ...] = (),
-        cached_blocks: Mapping[str, int] | None = None,
-    ) -> RequestDemand:
-        output = self.output(request)
-        return RequestDemand(
-            request=request,
-            output=output,
-            kinds=kinds,
-            by_kind=[self._on(kind, request, output) for kind in kinds],
-            prefill_s=self._tuning.pace.prefill_s(request.prompt_tokens),
-            blocks=blocks,
-            block_pages=self._tuning.block_pages,
-            cached_blocks=cached_blocks or {},
-        )
-
-    def _on(self, kind: EngineKind, request: PlaceRequest, output: OutputEstimate) -> KindDemand:
+    def _on(self, kind: EngineKind, request: PlaceRequest, leased_tokens: int) -> KindDemand:
         """The demand on groups of one kind.
 
         The last token sampled is never written to the cache, but the page it would
@@ -148,7 +129,7 @@ class DemandModel:
         total = prompt + request.max_tokens
         peak = geometry.peak_need(min(total, kind.max_model_len))
         max_need = PageNeed(peak.hot * sequences, peak.sealed * sequences)
-        covered = min(prompt + output.leased, kind.max_model_len)
+        covered = min(prompt + leased_tokens, kind.max_model_len)
         leased = PageNeed(max_need.hot, len(geometry.sealed_range(covered)) * sequences)
         num_blocks = geometry.sealed_range(prompt).stop // self._tuning.block_pages
         return KindDemand(max_need, leased, num_blocks, _never(kind, total, sequences, max_need))

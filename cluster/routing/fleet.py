@@ -20,7 +20,6 @@ from kvmesh.cluster.routing.prefix_index import PrefixIndex
 from kvmesh.cluster.routing.request import PlaceRequest
 from kvmesh.workers.lease import LeaseTerms, LeaseWant
 from kvmesh.workers.loads import EngineInfo
-from kvmesh.workers.sizes import PageNeed
 
 GROWTH = 1.5  # a lease that turns out too small is extended to this many times the output
 SMOOTHING = 0.05
@@ -49,14 +48,13 @@ class Fleet:
         self.kinds: tuple[EngineKind, ...] = ()
         self.mean_lease_s = 1.0
         self._tuning = tuning
-        self._model = DemandModel(self.lengths, tuning)
+        self._model = DemandModel(self.lengths, self.index, tuning)
         self._wanting: set[Lease] = set()
         self._not_arrived: deque[Lease] = deque()  # earliest grant first; settled ones too
 
     def demand(self, request: PlaceRequest) -> RequestDemand:
         """The request in terms of pages, at this moment's knowledge."""
-        blocks = self._model.blocks(request)
-        return self._model.demand(request, self.kinds, blocks, self.index.match(blocks))
+        return self._model.demand(request, self.kinds)
 
     # Groups
 
@@ -120,7 +118,7 @@ class Fleet:
             lease=lease.terms,
             lease_bytes=lease.charged_bytes,
             queue_s=now - live.since,
-            leased_output_tokens=demand.output.leased,
+            leased_output_tokens=demand.leased_tokens,
             cached_tokens=cached,
             promised_at=live.promised_at,
             verdicts=choice.verdicts,
@@ -218,8 +216,7 @@ class Fleet:
         for target in (int(output * GROWTH), output):
             tokens = min(want.prompt_tokens + target, max_tokens)
             sealed = len(geometry.sealed_range(tokens)) * lease.sequences
-            need = PageNeed(lease.need.hot, max(lease.need.sealed, sealed))
-            if group.account.grow(lease, need):
+            if group.account.grow(lease, max(lease.need.sealed, sealed)):
                 more_s = max(tokens - want.tokens, 0) * group.decode_step_s
                 group.timeline.remove(lease)
                 group.timeline.add(lease, now + more_s)

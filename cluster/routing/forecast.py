@@ -66,9 +66,13 @@ class PromisedStart:
         if self.current is not None and self.current.group == group:
             self._set(None, None)
 
-    def outranked_by(self, live: LiveRequest) -> bool:
-        """Of higher priority than the promise's holder, or resumed and the holder is not."""
-        return self._holder is not None and live.rank[:2] < self._holder.rank[:2]
+    def binding(self, live: LiveRequest) -> Promise | None:
+        """The promise that the request may not break.
+
+        None binds one of higher priority than its holder, or resumed where that is not.
+        """
+        outranked = self._holder is not None and live.rank[:2] < self._holder.rank[:2]
+        return None if outranked else self.current
 
     def in_order(self, order: Iterator[LiveRequest]) -> Iterator[LiveRequest]:
         """Requests above the holder of the promise, the holder, then all others in order."""
@@ -101,7 +105,7 @@ class PromisedStart:
             group = groups[self.current.group]
             at = room_at(group, live.demand, now)
             self._set(live, None if at is None else _promise_on(group, live.demand, at, now))
-        elif self.current is None or self.outranked_by(live):
+        elif self.binding(live) is None:
             found = verdicts()
             if any(verdict.reason is Reason.BACKLOG for verdict in found):
                 return  # a group has the pages; it only lacks a moment

@@ -120,8 +120,8 @@ class Account:
         self._enter(lease)
         return lease
 
-    def grow(self, lease: Lease, need: PageNeed) -> bool:
-        """Extend a lease to `need`. Returns False, and changes nothing, if it must wait.
+    def grow(self, lease: Lease, sealed_pages: int) -> bool:
+        """Extend a lease to that. Returns False, and changes nothing, if it must wait.
 
         The oldest growing lease takes any free page. Another may grow if what remains
         free lets every single one still grow to its maximum. So the oldest ends, gives
@@ -130,24 +130,24 @@ class Account:
 
         Adopted leases are charged for pages that they share, as nothing tells which
         those are, so pages may be free that the account does not show. While there are
-        adopted ones, the oldest therefore grows regardless: its engine has its own rule
-        by which the oldest comes to its end.
+        adopted ones, the oldest of all therefore grows regardless: the router that granted
+        it kept its pages free. The next one does so only once that one has ended.
         """
-        if not (lease.need.fits(need) and need.fits(lease.max)):
+        if not lease.need.sealed <= sealed_pages <= lease.max.sealed:
             raise LedgerError(
                 f"lease {lease.lease_id!r} must grow within {lease.need} and {lease.max}, "
-                f"got {need}"
+                f"got {sealed_pages} sealed pages"
             )
-        hot, sealed = need.hot - lease.need.hot, need.sealed - lease.need.sealed
-        if hot or sealed:
-            oldest = next((x for x in self._leases.values() if x.to_grow > 0), None) is lease
-            overstated = oldest and self._adopted > 0
-            left = self.free.sealed - sealed - (0 if oldest else self.reserve)
-            if self.free.hot < hot or (left < 0 and not overstated):
+        more = sealed_pages - lease.need.sealed
+        if more:
+            oldest_growing = next((x for x in self._leases.values() if x.to_grow > 0), None)
+            left = self.free.sealed - more - (0 if oldest_growing is lease else self.reserve)
+            overstated = self._adopted > 0 and self._leases.peekitem(0)[1] is lease
+            if left < 0 and not overstated:
                 return False
-            self._charge(hot, sealed)
+            self._charge(0, more)
             self._set_growing(lease, False)
-            lease.need = need
+            lease.need = PageNeed(lease.need.hot, sealed_pages)
             self._set_growing(lease, True)
         return True
 

@@ -153,7 +153,7 @@ def prefill_s(group: Group, demand: RequestDemand) -> float:
 
 def projected_s(group: Group, demand: RequestDemand, now: float) -> float:
     """How long the request would hold its lease on the group."""
-    decode_s = demand.output.expected * group.decode_step_s
+    decode_s = demand.expected_tokens * group.decode_step_s
     return group.backlog.seconds(now) + prefill_s(group, demand) + decode_s
 
 

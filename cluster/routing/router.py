@@ -1,6 +1,6 @@
 """The router's core: synchronous, deterministic, given the time.
 
-    place ──► Granted | Queued | Refused
+    place ──► Granted | Enqueued | Refused
     an engine's account (arrived, first tokens, wants, ends) ──► Grown, Granted, Withdrawn
 
 Whatever frees pages first extends leases that want more, and then admits waiting
@@ -72,7 +72,7 @@ class Router:
                 # Counted alone: it says nothing about the live request.
                 self._records.refused[RequestIdInUseError.__name__] += 1
                 return [Refused(request.request_id, RequestIdInUseError(request.request_id))]
-            others = [*self._abort(older, now), *self._go_on(now)]
+            others = [*self._abort(older, now), *self._continue(now)]
         live = self.admission.arrive(request, now)
         own, *more = self.admission.place(live, now)
         if not isinstance(own, Refused):
@@ -86,7 +86,7 @@ class Router:
         if live is None or live.lease is not None:
             return []
         self._give_up(live)
-        return self._go_on(now)
+        return self._continue(now)
 
     def abort(self, request_id: str, now: float) -> list[Outcome]:
         """End the newest incarnation of a request, if it is live.
@@ -97,7 +97,7 @@ class Router:
         live = self._records.live.get(request_id)
         if live is None:
             return []
-        return [*self._abort(live, now), *self._go_on(now)]
+        return [*self._abort(live, now), *self._continue(now)]
 
     def release(self, lease_id: str, now: float) -> list[Outcome]:
         """Give back a lease whose request will never be submitted; again is harmless.
@@ -111,7 +111,7 @@ class Router:
             return [Withdrawn(lease.group, lease_id)]
         self.fleet.release(lease, now)
         self._records.lease_over(lease)
-        return self._go_on(now)
+        return self._continue(now)
 
     def finished(self, lease_id: str) -> None:
         """The ingress has seen the request end, so its id is free for another.
@@ -134,7 +134,7 @@ class Router:
         self._void(group, now)
         self.fleet.group_up(group, info, leases, now)
         self.admission.group_up(group)
-        return self._go_on(now)
+        return self._continue(now)
 
     def group_down(self, group: str, now: float) -> list[Outcome]:
         """A group's engine, or the connection to it, is lost. Its leases are void.
@@ -142,7 +142,7 @@ class Router:
         Requests that only this group can hold wait for its return.
         """
         self._void(group, now)
-        return self._go_on(now)
+        return self._continue(now)
 
     def group_drains(self, group: str) -> None:
         """A group's engine finishes what it has and takes nothing new; its leases stay."""
@@ -172,7 +172,7 @@ class Router:
                 self._records.lease_over(lease)
         # An arrival alone makes no room.
         news = update.first_tokens or update.wants or update.ended
-        return self._go_on(now) if news else []
+        return self._continue(now) if news else []
 
     def pages_changed(self, group: str, held: Iterable[bytes], dropped: Iterable[bytes]) -> None:
         """The prefix cache of a group's engine gained and lost pages with these hashes."""
@@ -199,7 +199,7 @@ class Router:
             self.fleet.release(lease, now)
             self._records.lease_over(lease, expired=True)
             outcomes.append(Withdrawn(lease.group, lease.lease_id))
-        return [*outcomes, *self._go_on(now)]
+        return [*outcomes, *self._continue(now)]
 
     # Reading
 
@@ -230,7 +230,7 @@ class Router:
 
     # Within
 
-    def _go_on(self, now: float) -> list[Outcome]:
+    def _continue(self, now: float) -> list[Outcome]:
         """Use what has become free: leases that want more come before new ones."""
         grown = self.fleet.grow_wanting(now)
         return [*grown, *self._note_admitted(self.admission.admit(now), now)]

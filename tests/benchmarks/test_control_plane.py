@@ -94,7 +94,7 @@ def _plan(chunks: list[Chunk]) -> StepPlan:
         ("/opt/ray/raylet --log /tmp/haproxy", "rest"),
     ],
 )
-def test_processes_are_told_apart(title: str, kind: str) -> None:
+def test_kinds_of_processes(title: str, kind: str) -> None:
     assert kind_of(title) == kind
 
 

@@ -76,7 +76,6 @@ SUFFIXES = (".py", ".md", ".proto", ".toml", ".yaml")
 THIS_FILE = "tests/repo/test_english.py"
 
 
-# Prefixes of paths that still have to be rewritten.
 def _phrase(words: str) -> str:
     return r"[\s_]+(?:#\s*)?".join(map(re.escape, words.split()))
 

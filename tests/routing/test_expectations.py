@@ -9,6 +9,7 @@ from kvmesh.cluster.routing.demand import DemandModel, EngineKind
 from kvmesh.cluster.routing.live import Lease
 from kvmesh.cluster.routing.output_lengths import OutputLengths
 from kvmesh.cluster.routing.pace import Backlog, Pace
+from kvmesh.cluster.routing.prefix_index import PrefixIndex
 from kvmesh.cluster.routing.timeline import Timeline
 from kvmesh.workers.sizes import PageNeed
 from tests.routing.groups import ask, make_info
@@ -53,7 +54,7 @@ def test_quantiles_are_of_the_tenants_class_then_of_all_tenants_and_roll() -> No
         lengths.learn("t", 100, length)
     assert lengths.quantile("t", 100, 0.9) == 10
     assert lengths.quantile("t", 127, 0.5) == 6
-    assert lengths.quantile("stranger", 100, 0.5) == 6
+    assert lengths.quantile("unknown", 100, 0.5) == 6
     assert lengths.quantile("t", 1000, 0.5) is None
     for _ in range(10):
         lengths.learn("t", 100, 50)
@@ -65,14 +66,15 @@ def test_short_prompts_lease_a_quantile_and_long_ones_all_of_max_tokens() -> Non
     for prompt in (200, 2000):
         for length in range(1, 101):
             lengths.learn("default", prompt, length)
-    model = DemandModel(lengths, RouterTuning(lease_quantile=0.9, long_share=0.25))
-    short = model.output(ask("a", 200, 400))
-    assert (short.leased, short.expected) == (91, 51)
-    assert model.output(ask("b", 2000, 400)).leased == 400
-    assert model.output(ask("c", 200, 400, resumed=True)).leased == 400
-    assert model.output(ask("d", 200, 60)).leased == 60
     info = make_info()
-    (here,) = model.demand(ask("a", 200, 400), [EngineKind.of(info)]).by_kind
+    tuning = RouterTuning(lease_quantile=0.9, long_share=0.25)
+    model, kinds = DemandModel(lengths, PrefixIndex(), tuning), [EngineKind.of(info)]
+    short = model.demand(ask("a", 200, 400), kinds)
+    assert (short.leased_tokens, short.expected_tokens) == (91, 51)
+    assert model.demand(ask("b", 2000, 400), kinds).leased_tokens == 400
+    assert model.demand(ask("c", 200, 400, resumed=True), kinds).leased_tokens == 400
+    assert model.demand(ask("d", 200, 60), kinds).leased_tokens == 60
+    (here,) = short.by_kind
     assert here.max == info.geometry.peak_need(600)
     assert here.leased == PageNeed(here.max.hot, info.geometry.peak_need(291).sealed)
 

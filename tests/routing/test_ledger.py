@@ -49,11 +49,11 @@ def test_growth_needs_room(account: Account) -> None:
     second = grant(account, PageNeed(4, 30), number=1, max_sealed=40)
     with pytest.raises(LedgerError):  # ten pages are free, and reserved for the second's growth
         grant(account, PageNeed(4, 1), number=2)
-    assert account.grow(second, PageNeed(4, 40))
+    assert account.grow(second, 40)
     with pytest.raises(LedgerError, match="must grow within"):
-        account.grow(second, PageNeed(4, 41))
+        account.grow(second, 41)
     with pytest.raises(LedgerError, match="must grow within"):
-        account.grow(first, PageNeed(3, 60))
+        account.grow(first, 59)
     account.release(first)
     account.check_integrity()
 
@@ -62,14 +62,14 @@ def test_the_oldest_lease_can_always_grow_to_its_maximum(account: Account) -> No
     old = grant(account, PageNeed(4, 30), max_sealed=50)
     young = grant(account, PageNeed(4, 40), number=1, max_sealed=60)
     # 30 pages are free; the young one may take 10 and leave 20 for the old one's growth
-    assert not account.grow(young, PageNeed(4, 55))
-    assert account.grow(young, PageNeed(4, 50))
-    assert not account.grow(young, PageNeed(4, 51))
-    assert account.grow(old, PageNeed(4, 50))
+    assert not account.grow(young, 55)
+    assert account.grow(young, 50)
+    assert not account.grow(young, 51)
+    assert account.grow(old, 50)
     assert account.free.sealed == 0
-    assert not account.grow(young, PageNeed(4, 60))
+    assert not account.grow(young, 60)
     account.release(old)
-    assert account.grow(young, PageNeed(4, 60))
+    assert account.grow(young, 60)
     account.check_integrity()
 
 
@@ -117,10 +117,10 @@ def test_the_oldest_grows_where_adopted_leases_overstate_what_is_used(account: A
     """Their shared pages are charged to each: the account shows none free, the engine has some."""
     old, young = (account.adopt(foreign(n, 1, 60, 70, shared_sealed_pages=50), 1.0) for n in (0, 1))
     assert account.free.sealed == -20
-    assert not account.grow(young, PageNeed(1, 61))
-    assert account.grow(old, PageNeed(1, 70))
+    assert not account.grow(young, 61)
+    assert account.grow(old, 70)
     account.release(old)
-    assert account.grow(young, PageNeed(1, 70))
+    assert account.grow(young, 70)
 
 
 def test_leases_that_never_arrived_are_found_once() -> None:
@@ -146,7 +146,7 @@ def test_an_audit_finds_what_engine_and_ledger_disagree_about(account: Account) 
     lease.arrived = True
     before = lease.terms
     assert account.audit(loads(before, hot=4, sealed=10)) == ()
-    assert account.grow(lease, PageNeed(4, 15))
+    assert account.grow(lease, 15)
     assert account.audit(loads(before)) == ()  # the extension is on its way
     for wrong, words in (
         (loads(), "does not have it"),

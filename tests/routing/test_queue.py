@@ -4,10 +4,11 @@ from kvmesh.cluster.routing.config import RouterTuning
 from kvmesh.cluster.routing.demand import DemandModel
 from kvmesh.cluster.routing.live import LiveRequest
 from kvmesh.cluster.routing.output_lengths import OutputLengths
+from kvmesh.cluster.routing.prefix_index import PrefixIndex
 from kvmesh.cluster.routing.queue import WaitingQueue
 from tests.routing.groups import ask
 
-DEMAND = DemandModel(OutputLengths(), RouterTuning()).demand(ask("any"), [])
+DEMAND = DemandModel(OutputLengths(), PrefixIndex(), RouterTuning()).demand(ask("any"), [])
 
 
 def waiting(
