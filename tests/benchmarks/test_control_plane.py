@@ -5,19 +5,27 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 
+import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1._async import HealthServicer
 
 from benchmarks.control_plane.__main__ import HERE, environment_of
 from benchmarks.control_plane.costs import medians, ratios, rounded, split_costs
 from benchmarks.control_plane.executor import InstantExecutor
-from benchmarks.control_plane.load import PROMPT_TOKENS, make_prompt
+from benchmarks.control_plane.load import METHOD, PROMPT_TOKENS, Load, LoadGenerator, make_prompt
 from benchmarks.control_plane.processes import KINDS, CpuTimes, kind_of, spent_between
 from benchmarks.control_plane.tokens import FIRST_ID, NUM_IDS, Checker, chain, successor
+from kvmesh.protos import pb
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.plan import Chunk, RowStart, StepPlan, TableUpdate
 from kvmesh.workers.sampling_params import SamplingParams
+
+Damage = Callable[[list[int]], list[int]]
 
 NOTHING = TableUpdate([], [], [])
 
@@ -45,8 +53,7 @@ def test_output_that_follows_the_prompt_passes() -> None:
         pytest.param(lambda tokens: chain(FIRST_ID + 1, 8), id="of another stream"),
     ],
 )
-def test_damaged_output_is_detected(damage: object) -> None:
-    assert callable(damage)
+def test_damaged_output_is_detected(damage: Damage) -> None:
     checker = Checker(FIRST_ID, 8)
     with pytest.raises(ValueError, match="lost, repeated or delivered"):
         checker.take(damage(chain(FIRST_ID, 8)))
@@ -142,3 +149,64 @@ def test_a_baseline_is_measured_by_this_benchmark(tmp_path: Path) -> None:
         check=True,
     )
     assert found.stdout.split() == [str(directory / "kvmesh" / "__init__.py"), f"{HERE}/benchmarks"]
+
+
+def answer(damage: Damage) -> grpc.GenericRpcHandler:
+    """GenerateStream as the cluster would answer it, but for the damage to each output."""
+
+    async def stream(
+        request: pb.GenerateRequest, context: object
+    ) -> AsyncIterator[pb.GenerateStreamResponse]:
+        last = request.prompt.token_ids.ids[-1]
+        yield pb.GenerateStreamResponse(started=pb.Started())
+        for token in damage(chain(last, request.sampling_params.max_tokens)):
+            yield pb.GenerateStreamResponse(delta=pb.Delta(token_ids=[token]))
+        yield pb.GenerateStreamResponse(usage=pb.Usage())
+
+    handler = grpc.unary_stream_rpc_method_handler(
+        stream,
+        request_deserializer=pb.GenerateRequest.FromString,
+        response_serializer=pb.GenerateStreamResponse.SerializeToString,
+    )
+    service, method = METHOD.strip("/").split("/")
+    return grpc.method_handlers_generic_handler(service, {method: handler})
+
+
+@asynccontextmanager
+async def load_on_server(damage: Damage) -> AsyncIterator[LoadGenerator]:
+    server = grpc.aio.server()
+    server.add_generic_rpc_handlers((answer(damage),))
+    health = HealthServicer()
+    await health.set("", health_pb2.HealthCheckResponse.SERVING)
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        yield LoadGenerator(f"127.0.0.1:{port}", api_key=None)
+    finally:
+        await server.stop(None)
+
+
+LOAD = Load(streams=2, tokens=8, seconds=0.2, settle_s=0.0, health=True)
+
+
+async def test_load_counts_what_arrives_within_its_window() -> None:
+    said: list[str] = []
+    async with load_on_server(list) as generator:
+        outcome = await generator.run(
+            LOAD, lambda: said.append("opened"), lambda: said.append("closed")
+        )
+    assert said == ["opened", "closed"]
+    # Each token is a message here, and a request has two more.
+    assert 0 < outcome.tokens < outcome.messages
+    assert outcome.checked_requests >= outcome.requests > 0
+    assert outcome.first_token_s is not None
+    assert outcome.health_gap_s is not None
+    assert outcome.health_gap_s <= outcome.seconds
+
+
+async def test_load_fails_when_a_token_is_lost() -> None:
+    async with load_on_server(lambda tokens: tokens[:1] + tokens[2:]) as generator:
+        with pytest.raises(ExceptionGroup) as raised:
+            await generator.run(LOAD, lambda: None, lambda: None)
+    assert raised.group_contains(ValueError, match="lost, repeated or delivered")
