@@ -4,14 +4,15 @@
                                        [--ingress N [N ...]] [--json FILE]
 
 Each round starts a cluster of this checkout, measures it and stops it, then does the same with
-the baseline's. One group, closed-loop clients, 32 prompt and 256 output tokens, each checked:
+the baseline. One group, closed-loop clients, 32 prompt and 256 output tokens; every output token
+is checked:
 
   idle        one stream at a time                   time to first token
-  64, 256     streams; steps take 0.1 ms             tokens/s, CPU a token, health checks
-  short       64 streams of one token                CPU a request, without its tokens'
+  64, 256     streams; steps take 0.1 ms             tokens/s, CPU per token, health checks
+  short       64 streams of one token                CPU per request, its tokens excluded
   64_paced, 256_paced   steps take 20 ms             the same, and time to first token
 
-CPU a token is all CPU of the window over its tokens, requests included.
+CPU per token is all CPU time of the window divided by its tokens, so requests are included.
 """
 
 from __future__ import annotations
@@ -40,10 +41,11 @@ SIDE_TIMEOUT_S = 1800.0
 
 
 def environment_of(checkout: Path, directory: Path, environ: dict[str, str]) -> dict[str, str]:
-    """What a side runs with: the checkout's `kvmesh` next to our `benchmarks`.
+    """The environment of a side: the checkout's `kvmesh` next to our `benchmarks`.
 
     directory: empty, and the side's working directory; a link in it stands for the checkout,
-        because the checkout itself would bring its own `benchmarks`. Ray's workers inherit it.
+        because the checkout itself would bring its own `benchmarks`. Ray's workers
+        inherit the path.
     """
     (directory / "kvmesh").symlink_to(checkout / "kvmesh")
     return {
@@ -78,7 +80,7 @@ def measure_once(checkout: Path, ingress: int, seconds: float) -> dict[str, Any]
 def measure(
     checkouts: dict[str, Path], rounds: int, ingress: Sequence[int], seconds: float
 ) -> dict[str, Any]:
-    """Rounds of all checkouts in turn, by the number of ingress processes."""
+    """Alternating rounds of all checkouts, by the number of ingress processes."""
     found: dict[str, dict[str, list[dict[str, Any]]]] = {
         f"ingress_{count}": {name: [] for name in checkouts} for count in ingress
     }
@@ -102,7 +104,7 @@ def _summary(sides: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
 
 
 def commit_of(checkout: Path) -> str:
-    """Its commit, marked where files differ from it."""
+    """Its commit, marked if the measured files differ from it."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(checkout), *arguments]
@@ -126,26 +128,26 @@ def conditions() -> dict[str, Any]:
     }
 
 
-# Path of a figure in a side's result, what it is called, and what it is multiplied by.
+# Path of a figure in a side's result, its label, and the factor to its unit.
 ROWS: tuple[tuple[str, str, float], ...] = (
     ("phases.64.tokens_per_s", "tokens/s, 64 streams", 1),
     ("phases.256.tokens_per_s", "tokens/s, 256 streams", 1),
     ("phases.64_paced.tokens_per_s", "tokens/s, 64 streams, 20 ms steps, of 3,200", 1),
     ("phases.256_paced.tokens_per_s", "tokens/s, 256 streams, 20 ms steps, of 12,800", 1),
     *(
-        (f"phases.{phase}.cpu_us_per_token.{part}", f"µs CPU a token, {phase}: {part}", 1.0)
+        (f"phases.{phase}.cpu_us_per_token.{part}", f"µs CPU per token, {phase}: {part}", 1.0)
         for phase in ("64", "64_paced", "256_paced")
         for part in (
             *("ingress", "leader", "leader_engine", "leader_loop", "router", "haproxy", "rest"),
         )
     ),
-    ("phases.64.executor_us_per_token", "of leader_engine, the stand-in for ranks", 1),
-    ("phases.64.tokens_per_message", "tokens a message, 64", 1),
-    ("phases.64_paced.tokens_per_message", "tokens a message, 64_paced", 1),
-    ("phases.256_paced.tokens_per_message", "tokens a message, 256_paced", 1),
-    ("per_request_us.ingress", "µs CPU a request: ingress", 1),
-    ("per_request_us.router", "µs CPU a request: router", 1),
-    ("per_request_us.leader", "µs CPU a request: leader", 1),
+    ("phases.64.executor_us_per_token", "of leader_engine: the ranks' replacement", 1),
+    ("phases.64.tokens_per_message", "tokens per message, 64", 1),
+    ("phases.64_paced.tokens_per_message", "tokens per message, 64_paced", 1),
+    ("phases.256_paced.tokens_per_message", "tokens per message, 256_paced", 1),
+    ("per_request_us.ingress", "µs CPU per request: ingress", 1),
+    ("per_request_us.router", "µs CPU per request: router", 1),
+    ("per_request_us.leader", "µs CPU per request: leader", 1),
     ("phases.idle.first_token_s", "ms to first token, idle", 1e3),
     ("phases.64_paced.first_token_s", "ms to first token, 64_paced", 1e3),
     ("phases.256_paced.first_token_s", "ms to first token, 256_paced", 1e3),
@@ -159,7 +161,7 @@ ROWS: tuple[tuple[str, str, float], ...] = (
 
 
 def figure(side: dict[str, Any], path: str) -> float | None:
-    """The figure at a dotted path; a mapping stands for the sum of its numbers."""
+    """The figure at a dotted path; a mapping gives the sum of its numbers."""
     found: Any = side
     for key in path.split("."):
         found = found.get(key) if isinstance(found, dict) else None
@@ -183,7 +185,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--baseline", type=Path, help="another checkout, measured in turn")
+    parser.add_argument(
+        "--baseline", type=Path, help="another checkout to compare with, in alternating rounds"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=10.0, help="of each window")
     parser.add_argument("--ingress", type=int, nargs="+", default=[1], help="ingress processes")

@@ -1,4 +1,4 @@
-"""From counts and CPU times to figures."""
+"""Arithmetic on counts and CPU times."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ from typing import Any
 
 
 def split_costs(
-    per_token: float, tokens_a_request: int, per_request: float, tokens_a_short_request: int
+    per_token: float, tokens_per_request: int, per_request: float, tokens_per_short_request: int
 ) -> tuple[float, float]:
-    """(of a token alone, of a request alone), in the unit of the arguments.
+    """The cost of a token without its request, and of a request without its tokens.
 
-    per_token: all costs over all tokens, of requests of `tokens_a_request`
-    per_request: all costs over all requests, of those of `tokens_a_short_request`
+    per_token: total cost / tokens, measured with requests of `tokens_per_request`
+    per_request: total cost / requests, measured with requests of `tokens_per_short_request`
 
-        per_token   = token + request / tokens_a_request
-        per_request = request + token × tokens_a_short_request
+        per_token   = token + request / tokens_per_request
+        per_request = request + token × tokens_per_short_request
     """
-    if tokens_a_short_request >= tokens_a_request:
+    if tokens_per_short_request >= tokens_per_request:
         raise ValueError(
-            f"short requests must be shorter than the others, "
-            f"got {tokens_a_short_request} and {tokens_a_request} tokens"
+            f"tokens_per_short_request must be less than tokens_per_request "
+            f"({tokens_per_request}), got {tokens_per_short_request}"
         )
-    share = tokens_a_short_request / tokens_a_request
-    request = (per_request - tokens_a_short_request * per_token) / (1 - share)
-    return per_token - request / tokens_a_request, request
+    share = tokens_per_short_request / tokens_per_request
+    request = (per_request - tokens_per_short_request * per_token) / (1 - share)
+    return per_token - request / tokens_per_request, request
 
 
 def medians(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Of each number in nested mappings, over the rounds that have it."""
+    """The median of each number in nested mappings, over the rounds that have it."""
     combined: dict[str, Any] = {}
     for key in dict.fromkeys(key for each in rounds for key in each):
         values = [each[key] for each in rounds if key in each]
@@ -41,7 +41,7 @@ def medians(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def ratios(
     ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """Median over rounds of ours / theirs, for each number that both have and is not 0."""
+    """Median over rounds of ours / theirs, for each number that both have and that is not 0."""
     return medians([_divide(a, b) for a, b in zip(ours, theirs, strict=True)])
 
 

@@ -1,4 +1,4 @@
-"""The application's engine over ranks without a model.
+"""The application's engine over ranks that have no model.
 
 Everything else of a group is real: leader, engine, scheduler, pages, leases.
 """
@@ -15,7 +15,7 @@ from kvmesh.workers.config import EngineConfig
 
 
 class InstantRanks:
-    """Takes the place of RankActors."""
+    """Replaces RankActors."""
 
     def __init__(self, config: EngineConfig, resources: object) -> None:
         self.executor = InstantExecutor(config)
@@ -39,7 +39,7 @@ class InstantEngine(_Replica):  # type: ignore[misc]
         await super().__init__(*args, **kwargs)
 
     async def executor_facts(self) -> dict[str, int]:
-        """Which threads the leader has, and what the executor has done and cost so far."""
+        """The leader's threads, and the executor's work and CPU time so far."""
         executor = made[-1]
         return {
             "pid": os.getpid(),

@@ -14,15 +14,15 @@ from kvmesh.workers.model.source import resolve_model
 from kvmesh.workers.plan import SampledToken, StepPlan, StepResult
 
 PAGE_BYTES = 1024  # no page exists, so any size will do
-# A plan and its answer on their way between processes. The engine's thread waits for that long
-# without the GIL; an executor that never released it would starve the leader's event loop.
+# A round trip to a real rank takes about this long, during which the engine's thread does not
+# hold the GIL. An executor that never released it would starve the leader's event loop.
 MIN_STEP_S = 1e-4
 
 
 class InstantExecutor:
     """An Executor that samples each token's successor.
 
-    A prompt's first token says how long steps take from then on, in milliseconds.
+    A prompt's first token sets the duration of all further steps, in milliseconds.
     """
 
     num_ranks = 1
@@ -30,7 +30,7 @@ class InstantExecutor:
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
         self.step_s = MIN_STEP_S
-        # By the bytes of the token before, as a plan holds them.
+        # By the previous token's bytes, as they are in a plan.
         self._sampled = {
             token_id.to_bytes(4, "little"): SampledToken(successor(token_id))
             for token_id in range(FIRST_ID, FIRST_ID + NUM_IDS)
@@ -66,7 +66,7 @@ class InstantExecutor:
         return [0.0] * len(kv_formats)
 
     def allocate(self, allocation: Allocation) -> None:
-        """There is no pool to make."""
+        """There is no pool to allocate."""
 
     def execute(self, plan: StepPlan) -> StepResult:
         began_s, began_ns = time.monotonic(), time.thread_time_ns()
@@ -82,4 +82,4 @@ class InstantExecutor:
         return StepResult(plan.step, tokens, 0.0)
 
     def close(self) -> None:
-        """There are no ranks to let go."""
+        """There are no ranks to stop."""

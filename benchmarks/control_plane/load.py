@@ -1,7 +1,7 @@
-"""The load: streams through the whole path, each token checked, from a process of its own.
+"""The load: streams through the whole path, every token checked, from a separate process.
 
-Clients are closed loops: a stream that ends is followed by the next. Counts and CPU times are
-those of a window, which opens when every stream has had its first token and some time has passed.
+Each client is a closed loop: when its stream ends, it starts the next. Counts and CPU times are
+those of a window, which opens some time after every client has received its first token.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ METHOD = "/kvmesh.v1.KVMesh/GenerateStream"
 class Load:
     """One phase.
 
-    tokens: output tokens a request
-    step_ms: of the engine's steps; 0 as fast as it can
-    settle_s: between the last stream's first token and the window
-    health: ask the health service as well
+    tokens: output tokens per request
+    step_ms: duration of the engine's steps; 0: as fast as possible
+    settle_s: between the last client's first token and the window
+    health: probe the health service as well
     """
 
     streams: int
@@ -48,12 +48,12 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came within the window. None where there was nothing to measure.
+    """What arrived within the window; None if there was nothing to measure.
 
     first_token_s: median, of requests sent within the window
-    health_s, health_gap_s: median time of a check; longest time between two answers
-    client_cpu_s: of the process that made the load
-    checked_requests: in the whole phase, each token of which was the one sampled
+    health_s, health_gap_s: median duration of a check; longest time between two answers
+    client_cpu_s: of the load's own process
+    checked_requests: in the whole phase; all their tokens were the ones sampled
     """
 
     seconds: float
@@ -79,7 +79,7 @@ class LoadGenerator:
 
     def __init__(self, target: str, api_key: str | None) -> None:
         self._channel = grpc.aio.insecure_channel(target)
-        # A probe has a connection of its own.
+        # As a real probe, with its own connection.
         own = (("grpc.use_local_subchannel_pool", 1),)
         probe_channel = grpc.aio.insecure_channel(target, options=own)
         self._health: Any = health_pb2_grpc.HealthStub(probe_channel)
@@ -91,7 +91,7 @@ class LoadGenerator:
     ) -> Outcome:
         """opened, closed: called when the window opens and closes
 
-        Raises an ExceptionGroup of what went wrong with any request.
+        Raises an ExceptionGroup with the failures of requests.
         """
         self._counts = _Counts()
         self._firsts: list[float] = []
@@ -138,7 +138,7 @@ class LoadGenerator:
         )
 
     async def _client(self, load: Load, index: int) -> None:
-        # The first requests are of all lengths, so that clients do not go in step.
+        # The first requests differ in length, so that clients do not stay in lockstep.
         tokens = max(1, load.tokens * (index + 1) // load.streams)
         first = True
         while not self._ending:
@@ -179,7 +179,7 @@ class LoadGenerator:
 
 
 class _HealthProbe:
-    """Asks the health service at fixed times, whether or not it has answered."""
+    """Calls the health service at a fixed rate, whether or not it has answered."""
 
     def __init__(self, health: Any) -> None:
         self._health = health
@@ -196,7 +196,7 @@ class _HealthProbe:
         sent_s = time.perf_counter()
         reply = await self._health.Check(health_pb2.HealthCheckRequest(), timeout=CALL_TIMEOUT_S)
         if reply.status != health_pb2.HealthCheckResponse.SERVING:
-            raise ValueError(f"the health service answers {reply.status}, SERVING was expected")
+            raise ValueError(f"the health service answered {reply.status}, expected SERVING")
         self._answered.append(time.perf_counter())
         self._latencies.append(self._answered[-1] - sent_s)
 
@@ -210,7 +210,7 @@ class _HealthProbe:
 
 
 def make_prompt(seed: int, step_ms: int) -> list[int]:
-    """[PROMPT_TOKENS]: the step's time, then a chain that the output continues."""
+    """[PROMPT_TOKENS]: the steps' duration in ms, then a chain that the output continues."""
     return [step_ms, *chain(FIRST_ID + seed % NUM_IDS, PROMPT_TOKENS - 1)]
 
 

@@ -1,4 +1,4 @@
-"""The cluster's processes by what they are, and what they have cost so far."""
+"""The cluster's processes by kind, and their CPU time and memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KINDS = (*(name for name, _ in _KINDS), "rest")
 
 
 def kind_of(title: str) -> str:
-    """One of KINDS; `rest` is Ray itself, Serve's controller and its helpers."""
+    """One of KINDS; `rest` is Ray itself and Serve's controller and proxies."""
     program = title.partition(" -")[0]
     return next((name for name, pattern in _KINDS if pattern.search(program)), "rest")
 
@@ -42,7 +42,7 @@ class CpuTimes:
 
 @dataclass(frozen=True, slots=True)
 class Spent:
-    """CPU seconds between two CpuTimes; what a process took that ended between them is lost."""
+    """CPU seconds between two CpuTimes. Processes that ended in between are not counted."""
 
     by_kind: dict[str, float]
     by_thread: dict[int, float]
@@ -61,14 +61,14 @@ def spent_between(before: CpuTimes, after: CpuTimes) -> Spent:
 
 
 class ClusterProcesses:
-    """Descendants of this process, except those in `others`, as they come and go."""
+    """Descendants of this process, except those in `others`."""
 
     def __init__(self, others: frozenset[int]) -> None:
         self._others = others
         if missing := set(KINDS) - set(self.counts()):
             raise RuntimeError(
-                f"no process of the cluster is {' or '.join(sorted(missing))} by its title; "
-                "processes.py must know how it is called now"
+                f"no process of the cluster has the title of {' or '.join(sorted(missing))}; "
+                "update the patterns in processes.py"
             )
 
     def counts(self) -> dict[str, int]:
@@ -87,7 +87,7 @@ class ClusterProcesses:
         return times
 
     def memory_bytes(self) -> dict[str, dict[str, int]]:
-        """RSS and PSS by kind; shared pages count once in PSS, once a process in RSS."""
+        """RSS and PSS by kind; RSS counts shared pages once for each process."""
         memory: dict[str, Counter[str]] = {"rss": Counter(), "pss": Counter()}
         for process, kind in self._found():
             with contextlib.suppress(psutil.Error):

@@ -1,14 +1,14 @@
-"""One cluster from start to stop, and all that is measured of it.
+"""Starts one cluster, measures it and stops it.
 
     python -m benchmarks.control_plane.side OUTPUT [--ingress N] [--seconds S]
 
-Whatever `kvmesh` is on the path is measured. It is assumed to have
+Measures the `kvmesh` that the import path finds, and assumes that it has
   cluster.lifecycle.Cluster, Endpoint, APP_NAME; Cluster calls `progress` before it imports
       cluster.app, with Serve's variables in the environment
   cluster.config.build with the sections `engine`, `ingress`, `router` and `timeouts` below
-  cluster.app.EngineReplica (formerly Engine), which makes RankActors(config, resources) and
-      uses its `executor` and `close`
-  workers.executor, workers.plan: the Executor protocol and the plans it gets
+  cluster.app.EngineReplica (formerly Engine), which makes RankActors(config, resources) and uses its
+      `executor` and `close`
+  workers.executor, workers.plan: the Executor protocol and its plans
   group 0 as a Serve deployment named `engine-0`
 """
 
@@ -48,7 +48,7 @@ STEP_MS = 20
 
 
 def phases(seconds: float) -> dict[str, Load]:
-    """By name, in order. `short` and `64` together separate tokens from requests."""
+    """By name, in order. `short` and `64` together separate the cost of tokens and of requests."""
     return {
         "idle": Load(streams=1, tokens=2, seconds=seconds / 2),
         "64": Load(streams=64, tokens=TOKENS, seconds=seconds),
@@ -62,7 +62,7 @@ def phases(seconds: float) -> dict[str, Load]:
 
 
 def configure(ingress: int) -> ClusterConfig:
-    """256 streams of 256 tokens run at once, with pages to spare."""
+    """Room for 256 streams of 256 tokens at a time, with pages to spare."""
     return build(
         {
             "ingress": {"port": 0, "replicas": ingress},
@@ -92,7 +92,7 @@ def install_engine(step: str, share: float | None) -> None:
 
 
 class HandleLoop:
-    """An event loop that always runs, in a thread: Serve's handles need one."""
+    """An event loop that runs all the time, in a thread: Serve's handles need one."""
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
@@ -128,7 +128,7 @@ class Side:
         }
 
     def _idle_cores(self) -> dict[str, float]:
-        """What each kind of process takes of a core with nothing to do."""
+        """Share of a core that each kind of process uses when idle."""
         before = self._processes.cpu_times()
         time.sleep(IDLE_S)
         spent = spent_between(before, self._processes.cpu_times())
@@ -160,18 +160,18 @@ class Side:
         return {part: seconds / outcome.tokens * 1e6 for part, seconds in parts.items()}
 
     def _others(self, spent: Spent, outcome: Outcome) -> float:
-        """Cores that neither the cluster nor the load used."""
+        """Cores that were used by neither the cluster nor the load."""
         ours = sum(spent.by_kind.values()) + outcome.client_cpu_s
         return (spent.busy - ours) / outcome.seconds
 
     def _per_request(self, figures: dict[str, Any]) -> dict[str, float]:
         short, long = figures["short"], figures["64"]
-        tokens_a_request = short["tokens"] / short["requests"]
+        tokens_per_request = short["tokens"] / short["requests"]
         return {
             kind: split_costs(
                 long["cpu_us_per_token"][kind],
                 TOKENS,
-                short["cpu_us_per_token"][kind] * tokens_a_request,
+                short["cpu_us_per_token"][kind] * tokens_per_request,
                 SHORT_TOKENS,
             )[1]
             for kind in long["cpu_us_per_token"]
@@ -192,7 +192,7 @@ def _ratio(after: dict[str, int], before: dict[str, int], over: str, under: str)
 
 
 def run(ingress: int, seconds: float) -> dict[str, Any]:
-    """Everything that is measured of one cluster."""
+    """All figures of one cluster."""
     load = LoadProcess()
     try:
         began_s = time.perf_counter()

@@ -1,7 +1,7 @@
-"""The output that stands in for a model's: a cycle through ordinary token ids.
+"""The output of the model that is not there: a cycle through ordinary token ids.
 
-A token's successor depends on that token alone, so the prompt decides all of the output, and
-a token that is lost, repeated or another stream's breaks the chain.
+A token's successor depends on that token alone. So the prompt determines the whole output, and a
+token that is lost, repeated or from another stream breaks the chain.
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ class Checker:
         self.seen = 0
 
     def take(self, token_ids: list[int]) -> None:
-        """Raises ValueError at the first token that is not the one sampled."""
+        """Raises ValueError at the first token that was not sampled here."""
         for token_id in token_ids:
             if token_id != self._next:
                 raise ValueError(
-                    f"output token {self.seen} is {token_id}, {self._next} was sampled: "
-                    "a token was lost, repeated or delivered to the wrong stream"
+                    f"output token {self.seen} is {token_id}, expected {self._next}: a token was "
+                    "lost, repeated or delivered to the wrong stream"
                 )
             self._next = successor(token_id)
             self.seen += 1
 
     def end(self) -> None:
-        """Raises ValueError unless all tokens have come."""
+        """Raises ValueError unless all tokens have arrived."""
         if self.seen != self._max_tokens:
-            raise ValueError(f"{self.seen} output tokens came, {self._max_tokens} were asked for")
+            raise ValueError(f"expected {self._max_tokens} output tokens, got {self.seen}")
