@@ -32,8 +32,10 @@ _PAGE_SIZE_LIST = ", ".join(map(str, PAGE_SIZES))
 
 
 def _known_format(name: str) -> str:
-    """Raises the registry's ValueError, which lists the known names."""
-    get_format(name)
+    try:
+        get_format(name)
+    except ValueError:
+        raise ValueError(f"must be one of {', '.join(format_names())}") from None
     return name
 
 
