@@ -6,7 +6,7 @@
 
 One task (`_run`) owns the request: it holds the lease and waits for the end of the sequences,
 and its `finally` blocks clean up, whether it ends or is cancelled. Tokens do not wake this task:
-they collect in `_deltas` until the reader of the stream turns all of them into one event.
+they collect in its `RequestOutput` until the reader of the stream takes them.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ import numpy as np
 
 from kvmesh.cluster.errors import EngineLostError, RequestDeadlineError
 from kvmesh.cluster.ingress import wire
-from kvmesh.cluster.ingress.choice import ChoiceOutput, RunningChoice
+from kvmesh.cluster.ingress.choice import RunningChoice
 from kvmesh.cluster.ingress.codec import TextCodec
 from kvmesh.cluster.ingress.engine_links import EngineLink, EngineLinks
+from kvmesh.cluster.ingress.output import RequestOutput
 from kvmesh.cluster.ingress.router_link import HeldPlace, RouterLink
 from kvmesh.cluster.ingress.validate import GenerationSpec, ResumedChoice, cache_salt, choice_seed
 from kvmesh.cluster.ingress.waker import Waker
@@ -92,7 +93,7 @@ class Generation:
         self._arrived_s = context.clock()
         self._deadline_s = None if spec.timeout_s is None else self._arrived_s + spec.timeout_s
         resumed = spec.resume.choices if spec.resume else (ResumedChoice(),) * spec.n
-        self._choices = [
+        choices = [
             RunningChoice(
                 index,
                 replace(params, seed=choice_seed(params.seed, index)),
@@ -102,6 +103,7 @@ class Generation:
             )
             for index in range(spec.n)
         ]
+        self._output = RequestOutput(choices, context.codec, context.waker, self._end_stopped)
         # The current placement: its sequences, those still running, and how it ends.
         self._placed: Placed | None = None
         self._held: HeldPlace | None = None
@@ -109,11 +111,6 @@ class Generation:
         self._sequences: dict[str, RunningChoice] = {}
         self._live: set[str] = set()
         self._end: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        # Deltas that are not in `_events` yet, and events that the reader has not taken yet.
-        self._deltas: list[SequenceDelta] = []
-        self._events: list[pb.GenerateStreamResponse] = []
-        self._ready = asyncio.Event()
-        self._woken = False  # or about to be
         # For the usage.
         self._usages: list[SequenceUsage] = []
         self._first_token_s: float | None = None
@@ -131,13 +128,9 @@ class Generation:
         try:
             over = False
             while not over:
-                await self._ready.wait()
-                self._ready.clear()
-                self._woken = False
+                await self._output.wait()
                 over = task.done()
-                self._absorb()
-                events, self._events = self._events, []
-                for event in events:
+                for event in self._output.take():
                     yield event
             task.result()
         finally:
@@ -146,13 +139,7 @@ class Generation:
     def _note_over(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled():
             task.exception()  # retrieved, even if the reader has left meanwhile
-        self._wake()
-
-    def _wake(self) -> None:
-        """Let the reader take what there is, in its turn."""
-        if not self._woken:
-            self._woken = True
-            self._context.waker.wake(self._ready)
+        self._output.wake()
 
     # The request's task
 
@@ -160,7 +147,7 @@ class Generation:
         try:
             await self._serve()
         except RequestAbortedError:
-            self._end_all(EndReason.ABORT)
+            self._output.end_all(EndReason.ABORT)
         except RequestIdInUseError:
             # With the id that the client gave, without the tenant.
             raise RequestIdInUseError(self._spec.request_id) from None
@@ -174,17 +161,17 @@ class Generation:
             if self._placed is None:
                 raise
             self._end_overdue()
-        self._absorb()
+        self._output.absorb()
         usage = wire.usage(self._usages, self._placed)
         usage.prompt_tokens = len(self._prompt_ids)
-        usage.completion_tokens = sum(len(choice.token_ids) for choice in self._choices)
+        usage.completion_tokens = sum(len(choice.token_ids) for choice in self._output.choices)
         usage.cached_tokens = min(usage.cached_tokens, len(self._prompt_ids))
         usage.queue_s += self._queue_s
         usage.total_s = self._context.clock() - self._arrived_s
         usage.failovers = self._failovers
         if self._first_token_s is not None:
             usage.time_to_first_token_s = self._first_token_s
-        self._events.append(pb.GenerateStreamResponse(usage=usage))
+        self._output.add(pb.GenerateStreamResponse(usage=usage))
 
     async def _serve(self) -> None:
         """Run every choice to its end, over as many placements as necessary."""
@@ -193,7 +180,7 @@ class Generation:
             try:
                 async with self._context.router.place(self._place_request()) as held:
                     self._note_placed(held.placed)
-                    if self._unfinished():
+                    if self._output.unfinished:
                         await self._generate(held)
                     return
             except EngineLostError:
@@ -214,7 +201,7 @@ class Generation:
         """
         placed, lease_id = held.placed, held.placed.lease.lease_id
         self._link = await self._context.engines.get(placed.engine.epoch, placed.address)
-        unfinished = self._unfinished()
+        unfinished = self._output.unfinished
         self._sequences = {f"{lease_id}.{i}": choice for i, choice in enumerate(unfinished)}
         self._live = set(self._sequences)
         self._end = asyncio.get_running_loop().create_future()
@@ -242,7 +229,9 @@ class Generation:
     # Receiver
 
     def deliver(self, delta: SequenceDelta) -> None:
-        self._deltas.append(delta)
+        choice = self._sequences.get(delta.request_id)
+        if choice is None:
+            return  # of a placement that was lost
         if self._first_token_s is None and delta.token_ids:
             self._first_token_s = self._context.clock() - self._arrived_s
         if delta.finish_reason is not None:
@@ -251,9 +240,10 @@ class Generation:
                 self._usages.append(delta.usage)
             if delta.finish_reason is EndReason.ERROR:
                 self.lose()
-            elif not self._live and not self._end.done():
+                return
+            if not self._live and not self._end.done():
                 self._end.set_result(None)
-        self._wake()
+        self._output.put(choice, delta)
 
     def reject(self, error: Exception) -> None:
         assert self._held is not None
@@ -270,14 +260,15 @@ class Generation:
     # Placing
 
     def _place_request(self) -> PlaceRequest:
-        self._absorb()
-        longest = max(len(choice.token_ids) for choice in self._choices)
+        self._output.absorb()
+        choices = self._output.choices
+        longest = max(len(choice.token_ids) for choice in choices)
         again = self._placed is not None
         remaining_s, limit_s = self._remaining_s(), self._context.queue_timeout_s
         return PlaceRequest(
             request_id=self.key,
             prompt_tokens=len(self._prompt_ids) + longest,
-            max_tokens=max(self._choices[0].params.max_tokens - longest, 1),
+            max_tokens=max(choices[0].params.max_tokens - longest, 1),
             tenant=self._tenant,
             priority=self._spec.priority,
             timeout_s=limit_s if remaining_s is None else min(remaining_s, limit_s),
@@ -286,21 +277,17 @@ class Generation:
             lost_engines=self._lost_engines,
             resumed=again,
             supersedes=again or self._spec.resume is not None,
-            sequences=max(len(self._unfinished()), 1),
+            sequences=max(len(self._output.unfinished), 1),
         )
 
     def _note_placed(self, placed: Placed) -> None:
         first, self._placed = self._placed is None, placed
         self._queue_s += placed.queue_s
         if first:
-            started = wire.started(
-                placed, self._spec.request_id, len(self._prompt_ids), self._choices[0].params.seed
-            )
-            self._events.append(pb.GenerateStreamResponse(started=started))
-            for choice in self._choices:  # text that a resuming client lacks
-                if not choice.already_finished:
-                    self._emit(choice, choice.owed())
-            self._wake()
+            seed = self._output.choices[0].params.seed
+            started = wire.started(placed, self._spec.request_id, len(self._prompt_ids), seed)
+            self._output.add(pb.GenerateStreamResponse(started=started))
+            self._output.catch_up()
 
     def _note_lost(self) -> None:
         """Raises EngineLostError if the request has lost too many engines."""
@@ -311,61 +298,19 @@ class Generation:
         if self._failovers > MAX_FAILOVERS:
             raise EngineLostError()
 
-    # Events
+    # Ending
 
-    def _absorb(self) -> None:
-        """Turn the deltas into events: one per choice, however many tokens have come."""
-        deltas, self._deltas = self._deltas, []
-        found: dict[RunningChoice, list[SequenceDelta]] = {}
-        for delta in deltas:
-            choice = self._sequences.get(delta.request_id)
-            if choice is None or choice.finish is not None:
-                continue  # from a lost placement, or after a stop string
-            if delta.finish_reason is not EndReason.ERROR:
-                found.setdefault(choice, []).append(delta)
-        for choice, its in found.items():
-            output = choice.accept(its)
-            if self._overdue(choice) and not self._has_output():
-                raise RequestDeadlineError()
-            self._emit(choice, output)
-            if choice.finish is not None:
-                self._end_sequence(choice)
-
-    def _emit(self, choice: RunningChoice, output: ChoiceOutput) -> None:
-        if output:
-            delta = wire.delta(choice.index, output, self._context.codec)
-            self._events.append(pb.GenerateStreamResponse(delta=delta))
-        if choice.finish is not None:
-            finished = wire.choice_finished(choice.index, choice.finish)
-            self._events.append(pb.GenerateStreamResponse(choice_finished=finished))
-
-    def _end_sequence(self, choice: RunningChoice) -> None:
-        """End the choice's sequence if the engine still runs it: a stop string has matched."""
+    def _end_stopped(self, choice: RunningChoice) -> None:
+        """A stop string has ended the choice: end its sequence."""
         names = [name for name in self._live if self._sequences[name] is choice]
         if names and self._link is not None:
             self._link.end(names, EndReason.STOP)
 
-    def _end_all(self, reason: EndReason) -> None:
-        self._absorb()
-        for choice in self._unfinished():
-            self._emit(choice, choice.end(reason))
-
     def _end_overdue(self) -> None:
-        self._absorb()
-        if not self._has_output():
+        self._output.absorb()
+        if not self._output.has_tokens:
             raise RequestDeadlineError()
-        self._end_all(EndReason.DEADLINE)
-
-    # Reading
-
-    def _unfinished(self) -> list[RunningChoice]:
-        return [choice for choice in self._choices if choice.finish is None]
-
-    def _overdue(self, choice: RunningChoice) -> bool:
-        return choice.finish is not None and choice.finish.reason is EndReason.DEADLINE
-
-    def _has_output(self) -> bool:
-        return any(choice.token_ids for choice in self._choices)
+        self._output.end_all(EndReason.DEADLINE)
 
     def _remaining_s(self) -> float | None:
         if self._deadline_s is None:

@@ -7,17 +7,13 @@ import contextlib
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
 
-import numpy as np
-
 from kvmesh.cluster.errors import (
-    ContextExceededError,
     DrainingError,
     NotReadyError,
     ResumeMismatchError,
-    UnknownModelError,
 )
 from kvmesh.cluster.identity import Identity
-from kvmesh.cluster.ingress import validate, wire
+from kvmesh.cluster.ingress import prompts, served, validate, wire
 from kvmesh.cluster.ingress.authenticate import Authenticator
 from kvmesh.cluster.ingress.codec import TextCodec
 from kvmesh.cluster.ingress.engine_links import EngineLinks
@@ -30,16 +26,11 @@ from kvmesh.cluster.metrics import IngressMeters
 from kvmesh.cluster.reports import ClusterStatus
 from kvmesh.cluster.routing.request import PlaceRequest
 from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
-from kvmesh.workers.loads import EngineInfo
-from kvmesh.workers.prefix_cache import PageDigests
-from kvmesh.workers.request import TokenIds
 
 logger = logging.getLogger(__name__)
 
 Metadata = Iterable[tuple[str, str | bytes]]
 
-LONG_TEXT_CHARS = 4096  # tokenising longer texts would delay every stream
-LONG_PROMPT_TOKENS = 1 << 16  # and so would hashing longer prompts
 REFRESH_PERIOD_S = 1.0
 
 
@@ -164,10 +155,11 @@ class IngressService:
     async def tokenize(self, request: object, metadata: Metadata) -> pb.TokenizeResponse:
         self._admit(request, metadata)
         assert isinstance(request, pb.TokenizeRequest)
-        self._check_model(request.model)
-        ids = await self._encode(validate.prompt(request.prompt))
+        status = self._status_for(request.model)
+        vocab_size = served.any_info(status).vocab_size
+        ids = await prompts.encode(validate.prompt(request.prompt), self._codec, vocab_size)
         return pb.TokenizeResponse(
-            token_ids=ids.tolist(), max_model_len=self._max_model_len(self._current_status())
+            token_ids=ids.tolist(), max_model_len=served.max_model_len(status)
         )
 
     async def abort(self, request: object, metadata: Metadata) -> pb.AbortResponse:
@@ -184,8 +176,7 @@ class IngressService:
     ) -> pb.EstimateBudgetResponse:
         tenant = self._admit(request, metadata)
         assert isinstance(request, pb.EstimateBudgetRequest)
-        self._check_model(request.model)
-        status = self._current_status()
+        status = self._status_for(request.model)
         prompt_tokens, hashes = await self._size(request, tenant)
         max_tokens = self._limits.default_max_tokens
         if request.HasField("max_tokens"):
@@ -236,10 +227,9 @@ class IngressService:
         return tenant
 
     async def _generation(self, request: pb.GenerateRequest, tenant: str) -> Generation:
-        self._check_model(request.model)
+        status = self._status_for(request.model)
         spec = validate.generation_spec(request, self._limits)
-        status = self._current_status()
-        info = self._any_info(status)
+        info = served.any_info(status)
         if spec.resume is not None:
             if not request.sampling_params.HasField("seed"):
                 validate.refuse(
@@ -250,36 +240,16 @@ class IngressService:
                     f"the stream started on model revision {spec.resume.model_revision!r}, but "
                     f"the cluster now serves {info.model_revision!r}"
                 )
-        ids = await self._encode(spec.prompt)
+        ids = await prompts.encode(spec.prompt, self._codec, info.vocab_size)
         validate.check_tokens(spec, ids, info.vocab_size)
-        longest = self._max_model_len(status)
+        longest = served.max_model_len(status)
         if len(ids) >= longest:
-            raise self._context_exceeded(len(ids), status)
+            raise served.context_exceeded(len(ids), status)
         params = validate.fit_context(spec, len(ids), longest)
-        hashes = await _page_hashes(ids, validate.cache_salt(tenant, spec.cache_salt), info)
+        salt = validate.cache_salt(tenant, spec.cache_salt)
+        hashes = await prompts.page_hashes(ids, salt, info)
         excluded = groups_below(spec.min_kv_format, status, self._divergence_nats)
         return Generation(spec, ids, params, tenant, self._context, hashes, excluded)
-
-    async def _encode(self, prompt: validate.Prompt) -> TokenIds:
-        """Token ids; a long text is tokenised outside the event loop."""
-        if isinstance(prompt, np.ndarray):
-            validate.check_prompt_ids(prompt, self._any_info(self._current_status()).vocab_size)
-            return prompt
-        if isinstance(prompt, str):
-            if len(prompt) < LONG_TEXT_CHARS:
-                return self._codec.encode(prompt)
-            return await asyncio.to_thread(self._codec.encode, prompt)
-        turns = [(turn.role, turn.content) for turn in prompt]
-        if not self._codec.has_chat_template:
-            validate.refuse(
-                "prompt.chat", "must not be set: the model has no chat template; send text"
-            )
-        try:
-            if sum(len(content) for _, content in turns) < LONG_TEXT_CHARS:
-                return self._codec.encode_chat(turns)
-            return await asyncio.to_thread(self._codec.encode_chat, turns)
-        except ValueError as error:
-            validate.refuse("prompt.chat", str(error))
 
     async def _size(
         self, request: pb.EstimateBudgetRequest, tenant: str
@@ -287,53 +257,24 @@ class IngressService:
         """The prompt's length, and its pages' hashes if the prompt itself is given."""
         if request.WhichOneof("size") == "prompt_tokens":
             return request.prompt_tokens, ()
-        ids = await self._encode(validate.prompt(request.prompt))
-        info = self._any_info(self._current_status())
-        return len(ids), await _page_hashes(ids, validate.cache_salt(tenant, ""), info)
+        info = served.any_info(self._current_status())
+        ids = await prompts.encode(validate.prompt(request.prompt), self._codec, info.vocab_size)
+        salt = validate.cache_salt(tenant, "")
+        return len(ids), await prompts.page_hashes(ids, salt, info)
 
     def _current_status(self) -> ClusterStatus:
         if self._status is None or not self._status.reports:
             raise NotReadyError()
         return self._status
 
-    def _any_info(self, status: ClusterStatus) -> EngineInfo:
-        return next(iter(status.reports.values())).info
-
-    def _max_model_len(self, status: ClusterStatus) -> int:
-        return max(report.info.max_model_len for report in status.reports.values())
-
-    def _check_model(self, requested: str) -> None:
-        if not requested or requested in self._model_names:
-            return
-        served = self._any_info(self._current_status()).model
-        if requested != served:
-            raise UnknownModelError(requested, served)
-
-    def _context_exceeded(self, prompt_tokens: int, status: ClusterStatus) -> ContextExceededError:
-        """The bytes are of the group with the longest context."""
-        info = max((r.info for r in status.reports.values()), key=lambda i: i.max_model_len)
-        geometry = info.geometry
-        return ContextExceededError(
-            prompt_tokens,
-            info.max_model_len,
-            geometry.bytes_of(geometry.peak_need(prompt_tokens + 1)),
-            info.capacity_bytes,
-        )
+    def _status_for(self, model: str) -> ClusterStatus:
+        """The current status; refuses a request for another model."""
+        status = self._current_status()
+        served.check_model(model, status, self._model_names)
+        return status
 
     def _measure(self, usage: pb.Usage) -> None:
         first_token_s = None
         if usage.HasField("time_to_first_token_s"):
             first_token_s = usage.time_to_first_token_s
         self._meters.finished(usage.group, first_token_s, usage.queue_s, usage.failovers)
-
-
-async def _page_hashes(ids: TokenIds, salt: str, info: EngineInfo) -> tuple[bytes, ...]:
-    """Hashes of the prompt's full pages, as used by the prefix caches of engines like this one."""
-    if not info.prefix_cache:
-        return ()
-    page_size = info.geometry.page_size
-    digests = PageDigests(page_size, salt)
-    pages = len(ids) // page_size
-    if len(ids) < LONG_PROMPT_TOKENS:
-        return tuple(digests.upto(ids, pages))
-    return tuple(await asyncio.to_thread(digests.upto, ids, pages))
