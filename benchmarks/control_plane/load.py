@@ -51,7 +51,7 @@ class Outcome:
     """What arrived within the window; None if there was nothing to measure.
 
     first_token_s: median, of requests sent within the window
-    health_s, health_gap_s: median duration of a check; longest time between two answers
+    health_s, health_max_s: median and longest duration of a check
     client_cpu_s: of the load's own process
     checked_requests: in the whole phase; all their tokens were the ones sampled
     """
@@ -62,7 +62,7 @@ class Outcome:
     requests: int
     first_token_s: float | None
     health_s: float | None
-    health_gap_s: float | None
+    health_max_s: float | None
     client_cpu_s: float
     checked_requests: int = 0
 
@@ -133,7 +133,7 @@ class LoadGenerator:
             requests=self._counts.requests - before.requests,
             first_token_s=statistics.median(self._firsts) if self._firsts else None,
             health_s=health.median_s,
-            health_gap_s=health.gap_s(closed_s) if load.health else None,
+            health_max_s=health.max_s,
             client_cpu_s=time.process_time() - cpu_s,
         )
 
@@ -184,7 +184,6 @@ class _HealthProbe:
     def __init__(self, health: Any) -> None:
         self._health = health
         self._latencies: list[float] = []
-        self._answered = [time.perf_counter()]
 
     async def run(self) -> None:
         async with asyncio.TaskGroup() as group:
@@ -197,16 +196,15 @@ class _HealthProbe:
         reply = await self._health.Check(health_pb2.HealthCheckRequest(), timeout=CALL_TIMEOUT_S)
         if reply.status != health_pb2.HealthCheckResponse.SERVING:
             raise ValueError(f"the health service answered {reply.status}, expected SERVING")
-        self._answered.append(time.perf_counter())
-        self._latencies.append(self._answered[-1] - sent_s)
+        self._latencies.append(time.perf_counter() - sent_s)
 
     @property
     def median_s(self) -> float | None:
         return statistics.median(self._latencies) if self._latencies else None
 
-    def gap_s(self, end_s: float) -> float:
-        times = [*(t for t in self._answered if t < end_s), end_s]
-        return max(b - a for a, b in itertools.pairwise(times))
+    @property
+    def max_s(self) -> float | None:
+        return max(self._latencies, default=None)
 
 
 def make_prompt(seed: int, step_ms: int) -> list[int]:

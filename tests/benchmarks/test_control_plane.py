@@ -201,8 +201,8 @@ async def test_load_counts_what_arrives_within_its_window() -> None:
     assert 0 < outcome.tokens < outcome.messages
     assert outcome.checked_requests >= outcome.requests > 0
     assert outcome.first_token_s is not None
-    assert outcome.health_gap_s is not None
-    assert outcome.health_gap_s <= outcome.seconds
+    assert outcome.health_s is not None and outcome.health_max_s is not None
+    assert 0 < outcome.health_s <= outcome.health_max_s
 
 
 async def test_load_fails_when_a_token_is_lost() -> None:
