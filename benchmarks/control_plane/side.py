@@ -6,8 +6,8 @@ Measures the `kvmesh` that the import path finds, and assumes that it has
   cluster.lifecycle.Cluster, Endpoint, APP_NAME; Cluster calls `progress` before it imports
       cluster.app, with Serve's variables in the environment
   cluster.config.build with the sections `engine`, `ingress`, `router` and `timeouts` below
-  cluster.app.EngineReplica (formerly Engine), which makes RankActors(config, resources) and uses its
-      `executor` and `close`
+  cluster.app.EngineReplica (formerly Engine), which makes RankActors(config, resources) and
+      uses its `executor` and `close`
   workers.executor, workers.plan: the Executor protocol and its plans
   group 0 as a Serve deployment named `engine-0`
 """
