@@ -2,7 +2,7 @@
 
 RoutingError
 ├── DuplicateRequestError      the id is in use by a live request
-├── RequestAbortedError        somebody aborted the request
+├── RequestAbortedError        the request was aborted
 ├── LedgerError                a transition the ledger does not allow
 ├── NeverFitsError             no group could hold it, even empty
 ├── DeadlineUnreachableError   it could not start within its timeout

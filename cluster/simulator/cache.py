@@ -27,7 +27,7 @@ class SimPool:
 
     @property
     def available_pages(self) -> int:
-        """Free, or free as soon as somebody needs them."""
+        """Free, or free as soon as they are needed."""
         return self.total_pages - self.used_pages
 
     def match(self, blocks: Sequence[int]) -> int:

@@ -37,7 +37,8 @@ QUEUE_LIMIT = 1_000_000  # the other systems' queues have none
 def simulate_command(
     trace: Annotated[Path, typer.Option(help="Trace file.", exists=True, dir_okay=False)],
     trace_format: Annotated[
-        str | None, typer.Option(help=f"{' or '.join(FORMATS)}; told by the file's name.")
+        str | None,
+        typer.Option(help=f"{' or '.join(FORMATS)}; default: by the file's name."),
     ] = None,
     groups: Annotated[int, typer.Option(help="Groups of the fleet.", min=1)] = 8,
     gpu: Annotated[str, typer.Option(help=", ".join(GPUS))] = "h100",

@@ -295,8 +295,8 @@ class SimEngine:
     def _fills(self, steps: int, after: int = 0) -> int:
         """Pages that decoding fills in `steps` steps, from `after` steps ahead on."""
         cycles, rest = divmod(steps, self.page_size)
-        begin = self._steps + after
-        partial = sum(self._phases[(begin + i) % self.page_size] for i in range(1, rest + 1))
+        start = self._steps + after
+        partial = sum(self._phases[(start + i) % self.page_size] for i in range(1, rest + 1))
         return cycles * self._decoding + partial
 
     def _room_to_decode(self, steps: int) -> int:

@@ -49,7 +49,7 @@ def power_of_two(seed: int) -> Rule:
 
 def least_kv(seed: int) -> Rule:
     """The lowest share of KV pages in use (the least-kv-cache rules of AIBrix and llm-d)."""
-    return lambda request, engines: _least(engines, lambda engine: engine.kv_share)
+    return lambda request, engines: _lowest(engines, lambda engine: engine.kv_share)
 
 
 def vllm_data_parallel(seed: int) -> Rule:
@@ -62,7 +62,7 @@ def vllm_data_parallel(seed: int) -> Rule:
         waiting = len(engine.waiting)
         return engine.in_flight + waiting * 6 * max(0.0, engine.kv_share - 0.5)
 
-    return lambda request, engines: _least(engines, score)
+    return lambda request, engines: _lowest(engines, score)
 
 
 def prefix_affinity(seed: int) -> Rule:
@@ -90,7 +90,7 @@ def prefix_tree(seed: int) -> Rule:
     """Ray Serve LLM's prefix-aware router: the best match of at least 0.1, else power of two.
 
     Taken while the most loaded has at most ten requests more than the least loaded;
-    Ray's own default threshold is infinite, which overloads whoever holds the
+    Ray's own default threshold is infinite, which overloads the holder of the
     prefix that all requests share.
     """
     fallback = power_of_two(seed)
@@ -116,17 +116,17 @@ def dynamo_cost(seed: int) -> Rule:
         return (prefill + decode) / engine.page_size
 
     def place(request: TraceRequest, engines: Sequence[SimEngine]) -> int:
-        return _least(engines, lambda engine: cost(request, engine))
+        return _lowest(engines, lambda engine: cost(request, engine))
 
     return place
 
 
 def fewest_in_flight(seed: int) -> Rule:
     """The fewest requests; stands before engines that reserve the worst case (TGI)."""
-    return lambda request, engines: _least(engines, lambda engine: float(engine.in_flight))
+    return lambda request, engines: _lowest(engines, lambda engine: float(engine.in_flight))
 
 
-def _least(engines: Sequence[SimEngine], score: Callable[[SimEngine], float]) -> int:
+def _lowest(engines: Sequence[SimEngine], score: Callable[[SimEngine], float]) -> int:
     return min(range(len(engines)), key=lambda index: score(engines[index]))
 
 

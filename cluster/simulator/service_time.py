@@ -120,7 +120,7 @@ class ServiceTime:
         return chunks * self.step(chunk_tokens, 0.0, 0, 0) + last + pairs * self.pair_s
 
     def pace(self, chunk_tokens: int) -> Pace:
-        """What a router would be told of such an engine beforehand."""
+        """What a router expects of such an engine before it has seen it work."""
         return Pace(
             prefill_s_per_token=self.step(chunk_tokens, 0.0, 0, 0) / chunk_tokens,
             prefill_s_per_pair=self.pair_s,

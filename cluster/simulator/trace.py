@@ -19,7 +19,7 @@ FORMATS = ("mooncake", "azure")
 class TraceRequest:
     """One request of a trace.
 
-    arrival_s: from the trace's begin
+    arrival_s: from the start of the trace
     blocks: ids of the prompt's full 512-token blocks; equal ids mean an equal prefix
     injected: not of the trace, but added to it
     """
@@ -34,7 +34,7 @@ class TraceRequest:
 
 
 def read_trace(path: Path, trace_format: str | None = None) -> list[TraceRequest]:
-    """Read a trace, by arrival. The format is told by the file's name if not given.
+    """Read a trace, by arrival. The file's name decides on the format if none is given.
 
     Raises ValueError if the format is unknown or the file has another.
     """
@@ -111,11 +111,11 @@ def _read_azure(path: Path) -> list[TraceRequest]:
         rows = list(csv.DictReader(file))
     # seven digits of a second: one more than Python reads
     times = [datetime.datetime.fromisoformat(row["TIMESTAMP"][:26]) for row in rows]
-    begin = min(times, default=None)
+    start = min(times, default=None)
     return [
         TraceRequest(
             request_id=f"r{index}",
-            arrival_s=(at - begin).total_seconds() if begin else 0.0,
+            arrival_s=(at - start).total_seconds() if start else 0.0,
             prompt_tokens=max(1, int(row["ContextTokens"])),
             output_tokens=max(1, int(row["GeneratedTokens"])),
         )
@@ -124,5 +124,5 @@ def _read_azure(path: Path) -> list[TraceRequest]:
 
 
 def _conversation(request: TraceRequest) -> int:
-    """The first block after the one that nearly all requests begin with, or the id."""
+    """The first block after the one that nearly all requests start with, or the id."""
     return request.blocks[1] if len(request.blocks) > 1 else int(request.request_id[1:])
