@@ -13,7 +13,7 @@ from kvmesh.cluster.routing.forecast import PromisedStart
 from kvmesh.cluster.routing.group import Group
 from kvmesh.cluster.routing.live import LiveRequest
 from kvmesh.cluster.routing.outcome import BudgetEstimate, Decision, Enqueued, Granted, Refused
-from kvmesh.cluster.routing.placement import GroupChoice, Promise, prefill_s
+from kvmesh.cluster.routing.placement import GroupChoice, prefill_s
 from kvmesh.cluster.routing.queue import WaitingQueue
 from kvmesh.cluster.routing.refusals import Refusals
 from kvmesh.cluster.routing.request import PlaceRequest
@@ -24,6 +24,8 @@ FRESH_S = 0.5  # what was found out about a waiting request is good for this lon
 class Admission:
     """The queue, and the way out of it.
 
+    promised: the start of the longest-waiting request that lacks pages
+    missing: of the expected groups, those that were not up so far
     expected_groups: those that may hold leases of a former router; until they are up, or
         `rebuild_timeout_s` has passed, every request waits
     """
@@ -37,25 +39,14 @@ class Admission:
         self._fleet = fleet
         self._chooser = Chooser(tuning, fleet.groups)
         self._refusals = Refusals(config, fleet)
-        self._promised = PromisedStart()
-        self._missing = set(expected_groups)
+        self.promised = PromisedStart()
+        self.missing = set(expected_groups)
         self._rebuild_until = now + config.rebuild_timeout_s
         self._arrivals = 0
 
-    @property
-    def promise(self) -> Promise | None:
-        """What the longest-waiting request that lacks pages has been promised."""
-        return self._promised.current
-
     def ready(self, now: float) -> bool:
         """Whether requests are admitted, and not held until the expected groups are up."""
-        return not self._missing or now >= self._rebuild_until
-
-    def group_up(self, group: str) -> None:
-        self._missing.discard(group)
-
-    def group_down(self, group: str) -> None:
-        self._promised.group_down(group)
+        return not self.missing or now >= self._rebuild_until
 
     def arrive(self, request: PlaceRequest, now: float) -> LiveRequest:
         """The record of a request that has just come; nothing is decided yet."""
@@ -76,12 +67,12 @@ class Admission:
     def place(self, live: LiveRequest, now: float) -> list[Decision]:
         """The request's own decision first, then those on others that waited."""
         name, demand, ahead = live.request_id, live.demand, len(self.queue)
-        choice = self._chooser.choose(demand, now, self._promised.current)
+        choice = self._chooser.choose(demand, now, self.promised.current)
         if self.ready(now):
             error = self._refusals.hopeless(demand, choice, ahead, now)
             if error is not None:
                 return [Refused(name, error, choice.verdicts)]
-            if not ahead and choice.group is not None and self._in_quota(demand):
+            if not ahead and choice.group is not None and self._refusals.within_quota(demand):
                 self._fleet.tenants.enter(live.request.tenant)
                 return [self._grant(live, choice, now)]
         if self.queue.full:
@@ -109,7 +100,7 @@ class Admission:
         """
         if not len(self.queue) or not self.ready(now):
             return []
-        open_groups = self._open_groups(now)
+        open_groups = self._chooser.open_groups(now)
         decisions: list[Decision] = []
         deferred_s: dict[str, float] = {}
         first = True  # no request before lacks pages
@@ -118,28 +109,28 @@ class Admission:
             if not open_groups:
                 break
             demand = self._refresh(live, now)
-            if self._fits_nowhere(demand):
+            if self._chooser.fits_nowhere(demand):
                 decisions.append(self._refuse(live, now))
                 continue
-            if not self._in_quota(demand):
+            if not self._refusals.within_quota(demand):
                 continue
             choice = self._choose_for(live, open_groups, deferred_s, now)
             if choice.group is not None:
                 self._leave_queue(live)
                 decisions.append(self._grant(live, choice, now))
-                open_groups = self._open_groups(now)
+                open_groups = self._chooser.open_groups(now)
             elif (later := choice.better_later) is not None:
                 so_far_s = deferred_s.get(later.name, 0.0)
                 deferred_s[later.name] = so_far_s + prefill_s(later, demand)
             elif first and not self._chooser.holds_back(demand):
                 first = False
-                self._consider_promise(live, now)
+                self.promised.consider(live, self._fleet.groups, now, self._chooser)
         return decisions
 
     def estimate(self, request: PlaceRequest, now: float) -> BudgetEstimate:
         """What would happen to the request, without placing it."""
         demand, ahead = self._fleet.demand(request), len(self.queue)
-        choice = self._chooser.choose(demand, now, self._promised.current)
+        choice = self._chooser.choose(demand, now, self.promised.current)
         never = choice.verdicts.never
         group = choice.group if not ahead and self.ready(now) else None
         start_s: float | None = 0.0
@@ -168,14 +159,6 @@ class Admission:
         assert error is not None
         return Refused(live.request_id, error, choice.verdicts)
 
-    def _fits_nowhere(self, demand: RequestDemand) -> bool:
-        """Whether no group that the request allows could hold it, even when empty."""
-        excluded = demand.request.excluded_groups
-        return all(
-            demand.by_kind[group.kind].never is not None or group.name in excluded
-            for group in self._fleet.groups.values()
-        )
-
     def _queued(self, live: LiveRequest, choice: GroupChoice, now: float) -> Enqueued:
         order = self.queue.in_order(self._fleet.tenants.counter, now)
         position = next(i for i, waiting in enumerate(order) if waiting is live)
@@ -184,21 +167,18 @@ class Admission:
 
     def _leave_queue(self, live: LiveRequest) -> None:
         self.queue.remove(live)
-        self._promised.forget(live)
+        self.promised.forget(live)
 
     def _candidates(self, now: float) -> Iterator[LiveRequest]:
         turn = self._fleet.grants % self._tuning.aged_every == 0
         order = self.queue.in_order(self._fleet.tenants.counter, now, aged_first=turn)
-        return self._promised.in_order(order)
+        return self.promised.in_order(order)
 
     def _refresh(self, live: LiveRequest, now: float) -> RequestDemand:
         """What was found out about a waiting request a moment ago is good enough to try it."""
         if now - live.demand_at > FRESH_S or live.demand.kinds is not self._fleet.kinds:
             live.demand, live.demand_at = self._fleet.demand(live.request), now
         return live.demand
-
-    def _open_groups(self, now: float) -> list[Group]:
-        return [x for x in self._fleet.groups.values() if self._chooser.is_open(x, now)]
 
     def _choose_for(
         self,
@@ -207,23 +187,8 @@ class Admission:
         deferred_s: dict[str, float],
         now: float,
     ) -> GroupChoice:
-        promise, waiting = self._promised.binding(live), len(self.queue)
+        promise, waiting = self.promised.binding(live), len(self.queue)
         deferred = None if now > live.due else deferred_s  # what is late waits for no prefix
         return self._chooser.choose_waiting(
             live.demand, open_groups, now, promise, waiting, deferred
         )
-
-    def _consider_promise(self, live: LiveRequest, now: float) -> None:
-        promise = self._promised.binding(live)
-        self._promised.consider(
-            live,
-            self._fleet.groups,
-            now,
-            lambda: self._chooser.choose(live.demand, now, promise).verdicts,
-        )
-
-    def _in_quota(self, demand: RequestDemand) -> bool:
-        tenants, tenant = self._fleet.tenants, demand.request.tenant
-        if tenants.policy(tenant).quota_bytes is None:
-            return True
-        return tenants.within_quota(tenant, self._refusals.min_bytes(demand))

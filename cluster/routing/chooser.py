@@ -46,14 +46,23 @@ class Chooser:
         if hole != self._weights.hole_pages:
             self._weights = replace(self._weights, hole_pages=hole)
 
-    def is_open(self, group: Group, now: float) -> bool:
-        """Whether the group could take any request at all; saves asking one by one."""
-        account = group.account
-        return (
-            account is not None
-            and account.free.hot > 0
-            and account.sequences < group.info.max_num_seqs
+    def open_groups(self, now: float) -> list[Group]:
+        """Those that could take any request at all; saves asking the others one by one."""
+        return [
+            group
+            for group in self._groups.values()
+            if group.account is not None
+            and group.account.free.hot > 0
+            and group.account.sequences < group.info.max_num_seqs
             and group.backlog.seconds(now) <= self._weights.ahead_s
+        ]
+
+    def fits_nowhere(self, demand: RequestDemand) -> bool:
+        """Whether no group that the request allows could hold it, even when empty."""
+        excluded = demand.request.excluded_groups
+        return all(
+            demand.by_kind[group.kind].never is not None or group.name in excluded
+            for group in self._groups.values()
         )
 
     def holds_back(self, demand: RequestDemand) -> bool:

@@ -121,8 +121,8 @@ class DemandModel:
     def _on(self, kind: EngineKind, request: PlaceRequest, leased_tokens: int) -> KindDemand:
         """The demand on groups of one kind.
 
-        The last token sampled is never written to the cache, but the page it would
-        begin is counted: engines allocate before they sample. Hot pages are bounded
+        The last token sampled is never written to the cache, but the page that
+        it would start is counted: engines allocate before they sample. Hot pages are bounded
         by a sequence's windows and leased in full.
         """
         geometry, sequences, prompt = kind.geometry, request.sequences, request.prompt_tokens

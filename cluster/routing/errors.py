@@ -1,12 +1,12 @@
 """The router's errors, in one tree. Each one can be rebuilt from its `args`, which are plain data.
 
 RoutingError
-├── RequestIdInUseError      the id is in use by a live request
-├── RequestAbortedError        somebody aborted the request
+├── RequestIdInUseError        the id is in use by a live request
+├── RequestAbortedError        the request was aborted
 ├── LedgerError                a transition the ledger does not allow
-├── ExceedsEveryGroupError             no group could hold it, even empty
+├── ExceedsEveryGroupError     no group could hold it, even empty
 ├── DeadlineUnreachableError   it could not start within its timeout
-└── NoRoomError          it does not fit now; says when to come back
+└── NoRoomError                it does not fit now; says when to come back
     ├── QueueFullError         the queue has no place left
     ├── QuotaExceededError     the request alone exceeds its tenant's quota
     └── NoGroupError           no group is known

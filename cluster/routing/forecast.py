@@ -7,8 +7,9 @@ backfilling (Lifka 1995).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
+from kvmesh.cluster.routing.chooser import Chooser
 from kvmesh.cluster.routing.demand import RequestDemand
 from kvmesh.cluster.routing.group import Group
 from kvmesh.cluster.routing.live import LiveRequest
@@ -51,7 +52,10 @@ def earliest_start(
 
 
 class PromisedStart:
-    """At most one promise at a time. current: with its pages and time, or None"""
+    """At most one promise at a time.
+
+    current: the promise, or None
+    """
 
     def __init__(self) -> None:
         self.current: Promise | None = None
@@ -95,21 +99,18 @@ class PromisedStart:
         live: LiveRequest,
         groups: Mapping[str, Group],
         now: float,
-        verdicts: Callable[[], Verdicts],
+        chooser: Chooser,
     ) -> None:
-        """Promise a start to the first request in line that lacks pages, or renew its promise.
-
-        verdicts: on it, of all groups; made only if they are needed
-        """
+        """Promise a start to the first request in line that lacks pages, or renew its promise."""
         if self.current is not None and self._holder is live:
             group = groups[self.current.group]
             at = room_at(group, live.demand, now)
             self._set(live, None if at is None else _promise_on(group, live.demand, at, now))
         elif self.binding(live) is None:
-            found = verdicts()
-            if any(verdict.reason is Reason.BACKLOG for verdict in found):
+            verdicts = chooser.choose(live.demand, now, None).verdicts
+            if any(verdict.reason is Reason.BACKLOG for verdict in verdicts):
                 return  # a group has the pages; it only lacks a moment
-            promise = _best_promise(groups, live.demand, found, now)
+            promise = _best_promise(groups, live.demand, verdicts, now)
             if promise is not None:
                 self._set(live, promise)
                 if live.promised_at is None:

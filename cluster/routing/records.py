@@ -46,10 +46,13 @@ class Records:
             del self.live[live.request_id]
 
     def note(self, decision: Decision, now: float) -> None:
-        """Count a decision, and keep it to explain it."""
+        """Count a decision, and keep it to explain it. A waiting request is over if refused."""
         self.granted += isinstance(decision, Granted)
         if isinstance(decision, Refused):
             self.refused[type(decision.error).__name__] += 1
+            live = self.live.get(decision.request_id)
+            if live is not None and live.lease is None:  # else of an older incarnation
+                del self.live[live.request_id]
         entries = self._decided.setdefault(decision.request_id, [])
         self._decided.move_to_end(decision.request_id)
         entries.append((now, decision))

@@ -42,7 +42,7 @@ class Refusals:
             message = "every group that could hold it is excluded"
             return self._over_capacity(NoRoomError, message, demand, verdicts, ahead, now)
         quota = self._fleet.tenants.policy(request.tenant).quota_bytes
-        if quota is not None and (min_bytes := self.min_bytes(demand)) > quota:
+        if quota is not None and (min_bytes := _min_bytes(demand)) > quota:
             message = "the request alone exceeds its tenant's quota"
             return QuotaExceededError(message, self._config.max_retry_s, min_bytes, quota)
         if request.timeout_s is not None and choice.group is None:
@@ -67,12 +67,12 @@ class Refusals:
         leases = len(self._fleet.leases)
         return start - now + ahead * self._fleet.mean_lease_s / max(leases, 1)
 
-    def min_bytes(self, demand: RequestDemand) -> int:
-        """What the request's lease takes where it takes least."""
-        return min(
-            kind.geometry.bytes_of(here.leased)
-            for kind, here in zip(demand.kinds, demand.by_kind, strict=True)
-        )
+    def within_quota(self, demand: RequestDemand) -> bool:
+        """Whether the request's tenant may lease what it needs now."""
+        tenants, tenant = self._fleet.tenants, demand.request.tenant
+        if tenants.policy(tenant).quota_bytes is None:
+            return True
+        return tenants.within_quota(tenant, _min_bytes(demand))
 
     def _over_capacity(
         self,
@@ -93,6 +93,14 @@ class Refusals:
             nearest.needed_bytes if nearest else 0,
             nearest.available_bytes if nearest else 0,
         )
+
+
+def _min_bytes(demand: RequestDemand) -> int:
+    """What the request's lease takes on the kind of group where it is smallest."""
+    return min(
+        kind.geometry.bytes_of(here.leased)
+        for kind, here in zip(demand.kinds, demand.by_kind, strict=True)
+    )
 
 
 def _never_fits(verdicts: Verdicts) -> ExceedsEveryGroupError:

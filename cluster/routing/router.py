@@ -22,7 +22,6 @@ from kvmesh.cluster.routing.fleet import Fleet
 from kvmesh.cluster.routing.live import LiveRequest
 from kvmesh.cluster.routing.outcome import (
     BudgetEstimate,
-    Decision,
     Explained,
     Outcome,
     Refused,
@@ -77,15 +76,17 @@ class Router:
         own, *more = self.admission.place(live, now)
         if not isinstance(own, Refused):
             self._records.live[request.request_id] = live
-        self._records.note(own, now)
-        return [own, *others, *self._note_admitted(more, now)]
+        for decision in (own, *more):
+            self._records.note(decision, now)
+        return [own, *others, *more]
 
     def cancel(self, request_id: str, now: float) -> list[Outcome]:
         """The caller of a waiting request is gone. There is no outcome for itself."""
         live = self._records.live.get(request_id)
         if live is None or live.lease is not None:
             return []
-        self._give_up(live)
+        self.admission.give_up(live)
+        del self._records.live[request_id]
         return self._continue(now)
 
     def abort(self, request_id: str, now: float) -> list[Outcome]:
@@ -133,7 +134,7 @@ class Router:
         """
         self._void(group, now)
         self.fleet.group_up(group, info, leases, now)
-        self.admission.group_up(group)
+        self.admission.missing.discard(group)
         return self._continue(now)
 
     def group_down(self, group: str, now: float) -> list[Outcome]:
@@ -189,7 +190,7 @@ class Router:
         """What time alone brings: deadlines, leases that never arrived, the end of a rebuild."""
         outcomes: list[Outcome] = []
         for live in self.admission.queue.overdue(now):
-            self._give_up(live)
+            self.admission.give_up(live)
             assert live.request.timeout_s is not None
             error = DeadlineUnreachableError(live.request.timeout_s, None)
             refused = Refused(live.request_id, error)
@@ -233,28 +234,20 @@ class Router:
     def _continue(self, now: float) -> list[Outcome]:
         """Use what has become free: leases that want more come before new ones."""
         grown = self.fleet.grow_wanting(now)
-        return [*grown, *self._note_admitted(self.admission.admit(now), now)]
-
-    def _note_admitted(self, decisions: list[Decision], now: float) -> list[Decision]:
+        decisions = self.admission.admit(now)
         for decision in decisions:
             self._records.note(decision, now)
-            if isinstance(decision, Refused):
-                del self._records.live[decision.request_id]
-        return decisions
+        return [*grown, *decisions]
 
     def _abort(self, live: LiveRequest, now: float) -> list[Outcome]:
         if live.lease is not None:
             return [Withdrawn(live.lease.group, live.lease.lease_id)]
-        self._give_up(live)
+        self.admission.give_up(live)
         refused = Refused(live.request_id, RequestAbortedError())
         self._records.note(refused, now)
         return [refused]
 
-    def _give_up(self, live: LiveRequest) -> None:
-        self.admission.give_up(live)
-        del self._records.live[live.request_id]
-
     def _void(self, group: str, now: float) -> None:
-        self.admission.group_down(group)
+        self.admission.promised.group_down(group)
         for lease in self.fleet.group_down(group, now):
             self._records.lease_over(lease)

@@ -73,7 +73,7 @@ Row = tuple[str, EngineInfo, Reason, PageNeed, PageNeed, int, float | None]
 
 @dataclass(frozen=True, slots=True)
 class Verdicts:
-    """Verdicts of all groups, worded only when somebody reads them: deciding is hot."""
+    """Verdicts of all groups, worded only when they are read: deciding is a hot path."""
 
     rows: tuple[Row, ...] = ()
 

@@ -119,6 +119,7 @@ def test_the_oldest_grows_where_adopted_leases_overstate_what_is_used(account: A
     assert account.free.sealed == -20
     assert not account.grow(young, 61)
     assert account.grow(old, 70)
+    assert not account.grow(young, 61)  # the old one has yet to end
     account.release(old)
     assert account.grow(young, 70)
 

@@ -57,7 +57,7 @@ def test_the_first_in_line_is_promised_a_start_and_smaller_ones_pass_it_without_
     router = router_with(pace=SLOW, groups={"g0": make_info()}, ahead_s=1e9, patience_s=1.0)
     running = place(router, "running", 960, 320, 0.0)  # 78 sealed pages, ends at about 33 s
     assert isinstance(router.place(ask("large", 960, 320), 1.0)[0], Enqueued)
-    promise = router.admission.promise
+    promise = router.admission.promised.current
     assert promise is not None
     assert promise.request_id == "large"
     assert promise.at == pytest.approx(32.96, abs=0.1)

@@ -259,6 +259,20 @@ def test_a_group_that_connects_again_has_the_leases_that_it_lists() -> None:
     assert (status.granted_total, status.released_total) == (4, 4)
 
 
+def test_an_engine_that_connects_twice_voids_what_it_does_not_list() -> None:
+    """The router may hear of the new connection before it hears of the end of the old one."""
+    router = router_with(groups={"g0": make_info()})
+    placements = [granted(router.place(ask(name), 0.0)) for name in "ab"]
+    for placement in placements:
+        arrive(router, placement, 0.0)
+    router.group_up("g0", make_info(), [placements[1].lease], 1.0)
+    assert list(router.fleet.leases) == [placements[1].lease.lease_id]
+    router.group_up("g0", make_info(epoch="e1"), (), 2.0)
+    status = router.status(2.0)
+    assert (status.leases, status.groups[0].used) == (0, PageNeed(0, 0))
+    router.fleet.check_integrity()
+
+
 def test_without_any_group_the_answer_is_to_come_back() -> None:
     refused(make_router().place(ask("a"), 0.0)[0], NoGroupError)
 
