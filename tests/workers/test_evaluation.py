@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM
 
 from kvmesh.kernels.formats.registry import get_format
 from kvmesh.workers.config import EngineConfig
-from kvmesh.workers.engine import Engine
 from kvmesh.workers.errors import ConfigError
 from kvmesh.workers.evaluation.footprint import Footprint
 from kvmesh.workers.evaluation.model import EvaluatedModel, choose_formats
@@ -21,6 +20,7 @@ from kvmesh.workers.evaluation.passkey import OUTPUT_TOKENS, PasskeyPromptMaker,
 from kvmesh.workers.evaluation.perplexity import measure_perplexity
 from kvmesh.workers.evaluation.recall import PASSAGE_TOKENS, measure_recall
 from kvmesh.workers.evaluation.text import TokenText, read_text
+from kvmesh.workers.leader import EngineLeader
 from kvmesh.workers.local import InProcessExecutor, LocalProcesses
 from kvmesh.workers.model.embedded import EMBEDDED_NAME
 from kvmesh.workers.model.source import resolve_model
@@ -334,12 +334,12 @@ def test_alternatives_are_ordered_by_bits() -> None:
     assert not any(fmt.needs_calibration or fmt.name == "int8" for fmt in formats)
 
 
-def test_an_engine_does_not_start_with_a_refused_format() -> None:
+async def test_a_group_does_not_start_with_a_refused_format() -> None:
     executor = MemoryExecutor(PAGE, 0, 0, 400)
     executor.kl_nats = {"int4": 1.0}
     config = EngineConfig(model="memory", kv_format="int4", page_size=PAGE, kv_probe="refuse")
     with pytest.raises(ConfigError, match="int4 hurts"):
-        Engine(config, executor)
+        await EngineLeader(config, executor).start()
 
 
 def test_int8_diverges_less_than_int4_on_the_embedded_model() -> None:
