@@ -109,7 +109,8 @@ class Admission:
             if not open_groups:
                 break
             demand = self._refresh(live, now)
-            if self._chooser.fits_nowhere(demand):
+            # A group that is still missing may be one that holds it.
+            if not self.missing and self._chooser.fits_nowhere(demand):
                 decisions.append(self._refuse(live, now))
                 continue
             if not self._refusals.within_quota(demand):

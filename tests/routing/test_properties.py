@@ -568,6 +568,7 @@ class RouterMachine(RuleBasedStateMachine):
         return list(held.values())
 
 
+@settings(deadline=None)
 @given(
     maxima=st.lists(st.integers(1, 20), min_size=1, max_size=12),
     order=st.randoms(use_true_random=False),

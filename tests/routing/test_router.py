@@ -304,6 +304,15 @@ def test_what_never_fits_is_refused_when_the_groups_are_known() -> None:
     assert router.status(1.0).live_requests == 1
 
 
+def test_what_only_a_missing_group_can_hold_waits_for_it() -> None:
+    router = Router(RouterConfig(rebuild_timeout_s=10.0), 2, 0.0, expected_groups=["g0", "large"])
+    router.group_up("g0", make_info(), (), 0.0)
+    router.place(ask("a", prompt=10_000), 0.2)
+    assert router.tick(10.0) == []
+    large = make_info(sealed=1000)
+    assert granted(router.group_up("large", large, (), 20.0)).group == "large"
+
+
 def test_an_estimate_changes_nothing() -> None:
     router = one_at_a_time()
     before = router.estimate(ask("a"), 0.0)
