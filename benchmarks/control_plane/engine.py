@@ -5,12 +5,12 @@ Everything else of a group is real: leader, engine, scheduler, pages, leases.
 
 from __future__ import annotations
 
-import os
 import threading
 from typing import Any
 
 from benchmarks.control_plane.executor import InstantExecutor
 from kvmesh.cluster import app
+from kvmesh.cluster.rank_actors import RankActors
 from kvmesh.workers.config import EngineConfig
 
 
@@ -27,19 +27,22 @@ class InstantRanks:
 
 made: list[InstantExecutor] = []
 
+# The deployment's class had the second name before; the first one that exists is taken.
+NAME = next(name for name in ("EngineReplica", "Engine") if hasattr(app, name))
+Base: Any = getattr(app, NAME)
 
-class InstantEngine(app.Engine):
+
+class InstantEngine(Base):  # type: ignore[misc]
     """The engine deployment over an InstantExecutor."""
 
     async def __init__(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[misc]
-        app.RankActors = InstantRanks  # type: ignore[attr-defined,assignment]
+        setattr(app, RankActors.__name__, InstantRanks)
         await super().__init__(*args, **kwargs)
 
     async def executor_facts(self) -> dict[str, int]:
         """The leader's threads, and the executor's work and CPU time so far."""
         executor = made[-1]
         return {
-            "pid": os.getpid(),
             "engine_thread": executor.thread_id,
             "loop_thread": threading.get_native_id(),
             "executor_ns": executor.cpu_ns,
@@ -49,5 +52,5 @@ class InstantEngine(app.Engine):
 
 
 def install() -> None:
-    """Have `build_app` deploy the engine without a model. Idempotent."""
-    app.Engine = InstantEngine  # type: ignore[misc]
+    """Have `build_app` deploy InstantEngine."""
+    setattr(app, NAME, InstantEngine)

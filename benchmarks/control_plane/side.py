@@ -6,8 +6,8 @@ Measures the `kvmesh` that the import path finds, and assumes that it has
   cluster.lifecycle.Cluster, Endpoint, APP_NAME; Cluster calls `progress` before it imports
       cluster.app, with Serve's variables in the environment
   cluster.config.build with the sections `engine`, `ingress`, `router` and `timeouts` below
-  cluster.app.Engine, which makes RankActors(config, resources) and uses its
-      `executor` and `close`
+  cluster.app.EngineReplica or Engine, which makes RankActors(config, resources), a name of
+      that module, and uses its `executor` and `close`
   workers.executor, workers.plan: the Executor protocol and its plans
   group 0 as a Serve deployment named `engine-0`
 """
@@ -80,12 +80,19 @@ def configure(ingress: int) -> ClusterConfig:
     )
 
 
-def install_engine(step: str, share: float | None) -> None:
+class EngineInstaller:
     """A `progress` of Cluster: replaces the engine once Serve's variables are set.
 
     Serve reads them when it is imported, which the import here does.
     """
-    if "RAY_SERVE_ENABLE_HA_PROXY" in os.environ:
+
+    def __init__(self) -> None:
+        self._called = False
+
+    def __call__(self, step: str, share: float | None) -> None:
+        if self._called or "RAY_SERVE_ENABLE_HA_PROXY" not in os.environ:
+            return
+        self._called = True  # also if this fails: Cluster still reports while it stops
         from benchmarks.control_plane import engine
 
         engine.install()
@@ -196,7 +203,7 @@ def run(ingress: int, seconds: float) -> dict[str, Any]:
     load = LoadProcess()
     try:
         began_s = time.perf_counter()
-        with Cluster(configure(ingress), install_engine) as endpoint:
+        with Cluster(configure(ingress), EngineInstaller()) as endpoint:
             start_s = time.perf_counter() - began_s
             return {"start_s": start_s, **_measure(load, endpoint, seconds)}
     finally:
