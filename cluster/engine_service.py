@@ -159,9 +159,17 @@ class EngineService:
     def greet(self, router: Link) -> None:
         """Send the whole account to a router that has just been connected."""
         assert self._listener is not None
-        leases, update, pages = self.leader.restate()
-        info, address = self.leader.info(), self._listener.address
-        router.send(Hello(self._group, info, address, leases, update, pages))
+        book, address = self.leader.book, self._listener.address
+        router.send(
+            Hello(
+                self._group,
+                self.leader.info(),
+                address,
+                book.leases,
+                book.restate(),
+                self.leader.blocks.restate(),
+            )
+        )
         self._router = router
         self.report_now()
 
@@ -205,7 +213,8 @@ class EngineService:
         if router is None or self.leader.failed is not None:
             return  # the next Hello sends everything
         self._flushed_s = asyncio.get_running_loop().time()
-        update, pages = self.leader.take_update(), self.leader.take_page_changes()
+        leader = self.leader
+        update, pages = leader.book.take_update(), leader.blocks.take_changes()
         if update or pages.held or pages.dropped or even_empty:
             router.send(AccountNews(update, pages))
         # Loads match the account only while nothing has changed since they were made.

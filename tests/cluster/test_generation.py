@@ -552,7 +552,7 @@ async def test_a_deadline_after_the_first_token_keeps_the_output(
     one: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(generation, "DEADLINE_GRACE_S", 0.0)
-    stream = one.stream(make_request(600, timeout_s=1.0))
+    stream = one.stream(make_request(600, timeout_s=4.0))
     one.allow(5)
     received = await read_until(stream, 3)
     # No further step runs, so the engine cannot end it.

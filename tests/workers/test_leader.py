@@ -171,7 +171,7 @@ async def test_submit_refuses_invalid_requests() -> None:
         with pytest.raises(PoolCapacityError) as caught:
             leader.submit([request("c", [3, 4], lease=small)], inbox.deliver)
         assert caught.value.retryable
-        assert leader.take_update() == AccountUpdate(arrived=(big,))
+        assert leader.book.take_update() == AccountUpdate(arrived=(big,))
         leader._draining = True
         with pytest.raises(EngineDrainingError):
             leader.submit([request("d", [3, 4])], inbox.deliver)
@@ -183,7 +183,7 @@ async def test_all_sequences_of_a_lease_are_accepted_or_none() -> None:
         good, bad = request("l.0", [3, 4], lease=lease), request("l.1", [-1], lease=lease)
         with pytest.raises(InvalidFieldError):
             leader.submit([good, bad], Inbox().deliver)
-        assert not leader.take_update()
+        assert not leader.book.take_update()
         assert leader._idle.is_set()
 
 
@@ -203,25 +203,25 @@ async def test_the_account_of_a_lease_from_its_arrival_to_its_end() -> None:
         lease = LeaseTerms("l", 1, hot_pages=1, sealed_pages=1, max_sealed_pages=8)
         params = SamplingParams(temperature=0.0, max_tokens=6 * PAGE, ignore_eos=True)
         leader.submit([request("l.0", [3, 4], params=params, lease=lease)], inbox.deliver)
-        assert leader.take_update() == AccountUpdate(arrived=(lease,))
+        assert leader.book.take_update() == AccountUpdate(arrived=(lease,))
         executor.allow(MANY)
         # Until it has used up its lease, and waits.
         tokens: list[int] = []
         while len(tokens) < 2 * PAGE - 2:
             for delta in await inbox.take():
                 tokens += delta.token_ids
-        update = leader.take_update()
+        update = leader.book.take_update()
         assert update.first_tokens == ("l",)
         (want,) = update.wants
         assert want.prompt_tokens == 2
         assert want.tokens <= 2 * PAGE + AHEAD_TOKENS
-        assert leader.restate()[1].wants == (want,), "a new router gets it again"
+        assert leader.book.restate().wants == (want,), "a new router gets it again"
         leader.extend(replace(lease, sealed_pages=8))
         read = await inbox.until_end({"l.0"})
         tokens += tokens_of(read["l.0"])
         assert tokens == expected_output([3, 4], 6 * PAGE, ignore_eos=True)
-        assert leader.take_update() == AccountUpdate(ended=(LeaseEnd("l", 6 * PAGE),))
-        assert leader.restate() == ((), AccountUpdate(), leader.restate()[2])
+        assert leader.book.take_update() == AccountUpdate(ended=(LeaseEnd("l", 6 * PAGE),))
+        assert (leader.book.leases, leader.book.restate()) == ((), AccountUpdate())
 
 
 async def test_a_withdrawn_lease_ends_whether_it_runs_or_not() -> None:
@@ -231,14 +231,14 @@ async def test_a_withdrawn_lease_ends_whether_it_runs_or_not() -> None:
         leader.submit([request("l.0", [3, 4], params=ENDLESS, lease=lease)], inbox.deliver)
         executor.allow(1)
         await inbox.take()
-        leader.take_update()
+        leader.book.take_update()
         leader.withdraw("never came")
-        assert leader.take_update() == AccountUpdate(ended=(LeaseEnd("never came"),))
+        assert leader.book.take_update() == AccountUpdate(ended=(LeaseEnd("never came"),))
         leader.withdraw("l")
         executor.allow(1)
         read = await inbox.until_end({"l.0"})
         assert read["l.0"][-1].finish_reason is EndReason.ABORT
-        assert leader.take_update() == AccountUpdate(ended=(LeaseEnd("l"),))
+        assert leader.book.take_update() == AccountUpdate(ended=(LeaseEnd("l"),))
 
 
 async def test_reports_agree_with_the_account() -> None:
