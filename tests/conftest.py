@@ -2,12 +2,15 @@
 
 Waiting threads sleep instead of spinning, which would slow a shared machine tenfold. Without
 a GPU the Triton kernels run in Triton's interpreter, which has to be enabled before the first
-import of Triton anywhere in the suite.
+import of Triton anywhere in the suite. Property tests have no deadlines: a busy
+machine is not a bug.
 """
 
 from __future__ import annotations
 
 import os
+
+from hypothesis import HealthCheck, settings
 
 from kvmesh.workers.threads import wait_passively
 
@@ -17,3 +20,6 @@ import torch  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")

@@ -85,6 +85,7 @@ def flashinfer(monkeypatch: pytest.MonkeyPatch) -> type[StandIn]:
     return Fresh
 
 
+@pytest.mark.slow
 def test_a_dry_run_checks_measures_and_writes(
     flashinfer: type[StandIn], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -108,6 +109,7 @@ def test_a_dry_run_checks_measures_and_writes(
     assert "b2 200 2x3 d64" in printed and "FlashInfer" in printed
 
 
+@pytest.mark.slow
 def test_wrong_output_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(*arguments: Any, **options: Any) -> Any:
         out, lse = paged_attention(*arguments, **options)

@@ -59,6 +59,7 @@ def test_every_page_that_a_step_reads_exists(sink: int, recent: int, batch: int)
     )
 
 
+@pytest.mark.slow
 def test_a_tiny_model_runs_and_is_reported(tmp_path: Path) -> None:
     output = tmp_path / "decode.json"
     report = decode.main(
@@ -84,6 +85,7 @@ def test_a_tiny_model_runs_and_is_reported(tmp_path: Path) -> None:
     assert low["kv_bytes"] < 0.5 * exact["kv_bytes"]  # 4 pages exact, the others in 3 bits
 
 
+@pytest.mark.slow
 def test_contexts_that_do_not_fit_are_skipped(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -99,6 +101,7 @@ def test_contexts_that_do_not_fit_are_skipped(
     assert "skipped" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_wrong_kernel_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(*arguments: Any, backend: str, **options: Any) -> Any:
         out, lse = paged_attention(*arguments, backend=backend, **options)

@@ -14,6 +14,7 @@ from kvmesh.kernels.attention import SharedPrefixes
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
+@pytest.mark.slow
 def test_a_dry_run_compares_and_reports(tmp_path: Path) -> None:
     output = tmp_path / "prefixes.json"
     prefixes.main(["--dry-run", "--format", "exact", "k4v4", "--output", str(output)])
@@ -25,6 +26,7 @@ def test_a_dry_run_compares_and_reports(tmp_path: Path) -> None:
     assert all(row["ratio"] > 0 for row in rows)
 
 
+@pytest.mark.slow
 def test_a_difference_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     def too_few(pages: torch.Tensor, members: torch.Tensor, starts: torch.Tensor) -> SharedPrefixes:
         """Sequences leave pages to a set that does not read them."""

@@ -38,6 +38,7 @@ def test_long_outputs_hold_their_pages_for_longer() -> None:
     assert held_tokens([Request(100, 100), Request(100, 300)]) == 225
 
 
+@pytest.mark.slow
 def test_every_format_serves_the_same_requests(tmp_path: Path) -> None:
     output = tmp_path / "throughput.json"
     report = throughput.main(

@@ -46,6 +46,7 @@ def check(case: Case, **options: Unpack[AttentionOptions]) -> None:
     assert (lse[count:] == -torch.inf).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", format_names())
 @pytest.mark.parametrize("windows", [(0, 0), (1, 0), (0, 2), (2, 1)])
 def test_mixed_batch_matches_the_expected_results(name: str, windows: tuple[int, int]) -> None:
@@ -53,6 +54,7 @@ def test_mixed_batch_matches_the_expected_results(name: str, windows: tuple[int,
     check(make_case(get_format(name), shape, MIXED))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", format_names())
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim", "page_size"),
@@ -63,6 +65,7 @@ def test_shapes(name: str, heads: int, kv_heads: int, head_dim: int, page_size: 
     check(make_case(get_format(name), shape, [(1000, 1), (300, 40), (63, 63), (65, 1)]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", format_names())
 @pytest.mark.parametrize("softcap", [None, 20.0])
 @pytest.mark.parametrize("window", [1, 16, 40, 1000])
@@ -93,11 +96,13 @@ def test_shared_pages(name: str) -> None:
     check(case)
 
 
+@pytest.mark.slow
 def test_bf16_pages() -> None:
     for name in format_names():
         check(make_case(get_format(name), Shape(recent_pages=1), MIXED, dtype=torch.bfloat16))
 
 
+@pytest.mark.slow
 def test_far_pages_in_parts_and_long_chunks_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planning, "MAX_FAR_TOKENS", 48)
     monkeypatch.setattr(planning, "MIN_BLOCK_TOKENS", 32)

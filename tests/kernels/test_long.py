@@ -19,6 +19,8 @@ from kvmesh.kernels.write import write_hot
 from tests.kernels.cases import Shape
 from tests.kernels.long_cases import LongCase, arena, long_truth, make_long_case, pages_beyond
 
+pytestmark = pytest.mark.slow
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 MILLION = 2**20

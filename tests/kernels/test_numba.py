@@ -29,6 +29,7 @@ from tests.kernels.cases import (
 from tests.kernels.test_nuq import ROPES
 
 pytest.importorskip("numba")
+pytestmark = pytest.mark.slow
 
 COMPILED = [
     name

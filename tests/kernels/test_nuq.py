@@ -71,6 +71,7 @@ def test_codes_are_those_of_keys_before_rope(name: str, rope: dict[str, object])
         assert (stored == first).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rope", ROPES)
 def test_attention_matches_the_expected_results(rope: dict[str, object]) -> None:
     fmt = get_format("nuq4")

@@ -12,6 +12,8 @@ from kvmesh.kernels.attention.triton_launch import sharers
 from kvmesh.kernels.formats.registry import get_format
 from tests.kernels.cases import AttentionOptions, Case, Shape, make_case, truth, with_prefixes
 
+pytestmark = pytest.mark.slow
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Sequences 0, 2, 5 read the first set together, and 1, 4 the second; 3 has a chunk.
 SEQUENCES = [(260, 1), (330, 1), (300, 1), (270, 20), (500, 1), (257, 1), (64, 1)]

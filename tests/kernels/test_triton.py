@@ -32,6 +32,8 @@ from tests.kernels.cases import (
     with_empty_sequences,
 )
 
+pytestmark = pytest.mark.slow
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16] if DEVICE == "cuda" else [torch.float32]
 CAPABILITY = torch.cuda.get_device_capability() if DEVICE == "cuda" else None

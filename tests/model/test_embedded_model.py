@@ -39,6 +39,7 @@ def test_facts(path: Path) -> None:
     assert (facts.max_model_len, facts.eos_token_ids) == (8192, (2,))
 
 
+@pytest.mark.slow
 def test_greedy_output_equals_transformers(path: Path) -> None:
     tokenizer = Tokenizer.load(path)
     prompts = [tokenizer.encode_chat([{"role": "user", "content": text}]) for text in QUESTIONS]
@@ -58,6 +59,7 @@ def test_greedy_output_equals_transformers(path: Path) -> None:
         assert output == generated[0, len(prompt) :].tolist()
 
 
+@pytest.mark.slow
 def test_three_ranks_compute_the_same_as_one(path: Path, tmp_path: Path) -> None:
     tokenizer = Tokenizer.load(path)
     prompts = [tokenizer.encode(text) for text in QUESTIONS[:2]]

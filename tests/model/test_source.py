@@ -342,6 +342,7 @@ def _make_slowly(root: Path, turns: Any) -> None:
     ModelStore(root).make("key", "name", fill, 0)
 
 
+@pytest.mark.slow
 def test_two_processes_make_an_entry_once(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     turns = context.Queue()

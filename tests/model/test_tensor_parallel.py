@@ -26,6 +26,7 @@ from tests.model.ranks import (
 from tests.model.small import make_small_model
 
 
+@pytest.mark.slow
 def test_two_ranks_compute_the_same_as_one(tmp_path: Path) -> None:
     expectations = [
         save_expectation(
@@ -40,6 +41,7 @@ def test_two_ranks_compute_the_same_as_one(tmp_path: Path) -> None:
     assert [result for result in results if result[1] > 1e-4 or not result[2]] == []
 
 
+@pytest.mark.slow
 def test_sums_are_bitwise_equal_and_a_lost_rank_is_noticed() -> None:
     size = 3
     results = run_ranks(sum_then_lose_a_rank, size, size + (size - 1))

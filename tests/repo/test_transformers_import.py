@@ -59,6 +59,7 @@ def run_in_root(script: str, *arguments: str) -> str:
     return result.stdout
 
 
+@pytest.mark.slow
 def test_models_import_from_the_repository_root() -> None:
     assert "imported" in run_in_root(IN_DRIVER)
 

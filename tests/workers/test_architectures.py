@@ -20,6 +20,7 @@ from tests.model.small import make_small_model
 TOKENS = 24
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_engine_output_equals_transformers(case: str, tmp_path: Path) -> None:
     """Prompts in chunks of 16 tokens next to decoding ones, over several pages."""

@@ -394,6 +394,7 @@ def test_ranks_take_their_heads(name: str, calibrations: dict[str, Calibration])
             assert torch.equal(fmt.encode(k[:, heads], v[:, heads], share[layer], at), want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["nuq3", "int8-static", "int8-static-layer"])
 def test_output_does_not_depend_on_how_it_is_run(
     name: str,

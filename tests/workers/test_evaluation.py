@@ -194,6 +194,7 @@ def test_a_passkey_prompt_hides_its_key_at_the_right_depth(
     assert maker.make(800, depth, seed=4).key != prompt.key
 
 
+@pytest.mark.slow
 def test_the_embedded_model_finds_a_passkey() -> None:
     model = EvaluatedModel(EngineConfig(model=EMBEDDED_NAME, device="cpu", threads_per_rank=1))
     report = measure_passkey(
@@ -342,6 +343,7 @@ async def test_a_group_does_not_start_with_a_refused_format() -> None:
         await EngineLeader(config, executor).start()
 
 
+@pytest.mark.slow
 def test_int8_diverges_less_than_int4_on_the_embedded_model() -> None:
     config = EngineConfig(model=EMBEDDED_NAME, device="cpu", threads_per_rank=1)
     rank = Rank(config, 0, Communicator.single())
@@ -350,6 +352,7 @@ def test_int8_diverges_less_than_int4_on_the_embedded_model() -> None:
     assert 0.0 < int8 < 1e-3 < int4
 
 
+@pytest.mark.slow
 def test_a_group_measures_together_and_once(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,6 +31,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SELF_SUFFICIENT)
 def test_output_depends_only_on_the_prompt(name: str, model: Path) -> None:
     """Pages of 16 tokens, prompts of up to 13 pages: most are sealed in every format."""

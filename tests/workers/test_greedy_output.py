@@ -14,6 +14,8 @@ from kvmesh.workers.model.source import resolve_model
 from kvmesh.workers.model.tokenizer import Tokenizer
 from tests.workers.invariance import INVARIANT_TOKENS, Invariance, generate, tokens_of
 
+pytestmark = pytest.mark.slow
+
 TOKENS = 64
 QUESTIONS = [
     "What is the capital of France, and what is it known for?",

@@ -92,6 +92,7 @@ def filled_rank(
     return rank
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv_format", ["exact", "k4v2", "int8-static", "nuq3"])
 def test_decode_steps_equal_those_of_plain_torch(
     kv_format: str, model: ServedModel, monkeypatch: pytest.MonkeyPatch

@@ -188,6 +188,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv_format", ["exact", "int8", "k4v2"])
 def test_output_is_the_same_when_prefixes_are_read_together(
     kv_format: str, model: Path, monkeypatch: pytest.MonkeyPatch

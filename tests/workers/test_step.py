@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
 from kvmesh.kernels.attention import paged_attention
@@ -42,6 +43,7 @@ def test_chunks_are_packed_with_their_positions_and_slots() -> None:
     assert not arrays.is_decode
 
 
+@pytest.mark.slow
 def test_a_padded_decode_step_gives_the_same_results() -> None:
     """Padding writes nothing, seals nothing, and its rows of the output are empty."""
     torch.manual_seed(0)
