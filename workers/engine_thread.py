@@ -28,7 +28,7 @@ Command = Callable[[Engine], SequenceDelta | None]
 Report = tuple[EngineLoads, Mapping[bytes, bool]]
 
 
-class Listener(Protocol):
+class EngineListener(Protocol):
     """Called on the event loop, in the order in which the engine did it."""
 
     def engine_started(self, engine: Engine) -> None: ...
@@ -46,7 +46,7 @@ class EngineThread:
     make: called in the thread
     """
 
-    def __init__(self, make: Callable[[], Engine], listener: Listener) -> None:
+    def __init__(self, make: Callable[[], Engine], listener: EngineListener) -> None:
         self._make = make
         self._listener = listener
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
