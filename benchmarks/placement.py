@@ -17,6 +17,7 @@ import platform
 import random
 import statistics
 import time
+from collections import deque
 from pathlib import Path
 
 from kvmesh.cluster.routing.config import RouterConfig, RouterTuning
@@ -61,7 +62,7 @@ class Requests:
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
         self._count = 0
-        self._chains: list[tuple[bytes, ...]] = []
+        self._chains: deque[tuple[bytes, ...]] = deque(maxlen=2048)
 
     def __call__(self) -> PlaceRequest:
         self._count += 1
