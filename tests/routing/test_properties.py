@@ -390,6 +390,8 @@ class RouterMachine(RuleBasedStateMachine):
         assert not Counter(job.state for job in self.all.values() if job.state not in FINAL)
         status = self.router.status(self.now)
         assert (status.leases, status.live_requests, status.queue_depth) == (0, 0, 0)
+        for use in self.router.fleet.tenants._uses.values():
+            assert (use.active, use.leased_bytes) == (0, 0)
         for group in GROUPS:
             account = self.router.fleet.groups[group].account
             assert account is not None
