@@ -1,15 +1,15 @@
-# kvmesh: `make` lists what there is.
+# kvmesh: `make` lists the targets.
 #
-# Everything runs in .venv, which is made on first use and brought up to date
-# when pyproject.toml or constraints.txt change. All paths are relative, so that
-# the checkout may lie in a folder with spaces in its name.
+# Everything runs in .venv, which is made on first use and updated when
+# pyproject.toml or constraints.txt change. All paths are relative, so that the
+# name of the checkout's folder may contain spaces.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
 
-# Python 3.11 or newer, to make the environment with: the first that is found.
+# Python 3.11 or newer to make the environment with: the first one found.
 PYTHON ?= $(shell for name in python3 python3.13 python3.12 python3.11; do \
 	"$$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
 	&& echo "$$name" && break; done)
@@ -25,15 +25,15 @@ STAMP := .venv/.installed
 .PHONY: help venv hooks demo serve test test-fast lint format protos graph bench \
 	clean distclean
 
-help: ## This list
+help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
-venv: $(STAMP) ## The environment: .venv with pinned dependencies
+venv: $(STAMP) ## Make the environment: .venv with pinned dependencies
 
 $(STAMP): pyproject.toml constraints.txt
 	@if [ ! -x $(PY) ]; then \
 		if [ -z '$(PYTHON)' ]; then \
-			echo 'kvmesh needs Python 3.11 or newer; none was found.' >&2; \
+			echo 'kvmesh needs Python 3.11 or newer, but none was found.' >&2; \
 			echo 'On Debian: apt install python3 python3-venv. Or: make venv PYTHON=/path/to/python3.11' >&2; \
 			exit 1; \
 		fi; \
@@ -44,7 +44,7 @@ $(STAMP): pyproject.toml constraints.txt
 			exit 1; \
 		}; \
 	fi
-	@echo 'Installing kvmesh and what it needs (torch, Ray, transformers: minutes the first time)'
+	@echo 'Installing kvmesh and its dependencies (torch, Ray, transformers; takes minutes the first time)'
 	$(PY) -m pip install $(if $(TORCH_INDEX),--extra-index-url '$(TORCH_INDEX)') \
 		-c constraints.txt -e '.[serve,plot,dev]'
 	@touch $@
@@ -52,20 +52,20 @@ $(STAMP): pyproject.toml constraints.txt
 hooks: $(STAMP) ## Let git run lint and the repository's rules before each commit
 	.venv/bin/pre-commit install
 
-demo: $(STAMP) ## Start a local cluster, ask the model a question, show the costs, stop
+demo: $(STAMP) ## Start a local cluster, ask the model a question, show the cost, stop
 	.venv/bin/kvmesh demo $(ARGS)
 
 serve: $(STAMP) ## Serve until Ctrl-C
 	@exec .venv/bin/kvmesh serve $(ARGS)
 
-test: $(STAMP) ## All tests
+test: $(STAMP) ## Run all tests
 	$(PY) -m pytest $(ARGS)
 
-# Coverage has a floor, which some of the tests cannot reach: with ARGS it is not measured.
-test-fast: $(STAMP) ## Two minutes of tests, with coverage: no Ray cluster, no slow ones
+# Coverage has a floor that a part of the tests cannot reach: with ARGS it is not measured.
+test-fast: $(STAMP) ## Run two minutes of tests, no Ray and no slow ones, with coverage
 	$(PY) -m pytest -m 'not (ray or slow)' $(or $(ARGS),--cov --cov-report=)
 
-lint: $(STAMP) ## ruff, mypy, and whether the generated stubs are current
+lint: $(STAMP) ## Run ruff and mypy, and check that the generated stubs are current
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
@@ -75,13 +75,13 @@ format: $(STAMP) ## Sort imports and format
 	$(PY) -m ruff check --select I --fix .
 	$(PY) -m ruff format .
 
-protos: $(STAMP) ## Generate the stubs of the wire contract
+protos: $(STAMP) ## Regenerate the stubs of the wire contract
 	$(PY) protos/generate.py
 
 graph: $(STAMP) ## Draw the import graph in CONTRIBUTING.md
 	$(PY) -m tests.repo.graph
 
-bench: $(STAMP) ## Benchmarks, reported as ratios in one run
+bench: $(STAMP) ## Run the benchmarks, which report ratios within one run
 	$(PY) -m benchmarks $(ARGS)
 
 clean: ## Remove caches and build products

@@ -1,4 +1,4 @@
-"""`make bench`: the CPU benchmarks one after the other; each also runs alone, with options."""
+"""`make bench`: runs the CPU benchmarks one after the other; each also runs alone, with options."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ BENCHMARKS = ("benchmarks.engine", "benchmarks.serving", "benchmarks.attention_c
 
 
 def main() -> int:
-    """Each in a process of its own, so that none inherits another's threads."""
+    """Run each in its own process, so that none inherits another's threads."""
     for name in BENCHMARKS:
         print(f"\n== python -m {name}", flush=True)
         code = subprocess.run([sys.executable, "-m", name], check=False).returncode

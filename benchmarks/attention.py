@@ -3,23 +3,22 @@
     python benchmarks/attention.py [--output FILE] [--format NAME ...] [--heads 8x4 ...]
         [--head-dim N ...] [--batch N ...] [--context N ...] [--tune]
 
-Needs torch and triton only, and runs from a checkout. For each shape the output
-is first compared with attention in fp64 over the decoded pages, by
-FlashAttention's rule; a case that fails it is not timed and the run fails.
-Then, over pools larger than the caches:
+Needs only torch and triton, and runs from a checkout. For each shape the output is
+first compared with attention in fp64 over the decoded pages, by FlashAttention's rule;
+a case that fails is not timed and the run fails. Then, over pools larger than the caches:
 
     bytes      what had to be read: sealed and hot pages of every sequence, once
     GB/s       bytes over the median time of one call
     share      of the bandwidth of a large device copy in the same run
-    speed-up   the time of the fastest baseline over bf16, by ours
+    speed-up   the time of the fastest bf16 baseline divided by ours
 
 Baselines (`baselines.py`) are torch SDPA on contiguous bf16 keys and values, and
-FlashInfer's paged decode over bf16 and fp8 where it is installed. What does not
-fit the GPU's memory is left out with a line that says so. Clocks are as found.
-Formats that are sealed otherwise than another and read alike are not measured apart.
+FlashInfer's paged decode over bf16 and fp8 if it is installed. Shapes that do not fit
+the GPU's memory are skipped with a message. Clocks are not locked. Formats that differ
+from another one only in sealing are not measured separately.
 
-Without a GPU, `--dry-run` takes the same way through one tiny shape in Triton's
-interpreter: correctness is gated, what is printed of time means nothing.
+Without a GPU, `--dry-run` runs one tiny shape in Triton's interpreter: correctness is
+checked, but the printed times mean nothing.
 """
 
 from __future__ import annotations
@@ -67,11 +66,11 @@ from kvmesh.kernels.formats.registry import get_format
 from kvmesh.kernels.seal import seal_pages
 
 PAGE_SIZE = 64
-# The interpreter cuts bf16 instead of rounding it.
+# The interpreter truncates to bf16 instead of rounding.
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 CAPABILITY = torch.cuda.get_device_capability() if DEVICE == "cuda" else None
 CONTENT_PAGES = 256
-HEADS = ("8x4", "8x8", "32x1")  # KV heads x query heads of each
+HEADS = ("8x4", "8x8", "32x1")  # KV heads x query heads per KV head
 HEAD_DIMS = (128, 64)
 BATCHES = (1, 8, 64)
 CONTEXTS = (4096, 32768, 131072, 1048576)
@@ -81,8 +80,8 @@ TINY = Shape(2, 200, 2, 3, 64)
 @dataclass(frozen=True)
 class Row:
     """path: "integer", "one warp" or "plain", with how it was compiled
-    error, error_allowed: largest of the output against fp64, and twice same-dtype torch's
-    bf16_us: the fastest baseline over bf16; sdpa_us, flashinfer_us, flashinfer_fp8_us: each
+    error, error_allowed: maximum error of the output against fp64, and twice same-dtype torch's
+    bf16_us: the fastest bf16 baseline; sdpa_us, flashinfer_us, flashinfer_fp8_us: each baseline
     clocks: right after the measurement
     """
 
@@ -106,7 +105,7 @@ class Row:
 def shapes(
     heads: Iterable[str], head_dims: Iterable[int], batches: Iterable[int], contexts: Iterable[int]
 ) -> Iterator[Shape]:
-    """A million tokens for a batch of one alone."""
+    """The grid of shapes; a million tokens only with a batch of one."""
     for head_dim in head_dims:
         for kv_heads, group in (map(int, pair.split("x")) for pair in heads):
             for batch in batches:
@@ -116,7 +115,7 @@ def shapes(
 
 
 class Case:
-    """A pool full of pages of random numbers, shuffled, and one decode step over it."""
+    """A pool full of shuffled pages of random numbers, and one decode step over it."""
 
     def __init__(self, fmt: KVFormat, shape: Shape) -> None:
         self.fmt = fmt
@@ -131,7 +130,7 @@ class Case:
         self.sealed = torch.empty(
             total, shape.kv_heads, page_bytes, dtype=torch.uint8, device=DEVICE
         )
-        # Some pages of content, repeated: the bytes read are as many, the sealing is quick.
+        # A few content pages are repeated: the same bytes are read, but sealing is fast.
         count = min(total, CONTENT_PAGES)
         content = torch.randn(
             count, 2, shape.kv_heads, PAGE_SIZE, shape.head_dim, device=DEVICE
@@ -185,7 +184,7 @@ class Case:
         )
 
     def errors(self) -> tuple[float, float]:
-        """Of the first and the last sequence: ours, and twice that of torch in bf16."""
+        """For the first and the last sequence: our error, and twice that of torch in bf16."""
         out, _ = self.attend()
         ours, allowed = 0.0, 0.0
         for seq in {0, self.shape.batch - 1}:
@@ -199,11 +198,11 @@ class Case:
         return ours, allowed + 1e-4
 
     def _decoded(self, seq: int, head: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """[tokens, head_dim] fp32 each, what the pages of one sequence and KV head stand for."""
+        """[tokens, head_dim] fp32 each, decoded from the pages of one sequence and KV head."""
         stored = DTYPE if self.fmt.name == "exact" else torch.float32
         params = self.params.share(self.fmt, head, self.shape.kv_heads)
         parts: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
-        # A number decoded takes many times the memory of one sealed.
+        # A decoded number takes many times the memory of a sealed one.
         for ids in self.batch.sealed_tables[seq, :-1].long().split(1024):
             pages = self.sealed[ids, head : head + 1]
             decoded = self.fmt.decode(pages, PAGE_SIZE, self.shape.head_dim, stored, params)
@@ -216,7 +215,7 @@ class Case:
 
 
 def case_bytes(fmt: KVFormat, shape: Shape) -> int:
-    """What a case takes: its pool, and the greatest of what checking it needs beside."""
+    """The memory of a case: its pool, and the maximum that checking it needs in addition."""
     pages = -(-shape.context // PAGE_SIZE) * shape.batch
     page_bytes = fmt.page_bytes(PAGE_SIZE, shape.head_dim, DTYPE.itemsize)
     one_head = shape.context * shape.head_dim
@@ -231,7 +230,7 @@ def _naive(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dtype: torch.dtype
 
 
 def launch_of(fmt: KVFormat, shape: Shape) -> tuple[str, Launch]:
-    """Which path decode takes, and how that is compiled."""
+    """The path that decode takes, and how it is compiled."""
     fmt = as_served(fmt.name, shape.head_dim)
     geometry = (fmt, shape.head_dim, shape.group, PAGE_SIZE)
     if takes_integer_path(
@@ -249,7 +248,7 @@ def measure(
     baselines: Baselines | None,
     rounds: int = ROUNDS,
 ) -> Row | None:
-    """None where the case does not fit the device; ends the run where its output is wrong."""
+    """None if the case does not fit the device; ends the run if its output is wrong."""
     needed, free = case_bytes(fmt, shape), free_bytes()
     if free is not None and needed > free:
         print(f"{fmt.name} {shape}: {needed:,} bytes do not fit {free:,}", file=sys.stderr)
@@ -308,7 +307,7 @@ def show(row: Row) -> None:
 
 
 def tune(names: list[str], bandwidth: float) -> list[Row]:
-    """Warps and stages, or stages and registers, at one long shape."""
+    """Try warps and stages, or stages and registers, at one long shape."""
     shape = Shape(8, 131072, 8, 8, 128)
     rows = []
     for name in names:
@@ -346,7 +345,7 @@ def tune(names: list[str], bandwidth: float) -> list[Row]:
 
 
 def run(grid: Iterable[Shape], formats: list[str], output: Path | None, tuning: bool) -> list[Row]:
-    """Measure, print, and write after every shape: what was measured stays if the rest is not."""
+    """Measure and print; writes after every shape, so that results survive a later failure."""
     torch.manual_seed(0)
     bandwidth = copy_bandwidth()
     report: dict[str, Any] = {
@@ -379,17 +378,17 @@ def run(grid: Iterable[Shape], formats: list[str], output: Path | None, tuning: 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--tune", action="store_true", help="also try how kernels are compiled")
-    parser.add_argument("--dry-run", action="store_true", help="one tiny shape, without a GPU too")
+    parser.add_argument("--tune", action="store_true", help="also try ways to compile the kernels")
+    parser.add_argument("--dry-run", action="store_true", help="one tiny shape, also without a GPU")
     parser.add_argument("--format", nargs="+", default=list(FORMATS))
-    parser.add_argument("--heads", nargs="+", default=HEADS, help="KV heads x queries of each")
+    parser.add_argument("--heads", nargs="+", default=HEADS, help="KV heads x queries per KV head")
     parser.add_argument("--head-dim", nargs="+", type=int, default=HEAD_DIMS)
     parser.add_argument("--batch", nargs="+", type=int, default=BATCHES)
     parser.add_argument("--context", nargs="+", type=int, default=CONTEXTS)
     options = parser.parse_args(arguments)
     if DEVICE == "cpu" and not options.dry_run:
         raise SystemExit(
-            "this benchmark needs a CUDA GPU; without one: --dry-run, and benchmarks/sass.py"
+            "this benchmark needs a CUDA GPU; without one use --dry-run, or benchmarks/sass.py"
         )
     grid: Iterable[Shape] = [TINY]
     if not options.dry_run:

@@ -1,17 +1,17 @@
-"""Decode attention on the CPU: kvmesh's path beside torch SDPA on contiguous KV.
+"""Decode attention on the CPU: kvmesh compared with torch SDPA on contiguous KV.
 
     python benchmarks/attention_cpu.py [--output FILE] [--threads N] [--rounds N]
 
-Shapes are the embedded model's (9 heads, 3 KV heads, head_dim 64, fp32). A call
-is one layer of one decode step: `write_hot` and `paged_attention`. Every layer
-has memory of its own, more than the caches hold. SDPA gets keys and values laid
-out contiguously and grouped heads; it writes nothing and returns no lse. Both
-sides are timed in turns and the median is taken. A case is timed only after its
-output has been checked against SDPA on the decoded keys and values. Calibrated
-formats get parameters that suit normal numbers, the same for all layers.
+Shapes are the embedded model's (9 heads, 3 KV heads, head_dim 64, fp32). A call is one
+layer of one decode step: `write_hot` and `paged_attention`. Every layer has its own
+memory, more than fits the caches. SDPA gets contiguous keys and values and grouped heads;
+it writes nothing and returns no lse. Both sides are timed alternately and the median is
+taken. A case is timed only after its output has been checked against SDPA on the decoded
+keys and values. Calibrated formats get parameters for normal numbers, the same for all
+layers.
 
-The second table is of sequences that share a prefix: its pages read once for all of
-them, beside the same batch with each sequence reading them alone.
+The second table is for sequences that share a prefix: its pages are read once for all of
+them, compared with the same batch in which each sequence reads them separately.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ MAX_BYTES = 384 * 2**20
 
 @dataclass(frozen=True)
 class Row:
-    """ratio: SDPA's time over ours; above 1 we are faster."""
+    """ratio: SDPA's time divided by ours; above 1 we are faster."""
 
     kv_format: str
     batch: int
@@ -58,7 +58,7 @@ class Row:
 
 @dataclass(frozen=True)
 class SharedRow:
-    """ratio: the time alone over the time together."""
+    """ratio: the time alone divided by the time together."""
 
     kv_format: str
     batch: int
@@ -72,7 +72,7 @@ class SharedRow:
 
 
 class Case:
-    """Layers of pools, their contiguous twins, and one decode step over them."""
+    """Layers of pools, the same keys and values contiguously, and one decode step over them."""
 
     def __init__(self, fmt: KVFormat, batch: int, context: int, layers: int) -> None:
         pages = -(-context // PAGE_SIZE)
@@ -104,7 +104,7 @@ class Case:
         self.k, self.v = torch.randn(2, batch, KV_HEADS, HEAD_DIM)
 
     def share(self, pages: int) -> None:
-        """Let all sequences read the first one's first pages."""
+        """Let all sequences read the first sequence's first pages."""
         self.sealed_tables[:, :pages] = self.sealed_tables[0, :pages]
         num_seqs = self.q.shape[0]
         self.prefixes = SharedPrefixes(
@@ -146,7 +146,7 @@ class Case:
         return out.squeeze(2)
 
     def max_error(self) -> float:
-        """Of the last layer against SDPA on what the pages decode to."""
+        """Of the last layer, against SDPA on the decoded pages."""
         out = self.paged()
         kv = self.contiguous[-1].clone()
         full = (self.context - 1) // PAGE_SIZE * PAGE_SIZE

@@ -1,8 +1,8 @@
-"""What decode attention is compared with: kernels of others over bf16 and fp8 keys and values.
+"""Baselines for decode attention: other projects' kernels over bf16 and fp8 keys and values.
 
-Each baseline gets random numbers of its own, and its output is compared with attention in fp64
-before it is timed. One that does not take a shape, or computes something else, is told on
-stderr and has no figure; so does FlashInfer where it is not installed.
+Each baseline gets its own random numbers, and its output is compared with attention in fp64
+before it is timed. A baseline that does not support a shape, computes something else or is
+not installed (FlashInfer) is reported on stderr and gets no figure.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ SDPA = (
     if DEVICE == "cuda"
     else (SDPBackend.MATH,)
 )
-# Norm of the error over that of the output: rounding weights to bf16 or fp8 makes .002 to .02 of
-# it, reading another page or head makes more than 1.
+# Norm of the error divided by that of the output: rounding weights to bf16 or fp8 gives .002 to
+# .02, reading a wrong page or head gives more than 1.
 TOLERANCE = 0.05
 
 Decode = Callable[[], torch.Tensor]
@@ -35,8 +35,8 @@ Decode = Callable[[], torch.Tensor]
 
 @dataclass(frozen=True)
 class Shape:
-    """Of one decode step: `batch` sequences of `context` tokens each; group: query heads a
-    KV head."""
+    """The shape of one decode step: `batch` sequences of `context` tokens each; group: query heads
+    per KV head."""
 
     batch: int
     context: int
@@ -46,13 +46,13 @@ class Shape:
 
     @property
     def elements(self) -> int:
-        """Keys and values."""
+        """Number of keys and values."""
         return 2 * self.batch * self.context * self.kv_heads * self.head_dim
 
 
 @dataclass(frozen=True)
 class Baselines:
-    """Seconds of one call, None where there is no figure; which kernel was the fastest."""
+    """Seconds per call, None if there is no figure; and which kernel was the fastest."""
 
     sdpa_s: float | None
     flashinfer_s: float | None
@@ -61,13 +61,13 @@ class Baselines:
 
     @property
     def bf16_s(self) -> float | None:
-        """The fastest over bf16."""
+        """The fastest bf16 baseline."""
         found = [time_s for time_s in (self.sdpa_s, self.flashinfer_s) if time_s is not None]
         return min(found, default=None)
 
 
 def measure_baselines(shape: Shape, rounds: int = ROUNDS) -> Baselines:
-    """Each the fastest of its variants; memory is given back in between."""
+    """The fastest variant of each baseline; memory is released in between."""
     found: dict[str, float] = {}
     fastest: dict[str, str] = {}
     for name, dtype, variants in (
@@ -106,23 +106,23 @@ def sdpa_variants(shape: Shape, dtype: torch.dtype, rounds: int) -> dict[str, fl
 
 
 def flashinfer_variants(shape: Shape, dtype: torch.dtype, rounds: int) -> dict[str, float]:
-    """FlashInfer's paged decode, on its CUDA cores and on tensor cores (for groups of queries).
+    """FlashInfer's paged decode, on CUDA cores and on tensor cores (for groups of queries).
 
     Source: flashinfer.BatchDecodeWithPagedKVCacheWrapper, layout HND: pages are
-    [num_pages, 2, num_kv_heads, page_size, head_dim], as our hot pages are. Fp8 has scale 1.
+    [num_pages, 2, num_kv_heads, page_size, head_dim], like our hot pages. Fp8 has scale 1.
     """
     if importlib.util.find_spec("flashinfer") is None:
         return {}
     try:
         flashinfer: Any = importlib.import_module("flashinfer")
-    except Exception as error:  # whatever keeps another's package from loading here
-        _say_no("flashinfer", error)
+    except Exception as error:  # a third-party package can fail to load in many ways
+        _report_skipped("flashinfer", error)
         return {}
     pages = -(-shape.context // PAGE_SIZE)
     total = pages * shape.batch
     q, kv = _numbers(shape, dtype, (total, 2, shape.kv_heads, PAGE_SIZE, shape.head_dim))
     table = torch.randperm(total, device=DEVICE).int()
-    # The first sequence's keys and values; as integers, for which indexing exists everywhere.
+    # The first sequence's keys and values; as integers, because indexing supports them everywhere.
     first = kv.view(torch.int8 if dtype.itemsize == 1 else torch.int16)[table[:pages].long()]
     k, v = first.view(dtype).permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, : shape.context]
     want = _expected(q, k, v)
@@ -148,15 +148,15 @@ def flashinfer_variants(shape: Shape, dtype: torch.dtype, rounds: int) -> dict[s
                 q_data_type=q.dtype,
                 kv_data_type=kv.dtype,
             )
-        except Exception as error:  # it may have to compile, with a compiler that is not there
-            _say_no(f"flashinfer, {name}, {dtype}", error)
+        except Exception as error:  # it may have to compile, and fail without a compiler
+            _report_skipped(f"flashinfer, {name}, {dtype}", error)
             continue
         _time(times, name, lambda wrapper=wrapper: wrapper.run(q, kv), want, rounds)  # type: ignore[misc]
     return times
 
 
 def _needed_bytes(shape: Shape, dtype: torch.dtype) -> int:
-    """All keys and values, the first sequence's once more, and one head of it in fp64."""
+    """All keys and values, a copy of the first sequence's, and one head of it in fp64."""
     first = shape.elements // shape.batch
     stored = (shape.elements + first) * dtype.itemsize
     return stored + 3 * 8 * first // shape.kv_heads + WORKSPACE_BYTES
@@ -167,13 +167,13 @@ def _numbers(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     q = torch.randn(shape.batch, shape.kv_heads * shape.group, shape.head_dim, device=DEVICE)
     kv = torch.empty(kv_shape, dtype=dtype, device=DEVICE)
-    for part in kv.view(-1).split(2**26):  # in pieces: bf16 of all would not fit beside fp8
+    for part in kv.view(-1).split(2**26):  # in parts: all of it in bf16 would not fit next to fp8
         part.copy_(torch.randn(part.shape, dtype=torch.bfloat16, device=DEVICE))
     return q.bfloat16(), kv
 
 
 def _expected(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Of the first sequence, [num_heads, head_dim] fp64; k, v: [kv_heads, tokens, head_dim]"""
+    """For the first sequence, [num_heads, head_dim] fp64; k, v: [kv_heads, tokens, head_dim]"""
     outs = []
     for queries, keys, values in zip(q[0].unflatten(0, (k.shape[0], -1)), k, v, strict=True):
         scores = queries.double() @ keys.double().T * q.shape[-1] ** -0.5
@@ -184,16 +184,16 @@ def _expected(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor
 def _time(
     times: dict[str, float], name: str, decode: Decode, want: torch.Tensor, rounds: int
 ) -> None:
-    """Time what is correct; a kernel that refuses, or is not correct, is told and left out."""
+    """Time correct kernels; one that refuses or is not correct is reported and skipped."""
     try:
         error = float((decode()[0].double() - want).norm() / want.norm())
         if error > TOLERANCE:
             raise RuntimeError(f"its output is off by {error:.2e} of the output")
         times[name] = seconds(decode, rounds)
-    except Exception as error:  # another's kernel, with reasons of its own
-        _say_no(name, error)
+    except Exception as error:  # a third-party kernel can fail in many ways
+        _report_skipped(name, error)
 
 
-def _say_no(name: str, error: Exception) -> None:
+def _report_skipped(name: str, error: Exception) -> None:
     lines = str(error).splitlines()
     print(f"  {name}: {lines[0] if lines else type(error).__name__}", file=sys.stderr)

@@ -1,12 +1,12 @@
-"""Which kernels compile for which GPUs, and whether to tensor-core instructions; needs no GPU.
+"""Which kernels compile for which GPUs, and whether they use tensor cores; needs no GPU.
 
     python benchmarks/compiled.py [--output FILE] [--capability 70 75 ...] [--format NAME ...]
         [--shape 128x8] [--page-size 64]
 
-Every kernel is compiled as the operators launch it, with all that a layer or a batch may ask
-for: a window, a softcap, shared prefixes. GPUs before sm_80 have no bf16: there it is fp16.
-What a compiler does not take, or the GPU has no shared memory for, is recorded with the reason,
-and nothing of this has run.
+Every kernel is compiled as the operators launch it, with everything that a layer or a batch may
+need: a window, a softcap, shared prefixes. GPUs before sm_80 have no bf16; they use fp16. If a
+compiler rejects a kernel, or the GPU has too little shared memory for it, the reason is recorded.
+Nothing is run.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ NUM_KV_HEADS = 8
 def kernels_of(
     fmt: KVFormat, capability: int, head_dim: int, group: int, page_size: int
 ) -> Iterator[tuple[str, Any, dict[str, Any], dict[str, Any]]]:
-    """Name, kernel, constants and options of every kernel that this format runs there."""
+    """Name, kernel, constants and options of every kernel that this format runs on the GPU."""
     geometry = (fmt, head_dim, group, page_size)
     gpu = divmod(capability, 10)
     launches: dict[str, Launch | None] = {
@@ -64,8 +64,8 @@ def kernels_of(
     for name, launch in launches.items():
         if launch is None:
             continue
-        asked = {"HAS_SOFTCAP": True, "HAS_WINDOW": True, "HAS_PREFIXES": name != "prefill"}
-        taken = {key: value for key, value in asked.items() if key in launch.kernel.arg_names}
+        features = {"HAS_SOFTCAP": True, "HAS_WINDOW": True, "HAS_PREFIXES": name != "prefill"}
+        taken = {key: value for key, value in features.items() if key in launch.kernel.arg_names}
         constants = {**launch.constants, **taken, "NUM_KV_HEADS": NUM_KV_HEADS}
         yield name, launch.kernel, constants, launch.options
     warps: dict[str, Any] = {"num_warps": NUM_WARPS}
@@ -76,7 +76,7 @@ def kernels_of(
 def shared_kernels(
     head_dim: int, group: int, page_size: int
 ) -> Iterator[tuple[str, Any, dict[str, Any], dict[str, Any]]]:
-    """Of all formats."""
+    """Kernels that all formats share."""
     block_d = triton.next_power_of_2(head_dim)
     sizes = {"HEAD_DIM": head_dim, "BLOCK_D": block_d}
     pages = {"NUM_KV_HEADS": NUM_KV_HEADS, "PAGE_SIZE": page_size}
@@ -86,7 +86,7 @@ def shared_kernels(
 
 
 def attempt(kernel: Any, constants: dict[str, Any], options: dict[str, Any], cc: int) -> str:
-    """ "tensor cores", "compiled" (to code without them), or the compiler's reason."""
+    """The outcome: "tensor cores", "compiled" (without tensor cores), or the compiler's reason."""
     number = "*bf16" if cc >= 80 else "*fp16"
     numbers = dict.fromkeys(("q_ptr", "hot_ptr", "k_ptr", "v_ptr"), number)
     parts = dict.fromkeys(("outs_ptr", "lses_ptr"), "*fp32")
@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("--page-size", type=int, default=64)
     options = parser.parse_args()
     head_dim, group = map(int, options.shape.split("x"))
-    # For each GPU and kernel, what became of it: the formats of each outcome.
+    # For each GPU, kernel and outcome: the formats.
     found: dict[str, dict[str, dict[str, list[str]]]] = {}
     for capability in options.capability:
         outcomes = found.setdefault(f"sm_{capability}", {})

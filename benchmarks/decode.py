@@ -4,20 +4,20 @@
         [--format F ...] [--graphs both|on|off] [--steps N] [--output FILE]
 
 Needs torch, triton, transformers and msgspec, no Ray, no model file: weights of the shape are
-random and made on the device. What is timed is `ModelRunner.execute`, which is what an
+random and generated on the device. What is timed is `ModelRunner.execute`, which is what an
 engine's rank does in a step: the plan's arrays, the model, writing, sealing and attention over
 a pool filled with random pages, and the greedy choice, whose tokens go into the next step.
-Scheduling and the network are not in it.
+Scheduling and the network are not included.
 
-    ms         median over the steps, and mean, in which every sealing counts
+    ms         median over the steps, and mean, which includes all sealing
     share      of a large copy's bandwidth in the same run: (weights + KV bytes read) / time
-    x exact    the time with KV in `exact`, same context, batch and graphs, by this one
+    x exact    the time with `exact` divided by this time, at the same context, batch and graphs
 
 Before a format is timed, the attention kernels are compared with plain torch over pages of a
-pool filled in the same way, and the run ends where they differ.
+pool filled in the same way, and the run ends if they differ.
 
-A pool that does not fit the device's memory is left out with a line that says so, and with it
-the ratios to it. `--shape tiny` runs anywhere, in seconds; figures then mean nothing.
+Pools that do not fit the device's memory are skipped with a message, together with the ratios
+to them. `--shape tiny` runs anywhere in seconds, but its figures mean nothing.
 """
 
 from __future__ import annotations
@@ -59,14 +59,14 @@ CONTEXTS = {"llama-3-8b": (32768, 131072, 524288, 1048576), "tiny": (256, 1024)}
 BATCHES = (1, 8)
 PAGE_SIZE = 64
 WARM_UP = 8
-# Beside weights and pool: activations, attention's parts, graphs, content to fill the pool with.
+# Memory besides weights and pool: activations, attention's parts, graphs, content pages.
 MARGIN_BYTES = 3 * 2**30
 
 
 @dataclass(frozen=True)
 class Row:
     """host_ms: of a step, before the model runs; kv_bytes: read by the last step; sealed_pages:
-    in the measured steps; share and x_exact as the module says"""
+    in the measured steps; share and x_exact: see the module's docstring"""
 
     kv_format: str
     context: int
@@ -98,7 +98,7 @@ class Device:
     def measure(
         self, kv_format: str, context: int, batch: int, cuda_graphs: bool, exact_ms: float | None
     ) -> Row | None:
-        """None where the pool does not fit."""
+        """None if the pool does not fit."""
         config = EngineConfig(
             model=self.shape.name,
             kv_format=kv_format,
@@ -123,7 +123,7 @@ class Device:
         if free is not None and needed > free:
             print(
                 f"{kv_format:6} {context:>8} x{batch}: needs {needed / 2**30:.1f} GiB with its"
-                f" margin, {free / 2**30:.1f} are free: left out",
+                f" margin, only {free / 2**30:.1f} are free: skipped",
                 flush=True,
             )
             return None
@@ -149,9 +149,9 @@ class Device:
         for number in range(WARM_UP + self.steps):
             kv_bytes = steps.kv_bytes
             plan = steps.plan(tokens)
-            began = time.perf_counter()
+            start_s = time.perf_counter()
             result = executor.execute(plan)  # it ends with the tokens on the host
-            took_s = time.perf_counter() - began
+            took_s = time.perf_counter() - start_s
             tokens = [token.token_id for token in result.tokens]
             if number >= WARM_UP:
                 times.append(took_s)
@@ -179,7 +179,7 @@ class Device:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Measure, print, and write after every row: what was measured stays if the rest is not."""
+    """Measure and print; writes after every row, so that results survive a later failure."""
     shape = SHAPES[options.shape]
     dtype = dtype_on(DEVICE)
     bandwidth = copy_bandwidth()
@@ -241,7 +241,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--output", type=Path)
     options = parser.parse_args(arguments)
     if DEVICE == "cpu" and options.shape != "tiny":
-        raise SystemExit("this benchmark needs a CUDA GPU; without one there is --shape tiny")
+        raise SystemExit("this benchmark needs a CUDA GPU; without one use --shape tiny")
     return run(options)
 
 

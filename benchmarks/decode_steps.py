@@ -1,8 +1,8 @@
-"""Decode steps of sequences that are there already: the plans a scheduler would make for them.
+"""Decode steps of existing sequences: the plans that a scheduler would make for them.
 
-Sequences of a given length stand in a pool that is filled with sealed random numbers, so that
-a step at a million tokens can be measured without computing a million tokens first. A
-sequence's pages have fixed places:
+Sequences of a given length are in a pool that is filled with sealed random numbers, so that a
+step at a million tokens can be measured without computing a million tokens first. The pages of
+a sequence have fixed ids:
 
     sealed   base + page - sink
     hot      base + page in the sink, and a ring of recent + 1 pages for the others
@@ -25,9 +25,9 @@ _CONTENT_PAGES = 64
 
 
 class DecodeSteps:
-    """`steps` steps of `batch` sequences, the last of which end at `context` tokens.
+    """`steps` steps of `batch` sequences, of which the longest end at `context` tokens.
 
-    Sequences differ in length by parts of a page, so that they seal at different steps.
+    The sequences' lengths differ by parts of a page, so that they seal at different steps.
     """
 
     def __init__(self, geometry: PageGeometry, *, batch: int, context: int, steps: int) -> None:
@@ -35,7 +35,9 @@ class DecodeSteps:
         self._geometry = geometry
         self._lengths = [context - steps - i * size // batch for i in range(batch)]
         if self._lengths[-1] < 1:
-            raise ValueError(f"context: {context} tokens leave no room for {steps} steps")
+            raise ValueError(
+                f"context: must be larger for {steps} steps to fit, got {context} tokens"
+            )
         self._step = 0
         self._sealed_each = len(geometry.sealed_range(context))
         self.allocation = Allocation(
@@ -47,17 +49,17 @@ class DecodeSteps:
 
     @staticmethod
     def pool_bytes(geometry: PageGeometry, *, batch: int, context: int) -> int:
-        """What the allocation takes."""
+        """Memory of the allocation."""
         need = PageNeed(geometry.hot_per_sequence(), len(geometry.sealed_range(context)))
         return batch * geometry.bytes_of(need)
 
     @property
     def kv_bytes(self) -> int:
-        """That the next step reads: pages of every sequence, each once."""
+        """KV bytes that the next step reads: pages of every sequence, once each."""
         return sum(self._geometry.bytes_of(self._geometry.need(n + 1)) for n in self._lengths)
 
     def plan(self, tokens: list[int]) -> StepPlan:
-        """The next step; tokens: one of each sequence, as the step before has chosen them."""
+        """The next step; tokens: one per sequence, as chosen by the previous step."""
         geometry, size = self._geometry, self._geometry.page_size
         first = self._step == 0
         self._step += 1
@@ -111,7 +113,7 @@ def _update(entries: list[tuple[int, int, int]]) -> TableUpdate:
 
 @torch.inference_mode()
 def fill(pool: KVPool, fmt: KVFormat) -> None:
-    """Random numbers in every page: some pages sealed, and repeated over the arena."""
+    """Random numbers in every page: a few sealed pages, repeated over the arena."""
     pool.all_hot.normal_()
     layers, total = pool.all_sealed.shape[:2]
     count = min(total, _CONTENT_PAGES)

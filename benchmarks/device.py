@@ -1,7 +1,7 @@
-"""The GPU a benchmark runs on: its clock, its bandwidth, its conditions.
+"""The GPU that a benchmark runs on: its clock, its bandwidth, its conditions.
 
-Without one the same functions run on the CPU, so that a benchmark's logic can be tested; what
-they say of time is worth nothing there.
+Without a GPU the same functions run on the CPU, so that a benchmark's logic can be tested;
+their times mean nothing there.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ROUNDS = 15 if DEVICE == "cuda" else 1
 
 
 def seconds(step: Callable[[], object], rounds: int = ROUNDS) -> float:
-    """Median time of one call; the launches are captured, so that the host does not count."""
+    """Median time of one call; the launches are captured, so that host time does not count."""
     if DEVICE == "cpu":
         return statistics.median(_seconds_of(step) for _ in range(rounds))
     for _ in range(3):
@@ -47,22 +47,22 @@ def seconds(step: Callable[[], object], rounds: int = ROUNDS) -> float:
 
 
 def _seconds_of(step: Callable[[], object]) -> float:
-    began = time.perf_counter()
+    start_s = time.perf_counter()
     step()
-    return time.perf_counter() - began
+    return time.perf_counter() - start_s
 
 
 def copy_bandwidth() -> float:
-    """Bytes a second, read and written, of a large copy."""
+    """Bytes per second, read and written, of a large copy."""
     source = torch.empty(COPY_BYTES, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
     return 2 * source.numel() / seconds(lambda: target.copy_(source))
 
 
 def free_bytes() -> int | None:
-    """What the device could still give; None where that is not what limits a benchmark.
+    """Memory that the device can still allocate, or None if memory is not the limit.
 
-    Gives back first what nobody holds any more, graphs that hold each other included.
+    First releases unused memory, including that of graphs in reference cycles.
     """
     gc.collect()
     if DEVICE == "cpu":
@@ -72,12 +72,12 @@ def free_bytes() -> int | None:
 
 
 def clocks() -> str:
-    """Of processors and memory, power drawn and allowed, as nvidia-smi finds them now."""
+    """Clocks of processors and memory, power drawn and allowed, according to nvidia-smi."""
     if DEVICE == "cpu":
         return ""
     query = "--query-gpu=clocks.sm,clocks.mem,power.draw,power.limit"
     here = f"--id=GPU-{torch.cuda.get_device_properties(0).uuid}"
-    for where in ([here], []):  # a part of a GPU has a UUID that nvidia-smi does not take
+    for where in ([here], []):  # nvidia-smi does not accept the UUID of a part of a GPU
         done = subprocess.run(
             ["nvidia-smi", *where, query, "--format=csv,noheader"],
             capture_output=True,
@@ -90,7 +90,7 @@ def clocks() -> str:
 
 
 def conditions() -> dict[str, Any]:
-    """What a figure is to be read with."""
+    """The conditions of a measurement, recorded with its figures."""
     on_gpu = DEVICE == "cuda"
     return {
         "device": torch.cuda.get_device_name() if on_gpu else _cpu_name(),
@@ -103,7 +103,7 @@ def conditions() -> dict[str, Any]:
 
 
 def _cpu_name() -> str:
-    """As Linux has it, and how many of it this process may use."""
+    """The name in Linux, and how many of its cores this process may use."""
     name = platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():

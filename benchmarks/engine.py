@@ -1,19 +1,19 @@
-"""The engine against transformers, side by side in one run.
+"""The engine compared with transformers, in one run.
 
     python -m benchmarks.engine [--tokens N] [--rounds R] [--json FILE]
 
-Three measurements on the embedded model, greedy, in fp32 with exact KV for the
-comparison (the same numbers computed) and in the other KV formats beside it:
+Three measurements on the embedded model, greedy. The comparison uses fp32 with exact KV (the
+same numbers are computed); the other KV formats are measured as well:
 
-  single   one stream's decode: tokens a second after the first token, against
+  single   one stream's decode: tokens per second after the first token, compared with
            transformers' `generate`
-  batch    16 requests at once: tokens a second, against transformers' own
+  batch    16 requests at once: tokens per second, compared with transformers' own
            continuous batching, `generate_batch`
   host     host time of a decode step before the model runs, at 1k and 8k tokens
            of context
 
-The two sides of a comparison take turns, and the figure is the median of the
-rounds' ratios: a machine that slows down slows down both.
+The two sides of a comparison alternate, and the figure is the median of the rounds'
+ratios: if the machine slows down, it slows down both.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ console = Console(stderr=True)
 
 
 def prompt_of(length: int, seed: int) -> list[int]:
-    """Random ordinary tokens: content does not change the work."""
+    """Random ordinary tokens, since the content does not affect the work."""
     return [int(i) for i in np.random.default_rng(seed).integers(100, 40_000, length)]
 
 
@@ -63,12 +63,12 @@ def make_engine(kv_format: str, max_num_seqs: int = 16) -> Engine:
 
 
 def run_engine(engine: Engine, prompts: list[list[int]], tokens: int) -> tuple[float, float, float]:
-    """Seconds to the first token, from there to the last, and median host seconds of a step."""
+    """Seconds to the first token, from there to the last, and median host seconds per step."""
     params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
-    began = time.perf_counter()
+    start_s = time.perf_counter()
     for index, prompt in enumerate(prompts):
         ids = np.array(prompt, np.int32)
-        engine.add(EngineRequest(str(index), "benchmark", ids, params))
+        engine.add(EngineRequest(str(index), ids, params))
     first = 0.0
     host = []
     while engine.has_work:
@@ -77,11 +77,11 @@ def run_engine(engine: Engine, prompts: list[list[int]], tokens: int) -> tuple[f
         if deltas and not first:
             first = time.perf_counter()
     ended = time.perf_counter()
-    return first - began, ended - first, statistics.median(host)
+    return first - start_s, ended - first, statistics.median(host)
 
 
 class _FirstToken(BaseStreamer):  # type: ignore[misc]
-    """Notes when generate's first new token arrives (its first put is the prompt)."""
+    """Records when generate's first new token arrives (its first put is the prompt)."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -90,7 +90,7 @@ class _FirstToken(BaseStreamer):  # type: ignore[misc]
         self.times.append(time.perf_counter())
 
     def end(self) -> None:
-        """Nothing to flush."""
+        """Does nothing: there is nothing to flush."""
 
 
 def run_generate(model: PreTrainedModel, prompt: list[int], tokens: int) -> float:
@@ -108,12 +108,12 @@ def run_generate(model: PreTrainedModel, prompt: list[int], tokens: int) -> floa
 
 def run_generate_batch(model: PreTrainedModel, prompts: list[list[int]], tokens: int) -> float:
     """Seconds for all requests."""
-    began = time.perf_counter()
+    start_s = time.perf_counter()
     results = model.generate_batch(prompts, generation_config=_greedy(tokens))
     ended = time.perf_counter()
     assert len(results) == len(prompts)
     assert all(len(r.generated_tokens) == tokens for r in results.values())
-    return ended - began
+    return ended - start_s
 
 
 def _greedy(tokens: int) -> GenerationConfig:
@@ -127,7 +127,7 @@ def _greedy(tokens: int) -> GenerationConfig:
 
 
 def ratios(ours: Callable[[], float], theirs: Callable[[], float], rounds: int) -> dict[str, float]:
-    """Rates of both, in turns, and the median of theirs/ours in time (> 1: we are faster)."""
+    """Rates of both, alternating, and the median of theirs/ours in time (> 1: we are faster)."""
     ours(), theirs()  # warm up
     pairs = [(ours(), theirs()) for _ in range(rounds)]
     return {
@@ -206,7 +206,7 @@ def measure_host() -> list[dict[str, Any]]:
 
 def show(results: dict[str, Any]) -> None:
     out = Console()
-    table = Table(title="tokens a second on the CPU, fp32, and the ratio to transformers")
+    table = Table(title="tokens per second on the CPU, fp32, and the ratio to transformers")
     for column in ("measurement", "KV", "kvmesh", "transformers", "ratio", "min … max"):
         table.add_column(column, justify="left" if column in ("measurement", "KV") else "right")
     for kind in ("single", "batch"):

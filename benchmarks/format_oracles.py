@@ -1,13 +1,13 @@
-"""Our group formats beside the caches of transformers that they follow, on the same tensors.
+"""Our group formats compared with the transformers caches that they follow, on the same tensors.
 
     pip install --no-deps optimum-quanto hqq termcolor ninja
     python -m benchmarks.format_oracles [--text FILE] [--output FILE]
 
 Quanto and HQQ are not dependencies; hqq without termcolor breaks transformers' imports.
-Keys and values are those that the embedded model computes for the text (its
-licence is its owner's business), and, without a text, Gaussian numbers with
-outlier channels. Errors are |x - x^|² / |x|² of one quantisation; transformers
-quantises its whole cache again every 128 tokens, which a sealed page never is.
+Keys and values are those that the embedded model computes for the text (check its licence
+before using it) or, without a text, Gaussian numbers with outlier channels. Errors are
+|x - x^|² / |x|² of one quantisation; transformers requantises its whole cache every 128
+tokens, while a sealed page is never requantised.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def quanto(bits: int, k: torch.Tensor, v: torch.Tensor) -> Pair:
 
 
 def hqq(bits: int, k: torch.Tensor, v: torch.Tensor) -> Pair:
-    """Axis 1: groups of 64 neighbouring channels, as Quanto's."""
+    """Axis 1: groups of 64 neighbouring channels, as in Quanto."""
     from hqq.core.quantize import Quantizer
 
     def there_and_back(x: torch.Tensor) -> torch.Tensor:
@@ -93,7 +93,7 @@ def main() -> None:
         **{name: partial(ours, name) for name in ("k4v4", "k2v2", "kivi4", "kivi2")},
     }
     report: dict[str, dict[str, float]] = {}
-    print(f"{'method':22} {'keys':>9} {'values':>9}   relative squared error, mean of the layers")
+    print(f"{'method':22} {'keys':>9} {'values':>9}   relative squared error, mean over layers")
     for name, method in methods.items():
         errors = []
         for k, v in layers:

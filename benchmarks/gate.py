@@ -1,4 +1,4 @@
-"""No figure without it: attention by the kernels against plain torch, over a filled pool."""
+"""The correctness gate of the benchmarks: attention kernels against plain torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from kvmesh.kernels.formats.base import KVFormat
 from kvmesh.workers.kv_pool import KVPool
 
 GATE_PAGES = 64 if DEVICE == "cuda" else 4
-# Norm of the error over that of the output: rounding makes .005 of it in bf16.
+# Norm of the error divided by that of the output: rounding gives .005 in bf16.
 TOLERANCE = 0.02
 
 
@@ -18,7 +18,7 @@ TOLERANCE = 0.02
 def gate(pool: KVPool, fmt: KVFormat, heads: int) -> None:
     """End the run unless they agree over the last pages of the last layer's arena.
 
-    heads: of the queries
+    heads: number of query heads
     """
     hot, sealed = pool.hot[-1], pool.sealed[-1]
     size = hot.shape[3]

@@ -9,7 +9,7 @@ from kvmesh.kernels.formats.nuq.side import NonUniform
 from kvmesh.kernels.formats.registry import format_names, get_format
 from kvmesh.kernels.formats.tiles_triton import why_no_kernels
 
-# Sealed otherwise than g64-int and int8-static, and read alike.
+# Differ from g64-int and int8-static only in sealing.
 READ_ALIKE = ("g64-hqq4", "g64-hqq2", "int8-static-layer")
 FORMATS = tuple(
     name
@@ -19,8 +19,8 @@ FORMATS = tuple(
 
 
 def as_served(name: str, head_dim: int) -> KVFormat:
-    """The format, with its keys turned by RoPE as Llama has it, where their side must know it."""
+    """The format, with keys rotated by RoPE as in Llama if its side needs to know."""
     fmt = get_format(name)
     if isinstance(fmt.k, NonUniform):
-        return replace(fmt, k=replace(fmt.k, turned=(head_dim // 2, False)))
+        return replace(fmt, k=replace(fmt.k, rope=(head_dim // 2, False)))
     return fmt

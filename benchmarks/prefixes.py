@@ -2,11 +2,11 @@
 
     python benchmarks/prefixes.py [--output FILE] [--dry-run] [--format NAME ...]
 
-Needs torch and triton only, and a CUDA GPU, as `attention.py`, whose pools these are. Sequences
-are put into sets as a rank would, as far as `sharers` says that it pays; a format that it never
-pays for at a shape is left out. Both ways must agree to bf16's rounding before they are timed.
+Needs only torch and triton, and a CUDA GPU, like `attention.py`, whose pools it uses. Sequences
+are put into sets like on a rank, if `sharers` says that it pays; a format for which it never
+pays at a shape is skipped. Both ways must agree up to bf16's rounding before they are timed.
 
-    ratio    the time alone over the time together
+    ratio    the time alone divided by the time together
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from kvmesh.kernels.attention import SharedPrefixes
 from kvmesh.kernels.attention.triton_launch import sharers
 from kvmesh.kernels.formats.registry import get_format
 
-# Sequences, tokens of each, and how many of them are the prefix.
+# Sequences, tokens per sequence, and how many of them are the prefix.
 GRID = tuple(
     (Shape(batch, context, 8, group, 128), shared)
     for group in (4, 8)
@@ -46,7 +46,7 @@ TINY = (Shape(8, 400, 1, 16, 64), 256)
 
 @dataclass(frozen=True)
 class Row:
-    """sets: how many were formed, of `members` sequences each"""
+    """sets: number of sets, of `members` sequences each"""
 
     shape: Shape
     shared: int
@@ -63,11 +63,11 @@ class Row:
 def measure(name: str, shape: Shape, shared: int) -> Row | None:
     fmt = get_format(name)
     geometry = (fmt, shape.head_dim, shape.group, PAGE_SIZE)
-    least, most = sharers(*geometry, DTYPE, CAPABILITY)
-    members = min(most, shape.batch)
+    min_members, max_members = sharers(*geometry, DTYPE, CAPABILITY)
+    members = min(max_members, shape.batch)
     needed, free = case_bytes(fmt, shape), free_bytes()
-    if members < least or (free is not None and needed > free):
-        why = "no set pays" if members < least else f"{needed:,} bytes do not fit {free:,}"
+    if members < min_members or (free is not None and needed > free):
+        why = "no set pays" if members < min_members else f"{needed:,} bytes do not fit {free:,}"
         print(f"{name} {shape}: {why}", file=sys.stderr)
         return None
     case = Case(fmt, shape)
@@ -105,11 +105,11 @@ def measure(name: str, shape: Shape, shared: int) -> Row | None:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--dry-run", action="store_true", help="one tiny shape, without a GPU too")
+    parser.add_argument("--dry-run", action="store_true", help="one tiny shape, also without a GPU")
     parser.add_argument("--format", nargs="+", default=list(FORMATS))
     options = parser.parse_args(arguments)
     if DEVICE == "cpu" and not options.dry_run:
-        raise SystemExit("this benchmark needs a CUDA GPU; without one there is --dry-run")
+        raise SystemExit("this benchmark needs a CUDA GPU; without one use --dry-run")
     torch.manual_seed(0)
     report: dict[str, Any] = {"conditions": conditions(), "rows": []}
     print(report["conditions"])

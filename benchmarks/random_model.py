@@ -1,7 +1,7 @@
-"""Models of a given shape with random weights, made where they run: no file, no download.
+"""Models of a given shape with random weights, generated where they run, without a download.
 
-What a step costs does not depend on what the weights are. The model is the one that serves
-(workers/model/load.py), and a rank of it runs what a rank runs.
+The cost of a step does not depend on the values of the weights. The model is the one used in
+serving (workers/model/load.py), and its rank runs the same code as any rank.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from kvmesh.workers.runner import ModelRunner
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A Llama's sizes."""
+    """The sizes of a Llama model."""
 
     name: str
     layers: int
@@ -78,7 +78,7 @@ class ModelShape:
 
     @property
     def params_read(self) -> int:
-        """By a decode step: of the embeddings it reads some rows."""
+        """Parameters that a decode step reads: only a few rows of the embeddings."""
         return self.params - self.vocab * self.hidden
 
 
@@ -92,7 +92,7 @@ SHAPES = {
 
 
 class RandomWeights:
-    """Tensors of any name: ones for norms, else N(0, 0.02²), as Llama is initialised."""
+    """Tensors of any name: ones for norms, otherwise N(0, 0.02²), like Llama's initialisation."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device, seed: int = 0) -> None:
         self._dtype = dtype
@@ -115,7 +115,7 @@ class RandomWeights:
         return self.whole(name, torch.Size((shape[0], end - first)))
 
     def check_all_read(self) -> None:
-        """There is always another."""
+        """Does nothing: every tensor exists."""
 
 
 def random_model(shape: ModelShape, dtype: torch.dtype, device: torch.device) -> ServedModel:
@@ -130,7 +130,7 @@ def random_model(shape: ModelShape, dtype: torch.dtype, device: torch.device) ->
 
 
 class RandomModelExecutor:
-    """The single rank of a group over a model that is there already."""
+    """The single rank of a group, over a model that already exists."""
 
     num_ranks = 1
 
@@ -181,7 +181,7 @@ class RandomModelExecutor:
         ]
 
     def divergences(self, kv_formats: list[str]) -> list[float]:
-        raise NotImplementedError("random weights have no text to be probed with")
+        raise NotImplementedError("a model with random weights cannot be probed with a text")
 
     def allocate(self, allocation: Allocation) -> None:
         (description,) = self.describe()
@@ -200,7 +200,7 @@ class RandomModelExecutor:
 
     @property
     def runner(self) -> ModelRunner:
-        assert self._runner is not None, "allocate comes first"
+        assert self._runner is not None, "call allocate first"
         return self._runner
 
     def execute(self, plan: StepPlan) -> StepResult:
@@ -209,9 +209,9 @@ class RandomModelExecutor:
         return result
 
     def close(self) -> None:
-        """Nothing to end."""
+        """Does nothing: there is nothing to close."""
 
 
 def dtype_on(device: Any) -> torch.dtype:
-    """As the engine's `auto`."""
+    """Like the engine's `auto`."""
     return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32

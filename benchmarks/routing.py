@@ -1,8 +1,8 @@
-"""The router against other systems' rules, on public traces, in simulation.
+"""The router compared with other systems' rules, on public traces, in simulation.
 
-For each setting the load is found at which the best of the other rules has a p99
-time to first token of five times that of idle engines; all policies run there, and
-some around it; then with three prompts of 2**20 tokens added, where they fit.
+For each setting the benchmark finds the load at which the best of the other rules has a p99
+time to first token of five times that of idle engines. All policies run at that load, and
+some at loads around it; then with three prompts of 2**20 tokens added, if they fit.
 
     python benchmarks/routing.py TRACES [--setting NAME ...] [--json FILE] [--plots DIR]
 
@@ -45,7 +45,7 @@ class Setting:
     gpus: int
     model: str
     max_tokens: int
-    guess: float  # of the rate to find
+    guess: float  # initial guess of the rate
     chunk_tokens: int = 2048
     inject: bool = False
 
@@ -103,7 +103,7 @@ class Bench:
         return summary
 
     def overload_rate(self) -> float:
-        """Where the best peer's p99 TTFT is OVERLOAD times the idle one, within a percent."""
+        """Where the best peer's p99 TTFT is OVERLOAD times the idle one, to within one percent."""
         limit = OVERLOAD * self.idle_p99_s
         low, high = 0.0, self.setting.guess
         while self._best_peer_p99(high, limit) < limit:
@@ -175,7 +175,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("traces", type=Path)
     parser.add_argument("--setting", action="append", choices=sorted(SETTINGS))
-    parser.add_argument("--rate", type=float, help="do not look for the load, take this")
+    parser.add_argument("--rate", type=float, help="use this load instead of searching for it")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plots", type=Path)
     arguments = parser.parse_args()

@@ -3,23 +3,23 @@
     python benchmarks/sass.py [--prefill] [--output FILE] [--check FILE] [--capability 90]
         [--dump DIR]
 
-Triton compiles for a GPU that is not there and ships a disassembler. The loop
-over sealed pages is the backward branch whose body holds tensor-core
-instructions and comes first; every thread of the program runs it once a tile:
+Triton compiles for a GPU that need not be present and ships a disassembler. The loop over
+sealed pages is the first backward branch whose body contains tensor-core instructions;
+every thread of the program runs it once per tile:
 
     instructions per element = instructions * threads / (tile's tokens * head_dim * 2)
 
-A streaming multiprocessor issues 4 warps' instructions a clock, that is 128
-thread instructions. With b stored bits an element, clock f and n processors, a
-loop of i instructions an element can ask for at most 128 f n b / (8 i) bytes a
-second; `bound` gives that as a share of the GPU's memory bandwidth, and it is a
-bound, not a forecast: stalls come on top.
+A streaming multiprocessor issues instructions of 4 warps per clock, i.e. 128 thread
+instructions. With b stored bits per element, clock f and n multiprocessors, a loop of i
+instructions per element can request at most 128 f n b / (8 i) bytes per second. `bound`
+gives that as a share of the GPU's memory bandwidth. It is an upper bound, not a forecast:
+stalls are not included.
 
-With `--prefill` it is the loop of prefill, whose tiles many query rows share: instructions
-an element and row. There the tensor core is what bounds, and no share is given.
+With `--prefill` it is the loop of prefill, whose tiles are shared by many query rows: the unit
+is instructions per element and row. There the tensor core is the bound, and no share is given.
 
-The last rows are loops in the styles in use elsewhere (`styles.py`), compiled in the
-same way, with the format of ours that stores as many bits and the ratio to it.
+The last rows are loops in the styles of other projects (`styles.py`), compiled in the same
+way, with the format of ours that stores the same number of bits and the ratio to it.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ from kvmesh.kernels.attention.triton_launch import (
 )
 from kvmesh.kernels.formats.registry import get_format
 
-# name: capability, processors, boost clock Hz, memory bytes a second
+# name: capability, multiprocessors, boost clock Hz, memory bytes per second
 GPUS = {
     "A100": (80, 108, 1.41e9, 2.04e12),
     "L40S": (89, 142, 2.52e9, 0.864e12),
@@ -70,11 +70,11 @@ TYPES |= {"k_table_ptr": "*fp32", "v_table_ptr": "*fp32", "positions_ptr": "*i64
 
 @dataclass(frozen=True)
 class Row:
-    """One kernel: `instructions` of the sealed loop an element, of prefill an element and query
-    row; registers a thread; shared memory and spills in bytes; `bound` as a share of each
+    """One kernel: `instructions` of the sealed loop per element, of prefill per element and query
+    row; registers per thread; shared memory and spills in bytes; `bound` as a share of each
     GPU's bandwidth.
 
-    path: "integer", "plain" or "prefill", or "style", of a loop as elsewhere
+    path: "integer", "plain" or "prefill", or "style" for a loop in another project's style
     """
 
     kv_format: str
@@ -91,7 +91,7 @@ class Row:
 
 
 def compile_launch(launch: Launch, capability: int) -> Any:
-    """The kernel for that GPU, as the operator would launch it."""
+    """The kernel compiled for that GPU, as the operator would launch it."""
     return compile_kernel(launch.kernel, launch.constants, launch.options, capability, TYPES)
 
 
@@ -102,7 +102,7 @@ def compile_kernel(
     capability: int,
     types: dict[str, str],
 ) -> Any:
-    """types: of arguments that are no int32, or pointers to such"""
+    """types: of arguments that are not int32 or pointers to int32"""
     signature = {}
     for argument in kernel.arg_names:
         default = "*i32" if argument.endswith("_ptr") else "i32"
@@ -166,7 +166,7 @@ def style_launch(style: str, head_dim: int, group: int, page_size: int) -> Launc
 
 
 def disassemble(cubin: bytes) -> tuple[list[str], str]:
-    """Lines of machine code, and what cuobjdump says of resources."""
+    """Lines of machine code, and cuobjdump's report of resources."""
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -184,7 +184,7 @@ def disassemble(cubin: bytes) -> tuple[list[str], str]:
 
 
 def sealed_loop(lines: list[str]) -> int:
-    """Instructions of the first innermost loop that multiplies matrices."""
+    """Instructions of the first innermost loop with tensor-core instructions."""
     labels: dict[str, int] = {}
     is_instruction = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s")
     for index, line in enumerate(lines):
@@ -210,7 +210,7 @@ def measure(
     page_size: int,
     dump: Path | None,
 ) -> Row:
-    """bits: stored an element, metadata included"""
+    """bits: stored per element, including metadata"""
     compiled = compile_launch(launch, capability)
     lines, usage = disassemble(compiled.asm["cubin"])
     if dump:
@@ -267,8 +267,8 @@ def rows_of(
         launch = style_launch(style, head_dim, group, page_size)
         row = measure(style, "style", launch, bits + 32 / head_dim / 2, *shape, dump)
         rows.append(row)
-        least = next(row.instructions for row in rows if row.kv_format == ours)
-        show(row, f"{row.instructions / least:.1f} times {ours}")
+        ours_count = next(row.instructions for row in rows if row.kv_format == ours)
+        show(row, f"{row.instructions / ours_count:.1f} times {ours}")
     return rows
 
 
@@ -282,17 +282,17 @@ def show(row: Row, note: str = "") -> None:
 
 
 def regressions(rows: list[Row], committed: Path) -> list[str]:
-    """What is worse than the committed table by more than 5%."""
+    """Rows that are worse than the committed table by more than 5%."""
     keys = ("kv_format", "path", "capability", "head_dim", "group", "page_size")
     table = json.loads(committed.read_text())
-    if table["triton"] != triton.__version__:  # another compiler: nothing to compare with
+    if table["triton"] != triton.__version__:  # another compiler: not comparable
         return []
     known = {tuple(row[key] for key in keys): row for row in table["rows"]}
     found = []
     for row in rows:
         before = known.get(tuple(getattr(row, key) for key in keys))
         if before and row.instructions > TOLERANCE * before["instructions"]:
-            found.append(f"{row}: {before['instructions']} instructions an element before")
+            found.append(f"{row}: {before['instructions']} instructions per element before")
         if before and row.spill_bytes > before["spill_bytes"]:
             found.append(f"{row}: {before['spill_bytes']} bytes spilled before")
     return found
@@ -301,7 +301,7 @@ def regressions(rows: list[Row], committed: Path) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--check", type=Path, help="fail where this committed table was better")
+    parser.add_argument("--check", type=Path, help="fail if this committed table is better")
     parser.add_argument("--capability", type=int, nargs="*", default=[80, 89, 90])
     parser.add_argument("--format", nargs="*", default=list(FORMATS))
     parser.add_argument("--shape", nargs="*", default=["128x8", "128x4", "64x3"])

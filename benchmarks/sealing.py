@@ -1,11 +1,11 @@
-"""What sealing costs on a CPU: its share of the decode steps of 16 requests, by format.
+"""The cost of sealing on a CPU: its share of the decode steps of 16 requests, by format.
 
     python -m benchmarks.sealing [--kv-format F[,F...]] [--tokens N] [--json FILE]
 
-The engine decodes 16 requests of different lengths with the embedded model, so
-that their pages fill at different steps, as in service; the time inside
-`seal_layers` is divided by the time of all decode steps. Every page is sealed
-once in 64 tokens of its sequence, so `--tokens 64` sees each sequence seal one.
+The engine decodes 16 requests of different lengths with the embedded model, so that their
+pages fill at different steps, as in serving; the time in `seal_layers` is divided by the
+time of all decode steps. A sequence seals one page per 64 tokens, so with `--tokens 64`
+each sequence seals once.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SEQUENCES = 16
 
 
 class _Timed:
-    """An operator with a clock."""
+    """An operator whose time is measured."""
 
     def __init__(self, operator: Any) -> None:
         self.operator = operator
@@ -38,9 +38,9 @@ class _Timed:
         self.calls = 0
 
     def __call__(self, *args: Any, **options: Any) -> None:
-        began = time.perf_counter()
+        start_s = time.perf_counter()
         self.operator(*args, **options)
-        self.spent_s += time.perf_counter() - began
+        self.spent_s += time.perf_counter() - start_s
         self.calls += 1
 
 
@@ -49,18 +49,18 @@ def measure(kv_format: str, tokens: int) -> dict[str, float | str | int]:
     params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
     for index in range(SEQUENCES):
         ids = np.array(prompt_of(400 + 5 * index, index), np.int32)
-        engine.add(EngineRequest(str(index), "benchmark", ids, params))
+        engine.add(EngineRequest(str(index), ids, params))
     waiting = SEQUENCES
     while waiting:  # until every request has its first token
         waiting -= sum(1 for delta in engine.step() if delta.token_ids)
     timed = _Timed(seal_layers)
     with patch.object(runner, "seal_layers", timed):
-        began = time.perf_counter()
+        start_s = time.perf_counter()
         steps = 0
         while engine.has_work:
             engine.step()
             steps += 1
-        total_s = time.perf_counter() - began
+        total_s = time.perf_counter() - start_s
     return {
         "kv_format": kv_format,
         "steps": steps,

@@ -1,8 +1,8 @@
-"""The simulator's service-time model against the engine itself, on this machine's CPU.
+"""The simulator's service-time model compared with the engine, on this machine's CPU.
 
-Half of a workload's steps fit the model's coefficients; then another workload, with
-arrivals in time, runs through the engine and through the simulated engine, and the
-two are compared request by request.
+The model's coefficients are fitted to half of a workload's steps. Then another workload, with
+arrival times, runs through the engine and through the simulated engine, and the two are
+compared request by request.
 
     python -m benchmarks.service_time [--requests N] [--json FILE]
 """
@@ -40,7 +40,7 @@ MAX_SEQS = 16
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What a step computed, and the time from its begin to its end."""
+    """What a step computed, and its duration."""
 
     new_tokens: int
     pairs: float
@@ -49,8 +49,8 @@ class Step:
     seconds: float
 
 
-class Watched:
-    """An executor that notes what it is told to compute."""
+class RecordingExecutor:
+    """An executor that records what it computes."""
 
     def __init__(self, config: EngineConfig) -> None:
         self._inner = local_executor(config)
@@ -91,9 +91,9 @@ def made_requests(count: int, per_s: float, seed: int) -> list[TraceRequest]:
 
 
 def drive(
-    engine: Engine, watched: Watched, requests: Sequence[TraceRequest]
+    engine: Engine, executor: RecordingExecutor, requests: Sequence[TraceRequest]
 ) -> tuple[list[Step], dict[str, tuple[float, float]]]:
-    """Feed the engine by the clock. Returns its steps, and (TTFT, end to end) by request."""
+    """Feed the engine in real time. Returns its steps, and (TTFT, end to end) by request."""
     steps: list[Step] = []
     first: dict[str, float] = {}
     times: dict[str, tuple[float, float]] = {}
@@ -109,15 +109,15 @@ def drive(
             params = SamplingParams(
                 temperature=0.0, max_tokens=request.output_tokens, ignore_eos=True
             )
-            engine.add(EngineRequest(request.request_id, "bench", tokens, params))
+            engine.add(EngineRequest(request.request_id, tokens, params))
         if not engine.has_work:
             time.sleep(0.001)
             continue
         step_begin = time.perf_counter()
         deltas = engine.step()
         end = time.perf_counter()
-        assert watched.last is not None
-        steps.append(step_of(watched.last, end - step_begin))
+        assert executor.last is not None
+        steps.append(step_of(executor.last, end - step_begin))
         for delta in deltas:
             arrival = by_id[delta.request_id].arrival_s
             first.setdefault(delta.request_id, end - begin - arrival)
@@ -127,7 +127,7 @@ def drive(
 
 
 def fit(steps: Sequence[Step]) -> ServiceTime:
-    """Least squares of relative error; a coefficient that comes out negative is dropped."""
+    """Least squares of the relative error; coefficients that come out negative are dropped."""
     rows = np.array([[1.0, s.new_tokens + s.decoding, s.pairs, s.context_tokens] for s in steps])
     seconds = np.array([s.seconds for s in steps])
     kept = list(range(rows.shape[1]))
@@ -145,7 +145,7 @@ def fit(steps: Sequence[Step]) -> ServiceTime:
 
 def simulated(service: ServiceTime, requests: Sequence[TraceRequest]) -> list[SimSequence]:
     shape = EngineShape(
-        GPUS["h100"],  # only its pool is used here, which never fills
+        GPUS["h100"],  # only its pool is used here, and it never fills
         MODELS["smollm2-135m"],
         get_format(KV_FORMAT),
         max_num_seqs=MAX_SEQS,
@@ -176,10 +176,10 @@ def compare(
     for index, name in enumerate(("ttft", "end_to_end")):
         real = np.array([times[seq.request.request_id][index] for seq in sequences])
         ends = [(seq.first_token_at, seq.finished_at)[index] for seq in sequences]
-        told = np.array(ends) - np.array([seq.request.arrival_s for seq in sequences])
+        predicted = np.array(ends) - np.array([seq.request.arrival_s for seq in sequences])
         figures[f"{name}_mean_s"] = float(real.mean())
-        figures[f"{name}_bias"] = float(told.mean() / real.mean() - 1)
-        figures[f"{name}_mean_error"] = float(np.abs(told - real).mean() / real.mean())
+        figures[f"{name}_bias"] = float(predicted.mean() / real.mean() - 1)
+        figures[f"{name}_mean_error"] = float(np.abs(predicted - real).mean() / real.mean())
     return figures
 
 
@@ -196,21 +196,21 @@ def main() -> None:
         prefix_cache=False,
         kv_probe="off",
     )
-    watched = Watched(config)
-    engine = Engine(config, watched)
-    drive(engine, watched, made_requests(4, 4.0, seed=3))  # warm up
-    steps, _ = drive(engine, watched, made_requests(arguments.requests, 0.8, seed=1))
+    executor = RecordingExecutor(config)
+    engine = Engine(config, executor)
+    drive(engine, executor, made_requests(4, 4.0, seed=3))  # warm up
+    steps, _ = drive(engine, executor, made_requests(arguments.requests, 0.8, seed=1))
     service = fit(steps[::2])
     rest = steps[1::2]
-    told = [service.step(s.new_tokens, s.pairs, s.decoding, s.context_tokens) for s in rest]
+    predicted = [service.step(s.new_tokens, s.pairs, s.decoding, s.context_tokens) for s in rest]
     real = [s.seconds for s in rest]
     unseen = made_requests(arguments.requests, 0.6, seed=2)
-    _, times = drive(engine, watched, unseen)
+    _, times = drive(engine, executor, unseen)
     result = {
         "machine": platform.processor() or platform.machine(),
         "coefficients": asdict(service),
         "steps": len(rest),
-        "step_mean_error": float(np.abs(np.array(told) - real).sum() / np.sum(real)),
+        "step_mean_error": float(np.abs(np.array(predicted) - real).sum() / np.sum(real)),
         **compare(times, simulated(service, unseen)),
     }
     print(json.dumps(result, indent=2))

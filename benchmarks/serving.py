@@ -1,11 +1,11 @@
-"""The whole path (SDK → gRPC → ingress → engine) against the engine alone, in one run.
+"""The whole path (SDK → gRPC → ingress → engine) compared with the engine alone, in one run.
 
     python -m benchmarks.serving [--streams N] [--tokens N] [--rounds R] [--json FILE]
 
-A cluster of one group and one rank is started; beside it, with the same
-settings, an engine whose rank is a child process of this one. They take turns,
-one idle while the other works: N streams at once for throughput, one stream at
-a time for the time to the first token. Prompts differ, so no prefix is shared.
+A cluster of one group and one rank is started and, with the same settings, an engine whose
+rank is a child process of this one. They alternate, one idle while the other works: N
+streams at once for throughput, one stream at a time for the time to first token. Prompts
+differ, so no prefix is shared.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from kvmesh.cluster.config import ClusterConfig, build
 from kvmesh.cluster.lifecycle import Cluster, Endpoint
 from kvmesh.workers.leader import EngineLeader
 from kvmesh.workers.local import LocalProcesses
-from kvmesh.workers.request import EngineRequest
+from kvmesh.workers.request import EngineRequest, SequenceDelta
 from kvmesh.workers.sampling_params import SamplingParams
 
 console = Console(stderr=True)
@@ -34,7 +34,7 @@ PROMPT_TOKENS = 64
 
 
 class Prompts:
-    """Prompts of random ordinary tokens, never one twice."""
+    """Prompts of random ordinary tokens, without repetition."""
 
     def __init__(self) -> None:
         self._random = np.random.default_rng(0)
@@ -45,40 +45,41 @@ class Prompts:
 
 
 class EngineAlone:
-    """The engine by its leader's own interface."""
+    """The engine through its leader's own interface."""
 
     def __init__(self, leader: EngineLeader) -> None:
         self._leader = leader
         self._params: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True}
         self._count = 0
+        self._arrived: asyncio.Queue[list[SequenceDelta]] = asyncio.Queue()
 
     async def run(self, prompts: list[list[int]], tokens: int) -> tuple[float, float]:
         """Seconds to the first token of any, and to the last of all."""
         params = SamplingParams(max_tokens=tokens, **self._params)
-        began = time.perf_counter()
+        start_s = time.perf_counter()
         live = set()
         for prompt in prompts:
             self._count += 1
             live.add(str(self._count))
             ids = np.array(prompt, np.int32)
-            await self._leader.submit(EngineRequest(str(self._count), "bench", ids, params))
+            request = EngineRequest(str(self._count), ids, params)
+            self._leader.submit([request], self._arrived.put_nowait)
         first = 0.0
-        async for deltas in self._leader.outputs("bench"):
+        while live:
+            deltas = await self._arrived.get()
             first = first or time.perf_counter()
             live -= {delta.request_id for delta in deltas if delta.finish_reason}
-            if not live:
-                break
-        return first - began, time.perf_counter() - began
+        return first - start_s, time.perf_counter() - start_s
 
 
 class WholePath:
-    """The cluster by the SDK."""
+    """The cluster through the SDK."""
 
     def __init__(self, client: AsyncClient) -> None:
         self._client = client
 
     async def run(self, prompts: list[list[int]], tokens: int) -> tuple[float, float]:
-        began = time.perf_counter()
+        start_s = time.perf_counter()
         firsts: list[float] = []
 
         async def one(prompt: list[int]) -> None:
@@ -90,10 +91,10 @@ class WholePath:
                 if not seen:
                     firsts.append(time.perf_counter())
                 seen += len(delta.token_ids)
-            assert seen == tokens, f"{seen} tokens came, {tokens} were asked for"
+            assert seen == tokens, f"received {seen} tokens, expected {tokens}"
 
         await asyncio.gather(*(one(prompt) for prompt in prompts))
-        return min(firsts) - began, time.perf_counter() - began
+        return min(firsts) - start_s, time.perf_counter() - start_s
 
 
 async def measure(
@@ -101,7 +102,7 @@ async def measure(
 ) -> dict[str, Any]:
     engine_config = config.engine_config()
     leader = EngineLeader(engine_config, LocalProcesses(engine_config))
-    console.log("loading the engine beside the cluster")
+    console.log("loading the engine without a cluster")
     await leader.start()
     prompts = Prompts()
     async with AsyncClient(endpoint.target, api_key=endpoint.api_key) as client:
@@ -153,8 +154,8 @@ def main() -> None:
     with Cluster(config) as endpoint:
         results = asyncio.run(measure(config, endpoint, args.streams, args.tokens, args.rounds))
     Console().print(
-        f"{args.streams} streams: {results['path_tokens_per_s']:.1f} tokens/s through everything, "
-        f"{results['engine_tokens_per_s']:.1f} by the engine alone: "
+        f"{args.streams} streams: {results['path_tokens_per_s']:.1f} tokens/s on the whole path, "
+        f"{results['engine_tokens_per_s']:.1f} with the engine alone: "
         f"{results['path_share']:.2f} of it "
         f"({results['path_share_min']:.2f} … {results['path_share_max']:.2f})\n"
         f"first token: {results['path_first_token_ms']:.0f} ms and "

@@ -1,4 +1,4 @@
-"""Parameters for the formats that need calibration, for numbers that are about normal."""
+"""Parameters for formats that need calibration, suitable for approximately normal numbers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kvmesh.kernels.formats.static8.side import Static8
 def model_params_for(
     fmt: KVFormat, num_layers: int, num_kv_heads: int, head_dim: int
 ) -> ModelParams | None:
-    """Each layer's a little wider than the one before; None where the format needs none."""
+    """Each layer's ranges are slightly wider than the previous one's; None if none are needed."""
     if not fmt.needs_calibration:
         return None
     layers = []
@@ -53,9 +53,9 @@ def _side_params(
 
 
 def levels_for(width: int, reach: float = 0.9) -> dict[str, torch.Tensor]:
-    """Levels for normal numbers whose deviation is about a third, bounds half-way between."""
+    """Levels for normal numbers with a deviation of about a third, with bounds half-way between."""
     at = (torch.arange(2**width) + 0.5) / 2**width
-    # Closer in the middle, as the best levels of a normal distribution are.
+    # Denser in the middle, like the optimal levels of a normal distribution.
     levels = torch.erfinv(2 * at - 1)
     levels = levels / levels.amax() * reach
     return {"levels": levels, "bounds": (levels[1:] + levels[:-1]) / 2}
@@ -69,7 +69,7 @@ def nuq_keys(
     interleaved: bool = False,
     reach: float = 3.0,
 ) -> dict[str, torch.Tensor]:
-    """Ranges of ±reach deviations around a zero a channel, and RoPE of base 10000."""
+    """Ranges of ±reach deviations around one zero per channel, and RoPE of base 10000."""
     planes = (head_dim if rotary_dim is None else rotary_dim) // 2
     gen = torch.Generator().manual_seed(4)
     return {

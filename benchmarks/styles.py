@@ -1,9 +1,10 @@
 # mypy: disable-error-code="untyped-decorator, no-untyped-def"
-"""Decode loops over packed pages in the styles in use elsewhere, to count them beside ours.
+"""Decode loops over packed pages in the styles of other projects, to count their instructions.
 
-Plain reproductions of how codes become numbers, for `sass.py`: the loop around it,
-pages and head layout are the same for all, and what else the originals do is left out.
-Codes lie by token, two or four neighbouring channels to a byte, with bf16 scales a token.
+Plain reproductions of how codes become numbers, for `sass.py`: the loop around it, the
+pages and the head layout are the same for all, and other features of the originals are left
+out. Codes are stored by token, two or four neighbouring channels per byte, with bf16 scales
+per token.
 
 where_chain   levels chosen by a chain of comparisons: 4-bit keys, 2-bit values
 index_mod     every channel loads its byte and shifts by its index modulo 2; 4 bits
@@ -20,7 +21,7 @@ STYLES = {"where_chain": ("k4v2", 3.0), "index_mod": ("int4", 4.0), "fp32_dots":
 
 @triton.jit
 def _levels(codes, COUNT: tl.constexpr):
-    """Codes -> levels by comparisons; the levels' values do not matter for the count."""
+    """Codes -> levels by comparisons; the values of the levels do not affect the count."""
     x = tl.full(codes.shape, -0.5 * COUNT, tl.float32)
     for i in tl.static_range(1, COUNT):
         x = tl.where(codes == i, i * 1.01 - 0.5 * COUNT, x)

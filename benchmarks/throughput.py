@@ -1,24 +1,25 @@
-"""Requests a second at a ShareGPT-like mix of lengths, by KV format, in the same KV memory.
+"""Requests per second at a ShareGPT-like mix of lengths, by KV format, with the same KV memory.
 
     python -m benchmarks.throughput [--model M] [--format F ...] [--requests N]
         [--kv-memory-mb M] [--page-size N] [--scale N] [--rounds R] [--seed S] [--json FILE]
 
 All requests are there at the start, as in LMDeploy's `profile_throughput` and vLLM's
 `benchmark_throughput`; the engine batches them continuously, in order, greedily, each to its
-given length. Every format gets the same requests and the same bytes of KV, hot pages included,
-and as many seats (`max_num_seqs`) as such sequences fill that memory. Formats take turns in a
-round; a figure is the middle round's (of two, the faster's), a gain the median of the rounds'
-gains over `exact`. On a GPU the kernels are compared with plain torch before anything is timed.
+given length. Every format gets the same requests and the same bytes of KV, including hot pages,
+and as many seats (`max_num_seqs`) as such sequences need to fill that memory. Formats alternate
+within a round; a figure is the middle round's (of two, the faster one's), a gain the median of
+the rounds' gains over `exact`. On a GPU the kernels are compared with plain torch before anything
+is timed.
 
-Lengths are log-normal with ShareGPT's published means, 161.31 tokens of prompt and 337.99 of
-output (Kwon et al., "Efficient Memory Management for LLM Serving with PagedAttention", 2023,
-figure 11). The spread is ours, sigma 1.0 and 0.7 of the logarithm. A sequence has at most 2048
-tokens and a prompt half of them, as in vLLM's filter of the data (`--longest`), so means of a
-sample are lower: the realised ones are reported.
+Lengths are log-normal with ShareGPT's published means, 161.31 prompt tokens and 337.99 output
+tokens (Kwon et al., "Efficient Memory Management for LLM Serving with PagedAttention", 2023,
+figure 11). The spread is our choice, sigma 1.0 and 0.7 of the logarithm. A sequence has at most
+2048 tokens and a prompt half of them, as in vLLM's filter of the data (`--longest`), so the means
+of a sample are lower; the actual means are reported.
 
-On a CPU, time is the process's processor time: the engine is one thread there, and a shared
-machine would otherwise count what others do. `--scale 4` divides lengths, pages and memory by 4:
-as many pages a sequence, at a quarter of the work, so that enough requests can wait.
+On a CPU, time is the process's CPU time: the engine is a single thread there, and wall time on a
+shared machine would include other processes. `--scale 4` divides lengths, pages and memory by 4:
+the same number of pages per sequence at a quarter of the work, so that enough requests can wait.
 
 --model embedded serves the embedded model; llama-3-8b and tiny are shapes with random weights.
 """
@@ -32,7 +33,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ MakeExecutor = Callable[[EngineConfig], Executor]
 
 @dataclass(frozen=True)
 class Request:
-    """Tokens of prompt and of output."""
+    """Number of prompt and output tokens."""
 
     prompt: int
     output: int
@@ -78,12 +79,12 @@ class Request:
 
 @dataclass(frozen=True)
 class Run:
-    """One format once.
+    """One run of one format.
 
-    seconds: of processor time on a CPU, by the clock on a GPU; wall_s: always by the clock
-    saturated_tokens_per_s: of output, while requests waited; None where none ever did
-    max_running, mean_running: sequences in a step; preemptions: sequences recomputed
-    seats: sequences that may run at once, wanted for the memory and granted by the engine,
+    seconds: CPU time on a CPU, wall time on a GPU; wall_s: always wall time
+    saturated_tokens_per_s: output while requests waited; None if none ever did
+    max_running, mean_running: sequences per step; preemptions: sequences recomputed
+    seats: sequences that may run at once, wanted to fill the memory and granted by the engine,
         which gives at most `max_hot_share` of it to hot pages
     hot_pages, sealed_pages: that sequences can hold
     """
@@ -105,7 +106,7 @@ class Run:
 
 
 def mix(count: int, seed: int, longest: int = LONGEST, scale: int = 1) -> list[Request]:
-    """longest: tokens a sequence may have, before all are divided by scale"""
+    """longest: maximum tokens of a sequence, before everything is divided by scale"""
     random = np.random.default_rng(seed)
     prompts = _lengths(random, count, PROMPT_MEAN, PROMPT_SIGMA, longest // 2)
     outputs = _lengths(random, count, OUTPUT_MEAN, OUTPUT_SIGMA, longest)
@@ -123,13 +124,13 @@ def _lengths(
 
 
 def held_tokens(requests: list[Request]) -> int:
-    """That a running sequence has, on average over time: long outputs run for longer."""
+    """Tokens of a running sequence, averaged over time: long outputs run for longer."""
     total = sum(request.output for request in requests)
     return round(sum(r.output * (r.prompt + r.output / 2) for r in requests) / total)
 
 
 def seats(config: EngineConfig, rank: RankDescription, tokens: int) -> int:
-    """Sequences of so many tokens that the KV memory holds, their hot pages included."""
+    """Number of sequences of that many tokens that fit the KV memory, including hot pages."""
     geometry = PageGeometry(
         page_size=config.page_size,
         sink_pages=rank.sink_pages,
@@ -145,25 +146,25 @@ def run(config: EngineConfig, make_executor: MakeExecutor, requests: list[Reques
     executor = make_executor(config)
     (rank,) = executor.describe()
     wanted = min(seats(config, rank, held_tokens(requests)), config.max_num_batched_tokens)
-    engine = Engine(replace(config, max_num_seqs=wanted), executor)
+    engine = Engine(config.replace(max_num_seqs=wanted), executor)
     random = np.random.default_rng(0)
     for index, request in enumerate(requests):
         ids = random.integers(3, engine.info.vocab_size, request.prompt).astype(np.int32)
         params = SamplingParams(temperature=0.0, max_tokens=request.output, ignore_eos=True)
-        asked = EngineRequest(str(index), "benchmark", ids, params)
+        asked = EngineRequest(str(index), ids, params)
         engine.check(asked)
         engine.add(asked)
     running, given = [], 0
     saturated: float | None = None
     clock = time.perf_counter if DEVICE == "cuda" else time.process_time
-    began, began_wall = clock(), time.perf_counter()
+    start_s, wall_start_s = clock(), time.perf_counter()
     while engine.has_work:
         deltas = engine.step()
         given += sum(len(delta.token_ids) for delta in deltas)
         running.append(len(engine.scheduler.running) + sum(1 for d in deltas if d.finish_reason))
         if engine.scheduler.waiting:
-            saturated = given / (clock() - began)
-    took_s, wall_s = clock() - began, time.perf_counter() - began_wall
+            saturated = given / (clock() - start_s)
+    took_s, wall_s = clock() - start_s, time.perf_counter() - wall_start_s
     engine.check_integrity()
     loads = engine.loads()
     assert given == sum(request.output for request in requests), "tokens are missing"
@@ -180,13 +181,13 @@ def run(config: EngineConfig, make_executor: MakeExecutor, requests: list[Reques
         seats_wanted=wanted,
         seats=engine.info.max_num_seqs,
         preemptions=loads.preemptions_total,
-        hot_pages=engine.info.hot_pages,
-        sealed_pages=engine.info.sealed_pages,
+        hot_pages=engine.info.capacity.hot,
+        sealed_pages=engine.info.capacity.sealed,
     )
 
 
 def summary(rounds: list[list[Run]]) -> list[dict[str, Any]]:
-    """Of each format, over the rounds; gain: over exact in the same round."""
+    """For each format, over the rounds; gain: over exact in the same round."""
     rows = []
     for runs in zip(*rounds, strict=True):
         ratios = []
@@ -205,7 +206,7 @@ def summary(rounds: list[list[Run]]) -> list[dict[str, Any]]:
 
 
 def executor_maker(model: str) -> tuple[str, MakeExecutor]:
-    """The configuration's `model`, and what makes executors of it; weights are made once."""
+    """The configuration's `model`, and a factory of executors; weights are made once."""
     if model == "embedded":
         return EMBEDDED_NAME, InProcessExecutor
     device, dtype = torch.device(DEVICE), dtype_on(DEVICE)
@@ -214,7 +215,7 @@ def executor_maker(model: str) -> tuple[str, MakeExecutor]:
 
 
 def check_kernels(kv_formats: list[str], shape: ModelShape, page_size: int) -> None:
-    """Over a small pool like those to come."""
+    """Over a small pool that is filled like the real ones."""
     for name in kv_formats:
         pool = KVPool(
             Allocation(hot_pages=1, sealed_pages=64, max_rows=1, max_pages_per_row=65),
@@ -233,7 +234,7 @@ def check_kernels(kv_formats: list[str], shape: ModelShape, page_size: int) -> N
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     model, make_executor = executor_maker(options.model)
     requests = mix(options.requests, options.seed, options.longest, options.scale)
-    if DEVICE == "cuda" and model in SHAPES:  # CPUs serve by plain torch itself
+    if DEVICE == "cuda" and model in SHAPES:  # CPUs serve with plain torch itself
         check_kernels(options.format, SHAPES[model], options.page_size // options.scale)
     prompts, outputs = [r.prompt for r in requests], [r.output for r in requests]
     report: dict[str, Any] = {
@@ -286,7 +287,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 f" {one.seconds:.0f} s",
                 flush=True,
             )
-            free_bytes()  # the pool goes back before the next one is made
+            free_bytes()  # releases the pool before the next one is made
         rounds.append(runs)
         report["rounds"] = len(rounds)
         report["rows"] = summary(rounds)
@@ -302,7 +303,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--requests", type=int, default=24)
     parser.add_argument("--kv-memory-mb", type=float, default=160)
     parser.add_argument("--page-size", type=int, default=64)
-    parser.add_argument("--longest", type=int, default=LONGEST, help="tokens of a sequence")
+    parser.add_argument("--longest", type=int, default=LONGEST, help="maximum tokens of a sequence")
     parser.add_argument("--scale", type=int, default=1, choices=(1, 2, 4))
     batched = 2048 if DEVICE == "cuda" else 256
     parser.add_argument("--max-num-batched-tokens", type=int, default=batched)

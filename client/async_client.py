@@ -31,19 +31,20 @@ T = TypeVar("T")
 
 
 class AsyncClient:
-    """A client of one kvmesh cluster, of one event loop.
+    """A client of one kvmesh cluster, for use in one event loop.
 
         async with AsyncClient() as client:
             print((await client.generate("The capital of France is", max_tokens=8)).text)
             async for delta in client.chat_stream([Message("user", "Hello!")]):
                 print(delta.text, end="", flush=True)
 
-    target: host:port; else $KVMESH_TARGET, else localhost:9000
-    api_key: else $KVMESH_API_KEY, else the local server's key file; "" for none
-    tls: True for the system's roots, or TLS(...); False sends key and text in the clear
-    timeout_s: of generations that give none of their own; None waits for ever
-    retry: how often and how patiently to try again
-    transport: in the place of gRPC, e.g. AsyncFakeTransport
+    target: host:port; default $KVMESH_TARGET, then localhost:9000
+    api_key: default $KVMESH_API_KEY, then the local server's key file; "" sends no key
+    tls: True uses the system's root certificates; TLS(...) sets others; False sends the
+        key and the text unencrypted
+    timeout_s: default for generations that set none; None means no limit
+    retry: how many retries to make and how long to wait between them
+    transport: replaces gRPC, e.g. AsyncFakeTransport
     """
 
     def __init__(
@@ -65,23 +66,23 @@ class AsyncClient:
     async def generate(
         self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]
     ) -> Completion:
-        """Continue a prompt, given as text or token ids; returns the whole output."""
+        """Continue a prompt given as text or token ids; returns the whole output."""
         message = requests.prompt_message(prompt)
         return responses.completion(await self._run(self._core.generate(message, options)))
 
     def generate_stream(
         self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]
     ) -> AsyncStream:
-        """Continue a prompt; returns a stream to iterate over as output is generated."""
+        """Continue a prompt; returns a stream that yields output as it is generated."""
         return self._stream(requests.prompt_message(prompt), options)
 
     async def chat(self, messages: Messages, **options: Unpack[GenerateOptions]) -> Completion:
-        """Answer a chat, rendered with the model's template; returns the whole output."""
+        """Answer a chat rendered with the model's template; returns the whole output."""
         message = requests.chat_message(messages)
         return responses.completion(await self._run(self._core.generate(message, options)))
 
     def chat_stream(self, messages: Messages, **options: Unpack[GenerateOptions]) -> AsyncStream:
-        """Answer a chat; returns a stream to iterate over as output is generated."""
+        """Answer a chat; returns a stream that yields output as it is generated."""
         return self._stream(requests.chat_message(messages), options)
 
     async def tokenize(
@@ -91,7 +92,7 @@ class AsyncClient:
         model: str | None = None,
         timeout_s: float | None = DEFAULT_TIMEOUT_S,
     ) -> Tokens:
-        """The token ids that a generation would see for this prompt."""
+        """The token ids that a generation would use for this prompt."""
         return responses.mirror(
             Tokens, await self._run(self._core.tokenize(prompt, model, timeout_s))
         )
@@ -110,7 +111,7 @@ class AsyncClient:
     ) -> Estimate:
         """What a request would need and when it could start, without submitting it.
 
-        Give the prompt, or only its length to ask before sending megabytes.
+        Give the prompt itself, or only its length to avoid sending megabytes.
         """
         request = requests.estimate_request(
             prompt,
@@ -124,13 +125,16 @@ class AsyncClient:
         return responses.mirror(Estimate, await self._run(self._core.estimate(request, timeout_s)))
 
     async def abort(self, request_id: str, *, timeout_s: float | None = DEFAULT_TIMEOUT_S) -> bool:
-        """End a request of the same key; returns whether there was one."""
+        """End a request made with the same key; returns whether it was found."""
         return (await self._run(self._core.abort(request_id, timeout_s))).aborted
 
     async def explain(
         self, request_id: str, *, timeout_s: float | None = DEFAULT_TIMEOUT_S
     ) -> Explanation:
-        """What was decided of a request of the same key, and why; no decisions if not known."""
+        """The placement decisions for a request made with the same key, with the reasons.
+
+        The list is empty if the request is not known.
+        """
         reply = await self._run(self._core.explain(request_id, timeout_s))
         return responses.mirror(Explanation, reply)
 
@@ -139,11 +143,11 @@ class AsyncClient:
         return responses.mirror(ModelInfo, await self._run(self._core.model_info(timeout_s)))
 
     async def loads(self, *, timeout_s: float | None = DEFAULT_TIMEOUT_S) -> Loads:
-        """What groups and router hold and do at this moment."""
+        """The current load of the groups and the router."""
         return responses.mirror(Loads, await self._run(self._core.loads(timeout_s)))
 
     async def close(self) -> None:
-        """Close the connection; calls under way fail."""
+        """Close the connection; calls in progress fail."""
         await self._transport.close()
 
     async def __aenter__(self) -> Self:
@@ -162,7 +166,7 @@ class AsyncClient:
         return AsyncStream(self._transport, state, flow)
 
     async def _run(self, flow: UnaryFlow[T]) -> T:
-        """Carry out the steps of a unary flow."""
+        """Execute the steps of a unary flow."""
         try:
             step = next(flow)
             while True:
@@ -185,15 +189,15 @@ class AsyncClient:
 
 
 class AsyncStream(StreamView):
-    """Output as it is generated, to be iterated over once.
+    """Output as it is generated; can be iterated over once.
 
         async with client.generate_stream("Once upon a time") as stream:
             async for delta in stream:
                 print(delta.text, end="", flush=True)
         print(stream.completion.usage)
 
-    Leaving the loop or the `async with` block in any way ends the request at the server.
-    A lost connection is resumed where it was; no token is emitted twice.
+    Leaving the loop or the `async with` block ends the request on the server.
+    A lost connection is resumed where it stopped; no token is emitted twice.
     """
 
     def __init__(self, transport: AsyncTransport, state: StreamState, flow: StreamFlow) -> None:
@@ -206,12 +210,12 @@ class AsyncStream(StreamView):
 
     def __aiter__(self) -> AsyncGenerator[Delta]:
         if self._iterated or self._closed:
-            raise ClosedError("a stream can be iterated over once")
+            raise ClosedError("a stream can only be iterated over once")
         self._iterated = True
         return self._run()
 
     async def aclose(self) -> None:
-        """End the request at the server."""
+        """End the request on the server."""
         self._closed = True
         if self._call is not None:
             self._call.cancel()
@@ -228,7 +232,7 @@ class AsyncStream(StreamView):
         await self.aclose()
 
     async def _run(self) -> AsyncGenerator[Delta]:
-        """Carry out the steps of the flow."""
+        """Execute the steps of the flow."""
         try:
             step = next(self._flow)
             while True:

@@ -1,4 +1,4 @@
-"""What both clients share: how they are set up, and the flow of each method."""
+"""What both clients share: their setup, and the flow of each method."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from kvmesh.client.options import TLS, GenerateOptions, Prompt, RetryPolicy
 from kvmesh.client.stream_state import StreamState
 from kvmesh.protos import pb
 
-# Of the calls that generate nothing.
+# For calls that generate nothing.
 DEFAULT_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """Where a client connects to, and as whom."""
+    """The server to connect to, and the credentials to use."""
 
     target: str
     api_key: str | None
@@ -28,7 +28,7 @@ class Connection:
 
 
 def connection(target: str | None, api_key: str | None, tls: TLS | bool) -> Connection:
-    """Fill in what was left to the environment, which is read here and nowhere else."""
+    """Fill in defaults from the environment, which is read only here."""
     resolved = resolve_target(target, os.environ)
     return Connection(
         target=resolved,
@@ -40,7 +40,7 @@ def connection(target: str | None, api_key: str | None, tls: TLS | bool) -> Conn
 class Core:
     """Builds the flows of one client's calls.
 
-    timeout_s: of generations that give none
+    timeout_s: default for generations that set none
     """
 
     def __init__(self, retry: RetryPolicy, timeout_s: float | None, rng: random.Random) -> None:

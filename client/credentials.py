@@ -1,7 +1,7 @@
 """Where the API key comes from: argument, environment, or the local server's file.
 
-The local server makes its key on first start and writes it to `key_path()`,
-mode 0600, so that on one machine nothing has to be typed.
+The local server makes its key on first start and writes it to `key_path()` with
+mode 0600, so a client on the same machine needs no configuration.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _MAX_KEY_BYTES = 4096
 def key_path(environ: Mapping[str, str]) -> Path:
     """The local server's key file: $XDG_CONFIG_HOME/kvmesh/api_key, or under ~/.config."""
     config_home = environ.get("XDG_CONFIG_HOME", "")
-    # The XDG specification has relative values ignored.
+    # The XDG specification says to ignore relative values.
     base = Path(config_home) if os.path.isabs(config_home) else Path.home() / ".config"
     return base / "kvmesh" / "api_key"
 
@@ -36,7 +36,7 @@ def resolve_target(target: str | None, environ: Mapping[str, str]) -> str:
 def resolve_api_key(api_key: str | None, target: str, environ: Mapping[str, str]) -> str | None:
     """The API key: argument > $KVMESH_API_KEY > the local server's file; None if there is none.
 
-    An empty argument asks for no key. The file's key is for a server on this
+    An empty argument means no key. The file's key belongs to the server on this
     machine and is never sent to another.
     Raises CredentialsError if the key or its file cannot be used.
     """
@@ -50,10 +50,10 @@ def resolve_api_key(api_key: str | None, target: str, environ: Mapping[str, str]
 def read_key_file(path: Path) -> str | None:
     """The key in `path`, or None if there is no such file.
 
-    Raises CredentialsError if others than its owner can read or write it.
+    Raises CredentialsError if anyone but its owner can read or write it.
     """
     try:
-        # Checked on the open file, so that it cannot be swapped in between.
+        # Checked on the open file, so it cannot be swapped in between.
         with path.open("rb") as file:
             status = os.fstat(file.fileno())
             content = file.read(_MAX_KEY_BYTES + 1)
@@ -64,8 +64,8 @@ def read_key_file(path: Path) -> str | None:
     if os.name == "posix" and stat.S_IMODE(status.st_mode) & 0o077:
         mode = stat.S_IMODE(status.st_mode)
         raise CredentialsError(
-            f"the API key file {path} is open to others (mode {mode:04o}); "
-            f"run `chmod 600 {path}`, and make a new key if it may have been read"
+            f"the API key file {path} is open to others (mode {mode:04o}, "
+            f"expected 0600); run `chmod 600 {path}`, and make a new key if it may have been read"
         )
     try:
         key = content.decode("ascii").strip()
@@ -75,7 +75,7 @@ def read_key_file(path: Path) -> str | None:
 
 
 def checked_key(key: str, source: str) -> str:
-    """`key`, if it can travel in a header; raises CredentialsError naming `source`."""
+    """`key` if it is valid in a header; raises CredentialsError naming `source`."""
     printable = all(33 <= ord(character) <= 126 for character in key)
     if not key or not printable or len(key) > _MAX_KEY_BYTES:
         raise CredentialsError(
@@ -85,7 +85,7 @@ def checked_key(key: str, source: str) -> str:
 
 
 def is_local(target: str) -> bool:
-    """Whether a gRPC target is on this machine, judged by its text alone."""
+    """Whether a gRPC target is on this machine, judging by its text only."""
     if target.startswith("unix:"):
         return True
     address = target.rpartition("///")[2] if target.startswith("dns:") else target

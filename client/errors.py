@@ -1,25 +1,25 @@
-"""Everything the SDK raises, in one tree.
+"""The exceptions of the SDK, in one tree.
 
     KVMeshError
     ├── InvalidRequestError         a field is wrong; `field` names it
-    ├── AuthenticationError         no API key, or a wrong one
-    │   └── CredentialsError        the key's file cannot be used
-    ├── PermissionDeniedError       the key may not do that
-    ├── ModelNotFoundError          the model asked for is not served
+    ├── AuthenticationError         the API key is missing or wrong
+    │   └── CredentialsError        the key file cannot be used
+    ├── PermissionDeniedError       the key does not allow this
+    ├── ModelNotFoundError          the requested model is not served
     ├── DuplicateRequestError       the request_id is in use
     ├── CapacityError               KV bytes: needed_bytes, available_bytes, groups
-    │   ├── NeverFitsError          no group could hold it, even empty
-    │   └── OverCapacityError       not now; retry_after_s says when
-    ├── ResumeError                 a stream that cannot go on where it was
-    ├── DeadlineExceededError       the time ran out (also a TimeoutError)
-    ├── UnavailableError            nobody there, or lost (also a ConnectionError)
-    ├── RequestCancelledError       the server's side cancelled the call
-    ├── ServerError                 a fault of the server's
-    │   └── ProtocolError           an answer that breaks the contract
-    └── ClosedError                 the client or stream has been closed
+    │   ├── NeverFitsError          no group could hold it, even when empty
+    │   └── OverCapacityError       no room now; retry_after_s says when to retry
+    ├── ResumeError                 a lost stream cannot be resumed
+    ├── DeadlineExceededError       the timeout expired (also a TimeoutError)
+    ├── UnavailableError            the server is unreachable (also a ConnectionError)
+    ├── RequestCancelledError       the server cancelled the call
+    ├── ServerError                 a server fault
+    │   └── ProtocolError           the answer violates the contract
+    └── ClosedError                 the client or stream is closed
 
-All carry the same attributes, empty where they do not apply, and survive
-pickling. A bare grpc.RpcError never leaves the SDK.
+All carry the same attributes, empty where they do not apply, and can be
+pickled. The SDK never raises a bare grpc.RpcError.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class FieldViolation:
-    """What is wrong with one field, named by its path in the request."""
+    """What is wrong with one field, given by its path in the request."""
 
     field: str
     description: str
@@ -47,14 +47,14 @@ class GroupVerdict:
 
 
 class KVMeshError(Exception):
-    """The root of what the SDK raises.
+    """The base class of all SDK exceptions.
 
     message: one sentence
-    code: name of the gRPC status code, or None if the error arose locally
+    code: name of the gRPC status code, or None if the error is local
     reason: the server's ErrorReason without its prefix, e.g. "QUEUE_FULL"
-    violations: what is wrong with which field
-    retry_after_s: when the server thinks that trying again may work
-    needed_bytes, available_bytes: KV bytes, of the group that comes closest
+    violations: the fields that are wrong, and why
+    retry_after_s: when a retry may succeed, according to the server
+    needed_bytes, available_bytes: KV bytes, for the group that comes closest
     groups: why each group was not chosen
     """
 
@@ -84,7 +84,7 @@ class KVMeshError(Exception):
 
     @property
     def field(self) -> str | None:
-        """The first field that is wrong, or None."""
+        """The first invalid field, or None."""
         return self.violations[0].field if self.violations else None
 
     def __str__(self) -> str:
@@ -102,28 +102,28 @@ def _rebuild(cls: type[KVMeshError], message: str, state: dict[str, Any]) -> KVM
 
 
 class InvalidRequestError(KVMeshError):
-    """A field is wrong; the request can never be served as it is."""
+    """A field is wrong; the request cannot be served as it is."""
 
     @classmethod
     def of(cls, field: str, description: str) -> InvalidRequestError:
-        """An error found before anything was sent."""
+        """An error detected before anything was sent."""
         return cls(f"{field}: {description}", violations=(FieldViolation(field, description),))
 
 
 class AuthenticationError(KVMeshError):
-    """No API key, or a wrong one."""
+    """The API key is missing or wrong."""
 
 
 class CredentialsError(AuthenticationError):
-    """The file with the API key cannot be used, and why."""
+    """The API key file cannot be used; the message says why."""
 
 
 class PermissionDeniedError(KVMeshError):
-    """The API key may not do that."""
+    """The API key does not allow this."""
 
 
 class ModelNotFoundError(KVMeshError):
-    """The model asked for is not served here."""
+    """The requested model is not served here."""
 
 
 class DuplicateRequestError(KVMeshError):
@@ -135,19 +135,19 @@ class CapacityError(KVMeshError):
 
 
 class NeverFitsError(CapacityError):
-    """No group could hold the request, even an empty one: make it smaller."""
+    """No group could hold the request, even when empty: make it smaller."""
 
 
 class OverCapacityError(CapacityError):
-    """Pool, queue or quota have no room now; try again after `retry_after_s`."""
+    """The pool, the queue or the quota has no room now; retry after `retry_after_s`."""
 
 
 class ResumeError(KVMeshError):
-    """The stream cannot go on where it was: another model is served by now."""
+    """The stream cannot be resumed: the server now serves a different model."""
 
 
 class DeadlineExceededError(KVMeshError, TimeoutError):
-    """The time ran out before there was an answer, or would have."""
+    """The timeout expired before there was an answer, or was certain to."""
 
 
 class UnavailableError(KVMeshError, ConnectionError):
@@ -155,16 +155,16 @@ class UnavailableError(KVMeshError, ConnectionError):
 
 
 class RequestCancelledError(KVMeshError):
-    """The server's side cancelled the call."""
+    """The server cancelled the call."""
 
 
 class ServerError(KVMeshError):
-    """A fault of the server's; its log has the request_id."""
+    """A server fault; search the server's log for the request_id."""
 
 
 class ProtocolError(ServerError):
-    """An answer that breaks the wire contract."""
+    """The server's answer violates the wire contract."""
 
 
 class ClosedError(KVMeshError):
-    """The client or stream has been closed."""
+    """The client or stream is closed."""

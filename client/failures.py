@@ -1,4 +1,4 @@
-"""Failed attempts: which error each one is, and whether to try again."""
+"""Failed attempts: the error that each one raises, and whether to retry."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ _ERRORS: dict[str, type[KVMeshError]] = {
     "CANCELLED": RequestCancelledError,
 }
 
-# How gRPC words a connection that broke under a call, where the code alone
-# (INTERNAL, UNKNOWN) could as well mean a fault of the server's.
+# gRPC's wordings for a connection that broke during a call; the status code
+# alone (INTERNAL, UNKNOWN) could also mean a server fault.
 _BROKEN_CONNECTION = (
     "RST_STREAM",
     "GOAWAY",
@@ -55,7 +55,7 @@ _BROKEN_CONNECTION = (
 
 
 def error_of(failure: RpcFailure) -> KVMeshError:
-    """The SDK's error for a failed attempt, with all that the server said."""
+    """The SDK's error for a failed attempt, with all details from the server."""
     sentence, detail = decode_details(failure.details)
     from_server = detail is not None
     if detail is None:
@@ -69,11 +69,11 @@ def error_of(failure: RpcFailure) -> KVMeshError:
         elif detail.reason == pb.ERROR_REASON_NEVER_FITS:
             cls = NeverFitsError
     if failure.code == "NOT_FOUND" and not from_server:
-        # Not the service's answer: a proxy that knows no such route.
+        # The answer is not from the service but from a proxy without this route.
         cls = ServerError
     if failure.code == "RESOURCE_EXHAUSTED" and _too_large(failure):
-        cls, message = InvalidRequestError, "prompt: larger than the server accepts"
-        violations = (FieldViolation("prompt", "larger than the server accepts"),)
+        cls, message = InvalidRequestError, "prompt: larger than the server accepts; shorten it"
+        violations = (FieldViolation("prompt", "larger than the server accepts; shorten it"),)
     if not from_server and failure.code in ("INTERNAL", "UNKNOWN") and lost(failure):
         cls, message = UnavailableError, f"the connection was lost ({message})"
     return cls(
@@ -93,10 +93,10 @@ def error_of(failure: RpcFailure) -> KVMeshError:
 
 
 def lost(failure: RpcFailure) -> bool:
-    """Whether the call ended because its connection or its server did.
+    """Whether the call ended because the connection or the server was lost.
 
     CANCELLED counts: the SDK never reports its own cancellations as failures, so
-    it comes from a server that went away.
+    it comes from a server that shut down.
     """
     if failure.code in ("UNAVAILABLE", "CANCELLED"):
         return True
@@ -106,10 +106,10 @@ def lost(failure: RpcFailure) -> bool:
 
 @dataclass(slots=True)
 class RetryState:
-    """Whether, and after how long, one call is tried again.
+    """Whether to retry one call, and after what delay.
 
     rng: random numbers for the jitter
-    deadline: on the transport's clock, or None; no wait goes beyond it
+    deadline: on the transport's clock, or None; no wait extends past it
     """
 
     policy: RetryPolicy
@@ -119,7 +119,7 @@ class RetryState:
     was_lost: bool = False
 
     def progress(self) -> None:
-        """The call delivered something: failures before that no longer count."""
+        """The call delivered something: earlier failures no longer count."""
         self.failures = 0
 
     def delay_s(self, failure: RpcFailure, error: KVMeshError, now: float) -> float | None:
@@ -128,7 +128,7 @@ class RetryState:
         retryable = (
             isinstance(error, OverCapacityError)
             or lost(failure)
-            # The lost attempt's request may live on at the server for a moment.
+            # The request of the lost attempt may still be ending on the server.
             or (isinstance(error, DuplicateRequestError) and self.was_lost)
         )
         self.was_lost = self.was_lost or lost(failure)
@@ -163,5 +163,5 @@ def _reason_name(reason: pb.ErrorReason.ValueType) -> str | None:
     if reason == pb.ERROR_REASON_UNSPECIFIED:
         return None
     if reason not in pb.ErrorReason.values():
-        return str(reason)  # of a newer server
+        return str(reason)  # from a newer server
     return pb.ErrorReason.Name(reason).removeprefix("ERROR_REASON_")

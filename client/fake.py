@@ -1,4 +1,4 @@
-"""Transports without a server, for the tests of those who use the SDK.
+"""Transports without a server, for testing code that uses the SDK.
 
     fake = FakeTransport(["Paris", "Rome"])
     client = Client(transport=fake)
@@ -7,7 +7,7 @@
     assert client.generate("The capital of Italy is").text == "Rome"  # after a retry
     assert fake.server.slept_s >= 1.0
 
-Answers travel through the same messages, retries and parsers as real ones.
+Answers pass through the same messages, retries and parsers as real ones.
 """
 
 from __future__ import annotations
@@ -57,18 +57,18 @@ _CODES: tuple[tuple[type[KVMeshError], str, pb.ErrorReason.ValueType], ...] = (
 
 
 class FakeServer:
-    """What both fake transports talk to: answers, failures to come, and a record.
+    """The server behind both fake transports: answers, injected failures, and a record.
 
-    answers: one text for each generation, in turn, the last one for ever; a
-        text's tokens are its words
-    requests: all requests received, in order, failed ones too
-    slept_s: time spent in back-offs; none of it passes
-    open_streams: streams under way
+    answers: one text per generation, in order; the last one repeats; each word of a
+        text is one token
+    requests: all requests received, in order, including failed ones
+    slept_s: total back-off time; the fake clock passes it instantly
+    open_streams: streams in progress
     """
 
     def __init__(self, answers: Sequence[str] = ("Hello.",)) -> None:
         if not answers:
-            raise ValueError("answers must not be empty")
+            raise ValueError("answers must not be empty; give at least one text")
         self._answers = deque(answers)
         self._failures: deque[tuple[KVMeshError, int]] = deque()
         self.requests: list[Any] = []
@@ -76,7 +76,7 @@ class FakeServer:
         self.open_streams = 0
 
     def fail(self, error: KVMeshError, *, times: int = 1, after_tokens: int = 0) -> None:
-        """Let the next calls fail; streams do so after that many tokens."""
+        """Make the next `times` calls fail; streams fail after `after_tokens` tokens."""
         self._failures.extend([(error, after_tokens)] * times)
 
     def unary(self, request: Any) -> Any:
@@ -283,7 +283,7 @@ def _usage(request: pb.GenerateRequest, completion_tokens: int) -> pb.Usage:
 
 
 def _failure_of(error: KVMeshError) -> RpcFailure:
-    """The failed attempt that the SDK would turn into `error`."""
+    """The failed attempt that the SDK would report as `error`."""
     code, reason = next((code, reason) for cls, code, reason in _CODES if isinstance(error, cls))
     if error.reason is not None:
         reason = pb.ErrorReason.Value(f"ERROR_REASON_{error.reason}")

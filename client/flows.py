@@ -1,8 +1,8 @@
 """How a call is made, retried and resumed, as generators that do no I/O.
 
-A flow yields what it needs done and is sent the outcome; a failed attempt is
-thrown into it as RpcFailure. The synchronous and the asynchronous client only
-differ in the few lines that carry these steps out.
+A flow yields the step to execute and is sent its outcome; a failed attempt is
+thrown into it as RpcFailure. The synchronous and the asynchronous client differ
+only in the few lines that execute these steps.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from kvmesh.client.transport import Method, Reply, Request, RpcFailure
 from kvmesh.client.types import Delta
 from kvmesh.protos import pb
 
-# The server ends a request at its timeout and answers; the call's own deadline
-# is later by this, for a server that no longer answers.
+# The server ends a request at its timeout and answers. The call's own deadline
+# is this much later, in case the server no longer answers.
 GRACE_S = 5.0
 
 T = TypeVar("T")
@@ -48,7 +48,7 @@ class Send(Generic[Request, Reply]):
 
 @dataclass(frozen=True, slots=True)
 class Open:
-    """Start the streaming call, after ending the one before it. Outcome: None."""
+    """Start the streaming call, after ending the previous one. Outcome: None."""
 
     request: pb.GenerateRequest
     timeout_s: float | None
@@ -78,7 +78,7 @@ def unary(
     timeout_s: float | None,
     retry: RetryState,
 ) -> UnaryFlow[Reply]:
-    """One unary call, tried again while that makes sense; returns the reply."""
+    """One unary call, retried when that can help; returns the reply."""
     start = yield Now()
     retry.deadline = None if timeout_s is None else start + timeout_s
     while True:
@@ -97,7 +97,7 @@ def unary(
 
 
 def stream(state: StreamState, timeout_s: float | None, retry: RetryState) -> StreamFlow:
-    """One streamed generation, resumed where it was when its connection is lost."""
+    """One streamed generation, resumed when its connection is lost."""
     start = yield Now()
     retry.deadline = None if timeout_s is None else start + timeout_s
     while True:
@@ -113,8 +113,8 @@ def stream(state: StreamState, timeout_s: float | None, retry: RetryState) -> St
                     yield Emit(delta)
             if state.ended:
                 return
-            # An OK without usage is what some proxies make of a lost server.
-            raise RpcFailure("UNAVAILABLE", "the stream ended before its end")
+            # Some proxies turn a lost server into an OK without usage.
+            raise RpcFailure("UNAVAILABLE", "the stream ended early, without usage")
         except RpcFailure as failure:
             if state.ended:
                 return  # usage was received: nothing is missing
@@ -122,7 +122,7 @@ def stream(state: StreamState, timeout_s: float | None, retry: RetryState) -> St
 
 
 def _back_off(failure: RpcFailure, retry: RetryState) -> Generator[Any, Any, None]:
-    """Wait before the next attempt, or raise what the failure means."""
+    """Wait before the next attempt, or raise the failure's error."""
     error = error_of(failure)
     wait_s = retry.delay_s(failure, error, (yield Now()))
     if wait_s is None:
@@ -134,5 +134,5 @@ def _remaining_s(deadline: float | None, now: float) -> float | None:
     if deadline is None:
         return None
     if now >= deadline:
-        raise DeadlineExceededError("timeout_s ran out before the call could be made")
+        raise DeadlineExceededError("timeout_s expired before the call could be made")
     return deadline - now

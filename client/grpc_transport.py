@@ -16,15 +16,15 @@ from kvmesh.client.transport import GENERATE_STREAM, Method, Reply, Request, Rpc
 from kvmesh.protos import pb
 
 _CHANNEL_OPTIONS: tuple[tuple[str, int | str], ...] = (
-    # Only the server limits sizes: a million-token prompt is about 4 MB.
+    # Only the server limits sizes: a million-token prompt takes about 4 MB.
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
-    # Retries are made by `failures.RetryState`, which knows what they mean.
+    # Retries are made by `failures.RetryState`, which knows what is safe to retry.
     ("grpc.enable_retries", 0),
-    # A long prefill is silent; without pings a dead peer would look the same.
+    # A long prefill sends nothing; without pings it would look like a dead peer.
     ("grpc.keepalive_time_ms", 60_000),
     ("grpc.keepalive_timeout_ms", 20_000),
-    # Long enough for a restarting server, short enough to find it again soon.
+    # Long enough for a server to restart, short enough to reconnect quickly.
     ("grpc.max_reconnect_backoff_ms", 2_000),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),
@@ -123,7 +123,7 @@ class AsyncGrpcStreamCall:
 
 
 class AsyncGrpcTransport:
-    """Calls over one channel of the event loop that makes the first of them."""
+    """Calls over one channel, which belongs to the event loop of the first call."""
 
     def __init__(self, target: str, api_key: str | None, tls: TLS | None) -> None:
         self._target = target
@@ -183,9 +183,9 @@ class AsyncGrpcTransport:
 
 
 def raise_if_cancelling() -> None:
-    """Re-raise the CancelledError at hand if this task is the one being cancelled.
+    """Re-raise the current CancelledError if this task is the one being cancelled.
 
-    grpc.aio reports a call that the other side cancelled in the same way.
+    grpc.aio raises the same error for a call that the server cancelled.
     """
     task = asyncio.current_task()
     if task is not None and task.cancelling():
@@ -193,8 +193,8 @@ def raise_if_cancelling() -> None:
 
 
 def _failure(error: grpc.RpcError) -> RpcFailure:
-    # What grpc raises is an RpcError that is also a Call (or AioRpcError), which
-    # its types do not say.
+    # What grpc raises is an RpcError that is also a Call (or AioRpcError); its
+    # type annotations do not say so.
     call: Any = error
     return RpcFailure(
         call.code().name,

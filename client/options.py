@@ -1,4 +1,4 @@
-"""What a caller may ask for: prompts, generation options, retries, TLS."""
+"""A caller's options: prompts, generation, retries, TLS."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kvmesh.client.errors import InvalidRequestError
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One message of a chat; role is "system", "user", "assistant" or the template's own."""
+    """One message of a chat; role is "system", "user", "assistant" or one of the template's."""
 
     role: str
     content: str
@@ -26,24 +26,26 @@ Prompt: TypeAlias = str | Messages | Sequence[int]
 class GenerateOptions(TypedDict, total=False):
     """The keyword options of generate, generate_stream, chat and chat_stream.
 
-    One definition for all of them; what is left out takes the server's default.
+    Options that are left out take the server's default, given in brackets.
 
     temperature: [1] 0 is greedy
-    top_p, top_k, min_p: nucleus (0, 1]; best k, 0 for all; relative to the best
+    top_p: [1] nucleus sampling, in (0, 1]
+    top_k: [0] keep the k most likely tokens; 0 keeps all
+    min_p: [0] minimum probability relative to the most likely token's
     repetition_penalty, presence_penalty, frequency_penalty: [1, 0, 0]
-    seed: 64 bits; chosen and reported by the server if left out
-    max_tokens, min_tokens: of output, per choice
-    stop, stop_token_ids: end a choice; a stop string is not part of the text
-    ignore_eos: go on past the model's end of sequence
-    logit_bias: token id -> added to its logit
-    logprobs: k for the chosen token's and the k best alternatives'
-    n: choices
-    request_id: to name the request, e.g. for abort; made up if left out
-    model: checked against the served one
-    priority: higher starts sooner
-    timeout_s: from the call to the last token, retries included
-    min_kv_format: the least faithful KV format that will do, e.g. "int8"
-    cache_salt: cached prefixes are shared only under an equal salt
+    seed: 64 bits; if left out, the server chooses one and reports it
+    max_tokens, min_tokens: [256, 0] output tokens per choice
+    stop, stop_token_ids: end a choice; the text does not include the stop string
+    ignore_eos: [False] continue past the model's end-of-sequence tokens
+    logit_bias: token id -> bias added to its logit
+    logprobs: [none] log-probabilities of the chosen token and the k best alternatives
+    n: [1] choices
+    request_id: names the request, e.g. for abort; generated if left out
+    model: checked against the served model
+    priority: [0] higher starts sooner
+    timeout_s: from the call to the last token, including retries
+    min_kv_format: the least accurate KV format that is acceptable, e.g. "int8"
+    cache_salt: cached prefixes are shared only between requests with the same salt
     """
 
     temperature: float
@@ -72,15 +74,15 @@ class GenerateOptions(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """How often and how patiently a call is tried again.
+    """How many retries a call gets, and how long it waits between them.
 
-    Retried are lost connections and refusals for lack of room. The k-th wait is
-    drawn evenly from [0, min(max_backoff_s, initial_backoff_s · 2^k)]; a server's
-    retry_after_s is waited for in full, with up to that much on top, so that those
-    who were refused together do not return together.
+    Lost connections and refusals for lack of room are retried. The k-th wait is
+    uniform in [0, min(max_backoff_s, initial_backoff_s · 2^k)]. If the server sends
+    retry_after_s, the client waits that long and adds the jittered back-off, so that
+    requests refused together do not return together.
 
-    max_attempts: of one call; a stream that makes progress starts counting anew
-    max_retry_after_s: a server that asks for more patience is not waited for
+    max_attempts: per call; a stream that makes progress starts counting from 1 again
+    max_retry_after_s: if the server asks for a longer wait, the call fails instead
     """
 
     max_attempts: int = 4
@@ -94,10 +96,10 @@ class RetryPolicy:
                 "max_attempts", f"must be at least 1, got {self.max_attempts}"
             )
         for name in ("initial_backoff_s", "max_backoff_s", "max_retry_after_s"):
-            # Written so that NaN fails too.
+            # A comparison that is also false for NaN.
             if not 0 <= getattr(self, name) < float("inf"):
                 raise InvalidRequestError.of(
-                    name, f"must be finite and not negative, got {getattr(self, name)}"
+                    name, f"must be finite and at least 0, got {getattr(self, name)}"
                 )
 
 
@@ -106,13 +108,13 @@ NO_RETRY = RetryPolicy(max_attempts=1)
 
 @dataclass(frozen=True, slots=True)
 class TLS:
-    """Encryption, with the system's roots unless given others.
+    """Encryption with the system's root certificates, unless others are given.
 
-    Each is PEM, as bytes or a file's path.
+    Certificates and keys are PEM, as bytes or the path of a file.
 
     root_ca: certificates to trust
-    client_cert, client_key: to show the server who calls; both or neither
-    server_name: the name the server's certificate must have, where it is not the target's
+    client_cert, client_key: identify the client to the server; give both or neither
+    server_name: the name in the server's certificate, if it differs from the target's
     """
 
     root_ca: bytes | str | Path | None = None

@@ -1,4 +1,4 @@
-"""Requests: from a caller's arguments to messages."""
+"""Converts a caller's arguments to request messages."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _REQUEST_FIELDS: Final = frozenset(
 
 
 def prompt_message(prompt: Prompt) -> pb.Prompt:
-    """A prompt's message: text from a str, a chat from messages, else token ids."""
+    """The message of a prompt: text from a str, a chat from messages, otherwise token ids."""
     if isinstance(prompt, str):
         message = pb.Prompt()
         _assign(message, "text", prompt, "prompt.text")
@@ -33,15 +33,15 @@ def chat_message(messages: Messages) -> pb.Prompt:
 
 
 def generate_request(prompt: pb.Prompt, options: GenerateOptions) -> pb.GenerateRequest:
-    """The message of a generation; makes up a request_id where there is none.
+    """The message of a generation; generates a request_id if there is none.
 
-    Raises InvalidRequestError for what a message cannot hold, such as a negative
-    token id. Whether values make sense is for the server to say.
+    Raises InvalidRequestError for values that the message cannot hold, such as a
+    negative token id. The server checks whether the values make sense.
     """
     request = pb.GenerateRequest(prompt=prompt)
     for name, value in options.items():
         if value is None or name == "timeout_s":
-            continue  # timeout_s counts from the call: it is set when the request is sent
+            continue  # timeout_s counts from the call, so it is set when the request is sent
         if name in _REQUEST_FIELDS:
             _assign(request, name, value, name)
         elif name == "stop" and isinstance(value, str):
@@ -64,7 +64,7 @@ def estimate_request(
     model: str | None,
 ) -> pb.EstimateBudgetRequest:
     if (prompt is None) == (prompt_tokens is None):
-        raise InvalidRequestError.of("prompt", "give either prompt or prompt_tokens")
+        raise InvalidRequestError.of("prompt", "give exactly one of prompt and prompt_tokens")
     request = pb.EstimateBudgetRequest()
     if prompt is not None:
         request.prompt.CopyFrom(prompt_message(prompt))
@@ -89,14 +89,14 @@ def _chat(messages: Messages) -> pb.Chat:
         if isinstance(message, Message):
             message = {"role": message.role, "content": message.content}
         if not isinstance(message, Mapping) or message.keys() != {"role", "content"}:
-            raise InvalidRequestError.of(path, "must have a role and a content, nothing else")
+            raise InvalidRequestError.of(path, "must have role and content and no other keys")
         for name, value in message.items():
             _assign(added, name, value, f"{path}.{name}")
     return chat
 
 
 def _assign(message: Any, name: str, value: object, path: str) -> None:
-    """Set one field; what its type cannot hold becomes an error that names it."""
+    """Set one field; a value that its type cannot hold raises an error naming `path`."""
     try:
         if isinstance(value, Mapping):
             getattr(message, name).update(value)

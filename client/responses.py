@@ -1,4 +1,4 @@
-"""Results: from messages to typed values."""
+"""Converts reply messages to typed results."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ _FINISH_REASONS: dict[pb.FinishReason.ValueType, FinishReason] = {
 
 
 def mirror(cls: type[T], message: ProtoMessage) -> T:
-    """The value of a dataclass whose fields are those of a message, by name.
+    """A message as a dataclass that has the same field names.
 
-    Unset optional fields become None, repeated ones tuples, maps dicts, and
-    messages the dataclass that the field's annotation names.
+    Unset optional fields become None, repeated fields become tuples, maps become
+    dicts, and messages become the dataclass in the field's annotation.
     """
     values = {
         name: _value(message, name, optional, element)
@@ -59,7 +59,7 @@ def _value(message: ProtoMessage, name: str, optional: bool, element: type | Non
 
 @functools.cache
 def _plan(cls: Hashable) -> tuple[tuple[str, bool, type | None], ...]:
-    """Of each field: its name, whether it may be None, the dataclass in it if any."""
+    """For each field: its name, whether it may be None, and its dataclass if it has one."""
     assert isinstance(cls, type)
     assert dataclasses.is_dataclass(cls)
     hints = typing.get_type_hints(cls)
@@ -98,7 +98,7 @@ def finish_reason(value: pb.FinishReason.ValueType) -> FinishReason:
     try:
         return _FINISH_REASONS[value]
     except KeyError:
-        raise ProtocolError(f"the server sent the unknown finish reason {value}") from None
+        raise ProtocolError(f"the server sent an unknown finish reason: {value}") from None
 
 
 def matched_stop(message: pb.Choice | pb.ChoiceFinished) -> str | int | None:

@@ -1,12 +1,12 @@
-"""How an Error travels in a call's status, both directions.
+"""How an Error is encoded in a call's status, in both directions.
 
-The details text is a sentence, and on its last line the serialised Error:
+The details text is a sentence, followed by the serialised Error on the last line:
 
     prompt is empty
     kvmesh-error: CAMQARoP...
 
-The wire contract (kvmesh.proto, "Errors") says why it is the text that carries it.
-For other clients the same can go into google.rpc's trailer.
+The wire contract (kvmesh.proto, "Errors") explains why the text carries it.
+For other clients the same can be sent in google.rpc's trailer.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _GOOGLE = "type.googleapis.com/google.rpc."
 
 
 def encode_details(error: pb.Error) -> str:
-    """The details text of a failed call; shortens what would not fit.
+    """The details text of a failed call, shortened if it is too long.
 
-    At most MAX_ERROR_BYTES are serialised: texts are cut first, then verdicts
-    of groups are left out, then field violations but the first.
+    At most MAX_ERROR_BYTES are serialised: texts are cut first, then group
+    verdicts are dropped, then all field violations except the first.
     """
     fitting = pb.Error()
     fitting.CopyFrom(error)
@@ -54,7 +54,7 @@ def encode_details(error: pb.Error) -> str:
 
 
 def decode_details(details: str) -> tuple[str, pb.Error | None]:
-    """The sentence of a details text, and its Error if it carries one."""
+    """The sentence in a details text, and its Error if it carries one."""
     sentence, mark, tail = details.rpartition(MARK)
     if not mark:
         return details, None
@@ -104,7 +104,7 @@ def encode_trailer(error: pb.Error) -> bytes:
 
 
 def decode_trailer(value: bytes) -> pb.Error | None:
-    """What a TRAILER says, as an Error; None if it is not one. Unknown details are skipped."""
+    """The Error in a TRAILER, or None if it cannot be parsed. Unknown details are skipped."""
     try:
         status = pb_status.RpcStatus.FromString(value)
         error = pb.Error(code=status.code, message=status.message)

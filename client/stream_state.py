@@ -1,4 +1,4 @@
-"""What has been received of a streamed generation: result so far, and cursor."""
+"""What a streamed generation has received: the result so far, and the cursor."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class _ChoiceState:
 
 
 class StreamState:
-    """Folds a stream's events, across any number of connections, into one result.
+    """Folds a stream's events, across all of its connections, into one result.
 
     queued, started: the latest of each event, or None
-    usage: set when the stream has ended as it should
-    resumes: how often the stream went on after a lost connection
+    usage: set once the stream has ended normally
+    resumes: how often the stream was resumed after a lost connection
     """
 
     def __init__(self, request: pb.GenerateRequest) -> None:
@@ -58,7 +58,7 @@ class StreamState:
         return max(0, self._connections - 1)
 
     def request_to_send(self) -> pb.GenerateRequest:
-        """The request for the next connection: the caller's, or one that goes on."""
+        """The request for the next connection: the caller's, or one that resumes."""
         request = pb.GenerateRequest()
         request.CopyFrom(self._request)
         if self.started is None:
@@ -75,7 +75,7 @@ class StreamState:
         return request
 
     def feed(self, event: pb.GenerateStreamResponse) -> Delta | None:
-        """Take in one event; returns what is new for the caller, if anything.
+        """Process one event; returns the new output for the caller, if any.
 
         Raises ProtocolError for output that is out of order, missing or repeated.
         """
@@ -94,13 +94,13 @@ class StreamState:
             case "usage":
                 self._end(event.usage)
             case None:
-                pass  # of a newer server: an event this client need not know
+                pass  # from a newer server: an event that is safe to skip
         return None
 
     def completion(self) -> Completion:
-        """The whole result; raises ClosedError before the end."""
+        """The whole result; raises ClosedError before the stream has ended."""
         if self.usage is None or self.started is None:
-            raise ClosedError("the stream has not reached its end", request_id=self.request_id)
+            raise ClosedError("the stream has not ended yet", request_id=self.request_id)
         return Completion(
             request_id=self.started.request_id,
             model=self.started.model,
@@ -115,8 +115,8 @@ class StreamState:
         choice = self._live_choice(delta.index)
         if delta.token_offset != len(choice.token_ids):
             raise self._broken(
-                f"tokens from {delta.token_offset} of choice {delta.index}, "
-                f"expected from {len(choice.token_ids)}"
+                f"choice {delta.index} has {len(choice.token_ids)} tokens, "
+                f"but the delta starts at token {delta.token_offset}"
             )
         entries = logprobs(delta.logprobs)
         choice.text.append(delta.text)
@@ -146,7 +146,7 @@ class StreamState:
             raise self._broken("usage before any output")
         unfinished = [i for i, choice in self._choices.items() if choice.finish_reason is None]
         if unfinished:
-            raise self._broken(f"usage before the end of choice {unfinished[0]}")
+            raise self._broken(f"usage before choice {unfinished[0]} finished")
         self.usage = mirror(Usage, usage)
 
     def _live_choice(self, index: int) -> _ChoiceState:
@@ -154,12 +154,12 @@ class StreamState:
             raise self._broken("output before started")
         choice = self._choices.setdefault(index, _ChoiceState())
         if choice.finish_reason is not None:
-            raise self._broken(f"output of choice {index} after its end")
+            raise self._broken(f"output of choice {index} after it finished")
         return choice
 
     def _broken(self, what: str) -> ProtocolError:
         return ProtocolError(
-            f"the stream breaks the contract: {what}", request_id=self._request.request_id
+            f"the stream violates the contract: {what}", request_id=self._request.request_id
         )
 
 

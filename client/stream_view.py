@@ -1,4 +1,4 @@
-"""What both kinds of stream show besides the deltas."""
+"""What both kinds of stream expose besides the deltas."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ class StreamView:
 
     @property
     def queued(self) -> Queued | None:
-        """The latest news from the queue, if the request had to wait."""
+        """The latest queue position, if the request had to wait."""
         return self._state.queued
 
     @property
     def started(self) -> Started | None:
-        """Where it runs and what is reserved for it, once that is known."""
+        """The group that runs it and what is reserved for it, once known."""
         return self._state.started
 
     @property
     def usage(self) -> Usage | None:
-        """What the request cost, once the stream has ended."""
+        """What the request used, once the stream has ended."""
         return self._state.usage
 
     @property
     def resumes(self) -> int:
-        """How often the stream went on after a lost connection."""
+        """How often the stream was resumed after a lost connection."""
         return self._state.resumes
 
     @property
     def completion(self) -> Completion:
-        """The whole output, after the end; raises ClosedError before."""
+        """The whole output; raises ClosedError before the stream has ended."""
         return self._state.completion()

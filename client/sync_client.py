@@ -38,12 +38,13 @@ class Client:
             for delta in client.chat_stream([Message("user", "Hello!")]):
                 print(delta.text, end="", flush=True)
 
-    target: host:port; else $KVMESH_TARGET, else localhost:9000
-    api_key: else $KVMESH_API_KEY, else the local server's key file; "" for none
-    tls: True for the system's roots, or TLS(...); False sends key and text in the clear
-    timeout_s: of generations that give none of their own; None waits for ever
-    retry: how often and how patiently to try again
-    transport: in the place of gRPC, e.g. FakeTransport
+    target: host:port; default $KVMESH_TARGET, then localhost:9000
+    api_key: default $KVMESH_API_KEY, then the local server's key file; "" sends no key
+    tls: True uses the system's root certificates; TLS(...) sets others; False sends the
+        key and the text unencrypted
+    timeout_s: default for generations that set none; None means no limit
+    retry: how many retries to make and how long to wait between them
+    transport: replaces gRPC, e.g. FakeTransport
     """
 
     def __init__(
@@ -65,23 +66,23 @@ class Client:
     def generate(
         self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]
     ) -> Completion:
-        """Continue a prompt, given as text or token ids; returns the whole output."""
+        """Continue a prompt given as text or token ids; returns the whole output."""
         message = requests.prompt_message(prompt)
         return responses.completion(self._run(self._core.generate(message, options)))
 
     def generate_stream(
         self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]
     ) -> Stream:
-        """Continue a prompt; returns a stream to iterate over as output is generated."""
+        """Continue a prompt; returns a stream that yields output as it is generated."""
         return self._stream(requests.prompt_message(prompt), options)
 
     def chat(self, messages: Messages, **options: Unpack[GenerateOptions]) -> Completion:
-        """Answer a chat, rendered with the model's template; returns the whole output."""
+        """Answer a chat rendered with the model's template; returns the whole output."""
         message = requests.chat_message(messages)
         return responses.completion(self._run(self._core.generate(message, options)))
 
     def chat_stream(self, messages: Messages, **options: Unpack[GenerateOptions]) -> Stream:
-        """Answer a chat; returns a stream to iterate over as output is generated."""
+        """Answer a chat; returns a stream that yields output as it is generated."""
         return self._stream(requests.chat_message(messages), options)
 
     def tokenize(
@@ -91,7 +92,7 @@ class Client:
         model: str | None = None,
         timeout_s: float | None = DEFAULT_TIMEOUT_S,
     ) -> Tokens:
-        """The token ids that a generation would see for this prompt."""
+        """The token ids that a generation would use for this prompt."""
         return responses.mirror(Tokens, self._run(self._core.tokenize(prompt, model, timeout_s)))
 
     def estimate(
@@ -108,7 +109,7 @@ class Client:
     ) -> Estimate:
         """What a request would need and when it could start, without submitting it.
 
-        Give the prompt, or only its length to ask before sending megabytes.
+        Give the prompt itself, or only its length to avoid sending megabytes.
         """
         request = requests.estimate_request(
             prompt,
@@ -122,13 +123,16 @@ class Client:
         return responses.mirror(Estimate, self._run(self._core.estimate(request, timeout_s)))
 
     def abort(self, request_id: str, *, timeout_s: float | None = DEFAULT_TIMEOUT_S) -> bool:
-        """End a request of the same key; returns whether there was one."""
+        """End a request made with the same key; returns whether it was found."""
         return self._run(self._core.abort(request_id, timeout_s)).aborted
 
     def explain(
         self, request_id: str, *, timeout_s: float | None = DEFAULT_TIMEOUT_S
     ) -> Explanation:
-        """What was decided of a request of the same key, and why; no decisions if not known."""
+        """The placement decisions for a request made with the same key, with the reasons.
+
+        The list is empty if the request is not known.
+        """
         reply = self._run(self._core.explain(request_id, timeout_s))
         return responses.mirror(Explanation, reply)
 
@@ -137,11 +141,11 @@ class Client:
         return responses.mirror(ModelInfo, self._run(self._core.model_info(timeout_s)))
 
     def loads(self, *, timeout_s: float | None = DEFAULT_TIMEOUT_S) -> Loads:
-        """What groups and router hold and do at this moment."""
+        """The current load of the groups and the router."""
         return responses.mirror(Loads, self._run(self._core.loads(timeout_s)))
 
     def close(self) -> None:
-        """Close the connection; calls under way fail."""
+        """Close the connection; calls in progress fail."""
         self._transport.close()
 
     def __enter__(self) -> Self:
@@ -160,7 +164,7 @@ class Client:
         return Stream(self._transport, state, flow)
 
     def _run(self, flow: UnaryFlow[T]) -> T:
-        """Carry out the steps of a unary flow."""
+        """Execute the steps of a unary flow."""
         try:
             step = next(flow)
             while True:
@@ -183,15 +187,15 @@ class Client:
 
 
 class Stream(StreamView):
-    """Output as it is generated, to be iterated over once.
+    """Output as it is generated; can be iterated over once.
 
         with client.generate_stream("Once upon a time") as stream:
             for delta in stream:
                 print(delta.text, end="", flush=True)
         print(stream.completion.usage)
 
-    Leaving the loop or the `with` block in any way ends the request at the server.
-    A lost connection is resumed where it was; no token is emitted twice.
+    Leaving the loop or the `with` block ends the request on the server.
+    A lost connection is resumed where it stopped; no token is emitted twice.
     """
 
     def __init__(self, transport: Transport, state: StreamState, flow: StreamFlow) -> None:
@@ -204,12 +208,12 @@ class Stream(StreamView):
 
     def __iter__(self) -> Iterator[Delta]:
         if self._iterated or self._closed:
-            raise ClosedError("a stream can be iterated over once")
+            raise ClosedError("a stream can only be iterated over once")
         self._iterated = True
         return self._run()
 
     def close(self) -> None:
-        """End the request at the server. May be called by any thread."""
+        """End the request on the server. May be called from any thread."""
         self._closed = True
         if self._call is not None:
             self._call.cancel()
@@ -226,7 +230,7 @@ class Stream(StreamView):
         self.close()
 
     def _run(self) -> Iterator[Delta]:
-        """Carry out the steps of the flow."""
+        """Execute the steps of the flow."""
         try:
             step = next(self._flow)
             while True:

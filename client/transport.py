@@ -1,8 +1,8 @@
-"""The seam between the SDK's logic and the outside: calls, time, sleep.
+"""The boundary between the SDK's logic and the outside: calls, time, sleep.
 
 A transport makes one attempt of one call and raises RpcFailure if it fails.
-Retries, resumes, errors and types are the callers'. Its clock and sleep are part
-of it, so that a fake one runs through back-offs at once.
+Retries, resumes, errors and types are the caller's job. The clock and sleep are
+part of it, so that a fake transport can skip back-offs.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class RpcFailure(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Method(Generic[Request, Reply]):
-    """A method of the service and the types of its messages."""
+    """A method of the service and its message types."""
 
     name: str
     request_type: type[Request]
@@ -59,13 +59,13 @@ GET_LOADS = Method("GetLoads", pb.GetLoadsRequest, pb.GetLoadsResponse)
 
 
 class StreamCall(Protocol):
-    """A streaming call under way."""
+    """A streaming call in progress."""
 
     def read(self) -> pb.GenerateStreamResponse | None:
         """The next event, or None at the end of a stream whose status is OK."""
 
     def cancel(self) -> None:
-        """End the call; harmless if it has ended. May be called by any thread."""
+        """End the call; does nothing if it has ended. May be called from any thread."""
 
 
 class Transport(Protocol):
@@ -76,7 +76,7 @@ class Transport(Protocol):
     def stream(self, request: pb.GenerateRequest, timeout_s: float | None) -> StreamCall: ...
 
     def now(self) -> float:
-        """Seconds on a clock that never goes back."""
+        """Seconds on a monotonic clock."""
 
     def sleep(self, seconds: float) -> None: ...
 

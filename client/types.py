@@ -1,4 +1,4 @@
-"""Results, as frozen values whose fields are named as in the wire contract."""
+"""Results as frozen dataclasses, with the field names of the wire contract."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class FinishReason(enum.Enum):
     STOP = "stop"  # a stop string, a stop token or the end of sequence
     LENGTH = "length"  # max_tokens, or the context is full
     ABORT = "abort"  # aborted by request_id
-    DEADLINE = "deadline"  # timeout_s ran out after the first token
+    DEADLINE = "deadline"  # timeout_s expired after the first token
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """The chosen token, and the best alternatives, best first."""
+    """The chosen token, and the best alternatives in descending order."""
 
     chosen: TokenLogprob
     top: tuple[TokenLogprob, ...]
@@ -47,7 +47,7 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """New output of one choice of a stream; the last one has its finish_reason."""
+    """New output of one choice of a stream; the last delta has its finish_reason."""
 
     index: int
     text: str
@@ -59,7 +59,7 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a request cost, all choices together. Pages of one rank, bytes of all."""
+    """What a request used, over all choices. Pages are per rank, bytes over all ranks."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -79,7 +79,7 @@ class Usage:
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Output tokens a second after the first one, or None if there were no more."""
+        """Output tokens per second after the first token, or None if there was only one."""
         if self.time_to_first_token_s is None or self.completion_tokens < 2:
             return None
         decode_s = self.total_s - self.time_to_first_token_s
@@ -88,7 +88,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """All of a request's output. `text` is the first choice's."""
+    """All output of a request. `text` is that of the first choice."""
 
     request_id: str
     model: str
@@ -103,7 +103,7 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """Where a stream runs and what is reserved for it. Pages of one rank, bytes of all."""
+    """Which group runs a stream, and what is reserved. Pages per rank, bytes over all ranks."""
 
     request_id: str
     model: str
@@ -119,7 +119,7 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class Queued:
-    """How many requests wait before this one, and for how long if that is known."""
+    """How many requests are ahead of this one, and the projected wait if known."""
 
     position: int
     projected_wait_s: float | None
@@ -135,7 +135,7 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class GroupEstimate:
-    """What a request would need on one group. Pages of one rank, bytes of all.
+    """What a request would need on one group. Pages per rank, bytes over all ranks.
 
     cost_s: what placement compares, in seconds of time to first token
     """
@@ -157,7 +157,10 @@ class GroupEstimate:
 
 @dataclass(frozen=True, slots=True)
 class PlacementDecision:
-    """What was decided of a request, and every group as it was then; `group` is "" if nowhere."""
+    """One placement decision and the state of every group at that time.
+
+    `group` is "" if the request was not placed.
+    """
 
     age_s: float
     outcome: str
@@ -167,7 +170,7 @@ class PlacementDecision:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """All that was decided of a request, oldest first; nothing if it is not known."""
+    """All decisions about a request, oldest first; empty if the request is not known."""
 
     request_id: str
     decisions: tuple[PlacementDecision, ...]
@@ -175,7 +178,7 @@ class Explanation:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What a request would need and when it could start; `group` is "" if nowhere."""
+    """What a request would need and when it could start; `group` is "" if it cannot."""
 
     prompt_tokens: int
     max_tokens: int
@@ -188,7 +191,7 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class GroupInfo:
-    """What does not change of a group. Pages of one rank, capacity of all."""
+    """The fixed facts of a group. Pages per rank, capacity over all ranks."""
 
     group: str
     kv_format: str
@@ -233,7 +236,7 @@ class PagesLoad:
 
 @dataclass(frozen=True, slots=True)
 class LatencySummary:
-    """Of a recent window."""
+    """Latencies over a recent window."""
 
     count: int
     mean_s: float
@@ -244,7 +247,7 @@ class LatencySummary:
 
 @dataclass(frozen=True, slots=True)
 class GroupLoads:
-    """What a group runs, holds, and has done since it started. Bytes of all ranks."""
+    """What a group is running, holds, and has done since it started. Bytes over all ranks."""
 
     group: str
     kv_format: str
@@ -271,7 +274,7 @@ class GroupLoads:
 
 @dataclass(frozen=True, slots=True)
 class GroupLedger:
-    """What leases reserve of a group. Pages of one rank, bytes of all."""
+    """What leases have reserved on a group. Pages per rank, bytes over all ranks."""
 
     group: str
     leases: int
@@ -287,9 +290,9 @@ class GroupLedger:
 class RouterLoads:
     """The router's queue and ledger.
 
-    expired_total: leases nobody had released
-    audits_total, audit_faults_total: engines' reports compared with the ledger, and those
-        that did not agree with it
+    expired_total: leases that expired without being released
+    audits_total, audit_faults_total: comparisons of engines' reports with the ledger, and
+        how many found a difference
     """
 
     epoch: int
@@ -307,7 +310,7 @@ class RouterLoads:
 
 @dataclass(frozen=True, slots=True)
 class Loads:
-    """What the cluster does at this moment."""
+    """The current load of the cluster."""
 
     groups: tuple[GroupLoads, ...]
     router: RouterLoads

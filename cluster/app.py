@@ -6,38 +6,42 @@ The classes here are what Serve calls; each delegates to an object that knows no
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
-from collections.abc import AsyncGenerator, Awaitable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeVar
 
+import ray
 from grpc_health.v1 import health_pb2
 from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 from ray.serve.grpc_util import RayServegRPCContext
 from ray.serve.handle import DeploymentHandle
 
 from kvmesh.client.status import TRAILER, encode_details, encode_trailer
 from kvmesh.cluster.config import ClusterConfig
 from kvmesh.cluster.engine_service import EngineService
-from kvmesh.cluster.handles import Failure, ServeEngineClient, ServeRouterClient, outcome
-from kvmesh.cluster.ingress import errors
+from kvmesh.cluster.identity import Identity
+from kvmesh.cluster.ingress import error_table
 from kvmesh.cluster.ingress.authenticate import Authenticator
 from kvmesh.cluster.ingress.codec import ModelCodec
+from kvmesh.cluster.ingress.quality import DIVERGENCE_NATS
 from kvmesh.cluster.ingress.service import IngressService
 from kvmesh.cluster.ingress.validate import MAX_ID_CHARS, Limits
+from kvmesh.cluster.link import Address, LinkError, listen
+from kvmesh.cluster.messages import TO_ROUTER
 from kvmesh.cluster.metrics import EngineMeters, IngressMeters, RouterMeters
-from kvmesh.cluster.peers import ClusterStatus, EngineReport, Explained, StreamOpened
 from kvmesh.cluster.rank_actors import RankActors, RankResources
 from kvmesh.cluster.ray_meters import RayMeterFactory
 from kvmesh.cluster.router_service import RouterService
 from kvmesh.cluster.routing.config import RouterConfig
-from kvmesh.cluster.routing.request import Estimate, Growth, Placement, PlaceRequest
 from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.workers.config import EngineConfig
-from kvmesh.workers.leader import EngineLeader
 from kvmesh.workers.model.source import resolve_model
-from kvmesh.workers.request import EngineRequest, LeaseTerms, PageChanges, SequenceDelta
 
 logger = logging.getLogger("ray.serve")
 
@@ -45,52 +49,53 @@ Reply = TypeVar("Reply")
 
 CONTROL_CPUS = 0.1  # of ingress, router and leaders: they ask Ray for little
 FAILURE_POLL_S = 0.25
-FLUSH_S = 0.5  # what a failed engine still says reaches its clients
+FLUSH_S = 0.5  # time for a failed engine's last messages to reach its clients
+FIND_TIMEOUT_S = 5.0
+LIVE_POLL_S = 0.1
 
 
-class Engine:
-    """One group: a leader in this process, its ranks in actors beside it."""
+@dataclass(frozen=True, slots=True)
+class Deployed:
+    """What every process of a deployment receives."""
+
+    config: ClusterConfig
+    identity: Identity
+
+
+class EngineReplica:
+    """One group: a leader in this process, its ranks in actors next to it."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, group: str, config: EngineConfig, resources: RankResources, drain_s: float
+        self,
+        group: str,
+        config: EngineConfig,
+        resources: RankResources,
+        router: DeploymentHandle[Any],
+        deployed: Deployed,
     ) -> None:
-        self._drain_s = drain_s
+        self._drain_s = deployed.config.timeouts.drain_s
         self._actors = RankActors(config, resources)
-        self._leader = EngineLeader(config, self._actors.executor)
-        self._service = EngineService(self._leader, EngineMeters(RayMeterFactory(), group))
+        self._service = EngineService(
+            group,
+            config,
+            self._actors.executor,
+            EngineMeters(RayMeterFactory(), group),
+            deployed.identity,
+            router_finder(router),
+            host=node_ip(),
+            report_period_s=deployed.config.router.report_period_s,
+        )
         await self._service.start()
         self._guard = asyncio.create_task(self._exit_on_failure())
-
-    async def submit(self, request: EngineRequest, epoch: str) -> None | Failure:
-        return await outcome(self._service.submit(request, epoch))
-
-    async def abort(self, request_ids: list[str]) -> int | Failure:
-        return await outcome(self._service.abort(request_ids))
-
-    async def outputs(
-        self, client_id: str
-    ) -> AsyncGenerator[StreamOpened | list[SequenceDelta], None]:
-        stream = self._service.outputs(client_id)
-        try:
-            async for message in stream:
-                yield message
-        finally:
-            await stream.aclose()
-
-    async def extend(self, request_ids: list[str], lease: LeaseTerms) -> None | Failure:
-        return await outcome(self._service.extend(request_ids, lease))
-
-    async def report(self, pages_after: int) -> tuple[EngineReport, PageChanges] | Failure:
-        return await outcome(self._service.report(pages_after))
 
     async def check_health(self) -> None:
         self._service.check_health()
 
     async def _exit_on_failure(self) -> None:
-        """A group that lost a rank is built anew: Serve replaces a replica that is gone."""
-        while self._leader.failed is None:
+        """Exit when a rank is lost: Serve then starts a new replica, with new ranks."""
+        while (failed := self._service.leader.failed) is None:
             await asyncio.sleep(FAILURE_POLL_S)
-        logger.error("the engine failed and its replica exits: %s", self._leader.failed)
+        logger.error("the engine failed and its replica exits: %s", failed)
         await asyncio.sleep(FLUSH_S)
         os._exit(1)
 
@@ -101,92 +106,77 @@ class Engine:
         await self._actors.close()
 
 
-class Router:
+class RouterReplica:
     """The one router."""
 
-    def __init__(self, engines: Mapping[str, DeploymentHandle[Any]], config: ClusterConfig) -> None:
-        clients = {group: ServeEngineClient(handle) for group, handle in engines.items()}
+    async def __init__(self, deployed: Deployed) -> None:  # type: ignore[misc]  # Serve awaits it
+        config = deployed.config
+        self._drain_s = config.timeouts.drain_s
         settings = RouterConfig(
             queue_limit=config.router.max_queued,
             lease_ttl_s=config.router.lease_ttl_s,
             tenants=config.router.policies(),
         )
-        self._service = RouterService(
-            clients,
-            settings,
-            RouterMeters(RayMeterFactory()),
-            report_period_s=config.router.report_period_s,
-        )
-        self._following = asyncio.create_task(self._service.follow())
+        meters = RouterMeters(RayMeterFactory())
+        self._service = RouterService(settings, meters, groups=group_names(config))
+        self._listener = await listen(node_ip(), deployed.identity, TO_ROUTER, self._service.accept)
+        self._running = asyncio.create_task(self._service.run())
 
-    async def place(
-        self, request: PlaceRequest, ticket: str, supersede: bool
-    ) -> Placement | Failure:
-        return await outcome(self._service.place(request, ticket=ticket, supersede=supersede))
-
-    async def begun(self, lease_id: str) -> None | Failure:
-        return await outcome(self._service.begun(lease_id))
-
-    async def grow(
-        self, lease_id: str, request: PlaceRequest, output_tokens: int
-    ) -> Growth | None | Failure:
-        return await outcome(self._service.grow(lease_id, request, output_tokens))
-
-    async def release(self, lease_id: str, output_tokens: int | None) -> None | Failure:
-        return await outcome(self._service.release(lease_id, output_tokens))
-
-    async def abort(self, request_id: str) -> bool | Failure:
-        return await outcome(self._service.abort(request_id))
-
-    async def withdraw(self, request_id: str, ticket: str) -> None | Failure:
-        return await outcome(self._service.withdraw(request_id, ticket))
-
-    async def estimate(self, request: PlaceRequest) -> Estimate | Failure:
-        return await outcome(self._service.estimate(request))
-
-    async def explain(self, request_id: str) -> tuple[Explained, ...] | Failure:
-        return await outcome(self._service.explain(request_id))
-
-    async def suspect(self, group: str, epoch: str) -> None | Failure:
-        return await outcome(self._service.suspect(group, epoch))
-
-    async def status(self, fresh: bool) -> ClusterStatus | Failure:
-        return await outcome(self._service.status(fresh=fresh))
+    async def address(self) -> Address:
+        """The address that engines and ingresses connect to."""
+        return self._listener.address
 
     async def drain(self) -> None:
-        await self._service.drain()
+        """Take nothing new."""
+        self._service.drain()
+
+    async def live_requests(self) -> int:
+        """The number of requests that wait or run."""
+        return self._service.status().router.live_requests
 
     async def check_health(self) -> None:
-        if self._following.done():
-            raise RuntimeError("the router no longer follows its engines")
+        if self._running.done():
+            raise RuntimeError("the router's clock has stopped")
+
+    async def __del__(self) -> None:
+        """Stay while requests run, because they may still need more pages."""
+        self._service.drain()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._drain_s):
+                while await self.live_requests():
+                    await asyncio.sleep(LIVE_POLL_S)
+        self._running.cancel()
+        self._listener.close()
 
 
-class Ingress:
+class IngressReplica:
     """The gRPC methods of one ingress process."""
 
-    def __init__(
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
         self,
         router: DeploymentHandle[Any],
         engines: Mapping[str, DeploymentHandle[Any]],
         keys: list[tuple[str, str]] | None,
-        config: ClusterConfig,
+        deployed: Deployed,
     ) -> None:
+        """engines: bound only to make them part of the application"""
+        config = deployed.config
         files = resolve_model(config.model)
         self._meters = IngressMeters(RayMeterFactory())
         self._drain_s = config.timeouts.drain_s
         self._service = IngressService(
-            ServeRouterClient(router),
-            {group: ServeEngineClient(handle) for group, handle in engines.items()},
+            deployed.identity,
+            router_finder(router),
             ModelCodec(files.path),
             Authenticator(keys),
             limits_of(config),
             self._meters,
-            name=serve.get_replica_context().replica_id.unique_id,
             version=package_version(),
             model_names=frozenset({config.model, files.name}),
             queue_timeout_s=config.router.queue_timeout_s,
+            divergence_nats={**DIVERGENCE_NATS, **config.ingress.kv_divergence_nats},
         )
-        self._following = asyncio.create_task(self._service.follow())
+        self._service.start()
 
     async def Generate(
         self, request: object, grpc_context: RayServegRPCContext
@@ -271,8 +261,7 @@ class Ingress:
         return health_pb2.HealthCheckResponse.NOT_SERVING
 
     async def check_health(self) -> None:
-        if self._following.done():
-            raise RuntimeError("the ingress no longer follows the router")
+        self._service.check_health()
 
     async def _answer(
         self,
@@ -294,25 +283,48 @@ class Ingress:
         return reply
 
     async def __del__(self) -> None:
-        self._following.cancel()
         await self._service.drain(self._drain_s)
         await self._service.stop()
+
+
+def router_finder(router: DeploymentHandle[Any]) -> Callable[[], Awaitable[Address]]:
+    """A function that asks Serve for the router's address; it raises LinkError."""
+
+    async def find() -> Address:
+        response: Any = router.address.remote()
+        try:
+            async with asyncio.timeout(FIND_TIMEOUT_S):
+                address = await response
+        except TimeoutError:
+            response.cancel()
+            raise LinkError("the router does not answer") from None
+        except (RayError, RayServeException) as error:
+            raise LinkError(f"the router cannot be reached: {error}") from error
+        assert isinstance(address, Address)
+        return address
+
+    return find
+
+
+def node_ip() -> str:
+    """This node's address in the Ray cluster."""
+    return str(ray.util.get_node_ip_address())
 
 
 def fail(context: RayServegRPCContext, error: Exception, request: object) -> str:
     """Put an error into a call's status and log what clients must not see; its metrics label."""
     request_id = str(getattr(request, "request_id", ""))[:MAX_ID_CHARS]
-    if errors.is_expected(error):
+    if error_table.is_expected(error):
         logger.info("refused request %r: %s", request_id, error)
     else:
         logger.error("failed at request %r", request_id, exc_info=error)
-    wire = errors.to_wire(error, request_id)
-    context.set_code(errors.status_code(wire))
+    wire = error_table.to_wire(error, request_id)
+    context.set_code(error_table.status_code(wire))
     context.set_details(encode_details(wire))
     # Serve's annotation knows text alone; a key that ends in -bin takes bytes.
     trailers: list[Any] = [(TRAILER, encode_trailer(wire))]
     context.set_trailing_metadata(trailers)
-    return errors.reason_label(wire)
+    return error_table.reason_label(wire)
 
 
 def limits_of(config: ClusterConfig) -> Limits:
@@ -342,18 +354,27 @@ def build_app(
 ) -> serve.Application:
     """The application, with one deployment for each group, so that a handle is a group.
 
-    keys: (sha256, tenant) of the API keys let in, None for everybody
+    keys: (sha256, tenant) of the accepted API keys; None accepts every caller
     """
+    deployed = Deployed(config, Identity.make())
     engine_config = config.engine_config()
     resources = RankResources(config.engine.cpus_per_rank, gpus_per_rank)
     health = {"health_check_period_s": config.timeouts.health_period_s}
     stop = {"graceful_shutdown_timeout_s": config.timeouts.drain_s + 10}
+    router = _deployment(
+        RouterReplica,
+        name="router",
+        num_replicas=1,
+        max_ongoing_requests=100_000,
+        ray_actor_options={"num_cpus": CONTROL_CPUS},
+        **health,
+        **stop,
+    ).bind(deployed)
     engines = {
         group: _deployment(
-            Engine,
+            EngineReplica,
             name=group,
             num_replicas=1,
-            max_ongoing_requests=100_000,
             ray_actor_options={"num_cpus": CONTROL_CPUS},
             placement_group_bundles=[
                 {"CPU": CONTROL_CPUS},
@@ -362,19 +383,11 @@ def build_app(
             placement_group_strategy="STRICT_PACK",
             **health,
             **stop,
-        ).bind(group, engine_config, resources, config.timeouts.drain_s)
+        ).bind(group, engine_config, resources, router, deployed)
         for group in group_names(config)
     }
-    router = _deployment(
-        Router,
-        name="router",
-        num_replicas=1,
-        max_ongoing_requests=100_000,
-        ray_actor_options={"num_cpus": CONTROL_CPUS},
-        **health,
-    ).bind(engines, config)
     ingress = _deployment(
-        Ingress,
+        IngressReplica,
         name="ingress",
         num_replicas=config.ingress.replicas,
         max_ongoing_requests=config.ingress.max_streams,
@@ -382,7 +395,7 @@ def build_app(
         **health,
         **stop,
     )
-    app: serve.Application = ingress.bind(router, engines, keys, config)
+    app: serve.Application = ingress.bind(router, engines, keys, deployed)
     return app
 
 

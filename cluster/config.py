@@ -1,221 +1,149 @@
-"""The one YAML file that configures a cluster, and what each of its fields means.
+"""The YAML file that configures a cluster, with the documentation of each field.
 
-`load` reads it, `ClusterConfig.engine_config` turns it into what an engine
-takes, and `default_yaml` prints it with its documentation.
+`load` reads it, `ClusterConfig.engine_config` makes an engine's configuration from
+it, and `default_yaml` prints the defaults with their documentation.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from kvmesh.cluster.routing.fairness import TenantPolicy
-from kvmesh.kernels.formats.registry import format_names, get_format
-from kvmesh.workers.config import PAGE_SIZES, EngineConfig
+from kvmesh.workers.byte_size import Bytes
+from kvmesh.workers.config import (
+    EngineConfig,
+    EngineSettings,
+    FormatName,
+    Settings,
+    config_error,
+)
 from kvmesh.workers.errors import ConfigError
-from kvmesh.workers.pool_plan import DEFAULT_MAX_HOT_SHARE
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
-_UNITS = {"": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
-_UNITS |= {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "B": 1}
-
-
-def parse_bytes(value: object) -> object:
-    """An integer, or a string such as ``512MiB``, as bytes; other types pass to the validator."""
-    if not isinstance(value, str):
-        return value
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
-    unit = _UNITS.get(match[2].upper()) if match else None
-    if match is None or unit is None:
-        raise ValueError("must be bytes: a number, or one with a unit such as 512MiB or 8GB")
-    return int(float(match[1]) * unit)
-
-
-def _known_format(name: str) -> str:
-    """A KV format's name; the registry's own error lists those there are."""
-    get_format(name)
-    return name
-
-
-Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
-FormatName = Annotated[str, AfterValidator(_known_format)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
-
-
-class EngineSection(_Section):
+class EngineSection(EngineSettings):
     """One group's engine."""
 
-    kv_format: FormatName = Field(
-        default="int8", description=f"How sealed KV pages are encoded: {', '.join(format_names())}"
-    )
-    calibration: str | None = Field(
-        default=None,
-        description="File of `kvmesh calibrate`, the same on every node; for formats that need one",
-    )
-    page_size: int = Field(
-        default=64, description=f"Tokens a page: one of {', '.join(map(str, PAGE_SIZES))}"
-    )
-    sink_pages: int | None = Field(
-        default=None, ge=0, description="First pages always read exactly; null: the format's own"
-    )
-    recent_pages: int | None = Field(
-        default=None, ge=0, description="Latest pages read exactly; null: the format's own"
-    )
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        default="auto", description="Compute dtype; auto: bfloat16 on GPUs, float32 on CPUs"
-    )
-    device: Literal["auto", "cpu", "cuda"] = Field(
-        default="auto", description="auto: GPUs where there are any"
-    )
-    tp: int = Field(
-        default=1, ge=1, description="Ranks the heads are split over; divides the KV heads"
-    )
-    kv_memory_bytes: Bytes | None = Field(
-        default=None,
-        description="KV memory of one rank, e.g. 512MiB; "
-        "null: what the GPU has free, or 1 GiB on CPUs",
-    )
-    gpu_memory_utilization: float = Field(
-        default=0.9,
-        gt=0,
-        le=1,
-        description="Share of a GPU that weights, activations and KV may fill",
-    )
-    max_num_seqs: int = Field(default=16, ge=1, description="Sequences that run at once")
-    max_hot_share: float = Field(
-        default=DEFAULT_MAX_HOT_SHARE,
-        gt=0,
-        lt=1,
-        description="Share of the KV memory that exact pages may take; more than half is for "
-        "short sequences in formats with exact windows",
-    )
-    max_num_batched_tokens: int = Field(
-        default=512, ge=1, description="Tokens a step computes; longer prompts are chunked"
-    )
-    max_model_len: int | None = Field(
-        default=None, ge=1, description="Tokens a sequence may have; null: the model's own limit"
-    )
-    prefix_cache: bool = Field(default=True, description="Share sealed pages of equal prefixes")
-    threads_per_rank: int | None = Field(
-        default=None, ge=1, description="CPU threads of a rank; null: the machine's, shared"
-    )
-    cuda_graphs: bool = Field(
-        default=False, description="Replay decode steps from CUDA graphs; no effect on CPUs"
-    )
-    kv_probe: Literal["off", "warn", "refuse"] = Field(
-        default="warn",
-        description="Measure at load what the KV format does to the model; where it hurts, "
-        "warn or refuse",
-    )
     cpus_per_rank: float = Field(
         default=1.0, ge=0, description="CPUs a rank asks Ray for (logical, not threads)"
     )
 
 
-class IngressSection(_Section):
-    """Where clients come in."""
+class IngressSection(Settings):
+    """The gRPC endpoint that clients connect to."""
 
     replicas: int = Field(
-        default=1, ge=1, le=64, description="Ingress processes; 2 or more outlive a crash"
+        default=1, ge=1, le=64, description="Ingress processes; with 2 or more, one may crash"
     )
     host: str = Field(
         default="127.0.0.1", description="Address to listen on; 0.0.0.0: all interfaces"
     )
     port: Port = Field(default=9000, description="gRPC port; 0: any free one")
     http_port: Port = Field(
-        default=0, description="Port of Serve's own HTTP health page; 0: any free one"
+        default=0, description="Port of Ray Serve's HTTP health check; 0: any free one"
     )
     max_streams: int = Field(
-        default=1024, ge=1, description="Calls one ingress process serves at once"
+        default=1024, ge=1, description="Concurrent calls of one ingress process"
     )
     max_request_bytes: Bytes = Field(
-        default=16 << 20, description="Largest request; a million token ids are about 4 MB"
+        default=16 << 20,
+        description="Maximum size of a request; a million token ids are about 4 MB",
     )
-    max_stop_strings: int = Field(default=16, ge=0, description="Stop strings a request may have")
+    max_stop_strings: int = Field(default=16, ge=0, description="Maximum stop strings of a request")
     max_stop_chars: int = Field(
-        default=1024, ge=1, description="Characters one stop string may have"
+        default=1024, ge=1, description="Maximum characters of a stop string"
     )
-    max_choices: int = Field(default=16, ge=1, description="Greatest n of a request")
+    max_choices: int = Field(default=16, ge=1, description="Maximum n of a request")
     default_max_tokens: int = Field(
-        default=256, ge=1, description="Output tokens where a request names no max_tokens"
+        default=256, ge=1, description="Output tokens of a request that does not set max_tokens"
+    )
+    kv_divergence_nats: dict[FormatName, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = (
+        Field(
+            default_factory=dict,
+            description="By KV format: its divergence from exact KV on your model (`kvmesh eval "
+            "perplexity`, KL), for min_kv_format; formats that are not named have the figures of "
+            "docs/kv_formats.md",
+        )
     )
 
 
-class TenantKey(_Section):
+class TenantKey(Settings):
     """One API key, by its hash."""
 
-    # A request is known to the router as tenant/request_id: a slash would let one tenant
-    # name another's requests.
+    # The router knows a request as tenant/request_id: with a slash in its name, a tenant could
+    # address another tenant's requests.
     tenant: str = Field(
-        pattern="^[^/]+$", description="Name under which its use is accounted; no slash"
+        pattern="^[^/]+$", description="Tenant whose usage is counted; must not contain a slash"
     )
     sha256: str = Field(
         pattern="^[0-9a-f]{64}$", description="SHA-256 of the key, in lower-case hexadecimal"
     )
 
 
-class AuthSection(_Section):
-    """Who may come in."""
+class AuthSection(Settings):
+    """Authentication of clients."""
 
     mode: Literal["api_key", "none"] = Field(
-        default="api_key", description="none lets everybody in, and must be asked for"
+        default="api_key",
+        description="api_key: every request needs a key; none: anyone may send requests",
     )
     keys: tuple[TenantKey, ...] = Field(
         default=(),
-        description="Keys let in; empty: one is made on first start and kept in key_file",
+        description="Accepted keys; empty: a key is generated on first start, in key_file",
     )
     key_file: Path | None = Field(
         default=None,
-        description="Where the made key is kept (mode 0600); null: where the SDK looks",
+        description="File of the generated key (mode 0600); null: where the SDK looks for it",
     )
 
 
-class TenantSection(_Section):
-    """What one tenant may use."""
+class TenantSection(Settings):
+    """Limits of one tenant."""
 
     weight: float = Field(
-        default=1.0, gt=0, allow_inf_nan=False, description="Share of KV memory beside others'"
+        default=1.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Share of KV memory relative to other tenants",
     )
     quota_bytes: Bytes | None = Field(
-        default=None, description="Most KV bytes leased to it at once; null: no limit"
+        default=None, description="Maximum KV bytes leased to it at a time; null: no limit"
     )
 
 
-class RouterSection(_Section):
-    """Who gets which group's pages, and who waits."""
+class RouterSection(Settings):
+    """Placement of requests on groups, and the queue."""
 
     max_queued: int = Field(default=256, ge=0, description="Requests that may wait for pages")
     queue_timeout_s: Seconds = Field(
-        default=120.0, description="Longest wait for pages, in seconds"
+        default=120.0, description="Maximum wait for pages, in seconds"
     )
     lease_ttl_s: Seconds = Field(
-        default=10.0, description="Seconds after which a lease no engine reports is taken back"
+        default=10.0, description="Seconds until a lease that no engine reports expires"
     )
     report_period_s: Seconds = Field(default=1.0, description="Seconds between engines' reports")
     tenants: dict[str, TenantSection] = Field(
         default_factory=dict,
-        description="By name: weight (1) and quota_bytes (no limit); others have the defaults",
+        description="By name: weight and quota_bytes; other tenants have weight 1 and no quota",
     )
 
     def policies(self) -> dict[str, TenantPolicy]:
-        """What the router's account of tenants takes."""
+        """The settings as the router's fairness policy takes them."""
         return {
             name: TenantPolicy(tenant.weight, tenant.quota_bytes)
             for name, tenant in self.tenants.items()
         }
 
 
-class MetricsSection(_Section):
+class MetricsSection(Settings):
     """Prometheus."""
 
     port: Port = Field(
@@ -223,33 +151,35 @@ class MetricsSection(_Section):
     )
 
 
-class TimeoutSection(_Section):
-    """How long things may take, in seconds."""
+class TimeoutSection(Settings):
+    """Time limits, in seconds."""
 
     start_s: Seconds = Field(
-        default=900.0, description="From deployment to ready, downloads included"
+        default=900.0, description="From deployment to ready, including downloads"
     )
     request_s: Seconds | None = Field(
-        default=None, description="Longest a request may take; null: unlimited unless it says"
+        default=None, description="Default timeout of a request; null: none"
     )
-    drain_s: Seconds = Field(default=30.0, description="What running requests get at shutdown")
+    drain_s: Seconds = Field(
+        default=30.0, description="How long shutdown waits for running requests"
+    )
     health_period_s: Seconds = Field(default=2.0, description="Between health checks of an engine")
 
 
-class RaySection(_Section):
-    """The Ray cluster: a local one, or one that runs already."""
+class RaySection(Settings):
+    """The Ray cluster: a local one, or one that is already running."""
 
     address: str | None = Field(
-        default=None, description="Cluster to join; null: start a local one"
+        default=None, description="Ray cluster to join; null: start a local one"
     )
     object_store_bytes: Bytes = Field(
-        default=200 << 20, description="Object store of a local Ray; kvmesh hardly uses it"
+        default=200 << 20, description="Object store of a local Ray cluster; kvmesh barely uses it"
     )
-    dashboard: bool = Field(default=False, description="Start Ray's dashboard with a local Ray")
+    dashboard: bool = Field(default=False, description="Start Ray's dashboard with a local cluster")
 
 
-class ClusterConfig(_Section):
-    """All of a kvmesh cluster."""
+class ClusterConfig(Settings):
+    """The configuration of a kvmesh cluster."""
 
     model: str = Field(
         default=DEFAULT_MODEL,
@@ -259,20 +189,22 @@ class ClusterConfig(_Section):
     )
     groups: int = Field(default=1, ge=1, le=512, description="Engine replicas")
     engine: EngineSection = Field(default=EngineSection(), description="Each group's engine")
-    ingress: IngressSection = Field(default=IngressSection(), description="Where clients come in")
-    auth: AuthSection = Field(default=AuthSection(), description="Who may come in")
-    router: RouterSection = Field(
-        default=RouterSection(), description="Who gets pages, and who waits"
+    ingress: IngressSection = Field(
+        default=IngressSection(), description="The endpoint for clients"
     )
+    auth: AuthSection = Field(default=AuthSection(), description="Authentication")
+    router: RouterSection = Field(default=RouterSection(), description="Placement and queue")
     metrics: MetricsSection = Field(default=MetricsSection(), description="Prometheus")
-    timeouts: TimeoutSection = Field(default=TimeoutSection(), description="Times, in seconds")
+    timeouts: TimeoutSection = Field(
+        default=TimeoutSection(), description="Time limits, in seconds"
+    )
     ray: RaySection = Field(default=RaySection(), description="The Ray cluster")
 
     def engine_config(self) -> EngineConfig:
-        """What each group's engine is built from; raises ConfigError naming the field."""
+        """The configuration of each group's engine. Raises ConfigError naming the field."""
         values = self.engine.model_dump(exclude={"cpus_per_rank"})
         if self.engine.calibration is not None:
-            # Ranks run in directories of their own.
+            # Ranks run in other working directories.
             values["calibration"] = str(Path(self.engine.calibration).expanduser().absolute())
         try:
             return EngineConfig(model=self.model, **values)
@@ -282,26 +214,17 @@ class ClusterConfig(_Section):
 
 
 def build(values: Mapping[str, Any]) -> ClusterConfig:
-    """A validated configuration; raises ConfigError naming the field by its path."""
+    """A validated configuration. Raises ConfigError with the path of the field."""
     try:
         config = ClusterConfig.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        path = ".".join(str(part) for part in first["loc"]) or "configuration"
-        raise ConfigError(path, _friendly(first)) from None
+        raise config_error(error) from None
     config.engine_config()
     return config
 
 
-def _friendly(problem: Mapping[str, Any]) -> str:
-    if problem["type"] == "extra_forbidden":
-        return "is not a setting; `kvmesh config` prints all there are"
-    message = str(problem["msg"]).removeprefix("Value error, ")
-    return f"{message[0].lower()}{message[1:]}, got {problem['input']!r}"
-
-
 def load(path: Path | None, overrides: Mapping[str, Any] | None = None) -> ClusterConfig:
-    """Read `path` (None: defaults) and lay `overrides` over it.
+    """Read `path` (None: the defaults) and apply `overrides`.
 
     overrides: values by dotted path, e.g. {"engine.tp": 2}; None values are skipped
     Raises ConfigError naming the file or the field.
@@ -316,7 +239,10 @@ def load(path: Path | None, overrides: Mapping[str, Any] | None = None) -> Clust
         except yaml.YAMLError as error:
             raise ConfigError("config", f"{path} is not valid YAML: {error}") from None
         if loaded is not None and not isinstance(loaded, dict):
-            raise ConfigError("config", f"{path} must hold a mapping of settings")
+            raise ConfigError(
+                "config",
+                f"{path} must contain a mapping of settings, got a {type(loaded).__name__}",
+            )
         values = loaded or {}
     for dotted, value in (overrides or {}).items():
         if value is not None:
@@ -334,7 +260,7 @@ def _put(values: dict[str, Any], path: list[str], value: Any) -> None:
 
 
 def default_yaml() -> str:
-    """The documented default configuration, which `load` reads back as the default."""
+    """The default configuration with comments; `load` reads it back unchanged."""
     return "\n".join(_document(ClusterConfig(), indent=0)) + "\n"
 
 

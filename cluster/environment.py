@@ -1,8 +1,8 @@
-"""The environment that a local Ray and its Serve read when they start.
+"""The environment variables that Ray and Ray Serve read when they start.
 
-Serve takes its choice of proxy and its ports from variables, which have to be
-set on every node before Ray starts. On a cluster that runs already, set
-`SERVE_VARIABLES` there.
+Serve reads its choice of proxy and its ports from variables that must be set on
+every node before Ray starts. To join a running cluster, set `SERVE_VARIABLES` on
+its nodes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from kvmesh.cluster.config import ClusterConfig
 
-# HAProxy instead of Serve's Python proxy: faster, and it does not lose cancellations.
+# HAProxy instead of Serve's Python proxy: it is faster and forwards cancellations.
 SERVE_VARIABLES = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
@@ -24,34 +24,34 @@ SERVE_VARIABLES = {
     "RAY_SERVE_HAPROXY_H2_BE_MAX_CONCURRENT_STREAMS": "1000",
     "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "2s",
     "RAY_SERVE_HAPROXY_HEALTH_CHECK_RISE": "1",
-    # Streams that outlive a reload of the proxy's configuration may go on this long.
+    # How long streams may continue after the proxy has reloaded its configuration.
     "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "3600",
     "RAY_SERVE_PORT_QUARANTINE_S": "60",
-    # A proxy on a cold or busy machine was killed and given up for being slower than 5 seconds.
+    # By default Serve kills a proxy that takes 5 seconds to start, as on a busy machine.
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",
-    # The client's stream is resumed elsewhere; waiting helps nobody.
+    # No need to wait: the client resumes its stream on another replica.
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
 }
 
 
 def serve_variables(config: ClusterConfig) -> dict[str, str]:
-    """What every node of a cluster that runs `config` must have set."""
+    """The variables that must be set on every node of a cluster that runs `config`."""
     request_bytes = config.ingress.max_request_bytes
     return {
         **SERVE_VARIABLES,
-        # Twice, so that a somewhat too large request still gets its own error.
+        # Twice, so that a slightly too large request reaches the ingress, which explains the error.
         "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(2 * request_bytes),
         "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(4 * request_bytes),
     }
 
 
 def local_variables(config: ClusterConfig, directory: Path) -> dict[str, str]:
-    """`serve_variables`, and what keeps several local clusters apart.
+    """`serve_variables`, and those that separate local clusters from one another.
 
-    directory: for sockets and files of the proxy, empty and our own
+    directory: an empty directory of this cluster, for the proxy's sockets and files
     """
     stats, metrics, fallback_http, fallback_grpc = free_ports(4)
-    # Ranges that overlap another cluster's are sorted out by Serve's retries.
+    # Serve retries with other ports if its range overlaps another cluster's.
     return {
         **serve_variables(config),
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -70,14 +70,14 @@ def local_variables(config: ClusterConfig, directory: Path) -> dict[str, str]:
 
 
 def _python_path() -> str:
-    """With where this package is imported from, which Ray's workers need not know otherwise."""
-    here = str(Path(__file__).absolute().parents[2])
+    """PYTHONPATH with the location of this package, so that Ray's workers can import it."""
+    location = str(Path(__file__).absolute().parents[2])
     others = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
-    return os.pathsep.join([here, *(part for part in others if part != here)])
+    return os.pathsep.join([location, *(part for part in others if part != location)])
 
 
 def free_ports(count: int) -> list[int]:
-    """Different ports that are free on this machine, at this moment."""
+    """Distinct ports that are free on this machine at the moment."""
     with ExitStack() as stack:
         return [port for _, port in zip(range(count), _ports(stack), strict=False)]
 

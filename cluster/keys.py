@@ -1,4 +1,4 @@
-"""API keys of a local server: made on first start, kept where the SDK looks for them."""
+"""API keys of a local server: generated on first start, and stored where the SDK looks."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _KEY_BYTES = 32
 
 
 def known_keys(auth: AuthSection, environ: Mapping[str, str]) -> list[tuple[str, str]] | None:
-    """(sha256, tenant) of every key let in, or None where everybody is.
+    """(sha256, tenant) of every accepted key, or None if no key is needed.
 
-    Makes the local key if none is configured and there is none yet. Raises as
-    `ensure_key`.
+    Generates the local key if no keys are configured and it does not exist yet.
+    Raises the errors of `ensure_key`.
     """
     if auth.mode == "none":
         return None
@@ -31,36 +31,38 @@ def known_keys(auth: AuthSection, environ: Mapping[str, str]) -> list[tuple[str,
 
 
 def local_key(auth: AuthSection, environ: Mapping[str, str]) -> str | None:
-    """The key that `known_keys` lets in, where it is kept on this machine."""
+    """The generated key of this machine; None if keys are configured or none is needed."""
     if auth.mode == "none" or auth.keys:
         return None
     return read_key_file(auth.key_file or key_path(environ))
 
 
 def ensure_key(path: Path) -> str:
-    """The key in `path`, made with mode 0600 if it is not there.
+    """The key in `path`, which is created with mode 0600 if it does not exist.
 
-    Raises CredentialsError if it cannot be read or others can read it, ConfigError if it
-    cannot be made.
+    Raises CredentialsError if it cannot be read or is readable by others, and ConfigError
+    if it cannot be created.
     """
     try:
         found = read_key_file(path)
         if found is not None:
             return found
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return _make_key(path)
+        return _create_key(path)
     except FileExistsError:
-        # Another server has made it in between.
-        made = read_key_file(path)
-        if made is None:
-            raise ConfigError("auth.key_file", f"{path} vanished while it was read") from None
-        return made
+        # Another server has created the key in the meantime.
+        created = read_key_file(path)
+        if created is None:
+            raise ConfigError(
+                "auth.key_file", f"{path} was removed while it was read; start again"
+            ) from None
+        return created
     except OSError as error:
-        raise ConfigError("auth.key_file", f"cannot make {path}: {error.strerror}") from None
+        raise ConfigError("auth.key_file", f"cannot create {path}: {error.strerror}") from None
 
 
-def _make_key(path: Path) -> str:
-    """Write a new key beside `path` and link it there whole; FileExistsError if it is there."""
+def _create_key(path: Path) -> str:
+    """Create `path` atomically with a new key. Raises FileExistsError if it exists."""
     key = secrets.token_urlsafe(_KEY_BYTES)
     draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW

@@ -1,4 +1,4 @@
-"""A cluster from nothing to ready, and back to nothing."""
+"""Starting and stopping a cluster."""
 
 from __future__ import annotations
 
@@ -41,15 +41,15 @@ Progress = Callable[[str, float | None], None]
 
 
 class StartError(Exception):
-    """The cluster did not come up; the message is for people."""
+    """The cluster did not start. The message is for users."""
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """How to talk to a cluster.
+    """How to connect to a cluster.
 
-    api_key: the local one; None where keys are configured by their hashes, or none is asked for
-    metrics_url: None where Ray was running already
+    api_key: the local key; None if keys are configured by their hashes, or none is needed
+    metrics_url: None if Ray was already running
     """
 
     target: str
@@ -58,11 +58,11 @@ class Endpoint:
 
 
 class Cluster:
-    """A context manager: entered, the cluster serves; left, nothing of it remains.
+    """A context manager that starts a cluster and stops it again, with all its processes.
 
-    config: with `ray.address` to join a Ray cluster, in which only kvmesh's own
-        application is then started and ended
-    progress: called with what is being done, and the share of it done where known
+    config: with `ray.address`, only kvmesh's application is started and stopped, in
+        that Ray cluster
+    progress: called with the current step, and the share of it that is done if known
     """
 
     def __init__(self, config: ClusterConfig, progress: Progress | None = None) -> None:
@@ -71,22 +71,22 @@ class Cluster:
         self._directory: Path | None = None
         self._keep: frozenset[int] = frozenset()
         self._started = False
-        self._in_a_hurry = threading.Event()
+        self._hurry = threading.Event()
 
     def __enter__(self) -> Endpoint:
         return self.start_guarded()
 
     def start_guarded(self) -> Endpoint:
-        """As `start`, and nothing is left behind when it fails."""
+        """Like `start`, but stops everything again if it fails."""
         try:
             return self.start()
         except BaseException:
-            self._in_a_hurry.set()
+            self._hurry.set()
             self.stop()
             raise
 
     def report_to(self, progress: Progress) -> None:
-        """Show what follows through another `progress`."""
+        """Report further steps to another `progress`."""
         self._progress = progress
 
     def __exit__(
@@ -98,11 +98,11 @@ class Cluster:
         self.stop()
 
     def hurry(self) -> None:
-        """Wait for no request while stopping. Safe to call from a signal handler."""
-        self._in_a_hurry.set()
+        """Stop without waiting for requests. Safe to call from a signal handler."""
+        self._hurry.set()
 
     def start(self) -> Endpoint:
-        """Raises ConfigError for a setting that cannot work, StartError for what failed."""
+        """Raises ConfigError for an invalid setting, StartError for any other failure."""
         config = self._prepare()
         metrics_url = self._start_ray(config)
         self._deploy(config)
@@ -112,16 +112,18 @@ class Cluster:
         return Endpoint(target, local_key(config.auth, os.environ), metrics_url)
 
     def _prepare(self) -> ClusterConfig:
-        """What can be checked and fetched before anything runs; fills in free ports."""
+        """Check and download what is possible before anything runs, and choose free ports."""
         config = self._config
         files = resolve_model(config.model, progress=self._progress)
         facts = read_facts(files.path)
         if facts.num_kv_heads % config.engine.tp:
-            ways = [str(n) for n in range(1, facts.num_kv_heads + 1) if facts.num_kv_heads % n == 0]
+            divisors = [
+                str(n) for n in range(1, facts.num_kv_heads + 1) if facts.num_kv_heads % n == 0
+            ]
             raise ConfigError(
                 "engine.tp",
                 f"must divide the model's {facts.num_kv_heads} KV heads: one of "
-                f"{', '.join(ways)}; got {config.engine.tp}",
+                f"{', '.join(divisors)}; got {config.engine.tp}",
             )
         if config.ray.address is None:
             if config.ingress.port and port_in_use(config.ingress.host, config.ingress.port):
@@ -145,7 +147,7 @@ class Cluster:
             self._started = True
             return None
         adopt_orphans()
-        # Short: Ray and HAProxy put Unix sockets below it, whose paths have a limit.
+        # Its path must be short, because Unix sockets of Ray and HAProxy are placed in it.
         self._directory = Path(tempfile.mkdtemp(prefix="kvmesh-", dir=_short_tmp()))
         os.environ.update(local_variables(config, self._directory / "p"))
         self._started = True
@@ -186,13 +188,13 @@ class Cluster:
                 ),
             )
         except (RayError, RuntimeError, TimeoutError, ValueError) as error:
-            raise StartError(f"Serve did not start: {_told_last(str(error))}") from error
+            raise StartError(f"Serve did not start: {_last_error(str(error))}") from error
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         app = build_app(config, self._keys, gpus_per_rank=_gpus_per_rank(config))
         self._run(serve, app, config.timeouts.start_s)
 
     def _run(self, serve: Any, app: serve.Application, timeout_s: float) -> None:
-        """Deploy and wait, telling what is still on its way."""
+        """Deploy and wait, and report which deployments are not ready yet."""
         failures: list[BaseException] = []
 
         def run() -> None:
@@ -201,37 +203,39 @@ class Cluster:
             except BaseException as error:
                 failures.append(error)
 
-        # Beside this thread, which goes on showing progress and hearing signals.
+        # In a thread, so that this one can report progress and handle signals.
         runner = threading.Thread(target=run, name="kvmesh-deploy", daemon=True)
         runner.start()
-        until = time.monotonic() + timeout_s
+        deadline = time.monotonic() + timeout_s
         while runner.is_alive():
             runner.join(POLL_S)
-            if time.monotonic() > until:
-                raise StartError(f"not ready within {timeout_s:g} s; {_unready(serve)}")
+            if time.monotonic() > deadline:
+                raise StartError(
+                    f"not ready within {timeout_s:g} s (timeouts.start_s); {_unready(serve)}"
+                )
             if runner.is_alive():
                 self._progress(f"loading the model, {_unready(serve)}", None)
         if failures:
             raise StartError(_deploy_failure(serve, failures[0])) from failures[0]
 
     def _wait_serving(self, target: str) -> None:
-        """Until the health service says SERVING through the whole path."""
+        """Wait until a health check through the proxy returns SERVING."""
         self._progress("waiting for the first report", None)
         from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-        until = time.monotonic() + self._config.timeouts.start_s
+        deadline = time.monotonic() + self._config.timeouts.start_s
         with grpc.insecure_channel(target) as channel:
             stub: Any = health_pb2_grpc.HealthStub(channel)
-            while time.monotonic() < until:
+            while time.monotonic() < deadline:
                 with contextlib.suppress(grpc.RpcError):
                     reply = stub.Check(health_pb2.HealthCheckRequest(), timeout=2.0)
                     if reply.status == health_pb2.HealthCheckResponse.SERVING:
                         return
                 time.sleep(POLL_S)
-        raise StartError("the ingress does not report that it serves")
+        raise StartError("the cluster was deployed, but its health check does not return SERVING")
 
     def stop(self) -> None:
-        """Let requests end, shut down, and leave nothing behind. Idempotent."""
+        """Wait for requests, shut down, and end all processes. Idempotent."""
         if not self._started:
             return
         self._started = False
@@ -252,10 +256,10 @@ class Cluster:
     def _stop_serving(self) -> None:
         from ray import serve
 
-        if not self._in_a_hurry.is_set():
+        if not self._hurry.is_set():
             self._wait_for_requests(serve)
         with _muted(), contextlib.suppress(Exception):
-            # Whatever is wrong with it: what follows ends it all the same.
+            # Errors do not matter, because the processes are ended anyway.
             if self._config.ray.address is None:
                 serve.shutdown()
             else:
@@ -265,37 +269,37 @@ class Cluster:
         from ray.exceptions import RayError
         from ray.serve.exceptions import RayServeException
 
-        # In a thread, as its loop may not run within one that the caller runs.
+        # In a thread, because the caller may be running an event loop.
         with ThreadPoolExecutor(1, "kvmesh-drain") as thread:
             try:
                 thread.submit(asyncio.run, self._drain(serve)).result()
             except (RayError, RayServeException, TimeoutError) as error:
-                logger.warning("running requests are not waited for: %s", error)
+                logger.warning("cannot wait for running requests: %s", error)
 
     async def _drain(self, serve: Any) -> None:
-        """Have the router take nothing new, and wait for what runs."""
-        # Serve's handles work only within an event loop here, see SERVE_VARIABLES.
+        """Make the router reject new requests, and wait for those that are running."""
+        # With RAY_SERVE_THROUGHPUT_OPTIMIZED, Serve's handles need a running event loop.
         router = serve.get_deployment_handle("router", APP_NAME)
         async with asyncio.timeout(ROUTER_TIMEOUT_S):
             await router.drain.remote()
-        until = time.monotonic() + self._config.timeouts.drain_s
+        deadline = time.monotonic() + self._config.timeouts.drain_s
         idle_polls = 0
-        while time.monotonic() < until and not self._in_a_hurry.is_set():
+        while time.monotonic() < deadline and not self._hurry.is_set():
             async with asyncio.timeout(ROUTER_TIMEOUT_S):
-                status = await router.status.remote(False)
-            # Once more: the last words of a request follow the end of its lease.
-            idle_polls = 0 if status.live_requests else idle_polls + 1
+                live_requests = await router.live_requests.remote()
+            # Poll once more, because a request's last output follows the end of its lease.
+            idle_polls = 0 if live_requests else idle_polls + 1
             if idle_polls > 1:
                 return
-            if status.live_requests:
-                self._progress(f"waiting for {status.live_requests} requests", None)
+            if live_requests:
+                self._progress(f"waiting for {live_requests} requests", None)
             await asyncio.sleep(POLL_S)
 
 
 def _with_ports(
     config: ClusterConfig, grpc_port: int, http_port: int, metrics_port: int
 ) -> ClusterConfig:
-    """The configuration with free ports where it asks for any."""
+    """The configuration with each port 0 replaced by a free one."""
     ingress = config.ingress.model_copy(
         update={
             "port": config.ingress.port or grpc_port,
@@ -307,7 +311,7 @@ def _with_ports(
 
 
 def _logical_cpus(config: ClusterConfig) -> int:
-    """At least the machine's; more where groups ask for more, which then share them."""
+    """The machine's CPUs; more if the groups ask for more, which then share the machine's."""
     from kvmesh.cluster.app import CONTROL_CPUS
 
     per_group = CONTROL_CPUS + config.engine.tp * config.engine.cpus_per_rank
@@ -316,46 +320,48 @@ def _logical_cpus(config: ClusterConfig) -> int:
 
 
 def _gpus_per_rank(config: ClusterConfig) -> float:
-    """1 where ranks run on GPUs, as the setting or the cluster's resources say."""
+    """1 if ranks run on GPUs, by the setting or the cluster's resources; else 0."""
     if config.engine.device == "cpu":
         return 0.0
     gpus = _import_ray().cluster_resources().get("GPU", 0.0)
     if config.engine.device == "cuda" or gpus:
         needed = config.groups * config.engine.tp
         if gpus < needed:
-            raise ConfigError("engine.tp", f"{needed} GPUs are needed, the cluster has {gpus:g}")
+            raise ConfigError(
+                "engine.tp", f"needs {needed} GPUs (groups × tp), but the cluster has {gpus:g}"
+            )
         return 1.0
     return 0.0
 
 
 def _unready(serve: Any) -> str:
-    """Which parts are not up yet, for people."""
-    with contextlib.suppress(Exception):  # progress must not be what fails
+    """Which deployments are not ready yet, for users."""
+    with contextlib.suppress(Exception):  # a progress message must not fail the start
         app = serve.status().applications.get(APP_NAME)
         if app is not None:
             waiting = [n for n, d in app.deployments.items() if d.status != "HEALTHY"]
-            return f"waiting for {', '.join(sorted(waiting))}" if waiting else "nearly there"
+            return f"waiting for {', '.join(sorted(waiting))}" if waiting else "almost ready"
     return "waiting for Serve"
 
 
 def _deploy_failure(serve: Any, error: BaseException) -> str:
-    """What went wrong, out of Serve's report: the last line of the first trace there is."""
+    """The reason from Serve's status: the last error of the first failed deployment."""
     with contextlib.suppress(Exception):
         for name, deployment in serve.status().applications[APP_NAME].deployments.items():
             if deployment.status in ("DEPLOY_FAILED", "UNHEALTHY") and deployment.message:
-                return f"{name} did not start: {_told_last(deployment.message)}"
+                return f"{name} did not start: {_last_error(deployment.message)}"
     return f"the application did not start: {error}"
 
 
-def _told_last(trace: str) -> str:
-    """What a trace says at its end: the last line that names an error."""
+def _last_error(trace: str) -> str:
+    """The last line of a traceback that names an error."""
     lines = [line.strip() for line in trace.splitlines() if line.strip()]
-    told = [line for line in lines if "Error" in line]
-    return (told or lines or ["no reason was given"])[-1]
+    errors = [line for line in lines if "Error" in line]
+    return (errors or lines or ["no reason was given"])[-1]
 
 
 def _import_ray() -> Any:
-    """Ray, imported late: its Serve reads the environment when it is imported."""
+    """Import Ray late, because it reads the environment when it is imported."""
     import ray
 
     return ray
@@ -363,15 +369,15 @@ def _import_ray() -> Any:
 
 @contextlib.contextmanager
 def _muted() -> Any:
-    """Ray prints of its own actors' deaths while it shuts down; nobody needs to read that."""
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+    """Hide what Ray prints about the deaths of its actors during shutdown."""
+    with open(os.devnull, "w") as null, contextlib.redirect_stderr(null):
         yield
 
 
 def _short_tmp() -> str:
-    """The temporary directory, or /tmp where that is too long for sockets below it.
+    """The temporary directory, or /tmp if its path is too long for sockets in it.
 
-    HAProxy takes paths of 97 characters, and Serve puts 57 of its own before their names.
+    HAProxy accepts paths of up to 97 characters, and Serve adds 57 of them.
     """
     chosen = tempfile.gettempdir()
     return chosen if len(chosen) <= 12 or not os.access("/tmp", os.W_OK) else "/tmp"
@@ -379,7 +385,7 @@ def _short_tmp() -> str:
 
 @contextlib.contextmanager
 def _temporary_directory(path: Path) -> Iterator[None]:
-    """Where processes started meanwhile, and theirs, put what is to go with the cluster."""
+    """Set TMPDIR for processes started meanwhile, so that their files go with the cluster."""
     before = os.environ.get("TMPDIR")
     os.environ["TMPDIR"] = str(path)
     try:
@@ -392,4 +398,4 @@ def _temporary_directory(path: Path) -> Iterator[None]:
 
 
 def _silent(step: str, share: float | None) -> None:
-    """Report to nobody."""
+    """Report nothing."""

@@ -1,4 +1,4 @@
-"""What is counted, under which names; on Ray's Prometheus endpoint as ``ray_<name>``."""
+"""Metrics and their names; Ray's Prometheus endpoint shows them as ``ray_<name>``."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from kvmesh.cluster.peers import EngineLatencies, LatencySummary
-from kvmesh.workers.request import EngineLoads, SequenceDelta, SequenceUsage
+from kvmesh.cluster.reports import EngineLatencies, LatencyStats
+from kvmesh.cluster.routing.outcome import RouterStatus
+from kvmesh.workers.loads import EngineInfo, EngineLoads
+from kvmesh.workers.request import SequenceDelta, SequenceUsage
+from kvmesh.workers.sizes import PageNeed
 
-WINDOW = 512  # ended sequences that latency summaries are made of
+WINDOW = 512  # ended sequences in a latency summary
 LATENCY_BUCKETS_S = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0)
 
 
@@ -26,7 +29,7 @@ class HistogramMeter(Protocol):
 
 
 class MeterFactory(Protocol):
-    """Makes meters: Ray's in a cluster (cluster/ray_meters.py), a notebook's in tests."""
+    """Makes meters: Ray's in a cluster (cluster/ray_meters.py), fakes in tests."""
 
     def counter(self, name: str, description: str, tags: Sequence[str]) -> CounterMeter: ...
 
@@ -76,14 +79,17 @@ class EngineMeters:
     def _histogram(self, factory: MeterFactory, name: str, description: str) -> HistogramMeter:
         return factory.histogram(name, description, ("group",), LATENCY_BUCKETS_S)
 
-    def delta(self, delta: SequenceDelta) -> None:
-        """Count what goes to a client."""
-        if delta.token_ids:
-            self._tokens.inc(len(delta.token_ids), {**self._tags, "kind": "completion"})
-        if delta.finish_reason is not None:
-            self._sequences.inc(1, {**self._tags, "outcome": delta.finish_reason.value})
-        if delta.usage is not None:
-            self._usage(delta.usage)
+    def deltas(self, deltas: Sequence[SequenceDelta]) -> None:
+        """Count what a step sends to a client; called once per step, not once per token."""
+        tokens = 0
+        for delta in deltas:
+            tokens += len(delta.token_ids)
+            if delta.finish_reason is not None:
+                self._sequences.inc(1, {**self._tags, "outcome": delta.finish_reason.value})
+                if delta.usage is not None:
+                    self._usage(delta.usage)
+        if tokens:
+            self._tokens.inc(tokens, {**self._tags, "kind": "completion"})
 
     def _usage(self, usage: SequenceUsage) -> None:
         if usage.prompt_tokens:
@@ -103,16 +109,17 @@ class EngineMeters:
         meter.observe(seconds, self._tags)
         self._windows[window].append(seconds)
 
-    def loads(self, loads: EngineLoads) -> None:
+    def loads(self, info: EngineInfo, loads: EngineLoads) -> None:
         """Set the gauges."""
-        pool = loads.pool
-        for state in ("used", "cached", "free"):
-            hot: int = getattr(pool, f"hot_{state}")
-            sealed: int = getattr(pool, f"sealed_{state}")
-            self._pages.set(hot, {**self._tags, "kind": "hot", "state": state})
-            self._pages.set(sealed, {**self._tags, "kind": "sealed", "state": state})
-            total = hot * pool.hot_page_bytes + sealed * pool.sealed_page_bytes
-            self._bytes.set(total, {**self._tags, "state": state})
+        hot, sealed = loads.pool.hot, loads.pool.sealed
+        for state, need in (
+            ("used", PageNeed(hot.used, sealed.used)),
+            ("cached", PageNeed(hot.cached, sealed.cached)),
+            ("free", PageNeed(hot.free, sealed.free)),
+        ):
+            self._pages.set(need.hot, {**self._tags, "kind": "hot", "state": state})
+            self._pages.set(need.sealed, {**self._tags, "kind": "sealed", "state": state})
+            self._bytes.set(info.geometry.bytes_of(need), {**self._tags, "state": state})
         self._running.set(loads.running, {**self._tags, "state": "running"})
         self._running.set(loads.waiting, {**self._tags, "state": "waiting"})
         self._preemptions.set(loads.preemptions_total, self._tags)
@@ -126,7 +133,7 @@ class EngineMeters:
 
 
 class IngressMeters:
-    """Calls as clients see them."""
+    """Calls and their latencies as clients see them."""
 
     def __init__(self, factory: MeterFactory) -> None:
         self._requests = factory.counter(
@@ -165,7 +172,7 @@ class IngressMeters:
 
 
 class RouterMeters:
-    """The budget."""
+    """The router's queue and leases."""
 
     def __init__(self, factory: MeterFactory) -> None:
         self._queue = factory.gauge(
@@ -177,26 +184,25 @@ class RouterMeters:
         )
         self._groups = factory.gauge("kvmesh_groups_healthy", "Groups that are up", ())
 
-    def status(
-        self, queue_length: int, leases: int, leased_bytes: Mapping[str, int], healthy: int
-    ) -> None:
-        self._queue.set(queue_length, {})
-        self._leases.set(leases, {})
+    def status(self, status: RouterStatus, healthy: int) -> None:
+        """healthy: groups that are up"""
+        self._queue.set(status.queue_depth, {})
+        self._leases.set(status.leases, {})
         self._groups.set(healthy, {})
-        for group, size_bytes in leased_bytes.items():
-            self._leased.set(size_bytes, {"group": group})
+        for group in status.groups:
+            self._leased.set(group.used_bytes, {"group": group.group})
 
 
-def summarise(values: Sequence[float]) -> LatencySummary:
+def summarise(values: Sequence[float]) -> LatencyStats:
     """Mean and nearest-rank percentiles."""
     if not values:
-        return LatencySummary()
+        return LatencyStats()
     ordered = sorted(values)
 
     def percentile(share: float) -> float:
         return ordered[min(int(share * len(ordered)), len(ordered) - 1)]
 
-    return LatencySummary(
+    return LatencyStats(
         count=len(ordered),
         mean_s=sum(ordered) / len(ordered),
         p50_s=percentile(0.5),

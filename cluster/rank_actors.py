@@ -24,7 +24,7 @@ CLOSE_TIMEOUT_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class RankResources:
-    """What Ray sets aside for one rank."""
+    """What Ray reserves for one rank."""
 
     cpus: float
     gpus: float
@@ -35,15 +35,15 @@ class RankResources:
 
 
 class RankActors:
-    """Starts a group's ranks and watches them; `executor` speaks to them.
+    """Starts a group's ranks and watches them; `executor` exchanges messages with them.
 
-    Only within a replica whose placement group has one bundle a rank behind its own.
+    For replicas whose placement group has one bundle for each rank after their own.
     """
 
     def __init__(self, config: EngineConfig, resources: RankResources) -> None:
         self.executor = ChannelExecutor(config.tp)
         group = get_current_placement_group()
-        assert group is not None, "the leader runs in no placement group"
+        assert group is not None, "the leader must run in a placement group"
         rendezvous = f"tcp://127.0.0.1:{_free_port()}"
         self._actors = []
         self._watchers = []
@@ -59,7 +59,7 @@ class RankActors:
             self._watchers.append(asyncio.create_task(self._watch(rank, running)))
 
     async def _watch(self, rank: int, running: ray.ObjectRef[None]) -> None:
-        """Tell the executor when a rank ends, however it does."""
+        """Fail the executor when a rank ends, for whatever reason."""
         try:
             await running
             error = WorkerDiedError(f"rank {rank} ended")
@@ -69,7 +69,7 @@ class RankActors:
         self.executor.fail(error)
 
     async def close(self) -> None:
-        """Wait a little for ranks that were let go, and end those that stay."""
+        """Wait up to CLOSE_TIMEOUT_S for the ranks to end, then kill the others."""
         await asyncio.wait(self._watchers, timeout=CLOSE_TIMEOUT_S)
         for actor in self._actors:
             ray.kill(actor)

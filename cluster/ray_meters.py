@@ -1,4 +1,4 @@
-"""Meters that Ray exports; only within a Serve replica."""
+"""Meters that Ray exports; they work only in a Serve replica."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ray.serve import metrics
 
 
 def _keys(tags: Sequence[str]) -> Any:
-    # Ray's annotation says one key; it means any number.
+    # Ray's annotation says one key, but Ray takes any number.
     return tuple(tags)
 
 

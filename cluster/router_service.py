@@ -1,292 +1,334 @@
-"""The router as a service: follows the engines, and knows every live request by its id."""
+"""The router as a process of a cluster: messages in, the pure router, messages out.
+
+No call blocks. A request that waits for pages is an entry of `_callers`, and the outcome that
+ends its wait is sent to its caller.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field
 
-from kvmesh.cluster.ingress.attempt import sequence_id
-from kvmesh.cluster.ingress.errors import DrainingError, EngineLostError, RequestAbortedError
+from kvmesh.cluster.errors import DrainingError, Failure
+from kvmesh.cluster.link import Address, Link
+from kvmesh.cluster.messages import (
+    Abort,
+    Aborted,
+    AccountNews,
+    AskEstimate,
+    AskExplanation,
+    AskReport,
+    AskStatus,
+    CallFailed,
+    Cancel,
+    Decisions,
+    Estimated,
+    Extend,
+    Finished,
+    Hello,
+    Place,
+    Placed,
+    Release,
+    Report,
+    Status,
+    Withdraw,
+)
 from kvmesh.cluster.metrics import RouterMeters
-from kvmesh.cluster.peers import ClusterStatus, EngineClient, EngineReport, Explained
-from kvmesh.cluster.routing.aio import AsyncRouter
+from kvmesh.cluster.reports import ClusterStatus, EngineReport
 from kvmesh.cluster.routing.config import RouterConfig
-from kvmesh.cluster.routing.errors import DuplicateRequestError, RoutingError
-from kvmesh.cluster.routing.explain import explain
-from kvmesh.cluster.routing.request import Estimate, Growth, Placement, PlaceRequest
+from kvmesh.cluster.routing.errors import RequestIdInUseError
+from kvmesh.cluster.routing.outcome import Enqueued, Granted, Grown, Outcome, Refused, Withdrawn
 from kvmesh.cluster.routing.router import Router
-from kvmesh.cluster.routing.verdict import NO_VERDICTS
-from kvmesh.workers.errors import EngineError
+from kvmesh.workers.loads import EngineInfo
 
 logger = logging.getLogger(__name__)
 
-REPORT_TIMEOUT_S = 5.0
+TICK_S = 0.25
+SILENCE_S = 5.0  # an engine without a message for this long counts as lost
+FRESH_TIMEOUT_S = 2.0  # how long a status waits for the engines' reports
+
+
+@dataclass(slots=True, eq=False)
+class _Group:
+    """A group whose engine is connected. heard_s: time of its last message"""
+
+    name: str
+    connection: Link
+    info: EngineInfo
+    address: Address
+    heard_s: float
+
+
+@dataclass(slots=True, eq=False)
+class _FreshStatus:
+    """A status call that waits for reports of these groups until a deadline."""
+
+    peer: _RouterPeer
+    call: int
+    awaited: set[str]
+    until: float
 
 
 @dataclass(slots=True)
-class _Live:
-    """A request that waits, or holds a lease.
+class _Known:
+    """What outlives a group's connection."""
 
-    ticket: of the call that placed it
-    aborted: while it waited
-    """
-
-    ticket: str
-    sequences: int
-    placement: Placement | None = None
-    aborted: bool = False
+    reports: dict[str, EngineReport] = field(default_factory=dict)
+    audits: int = 0
+    audit_faults: int = 0
 
 
 class RouterService:
-    """Implements `peers.RouterClient` over an AsyncRouter.
+    """The one router of a cluster.
 
-    engines: every group's engine, by the group's name
+    groups: names of the groups that are expected to come up
     clock: seconds, monotonic
     """
 
     def __init__(
         self,
-        engines: Mapping[str, EngineClient],
         config: RouterConfig,
         meters: RouterMeters,
         *,
-        report_period_s: float = 1.0,
+        groups: Collection[str] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._engines = engines
-        # Greater than any former router's: leases say under which one they were granted.
+        # Greater than any former router's; every lease carries the epoch of its router.
         epoch = time.time_ns() // 1_000_000
-        router = Router(config, epoch, clock(), expected_groups=tuple(engines))
-        self._ledger = router.ledger
-        self._router = AsyncRouter(router, clock)
+        self.router = Router(config, epoch, clock(), expected_groups=groups)
         self._clock = clock
-        self._grace_s = config.grace_s
-        self._over_since: dict[str, float] = {}
         self._meters = meters
-        self._report_period_s = report_period_s
-        self._reports: dict[str, EngineReport] = {}
-        self._healthy: set[str] = set()
-        self._page_versions: dict[str, int] = {}
-        self._live: dict[str, _Live] = {}
-        self._by_lease: dict[str, str] = {}
-        self._totals: Counter[str] = Counter()
-        self._refused: Counter[str] = Counter()
+        self._groups: dict[str, _Group] = {}
+        self._callers: dict[str, tuple[_RouterPeer, int]] = {}  # of waiting requests
+        self._fresh: list[_FreshStatus] = []
+        self._known = _Known()
         self._draining = False
 
-    # Requests
+    def accept(self, connection: Link) -> _RouterPeer:
+        """The handler of a new connection, an engine's or an ingress's."""
+        return _RouterPeer(self, connection)
 
-    async def place(
-        self, request: PlaceRequest, *, ticket: str, supersede: bool = False
-    ) -> Placement:
-        """See RouterClient; also raises RequestAbortedError."""
-        if self._draining and not request.resumed:
-            raise DrainingError()
-        key = request.request_id
-        if key in self._live and not self._is_over(self._live[key]):
-            if not supersede:
-                raise DuplicateRequestError(key.partition("/")[2])
-            await self._end(key)
-        live = self._live[key] = _Live(ticket, request.sequences)
-        try:
-            placement = await self._router.place(request)
-        except asyncio.CancelledError:
-            self._forget(key, live)
-            if live.aborted:
-                raise RequestAbortedError() from None
-            raise
-        except RoutingError as error:
-            self._forget(key, live)
-            self._refused[type(error).__name__] += 1
-            self._log_refusal(key)
-            raise
-        if live.aborted:  # in the moment between its grant and now
-            self._forget(key, live)
-            await self._router.release(placement.lease.lease_id)
-            raise RequestAbortedError()
-        live.placement = placement
-        self._by_lease[placement.lease.lease_id] = key
-        self._totals["granted"] += 1
-        # They are many, and stay here for `explain`.
-        return replace(placement, verdicts=NO_VERDICTS)
+    async def run(self) -> None:
+        """Tick until cancelled."""
+        while True:
+            await asyncio.sleep(TICK_S)
+            self.tick()
 
-    async def begun(self, lease_id: str) -> None:
-        await self._router.begun(lease_id)
+    def tick(self) -> None:
+        now = self._clock()
+        for group in list(self._groups.values()):
+            if now - group.heard_s > SILENCE_S:
+                logger.warning("group %s has been silent for %g s", group.name, SILENCE_S)
+                group.connection.abort()
+        self.settle(self.router.tick(now))
+        self._answer_fresh(now)
+        status = self.router.status(now)
+        self._meters.status(status, len(self._groups))
 
-    async def grow(self, lease_id: str, request: PlaceRequest, output_tokens: int) -> Growth | None:
-        return await self._router.grow(lease_id, request, output_tokens)
+    @property
+    def now(self) -> float:
+        return self._clock()
 
-    async def release(self, lease_id: str, output_tokens: int | None = None) -> None:
-        await self._end_lease(lease_id, output_tokens)
-
-    async def _end_lease(self, lease_id: str, output_tokens: int | None) -> None:
-        key = self._by_lease.pop(lease_id, None)
-        if key is not None:
-            self._totals["released"] += 1
-            if self._holds(key, lease_id):
-                del self._live[key]
-        await self._router.release(lease_id, output_tokens)
-
-    async def abort(self, request_id: str) -> bool:
-        return await self._end(request_id)
-
-    async def withdraw(self, request_id: str, ticket: str) -> None:
-        live = self._live.get(request_id)
-        # The id may be another request's by now.
-        if live is not None and live.ticket == ticket:
-            await self._end(request_id)
-
-    async def explain(self, request_id: str) -> tuple[Explained, ...]:
-        return tuple(
-            Explained(age_s, decided.in_words(), decided.group, decided.verdicts)
-            for age_s, decided in self._router.explain(request_id)
-        )
-
-    async def estimate(self, request: PlaceRequest) -> Estimate:
-        return await self._router.estimate(request)
-
-    async def drain(self) -> None:
-        """Take nothing new; every ingress learns it from the status."""
+    def drain(self) -> None:
+        """Accept nothing new; ingresses see it in the status."""
         self._draining = True
 
-    async def _end(self, key: str) -> bool:
-        """End a request: out of the queue, or its sequences on their engine.
-
-        What has not reached the engine yet is refused there when it comes.
-        """
-        live = self._live.get(key)
-        if live is None:
-            return False
-        if live.placement is None:
-            live.aborted = True
-            await self._router.cancel(key)
-            return True
-        lease_id = live.placement.lease.lease_id
-        ids = [sequence_id(lease_id, index) for index in range(live.sequences)]
-        try:
-            ended = await self._engines[live.placement.group].abort(ids)
-        except (EngineLostError, EngineError):
-            ended = 0
-        if ended:
-            # Its ingress, which sees the pages freed, gives the lease back; if it is gone,
-            # the engine's next report will do.
-            self._ledger.handed(lease_id, self._clock())
-        else:
-            # Its ingress has not submitted it, and perhaps never will: it may be gone.
-            await self._end_lease(lease_id, None)
-        return True
-
-    def _log_refusal(self, key: str) -> None:
-        for _, decided in self._router.explain(key)[-1:]:
-            lines = explain(f"request {key}: {decided.in_words()}", decided.verdicts)
-            logger.info("%s", "\n".join(lines))
-
-    def _forget(self, key: str, live: _Live) -> None:
-        if self._live.get(key) is live:
-            del self._live[key]
-
-    # Groups
-
-    async def suspect(self, group: str, epoch: str) -> None:
-        report = self._reports.get(group)
-        if report is not None and report.info.epoch == epoch and group in self._healthy:
-            await self._down(group)
-
-    async def follow(self) -> None:
-        """Ask every engine for its report, again and again; runs until cancelled."""
-        while True:
-            await self.refresh()
-            await asyncio.sleep(self._report_period_s)
-
-    async def refresh(self) -> None:
-        """Ask every engine once, and let time pass in the ledger."""
-        await asyncio.gather(*(self._refresh_group(group) for group in self._engines))
-        await self._router.sweep()
-        self._drop_ended()
-        status = self._router.snapshot()
-        self._meters.status(
-            status.queue_depth,
-            status.leases,
-            {group.group: group.used_bytes for group in status.groups},
-            len(self._healthy),
-        )
-
-    async def status(self, *, fresh: bool = False) -> ClusterStatus:
-        if fresh:
-            await self.refresh()
+    def status(self) -> ClusterStatus:
         return ClusterStatus(
-            router=self._router.snapshot(),
-            reports=dict(self._reports),
-            healthy=frozenset(self._healthy),
-            live_requests=sum(not self._is_over(live) for live in self._live.values()),
+            router=self.router.status(self._clock()),
+            reports=dict(self._known.reports),
+            healthy=frozenset(self._groups),
             draining=self._draining,
-            granted_total=self._totals["granted"],
-            released_total=self._totals["released"],
-            expired_total=self._totals["expired"],
-            refused_total=dict(self._refused),
-            audits_total=self._totals["audits"],
-            audit_faults_total=self._totals["audit faults"],
+            audits_total=self._known.audits,
+            audit_faults_total=self._known.audit_faults,
         )
 
-    async def _refresh_group(self, group: str) -> None:
-        try:
-            async with asyncio.timeout(REPORT_TIMEOUT_S):
-                known_pages = self._page_versions.get(group, 0)
-                report, changes = await self._engines[group].report(known_pages)
-        except (EngineLostError, EngineError, TimeoutError) as error:
-            if group in self._healthy:
-                logger.warning("group %s does not report: %s", group, error or "timeout")
-                await self._down(group)
+    # Ingresses
+
+    def place(self, message: Place, peer: _RouterPeer) -> None:
+        request = message.request
+        name = request.request_id
+        if self._draining and not request.resumed:
+            peer.fail(message.call, Failure.of(DrainingError()))
             return
-        if report.draining:
-            self._reports[group] = report
-            await self._down(group)
+        if name in self._callers:
+            if not (request.supersedes or request.resumed):
+                peer.fail(message.call, Failure.of(RequestIdInUseError(name)))
+                return
+            self.settle(self.router.abort(name, self._clock()))
+        self._callers[name] = (peer, message.call)
+        peer.waiting[message.call] = name
+        self.settle(self.router.place(request, self._clock()))
+
+    def cancel(self, call: int, peer: _RouterPeer) -> None:
+        """The caller no longer waits. A placement already on its way comes back as a Release."""
+        name = peer.waiting.pop(call, None)
+        if name is not None:
+            del self._callers[name]
+            self.settle(self.router.cancel(name, self._clock()))
+
+    def release(self, lease_id: str) -> None:
+        self.settle(self.router.release(lease_id, self._clock()))
+
+    def abort(self, request_id: str) -> bool:
+        """End a request. Returns False if there is none."""
+        outcomes = self.router.abort(request_id, self._clock())
+        self.settle(outcomes)
+        return bool(outcomes)
+
+    def ask_status(self, message: AskStatus, peer: _RouterPeer) -> None:
+        if not message.fresh or not self._groups:
+            peer.send(Status(message.call, self.status()))
             return
-        known = self._reports.get(group)
-        self._reports[group] = report
-        if group not in self._healthy or known is None or known.info.epoch != report.info.epoch:
-            self._healthy.add(group)
-            self._page_versions.pop(group, None)  # counts anew, and so do we
-            await self._router.group_up(group, report.info)
-        else:
-            self._page_versions[group] = changes.version
-            await self._router.pages_changed(group, changes.held, changes.dropped)
-        reconciled = await self._router.report(group, report.loads)
-        self._totals["audits"] += 1
-        if reconciled.faults:
-            self._totals["audit faults"] += 1
-            logger.error("group %s and the ledger disagree: %s", group, reconciled.faults)
+        until = self._clock() + FRESH_TIMEOUT_S
+        self._fresh.append(_FreshStatus(peer, message.call, set(self._groups), until))
+        for group in self._groups.values():
+            group.connection.send(AskReport())
 
-    async def _down(self, group: str) -> None:
-        self._healthy.discard(group)
-        await self._router.group_down(group)
+    # Engines
 
-    def _drop_ended(self) -> None:
-        """Forget requests whose lease the ledger ended without us: expired, or vanished.
+    def group_up(self, message: Hello, connection: Link) -> str:
+        name, now = message.group, self._clock()
+        if (former := self._groups.get(name)) is not None:
+            self.group_down(name, former.connection)
+            former.connection.close()
+        logger.info("group %s is up with %d leases", name, len(message.leases))
+        self._groups[name] = _Group(name, connection, message.info, message.address, now)
+        self.settle(self.router.group_up(name, message.info, message.leases, now))
+        self.account(name, AccountNews(message.update, message.pages))
+        return name
 
-        Not at once: an engine's report that a sequence has ended is often a moment ahead
-        of its ingress, which is about to say so.
-        """
+    def group_down(self, name: str, connection: Link) -> None:
+        group = self._groups.get(name)
+        if group is None or group.connection is not connection:
+            return  # a newer incarnation has replaced it
+        logger.warning("group %s is down", name)
+        del self._groups[name]
+        self.settle(self.router.group_down(name, self._clock()))
+        self._reported(name)
+
+    def account(self, name: str, message: AccountNews) -> None:
         now = self._clock()
-        over = [lease_id for lease_id in self._by_lease if lease_id not in self._ledger.leases]
-        self._over_since = {lease_id: self._over_since.get(lease_id, now) for lease_id in over}
-        for lease_id, since in list(self._over_since.items()):
-            if now - since >= self._grace_s:
-                key = self._by_lease.pop(lease_id)
-                if self._holds(key, lease_id):
-                    del self._live[key]
-                self._totals["expired"] += 1
+        self._groups[name].heard_s = now
+        pages = message.pages
+        if pages.held or pages.dropped:
+            self.router.pages_changed(name, pages.held, pages.dropped)
+        if message.update:
+            self.settle(self.router.account(name, message.update, now))
 
-    def _is_over(self, live: _Live) -> bool:
-        """Whether its lease has ended, and nobody but the ledger has noticed so far."""
-        placement = live.placement
-        return placement is not None and placement.lease.lease_id not in self._ledger.leases
+    def report(self, name: str, message: Report) -> None:
+        self._groups[name].heard_s = self._clock()
+        self._known.reports[name] = message.report
+        if message.report.draining:
+            self.router.group_drains(name)
+        if message.audited:
+            self._known.audits += 1
+            if faults := self.router.audit(name, message.report.loads):
+                self._known.audit_faults += 1
+                logger.error("group %s and the ledger disagree: %s", name, faults)
+        self._reported(name)
 
-    def _holds(self, key: str, lease_id: str) -> bool:
-        """Whether the lease is the request's latest; an older one may end after it."""
-        live = self._live.get(key)
-        placement = live.placement if live is not None else None
-        return placement is not None and placement.lease.lease_id == lease_id
+    # Within
+
+    def settle(self, outcomes: Iterable[Outcome]) -> None:
+        """Send each outcome to the caller or the engine that it concerns."""
+        for outcome in outcomes:
+            match outcome:
+                case Granted():
+                    self._granted(outcome)
+                case Refused(request_id=name, error=error):
+                    self._refused(name, Failure.of(error))
+                case Grown(group=group, lease=lease):
+                    self._groups[group].connection.send(Extend((lease,)))
+                case Withdrawn(group=group, lease_id=lease_id):
+                    self._groups[group].connection.send(Withdraw((lease_id,)))
+                case Enqueued():
+                    pass  # its caller keeps waiting
+
+    def _granted(self, outcome: Granted) -> None:
+        placement = outcome.placement
+        peer, call = self._callers.pop(placement.request_id)
+        del peer.waiting[call]
+        group = self._groups[placement.group]
+        peer.send(
+            Placed(
+                call,
+                placement.group,
+                group.info,
+                group.address,
+                placement.lease,
+                placement.lease_bytes,
+                placement.queue_s,
+            )
+        )
+
+    def _refused(self, name: str, failure: Failure) -> None:
+        peer, call = self._callers.pop(name)
+        del peer.waiting[call]
+        peer.fail(call, failure)
+        for decided in self.router.explain(name, self._clock())[-1:]:
+            logger.info("request %s: %s", name, "\n".join(decided.lines()))
+
+    def _reported(self, name: str) -> None:
+        for waiting in self._fresh:
+            waiting.awaited.discard(name)
+        self._answer_fresh(self._clock())
+
+    def _answer_fresh(self, now: float) -> None:
+        done = [x for x in self._fresh if not x.awaited or now >= x.until]
+        if done:
+            self._fresh = [x for x in self._fresh if x not in done]
+            for waiting in done:
+                waiting.peer.send(Status(waiting.call, self.status()))
+
+
+class _RouterPeer:
+    """One connection: an engine's once it has sent Hello, otherwise an ingress's.
+
+    waiting: its waiting requests, by call
+    """
+
+    def __init__(self, service: RouterService, connection: Link) -> None:
+        self._service = service
+        self._connection = connection
+        self._group = ""
+        self.waiting: dict[int, str] = {}
+        self.send = connection.send
+
+    def received(self, message: object) -> None:
+        service = self._service
+        match message:
+            case AccountNews():
+                service.account(self._group, message)
+            case Place():
+                service.place(message, self)
+            case Cancel(call=call):
+                service.cancel(call, self)
+            case Release(lease_id=lease_id):
+                service.release(lease_id)
+            case Finished(lease_id=lease_id):
+                service.router.finished(lease_id)
+            case Report():
+                service.report(self._group, message)
+            case Abort(call=call, request_id=request_id):
+                self.send(Aborted(call, service.abort(request_id)))
+            case AskStatus():
+                service.ask_status(message, self)
+            case AskEstimate(call=call, request=request):
+                self.send(Estimated(call, service.router.estimate(request, service.now)))
+            case AskExplanation(call=call, request_id=request_id):
+                self.send(Decisions(call, service.router.explain(request_id, service.now)))
+            case Hello():
+                self._group = service.group_up(message, self._connection)
+
+    def lost(self) -> None:
+        if self._group:
+            self._service.group_down(self._group, self._connection)
+        for call in list(self.waiting):
+            self._service.cancel(call, self)
+
+    def fail(self, call: int, failure: Failure) -> None:
+        self.send(CallFailed(call, failure))

@@ -1,4 +1,4 @@
-"""Registers the gRPC service with Serve; the import path stands in its options."""
+"""Registers the gRPC services with Serve, whose options name these functions."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ SERVICER_FUNCTIONS = (
 
 
 def add_to_server(servicer: Any, server: Any) -> None:
-    """As the generated function, but bytes that are no message reach the handler.
+    """Like the generated function, but malformed messages reach the handler as Unparsable.
 
-    grpc would answer them with INTERNAL; the ingress answers INVALID_ARGUMENT.
+    gRPC would reply INTERNAL to them; the ingress replies INVALID_ARGUMENT.
     """
     recorder: Any = _LenientServer(server)
     add_KVMeshServicer_to_server(servicer, recorder)
 
 
 class _LenientServer:
-    """Passes handlers on with deserialisers that never raise."""
+    """Registers handlers with deserialisers that never raise."""
 
     def __init__(self, server: Any) -> None:
         self._server = server
 
     def add_generic_rpc_handlers(self, handlers: Any) -> None:
-        """The same handlers follow with their names, and are passed on from there."""
+        """Does nothing: the next call registers the same handlers with their names."""
 
     def add_registered_method_handlers(self, service: str, handlers: dict[str, Any]) -> None:
         lenient = {

@@ -1,4 +1,4 @@
-"""Send many requests at once: what does not fit waits, and each says how long it did."""
+"""Send many requests at once: those that do not fit wait, and each reports its waiting time."""
 
 import asyncio
 

@@ -2,7 +2,7 @@
 
     from kvmesh.protos import pb, pb_grpc, pb_status
 
-`generate.py` makes the stubs; `generate.py --check` says whether they are current.
+`generate.py` generates the stubs; `generate.py --check` checks that they are current.
 """
 
 from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb

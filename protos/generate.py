@@ -1,9 +1,9 @@
-"""Make the Python stubs of the wire contract, or say whether they are current.
+"""Generate the Python stubs of the wire contract, or check that they are current.
 
     python protos/generate.py [--check]
 
-The stubs are checked in, so that an install needs no compiler. Their text
-depends on the version of grpcio-tools and mypy-protobuf: constraints.txt pins it.
+The stubs are checked in so that installing needs no compiler. Their text depends
+on the versions of grpcio-tools and mypy-protobuf, which constraints.txt pins.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from importlib.resources import files
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-# As the stubs import each other, and as descriptors name their files.
+# The path by which the stubs import each other and descriptors name their files.
 VIRTUAL_ROOT = "kvmesh/protos"
 
 
@@ -42,7 +42,7 @@ def generate(out: Path) -> dict[str, bytes]:
 def _compile(names: list[str], code: str, types: str, out: Path) -> None:
     from grpc_tools import protoc
 
-    # Beside this interpreter, whether or not its environment is activated.
+    # Next to this interpreter, whether or not its environment is activated.
     plugin = Path(sysconfig.get_path("scripts")) / f"protoc-gen-{types}"
 
     arguments = [
@@ -55,11 +55,11 @@ def _compile(names: list[str], code: str, types: str, out: Path) -> None:
         *(f"{VIRTUAL_ROOT}/{name}" for name in names),
     ]
     if protoc.main(arguments) != 0:
-        raise SystemExit("generate: the proto compiler failed; its message is above")
+        raise SystemExit("generate: the proto compiler failed; see its message above")
 
 
 def stale_stubs(fresh: dict[str, bytes]) -> list[str]:
-    """Stubs that are missing, differ, or have no .proto any more."""
+    """Stubs that are missing, that differ, or whose .proto no longer exists."""
     present = {
         path.relative_to(HERE).as_posix(): path.read_bytes()
         for path in HERE.rglob("*_pb2*.py*")
@@ -89,7 +89,7 @@ def main() -> int:
     if stale:
         print(
             f"stale stubs: {', '.join(stale)}; run `python protos/generate.py` "
-            f"(here: grpcio-tools {version('grpcio-tools')}, "
+            f"(installed: grpcio-tools {version('grpcio-tools')}, "
             f"mypy-protobuf {version('mypy-protobuf')}; constraints.txt has the pins)",
             file=sys.stderr,
         )

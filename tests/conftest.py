@@ -1,8 +1,9 @@
-"""For all tests, before anything imports torch or Triton for the first time.
+"""Setup for all tests, before anything imports torch or Triton for the first time.
 
-Threads that wait sleep, so that a shared machine does not slow them tenfold. Without a GPU the
-Triton kernels run in its interpreter, which must be asked for before Triton's first import,
-wherever in the suite that is. Property tests have no deadlines: a busy machine is not a bug.
+Waiting threads sleep instead of spinning, which would slow a shared machine tenfold. Without
+a GPU the Triton kernels run in Triton's interpreter, which has to be enabled before the first
+import of Triton anywhere in the suite. Property tests have no deadlines: a busy
+machine is not a bug.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A rank as a Ray actor: the one file of the data plane that knows Ray."""
+"""A rank as a Ray actor: the only file of the data plane that imports Ray."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from kvmesh.workers.threads import wait_passively
 
 @ray.remote(max_restarts=0)
 class RankActor:
-    """One rank's process. It ends with its leader: Ray kills what a dead owner leaves."""
+    """One rank's process. It ends with its leader: Ray kills the actors of a dead owner."""
 
     def run(self, config: EngineConfig, rank: int, endpoint: str, rendezvous: str) -> None:
         """Serve until the leader closes the channel; see worker_main."""
         wait_passively(os.environ)
-        # Here and not above: loading the class must not cost the leader torch.
+        # Imported here so that the leader can load the class without torch.
         from kvmesh.workers.worker import worker_main
 
         worker_main(config, rank, endpoint, rendezvous)

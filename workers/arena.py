@@ -1,8 +1,8 @@
-"""Page ids of one arena: free, used (with a count of holders), or cached.
+"""Page ids of one arena: free, used (with a reference count), or cached.
 
-A page with a `key` that nobody holds stays cached and is evicted least recently
-released first; one without a key goes back to the free list at once. At every
-moment free + cached + used = total.
+A page with a `key` that is no longer used stays cached; cached pages are evicted in the
+order in which they were released. A page without a key goes back to the free list at once.
+At all times free + cached + used = total.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ Key = bytes
 
 
 class Arena:
-    """Allocates pages 0 … total − 1; `on_evict` is told the key of a page that is taken."""
+    """Allocates pages 0 … total − 1; calls `on_evict` with the key of an evicted page."""
 
     def __init__(self, total: int, on_evict: Callable[[Key], None] = lambda key: None) -> None:
         self.total = total
@@ -26,7 +26,7 @@ class Arena:
 
     @property
     def available(self) -> int:
-        """Pages that `take` can give: free ones, then cached ones."""
+        """Pages that `take` can return: free pages first, then cached ones."""
         return len(self._free) + len(self._cached)
 
     @property
@@ -42,7 +42,7 @@ class Arena:
         return self.total - len(self._free) - len(self._cached)
 
     def take(self) -> int:
-        """A page with one holder and no key. Raises IndexError when none is available."""
+        """A page with one holder and no key. Raises IndexError if none is available."""
         if self._free:
             page = self._free.pop()
         elif self._cached:
@@ -54,19 +54,19 @@ class Arena:
         return page
 
     def name(self, page: int, key: Key) -> None:
-        """Let `page` stay cached under `key` once nobody holds it."""
+        """Keep `page` cached under `key` when its last holder releases it."""
         assert self._holders[page] > 0 and page not in self._keys
         self._keys[page] = key
 
     def share(self, page: int) -> int:
-        """One more holder, of a used or a cached page."""
+        """Add a holder to a used or cached page."""
         if self._holders[page] == 0:
             del self._cached[page]
         self._holders[page] += 1
         return page
 
     def release(self, page: int) -> None:
-        """One holder less."""
+        """Remove a holder."""
         assert self._holders[page] > 0, f"page {page} released more often than taken"
         self._holders[page] -= 1
         if self._holders[page]:
@@ -80,7 +80,7 @@ class Arena:
         """Audit: every page is in exactly one state, and the counts add up."""
         free, cached = set(self._free), set(self._cached)
         held = {page for page, holders in enumerate(self._holders) if holders}
-        assert len(free) == len(self._free), "a page is free twice"
-        assert not (free & cached or free & held or cached & held), "a page in two states"
+        assert len(free) == len(self._free), "a page is in the free list twice"
+        assert not (free & cached or free & held or cached & held), "a page is in two states"
         assert len(free) + len(cached) + len(held) == self.total, "a page is lost"
-        assert cached <= self._keys.keys() <= cached | held, "a key without its page"
+        assert cached <= self._keys.keys() <= cached | held, "a key has no page"

@@ -1,7 +1,7 @@
-"""The basis a format keeps keys and values in: rotated, or as they are.
+"""The basis in which a format stores keys and values: rotated, or unchanged.
 
-Hot and sealed pages share it, so that attention need not know of it: queries
-are rotated with the keys, and the output back with the values.
+Hot and sealed pages use the same basis, so attention is not aware of it: queries are
+rotated like the keys, and the output is rotated back from the basis of the values.
 """
 
 from __future__ import annotations
@@ -36,5 +36,5 @@ class Basis:
         return q, k, v
 
     def leave(self, out: torch.Tensor) -> torch.Tensor:
-        """out [tokens, num_heads, head_dim], of values in the basis."""
+        """out [tokens, num_heads, head_dim], in the basis of the values."""
         return out if self._v_back is None else rotate(out, self._v_back)

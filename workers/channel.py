@@ -1,4 +1,4 @@
-"""The channel between a leader and its ranks: one ZeroMQ pair a rank, typed messages.
+"""The channel between a leader and its ranks: one ZeroMQ pair per rank, typed messages.
 
 Plans go to every rank; only the rank that samples answers a step, any rank may
 answer with Failed. Messages are msgpack of msgspec structs, so a peer cannot
@@ -31,21 +31,21 @@ class Probe(msgspec.Struct, tag="probe", frozen=True):
 
 
 class Divergences(msgspec.Struct, tag="divergences", frozen=True):
-    """kl_nats: of each format that was asked for, see Executor.divergences."""
+    """kl_nats: of each requested format, see Executor.divergences."""
 
     kl_nats: list[float]
 
 
 class Allocated(msgspec.Struct, tag="allocated", frozen=True):
-    """A rank's pool is made."""
+    """A rank has allocated its pool."""
 
 
 class Close(msgspec.Struct, tag="close", frozen=True):
-    """The rank may end."""
+    """Ends the rank."""
 
 
 class Failed(msgspec.Struct, tag="failed", frozen=True):
-    """A rank could not go on. kind: the error's class; field: the setting at fault, if one is."""
+    """A rank has failed. kind: the error's class; field: the setting at fault, if any."""
 
     kind: str
     message: str
@@ -74,7 +74,7 @@ class RankEnd:
         self._decoder = msgspec.msgpack.Decoder(ToRank)
 
     def receive(self, timeout_s: float) -> ToRank | None:
-        """The next message, or None when the time is over."""
+        """The next message, or None after `timeout_s` without one."""
         if not self._socket.poll(int(timeout_s * 1000)):
             return None
         message: ToRank = self._decoder.decode(self._socket.recv())
@@ -91,8 +91,8 @@ class ChannelExecutor:
     """The leader's end: an Executor over ranks that were started with `endpoints`.
 
     Start each rank with `worker_main(config, rank, endpoints[rank], rendezvous)`, in any
-    process of this host, and call `fail` when one is known to be gone: the call that
-    waits for it then raises within 50 ms. One thread calls the Executor's methods.
+    process of this host, and call `fail` when one has died: the call that waits for it
+    then raises within 50 ms. One thread calls the Executor's methods.
     """
 
     def __init__(self, num_ranks: int) -> None:
@@ -111,18 +111,22 @@ class ChannelExecutor:
         self._decoder = msgspec.msgpack.Decoder(FromRank)
         self._failure: EngineError | None = None
         self._closed = False
+        self._descriptions: list[RankDescription] = []
 
     @property
     def num_ranks(self) -> int:
         return len(self.endpoints)
 
     def fail(self, error: EngineError) -> None:
-        """Note that a rank is gone; thread-safe. The first reason is kept."""
+        """Record that a rank has died; thread-safe. Only the first error is kept."""
         if self._failure is None and not self._closed:
             self._failure = error
 
     def describe(self) -> list[RankDescription]:
-        return [self._expect(rank, RankDescription) for rank in range(self.num_ranks)]
+        if not self._descriptions:  # each rank sends its own once
+            ranks = range(self.num_ranks)
+            self._descriptions = [self._expect(rank, RankDescription) for rank in ranks]
+        return self._descriptions
 
     def divergences(self, kv_formats: list[str]) -> list[float]:
         self._send(Probe(kv_formats))
@@ -146,7 +150,7 @@ class ChannelExecutor:
             try:
                 socket.send(message, zmq.DONTWAIT)
             except zmq.Again:
-                pass  # that rank never connected, or is gone
+                pass  # that rank never connected, or has died
             socket.close(linger=1000)
         shutil.rmtree(self._directory, ignore_errors=True)
 
@@ -161,18 +165,18 @@ class ChannelExecutor:
         """The next answer of `rank`; raises as soon as any rank has failed."""
         while not self._inbox[rank]:
             self._raise_failure()
-            self._collect(patient=rank)
+            self._collect(wait_for=rank)
         answer = self._inbox[rank].popleft()
         if not isinstance(answer, kind):
             raise WorkerDiedError(
-                f"rank {rank} answered {type(answer).__name__}, due was {kind.__name__}"
+                f"rank {rank} must answer with {kind.__name__}, got {type(answer).__name__}"
             )
         return answer
 
-    def _collect(self, patient: int | None = None) -> None:
-        """Take in what has arrived, waiting up to 50 ms for the rank `patient`."""
+    def _collect(self, wait_for: int | None = None) -> None:
+        """Read the messages that have arrived, waiting up to 50 ms for rank `wait_for`."""
         for rank, socket in enumerate(self._sockets):
-            wait_ms = int(_POLL_S * 1000) if rank == patient else 0
+            wait_ms = int(_POLL_S * 1000) if rank == wait_for else 0
             while socket.poll(wait_ms):
                 wait_ms = 0
                 answer = self._decoder.decode(socket.recv())
@@ -182,6 +186,6 @@ class ChannelExecutor:
 
     def _raise_failure(self) -> None:
         if self._failure is not None:
-            # A rank that fails says why before it ends: its last words may lie in the socket.
+            # A rank that fails sends the reason before it ends, which may be unread.
             self._collect()
             raise self._failure

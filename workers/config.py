@@ -1,92 +1,168 @@
-"""What an engine is asked to be. Torch-free: the control plane builds these."""
+"""The settings of an engine. Torch-free, because the control plane builds them.
+
+The control plane nests `EngineSettings` in its YAML file. An engine is built from an
+`EngineConfig`, which adds the model.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
-from kvmesh.kernels.formats.registry import get_format
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    model_validator,
+)
+
+from kvmesh.kernels.formats.registry import format_names, get_format
+from kvmesh.workers.byte_size import Bytes
 from kvmesh.workers.errors import ConfigError
 from kvmesh.workers.pool_plan import DEFAULT_MAX_HOT_SHARE
 
-DTYPES = ("auto", "float32", "bfloat16")
-DEVICES = ("auto", "cpu", "cuda")
-KV_PROBES = ("off", "warn", "refuse")
 PAGE_SIZES = (16, 32, 64, 128, 256)
 DEFAULT_CPU_KV_MEMORY_BYTES = 1 << 30
 
+_PAGE_SIZE_LIST = ", ".join(map(str, PAGE_SIZES))
 
-@dataclass(frozen=True, slots=True)
-class EngineConfig:
-    """One group: a model, its KV format and layout, and its limits.
 
-    model: a name, a Hugging Face directory or a GGUF file (workers/model/source.py)
-    kv_format: how sealed pages are encoded (kernels/formats/registry.py)
-    calibration: file of `kvmesh calibrate`, for the formats that need one
-    page_size: tokens a page
-    sink_pages, recent_pages: windows read exactly; None takes the format's own
-    dtype: of weights, activations and hot pages; auto is bfloat16 on GPUs, float32 on CPUs
-    device: auto takes GPUs where there are any
-    tp: ranks the heads are split over; divides the model's KV heads
-    kv_memory_bytes: of KV a rank; None takes what a GPU has free, or 1 GiB on a CPU
-    gpu_memory_utilization: share of a GPU that weights, activations and KV may fill
-    max_num_seqs: sequences running at once
-    max_hot_share: of the KV memory, what exact pages may take; where it is too little for
-        max_num_seqs, fewer run. More than half is for short sequences in formats with windows
-    max_num_batched_tokens: tokens a step computes; longer prompts are chunked
-    max_model_len: tokens a sequence may have; None takes the model's own
-    prefix_cache: keep sealed pages of ended sequences and share them
-    threads_per_rank: CPU threads of a rank; None shares the machine's among the ranks
-    cuda_graphs: replay decode steps from CUDA graphs; has no effect on CPUs
-    kv_probe: at load, measure what the KV format does to the model, and where it hurts
-        warn or refuse; or off
+def _known_format(name: str) -> str:
+    try:
+        get_format(name)
+    except ValueError:
+        raise ValueError(f"must be one of {', '.join(format_names())}") from None
+    return name
+
+
+def _known_page_size(page_size: int) -> int:
+    if page_size not in PAGE_SIZES:
+        raise ValueError(f"must be one of {_PAGE_SIZE_LIST}")
+    return page_size
+
+
+FormatName = Annotated[str, AfterValidator(_known_format)]
+PageSize = Annotated[int, AfterValidator(_known_page_size)]
+
+
+class Settings(BaseModel):
+    """Immutable settings. Unknown names are errors, and defaults are validated too."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class EngineSettings(Settings):
+    """One group's engine."""
+
+    kv_format: FormatName = Field(
+        default="int8", description=f"How sealed KV pages are encoded: {', '.join(format_names())}"
+    )
+    calibration: str | None = Field(
+        default=None,
+        description="File of `kvmesh calibrate`, the same on every node; for calibrated formats",
+    )
+    page_size: PageSize = Field(default=64, description=f"Tokens a page: one of {_PAGE_SIZE_LIST}")
+    sink_pages: int | None = Field(
+        default=None, ge=0, description="First pages kept exact; null: the format's default"
+    )
+    recent_pages: int | None = Field(
+        default=None, ge=0, description="Latest pages kept exact; null: the format's default"
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="Compute dtype; auto: bfloat16 on GPUs, float32 on CPUs"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="auto: GPUs if there are any"
+    )
+    tp: int = Field(
+        default=1, ge=1, description="Tensor-parallel ranks; must divide the number of KV heads"
+    )
+    kv_memory_bytes: Bytes | None = Field(
+        default=None,
+        description="KV memory of one rank, e.g. 512MiB; "
+        "null: the GPU's free memory, or 1 GiB on CPUs",
+    )
+    gpu_memory_utilization: float = Field(
+        default=0.9,
+        gt=0,
+        le=1,
+        description="Share of a GPU that weights, activations and KV may fill",
+    )
+    max_num_seqs: int = Field(default=16, ge=1, description="Maximum sequences that run at a time")
+    max_hot_share: float = Field(
+        default=DEFAULT_MAX_HOT_SHARE,
+        gt=0,
+        lt=1,
+        description="Share of the KV memory that exact pages may use; more than half suits "
+        "short sequences in formats with exact windows",
+    )
+    max_num_batched_tokens: int = Field(
+        default=512, ge=1, description="Maximum tokens of a step; longer prompts are chunked"
+    )
+    max_model_len: int | None = Field(
+        default=None, ge=1, description="Maximum tokens of a sequence; null: the model's limit"
+    )
+    prefix_cache: bool = Field(
+        default=True, description="Share sealed pages between equal prefixes"
+    )
+    threads_per_rank: int | None = Field(
+        default=None,
+        ge=1,
+        description="CPU threads of a rank; null: the machine's, divided among the ranks",
+    )
+    cuda_graphs: bool = Field(
+        default=False, description="Run decode steps from CUDA graphs; no effect on CPUs"
+    )
+    kv_probe: Literal["off", "warn", "refuse"] = Field(
+        default="warn",
+        description="Measure at start how much the KV format degrades the model; if too much, "
+        "warn or refuse to start",
+    )
+
+
+class EngineConfig(EngineSettings):
+    """The configuration of an engine: its settings and the model.
+
+    Raises ConfigError naming the invalid field.
     """
 
-    model: str
-    kv_format: str = "int8"
-    calibration: str | None = None
-    page_size: int = 64
-    sink_pages: int | None = None
-    recent_pages: int | None = None
-    dtype: str = "auto"
-    device: str = "auto"
-    tp: int = 1
-    kv_memory_bytes: int | None = None
-    gpu_memory_utilization: float = 0.9
-    max_num_seqs: int = 16
-    max_hot_share: float = DEFAULT_MAX_HOT_SHARE
-    max_num_batched_tokens: int = 512
-    max_model_len: int | None = None
-    prefix_cache: bool = True
-    threads_per_rank: int | None = None
-    cuda_graphs: bool = False
-    kv_probe: str = "warn"
+    model: str = Field(
+        min_length=1,
+        description="The embedded model's name, a Hugging Face directory, "
+        "a GGUF file, or a hub name",
+    )
 
-    def __post_init__(self) -> None:
-        if not self.model:
-            raise ConfigError("model", "must name a model, a directory or a GGUF file")
-        _check_calibration(self.model, self.kv_format, self.calibration)
-        if self.page_size not in PAGE_SIZES:
+    @model_validator(mode="wrap")
+    @classmethod
+    def _raise_config_error(cls, values: Any, build: ModelWrapValidatorHandler[Self]) -> Self:
+        try:
+            config = build(values)
+        except ValidationError as error:
+            raise config_error(error) from None
+        config._check_together()
+        return config
+
+    def replace(self, **changes: object) -> EngineConfig:
+        """A copy with some fields changed, validated like a new one."""
+        return EngineConfig.model_validate({**dict(self), **changes})
+
+    def _check_together(self) -> None:
+        """Validate fields that depend on one another."""
+        fmt = get_format(self.kv_format)
+        if fmt.needs_calibration and self.calibration is None:
             raise ConfigError(
-                "page_size",
-                f"must be one of {', '.join(map(str, PAGE_SIZES))}; got {self.page_size}",
+                "calibration",
+                f"{fmt.name} needs a calibration file; make one with: "
+                + calibrate_command(self.model, fmt.name),
             )
-        _choice("dtype", self.dtype, DTYPES)
-        _choice("device", self.device, DEVICES)
-        _choice("kv_probe", self.kv_probe, KV_PROBES)
-        for name in ("tp", "max_num_seqs", "max_num_batched_tokens"):
-            _at_least(name, getattr(self, name), 1)
-        for name in ("kv_memory_bytes", "max_model_len", "threads_per_rank"):
-            _at_least(name, getattr(self, name), 1)
-        for name in ("sink_pages", "recent_pages"):
-            _at_least(name, getattr(self, name), 0)
-        if not 0.0 < self.gpu_memory_utilization <= 1.0:
+        if self.calibration is not None and not fmt.needs_calibration:
             raise ConfigError(
-                "gpu_memory_utilization",
-                f"must be over 0 and at most 1, got {self.gpu_memory_utilization}",
-            )
-        if not 0.0 < self.max_hot_share < 1.0:
-            raise ConfigError(
-                "max_hot_share", f"must be over 0 and under 1, got {self.max_hot_share}"
+                "calibration",
+                f"must be null, because {fmt.name} needs no calibration; got {self.calibration}",
             )
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
@@ -96,34 +172,27 @@ class EngineConfig:
             )
 
 
-def _check_calibration(model: str, kv_format: str, calibration: str | None) -> None:
-    try:
-        fmt = get_format(kv_format)
-    except ValueError as error:
-        raise ConfigError("kv_format", str(error)) from None
-    if fmt.needs_calibration and calibration is None:
-        raise ConfigError(
-            "calibration",
-            f"{fmt.name} needs a calibration file; make one with: "
-            + calibrate_command(model, fmt.name),
-        )
-    if calibration is not None and not fmt.needs_calibration:
-        raise ConfigError("calibration", f"{fmt.name} needs none, got {calibration}")
+def config_error(error: ValidationError) -> ConfigError:
+    """The first of pydantic's errors, with the path of its field."""
+    first = error.errors()[0]
+    path = ".".join(str(part) for part in first["loc"]) or "configuration"
+    return ConfigError(path, _message(first))
+
+
+def _message(error: Mapping[str, Any]) -> str:
+    if error["type"] == "extra_forbidden":
+        return "is not a setting; `kvmesh config` prints all settings"
+    if error["type"] == "missing":
+        return "is required"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    # "Input should be ..." and "String should match ..." follow the name of the field.
+    message = re.sub(r"^\w+ should ", "must ", message)
+    return f"{message[0].lower()}{message[1:]}, got {error['input']!r}"
 
 
 def calibrate_command(model: str, kv_format: str) -> str:
-    """What makes the calibration file of a model and format."""
+    """The command that makes the calibration file of a model and format."""
     return (
         f"kvmesh calibrate --model {model} --kv-format {kv_format} "
         f"--text TEXT --output {kv_format}.safetensors"
     )
-
-
-def _choice(field: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ConfigError(field, f"must be one of {', '.join(choices)}; got {value!r}")
-
-
-def _at_least(field: str, value: int | None, least: int) -> None:
-    if value is not None and value < least:
-        raise ConfigError(field, f"must be at least {least}, got {value}")

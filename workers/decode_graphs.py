@@ -1,9 +1,9 @@
-"""Decode steps replayed from CUDA graphs, for each batch size that is a power of two: one for
-steps whose sequences share prefixes, where there can be such, and one for others.
+"""Decode steps replayed from CUDA graphs, for batch sizes that are powers of two.
 
-A graph's inputs are fixed tensors: a step is padded to the next size, copied
-into them with one transfer, and replayed. Lengths and block tables are read on
-the device, so a graph stays right as sequences grow, end and change rows.
+Each size has one graph for steps whose sequences share prefixes, if that is possible, and
+one for other steps. A graph's inputs are fixed tensors: a step is padded to the next size,
+copied into them with one transfer, and replayed. Lengths and block tables are read on the
+device, so a graph stays valid as sequences grow, end and change rows.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import torch
 
 from kvmesh.kernels.attention import SharedPrefixes
 from kvmesh.workers.shared_prefixes import PrefixSets, num_starts
-from kvmesh.workers.step import StepArrays, StepTensors, Tables
+from kvmesh.workers.step import BlockTables, StepArrays, StepTensors
 
 Forward = Callable[[StepTensors], torch.Tensor | None]
 
-# Larger batches are bound by the device, not by launches.
+# Larger batches are limited by the device, not by launches.
 _MAX_SIZE = 256
 
 
@@ -38,17 +38,17 @@ class _Graph:
 class DecodeGraphs:
     """Captures every size at construction; all ranks of a group capture in the same order.
 
-    least_sharers: sequences that a set of shared prefixes has at least
+    min_members: minimum number of sequences in a set of shared prefixes
     """
 
     def __init__(
         self,
         forward: Forward,
-        tables: Tables,
+        tables: BlockTables,
         *,
         max_rows: int,
         max_seq_len: int,
-        least_sharers: int,
+        min_members: int,
     ) -> None:
         self._forward = forward
         self._tables = tables
@@ -57,14 +57,14 @@ class DecodeGraphs:
         self._graphs: dict[tuple[int, bool], _Graph] = {}
         largest = min(_MAX_SIZE, 1 << (max_rows - 1).bit_length())
         size = largest
-        while size:  # the largest first: the smaller ones then find its memory in the pool
-            for shares in (True, False) if size >= least_sharers else (False,):
+        while size:  # largest first, so that the smaller graphs reuse its memory in the pool
+            for shares in (True, False) if size >= min_members else (False,):
                 self._graphs[size, shares] = self._capture(size, shares)
             size //= 2
 
     def run(self, arrays: StepArrays) -> torch.Tensor | None:
-        """Logits [S, vocab_size] of a decode step, valid until the next run; None where this
-        rank has none. Call only when `fits`."""
+        """Logits [S, vocab_size] of a decode step, valid until the next run; None on ranks
+        without logits. Call only if `fits`."""
         count = len(arrays.rows)
         graph = self._graphs[_key(arrays)]
         _fill(graph.staging.numpy(), arrays.padded(_bucket(count)))
@@ -85,7 +85,7 @@ class DecodeGraphs:
         staging = torch.empty(sum(_part_sizes(size, shares)), dtype=torch.int64, pin_memory=True)
         _fill(staging.numpy(), nothing)
         inputs = staging.to(device)
-        # Twice on a side stream: kernels are compiled and libraries set up outside the capture.
+        # Run twice on a side stream, to compile kernels and initialise libraries before capturing.
         side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
@@ -132,7 +132,7 @@ def _key(arrays: StepArrays) -> tuple[int, bool]:
 
 
 def _part_sizes(size: int, shares: bool) -> list[int]:
-    """Of StepArrays' fields, in their order, for a padded decode step."""
+    """Sizes of StepArrays' fields, in order, for a padded decode step."""
     prefixes = [size, size, num_starts(size)] if shares else []
     return [size, size, size, size, size + 1, size, size, size, size, size, *prefixes]
 

@@ -13,34 +13,30 @@ import heapq
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from kvmesh.workers.config import EngineConfig
-from kvmesh.workers.errors import CapacityError, ConfigError, InvalidRequestError
-from kvmesh.workers.evaluation.gate import check_format
+from kvmesh.workers.errors import ConfigError, InvalidFieldError, PoolCapacityError
 from kvmesh.workers.executor import Allocation, Executor, RankDescription
+from kvmesh.workers.lease import LeaseTerms
+from kvmesh.workers.loads import ArenaLoads, EngineInfo, EngineLoads, PoolLoads
 from kvmesh.workers.plan import SampledToken
 from kvmesh.workers.pool_plan import plan_pool
 from kvmesh.workers.request import (
-    EngineInfo,
-    EngineLoads,
+    EndReason,
     EngineRequest,
-    FinishReason,
-    LeaseTerms,
-    PoolLoads,
+    SampledLogprobs,
     SequenceDelta,
-    TokenLogprobs,
 )
 from kvmesh.workers.scheduler import Scheduler
 from kvmesh.workers.sequence import Sequence
-from kvmesh.workers.sizes import PageGeometry
+from kvmesh.workers.sizes import PageGeometry, PageNeed
 
 
 class Engine:
     """Continuous batching over an executor's ranks.
 
-    clock: seconds, monotonic. Raises ConfigError when the memory holds no sequence, and when
-    the model is refused with its KV format (`kv_probe`).
+    clock: seconds, monotonic. Raises ConfigError if the memory is too small for one sequence.
     """
 
     def __init__(
@@ -70,7 +66,6 @@ class Engine:
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_hot_share=config.max_hot_share,
         )
-        check_format(config, rank.head_dim, executor.divergences)
         executor.allocate(
             Allocation(
                 hot_pages=pool.hot_total,
@@ -92,16 +87,11 @@ class Engine:
             kv_format=config.kv_format,
             dtype=rank.dtype,
             tp=config.tp,
-            page_size=config.page_size,
-            sink_pages=rank.sink_pages,
-            recent_pages=rank.recent_pages,
+            geometry=self.geometry,
+            capacity=PageNeed(pool.hot_pages, pool.sealed_pages),
             max_model_len=max_model_len,
             vocab_size=rank.vocab_size,
             max_num_seqs=pool.max_num_seqs,
-            hot_pages=pool.hot_pages,
-            sealed_pages=pool.sealed_pages,
-            hot_page_bytes=rank.hot_page_bytes * executor.num_ranks,
-            sealed_page_bytes=rank.sealed_page_bytes * executor.num_ranks,
             prefix_cache=config.prefix_cache,
         )
         self._live: dict[str, Sequence] = {}
@@ -109,7 +99,7 @@ class Engine:
         self._totals: Counter[str] = Counter()
         self._outcomes: Counter[str] = Counter()
         self.step_host_s = 0.0
-        # Everything that lives waits for its lease to grow.
+        # Every live sequence waits for its lease to grow.
         self.stalled = False
 
     @property
@@ -117,54 +107,49 @@ class Engine:
         return bool(self._live)
 
     def check(self, request: EngineRequest) -> None:
-        """Raise what makes `request` impossible here at any time; touches no state.
+        """Raise if this engine can never serve `request`; does not change any state.
 
-        InvalidRequestError naming the field, or CapacityError with the bytes."""
+        InvalidFieldError names the field, PoolCapacityError has the bytes."""
         prompt = request.prompt_token_ids
         if len(prompt) == 0:
-            raise InvalidRequestError("prompt", "must have at least one token")
+            raise InvalidFieldError("prompt", "must have at least one token")
         if (bad := prompt[(prompt < 0) | (prompt >= self.info.vocab_size)]).size:
-            raise InvalidRequestError(
+            raise InvalidFieldError(
                 "prompt.token_ids",
-                f"token id {int(bad[0])} is not in the vocabulary of {self.info.vocab_size}",
+                self._unknown_token(int(bad[0])),
             )
         for field in ("stop_token_ids", "logit_bias"):
             for token_id in getattr(request.params, field):
                 if not 0 <= token_id < self.info.vocab_size:
-                    raise InvalidRequestError(
-                        field,
-                        f"token id {token_id} is not in the vocabulary of {self.info.vocab_size}",
-                    )
-        if not 0 <= request.resumed_tokens < min(len(prompt), request.params.max_tokens):
-            raise InvalidRequestError(
+                    raise InvalidFieldError(field, self._unknown_token(token_id))
+        resumable = min(len(prompt), request.params.max_tokens) - 1
+        if not 0 <= request.resumed_tokens <= resumable:
+            raise InvalidFieldError(
                 "resumed_tokens",
-                f"must be less than the prompt's and than max_tokens, got {request.resumed_tokens}",
+                f"must be from 0 to {resumable}, less than the prompt's tokens and than "
+                f"max_tokens; got {request.resumed_tokens}",
             )
         total = len(prompt) - request.resumed_tokens + request.params.max_tokens
         if len(prompt) >= self.info.max_model_len:
-            raise InvalidRequestError(
+            raise InvalidFieldError(
                 "prompt",
-                f"has {len(prompt)} tokens, which leaves no room for output in the model's "
-                f"context of {self.info.max_model_len}",
+                f"must have less than {self.info.max_model_len} tokens, the model's context, "
+                f"to leave room for output; got {len(prompt)}",
             )
         need = self.geometry.peak_need(min(total, self.info.max_model_len))
-        if need.sealed > self.info.sealed_pages:
-            raise CapacityError(
-                f"the request needs {self.geometry.bytes_of(need):,} bytes of KV cache; this "
-                f"group has {self.capacity_bytes:,}",
-                needed_bytes=self.geometry.bytes_of(need),
-                available_bytes=self.capacity_bytes,
-                ever=False,
+        # One sequence's hot pages always fit, and it can have all sealed pages.
+        largest = PageNeed(self.geometry.hot_per_sequence(), self.info.capacity.sealed)
+        if need.sealed > largest.sealed:
+            needed, available = self.geometry.bytes_of(need), self.geometry.bytes_of(largest)
+            raise PoolCapacityError(
+                f"the request needs {needed:,} bytes of KV cache; this group has {available:,}",
+                needed_bytes=needed,
+                available_bytes=available,
+                retryable=False,
             )
 
-    @property
-    def capacity_bytes(self) -> int:
-        """What one sequence can have at most, over all ranks."""
-        hot = self.geometry.hot_per_sequence() * self.info.hot_page_bytes
-        return hot + self.info.sealed_pages * self.info.sealed_page_bytes
-
     def add(self, request: EngineRequest) -> None:
-        """Queue a request that `check` let pass; its id must not be live."""
+        """Queue a request that has passed `check`; its id must not be live."""
         assert request.request_id not in self._live
         self.stalled = False
         seq = Sequence(request, self.geometry, self.info.max_model_len)
@@ -175,23 +160,25 @@ class Engine:
         if request.timeout_s is not None:
             heapq.heappush(self._deadlines, (seq.arrived_s + request.timeout_s, request.request_id))
 
-    def abort(
-        self, request_id: str, reason: FinishReason = FinishReason.ABORT
-    ) -> SequenceDelta | None:
-        """End a sequence now and free its pages; None when it is not live."""
+    def add_all(self, requests: Iterable[EngineRequest]) -> None:
+        for request in requests:
+            self.add(request)
+
+    def abort(self, request_id: str, reason: EndReason = EndReason.ABORT) -> SequenceDelta | None:
+        """End a sequence now and free its pages; None if it is not live."""
         self.stalled = False
         seq = self._live.get(request_id)
         return None if seq is None else self._finish(seq, (), (), reason)
 
-    def extend(self, request_id: str, lease: LeaseTerms) -> None:
-        """A sequence's lease has grown; one that is not live any more needs it no more."""
-        seq = self._live.get(request_id)
-        if seq is not None:
-            seq.lease = lease
-            self.stalled = False
+    def extend(self, lease: LeaseTerms) -> None:
+        """A lease has grown, for all live sequences under it."""
+        for seq in self._live.values():
+            if seq.lease is not None and seq.lease.lease_id == lease.lease_id:
+                seq.extend(lease)
+                self.stalled = False
 
     def deadline_s(self) -> float | None:
-        """Until the earliest deadline, None without one."""
+        """Seconds until the earliest deadline, None without one."""
         return max(self._deadlines[0][0] - self._clock(), 0.0) if self._deadlines else None
 
     def take_page_changes(self) -> dict[bytes, bool]:
@@ -201,7 +188,7 @@ class Engine:
     def abort_all(self) -> list[SequenceDelta]:
         """End every sequence now."""
         live = list(self._live.values())
-        return [self._finish(seq, (), (), FinishReason.ABORT) for seq in live]
+        return [self._finish(seq, (), (), EndReason.ABORT) for seq in live]
 
     def step(self) -> list[SequenceDelta]:
         """Compute one step; deltas of the sequences that got a token or ended."""
@@ -214,7 +201,7 @@ class Engine:
         for row_start in plan.row_starts:
             self._note_start(row_start.row, now)
         result = self._executor.execute(plan)
-        assert result.step == plan.step, "a rank answered for another step"
+        assert result.step == plan.step, "a rank sent the result of another step"
         self._totals["steps"] += 1
         self.step_host_s = result.host_s
         sampled = self.scheduler.commit(plan)
@@ -224,30 +211,17 @@ class Engine:
         return deltas
 
     def loads(self) -> EngineLoads:
-        """A snapshot; cheap enough for every second."""
+        """A snapshot, except for the leases, which the leader adds."""
         cache = self.scheduler.cache
-        leases: dict[str, LeaseTerms] = {}
-        for seq in self._live.values():
-            if (lease := seq.lease) is not None:
-                known = leases.get(lease.lease_id)
-                leases[lease.lease_id] = lease if known is None else known + lease
         return EngineLoads(
-            epoch=self.info.epoch,
             running=len(self.scheduler.running),
             waiting=len(self.scheduler.waiting),
             pool=PoolLoads(
-                hot_total=cache.hot.total,
-                hot_used=cache.hot.used,
-                hot_cached=cache.hot.cached,
-                hot_free=cache.hot.free,
-                sealed_total=cache.sealed.total,
-                sealed_used=cache.sealed.used,
-                sealed_cached=cache.sealed.cached,
-                sealed_free=cache.sealed.free,
-                hot_page_bytes=self.info.hot_page_bytes,
-                sealed_page_bytes=self.info.sealed_page_bytes,
+                *(
+                    ArenaLoads(arena.total, arena.used, arena.cached, arena.free)
+                    for arena in (cache.hot, cache.sealed)
+                )
             ),
-            leases=tuple(leases.values()),
             prompt_tokens_total=self._totals["prompt"],
             completion_tokens_total=self._totals["completion"],
             cached_tokens_total=self._totals["cached"],
@@ -257,11 +231,13 @@ class Engine:
         )
 
     def check_integrity(self) -> None:
-        """Audit of every page; with nothing live, none may be used."""
+        """Audit every page; without live sequences none may be in use."""
         self.scheduler.check()
         if not self._live:
             cache = self.scheduler.cache
-            assert cache.hot.used == 0 and cache.sealed.used == 0, "pages outlive their sequences"
+            assert cache.hot.used == 0 and cache.sealed.used == 0, (
+                "pages are in use without a sequence"
+            )
 
     def _expire(self) -> list[SequenceDelta]:
         deltas = []
@@ -270,10 +246,14 @@ class Engine:
             due, request_id = heapq.heappop(self._deadlines)
             seq = self._live.get(request_id)
             timeout_s = seq.request.timeout_s if seq else None
-            # An id may have been used again since; its own deadline is still to come.
+            # The id may have been reused since: the new sequence has its own deadline.
             if seq is not None and timeout_s is not None and seq.arrived_s + timeout_s == due:
-                deltas.append(self._finish(seq, (), (), FinishReason.DEADLINE))
+                deltas.append(self._finish(seq, (), (), EndReason.DEADLINE))
         return deltas
+
+    def _unknown_token(self, token_id: int) -> str:
+        vocabulary = f"the vocabulary has {self.info.vocab_size:,} tokens"
+        return f"{token_id} is not a valid token id; {vocabulary}"
 
     def _note_start(self, row: int, now: float) -> None:
         seq = next(s for s in self.scheduler.running if s.row == row)
@@ -288,24 +268,24 @@ class Engine:
         if seq.first_token_s is None:
             seq.first_token_s = self._clock()
         ids = (token.token_id,)
-        logprobs: tuple[TokenLogprobs, ...] = ()
+        logprobs: tuple[SampledLogprobs, ...] = ()
         if token.logprob is not None:
-            logprobs = (TokenLogprobs(token.logprob, tuple((i, p) for i, p in token.top)),)
+            logprobs = (SampledLogprobs(token.logprob, tuple((i, p) for i, p in token.top)),)
         if seq.num_output >= params.min_tokens and (
             token.token_id in params.stop_token_ids
             or (token.token_id in self._eos and not params.ignore_eos)
         ):
-            return self._finish(seq, ids, logprobs, FinishReason.STOP, token.token_id)
+            return self._finish(seq, ids, logprobs, EndReason.STOP, token.token_id)
         if seq.num_tokens >= seq.max_tokens_total:
-            return self._finish(seq, ids, logprobs, FinishReason.LENGTH)
+            return self._finish(seq, ids, logprobs, EndReason.LENGTH)
         return SequenceDelta(seq.request.request_id, ids, logprobs)
 
     def _finish(
         self,
         seq: Sequence,
         token_ids: tuple[int, ...],
-        logprobs: tuple[TokenLogprobs, ...],
-        reason: FinishReason,
+        logprobs: tuple[SampledLogprobs, ...],
+        reason: EndReason,
         matched_stop_token: int | None = None,
     ) -> SequenceDelta:
         self.scheduler.remove(seq)
@@ -327,6 +307,7 @@ def _max_model_len(config: EngineConfig, rank: RankDescription) -> int:
     if config.max_model_len > rank.max_model_len:
         raise ConfigError(
             "max_model_len",
-            f"is {config.max_model_len}, but {rank.model} was made for {rank.max_model_len} tokens",
+            f"must be at most {rank.max_model_len}, the context of {rank.model}; "
+            f"got {config.max_model_len}",
         )
     return config.max_model_len

@@ -1,18 +1,18 @@
 """The data plane's errors, in one tree.
 
-Every class survives pickling, so that it may cross a process; `field` names
-the input at fault where there is one.
+Every class can be pickled, so that it can be sent to another process; `field`
+names the input at fault, if there is one.
 """
 
 from __future__ import annotations
 
 
 class EngineError(Exception):
-    """Anything the data plane refuses or fails at."""
+    """Any refusal or failure of the data plane."""
 
 
-class InvalidRequestError(EngineError):
-    """A request that can never be served as it is; `field` says which part."""
+class InvalidFieldError(EngineError):
+    """A request that is not valid; `field` names the part at fault."""
 
     def __init__(self, field: str, message: str) -> None:
         super().__init__(field, message)
@@ -23,15 +23,17 @@ class InvalidRequestError(EngineError):
         return f"{self.field}: {self.message}"
 
 
-class CapacityError(EngineError):
-    """The pool cannot hold the request: not now, or not at any time when `ever` is False."""
+class PoolCapacityError(EngineError):
+    """The pool cannot hold the request now or, if not `retryable`, at any time."""
 
-    def __init__(self, message: str, needed_bytes: int, available_bytes: int, ever: bool) -> None:
-        super().__init__(message, needed_bytes, available_bytes, ever)
+    def __init__(
+        self, message: str, needed_bytes: int, available_bytes: int, retryable: bool
+    ) -> None:
+        super().__init__(message, needed_bytes, available_bytes, retryable)
         self.message = message
         self.needed_bytes = needed_bytes
         self.available_bytes = available_bytes
-        self.ever = ever
+        self.retryable = retryable
 
     def __str__(self) -> str:
         return self.message
@@ -50,12 +52,12 @@ class ConfigError(EngineError):
 
 
 class UnsupportedModelError(ConfigError):
-    """A model kvmesh would compute wrongly, refused by name with the reason."""
+    """A model that kvmesh would compute wrongly; the message has its name and the reason."""
 
 
 class WorkerDiedError(EngineError):
-    """A rank of the group is gone; the group must be built anew."""
+    """A rank of the group has died; the group must be replaced."""
 
 
-class DrainingError(EngineError):
-    """The engine finishes what it has and takes nothing new."""
+class EngineDrainingError(EngineError):
+    """The engine is draining: it finishes its sequences and accepts no others."""

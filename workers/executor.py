@@ -1,4 +1,4 @@
-"""What the engine needs of the ranks that carry out its plans."""
+"""The engine's interface to the ranks that execute its plans."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class RankDescription(msgspec.Struct, tag="description", frozen=True):
     """What a rank reports once its weights are loaded.
 
     hot_page_bytes, sealed_page_bytes: of one page on this rank
-    kv_budget_bytes: what its memory leaves for KV
+    kv_budget_bytes: its memory that is left for KV
     """
 
     model: str
@@ -40,7 +40,7 @@ class Allocation(msgspec.Struct, tag="allocation", frozen=True):
 
 
 class Executor(Protocol):
-    """All ranks of a group, as one. Any method may raise WorkerDiedError."""
+    """All ranks of a group. Any method may raise WorkerDiedError."""
 
     @property
     def num_ranks(self) -> int: ...
@@ -50,13 +50,13 @@ class Executor(Protocol):
 
     def divergences(self, kv_formats: list[str]) -> list[float]:
         """Mean KL(exact ‖ format) of the next token, in nats, of each format on a short text
-        (workers/evaluation/probe.py); before `allocate`, for it takes the memory it needs."""
+        (workers/scoring/probe.py). Call it before `allocate`, which takes its memory."""
 
     def allocate(self, allocation: Allocation) -> None:
-        """Make every rank's pool; once, before the first step."""
+        """Allocate every rank's pool; called once, before the first step."""
 
     def execute(self, plan: StepPlan) -> StepResult:
-        """Carry out one step on every rank."""
+        """Execute one step on every rank."""
 
     def close(self) -> None:
-        """Let the ranks end. Idempotent."""
+        """End the ranks. Idempotent."""

@@ -1,4 +1,4 @@
-"""A lease as its engine sees it, and what engine and router tell each other about leases."""
+"""A lease as its engine sees it, and the updates of an engine's account with the router."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class LeaseTerms:
     epoch: of the router that granted it
     number: of that router's grants before it, which orders leases by age
     hot_pages, sealed_pages: of all its sequences together
-    max_sealed_pages: what the lease may grow to
+    max_sealed_pages: size to which the lease may grow
     shared_sealed_pages: of its sealed pages, those that an earlier lease of the group paid
         for when it was granted
     sequences: how many share it; each has an equal part
@@ -30,10 +30,10 @@ class LeaseTerms:
 
 @dataclass(frozen=True, slots=True)
 class LeaseWant:
-    """A lease needs more pages before its sequences can go on.
+    """A lease needs more pages before its sequences can continue.
 
     prompt_tokens: of its longest sequence, resumed output included
-    tokens: each sequence is to reach, prompt included
+    tokens: length to which each sequence will grow, prompt included
     """
 
     lease_id: str
@@ -55,11 +55,11 @@ class LeaseEnd:
 
 @dataclass(frozen=True, slots=True)
 class AccountUpdate:
-    """What changed in an engine's account since its last update, in no order within one.
+    """What has changed in an engine's account since its last update, in no particular order.
 
-    arrived: leases whose sequences the engine has taken
-    first_tokens: ids of leases whose first token is out
-    wants: at most one a lease; a later one replaces it
+    arrived: leases whose sequences the engine has accepted
+    first_tokens: ids of leases that have generated their first token
+    wants: at most one per lease; a later one replaces it
     """
 
     arrived: tuple[LeaseTerms, ...] = ()
@@ -69,3 +69,12 @@ class AccountUpdate:
 
     def __bool__(self) -> bool:
         return bool(self.arrived or self.first_tokens or self.wants or self.ended)
+
+
+@dataclass(frozen=True, slots=True)
+class PageChanges:
+    """Blocks of pages that an engine's prefix cache has gained and lost, by the digests of
+    their last pages."""
+
+    held: tuple[bytes, ...] = ()
+    dropped: tuple[bytes, ...] = ()

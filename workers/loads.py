@@ -1,4 +1,4 @@
-"""What an engine says of itself: facts that hold while it lives, and reports of its load."""
+"""What an engine reports: facts that do not change while it lives, and its load."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class EngineInfo:
 
 @dataclass(frozen=True, slots=True)
 class ArenaLoads:
-    """Pages of one rank's arena; every rank's is alike. used + cached + free = total."""
+    """Pages of one rank's arena, the same on every rank. used + cached + free = total."""
 
     total: int = 0
     used: int = 0

@@ -1,6 +1,6 @@
-"""Ranks without Ray: one in this process, or several in processes of their own.
+"""Ranks without Ray: one in this process, or several in child processes.
 
-For machines and programs that have no Ray: benchmarks, evaluation, tests.
+For programs that run without Ray: benchmarks, evaluation, tests.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class InProcessExecutor:
     num_ranks = 1
 
     def __init__(self, config: EngineConfig) -> None:
-        assert config.tp == 1, "several ranks need processes of their own"
+        assert config.tp == 1, "tp > 1 needs LocalProcesses"
         self._rank = Rank(config, 0, Communicator.single())
 
     def describe(self) -> list[RankDescription]:
@@ -46,7 +46,7 @@ class InProcessExecutor:
         return result
 
     def close(self) -> None:
-        """Nothing to end."""
+        """Does nothing: there is nothing to close."""
 
 
 class LocalProcesses(ChannelExecutor):
@@ -56,7 +56,7 @@ class LocalProcesses(ChannelExecutor):
         super().__init__(config.tp)
         rendezvous = f"tcp://127.0.0.1:{free_port()}"
         context = multiprocessing.get_context("spawn")
-        wait_passively(os.environ)  # which the ranks inherit
+        wait_passively(os.environ)  # the ranks inherit the environment
         self._processes: list[BaseProcess] = []
         for rank, endpoint in enumerate(self.endpoints):
             process = context.Process(
@@ -82,7 +82,7 @@ class LocalProcesses(ChannelExecutor):
 
 
 def local_executor(config: EngineConfig) -> InProcessExecutor | LocalProcesses:
-    """The executor for this machine: in this process where one rank is enough."""
+    """The executor for this machine: in this process if there is only one rank."""
     return InProcessExecutor(config) if config.tp == 1 else LocalProcesses(config)
 
 

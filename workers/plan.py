@@ -1,8 +1,8 @@
-"""What a step does, as data: made by the scheduler, carried out by every rank.
+"""A step as data: made by the scheduler, executed by every rank.
 
-Everything is a delta. A row is a running sequence's place in the ranks' block
-tables; what a rank needs to know of a sequence is sent when the row is given
-out, page ids when they are taken, tokens when they are computed.
+Everything is a delta. A row is a running sequence's index in the ranks' block tables.
+Ranks receive the facts of a sequence when it gets its row, page ids when they are
+allocated, and tokens when they are computed.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from kvmesh.workers.sampling_params import SamplingParams
 
 
 class RowStart(msgspec.Struct, array_like=True, frozen=True):
-    """A sequence takes a row.
+    """A sequence gets a row.
 
-    prompt_tokens: where its output begins
-    history: int32 bytes of the tokens before its first chunk, when penalties count them
+    prompt_tokens: position at which its output begins
+    history: int32 bytes of the tokens before its first chunk, if penalties need them
     """
 
     row: int
@@ -26,8 +26,8 @@ class RowStart(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Chunk(msgspec.Struct, array_like=True, frozen=True):
-    """Tokens [start, start + n) of the sequence in `row`; the last one's successor is
-    sampled when `sample` is set. tokens: n int32 as bytes."""
+    """Tokens [start, start + n) of the sequence in `row`; if `sample` is set, the token after
+    the last one is sampled. tokens: n int32 as bytes."""
 
     row: int
     start: int
@@ -44,7 +44,7 @@ class Chunk(msgspec.Struct, array_like=True, frozen=True):
 
 
 class TableUpdate(msgspec.Struct, array_like=True, frozen=True):
-    """table[rows[i], pages[i]] = ids[i]: the logical page's form now lies in page ids[i]."""
+    """table[rows[i], pages[i]] = ids[i]: the logical page is now stored in page ids[i]."""
 
     rows: list[int]
     pages: list[int]
@@ -55,8 +55,8 @@ class StepPlan(msgspec.Struct, tag="step", frozen=True):
     """One step of the group.
 
     seal_hot[i], the logical page seal_pages[i] of its sequence, is encoded into
-    seal_sealed[i], in every layer, after the chunk's keys and
-    values are written and before anything is attended to.
+    seal_sealed[i] in every layer, after the step's keys and values are written and
+    before attention is computed.
     """
 
     step: int
@@ -74,7 +74,7 @@ class StepPlan(msgspec.Struct, tag="step", frozen=True):
 
 
 class SampledToken(msgspec.Struct, array_like=True, frozen=True):
-    """logprob and top as in TokenLogprobs; None where they were not asked for."""
+    """logprob and top as in TokenLogprobs; None if they were not requested."""
 
     token_id: int
     logprob: float | None = None
@@ -82,7 +82,7 @@ class SampledToken(msgspec.Struct, array_like=True, frozen=True):
 
 
 class StepResult(msgspec.Struct, tag="result", frozen=True):
-    """tokens: one for each chunk with `sample`, in the plan's order; host_s: time the rank
+    """tokens: one per chunk with `sample`, in the plan's order; host_s: time the rank
     spent preparing the step before the model ran."""
 
     step: int

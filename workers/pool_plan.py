@@ -1,4 +1,4 @@
-"""From a memory budget to page counts. Torch-free."""
+"""Converts a memory budget to page counts. Torch-free."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from kvmesh.workers.errors import ConfigError
 from kvmesh.workers.sizes import PageGeometry
 
-# Where nobody says otherwise.
+# The default.
 DEFAULT_MAX_HOT_SHARE = 0.5
 
 
@@ -16,7 +16,7 @@ class PoolPlan:
     """How many pages a rank allocates.
 
     hot_pages: what sequences may hold between steps, `max_num_seqs` × hot_per_sequence
-    headroom_pages: hot pages beside those, for the tokens of the step in flight
+    headroom_pages: additional hot pages, for the tokens of the step in flight
     """
 
     hot_pages: int
@@ -39,8 +39,8 @@ def plan_pool(
 ) -> PoolPlan:
     """Split `budget_bytes` of one rank into hot and sealed pages.
 
-    max_hot_share: of the budget, what hot pages may take; a smaller pool runs fewer sequences
-    Raises ConfigError naming kv_memory_bytes when not one sequence of two pages fits.
+    max_hot_share: maximum share of the budget for hot pages; a smaller pool runs fewer sequences
+    Raises ConfigError naming kv_memory_bytes if not even one sequence of two pages fits.
     """
     per_sequence = geometry.hot_per_sequence()
     hot_limit = int(budget_bytes * max_hot_share) // geometry.hot_page_bytes
@@ -51,10 +51,10 @@ def plan_pool(
     left = budget_bytes - (hot + headroom) * geometry.hot_page_bytes
     sealed = left // geometry.sealed_page_bytes
     if sealed < 1:
-        least = (per_sequence + 1) * geometry.hot_page_bytes + geometry.sealed_page_bytes
+        min_bytes = (per_sequence + 1) * geometry.hot_page_bytes + geometry.sealed_page_bytes
         raise ConfigError(
             "kv_memory_bytes",
-            f"{budget_bytes:,} bytes hold no sequence: one needs at least {least:,} bytes "
+            f"{budget_bytes:,} bytes cannot hold one sequence, which needs {min_bytes:,} bytes "
             f"({per_sequence + 1} hot pages of {geometry.hot_page_bytes:,} and a sealed page "
             f"of {geometry.sealed_page_bytes:,})",
         )

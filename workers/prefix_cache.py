@@ -1,9 +1,8 @@
-"""Finds pages of earlier sequences that a new prompt begins with.
+"""Finds the pages of earlier sequences that a new prompt can reuse.
 
-A page's digest chains over all tokens up to its end (and the salt), so equal
-digests mean equal contents: hash(parent digest, tokens of the page). A page may
-be cached in its sealed form, in its hot form (needed only where windows are
-read exactly), or both.
+A page's digest covers all tokens up to its end (and the salt), so equal digests mean
+equal contents: hash(parent digest, tokens of the page). A page may be cached in its sealed
+form, in its hot form (needed only where windows are read exactly), or both.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ class _Forms:
 
 @dataclass(frozen=True, slots=True)
 class PrefixHit:
-    """Pages to share: the first `num_pages` logical pages, in the forms their windows ask for."""
+    """Pages to share: the first `num_pages` logical pages, in the forms that will be read."""
 
     num_pages: int
     hot: dict[int, int]
@@ -60,7 +59,7 @@ class PrefixCache:
     def __init__(self, geometry: PageGeometry, hot_total: int, sealed_total: int, enabled: bool):
         self._geometry = geometry
         self._enabled = enabled
-        # Without exact windows nobody can use a cached hot page.
+        # Without exact windows no sequence can use a cached hot page.
         self._keep_hot = enabled and geometry.sink_pages + geometry.recent_pages > 0
         self._forms: dict[Digest, _Forms] = {}
         self._blocks: set[Digest] = set()
@@ -99,13 +98,13 @@ class PrefixCache:
             self.sealed.name(page, digest)
 
     def note_block(self, digest: Digest) -> None:
-        """The page ends a block of its prompt: others shall hear of it as long as it is here."""
+        """The page ends a block of its prompt: report it to the router while it is cached."""
         if digest in self._forms and digest not in self._blocks:
             self._blocks.add(digest)
             self._changes[digest] = True
 
     def take_changes(self) -> dict[Digest, bool]:
-        """Ends of blocks -> whether they are here, of those that came or went since last asked."""
+        """Block ends -> whether they are cached, for those that changed since the last call."""
         changes, self._changes = self._changes, {}
         return changes
 
@@ -114,12 +113,12 @@ class PrefixCache:
         return forms.sealed if forms else None
 
     def match(self, digests: Seq[Digest]) -> PrefixHit:
-        """The longest usable prefix: its next query page n reads pages [0, sink) and
-        [n − recent, n) exactly, the others sealed. Shares nothing yet."""
+        """The longest usable prefix of n pages: the query page after it reads pages [0, sink) and
+        [n − recent, n) exactly, the others sealed. Does not share the pages yet."""
         sink, recent = self._geometry.sink_pages, self._geometry.recent_pages
         best = 0
         hot_run = 0  # consecutive hot pages that end here
-        sealed_run = sink  # pages [sink, sealed_run) are there in sealed form
+        sealed_run = sink  # pages [sink, sealed_run) exist in sealed form
         for page, digest in enumerate(digests):
             forms = self._forms.get(digest)
             if forms is None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from pathlib import Path
+from typing import Self
 
 import torch
 
@@ -13,17 +13,18 @@ from kvmesh.kernels.formats.registry import get_format
 from kvmesh.workers.calibration.file import Calibration
 from kvmesh.workers.config import DEFAULT_CPU_KV_MEMORY_BYTES, EngineConfig
 from kvmesh.workers.errors import ConfigError
-from kvmesh.workers.evaluation.probe import measure_divergences
 from kvmesh.workers.executor import Allocation, RankDescription
 from kvmesh.workers.kv_pool import page_bytes_of
-from kvmesh.workers.model.facts import read_facts
+from kvmesh.workers.model.facts import read_facts, sample_digest
 from kvmesh.workers.model.hook import AttendArgs
 from kvmesh.workers.model.load import ServedModel, load_model
+from kvmesh.workers.model.shards import check_tp
 from kvmesh.workers.model.source import ModelFiles, resolve_model
 from kvmesh.workers.parallel.comm import Communicator
-from kvmesh.workers.parallel.shards import check_tp
 from kvmesh.workers.plan import StepPlan, StepResult
 from kvmesh.workers.runner import ModelRunner
+from kvmesh.workers.scoring.probe import code_versions, measure_divergences
+from kvmesh.workers.scoring.probe_cache import ProbeCache
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -31,18 +32,18 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def choose_device(config: EngineConfig, rank: int) -> torch.device:
     """The device of `rank`; Ray and CUDA_VISIBLE_DEVICES decide which GPUs a process sees.
 
-    Raises ConfigError naming `device` where CUDA is asked for and there is none."""
+    Raises ConfigError naming `device` if CUDA is requested but not available."""
     if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise ConfigError("device", "is cuda, but this process sees no GPU")
+        raise ConfigError("device", "is cuda, but this process sees no GPU; use cpu or auto")
     return torch.device("cuda", rank % torch.cuda.device_count())
 
 
 class Rank:
-    """Loads the model on construction; `allocate` once, then `execute` step by step.
+    """Loads the model on construction. Call `allocate` once, then `execute` for every step.
 
-    shared: a rank that has loaded the same model, whose weights are used
+    shared: a rank that has loaded the same model, whose weights are reused
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class Rank:
         )
         self._sink_pages = _default(config.sink_pages, self._fmt.sink_pages)
         self._recent_pages = _default(config.recent_pages, self._fmt.recent_pages)
-        # Before the weights: a file that does not fit is told at once.
+        # Before the weights, so that a file that does not fit fails early.
         self._params = self._load_calibration(rank)
         self._model: ServedModel = (
             shared._model
@@ -79,8 +80,8 @@ class Rank:
         )
 
     def _check_kernels(self) -> None:
-        """Raises ConfigError for a format that only CPUs can serve, before a model is loaded."""
-        # Imported here: a machine without a GPU need not have Triton.
+        """Raises ConfigError for a format that only CPUs support, before the model is loaded."""
+        # Imported here: a machine without a GPU may lack Triton.
         from kvmesh.kernels.formats.tiles_triton import why_no_kernels
 
         reason = why_no_kernels(self._fmt)
@@ -112,7 +113,8 @@ class Rank:
             head_dim=self._model.head_dim,
         )
 
-    def allocate(self, allocation: Allocation) -> None:
+    def allocate(self, allocation: Allocation, *, prepare_decode: bool = True) -> None:
+        """prepare_decode: compile decode, and capture its CUDA graphs, before the first step"""
         self._runner = ModelRunner(
             self._model,
             self._fmt,
@@ -123,17 +125,18 @@ class Rank:
             dtype=self._dtype,
             device=self._device,
             samples=self._samples,
+            prepare_decode=prepare_decode,
             cuda_graphs=self._config.cuda_graphs,
             params=self._params,
         )
 
     def execute(self, plan: StepPlan) -> StepResult | None:
-        """The result on rank 0, None on the others."""
+        """The result on rank 0, None on the other ranks."""
         assert self._runner is not None, "allocate comes before execute"
         return self._runner.execute(plan)
 
     def _load_calibration(self, rank: int) -> ModelParams | None:
-        """This rank's parameters of every layer, where the format needs them."""
+        """This rank's calibrated parameters of every layer, if the format needs them."""
         if self._config.calibration is None:
             return None
         facts = read_facts(self._files.path)
@@ -149,28 +152,53 @@ class Rank:
         return self._runner.score(plan)
 
     def divergences(self, kv_formats: list[str]) -> list[float]:
-        """See Executor.divergences; the figures on rank 0, [] on the others."""
-        return measure_divergences(
+        """See Executor.divergences; the result on rank 0, [] on the other ranks."""
+        cache = ProbeCache(self._probe_inputs(kv_formats))
+        found = cache.load() if self._rank == 0 else None
+        # Rank 0 decides for all ranks, because they measure together.
+        is_found = torch.tensor([float(found is not None)], device=self._device)
+        if self._comm.all_reduce(is_found):
+            return found or []
+        kl_nats = measure_divergences(
             self,
             self._files.path,
             kv_formats,
             page_size=self._config.page_size,
             max_tokens=self._model.facts.max_model_len,
         )
+        if self._rank == 0:
+            cache.store(kl_nats)
+        return kl_nats
 
-    def with_format(self, kv_format: str, calibration: str | None = None) -> Rank:
-        """A rank of the same model, weights shared, with a KV format and a pool to come.
+    def _probe_inputs(self, kv_formats: list[str]) -> tuple[object, ...]:
+        """Everything that the probe's result depends on."""
+        config = self._config
+        cuda = self._device.type == "cuda"
+        return (
+            self._files.revision,
+            kv_formats,
+            config.page_size,
+            (config.sink_pages, config.recent_pages),
+            None if config.calibration is None else sample_digest(Path(config.calibration)),
+            config.tp,
+            self._dtype,
+            torch.cuda.get_device_name(self._device) if cuda else "cpu",
+            code_versions(),
+        )
 
-        calibration: of that format; this rank's own serves its own format
+    def with_format(self, kv_format: str, calibration: str | None = None) -> Self:
+        """A rank with the same model and weights, another KV format, and no pool yet.
+
+        calibration: file for that format; by default this rank's file if the format is its own
         """
         if calibration is None and get_format(kv_format) == self._fmt:
             calibration = self._config.calibration
-        config = dataclasses.replace(self._config, kv_format=kv_format, calibration=calibration)
-        return Rank(config, self._rank, self._comm, shared=self)
+        config = self._config.replace(kv_format=kv_format, calibration=calibration)
+        return type(self)(config, self._rank, self._comm, shared=self)
 
     def _kv_budget_bytes(self) -> int:
-        """What KV may take here: the setting, or what a GPU has left after the weights and the
-        largest step's activations."""
+        """Memory for KV on this rank: the setting, or what a GPU has left after the weights and
+        the largest step's activations."""
         if self._config.kv_memory_bytes is not None:
             return self._config.kv_memory_bytes
         if self._device.type == "cpu":
@@ -186,7 +214,7 @@ class Rank:
 
     @torch.inference_mode()
     def _dry_run(self) -> None:
-        """The largest step, with attention left out: its scratch is a few tiles a head."""
+        """The largest step without attention, whose scratch is only a few tiles per head."""
         tokens = torch.zeros(
             self._config.max_num_batched_tokens, dtype=torch.int64, device=self._device
         )

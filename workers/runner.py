@@ -1,4 +1,4 @@
-"""Carries out step plans on one rank: tables, model, attention over the pool, sampling."""
+"""Executes step plans on one rank: tables, model, attention over the pool, sampling."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ from kvmesh.workers.model.load import ServedModel
 from kvmesh.workers.plan import StepPlan, StepResult, TableUpdate
 from kvmesh.workers.sampler import Sampler
 from kvmesh.workers.shared_prefixes import PrefixFinder
-from kvmesh.workers.step import StepArrays, StepTensors, Tables, ints, to_device
+from kvmesh.workers.step import BlockTables, StepArrays, StepTensors, ints, to_device
 
 
 class ModelRunner:
     """One rank's model, pool and sampler.
 
-    sink_pages, recent_pages: windows read exactly, as every rank of the group has them
-    samples: whether this rank gets the logits and chooses the tokens
-    params: what calibration found for this rank's heads, where the format needs it
+    sink_pages, recent_pages: windows that are read exactly, the same on every rank of the group
+    prepare_decode: compile decode, and capture its CUDA graphs, before the first step
+    samples: whether this rank gets the logits and samples the tokens
+    params: calibrated parameters for this rank's heads, if the format needs them
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class ModelRunner:
         device: torch.device,
         samples: bool,
         cuda_graphs: bool,
+        prepare_decode: bool = True,
         params: ModelParams | None = None,
     ) -> None:
         self._model = model
@@ -64,28 +66,29 @@ class ModelRunner:
             dtype=dtype,
             device=device,
         )
-        self._tables = Tables(
+        self._tables = BlockTables(
             self._pool.hot_tables, self._pool.sealed_tables, page_size, sink_pages, recent_pages
         )
-        # The host's copies of the tables: slots and shared prefixes are found without asking the
-        # device.
+        # Host copies of the tables, so that slots and shared prefixes are found without reading
+        # from the device.
         self._hot_ids = np.full(self._pool.hot_tables.shape, -1, dtype=np.int64)
         self._sealed_ids = np.full(self._pool.sealed_tables.shape, -1, dtype=np.int64)
-        least, most = sharers(fmt, self._pool.hot[0], model.num_heads)
-        self._prefixes = PrefixFinder(self._sealed_ids, sink_pages, least, most)
+        min_members, max_members = sharers(fmt, self._pool.hot[0], model.num_heads)
+        self._prefixes = PrefixFinder(self._sealed_ids, sink_pages, min_members, max_members)
         facts = model.facts
         self._sampler = Sampler(facts.vocab_size, facts.eos_token_ids, device) if samples else None
-        hot, sealed = self._pool.hot[0], self._pool.sealed[0]
-        warm_up(hot, sealed, model.num_heads, fmt=fmt, params=self._layer_params(0))
         self._graphs: DecodeGraphs | None = None
-        if cuda_graphs and device.type == "cuda":
+        if prepare_decode:
+            hot, sealed = self._pool.hot[0], self._pool.sealed[0]
+            warm_up(hot, sealed, model.num_heads, fmt=fmt, params=self._layer_params(0))
+        if prepare_decode and cuda_graphs and device.type == "cuda":
             with torch.inference_mode():
                 self._graphs = DecodeGraphs(
                     self._forward,
                     self._tables,
                     max_rows=allocation.max_rows,
                     max_seq_len=allocation.max_pages_per_row * page_size,
-                    least_sharers=least,
+                    min_members=min_members,
                 )
 
     @property
@@ -95,15 +98,15 @@ class ModelRunner:
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult | None:
-        """Compute the plan; the result on the rank that samples, None on the others."""
-        began_s = time.perf_counter()
+        """Compute the plan; returns the result on the rank that samples, None on the others."""
+        start_s = time.perf_counter()
         arrays = self._prepare(plan)
         if self._graphs is not None and self._graphs.fits(arrays):
-            host_s = time.perf_counter() - began_s
+            host_s = time.perf_counter() - start_s
             logits = self._graphs.run(arrays)
         else:
             step = to_device(arrays, self._tables, self._device)
-            host_s = time.perf_counter() - began_s
+            host_s = time.perf_counter() - start_s
             logits = self._forward(step)
         if self._sampler is None or logits is None:
             return None
@@ -115,14 +118,14 @@ class ModelRunner:
 
     @torch.inference_mode()
     def score(self, plan: StepPlan) -> torch.Tensor | None:
-        """Compute the plan and sample nothing: the logits [T, vocab_size] fp32 of all its T
+        """Compute the plan without sampling: the logits [T, vocab_size] fp32 of all its T
         tokens, in the order of its chunks, on the rank that samples; None on the others."""
         arrays = self._prepare(plan)
         every = replace(arrays, logits_rows=np.arange(len(arrays.input_ids)))
         return self._forward(to_device(every, self._tables, self._device))
 
     def _prepare(self, plan: StepPlan) -> StepArrays:
-        """Bring tables and sampler up to date; the plan as arrays."""
+        """Update tables and sampler; returns the plan as arrays."""
         self._update(self._tables.hot, plan.hot)
         self._update(self._tables.sealed, plan.sealed)
         self._hot_ids[plan.hot.rows, plan.hot.pages] = plan.hot.ids
@@ -133,7 +136,7 @@ class ModelRunner:
             for row_start in plan.row_starts:
                 self._sampler.start_row(row_start)
             for chunk in plan.chunks:
-                self._sampler.note_tokens(chunk.row, chunk.start, chunk.tokens)
+                self._sampler.record_tokens(chunk.row, chunk.start, chunk.tokens)
         arrays = StepArrays.of(plan, self._hot_ids, self._tables.page_size)
         alone = np.diff(arrays.query_starts) > 1
         pages = (arrays.seq_lens - 1) // self._tables.page_size
@@ -141,9 +144,9 @@ class ModelRunner:
         return replace(arrays, prefixes=self._prefixes.find(arrays.rows, stops))
 
     def _forward(self, step: StepTensors) -> torch.Tensor | None:
-        """Logits [n, vocab_size] fp32 of the step's sampled rows; None where this rank has none."""
-        # Nobody reads in a decode step what it seals: those pages are still in every query's
-        # window, or its own page. So they can wait, and be sealed in all layers together.
+        """Logits [n, vocab_size] fp32 of the step's sampled rows; None on ranks without logits."""
+        # In a decode step no query reads what the step seals: those pages are still in every
+        # query's exact window. So they can be sealed after the model, in all layers together.
         later = step.batch.max_query_len == 1
 
         def attend(

@@ -1,9 +1,8 @@
-"""Chooses next tokens from logits, row by row, independent of who shares the batch.
+"""Samples next tokens from logits, row by row, independent of the rest of the batch.
 
-Order of operations, as elsewhere in the field: logit bias, penalties, forbidden
-tokens; then temperature, top-k, top-p, min-p on the renormalised distribution;
-then one uniform draw by inverse CDF. The uniform at output position i comes from
-(seed, i) alone.
+The order of operations is the usual one: logit bias, penalties, forbidden tokens; then
+temperature, top-k, top-p, min-p on the renormalised distribution; then one uniform draw
+by inverse CDF. The uniform number at output position i depends only on (seed, i).
 """
 
 from __future__ import annotations
@@ -16,14 +15,14 @@ import torch
 from kvmesh.workers.plan import RowStart, SampledToken
 from kvmesh.workers.sampling_params import SamplingParams
 
-# Rows with top-k, top-p or min-p first look at this many best tokens; a row whose nucleus is
-# wider is sorted whole.
+# Rows with top-k, top-p or min-p first consider this many of the most likely tokens; a row
+# whose nucleus is wider is sorted completely.
 _SHORTLIST = 256
 
 
 def uniform(seed: int, position: int) -> float:
     """A draw in [0, 1) from two 64-bit integers: SplitMix64's finaliser (Steele et al. 2014)
-    over the position's Weyl step, 53 bits of the result."""
+    applied to the position's Weyl step, 53 bits of the result."""
     z = (seed + (position + 1) * 0x9E3779B97F4A7C15) & _MASK
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
@@ -35,10 +34,10 @@ _MASK = (1 << 64) - 1
 
 @dataclass(slots=True)
 class _Row:
-    """What a row's sampling depends on.
+    """The state of a row's sampling.
 
-    seen: [vocab] bool, tokens of prompt or output; counts: [vocab] fp32, of output.
-    Both only where a penalty asks for them.
+    seen: [vocab] bool, tokens of prompt or output; counts: [vocab] fp32, in the output.
+    Both are kept only if a penalty needs them.
     """
 
     params: SamplingParams
@@ -50,7 +49,7 @@ class _Row:
 class Sampler:
     """Keeps the sampling state of every row.
 
-    eos_token_ids: forbidden, with the row's stop tokens, below its min_tokens
+    eos_token_ids: forbidden, like the row's stop tokens, before min_tokens are generated
     """
 
     def __init__(self, vocab_size: int, eos_token_ids: tuple[int, ...], device: torch.device):
@@ -67,10 +66,10 @@ class Sampler:
         if params.presence_penalty != 0.0 or params.frequency_penalty != 0.0:
             row.counts = torch.zeros(self._vocab_size, device=self._device)
         self._rows[start.row] = row
-        self.note_tokens(start.row, 0, start.history)
+        self.record_tokens(start.row, 0, start.history)
 
-    def note_tokens(self, row_id: int, start: int, tokens: bytes) -> None:
-        """Count the int32 tokens at positions [start, start + n) towards the row's penalties."""
+    def record_tokens(self, row_id: int, start: int, tokens: bytes) -> None:
+        """Count the int32 tokens at positions [start, start + n) for the row's penalties."""
         row = self._rows[row_id]
         if (row.seen is None and row.counts is None) or not tokens:
             return
@@ -83,10 +82,10 @@ class Sampler:
             row.counts.index_add_(0, output, torch.ones_like(output, dtype=row.counts.dtype))
 
     def sample(self, logits: torch.Tensor, rows: list[int], ends: list[int]) -> list[SampledToken]:
-        """One token a row.
+        """One token per row.
 
         logits: [n, vocab_size] fp32, changed in place; rows: [n] row ids;
-        ends: [n] tokens the sequence has so far, prompt and output
+        ends: [n] current number of tokens of the sequence, prompt and output
         """
         wanted = [i for i, row in enumerate(rows) if self._rows[row].params.logprobs is not None]
         raw = torch.log_softmax(logits[wanted], dim=-1) if wanted else None
@@ -110,7 +109,7 @@ class Sampler:
         return sampled
 
     def _adjust(self, logits: torch.Tensor, row: _Row, end: int) -> None:
-        """Bias, penalties and forbidden tokens, in place. logits: [vocab_size]."""
+        """Apply bias, penalties and forbidden tokens in place. logits: [vocab_size]."""
         params = row.params
         if params.logit_bias:
             ids = torch.tensor(list(params.logit_bias), device=self._device)
@@ -128,10 +127,10 @@ class Sampler:
 
 
 def _draw(logits: torch.Tensor, params: list[SamplingParams], draws: list[float]) -> torch.Tensor:
-    """Token ids [n] drawn from logits [n, vocab] at the uniforms `draws`."""
+    """Token ids [n] drawn from logits [n, vocab] with the uniform numbers `draws`."""
     device = logits.device
     temperature = torch.tensor([p.temperature for p in params], device=device)
-    # Weights relative to the best token's: cannot overflow at any temperature.
+    # Weights relative to the most likely token's, which cannot overflow at any temperature.
     best = logits.amax(dim=-1, keepdim=True)
     weights = torch.exp((logits - best) / temperature[:, None])
     at = torch.tensor(draws, dtype=torch.float64, device=device)
@@ -146,11 +145,11 @@ def _draw(logits: torch.Tensor, params: list[SamplingParams], draws: list[float]
 
 
 def _inverse(weights: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
-    """Indices [n] at which the cumulated, unnormalised weights [n, m] pass `draws` of their sum."""
+    """Indices [n] where the cumulative weights [n, m], not normalised, exceed draws of the sum."""
     cumulated = torch.cumsum(weights, dim=-1, dtype=torch.float64)
     total = cumulated[:, -1:].contiguous()
     index = torch.searchsorted(cumulated, total * draws[:, None], right=True)
-    # A draw next to 1 can round up to the sum; the answer is then the last token that has weight.
+    # A draw close to 1 can round up to the sum; take the last token with a weight in that case.
     return torch.minimum(index, torch.searchsorted(cumulated, total)).squeeze(-1)
 
 
@@ -168,12 +167,12 @@ def _inverse_truncated(
     while True:
         values, ids = torch.topk(weights, size, dim=-1)
         mass = torch.cumsum(values, dim=-1, dtype=torch.float64)
-        # top-p is of what top-k leaves: keep tokens before which less than p of it has passed.
+        # top-p applies after top-k: keep tokens whose preceding cumulative probability is < p.
         left = torch.where(top_k <= size, mass.gather(1, top_k.clamp(max=size) - 1), total)
         keep = (mass - values < top_p * left) & (values >= min_p * values[:, :1])
         keep &= torch.arange(size, device=device) < top_k
         keep[:, 0] = True
-        # Done when no row's kept tokens go on beyond the list.
+        # Done if no row keeps tokens beyond the shortlist.
         if size == vocab or not bool((keep[:, -1:] & (top_k > size)).any()):
             break
         size = vocab

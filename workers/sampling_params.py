@@ -1,4 +1,4 @@
-"""How the next token is chosen."""
+"""How the next token is sampled."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from kvmesh.workers.errors import InvalidRequestError
+from kvmesh.workers.errors import InvalidFieldError
 
 MAX_STOP_TOKEN_IDS = 128
 MAX_LOGIT_BIAS = 1024
@@ -15,20 +15,20 @@ MAX_TOP_LOGPROBS = 20
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """Sampling parameters of one sequence, with the field's usual meanings.
+    """Sampling parameters of one sequence, with the usual meanings.
 
     temperature: 0 is greedy; otherwise logits are divided by it
     top_k: 0 keeps all tokens
-    top_p, min_p: nucleus, and the least probability relative to the best token's
+    top_p, min_p: nucleus, and the minimum probability relative to the most likely token's
     repetition_penalty: > 1 discourages tokens of prompt and output (CTRL, arXiv 1909.05858)
     presence_penalty, frequency_penalty: subtracted for tokens of the output (OpenAI's)
-    seed: 64 bits; the draw at position i depends on (seed, i) alone, so that a
-        sequence moved to another engine goes on with the same tokens
-    max_tokens, min_tokens: of output; below min_tokens no stop token is sampled
-    stop_token_ids: end the sequence, besides the model's end-of-sequence tokens
-    logit_bias: token id -> added to its logit
+    seed: 64 bits; the draw at position i depends only on (seed, i), so that a sequence
+        that moves to another engine continues with the same tokens
+    max_tokens, min_tokens: of output; before min_tokens no stop token is sampled
+    stop_token_ids: end the sequence, like the model's end-of-sequence tokens
+    logit_bias: token id -> bias added to its logit
     logprobs: None for none, n for the chosen token's and the n best alternatives'
-    Raises InvalidRequestError naming the field.
+    Raises InvalidFieldError naming the field.
     """
 
     temperature: float = 1.0
@@ -50,33 +50,35 @@ class SamplingParams:
         for name, low, high in _RANGES:
             value = getattr(self, name)
             if not (math.isfinite(value) and low <= value <= high):
-                raise InvalidRequestError(name, f"must be from {low:g} to {high:g}, got {value}")
+                raise InvalidFieldError(name, f"must be from {low:g} to {high:g}, got {value}")
         if self.repetition_penalty <= 0:
-            raise InvalidRequestError(
+            raise InvalidFieldError(
                 "repetition_penalty", f"must be greater than 0, got {self.repetition_penalty}"
             )
         if self.top_p <= 0:
-            raise InvalidRequestError("top_p", f"must be greater than 0, got {self.top_p}")
+            raise InvalidFieldError("top_p", f"must be greater than 0, got {self.top_p}")
         if self.min_tokens > self.max_tokens:
-            raise InvalidRequestError(
+            raise InvalidFieldError(
                 "min_tokens",
                 f"must be at most max_tokens ({self.max_tokens}), got {self.min_tokens}",
             )
         if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
-            raise InvalidRequestError(
-                "stop_token_ids", f"at most {MAX_STOP_TOKEN_IDS}, got {len(self.stop_token_ids)}"
+            raise InvalidFieldError(
+                "stop_token_ids",
+                f"must have at most {MAX_STOP_TOKEN_IDS} ids, got {len(self.stop_token_ids)}",
             )
         if len(self.logit_bias) > MAX_LOGIT_BIAS:
-            raise InvalidRequestError(
-                "logit_bias", f"at most {MAX_LOGIT_BIAS} entries, got {len(self.logit_bias)}"
+            raise InvalidFieldError(
+                "logit_bias",
+                f"must have at most {MAX_LOGIT_BIAS} entries, got {len(self.logit_bias)}",
             )
         for token_id, bias in self.logit_bias.items():
             if not (math.isfinite(bias) and -100 <= bias <= 100):
-                raise InvalidRequestError(
-                    "logit_bias", f"of token {token_id} must be from -100 to 100, got {bias}"
+                raise InvalidFieldError(
+                    "logit_bias", f"must be from -100 to 100, got {bias} for token {token_id}"
                 )
         if self.logprobs is not None and not 0 <= self.logprobs <= MAX_TOP_LOGPROBS:
-            raise InvalidRequestError(
+            raise InvalidFieldError(
                 "logprobs", f"must be from 0 to {MAX_TOP_LOGPROBS}, got {self.logprobs}"
             )
 
@@ -85,7 +87,7 @@ class SamplingParams:
         return self.temperature == 0.0
 
 
-# name, least, greatest
+# name, minimum, maximum
 _RANGES: tuple[tuple[str, float, float], ...] = (
     ("temperature", 0.0, 100.0),
     ("top_p", 0.0, 1.0),

@@ -2,12 +2,12 @@
 
 Decoding sequences come first, then prompts in order of arrival, chunked to what
 is left of the step's token budget. When sealed pages run out the youngest
-running sequence is preempted: it gives its pages back and is recomputed later.
+running sequence is preempted: its pages are freed and it is recomputed later.
 
-Why nobody is preempted to death: while anything that was preempted is waiting or
-running, sequences are admitted only if all running ones and the new one fit at
-their greatest length. So a sequence that comes back is never preempted again,
-the oldest never is, and every one that fits the pool alone completes.
+Why preemption cannot livelock: while a preempted sequence is waiting or running,
+sequences are admitted only if all running ones and the new one fit at their
+maximum length. So a preempted sequence is never preempted again, the oldest
+sequence never is, and every sequence that fits in the pool alone completes.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ class Scheduler:
         self._max_num_batched_tokens = max_num_batched_tokens
         self._free_rows = list(range(pool.max_num_seqs - 1, -1, -1))
         self._step = 0
-        # The last admission that failed for want of pages, so that it is not tried again
-        # (hashing and matching a whole prompt) before the room for it has changed.
-        self._no_room: tuple[Sequence, int] | None = None
+        # The last admission that failed for lack of pages, and how many were available. It
+        # is not retried (a whole prompt is hashed and matched) until that number has changed.
+        self._failed_admission: tuple[Sequence, int] | None = None
         self.preemptions_total = 0
 
     def add(self, seq: Sequence) -> None:
         bisect.insort(self.waiting, seq, key=_arrival)
 
     def remove(self, seq: Sequence) -> None:
-        """Forget a sequence that ended or was cancelled, between two steps."""
+        """Remove a sequence that has ended or was cancelled; called between two steps."""
         if seq.row is None:
             self.waiting.remove(seq)
         else:
@@ -58,7 +58,7 @@ class Scheduler:
             self._release(seq)
 
     def preempt_youngest(self) -> Sequence:
-        """Take the pages of the running sequence that came last; it waits and is recomputed."""
+        """Free the pages of the youngest running sequence; it waits and is recomputed."""
         seq = self.running.pop()
         self._release(seq)
         seq.num_computed = 0
@@ -78,8 +78,8 @@ class Scheduler:
         while draft.tokens_left and (admitted := self._admit(draft)):
             self._plan_chunk(draft, admitted)
         if not draft.chunks:
-            assert self.running or not self.waiting, "sequences are left but none can go on"
-            assert all(seq.paused for seq in self.running), "a sequence is left out of the step"
+            assert self.running or not self.waiting, "sequences are waiting, but none can run"
+            assert all(seq.paused for seq in self.running), "a sequence is missing from the step"
             return None
         self._step += 1
         return draft.plan(self._step)
@@ -87,7 +87,8 @@ class Scheduler:
     def commit(self, plan: StepPlan) -> list[Sequence]:
         """Advance by a plan that was carried out; returns the sampled sequences in its order.
 
-        Hot pages that fell out of their windows are released, full pages become findable."""
+        Hot pages that have left their windows are released, and full pages enter the prefix
+        cache."""
         by_row = {seq.row: seq for seq in self.running}
         sampled = []
         for chunk in plan.chunks:
@@ -114,30 +115,30 @@ class Scheduler:
             return None
         seq = self.waiting[0]
         worst_case = any(s.preemptions for s in self.waiting + self.running)
-        promised = sum(self._to_come(other, worst_case) for other in self.running)
-        if self._no_room == (seq, self.cache.sealed.available - promised):
+        reserved = sum(self._pages_needed(other, worst_case) for other in self.running)
+        if self._failed_admission == (seq, self.cache.sealed.available - reserved):
             return None
         full_pages = (seq.num_tokens - 1) // self.geometry.page_size  # one token must be computed
         hit = self.cache.match(seq.digests(full_pages)[:full_pages])
         self.cache.share(hit)
         seq.hot.update(hit.hot)
         seq.sealed.update(hit.sealed)
-        if self._to_come(seq, worst_case) > self.cache.sealed.available - promised:
+        if self._pages_needed(seq, worst_case) > self.cache.sealed.available - reserved:
             self._drop_pages(seq)
-            self._no_room = (seq, self.cache.sealed.available - promised)
+            self._failed_admission = (seq, self.cache.sealed.available - reserved)
             return None
         del self.waiting[0]
         seq.num_computed = hit.num_pages * self.geometry.page_size
-        if seq.started_s is None:  # a preempted sequence's own pages are no gift
+        if seq.started_s is None:  # pages that it computed before a preemption do not count
             seq.cached_tokens = min(seq.num_computed, seq.prompt_tokens)
         seq.row = self._free_rows.pop()
         bisect.insort(self.running, seq, key=_arrival)
         draft.start_row(seq)
         return seq
 
-    def _to_come(self, seq: Sequence, worst_case: bool) -> int:
-        """Sealed pages the sequence will still take: for what it has been given (and the
-        next token), or up to its greatest length."""
+    def _pages_needed(self, seq: Sequence, worst_case: bool) -> int:
+        """Sealed pages that the sequence still needs: for its tokens and the next one, or up to
+        its maximum length."""
         tokens = seq.max_tokens_total if worst_case else seq.num_tokens + 1
         return len(seq.sealed_missing(tokens))
 
@@ -145,7 +146,7 @@ class Scheduler:
         start = seq.num_computed
         first = start // self.geometry.page_size
         own = self.geometry.hot_per_sequence() - len(seq.hot) + (first in seq.hot)
-        last = first + own + draft.headroom_left - 1  # the last page there is a hot page for
+        last = first + own + draft.headroom_left - 1  # the last page that gets a hot page
         end = min(
             start + seq.to_compute,
             start + draft.tokens_left,
@@ -205,7 +206,7 @@ class Scheduler:
         self._drop_pages(seq)
 
     def _drop_pages(self, seq: Sequence) -> None:
-        # Last pages first, so that of a cached prefix the end is evicted before the beginning.
+        # Last pages first, so that a cached prefix is evicted from its end.
         for page in sorted(seq.hot, reverse=True):
             self.cache.hot.release(seq.hot[page])
         for page in sorted(seq.sealed, reverse=True):
@@ -215,7 +216,7 @@ class Scheduler:
 
 
 class _Draft:
-    """A step plan in the making, kept by sequence so that a preempted one can be struck out."""
+    """A step plan under construction, kept by sequence so that a preempted one can be removed."""
 
     def __init__(self, tokens_left: int, headroom_left: int) -> None:
         self.tokens_left = tokens_left
@@ -249,7 +250,7 @@ class _Draft:
     def being_sealed(self, seq: Sequence, digest: Digest) -> int | None:
         """The page that an older sequence seals with these contents in the same step.
 
-        Not a younger one's: that could be struck out, and its page with it.
+        Not a younger one's: that sequence could be removed, and its page with it.
         """
         found = self._being_sealed.get(digest)
         return found[1] if found is not None and _arrival(found[0]) < _arrival(seq) else None
@@ -265,7 +266,7 @@ class _Draft:
         self.chunks[row] = Chunk(row, start, seq.tokens[start:end].tobytes(), sample)
 
     def undo(self, seq: Sequence) -> None:
-        """Strike out a sequence that is about to lose its row and pages."""
+        """Remove a sequence that is about to lose its row and pages."""
         row = _row(seq)
         chunk = self.chunks.pop(row, None)
         if chunk is not None:

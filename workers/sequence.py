@@ -1,9 +1,10 @@
-"""A request inside the engine: its tokens, its pages, how far it has come."""
+"""A request inside the engine: its tokens, its pages, its progress."""
 
 from __future__ import annotations
 
 import numpy as np
 
+from kvmesh.workers.lease import LeaseTerms
 from kvmesh.workers.prefix_cache import Digest, PageDigests
 from kvmesh.workers.request import EngineRequest, SequenceUsage, TokenIds
 from kvmesh.workers.sizes import PageGeometry, PageNeed
@@ -24,11 +25,11 @@ class Sequence:
         self.geometry = geometry
         given = len(request.prompt_token_ids)
         self.prompt_tokens = given - request.resumed_tokens
-        self.lease = request.lease
         self.max_tokens_total = min(self.prompt_tokens + request.params.max_tokens, max_model_len)
-        # A resumed sequence may come with as many tokens as it may have.
+        # A resumed sequence may already have all the tokens that it may have.
         self._tokens: TokenIds = np.empty(max(self.max_tokens_total, given), dtype=np.int32)
         self._tokens[:given] = request.prompt_token_ids
+        self.extend(request.lease)
         self.num_tokens = given
         self.num_computed = 0
         self.row: int | None = None
@@ -55,16 +56,19 @@ class Sequence:
     def to_compute(self) -> int:
         return self.num_tokens - self.num_computed
 
-    @property
-    def leased_tokens(self) -> int:
-        """How many tokens may be written under the lease; without one, all of them."""
-        if self.lease is None:
-            return len(self._tokens)
-        return self.geometry.tokens_within(self.lease.sealed_pages)
+    def extend(self, lease: LeaseTerms | None) -> None:
+        """Run under these terms from now on; without a lease every token may be written.
+
+        leased_tokens: how many tokens may be written under the lease
+        """
+        self.lease = lease
+        self.leased_tokens = len(self._tokens)
+        if lease is not None:
+            self.leased_tokens = self.geometry.tokens_within(lease.sealed_pages // lease.sequences)
 
     @property
     def paused(self) -> bool:
-        """Its lease has to grow before it goes on; it keeps its pages meanwhile."""
+        """Its lease has to grow before it can continue; it keeps its pages until then."""
         return self.num_computed >= self.leased_tokens
 
     def append(self, token_id: int) -> None:
@@ -78,7 +82,7 @@ class Sequence:
     def sealed_missing(self, num_tokens: int) -> range:
         """Logical pages that must be sealed before `num_tokens` are written.
 
-        Sealing goes upward, so what is missing is a range."""
+        Pages are sealed in order, so the missing ones are a range."""
         due = self.geometry.sealed_range(num_tokens)
         return range(due.start + len(self.sealed), max(due.stop, due.start + len(self.sealed)))
 
@@ -97,8 +101,16 @@ class Sequence:
             sealed_pages=self.peak.sealed,
             hot_pages=self.peak.hot,
             kv_bytes=self.geometry.bytes_of(self.peak),
+            reserved_bytes=self._reserved_bytes(),
             queue_s=started - self.arrived_s,
             time_to_first_token_s=None if first is None else first - self.arrived_s,
             total_s=now - self.arrived_s,
             preemptions=self.preemptions,
         )
+
+    def _reserved_bytes(self) -> int:
+        lease = self.lease
+        if lease is None:
+            return self.geometry.bytes_of(self.peak)
+        whole = self.geometry.bytes_of(PageNeed(lease.hot_pages, lease.sealed_pages))
+        return whole // lease.sequences

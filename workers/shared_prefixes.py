@@ -1,11 +1,11 @@
-"""Which decoding sequences read the same first sealed pages, from the block tables.
+"""Finds decoding sequences that read the same first sealed pages, from the block tables.
 
-Sequences with a common prefix hold the same pages, by prefix caching or as choices of
-one request. Read together, such pages are unpacked once for all. Prefixes nest: of a
-system prompt that all share and a document that some do, a set takes the one that
-saves more reads,
+Sequences with a common prefix hold the same pages, through prefix caching or as choices of
+one request. If they are read together, such pages are unpacked once for all. Prefixes nest: of
+a system prompt that all sequences share and a document that some share, a set uses the one
+that saves more reads,
 
-    saved = (members - 1) * pages in common
+    saved = (members - 1) * common pages
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 Ints = npt.NDArray[np.int64]
 
-# A set of its own costs a kernel a layer, and parts to merge.
+# An additional set costs a kernel per layer, and parts to merge.
 MIN_SAVED_PAGES = 8
 
 
@@ -30,7 +30,7 @@ class PrefixSets:
     starts: Ints
 
     def padded(self, size: int) -> PrefixSets:
-        """Of `size` sequences, with as many sets as they could form."""
+        """Padded to `size` sequences, with as many sets as they could form."""
         return PrefixSets(
             _pad(self.pages, size, 0),
             _pad(self.members, size, 0),
@@ -39,23 +39,25 @@ class PrefixSets:
 
 
 def num_starts(size: int) -> int:
-    """Sets have two members at least."""
+    """Every set has at least two members."""
     return size // 2 + 1
 
 
 class PrefixFinder:
-    """Finds sets in a host's copy of the sealed tables, and remembers the last answer.
+    """Finds sets in a host copy of the sealed tables, and caches the last answer.
 
-    sealed_ids: [rows, pages], kept up to date by the caller, who says so to `note_update`
-    first_page: where sealed pages begin, behind the sink
-    least, most: members of a set
+    sealed_ids: [rows, pages], updated by the caller, who then calls `note_update`
+    first_page: where sealed pages begin, after the sink
+    min_members, max_members: of a set
     """
 
-    def __init__(self, sealed_ids: Ints, first_page: int, least: int, most: int) -> None:
+    def __init__(
+        self, sealed_ids: Ints, first_page: int, min_members: int, max_members: int
+    ) -> None:
         self._ids = sealed_ids
         self._first = first_page
-        self._least = least
-        self._most = most
+        self._min_members = min_members
+        self._max_members = max_members
         self._asked: tuple[bytes, bytes] | None = None
         self._found: PrefixSets | None = None
 
@@ -63,11 +65,11 @@ class PrefixFinder:
         self._asked = None
 
     def find(self, rows: Ints, stops: Ints) -> PrefixSets | None:
-        """The sets of a step's sequences; None where there is nothing to share.
+        """The sets of a step's sequences, or None if they share nothing.
 
         rows: [S] of the tables
-        stops: [S], the first page that a sequence does not read sealed; 0 for one that is not
-            to share, as its new tokens are several
+        stops: [S], the first page that a sequence does not read sealed; 0 for a sequence
+            with several new tokens, which does not share
         """
         asked = (rows.tobytes(), stops.tobytes())
         if asked != self._asked:
@@ -78,16 +80,16 @@ class PrefixFinder:
         counts = stops - self._first
         sharing = np.flatnonzero(counts > 0)
         found: list[tuple[list[int], int]] = []
-        for members in self._alike(rows, sharing, 0):
+        for members in self._with_same_page(rows, sharing, 0):
             found += self._divide(rows, counts, members, 1)[1]
         pages = np.zeros(len(rows), np.int64)
         sets: list[Ints] = []
         for chosen, common in found:
             if (len(chosen) - 1) * common < MIN_SAVED_PAGES:
                 continue
-            for start in range(0, len(chosen), self._most):
-                part = np.array(chosen[start : start + self._most])
-                if len(part) >= self._least:
+            for start in range(0, len(chosen), self._max_members):
+                part = np.array(chosen[start : start + self._max_members])
+                if len(part) >= self._min_members:
                     pages[part] = common
                     sets.append(part)
         if not sets:
@@ -95,31 +97,31 @@ class PrefixFinder:
         starts = np.cumsum([0, *map(len, sets)])
         return PrefixSets(pages, np.concatenate(sets), starts)
 
-    def _alike(self, rows: Ints, members: Ints, place: int) -> list[Ints]:
-        """Members with the same page at a place behind the sink, enough of them for a set."""
+    def _with_same_page(self, rows: Ints, members: Ints, place: int) -> list[Ints]:
+        """Members with the same page `place` pages after the sink, in groups that can be sets."""
         ids = self._ids[rows[members], self._first + place]
         order = np.argsort(ids, kind="stable")
         cuts = np.flatnonzero(np.diff(ids[order])) + 1
-        return [part for part in np.split(members[order], cuts) if len(part) >= self._least]
+        return [part for part in np.split(members[order], cuts) if len(part) >= self._min_members]
 
     def _divide(
         self, rows: Ints, counts: Ints, members: Ints, known: int
     ) -> tuple[int, list[tuple[list[int], int]]]:
-        """The sets of members that share `known` pages or more, and the reads that they save."""
+        """The sets among members that share at least `known` pages, and the reads they save."""
         table = self._ids[rows[members], self._first : self._first + int(counts[members].min())]
         differ = np.flatnonzero((table[:, known:] != table[0, known:]).any(0))
         common = known + int(differ[0]) if len(differ) else table.shape[1]
         saved, sets = 0, []
         rest = set(members.tolist())
-        # Those who go on together leave the others, where that saves more.
-        going_on = members[counts[members] > common]
-        for part in self._alike(rows, going_on, common):
+        # Members with longer common prefixes form their own set if that saves more reads.
+        longer = members[counts[members] > common]
+        for part in self._with_same_page(rows, longer, common):
             more, within = self._divide(rows, counts, part, common + 1)
             if more > len(part) * common:
                 saved += more
                 sets += within
                 rest -= set(part.tolist())
-        if len(rest) >= self._least:
+        if len(rest) >= self._min_members:
             saved += (len(rest) - 1) * common
             sets.append((sorted(rest), common))
         return saved, sets

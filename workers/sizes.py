@@ -1,9 +1,8 @@
 """The arithmetic of pages, shared by the engine, the router and the planner.
 
-A sequence's positions fall into pages of `page_size` tokens. Key j is read
-exactly by a query in page P if page(j) is a sink page or page(j) ≥ P − recent;
-otherwise in its sealed form. So a sequence of n tokens, whose next token falls
-into page P = n // page_size, holds
+A sequence's positions fall into pages of `page_size` tokens. A query in page P reads key j
+exactly if page(j) is a sink page or page(j) ≥ P − recent; otherwise in its sealed form. So a
+sequence of n tokens, whose next token falls into page P = n // page_size, holds
 
     sealed   [sink, P − recent)           one sealed page each
     hot      [0, sink) ∪ [P − recent, P]  one hot page each
@@ -15,8 +14,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Prefixes are compared between groups by runs of so many pages: the router keeps the last
-# page's digest of each, and engines report no others.
+# Groups' prefixes are compared in blocks of this many pages: the router stores the digest of
+# each block's last page, and engines report no other digests.
 BLOCK_PAGES = 8
 
 
@@ -30,15 +29,18 @@ class PageNeed:
     def __add__(self, other: PageNeed) -> PageNeed:
         return PageNeed(self.hot + other.hot, self.sealed + other.sealed)
 
+    def __sub__(self, other: PageNeed) -> PageNeed:
+        return PageNeed(self.hot - other.hot, self.sealed - other.sealed)
+
     def fits(self, room: PageNeed) -> bool:
         return self.hot <= room.hot and self.sealed <= room.sealed
 
 
 @dataclass(frozen=True, slots=True)
 class PageGeometry:
-    """Shapes and windows that turn tokens into pages, and pages into bytes.
+    """Shapes and windows that convert tokens to pages, and pages to bytes.
 
-    hot_page_bytes, sealed_page_bytes: of one page on one rank, all its layers and KV heads
+    hot_page_bytes, sealed_page_bytes: of one page on one rank, over all its layers and KV heads
     ranks: how many ranks hold such a page for a sequence
     """
 
@@ -56,11 +58,11 @@ class PageGeometry:
         )
 
     def tokens_within(self, sealed_pages: int) -> int:
-        """The most tokens a sequence can write before it needs more sealed pages than that."""
+        """The maximum number of tokens a sequence can write with that many sealed pages."""
         return (self.sink_pages + self.recent_pages + sealed_pages + 1) * self.page_size - 1
 
     def hot_per_sequence(self) -> int:
-        """The most hot pages a sequence keeps between steps: sink + recent + the one it writes."""
+        """The maximum number of hot pages a sequence holds between steps: sink + recent + 1."""
         return self.sink_pages + self.recent_pages + 1
 
     def need(self, num_tokens: int) -> PageNeed:
@@ -70,10 +72,10 @@ class PageGeometry:
         return PageNeed(hot=min(pages - sealed, self.hot_per_sequence()), sealed=sealed)
 
     def peak_need(self, num_tokens: int) -> PageNeed:
-        """Pages that suffice for a sequence at every length up to `num_tokens`.
+        """Pages that are enough for a sequence at every length up to `num_tokens`.
 
-        The one page beside the writing page that a boundary step holds is not
-        counted: it belongs to the pool's headroom for the step in flight.
+        The additional page that a step across a page boundary holds is not counted: it
+        belongs to the pool's headroom for the step in flight.
         """
         pages = -(-num_tokens // self.page_size)
         return PageNeed(

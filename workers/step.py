@@ -1,7 +1,7 @@
 """A step plan as arrays, and those arrays on a device.
 
 Sequences are packed without padding, except for captured graphs, whose shapes
-are fixed: there a padded place has no slot, no pages to seal and no query.
+are fixed: there a padding entry has no slot, no pages to seal and no query.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ class StepArrays:
 
     @staticmethod
     def of(plan: StepPlan, hot_ids: Ints, page_size: int) -> StepArrays:
-        """hot_ids: [rows, pages], the hot page of each logical page. Prefixes are left out."""
+        """hot_ids: [rows, pages], the hot page of each logical page. Sets no prefixes."""
         lengths = np.array([chunk.num_tokens for chunk in plan.chunks])
         starts = np.array([chunk.start for chunk in plan.chunks])
         rows = np.array([chunk.row for chunk in plan.chunks])
         query_starts = np.concatenate(([0], np.cumsum(lengths)))
-        # Position of each packed token: its place in its chunk plus the chunk's start.
+        # Position of each packed token: its index in its chunk plus the chunk's start.
         positions = np.arange(query_starts[-1]) + np.repeat(starts - query_starts[:-1], lengths)
         pages = hot_ids[np.repeat(rows, lengths), positions // page_size]
         tokens = np.frombuffer(b"".join(chunk.tokens for chunk in plan.chunks), dtype=np.int32)
@@ -67,11 +67,11 @@ class StepArrays:
 
     @property
     def is_decode(self) -> bool:
-        """One new token a sequence, each with a sample."""
+        """One new token per sequence, each of them sampled."""
         return len(self.input_ids) == len(self.rows) == len(self.logits_rows)
 
     def padded(self, size: int) -> StepArrays:
-        """A decode step of exactly `size` sequences, of which the last have no query."""
+        """A decode step padded to exactly `size` sequences; the padding has no query."""
         assert self.is_decode
         count = len(self.rows)
         return StepArrays(
@@ -91,7 +91,7 @@ class StepArrays:
 
 @dataclass(frozen=True, slots=True)
 class StepTensors:
-    """StepArrays on a device, int64 or int32 as their readers ask for."""
+    """StepArrays on a device, as int64 or int32 depending on who reads them."""
 
     input_ids: torch.Tensor
     positions: torch.Tensor
@@ -104,8 +104,8 @@ class StepTensors:
 
 
 @dataclass(frozen=True, slots=True)
-class Tables:
-    """What every step's attention shares: block tables on the device, and the windows."""
+class BlockTables:
+    """What the attention of every step uses: block tables on the device, and the windows."""
 
     hot: torch.Tensor
     sealed: torch.Tensor
@@ -138,8 +138,8 @@ class Tables:
         )
 
 
-def to_device(arrays: StepArrays, tables: Tables, device: torch.device) -> StepTensors:
-    """Tensors of a step's own shapes."""
+def to_device(arrays: StepArrays, tables: BlockTables, device: torch.device) -> StepTensors:
+    """The step's tensors, with the step's own shapes."""
     lengths = np.diff(arrays.query_starts)
     return StepTensors(
         input_ids=ints(arrays.input_ids, torch.int64, device),
@@ -168,7 +168,7 @@ def _shared(sets: PrefixSets | None, device: torch.device) -> SharedPrefixes | N
 
 
 def ints(values: npt.ArrayLike, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Integers on the device, without waiting for it."""
+    """Integers on the device, copied without blocking."""
     host = torch.from_numpy(np.asarray(values, dtype=np.int64)).to(dtype)
     if device.type == "cpu":
         return host

@@ -1,10 +1,11 @@
-"""A rank's process: load, then carry out what the leader sends until it says close."""
+"""A rank's process: load, then execute what the leader sends until it sends Close."""
 
 from __future__ import annotations
 
 import logging
 import os
 
+from kvmesh.workers.cache_directory import keep_compiled_loops
 from kvmesh.workers.channel import Allocated, Close, Divergences, Failed, Probe, RankEnd
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.errors import ConfigError
@@ -20,9 +21,10 @@ _PARENT_CHECK_S = 1.0
 def worker_main(config: EngineConfig, rank: int, endpoint: str, rendezvous: str) -> None:
     """Serve `rank` of the group until the leader closes it or is gone.
 
-    endpoint: the leader's channel; rendezvous: tcp://host:port where the ranks meet
-    A failure is reported to the leader, then raised.
+    endpoint: the leader's channel; rendezvous: tcp://host:port at which the ranks meet
+    A failure is reported to the leader and then raised.
     """
+    keep_compiled_loops(os.environ)
     parent = os.getppid()
     end = RankEnd(endpoint)
     try:

@@ -1,4 +1,4 @@
-"""The command line. Commands import what they need when they run: `--help` costs nothing."""
+"""The command line. Commands import what they need when they run, so that `--help` is fast."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from kvmesh.cluster.cli import client_commands, server_commands
 from kvmesh.cluster.cli.calibrate_command import calibrate
 from kvmesh.cluster.cli.eval_commands import eval_app
 from kvmesh.cluster.cli.formats_command import formats
-from kvmesh.cluster.cli.simulate_command import HANDED_ON, simulate
+from kvmesh.cluster.cli.simulate_command import PASS_THROUGH, simulate
 
 app = typer.Typer(
     name="kvmesh",
-    help="Distributed LLM serving on Ray with a quantised KV cache, accounted to the byte.",
+    help="Distributed LLM serving on Ray with a quantised, fully accounted KV cache.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -27,6 +27,6 @@ app.command("status")(client_commands.status)
 app.command("estimate")(client_commands.estimate)
 app.command("explain")(client_commands.explain)
 app.command("calibrate")(calibrate)
-app.command("simulate", context_settings=HANDED_ON)(simulate)
+app.command("simulate", context_settings=PASS_THROUGH)(simulate)
 app.command("formats")(formats)
 app.add_typer(eval_app, name="eval")

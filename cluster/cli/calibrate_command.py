@@ -1,4 +1,4 @@
-"""`kvmesh calibrate`: makes the file that a calibrated KV format needs."""
+"""`kvmesh calibrate`: writes the file that a calibrated KV format needs."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from typing import Annotated
 
 import typer
 
-from kvmesh.cluster.cli.console import err, explained, human_bytes, out
+from kvmesh.cluster.cli.console import err, friendly_errors, human_bytes, out
 
 
 def calibrate(
     model: Annotated[
         str, typer.Option(help="A local Hugging Face directory, a GGUF file, or a hub name.")
     ],
-    kv_format: Annotated[str, typer.Option(help="A format that needs calibration, e.g. nuq4.")],
-    text: Annotated[Path, typer.Option(help="UTF-8 text like what will be served.")],
-    output: Annotated[Path, typer.Option(help="The file to write, e.g. nuq4.safetensors.")],
-    samples: Annotated[int, typer.Option(help="Windows of the text to run.")] = 128,
+    kv_format: Annotated[str, typer.Option(help="A KV format that needs calibration, e.g. nuq4.")],
+    text: Annotated[Path, typer.Option(help="UTF-8 text that resembles your requests.")],
+    output: Annotated[Path, typer.Option(help="File to write, e.g. nuq4.safetensors.")],
+    samples: Annotated[int, typer.Option(help="Number of windows of the text.")] = 128,
     context: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
 ) -> None:
-    """Measure what a KV format needs to know of a model; `serve --calibration` reads it."""
-    with explained():
+    """Measure a model's parameters for a KV format, for `serve --calibration`."""
+    with friendly_errors():
         from kvmesh.workers.errors import ConfigError
 
         try:
@@ -65,7 +65,7 @@ def _calibrate(
         for task in tasks.values():
             progress.update(task, total=1.0, completed=1.0)
     out.print(
-        f"{output}: {kv_format} for {result.model} of revision {result.model_revision}, "
+        f"{output}: {kv_format} for {result.model}, revision {result.model_revision}, "
         f"{human_bytes(output.stat().st_size)}",
         soft_wrap=True,
     )
@@ -82,12 +82,12 @@ def _read(text: Path) -> str:
 
 
 def _check_output(output: Path) -> None:
-    """Before the model has run, not after."""
+    """Raises ConfigError before the model runs instead of after it."""
     from kvmesh.workers.errors import ConfigError
 
     if output.is_dir():
         raise ConfigError("output", f"{output} is a directory")
     if not output.absolute().parent.is_dir():
-        raise ConfigError("output", f"there is no directory {output.absolute().parent}")
+        raise ConfigError("output", f"the directory {output.absolute().parent} does not exist")
     if not os.access(output.absolute().parent, os.W_OK):
         raise ConfigError("output", f"{output.absolute().parent} is not writable")

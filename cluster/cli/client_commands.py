@@ -1,4 +1,4 @@
-"""`kvmesh generate`, `chat`, `status` and `estimate`: clients of a running cluster."""
+"""`kvmesh generate`, `chat`, `status`, `estimate`, `explain`: clients of a running cluster."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from typing import Annotated, Any
 
 import typer
 
-from kvmesh.cluster.cli.console import err, explained, human_bytes, human_seconds, out
+from kvmesh.cluster.cli.console import err, friendly_errors, human_bytes, human_seconds, out
 
 TargetOption = Annotated[
-    str | None, typer.Option(help="host:port; else $KVMESH_TARGET, else localhost:9000.")
+    str | None, typer.Option(help="host:port; default: $KVMESH_TARGET, or localhost:9000.")
 ]
 KeyOption = Annotated[
     str | None,
     typer.Option(
-        help="Else $KVMESH_API_KEY, else the local server's; visible to other users here."
+        help="Default: $KVMESH_API_KEY, or the local server's key. Other users can see options."
     ),
 ]
-MaxTokensOption = Annotated[int | None, typer.Option(help="Output tokens.")]
+MaxTokensOption = Annotated[int | None, typer.Option(help="Maximum output tokens.")]
 TemperatureOption = Annotated[float | None, typer.Option(help="0 is greedy.")]
 SeedOption = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
 
@@ -28,15 +28,17 @@ def generate(
     temperature: TemperatureOption = None,
     top_p: Annotated[float | None, typer.Option(help="Nucleus sampling.")] = None,
     seed: SeedOption = None,
-    stop: Annotated[list[str] | None, typer.Option(help="Ends the output; repeatable.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="A string that ends the output; may be repeated.")
+    ] = None,
     target: TargetOption = None,
     api_key: KeyOption = None,
 ) -> None:
-    """Continue a prompt, streaming to the terminal."""
-    with explained():
+    """Continue a prompt and stream the output to the terminal."""
+    with friendly_errors():
         from kvmesh.client import Client
 
-        options = _given(
+        options = _without_none(
             max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=stop
         )
         with (
@@ -54,11 +56,11 @@ def chat(
     target: TargetOption = None,
     api_key: KeyOption = None,
 ) -> None:
-    """Talk with the model; an empty line or Ctrl-D ends it, Ctrl-C ends an answer."""
-    with explained():
+    """Chat with the model. An empty line or Ctrl-D quits, Ctrl-C stops an answer."""
+    with friendly_errors():
         from kvmesh.client import Client, Message
 
-        options = _given(max_tokens=max_tokens, temperature=temperature, seed=seed)
+        options = _without_none(max_tokens=max_tokens, temperature=temperature, seed=seed)
         messages = [Message("system", system)] if system else []
         with Client(target, api_key=api_key) as client:
             while line := _read_line():
@@ -76,7 +78,7 @@ def _read_line() -> str:
 
 
 def _print_stream(stream: Any) -> str:
-    """Print a stream as it comes; its text. Ctrl-C ends it, which frees its pages."""
+    """Print a stream as it arrives; returns its text. Ctrl-C cancels it and frees its pages."""
     pieces: list[str] = []
     try:
         for delta in stream:
@@ -90,9 +92,9 @@ def _print_stream(stream: Any) -> str:
     usage = stream.usage
     if usage is not None and err.is_terminal:
         first_s = usage.time_to_first_token_s
-        told = f", first after {human_seconds(first_s)}" if first_s is not None else ""
+        latency = f", first after {human_seconds(first_s)}" if first_s is not None else ""
         err.print(
-            f"[dim]{usage.prompt_tokens} + {usage.completion_tokens} tokens{told}, "
+            f"[dim]{usage.prompt_tokens} + {usage.completion_tokens} tokens{latency}, "
             f"{human_bytes(usage.kv_used_bytes)} of KV[/dim]"
         )
     return "".join(pieces)
@@ -100,7 +102,7 @@ def _print_stream(stream: Any) -> str:
 
 def status(target: TargetOption = None, api_key: KeyOption = None) -> None:
     """Show the model, the groups' pools and latencies, and the router's ledger."""
-    with explained():
+    with friendly_errors():
         from kvmesh.client import Client
         from kvmesh.cluster.cli.status_view import show_status
 
@@ -109,21 +111,23 @@ def status(target: TargetOption = None, api_key: KeyOption = None) -> None:
 
 
 def estimate(
-    prompt: Annotated[str | None, typer.Argument(help="A prompt; or give its length.")] = None,
-    prompt_tokens: Annotated[int | None, typer.Option(help="The prompt's length.")] = None,
+    prompt: Annotated[str | None, typer.Argument(help="A prompt; or use --prompt-tokens.")] = None,
+    prompt_tokens: Annotated[int | None, typer.Option(help="Length of the prompt.")] = None,
     max_tokens: MaxTokensOption = None,
-    n: Annotated[int | None, typer.Option("-n", help="Choices.")] = None,
-    min_kv_format: Annotated[str | None, typer.Option(help="Least faithful that will do.")] = None,
+    n: Annotated[int | None, typer.Option("-n", help="Number of choices.")] = None,
+    min_kv_format: Annotated[
+        str | None, typer.Option(help="Lowest acceptable quality of KV format.")
+    ] = None,
     target: TargetOption = None,
     api_key: KeyOption = None,
 ) -> None:
-    """What a request would need of every group, and when it could start, without sending it."""
-    with explained():
+    """Show what a request would need and when it could start, without sending it."""
+    with friendly_errors():
         from kvmesh.client import Client
         from kvmesh.cluster.cli.status_view import show_estimate
 
         if (prompt is None) == (prompt_tokens is None):
-            raise typer.BadParameter("give either a prompt or --prompt-tokens")
+            raise typer.BadParameter("expected either a prompt or --prompt-tokens")
         with Client(target, api_key=api_key) as client:
             show_estimate(
                 client.estimate(
@@ -137,12 +141,12 @@ def estimate(
 
 
 def explain(
-    request_id: Annotated[str, typer.Argument(help="Of a request of the same key.")],
+    request_id: Annotated[str, typer.Argument(help="ID of a request made with the same key.")],
     target: TargetOption = None,
     api_key: KeyOption = None,
 ) -> None:
-    """Why a request went where it went, waited or was refused; of the latest requests only."""
-    with explained():
+    """Explain where a recent request was placed, or why it waited or was rejected."""
+    with friendly_errors():
         from kvmesh.client import Client
         from kvmesh.cluster.cli.status_view import show_explanation
 
@@ -150,6 +154,6 @@ def explain(
             show_explanation(client.explain(request_id))
 
 
-def _given(**options: object) -> Any:
-    """Only what was asked for: the server has its own defaults."""
+def _without_none(**options: object) -> Any:
+    """The options that were set; the server has defaults for the others."""
     return {name: value for name, value in options.items() if value is not None}

@@ -1,4 +1,4 @@
-"""What people see: progress, errors in one line, numbers they can read."""
+"""Output for people: progress, errors in one line, readable numbers."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ err = Console(stderr=True, highlight=False)
 
 
 class Steps:
-    """Shows what a long start is doing: a spinner on a terminal, lines elsewhere.
+    """Shows the progress of a long start: a spinner on a terminal, lines elsewhere.
 
-    Each step is printed with its time once the next one begins.
+    On a terminal, each finished step is printed with its duration.
     """
 
     def __init__(self) -> None:
         self._status: Status | None = None
         self._step = ""
-        self._began_s = 0.0
+        self._started_s = 0.0
         self._shown_share = -1
 
     def __enter__(self) -> Steps:
@@ -52,36 +52,36 @@ class Steps:
             self._status.stop()
 
     def __call__(self, step: str, share: float | None) -> None:
-        """step: what is being done; share: of it done, if known"""
+        """step: its name, and after a comma a detail; share: the part that is done, if known"""
         name, _, detail = step.partition(", ")
         if name != self._step:
             self._finish()
-            self._step, self._began_s, self._shown_share = name, time.monotonic(), -1
+            self._step, self._started_s, self._shown_share = name, time.monotonic(), -1
             if self._status is None:
                 err.print(f"  {escape(name)} …")
         elif self._status is None and share is not None:
-            # On a log: a line for every quarter, not for every call.
+            # In a log, one line per quarter instead of one per call.
             quarter = int(share * 4)
             if quarter > self._shown_share:
                 self._shown_share = quarter
                 err.print(f"  {escape(name)}: {share:.0%}")
         if self._status is not None:
             extra = f" {share:.0%}" if share is not None else ""
-            told = f" [dim]({escape(detail)})[/dim]" if detail else ""
-            self._status.update(f"{escape(name)}{extra}{told}")
+            suffix = f" [dim]({escape(detail)})[/dim]" if detail else ""
+            self._status.update(f"{escape(name)}{extra}{suffix}")
 
     def _finish(self) -> None:
         if self._step and err.is_terminal:
             err.print(
                 f"  [green]✓[/green] {escape(self._step)} "
-                f"[dim]{time.monotonic() - self._began_s:.1f} s[/dim]"
+                f"[dim]{time.monotonic() - self._started_s:.1f} s[/dim]"
             )
         self._step = ""
 
 
 @contextlib.contextmanager
-def explained() -> Iterator[None]:
-    """Turns typed errors into one helpful line and an exit code."""
+def friendly_errors() -> Iterator[None]:
+    """Print typed errors as one line, and exit with EXIT_FAILURE."""
     try:
         yield
     except KVMeshError as error:
@@ -101,14 +101,14 @@ def fail(line: str, code: int = EXIT_FAILURE) -> None:
 def _client_line(error: KVMeshError) -> str:
     line = str(error)
     if isinstance(error, UnavailableError) and error.reason is None:
-        return f"{line} (is `kvmesh serve` running there? --target says where to look)"
+        return f"{line} (is `kvmesh serve` running there? use --target for another address)"
     if error.retry_after_s is not None:
-        return f"{line} (worth another try in {error.retry_after_s:.1f} s)"
+        return f"{line} (try again in {error.retry_after_s:.1f} s)"
     return line
 
 
 def _server_line(error: Exception) -> str | None:
-    """The sentence of an error that the server side means for people."""
+    """The message of a server-side error that is meant for users; None for other errors."""
     from kvmesh.workers.errors import EngineError
 
     if isinstance(error, EngineError) or type(error).__name__ == "StartError":

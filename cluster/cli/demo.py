@@ -1,4 +1,4 @@
-"""The demo: one question through everything, and its bill."""
+"""The demo: one question to a complete cluster, and what it cost."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from kvmesh.cluster.cli.signals import Stop, hold_signals
 from kvmesh.cluster.config import ClusterConfig
 from kvmesh.cluster.lifecycle import Cluster, Endpoint
 
-MOST_RANKS = 3
+MAX_RANKS = 3
 
 
 def widest_tp(model: str) -> int:
-    """The most ranks, up to three, that the model's KV heads can be split over."""
+    """The largest tp, up to MAX_RANKS, that divides the model's KV heads."""
     from kvmesh.workers.model.facts import read_facts
     from kvmesh.workers.model.source import resolve_model
 
     with Steps() as steps:
         heads = read_facts(resolve_model(model, progress=steps).path).num_kv_heads
-    return next(ranks for ranks in range(MOST_RANKS, 0, -1) if heads % ranks == 0)
+    return next(ranks for ranks in range(MAX_RANKS, 0, -1) if heads % ranks == 0)
 
 
 @dataclass(frozen=True, slots=True)
-class Bill:
-    """A finished stream, and the pool before, during and after it."""
+class Cost:
+    """A finished stream, and the cluster's loads before, during and after it."""
 
     stream: Stream
     before: Loads
@@ -42,7 +42,7 @@ class Bill:
 
 
 def run_demo(settings: ClusterConfig, question: str, max_tokens: int) -> int:
-    """The exit code."""
+    """Run the demo and return the exit code."""
     with hold_signals() as stop:
         try:
             steps = Steps()
@@ -53,8 +53,8 @@ def run_demo(settings: ClusterConfig, question: str, max_tokens: int) -> int:
                     endpoint = cluster.start_guarded()
                 try:
                     _describe(settings)
-                    bill = _ask(endpoint, question, max_tokens)
-                    out.print(_table(bill))
+                    cost = _ask(endpoint, question, max_tokens)
+                    out.print(_table(cost))
                 finally:
                     with Steps() as closing:
                         cluster.report_to(closing)
@@ -69,7 +69,7 @@ def _describe(settings: ClusterConfig) -> None:
     out.print(f"[bold]{settings.model}[/bold], {ranks}, KV format {settings.engine.kv_format}")
 
 
-def _ask(endpoint: Endpoint, question: str, max_tokens: int) -> Bill:
+def _ask(endpoint: Endpoint, question: str, max_tokens: int) -> Cost:
     with Client(endpoint.target, api_key=endpoint.api_key) as client:
         before = during = client.loads()
         out.print(f"\n[bold cyan]you[/bold cyan]    {question}")
@@ -82,11 +82,11 @@ def _ask(endpoint: Endpoint, question: str, max_tokens: int) -> Bill:
                 if number == 8:
                     during = client.loads()
         out.print("\n")
-        return Bill(stream, before, during, client.loads())
+        return Cost(stream, before, during, client.loads())
 
 
-def _table(bill: Bill) -> Table:
-    usage = bill.stream.usage
+def _table(cost: Cost) -> Table:
+    usage = cost.stream.usage
     assert usage is not None, "the stream has ended"
     table = Table(title="what it cost", title_justify="left", show_header=False)
     table.add_column(style="dim")
@@ -99,13 +99,13 @@ def _table(bill: Bill) -> Table:
         if usage.completion_tokens > 1:
             rate = (usage.completion_tokens - 1) / max(usage.total_s - first_s, 1e-9)
             table.add_row("speed", f"{rate:.1f} tokens/s")
-    table.add_row("KV pages a rank", f"{usage.kv_hot_pages} hot, {usage.kv_sealed_pages} sealed")
+    table.add_row("KV pages per rank", f"{usage.kv_hot_pages} hot, {usage.kv_sealed_pages} sealed")
     table.add_row("KV reserved", human_bytes(usage.kv_reserved_bytes))
-    table.add_row("KV used at most", human_bytes(usage.kv_used_bytes))
+    table.add_row("KV used (peak)", human_bytes(usage.kv_used_bytes))
     table.add_row("KV freed", human_bytes(usage.kv_freed_bytes))
     table.add_section()
-    for name, loads in (("before", bill.before), ("during", bill.during), ("after", bill.after)):
-        table.add_row(f"pool in use {name}", _pool(loads))
+    for name, loads in (("before", cost.before), ("during", cost.during), ("after", cost.after)):
+        table.add_row(f"pool usage {name}", _pool(loads))
     return table
 
 

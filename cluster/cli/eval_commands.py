@@ -1,6 +1,6 @@
-"""`kvmesh eval perplexity`, `passkey` and `recall`: what a KV format costs a model.
+"""`kvmesh eval perplexity`, `passkey` and `recall`: how much KV formats degrade a model.
 
-They run the engine's own path in this process, without Ray.
+They run the engine in this process, without Ray.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvmesh.cluster.cli.console import EXIT_USAGE, err, explained, fail, out
+from kvmesh.cluster.cli.console import EXIT_USAGE, err, fail, friendly_errors, out
 
 if TYPE_CHECKING:
-    from kvmesh.workers.evaluation.meter import Meter
     from kvmesh.workers.evaluation.model import EvaluatedModel
+    from kvmesh.workers.scoring.meter import Meter
 
 eval_app = typer.Typer(
-    help="Measure what KV formats cost a model, through the engine's own path.",
+    help="Measure how much KV formats degrade a model, with the engine itself.",
     no_args_is_help=True,
 )
 
@@ -30,27 +30,25 @@ ModelOption = Annotated[
     str | None, typer.Option(help="A local Hugging Face directory, a GGUF file, or a hub name.")
 ]
 FormatsOption = Annotated[
-    str, typer.Option("--kv-format", metavar="F[,F…]", help="Formats; `kvmesh formats` lists them.")
+    str, typer.Option("--kv-format", metavar="F[,F…]", help="KV formats; see `kvmesh formats`.")
 ]
-TextOption = Annotated[
-    Path, typer.Option(help="Real text in UTF-8 that nothing was calibrated on.")
-]
+TextOption = Annotated[Path, typer.Option(help="UTF-8 text that was not used for calibration.")]
 LengthsOption = Annotated[str, typer.Option(metavar="N[,N…]", help="Lengths in tokens.")]
 PageSizeOption = Annotated[int, typer.Option(help="Tokens a page.")]
 SinkOption = Annotated[
-    int | None, typer.Option("--sink-pages", help="First pages kept exact; else the format's own.")
+    int | None, typer.Option("--sink-pages", help="First pages kept exact; default: the format's.")
 ]
 RecentOption = Annotated[
     int | None,
-    typer.Option("--recent-pages", help="Latest pages kept exact; else the format's own."),
+    typer.Option("--recent-pages", help="Latest pages kept exact; default: the format's."),
 ]
-DtypeOption = Annotated[str, typer.Option(help="float32 or bfloat16; auto as when serving.")]
+DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16, or auto as in `serve`.")]
 CalibrationOption = Annotated[
     str,
     typer.Option(
         "--calibration",
         metavar="FILE[,FILE…]",
-        help="Files of `kvmesh calibrate`, for the formats that need one.",
+        help="Files of `kvmesh calibrate`, for calibrated formats.",
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -62,7 +60,9 @@ def perplexity(
     text: TextOption,
     model: ModelOption = None,
     context: Annotated[int, typer.Option(help="Tokens of a window.")] = 2048,
-    windows: Annotated[int, typer.Option(min=1, help="At most; spread over the text.")] = 8,
+    windows: Annotated[
+        int, typer.Option(min=1, help="Maximum number of windows, spread over the text.")
+    ] = 8,
     page_size: PageSizeOption = 64,
     sink_pages: SinkOption = None,
     recent_pages: RecentOption = None,
@@ -70,19 +70,19 @@ def perplexity(
     calibration: CalibrationOption = "",
     as_json: JsonOption = False,
     plot: Annotated[
-        Path | None, typer.Option(metavar="FILE.png", help="Draw bits against loss there.")
+        Path | None, typer.Option(metavar="FILE.png", help="Plot bits against loss to this file.")
     ] = None,
 ) -> None:
-    """Perplexity, and divergence from exact KV, on windows of real text."""
-    with _explained_options():
+    """Measure perplexity and the divergence from exact KV on windows of text."""
+    with _errors_by_option():
         draw = None if plot is None else _plotter(plot)
         from kvmesh.workers.evaluation.model import choose_formats
         from kvmesh.workers.evaluation.perplexity import measure_perplexity
         from kvmesh.workers.evaluation.text import read_text
 
-        formats, source = choose_formats(_listed(kv_format)), read_text(text)
+        formats, source = choose_formats(_split(kv_format)), read_text(text)
         settings = _settings(page_size, sink_pages, recent_pages, dtype)
-        with _evaluated(model, settings, _listed(calibration)) as (evaluated, meter):
+        with _evaluated(model, settings, _split(calibration)) as (evaluated, meter):
             report = measure_perplexity(
                 evaluated, formats, source, context=context, windows=windows, meter=meter
             )
@@ -102,8 +102,10 @@ def passkey(
     text: TextOption,
     model: ModelOption = None,
     lengths: LengthsOption = "1024,4096",
-    depths: Annotated[int, typer.Option(min=1, help="Places of the number in the text.")] = 5,
-    seeds: Annotated[int, typer.Option(min=1, help="Numbers and texts for each place.")] = 1,
+    depths: Annotated[
+        int, typer.Option(min=1, help="Number of positions of the passkey in the text.")
+    ] = 5,
+    seeds: Annotated[int, typer.Option(min=1, help="Passkeys and texts per position.")] = 1,
     page_size: PageSizeOption = 64,
     sink_pages: SinkOption = None,
     recent_pages: RecentOption = None,
@@ -111,16 +113,16 @@ def passkey(
     calibration: CalibrationOption = "",
     as_json: JsonOption = False,
 ) -> None:
-    """How often a number hidden in real text is found when it is asked for at the end."""
-    with _explained_options():
+    """Measure how often the model finds a number hidden in text."""
+    with _errors_by_option():
         from kvmesh.workers.evaluation.model import choose_formats
         from kvmesh.workers.evaluation.passkey import measure_passkey
         from kvmesh.workers.evaluation.text import read_text
 
-        formats, source = choose_formats(_listed(kv_format)), read_text(text)
+        formats, source = choose_formats(_split(kv_format)), read_text(text)
         sizes = _lengths(lengths)
         settings = _settings(page_size, sink_pages, recent_pages, dtype)
-        with _evaluated(model, settings, _listed(calibration)) as (evaluated, meter):
+        with _evaluated(model, settings, _split(calibration)) as (evaluated, meter):
             report = measure_passkey(
                 evaluated,
                 formats,
@@ -144,7 +146,7 @@ def recall(
     text: TextOption,
     model: ModelOption = None,
     lengths: LengthsOption = "1024,4096",
-    passages: Annotated[int, typer.Option(min=1, help="Of each length, at most.")] = 10,
+    passages: Annotated[int, typer.Option(min=1, help="Maximum passages per length.")] = 10,
     page_size: PageSizeOption = 64,
     sink_pages: SinkOption = None,
     recent_pages: RecentOption = None,
@@ -152,16 +154,16 @@ def recall(
     calibration: CalibrationOption = "",
     as_json: JsonOption = False,
 ) -> None:
-    """Next-token accuracy on a passage that was read once, LENGTH tokens before."""
-    with _explained_options():
+    """Measure next-token accuracy on a passage that is repeated after LENGTH tokens."""
+    with _errors_by_option():
         from kvmesh.workers.evaluation.model import choose_formats
         from kvmesh.workers.evaluation.recall import measure_recall
         from kvmesh.workers.evaluation.text import read_text
 
-        formats, source = choose_formats(_listed(kv_format)), read_text(text)
+        formats, source = choose_formats(_split(kv_format)), read_text(text)
         sizes = _lengths(lengths)
         settings = _settings(page_size, sink_pages, recent_pages, dtype)
-        with _evaluated(model, settings, _listed(calibration)) as (evaluated, meter):
+        with _evaluated(model, settings, _split(calibration)) as (evaluated, meter):
             report = measure_recall(
                 evaluated, formats, source, lengths=sizes, passages=passages, meter=meter
             )
@@ -174,14 +176,16 @@ def recall(
 
 
 @contextlib.contextmanager
-def _explained_options() -> Iterator[None]:
-    """A setting at fault is named as the option it came by, with the exit code of wrong usage."""
-    # Before torch is loaded, which the commands do when they run.
+def _errors_by_option() -> Iterator[None]:
+    """Report a ConfigError with the name of its option, and exit with EXIT_USAGE."""
+    # Before the commands import torch and Numba.
+    from kvmesh.workers.cache_directory import keep_compiled_loops
     from kvmesh.workers.errors import ConfigError
     from kvmesh.workers.threads import wait_passively
 
     wait_passively(os.environ)
-    with explained():
+    keep_compiled_loops(os.environ)
+    with friendly_errors():
         try:
             yield
         except ConfigError as error:
@@ -192,7 +196,7 @@ def _explained_options() -> Iterator[None]:
 def _evaluated(
     model: str | None, settings: dict[str, Any], calibrations: list[str]
 ) -> Iterator[tuple[EvaluatedModel, Meter]]:
-    """The loaded model, under a progress bar that the meter moves."""
+    """The loaded model, and a meter that moves a progress bar."""
     from rich.progress import (
         BarColumn,
         Progress,
@@ -203,8 +207,8 @@ def _evaluated(
 
     from kvmesh.cluster.config import DEFAULT_MODEL
     from kvmesh.workers.config import EngineConfig
-    from kvmesh.workers.evaluation.meter import Meter
     from kvmesh.workers.evaluation.model import EvaluatedModel
+    from kvmesh.workers.scoring.meter import Meter
 
     config = EngineConfig(model=model or DEFAULT_MODEL, **settings)
     columns = (
@@ -237,22 +241,22 @@ def _settings(
     }
 
 
-def _listed(names: str) -> list[str]:
+def _split(names: str) -> list[str]:
     return [name.strip() for name in names.split(",") if name.strip()]
 
 
 def _lengths(values: str) -> list[int]:
-    """Each once, shortest first; raises ConfigError(lengths)."""
+    """The distinct lengths, shortest first. Raises ConfigError(lengths)."""
     from kvmesh.workers.errors import ConfigError
 
-    parts = _listed(values)
+    parts = _split(values)
     if not parts or not all(part.isdecimal() for part in parts):
-        raise ConfigError("lengths", f"must be whole numbers with commas between, got {values!r}")
+        raise ConfigError("lengths", f"must be whole numbers separated by commas, got {values!r}")
     return sorted({int(part) for part in parts})
 
 
 def _plotter(path: Path) -> Any:
-    """The function that draws; what would keep it from drawing is found before the work."""
+    """The function that plots. Raises ConfigError before the work if it could not plot."""
     from kvmesh.workers.errors import ConfigError
 
     if not path.resolve().parent.is_dir():
@@ -261,7 +265,7 @@ def _plotter(path: Path) -> Any:
         from kvmesh.cluster.cli.eval_plot import plot_perplexity
     except ModuleNotFoundError as error:
         raise ConfigError(
-            "plot", f"needs {error.name}, which the extra `plot` brings: pip install kvmesh[plot]"
+            "plot", f"needs {error.name}; install it with: pip install kvmesh[plot]"
         ) from None
     return plot_perplexity
 

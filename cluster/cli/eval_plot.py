@@ -1,4 +1,4 @@
-"""The picture of an evaluation: what formats cost against what they take."""
+"""The plot of a perplexity evaluation: loss against bits."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from matplotlib.transforms import Bbox
 
 from kvmesh.workers.evaluation.reports import FormatPerplexity, PerplexityReport
 
-# A smaller loss is what the choice of text makes it, and may be a gain.
+# Smaller losses depend on the choice of text, and may be gains.
 FLOOR_PERCENT = 0.01
 _INK, _MUTED, _GRID, _POINT = "#1c2733", "#66727f", "#e4e8ec", "#1f6feb"
-# Where a label may stand about its point: offset in points, alignments.
-_PLACES = (
+# Possible positions of a label: offset from its point in points, and alignments.
+_POSITIONS = (
     (6, 5, "left", "bottom"),
     (9, 0, "left", "center"),
     (0, 9, "center", "bottom"),
@@ -29,7 +29,7 @@ _PLACES = (
 
 
 def plot_perplexity(report: PerplexityReport, path: Path) -> None:
-    """A point for each format but exact: bits per element at the context measured, and loss."""
+    """One point per format except exact: bits per element at the measured context, and loss."""
     rows = sorted(report.formats[1:], key=lambda row: (row.bits, _loss_percent(row)))
     figure = Figure(figsize=(8.4, 5.2), layout="constrained")
     axes = figure.subplots()
@@ -57,7 +57,7 @@ def plot_perplexity(report: PerplexityReport, path: Path) -> None:
             markeredgewidth=1.6,
             zorder=3,
         )
-    figure.draw_without_rendering()  # which settles where the points lie
+    figure.draw_without_rendering()  # computes the positions of the points
     _label(axes, rows)
     figure.savefig(path, dpi=160)
 
@@ -67,7 +67,7 @@ def _loss_percent(row: FormatPerplexity) -> float:
 
 
 def _front(rows: list[FormatPerplexity]) -> list[FormatPerplexity]:
-    """Formats, by bits, of which none that takes less costs less."""
+    """The Pareto front: formats for which no format with fewer bits has a smaller loss."""
     front: list[FormatPerplexity] = []
     for row in rows:
         if not front or _loss_percent(row) < _loss_percent(front[-1]):
@@ -80,9 +80,9 @@ def _frame(axes: Axes, report: PerplexityReport, rows: list[FormatPerplexity]) -
     highest = max([_loss_percent(row) for row in rows], default=1.0)
     axes.set_ylim(FLOOR_PERCENT / 1.6, max(highest * 2, 1.0))
     widest = max([row.bits for row in rows], default=8.0)
-    least = min([row.bits for row in rows], default=2.0)
-    margin = max(0.4, (widest - least) * 0.08)
-    axes.set_xlim(least - margin, widest + 2 * margin)
+    narrowest = min([row.bits for row in rows], default=2.0)
+    margin = max(0.4, (widest - narrowest) * 0.08)
+    axes.set_xlim(narrowest - margin, widest + 2 * margin)
     axes.xaxis.set_major_locator(MultipleLocator(1))
     axes.yaxis.set_major_formatter(FuncFormatter(_percent))
     axes.yaxis.set_minor_formatter(NullFormatter())
@@ -97,9 +97,9 @@ def _frame(axes: Axes, report: PerplexityReport, rows: list[FormatPerplexity]) -
     axes.set_xlabel(
         f"bits per key or value element at {report.context} tokens", color=_INK, fontsize=10.5
     )
-    axes.set_ylabel("perplexity over exact KV", color=_INK, fontsize=10.5)
+    axes.set_ylabel("perplexity relative to exact KV", color=_INK, fontsize=10.5)
     axes.set_title(
-        f"{report.model}: what KV formats cost", loc="left", color=_INK, fontsize=13, pad=24,
+        f"{report.model}: loss of KV formats", loc="left", color=_INK, fontsize=13, pad=24,
         fontweight="bold",
     )  # fmt: skip
     axes.text(
@@ -118,7 +118,7 @@ def _percent(value: float, _: int) -> str:
 
 
 def _label(axes: Axes, rows: list[FormatPerplexity]) -> None:
-    """Each point's name where it covers neither a point nor another name."""
+    """Place each format's name so that it covers neither a point nor another name."""
     taken = []
     for row in rows:
         x, y = axes.transData.transform((row.bits, _loss_percent(row)))
@@ -137,16 +137,16 @@ def _label(axes: Axes, rows: list[FormatPerplexity]) -> None:
 
 
 def _place(label: Annotation, taken: list[Bbox], frame: Bbox) -> Bbox:
-    """Put a label at the first place that is free, or the least covered; its box there."""
+    """Move a label to the first free position, or else the least covered one; returns its box."""
     boxes = []
-    for dx, dy, horizontal, vertical in _PLACES:
+    for dx, dy, horizontal, vertical in _POSITIONS:
         label.set(position=(dx, dy), horizontalalignment=horizontal, verticalalignment=vertical)
         box = label.get_window_extent()
         inside = box.x0 >= frame.x0 and box.x1 <= frame.x1
         covered = sum(_overlap(box, other) for other in taken)
         boxes.append((covered if inside else covered + box.width * box.height, box))
-    best = min(range(len(boxes)), key=lambda place: boxes[place][0])
-    dx, dy, horizontal, vertical = _PLACES[best]
+    best = min(range(len(boxes)), key=lambda index: boxes[index][0])
+    dx, dy, horizontal, vertical = _POSITIONS[best]
     label.set(position=(dx, dy), horizontalalignment=horizontal, verticalalignment=vertical)
     return boxes[best][1]
 

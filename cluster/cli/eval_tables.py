@@ -1,4 +1,4 @@
-"""Evaluations as tables of at most eighty columns."""
+"""Results of evaluations as tables of at most 80 columns."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def perplexity_table(report: PerplexityReport) -> Group:
     table.add_column("KV format", no_wrap=True)
     for name in ("perplexity", "loss", "KL", "bits", f"at {_short(report.context)}", "at 32k"):
         table.add_column(name, justify="right")
-    table.add_column("bytes a\ntoken", justify="right")
+    table.add_column("bytes per\ntoken", justify="right")
     for row in report.formats:
         exact = row is report.formats[0]
         table.add_row(
@@ -32,9 +32,9 @@ def perplexity_table(report: PerplexityReport) -> Group:
             f"{row.bytes_per_token:,.0f}",
         )
     notes = (
-        "loss: of perplexity over exact KV; KL: of the next token's distribution, in nats\n"
-        "bits: an element of a sealed page takes, metadata included; then the mean over\n"
-        f"sequences of {_short(report.context)} and 32k tokens, whose exact windows count as "
+        "loss: perplexity relative to exact KV; KL: divergence from exact KV, in nats\n"
+        "bits: per element of a sealed page, including metadata; then the mean over\n"
+        f"sequences of {_short(report.context)} and 32k tokens, with exact windows counted as "
         "16 bits"
     )
     return Group(title, table, _dim(notes))
@@ -61,7 +61,7 @@ def passkey_table(report: PasskeyReport) -> Group:
             ", ".join(f"{depth:.0%}" for depth in row.missed_depths),
         )
         length = row.length
-    notes = "found: in ten tokens of greedy output; depth: share of the text before it"
+    notes = "found: within ten tokens of greedy output; depth: position of the passkey in the text"
     return Group(title, table, _dim(notes))
 
 
@@ -84,8 +84,8 @@ def recall_table(report: RecallReport) -> Group:
             )
         table.add_section()
     notes = (
-        "accuracy: of the next token over the passage's second copy, which begins\n"
-        "`length` tokens after the first; KL: from exact KV there, in nats"
+        "accuracy: of next tokens in the second copy of the passage, which begins\n"
+        "`length` tokens after the first; KL: divergence from exact KV there, in nats"
     )
     return Group(title, table, _dim(notes))
 

@@ -1,4 +1,4 @@
-"""`kvmesh formats`: every KV format, what it takes and what it asks for."""
+"""`kvmesh formats`: the KV formats, their sizes and their requirements."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ BF16_BITS = 16
 
 
 @dataclass(frozen=True, slots=True)
-class FormatLine:
-    """One format at a head_dim and page size.
+class FormatRow:
+    """One format with a given head_dim and page size.
 
-    k_bits, v_bits, bits: of keys, values and both, per element of a sealed page with its
-        metadata; None where the format does not hold such heads
-    capacity: tokens in the memory of one in bfloat16, by sealed pages
+    k_bits, v_bits, bits: of keys, values and both, per element of a sealed page including
+        metadata; None if the format does not support the head_dim
+    capacity: tokens of sealed pages in the memory of one bfloat16 token
     """
 
     name: str
@@ -39,7 +39,7 @@ class FormatLine:
 
 
 def formats(
-    head_dim: Annotated[int, typer.Option(min=1, help="Of the model's heads.")] = 128,
+    head_dim: Annotated[int, typer.Option(min=1, help="head_dim of the model.")] = 128,
     page_size: Annotated[int, typer.Option(help="Tokens a page.")] = 64,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -47,24 +47,24 @@ def formats(
     if page_size not in PAGE_SIZES:
         sizes = ", ".join(map(str, PAGE_SIZES))
         fail(f"--page-size: must be one of {sizes}; got {page_size}", EXIT_USAGE)
-    lines = [describe(get_format(name), head_dim, page_size) for name in format_names()]
+    rows = [describe(get_format(name), head_dim, page_size) for name in format_names()]
     if as_json:
-        typer.echo(json.dumps([asdict(line) for line in lines], indent=2))
+        typer.echo(json.dumps([asdict(row) for row in rows], indent=2))
         return
-    out.print(f"KV formats at head_dim {head_dim} and {page_size} tokens a page")
-    out.print(_table(lines))
+    out.print(f"KV formats with head_dim {head_dim} and {page_size} tokens per page")
+    out.print(_table(rows))
     out.print(
-        "[dim]bits: an element of a sealed page takes, metadata included; capacity: against\n"
-        "bf16; exact pages: first + latest, kept unsealed, besides the one being written[/dim]"
+        "[dim]bits: per element of a sealed page, including metadata; capacity: relative to\n"
+        "bf16; exact pages: first + latest, not sealed, besides the page being written[/dim]"
     )
 
 
-def describe(fmt: KVFormat, head_dim: int, page_size: int) -> FormatLine:
+def describe(fmt: KVFormat, head_dim: int, page_size: int) -> FormatRow:
     try:
         bits: float | None = fmt.bits_per_element(page_size, head_dim)
-    except ValueError:  # not every format goes with every head_dim
+    except ValueError:  # the format does not support this head_dim
         bits = None
-    return FormatLine(
+    return FormatRow(
         name=fmt.name,
         k_bits=None if bits is None else fmt.k.bits_per_element(page_size, head_dim),
         v_bits=None if bits is None else fmt.v.bits_per_element(page_size, head_dim),
@@ -77,7 +77,7 @@ def describe(fmt: KVFormat, head_dim: int, page_size: int) -> FormatLine:
     )
 
 
-def _table(lines: list[FormatLine]) -> Table:
+def _table(rows: list[FormatRow]) -> Table:
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("KV format", no_wrap=True)
     for name in ("K bits", "V bits", "mean", "capacity"):
@@ -85,14 +85,14 @@ def _table(lines: list[FormatLine]) -> Table:
     table.add_column("exact\npages", justify="center")
     table.add_column("calib-\nration")
     table.add_column("aliases")
-    for line in lines:
+    for row in rows:
         table.add_row(
-            line.name,
-            *(_figure(value) for value in (line.k_bits, line.v_bits, line.bits)),
-            _figure(line.capacity) + ("" if line.capacity is None else "×"),
-            f"{line.sink_pages} + {line.recent_pages}",
-            "needed" if line.needs_calibration else "",
-            ", ".join(line.aliases),
+            row.name,
+            *(_figure(value) for value in (row.k_bits, row.v_bits, row.bits)),
+            _figure(row.capacity) + ("" if row.capacity is None else "×"),
+            f"{row.sink_pages} + {row.recent_pages}",
+            "needed" if row.needs_calibration else "",
+            ", ".join(row.aliases),
         )
     return table
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvmesh.cluster.cli.console import EXIT_INTERRUPTED, Steps, err, explained, out
+from kvmesh.cluster.cli.console import EXIT_INTERRUPTED, Steps, err, friendly_errors, out
 
 if TYPE_CHECKING:
     from kvmesh.cluster.config import ClusterConfig
@@ -23,17 +23,19 @@ ModelOption = Annotated[
 ]
 FormatOption = Annotated[str | None, typer.Option(help="KV format, e.g. int8, k4v4 or exact.")]
 CalibrationOption = Annotated[
-    Path | None, typer.Option(help="A file of `kvmesh calibrate`, for the formats that need one.")
+    Path | None, typer.Option(help="A file of `kvmesh calibrate`, for calibrated formats.")
 ]
-TpOption = Annotated[int | None, typer.Option(help="Tensor-parallel ranks of a group.")]
+TpOption = Annotated[int | None, typer.Option(help="Tensor-parallel ranks per group.")]
 GroupsOption = Annotated[int | None, typer.Option(help="Engine groups.")]
 MemoryOption = Annotated[
     str | None, typer.Option("--kv-memory", help="KV memory of one rank, e.g. 512MiB.")
 ]
-PortOption = Annotated[int | None, typer.Option(help="gRPC port; 0 takes any free one.")]
+PortOption = Annotated[int | None, typer.Option(help="gRPC port; 0: any free one.")]
 HostOption = Annotated[str | None, typer.Option(help="Address to listen on.")]
 IngressOption = Annotated[int | None, typer.Option("--ingress", help="Ingress processes.")]
-AuthOption = Annotated[str | None, typer.Option(help="api_key, or none to let everybody in.")]
+AuthOption = Annotated[
+    str | None, typer.Option(help="api_key, or none to accept requests from anyone.")
+]
 AddressOption = Annotated[
     str | None, typer.Option(help="A running Ray cluster to join, e.g. auto.")
 ]
@@ -54,7 +56,7 @@ def serve(
     address: AddressOption = None,
 ) -> None:
     """Start a cluster and serve until Ctrl-C."""
-    with explained():
+    with friendly_errors():
         from kvmesh.cluster.cli.signals import Stop, hold_signals
 
         settings = _settings(
@@ -83,7 +85,9 @@ def serve(
                     stop.wait_ready()
                     _announce(endpoint, settings)
                     stop.wait()
-                    err.print("shutting down; Ctrl-C again does not wait for running requests")
+                    err.print(
+                        "shutting down; press Ctrl-C again to stop without waiting for requests"
+                    )
             except Stop:
                 raise typer.Exit(EXIT_INTERRUPTED) from None
 
@@ -92,28 +96,30 @@ def _announce(endpoint: Any, settings: ClusterConfig) -> None:
     local = endpoint.target.endswith(":9000")
     target = "" if local else f" --target {endpoint.target}"
     out.print(f"[bold green]ready[/bold green] at {endpoint.target}")
-    out.print(f'  ask      kvmesh generate{target} "Once upon a time"')
-    out.print(f"  talk     kvmesh chat{target}")
-    out.print(f"  look     kvmesh status{target}")
+    out.print(f'  generate kvmesh generate{target} "Once upon a time"')
+    out.print(f"  chat     kvmesh chat{target}")
+    out.print(f"  status   kvmesh status{target}")
     argument = "" if local else f'"{endpoint.target}"'
     out.print(f"  Python   kvmesh.Client({argument}).generate(…)", markup=False)
     if endpoint.metrics_url:
         out.print(f"  metrics  {endpoint.metrics_url}")
     if settings.auth.mode == "none":
-        out.print("  [yellow]everybody who reaches this port is let in (auth: none)[/yellow]")
+        out.print(
+            "  [yellow]anyone who can reach this port may send requests (auth: none)[/yellow]"
+        )
 
 
 def demo(
-    question: Annotated[str, typer.Argument(help="What to ask.")] = DEMO_QUESTION,
+    question: Annotated[str, typer.Argument(help="The question to ask.")] = DEMO_QUESTION,
     config: ConfigOption = None,
     model: ModelOption = None,
     kv_format: FormatOption = None,
     calibration: CalibrationOption = None,
     tp: TpOption = None,
-    max_tokens: Annotated[int, typer.Option(help="Length of the answer.")] = 96,
+    max_tokens: Annotated[int, typer.Option(help="Maximum tokens of the answer.")] = 96,
 ) -> None:
-    """Start a cluster, ask one question, show the answer and what it cost, shut down."""
-    with explained():
+    """Start a cluster, ask one question, show the answer and its cost, and shut down."""
+    with friendly_errors():
         from kvmesh.cluster.cli.demo import run_demo
 
         settings = _settings(
@@ -132,7 +138,7 @@ def demo(
 
 
 def demo_defaults(settings: ClusterConfig) -> ClusterConfig:
-    """Tensor-parallel ranks as many as the model's heads allow, up to three."""
+    """The settings with as many ranks as the model's KV heads allow, up to three."""
     from kvmesh.cluster.cli.demo import widest_tp
 
     engine = settings.engine.model_copy(update={"tp": widest_tp(settings.model)})
@@ -140,7 +146,7 @@ def demo_defaults(settings: ClusterConfig) -> ClusterConfig:
 
 
 def config() -> None:
-    """Print the default configuration, documented; `serve --config` reads it."""
+    """Print the default configuration with comments, for `serve --config`."""
     from kvmesh.cluster.config import default_yaml
 
     typer.echo(default_yaml(), nl=False)

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first shuts down in order, the second without waiting."""
+"""Ctrl-C and SIGTERM: the first shuts down gracefully, the second does not wait."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stop(BaseException):
-    """Raised in the main thread by a signal while a cluster starts; like KeyboardInterrupt."""
+    """Raised in the main thread by a signal while a cluster starts, like KeyboardInterrupt."""
 
 
 class StopRequest:
-    """Whether, and how urgently, this process was asked to end."""
+    """Whether a signal asked this process to stop, and what to do at the next one."""
 
     def __init__(self) -> None:
-        self._asked = threading.Event()
+        self._requested = threading.Event()
         self._interrupt = False
         self._hurry: Callable[[], None] | None = None
 
     def on_repeat(self, hurry: Callable[[], None]) -> None:
-        """What to call when the second signal comes."""
+        """Call `hurry` at every signal after the first."""
         self._hurry = hurry
 
     @contextlib.contextmanager
     def interrupting(self) -> Iterator[None]:
-        """Until `wait_ready`, the first signal raises Stop wherever the main thread is."""
+        """Until `wait_ready`, the next signal raises Stop in the main thread."""
         self._interrupt = True
         self.install()
         try:
@@ -38,14 +38,14 @@ class StopRequest:
             self._interrupt = False
 
     def wait_ready(self) -> None:
-        """From here on `wait` is where signals are noticed."""
+        """From now on, signals end `wait` instead of raising Stop."""
         self._interrupt = False
         self.install()
 
     def wait(self) -> None:
-        """Until the first signal."""
-        while not self._asked.wait(1.0):
-            # Ray replaces the handlers of a process that it is started in.
+        """Block until the first signal."""
+        while not self._requested.wait(1.0):
+            # Ray replaces the signal handlers of the process that starts it.
             self.install()
 
     def install(self) -> None:
@@ -53,18 +53,18 @@ class StopRequest:
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        first = not self._asked.is_set()
-        self._asked.set()
+        first = not self._requested.is_set()
+        self._requested.set()
         if not first and self._hurry is not None:
             self._hurry()
         if self._interrupt:
-            self._interrupt = False  # once: cleaning up must not be interrupted in turn
+            self._interrupt = False  # once, so that the cleanup is not interrupted
             raise Stop()
 
 
 @contextlib.contextmanager
 def hold_signals() -> Iterator[StopRequest]:
-    """Takes over SIGINT and SIGTERM, and gives them back."""
+    """Handle SIGINT and SIGTERM, and restore the previous handlers at the end."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
     request = StopRequest()
     request.install()

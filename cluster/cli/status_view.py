@@ -1,4 +1,4 @@
-"""Tables of what a cluster holds and does."""
+"""Tables of a cluster's status, estimates and explanations."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def show_status(info: ModelInfo, loads: Loads) -> None:
         f"\nrouter: {router.queue_length} of {router.queue_capacity} waiting, "
         f"{router.leases} leases, {router.granted_total} granted, "
         f"{router.released_total} released, {router.expired_total} expired\n"
-        f"ledger: {router.audits_total} audits, {router.audit_faults_total} with a fault"
+        f"ledger: {router.audits_total} audits, {router.audit_faults_total} with errors"
     )
     for reason, count in sorted(router.refused_total.items()):
-        out.print(f"  refused {count}: {reason}")
+        out.print(f"  rejected {count}: {reason}")
 
 
 def _group(group: GroupLoads, fact: GroupInfo | None, account: GroupLedger | None) -> Table:
-    """One group from top to bottom: it fits a narrow terminal, and a log."""
+    """One group as a table of two columns, which fits a narrow terminal or a log."""
     ranks = f", tp {fact.tp}" if fact else ""
     title = f"[bold]{group.group}[/bold] {_state(group)} [dim]{group.kv_format}{ranks}[/dim]"
     table = Table(title=title, title_justify="left", title_style="", show_header=False, box=None)
@@ -49,8 +49,8 @@ def _group(group: GroupLoads, fact: GroupInfo | None, account: GroupLedger | Non
     leased = f", {human_bytes(account.leased_bytes)} leased" if account else ""
     total = human_bytes(group.total_bytes)
     table.add_row("KV in use", f"{human_bytes(group.used_bytes)} of {total}{leased}")
-    table.add_row("hot pages a rank", _pages(group.hot))
-    table.add_row("sealed pages a rank", _pages(group.sealed))
+    table.add_row("hot pages per rank", _pages(group.hot))
+    table.add_row("sealed pages per rank", _pages(group.sealed))
     table.add_row(
         "sequences",
         f"{group.running} running, {group.waiting} waiting, {group.preemptions_total} preempted",
@@ -89,24 +89,24 @@ def show_estimate(estimate: Estimate) -> None:
     if not estimate.feasible_ever:
         verdict = "never fits"
     wait_s = estimate.projected_wait_s
-    told = f", about {human_seconds(wait_s)}" if wait_s and not estimate.feasible_now else ""
+    wait = f", about {human_seconds(wait_s)}" if wait_s and not estimate.feasible_now else ""
     where = f" on {estimate.group}" if estimate.group else ""
     out.print(
         f"{estimate.prompt_tokens} prompt + {estimate.max_tokens} output tokens: "
-        f"[bold]{verdict}[/bold]{where}{told}"
+        f"[bold]{verdict}[/bold]{where}{wait}"
     )
     for group in estimate.groups:
         out.print(
             f"  {group.group} ({group.kv_format}): {group.reason}\n"
             f"    needs {human_bytes(group.needed_bytes)} "
-            f"({group.hot_pages} hot + {group.sealed_pages} sealed pages a rank), "
+            f"({group.hot_pages} hot + {group.sealed_pages} sealed pages per rank), "
             f"{human_bytes(group.free_bytes)} free of {human_bytes(group.capacity_bytes)}"
         )
 
 
 def show_explanation(explanation: Explanation) -> None:
     if not explanation.decisions:
-        out.print(f"nothing is known, or no longer, of a request {explanation.request_id}")
+        out.print(f"request {explanation.request_id} is not known; only recent requests are kept")
     for decision in explanation.decisions:
         where = f" on {decision.group}" if decision.group else ""
         out.print(f"{human_seconds(decision.age_s)} ago: [bold]{decision.outcome}[/bold]{where}")
@@ -116,7 +116,7 @@ def show_explanation(explanation: Explanation) -> None:
                 f"needs {human_bytes(group.needed_bytes)}, {human_bytes(group.free_bytes)} free"
             ]
             if group.cached_tokens:
-                facts.append(f"holds {group.cached_tokens} tokens of it")
+                facts.append(f"has {group.cached_tokens} of its tokens cached")
             if group.cost_s is not None:
                 facts.append(f"cost {group.cost_s:.3f} s")
             out.print(f"    {'; '.join(facts)}")

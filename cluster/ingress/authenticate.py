@@ -1,4 +1,4 @@
-"""Who calls: an API key becomes a tenant."""
+"""Authentication: the tenant of a call's API key."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import hmac
 from collections.abc import Iterable, Sequence
 
-from kvmesh.cluster.ingress.errors import UnauthenticatedError
+from kvmesh.cluster.errors import UnauthenticatedError
 
 ANONYMOUS = "anonymous"
 _BEARER = "bearer "
@@ -18,9 +18,9 @@ def hash_key(key: str) -> str:
 
 
 class Authenticator:
-    """Compares a call's key with the known ones, which it holds only as hashes.
+    """Compares a call's key with the known keys, of which it has only the hashes.
 
-    keys: (sha256 in hexadecimal, tenant) pairs; None lets everybody in
+    keys: (sha256 in hexadecimal, tenant) pairs; None accepts every call, as anonymous
     """
 
     def __init__(self, keys: Sequence[tuple[str, str]] | None) -> None:
@@ -37,7 +37,7 @@ class Authenticator:
         if not text.lower().startswith(_BEARER):
             raise UnauthenticatedError(missing=True)
         digest = hashlib.sha256(text[len(_BEARER) :].strip().encode()).digest()
-        # Every key is compared, whatever matched: time says nothing of which or whether.
+        # Compare all keys even after a match: timing must not reveal whether or which one matched.
         tenant: str | None = None
         for known, owner in self._keys:
             if hmac.compare_digest(known, digest):

@@ -5,44 +5,45 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvmesh.cluster.ingress.errors import ResumeMismatchError
+from kvmesh.cluster.errors import ResumeMismatchError
+from kvmesh.cluster.ingress.codec import TextCodec
 from kvmesh.cluster.ingress.stop_strings import StopStrings
 from kvmesh.cluster.ingress.validate import ResumedChoice
-from kvmesh.cluster.peers import TextCodec
-from kvmesh.workers.request import FinishReason, SequenceDelta, TokenLogprobs
+from kvmesh.workers.request import EndReason, SampledLogprobs, SequenceDelta
 from kvmesh.workers.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
-class Finish:
-    """Why a choice ended, and what ended it."""
+class ChoiceFinish:
+    """Why a choice ended, and the stop string or stop token if one ended it."""
 
-    reason: FinishReason
+    reason: EndReason
     stop_string: str | None = None
     stop_token_id: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Output:
-    """What is new of a choice. offset: output tokens there were before."""
+class ChoiceOutput:
+    """New output of a choice. offset: number of output tokens before it"""
 
     offset: int
     token_ids: tuple[int, ...]
     text: str
-    logprobs: tuple[TokenLogprobs, ...]
+    logprobs: tuple[SampledLogprobs, ...]
 
     def __bool__(self) -> bool:
         return bool(self.token_ids or self.text)
 
 
-class Choice:
+class RunningChoice:
     """Turns a sequence's tokens into text, up to a stop string.
 
-    Tokens are taken one at a time, so that the text after a given token does
-    not depend on how tokens were grouped on their way; a resumed choice is
+    Tokens are processed one at a time, so that the text after a given token does
+    not depend on how tokens were grouped in messages. A resumed choice is
     replayed from its tokens.
     resumed: what the client already has
-    Raises ResumeMismatchError if the client has text that those tokens do not give.
+    Raises ResumeMismatchError if the client has more text than those tokens decode to, or
+    tokens after the end of the output.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class Choice:
         self.index = index
         self.params = params
         self.token_ids: list[int] = []
-        self.finish: Finish | None = None
+        self.finish: ChoiceFinish | None = None
         self._eos = frozenset(() if params.ignore_eos else codec.eos_token_ids)
         self._text = codec.stream()
         self._stops = StopStrings(stops)
@@ -68,34 +69,40 @@ class Choice:
         text = ""
         for token_id in resumed.token_ids:
             if self.finish is not None:
-                raise ResumeMismatchError("the resumed output goes on behind its own end")
+                raise ResumeMismatchError(
+                    f"the resumed output ends at token {len(self.token_ids)}, but it has "
+                    f"{len(resumed.token_ids)} tokens"
+                )
             stop_token = self._stop_token(token_id)
             text += self._take(token_id, is_stop_token=stop_token)
             if stop_token:
-                self.finish = Finish(FinishReason.STOP, stop_token_id=token_id)
+                self.finish = ChoiceFinish(EndReason.STOP, stop_token_id=token_id)
             elif len(self.token_ids) >= self.params.max_tokens and self.finish is None:
-                self.finish = Finish(FinishReason.LENGTH)
+                self.finish = ChoiceFinish(EndReason.LENGTH)
         if resumed.finished and self.finish is None:
             # It ended for a reason that its tokens do not show, e.g. a deadline.
-            self.finish = Finish(FinishReason.ABORT)
+            self.finish = ChoiceFinish(EndReason.ABORT)
         if self.finish is not None and self.finish.stop_string is None:
             text += self._rest()
         if resumed.text_chars > len(text):
-            raise ResumeMismatchError("the resumed tokens do not give as much text as was received")
+            raise ResumeMismatchError(
+                f"the resumed tokens decode to {len(text)} characters, but the client "
+                f"received {resumed.text_chars}"
+            )
         self._owed_text = text[resumed.text_chars :]
 
-    def owed(self) -> Output:
-        """Text that the resumed tokens give and the client lacks."""
+    def owed(self) -> ChoiceOutput:
+        """Text of the resumed tokens that the client has not received."""
         owed, self._owed_text = self._owed_text, ""
-        return Output(len(self.token_ids), (), owed, ())
+        return ChoiceOutput(len(self.token_ids), (), owed, ())
 
-    def accept(self, deltas: Sequence[SequenceDelta]) -> Output:
-        """Take tokens of the engine, and its end; sets `finish`.
+    def accept(self, deltas: Sequence[SequenceDelta]) -> ChoiceOutput:
+        """Add tokens from the engine; sets `finish` at the end of the output.
 
-        Tokens behind a stop string are dropped.
+        Tokens after a stop string are dropped.
         """
         offset, text = len(self.token_ids), ""
-        logprobs: list[TokenLogprobs] = []
+        logprobs: list[SampledLogprobs] = []
         for delta in deltas:
             for position, token_id in enumerate(delta.token_ids):
                 if self.finish is not None:
@@ -105,21 +112,23 @@ class Choice:
                 text += self._take(token_id, is_stop_token=is_stop_token)
                 logprobs.extend(delta.logprobs[position : position + 1])
             if delta.finish_reason is not None and self.finish is None:
-                self.finish = Finish(delta.finish_reason, stop_token_id=delta.matched_stop_token)
+                self.finish = ChoiceFinish(
+                    delta.finish_reason, stop_token_id=delta.matched_stop_token
+                )
                 text += self._rest()
-        return Output(offset, tuple(self.token_ids[offset:]), text, tuple(logprobs))
+        return ChoiceOutput(offset, tuple(self.token_ids[offset:]), text, tuple(logprobs))
 
-    def end(self, reason: FinishReason) -> Output:
-        """End the choice from outside."""
-        self.finish = Finish(reason)
-        return Output(len(self.token_ids), (), self._rest(), ())
+    def end(self, reason: EndReason) -> ChoiceOutput:
+        """End the choice for a reason other than its tokens."""
+        self.finish = ChoiceFinish(reason)
+        return ChoiceOutput(len(self.token_ids), (), self._rest(), ())
 
     def _stop_token(self, token_id: int) -> bool:
         enough = len(self.token_ids) + 1 >= self.params.min_tokens
         return enough and (token_id in self._eos or token_id in self.params.stop_token_ids)
 
     def _take(self, token_id: int, *, is_stop_token: bool) -> str:
-        """Text that this token makes certain; a stop token has none."""
+        """Text that is final after this token; a stop token adds none."""
         self.token_ids.append(token_id)
         if is_stop_token:
             return ""
@@ -129,11 +138,11 @@ class Choice:
         return self._scan(text)
 
     def _scan(self, text: str) -> str:
-        certain, matched = self._stops.push(text)
+        final, matched = self._stops.push(text)
         if matched is not None:
-            self.finish = Finish(FinishReason.STOP, stop_string=matched)
-        return certain
+            self.finish = ChoiceFinish(EndReason.STOP, stop_string=matched)
+        return final
 
     def _rest(self) -> str:
-        """What the decoder and the search for stop strings still hold, at the end."""
+        """At the end: the text that the decoder and the search for stop strings have held back."""
         return self._scan(self._text.flush()) + self._stops.flush()

@@ -2,20 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
-from kvmesh.cluster.peers import TextStream
-from kvmesh.workers.errors import InvalidRequestError
+from kvmesh.workers.errors import InvalidFieldError
 from kvmesh.workers.model.facts import read_facts
 from kvmesh.workers.model.tokenizer import Tokenizer
 from kvmesh.workers.request import TokenIds
 
 
+class TextStream(Protocol):
+    """An incremental decoder: tokens in, text out."""
+
+    def push(self, ids: Sequence[int]) -> str:
+        """The text that is final after these tokens."""
+
+    def flush(self) -> str:
+        """The remaining text, at the end."""
+
+
+class TextCodec(Protocol):
+    """The model's tokenizer."""
+
+    def encode(self, text: str) -> TokenIds:
+        """Token ids of a prompt, after the special tokens that the model starts with."""
+
+    def encode_chat(self, turns: Iterable[tuple[str, str]]) -> TokenIds:
+        """Token ids of a conversation, up to where the assistant's reply starts.
+
+        Raises ValueError if the chat template refuses it.
+        """
+
+    def decode_token(self, token_id: int) -> str:
+        """The text of one token alone."""
+
+    def stream(self) -> TextStream:
+        """A new incremental decoder."""
+
+    @property
+    def has_chat_template(self) -> bool: ...
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]: ...
+
+
 class ModelCodec:
-    """`peers.TextCodec` over the tokenizer of the model in directory `path`."""
+    """`TextCodec` over the tokenizer of the model in directory `path`."""
 
     def __init__(self, path: Path) -> None:
         self._tokenizer = Tokenizer.load(path)
@@ -29,7 +64,7 @@ class ModelCodec:
         messages = [{"role": role, "content": content} for role, content in turns]
         try:
             ids = self._tokenizer.encode_chat(messages)
-        except InvalidRequestError as error:
+        except InvalidFieldError as error:
             raise ValueError(error.message) from None
         return np.array(ids, dtype=np.int32)
 

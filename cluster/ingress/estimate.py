@@ -1,36 +1,24 @@
-"""The reply to EstimateBudget: what every group says to a request of that size."""
+"""The replies to EstimateBudget and Explain: whether each group can serve a request."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kvmesh.cluster.peers import ClusterStatus, EngineReport, Explained
-from kvmesh.cluster.routing.request import Estimate, PlaceRequest
+from kvmesh.cluster.reports import ClusterStatus, EngineReport
+from kvmesh.cluster.routing.outcome import BudgetEstimate, Explained
+from kvmesh.cluster.routing.request import PlaceRequest
 from kvmesh.cluster.routing.verdict import Reason, Verdict
 from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
-from kvmesh.workers.request import EngineInfo
-from kvmesh.workers.sizes import PageGeometry
 
-_AT_ONCE = frozenset({Reason.CHOSEN, Reason.WORSE})
-
-
-def geometry_of(info: EngineInfo) -> PageGeometry:
-    """Page shapes of a group; an engine's page bytes are over all its ranks."""
-    return PageGeometry(
-        page_size=info.page_size,
-        sink_pages=info.sink_pages,
-        recent_pages=info.recent_pages,
-        hot_page_bytes=info.hot_page_bytes,
-        sealed_page_bytes=info.sealed_page_bytes,
-    )
+_FITS_NOW = frozenset({Reason.CHOSEN, Reason.WORSE})
 
 
 def estimate_reply(
-    asked: PlaceRequest, estimate: Estimate, status: ClusterStatus
+    request: PlaceRequest, estimate: BudgetEstimate, status: ClusterStatus
 ) -> pb.EstimateBudgetResponse:
     reply = pb.EstimateBudgetResponse(
-        prompt_tokens=asked.prompt_tokens,
-        max_tokens=asked.max_tokens,
+        prompt_tokens=request.prompt_tokens,
+        max_tokens=request.max_tokens,
         feasible_now=estimate.fits_now,
         feasible_ever=estimate.fits_ever,
         group=estimate.group or "",
@@ -41,12 +29,12 @@ def estimate_reply(
         report = status.reports.get(verdict.group)
         group = _group(verdict, report)
         if report is not None:
-            geometry = geometry_of(report.info)
-            need = geometry.peak_need(asked.prompt_tokens + asked.max_tokens)
-            # Of all the tokens asked for: a verdict counts no more than the context holds.
-            group.needed_bytes = geometry.bytes_of(need) * asked.sequences
-            group.hot_pages = need.hot * asked.sequences
-            group.sealed_pages = need.sealed * asked.sequences
+            geometry = report.info.geometry
+            need = geometry.peak_need(request.prompt_tokens + request.max_tokens)
+            # For all requested tokens; a verdict counts at most as many as the context holds.
+            group.needed_bytes = geometry.bytes_of(need) * request.sequences
+            group.hot_pages = need.hot * request.sequences
+            group.sealed_pages = need.sealed * request.sequences
         if estimate.projected_start_s is not None and group.feasible_ever:
             group.projected_wait_s = 0.0 if group.feasible_now else estimate.projected_start_s
         reply.groups.append(group)
@@ -56,7 +44,7 @@ def estimate_reply(
 def explain_reply(
     request_id: str, explained: Sequence[Explained], status: ClusterStatus
 ) -> pb.ExplainResponse:
-    """The reply to Explain: the same of what was decided."""
+    """The reply to Explain: past decisions about a request, group by group."""
     reply = pb.ExplainResponse(request_id=request_id)
     for decision in explained:
         groups = [_group(x, status.reports.get(x.group)) for x in decision.verdicts]
@@ -72,7 +60,7 @@ def _group(verdict: Verdict, report: EngineReport | None) -> pb.GroupEstimate:
         needed_bytes=verdict.needed_bytes,
         free_bytes=verdict.available_bytes,
         capacity_bytes=verdict.capacity_bytes,
-        feasible_now=verdict.reason in _AT_ONCE,
+        feasible_now=verdict.reason in _FITS_NOW,
         feasible_ever=not verdict.never and verdict.reason is not Reason.EXCLUDED,
         reason=verdict.reason.value,
     )
@@ -80,5 +68,5 @@ def _group(verdict: Verdict, report: EngineReport | None) -> pb.GroupEstimate:
         group.cost_s = verdict.cost_s
     if report is not None:
         group.kv_format = report.info.kv_format
-        group.cached_tokens = verdict.cached_pages * report.info.page_size
+        group.cached_tokens = verdict.cached_pages * report.info.geometry.page_size
     return group

@@ -1,4 +1,4 @@
-"""From a request on the wire to values that hold, or a typed error that names the field."""
+"""From a request on the wire to checked values, or to a typed error that names the field."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from google.protobuf.message import Message
 
 from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
-from kvmesh.workers.errors import InvalidRequestError
+from kvmesh.workers.errors import InvalidFieldError
 from kvmesh.workers.request import TokenIds
 from kvmesh.workers.sampling_params import SamplingParams
 
@@ -36,7 +36,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Unparsable:
-    """A message whose bytes are no valid protobuf, kept so that it is refused politely."""
+    """A message whose bytes are not valid protobuf, kept so that it gets a proper error."""
 
     size_bytes: int
 
@@ -52,9 +52,9 @@ Prompt = str | tuple[ChatTurn, ...] | TokenIds
 
 @dataclass(frozen=True, slots=True)
 class ResumedChoice:
-    """Output a client already has: its tokens, and how many characters of its text.
+    """Output that a client already has: its tokens, and how many characters of its text.
 
-    position: in the request's list, which may be in another order than the choices
+    position: in the request's list, which need not be in the order of the choices
     """
 
     token_ids: tuple[int, ...] = ()
@@ -71,7 +71,7 @@ class Resume:
 
 @dataclass(frozen=True, slots=True)
 class GenerationSpec:
-    """A request that is well formed; what needs the model is checked after tokenising.
+    """A well-formed request. Checks that depend on the model follow after tokenising.
 
     params: its seed is the request's; each choice derives its own
     max_tokens_given: False where params.max_tokens is the server's default
@@ -91,18 +91,25 @@ class GenerationSpec:
 
 
 def cache_salt(tenant: str, salt: str) -> str:
-    """Prompts of different salts share no cached page: speed would tell one of the other."""
+    """Prompts with different salts share no cached pages.
+
+    Otherwise the time to the first token would reveal that another tenant sent the same text.
+    """
     return f"{tenant}/{salt}"
 
 
 def refuse(field: str, message: str) -> NoReturn:
-    raise InvalidRequestError(field, message)
+    raise InvalidFieldError(field, message)
 
 
 def check_message(message: object, limits: Limits) -> None:
-    """Refuse what could not be parsed or is too large; names the field `request`."""
+    """Refuse a message that could not be parsed or is too large; names the field `request`."""
     if isinstance(message, Unparsable):
-        refuse("request", "is not a valid protobuf message of its type, or holds invalid UTF-8")
+        refuse(
+            "request",
+            "must be a valid protobuf message with text in UTF-8; the "
+            f"{message.size_bytes} B received are not",
+        )
     assert isinstance(message, Message)
     size_bytes = message.ByteSize()
     if size_bytes > limits.max_request_bytes:
@@ -110,7 +117,7 @@ def check_message(message: object, limits: Limits) -> None:
 
 
 def generation_spec(request: pb.GenerateRequest, limits: Limits) -> GenerationSpec:
-    """Raises InvalidRequestError naming the field by its path in the request."""
+    """Raises InvalidFieldError naming the field by its path in the request."""
     wire = request.sampling_params
     n = wire.n if wire.HasField("n") else 1
     if not 1 <= n <= limits.max_choices:
@@ -137,7 +144,7 @@ def generation_spec(request: pb.GenerateRequest, limits: Limits) -> GenerationSp
 
 
 def sampling_params(wire: pb.SamplingParams, limits: Limits) -> SamplingParams:
-    """The wire's parameters, defaults filled in, a seed drawn where there is none."""
+    """The wire's parameters with defaults, and with a random seed if none is given."""
     given = {
         name: getattr(wire, name)
         for name in (
@@ -158,7 +165,7 @@ def sampling_params(wire: pb.SamplingParams, limits: Limits) -> SamplingParams:
     }
     given.setdefault("seed", secrets.randbits(64))
     if "max_tokens" not in given:
-        # A default must not refuse a request that asked for more than it.
+        # The default must not conflict with a larger min_tokens.
         given["max_tokens"] = max(limits.default_max_tokens, given.get("min_tokens", 0))
     try:
         return SamplingParams(
@@ -166,8 +173,8 @@ def sampling_params(wire: pb.SamplingParams, limits: Limits) -> SamplingParams:
             stop_token_ids=tuple(wire.stop_token_ids),
             logit_bias=dict(wire.logit_bias),
         )
-    except InvalidRequestError as error:
-        raise InvalidRequestError(f"sampling_params.{error.field}", error.message) from None
+    except InvalidFieldError as error:
+        raise InvalidFieldError(f"sampling_params.{error.field}", error.message) from None
 
 
 def prompt(wire: pb.Prompt) -> Prompt:
@@ -183,23 +190,29 @@ def prompt(wire: pb.Prompt) -> Prompt:
         if not wire.token_ids.ids:
             refuse("prompt.token_ids", "must not be empty")
         ids = np.array(wire.token_ids.ids, dtype=np.int64)
-        # Vocabularies are far smaller; what exceeds int32 is no token id of any.
+        # Vocabularies are far smaller: no model has a token id beyond int32.
         if int(ids.max()) > np.iinfo(np.int32).max:
-            refuse("prompt.token_ids", f"{int(ids.max())} is no token id of the model")
+            refuse(
+                "prompt.token_ids",
+                f"{int(ids.max())} is not a valid token id; the maximum is 2^31 - 1",
+            )
         return ids.astype(np.int32)
-    refuse("prompt", "must have one of text, chat and token_ids")
+    refuse("prompt", "must have one of text, chat or token_ids; none is set")
 
 
 def _chat(chat: pb.Chat) -> tuple[ChatTurn, ...]:
     if not chat.messages:
         refuse("prompt.chat.messages", "must not be empty")
     if len(chat.messages) > MAX_MESSAGES:
-        refuse("prompt.chat.messages", f"at most {MAX_MESSAGES}, got {len(chat.messages)}")
+        refuse(
+            "prompt.chat.messages",
+            f"must have at most {MAX_MESSAGES} messages, got {len(chat.messages)}",
+        )
     for index, message in enumerate(chat.messages):
         if not message.role:
             refuse(f"prompt.chat.messages[{index}].role", "must not be empty")
     if not any(message.content for message in chat.messages):
-        refuse("prompt.chat.messages", "must not all be empty")
+        refuse("prompt.chat.messages", "must have content; all messages are empty")
     return tuple(ChatTurn(message.role, message.content) for message in chat.messages)
 
 
@@ -229,24 +242,26 @@ def check_prompt_ids(ids: TokenIds, vocab_size: int) -> None:
 
 
 def fit_context(spec: GenerationSpec, prompt_tokens: int, max_model_len: int) -> SamplingParams:
-    """The parameters with a max_tokens that the context holds behind the prompt.
+    """The parameters, with a max_tokens that fits in the context after the prompt.
 
-    A default is lowered to the room there is; one that was asked for is refused.
+    A default is lowered to what fits; an explicit value that does not fit is refused.
     prompt_tokens: less than max_model_len
     """
-    room = max_model_len - prompt_tokens
+    available = max_model_len - prompt_tokens
     params = spec.params
-    if params.max_tokens <= room:
+    if params.max_tokens <= available:
         return params
     if spec.max_tokens_given:
         refuse(
             "sampling_params.max_tokens",
-            f"must be at most {room}: the prompt has {prompt_tokens} tokens and the context "
+            f"must be at most {available}: the prompt has {prompt_tokens} tokens and the context "
             f"holds {max_model_len}; got {params.max_tokens}",
         )
-    if params.min_tokens > room:
-        refuse("sampling_params.min_tokens", f"must be at most {room}, got {params.min_tokens}")
-    return replace(params, max_tokens=room)
+    if params.min_tokens > available:
+        refuse(
+            "sampling_params.min_tokens", f"must be at most {available}, got {params.min_tokens}"
+        )
+    return replace(params, max_tokens=available)
 
 
 def choice_seed(seed: int, index: int) -> int:
@@ -261,7 +276,7 @@ def choice_seed(seed: int, index: int) -> int:
 
 
 def _unknown(token_id: int, vocab_size: int) -> str:
-    return f"{token_id} is no token id of the model, whose vocabulary has {vocab_size}"
+    return f"{token_id} is not a valid token id; the vocabulary has {vocab_size:,} tokens"
 
 
 def _request_id(request_id: str) -> str:
@@ -269,20 +284,20 @@ def _request_id(request_id: str) -> str:
         return secrets.token_hex(16)
     _short("request_id", request_id, MAX_ID_CHARS)
     if not request_id.isprintable():
-        refuse("request_id", "must be printable")
+        refuse("request_id", f"must be printable, got {request_id!r}")
     return request_id
 
 
-def _short(field: str, value: str, most: int) -> str:
-    if len(value) > most:
-        refuse(field, f"must have at most {most} characters, got {len(value)}")
+def _short(field: str, value: str, max_chars: int) -> str:
+    if len(value) > max_chars:
+        refuse(field, f"must have at most {max_chars} characters, got {len(value)}")
     return value
 
 
 def _stop_strings(stops: Sequence[str], limits: Limits) -> tuple[str, ...]:
     field = "sampling_params.stop"
     if len(stops) > limits.max_stop_strings:
-        refuse(field, f"at most {limits.max_stop_strings}, got {len(stops)}")
+        refuse(field, f"must have at most {limits.max_stop_strings} strings, got {len(stops)}")
     for index, stop in enumerate(stops):
         if not stop:
             refuse(f"{field}[{index}]", "must not be empty")
@@ -295,7 +310,7 @@ def _timeout_s(request: pb.GenerateRequest, limits: Limits) -> float | None:
         return limits.default_timeout_s
     timeout_s = request.timeout_s
     if not (math.isfinite(timeout_s) and 0 < timeout_s <= MAX_TIMEOUT_S):
-        refuse("timeout_s", f"must be over 0 and at most {MAX_TIMEOUT_S:g}, got {timeout_s}")
+        refuse("timeout_s", f"must be above 0 and at most {MAX_TIMEOUT_S:g}, got {timeout_s}")
     if limits.default_timeout_s is not None:
         return min(timeout_s, limits.default_timeout_s)
     return timeout_s
@@ -309,7 +324,7 @@ def _resume(wire: pb.Resume, n: int) -> Resume:
         if choice.index >= n:
             refuse(field, f"must be less than n ({n}), got {choice.index}")
         if choice.index in seen:
-            refuse(field, f"{choice.index} is there twice")
+            refuse(field, f"must be unique, but {choice.index} appears twice")
         seen.add(choice.index)
         choices[choice.index] = ResumedChoice(
             tuple(choice.token_ids), choice.text_chars, choice.finished, position

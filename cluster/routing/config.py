@@ -1,4 +1,4 @@
-"""The router's settings."""
+"""The router's settings, and the constants of its algorithm."""
 
 from __future__ import annotations
 
@@ -6,82 +6,96 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from kvmesh.cluster.routing.fairness import TenantPolicy
+from kvmesh.cluster.routing.pace import Pace
 from kvmesh.workers.sizes import BLOCK_PAGES
+
+# Between what CPUs and large GPUs do, within reach of what the router learns by itself.
+TYPICAL_PACE = Pace(prefill_s_per_token=1e-4)
+
+
+def _check(config: object, name: str, valid: bool, rule: str) -> None:
+    """NaN compares as false, so it is never valid."""
+    if not valid:
+        raise ValueError(f"{name} {rule}, got {getattr(config, name)}")
 
 
 @dataclass(frozen=True, slots=True)
-class RouterConfig:
-    """How the router waits, forgets, estimates and chooses.
+class RouterTuning:
+    """Constants of the algorithm, for the simulator and benchmarks to vary.
 
-    queue_limit: requests that may wait at once
-    lease_ttl_s: a lease is to be handed to its engine within this time
-    grace_s: how old an engine's report may be when it arrives
-    rebuild_timeout_s: after its start, the router waits this long for the known
-        groups' first reports before it admits to those that have reported
-    retry_least_s, retry_most_s: bounds of the advice when to come back
+    pace: service times of an engine, until the router has seen its own
     lease_quantile: of the output lengths seen, that a short prompt's lease covers
-    least_samples: output lengths to have seen before they are believed
+    min_samples: output lengths to have seen before they are believed
     long_share: a prompt is long, and leased for all of max_tokens, if max_tokens is
         at most this share of it
     ahead_s: a group gets another prompt while it has less than this left to compute
-    balance_s, hole_s: see PlacementRules
+    balance_s, hole_s: see PlacementWeights
     stretch: a request is due after this many times its own prefill time; 0 is first
         come, first served
+    patience_s: the earliest that a request is due after its arrival
+    max_patience_s: requests that have waited longer than this go first within their
+        priority, at one of `aged_every` grants
     long_s: a prompt that takes longer than this to compute keeps a group from all others:
-        one may at any time, and more while the other groups have less to do than `busy_most`
-    busy_most: share of the time that a group may be computing prompts, so that those who
-        come do not wait long
-    patience_s: ... and after this at least
-    patience_most_s: who has waited for longer goes before all others of its priority,
-        whenever it is the turn of such requests: at one of `aged_every` grants
+        one may at any time, and more while the other groups are busy for at most
+        `max_busy_share` of the time
     backfill_depth: how far down the queue a request may overtake from
-    block_pages: prompts are compared in runs of so many pages
-    index_limit: runs the prefix index remembers
-    tenants, tenant_default: weights and quotas
+    block_pages: prompts are compared in runs of this many pages
+    index_limit: runs that the prefix index remembers
     """
 
-    queue_limit: int = 1024
-    lease_ttl_s: float = 10.0
-    grace_s: float = 5.0
-    rebuild_timeout_s: float = 30.0
-    retry_least_s: float = 0.25
-    retry_most_s: float = 60.0
+    pace: Pace = TYPICAL_PACE
     lease_quantile: float = 0.9
-    least_samples: int = 32
+    min_samples: int = 32
     long_share: float = 0.25
     ahead_s: float = 0.25
     balance_s: float = 0.5
     hole_s: float = 0.25
     stretch: float = 4.0
-    long_s: float = 60.0
-    busy_most: float = 0.55
     patience_s: float = 1.0
-    patience_most_s: float = 60.0
+    max_patience_s: float = 60.0
     aged_every: int = 4
+    long_s: float = 60.0
+    max_busy_share: float = 0.55
     backfill_depth: int = 32
     block_pages: int = BLOCK_PAGES
     index_limit: int = 1_000_000
-    tenants: Mapping[str, TenantPolicy] = field(default_factory=dict)
-    tenant_default: TenantPolicy = field(default_factory=TenantPolicy)
 
     def __post_init__(self) -> None:
-        for name in ("queue_limit", "ahead_s", "balance_s", "hole_s", "stretch", "patience_s"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
-        for name in ("lease_ttl_s", "grace_s", "rebuild_timeout_s", "retry_least_s", "long_s"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be greater than 0, got {getattr(self, name)}")
-        for name in ("backfill_depth", "block_pages", "aged_every", "index_limit", "least_samples"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("lease_quantile", "busy_most"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be within (0, 1], got {getattr(self, name)}")
-        if self.patience_most_s < self.patience_s:
-            raise ValueError(
-                f"patience_most_s must be at least patience_s, got {self.patience_most_s}"
-            )
-        if self.retry_most_s < self.retry_least_s:
-            raise ValueError(
-                f"retry_most_s must be at least retry_least_s, got {self.retry_most_s}"
-            )
+        for name in ("ahead_s", "balance_s", "hole_s", "stretch", "patience_s", "long_share"):
+            _check(self, name, getattr(self, name) >= 0, "must be at least 0")
+        for name in ("min_samples", "aged_every", "backfill_depth", "block_pages", "index_limit"):
+            _check(self, name, getattr(self, name) >= 1, "must be at least 1")
+        for name in ("lease_quantile", "max_busy_share"):
+            _check(self, name, 0 < getattr(self, name) <= 1, "must be within (0, 1]")
+        _check(self, "long_s", self.long_s > 0, "must be greater than 0")
+        enough = self.max_patience_s >= self.patience_s
+        _check(self, "max_patience_s", enough, f"must be at least patience_s ({self.patience_s})")
+
+
+@dataclass(frozen=True, slots=True)
+class RouterConfig:
+    """What operators set.
+
+    queue_limit: requests that may wait at once
+    lease_ttl_s: a lease's sequences must reach the engine within this time of the grant
+    rebuild_timeout_s: after its start, the router waits at most this long for the expected
+        groups before it admits to those that are up
+    min_retry_s, max_retry_s: bounds of the advice when to come back
+    tenants, tenant_default: weights and quotas, by tenant and of all others
+    """
+
+    queue_limit: int = 1024
+    lease_ttl_s: float = 10.0
+    rebuild_timeout_s: float = 30.0
+    min_retry_s: float = 0.25
+    max_retry_s: float = 60.0
+    tenants: Mapping[str, TenantPolicy] = field(default_factory=dict)
+    tenant_default: TenantPolicy = field(default_factory=TenantPolicy)
+    tuning: RouterTuning = RouterTuning()
+
+    def __post_init__(self) -> None:
+        _check(self, "queue_limit", self.queue_limit >= 0, "must be at least 0")
+        for name in ("lease_ttl_s", "rebuild_timeout_s", "min_retry_s"):
+            _check(self, name, getattr(self, name) > 0, "must be greater than 0")
+        enough = self.max_retry_s >= self.min_retry_s
+        _check(self, "max_retry_s", enough, f"must be at least min_retry_s ({self.min_retry_s})")

@@ -1,88 +1,143 @@
-"""How many pages a request takes, on each group."""
+"""How many pages a request takes, and how long it computes."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from kvmesh.cluster.routing.group import Kind, Shape
+from kvmesh.cluster.routing.config import RouterTuning
 from kvmesh.cluster.routing.output_lengths import OutputLengths
+from kvmesh.cluster.routing.prefix_index import PrefixIndex
 from kvmesh.cluster.routing.request import PlaceRequest
 from kvmesh.cluster.routing.verdict import Reason
-from kvmesh.workers.sizes import PageNeed
+from kvmesh.workers.loads import EngineInfo
+from kvmesh.workers.sizes import PageGeometry, PageNeed
 
 
 @dataclass(frozen=True, slots=True)
-class Demand:
-    """What a request would hold on a group of one shape.
+class EngineKind:
+    """What a request's demand on a group depends on; most groups of a fleet are alike."""
 
-    most: if it used all of its max_tokens; the group must be able to hold this
+    geometry: PageGeometry
+    capacity: PageNeed
+    max_model_len: int
+    max_sequences: int
+
+    @classmethod
+    def of(cls, info: EngineInfo) -> EngineKind:
+        return cls(info.geometry, info.capacity, info.max_model_len, info.max_num_seqs)
+
+
+@dataclass(frozen=True, slots=True)
+class KindDemand:
+    """A request on groups of one kind.
+
+    max: what it holds if it uses all of its max_tokens; the group must be able to hold this
     leased: what the router reserves at first
-    total_tokens: prompt and output of one sequence at most
+    num_blocks: of the prompt's blocks, how many end up sealed
+    never: why such a group could not take it even when empty, or None
     """
 
-    most: PageNeed
+    max: PageNeed
     leased: PageNeed
-    total_tokens: int
+    num_blocks: int
+    never: Reason | None
+
+    @property
+    def to_grow(self) -> int:
+        return self.max.sealed - self.leased.sealed
 
 
 @dataclass(frozen=True, slots=True)
-class OutputEstimate:
-    """Output tokens of one sequence.
+class RequestDemand:
+    """A request in terms of pages and time, at one moment's knowledge.
 
-    leased: what the lease covers at first; expected: for projecting its end
+    kinds, by_kind: of engines, and the demand on each; groups know their kind's index
+    leased_tokens: of each sequence's output, that the lease covers at first
+    expected_tokens: of each sequence's output, for projecting its end
+    prefill_s: to compute the whole prompt, uncorrected
+    blocks: hashes of the prompt's runs of `block_pages` pages
+    cached_blocks: by group, how many of them it holds; groups without any are missing
     """
 
-    leased: int
-    expected: int
+    request: PlaceRequest
+    kinds: Sequence[EngineKind]
+    by_kind: Sequence[KindDemand]
+    leased_tokens: int
+    expected_tokens: int
+    prefill_s: float
+    blocks: tuple[bytes, ...]
+    block_pages: int
+    cached_blocks: Mapping[str, int]
+
+    def cached_tokens(self, group: str, page_size: int) -> int:
+        """Of the prompt, on a group; its last token is computed in any case."""
+        tokens = self.cached_blocks.get(group, 0) * self.block_pages * page_size
+        return min(tokens, self.request.prompt_tokens - 1)
+
+    def sealed_blocks(self, kind: int) -> tuple[bytes, ...]:
+        """Of the prompt's blocks, those that a group stores sealed: equal ones only once."""
+        return self.blocks[: self.by_kind[kind].num_blocks]
 
 
-def times(need: PageNeed, count: int) -> PageNeed:
-    return PageNeed(hot=need.hot * count, sealed=need.sealed * count)
-
-
-@dataclass(frozen=True, slots=True)
 class DemandModel:
-    """Turns a request into output estimates, and those into pages.
+    """Turns a request into output to expect, and that into pages."""
 
-    lease_quantile: of the output lengths seen, that a short prompt's lease covers
-    long_share: a prompt is long if max_tokens is at most this share of it; the
-        worst case then costs little, and is leased in full
-    """
+    def __init__(self, lengths: OutputLengths, index: PrefixIndex, tuning: RouterTuning) -> None:
+        self._lengths = lengths
+        self._index = index
+        self._tuning = tuning
 
-    lengths: OutputLengths
-    lease_quantile: float = 0.9
-    long_share: float = 0.25
+    def demand(self, request: PlaceRequest, kinds: Sequence[EngineKind]) -> RequestDemand:
+        tuning, limit, prompt = self._tuning, request.max_tokens, request.prompt_tokens
+        # Hashes are chained: the last one of each run of pages stands for all before it.
+        blocks = request.page_hashes[tuning.block_pages - 1 :: tuning.block_pages]
+        leased = self._leased_tokens(request)
+        usual = self._lengths.quantile(request.tenant, prompt, 0.5)
+        return RequestDemand(
+            request=request,
+            kinds=kinds,
+            by_kind=[self._on(kind, request, leased) for kind in kinds],
+            leased_tokens=leased,
+            expected_tokens=min(limit, usual or limit),
+            prefill_s=tuning.pace.prefill_s(prompt),
+            blocks=blocks,
+            block_pages=tuning.block_pages,
+            cached_blocks=self._index.match(blocks),
+        )
 
-    def output(self, request: PlaceRequest) -> OutputEstimate:
-        """A resumed request is leased in full: it shall not be disturbed again."""
-        limit, prompt = request.max_tokens, request.prompt_tokens
-        expected = min(limit, self.lengths.quantile(request.tenant, prompt, 0.5) or limit)
-        if request.resumed or limit <= self.long_share * prompt:
-            return OutputEstimate(limit, expected)
-        covered = self.lengths.quantile(request.tenant, prompt, self.lease_quantile)
-        return OutputEstimate(min(limit, covered or limit), expected)
+    def _leased_tokens(self, request: PlaceRequest) -> int:
+        """Long prompts and resumed requests are leased in full.
 
-    def demand(self, request: PlaceRequest, output: OutputEstimate, shape: Shape) -> Demand:
-        """The demand on a group of that shape.
+        For a long prompt the worst case costs little, and a resumed request is not to be
+        disturbed again.
+        """
+        limit, prompt, tuning = request.max_tokens, request.prompt_tokens, self._tuning
+        if request.resumed or limit <= tuning.long_share * prompt:
+            return limit
+        usual = self._lengths.quantile(request.tenant, prompt, tuning.lease_quantile)
+        return min(limit, usual or limit)
 
-        The last token sampled is never written to the cache, but the page it would
-        begin is counted: engines allocate before they sample. Hot pages are bounded
+    def _on(self, kind: EngineKind, request: PlaceRequest, leased_tokens: int) -> KindDemand:
+        """The demand on groups of one kind.
+
+        The last token sampled is never written to the cache, but the page that
+        it would start is counted: engines allocate before they sample. Hot pages are bounded
         by a sequence's windows and leased in full.
         """
-        total_tokens = request.prompt_tokens + request.max_tokens
-        within = min(total_tokens, shape.max_model_len)
-        most = times(shape.geometry.peak_need(within), request.sequences)
-        covered = min(request.prompt_tokens + output.leased, within)
-        sealed = len(shape.geometry.sealed_range(covered)) * request.sequences
-        return Demand(most, PageNeed(most.hot, sealed), total_tokens)
+        geometry, sequences, prompt = kind.geometry, request.sequences, request.prompt_tokens
+        total = prompt + request.max_tokens
+        peak = geometry.peak_need(min(total, kind.max_model_len))
+        max_need = PageNeed(peak.hot * sequences, peak.sealed * sequences)
+        covered = min(prompt + leased_tokens, kind.max_model_len)
+        leased = PageNeed(max_need.hot, len(geometry.sealed_range(covered)) * sequences)
+        num_blocks = geometry.sealed_range(prompt).stop // self._tuning.block_pages
+        return KindDemand(max_need, leased, num_blocks, _never(kind, total, sequences, max_need))
 
 
-def never_fits(request: PlaceRequest, demand: Demand, kind: Kind) -> Reason | None:
-    """Why no group of the kind could take the request even when empty; None if one could."""
-    if request.min_quality is not None and kind.quality < request.min_quality:
-        return Reason.QUALITY
-    if demand.total_tokens > kind.shape.max_model_len:
+def _never(kind: EngineKind, total_tokens: int, sequences: int, need: PageNeed) -> Reason | None:
+    if total_tokens > kind.max_model_len:
         return Reason.CONTEXT
-    if request.sequences > kind.max_sequences:
+    if sequences > kind.max_sequences:
         return Reason.SEQUENCES
-    return None if demand.most.fits(kind.capacity) else Reason.PAGES
+    return None if need.fits(kind.capacity) else Reason.PAGES

@@ -1,14 +1,15 @@
-"""The router's errors, in one tree. Every class survives pickling.
+"""The router's errors, in one tree. Each one can be rebuilt from its `args`, which are plain data.
 
 RoutingError
-├── DuplicateRequestError      a request id that already waits
+├── RequestIdInUseError        the id is in use by a live request
+├── RequestAbortedError        the request was aborted
 ├── LedgerError                a transition the ledger does not allow
-├── NeverFitsError             no group could hold it, even empty
-├── DeadlineUnreachableError   its time would run out before it starts
-└── OverCapacityError          not now; says when to come back
+├── ExceedsEveryGroupError     no group could hold it, even empty
+├── DeadlineUnreachableError   it could not start within its timeout
+└── NoRoomError                it does not fit now; says when to come back
     ├── QueueFullError         the queue has no place left
-    ├── QuotaExceededError     the tenant's share is used up
-    └── NoGroupError           no group is up
+    ├── QuotaExceededError     the request alone exceeds its tenant's quota
+    └── NoGroupError           no group is known
 """
 
 from __future__ import annotations
@@ -20,22 +21,29 @@ class RoutingError(Exception):
     """Anything the router refuses."""
 
 
-class DuplicateRequestError(RoutingError):
-    """The request id already waits in the queue."""
+class RequestIdInUseError(RoutingError):
+    """A request with this id waits or runs, and is not superseded."""
 
     def __init__(self, request_id: str) -> None:
         super().__init__(request_id)
         self.request_id = request_id
 
     def __str__(self) -> str:
-        return f"request {self.request_id!r} already waits in the queue"
+        return f"request id {self.request_id!r} is already in use by a live request"
+
+
+class RequestAbortedError(RoutingError):
+    """The request was aborted while it waited."""
+
+    def __str__(self) -> str:
+        return "the request was aborted"
 
 
 class LedgerError(RoutingError):
     """A transition that the ledger's rules forbid: a fault of the caller."""
 
 
-class NeverFitsError(RoutingError):
+class ExceedsEveryGroupError(RoutingError):
     """No group can hold the request, even when it is empty.
 
     needed_bytes, available_bytes: by group, over all its ranks
@@ -65,7 +73,7 @@ class NeverFitsError(RoutingError):
 class DeadlineUnreachableError(RoutingError):
     """The request could not start in time; refused at once, or when its time ran out.
 
-    projected_start_s: from submission, or None where it is not known
+    projected_start_s: from its arrival, or None where it is not known
     """
 
     def __init__(self, timeout_s: float, projected_start_s: float | None) -> None:
@@ -75,14 +83,14 @@ class DeadlineUnreachableError(RoutingError):
 
     def __str__(self) -> str:
         if self.projected_start_s is None:
-            return f"the request did not start within its {self.timeout_s:.3g} s"
+            return f"the request did not start within its timeout of {self.timeout_s:.3g} s"
         return (
             f"the request would start in {self.projected_start_s:.3g} s, "
-            f"after its {self.timeout_s:.3g} s have run out"
+            f"after its timeout of {self.timeout_s:.3g} s"
         )
 
 
-class OverCapacityError(RoutingError):
+class NoRoomError(RoutingError):
     """The request does not fit now.
 
     retry_after_s: from now, when room is expected
@@ -105,13 +113,13 @@ class OverCapacityError(RoutingError):
         )
 
 
-class QueueFullError(OverCapacityError):
+class QueueFullError(NoRoomError):
     """The queue has no place left."""
 
 
-class QuotaExceededError(OverCapacityError):
-    """The tenant holds or has used as much as its quota allows."""
+class QuotaExceededError(NoRoomError):
+    """The request alone exceeds its tenant's quota; `available_bytes` is the quota."""
 
 
-class NoGroupError(OverCapacityError):
-    """No group is up."""
+class NoGroupError(NoRoomError):
+    """No group is known."""

@@ -1,9 +1,9 @@
-"""Who has used how much: KV byte-seconds by tenant, with weights and quotas.
+"""How much each tenant has used: KV byte-seconds, with weights and quotas.
 
 A virtual counter in the manner of the virtual token counter (Sheng et al., arXiv
-2401.00588), over KV byte-seconds instead of tokens: the tenant with the least goes
-first, and one that comes back from idling starts level with the others, so that
-it can neither save up nor be made to pay for what it left unused.
+2401.00588), over KV byte-seconds instead of tokens: the tenant that used least
+goes first, and one that returns after a pause starts level with the others: it can
+neither save up while idle, nor pay later for what it left unused.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class TenantPolicy:
-    """weight: share relative to others'; quota_bytes: most KV bytes leased at once, or None."""
+    """weight: share relative to others'; quota_bytes: limit of KV bytes leased at once, or None."""
 
     weight: float = 1.0
     quota_bytes: int | None = None
@@ -37,11 +37,14 @@ class _Use:
 
 @dataclass(slots=True)
 class Tenants:
-    """The virtual counters. A lease is charged in advance, and settled when it ends."""
+    """The virtual counters. A lease is charged in advance, and settled when it ends.
+
+    limit: tenants to remember, idle ones included
+    """
 
     policies: Mapping[str, TenantPolicy] = field(default_factory=dict)
     default: TenantPolicy = TenantPolicy()
-    remembered: int = 4096
+    limit: int = 4096
     _uses: dict[str, _Use] = field(default_factory=dict)
     _level: float = 0.0
 
@@ -64,16 +67,16 @@ class Tenants:
         """A request of the tenant waits or runs."""
         use = self._uses.setdefault(tenant, _Use())
         if use.active == 0:
-            use.counter = max(use.counter, self._least_active())
+            use.counter = max(use.counter, self._min_active())
         use.active += 1
 
     def leave(self, tenant: str) -> None:
-        """The request is over. An idle tenant is remembered while it is ahead of the others."""
+        """The request is over. An idle tenant is remembered while it has used more than others."""
         use = self._uses[tenant]
         use.active -= 1
         if use.active == 0:
             self._level = max(self._level, use.counter)
-            if len(self._uses) > self.remembered:
+            if len(self._uses) > self.limit:
                 self._forget()
 
     def charge(self, tenant: str, lease_bytes: int, seconds: float) -> None:
@@ -88,12 +91,12 @@ class Tenants:
         use.leased_bytes -= lease_bytes
         use.counter += lease_bytes * over_s / self.policy(tenant).weight
 
-    def _least_active(self) -> float:
+    def _min_active(self) -> float:
         return min((use.counter for use in self._uses.values() if use.active), default=self._level)
 
     def _forget(self) -> None:
         """Drop idle tenants that would start level with the others anyway."""
-        least = self._least_active()
+        level = self._min_active()
         self._uses = {
-            tenant: use for tenant, use in self._uses.items() if use.active or use.counter > least
+            tenant: use for tenant, use in self._uses.items() if use.active or use.counter > level
         }

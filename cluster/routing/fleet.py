@@ -2,249 +2,223 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections import deque
+from collections.abc import Iterable
 
-from kvmesh.cluster.routing.audit import audit
 from kvmesh.cluster.routing.config import RouterConfig
-from kvmesh.cluster.routing.demand import DemandModel, OutputEstimate, never_fits
-from kvmesh.cluster.routing.events import Event, Lease
+from kvmesh.cluster.routing.demand import DemandModel, EngineKind, RequestDemand
+from kvmesh.cluster.routing.errors import LedgerError
 from kvmesh.cluster.routing.fairness import Tenants
-from kvmesh.cluster.routing.group import GroupSpec, Kind
-from kvmesh.cluster.routing.ledger import Ledger, Reconciliation
+from kvmesh.cluster.routing.group import Group
+from kvmesh.cluster.routing.ledger import Account
+from kvmesh.cluster.routing.live import Lease, LiveRequest
+from kvmesh.cluster.routing.outcome import Grown, Placement
 from kvmesh.cluster.routing.output_lengths import OutputLengths
 from kvmesh.cluster.routing.pace import Backlog
-from kvmesh.cluster.routing.placement import Asked, GroupView, Plan, projected_s
+from kvmesh.cluster.routing.placement import GroupChoice, projected_s
 from kvmesh.cluster.routing.prefix_index import PrefixIndex
-from kvmesh.cluster.routing.request import Growth, Placement, PlaceRequest
-from kvmesh.cluster.routing.timeline import Timeline
-from kvmesh.cluster.routing.verdict import Verdicts
-from kvmesh.workers.request import EngineLoads
-from kvmesh.workers.sizes import PageNeed
+from kvmesh.cluster.routing.request import PlaceRequest
+from kvmesh.workers.lease import LeaseTerms, LeaseWant
+from kvmesh.workers.loads import EngineInfo
 
 GROWTH = 1.5  # a lease that turns out too small is extended to this many times the output
 SMOOTHING = 0.05
 
 
-@dataclass(slots=True)
-class Live:
-    """What the router knows of a lease beyond the ledger.
+class Fleet:
+    """Keeps ledger, backlogs, projected ends, prefix index and tenants' use in step.
 
-    request: None for a lease that was adopted
-    output_tokens: of one sequence, that the lease covers
+    epoch: of this router; stands in the leases that it grants
+    groups: by name; those that are down stay known
+    kinds: of the groups' engines
+    leases: by id, of the groups that are up
+    grants: how many leases were granted so far
+    mean_lease_s: how long a lease lasts, a moving average
     """
 
-    request: PlaceRequest | None
-    lease_bytes: int
-    granted_at: float
-    projected_s: float
-    output_tokens: int
-    begun_at: float | None = None
-
-
-class Fleet:
-    """Keeps ledger, backlog, projected ends, prefix index and tenants' use in step."""
-
-    def __init__(
-        self, config: RouterConfig, epoch: int, on_event: Callable[[Event], None] | None
-    ) -> None:
-        self.ledger = Ledger(
-            epoch, ttl_s=config.lease_ttl_s, grace_s=config.grace_s, on_event=on_event
-        )
+    def __init__(self, config: RouterConfig, epoch: int) -> None:
+        tuning = config.tuning
+        self.epoch = epoch
+        self.leases: dict[str, Lease] = {}
+        self.grants = 0
         self.tenants = Tenants(config.tenants, config.tenant_default)
-        self.index = PrefixIndex(config.index_limit)
-        self.lengths = OutputLengths(least=config.least_samples)
-        self.model = DemandModel(self.lengths, config.lease_quantile, config.long_share)
+        self.index = PrefixIndex(tuning.index_limit)
+        self.lengths = OutputLengths(min_samples=tuning.min_samples)
+        self.groups: dict[str, Group] = {}
+        self.kinds: tuple[EngineKind, ...] = ()
         self.mean_lease_s = 1.0
-        self._views: dict[str, GroupView] = {}
-        self._kinds: dict[Kind, int] = {}
-        self._block_pages = config.block_pages
-        self._live: dict[str, Live] = {}
+        self._tuning = tuning
+        self._model = DemandModel(self.lengths, self.index, tuning)
+        self._wanting: set[Lease] = set()
+        self._not_arrived: deque[Lease] = deque()  # earliest grant first; settled ones too
 
-    # Reading
-
-    @property
-    def views(self) -> Mapping[str, GroupView]:
-        return self._views
-
-    def in_use(self) -> Iterator[GroupView]:
-        return (view for view in self._views.values() if view.reported)
-
-    def ask(self, request: PlaceRequest) -> Asked:
+    def demand(self, request: PlaceRequest) -> RequestDemand:
         """The request in terms of pages, at this moment's knowledge."""
-        output = self.model.output(request)
-        blocks = request.page_hashes[self._block_pages - 1 :: self._block_pages]
-        return Asked(
-            request_id=request.request_id,
-            plans=[self._plan(request, output, kind) for kind in self._kinds],
-            prompt_tokens=request.prompt_tokens,
-            decode_tokens=output.expected,
-            leased_tokens=output.leased,
-            sequences=request.sequences,
-            resumed=request.resumed,
-            excluded_groups=request.excluded_groups,
-            blocks=blocks,
-            block_pages=self._block_pages,
-            cached_blocks=self.index.match(blocks),
-        )
-
-    def least_prefill_s(self, request: PlaceRequest) -> float:
-        """Time to compute the whole prompt where that is fastest."""
-        tokens = request.prompt_tokens
-        return min((v.backlog.pace.prefill_s(tokens) for v in self._views.values()), default=0.0)
+        return self._model.demand(request, self.kinds)
 
     # Groups
 
-    def group_up(self, spec: GroupSpec, now: float) -> tuple[Lease, ...]:
-        voided = self.ledger.group_up(spec, now)
-        account = self.ledger.accounts[spec.group]
-        known = self._views.get(spec.group)
-        if known is None or known.account is not account:
-            kind = self._kinds.setdefault(spec.kind, len(self._kinds))
-            self._views[spec.group] = GroupView(spec, kind, account, Backlog(spec.pace), Timeline())
-            self.index.clear(spec.group)
-        self._drop(voided, now)
+    def group_up(
+        self, name: str, info: EngineInfo, leases: Iterable[LeaseTerms], now: float
+    ) -> None:
+        """A group that was not up is there, and runs under these leases."""
+        pace = self._tuning.pace
+        account = Account(name, info, self._tuning.block_pages)
+        self.groups[name] = Group(name, info, 0, account, Backlog(pace), pace.decode_step_s)
+        kinds = {EngineKind.of(group.info): 0 for group in self.groups.values()}
+        self.kinds = tuple(kinds)
+        for group in self.groups.values():
+            group.kind = self.kinds.index(EngineKind.of(group.info))
+        for terms in leases:
+            self.adopt(name, terms, now)
+
+    def group_down(self, name: str, now: float) -> list[Lease]:
+        """A group is lost, if it was up. Its leases are void, and returned."""
+        group = self.groups.get(name)
+        if group is None or group.account is None:
+            return []
+        voided = list(group.account.by_age())
+        for lease in voided:
+            self.release(lease, now)
+        group.account = None
+        self.index.clear(name)
         return voided
 
-    def group_down(self, group: str, now: float, gone: bool) -> tuple[Lease, ...]:
-        voided = self.ledger.group_down(group, now)
-        self._drop(voided, now)
-        if group in self._views:
-            self._views[group].account = None
-            self.index.clear(group)
-        if gone:
-            self._views.pop(group, None)
-        return voided
-
-    def report(self, group: str, loads: EngineLoads, now: float) -> Reconciliation:
-        reconciled = self.ledger.reconcile(group, loads.epoch, loads.leases, now)
-        self._drop(reconciled.released, now)
-        for lease in reconciled.adopted:
-            self._live[lease.lease_id] = Live(None, 0, now, self.mean_lease_s, 0)
-            self._views[group].timeline.put(lease.lease_id, now, now + self.mean_lease_s)
-        if reconciled.stale:
-            return reconciled
-        return replace(reconciled, faults=audit(loads, self.ledger.leases))
+    def pages_changed(self, name: str, held: Iterable[bytes], dropped: Iterable[bytes]) -> None:
+        """A group's prefix cache gained and lost pages with these hashes."""
+        group = self.groups.get(name)
+        if group is not None and group.account is not None:
+            self.index.add(name, held)
+            self.index.remove(name, dropped)
 
     # Leases
 
-    def grant(
-        self, request: PlaceRequest, asked: Asked, verdicts: Verdicts, group: str, now: float
-    ) -> Placement:
-        """Reserve what is asked on the group that was chosen."""
-        view = self._views[group]
-        demand = asked.plans[view.kind].demand
-        lease = self.ledger.grant(
-            group,
-            demand.leased,
-            now,
-            request_id=request.request_id,
-            tenant=request.tenant,
-            sequences=request.sequences,
-            most=demand.most,
-            blocks=asked.sealed_blocks(view),
-            block_pages=asked.block_pages,
-        )
-        hold_s = projected_s(view, asked, now)
-        lease_bytes = view.spec.geometry.bytes_of(demand.leased)
-        cached = asked.cached_tokens(view)
-        self._live[lease.lease_id] = Live(request, lease_bytes, now, hold_s, asked.leased_tokens)
-        view.timeline.put(lease.lease_id, now, now + hold_s)
-        view.backlog.add(lease.lease_id, request.prompt_tokens - cached, cached, now)
-        self.tenants.enter(request.tenant)
-        self.tenants.charge(request.tenant, lease_bytes, hold_s)
-        self.index.add(group, asked.blocks)
+    def grant(self, live: LiveRequest, choice: GroupChoice, now: float) -> Placement:
+        """Reserve what the request needs on the group that was chosen."""
+        group, demand, request = choice.group, live.demand, live.request
+        assert group is not None
+        assert group.account is not None
+        here, blocks = demand.by_kind[group.kind], demand.sealed_blocks(group.kind)
+        age = (self.epoch, self.grants)
+        lease = group.account.grant(age, here.leased, here.max, request, now, blocks)
+        self.grants += 1
+        self.leases[lease.lease_id] = live.lease = lease
+        self._not_arrived.append(lease)
+        cached = demand.cached_tokens(group.name, group.info.geometry.page_size)
+        lease.charged_s = projected_s(group, demand, now)
+        lease.charged_bytes = group.info.geometry.bytes_of(here.leased)
+        group.timeline.add(lease, now + lease.charged_s)
+        group.backlog.add(lease.lease_id, request.prompt_tokens - cached, cached, now)
+        self.tenants.charge(request.tenant, lease.charged_bytes, lease.charged_s)
+        self.index.add(group.name, demand.blocks)
         return Placement(
             request_id=request.request_id,
-            group=group,
+            group=group.name,
+            engine_epoch=group.info.epoch,
             lease=lease.terms,
-            lease_bytes=lease_bytes,
-            expires_at=lease.expires_at,
-            queue_s=0.0,
-            leased_output_tokens=asked.leased_tokens,
+            lease_bytes=lease.charged_bytes,
+            queue_s=now - live.since,
+            leased_output_tokens=demand.leased_tokens,
             cached_tokens=cached,
-            verdicts=verdicts,
+            promised_at=live.promised_at,
+            verdicts=choice.verdicts,
         )
 
-    def begun(self, lease_id: str, now: float) -> None:
+    def adopt(self, group: str, terms: LeaseTerms, now: float) -> None:
+        """Enter a lease that is not in the ledger and whose sequences the engine has."""
+        account = self.groups[group].account
+        assert account is not None
+        lease = self.leases[terms.lease_id] = account.adopt(terms, now)
+        self.groups[group].timeline.add(lease, now + self.mean_lease_s)
+
+    def first_token(self, lease: Lease, now: float) -> None:
         """The lease's first token is out: its prompt, and those before it, are computed."""
-        lease, live = self.ledger.leases.get(lease_id), self._live.get(lease_id)
-        if lease is not None and live is not None and live.begun_at is None:
-            live.begun_at = now
-            self.ledger.handed(lease_id, now)
-            self._views[lease.group].backlog.begun(lease_id, now)
+        if lease.first_token_at is None:
+            lease.first_token_at = now
+            self.groups[lease.group].backlog.first_token(lease.lease_id, now)
 
-    def grow(
-        self, lease_id: str, request: PlaceRequest, output_tokens: int, now: float
-    ) -> Growth | None:
-        """Extend a lease so that each sequence may reach `output_tokens`, or further."""
-        live = self._live.get(lease_id)
-        if live is None:
-            return None
-        most = request.max_tokens
-        for target in (min(int(output_tokens * GROWTH), most), min(output_tokens, most)):
-            if self._grow_to(lease_id, live, request, target, now):
-                return Growth(target, self.ledger.leases[lease_id].terms)
-        return None
+    def want(self, lease: Lease, want: LeaseWant) -> None:
+        """The lease needs more pages; see `grow_wanting`."""
+        lease.want = want
+        self._wanting.add(lease)
 
-    def release(self, lease_id: str, now: float, output_tokens: int | None) -> Lease | None:
-        lease = self.ledger.release(lease_id, now)
-        if lease is None:
-            return None
-        live = self._live[lease_id]
+    def grow_wanting(self, now: float) -> list[Grown]:
+        """Extend the leases that want more and may have it, older ones first.
+
+        One pass is enough: what a lease takes makes room for none that is older.
+        """
+        grown: list[Grown] = []
+        for lease in sorted(self._wanting, key=lambda lease: lease.age):
+            assert lease.want is not None
+            if self._grow(lease, lease.want, now):
+                lease.want = None
+                self._wanting.discard(lease)
+                grown.append(Grown(lease.group, lease.terms))
+        return grown
+
+    def end(self, lease: Lease, now: float, output_tokens: int | None) -> None:
+        """All sequences of a lease have ended. output_tokens: to learn from, or None"""
         self.mean_lease_s += SMOOTHING * (now - lease.granted_at - self.mean_lease_s)
-        if output_tokens and live.request is not None:
-            self._learn(lease, live, live.request, output_tokens, now)
-        self._drop((lease,), now)
-        return lease
+        if output_tokens and lease.request is not None:
+            request, group = lease.request, self.groups[lease.group]
+            self.lengths.learn(request.tenant, request.prompt_tokens, output_tokens)
+            if lease.first_token_at is not None and output_tokens > 1:
+                step_s = (now - lease.first_token_at) / (output_tokens - 1)
+                group.learn_step(step_s, SMOOTHING)
+        self.release(lease, now)
 
-    # Within
+    def release(self, lease: Lease, now: float) -> None:
+        """End a lease of which there is nothing to learn."""
+        group = self.groups[lease.group]
+        assert group.account is not None
+        group.account.release(lease)
+        del self.leases[lease.lease_id]
+        group.timeline.remove(lease)
+        group.backlog.drop(lease.lease_id, now)
+        self._wanting.discard(lease)
+        if lease.request is not None:
+            over_s = now - lease.granted_at - lease.charged_s
+            self.tenants.settle(lease.request.tenant, lease.charged_bytes, over_s)
+            self.tenants.leave(lease.request.tenant)
 
-    def _plan(self, request: PlaceRequest, output: OutputEstimate, kind: Kind) -> Plan:
-        demand = self.model.demand(request, output, kind.shape)
-        sealed = kind.shape.geometry.sealed_range(request.prompt_tokens)
-        return Plan(
-            demand,
-            never_fits(request, demand, kind),
-            num_blocks=sealed.stop // self._block_pages,
-            prefill_s=kind.pace.prefill_s(request.prompt_tokens),
+    def never_arrived(self, granted_by: float) -> list[Lease]:
+        """Leases granted until then whose sequences have not arrived; each is returned once."""
+        late: list[Lease] = []
+        queue = self._not_arrived
+        while queue:
+            lease = queue[0]
+            settled = lease.arrived or self.leases.get(lease.lease_id) is not lease
+            if not settled and lease.granted_at > granted_by:
+                break
+            queue.popleft()
+            if not settled:
+                late.append(lease)
+        return late
+
+    def check_integrity(self) -> None:
+        """Raise LedgerError unless all accounts are the sums of their leases."""
+        accounts = [x.account for x in self.groups.values() if x.account is not None]
+        for account in accounts:
+            account.check_integrity()
+        entered = {lease.lease_id for account in accounts for lease in account.by_age()}
+        if entered != self.leases.keys():
+            raise LedgerError(f"leases {entered ^ self.leases.keys()} are not in both places")
+
+    def _grow(self, lease: Lease, want: LeaseWant, now: float) -> bool:
+        """Extend the lease beyond what it wants, else by just that; never past its maximum."""
+        group = self.groups[lease.group]
+        assert group.account is not None
+        geometry = group.info.geometry
+        max_tokens = min(
+            geometry.tokens_within(lease.max.sealed // lease.sequences), group.info.max_model_len
         )
-
-    def _grow_to(
-        self, lease_id: str, live: Live, request: PlaceRequest, output_tokens: int, now: float
-    ) -> bool:
-        lease = self.ledger.leases[lease_id]
-        view = self._views[lease.group]
-        tokens = min(request.prompt_tokens + output_tokens, view.spec.max_model_len)
-        sealed = len(view.spec.geometry.sealed_range(tokens)) * request.sequences
-        need = PageNeed(lease.need.hot, max(lease.need.sealed, sealed))
-        if not need.fits(lease.most):
-            return False  # an adopted lease, not all of whose sequences are known yet
-        if not self.ledger.grow(lease_id, need, now):
-            return False
-        more_s = max(output_tokens - live.output_tokens, 0) * view.decode_step_s
-        view.timeline.put(lease_id, live.granted_at, now + more_s)
-        live.output_tokens = max(live.output_tokens, output_tokens)
-        return True
-
-    def _learn(
-        self, lease: Lease, live: Live, request: PlaceRequest, output_tokens: int, now: float
-    ) -> None:
-        self.lengths.learn(request.tenant, request.prompt_tokens, output_tokens)
-        view = self._views[lease.group]
-        if live.begun_at is not None and output_tokens > 1:
-            step_s = (now - live.begun_at) / (output_tokens - 1)
-            view.learn_step(step_s, SMOOTHING)
-
-    def _drop(self, leases: Iterable[Lease], now: float) -> None:
-        """Forget leases that the ledger has released."""
-        for lease in leases:
-            live = self._live.pop(lease.lease_id)
-            view = self._views.get(lease.group)
-            if view is not None:
-                view.timeline.remove(lease.lease_id)
-                view.backlog.drop(lease.lease_id, now)
-            if live.request is not None:
-                over_s = now - live.granted_at - live.projected_s
-                self.tenants.settle(live.request.tenant, live.lease_bytes, over_s)
-                self.tenants.leave(live.request.tenant)
+        output = want.tokens - want.prompt_tokens
+        for target in (int(output * GROWTH), output):
+            tokens = min(want.prompt_tokens + target, max_tokens)
+            sealed = len(geometry.sealed_range(tokens)) * lease.sequences
+            if group.account.grow(lease, max(lease.need.sealed, sealed)):
+                more_s = max(tokens - want.tokens, 0) * group.decode_step_s
+                group.timeline.remove(lease)
+                group.timeline.add(lease, now + more_s)
+                return True
+        return False

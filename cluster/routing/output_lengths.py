@@ -28,7 +28,7 @@ class _Window:
             self._by_length.remove(self._by_age.popleft())
 
     def quantile(self, share: float) -> int:
-        """The least length that at least `share` of the window does not exceed."""
+        """The smallest length that at least `share` of the window does not exceed."""
         count = len(self._by_length)
         return int(self._by_length[min(count - 1, int(share * count))])
 
@@ -36,31 +36,31 @@ class _Window:
 class OutputLengths:
     """Rolling quantiles of output tokens for each (tenant, class of prompt length).
 
-    A class is a power of two of prompt tokens. A tenant's class with fewer than
-    `least` samples falls back to all tenants' class, and that to nothing.
+    A class is a power of two of prompt tokens. With fewer than `min_samples` of a
+    tenant's class, those of all tenants count; with fewer of these too, nothing is known.
     """
 
-    def __init__(self, window: int = 512, least: int = 32, most_keys: int = 4096) -> None:
-        if not 0 < least <= window:
-            raise ValueError(f"least must be from 1 to window ({window}), got {least}")
+    def __init__(self, window: int = 512, min_samples: int = 32, max_keys: int = 4096) -> None:
+        if not 0 < min_samples <= window:
+            raise ValueError(f"min_samples must be from 1 to window ({window}), got {min_samples}")
         self._window = window
-        self._least = least
-        self._most_keys = most_keys
+        self._min_samples = min_samples
+        self._max_keys = max_keys
         self._seen: dict[Key, _Window] = {}
 
     def learn(self, tenant: str, prompt_tokens: int, output_tokens: int) -> None:
-        """A sequence ended of its own accord after `output_tokens`."""
+        """A sequence ended naturally after `output_tokens`."""
         for key in {(tenant, prompt_tokens.bit_length()), (ANY_TENANT, prompt_tokens.bit_length())}:
             window = self._seen.pop(key, None) or _Window(self._window)
             self._seen[key] = window  # now the youngest key
             window.add(output_tokens)
-        while len(self._seen) > self._most_keys:
+        while len(self._seen) > self._max_keys:
             del self._seen[next(iter(self._seen))]
 
     def quantile(self, tenant: str, prompt_tokens: int, share: float) -> int | None:
         """The quantile of the request's class, or None where too little was seen."""
         for name in (tenant, ANY_TENANT):
             window = self._seen.get((name, prompt_tokens.bit_length()))
-            if window is not None and len(window) >= self._least:
+            if window is not None and len(window) >= self._min_samples:
                 return window.quantile(share)
         return None

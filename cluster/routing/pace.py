@@ -15,7 +15,7 @@ class Pace:
 
     prefill_s_per_token: projections and MLP, for each prompt token computed
     prefill_s_per_pair: attention, for each (query, key) pair of tokens
-    decode_step_s: one output token of a sequence in a usual batch
+    decode_step_s: one output token of a sequence in a typical batch
     """
 
     prefill_s_per_token: float = 1e-6
@@ -32,31 +32,31 @@ class Pace:
 class Backlog:
     """Prompts given to a group and not yet computed, in order.
 
-    The engine computes prompts in order of arrival, so a prompt that has begun to
-    emit is done, and so are those before it. As long as nobody tells of beginnings,
-    the clock alone empties the backlog.
+    The engine computes prompts in order of arrival, so a prompt with a first token is
+    done, and so are those before it. Until the first report of a first token, the clock
+    alone empties the backlog.
 
     correction: observed prefill time over predicted, a moving average
     clear_at: when all of them will be computed, if the first takes what is predicted
-    behind_s: the least there is to wait: what those after the first take, and a share
-        of the first, since one that takes longer than predicted is not over yet
+    min_wait_s: what those after the first take, and a share of the first, since one that
+        takes longer than predicted is not over yet
     """
 
     pace: Pace
     correction: float = 1.0
     clear_at: float = 0.0
-    behind_s: float = 0.0
+    min_wait_s: float = 0.0
     _prompts: dict[str, float] = field(default_factory=dict)  # lease id -> predicted seconds
     _sum_s: float = 0.0
-    _front_since: float = 0.0
-    _told: bool = False
+    _first_since: float = 0.0
+    _reported: bool = False
 
     def __len__(self) -> int:
         return len(self._prompts)
 
     def seconds(self, now: float) -> float:
-        """Until a prompt added now would be begun with."""
-        return max(self.clear_at - now, self.behind_s)
+        """Until the engine would start on a prompt added now."""
+        return max(self.clear_at - now, self.min_wait_s)
 
     @property
     def longest_s(self) -> float:
@@ -66,17 +66,17 @@ class Backlog:
     def add(self, lease_id: str, new_tokens: int, cached_tokens: int, now: float) -> None:
         self._drop_done(now)
         if not self._prompts:
-            self._front_since = now
+            self._first_since = now
         seconds = self.pace.prefill_s(new_tokens, cached_tokens)
         self._prompts[lease_id] = seconds
         self._sum_s += seconds
         self._project()
 
-    def begun(self, lease_id: str, now: float) -> None:
+    def first_token(self, lease_id: str, now: float) -> None:
         """The lease's first token is out."""
         if lease_id not in self._prompts:
             return
-        self._told = True
+        self._reported = True
         predicted = 0.0
         for prompt in list(self._prompts):
             predicted += self._pop(prompt)
@@ -84,25 +84,25 @@ class Backlog:
                 break
         if predicted > 0:
             low, high = CORRECTION_RANGE
-            seen = min(max((now - self._front_since) / predicted, low), high)
+            seen = min(max((now - self._first_since) / predicted, low), high)
             weight = SMOOTHING * min(1.0, predicted / 0.05)  # tiny prompts are mostly noise
             self.correction += weight * (seen - self.correction)
-        self._front_since = now
+        self._first_since = now
         self._project()
 
     def drop(self, lease_id: str, now: float) -> None:
         """The lease is gone, computed or not."""
         if lease_id in self._prompts:
             if next(iter(self._prompts)) == lease_id:
-                self._front_since = now
+                self._first_since = now
             self._pop(lease_id)
             self._project()
 
     def _project(self) -> None:
-        front = next(iter(self._prompts.values()), 0.0)
-        self.clear_at = self._front_since + self._sum_s * self.correction
-        left = self._sum_s - (1.0 - OVERRUN_SHARE) * front
-        self.behind_s = left * self.correction if self._told else 0.0
+        first = next(iter(self._prompts.values()), 0.0)
+        self.clear_at = self._first_since + self._sum_s * self.correction
+        left = self._sum_s - (1.0 - OVERRUN_SHARE) * first
+        self.min_wait_s = left * self.correction if self._reported else 0.0
 
     def _pop(self, lease_id: str) -> float:
         seconds = self._prompts.pop(lease_id)
@@ -110,10 +110,10 @@ class Backlog:
         return seconds
 
     def _drop_done(self, now: float) -> None:
-        while self._prompts and not self._told:
+        while self._prompts and not self._reported:
             first = next(iter(self._prompts))
-            done_at = self._front_since + self._prompts[first] * self.correction
+            done_at = self._first_since + self._prompts[first] * self.correction
             if done_at > now:
                 return
             self._pop(first)
-            self._front_since = done_at
+            self._first_since = done_at

@@ -3,56 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
-from kvmesh.cluster.routing.account import Account
-from kvmesh.cluster.routing.demand import Demand
-from kvmesh.cluster.routing.group import GroupSpec
-from kvmesh.cluster.routing.pace import Backlog
-from kvmesh.cluster.routing.timeline import Timeline
+from kvmesh.cluster.routing.demand import RequestDemand
+from kvmesh.cluster.routing.group import NO_PAGES, Group
 from kvmesh.cluster.routing.verdict import Reason, Row, Verdicts
 from kvmesh.workers.sizes import PageNeed
-
-
-@dataclass(slots=True, eq=False)
-class GroupView:
-    """A group as placement sees it; the router keeps it current.
-
-    kind: index of its kind among the plans
-    account: of the ledger; None while the group is down
-    decode_step_s: time between two tokens of a sequence, a moving average
-    """
-
-    spec: GroupSpec
-    kind: int
-    account: Account | None
-    backlog: Backlog
-    timeline: Timeline
-    decode_step_s: float = 0.0
-
-    def __post_init__(self) -> None:
-        self.decode_step_s = self.decode_step_s or self.spec.pace.decode_step_s
-
-    def learn_step(self, seconds: float, weight: float) -> None:
-        """A sequence took `seconds` for each token of its output."""
-        self.decode_step_s += weight * (seconds - self.decode_step_s)
-
-    @property
-    def up(self) -> bool:
-        return self.account is not None
-
-    @property
-    def reported(self) -> bool:
-        return self.account is not None and self.account.reported_at is not None
-
-    @property
-    def sequences(self) -> int:
-        return 0 if self.account is None else self.account.sequences
-
-    @property
-    def used(self) -> PageNeed:
-        return PageNeed(0, 0) if self.account is None else self.account.used
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,294 +26,167 @@ class Promise:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """A request on groups of one kind.
-
-    never: why such a group could not take it even when empty
-    num_blocks: of the prompt's blocks, how many end up sealed
-    prefill_s: to compute the whole prompt, uncorrected
-    """
-
-    demand: Demand
-    never: Reason | None
-    num_blocks: int
-    prefill_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """What is asked of the groups.
-
-    plans: by kind
-    prompt_tokens: of one sequence
-    decode_tokens, leased_tokens: output expected of one sequence; that its lease covers
-    blocks: hashes of the prompt's runs of `block_pages` pages
-    cached_blocks: by group, how many of them it holds; groups without any may be missing
-    """
-
-    request_id: str
-    plans: Sequence[Plan]
-    prompt_tokens: int
-    decode_tokens: int
-    leased_tokens: int
-    sequences: int = 1
-    resumed: bool = False
-    excluded_groups: frozenset[str] = frozenset()
-    blocks: tuple[bytes, ...] = ()
-    block_pages: int = 1
-    cached_blocks: Mapping[str, int] = field(default_factory=dict)
-
-    def leased(self, view: GroupView) -> PageNeed:
-        return self.plans[view.kind].demand.leased
-
-    def cached_tokens(self, view: GroupView) -> int:
-        """Of the prompt; its last token is computed in any case."""
-        blocks = self.cached_blocks.get(view.spec.group, 0)
-        tokens = blocks * self.block_pages * view.spec.geometry.page_size
-        return min(tokens, self.prompt_tokens - 1)
-
-    def sealed_blocks(self, view: GroupView) -> tuple[bytes, ...]:
-        """Of the prompt's blocks, those the group will store sealed: equal ones but once."""
-        return self.blocks[: self.plans[view.kind].num_blocks]
-
-
-@dataclass(frozen=True, slots=True)
-class PlacementRules:
+class PlacementWeights:
     """What placement weighs, in seconds of time to first token.
 
     ahead_s: prompts are given to a group only while it has less than this to
         compute before them; later decisions know more
     balance_s: what a full group costs over an empty one: its decoding is slower
     hole_s: what a small request costs on the group whose room large ones need
-    hole_pages: sealed pages that shall stay free together somewhere, if they can
-    longest_s: prompts that take longer to compute are not begun with at present
+    hole_pages: sealed pages to keep free together somewhere, if possible
+    longest_s: prompts that take longer to compute do not start at present
     scarcity: what a second of computing costs; more than one where requests wait for it
     """
 
-    ahead_s: float = math.inf
-    balance_s: float = 0.5
-    hole_s: float = 0.25
+    ahead_s: float
+    balance_s: float
+    hole_s: float
     hole_pages: int = 0
     longest_s: float = math.inf
     scarcity: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
-    """group: where the request goes, or None; verdicts: one for each group, in order.
+class GroupChoice:
+    """group: where the request goes, or None; verdicts: one for each group, in order
 
     better_later: the group worth waiting for, where that is why there is none now
     """
 
-    group: str | None
+    group: Group | None
     verdicts: Verdicts
-    better_later: str | None = None
-
-    @property
-    def never(self) -> bool:
-        """True if no group could take the request however long it waited."""
-        return self.verdicts.never
+    better_later: Group | None = None
 
 
 def choose(
-    views: Iterable[GroupView],
-    asked: Asked,
+    groups: Iterable[Group],
+    demand: RequestDemand,
     now: float,
-    rules: PlacementRules,
+    weights: PlacementWeights,
     promise: Promise | None = None,
     deferred_s: Mapping[str, float] | None = None,
-) -> Choice:
-    """The group of least cost among those that can take the request now.
+) -> GroupChoice:
+    """The group of lowest cost among those that can take the request now.
 
     deferred_s: by group, the computing that waits for it already; where this is given,
         no group is chosen if it costs less to wait for one that holds the prefix
 
     Cost is the projected time to the first token there, less what a cached prefix
-    spares, plus what the request does to others: the fuller the group the more, and
+    saves, plus what the request does to others: the fuller the group the more, and
     more yet where it would break the hole kept for large requests.
     O(groups), besides the pages that groups share.
     """
     rows: list[Row] = []
-    best = later = -1
-    best_cost = later_cost = math.inf
-    worse, plans = Reason.WORSE, asked.plans
-    for view in views:
-        cost = _plain_cost_s(view, asked, now, rules, promise)
-        if cost is not None:
+    best: Group | None = None
+    later: Group | None = None
+    best_row, best_cost, later_cost = -1, math.inf, math.inf
+    for group in groups:
+        wait_s, cost = group.backlog.seconds(now), None
+        reason = _obstacle(group, demand, wait_s, now, weights, promise)
+        if reason is None:
+            reason, cost = Reason.WORSE, _cost_s(group, demand, wait_s, weights)
             if cost < best_cost:
-                best, best_cost = len(rows), cost
-            account: Account = view.account  # type: ignore[assignment]  # plain, so it has one
-            leased = plans[view.kind].demand.leased
-            rows.append((view.spec, worse, leased, account.free_hot, account.free_sealed, 0, cost))
-            continue
-        found = obstacle(view, asked, now, rules, promise)
-        reason = found or worse
-        if found is None:
-            cost = _cost_s(view, asked, now, rules)
-        if cost is not None:
-            if cost < best_cost:
-                best, best_cost = len(rows), cost
+                best, best_cost, best_row = group, cost, len(rows)
         elif (
             reason is Reason.BACKLOG
             and deferred_s is not None
-            and view.spec.group in asked.cached_blocks
+            and group.name in demand.cached_blocks
         ):
-            cost = _cost_s(view, asked, now, rules) + deferred_s.get(view.spec.group, 0.0)
+            deferred = deferred_s.get(group.name, 0.0)
+            cost = _cost_s(group, demand, wait_s, weights) + deferred
             if cost < later_cost:
-                later, later_cost = len(rows), cost
-        rows.append(_row(view, asked, reason, cost))
-    if best < 0 or later_cost < best_cost:
-        better_later = rows[later][0].group if later >= 0 else None
-        return Choice(None, Verdicts(rows), better_later)
-    chosen = rows[best]
-    rows[best] = (chosen[0], Reason.CHOSEN, *chosen[2:])
-    return Choice(chosen[0].group, Verdicts(rows))
+                later, later_cost = group, cost
+        rows.append(_row(group, demand, reason, cost))
+    if best is None or later_cost < best_cost:
+        return GroupChoice(None, Verdicts(tuple(rows)), later)
+    name, info, _, need, free, cached, cost = rows[best_row]
+    rows[best_row] = (name, info, Reason.CHOSEN, need, free, cached, cost)
+    return GroupChoice(best, Verdicts(tuple(rows)))
 
 
-def obstacle(
-    view: GroupView,
-    asked: Asked,
+def _obstacle(
+    group: Group,
+    demand: RequestDemand,
+    wait_s: float,
     now: float,
-    rules: PlacementRules,
-    promise: Promise | None = None,
+    weights: PlacementWeights,
+    promise: Promise | None,
 ) -> Reason | None:
-    """Why the group cannot take the request now, or None if it can."""
-    plan, account = asked.plans[view.kind], view.account
-    if plan.never is not None:
-        return plan.never
-    if asked.excluded_groups and view.spec.group in asked.excluded_groups:
+    """Why the group cannot take the request now, or None if it can. wait_s: its backlog"""
+    here, account, request = demand.by_kind[group.kind], group.account, demand.request
+    if here.never is not None:
+        return here.never
+    if group.name in request.excluded_groups:
         return Reason.EXCLUDED
-    if account is None:
+    if account is None or group.info.epoch in request.lost_engines:
         return Reason.DOWN
-    if account.reported_at is None:
-        return Reason.UNREPORTED
-    if account.sequences + asked.sequences > view.spec.max_sequences:
+    if group.draining:
+        return Reason.DRAINING
+    if account.sequences + request.sequences > group.info.max_num_seqs:
         return Reason.BUSY
-    if plan.prefill_s > rules.longest_s:
+    if demand.prefill_s > weights.longest_s:
         return Reason.LONG
-    demand = plan.demand
-    to_grow = demand.most.sealed - demand.leased.sealed
-    if not account.holds(demand.leased, to_grow):
-        shared = account.shared_pages(asked.sealed_blocks(view), asked.block_pages)
-        if not shared or not account.holds(demand.leased, to_grow, shared):
+    if not account.holds(here.leased, here.to_grow):
+        shared = account.shared_pages(demand.sealed_blocks(group.kind))
+        if not shared or not account.holds(here.leased, here.to_grow, shared):
             return Reason.FULL
-    backlog = view.backlog
-    if backlog.clear_at - now > rules.ahead_s or backlog.behind_s > rules.ahead_s:
-        spared_s = 0.0
-        if view.spec.group in asked.cached_blocks:  # worth waiting for, as long as it spares
-            spared_s = plan.prefill_s * backlog.correction - prefill_s(view, asked)
-        if backlog.seconds(now) > rules.ahead_s + spared_s:
+    if wait_s > weights.ahead_s:
+        saved_s = 0.0
+        if group.name in demand.cached_blocks:  # worth waiting for, as long as it saves
+            saved_s = demand.prefill_s * group.backlog.correction - prefill_s(group, demand)
+        if wait_s > weights.ahead_s + saved_s:
             return Reason.BACKLOG
-    if promise is not None and promise.group == view.spec.group:
-        return _breach(view, asked, now, promise)
+    if promise is not None and promise.group == group.name:
+        return _breach(group, demand, now, promise)
     return None
 
 
-def projected_s(view: GroupView, asked: Asked, now: float) -> float:
+def prefill_s(group: Group, demand: RequestDemand) -> float:
+    """Time to compute what is not cached of the prompt."""
+    backlog = group.backlog
+    if group.name not in demand.cached_blocks:
+        return demand.prefill_s * backlog.correction
+    cached = demand.cached_tokens(group.name, group.info.geometry.page_size)
+    new = demand.request.prompt_tokens - cached
+    return backlog.pace.prefill_s(new, cached) * backlog.correction
+
+
+def projected_s(group: Group, demand: RequestDemand, now: float) -> float:
     """How long the request would hold its lease on the group."""
-    decode_s = asked.decode_tokens * view.decode_step_s
-    return view.backlog.seconds(now) + prefill_s(view, asked) + decode_s
+    decode_s = demand.expected_tokens * group.decode_step_s
+    return group.backlog.seconds(now) + prefill_s(group, demand) + decode_s
 
 
-def _breach(view: GroupView, asked: Asked, now: float, promise: Promise) -> Reason | None:
+def _breach(group: Group, demand: RequestDemand, now: float, promise: Promise) -> Reason | None:
     """PROMISED if the request would hold pages that the promise needs."""
-    if promise.request_id == asked.request_id:
+    if promise.request_id == demand.request.request_id:
         return None
-    if asked.leased(view).fits(promise.spare):
+    if demand.by_kind[group.kind].leased.fits(promise.spare):
         return None
-    if now + projected_s(view, asked, now) <= promise.at:
+    if now + projected_s(group, demand, now) <= promise.at:
         return None
     return Reason.PROMISED
 
 
-def prefill_s(view: GroupView, asked: Asked) -> float:
-    """Time to compute what is not cached of the prompt."""
-    backlog = view.backlog
-    if view.spec.group not in asked.cached_blocks:
-        return asked.plans[view.kind].prefill_s * backlog.correction
-    cached = asked.cached_tokens(view)
-    return backlog.pace.prefill_s(asked.prompt_tokens - cached, cached) * backlog.correction
-
-
-def _plain_cost_s(
-    view: GroupView,
-    asked: Asked,
-    now: float,
-    rules: PlacementRules,
-    promise: Promise | None,
-) -> float | None:
-    """The cost where nothing is special about the group and it can take the request; else None.
-
-    The same as no `obstacle` and `_cost_s`, in one function: most groups of a large
-    fleet are plain, and this is what a decision's time goes into.
-    """
-    account, plan, spec = view.account, asked.plans[view.kind], view.spec
-    group = spec.group
-    if (
-        account is None
-        or account.reported_at is None
-        or plan.never is not None
-        or plan.prefill_s > rules.longest_s
-        or promise is not None
-        or group in asked.cached_blocks
-        or group in asked.excluded_groups
-        or account.sequences + asked.sequences > spec.max_sequences
-    ):
-        return None
-    demand, backlog = plan.demand, view.backlog
-    leased, free = demand.leased, account.free_sealed
-    left = free - leased.sealed
-    wait_s = backlog.clear_at - now
-    if wait_s < backlog.behind_s:
-        wait_s = backlog.behind_s
-    if (
-        left < account.reserve
-        or left < demand.most.sealed - leased.sealed
-        or leased.hot > account.free_hot
-        or wait_s > rules.ahead_s
-    ):
-        return None
-    cost = wait_s + rules.scarcity * plan.prefill_s * backlog.correction
-    capacity, left_hot = spec.capacity, account.free_hot - leased.hot
-    share, hot_share = left / (capacity.sealed or 1), left_hot / (capacity.hot or 1)
-    cost += rules.balance_s * (1.0 - (hot_share if hot_share < share else share))
-    if left < rules.hole_pages <= free and leased.sealed < rules.hole_pages:
-        cost += rules.hole_s
-    return cost
-
-
-def _used_share(account: Account, leased: PageNeed) -> float:
-    """Of the group's pages, with the request: of the kind that it runs out of first.
-
-    Short sequences hold hot pages alone; by sealed ones a group of them looks empty.
-    """
-    capacity = account.spec.capacity
-    sealed_left = (account.free_sealed - leased.sealed) / (capacity.sealed or 1)
-    hot_left = (account.free_hot - leased.hot) / (capacity.hot or 1)
-    return 1.0 - min(sealed_left, hot_left)
-
-
-def _cost_s(view: GroupView, asked: Asked, now: float, rules: PlacementRules) -> float:
-    account, backlog = view.account, view.backlog
+def _cost_s(group: Group, demand: RequestDemand, wait_s: float, weights: PlacementWeights) -> float:
+    account, leased = group.account, demand.by_kind[group.kind].leased
     assert account is not None
-    free = account.free_sealed
-    leased = asked.plans[view.kind].demand.leased.sealed
-    left = free - leased
-    wait_s = backlog.clear_at - now
-    if wait_s < backlog.behind_s:
-        wait_s = backlog.behind_s
-    used_share = _used_share(account, asked.plans[view.kind].demand.leased)
-    cost = wait_s + rules.scarcity * prefill_s(view, asked) + rules.balance_s * used_share
-    if left < rules.hole_pages <= free and leased < rules.hole_pages:
-        cost += rules.hole_s
+    free, capacity = account.free, group.info.capacity
+    # The scarcer kind of page counts. Short sequences hold hot pages alone; by sealed
+    # ones, a group of them looks empty.
+    sealed, hot = free.sealed - leased.sealed, free.hot - leased.hot
+    used_share = 1.0 - min(sealed / (capacity.sealed or 1), hot / (capacity.hot or 1))
+    cost = wait_s + weights.scarcity * prefill_s(group, demand)
+    cost += weights.balance_s * used_share
+    if sealed < weights.hole_pages <= free.sealed and leased.sealed < weights.hole_pages:
+        cost += weights.hole_s
     return cost
 
 
-def _row(view: GroupView, asked: Asked, reason: Reason, cost: float | None) -> Row:
-    demand, account = asked.plans[view.kind].demand, view.account
-    spec = view.spec
-    cached = asked.cached_blocks.get(spec.group, 0) * asked.block_pages
+def _row(group: Group, demand: RequestDemand, reason: Reason, cost: float | None) -> Row:
+    here, account = demand.by_kind[group.kind], group.account
+    cached = demand.cached_blocks.get(group.name, 0) * demand.block_pages
     if account is None:
-        return (spec, reason, demand.most, 0, 0, cached, cost)
-    needed = demand.leased if reason is not Reason.PAGES else demand.most
-    return (spec, reason, needed, account.free_hot, account.free_sealed, cached, cost)
+        return (group.name, group.info, reason, here.max, NO_PAGES, cached, cost)
+    need = here.max if reason is Reason.PAGES else here.leased
+    return (group.name, group.info, reason, need, account.free, cached, cost)

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 class PrefixIndex:
     """Page hash -> the groups that hold it, as a bit mask; at most `limit` hashes.
 
-    Since hashes chain, a group that holds a page is taken to hold those before it,
-    so a match takes O(groups · log pages) look-ups however long the prompt.
+    Hashes chain, so a group that holds a page is assumed to hold those before it, and
+    a match takes O(groups · log pages) look-ups, however long the prompt is.
     """
 
     def __init__(self, limit: int = 1_000_000) -> None:
@@ -47,7 +47,7 @@ class PrefixIndex:
                 self._masks.pop(page_hash, None)
 
     def clear(self, group: str) -> None:
-        """The group holds nothing any more: O(index), for a group that died."""
+        """The group holds nothing now: O(index), for a group that went down."""
         bit = self._bits.get(group, 0)
         kept = ((key, mask & ~bit) for key, mask in self._masks.items())
         self._masks = OrderedDict((key, mask) for key, mask in kept if mask)
@@ -71,7 +71,7 @@ class PrefixIndex:
     ) -> None:
         """Record, for groups in `low_mask` and not in `high_mask`, where between they end.
 
-        Pages [0, low] are held by low_mask; page `high` (past the end: nobody's) by high_mask.
+        Pages [0, low] are held by low_mask; page `high` (past the end: held by none) by high_mask.
         """
         leaving = low_mask & ~high_mask
         if not leaving:

@@ -3,35 +3,34 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import overload
 
-from kvmesh.cluster.routing.group import GroupSpec
+from kvmesh.workers.loads import EngineInfo
 from kvmesh.workers.sizes import PageNeed
+
+MIB = 1 << 20
 
 
 class Reason(enum.Enum):
-    """Why a group was, or was not, chosen. The first four no waiting cures."""
+    """Why a group was, or was not, chosen. No waiting cures the first three."""
 
-    QUALITY = "its KV format is below the request's quality floor"
     CONTEXT = "prompt and output exceed its context"
     SEQUENCES = "it never runs that many sequences at once"
     PAGES = "the request needs more pages than it has"
     EXCLUDED = "the request excludes it"
     DOWN = "it is down"
-    UNREPORTED = "its engine has not reported yet"
+    DRAINING = "it finishes what it has and takes nothing new"
     BUSY = "its sequences are all taken"
     FULL = "its free pages do not hold the request now"
     BACKLOG = "prompts it was given before are still being computed"
     LONG = "its prompt would take a group that other requests need"
     PROMISED = "its pages are promised to a request that waits longer"
-    QUOTA = "the tenant's quota is used up"
     WORSE = "another group is a better place"
     CHOSEN = "chosen"
 
 
-NEVER = frozenset({Reason.QUALITY, Reason.CONTEXT, Reason.SEQUENCES, Reason.PAGES})
+NEVER = frozenset({Reason.CONTEXT, Reason.SEQUENCES, Reason.PAGES})
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,65 +51,56 @@ class Verdict:
 
     @property
     def never(self) -> bool:
+        """Whether the group could not take the request even when empty."""
         return self.reason in NEVER
 
+    def __str__(self) -> str:
+        free, capacity = self.available_bytes / MIB, self.capacity_bytes / MIB
+        parts = [
+            f"needs {self.needed_bytes / MIB:,.1f} MiB",
+            f"{free:,.1f} of {capacity:,.1f} MiB are free",
+        ]
+        if self.cached_pages:
+            parts.append(f"holds {self.cached_pages} pages of its prompt")
+        if self.cost_s is not None:
+            parts.append(f"cost {self.cost_s:.3f} s")
+        return f"{self.group}: {self.reason.value} ({'; '.join(parts)})"
 
-# spec, reason, what the request needs there, free hot and sealed pages, cached pages, cost
-Row = tuple[GroupSpec, Reason, PageNeed, int, int, int, float | None]
+
+# group, its engine, reason, pages needed there, free pages, cached pages, cost
+Row = tuple[str, EngineInfo, Reason, PageNeed, PageNeed, int, float | None]
 
 
-class Verdicts(Sequence[Verdict]):
-    """Verdicts of all groups, worded only when somebody reads them: deciding is hot."""
+@dataclass(frozen=True, slots=True)
+class Verdicts:
+    """Verdicts of all groups, worded only when they are read: deciding is a hot path."""
 
-    __slots__ = ("_rows",)
-
-    def __init__(self, rows: Sequence[Row] = ()) -> None:
-        self._rows = tuple(rows)
+    rows: tuple[Row, ...] = ()
 
     def __len__(self) -> int:
-        return len(self._rows)
-
-    @overload
-    def __getitem__(self, index: int) -> Verdict: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> Verdicts: ...
-
-    def __getitem__(self, index: int | slice) -> Verdict | Verdicts:
-        if isinstance(index, slice):
-            return Verdicts(self._rows[index])
-        return _worded(self._rows[index])
+        return len(self.rows)
 
     def __iter__(self) -> Iterator[Verdict]:
-        return map(_worded, self._rows)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Verdicts) and self._rows == other._rows
-
-    def __hash__(self) -> int:
-        return hash(self._rows)
-
-    def __reduce__(self) -> tuple[type[Verdicts], tuple[tuple[Row, ...]]]:
-        return Verdicts, (self._rows,)
+        return map(_worded, self.rows)
 
     @property
     def never(self) -> bool:
-        """True if no group could take the request however long it waited."""
-        return all(row[1] in NEVER for row in self._rows)
+        """Whether no group could take the request however long it waited."""
+        return all(row[2] in NEVER for row in self.rows)
 
 
 NO_VERDICTS = Verdicts()
 
 
 def _worded(row: Row) -> Verdict:
-    spec, reason, need, free_hot, free_sealed, cached_pages, cost_s = row
-    room = spec.capacity if reason in NEVER else PageNeed(max(free_hot, 0), max(free_sealed, 0))
+    group, info, reason, need, free, cached_pages, cost_s = row
+    room = info.capacity if reason in NEVER else PageNeed(max(free.hot, 0), max(free.sealed, 0))
     return Verdict(
-        group=spec.group,
+        group=group,
         reason=reason,
-        needed_bytes=spec.geometry.bytes_of(need),
-        available_bytes=spec.geometry.bytes_of(room),
-        capacity_bytes=spec.capacity_bytes,
+        needed_bytes=info.geometry.bytes_of(need),
+        available_bytes=info.geometry.bytes_of(room),
+        capacity_bytes=info.capacity_bytes,
         cached_pages=cached_pages,
         cost_s=cost_s,
     )

@@ -1,4 +1,4 @@
-"""A modelled pool of sealed pages: those of sequences, those cached, those free."""
+"""A simulated pool of sealed pages: used by sequences, cached, or free."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ class SimPool:
 
     @property
     def available_pages(self) -> int:
-        """Free, or free as soon as somebody needs them."""
+        """Pages that are free or can be evicted."""
         return self.total_pages - self.used_pages
 
     def match(self, blocks: Sequence[int]) -> int:
-        """How many leading blocks are there."""
+        """The number of leading blocks that are in the pool."""
         for count, block in enumerate(blocks):
             if block not in self._holders and block not in self._cached:
                 return count
         return len(blocks)
 
     def hold(self, blocks: Sequence[int]) -> None:
-        """Share blocks that are there."""
+        """Share blocks that are in the pool."""
         for block in blocks:
             if block in self._cached:
                 del self._cached[block]
@@ -46,7 +46,7 @@ class SimPool:
             self._holders[block] = self._holders.get(block, 0) + 1
 
     def name(self, blocks: Sequence[int]) -> None:
-        """Turn a sequence's own pages into shareable blocks; doubles are given back."""
+        """Turn a sequence's own pages into shareable blocks; duplicates are freed."""
         for block in blocks:
             holders = self._holders.get(block, 0)
             if holders or block in self._cached:
@@ -56,7 +56,7 @@ class SimPool:
                 self._holders[block] = 1
 
     def drop(self, blocks: Sequence[int]) -> None:
-        """A holder is gone; last blocks first, so that a prefix's end is evicted first."""
+        """Release blocks, the last ones first, so that a prefix is evicted from its end."""
         for block in reversed(blocks):
             holders = self._holders[block] - 1
             if holders:
@@ -67,7 +67,7 @@ class SimPool:
                 self.used_pages -= self.block_pages
 
     def take(self, pages: int) -> bool:
-        """Pages for a sequence's own use, at the cache's expense; False if they are not there."""
+        """Take pages for a sequence, evicting cached ones if needed; False if there are too few."""
         if pages > self.available_pages:
             return False
         self.used_pages += pages

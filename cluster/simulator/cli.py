@@ -1,4 +1,4 @@
-"""`kvmesh simulate`: what a fleet would do with a trace, without a GPU."""
+"""`kvmesh simulate`: runs a trace on a simulated fleet."""
 
 from __future__ import annotations
 
@@ -30,44 +30,51 @@ from kvmesh.workers.errors import ConfigError
 
 app = typer.Typer(help="Simulate a fleet on a trace, with the router's own code.")
 
-QUEUE_LIMIT = 1_000_000  # the other systems' queues have none
+QUEUE_LIMIT = 1_000_000  # the other systems' queues are unbounded
 
 
 @app.command("simulate")
 def simulate_command(
     trace: Annotated[Path, typer.Option(help="Trace file.", exists=True, dir_okay=False)],
     trace_format: Annotated[
-        str | None, typer.Option(help=f"{' or '.join(FORMATS)}; told by the file's name.")
+        str | None, typer.Option(help=f"{' or '.join(FORMATS)}; by default from the file's name.")
     ] = None,
     groups: Annotated[int, typer.Option(help="Groups of the fleet.", min=1)] = 8,
     gpu: Annotated[str, typer.Option(help=", ".join(GPUS))] = "h100",
     gpus_per_group: Annotated[int, typer.Option(help="GPUs of one group.", min=1)] = 1,
     model: Annotated[str, typer.Option(help=", ".join(MODELS))] = "llama-3-8b",
     kv_format: Annotated[
-        str, typer.Option(help="Of sealed pages; several, by comma, are dealt to the groups.")
+        str,
+        typer.Option(help="Format of sealed pages. Groups take turns in a comma-separated list."),
     ] = "exact",
     policy: Annotated[
-        str, typer.Option(help=f"By comma, or `all`: {', '.join(POLICIES)}.")
+        str, typer.Option(help=f"Comma-separated, or `all`: {', '.join(POLICIES)}.")
     ] = "kvmesh",
-    rate: Annotated[float, typer.Option(help="How much faster requests arrive.")] = 1.0,
-    limit: Annotated[int | None, typer.Option(help="Only so many requests.", min=1)] = None,
+    rate: Annotated[float, typer.Option(help="Arrivals are this many times as fast.")] = 1.0,
+    limit: Annotated[int | None, typer.Option(help="Use only the first N requests.", min=1)] = None,
     inject: Annotated[
         str | None,
-        typer.Option("--inject-long", metavar="N@TOKENS", help="Add long prompts, evenly."),
+        typer.Option(
+            "--inject-long",
+            metavar="N@TOKENS",
+            help="Add N prompts of TOKENS tokens, evenly spaced.",
+        ),
     ] = None,
-    tenants: Annotated[int, typer.Option(help="Deal conversations to tenants.", min=1)] = 1,
+    tenants: Annotated[
+        int, typer.Option(help="Divide conversations among this many tenants.", min=1)
+    ] = 1,
     max_tokens: Annotated[
         int | None,
-        typer.Option(help="That clients allow; else the trace's longest output."),
+        typer.Option(help="Output that requests allow; by default the trace's longest."),
     ] = None,
     ttft: Annotated[float, typer.Option(help="Objective: seconds to the first token.")] = 2.0,
     ttft_stretch: Annotated[
-        float, typer.Option(help="... or this many times what an idle engine takes.")
+        float, typer.Option(help="... or this many times that of an idle engine.")
     ] = 5.0,
-    tpot: Annotated[float, typer.Option(help="Objective: seconds of a further token.")] = 0.1,
-    seed: Annotated[int, typer.Option(help="Of the policies that draw.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Figures as JSON.")] = False,
-    plot: Annotated[Path | None, typer.Option(help="Write a picture there.")] = None,
+    tpot: Annotated[float, typer.Option(help="Objective: seconds per further token.")] = 0.1,
+    seed: Annotated[int, typer.Option(help="Seed of the random policies.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Write a plot to this file.")] = None,
 ) -> None:
     """Run a trace through one or several placement policies and compare them."""
     try:
@@ -130,7 +137,7 @@ def _show(summaries: list[Summary], as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps([dataclasses.asdict(summary) for summary in summaries], indent=2))
         return
-    table = Table(title="within the objective a second; times in seconds")
+    table = Table(title="goodput: requests per second within the objective; times in seconds")
     for column in (
         "policy", "goodput", "share", "TTFT p50", "p90", "p99", "TPOT p50", "p99",
         "e2e p99", "preempted", "hit", "KV used", "fairness", "refused", "long TTFT",

@@ -1,9 +1,9 @@
-"""A modelled engine: continuous batching, chunked prefill, prefix cache, preemption.
+"""A simulated engine: continuous batching, chunked prefill, prefix cache, preemption.
 
 The rules are those of the project's own scheduler: decoding sequences first, then
 prompts in order of arrival, cut to the step's token budget; when pages run out the
-youngest is preempted and recomputed. Steps in which nothing but decoding happens
-are taken many at a time.
+youngest is preempted and recomputed. Consecutive steps that only decode are
+simulated together.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from kvmesh.cluster.simulator.trace import BLOCK_TOKENS, TraceRequest
 
 @dataclass(slots=True, eq=False)
 class SimSequence:
-    """One request on its way.
+    """One request and its progress.
 
     covered: output tokens its lease covers, or None without a lease
-    context: tokens written when it began to decode at step `since`
+    context: tokens written when it started to decode, at step `since`
     """
 
     request: TraceRequest
@@ -39,7 +39,7 @@ class SimSequence:
     own_pages: int = 0
     held_blocks: tuple[int, ...] = ()
     decoding: bool = False
-    epoch: int = 0  # counts the times it began to decode; outdates entries of the heap
+    epoch: int = 0  # times it has started to decode; heap entries of earlier ones are stale
     dispatched_at: float = math.nan
     first_token_at: float = math.nan
     finished_at: float = math.nan
@@ -56,9 +56,9 @@ class SimSequence:
 class SimEngine:
     """One group. `submit` and `wake` return when to wake it next, or None while it idles.
 
-    worst_case: admit only what fits at its greatest length (no preemption)
-    grow: asked when a sequence has used up its lease; returns what it covers from
-        then on, or None if it must wait
+    worst_case: admit only sequences that fit at their maximum length (no preemption)
+    on_want: called once when a sequence has used up its lease; the sequence continues when
+        `covered` has grown, at once or before a later step
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class SimEngine:
         service: ServiceTime,
         *,
         worst_case: bool = False,
-        grow: Callable[[SimSequence], int | None] | None = None,
+        on_want: Callable[[SimSequence, float], None] | None = None,
         on_first_token: Callable[[SimSequence, float], None] | None = None,
         on_finish: Callable[[SimSequence, float], None] | None = None,
     ) -> None:
@@ -86,7 +86,7 @@ class SimEngine:
         self._budget = shape.max_num_batched_tokens
         self._worst_case = worst_case
         self._reserved = 0
-        self._grow = grow
+        self._on_want = on_want
         self._on_first_token = on_first_token
         self._on_finish = on_finish
         self._steps = 0  # decode steps taken
@@ -98,12 +98,12 @@ class SimEngine:
         self._order = 0
         self._chunks: list[tuple[SimSequence, int]] = []
         self._jump = 0  # decode steps of the step in flight
-        self._began = 0.0
-        self._ends = 0.0
+        self._step_started_at = 0.0
+        self._step_ends_at = 0.0
         self._busy = False
         self._waking = False
 
-    # Figures that policies read
+    # Read by policies
 
     @property
     def in_flight(self) -> int:
@@ -114,7 +114,7 @@ class SimEngine:
         return self.pool.used_pages / self.pool.total_pages
 
     def queued_tokens(self) -> int:
-        """Prompt tokens given to it and not yet computed."""
+        """Prompt tokens that were submitted and are not yet computed."""
         waiting = sum(seq.request.prompt_tokens for seq in self.waiting)
         return waiting + sum(seq.to_prefill for seq in self.prefilling)
 
@@ -126,19 +126,19 @@ class SimEngine:
     def submit(self, seq: SimSequence, now: float) -> float | None:
         seq.dispatched_at = now
         self.waiting.append(seq)
-        if self._waking:  # sent in answer to an end of this very step
+        if self._waking:  # sent because a sequence ended in this step
             return None
         if not self._busy:
-            return self._begin(now)
+            return self._start_step(now)
         return self._cut_short(now)
 
     def wake(self, now: float) -> float | None:
-        """The step in flight ends; a wake-up that an earlier end has overtaken does nothing."""
-        if not self._busy or now != self._ends:
+        """End the step in flight; does nothing if the step was cut short and has ended before."""
+        if not self._busy or now != self._step_ends_at:
             return None
         self._busy, self._waking = False, True
-        self.used_page_s += self.pool.used_pages * (now - self._began)
-        self.busy_s += now - self._began
+        self.used_page_s += self.pool.used_pages * (now - self._step_started_at)
+        self.busy_s += now - self._step_started_at
         self._advance(self._jump)
         for seq, tokens in self._chunks:
             seq.to_prefill -= tokens
@@ -147,11 +147,11 @@ class SimEngine:
                 self._prefilled(seq, now)
         self._stop_due(now)
         self._waking = False
-        return self._begin(now)
+        return self._start_step(now)
 
     # A step
 
-    def _begin(self, now: float) -> float | None:
+    def _start_step(self, now: float) -> float | None:
         self._resume_stalled()
         self._admit(now)
         jump = self._room_to_decode(1 if self.prefilling else self._next_stop())
@@ -168,14 +168,14 @@ class SimEngine:
         if not chunks and not self._decoding:
             return None
         self._chunks, self._jump = chunks, jump if self._decoding else 0
-        self._began = now
+        self._step_started_at = now
         self._busy = True
         if chunks:
             duration = self._service.step(tokens, pairs, self._decoding, self._context)
         else:
             duration = self._elapsed(jump)
-        self._ends = now + duration
-        return self._ends
+        self._step_ends_at = now + duration
+        return self._step_ends_at
 
     def _elapsed(self, steps: int) -> float:
         """Time of `steps` decode steps: each reads one more token of every context."""
@@ -184,12 +184,12 @@ class SimEngine:
         return steps * first + more * steps * (steps - 1) / 2
 
     def _cut_short(self, now: float) -> float | None:
-        """Something arrived: end a run of decode steps after the one in flight."""
+        """On an arrival, end a run of decode steps after the one in flight."""
         if self._chunks or self._jump <= 1:
             return None
         first = self._service.step(0, 0.0, self._decoding, self._context)
         more = self._decoding * self._service.kv_s
-        since = now - self._began
+        since = now - self._step_started_at
         half = first - more / 2
         root = (math.sqrt(half * half + 2 * more * since) - half) / more if more else since / first
         steps = min(max(1, math.ceil(root - 1e-9)), self._jump)
@@ -197,8 +197,8 @@ class SimEngine:
             return None
         self._give_back(self._jump - steps, steps)
         self._jump = steps
-        self._ends = max(self._began + self._elapsed(steps), now)
-        return self._ends
+        self._step_ends_at = max(self._step_started_at + self._elapsed(steps), now)
+        return self._step_ends_at
 
     def _next_stop(self) -> int:
         while self._stops:
@@ -217,7 +217,7 @@ class SimEngine:
             _, _, epoch, seq = heapq.heappop(self._stops)
             if seq.decoding and seq.epoch == epoch:
                 self._leave_decoding(seq)
-                self._go_on_or_end(seq, now)
+                self._continue_or_end(seq, now)
 
     def _prefilled(self, seq: SimSequence, now: float) -> None:
         self.prefilling.remove(seq)
@@ -231,36 +231,32 @@ class SimEngine:
             seq.first_token_at = now
         if self._on_first_token:
             self._on_first_token(seq, now)
-        self._go_on_or_end(seq, now)
+        self._continue_or_end(seq, now)
 
-    def _go_on_or_end(self, seq: SimSequence, now: float) -> None:
+    def _continue_or_end(self, seq: SimSequence, now: float) -> None:
         if seq.emitted >= seq.request.output_tokens:
             self._end(seq, now)
         elif seq.covered is not None and seq.emitted >= seq.covered:
-            self._extend(seq)
+            self._extend(seq, now)
         else:
             self._enter_decoding(seq)
 
-    def _extend(self, seq: SimSequence) -> None:
-        assert self._grow is not None
-        covered = self._grow(seq)
-        if covered is None:
+    def _extend(self, seq: SimSequence, now: float) -> None:
+        assert self._on_want is not None
+        self._on_want(seq, now)
+        if self._covers_more(seq):
+            self._enter_decoding(seq)
+        else:
             seq.stalls += 1
             self._stalled.append(seq)
-        else:
-            seq.covered = covered
-            self._enter_decoding(seq)
 
     def _resume_stalled(self) -> None:
-        stalled, self._stalled = self._stalled, []
-        for seq in stalled:
-            assert self._grow is not None
-            covered = self._grow(seq)
-            if covered is None:
-                self._stalled.append(seq)
-            else:
-                seq.covered = covered
-                self._enter_decoding(seq)
+        for seq in [seq for seq in self._stalled if self._covers_more(seq)]:
+            self._stalled.remove(seq)
+            self._enter_decoding(seq)
+
+    def _covers_more(self, seq: SimSequence) -> bool:
+        return seq.covered is not None and seq.emitted < seq.covered
 
     def _enter_decoding(self, seq: SimSequence) -> None:
         limit = seq.request.output_tokens
@@ -289,7 +285,7 @@ class SimEngine:
     # Pages
 
     def _pages(self, tokens: int) -> int:
-        """Full pages. A page in a format's exact windows is counted too: a little too much."""
+        """Full pages. Those in a format's exact windows are counted too: a slight overestimate."""
         return tokens // self.page_size
 
     def _sealed_blocks(self, seq: SimSequence) -> int:
@@ -297,14 +293,14 @@ class SimEngine:
         return min(len(seq.request.blocks), sealed // self.pool.block_pages)
 
     def _fills(self, steps: int, after: int = 0) -> int:
-        """Pages that decoding fills in `steps` steps, from `after` steps ahead on."""
+        """Pages that decoding fills in `steps` steps, starting `after` steps from now."""
         cycles, rest = divmod(steps, self.page_size)
-        begin = self._steps + after
-        partial = sum(self._phases[(begin + i) % self.page_size] for i in range(1, rest + 1))
+        start = self._steps + after
+        partial = sum(self._phases[(start + i) % self.page_size] for i in range(1, rest + 1))
         return cycles * self._decoding + partial
 
     def _room_to_decode(self, steps: int) -> int:
-        """Take the pages for up to `steps` decode steps; preempt until there are some for one."""
+        """Take the pages for up to `steps` decode steps; preempt until there are enough for one."""
         while self._decoding:
             count = steps
             available = self.pool.available_pages

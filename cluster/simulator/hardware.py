@@ -1,4 +1,4 @@
-"""What groups are made of: accelerators, and the models they serve."""
+"""The accelerators and models that groups can have."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """A device by its data sheet, with the share of it that serving reaches.
+    """A device's data sheet, and the shares of it that serving reaches.
 
-    flops: dense bf16, a second; bandwidth: bytes a second; memory_bytes: all of it
+    flops: dense bf16, per second; bandwidth: bytes per second; memory_bytes: total
     prefill_share: of flops, in matrix products of prompts
     attention_share: of flops, in attention over prompts
     bandwidth_share: when weights and KV pages are read
-    step_s: what a step costs on top: launch, scheduling, sampling
+    step_s: fixed time of a step: launch, scheduling, sampling
     """
 
     name: str
@@ -28,9 +28,9 @@ class Gpu:
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """A decoder by the numbers that decide its cost.
+    """The numbers of a decoder that determine its cost.
 
-    params: that a token is multiplied with
+    params: those that a token is multiplied with
     """
 
     name: str
@@ -54,7 +54,7 @@ GPUS = {
     )
 }
 
-# Contexts as stretched as serving them takes; positions are not the simulator's concern.
+# Contexts are longer than the models': the simulator does not compute positions.
 MODELS = {
     model.name: model
     for model in (

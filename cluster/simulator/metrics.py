@@ -1,4 +1,4 @@
-"""What a run is judged by."""
+"""Figures of a run, and the objective that they are measured against."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kvmesh.cluster.simulator.simulation import Run
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """A request counts as good if its first token and its further ones come in time.
+    """A request counts as good if its first token and its further ones arrive in time.
 
     ttft_s: for any prompt; ttft_stretch: or this many times what an idle engine
         takes for it, if that is more
@@ -38,7 +38,7 @@ class Summary:
     attainment: their share of all that arrived
     kv_used_share: of all pools' pages, mean over the run
     fairness: Jain's index of the tenants' mean times to first token
-    promises, promises_kept, promise_lateness_s: starts promised, share that began
+    promises, promises_kept, promise_lateness_s: starts promised, share that started
         within half a second of the promise, mean lateness of the rest
     long_wait_s: from arrival to the first computation, of each injected request
     """
@@ -71,7 +71,7 @@ SHORT_TOKENS = 32_768
 
 
 def summarize(run: Run, service: ServiceTime, chunk_tokens: int, objective: Objective) -> Summary:
-    """Figures of a run over all requests of the trace; injected ones are reported apart."""
+    """Figures of a run over all requests of the trace; injected ones are reported separately."""
     own = [seq for seq in run.sequences if not seq.request.injected]
     long = [seq for seq in run.sequences if seq.request.injected]
     done = [seq for seq in own if not math.isnan(seq.finished_at)]
@@ -133,7 +133,7 @@ def _percentiles(values: Sequence[float]) -> dict[str, float]:
 
 
 def _jain(done: Sequence[SimSequence]) -> float:
-    """1 if all tenants wait alike; 1 / tenants if one alone waits."""
+    """1 if all tenants wait equally long; 1 / tenants if only one waits."""
     by_tenant: dict[str, list[float]] = {}
     for seq in done:
         by_tenant.setdefault(seq.request.tenant, []).append(_ttft_s(seq))

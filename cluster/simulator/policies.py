@@ -1,8 +1,8 @@
 """Placement rules of other systems, as their sources describe them.
 
-Each sends a request on at its arrival; queues are the engines' own. They read the
-engines' state at that moment, which is more than a deployed one knows: scraped
-state is late.
+Each forwards a request on arrival; only engines have queues. The rules read the
+engines' current state, which is better than what they have in a deployment:
+scraped state is stale.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Rule = Callable[[TraceRequest, Sequence[SimEngine]], int]
 
 
 def round_robin(seed: int) -> Rule:
-    """Each in its turn."""
+    """Engines in turn."""
     turn = -1
 
     def place(request: TraceRequest, engines: Sequence[SimEngine]) -> int:
@@ -29,7 +29,7 @@ def round_robin(seed: int) -> Rule:
 
 
 def uniform(seed: int) -> Rule:
-    """Any, with equal chances."""
+    """A random engine."""
     chance = random.Random(seed)
     return lambda request, engines: chance.randrange(len(engines))
 
@@ -47,9 +47,9 @@ def power_of_two(seed: int) -> Rule:
     return place
 
 
-def least_kv(seed: int) -> Rule:
+def min_kv_share(seed: int) -> Rule:
     """The lowest share of KV pages in use (the least-kv-cache rules of AIBrix and llm-d)."""
-    return lambda request, engines: _least(engines, lambda engine: engine.kv_share)
+    return lambda request, engines: _index_of_min(engines, lambda engine: engine.kv_share)
 
 
 def vllm_data_parallel(seed: int) -> Rule:
@@ -62,14 +62,14 @@ def vllm_data_parallel(seed: int) -> Rule:
         waiting = len(engine.waiting)
         return engine.in_flight + waiting * 6 * max(0.0, engine.kv_share - 0.5)
 
-    return lambda request, engines: _least(engines, score)
+    return lambda request, engines: _index_of_min(engines, score)
 
 
 def prefix_affinity(seed: int) -> Rule:
     """SGLang's cache-aware router: the best prefix match, unless loads are out of balance.
 
-    Out of balance: most − least in flight > 64 and most > 1.5 · least; then the
-    least loaded. A match of less than 0.3 of the prompt goes to the emptiest cache.
+    Out of balance: max − min in flight > 64 and max > 1.5 · min; then the least
+    loaded. A match of less than 0.3 of the prompt goes to the emptiest cache.
     """
 
     def place(request: TraceRequest, engines: Sequence[SimEngine]) -> int:
@@ -89,9 +89,9 @@ def prefix_affinity(seed: int) -> Rule:
 def prefix_tree(seed: int) -> Rule:
     """Ray Serve LLM's prefix-aware router: the best match of at least 0.1, else power of two.
 
-    Taken while the most loaded has at most ten requests more than the least loaded;
-    Ray's own default threshold is infinite, which overloads whoever holds the
-    prefix that all requests share.
+    The match is used while the most loaded engine has at most ten requests more than
+    the least loaded. Ray's own default threshold is infinite, which overloads the
+    engine with the prefix that all requests share.
     """
     fallback = power_of_two(seed)
 
@@ -116,17 +116,17 @@ def dynamo_cost(seed: int) -> Rule:
         return (prefill + decode) / engine.page_size
 
     def place(request: TraceRequest, engines: Sequence[SimEngine]) -> int:
-        return _least(engines, lambda engine: cost(request, engine))
+        return _index_of_min(engines, lambda engine: cost(request, engine))
 
     return place
 
 
 def fewest_in_flight(seed: int) -> Rule:
-    """The fewest requests; stands before engines that reserve the worst case (TGI)."""
-    return lambda request, engines: _least(engines, lambda engine: float(engine.in_flight))
+    """The fewest requests; for engines that reserve the worst case (TGI)."""
+    return lambda request, engines: _index_of_min(engines, lambda engine: float(engine.in_flight))
 
 
-def _least(engines: Sequence[SimEngine], score: Callable[[SimEngine], float]) -> int:
+def _index_of_min(engines: Sequence[SimEngine], score: Callable[[SimEngine], float]) -> int:
     return min(range(len(engines)), key=lambda index: score(engines[index]))
 
 
@@ -134,7 +134,7 @@ PEERS: dict[str, Callable[[int], Rule]] = {
     "round-robin": round_robin,
     "random": uniform,
     "power-of-two": power_of_two,
-    "least-kv": least_kv,
+    "least-kv": min_kv_share,
     "vllm-dp": vllm_data_parallel,
     "prefix-affinity": prefix_affinity,
     "prefix-tree": prefix_tree,

@@ -9,8 +9,8 @@ A step computes chunks of prompts and one token for each decoding sequence:
 
 each with the share of the data sheet that serving reaches (see `Gpu`), and times a
 group's GPUs, less a share lost to communication. KV bytes are the format's, so a
-low-bit format reads less; unpacking it is charged as the loss of bandwidth share
-that `KV_READ_SHARE` says.
+low-bit format reads less; the cost of unpacking is a lower bandwidth share
+(`KV_READ_SHARE`).
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from kvmesh.workers.pool_plan import PoolPlan, plan_pool
 from kvmesh.workers.sizes import PageGeometry
 
 BF16_BYTES = 2
-# Low-bit kernels are bound by the instructions that unpack before the memory they read.
+# Low-bit kernels are limited by unpacking instructions rather than by memory bandwidth.
 KV_READ_SHARE = {16: 1.0, 8: 0.9, 4: 0.65, 2: 0.5}
-SCALING_LOSS = 0.9  # share left of each doubling of a group's GPUs
+SCALING_EFFICIENCY = 0.9  # share that remains at each doubling of a group's GPUs
 
 
 @dataclass(frozen=True, slots=True)
 class EngineShape:
-    """What one group is, and how it is configured.
+    """The hardware, model and configuration of one group.
 
     gpus: of the group; page_size in tokens
     memory_share: of a GPU's memory that weights and KV may take
@@ -91,7 +91,7 @@ class ServiceTime:
     def of(cls, shape: EngineShape) -> ServiceTime:
         gpu, model = shape.gpu, shape.model
         doublings = shape.gpus.bit_length() - 1
-        power = shape.gpus * SCALING_LOSS**doublings
+        power = shape.gpus * SCALING_EFFICIENCY**doublings
         bandwidth = gpu.bandwidth * gpu.bandwidth_share * power
         kv_bits = min(KV_READ_SHARE, key=lambda bits: abs(bits - shape.kv_format.k_bits))
         kv_bytes = shape.geometry.sealed_page_bytes / shape.page_size
@@ -120,7 +120,7 @@ class ServiceTime:
         return chunks * self.step(chunk_tokens, 0.0, 0, 0) + last + pairs * self.pair_s
 
     def pace(self, chunk_tokens: int) -> Pace:
-        """What a router would be told of such an engine beforehand."""
+        """The initial pace that a router would be configured with for such an engine."""
         return Pace(
             prefill_s_per_token=self.step(chunk_tokens, 0.0, 0, 0) / chunk_tokens,
             prefill_s_per_pair=self.pair_s,

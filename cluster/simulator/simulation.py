@@ -1,27 +1,26 @@
-"""The event loop, and the two ways a request gets to an engine."""
+"""The event loop, and the two ways in which a request reaches an engine."""
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from kvmesh.cluster.routing.config import RouterConfig
-from kvmesh.cluster.routing.group import REFERENCE_BITS, GroupSpec
-from kvmesh.cluster.routing.pace import Pace
-from kvmesh.cluster.routing.request import Granted, PlaceRequest, Refused
-from kvmesh.cluster.routing.router import Changes, Router
+from kvmesh.cluster.routing.outcome import Granted, Grown, Outcome, Refused
+from kvmesh.cluster.routing.request import PlaceRequest
+from kvmesh.cluster.routing.router import Router
 from kvmesh.cluster.simulator.engine import SimEngine, SimSequence
 from kvmesh.cluster.simulator.policies import PEERS, POLICIES, WORST_CASE
 from kvmesh.cluster.simulator.service_time import EngineShape, ServiceTime
 from kvmesh.cluster.simulator.trace import BLOCK_TOKENS, TraceRequest
-from kvmesh.workers.request import EngineLoads, LeaseTerms, PoolLoads
-from kvmesh.workers.sizes import PageGeometry, PageNeed
+from kvmesh.workers.lease import AccountUpdate, LeaseEnd, LeaseWant
+from kvmesh.workers.loads import EngineInfo
+from kvmesh.workers.sizes import PageNeed
 
 TICK_S = 0.1
-REPORT_S = 2.0
-NO_POOL = PoolLoads(0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+PAGES_S = 2.0  # between reports of evicted pages
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,19 +28,17 @@ class Scenario:
     """What is simulated.
 
     shapes: one for each group
-    services: their step times; from the shapes if empty
     max_tokens: what clients allow for output; the real length is the trace's
     """
 
     shapes: Sequence[EngineShape]
     requests: Sequence[TraceRequest]
     max_tokens: int
-    services: Sequence[ServiceTime] = ()
     router: RouterConfig = field(default_factory=RouterConfig)
     seed: int = 0
 
     def service(self, index: int) -> ServiceTime:
-        return self.services[index] if self.services else ServiceTime.of(self.shapes[index])
+        return ServiceTime.of(self.shapes[index])
 
     def allowed(self, request: TraceRequest) -> int:
         return max(self.max_tokens, request.output_tokens)
@@ -49,7 +46,7 @@ class Scenario:
 
 @dataclass(slots=True)
 class Run:
-    """What came of it."""
+    """The result of a simulation."""
 
     policy: str
     sequences: list[SimSequence]
@@ -122,7 +119,7 @@ class _Fleet:
 
 
 class _Peer:
-    """A rule that sends every request on at once."""
+    """Another system's rule, which forwards every request on arrival."""
 
     idle = True
 
@@ -135,52 +132,53 @@ class _Peer:
         ]
 
     def arrive(self, seq: SimSequence, now: float) -> None:
-        able = [x for x in self._fleet.engines if x.fits_ever(seq.request, seq.max_tokens)]
-        if not able:
+        candidates = [x for x in self._fleet.engines if x.fits_ever(seq.request, seq.max_tokens)]
+        if not candidates:
             seq.refused = True
             return
-        self._fleet.send(seq, able[self._rule(seq.request, able)].index)
+        self._fleet.send(seq, candidates[self._rule(seq.request, candidates)].index)
 
     def tick(self, now: float) -> None:
-        """Nothing waits here."""
+        """Does nothing: no request waits here."""
 
 
 class _Own:
-    """The router itself: its core, told the simulation's time."""
+    """The core of kvmesh's own router, with the simulation's clock."""
 
     def __init__(self, fleet: _Fleet, scenario: Scenario, *, clairvoyant: bool) -> None:
         self._fleet = fleet
         self._clairvoyant = clairvoyant
-        self._router = Router(scenario.router, epoch=1, now=0.0)
-        self._live: dict[str, SimSequence] = {}
-        self._asked: dict[str, PlaceRequest] = {}
-        self._by_hash: list[dict[bytes, None]] = []
-        self._report_at = 0.0
-        self._pages = BLOCK_TOKENS // scenario.shapes[0].page_size
+        # Groups may differ in KV format, which the pace of prompts does not depend on.
+        shape = scenario.shapes[0]
+        pace = scenario.service(0).pace(shape.max_num_batched_tokens)
+        tuning = replace(scenario.router.tuning, pace=pace)
+        self._router = Router(replace(scenario.router, tuning=tuning), epoch=1, now=0.0)
+        self._waiting: dict[str, SimSequence] = {}  # by request id
+        self._leased: dict[str, SimSequence] = {}  # by lease id
+        self._pages_at = 0.0
+        self._pages = BLOCK_TOKENS // shape.page_size
+        self._infos: list[EngineInfo] = []
         for index, shape in enumerate(scenario.shapes):
-            service = scenario.service(index)
-            fleet.engines.append(
-                SimEngine(
-                    index,
-                    shape,
-                    service,
-                    grow=self._grow,
-                    on_first_token=self._first_token,
-                    on_finish=self._finish,
-                )
+            engine = SimEngine(
+                index,
+                shape,
+                scenario.service(index),
+                on_want=self._want,
+                on_first_token=self._first_token,
+                on_finish=self._finish,
             )
-            spec = group_spec(
-                fleet.engines[index], shape, service.pace(shape.max_num_batched_tokens)
-            )
-            self._router.group_up(spec, 0.0)
+            fleet.engines.append(engine)
+            self._infos.append(engine_info(engine, shape))
+            self._router.group_up(f"g{index}", self._infos[-1], (), 0.0)
 
     @property
     def idle(self) -> bool:
-        return not self._router.queue_depth
+        return not self._waiting
 
     def arrive(self, seq: SimSequence, now: float) -> None:
         request = seq.request
-        asked = PlaceRequest(
+        self._waiting[request.request_id] = seq
+        place = PlaceRequest(
             request.request_id,
             request.prompt_tokens,
             request.output_tokens if self._clairvoyant else seq.max_tokens,
@@ -191,69 +189,66 @@ class _Own:
                 for name in (block.to_bytes(8, "little"),) * self._pages
             ),
         )
-        self._live[request.request_id] = seq
-        self._asked[request.request_id] = asked
-        decision, changes = self._router.submit(asked, now)
-        self._settle(changes)
-        if isinstance(decision, Granted | Refused):
-            self._settle(Changes((decision,)))
+        self._settle(self._router.place(place, now), now)
 
     def tick(self, now: float) -> None:
-        if now >= self._report_at:
-            self._report_at = now + REPORT_S
-            self._report(now)
-        self._settle(self._router.tick(now))
+        if now >= self._pages_at:
+            self._pages_at = now + PAGES_S
+            for engine in self._fleet.engines:
+                evicted, engine.pool.evicted = engine.pool.evicted, []
+                names = [block.to_bytes(8, "little") for block in evicted]
+                self._router.pages_changed(f"g{engine.index}", (), names)
+        self._settle(self._router.tick(now), now)
 
-    def _report(self, now: float) -> None:
-        for engine in self._fleet.engines:
-            leases = tuple(
-                LeaseTerms(seq.lease_id, 1, 0, 0) for seq in (*engine.waiting, *engine.running)
-            )
-            loads = EngineLoads("1", 0, 0, NO_POOL, leases, 0, 0, 0, 0, 0)
-            self._settle(self._router.report(f"g{engine.index}", loads, now)[1])
-            evicted, engine.pool.evicted = engine.pool.evicted, []
-            names = [block.to_bytes(8, "little") for block in evicted]
-            self._router.pages_changed(f"g{engine.index}", (), names, now)
-
-    def _settle(self, changes: Changes) -> None:
-        for outcome in changes.outcomes:
-            seq = self._live[outcome.request_id]
+    def _settle(self, outcomes: Iterable[Outcome], now: float) -> None:
+        for outcome in outcomes:
             match outcome:
                 case Granted(placement=placement):
+                    seq = self._waiting.pop(placement.request_id)
+                    self._leased[placement.lease.lease_id] = seq
                     seq.lease_id = placement.lease.lease_id
                     seq.covered = placement.leased_output_tokens
                     seq.promised_at = placement.promised_at
                     self._fleet.send(seq, int(placement.group[1:]))
-                case Refused():
-                    seq.refused = True
-                    del self._live[outcome.request_id], self._asked[outcome.request_id]
+                    self._report(seq, AccountUpdate(arrived=(placement.lease,)), now)
+                case Refused(request_id=request_id):
+                    self._waiting.pop(request_id).refused = True
+                case Grown(lease=lease):
+                    seq = self._leased[lease.lease_id]
+                    geometry = self._infos[seq.group].geometry
+                    tokens = geometry.tokens_within(lease.sealed_pages)
+                    seq.covered = tokens - seq.request.prompt_tokens
 
-    def _grow(self, seq: SimSequence) -> int | None:
-        asked = self._asked[seq.request.request_id]
-        growth = self._router.grow(seq.lease_id, asked, seq.emitted + 1, self._fleet.now)
-        return None if growth is None else growth.output_tokens
+    def _want(self, seq: SimSequence, now: float) -> None:
+        prompt = seq.request.prompt_tokens
+        want = LeaseWant(seq.lease_id, prompt, prompt + seq.emitted + 1)
+        self._report(seq, AccountUpdate(wants=(want,)), now)
 
     def _first_token(self, seq: SimSequence, now: float) -> None:
-        self._settle(self._router.begun(seq.lease_id, now))
+        self._report(seq, AccountUpdate(first_tokens=(seq.lease_id,)), now)
 
     def _finish(self, seq: SimSequence, now: float) -> None:
-        del self._live[seq.request.request_id], self._asked[seq.request.request_id]
-        self._settle(self._router.release(seq.lease_id, now, seq.request.output_tokens))
+        del self._leased[seq.lease_id]
+        end = LeaseEnd(seq.lease_id, seq.request.output_tokens)
+        self._report(seq, AccountUpdate(ended=(end,)), now)
+
+    def _report(self, seq: SimSequence, update: AccountUpdate, now: float) -> None:
+        self._settle(self._router.account(f"g{seq.group}", update, now), now)
 
 
-def group_spec(engine: SimEngine, shape: EngineShape, pace: Pace) -> GroupSpec:
-    """A modelled engine as the router is told of it."""
+def engine_info(engine: SimEngine, shape: EngineShape) -> EngineInfo:
+    """A simulated engine as the router sees it: every sequence holds one hot page."""
     geometry = shape.geometry
-    return GroupSpec(
-        group=f"g{engine.index}",
-        engine_epoch="1",
-        capacity=PageNeed(hot=engine.max_num_seqs, sealed=engine.pool.total_pages),
-        geometry=PageGeometry(
-            shape.page_size, 0, 0, geometry.hot_page_bytes, geometry.sealed_page_bytes
-        ),
-        max_model_len=shape.model.max_model_len,
-        max_sequences=engine.max_num_seqs,
+    return EngineInfo(
+        epoch="1",
+        model=shape.model.name,
+        model_revision="",
         kv_format=shape.kv_format.name,
-        quality=REFERENCE_BITS * geometry.sealed_page_bytes / geometry.hot_page_bytes,
-        pace=pace,
+        dtype="bfloat16",
+        tp=shape.gpus,
+        geometry=replace(geometry, sink_pages=0, recent_pages=0),
+        capacity=PageNeed(hot=engine.max_num_seqs, sealed=engine.pool.total_pages),
+        max_model_len=shape.model.max_model_len,
+        vocab_size=0,
+        max_num_seqs=engine.max_num_seqs,
     )

@@ -1,4 +1,4 @@
-"""Traces of real serving: who asked for how much, and when."""
+"""Traces of real serving: arrival times and lengths of requests."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ FORMATS = ("mooncake", "azure")
 class TraceRequest:
     """One request of a trace.
 
-    arrival_s: from the trace's begin
+    arrival_s: since the trace's start
     blocks: ids of the prompt's full 512-token blocks; equal ids mean an equal prefix
-    injected: not of the trace, but added to it
+    injected: added to the trace
     """
 
     request_id: str
@@ -34,9 +34,9 @@ class TraceRequest:
 
 
 def read_trace(path: Path, trace_format: str | None = None) -> list[TraceRequest]:
-    """Read a trace, by arrival. The format is told by the file's name if not given.
+    """Read a trace, sorted by arrival. By default the file's name determines the format.
 
-    Raises ValueError if the format is unknown or the file has another.
+    Raises ValueError if the format is unknown or does not match the file.
     """
     name = trace_format or ("mooncake" if path.suffix == ".jsonl" else "azure")
     if name not in FORMATS:
@@ -58,7 +58,7 @@ def at_rate(requests: Sequence[TraceRequest], factor: float) -> list[TraceReques
 
 
 def with_tenants(requests: Sequence[TraceRequest], count: int) -> list[TraceRequest]:
-    """Requests dealt to tenants: public traces have none. One conversation, one tenant."""
+    """Divide conversations among `count` tenants; public traces have no tenants."""
     if count < 1:
         raise ValueError(f"tenants must be at least 1, got {count}")
     return [
@@ -69,7 +69,7 @@ def with_tenants(requests: Sequence[TraceRequest], count: int) -> list[TraceRequ
 def inject_long(
     requests: Sequence[TraceRequest], count: int, prompt_tokens: int, output_tokens: int = 512
 ) -> list[TraceRequest]:
-    """Add `count` long requests, evenly over the trace: no public trace has such lengths."""
+    """Add `count` long requests, evenly spaced; no public trace has such lengths."""
     if count < 0 or prompt_tokens < 1:
         raise ValueError(f"inject_long must be N@TOKENS, got {count}@{prompt_tokens}")
     end_s = requests[-1].arrival_s
@@ -88,7 +88,7 @@ def inject_long(
 
 
 def _read_mooncake(path: Path) -> list[TraceRequest]:
-    """Arrivals are rounded to 3 s in the file; they are spread evenly over that time here."""
+    """The file rounds arrivals to 3 s; here they are spread randomly over that interval."""
     rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
     spread = random.Random(0)
     stamps = sorted({row["timestamp"] for row in rows})
@@ -111,11 +111,11 @@ def _read_azure(path: Path) -> list[TraceRequest]:
         rows = list(csv.DictReader(file))
     # seven digits of a second: one more than Python reads
     times = [datetime.datetime.fromisoformat(row["TIMESTAMP"][:26]) for row in rows]
-    begin = min(times, default=None)
+    start = min(times, default=None)
     return [
         TraceRequest(
             request_id=f"r{index}",
-            arrival_s=(at - begin).total_seconds() if begin else 0.0,
+            arrival_s=(at - start).total_seconds() if start else 0.0,
             prompt_tokens=max(1, int(row["ContextTokens"])),
             output_tokens=max(1, int(row["GeneratedTokens"])),
         )
@@ -124,5 +124,5 @@ def _read_azure(path: Path) -> list[TraceRequest]:
 
 
 def _conversation(request: TraceRequest) -> int:
-    """The first block after the one that nearly all requests begin with, or the id."""
+    """The first block after the one that nearly all requests start with, or the id."""
     return request.blocks[1] if len(request.blocks) > 1 else int(request.request_id[1:])

@@ -1,4 +1,4 @@
-"""What attention is to be computed: the same for all layers of a step."""
+"""The attention to compute: the same for all layers of a step."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 
 @dataclass(frozen=True, eq=False, slots=True)
 class SharedPrefixes:
-    """Sequences of one new token whose first sealed pages are the same, to be read once for all.
+    """Decoding sequences whose first sealed pages are the same, to be read once for all of them.
 
-    pages: [num_seqs] int32, how many pages from the sink on each reads together with others,
-        all of them sealed for it; 0 for a sequence that does not
-    members: [num_seqs] int32, those that do, set by set; what comes after them is not read
-    starts: [num_sets + 1] int32, where each set's members begin; a set may be empty, and has
-        as many members as `sharers` allows at most, all with the same `pages`
+    pages: [num_seqs] int32, how many pages after the sink a sequence reads together with
+        others, all of them sealed; 0 for a sequence that shares none
+    members: [num_seqs] int32, the sharing sequences, set by set; the rest is unused
+    starts: [num_sets + 1] int32, where each set's members begin; a set may be empty, has at
+        most as many members as `sharers` allows, and all its members have the same `pages`
     """
 
     pages: torch.Tensor
@@ -29,7 +29,7 @@ class SharedPrefixes:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class AttentionBatch:
-    """The sequences of one step, where their pages are, and who reads which form.
+    """The sequences of one step, where their pages are, and which form each query reads.
 
     Sequences may be mixed: one new token (decode) or many (a prefill chunk).
     The query at position i, in page P = i // page_size, reads key j of page p
@@ -40,10 +40,10 @@ class AttentionBatch:
     seq_lens: [num_seqs] int32, tokens including the new ones
     rows: [num_seqs] int32, the sequence's row in the tables
     hot_tables, sealed_tables: [num_rows, max_pages] int32, logical page -> page
-        id; -1 where that form does not exist
+        id; -1 where the page does not exist in that form
     max_query_len, max_seq_len: upper bounds, known to the host
-    prefixes: what may be read once for several sequences; changes rounding only
-    plans: what a backend works out of the above once a step; its own business
+    prefixes: pages to read once for several sequences; affects only rounding
+    plans: what a backend derives from the above once per step; private to the backend
     """
 
     query_starts: torch.Tensor

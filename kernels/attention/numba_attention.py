@@ -1,4 +1,4 @@
-"""`paged_attention` on CPUs: decode in compiled loops, chunks of prompts in plain torch."""
+"""`paged_attention` on CPUs: decode in compiled loops, prefill chunks in plain torch."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from kvmesh.kernels.formats.base import NO_PARAMS, KVFormat, LayerParams
 from kvmesh.kernels.merge import merge_states
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-MIN_PAGES_PER_THREAD = 32  # handing work to a thread costs about as much as so many pages
+MIN_PAGES_PER_THREAD = 32  # starting a thread costs about as much as reading this many pages
 
 Ints = npt.NDArray[np.int64]
 
 
 def has_loop(fmt: KVFormat, page_size: int, head_dim: int, dtype: torch.dtype) -> bool:
-    """Whether this format's pages can be read by a compiled loop."""
+    """Whether there is a compiled loop for this format's pages."""
     return dtype in DTYPES and decode_loop(fmt, page_size, head_dim, DTYPES[dtype]) is not None
 
 
 @dataclass(frozen=True, slots=True)
 class _Decode:
-    """The decode part of a batch, worked out once a step.
+    """The decode part of a batch, derived once per step.
 
-    shares: what each thread does, units of `DecodeLoop.attend`
+    shares: the work of each thread, as units of `DecodeLoop.attend`
     """
 
     sequences: Sequences
@@ -57,12 +57,12 @@ def paged_attention(
     compiled = params.compiled(fmt, page_size)
     loop = decode_loop(compiled.fmt, page_size, head_dim, DTYPES[hot.dtype])
     if loop is None:
-        raise ValueError(f"fmt: {fmt.name} has no compiled loop")
+        raise ValueError(f"fmt: {fmt.name} has no compiled loop; use the reference backend")
     decode = _decode_of(batch, num_kv_heads)
     shape = (decode.splits, num_tokens, num_heads, head_dim)
     out = torch.empty(shape, dtype=torch.float32)
     lse = torch.empty(shape[:3], dtype=torch.float32)
-    if decode.sequences.members.size < num_tokens:  # rows of other sequences, or of none
+    if decode.sequences.members.size < num_tokens:  # some rows do not decode
         out.zero_()
         lse.fill_(-torch.inf)
     rule = Rule(
@@ -77,6 +77,8 @@ def paged_attention(
     largest = int(np.diff(decode.sequences.group_starts).max(initial=0))
 
     def attend(share: Ints) -> tuple[int, int, bool]:
+        if not len(share):  # nothing decodes, so the loop need not be compiled
+            return -1, 0, False
         return loop.attend(  # type: ignore[no-any-return]
             share,
             decode.sequences,
@@ -124,7 +126,7 @@ def _numbers(table: torch.Tensor | None) -> npt.NDArray[np.float32]:
 
 
 def _decode_of(batch: AttentionBatch, num_kv_heads: int) -> _Decode:
-    """The batch's decode part, worked out on first use."""
+    """The batch's decode part, derived on first use."""
     threads = torch.get_num_threads()
     key = ("numba", num_kv_heads, threads)
     decode = batch.plans.get(key)
@@ -140,7 +142,7 @@ def _plan(batch: AttentionBatch, num_kv_heads: int, threads: int) -> _Decode:
     check_queries(counts, seq_lens)
     _check_tables(batch, seq_lens)
     group_starts, members, shared_pages = _groups(batch, np.flatnonzero(counts == 1))
-    # Pages that are read, by group; a split of them is a unit of work.
+    # The pages to read, by group; a split of them is a unit of work.
     own = -(-seq_lens // batch.page_size)[members]
     firsts = group_starts[:-1]
     work = np.add.reduceat(own, firsts) if len(members) else own
@@ -162,29 +164,29 @@ def _plan(batch: AttentionBatch, num_kv_heads: int, threads: int) -> _Decode:
         hot_tables=batch.hot_tables.numpy(),
         sealed_tables=batch.sealed_tables.numpy(),
     )
-    shares = _dealt(units, work[units[:, 0]], threads)
+    shares = _assign(units, work[units[:, 0]], threads)
     return _Decode(sequences, shares, splits)
 
 
 def _check_tables(batch: AttentionBatch, seq_lens: Ints) -> None:
-    """Compiled loops do not look where a table ends."""
+    """Check the tables' bounds, because compiled loops do not."""
     num_rows, max_pages = batch.hot_tables.shape
     longest = int(seq_lens.max(initial=0))
     if longest > max_pages * batch.page_size:
         raise ValueError(
-            f"seq_lens: {longest} tokens are more than {max_pages} pages of {batch.page_size} hold"
+            f"seq_lens: {longest} tokens do not fit {max_pages} pages of {batch.page_size} tokens"
         )
     if batch.num_seqs and not 0 <= int(batch.rows.min()) <= int(batch.rows.max()) < num_rows:
-        raise ValueError(f"rows: expected rows of tables that have {num_rows}, got {batch.rows}")
+        raise ValueError(f"rows: expected rows below {num_rows} of the tables, got {batch.rows}")
 
 
 def _groups(batch: AttentionBatch, decoding: Ints) -> tuple[Ints, Ints, Ints]:
-    """`Sequences`' group_starts, members and shared_pages, of the sequences with one new token."""
+    """group_starts, members and shared_pages of `Sequences`, for the decoding sequences."""
     if batch.prefixes is None:
         return np.arange(len(decoding) + 1), decoding, np.zeros(len(decoding), np.int64)
     pages = batch.prefixes.pages.numpy().astype(np.int64)
     starts = batch.prefixes.starts.numpy().astype(np.int64)
-    starts = starts[np.append(np.diff(starts) > 0, True)]  # without empty sets
+    starts = starts[np.append(np.diff(starts) > 0, True)]  # drop empty sets
     sharing = batch.prefixes.members.numpy()[: starts[-1]].astype(np.int64)
     alone = decoding[pages[decoding] == 0]
     shared_pages = np.append(pages[sharing[starts[:-1]]], np.zeros(len(alone), np.int64))
@@ -192,17 +194,17 @@ def _groups(batch: AttentionBatch, decoding: Ints) -> tuple[Ints, Ints, Ints]:
     return group_starts, np.append(sharing, alone), shared_pages
 
 
-def _dealt(units: Ints, work: Ints, threads: int) -> tuple[Ints, ...]:
-    """The units by thread: the largest first, each to the thread with the least to do."""
+def _assign(units: Ints, work: Ints, threads: int) -> tuple[Ints, ...]:
+    """The units per thread: the largest first, each to the thread with the least work."""
     if threads == 1:
         return (units,)
-    hands: list[list[int]] = [[] for _ in range(threads)]
+    assigned: list[list[int]] = [[] for _ in range(threads)]
     loads = [0] * threads
     for unit in np.argsort(-work, kind="stable"):
-        least = loads.index(min(loads))
-        hands[least].append(int(unit))
-        loads[least] += int(work[unit])
-    return tuple(units[hand] for hand in hands)
+        idlest = loads.index(min(loads))
+        assigned[idlest].append(int(unit))
+        loads[idlest] += int(work[unit])
+    return tuple(units[indices] for indices in assigned)
 
 
 @cache

@@ -1,9 +1,9 @@
 """The decode loop on CPUs: one KV head of a few sequences over their pages, page by page.
 
-The running maximum and sum of a softmax over pages in any order (Milakov &
-Gimelshein, 2018), as the loop on GPUs has them. A page becomes a tile of fp32
-numbers that stays in the nearest cache and is multiplied with all rows, the query
-heads of all sequences that read it. Scores are powers of 2.
+It keeps a softmax's running maximum and sum over pages in any order (Milakov &
+Gimelshein, 2018), like the loop on GPUs. A page becomes a tile of fp32 numbers that
+stays in the L1 cache and is multiplied with all rows, which are the query heads of
+all sequences that read it. Scores are base-2 logarithms.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
+from kvmesh.kernels.attention.numba_cache import keep_on_disk
 from kvmesh.kernels.formats.base import KVFormat
 from kvmesh.kernels.formats.exact.side import Exact
 from kvmesh.kernels.formats.tiles_numba import (
@@ -49,8 +50,8 @@ _C0, _C1, _C2, _C3, _C4, _C5 = _EXP2
 
 @numba.njit(nogil=True, fastmath=True)
 def _largest(x):  # type: ignore[no-untyped-def]
-    # Of all that is here the only thing that is allowed to forget NaN: it could not be
-    # vectorised otherwise, and the scores themselves stay NaN.
+    # The only function here that may drop NaN: otherwise it could not be vectorised. The
+    # scores themselves stay NaN.
     largest = x[0]
     for i in range(x.shape[0]):
         largest = max(largest, x[i])
@@ -59,13 +60,13 @@ def _largest(x):  # type: ignore[no-untyped-def]
 
 @compiled
 def _exp2_below(x, top):  # type: ignore[no-untyped-def]
-    """x -> 2^(x - top), in place, top no less than any of x; their sum"""
+    """x -> 2^(x - top), in place, where top is at least the maximum of x; returns the sum"""
     total = np.float32(0.0)
     for i in range(x.shape[0]):
         y = x[i] - top
         if y < np.float32(-126.0):  # not max, which may drop a NaN
             y = np.float32(-126.0)
-        whole = np.int32(y - np.float32(0.5))  # cut towards 0: the nearest, as y <= 0
+        whole = np.int32(y - np.float32(0.5))  # truncation rounds to the nearest, as y <= 0
         f = y - np.float32(whole)
         p = ((((_C0 * f + _C1) * f + _C2) * f + _C3) * f + _C4) * f + _C5
         p = (p * f + np.float32(1.0)) * float_of((whole + np.int32(127)) << np.int32(23))
@@ -76,13 +77,13 @@ def _exp2_below(x, top):  # type: ignore[no-untyped-def]
 
 @cache
 def _products(length: int) -> Any:
-    """(a, b, out): out[r, i] = a[r] · b[i] over `length` numbers each, for rows of a and of b."""
+    """(a, b, out): out[r, i] = a[r] · b[i], for rows of `length` numbers of a and b."""
 
     @compiled
     def products(a, b, out):  # type: ignore[no-untyped-def]
         count = b.shape[0]
         whole = count // 4 * 4
-        for i in range(0, whole, 4):  # four at a time: a's row is read once for them
+        for i in range(0, whole, 4):  # four at a time: a's row is read once for all four
             for r in range(a.shape[0]):
                 s0 = s1 = s2 = s3 = np.float32(0.0)
                 for d in range(length):
@@ -128,13 +129,13 @@ def _sums(head_dim: int) -> Any:
 
 @cache
 def _absorber(page_size: int, head_dim: int) -> Any:
-    """Take tokens first to end of a page into the running softmax of some rows.
+    """Adds tokens first to end of a page to the running softmax of some rows.
 
     q [rows, head_dim], times the scale; k by token; v by token, or by channel if v_transposed
-    k_grid, v_grid, k_numbers, v_numbers: what k and v stand for, see `SideLoad`
+    k_grid, v_grid, k_numbers, v_numbers: the meaning of k and v, see `SideLoad`
     scaled, part [rows, head_dim], scores [rows, page_size]: scratch
-    acc [rows, head_dim], top and total [rows]: the state; fp64 but for top, or the sums of a
-        million tokens would lose three digits
+    acc [rows, head_dim], top and total [rows]: the state; all but top are fp64, since fp32 sums
+        over a million tokens would lose three digits
     """
     products, weigh, sums = _products(head_dim), _products(page_size), _sums(head_dim)
 
@@ -159,7 +160,7 @@ def _absorber(page_size: int, head_dim: int) -> Any:
         total,
     ):
         rows = q.shape[0]
-        # q·(scale code + offset): scales of channels go into q, those of tokens into scores.
+        # q·(scale code + offset): scales per channel go into q, scales per token into scores.
         queries = q
         if k_grid == BY_CHANNEL:
             queries = scaled
@@ -217,9 +218,9 @@ def _absorber(page_size: int, head_dim: int) -> Any:
 class Sequences(NamedTuple):
     """The sequences of a batch and its tables.
 
-    group_starts [groups + 1], members: sequences of one new token, group by group
-    shared_pages [groups]: how many sealed pages, from the sink on, are the same for all of a group
-    tokens, seq_lens, table_rows: of every sequence; tokens: its row of q
+    group_starts [groups + 1], members: the decoding sequences, group by group
+    shared_pages [groups]: how many sealed pages after the sink the whole group shares
+    tokens, seq_lens, table_rows: for every sequence; tokens: its row of q
     """
 
     group_starts: Any
@@ -233,10 +234,11 @@ class Sequences(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """Who sees what, and what scores are multiplied with.
+    """Which keys are visible, and what scores are multiplied by.
 
-    splits: in how many shares a group's pages are read
-    scale: to powers of 2, or with a softcap to natural scores; window, softcap: 0 for none
+    splits: the number of parts in which a group's pages are read
+    scale: converts to base-2 scores, or with a softcap to natural-log scores
+    window, softcap: 0 for none
     """
 
     splits: int
@@ -248,14 +250,14 @@ class Rule(NamedTuple):
 
 
 class Tables(NamedTuple):
-    """What the sides read of the layer's parameters, fp32, see `Side.table`; empty for nothing."""
+    """The layer's parameters for the sides, fp32, see `Side.table`; empty if there are none."""
 
     k: Any
     v: Any
 
 
 class Scratch(NamedTuple):
-    """What a thread needs for one group: tiles, and a row for each of its query heads."""
+    """A thread's memory for one group: tiles, and a row for each of its query heads."""
 
     k_tile: Any
     v_tile: Any
@@ -281,7 +283,7 @@ class DecodeLoop:
     hot [pages, 2, num_kv_heads, bytes], sealed [pages, num_kv_heads, bytes], uint8
     out [splits, num_tokens, num_heads, head_dim] fp32, lse [splits, num_tokens, num_heads]:
         normalised; -inf where a split has no key
-    Returns the table row and logical page of a page that is missing; row -1 for none
+    Returns the table row and logical page of a missing page; row -1 if none is missing
     """
 
     attend: Any
@@ -291,7 +293,7 @@ class DecodeLoop:
     v: SideLoad
 
     def scratch(self, rows: int) -> Scratch:
-        """rows: query heads of the largest group's sequences, of one KV head"""
+        """rows: query heads of the largest group's sequences, per KV head"""
         tile = (self.page_size, self.head_dim)
 
         def empty(*shape: int, dtype: npt.DTypeLike = np.float32) -> Any:
@@ -315,9 +317,9 @@ class DecodeLoop:
 
 @cache
 def decode_loop(fmt: KVFormat, page_size: int, head_dim: int, dtype: str) -> DecodeLoop | None:
-    """The loop for a format; None where a side has no Numba function.
+    """The loop for a format, or None if a side has no Numba function.
 
-    fmt: of `LayerParams.compiled`, to run the loop; any, to know whether there is one
+    fmt: of `LayerParams.compiled`, to run the loop; any format, to check that a loop exists
     dtype: of hot pages, "float32" or "bfloat16"
     """
     dtype_bytes = {"float32": 4, "bfloat16": 2}[dtype]
@@ -352,16 +354,16 @@ def decode_loop(fmt: KVFormat, page_size: int, head_dim: int, dtype: str) -> Dec
                 top[r] = -np.inf
                 total[r] = 0.0
             shared = 0 if window else batch.shared_pages[group]
-            # What all sequences read, then what each does alone: pages of its sink, then others.
+            # First what all sequences read, then for each its own pages: sink, then others.
             for i in range(-1, len(seqs)):
                 row = batch.table_rows[seqs[max(i, 0)]]
                 if i < 0:
-                    mine = slice(0, rows)
+                    block = slice(0, rows)
                     first_slot, last_slot = 0, (sink + shared) * page_size - 1
                     first_page, num_sink, other_page, num_other = sink, 0, sink, shared
                     recent_from = sink + shared
                 else:
-                    mine = slice(i * group_heads, (i + 1) * group_heads)
+                    block = slice(i * group_heads, (i + 1) * group_heads)
                     last_slot = batch.seq_lens[seqs[i]] - 1
                     first_slot = max(0, last_slot - window + 1) if window else 0
                     first_page, last_page = first_slot // page_size, last_slot // page_size
@@ -385,7 +387,7 @@ def decode_loop(fmt: KVFormat, page_size: int, head_dim: int, dtype: str) -> Dec
                         k = load_hot(hot[page_id, 0, head], k_tile, k_numbers, params.k, head)
                         v = load_hot(hot[page_id, 1, head], v_hot_tile, v_numbers, params.v, head)
                     else:
-                        # The next page, most likely sealed too, comes while this one is computed.
+                        # Prefetch the next page, probably sealed too, while computing this one.
                         if index + 1 < end_index and page + 1 < recent_from:
                             next_id = np.int64(batch.sealed_tables[row, page + 1])
                             start = (next_id * num_kv_heads + head) * page_bytes
@@ -395,7 +397,7 @@ def decode_loop(fmt: KVFormat, page_size: int, head_dim: int, dtype: str) -> Dec
                         k = load_k(part[:k_bytes], k_tile, k_numbers, params.k, head)
                         v = load_v(part[k_bytes:], v_tile, v_numbers, params.v, head)
                     absorb(
-                        queries[mine],
+                        queries[block],
                         k,
                         DENSE if is_hot else k_grid,
                         k_numbers,
@@ -406,12 +408,12 @@ def decode_loop(fmt: KVFormat, page_size: int, head_dim: int, dtype: str) -> Dec
                         max(first_slot - page * page_size, 0),
                         min(last_slot + 1 - page * page_size, page_size),
                         rule.softcap,
-                        scratch.scaled[mine],
-                        scratch.part[mine],
-                        scratch.scores[mine],
-                        acc[mine],
-                        top[mine],
-                        total[mine],
+                        scratch.scaled[block],
+                        scratch.part[block],
+                        scratch.scores[block],
+                        acc[block],
+                        top[block],
+                        total[block],
                     )
             for r in range(rows):
                 token = batch.tokens[seqs[r // group_heads]]
@@ -422,4 +424,5 @@ def decode_loop(fmt: KVFormat, page_size: int, head_dim: int, dtype: str) -> Dec
                 lse[split, token, q_head] = (top[r] + math.log2(total[r])) * LN_2
         return -1, 0, False
 
+    keep_on_disk(attend, repr((fmt.k, fmt.v, geometry)))
     return DecodeLoop(attend, page_size, head_dim, k, v)

@@ -13,7 +13,7 @@ from kvmesh.kernels.attention import reference
 from kvmesh.kernels.attention.batch import AttentionBatch
 from kvmesh.kernels.formats.base import NO_PARAMS, KVFormat, LayerParams
 
-# Rows of queries and scores that stay in the cache beside a page.
+# Rows of queries and scores that stay in the cache next to a page.
 CPU_SHARED_ROWS = 64
 
 Result = tuple[torch.Tensor, torch.Tensor]
@@ -36,19 +36,19 @@ def paged_attention(
 
     q: [num_tokens, num_heads, head_dim] bf16 or fp32; query head h reads KV head
         h // (num_heads / num_kv_heads)
-    hot: [num_hot_pages, 2, num_kv_heads, page_size, head_dim], dtype of q; it
-        holds the new tokens' keys and values already (`write_hot`)
+    hot: [num_hot_pages, 2, num_kv_heads, page_size, head_dim], dtype of q;
+        already holds the new tokens' keys and values (`write_hot`)
     sealed: [num_sealed_pages, num_kv_heads, page_bytes] uint8 in format `fmt`
     batch: the step's sequences and tables
-    params: what calibration found for this layer, where the format needs it
+    params: this layer's calibrated parameters, if the format needs them
     scale: factor of q·k; softcap c: scores become c * tanh(score / c)
     sliding_window w: key j is visible to query i if i - j < w
-    backend: None picks "triton" on GPUs; elsewhere "numba", or "reference", plain torch,
-        for formats without compiled loops
+    backend: None picks "triton" on GPUs, and on CPUs "numba" or, for formats without
+        compiled loops, "reference" (plain torch)
     Returns out: like q; lse: [num_tokens, num_heads] fp32, natural log, mergeable
     with `merge_states`. Rows of q that belong to no sequence get 0 and -inf.
-    Raises ValueError naming the argument; a page whose needed form does not
-    exist is an error on the CPU and is not looked for on a GPU.
+    Raises ValueError naming the argument. A page that is missing in the form a query
+    reads is an error on CPUs and is not detected on GPUs.
     """
     if q.dim() != 3 or hot.dim() != 5 or hot.shape[4] != q.shape[2] or hot.dtype != q.dtype:
         raise ValueError(
@@ -59,10 +59,11 @@ def paged_attention(
     num_kv_heads, page_size, head_dim = hot.shape[2:]
     if q.shape[1] % num_kv_heads:
         raise ValueError(
-            f"q: its {q.shape[1]} heads must be a multiple of the {num_kv_heads} KV heads"
+            f"q: the number of heads must be a multiple of {num_kv_heads} (num_kv_heads of hot), "
+            f"got {q.shape[1]}"
         )
     if batch.page_size != page_size:
-        raise ValueError(f"batch: its page_size {batch.page_size} is not hot's, {page_size}")
+        raise ValueError(f"batch: expected page_size {page_size} as in hot, got {batch.page_size}")
     page_bytes = fmt.page_bytes(page_size, head_dim, hot.element_size())
     if sealed.dtype != torch.uint8 or sealed.shape[1:] != (num_kv_heads, page_bytes):
         raise ValueError(
@@ -89,7 +90,7 @@ def paged_attention(
 
 
 def sharers(fmt: KVFormat, hot: torch.Tensor, num_heads: int) -> tuple[int, int]:
-    """How many sequences a set of `SharedPrefixes` has at least, to be worth it, and at most.
+    """Minimum worthwhile and maximum number of sequences in a set of `SharedPrefixes`.
 
     hot: as in `paged_attention`; num_heads: query heads
     """
@@ -111,7 +112,7 @@ def warm_up(
     fmt: KVFormat,
     params: LayerParams = NO_PARAMS,
 ) -> None:
-    """Attend from one token to itself, so that decode is compiled before a request waits for it.
+    """Attend from one token to itself, so that decode is compiled before the first request.
 
     hot, sealed, fmt, params: as in `paged_attention`; page 0 is read and may hold anything
     """
@@ -137,7 +138,7 @@ def _implementation(fmt: KVFormat, hot: torch.Tensor, backend: str | None) -> Ca
         backend = "triton" if hot.is_cuda else _cpu_backend(fmt, *hot.shape[3:], hot.dtype)
     if backend == "reference":
         return reference.paged_attention
-    # Imported here: a machine with a GPU need not have Numba, nor one without it Triton.
+    # Imported here: a machine with a GPU may lack Numba, and one without may lack Triton.
     if backend == "numba":
         from kvmesh.kernels.attention import numba_attention
 
@@ -151,7 +152,7 @@ def _implementation(fmt: KVFormat, hot: torch.Tensor, backend: str | None) -> Ca
 
 @cache
 def _cpu_backend(fmt: KVFormat, page_size: int, head_dim: int, dtype: torch.dtype) -> str:
-    """Compiled loops where Numba is there and the format has them; else plain torch."""
+    """Compiled loops if Numba is installed and the format has them, otherwise plain torch."""
     if importlib.util.find_spec("numba") is None:
         return "reference"
     from kvmesh.kernels.attention import numba_attention

@@ -1,10 +1,10 @@
-"""Index arithmetic of the reference attention, done once a step for all layers.
+"""Index arithmetic of the reference attention, done once per step for all layers.
 
-Sequences with one new token are put into groups that are computed together,
-padded to the longest; a group never holds a sequence of fewer than half the
-sealed pages of its longest, so that padding costs less than the sequence. A
-padded place points at a page of the *same* sequence: its numbers are masked out
-of the scores, and nothing of another sequence, not even a NaN, can leak in.
+Sequences with one new token are grouped and computed together, padded to the longest.
+A group never contains a sequence with fewer than half the sealed pages of its longest,
+so padding costs less than computing the sequence. Padding repeats a page of the *same*
+sequence: its scores are masked out, and nothing from another sequence, not even a NaN,
+can leak in.
 
 A sequence with several new tokens is cut into blocks of queries. With P0 and P1
 the pages of a block's first and last query, logical pages fall into
@@ -39,10 +39,10 @@ Ints = npt.NDArray[np.int64]
 class HotSlots:
     """Hot pages to read, for each (sequence, KV head) in order.
 
-    index: [2 * rows * pages] int64 rows of hot seen as [num_hot_pages * 2 *
+    index: [2 * rows * pages] int64 rows of hot viewed as [num_hot_pages * 2 *
         num_kv_heads, page_size * head_dim]: all keys, then all values
-    only_page: the page's id where it is a single one, which needs no gathering
-    tokens: how many of a row's slots are used; the rest is cut off
+    only_page: the page's id if there is only one, which then needs no gathering
+    tokens: how many of a row's slots are used; the rest are cut off
     """
 
     index: torch.Tensor
@@ -54,7 +54,7 @@ class HotSlots:
 class SealedPages:
     """Sealed pages to read, for each (sequence, KV head) in order.
 
-    index: [rows * pages] int64 rows of sealed seen as [num_sealed_pages * num_kv_heads,
+    index: [rows * pages] int64 rows of sealed viewed as [num_sealed_pages * num_kv_heads,
         page_bytes]
     """
 
@@ -64,12 +64,12 @@ class SealedPages:
 
 @dataclass(frozen=True, slots=True)
 class DecodeGroup:
-    """Sequences of one new token each, b of them.
+    """b sequences with one new token each.
 
-    tokens: rows of q: [b] int64, or a slice where they follow each other
+    tokens: rows of q: [b] int64, or a slice if they are consecutive
     sealed, hot: with b * num_kv_heads rows
-    invisible: [b, 1, 1, keys] bool over sealed then hot keys, or None if all are seen
-    invisible_hot: [b, 1, hot.tokens, 1] bool: places of V that may hold anything
+    invisible: [b, 1, 1, keys] bool over sealed then hot keys, or None if all are visible
+    invisible_hot: [b, 1, hot.tokens, 1] bool: slots of V that may hold anything
     """
 
     tokens: torch.Tensor | slice
@@ -85,7 +85,7 @@ class ChunkBlock:
     """Consecutive new tokens of one sequence.
 
     tokens: rows of q
-    far: pieces of the sealed pages that every query sees whole; num_kv_heads rows each
+    far: parts of the sealed pages that every query sees whole; num_kv_heads rows each
     near_bias: [queries, keys] fp32, 0 or -inf, over near sealed then hot keys
     """
 
@@ -99,30 +99,30 @@ class ChunkBlock:
 def decode_groups(
     batch: AttentionBatch, num_kv_heads: int, sliding_window: int | None
 ) -> tuple[DecodeGroup, ...]:
-    """The batch's sequences of one new token, in groups worked out on first use."""
+    """The batch's decoding sequences in groups, derived on first use."""
     return _once(batch, _Planner.groups, num_kv_heads, sliding_window)  # type: ignore[no-any-return]
 
 
 def chunk_blocks(
     batch: AttentionBatch, num_kv_heads: int, sliding_window: int | None
 ) -> tuple[ChunkBlock, ...]:
-    """The batch's sequences of several new tokens, in blocks worked out on first use."""
+    """The batch's sequences with several new tokens in blocks, derived on first use."""
     return _once(batch, _Planner.blocks, num_kv_heads, sliding_window)  # type: ignore[no-any-return]
 
 
 def check_queries(counts: Ints, lens: Ints) -> None:
-    """Raises ValueError for a sequence that has more new tokens than tokens."""
+    """Raises ValueError for a sequence with more new tokens than total tokens."""
     short = (counts > lens) & (counts > 0)
     if short.any():
         seq = int(np.flatnonzero(short)[0])
         raise ValueError(
-            f"batch: sequence {seq} has {counts[seq]} new tokens but seq_lens {lens[seq]}"
+            f"batch: sequence {seq} has {counts[seq]} new tokens, but seq_lens is {lens[seq]}"
         )
 
 
 def missing_page(table: str, row: int, page: int) -> ValueError:
     return ValueError(
-        f"{table}: row {row} has no page for logical page {page}, which a query reads in this form"
+        f"{table}: row {row} has no page id at logical page {page}, which a query needs"
     )
 
 
@@ -164,9 +164,9 @@ class _Planner:
         )
 
     def _cuts(self, length: int, count: int) -> list[tuple[int, int]]:
-        """Blocks of a sequence's new tokens, cut where pages begin.
+        """Blocks of a sequence's new tokens, cut at page boundaries.
 
-        Short blocks mask little; long ones unpack a long past fewer times.
+        Short blocks need little masking; long blocks unpack the past fewer times.
         """
         tokens = min(max(length // 16, MIN_BLOCK_TOKENS), MAX_BLOCK_TOKENS)
         tokens = max(tokens // self.page_size, 1) * self.page_size
@@ -176,7 +176,7 @@ class _Planner:
         return list(pairwise(cuts))
 
     def _similar(self, seqs: Ints) -> list[Ints]:
-        """Sequences with one new token, by number of sealed pages."""
+        """Sequences with one new token, grouped by similar numbers of sealed pages."""
         if len(seqs) == 0:
             return []
         first, stop = self._sealed_range(self.lens[seqs] - 1)
@@ -195,7 +195,7 @@ class _Planner:
         return [np.array(sorted(group), dtype=np.int64) for group in groups]
 
     def _first_page(self, positions: Ints) -> Ints:
-        """The first page of which the query at that position sees anything."""
+        """The first page of which the query at that position sees any token."""
         if self.window is None:
             return np.zeros_like(positions)
         return np.maximum(positions - self.window + 1, 0) // self.page_size
@@ -206,7 +206,7 @@ class _Planner:
         return first, np.maximum(first, pages - self.recent)
 
     def _hot_pages(self, positions: Ints) -> tuple[Ints, Ints]:
-        """Logical hot pages [n, longest] of each query, padded by its last, and their number."""
+        """Logical hot pages [n, longest] of each query, padded by its last, and their count."""
         pages = positions // self.page_size
         seen = self._first_page(positions)
         sinks = np.maximum(np.minimum(self.sink, pages + 1) - seen, 0)
@@ -264,8 +264,8 @@ class _Planner:
         row = self.rows[seq : seq + 1][:, None]
         first_page, last_page = positions[[0, -1]] // self.page_size
         seen = int(self._first_page(positions[:1])[0])
-        # Sealed pages that some query sees; those below far_stop every query sees
-        # in that form, and from far_first on no window cuts into them.
+        # Sealed pages that any query sees; every query sees those below far_stop in
+        # sealed form, and no window cuts into those from far_first on.
         sealed_first = max(self.sink, seen)
         sealed_stop = max(sealed_first, int(last_page) - self.recent)
         far_stop = max(sealed_first, int(first_page) - self.recent)

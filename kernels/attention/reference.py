@@ -1,7 +1,7 @@
-"""`paged_attention` in plain torch: the truth, and the path that serves on CPUs.
+"""`paged_attention` in plain torch: the reference, and the serving path on CPUs.
 
-The numbers are fp32 whatever the dtype of q. What is read follows from
-positions alone (`plan.py`); how the work is cut changes only rounding.
+It computes in fp32 whatever the dtype of q. Which form is read depends only on
+positions (`plan.py`); how the work is divided changes only rounding.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from kvmesh.kernels.formats.base import (
     SideTile,
 )
 
-# Scores of one block at most, where they have to be held: 32 MiB of fp32.
+# Maximum number of scores of one block, if they have to be stored: 32 MiB of fp32.
 MAX_SCORES = 8 * 1024 * 1024
 
 
@@ -70,7 +70,7 @@ def attend_chunks(
     softcap: float | None,
     sliding_window: int | None,
 ) -> None:
-    """The part of `paged_attention` whose sequences have several new tokens, into its results."""
+    """Compute the sequences with several new tokens, writing into out and lse."""
     layer = _Layer(hot, sealed, fmt, params, scale, softcap)
     for block in chunk_blocks(batch, hot.shape[2], sliding_window):
         out[block.tokens], lse[block.tokens] = layer.prefill(q[block.tokens], block)
@@ -100,9 +100,9 @@ class _Layer:
         self.softcap = softcap
 
     def decode(self, q: torch.Tensor, group: DecodeGroup) -> tuple[torch.Tensor, torch.Tensor]:
-        """q [b, num_heads, head_dim], one query a sequence."""
+        """q [b, num_heads, head_dim], one query per sequence."""
         rows = group.size * self.num_kv_heads
-        # The query heads of a group share their KV head's keys: they are its queries.
+        # The query heads of a group share a KV head, so they are treated as its queries.
         queries = (q.float() * self.scale).reshape(rows, -1, self.head_dim)
         k_hot, v_hot = self._hot_tokens(group.hot, rows)
         scores = torch.bmm(queries, k_hot.mT)
@@ -121,7 +121,7 @@ class _Layer:
             by_sequence = v_hot.view(group.size, self.num_kv_heads, -1, self.head_dim)
             by_sequence.masked_fill_(group.invisible_hot, 0.0)
         weights = torch.softmax(scores, dim=-1)
-        # log Σ e^s from the best key alone: its weight is e^(s - lse)
+        # log Σ e^s from the best key only: its weight is e^(s - lse)
         lse = scores.amax(-1).sub_(weights.amax(-1).log_())
         if group.sealed is None:
             out = torch.bmm(weights, v_hot)
@@ -152,8 +152,8 @@ class _Layer:
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """q [num_kv_heads, group, queries, head_dim], k and v [num_kv_heads, keys, head_dim],
-        bias [queries, keys] that leaves every query a key -> out like q, lse without its last
-        dimension"""
+        bias [queries, keys] with at least one visible key per query -> out like q, lse without
+        the last dimension"""
         if self.softcap is None and q.device.type == "cpu":
             heads = (-1, q.shape[1], -1, -1)
             return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(  # type: ignore[no-any-return]

@@ -1,11 +1,11 @@
 """`paged_attention` in Triton; the same signature as the public operator.
 
-Decode runs in parts that `merge_kernel` joins by log-sum-exp (FlashDecoding): the
-splits of the plain loop, or, where `takes_integer_path`, those of the integer loop
-over sealed pages and one of the plain loop over the hot ones, and beside either those
-of prefixes that sequences share. Prefill is the plain loop. Grids and loop bounds follow
-from the host's upper bounds and from lengths read on the device: nothing is read back,
-and a captured graph stays right for other lengths.
+Decode runs in parts that `merge_kernel` combines by log-sum-exp (FlashDecoding). The parts
+are the splits of the plain loop or, if `takes_integer_path`, the splits of the integer loop
+over sealed pages plus one part of the plain loop over hot pages. In both cases the parts of
+shared prefixes are added. Prefill is the plain loop. Grids and loop bounds follow from the
+host's upper bounds and from lengths read on the device: nothing is read back, so a captured
+graph stays correct for other lengths.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from kvmesh.kernels.seal.triton_seal import check_arenas
 LOG2_E = 1.4426950408889634
 MAX_SPLITS = 256
 MAX_PREFIX_SPLITS = 16
-INTERPRETER_PROCESSORS = 8  # what the interpreter pretends to split for
+INTERPRETER_PROCESSORS = 8  # the number of multiprocessors assumed when interpreting
 
 
 def paged_attention(
@@ -55,13 +55,13 @@ def paged_attention(
     format_kernels(fmt)
     check_arenas(hot, sealed)
     q = q.contiguous()
-    # Rows of no sequence stay 0 and -inf; a decode step of full rows has none.
+    # Rows of no sequence stay 0 and -inf; a decode step with all rows in use has none.
     out = torch.zeros_like(q)
     lse = torch.full((num_tokens, num_heads), -torch.inf, dtype=torch.float32, device=q.device)
     if num_tokens == 0 or batch.num_seqs == 0:
         return out, lse
     found = params.compiled(fmt, page_size)
-    # What kernels get in place of a table that a side does not have is not read.
+    # Kernels never read the placeholder passed for a table that a side does not have.
     tables = tuple(lse if table is None else table for table in (found.k_table, found.v_table))
     pages = _Pages(q, hot, sealed.view(torch.int8), tables, batch, scale, softcap, sliding_window)
     group = num_heads // num_kv_heads
@@ -93,7 +93,7 @@ def paged_attention(
         parts, part_lses = pages.parts(splits + shared_splits)
         pages.attend(plain, parts, part_lses, splits)
     if shared_splits:
-        part_lses[splits:].fill_(-torch.inf)  # of sequences that share nothing
+        part_lses[splits:].fill_(-torch.inf)  # for sequences that share nothing
         pages.attend_prefixes(prefix, parts[splits:], part_lses[splits:], shared_splits)
     merge_decode(parts, part_lses, out, lse, batch.query_starts)
     if batch.max_query_len > 1:
@@ -105,7 +105,7 @@ def paged_attention(
 
 @dataclass(frozen=True, slots=True)
 class _Pages:
-    """One layer's arguments, and the kernels called with them."""
+    """One layer's arguments, and the launches of its kernels."""
 
     q: torch.Tensor
     hot: torch.Tensor
@@ -117,21 +117,21 @@ class _Pages:
     sliding_window: int | None
 
     def num_splits(self, launch: Launch) -> int:
-        """Enough to fill the device, none with less than a few tiles."""
+        """Enough to fill the device, but each split gets at least a few tiles."""
         programs = self._programs(launch) * self.batch.num_seqs
         wanted = launch.programs * self._processors // programs
         tiles = triton.cdiv(self.batch.max_seq_len, launch.tokens)
         return max(1, min(wanted, tiles // MIN_TILES_PER_SPLIT, MAX_SPLITS))  # type: ignore[no-any-return]
 
     def num_prefix_splits(self, launch: Launch) -> int:
-        """Enough for one set to fill the device; the more parts, the more there is to merge."""
+        """Enough for one set to fill the device; more parts would cost more merging."""
         wanted = launch.programs * self._processors // self.hot.shape[2]
         tiles = triton.cdiv(self.batch.max_seq_len, launch.tokens)
         return max(1, min(wanted, tiles // MIN_TILES_PER_SPLIT, MAX_PREFIX_SPLITS))  # type: ignore[no-any-return]
 
     @property
     def prefixes(self) -> SharedPrefixes | None:
-        """Those of the batch; a window may begin behind them."""
+        """The batch's prefixes, or None with a window, which may begin after them."""
         return None if self.sliding_window is not None else self.batch.prefixes
 
     @property
@@ -141,7 +141,7 @@ class _Pages:
         return torch.cuda.get_device_properties(self.q.device).multi_processor_count
 
     def parts(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """out and lse, of `count` parts of the keys."""
+        """out and lse for `count` parts of the keys."""
         shape = (count, self.batch.num_seqs, *self.q.shape[1:])
         parts = torch.empty(shape, dtype=torch.float32, device=self.q.device)
         return parts, torch.empty(shape[:3], dtype=torch.float32, device=self.q.device)
@@ -247,11 +247,11 @@ class _Pages:
 
     @property
     def _prefix_pages(self) -> torch.Tensor:
-        """What kernels without HAS_PREFIXES get is not read."""
+        """The table of prefix pages; kernels without HAS_PREFIXES do not read the placeholder."""
         return self.batch.seq_lens if self.prefixes is None else self.prefixes.pages
 
     def _programs(self, launch: Launch) -> int:
-        """Of one split of one sequence."""
+        """Number of programs of one split of one sequence."""
         num_kv_heads = self.hot.shape[2]
         if launch.kernel is sealed_kernel:
             return num_kv_heads * triton.cdiv(self.q.shape[1] // num_kv_heads, HEADS)  # type: ignore[no-any-return]

@@ -1,6 +1,6 @@
-"""How the Triton kernels of attention are compiled, for a format, a geometry and a GPU.
+"""How the Triton attention kernels are compiled for a format, a geometry and a GPU.
 
-What decides is counted in machine code (`benchmarks/sass.py`); nothing has been timed.
+The choices rest on instruction counts of the machine code (`benchmarks/sass.py`), not on timings.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from kvmesh.kernels.formats.tiles_triton import format_kernels
 
 MAX_BLOCK_N = 64
 MIN_TILES_PER_SPLIT = 4
-# Programs that a processor holds at a time: of four warps as many as its shared memory is
-# enough for; of one warp as many as 65536 registers are, of which a thread takes 170 to 250.
+# Programs that a multiprocessor holds at a time. With four warps its shared memory is the limit;
+# with one warp the limit is its 65536 registers, of which a thread takes 170 to 250.
 PLAIN_PROGRAMS, INTEGER_PROGRAMS = 4, 9
-# Registers a thread may have. Left alone, the compiler settles on 168 for some formats, and
-# spills; allowed more, it mostly does not use them. Two runs of tokens take all there are.
+# Maximum registers per thread. Without a limit the compiler picks 168 for some formats and
+# spills; with a higher limit it rarely uses them all. Two runs of tokens need the maximum.
 INTEGER_REGISTERS, INTEGER_REGISTERS_OF_TOKEN_RUNS = 208, 255
 NUM_STAGES = 3
-# What a layer or a batch may have and most have not; the launcher says where one has.
+# Features that few layers or batches have; the launcher sets those that one has.
 FLAGS = {"HAS_WINDOW": False, "HAS_PREFIXES": False}
 INTEGER_HEAD_DIMS = (64, 128)
 INTEGER_CAPABILITY = (8, 0)
-# So many query rows cost the integer loop, eight at a time, what the plain one takes for a
-# tile of them all.
-LEAST_SHARED_ROWS = 64
+# With this many query rows, the integer loop (eight rows at a time) costs as much as the plain
+# loop over one tile of them all.
+MIN_SHARED_ROWS = 64
 
-Capability = tuple[int, int]  # of a GPU; None for the interpreter, which has them all
+Capability = tuple[int, int]  # of a GPU; None for the interpreter, which supports everything
 
 
 def takes_integer_path(
@@ -54,7 +54,7 @@ def takes_integer_path(
 ) -> bool:
     """Whether decode multiplies this format's codes on integer tensor cores.
 
-    capability: of the GPU; None for the interpreter, which has them all
+    capability: of the GPU; None for the interpreter, which supports everything
     """
     return (
         head_dim in INTEGER_HEAD_DIMS
@@ -66,8 +66,8 @@ def takes_integer_path(
 
 
 def _has_integer_codes(side: Side, page_size: int, head_dim: int) -> bool:
-    """Codes on a uniform grid, with scales of runs that a product of codes can be cut into: of
-    32 channels or more of a token, or for keys of 32 tokens or more of a channel."""
+    """Whether codes lie on a uniform grid and a product of codes can be cut at its scales: one
+    scale per 32 or more channels of a token or, for keys, per 32 or more tokens of a channel."""
     if isinstance(side, Affine):
         run = side.run_length(page_size, head_dim)
         if side.along == "token":
@@ -80,9 +80,9 @@ def _has_integer_codes(side: Side, page_size: int, head_dim: int) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """How a kernel is compiled: its constants but for the layer's flags, warps and stages.
+    """How a kernel is compiled: constants other than the layer's flags, warps and stages.
 
-    tokens: of a tile; programs: how many a processor holds
+    tokens: per tile; programs: how many a multiprocessor holds at a time
     """
 
     kernel: Any
@@ -102,7 +102,7 @@ def decode_launch(
     hot_only: bool = False,
     capability: Capability | None = None,
 ) -> Launch:
-    """The plain loop; group: query heads of a KV head."""
+    """The plain loop; group: query heads per KV head."""
     shape = _decode_shape(group) | {"HOT_ONLY": hot_only, "SEALED_ONLY": False}
     geometry = (fmt, head_dim, group, page_size, dtype_bytes)
     launch = _plain_launch(attention_kernel, *geometry, shape, capability)
@@ -115,8 +115,8 @@ def decode_launch(
 def one_warp_launch(
     fmt: KVFormat, head_dim: int, group: int, page_size: int, dtype_bytes: int = 2
 ) -> Launch | None:
-    """The plain loop over sealed pages alone with one warp a program; None for formats that it
-    does not suit. Hot pages would take more registers than one warp has."""
+    """The plain loop over sealed pages only, with one warp per program; None if the format does
+    not suit it. Hot pages would need more registers than one warp has."""
     k, v = format_kernels(fmt)
     if not (k.one_warp and v.one_warp and head_dim <= max(INTEGER_HEAD_DIMS)):
         return None
@@ -134,7 +134,7 @@ def _decode_shape(group: int) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class RowBlock:
-    """Query rows, (token, query head) pairs, that share the unpacking of a tile."""
+    """Query rows, i.e. (token, query head) pairs, for which a tile is unpacked once."""
 
     rows: int
     warps: int
@@ -142,15 +142,15 @@ class RowBlock:
 
 
 def row_block(head_dim: int, capability: Capability | None) -> RowBlock:
-    """The largest for which a processor has shared memory, and that spills no registers."""
-    roomy = shared_kib(capability) >= 160
+    """The largest block that fits in shared memory and spills no registers."""
+    large_shared = shared_kib(capability) >= 160
     if head_dim <= 128:
-        return RowBlock(128, 8, 2) if roomy else RowBlock(64, 4, 1)
+        return RowBlock(128, 8, 2) if large_shared else RowBlock(64, 4, 1)
     return RowBlock(64, 8, 2) if shared_kib(capability) >= 200 else RowBlock(32, 4, 1)
 
 
 def shared_kib(capability: Capability | None) -> int:
-    """Shared memory that a program may have (CUDA C++ programming guide, compute capabilities)."""
+    """Maximum shared memory per program (CUDA C++ programming guide, compute capabilities)."""
     if capability is None:
         return 227
     table = {(7, 0): 96, (7, 5): 64, (8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227}
@@ -166,7 +166,7 @@ def prefill_launch(
     dtype_bytes: int = 2,
     capability: Capability | None = None,
 ) -> Launch:
-    """group: query heads of a KV head"""
+    """group: query heads per KV head"""
     block = row_block(head_dim, capability)
     block_q = max(1, block.rows // group)
     block_m = max(16, triton.next_power_of_2(block_q * group))
@@ -186,16 +186,16 @@ def prefix_launch(
     dtype_bytes: int = 2,
     capability: Capability | None = None,
 ) -> Launch:
-    """Prefixes that sequences share; group: query heads of a KV head"""
-    most = _most_sharers(head_dim, group, capability)
-    shape = {"BLOCK_M": max(16, triton.next_power_of_2(most * group))}
+    """Shared prefixes; group: query heads per KV head"""
+    max_members = _max_sharers(head_dim, group, capability)
+    shape = {"BLOCK_M": max(16, triton.next_power_of_2(max_members * group))}
     geometry = (fmt, head_dim, group, page_size, dtype_bytes)
     launch = _plain_launch(prefix_kernel, *geometry, shape, capability)
     return _with_rows(launch, row_block(head_dim, capability), fmt)
 
 
 def _with_rows(launch: Launch, block: RowBlock, fmt: KVFormat) -> Launch:
-    """For many rows; they have no use for what is folded."""
+    """For many rows, for which folding scales does not pay."""
     dense: dict[str, Any] = {}
     for side, kernels in zip("KV", format_kernels(fmt), strict=True):
         if kernels.load_dense is not None:
@@ -215,14 +215,14 @@ def sharers(
     dtype: torch.dtype,
     capability: Capability | None,
 ) -> tuple[int, int]:
-    """Least and most members of a set of `SharedPrefixes`; group: query heads of a KV head."""
-    most = _most_sharers(head_dim, group, capability)
+    """Minimum and maximum members of a set of `SharedPrefixes`; group: query heads per KV head."""
+    max_members = _max_sharers(head_dim, group, capability)
     integer = takes_integer_path(fmt, head_dim, page_size, dtype=dtype, capability=capability)
-    least = LEAST_SHARED_ROWS // group if integer else 2
-    return max(2, min(least, most)), most
+    min_members = MIN_SHARED_ROWS // group if integer else 2
+    return max(2, min(min_members, max_members)), max_members
 
 
-def _most_sharers(head_dim: int, group: int, capability: Capability | None) -> int:
+def _max_sharers(head_dim: int, group: int, capability: Capability | None) -> int:
     return max(2, row_block(head_dim, capability).rows // group)
 
 
@@ -237,9 +237,9 @@ def _plain_launch(
     capability: Capability | None,
 ) -> Launch:
     k, v = format_kernels(fmt)
-    # A tile of wide heads is too much for a T4.
-    most = MAX_BLOCK_N if head_dim <= 128 or shared_kib(capability) > 64 else MAX_BLOCK_N // 2
-    tokens = min(most, page_size & -page_size)
+    # A full tile of wide heads does not fit a T4.
+    max_tokens = MAX_BLOCK_N if head_dim <= 128 or shared_kib(capability) > 64 else MAX_BLOCK_N // 2
+    tokens = min(max_tokens, page_size & -page_size)
     constants = {
         "LOAD_K": k.load,
         "LOAD_K_CENTRE": k.load_centre,
@@ -266,7 +266,7 @@ def _plain_launch(
 
 @cache
 def integer_launch(fmt: KVFormat, head_dim: int, group: int, page_size: int) -> Launch:
-    """The integer loop over sealed pages; group: query heads of a KV head."""
+    """The integer loop over sealed pages; group: query heads per KV head."""
     constants = {
         "K_SIDE": fmt.k,
         "V_SIDE": fmt.v,

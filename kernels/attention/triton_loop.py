@@ -1,22 +1,22 @@
-"""The plain attention loop: every format, decode and prefill, hot pages and sealed.
+"""The plain attention loop: every format, decode and prefill, hot and sealed pages.
 
 A program attends a block of rows, (query token, query head of one KV head's
 group) pairs, over a share of the keys. Keys come in two ranges of positions,
 
-    sealed   [sink + shared, Pl - recent)        pages; Pl that of the block's last query
-    hot      [0, sink) and [Pf - recent, end)    Pf that of its first
+    sealed   [sink + shared, Pl - recent)        pages; Pl: page of the block's last query
+    hot      [0, sink) and [Pf - recent, end)    Pf: page of its first query
 
-and each row masks what it does not see in that form. For decode a block is one
+and each row masks the keys that it does not see in that form. For decode a block is one
 token and Pf = Pl; `num_splits` programs share its keys, and the pages that a sequence
-shares with others are read elsewhere (`triton_prefix.py`). For prefill a block is 64
-rows or more, so that unpacking a tile of sealed keys is shared by all of them.
+shares with others are read elsewhere (`triton_prefix.py`). For prefill a block has 64
+or more rows, so that a tile of sealed keys is unpacked once for all of them.
 
-Sides supply `LOAD` (formats/tiles_triton.py). Where a side is folded, so are its
-scale and offset,
+Sides supply `LOAD` (formats/tiles_triton.py). If a side is folded, its scale and offset
+are applied to the scores or to the weights,
 
     q·k^ = scale (q·tile) + offset Σq        Σ p v^ = Σ (p scale) tile + Σ p offset
 
-and a page's centre of keys, if they have one, q·k^ + q·centre.
+and if the keys of a page have a centre, q·k^ + q·centre.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ import triton
 import triton.language as tl
 
 from kvmesh.kernels.formats.pairs_triton import padded_half, pair_channels
-from kvmesh.kernels.formats.tiles_triton import turned
+from kvmesh.kernels.formats.tiles_triton import rope_pairs
 
 
 @triton.jit
 def _load_rows(ptr, rows, mask, offs_d, mask_d, HEAD_DIM: tl.constexpr):
-    """Some channels of rows of HEAD_DIM numbers; the masks say what is there."""
+    """Some channels of rows of HEAD_DIM numbers; the masks say which exist."""
     mask = mask[:, None]
     if mask_d is not None:
         mask = mask & mask_d[None, :]
@@ -40,17 +40,17 @@ def _load_rows(ptr, rows, mask, offs_d, mask_d, HEAD_DIM: tl.constexpr):
 @triton.jit
 def load_keys(ptr, rows, mask, K_SIDE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """Queries or exact keys, to be multiplied with each other or with the side's tiles: a tuple of
-    one tile of all channels or, where the side's keys are turned, of two."""
-    TURNED: tl.constexpr = turned(K_SIDE)
-    if TURNED is None:
+    one tile with all channels or, if RoPE rotates the side's keys, of two."""
+    ROPE: tl.constexpr = rope_pairs(K_SIDE)
+    if ROPE is None:
         offs_d = tl.arange(0, BLOCK_D)
         mask_d = None if BLOCK_D == HEAD_DIM else offs_d < HEAD_DIM
         return (_load_rows(ptr, rows, mask, offs_d, mask_d, HEAD_DIM),)
     else:
         PAD: tl.constexpr = padded_half(HEAD_DIM)
         mask_d = None if 2 * PAD == HEAD_DIM else tl.arange(0, PAD) < HEAD_DIM // 2
-        first = pair_channels(0, TURNED, HEAD_DIM)
-        second = pair_channels(1, TURNED, HEAD_DIM)
+        first = pair_channels(0, ROPE, HEAD_DIM)
+        second = pair_channels(1, ROPE, HEAD_DIM)
         return (
             _load_rows(ptr, rows, mask, first, mask_d, HEAD_DIM),
             _load_rows(ptr, rows, mask, second, mask_d, HEAD_DIM),
@@ -59,7 +59,7 @@ def load_keys(ptr, rows, mask, K_SIDE: tl.constexpr, HEAD_DIM: tl.constexpr, BLO
 
 @triton.jit
 def key_products(q, k, PRECISION: tl.constexpr):
-    """q, k: tuples of tiles, as `load_keys` gives them -> [rows, keys] fp32"""
+    """q, k: tuples of tiles from `load_keys` -> [rows, keys] fp32"""
     x = tl.dot(q[0], tl.trans(k[0]), input_precision=PRECISION)
     if len(q) == 2:
         x = tl.dot(q[1], tl.trans(k[1]), x, input_precision=PRECISION)
@@ -81,7 +81,7 @@ def attend_tile(
     v_table_ptr,
     head,
     first_key,
-    least_key,
+    start_key,
     end_key,
     qk_scale,
     softcap,
@@ -106,15 +106,15 @@ def attend_tile(
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One tile of BLOCK_N keys of one page, positions [least_key, end_key) of it valid.
+    """One tile of BLOCK_N keys of one page, of which positions [start_key, end_key) are valid.
 
-    q: as `load_keys` gives it; q_sum: [rows] fp32
-    k_ptr, v_ptr: of the head's keys and values in the page
+    q: from `load_keys`; q_sum: [rows] fp32
+    k_ptr, v_ptr: the head's keys and values in the page
     """
     offs_n = tl.arange(0, BLOCK_N)
     keys = first_key + offs_n
     first_slot = first_key % PAGE_SIZE
-    mask = (keys >= least_key) & (keys < end_key)
+    mask = (keys >= start_key) & (keys < end_key)
     if HOT:
         k = load_keys(k_ptr, first_slot + offs_n, mask, K_SIDE, HEAD_DIM, BLOCK_D)
         k_scale, k_offset = 1.0, 0.0
@@ -131,7 +131,7 @@ def attend_tile(
             BLOCK_D,
             DTYPE,
         )
-        if turned(K_SIDE) is None:
+        if rope_pairs(K_SIDE) is None:
             k = (k,)
     scores = key_products(q, k, PRECISION)
     if K_FOLDED and not HOT:
@@ -141,16 +141,16 @@ def attend_tile(
     else:
         scores = scores * qk_scale
     if LOAD_K_CENTRE is not None and not HOT:
-        # A product with eight times the centre lies as the scores do.
+        # The centre repeated eight times gives a product with the layout of the scores.
         centre = LOAD_K_CENTRE(k_ptr, K_SIDE, PAGE_SIZE, HEAD_DIM, BLOCK_D).to(DTYPE)
         centre = tl.broadcast_to(centre[None, :], [8, BLOCK_D])
         shift = key_products(q, (centre,), PRECISION) * qk_scale
         scores = scores.reshape(scores.shape[0], BLOCK_N // 8, 8) + shift[:, None, :]
         scores = scores.reshape(shift.shape[0], BLOCK_N)
     if HAS_SOFTCAP:
-        # tanh(x) = 2 sigmoid(2x) - 1; scores are natural until here
+        # tanh(x) = 2 sigmoid(2x) - 1; scores are in natural log up to here
         scores = (2.0 * tl.sigmoid(scores * (2.0 / softcap)) - 1.0) * (softcap * 1.4426950408889634)
-    # Sealed tiles are whole: a decoding query without a window sees all of each.
+    # Sealed tiles are full, and a decoding query without a window sees all of each tile.
     if HOT or HAS_WINDOW or not DECODE:
         page = first_key // PAGE_SIZE
         edge = q_pos // PAGE_SIZE - recent_pages
@@ -163,7 +163,7 @@ def attend_tile(
             visible = visible & (q_pos[:, None] - keys[None, :] < window)
         scores = tl.where(visible, scores, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, 1))
-    # A row that has seen nothing yet keeps -inf; subtract 0 there, not inf from inf.
+    # A row that has seen no key yet keeps -inf; subtract 0 from it, since inf - inf is NaN.
     base = tl.where(new_top == float("-inf"), 0.0, new_top)
     weights = tl.exp2(scores - base[:, None])
     keep = tl.exp2(top - base)
@@ -198,7 +198,7 @@ def attend_tile(
 @triton.jit
 def finished(acc, acc_offset, top, total):
     """The sums over all tiles -> out [rows, channels] and lse [rows]; 0 and -inf for rows that have
-    seen nothing"""
+    seen no key"""
     some = total > 0.0
     total = tl.where(some, total, 1.0)
     out = (acc + acc_offset[:, None]) * (1.0 / total)[:, None]
@@ -258,8 +258,8 @@ def attention_kernel(
     DECODE: sequences with one new token; out and lse are partial, fp32
         [num_splits, num_seqs, num_heads, HEAD_DIM] and without HEAD_DIM.
         Otherwise sequences with more; out and lse are the operator's.
-    HOT_ONLY, SEALED_ONLY: the other keys are another kernel's
-    HAS_PREFIXES: so are those of the sequence's first prefix_pages sealed pages
+    HOT_ONLY, SEALED_ONLY: another kernel computes the other keys
+    HAS_PREFIXES: another kernel computes the sequence's first prefix_pages sealed pages
     """
     head = tl.program_id(1)
     seq = tl.program_id(2)
@@ -285,12 +285,12 @@ def attention_kernel(
         mask_q = mask_m[:, None] & (offs_d < HEAD_DIM)[None, :]
         q_row = (query_start + token).to(tl.int64) * NUM_HEADS + q_head
         q = load_keys(q_ptr, q_row, mask_m, K_SIDE, HEAD_DIM, BLOCK_D)
-        q_sum = tl.sum(q[0].to(tl.float32), 1)  # of all channels where a side is folded
+        q_sum = tl.sum(q[0].to(tl.float32), 1)  # over all channels, for folded sides
 
-        # Positions: rows beyond the block take its first query's, so that they see something.
-        past = seq_len - num_queries
-        q_pos = past + tl.where(mask_m, token, block * BLOCK_Q)
-        first_pos = past + block * BLOCK_Q
+        # Rows beyond the block use the position of its first query, so that they see some key.
+        num_past = seq_len - num_queries
+        q_pos = num_past + tl.where(mask_m, token, block * BLOCK_Q)
+        first_pos = num_past + block * BLOCK_Q
         last_pos = tl.minimum(first_pos + BLOCK_Q, seq_len) - 1
         seen_from = 0
         if HAS_WINDOW:
@@ -377,10 +377,10 @@ def attention_kernel(
                 in_sink = index < num_sink
                 first_key = tl.where(in_sink, sink_tile + index, recent_tile + index - num_sink)
                 first_key = first_key * BLOCK_N
-                least_key = tl.where(in_sink, seen_from, recent_from)
+                start_key = tl.where(in_sink, seen_from, recent_from)
                 end_key = tl.where(in_sink, sink_end, last_pos + 1)
                 page = tl.load(hot_tables_ptr + table + first_key // PAGE_SIZE).to(tl.int64)
-                # A hot page is all heads' keys, then all heads' values.
+                # A hot page holds all heads' keys, then all heads' values.
                 k_ptr = hot_ptr + (page * (2 * NUM_KV_HEADS) + head) * (PAGE_SIZE * HEAD_DIM)
                 acc, acc_offset, top, total = attend_tile(
                     q,
@@ -396,7 +396,7 @@ def attention_kernel(
                     v_table_ptr,
                     head,
                     first_key,
-                    least_key,
+                    start_key,
                     end_key,
                     qk_scale,
                     softcap,

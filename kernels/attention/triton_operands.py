@@ -1,7 +1,7 @@
-"""Queries and weights as operands of integer tensor cores, and what their products are.
+"""Queries and weights as operands of integer tensor cores, and the results of their products.
 
-A 16-bit number v = 256 hi + lo, |v| <= 32639, is two rows of int8, that of the low bytes
-eight below that of the high ones. Orders and shapes are such that all of it
+A 16-bit number v = 256 hi + lo, |v| <= 32639, is stored as two rows of int8; the row of low
+bytes lies eight rows below that of high bytes. Orders and shapes are chosen so that all data
 stays in a thread's registers, see `triton_sealed.py`.
 """
 
@@ -13,13 +13,13 @@ import triton.language as tl
 from kvmesh.kernels.formats.planes_triton import unit
 from kvmesh.kernels.formats.tiles_triton import from_bf16
 
-# 1.5 * 2^23 + 128: of a number with this added the lowest bits are those of the nearest whole
-# number + 128. With MAGIC * 2^k added they are those of the number over 2^k.
+# 1.5 * 2^23 + 128. The lowest bits of x + MAGIC are those of x + 128 rounded to an integer.
+# The lowest bits of x + MAGIC * 2^k are those of x / 2^k + 128, rounded.
 MAGIC = tl.constexpr(12583040.0)
 LOG2_LARGEST = tl.constexpr(14.994309420105886)
 
 
-# Numbers $2 to $5, of each the second byte and the first: bytes of $0 and of $1.
+# The second and first bytes of the numbers $2 to $5 go to $0 and $1.
 SPLIT_PTX = tl.constexpr("""{
     .reg .b32 a, b;
     prmt.b32 a, $2, $3, 0x5140;
@@ -32,7 +32,7 @@ SPLIT_PTX = tl.constexpr("""{
 
 @triton.jit
 def split(x, PTX: tl.constexpr):
-    """Numbers with `_magic` added -> hi, lo of the nearest whole number, int8."""
+    """Numbers with `_magic` added -> hi, lo of the nearest integer, int8."""
     bits = x.to(tl.int32, bitcast=True)
     if PTX:
         return tl.inline_asm_elementwise(
@@ -50,7 +50,7 @@ def stack(hi, lo):
 
 @triton.jit
 def joined(x):
-    """Products with hi and lo, [2 HEADS, X] int32 -> with the number, [HEADS, X] fp32"""
+    """Products with hi and lo, [2 HEADS, X] int32 -> products with v, [HEADS, X] fp32"""
     hi, lo = tl.split(x.reshape(2, x.shape[0] // 2, x.shape[1]).permute(1, 2, 0))
     return (hi * 256 + lo).to(tl.float32)
 
@@ -67,7 +67,7 @@ def times(a, b):
 
 @triton.jit
 def products(a, planes, P: tl.constexpr, WIDTH: tl.constexpr):
-    """a [2 HEADS, X] int8 -> sums over plane P's numbers, [HEADS, rows] fp32"""
+    """a [2 HEADS, X] int8 -> sums over the numbers of plane P, [HEADS, rows] fp32"""
     if WIDTH == 3:
         first, second = halves(a)
         x = times(first, planes[P])
@@ -79,30 +79,30 @@ def products(a, planes, P: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def row_sums(a):
-    """a [2 HEADS, X] int8 -> sums of the rows' numbers, [HEADS, 8] fp32: eight times the same, as
-    products lie, so that they meet those without leaving their threads"""
+    """a [2 HEADS, X] int8 -> the sum of each row, [HEADS, 8] fp32: repeated eight times in the
+    layout of products, so that no data moves between threads"""
     return joined(times(a, tl.full([8, a.shape[1]], 1, tl.int8)))
 
 
 @triton.jit
 def column_sums(x):
-    """[HEADS, X] -> every 8th column's sum, [HEADS, 8]: what a thread has of a row; what the others
-    have is added when the loop is over"""
+    """[HEADS, X] -> the sums of every 8th column, [HEADS, 8]: each thread's part of a row; the
+    parts are added up after the loop"""
     return tl.sum(x.reshape(x.shape[0], x.shape[1] // 8, 8), 1)
 
 
 @triton.jit
 def plus(x, sums):
-    """x [HEADS, X] + sums [HEADS, 8], eight times the same"""
+    """x [HEADS, X] + sums [HEADS, 8], whose columns are equal"""
     parts = x.reshape(x.shape[0], x.shape[1] // 8, 8) + sums[:, None, :]
     return parts.reshape(x.shape[0], x.shape[1])
 
 
 @triton.jit
 def scores(qq, planes, q_top, WIDTH: tl.constexpr, PLANES: tl.constexpr, TOP: tl.constexpr):
-    """Products of queries with keys, [HEADS, PLANES * rows]: plane after plane, in units of codes.
+    """Products of queries with keys, [HEADS, PLANES * rows]: plane by plane, in units of codes.
 
-    q_top: [HEADS, 8], sums of the queries, of which the last plane's numbers lack TOP times
+    q_top: [HEADS, 8], sums of the queries; the last plane's numbers are too small by TOP
     """
     x = products(qq, planes, 0, WIDTH)
     H: tl.constexpr = x.shape[0]
@@ -127,7 +127,7 @@ def scores(qq, planes, q_top, WIDTH: tl.constexpr, PLANES: tl.constexpr, TOP: tl
 
 @triton.jit
 def side_by_side(first, second, PLANES: tl.constexpr):
-    """Scores of two runs of tokens, as `scores` gives them -> of both."""
+    """Scores of two runs of tokens, from `scores` -> scores of both."""
     H: tl.constexpr = first.shape[0]
     X: tl.constexpr = first.shape[1]
     first = first.reshape(H, PLANES, X // PLANES)
@@ -137,7 +137,7 @@ def side_by_side(first, second, PLANES: tl.constexpr):
 
 @triton.jit
 def channels(x, R: tl.constexpr, RUNS: tl.constexpr):
-    """[HEADS, D] -> run R of the channels"""
+    """[HEADS, D] -> channels of run R"""
     if RUNS == 1:
         return x
     else:
@@ -150,7 +150,7 @@ def channels(x, R: tl.constexpr, RUNS: tl.constexpr):
 
 @triton.jit
 def query_operand(q, D: tl.constexpr, PTX: tl.constexpr):
-    """q [HEADS, D] fp32 in the order `chan`, magic added -> [2 HEADS, D] int8, in order"""
+    """q [HEADS, D] fp32 in the order `chan`, magic added -> [2 HEADS, D] int8, in natural order"""
     hi, lo = split(q, PTX)
     rows = stack(hi, lo).reshape(2 * q.shape[0], D // 32, 4, 4, 2)
     return rows.permute(0, 1, 3, 2, 4).reshape(2 * q.shape[0], D)
@@ -158,14 +158,14 @@ def query_operand(q, D: tl.constexpr, PTX: tl.constexpr):
 
 @triton.jit
 def in_chan_order(x):
-    """[X] in order -> in the order `chan`, which is also that of scores over 8-bit keys."""
+    """[X] in natural order -> in the order `chan`, which is also that of scores over 8-bit keys."""
     X: tl.constexpr = x.shape[0]
     return x.reshape(X // 32, 4, 4, 2).permute(0, 2, 1, 3).reshape(X)
 
 
 @triton.jit
 def in_score_order(x, PLANES: tl.constexpr):
-    """[TOKENS] in order -> as the columns of scores"""
+    """[TOKENS] in natural order -> in the column order of scores"""
     X: tl.constexpr = x.shape[0]
     if PLANES == 1:
         return in_chan_order(x)
@@ -177,14 +177,14 @@ def in_score_order(x, PLANES: tl.constexpr):
 
 @triton.jit
 def weight_operand(w, PLANES: tl.constexpr, PARTS: tl.constexpr, PTX: tl.constexpr):
-    """w [HEADS, TOKENS] fp32 as scores are ordered, magic added -> [2 HEADS, TOKENS] int8, in
-    order"""
+    """w [HEADS, TOKENS] fp32 in the order of scores, magic added -> [2 HEADS, TOKENS] int8, in
+    natural order"""
     H: tl.constexpr = 2 * w.shape[0]
     X: tl.constexpr = w.shape[1]
     if PARTS == 1:
         hi, lo = split(w, PTX)
     else:
-        # One run of tokens after the other: four numbers that make a word come together.
+        # One run of tokens after the other: the four numbers of a word are combined.
         w = w.reshape(H // 2, PLANES, 2, X // PLANES // 2)
         first, second = tl.split(w.permute(0, 1, 3, 2))
         hi, lo = split(first, PTX)
@@ -203,8 +203,8 @@ def weight_operand(w, PLANES: tl.constexpr, PARTS: tl.constexpr, PTX: tl.constex
 
 @triton.jit
 def exact_operand(q, DTYPE: tl.constexpr):
-    """q [HEADS, D] fp32 in the order `chan` -> [2 HEADS, D] of the numbers that it had, below them
-    zeros; in the order in which a thread's numbers are an operand's."""
+    """q [HEADS, D] fp32 in the order `chan` -> [2 HEADS, D]: the original numbers with zeros below
+    them, in the order in which a thread holds an operand."""
     q = q.to(DTYPE)
     q = stack(q, tl.zeros_like(q)).reshape(2 * q.shape[0], q.shape[1] // 16, 2, 4, 2)
     return q.permute(0, 1, 3, 2, 4).reshape(q.shape[0], q.shape[1] * 16)
@@ -212,8 +212,8 @@ def exact_operand(q, DTYPE: tl.constexpr):
 
 @triton.jit
 def offset_products(q, offset_ptr, offs_d, PARTS: tl.constexpr, HEADS: tl.constexpr):
-    """Products of queries, as `exact_operand` gives them, with keys' offsets [PARTS, D], bf16
-    -> [HEADS, 8], column r that of part r % PARTS"""
+    """Products of queries, from `exact_operand`, with the keys' offsets [PARTS, D], bf16
+    -> [HEADS, 8], column r for part r % PARTS"""
     D: tl.constexpr = offs_d.shape[0]
     bits_ptr = offset_ptr.to(tl.pointer_type(tl.int16), bitcast=True)
     bits = tl.load(bits_ptr + tl.arange(0, PARTS)[:, None] * D + offs_d[None, :])
@@ -230,7 +230,7 @@ def offset_products(q, offset_ptr, offs_d, PARTS: tl.constexpr, HEADS: tl.conste
 
 @triton.jit
 def part_columns(x, R: tl.constexpr, PARTS: tl.constexpr):
-    """x [HEADS, 8] as `offset_products` gives it -> part R's number in all columns; PARTS is 2"""
+    """x [HEADS, 8] from `offset_products` -> part R's number in all columns; PARTS is 2"""
     even, odd = tl.split(x.reshape(x.shape[0], x.shape[1] // 2, 2))
     one = even if R == 0 else odd
     return tl.broadcast_to(one[:, :, None], [x.shape[0], x.shape[1] // 2, 2]).reshape(x.shape)

@@ -1,9 +1,8 @@
 """Decode attention over prefixes that several sequences share: each page is read once for all.
 
 As in FlashInfer's cascade, the rows of a tile are (sequence, query head of one KV
-head's group) pairs: up to 64 of them for what unpacking a tile of keys costs. What a
-sequence reads alone is the business of the other kernels; the parts are merged by
-log-sum-exp.
+head's group) pairs: up to 64 of them for the cost of unpacking one tile of keys. Other
+kernels compute the rest of each sequence; the parts are merged by log-sum-exp.
 """
 
 from __future__ import annotations
@@ -94,7 +93,7 @@ def prefix_kernel(
             key = first_key + tile * BLOCK_N
             page = tl.load(sealed_tables_ptr + table + key // PAGE_SIZE).to(tl.int64)
             page_ptr = sealed_ptr + (page * NUM_KV_HEADS + head) * PAGE_BYTES
-            # Every row sees all of every page: as for one decoding sequence, nothing is masked.
+            # Every row sees all of every page, so nothing is masked.
             acc, acc_offset, top, total = attend_tile(
                 q,
                 q_sum,

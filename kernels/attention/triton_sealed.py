@@ -1,28 +1,28 @@
-"""Decode attention over sealed pages on integer tensor cores, one warp a program.
+"""Decode attention over sealed pages on integer tensor cores, with one warp per program.
 
-Codes are multiplied as they are: no key and no value is dequantised. The sixteen rows of
-a tensor core's tile are eight query heads, times the high and the low byte of a
-16-bit number v = 256 hi + lo, |v| <= 32639. As such come
+Codes are multiplied without dequantising any key or value. The sixteen rows of a tensor
+core's tile are eight query heads, once times the high byte and once times the low byte of a
+16-bit number v = 256 hi + lo, |v| <= 32639. These numbers are
 
-    q      once, or where keys have a scale a channel once a run of tokens, as q * scale
-    P      once a tile and run of channels: e^(score - the tile's greatest) * the value's
-           scale, in steps of the power of two above the tile's greatest of both. The running
-           maximum is not in it: tokens far below a sink would round to nothing
+    q      quantised once, or, if keys have a scale per channel, once per run of tokens as
+           q * scale
+    P      quantised once per tile and run of channels: e^(score - the tile's maximum) * the
+           value's scale, in steps of the power of two above the tile's maximum of both. The
+           running maximum is left out: tokens far below a sink would be rounded to 0
 
-so that for the price of a 16-bit product both have 14 to 15 bits. Where scales are shared by runs
-of a token's channels, keys' products are summed a run and scaled, values' have weights of their
-own for each run. Where keys' are shared by 32 tokens, a tile is two halves of rows with a query
-operand each.
+so both have 14 to 15 bits for the cost of a 16-bit product. If runs of a token's channels share
+scales, the keys' products are summed and scaled per run, and the values get separate weights
+for each run. If 32 tokens share the keys' scales, a tile is two halves of rows, each with its
+own query operand.
 
-A tile is 64 tokens: K
-[tokens, D] and V [D, tokens] are the products' second operands, the axis that is
-summed over last, which is how packing.py has them; `load_planes` gives planes of
-codes. A plane of keys is every 4th (2nd) token, one of values a run of channels.
+A tile is 64 tokens: K [tokens, D] and V [D, tokens] are the second operands of the products.
+The axis that is summed over comes last, which is the layout of packing.py; `load_planes` gives
+planes of codes. A plane of keys is every 4th (2nd) token, a plane of values a run of channels.
 
-One warp has no barriers and reduces in registers. For q and P to become operands
-without a detour through shared memory, values are computed where the tensor core wants
-them: channels of q and rows of K are taken in the orders `chan` and `row`; what goes with
-them is brought into these orders.
+A single warp needs no barriers and reduces in registers. To turn q and P into operands
+without going through shared memory, values are computed where the tensor core expects
+them: channels of q and rows of K are taken in the orders `chan` and `row`, and all related
+numbers are permuted into the same orders.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ from kvmesh.kernels.attention.triton_sides import (
 from kvmesh.kernels.formats.packing_triton import packed_bytes
 from kvmesh.kernels.formats.planes_triton import load_planes, unit
 
-HEADS = 8  # of a program, padded
-# No number may be divided by less: 32639 / FLOOR is finite, and what is smaller weighs nothing.
+HEADS = 8  # per program, padded
+# Lower bound of divisors: 32639 / FLOOR is finite, and smaller numbers have no weight.
 FLOOR = tl.constexpr(2.0**-100)
 
 
@@ -87,10 +87,10 @@ def _run_weights(
     K_PARTS: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    """The weights of the values' run R as an operand, what products with it are multiplied with,
-    and the sums over all tiles of weights times offsets and of weights.
+    """The weights of the values' run R as an operand, the factor of products with it, and the
+    sums over all tiles of weights times offsets and of weights.
 
-    p: [HEADS, TOKENS]; keep, gain: [HEADS], of what was summed before and of this tile
+    p: [HEADS, TOKENS]; keep, gain: [HEADS], factors of the previous sums and of this tile
     """
     if grid_of(SIDE) == "constant":
         w = weight_operand(p + MAGIC, K_PLANES, K_PARTS, PTX)
@@ -112,7 +112,7 @@ def _run_weights(
 
 @triton.jit
 def _outputs(acc, acc_offset, weight_sum, P: tl.constexpr, SIDE: tl.constexpr):
-    """Sums over plane P's numbers -> over the values, [HEADS, channels]"""
+    """Sums over the numbers of plane P -> sums over the values, [HEADS, channels]"""
     MIDDLE: tl.constexpr = middle_of(SIDE)
     x = unit(acc, P, SIDE.width) + (acc_offset - weight_sum * MIDDLE)[:, None]
     PLANES: tl.constexpr = planes_of(SIDE)
@@ -162,7 +162,7 @@ def sealed_kernel(
 
     out, lse: partial, fp32 [num_splits, num_seqs, num_heads, HEAD_DIM] and without
         HEAD_DIM; where a split has no tile, lse is -inf and out is not written
-    HAS_PREFIXES: a sequence's first prefix_pages sealed pages are another kernel's
+    HAS_PREFIXES: another kernel computes a sequence's first prefix_pages sealed pages
     """
     D: tl.constexpr = HEAD_DIM
     LARGEST: tl.constexpr = 32639.0  # 127 * 256 + 127
@@ -220,8 +220,8 @@ def sealed_kernel(
         if tile_from < tile_end:
             offs_d = tl.arange(0, D)
             offs_m = tl.arange(0, 2 * HEADS)
-            # The queries, twice, where the tensor core puts products: a product with
-            # the identity brings them there.
+            # The queries, twice, in the layout of the tensor core's results, which a product
+            # with the identity produces.
             chan = (offs_d // 32) * 32 + (offs_d // 2 % 4) * 8 + (offs_d // 8 % 4) * 2 + offs_d % 2
             m_head = part * HEADS + offs_m % HEADS
             q_row = query_start.to(tl.int64) * NUM_HEADS + head * GROUP + m_head
@@ -236,9 +236,9 @@ def sealed_kernel(
                 k_scale_ptr = k_table_ptr + head * (2 * D) + chan
                 shift = tl.sum(q * tl.load(k_scale_ptr + D)[None, :], 1) * qk_scale
                 q = q * tl.load(k_scale_ptr)[None, :]
-            q_most = tl.maximum(tl.max(tl.abs(q), 1), FLOOR)
-            q_scale = q_most * (qk_scale * (step_of(K_SIDE) / LARGEST))
-            q_whole = q * (LARGEST / q_most)[:, None]
+            q_max = tl.maximum(tl.max(tl.abs(q), 1), FLOOR)
+            q_scale = q_max * (qk_scale * (step_of(K_SIDE) / LARGEST))
+            q_whole = q * (LARGEST / q_max)[:, None]
             q_sum = tl.sum(q_whole, 1)
             q_sums, qqs = (), ()
             if MODE != "channel":
@@ -297,7 +297,7 @@ def sealed_kernel(
                 for r in tl.static_range(1, K_PARTS):
                     x = load_planes(k_codes_ptr, k_high_ptr, r * ROWS + row, D, D, K_WIDTH, PTX)
                     kks = kks + (x,)  # noqa: RUF005
-                # Scales and offsets are asked for first, and in the order they lie in.
+                # Scales and offsets are loaded first, in the order in which they lie.
                 first = block * TOKENS
                 if V_OFFSET:  # | offsets [PAGE_SIZE, V_RUNS] | scales [PAGE_SIZE, V_RUNS] |
                     v_offset_ptr = v_numbers_ptr + 2 * V_RUNS * first

@@ -1,4 +1,4 @@
-"""What the integer loop has to know of a side, and the numbers that go with its codes."""
+"""What the integer loop needs to know about a side, and the numbers stored with its codes."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from kvmesh.kernels.formats.codebook.side import UNIFORM_STEP, Codebook
 from kvmesh.kernels.formats.static8.side import Static8
 from kvmesh.kernels.formats.tiles_triton import from_e5m3
 
-TOKENS = 64  # of a tile
+TOKENS = 64  # per tile
 
 
 @triton.constexpr_function
 def grid_of(side: Side) -> str:
-    """A grid along "channel" or "token" has scales and offsets, a "level" a scale a token, and a
-    "constant" one none in the page."""
+    """Grids "channel" and "token" have scales and offsets, a grid "level" has one scale per token,
+    and a grid "constant" stores none in the page."""
     return getattr(side, "along", "constant" if isinstance(side, Static8) else "level")
 
 
@@ -32,20 +32,20 @@ def planes_of(side: Side) -> int:
 
 @triton.constexpr_function
 def step_of(side: Side) -> float:
-    """What scales are multiplied with."""
+    """The factor of scales."""
     return UNIFORM_STEP[side.width] if isinstance(side, Codebook) else 1.0
 
 
 @triton.constexpr_function
 def middle_of(side: Side) -> float:
-    """The code that stands for 0, or for the offset; 8-bit codes come less 128."""
+    """The code for 0, or for the offset; 128 is subtracted from 8-bit codes."""
     return (2.0**side.width - 1.0) / 2.0 if isinstance(side, Codebook) else 0.0
 
 
 @triton.constexpr_function
 def top_offset(side: Side) -> float:
-    """What the last plane's numbers lack; of 8 bits a grid a token has it in its offset, and a
-    constant one is about the middle."""
+    """What has to be added to the last plane's numbers; with 8 bits, token grids include it in
+    their offsets, and constant grids are centred."""
     if side.width == 8:
         return 128.0 if grid_of(side) == "channel" else 0.0
     return 2.0 ** (side.width - 1)
@@ -53,7 +53,7 @@ def top_offset(side: Side) -> float:
 
 @triton.constexpr_function
 def channel_runs(side: Side, head_dim: int) -> int:
-    """Runs of channels with a scale each, in a token."""
+    """Runs of channels with their own scale, per token."""
     return head_dim // side.run_length(TOKENS, head_dim) if grid_of(side) == "token" else 1
 
 
@@ -65,14 +65,14 @@ def token_run(side: Side, page_size: int, head_dim: int) -> int:
 
 @triton.jit
 def load_words(ptr, COUNT: tl.constexpr, SCALE: tl.constexpr):
-    """COUNT stored numbers in order, as int32 of two or four."""
+    """COUNT stored numbers in order, as int32 words of two or four."""
     words_ptr = ptr.to(tl.pointer_type(tl.int32), bitcast=True)
     return tl.load(words_ptr + tl.arange(0, COUNT // (2 if SCALE == "bf16" else 4)))
 
 
 @triton.jit
 def every(x, R: tl.constexpr, STEP: tl.constexpr):
-    """[X] -> [X / STEP], those at R, R + STEP, ...; STEP a power of two"""
+    """[X] -> [X / STEP], the elements R, R + STEP, ...; STEP is a power of two"""
     if STEP == 1:
         return x
     else:
@@ -85,7 +85,7 @@ def every(x, R: tl.constexpr, STEP: tl.constexpr):
 
 @triton.jit
 def numbers(words, R: tl.constexpr, RUNS: tl.constexpr, SCALE: tl.constexpr):
-    """Every RUNS-th number from R on, fp32 in order."""
+    """Every RUNS-th number starting at R, fp32, in order."""
     if SCALE == "e5m3":
         codes = (words[:, None] >> (tl.arange(0, 4) * 8)[None, :]).to(tl.int8)
         return from_e5m3(every(codes.reshape(4 * words.shape[0]), R, RUNS))
@@ -100,16 +100,17 @@ def numbers(words, R: tl.constexpr, RUNS: tl.constexpr, SCALE: tl.constexpr):
 
 @triton.jit
 def power_above(words, R: tl.constexpr, RUNS: tl.constexpr, SCALE: tl.constexpr):
-    """The power of two above every RUNS-th scale from R on, as far as MAGIC times it is normal."""
+    """The power of two above every RUNS-th scale starting at R, limited so that MAGIC times it is
+    a normal number."""
     if SCALE == "e5m3":
         codes = (words[:, None] >> (tl.arange(0, 4) * 8)[None, :]) & 255
-        most = tl.max(every(codes.reshape(4 * words.shape[0]), R, RUNS), 0)
-        exponent = (most >> 3) + 108
+        largest = tl.max(every(codes.reshape(4 * words.shape[0]), R, RUNS), 0)
+        exponent = (largest >> 3) + 108
     else:
         if RUNS == 1:
-            most = tl.max(tl.maximum(words & 0x7FFF, words >> 16), 0)
+            largest = tl.max(tl.maximum(words & 0x7FFF, words >> 16), 0)
         else:
             word = every(words, R // 2, RUNS // 2)
-            most = tl.max(word & 0x7FFF if R % 2 == 0 else word >> 16, 0)
-        exponent = (most >> 7) + 1
+            largest = tl.max(word & 0x7FFF if R % 2 == 0 else word >> 16, 0)
+        exponent = (largest >> 7) + 1
     return (exponent << 23).to(tl.float32, bitcast=True)

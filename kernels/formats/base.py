@@ -1,11 +1,11 @@
-"""What a KV format is: a frozen value, made of a side for keys and a side for values.
+"""A KV format: a frozen value with one side for keys and one side for values.
 
     page of one layer and KV head   | keys, k.num_bytes | values, v.num_bytes |
 
-A side knows its sizes and its codec. This module and the sides' own modules are
-free of torch, so that the router and the planner can do the arithmetic of pages
-without it; everything that touches a tensor stands in the side's `reference`
-module, and in its `triton` module for GPUs, imported on first use.
+A side knows its sizes and its codec. This module and the sides' own modules do not
+import torch, so that the router and the planner can compute page sizes without it.
+Everything that touches a tensor is in the side's `reference` module or, for GPUs, in
+its `triton` module, both imported on first use.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ if TYPE_CHECKING:
 
 Params = Mapping[str, "torch.Tensor"]
 
-# Sizes of a parameter's dimensions: "heads" and "channels" are the KV heads and head_dim,
-# a number is itself, any other word is free.
+# Sizes of a parameter's dimensions: "heads" and "channels" mean the KV heads and head_dim,
+# a number means itself, any other word means any size.
 Dims = tuple[str | int, ...]
 
 
 class SideTile(Protocol):
-    """One side of sealed pages picked for the reference attention, a row of pages per
+    """One side of selected sealed pages for the reference attention, with a row of pages per
     (sequence, KV head).
 
     The tile may keep codes as they are and fold scales and offsets into the
-    scores and the weights, so that nothing is dequantised for a single query.
+    scores and the weights, so that a single query dequantises nothing.
     """
 
     def scores(self, q: torch.Tensor) -> torch.Tensor:
@@ -48,8 +48,8 @@ class SideTile(Protocol):
 class SideCodec(Protocol):
     """What a side's `reference` module supplies; `side` is the side itself.
 
-    params: what calibration found for this side of one layer, each
-        [num_kv_heads, ...] or without heads; empty where the side needs none
+    params: this layer's calibrated parameters of the side, each [num_kv_heads, ...]
+        or without heads; empty if the side needs none
     """
 
     def encode(
@@ -57,7 +57,7 @@ class SideCodec(Protocol):
     ) -> torch.Tensor:
         """x [n, num_kv_heads, page_size, head_dim] fp32 -> [n, num_kv_heads, num_bytes] uint8.
 
-        positions: [n] int64, of each page's first token; given where the side asks for it
+        positions: [n] int64, of each page's first token; given if the side needs it
         """
 
     def load(
@@ -70,7 +70,7 @@ class SideCodec(Protocol):
         dtype: torch.dtype,
         params: Params,
     ) -> SideTile:
-        """pages [rows * pages a row, num_bytes] uint8; rows are (sequence, KV head), heads last."""
+        """pages [rows * pages per row, num_bytes] uint8; rows are (sequence, KV head), by head."""
 
     def decode(
         self,
@@ -82,17 +82,17 @@ class SideCodec(Protocol):
         params: Params,
     ) -> torch.Tensor:
         """pages [n, num_kv_heads, num_bytes] -> [n, num_kv_heads, page_size, head_dim] fp32,
-        finite whatever was encoded."""
+        finite for any input of `encode`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Side:
     """How a sealed page stores its keys, or its values.
 
-    width: bits of one code, without metadata; 0 for the compute dtype's own
-    rotated: the numbers are in the basis of `rotation.py`: whoever calls the
-        operators rotates queries, keys and values into it, and the output back
-    values: it is the values' side; packing.py lays their codes out otherwise
+    width: bits of one code, without metadata; 0 for the compute dtype
+    rotated: the numbers are in the basis of `rotation.py`; the caller of the operators
+        rotates queries, keys and values into it, and the output back
+    values: whether this is the side of values, whose codes packing.py lays out differently
     """
 
     width: int
@@ -103,26 +103,26 @@ class Side:
 
     @property
     def calibrated(self) -> Mapping[str, Dims]:
-        """The parameters that calibration has to supply, each with its dimensions; ranks share
-        out those whose first one is "heads"."""
+        """The parameters that calibration has to supply, each with its dimensions; those whose
+        first dimension is "heads" are split over ranks."""
         return {}
 
     @property
     def wants_positions(self) -> bool:
-        """Whether encoding needs to know where in the sequence a page lies."""
+        """Whether encoding needs to know a page's position in the sequence."""
         return False
 
     def bound(self, params: Params) -> Side:
-        """The side with what compiled kernels must know of its parameters as constants."""
+        """The side with the parameters that compiled kernels need as constants."""
         return self
 
     def table(self, params: Params, page_size: int) -> torch.Tensor | None:
-        """What compiled kernels read of a layer's parameters, fp32 [numbers]: those of all heads,
-        then each head's; None where the side needs none."""
+        """A layer's parameters as compiled kernels read them, fp32 [numbers]: first those of all
+        heads, then each head's; None if the side needs none."""
         if not self.calibrated:
             return None
-        made: torch.Tensor = _module(f"{self.package}.table").table(self, params, page_size)
-        return made
+        result: torch.Tensor = _module(f"{self.package}.table").table(self, params, page_size)
+        return result
 
     def num_bytes(self, page_size: int, head_dim: int, dtype_bytes: int = 2) -> int:
         """Bytes of this side of one page of one layer and one KV head.
@@ -132,7 +132,7 @@ class Side:
         raise TypeError(f"{type(self).__name__} must define num_bytes")
 
     def bits_per_element(self, page_size: int, head_dim: int, dtype_bytes: int = 2) -> float:
-        """Stored bits a number, metadata included."""
+        """Stored bits per number, including metadata."""
         return 8 * self.num_bytes(page_size, head_dim, dtype_bytes) / (page_size * head_dim)
 
     def codec(self) -> SideCodec:
@@ -142,7 +142,7 @@ class Side:
     def kernels(self) -> Any:
         """The Triton functions of this side, a `SideKernels` of `formats/tiles_triton.py`.
 
-        Raises ValueError where there are none.
+        Raises ValueError if there are none.
         """
         return _module(f"{self.package}.triton").kernels(self)
 
@@ -150,7 +150,7 @@ class Side:
         """How decode attention on CPUs reads this side, a `SideLoad` of `formats/tiles_numba.py`.
 
         dtype: the compute dtype, "float32" or "bfloat16"
-        None where there is nothing but plain torch.
+        Returns None if only plain torch can read it.
         """
         name = f"{self.package}.numba"
         if importlib.util.find_spec(name) is None:
@@ -160,7 +160,7 @@ class Side:
 
 @dataclass(frozen=True, slots=True)
 class LayerParams:
-    """What calibration found for one layer, by the sides' parameter names."""
+    """The calibrated parameters of one layer, by the sides' parameter names."""
 
     k: Params
     v: Params
@@ -175,7 +175,7 @@ class LayerParams:
         return LayerParams(k, v)
 
     def share(self, fmt: KVFormat, index: int, count: int) -> LayerParams:
-        """Those of one of `count` equal shares of the KV heads."""
+        """The parameters of one of `count` equal shares of the KV heads."""
 
         def own(side: Side, params: Params) -> Params:
             return {
@@ -186,16 +186,16 @@ class LayerParams:
         return LayerParams(own(fmt.k, self.k), own(fmt.v, self.v))
 
     def compiled(self, fmt: KVFormat, page_size: int) -> CompiledParams:
-        """As compiled kernels want them; made on first use. Raises as `fmt.check_params`."""
-        made = self._compiled.get((fmt, page_size))
-        if made is None:
+        """In the form of compiled kernels; created on first use. Raises like `fmt.check_params`."""
+        result = self._compiled.get((fmt, page_size))
+        if result is None:
             fmt.check_params(self)
-            made = self._compiled[fmt, page_size] = CompiledParams(
+            result = self._compiled[fmt, page_size] = CompiledParams(
                 replace(fmt, k=fmt.k.bound(self.k), v=fmt.v.bound(self.v)),
                 fmt.k.table(self.k, page_size),
                 fmt.v.table(self.v, page_size),
             )
-        return made
+        return result
 
 
 def _has_heads(side: Side, name: str) -> bool:
@@ -220,7 +220,7 @@ class CompiledParams:
 
 @dataclass(frozen=True, slots=True)
 class ModelParams:
-    """What calibration found for every layer."""
+    """The calibrated parameters of every layer."""
 
     layers: tuple[LayerParams, ...]
     _compiled: dict[tuple[KVFormat, int], CompiledParams] = field(
@@ -231,21 +231,22 @@ class ModelParams:
         return ModelParams(tuple(layer.to(device) for layer in self.layers))
 
     def compiled(self, fmt: KVFormat, page_size: int) -> CompiledParams:
-        """As compiled kernels want them, of all layers together; made on first use. The layers' own
-        are from then on parts of these. Raises ValueError where one kernel cannot do them all."""
-        made = self._compiled.get((fmt, page_size))
-        if made is None:
+        """In the form of compiled kernels, for all layers together; created on first use. The
+        layers' own parameters are from then on views of these. Raises ValueError if one kernel
+        cannot handle all layers."""
+        result = self._compiled.get((fmt, page_size))
+        if result is None:
             each = [layer.compiled(fmt, page_size) for layer in self.layers]
             if any(found.fmt != each[0].fmt for found in each):
-                raise ValueError("params: RoPE turns other channels in some layers than in others")
-            made = self._compiled[fmt, page_size] = CompiledParams(
+                raise ValueError("params: RoPE rotates different channels in different layers")
+            result = self._compiled[fmt, page_size] = CompiledParams(
                 each[0].fmt,
                 _stack([found.k_table for found in each]),
                 _stack([found.v_table for found in each]),
             )
             for index, layer in enumerate(self.layers):
-                layer._compiled[fmt, page_size] = made.layer(index)
-        return made
+                layer._compiled[fmt, page_size] = result.layer(index)
+        return result
 
 
 def _stack(tables: list[torch.Tensor | None]) -> torch.Tensor | None:
@@ -260,10 +261,10 @@ class KVFormat:
     """How a sealed page stores keys and values.
 
     name: the registry's name, e.g. ``int4``
-    sink_pages, recent_pages: default windows whose pages are read exactly:
+    sink_pages, recent_pages: default windows of pages that are read exactly:
         key j is read from its hot page if its page is among the first
         `sink_pages` or at most `recent_pages` before the query's page
-    aliases: other names users know it by (LMDeploy's ``quant_policy``, ...)
+    aliases: other names that users know (LMDeploy's ``quant_policy``, ...)
     reference: kept for comparison, not for serving
     """
 
@@ -278,7 +279,7 @@ class KVFormat:
 
     def __post_init__(self) -> None:
         if self.k.values or not self.v.values:
-            raise ValueError(f"{self.name}: the values' side, and it alone, must be marked so")
+            raise ValueError(f"{self.name}: set values=True on the side of values, and only there")
 
     @property
     def k_bits(self) -> int:
@@ -297,22 +298,25 @@ class KVFormat:
         return self.k.wants_positions or self.v.wants_positions
 
     def check_params(self, params: LayerParams) -> None:
-        """Raises ValueError that names what calibration has to supply and has not."""
+        """Raises ValueError naming the calibrated parameters that are missing."""
         for side, found in ((self.k, params.k), (self.v, params.v)):
             if missing := [name for name in side.calibrated if name not in found]:
-                raise ValueError(f"params: {self.name} needs calibration: no {', '.join(missing)}")
+                raise ValueError(
+                    f"params: {self.name} needs calibrated parameters; "
+                    f"missing: {', '.join(missing)}"
+                )
 
     def page_bytes(self, page_size: int, head_dim: int, dtype_bytes: int = 2) -> int:
         """Bytes of one sealed page of one layer and one KV head, keys and values.
 
-        Raises ValueError naming head_dim where a side cannot hold such heads.
+        Raises ValueError naming head_dim if a side does not support it.
         """
         return self.k.num_bytes(page_size, head_dim, dtype_bytes) + self.v.num_bytes(
             page_size, head_dim, dtype_bytes
         )
 
     def bits_per_element(self, page_size: int, head_dim: int, dtype_bytes: int = 2) -> float:
-        """Stored bits per key or value element, metadata included."""
+        """Stored bits per key or value element, including metadata."""
         elements = 2 * page_size * head_dim
         return 8 * self.page_bytes(page_size, head_dim, dtype_bytes) / elements
 
@@ -327,9 +331,9 @@ class KVFormat:
 
         k, v: [n, num_kv_heads, page_size, head_dim] of the compute dtype, in the
             sides' bases
-        positions: [n] int64, of each page's first token, where `wants_positions`
+        positions: [n] int64, of each page's first token, if `wants_positions`
         Returns [n, num_kv_heads, page_bytes] uint8. Each page is encoded from its
-        own numbers alone: the same page gives the same bytes in any batch.
+        own numbers only: the same page gives the same bytes in any batch.
         """
         if k.shape != v.shape or k.dim() != 4:
             raise ValueError(
@@ -338,7 +342,9 @@ class KVFormat:
             )
         self.check_params(params)
         if self.wants_positions and (positions is None or positions.shape != k.shape[:1]):
-            raise ValueError(f"positions: {self.name} needs [{k.shape[0]}] first positions")
+            raise ValueError(
+                f"positions: {self.name} needs the first positions of {k.shape[0]} pages"
+            )
         return _join(
             self.k.codec().encode(self.k, k, params.k, positions),
             self.v.codec().encode(self.v, v, params.v, positions),
@@ -355,7 +361,7 @@ class KVFormat:
         """Keys and values of sealed pages, as attention reads them.
 
         pages: [n, num_kv_heads, page_bytes] uint8
-        dtype: of the result, and for `exact` the compute dtype that was stored
+        dtype: of the result; for `exact` also the compute dtype that was stored
         Returns k, v: [n, num_kv_heads, page_size, head_dim] of `dtype`
         """
         expected = self.page_bytes(page_size, head_dim, dtype.itemsize)

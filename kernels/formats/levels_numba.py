@@ -1,8 +1,8 @@
 """Codes to levels, on CPUs: 8 at a time, as one permutation of a register.
 
-LLVM makes no permutation of a loop that indexes a small array, but loads number by number, which
-takes ten times as long. Of the same written out lane by lane it makes one, if the processor has
-it; others are better off with the loop.
+LLVM does not turn a loop that indexes a small array into permutations but loads one number
+at a time, which is ten times as slow. If the loop is written out lane by lane, LLVM emits a
+permutation on processors that have it; on others the plain loop is faster.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LANES = 8
 @cache
 def look_up(width: int) -> Any:
     """(levels, tile): codes of `width` bits, 2 to 4, become levels [2^width], both fp32, in place.
-    The tile is contiguous."""
+    The tile must be contiguous."""
     pick = _picker(2**width)
     permutes = bool(get_host_cpu_features().get("avx2"))
 
@@ -60,7 +60,7 @@ def _picker(count: int) -> Any:
             in_register = builder.and_(codes, ir.Constant(lanes, [LANES - 1] * LANES))
 
             def permuted(first: int) -> Any:
-                """Of levels first to first + LANES those that the codes' low bits name."""
+                """Select by the codes' low bits from levels first to first + LANES."""
                 size = min(count, LANES)
                 at = builder.gep(levels_ptr, [ir.Constant(ir.IntType(64), first)])
                 whole = ir.VectorType(ir.FloatType(), size).as_pointer()

@@ -1,14 +1,14 @@
-"""PTX of packed codes to bf16 numbers, for `numbers_triton.py`.
+"""PTX that turns packed codes into bf16 numbers, for `numbers_triton.py`.
 
 A code at bits k to k + width - 1 of a 16-bit lane, k + width <= 7, can be the mantissa of a
 bf16 number: with the exponent of 2^(7 - k) above it, the lane is 2^(7 - k) + code, and one
-exact fused product-sum takes away the power. Four bytes become their codes, two to a
-register, for about two instructions a code.
+exact fused multiply-add removes the power. Four bytes become their codes, two per
+register, for about two instructions per code.
 """
 
 from __future__ import annotations
 
-# How planes of a byte, or of the low and high bits of width 3, are moved: (register, bits to the
+# How planes of a byte, or of the low and high bits of width 3, are shifted: (register, bits to the
 # left), and the bit at which the code then begins. The last plane's highest bit is flipped.
 _PLACES: dict[int, list[tuple[tuple[tuple[str, int], ...], int]]] = {
     4: [((("a", 3),), 3), ((("a", -1),), 3)],
@@ -26,14 +26,14 @@ _PLACES: dict[int, list[tuple[tuple[tuple[str, int], ...], int]]] = {
 }
 
 
-# What codes come less: nothing, half their range, or the middle between the least and the greatest.
+# What is subtracted from codes: nothing, half their range, or the midpoint of their range.
 MIDDLES = {4: (0.0, 8.0, 7.5), 3: (0.0, 4.0, 3.5), 2: (0.0, 2.0, 1.5)}
 
 
 def numbers_ptx(width: int, middle: float) -> str:
-    """PTX of four bytes to bf16 codes less `middle`, two registers a plane, in order; of width 3
-    of the low bits of both halves of the columns and of the high bits, the planes of one half
-    and then those of the other."""
+    """PTX that turns four bytes into bf16 codes minus `middle`, two registers per plane, in order.
+    With width 3 it takes the low bits of both halves of the columns and the high bits, and gives
+    the planes of one half and then those of the other."""
     sources = ("a", "b", "y") if width == 3 else ("a",)
     planes, outputs = len(_PLACES[width]) // (2 if width == 3 else 1), 2 * len(_PLACES[width])
     lines, constants, moved = [], dict[int, str](), set[str]()
@@ -58,7 +58,7 @@ def numbers_ptx(width: int, middle: float) -> str:
         for index, (parts, at) in enumerate(_PLACES[width]):
             code, *high = (shifted(f"{name}{pair}", by) for name, by in parts)
             if high:
-                # 0xe4: the first where the third is set, else the second
+                # 0xe4: the first where the third is set, otherwise the second
                 lines.append(f"lop3.b32 t, {code}, {high[0]}, {_twice(3 << at)}, 0xe4;")
                 code = "t"
             base = _bf16(2.0 ** (7 - at))
@@ -80,7 +80,7 @@ def _twice(lane: int) -> str:
 
 
 def _bf16(x: float) -> int:
-    """The bits of a number that has few of them."""
+    """The bits of a number that bf16 represents exactly."""
     power, size = 0, abs(x)
     while size >= 2.0:
         size, power = size / 2, power + 1

@@ -1,7 +1,7 @@
-"""Packed codes as the numbers that a floating-point tensor core multiplies, plane by plane.
+"""Packed codes as numbers for floating-point tensor cores, plane by plane.
 
-In bf16 four bytes become their codes by a few instructions of PTX (`numbers_ptx.py`). Other
-dtypes go by integers, and so does the interpreter.
+In bf16 a few PTX instructions turn four bytes into codes (`numbers_ptx.py`). Other dtypes
+use integer arithmetic, and so does the interpreter.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _registers(width: int) -> str:
 
 @triton.constexpr_function
 def has_planes(side: Side, page_size: int, head_dim: int, block_n: int, block_d: int) -> bool:
-    """Whether a tile is planes of a whole block of a page, without padding."""
+    """Whether a tile consists of planes of a whole block of a page, without padding."""
     return side.width in MIDDLES and block_d == head_dim and block_n == min(64, page_size)
 
 
@@ -54,8 +54,8 @@ def load_planes(
     MIDDLE: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """Codes less MIDDLE of the block that first_slot begins: a tuple of planes, each [tokens,
-    channels] of keys and transposed of values, in DTYPE; HEAD_DIM and BLOCK are powers of two"""
+    """Codes minus MIDDLE of the block that begins at first_slot: a tuple of planes, each [tokens,
+    channels] for keys, transposed for values, in DTYPE; HEAD_DIM and BLOCK are powers of two"""
     WIDTH: tl.constexpr = SIDE.width
     PLANES: tl.constexpr = planes_of(WIDTH)
     ROWS: tl.constexpr = (HEAD_DIM if SIDE.values else BLOCK) // PLANES
@@ -156,7 +156,7 @@ def _side_by_side(a, b):
 
 @triton.jit
 def together(planes, VALUES: tl.constexpr):
-    """Planes, as `load_planes` gives them -> keys [tokens, channels], values [channels, tokens]."""
+    """Planes from `load_planes` -> keys [tokens, channels], values [channels, tokens]."""
     R: tl.constexpr = planes[0].shape[0]
     C: tl.constexpr = planes[0].shape[1]
     if len(planes) == 2:
@@ -181,7 +181,7 @@ def load_numbers(
     MIDDLE: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """Codes less MIDDLE, exact in DTYPE: of keys [BLOCK_N, BLOCK_D], of values transposed"""
+    """Codes minus MIDDLE, exact in DTYPE: for keys [BLOCK_N, BLOCK_D], for values transposed"""
     if has_planes(SIDE, PAGE_SIZE, HEAD_DIM, BLOCK_N, BLOCK_D):
         planes = load_planes(
             part_ptr, first_slot, SIDE, PAGE_SIZE, HEAD_DIM, BLOCK_N, MIDDLE, DTYPE
@@ -195,7 +195,7 @@ def load_numbers(
 
 @triton.jit
 def load_number(ptr, index, mask, STORED: tl.constexpr, DTYPE: tl.constexpr):
-    """Stored bf16 or e5m3 numbers: in bf16, where DTYPE is that, without a conversion; else fp32"""
+    """Stored bf16 or e5m3 numbers: as bf16 without a conversion if DTYPE is bf16, otherwise fp32"""
     if DTYPE != tl.bfloat16:  # noqa: SIM300
         return load_scale(ptr, index, mask, STORED)
     elif STORED == "bf16":
@@ -207,7 +207,7 @@ def load_number(ptr, index, mask, STORED: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def fused(x, scale, offset, DTYPE: tl.constexpr):
-    """x * scale + offset rounded once; scale and offset as `load_number` gives them, broadcast"""
+    """x * scale + offset, rounded once; scale and offset from `load_number`, broadcast"""
     if DTYPE == tl.bfloat16:  # noqa: SIM300
         return tl.inline_asm_elementwise(
             "fma.rn.bf16x2 $0, $1, $2, $3;",

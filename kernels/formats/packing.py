@@ -1,12 +1,12 @@
-"""How codes of 1 to 8 bits share bytes: in planes, made for integer tensor cores.
+"""How codes of 1 to 8 bits are packed into bytes: in planes, for integer tensor cores.
 
-A page is cut into blocks of 64 tokens (fewer where the page has fewer). A block of
-keys is a table [tokens, head_dim], one of values [head_dim, tokens]: the axis
-that attention sums over lies last. P codes share a byte, those of P *rows*, so
-that a plane, the codes of one place in the byte, is a table again:
+A page is cut into blocks of 64 tokens (fewer if the page is smaller). A block of
+keys is a table [tokens, head_dim], a block of values a table [head_dim, tokens]: the
+axis that attention sums over comes last. P codes share a byte. They come from P
+different *rows*, so that a plane (the codes at one position of the bytes) is again a table:
 
     keys     plane p is rows P r + p:      neighbouring tokens share a byte
-    values   plane p is rows p R + r:      R = rows / P; far channels share a byte
+    values   plane p is rows p R + r:      R = rows / P; distant channels share a byte
 
     width   P   byte (r, x)
     8       1   code - 128, signed
@@ -17,11 +17,11 @@ that a plane, the codes of one place in the byte, is a table again:
                 bits, (p3 ^ 4) for p3: column x in bits 2, 4, 6, 7, the other in 1, 3, 5, 0
     1       8   p0 | p1 << 1 | ... | p7 << 7, rows as for values: signs of residuals
 
-A kernel takes a plane out with one AND and no shift: codes at bits 2p are 4^p times
-themselves, and the top plane, read as signed, is its codes less half their range,
+A kernel extracts a plane with one AND and no shift: codes at bits 2p are the codes times
+4^p, and the top plane, read as signed, is its codes minus half their range,
 which is why its highest bit is stored flipped.
 
-Torch is imported where a tensor comes in.
+Torch is imported only in functions that take a tensor.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ if TYPE_CHECKING:
 
 BLOCK_TOKENS = 64
 PLANES = {8: 1, 4: 2, 3: 4, 2: 4, 1: 8}
-# Width 3: the bit of plane p's high bit, for the first and the second half of the columns.
+# Width 3: where plane p's high bit is stored, for the first and the second half of the columns.
 HIGH_BITS = ((2, 4, 6, 7), (1, 3, 5, 0))
 
 
 def packed_bytes(width: int, page_size: int, head_dim: int) -> int:
-    """Bytes of a page's codes. Raises ValueError where head_dim does not fill bytes."""
+    """Bytes of a page's codes. Raises ValueError if head_dim does not fill whole bytes."""
     need = {8: 1, 4: 2, 3: 8, 2: 4, 1: 8}[width]
     if head_dim % need:
         raise ValueError(f"head_dim: {width}-bit codes need a multiple of {need}, got {head_dim}")
@@ -71,9 +71,9 @@ def pack(codes: torch.Tensor, width: int, *, values: bool) -> torch.Tensor:
 def unpack(
     data: torch.Tensor, width: int, page_size: int, head_dim: int, *, values: bool
 ) -> torch.Tensor:
-    """Codes in the tables they lie in.
+    """Unpack codes into tables.
 
-    data: [..., bytes] uint8, more bytes than the codes take are left alone
+    data: [..., bytes] uint8; bytes after the codes are ignored
     Returns uint8, keys [..., page_size, head_dim], values [..., blocks, head_dim, block]
     """
     import torch
@@ -101,7 +101,7 @@ def unpack(
 
 
 def by_token(table: torch.Tensor, *, values: bool) -> torch.Tensor:
-    """A table as `unpack` gives it -> [..., page_size, head_dim]; a copy for values."""
+    """A table from `unpack` -> [..., page_size, head_dim]; a copy for values."""
     return table.mT.flatten(-3, -2) if values else table
 
 

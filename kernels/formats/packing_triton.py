@@ -1,4 +1,4 @@
-"""The layout of `packing.py` for Triton: codes out of a page, and into one."""
+"""The layout of `packing.py` in Triton: unpacking codes from a page, and packing them."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def load_codes(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Codes less half their range, int32: of keys [BLOCK_N, BLOCK_D], of values transposed.
+    """Codes minus half their range, int32: for keys [BLOCK_N, BLOCK_D], for values transposed.
 
-    BLOCK_N slots from first_slot on lie in one block; what comes for channels from HEAD_DIM on
-    is finite
+    BLOCK_N slots starting at first_slot lie in one block; channels from HEAD_DIM on hold
+    arbitrary finite numbers
     """
     d = tl.arange(0, BLOCK_D)
     mask_d = None if BLOCK_D == HEAD_DIM else d < HEAD_DIM
@@ -44,13 +44,13 @@ def load_codes_of(
     HEAD_DIM: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """The same of some channels; mask_d says which of them are there, None that all are."""
+    """The same for some channels; mask_d says which of them exist, None means all."""
     WIDTH: tl.constexpr = SIDE.width
     BITS: tl.constexpr = 2 if WIDTH == 3 else WIDTH
     PLANES: tl.constexpr = 8 // BITS
     BLOCK: tl.constexpr = min(64, PAGE_SIZE)
     block = first_slot // BLOCK
-    # In the block; the compiler has to see that what a thread loads lies together.
+    # Relative to the block, so that the compiler sees that each thread loads adjacent bytes.
     n = tl.arange(0, BLOCK_N)
     if BLOCK_N != BLOCK:
         n += first_slot % BLOCK
@@ -85,17 +85,15 @@ def load_codes_of(
 
 @triton.jit
 def _high_bit(plane, half):
-    """Where width 3 keeps a plane's high bit, by half of the columns: 2, 4, 6, 7 and 1, 3, 5, 0."""
+    """The bit of width 3 that holds a plane's high bit: 2, 4, 6, 7 or 1, 3, 5, 0, by half."""
     return tl.where(
         half == 0, tl.where(plane == 3, 7, 2 * plane + 2), tl.where(plane == 3, 0, 2 * plane + 1)
     )
 
 
-# ------------------------------------------------------------------ sealing
-#
-# A block of a page is held as [N, D], both padded to powers of two *in parts*, so
-# that a reshape finds the planes: tokens in two halves, channels in two halves
-# (keys) or in planes (values).
+# Sealing. A block of a page is held as [N, D], each padded to a power of two *in parts*,
+# so that a reshape gives the planes: tokens in two halves, and channels in two halves (keys)
+# or in planes (values).
 
 
 @triton.constexpr_function
@@ -110,7 +108,7 @@ def channel_parts(side, head_dim: int) -> int:
 
 @triton.jit
 def block_slots(PAGE_SIZE: tl.constexpr):
-    """Slots in the padded order, [N] int32, and which are there."""
+    """Slots in the padded order, [N] int32, and whether they exist."""
     HALF: tl.constexpr = block_tokens(PAGE_SIZE) // 2
     PAD: tl.constexpr = padded(HALF)
     offs = tl.arange(0, 2 * PAD)
@@ -119,7 +117,7 @@ def block_slots(PAGE_SIZE: tl.constexpr):
 
 @triton.jit
 def block_channels(SIDE: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """Channels in the padded order, [D] int32, and which are there."""
+    """Channels in the padded order, [D] int32, and whether they exist."""
     PARTS: tl.constexpr = channel_parts(SIDE, HEAD_DIM)
     SPAN: tl.constexpr = HEAD_DIM // PARTS
     PAD: tl.constexpr = padded(SPAN)

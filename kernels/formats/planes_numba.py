@@ -1,4 +1,4 @@
-"""Packed codes (packing.py) to numbers, on CPUs."""
+"""Unpacks codes (packing.py) to numbers, on CPUs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def unpacker(width: int, page_size: int, head_dim: int, values: bool) -> Any:
     blocks = page_size // block
     low_bytes = page_size * head_dim * bits // 8
     half = columns // 2
-    # What comes before the flipped bit is put back: of 3-bit codes it is one of the high ones.
+    # Undo the flipped bit; for 3-bit codes it is one of the high bits.
     flips = np.zeros(planes, np.uint8)
     flips[-1] = {8: 128, 4: 8, 2: 2}.get(width, 0)
     high_flips = np.zeros(planes, np.uint8)
@@ -50,7 +50,7 @@ def unpacker(width: int, page_size: int, head_dim: int, values: bool) -> Any:
                     else:
                         first, second = first_bits[p], second_bits[p]
                         flip = high_flips[p]
-                        # Two loops: each is vectorised, one of both is not.
+                        # Two loops, because the compiler does not vectorise one combined loop.
                         for x in range(half):
                             high = ((part[high_at + x] >> first) & np.uint8(1)) ^ flip
                             low = (part[at + x] >> shift) & mask

@@ -1,18 +1,18 @@
-"""Codes as an integer tensor core takes them: planes of packed bytes, without shifts.
+"""Codes as integer tensor cores take them: planes of packed bytes, without shifts.
 
 The layout is that of `packing.py`: a byte holds codes of several rows, and one
-AND leaves those of one of them, the plane p, in place:
+AND leaves those of a single row, plane p, at their bits:
 
     width   plane p of a row of bytes is    numbers in it, as int8
     8       the bytes                       code - 128
     4       bytes & 15, bytes & -16         code, 16 (code - 8)
     2       & 3, 12, 48, -64                code 4^p, the last 64 (code - 2)
-    3       as 2, high bits put beside      code (1, 4, 16), the last 32 (code - 4);
+    3       as 2, with high bits merged     code (1, 4, 16), the last 32 (code - 4);
                                             first for one half of the columns, then
                                             for the other
 
-What a plane's numbers are multiples of, `unit` takes out of sums over them. The
-last plane's offset, half the range, is for the caller to put back.
+`unit` divides sums over a plane by the factor of its numbers. The caller adds the
+last plane's offset, half the range.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ import triton.language as tl
 
 
 def _three_bits() -> str:
-    """Words of four bytes: low bits $8 and $9 of the two halves of the columns and their high
+    """Words of four bytes: the low bits $8 and $9 of the two halves of the columns and their high
     bits $10 become planes 0 to 3 of one half, $0 to $3, and of the other, $4 to $7."""
     lines = ["{ .reg .b32 t, x, z;"]
 
     def plane(register: int, low: str, high: str, low_bits: int, all_bits: int) -> None:
-        # 0xe4: low where low_bits are set, high elsewhere
+        # 0xe4: low where low_bits are set, otherwise high
         lines.append(f"lop3.b32 t, {low}, {high}, {low_bits * 0x01010101:#x}, 0xe4;")
         lines.append(f"and.b32 ${register}, t, {all_bits * 0x01010101:#x};")
 
@@ -59,12 +59,12 @@ def load_planes(
     WIDTH: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    """Planes of a table of packed rows, each [rows, COLUMNS] int8; of width 3 eight halves.
+    """Planes of a table of packed rows, each [rows, COLUMNS] int8; with width 3 eight halves.
 
-    rows: which rows, and in what order
-    STRIDE: bytes from row to row; of width 3 COLUMNS
+    rows: the rows to load, in order
+    STRIDE: bytes from row to row; with width 3 it is COLUMNS
     high_ptr: width 3: where the table's high bits start
-    PTX: whether to use instructions that the interpreter does not know
+    PTX: whether to use instructions that the interpreter does not support
     """
     offs = tl.arange(0, COLUMNS)[None, :]
     row_ptr = ptr + rows[:, None] * STRIDE
@@ -116,7 +116,7 @@ def load_planes(
 
 @triton.jit
 def unit(sums, P: tl.constexpr, WIDTH: tl.constexpr):
-    """Sums over plane P's numbers -> sums over codes, of the last plane less half their range."""
+    """Sums over plane P's numbers -> sums over codes, for the last plane minus half their range."""
     if P == 0:
         return sums
     elif WIDTH == 4:

@@ -1,4 +1,4 @@
-"""Every KV format by name. Adding one is a line here, and a folder where its encoding is new."""
+"""Every KV format by name. A new one is one line here, plus a folder if its encoding is new."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from kvmesh.kernels.formats.static8.side import Static8
 
 
 def _channels(width: int) -> Side:
-    """Keys on a grid a channel and page, fitted by least squares."""
+    """Keys on a grid per channel and page, fitted by least squares."""
     return Affine(width, along="channel", fit="least_squares", scale="e5m3")
 
 
 def _rotated(width: int) -> Side:
-    """Rotated values: on a grid a token, or with fewer than 4 bits on unbiased uniform levels."""
+    """Rotated values: on a grid per token, or below 4 bits on unbiased uniform levels."""
     if width >= 4:
         return Affine(width, fit="least_squares", scale="e5m3", rotated=True, values=True)
     return Codebook(width, scale="e5m3", rotated=True, values=True)
@@ -28,28 +28,34 @@ _FORMATS: tuple[KVFormat, ...] = (
         "exact",
         Exact(),
         Exact(values=True),
-        "the compute dtype's own",
+        "the compute dtype, unquantised",
         aliases=("0", "none", "auto"),
     ),
     KVFormat(
         "int8",
         Affine(8),
         Affine(8, values=True),
-        "a grid a token and head, as LMDeploy's policy 8",
+        "one grid per token and head, like LMDeploy's policy 8",
         aliases=("8",),
     ),
     KVFormat(
-        "int8-static", Static8(), Static8(values=True), "calibrated ranges a head and channel"
+        "int8-static",
+        Static8(),
+        Static8(values=True),
+        "calibrated ranges per head and channel",
     ),
     KVFormat(
-        "fp8", Fp8(centred=True), Fp8(values=True), "e4m3, a scale a page and head, keys centred"
+        "fp8",
+        Fp8(centred=True),
+        Fp8(values=True),
+        "e4m3, one scale per page and head, centred keys",
     ),
     *(
         KVFormat(
             name,
             _channels(k_width),
             _rotated(v_width),
-            "keys on a grid a channel and page, values rotated",
+            "keys on a grid per channel and page, rotated values",
             sink_pages=1,
             recent_pages=recent_pages,
             aliases=aliases,
@@ -57,7 +63,7 @@ _FORMATS: tuple[KVFormat, ...] = (
         for name, k_width, v_width, recent_pages, aliases in (
             ("k8v4", 8, 4, 1, ()),
             ("k4v4", 4, 4, 2, ()),
-            ("k4v2", 4, 2, 2, ("42",)),  # in place of LMDeploy's policy 42
+            ("k4v2", 4, 2, 2, ("42",)),  # replaces LMDeploy's policy 42
             ("k3v3", 3, 3, 2, ()),
             ("k3v2", 3, 2, 4, ()),
             ("k2v2", 2, 2, 4, ()),
@@ -67,21 +73,21 @@ _FORMATS: tuple[KVFormat, ...] = (
         "int4",
         Affine(4),
         Affine(4, values=True),
-        "a grid a token and head, as LMDeploy's policy 4",
+        "one grid per token and head, like LMDeploy's policy 4",
         aliases=("4",),
     ),
     KVFormat(
         "kivi4",
         Affine(4, along="channel", run=32),
         Affine(4, run=32, values=True),
-        "KIVI: keys a channel and 32 tokens, values a token and 32 channels",
+        "KIVI: keys per channel and 32 tokens, values per token and 32 channels",
         recent_pages=2,
     ),
     KVFormat(
         "kivi2",
         Affine(2, along="channel", run=32),
         Affine(2, run=32, values=True),
-        "as kivi4, in 2 bits",
+        "like kivi4, in 2 bits",
         recent_pages=2,
     ),
     *(
@@ -93,8 +99,8 @@ _FORMATS: tuple[KVFormat, ...] = (
             recent_pages=2,
         )
         for name, fit, summary in (
-            ("g64-int", "range", "a grid a token and 64 channels, as transformers' Quanto cache"),
-            ("g64-hqq", "half_quadratic", "the same grid solved as transformers' HQQ cache does"),
+            ("g64-int", "range", "one grid per token and 64 channels, like transformers' Quanto"),
+            ("g64-hqq", "half_quadratic", "the same grid, fitted like transformers' HQQ cache"),
         )
         for width in (4, 2)
     ),
@@ -103,7 +109,7 @@ _FORMATS: tuple[KVFormat, ...] = (
             f"nuq{width}",
             NonUniform(width),
             NonUniform(width, values=True),
-            "KVQuant: calibrated levels, outliers apart, keys as before RoPE",
+            "KVQuant: calibrated levels, separate outliers, keys before RoPE",
             sink_pages=1,
         )
         for width in (4, 3, 2)
@@ -112,7 +118,7 @@ _FORMATS: tuple[KVFormat, ...] = (
         "int8-static-layer",
         Static8(per="layer"),
         Static8(per="layer", values=True),
-        "LMDeploy's offline int8: calibrated ranges a layer",
+        "LMDeploy's offline int8: calibrated ranges per layer",
         reference=True,
     ),
     KVFormat(
@@ -140,11 +146,13 @@ def format_names() -> tuple[str, ...]:
 
 
 def get_format(name: str | int) -> KVFormat:
-    """The format of that name or alias; LMDeploy's policy numbers work as numbers too.
+    """The format with that name or alias; LMDeploy's policy numbers may be ints.
 
-    Raises ValueError that lists the names there are.
+    Raises ValueError listing the known names.
     """
     fmt = _BY_NAME.get(str(name).strip().lower())
     if fmt is None:
-        raise ValueError(f"kv format: {name!r} is not known; there are {', '.join(format_names())}")
+        raise ValueError(
+            f"kv format: {name!r} is not known; expected one of {', '.join(format_names())}"
+        )
     return fmt

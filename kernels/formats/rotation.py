@@ -1,13 +1,13 @@
 """The basis of rotated sides: a random-sign Hadamard rotation, the same for every head.
 
-A rotation spreads what stands out in a few channels over all of them, so that
-one scale a token suffices and a codebook made for Gaussian numbers fits
-(QuaRot, arXiv 2404.00456; TurboQuant, arXiv 2504.19874). It is orthonormal:
-rotated queries and keys have the scores of plain ones, and an output of rotated
-values is rotated back once. Signs are random, but fixed: without them a
-constant vector, or any other that a Hadamard matrix knows, stays concentrated.
+A rotation spreads outliers in a few channels over all of them, so that one scale per
+token suffices and a codebook for Gaussian numbers fits (QuaRot, arXiv 2404.00456;
+TurboQuant, arXiv 2504.19874). It is orthonormal: rotated queries and keys have the
+same scores as the original ones, and an output of rotated values is rotated back once.
+Signs are random but fixed: without them a constant vector, or any other row of the
+Hadamard matrix, would become concentrated in one channel.
 
-A head_dim that is no power of two splits into blocks that are: 80 = 64 + 16.
+A head_dim that is not a power of two splits into blocks that are: 80 = 64 + 16.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _SEED = 20160811
 def rotation_matrix(head_dim: int) -> torch.Tensor:
     """R [head_dim, head_dim] fp32, orthonormal; x in the rotated basis is x @ R.T.
 
-    Raises ValueError for an odd head_dim, where a channel would stay alone.
+    Raises ValueError for an odd head_dim, which would leave one channel unrotated.
     """
     if head_dim < 2 or head_dim % 2:
         raise ValueError(f"head_dim: a rotation needs an even number, got {head_dim}")
@@ -41,7 +41,7 @@ def rotation_matrix(head_dim: int) -> torch.Tensor:
 
 
 def rotate(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """x [..., head_dim] @ matrix.T, the matrix contiguous and of the same dtype."""
+    """x [..., head_dim] @ matrix.T; the matrix is contiguous and of the same dtype."""
     rows = x.reshape(-1, x.shape[-1])
     if _HAS_NUMBA and not rows.is_cuda:
         from kvmesh.kernels.formats import rotation_numba

@@ -1,4 +1,4 @@
-"""Rotating a few vectors on a CPU, without waking the threads of a matrix library."""
+"""Rotating a few vectors on a CPU, without starting the threads of a matrix library."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import torch
 
 from kvmesh.kernels.formats.tiles_numba import compiled
 
-LARGEST = 1 << 18  # products, beyond which a library's threads are worth it
+MAX_PRODUCTS = 1 << 18  # above this, a library's threads pay off
 
 
 def suits(x: torch.Tensor) -> bool:
     """x: [n, head_dim]"""
-    few = x.shape[0] * x.shape[1] ** 2 <= LARGEST
+    few = x.shape[0] * x.shape[1] ** 2 <= MAX_PRODUCTS
     return few and x.device.type == "cpu" and x.dtype == torch.float32
 
 

@@ -1,7 +1,7 @@
-"""The tiles that sides share: numbers as they are, and codes with scales to be folded.
+"""Tiles that several sides use: plain numbers, and codes whose scales are folded.
 
 A row is a (sequence, KV head); its tokens are those of its pages, in order.
-Keys lie by token, values by channel in blocks of tokens (packing.py).
+Keys are stored by token, values by channel in blocks of tokens (packing.py).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class DenseTile:
 
 @dataclass(frozen=True, slots=True)
 class TokenKeys:
-    """x = codes * scale + offset, one scale and offset a token.
+    """x = codes * scale + offset, with one scale and offset per token.
 
     codes: [rows, tokens, head_dim] fp32; scale, offset: [rows, tokens] fp32, offset None for 0
     """
@@ -57,7 +57,7 @@ class TokenKeys:
 
 @dataclass(frozen=True, slots=True)
 class TokenValues:
-    """x = codes * scale + offset, one scale and offset a token.
+    """x = codes * scale + offset, with one scale and offset per token.
 
     codes: [rows, blocks, head_dim, block] fp32; scale, offset: [rows, blocks * block] fp32,
         offset None for 0
@@ -74,22 +74,22 @@ class TokenValues:
         # Σ w x = (w scale)·codes + Σ w offset, block by block
         out = _by_block(weights * self.scale.unsqueeze(1), self.codes)
         if self.offset is not None:
-            # A sum by halves: a product with a vector would round once a token.
+            # A pairwise sum: a product with a vector would round once per token.
             out.add_((weights * self.offset.unsqueeze(1)).sum(-1, keepdim=True))
         return out
 
     def dense(self) -> torch.Tensor:
-        # Contiguous also where there is a single block: torch's attention on CPUs reads other
-        # strides wrongly.
+        # Made contiguous even with a single block: torch's attention on CPUs gives wrong results
+        # for other strides.
         x = self.codes.mT.contiguous().flatten(1, 2) * self.scale.unsqueeze(-1)
         return x if self.offset is None else x.add_(self.offset.unsqueeze(-1))
 
 
 @dataclass(frozen=True, slots=True)
 class ChannelKeys:
-    """x = codes * scale + offset, one scale and offset a channel and run of tokens.
+    """x = codes * scale + offset, with one scale and offset per channel and run of tokens.
 
-    codes: [rows, runs, tokens a run, head_dim] fp32
+    codes: [rows, runs, tokens per run, head_dim] fp32
     scale, offset: [rows, runs, head_dim] fp32
     """
 
@@ -98,7 +98,7 @@ class ChannelKeys:
     offset: torch.Tensor
 
     def scores(self, q: torch.Tensor) -> torch.Tensor:
-        # q·x = (q scale)·codes + q·offset, with the query scaled once a run
+        # q·x = (q scale)·codes + q·offset, with the query scaled once per run
         rows, runs, tokens, head_dim = self.codes.shape
         scaled = (q.unsqueeze(1) * self.scale.unsqueeze(2)).view(rows * runs, -1, head_dim)
         products = torch.bmm(scaled, self.codes.view(rows * runs, tokens, head_dim).mT)
@@ -116,7 +116,7 @@ class ChannelKeys:
 
 def _by_block(weights: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
     """weights [rows, queries, tokens], codes [rows, blocks, channels, block], both fp32 ->
-    [rows, queries, channels]: a product a block, and their sum."""
+    [rows, queries, channels]: the sum of one product per block."""
     rows, blocks, channels, block = codes.shape
     products = torch.bmm(
         weights.view(rows, -1, blocks, block).transpose(1, 2).reshape(rows * blocks, -1, block),
@@ -126,6 +126,6 @@ def _by_block(weights: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
 
 
 def saturated(codes: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
-    """codes * scale + offset, finite even where rows span nearly all of fp32's range."""
+    """codes * scale + offset, finite even for rows that span almost all of fp32's range."""
     half = codes * (scale * 0.5) + offset * 0.5
     return half.clamp_(-0.5 * BF16_MAX, 0.5 * BF16_MAX).mul_(2.0)

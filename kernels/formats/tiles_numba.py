@@ -1,6 +1,6 @@
-"""What a side supplies to attention on CPUs, and the stored numbers its functions read.
+"""What a side supplies for attention on CPUs, and readers of stored numbers.
 
-Numba compiles these for the machine they run on, per side and geometry, once a process.
+Numba compiles these for the machine they run on, per side and geometry, once per process.
 Pages are bytes; a tile is one head's keys or values of one page as fp32 numbers.
 """
 
@@ -18,7 +18,7 @@ from numba.np.arrayobj import make_array
 
 from kvmesh.kernels.formats.scales import E5M3_BIAS
 
-# Sums may be taken in any order, products and sums in one rounding; infinities and NaN stay.
+# Sums may be reordered and multiply-adds fused; infinities and NaN are preserved.
 compiled = numba.njit(
     nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz", "arcp"}
 )
@@ -33,10 +33,10 @@ class SideLoad:
 
     load: (part, tile, numbers, table, head) -> the tile, fp32 [page_size, head_dim], or
         [head_dim, page_size] if `transposed`; it is `tile` or a view of the bytes. part
-        [num_bytes] uint8 of one head and page; numbers [numbers_size] fp32 is its own to use;
-        table fp32 of `Side.table`, empty where there is none; head: the KV head's place in it
+        [num_bytes] uint8 of one head and page; numbers [numbers_size] fp32 is scratch memory;
+        table: fp32, `Side.table`, empty if there is none; head: the KV head's index in it
     grid: DENSE: the tile is keys or values. BY_TOKEN (BY_CHANNEL, for keys): they are tile *
-        scale + offset, with n tokens' (channels') scales in numbers[:n], offsets in numbers[n:2n]
+        scale + offset, with scales of n tokens (channels) in numbers[:n], offsets in numbers[n:2n]
     """
 
     load: Any
@@ -57,7 +57,7 @@ def float_of(typingctx, bits):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def prefetch(typingctx, array, offset):  # type: ignore[no-untyped-def]
-    """Ask for the cache line of byte `offset` of a uint8 array."""
+    """Prefetch the cache line of byte `offset` of a uint8 array."""
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         data = make_array(signature.args[0])(context, builder, arguments[0]).data
@@ -76,7 +76,7 @@ def prefetch(typingctx, array, offset):  # type: ignore[no-untyped-def]
 
 @compiled
 def read_bf16(part, start, count, out):  # type: ignore[no-untyped-def]
-    """`count` bf16 numbers from byte `start` on -> out [count] fp32"""
+    """`count` bf16 numbers starting at byte `start` -> out [count] fp32"""
     stored = part[start : start + 2 * count].view(np.uint16)
     for i in range(count):
         out[i] = float_of(np.int32(stored[i]) << np.int32(16))

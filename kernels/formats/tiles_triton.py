@@ -1,8 +1,8 @@
-"""What a side supplies to the Triton kernels, and the stored numbers they all read and write.
+"""What a side supplies to the Triton kernels, and the numbers that all sides store.
 
-A kernel gets a side as a compile-time value, as the side is: `SIDE.width` and
-the rest are constants in it. Pages are bytes; a part's numbers are reached by
-reading its pointer as that of another type.
+A kernel receives a side as a compile-time value, so `SIDE.width` and the other fields
+are constants in it. Pages are bytes; a part's numbers are read by casting its pointer to
+another type.
 """
 
 from __future__ import annotations
@@ -26,22 +26,23 @@ class SideKernels:
 
     load: (part_ptr, table_ptr, head, first_slot, SIDE, PAGE_SIZE, HEAD_DIM, BLOCK_N, BLOCK_D,
         DTYPE) -> tile, scale, offset: BLOCK_N tokens of one page of one head from first_slot on,
-        tile [BLOCK_N, BLOCK_D] in DTYPE, channels from HEAD_DIM on finite; the numbers
-        are tile * scale[:, None] + offset[:, None]. Of keys that are turned in pairs of
-        channels, tile is two: of the pairs' first channels and of their second ones
-    folded: whether scale and offset, [BLOCK_N] fp32, are there; otherwise the tile is
+        tile [BLOCK_N, BLOCK_D] in DTYPE, finite for channels from HEAD_DIM on; the numbers
+        are tile * scale[:, None] + offset[:, None]. For keys whose channels RoPE rotates in
+        pairs, tile is two tiles: the first channels of the pairs, and the second ones
+    folded: whether scale and offset, [BLOCK_N] fp32, are returned; otherwise the tile is
         the numbers. An offset may be None, for 0
-    load_dense: the same for many queries, to which folding costs more: the tile is the numbers;
-        None where there is nothing but `load`
+    load_dense: the same for many queries, for which folding costs more: the tile is the numbers;
+        None if there is only `load`
     seal: (hot_ptr, part_ptr, table_ptr, head, position, SIDE, PAGE_SIZE, HEAD_DIM): encode one
         page of one head, [PAGE_SIZE, HEAD_DIM] of the compute dtype, into this side's part
-    load_centre: (part_ptr, SIDE, PAGE_SIZE, HEAD_DIM, BLOCK_D) -> what the numbers of a page's
-        channels have in common besides, [BLOCK_D] fp32, of keys only; None where they have not
-    one_warp: whether decode over sealed pages takes least instructions with one warp a program
-    looks_up: whether numbers are looked up one by one: such loads are not to be made ahead, as
-        each would take shared memory
+    load_centre: (part_ptr, SIDE, PAGE_SIZE, HEAD_DIM, BLOCK_D) -> a vector to add to all keys
+        of a page, [BLOCK_D] fp32; None for sides without one
+    one_warp: whether decode over sealed pages needs the fewest instructions with one warp per
+        program
+    looks_up: whether numbers are looked up one by one; such loads must not be pipelined, as
+        each stage would take shared memory
 
-    table_ptr: the side's table (`Side.table`), of the layer; position: of the page's first token
+    table_ptr: the layer's table of this side (`Side.table`); position: of the page's first token
     """
 
     load: Any
@@ -54,7 +55,7 @@ class SideKernels:
 
 
 def why_no_kernels(fmt: KVFormat) -> str | None:
-    """What keeps the format on CPUs; None where nothing does."""
+    """Why the format runs only on CPUs, or None if it has GPU kernels."""
     for side in (fmt.k, fmt.v):
         if isinstance(side, Codebook) and side.residual:
             return "it keeps residual signs, for comparison"
@@ -62,7 +63,7 @@ def why_no_kernels(fmt: KVFormat) -> str | None:
 
 
 def format_kernels(fmt: KVFormat) -> tuple[SideKernels, SideKernels]:
-    """Of keys and of values. Raises ValueError for formats that run on CPUs only."""
+    """For keys and for values. Raises ValueError for formats that run only on CPUs."""
     reason = why_no_kernels(fmt)
     if reason:
         raise ValueError(f"fmt: {fmt.name} has no GPU kernels, because {reason}")
@@ -75,9 +76,9 @@ def run_length(side: Side, page_size: int, head_dim: int) -> int:
 
 
 @triton.constexpr_function
-def turned(side: Side) -> tuple[int, bool] | None:
-    """Planes of keys that are turned as RoPE does, and whether they are interleaved."""
-    return getattr(side, "turned", None)
+def rope_pairs(side: Side) -> tuple[int, bool] | None:
+    """The number of channel pairs of keys that RoPE rotates, and whether they are interleaved."""
+    return getattr(side, "rope", None)
 
 
 @triton.constexpr_function
@@ -100,14 +101,14 @@ def from_e5m3(code):
 
 @triton.jit
 def to_bf16(x):
-    """fp32 -> int16 bits, rounded to the nearest even; the interpreter's own conversion cuts."""
+    """fp32 -> int16 bits, rounded to nearest even; the interpreter's own conversion truncates."""
     bits = x.to(tl.int32, bitcast=True)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.int16)
 
 
 @triton.jit
 def to_e5m3(x):
-    """Positive fp32 -> int8 code of the nearest"""
+    """Positive fp32 -> int8 code of the nearest number"""
     x = tl.minimum(tl.maximum(x, 2.0**-20), 3840.0)
     code = ((x.to(tl.int32, bitcast=True) + (1 << 19)) >> 20) - (107 << 3)
     return tl.minimum(tl.maximum(code, 0), 255).to(tl.int8)
@@ -115,7 +116,7 @@ def to_e5m3(x):
 
 @triton.jit
 def load(ptr, mask):
-    """0 where the mask says so; mask None for everywhere"""
+    """0 where the mask is false; mask None loads everything"""
     if mask is None:
         return tl.load(ptr)
     else:
@@ -129,7 +130,7 @@ def as_int16(ptr):
 
 @triton.jit
 def load_bf16(ptr, index, mask=None):
-    """ptr: of bytes; index in numbers"""
+    """ptr: to bytes; index: in numbers"""
     return from_bf16(load(as_int16(ptr) + index, mask))
 
 
@@ -157,7 +158,7 @@ def store_scale(ptr, index, x, mask, SCALE: tl.constexpr):
 
 @triton.jit
 def rounded_scale(x, SCALE: tl.constexpr):
-    """The scale as it will be read."""
+    """The scale after storing and loading."""
     if SCALE == "bf16":
         return from_bf16(to_bf16(x))
     else:

@@ -15,11 +15,11 @@ def merge_states(
     """Merge attention over disjoint sets of keys into attention over their union.
 
     outs: [num_parts, num_tokens, num_heads, head_dim], each part's normalised output
-    lses: [num_parts, num_tokens, num_heads] fp32, natural log; -inf where a part
-        had no key to see (its output is then ignored, whatever it holds)
+    lses: [num_parts, num_tokens, num_heads] fp32, natural log; -inf if a part had no
+        visible key (its output is then ignored, whatever it holds)
     backend: None picks the kernel on GPUs and plain torch elsewhere
     Returns out: [num_tokens, num_heads, head_dim] like outs; lse: [num_tokens,
-    num_heads] fp32. Where no part saw a key, out is 0 and lse -inf.
+    num_heads] fp32. Where no part had a visible key, out is 0 and lse -inf.
     Source: the split-softmax of FlashDecoding, (Σ e^(lse_i - lse) out_i, log Σ e^lse_i).
     """
     if outs.dim() != 4 or outs.shape[0] == 0 or lses.shape != outs.shape[:3]:

@@ -27,8 +27,8 @@ def merge_kernel(
     """One row of one head: outs [num_parts, rows, NUM_HEADS, HEAD_DIM], lses without HEAD_DIM.
 
     stride_part: rows * NUM_HEADS
-    DECODE: row r of the parts is sequence r, whose one token is row starts[r] of
-        the result; a sequence of several tokens is not in the parts at all
+    DECODE: row r of the parts is sequence r, whose single token is row starts[r] of
+        the result; sequences with several tokens are not in the parts
     """
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
@@ -49,7 +49,7 @@ def merge_kernel(
             at = parts * stride_part + row * NUM_HEADS + head
             lses = tl.load(lses_ptr + at, mask=parts < num_parts, other=float("-inf"))
             seen = lses != float("-inf")
-            # Outputs of parts that saw no key may hold anything: they are not read.
+            # Outputs of parts without a visible key may hold anything: they are not read.
             x = tl.load(
                 outs_ptr + at[:, None] * HEAD_DIM + offs_d[None, :],
                 mask=seen[:, None] & mask_d[None, :],
@@ -86,8 +86,8 @@ def merge_decode(
     lse: torch.Tensor,
     query_starts: torch.Tensor,
 ) -> None:
-    """Merge parts [num_parts, num_seqs, num_heads(, head_dim)] into the rows of those sequences
-    of out and lse that have one new token; query_starts as in `AttentionBatch`."""
+    """Merge parts [num_parts, num_seqs, num_heads(, head_dim)] into the rows of out and lse that
+    belong to decoding sequences; query_starts as in `AttentionBatch`."""
     _launch(outs, lses, out, lse, query_starts, decode=True)
 
 

@@ -21,14 +21,14 @@ def seal_pages(
     positions: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> None:
-    """Encode full hot pages into sealed pages, of one layer, in place.
+    """Encode full hot pages of one layer into sealed pages, in place.
 
     hot: [num_hot_pages, 2, num_kv_heads, page_size, head_dim] of the compute dtype
     sealed: [num_sealed_pages, num_kv_heads, page_bytes] uint8
-    hot_ids, sealed_ids: [n] int32, page n of one goes to page n of the other; a negative
-        hot id is padding and is skipped
-    params: what calibration found for this layer, where the format needs it
-    positions: [n] int64, of each page's first token; only for formats that want positions
+    hot_ids, sealed_ids: [n] int32, page n of one is encoded into page n of the other; a
+        negative hot id is padding and is skipped
+    params: this layer's calibrated parameters, if the format needs them
+    positions: [n] int64, of each page's first token; only for formats that need positions
     backend: None picks the kernels on GPUs and plain torch elsewhere
     """
     _check(hot, sealed, hot_ids, sealed_ids, fmt, "")
@@ -51,21 +51,21 @@ def seal_layers(
     positions: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> None:
-    """Encode full hot pages into sealed pages, of all layers at once, in place.
+    """Encode full hot pages of all layers into sealed pages at once, in place.
 
-    A CPU pays for calls of torch more than for numbers, a GPU for launches: one pass over all
-    layers costs a fraction of a pass a layer.
+    On CPUs the calls of torch cost more than the arithmetic, and on GPUs the launches do: one
+    pass over all layers costs a fraction of a pass per layer.
 
     hot: [num_layers, num_hot_pages, 2, num_kv_heads, page_size, head_dim]
     sealed: [num_layers, num_sealed_pages, num_kv_heads, page_bytes] uint8
-    params: what calibration found for the layers, where the format needs it
+    params: the layers' calibrated parameters, if the format needs them
     hot_ids, sealed_ids, positions, backend: as in `seal_pages`
     """
     _check(hot, sealed, hot_ids, sealed_ids, fmt, "num_layers, ")
     if sealed.shape[0] != hot.shape[0]:
-        raise ValueError(f"sealed: has {sealed.shape[0]} layers, hot {hot.shape[0]}")
+        raise ValueError(f"sealed: expected {hot.shape[0]} layers as in hot, got {sealed.shape[0]}")
     if fmt.needs_calibration and (params is None or len(params.layers) != hot.shape[0]):
-        raise ValueError(f"params: {fmt.name} needs those of {hot.shape[0]} layers")
+        raise ValueError(f"params: {fmt.name} needs calibrated parameters of {hot.shape[0]} layers")
     if hot_ids.shape[0] == 0:
         return
     _check_positions(fmt, hot_ids, positions)
@@ -76,7 +76,9 @@ def seal_layers(
 
 def _check_positions(fmt: KVFormat, hot_ids: torch.Tensor, positions: torch.Tensor | None) -> None:
     if fmt.wants_positions and (positions is None or positions.shape != hot_ids.shape):
-        raise ValueError(f"positions: format {fmt.name} needs [{hot_ids.shape[0]}] first positions")
+        raise ValueError(
+            f"positions: format {fmt.name} needs the first positions of {hot_ids.shape[0]} pages"
+        )
 
 
 def _check(
@@ -87,7 +89,7 @@ def _check(
     fmt: KVFormat,
     layers: str,
 ) -> None:
-    """layers: what the shapes begin with"""
+    """layers: leading dimensions of the shapes"""
     if hot_ids.shape != sealed_ids.shape or hot_ids.dim() != 1:
         raise ValueError(
             "hot_ids, sealed_ids: expected equal shapes [n], "
@@ -112,7 +114,7 @@ def _implementation(hot: torch.Tensor, backend: str | None) -> ModuleType:
     if backend == "reference":
         return reference
     if backend == "triton":
-        # Imported here: a machine without a GPU need not have Triton.
+        # Imported here: a machine without a GPU may lack Triton.
         from kvmesh.kernels.seal import triton_seal
 
         return triton_seal

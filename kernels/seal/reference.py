@@ -36,7 +36,7 @@ def seal_layers(
     params: ModelParams | None,
     positions: torch.Tensor | None,
 ) -> None:
-    if params is not None:  # the layers' own
+    if params is not None:  # the parameters of all layers
         for layer, found in enumerate(params.layers):
             shared = (hot_ids, sealed_ids)
             seal_pages(

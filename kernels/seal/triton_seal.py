@@ -1,7 +1,7 @@
 """`seal_layers` and `seal_pages` as one kernel; the same signatures as the public operators.
 
-A program encodes the keys or the values of one head of one page of one layer, as the side does
-it. The arenas of all layers are one: page p of layer l is page l * num_pages + p of it.
+A program calls the side to encode the keys or the values of one head of one page of one layer.
+The arenas of all layers are treated as one: page p of layer l is page l * num_pages + p of it.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def seal_kernel(
 ):
     """Program (page to seal, KV head, twice the layer, plus one for the values).
 
-    positions: of the pages' first tokens, where a side wants them
-    stride_k_table, stride_v_table: from one layer's table to the next one's
+    positions: of the pages' first tokens, if a side needs them
+    stride_k_table, stride_v_table: from one layer's table to the next
     """
     page = tl.program_id(0)
     head = tl.program_id(1)
@@ -117,7 +117,7 @@ def _seal(
     num_layers, num_hot_pages, _, num_kv_heads, page_size, head_dim = hot.shape
     constants = seal_constants(params.fmt, page_size, head_dim, hot.element_size())
     check_arenas(hot, sealed)
-    # What stands in for positions and tables that no side has is not read.
+    # Kernels never read the placeholders for positions and tables that no side has.
     k_table, v_table = (hot if x is None else x for x in (params.k_table, params.v_table))
     seal_kernel[(hot_ids.shape[0], num_kv_heads, 2 * num_layers)](
         hot,
@@ -141,7 +141,7 @@ def _seal(
 def seal_constants(
     fmt: KVFormat, page_size: int, head_dim: int, dtype_bytes: int
 ) -> dict[str, Any]:
-    """The kernel's, but for the number of heads. Raises ValueError as `format_kernels`."""
+    """The kernel's constants except NUM_KV_HEADS. Raises ValueError like `format_kernels`."""
     k, v = format_kernels(fmt)
     return {
         "SEAL_K": k.seal,
@@ -156,11 +156,13 @@ def seal_constants(
 
 
 def check_arenas(hot: torch.Tensor, sealed: torch.Tensor) -> None:
-    """Raises ValueError for what the kernels cannot address."""
+    """Raises ValueError for arenas that the kernels cannot address."""
     page_size, head_dim = hot.shape[-2:]
     if page_size % 16:
-        raise ValueError(f"hot: the kernels need a page_size that 16 divides, got {page_size}")
+        raise ValueError(
+            f"hot: page_size must be a multiple of 16 for the kernels, got {page_size}"
+        )
     if head_dim % 16:
-        raise ValueError(f"hot: the kernels need a head_dim that 16 divides, got {head_dim}")
+        raise ValueError(f"hot: head_dim must be a multiple of 16 for the kernels, got {head_dim}")
     if not (hot.is_contiguous() and sealed.is_contiguous()):
-        raise ValueError("hot, sealed: the kernels need contiguous arenas")
+        raise ValueError("hot, sealed: the arenas must be contiguous for the kernels")

@@ -7,7 +7,7 @@ import torch
 
 def write_hot(k: torch.Tensor, v: torch.Tensor, hot: torch.Tensor, slots: torch.Tensor) -> None:
     page_size = hot.shape[3]
-    if slots.shape[0] == 1:  # one sequence decodes: two views and a copy
+    if slots.shape[0] == 1:  # one decoding sequence: two views and a copy
         slot = int(slots)
         if slot >= 0:
             page, offset = divmod(slot, page_size)
@@ -18,6 +18,6 @@ def write_hot(k: torch.Tensor, v: torch.Tensor, hot: torch.Tensor, slots: torch.
         k, v, slots = k[keep], v[keep], slots[keep]
     pages = slots.div(page_size, rounding_mode="floor")
     index = (pages, slots - pages * page_size)
-    # [num_hot_pages, page_size, num_kv_heads, head_dim]: the two indices side by side
+    # [num_hot_pages, page_size, num_kv_heads, head_dim]: makes the two indices adjacent
     hot[:, 0].transpose(1, 2).index_put_(index, k)
     hot[:, 1].transpose(1, 2).index_put_(index, v)

@@ -1,7 +1,7 @@
-"""The benchmark of decode attention takes its whole way at a tiny shape: gates, baselines, table.
+"""The decode attention benchmark runs completely at a tiny shape: gates, baselines, table.
 
-Without a GPU that is in Triton's interpreter. FlashInfer is stood in for by its documented
-page table in plain torch, which says whether ours is asked of it rightly.
+Without a GPU it runs in Triton's interpreter. FlashInfer is replaced by its documented page
+table in plain torch, which checks how the benchmark calls it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 class StandIn:
-    """BatchDecodeWithPagedKVCacheWrapper as its documentation has it, layout HND.
+    """BatchDecodeWithPagedKVCacheWrapper as documented, with layout HND.
 
     Sequence i's pages are indices[indptr[i] : indptr[i + 1]], the last of which holds
     last_page_len[i] tokens; pages are [num_pages, 2, num_kv_heads, page_size, head_dim].
@@ -86,7 +86,7 @@ def flashinfer(monkeypatch: pytest.MonkeyPatch) -> type[StandIn]:
 
 
 @pytest.mark.slow
-def test_a_dry_run_gates_measures_and_writes(
+def test_a_dry_run_checks_measures_and_writes(
     flashinfer: type[StandIn], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "attention.json"
@@ -120,7 +120,7 @@ def test_wrong_output_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
         attention.main(["--dry-run", "--format", "exact"])
 
 
-def test_a_wrong_baseline_has_no_figure(
+def test_a_wrong_baseline_gets_no_figure(
     flashinfer: type[StandIn], capsys: pytest.CaptureFixture[str]
 ) -> None:
     flashinfer.off_by = 1.0
@@ -130,20 +130,20 @@ def test_a_wrong_baseline_has_no_figure(
     assert "off by" in capsys.readouterr().err
 
 
-def test_without_flashinfer_there_is_sdpa(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_flashinfer_sdpa_is_the_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "flashinfer", None)
     found = measure_baselines(Shape(1, 70, 1, 2, 64))
     assert found.flashinfer_s is None and found.sdpa_s is not None
 
 
-def test_what_does_not_fit_is_told(
+def test_shapes_that_do_not_fit_are_reported(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for module in (attention, baselines):
         monkeypatch.setattr(module, "free_bytes", lambda: 1000)
     attention.main(["--dry-run", "--format", "int8"])
-    told = capsys.readouterr().err
-    assert told.count("do not fit 1,000") == 4  # sdpa, flashinfer twice, and ours
+    reported = capsys.readouterr().err
+    assert reported.count("do not fit 1,000") == 4  # sdpa, flashinfer twice, and ours
 
 
 def test_the_grid() -> None:

@@ -1,4 +1,4 @@
-"""Time per output token at long contexts: its plans are a scheduler's, and its whole way runs."""
+"""Time per output token at long contexts: its plans match a scheduler's, and it runs completely."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from kvmesh.workers.sizes import PageGeometry
 
 @pytest.mark.parametrize(("sink", "recent"), [(0, 0), (1, 2), (2, 0), (0, 3)])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_every_page_that_a_step_reads_is_there(sink: int, recent: int, batch: int) -> None:
-    """The rule of workers/sizes.py, on tables kept as a rank keeps them."""
+def test_every_page_that_a_step_reads_exists(sink: int, recent: int, batch: int) -> None:
+    """The rule of workers/sizes.py, on tables maintained like those of a rank."""
     size, context, steps = 16, 200, 60
     geometry = PageGeometry(size, sink, recent, 100, 10)
     made = DecodeSteps(geometry, batch=batch, context=context, steps=steps)
@@ -86,7 +86,7 @@ def test_a_tiny_model_runs_and_is_reported(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_what_does_not_fit_is_left_out(
+def test_contexts_that_do_not_fit_are_skipped(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     free = iter([decode.MARGIN_BYTES, None])  # the exact pool does not fit, the next does
@@ -98,7 +98,7 @@ def test_what_does_not_fit_is_left_out(
         ]
     )
     assert [(row["kv_format"], row["x_exact"]) for row in report["rows"]] == [("int8", None)]
-    assert "left out" in capsys.readouterr().out
+    assert "skipped" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The benchmark of shared prefixes takes its whole way at a tiny shape."""
+"""The shared-prefix benchmark runs completely at a tiny shape."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Requests a second at a ShareGPT-like mix: the mix is as published, and the engine serves it."""
+"""Requests per second at a ShareGPT-like mix: the mix matches, and the engine serves it."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from benchmarks.throughput import Request, held_tokens, mix
 def test_the_mix_has_the_published_means() -> None:
     requests = mix(20_000, seed=1)
     assert requests == mix(20_000, seed=1) != mix(20_000, seed=2)
-    # The longest are cut, which takes a little from the means.
+    # The longest are truncated, which lowers the means slightly.
     assert 0.93 * 161.31 < statistics.mean(r.prompt for r in requests) < 161.31 * 1.01
     assert 0.93 * 337.99 < statistics.mean(r.output for r in requests) < 337.99 * 1.01
     assert all(4 <= r.prompt <= 1024 and r.output >= 1 for r in requests)
     assert max(r.prompt + r.output for r in requests) <= 2048
 
 
-def test_a_scaled_mix_has_as_many_pages() -> None:
+def test_a_scaled_mix_has_the_same_number_of_pages() -> None:
     for whole, scaled in zip(mix(50, seed=0), mix(50, seed=0, scale=4), strict=True):
         assert -(-whole.prompt // 64) == -(-scaled.prompt // 16)
         assert -(-whole.output // 64) == -(-scaled.output // 16)
 
 
-def test_kernels_are_checked_in_the_shape_to_be_served() -> None:
+def test_kernels_are_checked_in_the_shape_that_is_served() -> None:
     throughput.check_kernels(["exact", "k4v2"], SHAPES["tiny"], 64)
 
 
@@ -58,6 +58,6 @@ def test_every_format_serves_the_same_requests(tmp_path: Path) -> None:
         assert row["requests_per_s"] == pytest.approx(16 / row["seconds"])
         assert row["saturated_tokens_per_s"] is None or row["saturated_tokens_per_s"] > 0
         assert row["max_running"] <= row["seats"] <= row["seats_wanted"]
-    # The same bytes hold more sequences.
+    # The same memory holds more sequences.
     assert rows["int8"]["seats_wanted"] > 1.2 * rows["exact"]["seats_wanted"]
     assert rows["int8"]["steps"] <= rows["exact"]["steps"]

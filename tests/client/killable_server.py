@@ -1,7 +1,7 @@
-"""A server in a process of its own, to be killed in the middle of a stream.
+"""A server in its own process, to be killed in the middle of a stream.
 
 `python -m tests.client.killable_server PORT [TOKENS_BEFORE_HANGING]` streams the
-words of WORDS. A request that is no resume gets the first few, then nothing more.
+words of WORDS. A request that is not a resume gets the first few and then nothing.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A real gRPC server for the SDK's tests, whose methods do what a test says."""
+"""A real gRPC server for the SDK's tests, whose methods run scripted actions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Action = Callable[[Any, grpc.ServicerContext], Any]
 
 
 def fail(context: grpc.ServicerContext, error: pb.Error) -> None:
-    """End the call with a status as the contract has it."""
+    """End the call with a status as the contract specifies."""
     context.abort(
         next(code for code in grpc.StatusCode if code.value[0] == error.code),
         encode_details(error),
@@ -77,10 +77,10 @@ def usage(**fields: Any) -> pb.GenerateStreamResponse:
 
 
 class ScriptedServicer(pb_grpc.KVMeshServicer):
-    """Runs the scripted actions in turn, one for each call; the last one for ever.
+    """Runs the scripted actions in order, one per call; the last one repeats.
 
     requests, metadata: what was received, in order
-    ended: set whenever a streaming call is over, however it ended
+    ended: set whenever a streaming call ends, for any reason
     """
 
     def __init__(self, *actions: Action) -> None:

@@ -1,4 +1,4 @@
-"""Both clients' methods: what is sent, and what comes back."""
+"""The methods of both clients: what is sent, and what is returned."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_every_option_reaches_the_server_under_its_name() -> None:
     assert parameters <= GenerateOptions.__annotations__.keys()
 
 
-def test_what_is_left_out_stays_unset() -> None:
+def test_options_that_are_left_out_stay_unset() -> None:
     fake = FakeTransport()
     Client(transport=fake).generate("hi")
     request = fake.server.requests[0]
@@ -105,7 +105,7 @@ def test_zero_is_not_unset() -> None:
         ({"tempreature": 1.0}, "sampling_params.tempreature"),
     ],
 )
-def test_what_no_message_can_hold_is_refused_by_name(options: Any, field: str) -> None:
+def test_values_that_no_message_can_hold_are_refused_by_name(options: Any, field: str) -> None:
     fake = FakeTransport()
     with pytest.raises(InvalidRequestError) as caught:
         Client(transport=fake).generate("hi", **options)
@@ -113,7 +113,7 @@ def test_what_no_message_can_hold_is_refused_by_name(options: Any, field: str) -
     assert not fake.server.requests
 
 
-def test_values_that_are_only_wrong_are_the_servers_to_refuse() -> None:
+def test_out_of_range_values_are_left_to_the_server() -> None:
     fake = FakeTransport()
     Client(transport=fake).generate("", temperature=float("nan"), max_tokens=-1, top_k=-5, n=-2)
     assert fake.server.requests[0].sampling_params.max_tokens == -1
@@ -139,7 +139,7 @@ def test_prompts_that_cannot_be_sent(prompt: Any, field: str) -> None:
     "message",
     [{"role": "user"}, {"role": "user", "content": "x", "name": "y"}, "user: hi", 5],
 )
-def test_messages_that_are_none(message: Any) -> None:
+def test_invalid_messages_are_refused(message: Any) -> None:
     with pytest.raises(InvalidRequestError) as caught:
         Client(transport=FakeTransport()).chat([Message("user", "hi"), message])
     assert caught.value.field == "prompt.chat.messages[1]"
@@ -177,7 +177,7 @@ def test_a_million_token_ids_go_through() -> None:
 
 
 def filled(message: Any, start: int = 1) -> Any:
-    """Set every field of a message to a value of its own, recursively."""
+    """Set every field of a message to a distinct value, recursively."""
     for number, field in enumerate(message.DESCRIPTOR.fields, start):
         if field.message_type is not None and field.message_type.GetOptions().map_entry:
             getattr(message, field.name)["key"] = number
@@ -237,7 +237,7 @@ def test_unset_optional_numbers_are_none() -> None:
     assert responses.mirror(types.Queued, pb.Queued(projected_wait_s=0)).projected_wait_s == 0
 
 
-def test_a_completion_in_full() -> None:
+def test_all_fields_of_a_completion() -> None:
     reply = pb.GenerateResponse(
         request_id="r",
         model="m",
@@ -265,7 +265,7 @@ def test_a_completion_in_full() -> None:
         completion = client.generate("hi")
     assert completion.text == "Ja."
     first, second, third = completion.choices
-    assert first.matched_stop == 0, "token 0 is a token"
+    assert first.matched_stop == 0, "token 0 is a valid token"
     assert first.logprobs[0].chosen == types.TokenLogprob(1, "Ja", -0.5)
     assert first.logprobs[0].top == (types.TokenLogprob(3, "No", -1.5),)
     assert second.matched_stop == "."
@@ -277,7 +277,7 @@ def test_a_completion_in_full() -> None:
 @pytest.mark.parametrize("usage", [pb.Usage(), pb.Usage(completion_tokens=1, total_s=1.0),
                                    pb.Usage(completion_tokens=5, time_to_first_token_s=1.0,
                                             total_s=1.0)])  # fmt: skip
-def test_a_rate_needs_two_tokens_and_time(usage: pb.Usage) -> None:
+def test_a_rate_needs_two_tokens_and_a_duration(usage: pb.Usage) -> None:
     assert responses.mirror(types.Usage, usage).tokens_per_s is None
 
 
@@ -285,7 +285,7 @@ def test_a_rate_needs_two_tokens_and_time(usage: pb.Usage) -> None:
     "reply",
     [pb.GenerateResponse(), pb.GenerateResponse(choices=[pb.Choice(finish_reason=99)])],  # type: ignore[arg-type]
 )
-def test_a_reply_that_breaks_the_contract(reply: pb.GenerateResponse) -> None:
+def test_a_reply_that_violates_the_contract(reply: pb.GenerateResponse) -> None:
     with (
         serving(ScriptedServicer(answering(reply))) as target,
         Client(target) as client,
@@ -299,7 +299,7 @@ def test_an_estimate_takes_a_prompt_or_its_length() -> None:
     assert client.estimate("one two").prompt_tokens == 2
     assert client.estimate(prompt_tokens=10**6, max_tokens=5).prompt_tokens == 10**6
     for arguments in ({}, {"prompt": "x", "prompt_tokens": 1}):
-        with pytest.raises(InvalidRequestError, match="either"):
+        with pytest.raises(InvalidRequestError, match="exactly one"):
             client.estimate(**arguments)  # type: ignore[arg-type]
 
 
@@ -308,7 +308,7 @@ def test_abort_of_a_running_stream() -> None:
     client = Client(transport=fake)
     stream = client.generate_stream("hi")
     next(iter(stream))
-    assert client.abort(stream.request_id) is False, "the loop has been left"
+    assert client.abort(stream.request_id) is False, "the loop has ended"
     with client.generate_stream("hi") as stream:
         iterator = iter(stream)
         next(iterator)
@@ -316,7 +316,7 @@ def test_abort_of_a_running_stream() -> None:
     assert fake.server.open_streams == 0
 
 
-def test_a_closed_client_says_so() -> None:
+def test_a_closed_client_raises() -> None:
     for client in (Client(transport=FakeTransport()), Client("localhost:1")):
         client.close()
         with pytest.raises(ClosedError):
@@ -325,7 +325,7 @@ def test_a_closed_client_says_so() -> None:
             list(client.generate_stream("hi"))
 
 
-async def test_a_closed_async_client_says_so() -> None:
+async def test_a_closed_async_client_raises() -> None:
     for client in (AsyncClient(transport=AsyncFakeTransport()), AsyncClient("localhost:1")):
         await client.close()
         with pytest.raises(ClosedError):
@@ -349,7 +349,7 @@ async def test_every_method_of_the_async_client() -> None:
         assert (await client.loads()).groups == ()
 
 
-def test_both_clients_have_one_surface() -> None:
+def test_both_clients_have_the_same_interface() -> None:
     def surface(cls: type) -> dict[str, Any]:
         return {
             name: (list(inspect.signature(member).parameters.values()))
@@ -366,7 +366,7 @@ def test_both_clients_have_one_surface() -> None:
             assert hints["return"] == async_hints["return"]
 
 
-def test_a_client_is_shared_between_threads() -> None:
+def test_a_client_can_be_shared_between_threads() -> None:
     servicer = ScriptedServicer(
         lambda request, context: pb.TokenizeResponse(token_ids=[int(request.prompt.text)])
     )
@@ -386,7 +386,7 @@ def test_a_client_is_shared_between_threads() -> None:
     assert all(ids == (number,) for number, ids in got.items())
 
 
-async def test_many_calls_of_one_async_client() -> None:
+async def test_concurrent_calls_of_one_async_client() -> None:
     servicer = ScriptedServicer(
         lambda request, context: pb.TokenizeResponse(token_ids=[int(request.prompt.text)])
     )
@@ -396,7 +396,7 @@ async def test_many_calls_of_one_async_client() -> None:
     assert [tokens.token_ids for tokens in results] == [(n,) for n in range(100)]
 
 
-def test_the_fakes_own_example() -> None:
+def test_the_example_in_the_fake_modules_docstring() -> None:
     fake = FakeTransport(["Paris", "Rome"])
     client = Client(transport=fake)
     assert client.generate("The capital of France is").text == "Paris"
@@ -407,7 +407,7 @@ def test_the_fakes_own_example() -> None:
         FakeTransport([])
 
 
-def test_everything_public_is_importable_from_the_top() -> None:
+def test_every_public_name_is_importable_from_the_top() -> None:
     assert set(kvmesh.__all__) == set(kvmesh.client.__all__)
     for name in kvmesh.__all__:
         assert getattr(kvmesh, name) is getattr(kvmesh.client, name)

@@ -1,4 +1,4 @@
-"""Which key is sent to whom."""
+"""Which key is sent to which server."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_file_open_to_others_is_refused(key_file: Path, mode: int) -> None:
         Client("localhost:1")
 
 
-def test_the_files_key_goes_to_no_other_machine(key_file: Path) -> None:
+def test_the_key_in_the_file_is_not_sent_to_other_machines(key_file: Path) -> None:
     assert resolve_api_key(None, "localhost:9000", os.environ) == "file-key"
     assert resolve_api_key(None, "kvmesh.example.com:443", os.environ) is None
 
@@ -72,13 +72,13 @@ def test_a_file_without_a_key_is_refused(key_file: Path, content: bytes) -> None
 
 
 @pytest.mark.parametrize("key", ["line\nbreak", "tab\t", "é", "x" * 5000])
-def test_a_key_that_no_header_can_hold_is_refused(key: str) -> None:
+def test_a_key_that_is_invalid_in_a_header_is_refused(key: str) -> None:
     with pytest.raises(CredentialsError, match="api_key") as caught:
         Client("localhost:1", api_key=key)
     assert key not in str(caught.value)
 
 
-def test_a_folder_in_the_files_place_is_an_error(tmp_path: Path) -> None:
+def test_a_folder_instead_of_the_key_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(CredentialsError, match="cannot read"):
         read_key_file(tmp_path)
 
@@ -91,7 +91,7 @@ def test_a_folder_in_the_files_place_is_an_error(tmp_path: Path) -> None:
         ({}, Path.home() / ".config/kvmesh/api_key"),
     ],
 )
-def test_the_place_of_the_file(environ: dict[str, str], expected: Path) -> None:
+def test_the_path_of_the_key_file(environ: dict[str, str], expected: Path) -> None:
     assert key_path(environ) == expected
 
 

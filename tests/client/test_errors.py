@@ -1,4 +1,4 @@
-"""The error tree: what each failed call becomes, and that nothing else comes out."""
+"""The error tree: what each failed call raises, and that nothing else is raised."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def assert_carries_everything(error: KVMeshError) -> None:
 
 @pytest.mark.parametrize(("reason", "code", "expected"), CASES)
 @pytest.mark.parametrize("streaming", [False, True])
-def test_every_error_arrives_whole_and_typed(
+def test_every_error_arrives_complete_and_typed(
     reason: pb.ErrorReason.ValueType,
     code: grpc.StatusCode,
     expected: type[KVMeshError],
@@ -116,7 +116,7 @@ def test_every_bare_status_becomes_an_error_of_the_tree(code: grpc.StatusCode) -
     assert caught.value.__cause__ is None
 
 
-def test_standard_details_in_trailers_are_read_where_the_text_has_no_error() -> None:
+def test_standard_details_in_trailers_are_read_if_the_text_has_no_error() -> None:
     detail = full_error(pb.ERROR_REASON_QUOTA, grpc.StatusCode.RESOURCE_EXHAUSTED)
     action = aborting(
         grpc.StatusCode.RESOURCE_EXHAUSTED, "full", ((TRAILER, encode_trailer(detail)),)
@@ -133,7 +133,7 @@ def test_standard_details_in_trailers_are_read_where_the_text_has_no_error() -> 
     assert caught.value.field == "sampling_params.top_p"
 
 
-def test_a_server_that_is_not_there_is_unavailable() -> None:
+def test_an_unreachable_server_is_unavailable() -> None:
     with (
         Client("localhost:1", retry=RetryPolicy(max_attempts=2, initial_backoff_s=0)) as client,
         pytest.raises(errors.UnavailableError) as caught,
@@ -152,7 +152,7 @@ def test_a_request_beyond_the_servers_limit_names_the_prompt() -> None:
     assert caught.value.field == "prompt"
 
 
-def test_the_server_side_encoding_keeps_within_header_limits() -> None:
+def test_encoded_errors_stay_within_header_limits() -> None:
     error = full_error(pb.ERROR_REASON_OVER_CAPACITY, grpc.StatusCode.RESOURCE_EXHAUSTED)
     error.message = "é" * 100_000
     for number in range(500):
@@ -167,7 +167,7 @@ def test_the_server_side_encoding_keeps_within_header_limits() -> None:
     assert decoded.retry_after_s == 2.5
     assert decoded.field_violations[0].field == "sampling_params.top_p"
     assert sentence == decoded.message
-    assert len(error.groups) == 501, "the caller's Error is left alone"
+    assert len(error.groups) == 501, "the caller's Error is not modified"
 
 
 @pytest.mark.parametrize(
@@ -179,11 +179,11 @@ def test_texts_without_an_error_stay_text(text: str) -> None:
     assert sentence in (text, "")
 
 
-def test_rubbish_in_the_trailer_is_no_error() -> None:
+def test_an_invalid_trailer_is_not_an_error() -> None:
     assert decode_trailer(b"\xff\xff\xff") is None
 
 
-def test_the_tree_is_the_one_drawn() -> None:
+def test_the_tree_matches_the_drawing() -> None:
     public = {
         value
         for value in vars(kvmesh).values()

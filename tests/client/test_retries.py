@@ -1,4 +1,4 @@
-"""When a call is tried again, and how long that takes. No time passes here."""
+"""When a call is retried and how long it waits, on a fake clock."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ def clients() -> tuple[FakeTransport, Client]:
     [OverCapacityError("full"), UnavailableError("gone"), RequestCancelledError("unexpected")],
     ids=lambda error: type(error).__name__,
 )
-def test_what_may_pass_is_tried_again(error: KVMeshError) -> None:
+def test_temporary_errors_are_retried(error: KVMeshError) -> None:
     fake, client = clients()
     fake.server.fail(error, times=3)
     assert client.generate("hi").text == "yes"
     ids = {request.request_id for request in fake.server.requests}
     assert len(fake.server.requests) == 4
-    assert len(ids) == 1, "every attempt is the same request"
+    assert len(ids) == 1, "every attempt sends the same request"
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_what_may_pass_is_tried_again(error: KVMeshError) -> None:
     ids=lambda error: type(error).__name__,
 )
 @pytest.mark.parametrize("streaming", [False, True])
-def test_what_cannot_pass_is_not(error: KVMeshError, streaming: bool) -> None:
+def test_permanent_errors_are_not_retried(error: KVMeshError, streaming: bool) -> None:
     fake, client = clients()
     fake.server.fail(error)
     with pytest.raises(type(error), match=error.message):
@@ -87,7 +87,7 @@ def test_no_retry_means_one_attempt() -> None:
     assert len(fake.server.requests) == 1
 
 
-def test_the_servers_retry_after_is_waited_for() -> None:
+def test_the_client_waits_for_retry_after() -> None:
     fake, client = clients()
     fake.server.fail(OverCapacityError("full", retry_after_s=12.0), times=2)
     client.generate("hi")
@@ -95,7 +95,7 @@ def test_the_servers_retry_after_is_waited_for() -> None:
 
 
 @pytest.mark.parametrize("retry_after_s", [61.0, 1e300, float("inf"), float("nan"), -1.0])
-def test_too_much_patience_is_not_had(retry_after_s: float) -> None:
+def test_a_retry_after_that_is_too_long_is_not_waited_for(retry_after_s: float) -> None:
     fake, client = clients()
     fake.server.fail(OverCapacityError("full", retry_after_s=retry_after_s))
     with pytest.raises(OverCapacityError):
@@ -103,7 +103,7 @@ def test_too_much_patience_is_not_had(retry_after_s: float) -> None:
     assert fake.server.slept_s == 0
 
 
-def test_no_wait_goes_beyond_the_timeout() -> None:
+def test_no_wait_extends_past_the_timeout() -> None:
     fake, client = clients()
     fake.server.fail(OverCapacityError("full", retry_after_s=12.0), times=5)
     with pytest.raises(OverCapacityError) as caught:
@@ -115,14 +115,14 @@ def test_no_wait_goes_beyond_the_timeout() -> None:
     assert timeouts[1] == pytest.approx(20.0 - fake.server.slept_s)
 
 
-def test_a_timeout_that_has_passed_makes_no_call() -> None:
+def test_an_expired_timeout_makes_no_call() -> None:
     fake, client = clients()
     with pytest.raises(DeadlineExceededError):
         client.generate("hi", timeout_s=0.0)
     assert not fake.server.requests
 
 
-def test_a_lost_request_that_lives_on_is_waited_out() -> None:
+def test_retries_until_the_lost_request_has_ended() -> None:
     fake, client = clients()
     fake.server.fail(UnavailableError("gone"))
     fake.server.fail(DuplicateRequestError("still there"))
@@ -142,7 +142,7 @@ def test_the_client_timeout_applies_unless_the_call_has_its_own() -> None:
     assert sent == [9.0, 3.0, None]
 
 
-async def test_the_async_client_retries_alike() -> None:
+async def test_the_async_client_retries_too() -> None:
     fake = AsyncFakeTransport(["a b c"])
     client = AsyncClient(transport=fake)
     fake.server.fail(OverCapacityError("full", retry_after_s=5.0))

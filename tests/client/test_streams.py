@@ -1,4 +1,4 @@
-"""Streams: order, resume, cancellation; the same for both clients."""
+"""Streams: order, resume and cancellation, with both clients."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def endless(request: Any, context: grpc.ServicerContext) -> Iterator[pb.Generate
 
 
 def silent(request: Any, context: grpc.ServicerContext) -> Iterator[pb.GenerateStreamResponse]:
-    """Two tokens, then nothing until the client goes."""
+    """Two tokens, then nothing until the client disconnects."""
     yield started(request)
     yield delta(0, "a", 1)
     yield delta(1, "b", 2)
@@ -67,7 +67,7 @@ def silent(request: Any, context: grpc.ServicerContext) -> Iterator[pb.GenerateS
 
 
 def collect(target: str, asynchronous: bool, **options: Any) -> tuple[list[Delta], Any]:
-    """All deltas, and the stream, by either client."""
+    """All deltas and the stream, with either client."""
     if not asynchronous:
         with Client(target, retry=EAGER) as client, client.generate_stream("hi", **options) as got:
             return list(got), got
@@ -124,7 +124,7 @@ def test_a_stream_is_folded_into_its_completion(asynchronous: bool) -> None:
     ],
     ids=["unavailable", "cancelled", "reset", "ok-without-an-end"],
 )
-def test_a_lost_stream_goes_on_where_it_was(loss: Action, asynchronous: bool) -> None:
+def test_a_lost_stream_is_resumed_where_it_stopped(loss: Action, asynchronous: bool) -> None:
     def first(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
         yield started(request)
         yield delta(0, "one ", 11, 12)
@@ -148,7 +148,7 @@ def test_a_lost_stream_goes_on_where_it_was(loss: Action, asynchronous: bool) ->
                 request.resume.choices] == [(0, [11, 12], 4, False), (1, [], 0, True)]  # fmt: skip
 
 
-def test_text_counts_in_code_points_for_the_cursor() -> None:
+def test_the_cursor_counts_text_in_code_points() -> None:
     def first(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
         yield started(request)
         yield delta(0, "👩‍🚀é", 1)
@@ -161,7 +161,7 @@ def test_text_counts_in_code_points_for_the_cursor() -> None:
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_a_killed_server_is_resumed_at_the_next_one(asynchronous: bool) -> None:
+def test_a_stream_of_a_killed_server_is_resumed_on_the_next(asynchronous: bool) -> None:
     with killable("0") as (process, target):
         with killed_at_third_token(process, target) as on_delta:
             texts = on_each_delta(target, asynchronous, on_delta)
@@ -186,7 +186,7 @@ def killable(port: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
 
 @contextmanager
 def killed_at_third_token(process: subprocess.Popen[str], target: str) -> Iterator[Any]:
-    """Yields a callback that, at the third delta, kills the server and starts another."""
+    """Yields a callback that kills the server at the third delta and starts another."""
     successors: list[Any] = []
     count = 0
 
@@ -227,14 +227,14 @@ def on_each_delta(target: str, asynchronous: bool, on_delta: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_giving_up_when_there_is_no_progress(asynchronous: bool) -> None:
+def test_a_stream_without_progress_gives_up(asynchronous: bool) -> None:
     servicer = ScriptedServicer(aborting(grpc.StatusCode.UNAVAILABLE, "gone"))
     with serving(servicer) as target, pytest.raises(UnavailableError):
         collect(target, asynchronous)
     assert len(servicer.requests) == EAGER.max_attempts
 
 
-def test_progress_gives_new_patience() -> None:
+def test_progress_resets_the_retry_count() -> None:
     def one_token(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
         received = len(request.resume.choices[0].token_ids) if request.resume.choices else 0
         yield started(request)
@@ -266,7 +266,7 @@ def test_progress_gives_new_patience() -> None:
     ],
     ids=["gap", "repeat", "late", "unfinished", "empty", "after-usage", "reason", "not-started"],
 )
-def test_a_stream_that_breaks_the_contract_is_refused(broken: Action, asynchronous: bool) -> None:
+def test_a_stream_that_violates_the_contract_is_refused(broken: Action, asynchronous: bool) -> None:
     servicer = ScriptedServicer(broken)
     with serving(servicer) as target, pytest.raises(ProtocolError):
         collect(target, asynchronous)
@@ -281,7 +281,7 @@ def test_events_of_a_newer_server_are_skipped() -> None:
     assert stream.completion.text == ""
 
 
-def test_the_server_sees_it_when_a_loop_is_left() -> None:
+def test_leaving_a_loop_cancels_the_call() -> None:
     servicer = ScriptedServicer(endless)
     with serving(servicer) as target, Client(target) as client:
         stream = client.generate_stream("hi")
@@ -294,7 +294,7 @@ def test_the_server_sees_it_when_a_loop_is_left() -> None:
             _ = stream.completion
 
 
-def test_the_server_sees_it_when_a_with_block_is_left_by_an_error() -> None:
+def test_an_exception_in_a_with_block_cancels_the_call() -> None:
     servicer = ScriptedServicer(endless)
     with serving(servicer) as target, Client(target) as client:
         with pytest.raises(KeyError), client.generate_stream("hi") as stream:
@@ -306,7 +306,7 @@ def test_the_server_sees_it_when_a_with_block_is_left_by_an_error() -> None:
             list(iterator)
 
 
-def test_a_blocked_stream_is_closed_from_another_thread() -> None:
+def test_a_blocked_stream_can_be_closed_from_another_thread() -> None:
     servicer = ScriptedServicer(silent)
     with serving(servicer) as target, Client(target) as client:
         stream = client.generate_stream("hi")
@@ -325,7 +325,7 @@ async def seen(servicer: ScriptedServicer) -> bool:
     return await asyncio.to_thread(servicer.ended.wait, 10)
 
 
-async def test_the_server_sees_it_when_an_async_loop_is_left() -> None:
+async def test_leaving_an_async_loop_cancels_the_call() -> None:
     servicer = ScriptedServicer(endless)
     with serving(servicer) as target:
         async with AsyncClient(target) as client:
@@ -334,7 +334,7 @@ async def test_the_server_sees_it_when_an_async_loop_is_left() -> None:
             assert await seen(servicer)
 
 
-async def test_the_server_sees_it_when_an_async_iterator_is_closed() -> None:
+async def test_closing_an_async_iterator_cancels_the_call() -> None:
     servicer = ScriptedServicer(silent)
     with serving(servicer) as target:
         async with AsyncClient(target) as client:
@@ -344,7 +344,7 @@ async def test_the_server_sees_it_when_an_async_iterator_is_closed() -> None:
             assert await seen(servicer)
 
 
-async def test_the_server_sees_it_when_a_task_is_cancelled() -> None:
+async def test_cancelling_a_task_cancels_the_call() -> None:
     servicer = ScriptedServicer(silent)
     with serving(servicer) as target:
         async with AsyncClient(target) as client:
@@ -360,11 +360,11 @@ async def test_the_server_sees_it_when_a_task_is_cancelled() -> None:
             with pytest.raises(asyncio.CancelledError):
                 await task
             assert await seen(servicer)
-    assert len(servicer.requests) == 1, "a cancelled call is not tried again"
+    assert len(servicer.requests) == 1, "a cancelled call is not retried"
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_a_silent_server_runs_into_the_deadline(
+def test_a_silent_server_exceeds_the_deadline(
     asynchronous: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kvmesh.client.flows.GRACE_S", 0.0)

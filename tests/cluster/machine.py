@@ -1,7 +1,8 @@
-"""A cluster in one process: real ingress, router, engines and leaders; only Ray is not there.
+"""A cluster in one process: real ingress, router, engines, leaders and connections between
+them; only Ray is missing.
 
-The engines' executor keeps tokens for keys and values and takes a permit for
-each step, so that a test decides what is in flight.
+The engines' executor stores tokens as keys and values and needs a permit for
+each step, so that a test controls what is in flight.
 """
 
 from __future__ import annotations
@@ -9,28 +10,44 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 
 import numpy as np
 import numpy.typing as npt
 
-from kvmesh.cluster.engine_service import EngineService
+from kvmesh.cluster.engine_service import EngineService, _Ingress
+from kvmesh.cluster.errors import Failure
+from kvmesh.cluster.identity import Identity
 from kvmesh.cluster.ingress.authenticate import Authenticator, hash_key
-from kvmesh.cluster.ingress.errors import EngineLostError
 from kvmesh.cluster.ingress.service import IngressService
 from kvmesh.cluster.ingress.validate import Limits
+from kvmesh.cluster.link import Address, Link, LinkError, Listener, connect, listen
+from kvmesh.cluster.messages import (
+    TO_INGRESS_FROM_ENGINE,
+    TO_INGRESS_FROM_ROUTER,
+    TO_ROUTER,
+    AccountNews,
+    NewSequence,
+    Place,
+    Placed,
+    Submit,
+)
 from kvmesh.cluster.metrics import EngineMeters, IngressMeters, RouterMeters
-from kvmesh.cluster.peers import EngineReport, StreamOpened
-from kvmesh.cluster.router_service import RouterService
+from kvmesh.cluster.router_service import RouterService, _RouterPeer
 from kvmesh.cluster.routing.config import RouterConfig
-from kvmesh.cluster.routing.request import Growth, Placement, PlaceRequest
+from kvmesh.cluster.routing.outcome import Granted, Grown, Outcome, Placement
+from kvmesh.cluster.routing.request import PlaceRequest
 from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.workers.leader import EngineLeader
-from kvmesh.workers.request import EngineRequest, LeaseTerms, PageChanges, SequenceDelta
+from kvmesh.workers.lease import LeaseTerms
+from kvmesh.workers.request import EndReason
+from kvmesh.workers.sampling_params import SamplingParams
+from kvmesh.workers.sizes import PageNeed
 from tests.workers.memory_executor import EOS, VOCAB, expected_output
 from tests.workers.test_leader import CONFIG, MANY, GatedExecutor
 
+IDENTITY = Identity.make()
 FIRST = ord("A")
 KEY = "the-key"
 METADATA = (("authorization", f"Bearer {KEY}"),)
@@ -54,7 +71,7 @@ class LetterStream:
 
 
 class LetterCodec:
-    """`peers.TextCodec` of a model whose tokens are characters."""
+    """`TextCodec` of a model whose tokens are characters."""
 
     has_chat_template = False
     eos_token_ids = (EOS,)
@@ -63,7 +80,7 @@ class LetterCodec:
         return np.array([(ord(character) - FIRST) % VOCAB for character in text], dtype=np.int32)
 
     def encode_chat(self, turns: Iterable[tuple[str, str]]) -> npt.NDArray[np.int32]:
-        raise ValueError("there is no template")
+        raise ValueError("there is no chat template")
 
     def decode_token(self, token_id: int) -> str:
         return text_of([token_id])
@@ -91,165 +108,220 @@ class NoMeters:
         return self
 
 
-class Line:
-    """`peers.EngineClient` that can be cut, made to refuse, or held up on its way."""
-
-    def __init__(self, service: EngineService) -> None:
-        self._service = service
-        self._cut = asyncio.Event()
-        self.refusals: list[Exception] = []
-        self.submitted: list[EngineRequest] = []
-        self.aborted: list[str] = []
-        self.extended: list[LeaseTerms] = []
-        self.let_through = asyncio.Event()
-        self.let_through.set()
-        self.arrived = asyncio.Event()
-        self.ahead = 0  # submissions that pass even when others are held
-
-    def cut(self) -> None:
-        """From now on nothing gets through; streams end as with a dead process."""
-        self._cut.set()
-
-    async def submit(self, request: EngineRequest, epoch: str) -> None:
-        self._check()
-        if self.ahead:
-            self.ahead -= 1
-        else:
-            self.arrived.set()
-            await self.let_through.wait()
-        if self.refusals:
-            raise self.refusals.pop(0)
-        self.submitted.append(request)
-        await self._service.submit(request, epoch)
-
-    async def abort(self, request_ids: Sequence[str]) -> int:
-        self._check()
-        self.aborted.extend(request_ids)
-        return await self._service.abort(request_ids)
-
-    async def outputs(
-        self, client_id: str
-    ) -> AsyncGenerator[StreamOpened | list[SequenceDelta], None]:
-        self._check()
-        stream = self._service.outputs(client_id)
-        cut = asyncio.ensure_future(self._cut.wait())
-        try:
-            while True:
-                message = asyncio.ensure_future(anext(stream))
-                await asyncio.wait([message, cut], return_when=asyncio.FIRST_COMPLETED)
-                if cut.done():
-                    message.cancel()
-                    await asyncio.gather(message, return_exceptions=True)
-                    raise EngineLostError()
-                yield await message
-        finally:
-            cut.cancel()
-            await stream.aclose()
-
-    async def extend(self, request_ids: Sequence[str], lease: LeaseTerms) -> None:
-        self._check()
-        self.extended.append(lease)
-        await self._service.extend(request_ids, lease)
-
-    async def report(self, pages_after: int = 0) -> tuple[EngineReport, PageChanges]:
-        self._check()
-        return await self._service.report(pages_after)
-
-    def _check(self) -> None:
-        if self._cut.is_set():
-            raise EngineLostError()
-
-
-class CountingRouter(RouterService):
-    """Remembers what was granted, and how often it was given back."""
+class WatchedEngine(EngineService):
+    """An engine that can be cut off, or made to refuse or to delay the ingresses' messages."""
 
     def __init__(
         self,
-        lines: Mapping[str, Line],
+        name: str,
+        executor: GatedExecutor,
+        find_router: Callable[[], Awaitable[Address]],
+    ) -> None:
+        super().__init__(
+            name, CONFIG, executor, EngineMeters(NoMeters(), name), IDENTITY, find_router
+        )
+        self.refusals: list[Exception] = []
+        self.submitted: list[Submit] = []
+        self.ended: list[str] = []
+        self.extended: list[LeaseTerms] = []
+        self.arrived = asyncio.Event()
+        self._held: list[Callable[[], None]] | None = None
+        self._connections: list[_Ingress] = []
+        extend = self.leader.extend
+
+        def watch(terms: LeaseTerms) -> None:
+            self.extended.append(terms)
+            extend(terms)
+
+        self.leader.extend = watch  # type: ignore[method-assign]
+
+    @property
+    def sequences(self) -> list[str]:
+        """Ids of all sequences that were submitted."""
+        return [sequence.request_id for x in self.submitted for sequence in x.sequences]
+
+    def hold(self) -> None:
+        """Delay the ingresses' messages until `deliver_held`, in order."""
+        self._held = []
+
+    def deliver_held(self) -> None:
+        held, self._held = self._held or [], None
+        for act in held:
+            act()
+
+    def cut(self) -> None:
+        """Close every connection for good, as if the process had died."""
+        assert self._listener is not None
+        self._listener.close()
+        self._leave_router()
+        for ingress in self._connections:
+            ingress._connection.abort()
+
+    def submit(self, message: Submit, ingress: _Ingress) -> None:
+        self.arrived.set()
+        if ingress not in self._connections:
+            self._connections.append(ingress)
+        if self._held is not None:
+            self._held.append(lambda: self.submit(message, ingress))
+        elif self.refusals:
+            ingress.reject(message.lease.lease_id, Failure.of(self.refusals.pop(0)))  # type: ignore[arg-type]
+        else:
+            self.submitted.append(message)
+            super().submit(message, ingress)
+
+    def end(self, request_ids: list[str], reason: EndReason) -> None:
+        if self._held is not None:
+            self._held.append(lambda: self.end(request_ids, reason))
+        else:
+            self.ended.extend(request_ids)
+            super().end(request_ids, reason)
+
+
+class WatchedRouter(RouterService):
+    """Records what was granted and how often each lease has ended; can withhold growth."""
+
+    def __init__(
+        self,
         config: RouterConfig,
+        groups: Iterable[str] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        super().__init__(lines, config, RouterMeters(NoMeters()), clock=clock)
+        super().__init__(config, RouterMeters(NoMeters()), groups=list(groups), clock=clock)
         self.placed: list[PlaceRequest] = []
         self.granted: list[Placement] = []
-        self.given_back: Counter[str] = Counter()
-        self.told_begun: Counter[str] = Counter()
+        self.lease_ends: Counter[str] = Counter()
+        self.first_tokens: Counter[str] = Counter()
         self.learned: list[int | None] = []
+        self.wanted: Counter[str] = Counter()
         self.grown: Counter[str] = Counter()
-        self.suspected: list[str] = []
-        self.hold_release = asyncio.Event()
-        self.hold_release.set()
-        self.releasing = asyncio.Event()
-        self.hold_grow = asyncio.Event()
-        self.hold_grow.set()
-        self.growing = asyncio.Event()
+        self.voided: set[str] = set()
+        self._withheld: list[Outcome] | None = None
+        self._listener: Listener | None = None
+        self._connections: list[Link] = []
 
-    async def place(
-        self, request: PlaceRequest, *, ticket: str, supersede: bool = False
-    ) -> Placement:
-        self.placed.append(request)
-        placement = await super().place(request, ticket=ticket, supersede=supersede)
-        self.granted.append(placement)
-        return placement
+    async def listen(self) -> None:
+        self._listener = await listen("127.0.0.1", IDENTITY, TO_ROUTER, self.accept)
 
-    async def release(self, lease_id: str, output_tokens: int | None = None) -> None:
-        self.given_back[lease_id] += 1
-        self.learned.append(output_tokens)
-        self.releasing.set()
-        await self.hold_release.wait()
-        await super().release(lease_id, output_tokens)
+    async def find(self) -> Address:
+        if self._listener is None:
+            raise LinkError("the router is down")
+        return self._listener.address
 
-    async def begun(self, lease_id: str) -> None:
-        self.told_begun[lease_id] += 1
-        await super().begun(lease_id)
+    def die(self) -> None:
+        """Close every connection for good, as if the process had been killed."""
+        assert self._listener is not None
+        self._listener.close()
+        self._listener = None
+        for connection in self._connections:
+            connection.abort()
 
-    async def grow(self, lease_id: str, request: PlaceRequest, output_tokens: int) -> Growth | None:
-        self.growing.set()
-        await self.hold_grow.wait()
-        growth = await super().grow(lease_id, request, output_tokens)
-        self.grown[lease_id] += growth is not None
-        return growth
+    def accept(self, connection: Link) -> _RouterPeer:
+        self._connections.append(connection)
+        return super().accept(connection)
 
-    async def suspect(self, group: str, epoch: str) -> None:
-        self.suspected.append(group)
-        await super().suspect(group, epoch)
+    def withhold_growth(self) -> None:
+        self._withheld = []
+
+    def resume_growth(self) -> None:
+        withheld, self._withheld = self._withheld or [], None
+        self.settle(withheld)
+
+    def place(self, message: Place, peer: _RouterPeer) -> None:
+        self.placed.append(message.request)
+        super().place(message, peer)
+
+    def release(self, lease_id: str) -> None:
+        self.lease_ends[lease_id] += self._holds(lease_id)
+        super().release(lease_id)
+
+    def _holds(self, lease_id: str) -> bool:
+        return lease_id in self.router.fleet.leases
+
+    def account(self, name: str, message: AccountNews) -> None:
+        self.first_tokens.update(message.update.first_tokens)
+        self.wanted.update(want.lease_id for want in message.update.wants)
+        for end in message.update.ended:
+            self.lease_ends[end.lease_id] += self._holds(end.lease_id)
+            self.learned.append(end.output_tokens)
+        super().account(name, message)
+
+    def group_down(self, name: str, connection: Link) -> None:
+        self.voided |= {x.lease.lease_id for x in self.granted if x.group == name}
+        super().group_down(name, connection)
+
+    def settle(self, outcomes: Iterable[Outcome]) -> None:
+        for outcome in outcomes:
+            match outcome:
+                case Granted(placement=placement):
+                    self.granted.append(placement)
+                case Grown(lease=lease):
+                    if self._withheld is not None:
+                        self._withheld.append(outcome)
+                        continue
+                    self.grown[lease.lease_id] += 1
+            super().settle([outcome])
 
 
 class Machine:
-    """Everything of a cluster with `groups` engines, and one ingress."""
+    """A cluster with `groups` engines, a router and one ingress."""
 
-    def __init__(self, groups: int, config: RouterConfig) -> None:
+    def __init__(self, groups: int, config: RouterConfig, budget: int) -> None:
         names = [f"g{index}" for index in range(groups)]
-        self.executors = {name: GatedExecutor() for name in names}
-        self.leaders = {name: EngineLeader(CONFIG, self.executors[name]) for name in names}
-        self.services = {
-            name: EngineService(self.leaders[name], EngineMeters(NoMeters(), name))
-            for name in names
+        self.router = WatchedRouter(config, names)
+        self.executors = {name: GatedExecutor(budget) for name in names}
+        self.engines = {
+            name: WatchedEngine(name, executor, self.find_router)
+            for name, executor in self.executors.items()
         }
-        self.lines = {name: Line(self.services[name]) for name in names}
-        self.router = CountingRouter(self.lines, config)
+        self.replaced: list[WatchedEngine] = []
         self.ingress = IngressService(
-            self.router,
-            self.lines,
+            IDENTITY,
+            self.find_router,
             LetterCodec(),
             Authenticator([(hash_key(KEY), "tenant")]),
             Limits(),
             IngressMeters(NoMeters()),
-            name="ingress",
             version="0",
         )
 
+    @property
+    def leaders(self) -> dict[str, EngineLeader]:
+        return {name: engine.leader for name, engine in self.engines.items()}
+
+    async def find_router(self) -> Address:
+        return await self.router.find()
+
     async def start(self) -> None:
-        for service in self.services.values():
-            await service.start()
-        await self.router.refresh()
+        await self.router.listen()
+        for engine in self.engines.values():
+            await engine.start()
+        self.ingress.start()
+        await self.until(lambda: len(self.router._groups) == len(self.engines))
         await self.ingress.refresh()
 
     async def stop(self) -> None:
         self.allow(MANY)
         await self.ingress.stop()
-        for service in self.services.values():
-            await service.stop()
+        for engine in (*self.engines.values(), *self.replaced):
+            await engine.stop()
+        self.router.die()
+
+    async def new_router(self, config: RouterConfig | None = None) -> WatchedRouter:
+        """Kill the router, and replace it with a new one."""
+        self.router.die()
+        self.router = WatchedRouter(config or self.router.router.config, self.engines)
+        await self.router.listen()
+        await self.until(lambda: len(self.router._groups) == len(self.engines))
+        return self.router
+
+    async def replace_engine(self, name: str) -> None:
+        """Start a new engine for a group whose engine was cut off."""
+        self.replaced.append(self.engines[name])
+        self.executors[name].allow(MANY)
+        self.executors[name] = GatedExecutor()
+        self.engines[name] = WatchedEngine(name, self.executors[name], self.find_router)
+        await self.engines[name].start()
+        await self.until(lambda: name in self.router._groups)
 
     def allow(self, steps: int) -> None:
         for executor in self.executors.values():
@@ -258,33 +330,91 @@ class Machine:
     def stream(self, request: pb.GenerateRequest) -> AsyncGenerator[pb.GenerateStreamResponse]:
         return self.ingress.generate_stream(request, METADATA)
 
-    async def settled(self) -> None:
-        """Wait until everything that outlives its request has ended too."""
-        while self.ingress._kept:
-            await asyncio.wait_for(asyncio.gather(*self.ingress._kept, return_exceptions=True), 20)
+    async def until(self, holds: Callable[[], bool]) -> None:
+        async with asyncio.timeout(20):
+            while not holds():
+                await asyncio.sleep(0)
+
+    def leases(self) -> int:
+        return self.router.status().router.leases
+
+    def free_sealed_pages(self, name: str = "g0") -> int:
+        groups = {group.group: group for group in self.router.status().router.groups}
+        return groups[name].capacity.sealed - groups[name].used.sealed
 
     async def at_rest(self) -> None:
-        """Nothing is leased, nothing held, and every lease was given back exactly once."""
-        await self.settled()
-        await self.router.refresh()
-        status = await self.router.status()
-        assert status.live_requests == 0
-        assert status.router.leases == status.router.queue_depth == 0
-        for group in status.router.groups:
+        """Wait until nothing is leased or held; check that every lease has ended exactly once."""
+        await self.until(lambda: self.leases() == 0)
+        status = self.router.status().router
+        assert status.queue_depth == 0
+        for group in status.groups:
             assert (group.sequences, group.used_bytes) == (0, 0)
-            assert group.hot_pages_used == group.sealed_pages_used == 0
-        assert self.router.given_back == {p.lease.lease_id: 1 for p in self.router.granted}
+            assert group.used == PageNeed(0, 0)
+        assert not self.router._callers
+        for placement in self.router.granted:
+            lease_id = placement.lease.lease_id
+            ends = self.router.lease_ends[lease_id]
+            assert ends == 1 or lease_id in self.router.voided, f"{lease_id} ended {ends} times"
         for leader in self.leaders.values():
             if leader.failed is None:
+                await asyncio.wait_for(leader._idle.wait(), 20)
+                await self.until(lambda: leader.loads_current)  # noqa: B023
                 loads = leader.loads()
                 assert (loads.running, loads.waiting, loads.leases) == (0, 0, ())
-                assert loads.pool.hot_used == loads.pool.sealed_used == 0
+                assert loads.pool.used == PageNeed(0, 0)
+
+
+class ScriptedIngress:
+    """An ingress whose messages the test chooses."""
+
+    def __init__(self) -> None:
+        self._answers: asyncio.Queue[object] = asyncio.Queue()
+        self._connections: list[Link] = []
+
+    async def answer(self) -> object:
+        return await asyncio.wait_for(self._answers.get(), 20)
+
+    def received(self, message: object) -> None:
+        self._answers.put_nowait(message)
+
+    def lost(self) -> None: ...
+
+    async def connect_router(self, built: Machine) -> None:
+        address = await built.find_router()
+        self.router = await connect(address, IDENTITY, TO_INGRESS_FROM_ROUTER, lambda _: self)
+        self._connections.append(self.router)
+
+    async def place(self, request: PlaceRequest, call: int = 1) -> Placed:
+        self.router.send(Place(call, request))
+        answer = await self.answer()
+        assert isinstance(answer, Placed)
+        return answer
+
+    async def submit(self, placed: Placed, max_tokens: int) -> None:
+        engine = await connect(placed.address, IDENTITY, TO_INGRESS_FROM_ENGINE, lambda _: self)
+        self._connections.append(engine)
+        params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+        prompt = np.arange(20, dtype="<i4").tobytes()
+        sequence = NewSequence(f"{placed.lease.lease_id}.0", params)
+        engine.send(Submit(placed.lease, prompt, (sequence,)))
+
+    def die(self) -> None:
+        for connection in self._connections:
+            connection.abort()
+
+
+async def scripted_ingress(built: Machine) -> ScriptedIngress:
+    made = ScriptedIngress()
+    await made.connect_router(built)
+    return made
 
 
 @asynccontextmanager
-async def machine(groups: int = 1, config: RouterConfig | None = None) -> AsyncGenerator[Machine]:
-    """Leaves a cluster at rest behind, or fails."""
-    built = Machine(groups, config or RouterConfig())
+async def machine(
+    groups: int = 1, config: RouterConfig | None = None, budget: int = 400
+) -> AsyncGenerator[Machine]:
+    """A running cluster, which must be at rest in the end. budget: of each engine's memory"""
+    built = Machine(groups, config or RouterConfig(), budget)
     await built.start()
     try:
         yield built

@@ -1,4 +1,4 @@
-"""API keys: who is let in under which name, and how the local key is kept."""
+"""API keys: which tenant a key gives, and how the local key is stored."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from kvmesh.client.credentials import key_path, read_key_file
 from kvmesh.client.errors import CredentialsError
 from kvmesh.cluster import keys
 from kvmesh.cluster.config import AuthSection, TenantKey
+from kvmesh.cluster.errors import UnauthenticatedError
 from kvmesh.cluster.ingress.authenticate import ANONYMOUS, Authenticator, hash_key
-from kvmesh.cluster.ingress.errors import UnauthenticatedError
 from kvmesh.cluster.keys import LOCAL_TENANT, ensure_key, known_keys, local_key
 from kvmesh.workers.errors import ConfigError
 
@@ -23,7 +23,7 @@ KEYS = {"alpha-key": "alpha", "beta-key": "beta"}
 
 
 @pytest.fixture
-def guard() -> Authenticator:
+def authenticator() -> Authenticator:
     return Authenticator([(hash_key(key), tenant) for key, tenant in KEYS.items()])
 
 
@@ -32,16 +32,16 @@ def bearer(key: str) -> list[tuple[str, str | bytes]]:
 
 
 @pytest.mark.parametrize(("key", "tenant"), KEYS.items())
-def test_a_key_gives_its_tenant(guard: Authenticator, key: str, tenant: str) -> None:
-    assert guard.authenticate(bearer(key)) == tenant
-    assert guard.authenticate([("Authorization", f"bEaReR  {key} ")]) == tenant
-    assert guard.authenticate([("authorization", f"Bearer {key}".encode())]) == tenant
+def test_a_key_gives_its_tenant(authenticator: Authenticator, key: str, tenant: str) -> None:
+    assert authenticator.authenticate(bearer(key)) == tenant
+    assert authenticator.authenticate([("Authorization", f"bEaReR  {key} ")]) == tenant
+    assert authenticator.authenticate([("authorization", f"Bearer {key}".encode())]) == tenant
 
 
 @pytest.mark.parametrize("key", ["", "alpha", "alpha-key2", "ALPHA-KEY", "\xe9", "x" * 9000])
-def test_a_wrong_key_is_refused(guard: Authenticator, key: str) -> None:
+def test_a_wrong_key_is_refused(authenticator: Authenticator, key: str) -> None:
     with pytest.raises(UnauthenticatedError) as caught:
-        guard.authenticate(bearer(key))
+        authenticator.authenticate(bearer(key))
     assert not caught.value.missing
     assert not key or key not in str(caught.value)
 
@@ -58,28 +58,32 @@ def test_a_wrong_key_is_refused(guard: Authenticator, key: str) -> None:
     ],
 )
 def test_a_missing_key_is_refused(
-    guard: Authenticator, metadata: list[tuple[str, str | bytes]]
+    authenticator: Authenticator, metadata: list[tuple[str, str | bytes]]
 ) -> None:
     with pytest.raises(UnauthenticatedError) as caught:
-        guard.authenticate(metadata)
+        authenticator.authenticate(metadata)
     assert caught.value.missing
     assert "authorization: Bearer" in str(caught.value)
 
 
 def test_a_tenant_may_have_two_keys() -> None:
-    guard = Authenticator([(hash_key("old"), "a"), (hash_key("new"), "a")])
-    assert guard.authenticate(bearer("old")) == guard.authenticate(bearer("new")) == "a"
+    authenticator = Authenticator([(hash_key("old"), "a"), (hash_key("new"), "a")])
+    assert (
+        authenticator.authenticate(bearer("old"))
+        == authenticator.authenticate(bearer("new"))
+        == "a"
+    )
 
 
-def test_without_keys_nobody_is_let_in_and_without_authentication_everybody() -> None:
+def test_without_keys_all_calls_are_refused_and_without_authentication_accepted() -> None:
     with pytest.raises(UnauthenticatedError):
         Authenticator([]).authenticate(bearer("alpha-key"))
     assert Authenticator(None).authenticate([]) == ANONYMOUS
-    assert Authenticator(None).authenticate(bearer("whatever")) == ANONYMOUS
+    assert Authenticator(None).authenticate(bearer("any-key")) == ANONYMOUS
 
 
 def test_hashes_are_compared_in_constant_time_and_all_of_them(
-    guard: Authenticator, monkeypatch: pytest.MonkeyPatch
+    authenticator: Authenticator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compared: list[tuple[bytes, bytes]] = []
 
@@ -90,13 +94,13 @@ def test_hashes_are_compared_in_constant_time_and_all_of_them(
     monkeypatch.setattr("hmac.compare_digest", record)
     for key in ("alpha-key", "beta-key"):
         compared.clear()
-        guard.authenticate(bearer(key))
+        authenticator.authenticate(bearer(key))
         given = hashlib.sha256(key.encode()).digest()
         assert compared == [(hashlib.sha256(known.encode()).digest(), given) for known in KEYS]
 
 
-def test_keys_are_held_as_hashes_alone(guard: Authenticator) -> None:
-    assert "alpha-key" not in repr(vars(guard))
+def test_only_hashes_of_keys_are_stored(authenticator: Authenticator) -> None:
+    assert "alpha-key" not in repr(vars(authenticator))
 
 
 # Keys of a local server
@@ -106,7 +110,7 @@ def environ_of(tmp_path: Path) -> dict[str, str]:
     return {"XDG_CONFIG_HOME": str(tmp_path / "config")}
 
 
-def test_the_first_start_makes_a_key_that_only_its_owner_reads(tmp_path: Path) -> None:
+def test_the_first_start_creates_a_key_that_only_its_owner_can_read(tmp_path: Path) -> None:
     environ = environ_of(tmp_path)
     path = key_path(environ)
     before = os.umask(0)
@@ -139,31 +143,31 @@ def test_a_key_that_others_may_read_is_refused(tmp_path: Path, mode: int) -> Non
         known_keys(AuthSection(key_file=path), {})
 
 
-def test_a_key_made_by_another_server_in_between_is_taken(
+def test_a_key_created_by_another_server_in_between_is_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "key"
     path.write_text("theirs\n")
     path.chmod(0o600)
-    looks: list[Path] = []
+    reads: list[Path] = []
 
     def absent_at_first(where: Path) -> str | None:
-        looks.append(where)
-        return read_key_file(where) if len(looks) > 1 else None
+        reads.append(where)
+        return read_key_file(where) if len(reads) > 1 else None
 
     monkeypatch.setattr(keys, "read_key_file", absent_at_first)
     assert ensure_key(path) == "theirs"
     assert [entry.name for entry in tmp_path.iterdir()] == ["key"]
 
 
-def test_a_key_that_cannot_be_made_is_a_configuration_error(tmp_path: Path) -> None:
+def test_a_key_that_cannot_be_created_is_a_configuration_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises((ConfigError, CredentialsError)) as caught:
         ensure_key(tmp_path / "file" / "key")
     assert str(tmp_path) in str(caught.value)
 
 
-def test_configured_keys_take_the_place_of_the_local_one(tmp_path: Path) -> None:
+def test_configured_keys_replace_the_local_key(tmp_path: Path) -> None:
     environ = environ_of(tmp_path)
     auth = AuthSection(keys=(TenantKey(tenant="a", sha256=hash_key("k")),))
     assert known_keys(auth, environ) == [(hash_key("k"), "a")]
@@ -171,7 +175,7 @@ def test_configured_keys_take_the_place_of_the_local_one(tmp_path: Path) -> None
     assert not key_path(environ).exists()
 
 
-def test_no_authentication_must_be_asked_for(tmp_path: Path) -> None:
+def test_authentication_is_on_unless_it_is_turned_off(tmp_path: Path) -> None:
     environ = environ_of(tmp_path)
     assert known_keys(AuthSection(mode="none"), environ) is None
     assert local_key(AuthSection(mode="none"), environ) is None

@@ -1,4 +1,4 @@
-"""The one table from errors to the wire, and what unknown errors give away: nothing."""
+"""The table that maps errors to the wire; unknown errors reveal nothing."""
 
 from __future__ import annotations
 
@@ -8,55 +8,58 @@ import re
 from pathlib import Path
 
 import grpc
+import msgspec
 import pytest
 
 from kvmesh.client.status import decode_details, encode_details, encode_trailer
-from kvmesh.cluster.ingress import errors as ingress
-from kvmesh.cluster.ingress.errors import (
+from kvmesh.cluster import errors as cluster
+from kvmesh.cluster.errors import Failure
+from kvmesh.cluster.ingress.error_table import (
+    count_by_reason,
     is_expected,
     reason_label,
     status_code,
     to_wire,
 )
 from kvmesh.cluster.routing import errors as routing
-from kvmesh.workers.errors import CapacityError, InvalidRequestError, WorkerDiedError
+from kvmesh.workers.errors import InvalidFieldError, PoolCapacityError, WorkerDiedError
 
 S = grpc.StatusCode
 SECRETS = "rank 1 (pid 4242) at 10.1.2.3:6379 died, see /var/tmp/engine.log"
 
 # error, code, reason
 TABLE: list[tuple[Exception, grpc.StatusCode, str]] = [
-    (InvalidRequestError("prompt.text", "must not be empty"), S.INVALID_ARGUMENT, "invalid_field"),
-    (ingress.UnauthenticatedError(missing=True), S.UNAUTHENTICATED, "missing_key"),
-    (ingress.UnauthenticatedError(missing=False), S.UNAUTHENTICATED, "wrong_key"),
-    (ingress.UnknownModelError("a", "b"), S.NOT_FOUND, "unknown_model"),
-    (ingress.ResumeMismatchError("other"), S.FAILED_PRECONDITION, "resume_mismatch"),
-    (ingress.ContextExceededError(9, 8, 700, 600), S.FAILED_PRECONDITION, "never_fits"),
-    (ingress.RequestDeadlineError(), S.DEADLINE_EXCEEDED, "deadline_exceeded"),
-    (ingress.EngineLostError(), S.UNAVAILABLE, "engine_lost"),
-    (ingress.DrainingError(), S.UNAVAILABLE, "draining"),
-    (ingress.NotReadyError(), S.UNAVAILABLE, "not_ready"),
-    (routing.DuplicateRequestError("r"), S.ALREADY_EXISTS, "duplicate_request_id"),
+    (InvalidFieldError("prompt.text", "must not be empty"), S.INVALID_ARGUMENT, "invalid_field"),
+    (cluster.UnauthenticatedError(missing=True), S.UNAUTHENTICATED, "missing_key"),
+    (cluster.UnauthenticatedError(missing=False), S.UNAUTHENTICATED, "wrong_key"),
+    (cluster.UnknownModelError("a", "b"), S.NOT_FOUND, "unknown_model"),
+    (cluster.ResumeMismatchError("other"), S.FAILED_PRECONDITION, "resume_mismatch"),
+    (cluster.ContextExceededError(9, 8, 700, 600), S.FAILED_PRECONDITION, "never_fits"),
+    (cluster.RequestDeadlineError(), S.DEADLINE_EXCEEDED, "deadline_exceeded"),
+    (cluster.EngineLostError(), S.UNAVAILABLE, "engine_lost"),
+    (cluster.DrainingError(), S.UNAVAILABLE, "draining"),
+    (cluster.NotReadyError(), S.UNAVAILABLE, "not_ready"),
+    (routing.RequestIdInUseError("r"), S.ALREADY_EXISTS, "duplicate_request_id"),
     (
-        routing.NeverFitsError({"g0": 900}, {"g0": 500}, {"g0": "pages"}),
+        routing.ExceedsEveryGroupError({"g0": 900}, {"g0": 500}, {"g0": "pages"}),
         S.FAILED_PRECONDITION,
         "never_fits",
     ),
     (routing.DeadlineUnreachableError(1.0, 3.0), S.DEADLINE_EXCEEDED, "deadline_unreachable"),
     (routing.DeadlineUnreachableError(1.0, None), S.DEADLINE_EXCEEDED, "deadline_unreachable"),
-    (routing.OverCapacityError("full", 2.5, 90, 50), S.RESOURCE_EXHAUSTED, "over_capacity"),
+    (routing.NoRoomError("full", 2.5, 90, 50), S.RESOURCE_EXHAUSTED, "over_capacity"),
     (routing.QueueFullError("full", 2.5, 90, 50), S.RESOURCE_EXHAUSTED, "queue_full"),
     (routing.QuotaExceededError("quota", 2.5, 90, 50), S.RESOURCE_EXHAUSTED, "quota"),
     (routing.NoGroupError("no group is up", 2.5, 0, 0), S.UNAVAILABLE, "not_ready"),
-    (CapacityError("full", 90, 50, ever=True), S.RESOURCE_EXHAUSTED, "over_capacity"),
-    (CapacityError("too long", 90, 50, ever=False), S.FAILED_PRECONDITION, "never_fits"),
+    (PoolCapacityError("full", 90, 50, retryable=True), S.RESOURCE_EXHAUSTED, "over_capacity"),
+    (PoolCapacityError("too long", 90, 50, retryable=False), S.FAILED_PRECONDITION, "never_fits"),
     (WorkerDiedError(SECRETS), S.UNAVAILABLE, "engine_lost"),
 ]
 # Never reaches a client as an error: its choices finish with ABORT.
-INTERNAL_MATTERS = {ingress.RequestAbortedError, routing.LedgerError}
+INTERNAL_ERRORS = {routing.RequestAbortedError, routing.LedgerError}
 
 
-def give_away(text: str) -> list[str]:
+def internals_in(text: str) -> list[str]:
     """Parts of a text that no client should see."""
     return re.findall(
         r"/\w+/\S*|\bpid\b|\b\d{1,3}(?:\.\d{1,3}){3}\b|Traceback|File \"|\.py\b|0x[0-9a-f]+", text
@@ -71,30 +74,36 @@ def test_every_error_of_the_table(error: Exception, code: grpc.StatusCode, reaso
     assert reason_label(wire) == reason
     assert wire.request_id == "request-1"
     assert wire.message
-    assert not give_away(wire.message)
+    assert not internals_in(wire.message)
 
 
-@pytest.mark.parametrize("module", [ingress, routing])
+@pytest.mark.parametrize("module", [cluster, routing])
 def test_every_class_of_the_trees_has_a_row(module: object) -> None:
-    root = ingress.IngressError if module is ingress else routing.RoutingError
+    root = cluster.ClusterError if module is cluster else routing.RoutingError
     classes = {
         value
         for value in vars(module).values()
         if inspect.isclass(value) and issubclass(value, root) and value is not root
     }
-    assert classes - INTERNAL_MATTERS == {type(e) for e, _, _ in TABLE if isinstance(e, root)}
+    assert classes - INTERNAL_ERRORS == {type(e) for e, _, _ in TABLE if isinstance(e, root)}
 
 
-@pytest.mark.parametrize("error", [error for error, _, _ in TABLE])
-def test_errors_survive_pickling(error: Exception) -> None:
-    again = pickle.loads(pickle.dumps(error))
-    assert type(again) is type(error)
-    assert str(again) == str(error)
-    assert to_wire(again) == to_wire(error)
+@pytest.mark.parametrize(
+    "error", [*(error for error, _, _ in TABLE), routing.RequestAbortedError()]
+)
+def test_errors_can_be_sent_to_another_process(error: Exception) -> None:
+    carried = msgspec.msgpack.encode(Failure.of(error))  # type: ignore[arg-type]
+    for again in (
+        pickle.loads(pickle.dumps(error)),
+        msgspec.msgpack.decode(carried, type=Failure).error,
+    ):
+        assert type(again) is type(error)
+        assert str(again) == str(error)
+        assert to_wire(again) == to_wire(error)
 
 
 def _raised(error: Exception) -> Exception:
-    """With a traceback and a cause, as in life."""
+    """With a traceback and a cause, as in production."""
     with pytest.raises(type(error)) as caught:
         try:
             Path("/nonexistent/secret.yaml").read_text()
@@ -115,7 +124,7 @@ def _raised(error: Exception) -> Exception:
         ValueError('Traceback (most recent call last): File "/srv/app.py", line 3'),
     ],
 )
-def test_an_unknown_error_is_internal_and_says_nothing_of_itself(error: Exception) -> None:
+def test_an_unknown_error_is_internal_and_reveals_nothing(error: Exception) -> None:
     error = _raised(error)
     wire = to_wire(error, "request-1")
     assert not is_expected(error)
@@ -123,41 +132,50 @@ def test_an_unknown_error_is_internal_and_says_nothing_of_itself(error: Exceptio
     assert reason_label(wire) == "internal"
     assert wire.request_id == "request-1"
     for text in (wire.message, encode_details(wire), str(encode_trailer(wire))):
-        assert not give_away(text.split("kvmesh-error")[0])
+        assert not internals_in(text.split("kvmesh-error")[0])
         assert "secret" not in text
         assert not str(error) or str(error) not in text
 
 
-def test_a_dead_worker_tells_clients_no_more_than_a_lost_engine() -> None:
+def test_a_dead_worker_is_a_lost_engine_to_clients() -> None:
     wire = to_wire(WorkerDiedError(SECRETS))
-    assert wire == to_wire(ingress.EngineLostError())
+    assert wire == to_wire(cluster.EngineLostError())
     assert wire.retry_after_s > 0
 
 
+def test_refusals_are_counted_by_reason() -> None:
+    counts = {"QueueFullError": 2, "NoRoomError": 1, "RequestAbortedError": 3}
+    assert count_by_reason(counts) == {
+        "ERROR_REASON_QUEUE_FULL": 2,
+        "ERROR_REASON_OVER_CAPACITY": 1,
+        "ERROR_REASON_INTERNAL": 3,
+    }
+
+
 def test_a_wrong_field_is_named() -> None:
-    wire = to_wire(InvalidRequestError("sampling_params.n", "must be 1"))
+    wire = to_wire(InvalidFieldError("sampling_params.n", "must be 1"))
     (violation,) = wire.field_violations
     assert (violation.field, violation.description) == ("sampling_params.n", "must be 1")
     assert "sampling_params.n" in wire.message
 
 
-def test_over_capacity_says_when_to_come_back_and_how_much_is_missing() -> None:
-    wire = to_wire(routing.QueueFullError("12 requests wait already", 2.5, 90, 50))
+def test_over_capacity_has_the_bytes_and_when_to_retry() -> None:
+    wire = to_wire(routing.QueueFullError("12 requests are waiting", 2.5, 90, 50))
     assert (wire.retry_after_s, wire.needed_bytes, wire.available_bytes) == (2.5, 90, 50)
-    wire = to_wire(CapacityError("full", 90, 50, ever=True))
+    wire = to_wire(PoolCapacityError("full", 90, 50, retryable=True))
     assert wire.retry_after_s > 0
     assert (wire.needed_bytes, wire.available_bytes) == (90, 50)
 
 
-def test_never_fitting_names_the_bytes_of_the_group_that_comes_closest() -> None:
-    error = routing.NeverFitsError(
+def test_never_fits_has_the_bytes_of_the_closest_group() -> None:
+    error = routing.ExceedsEveryGroupError(
         {"g0": 900, "g1": 450}, {"g0": 500, "g1": 400}, {"g0": "pages", "g1": "pages"}
     )
     wire = to_wire(error)
     assert (wire.needed_bytes, wire.available_bytes) == (450, 400)
     assert {group.group: group.reason for group in wire.groups} == {"g0": "pages", "g1": "pages"}
     assert not wire.HasField("retry_after_s")
-    wire = to_wire(ingress.ContextExceededError(9, 8, 700, 600))
+    wire = to_wire(cluster.ContextExceededError(9, 8, 700, 600))
     assert (wire.needed_bytes, wire.available_bytes) == (700, 600)
 
 
@@ -172,6 +190,6 @@ def test_the_details_text_carries_the_error(
 
 
 def test_an_error_about_a_huge_field_stays_small_enough_for_a_header() -> None:
-    wire = to_wire(ingress.UnknownModelError("\U0001f642" * 100_000, "m"), "r" * 100_000)
+    wire = to_wire(cluster.UnknownModelError("\U0001f642" * 100_000, "m"), "r" * 100_000)
     assert len(encode_details(wire).encode()) < 4096
     assert len(encode_trailer(wire)) < 2048

@@ -1,4 +1,4 @@
-"""What EstimateBudget answers, and how the command line shows it and the loads."""
+"""The replies to EstimateBudget and Explain, and how the command line shows them."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import pytest
 from kvmesh.client.responses import mirror
 from kvmesh.client.types import Estimate, Explanation, Loads, ModelInfo
 from kvmesh.cluster.cli import console, status_view
-from kvmesh.cluster.ingress.estimate import geometry_of
-from kvmesh.cluster.routing.errors import NeverFitsError
+from kvmesh.cluster.messages import Release
+from kvmesh.cluster.routing.errors import ExceedsEveryGroupError
 from kvmesh.cluster.routing.request import PlaceRequest
 from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
-from tests.cluster.machine import METADATA, Machine, machine
-from tests.cluster.test_generation import asked, read
+from tests.cluster.machine import METADATA, Machine, machine, scripted_ingress
+from tests.cluster.test_generation import make_request, read
 from tests.workers.test_engine import PAGE
 from tests.workers.test_leader import MANY
 
@@ -32,13 +32,13 @@ async def test_bytes_and_pages_agree_and_count_every_choice(n: int) -> None:
         reply = await estimate(built, 100, n)
         assert reply.feasible_ever and reply.group in ("g0", "g1")
         for group in reply.groups:
-            geometry = geometry_of(built.leaders[group.group].info())
+            geometry = built.leaders[group.group].info().geometry
             need = geometry.peak_need(110)
             assert (group.hot_pages, group.sealed_pages) == (need.hot * n, need.sealed * n)
             assert group.needed_bytes == n * geometry.bytes_of(need) <= group.capacity_bytes
 
 
-async def test_what_exceeds_the_context_is_weighed_in_full() -> None:
+async def test_an_estimate_beyond_the_context_counts_all_tokens() -> None:
     async with machine() as built:
         small, large = await estimate(built, 5_000), await estimate(built, 1_000_000)
         assert not small.feasible_ever and not large.feasible_ever
@@ -55,11 +55,11 @@ async def test_the_views_fit_eighty_columns(
         status_view.show_status(mirror(ModelInfo, info), mirror(Loads, loads))
         status_view.show_estimate(mirror(Estimate, await estimate(built, 1_000_000)))
         built.allow(MANY)
-        await read(built.stream(asked(5)))
-        for request_id in ("r", "unheard"):
+        await read(built.stream(make_request(5)))
+        for request_id in ("r", "missing"):
             status_view.show_explanation(mirror(Explanation, await explain(built, request_id)))
     shown = capsys.readouterr().out
-    assert "nothing is known" in shown and "placed after" in shown
+    assert "missing is not known" in shown and "placed after" in shown
     assert "never fits" in shown and "g0" in shown and "g1" in shown and "0 leases" in shown
     assert "…" not in shown
     assert max(len(line) for line in shown.splitlines()) <= 80
@@ -68,23 +68,24 @@ async def test_the_views_fit_eighty_columns(
 async def test_a_request_is_explained_by_its_id_to_its_own_tenant() -> None:
     async with machine(groups=2) as built:
         built.allow(MANY)
-        placed = await read(built.stream(asked(5)))
-        assert placed.started is not None
+        received = await read(built.stream(make_request(5)))
+        assert received.started is not None
         reply = await explain(built, "r")
         (decision,) = reply.decisions
-        assert decision.group == placed.started.group
+        assert decision.group == received.started.group
         assert decision.age_s >= 0.0
         reasons = {group.group: group.reason for group in decision.groups}
         assert reasons[decision.group] == "chosen"
         assert len(reasons) == 2 and set(reasons.values()) > {"chosen"}
         assert all(group.HasField("cost_s") for group in decision.groups)
-        with pytest.raises(NeverFitsError):
-            await read(built.stream(asked(600, prompt=[3] * 150, request_id="n", n=16)))
+        with pytest.raises(ExceedsEveryGroupError):
+            await read(built.stream(make_request(600, prompt=[3] * 150, request_id="n", n=16)))
         (refused,) = (await explain(built, "n")).decisions
         assert refused.outcome.startswith("refused: no group can hold")
         assert not refused.group
-        other = PlaceRequest("other/r", 10, 10)
-        await built.router.release((await built.router.place(other, ticket="t")).lease.lease_id)
+        other = await scripted_ingress(built)
+        placed = await other.place(PlaceRequest("other/r", 10, 10))
+        other.router.send(Release(placed.lease.lease_id))
         assert len((await explain(built, "r")).decisions) == 1
 
 
@@ -92,7 +93,7 @@ async def test_an_estimate_of_a_prompt_counts_its_cached_prefix() -> None:
     async with machine() as built:
         built.allow(MANY)
         prompt = [(7 * i) % 50 for i in range(18 * PAGE)]
-        await read(built.stream(asked(3, prompt=prompt)))
+        await read(built.stream(make_request(3, prompt=prompt)))
         size = pb.Prompt(token_ids=pb.TokenIds(ids=prompt))
         request = pb.EstimateBudgetRequest(prompt=size, max_tokens=10)
         reply = await built.ingress.estimate_budget(request, METADATA)

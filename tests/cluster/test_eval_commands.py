@@ -1,4 +1,4 @@
-"""`kvmesh eval` and `kvmesh formats`: what they print, and how they refuse."""
+"""`kvmesh eval` and `kvmesh formats`: their output, and their errors."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ def printed(result: Result) -> Any:
 
 
 @pytest.mark.slow
-def test_perplexity_as_json_and_as_a_picture(model: str, tmp_path: Path) -> None:
-    picture = tmp_path / "bits.png"
-    arguments = ("--context", "200", "--windows", "2", "--json", "--plot", str(picture))
+def test_perplexity_as_json_and_as_a_plot(model: str, tmp_path: Path) -> None:
+    plot = tmp_path / "bits.png"
+    arguments = ("--context", "200", "--windows", "2", "--json", "--plot", str(plot))
     report = printed(evaluate("perplexity", model, *arguments))
     assert (report["context"], report["windows"], report["predictions"]) == (200, 2, 398)
     exact, int8, int4 = report["formats"]
@@ -56,7 +56,7 @@ def test_perplexity_as_json_and_as_a_picture(model: str, tmp_path: Path) -> None
     assert exact["loss"] == exact["kl_nats"] == 0.0
     assert 0.0 < int8["kl_nats"] < int4["kl_nats"]
     assert 16.0 == exact["bits"] > int8["bits"] > int8["sealed_bits"]
-    assert picture.read_bytes().startswith(PNG)
+    assert plot.read_bytes().startswith(PNG)
 
 
 @pytest.mark.slow
@@ -80,7 +80,7 @@ def test_passkey_as_json(model: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("command", "arguments", "told"),
+    ("command", "arguments", "shown"),
     [
         ("perplexity", ("--context", "200", "--windows", "1"), "at 200"),
         ("recall", ("--lengths", "300", "--passages", "1"), "accuracy"),
@@ -88,11 +88,11 @@ def test_passkey_as_json(model: str) -> None:
     ],
 )
 def test_tables_fit_eighty_columns(
-    model: str, command: str, arguments: tuple[str, ...], told: str
+    model: str, command: str, arguments: tuple[str, ...], shown: str
 ) -> None:
     result = evaluate(command, model, *arguments)
     assert result.exit_code == 0, result.output
-    assert told in result.stdout
+    assert shown in result.stdout
     assert all(name in result.stdout for name in ("exact", "int8", "int4"))
     assert all(len(line) <= 80 for line in result.stdout.splitlines())
 
@@ -118,7 +118,7 @@ def test_tables_fit_eighty_columns(
         (("passkey", "--lengths", "4096"), "--lengths"),
     ],
 )
-def test_what_cannot_work_is_refused_by_its_option(
+def test_an_invalid_value_is_refused_by_its_option(
     model: str, tmp_path: Path, arguments: tuple[str, ...], option: str
 ) -> None:
     short, latin = tmp_path / "short.txt", tmp_path / "latin.txt"
@@ -148,19 +148,19 @@ def test_every_format_is_listed() -> None:
     assert all(len(line) <= 80 for line in result.stdout.splitlines())
 
 
-def test_a_format_that_does_not_hold_such_heads_has_no_bits() -> None:
+def test_a_format_that_does_not_support_a_head_size_has_no_bits() -> None:
     line = describe(get_format("int4"), 7, 64)
     assert (line.k_bits, line.v_bits, line.bits, line.capacity) == (None, None, None, None)
     assert "–" in run("formats", "--head-dim", "7").stdout
 
 
-def test_formats_refuses_a_page_size_there_is_not() -> None:
+def test_formats_refuses_an_unsupported_page_size() -> None:
     result = run("formats", "--page-size", "48")
     assert result.exit_code == 2 and "--page-size" in result.stderr
 
 
 @pytest.mark.parametrize("losses", [[], [-0.001], [0.0001, 0.02, 0.02, 30.0]])
-def test_any_losses_can_be_drawn(losses: list[float], tmp_path: Path) -> None:
+def test_any_losses_can_be_plotted(losses: list[float], tmp_path: Path) -> None:
     rows = [
         FormatPerplexity(f"f{i}", 20.0, loss, 0.0, 4.0, 4.0 + i % 2, 4.0, 1000.0, 0, 0)
         for i, loss in enumerate([0.0, *losses])

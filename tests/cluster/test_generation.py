@@ -6,21 +6,23 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 
+import numpy as np
 import pytest
 
-from kvmesh.cluster.ingress import attempt, generation
-from kvmesh.cluster.ingress.errors import (
+from kvmesh.cluster.errors import (
     ContextExceededError,
     EngineLostError,
     RequestDeadlineError,
     ResumeMismatchError,
     UnauthenticatedError,
     UnknownModelError,
-    to_wire,
 )
-from kvmesh.cluster.routing.errors import DuplicateRequestError, NeverFitsError
+from kvmesh.cluster.ingress import generation
+from kvmesh.cluster.ingress.error_table import to_wire
+from kvmesh.cluster.routing.errors import ExceedsEveryGroupError, RequestIdInUseError
 from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
-from kvmesh.workers.errors import CapacityError, InvalidRequestError, WorkerDiedError
+from kvmesh.workers.errors import InvalidFieldError, PoolCapacityError, WorkerDiedError
+from kvmesh.workers.sizes import PageNeed
 from tests.cluster.machine import METADATA, Machine, answer, machine, text_of
 from tests.workers.memory_executor import EOS, expected_output
 from tests.workers.test_leader import MANY
@@ -29,7 +31,7 @@ PROMPT = [3, 14, 15, 9, 26]
 Stream = AsyncGenerator[pb.GenerateStreamResponse]
 
 
-def asked(
+def make_request(
     max_tokens: int = 40,
     *,
     prompt: list[int] | None = None,
@@ -94,7 +96,7 @@ async def read(stream: Stream, offsets: dict[int, int] | None = None) -> Receive
 
 
 async def read_until(stream: Stream, tokens: int) -> Received:
-    """Until a choice has so many tokens; the stream stays open."""
+    """Read until a choice has this many tokens; the stream stays open."""
     received = Received()
     async with asyncio.timeout(60):
         while max((len(t) for t in received.tokens.values()), default=0) < tokens:
@@ -110,11 +112,9 @@ async def read_until_finished(stream: Stream) -> Received:
     return received
 
 
-async def allow_the_end(built: Machine, sequences: int = 1) -> None:
-    """Steps for what is in flight, and only once the engine has been asked to end the rest."""
-    async with asyncio.timeout(20):
-        while sum(len(line.aborted) for line in built.lines.values()) < sequences:
-            await asyncio.sleep(0)
+async def permit_end(built: Machine, sequences: int = 1) -> None:
+    """Permit the last steps, once the engine has been make_request to end `sequences`."""
+    await built.until(lambda: sum(len(x.ended) for x in built.engines.values()) >= sequences)
     built.allow(3)
 
 
@@ -138,20 +138,20 @@ async def two() -> AsyncIterator[Machine]:
         yield built
 
 
-# The plain way
+# The normal case
 
 
 async def test_a_stream_gives_tokens_text_finish_and_usage(one: Machine) -> None:
     one.allow(MANY)
-    received = await read(one.stream(asked(40)))
-    wanted = answer(PROMPT, 40)
+    received = await read(one.stream(make_request(40)))
+    expected = answer(PROMPT, 40)
     assert received.started is not None
     assert received.usage is not None
     assert received.started.group == received.usage.group == "g0"
     assert received.started.seed == 7
     assert received.started.kv_reserved_bytes > 0
-    assert received.tokens == {0: wanted}
-    assert received.text == {0: text_of(wanted)}
+    assert received.tokens == {0: expected}
+    assert received.text == {0: text_of(expected)}
     assert received.reason() == "length"
     usage = received.usage
     assert (usage.prompt_tokens, usage.completion_tokens) == (len(PROMPT), 40)
@@ -159,8 +159,8 @@ async def test_a_stream_gives_tokens_text_finish_and_usage(one: Machine) -> None
     assert usage.HasField("time_to_first_token_s")
 
 
-async def test_tokens_come_as_they_are_made(one: Machine) -> None:
-    stream = one.stream(asked(10))
+async def test_tokens_are_sent_as_they_are_generated(one: Machine) -> None:
+    stream = one.stream(make_request(10))
     one.allow(3)
     received = await read_until(stream, 3)
     assert received.tokens[0] == answer(PROMPT, 3)
@@ -168,8 +168,8 @@ async def test_tokens_come_as_they_are_made(one: Machine) -> None:
     assert (await rest_of(stream, received)).tokens[0] == answer(PROMPT, 10)
 
 
-async def test_what_is_ready_together_is_sent_together(one: Machine) -> None:
-    stream = one.stream(asked(40))
+async def test_tokens_that_are_ready_are_sent_together(one: Machine) -> None:
+    stream = one.stream(make_request(40))
     assert (await anext(stream)).HasField("started")
     one.allow(1)
     received = Received()
@@ -185,24 +185,24 @@ async def test_what_is_ready_together_is_sent_together(one: Machine) -> None:
 async def test_the_end_of_sequence_ends_a_choice(one: Machine) -> None:
     one.allow(MANY)
     prompt = next([i, 2] for i in range(50) if EOS in expected_output([i, 2], 60)[2:])
-    wanted = expected_output(prompt, 60)
-    received = await read(one.stream(asked(60, prompt=prompt, ignore_eos=False)))
-    assert received.tokens[0] == wanted
-    assert received.text[0] == text_of(wanted)
+    expected = expected_output(prompt, 60)
+    received = await read(one.stream(make_request(60, prompt=prompt, ignore_eos=False)))
+    assert received.tokens[0] == expected
+    assert received.text[0] == text_of(expected)
     assert received.reason() == "stop"
     assert received.finished[0].matched_stop_token_id == EOS
 
 
-async def test_generate_gathers_the_stream(one: Machine) -> None:
+async def test_generate_returns_the_whole_stream(one: Machine) -> None:
     one.allow(MANY)
-    reply = await one.ingress.generate(asked(12), METADATA)
+    reply = await one.ingress.generate(make_request(12), METADATA)
     (choice,) = reply.choices
     assert list(choice.token_ids) == answer(PROMPT, 12)
     assert choice.text == text_of(answer(PROMPT, 12))
     assert reply.usage.completion_tokens == 12
 
 
-async def test_a_stranger_learns_nothing_but_that_a_key_is_needed(one: Machine) -> None:
+async def test_a_call_without_a_key_reveals_only_that_a_key_is_needed(one: Machine) -> None:
     empty = resumed(pb.GenerateRequest(model="another"), {})
     for call in (
         one.ingress.generate(empty, ()),
@@ -220,15 +220,18 @@ async def test_a_stranger_learns_nothing_but_that_a_key_is_needed(one: Machine) 
 @pytest.mark.parametrize(
     ("request_", "kind"),
     [
-        (asked(5, prompt=[2] * 800), ContextExceededError),
-        (asked(5, prompt=[50]), InvalidRequestError),
-        (asked(800), InvalidRequestError),
+        (make_request(5, prompt=[2] * 800), ContextExceededError),
+        (make_request(5, prompt=[50]), InvalidFieldError),
+        (make_request(800), InvalidFieldError),
         (pb.GenerateRequest(model="another", prompt=pb.Prompt(text="A")), UnknownModelError),
-        (pb.GenerateRequest(min_kv_format="int9", prompt=pb.Prompt(text="A")), InvalidRequestError),
-        (pb.GenerateRequest(min_kv_format="exact", prompt=pb.Prompt(text="A")), NeverFitsError),
+        (pb.GenerateRequest(min_kv_format="int9", prompt=pb.Prompt(text="A")), InvalidFieldError),
+        (
+            pb.GenerateRequest(min_kv_format="exact", prompt=pb.Prompt(text="A")),
+            ExceedsEveryGroupError,
+        ),
     ],
 )
-async def test_bad_requests_are_refused_and_others_served_on(
+async def test_bad_requests_are_refused_and_others_still_served(
     one: Machine, request_: pb.GenerateRequest, kind: type[Exception]
 ) -> None:
     with pytest.raises(kind) as caught:
@@ -237,7 +240,7 @@ async def test_bad_requests_are_refused_and_others_served_on(
         assert to_wire(caught.value).HasField("needed_bytes")
         assert to_wire(caught.value).available_bytes > 0
     one.allow(MANY)
-    assert (await read(one.stream(asked(5)))).tokens[0] == answer(PROMPT, 5)
+    assert (await read(one.stream(make_request(5)))).tokens[0] == answer(PROMPT, 5)
 
 
 # Stop strings
@@ -247,10 +250,10 @@ async def test_a_stop_string_ends_the_sequence_on_the_engine(one: Machine) -> No
     whole = text_of(answer(PROMPT, 600))
     stop = whole[20:23]
     cut = whole.index(stop)
-    stream = one.stream(asked(600, stop=[stop]))
+    stream = one.stream(make_request(600, stop=[stop]))
     one.allow(cut + 4)
     received = await read_until_finished(stream)
-    await asyncio.gather(rest_of(stream, received), allow_the_end(one))
+    await asyncio.gather(rest_of(stream, received), permit_end(one))
     assert received.text[0] == whole[:cut]
     assert received.reason() == "stop"
     assert received.finished[0].matched_stop_string == stop
@@ -259,15 +262,15 @@ async def test_a_stop_string_ends_the_sequence_on_the_engine(one: Machine) -> No
     assert received.usage.completion_tokens == len(received.tokens[0])
     # The last event comes when the pages are free, not before.
     loads = one.leaders["g0"].loads()
-    assert loads.pool.hot_used == loads.pool.sealed_used == 0
-    assert loads.outcomes_total["abort"] == 1
+    assert loads.pool.used == PageNeed(0, 0)
+    assert loads.outcomes_total == {"stop": 1}
 
 
-async def test_a_choice_that_a_stop_string_ends_is_ended_while_others_go_on(one: Machine) -> None:
+async def test_a_stop_string_ends_one_choice_while_others_continue(one: Machine) -> None:
     whole = answer(PROMPT, 300)
     stop = text_of(whole[38:42])
     assert text_of(whole).index(stop) == 38
-    request = resumed(asked(300, n=2, stop=[stop]), {0: (whole[:30], 30)})
+    request = resumed(make_request(300, n=2, stop=[stop]), {0: (whole[:30], 30)})
     stream = one.stream(request)
     one.allow(16)
     received = Received()
@@ -275,49 +278,48 @@ async def test_a_choice_that_a_stop_string_ends_is_ended_while_others_go_on(one:
         while 0 not in received.finished:
             received.take(await anext(stream), {0: 30})
         one.allow(4)
-        while not one.lines["g0"].aborted:
+        while not one.engines["g0"].ended:
             received.take(await anext(stream), {0: 30})
     assert 1 not in received.finished
-    assert one.lines["g0"].aborted == [one.lines["g0"].submitted[0].request_id]
+    assert one.engines["g0"].ended == one.engines["g0"].sequences[:1]
     async with asyncio.timeout(60):
-        one.allow(50)  # as far as the string, and not to the end
-        ending = asyncio.ensure_future(allow_the_end(one, 2))
+        one.allow(50)  # up to the stop string, not to the end
+        ending = asyncio.ensure_future(permit_end(one, 2))
         async for event in stream:
             received.take(event, {0: 30})
         await ending
     assert received.text == {0: text_of(whole[30:38]), 1: text_of(whole[:38])}
     assert received.reason(0) == received.reason(1) == "stop"
-    assert one.lines["g0"].aborted == [r.request_id for r in one.lines["g0"].submitted]
+    assert one.engines["g0"].ended == one.engines["g0"].sequences
 
 
 # Several choices
 
 
-async def test_choices_share_a_lease_and_have_seeds_of_their_own(one: Machine) -> None:
+async def test_choices_share_a_lease_and_have_their_own_seeds(one: Machine) -> None:
     one.allow(MANY)
-    received = await read(one.stream(asked(70, n=3)))
-    wanted = answer(PROMPT, 70)
-    assert received.tokens == {0: wanted, 1: wanted, 2: wanted}
+    received = await read(one.stream(make_request(70, n=3)))
+    expected = answer(PROMPT, 70)
+    assert received.tokens == {0: expected, 1: expected, 2: expected}
     assert [received.reason(index) for index in range(3)] == ["length"] * 3
     assert received.usage is not None
     assert received.usage.completion_tokens == 210
-    assert len(one.router.granted) == 1
-    requests = one.lines["g0"].submitted
-    assert requests[0].params.seed == 7
-    assert len({request.params.seed for request in requests}) == 3
     (placement,) = one.router.granted
-    assert sum(r.lease.sealed_pages for r in requests if r.lease) == placement.lease.sealed_pages
-    assert sum(r.lease.hot_pages for r in requests if r.lease) == placement.lease.hot_pages
+    (submit,) = one.engines["g0"].submitted
+    seeds = [sequence.params.seed for sequence in submit.sequences]
+    assert seeds[0] == 7
+    assert len(set(seeds)) == 3
+    assert submit.lease == placement.lease
 
 
 async def test_abort_ends_every_choice_of_a_resumed_request(one: Machine) -> None:
     """Its sequences are fewer than its choices: one had finished."""
     whole = answer(PROMPT, 600)
-    request = resumed(asked(600, n=3), {0: (whole[:9], 9)}, finished={0})
+    request = resumed(make_request(600, n=3), {0: (whole[:9], 9)}, finished={0})
     stream = one.stream(request)
     one.allow(8)
     await read_until(stream, 2)
-    assert len(one.lines["g0"].submitted) == 2
+    assert len(one.engines["g0"].sequences) == 2
     assert (await one.ingress.abort(pb.AbortRequest(request_id="r"), METADATA)).aborted
     one.allow(4)
     received = Received()
@@ -330,64 +332,71 @@ async def test_abort_ends_every_choice_of_a_resumed_request(one: Machine) -> Non
     assert received.reason(1) == received.reason(2) == "abort"
 
 
-# Clients that leave
+# Clients that disconnect
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 5])
-async def test_a_client_that_leaves_frees_its_pages(one: Machine, tokens: int) -> None:
-    stream = one.stream(asked(600, n=2))
+async def test_a_client_that_disconnects_frees_its_pages(one: Machine, tokens: int) -> None:
+    stream = one.stream(make_request(600, n=2))
     one.allow(8)
     if tokens:
         await read_until(stream, tokens)
     else:
         await anext(stream)
     await stream.aclose()
-    await allow_the_end(one, sequences=2 if tokens else 0)
+    await permit_end(one, sequences=2 if tokens else 0)
     await one.at_rest()
 
 
-async def test_a_client_that_leaves_while_its_sequence_is_being_submitted(one: Machine) -> None:
-    line = one.lines["g0"]
-    line.let_through.clear()
-    reader = asyncio.ensure_future(read(one.stream(asked(600))))
-    await asyncio.wait_for(line.arrived.wait(), 20)
+async def test_a_client_that_disconnects_before_its_sequence_has_arrived(one: Machine) -> None:
+    engine = one.engines["g0"]
+    engine.hold()
+    reader = asyncio.ensure_future(read(one.stream(make_request(600))))
+    await asyncio.wait_for(engine.arrived.wait(), 20)
     await cancelled(reader)
-    assert one.router.given_back.total() == 0  # the engine may yet take it
-    line.let_through.set()
-    await allow_the_end(one)
+    assert one.router.lease_ends.total() == 0  # the engine has not received it yet
+    engine.deliver_held()
+    await permit_end(one)
     await one.at_rest()
-    assert line.aborted == [line.submitted[0].request_id]
+    assert engine.ended == engine.sequences
 
 
-async def test_a_client_that_leaves_while_it_waits_for_pages(one: Machine) -> None:
-    holders = [one.stream(asked(500, request_id=f"h{i}")) for i in range(4)]
-    one.allow(20)
-    for holder in holders:
-        await anext(holder)
-    waiting = asyncio.ensure_future(read(one.stream(asked(10, request_id="w"))))
-    async with asyncio.timeout(20):
-        while (await one.router.status()).router.queue_depth == 0:
-            await asyncio.sleep(0)
+async def test_a_client_that_disconnects_while_it_waits_for_pages(one: Machine) -> None:
+    holders = await fill_engine(one)
+    waiting = asyncio.ensure_future(read(one.stream(make_request(10, request_id="w"))))
+    await one.until(lambda: one.router.status().router.queue_depth == 1)
     await cancelled(waiting)
-    await one.settled()
-    status = await one.router.status()
-    assert (status.router.queue_depth, status.live_requests) == (0, 4)
+    await one.until(lambda: one.router.status().router.queue_depth == 0)
+    assert one.leases() == 4
     for holder in holders:
         await holder.aclose()
 
 
-async def test_a_client_that_leaves_while_its_lease_is_given_back(one: Machine) -> None:
-    one.router.hold_release.clear()
-    one.allow(MANY)
-    reader = asyncio.ensure_future(read(one.stream(asked(10))))
-    await asyncio.wait_for(one.router.releasing.wait(), 20)
-    await cancelled(reader)
-    one.router.hold_release.set()
-    await one.at_rest()
+async def test_a_client_that_disconnects_as_its_lease_is_granted(one: Machine) -> None:
+    """The grant arrives at an ingress where no request waits for it."""
+    holders = await fill_engine(one)
+    waiting = asyncio.ensure_future(read(one.stream(make_request(10, request_id="w"))))
+    await one.until(lambda: one.router.status().router.queue_depth == 1)
+    await holders[0].aclose()
+    await permit_end(one)
+    await one.until(lambda: len(one.router.granted) == 5)
+    await cancelled(waiting)
+    await one.until(lambda: one.router.lease_ends[one.router.granted[4].lease.lease_id] == 1)
+    for holder in holders:
+        await holder.aclose()
 
 
-async def test_abort_ends_a_running_request_with_what_it_has(one: Machine) -> None:
-    stream = one.stream(asked(600))
+async def fill_engine(built: Machine) -> list[Stream]:
+    """As many long requests as the engine runs at once."""
+    holders = [built.stream(make_request(500, request_id=f"h{i}")) for i in range(4)]
+    built.allow(20)
+    for holder in holders:
+        await anext(holder)
+    return holders
+
+
+async def test_abort_ends_a_running_request_and_keeps_its_output(one: Machine) -> None:
+    stream = one.stream(make_request(600))
     one.allow(5)
     received = await read_until(stream, 3)
     assert (await one.ingress.abort(pb.AbortRequest(request_id="r"), METADATA)).aborted
@@ -399,14 +408,9 @@ async def test_abort_ends_a_running_request_with_what_it_has(one: Machine) -> No
 
 
 async def test_abort_ends_a_waiting_request(one: Machine) -> None:
-    holders = [one.stream(asked(500, request_id=f"h{i}")) for i in range(4)]
-    one.allow(20)
-    for holder in holders:
-        await anext(holder)
-    waiting = asyncio.ensure_future(read(one.stream(asked(10, request_id="w"))))
-    async with asyncio.timeout(20):
-        while (await one.router.status()).router.queue_depth == 0:
-            await asyncio.sleep(0)
+    holders = await fill_engine(one)
+    waiting = asyncio.ensure_future(read(one.stream(make_request(10, request_id="w"))))
+    await one.until(lambda: one.router.status().router.queue_depth == 1)
     assert (await one.ingress.abort(pb.AbortRequest(request_id="w"), METADATA)).aborted
     received = await waiting
     assert received.started is None
@@ -416,11 +420,11 @@ async def test_abort_ends_a_waiting_request(one: Machine) -> None:
 
 
 async def test_a_request_id_in_use_is_refused(one: Machine) -> None:
-    stream = one.stream(asked(300))
+    stream = one.stream(make_request(300))
     one.allow(3)
     await read_until(stream, 1)
-    with pytest.raises(DuplicateRequestError) as caught:
-        await read(one.stream(asked(5)))
+    with pytest.raises(RequestIdInUseError) as caught:
+        await read(one.stream(make_request(5)))
     assert caught.value.request_id == "r"
     await stream.aclose()
 
@@ -434,8 +438,10 @@ async def fail_engine(built: Machine, group: str) -> None:
 
 
 @pytest.mark.parametrize("way", ["fails", "vanishes"])
-async def test_a_lost_engine_is_replaced_and_the_output_goes_on(two: Machine, way: str) -> None:
-    stream = two.stream(asked(120, n=2, stop=["no such text"]))
+async def test_a_request_continues_on_another_engine_when_its_own_is_lost(
+    two: Machine, way: str
+) -> None:
+    stream = two.stream(make_request(120, n=2, stop=["no such text"]))
     two.allow(20)
     received = await read_until(stream, 12)
     assert received.started is not None
@@ -444,48 +450,59 @@ async def test_a_lost_engine_is_replaced_and_the_output_goes_on(two: Machine, wa
     if way == "fails":
         await fail_engine(two, first)
     else:
-        two.lines[first].cut()
+        two.engines[first].cut()
     two.allow(MANY)
     await rest_of(stream, received)
-    wanted = answer(PROMPT, 120)
-    assert received.tokens == {0: wanted, 1: wanted}
-    assert received.text == {0: text_of(wanted), 1: text_of(wanted)}
+    expected = answer(PROMPT, 120)
+    assert received.tokens == {0: expected, 1: expected}
+    assert received.text == {0: text_of(expected), 1: text_of(expected)}
     assert received.usage is not None
     assert (received.usage.group, received.usage.failovers) == (other, 1)
     assert received.usage.prompt_tokens == len(PROMPT)
     assert received.usage.completion_tokens == 240
-    again = two.lines[other].submitted
-    assert max(request.resumed_tokens for request in again) >= 12
-    for request in again:
-        assert request.prompt_token_ids.tolist() == PROMPT + wanted[: request.resumed_tokens]
-    assert two.router.suspected == [first]
+    (again,) = two.engines[other].submitted
+    assert np.frombuffer(again.prompt, np.int32).tolist() == PROMPT
+    for sequence in again.sequences:
+        output = np.frombuffer(sequence.output, np.int32).tolist()
+        assert len(output) >= 12
+        assert output == expected[: len(output)]
     assert two.router.placed[-1].resumed
 
 
-async def test_an_engine_lost_before_it_took_the_request(two: Machine) -> None:
+async def test_an_engine_lost_before_it_accepted_the_request(two: Machine) -> None:
     two.allow(MANY)
-    probe = await read(two.stream(asked(2)))
+    probe = await read(two.stream(make_request(2)))
     assert probe.started is not None
-    two.lines[probe.started.group].cut()
-    received = await read(two.stream(asked(30)))
+    two.engines[probe.started.group].cut()
+    received = await read(two.stream(make_request(30)))
     assert received.tokens[0] == answer(PROMPT, 30)
 
 
-async def test_an_engine_that_is_lost_again_and_again_is_an_error(
-    one: Machine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    one.lines["g0"].refusals = [EngineLostError() for _ in range(generation.MAX_FAILOVERS + 1)]
-
-    async def suspect(group: str, epoch: str) -> None: ...
-
-    monkeypatch.setattr(one.router, "suspect", suspect)
-    with pytest.raises(EngineLostError):
-        await read(one.stream(asked(30)))
-    assert len(one.router.granted) == generation.MAX_FAILOVERS + 1
+async def test_a_request_fails_after_too_many_lost_engines() -> None:
+    async with machine(groups=generation.MAX_FAILOVERS + 2) as many:
+        for engine in many.engines.values():
+            engine.refusals = [EngineLostError()]
+        with pytest.raises(EngineLostError):
+            await read(many.stream(make_request(30)))
+        groups = [placement.group for placement in many.router.granted]
+        assert len(set(groups)) == len(groups) == generation.MAX_FAILOVERS + 1
 
 
-def full() -> CapacityError:
-    return CapacityError("other leases leave nothing", 90, 50, ever=True)
+async def test_a_request_waits_for_the_replacement_of_the_only_engine(one: Machine) -> None:
+    stream = one.stream(make_request(60))
+    one.allow(8)
+    received = await read_until(stream, 4)
+    one.engines["g0"].cut()
+    await one.until(lambda: len(one.router.placed) == 2)
+    await one.until(lambda: one.router.status().router.queue_depth == 1)
+    await one.replace_engine("g0")
+    one.allow(MANY)
+    await rest_of(stream, received)
+    assert received.tokens[0] == answer(PROMPT, 60)
+
+
+def full() -> PoolCapacityError:
+    return PoolCapacityError("other leases hold all pages", 90, 50, retryable=True)
 
 
 @pytest.fixture
@@ -494,51 +511,52 @@ def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_pause")
-async def test_an_engine_that_refuses_is_asked_again(one: Machine) -> None:
-    one.lines["g0"].refusals = [full(), full()]
+async def test_a_request_is_placed_again_when_an_engine_refuses(one: Machine) -> None:
+    one.engines["g0"].refusals = [full(), full()]
     one.allow(MANY)
-    received = await read(one.stream(asked(30, n=2)))
+    received = await read(one.stream(make_request(30, n=2)))
     assert received.tokens[1] == answer(PROMPT, 30)
     assert len(one.router.granted) == 3
-    assert one.router.suspected == []
 
 
 @pytest.mark.usefixtures("no_pause")
 async def test_an_engine_that_keeps_refusing_is_full_and_not_lost(one: Machine) -> None:
-    one.lines["g0"].refusals = [full() for _ in range(generation.MAX_REFUSALS)]
-    with pytest.raises(CapacityError) as caught:
-        await read(one.stream(asked(30)))
+    one.engines["g0"].refusals = [full() for _ in range(generation.MAX_REFUSALS)]
+    with pytest.raises(PoolCapacityError) as caught:
+        await read(one.stream(make_request(30)))
     assert to_wire(caught.value).reason == pb.ERROR_REASON_OVER_CAPACITY
     assert to_wire(caught.value).HasField("retry_after_s")
-    assert one.router.suspected == []
-    assert (await one.router.status()).healthy == {"g0"}
+    assert one.router.status().healthy == {"g0"}
 
 
 @pytest.mark.parametrize(
     "error",
-    [CapacityError("too long", 90, 50, ever=False), InvalidRequestError("prompt", "is odd")],
+    [
+        PoolCapacityError("too long", 90, 50, retryable=False),
+        InvalidFieldError("prompt", "is not valid"),
+    ],
 )
-async def test_a_final_refusal_by_the_engine_gives_the_lease_back(
+async def test_a_final_refusal_by_the_engine_releases_the_lease(
     one: Machine, error: Exception
 ) -> None:
-    one.lines["g0"].refusals = [error]
+    one.engines["g0"].refusals = [error]
     with pytest.raises(type(error)):
-        await read(one.stream(asked(30)))
-    await asyncio.wait_for(one.at_rest(), attempt.FREEING_TIMEOUT_S / 2)
+        await read(one.stream(make_request(30)))
+    await one.until(lambda: one.leases() == 0)
 
 
 # Deadlines
 
 
-async def test_a_deadline_after_the_first_token_ends_with_what_there_is(
+async def test_a_deadline_after_the_first_token_keeps_the_output(
     one: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(generation, "DEADLINE_GRACE_S", 0.0)
-    stream = one.stream(asked(600, timeout_s=1.0))
+    stream = one.stream(make_request(600, timeout_s=4.0))
     one.allow(5)
     received = await read_until(stream, 3)
-    # No step is made any more: the engine cannot end it by itself.
-    await asyncio.gather(rest_of(stream, received), allow_the_end(one))
+    # No further step runs, so the engine cannot end it.
+    await asyncio.gather(rest_of(stream, received), permit_end(one))
     assert received.reason() == "deadline"
     assert received.tokens[0] == answer(PROMPT, len(received.tokens[0]))
 
@@ -548,15 +566,15 @@ async def test_a_deadline_before_the_first_token_is_an_error(
 ) -> None:
     monkeypatch.setattr(generation, "DEADLINE_GRACE_S", 0.0)
     with pytest.raises(RequestDeadlineError):
-        await read(one.stream(asked(600, timeout_s=0.05)))
-    await allow_the_end(one)
+        await read(one.stream(make_request(600, timeout_s=0.05)))
+    await permit_end(one)
 
 
 async def test_the_engine_ends_an_overdue_sequence(
     one: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(generation, "DEADLINE_GRACE_S", 60.0)
-    stream = one.stream(asked(700, timeout_s=1.0))
+    stream = one.stream(make_request(700, timeout_s=1.0))
     one.allow(3)
     received = await read_until(stream, 2)
     await asyncio.sleep(1.0)  # the deadline itself
@@ -564,7 +582,7 @@ async def test_the_engine_ends_an_overdue_sequence(
     await rest_of(stream, received)
     assert received.reason() == "deadline"
     assert one.leaders["g0"].loads().outcomes_total.get("deadline") == 1
-    assert one.lines["g0"].aborted == []
+    assert one.engines["g0"].ended == []
 
 
 # Resuming
@@ -585,14 +603,14 @@ def resumed(
 
 
 @pytest.mark.parametrize("cut", [0, 1, 15, 16, 33, 69, 70])
-async def test_a_resumed_stream_gives_what_is_missing(one: Machine, cut: int) -> None:
+async def test_a_resumed_stream_sends_what_is_missing(one: Machine, cut: int) -> None:
     one.allow(MANY)
-    wanted = answer(PROMPT, 70)
-    chars = len(text_of(wanted[: max(0, cut - 2)]))  # its text lags behind its tokens
-    request = resumed(asked(70), {0: (wanted[:cut], chars)})
+    expected = answer(PROMPT, 70)
+    chars = len(text_of(expected[: max(0, cut - 2)]))  # text arrives after its tokens
+    request = resumed(make_request(70), {0: (expected[:cut], chars)})
     received = await read(one.stream(request), {0: cut})
-    assert received.tokens.get(0, []) == wanted[cut:]
-    assert received.text[0] == text_of(wanted)[chars:]
+    assert received.tokens.get(0, []) == expected[cut:]
+    assert received.text[0] == text_of(expected)[chars:]
     assert received.reason() == "length"
     assert received.usage is not None
     assert received.usage.completion_tokens == 70
@@ -604,7 +622,7 @@ async def test_a_stop_string_is_found_across_the_cut(one: Machine, cut: int) -> 
     whole = text_of(answer(PROMPT, 70))
     stop = whole[20:23]
     assert whole.index(stop) == 20
-    request = resumed(asked(70, stop=[stop]), {0: (answer(PROMPT, cut), min(cut, 20))})
+    request = resumed(make_request(70, stop=[stop]), {0: (answer(PROMPT, cut), min(cut, 20))})
     received = await read(one.stream(request), {0: cut})
     assert received.text.get(0, "") == whole[min(cut, 20) : 20]
     assert received.finished[0].matched_stop_string == stop
@@ -612,75 +630,72 @@ async def test_a_stop_string_is_found_across_the_cut(one: Machine, cut: int) -> 
 
 async def test_a_choice_that_had_finished_is_only_counted(one: Machine) -> None:
     one.allow(MANY)
-    wanted = answer(PROMPT, 30)
-    request = resumed(asked(30, n=2), {0: (wanted, 30), 1: (wanted[:3], 3)}, finished={0})
+    expected = answer(PROMPT, 30)
+    request = resumed(
+        make_request(30, n=2), {0: (expected, 30), 1: (expected[:3], 3)}, finished={0}
+    )
     received = await read(one.stream(request), {1: 3})
-    assert received.tokens == {1: wanted[3:]}
+    assert received.tokens == {1: expected[3:]}
     assert set(received.finished) == {1}
     assert received.usage is not None
     assert received.usage.completion_tokens == 60
 
 
-async def test_a_resumed_request_supersedes_its_older_self(one: Machine) -> None:
-    wanted = answer(PROMPT, 60)
-    old = one.stream(asked(60))
+async def test_a_resumed_request_replaces_the_original(one: Machine) -> None:
+    expected = answer(PROMPT, 60)
+    old = one.stream(make_request(60))
     one.allow(6)
     before = await read_until(old, 4)
     received = asyncio.ensure_future(
-        read(one.stream(resumed(asked(60), {0: (wanted[:4], 4)})), {0: 4})
+        read(one.stream(resumed(make_request(60), {0: (expected[:4], 4)})), {0: 4})
     )
-    async with asyncio.timeout(20):
-        while len(one.router.placed) < 2 or not one.lines["g0"].aborted:
-            await asyncio.sleep(0)
+    await one.until(lambda: len(one.router.granted) == 2)
     one.allow(MANY)
     await rest_of(old, before)
     assert before.reason() == "abort"
-    assert (await received).tokens[0] == wanted[4:]
+    assert (await received).tokens[0] == expected[4:]
 
 
 @pytest.mark.parametrize(
     ("tokens", "chars", "revision"),
     [([], 0, "another"), ([2, 3], 3, "0"), ([2] * 41, 0, "0")],
 )
-async def test_a_cursor_that_does_not_belong_here_is_refused(
+async def test_a_cursor_that_does_not_match_is_refused(
     one: Machine, tokens: list[int], chars: int, revision: str
 ) -> None:
-    request = resumed(asked(40), {0: (tokens, chars)})
+    request = resumed(make_request(40), {0: (tokens, chars)})
     request.resume.model_revision = revision
     with pytest.raises(ResumeMismatchError):
         await read(one.stream(request))
 
 
 async def test_resuming_needs_the_seed(one: Machine) -> None:
-    request = resumed(asked(40), {})
+    request = resumed(make_request(40), {})
     request.sampling_params.ClearField("seed")
-    with pytest.raises(InvalidRequestError, match=r"sampling_params\.seed"):
+    with pytest.raises(InvalidFieldError, match=r"sampling_params\.seed"):
         await read(one.stream(request))
 
 
 # Many at once
 
 
-async def test_more_than_there_is_room_for_all_end(one: Machine) -> None:
+async def test_more_requests_than_fit_all_end(one: Machine) -> None:
     one.allow(MANY)
     prompts = [[i % 50, 5, 9, i // 50] for i in range(60)]
     requests = [
-        asked(20 + i % 80, prompt=prompt, request_id=str(i)) for i, prompt in enumerate(prompts)
+        make_request(20 + i % 80, prompt=prompt, request_id=str(i))
+        for i, prompt in enumerate(prompts)
     ]
     read_all = asyncio.gather(*(read(one.stream(request)) for request in requests))
-    async with asyncio.timeout(100):
-        while not read_all.done():
-            await one.router.refresh()
-            await asyncio.sleep(0.01)
-    for i, received in enumerate(await read_all):
+    for i, received in enumerate(await asyncio.wait_for(read_all, 100)):
         assert received.tokens[0] == answer(prompts[i], 20 + i % 80)
 
 
-async def test_requests_that_end_in_every_way_leave_nothing(two: Machine) -> None:
+async def test_requests_that_end_in_any_way_leave_nothing(two: Machine) -> None:
     two.allow(MANY)
 
     async def one_of(i: int) -> None:
-        request = asked(
+        request = make_request(
             10 + 7 * (i % 30),
             prompt=[i % 50, i // 50, 4],
             request_id=str(i),
@@ -696,11 +711,7 @@ async def test_requests_that_end_in_every_way_leave_nothing(two: Machine) -> Non
                     return
 
     ended = asyncio.gather(*(one_of(i) for i in range(100)), return_exceptions=True)
-    async with asyncio.timeout(100):
-        while not ended.done():
-            await two.router.refresh()
-            await asyncio.sleep(0.01)
-    for result in await ended:
+    for result in await asyncio.wait_for(ended, 100):
         if result is not None:
             assert to_wire(result).code in (4, 8), result  # deadline, over capacity
 

@@ -1,4 +1,4 @@
-"""Stop strings in text that arrives in pieces, against a search in the whole text."""
+"""Stop strings in text that arrives in pieces, compared with a search in the whole text."""
 
 from __future__ import annotations
 
@@ -20,44 +20,45 @@ def reference(text: str, stops: list[str]) -> tuple[str, str | None]:
 
 
 def fed(pieces: list[str], stops: list[str]) -> tuple[list[str], str | None]:
-    """What is passed at each piece, and at the end; and the stop string that ended it."""
+    """The text emitted for each piece and at the end, and the stop string that ended it."""
     search = StopStrings(stops)
-    passed = []
+    emitted = []
     for piece in pieces:
-        certain, matched = search.push(piece)
-        passed.append(certain)
+        final, matched = search.push(piece)
+        emitted.append(final)
         if matched is not None:
             assert search.flush() == ""
-            return passed, matched
-    return [*passed, search.flush()], None
+            return emitted, matched
+    return [*emitted, search.flush()], None
 
 
-few = st.text("ab", max_size=12)
 stop_lists = st.lists(st.text("ab", min_size=1, max_size=5), max_size=4)
 pieces = st.lists(st.text("ab", max_size=4), max_size=10)
 
 
 @settings(max_examples=500, deadline=None)
 @given(pieces=pieces, stops=stop_lists)
-def test_any_split_gives_what_the_whole_text_gives(pieces: list[str], stops: list[str]) -> None:
-    passed, matched = fed(pieces, stops)
-    assert ("".join(passed), matched) == reference("".join(pieces), stops)
+def test_any_split_gives_the_result_of_the_whole_text(pieces: list[str], stops: list[str]) -> None:
+    emitted, matched = fed(pieces, stops)
+    assert ("".join(emitted), matched) == reference("".join(pieces), stops)
 
 
 @settings(max_examples=300, deadline=None)
 @given(pieces=pieces, stops=stop_lists)
-def test_what_is_passed_depends_on_the_text_alone(pieces: list[str], stops: list[str]) -> None:
-    """So that a resumed stream can be replayed: after equal text, equal output."""
+def test_the_emitted_text_depends_only_on_the_text_received(
+    pieces: list[str], stops: list[str]
+) -> None:
+    """Otherwise a resumed stream could not be replayed."""
     search, by_character = StopStrings(stops), StopStrings(stops)
     together = apart = ""
     for piece in pieces:
-        certain, matched = search.push(piece)
-        together += certain
+        final, matched = search.push(piece)
+        together += final
         ended = None
         for character in piece:
             if ended is None:
-                certain, ended = by_character.push(character)
-                apart += certain
+                final, ended = by_character.push(character)
+                apart += final
         assert (together, matched) == (apart, ended)
         if matched is not None:
             return
@@ -69,14 +70,14 @@ def test_no_more_is_held_back_than_could_become_a_stop_string(
     pieces: list[str], stops: list[str]
 ) -> None:
     search = StopStrings(stops)
-    seen = passed = ""
+    seen = emitted = ""
     for piece in pieces:
-        certain, matched = search.push(piece)
-        seen, passed = seen + piece, passed + certain
+        final, matched = search.push(piece)
+        seen, emitted = seen + piece, emitted + final
         if matched is not None:
             return
-        held = seen[len(passed) :]
-        assert passed + held == seen
+        held = seen[len(emitted) :]
+        assert emitted + held == seen
         assert not held or any(stop.startswith(held) and stop != held for stop in stops)
 
 
@@ -89,7 +90,7 @@ def test_text_that_could_begin_a_stop_string_is_held_back() -> None:
     assert search.push(": more") == ("", "\n\nQ:")
 
 
-def test_text_held_back_is_passed_at_the_end() -> None:
+def test_text_held_back_is_emitted_at_the_end() -> None:
     search = StopStrings(["END"])
     assert search.push("the EN") == ("the ", None)
     assert search.flush() == "EN"
@@ -103,7 +104,7 @@ def test_text_held_back_is_passed_at_the_end() -> None:
         (["abcd", "bc"], "xabcd", ("xa", "bc")),  # the one that is complete first
         (["aab"], "aaab", ("a", "aab")),  # a stop string may begin within a false start
         (["aa", "aa"], "baa", ("b", "aa")),
-        (["é"], "cafe\u0301 café", ("cafe\u0301 caf", "é")),  # code points, not looks
+        (["é"], "cafe\u0301 café", ("cafe\u0301 caf", "é")),  # code points, not appearance
         (["🙂🙂"], "🙂x🙂🙂", ("🙂x", "🙂🙂")),
         ([], "anything", ("anything", None)),
     ],
@@ -113,8 +114,8 @@ def test_overlapping_stop_strings(
     stops: list[str], text: str, expected: tuple[str, str | None], size: int
 ) -> None:
     pieces = [text[at : at + size] for at in range(0, len(text), size)]
-    passed, matched = fed(pieces, stops)
-    assert ("".join(passed), matched) == expected
+    emitted, matched = fed(pieces, stops)
+    assert ("".join(emitted), matched) == expected
 
 
 def test_an_empty_stop_string_is_refused() -> None:

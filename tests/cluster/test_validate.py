@@ -1,4 +1,4 @@
-"""Requests from the wire: every bad input is refused by the name of its field."""
+"""Validation of requests: every bad input is refused with the name of its field."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from kvmesh.cluster.ingress.validate import (
 )
 from kvmesh.cluster.servicer import add_to_server
 from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
-from kvmesh.workers.errors import InvalidRequestError
+from kvmesh.workers.errors import InvalidFieldError
 from kvmesh.workers.request import TokenIds
 
 LIMITS = Limits()
@@ -34,7 +34,7 @@ CONTEXT = 64
 NAN, INF = float("nan"), float("inf")
 
 
-def asked(prompt: pb.Prompt | None = None, /, **params: Any) -> pb.GenerateRequest:
+def make_request(prompt: pb.Prompt | None = None, /, **params: Any) -> pb.GenerateRequest:
     return pb.GenerateRequest(
         prompt=pb.Prompt(text="hello") if prompt is None else prompt,
         sampling_params=pb.SamplingParams(**params),
@@ -51,7 +51,7 @@ def chat(*turns: tuple[str, str]) -> pb.Prompt:
 
 
 def validated(request: object, limits: Limits = LIMITS) -> GenerationSpec:
-    """All that is checked of a request, for a model of VOCAB tokens and CONTEXT of context."""
+    """Run all checks of a request, for a model of VOCAB tokens and a context of CONTEXT."""
     check_message(request, limits)
     assert isinstance(request, pb.GenerateRequest)
     spec = generation_spec(request, limits)
@@ -70,7 +70,7 @@ def encoded(spec: GenerationSpec) -> TokenIds:
 
 
 def field_of(request: object, limits: Limits = LIMITS) -> str:
-    with pytest.raises(InvalidRequestError) as caught:
+    with pytest.raises(InvalidFieldError) as caught:
         validated(request, limits)
     assert caught.value.message
     return caught.value.field
@@ -93,7 +93,7 @@ def field_of(request: object, limits: Limits = LIMITS) -> str:
     ],
 )
 def test_a_wrong_prompt_is_refused(prompt: pb.Prompt, field: str) -> None:
-    assert field_of(asked(prompt)) == field
+    assert field_of(make_request(prompt)) == field
 
 
 def test_a_request_without_any_prompt_is_refused() -> None:
@@ -101,21 +101,21 @@ def test_a_request_without_any_prompt_is_refused() -> None:
 
 
 def test_a_prompt_that_has_no_tokens_is_refused() -> None:
-    spec = generation_spec(asked(), LIMITS)
-    with pytest.raises(InvalidRequestError, match="prompt: must have at least one token"):
+    spec = generation_spec(make_request(), LIMITS)
+    with pytest.raises(InvalidFieldError, match="prompt: must have at least one token"):
         check_tokens(spec, np.zeros(0, np.int32), VOCAB)
 
 
 @pytest.mark.parametrize("value", [-0.5, NAN, INF, -INF, 1e9])
 @pytest.mark.parametrize("name", ["temperature", "top_p", "min_p", "repetition_penalty"])
-def test_a_parameter_that_is_no_number_of_its_range_is_refused(name: str, value: float) -> None:
-    assert field_of(asked(**{name: value})) == f"sampling_params.{name}"
+def test_a_parameter_out_of_range_is_refused(name: str, value: float) -> None:
+    assert field_of(make_request(**{name: value})) == f"sampling_params.{name}"
 
 
 @pytest.mark.parametrize("value", [-100.5, NAN, INF, 100.5])
 @pytest.mark.parametrize("name", ["presence_penalty", "frequency_penalty"])
 def test_a_penalty_out_of_range_is_refused(name: str, value: float) -> None:
-    assert field_of(asked(**{name: value})) == f"sampling_params.{name}"
+    assert field_of(make_request(**{name: value})) == f"sampling_params.{name}"
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_a_penalty_out_of_range_is_refused(name: str, value: float) -> None:
     ],
 )
 def test_a_wrong_parameter_is_refused(params: dict[str, object], name: str) -> None:
-    assert field_of(asked(**params)) == f"sampling_params.{name}"
+    assert field_of(make_request(**params)) == f"sampling_params.{name}"
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_a_wrong_parameter_is_refused(params: dict[str, object], name: str) -> N
     ],
 )
 def test_a_wrong_field_of_the_request_is_refused(changes: dict[str, object], field: str) -> None:
-    request = asked()
+    request = make_request()
     request.MergeFrom(pb.GenerateRequest(**changes))  # type: ignore[arg-type]
     assert field_of(request) == field
 
@@ -187,18 +187,18 @@ def test_a_wrong_field_of_the_request_is_refused(changes: dict[str, object], fie
     ],
 )
 def test_a_wrong_cursor_is_refused(choices: list[pb.ResumedChoice], field: str) -> None:
-    request = asked(n=2)
+    request = make_request(n=2)
     request.resume.choices.extend(choices)
     assert field_of(request) == field
 
 
 def test_a_request_that_is_too_large_is_refused() -> None:
-    request = asked(pb.Prompt(text="x" * 2000))
+    request = make_request(pb.Prompt(text="x" * 2000))
     assert field_of(request, Limits(max_request_bytes=1000)) == "request"
 
 
 class Recorder:
-    """A grpc server as far as registering goes."""
+    """A gRPC server that records the handlers registered with it."""
 
     def __init__(self) -> None:
         self.parse: Callable[[bytes], object] = bytes
@@ -230,7 +230,7 @@ def parse(data: bytes) -> object:
         b"\x1a\x04\x0a\x02\xff\xfe",  # a prompt.text that is not UTF-8
     ],
 )
-def test_bytes_that_are_no_message_are_refused(data: bytes) -> None:
+def test_invalid_protobuf_is_refused(data: bytes) -> None:
     with pytest.raises(DecodeError):
         pb.GenerateRequest.FromString(data)
     message = parse(data)
@@ -238,37 +238,37 @@ def test_bytes_that_are_no_message_are_refused(data: bytes) -> None:
     assert field_of(message) == "request"
 
 
-# What is left open gets its default
+# Defaults
 
 
 def test_defaults() -> None:
-    spec = validated(asked())
+    spec = validated(make_request())
     assert spec.n == 1
     assert spec.params.temperature == spec.params.top_p == 1.0
     assert spec.params.max_tokens == LIMITS.default_max_tokens
     assert not spec.max_tokens_given
     assert spec.timeout_s is None
     assert spec.request_id
-    assert spec.request_id != validated(asked()).request_id
-    assert spec.params.seed != validated(asked()).params.seed
+    assert spec.request_id != validated(make_request()).request_id
+    assert spec.params.seed != validated(make_request()).params.seed
 
 
-def test_a_default_max_tokens_makes_room_and_is_lowered_to_what_there_is() -> None:
-    assert generation_spec(asked(min_tokens=900), LIMITS).params.max_tokens == 900
-    spec = generation_spec(asked(), LIMITS)
+def test_a_default_max_tokens_is_raised_to_min_tokens_and_lowered_to_the_context() -> None:
+    assert generation_spec(make_request(min_tokens=900), LIMITS).params.max_tokens == 900
+    spec = generation_spec(make_request(), LIMITS)
     assert fit_context(spec, 10, CONTEXT).max_tokens == CONTEXT - 10
     assert fit_context(spec, 10, 10_000).max_tokens == LIMITS.default_max_tokens
 
 
-def test_max_tokens_up_to_the_context_are_taken() -> None:
-    spec = generation_spec(asked(max_tokens=CONTEXT - 5), LIMITS)
+def test_max_tokens_up_to_the_context_are_accepted() -> None:
+    spec = generation_spec(make_request(max_tokens=CONTEXT - 5), LIMITS)
     assert fit_context(spec, 5, CONTEXT).max_tokens == CONTEXT - 5
-    with pytest.raises(InvalidRequestError, match="must be at most 58"):
+    with pytest.raises(InvalidFieldError, match="must be at most 58"):
         fit_context(spec, 6, CONTEXT)
 
 
-def test_greedy_with_one_choice_and_zero_valued_parameters_are_taken() -> None:
-    params = validated(asked(temperature=0.0, n=1, seed=0, logprobs=0, min_tokens=0)).params
+def test_greedy_with_one_choice_and_zero_valued_parameters_are_accepted() -> None:
+    params = validated(make_request(temperature=0.0, n=1, seed=0, logprobs=0, min_tokens=0)).params
     assert params.greedy
     assert params.seed == 0
     assert params.logprobs == 0
@@ -276,8 +276,8 @@ def test_greedy_with_one_choice_and_zero_valued_parameters_are_taken() -> None:
 
 def test_a_servers_time_limit_bounds_the_requests() -> None:
     limits = Limits(default_timeout_s=5.0)
-    assert generation_spec(asked(), limits).timeout_s == 5.0
-    request = asked()
+    assert generation_spec(make_request(), limits).timeout_s == 5.0
+    request = make_request()
     request.timeout_s = 9.0
     assert generation_spec(request, limits).timeout_s == 5.0
     request.timeout_s = 2.0
@@ -292,7 +292,7 @@ def test_every_choice_has_its_own_seed(seed: int) -> None:
     assert all(0 <= value < 2**64 for value in seeds)
 
 
-# Whatever comes: a specification that holds, or a refusal that names a field
+# Any input gives a valid specification, or an error that names a field
 
 numbers = st.one_of(st.floats(), st.sampled_from([0.0, 0.5, 1.0, -1.0]))
 int32 = st.one_of(st.integers(-2, 40), st.integers(-(2**31), 2**31 - 1))
@@ -368,14 +368,14 @@ requests = messages(
 )
 
 
-def outcome(request: object) -> GenerationSpec | InvalidRequestError:
+def outcome(request: object) -> GenerationSpec | InvalidFieldError:
     try:
         return validated(request)
-    except InvalidRequestError as error:
+    except InvalidFieldError as error:
         return error
 
 
-def names_a_field(error: InvalidRequestError) -> None:
+def check_names_a_field(error: InvalidFieldError) -> None:
     assert error.message
     if error.field == "request":
         return
@@ -387,10 +387,10 @@ def names_a_field(error: InvalidRequestError) -> None:
         message = message.fields_by_name[name].message_type
 
 
-def holds_or_names_a_field(request: object) -> None:
+def check_valid_or_names_a_field(request: object) -> None:
     spec = outcome(request)
-    if isinstance(spec, InvalidRequestError):
-        names_a_field(spec)
+    if isinstance(spec, InvalidFieldError):
+        check_names_a_field(spec)
         return
     assert 1 <= spec.n <= LIMITS.max_choices
     assert not (spec.params.greedy and spec.n > 1)
@@ -412,23 +412,23 @@ def holds_or_names_a_field(request: object) -> None:
 
 @settings(max_examples=600, deadline=None)
 @given(request=requests)
-def test_any_request_holds_or_names_a_field(request: object) -> None:
-    holds_or_names_a_field(request)
+def test_any_request_is_valid_or_names_a_field(request: object) -> None:
+    check_valid_or_names_a_field(request)
 
 
 @settings(max_examples=300, deadline=None)
 @given(request=requests, data=st.data())
-def test_a_damaged_request_holds_or_names_a_field(request: object, data: st.DataObject) -> None:
+def test_a_damaged_request_is_valid_or_names_a_field(request: object, data: st.DataObject) -> None:
     assert isinstance(request, pb.GenerateRequest)
     wire = bytearray(request.SerializeToString())
     for _ in range(data.draw(st.integers(0, 3))):
         at = data.draw(st.integers(0, len(wire)))
         wire[at : at + data.draw(st.integers(0, 2))] = data.draw(st.binary(max_size=3))
-    holds_or_names_a_field(parse(bytes(wire)))
+    check_valid_or_names_a_field(parse(bytes(wire)))
 
 
 @settings(max_examples=300, deadline=None)
 @given(data=st.binary(max_size=60))
 @example(b"")
-def test_any_bytes_hold_or_name_a_field(data: bytes) -> None:
-    holds_or_names_a_field(parse(data))
+def test_any_bytes_are_valid_or_name_a_field(data: bytes) -> None:
+    check_valid_or_names_a_field(parse(data))

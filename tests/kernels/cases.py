@@ -1,7 +1,7 @@
-"""Pools, tables and queries to test attention with, and the truth about them.
+"""Pools, tables and queries to test attention with, and the expected results.
 
-The truth is computed per query in fp64 from keys and values laid out in order:
-it shares no code with the operators except the formats' own `decode`.
+Expected results are computed per query in fp64 from keys and values laid out in order.
+This shares no code with the operators except the formats' own `decode`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from kvmesh.kernels.write import write_hot
 
 @dataclass(frozen=True)
 class Shape:
-    """One model layer's geometry and the windows of the rule."""
+    """One model layer's geometry, and the windows of exact pages."""
 
     num_heads: int = 6
     num_kv_heads: int = 2
@@ -34,7 +34,7 @@ class Shape:
 class Case:
     """A batch with its pools; k and v are each sequence's, [tokens, num_kv_heads, head_dim].
 
-    first_position: where in a text the sequences begin, for pages that keep their positions
+    first_position: the sequences' first position in a text, for pages that store positions
     """
 
     shape: Shape
@@ -82,11 +82,11 @@ def make_case(
     params: LayerParams | None = None,
     first_position: int = 0,
 ) -> Case:
-    """sequences: (tokens in all, of which new). The pools are shuffled; every page and slot that no
+    """sequences: (total tokens, new tokens). The pools are shuffled; every page and slot that no
     query may read is NaN (hot) or 0xFF (sealed: NaN scales), and table rows are permuted.
 
-    shared_prefix_pages: the sequences' first sealed pages are one and the same
-    params: some that go with the numbers unless given
+    shared_prefix_pages: how many first sealed pages all sequences share
+    params: calibrated parameters; by default some that fit the data
     """
     gen = torch.Generator().manual_seed(seed)
     size, heads, dim = shape.page_size, shape.num_kv_heads, shape.head_dim
@@ -160,7 +160,7 @@ def make_case(
 
 
 def with_empty_sequences(case: Case, count: int) -> Case:
-    """The case with `count` sequences more that have no new token, as padding has none."""
+    """The case with `count` more sequences without new tokens, as padding has them."""
     b = case.batch
     batch = replace(
         b,
@@ -172,7 +172,7 @@ def with_empty_sequences(case: Case, count: int) -> Case:
 
 
 def with_prefixes(case: Case, sets: list[tuple[list[int], int]], *, padding: int = 0) -> Case:
-    """The case with sets of (sequences, pages that they read together), and empty sets after."""
+    """The case with sets of (sequences, pages that they read together), followed by empty sets."""
     pages = torch.zeros(case.batch.num_seqs, dtype=torch.int32)
     members = torch.full_like(pages, -1)
     starts = [0]
@@ -199,7 +199,7 @@ def truth(
     sliding_window: int | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """out, lse of every real token in `dtype`, from keys and values in order."""
+    """out, lse of every token that is not padding, in `dtype`, from keys and values in order."""
     outs, lses = [], []
     offset = 0
     for k, v, new in zip(case.k, case.v, case.new_tokens, strict=True):

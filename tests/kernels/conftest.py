@@ -1,4 +1,4 @@
-"""Every kernel test draws the same numbers."""
+"""Seeds the random numbers of every kernel test."""
 
 from __future__ import annotations
 

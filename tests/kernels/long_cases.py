@@ -1,8 +1,8 @@
-"""Sequences of a million tokens that are made of a few pages, and arenas of gigabytes.
+"""Sequences of a million tokens made of a few distinct pages, and arenas of gigabytes.
 
-A block table may name a page as often as it likes. What attention owes over such a
-sequence needs no million numbers either: a page that is seen n times is a page whose
-scores are larger by log n.
+A block table may name a page any number of times, so a million tokens need only a few pages
+of data. The expected result does not need a million keys either: a page that is read n times
+acts like a page whose scores are larger by log n.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from kvmesh.kernels.formats.base import KVFormat
 from kvmesh.kernels.seal import seal_pages
 from tests.kernels.cases import Shape
 
-# Content pages of a case: ordinary ones, and three that stand in one place each, whose keys
-# weigh as much as all others together.
+# Content pages of a case: ordinary ones, and three "needles" that occur once each, whose keys
+# have as much weight as all others together.
 ORDINARY = 8
 NEEDLES = 3
-# Linux: pages of the mapping count as memory once they are touched, whatever their number.
+# Linux: pages of the mapping use memory only once they are touched.
 MAP_NORESERVE = 0x4000
 
 
 def arena(shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -> torch.Tensor:
-    """A tensor of which only what is written takes memory; on a GPU all of it does."""
+    """A tensor that uses memory only where it is written; on a GPU all of it is allocated."""
     if device != "cpu":
         return torch.empty(shape, dtype=dtype, device=device)
     num_bytes = torch.Size(shape).numel() * dtype.itemsize
@@ -35,7 +35,7 @@ def arena(shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -> to
 
 
 def pages_beyond(limit: int, page_elements: int) -> int:
-    """The first page whose elements all lie beyond that many."""
+    """The first page whose elements all lie at indices beyond `limit`."""
     return limit // page_elements + 1
 
 
@@ -43,8 +43,8 @@ def pages_beyond(limit: int, page_elements: int) -> int:
 class LongCase:
     """A batch over repeated pages.
 
-    k, v: [pages of content, tokens, num_kv_heads, head_dim], exact and as sealed
-    contents: of each sequence, the page of content of each logical page
+    k, v: [content pages, tokens, num_kv_heads, head_dim], exact and as sealed
+    contents: for each sequence, the content page of each logical page
     """
 
     shape: Shape
@@ -69,16 +69,16 @@ def make_long_case(
     first_hot: int = 0,
     first_sealed: int = 0,
 ) -> LongCase:
-    """sequences: (tokens in all, of which new; 0 for one that is padding)
+    """sequences: (total tokens, new tokens; 0 for a padding sequence)
 
-    The last page of each is a hot page of its own, NaN behind its end. first_hot,
-    first_sealed: ids of the pages before are never used.
+    The last page of each is a separate hot page, NaN after its end. first_hot,
+    first_sealed: page ids below these are never used.
     """
     size, heads, dim = shape.page_size, shape.num_kv_heads, shape.head_dim
     count = ORDINARY + NEEDLES + len(sequences)
     exact = torch.randn(2, count, heads, size, dim)
     query = torch.randn(heads, dim)
-    # A needle's values are far from the others', its keys look where all queries do.
+    # A needle's values differ from all others, and its keys align with all queries.
     for needle in range(NEEDLES):
         exact[0, ORDINARY + needle] += 0.6 * query[:, None]
         exact[1, ORDINARY + needle] += 3.0 * (needle - 1)
@@ -156,7 +156,7 @@ def long_truth(
 def _visible(
     case: LongCase, content: torch.Tensor, position: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Different keys and values that the query at `position` sees, [num_kv_heads, keys,
+    """Distinct keys and values that the query at `position` sees, [num_kv_heads, keys,
     head_dim], and how often it sees each, [keys]."""
     size = case.shape.page_size
     page = position // size

@@ -1,4 +1,4 @@
-"""`paged_attention` in plain torch against the truth in fp64."""
+"""`paged_attention` in plain torch against expected results in fp64."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def check(case: Case, **options: Unpack[AttentionOptions]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", format_names())
 @pytest.mark.parametrize("windows", [(0, 0), (1, 0), (0, 2), (2, 1)])
-def test_mixed_batch_follows_the_rule(name: str, windows: tuple[int, int]) -> None:
+def test_mixed_batch_matches_the_expected_results(name: str, windows: tuple[int, int]) -> None:
     shape = Shape(sink_pages=windows[0], recent_pages=windows[1])
     check(make_case(get_format(name), shape, MIXED))
 
@@ -103,7 +103,7 @@ def test_bf16_pages() -> None:
 
 
 @pytest.mark.slow
-def test_far_pages_in_pieces_and_long_chunks_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_far_pages_in_parts_and_long_chunks_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planning, "MAX_FAR_TOKENS", 48)
     monkeypatch.setattr(planning, "MIN_BLOCK_TOKENS", 32)
     for name, window in itertools.product(format_names(), (None, 90)):
@@ -115,8 +115,9 @@ def test_far_pages_in_pieces_and_long_chunks_in_blocks(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("name", format_names())
-def test_chunking_and_batching_change_rounding_only(name: str) -> None:
-    """A wrong page form would show at the size of the quantisation error, 1e-2 at four bits."""
+def test_chunking_and_batching_change_only_rounding(name: str) -> None:
+    """Reading a page in the wrong form would cause an error as large as the quantisation error,
+    1e-2 at four bits."""
     fmt, shape = get_format(name), Shape(sink_pages=1, recent_pages=1)
     whole = make_case(fmt, shape, [(200, 200)])
     options: dict[str, Any] = {

@@ -1,6 +1,6 @@
-"""The kernels compile for GPUs that are not there, and the decode loop does not grow.
+"""The kernels compile for GPUs that this machine may lack, and the decode loop does not grow.
 
-In a process of its own: here Triton may be in interpreter mode.
+Compilation runs in a separate process: here Triton may be in interpreter mode.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def run(*arguments: str) -> None:
     ],
 )
 def test_every_kernel_compiles_for_odd_shapes(capability: str, names: list[str]) -> None:
-    """All but the integer loop, which takes no such shapes."""
+    """All kernels but the integer loop, which supports no such shapes."""
     script = str(ROOT / "benchmarks" / "compiled.py")
     where = ("--capability", capability, "--shape", "80x3", "--page-size", "48")
     run(script, *where, "--format", *names)
@@ -57,7 +57,7 @@ def test_wide_heads_fit_into_shared_memory(capability: str, names: list[str]) ->
 
 
 def test_the_record_of_what_compiles_has_no_failure() -> None:
-    """And names the GPUs for which the compiler uses tensor cores."""
+    """It also names the GPUs for which the compiler uses tensor cores."""
     kernels = json.loads(COMPILED.read_text())["kernels"]
     assert set(kernels) == {"sm_70", "sm_75", "sm_80", "sm_89", "sm_90"}
     for name, outcomes in kernels.items():
@@ -88,8 +88,8 @@ def test_prefill_has_not_grown() -> None:
     run(script, "--prefill", "--check", str(TABLE.with_name("sass_prefill.json")), *where)
 
 
-def test_the_table_reaches_what_was_set_out_for() -> None:
-    """On sm_90 at head_dim 128 and 8 query heads a KV head, and nowhere a register in memory."""
+def test_the_recorded_instruction_counts_reach_their_targets() -> None:
+    """On sm_90 at head_dim 128 and 8 query heads per KV head, without any register spills."""
     rows = [
         row
         for row in json.loads(TABLE.read_text())["rows"]

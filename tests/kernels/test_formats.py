@@ -1,4 +1,4 @@
-"""What every KV format must hold, and what each kind of side is."""
+"""Properties of every KV format and of each kind of side."""
 
 from __future__ import annotations
 
@@ -64,11 +64,12 @@ def test_published_bits(name: str, head_dim: int, bits: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "most"), [("k4v4", 4.4), ("k4v2", 3.3), ("k3v3", 3.3), ("k3v2", 2.75), ("k2v2", 2.3)]
+    ("name", "max_bits"),
+    [("k4v4", 4.4), ("k4v2", 3.3), ("k3v3", 3.3), ("k3v2", 2.75), ("k2v2", 2.3)],
 )
-def test_our_formats_keep_to_their_widths(name: str, most: float) -> None:
-    assert get_format(name).bits_per_element(64, 64) <= most
-    assert get_format(name).bits_per_element(64, 128) <= most
+def test_our_formats_stay_within_their_widths(name: str, max_bits: float) -> None:
+    assert get_format(name).bits_per_element(64, 64) <= max_bits
+    assert get_format(name).bits_per_element(64, 128) <= max_bits
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -84,7 +85,7 @@ def test_round_trip(name: str, dtype: torch.dtype, page_size: int, head_dim: int
     for x, got, side in zip((k, v), decoded, (fmt.k, fmt.v), strict=True):
         assert got.shape == x.shape
         assert got.dtype == dtype
-        # Least squared errors of a Gaussian by bits; one sign a number brings about a bit.
+        # The smallest squared error for a Gaussian, by bits; a sign per number adds about a bit.
         sign = isinstance(side, Codebook) and side.residual != ""
         most = {0: 0.0, 8: 1e-3, 4: 0.014, 3: 0.2 if sign else 0.045, 2: 0.25}[side.width]
         error = (got.float() - x.float()).square().mean() / x.float().square().mean()
@@ -93,7 +94,7 @@ def test_round_trip(name: str, dtype: torch.dtype, page_size: int, head_dim: int
 
 @pytest.mark.parametrize("name", PER_TOKEN)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_grid_errs_by_half_a_step(name: str, dtype: torch.dtype) -> None:
+def test_the_error_on_a_grid_is_at_most_half_a_step(name: str, dtype: torch.dtype) -> None:
     fmt = get_format(name)
     k, v = torch.randn(2, 3, 2, 64, 80).to(dtype)
     for x, got in zip((k, v), fmt.decode(fmt.encode(k, v), 64, 80, dtype), strict=True):
@@ -111,16 +112,16 @@ def relative_error(side: Side, x: torch.Tensor) -> float:
 
 @pytest.mark.parametrize(("width", "mse"), [(2, 0.11748), (3, 0.03455), (4, 0.00950)])
 def test_lloyd_max_has_the_published_error(width: int, mse: float) -> None:
-    """Of numbers N(0, 1) whose deviation is known: the tables of Max (1960), to 1%."""
+    """For N(0, 1) numbers of known deviation: the tables of Max (1960), to 1%."""
     side = Codebook(width, levels="lloyd_max", norm="rms")
-    # Long rows, whose root mean square is that of the distribution.
+    # Long rows, whose root mean square is close to that of the distribution.
     x = torch.randn(4, 4, 16, 8192, generator=torch.Generator().manual_seed(0))
     assert relative_error(side, x) == pytest.approx(mse, rel=0.01)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_lloyd_max_on_the_sphere_has_the_published_error(head_dim: int) -> None:
-    """At head_dim numbers a row: .1160/.03397/.00932 at 128 and .1145/.03339/.00913 at 64."""
+    """In rows of head_dim numbers: .1160/.03397/.00932 at 128 and .1145/.03339/.00913 at 64."""
     exact = {128: (0.1160, 0.03397, 0.00932), 64: (0.1145, 0.03339, 0.00913)}[head_dim]
     x = torch.randn(64, 8, 64, head_dim, generator=torch.Generator().manual_seed(1))
     for width, mse in zip((2, 3, 4), exact, strict=True):
@@ -131,7 +132,7 @@ def test_lloyd_max_on_the_sphere_has_the_published_error(head_dim: int) -> None:
 @pytest.mark.parametrize("width", [2, 3, 4])
 @pytest.mark.parametrize("levels", ["uniform", "lloyd_max"])
 def test_the_eden_scale_is_unbiased(width: int, levels: str) -> None:
-    """<x, x^> = |x|², where the scale is stored well; least squares would give less."""
+    """<x, x^> = |x|², up to the rounding of the scale; least squares would give less."""
     x = torch.randn(2, 2, 64, 128, generator=torch.Generator().manual_seed(2))
     side = Codebook(width, levels=levels, scale="bf16")
     pages = side.codec().encode(side, x, {}, None)
@@ -149,13 +150,13 @@ def test_fitting_beats_the_range(width: int, along: str) -> None:
         for fit in ("range", "half_quadratic", "least_squares")
     }
     assert errors["least_squares"] < errors["half_quadratic"] < errors["range"]
-    # One byte for the scale costs little.
+    # A one-byte scale costs little accuracy.
     byte = relative_error(Affine(width, along=along, fit="least_squares", scale="e5m3"), x)
     assert byte < 1.06 * errors["least_squares"]
 
 
-def test_one_outlier_does_not_ruin_its_neighbours() -> None:
-    """A head whose outliers are a thousand times the rest, in channels: keys keep the rest."""
+def test_an_outlier_does_not_affect_its_neighbours() -> None:
+    """Outlier channels a thousand times as large as the rest: keys keep the rest accurate."""
     x = torch.randn(1, 1, 64, 64, generator=torch.Generator().manual_seed(4))
     x[..., 5] *= 1000.0
     rest = torch.arange(64) != 5
@@ -178,8 +179,8 @@ def test_rotations_are_orthonormal_and_spread(head_dim: int) -> None:
 
 @pytest.mark.parametrize("head_dim", [64, 80, 256])
 @pytest.mark.parametrize("tokens", [1, 3, 200])
-def test_rotating_is_a_product_with_the_matrix(head_dim: int, tokens: int) -> None:
-    """Of few vectors and many, of a view, and back again."""
+def test_rotating_equals_a_product_with_the_matrix(head_dim: int, tokens: int) -> None:
+    """For few and many vectors, for a view, and back again."""
     matrix = rotation_matrix(head_dim)
     x = torch.randn(tokens, 7, head_dim)[:, 2:5]
     rotated = rotate(x, matrix)
@@ -198,9 +199,9 @@ def test_an_odd_head_cannot_be_rotated() -> None:
 @pytest.mark.parametrize("width", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("values", [False, True])
 @pytest.mark.parametrize(("page_size", "head_dim"), [(16, 64), (64, 80), (128, 128)])
-def test_packing_is_undone(width: int, values: bool, page_size: int, head_dim: int) -> None:
+def test_unpacking_inverts_packing(width: int, values: bool, page_size: int, head_dim: int) -> None:
     if width == 1 and not values:
-        return  # signs of residuals are packed as values are
+        return  # signs of residuals are packed like values
     codes = torch.randint(0, 2**width, (3, 2, page_size, head_dim)).to(torch.uint8)
     data = pack(codes, width, values=values)
     assert data.shape == (3, 2, packed_bytes(width, page_size, head_dim))
@@ -209,7 +210,7 @@ def test_packing_is_undone(width: int, values: bool, page_size: int, head_dim: i
     assert torch.equal(got, codes)
 
 
-def test_bytes_of_scales_round_to_the_nearest() -> None:
+def test_byte_scales_round_to_nearest() -> None:
     scales = torch.logspace(-6, 3.5, 1000)
     got = load_scale(store_scale(scales, "e5m3"), "e5m3")
     assert ((got / scales - 1).abs() <= 1 / 16 + 1e-6).all()
@@ -226,7 +227,7 @@ def test_sides_are_checked() -> None:
         Affine(4, fit="guess")
     with pytest.raises(ValueError, match="levels"):
         Codebook(4, levels="fancy")
-    with pytest.raises(ValueError, match="x: the values' side"):
+    with pytest.raises(ValueError, match="x: set values=True"):
         KVFormat("x", Exact(), Exact(), "")
     with pytest.raises(ValueError, match="head_dim: 3-bit codes need a multiple of 8, got 20"):
         get_format("k3v2").page_bytes(64, 20)
@@ -234,7 +235,7 @@ def test_sides_are_checked() -> None:
         get_format("int8").page_bytes(64, 65)
 
 
-def test_relative_mse_is_that_of_the_method() -> None:
+def test_relative_mse_matches_the_published_one() -> None:
     """Gaussian rows at head_dim 128: .0100 for int4, as published for LMDeploy's."""
     k = torch.randn(64, 1, 64, 128, generator=torch.Generator().manual_seed(0))
     for name, want in (("int4", 0.0100), ("int8", 0.0100 * (15 / 255) ** 2)):
@@ -245,7 +246,7 @@ def test_relative_mse_is_that_of_the_method() -> None:
 
 
 @pytest.mark.parametrize("name", format_names())
-def test_bytes_depend_on_the_page_alone(name: str) -> None:
+def test_bytes_depend_only_on_the_page(name: str) -> None:
     fmt = get_format(name)
     k, v = torch.randn(2, 7, 3, 32, 80)
     params, at = params_for(fmt, 3, 80), torch.arange(7) * 32
@@ -259,7 +260,7 @@ def test_bytes_depend_on_the_page_alone(name: str) -> None:
 
 
 def hard_rows() -> torch.Tensor:
-    """[16, 64] bf16: what breaks a careless quantiser, a row each."""
+    """[16, 64] bf16: inputs that break a careless quantiser, one per row."""
     noise = torch.randn(64, generator=torch.Generator().manual_seed(1))
     rows = [
         torch.zeros(64),
@@ -300,7 +301,7 @@ def test_hard_rows_stay_finite_and_precise(name: str) -> None:
 
 @pytest.mark.parametrize("name", format_names())
 def test_hard_rows_stay_finite(name: str) -> None:
-    """In every format, as rows and as columns; and where nothing is extreme, at hand."""
+    """In every format, as rows and as columns; rows without extremes also stay accurate."""
     fmt = get_format(name)
     rows = hard_rows()
     for x in (rows, rows.repeat(4, 1).T.contiguous(), rows[-1:].repeat(16, 1)):

@@ -1,7 +1,7 @@
 """A million tokens, and pages whose bytes lie beyond two gigabytes.
 
-The interpreter takes some 5 to 20 ms for a tile of 64 tokens, so there a million tokens are
-read in tiles of 1024, by kernels that are otherwise the same; on a GPU they are as compiled.
+The interpreter takes 5 to 20 ms per tile of 64 tokens, so a million tokens are read there in
+tiles of 1024 by kernels that are otherwise the same; on a GPU the tiles are not changed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ WITHOUT_CALIBRATION = [n for n in format_names() if not get_format(n).needs_cali
 
 @pytest.fixture
 def large_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Tiles of 1024 tokens in the plain loop, for `exact`, where there is an interpreter."""
+    """Tiles of 1024 tokens in the plain loop, for `exact`, if the interpreter runs it."""
     made = (triton_launch.decode_launch, triton_launch.prefill_launch)
     for cached in made:
         cached.cache_clear()
@@ -41,11 +41,11 @@ def large_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def check(case: LongCase, backend: str, *, integer: bool = False, rounding: float = 2e-6) -> None:
-    """FlashAttention's rule, as in test_triton.py; torch's own error is that over pages weighted
-    by how often they are seen, which is less than over a million keys.
+    """FlashAttention's rule, as in test_triton.py. Torch's own error is measured over pages
+    weighted by how often they are read, which is smaller than over a million keys.
 
-    Plain torch has the rounding of fp32 sums over a million terms, in whatever order its
-    libraries take them: the same rule would compare one such order with another.
+    Plain torch is not held to the rule: it has the rounding of fp32 sums over a million terms in
+    whatever order its libraries choose, so the rule would compare one such order with another.
 
     rounding: of the operator's own sums in fp32
     """
@@ -71,7 +71,7 @@ def check(case: LongCase, backend: str, *, integer: bool = False, rounding: floa
 
 
 def far_case(name: str, shape: Shape, sequences: list[tuple[int, int]]) -> LongCase:
-    """With pages beyond 2^31 elements of either arena, or of the sealed one's bytes."""
+    """Pages beyond 2^31 elements of either arena, or beyond 2^31 bytes of the sealed one."""
     fmt = get_format(name)
     page_bytes = fmt.page_bytes(shape.page_size, shape.head_dim, DTYPE.itemsize)
     hot_elements = 2 * shape.num_kv_heads * shape.page_size * shape.head_dim
@@ -99,7 +99,7 @@ def test_a_million_tokens_in_plain_torch(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["exact", "int8", "k4v4", "k3v2"])
 def test_a_million_tokens_in_compiled_loops(name: str) -> None:
-    """By the rule itself, beyond 2^31 elements of both arenas."""
+    """Held to the rule itself, with pages beyond 2^31 elements of both arenas."""
     pytest.importorskip("numba")
     fmt = get_format(name)
     shape = Shape(2, 1, 64, 64, fmt.sink_pages, fmt.recent_pages)
@@ -115,7 +115,7 @@ def test_a_million_tokens_in_compiled_loops(name: str) -> None:
     check(case, "numba")
 
 
-def test_a_chunk_behind_a_million_tokens_in_plain_torch() -> None:
+def test_a_chunk_after_a_million_tokens_in_plain_torch() -> None:
     shape = Shape(2, 1, 64, 64, 1, 2)
     case = far_case("k4v4", shape, [(1, 1), (MILLION - 1, 70), (200, 130)])
     check(case, "reference")
@@ -128,29 +128,29 @@ def test_131071_tokens(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["k3v2", "k4v4", "kivi4", "fp8"])
-def test_far_pages_of_other_kinds(name: str) -> None:
+def test_far_pages_in_other_formats(name: str) -> None:
     case = far_case(name, Shape(2, 1, 64, 64, 1, 2), [(4000, 1), (64, 1), (130, 3)])
     check(case, "triton", integer=name != "fp8")
 
 
 @pytest.mark.usefixtures("large_tiles")
-def test_a_million_tokens_and_one() -> None:
+def test_a_million_and_one_tokens() -> None:
     case = far_case("exact", Shape(2, 1, 64, 1024 if DEVICE == "cpu" else 64), MIXED)
     check(case, "triton")
 
 
 @pytest.mark.usefixtures("large_tiles")
-def test_a_chunk_behind_a_million_tokens() -> None:
+def test_a_chunk_after_a_million_tokens() -> None:
     shape = Shape(2, 1, 64, 1024 if DEVICE == "cpu" else 64, 1, 1)
     case = far_case("exact", shape, [(1, 1), (MILLION - 1, 3), (1, 0)])
-    # One program goes over all tiles, where decode would split them.
+    # One program reads all tiles, which decode would split.
     check(case, "triton", rounding=2e-5)
 
 
 @pytest.mark.usefixtures("large_tiles")
-def test_a_million_tokens_of_which_the_last_are_sealed_for_integers() -> None:
-    """The integer loop's tiles are 64 tokens by their layout: it reads the last pages of the
-    million, and the plain loop the others, as a sink."""
+def test_a_million_tokens_whose_last_pages_take_the_integer_path() -> None:
+    """The integer loop's layout fixes its tiles at 64 tokens: it reads the last pages of the
+    million, and the plain loop reads the others, as a sink."""
     case = far_case("int8", Shape(2, 1, 64, 1024, MILLION // 1024 - 48), MIXED)
     check(case, "triton", integer=True)
 
@@ -158,7 +158,7 @@ def test_a_million_tokens_of_which_the_last_are_sealed_for_integers() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="takes minutes in the interpreter")
 @pytest.mark.parametrize("name", ["int8", "int4", "k8v4", "k4v4", "k4v2", "k3v3", "k3v2", "k2v2"])
-def test_a_million_tokens_of_integers(name: str) -> None:
+def test_a_million_tokens_in_the_integer_loop(name: str) -> None:
     fmt, shape = get_format(name), Shape(8, 1, 128, 64)
     assert takes_integer_path(
         fmt, 128, 64, dtype=DTYPE, capability=torch.cuda.get_device_capability()
@@ -166,7 +166,7 @@ def test_a_million_tokens_of_integers(name: str) -> None:
     check(far_case(name, shape, [*MIXED, (131071, 1)]), "triton", integer=True)
 
 
-# ------------------------------------------------------------------ sealing and writing
+# Sealing and writing
 
 
 BACKENDS = pytest.mark.parametrize("backend", ["reference", "triton"])
@@ -175,14 +175,14 @@ BACKENDS = pytest.mark.parametrize("backend", ["reference", "triton"])
 @BACKENDS
 @pytest.mark.parametrize("name", ["exact", "int8", "kivi4"])
 def test_sealing_far_pages_of_far_layers(name: str, backend: str) -> None:
-    """A layer's pages begin beyond 2^31 elements, and so do the page's within its layer."""
+    """The layer begins beyond 2^31 elements, and so does the page within its layer."""
     fmt, size, dim = get_format(name), 64, 64
     page_bytes = fmt.page_bytes(size, dim, DTYPE.itemsize)
     far_hot = pages_beyond(2**31, 2 * size * dim)
     far_sealed = pages_beyond(2**31, page_bytes)
     hot = arena((2, far_hot + 2, 2, 1, size, dim), DTYPE, DEVICE)
     sealed = arena((2, far_sealed + 2, 1, page_bytes), torch.uint8, DEVICE)
-    content = torch.randn(2, 2, 2, 1, size, dim, dtype=DTYPE)  # of two layers, two pages each
+    content = torch.randn(2, 2, 2, 1, size, dim, dtype=DTYPE)  # two layers, two pages each
     hot_ids = torch.tensor([far_hot + 1, -1, 1], dtype=torch.int32)
     sealed_ids = torch.tensor([1, 0, far_sealed + 1], dtype=torch.int32)
     for index, page in enumerate((far_hot + 1, 1)):

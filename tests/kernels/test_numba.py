@@ -1,6 +1,6 @@
-"""Decode on CPUs in compiled loops against the truth in fp64, by the reference's rule.
+"""Decode on CPUs in compiled loops against expected results in fp64, with the reference's rule.
 
-A loop is compiled in a second or two, so each format has one geometry, and a few have more.
+Compiling a loop takes a second or two, so most formats are tested with one geometry.
 """
 
 from __future__ import annotations
@@ -63,14 +63,14 @@ def three_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def test_all_formats_but_those_with_residuals_are_compiled() -> None:
+def test_all_formats_without_residuals_have_a_loop() -> None:
     others = set(format_names()) - set(COMPILED)
     assert others == {name for name in format_names() if name.startswith("turboquant")}
 
 
-# A loop takes seconds to compile.
+# Compiling a loop takes seconds.
 @pytest.mark.parametrize("name", [name for name in COMPILED if name not in READ_ALIKE])
-def test_mixed_batch_follows_the_rule(name: str) -> None:
+def test_mixed_batch_matches_the_expected_results(name: str) -> None:
     for windows in ((0, 0), (1, 0), (2, 1)):
         shape = Shape(page_size=64, sink_pages=windows[0], recent_pages=windows[1])
         check(make_case(get_format(name), shape, MIXED))
@@ -106,7 +106,7 @@ def test_bf16_pages(name: str) -> None:
 
 @pytest.mark.parametrize("first", [0, 1_000_000, 2_000_000_000])
 @pytest.mark.parametrize("rope", ROPES)
-def test_keys_are_turned_to_where_their_pages_lie(rope: dict[str, object], first: int) -> None:
+def test_keys_are_rotated_to_their_positions(rope: dict[str, object], first: int) -> None:
     fmt = get_format("nuq4")
     params = params_for(fmt, 2, 64, **rope)
     shape = Shape(page_size=64, sink_pages=1)
@@ -125,7 +125,7 @@ def test_each_head_and_channel_has_its_own_scale(name: str) -> None:
 
 @pytest.mark.parametrize("width", [2, 3, 4])
 def test_codes_become_levels(width: int) -> None:
-    """Also those beside the last whole register."""
+    """Including those after the last full register."""
     levels = np.random.default_rng(0).normal(size=2**width).astype(np.float32)
     codes = np.arange(3 * 7).reshape(3, 7) % 2**width
     tile = codes.astype(np.float32)
@@ -134,8 +134,8 @@ def test_codes_become_levels(width: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["nuq4", "nuq3", "nuq2"])
-def test_outliers_of_channels_that_a_head_has_not_are_passed_over(name: str) -> None:
-    """As pages that were damaged may name: nothing is written outside of the tile."""
+def test_outliers_with_invalid_channels_are_skipped(name: str) -> None:
+    """A corrupted page may contain them: nothing is written outside the tile."""
     params = params_for(get_format(name), 1, 64)
     compiled = params.compiled(get_format(name), 64)
     for side, table in ((compiled.fmt.k, compiled.k_table), (compiled.fmt.v, compiled.v_table)):
@@ -149,7 +149,7 @@ def test_outliers_of_channels_that_a_head_has_not_are_passed_over(name: str) -> 
         assert (around[64:] == 7.0).all()
 
 
-def test_rows_of_no_sequence_and_sequences_of_no_query() -> None:
+def test_rows_without_a_sequence_and_sequences_without_a_query() -> None:
     shape = Shape(page_size=64)
     case = make_case(get_format("int8"), shape, [(300, 1), (17, 1)], padding_tokens=3)
     check(case)
@@ -169,8 +169,8 @@ def test_threads_share_sequences_and_long_ones_are_split(
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("at", [3, 130, 299])
-def test_numbers_that_are_none_are_not_hidden(bad: float, at: int) -> None:
-    """In the sequence that has one, and in no other."""
+def test_nan_and_infinity_are_propagated(bad: float, at: int) -> None:
+    """To the sequence that has them, and to no other."""
     case = make_case(get_format("exact"), Shape(page_size=64), [(300, 1), (200, 1)])
     page, slot = divmod(at, 64)
     row = int(case.batch.rows[0])
@@ -189,7 +189,7 @@ def test_numbers_that_are_none_are_not_hidden(bad: float, at: int) -> None:
 
 
 def test_batching_does_not_change_a_bit() -> None:
-    """Each sequence is computed alone, on one thread in one order."""
+    """Each sequence is computed on its own, on one thread, in a fixed order."""
     shape = Shape(page_size=64, recent_pages=1)
     together = make_case(get_format("k4v4"), shape, [(500, 1), (70, 1), (300, 1)])
     options: dict[str, Any] = {"fmt": together.fmt, "scale": 0.125, "backend": "numba"}
@@ -209,11 +209,11 @@ def test_a_missing_page_is_named(table: str, page: int) -> None:
     case = make_case(get_format("int8"), Shape(page_size=64), [(300, 1)])
     getattr(case.batch, table)[case.batch.rows.long(), page] = -1
     arguments = (case.q, case.hot, case.sealed, case.batch)
-    with pytest.raises(ValueError, match=rf"{table}: row \d has no page for logical page {page}"):
+    with pytest.raises(ValueError, match=rf"{table}: row \d has no page id at logical page {page}"):
         paged_attention(*arguments, fmt=case.fmt, scale=0.125, backend="numba")
 
 
-def test_what_lies_outside_tables_and_arenas_is_refused() -> None:
+def test_indices_outside_tables_and_arenas_are_refused() -> None:
     case = make_case(get_format("int8"), Shape(page_size=64), [(300, 1)])
     arguments = (case.q, case.hot, case.sealed)
     options: dict[str, Any] = {"fmt": case.fmt, "scale": 0.125, "backend": "numba"}
@@ -222,10 +222,10 @@ def test_what_lies_outside_tables_and_arenas_is_refused() -> None:
     with pytest.raises(ValueError, match=r"sealed_tables: row .* logical page 2"):
         paged_attention(*arguments, case.batch, **options)
     longer = replace(case.batch, seq_lens=case.batch.seq_lens + 64)
-    with pytest.raises(ValueError, match="seq_lens: 364 tokens are more than 5 pages"):
+    with pytest.raises(ValueError, match="seq_lens: 364 tokens do not fit 5 pages"):
         paged_attention(*arguments, longer, **options)
     elsewhere = replace(case.batch, rows=case.batch.rows + 7)
-    with pytest.raises(ValueError, match="rows: expected rows of tables that have 3"):
+    with pytest.raises(ValueError, match="rows: expected rows below 3"):
         paged_attention(*arguments, elsewhere, **options)
 
 
@@ -240,7 +240,7 @@ def test_formats_without_a_loop_are_refused_by_name_and_served_by_plain_torch() 
 
 
 @pytest.mark.parametrize("name", ["int8", "nuq4"])
-def test_warming_up_leaves_pages_alone(name: str) -> None:
+def test_warming_up_does_not_change_pages(name: str) -> None:
     case = make_case(get_format(name), Shape(page_size=64), [(300, 1)])
     hot, sealed = case.hot.clone(), case.sealed.clone()
     warm_up(case.hot, case.sealed, case.shape.num_heads, fmt=case.fmt, params=case.params)

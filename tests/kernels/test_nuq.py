@@ -1,4 +1,4 @@
-"""`nuq4`, `nuq3`, `nuq2`: calibrated levels, outliers kept apart, keys as before RoPE."""
+"""`nuq4`, `nuq3`, `nuq2`: calibrated levels, separate outliers, keys before RoPE."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.kernels.cases import Shape, make_case, truth
 from tests.kernels.test_formats import hard_rows
 
 NAMES = ("nuq4", "nuq3", "nuq2")
-# Relative squared errors of normal numbers on the levels of `levels_for`, at most.
+# Maximum relative squared errors of normal numbers on the levels of `levels_for`.
 MSE = {4: 0.013, 3: 0.05, 2: 0.25}
 ROPES = [
     pytest.param({}, id="halves"),
@@ -50,7 +50,7 @@ def test_bits(name: str, head_dim: int, bits: float) -> None:
 @pytest.mark.parametrize("rope", ROPES)
 @pytest.mark.parametrize("name", NAMES)
 def test_codes_are_those_of_keys_before_rope(name: str, rope: dict[str, object]) -> None:
-    """The same keys get the same codes anywhere in a sequence, as turned keys would not."""
+    """The same keys get the same codes anywhere in a sequence; rotated keys would not."""
     fmt = get_format(name)
     params = params_for(fmt, 2, 64, **rope)
     plain = torch.randn(1, 2, 16, 64)
@@ -64,7 +64,7 @@ def test_codes_are_those_of_keys_before_rope(name: str, rope: dict[str, object])
         assert error < MSE[fmt.k_bits]
     size = packed_bytes(fmt.k_bits, 16, 64)
     for page, first in zip(pages, firsts, strict=True):
-        # A number that lies on a bound may fall to either side.
+        # A number exactly on a bound may fall to either side.
         assert (page[..., :size] != pages[0][..., :size]).float().mean() < 0.01
         end = fmt.k.num_bytes(16, 64)
         stored = page[..., end - 4 : end].contiguous().view(torch.int32)
@@ -73,7 +73,7 @@ def test_codes_are_those_of_keys_before_rope(name: str, rope: dict[str, object])
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rope", ROPES)
-def test_attention_over_them_follows_the_truth(rope: dict[str, object]) -> None:
+def test_attention_matches_the_expected_results(rope: dict[str, object]) -> None:
     fmt = get_format("nuq4")
     params = params_for(fmt, 2, 64, **rope)
     case = make_case(fmt, Shape(sink_pages=1), [(130, 1), (75, 1), (90, 20)], params=params)
@@ -85,8 +85,8 @@ def test_attention_over_them_follows_the_truth(rope: dict[str, object]) -> None:
     assert (lse.double() - want_lse).abs().max() < 1e-5
 
 
-def test_a_factor_of_the_turned_channels_stays() -> None:
-    """YaRN multiplies turned keys by a number: the calibrated ranges have it in them."""
+def test_a_factor_of_the_rotated_channels_is_kept() -> None:
+    """YaRN multiplies rotated keys by a factor, which the calibrated ranges include."""
     fmt = get_format("nuq4")
     params = params_for(fmt, 1, 64)
     wider = LayerParams(
@@ -105,7 +105,7 @@ def test_a_factor_of_the_turned_channels_stays() -> None:
 
 @pytest.mark.parametrize(("head_dim", "count"), [(48, 1), (64, 1), (80, 1), (128, 2), (256, 4)])
 @pytest.mark.parametrize("values", [False, True])
-def test_the_greatest_are_kept_as_they_are(head_dim: int, count: int, values: bool) -> None:
+def test_the_largest_numbers_are_stored_exactly(head_dim: int, count: int, values: bool) -> None:
     side = NonUniform(2, values=values)
     assert side.outliers(head_dim) == count
     params = levels_for(2) if values else {**levels_for(2), **nuq_keys(1, head_dim)}
@@ -119,7 +119,7 @@ def test_the_greatest_are_kept_as_they_are(head_dim: int, count: int, values: bo
     got = side.codec().decode(side, data, 16, head_dim, torch.float32, params)
     if not values:
         got = rotated(got, -torch.arange(16), params)
-    # RoPE there and back rounds, which may cost the last bit that bf16 keeps.
+    # Applying and undoing RoPE rounds, which may change the last bit that bf16 keeps.
     assert ((got - x).gather(-1, at).abs() <= (0.0 if values else 4.01)).all()
     rest = torch.ones_like(x).scatter(-1, at, 0.0)
     error = ((got - x).square() * rest).sum() / (x.square() * rest).sum()
@@ -144,13 +144,13 @@ def test_a_head_with_outlier_channels_does_not_harm_another(name: str) -> None:
         error = (got - x).square()
         assert error[:, 1].mean() < MSE[fmt.k_bits]
         rest = torch.arange(64) != 5
-        # The token's one place for an outlier is taken: the rest is as without any.
+        # The token's only outlier is taken: the rest is as without any.
         assert error[:, 0][..., rest].mean() < 1.5 * MSE[fmt.k_bits]
 
 
 @pytest.mark.parametrize("rope", ROPES)
 @pytest.mark.parametrize("name", NAMES)
-def test_hard_rows_stay_finite_wherever_they_stand(name: str, rope: dict[str, object]) -> None:
+def test_hard_rows_stay_finite_at_any_position(name: str, rope: dict[str, object]) -> None:
     fmt = get_format(name)
     params = params_for(fmt, 1, 64, **rope)
     for rows in (hard_rows(), hard_rows().repeat(4, 4).T[:, :64].contiguous()):
@@ -161,7 +161,7 @@ def test_hard_rows_stay_finite_wherever_they_stand(name: str, rope: dict[str, ob
                 assert got.isfinite().all()
 
 
-def test_ordinary_rows_far_from_zero_keep_their_middle() -> None:
+def test_ordinary_rows_far_from_zero_keep_their_mean() -> None:
     side = NonUniform(4, values=True)
     params = levels_for(4)
     x = 3.0 + torch.rand(1, 1, 16, 64)
@@ -171,15 +171,15 @@ def test_ordinary_rows_far_from_zero_keep_their_middle() -> None:
     assert (got - x).square().mean().sqrt() < 0.15
 
 
-def test_what_cannot_be_is_named() -> None:
+def test_invalid_arguments_are_named() -> None:
     with pytest.raises(ValueError, match=r"width: expected one of \(2, 3, 4\), got 8"):
         NonUniform(8)
     with pytest.raises(ValueError, match="head_dim: expected 2 to 256"):
         NonUniform(4).num_bytes(64, 512)
     fmt = get_format("nuq4")
     k = torch.randn(2, 1, 16, 64)
-    with pytest.raises(ValueError, match=r"positions: nuq4 needs \[2\] first positions"):
+    with pytest.raises(ValueError, match=r"positions: nuq4 needs the first positions of 2 pages"):
         fmt.encode(k, k, params_for(fmt, 1, 64))
     partial = params_for(fmt, 1, 64, rotary_dim=32)
-    with pytest.raises(ValueError, match="RoPE turns other channels in some layers"):
+    with pytest.raises(ValueError, match="RoPE rotates different channels in different layers"):
         ModelParams((params_for(fmt, 1, 64), partial)).compiled(fmt, 16)

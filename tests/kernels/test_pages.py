@@ -13,7 +13,7 @@ from kvmesh.kernels.seal import seal_layers, seal_pages
 from kvmesh.kernels.write import write_hot
 
 
-def test_write_puts_every_token_into_its_slot_and_nothing_else() -> None:
+def test_write_puts_every_token_into_its_slot_and_changes_nothing_else() -> None:
     hot = torch.full((5, 2, 3, 16, 64), float("nan"))
     k, v = torch.randn(2, 4, 3, 64)
     write_hot(k, v, hot, torch.tensor([0, 79, -1, 33]))
@@ -36,7 +36,7 @@ def test_write_refuses_wrong_shapes() -> None:
 
 
 @pytest.mark.parametrize("name", format_names())
-def test_layers_sealed_together_are_those_sealed_alone(name: str) -> None:
+def test_layers_sealed_together_equal_those_sealed_separately(name: str) -> None:
     fmt = get_format(name)
     hot = torch.randn(4, 6, 2, 3, 64, 64)
     together = torch.zeros(4, 9, 3, fmt.page_bytes(64, 64, 4), dtype=torch.uint8)
@@ -52,7 +52,7 @@ def test_layers_sealed_together_are_those_sealed_alone(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", format_names())
-def test_seal_encodes_the_named_pages_only(name: str) -> None:
+def test_seal_encodes_only_the_given_pages(name: str) -> None:
     fmt = get_format(name)
     hot = torch.randn(6, 2, 3, 16, 64)
     sealed = torch.full((9, 3, fmt.page_bytes(16, 64, 4)), 0xAA, dtype=torch.uint8)
@@ -93,13 +93,13 @@ def test_seal_nothing_and_wrong_shapes() -> None:
         seal_pages(hot, sealed[..., :-1], one, one, fmt=fmt)
     with pytest.raises(ValueError, match=r"sealed: expected \[num_layers"):
         seal_layers(hot[None], sealed, one, one, fmt=fmt)
-    with pytest.raises(ValueError, match="2 layers, hot 1"):
+    with pytest.raises(ValueError, match="expected 1 layers as in hot, got 2"):
         seal_layers(hot[None], torch.stack((sealed, sealed)), one, one, fmt=fmt)
     nuq = get_format("nuq2")
     needed = torch.zeros(1, 2, 3, nuq.page_bytes(16, 64), dtype=torch.uint8)
-    with pytest.raises(ValueError, match="params: nuq2 needs those of 1 layers"):
+    with pytest.raises(ValueError, match="params: nuq2 needs calibrated parameters of 1 layers"):
         seal_layers(hot[None], needed, one, one, fmt=nuq)
-    with pytest.raises(ValueError, match=r"positions: format nuq2 needs \[1\]"):
+    with pytest.raises(ValueError, match=r"positions: format nuq2 needs the first positions of 1"):
         seal_layers(hot[None], needed, one, one, fmt=nuq, params=model_params_for(nuq, 1, 3, 64))
     with pytest.raises(ValueError, match="backend"):
         seal_layers(hot[None], sealed[None], one, one, fmt=fmt, backend="cuda")

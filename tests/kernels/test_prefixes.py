@@ -1,4 +1,4 @@
-"""Prefixes that several sequences share and read together: the same attention as alone."""
+"""Prefixes that several sequences share and read together: the same result as separately."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.kernels.cases import AttentionOptions, Case, Shape, make_case, truth,
 pytestmark = pytest.mark.slow
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Of sequences of (tokens, new ones) the first 0, 2, 5 and 1, 4 read together; 3 has a chunk.
+# Sequences 0, 2, 5 read the first set together, and 1, 4 the second; 3 has a chunk.
 SEQUENCES = [(260, 1), (330, 1), (300, 1), (270, 20), (500, 1), (257, 1), (64, 1)]
 
 
@@ -57,7 +57,7 @@ def test_sets_of_sequences_in_calibrated_formats(name: str, backend: str) -> Non
 
 
 @pytest.mark.parametrize("backend", ["numba", "triton"])
-def test_one_set_with_as_many_members_as_may_be(backend: str) -> None:
+def test_one_set_with_the_maximum_number_of_members(backend: str) -> None:
     shape = Shape(num_heads=16, num_kv_heads=1, page_size=64)
     capability = torch.cuda.get_device_capability() if DEVICE == "cuda" else None
     _, count = sharers(get_format("k4v4"), 64, 16, 64, torch.float32, capability)
@@ -68,7 +68,7 @@ def test_one_set_with_as_many_members_as_may_be(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["numba", "triton"])
-def test_softcap_and_windows_that_begin_behind_a_prefix(backend: str) -> None:
+def test_softcap_and_windows_that_begin_after_a_prefix(backend: str) -> None:
     shape = Shape(page_size=64, sink_pages=1)
     case = make_case(get_format("int8"), shape, SEQUENCES, shared_prefix_pages=4)
     case = with_prefixes(case, [([0, 2, 5], 3), ([1, 4], 2)])
@@ -94,8 +94,8 @@ def test_on_several_threads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("backend", ["numba", "triton"])
-def test_pages_of_a_prefix_are_read_through_one_sequence_alone(backend: str) -> None:
-    """Entries of the others are not looked at there: one that points at garbage is harmless."""
+def test_pages_of_a_prefix_are_read_through_one_sequence_only(backend: str) -> None:
+    """The other sequences' entries are not read: invalid page ids in them do no harm."""
     case = make_case(
         get_format("int8"), Shape(page_size=64), [(260, 1), (300, 1)], shared_prefix_pages=4
     )

@@ -1,4 +1,4 @@
-"""The unpacking that only a GPU can run, checked by carrying its instructions out here."""
+"""The unpacking that only a GPU can run, checked by emulating its instructions."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def prmt(a: int, b: int, selector: int) -> int:
     for i in range(4):
         pick = selector >> (4 * i)
         byte = (data >> (8 * (pick & 7))) & 0xFF
-        if pick & 8:  # eight times its sign
+        if pick & 8:  # eight copies of its sign
             byte = 0xFF * (byte >> 7)
         result |= byte << (8 * i)
     return result
@@ -72,7 +72,7 @@ OPCODES: dict[str, Callable[..., int]] = {
 
 
 def test_e4m3_numbers() -> None:
-    """All of them but the two that are no numbers."""
+    """All except the two NaNs."""
     for first in range(0, 256, 4):
         codes = [first, first + 1, first + 2, (first * 7) % 127]
         want = torch.tensor(codes, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
@@ -82,8 +82,8 @@ def test_e4m3_numbers() -> None:
 
 
 @pytest.mark.parametrize("power", [2.0**-100, 1.0, 2.0**60])
-def test_whole_numbers_split_into_two_bytes(power: float) -> None:
-    """256 hi + lo is the nearest whole number of the steps that are asked for."""
+def test_integers_split_into_two_bytes(power: float) -> None:
+    """256 hi + lo is the nearest integer in units of the given step."""
     steps = torch.cat((torch.tensor([-32639.0, 32639.0, 0.0, -0.5]), torch.randn(60) * 9000))
     numbers = (steps * power + MAGIC.value * power).view(torch.int32).view(-1, 4)
     his, los = [], []
@@ -114,7 +114,7 @@ def test_three_bit_planes() -> None:
 
 @pytest.mark.parametrize(("width", "middle"), [(w, x) for w in MIDDLES for x in MIDDLES[w]])
 def test_codes_as_bf16_numbers(width: int, middle: float) -> None:
-    """A block of keys of 64 tokens and 256 channels, of width 3 by halves of the channels."""
+    """A block of keys of 64 tokens and 256 channels; width 3 by halves of the channels."""
     codes = torch.randint(0, 2**width, (64, 256), dtype=torch.uint8)
     packed = pack(codes, width, values=False)
     planes = PLANES[width]

@@ -14,12 +14,14 @@ NAMES = ("int8-static", "int8-static-layer")
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("head_dim", [64, 80, 128])
-def test_a_page_is_codes_alone(name: str, head_dim: int) -> None:
+def test_a_page_holds_only_codes(name: str, head_dim: int) -> None:
     assert get_format(name).bits_per_element(64, head_dim) == 8.0
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_within_the_range_it_errs_by_half_a_step_beyond_it_clips(name: str) -> None:
+def test_the_error_is_half_a_step_within_the_range_and_numbers_outside_are_clipped(
+    name: str,
+) -> None:
     fmt = get_format(name)
     params = params_for(fmt, 2, 64)
     zero, scale = params.k["zero"].unsqueeze(1), params.k["scale"].unsqueeze(1)
@@ -32,7 +34,7 @@ def test_within_the_range_it_errs_by_half_a_step_beyond_it_clips(name: str) -> N
 
 
 @pytest.mark.parametrize("values", [False, True])
-def test_tiles_fold_what_dense_spells_out(values: bool) -> None:
+def test_folded_tiles_equal_dense_ones(values: bool) -> None:
     side = Static8(values=values)
     fmt = get_format("int8-static")
     params = params_for(fmt, 3, 64).k
@@ -49,6 +51,6 @@ def test_tiles_fold_what_dense_spells_out(values: bool) -> None:
     torch.testing.assert_close(tile.weighted(weights), weights @ dense, atol=1e-4, rtol=0)
 
 
-def test_what_cannot_be_is_named() -> None:
+def test_invalid_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="per: expected channel or layer, got 'head'"):
         Static8(per="head")

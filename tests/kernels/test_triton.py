@@ -1,6 +1,6 @@
 """The Triton kernels: in the interpreter and fp32 without a GPU, compiled and bf16 with one.
 
-The interpreter is slow, so each case mixes several odd lengths, and one format of each
+The interpreter is slow, so each case mixes several odd lengths. One format of each
 kind of side is tested on every shape, the others on one.
 """
 
@@ -39,20 +39,20 @@ DTYPES = [torch.float32, torch.bfloat16] if DEVICE == "cuda" else [torch.float32
 CAPABILITY = torch.cuda.get_device_capability() if DEVICE == "cuda" else None
 
 WITH_KERNELS = [name for name in format_names() if why_no_kernels(get_format(name)) is None]
-# Dense tiles, a grid a token, a grid a channel and levels, e4m3, runs within a token; calibrated
-# ranges, and levels with outliers under RoPE.
+# Dense tiles, grids per token, grids per channel and levels, e4m3, runs within a token,
+# calibrated ranges, and levels with outliers under RoPE.
 EVERY_KIND = ["exact", "int8", "k3v2", "fp8", "kivi4", "int8-static", "nuq3"]
 INTEGER = ["int8", "k8v4", "k4v4", "k4v2", "k3v3", "k3v2", "k2v2", "int4"]
-INTEGER += ["kivi4", "kivi2", "g64-int4", "g64-int2"]  # scales of runs
+INTEGER += ["kivi4", "kivi2", "g64-int4", "g64-int2"]  # one scale per run
 INTEGER += ["int8-static"]  # no scales in the page
 INTEGER_KINDS = [*INTEGER, "level-keys", "channels-bf16", "runs-of-bytes"]
 
-# Not in the registry: what a side's kernels can do besides.
+# Combinations that the kernels support but the registry does not contain.
 LLOYD_MAX = KVFormat(
     "lloyd-max",
     Codebook(3, levels="lloyd_max", norm="rms"),
     Codebook(4, levels="lloyd_max", values=True),
-    "levels that are no grid",
+    "levels that form no uniform grid",
 )
 LEVEL_KEYS = KVFormat(
     "level-keys",
@@ -64,13 +64,13 @@ CHANNELS_BF16 = KVFormat(
     "channels-bf16",
     Affine(8, along="channel"),
     Affine(3, values=True),
-    "scales of channels in bf16",
+    "scales per channel in bf16",
 )
 RUNS_OF_16 = KVFormat(
     "runs-of-16",
     Affine(4, along="channel", run=16),
     Affine(4, values=True),
-    "fewer tokens than a product of integers has",
+    "fewer tokens per run than an integer product has",
 )
 THREE_BIT_RUNS = KVFormat(
     "three-bit-runs",
@@ -82,7 +82,7 @@ RUNS_OF_BYTES = KVFormat(
     "runs-of-bytes",
     Affine(8, along="channel", run=32, scale="e5m3"),
     Affine(8, run=32, scale="e5m3", values=True),
-    "runs whose scales are bytes, and planes of all channels",
+    "runs with one-byte scales, and planes of all channels",
 )
 UNREGISTERED = {
     fmt.name: fmt
@@ -125,7 +125,7 @@ def check(case: Case, *, integer: bool = False, **options: Unpack[AttentionOptio
     """FlashAttention's rule: at most twice the error of torch in the same dtype.
 
     integer: the case takes the integer path, whose queries and weights have 15 bits: in fp32
-        at most a quarter of torch's error in bf16, which it stands in for
+        its error is at most a quarter of torch's error in bf16
     """
     shape, dtype = case.shape, case.q.dtype
     assert integer == takes_integer_path(
@@ -158,8 +158,8 @@ def check(case: Case, *, integer: bool = False, **options: Unpack[AttentionOptio
 
 PLAIN_SHAPES = [
     (2, 2, 64, 16, (0, 0)),  # groups of 1
-    (6, 2, 80, 32, (1, 1)),  # groups of 3, a head_dim that is no power of two
-    (3, 1, 64, 48, (2, 2)),  # a page_size that is no power of two
+    (6, 2, 80, 32, (1, 1)),  # groups of 3, a head_dim that is not a power of two
+    (3, 1, 64, 48, (2, 2)),  # a page_size that is not a power of two
     (4, 1, 96, 64, (0, 0)),  # groups of 4
 ]
 
@@ -174,7 +174,7 @@ PLAIN_SHAPES = [
         ("channels-bf16", PLAIN_SHAPES[1]),
     ],
 )
-def test_mixed_batch_follows_the_rule(
+def test_mixed_batch_matches_the_expected_results(
     name: str, dtype: torch.dtype, shape: tuple[int, int, int, int, tuple[int, int]]
 ) -> None:
     heads, kv_heads, head_dim, page_size, windows = shape
@@ -193,7 +193,7 @@ def test_mixed_batch_follows_the_rule(
     [(64, {"interleaved": True}), (96, {"rotary_dim": 24}), (80, {"rotary_dim": 32})],
     ids=str,
 )
-def test_keys_are_turned_as_rope_has_it(
+def test_keys_are_rotated_by_rope(
     head_dim: int, rope: dict[str, object], dtype: torch.dtype
 ) -> None:
     fmt = get_format("nuq4")
@@ -234,7 +234,7 @@ def test_long_decode_is_split_and_pages_are_shared(name: str, dtype: torch.dtype
     check(case)
 
 
-# ------------------------------------------------------------------ codes on integer tensor cores
+# Codes on integer tensor cores
 
 
 def test_which_formats_take_the_integer_path() -> None:
@@ -245,7 +245,7 @@ def test_which_formats_take_the_integer_path() -> None:
     assert all(takes(name) for name in INTEGER_KINDS)
     for name in ("exact", "fp8", "turboquant-sign", "lloyd-max", "runs-of-16", "three-bit-runs"):
         assert not takes(name)
-    assert takes("three-bit-runs", head_dim=64)  # one run is the whole head
+    assert takes("three-bit-runs", head_dim=64)  # one run covers the whole head
     assert takes("kivi4", head_dim=64, page_size=128)
     assert takes("int8", head_dim=64, page_size=128, capability=(8, 0))
     assert takes("int8", dtype=torch.float16, capability=(9, 0))
@@ -260,7 +260,7 @@ def test_which_formats_take_the_integer_path() -> None:
 
 @EVERY_DTYPE
 @pytest.mark.parametrize("name", INTEGER_KINDS)
-def test_integer_path_follows_the_rule(name: str, dtype: torch.dtype) -> None:
+def test_integer_path_matches_the_expected_results(name: str, dtype: torch.dtype) -> None:
     lengths = [(300, 1), (1, 1), (64, 1), (65, 1), (130, 9)]
     case = make_case(format_of(name), Shape(8, 1, 128, 64), lengths, dtype=dtype, padding_tokens=1)
     check(case, integer=True)
@@ -275,7 +275,7 @@ def test_integer_path_follows_the_rule(name: str, dtype: torch.dtype) -> None:
         (24, 2, 64, 128, (0, 0)),  # groups of 12: two programs; pages of two blocks
     ],
 )
-def test_integer_path_of_other_shapes(
+def test_integer_path_with_other_shapes(
     name: str,
     dtype: torch.dtype,
     heads: int,
@@ -319,12 +319,12 @@ def test_integer_and_plain_path_agree(
         out, plain_out, atol=2e-4 if dtype == torch.float32 else 1e-2, rtol=0
     )
     torch.testing.assert_close(lse, plain_lse, atol=1e-3, rtol=0)
-    assert not torch.equal(out, plain_out)  # they are two paths
+    assert not torch.equal(out, plain_out)  # two different paths ran
 
 
 @pytest.mark.parametrize("name", ["int8", "int4", "k4v4", "k4v2", "kivi2"])
-def test_integer_path_survives_empty_pages_and_queries(name: str) -> None:
-    """Pages of zeros have scales at the floor; a query of zeros has no greatest number."""
+def test_integer_path_handles_pages_and_queries_of_zeros(name: str) -> None:
+    """Pages of zeros have the minimum scale; a query of zeros has the maximum 0."""
     fmt, shape = get_format(name), Shape(2, 1, 64, 64)
     case = make_case(fmt, shape, [(200, 1)])
     case.q[:, 1] = 0.0
@@ -341,7 +341,7 @@ def test_integer_path_survives_empty_pages_and_queries(name: str) -> None:
 
 
 def test_pages_beyond_two_gigabytes() -> None:
-    """Offsets of pages are 64 bits wide. The arena is mostly memory that nobody touches."""
+    """Page offsets are 64 bits wide. Most of the arena's memory is never touched."""
     fmt, shape = get_format("int8"), Shape(2, 1, 128, 64)
     case = make_case(fmt, shape, [(140, 1), (70, 10)])
     page_bytes = case.sealed.shape[-1]
@@ -361,11 +361,11 @@ def test_pages_beyond_two_gigabytes() -> None:
     assert torch.equal(on_device[far].cpu(), fmt.encode(hot[:, 0], hot[:, 1])[0])
 
 
-# ------------------------------------------------------------------ sealing
+# Sealing
 
 
 def hard_pages(page_size: int, head_dim: int, dtype: torch.dtype) -> torch.Tensor:
-    """[6, 2, 2, page_size, head_dim] with tiny, constant, huge, shifted and lopsided numbers."""
+    """[6, 2, 2, page_size, head_dim] with tiny, constant, huge, shifted and skewed numbers."""
     hot = torch.randn(6, 2, 2, page_size, head_dim)
     hot[0] *= 1e-40
     hot[1, 0] = 7.25
@@ -376,7 +376,7 @@ def hard_pages(page_size: int, head_dim: int, dtype: torch.dtype) -> torch.Tenso
 
 
 def sealed_both_ways(fmt: KVFormat, hot: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """By plain torch and by the kernel, pages 4, 1, 0, 2 and 3 of hot at 8, 3, 0, 1 and 5."""
+    """By plain torch and by the kernel: hot pages 4, 1, 0, 2, 3 into sealed 8, 3, 0, 1, 5."""
     page_bytes = fmt.page_bytes(hot.shape[3], hot.shape[4], hot.element_size())
     want = torch.full((9, 2, page_bytes), 0xAA, dtype=torch.uint8)
     got = want.clone().to(DEVICE)
@@ -413,16 +413,16 @@ def test_sealing_gives_the_reference_bytes(name: str, dtype: torch.dtype) -> Non
 @pytest.mark.parametrize(
     "name", [*(name for name in WITH_KERNELS if name not in SAME_BYTES), "lloyd-max", "level-keys"]
 )
-def test_sealing_that_sums_in_another_order_is_as_good(name: str, dtype: torch.dtype) -> None:
-    """Nearly all bytes are the same, and the error is, to 1%."""
+def test_sealing_that_sums_in_another_order_is_as_accurate(name: str, dtype: torch.dtype) -> None:
+    """Nearly all bytes are equal, and the errors agree to 1%."""
     fmt = format_of(name)
     shapes = ((64, 16), (80, 48), (32, 128)) if name in EVERY_KIND else ((80, 48),)
     for head_dim, page_size in shapes:
         hot = hard_pages(page_size, head_dim, dtype)
         want, got = sealed_both_ways(fmt, hot)
-        # Levels that miss all numbers of a token alike leave outliers to chance.
+        # If all numbers of a token have equal coding errors, the choice of outliers is arbitrary.
         assert (got != want).float().mean() < (0.02 if fmt.needs_calibration else 5e-3)
-        assert torch.equal(got[[2, 4, 6, 7]], want[[2, 4, 6, 7]])  # not to be written
+        assert torch.equal(got[[2, 4, 6, 7]], want[[2, 4, 6, 7]])  # not written
         params = params_for(fmt, 2, head_dim)
         shape = (page_size, head_dim, torch.float32, params)
         sources, targets = [4, 1, 3], [8, 3, 5]
@@ -481,7 +481,7 @@ def test_layers_are_sealed_in_one_launch(
         assert torch.equal(together.cpu(), want)
 
 
-# ------------------------------------------------------------------ writing, merging, refusing
+# Writing, merging, refusing
 
 
 @EVERY_DTYPE
@@ -528,9 +528,11 @@ def test_formats_without_kernels_are_named(name: str) -> None:
         seal_pages(case.hot, case.sealed, ids, ids, fmt=case.fmt, backend="triton")
 
 
-def test_parameters_that_are_missing_are_named() -> None:
+def test_missing_parameters_are_named() -> None:
     case = make_case(get_format("nuq3"), Shape(), [(20, 1)]).to(DEVICE)
-    with pytest.raises(ValueError, match="nuq3 needs calibration: no levels, bounds, inv_freq"):
+    with pytest.raises(
+        ValueError, match="nuq3 needs calibrated parameters; missing: levels, bounds, inv_freq"
+    ):
         paged_attention(
             case.q, case.hot, case.sealed, case.batch, fmt=case.fmt, scale=1.0, backend="triton"
         )
@@ -539,7 +541,7 @@ def test_parameters_that_are_missing_are_named() -> None:
 def test_kernels_refuse_what_they_cannot_address() -> None:
     fmt = get_format("int8")
     case = make_case(fmt, Shape(page_size=24), [(50, 1)]).to(DEVICE)
-    with pytest.raises(ValueError, match="page_size that 16 divides"):
+    with pytest.raises(ValueError, match="page_size must be a multiple of 16"):
         paged_attention(
             case.q, case.hot, case.sealed, case.batch, fmt=fmt, scale=1.0, backend="triton"
         )

@@ -1,4 +1,4 @@
-"""The plainest attention over a contiguous cache: the truth of the model tests."""
+"""Simple attention over a contiguous cache: the reference of the model tests."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class ContiguousCache:
         self._lengths: list[tuple[int, int]] = []
 
     def begin(self, lengths: list[tuple[int, int]]) -> None:
-        """The next forward's tokens are `count` of sequence `seq`, for each (seq, count)."""
+        """Announce the next forward's tokens: `count` of sequence `seq`, for each (seq, count)."""
         self._lengths = lengths
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, args: AttendArgs) -> Tensor:
@@ -65,7 +65,7 @@ def generate_greedily(
 ) -> list[list[int]]:
     """`count` tokens for each prompt, all packed in one batch.
 
-    tokens_of: what ranks without logits go on with: the tokens that rank 0 chose
+    tokens_of: the tokens that rank 0 chose, for ranks without logits
     """
     cache = ContiguousCache()
     outputs: list[list[int]] = [[] for _ in prompts]

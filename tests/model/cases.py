@@ -1,4 +1,4 @@
-"""The configurations that are compared with transformers, one for each thing that can differ."""
+"""The configurations that are compared with transformers, one for each possible difference."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the processes of the tests of tp run; light to import, since each process does."""
+"""Functions that the processes of the tp tests run; imports little, as each process imports it."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def sum_then_lose_a_rank(rank: int, size: int, rendezvous: str, results: Any) ->
 
 
 def save_expectation(file: Path, path: Path, prompts: list[list[int]]) -> Path:
-    """What one rank computes, for compare_models; returns `file`."""
+    """Save what one rank computes, for compare_models; returns `file`."""
     from kvmesh.workers.model.load import load_model
     from tests.model.attend import generate_greedily, prompt_logits
 
@@ -81,9 +81,9 @@ def save_expectation(file: Path, path: Path, prompts: list[list[int]]) -> Path:
 def compare_models(
     rank: int, size: int, rendezvous: str, results: Any, expectations: Sequence[Path]
 ) -> None:
-    """For each file of expectations rank 0 puts (its stem, largest error of a logit, same tokens).
+    """For each file of expected results, rank 0 puts (stem, largest logit error, same tokens).
 
-    Such a file holds a model's path, prompts, the logits of the first one and outputs."""
+    Such a file contains a model's path, prompts, the logits of the first prompt and outputs."""
     from kvmesh.workers.model.load import load_model
     from tests.model.attend import generate_greedily, prompt_logits
 

@@ -1,9 +1,9 @@
-"""Small models with random weights, saved as real checkpoints are.
+"""Small models with random weights, saved as ordinary checkpoints.
 
     path = make_small_model("LlamaForCausalLM", tmp_path, num_hidden_layers=2)
 
 Weights are large enough for attention to be far from uniform and for logits to
-differ, so that a wrong mask, scale or rotation shows.
+differ, so that a wrong mask, scale or rotation is noticed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import tokenizers
 import torch
 import transformers
 
-VOCAB_SIZE = 131  # prime: no number of ranks divides it
+VOCAB_SIZE = 131  # prime, so no number of ranks divides it
 
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
@@ -92,7 +92,7 @@ def make_small_tokenizer(directory: Path) -> int:
 
 
 def make_small_gguf(file: Path, source: Path, leave_out: str = "", **metadata: Any) -> Path:
-    """The Llama model of directory `source` as a GGUF file, tokenizer included.
+    """The Llama model in directory `source` as a GGUF file, including its tokenizer.
 
     leave_out: name of a tensor; metadata: further keys, with __ for dots
     """

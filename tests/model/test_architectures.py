@@ -30,7 +30,7 @@ def test_logits_and_greedy_output_equal_transformers(case: str, tmp_path: Path) 
     assert logits is not None
     assert logits.dtype == torch.float32
     spread = expected.std().item()
-    assert spread > 0.05, "the model's logits are too alike to tell anything"
+    assert spread > 0.05, "the model's logits are too similar to show a difference"
     torch.testing.assert_close(logits, expected, rtol=0, atol=2e-5 * max(1.0, spread))
 
     outputs = generate_greedily(ours, PROMPTS, 16)
@@ -46,7 +46,7 @@ def test_logits_and_greedy_output_equal_transformers(case: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_bfloat16_is_as_near_to_fp32_as_transformers_is(case: str, tmp_path: Path) -> None:
+def test_bfloat16_is_as_close_to_fp32_as_in_transformers(case: str, tmp_path: Path) -> None:
     architecture, overrides = CASES[case]
     path = make_small_model(architecture, tmp_path, dtype=torch.bfloat16, **overrides)
     exact = AutoModelForCausalLM.from_pretrained(

@@ -1,4 +1,4 @@
-"""The embedded model, the real one: the same tokens as transformers generates."""
+"""The real embedded model generates the same tokens as transformers."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_greedy_output_equals_transformers(path: Path) -> None:
     for prompt, output in zip(prompts, outputs, strict=True):
         generated = theirs.generate(
             torch.tensor([prompt]),
-            # Else transformers masks the prompt's <|im_end|>, which is its padding too.
+            # Otherwise transformers masks the prompt's <|im_end|>, which is also its padding.
             attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
             max_new_tokens=64,
             do_sample=False,
@@ -60,7 +60,7 @@ def test_greedy_output_equals_transformers(path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_three_ranks_compute_what_one_does(path: Path, tmp_path: Path) -> None:
+def test_three_ranks_compute_the_same_as_one(path: Path, tmp_path: Path) -> None:
     tokenizer = Tokenizer.load(path)
     prompts = [tokenizer.encode(text) for text in QUESTIONS[:2]]
     expectation = save_expectation(tmp_path / "embedded.pt", path, prompts)

@@ -1,4 +1,4 @@
-"""What undoes RoPE, against the models' own keys."""
+"""Undoing RoPE, checked with the models' own keys."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvmesh.kernels.formats.nuq.turn import Turn, phases
+from kvmesh.kernels.formats.nuq.rope import RopePairs, phases
 from kvmesh.workers.model.hook import AttendArgs
 from kvmesh.workers.model.load import load_model
 from kvmesh.workers.parallel.comm import Communicator
@@ -17,10 +17,10 @@ from tests.model.small import make_small_model
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_one_tokens_keys_are_the_same_everywhere_once_turned_back(
+def test_keys_of_a_token_are_equal_at_all_positions_once_rope_is_undone(
     case: str, tmp_path: Path
 ) -> None:
-    """In the first layer, where a key depends on its token and position alone."""
+    """In the first layer, where a key depends only on its token and position."""
     architecture, overrides = CASES[case]
     path = make_small_model(architecture, tmp_path, **overrides)
     model = load_model(
@@ -36,7 +36,7 @@ def test_one_tokens_keys_are_the_same_everywhere_once_turned_back(
     positions = torch.tensor([0, 1, 2, 7, 100, 255])
     model.forward(torch.full((6,), 17), positions, attend, positions[:0])
     back = phases(model.rope.inv_freq, positions).conj().unsqueeze(1)
-    plain = Turn(model.rope.interleaved).by(keys[0], back)
+    plain = RopePairs(model.rope.interleaved).rotate(keys[0], back)
     spread = (plain - plain[:1]).abs().amax()
     assert spread < 1e-4 * plain.abs().amax()
     assert (keys[0] - keys[0][:1]).abs().amax() > 0.1 * plain.abs().amax()

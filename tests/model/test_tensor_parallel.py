@@ -1,6 +1,6 @@
-"""Split models against whole ones: real processes, real sums between them.
+"""Split models against whole ones, with real processes and real sums between them.
 
-All architectures run in one pair of processes, since starting them costs most.
+All architectures run in one pair of processes, since starting them takes most of the time.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import pytest
 
 from kvmesh.workers.errors import ConfigError
 from kvmesh.workers.model.facts import read_facts
+from kvmesh.workers.model.shards import check_tp
 from kvmesh.workers.parallel.comm import Communicator
-from kvmesh.workers.parallel.shards import check_tp
 from tests.model.cases import CASES, PROMPTS
 from tests.model.ranks import (
     CPU,
@@ -27,7 +27,7 @@ from tests.model.small import make_small_model
 
 
 @pytest.mark.slow
-def test_two_ranks_compute_what_one_does(tmp_path: Path) -> None:
+def test_two_ranks_compute_the_same_as_one(tmp_path: Path) -> None:
     expectations = [
         save_expectation(
             tmp_path / f"{case}.pt",
@@ -42,7 +42,7 @@ def test_two_ranks_compute_what_one_does(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_sums_are_alike_to_the_bit_and_a_lost_rank_is_noticed() -> None:
+def test_sums_are_bitwise_equal_and_a_lost_rank_is_noticed() -> None:
     size = 3
     results = run_ranks(sum_then_lose_a_rank, size, size + (size - 1))
     sums: dict[int, Any] = dict(result for result in results if isinstance(result, tuple))
@@ -65,7 +65,7 @@ def test_tp_must_divide_the_kv_heads(tmp_path: Path) -> None:
         assert caught.value.field == "tp"
 
 
-def test_a_rank_must_be_of_its_group() -> None:
+def test_a_rank_outside_its_group_is_refused() -> None:
     with pytest.raises(ConfigError, match="rank"):
         Communicator.connect(2, 2, "tcp://127.0.0.1:1", device=CPU)
     assert Communicator.connect(0, 1, "unused", device=CPU).size == 1

@@ -1,4 +1,4 @@
-"""Tokens to text and back, piecewise, and chat templates against hostile messages."""
+"""Tokens to text and back, in parts, and chat templates against hostile messages."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from kvmesh.workers.errors import ConfigError, InvalidRequestError
+from kvmesh.workers.errors import ConfigError, InvalidFieldError
 from kvmesh.workers.model.tokenizer import Tokenizer
 from tests.model.small import make_small_tokenizer
 
@@ -28,7 +28,7 @@ def byte_level(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def byte_fallback(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """As Llama 2 and Gemma have it: spaces as a mark before words, unknown characters as bytes."""
+    """Like Llama 2 and Gemma: spaces as a mark before words, unknown characters as bytes."""
     path = tmp_path_factory.mktemp("byte-fallback")
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     pieces += ["▁", *"abcdefghijklmnopqrstuvwxyzHE,.", "▁w", "en", "en" + "d"]
@@ -59,27 +59,27 @@ def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
     return found
 
 
-def test_each_push_gives_whole_characters_at_once(tokenizer: Tokenizer) -> None:
+def test_each_push_returns_all_complete_characters(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode(TEXT, add_special_tokens=False)
     stream = tokenizer.stream()
     text = ""
     for token in ids:
         piece = stream.push([token])
         text += piece
-        assert TEXT.startswith(text), "half a character was given out"
+        assert TEXT.startswith(text), "an incomplete character was emitted"
         assert len(stream._pending) <= 4
     assert text + stream.flush() == TEXT
 
 
 @given(data=st.data(), text=st.text(max_size=60))
 @settings(max_examples=150, deadline=None)
-def test_any_text_in_any_portions(byte_level: Tokenizer, data: st.DataObject, text: str) -> None:
+def test_any_text_in_any_parts(byte_level: Tokenizer, data: st.DataObject, text: str) -> None:
     _check_portions(byte_level, data, text)
 
 
 @given(data=st.data(), text=st.text(alphabet="hen d日🤗ü,", max_size=40))
 @settings(max_examples=150, deadline=None)
-def test_any_text_in_any_portions_with_byte_tokens(
+def test_any_text_in_any_parts_with_byte_tokens(
     byte_fallback: Tokenizer, data: st.DataObject, text: str
 ) -> None:
     _check_portions(byte_fallback, data, text)
@@ -99,7 +99,7 @@ def _check_portions(tokenizer: Tokenizer, data: st.DataObject, text: str) -> Non
 
 @given(ids=st.lists(st.integers(0, 319), max_size=200))
 @settings(max_examples=100, deadline=None)
-def test_bytes_that_are_no_text_do_not_pile_up(byte_level: Tokenizer, ids: list[int]) -> None:
+def test_invalid_bytes_do_not_accumulate(byte_level: Tokenizer, ids: list[int]) -> None:
     stream = byte_level.stream()
     for token in ids:
         stream.push([token])
@@ -146,16 +146,16 @@ def test_a_message_cannot_speak_for_another_role(byte_level: Tokenizer) -> None:
     ]
 
 
-def test_what_the_template_refuses_is_the_requests_fault(tmp_path: Path) -> None:
+def test_a_refusal_of_the_template_is_a_request_error(tmp_path: Path) -> None:
     make_small_tokenizer(tmp_path)
     template = "{% if messages[0].role != 'user' %}{{ raise_exception('users first') }}{% endif %}"
     (tmp_path / "chat_template.jinja").write_text(template)
     tokenizer = Tokenizer.load(tmp_path)
-    with pytest.raises(InvalidRequestError, match="users first") as caught:
+    with pytest.raises(InvalidFieldError, match="users first") as caught:
         tokenizer.encode_chat([{"role": "system", "content": ""}])
     assert caught.value.field == "messages"
     (tmp_path / "chat_template.jinja").unlink()
-    with pytest.raises(InvalidRequestError, match="no chat template"):
+    with pytest.raises(InvalidFieldError, match="no chat template"):
         Tokenizer.load(tmp_path).encode_chat([{"role": "user", "content": ""}])
 
 
@@ -164,7 +164,7 @@ def test_a_template_cannot_reach_the_machine(tmp_path: Path) -> None:
     (tmp_path / "chat_template.jinja").write_text(
         "{{ ''.__class__.__mro__[1].__subclasses__() }}{{ messages.append(1) }}"
     )
-    with pytest.raises(InvalidRequestError, match="messages"):
+    with pytest.raises(InvalidFieldError, match="messages"):
         Tokenizer.load(tmp_path).encode_chat([{"role": "user", "content": ""}])
 
 

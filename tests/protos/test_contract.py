@@ -1,4 +1,4 @@
-"""The wire contract keeps its conventions, and its stubs are current."""
+"""The wire contract follows its conventions, and its stubs are current."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_the_check_finds_stale_stubs(tmp_path: Path) -> None:
     assert check(folder).returncode == 0
 
 
-def test_declared_versions_are_those_that_the_stubs_demand() -> None:
+def test_declared_versions_match_what_the_stubs_require() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     floors = {}
     for line in project["dependencies"]:
@@ -97,7 +97,7 @@ def test_names_carry_their_units() -> None:
                 assert field.name.endswith("_s"), field.full_name
 
 
-def test_the_methods_are_the_lineages() -> None:
+def test_the_service_has_exactly_these_methods() -> None:
     service = pb.DESCRIPTOR.services_by_name["KVMesh"]
     assert service.full_name == "kvmesh.v1.KVMesh"
     assert {method.name for method in service.methods} == {
@@ -120,7 +120,7 @@ def test_a_million_token_ids_are_packed() -> None:
     assert ids.ByteSize() < 3 * 2**20 + 16
 
 
-def test_the_status_is_googles_byte_for_byte() -> None:
+def test_the_status_matches_googles_byte_for_byte() -> None:
     # As googleapis-common-protos serialises
     # Status(code=8, message="m", details=[RetryInfo(retry_delay=1.5 s)]).
     expected = (

@@ -1,4 +1,4 @@
-"""What each module of the checkout imports, read from its source."""
+"""The imports of each module of the checkout, read from its source."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ LAYERS = ("client", "cluster", "kernels", "protos", "workers")
 class Import:
     """One imported module.
 
-    at_load: it is imported whenever the importing module is, rather than in a
-        function or for type checkers alone
+    at_load: whether it is imported together with the importing module, rather than in a
+        function or only for type checkers
     """
 
     module: str
@@ -25,7 +25,7 @@ class Import:
 
 
 def module_files(root: Path = ROOT) -> dict[str, Path]:
-    """The importable modules of the checkout by full name; generated stubs left out."""
+    """The importable modules of the checkout by full name, without generated stubs."""
     files = {"kvmesh": root / "kvmesh/__init__.py"}
     for layer in LAYERS:
         for path in sorted((root / layer).rglob("*.py")):
@@ -46,7 +46,7 @@ def imports_by_module(files: dict[str, Path]) -> dict[str, list[Import]]:
 
 
 def imports_of(source: str, module: str, is_package: bool) -> list[Import]:
-    """All imports in a module's source, relative ones resolved."""
+    """All imports in a module's source, with relative ones resolved."""
     package = module if is_package else module.rpartition(".")[0]
     return list(_imports(ast.parse(source), package, at_load=True))
 

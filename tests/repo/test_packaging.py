@@ -1,4 +1,4 @@
-"""What an install brings: the SDK alone, or everything, from a wheel or in place."""
+"""What an installation contains: only the SDK, or everything, from a wheel or in place."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 from tests.repo.imports import LAYERS, ROOT
 
 SKIPPED = {".git", ".venv", "build", "dist", "tests", "benchmarks", "docs", "examples", "helm"}
-# The base dependencies and theirs, as they lie in site-packages.
+# The base dependencies and their dependencies, by their names in site-packages.
 BASE_MODULES = ("google", "grpc", "typing_extensions")
 TALK = """
 import sys
@@ -31,7 +31,7 @@ print(kvmesh.__file__)
 
 
 def run(*command: str | Path, cwd: Path) -> str:
-    # pip takes what PYTHONPATH leads to for installed, and a cluster of an earlier test sets it.
+    # pip treats packages on PYTHONPATH as installed, and a cluster of an earlier test sets it.
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     result = subprocess.run(
         [str(part) for part in command], cwd=cwd, capture_output=True, text=True, env=environment
@@ -42,7 +42,7 @@ def run(*command: str | Path, cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy, so that building leaves nothing in the real one."""
+    """A copy, so that building leaves nothing behind in the real one."""
     folder = tmp_path_factory.mktemp("packaging") / "a check out"
     folder.mkdir()
     for path in ROOT.iterdir():
@@ -73,7 +73,7 @@ def wheel(checkout: Path) -> Path:
 
 @pytest.fixture
 def bare_python(tmp_path: Path) -> Path:
-    """A fresh environment with the base dependencies alone."""
+    """A fresh environment with only the base dependencies."""
     run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv", cwd=tmp_path)
     (site,) = (tmp_path / "venv/lib").glob("python3.*/site-packages")
     for name in BASE_MODULES:
@@ -91,7 +91,7 @@ def install(python: Path, *what: str | Path, cwd: Path) -> None:
     )  # fmt: skip
 
 
-def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
+def test_the_wheel_contains_only_the_package(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         metadata = Parser().parsestr(
@@ -105,7 +105,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
         "kvmesh/kernels/formats/base.py",
         "kvmesh/protos/kvmesh/v1/kvmesh.proto",
         "kvmesh/protos/kvmesh/v1/kvmesh_pb2.pyi",
-        "kvmesh/workers/evaluation/probe.txt",
+        "kvmesh/workers/scoring/probe.txt",
         "kvmesh/workers/sizes.py",
     ):
         assert name in names
@@ -128,13 +128,13 @@ def test_a_base_install_is_the_sdk(wheel: Path, bare_python: Path, tmp_path: Pat
     missing = subprocess.run(
         [bare_python, "-I", "-c", "import torch"], capture_output=True, cwd=tmp_path
     )
-    assert missing.returncode != 0, "the environment was to be bare"
+    assert missing.returncode != 0, "the environment must not have the other dependencies"
 
 
-def test_an_editable_install_shows_the_checkout(
+def test_an_editable_install_uses_the_checkout(
     checkout: Path, bare_python: Path, tmp_path: Path
 ) -> None:
-    # As `pip install -e` has it built, which would want setuptools in the environment.
+    # Built like `pip install -e` does, which would need setuptools in the environment.
     build = "from setuptools.build_meta import build_editable; print(build_editable('.'))"
     name = run(sys.executable, "-c", build, cwd=checkout).splitlines()[-1]
     install(bare_python, checkout / name, cwd=tmp_path)
@@ -150,7 +150,7 @@ def test_an_editable_install_shows_the_checkout(
     hidden = subprocess.run(
         [bare_python, "-I", "-c", "import kernels"], capture_output=True, cwd=tmp_path
     )
-    assert hidden.returncode != 0, "the top-level folders are no packages of their own"
+    assert hidden.returncode != 0, "the top-level folders are not importable on their own"
 
 
 def test_importing_the_sdk_here_loads_nothing_heavy() -> None:

@@ -1,6 +1,6 @@
-"""transformers and our top-level folder `kernels` get along.
+"""transformers can be imported next to our top-level folder `kernels`.
 
-transformers uses a PyPI package named `kernels` where there is one, and both
+transformers uses a PyPI package named `kernels` if there is one, and both
 `python -c` and Ray put the current folder on sys.path.
 """
 
@@ -66,7 +66,7 @@ def test_models_import_from_the_repository_root() -> None:
 
 @pytest.mark.ray
 def test_models_import_in_a_ray_worker() -> None:
-    # Unix sockets have short paths, which pytest's own folders can exceed.
+    # Unix socket paths must be short, and pytest's own folders can be too long.
     folder = tempfile.mkdtemp(prefix="kvm-", dir="/tmp")
     try:
         assert "imported" in run_in_root(IN_WORKER, folder)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from kvmesh.cluster.routing.demand import DemandModel
-from kvmesh.cluster.routing.events import Lease
+from kvmesh.cluster.routing.config import RouterTuning
+from kvmesh.cluster.routing.demand import DemandModel, EngineKind
+from kvmesh.cluster.routing.live import Lease
 from kvmesh.cluster.routing.output_lengths import OutputLengths
 from kvmesh.cluster.routing.pace import Backlog, Pace
-from kvmesh.cluster.routing.request import PlaceRequest
+from kvmesh.cluster.routing.prefix_index import PrefixIndex
 from kvmesh.cluster.routing.timeline import Timeline
 from kvmesh.workers.sizes import PageNeed
-from tests.routing.groups import make_spec
+from tests.routing.groups import ask, make_info
 
 
 def test_prefill_time_grows_with_context() -> None:
@@ -20,7 +21,7 @@ def test_prefill_time_grows_with_context() -> None:
     assert pace.prefill_s(500, cached_tokens=500) == pytest.approx(0.5 + 0.5 * 0.75)
 
 
-def test_an_untold_backlog_empties_by_the_clock() -> None:
+def test_a_backlog_without_reports_empties_by_the_clock() -> None:
     backlog = Backlog(Pace(1e-3))
     backlog.add("a", 1000, 0, now=0.0)
     backlog.add("b", 2000, 0, now=0.5)
@@ -31,29 +32,29 @@ def test_an_untold_backlog_empties_by_the_clock() -> None:
     assert backlog.seconds(10.0) == pytest.approx(1.0)
 
 
-def test_a_told_backlog_waits_for_the_prompt_in_front_and_learns_its_pace() -> None:
+def test_a_backlog_with_reports_waits_for_the_first_prompt_and_learns_its_pace() -> None:
     backlog = Backlog(Pace(1e-3))
     for name in "abc":
         backlog.add(name, 1000, 0, now=0.0)
-    backlog.begun("a", now=2.0)  # took twice as long as predicted
+    backlog.first_token("a", now=2.0)  # took twice as long as predicted
     assert backlog.correction > 1.0
     assert backlog.seconds(2.0) == pytest.approx(2.0 * backlog.correction)
     assert backlog.seconds(60.0) == pytest.approx(1.1 * backlog.correction)
     backlog.drop("c", now=60.0)
     assert backlog.seconds(60.0) == pytest.approx(0.1 * backlog.correction)
-    backlog.begun("b", now=61.0)
-    backlog.begun("b", now=62.0)
+    backlog.first_token("b", now=61.0)
+    backlog.first_token("b", now=62.0)
     assert len(backlog) == 0
 
 
-def test_quantiles_are_of_the_tenants_class_then_of_everybodys_and_roll() -> None:
-    lengths = OutputLengths(window=10, least=5)
+def test_quantiles_are_of_the_tenants_class_then_of_all_tenants_and_roll() -> None:
+    lengths = OutputLengths(window=10, min_samples=5)
     assert lengths.quantile("t", 100, 0.5) is None
     for length in range(1, 11):
         lengths.learn("t", 100, length)
     assert lengths.quantile("t", 100, 0.9) == 10
     assert lengths.quantile("t", 127, 0.5) == 6
-    assert lengths.quantile("stranger", 100, 0.5) == 6
+    assert lengths.quantile("unknown", 100, 0.5) == 6
     assert lengths.quantile("t", 1000, 0.5) is None
     for _ in range(10):
         lengths.learn("t", 100, 50)
@@ -61,42 +62,42 @@ def test_quantiles_are_of_the_tenants_class_then_of_everybodys_and_roll() -> Non
 
 
 def test_short_prompts_lease_a_quantile_and_long_ones_all_of_max_tokens() -> None:
-    lengths = OutputLengths(window=100, least=10)
+    lengths = OutputLengths(window=100, min_samples=10)
     for prompt in (200, 2000):
         for length in range(1, 101):
             lengths.learn("default", prompt, length)
-    model = DemandModel(lengths, lease_quantile=0.9, long_share=0.25)
-    short = model.output(PlaceRequest("a", 200, 400))
-    assert (short.leased, short.expected) == (91, 51)
-    assert model.output(PlaceRequest("b", 2000, 400)).leased == 400
-    assert model.output(PlaceRequest("c", 200, 400, resumed=True)).leased == 400
-    assert model.output(PlaceRequest("d", 200, 60)).leased == 60
-    demand = model.demand(PlaceRequest("a", 200, 400), short, make_spec().shape)
-    geometry = make_spec().geometry
-    assert demand.most == geometry.peak_need(600)
-    assert demand.leased == PageNeed(demand.most.hot, geometry.peak_need(291).sealed)
-
-
-def lease(name: str, sealed: int) -> Lease:
-    need = PageNeed(1, sealed)
-    return Lease(name, name, "t", "g", 1, need, need, 1, granted_at=0.0, expires_at=9.0)
+    info = make_info()
+    tuning = RouterTuning(lease_quantile=0.9, long_share=0.25)
+    model, kinds = DemandModel(lengths, PrefixIndex(), tuning), [EngineKind.of(info)]
+    short = model.demand(ask("a", 200, 400), kinds)
+    assert (short.leased_tokens, short.expected_tokens) == (91, 51)
+    assert model.demand(ask("b", 2000, 400), kinds).leased_tokens == 400
+    assert model.demand(ask("c", 200, 400, resumed=True), kinds).leased_tokens == 400
+    assert model.demand(ask("d", 200, 60), kinds).leased_tokens == 60
+    (here,) = short.by_kind
+    assert here.max == info.geometry.peak_need(600)
+    assert here.leased == PageNeed(here.max.hot, info.geometry.peak_need(291).sealed)
 
 
 def test_room_comes_with_the_ends_in_their_order() -> None:
     timeline = Timeline()
-    leases = {name: lease(name, pages) for name, pages in (("a", 10), ("b", 20), ("c", 5))}
-    for name, end in (("a", 30.0), ("b", 10.0), ("c", 20.0)):
-        timeline.put(name, 0.0, end)
+    leases = {}
+    for number, (name, pages, ends_at) in enumerate(
+        [("a", 10, 30.0), ("b", 20, 10.0), ("c", 5, 20.0)]
+    ):
+        need = PageNeed(1, pages)
+        leases[name] = Lease(name, "g", (1, number), need, need, 1, granted_at=0.0)
+        timeline.add(leases[name], ends_at)
     free = PageNeed(10, 2)
-    assert timeline.room_at(PageNeed(1, 2), free, leases, 5.0) == 5.0
-    assert timeline.room_at(PageNeed(1, 22), free, leases, 5.0) == 10.0
-    assert timeline.room_at(PageNeed(1, 23), free, leases, 5.0) == 20.0
-    assert timeline.room_at(PageNeed(1, 37), free, leases, 5.0) == 30.0
-    assert timeline.room_at(PageNeed(1, 38), free, leases, 5.0) is None
-    assert timeline.freed_by(20.0, leases, 5.0) == PageNeed(2, 25)
-    assert timeline.room_at(PageNeed(1, 22), free, leases, 12.0) == pytest.approx(13.2)  # late
-    timeline.put("b", 0.0, 40.0)
+    assert timeline.room_at(PageNeed(1, 2), free, 5.0) == 5.0
+    assert timeline.room_at(PageNeed(1, 22), free, 5.0) == 10.0
+    assert timeline.room_at(PageNeed(1, 23), free, 5.0) == 20.0
+    assert timeline.room_at(PageNeed(1, 37), free, 5.0) == 30.0
+    assert timeline.room_at(PageNeed(1, 38), free, 5.0) is None
+    assert timeline.freed_by(20.0, 5.0) == PageNeed(2, 25)
+    assert timeline.room_at(PageNeed(1, 22), free, 12.0) == pytest.approx(13.2)  # late
+    timeline.remove(leases["b"])
+    timeline.add(leases["b"], 40.0)
     assert timeline.nth_end(1, 12.0) == 20.0
-    timeline.remove("c")
-    timeline.remove("c")
+    timeline.remove(leases["c"])
     assert len(timeline) == 2

@@ -1,404 +1,603 @@
-"""Random arrivals, cancellations, crashes, refusals and restarts: what must hold regardless.
+"""Random arrivals, aborts, crashes, lost connections and restarts: what must hold regardless.
 
-Engines here are books of the sequences they run; everything else is the real router.
+Engines here are books of the sequences they run. Between each of them and the router, two
+ordered queues carry what they tell each other, and are read at random moments.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass, field
+from collections import Counter, deque
+from dataclasses import dataclass, field, replace
 from random import Random
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import (
+    Bundle,
+    MultipleResults,
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    multiple,
+    precondition,
+    rule,
+)
 
-from kvmesh.cluster.routing.config import RouterConfig
-from kvmesh.cluster.routing.events import Event, LeaseAdopted, LeaseGranted, LeaseReleased
-from kvmesh.cluster.routing.group import GroupSpec
-from kvmesh.cluster.routing.ledger import Ledger
-from kvmesh.cluster.routing.request import Granted, PlaceRequest, Queued, Refused
-from kvmesh.cluster.routing.router import Changes, Router
-from kvmesh.workers.request import EngineLoads, LeaseTerms
+from kvmesh.cluster.routing.config import RouterConfig, RouterTuning
+from kvmesh.cluster.routing.errors import RequestAbortedError
+from kvmesh.cluster.routing.live import Lease
+from kvmesh.cluster.routing.outcome import Granted, Grown, Outcome, Placement, Refused, Withdrawn
+from kvmesh.cluster.routing.request import PlaceRequest
+from kvmesh.cluster.routing.router import Router
+from kvmesh.workers.lease import AccountUpdate, LeaseEnd, LeaseTerms, LeaseWant
+from kvmesh.workers.loads import ArenaLoads, EngineInfo, EngineLoads, PoolLoads
 from kvmesh.workers.sizes import PageNeed
-from tests.routing.groups import make_loads, make_spec
+from tests.routing.groups import FAST, grant, make_account, make_info
 
 GROUPS = {"a": (40, 30), "b": (40, 60), "c": (24, 120)}  # hot and sealed pages
+BLOCK_PAGES = 4
+GEOMETRY = make_info().geometry
+FINAL = ("done", "refused", "cancelled")
 
 
-@dataclass
-class Sequence:
+@dataclass(eq=False)
+class Job:
+    """A request as its client and its ingress see it.
+
+    output: what each sequence will emit in the end, unknown to the router
+    state: queued, placed, running, or final
+    connection: of the engine, during which it was placed there
+    """
+
     request: PlaceRequest
-    output: int  # what it will emit in the end, unknown to the router
+    output: int
+    state: str = "queued"
+    placement: Placement | None = None
+    connection: int = 0
+    run: Run | None = None
+
+
+@dataclass(eq=False)
+class Run:
+    """A lease's sequences on an engine; they are of one length.
+
+    terms: as the engine knows them
+    """
+
+    job: Job
+    request: PlaceRequest
+    output: int
+    terms: LeaseTerms
     emitted: int = 0
-    covered: int = 0
-    use_by: float = 0.0
-    group: str = ""
-    lease: LeaseTerms | None = None
-    state: str = "queued"  # queued, granted, running, done, refused, cancelled
+    wants: LeaseWant | None = None
+
+    @property
+    def tokens(self) -> int:
+        return self.request.prompt_tokens + self.emitted
+
+    @property
+    def covered(self) -> int:
+        """Tokens that each sequence may reach."""
+        return GEOMETRY.tokens_within(self.terms.sealed_pages // self.terms.sequences)
 
 
-@dataclass
-class Engine:
+@dataclass(eq=False)
+class BookEngine:
+    """strayed: it got a lease that the ledger no longer counted; until it runs nothing"""
+
+    name: str
     epoch: int = 0
     up: bool = True
-    running: dict[str, Sequence] = field(default_factory=dict)  # by lease id
+    connected: bool = True
+    connections: int = 0
+    strayed: bool = False
+    runs: dict[str, Run] = field(default_factory=dict)  # by lease id
+    withdrawn: set[str] = field(default_factory=set)
+    to_router: deque[AccountUpdate | EngineLoads] = field(default_factory=deque)
+    from_router: deque[Grown | Withdrawn] = field(default_factory=deque)
+
+    @property
+    def info(self) -> EngineInfo:
+        hot, sealed = GROUPS[self.name]
+        return make_info(hot=hot, sealed=sealed, epoch=f"{self.name}{self.epoch}", max_sequences=5)
+
+    def tell(self, message: AccountUpdate | EngineLoads) -> None:
+        if self.connected:
+            self.to_router.append(message)
+
+    def lose_connection(self) -> None:
+        self.connected = False
+        self.to_router.clear()
+        self.from_router.clear()
+
+    def take(self, job: Job, placement: Placement) -> bool:
+        """The ingress submits; False if the engine refuses."""
+        lease_id = placement.lease.lease_id
+        if not self.up or placement.engine_epoch != self.info.epoch or lease_id in self.withdrawn:
+            return False
+        job.run = self.runs[lease_id] = Run(job, job.request, job.output, placement.lease)
+        self.tell(AccountUpdate(arrived=(placement.lease,)))
+        return True
+
+    def decode(self, run: Run, tokens: int) -> None:
+        lease_id = run.terms.lease_id
+        target = min(run.emitted + tokens, run.output)
+        reach = min(run.request.prompt_tokens + target, run.covered)
+        emitted = max(reach - run.request.prompt_tokens, run.emitted)
+        if emitted and not run.emitted:
+            self.tell(AccountUpdate(first_tokens=(lease_id,)))
+        run.emitted = emitted
+        if emitted >= run.output:
+            self.end(run, emitted)
+        elif emitted < target and run.wants is None:
+            prompt = run.request.prompt_tokens
+            run.wants = LeaseWant(lease_id, prompt, prompt + target)
+            self.tell(AccountUpdate(wants=(run.wants,)))
+
+    def end(self, run: Run, output_tokens: int | None) -> None:
+        del self.runs[run.terms.lease_id]
+        self.tell(AccountUpdate(ended=(LeaseEnd(run.terms.lease_id, output_tokens),)))
+
+    def report(self) -> None:
+        """Loads of this moment; its sequences are as long as they have come."""
+        hot = sealed = 0
+        for run in self.runs.values():
+            need = GEOMETRY.need(run.tokens)
+            hot += need.hot * run.terms.sequences
+            sealed += need.sealed * run.terms.sequences
+        pool = PoolLoads(ArenaLoads(used=hot), ArenaLoads(used=sealed))
+        self.tell(EngineLoads(pool=pool, leases=tuple(x.terms for x in self.runs.values())))
 
 
 class RouterMachine(RuleBasedStateMachine):
-    sequences = Bundle("sequences")
+    jobs = Bundle("jobs")
 
     def __init__(self) -> None:
         super().__init__()
         self.now = 0.0
         self.epoch = 0
-        self.count = 0
-        self.all: dict[str, Sequence] = {}
-        self.engines = {name: Engine() for name in GROUPS}
-        self.log: list[Event] = []
-        self.on_its_way: dict[str, tuple[float, EngineLoads | None]] = {}
+        self.all: dict[str, Job] = {}
+        self.engines = {name: BookEngine(name) for name in GROUPS}
         self.start_router()
+        for name in GROUPS:
+            self.connect(name)
 
-    # What happens
+    # Clients and ingresses
 
     @rule(
-        target=sequences,
-        prompt=st.integers(1, 1500),
-        most=st.integers(1, 300),
-        share=st.floats(0, 1),
-        priority=st.integers(0, 2),
-        timeout=st.one_of(st.none(), st.floats(1, 100)),
-        tenant=st.sampled_from("xyz"),
-        chain=st.integers(0, 3),
+        target=jobs,
+        count=st.sampled_from([1, 4, 8]),
+        chance=st.randoms(use_true_random=False),
+        longest=st.sampled_from([100, 1500]),
     )
-    def arrive(
-        self,
-        prompt: int,
-        most: int,
-        share: float,
-        priority: int,
-        timeout: float | None,
-        tenant: str,
-        chain: int,
-    ) -> str:
-        self.count += 1
+    def requests_arrive(self, count: int, chance: Random, longest: int) -> MultipleResults[str]:
+        return multiple(*(self.arrive(chance, longest) for _ in range(count)))
+
+    @initialize(
+        target=jobs,
+        count=st.integers(0, 12),
+        chance=st.randoms(use_true_random=False),
+        longest=st.sampled_from([100, 1500]),
+    )
+    def requests_are_there(self, count: int, chance: Random, longest: int) -> MultipleResults[str]:
+        return multiple(*(self.arrive(chance, longest) for _ in range(count)))
+
+    def arrive(self, chance: Random, longest: int) -> str:
+        prompt, max_tokens = chance.randint(1, longest), chance.randint(1, 300)
+        chain = chance.randrange(4)
         request = PlaceRequest(
-            f"r{self.count}",
+            f"r{len(self.all)}",
             prompt,
-            most,
-            tenant=tenant,
-            priority=priority,
-            timeout_s=timeout,
+            max_tokens,
+            tenant=chance.choice("xyz"),
+            priority=chance.randrange(3),
+            timeout_s=chance.choice([None, None, chance.uniform(1, 100)]),
             page_hashes=tuple(b"%d/%d" % (chain, page) for page in range(prompt // 16)),
+            sequences=chance.choice([1, 1, 1, 2]),
         )
-        self.all[request.request_id] = Sequence(request, max(1, round(share * most)))
-        self.submit(request)
+        output = chance.randint(1, max_tokens)
+        job = self.all[request.request_id] = Job(request, output)
+        self.place(job)
         return request.request_id
 
-    @rule(name=sequences)
-    def hand_to_engine(self, name: str) -> None:
-        self.hand_over(self.all[name])
+    @rule(name=jobs)
+    def ingress_submits(self, name: str) -> None:
+        self.submit(self.all[name])
 
-    @rule(name=sequences)
+    @rule(name=jobs)
     def engine_refuses(self, name: str) -> None:
-        seq = self.all[name]
-        if seq.state == "granted":
-            assert seq.lease is not None
-            self.settle(self.router.release(seq.lease.lease_id, self.now))
-            self.replace(seq, excluded=frozenset([seq.group]))
+        job = self.all[name]
+        if job.state == "placed":
+            placement = self.give_back(job)
+            self.place_again(job, excluded_groups=frozenset([placement.group]))
 
-    @rule(name=sequences, tokens=st.integers(1, 100))
-    def decode(self, name: str, tokens: int) -> None:
-        self.advance(self.all[name], tokens)
-
-    @rule(name=sequences)
-    def cancel(self, name: str) -> None:
-        seq = self.all[name]
-        if seq.state == "queued":
+    @rule(name=jobs)
+    def client_cancels(self, name: str) -> None:
+        job = self.all[name]
+        if job.state == "queued":
+            job.state = "cancelled"
             self.settle(self.router.cancel(name, self.now))
-        elif seq.state in ("granted", "running"):
-            self.end(seq, None)
-        else:
-            return
-        seq.state = "cancelled"
+        elif job.state == "placed":
+            job.state = "cancelled"
+            self.give_back(job)
+        elif job.state == "running" and job.run is not None:
+            job.state = "cancelled"
+            self.engine_of(job).end(job.run, None)
 
-    @rule(name=sequences)
-    def release_again(self, name: str) -> None:
-        seq = self.all[name]
-        if seq.state in ("done", "cancelled") and seq.lease is not None:
-            assert self.router.release(seq.lease.lease_id, self.now) == Changes()
+    @rule(name=jobs)
+    def client_aborts(self, name: str) -> None:
+        job = self.all[name]
+        known = self.router.abort(name, self.now)
+        if known and job.state not in FINAL:
+            job.state = "cancelled"
+        self.settle(known)
+
+    @rule(name=jobs)
+    def newer_incarnation_comes(self, name: str) -> None:
+        if self.all[name].state not in FINAL:
+            self.place_again(self.all[name])
+
+    @rule(name=jobs)
+    def ingress_releases_again(self, name: str) -> None:
+        job = self.all[name]
+        if job.state in ("done", "cancelled") and job.placement is not None:
+            self.settle(self.router.release(job.placement.lease.lease_id, self.now))
+
+    # Engines
+
+    @rule(name=jobs, tokens=st.integers(1, 100))
+    def engine_decodes(self, name: str, tokens: int) -> None:
+        job = self.all[name]
+        if job.state == "running":
+            self.decode(job, tokens)
+
+    @rule(group=st.sampled_from(sorted(GROUPS)))
+    def engine_reports(self, group: str) -> None:
+        self.engines[group].report()
+
+    @rule(group=st.sampled_from(sorted(GROUPS)), count=st.integers(1, 5))
+    def router_hears(self, group: str, count: int) -> None:
+        self.deliver_to_router(self.engines[group], count)
+
+    @rule(group=st.sampled_from(sorted(GROUPS)), count=st.integers(1, 5))
+    def engine_hears(self, group: str, count: int) -> None:
+        self.deliver_to_engine(self.engines[group], count)
+
+    @rule(group=st.sampled_from(sorted(GROUPS)), ingress_first=st.booleans())
+    def engine_crashes(self, group: str, ingress_first: bool) -> None:
+        engine = self.engines[group]
+        if not engine.up:
+            return
+        lost = [run.job for run in engine.runs.values() if run.job.run is run]
+        engine.up = False
+        engine.runs.clear()
+        engine.withdrawn.clear()
+        engine.lose_connection()
+        if ingress_first:
+            self.lost_on(engine, lost)
+        self.settle(self.router.group_down(group, self.now))
+        if not ingress_first:
+            self.lost_on(engine, lost)
+
+    @rule(group=st.sampled_from(sorted(GROUPS)))
+    def engine_comes_back(self, group: str) -> None:
+        engine = self.engines[group]
+        if not engine.up:
+            engine.up = True
+            engine.strayed = False
+            engine.epoch += 1
+            self.connect(group)
+
+    @rule(group=st.sampled_from(sorted(GROUPS)))
+    def connection_breaks(self, group: str) -> None:
+        if self.engines[group].connected:
+            self.engines[group].lose_connection()
+            self.settle(self.router.group_down(group, self.now))
+
+    @rule(group=st.sampled_from(sorted(GROUPS)))
+    def engine_connects_again(self, group: str) -> None:
+        if self.engines[group].up and not self.engines[group].connected:
+            self.connect(group)
+
+    @rule(tokens=st.integers(1, 100))
+    def all_continue(self, tokens: int) -> None:
+        for job in list(self.all.values()):
+            self.submit(job)
+        for engine in self.engines.values():
+            for run in list(engine.runs.values()):
+                self.decode(run.job, tokens, run)
+            self.deliver_to_router(engine, 4)
+            self.deliver_to_engine(engine, 4)
+
+    # The router
 
     @rule(seconds=st.floats(0.01, 20))
     def time_passes(self, seconds: float) -> None:
         self.now += seconds
         self.settle(self.router.tick(self.now))
-        self.drop_swept()
 
-    @rule(group=st.sampled_from(sorted(GROUPS)))
-    def report(self, group: str) -> None:
-        engine = self.engines[group]
-        if engine.up:
-            self.settle(self.router.report(group, self.loads(group), self.now)[1])
-            self.drop_swept()
-
-    @rule(group=st.sampled_from(sorted(GROUPS)))
-    def send_report(self, group: str) -> None:
-        if self.engines[group].up:
-            self.on_its_way[group] = (self.now, self.loads(group))
-
-    @rule(group=st.sampled_from(sorted(GROUPS)))
-    def late_report_arrives(self, group: str) -> None:
-        sent_at, loads = self.on_its_way.pop(group, (-1e9, None))
-        if loads is not None and self.now - sent_at < self.router.config.grace_s:
-            self.settle(self.router.report(group, loads, self.now)[1])
-            self.drop_swept()
-
-    @rule(group=st.sampled_from(sorted(GROUPS)))
-    def crash(self, group: str) -> None:
-        engine = self.engines[group]
-        if engine.up:
-            engine.up = False
-            engine.running.clear()
-            lost = self.held_on(group)
-            self.settle(self.router.group_down(group, self.now))
-            for seq in lost:
-                self.replace(seq)
-
-    @rule(group=st.sampled_from(sorted(GROUPS)))
-    def come_back(self, group: str) -> None:
-        engine = self.engines[group]
-        if not engine.up:
-            engine.up = True
-            engine.epoch += 1
-            self.settle(self.router.group_up(self.spec(group), self.now))
-
+    @precondition(lambda self: len(self.all) > 3)
     @rule()
-    def restart_router(self) -> None:
+    def router_restarts(self) -> None:
+        for engine in self.engines.values():
+            engine.lose_connection()
         self.start_router()
-        for seq in self.all.values():  # whoever waited for an answer asks again
-            if seq.state in ("queued", "granted"):
-                self.replace(seq)
-        for group in GROUPS:
-            self.report(group)
+        for job in self.all.values():  # callers that waited for an answer ask again
+            if job.state == "queued":
+                self.place(job)
 
     # What must hold
 
     @invariant()
     def no_group_is_overcommitted(self) -> None:
-        """Counted from the holders' side: what their leases entitle them to fits the pool."""
-        for group, (hot_pages, sealed_pages) in GROUPS.items():
+        """Counted from the holders' side: what they are entitled to fits the pool."""
+        for name, engine in self.engines.items():
+            self.note_strays(engine)
+            if engine.strayed:
+                continue
             hot = sealed = 0
             pages: set[bytes] = set()
-            for seq in self.held_on(group):
-                assert seq.lease is not None
-                own = make_spec().geometry.sealed_range(seq.request.prompt_tokens)
-                shared = seq.request.page_hashes[own.start : own.stop // 4 * 4]
-                hot += seq.lease.hot_pages
-                sealed += seq.lease.sealed_pages - len(shared)
+            for request, terms in self.entitled(engine):
+                own = GEOMETRY.sealed_range(request.prompt_tokens)
+                stop = own.stop // BLOCK_PAGES * BLOCK_PAGES
+                shared = request.page_hashes[own.start : stop]
+                hot += terms.hot_pages
+                sealed += terms.sealed_pages - len(shared)
                 pages.update(shared)
-            assert hot <= hot_pages
-            assert sealed + len(pages) <= sealed_pages
-        self.router.ledger.check_integrity()
+            assert hot <= GROUPS[name][0]
+            assert sealed + len(pages) <= GROUPS[name][1]
 
     @invariant()
-    def every_request_is_where_it_is_thought_to_be(self) -> None:
-        leases = self.router.ledger.leases
-        heard = {
-            name for name, x in self.router.ledger.accounts.items() if x.reported_at is not None
-        }
-        for seq in self.all.values():
-            holds = seq.state == "granted" or (seq.state == "running" and seq.group in heard)
-            if holds:
-                assert seq.lease is not None
-                assert leases[seq.lease.lease_id].group == seq.group
-        assert self.router.queue_depth == sum(x.state == "queued" for x in self.all.values())
+    def the_accounts_are_the_sums_of_their_leases(self) -> None:
+        self.router.fleet.check_integrity()
 
     @invariant()
     def leases_are_released_once(self) -> None:
-        begun = Counter(
-            event.lease.lease_id
-            for event in self.log
-            if isinstance(event, LeaseGranted | LeaseAdopted)
-        )
-        ended = Counter(e.lease_id for e in self.log if isinstance(e, LeaseReleased))
-        live = Counter(self.router.ledger.leases.keys())
-        assert begun == ended + live
+        status = self.router.status(self.now)
+        live = sum(not lease.adopted for lease in self.leases.values())
+        assert status.granted_total == status.released_total + status.expired_total + live
 
     @invariant()
-    def the_log_replays(self) -> None:
-        assert Ledger.replay(self.log, self.epoch).state() == self.router.ledger.state()
+    def every_request_is_where_it_is_thought_to_be(self) -> None:
+        status = self.router.status(self.now)
+        assert status.queue_depth == sum(job.state == "queued" for job in self.all.values())
+        for engine in self.engines.values():
+            if engine.connected and not engine.to_router:
+                assert engine.runs.keys() <= self.leases.keys()
+            elif not engine.connected:
+                assert all(lease.group != engine.name for lease in self.leases.values())
 
     def teardown(self) -> None:
-        """Left alone, everything that waits or runs comes to its end."""
+        """Left alone, all that waits or runs comes to its end."""
         for group in GROUPS:
-            self.come_back(group)
+            self.engine_comes_back(group)
+            self.engine_connects_again(group)
         for _ in range(1000):
             self.now += 1.0
-            for group in GROUPS:
-                self.report(group)
             self.settle(self.router.tick(self.now))
-            for name in list(self.all):
-                self.hand_over(self.all[name])
-                self.advance(self.all[name], 400)
+            for job in list(self.all.values()):
+                self.submit(job)
+            for engine in self.engines.values():
+                for run in list(engine.runs.values()):
+                    self.decode(run.job, 400, run)
+                engine.report()
+                self.deliver_to_engine(engine, 1000)
+                self.deliver_to_router(engine, 1000)
             self.no_group_is_overcommitted()
-            if all(x.state in ("done", "refused", "cancelled") for x in self.all.values()):
+            idle = not any(engine.runs for engine in self.engines.values())
+            if idle and not self.leases and all(x.state in FINAL for x in self.all.values()):
                 break
-        states = Counter(seq.state for seq in self.all.values())
-        assert not states.keys() & {"queued", "granted", "running"}, states
-        assert not self.router.ledger.leases
-        for account in self.router.ledger.accounts.values():
-            assert account.used == PageNeed(0, 0)
-            assert not account.shared
+        assert not Counter(job.state for job in self.all.values() if job.state not in FINAL)
+        status = self.router.status(self.now)
+        assert (status.leases, status.live_requests, status.queue_depth) == (0, 0, 0)
+        for use in self.router.fleet.tenants._uses.values():
+            assert (use.active, use.leased_bytes) == (0, 0)
+        for group in GROUPS:
+            account = self.router.fleet.groups[group].account
+            assert account is not None
+            assert (account.used, account.reserve) == (PageNeed(0, 0), 0)
 
     # Within
 
-    def loads(self, group: str) -> EngineLoads:
-        engine = self.engines[group]
-        leases = [seq.lease for seq in engine.running.values() if seq.lease is not None]
-        return make_loads(leases, epoch=str(engine.epoch))
-
-    def spec(self, group: str) -> GroupSpec:
-        hot, sealed = GROUPS[group]
-        epoch = str(self.engines[group].epoch)
-        return make_spec(group, hot=hot, sealed=sealed, epoch=epoch, max_sequences=5)
+    @property
+    def leases(self) -> dict[str, Lease]:
+        return self.router.fleet.leases
 
     def start_router(self) -> None:
         self.epoch += 1
-        self.log.clear()
-        self.on_its_way.clear()
-        up = [group for group, engine in self.engines.items() if engine.up]
-        config = RouterConfig(
-            queue_limit=200,
-            least_samples=2,
+        up = [name for name, engine in self.engines.items() if engine.up]
+        tuning = RouterTuning(
+            pace=FAST,
+            min_samples=2,
             lease_quantile=0.5,
             long_share=0.0,
-            block_pages=4,
-            rebuild_timeout_s=1e9,
+            block_pages=BLOCK_PAGES,
         )
-        self.router = Router(
-            config, self.epoch, self.now, expected_groups=up, on_event=self.log.append
+        config = RouterConfig(queue_limit=200, rebuild_timeout_s=1e9, tuning=tuning)
+        self.router = Router(config, self.epoch, self.now, expected_groups=up)
+        for prompt in (1 << power for power in range(11)):  # outputs seem short: leases must grow
+            for _ in range(tuning.min_samples):
+                self.router.fleet.lengths.learn("", prompt, 1)
+        for name in GROUPS.keys() - up:  # known, but not there yet
+            self.router.group_up(name, self.engines[name].info, (), self.now)
+            self.router.group_down(name, self.now)
+
+    def connect(self, group: str) -> None:
+        """Says which leases the engine holds; sequences that waited for pages say so again."""
+        engine = self.engines[group]
+        engine.connected = True
+        engine.connections += 1
+        held = [run.terms for run in engine.runs.values()]
+        outcomes = self.router.group_up(group, engine.info, held, self.now)
+        wants = tuple(run.wants for run in engine.runs.values() if run.wants is not None)
+        engine.tell(AccountUpdate(wants=wants))
+        self.settle(outcomes)
+
+    def place(self, job: Job) -> None:
+        own, *others = self.router.place(job.request, self.now)
+        self.settle(others)
+        job.state = "queued"
+        self.settle([own])
+
+    def place_again(
+        self,
+        job: Job,
+        *,
+        excluded_groups: frozenset[str] = frozenset(),
+        lost_engines: frozenset[str] = frozenset(),
+    ) -> None:
+        """As a newer incarnation, with what it has emitted as part of the prompt."""
+        emitted = job.run.emitted if job.run is not None else 0
+        old = job.request
+        job.output -= emitted
+        job.request = replace(
+            old,
+            prompt_tokens=old.prompt_tokens + emitted,
+            max_tokens=old.max_tokens - emitted,
+            resumed=old.resumed or emitted > 0,
+            supersedes=True,
+            excluded_groups=excluded_groups,
+            lost_engines=lost_engines,
         )
-        for group in up:
-            self.settle(self.router.group_up(self.spec(group), self.now))
-        for group in GROUPS.keys() - up:  # known from the configuration, but not there yet
-            self.router.group_up(self.spec(group), self.now)
-            self.router.group_down(group, self.now)
-        if self.epoch == 1:
-            for group in GROUPS:
-                self.report(group)
+        job.state, job.run, job.placement = "superseded", None, None
+        self.place(job)
 
-    def submit(self, request: PlaceRequest) -> None:
-        decision, changes = self.router.submit(request, self.now)
-        self.settle(changes)
-        if not isinstance(decision, Queued):
-            self.settle(Changes((decision,)))
+    def submit(self, job: Job) -> None:
+        if job.state != "placed" or job.placement is None:
+            return
+        engine, placement = self.engines[job.placement.group], job.placement
+        if not engine.take(job, placement):
+            lost = frozenset([placement.engine_epoch])
+            self.give_back(job)
+            self.place_again(job, lost_engines=lost if not engine.up else frozenset())
+            return
+        job.state = "running"
+        engine.strayed |= job.connection != engine.connections
+        self.note_strays(engine)
 
-    def replace(self, seq: Sequence, excluded: frozenset[str] = frozenset()) -> None:
-        old = seq.request
-        seq.state, seq.lease, seq.group = "queued", None, ""
-        left = old.max_tokens - seq.emitted
-        seq.output -= seq.emitted
-        seq.request = PlaceRequest(
-            old.request_id,
-            old.prompt_tokens + seq.emitted,
-            left,
-            tenant=old.tenant,
-            priority=old.priority,
-            page_hashes=old.page_hashes,
-            excluded_groups=excluded,
-            resumed=seq.emitted > 0,
-        )
-        seq.emitted = 0
-        self.submit(seq.request)
+    def note_strays(self, engine: BookEngine) -> None:
+        """Look for leases that the ledger gave up before it heard of their arrival."""
+        if not engine.runs:
+            engine.strayed = False
+        elif engine.connected:
+            engine.strayed |= not engine.runs.keys() <= self.leases.keys()
 
-    def settle(self, changes: Changes) -> None:
-        for outcome in changes.outcomes:
-            seq = self.all[outcome.request_id]
-            assert seq.state == "queued"
+    def give_back(self, job: Job) -> Placement:
+        assert job.placement is not None
+        self.settle(self.router.release(job.placement.lease.lease_id, self.now))
+        return job.placement
+
+    def decode(self, job: Job, tokens: int, run: Run | None = None) -> None:
+        run = run or job.run
+        assert run is not None
+        engine = next(x for x in self.engines.values() if run in x.runs.values())
+        engine.decode(run, tokens)
+        if run.terms.lease_id not in engine.runs and job.run is run and job.state == "running":
+            job.state = "done"
+
+    def engine_of(self, job: Job) -> BookEngine:
+        assert job.placement is not None
+        return self.engines[job.placement.group]
+
+    def lost_on(self, engine: BookEngine, jobs: list[Job]) -> None:
+        for job in jobs:
+            if job.state == "running":
+                self.place_again(job, lost_engines=frozenset([engine.info.epoch]))
+
+    def settle(self, outcomes: list[Outcome]) -> None:
+        for outcome in outcomes:
             match outcome:
                 case Granted(placement=placement):
-                    seq.state = "granted"
-                    seq.group, seq.lease = placement.group, placement.lease
-                    seq.covered = placement.leased_output_tokens
-                    seq.use_by = placement.expires_at
-                    assert self.engines[seq.group].up
-                case Refused():
-                    seq.state = "refused"
+                    job, engine = self.all[placement.request_id], self.engines[placement.group]
+                    assert job.state == "queued"
+                    assert engine.connected
+                    assert engine.info.epoch == placement.engine_epoch
+                    assert engine.info.epoch not in job.request.lost_engines
+                    job.state, job.placement = "placed", placement
+                    job.connection = engine.connections
+                case Refused(error=error):
+                    job = self.all[outcome.request_id]
+                    if isinstance(error, RequestAbortedError):
+                        assert job.state in ("superseded", "cancelled")
+                    else:
+                        assert job.state == "queued"
+                        job.state = "refused"
+                case Grown() | Withdrawn():
+                    engine = self.engines[outcome.group]
+                    if engine.connected:  # the router hears of a broken connection later
+                        engine.from_router.append(outcome)
 
-    def hand_over(self, seq: Sequence) -> None:
-        if seq.state != "granted":
+    def deliver_to_router(self, engine: BookEngine, count: int) -> None:
+        for _ in range(min(count, len(engine.to_router))):
+            message = engine.to_router.popleft()
+            if isinstance(message, EngineLoads):
+                assert self.router.audit(engine.name, message) == ()
+            else:
+                self.note_strays(engine)
+                self.settle(self.router.account(engine.name, message, self.now))
+
+    def deliver_to_engine(self, engine: BookEngine, count: int) -> None:
+        for _ in range(min(count, len(engine.from_router))):
+            message = engine.from_router.popleft()
+            if isinstance(message, Grown):
+                run = engine.runs.get(message.lease.lease_id)
+                if run is not None:
+                    assert PageNeed(0, run.terms.sealed_pages).fits(
+                        PageNeed(0, message.lease.sealed_pages)
+                    )
+                    run.terms, run.wants = message.lease, None
+            else:
+                self.withdraw(engine, message.lease_id)
+
+    def withdraw(self, engine: BookEngine, lease_id: str) -> None:
+        engine.withdrawn.add(lease_id)
+        run = engine.runs.get(lease_id)
+        if run is None:
+            engine.tell(AccountUpdate(ended=(LeaseEnd(lease_id),)))
             return
-        assert seq.lease is not None
-        if self.now > seq.use_by:
-            self.settle(self.router.release(seq.lease.lease_id, self.now))
-            self.replace(seq)
-            return
-        seq.state = "running"
-        self.engines[seq.group].running[seq.lease.lease_id] = seq
-        self.settle(self.router.begun(seq.lease.lease_id, self.now))
+        engine.end(run, None)
+        if run.job.run is run and run.job.state == "running":  # it had come too late
+            self.place_again(run.job)
 
-    def advance(self, seq: Sequence, tokens: int) -> None:
-        if seq.state != "running":
-            return
-        assert seq.lease is not None
-        target = min(seq.emitted + tokens, seq.output)
-        if target > seq.covered:
-            growth = self.router.grow(seq.lease.lease_id, seq.request, target, self.now)
-            if growth is not None:
-                seq.covered, seq.lease = growth.output_tokens, growth.lease
-        seq.emitted = min(target, seq.covered)
-        if seq.emitted >= seq.output:
-            self.end(seq, seq.emitted)
-            seq.state = "done"
-
-    def end(self, seq: Sequence, output: int | None) -> None:
-        assert seq.lease is not None
-        self.engines[seq.group].running.pop(seq.lease.lease_id, None)
-        self.settle(self.router.release(seq.lease.lease_id, self.now, output))
-
-    def held_on(self, group: str) -> list[Sequence]:
-        states = ("granted", "running")
-        return [x for x in self.all.values() if x.group == group and x.state in states]
-
-    def drop_swept(self) -> None:
-        """A grant that was not used in time is gone; its holder asks again."""
-        for seq in self.all.values():
-            if seq.state == "granted":
-                assert seq.lease is not None
-                if seq.lease.lease_id not in self.router.ledger.leases:
-                    self.replace(seq)
+    def entitled(self, engine: BookEngine) -> list[tuple[PlaceRequest, LeaseTerms]]:
+        """Who may hold pages of the engine, and how many: as the ledger says, or the engine."""
+        held = {name: (run.request, run.terms) for name, run in engine.runs.items()}
+        for lease in self.leases.values():
+            if lease.group == engine.name and lease.request is not None:
+                held[lease.lease_id] = (lease.request, lease.terms)
+            elif lease.lease_id in held:
+                held[lease.lease_id] = (held[lease.lease_id][0], lease.terms)
+        return list(held.values())
 
 
+@settings(deadline=None)
 @given(
-    mosts=st.lists(st.integers(1, 20), min_size=1, max_size=12),
+    maxima=st.lists(st.integers(1, 20), min_size=1, max_size=12),
     order=st.randoms(use_true_random=False),
 )
-def test_leases_that_grow_page_by_page_all_reach_their_most(
-    mosts: list[int], order: Random
+def test_leases_that_grow_page_by_page_all_reach_their_maximum(
+    maxima: list[int], order: Random
 ) -> None:
-    """However growth is interleaved, and whoever comes in between, nobody is stuck for good."""
-    ledger = Ledger(1)
-    ledger.group_up(make_spec("g", hot=1000, sealed=20), 0.0)
-    account = ledger.accounts["g"]
-    waiting, growing = list(mosts), list[str]()
+    """However growth is interleaved, and whatever comes in between, no lease is stuck for good."""
+    account = make_account(hot=1000, sealed=20)
+    waiting, growing = list(maxima), list[Lease]()
+    number = 0
     while waiting or growing:
         moved = False
         if waiting and account.holds(PageNeed(1, 0), waiting[-1]):
-            most = PageNeed(1, waiting.pop())
-            lease = ledger.grant("g", PageNeed(1, 0), 0.0, request_id="r", most=most)
-            growing.append(lease.lease_id)
+            max_sealed, number = waiting.pop(), number + 1
+            growing.append(grant(account, PageNeed(1, 0), number=number, max_sealed=max_sealed))
             moved = True
         order.shuffle(growing)
-        for lease_id in list(growing):
-            lease = ledger.leases[lease_id]
+        for lease in list(growing):
             if lease.to_grow == 0:
-                ledger.release(lease_id, 0.0)
-                growing.remove(lease_id)
+                account.release(lease)
+                growing.remove(lease)
                 moved = True
-            elif ledger.grow(lease_id, PageNeed(1, lease.need.sealed + 1), 0.0):
+            elif account.grow(lease, lease.need.sealed + 1):
                 moved = True
-        assert moved, "nobody can go on"
-        ledger.check_integrity()
+        assert moved, "no lease can continue"
+        account.check_integrity()
 
 
 RouterMachine.TestCase.settings = settings(

@@ -4,46 +4,56 @@ import pickle
 
 import pytest
 
+from kvmesh.cluster.routing import errors
 from kvmesh.cluster.routing.config import RouterConfig
-from kvmesh.cluster.routing.decisions import Decided, DecisionLog
 from kvmesh.cluster.routing.errors import (
     DeadlineUnreachableError,
-    DuplicateRequestError,
-    NeverFitsError,
+    ExceedsEveryGroupError,
     NoGroupError,
     QueueFullError,
+    RequestAbortedError,
+    RequestIdInUseError,
+    RoutingError,
 )
-from kvmesh.cluster.routing.explain import explain
-from kvmesh.cluster.routing.group import GroupSpec
-from kvmesh.cluster.routing.request import Granted, PlaceRequest, Queued, Refused
+from kvmesh.cluster.routing.outcome import Decision, Enqueued, Granted, Outcome, Refused, Withdrawn
+from kvmesh.cluster.routing.records import Records
 from kvmesh.cluster.routing.router import Router
 from kvmesh.cluster.routing.verdict import Reason
-from kvmesh.workers.request import LeaseTerms
-from tests.routing.groups import make_loads, make_spec
+from kvmesh.workers.sizes import PageNeed
+from tests.routing.groups import (
+    arrive,
+    ask,
+    end,
+    foreign,
+    granted,
+    info_like,
+    make_info,
+    make_router,
+    router_with,
+)
 
 
-def router_with(*specs: GroupSpec, queue_limit: int = 8) -> Router:
-    router = Router(RouterConfig(queue_limit=queue_limit), epoch=1, now=0.0)
-    for spec in specs:
-        router.group_up(spec, 0.0)
-        router.report(spec.group, make_loads(epoch=spec.engine_epoch), 0.0)
-    return router
+def one_at_a_time(**settings: object) -> Router:
+    return router_with(groups={"g0": make_info(max_sequences=1)}, **settings)
 
 
-def ask(request_id: str, prompt: int = 160, out: int = 160, **rest: object) -> PlaceRequest:
-    return PlaceRequest(request_id, prompt, out, **rest)  # type: ignore[arg-type]
+def refused(outcome: Outcome, error: type[RoutingError]) -> RoutingError:
+    assert isinstance(outcome, Refused)
+    assert type(outcome.error) is error
+    return outcome.error
 
 
-def granted(decision: object) -> Granted:
-    assert isinstance(decision, Granted), decision
+def decide(router: Router, *args: object, **rest: object) -> Decision:
+    decision = router.place(ask(*args, **rest), 0.0)[0]  # type: ignore[arg-type]
+    assert isinstance(decision, Granted | Enqueued | Refused)
     return decision
 
 
 def test_the_least_used_group_gets_the_request_and_says_why() -> None:
-    router = router_with(make_spec("g0"), make_spec("g1"))
-    first = granted(router.submit(ask("a"), 0.0)[0]).placement
-    second = granted(router.submit(ask("b"), 0.0)[0]).placement
-    assert {first.group, second.group} == {"g0", "g1"}
+    router = router_with(groups={"g0": make_info(), "g1": make_info(epoch="e1")})
+    first = granted(router.place(ask("a"), 0.0))
+    second = granted(router.place(ask("b"), 0.0))
+    assert {(x.group, x.engine_epoch) for x in (first, second)} == {("g0", "e0"), ("g1", "e1")}
     assert {v.reason for v in first.verdicts} == {Reason.CHOSEN, Reason.WORSE}
     # 320 tokens: 20 pages of 16; 4 hot (1 sink, 2 recent, 1 writing), 17 sealed at the end
     assert (first.lease.hot_pages, first.lease.sealed_pages) == (4, 17)
@@ -51,168 +61,304 @@ def test_the_least_used_group_gets_the_request_and_says_why() -> None:
 
 
 def test_what_no_group_can_ever_hold_is_refused_with_the_bytes() -> None:
-    router = router_with(make_spec("g0", sealed=10), make_spec("g1", max_model_len=64))
-    refused = router.submit(ask("a"), 0.0)[0]
-    assert isinstance(refused, Refused)
-    assert isinstance(refused.error, NeverFitsError)
-    assert refused.error.needed_bytes["g0"] == 4 * 1000 + 17 * 300
-    assert refused.error.available_bytes["g0"] == 64 * 1000 + 10 * 300
-    assert refused.error.reasons["g1"] == Reason.CONTEXT.value
-    again = pickle.loads(pickle.dumps(refused.error))
-    assert str(again) == str(refused.error)
+    infos = {"g0": make_info(sealed=10), "g1": make_info(max_model_len=64)}
+    (outcome,) = router_with(groups=infos).place(ask("a"), 0.0)
+    error = refused(outcome, ExceedsEveryGroupError)
+    assert isinstance(error, ExceedsEveryGroupError)
+    assert error.needed_bytes["g0"] == 4 * 1000 + 17 * 300
+    assert error.available_bytes["g0"] == 64 * 1000 + 10 * 300
+    assert error.reasons["g1"] == Reason.CONTEXT.value
 
 
-def test_the_quality_floor_excludes_a_format() -> None:
-    router = router_with(make_spec("low", quality=2.5), make_spec("high", quality=8.5))
-    for name in "ab":
-        placement = granted(router.submit(ask(name, min_quality=8.0), 0.0)[0]).placement
-        assert placement.group == "high"
-    refused = router.submit(ask("c", min_quality=16.0), 0.0)[0]
-    assert isinstance(refused, Refused)
-    assert isinstance(refused.error, NeverFitsError)
+@pytest.mark.parametrize(
+    "error",
+    [
+        RequestIdInUseError("r"),
+        RequestAbortedError(),
+        ExceedsEveryGroupError({"g": 2}, {"g": 1}, {"g": "why"}),
+        DeadlineUnreachableError(1.0, 2.0),
+        QueueFullError("full", 1.0, 2, 1),
+        errors.LedgerError("fault"),
+    ],
+)
+def test_errors_can_be_rebuilt_from_their_arguments(error: RoutingError) -> None:
+    for again in (type(error)(*error.args), pickle.loads(pickle.dumps(error))):
+        assert (type(again), str(again), again.args) == (type(error), str(error), error.args)
 
 
 def test_the_queue_is_served_in_order_as_leases_end() -> None:
-    router = router_with(make_spec("g0", max_sequences=1))
-    running = granted(router.submit(ask("a"), 0.0)[0]).placement
-    assert isinstance(router.submit(ask("b"), 0.0)[0], Queued)
-    assert isinstance(router.submit(ask("c", priority=1), 0.0)[0], Queued)
-    resumed = router.submit(ask("d", priority=1, resumed=True), 0.0)[0]
-    assert isinstance(resumed, Queued)
+    router = one_at_a_time()
+    running = granted(router.place(ask("a"), 0.0))
+    for later in (ask("b"), ask("c", priority=1)):
+        assert isinstance(router.place(later, 0.0)[0], Enqueued)
+    (resumed,) = router.place(ask("d", priority=1, resumed=True), 0.0)
+    assert isinstance(resumed, Enqueued)
     assert resumed.position == 0
     order = []
     for step in range(3):
-        (outcome,) = router.release(running.lease.lease_id, step + 1.0).outcomes
-        running = granted(outcome).placement
+        running = granted(end(router, running, step + 1.0))
         order.append(running.request_id)
     assert order == ["d", "c", "b"]
     assert running.queue_s == 3.0
-    assert router.release(running.lease.lease_id, 9.0).outcomes == ()
-    assert router.release(running.lease.lease_id, 9.0).outcomes == ()
-    assert not router.ledger.leases
+    assert end(router, running, 9.0) == []
+    assert end(router, running, 9.0) == []
+    status = router.status(9.0)
+    assert (status.leases, status.live_requests, status.queue_depth) == (0, 0, 0)
+    assert (status.granted_total, status.released_total) == (4, 4)
 
 
 def test_a_full_queue_refuses_with_advice() -> None:
-    router = router_with(make_spec("g0", max_sequences=1), queue_limit=1)
-    router.submit(ask("a"), 0.0)[0]
-    router.submit(ask("b"), 0.0)[0]
-    refused = router.submit(ask("c"), 0.0)[0]
-    assert isinstance(refused, Refused)
-    assert isinstance(refused.error, QueueFullError)
-    assert refused.error.retry_after_s > 0
-    assert refused.error.needed_bytes > 0
-    with pytest.raises(DuplicateRequestError):
-        router.submit(ask("b"), 0.0)[0]
+    router = one_at_a_time(queue_limit=1)
+    for name in "ab":
+        router.place(ask(name), 0.0)
+    error = refused(router.place(ask("c"), 0.0)[0], QueueFullError)
+    assert isinstance(error, QueueFullError)
+    assert error.retry_after_s > 0
+    assert error.needed_bytes > 0
+    assert router.status(0.0).refused_total == {"QueueFullError": 1}
 
 
-def test_a_deadline_and_a_cancellation_leave_the_queue() -> None:
-    router = router_with(make_spec("g0", max_sequences=1))
-    router.submit(ask("a"), 0.0)[0]
-    router.submit(ask("b", timeout_s=5.0), 0.0)[0]
-    router.submit(ask("c"), 0.0)[0]
-    assert router.tick(4.9).outcomes == ()
-    (late,) = router.tick(5.0).outcomes
-    assert isinstance(late, Refused)
-    assert isinstance(late.error, DeadlineUnreachableError)
-    router.cancel("c", 6.0)
-    router.cancel("c", 6.0)
-    assert router.queue_depth == 0
+def test_deadlines_and_cancellations_leave_the_queue() -> None:
+    router = one_at_a_time()
+    running = granted(router.place(ask("a"), 0.0))
+    arrive(router, running, 0.0)
+    router.place(ask("b", timeout_s=5.0), 0.0)
+    router.place(ask("c"), 0.0)
+    assert router.tick(4.9) == []
+    (late,) = router.tick(5.0)
+    refused(late, DeadlineUnreachableError)
+    for name in "cca":  # twice, and one that runs
+        assert router.cancel(name, 6.0) == []
+    status = router.status(6.0)
+    assert (status.queue_depth, status.leases, status.live_requests) == (0, 1, 1)
+
+
+def test_a_live_id_is_in_use_until_its_lease_ends() -> None:
+    router = one_at_a_time()
+    running = granted(router.place(ask("a"), 0.0))
+    router.place(ask("b"), 0.0)
+    for name in "ab":
+        error = refused(router.place(ask(name), 1.0)[0], RequestIdInUseError)
+        assert str(error) == f"request id {name!r} is already in use by a live request"
+    assert len(router.explain("b", 1.0)) == 1
+    running = granted(end(router, running, 2.0))
+    assert isinstance(router.place(ask("a"), 3.0)[0], Enqueued)
+
+
+@pytest.mark.parametrize("how", ["supersedes", "resumed"])
+def test_a_newer_incarnation_ends_the_older_one(how: str) -> None:
+    router = one_at_a_time()
+    first = granted(router.place(ask("a"), 0.0))
+    arrive(router, first, 0.0)
+    queued, withdrawn = router.place(ask("a", **{how: True}), 1.0)
+    assert isinstance(queued, Enqueued)
+    assert withdrawn == Withdrawn("g0", first.lease.lease_id)
+    queued, older = router.place(ask("a", **{how: True}), 2.0)
+    assert isinstance(queued, Enqueued)
+    refused(older, RequestAbortedError)
+    assert router.status(2.0).live_requests == 1
+    # The older lease ends through its engine, and what it held goes to the newest.
+    newest = granted(end(router, first, 3.0))
+    assert (newest.request_id, newest.queue_s) == ("a", 1.0)
+    assert router.abort("a", 4.0) == [Withdrawn("g0", newest.lease.lease_id)]
+
+
+def test_an_abort_refuses_what_waits_and_withdraws_what_runs() -> None:
+    router = one_at_a_time()
+    running = granted(router.place(ask("a"), 0.0))
+    arrive(router, running, 0.0)
+    for name in "bc":
+        router.place(ask(name), 0.0)
+    (aborted,) = router.abort("b", 1.0)
+    assert str(refused(aborted, RequestAbortedError)) == "the request was aborted"
+    assert router.abort("b", 1.0) == []
+    for _ in range(2):  # the lease stays until the engine says that it has ended
+        assert router.abort("a", 2.0) == [Withdrawn("g0", running.lease.lease_id)]
+    assert router.status(2.0).leases == 1
+    assert granted(end(router, running, 3.0)).request_id == "c"
+    assert router.abort("a", 4.0) == []
+
+
+def test_an_ingress_gives_back_a_lease_once_and_only_if_it_was_not_used() -> None:
+    router = one_at_a_time()
+    first = granted(router.place(ask("a"), 0.0))
+    router.place(ask("b"), 0.0)
+    second = granted(router.release(first.lease.lease_id, 1.0))
+    assert second.request_id == "b"
+    assert router.release(first.lease.lease_id, 1.0) == []
+    arrive(router, second, 1.0)
+    assert router.release(second.lease.lease_id, 2.0) == [Withdrawn("g0", second.lease.lease_id)]
+    assert router.status(2.0).leases == 1
+
+
+def test_a_lease_that_never_arrives_is_released_and_withdrawn() -> None:
+    router = router_with(groups={"g0": make_info(max_sequences=2)}, lease_ttl_s=10.0)
+    unused = granted(router.place(ask("a"), 0.0))
+    arrive(router, granted(router.place(ask("b"), 0.0)), 9.0)
+    router.place(ask("c"), 1.0)
+    assert router.tick(9.9) == []
+    withdrawn, next_one = router.tick(10.0)
+    assert withdrawn == Withdrawn("g0", unused.lease.lease_id)
+    assert granted([next_one]).request_id == "c"
+    status = router.status(10.0)
+    assert (status.expired_total, status.leases, status.live_requests) == (1, 2, 2)
+    # It had been on its way: until the engine has ended it, its pages count.
+    arrive(router, unused, 10.1)
+    assert router.status(10.1).leases == 3
+    end(router, unused, 10.2)
+    assert router.status(10.2).leases == 2
+    router.fleet.check_integrity()
 
 
 def test_a_lost_group_voids_its_leases_and_its_requests_wait_for_its_return() -> None:
-    router = router_with(make_spec("g0"), make_spec("small", sealed=5))
-    lease = granted(router.submit(ask("a"), 0.0)[0]).placement.lease
-    changes = router.group_down("g0", 1.0)
-    assert [x.lease_id for x in changes.voided] == [lease.lease_id]
-    waiting = router.submit(ask("a", resumed=True), 1.0)[0]
-    assert isinstance(waiting, Queued)
+    router = router_with(groups={"g0": make_info(), "small": make_info(sealed=5)})
+    lease = granted(router.place(ask("a"), 0.0)).lease
+    assert router.group_down("g0", 1.0) == []
+    assert router.group_down("g0", 1.0) == []
+    assert router.release(lease.lease_id, 1.0) == []
+    (waiting,) = router.place(ask("a", resumed=True), 1.0)
+    assert isinstance(waiting, Enqueued)
     assert [v.reason for v in waiting.verdicts] == [Reason.DOWN, Reason.PAGES]
-    assert router.group_up(make_spec("g0", epoch="e1"), 2.0).outcomes == ()  # not reported yet
-    _, changes = router.report("g0", make_loads(epoch="e1"), 2.5)
-    assert granted(changes.outcomes[0]).placement.group == "g0"
+    outcomes = router.group_up("g0", make_info(epoch="e1"), (), 2.0)
+    assert granted(outcomes).engine_epoch == "e1"
+    assert router.status(2.0).released_total == 1
 
 
-def test_a_group_gone_for_good_refuses_what_only_it_could_hold() -> None:
-    router = router_with(make_spec("g0"), make_spec("small", sealed=5))
-    router.group_down("g0", 1.0)
-    router.submit(ask("a"), 1.0)[0]
-    (outcome,) = router.group_down("g0", 2.0, gone=True).outcomes
-    assert isinstance(outcome, Refused)
-    assert isinstance(outcome.error, NeverFitsError)
+def test_a_request_that_lost_an_engine_waits_for_another_incarnation_of_it() -> None:
+    """Its ingress sees a lost engine before the router does."""
+    info = make_info(epoch="e1")
+    router = router_with(groups={"g0": info})
+    (waiting,) = router.place(ask("a", lost_engines=frozenset(["e1"])), 0.0)
+    assert isinstance(waiting, Enqueued)
+    assert waiting.projected_start_s is None
+    assert next(iter(waiting.verdicts)).reason is Reason.DOWN
+    granted(router.place(ask("other"), 0.0))
+    assert router.tick(5.0) == []
+    router.group_down("g0", 6.0)
+    outcomes = router.group_up("g0", info_like(info, "e2"), (), 7.0)
+    assert granted(outcomes).request_id == "a"
+
+
+def test_a_group_that_connects_again_has_the_leases_that_it_lists() -> None:
+    router = router_with(groups={"g0": make_info(max_sequences=3)})
+    kept, lost, on_its_way = (granted(router.place(ask(name), 0.0)) for name in "abc")
+    for placement in (kept, lost):
+        arrive(router, placement, 0.0)
+    router.place(ask("d"), 0.5)
+    assert router.group_down("g0", 1.0) == []
+    next_one = granted(router.group_up("g0", make_info(max_sequences=3), [kept.lease], 2.0))
+    assert next_one.request_id == "d"
+    assert list(router.fleet.leases) == [kept.lease.lease_id, next_one.lease.lease_id]
+    # Granted before the connection broke, submitted to the engine in the meantime:
+    arrive(router, on_its_way, 3.0)
+    assert router.status(3.0).groups[0].sequences == 3
+    for placement in (kept, on_its_way, next_one):
+        end(router, placement, 4.0, 10)
+    status = router.status(4.0)
+    assert (status.leases, status.groups[0].used) == (0, PageNeed(0, 0))
+    assert (status.granted_total, status.released_total) == (4, 4)
+
+
+def test_an_engine_that_connects_twice_voids_what_it_does_not_list() -> None:
+    """The router may hear of the new connection before it hears of the end of the old one."""
+    router = router_with(groups={"g0": make_info()})
+    placements = [granted(router.place(ask(name), 0.0)) for name in "ab"]
+    for placement in placements:
+        arrive(router, placement, 0.0)
+    router.group_up("g0", make_info(), [placements[1].lease], 1.0)
+    assert list(router.fleet.leases) == [placements[1].lease.lease_id]
+    router.group_up("g0", make_info(epoch="e1"), (), 2.0)
+    status = router.status(2.0)
+    assert (status.leases, status.groups[0].used) == (0, PageNeed(0, 0))
+    router.fleet.check_integrity()
 
 
 def test_without_any_group_the_answer_is_to_come_back() -> None:
-    router = Router(RouterConfig(), epoch=1, now=0.0)
-    refused = router.submit(ask("a"), 0.0)[0]
-    assert isinstance(refused, Refused)
-    assert isinstance(refused.error, NoGroupError)
+    refused(make_router().place(ask("a"), 0.0)[0], NoGroupError)
 
 
-def test_a_restarted_router_admits_only_after_the_known_groups_have_reported() -> None:
-    router = Router(RouterConfig(), epoch=2, now=0.0, expected_groups=["g0", "g1"])
-    held = LeaseTerms("1-0", 1, 4, 90)
-    router.group_up(make_spec("g0"), 0.0)
-    router.report("g0", make_loads([held]), 0.1)
-    assert isinstance(router.submit(ask("a"), 0.2)[0], Queued)
-    router.group_up(make_spec("g1"), 0.3)
-    _, changes = router.report("g1", make_loads(), 0.4)
-    assert granted(changes.outcomes[0]).placement.group == "g1"
-    assert router.ledger.accounts["g0"].used.sealed == 90
+def test_a_restarted_router_admits_only_after_the_expected_groups_are_up() -> None:
+    router = Router(RouterConfig(), epoch=4, now=0.0, expected_groups=["g0", "g1"])
+    assert router.group_up("g0", make_info(), [foreign(0, 4, 90)], 0.0) == []
+    assert isinstance(router.place(ask("a"), 0.2)[0], Enqueued)
+    assert not router.status(0.2).ready
+    assert granted(router.group_up("g1", make_info(), (), 0.4)).group == "g1"
+    assert router.status(0.4).groups[0].used.sealed == 90
 
 
-def test_a_restarted_router_does_not_wait_for_ever() -> None:
+def test_a_restarted_router_does_not_wait_indefinitely() -> None:
     router = Router(RouterConfig(rebuild_timeout_s=10.0), 2, 0.0, expected_groups=["g0", "g1"])
-    router.group_up(make_spec("g0"), 0.0)
-    router.report("g0", make_loads(), 0.1)
-    router.submit(ask("a"), 0.2)[0]
-    assert router.tick(9.9).outcomes == ()
-    assert granted(router.tick(10.0).outcomes[0]).placement.group == "g0"
+    router.group_up("g0", make_info(), (), 0.0)
+    router.place(ask("a"), 0.2)
+    assert router.tick(9.9) == []
+    assert granted(router.tick(10.0)).group == "g0"
+
+
+def test_what_never_fits_is_refused_when_the_groups_are_known() -> None:
+    router = Router(RouterConfig(), epoch=2, now=0.0, expected_groups=["g0"])
+    assert isinstance(router.place(ask("large", prompt=10_000), 0.0)[0], Enqueued)
+    assert isinstance(router.place(ask("a"), 0.0)[0], Enqueued)
+    next_one, never = router.group_up("g0", make_info(), (), 1.0)
+    refused(never, ExceedsEveryGroupError)
+    assert granted([next_one]).request_id == "a"
+    assert router.status(1.0).live_requests == 1
+
+
+def test_what_only_a_missing_group_can_hold_waits_for_it() -> None:
+    router = Router(RouterConfig(rebuild_timeout_s=10.0), 2, 0.0, expected_groups=["g0", "large"])
+    router.group_up("g0", make_info(), (), 0.0)
+    router.place(ask("a", prompt=10_000), 0.2)
+    assert router.tick(10.0) == []
+    large = make_info(sealed=1000)
+    assert granted(router.group_up("large", large, (), 20.0)).group == "large"
 
 
 def test_an_estimate_changes_nothing() -> None:
-    router = router_with(make_spec("g0", max_sequences=1))
+    router = one_at_a_time()
     before = router.estimate(ask("a"), 0.0)
-    assert before.fits_now
-    assert before.group == "g0"
-    assert before.projected_start_s == 0.0
-    router.submit(ask("b"), 0.0)[0]
+    assert (before.fits_now, before.group, before.projected_start_s) == (True, "g0", 0.0)
+    router.place(ask("b"), 0.0)
     after = router.estimate(ask("a"), 0.0)
-    assert after.fits_ever
-    assert not after.fits_now
+    assert (after.fits_ever, after.fits_now, after.group) == (True, False, None)
     assert after.projected_start_s is not None
     assert after.projected_start_s > 0
-    assert router.queue_depth == 0
+    assert router.status(0.0).queue_depth == 0
     never = router.estimate(ask("a", prompt=10_000), 0.0)
-    assert not never.fits_ever
-    assert never.projected_start_s is None
+    assert (never.fits_ever, never.projected_start_s) == (False, None)
 
 
-def test_a_decision_is_told_in_words() -> None:
-    router = router_with(make_spec("g0"), make_spec("small", sealed=5))
-    decision, _ = router.submit(ask("a"), 0.0)
-    decided = Decided(0.0, decision)
-    lines = explain(decided.in_words(), decided.verdicts)
-    assert lines[0] == "placed after 0.000 s in the queue"
-    assert "g0: chosen" in lines[1]
-    assert Reason.PAGES.value in lines[2]
-    assert decided.group == "g0"
+def test_decisions_are_explained_in_words() -> None:
+    router = router_with(groups={"g0": make_info(), "small": make_info(sealed=5)})
+    router.place(ask("a"), 0.0)
+    (placed,) = router.explain("a", 2.0)
+    assert (placed.age_s, placed.group) == (2.0, "g0")
+    outcome, chosen, too_small = placed.lines()
+    assert outcome == "placed after 0.000 s in the queue"
+    assert "g0: chosen" in chosen
+    assert Reason.PAGES.value in too_small
     router.group_down("g0", 1.0)
-    waits = Decided(1.0, router.submit(ask("b"), 1.0)[0])
-    assert waits.in_words().startswith("queued behind 0 others")
+    router.place(ask("b"), 1.0)
+    (waits,) = router.explain("b", 1.0)
+    assert waits.outcome.startswith("queued after 0 others")
     assert waits.group == ""
-    never = Decided(1.0, router.submit(ask("c", prompt=9000), 1.0)[0])
-    assert never.in_words().startswith("refused: no group can hold the request")
+    router.place(ask("c", prompt=9000), 1.0)
+    (never,) = router.explain("c", 1.0)
+    assert never.outcome.startswith("refused: no group can hold the request")
     assert len(never.verdicts) == 2
+    router.group_up("g0", make_info(epoch="e1"), (), 3.0)
+    assert [x.group for x in router.explain("b", 3.0)] == ["", "g0"]
+    assert router.explain("unknown", 3.0) == ()
 
 
 def test_the_log_of_decisions_is_bounded_and_keeps_the_latest() -> None:
-    router = router_with(make_spec("g0", max_sequences=100), make_spec("small", sealed=5))
-    log = DecisionLog(limit=10)
+    infos = {"g0": make_info(max_sequences=100), "small": make_info(sealed=5)}
+    router, records = router_with(groups=infos), Records(max_verdicts=10)
     for number in range(8):
-        log.note(router.submit(ask(f"r{number}", prompt=10), 0.0)[0], float(number))
-    assert [bool(log.of(f"r{number}")) for number in range(8)] == [False] * 3 + [True] * 5
-    again = router.submit(ask("again", prompt=10), 0.0)[0]
+        records.note(decide(router, f"r{number}", 10), float(number))
+    kept = [bool(records.explain(f"r{number}", 9.0)) for number in range(8)]
+    assert kept == [False] * 3 + [True] * 5
+    again = decide(router, "again", 10)
     for _ in range(20):
-        log.note(again, 9.0)
-    assert len(log.of("again")) == 8
-    assert not log.of("r7")
+        records.note(again, 9.0)
+    assert len(records.explain("again", 9.0)) == 8
+    assert not records.explain("r7", 9.0)

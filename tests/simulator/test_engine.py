@@ -1,4 +1,4 @@
-"""The modelled engine against its own rules, taken step by step."""
+"""The simulated engine, step by step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SERVICE = ServiceTime(weights_s=0.01, token_s=1e-5, pair_s=1e-9, kv_s=1e-7, step
 
 
 def drive(engine: SimEngine, arrivals: list[tuple[float, SimSequence]]) -> float:
-    """Deliver arrivals and wake-ups in the order of time."""
+    """Deliver arrivals and wake-ups in order of time."""
     wakes: list[float] = []
     pending = sorted(arrivals, key=lambda pair: pair[0])
     now = 0.0
@@ -37,7 +37,7 @@ def sequence(name: str, prompt: int, output: int, blocks: tuple[int, ...] = ()) 
     return SimSequence(TraceRequest(name, 0.0, prompt, output, blocks), 4096)
 
 
-def test_a_prompt_alone_takes_what_the_model_says() -> None:
+def test_a_single_request_takes_the_modelled_time() -> None:
     engine = SimEngine(0, SHAPE, SERVICE)
     seq = sequence("a", 5000, 11)
     end = drive(engine, [(0.0, seq)])

@@ -1,4 +1,4 @@
-"""Whole runs, on a small trace of our own making."""
+"""Complete runs on a small synthetic trace."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from kvmesh.cluster.simulator.trace import TraceRequest, inject_long
 from kvmesh.kernels.formats.registry import get_format
 
 
-def made_trace(count: int, per_s: float) -> list[TraceRequest]:
-    """Conversations that grow turn by turn over one common beginning; skewed lengths."""
+def make_trace(count: int, per_s: float) -> list[TraceRequest]:
+    """Conversations that grow turn by turn from a common prefix; skewed lengths."""
     chance = random.Random(7)
     now, block, requests = 0.0, 1, []
     conversations: list[tuple[int, ...]] = [(0,)]
@@ -43,8 +43,8 @@ SHAPE = EngineShape(GPUS["a100-40g"], MODELS["llama-3-8b"], get_format("exact"))
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_every_request_ends_and_nothing_is_left(policy: str) -> None:
-    requests = made_trace(250, per_s=6.0)
+def test_every_request_ends_and_no_page_is_left_in_use(policy: str) -> None:
+    requests = make_trace(250, per_s=6.0)
     scenario = Scenario([SHAPE] * 3, requests, 1600, router=RouterConfig(queue_limit=10_000))
     run = simulate(scenario, policy)
     for seq in run.sequences:
@@ -61,14 +61,14 @@ def test_every_request_ends_and_nothing_is_left(policy: str) -> None:
 
 
 def test_a_run_repeats_exactly() -> None:
-    scenario = Scenario([SHAPE] * 2, made_trace(100, per_s=5.0), 1600)
+    scenario = Scenario([SHAPE] * 2, make_trace(100, per_s=5.0), 1600)
     one, two = simulate(scenario, "kvmesh"), simulate(scenario, "kvmesh")
     assert [x.finished_at for x in one.sequences] == [x.finished_at for x in two.sequences]
 
 
 def test_what_fits_nowhere_is_refused_and_what_fits_one_format_goes_there() -> None:
     small = EngineShape(GPUS["a100-40g"], MODELS["llama-3-8b"], get_format("int4"))
-    requests = inject_long(made_trace(60, per_s=2.0), 1, 400_000)
+    requests = inject_long(make_trace(60, per_s=2.0), 1, 400_000)
     scenario = Scenario([SHAPE, small], requests, 1600)
     run = simulate(scenario, "kvmesh")
     (long,) = [seq for seq in run.sequences if seq.request.injected]
@@ -82,7 +82,7 @@ def test_what_fits_nowhere_is_refused_and_what_fits_one_format_goes_there() -> N
         simulate(scenario, "none")
 
 
-def test_the_command_reports_as_json_and_refuses_what_it_does_not_know(tmp_path: Path) -> None:
+def test_the_command_prints_json_and_refuses_unknown_values(tmp_path: Path) -> None:
     path, plot = tmp_path / "trace.jsonl", tmp_path / "plot.png"
     rows = [
         {
@@ -91,7 +91,7 @@ def test_the_command_reports_as_json_and_refuses_what_it_does_not_know(tmp_path:
             "output_length": request.output_tokens,
             "hash_ids": list(request.blocks),
         }
-        for request in made_trace(40, per_s=2.0)
+        for request in make_trace(40, per_s=2.0)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     common = ["--trace", str(path), "--groups", "2"]

@@ -1,3 +1,5 @@
+"""Reading traces, and changing them."""
+
 from __future__ import annotations
 
 import json
@@ -33,7 +35,7 @@ def test_a_mooncake_trace_names_only_full_blocks(mooncake: Path) -> None:
     assert read_trace(mooncake) == requests
 
 
-def test_an_azure_trace_begins_at_zero(tmp_path: Path) -> None:
+def test_an_azure_trace_starts_at_zero(tmp_path: Path) -> None:
     path = tmp_path / "azure.csv"
     path.write_text(AZURE)
     first, second = read_trace(path)
@@ -52,8 +54,8 @@ def test_rates_tenants_and_long_prompts(mooncake: Path) -> None:
     assert faster[-1].arrival_s == pytest.approx(requests[-1].arrival_s / 2)
     with pytest.raises(ValueError, match="rate"):
         at_rate(requests, 0.0)
-    dealt = with_tenants(requests, 2)
-    assert dealt[0].tenant == dealt[1].tenant  # one conversation
+    divided = with_tenants(requests, 2)
+    assert divided[0].tenant == divided[1].tenant  # one conversation
     added = inject_long(requests, 2, 1 << 20)
     assert [request.injected for request in added].count(True) == 2
     assert added == sorted(added, key=lambda request: request.arrival_s)

@@ -1,4 +1,4 @@
-"""What greedy output must not depend on, for any engine configuration."""
+"""Conditions that must not change greedy output, for any engine configuration."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import numpy as np
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.engine import Engine
 from kvmesh.workers.local import local_executor
-from kvmesh.workers.request import EngineRequest, SequenceDelta, TokenLogprobs
+from kvmesh.workers.request import EngineRequest, SampledLogprobs, SequenceDelta
 from kvmesh.workers.sampling_params import SamplingParams
 
 INVARIANT_TOKENS = 40
 
-# Logits of one token, computed in products of other shapes, were seen to differ by some 1e-4 with
-# fp32 weights; sealed codes then differ by a step now and then, which moves logits by about 1e-2.
+# Logits of one token, computed in products of other shapes, were measured to differ by about 1e-4
+# with fp32 weights; then a sealed code sometimes differs by a step, which moves logits by 1e-2.
 NOISE = 0.05
 
 
@@ -23,7 +23,7 @@ def generate(
     params = SamplingParams(temperature=0.0, max_tokens=max_tokens, logprobs=2)
     for index, prompt in enumerate(prompts):
         ids = np.array(prompt, np.int32)
-        engine.add(EngineRequest(str(index), "test", ids, params))
+        engine.add(EngineRequest(str(index), ids, params))
     deltas: dict[str, list[SequenceDelta]] = {str(i): [] for i in range(len(prompts))}
     while engine.has_work:
         for delta in engine.step():
@@ -37,7 +37,7 @@ def tokens_of(deltas: list[SequenceDelta]) -> list[int]:
 
 
 class Invariance:
-    """Outputs of one configuration, against the same prompts run alone."""
+    """Outputs of one configuration, compared with the same prompts run one by one."""
 
     def __init__(
         self, config: EngineConfig, prompts: list[list[int]], max_tokens: int = INVARIANT_TOKENS
@@ -52,13 +52,13 @@ class Invariance:
         return [generate(engine, [prompt], self.max_tokens)[0] for prompt in self.prompts]
 
     def preempted(self, steps: tuple[int, ...]) -> list[list[SequenceDelta]]:
-        """All prompts at once; before each of `steps` the two that came last are preempted."""
+        """All prompts at once; before each of `steps` the two youngest are preempted."""
         engine = Engine(self.config, local_executor(self.config))
         params = SamplingParams(temperature=0.0, max_tokens=self.max_tokens, logprobs=2)
         deltas: dict[str, list[SequenceDelta]] = {}
         for index, prompt in enumerate(self.prompts):
             ids = np.array(prompt, np.int32)
-            engine.add(EngineRequest(str(index), "test", ids, params))
+            engine.add(EngineRequest(str(index), ids, params))
             deltas[str(index)] = []
         step = 0
         while engine.has_work:
@@ -73,7 +73,7 @@ class Invariance:
         return list(deltas.values())
 
     def check(self, outputs: list[list[SequenceDelta]]) -> None:
-        """Equal, but for a rare token whose rival's logit lies within the noise."""
+        """Equal, except for a rare token whose runner-up's logit lies within the noise."""
         differing = 0
         for alone, other in zip(self.alone, outputs, strict=True):
             pairs = list(zip(_flat(alone), _flat(other), strict=False))
@@ -88,5 +88,5 @@ class Invariance:
         assert differing <= 1
 
 
-def _flat(deltas: list[SequenceDelta]) -> list[tuple[int, TokenLogprobs]]:
+def _flat(deltas: list[SequenceDelta]) -> list[tuple[int, SampledLogprobs]]:
     return [pair for delta in deltas for pair in zip(delta.token_ids, delta.logprobs, strict=True)]

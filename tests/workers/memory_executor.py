@@ -1,9 +1,9 @@
-"""An executor that keeps tokens where keys and values would be, and checks every read.
+"""An executor that stores tokens in place of keys and values, and checks every read.
 
 A slot holds (position, chain before it, token), where a chain is a hash over all
-tokens so far. So a page read in the wrong place, too late, too early or in the
-wrong form cannot go unnoticed, and the sampled token depends on the whole
-sequence and nothing else.
+tokens so far. So a page that is read in the wrong place, too early, too late or in the
+wrong form is always detected, and the sampled token depends only on the whole
+sequence.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def next_token(state: bytes) -> int:
 
 
 def expected_output(prompt: list[int], max_tokens: int, ignore_eos: bool = False) -> list[int]:
-    """What this executor's model says after `prompt`, computed without pages."""
+    """What this executor's model outputs after `prompt`, computed without pages."""
     state = b""
     for token in prompt:
         state = chain(state, token)
@@ -95,7 +95,7 @@ class MemoryExecutor:
             self._write(chunk)
         for sealed in plan.seal_sealed:
             self._sealed[sealed] = self._empty()
-        # A step of one token a sequence may seal after it has read (ModelRunner on CPUs).
+        # A step of one token per sequence may seal after it has read (as ModelRunner does).
         later = all(chunk.num_tokens == 1 for chunk in plan.chunks)
         if not later:
             self._seal(plan)
@@ -132,7 +132,7 @@ class MemoryExecutor:
         return chain(slot[1], slot[2])
 
     def _form(self, row: int, page: int, query_page: int) -> Page:
-        """The form of a key's page that a query must read."""
+        """The form in which a query must read a key's page."""
         if page < self._sink or page >= query_page - self._recent:
             return self._hot[self._hot_table[row, page]]
         return self._sealed[self._sealed_table[row, page]]

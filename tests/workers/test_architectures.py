@@ -1,4 +1,4 @@
-"""Every architecture through the engine, in pages and chunks, against transformers' generate."""
+"""Every architecture in the engine, with pages and chunks, against transformers' generate."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TOKENS = 24
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_engine_output_equals_transformers(case: str, tmp_path: Path) -> None:
-    """Prompts in chunks of 16 tokens beside decoding ones, over several pages."""
+    """Prompts in chunks of 16 tokens next to decoding ones, over several pages."""
     architecture, overrides = CASES[case]
     path = make_small_model(architecture, tmp_path, **overrides)
     config = EngineConfig(
@@ -40,7 +40,7 @@ def test_engine_output_equals_transformers(case: str, tmp_path: Path) -> None:
     params = SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True)
     for index, prompt in enumerate(PROMPTS):
         ids = np.array(prompt, np.int32)
-        engine.add(EngineRequest(str(index), "test", ids, params))
+        engine.add(EngineRequest(str(index), ids, params))
     outputs: dict[str, list[int]] = {str(index): [] for index in range(len(PROMPTS))}
     while engine.has_work:
         for delta in engine.step():

@@ -1,4 +1,4 @@
-"""Calibration: what is measured, the file it is kept in, and who refuses which."""
+"""Calibration: what is measured, the file it is stored in, and which files are refused."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 
 from kvmesh.cluster.cli import app
 from kvmesh.kernels.formats.base import LayerParams
+from kvmesh.kernels.formats.nuq.rope import RopePairs, phases
 from kvmesh.kernels.formats.nuq.side import NonUniform
-from kvmesh.kernels.formats.nuq.turn import Turn, phases
 from kvmesh.kernels.formats.registry import get_format
 from kvmesh.kernels.formats.static8.side import Static8
 from kvmesh.workers.calibration.attention import causal_attention
@@ -66,8 +66,8 @@ def calibrations(model_path: Path) -> dict[str, Calibration]:
 
 
 @pytest.mark.parametrize(("count", "mse"), [(4, 0.11748), (8, 0.03455), (16, 0.00950)])
-def test_levels_of_normal_numbers_are_lloyd_and_maxs(count: int, mse: float) -> None:
-    """To 1%, as Max (1960) has them."""
+def test_levels_of_normal_numbers_match_lloyd_and_max(count: int, mse: float) -> None:
+    """To 1% of the tables of Max (1960)."""
     x = np.random.default_rng(0).standard_normal(400_000)
     levels = best_levels(x, np.ones_like(x), count)
     assert (np.diff(levels) > 0).all()
@@ -75,7 +75,7 @@ def test_levels_of_normal_numbers_are_lloyd_and_maxs(count: int, mse: float) -> 
     assert error == pytest.approx(mse, rel=0.01)
 
 
-def test_levels_are_the_best_there_are() -> None:
+def test_levels_are_optimal() -> None:
     """Against every way to cut twelve weighted numbers into four runs."""
     rng = np.random.default_rng(1)
     for _ in range(5):
@@ -100,7 +100,7 @@ def test_levels_of_few_numbers() -> None:
 # Observers
 
 
-def test_ranges_are_those_of_all_windows() -> None:
+def test_ranges_cover_all_windows() -> None:
     windows = torch.randn(3, 50, 2, 8)
     low, high = windows.amin((0, 1)), windows.amax((0, 1))
     for per in ("channel", "layer"):
@@ -130,32 +130,32 @@ def student(gen: torch.Generator) -> Tensor:
 
 
 def our_error(width: int, draw: Callable[[torch.Generator], Tensor]) -> float:
-    """Relative squared error of keys in the channels' own units: `draw` times a scale a channel,
-    plus a mean, turned by RoPE. Calibrated on one draw, judged on another."""
+    """Relative squared error of keys in the channels' own units: `draw` times a scale per channel,
+    plus a mean, rotated by RoPE. Calibrated on one draw, evaluated on another."""
     gen = torch.Generator().manual_seed(0)
     scale = torch.randn(HEADS, HEAD_DIM, generator=gen).mul(0.5).exp()
     mean = torch.randn(HEADS, HEAD_DIM, generator=gen) * scale
     rope = Rope(10000.0 ** -(torch.arange(64) / 64), interleaved=False)
-    side, turn = NonUniform(width), Turn(interleaved=False)
+    side, pairs = NonUniform(width), RopePairs(interleaved=False)
     positions = torch.arange(TOKENS)
     forth = phases(rope.inv_freq, positions).unsqueeze(1)
     observer = LevelObserver(side, rope, HEADS, HEAD_DIM, samples=1)
     seen = draw(gen) * scale + mean
-    # An error in a channel is minded the more, the narrower the channel.
+    # The narrower a channel, the more an error in it costs.
     gradient = torch.randn(seen.shape, generator=gen) / scale
-    observer.observe(0, turn.by(seen, forth), turn.by(gradient, forth), positions)
+    observer.observe(0, pairs.rotate(seen, forth), pairs.rotate(gradient, forth), positions)
     params = observer.params(0)
     judged = draw(gen)
-    keys = turn.by(judged * scale + mean, forth).view(-1, 64, HEADS, HEAD_DIM).transpose(1, 2)
+    keys = pairs.rotate(judged * scale + mean, forth).view(-1, 64, HEADS, HEAD_DIM).transpose(1, 2)
     pages = side.codec().encode(side, keys, params, positions[::64])
     got = side.codec().decode(side, pages, 64, HEAD_DIM, torch.float32, params)
-    error = turn.by((got - keys).transpose(1, 2).reshape(seen.shape), forth.conj()) / scale
+    error = pairs.rotate((got - keys).transpose(1, 2).reshape(seen.shape), forth.conj()) / scale
     return float(error.square().sum() / judged.square().sum())
 
 
 def kvquant_error(width: int, draw: Callable[[torch.Generator], Tensor]) -> float:
-    """The same of KVQuant's own rule, fitted to what it is judged on: all numbers beyond a
-    channel's percentiles kept, however many a token has; levels by k-means of the others."""
+    """The same for KVQuant's own rule, fitted to the data it is evaluated on: all numbers beyond a
+    channel's percentiles are kept, however many per token; levels by k-means of the others."""
     x = draw(torch.Generator().manual_seed(0)).flatten(1)
     low, high = torch.stack([x.quantile(at, 0) for at in (0.005, 0.995)])
     t = (x - (high + low) / 2) / ((high - low) / 2)
@@ -167,20 +167,20 @@ def kvquant_error(width: int, draw: Callable[[torch.Generator], Tensor]) -> floa
     return float(error.square().sum() / x.square().sum())
 
 
-@pytest.mark.parametrize(("width", "most"), [(4, 0.0078), (3, 0.0294), (2, 0.107)])
-def test_keys_with_outliers_lose_no_more_than_published(width: int, most: float) -> None:
-    """The figures measured for KVQuant with 1% of outliers on synthetic keys that cost a dense
-    codebook .038, .126 and .409; this mixture costs one .040, .150 and .428."""
-    assert our_error(width, mixture) <= most
+@pytest.mark.parametrize(("width", "max_error"), [(4, 0.0078), (3, 0.0294), (2, 0.107)])
+def test_keys_with_outliers_lose_no_more_than_published(width: int, max_error: float) -> None:
+    """KVQuant with 1% outliers was measured on synthetic keys on which a dense codebook loses
+    .038, .126 and .409; on this mixture a dense codebook loses .040, .150 and .428."""
+    assert our_error(width, mixture) <= max_error
 
 
 @pytest.mark.parametrize(("width", "ratio"), [(4, 1.15), (3, 1.05), (2, 1.0)])
-def test_a_fixed_count_of_outliers_costs_little(width: int, ratio: float) -> None:
-    """Where one token in seven has more outliers than it has places for."""
+def test_a_fixed_number_of_outliers_costs_little(width: int, ratio: float) -> None:
+    """If one token in seven has more outliers than it can store."""
     assert our_error(width, student) <= ratio * kvquant_error(width, student)
 
 
-def test_constant_channels_and_a_model_that_minds_nothing() -> None:
+def test_constant_channels_and_gradients_of_zero() -> None:
     rope = Rope(torch.tensor([1.0, 0.1]), interleaved=False)
     for values in (False, True):
         observer = LevelObserver(NonUniform(4, values=values), rope, 1, 4, samples=1)
@@ -208,8 +208,8 @@ class Recorder:
 
 
 @pytest.mark.parametrize("case", ["llama", "gemma2", "olmo-clip", "cohere", "stablelm"])
-def test_gradients_are_those_of_the_loss(case: str, tmp_path: Path) -> None:
-    """Against the loss with a key, or a value, moved a little."""
+def test_gradients_match_finite_differences(case: str, tmp_path: Path) -> None:
+    """Against the loss with a key or a value changed slightly."""
     architecture, overrides = CASES[case]
     path = make_small_model(architecture, tmp_path, **overrides)
     model = load_model(
@@ -251,7 +251,7 @@ def test_attention_of_a_window(softcap: float | None, window: int | None) -> Non
 # The file
 
 
-def test_a_file_comes_back_as_it_was(
+def test_a_file_is_loaded_as_it_was_saved(
     calibrations: dict[str, Calibration], model_path: Path, tmp_path: Path
 ) -> None:
     for name, made in calibrations.items():
@@ -312,21 +312,21 @@ def _narrow(metadata: dict[str, str], tensors: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("edit", "told"),
+    ("edit", "message"),
     [
-        (_set("version", "0"), "has format version 0, this kvmesh reads 1"),
+        (_set("version", "0"), "has format version 0, but this kvmesh reads 1"),
         (_set("kv_format", "nuq4"), "is for the format nuq4, not for nuq3"),
-        (_set("model_revision", "abc"), r"is for the model .* of revision abc, not for"),
+        (_set("model_revision", "abc"), r"is for the model .*, revision abc, not for"),
         (_set("head_dim", "64"), "is for head_dim 64, not for 8"),
-        (_flip, "is damaged"),
-        (_narrow, r"has layers\.0\.k\.scale of shape \[3, 8\], not \[4, 8\]"),
-        (_drop("layers.2.k.zero"), r"for layers\.2\.k, where bounds, .*zero belongs"),
-        (_drop("samples"), "is no calibration file"),
+        (_flip, "is corrupt"),
+        (_narrow, r"has layers\.0\.k\.scale of shape \[3, 8\], expected \[4, 8\]"),
+        (_drop("layers.2.k.zero"), r"for layers\.2\.k, expected bounds, .*zero"),
+        (_drop("samples"), "is not a calibration file"),
     ],
 )
 def test_a_file_that_does_not_fit_is_refused(
     edit: Edit,
-    told: str,
+    message: str,
     calibrations: dict[str, Calibration],
     model_path: Path,
     tmp_path: Path,
@@ -339,24 +339,24 @@ def test_a_file_that_does_not_fit_is_refused(
     edit(metadata, tensors)
     save_file(tensors, file, metadata)
     config = EngineConfig(model=str(model_path), kv_format="nuq3", calibration=str(file))
-    with pytest.raises(ConfigError, match=told) as caught:
+    with pytest.raises(ConfigError, match=message) as caught:
         local_executor(config)
     assert caught.value.field == "calibration"
     assert f"kvmesh calibrate --model {model_path} --kv-format nuq3" in str(caught.value)
 
 
-def test_a_missing_or_foreign_file_is_refused(model_path: Path, tmp_path: Path) -> None:
+def test_a_missing_or_invalid_file_is_refused(model_path: Path, tmp_path: Path) -> None:
     config = EngineConfig(model=str(model_path), kv_format="nuq3", calibration=str(tmp_path / "no"))
-    with pytest.raises(ConfigError, match=r"calibration: .*no is missing; make one"):
+    with pytest.raises(ConfigError, match=r"calibration: .*no is missing; make a new one"):
         local_executor(config)
     foreign = tmp_path / "foreign"
     foreign.write_text("{}")
-    config = dataclasses.replace(config, calibration=str(foreign))
+    config = config.replace(calibration=str(foreign))
     with pytest.raises(ConfigError, match=r"calibration: .*foreign cannot be read"):
         local_executor(config)
 
 
-def test_exact_first_pages_are_needed_where_calibration_left_them_out(
+def test_the_first_pages_must_be_exact_if_calibration_left_them_out(
     calibrations: dict[str, Calibration], model_path: Path, tmp_path: Path
 ) -> None:
     file = tmp_path / "nuq3.safetensors"
@@ -368,10 +368,10 @@ def test_exact_first_pages_are_needed_where_calibration_left_them_out(
         local_executor(config)
 
 
-def test_a_format_and_its_file_go_together() -> None:
+def test_a_format_and_its_file_must_match() -> None:
     with pytest.raises(ConfigError, match=r"calibration: nuq4 needs a .* --kv-format nuq4 --text"):
         EngineConfig(model="m", kv_format="nuq4")
-    with pytest.raises(ConfigError, match="calibration: int8 needs none, got file"):
+    with pytest.raises(ConfigError, match="int8 needs no calibration; got file"):
         EngineConfig(model="m", kv_format="int8", calibration="file")
     with pytest.raises(ConfigError, match=r"kv_format: .*int9"):
         EngineConfig(model="m", kv_format="int9")
@@ -397,9 +397,14 @@ def test_ranks_take_their_heads(name: str, calibrations: dict[str, Calibration])
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["nuq3", "int8-static", "int8-static-layer"])
 def test_output_does_not_depend_on_how_it_is_run(
-    name: str, calibrations: dict[str, Calibration], model_path: Path, tmp_path: Path
+    name: str,
+    calibrations: dict[str, Calibration],
+    model_path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Alone, in chunks, in a batch, with a prefix cache cold and warm, after preemption."""
+    """Alone, in chunks, in a batch, with a cold and a warm prefix cache, after preemption."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # where the probe keeps its figures
     file = tmp_path / "file"
     calibrations[name].save(file)
     config = EngineConfig(
@@ -419,11 +424,11 @@ def test_output_does_not_depend_on_how_it_is_run(
     prompts = [[*start.tolist(), *(np.arange(60) * (5 + i) % 301).tolist()] for i in range(3)]
     invariance = Invariance(config, prompts)
 
-    chunked = dataclasses.replace(config, max_num_batched_tokens=16)
+    chunked = config.replace(max_num_batched_tokens=16)
     invariance.check(invariance.one_by_one(Engine(chunked, local_executor(chunked))))
     engine = Engine(config, local_executor(config))
     invariance.check(generate(engine, [*prompts, prompts[1][:40], [1, 2, 3]], INVARIANT_TOKENS)[:3])
-    cached = dataclasses.replace(config, prefix_cache=True)
+    cached = config.replace(prefix_cache=True)
     engine = Engine(cached, local_executor(cached))
     invariance.check(invariance.one_by_one(engine))
     warm = invariance.one_by_one(engine)
@@ -433,8 +438,8 @@ def test_output_does_not_depend_on_how_it_is_run(
     invariance.check(invariance.preempted((12, 30)))
 
 
-def test_fisher_information_is_what_outliers_and_levels_follow() -> None:
-    """A channel that the model does not mind gets no outlier, whatever it holds."""
+def test_outliers_and_levels_follow_fisher_information() -> None:
+    """A channel without effect on the loss gets no outlier, whatever it contains."""
     rope = Rope(torch.tensor([0.5]), interleaved=False)
     side = NonUniform(2)
     observer = LevelObserver(side, rope, 1, 8, samples=1)
@@ -464,15 +469,15 @@ def test_the_command_makes_a_file(model_path: Path, tmp_path: Path) -> None:
     text.write_text(TEXT)
     options = ["--model", str(model_path), "--kv-format", "int8-static", "--text", str(text)]
     options += ["--samples", "2", "--context", "64"]
-    code, told = invoke(*options, "--output", str(output))
-    assert code == 0, told
-    assert "int8-static for" in told
+    code, message = invoke(*options, "--output", str(output))
+    assert code == 0, message
+    assert "int8-static for" in message
     with safe_open(output, framework="pt") as opened:
         assert json.loads(opened.metadata()["samples"]) == 2
 
 
 @pytest.mark.parametrize(
-    ("change", "option", "told"),
+    ("change", "option", "message"),
     [
         ({"--kv-format": "int9"}, "--kv-format", "not known"),
         ({"--kv-format": "int8"}, "--kv-format", "int8 needs no calibration"),
@@ -481,12 +486,12 @@ def test_the_command_makes_a_file(model_path: Path, tmp_path: Path) -> None:
         ({"--context": "8"}, "--context", "must be at least"),
         ({"--context": "300", "--samples": "1"}, "--context", "at most the model's 256"),
         ({"--text": "/nowhere/text"}, "--text", "No such file"),
-        ({"--output": "/nowhere/file"}, "--output", "there is no directory /nowhere"),
+        ({"--output": "/nowhere/file"}, "--output", "the directory /nowhere does not exist"),
         ({"--model": "/nowhere"}, "--model", "/nowhere"),
     ],
 )
-def test_the_command_names_the_option_at_fault(
-    change: dict[str, str], option: str, told: str, model_path: Path, tmp_path: Path
+def test_the_command_names_the_invalid_option(
+    change: dict[str, str], option: str, message: str, model_path: Path, tmp_path: Path
 ) -> None:
     text = tmp_path / "text"
     text.write_text(TEXT)
@@ -502,7 +507,7 @@ def test_the_command_names_the_option_at_fault(
     code, output = invoke(*(part for pair in options.items() for part in pair))
     assert code == 2
     assert option in output
-    assert told in output
+    assert message in output
     assert not (tmp_path / "out").exists()
 
 
@@ -512,7 +517,7 @@ def test_params_of_layers_are_checked_against_the_format(
     short = dataclasses.replace(calibrations["nuq3"], layers=calibrations["nuq3"].layers[:2])
     file = tmp_path / "short"
     short.save(file)
-    with pytest.raises(ConfigError, match="has 2 layers, the model 3"):
+    with pytest.raises(ConfigError, match="has 2 layers, but the model has 3"):
         Calibration.load(file, get_format("nuq3"), read_facts(model_path), "m", 1)
     wrong = dataclasses.replace(
         calibrations["nuq3"],

@@ -1,4 +1,4 @@
-"""The channel between leader and ranks: answers, failures, and a rank that is gone."""
+"""The channel between leader and ranks: answers, failures, and lost ranks."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_every_rank_gets_the_same_plan_and_close_ends_them() -> None:
     executor.close()
 
 
-def test_a_failure_of_any_rank_ends_the_wait_for_another() -> None:
+def test_a_failure_of_any_rank_ends_the_wait_for_other_ranks() -> None:
     executor = ChannelExecutor(2)
 
     def body(end: RankEnd, rank: int) -> None:
@@ -120,7 +120,7 @@ def test_configuration_errors_of_a_rank_keep_class_and_field(kind: type[ConfigEr
     threads[0].join(10)
 
 
-def test_a_rank_known_to_be_gone_is_reported_and_its_last_words_win() -> None:
+def test_a_lost_rank_is_reported_with_its_own_last_message() -> None:
     executor = ChannelExecutor(2)
     executor.fail(WorkerDiedError("rank 0 was killed"))
     executor.fail(WorkerDiedError("rank 1 was killed"))
@@ -129,7 +129,7 @@ def test_a_rank_known_to_be_gone_is_reported_and_its_last_words_win() -> None:
     executor.close()
 
 
-def test_the_sockets_lie_in_a_private_directory_that_close_removes() -> None:
+def test_the_sockets_are_in_a_private_directory_that_close_removes() -> None:
     executor = ChannelExecutor(1)
     directory = Path(executor.endpoints[0].removeprefix("ipc://")).parent
     assert stat.S_IMODE(directory.stat().st_mode) == 0o700

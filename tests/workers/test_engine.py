@@ -1,4 +1,4 @@
-"""The engine's bookkeeping under random load, against an executor that checks every read."""
+"""The engine's bookkeeping under random load, with an executor that checks every read."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.engine import Engine
-from kvmesh.workers.errors import CapacityError, ConfigError, InvalidRequestError
+from kvmesh.workers.errors import ConfigError, InvalidFieldError, PoolCapacityError
+from kvmesh.workers.lease import LeaseTerms
 from kvmesh.workers.prefix_cache import PageDigests
-from kvmesh.workers.request import EngineRequest, FinishReason, LeaseTerms, SequenceDelta
+from kvmesh.workers.request import EndReason, EngineRequest, SequenceDelta
 from kvmesh.workers.sampling_params import SamplingParams
-from kvmesh.workers.sizes import BLOCK_PAGES
+from kvmesh.workers.sizes import BLOCK_PAGES, PageNeed
 from tests.workers.memory_executor import VOCAB, MemoryExecutor, expected_output
 
 PAGE = 16
@@ -41,7 +42,7 @@ def make_engine(
 
 def request(name: str, prompt: list[int], max_tokens: int = 10, **kwargs: object) -> EngineRequest:
     params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
-    fields = {"params": params, "client_id": "client", **kwargs}
+    fields = {"params": params, **kwargs}
     return EngineRequest(name, prompt_token_ids=np.array(prompt, np.int32), **fields)  # type: ignore[arg-type]
 
 
@@ -53,7 +54,7 @@ def run(engine: Engine) -> dict[str, list[SequenceDelta]]:
         for delta in engine.step():
             deltas.setdefault(delta.request_id, []).append(delta)
         engine.check_integrity()
-    assert not engine.has_work, "the engine does not come to an end"
+    assert not engine.has_work, "the engine does not finish"
     return deltas
 
 
@@ -66,8 +67,8 @@ prompts = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=140)
 
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
-def test_output_depends_on_the_prompt_alone(data: st.DataObject) -> None:
-    """Whatever shares the batch, however prompts are chunked, cached or preempted."""
+def test_output_depends_only_on_the_prompt(data: st.DataObject) -> None:
+    """It does not depend on the batch, on chunking, on the cache, or on preemption."""
     sink = data.draw(st.integers(0, 2), "sink")
     recent = data.draw(st.integers(0, 2), "recent")
     seqs = data.draw(st.integers(1, 4), "seqs")
@@ -80,7 +81,7 @@ def test_output_depends_on_the_prompt_alone(data: st.DataObject) -> None:
         prefix_cache=data.draw(st.booleans(), "prefix cache"),
     )
     shared = data.draw(prompts, "shared prefix")
-    wanted: dict[str, list[int]] = {}
+    expected: dict[str, list[int]] = {}
     deltas: dict[str, list[SequenceDelta]] = {}
     for index in range(data.draw(st.integers(1, 10), "requests")):
         prompt = (shared if data.draw(st.booleans()) else []) + data.draw(prompts)
@@ -89,25 +90,25 @@ def test_output_depends_on_the_prompt_alone(data: st.DataObject) -> None:
         item = request(str(index), prompt, params=params)
         try:
             engine.check(item)
-        except CapacityError:
+        except PoolCapacityError:
             continue
         engine.add(item)
-        wanted[str(index)] = expected_output(prompt, max_tokens, ignore_eos=True)
+        expected[str(index)] = expected_output(prompt, max_tokens, ignore_eos=True)
         for _ in range(data.draw(st.integers(0, 6), "steps between")):
             for delta in engine.step():
                 deltas.setdefault(delta.request_id, []).append(delta)
             engine.check_integrity()
         if data.draw(st.integers(0, 9)) == 0 and engine.abort(str(index)):
-            del wanted[str(index)]
+            del expected[str(index)]
     for name, rest in run(engine).items():
         deltas.setdefault(name, []).extend(rest)
-    for name, output in wanted.items():
+    for name, output in expected.items():
         assert tokens_of(deltas[name]) == output
         usage = deltas[name][-1].usage
         assert usage is not None and usage.completion_tokens == len(output)
         assert usage.preemptions <= 1
     pool = engine.loads().pool
-    assert pool.hot_used == pool.sealed_used == 0
+    assert pool.used == PageNeed(0, 0)
 
 
 @pytest.mark.parametrize(("recent", "sink"), [(0, 0), (1, 0), (2, 1)])
@@ -122,7 +123,7 @@ def test_a_warm_prefix_cache_saves_whole_pages(recent: int, sink: int) -> None:
     assert tokens_of(warm) == tokens_of(cold)
     assert cold[-1].usage and cold[-1].usage.cached_tokens == 0
     assert warm[-1].usage and warm[-1].usage.cached_tokens == 5 * PAGE
-    # The pages it shares are not sealed again; what lies beyond the prompt was sealed before too.
+    # The pages it shares are not sealed again; those after the prompt were sealed before, too.
     assert executor.sealed_pages == before
 
 
@@ -161,7 +162,7 @@ def test_host_work_of_a_decode_step_does_not_grow_with_context() -> None:
         assert len(plan.hot.ids) <= 1 and len(plan.sealed.ids) <= 1 and not plan.row_starts
 
 
-def test_resumed_tokens_are_output_that_is_not_emitted_again() -> None:
+def test_resumed_tokens_are_not_emitted_again() -> None:
     engine, _ = make_engine()
     prompt = [5, 6, 7, 8]
     whole = expected_output(prompt, 20)
@@ -180,9 +181,9 @@ def test_stop_tokens_min_tokens_and_length() -> None:
     params = SamplingParams(temperature=0.0, max_tokens=30, stop_token_ids=(stop,))
     engine.add(request("s", prompt, params=params))
     last = run(engine)["s"][-1]
-    assert (last.finish_reason, last.matched_stop_token) == (FinishReason.STOP, stop)
+    assert (last.finish_reason, last.matched_stop_token) == (EndReason.STOP, stop)
     engine.add(request("l", prompt, 2))
-    assert run(engine)["l"][-1].finish_reason is FinishReason.LENGTH
+    assert run(engine)["l"][-1].finish_reason is EndReason.LENGTH
 
 
 def test_deadline_ends_a_sequence_and_frees_its_pages() -> None:
@@ -195,9 +196,9 @@ def test_deadline_ends_a_sequence_and_frees_its_pages() -> None:
     engine.step()
     now[0] = 5.0
     deltas = run(engine)
-    assert deltas["slow"][-1].finish_reason is FinishReason.DEADLINE
-    assert deltas["free"][-1].finish_reason is FinishReason.LENGTH
-    assert engine.loads().pool.sealed_used == 0
+    assert deltas["slow"][-1].finish_reason is EndReason.DEADLINE
+    assert deltas["free"][-1].finish_reason is EndReason.LENGTH
+    assert engine.loads().pool.sealed.used == 0
 
 
 @pytest.mark.parametrize(
@@ -215,17 +216,17 @@ def test_deadline_ends_a_sequence_and_frees_its_pages() -> None:
 def test_impossible_requests_are_refused_by_field(change: dict[str, object], field: str) -> None:
     engine, _ = make_engine()
     kwargs: dict[str, object] = {"prompt": [1, 2, 3], **change}
-    with pytest.raises(InvalidRequestError) as caught:
+    with pytest.raises(InvalidFieldError) as caught:
         engine.check(request("bad", kwargs.pop("prompt"), **kwargs))  # type: ignore[arg-type]
     assert caught.value.field == field
 
 
-def test_a_request_no_pool_can_hold_is_refused_with_bytes() -> None:
+def test_a_request_that_exceeds_the_pool_is_refused_with_bytes() -> None:
     engine, _ = make_engine(budget=60)
-    with pytest.raises(CapacityError) as caught:
+    with pytest.raises(PoolCapacityError) as caught:
         engine.check(request("huge", [1] * 700, 90))
     assert caught.value.needed_bytes > caught.value.available_bytes > 0
-    assert not caught.value.ever
+    assert not caught.value.retryable
 
 
 def test_a_budget_without_room_for_one_sequence_is_a_configuration_error() -> None:
@@ -234,7 +235,7 @@ def test_a_budget_without_room_for_one_sequence_is_a_configuration_error() -> No
 
 
 @pytest.mark.parametrize(("recent", "sink"), [(0, 0), (1, 0), (2, 1)])
-def test_a_sequence_pauses_at_the_end_of_its_lease_and_goes_on_when_it_grows(
+def test_a_sequence_pauses_at_the_end_of_its_lease_and_continues_when_it_grows(
     recent: int, sink: int
 ) -> None:
     engine, _ = make_engine(recent=recent, sink=sink)
@@ -242,19 +243,18 @@ def test_a_sequence_pauses_at_the_end_of_its_lease_and_goes_on_when_it_grows(
     engine.add(request("r", [5, 6, 7], params=params, lease=LeaseTerms("l", 1, 4, 1, 12)))
     tokens: list[int] = []
     for pages in (1, 2, 3, 12):
-        engine.extend("r", LeaseTerms("l", 1, 4, pages, 12))
+        engine.extend(LeaseTerms("l", 1, 4, pages, 12))
         while engine.has_work and not engine.stalled:
             tokens += tokens_of(engine.step())
             engine.check_integrity()
             assert engine.scheduler.cache.sealed.used <= pages
         if pages < 12:
-            # The last token that was sampled is yet to be written.
+            # The last sampled token has not been written yet.
             assert 3 + len(tokens) == engine.geometry.tokens_within(pages) + 1
-            assert engine.loads().leases == (LeaseTerms("l", 1, 4, pages, 12),)
     assert tokens == expected_output([5, 6, 7], 190, ignore_eos=True)
 
 
-def test_others_go_on_beside_a_paused_sequence_and_may_preempt_it() -> None:
+def test_others_continue_while_a_sequence_is_paused_and_may_preempt_it() -> None:
     engine, _ = make_engine(budget=40, seqs=3)
     params = SamplingParams(temperature=0.0, max_tokens=200, ignore_eos=True)
     engine.add(request("old", [4, 5], params=params))
@@ -266,7 +266,7 @@ def test_others_go_on_beside_a_paused_sequence_and_may_preempt_it() -> None:
         engine.check_integrity()
     assert deltas["old"] == expected_output([4, 5], 200, ignore_eos=True)
     assert len(deltas["paused"]) == 6 * PAGE - 2
-    engine.extend("paused", LeaseTerms("l", 1, 1, 13, 13))
+    engine.extend(LeaseTerms("l", 1, 1, 13, 13))
     for delta in run(engine)["paused"]:
         deltas["paused"] += delta.token_ids
     assert deltas["paused"] == expected_output([6, 7], 200, ignore_eos=True)
@@ -287,7 +287,7 @@ def test_a_paused_sequence_still_has_its_deadline() -> None:
     now[0] = 9.5
     assert engine.deadline_s() == 0.0
     (delta,) = engine.step()
-    assert delta.finish_reason is FinishReason.DEADLINE
+    assert delta.finish_reason is EndReason.DEADLINE
     assert not engine.has_work and not engine.stalled
 
 
@@ -304,13 +304,13 @@ def test_pages_that_two_sequences_seal_in_the_same_step_are_stored_once() -> Non
         assert output == expected_output(prompt, 3)
 
 
-def test_the_ends_of_blocks_are_told_as_they_come_and_go() -> None:
+def test_cached_block_ends_are_reported_when_they_change() -> None:
     engine, _ = make_engine(budget=64, tokens=64)
     prompt = [int(i) % VOCAB for i in range(2 * BLOCK_PAGES * PAGE + 5)]
     engine.add(request("a", prompt, 2))
     run(engine)
-    wanted = PageDigests(PAGE, "").upto(np.array(prompt, np.int32), 2 * BLOCK_PAGES)
-    ends = wanted[BLOCK_PAGES - 1 :: BLOCK_PAGES]
+    expected = PageDigests(PAGE, "").upto(np.array(prompt, np.int32), 2 * BLOCK_PAGES)
+    ends = expected[BLOCK_PAGES - 1 :: BLOCK_PAGES]
     assert engine.take_page_changes() == dict.fromkeys(ends, True)
     assert engine.take_page_changes() == {}
     # Another prompt takes the pages; the end of the first is evicted before its beginning.

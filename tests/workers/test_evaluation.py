@@ -1,4 +1,4 @@
-"""Evaluation through the engine's path: figures that transformers gives too, and its arithmetic."""
+"""Evaluation through the engine's path: results that transformers also gives, and arithmetic."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from transformers import AutoModelForCausalLM
 
 from kvmesh.kernels.formats.registry import get_format
 from kvmesh.workers.config import EngineConfig
-from kvmesh.workers.engine import Engine
 from kvmesh.workers.errors import ConfigError
 from kvmesh.workers.evaluation.footprint import Footprint
-from kvmesh.workers.evaluation.gate import LIMIT_NATS, alternatives, check_format
-from kvmesh.workers.evaluation.meter import Meter
 from kvmesh.workers.evaluation.model import EvaluatedModel, choose_formats
-from kvmesh.workers.evaluation.passkey import OUTPUT_TOKENS, RiddleMaker, measure_passkey
+from kvmesh.workers.evaluation.passkey import OUTPUT_TOKENS, PasskeyPromptMaker, measure_passkey
 from kvmesh.workers.evaluation.perplexity import measure_perplexity
-from kvmesh.workers.evaluation.probe import measure_divergences
 from kvmesh.workers.evaluation.recall import PASSAGE_TOKENS, measure_recall
-from kvmesh.workers.evaluation.scorer import Scorer
-from kvmesh.workers.evaluation.tally import Tally, compare
 from kvmesh.workers.evaluation.text import TokenText, read_text
+from kvmesh.workers.leader import EngineLeader
 from kvmesh.workers.local import InProcessExecutor, LocalProcesses
 from kvmesh.workers.model.embedded import EMBEDDED_NAME
 from kvmesh.workers.model.source import resolve_model
 from kvmesh.workers.parallel.comm import Communicator
 from kvmesh.workers.rank import Rank
+from kvmesh.workers.scoring.gate import LIMIT_NATS, alternatives, check_format
+from kvmesh.workers.scoring.meter import Meter
+from kvmesh.workers.scoring.probe import measure_divergences
+from kvmesh.workers.scoring.scorer import Scorer
+from kvmesh.workers.scoring.tally import Tally, compare
 from tests.model.small import make_small_model, make_small_tokenizer
 from tests.repo.imports import ROOT
 from tests.workers.memory_executor import MemoryExecutor
@@ -87,7 +87,9 @@ def windows_of(model: EvaluatedModel, context: int, count: int) -> list[np.ndarr
 
 
 @pytest.mark.slow
-def test_exact_perplexity_is_transformers(model: EvaluatedModel, theirs: torch.nn.Module) -> None:
+def test_exact_perplexity_equals_transformers(
+    model: EvaluatedModel, theirs: torch.nn.Module
+) -> None:
     report = measure_perplexity(
         model, choose_formats(["int4"]), TEXT, context=300, windows=3, meter=Meter()
     )
@@ -114,7 +116,7 @@ def test_exact_does_not_diverge_from_exact(model: EvaluatedModel) -> None:
     assert tallies[1] == tallies[0]
 
 
-def test_divergence_is_that_of_the_definition() -> None:
+def test_divergence_matches_its_definition() -> None:
     generator = torch.Generator().manual_seed(0)
     logits, exact = torch.randn(2, 100, 50, generator=generator)
     targets = torch.randint(50, (100,), generator=generator)
@@ -136,13 +138,13 @@ def test_logits_do_not_depend_on_chunks(path: Path, model: EvaluatedModel, kv_fo
     for chunk_tokens in (PAGE, 37, 128):
         part = all_logits(path, kv_format, tokens, chunk_tokens)
         assert float((part - whole).abs().max()) < 2e-3 * spread
-    # What would be seen if a chunk read the wrong form of a page:
+    # The difference that would show if a chunk read a page in the wrong form:
     other = all_logits(path, "int4", tokens, 256)
     assert float((other - whole).abs().max()) > 2e-2 * spread
 
 
 @pytest.mark.slow
-def test_recall_is_the_accuracy_that_transformers_has_on_the_second_copy(
+def test_recall_equals_the_accuracy_of_transformers_on_the_second_copy(
     model: EvaluatedModel, theirs: torch.nn.Module
 ) -> None:
     length, passages = 400, 2
@@ -157,8 +159,8 @@ def test_recall_is_the_accuracy_that_transformers_has_on_the_second_copy(
     hits = 0
     for window in windows_of(model, length, passages):
         tokens = np.concatenate((window, window[:PASSAGE_TOKENS]))
-        told = their_logits(theirs, tokens)[length:-1].argmax(-1).numpy()
-        hits += int((told == tokens[length + 1 :]).sum())
+        expected = their_logits(theirs, tokens)[length:-1].argmax(-1).numpy()
+        hits += int((expected == tokens[length + 1 :]).sum())
     exact, int8 = report.figures
     assert exact.accuracy == pytest.approx(hits / (passages * (PASSAGE_TOKENS - 1)))
     assert exact.difference == 0.0
@@ -166,7 +168,9 @@ def test_recall_is_the_accuracy_that_transformers_has_on_the_second_copy(
 
 
 @pytest.mark.slow
-def test_generated_tokens_are_transformers(model: EvaluatedModel, theirs: torch.nn.Module) -> None:
+def test_generated_tokens_equal_transformers(
+    model: EvaluatedModel, theirs: torch.nn.Module
+) -> None:
     (tokens,) = windows_of(model, 70, 1)
     output = model.scorer(get_format("exact"), 90).generate(tokens, 20)
     for token in output:
@@ -175,22 +179,24 @@ def test_generated_tokens_are_transformers(model: EvaluatedModel, theirs: torch.
 
 
 @pytest.mark.parametrize("depth", [0.0, 0.3, 0.9])
-def test_a_riddle_hides_its_key_where_it_should(model: EvaluatedModel, depth: float) -> None:
-    maker = RiddleMaker(model.tokenizer, TEXT)
-    riddle = maker.make(800, depth, seed=3)
-    assert 780 - OUTPUT_TOKENS < len(riddle.prompt) <= 800 - OUTPUT_TOKENS
-    text = model.tokenizer.decode([int(token) for token in riddle.prompt])
-    assert text.count(riddle.key) == 2
+def test_a_passkey_prompt_hides_its_key_at_the_right_depth(
+    model: EvaluatedModel, depth: float
+) -> None:
+    maker = PasskeyPromptMaker(model.tokenizer, TEXT)
+    prompt = maker.make(800, depth, seed=3)
+    assert 780 - OUTPUT_TOKENS < len(prompt.tokens) <= 800 - OUTPUT_TOKENS
+    text = model.tokenizer.decode([int(token) for token in prompt.tokens])
+    assert text.count(prompt.key) == 2
     begin, end = text.index("remember it.") + len("remember it."), text.index("What is the pass")
     needle = (
-        f"The pass key number is {riddle.key}. Remember it. {riddle.key} is the pass key number."
+        f"The pass key number is {prompt.key}. Remember it. {prompt.key} is the pass key number."
     )
     before, after = text[begin:end].split(needle)
-    # The number stands where the next sentence or word ends.
+    # The number is at the end of the next sentence or word.
     assert depth - 0.02 < len(before) / len(before + after) < depth + 0.3
     again = maker.make(800, depth, seed=3)
-    assert again.key == riddle.key and (again.prompt == riddle.prompt).all()
-    assert maker.make(800, depth, seed=4).key != riddle.key
+    assert again.key == prompt.key and (again.tokens == prompt.tokens).all()
+    assert maker.make(800, depth, seed=4).key != prompt.key
 
 
 @pytest.mark.slow
@@ -222,7 +228,7 @@ def test_windows_do_not_overlap_and_span_the_text(model: EvaluatedModel) -> None
     assert len(source.windows(100, 10**6)) == available
 
 
-def test_windows_begin_as_the_models_sequences_do(model: EvaluatedModel) -> None:
+def test_windows_begin_with_the_models_prefix(model: EvaluatedModel) -> None:
     source = TokenText(model.tokenizer, TEXT)
     source.prefix = np.array([1], dtype=np.int32)
     for window in source.windows(50, 2):
@@ -240,7 +246,7 @@ def test_bits_count_exact_windows_as_bfloat16() -> None:
         sink_pages=1,
         recent_pages=2,
     )
-    # 2048 tokens are 32 pages; the next token is in page 32, so that [1, 30) are sealed.
+    # 2048 tokens are 32 pages; the next token is in page 32, so [1, 30) are sealed.
     assert footprint.bits_at(2048) == pytest.approx((29 * 4.5 + 3 * 16) / 32)
     assert footprint.bytes_per_token_at(2048) == pytest.approx(
         footprint.bits_at(2048) * 2 * 3 * 2 * 64 / 8
@@ -249,7 +255,7 @@ def test_bits_count_exact_windows_as_bfloat16() -> None:
     assert footprint.bits_at(2048) > footprint.bits_at(32_768) > footprint.sealed_bits == 4.5
 
 
-def test_bad_inputs_name_what_is_at_fault(model: EvaluatedModel, tmp_path: Path) -> None:
+def test_errors_name_the_invalid_argument(model: EvaluatedModel, tmp_path: Path) -> None:
     def fault(call: object, *arguments: object, **settings: object) -> ConfigError:
         with pytest.raises(ConfigError) as caught:
             call(*arguments, **settings)  # type: ignore[operator]
@@ -277,7 +283,7 @@ def test_bad_inputs_name_what_is_at_fault(model: EvaluatedModel, tmp_path: Path)
 
 
 class Figures:
-    """Divergences from a table; what was asked for is kept."""
+    """Divergences from a table; records which formats were requested."""
 
     def __init__(self, kl_nats: dict[str, float]) -> None:
         self.kl_nats = kl_nats
@@ -291,7 +297,7 @@ class Figures:
 def checked(kv_format: str, kv_probe: str, kl_nats: dict[str, float]) -> Figures:
     others = {fmt.name: 1.0 for fmt in alternatives(get_format(kv_format), 64, 64)}
     figures = Figures({**others, "exact": 0.0, **kl_nats})
-    config = EngineConfig(model="m", kv_format=kv_format, kv_probe=kv_probe)
+    config = EngineConfig(model="m", kv_format=kv_format).replace(kv_probe=kv_probe)
     check_format(config, 64, figures)
     return figures
 
@@ -301,7 +307,9 @@ def test_the_probe_can_be_off_and_exact_needs_none() -> None:
     assert checked("exact", "refuse", {}).asked == []
 
 
-def test_a_harmless_format_is_measured_alone(caplog: pytest.LogCaptureFixture) -> None:
+def test_only_the_chosen_format_is_measured_if_it_is_harmless(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     assert checked("4", "refuse", {"int4": LIMIT_NATS}).asked == [["int4"]]
     assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
 
@@ -309,39 +317,39 @@ def test_a_harmless_format_is_measured_alone(caplog: pytest.LogCaptureFixture) -
 @pytest.mark.parametrize(
     ("kl_nats", "advised"),
     [
-        ({"int4": 0.4, "int8": 0.001}, "int8 with 8.50 bits"),
-        ({"int4": math.nan, "int8": math.nan}, "exact with 16.00 bits"),
+        ({"int4": 0.4, "int8": 0.001}, "int8, with 8.50 bits"),
+        ({"int4": math.nan, "int8": math.nan}, "exact, with 16.00 bits"),
     ],
 )
-def test_a_format_that_hurts_is_warned_of_or_refused(
+def test_a_harmful_format_causes_a_warning_or_is_refused(
     kl_nats: dict[str, float], advised: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     checked("int4", "warn", kl_nats)
     (record,) = [r for r in caplog.records if r.levelno == logging.WARNING]
-    told = f"{kl_nats['int4']:.3f} nats"
-    assert advised in record.getMessage() and told in record.getMessage()
+    expected = f"{kl_nats['int4']:.3f} nats"
+    assert advised in record.getMessage() and expected in record.getMessage()
     with pytest.raises(ConfigError, match=advised) as caught:
         checked("int4", "refuse", kl_nats)
     assert caught.value.field == "kv_format"
 
 
-def test_alternatives_come_by_bits() -> None:
+def test_alternatives_are_ordered_by_bits() -> None:
     formats = alternatives(get_format("int8"), 64, 64)
     bits = [fmt.bits_per_element(64, 64) for fmt in formats]
     assert bits == sorted(bits) and formats[-1].name == "exact"
     assert not any(fmt.needs_calibration or fmt.name == "int8" for fmt in formats)
 
 
-def test_an_engine_does_not_start_with_a_refused_format() -> None:
+async def test_a_group_does_not_start_with_a_refused_format() -> None:
     executor = MemoryExecutor(PAGE, 0, 0, 400)
     executor.kl_nats = {"int4": 1.0}
     config = EngineConfig(model="memory", kv_format="int4", page_size=PAGE, kv_probe="refuse")
     with pytest.raises(ConfigError, match="int4 hurts"):
-        Engine(config, executor)
+        await EngineLeader(config, executor).start()
 
 
 @pytest.mark.slow
-def test_the_embedded_model_bears_int8_better_than_int4() -> None:
+def test_int8_diverges_less_than_int4_on_the_embedded_model() -> None:
     config = EngineConfig(model=EMBEDDED_NAME, device="cpu", threads_per_rank=1)
     rank = Rank(config, 0, Communicator.single())
     path = resolve_model(EMBEDDED_NAME).path
@@ -350,12 +358,19 @@ def test_the_embedded_model_bears_int8_better_than_int4() -> None:
 
 
 @pytest.mark.slow
-def test_a_group_measures_together(path: Path) -> None:
+def test_a_group_measures_together_and_once(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     alone = InProcessExecutor(small_config(path)).divergences(["int4", "int8"])
     group = LocalProcesses(small_config(path, tp=2))
     try:
         group.describe()
         together = group.divergences(["int4", "int8"])
+        for file in (tmp_path / "kvmesh/probes").iterdir():
+            file.write_text("[0.5, 0.25]")
+        assert group.divergences(["int4", "int8"]) == [0.5, 0.25]
+        assert group.divergences(["int8"]) == pytest.approx(together[1:])
     finally:
         group.close()
     assert together == pytest.approx(alone, rel=0.02)

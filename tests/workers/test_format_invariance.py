@@ -1,8 +1,7 @@
-"""Greedy output in every format is the same however it is run: chunks, batch, cache, preemption."""
+"""Greedy output in every format does not depend on chunks, batch, cache or preemption."""
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -34,8 +33,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SELF_SUFFICIENT)
-def test_output_depends_on_the_prompt_alone(name: str, model: Path) -> None:
-    """Pages of 16 tokens, prompts of up to 13 pages: most are sealed in every format's windows."""
+def test_output_depends_only_on_the_prompt(name: str, model: Path) -> None:
+    """Pages of 16 tokens, prompts of up to 13 pages: most are sealed in every format."""
     config = EngineConfig(
         model=str(model),
         kv_format=name,
@@ -53,9 +52,9 @@ def test_output_depends_on_the_prompt_alone(name: str, model: Path) -> None:
     alone = Invariance(config, prompts, TOKENS)
     alone.check(generate(Engine(config, local_executor(config)), prompts, TOKENS))
     alone.check(alone.preempted(steps=(6, 14)))
-    short_chunks = dataclasses.replace(config, max_num_batched_tokens=16)
+    short_chunks = config.replace(max_num_batched_tokens=16)
     alone.check(alone.one_by_one(Engine(short_chunks, local_executor(short_chunks))))
-    cached = dataclasses.replace(config, prefix_cache=True)
+    cached = config.replace(prefix_cache=True)
     engine = Engine(cached, local_executor(cached))
     alone.check(alone.one_by_one(engine))
     warm = alone.one_by_one(engine)

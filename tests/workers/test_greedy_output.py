@@ -1,8 +1,6 @@
-"""Greedy output of the embedded model: equal to transformers', and the same however it is run."""
+"""Greedy output of the embedded model: equal to transformers', and independent of how it is run."""
 
 from __future__ import annotations
-
-import dataclasses
 
 import pytest
 import torch
@@ -34,7 +32,7 @@ CONFIG = EngineConfig(
     device="cpu",
     kv_memory_bytes=400 << 20,
     kv_probe="off",
-    threads_per_rank=1,  # spinning threads make a shared machine crawl
+    threads_per_rank=1,  # spinning threads slow a shared machine down
 )
 
 
@@ -67,7 +65,7 @@ def reference(prompts: list[list[int]]) -> list[list[int]]:
 def test_exact_fp32_equals_transformers(
     tp: int, prompts: list[list[int]], reference: list[list[int]]
 ) -> None:
-    config = dataclasses.replace(CONFIG, tp=tp, threads_per_rank=1)
+    config = CONFIG.replace(tp=tp, threads_per_rank=1)
     executor = local_executor(config)
     try:
         engine = Engine(config, executor)
@@ -92,17 +90,15 @@ def invariance(
         "You answer in plain words, from what you know, and say so when you do not know. " * 6,
         add_special_tokens=False,
     )
-    config = dataclasses.replace(
-        CONFIG, page_size=16, max_num_batched_tokens=64, prefix_cache=False, **request.param
+    config = CONFIG.replace(
+        page_size=16, max_num_batched_tokens=64, prefix_cache=False, **request.param
     )
     return Invariance(config, [preamble + prompt for prompt in prompts[:3]])
 
 
 @pytest.mark.parametrize("chunk", [16, 512])
 def test_output_does_not_depend_on_chunking(invariance: Invariance, chunk: int) -> None:
-    config = dataclasses.replace(
-        invariance.config, max_num_batched_tokens=chunk, max_num_seqs=min(chunk, 16)
-    )
+    config = invariance.config.replace(max_num_batched_tokens=chunk, max_num_seqs=min(chunk, 16))
     engine = Engine(config, local_executor(config))
     invariance.check(invariance.one_by_one(engine))
 
@@ -116,7 +112,7 @@ def test_output_does_not_depend_on_the_batch(invariance: Invariance) -> None:
 
 
 def test_output_does_not_depend_on_the_prefix_cache(invariance: Invariance) -> None:
-    config = dataclasses.replace(invariance.config, prefix_cache=True)
+    config = invariance.config.replace(prefix_cache=True)
     engine = Engine(config, local_executor(config))
     cold = invariance.one_by_one(engine)
     warm = invariance.one_by_one(engine)

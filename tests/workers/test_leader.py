@@ -1,4 +1,4 @@
-"""The leader: streams, cancellation, vanished clients, leases, failure."""
+"""The leader: streams, cancellation, lost clients, leases, failure."""
 
 from __future__ import annotations
 
@@ -6,21 +6,25 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
 
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.errors import (
-    CapacityError,
-    DrainingError,
-    InvalidRequestError,
+    EngineDrainingError,
+    InvalidFieldError,
+    PoolCapacityError,
     WorkerDiedError,
 )
 from kvmesh.workers.executor import RankDescription
 from kvmesh.workers.leader import EngineLeader
+from kvmesh.workers.lease import AccountUpdate, LeaseEnd, LeaseTerms
+from kvmesh.workers.lease_book import AHEAD_TOKENS
 from kvmesh.workers.plan import StepPlan, StepResult
-from kvmesh.workers.request import FinishReason, LeaseTerms, SequenceDelta
+from kvmesh.workers.request import EndReason, SequenceDelta
 from kvmesh.workers.sampling_params import SamplingParams
+from kvmesh.workers.sizes import PageNeed
 from tests.workers.memory_executor import MemoryExecutor, expected_output
 from tests.workers.test_engine import PAGE, request, tokens_of
 
@@ -30,10 +34,10 @@ ENDLESS = SamplingParams(temperature=0.0, max_tokens=700, ignore_eos=True)
 
 
 class GatedExecutor(MemoryExecutor):
-    """Takes a permit for each step, so that a test decides what is in flight."""
+    """Needs a permit for each step, so that a test decides what is in flight."""
 
-    def __init__(self) -> None:
-        super().__init__(PAGE, 0, 0, 400)
+    def __init__(self, budget: int = 400) -> None:
+        super().__init__(PAGE, 0, 0, budget)
         self.permits = threading.Semaphore(0)
         self.error: Exception | None = None
 
@@ -59,91 +63,93 @@ async def running() -> AsyncIterator[tuple[EngineLeader, GatedExecutor]]:
         await leader.stop()
 
 
-async def read_until_end(
-    stream: AsyncIterator[list[SequenceDelta]], names: set[str]
-) -> dict[str, list[SequenceDelta]]:
-    read: dict[str, list[SequenceDelta]] = {name: [] for name in names}
-    left = set(names)
-    async for deltas in stream:
-        for delta in deltas:
-            read[delta.request_id].append(delta)
-            if delta.finish_reason is not None:
-                left.discard(delta.request_id)
-        if not left:
-            return read
-    raise AssertionError("the stream ended early")
+class Inbox:
+    """Collects a client's deltas."""
+
+    def __init__(self) -> None:
+        self._arrived: asyncio.Queue[list[SequenceDelta]] = asyncio.Queue()
+
+    def deliver(self, deltas: list[SequenceDelta]) -> None:
+        self._arrived.put_nowait(deltas)
+
+    async def take(self) -> list[SequenceDelta]:
+        return await asyncio.wait_for(self._arrived.get(), 30)
+
+    async def until_end(self, names: set[str]) -> dict[str, list[SequenceDelta]]:
+        read: dict[str, list[SequenceDelta]] = {name: [] for name in names}
+        left = set(names)
+        while left:
+            for delta in await self.take():
+                read[delta.request_id].append(delta)
+                if delta.finish_reason is not None:
+                    left.discard(delta.request_id)
+        return read
 
 
 async def idle(leader: EngineLeader) -> None:
-    """Wait until nothing lives, by draining's own signal."""
+    """Wait until no sequence is left, using the drain signal."""
     await asyncio.wait_for(leader._idle.wait(), 10)
 
 
-@pytest.mark.asyncio
-async def test_one_stream_carries_all_sequences_of_a_client() -> None:
+async def test_one_client_gets_all_its_sequences() -> None:
     async with running() as (leader, executor):
         executor.allow(MANY)
+        inbox = Inbox()
         prompts = {str(i): [i + 2, 5, 6] for i in range(6)}
         for name, prompt in prompts.items():
-            await leader.submit(request(name, prompt, 20))
-        read = await read_until_end(leader.outputs("client"), set(prompts))
+            leader.submit([request(name, prompt, 20)], inbox.deliver)
+        read = await inbox.until_end(set(prompts))
         for name, prompt in prompts.items():
             assert tokens_of(read[name]) == expected_output(prompt, 20)
-        pool = leader.loads().pool
-        assert pool.sealed_used == pool.hot_used == 0
+        assert leader.loads().pool.used == PageNeed(0, 0)
 
 
-@pytest.mark.asyncio
 async def test_abort_ends_a_sequence_in_flight() -> None:
     async with running() as (leader, executor):
-        await leader.submit(request("a", [3, 4], params=ENDLESS))
-        stream = leader.outputs("client")
+        inbox = Inbox()
+        leader.submit([request("a", [3, 4], params=ENDLESS)], inbox.deliver)
         executor.allow(1)
-        await anext(stream)
-        assert await leader.abort("a")
+        await inbox.take()
+        leader.abort(["a", "unknown"])
         executor.allow(1)
-        read = await read_until_end(stream, {"a"})
-        assert read["a"][-1].finish_reason is FinishReason.ABORT
-        assert leader.loads().pool.sealed_used == 0
-        assert not await leader.abort("a")
+        read = await inbox.until_end({"a"})
+        assert read["a"][-1].finish_reason is EndReason.ABORT
+        assert leader.loads().pool.used == PageNeed(0, 0)
 
 
-@pytest.mark.asyncio
-async def test_a_client_that_stops_reading_loses_its_sequences_only() -> None:
+async def test_a_client_that_stops_reading_loses_only_its_own_sequences() -> None:
     async with running() as (leader, executor):
-        gone, stays = leader.outputs("gone"), leader.outputs("stays")
+        gone, stays = Inbox(), Inbox()
         for name in ("a", "b"):
-            await leader.submit(request(name, [3, 4], params=ENDLESS, client_id="gone"))
+            leader.submit([request(name, [3, 4], params=ENDLESS)], gone.deliver)
         executor.allow(1)
-        await anext(gone)
-        await leader.submit(request("c", [3, 4], 5, client_id="stays"))
-        await gone.aclose()  # type: ignore[attr-defined]
+        await gone.take()
+        leader.submit([request("c", [3, 4], 5)], stays.deliver)
+        leader.disconnect(gone.deliver)
         executor.allow(MANY)
-        read = await read_until_end(stays, {"c"})
+        read = await stays.until_end({"c"})
         assert tokens_of(read["c"]) == expected_output([3, 4], 5)
         await idle(leader)
         assert leader.loads().outcomes_total["abort"] == 2
 
 
-@pytest.mark.asyncio
 async def test_a_failed_rank_ends_every_sequence_with_an_error() -> None:
     async with running() as (leader, executor):
-        stream = leader.outputs("client")
+        inbox = Inbox()
         for name in ("a", "b"):
-            await leader.submit(request(name, [3, 4], params=ENDLESS))
+            leader.submit([request(name, [3, 4], params=ENDLESS)], inbox.deliver)
         executor.allow(1)
-        await anext(stream)
+        await inbox.take()
         executor.error = WorkerDiedError("rank 1 ended")
         executor.allow(1)
-        read = await read_until_end(stream, {"a", "b"})
-        assert all(deltas[-1].finish_reason is FinishReason.ERROR for deltas in read.values())
+        read = await inbox.until_end({"a", "b"})
+        assert all(deltas[-1].finish_reason is EndReason.ERROR for deltas in read.values())
         assert leader.failed is executor.error
         with pytest.raises(WorkerDiedError):
-            await leader.submit(request("c", [3]))
+            leader.submit([request("c", [3])], inbox.deliver)
 
 
-@pytest.mark.asyncio
-async def test_start_raises_what_kept_the_ranks_from_starting() -> None:
+async def test_start_raises_the_error_of_a_rank_that_could_not_start() -> None:
     class Broken(GatedExecutor):
         def describe(self) -> list[RankDescription]:
             raise WorkerDiedError("rank 0 ended with exit code 1")
@@ -152,30 +158,108 @@ async def test_start_raises_what_kept_the_ranks_from_starting() -> None:
         await EngineLeader(CONFIG, Broken()).start()
 
 
-@pytest.mark.asyncio
-async def test_submit_refuses_what_cannot_be() -> None:
+async def test_submit_refuses_invalid_requests() -> None:
     async with running() as (leader, _):
-        await leader.submit(request("a", [3, 4], params=ENDLESS))
-        with pytest.raises(InvalidRequestError, match="request_id"):
-            await leader.submit(request("a", [3, 4]))
-        total = leader.info().sealed_pages
-        big = LeaseTerms("l1", 1, hot_pages=1, sealed_pages=total - 1)
-        await leader.submit(request("b", [3, 4], params=ENDLESS, lease=big))
-        with pytest.raises(CapacityError) as caught:
-            await leader.submit(request("c", [3, 4], lease=LeaseTerms("l2", 1, 1, 2)))
-        assert caught.value.ever
-        assert leader.loads().leases in ((), (big,))
+        inbox = Inbox()
+        leader.submit([request("a", [3, 4], params=ENDLESS)], inbox.deliver)
+        with pytest.raises(InvalidFieldError, match="request_id"):
+            leader.submit([request("a", [3, 4])], inbox.deliver)
+        total = leader.info().capacity.sealed
+        big = LeaseTerms("l1", 1, hot_pages=1, sealed_pages=total - 1, max_sealed_pages=total - 1)
+        leader.submit([request("b", [3, 4], params=ENDLESS, lease=big)], inbox.deliver)
+        small = LeaseTerms("l2", 1, 1, 2, 2)
+        with pytest.raises(PoolCapacityError) as caught:
+            leader.submit([request("c", [3, 4], lease=small)], inbox.deliver)
+        assert caught.value.retryable
+        assert leader.book.take_update() == AccountUpdate(arrived=(big,))
         leader._draining = True
-        with pytest.raises(DrainingError):
-            await leader.submit(request("d", [3, 4]))
+        with pytest.raises(EngineDrainingError):
+            leader.submit([request("d", [3, 4])], inbox.deliver)
 
 
-@pytest.mark.asyncio
-async def test_drain_waits_for_what_runs() -> None:
+async def test_all_sequences_of_a_lease_are_accepted_or_none() -> None:
+    async with running() as (leader, _):
+        lease = LeaseTerms("l", 1, 2, 4, 4, sequences=2)
+        good, bad = request("l.0", [3, 4], lease=lease), request("l.1", [-1], lease=lease)
+        with pytest.raises(InvalidFieldError):
+            leader.submit([good, bad], Inbox().deliver)
+        assert not leader.book.take_update()
+        assert leader._idle.is_set()
+
+
+async def test_drain_waits_for_running_sequences() -> None:
     async with running() as (leader, executor):
         executor.allow(MANY)
-        await leader.submit(request("a", [3, 4], 20))
-        stream = leader.outputs("client")
+        inbox = Inbox()
+        leader.submit([request("a", [3, 4], 20)], inbox.deliver)
         await asyncio.wait_for(leader.drain(), 10)
-        read = await read_until_end(stream, {"a"})
+        read = await inbox.until_end({"a"})
         assert tokens_of(read["a"]) == expected_output([3, 4], 20)
+
+
+async def test_the_account_of_a_lease_from_its_arrival_to_its_end() -> None:
+    async with running() as (leader, executor):
+        inbox = Inbox()
+        lease = LeaseTerms("l", 1, hot_pages=1, sealed_pages=1, max_sealed_pages=8)
+        params = SamplingParams(temperature=0.0, max_tokens=6 * PAGE, ignore_eos=True)
+        leader.submit([request("l.0", [3, 4], params=params, lease=lease)], inbox.deliver)
+        assert leader.book.take_update() == AccountUpdate(arrived=(lease,))
+        executor.allow(MANY)
+        # Until it has used up its lease, and waits.
+        tokens: list[int] = []
+        while len(tokens) < 2 * PAGE - 2:
+            for delta in await inbox.take():
+                tokens += delta.token_ids
+        update = leader.book.take_update()
+        assert update.first_tokens == ("l",)
+        (want,) = update.wants
+        assert want.prompt_tokens == 2
+        assert want.tokens <= 2 * PAGE + AHEAD_TOKENS
+        assert leader.book.restate().wants == (want,), "a new router gets it again"
+        leader.extend(replace(lease, sealed_pages=8))
+        read = await inbox.until_end({"l.0"})
+        tokens += tokens_of(read["l.0"])
+        assert tokens == expected_output([3, 4], 6 * PAGE, ignore_eos=True)
+        assert leader.book.take_update() == AccountUpdate(ended=(LeaseEnd("l", 6 * PAGE),))
+        assert (leader.book.leases, leader.book.restate()) == ((), AccountUpdate())
+
+
+async def test_a_withdrawn_lease_ends_whether_it_runs_or_not() -> None:
+    async with running() as (leader, executor):
+        inbox = Inbox()
+        lease = LeaseTerms("l", 1, 1, 90, 90)
+        leader.submit([request("l.0", [3, 4], params=ENDLESS, lease=lease)], inbox.deliver)
+        executor.allow(1)
+        await inbox.take()
+        leader.book.take_update()
+        leader.withdraw("never came")
+        assert leader.book.take_update() == AccountUpdate(ended=(LeaseEnd("never came"),))
+        leader.withdraw("l")
+        executor.allow(1)
+        read = await inbox.until_end({"l.0"})
+        assert read["l.0"][-1].finish_reason is EndReason.ABORT
+        assert leader.book.take_update() == AccountUpdate(ended=(LeaseEnd("l"),))
+
+
+async def test_reports_agree_with_the_account() -> None:
+    """What sequences hold is within what the leases of the same report cover."""
+    changed = asyncio.Event()
+    executor = GatedExecutor()
+    leader = EngineLeader(CONFIG, executor, changed.set)
+    await leader.start()
+    executor.allow(MANY)
+    inbox = Inbox()
+    for number in range(4):
+        lease = LeaseTerms(str(number), 1, 1, 3, 3, number=number)
+        leader.submit([request(f"{number}.0", [number] * 20, 20, lease=lease)], inbox.deliver)
+    left = 4
+    while left:
+        for delta in await inbox.take():
+            left -= delta.finish_reason is not None
+        loads = leader.loads()
+        if leader.loads_current:
+            assert loads.pool.sealed.used <= sum(x.sealed_pages for x in loads.leases)
+            assert loads.pool.hot.used <= sum(x.hot_pages for x in loads.leases)
+    assert changed.is_set()
+    assert (leader.loads().leases, leader.loads().pool.used) == ((), PageNeed(0, 0))
+    await leader.stop()

@@ -9,14 +9,14 @@ from kvmesh.workers.errors import ConfigError
 from kvmesh.workers.pool_plan import plan_pool
 from kvmesh.workers.sizes import PageGeometry
 
-# Four hot pages a sequence, of which each takes as much as eight sealed ones.
+# Four hot pages per sequence, each as large as eight sealed ones.
 GEOMETRY = PageGeometry(
     page_size=64, sink_pages=1, recent_pages=2, hot_page_bytes=800, sealed_page_bytes=100
 )
 
 
 @pytest.mark.parametrize(("share", "seqs"), [(0.5, 5), (0.8, 9), (0.1, 1)])
-def test_hot_pages_take_their_share_and_no_more(share: float, seqs: int) -> None:
+def test_hot_pages_take_no_more_than_their_share(share: float, seqs: int) -> None:
     budget = 40_000
     plan = plan_pool(
         budget, GEOMETRY, max_num_seqs=100, max_num_batched_tokens=128, max_hot_share=share
@@ -34,6 +34,6 @@ def test_few_sequences_leave_the_rest_to_sealed_pages() -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0, -0.5])
-def test_a_share_of_nothing_or_all_is_refused(share: float) -> None:
+def test_a_share_of_zero_or_one_is_refused(share: float) -> None:
     with pytest.raises(ConfigError, match="max_hot_share"):
         EngineConfig(model="m", max_hot_share=share)

@@ -1,8 +1,8 @@
-"""A rank's decode steps by the GPU's kernels against plain torch, and from graphs against none.
+"""A rank's decode steps: GPU kernels against plain torch, and CUDA graphs against no graphs.
 
-The kernels' own tests are in tests/kernels; here they meet the runner: what it writes, seals in
-all layers together, reads back in the next steps, and how it pads. Without a GPU the kernels run
-in Triton's interpreter, and there are no graphs.
+The kernels' own tests are in tests/kernels. These test the kernels with the runner: what it
+writes, seals in all layers together, reads back in the next steps, and how it pads. Without a
+GPU the kernels run in Triton's interpreter, and there are no graphs.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def model() -> ServedModel:
 
 
 def plans(fmt: KVFormat, batch: int, steps: int) -> tuple[DecodeSteps, list[StepPlan]]:
-    """Of sequences that end at 258 tokens and less; the longest fills a page on the way."""
+    """Plans for sequences that end at 258 tokens or fewer; the longest fills a page."""
     hot_bytes, sealed_bytes = page_bytes_of(
         fmt,
         num_layers=SHAPE.layers,
@@ -58,7 +58,7 @@ def plans(fmt: KVFormat, batch: int, steps: int) -> tuple[DecodeSteps, list[Step
 def filled_rank(
     model: ServedModel, fmt: KVFormat, steps: DecodeSteps, *, graphs: bool = False
 ) -> ModelRunner:
-    """The same numbers in its pages whenever it is made."""
+    """Its pages hold the same numbers every time."""
     params = model_params_for(fmt, SHAPE.layers, SHAPE.kv_heads, SHAPE.head_dim)
     if params is not None:
         params = params.to(DEVICE)
@@ -94,7 +94,7 @@ def filled_rank(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kv_format", ["exact", "k4v2", "int8-static", "nuq3"])
-def test_decode_steps_are_those_of_plain_torch(
+def test_decode_steps_equal_those_of_plain_torch(
     kv_format: str, model: ServedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fmt = get_format(kv_format)
@@ -114,7 +114,7 @@ def test_decode_steps_are_those_of_plain_torch(
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs are captured on GPUs")
 @pytest.mark.parametrize("kv_format", ["exact", "int8", "k4v2", "nuq3"])
-def test_steps_from_graphs_choose_what_others_do(kv_format: str, model: ServedModel) -> None:
+def test_steps_from_graphs_choose_the_same_tokens(kv_format: str, model: ServedModel) -> None:
     """Three sequences, so that a graph of four is padded, through the steps that seal."""
     fmt = get_format(kv_format)
     steps, made = plans(fmt, batch=3, steps=36)
@@ -125,5 +125,5 @@ def test_steps_from_graphs_choose_what_others_do(kv_format: str, model: ServedMo
         logits, result = eager.score(plan), captured.execute(plan)
         assert logits is not None and result is not None
         for row, token in zip(logits, result.tokens, strict=True):
-            # Keys are split otherwise, for the longest sequence there can be: rounding differs.
+            # Keys are split for the longest possible sequence, so the rounding differs.
             assert row.max() - row[token.token_id] < 0.05 * row.std()

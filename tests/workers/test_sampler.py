@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvmesh.workers.errors import InvalidRequestError
+from kvmesh.workers.errors import InvalidFieldError
 from kvmesh.workers.plan import RowStart
 from kvmesh.workers.sampler import Sampler, uniform
 from kvmesh.workers.sampling_params import SamplingParams
@@ -70,7 +70,7 @@ def test_frequencies_follow_the_softmax(params: dict[str, float]) -> None:
     assert ((tokens - wanted) ** 2 / wanted).sum() < 30
 
 
-def test_truncations_keep_what_they_should() -> None:
+def test_truncations_keep_the_right_tokens() -> None:
     logits = logits_of({10: 4.0, 11: 3.0, 12: 2.0, 13: 1.0})
     assert set(drawn(SamplingParams(top_k=2, seed=1), logits, 300)) == {10, 11}
     assert set(drawn(SamplingParams(top_k=1, seed=1), logits, 50)) == {10}
@@ -107,7 +107,7 @@ def test_penalties_and_bias() -> None:
     cases = [
         (SamplingParams(**greedy), 1),
         (SamplingParams(repetition_penalty=1.5, **greedy), 20),  # token 1 is in the prompt
-        (SamplingParams(presence_penalty=1.0, **greedy), 1),  # which output penalties leave alone
+        (SamplingParams(presence_penalty=1.0, **greedy), 1),  # no effect on prompt tokens
         (SamplingParams(logit_bias={1: -100.0, 20: -100.0}, **greedy), 30),
     ]
     for params, token in cases:
@@ -115,7 +115,7 @@ def test_penalties_and_bias() -> None:
     repeated = sampler_with(SamplingParams(frequency_penalty=0.3, **greedy), history=[1, 1])
     assert repeated.sample(logits.clone(), [0], [4])[0].token_id == 20
     sampler = sampler_with(SamplingParams(presence_penalty=0.5, **greedy))
-    sampler.note_tokens(0, 2, np.array([1, 20], np.int32).tobytes())
+    sampler.record_tokens(0, 2, np.array([1, 20], np.int32).tobytes())
     assert sampler.sample(logits.clone(), [0], [4])[0].token_id == 30
 
 
@@ -130,7 +130,7 @@ def test_min_tokens_forbids_stopping() -> None:
     ]
 
 
-def test_logprobs_are_the_models_own() -> None:
+def test_logprobs_are_those_of_the_model() -> None:
     logits = logits_of({3: 2.0, 4: 1.0})
     params = SamplingParams(temperature=0.0, logprobs=2, logit_bias={3: -50.0})
     token = sampler_with(params).sample(logits.clone(), [0], [2])[0]
@@ -159,8 +159,8 @@ def test_logprobs_are_the_models_own() -> None:
         ("logit_bias", {1: float("nan")}),
     ],
 )
-def test_bad_parameters_are_refused_by_name(field: str, value: object) -> None:
-    with pytest.raises(InvalidRequestError) as caught:
+def test_invalid_parameters_are_refused_by_name(field: str, value: object) -> None:
+    with pytest.raises(InvalidFieldError) as caught:
         SamplingParams(**{field: value})  # type: ignore[arg-type]
     assert caught.value.field == field
 

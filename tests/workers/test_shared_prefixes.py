@@ -1,4 +1,4 @@
-"""Which sequences read sealed pages together, and that it changes nothing of what they say."""
+"""Which sequences read sealed pages together, and that the output does not change."""
 
 from __future__ import annotations
 
@@ -32,9 +32,11 @@ def tables(*sequences: list[int]) -> Ints:
     return ids
 
 
-def find(ids: Ints, *, first_page: int = 0, least: int = 2, most: int = 8) -> PrefixSets | None:
+def find(
+    ids: Ints, *, first_page: int = 0, min_members: int = 2, max_members: int = 8
+) -> PrefixSets | None:
     stops = first_page + (ids[:, first_page:] >= 0).sum(1)
-    return PrefixFinder(ids, first_page, least, most).find(np.arange(len(ids)), stops)
+    return PrefixFinder(ids, first_page, min_members, max_members).find(np.arange(len(ids)), stops)
 
 
 def sets_of(found: PrefixSets | None) -> list[tuple[list[int], int]]:
@@ -48,7 +50,7 @@ def own(start: int, count: int = 10) -> list[int]:
     return list(range(start, start + count))
 
 
-def test_those_with_the_same_pages_read_them_together() -> None:
+def test_sequences_with_the_same_pages_read_them_together() -> None:
     shared = own(100)
     ids = tables(shared + own(200), own(300), shared + own(400), shared)
     assert sets_of(find(ids)) == [([0, 2, 3], 10)]
@@ -57,7 +59,7 @@ def test_those_with_the_same_pages_read_them_together() -> None:
     assert found.pages.tolist() == [10, 0, 10, 10]
 
 
-def test_little_in_common_is_not_worth_it() -> None:
+def test_a_short_common_prefix_is_not_worth_it() -> None:
     few = own(100, MIN_SAVED_PAGES // 2)
     assert find(tables(few + own(200), few + own(300))) is None
     assert sets_of(find(tables(*(few + own(200 * i) for i in range(2, 5))))) == [
@@ -73,41 +75,44 @@ def test_pages_of_the_sink_do_not_count() -> None:
     assert sets_of(find(ids, first_page=1)) == [([0, 1], 10)]
 
 
-def test_of_nested_prefixes_those_that_save_more_are_taken() -> None:
+def test_of_nested_prefixes_the_one_that_saves_more_is_used() -> None:
     system = own(100, 2)
     document, other = own(200, 20), own(300, 20)
-    # Two documents, each read by two; what all share is less.
+    # Two documents, each read by two sequences; the prefix that all share is shorter.
     four = [system + document + own(400), system + document + own(500)]
     four += [system + other + own(600), system + other + own(700)]
     assert sets_of(find(tables(*four))) == [([0, 1], 22), ([2, 3], 22)]
     # Many share the system prompt, and two a document: both sets.
     many = [system + own(1000 + 100 * i) for i in range(8)]
     assert sets_of(find(tables(*four[:2], *many))) == [([0, 1], 22), (list(range(2, 10)), 2)]
-    # A page more in common is not worth leaving the others for.
+    # One more common page is not worth leaving the others.
     close = [[*own(100), 1, 0], [*own(100), 1, 1], [*own(100), 2, 9]]
     assert sets_of(find(tables(*close))) == [([0, 1, 2], 10)]
 
 
-def test_large_sets_are_cut_and_small_ones_are_not_made() -> None:
+def test_large_sets_are_split_and_small_ones_are_not_made() -> None:
     shared = own(100)
     nine = tables(*(shared + own(200 + 20 * i) for i in range(9)))
-    assert [len(members) for members, _ in sets_of(find(nine, most=4))] == [4, 4]
-    assert [len(members) for members, _ in sets_of(find(nine, most=5, least=4))] == [5, 4]
-    found = find(nine, most=6, least=4)
+    assert [len(members) for members, _ in sets_of(find(nine, max_members=4))] == [4, 4]
+    assert [len(members) for members, _ in sets_of(find(nine, max_members=5, min_members=4))] == [
+        5,
+        4,
+    ]
+    found = find(nine, max_members=6, min_members=4)
     assert sets_of(found) == [([0, 1, 2, 3, 4, 5], 10)]
     assert found is not None
     assert found.pages[6:].tolist() == [0, 0, 0]
-    assert find(nine, most=12, least=10) is None
+    assert find(nine, max_members=12, min_members=10) is None
 
 
-def test_a_set_within_a_set_must_be_large_enough_too() -> None:
+def test_a_nested_set_must_be_large_enough_too() -> None:
     documents = [[*own(100), *own(200, 15), i] for i in range(2)]
     ids = tables(*documents, [*own(100), 5], [*own(100), 6])
     assert sets_of(find(ids)) == [([0, 1], 25), ([2, 3], 10)]
-    assert sets_of(find(ids, least=3)) == [([0, 1, 2, 3], 10)]
+    assert sets_of(find(ids, min_members=3)) == [([0, 1, 2, 3], 10)]
 
 
-def test_an_answer_holds_until_sequences_or_tables_change() -> None:
+def test_an_answer_is_cached_until_sequences_or_tables_change() -> None:
     shared = own(100)
     ids = tables(shared + own(200), shared + own(300))
     finder = PrefixFinder(ids, 0, 2, 8)
@@ -135,10 +140,10 @@ def test_padding_adds_empty_sets() -> None:
     st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=12), min_size=1, max_size=10),
     st.integers(2, 5),
 )
-def test_sets_are_true_and_save_no_less_than_one_for_each_first_page(
-    paths: list[list[int]], most: int
+def test_sets_are_valid_and_save_at_least_as_much_as_one_per_first_page(
+    paths: list[list[int]], limit: int
 ) -> None:
-    """Each number is a fork in the road, followed by three pages of its own."""
+    """Each number is a branch, followed by three pages that it determines."""
     names: dict[tuple[int, ...], int] = {}
 
     def page_ids(path: list[int]) -> list[int]:
@@ -149,7 +154,7 @@ def test_sets_are_true_and_save_no_less_than_one_for_each_first_page(
         return pages
 
     ids = tables(*map(page_ids, paths))
-    whole = find(ids, most=len(paths) + 2)
+    whole = find(ids, max_members=len(paths) + 2)
     seen: list[int] = []
     saved = 0
     for members, common in sets_of(whole):
@@ -163,10 +168,10 @@ def test_sets_are_true_and_save_no_less_than_one_for_each_first_page(
         if len(group) > 1:
             table = ids[group]
             common = int((table == table[0]).all(0).argmin())
-            least = (len(group) - 1) * common
-            assert saved >= least or least < 2 * MIN_SAVED_PAGES
-    cut = find(ids, most=most)
-    assert all(2 <= len(members) <= most for members, _ in sets_of(cut))
+            saved_by_one = (len(group) - 1) * common
+            assert saved >= saved_by_one or saved_by_one < 2 * MIN_SAVED_PAGES
+    cut = find(ids, max_members=limit)
+    assert all(2 <= len(members) <= limit for members, _ in sets_of(cut))
     if cut is not None:
         assert len(cut.starts) <= num_starts(len(paths))
 

@@ -11,7 +11,7 @@ from kvmesh.kernels.formats.registry import get_format
 from kvmesh.kernels.seal import seal_pages
 from kvmesh.kernels.write import write_hot
 from kvmesh.workers.plan import Chunk, StepPlan, TableUpdate
-from kvmesh.workers.step import StepArrays, Tables, to_device
+from kvmesh.workers.step import BlockTables, StepArrays, to_device
 
 PAGE = 16
 CPU = torch.device("cpu")
@@ -44,7 +44,7 @@ def test_chunks_are_packed_with_their_positions_and_slots() -> None:
 
 
 @pytest.mark.slow
-def test_a_padded_decode_step_computes_the_same() -> None:
+def test_a_padded_decode_step_gives_the_same_results() -> None:
     """Padding writes nothing, seals nothing, and its rows of the output are empty."""
     torch.manual_seed(0)
     fmt = get_format("int8")
@@ -54,7 +54,7 @@ def test_a_padded_decode_step_computes_the_same() -> None:
     sealed = torch.zeros(6, kv_heads, fmt.page_bytes(PAGE, head_dim, 4), dtype=torch.uint8)
     for page in range(4):
         seal_pages(hot, sealed, torch.tensor([page]), torch.tensor([page]), fmt=fmt)
-    tables = Tables(
+    tables = BlockTables(
         torch.tensor([[-1, -1, 3], [-1, 4, -1], [5, -1, -1]], dtype=torch.int32),
         torch.tensor([[0, 1, -1], [2, -1, -1], [4, -1, -1]], dtype=torch.int32),
         PAGE,

@@ -1,1 +1,1 @@
-"""What some KV formats have to know of a model beforehand: measured on a text, kept in a file."""
+"""Statistics of a model that some KV formats need: measured on a text, stored in a file."""

@@ -1,4 +1,4 @@
-"""Exact causal attention of one window, differentiable."""
+"""Exact, differentiable causal attention within one window."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Running a model over a text, and what a KV format has to know of it."""
+"""Runs a model over a text to measure what a KV format needs to know about it."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def calibrate(
     progress: Progress | None = None,
     root: Path | None = None,
 ) -> Calibration:
-    """What `kv_format` needs to know of `model`, measured on `text`.
+    """The parameters that `kv_format` needs for `model`, measured on `text`.
 
-    text: should be none that the result is judged by
-    samples, context: windows of the text, and tokens of each
-    progress: called with what is being done and the share of it done, if known
+    text: should not be the text on which the result is evaluated
+    samples, context: number of windows of the text, and tokens per window
+    progress: called with the current step and the share of it that is done, if known
     root: where converted models are kept
-    Raises ConfigError naming the argument at fault.
+    Raises ConfigError naming the invalid argument.
     """
     report = progress or _silent
     fmt = _calibrated_format(kv_format)
@@ -89,13 +89,13 @@ def calibrate(
     )
 
 
-class _Unobserved:
-    """A side that needs nothing."""
+class _NoObserver:
+    """For a side that needs no calibration."""
 
     wants_gradients = False
 
     def observe(self, layer: int, x: Tensor, gradient: Tensor | None, positions: Tensor) -> None:
-        """Nothing to learn."""
+        """Does nothing."""
 
     def params(self, layer: int) -> dict[str, Tensor]:
         return {}
@@ -106,14 +106,14 @@ def _observer(side: Side, model: ServedModel, samples: int) -> Observer:
         return RangeObserver(side)
     if isinstance(side, NonUniform):
         return LevelObserver(side, model.rope, model.num_kv_heads, model.head_dim, samples)
-    assert not side.calibrated, f"nothing calibrates {type(side).__name__}"
-    return _Unobserved()
+    assert not side.calibrated, f"there is no observer for {type(side).__name__}"
+    return _NoObserver()
 
 
 def _run(
     model: ServedModel, tokens: Tensor, observers: tuple[Observer, Observer], exact_tokens: int
 ) -> None:
-    """One window through the model, past the observers; its first `exact_tokens` stay unseen."""
+    """Run the model over one window; observers do not see its first `exact_tokens` tokens."""
     wants_gradients = any(observer.wants_gradients for observer in observers)
     positions = torch.arange(len(tokens), device=tokens.device)
     seen: list[tuple[Tensor, Tensor]] = []
@@ -141,8 +141,8 @@ def _run(
 
 
 def _with_gradient(x: Tensor) -> Tensor:
-    """x, whose gradient will be kept."""
-    if not x.requires_grad:  # the first layer's: the weights want no gradients
+    """x, which will keep its gradient."""
+    if not x.requires_grad:  # in the first layer, because weights do not require gradients
         return x.detach().requires_grad_()
     x.retain_grad()
     return x
@@ -165,4 +165,4 @@ def _device(name: str) -> torch.device:
 
 
 def _silent(step: str, share: float | None) -> None:
-    """Report to nobody."""
+    """Do not report progress."""

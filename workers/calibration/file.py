@@ -1,4 +1,4 @@
-"""The calibration file: what was measured for one model and KV format, and for which."""
+"""The calibration file: parameters measured for one model and one KV format."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ _VERSION = "1"
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """A format's parameters for every layer of a model, of all KV heads together.
+    """A format's parameters for every layer of a model, over all KV heads.
 
-    Kept as safetensors: tensors `layers.{i}.{k|v}.{name}`, and in the metadata what
-    they belong to and their SHA-256.
+    Stored as safetensors: tensors `layers.{i}.{k|v}.{name}`, with the model, the format
+    and the SHA-256 of the tensors in the metadata.
 
-    sink_pages: of the format, when the statistics left out the tokens of those pages
-    samples, context: windows of the text, and tokens of each
+    sink_pages: of the format, if the statistics left out the tokens of those pages
+    samples, context: number of windows of the text, and tokens per window
     """
 
     model: str
@@ -45,7 +45,7 @@ class Calibration:
     layers: tuple[LayerParams, ...]
 
     def save(self, path: Path) -> None:
-        """Write the file, whole or not at all. Raises ConfigError naming `output`."""
+        """Write the file atomically. Raises ConfigError naming `output`."""
         tensors = self._tensors()
         metadata = {
             "version": _VERSION,
@@ -81,8 +81,8 @@ class Calibration:
         """The file's contents, if they are for this format and model.
 
         model: what the user calls it, for the message
-        sink_pages: that the engine reads exactly
-        Raises ConfigError (field `calibration`) that says what differs and how to make a file.
+        sink_pages: which the engine reads exactly
+        Raises ConfigError (field `calibration`) saying what differs and how to make a file.
         """
         try:
             metadata, tensors = _read(path)
@@ -100,34 +100,33 @@ class Calibration:
         except _MismatchError as mismatch:
             raise ConfigError(
                 "calibration",
-                f"{path} {mismatch}; make one that fits with: "
-                + calibrate_command(model, fmt.name),
+                f"{path} {mismatch}; make a new one with: " + calibrate_command(model, fmt.name),
             ) from mismatch.__cause__
         except KeyError as error:
             raise ConfigError(
                 "calibration",
-                f"{path} is no calibration file (it has no {error.args[0]}); make one with: "
+                f"{path} is not a calibration file (it has no {error.args[0]}); make one with: "
                 + calibrate_command(model, fmt.name),
             ) from None
         return found
 
     @staticmethod
     def format_of(path: Path) -> str:
-        """The KV format a file says it is for. Raises ConfigError (field `calibration`)."""
+        """The KV format of a file. Raises ConfigError (field `calibration`)."""
         try:
             return _read(path)[0]["kv_format"]
         except _MismatchError as mismatch:
             raise ConfigError("calibration", f"{path} {mismatch}") from mismatch.__cause__
         except KeyError:
-            raise ConfigError("calibration", f"{path} is no calibration file") from None
+            raise ConfigError("calibration", f"{path} is not a calibration file") from None
 
     def for_rank(self, fmt: KVFormat, rank: int, tp: int, device: torch.device) -> ModelParams:
-        """Each layer's parameters, of this rank's heads, on its device."""
+        """Each layer's parameters for this rank's heads, on its device."""
         shares = (layer.share(fmt, rank, tp) for layer in self.layers)
         return ModelParams(tuple(shares)).to(device)
 
     def _tensors(self) -> dict[str, Tensor]:
-        # Clones: safetensors refuses tensors that share their memory, as RoPE's frequencies do.
+        # Clones, because safetensors refuses tensors that share memory, like RoPE's frequencies.
         return {
             f"layers.{index}.{key}.{name}": tensor.clone(memory_format=torch.contiguous_format)
             for index, layer in enumerate(self.layers)
@@ -140,33 +139,35 @@ class Calibration:
     ) -> None:
         if metadata.get("version") != _VERSION:
             raise _MismatchError(
-                f"has format version {metadata.get('version')}, this kvmesh reads {_VERSION}"
+                f"has format version {metadata.get('version')}, but this kvmesh reads {_VERSION}"
             )
         if self.kv_format != fmt.name:
             raise _MismatchError(f"is for the format {self.kv_format}, not for {fmt.name}")
         if self.model_revision != facts.revision:
             raise _MismatchError(
-                f"is for the model {self.model} of revision {self.model_revision},"
-                f" not for {facts.name} of revision {facts.revision}"
+                f"is for the model {self.model}, revision {self.model_revision},"
+                f" not for {facts.name}, revision {facts.revision}"
             )
         if self.head_dim != facts.head_dim:
             raise _MismatchError(f"is for head_dim {self.head_dim}, not for {facts.head_dim}")
         if sink_pages < self.sink_pages:
             raise _MismatchError(
                 f"left out the tokens of the first {self.sink_pages} pages,"
-                f" which sink_pages {sink_pages} would not keep exact"
+                f" but sink_pages {sink_pages} does not keep them exact"
             )
         if len(self.layers) != facts.num_layers:
-            raise _MismatchError(f"has {len(self.layers)} layers, the model {facts.num_layers}")
+            raise _MismatchError(
+                f"has {len(self.layers)} layers, but the model has {facts.num_layers}"
+            )
         for index, layer in enumerate(self.layers):
             for key, side, params in (("k", fmt.k, layer.k), ("v", fmt.v, layer.v)):
                 _check_shapes(f"layers.{index}.{key}", side, params, facts)
         if metadata.get("sha256") != _digest(self._tensors()):
-            raise _MismatchError("is damaged: its tensors do not have the SHA-256 it names")
+            raise _MismatchError("is corrupt: its tensors do not match its SHA-256")
 
 
 class _MismatchError(Exception):
-    """What is wrong with a file, as the rest of a sentence about it."""
+    """What is wrong with a file, as a predicate: "is for ...", "has ..."."""
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -187,11 +188,11 @@ def _layers(tensors: Mapping[str, Tensor]) -> tuple[LayerParams, ...]:
         if len(parts) != 4 or parts[0] != "layers" or not parts[1].isdigit():
             raise _MismatchError(f"has a tensor {full_name}, which belongs to no layer")
         if parts[2] not in ("k", "v"):
-            raise _MismatchError(f"has a tensor {full_name}, which belongs to no side")
+            raise _MismatchError(f"has a tensor {full_name}, which belongs to neither k nor v")
         sides = found.setdefault(int(parts[1]), {"k": {}, "v": {}})
         sides[parts[2]][parts[3]] = tensor
     if sorted(found) != list(range(len(found))):
-        raise _MismatchError(f"has the layers {sorted(found)} alone")
+        raise _MismatchError(f"has only the layers {sorted(found)}")
     return tuple(LayerParams(found[i]["k"], found[i]["v"]) for i in range(len(found)))
 
 
@@ -199,7 +200,7 @@ def _check_shapes(where: str, side: Side, params: Mapping[str, Tensor], facts: M
     if params.keys() != side.calibrated.keys():
         raise _MismatchError(
             f"has {', '.join(sorted(params)) or 'nothing'} for {where},"
-            f" where {', '.join(sorted(side.calibrated)) or 'nothing'} belongs"
+            f" expected {', '.join(sorted(side.calibrated)) or 'nothing'}"
         )
     sizes: dict[Any, int] = {"heads": facts.num_kv_heads, "channels": facts.head_dim}
     for name, dims in side.calibrated.items():
@@ -208,7 +209,9 @@ def _check_shapes(where: str, side: Side, params: Mapping[str, Tensor], facts: M
         if len(got) != len(wanted) or any(
             isinstance(want, int) and want != size for want, size in zip(wanted, got, strict=True)
         ):
-            raise _MismatchError(f"has {where}.{name} of shape {list(got)}, not {list(wanted)}")
+            raise _MismatchError(
+                f"has {where}.{name} of shape {list(got)}, expected {list(wanted)}"
+            )
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

@@ -1,41 +1,41 @@
-"""The levels of a quantiser for weighted numbers: k-means on a line, solved exactly."""
+"""Optimal levels of a quantiser for weighted numbers: one-dimensional k-means, solved exactly."""
 
 from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
 
-# Numbers are taken together that lie this close, of the span they have.
+# Numbers in the same of this many bins over their range are treated as equal.
 _BINS = 1024
 
 Floats = npt.NDArray[np.float64]
 
 
 def best_levels(numbers: Floats, weights: Floats, count: int) -> Floats:
-    """The `count` levels of the least weighted squared error, [count], ascending.
+    """The `count` levels with the smallest weighted squared error, [count], ascending.
 
     numbers, weights: [n]; weights ≥ 0
-    On a line clusters are intervals, so dynamic programming finds the best ones,
-    whatever k-means would have started from (Wu 1991; Wang & Song, Ckmeans.1d.dp, 2011).
+    In one dimension clusters are intervals, so dynamic programming finds the global optimum,
+    independent of any initialisation (Wu 1991; Wang & Song, Ckmeans.1d.dp, 2011).
     """
     if not weights.sum() > 0.0:
         weights = np.ones_like(numbers)
     low, high = numbers.min(), numbers.max()
     bins = np.clip((numbers - low) * (_BINS / max(high - low, 1e-30)), 0, _BINS - 1).astype(int)
     moments = [np.bincount(bins, weights * numbers**power, minlength=_BINS) for power in range(3)]
-    # Sums up to each bin: those of an interval are differences.
+    # Prefix sums over bins: the sums of an interval are differences.
     kept = moments[0] > 0.0
     sums: list[Floats] = [np.concatenate(([0.0], np.cumsum(x[kept]))) for x in moments]
     mass, first, second = sums
     starts = _intervals(mass, first, second, count)
     edges = np.append(starts, len(mass) - 1)
     levels = np.diff(first[edges]) / np.diff(mass[edges])
-    # Fewer distinct numbers than levels: the rest repeat the last.
+    # With fewer distinct numbers than levels, the last level is repeated.
     return np.concatenate((levels, np.full(count - len(levels), levels[-1])))
 
 
 def _intervals(mass: Floats, first: Floats, second: Floats, count: int) -> npt.NDArray[np.int64]:
-    """Where each of the best intervals of bins starts, from the sums up to each bin."""
+    """Where each of the optimal intervals of bins starts, from the prefix sums over bins."""
     size = len(mass) - 1
     count = min(count, size)
     # cost[i, j]: the error of one level for the bins [i, j); infinite unless i < j

@@ -1,19 +1,20 @@
 """Ranges and levels of keys or values, for `NonUniform` (KVQuant, arXiv 2401.18079).
 
-Keys, before RoPE, of each head and channel; values of each token; levels for a layer.
+Keys, before RoPE, have ranges per head and channel; values per token; levels are per layer.
 
-    scale, zero   what lies between two percentiles of a channel goes to [-1, 1]; then, by
-                  turns with the levels, the line through (level, number) by least squares
-    levels        the best for the weighted numbers (levels.py): a channel's Fisher
-                  information times the square of its scale, so that the error is
-                  measured in what it does to the loss. KVQuant weighs every number by its
-                  own squared gradient, whose noise costs as much as it gains on other text
+    scale, zero   map the range between two percentiles of a channel to [-1, 1]; then they are
+                  refitted alternately with the levels, as the least-squares line through
+                  (level, number)
+    levels        optimal for the weighted numbers (levels.py). The weight is a channel's
+                  Fisher information times the square of its scale, so that the error is
+                  measured by its effect on the loss. KVQuant weighs every number by its own
+                  squared gradient, whose noise costs as much on other text as it gains
     Q-Norm        C' = C s1/s2 + (m1 - m2 s1/s2) with the means m and deviations s of the
-                  numbers (1) and of their levels (2), which the centres of cells shrink:
-                  of keys, where a softmax suffers from a bias more than from noise. Values
-                  get the scale that leaves them none when they are sealed
+                  numbers (1) and of their levels (2), because levels at the centres of cells
+                  shrink the deviation. Used for keys, since a softmax suffers more from bias
+                  than from noise. Values get an unbiased scale when they are sealed
 
-Outliers take no part in fits: they are chosen as the codec will choose them.
+Outliers are excluded from fits: they are chosen in the same way as in the codec.
 """
 
 from __future__ import annotations
@@ -22,23 +23,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvmesh.kernels.formats.nuq.rope import RopePairs, phases
 from kvmesh.kernels.formats.nuq.side import NonUniform
-from kvmesh.kernels.formats.nuq.turn import Turn, phases
 from kvmesh.workers.calibration.levels import best_levels
 from kvmesh.workers.model.rope import Rope
 
-_PERCENTILE = 0.005  # KVQuant's 1%, half of it at either end
+_PERCENTILE = 0.005  # KVQuant's 1%, half of it at each end
 _ROUNDS = 4
-# Of a layer and side: what percentiles and levels are found from.
-_MOST_TOKENS = 8192
-_MOST_NUMBERS = 1 << 23
-_LEAST_SCALE = 1e-6
+# Per layer and side: how many numbers percentiles and levels are computed from.
+_MAX_TOKENS = 8192
+_MAX_NUMBERS = 1 << 23
+_MIN_SCALE = 1e-6
 
 
 class LevelObserver:
-    """Keeps some tokens of every window, and the sum of squared gradients of all of them.
+    """Keeps some tokens of every window, and the sum of squared gradients of all tokens.
 
-    samples: windows there will be
+    samples: number of windows
     """
 
     wants_gradients = True
@@ -48,8 +49,8 @@ class LevelObserver:
     ) -> None:
         self._side = side
         self._rope = rope
-        most = min(_MOST_TOKENS, max(1024, _MOST_NUMBERS // (num_kv_heads * head_dim)))
-        self._tokens_per_window = -(-most // samples)
+        max_tokens = min(_MAX_TOKENS, max(1024, _MAX_NUMBERS // (num_kv_heads * head_dim)))
+        self._tokens_per_window = -(-max_tokens // samples)
         self._generator = torch.Generator().manual_seed(0)
         self._kept: dict[int, list[Tensor]] = {}
         self._fisher: dict[int, Tensor] = {}
@@ -58,8 +59,8 @@ class LevelObserver:
         assert gradient is not None
         if not self._side.values:
             back = phases(self._rope.inv_freq, positions).conj().unsqueeze(1)
-            turn = Turn(self._rope.interleaved)
-            x, gradient = turn.by(x, back), turn.by(gradient, back)
+            rope = RopePairs(self._rope.interleaved)
+            x, gradient = rope.rotate(x, back), rope.rotate(gradient, back)
         order = torch.randperm(len(x), generator=self._generator)[: self._tokens_per_window]
         self._kept.setdefault(layer, []).append(x[order.to(x.device)].bfloat16().cpu())
         fisher = gradient.square().sum(0).double().cpu()
@@ -68,7 +69,7 @@ class LevelObserver:
     def params(self, layer: int) -> dict[str, Tensor]:
         x = torch.cat(self._kept.pop(layer)).float()
         fisher = self._fisher.pop(layer)
-        # Relative to the layer's mean; a model that minds no channel minds all alike.
+        # Relative to the layer's mean; if no channel has an effect, all count equally.
         mean = fisher.mean()
         fisher = (fisher / mean).float() if mean > 0 else torch.ones_like(fisher).float()
         return self._fit_values(x, fisher) if self._side.values else self._fit_keys(x, fisher)
@@ -77,7 +78,7 @@ class LevelObserver:
         """x: [tokens, num_kv_heads, head_dim]; fisher: [num_kv_heads, head_dim]"""
         importance = fisher.sqrt()
         low, high = _percentiles(x)
-        scale, zero = _floored((high - low) / 2), (high + low) / 2
+        scale, zero = _clamped((high - low) / 2), (high + low) / 2
         t = (x - zero) / scale
         inside = t.abs() <= 1
         levels = self._levels(t, inside, fisher * scale.square())
@@ -101,7 +102,7 @@ class LevelObserver:
         inside = self._all_but_outliers((x - x.mean(-1, keepdim=True)).abs())
         low = x.masked_fill(~inside, torch.inf).amin(-1, keepdim=True)
         high = x.masked_fill(~inside, -torch.inf).amax(-1, keepdim=True)
-        scale, zero = _floored((high - low) / 2), (high + low) / 2
+        scale, zero = _clamped((high - low) / 2), (high + low) / 2
         t = (x - zero) / scale
         levels = self._levels(t, inside, fisher * scale.square())
         return {"levels": levels, "bounds": _bounds(levels)}
@@ -112,8 +113,8 @@ class LevelObserver:
 
     def _levels(self, t: Tensor, inside: Tensor, weights: Tensor) -> Tensor:
         numbers = t[inside].double().numpy()
-        weighing = weights.expand_as(t)[inside].double().numpy()
-        found = best_levels(numbers, weighing, 2**self._side.width)
+        weights_inside = weights.expand_as(t)[inside].double().numpy()
+        found = best_levels(numbers, weights_inside, 2**self._side.width)
         return torch.from_numpy(found.astype(np.float32))
 
 
@@ -122,14 +123,14 @@ def _bounds(levels: Tensor) -> Tensor:
 
 
 def _q_norm(t: Tensor, levels: Tensor) -> Tensor:
-    """The levels, shifted and stretched to the mean and deviation of the numbers they stand for."""
+    """The levels, shifted and scaled to the mean and deviation of the numbers they represent."""
     numbers, chosen = t.double(), _nearest(t, levels).double()
     ratio = float(numbers.std() / chosen.std().clamp_min(1e-9))
     return levels * ratio + float(numbers.mean() - chosen.mean() * ratio)
 
 
 def _percentiles(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The least and greatest of each channel's numbers, outliers cut: [num_kv_heads, head_dim]."""
+    """Minimum and maximum of each channel without outliers: [num_kv_heads, head_dim] each."""
     at = torch.tensor([_PERCENTILE, 1 - _PERCENTILE])
     low, high = torch.stack([head.quantile(at, dim=0) for head in x.unbind(1)], dim=1)
     return low, high
@@ -140,15 +141,15 @@ def _nearest(t: Tensor, levels: Tensor) -> Tensor:
 
 
 def _line(chosen: Tensor, x: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
-    """Slope and offset of x by its levels, by least squares over a channel's inner numbers."""
+    """Slope and offset of x by its levels: least squares over a channel without outliers."""
     weight = inside.float()
     count = weight.sum(0).clamp_min(1.0)
     mean_level, mean = (chosen * weight).sum(0) / count, (x * weight).sum(0) / count
     centred = (chosen - mean_level) * weight
     slope = (centred * (x - mean)).sum(0) / centred.square().sum(0).clamp_min(1e-9)
-    scale = _floored(slope)
+    scale = _clamped(slope)
     return scale, mean - scale * mean_level
 
 
-def _floored(scale: Tensor) -> Tensor:
-    return scale.clamp_min(_LEAST_SCALE)
+def _clamped(scale: Tensor) -> Tensor:
+    return scale.clamp_min(_MIN_SCALE)

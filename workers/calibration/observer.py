@@ -1,4 +1,4 @@
-"""What sees the keys, or the values, of a text go by, and makes parameters of them."""
+"""Observes the keys or values of a text and computes parameters from them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ class Observer(Protocol):
         """Whether `observe` needs the gradients of the loss."""
 
     def observe(self, layer: int, x: Tensor, gradient: Tensor | None, positions: Tensor) -> None:
-        """Called once a window and layer.
+        """Called once per window and layer.
 
         x: [T, num_kv_heads, head_dim] fp32, keys (after RoPE) or values
-        gradient: like x, of the window's summed loss; None unless wanted
+        gradient: like x, of the window's summed loss; None unless `wants_gradients`
         positions: [T] int64
         """
 
     def params(self, layer: int) -> dict[str, Tensor]:
-        """The side's parameters, once every window was seen."""
+        """The side's parameters, after every window has been observed."""

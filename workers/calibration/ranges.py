@@ -7,12 +7,12 @@ from torch import Tensor
 
 from kvmesh.kernels.formats.static8.side import Static8
 
-# Of a channel that never changed.
-_LEAST_SCALE = 1e-6
+# For a channel that is constant.
+_MIN_SCALE = 1e-6
 
 
 class RangeObserver:
-    """Least and greatest numbers of every head and channel, or of a layer's together."""
+    """Minimum and maximum of every head and channel, or of a whole layer."""
 
     wants_gradients = False
 
@@ -31,5 +31,5 @@ class RangeObserver:
         low, high = (x.double().cpu() for x in self._ranges[layer])
         if self._side.per == "layer":
             low, high = low.amin().expand_as(low), high.amax().expand_as(high)
-        scale = ((high - low) / 255.0).clamp_min(_LEAST_SCALE)
+        scale = ((high - low) / 255.0).clamp_min(_MIN_SCALE)
         return {"scale": scale.float(), "zero": ((low + high) / 2.0).float()}

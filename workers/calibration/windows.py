@@ -1,4 +1,4 @@
-"""A text as the windows a calibration runs over."""
+"""Cuts a text into the windows of a calibration."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from kvmesh.workers.model.tokenizer import Tokenizer
 
 
 def windows_of(text: str, tokenizer: Tokenizer, samples: int, context: int) -> list[list[int]]:
-    """`samples` windows of `context` tokens, spread evenly over the text, none overlapping.
+    """`samples` windows of `context` tokens, spread evenly over the text, without overlap.
 
-    Each begins as the model expects a text to begin. Raises ConfigError naming
-    `text` where it is too short.
+    Each begins the way the model expects a text to begin. Raises ConfigError naming
+    `text` if it is too short.
     """
     plain = tokenizer.encode(text, add_special_tokens=False)
     opening = tokenizer.encode("", add_special_tokens=True)
@@ -20,8 +20,8 @@ def windows_of(text: str, tokenizer: Tokenizer, samples: int, context: int) -> l
     if len(plain) < samples * length:
         raise ConfigError(
             "text",
-            f"has {len(plain)} tokens, too few for {samples} samples of {context}:"
-            f" {len(plain) // length} would fit",
+            f"has {len(plain)} tokens, too few for {samples} samples of {context};"
+            f" use at most {len(plain) // length} samples or a longer text",
         )
     stride = (len(plain) - length) // max(1, samples - 1) if samples > 1 else 0
     starts = [index * stride for index in range(samples)]

@@ -1,1 +1,1 @@
-"""What a KV format costs a model: perplexity, divergence, recall, through the engine's own path."""
+"""The accuracy cost of KV formats: perplexity, divergence, recall, computed like in serving."""

@@ -1,7 +1,7 @@
-"""What a format's pages take per element and per token, exact windows counted.
+"""The size of a format's pages per element and per token, including exact windows.
 
-In the windows keys and values are in the compute dtype; they count as 16 bits, a
-GPU's bfloat16, also where a CPU computes in 32. Torch-free.
+In the windows keys and values are in the compute dtype. They count as 16 bits, a
+GPU's bfloat16, even where a CPU computes in 32. Torch-free.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ HOT_BITS = 16
 class Footprint:
     """The size of a sequence's KV in one format.
 
-    elements_per_token: keys and values of all layers and KV heads
+    elements_per_token: keys and values over all layers and KV heads
     """
 
     sealed_bits: float
@@ -36,7 +36,7 @@ class Footprint:
         sink_pages: int | None = None,
         recent_pages: int | None = None,
     ) -> Footprint:
-        """sink_pages, recent_pages: the format's own unless given"""
+        """sink_pages, recent_pages: the format's defaults if not given"""
         heads = num_layers * num_kv_heads
         geometry = PageGeometry(
             page_size=page_size,
@@ -54,5 +54,5 @@ class Footprint:
         return (sealed * self.sealed_bits + (context - sealed) * HOT_BITS) / context
 
     def bytes_per_token_at(self, context: int) -> float:
-        """Mean bytes per token of a sequence of `context` tokens, all layers and heads."""
+        """Mean bytes per token of a sequence of `context` tokens, over all layers and heads."""
         return self.bits_at(context) * self.elements_per_token / 8

@@ -1,4 +1,4 @@
-"""A model under evaluation: loaded once, run with one KV format beside another."""
+"""A model under evaluation: loaded once, run with several KV formats."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from kvmesh.workers.calibration.file import Calibration
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.errors import ConfigError
 from kvmesh.workers.evaluation.footprint import Footprint
-from kvmesh.workers.evaluation.scorer import Scorer
 from kvmesh.workers.model.facts import ModelFacts, read_facts
 from kvmesh.workers.model.source import Progress, resolve_model
 from kvmesh.workers.model.tokenizer import Tokenizer
 from kvmesh.workers.parallel.comm import Communicator
 from kvmesh.workers.rank import Rank
+from kvmesh.workers.scoring.scorer import Scorer
 
 EXACT = "exact"
 
 
 def choose_formats(names: list[str]) -> list[KVFormat]:
-    """The formats of those names, each once, `exact` first whether it is named or not.
+    """The formats with those names, without duplicates; `exact` always comes first.
 
     Raises ConfigError(kv_format)."""
     try:
@@ -33,9 +33,9 @@ def choose_formats(names: list[str]) -> list[KVFormat]:
 
 
 class EvaluatedModel:
-    """config: of a single rank; its kv_format is not used
-    calibrations: files of `kvmesh calibrate`, of the formats that need one
-    Raises what loading the model does.
+    """config: for a single rank; its kv_format is not used
+    calibrations: files of `kvmesh calibrate`, for formats that need one
+    Raises the same errors as loading the model.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class EvaluatedModel:
         progress: Progress | None = None,
         calibrations: Sequence[str] = (),
     ) -> None:
-        assert config.tp == 1, "evaluation runs in this process"
+        assert config.tp == 1, "evaluation runs in one process"
         files = resolve_model(config.model, progress=progress)
         self.config = config
         self.name = files.name
@@ -64,7 +64,7 @@ class EvaluatedModel:
             )
 
     def scorer(self, fmt: KVFormat, context: int) -> Scorer:
-        """A scorer with a pool of its own for sequences of up to `context` tokens."""
+        """A scorer with its own pool for sequences of up to `context` tokens."""
         return Scorer(
             self._rank.with_format(fmt.name, self._calibrations.get(fmt.name)),
             page_size=self.config.page_size,
@@ -72,7 +72,7 @@ class EvaluatedModel:
         )
 
     def footprint(self, fmt: KVFormat) -> Footprint:
-        """Raises ConfigError(kv_format) where the format does not go with the model's heads."""
+        """Raises ConfigError(kv_format) if the format does not support the model's head_dim."""
         try:
             return Footprint.of(
                 fmt,

@@ -1,7 +1,7 @@
-"""Retrieval: a number hidden in real text, asked for at the end.
+"""Retrieval: a number hidden in real text, with a question about it at the end.
 
-After Mohtashami and Jaggi (arXiv 2305.16300), with real text about the number
-instead of one sentence repeated, and through the model's chat template where it
+Follows Mohtashami and Jaggi (arXiv 2305.16300), but with real text around the number
+instead of one repeated sentence, and through the model's chat template if it
 has one.
 """
 
@@ -15,11 +15,11 @@ import numpy as np
 
 from kvmesh.kernels.formats.base import KVFormat
 from kvmesh.workers.errors import ConfigError
-from kvmesh.workers.evaluation.meter import Meter
 from kvmesh.workers.evaluation.model import EvaluatedModel
 from kvmesh.workers.evaluation.reports import FormatPasskey, PasskeyReport
 from kvmesh.workers.model.tokenizer import Tokenizer
 from kvmesh.workers.request import TokenIds
+from kvmesh.workers.scoring.meter import Meter
 
 OUTPUT_TOKENS = 10
 
@@ -30,10 +30,10 @@ _ANSWER = "The pass key number is"
 
 
 @dataclass(frozen=True, slots=True)
-class Riddle:
-    """A prompt that hides `key` after the share `depth` of its text."""
+class PasskeyPrompt:
+    """A prompt in which `key` is hidden at the relative position `depth` of the text."""
 
-    prompt: TokenIds
+    tokens: TokenIds
     key: str
     depth: float
 
@@ -48,27 +48,27 @@ def measure_passkey(
     seeds: int,
     meter: Meter,
 ) -> PasskeyReport:
-    """formats: exact first, as choose_formats gives them.
+    """formats: exact first, as returned by choose_formats.
 
-    lengths: tokens of prompt and output together; depths: places of the number, evenly
-    spread; seeds: numbers and passages of text for each
-    Raises ConfigError naming what is at fault: lengths, text, kv_format.
+    lengths: total tokens of prompt and output; depths: number of positions of the key, evenly
+    spread; seeds: number of keys and passages of text for each position
+    Raises ConfigError naming the invalid argument: lengths, text, kv_format.
     """
-    maker = RiddleMaker(model.tokenizer, text)
+    maker = PasskeyPromptMaker(model.tokenizer, text)
     for fmt in formats:
         model.footprint(fmt)
-    riddles: dict[int, list[Riddle]] = {}
+    prompts: dict[int, list[PasskeyPrompt]] = {}
     for length in lengths:
         model.check_length("lengths", length)
-        riddles[length] = [
+        prompts[length] = [
             maker.make(length, (place + 0.5) / depths, seed)
             for seed in range(seeds)
             for place in range(depths)
         ]
-        meter.plan(length * len(riddles[length]) * len(formats))
+        meter.plan(length * len(prompts[length]) * len(formats))
     figures = [
         _ask(model, fmt, length, asked, meter)
-        for length, asked in riddles.items()
+        for length, asked in prompts.items()
         for fmt in formats
     ]
     return PasskeyReport(
@@ -83,30 +83,30 @@ def measure_passkey(
 
 
 def _ask(
-    model: EvaluatedModel, fmt: KVFormat, length: int, riddles: list[Riddle], meter: Meter
+    model: EvaluatedModel, fmt: KVFormat, length: int, prompts: list[PasskeyPrompt], meter: Meter
 ) -> FormatPasskey:
     scorer = model.scorer(fmt, length)
     missed = []
-    for riddle in riddles:
-        output = scorer.generate(riddle.prompt, OUTPUT_TOKENS)
-        if riddle.key not in model.tokenizer.decode(output):
-            missed.append(riddle.depth)
+    for prompt in prompts:
+        output = scorer.generate(prompt.tokens, OUTPUT_TOKENS)
+        if prompt.key not in model.tokenizer.decode(output):
+            missed.append(prompt.depth)
         meter.advance(length)
-    return FormatPasskey(fmt.name, length, len(riddles) - len(missed), len(riddles), missed)
+    return FormatPasskey(fmt.name, length, len(prompts) - len(missed), len(prompts), missed)
 
 
-class RiddleMaker:
-    """Makes prompts out of a text."""
+class PasskeyPromptMaker:
+    """Makes prompts from a text."""
 
     def __init__(self, tokenizer: Tokenizer, text: str) -> None:
         self._tokenizer = tokenizer
         self._ids = tokenizer.encode(text, add_special_tokens=False)
 
-    def make(self, length: int, depth: float, seed: int) -> Riddle:
-        """A prompt of at most `length` tokens less the output's, and hardly fewer.
+    def make(self, length: int, depth: float, seed: int) -> PasskeyPrompt:
+        """A prompt that leaves room for the output in `length` tokens, and is not much shorter.
 
-        The same arguments make the same prompt. Raises ConfigError(lengths) if there is no room
-        for text, ConfigError(text) if there is not enough of it.
+        The same arguments give the same prompt. Raises ConfigError(lengths) if there is no room
+        for text, ConfigError(text) if the text is too short.
         """
         draw = random.Random(f"{seed} {depth} {length}")
         key = str(draw.randrange(10_000, 100_000))
@@ -114,20 +114,22 @@ class RiddleMaker:
         room = length - OUTPUT_TOKENS - frame
         if room < frame:
             raise ConfigError(
-                "lengths", f"{length} tokens leave no text around a question of {frame}"
+                "lengths",
+                f"{length} tokens are too few: the question alone takes {frame}, and the text"
+                " must be at least as long",
             )
         if len(self._ids) < room:
             raise ConfigError(
-                "text", f"has {len(self._ids)} tokens, which is less than a prompt's {room}"
+                "text", f"must have at least {room} tokens for this prompt, got {len(self._ids)}"
             )
         start = draw.randrange(len(self._ids) - room + 1)
-        # Cut out of a text and encoded anew, the same tokens can become a few more.
+        # When a part of the text is encoded again, it may have a few more tokens.
         while True:
             filler = self._tokenizer.decode(self._ids[start : start + room])
             prompt = self._prompt(filler, key, depth)
             excess = len(prompt) - (length - OUTPUT_TOKENS)
             if excess <= 0:
-                return Riddle(np.array(prompt, dtype=np.int32), key, depth)
+                return PasskeyPrompt(np.array(prompt, dtype=np.int32), key, depth)
             room -= excess
 
     def _prompt(self, filler: str, key: str, depth: float) -> list[int]:
@@ -143,7 +145,7 @@ class RiddleMaker:
 
 
 def _boundary(text: str, at: int) -> int:
-    """The end of the first sentence that ends at or after `at`, or of a word, or the text's."""
+    """The next end of a sentence at or after `at`, otherwise of a word, otherwise of the text."""
     for pattern in (r"[.!?]\s", r"\s"):
         if (match := re.compile(pattern).search(text, at)) is not None:
             return match.end()

@@ -1,13 +1,13 @@
-"""Perplexity and divergence on windows of real text, every token predicted."""
+"""Perplexity and divergence on windows of real text; every token is predicted."""
 
 from __future__ import annotations
 
 from kvmesh.kernels.formats.base import KVFormat
-from kvmesh.workers.evaluation.meter import Meter
 from kvmesh.workers.evaluation.model import EvaluatedModel
 from kvmesh.workers.evaluation.reports import LONG_CONTEXT, FormatPerplexity, PerplexityReport
-from kvmesh.workers.evaluation.tally import Tally, compare
 from kvmesh.workers.evaluation.text import TokenText
+from kvmesh.workers.scoring.meter import Meter
+from kvmesh.workers.scoring.tally import Tally, compare
 
 
 def measure_perplexity(
@@ -19,10 +19,10 @@ def measure_perplexity(
     windows: int,
     meter: Meter,
 ) -> PerplexityReport:
-    """formats: exact first, as choose_formats gives them.
+    """formats: exact first, as returned by choose_formats.
 
-    windows: at most; context: tokens of one
-    Raises ConfigError naming what is at fault: context, text, kv_format.
+    windows: maximum number; context: tokens per window
+    Raises ConfigError naming the invalid argument: context, text, kv_format.
     """
     model.check_length("context", context)
     footprints = [model.footprint(fmt) for fmt in formats]

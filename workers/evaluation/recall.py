@@ -1,10 +1,10 @@
-"""Recall at distance: a passage, other text, and the passage again.
+"""Recall at a distance: a passage, other text, and the passage again.
 
     0        256                     length          length + 256
     |passage |------ other text ------|-- passage ---|
 
-What the second copy's tokens can be told from lies `length` tokens back, where no
-recent window reaches: next-token accuracy on it is fidelity at range.
+What predicts the second copy's tokens is `length` tokens back, beyond any recent window:
+next-token accuracy on it measures fidelity at that distance.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import numpy as np
 
 from kvmesh.kernels.formats.base import KVFormat
 from kvmesh.workers.errors import ConfigError
-from kvmesh.workers.evaluation.meter import Meter
 from kvmesh.workers.evaluation.model import EvaluatedModel
 from kvmesh.workers.evaluation.reports import FormatRecall, RecallReport
-from kvmesh.workers.evaluation.tally import Tally, compare
 from kvmesh.workers.evaluation.text import TokenText
+from kvmesh.workers.scoring.meter import Meter
+from kvmesh.workers.scoring.tally import Tally, compare
 
 PASSAGE_TOKENS = 256
 
@@ -31,15 +31,15 @@ def measure_recall(
     passages: int,
     meter: Meter,
 ) -> RecallReport:
-    """formats: exact first, as choose_formats gives them.
+    """formats: exact first, as returned by choose_formats.
 
-    lengths: tokens from the first copy's beginning to the second's; passages: at most
-    Raises ConfigError naming what is at fault: lengths, text, kv_format.
+    lengths: tokens from the first copy's beginning to the second's; passages: maximum number
+    Raises ConfigError naming the invalid argument: lengths, text, kv_format.
     """
     for length in lengths:
         if length <= PASSAGE_TOKENS:
             raise ConfigError(
-                "lengths", f"must be over {PASSAGE_TOKENS}, a passage's length; got {length}"
+                "lengths", f"must be more than a passage's {PASSAGE_TOKENS} tokens, got {length}"
             )
         model.check_length("lengths", length + PASSAGE_TOKENS)
     for fmt in formats:

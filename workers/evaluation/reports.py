@@ -1,4 +1,4 @@
-"""What evaluations report. Torch-free: the command line lays these out."""
+"""Results of evaluations. Torch-free: the command line prints them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ LONG_CONTEXT = 32_768
 
 @dataclass(frozen=True, slots=True)
 class FormatPerplexity:
-    """One format's figures.
+    """One format's results.
 
-    loss: perplexity over exact KV's, less 1
+    loss: perplexity divided by that of exact KV, minus 1
     kl_nats: mean KL(exact ‖ format) of the next-token distributions
-    sealed_bits: per element of a sealed page, metadata included
-    bits, bytes_per_token: at the context measured, exact windows counted at 16 bits
+    sealed_bits: per element of a sealed page, including metadata
+    bits, bytes_per_token: at the measured context, including exact windows at 16 bits
     bits_at_32k: the same at 32,768 tokens
     """
 
@@ -32,7 +32,7 @@ class FormatPerplexity:
 
 @dataclass(frozen=True, slots=True)
 class PerplexityReport:
-    """Figures of one run: the same windows for all formats, `exact` first."""
+    """Results of one run: the same windows for all formats, `exact` first."""
 
     model: str
     model_revision: str
@@ -47,7 +47,7 @@ class PerplexityReport:
 @dataclass(frozen=True, slots=True)
 class FormatRecall:
     """accuracy: share of the second copy's tokens predicted, mean over the passages;
-    difference: to exact KV's; kl_nats: mean KL(exact ‖ format) there"""
+    difference: to that of exact KV; kl_nats: mean KL(exact ‖ format) on the second copy"""
 
     kv_format: str
     length: int
@@ -58,7 +58,7 @@ class FormatRecall:
 
 @dataclass(frozen=True, slots=True)
 class RecallReport:
-    """passages: of each length, in the order of the formats' figures, `exact` first"""
+    """passages: per length, in the order of the formats' results, `exact` first"""
 
     model: str
     model_revision: str
@@ -70,8 +70,8 @@ class RecallReport:
 
 @dataclass(frozen=True, slots=True)
 class FormatPasskey:
-    """found: of `asked` numbers, the ones in the first ten tokens of greedy output;
-    missed_depths: share of the text before each number that was not found"""
+    """found: out of `asked` numbers, those in the first ten tokens of greedy output;
+    missed_depths: relative positions of the numbers that were not found"""
 
     kv_format: str
     length: int

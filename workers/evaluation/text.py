@@ -1,4 +1,4 @@
-"""Real text, cut into the windows that are evaluated."""
+"""Real text, cut into windows for evaluation."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def read_text(path: Path) -> str:
 class TokenText:
     """A text as token ids.
 
-    prefix: what the model's sequences begin with (a BOS), each window too
+    prefix: tokens that begin every sequence of the model (a BOS), and every window
     """
 
     def __init__(self, tokenizer: Tokenizer, text: str) -> None:
@@ -33,12 +33,12 @@ class TokenText:
 
     def windows(self, context: int, count: int) -> list[TokenIds]:
         """Up to `count` windows of `context` tokens, prefix included, that do not overlap and
-        are spread over the whole text. Raises ConfigError(text) if there is not one."""
+        are spread over the whole text. Raises ConfigError(text) if not even one fits."""
         size = context - len(self.prefix)
         available = len(self.ids) // size
         if not available:
             raise ConfigError(
-                "text", f"has {len(self.ids)} tokens, which is less than one window of {context}"
+                "text", f"must have at least one window of {context} tokens, got {len(self.ids)}"
             )
         count = min(count, available)
         starts = [index * available // count * size for index in range(count)]

@@ -1,1 +1,1 @@
-"""Models: where they come from, what is known of them, and how a rank runs one."""
+"""Models: finding them, reading their facts, and running them on a rank."""

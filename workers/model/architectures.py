@@ -1,4 +1,4 @@
-"""The model architectures kvmesh serves, and what their configurations leave unsaid.
+"""The model architectures that kvmesh serves, and defaults their configurations leave out.
 
 An allow-list: each was checked against transformers' own output with random
 weights, see tests/model/. Torch-free.
@@ -15,10 +15,10 @@ from typing import Any
 class Architecture:
     """A causal language model of transformers.
 
-    model_type: what config.json calls it
-    kv_heads: of a configuration without `num_key_value_heads`; None for as many as heads
-    head_dim: of a configuration without `head_dim`; None for hidden_size // num_attention_heads
-    interleaved_rope: RoPE's planes are neighbouring channels, not the two halves of a head
+    model_type: its name in config.json
+    kv_heads: default if the configuration has no `num_key_value_heads`; None for as many as heads
+    head_dim: default if it has no `head_dim`; None for hidden_size // num_attention_heads
+    interleaved_rope: RoPE's pairs are neighbouring channels, not the two halves of a head
     sliding: which layers attend through a sliding window, one of the names in `_SLIDING`
     """
 
@@ -30,7 +30,7 @@ class Architecture:
     sliding: str = "none"
 
     def sliding_windows(self, config: Mapping[str, Any]) -> tuple[int | None, ...]:
-        """Window of each layer in tokens, the query's own included; None sees the whole context."""
+        """Each layer's window in tokens, including the query; None for the whole context."""
         return _SLIDING[self.sliding](config)
 
 
@@ -48,7 +48,7 @@ def _by_layer_types(config: Mapping[str, Any], types: list[str]) -> tuple[int | 
 
 
 def _upper_layers(config: Mapping[str, Any]) -> tuple[int | None, ...]:
-    """Qwen2 and Qwen3: the layers from `max_window_layers` on, where it is switched on."""
+    """Qwen2 and Qwen3: the layers from `max_window_layers` on, if enabled."""
     if not config.get("use_sliding_window", False):
         return _no_layer(config)
     first = int(config.get("max_window_layers", 28))
@@ -60,7 +60,7 @@ def _upper_layers(config: Mapping[str, Any]) -> tuple[int | None, ...]:
 
 
 def _even_layers(config: Mapping[str, Any]) -> tuple[int | None, ...]:
-    """Gemma 2: every other layer, from the first on."""
+    """Gemma 2: every other layer, starting with the first."""
     types = config.get("layer_types") or [
         "full_attention" if layer % 2 else "sliding_attention"
         for layer in range(config["num_hidden_layers"])

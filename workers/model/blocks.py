@@ -1,9 +1,9 @@
-"""Leaner forms of the blocks that decoder layers share, for the architectures where they hold.
+"""Faster versions of the blocks of decoder layers, for architectures that they match exactly.
 
-A decode step of a small model spends as long between its matrix products as in
-them, so: one product for queries, keys and values, one for gate and up, and
-RoPE over queries and keys together. Each table below names the transformers
-classes that compute exactly this; any other class runs as it is.
+A decode step of a small model spends as much time between its matrix products as in
+them. Hence one product for queries, keys and values, one for gate and up, and RoPE over
+queries and keys together. Each table below lists the transformers classes that compute
+exactly this; any other class runs unchanged.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from kvmesh.workers.model.hook import AttendArgs, AttendSlot
 from kvmesh.workers.parallel.linears import ColumnLinear
 
-# Projections, then RoPE on halves, then attention; no more between them than the norm of
-# each head (q_norm, k_norm) and the clamp (clip_qkv) that FusedAttention knows.
+# Projections, then RoPE on halves, then attention; with nothing else in between except the norm
+# per head (q_norm, k_norm) and the clamp (clip_qkv), which FusedAttention handles.
 _PLAIN_ATTENTION = frozenset(
     {
         "LlamaAttention",
@@ -34,7 +34,7 @@ _PLAIN_ATTENTION = frozenset(
 _PLAIN_RMS_NORM = frozenset(
     {"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "Olmo2RMSNorm"}
 )
-# x / rms(x) * (1 + weight), the sum in float32
+# x / rms(x) * (1 + weight), with the sum in float32
 _CENTRED_RMS_NORM = frozenset({"GemmaRMSNorm", "Gemma2RMSNorm"})
 
 
@@ -54,7 +54,7 @@ class RMSNorm(nn.Module):
 class FusedAttention(nn.Module):
     """Self-attention from hidden states to hidden states.
 
-    qkv: from hidden size to (num_heads + 2 * num_kv_heads) * head_dim, of this rank
+    qkv: from hidden size to (num_heads + 2 * num_kv_heads) * head_dim, for this rank
     q_norm, k_norm: over each head's dimensions, or None
     """
 
@@ -79,9 +79,9 @@ class FusedAttention(nn.Module):
     def forward(
         self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **_kwargs: Any
     ) -> tuple[Tensor, None]:
-        """hidden_states: [1, T, hidden] -> ([1, T, hidden], None), as its layer wants it"""
+        """hidden_states: [1, T, hidden] -> ([1, T, hidden], None), as the decoder layer expects"""
         attend = self._slot.attend
-        assert attend is not None, "attention outside ServedModel.forward"
+        assert attend is not None, "attention was called outside ServedModel.forward"
         qkv = self.qkv(hidden_states[0])
         if self._clip is not None:
             qkv = qkv.clamp_(-self._clip, self._clip)
@@ -114,7 +114,7 @@ class FusedMLP(nn.Module):
 
 
 def fuse(layer: Any, sliding_window: int | None, slot: AttendSlot) -> None:
-    """Replace the blocks of a decoder layer, its weights in place, where the tables allow."""
+    """Replace the blocks of a decoder layer where the tables allow it, reusing its weights."""
     for name, module in list(layer.named_modules()):
         parent, _, child = name.rpartition(".")
         lean = _lean_norm(module)
@@ -126,7 +126,7 @@ def fuse(layer: Any, sliding_window: int | None, slot: AttendSlot) -> None:
 
 
 def lean_norm(module: nn.Module) -> nn.Module:
-    """The norm in its lean form where there is one, else as it is."""
+    """The faster version of a norm if there is one, otherwise the norm itself."""
     return _lean_norm(module) or module
 
 
@@ -134,20 +134,20 @@ def _lean_norm(module: Any) -> nn.Module | None:
     kind = type(module).__name__
     if kind in _PLAIN_RMS_NORM:
         return RMSNorm(module.weight.data, module.variance_epsilon)
-    # In bfloat16, 1 + weight would be rounded before it is multiplied.
+    # In bfloat16, 1 + weight would be rounded before the multiplication.
     if kind in _CENTRED_RMS_NORM and module.weight.dtype == torch.float32:
         return RMSNorm(1.0 + module.weight.data, module.eps)
     return None
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE with the two halves of a head as the coordinates of its planes.
+    """RoPE whose pairs are the two halves of a head.
 
-    x: [T, H, D]; cos, sin: [T, D], both halves alike
+    x: [T, H, D]; cos, sin: [T, D], with two equal halves
     """
     half = x.shape[-1] // 2
     cos, sin = cos.unsqueeze(1), sin[:, :half].unsqueeze(1)
-    wide = x.to(cos.dtype)  # OLMo rotates in float32 whatever the weights are
+    wide = x.to(cos.dtype)  # OLMo rotates in float32 for any dtype of the weights
     out = wide * cos
     out[..., :half].addcmul_(wide[..., half:], sin, value=-1)
     out[..., half:].addcmul_(wide[..., :half], sin)

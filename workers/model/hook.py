@@ -1,11 +1,11 @@
-"""How a model's layers reach kvmesh's attention.
+"""How a model's layers call kvmesh's attention.
 
-transformers asks its AttentionInterface for the function named in the model's
-configuration; "kvmesh" is registered there. No mask is registered beside it,
-so transformers materialises none: who may see what is the caller's business.
+transformers looks up the attention function named in the model's configuration in its
+AttentionInterface, where "kvmesh" is registered. No mask is registered with it, so
+transformers creates none: the caller decides which keys are visible.
 
-The caller's `attend` comes by an AttendSlot that each attention module holds,
-not by keyword arguments, which not every architecture hands down (StableLM).
+The caller's `attend` is passed through an AttendSlot that each attention module holds,
+because not every architecture passes keyword arguments on (StableLM does not).
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ IMPLEMENTATION = "kvmesh"
 
 @dataclass(frozen=True, slots=True)
 class AttendArgs:
-    """What a layer's attention computes besides the plain softmax.
+    """Parameters of a layer's attention besides the plain softmax.
 
-    scale: the products of queries and keys are multiplied by it
+    scale: factor of the products of queries and keys
     softcap: c, where products s become c * tanh(s / c), after the scale; None for none
     sliding_window: w, where the query at position i reads the keys at (i - w, i]; None for all
     """
@@ -36,12 +36,12 @@ class AttendArgs:
 
 
 # (layer, q [T, Hq, D] after RoPE, k [T, Hkv, D], v [T, Hkv, D], args) -> out [T, Hq, D].
-# Heads are the rank's own; the tensors may be strided views.
+# Heads are the rank's; the tensors may be strided views.
 Attend = Callable[[int, Tensor, Tensor, Tensor, AttendArgs], Tensor]
 
 
 class AttendSlot:
-    """Holds the `attend` of the forward pass under way; one a model."""
+    """Holds the `attend` of the forward pass in progress; one per model."""
 
     __slots__ = ("attend",)
 
@@ -50,7 +50,7 @@ class AttendSlot:
 
     @contextmanager
     def holding(self, attend: Attend) -> Iterator[None]:
-        assert self.attend is None, "a forward pass of this model is under way"
+        assert self.attend is None, "a forward pass of this model is already running"
         self.attend = attend
         try:
             yield
@@ -59,7 +59,7 @@ class AttendSlot:
 
 
 def attach(attention: nn.Module, slot: AttendSlot) -> None:
-    """Let the attention module of a transformers layer find `slot`."""
+    """Give `slot` to the attention module of a transformers layer."""
     attention.kvmesh_slot = slot  # type: ignore[assignment]
 
 
@@ -75,11 +75,11 @@ def _attention(
     softcap: float | None = None,
     **_kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' signature: query [1, Hq, T, D], key and value [1, Hkv, T, D]."""
+    """Has transformers' signature: query [1, Hq, T, D], key and value [1, Hkv, T, D]."""
     assert attention_mask is None
     assert query.shape[0] == 1
     slot: AttendSlot = module.kvmesh_slot  # type: ignore[assignment]
-    assert slot.attend is not None, "attention outside ServedModel.forward"
+    assert slot.attend is not None, "attention was called outside ServedModel.forward"
     args = AttendArgs(scaling, softcap, sliding_window)
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
     layer: int = module.layer_idx  # type: ignore[assignment]

@@ -1,6 +1,6 @@
-"""Building a rank's model: transformers' modules, kvmesh's attention, this rank's weights.
+"""Builds a rank's model: transformers' modules, kvmesh's attention, this rank's weights.
 
-The model is built on the meta device, which costs nothing, and filled from
+The model is built on the meta device, which uses no memory, and filled from
 safetensors slice by slice, so that a rank never holds more than its share.
 """
 
@@ -19,10 +19,10 @@ from kvmesh.workers.model.blocks import fuse, lean_norm
 from kvmesh.workers.model.facts import ModelFacts, read_facts
 from kvmesh.workers.model.hook import IMPLEMENTATION, Attend, AttendSlot, attach
 from kvmesh.workers.model.rope import Rope
+from kvmesh.workers.model.shards import Placer, check_tp
 from kvmesh.workers.model.weights import WeightReader, Weights
 from kvmesh.workers.parallel.comm import Communicator
 from kvmesh.workers.parallel.linears import VocabHead
-from kvmesh.workers.parallel.shards import Placer, check_tp
 
 
 class ServedModel:
@@ -47,20 +47,20 @@ class ServedModel:
     def forward(
         self, input_ids: Tensor, positions: Tensor, attend: Attend, logits_rows: Tensor
     ) -> Tensor | None:
-        """Logits of the tokens `logits_rows` of a step, on rank 0; None on the others.
+        """Logits of the tokens `logits_rows` of a step, on rank 0; None on the other ranks.
 
         input_ids, positions: [T] int64, the tokens of any number of sequences, without padding
-        attend: called once a layer; knows which token belongs to which sequence
+        attend: called once per layer; knows which token belongs to which sequence
         logits_rows: [n] int64, from 0 to T - 1
-        Returns [n, vocab_size] fp32. There is no host synchronisation and no
-        shape that depends on data, so a call can be captured in a CUDA graph.
+        Returns [n, vocab_size] fp32. Nothing synchronises with the host and no shape
+        depends on data, so a call can be captured in a CUDA graph.
         """
         return self.forward_with_grad(input_ids, positions, attend, logits_rows)
 
     def forward_with_grad(
         self, input_ids: Tensor, positions: Tensor, attend: Attend, logits_rows: Tensor
     ) -> Tensor | None:
-        """`forward`, differentiable where `attend` returns what requires a gradient."""
+        """`forward`, differentiable if `attend` returns tensors that require gradients."""
         with self._slot.holding(attend):
             hidden = self._body(
                 input_ids=input_ids.unsqueeze(0),
@@ -71,7 +71,7 @@ class ServedModel:
         return None if logits is None else self._finish(logits)
 
     def _finish(self, logits: Tensor) -> Tensor:
-        """What an architecture does to its logits, as its forward does it."""
+        """Scale and cap logits the way the architecture's own forward does."""
         if self._logit_scale is not None:
             logits = logits * self._logit_scale
         if self._logit_softcap is not None:
@@ -84,9 +84,9 @@ def load_model(
 ) -> ServedModel:
     """This rank's share of the model in directory `path`.
 
-    dtype: of weights and activations, whatever the checkpoint's is
+    dtype: of weights and activations, for any dtype of the checkpoint
     Raises ConfigError naming `tp` or `model`, UnsupportedModelError for a
-    model that would be computed wrongly.
+    model that would be computed incorrectly.
     """
     facts = read_facts(path)
     check_tp(facts, comm.size)
@@ -105,9 +105,9 @@ def build_model(
     device: torch.device,
     comm: Communicator,
 ) -> ServedModel:
-    """This rank's share of the model that `config`, of transformers, describes.
+    """This rank's share of the model that a transformers `config` describes.
 
-    weights: on `device` and of `dtype`, from a checkpoint or wherever they come from
+    weights: on `device` and of `dtype`, from a checkpoint or any other source
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
@@ -127,7 +127,7 @@ def build_model(
 
 
 def _check_agreement(facts: ModelFacts, config: Any, path: Path) -> None:
-    """The control plane plans by `facts`, the model computes by `config`."""
+    """Check that `facts`, used by the control plane, agree with `config`, used by the model."""
     pairs = {
         "num_layers": config.num_hidden_layers,
         "num_heads": config.num_attention_heads,
@@ -141,8 +141,8 @@ def _check_agreement(facts: ModelFacts, config: Any, path: Path) -> None:
         if getattr(facts, name) != theirs:
             raise UnsupportedModelError(
                 "model",
-                f"{path / 'config.json'}: {name} reads as {getattr(facts, name)} here,"
-                f" as {theirs} in transformers",
+                f"{path / 'config.json'}: kvmesh reads {name} as {getattr(facts, name)},"
+                f" but transformers reads it as {theirs}",
             )
 
 
@@ -155,7 +155,7 @@ def _sliding_windows(config: Any) -> tuple[int | None, ...]:
 
 
 def _restore_buffers(model: Any, config: Any, device: torch.device) -> None:
-    """Compute what is in no checkpoint: RoPE's frequencies, Gemma's factor of the embeddings."""
+    """Compute what no checkpoint contains: RoPE's frequencies, Gemma's embedding scale."""
     body = model.model
     body.rotary_emb = type(body.rotary_emb)(config=config).to(device)
     factor = getattr(body.embed_tokens, "scalar_embed_scale", None)
@@ -164,7 +164,7 @@ def _restore_buffers(model: Any, config: Any, device: torch.device) -> None:
 
 
 def _localise(attention: Any, comm: Communicator) -> None:
-    """StableLM counts its heads instead of inferring them, and keeps a norm a head."""
+    """StableLM stores its head counts and has one norm per head: keep this rank's."""
     for name in ("num_heads", "num_key_value_heads"):
         if hasattr(attention, name):
             setattr(attention, name, getattr(attention, name) // comm.size)
@@ -178,4 +178,6 @@ def _localise(attention: Any, comm: Communicator) -> None:
 def _check_complete(model: nn.Module, name_of_model: str) -> None:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_meta:
-            raise ConfigError("model", f"{name_of_model}: nothing gives {name} its value")
+            raise ConfigError(
+                "model", f"{name_of_model}: {name} was not loaded from the checkpoint"
+            )

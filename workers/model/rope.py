@@ -1,4 +1,4 @@
-"""The rotary position embedding a model gives its keys, for what has to undo it."""
+"""The rotary position embedding of a model's keys, for code that has to undo it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Rope:
-    """A key at position p has its plane i turned by the angle p * inv_freq[i].
+    """In a key at position p, pair i of channels is rotated by the angle p * inv_freq[i].
 
-    inv_freq: [rotary_dim / 2] fp32; channels from rotary_dim on are not turned
-    interleaved: plane i is channels 2i and 2i + 1, else i and i + rotary_dim / 2
+    inv_freq: [rotary_dim / 2] fp32; channels from rotary_dim on are not rotated
+    interleaved: pair i is channels 2i and 2i + 1, otherwise i and i + rotary_dim / 2
 
-    A factor of the turned channels, as YaRN's attention scaling, is not part of it:
-    it commutes with turning.
+    A factor on the rotated channels, such as YaRN's attention scaling, is not included:
+    it commutes with the rotation.
     """
 
     inv_freq: Tensor
@@ -24,5 +24,5 @@ class Rope:
 
     @classmethod
     def of(cls, model: Any, *, interleaved: bool) -> Rope:
-        """The one of a transformers model."""
+        """The RoPE of a transformers model."""
         return cls(model.model.rotary_emb.inv_freq.float(), interleaved)

@@ -1,4 +1,4 @@
-"""From what a user calls a model to the directory that holds it."""
+"""Resolves the name a user gives for a model to the directory that contains it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class ModelFiles:
     """A Hugging Face directory with safetensors weights.
 
     name: what clients call the model
-    revision: digest of what is in `path`, see ModelFacts
+    revision: digest of the contents of `path`, see ModelFacts
     """
 
     path: Path
@@ -43,14 +43,14 @@ def resolve_model(
     progress: Callable[[str, float | None], None] | None = None,
     root: Path | None = None,
 ) -> ModelFiles:
-    """The files of a model, fetched and converted first where that was not done before.
+    """The files of a model, downloaded and converted first if necessary.
 
     name_or_path: the embedded model's name, a Hugging Face directory, a GGUF
         file, or a name on the hub
-    progress: called with what is being done and the share of it done, if known
-    root: where converted models are kept; default_root() unless given
+    progress: called with the current step and the share of it that is done, if known
+    root: where converted models are kept; default_root() by default
     Raises ConfigError (field `model`) naming what is missing or malformed, and
-    UnsupportedModelError for a model that would be computed wrongly.
+    UnsupportedModelError for a model that would be computed incorrectly.
     """
     report = progress or _silent
     store = ModelStore(root or default_root())
@@ -67,14 +67,14 @@ def resolve_model(
     else:
         raise ConfigError(
             "model",
-            f"{name_or_path!r} is neither {EMBEDDED_NAME}, nor a directory, a GGUF file"
+            f"{name_or_path!r} is not a model; expected {EMBEDDED_NAME}, a directory, a GGUF file"
             " or a name on the hub (owner/name)",
         )
     return ModelFiles(directory, name, read_facts(directory).revision)
 
 
 def _silent(step: str, share: float | None) -> None:
-    """Report to nobody."""
+    """Do not report progress."""
 
 
 def _embedded(store: ModelStore, report: Progress) -> Path:
@@ -117,7 +117,9 @@ def _hub(name: str, report: Progress) -> Path:
         return Path(snapshot_download(name, allow_patterns=list(_HUB_FILES)))
     except LocalEntryNotFoundError as error:
         raise ConfigError(
-            "model", f"{name} is not on this machine and the hub cannot be reached"
+            "model",
+            f"{name} is not on this machine and the hub cannot be reached;"
+            " download the model or check the network",
         ) from error
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise ConfigError("model", f"{name} cannot be downloaded from the hub: {error}") from error

@@ -1,8 +1,8 @@
-"""The local store of converted models: whole or absent, never half written.
+"""The local store of converted models. An entry is complete or absent, never half written.
 
 <root>/<key>/             the model's files, and kvmesh.json, its manifest
 <root>/<key>.lock         held by the process that makes the entry
-<root>/<key>.partial-*    being made; renamed when whole, removed when stale
+<root>/<key>.partial-*    in progress; renamed when complete, removed when stale
 """
 
 from __future__ import annotations
@@ -18,36 +18,36 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from kvmesh.workers.cache_directory import cache_directory
 from kvmesh.workers.errors import ConfigError
 from kvmesh.workers.model.facts import NAME_FILE
 
 _MANIFEST_VERSION = 1
-_DIGESTED_BYTES = 16 << 20  # larger files are checked by their size only
+_DIGESTED_BYTES = 16 << 20  # larger files are checked only by their size
 
 
 def default_root() -> Path:
-    """Where models are kept: $XDG_CACHE_HOME/kvmesh/models, by default under ~/.cache."""
-    cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "kvmesh" / "models"
+    """Where converted models are kept on this machine."""
+    return cache_directory() / "models"
 
 
 class ModelStore:
-    """Model directories under `root`, each made once, whichever process asks first."""
+    """Model directories under `root`; each is made once, even if several processes ask for it."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
 
     def get(self, key: str) -> Path | None:
-        """The entry's directory if it is there and unharmed."""
+        """The entry's directory if it exists and is intact."""
         entry = self.root / key
         return entry if _is_whole(entry) else None
 
     def make(self, key: str, name: str, fill: Callable[[Path], None], needed_bytes: int) -> Path:
-        """The entry's directory, filled by `fill` in a directory of its own if it is not there.
+        """The entry's directory; if it does not exist, `fill` writes it in a temporary directory.
 
-        needed_bytes: that `fill` writes at most
-        Raises ConfigError if the disk is full or not writable; what `fill`
-        raises passes through. Neither leaves anything behind.
+        needed_bytes: upper bound of what `fill` writes
+        Raises ConfigError if the disk is full or not writable; exceptions of `fill`
+        are passed on. In both cases nothing is left behind.
         """
         try:
             self.root.mkdir(parents=True, exist_ok=True)
@@ -56,7 +56,7 @@ class ModelStore:
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
                 raise ConfigError(
-                    "model", f"{name} cannot be kept in {self.root}: {error.strerror}"
+                    "model", f"{name} cannot be stored in {self.root}: {error.strerror}"
                 ) from error
             raise
 
@@ -66,7 +66,8 @@ class ModelStore:
         free = shutil.disk_usage(self.root).free
         if free < needed_bytes:
             raise ConfigError(
-                "model", f"{name} needs {needed_bytes:,} bytes in {self.root}, {free:,} are free"
+                "model",
+                f"{name} needs {needed_bytes:,} bytes in {self.root}, but only {free:,} are free",
             )
         partial = Path(tempfile.mkdtemp(prefix=f"{key}.partial-", dir=self.root))
         try:
@@ -91,7 +92,7 @@ def _write_manifest(path: Path, name: str) -> None:
 
 
 def _is_whole(path: Path) -> bool:
-    """Every file of the manifest has its size, and the small ones their digest."""
+    """Whether every file in the manifest has its size, and small files also their digest."""
     try:
         manifest = json.loads((path / NAME_FILE).read_bytes())
         return manifest["version"] == _MANIFEST_VERSION and all(

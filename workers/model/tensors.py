@@ -1,8 +1,8 @@
 """The tensors of a checkpoint, read from the headers of its safetensors files.
 
-A header is checked before anything is loaded: it must be JSON of a sane size,
-and every tensor must lie inside its file, so that a download cut short or a
-crafted file is refused by name. Torch-free.
+A header is checked before anything is loaded: it must be JSON of a plausible size, and
+every tensor must lie within its file, so that an incomplete download or a crafted file
+is refused by name. Torch-free.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One tensor: its file, its dtype in safetensors' words (F32, BF16, ...) and its shape."""
+    """One tensor: its file, its dtype as named in safetensors (F32, BF16, ...) and its shape."""
 
     file: Path
     dtype: str
@@ -37,14 +37,14 @@ class TensorInfo:
 def read_tensors(path: Path) -> Mapping[str, TensorInfo]:
     """Tensors of the checkpoint in directory `path`, by name.
 
-    Raises ConfigError naming the file that is missing, cut short or malformed,
+    Raises ConfigError naming the file that is missing, truncated or malformed,
     and UnsupportedModelError for weights that are not floating-point safetensors.
     """
     tensors: dict[str, TensorInfo] = {}
     for file in _weight_files(path):
         for name, info in _read_header(file).items():
             if name in tensors:
-                raise ConfigError("model", f"tensor {name} stands in two files of {path}")
+                raise ConfigError("model", f"tensor {name} is in two files of {path}")
             tensors[name] = info
     return tensors
 
@@ -58,7 +58,7 @@ def _weight_files(path: Path) -> list[Path]:
             if Path(name).name != name:
                 raise ConfigError("model", f"{index} points outside its directory: {name}")
             if not file.is_file():
-                raise ConfigError("model", f"{file} is missing, though {index.name} names it")
+                raise ConfigError("model", f"{file} is missing, but {index.name} lists it")
         return files
     files = sorted(path.glob("*.safetensors"))
     if files:
@@ -67,10 +67,10 @@ def _weight_files(path: Path) -> list[Path]:
     if pickled:
         raise UnsupportedModelError(
             "model",
-            f"{path / pickled[0]} is a pickle, which can run code when it is read;"
-            " only safetensors weights are loaded",
+            f"{path / pickled[0]} is a pickle, which can run code when it is loaded;"
+            " convert the weights to safetensors",
         )
-    raise ConfigError("model", f"{path} holds no *.safetensors weights")
+    raise ConfigError("model", f"{path} contains no *.safetensors weights")
 
 
 def _read_index(index: Path) -> list[str]:
@@ -91,7 +91,7 @@ def _read_header(file: Path) -> dict[str, TensorInfo]:
         prefix = stream.read(8)
         (length,) = struct.unpack("<Q", prefix) if len(prefix) == 8 else (0,)
         if not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
-            raise ConfigError("model", f"{file} is not a safetensors file, or is cut short")
+            raise ConfigError("model", f"{file} is not a safetensors file, or is truncated")
         raw = stream.read(length)
     try:
         header = json.loads(raw)
@@ -109,13 +109,13 @@ def _tensor_info(file: Path, name: str, entry: Mapping[str, object], data_bytes:
     if dtype not in _DTYPE_BYTES:
         raise UnsupportedModelError(
             "model",
-            f"{file}: tensor {name} has dtype {dtype}; weights must be F32, F16 or BF16"
-            " (a quantised checkpoint would be computed wrongly)",
+            f"{file}: tensor {name} has dtype {dtype}; expected F32, F16 or BF16"
+            " (quantised checkpoints are not supported)",
         )
     if not (isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2):
         raise TypeError(f"tensor {name}")
     info = TensorInfo(file, str(dtype), tuple(int(n) for n in shape))
     begin, end = (int(offset) for offset in offsets)
     if begin < 0 or end > data_bytes or end - begin != info.num_bytes:
-        raise ConfigError("model", f"{file} is cut short or malformed at tensor {name}")
+        raise ConfigError("model", f"{file} is truncated or malformed at tensor {name}")
     return info

@@ -1,4 +1,4 @@
-"""Text to token ids and back, without torch: the ingress uses it too.
+"""Converts text to token ids and back, without torch, because the ingress uses it too.
 
 Ids come from the model's tokenizer.json through the `tokenizers` library, chat
 prompts from the model's own Jinja template in a sandbox.
@@ -12,11 +12,11 @@ from typing import Any
 
 from tokenizers import Tokenizer as RawTokenizer
 
-from kvmesh.workers.errors import ConfigError, InvalidRequestError
+from kvmesh.workers.errors import ConfigError, InvalidFieldError
 from kvmesh.workers.model.chat import ChatTemplate
 from kvmesh.workers.model.facts import read_json
 
-# A character takes at most 4 bytes, hence at most 4 tokens of a byte each.
+# A character has at most 4 bytes, hence at most 4 tokens of one byte each.
 _MAX_CHARACTER_TOKENS = 4
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
@@ -24,9 +24,9 @@ _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 class Tokenizer:
     """The tokenizer of one model.
 
-    vocab_size: ids that have a token, added ones included; a model's logits may be wider
-    eos_token_id, bos_token_id: the tokenizer's own, None where it has none
-    special_tokens: text -> id of the tokens that are control, not text
+    vocab_size: number of ids with a token, including added ones; a model's logits may be wider
+    eos_token_id, bos_token_id: the tokenizer's own, None if it has none
+    special_tokens: text -> id of the tokens that are control tokens, not text
     """
 
     def __init__(self, raw: RawTokenizer, config: Mapping[str, Any], template: str | None) -> None:
@@ -52,7 +52,7 @@ class Tokenizer:
         """The tokenizer of the model in directory `path`; raises ConfigError naming the file."""
         file = path / "tokenizer.json"
         if not file.is_file():
-            raise ConfigError("model", f"{file} is missing (convert the model's tokenizer to it)")
+            raise ConfigError("model", f"{file} is missing; convert the model's tokenizer to it")
         try:
             raw = RawTokenizer.from_file(str(file))
         except Exception as error:  # the library raises nothing narrower
@@ -68,9 +68,9 @@ class Tokenizer:
         return self._chat is not None
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Ids of `text`, in which the texts of special tokens stand for those tokens.
+        """Ids of `text`, in which the texts of special tokens become those tokens.
 
-        add_special_tokens: begin (and end) as the model expects, with its BOS for instance
+        add_special_tokens: begin (and end) as the model expects, for instance with its BOS
         """
         ids: list[int] = self._raw.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
@@ -80,15 +80,17 @@ class Tokenizer:
     ) -> list[int]:
         """Ids of a conversation through the model's template.
 
-        messages: each with `role` and `content`, as the template wants them
+        messages: each with `role` and `content`, as the template expects them
         add_generation_prompt: end where the model's answer begins
 
-        What stands in a message can not become a special token: a special token's text in it
-        is encoded as ordinary text, apart from the rest of the prompt.
-        Raises InvalidRequestError(messages) where the template refuses them or there is none.
+        Text in a message cannot become a special token: the text of a special token is
+        encoded as ordinary text, separately from the rest of the prompt.
+        Raises InvalidFieldError(messages) if the template refuses them or there is none.
         """
         if self._chat is None:
-            raise InvalidRequestError("messages", "the model has no chat template")
+            raise InvalidFieldError(
+                "messages", "need a chat template, and the model has no chat template; send text"
+            )
         pieces = self._chat.render(messages, add_generation_prompt, tuple(self.special_tokens))
         ids: list[int] = []
         for piece in pieces:
@@ -100,7 +102,7 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Text of `ids`; bytes that are no UTF-8 become U+FFFD."""
+        """Text of `ids`; bytes that are not valid UTF-8 become U+FFFD."""
         text: str = self._raw.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return text
 
@@ -110,7 +112,7 @@ class Tokenizer:
 
     def _encode_literal(self, text: str) -> list[int]:
         if self._literal is None:
-            # A copy: the setting belongs to the tokenizer, which other threads may be using.
+            # A copy, because other threads may be using the tokenizer with its setting.
             self._literal = RawTokenizer.from_str(self._raw.to_str())
             self._literal.encode_special_tokens = True
         ids: list[int] = self._literal.encode(text, add_special_tokens=False).ids
@@ -122,10 +124,10 @@ class Tokenizer:
 
 
 class DetokenizerStream:
-    """Text of a growing sequence of tokens, each character as soon as it is whole.
+    """The text of a growing sequence of tokens; emits each character once it is complete.
 
-    A push costs O(new tokens): what was emitted is kept only as far as the next tokens' text
-    depends on it.
+    A push costs O(new tokens): emitted tokens are kept only as long as the text of the next
+    tokens depends on them.
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
@@ -137,7 +139,7 @@ class DetokenizerStream:
         self._pending: list[int] = []
 
     def push(self, ids: Sequence[int]) -> str:
-        """The text that `ids` complete."""
+        """The text completed by `ids`."""
         self._pending += ids
         whole = len(self._pending)
         shortest = max(0, whole - _MAX_CHARACTER_TOKENS)
@@ -145,31 +147,31 @@ class DetokenizerStream:
             text = self._text(count)
             if not text.endswith(_REPLACEMENT):
                 return self._emit(count, text)
-        # Longer than any character: what precedes the last few tokens never will be UTF-8.
+        # Longer than any character: all but the last few tokens will never be valid UTF-8.
         return self._emit(shortest, self._text(shortest)) if shortest else ""
 
     def flush(self) -> str:
-        """The rest, at the end of the sequence; an unfinished character becomes U+FFFD."""
+        """The rest, at the end of the sequence; an incomplete character becomes U+FFFD."""
         return self._emit(len(self._pending), self._text(len(self._pending)))
 
     def _text(self, count: int) -> str:
-        """Text that the first `count` pending tokens add to the context's."""
+        """The text that the first `count` pending tokens add to the context's."""
         before = self._decode(self._context)
         return self._decode(self._context + self._pending[:count])[len(before) :]
 
     def _emit(self, count: int, text: str) -> str:
         emitted = self._pending[:count]
         self._pending = self._pending[count:]
-        # Special tokens, which have no text, are no context to tell a leading space by.
+        # Special tokens have no text, so they cannot tell whether a leading space is kept.
         seen = [token for token in emitted if not (self._skip and token in self._special)]
         if seen:
             self._context = self._whole_suffix(seen)
         return text
 
     def _whole_suffix(self, ids: list[int]) -> list[int]:
-        """The last few of `ids`, from the beginning of a character on.
+        """The last few of `ids`, starting at the beginning of a character.
 
-        Decoders with byte tokens spoil a whole run of them if it begins inside a character."""
+        Decoders with byte tokens corrupt a whole run of them if it begins inside a character."""
         for count in range(1, min(_MAX_CHARACTER_TOKENS, len(ids)) + 1):
             if _REPLACEMENT not in self._decode(ids[-count:]):
                 return ids[-count:]
@@ -189,7 +191,7 @@ def _read_template(path: Path, config: Mapping[str, Any]) -> str | None:
     if file.exists():
         return file.read_text(encoding="utf-8")
     template = config.get("chat_template")
-    if isinstance(template, list):  # several named ones
+    if isinstance(template, list):  # several named templates
         named = {entry.get("name"): entry.get("template") for entry in template}
         template = named.get("default")
     return template if isinstance(template, str) else None

@@ -1,4 +1,4 @@
-"""Reading a rank's share of a checkpoint's weights."""
+"""Reads a rank's share of a checkpoint's weights."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torch import Tensor
 from kvmesh.workers.errors import ConfigError, UnsupportedModelError
 from kvmesh.workers.model.tensors import read_tensors
 
-# Of old checkpoints: recomputed from the configuration, never loaded.
+# In old checkpoints: recomputed from the configuration, never loaded.
 _DERIVED_SUFFIXES = (".rotary_emb.inv_freq", ".masked_bias", ".attn.bias")
 
 
 class Weights(Protocol):
-    """Where a model's tensors come from, whole or in part; see WeightReader."""
+    """A source of a model's tensors, whole or in part; see WeightReader."""
 
     def __contains__(self, name: str) -> bool: ...
 
@@ -35,8 +35,8 @@ class Weights(Protocol):
 class WeightReader:
     """Tensors of the checkpoint in `path`, converted to `dtype` on `device`, whole or in part.
 
-    A context manager: the files are open inside. `check_all_read` says whether
-    the model used every tensor there is.
+    A context manager: the files are open inside it. `check_all_read` checks that the
+    model has used every tensor.
     """
 
     def __init__(self, path: Path, dtype: torch.dtype, device: torch.device) -> None:
@@ -72,15 +72,15 @@ class WeightReader:
         return self._to_place(self._slice(name, shape)[:])
 
     def rows(self, name: str, shape: torch.Size, first: int, end: int) -> Tensor:
-        """Its part [first, end) of the first dimension."""
+        """Rows [first, end) of the tensor."""
         return self._to_place(self._slice(name, shape)[first:end])
 
     def columns(self, name: str, shape: torch.Size, first: int, end: int) -> Tensor:
-        """Its part [first, end) of the second dimension."""
+        """Columns [first, end) of the tensor."""
         return self._to_place(self._slice(name, shape)[:, first:end])
 
     def check_all_read(self) -> None:
-        """Raises UnsupportedModelError naming a tensor that the model has no use for."""
+        """Raises UnsupportedModelError naming a tensor that the model does not use."""
         rest = sorted(
             name
             for name in self._tensors.keys() - self._read
@@ -100,8 +100,7 @@ class WeightReader:
         if info.shape != tuple(shape):
             raise ConfigError(
                 "model",
-                f"{info.file}: tensor {name} has shape {list(info.shape)},"
-                f" {list(shape)} was expected",
+                f"{info.file}: tensor {name} has shape {list(info.shape)}, expected {list(shape)}",
             )
         self._read.add(name)
         return self._files[info.file].get_slice(name)

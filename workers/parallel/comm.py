@@ -1,4 +1,4 @@
-"""What the ranks of a group say to one another while they compute."""
+"""Communication between the ranks of a group during computation."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _TIMEOUT_S = 120.0
 
 
 class Communicator:
-    """The ranks of one group. Alone, every call is a no-op without torch.distributed.
+    """The ranks of one group. With one rank, every call is a no-op without torch.distributed.
 
-    A sum is the same on every rank, bit for bit: each part of it is summed on
-    one rank, in one order, and sent to the others.
+    A sum has the same bits on every rank: each part of it is summed on one rank, in a
+    fixed order, and sent to the others.
     """
 
     rank = 0
@@ -43,13 +43,13 @@ class Communicator:
         device: torch.device,
         timeout_s: float = _TIMEOUT_S,
     ) -> Communicator:
-        """Meet the other ranks at `rendezvous` (tcp://host:port, which rank 0 listens at).
+        """Meet the other ranks at `rendezvous` (tcp://host:port, where rank 0 listens).
 
-        device: where tensors live; NCCL between GPUs, shared memory between the CPUs
+        device: where tensors are; NCCL between GPUs, shared memory between the CPUs
             of one host, gloo between those of several
-        timeout_s: for meeting and, where the backend can tell, for each call
-        Raises ConfigError if rank and size make no sense, WorkerDiedError if
-        the others do not come in time.
+        timeout_s: for meeting and, if the backend supports it, for each call
+        Raises ConfigError if rank and size are inconsistent, WorkerDiedError if
+        the other ranks do not connect in time.
         """
         if not 0 <= rank < size:
             raise ConfigError("rank", f"must be from 0 to {size - 1}, got {rank}")
@@ -58,26 +58,26 @@ class Communicator:
         return _ProcessGroup(rank, size, rendezvous, device, timeout_s)
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sum `tensor` over the ranks, in place; contiguous, of any shape. Returns it."""
+        """Sum `tensor` over the ranks in place and return it; contiguous, of any shape."""
         return tensor
 
     def gather_logits(self, part: torch.Tensor) -> torch.Tensor | None:
-        """Rank 0: the ranks' parts [n, v], joined along the last dimension; None elsewhere."""
+        """The parts [n, v], concatenated along the last dimension, on rank 0; otherwise None."""
         return part
 
     def all_gather(self, part: torch.Tensor) -> torch.Tensor:
-        """The ranks' parts [..., v], joined along the last dimension, on every rank."""
+        """The ranks' parts [..., v], concatenated along the last dimension, on every rank."""
         return part
 
     def barrier(self) -> None:
-        """Wait until every rank is here."""
+        """Wait until every rank has called this."""
 
     def close(self) -> None:
-        """Leave the group; the communicator is of no use afterwards."""
+        """Leave the group; the communicator cannot be used afterwards."""
 
 
 class _ProcessGroup(Communicator):
-    """Ranks in processes of their own, over torch.distributed and, on one host, shared memory."""
+    """Ranks in separate processes, over torch.distributed and, on one host, shared memory."""
 
     def __init__(
         self, rank: int, size: int, rendezvous: str, device: torch.device, timeout_s: float
@@ -96,7 +96,7 @@ class _ProcessGroup(Communicator):
             )
         except dist.DistError as error:
             raise WorkerDiedError(
-                f"rank {rank} of {size} could not meet the others at {rendezvous}: {error}"
+                f"rank {rank} of {size} could not connect to the others at {rendezvous}: {error}"
             ) from error
         self._same_host = None if self._on_gpu else _meet_on_host(rank, size, timeout_s)
 
@@ -108,7 +108,7 @@ class _ProcessGroup(Communicator):
         return tensor
 
     def gather_logits(self, part: torch.Tensor) -> torch.Tensor | None:
-        # NCCL has no gather of its own: to gather everywhere is one kernel.
+        # NCCL has no gather, but its all-gather is a single kernel.
         if self._on_gpu or self._same_host is not None:
             joined = self.all_gather(part)
             return joined if self.rank == 0 else None
@@ -137,7 +137,7 @@ class _ProcessGroup(Communicator):
 
 
 def _meet_on_host(rank: int, size: int, timeout_s: float) -> SameHost | None:
-    """The exchange through shared memory, where every rank is on this host and can have it."""
+    """The exchange through shared memory; None unless all ranks are on one host and can map it."""
     place = None
     if rank == 0:
         try:
@@ -160,7 +160,7 @@ def _meet_on_host(rank: int, size: int, timeout_s: float) -> SameHost | None:
             same_host.close()
         return None
     finally:
-        if place is not None:  # its files are open where they are needed
+        if place is not None:  # all ranks have opened its files by now
             shutil.rmtree(place, ignore_errors=True)
 
 
@@ -176,7 +176,7 @@ def _try_to_join(rank: int, size: int, host: str, place: Path, timeout_s: float)
     return same_host
 
 
-def _all_agree(mine: bool, size: int) -> bool:
+def _all_agree(own: bool, size: int) -> bool:
     answers: list[bool | None] = [None] * size
-    dist.all_gather_object(answers, mine)
+    dist.all_gather_object(answers, own)
     return all(answers)

@@ -2,8 +2,8 @@
 
 With a weight W [out, in] and R ranks:
 
-    column-parallel   rank r has rows [r·out/R, (r+1)·out/R) and computes its share of the outputs
-    row-parallel      rank r has those columns, for its share of the inputs; the ranks' partial
+    column-parallel   rank r has rows [r·out/R, (r+1)·out/R) and computes that part of the outputs
+    row-parallel      rank r has those columns, for its part of the inputs; the ranks' partial
                       outputs are summed, and the bias is added once, after the sum
 
 (Shoeybi et al., Megatron-LM, arXiv 1909.08053.)
@@ -17,21 +17,21 @@ from torch import Tensor, nn
 
 from kvmesh.workers.parallel.comm import Communicator
 
-# Up to here the CPU's product is faster the other way round, see project().
+# Up to this many rows, W x^T is faster on CPUs, see project().
 _FEW_ROWS = 64
 
 
 def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b, as torch.nn.functional.linear.
+    """x W^T + b, like torch.nn.functional.linear.
 
     x: [..., in]; weight: [out, in]; bias: [out] or None; returns [..., out]
 
-    With few rows MKL takes 1.3 to 2.5 times as long for x W^T in float32 as for
-    W x^T, whose transpose is then copied (measured on AMD EPYC, 1 to 64 rows).
+    With few rows MKL takes 1.3 to 2.5 times as long for x W^T in float32 as for W x^T
+    followed by a transposing copy (measured on AMD EPYC, 1 to 64 rows).
     """
     rows = x.shape[:-1].numel()
-    turned = x.device.type == "cpu" and x.dtype == torch.float32 and 0 < rows <= _FEW_ROWS
-    if not turned:
+    swapped = x.device.type == "cpu" and x.dtype == torch.float32 and 0 < rows <= _FEW_ROWS
+    if not swapped:
         return F.linear(x, weight, bias)
     columns = x.reshape(rows, -1).t()
     if bias is None:
@@ -58,9 +58,9 @@ class ColumnLinear(nn.Module):
 
     @staticmethod
     def joined(parts: list[ColumnLinear]) -> ColumnLinear:
-        """One linear that computes the outputs of all `parts`, side by side."""
+        """One linear that computes the outputs of all `parts`, concatenated."""
         biases = [part.bias.data for part in parts if part.bias is not None]
-        assert len(biases) in (0, len(parts)), "parts with and without bias cannot be joined"
+        assert len(biases) in (0, len(parts)), "parts with and without a bias cannot be joined"
         return ColumnLinear(
             torch.cat([part.weight.data for part in parts]), torch.cat(biases) if biases else None
         )
@@ -87,10 +87,10 @@ class RowLinear(nn.Module):
 
 
 class VocabHead(nn.Module):
-    """The output projection, its vocabulary split over the ranks.
+    """The output projection, with its vocabulary split over the ranks.
 
-    weight: [rows, hidden], this rank's rows; every rank but the last few has
-        ceil(vocab_size / size) of them, and missing ones are zero
+    weight: [rows, hidden], this rank's rows; ceil(vocab_size / size) on every rank,
+        with zeros for rows beyond the vocabulary
     """
 
     def __init__(self, weight: Tensor, vocab_size: int, comm: Communicator) -> None:
@@ -100,7 +100,7 @@ class VocabHead(nn.Module):
         self._comm = comm
 
     def forward(self, x: Tensor) -> Tensor | None:
-        """x: [n, hidden] -> [n, vocab_size] on rank 0, None elsewhere"""
+        """x: [n, hidden] -> [n, vocab_size] on rank 0, None on the others"""
         logits = self._comm.gather_logits(project(x, self.weight))
         return None if logits is None else logits[..., : self._vocab_size]
 
@@ -113,9 +113,9 @@ class VocabHead(nn.Module):
 
 
 class SplitRMSNorm(nn.Module):
-    """RMS norm over a dimension that is split over the ranks (OLMo 2's of queries and keys).
+    """RMS norm over a dimension that is split over the ranks (OLMo 2's queries and keys).
 
-    weight: [dim_local]; dim: of all ranks together
+    weight: [dim_local]; dim: over all ranks
     """
 
     def __init__(self, weight: Tensor, dim: int, eps: float, comm: Communicator) -> None:

@@ -1,17 +1,17 @@
 """Sums and gathers between CPU ranks of one host, through shared memory.
 
 gloo takes half a millisecond for a sum between two ranks and several between
-four on two cores; a decode step needs two sums a layer. Here a rank writes its
-part into a buffer that all map, tells the others by a byte on a socket, waits
-for theirs, and reads their parts itself, in the order of ranks, so that a sum
-has the same bits everywhere.
+four on two cores; a decode step needs two sums per layer. Here a rank writes its part
+into a buffer that all ranks map, signals the others by a byte on a socket, waits for
+their bytes, and reads their parts itself, in rank order, so that a sum has the same
+bits on every rank.
 
     segment   [2 buffers, size ranks, _BUFFER_BYTES]
 
-Nobody spins: waiting is the kernel's, so ranks may outnumber cores, and a rank
-that dies closes its sockets, which wakes the others. Two buffers are enough: a
-rank writes buffer b again two rounds later, when it has heard from everyone in
-the round between, who by then had read b.
+No rank spins: they wait in the kernel, so ranks may outnumber cores, and the sockets
+of a rank that dies are closed, which wakes the others. Two buffers are enough: a rank
+writes buffer b again two rounds later, after it has heard from all ranks in the round
+between, which they start only after reading b.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _RANK = struct.Struct("<H")
 
 
 def make_meeting_place(size: int) -> Path:
-    """A directory that only this user can enter, with the segment in it; rank 0 makes it.
+    """A directory that only this user can enter, with the segment in it; made by rank 0.
 
     Raises OSError if there is no room for the segment.
     """
@@ -43,7 +43,7 @@ def make_meeting_place(size: int) -> Path:
     place = Path(tempfile.mkdtemp(prefix="kvmesh-", dir=shm if shm.is_dir() else None))
     try:
         with (place / "segment").open("wb") as segment:
-            # Reserved now: a page that cannot be had later would end the process by SIGBUS.
+            # Reserved now: if a page could not be allocated later, SIGBUS would end the process.
             os.posix_fallocate(segment.fileno(), 0, _segment_bytes(size))
     except OSError:
         shutil.rmtree(place)
@@ -58,9 +58,9 @@ def _segment_bytes(size: int) -> int:
 class SameHost:
     """One rank's end of the exchange.
 
-    After construction call `listen` on every rank, then `meet` on every rank;
-    then the meeting place can be removed. Raises OSError in these, and
-    WorkerDiedError later, when another rank is gone or silent for `timeout_s`.
+    After construction call `listen` on every rank, then `meet` on every rank; then the
+    meeting place can be removed. These raise OSError. Later calls raise
+    WorkerDiedError if another rank is gone or silent for `timeout_s`.
     """
 
     def __init__(self, rank: int, size: int, place: Path, timeout_s: float) -> None:
@@ -82,7 +82,7 @@ class SameHost:
         self._listener.listen(self._size)
 
     def meet(self) -> None:
-        """Connect to the ranks below, be connected to by those above."""
+        """Connect to the lower ranks and accept connections from the higher ones."""
         for rank in range(self._rank):
             peer = socket.socket(socket.AF_UNIX)
             peer.settimeout(self._timeout_s)
@@ -95,14 +95,14 @@ class SameHost:
             (rank,) = _RANK.unpack(peer.recv(_RANK.size, socket.MSG_WAITALL))
             self._peers[rank] = peer
         self._listener.close()
-        # A timeout of the kernel's costs no call of its own, unlike Python's, which polls first.
+        # The kernel's timeout needs no extra call, unlike Python's, which polls first.
         wait = struct.pack("@ll", int(self._timeout_s), int(self._timeout_s % 1 * 1e6))
         for peer in self._peers.values():
             peer.setblocking(True)
             peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, wait)
 
     def all_reduce(self, tensor: Tensor) -> None:
-        """Sum over the ranks, in place, in fp32 whatever the dtype; contiguous, any shape."""
+        """Sum over the ranks, in place, in fp32 for any dtype; contiguous, any shape."""
         flat = tensor.view(-1)
         step = _BUFFER_BYTES // flat.element_size()
         for start in range(0, flat.numel(), step):
@@ -114,7 +114,7 @@ class SameHost:
             part.copy_(total)
 
     def all_gather(self, tensor: Tensor) -> Tensor:
-        """[size, ...], each rank's tensor in turn; all alike in shape and contiguous."""
+        """[size, ...], each rank's tensor in rank order; contiguous and of equal shapes."""
         gathered = tensor.new_empty((self._size, *tensor.shape))
         flat, flat_gathered = tensor.reshape(-1), gathered.view(self._size, -1)
         step = _BUFFER_BYTES // flat.element_size()
@@ -124,7 +124,7 @@ class SameHost:
         return gathered
 
     def _exchange(self, part: Tensor) -> Tensor:
-        """[size, n] of every rank's `part` [n]; valid until the next call but one."""
+        """[size, n]: every rank's `part` [n]; valid until the call after the next."""
         buffer = self._buffers[self._turn][:, : part.numel() * part.element_size()]
         parts = buffer.view(part.dtype)
         self._turn ^= 1
@@ -136,7 +136,7 @@ class SameHost:
                 if not peer.recv(1):
                     raise WorkerDiedError(f"rank {rank} of the group is gone")
         except BlockingIOError as error:
-            raise WorkerDiedError(f"a rank was silent for {self._timeout_s:g} s") from error
+            raise WorkerDiedError(f"a rank sent nothing for {self._timeout_s:g} s") from error
         except OSError as error:
             raise WorkerDiedError(f"a rank of the group is gone: {error}") from error
         return parts

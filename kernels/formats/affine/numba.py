@@ -45,7 +45,7 @@ def side_load(side: Affine, page_size: int, head_dim: int, dtype: str) -> SideLo
         scale, offset = numbers[:runs], numbers[runs:]
         for n in range(page_size):
             for d in range(head_dim):
-                # Runs of channels come token by token; those of tokens, all channels of each.
+                # Runs of channels come token by token; runs of tokens, all channels of each.
                 if along_channel:
                     i = n // run * head_dim + d
                 else:

@@ -4,33 +4,33 @@
 
     scale = (max - min) / (2^bits - 1),  code = round((x - offset) / scale)
 
-"token" runs come token by token, "channel" runs one run of tokens after the
-other, all channels of each.
+"token" runs come token by token; "channel" runs come one run of tokens after the
+other, with all channels of each.
 
 How scale and offset are fitted to a run:
 
-range           from its least to its greatest number: LMDeploy's online int8 and
-                int4, KIVI (arXiv 2402.02750), Quanto
-least_squares   the grid that leaves the least squared error, by turns: codes for the
-                grid, then the line through (code, number) (Lloyd's iteration on a
+range           from its minimum to its maximum: LMDeploy's online int8 and int4,
+                KIVI (arXiv 2402.02750), Quanto
+least_squares   the grid with the smallest squared error, by alternating between codes for
+                the grid and the line through (code, number) (Lloyd's iteration on a
                 uniform grid); starts from the range
 half_quadratic  HQQ's solver (Badri & Shaji, 2023): the range's scale, and the offset
                 that minimises the p-norm of the error, p = 0.7, by a proximal
-                iteration. Errors are measured in steps here, not in the numbers'
-                own units, so that the result does not depend on those
+                iteration. Errors are measured in steps, not in the units of the
+                numbers, so the result does not depend on those units
 
-Why bf16 for offsets, and how "range" rounds. bf16 has fp32's range, so 1e38 needs no
-special case, and a minimum of bf16 numbers is itself one. The codes are
+Why offsets are bf16, and how "range" rounds. bf16 has fp32's range, so 1e38 needs no
+special case, and the minimum of bf16 numbers is itself a bf16 number. The codes are
 computed against the *stored* numbers, which "range" rounds outwards (minimum down,
 scale up): the stored grid then covers the run, and no code saturates by more
-than the rounding of one division. The price is a step at most 2^-7 wider. For
+than the rounding of one division. The cost is a step that is at most 2^-7 wider. For
 fp32 runs far from zero the grid also has to reach down to the rounded minimum,
-at most 2^-7 |min| away: half a step is then 2^-12 |min| at four bits, still finer
-than bf16 itself resolves. A floor under the scale keeps constant runs from
-dividing by zero; their codes are 0 and they come back as the stored minimum.
-Everything is computed on halves of the numbers, because max - min may exceed
-fp32 where max and min do not; fits are computed in steps from the least
-number, which nothing makes overflow.
+at most 2^-7 |min| away: half a step is then 2^-12 |min| with four bits, still finer
+than bf16's own resolution. A lower bound on the scale keeps constant runs from
+dividing by zero; their codes are 0 and they decode to the stored minimum.
+Everything is computed on halves of the numbers, because max - min may overflow
+fp32 where max and min do not; fits are computed in steps from the minimum, which
+cannot overflow.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def encode(
     page_size, head_dim = x.shape[-2:]
     half = _to_runs(side, x.float() * 0.5)
     offset, scale = _FITS[side.fit](half, side)
-    # floor(t + 0.5) rather than round-half-even: the same in every backend
+    # floor(t + 0.5) rather than round-half-even, so that all backends agree
     codes = half.sub_((offset * 0.5)[..., None]).div_((scale * 0.5)[..., None])
     codes = codes.add_(0.5).floor_().clamp_(0.0, 2.0**side.width - 1).to(torch.uint8)
     offsets = offset.to(torch.bfloat16).flatten(2).view(torch.uint8)
@@ -154,7 +154,7 @@ def _from_runs(side: Affine, runs: torch.Tensor, page_size: int, head_dim: int) 
 
 
 def _fit_range(half: torch.Tensor, side: Affine) -> tuple[torch.Tensor, torch.Tensor]:
-    """half: half of the numbers, [..., run] -> offset, scale, [...] as they will be stored"""
+    """half: half of the numbers, [..., run] -> offset, scale, [...], after storing and loading"""
     levels = 2.0**side.width - 1
     offset = _round_down_to_bf16(half.amin(-1) * 2.0)
     half_scale = (half.amax(-1) - offset * 0.5) / levels
@@ -163,7 +163,7 @@ def _fit_range(half: torch.Tensor, side: Affine) -> tuple[torch.Tensor, torch.Te
 
 
 def _fit_least_squares(half: torch.Tensor, side: Affine) -> tuple[torch.Tensor, torch.Tensor]:
-    """x in steps t = a q + b + error: by turns the codes q of a and b, then a and b of q."""
+    """With x in steps, t = a q + b + error: alternates between the codes q and the line a, b."""
     levels = 2.0**side.width - 1
     steps, mean, half_min, half_step = _in_steps(half, levels)
     a = torch.full_like(mean, FIRST_SHARE.get(side.width, 1.0))
@@ -173,18 +173,18 @@ def _fit_least_squares(half: torch.Tensor, side: Affine) -> tuple[torch.Tensor, 
         q_mean = q.mean(-1, keepdim=True)
         q.sub_(q_mean)
         spread = q.square().sum(-1, keepdim=True)
-        # All codes alike: a run that is constant up to rounding; any grid will do.
+        # If all codes are equal, the run is constant up to rounding and any grid will do.
         slope = (q * (steps - mean)).sum(-1, keepdim=True) / spread.clamp_min(1e-9)
         a = torch.where(spread > 1e-9, slope.clamp_min(1e-3), a)
         b = mean - a * q_mean
     scale = _stored_scale(half_step * a.squeeze(-1) * 2.0, side)
-    # The line through the means stays, with the scale that is stored.
+    # Refit the offset so that the line through the means holds with the stored scale.
     b = mean - (scale * 0.5 / half_step).unsqueeze(-1) * q_mean
     return _stored_offset(half_min, half_step, b.squeeze(-1)), scale
 
 
 def _fit_half_quadratic(half: torch.Tensor, side: Affine) -> tuple[torch.Tensor, torch.Tensor]:
-    """The code of t is q = round(t + z); z follows from what the proximal step leaves."""
+    """The code of t is q = round(t + z); z is the mean of what the proximal step leaves."""
     levels = 2.0**side.width - 1
     steps, _, half_min, half_step = _in_steps(half, levels)
     z = torch.zeros_like(steps[..., :1])
@@ -203,8 +203,8 @@ def _fit_half_quadratic(half: torch.Tensor, side: Affine) -> tuple[torch.Tensor,
 def _in_steps(
     half: torch.Tensor, levels: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The numbers as steps of the run's range above its least, from 0 to `levels`; their mean
-    (with a last dimension of 1), and the halves of the least number and of a step."""
+    """The numbers in steps of the run's range above its minimum, from 0 to `levels`; their mean
+    (with a last dimension of 1), and half the minimum and half a step."""
     half_min = half.amin(-1)
     half_step = ((half.amax(-1) - half_min) / levels).clamp_min(0.5 * SCALE_FLOOR)
     steps = (half - half_min[..., None]).div_(half_step[..., None])
@@ -223,15 +223,15 @@ def _stored_offset(
 
 
 def _round_up_to_bf16(x: torch.Tensor) -> torch.Tensor:
-    """Positive fp32 numbers to the next bf16 number above, still as fp32."""
+    """Positive fp32 numbers rounded up to bf16, still as fp32."""
     bits = x.contiguous().view(torch.int32)
     return ((bits + 0xFFFF) & _UPPER_HALF).view(torch.float32)
 
 
 def _round_down_to_bf16(x: torch.Tensor) -> torch.Tensor:
-    """fp32 numbers to the next bf16 number below, at least bf16's least, still as fp32."""
+    """fp32 numbers rounded down to bf16, at least bf16's minimum, still as fp32."""
     bits = x.contiguous().view(torch.int32)
-    # Truncating the magnitude rounds towards zero: down for x > 0 only.
+    # Truncating the magnitude rounds towards zero: down only for x > 0.
     away = torch.where(x < 0, 0xFFFF, 0).to(torch.int32)
     return ((bits + away) & _UPPER_HALF).view(torch.float32).clamp_min(-BF16_MAX)
 

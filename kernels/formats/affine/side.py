@@ -1,4 +1,4 @@
-"""Uniform grids with a scale and an offset each."""
+"""Uniform grids with a scale and an offset per run."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ FITS = ("range", "least_squares", "half_quadratic")
 class Affine(Side):
     """x^ = code * scale + offset.
 
-    along: what shares a scale: "token", channels of one token; "channel", tokens of
+    along: which numbers share a scale: "token", channels of one token; "channel", tokens of
         one channel
-    run: how many do, at most: the largest divisor of the head's channels (or the
-        page's tokens) that is no greater; None for all
+    run: the maximum number that share one: the run length is the largest divisor of the
+        head's channels (or the page's tokens) up to `run`; None for all
     fit: how scale and offset are chosen, see `reference.py`
     scale: how the scale is stored, "bf16" or "e5m3"
     """
@@ -49,7 +49,7 @@ class Affine(Side):
         return next(n for n in range(min(self.run, whole), 0, -1) if whole % n == 0)
 
     def runs(self, page_size: int, head_dim: int) -> int:
-        """Scales of a page."""
+        """Number of scales per page."""
         return page_size * head_dim // self.run_length(page_size, head_dim)
 
     def num_bytes(self, page_size: int, head_dim: int, dtype_bytes: int = 2) -> int:

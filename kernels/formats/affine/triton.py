@@ -1,12 +1,12 @@
 """Triton functions of `Affine`.
 
-The layout and the rounding are the reference's. "range" gives equal bytes: it uses
+The layout and the rounding are the reference's. "range" gives identical bytes: it uses
 only operations that IEEE 754 defines (correctly rounded division, floor, bit
-masks), and the one product that a compiler might fuse is by a power of two. The
-other fits sum in another order and agree up to rounding.
+masks), and the only product that a compiler might fuse is by a power of two. The
+other fits sum in a different order and agree up to rounding.
 
-For few queries a grid a token is folded: the tile is codes less half their range, exact in
-16 bits, so that rounding a tile costs nothing. Other tiles are dequantised.
+For few queries, grids per token are folded: the tile is codes minus half their range, which
+16 bits hold exactly, so that rounding a tile costs nothing. Other tiles are dequantised.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ HQQ_ROUNDS = tl.constexpr(reference.HQQ_ROUNDS)
 HQQ_BETA = tl.constexpr(reference.HQQ_BETA)
 HQQ_KAPPA = tl.constexpr(reference.HQQ_KAPPA)
 HQQ_POWER = tl.constexpr(reference.HQQ_NORM - 1.0)
-FIT_NUMBERS = 4096  # of a page that are fitted at once
+FIT_NUMBERS = 4096  # of a page, fitted at a time
 FIRST_SHARE = {width: reference.FIRST_SHARE.get(width, 1.0) for width in WIDTHS}
 
 
@@ -69,7 +69,7 @@ def fit_rows(runs: int, padded_run: int) -> int:
 
 @triton.jit
 def _run_index(n, d, SIDE: tl.constexpr, RUN: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """Which run the number of slot n and channel d belongs to."""
+    """The run that the number of slot n and channel d belongs to."""
     if SIDE.along == "token":
         return n * (HEAD_DIM // RUN) + d // RUN
     else:
@@ -89,7 +89,7 @@ def load_folded(
     BLOCK_D: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """Of a grid a token."""
+    """For a grid per token."""
     HALF_RANGE: tl.constexpr = 1 << (SIDE.width - 1)
     offset_ptr = part_ptr + packed_bytes(SIDE.width, PAGE_SIZE, HEAD_DIM)
     slots = first_slot + tl.arange(0, BLOCK_N)
@@ -153,7 +153,7 @@ def seal(
     PAGE_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
 ):
-    """First the runs, whose scales and offsets are stored; then codes for what is stored."""
+    """First the runs, whose scales and offsets are stored; then codes against the stored ones."""
     RUN: tl.constexpr = run_length(SIDE, PAGE_SIZE, HEAD_DIM)
     RUNS: tl.constexpr = PAGE_SIZE * HEAD_DIM // RUN
     LEVELS: tl.constexpr = (1 << SIDE.width) - 1.0
@@ -171,19 +171,19 @@ def seal(
             token = (runs // HEAD_DIM * RUN)[:, None] + offs_i[None, :]
             at = token * HEAD_DIM + (runs % HEAD_DIM)[:, None]
         half = tl.load(hot_ptr + at, mask=mask, other=0.0).to(tl.float32) * 0.5
-        least = tl.min(tl.where(mask, half, float("inf")), 1)
-        most = tl.max(tl.where(mask, half, float("-inf")), 1)
-        least = tl.where(mask_r, least, 0.0)
-        most = tl.where(mask_r, most, 0.0)
+        lowest = tl.min(tl.where(mask, half, float("inf")), 1)
+        highest = tl.max(tl.where(mask, half, float("-inf")), 1)
+        lowest = tl.where(mask_r, lowest, 0.0)
+        highest = tl.where(mask_r, highest, 0.0)
         if SIDE.fit == "range":
-            offset, scale = _fit_range(least, most, LEVELS, SIDE.scale)
+            offset, scale = _fit_range(lowest, highest, LEVELS, SIDE.scale)
         elif SIDE.fit == "least_squares":
-            offset, scale = _fit_least_squares(half, least, most, mask, RUN, LEVELS, SIDE)
+            offset, scale = _fit_least_squares(half, lowest, highest, mask, RUN, LEVELS, SIDE)
         else:
-            offset, scale = _fit_half_quadratic(half, least, most, mask, RUN, LEVELS, SIDE)
+            offset, scale = _fit_half_quadratic(half, lowest, highest, mask, RUN, LEVELS, SIDE)
         store_bf16(offset_ptr, runs, offset, mask_r)
         store_scale(scale_ptr, runs, scale, mask_r, SIDE.scale)
-    tl.debug_barrier()  # what one thread has stored, others read
+    tl.debug_barrier()  # other threads read what one thread has stored
 
     slots, mask_n = block_slots(PAGE_SIZE)
     channels, mask_d = block_channels(SIDE, HEAD_DIM)
@@ -203,19 +203,19 @@ def seal(
 
 
 @triton.jit
-def _fit_range(least, most, LEVELS: tl.constexpr, SCALE: tl.constexpr):
-    offset = _round_down_to_bf16(least * 2.0)
-    levels = tl.full(most.shape, LEVELS, tl.float32)
-    half_scale = tl.math.div_rn(most - offset * 0.5, levels)
+def _fit_range(lowest, highest, LEVELS: tl.constexpr, SCALE: tl.constexpr):
+    offset = _round_down_to_bf16(lowest * 2.0)
+    levels = tl.full(highest.shape, LEVELS, tl.float32)
+    half_scale = tl.math.div_rn(highest - offset * 0.5, levels)
     scale = _round_up_to_bf16(tl.maximum(half_scale * 2.0, SCALE_FLOOR))
     return offset, rounded_scale(scale, SCALE)
 
 
 @triton.jit
 def _fit_least_squares(
-    half, least, most, mask, RUN: tl.constexpr, LEVELS: tl.constexpr, SIDE: tl.constexpr
+    half, lowest, highest, mask, RUN: tl.constexpr, LEVELS: tl.constexpr, SIDE: tl.constexpr
 ):
-    steps, half_step = _in_steps(half, least, most, mask, LEVELS)
+    steps, half_step = _in_steps(half, lowest, highest, mask, LEVELS)
     mean = tl.sum(steps, 1) / RUN
     about_mean = tl.where(mask, steps - mean[:, None], 0.0)
     a = tl.full(mean.shape, first_share(SIDE.width), tl.float32)
@@ -232,34 +232,34 @@ def _fit_least_squares(
         b = mean - a * q_mean
     scale = _stored_scale(half_step * a * 2.0, SIDE.scale)
     b = mean - scale * 0.5 / half_step * q_mean
-    return _stored_offset(least, half_step, b), scale
+    return _stored_offset(lowest, half_step, b), scale
 
 
 @triton.jit
 def _fit_half_quadratic(
-    half, least, most, mask, RUN: tl.constexpr, LEVELS: tl.constexpr, SIDE: tl.constexpr
+    half, lowest, highest, mask, RUN: tl.constexpr, LEVELS: tl.constexpr, SIDE: tl.constexpr
 ):
-    steps, half_step = _in_steps(half, least, most, mask, LEVELS)
+    steps, half_step = _in_steps(half, lowest, highest, mask, LEVELS)
     z = tl.zeros_like(half_step)
-    weaker = 1.0 / HQQ_BETA
+    inverse_beta = 1.0 / HQQ_BETA
     for _ in range(HQQ_ROUNDS):
         q = tl.floor(steps + z[:, None] + 0.5)
         q = tl.minimum(tl.maximum(q, 0.0), LEVELS)
         error = steps - (q - z[:, None])
         size = tl.abs(error)
         power = tl.exp2(tl.log2(tl.maximum(size, 1e-9)) * HQQ_POWER)
-        kept = tl.maximum(size - power * weaker, 0.0)
+        kept = tl.maximum(size - power * inverse_beta, 0.0)
         kept = tl.where(error < 0.0, -kept, kept)
         z = tl.sum(tl.where(mask, q - (steps - kept), 0.0), 1) / RUN
-        weaker = weaker / HQQ_KAPPA
-    return _stored_offset(least, half_step, -z), _stored_scale(half_step * 2.0, SIDE.scale)
+        inverse_beta = inverse_beta / HQQ_KAPPA
+    return _stored_offset(lowest, half_step, -z), _stored_scale(half_step * 2.0, SIDE.scale)
 
 
 @triton.jit
-def _in_steps(half, least, most, mask, LEVELS: tl.constexpr):
-    """The numbers as steps of the run's range above its least, and half of a step."""
-    half_step = tl.maximum((most - least) / LEVELS, 0.5 * SCALE_FLOOR)
-    steps = (half - least[:, None]) / half_step[:, None]
+def _in_steps(half, lowest, highest, mask, LEVELS: tl.constexpr):
+    """The numbers in steps of the run's range above its minimum, and half a step."""
+    half_step = tl.maximum((highest - lowest) / LEVELS, 0.5 * SCALE_FLOOR)
+    steps = (half - lowest[:, None]) / half_step[:, None]
     return tl.where(mask, steps, 0.0), half_step
 
 
@@ -269,8 +269,8 @@ def _stored_scale(scale, SCALE: tl.constexpr):
 
 
 @triton.jit
-def _stored_offset(least, half_step, steps):
-    half = least + half_step * steps
+def _stored_offset(lowest, half_step, steps):
+    half = lowest + half_step * steps
     half = tl.minimum(tl.maximum(half, -0.5 * BF16_MAX), 0.5 * BF16_MAX)
     return from_bf16(to_bf16(half * 2.0))
 

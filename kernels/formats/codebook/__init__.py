@@ -1,1 +1,1 @@
-"""Codebook codes: levels made for Gaussian numbers, times one scale a token."""
+"""Codebook codes: levels for Gaussian numbers, times one scale per token."""

@@ -3,19 +3,18 @@
     side of a page   | codes (packing.py) | scales | residual signs | residual norms |
                                             page_size each            bf16 each
 
-Levels are Lloyd-Max's for N(0, 1), or the best uniform ones: what a rotated vector's
-numbers nearly are, once divided by their root mean square. The scale a token is
+Levels are Lloyd-Max's for N(0, 1), or the best uniform ones. The numbers of a rotated
+vector, divided by their root mean square, are nearly N(0, 1). The scale of a token is
 
-eden   Σ y² / Σ y level(y): with it <x, x^> = |x|², so that scores are unbiased (EDEN,
-       Vargaftik et al. 2022). What is lost by not having the least squared error
-       is won back by the softmax, which suffers from a bias more than from noise
+eden   Σ y² / Σ y level(y), which gives <x, x^> = |x|², so that scores are unbiased (EDEN,
+       Vargaftik et al. 2022). The squared error is not minimal, but the softmax suffers
+       more from a bias than from noise
 rms    the root mean square of the token: TurboQuant's stored norm
 
-TurboQuant's residual bit (arXiv 2504.19874), kept so that it can be compared. With
-r = x - x^:
+TurboQuant's residual bit (arXiv 2504.19874), kept for comparison. With r = x - x^:
 
-sign   x^ ± |r| / √d, the sign that of r: what LMDeploy's policy 42 does
-qjl    x^ + |r| √(π/2) / d Sᵀ sign(S r), S [d, d] of N(0, 1) numbers
+sign   x^ ± |r| / √d, with the sign of r, like LMDeploy's policy 42
+qjl    x^ + |r| √(π/2) / d Sᵀ sign(S r), with S [d, d] of N(0, 1) numbers
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ _QJL_SEED = 20240606
 
 @cache
 def levels(side: Codebook) -> torch.Tensor:
-    """[2^width] fp32, from the least up."""
+    """[2^width] fp32, ascending."""
     count = 2**side.width
     if side.levels == "uniform":
         return (torch.arange(count) - (count - 1) / 2) * UNIFORM_STEP[side.width]  # type: ignore[no-any-return]
@@ -56,7 +55,7 @@ def encode(
     side: Codebook, x: torch.Tensor, params: Params, positions: torch.Tensor | None
 ) -> torch.Tensor:
     x = x.float()
-    # Relative to the token's greatest number, so that no square overflows or vanishes.
+    # Relative to the token's largest number, so that no square overflows or underflows.
     top = x.abs().amax(-1, keepdim=True).clamp_min(SCALE_FLOOR)
     y = x / top
     rms = y.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-30)
@@ -67,7 +66,7 @@ def encode(
         scale = torch.where(rms > 1e-30, scale, 0.0) * top
     else:
         scale = rms * top
-    # A quarter of bf16's greatest number: the outermost level times it is still finite.
+    # A quarter of bf16's maximum: the outermost level times this is still finite.
     scale = scale.clamp(SCALE_FLOOR, 0.25 * BF16_MAX)
     parts = [
         pack(codes.to(torch.uint8), side.width, values=side.values),

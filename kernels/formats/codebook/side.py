@@ -1,4 +1,4 @@
-"""Levels for Gaussian numbers with a scale a token."""
+"""Levels for Gaussian numbers with one scale per token."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from kvmesh.kernels.formats.base import Side
 from kvmesh.kernels.formats.packing import packed_bytes
 from kvmesh.kernels.formats.scales import SCALE_BYTES
 
-# Max (1960): for N(0, 1), the positive levels of the least squared error, and the step of the
-# best uniform ones. Their error is but little larger, at 2 bits .1189 for .1175, and their codes
-# are numbers that a tensor core multiplies as they are.
+# Max (1960): for N(0, 1), the positive levels with the smallest squared error, and the step of
+# the best uniform ones. Their error is only slightly larger, .1189 instead of .1175 with 2 bits,
+# and a tensor core can multiply their codes directly.
 UNIFORM_STEP = {2: 0.9957, 3: 0.5860, 4: 0.3352}
 LLOYD_MAX = {
     2: (0.452780, 1.510418),
@@ -23,12 +23,12 @@ RESIDUAL_NORM_BYTES = 2  # bf16
 
 @dataclass(frozen=True, slots=True)
 class Codebook(Side):
-    """x^ = level(code) * scale, of numbers that a rotation has made Gaussian.
+    """x^ = level(code) * scale, for numbers that a rotation has made Gaussian.
 
     levels: "uniform" or "lloyd_max"
-    norm: what the scale is, "eden" or "rms", see `reference.py`
-    scale: how it is stored, "bf16" or "e5m3"
-    residual: a sign a number for what the level leaves: "" for none, "sign" in the
+    norm: how the scale is chosen, "eden" or "rms", see `reference.py`
+    scale: how the scale is stored, "bf16" or "e5m3"
+    residual: a sign per number for the remaining error: "" for none, "sign" in the
         same basis, "qjl" after a Gaussian projection; for comparison with TurboQuant
     """
 

@@ -1,7 +1,7 @@
 """Triton functions of `Codebook` without residual signs.
 
-Tiles are folded: uniform levels are codes less the middle, in halves, and exact;
-the others are rounded to the compute dtype.
+Tiles are folded: uniform levels are exact, as codes minus the middle, in halves;
+others are rounded to the compute dtype.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def boundary(side: Codebook, index: int) -> float:
 
 @triton.jit
 def levels(codes, SIDE: tl.constexpr):
-    """codes less half their range, int32 -> levels, fp32, in steps where they are uniform"""
+    """codes minus half their range, int32 -> levels, fp32; uniform levels in units of their step"""
     if SIDE.levels == "uniform":
         return codes.to(tl.float32) + 0.5
     else:
@@ -113,7 +113,7 @@ def seal(
         n = block * BLOCK + slots
         at = n[:, None] * HEAD_DIM + channels[None, :]
         x = tl.load(hot_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        # Relative to the token's greatest number, so that no square overflows or vanishes.
+        # Relative to the token's largest number, so that no square overflows or underflows.
         top = tl.maximum(tl.max(tl.abs(x), 1), SCALE_FLOOR)
         y = tl.math.div_rn(x, tl.broadcast_to(top[:, None], x.shape))
         squares = tl.sum(y * y, 1)
@@ -131,7 +131,7 @@ def seal(
             scale = tl.where(some, squares / tl.where(some, shared, 1.0), 0.0) * top
         else:
             scale = rms * top
-        # A quarter of bf16's greatest number: the outermost level times it is still finite.
+        # A quarter of bf16's maximum: the outermost level times this is still finite.
         scale = tl.minimum(tl.maximum(scale, SCALE_FLOOR), 0.25 * BF16_MAX)
         store_scale(scale_ptr, n, scale, mask_n, SIDE.scale)
         store_codes(codes, part_ptr, block, SIDE, PAGE_SIZE, HEAD_DIM)

@@ -1,4 +1,4 @@
-"""Numbers as they are."""
+"""Unquantised numbers."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Eight-bit floating point, e4m3, with a scale a page."""
+"""Eight-bit floating point, e4m3, with one scale per page."""

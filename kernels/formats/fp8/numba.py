@@ -13,11 +13,11 @@ def side_load(side: Fp8, page_size: int, head_dim: int, dtype: str) -> SideLoad:
     centred = side.centred
     centre_at = page_size * head_dim
     scale_at = side.num_bytes(page_size, head_dim) - SCALE_BYTES - PADDING_BYTES
-    # Tables as of codes, see packing.py: keys one, values one of every block of tokens.
+    # Tables as for codes, see packing.py: one for keys, one per block of tokens for values.
     block = min(BLOCK_TOKENS, page_size)
     rows, columns = (head_dim, block) if side.values else (page_size, head_dim)
     blocks = page_size * head_dim // (rows * columns)
-    # An e4m3 number's bits where fp32 has its exponent: smaller by the exponents' biases.
+    # An e4m3 number's bits at fp32's exponent give a number that is too small by 2^120.
     bias = np.float32(2.0**120)
     low, sign = np.int32(0x7F), np.int32(0x80)
 
@@ -27,7 +27,7 @@ def side_load(side: Fp8, page_size: int, head_dim: int, dtype: str) -> SideLoad:
         if centred:
             read_bf16(part, centre_at, head_dim, centre)
         factor = part[scale_at : scale_at + 4].view(np.float32)[0]
-        # Two passes: in one, the two factors could be multiplied first, and overflow.
+        # Two passes: in one, the compiler could multiply the two factors first and overflow.
         for b in range(blocks):
             for r in range(rows):
                 row = tile[r, b * columns : (b + 1) * columns]

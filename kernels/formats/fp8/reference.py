@@ -2,12 +2,12 @@
 
     side of a page   | e4m3 numbers | centres bf16 | scale fp32 | 12 zeros |
 
-Numbers lie as 8-bit codes do (packing.py): keys [page_size, head_dim], values in blocks of 64
-tokens [head_dim, 64], so that tensor cores get both with the axis they sum over last.
+Numbers are laid out like 8-bit codes (packing.py): keys [page_size, head_dim], values in blocks
+of 64 tokens [head_dim, 64], so that for tensor cores the axis that is summed over comes last.
 
-scale = max |x - centre| / 448 over the head's page, in fp32; 448 is e4m3's greatest
-number, and torch rounds to the nearest. Other engines calibrate one scale a layer;
-a page's own costs four bytes and cannot be wrong.
+scale = max |x - centre| / 448 over the head's page, in fp32; 448 is e4m3's maximum, and
+torch rounds to nearest. Other engines calibrate one scale per layer; a scale per page
+costs four bytes and always fits the data.
 """
 
 from __future__ import annotations

@@ -9,15 +9,15 @@ from kvmesh.kernels.formats.base import Side
 
 CENTRE_BYTES = 2  # bf16
 SCALE_BYTES = 4  # fp32
-# Zeros after it, so that the values, and the next page, begin where 16 bytes are fetched at once.
+# Zeros after the scale, so that the values and the next page are aligned to 16 bytes.
 PADDING_BYTES = 12
 
 
 @dataclass(frozen=True, slots=True)
 class Fp8(Side):
-    """x^ = e4m3 * scale + centre, one scale a head and page.
+    """x^ = e4m3 * scale + centre, with one scale per head and page.
 
-    centred: a centre a channel, the page's mean; for keys, whose channels have large means
+    centred: one centre per channel, the page's mean; for keys, whose channels have large means
     """
 
     width: int = 8

@@ -1,8 +1,8 @@
-"""Triton functions of `Fp8`, in integer arithmetic: e4m3 needs no GPU that knows it.
+"""Triton functions of `Fp8`, in integer arithmetic, so that GPUs without e4m3 can run them.
 
-An e4m3 number's bits, moved to where a 16-bit number has its exponent and mantissa, are
-that number smaller by the difference of the exponents' biases, 2^8 or 2^120, down to
-the subnormal ones.
+An e4m3 number's bits, shifted to a 16-bit number's exponent and mantissa, give the number
+divided by a power of two, 2^8 or 2^120 (the difference of the exponents' biases). This also
+holds for subnormal numbers.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ E4M3_MAX = tl.constexpr(reference.E4M3_MAX)
 FLOOR = tl.constexpr(reference.SCALE_FLOOR)
 ROWS = tl.constexpr(16)
 
-# Four bytes in $2 become two registers of two bf16 numbers each. A byte and above it eight times
-# its sign, moved up by 4: the sign and the number's bits are where they belong.
+# Four bytes in $2 become two registers of two bf16 numbers each. Each byte, with eight copies of
+# its sign above it, is shifted left by 4, which puts the sign and the number's bits in place.
 E4M3_PTX = tl.constexpr("""{
     .reg .b32 x, y, more, none;
     mov.b32 more, 0x7b807b80;
@@ -59,13 +59,13 @@ def from_e4m3(byte, DTYPE: tl.constexpr):
 
 @triton.jit
 def to_e4m3(x):
-    """fp32, at most 448 -> int8, to the nearest even"""
+    """fp32, at most 448 -> int8, rounded to nearest even"""
     bits = x.to(tl.int32, bitcast=True)
     sign = (bits >> 24) & 0x80
     size = tl.abs(x)
     bits = bits & 0x7FFFFFFF
     normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
-    # Below 2^-6 in steps of 2^-9: adding 1.5 * 2^14 leaves them in the lowest bits.
+    # Below 2^-6 the steps are 2^-9: adding 1.5 * 2^14 leaves them in the lowest bits.
     small = (size + 24576.0).to(tl.int32, bitcast=True) & 15
     return (sign | tl.where(size < 2.0**-6, small, normal)).to(tl.int8)
 
@@ -91,7 +91,7 @@ def load_tile(
 ):
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
-    # The compiler has to see that what a thread loads lies together.
+    # Written so that the compiler sees that each thread loads adjacent bytes.
     if SIDE.values:  # columns are tokens, and a tile lies in one block
         BLOCK: tl.constexpr = block_tokens(PAGE_SIZE)
         d = offs_d[:, None]
@@ -124,7 +124,7 @@ def load_centre(
 
 @triton.jit
 def _place(n, d, SIDE: tl.constexpr, PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """Where the number of slot n and channel d lies."""
+    """Where the number of slot n and channel d is stored."""
     if SIDE.values:
         BLOCK: tl.constexpr = block_tokens(PAGE_SIZE)
         return (n // BLOCK * HEAD_DIM + d) * BLOCK + n % BLOCK
@@ -153,11 +153,11 @@ def seal(
         centre = from_bf16(to_bf16(half_centre * 2.0))
         store_bf16(part_ptr + PAGE_SIZE * HEAD_DIM, offs_d, centre, mask_d)
         half_centre = centre * 0.5
-    most = tl.zeros(offs_d.shape, tl.float32)
+    largest = tl.zeros(offs_d.shape, tl.float32)
     for first in range(0, PAGE_SIZE, ROWS):
         half = _halves(hot_ptr, first, offs_d, HEAD_DIM) - half_centre[None, :]
-        most = tl.maximum(most, tl.max(tl.abs(half), 0))
-    half_scale = tl.maximum(tl.math.div_rn(tl.max(most, 0), E4M3_MAX), FLOOR)
+        largest = tl.maximum(largest, tl.max(tl.abs(half), 0))
+    half_scale = tl.maximum(tl.math.div_rn(tl.max(largest, 0), E4M3_MAX), FLOOR)
     # The scale, and zeros.
     offs_s = tl.arange(0, 4)
     scale_ptr = _scale_ptr(part_ptr, SIDE, PAGE_SIZE, HEAD_DIM)
@@ -174,7 +174,7 @@ def seal(
 
 @triton.jit
 def _halves(hot_ptr, first, offs_d, HEAD_DIM: tl.constexpr):
-    """Half of 16 rows of the page, [16, channels] fp32; 16 divides the page."""
+    """Half of each number in 16 rows of the page, [16, channels] fp32; page_size % 16 == 0."""
     at = (first + tl.arange(0, ROWS))[:, None] * HEAD_DIM + offs_d[None, :]
     mask = tl.broadcast_to((offs_d < HEAD_DIM)[None, :], at.shape)
     return tl.load(hot_ptr + at, mask=mask, other=0.0).to(tl.float32) * 0.5

@@ -1,1 +1,1 @@
-"""Non-uniform codes on calibrated levels, outliers kept apart, keys as before RoPE: KVQuant."""
+"""KVQuant: non-uniform codes on calibrated levels, separate outliers, keys before RoPE."""

@@ -24,26 +24,26 @@ def _keys(side: NonUniform, page_size: int, head_dim: int) -> SideLoad:
     kept_at = packed_bytes(side.width, page_size, head_dim)
     channels_at = kept_at + VALUE_BYTES * count * page_size
     position_at = channels_at + CHANNEL_BYTES * count * page_size
-    # The table has half as many planes as channels; those not turned are at the end.
+    # The table has head_dim / 2 planes; the pairs that RoPE does not rotate are at the end.
     planes = head_dim // 2
-    turned, interleaved = side.turned or (planes, False)
-    apart = 1 if interleaved else turned
+    rotated, interleaved = side.rope or (planes, False)
+    apart = 1 if interleaved else rotated
     step = 2 if interleaved else 1
     tokens_at = 2 * 2**side.width  # after levels and bounds
     digits_at = tokens_at + 2 * page_size * planes
-    sines = DIGITS * BASE * planes  # after as many cosines
+    sines = DIGITS * BASE * planes  # the sines follow as many cosines
     heads_at = digits_at + 2 * sines
 
     @compiled
     def load(part, tile, numbers, table, head):  # type: ignore[no-untyped-def]
         unpack(part, tile)
         levels_of(table, tile)
-        page_cos, page_sin = numbers[:turned], numbers[turned:]
-        for p in range(turned):
+        page_cos, page_sin = numbers[:rotated], numbers[rotated:]
+        for p in range(rotated):
             page_cos[p], page_sin[p] = np.float32(1.0), np.float32(0.0)
         for digit in range(DIGITS):
             at = digits_at + (digit * BASE + np.int64(part[position_at + digit])) * planes
-            for p in range(turned):
+            for p in range(rotated):
                 c, s = table[at + p], table[at + sines + p]
                 page_cos[p], page_sin[p] = (
                     page_cos[p] * c - page_sin[p] * s,
@@ -51,7 +51,7 @@ def _keys(side: NonUniform, page_size: int, head_dim: int) -> SideLoad:
                 )
         at = heads_at + head * 3 * head_dim
         scale, zero = table[at : at + head_dim], table[at + head_dim : at + 2 * head_dim]
-        # Pass by pass: a row read at once after one number of it was written would have to wait.
+        # In separate passes: reading a row right after writing one number of it would stall.
         for n in range(page_size):
             row = tile[n]
             for d in range(head_dim):
@@ -59,13 +59,13 @@ def _keys(side: NonUniform, page_size: int, head_dim: int) -> SideLoad:
         kept = part[kept_at:channels_at].view(np.uint16)
         for i in range(page_size * count):
             channel = part[channels_at + i]
-            if channel < head_dim:  # whatever a page that was damaged says
+            if channel < head_dim:  # guards against a corrupted page
                 tile[i // count, channel] = float_of(np.int32(kept[i]) << np.int32(16))
         for n in range(page_size):
             row, at = tile[n], tokens_at + n * planes
-            token_cos = table[at : at + turned]
-            token_sin = table[at + page_size * planes : at + page_size * planes + turned]
-            for p in range(turned):
+            token_cos = table[at : at + rotated]
+            token_sin = table[at + page_size * planes : at + page_size * planes + rotated]
+            for p in range(rotated):
                 cos = token_cos[p] * page_cos[p] - token_sin[p] * page_sin[p]
                 sin = token_sin[p] * page_cos[p] + token_cos[p] * page_sin[p]
                 a, b = row[step * p], row[step * p + apart]
@@ -73,7 +73,7 @@ def _keys(side: NonUniform, page_size: int, head_dim: int) -> SideLoad:
                 row[step * p + apart] = b * cos + a * sin
         return tile
 
-    return SideLoad(load, numbers_size=2 * turned)
+    return SideLoad(load, numbers_size=2 * rotated)
 
 
 def _values(side: NonUniform, page_size: int, head_dim: int) -> SideLoad:
@@ -103,7 +103,7 @@ def _values(side: NonUniform, page_size: int, head_dim: int) -> SideLoad:
         kept = part[kept_at:channels_at].view(np.uint16)
         for i in range(page_size * count):
             channel = part[channels_at + i]
-            if channel < head_dim:  # whatever a page that was damaged says
+            if channel < head_dim:  # guards against a corrupted page
                 tile[channel, i // count] = float_of(np.int32(kept[i]) << np.int32(16))
         return tile
 

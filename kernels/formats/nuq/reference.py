@@ -3,28 +3,26 @@
     keys     | codes (packing.py) | outliers | their channels | position, int32 |
     values   | codes (packing.py) | outliers | their channels | scales | offsets |
 
-with n = `side.outliers(head_dim)` outliers a token, [page_size, n] of bf16 and then
-[page_size, n] of a byte; a scale a token in e5m3 (scales.py) and an offset in int8, in
+with n = `side.outliers(head_dim)` outliers per token, [page_size, n] of bf16 and then
+[page_size, n] of a byte; one scale per token in e5m3 (scales.py) and one offset in int8, in
 64ths of the scale.
 
-    t = (x - zero) / scale,  code = the interval of `bounds` that t lies in,
+    t = (x - zero) / scale,  code = the interval of `bounds` that contains t,
     x^ = levels[code] * scale + zero
 
-Keys are turned back by RoPE's angle before and forth after, since a channel's numbers
-keep to their range only without it. Scale and zero of their channels were found
-beforehand. A page holds the position of its first token, so that reading needs to know
-nothing else. The factor that YaRN gives the turned channels is left in: it commutes
-with turning.
+Keys are rotated back by RoPE's angle before encoding and forward after decoding, since only
+without RoPE do a channel's numbers keep to their range. Scale and zero of their channels are
+calibrated. A page holds the position of its first token, so that reading needs no other
+information. YaRN's factor on the rotated channels is left in: it commutes with the rotation.
 
-Values have their codes from the range of what a token's outliers leave, which is brought
-to [-1, 1], and then the scale and zero with which they are unbiased, as EDEN's
-(Vargaftik et al., 2022).
+Values are coded from the range of a token's numbers without its outliers, scaled to [-1, 1].
+Then scale and zero are chosen to make the values unbiased, as in EDEN (Vargaftik et al., 2022).
 
-`bounds` lie half-way between the levels that k-means found; of keys, `levels` are those
-after Q-Norm (workers/calibration/nuq.py). A token's outliers are the n numbers that its codes
-miss by most, for keys in units of how much the model minds an error in their
-channel: KVQuant takes the greatest instead, which its codes may well reach. They
-replace what the codes say.
+`bounds` are half-way between the levels that k-means found; for keys, `levels` are those
+after Q-Norm (workers/calibration/nuq.py). A token's outliers are the n numbers with the largest
+coding error, which for keys is weighted by how sensitive the model is to an error in that
+channel. (KVQuant takes the largest numbers, but codes may represent those well.) Outliers
+replace the coded numbers.
 
 params
     levels [2^width], bounds [2^width - 1] fp32
@@ -39,28 +37,28 @@ from dataclasses import dataclass
 import torch
 
 from kvmesh.kernels.formats.base import Params, SideTile
+from kvmesh.kernels.formats.nuq.rope import RopePairs, phases
 from kvmesh.kernels.formats.nuq.side import POSITION_BYTES, SCALE_BYTES, VALUE_BYTES, NonUniform
-from kvmesh.kernels.formats.nuq.turn import Turn, phases
 from kvmesh.kernels.formats.packing import by_token, pack, packed_bytes, unpack
 from kvmesh.kernels.formats.scales import E5M3_MAX, E5M3_MIN, load_scale, rounded_scale, store_scale
 from kvmesh.kernels.formats.tiles import BF16_MAX, DenseTile
 
-# Turning a plane of two such numbers stays finite, with room for the level beside them.
-GREATEST = 0.25 * BF16_MAX
+# Rotating a pair of two such numbers stays finite, with room to add the level.
+MAX_INPUT = 0.25 * BF16_MAX
 OFFSET_STEPS = 64.0
 
 
 def encode(
     side: NonUniform, x: torch.Tensor, params: Params, positions: torch.Tensor | None
 ) -> torch.Tensor:
-    x = x.float().clamp(-GREATEST, GREATEST)
+    x = x.float().clamp(-MAX_INPUT, MAX_INPUT)
     if side.values:
         return _encode_values(side, x, params)
-    assert positions is not None, "KVFormat.encode and seal_pages see to it"
-    turn = Turn(_interleaved(params))
-    x = turn.by(x, _token_phases(params, x.shape[-2]).conj())
+    assert positions is not None, "KVFormat.encode and seal_pages check this"
+    rope = RopePairs(_interleaved(params))
+    x = rope.rotate(x, _token_phases(params, x.shape[-2]).conj())
     page_phase = phases(params["inv_freq"], positions)[:, None, None, :]
-    x = turn.by(x, page_phase.conj()).clamp_(-GREATEST, GREATEST)
+    x = rope.rotate(x, page_phase.conj()).clamp_(-MAX_INPUT, MAX_INPUT)
     scale, zero = params["scale"].unsqueeze(1), params["zero"].unsqueeze(1)
     codes = _codes((x - zero).div_(scale), params)
     missed = _numbers(codes, params).mul_(scale).add_(zero).sub_(x).abs_()
@@ -95,17 +93,17 @@ def _encode_values(side: NonUniform, x: torch.Tensor, params: Params) -> torch.T
 
 
 def _farthest(side: NonUniform, x: torch.Tensor) -> torch.Tensor:
-    """The channels of a token that lie farthest from its mean: [..., page_size, n] int64."""
+    """The n channels of each token that are farthest from its mean: [..., page_size, n] int64."""
     mean = x.mul(1.0 / x.shape[-1]).sum(-1, keepdim=True)
     return (x - mean).abs_().topk(side.outliers(x.shape[-1]), dim=-1).indices
 
 
 def _ranges(x: torch.Tensor, apart: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and zero that bring a token's other channels to [-1, 1]: [..., page_size] each."""
+    """Scale and zero that map a token's other channels to [-1, 1]: [..., page_size] each."""
     low = x.scatter(-1, apart, torch.inf).amin(-1)
     high = x.scatter(-1, apart, -torch.inf).amax(-1)
     zero = low.add(high).mul_(0.5)
-    # Wide enough for an offset to be at most twice the scale.
+    # Wide enough to keep the offset within twice the scale.
     scale = torch.maximum(high.sub(low).mul_(0.5), zero.abs().mul_(0.5))
     return scale.clamp_(E5M3_MIN, E5M3_MAX), zero
 
@@ -117,9 +115,9 @@ def _unbiased(
     scale: torch.Tensor,
     zero: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and zero for the levels chosen, with which <x, x^> = |x|² around the token's mean.
+    """Scale and zero for the chosen levels that give <x, x^> = |x|² around the token's mean.
 
-    t: the numbers in units of scale and zero; the channels `apart` do not count
+    t: the numbers in units of scale and zero; the channels in `apart` do not count
     """
     others = torch.ones_like(t).scatter_(-1, apart, 0.0)
     t = t.scatter(-1, apart, 0.0)
@@ -128,15 +126,15 @@ def _unbiased(
     mean_level = (chosen * others).sum(-1, keepdim=True) / count
     centred = (t - mean).mul_(others)
     slope = centred.square().sum(-1) / (centred * chosen).sum(-1).clamp_min(1e-9)
-    stretched = scale * slope
+    scaled = scale * slope
     shifted = zero + scale * (mean.squeeze(-1) - slope * mean_level.squeeze(-1))
-    # All numbers alike, or beyond what can be stored: the range will do.
-    sane = (slope > 0.5) & (slope < 2.0) & (shifted.abs() < 1.9 * stretched)
-    return torch.where(sane, stretched, scale), torch.where(sane, shifted, zero)
+    # If all numbers are equal, or the result cannot be stored, the range will do.
+    plausible = (slope > 0.5) & (slope < 2.0) & (shifted.abs() < 1.9 * scaled)
+    return torch.where(plausible, scaled, scale), torch.where(plausible, shifted, zero)
 
 
 def _stored(scale: torch.Tensor, zero: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The scale as it will be read, and the offset in its steps."""
+    """The scale after storing and loading, and the offset in its steps."""
     scale = rounded_scale(scale, "e5m3")
     return scale, zero.div(scale).mul_(OFFSET_STEPS).round_().clamp_(-128.0, 127.0)
 
@@ -159,11 +157,11 @@ def load(
     heads = params["scale"].shape[0]
     by_head = pages.view(rows // heads, heads, -1, pages.shape[-1])
     x = _keys_before_rope(side, by_head, page_size, head_dim, params)
-    turn = Turn(_interleaved(params))
-    x = turn.by(x, _token_phases(params, page_size)).view(rows, -1, page_size, head_dim)
+    rope = RopePairs(_interleaved(params))
+    x = rope.rotate(x, _token_phases(params, page_size)).view(rows, -1, page_size, head_dim)
     # A page's position is the same for all heads.
     phase = phases(params["inv_freq"], _positions(by_head[:, 0])).repeat_interleave(heads, 0)
-    return _TurnedKeys(x, phase, turn)
+    return _RopeKeys(x, phase, rope)
 
 
 def decode(
@@ -177,9 +175,9 @@ def decode(
     if side.values:
         return _values(side, pages, page_size, head_dim, params)
     x = _keys_before_rope(side, pages.unsqueeze(2), page_size, head_dim, params).squeeze(2)
-    turn = Turn(_interleaved(params))
-    x = turn.by(x, _token_phases(params, page_size))
-    return turn.by(x, phases(params["inv_freq"], _positions(pages)).unsqueeze(-2))
+    rope = RopePairs(_interleaved(params))
+    x = rope.rotate(x, _token_phases(params, page_size))
+    return rope.rotate(x, phases(params["inv_freq"], _positions(pages)).unsqueeze(-2))
 
 
 def _keys_before_rope(
@@ -216,7 +214,7 @@ def _numbers(codes: torch.Tensor, params: Params) -> torch.Tensor:
 def _outliers(
     side: NonUniform, x: torch.Tensor, missed: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The numbers whose codes miss by most, and their channels, as bytes."""
+    """The numbers with the largest coding errors, and their channels, as bytes."""
     apart = missed.topk(side.outliers(x.shape[-1]), dim=-1).indices
     kept = x.gather(-1, apart).to(torch.bfloat16).flatten(-2)
     return kept.view(torch.uint8), apart.to(torch.uint8).flatten(-2)
@@ -243,29 +241,29 @@ def _interleaved(params: Params) -> bool:
 
 
 def _token_phases(params: Params, page_size: int) -> torch.Tensor:
-    """Of a page's tokens against its first: [page_size, planes]."""
+    """Of a page's tokens relative to its first: [page_size, planes]."""
     inv_freq = params["inv_freq"]
     return phases(inv_freq, torch.arange(page_size, device=inv_freq.device))
 
 
 @dataclass(frozen=True, slots=True)
-class _TurnedKeys:
-    """Keys turned by their places in their pages; by what the pages' positions add,
-    queries are turned back, which are far fewer.
+class _RopeKeys:
+    """Keys rotated by their offsets in their pages. Instead of rotating the keys by the pages'
+    positions, queries are rotated back, since there are far fewer of them.
 
     x: [rows, pages, page_size, head_dim] fp32; phase: [rows, pages, planes]
     """
 
     x: torch.Tensor
     phase: torch.Tensor
-    turn: Turn
+    rope: RopePairs
 
     def scores(self, q: torch.Tensor) -> torch.Tensor:
         rows, pages, page_size, head_dim = self.x.shape
         phase = self.phase.conj().unsqueeze(2)
-        turned = self.turn.by(q.unsqueeze(1).expand(-1, pages, -1, -1), phase)
+        rotated = self.rope.rotate(q.unsqueeze(1).expand(-1, pages, -1, -1), phase)
         products = torch.bmm(
-            turned.view(rows * pages, -1, head_dim),
+            rotated.view(rows * pages, -1, head_dim),
             self.x.view(rows * pages, page_size, head_dim).mT,
         )
         return products.view(rows, pages, -1, page_size).transpose(1, 2).flatten(2)
@@ -274,4 +272,4 @@ class _TurnedKeys:
         return torch.bmm(weights, self.dense())
 
     def dense(self) -> torch.Tensor:
-        return self.turn.by(self.x, self.phase.unsqueeze(2)).flatten(1, 2)
+        return self.rope.rotate(self.x, self.phase.unsqueeze(2)).flatten(1, 2)

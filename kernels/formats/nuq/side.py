@@ -1,4 +1,4 @@
-"""Calibrated levels, dense and sparse."""
+"""Calibrated levels with sparse outliers."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from kvmesh.kernels.formats.packing import packed_bytes
 WIDTHS = (2, 3, 4)
 POSITION_BYTES = 4  # int32
 VALUE_BYTES = 2  # of an outlier, bf16
-CHANNEL_BYTES = 1  # where in the head it lies
+CHANNEL_BYTES = 1  # of an outlier's channel index
 SCALE_BYTES = 1  # e5m3
 OFFSET_BYTES = 1  # in 64ths of the scale
 
 
 @dataclass(frozen=True, slots=True)
 class NonUniform(Side):
-    """x^ = level(code) * scale + zero, but for the outliers, which are kept as they are.
+    """x^ = level(code) * scale + zero, except for outliers, which are stored in bf16.
 
-    Keys have a scale and a zero a channel, found beforehand, and are encoded as they
-    were before RoPE; values have them a token, found when the page is sealed.
+    Keys have a calibrated scale and zero per channel and are encoded as they were before
+    RoPE; values have a scale and zero per token, computed when the page is sealed.
 
-    turned: planes that RoPE turns, and whether they are interleaved; of keys whose
-        parameters are known
+    rope: the number of channel pairs that RoPE rotates, and whether they are interleaved;
+        for keys whose parameters are known
     """
 
-    turned: tuple[int, bool] | None = field(default=None, kw_only=True)
+    rope: tuple[int, bool] | None = field(default=None, kw_only=True)
 
     package: ClassVar[str] = "kvmesh.kernels.formats.nuq"
 
@@ -53,16 +53,16 @@ class NonUniform(Side):
         if self.values:
             return self
         planes = params["inv_freq"].shape[0]
-        return replace(self, turned=(planes, bool(params["interleaved"].item())))
+        return replace(self, rope=(planes, bool(params["interleaved"].item())))
 
     def outliers(self, head_dim: int) -> int:
-        """Numbers of a token and head that are kept apart: the same for every token, so that
-        ranks, batches and pages never have to agree on which have more."""
+        """Outliers per token and head: the same number for every token, so that page sizes do not
+        depend on the data."""
         return max(1, head_dim // 64)
 
     def num_bytes(self, page_size: int, head_dim: int, dtype_bytes: int = 2) -> int:
         if not 2 <= head_dim <= 256:
-            raise ValueError(f"head_dim: expected 2 to 256, which a byte counts, got {head_dim}")
+            raise ValueError(f"head_dim: expected 2 to 256, so a byte can index it, got {head_dim}")
         sparse = self.outliers(head_dim) * (VALUE_BYTES + CHANNEL_BYTES)
         meta = page_size * (SCALE_BYTES + OFFSET_BYTES) if self.values else POSITION_BYTES
         return packed_bytes(self.width, page_size, head_dim) + page_size * sparse + meta

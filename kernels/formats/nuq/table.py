@@ -4,11 +4,11 @@
     keys, all heads  | levels [n] | bounds [n] | in a page [page_size, planes] | digits |
     of each head     | scale [head_dim] | zero [head_dim] | importance [head_dim] |
 
-with n = 2^width (the last bound is infinite) and head_dim / 2 planes, those that RoPE does
-not turn at the end. `in a page` and `digits` [4, 256, planes] are cosines, and after them
-as many sines: of a token's angle against its page's first, and of the angle that a digit
-of a page's position adds, to the base of 256 and the lowest first. So no kernel computes
-an angle, which at a million tokens would take fp64.
+with n = 2^width (the last bound is infinite) and head_dim / 2 planes; the pairs that RoPE does
+not rotate come last. `in a page` and `digits` [4, 256, planes] are cosines, followed by as many
+sines: of a token's angle relative to its page's first, and of the angle that one base-256 digit
+of a page's position adds, lowest digit first. So no kernel computes an angle, which at a million
+tokens would need fp64.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from __future__ import annotations
 import torch
 
 from kvmesh.kernels.formats.base import Params
+from kvmesh.kernels.formats.nuq.rope import phases
 from kvmesh.kernels.formats.nuq.side import NonUniform
-from kvmesh.kernels.formats.nuq.turn import phases
 
 DIGITS = 4  # of an int32
 BASE = 256

@@ -1,9 +1,8 @@
 """Triton functions of `NonUniform`.
 
-Keys come as two tiles, of the channels that are first and of those that are second in their
-planes, turned by their whole position: by the token's angle in the page times what the
-position's digits say (`table.py`). Sealing sums in another order than the reference,
-and agrees up to rounding.
+Keys come as two tiles, the first and the second channels of the RoPE pairs, rotated by their
+whole position: by the token's angle in the page plus the angles of the position's digits
+(`table.py`). Sealing sums in a different order than the reference and agrees up to rounding.
 """
 
 from __future__ import annotations
@@ -33,12 +32,12 @@ from kvmesh.kernels.formats.tiles_triton import (
     to_e5m3,
 )
 
-GREATEST = tl.constexpr(reference.GREATEST)
+MAX_INPUT = tl.constexpr(reference.MAX_INPUT)
 STEPS = tl.constexpr(reference.OFFSET_STEPS)
 BASE = tl.constexpr(table.BASE)
 DIGITS = tl.constexpr(table.DIGITS)
-LEAST_SCALE = tl.constexpr(E5M3_MIN)
-MOST_SCALE = tl.constexpr(E5M3_MAX)
+MIN_SCALE = tl.constexpr(E5M3_MIN)
+MAX_SCALE = tl.constexpr(E5M3_MAX)
 INFINITY = tl.constexpr(float("inf"))
 
 
@@ -49,13 +48,13 @@ def outliers(side: NonUniform, head_dim: int) -> int:
 
 @triton.constexpr_function
 def phases_start(side: NonUniform) -> int:
-    """Where in the keys' table the cosines begin."""
+    """Where the cosines begin in the keys' table."""
     return 2 * 2**side.width
 
 
 @triton.constexpr_function
 def numbers_of_digits(head_dim: int) -> int:
-    """Cosines of `digits`."""
+    """Number of cosines in `digits`."""
     return table.DIGITS * table.BASE * (head_dim // 2)
 
 
@@ -84,7 +83,7 @@ def _with_outliers(
     PAGE_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
 ):
-    """x: [slots, channels] of keys, of values transposed"""
+    """x: [slots, channels] for keys, transposed for values"""
     COUNT: tl.constexpr = outliers(SIDE, HEAD_DIM)
     kept_ptr = part_ptr + packed_bytes(SIDE.width, PAGE_SIZE, HEAD_DIM)
     channel_ptr = kept_ptr + PAGE_SIZE * COUNT * 2
@@ -100,12 +99,12 @@ def _with_outliers(
 
 @triton.jit
 def _levels(codes, table_ptr, SIDE: tl.constexpr):
-    """codes less half their range -> fp32"""
+    """codes minus half their range -> fp32"""
     return tl.load(table_ptr + (1 << (SIDE.width - 1)) + codes)
 
 
 @triton.jit
-def _turned_by(cos, sin, more_cos, more_sin):
+def _add_angles(cos, sin, more_cos, more_sin):
     return cos * more_cos - sin * more_sin, sin * more_cos + cos * more_sin
 
 
@@ -125,7 +124,7 @@ def _page_phase(
     PAGE_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
 ):
-    """cos, sin of the angles of a page's first token, of some planes"""
+    """cos, sin of the angles of a page's first token, for some pairs"""
     SINES: tl.constexpr = numbers_of_digits(HEAD_DIM)
     PLANES: tl.constexpr = HEAD_DIM // 2
     digits_ptr = table_ptr + digits_start(SIDE, PAGE_SIZE, HEAD_DIM)
@@ -135,7 +134,7 @@ def _page_phase(
         digit = position // (BASE**i) % BASE
         row_ptr = digits_ptr + (i * BASE + digit) * PLANES
         more = load(row_ptr + planes, mask)
-        cos, sin = _turned_by(cos, sin, more, load(row_ptr + SINES + planes, mask))
+        cos, sin = _add_angles(cos, sin, more, load(row_ptr + SINES + planes, mask))
     return cos, sin
 
 
@@ -152,7 +151,7 @@ def _half_of_keys(
     HEAD_DIM: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Keys before RoPE, of some channels: [BLOCK_N, channels] fp32"""
+    """Some channels of keys before RoPE: [BLOCK_N, channels] fp32"""
     scale_ptr = table_ptr + heads_start(SIDE, PAGE_SIZE, HEAD_DIM) + head * (3 * HEAD_DIM)
     scale = load(scale_ptr + channels, mask_d)
     zero = load(scale_ptr + HEAD_DIM + channels, mask_d)
@@ -180,11 +179,11 @@ def load_keys(
     PLANES: tl.constexpr = HEAD_DIM // 2
     planes = tl.arange(0, padded_half(HEAD_DIM))
     mask = None if padded_half(HEAD_DIM) == PLANES else planes < PLANES
-    channels = pair_channels(0, SIDE.turned, HEAD_DIM)
+    channels = pair_channels(0, SIDE.rope, HEAD_DIM)
     first = _half_of_keys(
         part_ptr, table_ptr, head, first_slot, channels, mask, SIDE, PAGE_SIZE, HEAD_DIM, BLOCK_N
     )
-    channels = pair_channels(1, SIDE.turned, HEAD_DIM)
+    channels = pair_channels(1, SIDE.rope, HEAD_DIM)
     second = _half_of_keys(
         part_ptr, table_ptr, head, first_slot, channels, mask, SIDE, PAGE_SIZE, HEAD_DIM, BLOCK_N
     )
@@ -201,8 +200,8 @@ def load_keys(
     slots = first_slot + tl.arange(0, BLOCK_N)
     cos_ptr = table_ptr + phases_start(SIDE) + slots[:, None] * PLANES + planes[None, :]
     token_cos, token_sin = load(cos_ptr, mask_n), load(cos_ptr + PAGE_SIZE * PLANES, mask_n)
-    cos, sin = _turned_by(token_cos, token_sin, cos[None, :], sin[None, :])
-    first, second = _turned_by(first, second, cos, sin)
+    cos, sin = _add_angles(token_cos, token_sin, cos[None, :], sin[None, :])
+    first, second = _add_angles(first, second, cos, sin)
     return (first.to(DTYPE), second.to(DTYPE)), 1.0, 0.0
 
 
@@ -255,7 +254,7 @@ def _store_outliers(
     PAGE_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
 ):
-    """The numbers of each token with the greatest `missed`, and their channels."""
+    """The numbers of each token with the largest `missed`, and their channels."""
     COUNT: tl.constexpr = outliers(SIDE, HEAD_DIM)
     kept_ptr = part_ptr + packed_bytes(SIDE.width, PAGE_SIZE, HEAD_DIM)
     channel_ptr = kept_ptr + PAGE_SIZE * COUNT * 2
@@ -283,7 +282,7 @@ def seal_keys(
     slots, mask_n = block_slots(PAGE_SIZE)
     channels, mask_d = block_channels(SIDE, HEAD_DIM)
     mask = mask_n[:, None] & mask_d[None, :]
-    plane, partner, sign = _pair_of(channels, SIDE.turned)
+    plane, partner, sign = _pair_of(channels, SIDE.rope)
     page_cos, page_sin = _page_phase(position, plane, mask_d, table_ptr, SIDE, PAGE_SIZE, HEAD_DIM)
     scale_ptr = table_ptr + heads_start(SIDE, PAGE_SIZE, HEAD_DIM) + head * (3 * HEAD_DIM)
     scale = tl.load(scale_ptr + channels, mask=mask_d, other=1.0)
@@ -295,14 +294,14 @@ def seal_keys(
         row_ptr = hot_ptr + n[:, None] * HEAD_DIM
         x = tl.load(row_ptr + channels[None, :], mask=mask, other=0.0).to(tl.float32)
         other = tl.load(row_ptr + partner[None, :], mask=mask, other=0.0).to(tl.float32)
-        x = tl.minimum(tl.maximum(x, -GREATEST), GREATEST)
-        other = tl.minimum(tl.maximum(other, -GREATEST), GREATEST)
+        x = tl.minimum(tl.maximum(x, -MAX_INPUT), MAX_INPUT)
+        other = tl.minimum(tl.maximum(other, -MAX_INPUT), MAX_INPUT)
         cos_ptr = table_ptr + phases_start(SIDE) + n[:, None] * PLANES + plane[None, :]
         cos = tl.load(cos_ptr, mask=mask, other=0.0)
         sin = tl.load(cos_ptr + PAGE_SIZE * PLANES, mask=mask, other=0.0)
-        cos, sin = _turned_by(cos, sin, page_cos[None, :], page_sin[None, :])
+        cos, sin = _add_angles(cos, sin, page_cos[None, :], page_sin[None, :])
         x = x * cos + other * (sin * sign[None, :])  # backwards
-        x = tl.minimum(tl.maximum(x, -GREATEST), GREATEST)
+        x = tl.minimum(tl.maximum(x, -MAX_INPUT), MAX_INPUT)
         t = tl.math.div_rn(x - zero[None, :], tl.broadcast_to(scale[None, :], x.shape))
         codes = _codes(t, table_ptr, SIDE)
         levels = _levels(codes - (1 << (SIDE.width - 1)), table_ptr, SIDE)
@@ -335,8 +334,8 @@ def seal_values(
     for block in range(PAGE_SIZE // BLOCK):
         n = block * BLOCK + slots
         x = tl.load(hot_ptr + n[:, None] * HEAD_DIM + channels[None, :], mask=mask, other=0.0)
-        x = tl.minimum(tl.maximum(x.to(tl.float32), -GREATEST), GREATEST)
-        # All but those farthest from the mean: they are brought to [-1, 1].
+        x = tl.minimum(tl.maximum(x.to(tl.float32), -MAX_INPUT), MAX_INPUT)
+        # All but the farthest from the mean: these are mapped to [-1, 1].
         mean = tl.sum(x * (1.0 / HEAD_DIM), 1)
         away = tl.where(mask_d[None, :], tl.abs(x - mean[:, None]), -1.0)
         for _ in tl.static_range(COUNT):
@@ -346,7 +345,7 @@ def seal_values(
         high = tl.max(tl.where(others, x, -INFINITY), 1)
         zero = (low + high) * 0.5
         scale = tl.maximum((high - low) * 0.5, tl.abs(zero) * 0.5)
-        scale = tl.minimum(tl.maximum(scale, LEAST_SCALE), MOST_SCALE)
+        scale = tl.minimum(tl.maximum(scale, MIN_SCALE), MAX_SCALE)
         t = tl.math.div_rn(x - zero[:, None], tl.broadcast_to(scale[:, None], x.shape))
         codes = _codes(t, table_ptr, SIDE)
         levels = _levels(codes - (1 << (SIDE.width - 1)), table_ptr, SIDE)
@@ -366,7 +365,7 @@ def seal_values(
 
 @triton.jit
 def _unbiased(t, levels, others, scale, zero, COUNT: tl.constexpr):
-    """Scale and zero with which <x, x^> = |x|² about the mean of the COUNT numbers `others`."""
+    """Scale and zero that give <x, x^> = |x|² about the mean of the COUNT numbers `others`."""
     t = tl.where(others, t, 0.0)
     levels = tl.where(others, levels, 0.0)
     mean = tl.sum(t, 1) / COUNT
@@ -374,30 +373,30 @@ def _unbiased(t, levels, others, scale, zero, COUNT: tl.constexpr):
     centred = tl.where(others, t - mean[:, None], 0.0)
     shared = tl.maximum(tl.sum(centred * levels, 1), 1e-9)
     slope = tl.math.div_rn(tl.sum(centred * centred, 1), shared)
-    stretched = scale * slope
+    scaled = scale * slope
     shifted = zero + scale * (mean - slope * mean_level)
-    # All numbers alike, or beyond what can be stored: the range will do.
-    sane = (slope > 0.5) & (slope < 2.0) & (tl.abs(shifted) < 1.9 * stretched)
-    return tl.where(sane, stretched, scale), tl.where(sane, shifted, zero)
+    # If all numbers are equal, or the result cannot be stored, the range will do.
+    plausible = (slope > 0.5) & (slope < 2.0) & (tl.abs(shifted) < 1.9 * scaled)
+    return tl.where(plausible, scaled, scale), tl.where(plausible, shifted, zero)
 
 
 @triton.jit
 def _nearest_even(x):
-    """Of |x| < 2^22"""
+    """For |x| < 2^22"""
     return (x + 12582912.0) - 12582912.0
 
 
 @triton.jit
-def _pair_of(channels, TURNED: tl.constexpr):
-    """Plane and partner of channels, and 1 for those that come first in their planes, else -1."""
-    PLANES: tl.constexpr = TURNED[0]
+def _pair_of(channels, ROPE: tl.constexpr):
+    """RoPE pair and partner of channels, and 1 for the first channel of a pair, otherwise -1."""
+    PLANES: tl.constexpr = ROPE[0]
     pair = channels // 2
     second = channels % 2
-    if not TURNED[1]:
-        turns = channels < 2 * PLANES
-        pair = tl.where(turns, channels % PLANES, pair)
-        second = tl.where(turns, channels // PLANES, second)
-        partner = tl.where(turns, (channels + PLANES) % (2 * PLANES), channels ^ 1)
+    if not ROPE[1]:
+        rotates = channels < 2 * PLANES
+        pair = tl.where(rotates, channels % PLANES, pair)
+        second = tl.where(rotates, channels // PLANES, second)
+        partner = tl.where(rotates, (channels + PLANES) % (2 * PLANES), channels ^ 1)
     else:
         partner = channels ^ 1
     return pair, partner, tl.where(second == 0, 1.0, -1.0)

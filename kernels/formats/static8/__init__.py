@@ -1,1 +1,1 @@
-"""Calibrated int8 codes: the range is known before the first token, a page is codes alone."""
+"""Calibrated int8 codes: the range is known in advance, so a page holds only codes."""

@@ -4,13 +4,13 @@
 
     zero = (min + max) / 2,  scale = (max - min) / 255,  code = round((x - zero) / scale)
 
-with min and max over a text: LMDeploy's offline int8 (kCacheKVInt8), where one such
-pair serves a layer. A pair a head and channel costs no byte and no step more: the
-keys' scale folds into the query, once for all pages, and their zero into a number
-added to every score; the values' fold into the output. What lies outside the range
-is clipped. Codes are signed.
+with min and max over a calibration text. In LMDeploy's offline int8 (kCacheKVInt8), one such
+pair serves a layer. A pair per head and channel costs no extra bytes or time: the keys'
+scale is folded into the query, once for all pages, and their zero into a number added to
+every score; the values' scale and zero are folded into the output. Numbers outside the
+range are clipped. Codes are signed.
 
-scale, zero: [num_kv_heads, head_dim] fp32, whatever shares them
+scale, zero: [num_kv_heads, head_dim] fp32, however many share a value
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def encode(
     side: Static8, x: torch.Tensor, params: Params, positions: torch.Tensor | None
 ) -> torch.Tensor:
     scale, zero = params["scale"].unsqueeze(1), params["zero"].unsqueeze(1)
-    # floor(t + 0.5) rather than round-half-even: the same in every backend
+    # floor(t + 0.5) rather than round-half-even, so that all backends agree
     codes = x.float().sub(zero).div_(scale).add_(HALF_RANGE + 0.5).floor_().clamp_(0.0, 255.0)
     return pack(codes.to(torch.uint8), 8, values=side.values)
 
@@ -69,7 +69,7 @@ def decode(
 
 @dataclass(frozen=True, slots=True)
 class _ChannelValues:
-    """x = codes * scale + zero, one scale and zero a channel.
+    """x = codes * scale + zero, with one scale and zero per channel.
 
     codes: [rows, blocks, head_dim, block] fp32; scale, zero: [rows, head_dim] fp32
     """

@@ -1,4 +1,4 @@
-"""int8 on a range that calibration found."""
+"""int8 on a calibrated range."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from kvmesh.kernels.formats.base import Dims, Side
 
 @dataclass(frozen=True, slots=True)
 class Static8(Side):
-    """x^ = code * scale + zero, of ranges that were measured on a text.
+    """x^ = code * scale + zero, with ranges measured on a text.
 
-    per: what has a range of its own, "channel" of a head or "layer"
+    per: what has its own range, each "channel" of a head or the whole "layer"
     """
 
     width: int = 8

@@ -1,6 +1,6 @@
 """The parameters of `Static8` as compiled kernels read them.
 
-of each head   | scale [head_dim] | zero [head_dim] |
+for each head  | scale [head_dim] | zero [head_dim] |
 """
 
 from __future__ import annotations

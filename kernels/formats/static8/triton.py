@@ -1,4 +1,4 @@
-"""Triton functions of `Static8`; sealing gives the reference's bytes."""
+"""Triton functions of `Static8`; sealing gives the same bytes as the reference."""
 
 from __future__ import annotations
 

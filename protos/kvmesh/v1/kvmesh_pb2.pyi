@@ -8,72 +8,73 @@ Conventions
     implicit zero would be a wrong default (temperature 0 is greedy, not unset).
   * Enum value 0 is always UNSPECIFIED. Units are in the names: _tokens,
     _pages, _bytes, _s (seconds).
-  * Byte and page counts of KV are over all ranks of a group unless a comment
-    says otherwise.
+  * KV byte and page counts are totals over all ranks of a group unless a
+    comment says otherwise.
   * The caller authenticates with the metadata `authorization: Bearer <key>`.
-    The tenant is derived from the key by the server and is not a field: a
-    field could be set to somebody else's name.
+    The server derives the tenant from the key. It is not a field, because
+    callers could set a field to another tenant's name.
   * A deadline travels in the request (`timeout_s`), because the serving layer
-    hands handlers a context without one. Clients set the call's own deadline
-    as well, a little later, as a backstop.
+    gives handlers a context without one. Clients also set the call's own
+    deadline, slightly later, as a backstop.
 
 Errors
-  Every failed call, unary or streaming, ends with a non-OK status whose code
-  is `Error.code` and whose details text is
+  Every failed call, unary or streaming, ends with a non-OK status. Its code
+  is `Error.code` and its details text is
 
       <one sentence for people>\\n
       kvmesh-error: <base64 of a serialised Error>
 
-  That text is the one mechanism. It was chosen because the status code and
-  its text are all that arrives through every way of serving: trailers are
-  lost when a handler raises behind Ray Serve, the code is lost when it does
-  not raise, and an error field in replies would make failed calls look
-  successful to proxies, meters and other clients. An `Error` is at most
-  2 KiB serialised (trim `groups` first), since header lists beyond 8 KiB are
-  refused on the way. kvmesh.client.status has the encoder and the decoder.
+  There is no other mechanism. The status code and its text were chosen
+  because only they arrive through every way of serving: trailers are lost
+  when a handler raises behind Ray Serve, the code is lost when it does not
+  raise, and an error field in replies would make failed calls look successful
+  to proxies, meters and other clients. An `Error` is at most 2 KiB when
+  serialised (trim `groups` first), since header lists over 8 KiB are rejected
+  on the way. kvmesh.client.status has the encoder and the decoder.
   Where trailers do arrive, a server may add `grpc-status-details-bin` with
   google.rpc's RetryInfo, BadRequest, QuotaFailure and ErrorInfo (status.proto)
-  for clients and proxies that know those; the SDK reads it when the text
+  for clients and proxies that understand those; the SDK reads it if the text
   carries no Error.
 
   cause                                     code                 retryable
-  a field is wrong                          INVALID_ARGUMENT     no
-  no key, or a wrong one                    UNAUTHENTICATED      no
-  the key may not do that                   PERMISSION_DENIED    no
+  a field is invalid                        INVALID_ARGUMENT     no
+  API key missing or wrong                  UNAUTHENTICATED      no
+  the key does not allow this               PERMISSION_DENIED    no
   no such model                             NOT_FOUND            no
   request_id is in use                      ALREADY_EXISTS       no
   no group could ever hold it               FAILED_PRECONDITION  no
-  a resume that cannot be honoured          FAILED_PRECONDITION  no
-  not now: pool, queue or quota             RESOURCE_EXHAUSTED   after retry_after_s
-  time ran out before the first token,
-  or would                                  DEADLINE_EXCEEDED    no
+  a resume that is not possible             FAILED_PRECONDITION  no
+  no room now: pool, queue or quota         RESOURCE_EXHAUSTED   after retry_after_s
+  timeout before the first token, or
+  certain to be                             DEADLINE_EXCEEDED    no
   engine or ingress lost, draining          UNAVAILABLE          yes, or resume
-  a fault of the server's                   INTERNAL             no
+  a server fault                            INTERNAL             no
 
-  A request whose time runs out after its first token, or which Abort ends,
-  is no error: its choices finish with DEADLINE or ABORT and what they have.
+  A request that is aborted, or whose timeout expires after its first token,
+  does not fail: its choices finish with ABORT or DEADLINE and the output so far.
 
 Resuming a stream
-  A stream can go on after its connection, or the ingress behind it, is gone.
-  Ingresses keep nothing that outlives them, so the cursor is not a handle to
+  A stream can continue after its connection, or the ingress behind it, is lost.
+  Ingresses keep no state that outlives them, so the cursor is not a handle to
   server state: it is the output itself. The client repeats its request with
-  `resume`, which holds for every choice the token ids it has received and how
-  much text. Any ingress can go on from that: the ids are a prefix of the
-  sequence (mostly a prefix-cache hit), they restore detokenisation, stop
+  `resume`, which holds, for every choice, the token ids it has received and the
+  length of the text. Any ingress can continue from that: the ids are a prefix
+  of the sequence (usually a prefix-cache hit), they restore detokenisation, stop
   strings and penalties, and only what follows them is sent.
     * Sampling must continue with the same draws. The draw at position i
-      depends on (seed, i, choice) alone, so `sampling_params.seed` must be
+      depends only on (seed, i, choice), so `sampling_params.seed` must be
       the seed that the first stream's `started` reported, whether the caller
-      chose it or the server did. A client that never saw `started` received
-      nothing and simply sends its request again.
+      or the server chose it. A client that never received `started` has
+      received no output and simply sends its request again.
     * Text can lag behind token ids (an incomplete character, the beginning of
-      a possible stop string), hence `text_chars` beside the ids. Detokenising
-      the same ids gives the same text, so the server sends it from there.
-    * A different model would continue somebody else's sentence:
-      `model_revision` must still be the one that `started` reported, or the
-      call fails with FAILED_PRECONDITION, reason RESUME_MISMATCH.
-    * The request_id is the same. If the old incarnation still lives, the new
-      one supersedes it.
+      a possible stop string), hence `text_chars` in addition to the ids.
+      Detokenising the same ids gives the same text, so the server sends the
+      text from there.
+    * Another model would not continue the same text: `model_revision` must
+      still be the one that `started` reported, or the call fails with
+      FAILED_PRECONDITION, reason RESUME_MISMATCH.
+    * The request_id is the same. If the earlier request is still running, the
+      new one replaces it.
 """
 
 from collections import abc as _abc
@@ -100,26 +101,26 @@ class _FinishReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FinishRe
     DESCRIPTOR: _descriptor.EnumDescriptor
     FINISH_REASON_UNSPECIFIED: _FinishReason.ValueType  # 0
     FINISH_REASON_STOP: _FinishReason.ValueType  # 1
-    """A stop string, a stop token or the model's end of sequence."""
+    """A stop string, a stop token or an end-of-sequence token."""
     FINISH_REASON_LENGTH: _FinishReason.ValueType  # 2
     """max_tokens, or the model's context is full."""
     FINISH_REASON_ABORT: _FinishReason.ValueType  # 3
     """Abort was called."""
     FINISH_REASON_DEADLINE: _FinishReason.ValueType  # 4
-    """timeout_s ran out after the first token."""
+    """timeout_s expired after the first token."""
 
 class FinishReason(_FinishReason, metaclass=_FinishReasonEnumTypeWrapper):
     """---- Output"""
 
 FINISH_REASON_UNSPECIFIED: FinishReason.ValueType  # 0
 FINISH_REASON_STOP: FinishReason.ValueType  # 1
-"""A stop string, a stop token or the model's end of sequence."""
+"""A stop string, a stop token or an end-of-sequence token."""
 FINISH_REASON_LENGTH: FinishReason.ValueType  # 2
 """max_tokens, or the model's context is full."""
 FINISH_REASON_ABORT: FinishReason.ValueType  # 3
 """Abort was called."""
 FINISH_REASON_DEADLINE: FinishReason.ValueType  # 4
-"""timeout_s ran out after the first token."""
+"""timeout_s expired after the first token."""
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
 class _ErrorReason:
@@ -130,26 +131,26 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     DESCRIPTOR: _descriptor.EnumDescriptor
     ERROR_REASON_UNSPECIFIED: _ErrorReason.ValueType  # 0
     ERROR_REASON_INVALID_FIELD: _ErrorReason.ValueType  # 1
-    """`field_violations` says which."""
+    """`field_violations` says which field."""
     ERROR_REASON_MISSING_KEY: _ErrorReason.ValueType  # 2
     ERROR_REASON_WRONG_KEY: _ErrorReason.ValueType  # 3
     ERROR_REASON_NOT_ALLOWED: _ErrorReason.ValueType  # 4
     ERROR_REASON_UNKNOWN_MODEL: _ErrorReason.ValueType  # 5
     ERROR_REASON_DUPLICATE_REQUEST_ID: _ErrorReason.ValueType  # 6
     ERROR_REASON_NEVER_FITS: _ErrorReason.ValueType  # 7
-    """No group could hold it even when empty."""
+    """No group could hold it, even when empty."""
     ERROR_REASON_RESUME_MISMATCH: _ErrorReason.ValueType  # 8
     ERROR_REASON_OVER_CAPACITY: _ErrorReason.ValueType  # 9
-    """No room now, and waiting is over or was not possible."""
+    """No room now, and the request waited too long or could not be queued."""
     ERROR_REASON_QUEUE_FULL: _ErrorReason.ValueType  # 10
     ERROR_REASON_QUOTA: _ErrorReason.ValueType  # 11
     ERROR_REASON_DEADLINE_EXCEEDED: _ErrorReason.ValueType  # 12
     ERROR_REASON_DEADLINE_UNREACHABLE: _ErrorReason.ValueType  # 13
-    """Refused early: it could not finish in time."""
+    """Rejected early: it could not finish in time."""
     ERROR_REASON_ENGINE_LOST: _ErrorReason.ValueType  # 14
     ERROR_REASON_DRAINING: _ErrorReason.ValueType  # 15
     ERROR_REASON_NOT_READY: _ErrorReason.ValueType  # 16
-    """No group is up (yet)."""
+    """No group is up yet."""
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 17
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
@@ -157,26 +158,26 @@ class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
 
 ERROR_REASON_UNSPECIFIED: ErrorReason.ValueType  # 0
 ERROR_REASON_INVALID_FIELD: ErrorReason.ValueType  # 1
-"""`field_violations` says which."""
+"""`field_violations` says which field."""
 ERROR_REASON_MISSING_KEY: ErrorReason.ValueType  # 2
 ERROR_REASON_WRONG_KEY: ErrorReason.ValueType  # 3
 ERROR_REASON_NOT_ALLOWED: ErrorReason.ValueType  # 4
 ERROR_REASON_UNKNOWN_MODEL: ErrorReason.ValueType  # 5
 ERROR_REASON_DUPLICATE_REQUEST_ID: ErrorReason.ValueType  # 6
 ERROR_REASON_NEVER_FITS: ErrorReason.ValueType  # 7
-"""No group could hold it even when empty."""
+"""No group could hold it, even when empty."""
 ERROR_REASON_RESUME_MISMATCH: ErrorReason.ValueType  # 8
 ERROR_REASON_OVER_CAPACITY: ErrorReason.ValueType  # 9
-"""No room now, and waiting is over or was not possible."""
+"""No room now, and the request waited too long or could not be queued."""
 ERROR_REASON_QUEUE_FULL: ErrorReason.ValueType  # 10
 ERROR_REASON_QUOTA: ErrorReason.ValueType  # 11
 ERROR_REASON_DEADLINE_EXCEEDED: ErrorReason.ValueType  # 12
 ERROR_REASON_DEADLINE_UNREACHABLE: ErrorReason.ValueType  # 13
-"""Refused early: it could not finish in time."""
+"""Rejected early: it could not finish in time."""
 ERROR_REASON_ENGINE_LOST: ErrorReason.ValueType  # 14
 ERROR_REASON_DRAINING: ErrorReason.ValueType  # 15
 ERROR_REASON_NOT_READY: ErrorReason.ValueType  # 16
-"""No group is up (yet)."""
+"""No group is up yet."""
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 17
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 
@@ -260,7 +261,7 @@ class ChatMessage(_message.Message):
     ROLE_FIELD_NUMBER: _builtins.int
     CONTENT_FIELD_NUMBER: _builtins.int
     role: _builtins.str
-    """"system", "user", "assistant", or what the model's template knows."""
+    """"system", "user", "assistant", or another role that the model's template has."""
     content: _builtins.str
     def __init__(
         self,
@@ -278,8 +279,8 @@ Global___ChatMessage: _TypeAlias = ChatMessage  # noqa: Y015
 
 @_typing.final
 class SamplingParams(_message.Message):
-    """What is unset takes the value in brackets. Signed where a negative value must
-    reach the server to be refused by name.
+    """Unset fields take the default in brackets. Fields are signed so that a negative
+    value reaches the server, which rejects it by name.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -323,28 +324,28 @@ class SamplingParams(_message.Message):
     temperature: _builtins.float
     """[1] 0 is greedy."""
     top_p: _builtins.float
-    """[1] (0, 1]: nucleus."""
+    """[1] Nucleus sampling, in (0, 1]."""
     top_k: _builtins.int
     """[0] 0 keeps all tokens."""
     min_p: _builtins.float
-    """[0] Least probability relative to the best token's."""
+    """[0] Minimum probability relative to the most likely token's."""
     repetition_penalty: _builtins.float
-    """[1] > 1 discourages tokens of prompt and output."""
+    """[1] > 1 discourages tokens of the prompt and the output."""
     presence_penalty: _builtins.float
-    """[0] Subtracted from tokens that the output contains."""
+    """[0] Subtracted from the logits of tokens that the output contains."""
     frequency_penalty: _builtins.float
     """[0] Subtracted once for each occurrence in the output."""
     seed: _builtins.int
-    """[random] Reported back in any case."""
+    """[random] Always reported back."""
     max_tokens: _builtins.int
-    """[256] Output tokens of each choice."""
+    """[256] Output tokens per choice."""
     min_tokens: _builtins.int
-    """[0] No stop token or stop string ends a choice earlier."""
+    """[0] No stop token or stop string ends a choice before this many tokens."""
     ignore_eos: _builtins.bool
-    """[false] Go on past the model's end-of-sequence tokens."""
+    """[false] Continue past the model's end-of-sequence tokens."""
     logprobs: _builtins.int
-    """[none] Log-probabilities of output tokens: 0 for the chosen ones alone,
-    k for the k best alternatives too.
+    """[none] Log-probabilities of output tokens: 0 for the chosen tokens only,
+    k for the k best alternatives as well.
     """
     n: _builtins.int
     """[1] Choices."""
@@ -356,7 +357,7 @@ class SamplingParams(_message.Message):
     def stop_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
     def logit_bias(self) -> _containers.ScalarMap[_builtins.int, _builtins.float]:
-        """Token id -> added to its logit, -100 to 100."""
+        """Token id -> bias added to its logit, -100 to 100."""
 
     def __init__(
         self,
@@ -451,21 +452,21 @@ class GenerateRequest(_message.Message):
     CACHE_SALT_FIELD_NUMBER: _builtins.int
     RESUME_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """Chosen by the client, unique among the tenant's live requests; the server
-    makes one up if empty.
+    """Chosen by the client and unique among the tenant's live requests; the server
+    generates one if empty.
     """
     model: _builtins.str
     """Checked against the served model if given."""
     priority: _builtins.int
     """[0] Higher starts sooner."""
     timeout_s: _builtins.float
-    """[none] From arrival to the last token."""
+    """[none] Seconds from arrival to the last token."""
     min_kv_format: _builtins.str
-    """[none] The least faithful KV format that will do, by name ("int8"): only
-    groups whose format is at least as faithful are considered.
+    """[none] The least accurate KV format that is acceptable, by name ("int8"):
+    only groups whose format is at least as accurate are considered.
     """
     cache_salt: _builtins.str
-    """Requests share cached prefixes only within a tenant and an equal salt."""
+    """Requests share cached prefixes only within a tenant and with the same salt."""
     @_builtins.property
     def prompt(self) -> Global___Prompt: ...
     @_builtins.property
@@ -509,10 +510,10 @@ class Resume(_message.Message):
     CHOICES_FIELD_NUMBER: _builtins.int
     MODEL_REVISION_FIELD_NUMBER: _builtins.int
     model_revision: _builtins.str
-    """As `started` reported it."""
+    """As reported by `started`."""
     @_builtins.property
     def choices(self) -> _containers.RepeatedCompositeFieldContainer[Global___ResumedChoice]:
-        """One for each choice of which something was received."""
+        """One for each choice that has received output."""
 
     def __init__(
         self,
@@ -540,10 +541,10 @@ class ResumedChoice(_message.Message):
     text_chars: _builtins.int
     """Unicode code points of text received."""
     finished: _builtins.bool
-    """choice_finished was received: only usage still counts this choice."""
+    """choice_finished was received: only usage remains to be sent for this choice."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """All output received of this choice, in order, since the very first stream."""
+        """All output received for this choice, in order, since the first stream."""
 
     def __init__(
         self,
@@ -570,7 +571,7 @@ class TokenLogprob(_message.Message):
     LOGPROB_FIELD_NUMBER: _builtins.int
     token_id: _builtins.int
     text: _builtins.str
-    """The token alone, which need not be whole characters."""
+    """The token on its own, possibly an incomplete character."""
     logprob: _builtins.float
     """Natural log, under the model, before any sampling parameter."""
     def __init__(
@@ -633,11 +634,11 @@ class Choice(_message.Message):
     matched_stop_token_id: _builtins.int
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """All tokens sampled, with the ones that form the stop string or stop token."""
+        """All sampled tokens, including those that form the stop string or stop token."""
 
     @_builtins.property
     def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprobs]:
-        """One for each token id, if asked for."""
+        """One per token id, if requested."""
 
     def __init__(
         self,
@@ -662,7 +663,7 @@ Global___Choice: _TypeAlias = Choice  # noqa: Y015
 
 @_typing.final
 class Usage(_message.Message):
-    """What a request cost, all choices together."""
+    """What a request used, over all choices."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -684,20 +685,20 @@ class Usage(_message.Message):
     prompt_tokens: _builtins.int
     completion_tokens: _builtins.int
     cached_tokens: _builtins.int
-    """Prompt tokens that the prefix cache spared."""
+    """Prompt tokens served from the prefix cache."""
     queue_s: _builtins.float
     """From arrival to admission by an engine."""
     time_to_first_token_s: _builtins.float
-    """From arrival to the first output token; unset if there was none."""
+    """From arrival to the first output token; unset if there is none."""
     total_s: _builtins.float
     """From arrival to the last token."""
     kv_hot_pages: _builtins.int
-    """The most pages held at once, of one rank."""
+    """The maximum number of pages held at once, per rank."""
     kv_sealed_pages: _builtins.int
     kv_reserved_bytes: _builtins.int
     kv_used_bytes: _builtins.int
     kv_freed_bytes: _builtins.int
-    """Given back by the end: equals kv_used_bytes, or something leaked."""
+    """Freed when the request ended: equals kv_used_bytes unless something leaked."""
     preemptions: _builtins.int
     group: _builtins.str
     """The group that finished the request, and its format."""
@@ -806,14 +807,14 @@ Global___GenerateStreamResponse: _TypeAlias = GenerateStreamResponse  # noqa: Y0
 
 @_typing.final
 class Queued(_message.Message):
-    """The request waits for room. May be sent again when the outlook changes."""
+    """The request is waiting for room. Sent again when the projection changes."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     POSITION_FIELD_NUMBER: _builtins.int
     PROJECTED_WAIT_S_FIELD_NUMBER: _builtins.int
     position: _builtins.int
-    """Requests before this one."""
+    """Requests ahead of this one."""
     projected_wait_s: _builtins.float
     def __init__(
         self,
@@ -856,7 +857,7 @@ class Started(_message.Message):
     """The seed in effect, for a resume."""
     prompt_tokens: _builtins.int
     kv_hot_pages: _builtins.int
-    """Reserved, of one rank."""
+    """Reserved pages, per rank."""
     kv_sealed_pages: _builtins.int
     kv_reserved_bytes: _builtins.int
     def __init__(
@@ -883,7 +884,7 @@ Global___Started: _TypeAlias = Started  # noqa: Y015
 
 @_typing.final
 class Delta(_message.Message):
-    """New output of one choice: as many tokens as were ready."""
+    """New output of one choice: all tokens that were ready."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -894,10 +895,10 @@ class Delta(_message.Message):
     TOKEN_OFFSET_FIELD_NUMBER: _builtins.int
     index: _builtins.int
     text: _builtins.str
-    """Text that has become certain; may be empty, may lag behind the token ids."""
+    """Text that is final; may be empty, may lag behind the token ids."""
     token_offset: _builtins.int
-    """Output tokens of this choice before this delta, counted from the very
-    first stream: a receiver can tell a gap or a repetition.
+    """Output tokens of this choice before this delta, counted from the first
+    stream, so that a receiver can detect a gap or a repetition.
     """
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
@@ -1049,8 +1050,8 @@ class EstimateBudgetRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     MIN_KV_FORMAT_FIELD_NUMBER: _builtins.int
     prompt_tokens: _builtins.int
-    """The length alone, to ask before sending megabytes. Nothing is then known
-    of shared prefixes.
+    """Only the length, to avoid sending megabytes. Shared prefixes are then
+    unknown.
     """
     model: _builtins.str
     max_tokens: _builtins.int
@@ -1106,14 +1107,14 @@ class EstimateBudgetResponse(_message.Message):
     GROUPS_FIELD_NUMBER: _builtins.int
     prompt_tokens: _builtins.int
     max_tokens: _builtins.int
-    """As asked for, or the default."""
+    """As requested, or the default."""
     feasible_now: _builtins.bool
     feasible_ever: _builtins.bool
-    """On an empty cluster."""
+    """Whether it would fit on an empty cluster."""
     projected_wait_s: _builtins.float
-    """Until it would start; unset if never, or not known."""
+    """Seconds until it would start; unset if it never would, or if unknown."""
     group: _builtins.str
-    """Where it would be placed; empty if nowhere."""
+    """Where it would be placed; empty if it cannot be placed."""
     @_builtins.property
     def groups(self) -> _containers.RepeatedCompositeFieldContainer[Global___GroupEstimate]: ...
     def __init__(
@@ -1157,7 +1158,7 @@ class GroupEstimate(_message.Message):
     group: _builtins.str
     kv_format: _builtins.str
     hot_pages: _builtins.int
-    """Needed, of one rank."""
+    """Needed pages, per rank."""
     sealed_pages: _builtins.int
     needed_bytes: _builtins.int
     free_bytes: _builtins.int
@@ -1167,9 +1168,11 @@ class GroupEstimate(_message.Message):
     feasible_ever: _builtins.bool
     projected_wait_s: _builtins.float
     reason: _builtins.str
-    """Why it was chosen, or was not."""
+    """Why the group was or was not chosen."""
     cost_s: _builtins.float
-    """What placement compares, in seconds of time to first token; unset where it is no choice."""
+    """What placement compares, in seconds of time to first token; unset if the
+    group cannot be chosen.
+    """
     def __init__(
         self,
         *,
@@ -1230,7 +1233,7 @@ class ExplainResponse(_message.Message):
     request_id: _builtins.str
     @_builtins.property
     def decisions(self) -> _containers.RepeatedCompositeFieldContainer[Global___PlacementDecision]:
-        """Oldest first; none if the request is not known, or no longer."""
+        """Oldest first; empty if the request is not known or no longer kept."""
 
     def __init__(
         self,
@@ -1256,12 +1259,14 @@ class PlacementDecision(_message.Message):
     GROUPS_FIELD_NUMBER: _builtins.int
     age_s: _builtins.float
     outcome: _builtins.str
-    """In words: placed, queued or refused, and with what."""
+    """In words: placed, queued or refused, with the figures."""
     group: _builtins.str
-    """Where it was placed; empty if nowhere."""
+    """Where it was placed; empty if it was not."""
     @_builtins.property
     def groups(self) -> _containers.RepeatedCompositeFieldContainer[Global___GroupEstimate]:
-        """Every group as it was then. Bytes free and needed are of that moment; pages are not given."""
+        """Every group as it was then. Free and needed bytes are from that time; pages
+        are not filled in.
+        """
 
     def __init__(
         self,
@@ -1311,7 +1316,7 @@ class GetModelInfoResponse(_message.Message):
     max_model_len: _builtins.int
     vocab_size: _builtins.int
     version: _builtins.str
-    """Of the server."""
+    """The server's version."""
     has_chat_template: _builtins.bool
     @_builtins.property
     def eos_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
@@ -1365,12 +1370,12 @@ class GroupInfo(_message.Message):
     recent_pages: _builtins.int
     max_num_seqs: _builtins.int
     hot_pages: _builtins.int
-    """Of one rank."""
+    """Per rank."""
     sealed_pages: _builtins.int
     hot_page_bytes: _builtins.int
     sealed_page_bytes: _builtins.int
     capacity_bytes: _builtins.int
-    """Of all ranks."""
+    """Over all ranks."""
     def __init__(
         self,
         *,
@@ -1438,7 +1443,7 @@ Global___GetLoadsResponse: _TypeAlias = GetLoadsResponse  # noqa: Y015
 
 @_typing.final
 class PagesLoad(_message.Message):
-    """Of one rank; every rank's is alike. used + cached + free = total."""
+    """Per rank; all ranks have the same. used + cached + free = total."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1471,7 +1476,7 @@ Global___PagesLoad: _TypeAlias = PagesLoad  # noqa: Y015
 
 @_typing.final
 class GroupLoads(_message.Message):
-    """Counters run since the group started."""
+    """Counters count from the start of the group."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1523,7 +1528,7 @@ class GroupLoads(_message.Message):
     running: _builtins.int
     waiting: _builtins.int
     used_bytes: _builtins.int
-    """Of all ranks."""
+    """Over all ranks."""
     cached_bytes: _builtins.int
     free_bytes: _builtins.int
     total_bytes: _builtins.int
@@ -1581,7 +1586,7 @@ Global___GroupLoads: _TypeAlias = GroupLoads  # noqa: Y015
 
 @_typing.final
 class LatencySummary(_message.Message):
-    """Over a recent window of the server's choosing."""
+    """Over a recent window that the server chooses."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1654,9 +1659,9 @@ class RouterLoads(_message.Message):
     granted_total: _builtins.int
     released_total: _builtins.int
     expired_total: _builtins.int
-    """Released by the sweep because nobody else did."""
+    """Leases that expired without being released."""
     audits_total: _builtins.int
-    """Engines' reports compared with the ledger, and those that did not agree with it."""
+    """Comparisons of engines' reports with the ledger, and how many found a difference."""
     audit_faults_total: _builtins.int
     @_builtins.property
     def ledger(self) -> _containers.RepeatedCompositeFieldContainer[Global___GroupLedger]: ...
@@ -1689,7 +1694,7 @@ Global___RouterLoads: _TypeAlias = RouterLoads  # noqa: Y015
 
 @_typing.final
 class GroupLedger(_message.Message):
-    """What leases reserve of one group. Pages of one rank, bytes of all."""
+    """What leases have reserved on one group. Pages per rank, bytes over all ranks."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1743,17 +1748,17 @@ class Error(_message.Message):
     GROUPS_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     code: _builtins.int
-    """As google.rpc.Code, and the call's status code."""
+    """A google.rpc.Code; the same as the call's status code."""
     reason: Global___ErrorReason.ValueType
     message: _builtins.str
     """One sentence for people: no paths, no process ids, no addresses."""
     retry_after_s: _builtins.float
-    """With RESOURCE_EXHAUSTED and UNAVAILABLE: when it is worth trying again."""
+    """With RESOURCE_EXHAUSTED and UNAVAILABLE: when to retry."""
     needed_bytes: _builtins.int
-    """With NEVER_FITS and OVER_CAPACITY: of the group that comes closest."""
+    """With NEVER_FITS and OVER_CAPACITY: for the group that comes closest."""
     available_bytes: _builtins.int
     request_id: _builtins.str
-    """For the server's log; empty if the request never got one."""
+    """To search the server's log for; empty if the request never had one."""
     @_builtins.property
     def field_violations(self) -> _containers.RepeatedCompositeFieldContainer[Global___FieldViolation]: ...
     @_builtins.property

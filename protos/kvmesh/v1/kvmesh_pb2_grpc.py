@@ -88,7 +88,7 @@ class KVMeshServicer:
 
     def GenerateStream(self, request, context):
         """Events in this order: queued*, started, (delta | choice_finished)*, usage.
-        A stream without `usage` at its end has failed and says why in its status.
+        A stream that ends without `usage` has failed; its status says why.
         Cancelling the call frees the request's pages.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -96,15 +96,15 @@ class KVMeshServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Tokenize(self, request, context):
-        """The token ids that Generate would see for this prompt.
+        """The token ids that Generate would use for this prompt.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Abort(self, request, context):
-        """Ends a request of the same tenant, queued or running. Not an error if there
-        is none.
+        """Ends a request of the same tenant, queued or running. It is not an error if
+        there is none.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -118,7 +118,8 @@ class KVMeshServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Explain(self, request, context):
-        """What was decided of a request of the same tenant, and why; of the latest requests only.
+        """The placement decisions for a request of the same tenant, with the reasons.
+        Only recent requests are kept.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -8,72 +8,73 @@ Conventions
     implicit zero would be a wrong default (temperature 0 is greedy, not unset).
   * Enum value 0 is always UNSPECIFIED. Units are in the names: _tokens,
     _pages, _bytes, _s (seconds).
-  * Byte and page counts of KV are over all ranks of a group unless a comment
-    says otherwise.
+  * KV byte and page counts are totals over all ranks of a group unless a
+    comment says otherwise.
   * The caller authenticates with the metadata `authorization: Bearer <key>`.
-    The tenant is derived from the key by the server and is not a field: a
-    field could be set to somebody else's name.
+    The server derives the tenant from the key. It is not a field, because
+    callers could set a field to another tenant's name.
   * A deadline travels in the request (`timeout_s`), because the serving layer
-    hands handlers a context without one. Clients set the call's own deadline
-    as well, a little later, as a backstop.
+    gives handlers a context without one. Clients also set the call's own
+    deadline, slightly later, as a backstop.
 
 Errors
-  Every failed call, unary or streaming, ends with a non-OK status whose code
-  is `Error.code` and whose details text is
+  Every failed call, unary or streaming, ends with a non-OK status. Its code
+  is `Error.code` and its details text is
 
       <one sentence for people>\\n
       kvmesh-error: <base64 of a serialised Error>
 
-  That text is the one mechanism. It was chosen because the status code and
-  its text are all that arrives through every way of serving: trailers are
-  lost when a handler raises behind Ray Serve, the code is lost when it does
-  not raise, and an error field in replies would make failed calls look
-  successful to proxies, meters and other clients. An `Error` is at most
-  2 KiB serialised (trim `groups` first), since header lists beyond 8 KiB are
-  refused on the way. kvmesh.client.status has the encoder and the decoder.
+  There is no other mechanism. The status code and its text were chosen
+  because only they arrive through every way of serving: trailers are lost
+  when a handler raises behind Ray Serve, the code is lost when it does not
+  raise, and an error field in replies would make failed calls look successful
+  to proxies, meters and other clients. An `Error` is at most 2 KiB when
+  serialised (trim `groups` first), since header lists over 8 KiB are rejected
+  on the way. kvmesh.client.status has the encoder and the decoder.
   Where trailers do arrive, a server may add `grpc-status-details-bin` with
   google.rpc's RetryInfo, BadRequest, QuotaFailure and ErrorInfo (status.proto)
-  for clients and proxies that know those; the SDK reads it when the text
+  for clients and proxies that understand those; the SDK reads it if the text
   carries no Error.
 
   cause                                     code                 retryable
-  a field is wrong                          INVALID_ARGUMENT     no
-  no key, or a wrong one                    UNAUTHENTICATED      no
-  the key may not do that                   PERMISSION_DENIED    no
+  a field is invalid                        INVALID_ARGUMENT     no
+  API key missing or wrong                  UNAUTHENTICATED      no
+  the key does not allow this               PERMISSION_DENIED    no
   no such model                             NOT_FOUND            no
   request_id is in use                      ALREADY_EXISTS       no
   no group could ever hold it               FAILED_PRECONDITION  no
-  a resume that cannot be honoured          FAILED_PRECONDITION  no
-  not now: pool, queue or quota             RESOURCE_EXHAUSTED   after retry_after_s
-  time ran out before the first token,
-  or would                                  DEADLINE_EXCEEDED    no
+  a resume that is not possible             FAILED_PRECONDITION  no
+  no room now: pool, queue or quota         RESOURCE_EXHAUSTED   after retry_after_s
+  timeout before the first token, or
+  certain to be                             DEADLINE_EXCEEDED    no
   engine or ingress lost, draining          UNAVAILABLE          yes, or resume
-  a fault of the server's                   INTERNAL             no
+  a server fault                            INTERNAL             no
 
-  A request whose time runs out after its first token, or which Abort ends,
-  is no error: its choices finish with DEADLINE or ABORT and what they have.
+  A request that is aborted, or whose timeout expires after its first token,
+  does not fail: its choices finish with ABORT or DEADLINE and the output so far.
 
 Resuming a stream
-  A stream can go on after its connection, or the ingress behind it, is gone.
-  Ingresses keep nothing that outlives them, so the cursor is not a handle to
+  A stream can continue after its connection, or the ingress behind it, is lost.
+  Ingresses keep no state that outlives them, so the cursor is not a handle to
   server state: it is the output itself. The client repeats its request with
-  `resume`, which holds for every choice the token ids it has received and how
-  much text. Any ingress can go on from that: the ids are a prefix of the
-  sequence (mostly a prefix-cache hit), they restore detokenisation, stop
+  `resume`, which holds, for every choice, the token ids it has received and the
+  length of the text. Any ingress can continue from that: the ids are a prefix
+  of the sequence (usually a prefix-cache hit), they restore detokenisation, stop
   strings and penalties, and only what follows them is sent.
     * Sampling must continue with the same draws. The draw at position i
-      depends on (seed, i, choice) alone, so `sampling_params.seed` must be
+      depends only on (seed, i, choice), so `sampling_params.seed` must be
       the seed that the first stream's `started` reported, whether the caller
-      chose it or the server did. A client that never saw `started` received
-      nothing and simply sends its request again.
+      or the server chose it. A client that never received `started` has
+      received no output and simply sends its request again.
     * Text can lag behind token ids (an incomplete character, the beginning of
-      a possible stop string), hence `text_chars` beside the ids. Detokenising
-      the same ids gives the same text, so the server sends it from there.
-    * A different model would continue somebody else's sentence:
-      `model_revision` must still be the one that `started` reported, or the
-      call fails with FAILED_PRECONDITION, reason RESUME_MISMATCH.
-    * The request_id is the same. If the old incarnation still lives, the new
-      one supersedes it.
+      a possible stop string), hence `text_chars` in addition to the ids.
+      Detokenising the same ids gives the same text, so the server sends the
+      text from there.
+    * Another model would not continue the same text: `model_revision` must
+      still be the one that `started` reported, or the call fails with
+      FAILED_PRECONDITION, reason RESUME_MISMATCH.
+    * The request_id is the same. If the earlier request is still running, the
+      new one replaces it.
 """
 
 from collections import abc as _abc
@@ -108,19 +109,21 @@ class KVMeshStub:
     """One request, one reply with all of the output."""
     GenerateStream: _grpc.UnaryStreamMultiCallable[_kvmesh_pb2.GenerateRequest, _kvmesh_pb2.GenerateStreamResponse]
     """Events in this order: queued*, started, (delta | choice_finished)*, usage.
-    A stream without `usage` at its end has failed and says why in its status.
+    A stream that ends without `usage` has failed; its status says why.
     Cancelling the call frees the request's pages.
     """
     Tokenize: _grpc.UnaryUnaryMultiCallable[_kvmesh_pb2.TokenizeRequest, _kvmesh_pb2.TokenizeResponse]
-    """The token ids that Generate would see for this prompt."""
+    """The token ids that Generate would use for this prompt."""
     Abort: _grpc.UnaryUnaryMultiCallable[_kvmesh_pb2.AbortRequest, _kvmesh_pb2.AbortResponse]
-    """Ends a request of the same tenant, queued or running. Not an error if there
-    is none.
+    """Ends a request of the same tenant, queued or running. It is not an error if
+    there is none.
     """
     EstimateBudget: _grpc.UnaryUnaryMultiCallable[_kvmesh_pb2.EstimateBudgetRequest, _kvmesh_pb2.EstimateBudgetResponse]
     """What a request would need and when it could start, without submitting it."""
     Explain: _grpc.UnaryUnaryMultiCallable[_kvmesh_pb2.ExplainRequest, _kvmesh_pb2.ExplainResponse]
-    """What was decided of a request of the same tenant, and why; of the latest requests only."""
+    """The placement decisions for a request of the same tenant, with the reasons.
+    Only recent requests are kept.
+    """
     GetModelInfo: _grpc.UnaryUnaryMultiCallable[_kvmesh_pb2.GetModelInfoRequest, _kvmesh_pb2.GetModelInfoResponse]
     GetLoads: _grpc.UnaryUnaryMultiCallable[_kvmesh_pb2.GetLoadsRequest, _kvmesh_pb2.GetLoadsResponse]
 
@@ -131,19 +134,21 @@ class KVMeshAsyncStub(KVMeshStub):
     """One request, one reply with all of the output."""
     GenerateStream: _aio.UnaryStreamMultiCallable[_kvmesh_pb2.GenerateRequest, _kvmesh_pb2.GenerateStreamResponse]  # type: ignore[assignment]
     """Events in this order: queued*, started, (delta | choice_finished)*, usage.
-    A stream without `usage` at its end has failed and says why in its status.
+    A stream that ends without `usage` has failed; its status says why.
     Cancelling the call frees the request's pages.
     """
     Tokenize: _aio.UnaryUnaryMultiCallable[_kvmesh_pb2.TokenizeRequest, _kvmesh_pb2.TokenizeResponse]  # type: ignore[assignment]
-    """The token ids that Generate would see for this prompt."""
+    """The token ids that Generate would use for this prompt."""
     Abort: _aio.UnaryUnaryMultiCallable[_kvmesh_pb2.AbortRequest, _kvmesh_pb2.AbortResponse]  # type: ignore[assignment]
-    """Ends a request of the same tenant, queued or running. Not an error if there
-    is none.
+    """Ends a request of the same tenant, queued or running. It is not an error if
+    there is none.
     """
     EstimateBudget: _aio.UnaryUnaryMultiCallable[_kvmesh_pb2.EstimateBudgetRequest, _kvmesh_pb2.EstimateBudgetResponse]  # type: ignore[assignment]
     """What a request would need and when it could start, without submitting it."""
     Explain: _aio.UnaryUnaryMultiCallable[_kvmesh_pb2.ExplainRequest, _kvmesh_pb2.ExplainResponse]  # type: ignore[assignment]
-    """What was decided of a request of the same tenant, and why; of the latest requests only."""
+    """The placement decisions for a request of the same tenant, with the reasons.
+    Only recent requests are kept.
+    """
     GetModelInfo: _aio.UnaryUnaryMultiCallable[_kvmesh_pb2.GetModelInfoRequest, _kvmesh_pb2.GetModelInfoResponse]  # type: ignore[assignment]
     GetLoads: _aio.UnaryUnaryMultiCallable[_kvmesh_pb2.GetLoadsRequest, _kvmesh_pb2.GetLoadsResponse]  # type: ignore[assignment]
 
@@ -163,7 +168,7 @@ class KVMeshServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_kvmesh_pb2.GenerateStreamResponse], _abc.AsyncIterator[_kvmesh_pb2.GenerateStreamResponse]]:
         """Events in this order: queued*, started, (delta | choice_finished)*, usage.
-        A stream without `usage` at its end has failed and says why in its status.
+        A stream that ends without `usage` has failed; its status says why.
         Cancelling the call frees the request's pages.
         """
 
@@ -173,7 +178,7 @@ class KVMeshServicer(metaclass=_abc_1.ABCMeta):
         request: _kvmesh_pb2.TokenizeRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_kvmesh_pb2.TokenizeResponse, _abc.Awaitable[_kvmesh_pb2.TokenizeResponse]]:
-        """The token ids that Generate would see for this prompt."""
+        """The token ids that Generate would use for this prompt."""
 
     @_abc_1.abstractmethod
     def Abort(
@@ -181,8 +186,8 @@ class KVMeshServicer(metaclass=_abc_1.ABCMeta):
         request: _kvmesh_pb2.AbortRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_kvmesh_pb2.AbortResponse, _abc.Awaitable[_kvmesh_pb2.AbortResponse]]:
-        """Ends a request of the same tenant, queued or running. Not an error if there
-        is none.
+        """Ends a request of the same tenant, queued or running. It is not an error if
+        there is none.
         """
 
     @_abc_1.abstractmethod
@@ -199,7 +204,9 @@ class KVMeshServicer(metaclass=_abc_1.ABCMeta):
         request: _kvmesh_pb2.ExplainRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_kvmesh_pb2.ExplainResponse, _abc.Awaitable[_kvmesh_pb2.ExplainResponse]]:
-        """What was decided of a request of the same tenant, and why; of the latest requests only."""
+        """The placement decisions for a request of the same tenant, with the reasons.
+        Only recent requests are kept.
+        """
 
     @_abc_1.abstractmethod
     def GetModelInfo(

@@ -1,4 +1,4 @@
-"""A cluster on the embedded model, and what its tests wait for."""
+"""A cluster on the embedded model, and helpers that wait for its state."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from kvmesh.cluster.lifecycle import Cluster, Endpoint
 from kvmesh.protos import pb
 from kvmesh.workers.leader import EngineLeader
 from kvmesh.workers.local import LocalProcesses
-from kvmesh.workers.request import EngineRequest
+from kvmesh.workers.request import EngineRequest, SequenceDelta
 from kvmesh.workers.sampling_params import SamplingParams
 
 POLL_S = 0.05
@@ -50,7 +50,7 @@ def small_config(**sections: Any) -> ClusterConfig:
 
 @contextmanager
 def serving(config: ClusterConfig, keys: Path) -> Iterator[Endpoint]:
-    """A running cluster, whose API key is made below the directory `keys`."""
+    """A running cluster, whose API key is created below the directory `keys`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CONFIG_HOME", str(keys))
         patch.delenv("KVMESH_API_KEY", raising=False)
@@ -64,14 +64,14 @@ def wait_for(
     within_s: float = PATIENCE_S,
     period_s: float = POLL_S,
 ) -> float:
-    """Seconds until `condition` held; fails the test when it does not, and says what."""
-    began = time.monotonic()
+    """Seconds until `condition` held; fails the test, naming `what`, if it does not."""
+    started = time.monotonic()
     while not condition():
-        if time.monotonic() - began > within_s:
+        if time.monotonic() - started > within_s:
             missed = what if isinstance(what, str) else what()
             pytest.fail(f"not within {within_s:g} s: {missed}")
         time.sleep(period_s)
-    return time.monotonic() - began
+    return time.monotonic() - started
 
 
 def used_pages(loads: Loads) -> int:
@@ -79,7 +79,7 @@ def used_pages(loads: Loads) -> int:
 
 
 def in_use(loads: Loads) -> dict[str, int]:
-    """Everything that an idle cluster has none of; cached pages are no use."""
+    """Everything that is zero in an idle cluster; cached pages do not count."""
     return {
         "pages": used_pages(loads),
         "bytes": sum(group.used_bytes for group in loads.groups),
@@ -95,7 +95,7 @@ def wait_idle(client: Client, within_s: float = PATIENCE_S) -> float:
     """Seconds until pools and ledger are at exactly zero use."""
     return wait_for(
         lambda: not any(in_use(client.loads()).values()),
-        lambda: f"pool and ledger at zero, they are at {in_use(client.loads())}",
+        lambda: f"pool and ledger at zero; they are at {in_use(client.loads())}",
         within_s,
     )
 
@@ -110,7 +110,7 @@ def check_accounts(loads: Loads) -> None:
 
 
 def answers(client: Client) -> Callable[[], bool]:
-    """For wait_for: whether a token can be had."""
+    """For wait_for: whether the cluster can generate a token."""
 
     def ask() -> bool:
         try:
@@ -135,7 +135,7 @@ def call_raw(target: str, method: str, body: bytes, key: str | None) -> KVMeshEr
 
 
 def stream_raw(target: str, body: bytes, key: str | None) -> KVMeshError | None:
-    """The same by GenerateStream, read to its end."""
+    """Like `call_raw`, for GenerateStream, read to its end."""
     metadata = () if key is None else (("authorization", f"Bearer {key}"),)
     with grpc.insecure_channel(target) as channel:
         call: Callable[..., Any] = channel.unary_stream("/kvmesh.v1.KVMesh/GenerateStream")
@@ -163,7 +163,7 @@ def text_request(text: str = "Once upon a time", **params: Any) -> pb.GenerateRe
 def greedy_by_engine(
     config: ClusterConfig, prompts: Sequence[Sequence[int]], max_tokens: int
 ) -> list[tuple[int, ...]]:
-    """What the engine itself answers, one prompt after the other, without a cluster."""
+    """The output of the engine without a cluster, one prompt after the other."""
 
     async def run() -> list[tuple[int, ...]]:
         engine_config = config.engine_config()
@@ -171,14 +171,14 @@ def greedy_by_engine(
         await leader.start()
         params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
         answers: list[tuple[int, ...]] = []
-        stream = leader.outputs("alone")
+        arrived: asyncio.Queue[list[SequenceDelta]] = asyncio.Queue()
         for number, prompt in enumerate(prompts):
             ids = np.array(prompt, np.int32)
-            await leader.submit(EngineRequest(str(number), "alone", ids, params))
+            leader.submit([EngineRequest(str(number), ids, params)], arrived.put_nowait)
             tokens: list[int] = []
             ended = False
             while not ended:
-                for delta in await anext(stream):
+                for delta in await arrived.get():
                     tokens.extend(delta.token_ids)
                     ended = ended or delta.finish_reason is not None
             answers.append(tuple(tokens))

@@ -1,4 +1,4 @@
-"""Two groups under a mixed load: the budget is true at every audit, and at zero in the end."""
+"""Two groups under a mixed load: every audit of the budget passes, and it ends at zero."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ pytestmark = [
 
 GROUPS = 2
 REQUESTS = 200
-BRIEF = 66  # of them, at first
+SHORT_REQUESTS = 66  # the first of them
 CONFIG = small_config(
     groups=GROUPS,
     engine=SMALL_ENGINE,
-    # Half a minute's load on an idle machine; nobody is refused on a busy one either.
+    # Half a minute's load on an idle machine; on a busy one no request may be refused either.
     router={"report_period_s": 0.1, "max_queued": REQUESTS, "queue_timeout_s": 900.0},
 )
 PATIENT = RetryPolicy(max_attempts=12, max_backoff_s=5.0)
 VOCAB = 49_152
-BRIEF_TOKENS = 4
-WORDY_TOKENS = 40
+SHORT_TOKENS = 4
+LONG_TOKENS = 40
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
 
 @pytest.fixture
 def client(endpoint: Endpoint) -> Iterator[Client]:
-    """At rest before and after, and every audit on the way without a fault."""
+    """Idle before and after the test, and every audit without a fault."""
     with Client(endpoint.target, api_key=endpoint.api_key, retry=PATIENT) as client:
         wait_for(lambda: len(client.loads().router.ledger) == GROUPS, "both groups are up")
         wait_idle(client)
@@ -69,74 +69,76 @@ def client(endpoint: Endpoint) -> Iterator[Client]:
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
-    """One request of the load."""
+class LoadRequest:
+    """A request of the load."""
 
     prompt: list[int]
     max_tokens: int
 
 
-def mixed_load(sealed_total: int, count: int) -> list[Order]:
-    """Brief ones to learn from; then wordy ones, whose leases must grow, some with a prompt in
-    common; and a few that leave no room for a second one of their kind in a group.
+def mixed_load(sealed_total: int, count: int) -> list[LoadRequest]:
+    """Short requests to learn from; then longer output, whose leases must grow, some with a
+    common prefix; and a few prompts so large that a group holds only one of them at a time.
 
     sealed_total: pages of one group
     """
-    dice = random.Random(7)
-    common = [dice.randrange(VOCAB) for _ in range(9 * PAGE_TOKENS)]
-    orders: list[Order] = []
+    rng = random.Random(7)
+    common = [rng.randrange(VOCAB) for _ in range(9 * PAGE_TOKENS)]
+    requests: list[LoadRequest] = []
     for number in range(count):
-        own = [dice.randrange(VOCAB) for _ in range(dice.randint(8, 31))]
+        own = [rng.randrange(VOCAB) for _ in range(rng.randint(8, 31))]
         if number % 40 == 39:
-            large = [dice.randrange(VOCAB) for _ in range(sealed_total * PAGE_TOKENS * 7 // 10)]
-            orders.append(Order(large, BRIEF_TOKENS))
-        elif number < BRIEF:
-            orders.append(Order(own, BRIEF_TOKENS))
+            large = [rng.randrange(VOCAB) for _ in range(sealed_total * PAGE_TOKENS * 7 // 10)]
+            requests.append(LoadRequest(large, SHORT_TOKENS))
+        elif number < SHORT_REQUESTS:
+            requests.append(LoadRequest(own, SHORT_TOKENS))
         else:
             prompt = common + own[:8] if number % 5 == 0 else own
-            wordy = number % 8 == 0
-            orders.append(Order(prompt, WORDY_TOKENS if wordy else 2 * BRIEF_TOKENS))
-    return orders
+            long = number % 8 == 0
+            requests.append(LoadRequest(prompt, LONG_TOKENS if long else 2 * SHORT_TOKENS))
+    return requests
 
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """What became of a request. reserved_bytes: at first"""
+    """A completed request. reserved_bytes: when it started"""
 
     completion: Completion
     reserved_bytes: int
 
 
-async def run(endpoint: Endpoint, orders: list[Order], begun: asyncio.Event) -> list[Served]:
+async def run(
+    endpoint: Endpoint, requests: list[LoadRequest], first_token: asyncio.Event
+) -> list[Served]:
     async with AsyncClient(endpoint.target, api_key=endpoint.api_key, retry=PATIENT) as client:
 
-        async def one(order: Order) -> Served:
+        async def one(request: LoadRequest) -> Served:
             stream = client.generate_stream(
-                order.prompt, max_tokens=order.max_tokens, ignore_eos=True, temperature=0.0
+                request.prompt, max_tokens=request.max_tokens, ignore_eos=True, temperature=0.0
             )
             async for _ in stream:
-                begun.set()
+                first_token.set()
             assert stream.started is not None
             return Served(stream.completion, stream.started.kv_reserved_bytes)
 
-        return list(await asyncio.gather(*(one(order) for order in orders)))
+        return list(await asyncio.gather(*(one(request) for request in requests)))
 
 
-def check_served(orders: list[Order], served: list[Served]) -> None:
-    for order, one in zip(orders, served, strict=True):
+def check_served(requests: list[LoadRequest], served: list[Served]) -> None:
+    for request, one in zip(requests, served, strict=True):
         (choice,) = one.completion.choices
         usage = one.completion.usage
-        assert len(choice.token_ids) == order.max_tokens
+        assert len(choice.token_ids) == request.max_tokens
         assert usage.preemptions == 0
         assert usage.kv_used_bytes == usage.kv_freed_bytes > 0
 
 
 async def test_a_mixed_load_keeps_the_budget(endpoint: Endpoint, client: Client) -> None:
     loads = client.loads()
-    orders = mixed_load(loads.groups[0].sealed.total, REQUESTS)
-    served = await run(endpoint, orders[:BRIEF], asyncio.Event())
-    served += await run(endpoint, orders[BRIEF:], asyncio.Event())
-    check_served(orders, served)
+    requests = mixed_load(loads.groups[0].sealed.total, REQUESTS)
+    served = await run(endpoint, requests[:SHORT_REQUESTS], asyncio.Event())
+    served += await run(endpoint, requests[SHORT_REQUESTS:], asyncio.Event())
+    check_served(requests, served)
     assert any(one.reserved_bytes < one.completion.usage.kv_reserved_bytes for one in served)
     groups = Counter(one.completion.usage.group for one in served)
     assert len(groups) == GROUPS
@@ -146,17 +148,17 @@ async def test_a_mixed_load_keeps_the_budget(endpoint: Endpoint, client: Client)
     assert after.refused_total == loads.router.refused_total
 
 
-async def test_a_killed_router_loses_and_doubles_nothing(
+async def test_a_killed_router_loses_and_duplicates_nothing(
     endpoint: Endpoint, client: Client
 ) -> None:
     before = client.loads().router
-    orders = mixed_load(client.loads().groups[0].sealed.total, 60)
-    begun = asyncio.Event()
-    running = asyncio.create_task(run(endpoint, orders, begun))
-    await begun.wait()
+    requests = mixed_load(client.loads().groups[0].sealed.total, 60)
+    first_token = asyncio.Event()
+    running = asyncio.create_task(run(endpoint, requests, first_token))
+    await first_token.wait()
     (router,) = processes_named("ray::ServeReplica:kvmesh:router")
     os.kill(router.pid, signal.SIGKILL)
-    check_served(orders, await running)
+    check_served(requests, await running)
     await asyncio.to_thread(wait_idle, client)
     after = client.loads().router
     assert after.epoch > before.epoch

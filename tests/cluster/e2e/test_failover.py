@@ -1,4 +1,4 @@
-"""What dies under a stream: a rank, an ingress, the router. The stream goes on."""
+"""Streams continue when a rank, an ingress, the router or another part dies."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ CONFIG = small_config(
     groups=GROUPS,
     ingress={"port": 0, "replicas": 2},
 )
-# A replica that died is replaced within seconds, on a busy machine many.
+# A dead replica is replaced within seconds, on a busy machine tens of seconds.
 PATIENT = RetryPolicy(max_attempts=12, max_backoff_s=5.0)
 NO_RETRY = RetryPolicy(max_attempts=1)
 PROMPTS = (
@@ -58,7 +58,7 @@ def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
 
 @pytest.fixture(scope="module")
 def expected(endpoint: Endpoint) -> dict[str, tuple[int, ...]]:
-    """What each prompt is answered when nothing dies."""
+    """The output for each prompt when nothing dies."""
     with Client(endpoint.target, api_key=endpoint.api_key) as client:
         ids = [client.tokenize(prompt).token_ids for prompt in PROMPTS]
     answers = greedy_by_engine(CONFIG, ids, TOKENS)
@@ -78,22 +78,31 @@ class Streamed:
 
 
 class Streams:
-    """Several streams at once, each by a connection of its own."""
+    """Several streams at once, each on its own connection."""
 
     def __init__(self, endpoint: Endpoint, prompts: Sequence[str]) -> None:
         self._endpoint = endpoint
+        self._tokens = 0
+        self._progress = asyncio.Condition()
         self._started = [asyncio.Event() for _ in prompts]
         self._tasks = [
             asyncio.create_task(self._one(prompt, started))
             for prompt, started in zip(prompts, self._started, strict=True)
         ]
 
-    async def flowing(self) -> None:
-        """Until each has some tokens."""
+    async def wait_for_tokens(self) -> None:
+        """Wait until each has some tokens."""
         async with asyncio.timeout(60):
             for started in self._started:
                 await started.wait()
-        assert not any(task.done() for task in self._tasks), "over before anything could die"
+        assert not any(task.done() for task in self._tasks), (
+            "a stream has ended before anything was killed"
+        )
+
+    async def received(self, tokens: int) -> None:
+        """Wait until all of them together have this many tokens."""
+        async with asyncio.timeout(150), self._progress:
+            await self._progress.wait_for(lambda: self._tokens >= tokens)
 
     async def ends(self) -> list[Streamed]:
         async with asyncio.timeout(150):
@@ -112,6 +121,9 @@ class Streams:
                 text += delta.text
                 if len(token_ids) >= 3:
                     started.set()
+                async with self._progress:
+                    self._tokens += len(delta.token_ids)
+                    self._progress.notify_all()
             usage = stream.usage
             assert usage is not None
             return Streamed(
@@ -119,7 +131,7 @@ class Streams:
             )
 
 
-def check_whole(streamed: list[Streamed], prompts: Sequence[str], expected: object) -> None:
+def check_complete(streamed: list[Streamed], prompts: Sequence[str], expected: object) -> None:
     """Every token once, as if nothing had happened."""
     assert isinstance(expected, dict)
     for prompt, seen in zip(prompts, streamed, strict=True):
@@ -132,7 +144,7 @@ def kill(process: psutil.Process) -> None:
 
 
 def loads(endpoint: Endpoint) -> Loads | None:
-    """What the cluster says of itself, None while it cannot."""
+    """The cluster's loads, or None while they are not available."""
     try:
         with Client(endpoint.target, api_key=endpoint.api_key) as client:
             return client.loads(timeout_s=10.0)
@@ -140,7 +152,7 @@ def loads(endpoint: Endpoint) -> Loads | None:
         return None
 
 
-def whole(endpoint: Endpoint, groups: int = GROUPS) -> bool:
+def is_complete(endpoint: Endpoint, groups: int = GROUPS) -> bool:
     """Whether every group is up, in the ledger, and every part has its processes."""
     found = loads(endpoint)
     return (
@@ -154,49 +166,51 @@ def whole(endpoint: Endpoint, groups: int = GROUPS) -> bool:
 
 @pytest.fixture
 def client(endpoint: Endpoint) -> Iterator[Client]:
-    """With the cluster whole, before and after."""
-    wait_for(lambda: whole(endpoint), "every part is up", within_s=120, period_s=0.5)
+    """The cluster is complete before and after the test."""
+    wait_for(lambda: is_complete(endpoint), "every part is up", within_s=120, period_s=0.5)
     with Client(endpoint.target, api_key=endpoint.api_key, retry=PATIENT) as client:
         wait_idle(client)
         yield client
-        wait_for(lambda: whole(endpoint), "every part is up again", within_s=120, period_s=0.5)
+        wait_for(
+            lambda: is_complete(endpoint), "every part is up again", within_s=120, period_s=0.5
+        )
         wait_idle(client)
         check_accounts(client.loads())
 
 
-async def test_streams_outlive_a_rank(
+async def test_streams_survive_the_death_of_a_rank(
     endpoint: Endpoint, client: Client, expected: dict[str, tuple[int, ...]]
 ) -> None:
     prompts = PROMPTS[:GROUPS]
     ranks = processes_named("ray::RankActor")
     assert len(ranks) == GROUPS
     streams = Streams(endpoint, prompts)
-    await streams.flowing()
+    await streams.wait_for_tokens()
     assert sorted(group.running for group in client.loads().groups) == [1, 1]
     kill(ranks[0])
     streamed = await streams.ends()
-    check_whole(streamed, prompts, expected)
+    check_complete(streamed, prompts, expected)
     # One stream ran on the group that died, and the ingress moved it by itself.
     assert sorted(seen.failovers for seen in streamed) == [0, 1]
     assert [seen.resumes for seen in streamed] == [0, 0]
 
 
-async def test_streams_outlive_an_ingress(
+async def test_streams_survive_the_death_of_an_ingress(
     endpoint: Endpoint, client: Client, expected: dict[str, tuple[int, ...]]
 ) -> None:
     prompts = PROMPTS
     streams = Streams(endpoint, prompts)
-    await streams.flowing()
+    await streams.wait_for_tokens()
     kill(processes_named("ray::ServeReplica:kvmesh:ingress")[0])
     streamed = await streams.ends()
-    check_whole(streamed, prompts, expected)
+    check_complete(streamed, prompts, expected)
     assert sum(seen.resumes for seen in streamed) >= 1
 
 
 async def test_what_an_ingress_and_its_clients_leave_behind_is_freed(
     endpoint: Endpoint, client: Client
 ) -> None:
-    """Nobody resumes, and nobody is left to give the leases back."""
+    """No client resumes, and no ingress is left to release the leases."""
     async with AsyncClient(endpoint.target, api_key=endpoint.api_key, retry=NO_RETRY) as leaving:
         streams = [
             leaving.generate_stream(prompt, max_tokens=300, ignore_eos=True) for prompt in PROMPTS
@@ -213,19 +227,19 @@ async def test_what_an_ingress_and_its_clients_leave_behind_is_freed(
                     pass
 
 
-async def test_streams_do_not_notice_that_the_router_died(
+async def test_streams_are_not_affected_by_the_death_of_the_router(
     endpoint: Endpoint, client: Client, expected: dict[str, tuple[int, ...]]
 ) -> None:
     before = client.loads().router.epoch
     prompts = PROMPTS
     streams = Streams(endpoint, prompts)
-    await streams.flowing()
+    await streams.wait_for_tokens()
     kill(processes_named("ray::ServeReplica:kvmesh:router")[0])
     streamed = await streams.ends()
-    check_whole(streamed, prompts, expected)
+    check_complete(streamed, prompts, expected)
     assert [(seen.failovers, seen.resumes) for seen in streamed] == [(0, 0)] * len(prompts)
     await asyncio.to_thread(
-        wait_for, lambda: whole(endpoint), "the router is back", within_s=120, period_s=0.5
+        wait_for, lambda: is_complete(endpoint), "the router is back", within_s=120, period_s=0.5
     )
     assert client.loads().router.epoch > before
 
@@ -266,3 +280,27 @@ async def test_a_new_router_takes_over_the_leases_of_live_streams(
             await stream.aclose()
         await asyncio.gather(reading, return_exceptions=True)
     await asyncio.to_thread(wait_idle, client)
+
+
+THIRTY = 30
+# Killed one after another, each after a further share of all tokens.
+VICTIMS = (
+    "ray::RankActor",
+    "ray::ServeReplica:kvmesh:router",
+    "ray::ServeReplica:kvmesh:ingress",
+    "ray::ServeController",
+    "ray::ServeReplica:kvmesh:engine-0",
+)
+
+
+async def test_thirty_streams_survive_the_death_of_every_part(
+    endpoint: Endpoint, client: Client, expected: dict[str, tuple[int, ...]]
+) -> None:
+    """Each ends with the same tokens as without failures, and none of them twice."""
+    prompts = [PROMPTS[number % len(PROMPTS)] for number in range(THIRTY)]
+    streams = Streams(endpoint, prompts)
+    for number, victim in enumerate(VICTIMS):
+        share = (number + 1) / (len(VICTIMS) + 1)
+        await streams.received(int(share * THIRTY * TOKENS))
+        kill(processes_named(victim)[0])
+    check_complete(await streams.ends(), prompts, expected)

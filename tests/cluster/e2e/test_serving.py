@@ -1,4 +1,4 @@
-"""One group behind gRPC: answers, refusals, cancellation, over capacity, what is shown."""
+"""One group over gRPC: output, refusals, cancellation, over capacity, metrics, command line."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
 ]
 
-# A second, stretched for machines that do other things besides.
+# One second when idle; more for busy machines.
 FREED_WITHIN_S = 5.0
 QUEUE_LIMIT = 24
 CONFIG = small_config(router={"max_queued": QUEUE_LIMIT})
@@ -73,7 +73,7 @@ def client(endpoint: Endpoint) -> Iterator[Client]:
 PROMPTS = ("The capital of France is", "def fibonacci(n):", "Water boils at")
 
 
-def test_answers_are_the_engines_own(client: Client) -> None:
+def test_output_equals_that_of_the_engine(client: Client) -> None:
     ids = [client.tokenize(prompt).token_ids for prompt in PROMPTS]
     expected = greedy_by_engine(CONFIG, ids, max_tokens=20)
     for prompt, tokens in zip(PROMPTS, expected, strict=True):
@@ -84,7 +84,7 @@ def test_answers_are_the_engines_own(client: Client) -> None:
     wait_idle(client)
 
 
-def test_a_stream_gives_what_a_reply_in_one_piece_gives(client: Client) -> None:
+def test_a_stream_equals_a_unary_reply(client: Client) -> None:
     whole = client.generate(PROMPTS[0], max_tokens=12, temperature=0.0)
     with client.generate_stream(PROMPTS[0], max_tokens=12, temperature=0.0) as stream:
         deltas = list(stream)
@@ -169,14 +169,14 @@ def broken_text(method: str) -> bytes:
     return whole.replace(b"AAAA", b"\xff\xfe\xc0\x80")
 
 
-@pytest.mark.parametrize("kind", ["invalid UTF-8", "no protobuf", "a length beyond the end"])
+@pytest.mark.parametrize("kind", ["invalid UTF-8", "not protobuf", "a length beyond the end"])
 @pytest.mark.parametrize("method", ["Generate", "GenerateStream", "Tokenize"])
-def test_bytes_that_are_no_message_are_refused(
+def test_invalid_protobuf_is_refused(
     endpoint: Endpoint, client: Client, method: str, kind: str
 ) -> None:
     body = {
         "invalid UTF-8": broken_text(method),
-        "no protobuf": b"\xff" * 64,
+        "not protobuf": b"\xff" * 64,
         "a length beyond the end": b"\x1a\xff\xff\xff\xff\x0f",
     }[kind]
     if method == "GenerateStream":
@@ -207,7 +207,7 @@ def test_a_prompt_beyond_the_context_is_refused_with_its_bytes(client: Client) -
 
 
 @pytest.mark.parametrize("key", [None, "", "wrong"])
-def test_without_its_key_nobody_comes_in(
+def test_calls_without_a_valid_key_are_refused(
     endpoint: Endpoint, client: Client, key: str | None
 ) -> None:
     body = text_request().SerializeToString()
@@ -226,19 +226,19 @@ def test_an_unknown_model_is_not_found(client: Client) -> None:
         client.generate("Hello", max_tokens=1, model="no-such-model")
 
 
-def test_refusals_say_nothing_of_the_servers_insides(endpoint: Endpoint) -> None:
+def test_refusals_reveal_no_internals(endpoint: Endpoint) -> None:
     for request, _ in BAD_FIELDS.values():
         error = call_raw(endpoint.target, "Generate", request.SerializeToString(), endpoint.api_key)
         assert error is not None
-        told = f"{error.message} {error.violations}"
-        assert "Traceback" not in told and ".py" not in told
-        assert str(os.getpid()) not in told and "/tmp" not in told
+        shown = f"{error.message} {error.violations}"
+        assert "Traceback" not in shown and ".py" not in shown
+        assert str(os.getpid()) not in shown and "/tmp" not in shown
 
 
 # Cancellation
 
 
-def test_leaving_a_stream_frees_its_pages(client: Client, record_property: Any) -> None:
+def test_closing_a_stream_frees_its_pages(client: Client, record_property: Any) -> None:
     wait_idle(client)
     with client.generate_stream("Count:", max_tokens=500, ignore_eos=True) as stream:
         for number, _ in enumerate(stream):
@@ -302,14 +302,14 @@ def test_a_client_that_is_killed_counts_as_cancelled(
 
 
 async def one_of_many(client: AsyncClient, rng: random.Random) -> str:
-    """A request with a random length that is left, or runs out of time, at a random moment."""
+    """A request of random length that is cancelled, or times out, at a random moment."""
     prompt = [rng.randrange(100, 40_000) for _ in range(rng.randint(1, 60))]
     options: dict[str, Any] = {"max_tokens": rng.randint(1, 12), "ignore_eos": True}
-    fate = rng.choice(("whole", "left", "cancelled", "deadline"))
-    if fate == "deadline":
+    outcome = rng.choice(("whole", "left", "cancelled", "deadline"))
+    if outcome == "deadline":
         options["timeout_s"] = rng.uniform(0.02, 2.0)
-    leave_after = rng.randint(0, 4) if fate == "left" else math.inf
-    patience_s = rng.uniform(0.0, 2.0) if fate == "cancelled" else None
+    leave_after = rng.randint(0, 4) if outcome == "left" else math.inf
+    patience_s = rng.uniform(0.0, 2.0) if outcome == "cancelled" else None
     try:
         async with asyncio.timeout(patience_s):
             async with client.generate_stream(prompt, **options) as stream:
@@ -319,13 +319,13 @@ async def one_of_many(client: AsyncClient, rng: random.Random) -> str:
                     if seen > leave_after:
                         return "left"
     except TimeoutError:
-        return "deadline" if fate == "deadline" else "cancelled"
+        return "deadline" if outcome == "deadline" else "cancelled"
     except OverCapacityError:
         return "refused"
     return "ended"
 
 
-async def test_200_requests_of_every_fate_leave_nothing(
+async def test_200_requests_with_random_ends_leave_nothing(
     endpoint: Endpoint, client: Client, record_property: Any
 ) -> None:
     rng = random.Random(11)
@@ -337,9 +337,9 @@ async def test_200_requests_of_every_fate_leave_nothing(
             async with slots:
                 return await one_of_many(many, random.Random(rng.randrange(1 << 32) + number))
 
-        fates = await asyncio.gather(*(one(number) for number in range(200)))
-    counts = {fate: fates.count(fate) for fate in sorted(set(fates))}
-    record_property("fates", counts)
+        outcomes = await asyncio.gather(*(one(number) for number in range(200)))
+    counts = {outcome: outcomes.count(outcome) for outcome in sorted(set(outcomes))}
+    record_property("outcomes", counts)
     assert counts.get("ended", 0) > 20
     await asyncio.to_thread(wait_idle, client)
     after = client.loads()
@@ -379,7 +379,7 @@ async def test_100_at_once_finish_or_are_refused(
     assert len(finished) + len(refused) == 100
     assert set(finished) == {4}
     assert len(finished) >= POOL_SEQUENCES + QUEUE_LIMIT
-    assert refused, "the queue is shorter than what came"
+    assert refused, "the queue is shorter than the load"
     for error in refused:
         assert isinstance(error, OverCapacityError)
         assert error.code == "RESOURCE_EXHAUSTED"
@@ -387,11 +387,13 @@ async def test_100_at_once_finish_or_are_refused(
     await asyncio.to_thread(wait_idle, client)
 
 
-async def test_who_waits_in_the_queue_may_leave_it(endpoint: Endpoint, client: Client) -> None:
+async def test_a_queued_request_can_time_out_or_be_cancelled(
+    endpoint: Endpoint, client: Client
+) -> None:
     async with AsyncClient(endpoint.target, api_key=endpoint.api_key) as many:
         options: dict[str, Any] = {"max_tokens": 150, "ignore_eos": True}
         streams = [many.generate_stream("Count:", **options) for _ in range(POOL_SEQUENCES + 2)]
-        # Held on to: an iterator that nobody holds is closed, and its request ends.
+        # Keep the iterators: one without a reference is closed, which ends its request.
         iterators = [aiter(stream) for stream in streams]
         readers = [asyncio.ensure_future(anext(iterator)) for iterator in iterators]
         await asyncio.to_thread(
@@ -405,7 +407,7 @@ async def test_who_waits_in_the_queue_may_leave_it(endpoint: Endpoint, client: C
     await asyncio.to_thread(wait_idle, client)
 
 
-# What is shown
+# Metrics and the command line
 
 METERS = (
     "ray_kvmesh_tokens_total",
@@ -443,7 +445,7 @@ def total(lines: list[str], name: str, *labels: str) -> float:
     )
 
 
-def test_metrics_and_loads_say_the_same(endpoint: Endpoint, client: Client) -> None:
+def test_metrics_and_loads_agree(endpoint: Endpoint, client: Client) -> None:
     client.generate("Say something", max_tokens=4)
     wait_idle(client)
     group = client.loads().groups[0]
@@ -470,7 +472,7 @@ def test_metrics_and_loads_say_the_same(endpoint: Endpoint, client: Client) -> N
             and total(lines, "ray_kvmesh_router_leases") == 0
         )
 
-    wait_for(agree, "the Prometheus endpoint says what GetLoads does", within_s=60, period_s=0.5)
+    wait_for(agree, "the Prometheus endpoint agrees with GetLoads", within_s=60, period_s=0.5)
     lines = scrape(endpoint)
     missing = [name for name in METERS if not any(line.startswith(name) for line in lines)]
     assert not missing
@@ -487,18 +489,20 @@ def kvmesh(endpoint: Endpoint, *arguments: str) -> subprocess.CompletedProcess[s
     )
 
 
-def test_the_command_line_asks_and_looks(endpoint: Endpoint, client: Client) -> None:
-    asked = kvmesh(endpoint, "generate", PROMPTS[0], "--max-tokens", "8", "--temperature", "0")
-    assert asked.returncode == 0, asked.stderr
+def test_the_command_line_generates_and_shows_status_and_estimates(
+    endpoint: Endpoint, client: Client
+) -> None:
+    generated = kvmesh(endpoint, "generate", PROMPTS[0], "--max-tokens", "8", "--temperature", "0")
+    assert generated.returncode == 0, generated.stderr
     expected = client.generate(PROMPTS[0], max_tokens=8, temperature=0.0).text
-    assert asked.stdout.strip() == expected.strip()
-    looked = kvmesh(endpoint, "status")
-    assert looked.returncode == 0, looked.stderr
+    assert generated.stdout.strip() == expected.strip()
+    status = kvmesh(endpoint, "status")
+    assert status.returncode == 0, status.stderr
     for word in ("engine-0", "int8", "smollm2-135m-instruct", "0 leases"):
-        assert word in looked.stdout
-    weighed = kvmesh(endpoint, "estimate", "--prompt-tokens", "4000")
-    assert weighed.returncode == 0, weighed.stderr
-    assert "never fits" in weighed.stdout
+        assert word in status.stdout
+    estimate = kvmesh(endpoint, "estimate", "--prompt-tokens", "4000")
+    assert estimate.returncode == 0, estimate.stderr
+    assert "never fits" in estimate.stdout
 
 
 def test_the_command_line_fails_in_one_line(endpoint: Endpoint) -> None:

@@ -1,4 +1,4 @@
-"""`kvmesh serve` as a process of its own: how it ends, and that nothing of it stays."""
+"""`kvmesh serve` in its own process: how it ends, and that it leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.cluster.e2e.harness import SMALL_ENGINE, wait_for
 pytestmark = [
     pytest.mark.ray,
     pytest.mark.timeout(240),
-    pytest.mark.skipif(sys.platform != "linux", reason="processes are found the Linux way"),
+    pytest.mark.skipif(sys.platform != "linux", reason="finding its processes needs Linux"),
 ]
 
 READY_WITHIN_S = 120.0
@@ -37,7 +37,7 @@ PR_SET_CHILD_SUBREAPER = 36
 
 @pytest.fixture(scope="module", autouse=True)
 def adopted() -> Iterator[None]:
-    """What a dead server leaves behind becomes this process's, and so is found."""
+    """Orphans of a dead server become children of this process, so that they are found."""
     libc = ctypes.CDLL(None)
     libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     yield
@@ -45,7 +45,7 @@ def adopted() -> Iterator[None]:
 
 
 class Server:
-    """`kvmesh serve`, in a process group of its own as a terminal would have it."""
+    """`kvmesh serve`, in its own process group, as in a terminal."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -106,12 +106,12 @@ class Server:
         return Client(target, api_key=read_key_file(self._directory / "kvmesh" / "api_key"))
 
     def ctrl_c(self) -> None:
-        """As a terminal does it: to the whole foreground group, after a look at who there is."""
+        """Like a terminal: signal the whole foreground group, after recording its processes."""
         self.note_processes()
         os.killpg(self.process.pid, signal.SIGINT)
 
     def terminate(self) -> None:
-        """As a supervisor does it: to the one process."""
+        """Like a supervisor: signal only the main process."""
         self.note_processes()
         self.process.send_signal(signal.SIGTERM)
 
@@ -133,7 +133,7 @@ class Server:
         return code
 
     def left_behind(self) -> list[str]:
-        """Processes that are still there, found in three ways."""
+        """Processes that are still running, found in three ways."""
         adopted = {
             child.pid
             for child in psutil.Process().children(recursive=True)
@@ -159,13 +159,13 @@ class Server:
             return False
 
     def left_files(self) -> list[str]:
-        """What Ray and its proxy had on disk."""
+        """Files of Ray and its proxy that are still on disk."""
         return [path.name for path in self._directory.glob("kvmesh-*")]
 
 
 @contextmanager
 def server() -> Iterator[Server]:
-    # Short, so that sockets fit below it and its own files show what is left.
+    # A short path, because socket paths have a limit; a directory of its own, to find left files.
     with tempfile.TemporaryDirectory(prefix="", dir="/tmp") as directory:
         server = Server(Path(directory))
         try:
@@ -197,7 +197,7 @@ def test_sigterm_lets_a_stream_end_and_leaves_nothing() -> None:
         check_gone(serve)
 
 
-def test_a_second_ctrl_c_waits_for_nobody() -> None:
+def test_a_second_ctrl_c_does_not_wait_for_requests() -> None:
     with server() as serve, serve.client() as client:
         stream = client.generate_stream("Once upon", max_tokens=600, ignore_eos=True)
         with stream:
@@ -206,7 +206,7 @@ def test_a_second_ctrl_c_waits_for_nobody() -> None:
             serve.ctrl_c()
             serve.wait_for_output("Ctrl-C again")
             seen = [next(deltas) for _ in range(3)]
-            assert seen, "the first Ctrl-C lets what runs go on"
+            assert seen, "the first Ctrl-C lets running requests continue"
             serve.ctrl_c()
             with pytest.raises(KVMeshError):
                 list(deltas)

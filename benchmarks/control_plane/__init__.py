@@ -1,0 +1,1 @@
+"""What the path costs without a model: `python -m benchmarks.control_plane`."""

@@ -1,0 +1,116 @@
+"""What a request sends to its client: deltas in, events out, many tokens at a time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from kvmesh.cluster.errors import RequestDeadlineError
+from kvmesh.cluster.ingress import wire
+from kvmesh.cluster.ingress.choice import ChoiceOutput, RunningChoice
+from kvmesh.cluster.ingress.codec import TextCodec
+from kvmesh.cluster.ingress.waker import Waker
+from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
+from kvmesh.workers.request import EndReason, SequenceDelta
+
+
+class RequestOutput:
+    """The choices of a request, and the events that its reader has not taken yet.
+
+    Deltas are only collected when they arrive. They become events when the reader takes them,
+    one event per choice however many tokens have come, or when the request needs its choices
+    up to date.
+
+    on_stop_string: called when a stop string has ended a choice
+    """
+
+    def __init__(
+        self,
+        choices: Sequence[RunningChoice],
+        codec: TextCodec,
+        waker: Waker,
+        on_stop_string: Callable[[RunningChoice], None],
+    ) -> None:
+        self.choices = choices
+        self._codec = codec
+        self._waker = waker
+        self._on_stop_string = on_stop_string
+        self._deltas: list[tuple[RunningChoice, SequenceDelta]] = []
+        self._events: list[pb.GenerateStreamResponse] = []
+        self._ready = asyncio.Event()
+        self._woken = False  # or about to be
+
+    def put(self, choice: RunningChoice, delta: SequenceDelta) -> None:
+        """Collect a delta of a choice."""
+        self._deltas.append((choice, delta))
+        self.wake()
+
+    def add(self, event: pb.GenerateStreamResponse) -> None:
+        self._events.append(event)
+        self.wake()
+
+    def wake(self) -> None:
+        """Wake the reader, when its turn comes."""
+        if not self._woken:
+            self._woken = True
+            self._waker.wake(self._ready)
+
+    async def wait(self) -> None:
+        """Until the reader is woken."""
+        await self._ready.wait()
+        self._ready.clear()
+        self._woken = False
+
+    def take(self) -> list[pb.GenerateStreamResponse]:
+        """All events so far. Raises RequestDeadlineError, see `absorb`."""
+        self.absorb()
+        events, self._events = self._events, []
+        return events
+
+    def absorb(self) -> None:
+        """Turn the deltas into events.
+
+        Raises RequestDeadlineError if the engine has ended the request without any output.
+        """
+        deltas, self._deltas = self._deltas, []
+        found: dict[RunningChoice, list[SequenceDelta]] = {}
+        for choice, delta in deltas:
+            if choice.finish is None:  # otherwise they follow a stop string
+                found.setdefault(choice, []).append(delta)
+        for choice, its in found.items():
+            output = choice.accept(its)
+            if choice.finish is not None:
+                if choice.finish.reason is EndReason.DEADLINE and not self.has_tokens:
+                    raise RequestDeadlineError()
+                if choice.finish.stop_string is not None:
+                    self._on_stop_string(choice)
+            self._emit(choice, output)
+
+    def catch_up(self) -> None:
+        """Send the text that a resuming client lacks."""
+        for choice in self.choices:
+            if not choice.already_finished:
+                self._emit(choice, choice.owed())
+        self.wake()
+
+    def end_all(self, reason: EndReason) -> None:
+        """End every choice that has not finished."""
+        self.absorb()
+        for choice in self.unfinished:
+            self._emit(choice, choice.end(reason))
+
+    @property
+    def unfinished(self) -> list[RunningChoice]:
+        return [choice for choice in self.choices if choice.finish is None]
+
+    @property
+    def has_tokens(self) -> bool:
+        return any(choice.token_ids for choice in self.choices)
+
+    def _emit(self, choice: RunningChoice, output: ChoiceOutput) -> None:
+        if output:
+            delta = wire.delta(choice.index, output, self._codec)
+            self._events.append(pb.GenerateStreamResponse(delta=delta))
+        if choice.finish is not None:
+            finished = wire.choice_finished(choice.index, choice.finish)
+            self._events.append(pb.GenerateStreamResponse(choice_finished=finished))

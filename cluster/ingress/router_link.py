@@ -1,0 +1,162 @@
+"""The ingress's connection to the router.
+
+async with link.place(request) as held:
+    ...                      # leaving here gives the lease back
+    held.submitted = True    # from here on the engine ends it
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from kvmesh.cluster.errors import NotReadyError
+from kvmesh.cluster.identity import Identity
+from kvmesh.cluster.link import Address, Link, stay_connected
+from kvmesh.cluster.messages import (
+    TO_INGRESS_FROM_ROUTER,
+    Abort,
+    Aborted,
+    AskEstimate,
+    AskExplanation,
+    AskStatus,
+    CallFailed,
+    Cancel,
+    Decisions,
+    Estimated,
+    Finished,
+    Place,
+    Placed,
+    Release,
+    Status,
+)
+from kvmesh.cluster.reports import ClusterStatus
+from kvmesh.cluster.routing.outcome import BudgetEstimate, Explained
+from kvmesh.cluster.routing.request import PlaceRequest
+
+ANSWER_TIMEOUT_S = 15.0
+
+
+@dataclass(slots=True)
+class HeldPlace:
+    """A lease, which the ingress holds until it submits sequences under it."""
+
+    placed: Placed
+    submitted: bool = False
+
+
+class RouterLink:
+    """Calls the router. Open calls are sent again when the connection was lost and is back.
+
+    find: where the router listens; raises LinkError while it is not known
+    """
+
+    def __init__(self, identity: Identity, find: Callable[[], Awaitable[Address]]) -> None:
+        self._identity = identity
+        self._find = find
+        self._numbers = itertools.count(1)
+        self._open: dict[int, tuple[Any, asyncio.Future[Any]]] = {}
+        self._connection: Link | None = None
+
+    async def run(self) -> None:
+        """Keep the connection; runs until cancelled."""
+        await stay_connected(self._find, self._identity, TO_INGRESS_FROM_ROUTER, self._connected)
+
+    @asynccontextmanager
+    async def place(self, request: PlaceRequest) -> AsyncIterator[HeldPlace]:
+        """Wait for a lease; at the end it is given back unless sequences were submitted.
+
+        Raises the tree of routing/errors.py, DrainingError.
+        """
+        call = next(self._numbers)
+        answer = self._ask(Place(call, request))
+        try:
+            placed = await answer
+        except asyncio.CancelledError:
+            if answer.cancelled():
+                self._send(Cancel(call))
+            else:  # placed in the same moment in which this task was cancelled
+                self._send(Release(answer.result().lease.lease_id))
+            raise
+        assert isinstance(placed, Placed)
+        held = HeldPlace(placed)
+        try:
+            yield held
+        finally:
+            over = Finished if held.submitted else Release
+            self._send(over(placed.lease.lease_id))
+
+    async def abort(self, request_id: str) -> bool:
+        """End a request, waiting or running. Returns False if there is none.
+
+        request_id: tenant/id
+        """
+        answer = await self._ask_soon(Abort(next(self._numbers), request_id))
+        assert isinstance(answer, Aborted)
+        return answer.found
+
+    async def estimate(self, request: PlaceRequest) -> BudgetEstimate:
+        answer = await self._ask_soon(AskEstimate(next(self._numbers), request))
+        assert isinstance(answer, Estimated)
+        return answer.estimate
+
+    async def explain(self, request_id: str) -> tuple[Explained, ...]:
+        answer = await self._ask_soon(AskExplanation(next(self._numbers), request_id))
+        assert isinstance(answer, Decisions)
+        return answer.decisions
+
+    async def status(self, *, fresh: bool = False) -> ClusterStatus:
+        """fresh: ask every engine first. Raises NotReadyError."""
+        answer = await self._ask_soon(AskStatus(next(self._numbers), fresh))
+        assert isinstance(answer, Status)
+        return answer.status
+
+    # Within
+
+    async def _ask_soon(self, message: Any) -> Any:
+        try:
+            async with asyncio.timeout(ANSWER_TIMEOUT_S):
+                return await self._ask(message)
+        except TimeoutError:
+            raise NotReadyError() from None
+
+    def _ask(self, message: Any) -> asyncio.Future[Any]:
+        """A future of the answer; cancelling it forgets the call."""
+        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._open[message.call] = (message, answer)
+        answer.add_done_callback(lambda _: self._open.pop(message.call, None))
+        self._send(message)
+        return answer
+
+    def _send(self, message: Any) -> None:
+        if self._connection is not None:
+            self._connection.send(message)
+
+    def _connected(self, connection: Link) -> RouterLink:
+        """Send the open calls, which a new router does not know."""
+        self._connection = connection
+        for message, _ in self._open.values():
+            if isinstance(message, Place):
+                # The same router may still know the request from the lost connection.
+                message = Place(message.call, replace(message.request, supersedes=True))
+            connection.send(message)
+        return self
+
+    # The connection's handler
+
+    def received(self, message: Any) -> None:
+        _, answer = self._open.get(message.call, (None, None))
+        if answer is None or answer.done():
+            if isinstance(message, Placed):  # its caller has left
+                self._send(Release(message.lease.lease_id))
+        elif isinstance(message, CallFailed):
+            answer.set_exception(message.failure.error)
+        else:
+            answer.set_result(message)
+
+    def lost(self) -> None:
+        self._connection = None

@@ -1,0 +1,195 @@
+"""Which requests start, which wait, and in which order they are admitted."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from itertools import islice
+
+from kvmesh.cluster.routing.chooser import Chooser
+from kvmesh.cluster.routing.config import RouterConfig
+from kvmesh.cluster.routing.demand import RequestDemand
+from kvmesh.cluster.routing.fleet import Fleet
+from kvmesh.cluster.routing.forecast import PromisedStart
+from kvmesh.cluster.routing.group import Group
+from kvmesh.cluster.routing.live import LiveRequest
+from kvmesh.cluster.routing.outcome import BudgetEstimate, Decision, Enqueued, Granted, Refused
+from kvmesh.cluster.routing.placement import GroupChoice, prefill_s
+from kvmesh.cluster.routing.queue import WaitingQueue
+from kvmesh.cluster.routing.refusals import Refusals
+from kvmesh.cluster.routing.request import PlaceRequest
+
+FRESH_S = 0.5  # what was found out about a waiting request is good for this long
+
+
+class Admission:
+    """The queue, and the way out of it.
+
+    promised: the start of the longest-waiting request that lacks pages
+    missing: of the expected groups, those that were not up so far
+    expected_groups: those that may hold leases of a former router; until they are up, or
+        `rebuild_timeout_s` has passed, every request waits
+    """
+
+    def __init__(
+        self, config: RouterConfig, fleet: Fleet, now: float, expected_groups: Collection[str]
+    ) -> None:
+        tuning = config.tuning
+        self.queue = WaitingQueue(config.queue_limit, tuning.max_patience_s)
+        self._tuning = tuning
+        self._fleet = fleet
+        self._chooser = Chooser(tuning, fleet.groups)
+        self._refusals = Refusals(config, fleet)
+        self.promised = PromisedStart()
+        self.missing = set(expected_groups)
+        self._rebuild_until = now + config.rebuild_timeout_s
+        self._arrivals = 0
+
+    def ready(self, now: float) -> bool:
+        """Whether requests are admitted, and not held until the expected groups are up."""
+        return not self.missing or now >= self._rebuild_until
+
+    def arrive(self, request: PlaceRequest, now: float) -> LiveRequest:
+        """The record of a request that has just come; nothing is decided yet."""
+        self._arrivals += 1
+        self._chooser.note_arrival(now)
+        demand = self._fleet.demand(request)
+        due = now + max(self._tuning.stretch * demand.prefill_s, self._tuning.patience_s)
+        return LiveRequest(
+            request=request,
+            demand=demand,
+            demand_at=now,
+            since=now,
+            rank=(-request.priority, not request.resumed, due, self._arrivals),
+            due=due,
+            deadline=None if request.timeout_s is None else now + request.timeout_s,
+        )
+
+    def place(self, live: LiveRequest, now: float) -> list[Decision]:
+        """The request's own decision first, then those on others that waited."""
+        name, demand, ahead = live.request_id, live.demand, len(self.queue)
+        choice = self._chooser.choose(demand, now, self.promised.current)
+        if self.ready(now):
+            error = self._refusals.hopeless(demand, choice, ahead, now)
+            if error is not None:
+                return [Refused(name, error, choice.verdicts)]
+            if not ahead and choice.group is not None and self._refusals.within_quota(demand):
+                self._fleet.tenants.enter(live.request.tenant)
+                return [self._grant(live, choice, now)]
+        if self.queue.full:
+            full = self._refusals.queue_full(demand, choice, ahead, now)
+            return [Refused(name, full, choice.verdicts)]
+        self._fleet.tenants.enter(live.request.tenant)
+        self.queue.put(live)
+        decisions = self.admit(now)
+        others = [x for x in decisions if x.request_id != name]
+        if len(others) < len(decisions):
+            return [*(x for x in decisions if x.request_id == name), *others]
+        return [self._queued(live, choice, now), *others]
+
+    def give_up(self, live: LiveRequest) -> None:
+        """Take a waiting request out of the queue; it will not be granted."""
+        self._leave_queue(live)
+        self._fleet.tenants.leave(live.request.tenant)
+
+    def admit(self, now: float) -> list[Decision]:
+        """Grant whatever may go now, in the queue's order; refuse what no group can hold now.
+
+        The first that lacks pages is promised the group that has them soonest, and
+        keeps the promise until it starts. Those after it may overtake where they do
+        not delay it.
+        """
+        if not len(self.queue) or not self.ready(now):
+            return []
+        open_groups = self._chooser.open_groups(now)
+        decisions: list[Decision] = []
+        deferred_s: dict[str, float] = {}
+        first = True  # no request before lacks pages
+        # One pass is enough: a grant only takes room from those that were tried before.
+        for live in list(islice(self._candidates(now), self._tuning.backfill_depth)):
+            if not open_groups:
+                break
+            demand = self._refresh(live, now)
+            # A group that is still missing may be one that holds it.
+            if not self.missing and self._chooser.fits_nowhere(demand):
+                decisions.append(self._refuse(live, now))
+                continue
+            if not self._refusals.within_quota(demand):
+                continue
+            choice = self._choose_for(live, open_groups, deferred_s, now)
+            if choice.group is not None:
+                self._leave_queue(live)
+                decisions.append(self._grant(live, choice, now))
+                open_groups = self._chooser.open_groups(now)
+            elif (later := choice.better_later) is not None:
+                so_far_s = deferred_s.get(later.name, 0.0)
+                deferred_s[later.name] = so_far_s + prefill_s(later, demand)
+            elif first and not self._chooser.holds_back(demand):
+                first = False
+                self.promised.consider(live, self._fleet.groups, now, self._chooser)
+        return decisions
+
+    def estimate(self, request: PlaceRequest, now: float) -> BudgetEstimate:
+        """What would happen to the request, without placing it."""
+        demand, ahead = self._fleet.demand(request), len(self.queue)
+        choice = self._chooser.choose(demand, now, self.promised.current)
+        never = choice.verdicts.never
+        group = choice.group if not ahead and self.ready(now) else None
+        start_s: float | None = 0.0
+        if group is None:
+            start_s = self._refusals.projected_start_s(demand, choice.verdicts, ahead, now)
+        return BudgetEstimate(
+            fits_ever=not never,
+            fits_now=group is not None,
+            group=None if group is None else group.name,
+            projected_start_s=None if never else start_s,
+            verdicts=tuple(choice.verdicts),
+        )
+
+    # Within
+
+    def _grant(self, live: LiveRequest, choice: GroupChoice, now: float) -> Granted:
+        placement = self._fleet.grant(live, choice, now)
+        self._chooser.note_grant(placement.lease.sealed_pages)
+        return Granted(placement)
+
+    def _refuse(self, live: LiveRequest, now: float) -> Refused:
+        """Refuse a waiting request that came before its groups were known, or they changed."""
+        self.give_up(live)
+        choice = self._chooser.choose(live.demand, now, None)
+        error = self._refusals.hopeless(live.demand, choice, len(self.queue), now)
+        assert error is not None
+        return Refused(live.request_id, error, choice.verdicts)
+
+    def _queued(self, live: LiveRequest, choice: GroupChoice, now: float) -> Enqueued:
+        order = self.queue.in_order(self._fleet.tenants.counter, now)
+        position = next(i for i, waiting in enumerate(order) if waiting is live)
+        start_s = self._refusals.projected_start_s(live.demand, choice.verdicts, position, now)
+        return Enqueued(live.request_id, position, start_s, choice.verdicts)
+
+    def _leave_queue(self, live: LiveRequest) -> None:
+        self.queue.remove(live)
+        self.promised.forget(live)
+
+    def _candidates(self, now: float) -> Iterator[LiveRequest]:
+        turn = self._fleet.grants % self._tuning.aged_every == 0
+        order = self.queue.in_order(self._fleet.tenants.counter, now, aged_first=turn)
+        return self.promised.in_order(order)
+
+    def _refresh(self, live: LiveRequest, now: float) -> RequestDemand:
+        """What was found out about a waiting request a moment ago is good enough to try it."""
+        if now - live.demand_at > FRESH_S or live.demand.kinds is not self._fleet.kinds:
+            live.demand, live.demand_at = self._fleet.demand(live.request), now
+        return live.demand
+
+    def _choose_for(
+        self,
+        live: LiveRequest,
+        open_groups: list[Group],
+        deferred_s: dict[str, float],
+        now: float,
+    ) -> GroupChoice:
+        promise, waiting = self.promised.binding(live), len(self.queue)
+        deferred = None if now > live.due else deferred_s  # what is late waits for no prefix
+        return self._chooser.choose_waiting(
+            live.demand, open_groups, now, promise, waiting, deferred
+        )

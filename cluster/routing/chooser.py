@@ -1,0 +1,115 @@
+"""What the choice of a group depends on besides the groups: the weights of the moment."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from kvmesh.cluster.routing.config import RouterTuning
+from kvmesh.cluster.routing.demand import RequestDemand
+from kvmesh.cluster.routing.group import Group
+from kvmesh.cluster.routing.placement import GroupChoice, PlacementWeights, Promise, choose
+
+MAX_SCARCITY = 4.0  # beyond 1
+HOLE_MEMORY = 0.999  # how slowly the largest demand seen is forgotten, a grant
+SAMPLE_EVERY = 16  # arrivals
+SMOOTHING = 0.05  # weight of the newest sample
+
+
+class Chooser:
+    """Chooses among all groups, or among those open to a waiting request.
+
+    groups: of the fleet, as they come and go
+    """
+
+    def __init__(self, tuning: RouterTuning, groups: Mapping[str, Group]) -> None:
+        self._groups = groups
+        self._long_s = tuning.long_s
+        self._max_busy_share = tuning.max_busy_share
+        self._arrivals = 0
+        self._busy_groups = 0.0  # of those without a long prompt, a moving average
+        self._weights = PlacementWeights(tuning.ahead_s, tuning.balance_s, tuning.hole_s)
+        self._hole_pages = 0.0
+
+    def note_arrival(self, now: float) -> None:
+        """Sample which groups compute: random arrivals see time averages. O(groups), at times."""
+        self._arrivals += 1
+        if self._arrivals % SAMPLE_EVERY == 0:
+            others = [x for x in self._groups.values() if not self._has_long(x)]
+            busy = sum(group.backlog.seconds(now) > 0.0 for group in others)
+            self._busy_groups += SMOOTHING * (busy - self._busy_groups)
+
+    def note_grant(self, sealed_pages: int) -> None:
+        """The hole to keep is as large as the largest recent demand."""
+        self._hole_pages = max(self._hole_pages * HOLE_MEMORY, float(sealed_pages))
+        hole = int(self._hole_pages)
+        if hole != self._weights.hole_pages:
+            self._weights = replace(self._weights, hole_pages=hole)
+
+    def open_groups(self, now: float) -> list[Group]:
+        """Those that could take any request at all; saves asking the others one by one."""
+        return [
+            group
+            for group in self._groups.values()
+            if group.account is not None
+            and group.account.free.hot > 0
+            and group.account.sequences < group.info.max_num_seqs
+            and group.backlog.seconds(now) <= self._weights.ahead_s
+        ]
+
+    def fits_nowhere(self, demand: RequestDemand) -> bool:
+        """Whether no group that the request allows could hold it, even when empty."""
+        excluded = demand.request.excluded_groups
+        return all(
+            demand.by_kind[group.kind].never is not None or group.name in excluded
+            for group in self._groups.values()
+        )
+
+    def holds_back(self, demand: RequestDemand) -> bool:
+        """Whether the prompt would take a group that other requests need.
+
+        The first long prompt may always start, so that none starves; never held back is
+        a request that has lost its group.
+        """
+        if demand.request.resumed or demand.prefill_s <= self._long_s:
+            return False
+        up = [group for group in self._groups.values() if group.account is not None]
+        spare = sum(not self._has_long(group) for group in up)
+        return spare < len(up) and self._busy_groups > self._max_busy_share * (spare - 1)
+
+    def choose(self, demand: RequestDemand, now: float, promise: Promise | None) -> GroupChoice:
+        """Among all groups."""
+        weights = self._weights_for(demand)
+        return choose(self._groups.values(), demand, now, weights, promise)
+
+    def choose_waiting(
+        self,
+        demand: RequestDemand,
+        open_groups: Sequence[Group],
+        now: float,
+        promise: Promise | None,
+        waiting: int,
+        deferred_s: Mapping[str, float] | None,
+    ) -> GroupChoice:
+        """Among open groups and, to wait for, those that hold the prefix.
+
+        waiting: requests in the queue; with them, computing gets scarce
+        deferred_s: see `choose`; None for a request that must not be deferred
+        """
+        weights = self._weights_for(demand)
+        if deferred_s is None or not demand.cached_blocks:
+            return choose(open_groups, demand, now, weights, promise, deferred_s)
+        holders = [self._groups[name] for name in demand.cached_blocks if name in self._groups]
+        more = [x for x in holders if x.account is not None and x not in open_groups]
+        scarcity = 1.0 + min(waiting / len(self._groups), MAX_SCARCITY)
+        weights = replace(weights, scarcity=scarcity)
+        return choose([*open_groups, *more], demand, now, weights, promise, deferred_s)
+
+    def _weights_for(self, demand: RequestDemand) -> PlacementWeights:
+        if self.holds_back(demand):
+            return replace(self._weights, longest_s=self._long_s)
+        return self._weights
+
+    def _has_long(self, group: Group) -> bool:
+        """Whether a long prompt keeps the group from all others."""
+        return group.backlog.longest_s > self._long_s

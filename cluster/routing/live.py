@@ -1,0 +1,102 @@
+"""A request while it is live, and the lease it holds.
+
+place ──► waits ──► lease granted ──► its sequences arrive ──► grows ──► ends
+            │              │
+            └► gives up    └► never arrives: released after a while
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kvmesh.cluster.routing.request import PlaceRequest
+from kvmesh.workers.lease import LeaseTerms, LeaseWant
+from kvmesh.workers.sizes import PageNeed
+
+if TYPE_CHECKING:
+    from kvmesh.cluster.routing.demand import RequestDemand
+
+Rank = tuple[int, bool, float, int]  # -priority, not resumed, due, arrival
+Age = tuple[int, int]  # epoch of the granting router, its grants before: lower is older
+
+
+@dataclass(slots=True, eq=False)
+class Lease:
+    """A reservation of pages on one group, from its grant to its end.
+
+    need: pages of one rank that it covers, those shared with other leases included
+    max: what it may grow to
+    blocks: hashes of its prompt's runs of pages, from the first page on, that the group
+        stores sealed; equal ones of a group are stored, and count, once
+    shared: sealed pages of those blocks that others paid for when it was granted
+    request: None if the lease was adopted, when nothing is known of its request
+    arrived: its engine has its sequences
+    ends_at: projected; charged_s: projected length that its tenant was charged for
+    want: growth that waits for pages
+    """
+
+    lease_id: str
+    group: str
+    age: Age
+    need: PageNeed
+    max: PageNeed
+    sequences: int
+    granted_at: float
+    request: PlaceRequest | None = None
+    blocks: tuple[bytes, ...] = ()
+    shared: int = 0
+    arrived: bool = False
+    first_token_at: float | None = None
+    ends_at: float = 0.0
+    charged_bytes: int = 0
+    charged_s: float = 0.0
+    want: LeaseWant | None = None
+
+    @property
+    def to_grow(self) -> int:
+        """Sealed pages between what it covers and what it may grow to."""
+        return self.max.sealed - self.need.sealed
+
+    @property
+    def adopted(self) -> bool:
+        return self.request is None
+
+    @property
+    def terms(self) -> LeaseTerms:
+        return LeaseTerms(
+            lease_id=self.lease_id,
+            epoch=self.age[0],
+            hot_pages=self.need.hot,
+            sealed_pages=self.need.sealed,
+            max_sealed_pages=self.max.sealed,
+            shared_sealed_pages=self.shared,
+            sequences=self.sequences,
+            number=self.age[1],
+        )
+
+
+@dataclass(slots=True, eq=False)
+class LiveRequest:
+    """A request from its arrival until it is refused, or its lease ends.
+
+    demand: what was found out about it at `demand_at`
+    rank: its place among its tenant's requests; lower goes first
+    due: it should have started by then; deadline: it must have, or None
+    promised_at: when the start that it was promised first was due, or None
+    lease: None while it waits
+    """
+
+    request: PlaceRequest
+    demand: RequestDemand
+    demand_at: float
+    since: float
+    rank: Rank
+    due: float
+    deadline: float | None
+    promised_at: float | None = None
+    lease: Lease | None = None
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id

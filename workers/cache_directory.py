@@ -1,0 +1,26 @@
+"""The directory for files that can be recreated: models, compiled loops, probe results.
+
+<cache>/models/    converted models (workers/model/store.py)
+<cache>/numba/     compiled loops (kernels/attention/numba_cache.py)
+<cache>/probes/    results of probes (workers/scoring/probe_cache.py)
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import MutableMapping
+from pathlib import Path
+
+
+def cache_directory() -> Path:
+    """$XDG_CACHE_HOME/kvmesh, by default ~/.cache/kvmesh."""
+    cache = os.environ.get("XDG_CACHE_HOME")
+    return (Path(cache) if cache else Path.home() / ".cache") / "kvmesh"
+
+
+def keep_compiled_loops(environ: MutableMapping[str, str]) -> None:
+    """Keep compiled loops on disk: set NUMBA_CACHE_DIR unless the user has.
+
+    Call it at the start of a process, because Numba reads the variable when it is imported.
+    """
+    environ.setdefault("NUMBA_CACHE_DIR", str(cache_directory() / "numba"))
