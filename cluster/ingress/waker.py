@@ -26,6 +26,12 @@ class Waker:
             asyncio.get_running_loop().call_soon(self._turn)
         self._waiting.append(ready)
 
+    async def turn(self) -> None:
+        """Wait for a turn, as streams do. For work that many may have at the same moment."""
+        ready = asyncio.Event()
+        self.wake(ready)
+        await ready.wait()
+
     def _turn(self) -> None:
         waiting = self._waiting
         for _ in range(min(self._streams_per_turn, len(waiting))):
