@@ -45,6 +45,7 @@ def printed(result: Result) -> Any:
     return json.loads(result.stdout)
 
 
+@pytest.mark.slow
 def test_perplexity_as_json_and_as_a_plot(model: str, tmp_path: Path) -> None:
     plot = tmp_path / "bits.png"
     arguments = ("--context", "200", "--windows", "2", "--json", "--plot", str(plot))
@@ -58,6 +59,7 @@ def test_perplexity_as_json_and_as_a_plot(model: str, tmp_path: Path) -> None:
     assert plot.read_bytes().startswith(PNG)
 
 
+@pytest.mark.slow
 def test_recall_as_json(model: str) -> None:
     report = printed(
         evaluate("recall", model, "--lengths", "500,300,300", "--passages", "1", "--json")
@@ -68,6 +70,7 @@ def test_recall_as_json(model: str) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_passkey_as_json(model: str) -> None:
     arguments = ("--lengths", "600", "--depths", "2", "--seeds", "1", "--json")
     report = printed(evaluate("passkey", model, *arguments))
@@ -75,6 +78,7 @@ def test_passkey_as_json(model: str) -> None:
         assert row["asked"] == 2 == row["found"] + len(row["missed_depths"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "arguments", "shown"),
     [

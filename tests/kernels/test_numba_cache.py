@@ -55,6 +55,7 @@ def decode(cache: Path) -> list[str]:
     return run.stdout.split()
 
 
+@pytest.mark.slow
 def test_a_second_process_loads_what_the_first_compiled(tmp_path: Path) -> None:
     hits, misses, compiled = decode(tmp_path)
     assert (hits, misses) == ("0", "1")

@@ -59,11 +59,12 @@ def links_between(
     for module, found in imports.items():
         source = unit_of(module)
         for imported in found:
-            target = unit_of(_module_in(imported.module, files))
+            name = _module_in(imported.module, files)
+            target = unit_of(name)
             if source is None or target in (None, source) or (at_load and not imported.at_load):
                 continue
             where = f"{files[module].relative_to(ROOT)}:{imported.line}"
-            links[source, target].add(f"{where} imports {imported.module}")
+            links[source, target].add(f"{where} imports {name}")
     return dict(links)
 
 

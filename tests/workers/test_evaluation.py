@@ -86,6 +86,7 @@ def windows_of(model: EvaluatedModel, context: int, count: int) -> list[np.ndarr
     return list(TokenText(model.tokenizer, TEXT).windows(context, count))
 
 
+@pytest.mark.slow
 def test_exact_perplexity_equals_transformers(
     model: EvaluatedModel, theirs: torch.nn.Module
 ) -> None:
@@ -105,6 +106,7 @@ def test_exact_perplexity_equals_transformers(
     assert int4.loss == pytest.approx(int4.perplexity / exact.perplexity - 1)
 
 
+@pytest.mark.slow
 def test_exact_does_not_diverge_from_exact(model: EvaluatedModel) -> None:
     (tokens,) = windows_of(model, 200, 1)
     exact = get_format("exact")
@@ -127,6 +129,7 @@ def test_divergence_matches_its_definition() -> None:
     assert tally.accuracy == float((q.argmax(-1) == targets).double().mean())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv_format", ["exact", "int8"])
 def test_logits_do_not_depend_on_chunks(path: Path, model: EvaluatedModel, kv_format: str) -> None:
     (tokens,) = windows_of(model, 250, 1)
@@ -140,6 +143,7 @@ def test_logits_do_not_depend_on_chunks(path: Path, model: EvaluatedModel, kv_fo
     assert float((other - whole).abs().max()) > 2e-2 * spread
 
 
+@pytest.mark.slow
 def test_recall_equals_the_accuracy_of_transformers_on_the_second_copy(
     model: EvaluatedModel, theirs: torch.nn.Module
 ) -> None:
@@ -163,6 +167,7 @@ def test_recall_equals_the_accuracy_of_transformers_on_the_second_copy(
     assert (int8.kv_format, int8.length, report.passages) == ("int8", length, {length: passages})
 
 
+@pytest.mark.slow
 def test_generated_tokens_equal_transformers(
     model: EvaluatedModel, theirs: torch.nn.Module
 ) -> None:

@@ -1,0 +1,42 @@
+"""`make`, the hooks before a commit and CI run the same commands, so that none knows better."""
+
+from __future__ import annotations
+
+import re
+
+import yaml
+
+from tests.repo.imports import ROOT
+
+MAKEFILE = (ROOT / "Makefile").read_text("utf-8")
+
+
+def recipe(target: str) -> list[str]:
+    """The commands of a target."""
+    found = re.search(rf"^{target}:.*\n((?:\t.*\n)+)", MAKEFILE, re.MULTILINE)
+    assert found is not None
+    return [line.strip().replace("$(PY)", ".venv/bin/python") for line in found[1].splitlines()]
+
+
+def test_hooks_run_what_lint_runs() -> None:
+    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text("utf-8"))
+    hooks = [hook for repo in config["repos"] for hook in repo["hooks"]]
+    assert {repo["repo"] for repo in config["repos"]} == {"local"}, "hooks need no network"
+    assert set(recipe("lint")) <= {hook["entry"] for hook in hooks}
+
+
+def test_ci_runs_every_test_once() -> None:
+    """The fast ones, and then those that they leave out."""
+    (fast,) = recipe("test-fast")
+    left_out = re.search(r"-m 'not \((.*?)\)'", fast)
+    assert left_out is not None
+    commands = (ROOT / ".ci/run").read_text("utf-8").splitlines()
+    tests = [line.removesuffix(" </dev/null") for line in commands if "make test" in line]
+    assert tests[-2:] == ["make test-fast", f"make test ARGS='-m \"{left_out[1]}\"'"]
+
+
+def test_help_names_every_target() -> None:
+    phony = re.search(r"^\.PHONY: ((?:.*\\\n)*.*)", MAKEFILE, re.MULTILINE)
+    assert phony is not None
+    described = set(re.findall(r"^([a-z-]+):.*## ", MAKEFILE, re.MULTILINE))
+    assert set(phony[1].replace("\\\n", " ").split()) == described
