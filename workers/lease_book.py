@@ -135,7 +135,8 @@ class LeaseBook:
 
     def withdraw(self, lease_id: str) -> None:
         """Report a withdrawn lease as ended, because it has no sequences."""
-        self._pending.ended.append(LeaseEnd(lease_id))
+        if all(end.lease_id != lease_id for end in self._pending.ended):
+            self._pending.ended.append(LeaseEnd(lease_id))
 
     def take_update(self) -> AccountUpdate:
         """The changes since the last call."""

@@ -200,6 +200,7 @@ class Generation:
         engine's reason if it rejects them.
         """
         placed, lease_id = held.placed, held.placed.lease.lease_id
+        await self._context.waker.turn()  # many may be placed at once
         self._link = await self._context.engines.get(placed.engine.epoch, placed.address)
         unfinished = self._output.unfinished
         self._sequences = {f"{lease_id}.{i}": choice for i, choice in enumerate(unfinished)}

@@ -128,6 +128,7 @@ class IngressService:
         """GenerateStream; raises the errors of ingress/error_table.py."""
         tenant = self._admit(request, metadata)
         assert isinstance(request, pb.GenerateRequest)
+        await self._context.waker.turn()  # many may arrive at once
         generation = await self._generation(request, tenant)
         self._running += 1
         self._idle.clear()

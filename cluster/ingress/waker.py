@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 
-STREAMS_PER_TURN = 16  # about 2 ms of work
+STREAMS_PER_TURN = 8  # about 1 ms of work
 
 
 class Waker:
@@ -25,6 +25,12 @@ class Waker:
         if not self._waiting:
             asyncio.get_running_loop().call_soon(self._turn)
         self._waiting.append(ready)
+
+    async def turn(self) -> None:
+        """Wait for a turn, as streams do. For work that many may have at the same moment."""
+        ready = asyncio.Event()
+        self.wake(ready)
+        await ready.wait()
 
     def _turn(self) -> None:
         waiting = self._waiting

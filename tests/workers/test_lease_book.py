@@ -113,6 +113,15 @@ def test_a_lease_ends_with_its_last_sequence(
     assert not made.extend(TERMS)
 
 
+def test_a_lease_that_ends_as_it_is_withdrawn_ends_once() -> None:
+    made, held = admitted(replace(TERMS, sequences=1))
+    made.end(held, 7)
+    made.withdraw("l")
+    made.withdraw("never came")
+    ended = (LeaseEnd("l", 7), LeaseEnd("never came"))
+    assert made.take_update() == AccountUpdate(ended=ended)
+
+
 def test_what_leases_cover_never_exceeds_the_pool() -> None:
     made, held = admitted()
     fits = replace(TERMS, lease_id="m", sealed_pages=16)
