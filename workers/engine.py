@@ -15,6 +15,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable
 
+from kvmesh.workers.blame import Blame
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.errors import ConfigError, InvalidFieldError, PoolCapacityError
 from kvmesh.workers.executor import Allocation, Executor, RankDescription
@@ -28,6 +29,7 @@ from kvmesh.workers.request import (
     SampledLogprobs,
     SequenceDelta,
 )
+from kvmesh.workers.sampling_params import RANGES
 from kvmesh.workers.scheduler import Scheduler
 from kvmesh.workers.sequence import Sequence
 from kvmesh.workers.sizes import PageGeometry, PageNeed
@@ -101,6 +103,7 @@ class Engine:
         self.step_host_s = 0.0
         # Every live sequence waits for its lease to grow.
         self.stalled = False
+        self.blame = Blame()
 
     @property
     def has_work(self) -> bool:
@@ -122,6 +125,8 @@ class Engine:
             for token_id in getattr(request.params, field):
                 if not 0 <= token_id < self.info.vocab_size:
                     raise InvalidFieldError(field, self._unknown_token(token_id))
+        if request.timeout_s is not None:
+            RANGES["timeout_s"].check("timeout_s", request.timeout_s)
         resumable = min(len(prompt), request.params.max_tokens) - 1
         if not 0 <= request.resumed_tokens <= resumable:
             raise InvalidFieldError(
@@ -200,6 +205,8 @@ class Engine:
         now = self._clock()
         for row_start in plan.row_starts:
             self._note_start(row_start.row, now)
+        rows = {chunk.row for chunk in plan.chunks}
+        self.blame = Blame.of([seq for seq in self.scheduler.running if seq.row in rows])
         result = self._executor.execute(plan)
         assert result.step == plan.step, "a rank sent the result of another step"
         self._totals["steps"] += 1
@@ -208,6 +215,7 @@ class Engine:
         assert len(sampled) == len(result.tokens)
         for seq, token in zip(sampled, result.tokens, strict=True):
             deltas.append(self._accept(seq, token))
+        self.blame = Blame()
         return deltas
 
     def loads(self) -> EngineLoads:
@@ -262,6 +270,11 @@ class Engine:
             self._totals["cached"] += seq.cached_tokens
 
     def _accept(self, seq: Sequence, token: SampledToken) -> SequenceDelta:
+        if token.fault is not None:
+            return self._finish(seq, (), (), EndReason.FAULT, error=token.fault)
+        if not 0 <= token.token_id < self.info.vocab_size:
+            error = f"the sampler chose {self._unknown_token(token.token_id)}"
+            return self._finish(seq, (), (), EndReason.FAULT, error=error)
         params = seq.request.params
         seq.append(token.token_id)
         self._totals["completion"] += 1
@@ -287,8 +300,10 @@ class Engine:
         logprobs: tuple[SampledLogprobs, ...],
         reason: EndReason,
         matched_stop_token: int | None = None,
+        error: str | None = None,
     ) -> SequenceDelta:
-        self.scheduler.remove(seq)
+        # Keys and values of a sequence at fault may be NaN.
+        self.scheduler.remove(seq, share=reason is not EndReason.FAULT)
         del self._live[seq.request.request_id]
         self._outcomes[reason.value] += 1
         return SequenceDelta(
@@ -298,6 +313,7 @@ class Engine:
             finish_reason=reason,
             matched_stop_token=matched_stop_token,
             usage=seq.usage(self._clock()),
+            error=error,
         )
 
 

@@ -8,6 +8,9 @@ Why preemption cannot livelock: while a preempted sequence is waiting or running
 sequences are admitted only if all running ones and the new one fit at their
 maximum length. So a preempted sequence is never preempted again, the oldest
 sequence never is, and every sequence that fits in the pool alone completes.
+
+A step has at most one sequence on trial (blame.py). The others wait, in the order in which they
+came, and sequences that are not on trial overtake them.
 """
 
 from __future__ import annotations
@@ -49,8 +52,13 @@ class Scheduler:
     def add(self, seq: Sequence) -> None:
         bisect.insort(self.waiting, seq, key=_arrival)
 
-    def remove(self, seq: Sequence) -> None:
-        """Remove a sequence that has ended or was cancelled; called between two steps."""
+    def remove(self, seq: Sequence, *, share: bool = True) -> None:
+        """Remove a sequence that has ended or was cancelled; called between two steps.
+
+        share: whether other sequences may find its pages
+        """
+        if not share:
+            self.cache.withdraw(seq.digests(seq.num_computed // self.geometry.page_size))
         if seq.row is None:
             self.waiting.remove(seq)
         else:
@@ -73,7 +81,8 @@ class Scheduler:
         decoding = [seq for seq in self.running if seq.to_compute == 1]
         prefilling = [seq for seq in self.running if seq.to_compute > 1]
         for seq in decoding + prefilling:
-            if seq.row is not None and draft.tokens_left:  # still running, not preempted meanwhile
+            # Still running, not preempted meanwhile.
+            if seq.row is not None and draft.tokens_left and draft.takes(seq):
                 self._plan_chunk(draft, seq)
         while draft.tokens_left and (admitted := self._admit(draft)):
             self._plan_chunk(draft, admitted)
@@ -111,9 +120,9 @@ class Scheduler:
 
     def _admit(self, draft: _Draft) -> Sequence | None:
         """Give the first waiting sequence a row and its prefix, if its pages fit."""
-        if not self.waiting or not self._free_rows:
+        seq = next(filter(draft.takes, self.waiting), None)
+        if seq is None or not self._free_rows:
             return None
-        seq = self.waiting[0]
         worst_case = any(s.preemptions for s in self.waiting + self.running)
         reserved = sum(self._pages_needed(other, worst_case) for other in self.running)
         if self._failed_admission == (seq, self.cache.sealed.available - reserved):
@@ -127,7 +136,7 @@ class Scheduler:
             self._drop_pages(seq)
             self._failed_admission = (seq, self.cache.sealed.available - reserved)
             return None
-        del self.waiting[0]
+        self.waiting.remove(seq)
         seq.num_computed = hit.num_pages * self.geometry.page_size
         if seq.started_s is None:  # pages that it computed before a preemption do not count
             seq.cached_tokens = min(seq.num_computed, seq.prompt_tokens)
@@ -221,6 +230,7 @@ class _Draft:
     def __init__(self, tokens_left: int, headroom_left: int) -> None:
         self.tokens_left = tokens_left
         self.headroom_left = headroom_left
+        self._on_trial: Sequence | None = None
         self.row_starts: dict[int, RowStart] = {}
         self.chunks: dict[int, Chunk] = {}
         self._hot: dict[int, list[tuple[int, int]]] = {}
@@ -259,8 +269,14 @@ class _Draft:
         self._being_sealed.setdefault(digest, (seq, seq.sealed[page]))
         self._seals.setdefault(_row(seq), []).append((seq.hot[page], seq.sealed[page], page))
 
+    def takes(self, seq: Sequence) -> bool:
+        """Whether the step may have the sequence, and not another one on trial."""
+        return self._on_trial is None or not seq.on_trial
+
     def add_chunk(self, seq: Sequence, start: int, end: int) -> None:
         row = _row(seq)
+        if seq.on_trial:
+            self._on_trial = seq
         self.tokens_left -= end - start
         sample = end == seq.num_tokens
         self.chunks[row] = Chunk(row, start, seq.tokens[start:end].tobytes(), sample)
@@ -268,6 +284,8 @@ class _Draft:
     def undo(self, seq: Sequence) -> None:
         """Remove a sequence that is about to lose its row and pages."""
         row = _row(seq)
+        if self._on_trial is seq:
+            self._on_trial = None
         chunk = self.chunks.pop(row, None)
         if chunk is not None:
             self.tokens_left += chunk.num_tokens

@@ -23,7 +23,7 @@ class Sequence:
     def __init__(self, request: EngineRequest, geometry: PageGeometry, max_model_len: int) -> None:
         self.request = request
         self.geometry = geometry
-        given = len(request.prompt_token_ids)
+        given = self._given_tokens = len(request.prompt_token_ids)
         self.prompt_tokens = given - request.resumed_tokens
         self.max_tokens_total = min(self.prompt_tokens + request.params.max_tokens, max_model_len)
         # A resumed sequence may already have all the tokens that it may have.
@@ -70,6 +70,11 @@ class Sequence:
     def paused(self) -> bool:
         """Its lease has to grow before it can continue; it keeps its pages until then."""
         return self.num_computed >= self.leased_tokens
+
+    @property
+    def on_trial(self) -> bool:
+        """An engine may have failed because of it, and this one has yet to give it a token."""
+        return self.request.suspicion > 0 and self.num_tokens == self._given_tokens
 
     def append(self, token_id: int) -> None:
         self._tokens[self.num_tokens] = token_id
