@@ -214,7 +214,12 @@ class Engine:
         sampled = self.scheduler.commit(plan)
         assert len(sampled) == len(result.tokens)
         for seq, token in zip(sampled, result.tokens, strict=True):
-            deltas.append(self._accept(seq, token))
+            if (fault := self._fault_of(token)) is None:
+                deltas.append(self._accept(seq, token))
+            elif seq.shares_pages:
+                self.scheduler.isolate(seq)
+            else:
+                deltas.append(self._finish(seq, (), (), EndReason.FAULT, error=fault))
         self.blame = Blame()
         return deltas
 
@@ -269,12 +274,13 @@ class Engine:
             seq.started_s = now
             self._totals["cached"] += seq.cached_tokens
 
+    def _fault_of(self, token: SampledToken) -> str | None:
+        """Why the sequence cannot continue with this token, None if it can."""
+        if token.fault is None and not 0 <= token.token_id < self.info.vocab_size:
+            return f"a rank sampled {self._unknown_token(token.token_id)}"
+        return token.fault
+
     def _accept(self, seq: Sequence, token: SampledToken) -> SequenceDelta:
-        if token.fault is not None:
-            return self._finish(seq, (), (), EndReason.FAULT, error=token.fault)
-        if not 0 <= token.token_id < self.info.vocab_size:
-            error = f"the sampler chose {self._unknown_token(token.token_id)}"
-            return self._finish(seq, (), (), EndReason.FAULT, error=error)
         params = seq.request.params
         seq.append(token.token_id)
         self._totals["completion"] += 1
@@ -302,8 +308,7 @@ class Engine:
         matched_stop_token: int | None = None,
         error: str | None = None,
     ) -> SequenceDelta:
-        # Keys and values of a sequence at fault may be NaN.
-        self.scheduler.remove(seq, share=reason is not EndReason.FAULT)
+        self.scheduler.remove(seq)
         del self._live[seq.request.request_id]
         self._outcomes[reason.value] += 1
         return SequenceDelta(

@@ -52,13 +52,8 @@ class Scheduler:
     def add(self, seq: Sequence) -> None:
         bisect.insort(self.waiting, seq, key=_arrival)
 
-    def remove(self, seq: Sequence, *, share: bool = True) -> None:
-        """Remove a sequence that has ended or was cancelled; called between two steps.
-
-        share: whether other sequences may find its pages
-        """
-        if not share:
-            self.cache.withdraw(seq.digests(seq.num_computed // self.geometry.page_size))
+    def remove(self, seq: Sequence) -> None:
+        """Remove a sequence that has ended or was cancelled; called between two steps."""
         if seq.row is None:
             self.waiting.remove(seq)
         else:
@@ -74,6 +69,17 @@ class Scheduler:
         self.preemptions_total += 1
         self.add(seq)
         return seq
+
+    def isolate(self, seq: Sequence) -> None:
+        """Compute a running sequence again, without sharing pages; they may hold NaN.
+
+        It may have them from another sequence, or others from it.
+        """
+        self.cache.withdraw(seq.digests(seq.num_computed // self.geometry.page_size))
+        self.remove(seq)
+        seq.num_computed = 0
+        seq.shares_pages = False
+        self.add(seq)
 
     def schedule(self) -> StepPlan | None:
         """The next step, or None when there is nothing to compute."""
@@ -128,7 +134,8 @@ class Scheduler:
         if self._failed_admission == (seq, self.cache.sealed.available - reserved):
             return None
         full_pages = (seq.num_tokens - 1) // self.geometry.page_size  # one token must be computed
-        hit = self.cache.match(seq.digests(full_pages)[:full_pages])
+        known = seq.digests(full_pages)[:full_pages] if seq.shares_pages else ()
+        hit = self.cache.match(known)
         self.cache.share(hit)
         seq.hot.update(hit.hot)
         seq.sealed.update(hit.sealed)
@@ -182,8 +189,10 @@ class Scheduler:
 
     def _seal(self, draft: _Draft, seq: Sequence, page: int) -> None:
         digest = seq.digests(page + 1)[page]
-        found = self.cache.find_sealed(digest)
-        if found is None:
+        found = None
+        if seq.shares_pages:
+            found = self.cache.find_sealed(digest)
+        if found is None and seq.shares_pages:
             found = draft.being_sealed(seq, digest)
         if found is not None:
             seq.sealed[page] = self.cache.sealed.share(found)
@@ -194,14 +203,17 @@ class Scheduler:
 
     def _publish(self, seq: Sequence, first_full: int) -> None:
         num_full = seq.num_computed // self.geometry.page_size
-        digests = seq.digests(num_full)
-        for page in range(first_full, num_full):
-            self.cache.name_hot(digests[page], seq.hot[page])
-            self._note_block(digests, page)
         due = self.geometry.sealed_range(seq.num_computed)
-        for page in [p for p in seq.hot if p in due]:
-            self.cache.name_sealed(digests[page], seq.sealed[page])
-            self._note_block(digests, page)
+        outdated = [page for page in seq.hot if page in due]
+        if seq.shares_pages:
+            digests = seq.digests(num_full)
+            for page in range(first_full, num_full):
+                self.cache.name_hot(digests[page], seq.hot[page])
+                self._note_block(digests, page)
+            for page in outdated:
+                self.cache.name_sealed(digests[page], seq.sealed[page])
+                self._note_block(digests, page)
+        for page in outdated:
             self.cache.hot.release(seq.hot.pop(page))
 
     def _note_block(self, digests: list[Digest], page: int) -> None:
@@ -266,7 +278,8 @@ class _Draft:
         return found[1] if found is not None and _arrival(found[0]) < _arrival(seq) else None
 
     def seal(self, seq: Sequence, page: int, digest: Digest) -> None:
-        self._being_sealed.setdefault(digest, (seq, seq.sealed[page]))
+        if seq.shares_pages:
+            self._being_sealed.setdefault(digest, (seq, seq.sealed[page]))
         self._seals.setdefault(_row(seq), []).append((seq.hot[page], seq.sealed[page], page))
 
     def takes(self, seq: Sequence) -> bool:

@@ -18,6 +18,7 @@ class Sequence:
         |-------- computed -------|-- to compute--|
 
     hot, sealed: logical page -> page id of the forms it holds
+    shares_pages: whether it uses other sequences' pages and they use its own
     """
 
     def __init__(self, request: EngineRequest, geometry: PageGeometry, max_model_len: int) -> None:
@@ -36,6 +37,7 @@ class Sequence:
         self.hot: dict[int, int] = {}
         self.sealed: dict[int, int] = {}
         self._digests = PageDigests(geometry.page_size, request.cache_salt)
+        self.shares_pages = True
         self.cached_tokens = 0
         self.preemptions = 0
         self.peak = PageNeed(0, 0)
