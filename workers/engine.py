@@ -277,7 +277,7 @@ class Engine:
     def _fault_of(self, token: SampledToken) -> str | None:
         """Why the sequence cannot continue with this token, None if it can."""
         if token.fault is None and not 0 <= token.token_id < self.info.vocab_size:
-            return f"a rank sampled {self._unknown_token(token.token_id)}"
+            return f"the sampled token is not valid: {self._unknown_token(token.token_id)}"
         return token.fault
 
     def _accept(self, seq: Sequence, token: SampledToken) -> SequenceDelta:

@@ -133,7 +133,8 @@ class Scheduler:
         reserved = sum(self._pages_needed(other, worst_case) for other in self.running)
         if self._failed_admission == (seq, self.cache.sealed.available - reserved):
             return None
-        full_pages = (seq.num_tokens - 1) // self.geometry.page_size  # one token must be computed
+        # One token must be computed, or the step would lose the row and its tables.
+        full_pages = (min(seq.num_tokens, seq.leased_tokens) - 1) // self.geometry.page_size
         known = seq.digests(full_pages)[:full_pages] if seq.shares_pages else ()
         hit = self.cache.match(known)
         self.cache.share(hit)
@@ -192,8 +193,8 @@ class Scheduler:
         found = None
         if seq.shares_pages:
             found = self.cache.find_sealed(digest)
-        if found is None and seq.shares_pages:
-            found = draft.being_sealed(seq, digest)
+            if found is None:
+                found = draft.being_sealed(seq, digest)
         if found is not None:
             seq.sealed[page] = self.cache.sealed.share(found)
         else:
