@@ -298,8 +298,6 @@ class _Draft:
     def undo(self, seq: Sequence) -> None:
         """Remove a sequence that is about to lose its row and pages."""
         row = _row(seq)
-        if self._on_trial is seq:
-            self._on_trial = None
         chunk = self.chunks.pop(row, None)
         if chunk is not None:
             self.tokens_left += chunk.num_tokens

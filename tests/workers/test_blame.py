@@ -75,12 +75,17 @@ def test_a_step_tries_one_suspect_and_every_sequence_ends(data: st.DataObject) -
     expected: dict[str, list[int]] = {}
     deltas: dict[str, list[SequenceDelta]] = {}
 
+    patience = data.draw(st.integers(1, 12), "steps until a lease grows")
+    steps = 0
+
     def step() -> None:
+        nonlocal steps
+        steps += 1
         for delta in engine.step():
             deltas.setdefault(delta.request_id, []).append(delta)
         engine.check_integrity()
-        if engine.stalled:  # a lease has to grow, the oldest first
-            _, lease = leased.popitem()
+        if leased and (engine.stalled or steps % patience == 0):
+            lease = leased.pop(next(iter(leased)))
             engine.extend(LeaseTerms(lease.lease_id, 1, 4, 60, 60))
 
     for index in range(data.draw(st.integers(1, 10), "requests")):
