@@ -99,9 +99,7 @@ class Sampler:
         # The maximum of a row with NaN is NaN. From finite maxima on, every weight is in [0, 1].
         best, tokens = logits.max(dim=-1)
         sound: list[bool] = torch.isfinite(best).tolist()
-        drawn = [
-            i for i, row in enumerate(rows) if sound[i] and not self._rows[row].params.greedy
-        ]
+        drawn = [i for i, row in enumerate(rows) if sound[i] and not self._rows[row].params.greedy]
         if drawn:
             states = [self._rows[rows[i]] for i in drawn]
             draws = [

@@ -124,6 +124,7 @@ class Generation:
 
         Raises the errors of the table in error_table.py.
         """
+
         def note_over(task: asyncio.Task[None]) -> None:
             if not task.cancelled():
                 task.exception()  # retrieved, even if the reader has left meanwhile
