@@ -7,7 +7,7 @@ step (`Scheduler.schedule`), so that a second failure has one possible culprit.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from kvmesh.workers.errors import RankRaisedError, WorkerDiedError
@@ -33,11 +33,10 @@ class Blame:
     suspicion: int = 0
 
     @staticmethod
-    def of(sequences: Iterable[Sequence]) -> Blame:
+    def of(sequences: Collection[Sequence]) -> Blame:
         """The blame for a step of these sequences, at most one of which is on trial."""
-        requests = [seq.request for seq in sequences]
         tried = next((seq.request for seq in sequences if seq.on_trial), None)
-        aboard = frozenset(request.request_id for request in requests)
+        aboard = frozenset(seq.request.request_id for seq in sequences)
         return Blame(aboard) if tried is None else Blame(aboard, tried.request_id, tried.suspicion)
 
     def culprit(self, error: Exception) -> str | None:

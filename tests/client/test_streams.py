@@ -22,6 +22,7 @@ from kvmesh import (
     FinishReason,
     ProtocolError,
     RetryPolicy,
+    ServerError,
     UnavailableError,
 )
 from kvmesh.protos import pb
@@ -31,6 +32,7 @@ from tests.client.servicer import (
     ScriptedServicer,
     aborting,
     delta,
+    failing,
     finished,
     serving,
     started,
@@ -111,6 +113,26 @@ def test_a_stream_is_folded_into_its_completion(asynchronous: bool) -> None:
     assert stream.usage.completion_tokens == 5
     assert stream.started.kv_format == "int8"
     assert stream.resumes == 0
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_request_at_fault_is_not_sent_again(asynchronous: bool) -> None:
+    detail = pb.Error(
+        code=grpc.StatusCode.INTERNAL.value[0],
+        reason=pb.ERROR_REASON_REQUEST_FAULT,
+        message="this request cannot be served",
+    )
+
+    def at_fault(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+        yield started(request)
+        yield delta(0, "one ", 11, 12)
+        yield from failing(detail)(request, context)
+
+    servicer = ScriptedServicer(at_fault)
+    with serving(servicer) as target, pytest.raises(ServerError) as caught:
+        collect(target, asynchronous)
+    assert caught.value.reason == "REQUEST_FAULT"
+    assert len(servicer.requests) == 1
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])

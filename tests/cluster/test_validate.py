@@ -12,7 +12,6 @@ from google.protobuf.message import DecodeError
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from kvmesh.cluster.ingress import validate
 from kvmesh.cluster.ingress.validate import (
     GenerationSpec,
     Limits,
