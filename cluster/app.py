@@ -74,7 +74,7 @@ class EngineReplica:
         deployed: Deployed,
     ) -> None:
         self._drain_s = deployed.config.timeouts.drain_s
-        self._actors = RankActors(config, resources)
+        self._actors = RankActors(config, resources, deployed.config.timeouts.start_s)
         self._service = EngineService(
             group,
             config,
@@ -85,7 +85,11 @@ class EngineReplica:
             host=node_ip(),
             report_period_s=deployed.config.router.report_period_s,
         )
-        await self._service.start()
+        try:
+            await self._service.start()
+        except BaseException:
+            self._actors.kill()
+            raise
         self._guard = asyncio.create_task(self._exit_on_failure())
 
     async def check_health(self) -> None:
@@ -96,6 +100,7 @@ class EngineReplica:
         while (failed := self._service.leader.failed) is None:
             await asyncio.sleep(FAILURE_POLL_S)
         logger.error("the engine failed and its replica exits: %s", failed)
+        self._actors.kill()
         await asyncio.sleep(FLUSH_S)
         os._exit(1)
 

@@ -15,6 +15,10 @@ from kvmesh.workers.threads import wait_passively
 class RankActor:
     """One rank's process. It ends with its leader: Ray kills the actors of a dead owner."""
 
+    def process_id(self) -> int:
+        """Call it before `run`, which does not return."""
+        return os.getpid()
+
     def run(self, config: EngineConfig, rank: int, endpoint: str, rendezvous: str) -> None:
         """Serve until the leader closes the channel; see worker_main."""
         wait_passively(os.environ)

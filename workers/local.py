@@ -53,7 +53,7 @@ class LocalProcesses(ChannelExecutor):
     """A group's ranks as child processes of this one."""
 
     def __init__(self, config: EngineConfig) -> None:
-        super().__init__(config.tp)
+        super().__init__(config.tp, step_timeout_s=config.step_timeout_s)
         rendezvous = f"tcp://127.0.0.1:{free_port()}"
         context = multiprocessing.get_context("spawn")
         wait_passively(os.environ)  # the ranks inherit the environment
