@@ -49,6 +49,7 @@ Reply = TypeVar("Reply")
 
 CONTROL_CPUS = 0.1  # of ingress, router and leaders: they ask Ray for little
 FAILURE_POLL_S = 0.25
+HEALTH_TIMEOUT_S = 5.0  # Serve replaces a process that misses three health checks in a row
 FLUSH_S = 0.5  # time for a failed engine's last messages to reach its clients
 FIND_TIMEOUT_S = 5.0
 LIVE_POLL_S = 0.1
@@ -364,7 +365,10 @@ def build_app(
     deployed = Deployed(config, Identity.make())
     engine_config = config.engine_config()
     resources = RankResources(config.engine.cpus_per_rank, gpus_per_rank)
-    health = {"health_check_period_s": config.timeouts.health_period_s}
+    health = {
+        "health_check_period_s": config.timeouts.health_period_s,
+        "health_check_timeout_s": HEALTH_TIMEOUT_S,
+    }
     stop = {"graceful_shutdown_timeout_s": config.timeouts.drain_s + 10}
     router = _deployment(
         RouterReplica,

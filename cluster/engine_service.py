@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 
@@ -33,6 +34,7 @@ from kvmesh.cluster.messages import (
     Hello,
     NewSequence,
     Rejected,
+    Replaced,
     Report,
     Submit,
     Withdraw,
@@ -58,7 +60,7 @@ class EngineService:
     group: its name
     host: address of this node, to listen on
     find_router: where the router listens; raises LinkError while it is not known
-    report_period_s: at most this long between two messages to the router
+    report_period_s: between two reports to the router
     """
 
     def __init__(
@@ -89,12 +91,14 @@ class EngineService:
         self._withdrawn: OrderedDict[str, None] = OrderedDict()
         self._tasks: list[asyncio.Task[None]] = []
         self._listener: Listener | None = None
+        self._started_ns = 0
 
     # Life
 
     async def start(self) -> None:
         """Wait until the ranks have loaded, then serve; raises what kept them from it."""
         await self.leader.start()
+        self._started_ns = time.time_ns()
         self._meters.loads(self.leader.info(), self.leader.loads())
         self._listener = await listen(
             self._host, self._identity, TO_ENGINE_FROM_INGRESS, lambda c: _Ingress(self, c)
@@ -102,7 +106,10 @@ class EngineService:
         following = stay_connected(
             self._find_router, self._identity, TO_ENGINE_FROM_ROUTER, lambda c: _Router(self, c)
         )
-        self._tasks = [asyncio.create_task(following), asyncio.create_task(self._send_heartbeats())]
+        self._tasks = [
+            asyncio.create_task(following),
+            asyncio.create_task(self._report_regularly()),
+        ]
 
     def check_health(self) -> None:
         """Raises EngineLostError when the engine has failed, so that it is replaced."""
@@ -163,6 +170,7 @@ class EngineService:
         router.send(
             Hello(
                 self._group,
+                self._started_ns,
                 self.leader.info(),
                 address,
                 book.leases,
@@ -208,14 +216,14 @@ class EngineService:
         self._flush_timer = None
         self._flush()
 
-    def _flush(self, *, even_empty: bool = False, report_anyway: bool = False) -> None:
+    def _flush(self, *, report_anyway: bool = False) -> None:
         router = self._router
         if router is None or self.leader.failed is not None:
             return  # the next Hello sends everything
         self._flushed_s = asyncio.get_running_loop().time()
         leader = self.leader
         update, pages = leader.book.take_update(), leader.blocks.take_changes()
-        if update or pages.held or pages.dropped or even_empty:
+        if update or pages.held or pages.dropped:
             router.send(AccountNews(update, pages))
         # Loads match the account only while nothing has changed since they were made.
         audited = self.leader.loads_current
@@ -228,11 +236,11 @@ class EngineService:
         self._meters.loads(info, loads)
         return EngineReport(info, loads, self._meters.latencies(), draining=self._draining)
 
-    async def _send_heartbeats(self) -> None:
+    async def _report_regularly(self) -> None:
         while True:
             await asyncio.sleep(self._report_period_s)
             self._report_due = True
-            self._flush(even_empty=True)
+            self._flush()
 
 
 class _Ingress:
@@ -268,7 +276,7 @@ class _Router:
         self._connection = connection
         service.greet(connection)
 
-    def received(self, message: Extend | Withdraw | AskReport) -> None:
+    def received(self, message: Extend | Withdraw | AskReport | Replaced) -> None:
         match message:
             case Extend(leases=leases):
                 for lease in leases:
@@ -277,6 +285,9 @@ class _Router:
                 self._service.withdraw(lease_ids)
             case AskReport():
                 self._service.report_now()
+            case Replaced():
+                error = EngineError("another engine has replaced it, because it hung")
+                self._service.leader.engine_failed(error)
 
     def lost(self) -> None:
         self._service.forget_router(self._connection)

@@ -29,6 +29,10 @@ SERVE_VARIABLES = {
     "RAY_SERVE_PORT_QUARANTINE_S": "60",
     # By default Serve kills a proxy that takes 5 seconds to start, as on a busy machine.
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",
+    # HAProxy is replaced within seconds of its death: after three failed checks in a row.
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+    # A replica that hangs cannot end by itself.
+    "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
     # No need to wait: the client resumes its stream on another replica.
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
 }

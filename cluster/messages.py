@@ -2,7 +2,7 @@
 
     ingress ── Place, Release, Finished, Abort, … ──► router   Placed, CallFailed, Aborted, …  back
     ingress ── Submit, End ──► engine                          Deltas, Rejected            back
-    engine ── Hello, AccountNews, Report ──► router                Extend, Withdraw, AskReport back
+    engine ── Hello, AccountNews, Report ──► router                Extend, Withdraw, … back
 
 `call` numbers an ingress's calls to the router; an answer carries the same number.
 """
@@ -176,9 +176,13 @@ class Rejected(_Message):
 
 
 class Hello(_Message):
-    """The first message of an engine: its facts, its address, and the leases it holds."""
+    """The first message of an engine: its facts, its address, and the leases it holds.
+
+    started_ns: wall clock; of two engines of a group, the later one has replaced the other
+    """
 
     group: str
+    started_ns: int
     info: EngineInfo
     address: Address
     leases: tuple[LeaseTerms, ...]
@@ -187,7 +191,7 @@ class Hello(_Message):
 
 
 class AccountNews(_Message):
-    """What has changed. An empty one is a heartbeat."""
+    """What has changed."""
 
     update: AccountUpdate
     pages: PageChanges
@@ -217,12 +221,16 @@ class AskReport(_Message):
     """Send a Report now."""
 
 
+class Replaced(_Message):
+    """A later engine is the group's, so this one must exit."""
+
+
 FROM_INGRESS = (
     Place | Cancel | Release | Finished | Abort | AskEstimate | AskExplanation | AskStatus
 )
 FROM_ENGINE = Hello | AccountNews | Report
 TO_ROUTER = FROM_INGRESS | FROM_ENGINE
 TO_INGRESS_FROM_ROUTER = Placed | Aborted | Estimated | Decisions | Status | CallFailed
-TO_ENGINE_FROM_ROUTER = Extend | Withdraw | AskReport
+TO_ENGINE_FROM_ROUTER = Extend | Withdraw | AskReport | Replaced
 TO_ENGINE_FROM_INGRESS = Submit | End
 TO_INGRESS_FROM_ENGINE = Deltas | Rejected

@@ -32,6 +32,7 @@ from kvmesh.cluster.messages import (
     Place,
     Placed,
     Release,
+    Replaced,
     Report,
     Status,
     Withdraw,
@@ -47,19 +48,18 @@ from kvmesh.workers.loads import EngineInfo
 logger = logging.getLogger(__name__)
 
 TICK_S = 0.25
-SILENCE_S = 5.0  # an engine without a message for this long counts as lost
 FRESH_TIMEOUT_S = 2.0  # how long a status waits for the engines' reports
 
 
 @dataclass(slots=True, eq=False)
 class _Group:
-    """A group whose engine is connected. heard_s: time of its last message"""
+    """A group whose engine is connected. started_ns: of the engine, see Hello"""
 
     name: str
     connection: Link
     info: EngineInfo
     address: Address
-    heard_s: float
+    started_ns: int
 
 
 @dataclass(slots=True, eq=False)
@@ -119,10 +119,6 @@ class RouterService:
 
     def tick(self) -> None:
         now = self._clock()
-        for group in list(self._groups.values()):
-            if now - group.heard_s > SILENCE_S:
-                logger.warning("group %s has been silent for %g s", group.name, SILENCE_S)
-                group.connection.abort()
         self.settle(self.router.tick(now))
         self._answer_fresh(now)
         status = self.router.status(now)
@@ -190,21 +186,34 @@ class RouterService:
 
     # Engines
 
-    def group_up(self, message: Hello, connection: Link) -> str:
+    def group_up(self, message: Hello, connection: Link) -> None:
+        """The later engine of a group stays: one that hung may return after its replacement."""
         name, now = message.group, self._clock()
-        if (former := self._groups.get(name)) is not None:
+        former = self._groups.get(name)
+        if former is not None and former.started_ns > message.started_ns:
+            _replace(name, connection)
+            return
+        if former is not None:
             self.group_down(name, former.connection)
-            former.connection.close()
+            if former.started_ns < message.started_ns:
+                _replace(name, former.connection)
+            else:
+                former.connection.close()
         logger.info("group %s is up with %d leases", name, len(message.leases))
-        self._groups[name] = _Group(name, connection, message.info, message.address, now)
+        self._groups[name] = _Group(
+            name, connection, message.info, message.address, message.started_ns
+        )
         self.settle(self.router.group_up(name, message.info, message.leases, now))
         self.account(name, AccountNews(message.update, message.pages))
-        return name
+
+    def serves(self, name: str, connection: Link) -> bool:
+        """Whether the group's engine is at the other end, and no later one."""
+        group = self._groups.get(name)
+        return group is not None and group.connection is connection
 
     def group_down(self, name: str, connection: Link) -> None:
-        group = self._groups.get(name)
-        if group is None or group.connection is not connection:
-            return  # a newer incarnation has replaced it
+        if not self.serves(name, connection):
+            return
         logger.warning("group %s is down", name)
         del self._groups[name]
         self.settle(self.router.group_down(name, self._clock()))
@@ -212,7 +221,6 @@ class RouterService:
 
     def account(self, name: str, message: AccountNews) -> None:
         now = self._clock()
-        self._groups[name].heard_s = now
         pages = message.pages
         if pages.held or pages.dropped:
             self.router.pages_changed(name, pages.held, pages.dropped)
@@ -220,7 +228,6 @@ class RouterService:
             self.settle(self.router.account(name, message.update, now))
 
     def report(self, name: str, message: Report) -> None:
-        self._groups[name].heard_s = self._clock()
         self._known.reports[name] = message.report
         if message.report.draining:
             self.router.group_drains(name)
@@ -285,6 +292,12 @@ class RouterService:
                 waiting.peer.send(Status(waiting.call, self.status()))
 
 
+def _replace(name: str, connection: Link) -> None:
+    logger.warning("an engine of group %s has been replaced", name)
+    connection.send(Replaced())
+    connection.close()
+
+
 class _RouterPeer:
     """One connection: an engine's once it has sent Hello, otherwise an ingress's.
 
@@ -301,6 +314,8 @@ class _RouterPeer:
     def received(self, message: object) -> None:
         service = self._service
         match message:
+            case AccountNews() | Report() if not service.serves(self._group, self._connection):
+                pass  # of an engine that was replaced, on its way before it heard of it
             case AccountNews():
                 service.account(self._group, message)
             case Place():
@@ -322,7 +337,8 @@ class _RouterPeer:
             case AskExplanation(call=call, request_id=request_id):
                 self.send(Decisions(call, service.router.explain(request_id, service.now)))
             case Hello():
-                self._group = service.group_up(message, self._connection)
+                self._group = message.group
+                service.group_up(message, self._connection)
 
     def lost(self) -> None:
         if self._group:

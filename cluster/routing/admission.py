@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 from itertools import islice
 
 from kvmesh.cluster.routing.chooser import Chooser
@@ -19,6 +20,8 @@ from kvmesh.cluster.routing.refusals import Refusals
 from kvmesh.cluster.routing.request import PlaceRequest
 
 FRESH_S = 0.5  # what was found out about a waiting request is good for this long
+# An engine that a request has lost, but not the router within this time, is up after all.
+LOST_ENGINE_S = 15.0
 
 
 class Admission:
@@ -178,6 +181,8 @@ class Admission:
     def _refresh(self, live: LiveRequest, now: float) -> RequestDemand:
         """What was found out about a waiting request a moment ago is good enough to try it."""
         if now - live.demand_at > FRESH_S or live.demand.kinds is not self._fleet.kinds:
+            if live.request.lost_engines and now - live.since > LOST_ENGINE_S:
+                live.request = replace(live.request, lost_engines=frozenset())
             live.demand, live.demand_at = self._fleet.demand(live.request), now
         return live.demand
 

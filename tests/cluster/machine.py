@@ -22,7 +22,15 @@ from kvmesh.cluster.identity import Identity
 from kvmesh.cluster.ingress.authenticate import Authenticator, hash_key
 from kvmesh.cluster.ingress.service import IngressService
 from kvmesh.cluster.ingress.validate import Limits
-from kvmesh.cluster.link import Address, Link, LinkError, Listener, connect, listen
+from kvmesh.cluster.link import (
+    MAX_SILENT_BEATS,
+    Address,
+    Link,
+    LinkError,
+    Listener,
+    connect,
+    listen,
+)
 from kvmesh.cluster.messages import (
     TO_INGRESS_FROM_ENGINE,
     TO_INGRESS_FROM_ROUTER,
@@ -322,6 +330,15 @@ class Machine:
         self.engines[name] = WatchedEngine(name, self.executors[name], self.find_router)
         await self.engines[name].start()
         await self.until(lambda: name in self.router._groups)
+
+    def hang(self, name: str) -> None:
+        """Make an engine's peers find it silent. It then continues, as after a SIGCONT."""
+        epoch = self.engines[name].leader.info().epoch
+        to_engine = self.ingress._engines._links[epoch]._connection
+        for connection in (self.router._groups[name].connection, to_engine):
+            assert connection is not None
+            for _ in range(MAX_SILENT_BEATS + 1):
+                connection.beat()
 
     def allow(self, steps: int) -> None:
         for executor in self.executors.values():

@@ -469,6 +469,19 @@ async def test_a_request_continues_on_another_engine_when_its_own_is_lost(
     assert two.router.placed[-1].resumed
 
 
+async def test_a_request_continues_on_another_engine_when_its_own_hangs(two: Machine) -> None:
+    stream = two.stream(make_request(60))
+    two.allow(10)
+    received = await read_until(stream, 4)
+    assert received.started is not None
+    first = received.started.group
+    two.hang(first)
+    two.executors["g1" if first == "g0" else "g0"].allow(MANY)
+    await rest_of(stream, received)
+    assert received.tokens[0] == answer(PROMPT, 60)
+    two.allow(MANY)
+
+
 async def test_an_engine_lost_before_it_accepted_the_request(two: Machine) -> None:
     two.allow(MANY)
     probe = await read(two.stream(make_request(2)))

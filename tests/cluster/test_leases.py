@@ -10,15 +10,25 @@ import pytest
 
 from kvmesh.cluster import router_service
 from kvmesh.cluster.engine_service import WITHDRAWN_LIMIT
+from kvmesh.cluster.errors import EngineLostError
+from kvmesh.cluster.link import Address, connect
 from kvmesh.cluster.messages import (
+    TO_ENGINE_FROM_ROUTER,
+    AccountNews,
+    Hello,
     Place,
     Rejected,
     Release,
+    Replaced,
+    Report,
 )
+from kvmesh.cluster.reports import EngineReport
 from kvmesh.cluster.routing.config import RouterConfig, RouterTuning
 from kvmesh.cluster.routing.request import PlaceRequest
 from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
-from tests.cluster.machine import METADATA, Machine, answer, machine, scripted_ingress
+from kvmesh.workers.lease import AccountUpdate, LeaseTerms, PageChanges
+from kvmesh.workers.loads import EngineLoads
+from tests.cluster.machine import IDENTITY, METADATA, Machine, answer, machine, scripted_ingress
 from tests.cluster.test_generation import PROMPT, Received, make_request, read, read_until, rest_of
 from tests.workers.test_engine import PAGE
 from tests.workers.test_leader import MANY
@@ -324,3 +334,58 @@ async def test_withdrawn_leases_are_remembered_up_to_a_limit() -> None:
         engine = one.engines["g0"]
         engine.withdraw(tuple(f"gone-{i}" for i in range(2 * WITHDRAWN_LIMIT)))
         assert len(engine._withdrawn) == WITHDRAWN_LIMIT
+
+
+class Zombie:
+    """An engine that hung, and greets the router after its replacement."""
+
+    def __init__(self, built: Machine, name: str) -> None:
+        self.heard: list[object] = []
+        self.lost_router = asyncio.Event()
+        self._built, self._name = built, name
+
+    async def greet(self) -> None:
+        address = await self._built.find_router()
+        router = await connect(address, IDENTITY, TO_ENGINE_FROM_ROUTER, lambda _: self)
+        info = replace(self._built.leaders[self._name].info(), epoch="zombie")
+        hung = LeaseTerms("hung", 1, 1, 1, 1)
+        nothing = AccountUpdate(), PageChanges((), ())
+        router.send(Hello(self._name, 1, info, Address("127.0.0.1", 1), (hung,), *nothing))
+        router.send(AccountNews(AccountUpdate(arrived=(hung,)), nothing[1]))
+        router.send(Report(EngineReport(info, EngineLoads()), audited=True))
+
+    def received(self, message: object) -> None:
+        self.heard.append(message)
+
+    def lost(self) -> None:
+        self.lost_router.set()
+
+
+async def test_an_engine_that_returns_after_its_replacement_is_sent_away() -> None:
+    async with machine() as one:
+        zombie = Zombie(one, "g0")
+        await zombie.greet()
+        await asyncio.wait_for(zombie.lost_router.wait(), 20)
+        assert zombie.heard == [Replaced()]
+        status = one.router.status()
+        assert (status.router.leases, status.audit_faults_total) == (0, 0)
+        assert status.reports["g0"].info.epoch == one.leaders["g0"].info().epoch
+        one.allow(MANY)
+        await run_request(one, 20, "r")
+
+
+async def test_an_engine_fails_when_it_hears_that_it_was_replaced() -> None:
+    async with machine() as one:
+        old = one.engines["g0"]
+        stream = one.stream(make_request(60))
+        one.allow(8)
+        received = await read_until(stream, 4)
+        await one.replace_engine("g0")
+        await one.until(lambda: old.leader.failed is not None)
+        with pytest.raises(EngineLostError):
+            old.check_health()
+        one.allow(MANY)
+        await rest_of(stream, received)
+        assert received.tokens[0] == answer(PROMPT, 60)
+        await one.until(lambda: len(one.router._groups) == 1)
+        assert one.router._groups["g0"].info == one.leaders["g0"].info()

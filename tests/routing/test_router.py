@@ -5,6 +5,7 @@ import pickle
 import pytest
 
 from kvmesh.cluster.routing import errors
+from kvmesh.cluster.routing.admission import LOST_ENGINE_S
 from kvmesh.cluster.routing.config import RouterConfig
 from kvmesh.cluster.routing.errors import (
     DeadlineUnreachableError,
@@ -237,6 +238,14 @@ def test_a_request_that_lost_an_engine_waits_for_another_incarnation_of_it() -> 
     router.group_down("g0", 6.0)
     outcomes = router.group_up("g0", info_like(info, "e2"), (), 7.0)
     assert granted(outcomes).request_id == "a"
+
+
+def test_an_engine_that_only_the_ingress_lost_is_used_again_after_a_while() -> None:
+    """As after it hung for a moment; were it dead, the router would have lost it by then."""
+    router = router_with(groups={"g0": make_info(epoch="e1")})
+    router.place(ask("a", lost_engines=frozenset(["e1"])), 0.0)
+    assert router.tick(LOST_ENGINE_S) == []
+    assert granted(router.tick(LOST_ENGINE_S + 1.0)).request_id == "a"
 
 
 def test_a_group_that_connects_again_has_the_leases_that_it_lists() -> None:

@@ -152,7 +152,7 @@ def test_a_rank_that_hangs_in_a_step_fails_it() -> None:
     threads = start_ranks(executor, body)
     executor.describe()
     executor.execute(PLAN)
-    with pytest.raises(WorkerDiedError, match="no answer to a step of 1 tokens.*step_timeout_s"):
+    with pytest.raises(WorkerDiedError, match=r"no answer to a step of 1 tokens.*step_timeout_s"):
         executor.execute(PLAN)
     done.set()
     executor.close()
@@ -163,7 +163,7 @@ def test_a_rank_that_hangs_in_a_step_fails_it() -> None:
 def test_a_rank_that_hangs_while_it_loads_fails_the_start() -> None:
     executor = ChannelExecutor(2, start_timeout_s=0.1)
     threads = start_ranks(executor, lambda end, rank: None if rank else end.send(DESCRIPTION))
-    with pytest.raises(WorkerDiedError, match="rank 1 hangs.*timeouts.start_s"):
+    with pytest.raises(WorkerDiedError, match=r"rank 1 hangs.*timeouts\.start_s"):
         executor.describe()
     executor.close()
     for thread in threads:
