@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from kvmesh.client import requests, transport
 from kvmesh.client.credentials import resolve_api_key, resolve_target
-from kvmesh.client.failures import RetryState
+from kvmesh.client.failures import Contact, RetryState
 from kvmesh.client.flows import StreamFlow, UnaryFlow, stream, unary
 from kvmesh.client.options import TLS, GenerateOptions, Prompt, RetryPolicy
 from kvmesh.client.stream_state import StreamState
@@ -47,6 +47,7 @@ class Core:
         self._retry = retry
         self._timeout_s = timeout_s
         self._rng = rng
+        self._contact = Contact()
 
     def generate(
         self, prompt: pb.Prompt, options: GenerateOptions
@@ -58,8 +59,7 @@ class Core:
         self, prompt: pb.Prompt, options: GenerateOptions
     ) -> tuple[StreamState, StreamFlow]:
         state = StreamState(requests.generate_request(prompt, options))
-        retry = RetryState(self._retry, self._rng)
-        return state, stream(state, self._timeout_of(options), retry)
+        return state, stream(state, self._timeout_of(options), self._retries())
 
     def tokenize(
         self, prompt: Prompt, model: str | None, timeout_s: float | None
@@ -90,7 +90,10 @@ class Core:
         request: transport.Request,
         timeout_s: float | None,
     ) -> UnaryFlow[transport.Reply]:
-        return unary(method, request, timeout_s, RetryState(self._retry, self._rng))
+        return unary(method, request, timeout_s, self._retries())
+
+    def _retries(self) -> RetryState:
+        return RetryState(self._retry, self._rng, self._contact)
 
     def _timeout_of(self, options: GenerateOptions) -> float | None:
         return options.get("timeout_s", self._timeout_s)

@@ -50,7 +50,7 @@ _CODES: tuple[tuple[type[KVMeshError], str, pb.ErrorReason.ValueType], ...] = (
     (ResumeError, "FAILED_PRECONDITION", pb.ERROR_REASON_RESUME_MISMATCH),
     (OverCapacityError, "RESOURCE_EXHAUSTED", pb.ERROR_REASON_OVER_CAPACITY),
     (DeadlineExceededError, "DEADLINE_EXCEEDED", pb.ERROR_REASON_DEADLINE_EXCEEDED),
-    (UnavailableError, "UNAVAILABLE", pb.ERROR_REASON_ENGINE_LOST),
+    (UnavailableError, "UNAVAILABLE", pb.ERROR_REASON_UNSPECIFIED),
     (RequestCancelledError, "CANCELLED", pb.ERROR_REASON_UNSPECIFIED),
     (KVMeshError, "INTERNAL", pb.ERROR_REASON_INTERNAL),
 )

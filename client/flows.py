@@ -93,6 +93,7 @@ def unary(
         except RpcFailure as failure:
             yield from _back_off(failure, retry)
         else:
+            retry.contact.made = True
             return reply
 
 
@@ -108,6 +109,7 @@ def stream(state: StreamState, timeout_s: float | None, retry: RetryState) -> St
         try:
             yield Open(request, None if remaining_s is None else remaining_s + GRACE_S)
             while (event := (yield Read())) is not None:
+                retry.contact.made = True
                 if (delta := state.feed(event)) is not None:
                     retry.progress()
                     yield Emit(delta)
