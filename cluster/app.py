@@ -132,14 +132,6 @@ class RouterReplica:
         """The address that engines and ingresses connect to."""
         return self._listener.address
 
-    async def drain(self) -> None:
-        """Take nothing new."""
-        self._service.drain()
-
-    async def live_requests(self) -> int:
-        """The number of requests that wait or run."""
-        return self._service.status().router.live_requests
-
     async def check_health(self) -> None:
         if self._running.done():
             raise RuntimeError("the router's clock has stopped")
@@ -149,7 +141,7 @@ class RouterReplica:
         self._service.drain()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._drain_s):
-                while await self.live_requests():
+                while self._service.status().router.live_requests:
                     await asyncio.sleep(LIVE_POLL_S)
         self._running.cancel()
         self._listener.close()
@@ -356,13 +348,18 @@ def group_names(config: ClusterConfig) -> list[str]:
 
 
 def build_app(
-    config: ClusterConfig, keys: list[tuple[str, str]] | None, *, gpus_per_rank: float
+    config: ClusterConfig,
+    keys: list[tuple[str, str]] | None,
+    identity: Identity,
+    *,
+    gpus_per_rank: float,
 ) -> serve.Application:
     """The application, with one deployment for each group, so that a handle is a group.
 
     keys: (sha256, tenant) of the accepted API keys; None accepts every caller
+    identity: of all processes of the application
     """
-    deployed = Deployed(config, Identity.make())
+    deployed = Deployed(config, identity)
     engine_config = config.engine_config()
     resources = RankResources(config.engine.cpus_per_rank, gpus_per_rank)
     health = {

@@ -7,6 +7,7 @@ its nodes.
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 from collections.abc import Iterator
@@ -59,6 +60,8 @@ def local_variables(config: ClusterConfig, directory: Path) -> dict[str, str]:
     return {
         **serve_variables(config),
         "RAY_USAGE_STATS_ENABLED": "0",
+        # Without Ray's GCS its processes exit after this time: requests may end before.
+        "RAY_gcs_rpc_server_reconnect_timeout_s": str(math.ceil(config.timeouts.drain_s) + 60),
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(directory / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(directory / "a.sock"),

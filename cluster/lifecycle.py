@@ -11,19 +11,29 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
+import psutil
 
 from kvmesh.cluster.config import ClusterConfig
 from kvmesh.cluster.environment import free_ports, local_variables, port_in_use, serve_variables
+from kvmesh.cluster.identity import Identity
+from kvmesh.cluster.ingress.router_link import RouterLink
 from kvmesh.cluster.keys import known_keys, local_key
-from kvmesh.cluster.processes import adopt_orphans, descendants, end_descendants
+from kvmesh.cluster.link import Address, LinkError
+from kvmesh.cluster.processes import (
+    adopt_orphans,
+    children_named,
+    descendants,
+    end_descendants,
+    is_dead,
+)
 from kvmesh.workers.errors import ConfigError
 from kvmesh.workers.model.facts import read_facts
 from kvmesh.workers.model.source import resolve_model
@@ -36,12 +46,19 @@ logger = logging.getLogger(__name__)
 APP_NAME = "kvmesh"
 POLL_S = 0.2
 ROUTER_TIMEOUT_S = 5.0
+# What runs goes on without them, but nothing that dies is replaced.
+RAY_PROCESSES = ("gcs_server", "raylet")
 
 Progress = Callable[[str, float | None], None]
+T = TypeVar("T")
 
 
 class StartError(Exception):
     """The cluster did not start. The message is for users."""
+
+
+class RayDiedError(Exception):
+    """A process of Ray that the cluster needs has died. The message is for users."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +87,9 @@ class Cluster:
         self._progress = progress or _silent
         self._directory: Path | None = None
         self._keep: frozenset[int] = frozenset()
+        self._identity = Identity.make()
+        self._router_at: Address | None = None
+        self._ray_processes: dict[str, psutil.Process] = {}
         self._started = False
         self._hurry = threading.Event()
 
@@ -106,6 +126,7 @@ class Cluster:
         config = self._prepare()
         metrics_url = self._start_ray(config)
         self._deploy(config)
+        self._router_at = self._find_router()
         host = "127.0.0.1" if config.ingress.host in ("0.0.0.0", "::") else config.ingress.host
         target = f"{host}:{config.ingress.port}"
         self._wait_serving(target)
@@ -168,7 +189,20 @@ class Cluster:
                 )
         except (RuntimeError, OSError, ValueError) as error:
             raise StartError(f"Ray did not start: {error}") from error
+        self._ray_processes = children_named(RAY_PROCESSES)
         return f"http://127.0.0.1:{config.metrics.port}/metrics"
+
+    def check_alive(self) -> None:
+        """Raises RayDiedError when the cluster has to be stopped and started again."""
+        if (name := self._dead_part()) is not None:
+            raise RayDiedError(
+                f"{name}, a process of Ray, has died, so the cluster was stopped. Start it again; "
+                "if this recurs, see whether the machine runs out of memory"
+            )
+
+    def _dead_part(self) -> str | None:
+        """Ray's process that has died, if one has."""
+        return next((name for name, x in self._ray_processes.items() if is_dead(x)), None)
 
     def _deploy(self, config: ClusterConfig) -> None:
         self._progress("starting Serve", None)
@@ -190,7 +224,8 @@ class Cluster:
         except (RayError, RuntimeError, TimeoutError, ValueError) as error:
             raise StartError(f"Serve did not start: {_last_error(str(error))}") from error
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
-        app = build_app(config, self._keys, gpus_per_rank=_gpus_per_rank(config))
+        gpus_per_rank = _gpus_per_rank(config)
+        app = build_app(config, self._keys, self._identity, gpus_per_rank=gpus_per_rank)
         self._run(serve, app, config.timeouts.start_s)
 
     def _run(self, serve: Any, app: serve.Application, timeout_s: float) -> None:
@@ -209,6 +244,7 @@ class Cluster:
         deadline = time.monotonic() + timeout_s
         while runner.is_alive():
             runner.join(POLL_S)
+            self.check_alive()
             if time.monotonic() > deadline:
                 raise StartError(
                     f"not ready within {timeout_s:g} s (timeouts.start_s); {_unready(serve)}"
@@ -231,6 +267,7 @@ class Cluster:
                     reply = stub.Check(health_pb2.HealthCheckRequest(), timeout=2.0)
                     if reply.status == health_pb2.HealthCheckResponse.SERVING:
                         return
+                self.check_alive()
                 time.sleep(POLL_S)
         raise StartError("the cluster was deployed, but its health check does not return SERVING")
 
@@ -246,18 +283,24 @@ class Cluster:
                 self._stop_serving()
         finally:
             self._progress("stopping Ray", None)
-            with _muted():
-                ray.shutdown()
+            if self._dead_part() is None:
+                with _muted():
+                    ray.shutdown()
             if self._directory is not None:
                 end_descendants(self._keep)
                 shutil.rmtree(self._directory, ignore_errors=True)
                 self._directory = None
+            with _muted():
+                # Not before the others are gone: it waits for a dead part.
+                ray.shutdown()
 
     def _stop_serving(self) -> None:
         from ray import serve
 
         if not self._hurry.is_set():
-            self._wait_for_requests(serve)
+            self._wait_for_requests()
+        if self._dead_part() is not None:
+            return
         with _muted(), contextlib.suppress(Exception):
             # Errors do not matter, because the processes are ended anyway.
             if self._config.ray.address is None:
@@ -265,35 +308,63 @@ class Cluster:
             else:
                 serve.delete(APP_NAME)
 
-    def _wait_for_requests(self, serve: Any) -> None:
-        from ray.exceptions import RayError
-        from ray.serve.exceptions import RayServeException
+    def _find_router(self) -> Address | None:
+        """Where the router listens, according to Serve; where it was, if Serve cannot answer."""
+        from ray import serve
 
-        # In a thread, because the caller may be running an event loop.
-        with ThreadPoolExecutor(1, "kvmesh-drain") as thread:
+        from kvmesh.cluster.app import router_finder
+
+        async def find() -> Address:
+            # Serve's handles need a running event loop.
+            return await router_finder(serve.get_deployment_handle("router", APP_NAME))()
+
+        if self._dead_part() is None:
             try:
-                thread.submit(asyncio.run, self._drain(serve)).result()
-            except (RayError, RayServeException, TimeoutError) as error:
-                logger.warning("cannot wait for running requests: %s", error)
+                return _run_in_thread(find)
+            except LinkError as error:
+                logger.warning("%s", error)
+        return self._router_at
 
-    async def _drain(self, serve: Any) -> None:
+    def _wait_for_requests(self) -> None:
+        address = self._find_router()
+        if address is None:
+            return
+        try:
+            _run_in_thread(lambda: self._drain(address))
+        except TimeoutError:
+            logger.warning("cannot wait for running requests: the router does not answer")
+
+    async def _drain(self, address: Address) -> None:
         """Make the router reject new requests, and wait for those that are running."""
-        # With RAY_SERVE_THROUGHPUT_OPTIMIZED, Serve's handles need a running event loop.
-        router = serve.get_deployment_handle("router", APP_NAME)
-        async with asyncio.timeout(ROUTER_TIMEOUT_S):
-            await router.drain.remote()
-        deadline = time.monotonic() + self._config.timeouts.drain_s
-        idle_polls = 0
-        while time.monotonic() < deadline and not self._hurry.is_set():
-            async with asyncio.timeout(ROUTER_TIMEOUT_S):
-                live_requests = await router.live_requests.remote()
-            # Poll once more, because a request's last output follows the end of its lease.
-            idle_polls = 0 if live_requests else idle_polls + 1
-            if idle_polls > 1:
-                return
-            if live_requests:
-                self._progress(f"waiting for {live_requests} requests", None)
-            await asyncio.sleep(POLL_S)
+
+        async def find() -> Address:
+            return address
+
+        router = RouterLink(self._identity, find)
+        connection = asyncio.create_task(router.run())
+        try:
+            deadline = time.monotonic() + self._config.timeouts.drain_s
+            idle_polls = 0
+            while time.monotonic() < deadline and not self._hurry.is_set():
+                async with asyncio.timeout(ROUTER_TIMEOUT_S):
+                    live_requests = (await router.status()).router.live_requests
+                router.drain()
+                # Poll once more, because a request's last output follows the end of its lease.
+                idle_polls = 0 if live_requests else idle_polls + 1
+                if idle_polls > 1:
+                    return
+                if live_requests:
+                    self._progress(f"waiting for {live_requests} requests", None)
+                await asyncio.sleep(POLL_S)
+        finally:
+            connection.cancel()
+            await asyncio.gather(connection, return_exceptions=True)
+
+
+def _run_in_thread(make: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """The coroutine's result. In a thread, because the caller may be running an event loop."""
+    with ThreadPoolExecutor(1, "kvmesh-router") as thread:
+        return thread.submit(lambda: asyncio.run(make())).result()
 
 
 def _with_ports(

@@ -71,6 +71,10 @@ class AskExplanation(_Message):
     request_id: str
 
 
+class Drain(_Message):
+    """Take no new requests."""
+
+
 class AskStatus(_Message):
     """fresh: ask every engine first"""
 
@@ -226,7 +230,7 @@ class Replaced(_Message):
 
 
 FROM_INGRESS = (
-    Place | Cancel | Release | Finished | Abort | AskEstimate | AskExplanation | AskStatus
+    Place | Cancel | Release | Finished | Abort | AskEstimate | AskExplanation | AskStatus | Drain
 )
 FROM_ENGINE = Hello | AccountNews | Report
 TO_ROUTER = FROM_INGRESS | FROM_ENGINE

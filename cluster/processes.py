@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import signal
 import sys
+from collections.abc import Collection
 
 import psutil
 
@@ -37,6 +38,24 @@ def end_descendants(keep: frozenset[int], timeout_s: float = 3.0) -> list[str]:
         # This also reaps the orphans that this process has adopted.
         psutil.wait_procs(left, timeout=timeout_s)
     return ended
+
+
+def children_named(names: Collection[str]) -> dict[str, psutil.Process]:
+    """Direct children of this process by the names of their executables."""
+    found: dict[str, psutil.Process] = {}
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if child.name() in names:
+                found[child.name()] = child
+    return found
+
+
+def is_dead(process: psutil.Process) -> bool:
+    """Whether it has ended, even if nobody has waited for it yet."""
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def descendants() -> frozenset[int]:

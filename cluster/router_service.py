@@ -25,6 +25,7 @@ from kvmesh.cluster.messages import (
     CallFailed,
     Cancel,
     Decisions,
+    Drain,
     Estimated,
     Extend,
     Finished,
@@ -330,6 +331,8 @@ class _RouterPeer:
                 service.report(self._group, message)
             case Abort(call=call, request_id=request_id):
                 self.send(Aborted(call, service.abort(request_id)))
+            case Drain():
+                service.drain()
             case AskStatus():
                 service.ask_status(message, self)
             case AskEstimate(call=call, request=request):

@@ -111,7 +111,7 @@ def _server_line(error: Exception) -> str | None:
     """The message of a server-side error that is meant for users; None for other errors."""
     from kvmesh.workers.errors import EngineError
 
-    if isinstance(error, EngineError) or type(error).__name__ == "StartError":
+    if isinstance(error, EngineError) or type(error).__name__ in ("StartError", "RayDiedError"):
         return str(error)
     return None
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
-from kvmesh.client import Client, Loads, Message, Stream
+from kvmesh.client import Client, KVMeshError, Loads, Message, Stream
 from kvmesh.cluster.cli.console import (
     EXIT_INTERRUPTED,
     Steps,
@@ -55,6 +55,9 @@ def run_demo(settings: ClusterConfig, question: str, max_tokens: int) -> int:
                     _describe(settings)
                     cost = _ask(endpoint, question, max_tokens)
                     out.print(_table(cost))
+                except KVMeshError:
+                    cluster.check_alive()  # a better reason, if it raises
+                    raise
                 finally:
                     with Steps() as closing:
                         cluster.report_to(closing)

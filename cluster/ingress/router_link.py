@@ -27,6 +27,7 @@ from kvmesh.cluster.messages import (
     CallFailed,
     Cancel,
     Decisions,
+    Drain,
     Estimated,
     Finished,
     Place,
@@ -114,6 +115,10 @@ class RouterLink:
         answer = await self._ask_soon(AskStatus(next(self._numbers), fresh))
         assert isinstance(answer, Status)
         return answer.status
+
+    def drain(self) -> None:
+        """Make the connected router refuse new requests."""
+        self._send(Drain())
 
     # Within
 
