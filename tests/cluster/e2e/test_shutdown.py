@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +23,10 @@ import yaml
 
 from kvmesh.client import Client, KVMeshError
 from kvmesh.client.credentials import read_key_file
-from tests.cluster.e2e.harness import SMALL_ENGINE, wait_for
+from kvmesh.cluster.config import build
+from kvmesh.cluster.lifecycle import Endpoint
+from tests.cluster.e2e.harness import SMALL_ENGINE, greedy_by_engine, wait_for
+from tests.cluster.e2e.streams import PROMPTS, Streams, check_complete
 
 pytestmark = [
     pytest.mark.ray,
@@ -101,9 +107,20 @@ class Server:
         wait_for(there, f"output {pattern!r}", READY_WITHIN_S)
         return found[0]
 
-    def client(self) -> Client:
+    def endpoint(self) -> Endpoint:
         target = self.wait_for_output(r"ready at (\S+)")[1]
-        return Client(target, api_key=read_key_file(self._directory / "kvmesh" / "api_key"))
+        return Endpoint(target, read_key_file(self._directory / "kvmesh" / "api_key"), None)
+
+    def client(self) -> Client:
+        endpoint = self.endpoint()
+        return Client(endpoint.target, api_key=endpoint.api_key)
+
+    def kill(self, name: str) -> None:
+        """A process of Ray, as the kernel does when memory runs out."""
+        self.note_processes()
+        for process in psutil.Process(self.process.pid).children():
+            if process.name() == name:
+                process.kill()
 
     def ctrl_c(self) -> None:
         """Like a terminal: signal the whole foreground group, after recording its processes."""
@@ -220,3 +237,31 @@ def test_ctrl_c_while_it_starts_leaves_nothing() -> None:
         serve.ctrl_c()
         assert serve.wait_ended() == INTERRUPTED
         check_gone(serve)
+
+
+THIRTY = [PROMPTS[number % len(PROMPTS)] for number in range(30)]
+TOKENS = 24
+
+
+@pytest.mark.parametrize("name", ["gcs_server", "raylet"])
+async def test_streams_end_when_a_process_of_ray_dies_and_nothing_is_left(name: str) -> None:
+    with server() as serve:
+        endpoint = await asyncio.to_thread(serve.endpoint)
+        with Client(endpoint.target, api_key=endpoint.api_key) as client:
+            ids = [client.tokenize(prompt).token_ids for prompt in PROMPTS]
+        streams = Streams(endpoint, THIRTY, TOKENS)
+        await streams.received(len(THIRTY) * TOKENS // 3)
+        started = time.monotonic()
+        serve.kill(name)
+        streamed = await streams.ends()
+        print("streams", time.monotonic() - started)
+        assert await asyncio.to_thread(serve.wait_ended) == 1
+        print("ended", time.monotonic() - started, serve.output)
+        assert serve.output.count("error:") == 1
+        assert f"error: {name}, a process of Ray, has died" in serve.output
+        check_gone(serve)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", int(endpoint.target.rpartition(":")[2])))
+    config = build({"engine": SMALL_ENGINE})
+    expected = dict(zip(PROMPTS, greedy_by_engine(config, ids, TOKENS), strict=True))
+    check_complete(streamed, THIRTY, expected)
