@@ -263,5 +263,6 @@ async def test_streams_end_when_a_process_of_ray_dies_and_nothing_is_left(name: 
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", int(endpoint.target.rpartition(":")[2])))
     config = build({"engine": SMALL_ENGINE})
-    expected = dict(zip(PROMPTS, greedy_by_engine(config, ids, TOKENS), strict=True))
+    answers = await asyncio.to_thread(greedy_by_engine, config, ids, TOKENS)
+    expected = dict(zip(PROMPTS, answers, strict=True))
     check_complete(streamed, THIRTY, expected)
