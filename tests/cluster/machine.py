@@ -161,7 +161,7 @@ class WatchedEngine(EngineService):
         """Close every connection for good, as if the process had died."""
         assert self._listener is not None
         self._listener.close()
-        self._leave_router()
+        self._account.leave()
         for ingress in self._connections:
             ingress._connection.abort()
 
@@ -333,7 +333,7 @@ class Machine:
 
     def hang(self, name: str) -> None:
         """Make an engine's peers find it silent. It then continues, as after a SIGCONT."""
-        epoch = self.engines[name].leader.info().epoch
+        epoch = self.engines[name].leader.account.info.epoch
         to_engine = self.ingress._engines._links[epoch]._connection
         for connection in (self.router._groups[name].connection, to_engine):
             assert connection is not None
@@ -375,8 +375,8 @@ class Machine:
         for leader in self.leaders.values():
             if leader.failed is None:
                 await asyncio.wait_for(leader._idle.wait(), 20)
-                await self.until(lambda: leader.loads_current)  # noqa: B023
-                loads = leader.loads()
+                await self.until(lambda: leader.account.loads_current)  # noqa: B023
+                loads = leader.account.loads
                 assert (loads.running, loads.waiting, loads.leases) == (0, 0, ())
                 assert loads.pool.used == PageNeed(0, 0)
 

@@ -32,7 +32,7 @@ async def test_bytes_and_pages_agree_and_count_every_choice(n: int) -> None:
         reply = await estimate(built, 100, n)
         assert reply.feasible_ever and reply.group in ("g0", "g1")
         for group in reply.groups:
-            geometry = built.leaders[group.group].info().geometry
+            geometry = built.leaders[group.group].account.info.geometry
             need = geometry.peak_need(110)
             assert (group.hot_pages, group.sealed_pages) == (need.hot * n, need.sealed * n)
             assert group.needed_bytes == n * geometry.bytes_of(need) <= group.capacity_bytes

@@ -261,7 +261,7 @@ async def test_a_stop_string_ends_the_sequence_on_the_engine(one: Machine) -> No
     assert received.usage is not None
     assert received.usage.completion_tokens == len(received.tokens[0])
     # The last event comes when the pages are free, not before.
-    loads = one.leaders["g0"].loads()
+    loads = one.leaders["g0"].account.loads
     assert loads.pool.used == PageNeed(0, 0)
     assert loads.outcomes_total == {"stop": 1}
 
@@ -594,7 +594,7 @@ async def test_the_engine_ends_an_overdue_sequence(
     one.allow(5)
     await rest_of(stream, received)
     assert received.reason() == "deadline"
-    assert one.leaders["g0"].loads().outcomes_total.get("deadline") == 1
+    assert one.leaders["g0"].account.loads.outcomes_total.get("deadline") == 1
     assert one.engines["g0"].ended == []
 
 
@@ -663,7 +663,7 @@ async def test_a_resumed_request_replaces_the_original(one: Machine) -> None:
         read(one.stream(resumed(make_request(60), {0: (expected[:4], 4)})), {0: 4})
     )
     # The engine has to know before it computes further.
-    await one.until(lambda: len(one.engines["g0"]._withdrawn) == 1)
+    await one.until(lambda: len(one.engines["g0"]._account.withdrawn) == 1)
     one.allow(MANY)
     await rest_of(old, before)
     assert before.reason() == "abort"

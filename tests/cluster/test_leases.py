@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from kvmesh.cluster import router_service
-from kvmesh.cluster.engine_service import WITHDRAWN_LIMIT
+from kvmesh.cluster.account_link import WITHDRAWN_LIMIT
 from kvmesh.cluster.errors import EngineLostError
 from kvmesh.cluster.link import Address, connect
 from kvmesh.cluster.messages import (
@@ -53,7 +53,7 @@ def check_engines_within_ledger(built: Machine) -> None:
     """No engine holds more than the ledger has leased there."""
     ledger = {group.group: group for group in built.router.status().router.groups}
     for name, leader in built.leaders.items():
-        assert leader.loads().pool.used.fits(ledger[name].used)
+        assert leader.account.loads.pool.used.fits(ledger[name].used)
 
 
 async def test_a_lease_covers_what_was_learned_and_grows_with_the_output() -> None:
@@ -83,9 +83,9 @@ async def test_an_engine_pauses_a_request_that_has_used_up_its_lease() -> None:
         stream = one.stream(make_request(200))
         # The lease is for one sealed page: two pages, less the token that would fill the second.
         received = await read_until(stream, 2 * PAGE - len(PROMPT))
-        await one.until(lambda: one.leaders["g0"].loads_current)
+        await one.until(lambda: one.leaders["g0"].account.loads_current)
         check_engines_within_ledger(one)
-        assert one.leaders["g0"].loads().running == 1
+        assert one.leaders["g0"].account.loads.running == 1
         # Another request runs meanwhile.
         await run_request(one, 10, "other")
         one.router.resume_growth()
@@ -110,7 +110,7 @@ async def test_a_growth_waits_until_pages_are_free() -> None:
         lease_id = one.router.granted[-1].lease.lease_id
         await one.until(lambda: one.router.wanted[lease_id] == 1)
         assert one.router.grown[lease_id] == 0
-        assert one.leaders["g0"].loads().running == 1
+        assert one.leaders["g0"].account.loads.running == 1
         other.router.send(Release(old.lease.lease_id))
         await rest_of(stream, received)
         assert received.tokens[0] == answer(PROMPT, 200)
@@ -173,7 +173,7 @@ async def test_an_abort_between_placement_and_submission_takes_effect() -> None:
         received = await reading
         assert received.reason() == "abort"
         assert not received.tokens
-        assert one.leaders["g0"].loads().prompt_tokens_total == 0
+        assert one.leaders["g0"].account.loads.prompt_tokens_total == 0
 
 
 async def test_an_ingress_that_dies_while_its_request_waits_leaves_the_queue() -> None:
@@ -226,7 +226,7 @@ async def test_the_pages_of_a_dead_ingress_are_freed_at_once(started: bool) -> N
             return one.leases() == 0
 
         await one.until(freed)
-        assert one.leaders["g0"].loads().outcomes_total == {"abort": 1}
+        assert one.leaders["g0"].account.loads.outcomes_total == {"abort": 1}
 
 
 # Restarts
@@ -332,8 +332,8 @@ async def test_leases_with_the_same_prompt_share_its_pages() -> None:
 async def test_withdrawn_leases_are_remembered_up_to_a_limit() -> None:
     async with machine() as one:
         engine = one.engines["g0"]
-        engine.withdraw(tuple(f"gone-{i}" for i in range(2 * WITHDRAWN_LIMIT)))
-        assert len(engine._withdrawn) == WITHDRAWN_LIMIT
+        engine._account.withdraw(tuple(f"gone-{i}" for i in range(2 * WITHDRAWN_LIMIT)))
+        assert len(engine._account.withdrawn) == WITHDRAWN_LIMIT
 
 
 class Zombie:
@@ -347,7 +347,7 @@ class Zombie:
     async def greet(self) -> None:
         address = await self._built.find_router()
         router = await connect(address, IDENTITY, TO_ENGINE_FROM_ROUTER, lambda _: self)
-        info = replace(self._built.leaders[self._name].info(), epoch="zombie")
+        info = replace(self._built.leaders[self._name].account.info, epoch="zombie")
         hung = LeaseTerms("hung", 1, 1, 1, 1)
         nothing = AccountUpdate(), PageChanges((), ())
         router.send(Hello(self._name, 1, info, Address("127.0.0.1", 1), (hung,), *nothing))
@@ -369,7 +369,7 @@ async def test_an_engine_that_returns_after_its_replacement_is_sent_away() -> No
         assert zombie.heard == [Replaced()]
         status = one.router.status()
         assert (status.router.leases, status.audit_faults_total) == (0, 0)
-        assert status.reports["g0"].info.epoch == one.leaders["g0"].info().epoch
+        assert status.reports["g0"].info.epoch == one.leaders["g0"].account.info.epoch
         one.allow(MANY)
         await run_request(one, 20, "r")
 
@@ -388,4 +388,4 @@ async def test_an_engine_fails_when_it_hears_that_it_was_replaced() -> None:
         await rest_of(stream, received)
         assert received.tokens[0] == answer(PROMPT, 60)
         await one.until(lambda: len(one.router._groups) == 1)
-        assert one.router._groups["g0"].info == one.leaders["g0"].info()
+        assert one.router._groups["g0"].info == one.leaders["g0"].account.info

@@ -56,7 +56,13 @@ class Server:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         config = directory / "kvmesh.yaml"
-        config.write_text(yaml.safe_dump({"engine": dict(SMALL_ENGINE), "ingress": {"port": 0}}))
+        # On a busy machine, thirty streams take longer than the default of drain_s.
+        sections = {
+            "engine": dict(SMALL_ENGINE),
+            "ingress": {"port": 0},
+            "timeouts": {"drain_s": 120},
+        }
+        config.write_text(yaml.safe_dump(sections))
         self._mark = f"{os.getpid()}-{directory.name}"
         self._before = {child.pid for child in psutil.Process().children(recursive=True)}
         self._seen: set[tuple[int, float]] = set()
