@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 APP_NAME = "kvmesh"
 POLL_S = 0.2
 ROUTER_TIMEOUT_S = 5.0
-# What runs goes on without them, but nothing that dies is replaced.
+# What runs continues without them, but nothing that dies is replaced.
 RAY_PROCESSES = ("gcs_server", "raylet")
 
 Progress = Callable[[str, float | None], None]
@@ -213,7 +213,7 @@ class Cluster:
         from kvmesh.cluster.app import build_app
         from kvmesh.cluster.servicer import SERVICER_FUNCTIONS
 
-        logging.getLogger("ray.serve").setLevel(logging.ERROR)
+        _quieten_serve()
         try:
             serve.start(
                 http_options=HTTPOptions(host=config.ingress.host, port=config.ingress.http_port),
@@ -223,7 +223,7 @@ class Cluster:
             )
         except (RayError, RuntimeError, TimeoutError, ValueError) as error:
             raise StartError(f"Serve did not start: {_last_error(str(error))}") from error
-        logging.getLogger("ray.serve").setLevel(logging.ERROR)
+        _quieten_serve()
         gpus_per_rank = _gpus_per_rank(config)
         app = build_app(config, self._keys, self._identity, gpus_per_rank=gpus_per_rank)
         self._run(serve, app, config.timeouts.start_s)
@@ -443,6 +443,14 @@ def _muted() -> Any:
     """Hide what Ray prints about the deaths of its actors during shutdown."""
     with open(os.devnull, "w") as null, contextlib.redirect_stderr(null):
         yield
+
+
+def _quieten_serve() -> None:
+    """Hide what Serve logs here: errors that matter are raised, or in its status.
+
+    It would complain of event loops that have ended, see `_find_router`.
+    """
+    logging.getLogger("ray.serve").setLevel(logging.CRITICAL)
 
 
 def _short_tmp() -> str:

@@ -148,6 +148,30 @@ async def test_streams_survive_an_engine_that_hangs(
     await asyncio.to_thread(wait_for, one_rank_is_new, "the ranks of the hung engine are gone")
 
 
+async def test_streams_survive_an_ingress_that_hangs(
+    endpoint: Endpoint,
+    client: Client,
+    expected: dict[str, tuple[int, ...]],
+    stopped: Callable[[str], psutil.Process],
+) -> None:
+    """Serve ends it, and its clients resume at the other one."""
+    took_s = await disturbed(
+        endpoint, expected, lambda: stopped("ray::ServeReplica:kvmesh:ingress")
+    )
+    print(f"ingress: {took_s:.1f} s")
+
+
+async def test_streams_do_not_notice_a_router_that_hangs(
+    endpoint: Endpoint,
+    client: Client,
+    expected: dict[str, tuple[int, ...]],
+    stopped: Callable[[str], psutil.Process],
+) -> None:
+    """Those that wait for a place are placed by its replacement."""
+    took_s = await disturbed(endpoint, expected, lambda: stopped("ray::ServeReplica:kvmesh:router"))
+    print(f"router: {took_s:.1f} s")
+
+
 async def test_streams_survive_the_death_of_the_front_proxy(
     endpoint: Endpoint, client: Client, expected: dict[str, tuple[int, ...]]
 ) -> None:
