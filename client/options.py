@@ -81,7 +81,7 @@ class RetryPolicy:
     retry_after_s, the client waits that long and adds the jittered back-off, so that
     requests refused together do not return together.
 
-    A server that has answered this client before, and is lost, is expected to return: a
+    A server that has served this client before, and is lost, is expected to return: a
     call tries again, and a stream resumes where it stopped, as long as its timeout allows.
 
     max_attempts: per call; a stream that makes progress starts counting from 1 again;

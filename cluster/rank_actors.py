@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
-import signal
 import socket
 from dataclasses import dataclass
 
+import psutil
 import ray
 from ray.exceptions import RayError
 from ray.util import get_current_placement_group
@@ -55,7 +54,7 @@ class RankActors:
         assert group is not None, "the leader must run in a placement group"
         rendezvous = f"tcp://127.0.0.1:{_free_port()}"
         self._actors = []
-        self._process_ids: list[int] = []
+        self._processes: list[psutil.Process] = []
         self._watchers = []
         for rank, endpoint in enumerate(self.executor.endpoints):
             strategy = PlacementGroupSchedulingStrategy(
@@ -74,10 +73,10 @@ class RankActors:
     ) -> None:
         """Fail the executor when a rank ends, for whatever reason."""
         try:
-            self._process_ids.append(await process_id)
+            self._processes.append(psutil.Process(await process_id))
             await running
             error = WorkerDiedError(f"rank {rank} ended")
-        except RayError as cause:
+        except (RayError, psutil.NoSuchProcess) as cause:
             logger.warning("rank %d died: %s", rank, cause)
             error = WorkerDiedError(f"rank {rank} died")
         self.executor.fail(error)
@@ -91,12 +90,12 @@ class RankActors:
         """End the ranks at once, also those that hang and do not hear Ray."""
         for watcher in self._watchers:
             watcher.cancel()
+        # They run on this host: their placement is STRICT_PACK.
+        for process in self._processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
         for actor in self._actors:
             ray.kill(actor)
-        # They run on this host: their placement is STRICT_PACK.
-        for process_id in self._process_ids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process_id, signal.SIGKILL)
 
 
 def _free_port() -> int:

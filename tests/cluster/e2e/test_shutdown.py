@@ -21,7 +21,7 @@ import psutil
 import pytest
 import yaml
 
-from kvmesh.client import Client, KVMeshError
+from kvmesh.client import NO_RETRY, Client, KVMeshError
 from kvmesh.client.credentials import read_key_file
 from kvmesh.cluster.config import build
 from kvmesh.cluster.lifecycle import Endpoint
@@ -119,7 +119,7 @@ class Server:
 
     def client(self) -> Client:
         endpoint = self.endpoint()
-        return Client(endpoint.target, api_key=endpoint.api_key)
+        return Client(endpoint.target, api_key=endpoint.api_key, retry=NO_RETRY)
 
     def kill(self, name: str) -> None:
         """A process of Ray, as the kernel does when memory runs out."""
