@@ -101,9 +101,11 @@ class EngineReplica:
         while (failed := self._service.leader.failed) is None:
             await asyncio.sleep(FAILURE_POLL_S)
         logger.error("the engine failed and its replica exits: %s", failed)
-        self._actors.kill()
-        await asyncio.sleep(FLUSH_S)
-        os._exit(1)
+        try:
+            self._actors.kill()
+            await asyncio.sleep(FLUSH_S)
+        finally:
+            os._exit(1)
 
     async def __del__(self) -> None:
         self._guard.cancel()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import math
@@ -11,20 +10,19 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import psutil
 
 from kvmesh.cluster.config import ClusterConfig
+from kvmesh.cluster.drain import drain, router_address
 from kvmesh.cluster.environment import free_ports, local_variables, port_in_use, serve_variables
 from kvmesh.cluster.identity import Identity
-from kvmesh.cluster.ingress.router_link import RouterLink
 from kvmesh.cluster.keys import known_keys, local_key
 from kvmesh.cluster.link import Address, LinkError
 from kvmesh.cluster.processes import (
@@ -45,12 +43,10 @@ logger = logging.getLogger(__name__)
 
 APP_NAME = "kvmesh"
 POLL_S = 0.2
-ROUTER_TIMEOUT_S = 5.0
 # What runs continues without them, but nothing that dies is replaced.
 RAY_PROCESSES = ("gcs_server", "raylet")
 
 Progress = Callable[[str, float | None], None]
-T = TypeVar("T")
 
 
 class StartError(Exception):
@@ -88,7 +84,7 @@ class Cluster:
         self._directory: Path | None = None
         self._keep: frozenset[int] = frozenset()
         self._identity = Identity.make()
-        self._router_at: Address | None = None
+        self._router: Address | None = None
         self._ray_processes: dict[str, psutil.Process] = {}
         self._started = False
         self._hurry = threading.Event()
@@ -126,7 +122,7 @@ class Cluster:
         config = self._prepare()
         metrics_url = self._start_ray(config)
         self._deploy(config)
-        self._router_at = self._find_router()
+        self._find_router()
         host = "127.0.0.1" if config.ingress.host in ("0.0.0.0", "::") else config.ingress.host
         target = f"{host}:{config.ingress.port}"
         self._wait_serving(target)
@@ -308,63 +304,26 @@ class Cluster:
             else:
                 serve.delete(APP_NAME)
 
-    def _find_router(self) -> Address | None:
-        """Where the router listens, according to Serve; where it was, if Serve cannot answer."""
-        from ray import serve
-
-        from kvmesh.cluster.app import router_finder
-
-        async def find() -> Address:
-            # Serve's handles need a running event loop.
-            return await router_finder(serve.get_deployment_handle("router", APP_NAME))()
-
-        if self._dead_part() is None:
-            try:
-                return _run_in_thread(find)
-            except LinkError as error:
-                logger.warning("%s", error)
-        return self._router_at
-
     def _wait_for_requests(self) -> None:
-        address = self._find_router()
-        if address is None:
+        if self._dead_part() is None:
+            self._find_router()
+        if self._router is None:
             return
+
+        def report(live_requests: int) -> None:
+            self._progress(f"waiting for {live_requests} requests", None)
+
         try:
-            _run_in_thread(lambda: self._drain(address))
+            drain(self._router, self._identity, self._config.timeouts.drain_s, self._hurry, report)
         except TimeoutError:
             logger.warning("cannot wait for running requests: the router does not answer")
 
-    async def _drain(self, address: Address) -> None:
-        """Make the router reject new requests, and wait for those that are running."""
-
-        async def find() -> Address:
-            return address
-
-        router = RouterLink(self._identity, find)
-        connection = asyncio.create_task(router.run())
+    def _find_router(self) -> None:
+        """Note where the router listens, while Serve can tell."""
         try:
-            deadline = time.monotonic() + self._config.timeouts.drain_s
-            idle_polls = 0
-            while time.monotonic() < deadline and not self._hurry.is_set():
-                async with asyncio.timeout(ROUTER_TIMEOUT_S):
-                    live_requests = (await router.status()).router.live_requests
-                router.drain()
-                # Poll once more, because a request's last output follows the end of its lease.
-                idle_polls = 0 if live_requests else idle_polls + 1
-                if idle_polls > 1:
-                    return
-                if live_requests:
-                    self._progress(f"waiting for {live_requests} requests", None)
-                await asyncio.sleep(POLL_S)
-        finally:
-            connection.cancel()
-            await asyncio.gather(connection, return_exceptions=True)
-
-
-def _run_in_thread(make: Callable[[], Coroutine[Any, Any, T]]) -> T:
-    """The coroutine's result. In a thread, because the caller may be running an event loop."""
-    with ThreadPoolExecutor(1, "kvmesh-router") as thread:
-        return thread.submit(lambda: asyncio.run(make())).result()
+            self._router = router_address(APP_NAME)
+        except LinkError as error:
+            logger.warning("%s", error)
 
 
 def _with_ports(
@@ -448,7 +407,7 @@ def _muted() -> Any:
 def _quieten_serve() -> None:
     """Hide what Serve logs here: errors that matter are raised, or in its status.
 
-    It would complain of event loops that have ended, see `_find_router`.
+    It would complain of event loops that have ended, see cluster/drain.py.
     """
     logging.getLogger("ray.serve").setLevel(logging.CRITICAL)
 
