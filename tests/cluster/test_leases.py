@@ -4,13 +4,15 @@ of the output, learned from; and engines' reports of the pages that they hold.""
 from __future__ import annotations
 
 import asyncio
+import threading
 from dataclasses import replace
 
 import pytest
 
 from kvmesh.cluster import router_service
 from kvmesh.cluster.account_link import WITHDRAWN_LIMIT
-from kvmesh.cluster.errors import EngineLostError
+from kvmesh.cluster.drain import drain
+from kvmesh.cluster.errors import DrainingError, EngineLostError
 from kvmesh.cluster.link import Address, connect
 from kvmesh.cluster.messages import (
     TO_ENGINE_FROM_ROUTER,
@@ -389,3 +391,47 @@ async def test_an_engine_fails_when_it_hears_that_it_was_replaced() -> None:
         assert received.tokens[0] == answer(PROMPT, 60)
         await one.until(lambda: len(one.router._groups) == 1)
         assert one.router._groups["g0"].info == one.leaders["g0"].account.info
+
+
+async def test_draining_refuses_new_requests_and_waits_for_running_ones() -> None:
+    async with machine() as one:
+        stream = one.stream(make_request(60))
+        one.allow(8)
+        received = await read_until(stream, 4)
+        left: list[int] = []
+        heard = asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        def report(live_requests: int) -> None:
+            left.append(live_requests)
+            loop.call_soon_threadsafe(heard.set)
+
+        address = await one.find_router()
+        draining = asyncio.create_task(
+            asyncio.to_thread(drain, address, IDENTITY, 60.0, threading.Event(), report)
+        )
+        await asyncio.wait_for(heard.wait(), 20)
+        await one.until(lambda: one.router.status().draining)
+        await one.ingress.refresh()
+        with pytest.raises(DrainingError):
+            await run_request(one, 5, "late")
+        assert not draining.done()
+        one.allow(MANY)
+        await rest_of(stream, received)
+        assert received.tokens[0] == answer(PROMPT, 60)
+        await asyncio.wait_for(draining, 20)
+        assert set(left) == {1}
+
+
+async def test_a_hurried_drain_does_not_wait() -> None:
+    async with machine() as one:
+        stream = one.stream(make_request(60))
+        one.allow(8)
+        await read_until(stream, 4)
+        hurry = threading.Event()
+        address = await one.find_router()
+        waiting = asyncio.to_thread(
+            drain, address, IDENTITY, 60.0, hurry, lambda live_requests: hurry.set()
+        )
+        await asyncio.wait_for(waiting, 20)
+        await stream.aclose()
