@@ -21,10 +21,11 @@ import psutil
 
 from kvmesh.cluster.config import ClusterConfig
 from kvmesh.cluster.drain import drain, router_address
-from kvmesh.cluster.environment import free_ports, local_variables, port_in_use, serve_variables
+from kvmesh.cluster.environment import local_variables, serve_variables
 from kvmesh.cluster.identity import Identity
-from kvmesh.cluster.keys import known_keys, local_key
+from kvmesh.cluster.keys import known_keys, local_key, protect_ray_token
 from kvmesh.cluster.link import Address, LinkError
+from kvmesh.cluster.ports import PortBlock, take_ports
 from kvmesh.cluster.processes import (
     adopt_orphans,
     children_named,
@@ -82,6 +83,7 @@ class Cluster:
         self._config = config
         self._progress = progress or _silent
         self._directory: Path | None = None
+        self._ports: PortBlock | None = None
         self._keep: frozenset[int] = frozenset()
         self._identity = Identity.make()
         self._router: Address | None = None
@@ -143,13 +145,14 @@ class Cluster:
                 f"{', '.join(divisors)}; got {config.engine.tp}",
             )
         if config.ray.address is None:
-            if config.ingress.port and port_in_use(config.ingress.host, config.ingress.port):
-                raise ConfigError(
-                    "ingress.port",
-                    f"{config.ingress.port} is in use; choose another, or 0 for any free one",
-                )
-            grpc_port, http_port, metrics_port = free_ports(3)
-            config = _with_ports(config, grpc_port, http_port, metrics_port)
+            chosen = {
+                "ingress.port": config.ingress.port,
+                "ingress.http_port": config.ingress.http_port,
+                "metrics.port": config.metrics.port,
+            }
+            chosen = {setting: port for setting, port in chosen.items() if port}
+            self._ports = take_ports(config.ingress.host, chosen)
+            config = _with_ports(config, *map(self._ports.single, (4, 5, 6)))
         self._keys = known_keys(config.auth, os.environ)
         return config
 
@@ -166,7 +169,9 @@ class Cluster:
         adopt_orphans()
         # Its path must be short, because Unix sockets of Ray and HAProxy are placed in it.
         self._directory = Path(tempfile.mkdtemp(prefix="kvmesh-", dir=_short_tmp()))
-        os.environ.update(local_variables(config, self._directory / "p"))
+        assert self._ports is not None
+        protect_ray_token(os.environ)
+        os.environ.update(local_variables(config, self._directory / "p", self._ports))
         self._started = True
         ray = _import_ray()
         scratch = self._directory / "t"
@@ -269,9 +274,14 @@ class Cluster:
 
     def stop(self) -> None:
         """Wait for requests, shut down, and end all processes. Idempotent."""
-        if not self._started:
-            return
-        self._started = False
+        if self._started:
+            self._started = False
+            self._shut_down()
+        if self._ports is not None:
+            self._ports.release()
+            self._ports = None
+
+    def _shut_down(self) -> None:
         ray = _import_ray()
         try:
             if ray.is_initialized():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import socket
 from dataclasses import dataclass
 
 import psutil
@@ -52,7 +51,6 @@ class RankActors:
         )
         group = get_current_placement_group()
         assert group is not None, "the leader must run in a placement group"
-        rendezvous = f"tcp://127.0.0.1:{_free_port()}"
         self._actors = []
         self._processes: list[psutil.Process] = []
         self._watchers = []
@@ -65,7 +63,7 @@ class RankActors:
             ).remote()
             self._actors.append(actor)
             process_id = actor.process_id.remote()
-            running = actor.run.remote(config, rank, endpoint, rendezvous)
+            running = actor.run.remote(config, rank, endpoint, self.executor.rendezvous)
             self._watchers.append(asyncio.create_task(self._watch(rank, process_id, running)))
 
     async def _watch(
@@ -96,9 +94,3 @@ class RankActors:
                 process.kill()
         for actor in self._actors:
             ray.kill(actor)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

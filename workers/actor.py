@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -19,7 +20,7 @@ class RankActor:
         """Call it before `run`, which does not return."""
         return os.getpid()
 
-    def run(self, config: EngineConfig, rank: int, endpoint: str, rendezvous: str) -> None:
+    def run(self, config: EngineConfig, rank: int, endpoint: str, rendezvous: Path) -> None:
         """Serve until the leader closes the channel; see worker_main."""
         wait_passively(os.environ)
         # Imported here so that the leader can load the class without torch.

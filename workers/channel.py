@@ -113,6 +113,7 @@ class ChannelExecutor:
         self._step_limit = StepLimit(step_timeout_s)
         self._start_timeout_s = start_timeout_s
         self._directory = Path(tempfile.mkdtemp(prefix="kvmesh-"))  # mode 0700
+        self.rendezvous = self._directory / "ranks"
         self.endpoints = [f"ipc://{self._directory}/rank{rank}" for rank in range(num_ranks)]
         self._sockets: list[zmq.Socket[bytes]] = []
         for endpoint in self.endpoints:
