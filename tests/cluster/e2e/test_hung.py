@@ -148,7 +148,7 @@ async def test_streams_survive_an_ingress_that_hangs(
     await disturbed(endpoint, expected, lambda: stopped("ray::ServeReplica:kvmesh:ingress"))
 
 
-async def test_streams_do_not_notice_a_router_that_hangs(
+async def test_streams_survive_a_router_that_hangs(
     endpoint: Endpoint,
     client: Client,
     expected: dict[str, tuple[int, ...]],
