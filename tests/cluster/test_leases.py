@@ -11,7 +11,7 @@ import pytest
 
 from kvmesh.cluster import router_service
 from kvmesh.cluster.account_link import WITHDRAWN_LIMIT
-from kvmesh.cluster.drain import drain
+from kvmesh.cluster.drain import RouterCalls
 from kvmesh.cluster.errors import DrainingError, EngineLostError
 from kvmesh.cluster.link import Address, connect
 from kvmesh.cluster.messages import (
@@ -407,8 +407,9 @@ async def test_draining_refuses_new_requests_and_waits_for_running_ones() -> Non
             loop.call_soon_threadsafe(heard.set)
 
         address = await one.find_router()
+        calls = RouterCalls("no app", IDENTITY)
         draining = asyncio.create_task(
-            asyncio.to_thread(drain, address, IDENTITY, 60.0, threading.Event(), report)
+            asyncio.to_thread(calls.drain, address, 60.0, threading.Event(), report)
         )
         await asyncio.wait_for(heard.wait(), 20)
         await one.until(lambda: one.router.status().draining)
@@ -420,6 +421,7 @@ async def test_draining_refuses_new_requests_and_waits_for_running_ones() -> Non
         await rest_of(stream, received)
         assert received.tokens[0] == answer(PROMPT, 60)
         await asyncio.wait_for(draining, 20)
+        calls.close()
         assert set(left) == {1}
 
 
@@ -430,8 +432,8 @@ async def test_a_hurried_drain_does_not_wait() -> None:
         await read_until(stream, 4)
         hurry = threading.Event()
         address = await one.find_router()
-        waiting = asyncio.to_thread(
-            drain, address, IDENTITY, 60.0, hurry, lambda live_requests: hurry.set()
-        )
+        calls = RouterCalls("no app", IDENTITY)
+        waiting = asyncio.to_thread(calls.drain, address, 60.0, hurry, lambda _: hurry.set())
         await asyncio.wait_for(waiting, 20)
+        calls.close()
         await stream.aclose()

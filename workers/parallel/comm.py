@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import FileStore
 
 from kvmesh.workers.errors import ConfigError, WorkerDiedError
 from kvmesh.workers.parallel.same_host import SameHost, make_meeting_place
@@ -92,7 +93,7 @@ class _ProcessGroup(Communicator):
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             # Their sockets know no authentication, and the ranks are on one host.
             os.environ.setdefault(name, "lo")
-        store = dist.FileStore(str(rendezvous), size)
+        store = FileStore(str(rendezvous), size)
         store.set_timeout(timeout)
         try:
             dist.init_process_group(
@@ -145,7 +146,7 @@ class _ProcessGroup(Communicator):
             dist.destroy_process_group()
 
 
-def _meet_on_host(rank: int, size: int, store: dist.Store, timeout_s: float) -> SameHost | None:
+def _meet_on_host(rank: int, size: int, store: FileStore, timeout_s: float) -> SameHost | None:
     """The exchange through shared memory; None unless all ranks are on one host and can map it."""
     place = None
     if rank == 0:

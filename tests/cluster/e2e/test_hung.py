@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable, Iterator
 
 import psutil
@@ -72,9 +71,7 @@ def client(endpoint: Endpoint) -> Iterator[Client]:
     with Client(endpoint.target, api_key=endpoint.api_key, retry=PATIENT) as client:
         wait_idle(client)
         yield client
-        started = time.monotonic()
         wait_complete()
-        print(f"complete again after {time.monotonic() - started:.1f} s")
         wait_idle(client)
         check_accounts(client.loads())
 
@@ -98,14 +95,12 @@ def stopped() -> Iterator[Callable[[str], psutil.Process]]:
 
 async def disturbed(
     endpoint: Endpoint, expected: dict[str, tuple[int, ...]], disturb: Callable[[], object]
-) -> float:
-    """Seconds from a disturbance in the middle of thirty streams to the last one's end."""
+) -> None:
+    """Thirty streams, with a disturbance after a third of their tokens."""
     streams = Streams(endpoint, THIRTY, TOKENS)
     await streams.received(len(THIRTY) * TOKENS // 3)
-    started = time.monotonic()
     disturb()
     check_complete(await streams.ends(), THIRTY, expected)
-    return time.monotonic() - started
 
 
 async def test_streams_survive_a_rank_that_hangs(
@@ -117,8 +112,7 @@ async def test_streams_survive_a_rank_that_hangs(
     # The engines learn how long steps take.
     await disturbed(endpoint, expected, lambda: None)
     ranks: list[psutil.Process] = []
-    took_s = await disturbed(endpoint, expected, lambda: ranks.append(stopped("ray::RankActor")))
-    print(f"rank: {took_s:.1f} s")
+    await disturbed(endpoint, expected, lambda: ranks.append(stopped("ray::RankActor")))
     await asyncio.to_thread(wait_for, lambda: not ranks[0].is_running(), "the rank is ended")
 
 
@@ -131,16 +125,12 @@ async def test_streams_survive_an_engine_that_hangs(
     """Serve replaces it, and its ranks are ended with it."""
     parts: list[psutil.Process] = []
     before = {process.pid for process in processes_named("ray::RankActor")}
-    took_s = await disturbed(
+    await disturbed(
         endpoint,
         expected,
         lambda: parts.append(stopped("ray::ServeReplica:kvmesh:engine-0")),
     )
-    print(f"engine: {took_s:.1f} s")
-    replaced_s = await asyncio.to_thread(
-        wait_for, lambda: not parts[0].is_running(), "the hung engine is ended"
-    )
-    print(f"replaced: {replaced_s:.1f} s")
+    await asyncio.to_thread(wait_for, lambda: not parts[0].is_running(), "the hung engine is ended")
 
     def one_rank_is_new() -> bool:
         return len(before & {x.pid for x in processes_named("ray::RankActor")}) == GROUPS - 1
@@ -155,21 +145,17 @@ async def test_streams_survive_an_ingress_that_hangs(
     stopped: Callable[[str], psutil.Process],
 ) -> None:
     """Serve ends it, and its clients resume at the other one."""
-    took_s = await disturbed(
-        endpoint, expected, lambda: stopped("ray::ServeReplica:kvmesh:ingress")
-    )
-    print(f"ingress: {took_s:.1f} s")
+    await disturbed(endpoint, expected, lambda: stopped("ray::ServeReplica:kvmesh:ingress"))
 
 
-async def test_streams_do_not_notice_a_router_that_hangs(
+async def test_streams_survive_a_router_that_hangs(
     endpoint: Endpoint,
     client: Client,
     expected: dict[str, tuple[int, ...]],
     stopped: Callable[[str], psutil.Process],
 ) -> None:
     """Those that wait for a place are placed by its replacement."""
-    took_s = await disturbed(endpoint, expected, lambda: stopped("ray::ServeReplica:kvmesh:router"))
-    print(f"router: {took_s:.1f} s")
+    await disturbed(endpoint, expected, lambda: stopped("ray::ServeReplica:kvmesh:router"))
 
 
 async def test_streams_survive_the_death_of_the_front_proxy(
@@ -178,8 +164,6 @@ async def test_streams_survive_the_death_of_the_front_proxy(
     def kill_proxy() -> None:
         for process in processes_named("haproxy"):
             if "ray::" not in " ".join(process.cmdline()):
-                print("killed", process.cmdline()[:3])
                 kill(process)
 
-    took_s = await disturbed(endpoint, expected, kill_proxy)
-    print(f"proxy: {took_s:.1f} s")
+    await disturbed(endpoint, expected, kill_proxy)
