@@ -47,7 +47,7 @@ class Communicator:
     ) -> Communicator:
         """Meet the other ranks through the file `rendezvous`, which must not exist before.
 
-        Whoever can write to its directory can join: it must be this user's alone.
+        Any process that can write to its directory can join: it must be this user's alone.
 
         device: where tensors are; NCCL between GPUs, shared memory between the CPUs
             of one host, gloo between those of several
