@@ -32,6 +32,7 @@ from kvmesh.cluster.messages import (
     Place,
     Placed,
     Submit,
+    Waiting,
 )
 from kvmesh.cluster.metrics import EngineMeters, IngressMeters, RouterMeters
 from kvmesh.cluster.router_service import RouterService, _RouterPeer
@@ -375,7 +376,8 @@ class ScriptedIngress:
         return await asyncio.wait_for(self._answers.get(), 20)
 
     def received(self, message: object) -> None:
-        self._answers.put_nowait(message)
+        if not isinstance(message, Waiting):
+            self._answers.put_nowait(message)
 
     def lost(self) -> None: ...
 
