@@ -87,7 +87,8 @@ class Scheduler:
     def commit(self, plan: StepPlan) -> tuple[list[Sequence], list[Sequence]]:
         """Advance by a plan that was carried out.
 
-        Returns the sampled sequences and those with more to compute, in the plan's order. Hot pages that have left their windows are released, and full pages enter the prefix
+        Returns the sampled sequences, and those that have more to compute, in the plan's order.
+        Hot pages that have left their windows are released, and full pages enter the prefix
         cache."""
         by_row = {seq.row: seq for seq in self.running}
         sampled: list[Sequence] = []

@@ -209,9 +209,9 @@ class WatchedRouter(RouterService):
         return self._listener.address
 
     def die(self) -> None:
-        """Close every connection for good, as if the process had been killed."""
-        assert self._listener is not None
-        self._listener.close()
+        """Close every connection for good, as if the process had been killed. Idempotent."""
+        if self._listener is not None:
+            self._listener.close()
         self._listener = None
         for connection in self._connections:
             connection.abort()

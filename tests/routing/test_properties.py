@@ -26,7 +26,15 @@ from hypothesis.stateful import (
 from kvmesh.cluster.routing.config import RouterConfig, RouterTuning
 from kvmesh.cluster.routing.errors import RequestAbortedError
 from kvmesh.cluster.routing.live import Lease
-from kvmesh.cluster.routing.outcome import Enqueued, Granted, Grown, Outcome, Placement, Refused, Withdrawn
+from kvmesh.cluster.routing.outcome import (
+    Enqueued,
+    Granted,
+    Grown,
+    Outcome,
+    Placement,
+    Refused,
+    Withdrawn,
+)
 from kvmesh.cluster.routing.request import PlaceRequest
 from kvmesh.cluster.routing.router import Router
 from kvmesh.workers.lease import AccountUpdate, LeaseEnd, LeaseTerms, LeaseWant
