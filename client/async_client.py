@@ -23,11 +23,16 @@ from kvmesh.client.types import (
     Explanation,
     Loads,
     ModelInfo,
+    Prefilling,
+    Queued,
+    Started,
+    StreamEvent,
     Tokens,
 )
 from kvmesh.protos import pb
 
 T = TypeVar("T")
+Event = TypeVar("Event", bound=StreamEvent)
 
 
 class AsyncClient:
@@ -209,10 +214,15 @@ class AsyncStream(StreamView):
         self._closed = False
 
     def __aiter__(self) -> AsyncGenerator[Delta]:
-        if self._iterated or self._closed:
-            raise ClosedError("a stream can only be iterated over once")
-        self._iterated = True
-        return self._run()
+        return self._run(Delta)
+
+    def events(self) -> AsyncGenerator[StreamEvent]:
+        """Everything that is worth showing, instead of the output alone.
+
+        Queued and Prefilling may come at any time before the output ends, most often before
+        its first token, and say the same again when there is nothing new for some seconds.
+        """
+        return self._run(Queued, Started, Prefilling, Delta)
 
     async def aclose(self) -> None:
         """End the request on the server."""
@@ -231,8 +241,14 @@ class AsyncStream(StreamView):
     ) -> None:
         await self.aclose()
 
-    async def _run(self) -> AsyncGenerator[Delta]:
-        """Execute the steps of the flow."""
+    def _run(self, *kinds: type[Event]) -> AsyncGenerator[Event]:
+        if self._iterated or self._closed:
+            raise ClosedError("a stream can only be iterated over once")
+        self._iterated = True
+        return self._execute(kinds)
+
+    async def _execute(self, kinds: tuple[type[Event], ...]) -> AsyncGenerator[Event]:
+        """Execute the steps of the flow; yields events of these kinds."""
         try:
             step = next(self._flow)
             while True:
@@ -247,8 +263,9 @@ class AsyncStream(StreamView):
                             self._open(request, timeout_s)
                         case Read():
                             outcome = await self._read()
-                        case Emit(delta):
-                            yield delta
+                        case Emit(event):
+                            if isinstance(event, kinds):
+                                yield event
                     self._check_open()
                 except RpcFailure as failure:
                     self._check_open()

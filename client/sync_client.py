@@ -23,11 +23,16 @@ from kvmesh.client.types import (
     Explanation,
     Loads,
     ModelInfo,
+    Prefilling,
+    Queued,
+    Started,
+    StreamEvent,
     Tokens,
 )
 from kvmesh.protos import pb
 
 T = TypeVar("T")
+Event = TypeVar("Event", bound=StreamEvent)
 
 
 class Client:
@@ -207,10 +212,15 @@ class Stream(StreamView):
         self._closed = False
 
     def __iter__(self) -> Iterator[Delta]:
-        if self._iterated or self._closed:
-            raise ClosedError("a stream can only be iterated over once")
-        self._iterated = True
-        return self._run()
+        return self._run(Delta)
+
+    def events(self) -> Iterator[StreamEvent]:
+        """Everything that is worth showing, instead of the output alone.
+
+        Queued and Prefilling may come at any time before the output ends, most often before
+        its first token, and say the same again when there is nothing new for some seconds.
+        """
+        return self._run(Queued, Started, Prefilling, Delta)
 
     def close(self) -> None:
         """End the request on the server. May be called from any thread."""
@@ -229,8 +239,14 @@ class Stream(StreamView):
     ) -> None:
         self.close()
 
-    def _run(self) -> Iterator[Delta]:
-        """Execute the steps of the flow."""
+    def _run(self, *kinds: type[Event]) -> Iterator[Event]:
+        if self._iterated or self._closed:
+            raise ClosedError("a stream can only be iterated over once")
+        self._iterated = True
+        return self._execute(kinds)
+
+    def _execute(self, kinds: tuple[type[Event], ...]) -> Iterator[Event]:
+        """Execute the steps of the flow; yields events of these kinds."""
         try:
             step = next(self._flow)
             while True:
@@ -245,8 +261,9 @@ class Stream(StreamView):
                             self._open(request, timeout_s)
                         case Read():
                             outcome = self._read()
-                        case Emit(delta):
-                            yield delta
+                        case Emit(event):
+                            if isinstance(event, kinds):
+                                yield event
                     self._check_open()
                 except RpcFailure as failure:
                     self._check_open()
