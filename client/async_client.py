@@ -8,7 +8,13 @@ from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
 from kvmesh.client import requests, responses
-from kvmesh.client.core import DEFAULT_TIMEOUT_S, Core, connection
+from kvmesh.client.core import (
+    DEFAULT_SILENCE_TIMEOUT_S,
+    DEFAULT_TIMEOUT_S,
+    Core,
+    check_silence_timeout,
+    connection,
+)
 from kvmesh.client.errors import ClosedError
 from kvmesh.client.flows import Emit, Now, Open, Read, Send, Sleep, StreamFlow, UnaryFlow
 from kvmesh.client.grpc_transport import AsyncGrpcTransport
@@ -49,6 +55,9 @@ class AsyncClient:
         key and the text unencrypted
     timeout_s: default for generations that set none; None means no limit
     retry: how many retries to make and how long to wait between them
+    silence_timeout_s: a stream that receives nothing for this long is taken for lost, and
+        resumed. A server sends something at least every 5 s, except for version 0.1, which is
+        silent while it works on a prompt; None means no limit
     transport: replaces gRPC, e.g. AsyncFakeTransport
     """
 
@@ -60,11 +69,15 @@ class AsyncClient:
         tls: TLS | bool = False,
         timeout_s: float | None = None,
         retry: RetryPolicy = RetryPolicy(),  # noqa: B008 - frozen
+        silence_timeout_s: float | None = DEFAULT_SILENCE_TIMEOUT_S,
         transport: AsyncTransport | None = None,
     ) -> None:
+        check_silence_timeout(silence_timeout_s)
         if transport is None:
             where = connection(target, api_key, tls)
-            transport = AsyncGrpcTransport(where.target, where.api_key, where.tls)
+            transport = AsyncGrpcTransport(
+                where.target, where.api_key, where.tls, silence_timeout_s
+            )
         self._transport = transport
         self._core = Core(retry, timeout_s, random.Random())
 
