@@ -51,8 +51,8 @@ logger = logging.getLogger(__name__)
 TICK_S = 0.25
 SILENCE_S = 5.0  # an engine without a message for this long counts as lost
 FRESH_TIMEOUT_S = 2.0  # how long a status waits for the engines' reports
-TELL_PERIOD_S = 1.0  # how often waiting callers learn what has changed
-# Changes that a caller is told of: by this share of the figure, and of a start by this time.
+INFORM_PERIOD_S = 1.0  # how often waiting callers learn what has changed
+# Changes that a caller is informed of: by this share, and of a start also by this time.
 NOTICED_SHARE, NOTICED_S = 0.05, 1.0
 
 
@@ -69,14 +69,14 @@ class _Group:
 
 @dataclass(slots=True, eq=False)
 class _Caller:
-    """Of a waiting request. position, start_at: as it was told last, on the service's clock"""
+    """Of a waiting request. position, start_at: as it was informed last, on the service's clock"""
 
     peer: _RouterPeer
     call: int
     position: int = -1
     start_at: float = -math.inf  # also if unknown
 
-    def tell(self, standing: Enqueued, now: float) -> None:
+    def inform(self, standing: Enqueued, now: float) -> None:
         """Send where its request stands, unless it nearly knows that."""
         position, start_s = standing.position, standing.projected_start_s
         start_at = -math.inf if start_s is None else now + start_s
@@ -128,7 +128,7 @@ class RouterService:
         self._meters = meters
         self._groups: dict[str, _Group] = {}
         self._callers: dict[str, _Caller] = {}  # of waiting requests
-        self._told_s = clock()
+        self._informed_s = clock()
         self._fresh: list[_FreshStatus] = []
         self._known = _Known()
         self._draining = False
@@ -151,10 +151,10 @@ class RouterService:
                 group.connection.abort()
         self.settle(self.router.tick(now))
         self._answer_fresh(now)
-        if self._callers and now - self._told_s >= TELL_PERIOD_S:
-            self._told_s = now
+        if self._callers and now - self._informed_s >= INFORM_PERIOD_S:
+            self._informed_s = now
             for standing in self.router.standings(now):
-                self._callers[standing.request_id].tell(standing, now)
+                self._callers[standing.request_id].inform(standing, now)
         status = self.router.status(now)
         self._meters.status(status, len(self._groups))
 
@@ -276,7 +276,7 @@ class RouterService:
                 case Withdrawn(group=group, lease_id=lease_id):
                     self._groups[group].connection.send(Withdraw((lease_id,)))
                 case Enqueued(request_id=name):
-                    self._callers[name].tell(outcome, self._clock())
+                    self._callers[name].inform(outcome, self._clock())
 
     def _granted(self, outcome: Granted) -> None:
         placement = outcome.placement

@@ -1,4 +1,4 @@
-"""Streams that wait: what callers see of it, and how a lost server is told from a slow one."""
+"""Streams that wait: what callers see of it, and how a lost server differs from a slow one."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ async def test_a_request_that_waits_says_so_at_once_and_when_it_moves_up() -> No
         assert (await next_queued(second)).position == 1
         other.router.send(Release(leases[0]))
         assert (await next_event(first)).HasField("started")
-        one.router._told_s -= router_service.TELL_PERIOD_S
+        one.router._informed_s -= router_service.INFORM_PERIOD_S
         one.router.tick()
         assert (await next_queued(second)).position == 0
         for lease_id in leases[1:]:
@@ -146,7 +146,7 @@ async def test_a_waiting_stream_outlasts_its_router() -> None:
         assert kinds(await all_events(stream))[-1] == "usage"
 
 
-class Told:
+class Outbox:
     """A connection that keeps what is sent to it."""
 
     def __init__(self) -> None:
@@ -157,23 +157,23 @@ class Told:
 
 
 def make_caller() -> tuple[_Caller, list[Waiting]]:
-    told = Told()
-    peer: _RouterPeer = told  # type: ignore[assignment]
-    return _Caller(peer, 7), told.messages
+    outbox = Outbox()
+    peer: _RouterPeer = outbox  # type: ignore[assignment]
+    return _Caller(peer, 7), outbox.messages
 
 
 def test_a_caller_far_back_hears_of_changes_that_matter_to_it() -> None:
-    caller, told = make_caller()
+    caller, received = make_caller()
     for position in range(10_000, -1, -1):
-        caller.tell(Enqueued("r", position, None), 0.0)
-    positions = [message.position for message in told]
+        caller.inform(Enqueued("r", position, None), 0.0)
+    positions = [message.position for message in received]
     assert positions[0] == 10_000
     assert positions[-18:] == list(range(17, -1, -1))
     assert len(positions) < 200
 
 
 def test_a_caller_hears_of_a_start_that_shifts_but_not_of_passing_time() -> None:
-    caller, told = make_caller()
+    caller, received = make_caller()
     for now, start_s in [
         (0.0, None),
         (1.0, None),
@@ -184,8 +184,8 @@ def test_a_caller_hears_of_a_start_that_shifts_but_not_of_passing_time() -> None
         (61.0, 50.0),
         (62.0, None),
     ]:
-        caller.tell(Enqueued("r", 3, start_s), now)
-    assert [message.start_s for message in told] == [None, 100.0, 50.0, None]
+        caller.inform(Enqueued("r", 3, start_s), now)
+    assert [message.start_s for message in received] == [None, 100.0, 50.0, None]
 
 
 async def test_nobody_hears_of_a_queue_in_which_nothing_moves() -> None:
@@ -194,7 +194,7 @@ async def test_nobody_hears_of_a_queue_in_which_nothing_moves() -> None:
         stream = one.stream(make_request(5))
         await next_queued(stream)
         # The projection is stale by less than a second, so nothing is noticed.
-        one.router._told_s -= router_service.TELL_PERIOD_S
+        one.router._informed_s -= router_service.INFORM_PERIOD_S
         one.router.tick()
         for lease_id in leases:
             other.router.send(Release(lease_id))
@@ -303,7 +303,7 @@ async def test_a_reader_that_lags_gets_only_the_latest_status() -> None:
         await next_queued(stream)
         (caller,) = one.router._callers.values()
         for position in (9, 7, 5):
-            caller.tell(Enqueued("r", position, None), 0.0)
+            caller.inform(Enqueued("r", position, None), 0.0)
         assert (await next_queued(stream)).position == 5
         for lease_id in leases:
             other.router.send(Release(lease_id))

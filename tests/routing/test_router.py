@@ -141,10 +141,10 @@ def test_waiting_requests_know_where_they_stand() -> None:
     queued = [router.place(ask(name), 0.0)[0] for name in "bcd"]
     read = list(router.standings(0.0))
     assert [(x.request_id, x.position) for x in read] == [("b", 0), ("c", 1), ("d", 2)]
-    for now_waits, told in zip(read, queued, strict=True):
-        assert isinstance(told, Enqueued)
-        assert now_waits.position == told.position
-        assert now_waits.projected_start_s == pytest.approx(told.projected_start_s)
+    for standing, enqueued in zip(read, queued, strict=True):
+        assert isinstance(enqueued, Enqueued)
+        assert standing.position == enqueued.position
+        assert standing.projected_start_s == pytest.approx(enqueued.projected_start_s)
     starts = [x.projected_start_s for x in router.standings(0.5)]
     assert None not in starts
     assert starts == sorted(starts)  # type: ignore[type-var]

@@ -181,7 +181,7 @@ def test_a_preempted_sequence_reports_its_progress_again() -> None:
     engine = make_ticking_engine(prefix_cache=False)
     params = SamplingParams(temperature=0.0, max_tokens=200, ignore_eos=True)
     engine.add(request("r", [3], params=params))
-    output = []
+    output: list[int] = []
     while len(output) < 5 * PAGE:
         output.extend(tokens_of(engine.step()))
     engine.scheduler.preempt_youngest()
