@@ -160,6 +160,8 @@ class Generation:
         try:
             await self._serve()
         except RequestAbortedError:
+            if self._placed is None:  # it waited; the contract wants `started` before its end
+                self._output.add(pb.GenerateStreamResponse(started=self._started()))
             self._output.end_all(EndReason.ABORT)
         except RequestIdInUseError:
             # With the id that the client gave, without the tenant.
@@ -309,10 +311,12 @@ class Generation:
         first, self._placed = self._placed is None, placed
         self._queue_s += placed.queue_s
         if first:
-            seed = self._output.choices[0].params.seed
-            started = wire.started(placed, self._spec.request_id, len(self._prompt_ids), seed)
-            self._output.add(pb.GenerateStreamResponse(started=started))
+            self._output.add(pb.GenerateStreamResponse(started=self._started()))
             self._output.catch_up()
+
+    def _started(self) -> pb.Started:
+        seed = self._output.choices[0].params.seed
+        return wire.started(self._placed, self._spec.request_id, len(self._prompt_ids), seed)
 
     def _note_lost(self) -> None:
         """Raises EngineLostError if the request has lost too many engines."""

@@ -12,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from kvmesh.client import FinishReason
+from kvmesh.client.stream_state import StreamState
 from kvmesh.cluster import router_service
 from kvmesh.cluster.ingress.stream_status import StreamStatus
 from kvmesh.cluster.messages import Release, Waiting
@@ -130,6 +132,23 @@ async def test_a_request_waits_again_after_its_engine_is_lost() -> None:
         one.allow(MANY)
         events = await all_events(stream)
         assert [x for event in events for x in event.delta.token_ids] == answer(PROMPT, 20)[3:]
+
+
+async def test_a_request_that_is_aborted_while_it_waits_ends_as_the_contract_says() -> None:
+    async with silent() as one:
+        other, leases = await fill(one)
+        stream = one.stream(make_request(5))
+        await next_queued(stream)
+        await one.ingress.abort(pb.AbortRequest(request_id="r"), METADATA)
+        events = await all_events(stream)
+        assert kinds(events) == ["started", "choice_finished", "usage"]
+        assert (events[0].started.seed, events[0].started.group) == (7, "")
+        state = StreamState(make_request(5))
+        for event in events:
+            state.feed(event)
+        assert state.completion().choices[0].finish_reason is FinishReason.ABORT
+        for lease_id in leases:
+            other.router.send(Release(lease_id))
 
 
 async def test_a_waiting_stream_outlasts_its_router() -> None:

@@ -878,7 +878,9 @@ Global___Prefilling: _TypeAlias = Prefilling  # noqa: Y015
 
 @_typing.final
 class Started(_message.Message):
-    """A group has been chosen and its pages are reserved."""
+    """A group has been chosen and its pages are reserved. For a request that is aborted
+    while it waits, the model, the group and the pages are empty.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
