@@ -53,16 +53,19 @@ class WaitDisplay:
                 self._end()
             case Queued():
                 self._draw(Spinner("dots", f"[dim]{_queue_line(event)}[/dim]"))
+            case Started() if self._live is not None:
+                self._draw_prompt(Prefilling(0, 0, event.prompt_tokens))
             case Prefilling():
-                self._progress.update(
-                    self._task,
-                    total=event.total_tokens,
-                    completed=event.computed_tokens,
-                    description=_prompt_line(event),
-                )
-                self._draw(self._progress)
-            case Started():
-                pass  # the first output, or a Prefilling, replaces the queue's line
+                self._draw_prompt(event)
+
+    def _draw_prompt(self, event: Prefilling) -> None:
+        self._progress.update(
+            self._task,
+            total=event.total_tokens,
+            completed=event.computed_tokens,
+            description=_prompt_line(event),
+        )
+        self._draw(self._progress)
 
     def _draw(self, content: RenderableType) -> None:
         if self._live is None:

@@ -11,7 +11,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import kvmesh.client
-from kvmesh.client import Client, Delta, FakeTransport, Prefilling, Queued, StreamEvent
+from kvmesh.client import Client, Delta, FakeTransport, Prefilling, Queued, Started, StreamEvent
 from kvmesh.cluster.cli.console import human_wait
 from kvmesh.cluster.cli.wait_display import WaitDisplay
 
@@ -41,6 +41,12 @@ def test_the_queue_and_the_prompt_are_shown() -> None:
     assert "waiting for room: next in line, about 1 s" in frames[2]
     assert "524,288 of 1,048,576 tokens (1,024 cached)" in frames[3]
     assert "━" in frames[3]
+
+
+def test_the_line_of_the_queue_is_gone_once_the_request_has_started() -> None:
+    started = Started("r", "m", "v", "g0", "int8", 7, 2048, 3, 4, 5)
+    assert "0 of 2,048 tokens" in shown(Queued(0, None), started)[1][1]
+    assert shown(started)[0] == ""
 
 
 def test_everything_is_erased_before_the_output_and_nothing_is_shown_after_it() -> None:
