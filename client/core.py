@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from kvmesh.client import requests, transport
 from kvmesh.client.credentials import resolve_api_key, resolve_target
+from kvmesh.client.errors import InvalidRequestError
 from kvmesh.client.failures import Contact, RetryState
 from kvmesh.client.flows import StreamFlow, UnaryFlow, stream, unary
 from kvmesh.client.options import TLS, GenerateOptions, Prompt, RetryPolicy
@@ -16,6 +17,8 @@ from kvmesh.protos import pb
 
 # For calls that generate nothing.
 DEFAULT_TIMEOUT_S = 30.0
+# Of a stream; several times the 5 s that the contract promises.
+DEFAULT_SILENCE_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +38,14 @@ def connection(target: str | None, api_key: str | None, tls: TLS | bool) -> Conn
         api_key=resolve_api_key(api_key, resolved, os.environ),
         tls=(TLS() if tls else None) if isinstance(tls, bool) else tls,
     )
+
+
+def check_silence_timeout(seconds: float | None) -> None:
+    # A comparison that is also false for NaN.
+    if seconds is not None and not 0 < seconds < float("inf"):
+        raise InvalidRequestError.of(
+            "silence_timeout_s", f"must be finite and greater than 0, or None, got {seconds}"
+        )
 
 
 class Core:

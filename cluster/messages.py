@@ -1,6 +1,6 @@
 """The messages between the processes of the control plane; cluster/link.py carries them.
 
-    ingress ── Place, Release, Finished, Abort, … ──► router   Placed, CallFailed, Aborted, …  back
+    ingress ── Place, Release, Finished, Abort, … ──► router   Waiting, Placed, CallFailed, …  back
     ingress ── Submit, End ──► engine                          Deltas, Rejected            back
     engine ── Hello, AccountNews, Report ──► router                Extend, Withdraw, … back
 
@@ -30,7 +30,7 @@ class _Message(msgspec.Struct, tag=True):
 
 
 class Place(_Message):
-    """Wait for a lease on a group; answered by Placed or CallFailed."""
+    """Wait for a lease on a group; answered by Placed or CallFailed, after any Waiting."""
 
     call: int
     request: PlaceRequest
@@ -83,6 +83,18 @@ class AskStatus(_Message):
 
 
 # Router to ingress
+
+
+class Waiting(_Message):
+    """A placement has to wait, or its prospects have changed; its answer follows later.
+
+    position: requests ahead of it
+    start_s: from now until its projected start, or None where it is not known
+    """
+
+    call: int
+    position: int
+    start_s: float | None
 
 
 class Placed(_Message):
@@ -234,7 +246,7 @@ FROM_INGRESS = (
 )
 FROM_ENGINE = Hello | AccountNews | Report
 TO_ROUTER = FROM_INGRESS | FROM_ENGINE
-TO_INGRESS_FROM_ROUTER = Placed | Aborted | Estimated | Decisions | Status | CallFailed
+TO_INGRESS_FROM_ROUTER = Waiting | Placed | Aborted | Estimated | Decisions | Status | CallFailed
 TO_ENGINE_FROM_ROUTER = Extend | Withdraw | AskReport | Replaced
 TO_ENGINE_FROM_INGRESS = Submit | End
 TO_INGRESS_FROM_ENGINE = Deltas | Rejected

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
@@ -36,6 +37,7 @@ from kvmesh.cluster.messages import (
     Replaced,
     Report,
     Status,
+    Waiting,
     Withdraw,
 )
 from kvmesh.cluster.metrics import RouterMeters
@@ -50,6 +52,9 @@ logger = logging.getLogger(__name__)
 
 TICK_S = 0.25
 FRESH_TIMEOUT_S = 2.0  # how long a status waits for the engines' reports
+INFORM_PERIOD_S = 1.0  # how often waiting callers learn what has changed
+# Changes that a caller is informed of: by this share, and of a start also by this time.
+NOTICED_SHARE, NOTICED_S = 0.05, 1.0
 
 
 @dataclass(slots=True, eq=False)
@@ -61,6 +66,26 @@ class _Group:
     info: EngineInfo
     address: Address
     started_ns: int
+
+
+@dataclass(slots=True, eq=False)
+class _Caller:
+    """Of a waiting request. position, start_at: as it was informed last, on the service's clock"""
+
+    peer: _RouterPeer
+    call: int
+    position: int = -1
+    start_at: float = -math.inf  # also if unknown
+
+    def inform(self, standing: Enqueued, now: float) -> None:
+        """Send where its request stands, unless it nearly knows that."""
+        position, start_s = standing.position, standing.projected_start_s
+        start_at = -math.inf if start_s is None else now + start_s
+        moved = abs(position - self.position) > NOTICED_SHARE * self.position
+        shift_s = abs(start_at - self.start_at)  # NaN if both are unknown
+        if moved or shift_s > max(NOTICED_S, NOTICED_SHARE * (self.start_at - now)):
+            self.position, self.start_at = position, start_at
+            self.peer.send(Waiting(self.call, position, start_s))
 
 
 @dataclass(slots=True, eq=False)
@@ -103,7 +128,8 @@ class RouterService:
         self._clock = clock
         self._meters = meters
         self._groups: dict[str, _Group] = {}
-        self._callers: dict[str, tuple[_RouterPeer, int]] = {}  # of waiting requests
+        self._callers: dict[str, _Caller] = {}  # of waiting requests
+        self._informed_s = clock()
         self._fresh: list[_FreshStatus] = []
         self._known = _Known()
         self._draining = False
@@ -122,6 +148,10 @@ class RouterService:
         now = self._clock()
         self.settle(self.router.tick(now))
         self._answer_fresh(now)
+        if self._callers and now - self._informed_s >= INFORM_PERIOD_S:
+            self._informed_s = now
+            for standing in self.router.standings(now):
+                self._callers[standing.request_id].inform(standing, now)
         status = self.router.status(now)
         self._meters.status(status, len(self._groups))
 
@@ -156,7 +186,7 @@ class RouterService:
                 peer.fail(message.call, Failure.of(RequestIdInUseError(name)))
                 return
             self.settle(self.router.abort(name, self._clock()))
-        self._callers[name] = (peer, message.call)
+        self._callers[name] = _Caller(peer, message.call)
         peer.waiting[message.call] = name
         self.settle(self.router.place(request, self._clock()))
 
@@ -253,17 +283,17 @@ class RouterService:
                     self._groups[group].connection.send(Extend((lease,)))
                 case Withdrawn(group=group, lease_id=lease_id):
                     self._groups[group].connection.send(Withdraw((lease_id,)))
-                case Enqueued():
-                    pass  # its caller keeps waiting
+                case Enqueued(request_id=name):
+                    self._callers[name].inform(outcome, self._clock())
 
     def _granted(self, outcome: Granted) -> None:
         placement = outcome.placement
-        peer, call = self._callers.pop(placement.request_id)
-        del peer.waiting[call]
+        caller = self._callers.pop(placement.request_id)
+        del caller.peer.waiting[caller.call]
         group = self._groups[placement.group]
-        peer.send(
+        caller.peer.send(
             Placed(
-                call,
+                caller.call,
                 placement.group,
                 group.info,
                 group.address,
@@ -274,9 +304,9 @@ class RouterService:
         )
 
     def _refused(self, name: str, failure: Failure) -> None:
-        peer, call = self._callers.pop(name)
-        del peer.waiting[call]
-        peer.fail(call, failure)
+        caller = self._callers.pop(name)
+        del caller.peer.waiting[caller.call]
+        caller.peer.fail(caller.call, failure)
         for decided in self.router.explain(name, self._clock())[-1:]:
             logger.info("request %s: %s", name, "\n".join(decided.lines()))
 

@@ -129,7 +129,13 @@ class IngressService:
         tenant = self._admit(request, metadata)
         assert isinstance(request, pb.GenerateRequest)
         await self._context.waker.turn()  # many may arrive at once
-        generation = await self._generation(request, tenant)
+        making = asyncio.ensure_future(self._generation(request, tenant))
+        try:
+            while not (await asyncio.wait((making,), timeout=self._context.silence_s))[0]:
+                yield pb.GenerateStreamResponse()  # a long prompt takes its time
+        finally:
+            making.cancel()
+        generation = making.result()
         self._running += 1
         self._idle.clear()
         try:

@@ -40,6 +40,7 @@ from kvmesh.cluster.messages import (
     Place,
     Placed,
     Submit,
+    Waiting,
 )
 from kvmesh.cluster.metrics import EngineMeters, IngressMeters, RouterMeters
 from kvmesh.cluster.router_service import RouterService, _RouterPeer
@@ -216,9 +217,9 @@ class WatchedRouter(RouterService):
         return self._listener.address
 
     def die(self) -> None:
-        """Close every connection for good, as if the process had been killed."""
-        assert self._listener is not None
-        self._listener.close()
+        """Close every connection for good, as if the process had been killed. Idempotent."""
+        if self._listener is not None:
+            self._listener.close()
         self._listener = None
         for connection in self._connections:
             connection.abort()
@@ -392,7 +393,8 @@ class ScriptedIngress:
         return await asyncio.wait_for(self._answers.get(), 20)
 
     def received(self, message: object) -> None:
-        self._answers.put_nowait(message)
+        if not isinstance(message, Waiting):
+            self._answers.put_nowait(message)
 
     def lost(self) -> None: ...
 

@@ -413,7 +413,8 @@ async def test_abort_ends_a_waiting_request(one: Machine) -> None:
     await one.until(lambda: one.router.status().router.queue_depth == 1)
     assert (await one.ingress.abort(pb.AbortRequest(request_id="w"), METADATA)).aborted
     received = await waiting
-    assert received.started is None
+    assert received.started is not None
+    assert (received.started.request_id, received.started.group) == ("w", "")
     assert received.reason() == "abort"
     for holder in holders:
         await holder.aclose()
