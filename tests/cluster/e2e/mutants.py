@@ -101,12 +101,12 @@ def _change(request: Message, rng: random.Random) -> str:
     """Change one field, however deep; says which."""
     message, path = request, ""
     while True:
-        fields = message.DESCRIPTOR.fields
+        fields: list[FieldDescriptor] = list(message.DESCRIPTOR.fields)
         if not fields:
             return "unchanged"
         # A message holds more that can be wrong than a number.
         weights = [4 if field.type == FieldDescriptor.TYPE_MESSAGE else 1 for field in fields]
-        field = rng.choices(list(fields), weights)[0]
+        field = rng.choices(fields, weights)[0]
         path += f"{'.' if path else ''}{field.name}"
         if _is_map(field):
             return f"{path} = {_fill_map(message, field, rng)}"

@@ -9,6 +9,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import grpc
 import psutil
@@ -105,7 +106,7 @@ async def call(
 ) -> str:
     """One call, read to its end; the code of its answer."""
     limit_s = PATIENCE_S if mutant.timeout_s is None else mutant.timeout_s + GRACE_S
-    multi = channel.unary_stream(f"/kvmesh.v1.KVMesh/{mutant.method}")
+    multi: Any = channel.unary_stream(f"/kvmesh.v1.KVMesh/{mutant.method}")
     began_s = time.monotonic()
     try:
         async for _ in multi(mutant.body, metadata=headers, timeout=limit_s):
