@@ -101,7 +101,7 @@ def _change(request: Message, rng: random.Random) -> str:
     """Change one field, however deep; says which."""
     message, path = request, ""
     while True:
-        fields: list[FieldDescriptor] = list(message.DESCRIPTOR.fields)
+        fields: list[Any] = list(message.DESCRIPTOR.fields)
         if not fields:
             return "unchanged"
         # A message holds more that can be wrong than a number.
