@@ -28,22 +28,23 @@ class GenerateOptions(TypedDict, total=False):
 
     Options that are left out take the server's default, given in brackets.
 
-    temperature: [1] 0 is greedy
+    temperature: [1] 0 to 100; below 1e-5 it is greedy
     top_p: [1] nucleus sampling, in (0, 1]
     top_k: [0] keep the k most likely tokens; 0 keeps all
-    min_p: [0] minimum probability relative to the most likely token's
-    repetition_penalty, presence_penalty, frequency_penalty: [1, 0, 0]
+    min_p: [0] 0 to 1: minimum probability relative to the most likely token's
+    repetition_penalty: [1] 0.01 to 100
+    presence_penalty, frequency_penalty: [0, 0] -100 to 100
     seed: 64 bits; if left out, the server chooses one and reports it
     max_tokens, min_tokens: [256, 0] output tokens per choice
     stop, stop_token_ids: end a choice; the text does not include the stop string
     ignore_eos: [False] continue past the model's end-of-sequence tokens
-    logit_bias: token id -> bias added to its logit
-    logprobs: [none] log-probabilities of the chosen token and the k best alternatives
+    logit_bias: token id -> bias added to its logit, -100 to 100
+    logprobs: [none] log-probabilities of the chosen token and the k best alternatives, k <= 20
     n: [1] choices
     request_id: names the request, e.g. for abort; generated if left out
     model: checked against the served model
     priority: [0] higher starts sooner
-    timeout_s: from the call to the last token, including retries
+    timeout_s: from the call to the last token, including retries; at most 30 days
     min_kv_format: the least accurate KV format that is acceptable, e.g. "int8"
     cache_salt: cached prefixes are shared only between requests with the same salt
     """

@@ -162,6 +162,7 @@ def _request(message: Submit, sequence: NewSequence) -> EngineRequest:
         resumed_tokens=len(sequence.output) // ids.itemsize,
         timeout_s=message.timeout_s,
         cache_salt=message.cache_salt,
+        suspicion=message.suspicion,
     )
 
 

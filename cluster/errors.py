@@ -7,6 +7,7 @@ ClusterError
 ├── ContextExceededError    the prompt is longer than any group's context
 ├── RequestDeadlineError    the time ran out before the first token
 ├── EngineLostError         the engine that ran the request died
+├── RequestFaultError       the request cannot be computed: it must not be tried again
 ├── DrainingError           the server is shutting down
 └── NotReadyError           no group is up yet
 
@@ -89,6 +90,17 @@ class EngineLostError(ClusterError):
 
     def __str__(self) -> str:
         return "the engine that served the request was lost"
+
+
+class RequestFaultError(ClusterError):
+    """The request cannot be computed, or makes engines fail: it must not be tried again."""
+
+    def __init__(self, cause: str) -> None:
+        super().__init__(cause)
+        self.cause = cause
+
+    def __str__(self) -> str:
+        return f"this request cannot be served, do not send it again: {self.cause}"
 
 
 class DrainingError(ClusterError):

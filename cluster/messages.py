@@ -156,6 +156,7 @@ class Submit(_Message):
     """All sequences of a lease; answered by Deltas until each has ended, or by Rejected.
 
     prompt: int32 token ids, little-endian
+    suspicion: how many engines have failed, perhaps because of the request
     """
 
     lease: LeaseTerms
@@ -163,6 +164,7 @@ class Submit(_Message):
     sequences: tuple[NewSequence, ...]
     timeout_s: float | None = None
     cache_salt: str = ""
+    suspicion: int = 0
 
 
 class End(_Message):

@@ -58,6 +58,13 @@ class Arena:
         assert self._holders[page] > 0 and page not in self._keys
         self._keys[page] = key
 
+    def unname(self, page: int) -> None:
+        """Drop the key of a named page; it is free once it has no holder."""
+        self._on_evict(self._keys.pop(page))
+        if not self._holders[page]:
+            del self._cached[page]
+            self._free.append(page)
+
     def share(self, page: int) -> int:
         """Add a holder to a used or cached page."""
         if self._holders[page] == 0:

@@ -19,7 +19,13 @@ from typing import TypeVar
 import msgspec
 import zmq
 
-from kvmesh.workers.errors import ConfigError, EngineError, UnsupportedModelError, WorkerDiedError
+from kvmesh.workers.errors import (
+    ConfigError,
+    EngineError,
+    RankRaisedError,
+    UnsupportedModelError,
+    WorkerDiedError,
+)
 from kvmesh.workers.executor import Allocation, RankDescription
 from kvmesh.workers.plan import StepPlan, StepResult
 from kvmesh.workers.step_limit import DEFAULT_STEP_TIMEOUT_S, StepLimit
@@ -59,7 +65,9 @@ class Failed(msgspec.Struct, tag="failed", frozen=True):
         configuration = {"ConfigError": ConfigError, "UnsupportedModelError": UnsupportedModelError}
         if self.kind in configuration:
             return configuration[self.kind](self.field, self.message)
-        return WorkerDiedError(f"{self.kind}: {self.message}")
+        # A rank that has lost another one reports that; the other's death is the cause.
+        died = WorkerDiedError if self.kind == "WorkerDiedError" else RankRaisedError
+        return died(f"{self.kind}: {self.message}")
 
 
 ToRank = StepPlan | Allocation | Probe | Close
@@ -214,15 +222,22 @@ class ChannelExecutor:
         return answer
 
     def _collect(self, wait_for: int | None = None) -> None:
-        """Read the messages that have arrived, waiting up to 50 ms for rank `wait_for`."""
+        """Read the messages that have arrived, waiting up to 50 ms for rank `wait_for`.
+
+        Raises the error of a rank that has failed, the first cause if several have.
+        """
+        failures: list[EngineError] = []
         for rank, socket in enumerate(self._sockets):
             wait_ms = int(_POLL_S * 1000) if rank == wait_for else 0
             while socket.poll(wait_ms):
                 wait_ms = 0
                 answer = self._decoder.decode(socket.recv())
                 if isinstance(answer, Failed):
-                    raise answer.error()
-                self._inbox[rank].append(answer)
+                    failures.append(answer.error())
+                else:
+                    self._inbox[rank].append(answer)
+        if failures:
+            raise next((x for x in failures if type(x) is not WorkerDiedError), failures[0])
 
     def _raise_failure(self) -> None:
         if self._failure is not None:

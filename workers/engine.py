@@ -15,6 +15,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable
 
+from kvmesh.workers.blame import Blame
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.errors import ConfigError, InvalidFieldError, PoolCapacityError
 from kvmesh.workers.executor import Allocation, Executor, RankDescription
@@ -28,6 +29,7 @@ from kvmesh.workers.request import (
     SampledLogprobs,
     SequenceDelta,
 )
+from kvmesh.workers.sampling_params import RANGES
 from kvmesh.workers.scheduler import Scheduler
 from kvmesh.workers.sequence import Sequence
 from kvmesh.workers.sizes import PageGeometry, PageNeed
@@ -103,6 +105,7 @@ class Engine:
         self.step_host_s = 0.0
         # Every live sequence waits for its lease to grow.
         self.stalled = False
+        self.blame = Blame()
 
     @property
     def has_work(self) -> bool:
@@ -124,6 +127,8 @@ class Engine:
             for token_id in getattr(request.params, field):
                 if not 0 <= token_id < self.info.vocab_size:
                     raise InvalidFieldError(field, self._unknown_token(token_id))
+        if request.timeout_s is not None:
+            RANGES["timeout_s"].check("timeout_s", request.timeout_s)
         resumable = min(len(prompt), request.params.max_tokens) - 1
         if not 0 <= request.resumed_tokens <= resumable:
             raise InvalidFieldError(
@@ -202,6 +207,8 @@ class Engine:
         now = self._clock()
         for row_start in plan.row_starts:
             self._note_start(row_start.row, now)
+        rows = {chunk.row for chunk in plan.chunks}
+        self.blame = Blame.of([seq for seq in self.scheduler.running if seq.row in rows])
         result = self._executor.execute(plan)
         assert result.step == plan.step, "a rank sent the result of another step"
         self._totals["steps"] += 1
@@ -209,11 +216,17 @@ class Engine:
         sampled, unfinished = self.scheduler.commit(plan)
         assert len(sampled) == len(result.tokens)
         for seq, token in zip(sampled, result.tokens, strict=True):
-            deltas.append(self._accept(seq, token))
+            if (fault := self._fault_of(token)) is None:
+                deltas.append(self._accept(seq, token))
+            elif seq.shares_pages:
+                self.scheduler.isolate(seq)
+            else:
+                deltas.append(self._finish(seq, (), (), EndReason.FAULT, error=fault))
         for seq in unfinished:
             if (now := self._clock()) - seq.progress_s >= PROGRESS_PERIOD_S:
                 seq.progress_s = now
                 deltas.append(SequenceDelta(seq.request.request_id, (), progress=seq.progress))
+        self.blame = Blame()
         return deltas
 
     def loads(self) -> EngineLoads:
@@ -267,6 +280,12 @@ class Engine:
             seq.started_s = now
             self._totals["cached"] += seq.cached_tokens
 
+    def _fault_of(self, token: SampledToken) -> str | None:
+        """Why the sequence cannot continue with this token, None if it can."""
+        if token.fault is None and not 0 <= token.token_id < self.info.vocab_size:
+            return f"the sampled token is not valid: {self._unknown_token(token.token_id)}"
+        return token.fault
+
     def _accept(self, seq: Sequence, token: SampledToken) -> SequenceDelta:
         params = seq.request.params
         seq.append(token.token_id)
@@ -293,6 +312,7 @@ class Engine:
         logprobs: tuple[SampledLogprobs, ...],
         reason: EndReason,
         matched_stop_token: int | None = None,
+        error: str | None = None,
     ) -> SequenceDelta:
         self.scheduler.remove(seq)
         del self._live[seq.request.request_id]
@@ -304,6 +324,7 @@ class Engine:
             finish_reason=reason,
             matched_stop_token=matched_stop_token,
             usage=seq.usage(self._clock()),
+            error=error,
         )
 
 

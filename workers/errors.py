@@ -59,5 +59,9 @@ class WorkerDiedError(EngineError):
     """A rank of the group has died or hangs; the group must be replaced."""
 
 
+class RankRaisedError(WorkerDiedError):
+    """A rank has raised an error and ended; what it computed may be the cause."""
+
+
 class EngineDrainingError(EngineError):
     """The engine is draining: it finishes its sequences and accepts no others."""

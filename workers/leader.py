@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from kvmesh.workers.blame import Blame
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.engine import Engine
 from kvmesh.workers.engine_account import EngineAccount
@@ -39,6 +40,8 @@ from kvmesh.workers.scoring.gate import check_format
 
 logger = logging.getLogger(__name__)
 
+FAILED_TWICE = "engines failed repeatedly while they computed this request"
+
 Deliver = Callable[[list[SequenceDelta]], None]
 
 
@@ -55,8 +58,8 @@ class EngineLeader:
     """Runs an Engine; all public methods belong to one event loop.
 
     on_change: called when the account has changed or there is a new report
-    `failed` is set when the engine cannot continue: every live sequence has then ended with
-    EndReason.ERROR, and the group must be replaced.
+    `failed` is set when the engine cannot continue: every live sequence has then ended as
+    `Blame` says, and the group must be replaced.
     """
 
     def __init__(
@@ -216,15 +219,17 @@ class EngineLeader:
             self._idle.set()
 
     def engine_failed(self, error: Exception) -> None:
-        """End all live sequences with this error."""
+        """End all live sequences with this error, each as it may have caused it."""
         self.failed = error
         if not self._started.done():
             self._started.set_exception(error)
         self._on_change()
+        blame = Blame() if self._engine is None else self._engine.blame
+        ends = {name: blame.end_of(name, error) for name in self._live}
         self.engine_output(
             [
-                SequenceDelta(request_id, (), finish_reason=EndReason.ERROR, error=str(error))
-                for request_id in self._live
+                SequenceDelta(name, (), finish_reason=end, error=_account_of(end, error))
+                for name, end in ends.items()
             ]
         )
 
@@ -233,6 +238,10 @@ class EngineLeader:
         self._account = EngineAccount(engine)
         if not self._started.done():
             self._started.set_result(engine.info)
+
+
+def _account_of(end: EndReason, error: Exception) -> str:
+    return FAILED_TWICE if end is EndReason.FAULT else str(error)
 
 
 def _abort(request_id: str, reason: EndReason, engine: Engine) -> SequenceDelta | None:

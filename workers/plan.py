@@ -74,11 +74,15 @@ class StepPlan(msgspec.Struct, tag="step", frozen=True):
 
 
 class SampledToken(msgspec.Struct, array_like=True, frozen=True):
-    """logprob and top as in TokenLogprobs; None if they were not requested."""
+    """logprob and top as in TokenLogprobs; None if they were not requested.
+
+    fault: why no token could be sampled from the row's logits; its sequence must end
+    """
 
     token_id: int
     logprob: float | None = None
     top: list[tuple[int, float]] = []
+    fault: str | None = None
 
 
 class StepResult(msgspec.Struct, tag="result", frozen=True):

@@ -103,6 +103,14 @@ class PrefixCache:
             self._blocks.add(digest)
             self._changes[digest] = True
 
+    def withdraw(self, digests: Seq[Digest]) -> None:
+        """Let no other sequence find these pages; those that hold them keep them."""
+        for digest in digests:
+            forms = self._forms.get(digest, _Forms())
+            for arena, page in ((self.hot, forms.hot), (self.sealed, forms.sealed)):
+                if page is not None:
+                    arena.unname(page)
+
     def take_changes(self) -> dict[Digest, bool]:
         """Block ends -> whether they are cached, for those that changed since the last call."""
         changes, self._changes = self._changes, {}

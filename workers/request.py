@@ -20,7 +20,10 @@ class EndReason(enum.Enum):
     LENGTH = "length"  # max_tokens or the model's context
     ABORT = "abort"  # the client cancelled or disconnected
     DEADLINE = "deadline"  # the request's time ran out
-    ERROR = "error"  # the engine failed; see `SequenceDelta.error`
+    FAULT = "fault"  # this sequence is at fault; `SequenceDelta.error` says why, for its client
+    # The engine failed; `SequenceDelta.error` says why, for the log.
+    ERROR = "error"  # perhaps because of this sequence
+    CLEARED = "cleared"  # not because of this sequence
 
 
 # Ends caused by the model or by its limits: the router learns from their lengths.
@@ -38,6 +41,7 @@ class EngineRequest:
         client already has (failover); penalties and max_tokens count them as
         output, and they are not emitted again
     timeout_s: from submission to the last token, or None
+    suspicion: how many engines have failed, perhaps because of its request (blame.py)
     """
 
     request_id: str
@@ -47,6 +51,7 @@ class EngineRequest:
     resumed_tokens: int = 0
     timeout_s: float | None = None
     cache_salt: str = ""
+    suspicion: int = 0
 
 
 class SampledLogprobs(msgspec.Struct, frozen=True, array_like=True, gc=False):

@@ -3,6 +3,9 @@
 The order of operations is the usual one: logit bias, penalties, forbidden tokens; then
 temperature, top-k, top-p, min-p on the renormalised distribution; then one uniform draw
 by inverse CDF. The uniform number at output position i depends only on (seed, i).
+
+A row without a largest finite logit, because the model or an adjustment has made NaN or
+infinities, gets no token but a fault, and its neighbours are sampled as without it.
 """
 
 from __future__ import annotations
@@ -18,6 +21,8 @@ from kvmesh.workers.sampling_params import SamplingParams
 # Rows with top-k, top-p or min-p first consider this many of the most likely tokens; a row
 # whose nucleus is wider is sorted completely.
 _SHORTLIST = 256
+NO_TOKEN = -1
+NOT_FINITE = "no token could be sampled: no logit is allowed, or some are not finite numbers"
 
 
 def uniform(seed: int, position: int) -> float:
@@ -82,7 +87,7 @@ class Sampler:
             row.counts.index_add_(0, output, torch.ones_like(output, dtype=row.counts.dtype))
 
     def sample(self, logits: torch.Tensor, rows: list[int], ends: list[int]) -> list[SampledToken]:
-        """One token per row.
+        """One token per row, or a fault.
 
         logits: [n, vocab_size] fp32, changed in place; rows: [n] row ids;
         ends: [n] current number of tokens of the sequence, prompt and output
@@ -91,8 +96,10 @@ class Sampler:
         raw = torch.log_softmax(logits[wanted], dim=-1) if wanted else None
         for i, (row_id, end) in enumerate(zip(rows, ends, strict=True)):
             self._adjust(logits[i], self._rows[row_id], end)
-        tokens = torch.argmax(logits, dim=-1)
-        drawn = [i for i, row in enumerate(rows) if not self._rows[row].params.greedy]
+        # The maximum of a row with NaN is NaN. From finite maxima on, every weight is in [0, 1].
+        best, tokens = logits.max(dim=-1)
+        sound: list[bool] = torch.isfinite(best).tolist()
+        drawn = [i for i, row in enumerate(rows) if sound[i] and not self._rows[row].params.greedy]
         if drawn:
             states = [self._rows[rows[i]] for i in drawn]
             draws = [
@@ -106,6 +113,8 @@ class Sampler:
         if raw is not None:
             for i, row_logprobs in zip(wanted, raw, strict=True):
                 sampled[i] = _with_logprobs(ids[i], row_logprobs, self._rows[rows[i]].params)
+        for i in (i for i, row_is_sound in enumerate(sound) if not row_is_sound):
+            sampled[i] = SampledToken(NO_TOKEN, fault=NOT_FINITE)
         return sampled
 
     def _adjust(self, logits: torch.Tensor, row: _Row, end: int) -> None:
@@ -113,7 +122,7 @@ class Sampler:
         params = row.params
         if params.logit_bias:
             ids = torch.tensor(list(params.logit_bias), device=self._device)
-            values = torch.tensor(list(params.logit_bias.values()), device=self._device)
+            values = logits.new_tensor(list(params.logit_bias.values()))
             logits.index_add_(0, ids, values)
         if row.seen is not None:
             penalty = params.repetition_penalty
@@ -123,7 +132,8 @@ class Sampler:
             logits.sub_(row.counts, alpha=params.frequency_penalty)
             logits.sub_((row.counts > 0).to(logits.dtype), alpha=params.presence_penalty)
         if end - row.prompt_tokens < params.min_tokens:
-            logits[list(self._eos + params.stop_token_ids)] = -torch.inf
+            # Added, not assigned: NaN stays NaN.
+            logits[list(self._eos + params.stop_token_ids)] -= torch.inf
 
 
 def _draw(logits: torch.Tensor, params: list[SamplingParams], draws: list[float]) -> torch.Tensor:

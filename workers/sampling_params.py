@@ -1,8 +1,7 @@
-"""How the next token is sampled."""
+"""How the next token is sampled, and the ranges of all numbers in a request."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -10,14 +9,70 @@ from kvmesh.workers.errors import InvalidFieldError
 
 MAX_STOP_TOKEN_IDS = 128
 MAX_LOGIT_BIAS = 1024
-MAX_TOP_LOGPROBS = 20
+# Logits are divided by the temperature in fp32: at lower ones only the best token would be left.
+MIN_TEMPERATURE = 1e-5
+
+
+@dataclass(frozen=True, slots=True)
+class NumberRange:
+    """The values that a field of a request may have; never NaN or an infinity.
+
+    above: `low` itself is excluded
+    """
+
+    low: float
+    high: float
+    above: bool = False
+
+    def check(self, field: str, value: float, part: str = "") -> None:
+        """Raise InvalidFieldError unless the value is within the range.
+
+        part: which part of the field has the value, for the message
+        """
+        # Every comparison with NaN is false.
+        if not self.low <= value <= self.high or (self.above and value == self.low):
+            low = f"greater than {self.low}" if self.above else f"from {self.low}"
+            joint = " and at most" if self.above else " to"
+            message = f"must be {low}{joint} {self.high}, got {value}{part}"
+            raise InvalidFieldError(field, message)
+
+
+# Far from what fp32 can represent: a logit of 100 stays finite under any of these.
+RANGES: Mapping[str, NumberRange] = {
+    "temperature": NumberRange(0, 100),
+    "top_p": NumberRange(0, 1, above=True),
+    "top_k": NumberRange(0, 2**31 - 1),
+    "min_p": NumberRange(0, 1),
+    "repetition_penalty": NumberRange(0.01, 100),
+    "presence_penalty": NumberRange(-100, 100),
+    "frequency_penalty": NumberRange(-100, 100),
+    "logit_bias": NumberRange(-100, 100),
+    "seed": NumberRange(0, 2**64 - 1),
+    "max_tokens": NumberRange(1, 2**31 - 1),
+    "min_tokens": NumberRange(0, 2**31 - 1),
+    "logprobs": NumberRange(0, 20),
+    "prompt_tokens": NumberRange(1, 2**40),
+    "timeout_s": NumberRange(0, 30 * 24 * 3600, above=True),
+}
+_NUMBERS = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "seed",
+    "max_tokens",
+    "min_tokens",
+)
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """Sampling parameters of one sequence, with the usual meanings.
+    """Sampling parameters of one sequence, with the usual meanings, in the ranges of `RANGES`.
 
-    temperature: 0 is greedy; otherwise logits are divided by it
+    temperature: below MIN_TEMPERATURE it is greedy; otherwise logits are divided by it
     top_k: 0 keeps all tokens
     top_p, min_p: nucleus, and the minimum probability relative to the most likely token's
     repetition_penalty: > 1 discourages tokens of prompt and output (CTRL, arXiv 1909.05858)
@@ -47,16 +102,8 @@ class SamplingParams:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        for name, low, high in _RANGES:
-            value = getattr(self, name)
-            if not (math.isfinite(value) and low <= value <= high):
-                raise InvalidFieldError(name, f"must be from {low:g} to {high:g}, got {value}")
-        if self.repetition_penalty <= 0:
-            raise InvalidFieldError(
-                "repetition_penalty", f"must be greater than 0, got {self.repetition_penalty}"
-            )
-        if self.top_p <= 0:
-            raise InvalidFieldError("top_p", f"must be greater than 0, got {self.top_p}")
+        for name in _NUMBERS:
+            RANGES[name].check(name, getattr(self, name))
         if self.min_tokens > self.max_tokens:
             raise InvalidFieldError(
                 "min_tokens",
@@ -73,30 +120,10 @@ class SamplingParams:
                 f"must have at most {MAX_LOGIT_BIAS} entries, got {len(self.logit_bias)}",
             )
         for token_id, bias in self.logit_bias.items():
-            if not (math.isfinite(bias) and -100 <= bias <= 100):
-                raise InvalidFieldError(
-                    "logit_bias", f"must be from -100 to 100, got {bias} for token {token_id}"
-                )
-        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_TOP_LOGPROBS:
-            raise InvalidFieldError(
-                "logprobs", f"must be from 0 to {MAX_TOP_LOGPROBS}, got {self.logprobs}"
-            )
+            RANGES["logit_bias"].check("logit_bias", bias, f" for token {token_id}")
+        if self.logprobs is not None:
+            RANGES["logprobs"].check("logprobs", self.logprobs)
 
     @property
     def greedy(self) -> bool:
-        return self.temperature == 0.0
-
-
-# name, minimum, maximum
-_RANGES: tuple[tuple[str, float, float], ...] = (
-    ("temperature", 0.0, 100.0),
-    ("top_p", 0.0, 1.0),
-    ("top_k", 0, 2**31 - 1),
-    ("min_p", 0.0, 1.0),
-    ("repetition_penalty", 0.0, 100.0),
-    ("presence_penalty", -100.0, 100.0),
-    ("frequency_penalty", -100.0, 100.0),
-    ("seed", 0, 2**64 - 1),
-    ("max_tokens", 1, 2**31 - 1),
-    ("min_tokens", 0, 2**31 - 1),
-)
+        return self.temperature < MIN_TEMPERATURE

@@ -8,6 +8,9 @@ Why preemption cannot livelock: while a preempted sequence is waiting or running
 sequences are admitted only if all running ones and the new one fit at their
 maximum length. So a preempted sequence is never preempted again, the oldest
 sequence never is, and every sequence that fits in the pool alone completes.
+
+A step has at most one sequence on trial (blame.py). The others wait, in the order in which they
+came, and sequences that are not on trial overtake them.
 """
 
 from __future__ import annotations
@@ -67,13 +70,25 @@ class Scheduler:
         self.add(seq)
         return seq
 
+    def isolate(self, seq: Sequence) -> None:
+        """Compute a running sequence again, without sharing pages; they may hold NaN.
+
+        It may have them from another sequence, or others from it.
+        """
+        self.cache.withdraw(seq.digests(seq.num_computed // self.geometry.page_size))
+        self.remove(seq)
+        seq.num_computed = 0
+        seq.shares_pages = False
+        self.add(seq)
+
     def schedule(self) -> StepPlan | None:
         """The next step, or None when there is nothing to compute."""
         draft = _Draft(self._max_num_batched_tokens, self.pool.headroom_pages)
         decoding = [seq for seq in self.running if seq.to_compute == 1]
         prefilling = [seq for seq in self.running if seq.to_compute > 1]
         for seq in decoding + prefilling:
-            if seq.row is not None and draft.tokens_left:  # still running, not preempted meanwhile
+            # Still running, not preempted meanwhile.
+            if seq.row is not None and draft.tokens_left and draft.takes(seq):
                 self._plan_chunk(draft, seq)
         while draft.tokens_left and (admitted := self._admit(draft)):
             self._plan_chunk(draft, admitted)
@@ -112,15 +127,17 @@ class Scheduler:
 
     def _admit(self, draft: _Draft) -> Sequence | None:
         """Give the first waiting sequence a row and its prefix, if its pages fit."""
-        if not self.waiting or not self._free_rows:
+        seq = next(filter(draft.takes, self.waiting), None)
+        if seq is None or not self._free_rows:
             return None
-        seq = self.waiting[0]
         worst_case = any(s.preemptions for s in self.waiting + self.running)
         reserved = sum(self._pages_needed(other, worst_case) for other in self.running)
         if self._failed_admission == (seq, self.cache.sealed.available - reserved):
             return None
-        full_pages = (seq.num_tokens - 1) // self.geometry.page_size  # one token must be computed
-        hit = self.cache.match(seq.digests(full_pages)[:full_pages])
+        # One token must be computed, or the step would lose the row and its tables.
+        full_pages = (min(seq.num_tokens, seq.leased_tokens) - 1) // self.geometry.page_size
+        known = seq.digests(full_pages)[:full_pages] if seq.shares_pages else ()
+        hit = self.cache.match(known)
         self.cache.share(hit)
         seq.hot.update(hit.hot)
         seq.sealed.update(hit.sealed)
@@ -128,7 +145,7 @@ class Scheduler:
             self._drop_pages(seq)
             self._failed_admission = (seq, self.cache.sealed.available - reserved)
             return None
-        del self.waiting[0]
+        self.waiting.remove(seq)
         seq.num_computed = hit.num_pages * self.geometry.page_size
         if seq.started_s is None:  # pages that it computed before a preemption do not count
             seq.cached_tokens = min(seq.num_computed, seq.prompt_tokens)
@@ -174,9 +191,11 @@ class Scheduler:
 
     def _seal(self, draft: _Draft, seq: Sequence, page: int) -> None:
         digest = seq.digests(page + 1)[page]
-        found = self.cache.find_sealed(digest)
-        if found is None:
-            found = draft.being_sealed(seq, digest)
+        found = None
+        if seq.shares_pages:
+            found = self.cache.find_sealed(digest)
+            if found is None:
+                found = draft.being_sealed(seq, digest)
         if found is not None:
             seq.sealed[page] = self.cache.sealed.share(found)
         else:
@@ -186,14 +205,17 @@ class Scheduler:
 
     def _publish(self, seq: Sequence, first_full: int) -> None:
         num_full = seq.num_computed // self.geometry.page_size
-        digests = seq.digests(num_full)
-        for page in range(first_full, num_full):
-            self.cache.name_hot(digests[page], seq.hot[page])
-            self._note_block(digests, page)
         due = self.geometry.sealed_range(seq.num_computed)
-        for page in [p for p in seq.hot if p in due]:
-            self.cache.name_sealed(digests[page], seq.sealed[page])
-            self._note_block(digests, page)
+        outdated = [page for page in seq.hot if page in due]
+        if seq.shares_pages:
+            digests = seq.digests(num_full)
+            for page in range(first_full, num_full):
+                self.cache.name_hot(digests[page], seq.hot[page])
+                self._note_block(digests, page)
+            for page in outdated:
+                self.cache.name_sealed(digests[page], seq.sealed[page])
+                self._note_block(digests, page)
+        for page in outdated:
             self.cache.hot.release(seq.hot.pop(page))
 
     def _note_block(self, digests: list[Digest], page: int) -> None:
@@ -222,6 +244,7 @@ class _Draft:
     def __init__(self, tokens_left: int, headroom_left: int) -> None:
         self.tokens_left = tokens_left
         self.headroom_left = headroom_left
+        self._on_trial: Sequence | None = None
         self.row_starts: dict[int, RowStart] = {}
         self.chunks: dict[int, Chunk] = {}
         self._hot: dict[int, list[tuple[int, int]]] = {}
@@ -257,11 +280,18 @@ class _Draft:
         return found[1] if found is not None and _arrival(found[0]) < _arrival(seq) else None
 
     def seal(self, seq: Sequence, page: int, digest: Digest) -> None:
-        self._being_sealed.setdefault(digest, (seq, seq.sealed[page]))
+        if seq.shares_pages:
+            self._being_sealed.setdefault(digest, (seq, seq.sealed[page]))
         self._seals.setdefault(_row(seq), []).append((seq.hot[page], seq.sealed[page], page))
+
+    def takes(self, seq: Sequence) -> bool:
+        """Whether the step may have the sequence, and not another one on trial."""
+        return self._on_trial is None or not seq.on_trial
 
     def add_chunk(self, seq: Sequence, start: int, end: int) -> None:
         row = _row(seq)
+        if seq.on_trial:
+            self._on_trial = seq
         self.tokens_left -= end - start
         sample = end == seq.num_tokens
         self.chunks[row] = Chunk(row, start, seq.tokens[start:end].tobytes(), sample)

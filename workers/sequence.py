@@ -18,12 +18,13 @@ class Sequence:
         |-------- computed -------|-- to compute--|
 
     hot, sealed: logical page -> page id of the forms it holds
+    shares_pages: whether it uses other sequences' pages and they use its own
     """
 
     def __init__(self, request: EngineRequest, geometry: PageGeometry, max_model_len: int) -> None:
         self.request = request
         self.geometry = geometry
-        given = len(request.prompt_token_ids)
+        given = self._given_tokens = len(request.prompt_token_ids)
         self.prompt_tokens = given - request.resumed_tokens
         self.max_tokens_total = min(self.prompt_tokens + request.params.max_tokens, max_model_len)
         # A resumed sequence may already have all the tokens that it may have.
@@ -36,6 +37,7 @@ class Sequence:
         self.hot: dict[int, int] = {}
         self.sealed: dict[int, int] = {}
         self._digests = PageDigests(geometry.page_size, request.cache_salt)
+        self.shares_pages = True
         self.cached_tokens = 0
         self.preemptions = 0
         self.peak = PageNeed(0, 0)
@@ -71,6 +73,11 @@ class Sequence:
     def paused(self) -> bool:
         """Its lease has to grow before it can continue; it keeps its pages until then."""
         return self.num_computed >= self.leased_tokens
+
+    @property
+    def on_trial(self) -> bool:
+        """An engine may have failed because of it, and this one has yet to give it a token."""
+        return self.request.suspicion > 0 and self.num_tokens == self._given_tokens
 
     def append(self, token_id: int) -> None:
         self._tokens[self.num_tokens] = token_id

@@ -13,6 +13,7 @@ from kvmesh.cluster.errors import (
     EngineLostError,
     NotReadyError,
     RequestDeadlineError,
+    RequestFaultError,
     ResumeMismatchError,
     UnauthenticatedError,
     UnknownModelError,
@@ -48,6 +49,7 @@ _TABLE: tuple[tuple[type[BaseException], grpc.StatusCode, pb.ErrorReason.ValueTy
     (RequestDeadlineError, _S.DEADLINE_EXCEEDED, pb.ERROR_REASON_DEADLINE_EXCEEDED),
     (EngineLostError, _S.UNAVAILABLE, pb.ERROR_REASON_ENGINE_LOST),
     (WorkerDiedError, _S.UNAVAILABLE, pb.ERROR_REASON_ENGINE_LOST),
+    (RequestFaultError, _S.INTERNAL, pb.ERROR_REASON_REQUEST_FAULT),
     (DrainingError, _S.UNAVAILABLE, pb.ERROR_REASON_DRAINING),
     (NotReadyError, _S.UNAVAILABLE, pb.ERROR_REASON_NOT_READY),
 )

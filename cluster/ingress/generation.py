@@ -2,7 +2,7 @@
 
     place ──► submit ──► deltas ──► all ended ──► usage
       ▲                    │
-      └── engine lost ◄────┘   with the tokens so far as a prefix
+      └── engine lost ◄────┘   with the tokens so far as a prefix, unless it is to blame
 
 One task (`_run`) owns the request: it holds the lease and waits for the end of the sequences,
 and its `finally` blocks clean up, whether it ends or is cancelled. Tokens do not wake this task:
@@ -19,11 +19,12 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from kvmesh.cluster.errors import EngineLostError, RequestDeadlineError
+from kvmesh.cluster.errors import EngineLostError, RequestDeadlineError, RequestFaultError
 from kvmesh.cluster.ingress import wire
 from kvmesh.cluster.ingress.choice import RunningChoice
 from kvmesh.cluster.ingress.codec import TextCodec
 from kvmesh.cluster.ingress.engine_links import EngineLink, EngineLinks
+from kvmesh.cluster.ingress.failovers import LOSSES, Failovers, Loss
 from kvmesh.cluster.ingress.output import SILENCE_S, RequestOutput
 from kvmesh.cluster.ingress.router_link import HeldPlace, RouterLink
 from kvmesh.cluster.ingress.stream_status import StreamStatus
@@ -44,7 +45,6 @@ from kvmesh.workers.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
 
-MAX_FAILOVERS = 3
 MAX_REFUSALS = 8
 REFUSAL_PAUSE_S = 0.02  # doubled each time; the group's engine is freeing what it refused for
 DEADLINE_GRACE_S = 0.5  # the engine ends an overdue sequence itself, with what it has
@@ -122,20 +122,27 @@ class Generation:
         self._sequences: dict[str, RunningChoice] = {}
         self._live: set[str] = set()
         self._end: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._failure: Exception | None = None
+        self._loss = Loss.REFUSED
+        self._failovers = Failovers()
         # For the usage.
         self._usages: list[SequenceUsage] = []
         self._first_token_s: float | None = None
         self._queue_s = 0.0
-        self._lost_engines: frozenset[str] = frozenset()
-        self._failovers = 0
 
     async def events(self) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
         """The replies, in the contract's order; closing the generator ends the request.
 
         Raises the errors of the table in error_table.py.
         """
+
+        def note_over(task: asyncio.Task[None]) -> None:
+            if not task.cancelled():
+                task.exception()  # retrieved, even if the reader has left meanwhile
+            self._output.wake()
+
         task = asyncio.create_task(self._run(), name=f"generate {self.key}")
-        task.add_done_callback(self._note_over)
+        task.add_done_callback(note_over)
         self._output.open()
         try:
             over = False
@@ -149,11 +156,6 @@ class Generation:
             task.cancel()
             self._output.close()
 
-    def _note_over(self, task: asyncio.Task[None]) -> None:
-        if not task.cancelled():
-            task.exception()  # retrieved, even if the reader has left meanwhile
-        self._output.wake()
-
     # The request's task
 
     async def _run(self) -> None:
@@ -163,6 +165,9 @@ class Generation:
             if self._placed is None:  # it waited; the contract wants `started` before its end
                 self._output.add(pb.GenerateStreamResponse(started=self._started()))
             self._output.end_all(EndReason.ABORT)
+        except RequestFaultError as error:
+            logger.error("request %s is not tried again: %s", self.key, error.cause)
+            raise
         except RequestIdInUseError:
             # With the id that the client gave, without the tenant.
             raise RequestIdInUseError(self._spec.request_id) from None
@@ -183,7 +188,7 @@ class Generation:
         usage.cached_tokens = min(usage.cached_tokens, len(self._prompt_ids))
         usage.queue_s += self._queue_s
         usage.total_s = self._context.clock() - self._arrived_s
-        usage.failovers = self._failovers
+        usage.failovers = self._failovers.total
         if self._first_token_s is not None:
             usage.time_to_first_token_s = self._first_token_s
         self._output.add(pb.GenerateStreamResponse(usage=usage))
@@ -202,7 +207,11 @@ class Generation:
                         await self._generate(held)
                     return
             except EngineLostError:
-                self._note_lost()
+                assert self._placed is not None
+                logger.warning("request %s lost group %s", self.key, self._placed.group)
+                self._output.absorb()
+                tokens = sum(len(choice.token_ids) for choice in self._output.choices)
+                self._failovers.note(self._placed.engine.epoch, self._loss, tokens)
             except PoolCapacityError as error:
                 # The ledger was ahead of the group's allocator: retry after a pause.
                 logger.warning("%s was refused by its group: %s", self.key, error)
@@ -214,10 +223,11 @@ class Generation:
     async def _generate(self, held: HeldPlace) -> None:
         """Submit all unfinished choices under one lease, and wait until each has ended.
 
-        Raises EngineLostError, TimeoutError after the deadline and a grace period, and the
-        engine's reason if it rejects them.
+        Raises EngineLostError, RequestFaultError, TimeoutError after the deadline and a grace
+        period, and the engine's reason if it rejects them.
         """
         placed, lease_id = held.placed, held.placed.lease.lease_id
+        self._failure, self._loss = None, Loss.REFUSED
         await self._context.waker.turn()  # many may be placed at once
         self._link = await self._context.engines.get(placed.engine.epoch, placed.address)
         unfinished = self._output.unfinished
@@ -234,6 +244,7 @@ class Generation:
             ),
             self._remaining_s(),
             cache_salt(self._tenant, self._spec.cache_salt),
+            self._failovers.suspicion,
         )
         self._link.submit(message, self)
         held.submitted = True
@@ -244,6 +255,8 @@ class Generation:
                 await self._end
         finally:
             self._link.forget(lease_id)
+        if self._failure is not None:
+            raise self._failure
 
     # Receiver
 
@@ -261,8 +274,11 @@ class Generation:
             self._live.discard(delta.request_id)
             if delta.usage is not None:
                 self._usages.append(delta.usage)
-            if delta.finish_reason is EndReason.ERROR:
-                self.lose()
+            if delta.finish_reason is EndReason.FAULT:
+                self._fail(RequestFaultError(delta.error or "it failed"))
+                return
+            if (loss := LOSSES.get(delta.finish_reason)) is not None:
+                self.lose(loss)
                 return
             if not self._live and not self._end.done():
                 self._end.set_result(None)
@@ -273,12 +289,18 @@ class Generation:
         self._held.submitted = False
         self._fail(error)
 
-    def lose(self) -> None:
+    def lose(self, loss: Loss = Loss.SUSPECT) -> None:
+        """The engine is lost; without a message from it, the request may be the cause."""
+        self._loss = max(self._loss, loss)
         self._fail(EngineLostError())
 
     def _fail(self, error: Exception) -> None:
+        """The first error counts, unless another sequence turns out to be at fault."""
         if not self._end.done():
-            self._end.set_exception(error)
+            self._end.set_result(None)
+            self._failure = error
+        elif self._failure is not None and isinstance(error, RequestFaultError):
+            self._failure = error
 
     # Placing
 
@@ -297,7 +319,7 @@ class Generation:
             timeout_s=limit_s if remaining_s is None else min(remaining_s, limit_s),
             page_hashes=self._page_hashes,
             excluded_groups=self._excluded,
-            lost_engines=self._lost_engines,
+            lost_engines=self._failovers.engines,
             resumed=again,
             supersedes=again or self._spec.resume is not None,
             sequences=max(len(self._output.unfinished), 1),
@@ -317,15 +339,6 @@ class Generation:
     def _started(self) -> pb.Started:
         seed = self._output.choices[0].params.seed
         return wire.started(self._placed, self._spec.request_id, len(self._prompt_ids), seed)
-
-    def _note_lost(self) -> None:
-        """Raises EngineLostError if the request has lost too many engines."""
-        assert self._placed is not None
-        logger.warning("request %s lost group %s", self.key, self._placed.group)
-        self._failovers += 1
-        self._lost_engines |= {self._placed.engine.epoch}
-        if self._failovers > MAX_FAILOVERS:
-            raise EngineLostError()
 
     # Ending
 

@@ -26,6 +26,7 @@ from kvmesh.cluster.metrics import IngressMeters
 from kvmesh.cluster.reports import ClusterStatus
 from kvmesh.cluster.routing.request import PlaceRequest
 from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
+from kvmesh.workers.sampling_params import RANGES
 
 logger = logging.getLogger(__name__)
 
@@ -189,11 +190,8 @@ class IngressService:
         if request.HasField("max_tokens"):
             max_tokens = request.max_tokens
         for field, value in (("max_tokens", max_tokens), ("prompt_tokens", prompt_tokens)):
-            if not 1 <= value < 1 << 40:
-                validate.refuse(field, f"must be from 1 to 2^40, got {value}")
-        n = request.n if request.HasField("n") else 1
-        if not 1 <= n <= self._limits.max_choices:
-            validate.refuse("n", f"must be from 1 to {self._limits.max_choices}, got {n}")
+            RANGES[field].check(field, value)
+        n = validate.number_of_choices("n", request, self._limits)
         place = PlaceRequest(
             request_id="estimate",
             prompt_tokens=prompt_tokens,

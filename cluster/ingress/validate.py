@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,12 +13,11 @@ from google.protobuf.message import Message
 from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.workers.errors import InvalidFieldError
 from kvmesh.workers.request import TokenIds
-from kvmesh.workers.sampling_params import SamplingParams
+from kvmesh.workers.sampling_params import MIN_TEMPERATURE, RANGES, NumberRange, SamplingParams
 
 MAX_ID_CHARS = 128
 MAX_SALT_CHARS = 256
 MAX_MESSAGES = 10_000
-MAX_TIMEOUT_S = 30 * 24 * 3600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,14 +117,13 @@ def check_message(message: object, limits: Limits) -> None:
 def generation_spec(request: pb.GenerateRequest, limits: Limits) -> GenerationSpec:
     """Raises InvalidFieldError naming the field by its path in the request."""
     wire = request.sampling_params
-    n = wire.n if wire.HasField("n") else 1
-    if not 1 <= n <= limits.max_choices:
-        refuse("sampling_params.n", f"must be from 1 to {limits.max_choices}, got {n}")
+    n = number_of_choices("sampling_params.n", wire, limits)
     params = sampling_params(wire, limits)
     if params.greedy and n > 1:
         refuse(
             "sampling_params.n",
-            f"must be 1 with temperature 0, where all choices would be equal; got {n}",
+            f"must be 1 with a temperature below {MIN_TEMPERATURE:g}, where all choices would be "
+            f"equal; got {n}",
         )
     return GenerationSpec(
         request_id=_request_id(request.request_id),
@@ -141,6 +138,14 @@ def generation_spec(request: pb.GenerateRequest, limits: Limits) -> GenerationSp
         cache_salt=_short("cache_salt", request.cache_salt, MAX_SALT_CHARS),
         resume=_resume(request.resume, n) if request.HasField("resume") else None,
     )
+
+
+def number_of_choices(
+    field: str, wire: pb.SamplingParams | pb.EstimateBudgetRequest, limits: Limits
+) -> int:
+    n = wire.n if wire.HasField("n") else 1
+    NumberRange(1, limits.max_choices).check(field, n)
+    return n
 
 
 def sampling_params(wire: pb.SamplingParams, limits: Limits) -> SamplingParams:
@@ -309,8 +314,7 @@ def _timeout_s(request: pb.GenerateRequest, limits: Limits) -> float | None:
     if not request.HasField("timeout_s"):
         return limits.default_timeout_s
     timeout_s = request.timeout_s
-    if not (math.isfinite(timeout_s) and 0 < timeout_s <= MAX_TIMEOUT_S):
-        refuse("timeout_s", f"must be above 0 and at most {MAX_TIMEOUT_S:g}, got {timeout_s}")
+    RANGES["timeout_s"].check("timeout_s", timeout_s)
     if limits.default_timeout_s is not None:
         return min(timeout_s, limits.default_timeout_s)
     return timeout_s

@@ -51,6 +51,7 @@ CASES = [
     (pb.ERROR_REASON_DRAINING, grpc.StatusCode.UNAVAILABLE, errors.UnavailableError),
     (pb.ERROR_REASON_NOT_READY, grpc.StatusCode.UNAVAILABLE, errors.UnavailableError),
     (pb.ERROR_REASON_INTERNAL, grpc.StatusCode.INTERNAL, errors.ServerError),
+    (pb.ERROR_REASON_REQUEST_FAULT, grpc.StatusCode.INTERNAL, errors.ServerError),
 ]
 
 

@@ -37,6 +37,7 @@ TABLE: list[tuple[Exception, grpc.StatusCode, str]] = [
     (cluster.ContextExceededError(9, 8, 700, 600), S.FAILED_PRECONDITION, "never_fits"),
     (cluster.RequestDeadlineError(), S.DEADLINE_EXCEEDED, "deadline_exceeded"),
     (cluster.EngineLostError(), S.UNAVAILABLE, "engine_lost"),
+    (cluster.RequestFaultError("no token"), S.INTERNAL, "request_fault"),
     (cluster.DrainingError(), S.UNAVAILABLE, "draining"),
     (cluster.NotReadyError(), S.UNAVAILABLE, "not_ready"),
     (routing.RequestIdInUseError("r"), S.ALREADY_EXISTS, "duplicate_request_id"),

@@ -19,6 +19,7 @@ from kvmesh.cluster.errors import (
 )
 from kvmesh.cluster.ingress import generation
 from kvmesh.cluster.ingress.error_table import to_wire
+from kvmesh.cluster.ingress.failovers import MAX_FAILOVERS
 from kvmesh.cluster.routing.errors import ExceedsEveryGroupError, RequestIdInUseError
 from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.workers.errors import InvalidFieldError, PoolCapacityError, WorkerDiedError
@@ -493,13 +494,13 @@ async def test_an_engine_lost_before_it_accepted_the_request(two: Machine) -> No
 
 
 async def test_a_request_fails_after_too_many_lost_engines() -> None:
-    async with machine(groups=generation.MAX_FAILOVERS + 2) as many:
+    async with machine(groups=MAX_FAILOVERS + 2) as many:
         for engine in many.engines.values():
             engine.refusals = [EngineLostError()]
         with pytest.raises(EngineLostError):
             await read(many.stream(make_request(30)))
         groups = [placement.group for placement in many.router.granted]
-        assert len(set(groups)) == len(groups) == generation.MAX_FAILOVERS + 1
+        assert len(set(groups)) == len(groups) == MAX_FAILOVERS + 1
 
 
 async def test_a_request_waits_for_the_replacement_of_the_only_engine(one: Machine) -> None:

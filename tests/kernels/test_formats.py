@@ -313,6 +313,20 @@ def test_hard_rows_stay_finite(name: str) -> None:
                 assert side.isfinite().all()
 
 
+@pytest.mark.parametrize("name", format_names())
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_page_that_is_not_finite_is_sealed_and_changes_no_other(name: str, value: float) -> None:
+    fmt = get_format(name)
+    pages = torch.randn(4, 1, 16, 64, generator=torch.Generator().manual_seed(3))
+    params, at = params_for(fmt, 1, 64), torch.arange(4) * 16
+    sound = fmt.encode(pages, pages, params, at)
+    pages[1] = value
+    pages[2, 0, 5, 7] = value
+    sealed = fmt.encode(pages, pages, params, at)
+    fmt.decode(sealed, 16, 64, torch.float32, params)
+    assert torch.equal(sealed[[0, 3]], sound[[0, 3]])
+
+
 @given(
     st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=2, max_size=2),
     st.sampled_from(PER_TOKEN),

@@ -318,6 +318,19 @@ def test_a_sequence_pauses_at_the_end_of_its_lease_and_continues_when_it_grows(
     assert tokens == expected_output([5, 6, 7], 190, ignore_eos=True)
 
 
+def test_a_sequence_whose_lease_ends_within_its_cached_prefix_reads_its_own_pages() -> None:
+    engine, _ = make_engine(seqs=1)
+    prompt = [i * i % VOCAB for i in range(2 * PAGE + 1)]
+    engine.add(request("cached", prompt[:-1], 1))
+    engine.add(request("between", [3] * PAGE))
+    run(engine)
+    engine.add(request("r", prompt, lease=LeaseTerms("l", 1, 4, 1, 12)))
+    while not engine.stalled:
+        engine.step()
+    engine.extend(LeaseTerms("l", 1, 4, 12, 12))
+    assert tokens_of(run(engine)["r"]) == expected_output(prompt, 10)
+
+
 def test_others_continue_while_a_sequence_is_paused_and_may_preempt_it() -> None:
     engine, _ = make_engine(budget=40, seqs=3)
     params = SamplingParams(temperature=0.0, max_tokens=200, ignore_eos=True)

@@ -49,6 +49,8 @@ Errors
   certain to be                             DEADLINE_EXCEEDED    no
   engine or ingress lost, draining          UNAVAILABLE          yes, or resume
   a server fault                            INTERNAL             no
+  a request that cannot be computed, or
+  that makes engines fail                   INTERNAL             no
 
   A request that is aborted, or whose timeout expires after its first token,
   does not fail: its choices finish with ABORT or DEADLINE and the output so far.
@@ -152,6 +154,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_NOT_READY: _ErrorReason.ValueType  # 16
     """No group is up yet."""
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 17
+    ERROR_REASON_REQUEST_FAULT: _ErrorReason.ValueType  # 18
+    """The request itself is the cause: its logits are not finite numbers, or engines
+    failed repeatedly while they computed it. Do not send it again.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """---- Errors"""
@@ -179,6 +185,10 @@ ERROR_REASON_DRAINING: ErrorReason.ValueType  # 15
 ERROR_REASON_NOT_READY: ErrorReason.ValueType  # 16
 """No group is up yet."""
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 17
+ERROR_REASON_REQUEST_FAULT: ErrorReason.ValueType  # 18
+"""The request itself is the cause: its logits are not finite numbers, or engines
+failed repeatedly while they computed it. Do not send it again.
+"""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 
 @_typing.final
@@ -280,7 +290,8 @@ Global___ChatMessage: _TypeAlias = ChatMessage  # noqa: Y015
 @_typing.final
 class SamplingParams(_message.Message):
     """Unset fields take the default in brackets. Fields are signed so that a negative
-    value reaches the server, which rejects it by name.
+    value reaches the server, which rejects it by name. Values outside the ranges
+    given here, NaN and infinities are rejected as well.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -322,30 +333,32 @@ class SamplingParams(_message.Message):
     LOGPROBS_FIELD_NUMBER: _builtins.int
     N_FIELD_NUMBER: _builtins.int
     temperature: _builtins.float
-    """[1] 0 is greedy."""
+    """[1] 0 to 100; below 0.00001 it is greedy, like 0."""
     top_p: _builtins.float
     """[1] Nucleus sampling, in (0, 1]."""
     top_k: _builtins.int
     """[0] 0 keeps all tokens."""
     min_p: _builtins.float
-    """[0] Minimum probability relative to the most likely token's."""
+    """[0] 0 to 1: minimum probability relative to the most likely token's."""
     repetition_penalty: _builtins.float
-    """[1] > 1 discourages tokens of the prompt and the output."""
+    """[1] 0.01 to 100; above 1 it discourages tokens of the prompt and the output."""
     presence_penalty: _builtins.float
-    """[0] Subtracted from the logits of tokens that the output contains."""
+    """[0] -100 to 100, subtracted from the logits of tokens that the output contains."""
     frequency_penalty: _builtins.float
-    """[0] Subtracted once for each occurrence in the output."""
+    """[0] -100 to 100, subtracted once for each occurrence in the output."""
     seed: _builtins.int
     """[random] Always reported back."""
     max_tokens: _builtins.int
-    """[256] Output tokens per choice."""
+    """[256] At least 1: output tokens per choice."""
     min_tokens: _builtins.int
-    """[0] No stop token or stop string ends a choice before this many tokens."""
+    """[0] At most max_tokens: no stop token or stop string ends a choice before this
+    many tokens.
+    """
     ignore_eos: _builtins.bool
     """[false] Continue past the model's end-of-sequence tokens."""
     logprobs: _builtins.int
     """[none] Log-probabilities of output tokens: 0 for the chosen tokens only,
-    k for the k best alternatives as well.
+    k, up to 20, for the k best alternatives as well.
     """
     n: _builtins.int
     """[1] Choices."""
@@ -460,7 +473,7 @@ class GenerateRequest(_message.Message):
     priority: _builtins.int
     """[0] Higher starts sooner."""
     timeout_s: _builtins.float
-    """[none] Seconds from arrival to the last token."""
+    """[none] Seconds from arrival to the last token; above 0, at most 30 days."""
     min_kv_format: _builtins.str
     """[none] The least accurate KV format that is acceptable, by name ("int8"):
     only groups whose format is at least as accurate are considered.
@@ -1589,7 +1602,7 @@ class GroupLoads(_message.Message):
     def sealed(self) -> Global___PagesLoad: ...
     @_builtins.property
     def outcomes_total(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
-        """Requests by outcome: "stop", "length", "abort", "deadline", "error"."""
+        """Requests by outcome: "stop", "length", "abort", "deadline", "fault"."""
 
     @_builtins.property
     def time_to_first_token(self) -> Global___LatencySummary: ...

@@ -49,6 +49,8 @@ Errors
   certain to be                             DEADLINE_EXCEEDED    no
   engine or ingress lost, draining          UNAVAILABLE          yes, or resume
   a server fault                            INTERNAL             no
+  a request that cannot be computed, or
+  that makes engines fail                   INTERNAL             no
 
   A request that is aborted, or whose timeout expires after its first token,
   does not fail: its choices finish with ABORT or DEADLINE and the output so far.

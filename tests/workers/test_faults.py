@@ -1,0 +1,336 @@
+"""Sequences without a token to sample: they end, and those next to them do not notice."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from kvmesh.kernels.formats.registry import format_names, get_format
+from kvmesh.workers.config import EngineConfig
+from kvmesh.workers.engine import Engine
+from kvmesh.workers.errors import InvalidFieldError
+from kvmesh.workers.local import local_executor
+from kvmesh.workers.plan import Chunk, SampledToken, StepPlan, StepResult
+from kvmesh.workers.request import EndReason, EngineRequest, SequenceDelta
+from kvmesh.workers.sampling_params import SamplingParams
+from kvmesh.workers.sizes import BLOCK_PAGES, PageNeed
+from tests.model.small import make_small_model
+from tests.workers.memory_executor import VOCAB, MemoryExecutor, expected_output
+from tests.workers.test_engine import PAGE, make_engine, request, run, tokens_of
+
+BAD = VOCAB - 1
+PARAMS = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True, logit_bias={BAD: -100})
+
+
+class TaintedExecutor(MemoryExecutor):
+    """The token BAD makes NaN of all pages that are written in its chunk, as attention does,
+    and of all that is computed from them."""
+
+    def allocate(self, allocation) -> None:  # type: ignore[no-untyped-def]
+        super().allocate(allocation)
+        self._nan_hot: set[int] = set()
+        self._nan_sealed: set[int] = set()
+        self._nan_rows: set[int] = set()
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        self._nan_rows = set()
+        self._nan_sealed -= set(plan.seal_sealed)
+        result = super().execute(plan)
+        sampled = [chunk.row for chunk in plan.chunks if chunk.sample]
+        tokens = [
+            SampledToken(-1, fault="NaN") if row in self._nan_rows else token
+            for row, token in zip(sampled, result.tokens, strict=True)
+        ]
+        return StepResult(plan.step, tokens, 0.0)
+
+    def _write(self, chunk: Chunk) -> None:
+        super()._write(chunk)
+        first, last = chunk.start // self._page_size, (chunk.end - 1) // self._page_size
+        ids = [int(self._hot_table[chunk.row, page]) for page in range(first, last + 1)]
+        if chunk.start % self._page_size == 0:
+            self._nan_hot.discard(ids[0])
+        self._nan_hot -= set(ids[1:])
+        if BAD in np.frombuffer(chunk.tokens, np.int32):
+            self._nan_hot |= set(ids)
+
+    def _seal(self, plan: StepPlan) -> None:
+        super()._seal(plan)
+        for hot, sealed in zip(plan.seal_hot, plan.seal_sealed, strict=True):
+            if hot in self._nan_hot:
+                self._nan_sealed.add(sealed)
+
+    def _form(self, row: int, page: int, query_page: int):  # type: ignore[no-untyped-def]
+        hot = page < self._sink or page >= query_page - self._recent
+        table, nan = (
+            (self._hot_table, self._nan_hot) if hot else (self._sealed_table, self._nan_sealed)
+        )
+        if int(table[row, page]) in nan:
+            self._nan_rows.add(row)
+        return super()._form(row, page, query_page)
+
+
+def tainted_engine(
+    *,
+    sink: int = 0,
+    recent: int = 0,
+    budget: int = 120,
+    tokens: int = 64,
+    prefix_cache: bool = True,
+) -> Engine:
+    config = EngineConfig(
+        model="memory",
+        page_size=PAGE,
+        max_num_seqs=4,
+        max_num_batched_tokens=tokens,
+        prefix_cache=prefix_cache,
+    )
+    return Engine(config, TaintedExecutor(PAGE, sink, recent, budget))
+
+
+def innocent(numbers: list[int], length: int) -> bool:
+    """The executor's model does not output BAD after this prompt."""
+    return BAD not in numbers + expected_output(numbers, length, ignore_eos=True)
+
+
+def letters(data: st.DataObject, max_length: int) -> list[int]:
+    """Any number of tokens; Hypothesis' own lists are mostly shorter than a page."""
+    length, salt = data.draw(st.integers(0, max_length)), data.draw(st.integers(0, 5))
+    return [(7 * salt + i * i) % BAD for i in range(length)]
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_sequences_at_fault_end_and_no_other_notices(data: st.DataObject) -> None:
+    engine = tainted_engine(
+        sink=data.draw(st.integers(0, 1), "sink"),
+        recent=data.draw(st.integers(0, 1), "recent"),
+        budget=data.draw(st.integers(70, 130), "budget"),
+        tokens=data.draw(st.sampled_from([7, 24, 128]), "tokens"),
+        prefix_cache=data.draw(st.booleans(), "prefix cache"),
+    )
+    shared = letters(data, 4 * PAGE)
+    expected: dict[str, list[int] | None] = {}
+    deltas: dict[str, list[SequenceDelta]] = {}
+    for index in range(data.draw(st.integers(1, 8), "requests")):
+        prompt = [*shared, *letters(data, 2 * PAGE), 3]
+        if data.draw(st.booleans(), "at fault"):
+            at = data.draw(st.integers(len(shared), len(prompt)), "at")
+            prompt.insert(at, BAD)
+            expected[str(index)] = None
+        elif innocent(prompt, 20):
+            expected[str(index)] = expected_output(prompt, 20, ignore_eos=True)
+        else:
+            continue
+        params = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
+        engine.add(request(str(index), prompt, params=params))
+        for _ in range(data.draw(st.integers(0, 6), "steps between")):
+            for delta in engine.step():
+                deltas.setdefault(delta.request_id, []).append(delta)
+            engine.check_integrity()
+    for name, rest in run(engine).items():
+        deltas.setdefault(name, []).extend(rest)
+    for name, output in expected.items():
+        last = deltas[name][-1]
+        if output is None:
+            assert (last.finish_reason, last.error) == (EndReason.FAULT, "NaN")
+        else:
+            assert last.finish_reason is EndReason.LENGTH
+            assert tokens_of(deltas[name]) == output
+    assert engine.loads().pool.used == PageNeed(0, 0)
+
+
+def test_pages_of_a_sequence_at_fault_are_not_shared() -> None:
+    engine = tainted_engine(tokens=16)
+    prompt = [int(i) % BAD for i in range(BLOCK_PAGES * PAGE + 5)]
+    engine.add(request("bad", [*prompt, BAD], params=PARAMS))
+    while not engine.take_page_changes():
+        engine.step()  # until its first block is cached
+    (delta,) = run(engine)["bad"]
+    assert delta.finish_reason is EndReason.FAULT
+    assert set(engine.take_page_changes().values()) == {False}
+    pool = engine.loads().pool
+    assert (pool.hot.cached, pool.sealed.cached) == (0, 0)
+    engine.add(request("good", prompt, params=PARAMS))
+    last = run(engine)["good"][-1]
+    assert last.usage is not None and last.usage.cached_tokens == 0
+
+
+def test_a_token_that_the_vocabulary_does_not_have_ends_only_its_sequence() -> None:
+    engine, executor = make_engine()
+    execute = executor.execute
+
+    def wrong(plan: StepPlan) -> StepResult:
+        result = execute(plan)
+        rows = [chunk.row for chunk in plan.chunks if chunk.sample]
+        tokens = [
+            SampledToken(VOCAB) if row == 0 else token
+            for row, token in zip(rows, result.tokens, strict=True)
+        ]
+        return StepResult(plan.step, tokens, 0.0)
+
+    executor.execute = wrong  # type: ignore[method-assign]
+    engine.add(request("a", [3, 4]))
+    engine.add(request("b", [5, 6]))
+    deltas = run(engine)
+    (end,) = deltas["a"]
+    assert end.finish_reason is EndReason.FAULT
+    assert end.error is not None and str(VOCAB) in end.error
+    assert tokens_of(deltas["b"]) == expected_output([5, 6], 10)
+
+
+# Through the model
+
+NAN, INF = 77, 78
+BIAS = {NAN: -100.0, INF: -100.0}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embeddings of two tokens are NaN and infinite."""
+    path = make_small_model(
+        "LlamaForCausalLM",
+        tmp_path_factory.mktemp("faults"),
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_hidden_layers=2,
+        max_position_embeddings=512,
+    )
+    (file,) = path.glob("*.safetensors")
+    weights = load_file(file)
+    weights["model.embed_tokens.weight"][NAN, 3] = float("nan")
+    weights["model.embed_tokens.weight"][INF] = float("inf")
+    save_file(weights, file, metadata={"format": "pt"})
+    return path
+
+
+def make_model_engine(model: Path, kv_format: str) -> Engine:
+    config = EngineConfig(
+        model=str(model),
+        kv_format=kv_format,
+        kv_probe="off",
+        page_size=16,
+        dtype="float32",
+        device="cpu",
+        kv_memory_bytes=600 << 10,
+        max_num_batched_tokens=64,
+        max_num_seqs=8,
+        threads_per_rank=1,
+    )
+    return Engine(config, local_executor(config))
+
+
+def outputs(engine: Engine, prompts: list[list[int]]) -> list[list[int] | None]:
+    """The tokens after each prompt, None for a sequence at fault."""
+    params = SamplingParams(
+        temperature=0.0, max_tokens=12, ignore_eos=True, logprobs=2, logit_bias=BIAS
+    )
+    for index, prompt in enumerate(prompts):
+        engine.add(EngineRequest(str(index), np.array(prompt, np.int32), params))
+    deltas = run(engine)
+    ends = [deltas[str(index)] for index in range(len(prompts))]
+    return [None if end[-1].finish_reason is EndReason.FAULT else tokens_of(end) for end in ends]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name == "int8" else pytest.param(name, marks=pytest.mark.slow)
+        for name in format_names()
+        if not get_format(name).needs_calibration
+    ],
+)
+def test_a_model_that_computes_nan_ends_the_sequence_alone(name: str, model: Path) -> None:
+    """Also if it has a prefix in common with others, and wherever its pages are used again."""
+    numbers = np.random.default_rng(0)
+    good = [numbers.integers(3, NAN, length).tolist() for length in (40, 75, 9)]
+    alone = make_model_engine(model, name)
+    expected = [outputs(alone, [prompt])[0] for prompt in good]
+    assert None not in expected
+    bad = [[*good[1][:50], token, *good[1][50:]] for token in (NAN, INF)]
+    engine = make_model_engine(model, name)
+    for _ in range(3):
+        found = outputs(engine, [good[0], *bad, good[1], good[2], *bad])
+        assert found == [expected[0], None, None, expected[1], expected[2], None, None]
+
+
+@pytest.fixture(scope="module")
+def engine(model: Path) -> Iterator[Engine]:
+    yield make_model_engine(model, "int8")
+
+
+def doubles() -> st.SearchStrategy[float]:
+    """Every bit pattern is as likely as any other, and so are those of small fp32 numbers."""
+    any_bits = st.integers(0, 2**64 - 1).map(lambda b: struct.unpack("<d", struct.pack("<Q", b))[0])
+    fp32_bits = st.integers(0, 2**32 - 1).map(
+        lambda b: struct.unpack("<f", struct.pack("<I", b))[0]
+    )
+    return st.one_of(any_bits, fp32_bits, st.floats(), st.floats(0, 1), st.floats(-100, 100))
+
+
+FIELDS: dict[str, st.SearchStrategy[object]] = {
+    "temperature": doubles(),
+    "top_p": doubles(),
+    "min_p": doubles(),
+    "repetition_penalty": doubles(),
+    "presence_penalty": doubles(),
+    "frequency_penalty": doubles(),
+    "top_k": st.integers(-1, 2**31),
+    "seed": st.integers(-1, 2**64),
+    "min_tokens": st.integers(0, 4),
+    "logprobs": st.integers(-1, 21),
+    "logit_bias": st.dictionaries(st.integers(0, 130), doubles(), max_size=3),
+    "stop_token_ids": st.lists(st.integers(0, 130), max_size=128).map(tuple),
+}
+# Few at a time, as most patterns are refused, and the others have to be reached too.
+ODD = st.sets(st.sampled_from(sorted(FIELDS)), max_size=3).flatmap(
+    lambda names: st.fixed_dictionaries({name: FIELDS[name] for name in names})
+)
+GOOD_PROMPT = [5, 9, 30, 8]
+
+
+@settings(max_examples=150, deadline=None)
+@given(odd=ODD, timeout_s=st.none() | doubles())
+def test_no_bit_pattern_of_any_number_harms_the_engine_or_a_neighbour(
+    engine: Engine, odd: dict[str, object], timeout_s: float | None
+) -> None:
+    good = SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True, logit_bias=BIAS)
+    try:
+        params = SamplingParams(max_tokens=4, **odd)  # type: ignore[arg-type]
+        strange = EngineRequest(
+            "odd", np.array([5, 9, 30, 7], np.int32), params, timeout_s=timeout_s
+        )
+        engine.check(strange)
+    except InvalidFieldError as error:
+        assert error.field in {*odd, "timeout_s"}
+        return
+    engine.add(strange)
+    engine.add(EngineRequest("good", np.array(GOOD_PROMPT, np.int32), good))
+    deltas = run(engine)
+    assert deltas["odd"][-1].finish_reason is not None
+    again = EngineRequest("again", np.array(GOOD_PROMPT, np.int32), good)
+    engine.add(again)
+    assert tokens_of(deltas["good"]) == tokens_of(run(engine)["again"])
+    assert len(tokens_of(deltas["good"])) == 5
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"repetition_penalty": 0.01, "logit_bias": {9: 100.0}},
+        {"temperature": 1e-5, "top_k": 5},
+        {"temperature": 1e-46, "top_k": 5},
+        {"top_p": 5e-324},
+        {"min_tokens": 4, "stop_token_ids": tuple(range(128))},
+    ],
+)
+def test_extreme_numbers_give_tokens(engine: Engine, odd: dict[str, object]) -> None:
+    params = SamplingParams(max_tokens=4, ignore_eos=True, **odd)  # type: ignore[arg-type]
+    engine.add(EngineRequest("odd", np.array(GOOD_PROMPT, np.int32), params))
+    assert len(tokens_of(run(engine)["odd"])) == 4
