@@ -9,29 +9,26 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeVar
 
 import ray
-from grpc_health.v1 import health_pb2
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
-from ray.serve.grpc_util import RayServegRPCContext
 from ray.serve.handle import DeploymentHandle
 
-from kvmesh.client.status import TRAILER, encode_details, encode_trailer
 from kvmesh.cluster.config import ClusterConfig
 from kvmesh.cluster.engine_service import EngineService
+from kvmesh.cluster.grpc_front import GrpcFront, attach
 from kvmesh.cluster.identity import Identity
-from kvmesh.cluster.ingress import error_table
 from kvmesh.cluster.ingress.authenticate import Authenticator
 from kvmesh.cluster.ingress.codec import ModelCodec
 from kvmesh.cluster.ingress.quality import DIVERGENCE_NATS
 from kvmesh.cluster.ingress.service import IngressService
-from kvmesh.cluster.ingress.validate import MAX_ID_CHARS, Limits
+from kvmesh.cluster.ingress.validate import Limits
 from kvmesh.cluster.link import Address, LinkError, listen
 from kvmesh.cluster.messages import TO_ROUTER
 from kvmesh.cluster.metrics import EngineMeters, IngressMeters, RouterMeters
@@ -39,7 +36,6 @@ from kvmesh.cluster.rank_actors import RankActors, RankResources
 from kvmesh.cluster.ray_meters import RayMeterFactory
 from kvmesh.cluster.router_service import RouterService
 from kvmesh.cluster.routing.config import RouterConfig
-from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.model.source import resolve_model
 
@@ -150,7 +146,7 @@ class RouterReplica:
 
 
 class IngressReplica:
-    """The gRPC methods of one ingress process."""
+    """One ingress process; grpc_front.py serves its calls."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self,
@@ -162,125 +158,26 @@ class IngressReplica:
         """engines: bound only to make them part of the application"""
         config = deployed.config
         files = resolve_model(config.model)
-        self._meters = IngressMeters(RayMeterFactory())
+        meters, limits = IngressMeters(RayMeterFactory()), limits_of(config)
         self._drain_s = config.timeouts.drain_s
         self._service = IngressService(
             deployed.identity,
             router_finder(router),
             ModelCodec(files.path),
-            Authenticator(keys),
-            limits_of(config),
-            self._meters,
+            limits,
+            meters,
             version=package_version(),
             model_names=frozenset({config.model, files.name}),
             queue_timeout_s=config.router.queue_timeout_s,
             divergence_nats={**DIVERGENCE_NATS, **config.ingress.kv_divergence_nats},
         )
+        authenticate = Authenticator(keys).authenticate
+        max_calls = config.ingress.max_streams
+        attach(GrpcFront(self._service, authenticate, limits, meters, max_calls))
         self._service.start()
-
-    async def Generate(
-        self, request: object, grpc_context: RayServegRPCContext
-    ) -> pb.GenerateResponse:
-        call = self._service.generate(request, grpc_context.invocation_metadata())
-        return await self._answer("Generate", request, grpc_context, call, pb.GenerateResponse())
-
-    async def GenerateStream(
-        self, request: object, grpc_context: RayServegRPCContext
-    ) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
-        events = self._service.generate_stream(request, grpc_context.invocation_metadata())
-        result = "cancelled"
-        try:
-            async for event in events:
-                yield event
-            result = "ok"
-        except Exception as error:
-            # The code is set and the stream ends without raising: behind HAProxy
-            # the status arrives whole that way, trailers included.
-            result = fail(grpc_context, error, request)
-        finally:
-            self._meters.request("GenerateStream", result)
-            await events.aclose()
-
-    async def Tokenize(
-        self, request: object, grpc_context: RayServegRPCContext
-    ) -> pb.TokenizeResponse:
-        call = self._service.tokenize(request, grpc_context.invocation_metadata())
-        return await self._answer("Tokenize", request, grpc_context, call, pb.TokenizeResponse())
-
-    async def Abort(self, request: object, grpc_context: RayServegRPCContext) -> pb.AbortResponse:
-        call = self._service.abort(request, grpc_context.invocation_metadata())
-        return await self._answer("Abort", request, grpc_context, call, pb.AbortResponse())
-
-    async def EstimateBudget(
-        self, request: object, grpc_context: RayServegRPCContext
-    ) -> pb.EstimateBudgetResponse:
-        call = self._service.estimate_budget(request, grpc_context.invocation_metadata())
-        return await self._answer(
-            "EstimateBudget", request, grpc_context, call, pb.EstimateBudgetResponse()
-        )
-
-    async def Explain(
-        self, request: object, grpc_context: RayServegRPCContext
-    ) -> pb.ExplainResponse:
-        call = self._service.explain(request, grpc_context.invocation_metadata())
-        return await self._answer("Explain", request, grpc_context, call, pb.ExplainResponse())
-
-    async def GetModelInfo(
-        self, request: object, grpc_context: RayServegRPCContext
-    ) -> pb.GetModelInfoResponse:
-        call = self._service.get_model_info(request, grpc_context.invocation_metadata())
-        return await self._answer(
-            "GetModelInfo", request, grpc_context, call, pb.GetModelInfoResponse()
-        )
-
-    async def GetLoads(
-        self, request: object, grpc_context: RayServegRPCContext
-    ) -> pb.GetLoadsResponse:
-        call = self._service.get_loads(request, grpc_context.invocation_metadata())
-        return await self._answer("GetLoads", request, grpc_context, call, pb.GetLoadsResponse())
-
-    # grpc.health.v1.Health; needs no key, as probes have none.
-
-    async def Check(self, request: health_pb2.HealthCheckRequest) -> health_pb2.HealthCheckResponse:
-        return health_pb2.HealthCheckResponse(status=self._health())
-
-    async def Watch(
-        self, request: health_pb2.HealthCheckRequest
-    ) -> AsyncGenerator[health_pb2.HealthCheckResponse, None]:
-        last = None
-        while True:
-            status = self._health()
-            if status != last:
-                yield health_pb2.HealthCheckResponse(status=status)
-                last = status
-            await asyncio.sleep(1.0)
-
-    def _health(self) -> int:
-        if self._service.ready:
-            return health_pb2.HealthCheckResponse.SERVING
-        return health_pb2.HealthCheckResponse.NOT_SERVING
 
     async def check_health(self) -> None:
         self._service.check_health()
-
-    async def _answer(
-        self,
-        method: str,
-        request: object,
-        context: RayServegRPCContext,
-        call: Awaitable[Reply],
-        empty: Reply,
-    ) -> Reply:
-        result = "cancelled"
-        try:
-            reply = await call
-            result = "ok"
-        except Exception as error:
-            result = fail(context, error, request)
-            return empty
-        finally:
-            self._meters.request(method, result)
-        return reply
 
     async def __del__(self) -> None:
         await self._service.drain(self._drain_s)
@@ -309,22 +206,6 @@ def router_finder(router: DeploymentHandle[Any]) -> Callable[[], Awaitable[Addre
 def node_ip() -> str:
     """This node's address in the Ray cluster."""
     return str(ray.util.get_node_ip_address())
-
-
-def fail(context: RayServegRPCContext, error: Exception, request: object) -> str:
-    """Put an error into a call's status and log what clients must not see; its metrics label."""
-    request_id = str(getattr(request, "request_id", ""))[:MAX_ID_CHARS]
-    if error_table.is_expected(error):
-        logger.info("refused request %r: %s", request_id, error)
-    else:
-        logger.error("failed at request %r", request_id, exc_info=error)
-    wire = error_table.to_wire(error, request_id)
-    context.set_code(error_table.status_code(wire))
-    context.set_details(encode_details(wire))
-    # Serve's annotation knows text alone; a key that ends in -bin takes bytes.
-    trailers: list[Any] = [(TRAILER, encode_trailer(wire))]
-    context.set_trailing_metadata(trailers)
-    return error_table.reason_label(wire)
 
 
 def limits_of(config: ClusterConfig) -> Limits:

@@ -111,10 +111,10 @@ class DrainingError(ClusterError):
 
 
 class NotReadyError(ClusterError):
-    """No group is up yet."""
+    """No group is up yet, or the router does not answer."""
 
-    def __str__(self) -> str:
-        return "no engine is ready yet"
+    def __init__(self, message: str = "no engine is ready yet") -> None:
+        super().__init__(message)
 
 
 class Failure(msgspec.Struct, frozen=True):

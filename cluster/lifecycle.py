@@ -214,14 +214,14 @@ class Cluster:
         from ray.serve.config import HTTPOptions, gRPCOptions
 
         from kvmesh.cluster.app import build_app
-        from kvmesh.cluster.servicer import SERVICER_FUNCTIONS
 
         _quieten_serve()
         try:
             serve.start(
                 http_options=HTTPOptions(host=config.ingress.host, port=config.ingress.http_port),
                 grpc_options=gRPCOptions(
-                    port=config.ingress.port, grpc_servicer_functions=list(SERVICER_FUNCTIONS)
+                    port=config.ingress.port,
+                    grpc_servicer_functions=["kvmesh.cluster.grpc_front.add_to_server"],
                 ),
             )
         except (RayError, RuntimeError, TimeoutError, ValueError) as error:

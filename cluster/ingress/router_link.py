@@ -143,7 +143,7 @@ class RouterLink:
             async with asyncio.timeout(ANSWER_TIMEOUT_S):
                 return await self._ask(message)
         except TimeoutError:
-            raise NotReadyError() from None
+            raise NotReadyError("the router does not answer") from None
 
     def _ask(
         self, message: Any, on_waiting: Callable[[Waiting], None] = _ignore

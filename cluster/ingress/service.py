@@ -1,11 +1,14 @@
-"""The calls of the wire contract, over a router and engines: everything but the transport."""
+"""The calls of the wire contract, over a router and engines: everything but the transport.
+
+Each takes a parsed request and the tenant that it is from.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 
 from kvmesh.cluster.errors import (
     DrainingError,
@@ -14,7 +17,6 @@ from kvmesh.cluster.errors import (
 )
 from kvmesh.cluster.identity import Identity
 from kvmesh.cluster.ingress import prompts, served, validate, wire
-from kvmesh.cluster.ingress.authenticate import Authenticator
 from kvmesh.cluster.ingress.codec import TextCodec
 from kvmesh.cluster.ingress.engine_links import EngineLinks
 from kvmesh.cluster.ingress.estimate import estimate_reply, explain_reply
@@ -29,8 +31,6 @@ from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.workers.sampling_params import RANGES
 
 logger = logging.getLogger(__name__)
-
-Metadata = Iterable[tuple[str, str | bytes]]
 
 REFRESH_PERIOD_S = 1.0
 
@@ -48,7 +48,6 @@ class IngressService:
         identity: Identity,
         find_router: Callable[[], Awaitable[Address]],
         codec: TextCodec,
-        authenticator: Authenticator,
         limits: validate.Limits,
         meters: IngressMeters,
         *,
@@ -60,7 +59,6 @@ class IngressService:
         self._router = RouterLink(identity, find_router)
         self._engines = EngineLinks(identity)
         self._codec = codec
-        self._authenticator = authenticator
         self._limits = limits
         self._meters = meters
         self._version = version
@@ -124,13 +122,13 @@ class IngressService:
     # Calls
 
     async def generate_stream(
-        self, request: object, metadata: Metadata
+        self, request: pb.GenerateRequest, tenant: str
     ) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
         """GenerateStream; raises the errors of ingress/error_table.py."""
-        tenant = self._admit(request, metadata)
-        assert isinstance(request, pb.GenerateRequest)
+        self._check_open()
         await self._context.waker.turn()  # many may arrive at once
         making = asyncio.ensure_future(self._generation(request, tenant))
+        del request  # it may be large, and the stream long
         try:
             while not (await asyncio.wait((making,), timeout=self._context.silence_s))[0]:
                 yield pb.GenerateStreamResponse()  # a long prompt takes its time
@@ -150,19 +148,18 @@ class IngressService:
             if not self._running:
                 self._idle.set()
 
-    async def generate(self, request: object, metadata: Metadata) -> pb.GenerateResponse:
+    async def generate(self, request: pb.GenerateRequest, tenant: str) -> pb.GenerateResponse:
         """Generate: a stream's events in one reply."""
-        self._authenticator.authenticate(metadata)  # before any error about the request
-        if isinstance(request, pb.GenerateRequest) and request.HasField("resume"):
+        if request.HasField("resume"):
             validate.refuse(
                 "resume", "must not be set for Generate; only GenerateStream can resume"
             )
-        async with contextlib.aclosing(self.generate_stream(request, metadata)) as events:
+        async with contextlib.aclosing(self.generate_stream(request, tenant)) as events:
+            del request
             return wire.generated([event async for event in events])
 
-    async def tokenize(self, request: object, metadata: Metadata) -> pb.TokenizeResponse:
-        self._admit(request, metadata)
-        assert isinstance(request, pb.TokenizeRequest)
+    async def tokenize(self, request: pb.TokenizeRequest, tenant: str) -> pb.TokenizeResponse:
+        self._check_open()
         status = self._status_for(request.model)
         vocab_size = served.any_info(status).vocab_size
         ids = await prompts.encode(validate.prompt(request.prompt), self._codec, vocab_size)
@@ -170,20 +167,18 @@ class IngressService:
             token_ids=ids.tolist(), max_model_len=served.max_model_len(status)
         )
 
-    async def abort(self, request: object, metadata: Metadata) -> pb.AbortResponse:
+    async def abort(self, request: pb.AbortRequest, tenant: str) -> pb.AbortResponse:
         """Abort, by a request id of the caller's own tenant."""
-        tenant = self._admit(request, metadata)
-        assert isinstance(request, pb.AbortRequest)
+        self._check_open()
         if not request.request_id:
             validate.refuse("request_id", "must not be empty")
         aborted = await self._router.abort(f"{tenant}/{request.request_id}")
         return pb.AbortResponse(aborted=aborted)
 
     async def estimate_budget(
-        self, request: object, metadata: Metadata
+        self, request: pb.EstimateBudgetRequest, tenant: str
     ) -> pb.EstimateBudgetResponse:
-        tenant = self._admit(request, metadata)
-        assert isinstance(request, pb.EstimateBudgetRequest)
+        self._check_open()
         status = self._status_for(request.model)
         prompt_tokens, hashes = await self._size(request, tenant)
         max_tokens = self._limits.default_max_tokens
@@ -204,32 +199,29 @@ class IngressService:
         )
         return estimate_reply(place, await self._router.estimate(place), status)
 
-    async def explain(self, request: object, metadata: Metadata) -> pb.ExplainResponse:
+    async def explain(self, request: pb.ExplainRequest, tenant: str) -> pb.ExplainResponse:
         """Explain, by a request id of the caller's own tenant."""
-        tenant = self._admit(request, metadata)
-        assert isinstance(request, pb.ExplainRequest)
+        self._check_open()
         if not request.request_id:
             validate.refuse("request_id", "must not be empty")
         explained = await self._router.explain(f"{tenant}/{request.request_id}")
         return explain_reply(request.request_id, explained, self._current_status())
 
-    async def get_model_info(self, request: object, metadata: Metadata) -> pb.GetModelInfoResponse:
-        self._admit(request, metadata)
+    async def get_model_info(
+        self, request: pb.GetModelInfoRequest, tenant: str
+    ) -> pb.GetModelInfoResponse:
+        self._check_open()
         return wire.model_info(self._current_status(), self._codec, self._version)
 
-    async def get_loads(self, request: object, metadata: Metadata) -> pb.GetLoadsResponse:
-        self._admit(request, metadata)
+    async def get_loads(self, request: pb.GetLoadsRequest, tenant: str) -> pb.GetLoadsResponse:
+        self._check_open()
         return wire.loads(await self._router.status(fresh=True))
 
     # Internals
 
-    def _admit(self, request: object, metadata: Metadata) -> str:
-        """The caller's tenant; refuses unknown callers first, then invalid messages."""
-        tenant = self._authenticator.authenticate(metadata)
-        validate.check_message(request, self._limits)
+    def _check_open(self) -> None:
         if self.draining:
             raise DrainingError()
-        return tenant
 
     async def _generation(self, request: pb.GenerateRequest, tenant: str) -> Generation:
         status = self._status_for(request.model)

@@ -19,7 +19,6 @@ import numpy.typing as npt
 from kvmesh.cluster.engine_service import EngineService, _Ingress
 from kvmesh.cluster.errors import Failure
 from kvmesh.cluster.identity import Identity
-from kvmesh.cluster.ingress.authenticate import Authenticator, hash_key
 from kvmesh.cluster.ingress.service import IngressService
 from kvmesh.cluster.ingress.validate import Limits
 from kvmesh.cluster.link import (
@@ -59,7 +58,7 @@ from tests.workers.test_leader import CONFIG, MANY, GatedExecutor
 IDENTITY = Identity.make()
 FIRST = ord("A")
 KEY = "the-key"
-METADATA = (("authorization", f"Bearer {KEY}"),)
+TENANT = "tenant"
 
 
 def text_of(tokens: Iterable[int]) -> str:
@@ -287,7 +286,6 @@ class Machine:
             IDENTITY,
             self.find_router,
             LetterCodec(),
-            Authenticator([(hash_key(KEY), "tenant")]),
             Limits(),
             IngressMeters(NoMeters()),
             version="0",
@@ -346,7 +344,7 @@ class Machine:
             executor.allow(steps)
 
     def stream(self, request: pb.GenerateRequest) -> AsyncGenerator[pb.GenerateStreamResponse]:
-        return self.ingress.generate_stream(request, METADATA)
+        return self.ingress.generate_stream(request, TENANT)
 
     async def until(self, holds: Callable[[], bool]) -> None:
         async with asyncio.timeout(20):

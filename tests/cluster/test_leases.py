@@ -30,7 +30,7 @@ from kvmesh.cluster.routing.request import PlaceRequest
 from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.workers.lease import AccountUpdate, LeaseTerms, PageChanges
 from kvmesh.workers.loads import EngineLoads
-from tests.cluster.machine import IDENTITY, METADATA, Machine, answer, machine, scripted_ingress
+from tests.cluster.machine import IDENTITY, TENANT, Machine, answer, machine, scripted_ingress
 from tests.cluster.test_generation import PROMPT, Received, make_request, read, read_until, rest_of
 from tests.workers.test_engine import PAGE
 from tests.workers.test_leader import MANY
@@ -151,7 +151,7 @@ async def test_only_natural_ends_are_learned_from() -> None:
         stream = one.stream(make_request(60))
         one.allow(6)
         received = await read_until(stream, 4)
-        reply = await one.ingress.abort(pb.AbortRequest(request_id="r"), METADATA)
+        reply = await one.ingress.abort(pb.AbortRequest(request_id="r"), TENANT)
         assert reply.aborted
         one.allow(3)
         await rest_of(stream, received)
@@ -168,7 +168,7 @@ async def test_an_abort_between_placement_and_submission_takes_effect() -> None:
         engine.hold()
         reading = asyncio.ensure_future(read(one.stream(make_request(40))))
         await asyncio.wait_for(engine.arrived.wait(), 20)
-        reply = await one.ingress.abort(pb.AbortRequest(request_id="r"), METADATA)
+        reply = await one.ingress.abort(pb.AbortRequest(request_id="r"), TENANT)
         assert reply.aborted
         await one.until(lambda: one.leases() == 0)
         engine.deliver_held()

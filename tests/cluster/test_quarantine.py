@@ -117,7 +117,12 @@ async def test_a_request_without_a_token_to_sample_fails_alone(three: Machine) -
 def _fault(executor: GatedExecutor) -> None:
     """The poison request gets a fault instead of its first token."""
     poisoned: set[int] = set()
-    _watch(executor, lambda plan, rows: (poisoned.clear(), poisoned.update(rows))[0])
+
+    def note(plan: StepPlan, rows: set[int]) -> None:
+        poisoned.clear()
+        poisoned.update(rows)
+
+    _watch(executor, note)
     execute = executor.execute
 
     def faulty(plan: StepPlan) -> StepResult:

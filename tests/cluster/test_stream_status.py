@@ -24,7 +24,7 @@ from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.workers import engine
 from kvmesh.workers.request import PrefillProgress
 from tests.cluster.machine import (
-    METADATA,
+    TENANT,
     Machine,
     ScriptedIngress,
     answer,
@@ -139,7 +139,7 @@ async def test_a_request_that_is_aborted_while_it_waits_ends_as_the_contract_say
         other, leases = await fill(one)
         stream = one.stream(make_request(5))
         await next_queued(stream)
-        await one.ingress.abort(pb.AbortRequest(request_id="r"), METADATA)
+        await one.ingress.abort(pb.AbortRequest(request_id="r"), TENANT)
         events = await all_events(stream)
         assert kinds(events) == ["started", "choice_finished", "usage"]
         assert (events[0].started.seed, events[0].started.group) == (7, "")
@@ -345,7 +345,7 @@ async def test_leaving_stops_the_repetition() -> None:
 async def test_a_whole_reply_is_made_of_a_stream_that_waited() -> None:
     async with silent(silence_s=0.01) as one:
         other, leases = await fill(one)
-        replying = asyncio.ensure_future(one.ingress.generate(make_request(5), METADATA))
+        replying = asyncio.ensure_future(one.ingress.generate(make_request(5), TENANT))
         await one.until(lambda: one.router.status().router.queue_depth == 1)
         for lease_id in leases:
             other.router.send(Release(lease_id))
