@@ -16,11 +16,12 @@ from kvmesh.cluster.errors import (
     ResumeMismatchError,
 )
 from kvmesh.cluster.identity import Identity
-from kvmesh.cluster.ingress import prompts, served, validate, wire
+from kvmesh.cluster.ingress import served, validate, wire
 from kvmesh.cluster.ingress.codec import TextCodec
 from kvmesh.cluster.ingress.engine_links import EngineLinks
 from kvmesh.cluster.ingress.estimate import estimate_reply, explain_reply
 from kvmesh.cluster.ingress.generation import Generation, IngressContext
+from kvmesh.cluster.ingress.prompts import Prompts
 from kvmesh.cluster.ingress.quality import DIVERGENCE_NATS, groups_below
 from kvmesh.cluster.ingress.router_link import RouterLink
 from kvmesh.cluster.link import Address
@@ -59,12 +60,14 @@ class IngressService:
         self._router = RouterLink(identity, find_router)
         self._engines = EngineLinks(identity)
         self._codec = codec
+        self._prompts = Prompts(codec)
         self._limits = limits
         self._meters = meters
         self._version = version
         self._model_names = model_names
         self._divergence_nats = divergence_nats
         self._status: ClusterStatus | None = None
+        self._fresh_status: asyncio.Future[ClusterStatus] | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._running = 0
         self._idle = asyncio.Event()
@@ -107,6 +110,7 @@ class IngressService:
         """Close every connection, which ends running requests."""
         self.draining = True
         self._engines.close()
+        self._prompts.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -161,8 +165,7 @@ class IngressService:
     async def tokenize(self, request: pb.TokenizeRequest, tenant: str) -> pb.TokenizeResponse:
         self._check_open()
         status = self._status_for(request.model)
-        vocab_size = served.any_info(status).vocab_size
-        ids = await prompts.encode(validate.prompt(request.prompt), self._codec, vocab_size)
+        ids = await self._prompts.encode(validate.prompt(request.prompt), tenant, status)
         return pb.TokenizeResponse(
             token_ids=ids.tolist(), max_model_len=served.max_model_len(status)
         )
@@ -215,7 +218,10 @@ class IngressService:
 
     async def get_loads(self, request: pb.GetLoadsRequest, tenant: str) -> pb.GetLoadsResponse:
         self._check_open()
-        return wire.loads(await self._router.status(fresh=True))
+        if self._fresh_status is None or self._fresh_status.done():
+            # One question to the engines answers everyone who asks meanwhile.
+            self._fresh_status = asyncio.ensure_future(self._router.status(fresh=True))
+        return wire.loads(await asyncio.shield(self._fresh_status))
 
     # Internals
 
@@ -237,14 +243,13 @@ class IngressService:
                     f"the stream started on model revision {spec.resume.model_revision!r}, but "
                     f"the cluster now serves {info.model_revision!r}"
                 )
-        ids = await prompts.encode(spec.prompt, self._codec, info.vocab_size)
+        ids = await self._prompts.encode(spec.prompt, tenant, status)
         validate.check_tokens(spec, ids, info.vocab_size)
         longest = served.max_model_len(status)
         if len(ids) >= longest:
             raise served.context_exceeded(len(ids), status)
         params = validate.fit_context(spec, len(ids), longest)
-        salt = validate.cache_salt(tenant, spec.cache_salt)
-        hashes = await prompts.page_hashes(ids, salt, info)
+        hashes = await self._prompts.page_hashes(ids, tenant, spec.cache_salt, info)
         excluded = groups_below(spec.min_kv_format, status, self._divergence_nats)
         return Generation(spec, ids, params, tenant, self._context, hashes, excluded)
 
@@ -254,10 +259,10 @@ class IngressService:
         """The prompt's length, and its pages' hashes if the prompt itself is given."""
         if request.WhichOneof("size") == "prompt_tokens":
             return request.prompt_tokens, ()
-        info = served.any_info(self._current_status())
-        ids = await prompts.encode(validate.prompt(request.prompt), self._codec, info.vocab_size)
-        salt = validate.cache_salt(tenant, "")
-        return len(ids), await prompts.page_hashes(ids, salt, info)
+        status = self._current_status()
+        ids = await self._prompts.encode(validate.prompt(request.prompt), tenant, status)
+        info = served.any_info(status)
+        return len(ids), await self._prompts.page_hashes(ids, tenant, "", info)
 
     def _current_status(self) -> ClusterStatus:
         if self._status is None or not self._status.reports:

@@ -82,6 +82,7 @@ class LetterCodec:
     """`TextCodec` of a model whose tokens are characters."""
 
     has_chat_template = False
+    max_token_chars = 1
     eos_token_ids = (EOS,)
 
     def encode(self, text: str) -> npt.NDArray[np.int32]:

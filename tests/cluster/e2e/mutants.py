@@ -36,7 +36,7 @@ class Mutant:
 
 
 def _generate(rng: random.Random) -> pb.GenerateRequest:
-    """With some parameters set, as a changed one may only matter beside others."""
+    """With some parameters set, as a changed one may only matter together with others."""
     params = pb.SamplingParams(max_tokens=rng.randint(1, 3), temperature=rng.choice((0.0, 1.0)))
     for name, value in {"top_k": 5, "top_p": 0.9, "repetition_penalty": 1.1, "logprobs": 2}.items():
         if rng.random() < 0.3:
