@@ -266,7 +266,7 @@ class RouterService:
             self._known.audits += 1
             if faults := self.router.audit(name, message.report.loads):
                 self._known.audit_faults += 1
-                logger.error("group %s and the ledger disagree: %s", name, faults)
+                logger.error("group %s and the ledger disagree: %s", name, "; ".join(faults))
         self._reported(name)
 
     # Within

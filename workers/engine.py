@@ -254,9 +254,8 @@ class Engine:
         self.scheduler.check()
         if not self._live:
             cache = self.scheduler.cache
-            assert cache.hot.used == 0 and cache.sealed.used == 0, (
-                "pages are in use without a sequence"
-            )
+            used = PageNeed(cache.hot.used, cache.sealed.used)
+            assert used == PageNeed(0, 0), f"{used} are in use without a sequence"
 
     def _expire(self) -> list[SequenceDelta]:
         deltas = []

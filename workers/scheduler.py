@@ -21,7 +21,7 @@ from kvmesh.workers.plan import Chunk, RowStart, StepPlan, TableUpdate
 from kvmesh.workers.pool_plan import PoolPlan
 from kvmesh.workers.prefix_cache import Digest, PrefixCache
 from kvmesh.workers.sequence import Sequence
-from kvmesh.workers.sizes import BLOCK_PAGES, PageGeometry
+from kvmesh.workers.sizes import BLOCK_PAGES, PageGeometry, PageNeed
 
 
 class Scheduler:
@@ -121,9 +121,19 @@ class Scheduler:
         self.cache.check()
         hot = {page for seq in self.running for page in seq.hot.values()}
         sealed = {page for seq in self.running for page in seq.sealed.values()}
-        assert self.cache.hot.used == len(hot), "hot pages used by no sequence"
-        assert self.cache.sealed.used == len(sealed), "sealed pages used by no sequence"
-        assert len(self._free_rows) + len(self.running) == self.pool.max_num_seqs, "a row is lost"
+        used = PageNeed(self.cache.hot.used, self.cache.sealed.used)
+        held = PageNeed(len(hot), len(sealed))
+        assert used == held, f"{used} are in use, {held} held by sequences: {self._holdings()}"
+        rows = len(self._free_rows) + len(self.running)
+        assert rows == self.pool.max_num_seqs, f"{rows} rows of {self.pool.max_num_seqs} are known"
+
+    def _holdings(self) -> str:
+        """What every running sequence holds, in words."""
+        holdings = [
+            f"{seq.request.request_id} holds {PageNeed(len(seq.hot), len(seq.sealed))}"
+            for seq in self.running
+        ]
+        return ", ".join(holdings) or "no sequence runs"
 
     def _admit(self, draft: _Draft) -> Sequence | None:
         """Give the first waiting sequence a row and its prefix, if its pages fit."""

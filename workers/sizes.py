@@ -26,6 +26,9 @@ class PageNeed:
     hot: int
     sealed: int
 
+    def __str__(self) -> str:
+        return f"{self.hot} hot and {self.sealed} sealed pages"
+
     def __add__(self, other: PageNeed) -> PageNeed:
         return PageNeed(self.hot + other.hot, self.sealed + other.sealed)
 

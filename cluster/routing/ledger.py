@@ -169,24 +169,36 @@ class Account:
     def audit(self, loads: EngineLoads) -> tuple[str, ...]:
         """Where the engine's own account disagrees, in words; nothing if they agree.
 
+        The words name the group, leases, their requests, and pages here and there.
+
         loads: one moment of the engine's, sent after all updates of its account before it.
             An extension may be on its way there: terms are never larger there than here.
         """
         faults: list[str] = []
-        covered = PageNeed(0, 0)
+        group, covered, leases = self._group, PageNeed(0, 0), dict[str, str]()
         for terms in loads.leases:
-            covered += PageNeed(terms.hot_pages, terms.sealed_pages)
+            there = PageNeed(terms.hot_pages, terms.sealed_pages)
+            covered += there
             lease = self._leases.get(((terms.epoch, terms.number), terms.lease_id))
+            leases[terms.lease_id] = f"{_named(terms.lease_id, lease)} {there}"
             if lease is None:
-                faults.append(f"lease {terms.lease_id} is not in the ledger, the engine has it")
+                faults.append(f"{group} has {leases[terms.lease_id]}, and it is not in the ledger")
             elif not _within(terms, lease):
-                faults.append(f"lease {terms.lease_id} is {lease.terms} here and {terms} there")
-        listed = {terms.lease_id for terms in loads.leases}
+                faults.append(
+                    f"{_named(lease.lease_id, lease)} is {lease.terms} in the ledger and {terms} "
+                    f"in {group}"
+                )
         for lease in self._leases.values():
-            if lease.arrived and lease.lease_id not in listed:
-                faults.append(f"lease {lease.lease_id} has arrived, the engine does not have it")
+            if lease.arrived and lease.lease_id not in leases:
+                faults.append(
+                    f"{_named(lease.lease_id, lease)} has arrived with {lease.need}, and {group} "
+                    "does not have it"
+                )
         if not loads.pool.used.fits(covered):
-            faults.append(f"sequences hold {loads.pool.used}, their leases cover {covered}")
+            faults.append(
+                f"sequences in {group} hold {loads.pool.used}, their leases cover {covered}: "
+                + ", ".join(leases.values())
+            )
         return tuple(faults)
 
     def check_integrity(self) -> None:
@@ -236,6 +248,12 @@ class Account:
         """Sealed pages of a prompt's block: pages of the sink have no sealed form."""
         end = (block + 1) * self._block_pages
         return min(self._block_pages, max(0, end - self._info.geometry.sink_pages))
+
+
+def _named(lease_id: str, lease: Lease | None) -> str:
+    """lease: None if the ledger does not have it"""
+    request = "unknown" if lease is None or lease.request is None else lease.request.request_id
+    return f"lease {lease_id} of request {request}"
 
 
 def _within(terms: LeaseTerms, lease: Lease) -> bool:

@@ -150,15 +150,19 @@ def test_an_audit_finds_what_engine_and_ledger_disagree_about(account: Account) 
     assert account.grow(lease, 15)
     assert account.audit(loads(before)) == ()  # the extension is on its way
     for wrong, words in (
-        (loads(), "does not have it"),
-        (loads(replace(before, sealed_pages=16)), "there"),
-        (loads(replace(before, max_sealed_pages=21)), "there"),
-        (loads(replace(before, sequences=2)), "there"),
-        (loads(before, foreign(1, 1, 1)), "not in the ledger"),
-        (loads(before, hot=5, sealed=10), "cover"),
+        (loads(), "g0 does not have it"),
+        (loads(replace(before, sealed_pages=16)), "sealed_pages=16"),
+        (loads(replace(before, max_sealed_pages=21)), "max_sealed_pages=21"),
+        (loads(replace(before, sequences=2)), "sequences=2"),
+        (loads(before, hot=5, sealed=10), "hold 5 hot and 10 sealed pages"),
     ):
         (fault,) = account.audit(wrong)
         assert words in fault
+        assert all(part in fault for part in ("lease 7-0 of request r", "g0", "4", "1"))
+    (fault,) = account.audit(loads(before, foreign(1, 1, 2)))
+    assert fault == (
+        "g0 has lease 3-1 of request unknown 1 hot and 2 sealed pages, and it is not in the ledger"
+    )
 
 
 def test_a_group_that_is_down_is_not_audited() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -261,8 +260,8 @@ def test_a_model_that_computes_nan_ends_the_sequence_alone(name: str, model: Pat
 
 
 @pytest.fixture(scope="module")
-def engine(model: Path) -> Iterator[Engine]:
-    yield make_model_engine(model, "int8")
+def engine(model: Path) -> Engine:
+    return make_model_engine(model, "int8")
 
 
 def doubles() -> st.SearchStrategy[float]:
@@ -301,14 +300,9 @@ def test_no_bit_pattern_of_any_number_harms_the_engine_or_a_neighbour(
     engine: Engine, odd: dict[str, object], timeout_s: float | None
 ) -> None:
     good = SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True, logit_bias=BIAS)
-    try:
-        params = SamplingParams(max_tokens=4, **odd)  # type: ignore[arg-type]
-        strange = EngineRequest(
-            "odd", np.array([5, 9, 30, 7], np.int32), params, timeout_s=timeout_s
-        )
-        engine.check(strange)
-    except InvalidFieldError as error:
-        assert error.field in {*odd, "timeout_s"}
+    strange = checked(engine, odd, timeout_s)
+    if isinstance(strange, InvalidFieldError):
+        assert strange.field in {*odd, "timeout_s"}
         return
     engine.add(strange)
     engine.add(EngineRequest("good", np.array(GOOD_PROMPT, np.int32), good))
@@ -318,6 +312,20 @@ def test_no_bit_pattern_of_any_number_harms_the_engine_or_a_neighbour(
     engine.add(again)
     assert tokens_of(deltas["good"]) == tokens_of(run(engine)["again"])
     assert len(tokens_of(deltas["good"])) == 5
+
+
+def checked(
+    engine: Engine, odd: dict[str, object], timeout_s: float | None
+) -> EngineRequest | InvalidFieldError:
+    try:
+        params = SamplingParams(max_tokens=4, **odd)  # type: ignore[arg-type]
+        request = EngineRequest(
+            "odd", np.array([5, 9, 30, 7], np.int32), params, timeout_s=timeout_s
+        )
+        engine.check(request)
+    except InvalidFieldError as error:
+        return error
+    return request
 
 
 @pytest.mark.parametrize(
