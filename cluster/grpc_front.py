@@ -46,7 +46,7 @@ Context = Any  # grpc.aio's, whose class is not public
 
 
 @dataclass(frozen=True, slots=True)
-class Method:
+class ContractMethod:
     """A method of the contract.
 
     call: (service, request, tenant) -> the replies
@@ -73,14 +73,16 @@ def _one(
 METHODS = {
     f"/{SERVICE}/{method.name}": method
     for method in (
-        Method("GenerateStream", pb.GenerateRequest, IngressService.generate_stream),
-        Method("Generate", pb.GenerateRequest, _one(IngressService.generate)),
-        Method("Tokenize", pb.TokenizeRequest, _one(IngressService.tokenize)),
-        Method("Abort", pb.AbortRequest, _one(IngressService.abort)),
-        Method("EstimateBudget", pb.EstimateBudgetRequest, _one(IngressService.estimate_budget)),
-        Method("Explain", pb.ExplainRequest, _one(IngressService.explain)),
-        Method("GetModelInfo", pb.GetModelInfoRequest, _one(IngressService.get_model_info)),
-        Method("GetLoads", pb.GetLoadsRequest, _one(IngressService.get_loads)),
+        ContractMethod("GenerateStream", pb.GenerateRequest, IngressService.generate_stream),
+        ContractMethod("Generate", pb.GenerateRequest, _one(IngressService.generate)),
+        ContractMethod("Tokenize", pb.TokenizeRequest, _one(IngressService.tokenize)),
+        ContractMethod("Abort", pb.AbortRequest, _one(IngressService.abort)),
+        ContractMethod(
+            "EstimateBudget", pb.EstimateBudgetRequest, _one(IngressService.estimate_budget)
+        ),
+        ContractMethod("Explain", pb.ExplainRequest, _one(IngressService.explain)),
+        ContractMethod("GetModelInfo", pb.GetModelInfoRequest, _one(IngressService.get_model_info)),
+        ContractMethod("GetLoads", pb.GetLoadsRequest, _one(IngressService.get_loads)),
     )
 }
 
@@ -118,7 +120,7 @@ class GrpcFront:
             "/grpc.health.v1.Health/Watch": self._watch,
         }.get(path)
 
-    async def _serve(self, method: Method, metadata: Any, _: Any, context: Context) -> None:
+    async def _serve(self, method: ContractMethod, metadata: Any, _: Any, context: Context) -> None:
         self._calls += 1
         result, request_id = "cancelled", ""
         try:
@@ -141,7 +143,7 @@ class GrpcFront:
             self._calls -= 1
             self._meters.request(method.name, result)
 
-    async def _receive(self, method: Method, tenant: str, context: Context) -> Message:
+    async def _receive(self, method: ContractMethod, tenant: str, context: Context) -> Message:
         """The call's request, when it is its turn. Raises InvalidFieldError(request)."""
         async with self._turn(tenant):
             try:

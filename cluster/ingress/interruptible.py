@@ -16,7 +16,7 @@ class InterruptedWorkError(Exception):
     """The work took longer than it may."""
 
 
-class _Stop(BaseException):
+class _Interrupt(BaseException):
     """Raised in the thread, where no `except Exception` stops it."""
 
 
@@ -42,14 +42,14 @@ async def run_interruptible(
                 with ended:  # from here on nothing interrupts this thread
                     thread.clear()
                 watchdog.cancel()
-        except _Stop:
+        except _Interrupt:
             raise InterruptedWorkError() from None
 
     def interrupt() -> None:
         with ended:
             for ident in thread:
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(
-                    ctypes.c_ulong(ident), ctypes.py_object(_Stop)
+                    ctypes.c_ulong(ident), ctypes.py_object(_Interrupt)
                 )
 
     return await asyncio.get_running_loop().run_in_executor(executor, interruptible)
