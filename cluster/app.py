@@ -32,6 +32,7 @@ from kvmesh.cluster.ingress.validate import Limits
 from kvmesh.cluster.link import Address, LinkError, listen
 from kvmesh.cluster.messages import TO_ROUTER
 from kvmesh.cluster.metrics import EngineMeters, IngressMeters, RouterMeters
+from kvmesh.cluster.processes import settle
 from kvmesh.cluster.rank_actors import RankActors, RankResources
 from kvmesh.cluster.ray_meters import RayMeterFactory
 from kvmesh.cluster.router_service import RouterService
@@ -88,6 +89,7 @@ class EngineReplica:
             self._actors.kill()
             raise
         self._guard = asyncio.create_task(self._exit_on_failure())
+        settle()
 
     async def check_health(self) -> None:
         self._service.check_health()
@@ -125,6 +127,7 @@ class RouterReplica:
         self._service = RouterService(settings, meters, groups=group_names(config))
         self._listener = await listen(node_ip(), deployed.identity, TO_ROUTER, self._service.accept)
         self._running = asyncio.create_task(self._service.run())
+        settle()
 
     async def address(self) -> Address:
         """The address that engines and ingresses connect to."""
@@ -175,6 +178,7 @@ class IngressReplica:
         max_calls = config.ingress.max_streams
         attach(GrpcFront(self._service, authenticate, limits, meters, max_calls))
         self._service.start()
+        settle()
 
     async def check_health(self) -> None:
         self._service.check_health()

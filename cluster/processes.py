@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import signal
 import sys
 from collections.abc import Collection
@@ -56,6 +57,15 @@ def is_dead(process: psutil.Process) -> bool:
         return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True
+
+
+def settle() -> None:
+    """Call when a process has started: what it has made so far stays.
+
+    The garbage collector then no longer walks it, which takes it a tenth of a second.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def descendants() -> frozenset[int]:
