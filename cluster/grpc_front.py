@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -71,7 +71,7 @@ def _one(
 
 
 METHODS = {
-    f"/{SERVICE}/{method.name}": method
+    method.name: method
     for method in (
         ContractMethod("GenerateStream", pb.GenerateRequest, IngressService.generate_stream),
         ContractMethod("Generate", pb.GenerateRequest, _one(IngressService.generate)),
@@ -111,20 +111,11 @@ class GrpcFront:
         self._readers = asyncio.Semaphore(READERS)
         self._tenants: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
 
-    def handler(self, path: str, metadata: Any) -> Callable[[Any, Context], Awaitable[None]] | None:
-        """What serves a call; None if there is no such method."""
-        if path in METHODS:
-            return partial(self._serve, METHODS[path], metadata)
-        return {
-            "/grpc.health.v1.Health/Check": self._check,
-            "/grpc.health.v1.Health/Watch": self._watch,
-        }.get(path)
-
-    async def _serve(self, method: ContractMethod, metadata: Any, _: Any, context: Context) -> None:
+    async def serve(self, method: ContractMethod, context: Context) -> None:
         self._calls += 1
         result, request_id = "cancelled", ""
         try:
-            tenant = self._authenticate(metadata)
+            tenant = self._authenticate(context.invocation_metadata())
             if self._calls > self._max_calls:
                 raise QueueFullError(
                     f"this ingress already serves {self._max_calls} calls", RETRY_S, 0, 0
@@ -148,7 +139,7 @@ class GrpcFront:
         async with self._turn(tenant):
             try:
                 async with asyncio.timeout(READ_TIMEOUT_S):
-                    body = await context.read()
+                    body = await _only_message(context)
             except TimeoutError:
                 refuse("request", f"must arrive within {READ_TIMEOUT_S:g} s")
             return parse(method.request, body, self._limits)
@@ -167,7 +158,7 @@ class GrpcFront:
 
     # grpc.health.v1.Health; needs no key, as probes have none.
 
-    async def _check(self, _: Any, context: Context) -> None:
+    async def check(self, context: Context) -> None:
         request = await _health_request(context)
         if request.service not in ("", SERVICE):
             context.set_code(grpc.StatusCode.NOT_FOUND)
@@ -175,7 +166,7 @@ class GrpcFront:
             return
         await context.write(_health_reply(self._health()))
 
-    async def _watch(self, _: Any, context: Context) -> None:
+    async def watch(self, context: Context) -> None:
         request = await _health_request(context)
         if request.service not in ("", SERVICE):
             await context.write(_health_reply(health_pb2.HealthCheckResponse.SERVICE_UNKNOWN))
@@ -211,8 +202,19 @@ def parse(kind: type[Message], body: object, limits: Limits) -> Message:
         )
 
 
-async def _health_request(context: Context) -> health_pb2.HealthCheckRequest:
+async def _only_message(context: Context) -> object:
+    """The first message, and nothing after it; no bytes if there is none.
+
+    A call that ends before its request has ended is reset, which costs the proxy its connection.
+    """
     body = await context.read()
+    if body is not grpc.aio.EOF and await context.read() is not grpc.aio.EOF:
+        refuse("request", "must be a single message")
+    return body
+
+
+async def _health_request(context: Context) -> health_pb2.HealthCheckRequest:
+    body = await _only_message(context)
     try:
         return health_pb2.HealthCheckRequest.FromString(body if isinstance(body, bytes) else b"")
     except DecodeError:
@@ -253,19 +255,27 @@ def add_to_server(_: Any, server: Any) -> None:
     One runs in every ingress replica, and one in Serve's proxy, which HAProxy falls back to while
     there is no replica.
     """
-    # Not by Serve's own method, which would route the calls through Serve.
-    Server.add_generic_rpc_handlers(server, (_Handlers(),))
+    calls = {name: partial(GrpcFront.serve, method=method) for name, method in METHODS.items()}
+    health = {"Check": GrpcFront.check, "Watch": GrpcFront.watch}
+    services: dict[str, Mapping[str, Callable[..., Awaitable[None]]]]
+    services = {SERVICE: calls, "grpc.health.v1.Health": health}
+    for service, methods in services.items():
+        # Not by Serve's own method, which would route the calls through Serve. Registered ones
+        # are accepted apart from one another: a health check does not wait behind other calls.
+        Server.add_registered_method_handlers(
+            server,
+            service,
+            {name: _reading_itself(method) for name, method in methods.items()},
+        )
 
 
-class _Handlers(grpc.GenericRpcHandler):
-    """Every method as one that reads its request itself, when it wants to."""
+def _reading_itself(method: Callable[..., Awaitable[None]]) -> Any:
+    """A handler that receives the request when it wants to, whether or not it is a stream."""
 
-    def service(self, details: Any) -> Any:
+    async def handle(_: Any, context: Context) -> None:
         if _front is None:
-            return grpc.stream_stream_rpc_method_handler(_unavailable)
-        handler = _front.handler(details.method, details.invocation_metadata)
-        return None if handler is None else grpc.stream_stream_rpc_method_handler(handler)
+            fail(context, NotReadyError(), "")
+        else:
+            await method(_front, context=context)
 
-
-async def _unavailable(_: Any, context: Context) -> None:
-    fail(context, NotReadyError(), "")
+    return grpc.stream_stream_rpc_method_handler(handle)

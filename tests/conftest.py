@@ -28,7 +28,7 @@ settings.load_profile("untimed")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("kvmesh")
-    group.addoption("--fuzz-cases", type=int, default=3000, help="mutated requests to send")
+    group.addoption("--fuzz-cases", type=int, default=2000, help="mutated requests to send")
     group.addoption("--fuzz-seed", type=int, default=0, help="which ones")
     group.addoption(
         "--soak-minutes",
