@@ -19,6 +19,8 @@ from kvmesh.cluster.config import ClusterConfig
 from kvmesh.cluster.ports import PortBlock
 from kvmesh.workers.errors import ConfigError
 
+MARGIN_BYTES = 1 << 20
+
 # HAProxy instead of Serve's Python proxy: it is faster and forwards cancellations.
 SERVE_VARIABLES = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
@@ -47,9 +49,10 @@ def serve_variables(config: ClusterConfig) -> dict[str, str]:
     request_bytes = config.ingress.max_request_bytes
     return {
         **SERVE_VARIABLES,
-        # Twice, so that a slightly too large request reaches the ingress, which explains the error.
-        "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(2 * request_bytes),
-        "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(4 * request_bytes),
+        # A slightly too large request reaches the ingress, which explains the error; gRPC refuses
+        # larger ones at their first bytes.
+        "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(request_bytes + MARGIN_BYTES),
+        "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(request_bytes + MARGIN_BYTES),
     }
 
 

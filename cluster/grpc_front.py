@@ -36,8 +36,9 @@ from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
 logger = logging.getLogger("ray.serve")
 
 SERVICE = "kvmesh.v1.KVMesh"
-READERS = 16  # requests that are received and parsed at the same time
-READERS_PER_TENANT = 4
+READERS = 64  # requests that are received at the same time
+READERS_PER_TENANT = 16
+TURN_TIMEOUT_S = 1.0
 READ_TIMEOUT_S = 30.0
 RETRY_S = 1.0
 HEALTH_POLL_S = 1.0
@@ -92,6 +93,7 @@ class GrpcFront:
 
     authenticate: the tenant of a call's metadata; raises UnauthenticatedError
     max_calls: open at the same time
+    turn_timeout_s: how long a call waits until it may send its request
     """
 
     def __init__(
@@ -101,12 +103,14 @@ class GrpcFront:
         limits: Limits,
         meters: IngressMeters,
         max_calls: int,
+        turn_timeout_s: float = TURN_TIMEOUT_S,
     ) -> None:
         self._service = service
         self._authenticate = authenticate
         self._limits = limits
         self._meters = meters
         self._max_calls = max_calls
+        self._turn_timeout_s = turn_timeout_s
         self._calls = 0
         self._readers = asyncio.Semaphore(READERS)
         self._tenants: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
@@ -148,12 +152,25 @@ class GrpcFront:
     async def _turn(self, tenant: str) -> AsyncIterator[None]:
         """A turn to receive a request: memory holds a bounded number of them as bytes.
 
-        No tenant has all turns, or one that sends slowly could keep out the others.
+        No tenant has all turns, or one that sends slowly could keep out the others. Nobody waits
+        long: the proxy holds back what a client sends in all its calls while one is not read,
+        perhaps those that have a turn. Raises QueueFullError.
         """
         own = self._tenants.get(tenant)
         if own is None:
             own = self._tenants[tenant] = asyncio.Semaphore(READERS_PER_TENANT)
-        async with own, self._readers:
+        async with contextlib.AsyncExitStack() as turns:
+            try:
+                async with asyncio.timeout(self._turn_timeout_s):
+                    for readers in (own, self._readers):
+                        await turns.enter_async_context(readers)
+            except TimeoutError:
+                raise QueueFullError(
+                    "too many requests are being received; send them one after the other",
+                    RETRY_S,
+                    0,
+                    0,
+                ) from None
             yield
 
     # grpc.health.v1.Health; needs no key, as probes have none.

@@ -20,6 +20,7 @@ from kvmesh.cluster.ingress.codec import TextCodec
 from kvmesh.cluster.ingress.interruptible import InterruptedWorkError, run_interruptible
 from kvmesh.cluster.reports import ClusterStatus
 from kvmesh.cluster.routing.errors import QueueFullError
+from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.workers.loads import EngineInfo
 from kvmesh.workers.prefix_cache import PageDigests
 from kvmesh.workers.request import TokenIds
@@ -48,22 +49,32 @@ class Prompts:
         self._turns: defaultdict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(1))
         self._waiting: Counter[str] = Counter()  # by tenant
 
+    def check_length(self, prompt: pb.Prompt, status: ClusterStatus) -> None:
+        """Refuse a prompt that no context can hold, before anything is computed from it.
+
+        Raises ContextExceededError.
+        """
+        tokens = len(prompt.token_ids.ids)
+        if not tokens:
+            chars = len(prompt.text) + sum(len(turn.content) for turn in prompt.chat.messages)
+            tokens = -(-chars // self._codec.max_token_chars)
+        if tokens > served.max_model_len(status):
+            raise served.context_exceeded(tokens, status)
+
     async def encode(self, prompt: validate.Prompt, tenant: str, status: ClusterStatus) -> TokenIds:
-        """Token ids of a prompt.
+        """Token ids of a prompt that has passed `check_length`.
 
         Raises InvalidFieldError for ids that the model does not have and for chats that its
-        template refuses, ContextExceededError for a text that is too long whatever its tokens
-        are, and QueueFullError if too many long prompts of the tenant wait.
+        template refuses, and QueueFullError if too many long prompts of the tenant wait.
         """
         if isinstance(prompt, np.ndarray):
             validate.check_prompt_ids(prompt, served.any_info(status).vocab_size)
             return prompt
         if isinstance(prompt, str):
-            self._check_length(len(prompt), status)
             if len(prompt) < LONG_TEXT_CHARS:
                 return self._codec.encode(prompt)
             return await self._in_thread(tenant, lambda: self._codec.encode(prompt))
-        return await self._encode_chat(prompt, status)
+        return await self._encode_chat(prompt)
 
     async def page_hashes(
         self, ids: TokenIds, tenant: str, salt: str, info: EngineInfo
@@ -83,14 +94,11 @@ class Prompts:
         self._long.shutdown(wait=False, cancel_futures=True)
         self._chats.shutdown(wait=False, cancel_futures=True)
 
-    async def _encode_chat(
-        self, prompt: tuple[validate.ChatTurn, ...], status: ClusterStatus
-    ) -> TokenIds:
+    async def _encode_chat(self, prompt: tuple[validate.ChatTurn, ...]) -> TokenIds:
         if not self._codec.has_chat_template:
             validate.refuse(
                 "prompt.chat", "must not be set: the model has no chat template; send text"
             )
-        self._check_length(sum(len(turn.content) for turn in prompt), status)
         turns = [(turn.role, turn.content) for turn in prompt]
         try:
             return await run_interruptible(
@@ -103,11 +111,6 @@ class Prompts:
                 "prompt.chat",
                 f"took the model's chat template more than {self._chat_timeout_s:g} s",
             )
-
-    def _check_length(self, chars: int, status: ClusterStatus) -> None:
-        tokens = -(-chars // self._codec.max_token_chars)
-        if tokens > served.max_model_len(status):
-            raise served.context_exceeded(tokens, status)
 
     async def _in_thread(self, tenant: str, work: Callable[[], T]) -> T:
         """Run a tenant's work when it is its turn; a caller that leaves does not end its turn."""

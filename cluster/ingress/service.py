@@ -29,6 +29,7 @@ from kvmesh.cluster.metrics import IngressMeters
 from kvmesh.cluster.reports import ClusterStatus
 from kvmesh.cluster.routing.request import PlaceRequest
 from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
+from kvmesh.workers.request import TokenIds
 from kvmesh.workers.sampling_params import RANGES
 
 logger = logging.getLogger(__name__)
@@ -165,7 +166,7 @@ class IngressService:
     async def tokenize(self, request: pb.TokenizeRequest, tenant: str) -> pb.TokenizeResponse:
         self._check_open()
         status = self._status_for(request.model)
-        ids = await self._prompts.encode(validate.prompt(request.prompt), tenant, status)
+        ids = await self._encode(request.prompt, tenant, status)
         return pb.TokenizeResponse(
             token_ids=ids.tolist(), max_model_len=served.max_model_len(status)
         )
@@ -231,6 +232,7 @@ class IngressService:
 
     async def _generation(self, request: pb.GenerateRequest, tenant: str) -> Generation:
         status = self._status_for(request.model)
+        self._prompts.check_length(request.prompt, status)
         spec = validate.generation_spec(request, self._limits)
         info = served.any_info(status)
         if spec.resume is not None:
@@ -260,9 +262,13 @@ class IngressService:
         if request.WhichOneof("size") == "prompt_tokens":
             return request.prompt_tokens, ()
         status = self._current_status()
-        ids = await self._prompts.encode(validate.prompt(request.prompt), tenant, status)
+        ids = await self._encode(request.prompt, tenant, status)
         info = served.any_info(status)
         return len(ids), await self._prompts.page_hashes(ids, tenant, "", info)
+
+    async def _encode(self, prompt: pb.Prompt, tenant: str, status: ClusterStatus) -> TokenIds:
+        self._prompts.check_length(prompt, status)
+        return await self._prompts.encode(validate.prompt(prompt), tenant, status)
 
     def _current_status(self) -> ClusterStatus:
         if self._status is None or not self._status.reports:

@@ -23,7 +23,8 @@ from tests.cluster.test_generation import PROMPT
 
 HEADERS = (("authorization", "Bearer key"),)
 OTHER_HEADERS = (("authorization", "Bearer other"),)
-MAX_CALLS = 12
+MAX_CALLS = 30
+TURN_S = 0.1
 MAX_BYTES = 100_000
 MANY = 10_000
 
@@ -55,6 +56,7 @@ async def served() -> AsyncIterator[Served]:
             Limits(max_request_bytes=MAX_BYTES),
             IngressMeters(NoMeters()),
             MAX_CALLS,
+            TURN_S,
         )
         server = grpc.aio.server()
         grpc_front.add_to_server(None, server)
@@ -105,7 +107,8 @@ async def test_unknown_callers_are_refused_before_they_send(
 
 
 async def test_no_more_calls_than_allowed(served: Served) -> None:
-    waiting = [served.open("Tokenize") for _ in range(MAX_CALLS)]
+    served.machine.allow(1)
+    waiting = [served.call("GenerateStream", request(400)) for _ in range(MAX_CALLS)]
     await served.machine.until(lambda: served.front._calls == MAX_CALLS)
     code, error = await failure(served.call("GetModelInfo", b""))
     assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -120,13 +123,16 @@ async def test_no_more_calls_than_allowed(served: Served) -> None:
 async def test_a_tenant_that_sends_slowly_keeps_out_nobody_else(served: Served) -> None:
     slow = [served.open("Tokenize") for _ in range(READERS_PER_TENANT + 2)]
     await served.machine.until(lambda: served.front._calls == len(slow))
-    own = asyncio.ensure_future(failure(served.call("Abort", b"")))
     code, _ = await failure(served.call("Abort", b"", OTHER_HEADERS))
     assert code is grpc.StatusCode.INVALID_ARGUMENT, "the other tenant was served"
-    assert not own.done()
+    code, error = await failure(served.call("Abort", b""))
+    assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert error is not None and error.retry_after_s > 0
     for call in slow:
         call.cancel()
-    assert (await own)[0] is grpc.StatusCode.INVALID_ARGUMENT
+    await served.machine.until(lambda: served.front._calls == 0)
+    code, _ = await failure(served.call("Abort", b""))
+    assert code is grpc.StatusCode.INVALID_ARGUMENT, "its turns are free again"
 
 
 @pytest.mark.parametrize(

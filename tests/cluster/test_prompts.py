@@ -15,6 +15,7 @@ from kvmesh.cluster.ingress.prompts import LONG_TEXT_CHARS, MAX_WAITING, Prompts
 from kvmesh.cluster.ingress.validate import ChatTurn
 from kvmesh.cluster.reports import ClusterStatus
 from kvmesh.cluster.routing.errors import QueueFullError
+from kvmesh.protos import pb
 from kvmesh.workers.errors import InvalidFieldError
 from kvmesh.workers.model.chat import ChatTemplate
 from tests.cluster.machine import LetterCodec, Machine, machine
@@ -109,16 +110,21 @@ async def test_too_many_long_texts_are_refused_and_nothing_is_lost(status: Clust
     assert len(await last) == 10
 
 
-async def test_a_text_that_no_context_holds_is_not_tokenised(status: ClusterStatus) -> None:
+async def test_what_no_context_holds_is_refused_as_it_arrives(status: ClusterStatus) -> None:
     codec = GatedCodec()
     longest = max(report.info.max_model_len for report in status.reports.values())
     text = "a" * (longest * codec.max_token_chars + 1)
+    turn = pb.ChatMessage(role="user", content=text)
     prompts = Prompts(codec)
-    for prompt in (text, (ChatTurn("user", text),)):
+    for prompt in (
+        pb.Prompt(text=text),
+        pb.Prompt(chat=pb.Chat(messages=[turn])),
+        pb.Prompt(token_ids=pb.TokenIds(ids=[1] * (longest + 1))),
+    ):
         with pytest.raises(ContextExceededError) as caught:
-            await prompts.encode(prompt, "t", status)
+            prompts.check_length(prompt, status)
         assert str(longest) in str(caught.value)
-    assert codec.threads == []
+    prompts.check_length(pb.Prompt(text=text[1:]), status)
 
 
 async def test_a_template_that_does_not_end_is_interrupted(status: ClusterStatus) -> None:
