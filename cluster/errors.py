@@ -8,6 +8,7 @@ ClusterError
 ├── RequestDeadlineError    the time ran out before the first token
 ├── EngineLostError         the engine that ran the request died
 ├── RequestFaultError       the request cannot be computed: it must not be tried again
+├── IngressBusyError        this ingress has as many calls as it takes; try again soon
 ├── DrainingError           the server is shutting down
 └── NotReadyError           no group is up yet
 
@@ -101,6 +102,10 @@ class RequestFaultError(ClusterError):
 
     def __str__(self) -> str:
         return f"this request cannot be served, do not send it again: {self.cause}"
+
+
+class IngressBusyError(ClusterError):
+    """This ingress has as many calls, or requests that it receives or tokenises, as it takes."""
 
 
 class DrainingError(ClusterError):

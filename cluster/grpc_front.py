@@ -25,12 +25,11 @@ from grpc.aio._server import Server  # the class that Serve's is derived from
 from grpc_health.v1 import health_pb2
 
 from kvmesh.client.status import TRAILER, encode_details, encode_trailer
-from kvmesh.cluster.errors import NotReadyError
+from kvmesh.cluster.errors import IngressBusyError, NotReadyError
 from kvmesh.cluster.ingress import error_table
 from kvmesh.cluster.ingress.service import IngressService
 from kvmesh.cluster.ingress.validate import MAX_ID_CHARS, Limits, refuse
 from kvmesh.cluster.metrics import IngressMeters
-from kvmesh.cluster.routing.errors import QueueFullError
 from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
 
 logger = logging.getLogger("ray.serve")
@@ -40,7 +39,6 @@ READERS = 64  # requests that are received at the same time
 READERS_PER_TENANT = 16
 TURN_TIMEOUT_S = 1.0
 READ_TIMEOUT_S = 30.0
-RETRY_S = 1.0
 HEALTH_POLL_S = 1.0
 
 Context = Any  # grpc.aio's, whose class is not public
@@ -121,9 +119,7 @@ class GrpcFront:
         try:
             tenant = self._authenticate(context.invocation_metadata())
             if self._calls > self._max_calls:
-                raise QueueFullError(
-                    f"this ingress already serves {self._max_calls} calls", RETRY_S, 0, 0
-                )
+                raise IngressBusyError(f"this ingress already serves {self._max_calls} calls")
             request = await self._receive(method, tenant, context)
             request_id = str(getattr(request, "request_id", ""))[:MAX_ID_CHARS]
             replies = method.call(self._service, request, tenant)
@@ -154,7 +150,7 @@ class GrpcFront:
 
         No tenant has all turns, or one that sends slowly could keep out the others. Nobody waits
         long: the proxy holds back what a client sends in all its calls while one is not read,
-        perhaps those that have a turn. Raises QueueFullError.
+        perhaps those that have a turn. Raises IngressBusyError.
         """
         own = self._tenants.get(tenant)
         if own is None:
@@ -165,11 +161,8 @@ class GrpcFront:
                     for readers in (own, self._readers):
                         await turns.enter_async_context(readers)
             except TimeoutError:
-                raise QueueFullError(
-                    "too many requests are being received; send them one after the other",
-                    RETRY_S,
-                    0,
-                    0,
+                raise IngressBusyError(
+                    "too many requests are being received; send them one after the other"
                 ) from None
             yield
 

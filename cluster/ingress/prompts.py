@@ -15,11 +15,11 @@ from typing import TypeVar
 
 import numpy as np
 
+from kvmesh.cluster.errors import IngressBusyError
 from kvmesh.cluster.ingress import served, validate
 from kvmesh.cluster.ingress.codec import TextCodec
 from kvmesh.cluster.ingress.interruptible import InterruptedWorkError, run_interruptible
 from kvmesh.cluster.reports import ClusterStatus
-from kvmesh.cluster.routing.errors import QueueFullError
 from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.workers.loads import EngineInfo
 from kvmesh.workers.prefix_cache import PageDigests
@@ -28,8 +28,7 @@ from kvmesh.workers.request import TokenIds
 LONG_TEXT_CHARS = 4096  # tokenising longer texts would delay every stream
 LONG_PROMPT_TOKENS = 1 << 16  # and so would hashing longer prompts
 LONG_THREADS = 2
-MAX_WAITING = 8  # long prompts of one tenant that wait for a thread
-RETRY_S = 1.0
+MAX_WAITING = 16  # long prompts of one tenant that wait for a thread
 CHAT_TIMEOUT_S = 10.0
 
 T = TypeVar("T")
@@ -65,7 +64,7 @@ class Prompts:
         """Token ids of a prompt that has passed `check_length`.
 
         Raises InvalidFieldError for ids that the model does not have and for chats that its
-        template refuses, and QueueFullError if too many long prompts of the tenant wait.
+        template refuses, and IngressBusyError if too many long prompts of the tenant wait.
         """
         if isinstance(prompt, np.ndarray):
             validate.check_prompt_ids(prompt, served.any_info(status).vocab_size)
@@ -115,9 +114,7 @@ class Prompts:
     async def _in_thread(self, tenant: str, work: Callable[[], T]) -> T:
         """Run a tenant's work when it is its turn; a caller that leaves does not end its turn."""
         if self._waiting[tenant] >= MAX_WAITING:
-            raise QueueFullError(
-                f"{MAX_WAITING} long prompts wait to be tokenised already", RETRY_S, 0, 0
-            )
+            raise IngressBusyError(f"{MAX_WAITING} long prompts wait to be tokenised already")
         turn, loop = self._turns[tenant], asyncio.get_running_loop()
         self._waiting[tenant] += 1
         try:

@@ -25,6 +25,7 @@ from kvmesh.workers import engine
 from kvmesh.workers.request import PrefillProgress
 from tests.cluster.machine import (
     TENANT,
+    LetterCodec,
     Machine,
     ScriptedIngress,
     answer,
@@ -298,6 +299,7 @@ async def test_a_stream_is_not_silent_while_its_prompt_is_tokenised() -> None:
     tokenising = threading.Event()
     async with silent(silence_s=0.01) as one:
         codec = one.ingress._codec
+        assert isinstance(codec, LetterCodec)
         encode = codec.encode
 
         def slowly(text: str) -> npt.NDArray[np.int32]:
@@ -305,6 +307,7 @@ async def test_a_stream_is_not_silent_while_its_prompt_is_tokenised() -> None:
             return encode(text)[: len(PROMPT)]
 
         codec.encode = slowly  # type: ignore[method-assign]
+        codec.max_token_chars = 10
         request = make_request(5)
         request.prompt.text = "A" * 5000
         stream = one.stream(request)
