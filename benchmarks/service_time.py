@@ -20,8 +20,9 @@ from pathlib import Path
 
 import numpy as np
 
-from kvmesh.cluster.simulator.engine import SimEngine, SimSequence
+from kvmesh.cluster.simulator.engine import SimEngine
 from kvmesh.cluster.simulator.hardware import GPUS, MODELS
+from kvmesh.cluster.simulator.sequence import SimSequence
 from kvmesh.cluster.simulator.service_time import EngineShape, ServiceTime
 from kvmesh.cluster.simulator.trace import TraceRequest
 from kvmesh.kernels.formats.registry import get_format

@@ -8,7 +8,13 @@ from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
 from kvmesh.client import requests, responses
-from kvmesh.client.core import DEFAULT_TIMEOUT_S, Core, connection
+from kvmesh.client.core import (
+    DEFAULT_SILENCE_TIMEOUT_S,
+    DEFAULT_TIMEOUT_S,
+    Core,
+    check_silence_timeout,
+    connection,
+)
 from kvmesh.client.errors import ClosedError
 from kvmesh.client.flows import Emit, Now, Open, Read, Send, Sleep, StreamFlow, UnaryFlow
 from kvmesh.client.grpc_transport import AsyncGrpcTransport
@@ -23,11 +29,16 @@ from kvmesh.client.types import (
     Explanation,
     Loads,
     ModelInfo,
+    Prefilling,
+    Queued,
+    Started,
+    StreamEvent,
     Tokens,
 )
 from kvmesh.protos import pb
 
 T = TypeVar("T")
+Event = TypeVar("Event", bound=StreamEvent)
 
 
 class AsyncClient:
@@ -44,6 +55,9 @@ class AsyncClient:
         key and the text unencrypted
     timeout_s: default for generations that set none; None means no limit
     retry: how many retries to make and how long to wait between them
+    silence_timeout_s: a stream that receives nothing for this long is taken for lost, and
+        resumed. A server sends something at least every 5 s, except for version 0.1, which is
+        silent while it works on a prompt; None means no limit
     transport: replaces gRPC, e.g. AsyncFakeTransport
     """
 
@@ -55,11 +69,15 @@ class AsyncClient:
         tls: TLS | bool = False,
         timeout_s: float | None = None,
         retry: RetryPolicy = RetryPolicy(),  # noqa: B008 - frozen
+        silence_timeout_s: float | None = DEFAULT_SILENCE_TIMEOUT_S,
         transport: AsyncTransport | None = None,
     ) -> None:
+        check_silence_timeout(silence_timeout_s)
         if transport is None:
             where = connection(target, api_key, tls)
-            transport = AsyncGrpcTransport(where.target, where.api_key, where.tls)
+            transport = AsyncGrpcTransport(
+                where.target, where.api_key, where.tls, silence_timeout_s
+            )
         self._transport = transport
         self._core = Core(retry, timeout_s, random.Random())
 
@@ -209,10 +227,15 @@ class AsyncStream(StreamView):
         self._closed = False
 
     def __aiter__(self) -> AsyncGenerator[Delta]:
-        if self._iterated or self._closed:
-            raise ClosedError("a stream can only be iterated over once")
-        self._iterated = True
-        return self._run()
+        return self._run(Delta)
+
+    def events(self) -> AsyncGenerator[StreamEvent]:
+        """Everything that is worth showing, instead of the output alone.
+
+        Queued and Prefilling may come at any time before the output ends, most often before
+        its first token, and say the same again when there is nothing new for some seconds.
+        """
+        return self._run(Queued, Started, Prefilling, Delta)
 
     async def aclose(self) -> None:
         """End the request on the server."""
@@ -231,8 +254,14 @@ class AsyncStream(StreamView):
     ) -> None:
         await self.aclose()
 
-    async def _run(self) -> AsyncGenerator[Delta]:
-        """Execute the steps of the flow."""
+    def _run(self, *kinds: type[Event]) -> AsyncGenerator[Event]:
+        if self._iterated or self._closed:
+            raise ClosedError("a stream can only be iterated over once")
+        self._iterated = True
+        return self._execute(kinds)
+
+    async def _execute(self, kinds: tuple[type[Event], ...]) -> AsyncGenerator[Event]:
+        """Execute the steps of the flow; yields events of these kinds."""
         try:
             step = next(self._flow)
             while True:
@@ -247,8 +276,9 @@ class AsyncStream(StreamView):
                             self._open(request, timeout_s)
                         case Read():
                             outcome = await self._read()
-                        case Emit(delta):
-                            yield delta
+                        case Emit(event):
+                            if isinstance(event, kinds):
+                                yield event
                     self._check_open()
                 except RpcFailure as failure:
                     self._check_open()

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from kvmesh.client import requests, transport
 from kvmesh.client.credentials import resolve_api_key, resolve_target
-from kvmesh.client.failures import RetryState
+from kvmesh.client.errors import InvalidRequestError
+from kvmesh.client.failures import Contact, RetryState
 from kvmesh.client.flows import StreamFlow, UnaryFlow, stream, unary
 from kvmesh.client.options import TLS, GenerateOptions, Prompt, RetryPolicy
 from kvmesh.client.stream_state import StreamState
@@ -16,6 +17,8 @@ from kvmesh.protos import pb
 
 # For calls that generate nothing.
 DEFAULT_TIMEOUT_S = 30.0
+# Of a stream; several times the 5 s that the contract promises.
+DEFAULT_SILENCE_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +40,14 @@ def connection(target: str | None, api_key: str | None, tls: TLS | bool) -> Conn
     )
 
 
+def check_silence_timeout(seconds: float | None) -> None:
+    # A comparison that is also false for NaN.
+    if seconds is not None and not 0 < seconds < float("inf"):
+        raise InvalidRequestError.of(
+            "silence_timeout_s", f"must be finite and greater than 0, or None, got {seconds}"
+        )
+
+
 class Core:
     """Builds the flows of one client's calls.
 
@@ -47,6 +58,7 @@ class Core:
         self._retry = retry
         self._timeout_s = timeout_s
         self._rng = rng
+        self._contact = Contact()
 
     def generate(
         self, prompt: pb.Prompt, options: GenerateOptions
@@ -58,8 +70,7 @@ class Core:
         self, prompt: pb.Prompt, options: GenerateOptions
     ) -> tuple[StreamState, StreamFlow]:
         state = StreamState(requests.generate_request(prompt, options))
-        retry = RetryState(self._retry, self._rng)
-        return state, stream(state, self._timeout_of(options), retry)
+        return state, stream(state, self._timeout_of(options), self._retries())
 
     def tokenize(
         self, prompt: Prompt, model: str | None, timeout_s: float | None
@@ -90,7 +101,10 @@ class Core:
         request: transport.Request,
         timeout_s: float | None,
     ) -> UnaryFlow[transport.Reply]:
-        return unary(method, request, timeout_s, RetryState(self._retry, self._rng))
+        return unary(method, request, timeout_s, self._retries())
+
+    def _retries(self) -> RetryState:
+        return RetryState(self._retry, self._rng, self._contact)
 
     def _timeout_of(self, options: GenerateOptions) -> float | None:
         return options.get("timeout_s", self._timeout_s)

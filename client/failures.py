@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kvmesh.client.errors import (
     AuthenticationError,
@@ -52,6 +52,9 @@ _BROKEN_CONNECTION = (
     "Missing :status",
     "without trailers",
 )
+
+# Why a lost server is expected to return: there was no answer, or it is being replaced.
+_OUTAGES = (None, "DRAINING", "NOT_READY")
 
 
 def error_of(failure: RpcFailure) -> KVMeshError:
@@ -105,39 +108,52 @@ def lost(failure: RpcFailure) -> bool:
 
 
 @dataclass(slots=True)
+class Contact:
+    """Whether the server has ever served the client. If not, its address may be wrong."""
+
+    made: bool = False
+
+
+@dataclass(slots=True)
 class RetryState:
     """Whether to retry one call, and after what delay.
 
     rng: random numbers for the jitter
+    contact: of the client, for all of its calls
     deadline: on the transport's clock, or None; no wait extends past it
+    lost_at: when the server was lost, on that clock; None after the call has made progress
     """
 
     policy: RetryPolicy
     rng: random.Random
+    contact: Contact = field(default_factory=Contact)
     deadline: float | None = None
     failures: int = 0
-    was_lost: bool = False
+    lost_at: float | None = None
 
     def progress(self) -> None:
         """The call delivered something: earlier failures no longer count."""
         self.failures = 0
+        self.lost_at = None
 
     def delay_s(self, failure: RpcFailure, error: KVMeshError, now: float) -> float | None:
         """Seconds to wait before the next attempt, or None to give up."""
         self.failures += 1
-        retryable = (
-            isinstance(error, OverCapacityError)
-            or lost(failure)
-            # The request of the lost attempt may still be ending on the server.
-            or (isinstance(error, DuplicateRequestError) and self.was_lost)
-        )
-        self.was_lost = self.was_lost or lost(failure)
-        if not retryable or self.failures >= self.policy.max_attempts:
+        if lost(failure) and self.lost_at is None:
+            self.lost_at = now
+        # The request of the lost attempt may still be ending on the server.
+        ending = isinstance(error, DuplicateRequestError) and self.lost_at is not None
+        if not (ending or lost(failure) or isinstance(error, OverCapacityError)):
             return None
-        backoff_s = min(
-            self.policy.max_backoff_s,
-            self.policy.initial_backoff_s * 2.0 ** (self.failures - 1),
-        )
+        outage = ending or (lost(failure) and error.reason in _OUTAGES)
+        if outage and self.contact.made and self.policy.max_attempts > 1:
+            assert self.lost_at is not None
+            if self.deadline is None and now - self.lost_at >= self.policy.max_outage_s:
+                return None
+        elif self.failures >= self.policy.max_attempts:
+            return None
+        doublings = min(self.failures - 1, 60)  # an outage may be long, a float has a limit
+        backoff_s = min(self.policy.max_backoff_s, self.policy.initial_backoff_s * 2.0**doublings)
         wait_s = self.rng.uniform(0, backoff_s)
         if error.retry_after_s is not None:
             if not 0 <= error.retry_after_s <= self.policy.max_retry_after_s:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import dataclasses
 import re
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -38,6 +39,7 @@ from kvmesh.client.errors import (
 )
 from kvmesh.client.status import encode_details
 from kvmesh.client.transport import Method, Reply, Request, RpcFailure
+from kvmesh.client.types import Prefilling, Queued
 from kvmesh.protos import pb
 
 _CODES: tuple[tuple[type[KVMeshError], str, pb.ErrorReason.ValueType], ...] = (
@@ -50,7 +52,7 @@ _CODES: tuple[tuple[type[KVMeshError], str, pb.ErrorReason.ValueType], ...] = (
     (ResumeError, "FAILED_PRECONDITION", pb.ERROR_REASON_RESUME_MISMATCH),
     (OverCapacityError, "RESOURCE_EXHAUSTED", pb.ERROR_REASON_OVER_CAPACITY),
     (DeadlineExceededError, "DEADLINE_EXCEEDED", pb.ERROR_REASON_DEADLINE_EXCEEDED),
-    (UnavailableError, "UNAVAILABLE", pb.ERROR_REASON_ENGINE_LOST),
+    (UnavailableError, "UNAVAILABLE", pb.ERROR_REASON_UNSPECIFIED),
     (RequestCancelledError, "CANCELLED", pb.ERROR_REASON_UNSPECIFIED),
     (KVMeshError, "INTERNAL", pb.ERROR_REASON_INTERNAL),
 )
@@ -71,6 +73,7 @@ class FakeServer:
             raise ValueError("answers must not be empty; give at least one text")
         self._answers = deque(answers)
         self._failures: deque[tuple[KVMeshError, int]] = deque()
+        self._waits: list[Queued | Prefilling] = []
         self.requests: list[Any] = []
         self.slept_s = 0.0
         self.open_streams = 0
@@ -78,6 +81,10 @@ class FakeServer:
     def fail(self, error: KVMeshError, *, times: int = 1, after_tokens: int = 0) -> None:
         """Make the next `times` calls fail; streams fail after `after_tokens` tokens."""
         self._failures.extend([(error, after_tokens)] * times)
+
+    def wait(self, *events: Queued | Prefilling) -> None:
+        """Make the next stream that does not fail send these before its output."""
+        self._waits.extend(events)
 
     def unary(self, request: Any) -> Any:
         self.requests.append(copy.deepcopy(request))
@@ -114,6 +121,8 @@ class FakeServer:
         failure, after_tokens = self._failures.popleft() if self._failures else (None, 0)
         if failure is not None and after_tokens == 0:
             raise _failure_of(failure)
+        waits, self._waits = self._waits, []
+        yield from (_wait_event(event) for event in waits if isinstance(event, Queued))
         words = self._words()
         seed = request.sampling_params.seed
         yield pb.GenerateStreamResponse(
@@ -122,6 +131,7 @@ class FakeServer:
                 seed=seed, prompt_tokens=_prompt_tokens(request.prompt),
             )
         )  # fmt: skip
+        yield from (_wait_event(event) for event in waits if isinstance(event, Prefilling))
         received = len(request.resume.choices[0].token_ids) if request.resume.choices else 0
         for position in range(received, len(words)):
             if failure is not None and position - received == after_tokens:
@@ -260,6 +270,12 @@ class AsyncFakeStreamCall:
 
     def cancel(self) -> None:
         self._call.cancel()
+
+
+def _wait_event(event: Queued | Prefilling) -> pb.GenerateStreamResponse:
+    if isinstance(event, Queued):
+        return pb.GenerateStreamResponse(queued=pb.Queued(**dataclasses.asdict(event)))
+    return pb.GenerateStreamResponse(prefilling=pb.Prefilling(**dataclasses.asdict(event)))
 
 
 def _prompt_tokens(prompt: pb.Prompt) -> int:

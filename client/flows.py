@@ -15,7 +15,7 @@ from kvmesh.client.errors import DeadlineExceededError
 from kvmesh.client.failures import RetryState, error_of
 from kvmesh.client.stream_state import StreamState
 from kvmesh.client.transport import Method, Reply, Request, RpcFailure
-from kvmesh.client.types import Delta
+from kvmesh.client.types import Delta, StreamEvent
 from kvmesh.protos import pb
 
 # The server ends a request at its timeout and answers. The call's own deadline
@@ -61,9 +61,9 @@ class Read:
 
 @dataclass(frozen=True, slots=True)
 class Emit:
-    """Hand a delta to the caller. Outcome: None."""
+    """Hand an event to the caller. Outcome: None."""
 
-    delta: Delta
+    event: StreamEvent
 
 
 UnaryStep: TypeAlias = Now | Sleep | Send[Any, Any]
@@ -93,6 +93,7 @@ def unary(
         except RpcFailure as failure:
             yield from _back_off(failure, retry)
         else:
+            retry.contact.made = True
             return reply
 
 
@@ -108,9 +109,11 @@ def stream(state: StreamState, timeout_s: float | None, retry: RetryState) -> St
         try:
             yield Open(request, None if remaining_s is None else remaining_s + GRACE_S)
             while (event := (yield Read())) is not None:
-                if (delta := state.feed(event)) is not None:
-                    retry.progress()
-                    yield Emit(delta)
+                retry.contact.made = True
+                if (found := state.feed(event)) is not None:
+                    if isinstance(found, Delta):
+                        retry.progress()
+                    yield Emit(found)
             if state.ended:
                 return
             # Some proxies turn a lost server into an OK without usage.

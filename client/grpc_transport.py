@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,12 @@ _CHANNEL_OPTIONS: tuple[tuple[str, int | str], ...] = (
     ("grpc.max_receive_message_length", -1),
     # Retries are made by `failures.RetryState`, which knows what is safe to retry.
     ("grpc.enable_retries", 0),
-    # A long prefill sends nothing; without pings it would look like a dead peer.
-    ("grpc.keepalive_time_ms", 60_000),
+    # Pings are for unary calls, whose server is silent until the reply. gRPC servers, Serve's
+    # among them, end a connection at more than one ping in 5 minutes without data, and say
+    # "Too many pings". A stream's server is never silent: see `silence_timeout_s`.
+    ("grpc.keepalive_time_ms", 360_000),
     ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.http2.max_pings_without_data", 0),  # no limit; by default 2, then one in a while
     # Long enough for a server to restart, short enough to reconnect quickly.
     ("grpc.max_reconnect_backoff_ms", 2_000),
     ("grpc.initial_reconnect_backoff_ms", 100),
@@ -32,26 +36,73 @@ _CHANNEL_OPTIONS: tuple[tuple[str, int | str], ...] = (
 
 
 class GrpcStreamCall:
-    def __init__(self, call: Any) -> None:
+    """silence_timeout_s: a read that waits for longer ends the call as lost; None: no limit"""
+
+    def __init__(self, call: Any, silence_timeout_s: float | None) -> None:
         self._call = call
+        self._silence_timeout_s = silence_timeout_s
+        self._waiting_since: float | None = None  # while a read waits
+        self._silent = False
+        self._timer: threading.Timer | None = None
+        self._ended = False
+        if silence_timeout_s is not None:
+            self._watch_for(silence_timeout_s)
 
     def read(self) -> pb.GenerateStreamResponse | None:
+        self._waiting_since = time.monotonic()
         try:
             event: pb.GenerateStreamResponse = next(self._call)
         except StopIteration:
+            self._end_watch()
             return None
         except grpc.RpcError as error:
-            raise _failure(error) from None
+            self._end_watch()
+            raise (_lost(self._silence_timeout_s) if self._silent else _failure(error)) from None
+        self._waiting_since = None
         return event
 
     def cancel(self) -> None:
+        self._end_watch()
         self._call.cancel()
+
+    def _watch_for(self, seconds: float) -> None:
+        self._timer = threading.Timer(seconds, self._check)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def _end_watch(self) -> None:
+        self._ended = True
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _check(self) -> None:
+        """One timer, however many events arrive meanwhile: it looks when the last one came."""
+        assert self._silence_timeout_s is not None
+        since, now = self._waiting_since, time.monotonic()
+        remaining_s = self._silence_timeout_s - (0.0 if since is None else now - since)
+        if self._ended:
+            return
+        if remaining_s > 0:
+            self._watch_for(remaining_s)
+        else:
+            self._silent = True
+            self._call.cancel()
 
 
 class GrpcTransport:
-    """Blocking calls over one channel; safe to use from several threads."""
+    """Blocking calls over one channel; safe to use from several threads.
 
-    def __init__(self, target: str, api_key: str | None, tls: TLS | None) -> None:
+    silence_timeout_s: a stream that is silent for longer is lost; None: no limit
+    """
+
+    def __init__(
+        self,
+        target: str,
+        api_key: str | None,
+        tls: TLS | None,
+        silence_timeout_s: float | None = None,
+    ) -> None:
+        self._silence_timeout_s = silence_timeout_s
         self._metadata = _metadata(api_key)
         credentials = None if tls is None else _credentials(tls)
         options = _options(tls)
@@ -84,7 +135,9 @@ class GrpcTransport:
             request_serializer=GENERATE_STREAM.request_type.SerializeToString,
             response_deserializer=GENERATE_STREAM.reply_type.FromString,
         )
-        return GrpcStreamCall(call(request, timeout=timeout_s, metadata=self._metadata))
+        return GrpcStreamCall(
+            call(request, timeout=timeout_s, metadata=self._metadata), self._silence_timeout_s
+        )
 
     def now(self) -> float:
         return time.monotonic()
@@ -102,12 +155,19 @@ class GrpcTransport:
 
 
 class AsyncGrpcStreamCall:
-    def __init__(self, call: Any) -> None:
+    """silence_timeout_s: a read that waits for longer ends the call as lost; None: no limit"""
+
+    def __init__(self, call: Any, silence_timeout_s: float | None) -> None:
         self._call = call
+        self._silence_timeout_s = silence_timeout_s
 
     async def read(self) -> pb.GenerateStreamResponse | None:
         try:
-            event: Any = await self._call.read()
+            async with asyncio.timeout(self._silence_timeout_s):
+                event: Any = await self._call.read()
+        except TimeoutError:
+            self._call.cancel()
+            raise _lost(self._silence_timeout_s) from None
         except grpc.RpcError as error:
             raise _failure(error) from None
         except asyncio.CancelledError:
@@ -123,9 +183,19 @@ class AsyncGrpcStreamCall:
 
 
 class AsyncGrpcTransport:
-    """Calls over one channel, which belongs to the event loop of the first call."""
+    """Calls over one channel, which belongs to the event loop of the first call.
 
-    def __init__(self, target: str, api_key: str | None, tls: TLS | None) -> None:
+    silence_timeout_s: a stream that is silent for longer is lost; None: no limit
+    """
+
+    def __init__(
+        self,
+        target: str,
+        api_key: str | None,
+        tls: TLS | None,
+        silence_timeout_s: float | None = None,
+    ) -> None:
+        self._silence_timeout_s = silence_timeout_s
         self._target = target
         self._metadata = _metadata(api_key)
         self._credentials = None if tls is None else _credentials(tls)
@@ -157,7 +227,9 @@ class AsyncGrpcTransport:
             request_serializer=GENERATE_STREAM.request_type.SerializeToString,
             response_deserializer=GENERATE_STREAM.reply_type.FromString,
         )
-        return AsyncGrpcStreamCall(call(request, timeout=timeout_s, metadata=self._metadata))
+        return AsyncGrpcStreamCall(
+            call(request, timeout=timeout_s, metadata=self._metadata), self._silence_timeout_s
+        )
 
     def now(self) -> float:
         return time.monotonic()
@@ -201,6 +273,10 @@ def _failure(error: grpc.RpcError) -> RpcFailure:
         call.details() or "",
         tuple((name, value) for name, value in call.trailing_metadata() or ()),
     )
+
+
+def _lost(silence_timeout_s: float | None) -> RpcFailure:
+    return RpcFailure("UNAVAILABLE", f"the server has sent nothing for {silence_timeout_s:g} s")
 
 
 def _metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:

@@ -82,21 +82,27 @@ class RetryPolicy:
     retry_after_s, the client waits that long and adds the jittered back-off, so that
     requests refused together do not return together.
 
-    max_attempts: per call; a stream that makes progress starts counting from 1 again
+    A server that has served this client before, and is lost, is expected to return: a
+    call tries again, and a stream resumes where it stopped, as long as its timeout allows.
+
+    max_attempts: per call; a stream that makes progress starts counting from 1 again;
+        1: never retry; not counted while the client waits for a lost server
     max_retry_after_s: if the server asks for a longer wait, the call fails instead
+    max_outage_s: how long a call without a timeout waits for a lost server
     """
 
     max_attempts: int = 4
     initial_backoff_s: float = 0.2
     max_backoff_s: float = 10.0
     max_retry_after_s: float = 60.0
+    max_outage_s: float = 120.0
 
     def __post_init__(self) -> None:
         if self.max_attempts < 1:
             raise InvalidRequestError.of(
                 "max_attempts", f"must be at least 1, got {self.max_attempts}"
             )
-        for name in ("initial_backoff_s", "max_backoff_s", "max_retry_after_s"):
+        for name in ("max_outage_s", "initial_backoff_s", "max_backoff_s", "max_retry_after_s"):
             # A comparison that is also false for NaN.
             if not 0 <= getattr(self, name) < float("inf"):
                 raise InvalidRequestError.of(

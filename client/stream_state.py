@@ -11,8 +11,10 @@ from kvmesh.client.types import (
     Completion,
     Delta,
     FinishReason,
+    Prefilling,
     Queued,
     Started,
+    StreamEvent,
     TokenLogprobs,
     Usage,
 )
@@ -32,7 +34,7 @@ class _ChoiceState:
 class StreamState:
     """Folds a stream's events, across all of its connections, into one result.
 
-    queued, started: the latest of each event, or None
+    queued, started, prefilling: the latest of each event, or None
     usage: set once the stream has ended normally
     resumes: how often the stream was resumed after a lost connection
     """
@@ -43,6 +45,7 @@ class StreamState:
         self._connections = 0
         self.queued: Queued | None = None
         self.started: Started | None = None
+        self.prefilling: Prefilling | None = None
         self.usage: Usage | None = None
 
     @property
@@ -74,8 +77,8 @@ class StreamState:
             )
         return request
 
-    def feed(self, event: pb.GenerateStreamResponse) -> Delta | None:
-        """Process one event; returns the new output for the caller, if any.
+    def feed(self, event: pb.GenerateStreamResponse) -> StreamEvent | None:
+        """Process one event; returns what the caller may want to see, if anything.
 
         Raises ProtocolError for output that is out of order, missing or repeated.
         """
@@ -84,9 +87,14 @@ class StreamState:
         match event.WhichOneof("event"):
             case "queued":
                 self.queued = mirror(Queued, event.queued)
+                return self.queued
             case "started":
                 self._connections += 1
                 self.started = mirror(Started, event.started)
+                return self.started
+            case "prefilling":
+                self.prefilling = mirror(Prefilling, event.prefilling)
+                return self.prefilling
             case "delta":
                 return self._delta(event.delta)
             case "choice_finished":
@@ -94,7 +102,7 @@ class StreamState:
             case "usage":
                 self._end(event.usage)
             case None:
-                pass  # from a newer server: an event that is safe to skip
+                pass  # a sign of life, or a newer server's event, which is safe to skip
         return None
 
     def completion(self) -> Completion:

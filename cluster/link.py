@@ -5,7 +5,8 @@
 
 `send` only queues, so it is safe in a `finally`. Everything that has arrived is handed to the
 handler before any other task runs. A closed connection, for whatever reason, means that the
-peer is gone: nothing is sent again.
+peer is gone: nothing is sent again. Both ends send a beat every second, an empty message; a peer
+that is silent hangs, or its host has vanished, and its connection is closed.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ RECONNECT_S = 0.1
 MAX_FRAME_BYTES = 256 << 20  # above prompts of tens of millions of tokens
 # A peer that leaves this much unread hangs: disconnect it before it exhausts our memory.
 MAX_UNSENT_BYTES = 64 << 20
-# A host that vanishes is detected within about 25 seconds.
-KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES = 10, 5, 3
-UNACKNOWLEDGED_MS = 25_000
+BEAT_S = 1.0
+MAX_SILENT_BEATS = 5
 _LENGTH = struct.Struct(">I")
+_BEAT = _LENGTH.pack(0)
 _encoder = msgspec.msgpack.Encoder()
 
 
@@ -68,6 +69,8 @@ class Link(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._received = bytearray()
         self._unsent: list[bytes] = []
+        self._beats: asyncio.TimerHandle | None = None
+        self._silent_beats = 0
         self._gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     @property
@@ -102,10 +105,13 @@ class Link(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
-        _tune(transport.get_extra_info("socket"))
+        sock: socket.socket = transport.get_extra_info("socket")
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._handler = self._handle(self)
+        self._beats = asyncio.get_running_loop().call_later(BEAT_S, self.beat)
 
     def data_received(self, data: bytes) -> None:
+        self._silent_beats = 0
         self._received += data
         try:
             for message in self._messages():
@@ -118,6 +124,8 @@ class Link(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         self._gone.set_result(None)
         self._unsent.clear()
+        if self._beats is not None:
+            self._beats.cancel()
         if self._handler is not None:
             self._handler.lost()
 
@@ -133,11 +141,28 @@ class Link(asyncio.Protocol):
             end = start + _LENGTH.size + length
             if end > len(buffer):
                 break
-            with memoryview(buffer) as view:
-                messages.append(self._decoder.decode(view[start + _LENGTH.size : end]))
+            if length:
+                with memoryview(buffer) as view:
+                    messages.append(self._decoder.decode(view[start + _LENGTH.size : end]))
             start = end
         del buffer[:start]
         return messages
+
+    def beat(self) -> None:
+        """Send a beat, or close the connection if the peer has been silent for too many.
+
+        Our own beats are counted, not the clock: after this process has hung, it reads what has
+        arrived meanwhile before it can blame the peer.
+        """
+        assert self._transport is not None
+        if self._silent_beats == MAX_SILENT_BEATS:
+            logger.warning("a peer has been silent for %g s", BEAT_S * MAX_SILENT_BEATS)
+            self.abort()
+            return
+        self._silent_beats += 1
+        if not self._transport.is_closing():
+            self._transport.write(_BEAT)
+        self._beats = asyncio.get_running_loop().call_later(BEAT_S, self.beat)
 
     def _flush(self) -> None:
         if self.closed or not self._unsent:
@@ -219,13 +244,3 @@ async def stay_connected(
             finally:
                 connection.close()
         await asyncio.sleep(RECONNECT_S)
-
-
-def _tune(sock: socket.socket) -> None:
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL_S)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
-    # Keepalive does not cover connections with unacknowledged data; this does.
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNACKNOWLEDGED_MS)

@@ -1,8 +1,8 @@
 """The messages between the processes of the control plane; cluster/link.py carries them.
 
-    ingress ── Place, Release, Finished, Abort, … ──► router   Placed, CallFailed, Aborted, …  back
+    ingress ── Place, Release, Finished, Abort, … ──► router   Waiting, Placed, CallFailed, …  back
     ingress ── Submit, End ──► engine                          Deltas, Rejected            back
-    engine ── Hello, AccountNews, Report ──► router                Extend, Withdraw, AskReport back
+    engine ── Hello, AccountNews, Report ──► router                Extend, Withdraw, … back
 
 `call` numbers an ingress's calls to the router; an answer carries the same number.
 """
@@ -30,7 +30,7 @@ class _Message(msgspec.Struct, tag=True):
 
 
 class Place(_Message):
-    """Wait for a lease on a group; answered by Placed or CallFailed."""
+    """Wait for a lease on a group; answered by Placed or CallFailed, after any Waiting."""
 
     call: int
     request: PlaceRequest
@@ -71,6 +71,10 @@ class AskExplanation(_Message):
     request_id: str
 
 
+class Drain(_Message):
+    """Take no new requests."""
+
+
 class AskStatus(_Message):
     """fresh: ask every engine first"""
 
@@ -79,6 +83,18 @@ class AskStatus(_Message):
 
 
 # Router to ingress
+
+
+class Waiting(_Message):
+    """A placement has to wait, or its prospects have changed; its answer follows later.
+
+    position: requests ahead of it
+    start_s: from now until its projected start, or None where it is not known
+    """
+
+    call: int
+    position: int
+    start_s: float | None
 
 
 class Placed(_Message):
@@ -178,9 +194,13 @@ class Rejected(_Message):
 
 
 class Hello(_Message):
-    """The first message of an engine: its facts, its address, and the leases it holds."""
+    """The first message of an engine: its facts, its address, and the leases it holds.
+
+    started_ns: wall clock; of two engines of a group, the later one has replaced the other
+    """
 
     group: str
+    started_ns: int
     info: EngineInfo
     address: Address
     leases: tuple[LeaseTerms, ...]
@@ -189,7 +209,7 @@ class Hello(_Message):
 
 
 class AccountNews(_Message):
-    """What has changed. An empty one is a heartbeat."""
+    """What has changed."""
 
     update: AccountUpdate
     pages: PageChanges
@@ -219,12 +239,16 @@ class AskReport(_Message):
     """Send a Report now."""
 
 
+class Replaced(_Message):
+    """A later engine is the group's, so this one must exit."""
+
+
 FROM_INGRESS = (
-    Place | Cancel | Release | Finished | Abort | AskEstimate | AskExplanation | AskStatus
+    Place | Cancel | Release | Finished | Abort | AskEstimate | AskExplanation | AskStatus | Drain
 )
 FROM_ENGINE = Hello | AccountNews | Report
 TO_ROUTER = FROM_INGRESS | FROM_ENGINE
-TO_INGRESS_FROM_ROUTER = Placed | Aborted | Estimated | Decisions | Status | CallFailed
-TO_ENGINE_FROM_ROUTER = Extend | Withdraw | AskReport
+TO_INGRESS_FROM_ROUTER = Waiting | Placed | Aborted | Estimated | Decisions | Status | CallFailed
+TO_ENGINE_FROM_ROUTER = Extend | Withdraw | AskReport | Replaced
 TO_ENGINE_FROM_INGRESS = Submit | End
 TO_INGRESS_FROM_ENGINE = Deltas | Rejected

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-import socket
 from dataclasses import dataclass
 
+import psutil
 import ray
 from ray.exceptions import RayError
 from ray.util import get_current_placement_group
@@ -38,14 +39,20 @@ class RankActors:
     """Starts a group's ranks and watches them; `executor` exchanges messages with them.
 
     For replicas whose placement group has one bundle for each rank after their own.
+
+    start_timeout_s: a rank that has not loaded by then counts as hung
     """
 
-    def __init__(self, config: EngineConfig, resources: RankResources) -> None:
-        self.executor = ChannelExecutor(config.tp)
+    def __init__(
+        self, config: EngineConfig, resources: RankResources, start_timeout_s: float
+    ) -> None:
+        self.executor = ChannelExecutor(
+            config.tp, step_timeout_s=config.step_timeout_s, start_timeout_s=start_timeout_s
+        )
         group = get_current_placement_group()
         assert group is not None, "the leader must run in a placement group"
-        rendezvous = f"tcp://127.0.0.1:{_free_port()}"
         self._actors = []
+        self._processes: list[psutil.Process] = []
         self._watchers = []
         for rank, endpoint in enumerate(self.executor.endpoints):
             strategy = PlacementGroupSchedulingStrategy(
@@ -55,15 +62,19 @@ class RankActors:
                 num_cpus=resources.cpus, num_gpus=resources.gpus, scheduling_strategy=strategy
             ).remote()
             self._actors.append(actor)
-            running = actor.run.remote(config, rank, endpoint, rendezvous)
-            self._watchers.append(asyncio.create_task(self._watch(rank, running)))
+            process_id = actor.process_id.remote()
+            running = actor.run.remote(config, rank, endpoint, self.executor.rendezvous)
+            self._watchers.append(asyncio.create_task(self._watch(rank, process_id, running)))
 
-    async def _watch(self, rank: int, running: ray.ObjectRef[None]) -> None:
+    async def _watch(
+        self, rank: int, process_id: ray.ObjectRef[int], running: ray.ObjectRef[None]
+    ) -> None:
         """Fail the executor when a rank ends, for whatever reason."""
         try:
+            self._processes.append(psutil.Process(await process_id))
             await running
             error = WorkerDiedError(f"rank {rank} ended")
-        except RayError as cause:
+        except (RayError, psutil.NoSuchProcess) as cause:
             logger.warning("rank %d died: %s", rank, cause)
             error = WorkerDiedError(f"rank {rank} died")
         self.executor.fail(error)
@@ -71,11 +82,15 @@ class RankActors:
     async def close(self) -> None:
         """Wait up to CLOSE_TIMEOUT_S for the ranks to end, then kill the others."""
         await asyncio.wait(self._watchers, timeout=CLOSE_TIMEOUT_S)
+        self.kill()
+
+    def kill(self) -> None:
+        """End the ranks at once, also those that hang and do not hear Ray."""
+        for watcher in self._watchers:
+            watcher.cancel()
+        # They run on this host: their placement is STRICT_PACK.
+        for process in self._processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
         for actor in self._actors:
             ray.kill(actor)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from kvmesh.cluster.messages import (
     CallFailed,
     Cancel,
     Decisions,
+    Drain,
     Estimated,
     Extend,
     Finished,
@@ -32,8 +34,10 @@ from kvmesh.cluster.messages import (
     Place,
     Placed,
     Release,
+    Replaced,
     Report,
     Status,
+    Waiting,
     Withdraw,
 )
 from kvmesh.cluster.metrics import RouterMeters
@@ -47,19 +51,41 @@ from kvmesh.workers.loads import EngineInfo
 logger = logging.getLogger(__name__)
 
 TICK_S = 0.25
-SILENCE_S = 5.0  # an engine without a message for this long counts as lost
 FRESH_TIMEOUT_S = 2.0  # how long a status waits for the engines' reports
+INFORM_PERIOD_S = 1.0  # how often waiting callers learn what has changed
+# Changes that a caller is informed of: by this share, and of a start also by this time.
+NOTICED_SHARE, NOTICED_S = 0.05, 1.0
 
 
 @dataclass(slots=True, eq=False)
 class _Group:
-    """A group whose engine is connected. heard_s: time of its last message"""
+    """A group whose engine is connected. started_ns: of the engine, see Hello"""
 
     name: str
     connection: Link
     info: EngineInfo
     address: Address
-    heard_s: float
+    started_ns: int
+
+
+@dataclass(slots=True, eq=False)
+class _Caller:
+    """Of a waiting request. position, start_at: as it was informed last, on the service's clock"""
+
+    peer: _RouterPeer
+    call: int
+    position: int = -1
+    start_at: float = -math.inf  # also if unknown
+
+    def inform(self, standing: Enqueued, now: float) -> None:
+        """Send where its request stands, unless it nearly knows that."""
+        position, start_s = standing.position, standing.projected_start_s
+        start_at = -math.inf if start_s is None else now + start_s
+        moved = abs(position - self.position) > NOTICED_SHARE * self.position
+        shift_s = abs(start_at - self.start_at)  # NaN if both are unknown
+        if moved or shift_s > max(NOTICED_S, NOTICED_SHARE * (self.start_at - now)):
+            self.position, self.start_at = position, start_at
+            self.peer.send(Waiting(self.call, position, start_s))
 
 
 @dataclass(slots=True, eq=False)
@@ -102,7 +128,8 @@ class RouterService:
         self._clock = clock
         self._meters = meters
         self._groups: dict[str, _Group] = {}
-        self._callers: dict[str, tuple[_RouterPeer, int]] = {}  # of waiting requests
+        self._callers: dict[str, _Caller] = {}  # of waiting requests
+        self._informed_s = clock()
         self._fresh: list[_FreshStatus] = []
         self._known = _Known()
         self._draining = False
@@ -119,12 +146,12 @@ class RouterService:
 
     def tick(self) -> None:
         now = self._clock()
-        for group in list(self._groups.values()):
-            if now - group.heard_s > SILENCE_S:
-                logger.warning("group %s has been silent for %g s", group.name, SILENCE_S)
-                group.connection.abort()
         self.settle(self.router.tick(now))
         self._answer_fresh(now)
+        if self._callers and now - self._informed_s >= INFORM_PERIOD_S:
+            self._informed_s = now
+            for standing in self.router.standings(now):
+                self._callers[standing.request_id].inform(standing, now)
         status = self.router.status(now)
         self._meters.status(status, len(self._groups))
 
@@ -159,7 +186,7 @@ class RouterService:
                 peer.fail(message.call, Failure.of(RequestIdInUseError(name)))
                 return
             self.settle(self.router.abort(name, self._clock()))
-        self._callers[name] = (peer, message.call)
+        self._callers[name] = _Caller(peer, message.call)
         peer.waiting[message.call] = name
         self.settle(self.router.place(request, self._clock()))
 
@@ -190,21 +217,34 @@ class RouterService:
 
     # Engines
 
-    def group_up(self, message: Hello, connection: Link) -> str:
+    def group_up(self, message: Hello, connection: Link) -> None:
+        """The later engine of a group stays: one that hung may return after its replacement."""
         name, now = message.group, self._clock()
-        if (former := self._groups.get(name)) is not None:
+        former = self._groups.get(name)
+        if former is not None and former.started_ns > message.started_ns:
+            _replace(name, connection)
+            return
+        if former is not None:
             self.group_down(name, former.connection)
-            former.connection.close()
+            if former.started_ns < message.started_ns:
+                _replace(name, former.connection)
+            else:
+                former.connection.close()
         logger.info("group %s is up with %d leases", name, len(message.leases))
-        self._groups[name] = _Group(name, connection, message.info, message.address, now)
+        self._groups[name] = _Group(
+            name, connection, message.info, message.address, message.started_ns
+        )
         self.settle(self.router.group_up(name, message.info, message.leases, now))
         self.account(name, AccountNews(message.update, message.pages))
-        return name
+
+    def serves(self, name: str, connection: Link) -> bool:
+        """Whether the group's engine is at the other end, and no later one."""
+        group = self._groups.get(name)
+        return group is not None and group.connection is connection
 
     def group_down(self, name: str, connection: Link) -> None:
-        group = self._groups.get(name)
-        if group is None or group.connection is not connection:
-            return  # a newer incarnation has replaced it
+        if not self.serves(name, connection):
+            return
         logger.warning("group %s is down", name)
         del self._groups[name]
         self.settle(self.router.group_down(name, self._clock()))
@@ -212,7 +252,6 @@ class RouterService:
 
     def account(self, name: str, message: AccountNews) -> None:
         now = self._clock()
-        self._groups[name].heard_s = now
         pages = message.pages
         if pages.held or pages.dropped:
             self.router.pages_changed(name, pages.held, pages.dropped)
@@ -220,7 +259,6 @@ class RouterService:
             self.settle(self.router.account(name, message.update, now))
 
     def report(self, name: str, message: Report) -> None:
-        self._groups[name].heard_s = self._clock()
         self._known.reports[name] = message.report
         if message.report.draining:
             self.router.group_drains(name)
@@ -245,17 +283,17 @@ class RouterService:
                     self._groups[group].connection.send(Extend((lease,)))
                 case Withdrawn(group=group, lease_id=lease_id):
                     self._groups[group].connection.send(Withdraw((lease_id,)))
-                case Enqueued():
-                    pass  # its caller keeps waiting
+                case Enqueued(request_id=name):
+                    self._callers[name].inform(outcome, self._clock())
 
     def _granted(self, outcome: Granted) -> None:
         placement = outcome.placement
-        peer, call = self._callers.pop(placement.request_id)
-        del peer.waiting[call]
+        caller = self._callers.pop(placement.request_id)
+        del caller.peer.waiting[caller.call]
         group = self._groups[placement.group]
-        peer.send(
+        caller.peer.send(
             Placed(
-                call,
+                caller.call,
                 placement.group,
                 group.info,
                 group.address,
@@ -266,9 +304,9 @@ class RouterService:
         )
 
     def _refused(self, name: str, failure: Failure) -> None:
-        peer, call = self._callers.pop(name)
-        del peer.waiting[call]
-        peer.fail(call, failure)
+        caller = self._callers.pop(name)
+        del caller.peer.waiting[caller.call]
+        caller.peer.fail(caller.call, failure)
         for decided in self.router.explain(name, self._clock())[-1:]:
             logger.info("request %s: %s", name, "\n".join(decided.lines()))
 
@@ -283,6 +321,12 @@ class RouterService:
             self._fresh = [x for x in self._fresh if x not in done]
             for waiting in done:
                 waiting.peer.send(Status(waiting.call, self.status()))
+
+
+def _replace(name: str, connection: Link) -> None:
+    logger.warning("an engine of group %s has been replaced", name)
+    connection.send(Replaced())
+    connection.close()
 
 
 class _RouterPeer:
@@ -301,6 +345,8 @@ class _RouterPeer:
     def received(self, message: object) -> None:
         service = self._service
         match message:
+            case AccountNews() | Report() if not service.serves(self._group, self._connection):
+                pass  # of an engine that was replaced, on its way before it heard of it
             case AccountNews():
                 service.account(self._group, message)
             case Place():
@@ -315,6 +361,8 @@ class _RouterPeer:
                 service.report(self._group, message)
             case Abort(call=call, request_id=request_id):
                 self.send(Aborted(call, service.abort(request_id)))
+            case Drain():
+                service.drain()
             case AskStatus():
                 service.ask_status(message, self)
             case AskEstimate(call=call, request=request):
@@ -322,7 +370,8 @@ class _RouterPeer:
             case AskExplanation(call=call, request_id=request_id):
                 self.send(Decisions(call, service.router.explain(request_id, service.now)))
             case Hello():
-                self._group = service.group_up(message, self._connection)
+                self._group = message.group
+                service.group_up(message, self._connection)
 
     def lost(self) -> None:
         if self._group:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 from kvmesh.workers.threads import wait_passively
@@ -23,3 +24,15 @@ if not torch.cuda.is_available():
 
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("kvmesh")
+    group.addoption("--fuzz-cases", type=int, default=2000, help="mutated requests to send")
+    group.addoption("--fuzz-seed", type=int, default=0, help="which ones")
+    group.addoption(
+        "--soak-minutes",
+        type=float,
+        default=0.0,
+        help="how long the soak test loads a cluster; without this option it is skipped",
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -15,7 +16,11 @@ from kvmesh.workers.threads import wait_passively
 class RankActor:
     """One rank's process. It ends with its leader: Ray kills the actors of a dead owner."""
 
-    def run(self, config: EngineConfig, rank: int, endpoint: str, rendezvous: str) -> None:
+    def process_id(self) -> int:
+        """Call it before `run`, which does not return."""
+        return os.getpid()
+
+    def run(self, config: EngineConfig, rank: int, endpoint: str, rendezvous: Path) -> None:
         """Serve until the leader closes the channel; see worker_main."""
         wait_passively(os.environ)
         # Imported here so that the leader can load the class without torch.

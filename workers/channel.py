@@ -8,8 +8,10 @@ make the other side run code. Sockets are Unix sockets in a directory of mode
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
+import time
 from collections import deque
 from pathlib import Path
 from typing import TypeVar
@@ -26,8 +28,10 @@ from kvmesh.workers.errors import (
 )
 from kvmesh.workers.executor import Allocation, RankDescription
 from kvmesh.workers.plan import StepPlan, StepResult
+from kvmesh.workers.step_limit import DEFAULT_STEP_TIMEOUT_S, StepLimit
 
 _POLL_S = 0.05
+DEFAULT_START_TIMEOUT_S = 900.0
 
 
 class Probe(msgspec.Struct, tag="probe", frozen=True):
@@ -100,11 +104,24 @@ class ChannelExecutor:
 
     Start each rank with `worker_main(config, rank, endpoints[rank], rendezvous)`, in any
     process of this host, and call `fail` when one has died: the call that waits for it
-    then raises within 50 ms. One thread calls the Executor's methods.
+    then raises within 50 ms. One thread calls the Executor's methods. Ranks that do not
+    answer within a limit count as hung: the call raises WorkerDiedError.
+
+    step_timeout_s: the lowest limit of a step, see step_limit.py
+    start_timeout_s: for loading the model, for the probe and for allocating the pool
     """
 
-    def __init__(self, num_ranks: int) -> None:
+    def __init__(
+        self,
+        num_ranks: int,
+        *,
+        step_timeout_s: float = DEFAULT_STEP_TIMEOUT_S,
+        start_timeout_s: float = DEFAULT_START_TIMEOUT_S,
+    ) -> None:
+        self._step_limit = StepLimit(step_timeout_s)
+        self._start_timeout_s = start_timeout_s
         self._directory = Path(tempfile.mkdtemp(prefix="kvmesh-"))  # mode 0700
+        self.rendezvous = self._directory / "ranks"
         self.endpoints = [f"ipc://{self._directory}/rank{rank}" for rank in range(num_ranks)]
         self._sockets: list[zmq.Socket[bytes]] = []
         for endpoint in self.endpoints:
@@ -133,21 +150,31 @@ class ChannelExecutor:
     def describe(self) -> list[RankDescription]:
         if not self._descriptions:  # each rank sends its own once
             ranks = range(self.num_ranks)
-            self._descriptions = [self._expect(rank, RankDescription) for rank in ranks]
+            self._descriptions = [self._started(rank, RankDescription) for rank in ranks]
         return self._descriptions
 
     def divergences(self, kv_formats: list[str]) -> list[float]:
         self._send(Probe(kv_formats))
-        return self._expect(0, Divergences).kl_nats
+        return self._started(0, Divergences).kl_nats
 
     def allocate(self, allocation: Allocation) -> None:
         self._send(allocation)
         for rank in range(self.num_ranks):
-            self._expect(rank, Allocated)
+            self._started(rank, Allocated)
 
     def execute(self, plan: StepPlan) -> StepResult:
+        limit_s = self._step_limit.of(plan)
+        before_s = time.monotonic()
         self._send(plan)
-        return self._expect(0, StepResult)
+        result = self._expect(
+            0,
+            StepResult,
+            limit_s,
+            f"the group hangs: no answer to a step of {plan.num_tokens} tokens within "
+            f"{limit_s:.3g} s. If it is only slow, raise engine.step_timeout_s",
+        )
+        self._step_limit.learn(plan, time.monotonic() - before_s)
+        return result
 
     def close(self) -> None:
         if self._closed:
@@ -169,10 +196,23 @@ class ChannelExecutor:
                 self._raise_failure()
             socket.send(data)
 
-    def _expect(self, rank: int, kind: type[_Answer]) -> _Answer:
-        """The next answer of `rank`; raises as soon as any rank has failed."""
+    def _started(self, rank: int, kind: type[_Answer]) -> _Answer:
+        limit_s = self._start_timeout_s
+        hangs = f"rank {rank} hangs: it has not loaded within {limit_s:g} s (timeouts.start_s)"
+        return self._expect(rank, kind, limit_s, hangs)
+
+    def _expect(self, rank: int, kind: type[_Answer], limit_s: float, hangs: str) -> _Answer:
+        """The next answer of `rank`; raises as soon as any rank has failed.
+
+        hangs: the error if there is none within `limit_s`. Polls are counted, not the clock:
+            when the whole machine was suspended, the ranks still get their time.
+        """
+        polls_left = math.ceil(limit_s / _POLL_S)
         while not self._inbox[rank]:
             self._raise_failure()
+            if not polls_left:
+                raise WorkerDiedError(hangs)
+            polls_left -= 1
             self._collect(wait_for=rank)
         answer = self._inbox[rank].popleft()
         if not isinstance(answer, kind):

@@ -24,6 +24,7 @@ from kvmesh.kernels.formats.registry import format_names, get_format
 from kvmesh.workers.byte_size import Bytes
 from kvmesh.workers.errors import ConfigError
 from kvmesh.workers.pool_plan import DEFAULT_MAX_HOT_SHARE
+from kvmesh.workers.step_limit import DEFAULT_STEP_TIMEOUT_S
 
 PAGE_SIZES = (16, 32, 64, 128, 256)
 DEFAULT_CPU_KV_MEMORY_BYTES = 1 << 30
@@ -116,6 +117,13 @@ class EngineSettings(Settings):
     )
     cuda_graphs: bool = Field(
         default=False, description="Run decode steps from CUDA graphs; no effect on CPUs"
+    )
+    step_timeout_s: float = Field(
+        default=DEFAULT_STEP_TIMEOUT_S,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds without an answer after which ranks count as hung and the group is "
+        "replaced; longer for steps that are slower by experience, and for the first of their kind",
     )
     kv_probe: Literal["off", "warn", "refuse"] = Field(
         default="warn",

@@ -34,6 +34,8 @@ from kvmesh.workers.scheduler import Scheduler
 from kvmesh.workers.sequence import Sequence
 from kvmesh.workers.sizes import PageGeometry, PageNeed
 
+PROGRESS_PERIOD_S = 1.0  # at least, between two reports of a sequence's progress
+
 
 class Engine:
     """Continuous batching over an executor's ranks.
@@ -158,7 +160,7 @@ class Engine:
         assert request.request_id not in self._live
         self.stalled = False
         seq = Sequence(request, self.geometry, self.info.max_model_len)
-        seq.arrived_s = self._clock()
+        seq.arrived_s = seq.progress_s = self._clock()
         self._live[request.request_id] = seq
         self.scheduler.add(seq)
         self._totals["prompt"] += seq.prompt_tokens
@@ -196,7 +198,7 @@ class Engine:
         return [self._finish(seq, (), (), EndReason.ABORT) for seq in live]
 
     def step(self) -> list[SequenceDelta]:
-        """Compute one step; deltas of the sequences that got a token or ended."""
+        """Compute one step; deltas of the sequences that got a token, ended or made progress."""
         deltas = self._expire()
         plan = self.scheduler.schedule()
         self.stalled = plan is None and self.has_work
@@ -211,7 +213,7 @@ class Engine:
         assert result.step == plan.step, "a rank sent the result of another step"
         self._totals["steps"] += 1
         self.step_host_s = result.host_s
-        sampled = self.scheduler.commit(plan)
+        sampled, unfinished = self.scheduler.commit(plan)
         assert len(sampled) == len(result.tokens)
         for seq, token in zip(sampled, result.tokens, strict=True):
             if (fault := self._fault_of(token)) is None:
@@ -220,6 +222,10 @@ class Engine:
                 self.scheduler.isolate(seq)
             else:
                 deltas.append(self._finish(seq, (), (), EndReason.FAULT, error=fault))
+        for seq in unfinished:
+            if (now := self._clock()) - seq.progress_s >= PROGRESS_PERIOD_S:
+                seq.progress_s = now
+                deltas.append(SequenceDelta(seq.request.request_id, (), progress=seq.progress))
         self.blame = Blame()
         return deltas
 

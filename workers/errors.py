@@ -56,7 +56,7 @@ class UnsupportedModelError(ConfigError):
 
 
 class WorkerDiedError(EngineError):
-    """A rank of the group has died; the group must be replaced."""
+    """A rank of the group has died or hangs; the group must be replaced."""
 
 
 class RankRaisedError(WorkerDiedError):

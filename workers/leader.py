@@ -12,13 +12,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 from kvmesh.workers.blame import Blame
-from kvmesh.workers.cached_blocks import CachedBlocks
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.engine import Engine
+from kvmesh.workers.engine_account import EngineAccount
 from kvmesh.workers.engine_thread import EngineThread, Report
 from kvmesh.workers.errors import (
     EngineDrainingError,
@@ -28,8 +28,8 @@ from kvmesh.workers.errors import (
 )
 from kvmesh.workers.executor import Executor
 from kvmesh.workers.lease import LeaseTerms
-from kvmesh.workers.lease_book import HeldLease, LeaseBook
-from kvmesh.workers.loads import EngineInfo, EngineLoads
+from kvmesh.workers.lease_book import HeldLease
+from kvmesh.workers.loads import EngineInfo
 from kvmesh.workers.request import (
     NATURAL_ENDS,
     EndReason,
@@ -70,11 +70,8 @@ class EngineLeader:
         self._on_change = on_change or (lambda: None)
         self._thread = EngineThread(self._make_engine, self)
         self._engine: Engine | None = None
-        self._book: LeaseBook | None = None
-        self.blocks = CachedBlocks()
+        self._account: EngineAccount | None = None
         self._live: dict[str, _LiveSequence] = {}
-        self._loads = EngineLoads()
-        self._loads_current = False
         self._idle = asyncio.Event()
         self._idle.set()
         self._draining = False
@@ -107,7 +104,7 @@ class EngineLeader:
         Raises InvalidFieldError, PoolCapacityError (never fits, or its lease exceeds what other
         leases leave), EngineDrainingError, WorkerDiedError; then none was accepted.
         """
-        engine, book = self._ready()
+        engine, account = self._ready()
         if self._draining:
             raise EngineDrainingError("this group is shutting down")
         for request in requests:
@@ -116,14 +113,14 @@ class EngineLeader:
             engine.check(request)
         held = None
         if (terms := requests[0].lease) is not None:
-            book.check(terms)
-            held = book.admit(terms, requests)
+            account.book.check(terms)
+            held = account.book.admit(terms, requests)
             self._on_change()
         for request in requests:
             tokens = len(request.prompt_token_ids)
             self._live[request.request_id] = _LiveSequence(deliver, tokens, held)
         self._idle.clear()
-        self._loads_current = False
+        account.loads_current = False
         self._thread.put(lambda engine: engine.add_all(requests))
 
     def abort(self, request_ids: Iterable[str], reason: EndReason = EndReason.ABORT) -> None:
@@ -145,8 +142,8 @@ class EngineLeader:
         ]
         if names:
             self.abort(names)
-        elif self._book is not None:
-            self._book.withdraw(lease_id)
+        elif self._account is not None:
+            self._account.book.withdraw(lease_id)
             self._on_change()
 
     def extend(self, terms: LeaseTerms) -> None:
@@ -155,26 +152,12 @@ class EngineLeader:
         Not checked against other leases: the router grows leases by its own rules, and if this
         refused, the sequence would wait forever.
         """
-        if self._book is not None and self._book.extend(terms):
+        if self._account is not None and self._account.book.extend(terms):
             self._thread.put(lambda engine: engine.extend(terms))
 
-    # The account
-
-    def info(self) -> EngineInfo:
-        return self._ready()[0].info
-
-    def loads(self) -> EngineLoads:
-        """The latest report: at most a step old, exact when idle."""
-        self._ready()
-        return self._loads
-
     @property
-    def loads_current(self) -> bool:
-        """Whether no sequence has started or ended since the latest report."""
-        return self._loads_current
-
-    @property
-    def book(self) -> LeaseBook:
+    def account(self) -> EngineAccount:
+        """What it reports. Raises WorkerDiedError, EngineError before it has started."""
         return self._ready()[1]
 
     # Within
@@ -185,12 +168,12 @@ class EngineLeader:
         check_format(self._config, head_dim, self._executor.divergences)
         return Engine(self._config, self._executor)
 
-    def _ready(self) -> tuple[Engine, LeaseBook]:
+    def _ready(self) -> tuple[Engine, EngineAccount]:
         if self.failed is not None:
             raise WorkerDiedError(f"the engine of this group has failed: {self.failed}")
-        if self._engine is None or self._book is None:
+        if self._engine is None or self._account is None:
             raise EngineError("the engine has not started yet")
-        return self._engine, self._book
+        return self._engine, self._account
 
     # What the engine's thread posts
 
@@ -199,6 +182,7 @@ class EngineLeader:
 
         report: noted before clients see that a sequence has ended
         """
+        account = self._account
         by_client: dict[Deliver, list[SequenceDelta]] = {}
         changed = False
         for delta in deltas:
@@ -209,41 +193,30 @@ class EngineLeader:
             if delta.finish_reason is not None:
                 del self._live[delta.request_id]
                 if held is not None:
-                    self._end(held, delta)
+                    assert account is not None
+                    account.book.end(held, _natural_output(delta))
                 changed = True
             else:
                 live.tokens += len(delta.token_ids)
                 if held is not None and live.tokens >= held.next_note_tokens:
-                    assert self._book is not None
-                    self._book.note(held, live.tokens)
+                    assert account is not None
+                    account.book.note(held, live.tokens)
                     changed = True
             mine = by_client.get(live.deliver)
             if mine is None:
                 by_client[live.deliver] = [delta]
             else:
                 mine.append(delta)
-        if changed:
-            self._loads_current = False
-        if report is not None:
-            self._note_report(report)
+        if account is not None:
+            account.loads_current = account.loads_current and not changed
+            if report is not None:
+                account.note(report)
         for deliver, found in by_client.items():
             deliver(found)
         if changed or report is not None:
             self._on_change()
         if not self._live:
             self._idle.set()
-
-    def _end(self, held: HeldLease, delta: SequenceDelta) -> None:
-        assert self._book is not None
-        natural = delta.finish_reason in NATURAL_ENDS and delta.usage is not None
-        self._book.end(held, delta.usage.completion_tokens if natural and delta.usage else None)
-
-    def _note_report(self, report: Report) -> None:
-        assert self._book is not None
-        loads, pages = report
-        self._loads = replace(loads, leases=self._book.leases)
-        self._loads_current = True
-        self.blocks.note(pages)
 
     def engine_failed(self, error: Exception) -> None:
         """End all live sequences with this error, each as it may have caused it."""
@@ -262,7 +235,7 @@ class EngineLeader:
 
     def engine_started(self, engine: Engine) -> None:
         self._engine = engine
-        self._book = LeaseBook(engine.geometry, engine.info.capacity)
+        self._account = EngineAccount(engine)
         if not self._started.done():
             self._started.set_result(engine.info)
 
@@ -273,3 +246,9 @@ def _account_of(end: EndReason, error: Exception) -> str:
 
 def _abort(request_id: str, reason: EndReason, engine: Engine) -> SequenceDelta | None:
     return engine.abort(request_id, reason)
+
+
+def _natural_output(delta: SequenceDelta) -> int | None:
+    """Output tokens of a sequence that ended by itself, else None."""
+    natural = delta.finish_reason in NATURAL_ENDS and delta.usage is not None
+    return delta.usage.completion_tokens if natural and delta.usage else None

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 from multiprocessing.process import BaseProcess
 from threading import Thread
 
@@ -53,15 +52,14 @@ class LocalProcesses(ChannelExecutor):
     """A group's ranks as child processes of this one."""
 
     def __init__(self, config: EngineConfig) -> None:
-        super().__init__(config.tp)
-        rendezvous = f"tcp://127.0.0.1:{free_port()}"
+        super().__init__(config.tp, step_timeout_s=config.step_timeout_s)
         context = multiprocessing.get_context("spawn")
         wait_passively(os.environ)  # the ranks inherit the environment
         self._processes: list[BaseProcess] = []
         for rank, endpoint in enumerate(self.endpoints):
             process = context.Process(
                 target=worker_main,
-                args=(config, rank, endpoint, rendezvous),
+                args=(config, rank, endpoint, self.rendezvous),
                 name=f"kvmesh-rank-{rank}",
                 daemon=True,
             )
@@ -84,10 +82,3 @@ class LocalProcesses(ChannelExecutor):
 def local_executor(config: EngineConfig) -> InProcessExecutor | LocalProcesses:
     """The executor for this machine: in this process if there is only one rank."""
     return InProcessExecutor(config) if config.tp == 1 else LocalProcesses(config)
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port

@@ -85,8 +85,23 @@ class SequenceUsage(msgspec.Struct, frozen=True, array_like=True, gc=False):
     preemptions: int
 
 
+class PrefillProgress(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """How far a sequence is computed.
+
+    computed_tokens: of total_tokens, which are its prompt and output so far
+    cached_tokens: of computed_tokens, those of the prompt found in the prefix cache
+    """
+
+    computed_tokens: int
+    cached_tokens: int
+    total_tokens: int
+
+
 class SequenceDelta(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """New tokens of one sequence, and its end when `finish_reason` is set."""
+    """New tokens of one sequence, and its end when `finish_reason` is set.
+
+    progress: instead of tokens, at times, while there are many to compute before the next
+    """
 
     request_id: str
     token_ids: tuple[int, ...]
@@ -95,3 +110,4 @@ class SequenceDelta(msgspec.Struct, frozen=True, array_like=True, gc=False):
     matched_stop_token: int | None = None
     usage: SequenceUsage | None = None
     error: str | None = None
+    progress: PrefillProgress | None = None

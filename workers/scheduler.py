@@ -99,21 +99,22 @@ class Scheduler:
         self._step += 1
         return draft.plan(self._step)
 
-    def commit(self, plan: StepPlan) -> list[Sequence]:
-        """Advance by a plan that was carried out; returns the sampled sequences in its order.
+    def commit(self, plan: StepPlan) -> tuple[list[Sequence], list[Sequence]]:
+        """Advance by a plan that was carried out.
 
+        Returns the sampled sequences, and those that have more to compute, in the plan's order.
         Hot pages that have left their windows are released, and full pages enter the prefix
         cache."""
         by_row = {seq.row: seq for seq in self.running}
-        sampled = []
+        sampled: list[Sequence] = []
+        unfinished: list[Sequence] = []
         for chunk in plan.chunks:
             seq = by_row[chunk.row]
             first_full = seq.num_computed // self.geometry.page_size
             seq.num_computed = chunk.end
             self._publish(seq, first_full)
-            if chunk.sample:
-                sampled.append(seq)
-        return sampled
+            (sampled if chunk.sample else unfinished).append(seq)
+        return sampled, unfinished
 
     def check(self) -> None:
         """Audit: every page held by a sequence is used, and nothing else is."""

@@ -6,7 +6,7 @@ import numpy as np
 
 from kvmesh.workers.lease import LeaseTerms
 from kvmesh.workers.prefix_cache import Digest, PageDigests
-from kvmesh.workers.request import EngineRequest, SequenceUsage, TokenIds
+from kvmesh.workers.request import EngineRequest, PrefillProgress, SequenceUsage, TokenIds
 from kvmesh.workers.sizes import PageGeometry, PageNeed
 
 
@@ -44,6 +44,7 @@ class Sequence:
         self.arrived_s = 0.0
         self.started_s: float | None = None
         self.first_token_s: float | None = None
+        self.progress_s = 0.0  # when its progress was reported last
 
     @property
     def tokens(self) -> TokenIds:
@@ -97,6 +98,11 @@ class Sequence:
         self.peak = PageNeed(
             max(self.peak.hot, len(self.hot)), max(self.peak.sealed, len(self.sealed))
         )
+
+    @property
+    def progress(self) -> PrefillProgress:
+        cached = min(self.cached_tokens, self.num_computed)
+        return PrefillProgress(self.num_computed, cached, self.num_tokens)
 
     def usage(self, now: float) -> SequenceUsage:
         started = self.started_s if self.started_s is not None else now

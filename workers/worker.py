@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from pathlib import Path
 
 from kvmesh.workers.cache_directory import keep_compiled_loops
 from kvmesh.workers.channel import Allocated, Close, Divergences, Failed, Probe, RankEnd
@@ -18,10 +19,10 @@ logger = logging.getLogger(__name__)
 _PARENT_CHECK_S = 1.0
 
 
-def worker_main(config: EngineConfig, rank: int, endpoint: str, rendezvous: str) -> None:
+def worker_main(config: EngineConfig, rank: int, endpoint: str, rendezvous: Path) -> None:
     """Serve `rank` of the group until the leader closes it or is gone.
 
-    endpoint: the leader's channel; rendezvous: tcp://host:port at which the ranks meet
+    endpoint: the leader's channel; rendezvous: file through which the ranks meet
     A failure is reported to the leader and then raised.
     """
     keep_compiled_loops(os.environ)

@@ -17,12 +17,15 @@ from kvmesh.workers.config import EngineConfig
 class InstantRanks:
     """Replaces RankActors."""
 
-    def __init__(self, config: EngineConfig, resources: object) -> None:
+    def __init__(self, config: EngineConfig, *_: object) -> None:
         self.executor = InstantExecutor(config)
         made.append(self.executor)
 
     async def close(self) -> None:
         self.executor.close()
+
+    def kill(self) -> None:
+        """There are no processes."""
 
 
 made: list[InstantExecutor] = []

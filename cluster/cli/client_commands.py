@@ -79,13 +79,18 @@ def _read_line() -> str:
 
 def _print_stream(stream: Any) -> str:
     """Print a stream as it arrives; returns its text. Ctrl-C cancels it and frees its pages."""
+    from kvmesh.client import Delta
+    from kvmesh.cluster.cli.wait_display import WaitDisplay
+
     pieces: list[str] = []
     try:
-        for delta in stream:
-            if delta.index == 0:
-                pieces.append(delta.text)
-                out.print(delta.text, end="", markup=False, soft_wrap=True)
-                out.file.flush()
+        with WaitDisplay(err) as waiting:
+            for event in stream.events():
+                waiting.show(event)
+                if isinstance(event, Delta) and event.index == 0:
+                    pieces.append(event.text)
+                    out.print(event.text, end="", markup=False, soft_wrap=True)
+                    out.file.flush()
     except KeyboardInterrupt:
         stream.close()
     out.print()

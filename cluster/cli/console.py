@@ -111,7 +111,7 @@ def _server_line(error: Exception) -> str | None:
     """The message of a server-side error that is meant for users; None for other errors."""
     from kvmesh.workers.errors import EngineError
 
-    if isinstance(error, EngineError) or type(error).__name__ == "StartError":
+    if isinstance(error, EngineError) or type(error).__name__ in ("StartError", "RayDiedError"):
         return str(error)
     return None
 
@@ -128,3 +128,9 @@ def human_bytes(size_bytes: float) -> str:
 def human_seconds(seconds: float) -> str:
     """0.0123 -> '12 ms'."""
     return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.2f} s"
+
+
+def human_wait(seconds: float) -> str:
+    """75.3 -> '1 min 15 s'; whole seconds, at least one."""
+    minutes, rest = divmod(max(round(seconds), 1), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

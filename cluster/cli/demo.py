@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
-from kvmesh.client import Client, Loads, Message, Stream
+from kvmesh.client import Client, KVMeshError, Loads, Message, RetryPolicy, Stream
 from kvmesh.cluster.cli.console import (
     EXIT_INTERRUPTED,
     Steps,
@@ -55,6 +55,9 @@ def run_demo(settings: ClusterConfig, question: str, max_tokens: int) -> int:
                     _describe(settings)
                     cost = _ask(endpoint, question, max_tokens)
                     out.print(_table(cost))
+                except KVMeshError:
+                    cluster.check_alive()  # a better reason, if it raises
+                    raise
                 finally:
                     with Steps() as closing:
                         cluster.report_to(closing)
@@ -70,7 +73,9 @@ def _describe(settings: ClusterConfig) -> None:
 
 
 def _ask(endpoint: Endpoint, question: str, max_tokens: int) -> Cost:
-    with Client(endpoint.target, api_key=endpoint.api_key) as client:
+    # The cluster is ours: if it dies, it does not return.
+    retry = RetryPolicy(max_outage_s=10.0)
+    with Client(endpoint.target, api_key=endpoint.api_key, retry=retry) as client:
         before = during = client.loads()
         out.print(f"\n[bold cyan]you[/bold cyan]    {question}")
         out.print("[bold green]model[/bold green]  ", end="")

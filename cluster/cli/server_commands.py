@@ -84,7 +84,7 @@ def serve(
                 with stop.interrupting(), cluster as endpoint:
                     stop.wait_ready()
                     _announce(endpoint, settings)
-                    stop.wait()
+                    stop.wait(cluster.check_alive)
                     err.print(
                         "shutting down; press Ctrl-C again to stop without waiting for requests"
                     )

@@ -42,11 +42,12 @@ class StopRequest:
         self._interrupt = False
         self.install()
 
-    def wait(self) -> None:
-        """Block until the first signal."""
+    def wait(self, check: Callable[[], None]) -> None:
+        """Block until the first signal, or until `check`, called every second, raises."""
         while not self._requested.wait(1.0):
             # Ray replaces the signal handlers of the process that starts it.
             self.install()
+            check()
 
     def install(self) -> None:
         for number in SIGNALS:

@@ -46,6 +46,10 @@ class TextCodec(Protocol):
     def has_chat_template(self) -> bool: ...
 
     @property
+    def max_token_chars(self) -> int:
+        """No text has fewer tokens than its characters divided by this."""
+
+    @property
     def eos_token_ids(self) -> tuple[int, ...]: ...
 
 
@@ -55,6 +59,7 @@ class ModelCodec:
     def __init__(self, path: Path) -> None:
         self._tokenizer = Tokenizer.load(path)
         self.eos_token_ids = read_facts(path).eos_token_ids
+        self.max_token_chars = self._tokenizer.max_token_chars
         self.has_chat_template = self._tokenizer.has_chat_template
 
     def encode(self, text: str) -> TokenIds:

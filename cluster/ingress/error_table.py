@@ -11,6 +11,7 @@ from kvmesh.cluster.errors import (
     ContextExceededError,
     DrainingError,
     EngineLostError,
+    IngressBusyError,
     NotReadyError,
     RequestDeadlineError,
     RequestFaultError,
@@ -49,6 +50,7 @@ _TABLE: tuple[tuple[type[BaseException], grpc.StatusCode, pb.ErrorReason.ValueTy
     (RequestDeadlineError, _S.DEADLINE_EXCEEDED, pb.ERROR_REASON_DEADLINE_EXCEEDED),
     (EngineLostError, _S.UNAVAILABLE, pb.ERROR_REASON_ENGINE_LOST),
     (WorkerDiedError, _S.UNAVAILABLE, pb.ERROR_REASON_ENGINE_LOST),
+    (IngressBusyError, _S.RESOURCE_EXHAUSTED, pb.ERROR_REASON_QUEUE_FULL),
     (RequestFaultError, _S.INTERNAL, pb.ERROR_REASON_REQUEST_FAULT),
     (DrainingError, _S.UNAVAILABLE, pb.ERROR_REASON_DRAINING),
     (NotReadyError, _S.UNAVAILABLE, pb.ERROR_REASON_NOT_READY),
@@ -122,7 +124,7 @@ def _fill(wire: pb.Error, error: BaseException) -> None:
             wire.needed_bytes = error.needed_bytes
             wire.available_bytes = error.available_bytes
             wire.retry_after_s = RETRY_LOST_ENGINE_S
-        case EngineLostError():
+        case EngineLostError() | IngressBusyError():
             wire.retry_after_s = RETRY_LOST_ENGINE_S
         case NotReadyError():
             wire.retry_after_s = RETRY_NOT_READY_S

@@ -25,11 +25,12 @@ from kvmesh.cluster.ingress.choice import RunningChoice
 from kvmesh.cluster.ingress.codec import TextCodec
 from kvmesh.cluster.ingress.engine_links import EngineLink, EngineLinks
 from kvmesh.cluster.ingress.failovers import LOSSES, Failovers, Loss
-from kvmesh.cluster.ingress.output import RequestOutput
+from kvmesh.cluster.ingress.output import SILENCE_S, RequestOutput
 from kvmesh.cluster.ingress.router_link import HeldPlace, RouterLink
+from kvmesh.cluster.ingress.stream_status import StreamStatus
 from kvmesh.cluster.ingress.validate import GenerationSpec, ResumedChoice, cache_salt, choice_seed
 from kvmesh.cluster.ingress.waker import Waker
-from kvmesh.cluster.messages import NewSequence, Placed, Submit
+from kvmesh.cluster.messages import NewSequence, Placed, Submit, Waiting
 from kvmesh.cluster.routing.errors import (
     DeadlineUnreachableError,
     NoRoomError,
@@ -54,6 +55,7 @@ class IngressContext:
     """What every request of an ingress shares.
 
     clock: seconds, monotonic
+    silence_s: a stream that has sent nothing for this long sends its status
     """
 
     router: RouterLink
@@ -62,6 +64,7 @@ class IngressContext:
     queue_timeout_s: float
     waker: Waker = field(default_factory=Waker)
     clock: Callable[[], float] = time.monotonic
+    silence_s: float = SILENCE_S
 
 
 class Generation:
@@ -103,7 +106,15 @@ class Generation:
             )
             for index in range(spec.n)
         ]
-        self._output = RequestOutput(choices, context.codec, context.waker, self._end_stopped)
+        self._status = StreamStatus(context.clock)
+        self._output = RequestOutput(
+            choices,
+            context.codec,
+            context.waker,
+            self._end_stopped,
+            self._status,
+            context.silence_s,
+        )
         # The current placement: its sequences, those still running, and how it ends.
         self._placed: Placed | None = None
         self._held: HeldPlace | None = None
@@ -132,6 +143,7 @@ class Generation:
 
         task = asyncio.create_task(self._run(), name=f"generate {self.key}")
         task.add_done_callback(note_over)
+        self._output.open()
         try:
             over = False
             while not over:
@@ -142,6 +154,7 @@ class Generation:
             task.result()
         finally:
             task.cancel()
+            self._output.close()
 
     # The request's task
 
@@ -149,6 +162,8 @@ class Generation:
         try:
             await self._serve()
         except RequestAbortedError:
+            if self._placed is None:  # it waited; the contract wants `started` before its end
+                self._output.add(pb.GenerateStreamResponse(started=self._started()))
             self._output.end_all(EndReason.ABORT)
         except RequestFaultError as error:
             logger.error("request %s is not tried again: %s", self.key, error.cause)
@@ -182,8 +197,11 @@ class Generation:
         """Run every choice to its end, over as many placements as necessary."""
         refusals = 0
         while True:
+            request = self._place_request()
+            self._status.queued()
             try:
-                async with self._context.router.place(self._place_request()) as held:
+                async with self._context.router.place(request, self._note_waiting) as held:
+                    self._status.placed(request.prompt_tokens)
                     self._note_placed(held.placed)
                     if self._output.unfinished:
                         await self._generate(held)
@@ -246,6 +264,10 @@ class Generation:
         choice = self._sequences.get(delta.request_id)
         if choice is None:
             return  # of a placement that was lost
+        if delta.progress is not None:
+            if self._status.computed(delta.request_id, delta.progress):
+                self._output.send_status()
+            return
         if self._first_token_s is None and delta.token_ids:
             self._first_token_s = self._context.clock() - self._arrived_s
         if delta.finish_reason is not None:
@@ -303,14 +325,20 @@ class Generation:
             sequences=max(len(self._output.unfinished), 1),
         )
 
+    def _note_waiting(self, waiting: Waiting) -> None:
+        self._status.queued(waiting.position, waiting.start_s)
+        self._output.send_status()
+
     def _note_placed(self, placed: Placed) -> None:
         first, self._placed = self._placed is None, placed
         self._queue_s += placed.queue_s
         if first:
-            seed = self._output.choices[0].params.seed
-            started = wire.started(placed, self._spec.request_id, len(self._prompt_ids), seed)
-            self._output.add(pb.GenerateStreamResponse(started=started))
+            self._output.add(pb.GenerateStreamResponse(started=self._started()))
             self._output.catch_up()
+
+    def _started(self) -> pb.Started:
+        seed = self._output.choices[0].params.seed
+        return wire.started(self._placed, self._spec.request_id, len(self._prompt_ids), seed)
 
     # Ending
 

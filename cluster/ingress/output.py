@@ -1,4 +1,8 @@
-"""What a request sends to its client: deltas in, events out, many tokens at a time."""
+"""What a request sends to its client: deltas in, events out, many tokens at a time.
+
+With nothing else to send, a stream repeats its status, so that neither people nor proxies give
+it up.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +13,12 @@ from kvmesh.cluster.errors import RequestDeadlineError
 from kvmesh.cluster.ingress import wire
 from kvmesh.cluster.ingress.choice import ChoiceOutput, RunningChoice
 from kvmesh.cluster.ingress.codec import TextCodec
+from kvmesh.cluster.ingress.stream_status import StreamStatus
 from kvmesh.cluster.ingress.waker import Waker
 from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.workers.request import EndReason, SequenceDelta
+
+SILENCE_S = 4.0  # the contract's 5 s, less what the way may take
 
 
 class RequestOutput:
@@ -22,6 +29,8 @@ class RequestOutput:
     up to date.
 
     on_stop_string: called when a stop string has ended a choice
+    status: what to send when there is nothing else
+    silence_s: from the last event until the status is sent again
     """
 
     def __init__(
@@ -30,6 +39,8 @@ class RequestOutput:
         codec: TextCodec,
         waker: Waker,
         on_stop_string: Callable[[RunningChoice], None],
+        status: StreamStatus,
+        silence_s: float = SILENCE_S,
     ) -> None:
         self.choices = choices
         self._codec = codec
@@ -39,6 +50,20 @@ class RequestOutput:
         self._events: list[pb.GenerateStreamResponse] = []
         self._ready = asyncio.Event()
         self._woken = False  # or about to be
+        self._status = status
+        self._status_due = False
+        self._silence_s = silence_s
+        self._sent_s = 0.0  # the event loop's time
+        self._timer: asyncio.TimerHandle | None = None
+
+    def open(self) -> None:
+        """The reader is there; from now on it is never left in silence."""
+        self._sent_s = asyncio.get_running_loop().time()
+        self._break_silence()
+
+    def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
 
     def put(self, choice: RunningChoice, delta: SequenceDelta) -> None:
         """Collect a delta of a choice."""
@@ -47,6 +72,11 @@ class RequestOutput:
 
     def add(self, event: pb.GenerateStreamResponse) -> None:
         self._events.append(event)
+        self.wake()
+
+    def send_status(self) -> None:
+        """Send the status, unless there is output to send by then."""
+        self._status_due = True
         self.wake()
 
     def wake(self) -> None:
@@ -65,6 +95,12 @@ class RequestOutput:
         """All events so far. Raises RequestDeadlineError, see `absorb`."""
         self.absorb()
         events, self._events = self._events, []
+        if self._status_due:
+            self._status_due = False
+            if not events and self.unfinished:
+                events.append(self._status.event())
+        if events:
+            self._sent_s = asyncio.get_running_loop().time()
         return events
 
     def absorb(self) -> None:
@@ -73,6 +109,8 @@ class RequestOutput:
         Raises RequestDeadlineError if the engine has ended the request without any output.
         """
         deltas, self._deltas = self._deltas, []
+        if deltas:
+            self._status.generating()
         found: dict[RunningChoice, list[SequenceDelta]] = {}
         for choice, delta in deltas:
             if choice.finish is None:  # otherwise they follow a stop string
@@ -106,6 +144,15 @@ class RequestOutput:
     @property
     def has_tokens(self) -> bool:
         return any(choice.token_ids for choice in self.choices)
+
+    def _break_silence(self) -> None:
+        """Send the status if nothing was sent for long. One timer, whatever is sent meanwhile."""
+        loop = asyncio.get_running_loop()
+        due = self._sent_s + self._silence_s
+        if due <= loop.time():
+            self.send_status()
+            due = loop.time() + self._silence_s
+        self._timer = loop.call_at(due, self._break_silence)
 
     def _emit(self, choice: RunningChoice, output: ChoiceOutput) -> None:
         if output:

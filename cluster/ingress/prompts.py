@@ -1,48 +1,126 @@
-"""Prompts as token ids and page hashes; large ones are computed outside the event loop."""
+"""Prompts as token ids and page hashes; what takes long is computed outside the event loop.
+
+The tokenizer and the hashes release the interpreter's lock while they work. Long prompts are
+computed in LONG_THREADS threads, one at a time of each tenant, so that nobody has all of them.
+Chats have a thread of their own, because the model's template may take any time.
+"""
 
 from __future__ import annotations
 
 import asyncio
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 
-from kvmesh.cluster.ingress import validate
+from kvmesh.cluster.errors import IngressBusyError
+from kvmesh.cluster.ingress import served, validate
 from kvmesh.cluster.ingress.codec import TextCodec
+from kvmesh.cluster.ingress.interruptible import InterruptedWorkError, run_interruptible
+from kvmesh.cluster.reports import ClusterStatus
+from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.workers.loads import EngineInfo
 from kvmesh.workers.prefix_cache import PageDigests
 from kvmesh.workers.request import TokenIds
 
 LONG_TEXT_CHARS = 4096  # tokenising longer texts would delay every stream
 LONG_PROMPT_TOKENS = 1 << 16  # and so would hashing longer prompts
+LONG_THREADS = 2
+MAX_WAITING = 16  # long prompts of one tenant that wait for a thread
+CHAT_TIMEOUT_S = 10.0
+
+T = TypeVar("T")
 
 
-async def encode(prompt: validate.Prompt, codec: TextCodec, vocab_size: int) -> TokenIds:
-    """Token ids of a prompt. Raises InvalidFieldError for ids that the model does not have."""
-    if isinstance(prompt, np.ndarray):
-        validate.check_prompt_ids(prompt, vocab_size)
-        return prompt
-    if isinstance(prompt, str):
-        if len(prompt) < LONG_TEXT_CHARS:
-            return codec.encode(prompt)
-        return await asyncio.to_thread(codec.encode, prompt)
-    turns = [(turn.role, turn.content) for turn in prompt]
-    if not codec.has_chat_template:
-        validate.refuse("prompt.chat", "must not be set: the model has no chat template; send text")
-    try:
-        if sum(len(content) for _, content in turns) < LONG_TEXT_CHARS:
-            return codec.encode_chat(turns)
-        return await asyncio.to_thread(codec.encode_chat, turns)
-    except ValueError as error:
-        validate.refuse("prompt.chat", str(error))
+class Prompts:
+    """All methods belong to one event loop.
 
+    chat_timeout_s: for the model's template and tokenizer, after which a chat is refused
+    """
 
-async def page_hashes(ids: TokenIds, salt: str, info: EngineInfo) -> tuple[bytes, ...]:
-    """Hashes of the prompt's full pages, as used by the prefix caches of engines like this one."""
-    if not info.prefix_cache:
-        return ()
-    page_size = info.geometry.page_size
-    digests = PageDigests(page_size, salt)
-    pages = len(ids) // page_size
-    if len(ids) < LONG_PROMPT_TOKENS:
-        return tuple(digests.upto(ids, pages))
-    return tuple(await asyncio.to_thread(digests.upto, ids, pages))
+    def __init__(self, codec: TextCodec, chat_timeout_s: float = CHAT_TIMEOUT_S) -> None:
+        self._codec = codec
+        self._chat_timeout_s = chat_timeout_s
+        self._long = ThreadPoolExecutor(LONG_THREADS, "kvmesh-long-prompts")
+        self._chats = ThreadPoolExecutor(1, "kvmesh-chats")
+        self._turns: defaultdict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(1))
+        self._waiting: Counter[str] = Counter()  # by tenant
+
+    def check_length(self, prompt: pb.Prompt, status: ClusterStatus) -> None:
+        """Refuse a prompt that no context can hold, before anything is computed from it.
+
+        Raises ContextExceededError.
+        """
+        tokens = len(prompt.token_ids.ids)
+        if not tokens:
+            chars = len(prompt.text) + sum(len(turn.content) for turn in prompt.chat.messages)
+            tokens = -(-chars // self._codec.max_token_chars)
+        if tokens > served.max_model_len(status):
+            raise served.context_exceeded(tokens, status)
+
+    async def encode(self, prompt: validate.Prompt, tenant: str, status: ClusterStatus) -> TokenIds:
+        """Token ids of a prompt that has passed `check_length`.
+
+        Raises InvalidFieldError for ids that the model does not have and for chats that its
+        template refuses, and IngressBusyError if too many long prompts of the tenant wait.
+        """
+        if isinstance(prompt, np.ndarray):
+            validate.check_prompt_ids(prompt, served.any_info(status).vocab_size)
+            return prompt
+        if isinstance(prompt, str):
+            if len(prompt) < LONG_TEXT_CHARS:
+                return self._codec.encode(prompt)
+            return await self._in_thread(tenant, lambda: self._codec.encode(prompt))
+        return await self._encode_chat(prompt)
+
+    async def page_hashes(
+        self, ids: TokenIds, tenant: str, salt: str, info: EngineInfo
+    ) -> tuple[bytes, ...]:
+        """Hashes of the prompt's full pages, as in the prefix caches of engines like this one."""
+        if not info.prefix_cache:
+            return ()
+        page_size = info.geometry.page_size
+        digests = PageDigests(page_size, validate.cache_salt(tenant, salt))
+        pages = len(ids) // page_size
+        if len(ids) < LONG_PROMPT_TOKENS:
+            return tuple(digests.upto(ids, pages))
+        return await self._in_thread(tenant, lambda: tuple(digests.upto(ids, pages)))
+
+    def close(self) -> None:
+        """Wait for nothing: what runs ends by itself."""
+        self._long.shutdown(wait=False, cancel_futures=True)
+        self._chats.shutdown(wait=False, cancel_futures=True)
+
+    async def _encode_chat(self, prompt: tuple[validate.ChatTurn, ...]) -> TokenIds:
+        if not self._codec.has_chat_template:
+            validate.refuse(
+                "prompt.chat", "must not be set: the model has no chat template; send text"
+            )
+        turns = [(turn.role, turn.content) for turn in prompt]
+        try:
+            return await run_interruptible(
+                self._chats, lambda: self._codec.encode_chat(turns), self._chat_timeout_s
+            )
+        except ValueError as error:
+            validate.refuse("prompt.chat", str(error))
+        except InterruptedWorkError:
+            validate.refuse(
+                "prompt.chat",
+                f"took the model's chat template more than {self._chat_timeout_s:g} s",
+            )
+
+    async def _in_thread(self, tenant: str, work: Callable[[], T]) -> T:
+        """Run a tenant's work when it is its turn; a caller that leaves does not end its turn."""
+        if self._waiting[tenant] >= MAX_WAITING:
+            raise IngressBusyError(f"{MAX_WAITING} long prompts wait to be tokenised already")
+        turn, loop = self._turns[tenant], asyncio.get_running_loop()
+        self._waiting[tenant] += 1
+        try:
+            await turn.acquire()
+        finally:
+            self._waiting[tenant] -= 1
+        job = self._long.submit(work)
+        job.add_done_callback(lambda _: loop.call_soon_threadsafe(turn.release))
+        return await asyncio.wrap_future(job)

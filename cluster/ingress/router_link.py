@@ -27,12 +27,14 @@ from kvmesh.cluster.messages import (
     CallFailed,
     Cancel,
     Decisions,
+    Drain,
     Estimated,
     Finished,
     Place,
     Placed,
     Release,
     Status,
+    Waiting,
 )
 from kvmesh.cluster.reports import ClusterStatus
 from kvmesh.cluster.routing.outcome import BudgetEstimate, Explained
@@ -49,6 +51,18 @@ class HeldPlace:
     submitted: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """One that has no answer yet. on_waiting: called with every Waiting before the answer"""
+
+    message: Any
+    answer: asyncio.Future[Any]
+    on_waiting: Callable[[Waiting], None]
+
+
+def _ignore(waiting: Waiting) -> None: ...
+
+
 class RouterLink:
     """Calls the router. Open calls are sent again when the connection was lost and is back.
 
@@ -59,7 +73,7 @@ class RouterLink:
         self._identity = identity
         self._find = find
         self._numbers = itertools.count(1)
-        self._open: dict[int, tuple[Any, asyncio.Future[Any]]] = {}
+        self._open: dict[int, _Call] = {}
         self._connection: Link | None = None
 
     async def run(self) -> None:
@@ -67,13 +81,16 @@ class RouterLink:
         await stay_connected(self._find, self._identity, TO_INGRESS_FROM_ROUTER, self._connected)
 
     @asynccontextmanager
-    async def place(self, request: PlaceRequest) -> AsyncIterator[HeldPlace]:
+    async def place(
+        self, request: PlaceRequest, on_waiting: Callable[[Waiting], None] = _ignore
+    ) -> AsyncIterator[HeldPlace]:
         """Wait for a lease; at the end it is given back unless sequences were submitted.
 
+        on_waiting: called at once if the request has to wait, and again with news
         Raises the tree of routing/errors.py, DrainingError.
         """
         call = next(self._numbers)
-        answer = self._ask(Place(call, request))
+        answer = self._ask(Place(call, request), on_waiting)
         try:
             placed = await answer
         except asyncio.CancelledError:
@@ -115,6 +132,10 @@ class RouterLink:
         assert isinstance(answer, Status)
         return answer.status
 
+    def drain(self) -> None:
+        """Make the connected router refuse new requests."""
+        self._send(Drain())
+
     # Within
 
     async def _ask_soon(self, message: Any) -> Any:
@@ -122,12 +143,14 @@ class RouterLink:
             async with asyncio.timeout(ANSWER_TIMEOUT_S):
                 return await self._ask(message)
         except TimeoutError:
-            raise NotReadyError() from None
+            raise NotReadyError("the router does not answer") from None
 
-    def _ask(self, message: Any) -> asyncio.Future[Any]:
+    def _ask(
+        self, message: Any, on_waiting: Callable[[Waiting], None] = _ignore
+    ) -> asyncio.Future[Any]:
         """A future of the answer; cancelling it forgets the call."""
         answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self._open[message.call] = (message, answer)
+        self._open[message.call] = _Call(message, answer, on_waiting)
         answer.add_done_callback(lambda _: self._open.pop(message.call, None))
         self._send(message)
         return answer
@@ -139,7 +162,8 @@ class RouterLink:
     def _connected(self, connection: Link) -> RouterLink:
         """Send the open calls, which a new router does not know."""
         self._connection = connection
-        for message, _ in self._open.values():
+        for call in self._open.values():
+            message = call.message
             if isinstance(message, Place):
                 # The same router may still know the request from the lost connection.
                 message = Place(message.call, replace(message.request, supersedes=True))
@@ -149,14 +173,16 @@ class RouterLink:
     # The connection's handler
 
     def received(self, message: Any) -> None:
-        _, answer = self._open.get(message.call, (None, None))
-        if answer is None or answer.done():
+        call = self._open.get(message.call)
+        if call is None or call.answer.done():
             if isinstance(message, Placed):  # its caller has left
                 self._send(Release(message.lease.lease_id))
+        elif isinstance(message, Waiting):
+            call.on_waiting(message)
         elif isinstance(message, CallFailed):
-            answer.set_exception(message.failure.error)
+            call.answer.set_exception(message.failure.error)
         else:
-            answer.set_result(message)
+            call.answer.set_result(message)
 
     def lost(self) -> None:
         self._connection = None

@@ -1,11 +1,14 @@
-"""The calls of the wire contract, over a router and engines: everything but the transport."""
+"""The calls of the wire contract, over a router and engines: everything but the transport.
+
+Each takes a parsed request and the tenant that it is from.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 
 from kvmesh.cluster.errors import (
     DrainingError,
@@ -13,12 +16,12 @@ from kvmesh.cluster.errors import (
     ResumeMismatchError,
 )
 from kvmesh.cluster.identity import Identity
-from kvmesh.cluster.ingress import prompts, served, validate, wire
-from kvmesh.cluster.ingress.authenticate import Authenticator
+from kvmesh.cluster.ingress import served, validate, wire
 from kvmesh.cluster.ingress.codec import TextCodec
 from kvmesh.cluster.ingress.engine_links import EngineLinks
 from kvmesh.cluster.ingress.estimate import estimate_reply, explain_reply
 from kvmesh.cluster.ingress.generation import Generation, IngressContext
+from kvmesh.cluster.ingress.prompts import Prompts
 from kvmesh.cluster.ingress.quality import DIVERGENCE_NATS, groups_below
 from kvmesh.cluster.ingress.router_link import RouterLink
 from kvmesh.cluster.link import Address
@@ -26,11 +29,10 @@ from kvmesh.cluster.metrics import IngressMeters
 from kvmesh.cluster.reports import ClusterStatus
 from kvmesh.cluster.routing.request import PlaceRequest
 from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
+from kvmesh.workers.request import TokenIds
 from kvmesh.workers.sampling_params import RANGES
 
 logger = logging.getLogger(__name__)
-
-Metadata = Iterable[tuple[str, str | bytes]]
 
 REFRESH_PERIOD_S = 1.0
 
@@ -48,7 +50,6 @@ class IngressService:
         identity: Identity,
         find_router: Callable[[], Awaitable[Address]],
         codec: TextCodec,
-        authenticator: Authenticator,
         limits: validate.Limits,
         meters: IngressMeters,
         *,
@@ -60,13 +61,14 @@ class IngressService:
         self._router = RouterLink(identity, find_router)
         self._engines = EngineLinks(identity)
         self._codec = codec
-        self._authenticator = authenticator
+        self._prompts = Prompts(codec)
         self._limits = limits
         self._meters = meters
         self._version = version
         self._model_names = model_names
         self._divergence_nats = divergence_nats
         self._status: ClusterStatus | None = None
+        self._fresh_status: asyncio.Future[ClusterStatus] | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._running = 0
         self._idle = asyncio.Event()
@@ -109,6 +111,7 @@ class IngressService:
         """Close every connection, which ends running requests."""
         self.draining = True
         self._engines.close()
+        self._prompts.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -124,13 +127,19 @@ class IngressService:
     # Calls
 
     async def generate_stream(
-        self, request: object, metadata: Metadata
+        self, request: pb.GenerateRequest, tenant: str
     ) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
         """GenerateStream; raises the errors of ingress/error_table.py."""
-        tenant = self._admit(request, metadata)
-        assert isinstance(request, pb.GenerateRequest)
+        self._check_open()
         await self._context.waker.turn()  # many may arrive at once
-        generation = await self._generation(request, tenant)
+        making = asyncio.ensure_future(self._generation(request, tenant))
+        del request  # it may be large, and the stream long
+        try:
+            while not (await asyncio.wait((making,), timeout=self._context.silence_s))[0]:
+                yield pb.GenerateStreamResponse()  # a long prompt takes its time
+        finally:
+            making.cancel()
+        generation = making.result()
         self._running += 1
         self._idle.clear()
         try:
@@ -144,40 +153,36 @@ class IngressService:
             if not self._running:
                 self._idle.set()
 
-    async def generate(self, request: object, metadata: Metadata) -> pb.GenerateResponse:
+    async def generate(self, request: pb.GenerateRequest, tenant: str) -> pb.GenerateResponse:
         """Generate: a stream's events in one reply."""
-        self._authenticator.authenticate(metadata)  # before any error about the request
-        if isinstance(request, pb.GenerateRequest) and request.HasField("resume"):
+        if request.HasField("resume"):
             validate.refuse(
                 "resume", "must not be set for Generate; only GenerateStream can resume"
             )
-        async with contextlib.aclosing(self.generate_stream(request, metadata)) as events:
+        async with contextlib.aclosing(self.generate_stream(request, tenant)) as events:
+            del request
             return wire.generated([event async for event in events])
 
-    async def tokenize(self, request: object, metadata: Metadata) -> pb.TokenizeResponse:
-        self._admit(request, metadata)
-        assert isinstance(request, pb.TokenizeRequest)
+    async def tokenize(self, request: pb.TokenizeRequest, tenant: str) -> pb.TokenizeResponse:
+        self._check_open()
         status = self._status_for(request.model)
-        vocab_size = served.any_info(status).vocab_size
-        ids = await prompts.encode(validate.prompt(request.prompt), self._codec, vocab_size)
+        ids = await self._encode(request.prompt, tenant, status)
         return pb.TokenizeResponse(
             token_ids=ids.tolist(), max_model_len=served.max_model_len(status)
         )
 
-    async def abort(self, request: object, metadata: Metadata) -> pb.AbortResponse:
+    async def abort(self, request: pb.AbortRequest, tenant: str) -> pb.AbortResponse:
         """Abort, by a request id of the caller's own tenant."""
-        tenant = self._admit(request, metadata)
-        assert isinstance(request, pb.AbortRequest)
+        self._check_open()
         if not request.request_id:
             validate.refuse("request_id", "must not be empty")
         aborted = await self._router.abort(f"{tenant}/{request.request_id}")
         return pb.AbortResponse(aborted=aborted)
 
     async def estimate_budget(
-        self, request: object, metadata: Metadata
+        self, request: pb.EstimateBudgetRequest, tenant: str
     ) -> pb.EstimateBudgetResponse:
-        tenant = self._admit(request, metadata)
-        assert isinstance(request, pb.EstimateBudgetRequest)
+        self._check_open()
         status = self._status_for(request.model)
         prompt_tokens, hashes = await self._size(request, tenant)
         max_tokens = self._limits.default_max_tokens
@@ -198,35 +203,36 @@ class IngressService:
         )
         return estimate_reply(place, await self._router.estimate(place), status)
 
-    async def explain(self, request: object, metadata: Metadata) -> pb.ExplainResponse:
+    async def explain(self, request: pb.ExplainRequest, tenant: str) -> pb.ExplainResponse:
         """Explain, by a request id of the caller's own tenant."""
-        tenant = self._admit(request, metadata)
-        assert isinstance(request, pb.ExplainRequest)
+        self._check_open()
         if not request.request_id:
             validate.refuse("request_id", "must not be empty")
         explained = await self._router.explain(f"{tenant}/{request.request_id}")
         return explain_reply(request.request_id, explained, self._current_status())
 
-    async def get_model_info(self, request: object, metadata: Metadata) -> pb.GetModelInfoResponse:
-        self._admit(request, metadata)
+    async def get_model_info(
+        self, request: pb.GetModelInfoRequest, tenant: str
+    ) -> pb.GetModelInfoResponse:
+        self._check_open()
         return wire.model_info(self._current_status(), self._codec, self._version)
 
-    async def get_loads(self, request: object, metadata: Metadata) -> pb.GetLoadsResponse:
-        self._admit(request, metadata)
-        return wire.loads(await self._router.status(fresh=True))
+    async def get_loads(self, request: pb.GetLoadsRequest, tenant: str) -> pb.GetLoadsResponse:
+        self._check_open()
+        if self._fresh_status is None or self._fresh_status.done():
+            # One question to the engines answers everyone who asks meanwhile.
+            self._fresh_status = asyncio.ensure_future(self._router.status(fresh=True))
+        return wire.loads(await asyncio.shield(self._fresh_status))
 
     # Internals
 
-    def _admit(self, request: object, metadata: Metadata) -> str:
-        """The caller's tenant; refuses unknown callers first, then invalid messages."""
-        tenant = self._authenticator.authenticate(metadata)
-        validate.check_message(request, self._limits)
+    def _check_open(self) -> None:
         if self.draining:
             raise DrainingError()
-        return tenant
 
     async def _generation(self, request: pb.GenerateRequest, tenant: str) -> Generation:
         status = self._status_for(request.model)
+        self._prompts.check_length(request.prompt, status)
         spec = validate.generation_spec(request, self._limits)
         info = served.any_info(status)
         if spec.resume is not None:
@@ -239,14 +245,13 @@ class IngressService:
                     f"the stream started on model revision {spec.resume.model_revision!r}, but "
                     f"the cluster now serves {info.model_revision!r}"
                 )
-        ids = await prompts.encode(spec.prompt, self._codec, info.vocab_size)
+        ids = await self._prompts.encode(spec.prompt, tenant, status)
         validate.check_tokens(spec, ids, info.vocab_size)
         longest = served.max_model_len(status)
         if len(ids) >= longest:
             raise served.context_exceeded(len(ids), status)
         params = validate.fit_context(spec, len(ids), longest)
-        salt = validate.cache_salt(tenant, spec.cache_salt)
-        hashes = await prompts.page_hashes(ids, salt, info)
+        hashes = await self._prompts.page_hashes(ids, tenant, spec.cache_salt, info)
         excluded = groups_below(spec.min_kv_format, status, self._divergence_nats)
         return Generation(spec, ids, params, tenant, self._context, hashes, excluded)
 
@@ -256,10 +261,14 @@ class IngressService:
         """The prompt's length, and its pages' hashes if the prompt itself is given."""
         if request.WhichOneof("size") == "prompt_tokens":
             return request.prompt_tokens, ()
-        info = served.any_info(self._current_status())
-        ids = await prompts.encode(validate.prompt(request.prompt), self._codec, info.vocab_size)
-        salt = validate.cache_salt(tenant, "")
-        return len(ids), await prompts.page_hashes(ids, salt, info)
+        status = self._current_status()
+        ids = await self._encode(request.prompt, tenant, status)
+        info = served.any_info(status)
+        return len(ids), await self._prompts.page_hashes(ids, tenant, "", info)
+
+    async def _encode(self, prompt: pb.Prompt, tenant: str, status: ClusterStatus) -> TokenIds:
+        self._prompts.check_length(prompt, status)
+        return await self._prompts.encode(validate.prompt(prompt), tenant, status)
 
     def _current_status(self) -> ClusterStatus:
         if self._status is None or not self._status.reports:

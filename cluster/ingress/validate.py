@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import NoReturn
 
 import numpy as np
-from google.protobuf.message import Message
 
 from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.workers.errors import InvalidFieldError
@@ -30,13 +29,6 @@ class Limits:
     max_choices: int = 16
     default_max_tokens: int = 256
     default_timeout_s: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Unparsable:
-    """A message whose bytes are not valid protobuf, kept so that it gets a proper error."""
-
-    size_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,20 +90,6 @@ def cache_salt(tenant: str, salt: str) -> str:
 
 def refuse(field: str, message: str) -> NoReturn:
     raise InvalidFieldError(field, message)
-
-
-def check_message(message: object, limits: Limits) -> None:
-    """Refuse a message that could not be parsed or is too large; names the field `request`."""
-    if isinstance(message, Unparsable):
-        refuse(
-            "request",
-            "must be a valid protobuf message with text in UTF-8; the "
-            f"{message.size_bytes} B received are not",
-        )
-    assert isinstance(message, Message)
-    size_bytes = message.ByteSize()
-    if size_bytes > limits.max_request_bytes:
-        refuse("request", f"must be at most {limits.max_request_bytes} B, got {size_bytes} B")
 
 
 def generation_spec(request: pb.GenerateRequest, limits: Limits) -> GenerationSpec:

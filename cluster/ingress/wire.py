@@ -56,7 +56,10 @@ def choice_finished(index: int, finish: ChoiceFinish) -> pb.ChoiceFinished:
     return wire
 
 
-def started(placed: Placed, request_id: str, prompt_tokens: int, seed: int) -> pb.Started:
+def started(placed: Placed | None, request_id: str, prompt_tokens: int, seed: int) -> pb.Started:
+    """placed: None for a request that has ended without a place"""
+    if placed is None:
+        return pb.Started(request_id=request_id, seed=seed, prompt_tokens=prompt_tokens)
     return pb.Started(
         request_id=request_id,
         model=placed.engine.model,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 from itertools import islice
 
 from kvmesh.cluster.routing.chooser import Chooser
 from kvmesh.cluster.routing.config import RouterConfig
 from kvmesh.cluster.routing.demand import RequestDemand
 from kvmesh.cluster.routing.fleet import Fleet
-from kvmesh.cluster.routing.forecast import PromisedStart
+from kvmesh.cluster.routing.forecast import PromisedStart, earliest_start
 from kvmesh.cluster.routing.group import Group
 from kvmesh.cluster.routing.live import LiveRequest
 from kvmesh.cluster.routing.outcome import BudgetEstimate, Decision, Enqueued, Granted, Refused
@@ -17,8 +18,12 @@ from kvmesh.cluster.routing.placement import GroupChoice, prefill_s
 from kvmesh.cluster.routing.queue import WaitingQueue
 from kvmesh.cluster.routing.refusals import Refusals
 from kvmesh.cluster.routing.request import PlaceRequest
+from kvmesh.cluster.routing.verdict import NO_VERDICTS, Verdicts
 
 FRESH_S = 0.5  # what was found out about a waiting request is good for this long
+# An engine that a request has lost, but not the router within this time, is up after all.
+LOST_ENGINE_S = 15.0
+NEAR = 8  # so many at the front get a new forecast whenever the queue is read
 
 
 class Admission:
@@ -145,6 +150,14 @@ class Admission:
             verdicts=tuple(choice.verdicts),
         )
 
+    def standings(self, now: float) -> Iterator[Enqueued]:
+        """Where each waiting request stands, first to last; nothing may change meanwhile."""
+        for position, live in enumerate(self._in_line(now)):
+            if position < NEAR:
+                choice = self._chooser.choose(self._refresh(live, now), now, None)
+                self._forecast(live, choice, now)
+            yield self._standing(live, position, now)
+
     # Within
 
     def _grant(self, live: LiveRequest, choice: GroupChoice, now: float) -> Granted:
@@ -161,23 +174,38 @@ class Admission:
         return Refused(live.request_id, error, choice.verdicts)
 
     def _queued(self, live: LiveRequest, choice: GroupChoice, now: float) -> Enqueued:
-        order = self.queue.in_order(self._fleet.tenants.counter, now)
-        position = next(i for i, waiting in enumerate(order) if waiting is live)
-        start_s = self._refusals.projected_start_s(live.demand, choice.verdicts, position, now)
-        return Enqueued(live.request_id, position, start_s, choice.verdicts)
+        position = next(i for i, waiting in enumerate(self._in_line(now)) if waiting is live)
+        self._forecast(live, choice, now)
+        return self._standing(live, position, now, choice.verdicts)
+
+    def _forecast(self, live: LiveRequest, choice: GroupChoice, now: float) -> None:
+        live.start_at = earliest_start(self._fleet.groups, live.demand, choice.verdicts, now)
+
+    def _standing(
+        self, live: LiveRequest, position: int, now: float, verdicts: Verdicts = NO_VERDICTS
+    ) -> Enqueued:
+        start_s = None
+        if live.start_at is not None:
+            start_s = max(live.start_at - now, 0.0) + self._refusals.queue_s(position)
+        return Enqueued(live.request_id, position, start_s, verdicts)
 
     def _leave_queue(self, live: LiveRequest) -> None:
         self.queue.remove(live)
         self.promised.forget(live)
 
     def _candidates(self, now: float) -> Iterator[LiveRequest]:
-        turn = self._fleet.grants % self._tuning.aged_every == 0
-        order = self.queue.in_order(self._fleet.tenants.counter, now, aged_first=turn)
-        return self.promised.in_order(order)
+        return self._in_line(now, aged_first=self._fleet.grants % self._tuning.aged_every == 0)
+
+    def _in_line(self, now: float, *, aged_first: bool = True) -> Iterator[LiveRequest]:
+        """All that wait, first to last."""
+        counter = self._fleet.tenants.counter
+        return self.promised.in_order(self.queue.in_order(counter, now, aged_first=aged_first))
 
     def _refresh(self, live: LiveRequest, now: float) -> RequestDemand:
         """What was found out about a waiting request a moment ago is good enough to try it."""
         if now - live.demand_at > FRESH_S or live.demand.kinds is not self._fleet.kinds:
+            if live.request.lost_engines and now - live.since > LOST_ENGINE_S:
+                live.request = replace(live.request, lost_engines=frozenset())
             live.demand, live.demand_at = self._fleet.demand(live.request), now
         return live.demand
 

@@ -59,7 +59,7 @@ class Enqueued:
     """The request waits; a later call's outcomes carry its grant or refusal.
 
     position: requests ahead of it
-    projected_start_s: from its arrival, or None where it is not known
+    projected_start_s: from now, or None where it is not known
     """
 
     request_id: str

@@ -62,10 +62,11 @@ class Refusals:
     ) -> float | None:
         """From now: the soonest start, and what those ahead take at the fleet's rate."""
         start = earliest_start(self._fleet.groups, demand, verdicts, now)
-        if start is None:
-            return None
-        leases = len(self._fleet.leases)
-        return start - now + ahead * self._fleet.mean_lease_s / max(leases, 1)
+        return None if start is None else start - now + self.queue_s(ahead)
+
+    def queue_s(self, ahead: int) -> float:
+        """What those ahead take at the fleet's rate."""
+        return ahead * self._fleet.mean_lease_s / max(len(self._fleet.leases), 1)
 
     def within_quota(self, demand: RequestDemand) -> bool:
         """Whether the request's tenant may lease what it needs now."""

@@ -17,7 +17,8 @@ class PlaceRequest:
     page_hashes: chained content hashes of the prompt's full pages, in order
     excluded_groups: not to be chosen, e.g. after one of them refused
     lost_engines: epochs of engines that the request has lost; a group counts as down for
-        it until another incarnation of its engine is up
+        it until another incarnation of its engine is up, or the router still has this one
+        after a while
     resumed: lost its group while running; goes first within its priority, and is
         leased in full so that it is not disturbed again
     supersedes: an older incarnation with the same id is aborted first; `resumed` implies it

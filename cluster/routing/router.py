@@ -9,7 +9,7 @@ requests. Every call returns what it set in motion; the caller carries it out.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 
 from kvmesh.cluster.routing.admission import Admission
 from kvmesh.cluster.routing.config import RouterConfig
@@ -22,6 +22,7 @@ from kvmesh.cluster.routing.fleet import Fleet
 from kvmesh.cluster.routing.live import LiveRequest
 from kvmesh.cluster.routing.outcome import (
     BudgetEstimate,
+    Enqueued,
     Explained,
     Outcome,
     Refused,
@@ -207,6 +208,10 @@ class Router:
     def estimate(self, request: PlaceRequest, now: float) -> BudgetEstimate:
         """What would happen to the request, without placing it."""
         return self.admission.estimate(request, now)
+
+    def standings(self, now: float) -> Iterator[Enqueued]:
+        """Where each waiting request stands, first to last; read it before any other call."""
+        return self.admission.standings(now)
 
     def explain(self, request_id: str, now: float) -> tuple[Explained, ...]:
         """What was decided of a request, oldest first; nothing if it is not known, or no longer."""

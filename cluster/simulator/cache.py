@@ -5,17 +5,25 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 
+from kvmesh.cluster.simulator.sequence import SimSequence
+from kvmesh.cluster.simulator.trace import BLOCK_TOKENS
+
 
 class SimPool:
     """used + cached + free = total, in pages.
 
     Prompt blocks of `block_pages` pages are shared by the sequences that hold them,
     and stay cached afterwards until their pages are needed, least recently used first.
+
+    worst_case: place only sequences that fit at their maximum length
     """
 
-    def __init__(self, total_pages: int, block_pages: int) -> None:
+    def __init__(self, total_pages: int, page_size: int, *, worst_case: bool = False) -> None:
         self.total_pages = total_pages
-        self.block_pages = block_pages
+        self.page_size = page_size
+        self.block_pages = BLOCK_TOKENS // page_size
+        self._worst_case = worst_case
+        self._reserved = 0
         self.used_pages = 0
         self.evicted: list[int] = []
         self._holders: dict[int, int] = {}
@@ -78,3 +86,53 @@ class SimPool:
 
     def give(self, pages: int) -> None:
         self.used_pages -= pages
+
+    # Sequences
+
+    def pages(self, tokens: int) -> int:
+        """Full pages. Those in a format's exact windows are counted too: a slight overestimate."""
+        return tokens // self.page_size
+
+    def place(self, seq: SimSequence) -> bool:
+        """Take the pages of all its tokens, cached blocks first; False if there are too few."""
+        tokens = seq.request.prompt_tokens + seq.emitted
+        usable = min(self._sealed_blocks(seq), (tokens - 1) // BLOCK_TOKENS)
+        hits = seq.request.blocks[: self.match(seq.request.blocks[:usable])]
+        worst = self._worst_pages(seq)
+        if self._reserved + worst > self.total_pages:
+            return False
+        self.hold(hits)
+        own = self.pages(tokens) - len(hits) * self.block_pages
+        if not self.take(own):
+            self.drop(hits)
+            return False
+        self._reserved += worst
+        seq.own_pages, seq.held_blocks = own, hits
+        seq.context = tokens
+        seq.to_prefill = tokens - len(hits) * BLOCK_TOKENS
+        if seq.preemptions:
+            seq.recomputed_tokens += seq.to_prefill
+        else:
+            seq.cached_tokens = len(hits) * BLOCK_TOKENS
+        return True
+
+    def share_prompt(self, seq: SimSequence) -> None:
+        """Its prompt is computed: turn the full blocks of it into shareable ones."""
+        own = seq.request.blocks[len(seq.held_blocks) : self._sealed_blocks(seq)]
+        self.name(own)
+        seq.own_pages -= len(own) * self.block_pages
+        seq.held_blocks += own
+
+    def free(self, seq: SimSequence) -> None:
+        self.give(seq.own_pages)
+        self.drop(seq.held_blocks)
+        seq.own_pages, seq.held_blocks = 0, ()
+        self._reserved -= self._worst_pages(seq)
+
+    def _sealed_blocks(self, seq: SimSequence) -> int:
+        sealed = self.pages(seq.request.prompt_tokens)
+        return min(len(seq.request.blocks), sealed // self.block_pages)
+
+    def _worst_pages(self, seq: SimSequence) -> int:
+        """What it reserves."""
+        return self.pages(seq.request.prompt_tokens + seq.max_tokens) if self._worst_case else 0

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvmesh.cluster.simulator.engine import SimSequence
+from kvmesh.cluster.simulator.sequence import SimSequence
 from kvmesh.cluster.simulator.service_time import ServiceTime
 from kvmesh.cluster.simulator.simulation import Run
 

@@ -112,8 +112,8 @@ def dynamo_cost(seed: int) -> Rule:
     def cost(request: TraceRequest, engine: SimEngine) -> float:
         overlap = engine.pool.match(request.blocks) * BLOCK_TOKENS
         prefill = engine.queued_tokens() + request.prompt_tokens - overlap
-        decode = engine.pool.used_pages * engine.page_size + request.prompt_tokens
-        return (prefill + decode) / engine.page_size
+        decode = engine.pool.used_pages * engine.pool.page_size + request.prompt_tokens
+        return (prefill + decode) / engine.pool.page_size
 
     def place(request: TraceRequest, engines: Sequence[SimEngine]) -> int:
         return _index_of_min(engines, lambda engine: cost(request, engine))

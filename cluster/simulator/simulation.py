@@ -11,8 +11,9 @@ from kvmesh.cluster.routing.config import RouterConfig
 from kvmesh.cluster.routing.outcome import Granted, Grown, Outcome, Refused
 from kvmesh.cluster.routing.request import PlaceRequest
 from kvmesh.cluster.routing.router import Router
-from kvmesh.cluster.simulator.engine import SimEngine, SimSequence
+from kvmesh.cluster.simulator.engine import SimEngine
 from kvmesh.cluster.simulator.policies import PEERS, POLICIES, WORST_CASE
+from kvmesh.cluster.simulator.sequence import SimSequence
 from kvmesh.cluster.simulator.service_time import EngineShape, ServiceTime
 from kvmesh.cluster.simulator.trace import BLOCK_TOKENS, TraceRequest
 from kvmesh.workers.lease import AccountUpdate, LeaseEnd, LeaseWant

@@ -108,11 +108,12 @@ def serving(
     address: str = "127.0.0.1:0",
     credentials: grpc.ServerCredentials | None = None,
     max_receive_bytes: int = -1,
+    options: tuple[tuple[str, int], ...] = (),
 ) -> Iterator[str]:
     """A server on a free port; yields its target."""
     server = grpc.server(
         futures.ThreadPoolExecutor(max_workers=8),
-        options=[("grpc.max_receive_message_length", max_receive_bytes)],
+        options=[("grpc.max_receive_message_length", max_receive_bytes), *options],
     )
     pb_grpc.add_KVMeshServicer_to_server(servicer, server)
     if credentials is None:

@@ -224,6 +224,7 @@ def assert_mirrors(value: Any, message: Any) -> None:
         (types.Usage, pb.Usage),
         (types.Started, pb.Started),
         (types.Queued, pb.Queued),
+        (types.Prefilling, pb.Prefilling),
         (types.Tokens, pb.TokenizeResponse),
         (types.TokenLogprob, pb.TokenLogprob),
     ],

@@ -154,6 +154,104 @@ async def test_the_async_client_retries_too() -> None:
     assert stream.resumes == 1
 
 
+GONE = UnavailableError("gone")
+# Without jitter, each wait is as long as the server asks for.
+GONE_FOR_3_S = UnavailableError("gone", retry_after_s=3.0)
+NO_JITTER = RetryPolicy(initial_backoff_s=0.0)
+
+
+def known_server(**retry: float) -> tuple[FakeTransport, Client]:
+    """A client whose server has answered before."""
+    fake = FakeTransport(["a b c"])
+    client = Client(transport=fake, retry=RetryPolicy(**retry))  # type: ignore[arg-type]
+    client.loads()
+    return fake, client
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_known_server_that_is_lost_is_waited_for(streaming: bool) -> None:
+    fake, client = known_server(initial_backoff_s=0.0)
+    fake.server.fail(GONE_FOR_3_S, times=12)
+    if streaming:
+        assert len(list(client.generate_stream("hi"))) == 4
+    else:
+        assert client.generate("hi").text == "a b c"
+    assert fake.server.slept_s == 36.0
+
+
+def test_an_outage_without_a_timeout_has_a_limit() -> None:
+    fake, client = known_server(max_outage_s=50.0)
+    fake.server.fail(GONE, times=1000)
+    with pytest.raises(UnavailableError):
+        client.generate("hi")
+    assert 50.0 <= fake.server.slept_s <= 60.0
+
+
+@pytest.mark.parametrize("timeout_s", [5.0, 1000.0])
+def test_an_outage_may_last_as_long_as_the_timeout(timeout_s: float) -> None:
+    fake, client = known_server(max_outage_s=50.0)
+    fake.server.fail(GONE, times=10_000)
+    with pytest.raises(UnavailableError):
+        client.generate("hi", timeout_s=timeout_s)
+    assert timeout_s - 10.0 <= fake.server.slept_s < timeout_s
+
+
+def test_an_outage_of_very_many_attempts() -> None:
+    fake, client = known_server(initial_backoff_s=0.0)
+    fake.server.fail(GONE, times=3000)
+    assert client.generate("hi").text == "a b c"
+
+
+def test_each_outage_of_a_stream_has_its_own_limit() -> None:
+    fake, client = known_server(max_outage_s=20.0, initial_backoff_s=0.0)
+    for tokens in (0, 1, 1):
+        fake.server.fail(GONE_FOR_3_S, after_tokens=tokens)
+        fake.server.fail(GONE_FOR_3_S, times=3)
+    stream = client.generate_stream("hi")
+    assert [delta.text for delta in stream] == ["a", " b", " c", ""]
+    assert fake.server.slept_s == 36.0
+
+
+async def test_the_async_client_waits_for_a_lost_server_too() -> None:
+    fake = AsyncFakeTransport(["a b c"])
+    client = AsyncClient(transport=fake, retry=NO_JITTER)
+    fake.server.fail(GONE_FOR_3_S, after_tokens=2)
+    fake.server.fail(GONE_FOR_3_S, times=12)
+    stream = client.generate_stream("hi")
+    assert [delta.text async for delta in stream] == ["a", " b", " c", ""]
+    assert fake.server.slept_s == 39.0
+
+
+@pytest.mark.parametrize(
+    ("error", "attempts"),
+    [
+        (UnavailableError("the engines died", reason="ENGINE_LOST"), 4),
+        (OverCapacityError("full"), 4),
+        (UnavailableError("draining", reason="DRAINING"), 10),
+        (UnavailableError("starting", reason="NOT_READY"), 10),
+    ],
+    ids=["lost engine", "full", "draining", "starting"],
+)
+def test_only_servers_that_return_are_waited_for(error: KVMeshError, attempts: int) -> None:
+    """A request that its engines die of must not be sent again and again."""
+    fake, client = known_server()
+    fake.server.fail(error, times=9)
+    if attempts == 10:
+        client.generate("hi")
+    else:
+        with pytest.raises(type(error)):
+            client.generate("hi")
+    assert len(fake.server.requests) == 1 + attempts
+
+
+def test_one_attempt_is_one_attempt_for_a_known_server_too() -> None:
+    fake, client = known_server(max_attempts=1)
+    fake.server.fail(GONE)
+    with pytest.raises(UnavailableError):
+        list(client.generate_stream("hi"))
+    assert len(fake.server.requests) == 2
+
+
 @given(
     failures=st.integers(1, 60),
     seed=st.integers(),

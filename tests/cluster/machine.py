@@ -19,10 +19,17 @@ import numpy.typing as npt
 from kvmesh.cluster.engine_service import EngineService, _Ingress
 from kvmesh.cluster.errors import Failure
 from kvmesh.cluster.identity import Identity
-from kvmesh.cluster.ingress.authenticate import Authenticator, hash_key
 from kvmesh.cluster.ingress.service import IngressService
 from kvmesh.cluster.ingress.validate import Limits
-from kvmesh.cluster.link import Address, Link, LinkError, Listener, connect, listen
+from kvmesh.cluster.link import (
+    MAX_SILENT_BEATS,
+    Address,
+    Link,
+    LinkError,
+    Listener,
+    connect,
+    listen,
+)
 from kvmesh.cluster.messages import (
     TO_INGRESS_FROM_ENGINE,
     TO_INGRESS_FROM_ROUTER,
@@ -32,6 +39,7 @@ from kvmesh.cluster.messages import (
     Place,
     Placed,
     Submit,
+    Waiting,
 )
 from kvmesh.cluster.metrics import EngineMeters, IngressMeters, RouterMeters
 from kvmesh.cluster.router_service import RouterService, _RouterPeer
@@ -50,7 +58,7 @@ from tests.workers.test_leader import CONFIG, MANY, GatedExecutor
 IDENTITY = Identity.make()
 FIRST = ord("A")
 KEY = "the-key"
-METADATA = (("authorization", f"Bearer {KEY}"),)
+TENANT = "tenant"
 
 
 def text_of(tokens: Iterable[int]) -> str:
@@ -74,6 +82,7 @@ class LetterCodec:
     """`TextCodec` of a model whose tokens are characters."""
 
     has_chat_template = False
+    max_token_chars = 1
     eos_token_ids = (EOS,)
 
     def encode(self, text: str) -> npt.NDArray[np.int32]:
@@ -153,7 +162,7 @@ class WatchedEngine(EngineService):
         """Close every connection for good, as if the process had died."""
         assert self._listener is not None
         self._listener.close()
-        self._leave_router()
+        self._account.leave()
         for ingress in self._connections:
             ingress._connection.abort()
 
@@ -208,9 +217,9 @@ class WatchedRouter(RouterService):
         return self._listener.address
 
     def die(self) -> None:
-        """Close every connection for good, as if the process had been killed."""
-        assert self._listener is not None
-        self._listener.close()
+        """Close every connection for good, as if the process had been killed. Idempotent."""
+        if self._listener is not None:
+            self._listener.close()
         self._listener = None
         for connection in self._connections:
             connection.abort()
@@ -278,7 +287,6 @@ class Machine:
             IDENTITY,
             self.find_router,
             LetterCodec(),
-            Authenticator([(hash_key(KEY), "tenant")]),
             Limits(),
             IngressMeters(NoMeters()),
             version="0",
@@ -323,12 +331,21 @@ class Machine:
         await self.engines[name].start()
         await self.until(lambda: name in self.router._groups)
 
+    def hang(self, name: str) -> None:
+        """Make an engine's peers find it silent. It then continues, as after a SIGCONT."""
+        epoch = self.engines[name].leader.account.info.epoch
+        to_engine = self.ingress._engines._links[epoch]._connection
+        for connection in (self.router._groups[name].connection, to_engine):
+            assert connection is not None
+            for _ in range(MAX_SILENT_BEATS + 1):
+                connection.beat()
+
     def allow(self, steps: int) -> None:
         for executor in self.executors.values():
             executor.allow(steps)
 
     def stream(self, request: pb.GenerateRequest) -> AsyncGenerator[pb.GenerateStreamResponse]:
-        return self.ingress.generate_stream(request, METADATA)
+        return self.ingress.generate_stream(request, TENANT)
 
     async def until(self, holds: Callable[[], bool]) -> None:
         async with asyncio.timeout(20):
@@ -358,8 +375,8 @@ class Machine:
         for leader in self.leaders.values():
             if leader.failed is None:
                 await asyncio.wait_for(leader._idle.wait(), 20)
-                await self.until(lambda: leader.loads_current)  # noqa: B023
-                loads = leader.loads()
+                await self.until(lambda: leader.account.loads_current)  # noqa: B023
+                loads = leader.account.loads
                 assert (loads.running, loads.waiting, loads.leases) == (0, 0, ())
                 assert loads.pool.used == PageNeed(0, 0)
 
@@ -375,7 +392,8 @@ class ScriptedIngress:
         return await asyncio.wait_for(self._answers.get(), 20)
 
     def received(self, message: object) -> None:
-        self._answers.put_nowait(message)
+        if not isinstance(message, Waiting):
+            self._answers.put_nowait(message)
 
     def lost(self) -> None: ...
 

@@ -79,6 +79,7 @@ def test_every_engine_setting_reaches_the_engine() -> None:
         "prefix_cache": False,
         "threads_per_rank": 2,
         "cuda_graphs": True,
+        "step_timeout_s": 3.0,
         "kv_probe": "refuse",
     }
     built = build({"model": "m", "engine": values}).engine_config()

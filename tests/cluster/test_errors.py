@@ -38,6 +38,7 @@ TABLE: list[tuple[Exception, grpc.StatusCode, str]] = [
     (cluster.RequestDeadlineError(), S.DEADLINE_EXCEEDED, "deadline_exceeded"),
     (cluster.EngineLostError(), S.UNAVAILABLE, "engine_lost"),
     (cluster.RequestFaultError("no token"), S.INTERNAL, "request_fault"),
+    (cluster.IngressBusyError("busy"), S.RESOURCE_EXHAUSTED, "queue_full"),
     (cluster.DrainingError(), S.UNAVAILABLE, "draining"),
     (cluster.NotReadyError(), S.UNAVAILABLE, "not_ready"),
     (routing.RequestIdInUseError("r"), S.ALREADY_EXISTS, "duplicate_request_id"),

@@ -11,7 +11,7 @@ from kvmesh.cluster.messages import Release
 from kvmesh.cluster.routing.errors import ExceedsEveryGroupError
 from kvmesh.cluster.routing.request import PlaceRequest
 from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
-from tests.cluster.machine import METADATA, Machine, machine, scripted_ingress
+from tests.cluster.machine import TENANT, Machine, machine, scripted_ingress
 from tests.cluster.test_generation import make_request, read
 from tests.workers.test_engine import PAGE
 from tests.workers.test_leader import MANY
@@ -19,11 +19,11 @@ from tests.workers.test_leader import MANY
 
 async def estimate(built: Machine, prompt_tokens: int, n: int = 1) -> pb.EstimateBudgetResponse:
     request = pb.EstimateBudgetRequest(prompt_tokens=prompt_tokens, max_tokens=10, n=n)
-    return await built.ingress.estimate_budget(request, METADATA)
+    return await built.ingress.estimate_budget(request, TENANT)
 
 
 async def explain(built: Machine, request_id: str) -> pb.ExplainResponse:
-    return await built.ingress.explain(pb.ExplainRequest(request_id=request_id), METADATA)
+    return await built.ingress.explain(pb.ExplainRequest(request_id=request_id), TENANT)
 
 
 @pytest.mark.parametrize("n", [1, 3])
@@ -32,7 +32,7 @@ async def test_bytes_and_pages_agree_and_count_every_choice(n: int) -> None:
         reply = await estimate(built, 100, n)
         assert reply.feasible_ever and reply.group in ("g0", "g1")
         for group in reply.groups:
-            geometry = built.leaders[group.group].info().geometry
+            geometry = built.leaders[group.group].account.info.geometry
             need = geometry.peak_need(110)
             assert (group.hot_pages, group.sealed_pages) == (need.hot * n, need.sealed * n)
             assert group.needed_bytes == n * geometry.bytes_of(need) <= group.capacity_bytes
@@ -50,8 +50,8 @@ async def test_the_views_fit_eighty_columns(
 ) -> None:
     monkeypatch.setattr(console.out, "_width", 80)
     async with machine(groups=2) as built:
-        info = await built.ingress.get_model_info(pb.GetModelInfoRequest(), METADATA)
-        loads = await built.ingress.get_loads(pb.GetLoadsRequest(), METADATA)
+        info = await built.ingress.get_model_info(pb.GetModelInfoRequest(), TENANT)
+        loads = await built.ingress.get_loads(pb.GetLoadsRequest(), TENANT)
         status_view.show_status(mirror(ModelInfo, info), mirror(Loads, loads))
         status_view.show_estimate(mirror(Estimate, await estimate(built, 1_000_000)))
         built.allow(MANY)
@@ -96,5 +96,5 @@ async def test_an_estimate_of_a_prompt_counts_its_cached_prefix() -> None:
         await read(built.stream(make_request(3, prompt=prompt)))
         size = pb.Prompt(token_ids=pb.TokenIds(ids=prompt))
         request = pb.EstimateBudgetRequest(prompt=size, max_tokens=10)
-        reply = await built.ingress.estimate_budget(request, METADATA)
+        reply = await built.ingress.estimate_budget(request, TENANT)
         assert reply.groups[0].cached_tokens == 16 * PAGE

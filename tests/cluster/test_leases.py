@@ -4,21 +4,33 @@ of the output, learned from; and engines' reports of the pages that they hold.""
 from __future__ import annotations
 
 import asyncio
+import threading
 from dataclasses import replace
 
 import pytest
 
 from kvmesh.cluster import router_service
-from kvmesh.cluster.engine_service import WITHDRAWN_LIMIT
+from kvmesh.cluster.account_link import WITHDRAWN_LIMIT
+from kvmesh.cluster.drain import RouterCalls
+from kvmesh.cluster.errors import DrainingError, EngineLostError
+from kvmesh.cluster.link import Address, connect
 from kvmesh.cluster.messages import (
+    TO_ENGINE_FROM_ROUTER,
+    AccountNews,
+    Hello,
     Place,
     Rejected,
     Release,
+    Replaced,
+    Report,
 )
+from kvmesh.cluster.reports import EngineReport
 from kvmesh.cluster.routing.config import RouterConfig, RouterTuning
 from kvmesh.cluster.routing.request import PlaceRequest
 from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
-from tests.cluster.machine import METADATA, Machine, answer, machine, scripted_ingress
+from kvmesh.workers.lease import AccountUpdate, LeaseTerms, PageChanges
+from kvmesh.workers.loads import EngineLoads
+from tests.cluster.machine import IDENTITY, TENANT, Machine, answer, machine, scripted_ingress
 from tests.cluster.test_generation import PROMPT, Received, make_request, read, read_until, rest_of
 from tests.workers.test_engine import PAGE
 from tests.workers.test_leader import MANY
@@ -43,7 +55,7 @@ def check_engines_within_ledger(built: Machine) -> None:
     """No engine holds more than the ledger has leased there."""
     ledger = {group.group: group for group in built.router.status().router.groups}
     for name, leader in built.leaders.items():
-        assert leader.loads().pool.used.fits(ledger[name].used)
+        assert leader.account.loads.pool.used.fits(ledger[name].used)
 
 
 async def test_a_lease_covers_what_was_learned_and_grows_with_the_output() -> None:
@@ -73,9 +85,9 @@ async def test_an_engine_pauses_a_request_that_has_used_up_its_lease() -> None:
         stream = one.stream(make_request(200))
         # The lease is for one sealed page: two pages, less the token that would fill the second.
         received = await read_until(stream, 2 * PAGE - len(PROMPT))
-        await one.until(lambda: one.leaders["g0"].loads_current)
+        await one.until(lambda: one.leaders["g0"].account.loads_current)
         check_engines_within_ledger(one)
-        assert one.leaders["g0"].loads().running == 1
+        assert one.leaders["g0"].account.loads.running == 1
         # Another request runs meanwhile.
         await run_request(one, 10, "other")
         one.router.resume_growth()
@@ -100,7 +112,7 @@ async def test_a_growth_waits_until_pages_are_free() -> None:
         lease_id = one.router.granted[-1].lease.lease_id
         await one.until(lambda: one.router.wanted[lease_id] == 1)
         assert one.router.grown[lease_id] == 0
-        assert one.leaders["g0"].loads().running == 1
+        assert one.leaders["g0"].account.loads.running == 1
         other.router.send(Release(old.lease.lease_id))
         await rest_of(stream, received)
         assert received.tokens[0] == answer(PROMPT, 200)
@@ -139,7 +151,7 @@ async def test_only_natural_ends_are_learned_from() -> None:
         stream = one.stream(make_request(60))
         one.allow(6)
         received = await read_until(stream, 4)
-        reply = await one.ingress.abort(pb.AbortRequest(request_id="r"), METADATA)
+        reply = await one.ingress.abort(pb.AbortRequest(request_id="r"), TENANT)
         assert reply.aborted
         one.allow(3)
         await rest_of(stream, received)
@@ -156,14 +168,14 @@ async def test_an_abort_between_placement_and_submission_takes_effect() -> None:
         engine.hold()
         reading = asyncio.ensure_future(read(one.stream(make_request(40))))
         await asyncio.wait_for(engine.arrived.wait(), 20)
-        reply = await one.ingress.abort(pb.AbortRequest(request_id="r"), METADATA)
+        reply = await one.ingress.abort(pb.AbortRequest(request_id="r"), TENANT)
         assert reply.aborted
         await one.until(lambda: one.leases() == 0)
         engine.deliver_held()
         received = await reading
         assert received.reason() == "abort"
         assert not received.tokens
-        assert one.leaders["g0"].loads().prompt_tokens_total == 0
+        assert one.leaders["g0"].account.loads.prompt_tokens_total == 0
 
 
 async def test_an_ingress_that_dies_while_its_request_waits_leaves_the_queue() -> None:
@@ -216,7 +228,7 @@ async def test_the_pages_of_a_dead_ingress_are_freed_at_once(started: bool) -> N
             return one.leases() == 0
 
         await one.until(freed)
-        assert one.leaders["g0"].loads().outcomes_total == {"abort": 1}
+        assert one.leaders["g0"].account.loads.outcomes_total == {"abort": 1}
 
 
 # Restarts
@@ -322,5 +334,106 @@ async def test_leases_with_the_same_prompt_share_its_pages() -> None:
 async def test_withdrawn_leases_are_remembered_up_to_a_limit() -> None:
     async with machine() as one:
         engine = one.engines["g0"]
-        engine.withdraw(tuple(f"gone-{i}" for i in range(2 * WITHDRAWN_LIMIT)))
-        assert len(engine._withdrawn) == WITHDRAWN_LIMIT
+        engine._account.withdraw(tuple(f"gone-{i}" for i in range(2 * WITHDRAWN_LIMIT)))
+        assert len(engine._account.withdrawn) == WITHDRAWN_LIMIT
+
+
+class Zombie:
+    """An engine that hung, and greets the router after its replacement."""
+
+    def __init__(self, built: Machine, name: str) -> None:
+        self.heard: list[object] = []
+        self.lost_router = asyncio.Event()
+        self._built, self._name = built, name
+
+    async def greet(self) -> None:
+        address = await self._built.find_router()
+        router = await connect(address, IDENTITY, TO_ENGINE_FROM_ROUTER, lambda _: self)
+        info = replace(self._built.leaders[self._name].account.info, epoch="zombie")
+        hung = LeaseTerms("hung", 1, 1, 1, 1)
+        nothing = AccountUpdate(), PageChanges((), ())
+        router.send(Hello(self._name, 1, info, Address("127.0.0.1", 1), (hung,), *nothing))
+        router.send(AccountNews(AccountUpdate(arrived=(hung,)), nothing[1]))
+        router.send(Report(EngineReport(info, EngineLoads()), audited=True))
+
+    def received(self, message: object) -> None:
+        self.heard.append(message)
+
+    def lost(self) -> None:
+        self.lost_router.set()
+
+
+async def test_an_engine_that_returns_after_its_replacement_is_sent_away() -> None:
+    async with machine() as one:
+        zombie = Zombie(one, "g0")
+        await zombie.greet()
+        await asyncio.wait_for(zombie.lost_router.wait(), 20)
+        assert zombie.heard == [Replaced()]
+        status = one.router.status()
+        assert (status.router.leases, status.audit_faults_total) == (0, 0)
+        assert status.reports["g0"].info.epoch == one.leaders["g0"].account.info.epoch
+        one.allow(MANY)
+        await run_request(one, 20, "r")
+
+
+async def test_an_engine_fails_when_it_hears_that_it_was_replaced() -> None:
+    async with machine() as one:
+        old = one.engines["g0"]
+        stream = one.stream(make_request(60))
+        one.allow(8)
+        received = await read_until(stream, 4)
+        await one.replace_engine("g0")
+        await one.until(lambda: old.leader.failed is not None)
+        with pytest.raises(EngineLostError):
+            old.check_health()
+        one.allow(MANY)
+        await rest_of(stream, received)
+        assert received.tokens[0] == answer(PROMPT, 60)
+        await one.until(lambda: len(one.router._groups) == 1)
+        assert one.router._groups["g0"].info == one.leaders["g0"].account.info
+
+
+async def test_draining_refuses_new_requests_and_waits_for_running_ones() -> None:
+    async with machine() as one:
+        stream = one.stream(make_request(60))
+        one.allow(8)
+        received = await read_until(stream, 4)
+        left: list[int] = []
+        heard = asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        def report(live_requests: int) -> None:
+            left.append(live_requests)
+            loop.call_soon_threadsafe(heard.set)
+
+        address = await one.find_router()
+        calls = RouterCalls("no app", IDENTITY)
+        draining = asyncio.create_task(
+            asyncio.to_thread(calls.drain, address, 60.0, threading.Event(), report)
+        )
+        await asyncio.wait_for(heard.wait(), 20)
+        await one.until(lambda: one.router.status().draining)
+        await one.ingress.refresh()
+        with pytest.raises(DrainingError):
+            await run_request(one, 5, "late")
+        assert not draining.done()
+        one.allow(MANY)
+        await rest_of(stream, received)
+        assert received.tokens[0] == answer(PROMPT, 60)
+        await asyncio.wait_for(draining, 20)
+        calls.close()
+        assert set(left) == {1}
+
+
+async def test_a_hurried_drain_does_not_wait() -> None:
+    async with machine() as one:
+        stream = one.stream(make_request(60))
+        one.allow(8)
+        await read_until(stream, 4)
+        hurry = threading.Event()
+        address = await one.find_router()
+        calls = RouterCalls("no app", IDENTITY)
+        waiting = asyncio.to_thread(calls.drain, address, 60.0, hurry, lambda _: hurry.set())
+        await asyncio.wait_for(waiting, 20)
+        calls.close()
+        await stream.aclose()

@@ -195,6 +195,59 @@ async def test_a_peer_that_does_not_read_is_cut_off(monkeypatch: pytest.MonkeyPa
         assert await near.next() is None
 
 
+def hang(connection: Link) -> None:
+    """Stop its beats, as if its process were stopped."""
+    assert connection._beats is not None
+    connection._beats.cancel()
+
+
+async def test_a_silent_peer_is_cut_off() -> None:
+    async with listening() as (server, listener):
+        near = await dial(listener.address)
+        far = await server.collector()
+        hang(far.connection)
+        for _ in range(link.MAX_SILENT_BEATS):
+            near.connection.beat()
+            assert not near.connection.closed
+        near.connection.beat()
+        assert await near.next() is None
+        assert await far.next() is None
+
+
+@pytest.mark.parametrize("life", ["a beat", "a message"])
+async def test_any_sign_of_life_keeps_the_connection(life: str) -> None:
+    async with listening() as (server, listener):
+        near = await dial(listener.address)
+        far = await server.collector()
+        hang(far.connection)
+        for _ in range(3):
+            for _ in range(link.MAX_SILENT_BEATS):
+                near.connection.beat()
+            if life == "a beat":
+                far.connection.beat()
+                hang(far.connection)
+                async with asyncio.timeout(20):
+                    while near.connection._silent_beats:
+                        await asyncio.sleep(0)
+            else:
+                far.connection.send(Number(1))
+                assert await near.next() == Number(1)
+        near.connection.beat()
+        assert not near.connection.closed
+        assert far.losses == 0
+
+
+async def test_beats_are_not_messages() -> None:
+    async with listening() as (server, listener):
+        near = await dial(listener.address)
+        far = await server.collector()
+        near.connection.beat()
+        near.connection.send(Number(1))
+        near.connection.beat()
+        near.connection.send(Number(2))
+        assert [await far.next(), await far.next()] == [Number(1), Number(2)]
+
+
 async def test_a_lost_connection_is_replaced() -> None:
     async with listening() as (server, listener):
         asked = 0

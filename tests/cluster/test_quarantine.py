@@ -111,7 +111,7 @@ async def test_a_request_without_a_token_to_sample_fails_alone(three: Machine) -
         await read(three.stream(make_request(100, request_id="bad", seed=POISON)))
     check_undisturbed(good, await asyncio.gather(*streams))
     assert failed(three) == []
-    assert sum(x.loads().outcomes_total.get("fault", 0) for x in three.leaders.values()) == 1
+    assert sum(x.account.loads.outcomes_total.get("fault", 0) for x in three.leaders.values()) == 1
 
 
 def _fault(executor: GatedExecutor) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
+import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,7 @@ TOKENS = 8
 
 def run_ranks(target: Callable[..., None], size: int, num_results: int, *args: Any) -> list[Any]:
     """What `size` processes of target(rank, size, rendezvous, results, *args) put into results."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        rendezvous = f"tcp://127.0.0.1:{sock.getsockname()[1]}"
+    rendezvous = Path(tempfile.mkdtemp()) / "ranks"
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
     ranks = [
@@ -37,9 +36,10 @@ def run_ranks(target: Callable[..., None], size: int, num_results: int, *args: A
         for process in ranks:
             process.join(timeout=30)
             process.kill()
+        shutil.rmtree(rendezvous.parent)
 
 
-def sum_then_lose_a_rank(rank: int, size: int, rendezvous: str, results: Any) -> None:
+def sum_then_lose_a_rank(rank: int, size: int, rendezvous: Path, results: Any) -> None:
     """Puts (rank, [sums, gathered parts]); then the last rank dies, and the others put their rank
     when they notice."""
     torch.set_num_threads(1)
@@ -79,7 +79,7 @@ def save_expectation(file: Path, path: Path, prompts: list[list[int]]) -> Path:
 
 
 def compare_models(
-    rank: int, size: int, rendezvous: str, results: Any, expectations: Sequence[Path]
+    rank: int, size: int, rendezvous: Path, results: Any, expectations: Sequence[Path]
 ) -> None:
     """For each file of expected results, rank 0 puts (stem, largest logit error, same tokens).
 

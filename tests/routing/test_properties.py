@@ -26,7 +26,15 @@ from hypothesis.stateful import (
 from kvmesh.cluster.routing.config import RouterConfig, RouterTuning
 from kvmesh.cluster.routing.errors import RequestAbortedError
 from kvmesh.cluster.routing.live import Lease
-from kvmesh.cluster.routing.outcome import Granted, Grown, Outcome, Placement, Refused, Withdrawn
+from kvmesh.cluster.routing.outcome import (
+    Enqueued,
+    Granted,
+    Grown,
+    Outcome,
+    Placement,
+    Refused,
+    Withdrawn,
+)
 from kvmesh.cluster.routing.request import PlaceRequest
 from kvmesh.cluster.routing.router import Router
 from kvmesh.workers.lease import AccountUpdate, LeaseEnd, LeaseTerms, LeaseWant
@@ -361,11 +369,22 @@ class RouterMachine(RuleBasedStateMachine):
     def every_request_is_where_it_is_thought_to_be(self) -> None:
         status = self.router.status(self.now)
         assert status.queue_depth == sum(job.state == "queued" for job in self.all.values())
+        self.the_queue_reads_as_it_stands()
         for engine in self.engines.values():
             if engine.connected and not engine.to_router:
                 assert engine.runs.keys() <= self.leases.keys()
             elif not engine.connected:
                 assert all(lease.group != engine.name for lease in self.leases.values())
+
+    def the_queue_reads_as_it_stands(self) -> None:
+        standings = list(self.router.standings(self.now))
+        assert [standing.position for standing in standings] == list(range(len(standings)))
+        names = [standing.request_id for standing in standings]
+        assert sorted(names) == sorted(x for x, job in self.all.items() if job.state == "queued")
+        ranks = [self.router._records.live[name].rank[:2] for name in names]
+        assert ranks == sorted(ranks)
+        for standing in standings:
+            assert standing.projected_start_s is None or standing.projected_start_s >= 0
 
     def teardown(self) -> None:
         """Left alone, all that waits or runs comes to its end."""
@@ -435,6 +454,12 @@ class RouterMachine(RuleBasedStateMachine):
 
     def place(self, job: Job) -> None:
         own, *others = self.router.place(job.request, self.now)
+        if isinstance(own, Enqueued):
+            assert own.position in [
+                standing.position
+                for standing in self.router.standings(self.now)
+                if standing.request_id == own.request_id
+            ]
         self.settle(others)
         job.state = "queued"
         self.settle([own])

@@ -5,6 +5,7 @@ import pickle
 import pytest
 
 from kvmesh.cluster.routing import errors
+from kvmesh.cluster.routing.admission import LOST_ENGINE_S
 from kvmesh.cluster.routing.config import RouterConfig
 from kvmesh.cluster.routing.errors import (
     DeadlineUnreachableError,
@@ -133,6 +134,44 @@ def test_deadlines_and_cancellations_leave_the_queue() -> None:
     assert (status.queue_depth, status.leases, status.live_requests) == (0, 1, 1)
 
 
+def test_waiting_requests_know_where_they_stand() -> None:
+    router = one_at_a_time()
+    running = granted(router.place(ask("a"), 0.0))
+    arrive(router, running, 0.0)
+    assert list(router.standings(0.0)) == []
+    queued = [router.place(ask(name), 0.0)[0] for name in "bcd"]
+    read = list(router.standings(0.0))
+    assert [(x.request_id, x.position) for x in read] == [("b", 0), ("c", 1), ("d", 2)]
+    for standing, enqueued in zip(read, queued, strict=True):
+        assert isinstance(enqueued, Enqueued)
+        assert standing.position == enqueued.position
+        assert standing.projected_start_s == pytest.approx(enqueued.projected_start_s)
+    starts = [x.projected_start_s for x in router.standings(0.5)]
+    assert None not in starts
+    assert starts == sorted(starts)  # type: ignore[type-var]
+    assert 0.0 < starts[0] < read[0].projected_start_s  # type: ignore[operator]
+    (urgent,) = router.place(ask("e", priority=1), 1.0)
+    assert isinstance(urgent, Enqueued)
+    assert urgent.position == 0
+    end(router, running, 2.0)
+    router.cancel("c", 2.0)
+    read = list(router.standings(2.0))
+    assert [(x.request_id, x.position) for x in read] == [("b", 0), ("d", 1)]
+
+
+def test_a_start_is_forecast_again_once_there_is_a_group_for_it() -> None:
+    router = router_with(groups={"g0": make_info(max_sequences=1)})
+    router.group_down("g0", 0.0)
+    (waiting,) = router.place(ask("a"), 0.0)
+    assert isinstance(waiting, Enqueued)
+    assert waiting.projected_start_s is None
+    router.place(ask("b"), 0.0)
+    router.group_up("g0", make_info(epoch="e1", max_sequences=1), (), 1.0)
+    (standing,) = router.standings(1.0)
+    assert (standing.request_id, standing.position) == ("b", 0)
+    assert standing.projected_start_s is not None
+
+
 def test_a_live_id_is_in_use_until_its_lease_ends() -> None:
     router = one_at_a_time()
     running = granted(router.place(ask("a"), 0.0))
@@ -237,6 +276,14 @@ def test_a_request_that_lost_an_engine_waits_for_another_incarnation_of_it() -> 
     router.group_down("g0", 6.0)
     outcomes = router.group_up("g0", info_like(info, "e2"), (), 7.0)
     assert granted(outcomes).request_id == "a"
+
+
+def test_an_engine_that_only_the_ingress_lost_is_used_again_after_a_while() -> None:
+    """As after it hung for a moment; were it dead, the router would have lost it by then."""
+    router = router_with(groups={"g0": make_info(epoch="e1")})
+    router.place(ask("a", lost_engines=frozenset(["e1"])), 0.0)
+    assert router.tick(LOST_ENGINE_S) == []
+    assert granted(router.tick(LOST_ENGINE_S + 1.0)).request_id == "a"
 
 
 def test_a_group_that_connects_again_has_the_leases_that_it_lists() -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 
 from kvmesh.cluster.simulator.cache import SimPool
-from kvmesh.cluster.simulator.engine import SimEngine, SimSequence
+from kvmesh.cluster.simulator.engine import SimEngine
 from kvmesh.cluster.simulator.hardware import GPUS, MODELS
+from kvmesh.cluster.simulator.sequence import SimSequence
 from kvmesh.cluster.simulator.service_time import EngineShape, ServiceTime
-from kvmesh.cluster.simulator.trace import TraceRequest
+from kvmesh.cluster.simulator.trace import BLOCK_TOKENS, TraceRequest
 from kvmesh.kernels.formats.registry import get_format
 
 SHAPE = EngineShape(GPUS["h100"], MODELS["llama-3-8b"], get_format("exact"))
@@ -89,7 +90,7 @@ def test_worst_case_reservation_never_preempts() -> None:
 
 
 def test_a_pool_evicts_the_least_recently_used_and_a_prefix_from_its_end() -> None:
-    pool = SimPool(total_pages=40, block_pages=8)
+    pool = SimPool(total_pages=40, page_size=BLOCK_TOKENS // 8)
     for blocks in ([1, 2], [3, 4]):
         assert pool.take(16)
         pool.name(blocks)

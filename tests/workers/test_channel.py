@@ -135,3 +135,47 @@ def test_the_sockets_are_in_a_private_directory_that_close_removes() -> None:
     assert stat.S_IMODE(directory.stat().st_mode) == 0o700
     executor.close()
     assert not directory.exists()
+
+
+def test_a_rank_that_hangs_in_a_step_fails_it() -> None:
+    executor = ChannelExecutor(2, step_timeout_s=0.01)
+    done = threading.Event()
+
+    def body(end: RankEnd, rank: int) -> None:
+        end.send(DESCRIPTION)
+        message = end.receive(10)
+        if rank == 0:
+            assert isinstance(message, StepPlan)
+            end.send(StepResult(message.step, [], 0.0))
+        done.wait(30)
+
+    threads = start_ranks(executor, body)
+    executor.describe()
+    executor.execute(PLAN)
+    with pytest.raises(WorkerDiedError, match=r"no answer to a step of 1 tokens.*step_timeout_s"):
+        executor.execute(PLAN)
+    done.set()
+    executor.close()
+    for thread in threads:
+        thread.join(10)
+
+
+def test_a_rank_that_hangs_while_it_loads_fails_the_start() -> None:
+    executor = ChannelExecutor(2, start_timeout_s=0.1)
+    threads = start_ranks(executor, lambda end, rank: None if rank else end.send(DESCRIPTION))
+    with pytest.raises(WorkerDiedError, match=r"rank 1 hangs.*timeouts\.start_s"):
+        executor.describe()
+    executor.close()
+    for thread in threads:
+        thread.join(10)
+
+
+def test_an_answer_that_has_arrived_counts_however_late_it_is_read() -> None:
+    """As after the whole machine was suspended: limits are counted in polls."""
+    executor = ChannelExecutor(1, step_timeout_s=1e-9)
+    threads = start_ranks(executor, lambda end, rank: answer_everything(end, rank, []))
+    executor.describe()
+    for _ in range(20):
+        assert executor.execute(PLAN).step == PLAN.step
+    executor.close()
+    threads[0].join(10)

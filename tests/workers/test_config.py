@@ -23,6 +23,8 @@ from kvmesh.workers.errors import ConfigError
         ("device", "tpu", "must be 'auto', 'cpu' or 'cuda', got 'tpu'"),
         ("kv_probe", "maybe", "must be 'off', 'warn' or 'refuse', got 'maybe'"),
         ("tp", 0, "must be greater than or equal to 1, got 0"),
+        ("step_timeout_s", 0.0, "must be greater than 0, got 0.0"),
+        ("step_timeout_s", float("inf"), "must be a finite number, got inf"),
         ("kv_memory_bytes", 0, "must be greater than 0, got 0"),
         ("gpu_memory_utilization", float("nan"), "got nan"),
         ("max_hot_share", 1.0, "must be less than 1, got 1.0"),

@@ -11,8 +11,9 @@ from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.engine import Engine
 from kvmesh.workers.errors import ConfigError, InvalidFieldError, PoolCapacityError
 from kvmesh.workers.lease import LeaseTerms
+from kvmesh.workers.plan import StepPlan, StepResult
 from kvmesh.workers.prefix_cache import PageDigests
-from kvmesh.workers.request import EndReason, EngineRequest, SequenceDelta
+from kvmesh.workers.request import EndReason, EngineRequest, PrefillProgress, SequenceDelta
 from kvmesh.workers.sampling_params import SamplingParams
 from kvmesh.workers.sizes import BLOCK_PAGES, PageNeed
 from tests.workers.memory_executor import VOCAB, MemoryExecutor, expected_output
@@ -125,6 +126,69 @@ def test_a_warm_prefix_cache_saves_whole_pages(recent: int, sink: int) -> None:
     assert warm[-1].usage and warm[-1].usage.cached_tokens == 5 * PAGE
     # The pages it shares are not sealed again; those after the prompt were sealed before, too.
     assert executor.sealed_pages == before
+
+
+class TickingExecutor(MemoryExecutor):
+    """A step takes `step_s` on the engine's clock."""
+
+    now_s = 0.0
+    step_s = 0.4
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        self.now_s += self.step_s
+        return super().execute(plan)
+
+
+def make_ticking_engine(*, prefix_cache: bool = True) -> Engine:
+    executor = TickingExecutor(PAGE, 0, 0, 200)
+    config = EngineConfig(
+        model="memory",
+        page_size=PAGE,
+        max_num_seqs=4,
+        max_num_batched_tokens=PAGE,
+        prefix_cache=prefix_cache,
+    )
+    return Engine(config, executor, lambda: executor.now_s)
+
+
+def progress_of(deltas: list[SequenceDelta]) -> list[PrefillProgress]:
+    return [delta.progress for delta in deltas if delta.progress is not None]
+
+
+def test_a_long_prefill_reports_its_progress_once_a_second() -> None:
+    engine = make_ticking_engine()
+    prompt = [i % VOCAB for i in range(10 * PAGE)]
+    engine.add(request("cold", prompt))
+    deltas = run(engine)["cold"]
+    expected = [PrefillProgress(pages * PAGE, 0, 10 * PAGE) for pages in (3, 6, 9)]
+    assert progress_of(deltas) == expected
+    assert all(not delta.token_ids for delta in deltas[:3])
+    assert tokens_of(deltas) == expected_output(prompt, 10)
+    engine.add(request("warm", prompt + prompt))
+    (first, *_) = progress_of(run(engine)["warm"])
+    assert first == PrefillProgress(13 * PAGE, 10 * PAGE, 20 * PAGE)
+
+
+def test_a_short_prefill_and_decode_report_no_progress() -> None:
+    engine = make_ticking_engine()
+    engine.add(request("r", [2] * 2 * PAGE))
+    deltas = run(engine)["r"]
+    assert not progress_of(deltas)
+    assert all(delta.token_ids for delta in deltas)
+
+
+def test_a_preempted_sequence_reports_its_progress_again() -> None:
+    engine = make_ticking_engine(prefix_cache=False)
+    params = SamplingParams(temperature=0.0, max_tokens=200, ignore_eos=True)
+    engine.add(request("r", [3], params=params))
+    output: list[int] = []
+    while len(output) < 5 * PAGE:
+        output.extend(tokens_of(engine.step()))
+    engine.scheduler.preempt_youngest()
+    deltas = run(engine)["r"]
+    total = 1 + 5 * PAGE
+    assert progress_of(deltas) == [PrefillProgress(pages * PAGE, 0, total) for pages in (1, 4)]
+    assert output + tokens_of(deltas) == expected_output([3], 200, ignore_eos=True)
 
 
 def test_prefix_cache_respects_the_salt() -> None:

@@ -101,7 +101,7 @@ async def test_one_client_gets_all_its_sequences() -> None:
         read = await inbox.until_end(set(prompts))
         for name, prompt in prompts.items():
             assert tokens_of(read[name]) == expected_output(prompt, 20)
-        assert leader.loads().pool.used == PageNeed(0, 0)
+        assert leader.account.loads.pool.used == PageNeed(0, 0)
 
 
 async def test_abort_ends_a_sequence_in_flight() -> None:
@@ -114,7 +114,7 @@ async def test_abort_ends_a_sequence_in_flight() -> None:
         executor.allow(1)
         read = await inbox.until_end({"a"})
         assert read["a"][-1].finish_reason is EndReason.ABORT
-        assert leader.loads().pool.used == PageNeed(0, 0)
+        assert leader.account.loads.pool.used == PageNeed(0, 0)
 
 
 async def test_a_client_that_stops_reading_loses_only_its_own_sequences() -> None:
@@ -130,7 +130,7 @@ async def test_a_client_that_stops_reading_loses_only_its_own_sequences() -> Non
         read = await stays.until_end({"c"})
         assert tokens_of(read["c"]) == expected_output([3, 4], 5)
         await idle(leader)
-        assert leader.loads().outcomes_total["abort"] == 2
+        assert leader.account.loads.outcomes_total["abort"] == 2
 
 
 async def test_a_failed_rank_ends_every_sequence_with_an_error() -> None:
@@ -164,14 +164,14 @@ async def test_submit_refuses_invalid_requests() -> None:
         leader.submit([request("a", [3, 4], params=ENDLESS)], inbox.deliver)
         with pytest.raises(InvalidFieldError, match="request_id"):
             leader.submit([request("a", [3, 4])], inbox.deliver)
-        total = leader.info().capacity.sealed
+        total = leader.account.info.capacity.sealed
         big = LeaseTerms("l1", 1, hot_pages=1, sealed_pages=total - 1, max_sealed_pages=total - 1)
         leader.submit([request("b", [3, 4], params=ENDLESS, lease=big)], inbox.deliver)
         small = LeaseTerms("l2", 1, 1, 2, 2)
         with pytest.raises(PoolCapacityError) as caught:
             leader.submit([request("c", [3, 4], lease=small)], inbox.deliver)
         assert caught.value.retryable
-        assert leader.book.take_update() == AccountUpdate(arrived=(big,))
+        assert leader.account.book.take_update() == AccountUpdate(arrived=(big,))
         leader._draining = True
         with pytest.raises(EngineDrainingError):
             leader.submit([request("d", [3, 4])], inbox.deliver)
@@ -183,7 +183,7 @@ async def test_all_sequences_of_a_lease_are_accepted_or_none() -> None:
         good, bad = request("l.0", [3, 4], lease=lease), request("l.1", [-1], lease=lease)
         with pytest.raises(InvalidFieldError):
             leader.submit([good, bad], Inbox().deliver)
-        assert not leader.book.take_update()
+        assert not leader.account.book.take_update()
         assert leader._idle.is_set()
 
 
@@ -203,25 +203,25 @@ async def test_the_account_of_a_lease_from_its_arrival_to_its_end() -> None:
         lease = LeaseTerms("l", 1, hot_pages=1, sealed_pages=1, max_sealed_pages=8)
         params = SamplingParams(temperature=0.0, max_tokens=6 * PAGE, ignore_eos=True)
         leader.submit([request("l.0", [3, 4], params=params, lease=lease)], inbox.deliver)
-        assert leader.book.take_update() == AccountUpdate(arrived=(lease,))
+        assert leader.account.book.take_update() == AccountUpdate(arrived=(lease,))
         executor.allow(MANY)
         # Until it has used up its lease, and waits.
         tokens: list[int] = []
         while len(tokens) < 2 * PAGE - 2:
             for delta in await inbox.take():
                 tokens += delta.token_ids
-        update = leader.book.take_update()
+        update = leader.account.book.take_update()
         assert update.first_tokens == ("l",)
         (want,) = update.wants
         assert want.prompt_tokens == 2
         assert want.tokens <= 2 * PAGE + AHEAD_TOKENS
-        assert leader.book.restate().wants == (want,), "a new router gets it again"
+        assert leader.account.book.restate().wants == (want,), "a new router gets it again"
         leader.extend(replace(lease, sealed_pages=8))
         read = await inbox.until_end({"l.0"})
         tokens += tokens_of(read["l.0"])
         assert tokens == expected_output([3, 4], 6 * PAGE, ignore_eos=True)
-        assert leader.book.take_update() == AccountUpdate(ended=(LeaseEnd("l", 6 * PAGE),))
-        assert (leader.book.leases, leader.book.restate()) == ((), AccountUpdate())
+        assert leader.account.book.take_update() == AccountUpdate(ended=(LeaseEnd("l", 6 * PAGE),))
+        assert (leader.account.book.leases, leader.account.book.restate()) == ((), AccountUpdate())
 
 
 async def test_a_withdrawn_lease_ends_whether_it_runs_or_not() -> None:
@@ -231,14 +231,14 @@ async def test_a_withdrawn_lease_ends_whether_it_runs_or_not() -> None:
         leader.submit([request("l.0", [3, 4], params=ENDLESS, lease=lease)], inbox.deliver)
         executor.allow(1)
         await inbox.take()
-        leader.book.take_update()
+        leader.account.book.take_update()
         leader.withdraw("never came")
-        assert leader.book.take_update() == AccountUpdate(ended=(LeaseEnd("never came"),))
+        assert leader.account.book.take_update() == AccountUpdate(ended=(LeaseEnd("never came"),))
         leader.withdraw("l")
         executor.allow(1)
         read = await inbox.until_end({"l.0"})
         assert read["l.0"][-1].finish_reason is EndReason.ABORT
-        assert leader.book.take_update() == AccountUpdate(ended=(LeaseEnd("l"),))
+        assert leader.account.book.take_update() == AccountUpdate(ended=(LeaseEnd("l"),))
 
 
 async def test_reports_agree_with_the_account() -> None:
@@ -256,10 +256,10 @@ async def test_reports_agree_with_the_account() -> None:
     while left:
         for delta in await inbox.take():
             left -= delta.finish_reason is not None
-        loads = leader.loads()
-        if leader.loads_current:
+        loads = leader.account.loads
+        if leader.account.loads_current:
             assert loads.pool.sealed.used <= sum(x.sealed_pages for x in loads.leases)
             assert loads.pool.hot.used <= sum(x.hot_pages for x in loads.leases)
     assert changed.is_set()
-    assert (leader.loads().leases, leader.loads().pool.used) == ((), PageNeed(0, 0))
+    assert (leader.account.loads.leases, leader.account.loads.pool.used) == ((), PageNeed(0, 0))
     await leader.stop()

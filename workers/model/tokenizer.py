@@ -18,6 +18,7 @@ from kvmesh.workers.model.facts import read_json
 
 # A character has at most 4 bytes, hence at most 4 tokens of one byte each.
 _MAX_CHARACTER_TOKENS = 4
+_MAX_COMPOSED = 4
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -25,6 +26,7 @@ class Tokenizer:
     """The tokenizer of one model.
 
     vocab_size: number of ids with a token, including added ones; a model's logits may be wider
+    max_token_chars: no text has fewer tokens than its characters divided by this
     eos_token_id, bos_token_id: the tokenizer's own, None if it has none
     special_tokens: text -> id of the tokens that are control tokens, not text
     """
@@ -33,6 +35,9 @@ class Tokenizer:
         self._raw = raw
         self._literal: RawTokenizer | None = None
         self.vocab_size: int = raw.get_vocab_size(with_added_tokens=True)
+        # A byte-level token's name has a character for each byte; normalisers may compose some.
+        composed = 1 if raw.normalizer is None else _MAX_COMPOSED
+        self.max_token_chars = composed * max(map(len, raw.get_vocab(with_added_tokens=True)))
         self.special_tokens: dict[str, int] = {
             token.content: token_id
             for token_id, token in raw.get_added_tokens_decoder().items()

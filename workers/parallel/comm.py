@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import platform
 import shutil
 from datetime import timedelta
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import FileStore
 
 from kvmesh.workers.errors import ConfigError, WorkerDiedError
 from kvmesh.workers.parallel.same_host import SameHost, make_meeting_place
@@ -38,12 +40,14 @@ class Communicator:
     def connect(
         rank: int,
         size: int,
-        rendezvous: str,
+        rendezvous: Path,
         *,
         device: torch.device,
         timeout_s: float = _TIMEOUT_S,
     ) -> Communicator:
-        """Meet the other ranks at `rendezvous` (tcp://host:port, where rank 0 listens).
+        """Meet the other ranks through the file `rendezvous`, which must not exist before.
+
+        Any process that can write to its directory can join: it must be this user's alone.
 
         device: where tensors are; NCCL between GPUs, shared memory between the CPUs
             of one host, gloo between those of several
@@ -80,25 +84,31 @@ class _ProcessGroup(Communicator):
     """Ranks in separate processes, over torch.distributed and, on one host, shared memory."""
 
     def __init__(
-        self, rank: int, size: int, rendezvous: str, device: torch.device, timeout_s: float
+        self, rank: int, size: int, rendezvous: Path, device: torch.device, timeout_s: float
     ) -> None:
         self.rank = rank
         self.size = size
         self._on_gpu = device.type == "cuda"
+        timeout = timedelta(seconds=timeout_s)
+        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            # Their sockets know no authentication, and the ranks are on one host.
+            os.environ.setdefault(name, "lo")
+        store = FileStore(str(rendezvous), size)
+        store.set_timeout(timeout)
         try:
             dist.init_process_group(
                 "nccl" if self._on_gpu else "gloo",
-                init_method=rendezvous,
+                store=store,
                 rank=rank,
                 world_size=size,
-                timeout=timedelta(seconds=timeout_s),
+                timeout=timeout,
                 device_id=device if self._on_gpu else None,
             )
         except dist.DistError as error:
             raise WorkerDiedError(
                 f"rank {rank} of {size} could not connect to the others at {rendezvous}: {error}"
             ) from error
-        self._same_host = None if self._on_gpu else _meet_on_host(rank, size, timeout_s)
+        self._same_host = None if self._on_gpu else _meet_on_host(rank, size, store, timeout_s)
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         if self._same_host is not None:
@@ -136,7 +146,7 @@ class _ProcessGroup(Communicator):
             dist.destroy_process_group()
 
 
-def _meet_on_host(rank: int, size: int, timeout_s: float) -> SameHost | None:
+def _meet_on_host(rank: int, size: int, store: FileStore, timeout_s: float) -> SameHost | None:
     """The exchange through shared memory; None unless all ranks are on one host and can map it."""
     place = None
     if rank == 0:
@@ -144,13 +154,13 @@ def _meet_on_host(rank: int, size: int, timeout_s: float) -> SameHost | None:
             place = make_meeting_place(size)
         except OSError as error:
             logger.warning("no shared memory between ranks: %s", error)
-    offer: list[tuple[str, Path | None]] = [(platform.node(), place)]
-    dist.broadcast_object_list(offer, src=0)
-    host, path = offer[0]
-    if path is None:
+        store.set("host", platform.node())
+        store.set("meeting place", str(place or ""))
+    host, path = store.get("host").decode(), store.get("meeting place").decode()
+    if not path:
         return None
     try:
-        same_host = _try_to_join(rank, size, host, path, timeout_s)
+        same_host = _try_to_join(rank, size, host, Path(path), timeout_s)
         if _all_agree(same_host is not None, size):
             assert same_host is not None
             same_host.meet()

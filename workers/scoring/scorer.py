@@ -123,7 +123,8 @@ class Scorer:
             assert plan is not None
             result = self._rank.execute(plan)
             assert result is not None
-            for _, sampled in zip(self._scheduler.commit(plan), result.tokens, strict=True):
+            self._scheduler.commit(plan)
+            for sampled in result.tokens:
                 seq.append(sampled.token_id)
         self._scheduler.remove(seq)
         return [int(token) for token in seq.tokens[len(prompt) :]]

@@ -789,6 +789,7 @@ class GenerateStreamResponse(_message.Message):
     DELTA_FIELD_NUMBER: _builtins.int
     CHOICE_FINISHED_FIELD_NUMBER: _builtins.int
     USAGE_FIELD_NUMBER: _builtins.int
+    PREFILLING_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def queued(self) -> Global___Queued: ...
     @_builtins.property
@@ -799,6 +800,8 @@ class GenerateStreamResponse(_message.Message):
     def choice_finished(self) -> Global___ChoiceFinished: ...
     @_builtins.property
     def usage(self) -> Global___Usage: ...
+    @_builtins.property
+    def prefilling(self) -> Global___Prefilling: ...
     def __init__(
         self,
         *,
@@ -807,12 +810,13 @@ class GenerateStreamResponse(_message.Message):
         delta: Global___Delta | None = ...,
         choice_finished: Global___ChoiceFinished | None = ...,
         usage: Global___Usage | None = ...,
+        prefilling: Global___Prefilling | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["choice_finished", b"choice_finished", "delta", b"delta", "event", b"event", "queued", b"queued", "started", b"started", "usage", b"usage"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["choice_finished", b"choice_finished", "delta", b"delta", "event", b"event", "prefilling", b"prefilling", "queued", b"queued", "started", b"started", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice_finished", b"choice_finished", "delta", b"delta", "event", b"event", "queued", b"queued", "started", b"started", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice_finished", b"choice_finished", "delta", b"delta", "event", b"event", "prefilling", b"prefilling", "queued", b"queued", "started", b"started", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["queued", "started", "delta", "choice_finished", "usage"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["queued", "started", "delta", "choice_finished", "usage", "prefilling"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
@@ -820,15 +824,18 @@ Global___GenerateStreamResponse: _TypeAlias = GenerateStreamResponse  # noqa: Y0
 
 @_typing.final
 class Queued(_message.Message):
-    """The request is waiting for room. Sent again when the projection changes."""
+    """The request is waiting for room. Sent as soon as it has to wait, and when the
+    position or the projection has changed noticeably, at most about once a second.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     POSITION_FIELD_NUMBER: _builtins.int
     PROJECTED_WAIT_S_FIELD_NUMBER: _builtins.int
     position: _builtins.int
-    """Requests ahead of this one."""
+    """Requests ahead of this one. 0 also while the router cannot be asked."""
     projected_wait_s: _builtins.float
+    """From now; unset if unknown."""
     def __init__(
         self,
         *,
@@ -846,8 +853,47 @@ class Queued(_message.Message):
 Global___Queued: _TypeAlias = Queued  # noqa: Y015
 
 @_typing.final
+class Prefilling(_message.Message):
+    """The prompt is being computed, or waits for its turn in the engine. Sent about
+    once a second with new figures, unless the prompt takes less than that. One for
+    the request: if it has several choices, the figures are those of the choice
+    that is most advanced.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COMPUTED_TOKENS_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    TOTAL_TOKENS_FIELD_NUMBER: _builtins.int
+    computed_tokens: _builtins.int
+    """Of total_tokens. Equal to it once the prompt is computed: if the event is sent
+    again after that, the request is waiting for its next tokens, for example until
+    there are free pages. Decreases if a preempted request is computed again.
+    """
+    cached_tokens: _builtins.int
+    """Of computed_tokens, those that were found in the prefix cache."""
+    total_tokens: _builtins.int
+    """The prompt, and any output that has to be computed again."""
+    def __init__(
+        self,
+        *,
+        computed_tokens: _builtins.int = ...,
+        cached_tokens: _builtins.int = ...,
+        total_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "computed_tokens", b"computed_tokens", "total_tokens", b"total_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Prefilling: _TypeAlias = Prefilling  # noqa: Y015
+
+@_typing.final
 class Started(_message.Message):
-    """A group has been chosen and its pages are reserved."""
+    """A group has been chosen and its pages are reserved. For a request that is aborted
+    while it waits, the model, the group and the pages are empty.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -88,6 +88,12 @@ class KVMeshServicer:
 
     def GenerateStream(self, request, context):
         """Events in this order: queued*, started, (delta | choice_finished)*, usage.
+        After `started`, `prefilling` may come at any point before `usage`, and so may
+        `queued`: a request that loses its engine waits and is prefilled again.
+        A stream is never silent for more than 5 seconds. When there is nothing new to
+        send, the latest `queued` or `prefilling` is sent again, or, while the prompt
+        is tokenised, an event with no field set. So a client that receives nothing for
+        several times as long may assume that the connection is lost.
         A stream that ends without `usage` has failed; its status says why.
         Cancelling the call frees the request's pages.
         """

@@ -111,6 +111,12 @@ class KVMeshStub:
     """One request, one reply with all of the output."""
     GenerateStream: _grpc.UnaryStreamMultiCallable[_kvmesh_pb2.GenerateRequest, _kvmesh_pb2.GenerateStreamResponse]
     """Events in this order: queued*, started, (delta | choice_finished)*, usage.
+    After `started`, `prefilling` may come at any point before `usage`, and so may
+    `queued`: a request that loses its engine waits and is prefilled again.
+    A stream is never silent for more than 5 seconds. When there is nothing new to
+    send, the latest `queued` or `prefilling` is sent again, or, while the prompt
+    is tokenised, an event with no field set. So a client that receives nothing for
+    several times as long may assume that the connection is lost.
     A stream that ends without `usage` has failed; its status says why.
     Cancelling the call frees the request's pages.
     """
@@ -136,6 +142,12 @@ class KVMeshAsyncStub(KVMeshStub):
     """One request, one reply with all of the output."""
     GenerateStream: _aio.UnaryStreamMultiCallable[_kvmesh_pb2.GenerateRequest, _kvmesh_pb2.GenerateStreamResponse]  # type: ignore[assignment]
     """Events in this order: queued*, started, (delta | choice_finished)*, usage.
+    After `started`, `prefilling` may come at any point before `usage`, and so may
+    `queued`: a request that loses its engine waits and is prefilled again.
+    A stream is never silent for more than 5 seconds. When there is nothing new to
+    send, the latest `queued` or `prefilling` is sent again, or, while the prompt
+    is tokenised, an event with no field set. So a client that receives nothing for
+    several times as long may assume that the connection is lost.
     A stream that ends without `usage` has failed; its status says why.
     Cancelling the call frees the request's pages.
     """
@@ -170,6 +182,12 @@ class KVMeshServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_kvmesh_pb2.GenerateStreamResponse], _abc.AsyncIterator[_kvmesh_pb2.GenerateStreamResponse]]:
         """Events in this order: queued*, started, (delta | choice_finished)*, usage.
+        After `started`, `prefilling` may come at any point before `usage`, and so may
+        `queued`: a request that loses its engine waits and is prefilled again.
+        A stream is never silent for more than 5 seconds. When there is nothing new to
+        send, the latest `queued` or `prefilling` is sent again, or, while the prompt
+        is tokenised, an event with no field set. So a client that receives nothing for
+        several times as long may assume that the connection is lost.
         A stream that ends without `usage` has failed; its status says why.
         Cancelling the call frees the request's pages.
         """

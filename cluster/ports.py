@@ -1,0 +1,121 @@
+"""The TCP ports of a local cluster: a block of consecutive ones that no other cluster has.
+
+Ray Serve gives every cluster the same default ports, and a port that is taken binds all the
+same (SO_REUSEPORT), so that two clusters on one host would answer each other's calls.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import socket
+from dataclasses import dataclass
+
+from kvmesh.workers.errors import ConfigError
+
+# Below 32768, where Linux takes the ports of outgoing connections from.
+FIRST_PORT, END_PORT = 20_000, 32_000
+BLOCK_SIZE = 400
+SINGLE_PORTS = 10  # of a block; replicas have the others
+
+
+class PortLock:
+    """Holds a name that no other process of this host can hold at the same time.
+
+    A socket in Linux's abstract namespace: no file, and it is free again when its owner has
+    ended, however it ended. The namespace belongs to the network namespace, as ports do.
+    """
+
+    def __init__(self, name: str) -> None:
+        """Raises BlockingIOError if another process holds it."""
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self._socket.bind(f"\0kvmesh/{name}")
+        except OSError as error:
+            self._socket.close()
+            if error.errno != errno.EADDRINUSE:
+                raise
+            raise BlockingIOError(f"{name} is held by another process") from None
+
+    def release(self) -> None:
+        self._socket.close()
+
+
+@dataclass(frozen=True, slots=True)
+class PortBlock:
+    """Ports that belong to this process until `release`."""
+
+    locks: tuple[PortLock, ...]
+    first: int
+
+    def single(self, index: int) -> int:
+        """One of SINGLE_PORTS."""
+        assert 0 <= index < SINGLE_PORTS
+        return self.first + index
+
+    @property
+    def http_replicas(self) -> range:
+        """For the HTTP servers of replicas."""
+        return range(self.first + SINGLE_PORTS, self.first + BLOCK_SIZE // 2)
+
+    @property
+    def grpc_replicas(self) -> range:
+        """For the gRPC servers of replicas."""
+        return range(self.first + BLOCK_SIZE // 2, self.first + BLOCK_SIZE)
+
+    def release(self) -> None:
+        for lock in self.locks:
+            lock.release()
+
+
+def take_ports(host: str, chosen: dict[str, int]) -> PortBlock:
+    """A free block, and the ports that the user has chosen.
+
+    host: address that the chosen ports are for
+    chosen: ports by the settings that they come from
+    Raises ConfigError for a chosen port that is in use, and if every block is taken.
+    """
+    with contextlib.ExitStack() as stack:
+        locks = []
+        for setting, port in chosen.items():
+            lock = _take(f"port/{port}")
+            if lock is not None:
+                stack.callback(lock.release)
+                locks.append(lock)
+            if lock is None or _in_use(host, port):
+                raise ConfigError(
+                    setting, f"{port} is in use; choose another, or 0 for any free one"
+                )
+        for first in range(FIRST_PORT, END_PORT, BLOCK_SIZE):
+            if (lock := _take(f"ports/{first}")) is None:
+                continue
+            if any(_in_use("", port) for port in range(first, first + BLOCK_SIZE)):
+                lock.release()  # by another program, or by what is left of a killed cluster
+                continue
+            stack.pop_all()
+            return PortBlock((*locks, lock), first)
+    raise ConfigError(
+        "ingress.port",
+        f"no {BLOCK_SIZE} consecutive ports from {FIRST_PORT} to {END_PORT - 1} are free; "
+        "stop other clusters on this host",
+    )
+
+
+def _take(name: str) -> PortLock | None:
+    try:
+        return PortLock(name)
+    except BlockingIOError:
+        return None
+
+
+def _in_use(host: str, port: int) -> bool:
+    """Whether a server listens there, or a socket is bound to it."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        # Connections of a former server that wait for their end do not matter.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return True
+    return False

@@ -1,0 +1,169 @@
+"""Streams continue when a part hangs (SIGSTOP), and when the front proxy dies."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+
+import psutil
+import pytest
+
+from kvmesh.client import Client
+from kvmesh.cluster.lifecycle import Endpoint
+from tests.cluster.e2e.harness import (
+    SMALL_ENGINE,
+    check_accounts,
+    greedy_by_engine,
+    processes_named,
+    serving,
+    small_config,
+    wait_for,
+    wait_idle,
+)
+from tests.cluster.e2e.streams import (
+    PATIENT,
+    PROMPTS,
+    Streams,
+    check_complete,
+    is_complete,
+    kill,
+)
+
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.timeout(240),
+    # Ray's own, at its import.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
+]
+
+GROUPS = 2
+TOKENS = 24
+THIRTY = [PROMPTS[number % len(PROMPTS)] for number in range(30)]
+CONFIG = small_config(
+    engine={**SMALL_ENGINE, "kv_memory_bytes": "24MiB", "step_timeout_s": 2.0},
+    groups=GROUPS,
+    ingress={"port": 0, "replicas": 2},
+)
+
+
+@pytest.fixture(scope="module")
+def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
+    with serving(CONFIG, tmp_path_factory.mktemp("config")) as endpoint:
+        yield endpoint
+
+
+@pytest.fixture(scope="module")
+def expected(endpoint: Endpoint) -> dict[str, tuple[int, ...]]:
+    """The output for each prompt when nothing hangs."""
+    with Client(endpoint.target, api_key=endpoint.api_key) as client:
+        ids = [client.tokenize(prompt).token_ids for prompt in PROMPTS]
+    return dict(zip(PROMPTS, greedy_by_engine(CONFIG, ids, TOKENS), strict=True))
+
+
+@pytest.fixture
+def client(endpoint: Endpoint) -> Iterator[Client]:
+    """The cluster is complete before and after the test."""
+
+    def wait_complete() -> None:
+        wait_for(lambda: is_complete(endpoint, GROUPS), "every part is up", 120, 0.5)
+
+    wait_complete()
+    with Client(endpoint.target, api_key=endpoint.api_key, retry=PATIENT) as client:
+        wait_idle(client)
+        yield client
+        wait_complete()
+        wait_idle(client)
+        check_accounts(client.loads())
+
+
+@pytest.fixture
+def stopped() -> Iterator[Callable[[str], psutil.Process]]:
+    """Stops processes, which may already be dead at the end of the test."""
+    found: list[psutil.Process] = []
+
+    def stop(name: str) -> psutil.Process:
+        process = processes_named(name)[0]
+        found.append(process)
+        process.suspend()
+        return process
+
+    yield stop
+    for process in found:
+        if process.is_running():
+            process.kill()
+
+
+async def disturbed(
+    endpoint: Endpoint, expected: dict[str, tuple[int, ...]], disturb: Callable[[], object]
+) -> None:
+    """Thirty streams, with a disturbance after a third of their tokens."""
+    streams = Streams(endpoint, THIRTY, TOKENS)
+    await streams.received(len(THIRTY) * TOKENS // 3)
+    disturb()
+    check_complete(await streams.ends(), THIRTY, expected)
+
+
+async def test_streams_survive_a_rank_that_hangs(
+    endpoint: Endpoint,
+    client: Client,
+    expected: dict[str, tuple[int, ...]],
+    stopped: Callable[[str], psutil.Process],
+) -> None:
+    # The engines learn how long steps take.
+    await disturbed(endpoint, expected, lambda: None)
+    ranks: list[psutil.Process] = []
+    await disturbed(endpoint, expected, lambda: ranks.append(stopped("ray::RankActor")))
+    await asyncio.to_thread(wait_for, lambda: not ranks[0].is_running(), "the rank is ended")
+
+
+async def test_streams_survive_an_engine_that_hangs(
+    endpoint: Endpoint,
+    client: Client,
+    expected: dict[str, tuple[int, ...]],
+    stopped: Callable[[str], psutil.Process],
+) -> None:
+    """Serve replaces it, and its ranks are ended with it."""
+    parts: list[psutil.Process] = []
+    before = {process.pid for process in processes_named("ray::RankActor")}
+    await disturbed(
+        endpoint,
+        expected,
+        lambda: parts.append(stopped("ray::ServeReplica:kvmesh:engine-0")),
+    )
+    await asyncio.to_thread(wait_for, lambda: not parts[0].is_running(), "the hung engine is ended")
+
+    def one_rank_is_new() -> bool:
+        return len(before & {x.pid for x in processes_named("ray::RankActor")}) == GROUPS - 1
+
+    await asyncio.to_thread(wait_for, one_rank_is_new, "the ranks of the hung engine are gone")
+
+
+async def test_streams_survive_an_ingress_that_hangs(
+    endpoint: Endpoint,
+    client: Client,
+    expected: dict[str, tuple[int, ...]],
+    stopped: Callable[[str], psutil.Process],
+) -> None:
+    """Serve ends it, and its clients resume at the other one."""
+    await disturbed(endpoint, expected, lambda: stopped("ray::ServeReplica:kvmesh:ingress"))
+
+
+async def test_streams_survive_a_router_that_hangs(
+    endpoint: Endpoint,
+    client: Client,
+    expected: dict[str, tuple[int, ...]],
+    stopped: Callable[[str], psutil.Process],
+) -> None:
+    """Those that wait for a place are placed by its replacement."""
+    await disturbed(endpoint, expected, lambda: stopped("ray::ServeReplica:kvmesh:router"))
+
+
+async def test_streams_survive_the_death_of_the_front_proxy(
+    endpoint: Endpoint, client: Client, expected: dict[str, tuple[int, ...]]
+) -> None:
+    def kill_proxy() -> None:
+        for process in processes_named("haproxy"):
+            if "ray::" not in " ".join(process.cmdline()):
+                kill(process)
+
+    await disturbed(endpoint, expected, kill_proxy)

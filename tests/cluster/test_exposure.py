@@ -1,0 +1,48 @@
+"""What others on the host or the network must not reach."""
+
+from __future__ import annotations
+
+import importlib.util
+import stat
+from pathlib import Path
+
+import pytest
+
+from kvmesh.cluster.haproxy_launcher import on_loopback
+from kvmesh.cluster.keys import protect_ray_token
+
+
+def test_pages_of_the_proxy_are_moved_to_loopback() -> None:
+    ray = importlib.util.find_spec("ray")  # importing it takes seconds
+    assert ray is not None and ray.origin is not None
+    template = Path(ray.origin).parent / "serve" / "_private" / "haproxy_templates.py"
+    filled = template.read_text().replace("{{ config.stats_port }}", "8404")
+    filled = filled.replace("{{ config.metrics_port }}", "9101")
+    assert "bind *:8404" in filled and "bind :9101" in filled, "Ray's template has changed"
+    closed = on_loopback(filled)
+    binds = [line.split()[1] for line in closed.splitlines() if line.strip().startswith("bind ")]
+    assert {"127.0.0.1:8404", "127.0.0.1:9101"} <= set(binds)
+    assert not any(bind.startswith(("*", ":")) for bind in binds)
+    assert " mode 666 " in filled and " mode 666 " not in closed
+    assert on_loopback(closed) == closed
+
+
+def test_an_address_that_was_chosen_is_kept() -> None:
+    chosen = "frontend f\n    bind 0.0.0.0:9000 proto h2\n    bind 10.0.0.7:9001\n"
+    assert on_loopback(chosen) == chosen
+
+
+def test_rays_token_is_its_users_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    token = tmp_path / ".ray" / "auth_token"
+    protect_ray_token({})
+    made = token.read_text()
+    assert len(made.strip()) >= 32
+    assert stat.S_IMODE(token.stat().st_mode) == 0o600
+    token.chmod(0o644)
+    protect_ray_token({})
+    assert stat.S_IMODE(token.stat().st_mode) == 0o600
+    assert token.read_text() == made
+    token.chmod(0o644)
+    protect_ray_token({"RAY_AUTH_TOKEN_PATH": "elsewhere"})
+    assert stat.S_IMODE(token.stat().st_mode) == 0o644

@@ -1,0 +1,90 @@
+"""Blocks of ports: nobody else's, free again when their owner has ended."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from kvmesh.cluster import ports
+from kvmesh.cluster.ports import BLOCK_SIZE, SINGLE_PORTS, take_ports
+from kvmesh.workers.errors import ConfigError
+
+HOLD = """
+import sys
+from kvmesh.cluster.ports import take_ports
+block = take_ports("127.0.0.1", {})
+print(block.first, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_blocks_of_processes_that_start_together_do_not_overlap() -> None:
+    holders = [
+        subprocess.Popen(
+            [sys.executable, "-c", HOLD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(4)
+    ]
+    try:
+        firsts = [int(holder.stdout.readline()) for holder in holders if holder.stdout]
+        own = take_ports("127.0.0.1", {})
+        own.release()
+        assert len({*firsts, own.first}) == len(holders) + 1
+        assert all((first - ports.FIRST_PORT) % BLOCK_SIZE == 0 for first in firsts)
+        # No trace is left of an owner that is killed.
+        holders[0].kill()
+        holders[0].wait()
+        again = take_ports("127.0.0.1", {})
+        again.release()
+        assert again.first == min(firsts[0], own.first)
+    finally:
+        for holder in holders:
+            holder.kill()
+            holder.wait()
+            for pipe in (holder.stdin, holder.stdout):
+                assert pipe is not None
+                pipe.close()
+
+
+def test_a_block_with_a_port_in_use_is_skipped() -> None:
+    first = take_ports("127.0.0.1", {})
+    first.release()
+    with socket.socket() as other:
+        # As Ray Serve's replicas: it would share the port with any other that does the same.
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        other.bind(("127.0.0.1", first.grpc_replicas[3]))
+        other.listen()
+        second = take_ports("127.0.0.1", {})
+        second.release()
+    assert second.first > first.first
+
+
+def test_parts_of_a_block_are_disjoint() -> None:
+    block = take_ports("127.0.0.1", {})
+    block.release()
+    singles = [block.single(index) for index in range(SINGLE_PORTS)]
+    everything = [*singles, *block.http_replicas, *block.grpc_replicas]
+    assert sorted(everything) == list(range(block.first, block.first + BLOCK_SIZE))
+
+
+def test_a_chosen_port_belongs_to_one_cluster_before_it_is_bound() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"{port} is in use"):
+            take_ports("127.0.0.1", {"ingress.port": port})
+    block = take_ports("127.0.0.1", {"ingress.port": port})
+    with pytest.raises(ConfigError) as caught:
+        take_ports("127.0.0.1", {"metrics.port": port})
+    assert caught.value.field == "metrics.port"
+    block.release()
+    take_ports("127.0.0.1", {"ingress.port": port}).release()
+
+
+def test_too_many_clusters_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ports, "END_PORT", ports.FIRST_PORT)
+    with pytest.raises(ConfigError, match="consecutive ports"):
+        take_ports("127.0.0.1", {})

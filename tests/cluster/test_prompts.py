@@ -1,0 +1,133 @@
+"""Prompts that take long: bounded in number, in length and in time, and fair to other tenants."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterable
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from kvmesh.cluster.errors import ContextExceededError, IngressBusyError
+from kvmesh.cluster.ingress.prompts import LONG_TEXT_CHARS, MAX_WAITING, Prompts
+from kvmesh.cluster.ingress.validate import ChatTurn
+from kvmesh.cluster.reports import ClusterStatus
+from kvmesh.protos import pb
+from kvmesh.workers.errors import InvalidFieldError
+from kvmesh.workers.model.chat import ChatTemplate
+from tests.cluster.machine import LetterCodec, Machine, machine
+
+LONG = "a" * LONG_TEXT_CHARS
+
+
+class GatedCodec(LetterCodec):
+    """Long texts wait in their thread until the gate is open. threads: of each call"""
+
+    has_chat_template = True
+    max_token_chars = 1000
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.running = threading.Semaphore(0)
+        self.threads: list[int] = []
+
+    def encode(self, text: str) -> npt.NDArray[np.int32]:
+        self.threads.append(threading.get_ident())
+        if len(text) >= LONG_TEXT_CHARS:
+            self.running.release()
+            assert self.gate.wait(20)
+        return super().encode(text[:10])
+
+    def encode_chat(self, turns: Iterable[tuple[str, str]]) -> npt.NDArray[np.int32]:
+        self.threads.append(threading.get_ident())
+        source = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+        messages = [{"role": role, "content": content} for role, content in turns]
+        ChatTemplate(source, {}).render(messages, True, ())
+        return np.array([], np.int32)
+
+
+@pytest.fixture
+async def status() -> ClusterStatus:
+    async with machine() as built:
+        return await status_of(built)
+
+
+async def status_of(built: Machine) -> ClusterStatus:
+    await built.ingress.refresh()
+    assert built.ingress._status is not None
+    return built.ingress._status
+
+
+async def started(codec: GatedCodec) -> None:
+    """Until one more long text is in its thread."""
+    await asyncio.to_thread(codec.running.acquire)
+
+
+async def test_long_texts_leave_the_event_loops_thread(status: ClusterStatus) -> None:
+    codec = GatedCodec()
+    codec.gate.set()
+    prompts = Prompts(codec)
+    await prompts.encode("short", "t", status)
+    await prompts.encode(LONG, "t", status)
+    here = threading.get_ident()
+    assert [thread == here for thread in codec.threads] == [True, False]
+
+
+async def test_one_tenants_long_texts_leave_a_thread_to_others(status: ClusterStatus) -> None:
+    codec = GatedCodec()
+    prompts = Prompts(codec)
+    own = [asyncio.ensure_future(prompts.encode(LONG, "a", status)) for _ in range(3)]
+    await started(codec)
+    other = asyncio.ensure_future(prompts.encode(LONG, "b", status))
+    await started(codec)
+    assert len(codec.threads) == 2, "one of each tenant runs"
+    codec.gate.set()
+    await asyncio.gather(*own, other)
+
+
+async def test_too_many_long_texts_are_refused_and_nothing_is_lost(status: ClusterStatus) -> None:
+    codec = GatedCodec()
+    prompts = Prompts(codec)
+    tasks = [
+        asyncio.ensure_future(prompts.encode(LONG, "t", status)) for _ in range(MAX_WAITING + 1)
+    ]
+    await started(codec)
+    with pytest.raises(IngressBusyError):
+        await prompts.encode(LONG, "t", status)
+    assert len(await prompts.encode("short", "t", status)) == 5
+    # Callers that leave free their places, but the one that runs keeps the tenant's turn.
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    last = asyncio.ensure_future(prompts.encode(LONG, "t", status))
+    await asyncio.sleep(0)
+    assert len(codec.threads) == 2, "the long and the short one"
+    codec.gate.set()
+    assert len(await last) == 10
+
+
+async def test_what_no_context_holds_is_refused_as_it_arrives(status: ClusterStatus) -> None:
+    codec = GatedCodec()
+    longest = max(report.info.max_model_len for report in status.reports.values())
+    text = "a" * (longest * codec.max_token_chars + 1)
+    turn = pb.ChatMessage(role="user", content=text)
+    prompts = Prompts(codec)
+    for prompt in (
+        pb.Prompt(text=text),
+        pb.Prompt(chat=pb.Chat(messages=[turn])),
+        pb.Prompt(token_ids=pb.TokenIds(ids=[1] * (longest + 1))),
+    ):
+        with pytest.raises(ContextExceededError) as caught:
+            prompts.check_length(prompt, status)
+        assert str(longest) in str(caught.value)
+    prompts.check_length(pb.Prompt(text=text[1:]), status)
+
+
+async def test_a_template_that_does_not_end_is_interrupted(status: ClusterStatus) -> None:
+    prompts = Prompts(GatedCodec(), chat_timeout_s=0.05)
+    for _ in range(2):  # the thread serves on
+        with pytest.raises(InvalidFieldError) as caught:
+            await prompts.encode((ChatTurn("user", "hello"),), "t", status)
+        assert caught.value.field == "prompt.chat"

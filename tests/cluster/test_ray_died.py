@@ -1,0 +1,37 @@
+"""What `kvmesh serve` does when a process of Ray has died, without Ray."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import psutil
+import pytest
+import typer
+
+from kvmesh.cluster.cli.console import EXIT_FAILURE, friendly_errors
+from kvmesh.cluster.cli.signals import hold_signals
+from kvmesh.cluster.config import ClusterConfig
+from kvmesh.cluster.lifecycle import Cluster, RayDiedError
+
+
+def test_it_stops_waiting_and_prints_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    cluster = Cluster(ClusterConfig())
+    cluster.check_alive()
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        cluster._ray_processes = {"raylet": psutil.Process(ended.pid)}
+        with hold_signals() as stop, pytest.raises(typer.Exit) as caught, friendly_errors():
+            stop.wait(cluster.check_alive)
+    assert caught.value.exit_code == EXIT_FAILURE
+    line = capsys.readouterr().err.strip()
+    assert line.startswith("error: raylet, a process of Ray, has died")
+    assert "\n" not in line
+
+
+def test_the_error_says_what_to_do() -> None:
+    cluster = Cluster(ClusterConfig())
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        cluster._ray_processes = {"gcs_server": psutil.Process(ended.pid)}
+        ended.wait()
+    with pytest.raises(RayDiedError, match=r"gcs_server.*Start it again"):
+        cluster.check_alive()

@@ -1,0 +1,33 @@
+"""What an engine reports to the router: its facts, its leases, cached blocks, and loads."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from kvmesh.workers.cached_blocks import CachedBlocks
+from kvmesh.workers.engine import Engine
+from kvmesh.workers.engine_thread import Report
+from kvmesh.workers.lease_book import LeaseBook
+from kvmesh.workers.loads import EngineLoads
+
+
+class EngineAccount:
+    """Belongs to the leader's event loop.
+
+    loads: the latest report, at most a step old, exact when idle
+    loads_current: whether no sequence has started or ended since
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.info = engine.info
+        self.book = LeaseBook(engine.geometry, engine.info.capacity)
+        self.blocks = CachedBlocks()
+        self.loads = EngineLoads()
+        self.loads_current = False
+
+    def note(self, report: Report) -> None:
+        """A report of the engine, made after all that the book has heard of."""
+        loads, pages = report
+        self.loads = replace(loads, leases=self.book.leases)
+        self.loads_current = True
+        self.blocks.note(pages)
