@@ -139,7 +139,7 @@ def test_a_baseline_is_measured_by_this_benchmark(tmp_path: Path) -> None:
     (tmp_path / "checkout" / "benchmarks").mkdir()
     directory = tmp_path / "run"
     directory.mkdir()
-    code = "import benchmarks, kvmesh; print(kvmesh.__file__, *benchmarks.__path__)"
+    code = "import benchmarks, kvmesh; print(kvmesh.__file__, *benchmarks.__path__, sep=chr(10))"
     found = subprocess.run(
         [sys.executable, "-c", code],
         cwd=directory,
@@ -148,7 +148,10 @@ def test_a_baseline_is_measured_by_this_benchmark(tmp_path: Path) -> None:
         text=True,
         check=True,
     )
-    assert found.stdout.split() == [str(directory / "kvmesh" / "__init__.py"), f"{HERE}/benchmarks"]
+    assert found.stdout.splitlines() == [
+        str(directory / "kvmesh" / "__init__.py"),
+        f"{HERE}/benchmarks",
+    ]
 
 
 def answer(damage: Damage) -> grpc.GenericRpcHandler:
