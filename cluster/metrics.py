@@ -8,6 +8,7 @@ from typing import Protocol
 
 from kvmesh.cluster.reports import EngineLatencies, LatencyStats
 from kvmesh.cluster.routing.outcome import RouterStatus
+from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.workers.loads import EngineInfo, EngineLoads
 from kvmesh.workers.request import SequenceDelta, SequenceUsage
 from kvmesh.workers.sizes import PageNeed
@@ -160,15 +161,14 @@ class IngressMeters:
     def request(self, method: str, outcome: str) -> None:
         self._requests.inc(1, {"method": method, "outcome": outcome})
 
-    def finished(
-        self, group: str, first_token_s: float | None, queue_s: float, failovers: int
-    ) -> None:
-        tags = {"group": group}
-        self._queue.observe(queue_s, tags)
-        if first_token_s is not None:
-            self._first_token.observe(first_token_s, tags)
-        if failovers:
-            self._failovers.inc(failovers, tags)
+    def finished(self, usage: pb.Usage) -> None:
+        """A request has ended with this usage."""
+        tags = {"group": usage.group}
+        self._queue.observe(usage.queue_s, tags)
+        if usage.HasField("time_to_first_token_s"):
+            self._first_token.observe(usage.time_to_first_token_s, tags)
+        if usage.failovers:
+            self._failovers.inc(usage.failovers, tags)
 
 
 class RouterMeters:

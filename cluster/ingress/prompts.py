@@ -48,6 +48,11 @@ class Prompts:
         self._turns: defaultdict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(1))
         self._waiting: Counter[str] = Counter()  # by tenant
 
+    async def of(self, prompt: pb.Prompt, tenant: str, status: ClusterStatus) -> TokenIds:
+        """Token ids of a prompt on the wire. Raises what the methods below raise."""
+        self.check_length(prompt, status)
+        return await self.encode(validate.prompt(prompt), tenant, status)
+
     def check_length(self, prompt: pb.Prompt, status: ClusterStatus) -> None:
         """Refuse a prompt that no context can hold, before anything is computed from it.
 

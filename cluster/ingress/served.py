@@ -2,9 +2,71 @@
 
 from __future__ import annotations
 
-from kvmesh.cluster.errors import ContextExceededError, UnknownModelError
+import asyncio
+import logging
+
+from kvmesh.cluster.errors import ContextExceededError, NotReadyError, UnknownModelError
+from kvmesh.cluster.ingress.router_link import RouterLink
 from kvmesh.cluster.reports import ClusterStatus
 from kvmesh.workers.loads import EngineInfo
+
+logger = logging.getLogger(__name__)
+
+REFRESH_PERIOD_S = 1.0
+
+
+class Served:
+    """The cluster's status, as the router last said it.
+
+    aliases: other names for the model that requests may use
+    """
+
+    def __init__(self, router: RouterLink, aliases: frozenset[str]) -> None:
+        self._router = router
+        self._aliases = aliases
+        self._status: ClusterStatus | None = None
+        self._fresh: asyncio.Future[ClusterStatus] | None = None
+
+    async def run(self) -> None:
+        """Ask the router regularly; runs until cancelled."""
+        while True:
+            try:
+                await self.refresh()
+            except NotReadyError as error:
+                logger.warning("%s", error)
+            await asyncio.sleep(REFRESH_PERIOD_S)
+
+    async def refresh(self) -> None:
+        self._status = await self._router.status()
+
+    @property
+    def healthy(self) -> bool:
+        """Whether a group is up."""
+        return bool(self._status and self._status.healthy)
+
+    @property
+    def draining(self) -> bool:
+        """Whether the whole cluster shuts down."""
+        return bool(self._status and self._status.draining)
+
+    @property
+    def status(self) -> ClusterStatus:
+        """Raises NotReadyError before any group has reported."""
+        if self._status is None or not self._status.reports:
+            raise NotReadyError()
+        return self._status
+
+    def status_for(self, model: str) -> ClusterStatus:
+        """Like `status`; raises UnknownModelError for a request for another model."""
+        status = self.status
+        check_model(model, status, self._aliases)
+        return status
+
+    async def fresh(self) -> ClusterStatus:
+        """With reports made now; one question to the engines answers all who ask meanwhile."""
+        if self._fresh is None or self._fresh.done():
+            self._fresh = asyncio.ensure_future(self._router.status(fresh=True))
+        return await asyncio.shield(self._fresh)
 
 
 def any_info(status: ClusterStatus) -> EngineInfo:

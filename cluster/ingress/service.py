@@ -12,7 +12,6 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 
 from kvmesh.cluster.errors import (
     DrainingError,
-    NotReadyError,
     ResumeMismatchError,
 )
 from kvmesh.cluster.identity import Identity
@@ -24,17 +23,14 @@ from kvmesh.cluster.ingress.generation import Generation, IngressContext
 from kvmesh.cluster.ingress.prompts import Prompts
 from kvmesh.cluster.ingress.quality import DIVERGENCE_NATS, groups_below
 from kvmesh.cluster.ingress.router_link import RouterLink
+from kvmesh.cluster.ingress.served import Served
 from kvmesh.cluster.link import Address
 from kvmesh.cluster.metrics import IngressMeters
-from kvmesh.cluster.reports import ClusterStatus
 from kvmesh.cluster.routing.request import PlaceRequest
 from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
-from kvmesh.workers.request import TokenIds
 from kvmesh.workers.sampling_params import RANGES
 
 logger = logging.getLogger(__name__)
-
-REFRESH_PERIOD_S = 1.0
 
 
 class IngressService:
@@ -65,15 +61,13 @@ class IngressService:
         self._limits = limits
         self._meters = meters
         self._version = version
-        self._model_names = model_names
+        self._served = Served(self._router, model_names)
         self._divergence_nats = divergence_nats
-        self._status: ClusterStatus | None = None
-        self._fresh_status: asyncio.Future[ClusterStatus] | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._running = 0
         self._idle = asyncio.Event()
         self._idle.set()
-        self.draining = False
+        self._draining = False
         self._context = IngressContext(self._router, self._engines, codec, queue_timeout_s)
 
     # Start and stop
@@ -82,7 +76,7 @@ class IngressService:
         """Connect to the router, and keep its status up to date."""
         self._tasks = [
             asyncio.create_task(self._router.run()),
-            asyncio.create_task(self._poll_status()),
+            asyncio.create_task(self._served.run()),
         ]
 
     def check_health(self) -> None:
@@ -93,36 +87,31 @@ class IngressService:
     @property
     def ready(self) -> bool:
         """Whether requests can be served."""
-        return bool(self._status and self._status.healthy) and not self.draining
+        return self._served.healthy and not self._closed
 
     async def refresh(self) -> None:
         """Ask the router for its status."""
-        self._status = await self._router.status()
-        self.draining = self.draining or self._status.draining
+        await self._served.refresh()
+
+    @property
+    def _closed(self) -> bool:
+        return self._draining or self._served.draining
 
     async def drain(self, timeout_s: float) -> None:
         """Refuse new requests, and wait up to `timeout_s` for running ones to end."""
-        self.draining = True
+        self._draining = True
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._idle.wait()
 
     async def stop(self) -> None:
         """Close every connection, which ends running requests."""
-        self.draining = True
+        self._draining = True
         self._engines.close()
         self._prompts.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    async def _poll_status(self) -> None:
-        while True:
-            try:
-                await self.refresh()
-            except NotReadyError:
-                logger.warning("the router does not answer")
-            await asyncio.sleep(REFRESH_PERIOD_S)
 
     # Calls
 
@@ -146,7 +135,7 @@ class IngressService:
             async with contextlib.aclosing(generation.events()) as events:
                 async for event in events:
                     if event.HasField("usage"):
-                        self._measure(event.usage)
+                        self._meters.finished(event.usage)
                     yield event
         finally:
             self._running -= 1
@@ -165,8 +154,8 @@ class IngressService:
 
     async def tokenize(self, request: pb.TokenizeRequest, tenant: str) -> pb.TokenizeResponse:
         self._check_open()
-        status = self._status_for(request.model)
-        ids = await self._encode(request.prompt, tenant, status)
+        status = self._served.status_for(request.model)
+        ids = await self._prompts.of(request.prompt, tenant, status)
         return pb.TokenizeResponse(
             token_ids=ids.tolist(), max_model_len=served.max_model_len(status)
         )
@@ -183,7 +172,7 @@ class IngressService:
         self, request: pb.EstimateBudgetRequest, tenant: str
     ) -> pb.EstimateBudgetResponse:
         self._check_open()
-        status = self._status_for(request.model)
+        status = self._served.status_for(request.model)
         prompt_tokens, hashes = await self._size(request, tenant)
         max_tokens = self._limits.default_max_tokens
         if request.HasField("max_tokens"):
@@ -209,29 +198,26 @@ class IngressService:
         if not request.request_id:
             validate.refuse("request_id", "must not be empty")
         explained = await self._router.explain(f"{tenant}/{request.request_id}")
-        return explain_reply(request.request_id, explained, self._current_status())
+        return explain_reply(request.request_id, explained, self._served.status)
 
     async def get_model_info(
         self, request: pb.GetModelInfoRequest, tenant: str
     ) -> pb.GetModelInfoResponse:
         self._check_open()
-        return wire.model_info(self._current_status(), self._codec, self._version)
+        return wire.model_info(self._served.status, self._codec, self._version)
 
     async def get_loads(self, request: pb.GetLoadsRequest, tenant: str) -> pb.GetLoadsResponse:
         self._check_open()
-        if self._fresh_status is None or self._fresh_status.done():
-            # One question to the engines answers everyone who asks meanwhile.
-            self._fresh_status = asyncio.ensure_future(self._router.status(fresh=True))
-        return wire.loads(await asyncio.shield(self._fresh_status))
+        return wire.loads(await self._served.fresh())
 
     # Internals
 
     def _check_open(self) -> None:
-        if self.draining:
+        if self._closed:
             raise DrainingError()
 
     async def _generation(self, request: pb.GenerateRequest, tenant: str) -> Generation:
-        status = self._status_for(request.model)
+        status = self._served.status_for(request.model)
         self._prompts.check_length(request.prompt, status)
         spec = validate.generation_spec(request, self._limits)
         info = served.any_info(status)
@@ -261,28 +247,7 @@ class IngressService:
         """The prompt's length, and its pages' hashes if the prompt itself is given."""
         if request.WhichOneof("size") == "prompt_tokens":
             return request.prompt_tokens, ()
-        status = self._current_status()
-        ids = await self._encode(request.prompt, tenant, status)
+        status = self._served.status
+        ids = await self._prompts.of(request.prompt, tenant, status)
         info = served.any_info(status)
         return len(ids), await self._prompts.page_hashes(ids, tenant, "", info)
-
-    async def _encode(self, prompt: pb.Prompt, tenant: str, status: ClusterStatus) -> TokenIds:
-        self._prompts.check_length(prompt, status)
-        return await self._prompts.encode(validate.prompt(prompt), tenant, status)
-
-    def _current_status(self) -> ClusterStatus:
-        if self._status is None or not self._status.reports:
-            raise NotReadyError()
-        return self._status
-
-    def _status_for(self, model: str) -> ClusterStatus:
-        """The current status; refuses a request for another model."""
-        status = self._current_status()
-        served.check_model(model, status, self._model_names)
-        return status
-
-    def _measure(self, usage: pb.Usage) -> None:
-        first_token_s = None
-        if usage.HasField("time_to_first_token_s"):
-            first_token_s = usage.time_to_first_token_s
-        self._meters.finished(usage.group, first_token_s, usage.queue_s, usage.failovers)

@@ -56,8 +56,7 @@ async def status() -> ClusterStatus:
 
 async def status_of(built: Machine) -> ClusterStatus:
     await built.ingress.refresh()
-    assert built.ingress._status is not None
-    return built.ingress._status
+    return built.ingress._served.status
 
 
 async def started(codec: GatedCodec) -> None:
