@@ -9,6 +9,8 @@ from collections.abc import Iterable
 import numpy as np
 import numpy.typing as npt
 import pytest
+from tokenizers import Tokenizer as RawTokenizer
+from tokenizers import models, pre_tokenizers
 
 from kvmesh.cluster.errors import ContextExceededError, IngressBusyError
 from kvmesh.cluster.ingress.prompts import LONG_TEXT_CHARS, MAX_WAITING, Prompts
@@ -17,6 +19,7 @@ from kvmesh.cluster.reports import ClusterStatus
 from kvmesh.protos import pb
 from kvmesh.workers.errors import InvalidFieldError
 from kvmesh.workers.model.chat import ChatTemplate
+from kvmesh.workers.model.tokenizer import Tokenizer
 from tests.cluster.machine import LetterCodec, Machine, machine
 
 LONG = "a" * LONG_TEXT_CHARS
@@ -72,6 +75,39 @@ async def test_long_texts_leave_the_event_loops_thread(status: ClusterStatus) ->
     await prompts.encode(LONG, "t", status)
     here = threading.get_ident()
     assert [thread == here for thread in codec.threads] == [True, False]
+
+
+class BytesCodec(LetterCodec):
+    """The real tokenizer, with a vocabulary of single bytes."""
+
+    max_token_chars = 1 << 20
+
+    def __init__(self) -> None:
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        vocab = {character: index for index, character in enumerate(alphabet)}
+        raw = RawTokenizer(models.BPE(vocab=vocab, merges=[]))
+        raw.pre_tokenizer = pre_tokenizers.ByteLevel()
+        self._tokenizer = Tokenizer(raw, {}, None)
+
+    def encode(self, text: str) -> npt.NDArray[np.int32]:
+        return np.array(self._tokenizer.encode(text), np.int32)
+
+
+async def test_the_event_loop_turns_while_a_long_text_is_tokenised(status: ClusterStatus) -> None:
+    """The tokenizer does not keep the interpreter's lock."""
+    turns = 0
+
+    async def spin() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    spinning = asyncio.ensure_future(spin())
+    ids = await Prompts(BytesCodec()).encode("some words " * 150_000, "t", status)
+    spinning.cancel()
+    assert len(ids) > 1_500_000
+    assert turns > 10, "the lock was kept"
 
 
 async def test_one_tenants_long_texts_leave_a_thread_to_others(status: ClusterStatus) -> None:
