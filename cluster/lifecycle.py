@@ -84,6 +84,7 @@ class Cluster:
         self._progress = progress or _silent
         self._directory: Path | None = None
         self._ports: PortBlock | None = None
+        self._environ: dict[str, str | None] = {}  # what its variables were before
         self._keep: frozenset[int] = frozenset()
         self._identity = Identity.make()
         self._router: Address | None = None
@@ -173,7 +174,9 @@ class Cluster:
         self._directory = Path(tempfile.mkdtemp(prefix="kvmesh-", dir=_short_tmp()))
         assert self._ports is not None
         protect_ray_token(os.environ)
-        os.environ.update(local_variables(config, self._directory / "p", self._ports))
+        variables = local_variables(config, self._directory / "p", self._ports)
+        self._environ = {name: os.environ.get(name) for name in variables}
+        os.environ.update(variables)
         self._started = True
         ray = _import_ray()
         scratch = self._directory / "t"
@@ -282,6 +285,13 @@ class Cluster:
         if self._ports is not None:
             self._ports.release()
             self._ports = None
+        for name, value in self._environ.items():
+            # They are this cluster's: neither another one nor a child process may have them.
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        self._environ = {}
 
     def _shut_down(self) -> None:
         ray = _import_ray()
