@@ -428,9 +428,15 @@ def _import_ray() -> Any:
 
 @contextlib.contextmanager
 def _muted() -> Any:
-    """Hide what Ray prints about the deaths of its actors during shutdown."""
-    with open(os.devnull, "w") as null, contextlib.redirect_stderr(null):
-        yield
+    """Hide what Ray prints about the deaths of its actors during shutdown, also from C++."""
+    stderr = os.dup(2)
+    try:
+        with open(os.devnull, "w") as null, contextlib.redirect_stderr(null):
+            os.dup2(null.fileno(), 2)
+            yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
 
 
 def _quieten_serve() -> None:
