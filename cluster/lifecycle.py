@@ -296,33 +296,29 @@ class Cluster:
     def _shut_down(self) -> None:
         ray = _import_ray()
         try:
-            if ray.is_initialized():
+            if ray.is_initialized() and not self._hurry.is_set():
                 self._progress("shutting down", None)
-                self._stop_serving()
+                self._wait_for_requests()
         finally:
             self._progress("stopping Ray", None)
             if self._router_calls is not None:
                 self._router_calls.close()
-            if self._dead_part() is None:
-                with _muted():
-                    ray.shutdown()
-            if self._directory is not None:
-                end_descendants(self._keep)
-                shutil.rmtree(self._directory, ignore_errors=True)
-                self._directory = None
             with _muted():
+                if self._dead_part() is None:
+                    self._stop_serving()
+                    ray.shutdown()
+                if self._directory is not None:
+                    end_descendants(self._keep)
+                    shutil.rmtree(self._directory, ignore_errors=True)
+                    self._directory = None
                 # Not before the others are gone: it waits for a dead part.
                 ray.shutdown()
 
     def _stop_serving(self) -> None:
+        """Errors do not matter, because the processes are ended anyway."""
         from ray import serve
 
-        if not self._hurry.is_set():
-            self._wait_for_requests()
-        if self._dead_part() is not None:
-            return
-        with _muted(), contextlib.suppress(Exception):
-            # Errors do not matter, because the processes are ended anyway.
+        with contextlib.suppress(Exception):
             if self._config.ray.address is None:
                 serve.shutdown()
             else:
@@ -427,16 +423,22 @@ def _import_ray() -> Any:
 
 
 @contextlib.contextmanager
-def _muted() -> Any:
+def _muted() -> Iterator[None]:
     """Hide what Ray prints about the deaths of its actors during shutdown, also from C++."""
-    stderr = os.dup(2)
+    kept: dict[int, int] = {}
+    for stream in (1, 2):
+        with contextlib.suppress(OSError):  # it was closed before we started
+            kept[stream] = os.dup(stream)
     try:
-        with open(os.devnull, "w") as null, contextlib.redirect_stderr(null):
-            os.dup2(null.fileno(), 2)
-            yield
+        with open(os.devnull, "w") as null:
+            for stream in kept:
+                os.dup2(null.fileno(), stream)
+            with contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
+                yield
     finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
+        for stream, copy in kept.items():
+            os.dup2(copy, stream)
+            os.close(copy)
 
 
 def _quieten_serve() -> None:
