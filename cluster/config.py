@@ -69,8 +69,8 @@ class IngressSection(Settings):
         Field(
             default_factory=dict,
             description="By KV format: its divergence from exact KV on your model (`kvmesh eval "
-            "perplexity`, KL), for min_kv_format; formats that are not named have the figures of "
-            "docs/kv_formats.md",
+            "perplexity`, KL), for max_kv_divergence_nats; formats that are not named have the "
+            "figures of docs/kv_formats.md",
         )
     )
 
@@ -85,6 +85,9 @@ class TenantKey(Settings):
     )
     sha256: str = Field(
         pattern="^[0-9a-f]{64}$", description="SHA-256 of the key, in lower-case hexadecimal"
+    )
+    admin: bool = Field(
+        default=False, description="Whether it may see the loads of all tenants, as operators do"
     )
 
 

@@ -106,13 +106,22 @@ def _print_stream(stream: Any) -> str:
 
 
 def status(target: TargetOption = None, api_key: KeyOption = None) -> None:
-    """Show the model, the groups' pools and latencies, and the router's ledger."""
+    """Show the model, and with an admin key the groups' loads and the router's ledger.
+
+    With another key: what its tenant is using.
+    """
     with friendly_errors():
-        from kvmesh.client import Client
-        from kvmesh.cluster.cli.status_view import show_status
+        from kvmesh.client import Client, PermissionDeniedError
+        from kvmesh.cluster.cli.status_view import show_cluster, show_model, show_tenant
 
         with Client(target, api_key=api_key) as client:
-            show_status(client.model_info(), client.loads())
+            show_model(client.model_info())
+            try:
+                groups, loads = client.groups(), client.loads()
+            except PermissionDeniedError:
+                show_tenant(client.tenant_loads())
+            else:
+                show_cluster(groups, loads)
 
 
 def estimate(
@@ -120,8 +129,8 @@ def estimate(
     prompt_tokens: Annotated[int | None, typer.Option(help="Length of the prompt.")] = None,
     max_tokens: MaxTokensOption = None,
     n: Annotated[int | None, typer.Option("-n", help="Number of choices.")] = None,
-    min_kv_format: Annotated[
-        str | None, typer.Option(help="Lowest acceptable quality of KV format.")
+    allow_kv_format: Annotated[
+        list[str] | None, typer.Option(help="An acceptable KV format; may be repeated.")
     ] = None,
     target: TargetOption = None,
     api_key: KeyOption = None,
@@ -140,7 +149,7 @@ def estimate(
                     prompt_tokens=prompt_tokens,
                     max_tokens=max_tokens,
                     n=n,
-                    min_kv_format=min_kv_format,
+                    allowed_kv_formats=allow_kv_format,
                 )
             )
 

@@ -2,28 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.table import Table
 
 from kvmesh.client import (
     Estimate,
     Explanation,
-    GroupInfo,
+    GroupFacts,
     GroupLedger,
     GroupLoads,
     LatencySummary,
     Loads,
     ModelInfo,
     PagesLoad,
+    TenantLoads,
 )
 from kvmesh.cluster.cli.console import human_bytes, human_seconds, out
 
 
-def show_status(info: ModelInfo, loads: Loads) -> None:
+def show_model(info: ModelInfo) -> None:
     out.print(
         f"[bold]{info.model}[/bold] ({info.model_revision}), context {info.max_model_len} tokens, "
         f"server {info.version}"
     )
-    facts = {group.group: group for group in info.groups}
+
+
+def show_tenant(loads: TenantLoads) -> None:
+    """For keys that may not see the whole cluster."""
+    quota = "" if loads.quota_bytes is None else f" of {human_bytes(loads.quota_bytes)}"
+    out.print(
+        f"tenant {loads.tenant}: {loads.running} running, {loads.queued} waiting, "
+        f"{human_bytes(loads.leased_bytes)}{quota} leased"
+    )
+
+
+def show_cluster(groups: Sequence[GroupFacts], loads: Loads) -> None:
+    facts = {group.group: group for group in groups}
     ledger = {group.group: group for group in loads.router.ledger}
     for group in loads.groups:
         out.print()
@@ -39,7 +54,7 @@ def show_status(info: ModelInfo, loads: Loads) -> None:
         out.print(f"  rejected {count}: {reason}")
 
 
-def _group(group: GroupLoads, fact: GroupInfo | None, account: GroupLedger | None) -> Table:
+def _group(group: GroupLoads, fact: GroupFacts | None, account: GroupLedger | None) -> Table:
     """One group as a table of two columns, which fits a narrow terminal or a log."""
     ranks = f", tp {fact.tp}" if fact else ""
     title = f"[bold]{group.group}[/bold] {_state(group)} [dim]{group.kv_format}{ranks}[/dim]"

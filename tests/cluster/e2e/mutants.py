@@ -69,7 +69,7 @@ METHODS: dict[str, tuple[int, Callable[[random.Random], Message]]] = {
     "Explain": (2, lambda rng: pb.ExplainRequest(request_id="fuzz")),
     "Abort": (2, lambda rng: pb.AbortRequest(request_id="fuzz")),
     "GetModelInfo": (1, lambda rng: pb.GetModelInfoRequest()),
-    "GetLoads": (1, lambda rng: pb.GetLoadsRequest()),
+    "GetTenantLoads": (1, lambda rng: pb.GetTenantLoadsRequest()),
 }
 
 

@@ -68,7 +68,9 @@ def test_nothing_grows(endpoint: Endpoint, pytestconfig: pytest.Config) -> None:
     grown = []
     for process, seen in samples.items():
         middle, end = window(seen, 0.4, 0.6), window(seen, 0.8, 1.0)
-        parts = [window(seen, i / CURVE_POINTS, (i + 1) / CURVE_POINTS) for i in range(CURVE_POINTS)]
+        parts = [
+            window(seen, i / CURVE_POINTS, (i + 1) / CURVE_POINTS) for i in range(CURVE_POINTS)
+        ]
         curve = " ".join(f"{part.resident_bytes >> 20:>4}" for part in parts)
         line = f"{process:<40} {curve} MiB, {middle.files:>4} -> {end.files:>4} files"
         print(line)
