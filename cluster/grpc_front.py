@@ -23,6 +23,7 @@ import grpc
 from google.protobuf.message import DecodeError, Message
 from grpc.aio._server import Server  # the class that Serve's is derived from
 from grpc_health.v1 import health_pb2
+from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from kvmesh.client.status import TRAILER, encode
 from kvmesh.cluster.errors import IngressBusyError, NotAllowedError, NotReadyError
@@ -45,6 +46,7 @@ READERS_PER_TENANT = 16
 TURN_TIMEOUT_S = 1.0
 READ_TIMEOUT_S = 30.0
 HEALTH_POLL_S = 1.0
+MAX_REFLECTION_BYTES = 4096
 
 Context = Any  # grpc.aio's, whose class is not public
 
@@ -100,6 +102,9 @@ METHODS: Mapping[str, tuple[ContractMethod, ...]] = {
         ),
     ),
 }
+
+
+_REFLECTION: Any = reflection.aio.ReflectionServicer([*METHODS, "grpc.health.v1.Health"])
 
 
 class GrpcFront:
@@ -184,6 +189,15 @@ class GrpcFront:
                 ) from None
             yield
 
+    async def reflect(self, context: Context) -> None:
+        """grpc.reflection: the contract's descriptors, for tools such as grpcurl."""
+        try:
+            self._authenticate(context.invocation_metadata())
+            async for reply in _REFLECTION.ServerReflectionInfo(_reflection_calls(context), None):
+                await context.write(reply.SerializeToString())
+        except Exception as error:
+            fail(context, error, "")
+
     # grpc.health.v1.Health; needs no key, as probes have none.
 
     async def check(self, context: Context) -> None:
@@ -243,6 +257,17 @@ async def _only_message(context: Context) -> object:
     return body
 
 
+async def _reflection_calls(context: Context) -> AsyncIterator[Any]:
+    """What a reflection call asks, one after the other."""
+    while (body := await context.read()) is not grpc.aio.EOF:
+        if len(body) > MAX_REFLECTION_BYTES:
+            refuse("request", f"must have at most {MAX_REFLECTION_BYTES} bytes, got {len(body)}")
+        try:
+            yield reflection_pb2.ServerReflectionRequest.FromString(body)
+        except DecodeError:
+            refuse("request", "must be a grpc.reflection.v1alpha.ServerReflectionRequest")
+
+
 async def _health_request(context: Context) -> health_pb2.HealthCheckRequest:
     body = await _only_message(context)
     try:
@@ -291,6 +316,7 @@ def add_to_server(_: Any, server: Any) -> None:
         for service, methods in METHODS.items()
     }
     services["grpc.health.v1.Health"] = {"Check": GrpcFront.check, "Watch": GrpcFront.watch}
+    services[reflection.SERVICE_NAME] = {"ServerReflectionInfo": GrpcFront.reflect}
     for service, methods in services.items():
         # Not by Serve's own method, which would route the calls through Serve. Registered ones
         # are accepted apart from one another: a health check does not wait behind other calls.

@@ -8,8 +8,10 @@ from typing import Any
 
 import grpc
 import pytest
+from google.protobuf.descriptor_pb2 import FileDescriptorProto
 from google.protobuf.struct_pb2 import Struct, Value
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from kvmesh.client.status import TRAILER, decode
 from kvmesh.cluster import grpc_front
@@ -129,6 +131,30 @@ async def test_operators_calls_need_an_admin_key(served: Served, method: str) ->
     assert error is not None and error.reason == pb.ERROR_REASON_NOT_ALLOWED
     replies = [data async for data in served.call(method, b"", OPERATOR, ADMIN_SERVICE)]
     assert len(replies) == 1 and b"g0" in replies[0]
+
+
+async def test_the_contract_can_be_asked_for_with_a_key(served: Served) -> None:
+    def ask(request: reflection_pb2.ServerReflectionRequest, headers: Any = HEADERS) -> Any:
+        multi: Any = served.channel.stream_stream(
+            f"/{reflection.SERVICE_NAME}/ServerReflectionInfo"
+        )
+        return multi(iter([request.SerializeToString()]), metadata=headers)
+
+    everything = reflection_pb2.ServerReflectionRequest(list_services="")
+    reply = reflection_pb2.ServerReflectionResponse.FromString(await ask(everything).read())
+    names = {service.name for service in reply.list_services_response.service}
+    assert names == {SERVICE, ADMIN_SERVICE, "grpc.health.v1.Health"}
+    symbol = reflection_pb2.ServerReflectionRequest(file_containing_symbol="kvmesh.v1.Usage")
+    reply = reflection_pb2.ServerReflectionResponse.FromString(await ask(symbol).read())
+    files = map(
+        FileDescriptorProto.FromString, reply.file_descriptor_response.file_descriptor_proto
+    )
+    assert "kvmesh/v1/kvmesh.proto" in {file.name for file in files}
+    code, _ = await failure(ask(everything, ()))
+    assert code is grpc.StatusCode.UNAUTHENTICATED
+    long = reflection_pb2.ServerReflectionRequest(file_by_filename="x" * 10_000)
+    code, error = await failure(ask(long))
+    assert code is grpc.StatusCode.INVALID_ARGUMENT and error is not None
 
 
 async def test_a_tenant_sees_what_it_uses_itself(served: Served) -> None:
