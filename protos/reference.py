@@ -25,9 +25,22 @@ HERE = Path(__file__).resolve().parent
 PAGE = HERE.parent / "docs/grpc.md"
 HEAD = """# gRPC reference
 
-Generated from the comments in `protos/` by `make protos`; edit those. Packages and files have their
-conventional paths: `kvmesh/v1/kvmesh.proto` is `kvmesh.v1`. The Python SDK is described in
-[sdk.md](sdk.md).
+Generated from the comments in `protos/` by `make protos`; edit those. For Python there is
+[an SDK](../README.md).
+
+Clients in other languages are generated from `protos/kvmesh/v1/kvmesh.proto`, whose path and package
+are conventional:
+
+```
+protoc -Iprotos --go_out=out --go-grpc_out=out kvmesh/v1/kvmesh.proto     # Go
+protoc -Iprotos --es_out=target=ts:out kvmesh/v1/kvmesh.proto             # TypeScript
+```
+
+A running server describes itself by gRPC reflection, to callers with a key:
+
+```
+grpcurl -plaintext -H "authorization: Bearer $KEY" 127.0.0.1:9000 describe kvmesh.v1.KVMesh
+```
 """
 # Field numbers within descriptor.proto, of which paths to comments consist.
 MESSAGES, ENUMS, SERVICES = 4, 5, 6
