@@ -28,6 +28,7 @@ from kvmesh.cluster.metrics import IngressMeters
 from kvmesh.protos import pb
 from tests.cluster.machine import Machine, NoMeters, answer, machine
 from tests.cluster.test_generation import PROMPT
+from tests.protos.test_other_versions import old
 
 HEADERS = (("authorization", "Bearer key"),)
 OTHER_HEADERS = (("authorization", "Bearer other"),)
@@ -111,6 +112,25 @@ async def test_a_stream_and_a_reply(served: Served) -> None:
     unary: Any = served.channel.unary_unary("/kvmesh.v1.KVMesh/Generate")
     reply = pb.GenerateResponse.FromString(await unary(request(), metadata=HEADERS))
     assert list(reply.choices[0].token_ids) == tokens
+
+
+async def test_a_client_from_before_the_lock_is_served(served: Served) -> None:
+    served.machine.allow(MANY)
+    sent = old("GenerateRequest")()
+    sent.prompt.token_ids.ids.extend(PROMPT)
+    sent.sampling_params.max_tokens = 5
+    sent.sampling_params.temperature = 0
+    tokens: list[int] = []
+    finished = False
+    async for data in served.call("GenerateStream", sent.SerializeToString()):
+        event = old("GenerateStreamResponse").FromString(data)
+        tokens += event.delta.token_ids
+        finished |= event.HasField("usage")
+    assert tokens == answer(PROMPT, 5) and finished
+    sent.min_kv_format = "int8"  # since removed
+    code, error = await failure(served.call("GenerateStream", sent.SerializeToString()))
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert error is not None and error.reason == pb.ERROR_REASON_UNSUPPORTED
 
 
 @pytest.mark.parametrize(("service", "method"), ALL_METHODS)
