@@ -28,8 +28,8 @@ HEAD = """# gRPC reference
 Generated from the comments in `protos/` by `make protos`; edit those. For Python there is
 [an SDK](../README.md).
 
-Clients in other languages are generated from `protos/kvmesh/v1/kvmesh.proto`, whose path and package
-are conventional:
+Clients in other languages are generated from `protos/kvmesh/v1/kvmesh.proto`, whose path and
+package are conventional:
 
 ```
 protoc -Iprotos --go_out=out --go-grpc_out=out kvmesh/v1/kvmesh.proto     # Go
