@@ -81,8 +81,7 @@ class Tokenizer:
 
         add_special_tokens: begin (and end) as the model expects, for instance with its BOS
         """
-        ids: list[int] = self._raw.encode(text, add_special_tokens=add_special_tokens).ids
-        return ids
+        return _ids(self._raw, text, add_special_tokens)
 
     def encode_chat(
         self,
@@ -155,8 +154,7 @@ class Tokenizer:
             # A copy, because other threads may be using the tokenizer with its setting.
             self._literal = RawTokenizer.from_str(self._raw.to_str())
             self._literal.encode_special_tokens = True
-        ids: list[int] = self._literal.encode(text, add_special_tokens=False).ids
-        return ids
+        return _ids(self._literal, text, add_special_tokens=False)
 
     def _token_id(self, text: str | None) -> int | None:
         token_id: int | None = None if text is None else self._raw.token_to_id(text)
@@ -236,6 +234,13 @@ class DetokenizerStream:
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=self._skip)
+
+
+def _ids(raw: RawTokenizer, text: str, add_special_tokens: bool) -> list[int]:
+    # `encode` holds the interpreter's lock while it works, for batches it is released.
+    batch = raw.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+    ids: list[int] = batch[0].ids
+    return ids
 
 
 def _token_text(token: object) -> str | None:
