@@ -1,4 +1,4 @@
-"""Tools, variables and continued messages in chat templates, beside transformers' own rendering."""
+"""Tools, variables and continued messages in chat templates, compared with transformers' own rendering."""
 
 from __future__ import annotations
 
