@@ -19,6 +19,26 @@ from tests.repo.imports import LAYERS, ROOT
 SKIPPED = {".git", ".venv", "build", "dist", "tests", "benchmarks", "docs", "examples", "helm"}
 # The base dependencies and their dependencies, by their names in site-packages.
 BASE_MODULES = ("google", "grpc", "typing_extensions")
+# What a user's type checker must find: the package, its types, the name of every argument.
+USE = """
+from kvmesh import AsyncClient, Client
+
+client = Client("localhost:1")
+reveal_type(client.generate("hi", temperature=0.5).usage.queue_s)
+reveal_type([delta.text for delta in client.generate_stream("hi")])
+client.generate("hi", temperature="hot")
+
+async def use(client: AsyncClient) -> None:
+    reveal_type((await client.chat([], max_tokens=5)).text)
+"""
+FOUND = """
+use.py:5: note: Revealed type is "float"
+use.py:6: note: Revealed type is "list[str]"
+use.py:7: error: Argument "temperature" to "generate" of "Client" has incompatible type "str"; \
+expected "float"  [arg-type]
+use.py:10: note: Revealed type is "str"
+Found 1 error in 1 file (checked 1 source file)
+""".replace("\\\n", "")
 TALK = """
 import sys
 import kvmesh
@@ -91,6 +111,20 @@ def install(python: Path, *what: str | Path, cwd: Path) -> None:
     )  # fmt: skip
 
 
+def editable(checkout: Path) -> Path:
+    """Built like `pip install -e` does, which would need setuptools in the environment."""
+    build = "from setuptools.build_meta import build_editable; print(build_editable('.'))"
+    return checkout / run(sys.executable, "-c", build, cwd=checkout).splitlines()[-1]
+
+
+def type_check(python: Path, cwd: Path) -> str:
+    """What `mypy --strict` says about a user's file, which is not in a checkout."""
+    (cwd / "use.py").write_text(USE)
+    command = [sys.executable, "-m", "mypy", "--strict", "--python-executable", python, "use.py"]
+    checked = subprocess.run(command, capture_output=True, text=True, cwd=cwd)
+    return checked.stdout
+
+
 def test_the_wheel_contains_only_the_package(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
@@ -134,12 +168,9 @@ def test_a_base_install_is_the_sdk(wheel: Path, bare_python: Path, tmp_path: Pat
 def test_an_editable_install_uses_the_checkout(
     checkout: Path, bare_python: Path, tmp_path: Path
 ) -> None:
-    # Built like `pip install -e` does, which would need setuptools in the environment.
-    build = "from setuptools.build_meta import build_editable; print(build_editable('.'))"
-    name = run(sys.executable, "-c", build, cwd=checkout).splitlines()[-1]
-    install(bare_python, checkout / name, cwd=tmp_path)
+    install(bare_python, editable(checkout), cwd=tmp_path)
     where = run(bare_python, "-I", "-c", TALK, cwd=tmp_path)
-    assert Path(where) == checkout / "kvmesh/__init__.py"
+    assert Path(where).resolve() == checkout / "kvmesh/__init__.py"
     added = checkout / "client/added_afterwards.py"
     added.write_text("ANSWER = 42\n")
     try:
@@ -151,6 +182,15 @@ def test_an_editable_install_uses_the_checkout(
         [bare_python, "-I", "-c", "import kernels"], capture_output=True, cwd=tmp_path
     )
     assert hidden.returncode != 0, "the top-level folders are not importable on their own"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["wheel", "editable"])
+def test_a_users_code_is_type_checked(
+    how: str, checkout: Path, wheel: Path, bare_python: Path, tmp_path: Path
+) -> None:
+    install(bare_python, wheel if how == "wheel" else editable(checkout), cwd=tmp_path)
+    assert type_check(bare_python, tmp_path).strip() == FOUND.strip()
 
 
 def test_importing_the_sdk_here_loads_nothing_heavy() -> None:
