@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping, Sized
-from typing import Any, Final
+from typing import Any, TypeVar
 
 from kvmesh.client.errors import InvalidRequestError
-from kvmesh.client.options import GenerateOptions, Message, Messages, Prompt
+from kvmesh.client.options import Message, Messages, Prompt
 from kvmesh.protos import pb
 
-_REQUEST_FIELDS: Final = frozenset(
-    ("request_id", "model", "priority", "timeout_s", "min_kv_format", "cache_salt")
-)
+Named = TypeVar("Named", pb.AbortRequest, pb.ExplainRequest)
 
 
 def prompt_message(prompt: Prompt) -> pb.Prompt:
@@ -32,7 +30,7 @@ def chat_message(messages: Messages) -> pb.Prompt:
     return pb.Prompt(chat=_chat(messages))
 
 
-def generate_request(prompt: pb.Prompt, options: GenerateOptions) -> pb.GenerateRequest:
+def generate_request(prompt: pb.Prompt, options: Mapping[str, Any]) -> pb.GenerateRequest:
     """The message of a generation; generates a request_id if there is none.
 
     Raises InvalidRequestError for values that the message cannot hold, such as a
@@ -42,7 +40,7 @@ def generate_request(prompt: pb.Prompt, options: GenerateOptions) -> pb.Generate
     for name, value in options.items():
         if value is None or name == "timeout_s":
             continue  # timeout_s counts from the call, so it is set when the request is sent
-        if name in _REQUEST_FIELDS:
+        if name in pb.GenerateRequest.DESCRIPTOR.fields_by_name:
             _assign(request, name, value, name)
         elif name == "stop" and isinstance(value, str):
             request.sampling_params.stop.append(value)
@@ -50,6 +48,18 @@ def generate_request(prompt: pb.Prompt, options: GenerateOptions) -> pb.Generate
             _assign(request.sampling_params, name, value, f"sampling_params.{name}")
     if not request.request_id:
         request.request_id = secrets.token_hex(16)
+    return request
+
+
+def tokenize_request(prompt: Prompt, model: str | None) -> pb.TokenizeRequest:
+    request = pb.TokenizeRequest(prompt=prompt_message(prompt))
+    _assign(request, "model", model or "", "model")
+    return request
+
+
+def of_request_id(cls: type[Named], request_id: str) -> Named:
+    request = cls()
+    _assign(request, "request_id", request_id, "request_id")
     return request
 
 

@@ -10,7 +10,7 @@ from typing import TypeAlias
 TokenId = int
 
 
-class FinishReason(enum.Enum):
+class FinishReason(enum.StrEnum):
     STOP = "stop"  # a stop string, a stop token or the end of sequence
     LENGTH = "length"  # max_tokens, or the context is full
     ABORT = "abort"  # aborted by request_id
@@ -140,8 +140,8 @@ class Prefilling:
     total_tokens: int
 
 
-# What `Stream.events` yields.
-StreamEvent: TypeAlias = Queued | Started | Prefilling | Delta
+# What `Stream.events` yields. Usage is the last.
+StreamEvent: TypeAlias = Queued | Started | Prefilling | Delta | Usage
 
 
 @dataclass(frozen=True, slots=True)

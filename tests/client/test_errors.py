@@ -136,7 +136,7 @@ def test_standard_details_in_trailers_are_read_if_the_text_has_no_error() -> Non
 
 def test_an_unreachable_server_is_unavailable() -> None:
     with (
-        Client("localhost:1", retry=RetryPolicy(max_attempts=2, initial_backoff_s=0)) as client,
+        Client("localhost:1", retry=RetryPolicy(max_connect_s=0.2)) as client,
         pytest.raises(errors.UnavailableError) as caught,
     ):
         client.generate("hi")

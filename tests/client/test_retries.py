@@ -73,7 +73,7 @@ def test_permanent_errors_are_not_retried(error: KVMeshError, streaming: bool) -
 
 def test_attempts_are_bounded() -> None:
     fake, client = clients()
-    fake.server.fail(UnavailableError("gone"), times=100)
+    fake.server.fail(UnavailableError("lost", reason="ENGINE_LOST"), times=100)
     with pytest.raises(UnavailableError):
         client.tokenize("hi")
     assert len(fake.server.requests) == RetryPolicy().max_attempts
@@ -115,11 +115,18 @@ def test_no_wait_extends_past_the_timeout() -> None:
     assert timeouts[1] == pytest.approx(20.0 - fake.server.slept_s)
 
 
-def test_an_expired_timeout_makes_no_call() -> None:
+@pytest.mark.parametrize("streaming", [False, True])
+def test_an_expired_timeout_makes_no_call(streaming: bool) -> None:
+    """Here the wait takes longer than it was meant to."""
     fake, client = clients()
+    fake.sleep = lambda seconds: fake.server.sleep(seconds + 30.0)  # type: ignore[method-assign]
+    fake.server.fail(UnavailableError("gone"))
     with pytest.raises(DeadlineExceededError):
-        client.generate("hi", timeout_s=0.0)
-    assert not fake.server.requests
+        if streaming:
+            list(client.generate_stream("hi", timeout_s=20.0))
+        else:
+            client.generate("hi", timeout_s=20.0)
+    assert len(fake.server.requests) == 1
 
 
 def test_retries_until_the_lost_request_has_ended() -> None:

@@ -24,6 +24,7 @@ from kvmesh import (
     Started,
     StreamEvent,
     UnavailableError,
+    Usage,
 )
 from kvmesh.client import grpc_transport
 from kvmesh.protos import pb
@@ -77,7 +78,8 @@ def test_a_stream_tells_why_it_waits(asynchronous: bool) -> None:
                 events, stream = read_events(client)
     assert isinstance(events[2], Started)
     assert (*events[:2], *events[3:5]) == WAITS
-    assert [type(event) for event in events[5:]] == [Delta, Delta]
+    assert [type(event) for event in events[5:]] == [Delta, Delta, Usage]
+    assert events[-1] == stream.usage
     assert (stream.queued, stream.prefilling) == (WAITS[1], WAITS[3])
     assert stream.completion.text == "a"
 
@@ -220,9 +222,9 @@ def test_a_long_silence_does_not_end_a_connection_with_too_many_pings(
     def attempt() -> None:
         servicer = ScriptedServicer(after_silence(silence_s, as_events))
         with serving(servicer, options=(server,)) as target:
-            transport = grpc_transport.GrpcTransport(target, None, None)
+            transport = grpc_transport.GrpcTransport.connect(target, None)
             with Client(retry=NO_RETRY, transport=transport) as client:
-                assert len(read_events(client)[0]) == 7
+                assert len(read_events(client)[0]) == 8
 
     monkeypatch.setattr(grpc_transport, "_CHANNEL_OPTIONS", scaled(tuple(options.items())))
     attempt()

@@ -120,9 +120,8 @@ def editable(checkout: Path) -> Path:
 def type_check(python: Path, cwd: Path) -> str:
     """What `mypy --strict` says about a user's file, which is not in a checkout."""
     (cwd / "use.py").write_text(USE)
-    command = [sys.executable, "-m", "mypy", "--strict", "--python-executable", python, "use.py"]
-    checked = subprocess.run(command, capture_output=True, text=True, cwd=cwd)
-    return checked.stdout
+    command = [sys.executable, "-m", "mypy", "--strict", f"--python-executable={python}", "use.py"]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd).stdout
 
 
 def test_the_wheel_contains_only_the_package(wheel: Path) -> None:
