@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from numbers import Real
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from kvmesh.client.errors import InvalidRequestError
 
@@ -26,13 +26,10 @@ def check_seconds(name: str, value: object, *, zero: bool = False, none: bool = 
     """
     if none and value is None:
         return
+    seconds: Any = value
+    is_number = not isinstance(value, bool) and isinstance(value, Real)
     # Comparisons that are also false for NaN.
-    if not (
-        isinstance(value, Real)
-        and not isinstance(value, bool)
-        and (value > 0 or (zero and value == 0))
-        and value <= MAX_SECONDS
-    ):
+    if not (is_number and (seconds > 0 or (zero and seconds == 0)) and seconds <= MAX_SECONDS):
         expected = f"{'at least' if zero else 'above'} 0 and at most {MAX_SECONDS:,}"
         others = ", or None for no limit" if none else ""
         raise InvalidRequestError.of(

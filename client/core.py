@@ -74,7 +74,7 @@ def connection(
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class CallSettings:
     """What a client adds to its calls. Fields are described in `Client`."""
 
     api_key: str | None
@@ -93,7 +93,7 @@ class Settings:
 class Core:
     """Builds the flows of one client's calls."""
 
-    def __init__(self, settings: Settings, contact: Contact | None = None) -> None:
+    def __init__(self, settings: CallSettings, contact: Contact | None = None) -> None:
         self._settings = settings
         self._rng = random.Random()
         self._contact = contact or Contact()
@@ -109,7 +109,7 @@ class Core:
     ) -> Core:
         """With other settings, of the same server. None, and UNSET for the timeout: the same."""
         old = self._settings
-        settings = Settings(
+        settings = CallSettings(
             api_key=old.api_key if api_key is None else explicit_key(api_key),
             timeout_s=old.timeout_s if timeout_s is UNSET else timeout_s,
             model=old.model if model is None else model,

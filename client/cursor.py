@@ -10,7 +10,6 @@ says why the output itself is the cursor. It contains no API key.
 from __future__ import annotations
 
 import base64
-import binascii
 
 from google.protobuf.message import DecodeError
 
@@ -37,5 +36,5 @@ def decode_cursor(cursor: str) -> tuple[pb.GenerateRequest, pb.GenerateResponse]
     try:
         request, received = (base64.b64decode(part, b"-_", validate=True) for part in parts)
         return pb.GenerateRequest.FromString(request), pb.GenerateResponse.FromString(received)
-    except (binascii.Error, DecodeError) as error:
+    except (ValueError, DecodeError) as error:
         raise InvalidRequestError.of("cursor", f"is damaged: {error}") from error

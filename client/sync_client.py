@@ -9,7 +9,7 @@ from typing import Any, NoReturn, Self, TypeVar
 
 from kvmesh.client import requests, responses
 from kvmesh.client.checks import check_metadata, check_seconds
-from kvmesh.client.core import DEFAULT_SILENCE_TIMEOUT_S, Core, Settings, connection
+from kvmesh.client.core import DEFAULT_SILENCE_TIMEOUT_S, CallSettings, Core, connection
 from kvmesh.client.flows import Now, Send, Sleep, UnaryFlow
 from kvmesh.client.grpc_transport import Channel, GrpcTransport, Interceptor
 from kvmesh.client.options import (
@@ -74,7 +74,9 @@ class Client(Generations):
         where = connection(
             target, api_key, tls, interceptors=interceptors, channel=channel, transport=transport
         )
-        settings = Settings(where.api_key, timeout_s, model, check_metadata(metadata or {}), retry)
+        settings = CallSettings(
+            where.api_key, timeout_s, model, check_metadata(metadata or {}), retry
+        )
         if transport is None:
             transport = (
                 GrpcTransport.connect(where.target, where.tls, interceptors, silence_timeout_s)

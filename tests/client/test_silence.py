@@ -166,13 +166,13 @@ def test_a_reader_that_pauses_is_not_a_silent_server() -> None:
     """The limit is on how long a read waits."""
     with (
         serving(ScriptedServicer(as_events)) as target,
-        Client(target, retry=NO_RETRY, silence_timeout_s=0.05) as client,
+        Client(target, retry=NO_RETRY, silence_timeout_s=0.5) as client,
         client.generate_stream("hi") as stream,
     ):
         for event in stream.events():
             if isinstance(event, Started):
                 assert stream._call is not None
-                threading.Event().wait(0.2)
+                threading.Event().wait(0.8)
         assert stream.completion.text == "a"
 
 
