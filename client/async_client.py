@@ -10,7 +10,7 @@ from kvmesh.client import requests, responses
 from kvmesh.client.async_generations import AsyncGenerations
 from kvmesh.client.async_stream import AsyncStream
 from kvmesh.client.checks import check_metadata, check_seconds
-from kvmesh.client.core import DEFAULT_SILENCE_TIMEOUT_S, Core, CallSettings, connection
+from kvmesh.client.core import DEFAULT_SILENCE_TIMEOUT_S, CallSettings, Core, connection
 from kvmesh.client.flows import Now, Send, Sleep, UnaryFlow
 from kvmesh.client.grpc_transport import AsyncChannel, AsyncGrpcTransport, AsyncInterceptor
 from kvmesh.client.options import (

@@ -25,7 +25,15 @@ from kvmesh import (
 )
 from kvmesh.client.cursor import encode_cursor
 from kvmesh.protos import pb
-from tests.client.servicer import ScriptedServicer, delta, failing, finished, serving, started, usage
+from tests.client.servicer import (
+    ScriptedServicer,
+    delta,
+    failing,
+    finished,
+    serving,
+    started,
+    usage,
+)
 
 ANSWER = "Größe ist 🦊 relativ, sagt man."
 OPTIONS: Any = {"max_tokens": 5, "logprobs": 2, "n": 2, "seed": 3, "priority": -1}

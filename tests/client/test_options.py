@@ -64,7 +64,9 @@ def test_an_editor_knows_what_a_call_returns() -> None:
     program = "from kvmesh import Client\nclient = Client()\n"
     assert {"text", "usage", "choices"} <= completions(f"{program}client.generate('hi').")
     assert {"events", "cursor", "usage"} <= completions(f"{program}client.chat_stream([]).")
-    assert {"token_ids", "text"} <= completions(f"{program}for d in client.chat_stream([]):\n    d.")
+    assert {"token_ids", "text"} <= completions(
+        f"{program}for d in client.chat_stream([]):\n    d."
+    )
 
 
 def test_a_misspelt_option_is_refused_by_python() -> None:
