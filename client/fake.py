@@ -22,7 +22,7 @@ from typing import Any, cast
 
 import grpc
 
-from kvmesh.client.checks import Metadata
+from kvmesh.client.checks import Metadata, check_seconds
 from kvmesh.client.errors import (
     AuthenticationError,
     ClosedError,
@@ -93,6 +93,7 @@ class FakeServer:
 
     def fail_for(self, error: KVMeshError, seconds: float) -> None:
         """Make all calls fail until this much time has passed on the fake clock."""
+        check_seconds("seconds", seconds)
         self._outage = (error, self.slept_s + seconds)
 
     def wait(self, *events: Queued | Prefilling) -> None:

@@ -1,9 +1,10 @@
-"""docs/sdk.md: every block of code runs, with each of the errors that it handles."""
+"""docs/sdk.md and examples/: all code runs, with each of the errors that it handles."""
 
 from __future__ import annotations
 
 import ast
 import re
+import runpy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,9 @@ from kvmesh import (
 from kvmesh.client.core import DEFAULT_TIMEOUT_S
 from tests.client.fronts import fronted, openai_server
 
-DOCUMENT = (Path(__file__).parents[2] / "docs/sdk.md").read_text("utf-8")
+ROOT = Path(__file__).parents[2]
+DOCUMENT = (ROOT / "docs/sdk.md").read_text("utf-8")
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", DOCUMENT, re.MULTILINE | re.DOTALL)
 OF_OPENAI = [block for block in BLOCKS if "openai" in block]
 OURS = [block for block in BLOCKS if "openai" not in block]
@@ -113,6 +116,36 @@ def run_openai(block: str, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("OPENAI_API_KEY", "a-key")
     run(block)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_runs(
+    path: Path,
+    server: FakeServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(path), run_name="__main__")
+    assert server.requests
+    assert capsys.readouterr().out
+
+
+def test_a_story_is_continued_by_the_next_run(
+    server: FakeServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    server._answers[0] = " ".join(map(str, range(45)))
+    outputs = []
+    for _ in range(3):
+        runpy.run_path(str(ROOT / "examples/continue_elsewhere.py"), run_name="__main__")
+        outputs.append(capsys.readouterr().out.split("\n")[0])
+    assert "".join(outputs) == server._answers[0]
+    assert [len(request.resume.choices) for request in server.requests] == [0, 1, 1]
 
 
 def test_every_block_is_found() -> None:
