@@ -109,7 +109,7 @@ def lost(failure: RpcFailure) -> bool:
 
 @dataclass(slots=True)
 class Contact:
-    """Whether the server has ever served the client. If not, its address may be wrong."""
+    """Whether the server has ever answered the client. If not, its address may be wrong."""
 
     made: bool = False
 
@@ -139,6 +139,8 @@ class RetryState:
     def delay_s(self, failure: RpcFailure, error: KVMeshError, now: float) -> float | None:
         """Seconds to wait before the next attempt, or None to give up."""
         self.failures += 1
+        if error.reason is not None:  # it answers, if only that it is not ready
+            self.contact.made = True
         if lost(failure) and self.lost_at is None:
             self.lost_at = now
         # The request of the lost attempt may still be ending on the server.

@@ -338,6 +338,12 @@ def test_a_server_that_has_never_answered_is_not_waited_for_long(timeout_s: floa
     assert limit_s - 1.0 <= fake.server.slept_s <= limit_s + 1.0
 
 
+def test_a_server_that_says_that_it_is_not_ready_has_answered() -> None:
+    fake = FakeTransport()
+    fake.server.fail_for(UnavailableError("loading the model", reason="NOT_READY"), 100.0)
+    assert Client(transport=fake).generate("hi").text == "Hello."
+
+
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_a_server_that_starts_late_is_found(asynchronous: bool) -> None:
     """On the real clock: the connection is refused until the server listens."""
