@@ -13,13 +13,7 @@ from kvmesh.client.checks import check_metadata, check_seconds
 from kvmesh.client.core import DEFAULT_SILENCE_TIMEOUT_S, CallSettings, Core, connection
 from kvmesh.client.flows import Now, Send, Sleep, UnaryFlow
 from kvmesh.client.grpc_transport import AsyncChannel, AsyncGrpcTransport, AsyncInterceptor
-from kvmesh.client.options import (
-    TLS,
-    UNSET,
-    Prompt,
-    RetryPolicy,
-    Timeout,
-)
+from kvmesh.client.options import TLS, UNSET, Prompt, RetryPolicy, Timeout
 from kvmesh.client.transport import AsyncTransport, RpcFailure
 from kvmesh.client.types import Completion, Estimate, Explanation, Loads, ModelInfo, Tokens
 from kvmesh.protos import pb
@@ -31,7 +25,8 @@ class AsyncClient(AsyncGenerations):
     """A client of one kvmesh cluster, for use in one event loop.
 
         async with AsyncClient() as client:
-            print((await client.generate("The capital of France is", max_tokens=8)).text)
+            completion = await client.generate("The capital of France is", max_tokens=8)
+            print(completion.text)
             async for delta in client.chat_stream([Message("user", "Hello!")]):
                 print(delta.text, end="", flush=True)
 

@@ -12,13 +12,7 @@ from kvmesh.client.checks import check_metadata, check_seconds
 from kvmesh.client.core import DEFAULT_SILENCE_TIMEOUT_S, CallSettings, Core, connection
 from kvmesh.client.flows import Now, Send, Sleep, UnaryFlow
 from kvmesh.client.grpc_transport import Channel, GrpcTransport, Interceptor
-from kvmesh.client.options import (
-    TLS,
-    UNSET,
-    Prompt,
-    RetryPolicy,
-    Timeout,
-)
+from kvmesh.client.options import TLS, UNSET, Prompt, RetryPolicy, Timeout
 from kvmesh.client.sync_generations import Generations
 from kvmesh.client.sync_stream import Stream
 from kvmesh.client.transport import RpcFailure, Transport
@@ -32,7 +26,8 @@ class Client(Generations):
     """A client of one kvmesh cluster; safe to share between threads.
 
         with Client() as client:
-            print((client.generate("The capital of France is", max_tokens=8)).text)
+            completion = client.generate("The capital of France is", max_tokens=8)
+            print(completion.text)
             for delta in client.chat_stream([Message("user", "Hello!")]):
                 print(delta.text, end="", flush=True)
 
