@@ -1,4 +1,4 @@
-"""Tools, variables and continued messages in chat templates, compared with transformers' own rendering."""
+"""Tools, variables and continued messages in templates, compared with transformers."""
 
 from __future__ import annotations
 
