@@ -112,5 +112,13 @@ def test_what_the_template_has_no_place_for_is_named(
     assert caught.value.field == field
 
 
+@pytest.mark.parametrize("value", [0, "x", None, [], {}])
+def test_whatever_a_template_cannot_use_is_a_refusal(value: object) -> None:
+    source = "{{ 1 / budget }}{{ budget.split('a')[7] }}{{ budget['x'].y }}"
+    with pytest.raises(InvalidFieldError) as caught:
+        ChatTemplate(source, {}).render(Conversation(MESSAGES, (), {"budget": value}), True, ())
+    assert caught.value.field == "messages"
+
+
 def test_the_names_that_a_template_reads() -> None:
     assert ChatTemplate(SOURCE, {"eos_token": "<e>"}).names == {"tools", "enable_thinking"}
