@@ -272,18 +272,26 @@ class Cluster:
             raise StartError(_deploy_failure(serve, failures[0])) from failures[0]
 
     def _wait_serving(self, target: str) -> None:
-        """Wait until a health check through the proxy returns SERVING."""
+        """Wait until health checks through the proxy return SERVING, from every ingress.
+
+        The proxy gives consecutive calls to one ingress after the other.
+        """
         self._progress("waiting for the first report", None)
         from grpc_health.v1 import health_pb2, health_pb2_grpc
 
         deadline = time.monotonic() + self._config.timeouts.start_s
+        in_a_row = 0
         with grpc.insecure_channel(target) as channel:
             stub: Any = health_pb2_grpc.HealthStub(channel)
             while time.monotonic() < deadline:
                 with contextlib.suppress(grpc.RpcError):
                     reply = stub.Check(health_pb2.HealthCheckRequest(), timeout=2.0)
                     if reply.status == health_pb2.HealthCheckResponse.SERVING:
-                        return
+                        in_a_row += 1
+                        if in_a_row > self._config.ingress.replicas:
+                            return
+                        continue
+                in_a_row = 0
                 self.check_alive()
                 time.sleep(POLL_S)
         raise StartError("the cluster was deployed, but its health check does not return SERVING")
