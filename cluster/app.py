@@ -124,7 +124,7 @@ class RouterReplica:
             tenants=config.router.policies(),
         )
         meters = RouterMeters(RayMeterFactory())
-        self._service = RouterService(settings, meters, groups=group_names(config))
+        self._service = RouterService(settings, meters, groups=list(config.group_engines()))
         self._listener = await listen(node_ip(), deployed.identity, TO_ROUTER, self._service.accept)
         self._running = asyncio.create_task(self._service.run())
         settle()
@@ -230,25 +230,20 @@ def package_version() -> str:
         return "0+unknown"
 
 
-def group_names(config: ClusterConfig) -> list[str]:
-    return [f"engine-{index}" for index in range(config.groups)]
-
-
 def build_app(
     config: ClusterConfig,
     keys: list[tuple[str, str]] | None,
     identity: Identity,
     *,
-    gpus_per_rank: float,
+    gpus_per_rank: Mapping[str, float],
 ) -> serve.Application:
     """The application, with one deployment for each group, so that a handle is a group.
 
     keys: (sha256, tenant) of the accepted API keys; None accepts every caller
     identity: of all processes of the application
+    gpus_per_rank: by group
     """
     deployed = Deployed(config, identity)
-    engine_config = config.engine_config()
-    resources = RankResources(config.engine.cpus_per_rank, gpus_per_rank)
     health = {
         "health_check_period_s": config.timeouts.health_period_s,
         "health_check_timeout_s": HEALTH_TIMEOUT_S,
@@ -263,22 +258,22 @@ def build_app(
         **health,
         **stop,
     ).bind(deployed)
-    engines = {
-        group: _deployment(
+    engines = {}
+    for group, engine in config.group_engines().items():
+        resources = RankResources(engine.cpus_per_rank, gpus_per_rank[group])
+        engines[group] = _deployment(
             EngineReplica,
             name=group,
             num_replicas=1,
             ray_actor_options={"num_cpus": CONTROL_CPUS},
             placement_group_bundles=[
                 {"CPU": CONTROL_CPUS},
-                *(resources.bundle() for _ in range(engine_config.tp)),
+                *(resources.bundle() for _ in range(engine.tp)),
             ],
             placement_group_strategy="STRICT_PACK",
             **health,
             **stop,
-        ).bind(group, engine_config, resources, router, deployed)
-        for group in group_names(config)
-    }
+        ).bind(group, config.engine_config(group), resources, router, deployed)
     ingress = _deployment(
         IngressReplica,
         name="ingress",
