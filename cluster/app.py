@@ -11,7 +11,6 @@ import logging
 import os
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeVar
 
 import ray
@@ -37,6 +36,7 @@ from kvmesh.cluster.rank_actors import RankActors, RankResources
 from kvmesh.cluster.ray_meters import RayMeterFactory
 from kvmesh.cluster.router_service import RouterService
 from kvmesh.cluster.routing.config import RouterConfig
+from kvmesh.cluster.version import package_version
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.model.source import resolve_model
 
@@ -221,13 +221,6 @@ def limits_of(config: ClusterConfig) -> Limits:
         default_max_tokens=config.ingress.default_max_tokens,
         default_timeout_s=config.timeouts.request_s,
     )
-
-
-def package_version() -> str:
-    try:
-        return version("kvmesh")
-    except PackageNotFoundError:  # run from a checkout that is not installed
-        return "0+unknown"
 
 
 def build_app(

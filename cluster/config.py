@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import (
     BeforeValidator,
@@ -27,13 +27,13 @@ from kvmesh.workers.quantities import Bytes, Number, Seconds, Switch, WholeNumbe
 from kvmesh.workers.settings import ConflictError, Settings, error_of, problems_of
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
-CONFIG_VERSION = 1
+CONFIG_VERSION: Final = 1
 MAX_GROUPS = 512
 # Settings that every group must have alike, and why.
-SAME_IN_ALL_GROUPS = {
-    name: "because one hash per page stands for a prompt's prefix in all groups"
-    for name in ("page_size", "prefix_cache")
-}
+SAME_IN_ALL_GROUPS = dict.fromkeys(
+    ("page_size", "prefix_cache"),
+    "because one hash per page stands for a prompt's prefix in all groups",
+)
 
 Port = Annotated[WholeNumber, Field(ge=0, le=65535)]
 
@@ -81,7 +81,9 @@ class IngressSection(Settings):
         default=16 << 20,
         description="Maximum size of a request; a million token ids are about 4 MB",
     )
-    max_stop_strings: WholeNumber = Field(default=16, ge=0, description="Maximum stop strings of a request")
+    max_stop_strings: WholeNumber = Field(
+        default=16, ge=0, description="Maximum stop strings of a request"
+    )
     max_stop_chars: WholeNumber = Field(
         default=1024, ge=1, description="Maximum characters of a stop string"
     )
@@ -89,13 +91,11 @@ class IngressSection(Settings):
     default_max_tokens: WholeNumber = Field(
         default=256, ge=1, description="Output tokens of a request that does not set max_tokens"
     )
-    kv_divergence_nats: dict[FormatName, Annotated[Number, Field(ge=0)]] = (
-        Field(
-            default_factory=dict,
-            description="By KV format: its divergence from exact KV on your model (`kvmesh eval "
-            "perplexity`, KL), for min_kv_format; formats that are not named have the figures of "
-            "docs/kv_formats.md",
-        )
+    kv_divergence_nats: dict[FormatName, Annotated[Number, Field(ge=0)]] = Field(
+        default_factory=dict,
+        description="By KV format: its divergence from exact KV on your model (`kvmesh eval "
+        "perplexity`, KL), for min_kv_format; formats that are not named have the figures of "
+        "docs/kv_formats.md",
     )
 
 
@@ -143,7 +143,9 @@ class TenantSection(Settings):
 class RouterSection(Settings):
     """Placement of requests on groups, and the queue."""
 
-    max_queued: WholeNumber = Field(default=256, ge=0, description="Requests that may wait for pages")
+    max_queued: WholeNumber = Field(
+        default=256, ge=0, description="Requests that may wait for pages"
+    )
     queue_timeout_s: Seconds = Field(
         default=120.0, description="Maximum wait for pages, in seconds"
     )
@@ -196,7 +198,9 @@ class RaySection(Settings):
     object_store_bytes: Bytes = Field(
         default=200 << 20, description="Object store of a local Ray cluster; kvmesh barely uses it"
     )
-    dashboard: Switch = Field(default=False, description="Start Ray's dashboard with a local cluster")
+    dashboard: Switch = Field(
+        default=False, description="Start Ray's dashboard with a local cluster"
+    )
 
 
 def _kind_of_groups(groups: object) -> str:
@@ -207,9 +211,7 @@ _read_groups = reader_of(
     "a whole number of groups, or a list with what each has otherwise than `engine`", {}, whole=True
 )
 Groups = Annotated[
-    Annotated[
-        int, Field(ge=1, le=MAX_GROUPS), BeforeValidator(_read_groups), Tag("[number]")
-    ]
+    Annotated[int, Field(ge=1, le=MAX_GROUPS), BeforeValidator(_read_groups), Tag("[number]")]
     | Annotated[
         tuple[GroupSection, ...],
         Field(json_schema_extra={"minItems": 1, "maxItems": MAX_GROUPS}),
@@ -275,9 +277,7 @@ class ClusterConfig(Settings):
         return EngineConfig(model=self.model, **values)
 
 
-def _engines(
-    engine: EngineSection, groups: int | tuple[GroupSection, ...]
-) -> list[EngineSection]:
+def _engines(engine: EngineSection, groups: int | tuple[GroupSection, ...]) -> list[EngineSection]:
     if isinstance(groups, int):
         return [engine] * groups
     return [group.applied_to(engine) for group in groups]

@@ -6,7 +6,7 @@ Scalars are read by the rules of YAML 1.2: `off` and `no` are text, and 1e9 is a
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -108,8 +108,7 @@ def parse_value(text: str) -> Any:
         return text
     reader = _Reader("the value")
     try:
-        node = yaml.compose(text, _Loader)
-        value = reader.value(node, ())
+        value = reader.value(yaml.compose(text, _Loader), ())
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"is not valid YAML: {_in_one_line(error)}") from None
     if reader.problems:
@@ -135,11 +134,12 @@ class _Reader:
         self._source = source
         self.lines: dict[tuple[str, ...], int] = {}
         self.problems: list[ConfigError] = []
-        self._scalars = yaml.constructor.SafeConstructor()
         self._open: set[int] = set()  # the nodes around the current one
         self._visited = 0
 
-    def value(self, node: yaml.Node, path: tuple[str, ...]) -> Any:
+    def value(self, node: yaml.Node | None, path: tuple[str, ...]) -> Any:
+        if node is None:  # no document
+            return None
         self._visited += 1
         if self._visited > MAX_NODES:
             raise _wrong(node, "aliases repeat too much")
@@ -159,22 +159,7 @@ class _Reader:
             case yaml.SequenceNode(tag=tag) if tag == _LIST:
                 return [self.value(x, (*path, str(i))) for i, x in enumerate(node.value)]
             case yaml.ScalarNode():
-                return self._scalar(node)
-        raise _wrong(node, f"the tag {node.tag} is not known")
-
-    def _scalar(self, node: yaml.ScalarNode) -> Any:
-        text = node.value
-        match node.tag:
-            case tag if tag == _TEXT:
-                return text
-            case tag if tag == _NULL:
-                return None
-            case tag if tag == _BOOL:
-                return text.lower() == "true"
-            case tag if tag == _INT:
-                return _whole(text)
-            case tag if tag == _FLOAT:
-                return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
+                return _scalar(node)
         raise _wrong(node, f"the tag {node.tag} is not known")
 
     def mapping(self, node: yaml.MappingNode, path: tuple[str, ...]) -> dict[str, Any]:
@@ -206,9 +191,7 @@ class _Reader:
                 values.setdefault(key, value)
         return values
 
-    def _merged(
-        self, node: yaml.Node, path: tuple[str, ...]
-    ) -> Iterator[tuple[str, Any]]:
+    def _merged(self, node: yaml.Node, path: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
         """Keys and values of `<<: *name` or `<<: [*name, *name]`; earlier ones count more."""
         for source in node.value if isinstance(node, yaml.SequenceNode) else [node]:
             if not isinstance(source, yaml.MappingNode):
@@ -219,12 +202,30 @@ class _Reader:
             self.lines |= kept
 
 
+def _scalar(node: yaml.ScalarNode) -> Any:
+    make = _VALUES.get(node.tag)
+    if make is None:
+        raise _wrong(node, f"the tag {node.tag} is not known")
+    if node.tag in SCALARS and not re.fullmatch(SCALARS[node.tag], node.value):
+        raise _wrong(node, f"{node.value!r} does not fit the tag {node.tag}")
+    return make(node.value)
+
+
 def _whole(text: str) -> int | float:
     base = {"0o": 8, "0x": 16}.get(text[:2], 10)
     try:
         return int(text.removeprefix("0o"), base)
     except ValueError:  # more digits than Python converts
         return float(text)
+
+
+_VALUES: Final[Mapping[str, Callable[[str], Any]]] = {
+    _TEXT: str,
+    _NULL: lambda text: None,
+    _BOOL: lambda text: text.lower() == "true",
+    _INT: _whole,
+    _FLOAT: lambda text: float(text.lower().replace(".inf", "inf").replace(".nan", "nan")),
+}
 
 
 def _wrong(node: yaml.Node, problem: str) -> yaml.MarkedYAMLError:

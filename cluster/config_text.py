@@ -47,9 +47,7 @@ def effective_yaml(loaded: LoadedConfig) -> str:
     return "\n".join(_with_sources(plain(loaded.config), (), loaded)) + "\n"
 
 
-def _with_sources(
-    values: dict[str, Any], path: SettingPath, loaded: LoadedConfig
-) -> Iterator[str]:
+def _with_sources(values: dict[str, Any], path: SettingPath, loaded: LoadedConfig) -> Iterator[str]:
     pad = "  " * len(path)
     for name, value in values.items():
         at, key = (*path, name), f"{pad}{_in_one_line(name)}:"

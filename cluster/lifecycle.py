@@ -22,6 +22,7 @@ import psutil
 from kvmesh.cluster.config import ClusterConfig, EngineSection
 from kvmesh.cluster.drain import RouterCalls
 from kvmesh.cluster.environment import local_variables, serve_variables
+from kvmesh.cluster.errors import RayDiedError, StartError
 from kvmesh.cluster.identity import Identity
 from kvmesh.cluster.keys import known_keys, local_key, protect_ray_token
 from kvmesh.cluster.link import Address, LinkError
@@ -48,14 +49,6 @@ POLL_S = 0.2
 RAY_PROCESSES = ("gcs_server", "raylet")
 
 Progress = Callable[[str, float | None], None]
-
-
-class StartError(Exception):
-    """The cluster did not start. The message is for users."""
-
-
-class RayDiedError(Exception):
-    """A process of Ray that the cluster needs has died. The message is for users."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -106,7 +106,9 @@ class EngineSettings(Settings):
         le=1,
         description="Share of a GPU that weights, activations and KV may fill",
     )
-    max_num_seqs: WholeNumber = Field(default=16, ge=1, description="Maximum sequences that run at a time")
+    max_num_seqs: WholeNumber = Field(
+        default=16, ge=1, description="Maximum sequences that run at a time"
+    )
     max_hot_share: Number = Field(
         default=DEFAULT_MAX_HOT_SHARE,
         gt=0,
@@ -141,7 +143,6 @@ class EngineSettings(Settings):
         description="Measure at start how much the KV format degrades the model; if too much, "
         "warn or refuse to start",
     )
-
 
     def conflicts(self) -> list[ConfigError]:
         """What is wrong with fields that depend on one another."""

@@ -92,7 +92,9 @@ WholeNumber = Annotated[
     int, Field(le=MAX_WHOLE), BeforeValidator(reader_of("a whole number", {}, whole=True))
 ]
 Number = Annotated[
-    float, Field(allow_inf_nan=False), BeforeValidator(reader_of("a finite number", {}, whole=False))
+    float,
+    Field(allow_inf_nan=False),
+    BeforeValidator(reader_of("a finite number", {}, whole=False)),
 ]
 Bytes = Annotated[
     int,

@@ -118,6 +118,7 @@ def suggest(path: Sequence[str], settings: type[Settings]) -> str | None:
     name = path[-1].lower().replace("-", "_")
     if close := difflib.get_close_matches(name, section.model_fields, n=1):
         return ".".join((*path[:-1], close[0]))
-    elsewhere = {known[-1]: ".".join(known) for known in paths_of(settings)}
+    known = list(paths_of(settings))
+    elsewhere = {at[-1]: ".".join(at) for at in reversed(known)}  # the first of several
     close = difflib.get_close_matches(name, elsewhere, n=1, cutoff=0.8)
     return elsewhere[close[0]] if close else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rich.markup import escape
 from rich.table import Table
 
 from kvmesh.client import (
@@ -18,12 +19,37 @@ from kvmesh.client import (
 from kvmesh.cluster.cli.console import human_bytes, human_seconds, out
 
 
-def show_status(info: ModelInfo, loads: Loads) -> None:
+def show_model(info: ModelInfo) -> None:
     out.print(
         f"[bold]{info.model}[/bold] ({info.model_revision}), context {info.max_model_len} tokens, "
         f"server {info.version}"
     )
-    facts = {group.group: group for group in info.groups}
+
+
+def show_groups(info: ModelInfo) -> None:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("group")
+    for name in ("KV format", "dtype"):
+        table.add_column(name)
+    for name in ("tp", "page size", "hot pages", "sealed pages", "KV memory"):
+        table.add_column(name, justify="right")
+    for group in info.groups:
+        table.add_row(
+            group.group,
+            group.kv_format,
+            group.dtype,
+            str(group.tp),
+            str(group.page_size),
+            str(group.hot_pages),
+            str(group.sealed_pages),
+            human_bytes(group.capacity_bytes),
+        )
+    out.print()
+    out.print(table)
+
+
+def show_loads(loads: Loads, info: ModelInfo | None = None) -> None:
+    facts = {group.group: group for group in info.groups} if info else {}
     ledger = {group.group: group for group in loads.router.ledger}
     for group in loads.groups:
         out.print()
@@ -106,7 +132,9 @@ def show_estimate(estimate: Estimate) -> None:
 
 def show_explanation(explanation: Explanation) -> None:
     if not explanation.decisions:
-        out.print(f"request {explanation.request_id} is not known; only recent requests are kept")
+        out.print(
+            f"request {escape(explanation.request_id)} is not known; only recent requests are kept"
+        )
     for decision in explanation.decisions:
         where = f" on {decision.group}" if decision.group else ""
         out.print(f"{human_seconds(decision.age_s)} ago: [bold]{decision.outcome}[/bold]{where}")

@@ -12,7 +12,8 @@ import typer
 from kvmesh.cluster.cli.console import EXIT_FAILURE, friendly_errors
 from kvmesh.cluster.cli.signals import hold_signals
 from kvmesh.cluster.config import ClusterConfig
-from kvmesh.cluster.lifecycle import Cluster, RayDiedError
+from kvmesh.cluster.errors import RayDiedError
+from kvmesh.cluster.lifecycle import Cluster
 
 
 def test_it_stops_waiting_and_prints_one_line(capsys: pytest.CaptureFixture[str]) -> None:
