@@ -116,7 +116,7 @@ def suggest(path: Sequence[str], settings: type[Settings]) -> str | None:
         info = section.model_fields.get(part)
         section = (info and section_in(info.annotation)) or section
     name = path[-1].lower().replace("-", "_")
-    if close := difflib.get_close_matches(name, section.model_fields, n=1):
+    if close := difflib.get_close_matches(name, section.model_fields, n=1, cutoff=0.5):
         return ".".join((*path[:-1], close[0]))
     known = list(paths_of(settings))
     elsewhere = {at[-1]: ".".join(at) for at in reversed(known)}  # the first of several

@@ -111,7 +111,8 @@ def _print_stream(stream: Stream, pieces: list[str]) -> None:
             waiting.show(event)
             if isinstance(event, Delta) and event.index == 0:
                 pieces.append(event.text)
-                out.print(event.text, end="", markup=False, soft_wrap=True)
+                # Rich would print it again after a Ctrl-C in the middle of this.
+                out.file.write(event.text)
                 out.file.flush()
 
 

@@ -19,7 +19,8 @@ class CommandGroup(TyperGroup):
         # Before the command's own options are parsed, as that may be what fails.
         words = args[: args.index("--")] if "--" in args else args
         ctx.meta["json"] = "--json" in words
-        return super().parse_args(ctx, args)
+        with friendly_errors(as_json=ctx.meta["json"]):
+            return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         with friendly_errors(as_json=ctx.meta["json"]):
