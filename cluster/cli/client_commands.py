@@ -9,13 +9,15 @@ import typer
 from kvmesh.cluster.cli.console import out, print_json
 from kvmesh.cluster.cli.exits import CommandFailed
 from kvmesh.cluster.cli.generate_commands import MaxTokensOption
-from kvmesh.cluster.cli.options import Connection, JsonOption, QuietOption, with_options
+from kvmesh.cluster.cli.options import JsonOption, QuietOption, ServerOptions, with_options
 
 IdArgument = Annotated[str, typer.Argument(help="ID of a request made with the same key.")]
 
 
 @with_options
-def status(connection: Connection, as_json: JsonOption = False, quiet: QuietOption = False) -> None:
+def status(
+    connection: ServerOptions, as_json: JsonOption = False, quiet: QuietOption = False
+) -> None:
     """Show the model, the groups' pools and latencies, and the router's ledger."""
     from kvmesh.cluster.cli.status_view import show_loads, show_model
 
@@ -29,7 +31,9 @@ def status(connection: Connection, as_json: JsonOption = False, quiet: QuietOpti
 
 
 @with_options
-def models(connection: Connection, as_json: JsonOption = False, quiet: QuietOption = False) -> None:
+def models(
+    connection: ServerOptions, as_json: JsonOption = False, quiet: QuietOption = False
+) -> None:
     """Show the served model, and what each group can hold."""
     from kvmesh.cluster.cli.status_view import show_groups, show_model
 
@@ -43,7 +47,9 @@ def models(connection: Connection, as_json: JsonOption = False, quiet: QuietOpti
 
 
 @with_options
-def loads(connection: Connection, as_json: JsonOption = False, quiet: QuietOption = False) -> None:
+def loads(
+    connection: ServerOptions, as_json: JsonOption = False, quiet: QuietOption = False
+) -> None:
     """Show the load of the groups and the router."""
     from kvmesh.cluster.cli.status_view import show_loads
 
@@ -57,7 +63,7 @@ def loads(connection: Connection, as_json: JsonOption = False, quiet: QuietOptio
 
 @with_options
 def estimate(
-    connection: Connection,
+    connection: ServerOptions,
     prompt: Annotated[str | None, typer.Argument(help="A prompt; or use --prompt-tokens.")] = None,
     prompt_tokens: Annotated[int | None, typer.Option(help="Length of the prompt.")] = None,
     max_tokens: MaxTokensOption = None,
@@ -91,7 +97,7 @@ def estimate(
 @with_options
 def explain(
     request_id: IdArgument,
-    connection: Connection,
+    connection: ServerOptions,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -109,7 +115,7 @@ def explain(
 @with_options
 def abort(
     request_id: IdArgument,
-    connection: Connection,
+    connection: ServerOptions,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -127,7 +133,7 @@ def abort(
 @with_options
 def tokenize(
     text: Annotated[str, typer.Argument(help="The text of a prompt.")],
-    connection: Connection,
+    connection: ServerOptions,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:

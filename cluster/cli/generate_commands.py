@@ -9,9 +9,9 @@ import typer
 from kvmesh.cluster.cli.console import human_bytes, human_seconds, notes, out, print_json
 from kvmesh.cluster.cli.exits import CommandFailed, ExitCode
 from kvmesh.cluster.cli.options import (
-    Connection,
     JsonOption,
     QuietOption,
+    ServerOptions,
     with_options,
     without_none,
 )
@@ -27,7 +27,7 @@ SeedOption = Annotated[int | None, typer.Option(help="Makes sampling repeatable.
 @with_options
 def generate(
     prompt: Annotated[str, typer.Argument(help="The text to continue.")],
-    connection: Connection,
+    connection: ServerOptions,
     max_tokens: MaxTokensOption = None,
     temperature: TemperatureOption = None,
     top_p: Annotated[float | None, typer.Option(help="Nucleus sampling.")] = None,
@@ -68,7 +68,7 @@ def generate(
 
 @with_options
 def chat(
-    connection: Connection,
+    connection: ServerOptions,
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
     max_tokens: MaxTokensOption = None,
     temperature: TemperatureOption = None,

@@ -77,7 +77,7 @@ _connection = functools.partial(typer.Option, rich_help_panel="Connection")
 
 
 @dataclass(frozen=True, slots=True)
-class Connection:
+class ServerOptions:
     """Which server a command calls, and how."""
 
     target: Annotated[
