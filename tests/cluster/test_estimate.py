@@ -50,9 +50,12 @@ async def test_the_views_fit_eighty_columns(
 ) -> None:
     monkeypatch.setattr(console.out, "_width", 80)
     async with machine(groups=2) as built:
-        info = await built.ingress.get_model_info(pb.GetModelInfoRequest(), TENANT)
+        served = await built.ingress.get_model_info(pb.GetModelInfoRequest(), TENANT)
+        info = mirror(ModelInfo, served)
         loads = await built.ingress.get_loads(pb.GetLoadsRequest(), TENANT)
-        status_view.show_status(mirror(ModelInfo, info), mirror(Loads, loads))
+        status_view.show_model(info)
+        status_view.show_groups(info)
+        status_view.show_loads(mirror(Loads, loads), info)
         status_view.show_estimate(mirror(Estimate, await estimate(built, 1_000_000)))
         built.allow(MANY)
         await read(built.stream(make_request(5)))
