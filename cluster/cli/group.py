@@ -8,8 +8,7 @@ from typer.core import TyperGroup
 
 from kvmesh.cluster.cli.exits import ExitCode, friendly_errors
 
-# Typer prints paragraphs as lines.
-EPILOG = "\n\n".join(("Exit codes:", *(f"{int(code)} {code.meaning}" for code in ExitCode)))
+EPILOG = "\n".join(("Exit codes:", *(f"{int(code):>4} {code.meaning}" for code in ExitCode)))
 
 
 class CommandGroup(TyperGroup):

@@ -89,7 +89,7 @@ def test_requests_are_placed_by_format_and_computed_in_it(
         group: greedy_by_engine(CONFIG, prompts, TOKENS, group)
         for group in ("engine-0", "engine-1")
     }
-    assert expected["engine-0"] != expected["engine-1"], "the formats can be told apart"
+    assert expected["engine-0"] != expected["engine-1"], "the formats differ in their output"
     groups: dict[str, set[str]] = {}
     for floor in ("int8", "k4v4"):
         completions = asyncio.run(generate_all(endpoint, prompts, floor))
