@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 
 from kvmesh.cluster.cli.console import human_bytes, human_seconds, notes, out, print_json
 from kvmesh.cluster.cli.exits import CommandFailed, ExitCode
@@ -103,11 +104,15 @@ def _read_line() -> str:
 
 def _print_stream(stream: Stream, pieces: list[str]) -> None:
     """Print a stream as it arrives, and add its text to `pieces`."""
-    from kvmesh.client import Delta
+    from kvmesh.client import Delta, Queued
     from kvmesh.cluster.cli.wait_display import WaitDisplay
 
+    named = not notes.is_terminal
     with WaitDisplay(notes) as waiting:
         for event in stream.events():
+            if isinstance(event, Queued) and not named:
+                named = True
+                notes.print(f"[dim]request {escape(stream.request_id)}[/dim]")
             waiting.show(event)
             if isinstance(event, Delta) and event.index == 0:
                 pieces.append(event.text)
@@ -124,7 +129,7 @@ def _note_usage(stream: Stream) -> None:
     latency = f", first after {human_seconds(first_s)}" if first_s is not None else ""
     notes.print(
         f"[dim]{usage.prompt_tokens} + {usage.completion_tokens} tokens{latency}, "
-        f"{human_bytes(usage.kv_used_bytes)} of KV, request {stream.request_id}[/dim]"
+        f"{human_bytes(usage.kv_used_bytes)} of KV, request {escape(stream.request_id)}[/dim]"
     )
 
 

@@ -16,6 +16,9 @@ from kvmesh.cluster.cli.settings_options import FLAGS, ServeSettings
 from kvmesh.cluster.config import ClusterConfig, build
 from kvmesh.cluster.config_text import default_yaml, json_schema
 from kvmesh.workers.settings import paths_of
+from tests.repo.imports import ROOT
+
+SETTINGS_PAGE = (ROOT / "docs/configuration.md").read_text("utf-8")
 
 
 def run(*arguments: str, **environ: str) -> Result:
@@ -37,6 +40,7 @@ def test_a_flag_is_another_name_of_a_setting() -> None:
         assert setting in known
         (option,) = hints[field].__metadata__
         assert f"({setting})" in option.help
+        assert f"| `--{field.replace('_', '-')}` | `{setting}` |" in SETTINGS_PAGE
 
 
 def test_the_defaults_are_printed() -> None:
