@@ -38,7 +38,7 @@ from tests.client.servicer import (
 from tests.client.test_tls import self_signed
 from tests.repo.imports import ROOT
 
-REFUSALS = ROOT / "docs/command_line.md"
+COMMAND_LINE_PAGE = ROOT / "docs/command_line.md"
 READS = (
     ("status",),
     ("models",),
@@ -303,7 +303,7 @@ def test_the_version_and_the_exit_codes_are_shown() -> None:
     shown = run("--help").stdout
     for code in ExitCode:
         assert f" {code} {code.meaning[:40]}" in shown
-    documented = REFUSALS.read_text("utf-8")
+    documented = COMMAND_LINE_PAGE.read_text("utf-8")
     for code in ExitCode:
         assert f"| {code} | {code.meaning} |" in documented
 
