@@ -70,13 +70,15 @@ lint: $(STAMP) ## Run ruff and mypy, and check that the generated stubs are curr
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(PY) protos/generate.py --check
+	$(PY) protos/reference.py --check
 
 format: $(STAMP) ## Sort imports and format
 	$(PY) -m ruff check --select I --fix .
 	$(PY) -m ruff format .
 
-protos: $(STAMP) ## Regenerate the stubs of the wire contract
+protos: $(STAMP) ## Regenerate what follows from the wire contract
 	$(PY) protos/generate.py
+	$(PY) protos/reference.py
 
 graph: $(STAMP) ## Draw the import graph in CONTRIBUTING.md
 	$(PY) -m tests.repo.graph

@@ -13,7 +13,7 @@ from kvmesh.client.failures import Contact, RetryState
 from kvmesh.client.flows import StreamFlow, UnaryFlow, stream, unary
 from kvmesh.client.options import TLS, GenerateOptions, Prompt, RetryPolicy
 from kvmesh.client.stream_state import StreamState
-from kvmesh.protos import pb
+from kvmesh.protos import admin, pb
 
 # For calls that generate nothing.
 DEFAULT_TIMEOUT_S = 30.0
@@ -92,8 +92,14 @@ class Core:
     def model_info(self, timeout_s: float | None) -> UnaryFlow[pb.GetModelInfoResponse]:
         return self._unary(transport.GET_MODEL_INFO, pb.GetModelInfoRequest(), timeout_s)
 
-    def loads(self, timeout_s: float | None) -> UnaryFlow[pb.GetLoadsResponse]:
-        return self._unary(transport.GET_LOADS, pb.GetLoadsRequest(), timeout_s)
+    def tenant_loads(self, timeout_s: float | None) -> UnaryFlow[pb.GetTenantLoadsResponse]:
+        return self._unary(transport.GET_TENANT_LOADS, pb.GetTenantLoadsRequest(), timeout_s)
+
+    def loads(self, timeout_s: float | None) -> UnaryFlow[admin.GetLoadsResponse]:
+        return self._unary(transport.GET_LOADS, admin.GetLoadsRequest(), timeout_s)
+
+    def groups(self, timeout_s: float | None) -> UnaryFlow[admin.ListGroupsResponse]:
+        return self._unary(transport.LIST_GROUPS, admin.ListGroupsRequest(), timeout_s)
 
     def _unary(
         self,

@@ -10,6 +10,7 @@
     ├── CapacityError               KV bytes: needed_bytes, available_bytes, groups
     │   ├── NeverFitsError          no group could hold it, even when empty
     │   └── OverCapacityError       no room now; retry_after_s says when to retry
+    ├── KVFormatError               no group has a KV format that the request accepts; groups
     ├── ResumeError                 a lost stream cannot be resumed
     ├── DeadlineExceededError       the timeout expired (also a TimeoutError)
     ├── UnavailableError            the server is unreachable (also a ConnectionError)
@@ -140,6 +141,10 @@ class NeverFitsError(CapacityError):
 
 class OverCapacityError(CapacityError):
     """The pool, the queue or the quota has no room now; retry after `retry_after_s`."""
+
+
+class KVFormatError(KVMeshError):
+    """No group has a KV format that the request accepts; `groups` says why for each."""
 
 
 class ResumeError(KVMeshError):

@@ -12,6 +12,7 @@ from kvmesh.client.errors import (
     FieldViolation,
     GroupVerdict,
     InvalidRequestError,
+    KVFormatError,
     KVMeshError,
     ModelNotFoundError,
     NeverFitsError,
@@ -23,7 +24,7 @@ from kvmesh.client.errors import (
     UnavailableError,
 )
 from kvmesh.client.options import RetryPolicy
-from kvmesh.client.status import TRAILER, decode_details, decode_trailer
+from kvmesh.client.status import TRAILER, decode, reason_name
 from kvmesh.client.transport import RpcFailure
 from kvmesh.protos import pb
 
@@ -38,6 +39,12 @@ _ERRORS: dict[str, type[KVMeshError]] = {
     "DEADLINE_EXCEEDED": DeadlineExceededError,
     "UNAVAILABLE": UnavailableError,
     "CANCELLED": RequestCancelledError,
+}
+
+_PRECONDITIONS: dict[int, type[KVMeshError]] = {
+    pb.ERROR_REASON_NEVER_FITS: NeverFitsError,
+    pb.ERROR_REASON_KV_FORMAT: KVFormatError,
+    pb.ERROR_REASON_RESUME_MISMATCH: ResumeError,
 }
 
 # gRPC's wordings for a connection that broke during a call; the status code
@@ -59,30 +66,25 @@ _OUTAGES = (None, "DRAINING", "NOT_READY")
 
 def error_of(failure: RpcFailure) -> KVMeshError:
     """The SDK's error for a failed attempt, with all details from the server."""
-    sentence, detail = decode_details(failure.details)
-    from_server = detail is not None
-    if detail is None:
-        detail = _trailer_error(failure) or pb.Error()
+    found = _trailer_error(failure)
+    detail = found or pb.Error()
     cls = _ERRORS.get(failure.code, ServerError)
-    message = sentence or detail.message or f"the call failed with {failure.code}"
+    message = failure.details or f"the call failed with {failure.code}"
     violations = tuple(FieldViolation(v.field, v.description) for v in detail.field_violations)
     if failure.code == "FAILED_PRECONDITION":
-        if detail.reason == pb.ERROR_REASON_RESUME_MISMATCH:
-            cls = ResumeError
-        elif detail.reason == pb.ERROR_REASON_NEVER_FITS:
-            cls = NeverFitsError
-    if failure.code == "NOT_FOUND" and not from_server:
+        cls = _PRECONDITIONS.get(detail.reason, cls)
+    if failure.code == "NOT_FOUND" and found is None:
         # The answer is not from the service but from a proxy without this route.
         cls = ServerError
     if failure.code == "RESOURCE_EXHAUSTED" and _too_large(failure):
         cls, message = InvalidRequestError, "prompt: larger than the server accepts; shorten it"
         violations = (FieldViolation("prompt", "larger than the server accepts; shorten it"),)
-    if not from_server and failure.code in ("INTERNAL", "UNKNOWN") and lost(failure):
+    if found is None and failure.code in ("INTERNAL", "UNKNOWN") and lost(failure):
         cls, message = UnavailableError, f"the connection was lost ({message})"
     return cls(
         message,
         code=failure.code,
-        reason=_reason_name(detail.reason),
+        reason=reason_name(detail.reason) if detail.reason else None,
         request_id=detail.request_id,
         violations=violations,
         retry_after_s=detail.retry_after_s if detail.HasField("retry_after_s") else None,
@@ -167,17 +169,9 @@ class RetryState:
 def _trailer_error(failure: RpcFailure) -> pb.Error | None:
     for name, value in failure.trailers:
         if name == TRAILER and isinstance(value, bytes):
-            return decode_trailer(value)
+            return decode(value)
     return None
 
 
 def _too_large(failure: RpcFailure) -> bool:
     return "message larger than max" in failure.details
-
-
-def _reason_name(reason: pb.ErrorReason.ValueType) -> str | None:
-    if reason == pb.ERROR_REASON_UNSPECIFIED:
-        return None
-    if reason not in pb.ErrorReason.values():
-        return str(reason)  # from a newer server
-    return pb.ErrorReason.Name(reason).removeprefix("ERROR_REASON_")

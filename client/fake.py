@@ -28,6 +28,7 @@ from kvmesh.client.errors import (
     DeadlineExceededError,
     DuplicateRequestError,
     InvalidRequestError,
+    KVFormatError,
     KVMeshError,
     ModelNotFoundError,
     NeverFitsError,
@@ -37,10 +38,10 @@ from kvmesh.client.errors import (
     ResumeError,
     UnavailableError,
 )
-from kvmesh.client.status import encode_details
+from kvmesh.client.status import TRAILER, encode
 from kvmesh.client.transport import Method, Reply, Request, RpcFailure
 from kvmesh.client.types import Prefilling, Queued
-from kvmesh.protos import pb
+from kvmesh.protos import admin, pb
 
 _CODES: tuple[tuple[type[KVMeshError], str, pb.ErrorReason.ValueType], ...] = (
     (InvalidRequestError, "INVALID_ARGUMENT", pb.ERROR_REASON_INVALID_FIELD),
@@ -48,6 +49,7 @@ _CODES: tuple[tuple[type[KVMeshError], str, pb.ErrorReason.ValueType], ...] = (
     (PermissionDeniedError, "PERMISSION_DENIED", pb.ERROR_REASON_NOT_ALLOWED),
     (ModelNotFoundError, "NOT_FOUND", pb.ERROR_REASON_UNKNOWN_MODEL),
     (DuplicateRequestError, "ALREADY_EXISTS", pb.ERROR_REASON_DUPLICATE_REQUEST_ID),
+    (KVFormatError, "FAILED_PRECONDITION", pb.ERROR_REASON_KV_FORMAT),
     (NeverFitsError, "FAILED_PRECONDITION", pb.ERROR_REASON_NEVER_FITS),
     (ResumeError, "FAILED_PRECONDITION", pb.ERROR_REASON_RESUME_MISMATCH),
     (OverCapacityError, "RESOURCE_EXHAUSTED", pb.ERROR_REASON_OVER_CAPACITY),
@@ -113,8 +115,12 @@ class FakeServer:
                 return pb.ExplainResponse(request_id=request.request_id)
             case pb.GetModelInfoRequest():
                 return pb.GetModelInfoResponse(model="fake", max_model_len=8192, vocab_size=50000)
+            case pb.GetTenantLoadsRequest():
+                return pb.GetTenantLoadsResponse(tenant="fake", running=self.open_streams)
+            case admin.ListGroupsRequest():
+                return admin.ListGroupsResponse()
             case _:
-                return pb.GetLoadsResponse()
+                return admin.GetLoadsResponse()
 
     def events(self, request: pb.GenerateRequest) -> Iterator[pb.GenerateStreamResponse]:
         self.requests.append(copy.deepcopy(request))
@@ -321,4 +327,5 @@ def _failure_of(error: KVMeshError) -> RpcFailure:
             available_bytes=verdict.available_bytes,
             reason=verdict.reason,
         )
-    return RpcFailure(code, encode_details(detail))
+    message, trailer = encode(detail)
+    return RpcFailure(code, message, ((TRAILER, trailer),))

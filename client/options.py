@@ -5,20 +5,28 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias, TypedDict
+from typing import Any, TypeAlias, TypedDict
 
 from kvmesh.client.errors import InvalidRequestError
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One message of a chat; role is "system", "user", "assistant" or one of the template's."""
+    """One message of a chat; role is "system", "user", "assistant" or one of the template's.
+
+    tool_calls: that the model made, as OpenAI's API returns them or as {"id", "name",
+        "arguments"}; arguments are JSON text or a mapping
+    tool_call_id, name: of the call that a message of the role "tool" has the result of
+    """
 
     role: str
-    content: str
+    content: str | Sequence[Mapping[str, Any]] = ""
+    tool_calls: Sequence[Mapping[str, Any]] = ()
+    tool_call_id: str = ""
+    name: str = ""
 
 
-Messages: TypeAlias = Sequence[Message | Mapping[str, str]]
+Messages: TypeAlias = Sequence[Message | Mapping[str, Any]]
 # Text, a chat, or token ids.
 Prompt: TypeAlias = str | Messages | Sequence[int]
 
@@ -45,8 +53,17 @@ class GenerateOptions(TypedDict, total=False):
     model: checked against the served model
     priority: [0] higher starts sooner
     timeout_s: from the call to the last token, including retries; at most 30 days
-    min_kv_format: the least accurate KV format that is acceptable, e.g. "int8"
+    allowed_kv_formats: [all] KV formats that are acceptable, e.g. ["exact", "int8"]
+    max_kv_divergence_nats: [none] the most that the KV format may diverge from exact KV, as
+        measured: see `model_info().groups`
     cache_salt: cached prefixes are shared only between requests with the same salt
+
+    For chats only:
+
+    tools: functions that the model may call: each with name, description and parameters, a
+        JSON schema, or as OpenAI wraps them, {"type": "function", "function": ...}
+    chat_template_kwargs: variables of the model's chat template, e.g. {"enable_thinking": False}
+    continue_final_message: [False] continue the last message instead of answering it
     """
 
     temperature: float
@@ -69,8 +86,12 @@ class GenerateOptions(TypedDict, total=False):
     model: str
     priority: int
     timeout_s: float | None
-    min_kv_format: str
+    allowed_kv_formats: Sequence[str]
+    max_kv_divergence_nats: float
     cache_salt: str
+    tools: Sequence[Mapping[str, Any]]
+    chat_template_kwargs: Mapping[str, Any]
+    continue_final_message: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,33 +3,43 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sized
-from typing import Any, Final
+from collections.abc import Mapping, Sequence
+from typing import Final
 
+from kvmesh.client.chats import assign, chat, set_chat_option
 from kvmesh.client.errors import InvalidRequestError
 from kvmesh.client.options import GenerateOptions, Message, Messages, Prompt
 from kvmesh.protos import pb
 
 _REQUEST_FIELDS: Final = frozenset(
-    ("request_id", "model", "priority", "timeout_s", "min_kv_format", "cache_salt")
+    (
+        "request_id",
+        "model",
+        "priority",
+        "timeout_s",
+        "allowed_kv_formats",
+        "max_kv_divergence_nats",
+        "cache_salt",
+    )
 )
+_CHAT_FIELDS: Final = frozenset(("tools", "chat_template_kwargs", "continue_final_message"))
 
 
 def prompt_message(prompt: Prompt) -> pb.Prompt:
     """The message of a prompt: text from a str, a chat from messages, otherwise token ids."""
     if isinstance(prompt, str):
         message = pb.Prompt()
-        _assign(message, "text", prompt, "prompt.text")
+        assign(message, "text", prompt, "prompt.text")
         return message
     if len(prompt) and isinstance(prompt[0], Message | Mapping):
-        return pb.Prompt(chat=_chat(prompt))  # type: ignore[arg-type]
+        return pb.Prompt(chat=chat(prompt))  # type: ignore[arg-type]
     ids = pb.TokenIds()
-    _assign(ids, "ids", prompt, "prompt.token_ids")
+    assign(ids, "ids", prompt, "prompt.token_ids")
     return pb.Prompt(token_ids=ids)
 
 
 def chat_message(messages: Messages) -> pb.Prompt:
-    return pb.Prompt(chat=_chat(messages))
+    return pb.Prompt(chat=chat(messages))
 
 
 def generate_request(prompt: pb.Prompt, options: GenerateOptions) -> pb.GenerateRequest:
@@ -42,12 +52,14 @@ def generate_request(prompt: pb.Prompt, options: GenerateOptions) -> pb.Generate
     for name, value in options.items():
         if value is None or name == "timeout_s":
             continue  # timeout_s counts from the call, so it is set when the request is sent
-        if name in _REQUEST_FIELDS:
-            _assign(request, name, value, name)
+        if name in _CHAT_FIELDS:
+            set_chat_option(request.prompt, name, value)
+        elif name in _REQUEST_FIELDS:
+            assign(request, name, value, name)
         elif name == "stop" and isinstance(value, str):
             request.sampling_params.stop.append(value)
         else:
-            _assign(request.sampling_params, name, value, f"sampling_params.{name}")
+            assign(request.sampling_params, name, value, f"sampling_params.{name}")
     if not request.request_id:
         request.request_id = secrets.token_hex(16)
     return request
@@ -60,7 +72,8 @@ def estimate_request(
     max_tokens: int | None,
     n: int | None,
     priority: int | None,
-    min_kv_format: str | None,
+    allowed_kv_formats: Sequence[str] | None,
+    max_kv_divergence_nats: float | None,
     model: str | None,
 ) -> pb.EstimateBudgetRequest:
     if (prompt is None) == (prompt_tokens is None):
@@ -73,36 +86,10 @@ def estimate_request(
         ("max_tokens", max_tokens),
         ("n", n),
         ("priority", priority),
-        ("min_kv_format", min_kv_format),
+        ("allowed_kv_formats", allowed_kv_formats),
+        ("max_kv_divergence_nats", max_kv_divergence_nats),
         ("model", model),
     ):
         if value is not None:
-            _assign(request, name, value, name)
+            assign(request, name, value, name)
     return request
-
-
-def _chat(messages: Messages) -> pb.Chat:
-    chat = pb.Chat()
-    for position, message in enumerate(messages):
-        path = f"prompt.chat.messages[{position}]"
-        added = chat.messages.add()
-        if isinstance(message, Message):
-            message = {"role": message.role, "content": message.content}
-        if not isinstance(message, Mapping) or message.keys() != {"role", "content"}:
-            raise InvalidRequestError.of(path, "must have role and content and no other keys")
-        for name, value in message.items():
-            _assign(added, name, value, f"{path}.{name}")
-    return chat
-
-
-def _assign(message: Any, name: str, value: object, path: str) -> None:
-    """Set one field; a value that its type cannot hold raises an error naming `path`."""
-    try:
-        if isinstance(value, Mapping):
-            getattr(message, name).update(value)
-        elif isinstance(value, Sized) and not isinstance(value, str | bytes):
-            getattr(message, name).extend(value)
-        else:
-            setattr(message, name, value)
-    except (TypeError, ValueError, OverflowError, AttributeError) as error:
-        raise InvalidRequestError.of(path, f"cannot be sent: {error}") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import typing
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from google.protobuf.message import Message as ProtoMessage
@@ -85,8 +85,9 @@ def completion(reply: pb.GenerateResponse) -> Completion:
                 text=choice.text,
                 token_ids=tuple(choice.token_ids),
                 finish_reason=finish_reason(choice.finish_reason),
+                finish_reason_number=choice.finish_reason,
                 matched_stop=matched_stop(choice),
-                logprobs=logprobs(choice.logprobs),
+                logprobs=logprobs(choice.token_ids, choice.logprobs),
             )
             for choice in reply.choices
         ),
@@ -95,10 +96,7 @@ def completion(reply: pb.GenerateResponse) -> Completion:
 
 
 def finish_reason(value: pb.FinishReason.ValueType) -> FinishReason:
-    try:
-        return _FINISH_REASONS[value]
-    except KeyError:
-        raise ProtocolError(f"the server sent an unknown finish reason: {value}") from None
+    return _FINISH_REASONS.get(value, FinishReason.OTHER)
 
 
 def matched_stop(message: pb.Choice | pb.ChoiceFinished) -> str | int | None:
@@ -111,11 +109,15 @@ def matched_stop(message: pb.Choice | pb.ChoiceFinished) -> str | int | None:
             return None
 
 
-def logprobs(entries: Iterable[pb.TokenLogprobs]) -> tuple[TokenLogprobs, ...]:
+def logprobs(token_ids: Sequence[int], columns: pb.Logprobs) -> tuple[TokenLogprobs, ...]:
+    """The columns as one entry for each token; none if they were not requested."""
+    chosen = map(_token_logprob, token_ids, columns.chosen_bytes, columns.chosen)
+    top = tuple(map(_token_logprob, columns.top_token_ids, columns.top_bytes, columns.top))
+    k = len(top) // len(columns.chosen) if columns.chosen else 0
     return tuple(
-        TokenLogprobs(
-            chosen=mirror(TokenLogprob, entry.chosen),
-            top=tuple(mirror(TokenLogprob, token) for token in entry.top),
-        )
-        for entry in entries
+        TokenLogprobs(entry, top[k * index : k * (index + 1)]) for index, entry in enumerate(chosen)
     )
+
+
+def _token_logprob(token_id: int, token: bytes, logprob: float) -> TokenLogprob:
+    return TokenLogprob(token_id, token.decode(errors="replace"), logprob, tuple(token))

@@ -28,6 +28,7 @@ class _ChoiceState:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    finish_reason_number: int = 0
     matched_stop: str | int | None = None
 
 
@@ -126,7 +127,7 @@ class StreamState:
                 f"choice {delta.index} has {len(choice.token_ids)} tokens, "
                 f"but the delta starts at token {delta.token_offset}"
             )
-        entries = logprobs(delta.logprobs)
+        entries = logprobs(delta.token_ids, delta.logprobs)
         choice.text.append(delta.text)
         choice.text_chars += len(delta.text)
         choice.token_ids.extend(delta.token_ids)
@@ -141,11 +142,13 @@ class StreamState:
     def _finish(self, finished: pb.ChoiceFinished) -> Delta:
         choice = self._live_choice(finished.index)
         choice.finish_reason = finish_reason(finished.finish_reason)
+        choice.finish_reason_number = finished.finish_reason
         choice.matched_stop = matched_stop(finished)
         return Delta(
             index=finished.index,
             text="",
             finish_reason=choice.finish_reason,
+            finish_reason_number=choice.finish_reason_number,
             matched_stop=choice.matched_stop,
         )
 
@@ -178,6 +181,7 @@ def _choice(index: int, state: _ChoiceState) -> Choice:
         text="".join(state.text),
         token_ids=tuple(state.token_ids),
         finish_reason=state.finish_reason,
+        finish_reason_number=state.finish_reason_number,
         matched_stop=state.matched_stop,
         logprobs=tuple(state.logprobs),
     )

@@ -27,12 +27,14 @@ from kvmesh.client.types import (
     Delta,
     Estimate,
     Explanation,
+    GroupFacts,
     Loads,
     ModelInfo,
     Prefilling,
     Queued,
     Started,
     StreamEvent,
+    TenantLoads,
     Tokens,
 )
 from kvmesh.protos import pb
@@ -119,7 +121,8 @@ class Client:
         max_tokens: int | None = None,
         n: int | None = None,
         priority: int | None = None,
-        min_kv_format: str | None = None,
+        allowed_kv_formats: Sequence[str] | None = None,
+        max_kv_divergence_nats: float | None = None,
         model: str | None = None,
         timeout_s: float | None = DEFAULT_TIMEOUT_S,
     ) -> Estimate:
@@ -133,7 +136,8 @@ class Client:
             max_tokens=max_tokens,
             n=n,
             priority=priority,
-            min_kv_format=min_kv_format,
+            allowed_kv_formats=allowed_kv_formats,
+            max_kv_divergence_nats=max_kv_divergence_nats,
             model=model,
         )
         return responses.mirror(Estimate, self._run(self._core.estimate(request, timeout_s)))
@@ -156,8 +160,17 @@ class Client:
         """The served model and its groups."""
         return responses.mirror(ModelInfo, self._run(self._core.model_info(timeout_s)))
 
+    def tenant_loads(self, *, timeout_s: float | None = DEFAULT_TIMEOUT_S) -> TenantLoads:
+        """What this key's tenant is using, and may use."""
+        return responses.mirror(TenantLoads, self._run(self._core.tenant_loads(timeout_s)))
+
+    def groups(self, *, timeout_s: float | None = DEFAULT_TIMEOUT_S) -> tuple[GroupFacts, ...]:
+        """What each group is made of. Needs an admin key."""
+        reply = self._run(self._core.groups(timeout_s))
+        return tuple(responses.mirror(GroupFacts, group) for group in reply.groups)
+
     def loads(self, *, timeout_s: float | None = DEFAULT_TIMEOUT_S) -> Loads:
-        """The current load of the groups and the router."""
+        """The current load of the groups and the router. Needs an admin key."""
         return responses.mirror(Loads, self._run(self._core.loads(timeout_s)))
 
     def close(self) -> None:

@@ -12,7 +12,7 @@ from typing import Generic, Protocol, TypeVar
 
 from google.protobuf.message import Message
 
-from kvmesh.protos import pb
+from kvmesh.protos import admin, pb
 
 Request = TypeVar("Request", bound=Message)
 Reply = TypeVar("Reply", bound=Message)
@@ -37,15 +37,16 @@ class RpcFailure(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Method(Generic[Request, Reply]):
-    """A method of the service and its message types."""
+    """A method of a service and its message types."""
 
     name: str
     request_type: type[Request]
     reply_type: type[Reply]
+    service: str = "kvmesh.v1.KVMesh"
 
     @property
     def path(self) -> str:
-        return f"/kvmesh.v1.KVMesh/{self.name}"
+        return f"/{self.service}/{self.name}"
 
 
 GENERATE = Method("Generate", pb.GenerateRequest, pb.GenerateResponse)
@@ -55,7 +56,11 @@ ABORT = Method("Abort", pb.AbortRequest, pb.AbortResponse)
 ESTIMATE_BUDGET = Method("EstimateBudget", pb.EstimateBudgetRequest, pb.EstimateBudgetResponse)
 EXPLAIN = Method("Explain", pb.ExplainRequest, pb.ExplainResponse)
 GET_MODEL_INFO = Method("GetModelInfo", pb.GetModelInfoRequest, pb.GetModelInfoResponse)
-GET_LOADS = Method("GetLoads", pb.GetLoadsRequest, pb.GetLoadsResponse)
+GET_TENANT_LOADS = Method("GetTenantLoads", pb.GetTenantLoadsRequest, pb.GetTenantLoadsResponse)
+
+ADMIN = "kvmesh.v1alpha.Admin"
+GET_LOADS = Method("GetLoads", admin.GetLoadsRequest, admin.GetLoadsResponse, ADMIN)
+LIST_GROUPS = Method("ListGroups", admin.ListGroupsRequest, admin.ListGroupsResponse, ADMIN)
 
 
 class StreamCall(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,20 +11,26 @@ from typing import TypeAlias
 TokenId = int
 
 
-class FinishReason(enum.Enum):
+class FinishReason(enum.StrEnum):
     STOP = "stop"  # a stop string, a stop token or the end of sequence
     LENGTH = "length"  # max_tokens, or the context is full
     ABORT = "abort"  # aborted by request_id
     DEADLINE = "deadline"  # timeout_s expired after the first token
+    OTHER = "other"  # a reason that this SDK does not know, see `finish_reason_number`
 
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """A token and the natural log of its probability under the model."""
+    """A token and the natural log of its probability under the model.
+
+    text: the token on its own; U+FFFD for a part of a character
+    bytes: what the token adds to the text, in UTF-8
+    """
 
     token_id: TokenId
     text: str
     logprob: float
+    bytes: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +43,10 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One output. `matched_stop` is the stop string or stop token id that ended it."""
+    """One output. `matched_stop` is the stop string or stop token id that ended it.
+
+    finish_reason_number: the reason's number in the contract
+    """
 
     index: int
     text: str
@@ -44,6 +54,7 @@ class Choice:
     finish_reason: FinishReason
     matched_stop: str | int | None
     logprobs: tuple[TokenLogprobs, ...]
+    finish_reason_number: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +67,7 @@ class Delta:
     logprobs: tuple[TokenLogprobs, ...] = ()
     finish_reason: FinishReason | None = None
     matched_stop: str | int | None = None
+    finish_reason_number: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +89,7 @@ class Usage:
     group: str
     kv_format: str
     failovers: int
+    cached_tokens_by_tier: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -124,6 +137,7 @@ class Queued:
 
     position: int
     projected_wait_s: float | None
+    request_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +224,49 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class GroupInfo:
-    """The fixed facts of a group. Pages per rank, capacity over all ranks."""
+    """A group, as far as it matters to a request.
+
+    dtype: of weights, and of pages that are not quantised
+    capacity_bytes: of KV, over all ranks
+    kv_divergence_nats: of its format from exact KV, as measured; None if it was not
+    """
+
+    group: str
+    kv_format: str
+    dtype: str
+    capacity_bytes: int
+    max_model_len: int
+    kv_divergence_nats: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class TenantLoads:
+    """What the caller's tenant is using. quota_bytes: the most it may reserve, or None"""
+
+    tenant: str
+    queued: int
+    running: int
+    leased_bytes: int
+    quota_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """The served model; `version` is the server's."""
+
+    model: str
+    model_revision: str
+    max_model_len: int
+    vocab_size: int
+    version: str
+    has_chat_template: bool
+    eos_token_ids: tuple[TokenId, ...]
+    groups: tuple[GroupInfo, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class GroupFacts:
+    """What a group is made of. Pages per rank, capacity over all ranks."""
 
     group: str
     kv_format: str
@@ -226,20 +282,6 @@ class GroupInfo:
     hot_page_bytes: int
     sealed_page_bytes: int
     capacity_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class ModelInfo:
-    """The served model; `version` is the server's."""
-
-    model: str
-    model_revision: str
-    max_model_len: int
-    vocab_size: int
-    version: str
-    has_chat_template: bool
-    eos_token_ids: tuple[TokenId, ...]
-    groups: tuple[GroupInfo, ...]
 
 
 @dataclass(frozen=True, slots=True)

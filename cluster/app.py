@@ -23,7 +23,7 @@ from kvmesh.cluster.config import ClusterConfig
 from kvmesh.cluster.engine_service import EngineService
 from kvmesh.cluster.grpc_front import GrpcFront, attach
 from kvmesh.cluster.identity import Identity
-from kvmesh.cluster.ingress.authenticate import Authenticator
+from kvmesh.cluster.ingress.authenticate import Authenticator, KnownKey
 from kvmesh.cluster.ingress.codec import ModelCodec
 from kvmesh.cluster.ingress.quality import DIVERGENCE_NATS
 from kvmesh.cluster.ingress.service import IngressService
@@ -155,7 +155,7 @@ class IngressReplica:
         self,
         router: DeploymentHandle[Any],
         engines: Mapping[str, DeploymentHandle[Any]],
-        keys: list[tuple[str, str]] | None,
+        keys: list[KnownKey] | None,
         deployed: Deployed,
     ) -> None:
         """engines: bound only to make them part of the application"""
@@ -225,7 +225,7 @@ def limits_of(config: ClusterConfig) -> Limits:
 
 def build_app(
     config: ClusterConfig,
-    keys: list[tuple[str, str]] | None,
+    keys: list[KnownKey] | None,
     identity: Identity,
     *,
     gpus_per_rank: Mapping[str, float],

@@ -94,8 +94,8 @@ class IngressSection(Settings):
     kv_divergence_nats: dict[FormatName, Annotated[Number, Field(ge=0)]] = Field(
         default_factory=dict,
         description="By KV format: its divergence from exact KV on your model (`kvmesh eval "
-        "perplexity`, KL), for min_kv_format; formats that are not named have the figures of "
-        "docs/kv_formats.md",
+        "perplexity`, KL), for max_kv_divergence_nats; formats that are not named have the "
+        "figures of docs/kv_formats.md",
     )
 
 
@@ -109,6 +109,9 @@ class TenantKey(Settings):
     )
     sha256: str = Field(
         pattern="^[0-9a-f]{64}$", description="SHA-256 of the key, in lower-case hexadecimal"
+    )
+    admin: Switch = Field(
+        default=False, description="Whether it may see the loads of all tenants, as operators do"
     )
 
 

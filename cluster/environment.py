@@ -68,6 +68,8 @@ def local_variables(config: ClusterConfig, directory: Path, ports: PortBlock) ->
         "RAY_AUTH_MODE": "token",
         # Ray then listens on loopback only, where it would otherwise on every interface.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        # How long Ray waits for its GCS to start: 30 seconds by default.
+        "RAY_gcs_server_port_wait_time_s": str(math.ceil(config.timeouts.start_s)),
         # Without Ray's GCS its processes exit after this time: requests may end before.
         "RAY_gcs_rpc_server_reconnect_timeout_s": str(math.ceil(config.timeouts.drain_s) + 60),
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",

@@ -2,7 +2,9 @@
 
 ClusterError
 ├── UnauthenticatedError    no key, or a wrong one
+├── NotAllowedError         the key is no admin key
 ├── UnknownModelError       the request names another model
+├── NoAllowedFormatError    no group has a KV format that the request accepts
 ├── ResumeMismatchError     the cursor does not belong to what is served
 ├── ContextExceededError    the prompt is longer than any group's context
 ├── RequestDeadlineError    the time ran out before the first token
@@ -12,20 +14,22 @@ ClusterError
 ├── DrainingError           the server is shutting down
 └── NotReadyError           no group is up yet
 
+UnsupportedFieldError, an InvalidFieldError, is for what later servers may support.
+
 `Failure` carries these errors, the router's and the engine's to another process, as the class
 name and its arguments, which are plain data.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 
 import msgspec
 
 from kvmesh.cluster.routing.errors import RoutingError
-from kvmesh.workers.errors import EngineError
+from kvmesh.workers.errors import EngineError, InvalidFieldError
 
 
 class StartError(Exception):
@@ -51,6 +55,28 @@ class UnauthenticatedError(ClusterError):
         if self.missing:
             return "an API key is required: send the metadata `authorization: Bearer <key>`"
         return "the API key is not valid for this server"
+
+
+class NotAllowedError(ClusterError):
+    """The call needs an admin key."""
+
+    def __str__(self) -> str:
+        return "this call needs an admin key"
+
+
+class UnsupportedFieldError(InvalidFieldError):
+    """A field, or a value of it, that this server does not know or does not support yet."""
+
+
+class NoAllowedFormatError(ClusterError):
+    """No group's KV format is acceptable. reasons: why, by group"""
+
+    def __init__(self, reasons: Mapping[str, str]) -> None:
+        super().__init__(dict(reasons))
+        self.reasons = reasons
+
+    def __str__(self) -> str:
+        return "no group has a KV format that the request accepts"
 
 
 class UnknownModelError(ClusterError):

@@ -23,23 +23,30 @@ import grpc
 from google.protobuf.message import DecodeError, Message
 from grpc.aio._server import Server  # the class that Serve's is derived from
 from grpc_health.v1 import health_pb2
+from grpc_reflection.v1alpha import reflection, reflection_pb2
 
-from kvmesh.client.status import TRAILER, encode_details, encode_trailer
-from kvmesh.cluster.errors import IngressBusyError, NotReadyError
+from kvmesh.client.status import TRAILER, encode
+from kvmesh.cluster.errors import IngressBusyError, NotAllowedError, NotReadyError
 from kvmesh.cluster.ingress import error_table
+from kvmesh.cluster.ingress.authenticate import Caller
+from kvmesh.cluster.ingress.refuse import refuse
 from kvmesh.cluster.ingress.service import IngressService
-from kvmesh.cluster.ingress.validate import MAX_ID_CHARS, Limits, refuse
+from kvmesh.cluster.ingress.unknown_fields import check_known
+from kvmesh.cluster.ingress.validate import MAX_ID_CHARS, Limits
 from kvmesh.cluster.metrics import IngressMeters
-from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
+from kvmesh.v1 import kvmesh_pb2 as pb
+from kvmesh.v1alpha import admin_pb2 as admin
 
 logger = logging.getLogger("ray.serve")
 
 SERVICE = "kvmesh.v1.KVMesh"
+ADMIN_SERVICE = "kvmesh.v1alpha.Admin"
 READERS = 64  # requests that are received at the same time
 READERS_PER_TENANT = 16
 TURN_TIMEOUT_S = 1.0
 READ_TIMEOUT_S = 30.0
 HEALTH_POLL_S = 1.0
+MAX_REFLECTION_BYTES = 4096
 
 Context = Any  # grpc.aio's, whose class is not public
 
@@ -49,11 +56,13 @@ class ContractMethod:
     """A method of the contract.
 
     call: (service, request, tenant) -> the replies
+    admin: needs an admin key
     """
 
     name: str
     request: type[Message]
     call: Callable[[IngressService, Any, str], AsyncGenerator[Message, None]]
+    admin: bool = False
 
 
 def _one(
@@ -69,9 +78,8 @@ def _one(
     return replies
 
 
-METHODS = {
-    method.name: method
-    for method in (
+METHODS: Mapping[str, tuple[ContractMethod, ...]] = {
+    SERVICE: (
         ContractMethod("GenerateStream", pb.GenerateRequest, IngressService.generate_stream),
         ContractMethod("Generate", pb.GenerateRequest, _one(IngressService.generate)),
         ContractMethod("Tokenize", pb.TokenizeRequest, _one(IngressService.tokenize)),
@@ -81,15 +89,28 @@ METHODS = {
         ),
         ContractMethod("Explain", pb.ExplainRequest, _one(IngressService.explain)),
         ContractMethod("GetModelInfo", pb.GetModelInfoRequest, _one(IngressService.get_model_info)),
-        ContractMethod("GetLoads", pb.GetLoadsRequest, _one(IngressService.get_loads)),
-    )
+        ContractMethod(
+            "GetTenantLoads", pb.GetTenantLoadsRequest, _one(IngressService.get_tenant_loads)
+        ),
+    ),
+    ADMIN_SERVICE: (
+        ContractMethod(
+            "GetLoads", admin.GetLoadsRequest, _one(IngressService.get_loads), admin=True
+        ),
+        ContractMethod(
+            "ListGroups", admin.ListGroupsRequest, _one(IngressService.list_groups), admin=True
+        ),
+    ),
 }
+
+
+_REFLECTION: Any = reflection.aio.ReflectionServicer([*METHODS, "grpc.health.v1.Health"])
 
 
 class GrpcFront:
     """Serves calls with an IngressService; all methods belong to one event loop.
 
-    authenticate: the tenant of a call's metadata; raises UnauthenticatedError
+    authenticate: who makes a call, by its metadata; raises UnauthenticatedError
     max_calls: open at the same time
     turn_timeout_s: how long a call waits until it may send its request
     """
@@ -97,7 +118,7 @@ class GrpcFront:
     def __init__(
         self,
         service: IngressService,
-        authenticate: Callable[[Any], str],
+        authenticate: Callable[[Any], Caller],
         limits: Limits,
         meters: IngressMeters,
         max_calls: int,
@@ -117,12 +138,14 @@ class GrpcFront:
         self._calls += 1
         result, request_id = "cancelled", ""
         try:
-            tenant = self._authenticate(context.invocation_metadata())
+            caller = self._authenticate(context.invocation_metadata())
+            if method.admin and not caller.admin:
+                raise NotAllowedError()
             if self._calls > self._max_calls:
                 raise IngressBusyError(f"this ingress already serves {self._max_calls} calls")
-            request = await self._receive(method, tenant, context)
+            request = await self._receive(method, caller.tenant, context)
             request_id = str(getattr(request, "request_id", ""))[:MAX_ID_CHARS]
-            replies = method.call(self._service, request, tenant)
+            replies = method.call(self._service, request, caller.tenant)
             del request  # it may be large, and a stream long
             async with contextlib.aclosing(replies):
                 async for reply in replies:
@@ -166,11 +189,20 @@ class GrpcFront:
                 ) from None
             yield
 
+    async def reflect(self, context: Context) -> None:
+        """grpc.reflection: the contract's descriptors, for tools such as grpcurl."""
+        try:
+            self._authenticate(context.invocation_metadata())
+            async for reply in _REFLECTION.ServerReflectionInfo(_reflection_calls(context), None):
+                await context.write(reply.SerializeToString())
+        except Exception as error:
+            fail(context, error, "")
+
     # grpc.health.v1.Health; needs no key, as probes have none.
 
     async def check(self, context: Context) -> None:
         request = await _health_request(context)
-        if request.service not in ("", SERVICE):
+        if request.service not in ("", *METHODS):
             context.set_code(grpc.StatusCode.NOT_FOUND)
             context.set_details(f"there is no service {request.service[:MAX_ID_CHARS]!r}")
             return
@@ -178,7 +210,7 @@ class GrpcFront:
 
     async def watch(self, context: Context) -> None:
         request = await _health_request(context)
-        if request.service not in ("", SERVICE):
+        if request.service not in ("", *METHODS):
             await context.write(_health_reply(health_pb2.HealthCheckResponse.SERVICE_UNKNOWN))
             return
         last = None
@@ -203,13 +235,15 @@ def parse(kind: type[Message], body: object, limits: Limits) -> Message:
             "request", f"must have at most {limits.max_request_bytes:,} bytes, got {len(body):,}"
         )
     try:
-        return kind.FromString(body)
+        request = kind.FromString(body)
     except DecodeError:
         refuse(
             "request",
             f"must be a valid protobuf message with text in UTF-8; the {len(body):,} bytes "
             "received are not",
         )
+    check_known(request, body)
+    return request
 
 
 async def _only_message(context: Context) -> object:
@@ -221,6 +255,17 @@ async def _only_message(context: Context) -> object:
     if body is not grpc.aio.EOF and await context.read() is not grpc.aio.EOF:
         refuse("request", "must be a single message")
     return body
+
+
+async def _reflection_calls(context: Context) -> AsyncIterator[Any]:
+    """What a reflection call asks, one after the other."""
+    while (body := await context.read()) is not grpc.aio.EOF:
+        if len(body) > MAX_REFLECTION_BYTES:
+            refuse("request", f"must have at most {MAX_REFLECTION_BYTES} bytes, got {len(body)}")
+        try:
+            yield reflection_pb2.ServerReflectionRequest.FromString(body)
+        except DecodeError:
+            refuse("request", "must be a grpc.reflection.v1alpha.ServerReflectionRequest")
 
 
 async def _health_request(context: Context) -> health_pb2.HealthCheckRequest:
@@ -242,9 +287,10 @@ def fail(context: Context, error: Exception, request_id: str) -> str:
     else:
         logger.error("failed at request %r", request_id, exc_info=error)
     wire = error_table.to_wire(error, request_id)
+    message, trailer = encode(wire)
     context.set_code(error_table.status_code(wire))
-    context.set_details(encode_details(wire))
-    context.set_trailing_metadata(((TRAILER, encode_trailer(wire)),))
+    context.set_details(message)
+    context.set_trailing_metadata(((TRAILER, trailer),))
     return error_table.reason_label(wire)
 
 
@@ -265,10 +311,12 @@ def add_to_server(_: Any, server: Any) -> None:
     One runs in every ingress replica, and one in Serve's proxy, which HAProxy falls back to while
     there is no replica.
     """
-    calls = {name: partial(GrpcFront.serve, method=method) for name, method in METHODS.items()}
-    health = {"Check": GrpcFront.check, "Watch": GrpcFront.watch}
-    services: dict[str, Mapping[str, Callable[..., Awaitable[None]]]]
-    services = {SERVICE: calls, "grpc.health.v1.Health": health}
+    services: dict[str, Mapping[str, Callable[..., Awaitable[None]]]] = {
+        service: {method.name: partial(GrpcFront.serve, method=method) for method in methods}
+        for service, methods in METHODS.items()
+    }
+    services["grpc.health.v1.Health"] = {"Check": GrpcFront.check, "Watch": GrpcFront.watch}
+    services[reflection.SERVICE_NAME] = {"ServerReflectionInfo": GrpcFront.reflect}
     for service, methods in services.items():
         # Not by Serve's own method, which would route the calls through Serve. Registered ones
         # are accepted apart from one another: a health check does not wait behind other calls.

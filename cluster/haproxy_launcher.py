@@ -1,9 +1,10 @@
-"""Starts HAProxy for Ray Serve with its internal pages on loopback only.
+"""Starts HAProxy for Ray Serve with a configuration that is safe for it.
 
     python -I haproxy_launcher.py BINARY -f CONFIGURATION …
 
 Serve runs this in place of HAProxy (RAY_SERVE_HAPROXY_BINARY_PATH) after it has written the
-configuration, in which the pages with statistics and metrics are open to every interface.
+configuration. There the pages with statistics and metrics are open to every interface, and a
+proxy that has just started, and does not know the application yet, answers that there is none.
 HAProxy also ends, once its streams have, when the process of Serve that started it dies.
 Imports nothing of kvmesh: it runs at every change of the configuration.
 """
@@ -20,17 +21,27 @@ from pathlib import Path
 PR_SET_PDEATHSIG = 1
 _OPEN_TO_ALL = re.compile(r"^(\s*bind )\*?:(\d+)", re.MULTILINE)
 _SOCKET_FOR_ALL = re.compile(r"^(\s*stats socket .*) mode 666 ", re.MULTILINE)
+_NO_APPLICATION = re.compile(
+    r'hdr grpc-status 5 hdr grpc-message "Application metadata not set\.[^"]*"'
+)
+# UNAVAILABLE: clients try again.
+_NOT_READY = 'hdr grpc-status 14 hdr grpc-message "the front proxy is starting"'
 
 
-def on_loopback(configuration: str) -> str:
-    """The configuration with the listeners that have no address on loopback."""
+def hardened(configuration: str) -> str:
+    """The configuration with its internal pages and sockets closed to others.
+
+    Listeners without an address are moved to loopback. While no application is known, which is
+    so for a moment after a restart, calls are answered with UNAVAILABLE in place of NOT_FOUND.
+    """
     closed = _OPEN_TO_ALL.sub(r"\g<1>127.0.0.1:\g<2>", configuration)
-    return _SOCKET_FOR_ALL.sub(r"\g<1> mode 600 ", closed)
+    closed = _SOCKET_FOR_ALL.sub(r"\g<1> mode 600 ", closed)
+    return _NO_APPLICATION.sub(_NOT_READY, closed)
 
 
 def main(binary: str, arguments: list[str]) -> None:
     path = Path(arguments[arguments.index("-f") + 1])
-    path.write_text(on_loopback(path.read_text()))
+    path.write_text(hardened(path.read_text()))
     # A soft stop: it accepts nothing new, and ends with its last stream.
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGUSR1)
     os.execv(binary, [binary, *arguments])

@@ -11,15 +11,15 @@ from pathlib import Path
 
 from kvmesh.client.credentials import key_path, read_key_file
 from kvmesh.cluster.config import AuthSection
-from kvmesh.cluster.ingress.authenticate import hash_key
+from kvmesh.cluster.ingress.authenticate import Caller, KnownKey, hash_key
 from kvmesh.workers.errors import ConfigError
 
-LOCAL_TENANT = "local"
+LOCAL = Caller("local", admin=True)
 _KEY_BYTES = 32
 
 
-def known_keys(auth: AuthSection, environ: Mapping[str, str]) -> list[tuple[str, str]] | None:
-    """(sha256, tenant) of every accepted key, or None if no key is needed.
+def known_keys(auth: AuthSection, environ: Mapping[str, str]) -> list[KnownKey] | None:
+    """Every accepted key, or None if no key is needed.
 
     Generates the local key if no keys are configured and it does not exist yet.
     Raises the errors of `ensure_key`.
@@ -27,9 +27,9 @@ def known_keys(auth: AuthSection, environ: Mapping[str, str]) -> list[tuple[str,
     if auth.mode == "none":
         return None
     if auth.keys:
-        return [(key.sha256, key.tenant) for key in auth.keys]
+        return [KnownKey(key.sha256, Caller(key.tenant, key.admin)) for key in auth.keys]
     key = ensure_key(auth.key_file or key_path(environ))
-    return [(hash_key(key), LOCAL_TENANT)]
+    return [KnownKey(hash_key(key), LOCAL)]
 
 
 def local_key(auth: AuthSection, environ: Mapping[str, str]) -> str | None:

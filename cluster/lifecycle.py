@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 APP_NAME = "kvmesh"
+GCS_LOG_LINES = 10
 POLL_S = 0.2
 # What runs continues without them, but nothing that dies is replaced.
 RAY_PROCESSES = ("gcs_server", "raylet")
@@ -179,9 +180,19 @@ class Cluster:
                     _node_ip_address="127.0.0.1",
                 )
         except (RuntimeError, OSError, ValueError) as error:
-            raise StartError(f"Ray did not start: {error}") from error
+            raise StartError(f"Ray did not start: {error}{self._gcs_words()}") from error
         self._ray_processes = children_named(RAY_PROCESSES)
         return f"http://127.0.0.1:{config.metrics.port}/metrics"
+
+    def _gcs_words(self) -> str:
+        """The end of the log of Ray's GCS, which `stop` deletes."""
+        assert self._directory is not None
+        lines = [
+            line
+            for path in sorted(self._directory.glob("ray/session_latest/logs/gcs_server.*"))
+            for line in path.read_text(errors="replace").splitlines()[-GCS_LOG_LINES:]
+        ]
+        return "\n".join(["; the log of its GCS ends with:", *lines]) if lines else ""
 
     def check_alive(self) -> None:
         """Raises RayDiedError when the cluster has to be stopped and started again."""

@@ -14,7 +14,7 @@ import msgspec
 from kvmesh.cluster.errors import Failure
 from kvmesh.cluster.link import Address
 from kvmesh.cluster.reports import ClusterStatus, EngineReport
-from kvmesh.cluster.routing.outcome import BudgetEstimate, Explained
+from kvmesh.cluster.routing.outcome import BudgetEstimate, Explained, TenantStatus
 from kvmesh.cluster.routing.request import PlaceRequest
 from kvmesh.workers.lease import AccountUpdate, LeaseTerms, PageChanges
 from kvmesh.workers.loads import EngineInfo
@@ -69,6 +69,13 @@ class AskEstimate(_Message):
 class AskExplanation(_Message):
     call: int
     request_id: str
+
+
+class AskTenant(_Message):
+    """Answered by TenantUse."""
+
+    call: int
+    tenant: str
 
 
 class Drain(_Message):
@@ -126,6 +133,11 @@ class Decisions(_Message):
 
     call: int
     decisions: tuple[Explained, ...]
+
+
+class TenantUse(_Message):
+    call: int
+    status: TenantStatus
 
 
 class Status(_Message):
@@ -244,11 +256,22 @@ class Replaced(_Message):
 
 
 FROM_INGRESS = (
-    Place | Cancel | Release | Finished | Abort | AskEstimate | AskExplanation | AskStatus | Drain
+    Place
+    | Cancel
+    | Release
+    | Finished
+    | Abort
+    | AskEstimate
+    | AskExplanation
+    | AskTenant
+    | AskStatus
+    | Drain
 )
 FROM_ENGINE = Hello | AccountNews | Report
 TO_ROUTER = FROM_INGRESS | FROM_ENGINE
-TO_INGRESS_FROM_ROUTER = Waiting | Placed | Aborted | Estimated | Decisions | Status | CallFailed
+TO_INGRESS_FROM_ROUTER = (
+    Waiting | Placed | Aborted | Estimated | Decisions | TenantUse | Status | CallFailed
+)
 TO_ENGINE_FROM_ROUTER = Extend | Withdraw | AskReport | Replaced
 TO_ENGINE_FROM_INGRESS = Submit | End
 TO_INGRESS_FROM_ENGINE = Deltas | Rejected

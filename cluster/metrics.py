@@ -8,7 +8,7 @@ from typing import Protocol
 
 from kvmesh.cluster.reports import EngineLatencies, LatencyStats
 from kvmesh.cluster.routing.outcome import RouterStatus
-from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
+from kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.workers.loads import EngineInfo, EngineLoads
 from kvmesh.workers.request import SequenceDelta, SequenceUsage
 from kvmesh.workers.sizes import PageNeed

@@ -12,6 +12,8 @@ from collections.abc import Collection
 import psutil
 
 _PR_SET_CHILD_SUBREAPER = 36
+# malloc.h: M_ARENA_MAX, M_MMAP_THRESHOLD and M_TRIM_THRESHOLD
+_MALLOC_OPTIONS = {-8: 2, -3: 1 << 17, -1: 1 << 17}
 
 
 def adopt_orphans() -> None:
@@ -60,12 +62,18 @@ def is_dead(process: psutil.Process) -> bool:
 
 
 def settle() -> None:
-    """Call when a process has started: what it has made so far stays.
+    """Call when a process of the control plane has started: what it has made so far stays.
 
-    The garbage collector then no longer walks it, which takes it a tenth of a second.
+    The garbage collector then no longer walks it, which takes it a tenth of a second. And glibc
+    returns the memory of large requests to the system: by default its thresholds rise with what is
+    freed, and each thread has a heap of its own.
     """
     gc.collect()
     gc.freeze()
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # other C libraries have none
+        for option, value in _MALLOC_OPTIONS.items():
+            mallopt(option, value)
 
 
 def descendants() -> frozenset[int]:

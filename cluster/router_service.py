@@ -23,6 +23,7 @@ from kvmesh.cluster.messages import (
     AskExplanation,
     AskReport,
     AskStatus,
+    AskTenant,
     CallFailed,
     Cancel,
     Decisions,
@@ -37,6 +38,7 @@ from kvmesh.cluster.messages import (
     Replaced,
     Report,
     Status,
+    TenantUse,
     Waiting,
     Withdraw,
 )
@@ -367,6 +369,8 @@ class _RouterPeer:
                 service.ask_status(message, self)
             case AskEstimate(call=call, request=request):
                 self.send(Estimated(call, service.router.estimate(request, service.now)))
+            case AskTenant(call=call, tenant=tenant):
+                self.send(TenantUse(call, service.router.tenant_status(tenant)))
             case AskExplanation(call=call, request_id=request_id):
                 self.send(Decisions(call, service.router.explain(request_id, service.now)))
             case Hello():

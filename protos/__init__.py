@@ -1,12 +1,14 @@
-"""The wire contract: `kvmesh/v1/*.proto` and the stubs generated from it.
+"""The wire contract: `kvmesh/*/*.proto` and the stubs generated from it.
 
-    from kvmesh.protos import pb, pb_grpc, pb_status
+    from kvmesh.protos import admin, admin_grpc, pb, pb_grpc
 
-`generate.py` generates the stubs; `generate.py --check` checks that they are current.
+The stubs are imported as `kvmesh.v1` and `kvmesh.v1alpha`, after the files' conventional paths.
+`generate.py` generates them; `generate.py --check` checks that they are current.
 """
 
-from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
-from kvmesh.protos.kvmesh.v1 import kvmesh_pb2_grpc as pb_grpc
-from kvmesh.protos.kvmesh.v1 import status_pb2 as pb_status
+from kvmesh.v1 import kvmesh_pb2 as pb
+from kvmesh.v1 import kvmesh_pb2_grpc as pb_grpc
+from kvmesh.v1alpha import admin_pb2 as admin
+from kvmesh.v1alpha import admin_pb2_grpc as admin_grpc
 
-__all__ = ["pb", "pb_grpc", "pb_status"]
+__all__ = ["admin", "admin_grpc", "pb", "pb_grpc"]

@@ -1,14 +1,17 @@
-"""Generate the Python stubs of the wire contract, or check that they are current.
+"""Generate what follows from the wire contract, or check that it is current.
 
     python protos/generate.py [--check]
 
-The stubs are checked in so that installing needs no compiler. Their text depends
-on the versions of grpcio-tools and mypy-protobuf, which constraints.txt pins.
+    kvmesh/*/*_pb2*     the Python stubs, checked in so that installing needs no compiler
+    lock.binpb          the contract as it was; a change that would break clients is refused
+
+The stubs depend on the versions of grpcio-tools and mypy-protobuf, which constraints.txt pins.
 """
 
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
 import sysconfig
 import tempfile
@@ -17,8 +20,8 @@ from importlib.resources import files
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-# The path by which the stubs import each other and descriptors name their files.
-VIRTUAL_ROOT = "kvmesh/protos"
+SCRIPTS = Path(sysconfig.get_path("scripts"))  # whether or not the environment is activated
+LOCK = "lock.binpb"
 
 
 def proto_names() -> list[str]:
@@ -27,44 +30,56 @@ def proto_names() -> list[str]:
 
 
 def generate(out: Path) -> dict[str, bytes]:
-    """Run the compiler into `out`; returns the stubs by path relative to this folder."""
+    """Run the compilers into `out`; returns all files by path relative to this folder."""
     names = proto_names()
     services = [name for name in names if "\nservice " in (HERE / name).read_text("utf-8")]
     _compile(names, "python", "mypy", out)
     _compile(services, "grpc_python", "mypy_grpc", out)
-    root = out / VIRTUAL_ROOT
-    return {
-        path.relative_to(root).as_posix(): path.read_bytes()
-        for path in sorted(root.rglob("*_pb2*.py*"))
+    found = {
+        path.relative_to(out).as_posix(): path.read_bytes()
+        for path in sorted(out.rglob("*_pb2*.py*"))
     }
+    _buf("build", str(HERE), "-o", str(out / LOCK), "--exclude-source-info")
+    return {**found, LOCK: (out / LOCK).read_bytes()}
 
 
 def _compile(names: list[str], code: str, types: str, out: Path) -> None:
     from grpc_tools import protoc
 
-    # Next to this interpreter, whether or not its environment is activated.
-    plugin = Path(sysconfig.get_path("scripts")) / f"protoc-gen-{types}"
-
     arguments = [
         "protoc",
-        f"-I{VIRTUAL_ROOT}={HERE}",
+        f"-I{HERE}",
         f"-I{files('grpc_tools') / '_proto'}",
-        f"--plugin=protoc-gen-{types}={plugin}",
+        f"--plugin=protoc-gen-{types}={SCRIPTS / f'protoc-gen-{types}'}",
         f"--{code}_out={out}",
         f"--{types}_out=quiet:{out}",
-        *(f"{VIRTUAL_ROOT}/{name}" for name in names),
+        *names,
     ]
     if protoc.main(arguments) != 0:
         raise SystemExit("generate: the proto compiler failed; see its message above")
 
 
-def stale_stubs(fresh: dict[str, bytes]) -> list[str]:
-    """Stubs that are missing, that differ, or whose .proto no longer exists."""
+def _buf(*arguments: str) -> None:
+    if subprocess.run([SCRIPTS / "buf", *arguments]).returncode:
+        raise SystemExit(f"generate: buf {arguments[0]} failed; see its message above")
+
+
+def check_contract() -> None:
+    """Exit unless the contract is well-formed and compatible with the lock."""
+    _buf("lint", str(HERE))
+    if (HERE / LOCK).exists():
+        _buf("breaking", str(HERE), "--against", str(HERE / LOCK))
+
+
+def stale_files(fresh: dict[str, bytes]) -> list[str]:
+    """Files that are missing, that differ, or that no longer have a .proto."""
     present = {
         path.relative_to(HERE).as_posix(): path.read_bytes()
         for path in HERE.rglob("*_pb2*.py*")
         if "__pycache__" not in path.parts
     }
+    if (HERE / LOCK).exists():
+        present[LOCK] = (HERE / LOCK).read_bytes()
     return sorted(
         name for name in fresh.keys() | present.keys() if fresh.get(name) != present.get(name)
     )
@@ -74,9 +89,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if stale")
     check: bool = parser.parse_args().check
+    check_contract()
     with tempfile.TemporaryDirectory() as folder:
         fresh = generate(Path(folder))
-    stale = stale_stubs(fresh)
+    stale = stale_files(fresh)
     if not check:
         for name in stale:
             if name in fresh:
@@ -88,7 +104,7 @@ def main() -> int:
         return 0
     if stale:
         print(
-            f"stale stubs: {', '.join(stale)}; run `python protos/generate.py` "
+            f"stale: {', '.join(stale)}; run `python protos/generate.py` "
             f"(installed: grpcio-tools {version('grpcio-tools')}, "
             f"mypy-protobuf {version('mypy-protobuf')}; constraints.txt has the pins)",
             file=sys.stderr,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,6 +12,9 @@ from kvmesh.cluster.cli.exits import CommandFailed
 from kvmesh.cluster.cli.generate_commands import MaxTokensOption
 from kvmesh.cluster.cli.options import JsonOption, QuietOption, ServerOptions, with_options
 
+if TYPE_CHECKING:
+    from kvmesh.client import Client
+
 IdArgument = Annotated[str, typer.Argument(help="ID of a request made with the same key.")]
 
 
@@ -18,16 +22,19 @@ IdArgument = Annotated[str, typer.Argument(help="ID of a request made with the s
 def status(
     connection: ServerOptions, as_json: JsonOption = False, quiet: QuietOption = False
 ) -> None:
-    """Show the model, the groups' pools and latencies, and the router's ledger."""
-    from kvmesh.cluster.cli.status_view import show_loads, show_model
+    """Show the model, and with an admin key the groups' loads and the router's ledger.
+
+    With another key: what its tenant is using.
+    """
+    from kvmesh.cluster.cli.status_view import show_model
 
     with connection.client() as client:
-        model, loads = client.model_info(**connection.limit), client.loads(**connection.limit)
+        model, found = client.model_info(**connection.limit), _loads(client, connection)
     if as_json:
-        print_json({"model": model, "loads": loads})
+        print_json({"model": model, **found})
     else:
         show_model(model)
-        show_loads(loads, model)
+        _show(found)
 
 
 @with_options
@@ -50,15 +57,34 @@ def models(
 def loads(
     connection: ServerOptions, as_json: JsonOption = False, quiet: QuietOption = False
 ) -> None:
-    """Show the load of the groups and the router."""
-    from kvmesh.cluster.cli.status_view import show_loads
-
+    """Show the load of the groups and the router, or with an ordinary key its tenant's."""
     with connection.client() as client:
-        found = client.loads(**connection.limit)
+        found = _loads(client, connection)
     if as_json:
         print_json(found)
     else:
-        show_loads(found)
+        _show(found)
+
+
+def _loads(client: Client, connection: ServerOptions) -> dict[str, Any]:
+    """All loads, if the key is an admin's; else those of its tenant. What is missing is None."""
+    from kvmesh.client import PermissionDeniedError
+
+    try:
+        groups, found = client.groups(**connection.limit), client.loads(**connection.limit)
+    except PermissionDeniedError:
+        tenant = client.tenant_loads(**connection.limit)
+        return {"groups": None, "loads": None, "tenant": tenant}
+    return {"groups": groups, "loads": found, "tenant": None}
+
+
+def _show(found: Mapping[str, Any]) -> None:
+    from kvmesh.cluster.cli.status_view import show_cluster, show_tenant
+
+    if found["tenant"] is not None:
+        show_tenant(found["tenant"])
+    else:
+        show_cluster(found["groups"], found["loads"])
 
 
 @with_options
@@ -68,8 +94,8 @@ def estimate(
     prompt_tokens: Annotated[int | None, typer.Option(help="Length of the prompt.")] = None,
     max_tokens: MaxTokensOption = None,
     n: Annotated[int | None, typer.Option("-n", help="Number of choices.")] = None,
-    min_kv_format: Annotated[
-        str | None, typer.Option(help="Lowest acceptable quality of KV format.")
+    allow_kv_format: Annotated[
+        list[str] | None, typer.Option(help="An acceptable KV format; may be repeated.")
     ] = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -85,7 +111,7 @@ def estimate(
             prompt_tokens=prompt_tokens,
             max_tokens=max_tokens,
             n=n,
-            min_kv_format=min_kv_format,
+            allowed_kv_formats=allow_kv_format,
             **connection.limit,
         )
     if as_json:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.markup import escape
 from rich.table import Table
 
 from kvmesh.client import (
     Estimate,
     Explanation,
-    GroupInfo,
+    GroupFacts,
     GroupLedger,
     GroupLoads,
     LatencySummary,
     Loads,
     ModelInfo,
     PagesLoad,
+    TenantLoads,
 )
 from kvmesh.cluster.cli.console import human_bytes, human_seconds, out
 
@@ -28,28 +31,35 @@ def show_model(info: ModelInfo) -> None:
 
 def show_groups(info: ModelInfo) -> None:
     table = Table(box=None, pad_edge=False)
-    table.add_column("group")
-    for name in ("KV format", "dtype"):
+    for name in ("group", "KV format", "dtype"):
         table.add_column(name)
-    for name in ("tp", "page size", "hot pages", "sealed pages", "KV memory"):
+    for name in ("KV memory", "context", "divergence from exact KV"):
         table.add_column(name, justify="right")
     for group in info.groups:
+        nats = group.kv_divergence_nats
         table.add_row(
             group.group,
             group.kv_format,
             group.dtype,
-            str(group.tp),
-            str(group.page_size),
-            str(group.hot_pages),
-            str(group.sealed_pages),
             human_bytes(group.capacity_bytes),
+            str(group.max_model_len),
+            "not measured" if nats is None else f"{nats:g} nats",
         )
     out.print()
     out.print(table)
 
 
-def show_loads(loads: Loads, info: ModelInfo | None = None) -> None:
-    facts = {group.group: group for group in info.groups} if info else {}
+def show_tenant(loads: TenantLoads) -> None:
+    """For keys that may not see the whole cluster."""
+    quota = "" if loads.quota_bytes is None else f" of {human_bytes(loads.quota_bytes)}"
+    out.print(
+        f"tenant {loads.tenant}: {loads.running} running, {loads.queued} waiting, "
+        f"{human_bytes(loads.leased_bytes)}{quota} leased"
+    )
+
+
+def show_cluster(groups: Sequence[GroupFacts], loads: Loads) -> None:
+    facts = {group.group: group for group in groups}
     ledger = {group.group: group for group in loads.router.ledger}
     for group in loads.groups:
         out.print()
@@ -65,7 +75,7 @@ def show_loads(loads: Loads, info: ModelInfo | None = None) -> None:
         out.print(f"  rejected {count}: {reason}")
 
 
-def _group(group: GroupLoads, fact: GroupInfo | None, account: GroupLedger | None) -> Table:
+def _group(group: GroupLoads, fact: GroupFacts | None, account: GroupLedger | None) -> Table:
     """One group as a table of two columns, which fits a narrow terminal or a log."""
     ranks = f", tp {fact.tp}" if fact else ""
     title = f"[bold]{group.group}[/bold] {_state(group)} [dim]{group.kv_format}{ranks}[/dim]"

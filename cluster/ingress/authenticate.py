@@ -1,15 +1,34 @@
-"""Authentication: the tenant of a call's API key."""
+"""Authentication: who makes a call, by its API key."""
 
 from __future__ import annotations
 
 import hashlib
 import hmac
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from kvmesh.cluster.errors import UnauthenticatedError
 
-ANONYMOUS = "anonymous"
 _BEARER = "bearer "
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """admin: may use the calls for operators"""
+
+    tenant: str
+    admin: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class KnownKey:
+    """An accepted key. sha256: in hexadecimal"""
+
+    sha256: str
+    caller: Caller
+
+
+ANONYMOUS = Caller("anonymous", admin=True)
 
 
 def hash_key(key: str) -> str:
@@ -20,14 +39,14 @@ def hash_key(key: str) -> str:
 class Authenticator:
     """Compares a call's key with the known keys, of which it has only the hashes.
 
-    keys: (sha256 in hexadecimal, tenant) pairs; None accepts every call, as anonymous
+    keys: None accepts every call, as anonymous
     """
 
-    def __init__(self, keys: Sequence[tuple[str, str]] | None) -> None:
-        self._keys = None if keys is None else [(bytes.fromhex(h), t) for h, t in keys]
+    def __init__(self, keys: Sequence[KnownKey] | None) -> None:
+        self._keys = None if keys is None else [(bytes.fromhex(k.sha256), k.caller) for k in keys]
 
-    def authenticate(self, metadata: Iterable[tuple[str, str | bytes]]) -> str:
-        """The tenant of a call's metadata; raises UnauthenticatedError."""
+    def authenticate(self, metadata: Iterable[tuple[str, str | bytes]]) -> Caller:
+        """Who made a call, by its metadata; raises UnauthenticatedError."""
         if self._keys is None:
             return ANONYMOUS
         header = next((v for k, v in metadata if k.lower() == "authorization"), None)
@@ -38,10 +57,10 @@ class Authenticator:
             raise UnauthenticatedError(missing=True)
         digest = hashlib.sha256(text[len(_BEARER) :].strip().encode()).digest()
         # Compare all keys even after a match: timing must not reveal whether or which one matched.
-        tenant: str | None = None
+        caller: Caller | None = None
         for known, owner in self._keys:
             if hmac.compare_digest(known, digest):
-                tenant = owner
-        if tenant is None:
+                caller = owner
+        if caller is None:
             raise UnauthenticatedError(missing=False)
-        return tenant
+        return caller

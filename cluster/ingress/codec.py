@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from kvmesh.workers.errors import InvalidFieldError
+from kvmesh.workers.model.chat import Conversation
 from kvmesh.workers.model.facts import read_facts
 from kvmesh.workers.model.tokenizer import Tokenizer
 from kvmesh.workers.request import TokenIds
@@ -30,14 +30,14 @@ class TextCodec(Protocol):
     def encode(self, text: str) -> TokenIds:
         """Token ids of a prompt, after the special tokens that the model starts with."""
 
-    def encode_chat(self, turns: Iterable[tuple[str, str]]) -> TokenIds:
-        """Token ids of a conversation, up to where the assistant's reply starts.
+    def encode_chat(self, chat: Conversation) -> TokenIds:
+        """Token ids of a conversation, up to where the assistant's reply starts or continues.
 
-        Raises ValueError if the chat template refuses it.
+        Raises InvalidFieldError naming the part that the chat template refuses.
         """
 
-    def decode_token(self, token_id: int) -> str:
-        """The text of one token alone."""
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token adds to the text, in UTF-8; perhaps a part of a character."""
 
     def stream(self) -> TextStream:
         """A new incremental decoder."""
@@ -65,16 +65,11 @@ class ModelCodec:
     def encode(self, text: str) -> TokenIds:
         return np.array(self._tokenizer.encode(text), dtype=np.int32)
 
-    def encode_chat(self, turns: Iterable[tuple[str, str]]) -> TokenIds:
-        messages = [{"role": role, "content": content} for role, content in turns]
-        try:
-            ids = self._tokenizer.encode_chat(messages)
-        except InvalidFieldError as error:
-            raise ValueError(error.message) from None
-        return np.array(ids, dtype=np.int32)
+    def encode_chat(self, chat: Conversation) -> TokenIds:
+        return np.array(self._tokenizer.encode_chat(chat), dtype=np.int32)
 
-    def decode_token(self, token_id: int) -> str:
-        return self._tokenizer.decode([token_id], skip_special_tokens=False)
+    def token_bytes(self, token_id: int) -> bytes:
+        return self._tokenizer.token_bytes(token_id)
 
     def stream(self) -> TextStream:
         return self._tokenizer.stream()

@@ -12,15 +12,18 @@ from kvmesh.cluster.errors import (
     DrainingError,
     EngineLostError,
     IngressBusyError,
+    NoAllowedFormatError,
+    NotAllowedError,
     NotReadyError,
     RequestDeadlineError,
     RequestFaultError,
     ResumeMismatchError,
     UnauthenticatedError,
     UnknownModelError,
+    UnsupportedFieldError,
 )
 from kvmesh.cluster.routing import errors as routing
-from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
+from kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.workers.errors import InvalidFieldError, PoolCapacityError, WorkerDiedError
 
 RETRY_LOST_ENGINE_S = 1.0
@@ -30,8 +33,11 @@ _S = grpc.StatusCode
 
 # The first row whose class matches decides; order subclasses before their parents.
 _TABLE: tuple[tuple[type[BaseException], grpc.StatusCode, pb.ErrorReason.ValueType], ...] = (
+    (UnsupportedFieldError, _S.INVALID_ARGUMENT, pb.ERROR_REASON_UNSUPPORTED),
     (InvalidFieldError, _S.INVALID_ARGUMENT, pb.ERROR_REASON_INVALID_FIELD),
     (UnauthenticatedError, _S.UNAUTHENTICATED, pb.ERROR_REASON_WRONG_KEY),
+    (NotAllowedError, _S.PERMISSION_DENIED, pb.ERROR_REASON_NOT_ALLOWED),
+    (NoAllowedFormatError, _S.FAILED_PRECONDITION, pb.ERROR_REASON_KV_FORMAT),
     (UnknownModelError, _S.NOT_FOUND, pb.ERROR_REASON_UNKNOWN_MODEL),
     (routing.RequestIdInUseError, _S.ALREADY_EXISTS, pb.ERROR_REASON_DUPLICATE_REQUEST_ID),
     (routing.ExceedsEveryGroupError, _S.FAILED_PRECONDITION, pb.ERROR_REASON_NEVER_FITS),
@@ -111,6 +117,9 @@ def _fill(wire: pb.Error, error: BaseException) -> None:
             wire.field_violations.add(field=error.field, description=error.message)
         case UnauthenticatedError(missing=True):
             wire.reason = pb.ERROR_REASON_MISSING_KEY
+        case NoAllowedFormatError():
+            for group, why in error.reasons.items():
+                wire.groups.add(group=group, reason=why)
         case routing.ExceedsEveryGroupError():
             _fill_never_fits(wire, error)
         case routing.NoRoomError():

@@ -8,7 +8,7 @@ from kvmesh.cluster.reports import ClusterStatus, EngineReport
 from kvmesh.cluster.routing.outcome import BudgetEstimate, Explained
 from kvmesh.cluster.routing.request import PlaceRequest
 from kvmesh.cluster.routing.verdict import Reason, Verdict
-from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
+from kvmesh.v1 import kvmesh_pb2 as pb
 
 _FITS_NOW = frozenset({Reason.CHOSEN, Reason.WORSE})
 

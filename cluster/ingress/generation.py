@@ -38,7 +38,7 @@ from kvmesh.cluster.routing.errors import (
     RequestIdInUseError,
 )
 from kvmesh.cluster.routing.request import PlaceRequest
-from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
+from kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.workers.errors import PoolCapacityError
 from kvmesh.workers.request import EndReason, SequenceDelta, SequenceUsage, TokenIds
 from kvmesh.workers.sampling_params import SamplingParams
@@ -73,7 +73,7 @@ class Generation:
     params: the request's, with a max_tokens that the context holds
     tenant: as authentication found it
     page_hashes: of the prompt's full pages, as the engines' prefix caches know them
-    excluded: groups whose KV format is below what the request asks for
+    excluded: groups whose KV format the request does not accept
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class Generation:
             )
             for index in range(spec.n)
         ]
-        self._status = StreamStatus(context.clock)
+        self._status = StreamStatus(spec.request_id, context.clock)
         self._output = RequestOutput(
             choices,
             context.codec,

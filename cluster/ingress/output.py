@@ -15,7 +15,7 @@ from kvmesh.cluster.ingress.choice import ChoiceOutput, RunningChoice
 from kvmesh.cluster.ingress.codec import TextCodec
 from kvmesh.cluster.ingress.stream_status import StreamStatus
 from kvmesh.cluster.ingress.waker import Waker
-from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
+from kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.workers.request import EndReason, SequenceDelta
 
 SILENCE_S = 4.0  # the contract's 5 s, less what the way may take

@@ -19,9 +19,12 @@ from kvmesh.cluster.errors import IngressBusyError
 from kvmesh.cluster.ingress import served, validate
 from kvmesh.cluster.ingress.codec import TextCodec
 from kvmesh.cluster.ingress.interruptible import InterruptedWorkError, run_interruptible
+from kvmesh.cluster.ingress.refuse import refuse
 from kvmesh.cluster.reports import ClusterStatus
-from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
+from kvmesh.v1 import kvmesh_pb2 as pb
+from kvmesh.workers.errors import InvalidFieldError
 from kvmesh.workers.loads import EngineInfo
+from kvmesh.workers.model.chat import Conversation
 from kvmesh.workers.prefix_cache import PageDigests
 from kvmesh.workers.request import TokenIds
 
@@ -60,7 +63,10 @@ class Prompts:
         """
         tokens = len(prompt.token_ids.ids)
         if not tokens:
-            chars = len(prompt.text) + sum(len(turn.content) for turn in prompt.chat.messages)
+            chars = len(prompt.text) + sum(
+                len(message.content) + sum(len(part.text) for part in message.parts)
+                for message in prompt.chat.messages
+            )
             tokens = -(-chars // self._codec.max_token_chars)
         if tokens > served.max_model_len(status):
             raise served.context_exceeded(tokens, status)
@@ -98,20 +104,17 @@ class Prompts:
         self._long.shutdown(wait=False, cancel_futures=True)
         self._chats.shutdown(wait=False, cancel_futures=True)
 
-    async def _encode_chat(self, prompt: tuple[validate.ChatTurn, ...]) -> TokenIds:
+    async def _encode_chat(self, chat: Conversation) -> TokenIds:
         if not self._codec.has_chat_template:
-            validate.refuse(
-                "prompt.chat", "must not be set: the model has no chat template; send text"
-            )
-        turns = [(turn.role, turn.content) for turn in prompt]
+            refuse("prompt.chat", "must not be set: the model has no chat template; send text")
         try:
             return await run_interruptible(
-                self._chats, lambda: self._codec.encode_chat(turns), self._chat_timeout_s
+                self._chats, lambda: self._codec.encode_chat(chat), self._chat_timeout_s
             )
-        except ValueError as error:
-            validate.refuse("prompt.chat", str(error))
+        except InvalidFieldError as error:
+            refuse(f"prompt.chat.{error.field}", error.message)
         except InterruptedWorkError:
-            validate.refuse(
+            refuse(
                 "prompt.chat",
                 f"took the model's chat template more than {self._chat_timeout_s:g} s",
             )

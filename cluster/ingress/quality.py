@@ -1,18 +1,19 @@
-"""The KV quality floor: which groups' formats a request does not accept."""
+"""KV formats that a request accepts, by name or by measured divergence."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 
+from kvmesh.cluster.errors import NoAllowedFormatError
 from kvmesh.cluster.reports import ClusterStatus
-from kvmesh.cluster.routing.errors import ExceedsEveryGroupError
 from kvmesh.kernels.formats.registry import get_format
+from kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.workers.errors import InvalidFieldError
 
 # Mean KL(exact ‖ format) of the next token in nats, on held-out text with SmolLM2-135M
 # (docs/kv_formats.md, benchmarks/results/kv_formats.json; nuq: the calibrated table there).
-# The order of formats matters here, not the figures; other models may order them otherwise:
-# `ingress.kv_divergence_nats` overrides.
+# Other models have other figures: `ingress.kv_divergence_nats` overrides these.
 DIVERGENCE_NATS: Mapping[str, float] = {
     "exact": 0.0,
     "int8": 0.00007,
@@ -38,41 +39,56 @@ DIVERGENCE_NATS: Mapping[str, float] = {
 }
 
 
-def groups_below(
-    min_kv_format: str, status: ClusterStatus, divergence_nats: Mapping[str, float]
+def refused_groups(
+    request: pb.GenerateRequest | pb.EstimateBudgetRequest,
+    status: ClusterStatus,
+    divergence_nats: Mapping[str, float],
 ) -> frozenset[str]:
-    """Groups whose format diverges further from exact KV than `min_kv_format` does.
+    """Groups whose KV format the request does not accept.
 
-    A format without a measured divergence meets only the floor of its own name.
-    Raises InvalidFieldError for an unknown name, ExceedsEveryGroupError if no group is left.
+    Raises InvalidFieldError for a name or a bound that makes no sense, NoAllowedFormatError if no
+    group is left.
     """
-    if not min_kv_format:
-        return frozenset()
-    try:
-        floor = get_format(min_kv_format).name
-    except ValueError as error:
-        raise InvalidFieldError("min_kv_format", str(error)) from None
-    below = frozenset(
-        group
-        for group, report in status.reports.items()
-        if not _meets(report.info.kv_format, floor, divergence_nats)
-    )
-    if len(below) == len(status.reports):
-        infos = {group: status.reports[group].info for group in sorted(below)}
-        raise ExceedsEveryGroupError(
-            dict.fromkeys(below, 0),
-            {group: info.capacity_bytes for group, info in infos.items()},
-            {
-                group: f"its format {info.kv_format} is less faithful than {floor}"
-                for group, info in infos.items()
-            },
-        )
-    return below
+    allowed = frozenset(_formats(request.allowed_kv_formats))
+    bound = None
+    if request.HasField("max_kv_divergence_nats"):
+        bound = request.max_kv_divergence_nats
+        if not 0 <= bound < math.inf:
+            raise InvalidFieldError(
+                "max_kv_divergence_nats", f"must be finite and at least 0, got {bound:g}"
+            )
+    reasons = {
+        group: reason
+        for group, report in sorted(status.reports.items())
+        if (reason := _why_not(report.info.kv_format, allowed, bound, divergence_nats))
+    }
+    if reasons and len(reasons) == len(status.reports):
+        raise NoAllowedFormatError(reasons)
+    return frozenset(reasons)
 
 
-def _meets(kv_format: str, floor: str, divergence_nats: Mapping[str, float]) -> bool:
+def _formats(names: Sequence[str]) -> Iterator[str]:
+    for index, name in enumerate(names):
+        try:
+            yield get_format(name).name
+        except ValueError as error:
+            raise InvalidFieldError(f"allowed_kv_formats[{index}]", str(error)) from None
+
+
+def _why_not(
+    kv_format: str,
+    allowed: frozenset[str],
+    bound: float | None,
+    divergence_nats: Mapping[str, float],
+) -> str:
+    """Why a request does not accept the format; empty if it does."""
     name = get_format(kv_format).name
-    if name == floor:
-        return True
-    known = divergence_nats.get(name), divergence_nats.get(floor)
-    return known[0] is not None and known[1] is not None and known[0] <= known[1]
+    if allowed and name not in allowed:
+        return f"its format {name} is not among those allowed"
+    if bound is not None:
+        measured = divergence_nats.get(name)
+        if measured is None:
+            return f"the divergence of its format {name} was not measured"
+        if measured > bound:
+            return f"its format {name} diverges by {measured:g} nats"
+    return ""

@@ -24,6 +24,7 @@ from kvmesh.cluster.messages import (
     AskEstimate,
     AskExplanation,
     AskStatus,
+    AskTenant,
     CallFailed,
     Cancel,
     Decisions,
@@ -34,10 +35,11 @@ from kvmesh.cluster.messages import (
     Placed,
     Release,
     Status,
+    TenantUse,
     Waiting,
 )
 from kvmesh.cluster.reports import ClusterStatus
-from kvmesh.cluster.routing.outcome import BudgetEstimate, Explained
+from kvmesh.cluster.routing.outcome import BudgetEstimate, Explained, TenantStatus
 from kvmesh.cluster.routing.request import PlaceRequest
 
 ANSWER_TIMEOUT_S = 15.0
@@ -125,6 +127,11 @@ class RouterLink:
         answer = await self._ask_soon(AskExplanation(next(self._numbers), request_id))
         assert isinstance(answer, Decisions)
         return answer.decisions
+
+    async def tenant(self, tenant: str) -> TenantStatus:
+        answer = await self._ask_soon(AskTenant(next(self._numbers), tenant))
+        assert isinstance(answer, TenantUse)
+        return answer.status
 
     async def status(self, *, fresh: bool = False) -> ClusterStatus:
         """fresh: ask every engine first. Raises NotReadyError."""

@@ -15,19 +15,21 @@ from kvmesh.cluster.errors import (
     ResumeMismatchError,
 )
 from kvmesh.cluster.identity import Identity
-from kvmesh.cluster.ingress import served, validate, wire
+from kvmesh.cluster.ingress import admin_wire, served, validate, wire
 from kvmesh.cluster.ingress.codec import TextCodec
 from kvmesh.cluster.ingress.engine_links import EngineLinks
 from kvmesh.cluster.ingress.estimate import estimate_reply, explain_reply
 from kvmesh.cluster.ingress.generation import Generation, IngressContext
 from kvmesh.cluster.ingress.prompts import Prompts
-from kvmesh.cluster.ingress.quality import DIVERGENCE_NATS, groups_below
+from kvmesh.cluster.ingress.quality import DIVERGENCE_NATS, refused_groups
+from kvmesh.cluster.ingress.refuse import refuse
 from kvmesh.cluster.ingress.router_link import RouterLink
 from kvmesh.cluster.ingress.served import Served
 from kvmesh.cluster.link import Address
 from kvmesh.cluster.metrics import IngressMeters
 from kvmesh.cluster.routing.request import PlaceRequest
-from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
+from kvmesh.v1 import kvmesh_pb2 as pb
+from kvmesh.v1alpha import admin_pb2 as admin
 from kvmesh.workers.sampling_params import RANGES
 
 logger = logging.getLogger(__name__)
@@ -38,7 +40,7 @@ class IngressService:
 
     find_router: where the router listens; raises LinkError while it is not known
     model_names: other names for the model that requests may use
-    divergence_nats: measured divergence of KV formats, for the quality floor
+    divergence_nats: measured divergence of KV formats
     """
 
     def __init__(
@@ -145,9 +147,7 @@ class IngressService:
     async def generate(self, request: pb.GenerateRequest, tenant: str) -> pb.GenerateResponse:
         """Generate: a stream's events in one reply."""
         if request.HasField("resume"):
-            validate.refuse(
-                "resume", "must not be set for Generate; only GenerateStream can resume"
-            )
+            refuse("resume", "must not be set for Generate; only GenerateStream can resume")
         async with contextlib.aclosing(self.generate_stream(request, tenant)) as events:
             del request
             return wire.generated([event async for event in events])
@@ -164,7 +164,7 @@ class IngressService:
         """Abort, by a request id of the caller's own tenant."""
         self._check_open()
         if not request.request_id:
-            validate.refuse("request_id", "must not be empty")
+            refuse("request_id", "must not be empty")
         aborted = await self._router.abort(f"{tenant}/{request.request_id}")
         return pb.AbortResponse(aborted=aborted)
 
@@ -187,7 +187,7 @@ class IngressService:
             tenant=tenant,
             priority=request.priority,
             page_hashes=hashes,
-            excluded_groups=groups_below(request.min_kv_format, status, self._divergence_nats),
+            excluded_groups=refused_groups(request, status, self._divergence_nats),
             sequences=n,
         )
         return estimate_reply(place, await self._router.estimate(place), status)
@@ -196,7 +196,7 @@ class IngressService:
         """Explain, by a request id of the caller's own tenant."""
         self._check_open()
         if not request.request_id:
-            validate.refuse("request_id", "must not be empty")
+            refuse("request_id", "must not be empty")
         explained = await self._router.explain(f"{tenant}/{request.request_id}")
         return explain_reply(request.request_id, explained, self._served.status)
 
@@ -204,11 +204,26 @@ class IngressService:
         self, request: pb.GetModelInfoRequest, tenant: str
     ) -> pb.GetModelInfoResponse:
         self._check_open()
-        return wire.model_info(self._served.status, self._codec, self._version)
+        return wire.model_info(
+            self._served.status, self._codec, self._version, self._divergence_nats
+        )
 
-    async def get_loads(self, request: pb.GetLoadsRequest, tenant: str) -> pb.GetLoadsResponse:
-        self._check_open()
-        return wire.loads(await self._served.fresh())
+    async def get_tenant_loads(
+        self, request: pb.GetTenantLoadsRequest, tenant: str
+    ) -> pb.GetTenantLoadsResponse:
+        return wire.tenant_loads(tenant, await self._router.tenant(tenant))
+
+    # Calls of operators, who may make them while the cluster drains
+
+    async def get_loads(
+        self, request: admin.GetLoadsRequest, tenant: str
+    ) -> admin.GetLoadsResponse:
+        return admin_wire.loads(await self._served.fresh())
+
+    async def list_groups(
+        self, request: admin.ListGroupsRequest, tenant: str
+    ) -> admin.ListGroupsResponse:
+        return admin_wire.groups(self._served.status)
 
     # Internals
 
@@ -223,9 +238,7 @@ class IngressService:
         info = served.any_info(status)
         if spec.resume is not None:
             if not request.sampling_params.HasField("seed"):
-                validate.refuse(
-                    "sampling_params.seed", "must be set to the seed that `started` reported"
-                )
+                refuse("sampling_params.seed", "must be set to the seed that `started` reported")
             if spec.resume.model_revision != info.model_revision:
                 raise ResumeMismatchError(
                     f"the stream started on model revision {spec.resume.model_revision!r}, but "
@@ -238,7 +251,7 @@ class IngressService:
             raise served.context_exceeded(len(ids), status)
         params = validate.fit_context(spec, len(ids), longest)
         hashes = await self._prompts.page_hashes(ids, tenant, spec.cache_salt, info)
-        excluded = groups_below(spec.min_kv_format, status, self._divergence_nats)
+        excluded = refused_groups(request, status, self._divergence_nats)
         return Generation(spec, ids, params, tenant, self._context, hashes, excluded)
 
     async def _size(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
+from kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.workers.request import PrefillProgress
 
 
@@ -14,7 +14,8 @@ class StreamStatus:
     clock: seconds, monotonic
     """
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    def __init__(self, request_id: str, clock: Callable[[], float]) -> None:
+        self._request_id = request_id
         self._clock = clock
         self._leader: str | None = None  # the sequence whose progress it is
         self.queued()
@@ -50,7 +51,7 @@ class StreamStatus:
     def event(self) -> pb.GenerateStreamResponse:
         """The status now."""
         if self._progress is None:
-            queued = pb.Queued(position=self._position)
+            queued = pb.Queued(position=self._position, request_id=self._request_id)
             if self._start_at is not None:
                 queued.projected_wait_s = max(self._start_at - self._clock(), 0.0)
             return pb.GenerateStreamResponse(queued=queued)

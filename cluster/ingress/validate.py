@@ -5,18 +5,20 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NoReturn
 
 import numpy as np
 
-from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
+from kvmesh.cluster.errors import UnsupportedFieldError
+from kvmesh.cluster.ingress.chat import conversation
+from kvmesh.cluster.ingress.refuse import refuse
+from kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.workers.errors import InvalidFieldError
+from kvmesh.workers.model.chat import Conversation
 from kvmesh.workers.request import TokenIds
 from kvmesh.workers.sampling_params import MIN_TEMPERATURE, RANGES, NumberRange, SamplingParams
 
 MAX_ID_CHARS = 128
 MAX_SALT_CHARS = 256
-MAX_MESSAGES = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,13 +33,7 @@ class Limits:
     default_timeout_s: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class ChatTurn:
-    role: str
-    content: str
-
-
-Prompt = str | tuple[ChatTurn, ...] | TokenIds
+Prompt = str | Conversation | TokenIds
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +71,6 @@ class GenerationSpec:
     stop: tuple[str, ...]
     priority: int
     timeout_s: float | None
-    min_kv_format: str
     cache_salt: str
     resume: Resume | None
 
@@ -88,13 +83,16 @@ def cache_salt(tenant: str, salt: str) -> str:
     return f"{tenant}/{salt}"
 
 
-def refuse(field: str, message: str) -> NoReturn:
-    raise InvalidFieldError(field, message)
-
-
 def generation_spec(request: pb.GenerateRequest, limits: Limits) -> GenerationSpec:
     """Raises InvalidFieldError naming the field by its path in the request."""
     wire = request.sampling_params
+    for field, given in (
+        ("structured_output", request.HasField("structured_output")),
+        ("adapter", bool(request.adapter)),
+        ("sampling_params.prompt_logprobs", wire.HasField("prompt_logprobs")),
+    ):
+        if given:
+            raise UnsupportedFieldError(field, "is not supported by this server yet")
     n = number_of_choices("sampling_params.n", wire, limits)
     params = sampling_params(wire, limits)
     if params.greedy and n > 1:
@@ -112,7 +110,6 @@ def generation_spec(request: pb.GenerateRequest, limits: Limits) -> GenerationSp
         stop=_stop_strings(wire.stop, limits),
         priority=request.priority,
         timeout_s=_timeout_s(request, limits),
-        min_kv_format=request.min_kv_format,
         cache_salt=_short("cache_salt", request.cache_salt, MAX_SALT_CHARS),
         resume=_resume(request.resume, n) if request.HasField("resume") else None,
     )
@@ -168,7 +165,7 @@ def prompt(wire: pb.Prompt) -> Prompt:
             refuse("prompt.text", "must not be empty")
         return wire.text
     if kind == "chat":
-        return _chat(wire.chat)
+        return conversation(wire.chat)
     if kind == "token_ids":
         if not wire.token_ids.ids:
             refuse("prompt.token_ids", "must not be empty")
@@ -180,23 +177,7 @@ def prompt(wire: pb.Prompt) -> Prompt:
                 f"{int(ids.max())} is not a valid token id; the maximum is 2^31 - 1",
             )
         return ids.astype(np.int32)
-    refuse("prompt", "must have one of text, chat or token_ids; none is set")
-
-
-def _chat(chat: pb.Chat) -> tuple[ChatTurn, ...]:
-    if not chat.messages:
-        refuse("prompt.chat.messages", "must not be empty")
-    if len(chat.messages) > MAX_MESSAGES:
-        refuse(
-            "prompt.chat.messages",
-            f"must have at most {MAX_MESSAGES} messages, got {len(chat.messages)}",
-        )
-    for index, message in enumerate(chat.messages):
-        if not message.role:
-            refuse(f"prompt.chat.messages[{index}].role", "must not be empty")
-    if not any(message.content for message in chat.messages):
-        refuse("prompt.chat.messages", "must have content; all messages are empty")
-    return tuple(ChatTurn(message.role, message.content) for message in chat.messages)
+    raise InvalidFieldError("prompt", "must have one of text, chat or token_ids; none is set")
 
 
 def check_tokens(spec: GenerationSpec, prompt_ids: TokenIds, vocab_size: int) -> None:

@@ -59,6 +59,11 @@ class Tenants:
         use = self._uses.get(tenant)
         return 0 if use is None else use.leased_bytes
 
+    def live(self, tenant: str) -> int:
+        """Requests that wait or run."""
+        use = self._uses.get(tenant)
+        return 0 if use is None else use.active
+
     def within_quota(self, tenant: str, more_bytes: int) -> bool:
         quota = self.policy(tenant).quota_bytes
         return quota is None or self.leased_bytes(tenant) + more_bytes <= quota

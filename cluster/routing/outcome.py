@@ -162,6 +162,16 @@ class GroupStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class TenantStatus:
+    """What one tenant uses. quota_bytes: the most it may have leased, or None"""
+
+    queued: int
+    running: int
+    leased_bytes: int
+    quota_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class RouterStatus:
     """The router's budget at a glance.
 

@@ -70,6 +70,11 @@ class WaitingQueue:
     def __len__(self) -> int:
         return self._count
 
+    def count_of(self, tenant: str) -> int:
+        """How many of a tenant's requests wait."""
+        line = self._lines.get(tenant)
+        return 0 if line is None else len(line.timely) + len(line.late)
+
     @property
     def full(self) -> bool:
         return self._count >= self.limit

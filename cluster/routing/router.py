@@ -27,6 +27,7 @@ from kvmesh.cluster.routing.outcome import (
     Outcome,
     Refused,
     RouterStatus,
+    TenantStatus,
     Withdrawn,
 )
 from kvmesh.cluster.routing.records import Records
@@ -216,6 +217,15 @@ class Router:
     def explain(self, request_id: str, now: float) -> tuple[Explained, ...]:
         """What was decided of a request, oldest first; nothing if it is not known, or no longer."""
         return self._records.explain(request_id, now)
+
+    def tenant_status(self, tenant: str) -> TenantStatus:
+        tenants, queued = self.fleet.tenants, self.admission.queue.count_of(tenant)
+        return TenantStatus(
+            queued=queued,
+            running=tenants.live(tenant) - queued,
+            leased_bytes=tenants.leased_bytes(tenant),
+            quota_bytes=tenants.policy(tenant).quota_bytes,
+        )
 
     def status(self, now: float) -> RouterStatus:
         """The budget as it stands."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import grpc
 
-from kvmesh.client.status import encode_details
+from kvmesh.client.status import TRAILER, encode
 from kvmesh.protos import pb, pb_grpc
 
 Action = Callable[[Any, grpc.ServicerContext], Any]
@@ -19,10 +19,9 @@ Action = Callable[[Any, grpc.ServicerContext], Any]
 
 def fail(context: grpc.ServicerContext, error: pb.Error) -> None:
     """End the call with a status as the contract specifies."""
-    context.abort(
-        next(code for code in grpc.StatusCode if code.value[0] == error.code),
-        encode_details(error),
-    )
+    message, trailer = encode(error)
+    context.set_trailing_metadata(((TRAILER, trailer),))
+    context.abort(next(code for code in grpc.StatusCode if code.value[0] == error.code), message)
 
 
 def failing(error: pb.Error) -> Action:
@@ -99,7 +98,7 @@ class ScriptedServicer(pb_grpc.KVMeshServicer):
         context.add_callback(self.ended.set)
         yield from self._act(request, context)
 
-    Generate = Tokenize = Abort = EstimateBudget = Explain = GetModelInfo = GetLoads = _act
+    Generate = Tokenize = Abort = EstimateBudget = Explain = GetModelInfo = GetTenantLoads = _act
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import inspect
+import json
 import threading
 from typing import Any, get_type_hints
 
@@ -26,7 +27,7 @@ from kvmesh import (
     ProtocolError,
 )
 from kvmesh.client import responses, types
-from kvmesh.protos import pb
+from kvmesh.protos import admin, pb
 from tests.client.servicer import ScriptedServicer, answering, serving
 
 ALL_OPTIONS: GenerateOptions = {
@@ -50,24 +51,82 @@ ALL_OPTIONS: GenerateOptions = {
     "model": "some-model",
     "priority": -3,
     "timeout_s": 60.0,
-    "min_kv_format": "int8",
+    "allowed_kv_formats": ["int8", "exact"],
+    "max_kv_divergence_nats": 0.01,
     "cache_salt": "salt",
+    "tools": [],
+    "chat_template_kwargs": {},
+    "continue_final_message": True,
 }
+CHAT_OPTIONS = {"tools", "chat_template_kwargs", "continue_final_message"}
+# Declared before servers support them.
+NOT_YET = {"prompt_logprobs"}
 
 
 def test_every_option_reaches_the_server_under_its_name() -> None:
     assert ALL_OPTIONS.keys() == GenerateOptions.__annotations__.keys()
     fake = FakeTransport()
-    Client(transport=fake).generate("hi", **ALL_OPTIONS)
+    Client(transport=fake).chat([Message("user", "hi")], **ALL_OPTIONS)
     request = fake.server.requests[0]
     for name, value in ALL_OPTIONS.items():
-        holder = request if name in pb.GenerateRequest.DESCRIPTOR.fields_by_name else None
-        sent = getattr(holder or request.sampling_params, name)
+        holder = next(
+            message
+            for message in (request, request.sampling_params, request.prompt.chat)
+            if name in message.DESCRIPTOR.fields_by_name
+        )
+        sent = getattr(holder, name)
         if isinstance(value, list):
             sent = list(sent)
+        elif name == "chat_template_kwargs":
+            sent = dict(sent)
         assert sent == value, name
     parameters = {field.name for field in pb.SamplingParams.DESCRIPTOR.fields}
-    assert parameters <= GenerateOptions.__annotations__.keys()
+    assert parameters - NOT_YET <= GenerateOptions.__annotations__.keys()
+
+
+@pytest.mark.parametrize("name", sorted(CHAT_OPTIONS))
+def test_options_of_chats_are_refused_elsewhere(name: str) -> None:
+    option: Any = {name: ALL_OPTIONS[name]}  # type: ignore[literal-required]
+    with pytest.raises(InvalidRequestError) as caught:
+        Client(transport=FakeTransport()).generate("hi", **option)
+    assert caught.value.field == name
+
+
+def test_messages_may_be_as_openais_api_has_them() -> None:
+    fake = FakeTransport()
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+    schema = {"type": "object", "properties": {"x": {"type": "integer"}}}
+    Client(transport=fake).chat(
+        [
+            {"role": "user", "content": [{"type": "text", "text": "one"}]},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "c1", "content": "2"},
+            Message("assistant", tool_calls=[{"name": "g", "arguments": {"y": 2}}]),
+        ],
+        tools=[{"type": "function", "function": {"name": "f", "parameters": schema}}],
+    )
+    chat = fake.server.requests[0].prompt.chat
+    assert [part.text for part in chat.messages[0].parts] == ["one"]
+    assert chat.messages[1].tool_calls[0].arguments_json == '{"x": 1}'
+    assert (chat.messages[2].tool_call_id, chat.messages[2].content) == ("c1", "2")
+    assert json.loads(chat.messages[3].tool_calls[0].arguments_json) == {"y": 2}
+    assert json.loads(chat.tools[0].parameters_json) == schema
+
+
+@pytest.mark.parametrize(
+    ("message", "field"),
+    [
+        ({"content": "x"}, "prompt.chat.messages[0]"),
+        ({"role": "user", "text": "x"}, "prompt.chat.messages[0]"),
+        ({"role": "user", "content": [{"type": "image_url"}]}, "prompt.chat.messages[0].parts[0]"),
+        ({"role": "user", "tool_calls": ["f"]}, "prompt.chat.messages[0].tool_calls[0]"),
+        ({"role": 5, "content": "x"}, "prompt.chat.messages[0].role"),
+    ],
+)
+def test_messages_that_cannot_be_sent(message: Any, field: str) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        Client(transport=FakeTransport()).chat([message])
+    assert caught.value.field == field
 
 
 def test_options_that_are_left_out_stay_unset() -> None:
@@ -137,7 +196,7 @@ def test_prompts_that_cannot_be_sent(prompt: Any, field: str) -> None:
 
 @pytest.mark.parametrize(
     "message",
-    [{"role": "user"}, {"role": "user", "content": "x", "name": "y"}, "user: hi", 5],
+    [{"content": "x"}, {"role": "user", "content": "x", "age": "y"}, "user: hi", 5],
 )
 def test_invalid_messages_are_refused(message: Any) -> None:
     with pytest.raises(InvalidRequestError) as caught:
@@ -220,13 +279,14 @@ def assert_mirrors(value: Any, message: Any) -> None:
         (types.Estimate, pb.EstimateBudgetResponse),
         (types.Explanation, pb.ExplainResponse),
         (types.ModelInfo, pb.GetModelInfoResponse),
-        (types.Loads, pb.GetLoadsResponse),
+        (types.TenantLoads, pb.GetTenantLoadsResponse),
+        (types.Loads, admin.GetLoadsResponse),
+        (types.GroupFacts, admin.GroupFacts),
         (types.Usage, pb.Usage),
         (types.Started, pb.Started),
         (types.Queued, pb.Queued),
         (types.Prefilling, pb.Prefilling),
         (types.Tokens, pb.TokenizeResponse),
-        (types.TokenLogprob, pb.TokenLogprob),
     ],
 )
 def test_results_have_every_field_of_their_message(cls: Any, message: Any) -> None:
@@ -250,12 +310,13 @@ def test_all_fields_of_a_completion() -> None:
                 token_ids=[1, 2],
                 finish_reason=pb.FINISH_REASON_STOP,
                 matched_stop_token_id=0,
-                logprobs=[
-                    pb.TokenLogprobs(
-                        chosen=pb.TokenLogprob(token_id=1, text="Ja", logprob=-0.5),
-                        top=[pb.TokenLogprob(token_id=3, text="No", logprob=-1.5)],
-                    )
-                ],
+                logprobs=pb.Logprobs(
+                    chosen=[-0.5, -0.25],
+                    chosen_bytes=[b"Ja", b"\xe6"],
+                    top_token_ids=[3, 4],
+                    top=[-1.5, -2.5],
+                    top_bytes=[b"No", b"?"],
+                ),
             ),
             pb.Choice(index=1, finish_reason=pb.FINISH_REASON_STOP, matched_stop_string="."),
             pb.Choice(index=2, finish_reason=pb.FINISH_REASON_DEADLINE),
@@ -267,8 +328,17 @@ def test_all_fields_of_a_completion() -> None:
     assert completion.text == "Ja."
     first, second, third = completion.choices
     assert first.matched_stop == 0, "token 0 is a valid token"
-    assert first.logprobs[0].chosen == types.TokenLogprob(1, "Ja", -0.5)
-    assert first.logprobs[0].top == (types.TokenLogprob(3, "No", -1.5),)
+    assert first.logprobs == (
+        types.TokenLogprobs(
+            types.TokenLogprob(1, "Ja", -0.5, (0x4A, 0x61)),
+            (types.TokenLogprob(3, "No", -1.5, (0x4E, 0x6F)),),
+        ),
+        types.TokenLogprobs(
+            types.TokenLogprob(2, "\ufffd", -0.25, (0xE6,)),
+            (types.TokenLogprob(4, "?", -2.5, (0x3F,)),),
+        ),
+    )
+    assert json.loads(json.dumps(dataclasses.asdict(completion)))["choices"][0]["text"] == "Ja."
     assert second.matched_stop == "."
     assert third.finish_reason is FinishReason.DEADLINE
     assert third.matched_stop is None
@@ -282,13 +352,18 @@ def test_a_rate_needs_two_tokens_and_a_duration(usage: pb.Usage) -> None:
     assert responses.mirror(types.Usage, usage).tokens_per_s is None
 
 
-@pytest.mark.parametrize(
-    "reply",
-    [pb.GenerateResponse(), pb.GenerateResponse(choices=[pb.Choice(finish_reason=99)])],  # type: ignore[arg-type]
-)
-def test_a_reply_that_violates_the_contract(reply: pb.GenerateResponse) -> None:
+def test_a_finish_reason_from_a_newer_server_loses_nothing() -> None:
+    new: Any = 99
+    reply = pb.GenerateResponse(choices=[pb.Choice(text="Ja.", finish_reason=new)])
+    with serving(ScriptedServicer(answering(reply))) as target, Client(target) as client:
+        choice = client.generate("hi").choices[0]
+    assert choice.text == "Ja."
+    assert (choice.finish_reason, choice.finish_reason_number) == (FinishReason.OTHER, 99)
+
+
+def test_a_reply_without_choices_violates_the_contract() -> None:
     with (
-        serving(ScriptedServicer(answering(reply))) as target,
+        serving(ScriptedServicer(answering(pb.GenerateResponse()))) as target,
         Client(target) as client,
         pytest.raises(ProtocolError),
     ):

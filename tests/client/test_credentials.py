@@ -23,9 +23,9 @@ def key_file() -> Path:
 
 
 def sent_authorization(**options: str) -> object:
-    servicer = ScriptedServicer(answering(pb.GetLoadsResponse()))
+    servicer = ScriptedServicer(answering(pb.GetTenantLoadsResponse()))
     with serving(servicer) as target, Client(target, **options) as client:  # type: ignore[arg-type]
-        client.loads()
+        client.tenant_loads()
     return servicer.metadata[0].get("authorization")
 
 
@@ -44,11 +44,11 @@ def test_without_any_key_none_is_sent() -> None:
 
 
 def test_the_target_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    servicer = ScriptedServicer(answering(pb.GetLoadsResponse()))
+    servicer = ScriptedServicer(answering(pb.GetTenantLoadsResponse()))
     with serving(servicer) as target:
         monkeypatch.setenv("KVMESH_TARGET", target)
         with Client() as client:
-            client.loads()
+            client.tenant_loads()
     assert len(servicer.requests) == 1
 
 

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Iterator
+from typing import Any
 
 import grpc
 import pytest
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.message import Message
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, QuotaFailure, RetryInfo
+from google.rpc.status_pb2 import Status
+from grpc_status import rpc_status
 
 import kvmesh
 from kvmesh import Client, KVMeshError, RetryPolicy
 from kvmesh.client import errors
-from kvmesh.client.status import (
-    MAX_ERROR_BYTES,
-    TRAILER,
-    decode_details,
-    decode_trailer,
-    encode_details,
-    encode_trailer,
-)
-from kvmesh.protos import pb
+from kvmesh.client.status import MAX_ERROR_BYTES, decode, encode
+from kvmesh.protos import pb, pb_grpc
 from tests.client.servicer import ScriptedServicer, aborting, failing, serving
 
 CASES = [
@@ -33,6 +33,8 @@ CASES = [
         errors.DuplicateRequestError,
     ),
     (pb.ERROR_REASON_NEVER_FITS, grpc.StatusCode.FAILED_PRECONDITION, errors.NeverFitsError),
+    (pb.ERROR_REASON_KV_FORMAT, grpc.StatusCode.FAILED_PRECONDITION, errors.KVFormatError),
+    (pb.ERROR_REASON_UNSUPPORTED, grpc.StatusCode.INVALID_ARGUMENT, errors.InvalidRequestError),
     (pb.ERROR_REASON_RESUME_MISMATCH, grpc.StatusCode.FAILED_PRECONDITION, errors.ResumeError),
     (pb.ERROR_REASON_OVER_CAPACITY, grpc.StatusCode.RESOURCE_EXHAUSTED, errors.OverCapacityError),
     (pb.ERROR_REASON_QUEUE_FULL, grpc.StatusCode.RESOURCE_EXHAUSTED, errors.OverCapacityError),
@@ -117,21 +119,40 @@ def test_every_bare_status_becomes_an_error_of_the_tree(code: grpc.StatusCode) -
     assert caught.value.__cause__ is None
 
 
-def test_standard_details_in_trailers_are_read_if_the_text_has_no_error() -> None:
+def test_the_status_has_googles_details_as_well() -> None:
     detail = full_error(pb.ERROR_REASON_QUOTA, grpc.StatusCode.RESOURCE_EXHAUSTED)
-    action = aborting(
-        grpc.StatusCode.RESOURCE_EXHAUSTED, "full", ((TRAILER, encode_trailer(detail)),)
-    )
+    with serving(ScriptedServicer(failing(detail))) as target:
+        with grpc.insecure_channel(target) as channel, pytest.raises(grpc.RpcError) as caught:
+            pb_grpc.KVMeshStub(channel).Generate(pb.GenerateRequest())
+        call: Any = caught.value
+        # Raises ValueError unless code and message are those of the call.
+        status = rpc_status.from_call(call)
+    unpacked = (message for detail in status.details for message in _unpacked(detail))
+    found: dict[type[Message], Any] = {type(message): message for message in unpacked}
+    assert found[pb.Error] == detail
+    assert found[ErrorInfo].reason == "QUOTA"
+    assert found[ErrorInfo].metadata["needed_bytes"] == str(2**40)
+    assert found[RetryInfo].retry_delay.ToMilliseconds() == 2500
+    assert found[QuotaFailure].violations
+    assert found[BadRequest].field_violations[0].field == "sampling_params.top_p"
+
+
+def _unpacked(packed: AnyMessage) -> Iterator[Message]:
+    for kind in (pb.Error, ErrorInfo, RetryInfo, QuotaFailure, BadRequest):
+        message = kind()
+        if packed.Unpack(message):
+            yield message
+
+
+def test_a_reason_from_a_newer_server_is_its_number() -> None:
+    detail = pb.Error(code=9, reason=99, message="new")  # type: ignore[arg-type]
     with (
-        serving(ScriptedServicer(action)) as target,
+        serving(ScriptedServicer(failing(detail))) as target,
         Client(target, retry=kvmesh.NO_RETRY) as client,
-        pytest.raises(errors.OverCapacityError) as caught,
+        pytest.raises(errors.ServerError) as caught,
     ):
         client.generate("hi")
-    assert caught.value.reason == "QUOTA"
-    assert caught.value.retry_after_s == 2.5
-    assert caught.value.needed_bytes == 2**40
-    assert caught.value.field == "sampling_params.top_p"
+    assert (caught.value.reason, caught.value.code) == ("99", "FAILED_PRECONDITION")
 
 
 def test_an_unreachable_server_is_unavailable() -> None:
@@ -159,29 +180,21 @@ def test_encoded_errors_stay_within_header_limits() -> None:
     for number in range(500):
         error.groups.add(group=f"group-{number}", reason="漢" * 1000)
         error.field_violations.add(field="f" * 1000, description="d" * 100_000)
-    details = encode_details(error)
-    sentence, decoded = decode_details(details)
-    assert len(details) < 4096
+    sentence, trailer = encode(error)
+    decoded = decode(trailer)
+    assert len(sentence.encode()) < 1024
+    assert len(trailer) < 4096
     assert decoded is not None
     assert decoded.ByteSize() <= MAX_ERROR_BYTES
-    assert len(encode_trailer(error)) < 2048
     assert decoded.retry_after_s == 2.5
     assert decoded.field_violations[0].field == "sampling_params.top_p"
     assert sentence == decoded.message
     assert len(error.groups) == 501, "the caller's Error is not modified"
 
 
-@pytest.mark.parametrize(
-    "text", ["", "plain", "kvmesh-error: ", "kvmesh-error: !!!", "x\nkvmesh-error: AAAA", "é漢"]
-)
-def test_texts_without_an_error_stay_text(text: str) -> None:
-    sentence, error = decode_details(text)
-    assert error is None or error == pb.Error()
-    assert sentence in (text, "")
-
-
-def test_an_invalid_trailer_is_not_an_error() -> None:
-    assert decode_trailer(b"\xff\xff\xff") is None
+@pytest.mark.parametrize("trailer", [b"\xff\xff\xff", b"", Status(code=5).SerializeToString()])
+def test_a_trailer_without_an_error_has_none(trailer: bytes) -> None:
+    assert decode(trailer) is None
 
 
 def test_the_tree_matches_the_drawing() -> None:

@@ -78,7 +78,7 @@ def serve(identity: Identity, callers: bytes | None = None) -> grpc.ServerCreden
 
 
 def loads() -> ScriptedServicer:
-    return ScriptedServicer(answering(pb.GetLoadsResponse()))
+    return ScriptedServicer(answering(pb.GetTenantLoadsResponse()))
 
 
 def test_a_private_root_certificate(server: Identity, tmp_path: Path) -> None:
@@ -89,20 +89,20 @@ def test_a_private_root_certificate(server: Identity, tmp_path: Path) -> None:
             serving(loads(), credentials=serve(server)) as target,
             Client(target, tls=TLS(root_ca=root_ca), retry=ONCE) as client,
         ):
-            assert client.loads().groups == ()
+            assert client.tenant_loads().running == 0
 
 
 async def test_a_private_root_certificate_with_the_async_client(server: Identity) -> None:
     with serving(loads(), credentials=serve(server)) as target:
         async with AsyncClient(target, tls=TLS(root_ca=server.cert), retry=ONCE) as client:
-            assert (await client.loads()).groups == ()
+            assert (await client.tenant_loads()).running == 0
 
 
 def test_mutual_authentication(server: Identity, caller: Identity) -> None:
     with serving(loads(), credentials=serve(server, caller.cert)) as target:
         known = TLS(root_ca=server.cert, client_cert=caller.cert, client_key=caller.key)
         with Client(target, tls=known, retry=ONCE) as client:
-            assert client.loads().groups == ()
+            assert client.tenant_loads().running == 0
         with (
             Client(target, tls=TLS(root_ca=server.cert), retry=ONCE) as client,
             pytest.raises(UnavailableError),
@@ -140,7 +140,7 @@ def test_a_certificate_for_another_name() -> None:
         serving(loads(), credentials=serve(server)) as target,
         Client(target, tls=tls, retry=ONCE) as client,
     ):
-        assert client.loads().groups == ()
+        assert client.tenant_loads().running == 0
 
 
 def test_a_certificate_without_its_key_is_refused(caller: Identity) -> None:

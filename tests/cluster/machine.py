@@ -46,9 +46,11 @@ from kvmesh.cluster.router_service import RouterService, _RouterPeer
 from kvmesh.cluster.routing.config import RouterConfig
 from kvmesh.cluster.routing.outcome import Granted, Grown, Outcome, Placement
 from kvmesh.cluster.routing.request import PlaceRequest
-from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
+from kvmesh.v1 import kvmesh_pb2 as pb
+from kvmesh.workers.errors import InvalidFieldError
 from kvmesh.workers.leader import EngineLeader
 from kvmesh.workers.lease import LeaseTerms
+from kvmesh.workers.model.chat import Conversation
 from kvmesh.workers.request import EndReason
 from kvmesh.workers.sampling_params import SamplingParams
 from kvmesh.workers.sizes import PageNeed
@@ -88,11 +90,11 @@ class LetterCodec:
     def encode(self, text: str) -> npt.NDArray[np.int32]:
         return np.array([(ord(character) - FIRST) % VOCAB for character in text], dtype=np.int32)
 
-    def encode_chat(self, turns: Iterable[tuple[str, str]]) -> npt.NDArray[np.int32]:
-        raise ValueError("there is no chat template")
+    def encode_chat(self, chat: Conversation) -> npt.NDArray[np.int32]:
+        raise InvalidFieldError("messages", "there is no chat template")
 
-    def decode_token(self, token_id: int) -> str:
-        return text_of([token_id])
+    def token_bytes(self, token_id: int) -> bytes:
+        return text_of([token_id]).encode()
 
     def stream(self) -> LetterStream:
         return LetterStream()

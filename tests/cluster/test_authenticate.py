@@ -15,27 +15,31 @@ from kvmesh.client.errors import CredentialsError
 from kvmesh.cluster import keys
 from kvmesh.cluster.config import AuthSection, TenantKey
 from kvmesh.cluster.errors import UnauthenticatedError
-from kvmesh.cluster.ingress.authenticate import ANONYMOUS, Authenticator, hash_key
-from kvmesh.cluster.keys import LOCAL_TENANT, ensure_key, known_keys, local_key
+from kvmesh.cluster.ingress.authenticate import ANONYMOUS, Authenticator, Caller, KnownKey, hash_key
+from kvmesh.cluster.keys import LOCAL, ensure_key, known_keys, local_key
 from kvmesh.workers.errors import ConfigError
 
-KEYS = {"alpha-key": "alpha", "beta-key": "beta"}
+KEYS = {"alpha-key": Caller("alpha"), "beta-key": Caller("beta", admin=True)}
+
+
+def known(key: str, caller: Caller) -> KnownKey:
+    return KnownKey(hash_key(key), caller)
 
 
 @pytest.fixture
 def authenticator() -> Authenticator:
-    return Authenticator([(hash_key(key), tenant) for key, tenant in KEYS.items()])
+    return Authenticator([known(key, caller) for key, caller in KEYS.items()])
 
 
 def bearer(key: str) -> list[tuple[str, str | bytes]]:
     return [("user-agent", "x"), ("authorization", f"Bearer {key}")]
 
 
-@pytest.mark.parametrize(("key", "tenant"), KEYS.items())
-def test_a_key_gives_its_tenant(authenticator: Authenticator, key: str, tenant: str) -> None:
-    assert authenticator.authenticate(bearer(key)) == tenant
-    assert authenticator.authenticate([("Authorization", f"bEaReR  {key} ")]) == tenant
-    assert authenticator.authenticate([("authorization", f"Bearer {key}".encode())]) == tenant
+@pytest.mark.parametrize(("key", "caller"), KEYS.items())
+def test_a_key_gives_its_caller(authenticator: Authenticator, key: str, caller: Caller) -> None:
+    assert authenticator.authenticate(bearer(key)) == caller
+    assert authenticator.authenticate([("Authorization", f"bEaReR  {key} ")]) == caller
+    assert authenticator.authenticate([("authorization", f"Bearer {key}".encode())]) == caller
 
 
 @pytest.mark.parametrize("key", ["", "alpha", "alpha-key2", "ALPHA-KEY", "\xe9", "x" * 9000])
@@ -67,11 +71,11 @@ def test_a_missing_key_is_refused(
 
 
 def test_a_tenant_may_have_two_keys() -> None:
-    authenticator = Authenticator([(hash_key("old"), "a"), (hash_key("new"), "a")])
+    authenticator = Authenticator([known("old", Caller("a")), known("new", Caller("a"))])
     assert (
         authenticator.authenticate(bearer("old"))
         == authenticator.authenticate(bearer("new"))
-        == "a"
+        == Caller("a")
     )
 
 
@@ -123,9 +127,9 @@ def test_the_first_start_creates_a_key_that_only_its_owner_can_read(tmp_path: Pa
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
     key = path.read_text().strip()
     assert len(key) >= 32
-    assert found == [(hash_key(key), LOCAL_TENANT)]
+    assert found == [known(key, LOCAL)]
     assert local_key(AuthSection(), environ) == key
-    assert Authenticator(found).authenticate(bearer(key)) == LOCAL_TENANT
+    assert Authenticator(found).authenticate(bearer(key)) == LOCAL
 
 
 def test_later_starts_keep_the_key(tmp_path: Path) -> None:
@@ -170,7 +174,9 @@ def test_a_key_that_cannot_be_created_is_a_configuration_error(tmp_path: Path) -
 def test_configured_keys_replace_the_local_key(tmp_path: Path) -> None:
     environ = environ_of(tmp_path)
     auth = AuthSection(keys=(TenantKey(tenant="a", sha256=hash_key("k")),))
-    assert known_keys(auth, environ) == [(hash_key("k"), "a")]
+    assert known_keys(auth, environ) == [known("k", Caller("a"))]
+    auth = AuthSection(keys=(TenantKey(tenant="a", sha256=hash_key("k"), admin=True),))
+    assert known_keys(auth, environ) == [known("k", Caller("a", admin=True))]
     assert local_key(auth, environ) is None
     assert not key_path(environ).exists()
 

@@ -95,9 +95,14 @@ def test_results_as_json_are_all_that_is_on_stdout(
 def test_json_has_the_names_of_the_sdk(fake: FakeServer) -> None:
     status = json.loads(run("status", "--json").stdout)
     assert status["model"]["model"] == "fake"
-    assert status["loads"]["router"]["leases"] == 0
-    assert json.loads(run("models", "--json").stdout) == status["model"]
-    assert json.loads(run("loads", "--json").stdout) == status["loads"]
+    assert (status["groups"], status["loads"]["router"]["leases"]) == ([], 0)
+    assert json.loads(run("models", "--json").stdout) == status.pop("model")
+    assert json.loads(run("loads", "--json").stdout) == status
+    fake.fail(sdk.PermissionDeniedError("not an admin"))
+    own = json.loads(run("loads", "--json").stdout)
+    assert (own["loads"], own["tenant"]["tenant"]) == (None, "fake")
+    fake.fail(sdk.PermissionDeniedError("not an admin"))
+    assert "tenant fake: 0 running" in run("loads").stdout
     tokens = json.loads(run("tokenize", "a b c", "--json").stdout)
     assert tokens == {"token_ids": [0, 1, 2], "max_model_len": 8192}
     assert "3 tokens; the context holds 8192\n0 1 2\n" in run("tokenize", "a b c").stdout
@@ -222,21 +227,21 @@ def test_a_command_has_a_time_limit() -> None:
 
     def hang(request: Any, context: grpc.ServicerContext) -> Any:
         hung.wait(60)
-        return pb.GetLoadsResponse()
+        return pb.TokenizeResponse()
 
     with serving(ScriptedServicer(hang)) as target:
-        result = run("loads", "--target", target, "--api-key", "k", "--timeout", "0.2")
+        result = run("tokenize", "hi", "--target", target, "--api-key", "k", "--timeout", "0.2")
         hung.set()
     assert result.exit_code == ExitCode.DEADLINE
 
 
 def test_the_key_may_come_from_a_file(tmp_path: Path) -> None:
-    servicer = ScriptedServicer(answering(pb.GetLoadsResponse()))
+    servicer = ScriptedServicer(answering(pb.TokenizeResponse()))
     path = tmp_path / "key"
     path.write_text("secret\n")
     path.chmod(0o600)
     with serving(servicer) as target:
-        options = ("loads", "--target", target, "--api-key-file")
+        options = ("tokenize", "hi", "--target", target, "--api-key-file")
         assert run(*options, str(path)).exit_code == ExitCode.DONE
         assert servicer.metadata[0]["authorization"] == "Bearer secret"
         path.chmod(0o644)
@@ -257,9 +262,9 @@ def test_the_connection_may_be_encrypted(tmp_path: Path) -> None:
     credentials = grpc.ssl_server_credentials(
         [(server.key, server.cert)], client.cert, require_client_auth=True
     )
-    servicer = ScriptedServicer(answering(pb.GetLoadsResponse()))
+    servicer = ScriptedServicer(answering(pb.TokenizeResponse()))
     with serving(servicer, credentials=credentials) as target:
-        options = ("loads", "--target", target, "--api-key", "k")
+        options = ("tokenize", "hi", "--target", target, "--api-key", "k")
         trusted = (*options, "--tls-ca-file", str(tmp_path / "ca"))
         identity = ("--tls-cert-file", str(tmp_path / "cert"), "--tls-key-file")
         result = run(*trusted, *identity, str(tmp_path / "key"))

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import pytest
 
+from kvmesh.client import GroupFacts, TenantLoads
 from kvmesh.client.responses import mirror
 from kvmesh.client.types import Estimate, Explanation, Loads, ModelInfo
 from kvmesh.cluster.cli import console, status_view
 from kvmesh.cluster.messages import Release
 from kvmesh.cluster.routing.errors import ExceedsEveryGroupError
 from kvmesh.cluster.routing.request import PlaceRequest
-from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
+from kvmesh.v1 import kvmesh_pb2 as pb
+from kvmesh.v1alpha import admin_pb2 as admin
 from tests.cluster.machine import TENANT, Machine, machine, scripted_ingress
 from tests.cluster.test_generation import make_request, read
 from tests.workers.test_engine import PAGE
@@ -50,12 +52,15 @@ async def test_the_views_fit_eighty_columns(
 ) -> None:
     monkeypatch.setattr(console.out, "_width", 80)
     async with machine(groups=2) as built:
-        served = await built.ingress.get_model_info(pb.GetModelInfoRequest(), TENANT)
-        info = mirror(ModelInfo, served)
-        loads = await built.ingress.get_loads(pb.GetLoadsRequest(), TENANT)
-        status_view.show_model(info)
-        status_view.show_groups(info)
-        status_view.show_loads(mirror(Loads, loads), info)
+        info = await built.ingress.get_model_info(pb.GetModelInfoRequest(), TENANT)
+        loads = await built.ingress.get_loads(admin.GetLoadsRequest(), TENANT)
+        listed = await built.ingress.list_groups(admin.ListGroupsRequest(), TENANT)
+        own = await built.ingress.get_tenant_loads(pb.GetTenantLoadsRequest(), TENANT)
+        status_view.show_model(mirror(ModelInfo, info))
+        status_view.show_groups(mirror(ModelInfo, info))
+        groups = [mirror(GroupFacts, group) for group in listed.groups]
+        status_view.show_cluster(groups, mirror(Loads, loads))
+        status_view.show_tenant(mirror(TenantLoads, own))
         status_view.show_estimate(mirror(Estimate, await estimate(built, 1_000_000)))
         built.allow(MANY)
         await read(built.stream(make_request(5)))

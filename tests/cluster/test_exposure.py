@@ -8,28 +8,40 @@ from pathlib import Path
 
 import pytest
 
-from kvmesh.cluster.haproxy_launcher import on_loopback
+from kvmesh.cluster.haproxy_launcher import hardened
 from kvmesh.cluster.keys import protect_ray_token
 
 
-def test_pages_of_the_proxy_are_moved_to_loopback() -> None:
+def template() -> str:
+    """Serve's, for HAProxy's configuration."""
     ray = importlib.util.find_spec("ray")  # importing it takes seconds
     assert ray is not None and ray.origin is not None
-    template = Path(ray.origin).parent / "serve" / "_private" / "haproxy_templates.py"
-    filled = template.read_text().replace("{{ config.stats_port }}", "8404")
+    return (Path(ray.origin).parent / "serve" / "_private" / "haproxy_templates.py").read_text()
+
+
+def test_pages_of_the_proxy_are_moved_to_loopback() -> None:
+    filled = template().replace("{{ config.stats_port }}", "8404")
     filled = filled.replace("{{ config.metrics_port }}", "9101")
     assert "bind *:8404" in filled and "bind :9101" in filled, "Ray's template has changed"
-    closed = on_loopback(filled)
+    closed = hardened(filled)
     binds = [line.split()[1] for line in closed.splitlines() if line.strip().startswith("bind ")]
     assert {"127.0.0.1:8404", "127.0.0.1:9101"} <= set(binds)
     assert not any(bind.startswith(("*", ":")) for bind in binds)
     assert " mode 666 " in filled and " mode 666 " not in closed
-    assert on_loopback(closed) == closed
+    assert hardened(closed) == closed
+
+
+def test_a_proxy_that_knows_no_application_yet_is_unavailable() -> None:
+    not_found = 'grpc-status 5 hdr grpc-message "Application metadata not set.'
+    assert not_found in template(), "Ray's template has changed"
+    answer = hardened(template())
+    assert not_found not in answer
+    assert 'hdr grpc-status 14 hdr grpc-message "the front proxy is starting"' in answer
 
 
 def test_an_address_that_was_chosen_is_kept() -> None:
     chosen = "frontend f\n    bind 0.0.0.0:9000 proto h2\n    bind 10.0.0.7:9001\n"
-    assert on_loopback(chosen) == chosen
+    assert hardened(chosen) == chosen
 
 
 def test_rays_token_is_its_users_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

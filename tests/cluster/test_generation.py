@@ -12,6 +12,7 @@ import pytest
 from kvmesh.cluster.errors import (
     ContextExceededError,
     EngineLostError,
+    NoAllowedFormatError,
     RequestDeadlineError,
     ResumeMismatchError,
     UnknownModelError,
@@ -19,8 +20,8 @@ from kvmesh.cluster.errors import (
 from kvmesh.cluster.ingress import generation
 from kvmesh.cluster.ingress.error_table import to_wire
 from kvmesh.cluster.ingress.failovers import MAX_FAILOVERS
-from kvmesh.cluster.routing.errors import ExceedsEveryGroupError, RequestIdInUseError
-from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
+from kvmesh.cluster.routing.errors import RequestIdInUseError
+from kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.workers.errors import InvalidFieldError, PoolCapacityError, WorkerDiedError
 from kvmesh.workers.sizes import PageNeed
 from tests.cluster.machine import TENANT, Machine, answer, machine, text_of
@@ -209,10 +210,13 @@ async def test_generate_returns_the_whole_stream(one: Machine) -> None:
         (make_request(5, prompt=[50]), InvalidFieldError),
         (make_request(800), InvalidFieldError),
         (pb.GenerateRequest(model="another", prompt=pb.Prompt(text="A")), UnknownModelError),
-        (pb.GenerateRequest(min_kv_format="int9", prompt=pb.Prompt(text="A")), InvalidFieldError),
         (
-            pb.GenerateRequest(min_kv_format="exact", prompt=pb.Prompt(text="A")),
-            ExceedsEveryGroupError,
+            pb.GenerateRequest(allowed_kv_formats=["int9"], prompt=pb.Prompt(text="A")),
+            InvalidFieldError,
+        ),
+        (
+            pb.GenerateRequest(allowed_kv_formats=["exact"], prompt=pb.Prompt(text="A")),
+            NoAllowedFormatError,
         ),
     ],
 )

@@ -8,20 +8,32 @@ from typing import Any
 
 import grpc
 import pytest
+from google.protobuf.descriptor_pb2 import FileDescriptorProto
+from google.protobuf.struct_pb2 import Struct, Value
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection, reflection_pb2
 
-from kvmesh.client.status import decode_details
+from kvmesh.client.status import TRAILER, decode
 from kvmesh.cluster import grpc_front
-from kvmesh.cluster.grpc_front import METHODS, READERS_PER_TENANT, GrpcFront
-from kvmesh.cluster.ingress.authenticate import Authenticator, hash_key
+from kvmesh.cluster.grpc_front import (
+    ADMIN_SERVICE,
+    METHODS,
+    READERS_PER_TENANT,
+    SERVICE,
+    GrpcFront,
+)
+from kvmesh.cluster.ingress.authenticate import Authenticator, Caller, KnownKey, hash_key
 from kvmesh.cluster.ingress.validate import Limits
 from kvmesh.cluster.metrics import IngressMeters
 from kvmesh.protos import pb
 from tests.cluster.machine import Machine, NoMeters, answer, machine
 from tests.cluster.test_generation import PROMPT
+from tests.protos.test_other_versions import old
 
 HEADERS = (("authorization", "Bearer key"),)
 OTHER_HEADERS = (("authorization", "Bearer other"),)
+OPERATOR = (("authorization", "Bearer operator"),)
+ALL_METHODS = [(service, method.name) for service, methods in METHODS.items() for method in methods]
 MAX_CALLS = 30
 TURN_S = 0.1
 MAX_BYTES = 100_000
@@ -34,21 +46,28 @@ class Served:
     machine: Machine
     channel: grpc.aio.Channel
 
-    def call(self, method: str, body: bytes, headers: Any = HEADERS) -> Any:
+    def call(self, method: str, body: bytes, headers: Any = HEADERS, service: str = SERVICE) -> Any:
         """A call of any method, to read its replies' bytes from."""
-        multi: Any = self.channel.unary_stream(f"/kvmesh.v1.KVMesh/{method}")
+        multi: Any = self.channel.unary_stream(f"/{service}/{method}")
         return multi(body, metadata=headers)
 
-    def open(self, method: str, headers: Any = HEADERS) -> Any:
+    def open(self, method: str, headers: Any = HEADERS, service: str = SERVICE) -> Any:
         """A call whose request is not sent yet."""
-        multi: Any = self.channel.stream_stream(f"/kvmesh.v1.KVMesh/{method}")
+        multi: Any = self.channel.stream_stream(f"/{service}/{method}")
         return multi(metadata=headers)
 
 
 @pytest.fixture
 async def served() -> AsyncIterator[Served]:
     async with machine() as built:
-        keys = [(hash_key("key"), "tenant"), (hash_key("other"), "neighbour")]
+        keys = [
+            KnownKey(hash_key(key), Caller(tenant, admin))
+            for key, tenant, admin in (
+                ("key", "tenant", False),
+                ("other", "neighbour", False),
+                ("operator", "operator", True),
+            )
+        ]
         front = GrpcFront(
             built.ingress,
             Authenticator(keys).authenticate,
@@ -74,7 +93,8 @@ async def failure(call: Any) -> tuple[grpc.StatusCode, pb.Error | None]:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         async for _ in call:
             pass
-    return caught.value.code(), decode_details(caught.value.details() or "")[1]
+    trailer: Any = dict(caught.value.trailing_metadata() or ()).get(TRAILER)
+    return caught.value.code(), decode(trailer) if trailer else None
 
 
 def request(max_tokens: int = 5) -> bytes:
@@ -94,15 +114,126 @@ async def test_a_stream_and_a_reply(served: Served) -> None:
     assert list(reply.choices[0].token_ids) == tokens
 
 
-@pytest.mark.parametrize("method", list(METHODS))
+async def test_a_client_from_before_the_lock_is_served(served: Served) -> None:
+    served.machine.allow(MANY)
+    sent = old("GenerateRequest")()
+    sent.prompt.token_ids.ids.extend(PROMPT)
+    sent.sampling_params.max_tokens = 5
+    sent.sampling_params.temperature = 0
+    tokens: list[int] = []
+    finished = False
+    async for data in served.call("GenerateStream", sent.SerializeToString()):
+        event = old("GenerateStreamResponse").FromString(data)
+        tokens += event.delta.token_ids
+        finished |= event.HasField("usage")
+    assert tokens == answer(PROMPT, 5) and finished
+    sent.min_kv_format = "int8"  # since removed
+    code, error = await failure(served.call("GenerateStream", sent.SerializeToString()))
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert error is not None and error.reason == pb.ERROR_REASON_UNSUPPORTED
+
+
+@pytest.mark.parametrize(("service", "method"), ALL_METHODS)
 @pytest.mark.parametrize("headers", [(), (("authorization", "Bearer wrong"),)])
 async def test_unknown_callers_are_refused_before_they_send(
-    served: Served, method: str, headers: Any
+    served: Served, service: str, method: str, headers: Any
 ) -> None:
     """Their request never arrives, so nothing of it can be read or parsed."""
-    code, error = await failure(served.open(method, headers))
+    code, error = await failure(served.open(method, headers, service))
     assert code is grpc.StatusCode.UNAUTHENTICATED
     assert error is not None and not error.request_id
+
+
+@pytest.mark.parametrize("method", [method.name for method in METHODS[ADMIN_SERVICE]])
+async def test_operators_calls_need_an_admin_key(served: Served, method: str) -> None:
+    code, error = await failure(served.open(method, HEADERS, ADMIN_SERVICE))
+    assert code is grpc.StatusCode.PERMISSION_DENIED
+    assert error is not None and error.reason == pb.ERROR_REASON_NOT_ALLOWED
+    replies = [data async for data in served.call(method, b"", OPERATOR, ADMIN_SERVICE)]
+    assert len(replies) == 1 and b"g0" in replies[0]
+
+
+async def test_the_contract_can_be_asked_for_with_a_key(served: Served) -> None:
+    def ask(request: reflection_pb2.ServerReflectionRequest, headers: Any = HEADERS) -> Any:
+        multi: Any = served.channel.stream_stream(
+            f"/{reflection.SERVICE_NAME}/ServerReflectionInfo"
+        )
+        return multi(iter([request.SerializeToString()]), metadata=headers)
+
+    everything = reflection_pb2.ServerReflectionRequest(list_services="")
+    reply = reflection_pb2.ServerReflectionResponse.FromString(await ask(everything).read())
+    names = {service.name for service in reply.list_services_response.service}
+    assert names == {SERVICE, ADMIN_SERVICE, "grpc.health.v1.Health"}
+    symbol = reflection_pb2.ServerReflectionRequest(file_containing_symbol="kvmesh.v1.Usage")
+    reply = reflection_pb2.ServerReflectionResponse.FromString(await ask(symbol).read())
+    files = map(
+        FileDescriptorProto.FromString, reply.file_descriptor_response.file_descriptor_proto
+    )
+    assert "kvmesh/v1/kvmesh.proto" in {file.name for file in files}
+    code, _ = await failure(ask(everything, ()))
+    assert code is grpc.StatusCode.UNAUTHENTICATED
+    long = reflection_pb2.ServerReflectionRequest(file_by_filename="x" * 10_000)
+    code, error = await failure(ask(long))
+    assert code is grpc.StatusCode.INVALID_ARGUMENT and error is not None
+
+
+async def test_a_tenant_sees_what_it_uses_itself(served: Served) -> None:
+    served.machine.allow(3)
+    running = served.call("GenerateStream", request(400))
+    while not pb.GenerateStreamResponse.FromString(await running.read()).HasField("delta"):
+        pass
+    loads = {}
+    for headers in (HEADERS, OTHER_HEADERS):
+        (data,) = [data async for data in served.call("GetTenantLoads", b"", headers)]
+        loads[headers] = pb.GetTenantLoadsResponse.FromString(data)
+    own, other = loads[HEADERS], loads[OTHER_HEADERS]
+    assert (own.tenant, own.running, own.queued) == ("tenant", 1, 0)
+    assert own.leased_bytes > 0 and not own.HasField("quota_bytes")
+    assert other == pb.GetTenantLoadsResponse(tenant="neighbour")
+    running.cancel()
+
+
+NEW_FIELD = b"\xba\x3e\x01x"  # number 999, a string
+
+
+@pytest.mark.parametrize(
+    ("body", "path"),
+    [
+        (request() + NEW_FIELD, "request"),
+        (
+            pb.GenerateRequest(
+                sampling_params=pb.SamplingParams.FromString(NEW_FIELD)
+            ).SerializeToString(),
+            "sampling_params",
+        ),
+        (
+            pb.GenerateRequest(
+                prompt=pb.Prompt(
+                    chat=pb.Chat(messages=[pb.ChatMessage(), pb.ChatMessage.FromString(NEW_FIELD)])
+                )
+            ).SerializeToString(),
+            "prompt.chat.messages[1]",
+        ),
+        (
+            pb.GenerateRequest(
+                prompt=pb.Prompt(
+                    chat=pb.Chat(
+                        chat_template_kwargs=Struct(fields={"a": Value.FromString(NEW_FIELD)})
+                    )
+                )
+            ).SerializeToString(),
+            "prompt.chat.chat_template_kwargs.fields['a']",
+        ),
+    ],
+)
+async def test_what_a_newer_client_asks_for_is_refused(
+    served: Served, body: bytes, path: str
+) -> None:
+    code, error = await failure(served.call("GenerateStream", body))
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert error is not None and error.reason == pb.ERROR_REASON_UNSUPPORTED
+    assert error.field_violations[0].field == path
+    assert "999" in error.field_violations[0].description
 
 
 async def test_no_more_calls_than_allowed(served: Served) -> None:

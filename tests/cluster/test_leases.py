@@ -27,7 +27,7 @@ from kvmesh.cluster.messages import (
 from kvmesh.cluster.reports import EngineReport
 from kvmesh.cluster.routing.config import RouterConfig, RouterTuning
 from kvmesh.cluster.routing.request import PlaceRequest
-from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
+from kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.workers.lease import AccountUpdate, LeaseTerms, PageChanges
 from kvmesh.workers.loads import EngineLoads
 from tests.cluster.machine import IDENTITY, TENANT, Machine, answer, machine, scripted_ingress

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
@@ -14,11 +13,10 @@ from tokenizers import models, pre_tokenizers
 
 from kvmesh.cluster.errors import ContextExceededError, IngressBusyError
 from kvmesh.cluster.ingress.prompts import LONG_TEXT_CHARS, MAX_WAITING, Prompts
-from kvmesh.cluster.ingress.validate import ChatTurn
 from kvmesh.cluster.reports import ClusterStatus
 from kvmesh.protos import pb
 from kvmesh.workers.errors import InvalidFieldError
-from kvmesh.workers.model.chat import ChatTemplate
+from kvmesh.workers.model.chat import ChatTemplate, Conversation
 from kvmesh.workers.model.tokenizer import Tokenizer
 from tests.cluster.machine import LetterCodec, Machine, machine
 
@@ -43,11 +41,10 @@ class GatedCodec(LetterCodec):
             assert self.gate.wait(20)
         return super().encode(text[:10])
 
-    def encode_chat(self, turns: Iterable[tuple[str, str]]) -> npt.NDArray[np.int32]:
+    def encode_chat(self, chat: Conversation) -> npt.NDArray[np.int32]:
         self.threads.append(threading.get_ident())
         source = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
-        messages = [{"role": role, "content": content} for role, content in turns]
-        ChatTemplate(source, {}).render(messages, True, ())
+        ChatTemplate(source, {}).render(chat, True, ())
         return np.array([], np.int32)
 
 
@@ -164,5 +161,5 @@ async def test_a_template_that_does_not_end_is_interrupted(status: ClusterStatus
     prompts = Prompts(GatedCodec(), chat_timeout_s=0.05)
     for _ in range(2):  # the thread serves on
         with pytest.raises(InvalidFieldError) as caught:
-            await prompts.encode((ChatTurn("user", "hello"),), "t", status)
+            await prompts.encode(Conversation([{"role": "user", "content": "hello"}]), "t", status)
         assert caught.value.field == "prompt.chat"

@@ -1,17 +1,21 @@
-"""The quality floor: one order of KV formats, by measured divergence."""
+"""Which groups' KV formats a request accepts."""
 
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from kvmesh.cluster.ingress.quality import DIVERGENCE_NATS, groups_below
+from kvmesh.cluster.errors import NoAllowedFormatError
+from kvmesh.cluster.ingress.quality import DIVERGENCE_NATS, refused_groups
 from kvmesh.cluster.reports import ClusterStatus, EngineReport
-from kvmesh.cluster.routing.errors import ExceedsEveryGroupError
 from kvmesh.cluster.routing.outcome import RouterStatus
 from kvmesh.kernels.formats.registry import format_names
+from kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.workers.errors import InvalidFieldError
 from kvmesh.workers.loads import EngineInfo, EngineLoads
 from kvmesh.workers.sizes import PageGeometry, PageNeed
@@ -31,42 +35,64 @@ def cluster(*formats: str) -> ClusterStatus:
     return ClusterStatus(ROUTER, reports, frozenset(formats))
 
 
+def refused(status: ClusterStatus, table: Mapping[str, float], **fields: Any) -> set[str]:
+    return set(refused_groups(pb.GenerateRequest(**fields), status, table))
+
+
 @pytest.mark.parametrize(
-    ("floor", "below"),
+    ("fields", "left"),
     [
-        ("", set()),
-        ("exact", {"int8", "k4v4", "int4", "k2v2"}),
-        ("int8", {"k4v4", "int4", "k2v2"}),
-        # At least as many bits as k4v4, but less faithful.
-        ("k4v4", {"int4", "k2v2"}),
-        ("int4", {"k2v2"}),
-        ("4", {"k2v2"}),  # LMDeploy's name of int4
-        ("kivi2", set()),
+        ({}, {"exact", "int8", "k4v4", "int4", "k2v2"}),
+        ({"allowed_kv_formats": ["exact"]}, {"exact"}),
+        ({"allowed_kv_formats": ["int8", "4"]}, {"int8", "int4"}),  # LMDeploy's name of int4
+        # A bound on bits would have admitted int4 with k4v4.
+        ({"max_kv_divergence_nats": 0.0023}, {"exact", "int8", "k4v4"}),
+        ({"max_kv_divergence_nats": 0}, {"exact"}),
+        ({"allowed_kv_formats": ["k4v4", "k2v2"], "max_kv_divergence_nats": 0.01}, {"k4v4"}),
     ],
 )
-def test_groups_are_below_a_floor_by_measured_divergence(floor: str, below: set[str]) -> None:
+def test_groups_are_refused_by_format(fields: Mapping[str, Any], left: set[str]) -> None:
     status = cluster("exact", "int8", "k4v4", "int4", "k2v2")
-    assert groups_below(floor, status, DIVERGENCE_NATS) == below
+    assert status.reports.keys() - refused(status, DIVERGENCE_NATS, **fields) == left
 
 
 def test_configured_divergences_override_the_table() -> None:
     status = cluster("exact", "k4v4")
-    assert groups_below("int4", status, {**DIVERGENCE_NATS, "k4v4": 0.5}) == {"k4v4"}
+    table = {**DIVERGENCE_NATS, "k4v4": 0.5}
+    assert refused(status, table, max_kv_divergence_nats=0.1) == {"k4v4"}
 
 
-def test_a_format_without_a_divergence_meets_only_its_own_floor() -> None:
+def test_a_format_without_a_divergence_has_to_be_named() -> None:
     assert "int8-static" not in DIVERGENCE_NATS
     status = cluster("exact", "int8-static")
-    assert groups_below("int8-static", status, DIVERGENCE_NATS) == {"exact"}
-    assert groups_below("k2v2", status, DIVERGENCE_NATS) == {"int8-static"}
-    assert not groups_below("k2v2", status, {**DIVERGENCE_NATS, "int8-static": 0.001})
+    assert refused(status, DIVERGENCE_NATS, max_kv_divergence_nats=9) == {"int8-static"}
+    assert refused(status, DIVERGENCE_NATS, allowed_kv_formats=["int8-static"]) == {"exact"}
+    measured = {**DIVERGENCE_NATS, "int8-static": 0.001}
+    assert not refused(status, measured, max_kv_divergence_nats=0.01)
 
 
-def test_floors_that_cannot_be_met_are_errors() -> None:
-    with pytest.raises(InvalidFieldError, match="min_kv_format"):
-        groups_below("int9", cluster("int8"), DIVERGENCE_NATS)
-    with pytest.raises(ExceedsEveryGroupError, match="int4 is less faithful than int8"):
-        groups_below("int8", cluster("int4"), DIVERGENCE_NATS)
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"allowed_kv_formats": ["int8", "int9"]}, "allowed_kv_formats[1]"),
+        ({"max_kv_divergence_nats": -1e-9}, "max_kv_divergence_nats"),
+        ({"max_kv_divergence_nats": math.nan}, "max_kv_divergence_nats"),
+        ({"max_kv_divergence_nats": math.inf}, "max_kv_divergence_nats"),
+    ],
+)
+def test_wrong_names_and_bounds_are_refused(fields: Mapping[str, Any], field: str) -> None:
+    with pytest.raises(InvalidFieldError) as caught:
+        refused(cluster("int8"), DIVERGENCE_NATS, **fields)
+    assert caught.value.field == field
+
+
+def test_a_request_that_no_group_may_serve_says_why() -> None:
+    with pytest.raises(NoAllowedFormatError) as caught:
+        refused(cluster("int4", "int8"), DIVERGENCE_NATS, max_kv_divergence_nats=1e-6)
+    assert caught.value.reasons == {
+        "int4": "its format int4 diverges by 0.0182 nats",
+        "int8": "its format int8 diverges by 7e-05 nats",
+    }
 
 
 def test_the_table_has_the_measured_divergences() -> None:

@@ -11,7 +11,7 @@ import pytest
 from kvmesh.cluster.errors import RequestFaultError
 from kvmesh.cluster.ingress.error_table import status_code, to_wire
 from kvmesh.cluster.ingress.failovers import MAX_FAILOVERS, Failovers, Loss
-from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
+from kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.workers.errors import WorkerDiedError
 from kvmesh.workers.plan import SampledToken, StepPlan, StepResult
 from tests.cluster.machine import Machine, WatchedEngine, answer, machine

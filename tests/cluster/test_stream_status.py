@@ -20,7 +20,7 @@ from kvmesh.cluster.messages import Release, Waiting
 from kvmesh.cluster.router_service import _Caller, _RouterPeer
 from kvmesh.cluster.routing.outcome import Enqueued
 from kvmesh.cluster.routing.request import PlaceRequest
-from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
+from kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.workers import engine
 from kvmesh.workers.request import PrefillProgress
 from tests.cluster.machine import (
@@ -362,17 +362,17 @@ async def test_a_whole_reply_is_made_of_a_stream_that_waited() -> None:
 
 def test_a_projected_wait_counts_down() -> None:
     now = 10.0
-    status = StreamStatus(lambda: now)
-    assert status.event().queued == pb.Queued()
+    status = StreamStatus("r", lambda: now)
+    assert status.event().queued == pb.Queued(request_id="r")
     status.queued(3, 8.0)
     now = 12.5
-    assert status.event().queued == pb.Queued(position=3, projected_wait_s=5.5)
+    assert status.event().queued == pb.Queued(position=3, projected_wait_s=5.5, request_id="r")
     now = 30.0
-    assert status.event().queued == pb.Queued(position=3, projected_wait_s=0.0)
+    assert status.event().queued == pb.Queued(position=3, projected_wait_s=0.0, request_id="r")
 
 
 def test_the_most_advanced_choice_leads() -> None:
-    status = StreamStatus(lambda: 0.0)
+    status = StreamStatus("r", lambda: 0.0)
     assert not status.computed("a", PrefillProgress(16, 0, 100))  # of a placement that was lost
     status.placed(100)
     assert status.computed("a", PrefillProgress(32, 0, 100))

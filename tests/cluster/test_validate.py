@@ -20,7 +20,7 @@ from kvmesh.cluster.ingress.validate import (
     fit_context,
     generation_spec,
 )
-from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as pb
+from kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.workers.errors import InvalidFieldError
 from kvmesh.workers.request import TokenIds
 
@@ -59,7 +59,11 @@ def validated(request: pb.GenerateRequest, limits: Limits = LIMITS) -> Generatio
 def encoded(spec: GenerationSpec) -> TokenIds:
     if isinstance(spec.prompt, np.ndarray):
         return spec.prompt
-    text = spec.prompt if isinstance(spec.prompt, str) else "".join(t.content for t in spec.prompt)
+    text = (
+        spec.prompt
+        if isinstance(spec.prompt, str)
+        else "".join(m["content"] for m in spec.prompt.messages)
+    )
     return np.arange(len(text), dtype=np.int32) % VOCAB
 
 
@@ -310,7 +314,9 @@ requests = messages(
     sampling_params=parameters,
     priority=int32,
     timeout_s=numbers,
-    min_kv_format=text,
+    allowed_kv_formats=st.lists(text, max_size=2),
+    max_kv_divergence_nats=numbers,
+    adapter=st.sampled_from(["", "", "a"]),
     cache_salt=text,
     resume=resumes,
 )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -69,6 +72,41 @@ def test_each_push_returns_all_complete_characters(tokenizer: Tokenizer) -> None
         assert TEXT.startswith(text), "an incomplete character was emitted"
         assert len(stream._pending) <= 4
     assert text + stream.flush() == TEXT
+
+
+@pytest.mark.parametrize("text", [TEXT, "", "a", " two  spaces ", "\n\t\x00\x7f\xa0\xad"])
+def test_the_bytes_of_tokens_are_the_text(tokenizer: Tokenizer, text: str) -> None:
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    joined = b"".join(map(tokenizer.token_bytes, ids)).decode()
+    # A decoder may strip the space that its tokenizer puts before the text.
+    assert joined in (text, f" {text}")
+
+
+def test_every_token_has_bytes(tokenizer: Tokenizer) -> None:
+    for token_id in range(tokenizer.vocab_size):
+        text = tokenizer.token_bytes(token_id).decode(errors="replace")
+        decoded = tokenizer.decode([token_id], skip_special_tokens=False)
+        assert text.strip() == decoded.strip(), token_id
+    assert tokenizer.token_bytes(tokenizer.vocab_size) == b""
+
+
+def test_other_threads_run_while_a_long_text_is_encoded(byte_level: Tokenizer) -> None:
+    text = TEXT * 50_000
+    turns = itertools.count()
+    during: list[int] = []
+
+    def encode() -> None:
+        before = next(turns)
+        byte_level.encode(text)
+        during.append(next(turns) - before)
+
+    thread = threading.Thread(target=encode)
+    thread.start()
+    while thread.is_alive():
+        next(turns)
+        time.sleep(0.001)
+    # A handful if the interpreter's lock is held: those before and after.
+    assert during[0] > 50
 
 
 @given(data=st.data(), text=st.text(max_size=60))

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from tests.repo.imports import LAYERS, ROOT, Import, imports_by_module, module_files
+from tests.repo.imports import LAYERS, ROOT, Import, imports_by_module, layer_of, module_files
 
 PAGE = ROOT / "CONTRIBUTING.md"
 BEGIN = "<!-- import graph, drawn by `make graph` -->\n```\n"
@@ -34,8 +34,8 @@ def unit_of(module: str, root: Path = ROOT) -> str | None:
 
 def drawn_unit_of(module: str) -> str | None:
     """The line of the drawing that a module is in: a layer, or a sub-package of a large one."""
-    layer = module.split(".")[1] if module.startswith("kvmesh.") else None
-    if layer is None or layer not in LAYERS:
+    layer = layer_of(module)
+    if layer is None:
         return None
     if layer not in DRAWN_BY_FOLDER:
         return layer

@@ -9,6 +9,18 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 LAYERS = ("client", "cluster", "kernels", "protos", "workers")
+# Under which names the stubs of the wire contract are imported.
+CONTRACTS = ("v1", "v1alpha")
+
+
+def layer_of(module: str) -> str | None:
+    """The layer that a module of ours belongs to; None for the package and for others."""
+    parts = module.split(".")
+    if parts[0] != "kvmesh" or len(parts) < 2:
+        return None
+    if parts[1] in CONTRACTS:
+        return "protos"
+    return parts[1] if parts[1] in LAYERS else None
 
 
 @dataclass(frozen=True)
@@ -32,6 +44,8 @@ def module_files(root: Path = ROOT) -> dict[str, Path]:
             if path.stem.endswith(("_pb2", "_pb2_grpc")):
                 continue
             parts = path.relative_to(root).with_suffix("").parts
+            if parts[:2] == ("protos", "kvmesh"):
+                parts = parts[2:]
             name = ".".join(("kvmesh", *parts)).removesuffix(".__init__")
             files[name] = path
     return files

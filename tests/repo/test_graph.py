@@ -40,7 +40,7 @@ def test_the_search_for_circles_itself(links: str, expected: str) -> None:
         ("kvmesh.workers.model", "workers/model"),
         ("kvmesh.workers.rank", "workers/rank.py"),
         ("kvmesh.workers", None),
-        ("kvmesh.protos.kvmesh.v1.kvmesh_pb2", "protos/kvmesh"),
+        ("kvmesh.v1.kvmesh_pb2", None),
         ("kvmesh", None),
         ("torch", None),
     ],

@@ -11,7 +11,16 @@ from pathlib import Path
 import pytest
 
 from tests.repo.graph import cyclic, links_between, unit_of
-from tests.repo.imports import LAYERS, ROOT, Import, imports_by_module, imports_of, module_files
+from tests.repo.imports import (
+    CONTRACTS,
+    LAYERS,
+    ROOT,
+    Import,
+    imports_by_module,
+    imports_of,
+    layer_of,
+    module_files,
+)
 
 MAY_IMPORT = {
     "client": {"client", "protos"},
@@ -48,11 +57,6 @@ TORCH_FREE = {
 
 FILES = module_files()
 IMPORTS = imports_by_module(FILES)
-
-
-def layer_of(module: str) -> str | None:
-    parts = module.split(".")
-    return parts[1] if parts[0] == "kvmesh" and len(parts) > 1 and parts[1] in LAYERS else None
 
 
 def modules_of(*layers: str) -> list[str]:
@@ -170,9 +174,10 @@ def test_kernels_is_not_a_package_of_its_own() -> None:
 
 def test_the_package_folder_contains_only_links() -> None:
     links = {path.name: path for path in (ROOT / "kvmesh").iterdir() if path.is_symlink()}
-    assert links.keys() == set(LAYERS)
+    assert links.keys() == {*LAYERS, *CONTRACTS}
     for name, link in links.items():
-        assert link.readlink() == Path("..") / name
+        folder = f"protos/kvmesh/{name}" if name in CONTRACTS else name
+        assert link.readlink() == Path("..") / folder
     others = {path.name for path in (ROOT / "kvmesh").iterdir()} - links.keys()
     assert others - {"__pycache__"} == {"__init__.py", "py.typed"}
 

@@ -103,20 +103,25 @@ def test_the_wheel_contains_only_the_package(wheel: Path) -> None:
         "kvmesh/py.typed",
         "kvmesh/client/sync_client.py",
         "kvmesh/kernels/formats/base.py",
-        "kvmesh/protos/kvmesh/v1/kvmesh.proto",
-        "kvmesh/protos/kvmesh/v1/kvmesh_pb2.pyi",
+        "kvmesh/v1/kvmesh.proto",
+        "kvmesh/v1/kvmesh_pb2.pyi",
+        "kvmesh/v1alpha/admin.proto",
         "kvmesh/workers/scoring/probe.txt",
         "kvmesh/workers/sizes.py",
     ):
         assert name in names
     sources = {
-        f"kvmesh/{path.relative_to(ROOT).as_posix()}"
+        f"kvmesh/{path.relative_to(ROOT).as_posix().removeprefix('protos/kvmesh/')}"
         for layer in LAYERS
         for path in (ROOT / layer).rglob("*.py")
     }
     assert sources <= names
     base = {line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line}
-    assert {line.split(">")[0].split("<")[0] for line in base} == {"grpcio", "protobuf"}
+    assert {line.split(">")[0].split("<")[0] for line in base} == {
+        "googleapis-common-protos",
+        "grpcio",
+        "protobuf",
+    }
     assert metadata["License-Expression"] == "Apache-2.0"
     assert "kvmesh = kvmesh.cluster.cli:app" in entry_points
 

@@ -12,11 +12,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, NoReturn
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, meta
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -24,6 +24,8 @@ from kvmesh.workers.errors import ConfigError, InvalidFieldError
 
 # A placeholder is <open> digits <close>; private-use characters have no meaning elsewhere.
 _OPEN, _CLOSE = "\uf8f0", "\uf8f1"
+# After the message that is to be continued. Without its space, the template has stripped it.
+_END = "\uf8f2 "
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +36,27 @@ class PromptPiece:
     literal: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """A chat as templates take it.
+
+    messages: each with `role` and `content`, perhaps `tool_calls`, `tool_call_id` and `name`
+    tools: functions that the model may call
+    variables: the template's own, such as enable_thinking
+    continue_final_message: let the model continue the last message
+    """
+
+    messages: Sequence[Mapping[str, Any]]
+    tools: Sequence[Mapping[str, Any]] = ()
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    continue_final_message: bool = False
+
+
 class ChatTemplate:
-    """A model's Jinja template, compiled once; `variables` are bos_token, eos_token, ..."""
+    """A model's Jinja template, compiled once; `variables` are bos_token, eos_token, ...
+
+    names: of the variables that the template reads and no message contains
+    """
 
     def __init__(self, source: str, variables: Mapping[str, str]) -> None:
         environment = ImmutableSandboxedEnvironment(
@@ -46,31 +67,60 @@ class ChatTemplate:
         environment.globals["strftime_now"] = _strftime_now
         try:
             self._template = environment.from_string(source)
+            self.names = frozenset(meta.find_undeclared_variables(environment.parse(source)))
         except TemplateError as error:
             raise ConfigError("model", f"has a malformed chat template: {error}") from error
         self._variables = dict(variables)
+        self.names -= {*variables, *environment.globals, "messages", "add_generation_prompt"}
 
     def render(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        add_generation_prompt: bool,
-        special_tokens: Sequence[str],
+        self, chat: Conversation, add_generation_prompt: bool, special_tokens: Sequence[str]
     ) -> list[PromptPiece]:
         """The prompt in pieces; a single piece unless a message contains a special token's text.
 
-        Raises InvalidFieldError(messages) with the template's own reason.
+        Raises InvalidFieldError naming the part of the conversation, for instance `messages` with
+        the template's own reason.
         """
+        self._check_names(chat)
         guard = _Guard(special_tokens)
-        guarded = [guard.protect(message) for message in messages]
+        messages = [guard.protect(message) for message in chat.messages]
+        if chat.continue_final_message:
+            messages[-1]["content"] += _END
+            add_generation_prompt = False
+        variables = {**guard.protect(chat.variables), **self._variables}
+        if chat.tools:
+            variables["tools"] = guard.protect(chat.tools)
         try:
             text = self._template.render(
-                messages=guarded, add_generation_prompt=add_generation_prompt, **self._variables
+                messages=messages, add_generation_prompt=add_generation_prompt, **variables
             )
         except (TemplateError, TypeError, ValueError, KeyError, OverflowError) as error:
             raise InvalidFieldError(
                 "messages", f"are refused by the model's chat template: {error}"
             ) from error
-        return guard.restore(text)
+        return guard.restore(_before_end(text) if chat.continue_final_message else text)
+
+    def _check_names(self, chat: Conversation) -> None:
+        if chat.tools and "tools" not in self.names:
+            raise InvalidFieldError("tools", "have no place in the model's chat template")
+        names = self.names - {"tools"}
+        for name in chat.variables:
+            if name not in names:
+                raise InvalidFieldError(
+                    "chat_template_kwargs",
+                    f"has {name!r}, but the model's chat template reads "
+                    f"{', '.join(sorted(names)) or 'none'}",
+                )
+
+
+def _before_end(text: str) -> str:
+    """The prompt up to the end of the last message's content."""
+    before, found, after = text.rpartition(_END.strip())
+    if not found:
+        raise InvalidFieldError(
+            "continue_final_message", "is not possible: the template leaves the last message out"
+        )
+    return before if after.startswith(" ") else before.rstrip()
 
 
 class _Guard:
@@ -78,7 +128,7 @@ class _Guard:
 
     def __init__(self, special_tokens: Sequence[str]) -> None:
         # Longest first, so that no token matches as a shorter one that it begins with.
-        texts = sorted((*special_tokens, _OPEN, _CLOSE), key=len, reverse=True)
+        texts = sorted((*special_tokens, _OPEN, _CLOSE, _END.strip()), key=len, reverse=True)
         self._pattern = re.compile("|".join(re.escape(text) for text in texts if text))
         self._taken: list[str] = []
 
@@ -86,7 +136,7 @@ class _Guard:
         if isinstance(value, str):
             return self._pattern.sub(self._stand_in, value)
         if isinstance(value, Mapping):
-            return {key: self.protect(item) for key, item in value.items()}
+            return {self.protect(key): self.protect(item) for key, item in value.items()}
         if isinstance(value, (list, tuple)):
             return [self.protect(item) for item in value]
         return value

@@ -6,19 +6,23 @@ prompts from the model's own Jinja template in a sandbox.
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as RawTokenizer
 
 from kvmesh.workers.errors import ConfigError, InvalidFieldError
-from kvmesh.workers.model.chat import ChatTemplate
+from kvmesh.workers.model.chat import ChatTemplate, Conversation
 from kvmesh.workers.model.facts import read_json
 
 # A character has at most 4 bytes, hence at most 4 tokens of one byte each.
 _MAX_CHARACTER_TOKENS = 4
 _MAX_COMPOSED = 4
+_BYTE_NAME = re.compile(r"<0x([0-9A-F]{2})>")
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -77,26 +81,29 @@ class Tokenizer:
 
         add_special_tokens: begin (and end) as the model expects, for instance with its BOS
         """
-        ids: list[int] = self._raw.encode(text, add_special_tokens=add_special_tokens).ids
-        return ids
+        return _ids(self._raw, text, add_special_tokens)
 
     def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
+        self,
+        chat: Conversation | Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
     ) -> list[int]:
-        """Ids of a conversation through the model's template.
+        """Ids of a conversation, or of its messages alone, through the model's template.
 
-        messages: each with `role` and `content`, as the template expects them
         add_generation_prompt: end where the model's answer begins
 
         Text in a message cannot become a special token: the text of a special token is
         encoded as ordinary text, separately from the rest of the prompt.
-        Raises InvalidFieldError(messages) if the template refuses them or there is none.
+        Raises InvalidFieldError naming the part of the conversation that the template refuses,
+        or `messages` if there is none.
         """
+        if not isinstance(chat, Conversation):
+            chat = Conversation(chat)
         if self._chat is None:
             raise InvalidFieldError(
                 "messages", "need a chat template, and the model has no chat template; send text"
             )
-        pieces = self._chat.render(messages, add_generation_prompt, tuple(self.special_tokens))
+        pieces = self._chat.render(chat, add_generation_prompt, tuple(self.special_tokens))
         ids: list[int] = []
         for piece in pieces:
             ids += (
@@ -111,6 +118,33 @@ class Tokenizer:
         text: str = self._raw.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return text
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token adds to the text, in UTF-8; for a special token its name.
+
+        A byte-level token may end inside a character.
+        """
+        name = self._raw.id_to_token(token_id)
+        if name is None:
+            return b""  # a row of the model's output that has no token
+        if token_id in self._added:
+            return self._added[token_id].encode()
+        if "ByteLevel" in self._decoders:
+            return bytes(_BYTE_OF_CHARACTER[character] for character in name)
+        if "ByteFallback" in self._decoders and (found := _BYTE_NAME.fullmatch(name)):
+            return bytes.fromhex(found[1])
+        return name.replace("\N{LOWER ONE EIGHTH BLOCK}", " ").encode()
+
+    @cached_property
+    def _added(self) -> dict[int, str]:
+        return {i: token.content for i, token in self._raw.get_added_tokens_decoder().items()}
+
+    @cached_property
+    def _decoders(self) -> frozenset[str]:
+        """The kinds of the steps that decode tokens."""
+        decoder = self._raw.decoder
+        state = {} if decoder is None else json.loads(decoder.__getstate__())
+        return frozenset(step["type"] for step in (state, *state.get("decoders", ())) if step)
+
     def stream(self, skip_special_tokens: bool = True) -> DetokenizerStream:
         """A detokeniser for one sequence of output tokens."""
         return DetokenizerStream(self, skip_special_tokens)
@@ -120,12 +154,28 @@ class Tokenizer:
             # A copy, because other threads may be using the tokenizer with its setting.
             self._literal = RawTokenizer.from_str(self._raw.to_str())
             self._literal.encode_special_tokens = True
-        ids: list[int] = self._literal.encode(text, add_special_tokens=False).ids
-        return ids
+        return _ids(self._literal, text, add_special_tokens=False)
 
     def _token_id(self, text: str | None) -> int | None:
         token_id: int | None = None if text is None else self._raw.token_to_id(text)
         return token_id
+
+
+def _byte_of_character() -> dict[str, int]:
+    """The bytes that byte-level tokens' names stand for.
+
+    Printable Latin-1 characters stand for themselves, and the characters from 256 on for the
+    other bytes in order: OpenAI's encoder of GPT-2 introduced it.
+    """
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {
+        **{chr(byte): byte for byte in printable},
+        **{chr(256 + index): byte for index, byte in enumerate(others)},
+    }
+
+
+_BYTE_OF_CHARACTER = _byte_of_character()
 
 
 class DetokenizerStream:
@@ -184,6 +234,13 @@ class DetokenizerStream:
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=self._skip)
+
+
+def _ids(raw: RawTokenizer, text: str, add_special_tokens: bool) -> list[int]:
+    # `encode` holds the interpreter's lock while it works, for batches it is released.
+    batch = raw.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+    ids: list[int] = batch[0].ids
+    return ids
 
 
 def _token_text(token: object) -> str | None:

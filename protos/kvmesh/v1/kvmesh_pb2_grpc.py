@@ -3,7 +3,7 @@
 import grpc
 import warnings
 
-from kvmesh.protos.kvmesh.v1 import kvmesh_pb2 as kvmesh_dot_protos_dot_kvmesh_dot_v1_dot_kvmesh__pb2
+from kvmesh.v1 import kvmesh_pb2 as kvmesh_dot_v1_dot_kvmesh__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
 GRPC_VERSION = grpc.__version__
@@ -18,7 +18,7 @@ except ImportError:
 if _version_not_supported:
     raise RuntimeError(
         f'The grpc package installed is at version {GRPC_VERSION},'
-        + ' but the generated code in kvmesh/protos/kvmesh/v1/kvmesh_pb2_grpc.py depends on'
+        + ' but the generated code in kvmesh/v1/kvmesh_pb2_grpc.py depends on'
         + f' grpcio>={GRPC_GENERATED_VERSION}.'
         + f' Please upgrade your grpc module to grpcio>={GRPC_GENERATED_VERSION}'
         + f' or downgrade your generated code using grpcio-tools<={GRPC_VERSION}.'
@@ -36,43 +36,43 @@ class KVMeshStub:
         """
         self.Generate = channel.unary_unary(
                 '/kvmesh.v1.KVMesh/Generate',
-                request_serializer=kvmesh_dot_protos_dot_kvmesh_dot_v1_dot_kvmesh__pb2.GenerateRequest.SerializeToString,
-                response_deserializer=kvmesh_dot_protos_dot_kvmesh_dot_v1_dot_kvmesh__pb2.GenerateResponse.FromString,
+                request_serializer=kvmesh_dot_v1_dot_kvmesh__pb2.GenerateRequest.SerializeToString,
+                response_deserializer=kvmesh_dot_v1_dot_kvmesh__pb2.GenerateResponse.FromString,
                 _registered_method=True)
         self.GenerateStream = channel.unary_stream(
                 '/kvmesh.v1.KVMesh/GenerateStream',
-                request_serializer=kvmesh_dot_protos_dot_kvmesh_dot_v1_dot_kvmesh__pb2.GenerateRequest.SerializeToString,
-                response_deserializer=kvmesh_dot_protos_dot_kvmesh_dot_v1_dot_kvmesh__pb2.GenerateStreamResponse.FromString,
+                request_serializer=kvmesh_dot_v1_dot_kvmesh__pb2.GenerateRequest.SerializeToString,
+                response_deserializer=kvmesh_dot_v1_dot_kvmesh__pb2.GenerateStreamResponse.FromString,
                 _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/kvmesh.v1.KVMesh/Tokenize',
-                request_serializer=kvmesh_dot_protos_dot_kvmesh_dot_v1_dot_kvmesh__pb2.TokenizeRequest.SerializeToString,
-                response_deserializer=kvmesh_dot_protos_dot_kvmesh_dot_v1_dot_kvmesh__pb2.TokenizeResponse.FromString,
+                request_serializer=kvmesh_dot_v1_dot_kvmesh__pb2.TokenizeRequest.SerializeToString,
+                response_deserializer=kvmesh_dot_v1_dot_kvmesh__pb2.TokenizeResponse.FromString,
                 _registered_method=True)
         self.Abort = channel.unary_unary(
                 '/kvmesh.v1.KVMesh/Abort',
-                request_serializer=kvmesh_dot_protos_dot_kvmesh_dot_v1_dot_kvmesh__pb2.AbortRequest.SerializeToString,
-                response_deserializer=kvmesh_dot_protos_dot_kvmesh_dot_v1_dot_kvmesh__pb2.AbortResponse.FromString,
+                request_serializer=kvmesh_dot_v1_dot_kvmesh__pb2.AbortRequest.SerializeToString,
+                response_deserializer=kvmesh_dot_v1_dot_kvmesh__pb2.AbortResponse.FromString,
                 _registered_method=True)
         self.EstimateBudget = channel.unary_unary(
                 '/kvmesh.v1.KVMesh/EstimateBudget',
-                request_serializer=kvmesh_dot_protos_dot_kvmesh_dot_v1_dot_kvmesh__pb2.EstimateBudgetRequest.SerializeToString,
-                response_deserializer=kvmesh_dot_protos_dot_kvmesh_dot_v1_dot_kvmesh__pb2.EstimateBudgetResponse.FromString,
+                request_serializer=kvmesh_dot_v1_dot_kvmesh__pb2.EstimateBudgetRequest.SerializeToString,
+                response_deserializer=kvmesh_dot_v1_dot_kvmesh__pb2.EstimateBudgetResponse.FromString,
                 _registered_method=True)
         self.Explain = channel.unary_unary(
                 '/kvmesh.v1.KVMesh/Explain',
-                request_serializer=kvmesh_dot_protos_dot_kvmesh_dot_v1_dot_kvmesh__pb2.ExplainRequest.SerializeToString,
-                response_deserializer=kvmesh_dot_protos_dot_kvmesh_dot_v1_dot_kvmesh__pb2.ExplainResponse.FromString,
+                request_serializer=kvmesh_dot_v1_dot_kvmesh__pb2.ExplainRequest.SerializeToString,
+                response_deserializer=kvmesh_dot_v1_dot_kvmesh__pb2.ExplainResponse.FromString,
                 _registered_method=True)
         self.GetModelInfo = channel.unary_unary(
                 '/kvmesh.v1.KVMesh/GetModelInfo',
-                request_serializer=kvmesh_dot_protos_dot_kvmesh_dot_v1_dot_kvmesh__pb2.GetModelInfoRequest.SerializeToString,
-                response_deserializer=kvmesh_dot_protos_dot_kvmesh_dot_v1_dot_kvmesh__pb2.GetModelInfoResponse.FromString,
+                request_serializer=kvmesh_dot_v1_dot_kvmesh__pb2.GetModelInfoRequest.SerializeToString,
+                response_deserializer=kvmesh_dot_v1_dot_kvmesh__pb2.GetModelInfoResponse.FromString,
                 _registered_method=True)
-        self.GetLoads = channel.unary_unary(
-                '/kvmesh.v1.KVMesh/GetLoads',
-                request_serializer=kvmesh_dot_protos_dot_kvmesh_dot_v1_dot_kvmesh__pb2.GetLoadsRequest.SerializeToString,
-                response_deserializer=kvmesh_dot_protos_dot_kvmesh_dot_v1_dot_kvmesh__pb2.GetLoadsResponse.FromString,
+        self.GetTenantLoads = channel.unary_unary(
+                '/kvmesh.v1.KVMesh/GetTenantLoads',
+                request_serializer=kvmesh_dot_v1_dot_kvmesh__pb2.GetTenantLoadsRequest.SerializeToString,
+                response_deserializer=kvmesh_dot_v1_dot_kvmesh__pb2.GetTenantLoadsResponse.FromString,
                 _registered_method=True)
 
 
@@ -132,13 +132,15 @@ class KVMeshServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetModelInfo(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """The served model and the groups that serve it.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def GetLoads(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+    def GetTenantLoads(self, request, context):
+        """What the caller's tenant is using, and may use.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -148,43 +150,43 @@ def add_KVMeshServicer_to_server(servicer, server):
     rpc_method_handlers = {
             'Generate': grpc.unary_unary_rpc_method_handler(
                     servicer.Generate,
-                    request_deserializer=kvmesh_dot_protos_dot_kvmesh_dot_v1_dot_kvmesh__pb2.GenerateRequest.FromString,
-                    response_serializer=kvmesh_dot_protos_dot_kvmesh_dot_v1_dot_kvmesh__pb2.GenerateResponse.SerializeToString,
+                    request_deserializer=kvmesh_dot_v1_dot_kvmesh__pb2.GenerateRequest.FromString,
+                    response_serializer=kvmesh_dot_v1_dot_kvmesh__pb2.GenerateResponse.SerializeToString,
             ),
             'GenerateStream': grpc.unary_stream_rpc_method_handler(
                     servicer.GenerateStream,
-                    request_deserializer=kvmesh_dot_protos_dot_kvmesh_dot_v1_dot_kvmesh__pb2.GenerateRequest.FromString,
-                    response_serializer=kvmesh_dot_protos_dot_kvmesh_dot_v1_dot_kvmesh__pb2.GenerateStreamResponse.SerializeToString,
+                    request_deserializer=kvmesh_dot_v1_dot_kvmesh__pb2.GenerateRequest.FromString,
+                    response_serializer=kvmesh_dot_v1_dot_kvmesh__pb2.GenerateStreamResponse.SerializeToString,
             ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
-                    request_deserializer=kvmesh_dot_protos_dot_kvmesh_dot_v1_dot_kvmesh__pb2.TokenizeRequest.FromString,
-                    response_serializer=kvmesh_dot_protos_dot_kvmesh_dot_v1_dot_kvmesh__pb2.TokenizeResponse.SerializeToString,
+                    request_deserializer=kvmesh_dot_v1_dot_kvmesh__pb2.TokenizeRequest.FromString,
+                    response_serializer=kvmesh_dot_v1_dot_kvmesh__pb2.TokenizeResponse.SerializeToString,
             ),
             'Abort': grpc.unary_unary_rpc_method_handler(
                     servicer.Abort,
-                    request_deserializer=kvmesh_dot_protos_dot_kvmesh_dot_v1_dot_kvmesh__pb2.AbortRequest.FromString,
-                    response_serializer=kvmesh_dot_protos_dot_kvmesh_dot_v1_dot_kvmesh__pb2.AbortResponse.SerializeToString,
+                    request_deserializer=kvmesh_dot_v1_dot_kvmesh__pb2.AbortRequest.FromString,
+                    response_serializer=kvmesh_dot_v1_dot_kvmesh__pb2.AbortResponse.SerializeToString,
             ),
             'EstimateBudget': grpc.unary_unary_rpc_method_handler(
                     servicer.EstimateBudget,
-                    request_deserializer=kvmesh_dot_protos_dot_kvmesh_dot_v1_dot_kvmesh__pb2.EstimateBudgetRequest.FromString,
-                    response_serializer=kvmesh_dot_protos_dot_kvmesh_dot_v1_dot_kvmesh__pb2.EstimateBudgetResponse.SerializeToString,
+                    request_deserializer=kvmesh_dot_v1_dot_kvmesh__pb2.EstimateBudgetRequest.FromString,
+                    response_serializer=kvmesh_dot_v1_dot_kvmesh__pb2.EstimateBudgetResponse.SerializeToString,
             ),
             'Explain': grpc.unary_unary_rpc_method_handler(
                     servicer.Explain,
-                    request_deserializer=kvmesh_dot_protos_dot_kvmesh_dot_v1_dot_kvmesh__pb2.ExplainRequest.FromString,
-                    response_serializer=kvmesh_dot_protos_dot_kvmesh_dot_v1_dot_kvmesh__pb2.ExplainResponse.SerializeToString,
+                    request_deserializer=kvmesh_dot_v1_dot_kvmesh__pb2.ExplainRequest.FromString,
+                    response_serializer=kvmesh_dot_v1_dot_kvmesh__pb2.ExplainResponse.SerializeToString,
             ),
             'GetModelInfo': grpc.unary_unary_rpc_method_handler(
                     servicer.GetModelInfo,
-                    request_deserializer=kvmesh_dot_protos_dot_kvmesh_dot_v1_dot_kvmesh__pb2.GetModelInfoRequest.FromString,
-                    response_serializer=kvmesh_dot_protos_dot_kvmesh_dot_v1_dot_kvmesh__pb2.GetModelInfoResponse.SerializeToString,
+                    request_deserializer=kvmesh_dot_v1_dot_kvmesh__pb2.GetModelInfoRequest.FromString,
+                    response_serializer=kvmesh_dot_v1_dot_kvmesh__pb2.GetModelInfoResponse.SerializeToString,
             ),
-            'GetLoads': grpc.unary_unary_rpc_method_handler(
-                    servicer.GetLoads,
-                    request_deserializer=kvmesh_dot_protos_dot_kvmesh_dot_v1_dot_kvmesh__pb2.GetLoadsRequest.FromString,
-                    response_serializer=kvmesh_dot_protos_dot_kvmesh_dot_v1_dot_kvmesh__pb2.GetLoadsResponse.SerializeToString,
+            'GetTenantLoads': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetTenantLoads,
+                    request_deserializer=kvmesh_dot_v1_dot_kvmesh__pb2.GetTenantLoadsRequest.FromString,
+                    response_serializer=kvmesh_dot_v1_dot_kvmesh__pb2.GetTenantLoadsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -212,8 +214,8 @@ class KVMesh:
             request,
             target,
             '/kvmesh.v1.KVMesh/Generate',
-            kvmesh_dot_protos_dot_kvmesh_dot_v1_dot_kvmesh__pb2.GenerateRequest.SerializeToString,
-            kvmesh_dot_protos_dot_kvmesh_dot_v1_dot_kvmesh__pb2.GenerateResponse.FromString,
+            kvmesh_dot_v1_dot_kvmesh__pb2.GenerateRequest.SerializeToString,
+            kvmesh_dot_v1_dot_kvmesh__pb2.GenerateResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -239,8 +241,8 @@ class KVMesh:
             request,
             target,
             '/kvmesh.v1.KVMesh/GenerateStream',
-            kvmesh_dot_protos_dot_kvmesh_dot_v1_dot_kvmesh__pb2.GenerateRequest.SerializeToString,
-            kvmesh_dot_protos_dot_kvmesh_dot_v1_dot_kvmesh__pb2.GenerateStreamResponse.FromString,
+            kvmesh_dot_v1_dot_kvmesh__pb2.GenerateRequest.SerializeToString,
+            kvmesh_dot_v1_dot_kvmesh__pb2.GenerateStreamResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -266,8 +268,8 @@ class KVMesh:
             request,
             target,
             '/kvmesh.v1.KVMesh/Tokenize',
-            kvmesh_dot_protos_dot_kvmesh_dot_v1_dot_kvmesh__pb2.TokenizeRequest.SerializeToString,
-            kvmesh_dot_protos_dot_kvmesh_dot_v1_dot_kvmesh__pb2.TokenizeResponse.FromString,
+            kvmesh_dot_v1_dot_kvmesh__pb2.TokenizeRequest.SerializeToString,
+            kvmesh_dot_v1_dot_kvmesh__pb2.TokenizeResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -293,8 +295,8 @@ class KVMesh:
             request,
             target,
             '/kvmesh.v1.KVMesh/Abort',
-            kvmesh_dot_protos_dot_kvmesh_dot_v1_dot_kvmesh__pb2.AbortRequest.SerializeToString,
-            kvmesh_dot_protos_dot_kvmesh_dot_v1_dot_kvmesh__pb2.AbortResponse.FromString,
+            kvmesh_dot_v1_dot_kvmesh__pb2.AbortRequest.SerializeToString,
+            kvmesh_dot_v1_dot_kvmesh__pb2.AbortResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -320,8 +322,8 @@ class KVMesh:
             request,
             target,
             '/kvmesh.v1.KVMesh/EstimateBudget',
-            kvmesh_dot_protos_dot_kvmesh_dot_v1_dot_kvmesh__pb2.EstimateBudgetRequest.SerializeToString,
-            kvmesh_dot_protos_dot_kvmesh_dot_v1_dot_kvmesh__pb2.EstimateBudgetResponse.FromString,
+            kvmesh_dot_v1_dot_kvmesh__pb2.EstimateBudgetRequest.SerializeToString,
+            kvmesh_dot_v1_dot_kvmesh__pb2.EstimateBudgetResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -347,8 +349,8 @@ class KVMesh:
             request,
             target,
             '/kvmesh.v1.KVMesh/Explain',
-            kvmesh_dot_protos_dot_kvmesh_dot_v1_dot_kvmesh__pb2.ExplainRequest.SerializeToString,
-            kvmesh_dot_protos_dot_kvmesh_dot_v1_dot_kvmesh__pb2.ExplainResponse.FromString,
+            kvmesh_dot_v1_dot_kvmesh__pb2.ExplainRequest.SerializeToString,
+            kvmesh_dot_v1_dot_kvmesh__pb2.ExplainResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -374,8 +376,8 @@ class KVMesh:
             request,
             target,
             '/kvmesh.v1.KVMesh/GetModelInfo',
-            kvmesh_dot_protos_dot_kvmesh_dot_v1_dot_kvmesh__pb2.GetModelInfoRequest.SerializeToString,
-            kvmesh_dot_protos_dot_kvmesh_dot_v1_dot_kvmesh__pb2.GetModelInfoResponse.FromString,
+            kvmesh_dot_v1_dot_kvmesh__pb2.GetModelInfoRequest.SerializeToString,
+            kvmesh_dot_v1_dot_kvmesh__pb2.GetModelInfoResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -387,7 +389,7 @@ class KVMesh:
             _registered_method=True)
 
     @staticmethod
-    def GetLoads(request,
+    def GetTenantLoads(request,
             target,
             options=(),
             channel_credentials=None,
@@ -400,9 +402,9 @@ class KVMesh:
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/kvmesh.v1.KVMesh/GetLoads',
-            kvmesh_dot_protos_dot_kvmesh_dot_v1_dot_kvmesh__pb2.GetLoadsRequest.SerializeToString,
-            kvmesh_dot_protos_dot_kvmesh_dot_v1_dot_kvmesh__pb2.GetLoadsResponse.FromString,
+            '/kvmesh.v1.KVMesh/GetTenantLoads',
+            kvmesh_dot_v1_dot_kvmesh__pb2.GetTenantLoadsRequest.SerializeToString,
+            kvmesh_dot_v1_dot_kvmesh__pb2.GetTenantLoadsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -17,6 +17,7 @@ from google.protobuf.message import Message
 from kvmesh.protos import pb
 
 TIMEOUT_S = 4.0
+MAX_LEVELS = 3
 MAX_LIST = 20_000
 MAX_TEXT = 200_000
 
@@ -69,7 +70,7 @@ METHODS: dict[str, tuple[int, Callable[[random.Random], Message]]] = {
     "Explain": (2, lambda rng: pb.ExplainRequest(request_id="fuzz")),
     "Abort": (2, lambda rng: pb.AbortRequest(request_id="fuzz")),
     "GetModelInfo": (1, lambda rng: pb.GetModelInfoRequest()),
-    "GetLoads": (1, lambda rng: pb.GetLoadsRequest()),
+    "GetTenantLoads": (1, lambda rng: pb.GetTenantLoadsRequest()),
 }
 
 
@@ -97,11 +98,13 @@ def _timeout_s(request: Message, body: bytes) -> float | None:
     return request.timeout_s
 
 
-def _change(request: Message, rng: random.Random) -> str:
-    """Change one field, however deep; says which."""
+def _change(request: Message, rng: random.Random, level: int = 0) -> str:
+    """Change one field, however deep; says which. level: of lists and maps above it"""
     message, path = request, ""
     while True:
         fields: list[Any] = list(message.DESCRIPTOR.fields)
+        if level == MAX_LEVELS:  # a Struct can have others in it without end
+            fields = [field for field in fields if field.type != FieldDescriptor.TYPE_MESSAGE]
         if not fields:
             return "unchanged"
         # A message holds more that can be wrong than a number.
@@ -109,9 +112,9 @@ def _change(request: Message, rng: random.Random) -> str:
         field = rng.choices(fields, weights)[0]
         path += f"{'.' if path else ''}{field.name}"
         if _is_map(field):
-            return f"{path} = {_fill_map(message, field, rng)}"
+            return f"{path} = {_fill_map(message, field, rng, level)}"
         if field.is_repeated:
-            return f"{path} = {_fill_list(message, field, rng)}"
+            return f"{path} = {_fill_list(message, field, rng, level)}"
         if field.type == FieldDescriptor.TYPE_MESSAGE:
             if rng.random() < 0.1:
                 message.ClearField(field.name)
@@ -128,13 +131,13 @@ def _change(request: Message, rng: random.Random) -> str:
         return f"{path} = {_short(value)}"
 
 
-def _fill_list(message: Message, field: Any, rng: random.Random) -> str:
+def _fill_list(message: Message, field: Any, rng: random.Random, level: int) -> str:
     values = getattr(message, field.name)
     length = _length(rng, (0, 1, 2, 17, 300), MAX_LIST)
     if field.type == FieldDescriptor.TYPE_MESSAGE:
         del values[:]
-        for _ in range(min(length, 100)):
-            _change(values.add(), rng)
+        for _ in range(min(length, 100 >> 3 * level)):
+            _change(values.add(), rng, level + 1)
     else:
         same = rng.random() < 0.5
         value = _scalar(field, rng, long_text=length < 300)
@@ -142,14 +145,18 @@ def _fill_list(message: Message, field: Any, rng: random.Random) -> str:
     return f"{len(values)} values"
 
 
-def _fill_map(message: Message, field: Any, rng: random.Random) -> str:
+def _fill_map(message: Message, field: Any, rng: random.Random, level: int) -> str:
     key, value = (
         field.message_type.fields_by_name["key"],
         field.message_type.fields_by_name["value"],
     )
     entries = getattr(message, field.name)
     for _ in range(_length(rng, (1, 2, 300), MAX_LIST)):
-        entries[_scalar(key, rng)] = _scalar(value, rng)
+        if value.type == FieldDescriptor.TYPE_MESSAGE:
+            if len(entries) < 100 >> 3 * level:
+                _change(entries[_scalar(key, rng, long_text=False)], rng, level + 1)
+        else:
+            entries[_scalar(key, rng)] = _scalar(value, rng)
     return f"{len(entries)} entries"
 
 
@@ -165,6 +172,8 @@ def _scalar(field: Any, rng: random.Random, *, long_text: bool = True) -> Any:
         FieldDescriptor.TYPE_UINT64: lambda: _integer(rng, 0, (1 << 64) - 1),
         FieldDescriptor.TYPE_BOOL: lambda: rng.random() < 0.5,
         FieldDescriptor.TYPE_STRING: lambda: _text(rng, long_text),
+        FieldDescriptor.TYPE_BYTES: lambda: rng.randbytes(_length(rng, (0, 1, 40), MAX_TEXT)),
+        FieldDescriptor.TYPE_ENUM: lambda: _integer(rng, 0, 99),
     }
     return kinds[field.type]()
 

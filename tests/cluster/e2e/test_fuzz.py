@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from kvmesh.client import Client
-from kvmesh.client.status import decode_details
+from kvmesh.client.status import TRAILER, decode
 from kvmesh.cluster.lifecycle import Endpoint
 from kvmesh.protos import pb
 from tests.cluster.e2e.harness import (
@@ -113,13 +113,15 @@ async def call(
             pass
     except grpc.aio.AioRpcError as error:
         code, details = error.code().name, error.details() or ""
+        trailers = dict(error.trailing_metadata() or ())
     else:
         return "OK"
     if mutant.timeout_s is None and time.monotonic() - began_s >= limit_s:
         return "left"
     assert code in DOCUMENTED, f"{mutant.method}, {mutant.what}: {code}, {details}"
-    sentence, detail = decode_details(details)
-    assert sentence and detail is not None, f"{mutant.method}, {mutant.what}: {code}, {details}"
+    trailer = trailers.get(TRAILER)
+    detail = decode(trailer) if isinstance(trailer, bytes) else None
+    assert details and detail is not None, f"{mutant.method}, {mutant.what}: {code}, {details}"
     if code == "INVALID_ARGUMENT" and detail.reason == pb.ERROR_REASON_INVALID_FIELD:
         assert detail.field_violations, f"{mutant.method}, {mutant.what}: {details}"
     return code

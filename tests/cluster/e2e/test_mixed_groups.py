@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from kvmesh.client import AsyncClient, Client, Completion, NeverFitsError
+from kvmesh.client import AsyncClient, Client, Completion, KVFormatError
 from kvmesh.cluster.lifecycle import Endpoint
 from tests.cluster.e2e.harness import (
     SMALL_ENGINE,
@@ -51,9 +51,9 @@ def client(endpoint: Endpoint) -> Iterator[Client]:
 
 
 def test_each_group_has_its_own_engine(client: Client) -> None:
-    info = client.model_info()
-    assert {group.group: group.kv_format for group in info.groups} == FORMATS
-    eight, four = info.groups
+    groups = client.groups()
+    assert {group.group: group.kv_format for group in groups} == FORMATS
+    eight, four = groups
     assert (eight.max_num_seqs, four.max_num_seqs) == (SMALL_ENGINE["max_num_seqs"], 2)
     assert four.recent_pages == 1
     # The same memory, in half the bits.
@@ -63,7 +63,7 @@ def test_each_group_has_its_own_engine(client: Client) -> None:
 
 
 async def generate_all(
-    endpoint: Endpoint, prompts: list[list[int]], floor: str
+    endpoint: Endpoint, prompts: list[list[int]], allowed: tuple[str, ...]
 ) -> list[Completion]:
     """All at once, so that no group has room for all of them."""
     async with AsyncClient(endpoint.target, api_key=endpoint.api_key) as client:
@@ -74,7 +74,7 @@ async def generate_all(
                     max_tokens=TOKENS,
                     ignore_eos=True,
                     temperature=0.0,
-                    min_kv_format=floor,
+                    allowed_kv_formats=allowed,
                 )
                 for prompt in prompts
             )
@@ -90,15 +90,14 @@ def test_requests_are_placed_by_format_and_computed_in_it(
         for group in ("engine-0", "engine-1")
     }
     assert expected["engine-0"] != expected["engine-1"], "the formats differ in their output"
-    groups: dict[str, set[str]] = {}
-    for floor in ("int8", "k4v4"):
-        completions = asyncio.run(generate_all(endpoint, prompts, floor))
+    for allowed in (("int8",), ("k4v4",), ()):
+        completions = asyncio.run(generate_all(endpoint, prompts, allowed))
         for number, completion in enumerate(completions):
             usage = completion.usage
-            groups.setdefault(floor, set()).add(usage.group)
             assert usage.kv_format == FORMATS[usage.group]
             assert completion.choices[0].token_ids == expected[usage.group][number]
-    assert groups == {"int8": {"engine-0"}, "k4v4": {"engine-0", "engine-1"}}
-    with pytest.raises(NeverFitsError) as caught:
-        client.generate(prompts[0], max_tokens=1, min_kv_format="exact")
+        served = {FORMATS[completion.usage.group] for completion in completions}
+        assert served == set(allowed or FORMATS.values())
+    with pytest.raises(KVFormatError) as caught:
+        client.generate(prompts[0], max_tokens=1, allowed_kv_formats=["exact"])
     assert {verdict.group for verdict in caught.value.groups} == set(FORMATS)

@@ -13,7 +13,10 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import grpc
 import pytest
+from google.rpc.error_details_pb2 import BadRequest
+from grpc_status import rpc_status
 
 from kvmesh.client import (
     NO_RETRY,
@@ -30,7 +33,7 @@ from kvmesh.client import (
 )
 from kvmesh.cluster.cli.exits import ExitCode
 from kvmesh.cluster.lifecycle import Endpoint
-from kvmesh.protos import pb
+from kvmesh.protos import pb, pb_grpc
 from tests.cluster.e2e.harness import (
     POOL_SEQUENCES,
     call_raw,
@@ -215,11 +218,29 @@ def test_calls_without_a_valid_key_are_refused(
     for error in (
         call_raw(endpoint.target, "Generate", body, key),
         stream_raw(endpoint.target, body, key),
-        call_raw(endpoint.target, "GetLoads", b"", key),
+        call_raw(endpoint.target, "GetTenantLoads", b"", key),
     ):
         assert isinstance(error, AuthenticationError)
         assert error.code == "UNAUTHENTICATED"
     assert client.generate("And yet", max_tokens=1).usage.completion_tokens == 1
+
+
+def test_errors_are_statuses_as_google_defines_them(endpoint: Endpoint) -> None:
+    metadata = (("authorization", f"Bearer {endpoint.api_key}"),)
+    with grpc.insecure_channel(endpoint.target) as channel:
+        stub = pb_grpc.KVMeshStub(channel)
+        request = pb.GenerateRequest(sampling_params=pb.SamplingParams(top_p=2))
+        for call in (stub.Generate, lambda *a, **k: next(stub.GenerateStream(*a, **k))):
+            with pytest.raises(grpc.RpcError) as caught:
+                call(request, metadata=metadata, timeout=30)
+            failed: Any = caught.value
+            # Raises ValueError unless code and message are those of the call.
+            status = rpc_status.from_call(failed)
+            bad_request, error = BadRequest(), pb.Error()
+            assert any(detail.Unpack(bad_request) for detail in status.details)
+            assert any(detail.Unpack(error) for detail in status.details)
+            assert bad_request.field_violations[0].field == "sampling_params.top_p"
+            assert error.reason == pb.ERROR_REASON_INVALID_FIELD
 
 
 def test_an_unknown_model_is_not_found(client: Client) -> None:

@@ -1,0 +1,107 @@
+"""Converts chats to their messages on the wire, from our own types or as OpenAI's API has them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence, Sized
+from typing import Any
+
+from kvmesh.client.errors import InvalidRequestError
+from kvmesh.client.options import Message, Messages
+from kvmesh.protos import pb
+
+_MESSAGE_KEYS = frozenset(field.name for field in dataclasses.fields(Message))
+
+
+def chat(messages: Messages) -> pb.Chat:
+    found = pb.Chat()
+    for position, message in enumerate(messages):
+        _add_message(found, message, f"prompt.chat.messages[{position}]")
+    return found
+
+
+def set_chat_option(prompt: pb.Prompt, name: str, value: Any) -> None:
+    """Set an option that concerns chats only; refuses it for other prompts."""
+    if not prompt.HasField("chat"):
+        raise InvalidRequestError.of(name, "needs a chat as the prompt")
+    if name == "tools":
+        for position, tool in enumerate(value):
+            _add_tool(prompt.chat, tool, f"prompt.chat.tools[{position}]")
+    else:
+        assign(prompt.chat, name, value, f"prompt.chat.{name}")
+
+
+def _add_message(found: pb.Chat, message: Message | Mapping[str, Any], path: str) -> None:
+    added = found.messages.add()
+    if isinstance(message, Message):
+        message = {name: getattr(message, name) for name in _MESSAGE_KEYS}
+    if not isinstance(message, Mapping) or "role" not in message:
+        raise InvalidRequestError.of(path, "must have a role")
+    if unknown := message.keys() - _MESSAGE_KEYS:
+        raise InvalidRequestError.of(
+            path, f"must have no keys but {', '.join(sorted(_MESSAGE_KEYS))}; has {min(unknown)!r}"
+        )
+    for name, value in message.items():
+        if value is None:  # as OpenAI's API has the content of a message with calls
+            continue
+        if name == "tool_calls":
+            for position, call in enumerate(value):
+                _add_call(added, call, f"{path}.tool_calls[{position}]")
+        elif name == "content" and isinstance(value, Sequence) and not isinstance(value, str):
+            for position, part in enumerate(value):
+                _add_part(added, part, f"{path}.parts[{position}]")
+        else:
+            assign(added, name, value, f"{path}.{name}")
+
+
+def _add_part(message: pb.ChatMessage, part: Any, path: str) -> None:
+    if not isinstance(part, Mapping) or set(part) - {"type"} != {"text"}:
+        raise InvalidRequestError.of(path, "must have text; other kinds are not supported yet")
+    assign(message.parts.add(), "text", part["text"], f"{path}.text")
+
+
+def _add_call(message: pb.ChatMessage, call: Any, path: str) -> None:
+    function = _function(call, path)
+    added = message.tool_calls.add()
+    assign(added, "id", call.get("id", ""), f"{path}.id")
+    assign(added, "name", function.get("name", ""), f"{path}.name")
+    arguments = function.get("arguments", {})
+    assign(added, "arguments_json", _json(arguments, path), f"{path}.arguments")
+
+
+def _add_tool(found: pb.Chat, tool: Any, path: str) -> None:
+    function = _function(tool, path)
+    added = found.tools.add()
+    for name in ("name", "description"):
+        assign(added, name, function.get(name, ""), f"{path}.{name}")
+    parameters = function.get("parameters", {})
+    assign(added, "parameters_json", _json(parameters, path), f"{path}.parameters")
+
+
+def _function(value: Any, path: str) -> Mapping[str, Any]:
+    """What OpenAI's API wraps as {"type": "function", "function": ...}."""
+    function = value.get("function", value) if isinstance(value, Mapping) else None
+    if not isinstance(function, Mapping):
+        raise InvalidRequestError.of(path, "must be a mapping")
+    return function
+
+
+def _json(value: Any, path: str) -> str:
+    try:
+        return value if isinstance(value, str) else json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise InvalidRequestError.of(path, f"cannot be sent as JSON: {error}") from error
+
+
+def assign(message: Any, name: str, value: object, path: str) -> None:
+    """Set one field; a value that its type cannot hold raises an error naming `path`."""
+    try:
+        if isinstance(value, Mapping):
+            getattr(message, name).update(value)
+        elif isinstance(value, Sized) and not isinstance(value, str | bytes):
+            getattr(message, name).extend(value)
+        else:
+            setattr(message, name, value)
+    except (TypeError, ValueError, OverflowError, AttributeError) as error:
+        raise InvalidRequestError.of(path, f"cannot be sent: {error}") from error

@@ -1,0 +1,121 @@
+"""Chats on the wire as conversations for the model's template."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from google.protobuf import json_format
+
+from kvmesh.cluster.errors import UnsupportedFieldError
+from kvmesh.cluster.ingress.refuse import refuse
+from kvmesh.v1 import kvmesh_pb2 as pb
+from kvmesh.workers.errors import InvalidFieldError
+from kvmesh.workers.model.chat import Conversation
+
+MAX_MESSAGES = 10_000
+MAX_TOOLS = 1_000
+MAX_JSON_DEPTH = 50
+
+
+def conversation(chat: pb.Chat) -> Conversation:
+    """Raises InvalidFieldError naming the field by its path in the request."""
+    for field, given, limit in (
+        ("messages", len(chat.messages), MAX_MESSAGES),
+        ("tools", len(chat.tools), MAX_TOOLS),
+    ):
+        if given > limit:
+            refuse(f"prompt.chat.{field}", f"must have at most {limit} entries, got {given}")
+    if not chat.messages:
+        refuse("prompt.chat.messages", "must not be empty")
+    messages = [
+        _message(message, f"prompt.chat.messages[{index}]")
+        for index, message in enumerate(chat.messages)
+    ]
+    if not any(message["content"] or "tool_calls" in message for message in messages):
+        refuse("prompt.chat.messages", "must have content; all messages are empty")
+    if chat.continue_final_message and not messages[-1]["content"]:
+        refuse("prompt.chat.continue_final_message", "needs a last message that has content")
+    return Conversation(
+        messages,
+        [_tool(tool, f"prompt.chat.tools[{index}]") for index, tool in enumerate(chat.tools)],
+        _with_integers(json_format.MessageToDict(chat.chat_template_kwargs)),
+        chat.continue_final_message,
+    )
+
+
+def _message(message: pb.ChatMessage, path: str) -> dict[str, Any]:
+    """As chat templates expect it: with arguments of calls as values, not as JSON text."""
+    if not message.role:
+        refuse(f"{path}.role", "must not be empty")
+    if message.content and message.parts:
+        refuse(f"{path}.parts", "must not be set together with content")
+    found: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.parts:
+        found["content"] = "\n".join(
+            _text(part, f"{path}.parts[{index}]") for index, part in enumerate(message.parts)
+        )
+    if message.tool_calls:
+        found["tool_calls"] = [
+            _tool_call(call, f"{path}.tool_calls[{index}]")
+            for index, call in enumerate(message.tool_calls)
+        ]
+    for name in ("tool_call_id", "name"):
+        if value := getattr(message, name):
+            found[name] = value
+    return found
+
+
+def _text(part: pb.ContentPart, path: str) -> str:
+    match part.WhichOneof("kind"):
+        case "text":
+            return part.text
+        case "image":
+            raise UnsupportedFieldError(f"{path}.image", "is not supported by this server yet")
+        case _:
+            raise InvalidFieldError(path, "must have text")
+
+
+def _tool_call(call: pb.ToolCall, path: str) -> dict[str, Any]:
+    if not call.name:
+        refuse(f"{path}.name", "must not be empty")
+    arguments = _json_object(call.arguments_json or "{}", f"{path}.arguments_json")
+    function = {"name": call.name, "arguments": arguments}
+    return {"id": call.id, "type": "function", "function": function}
+
+
+def _tool(tool: pb.Tool, path: str) -> dict[str, Any]:
+    if not tool.name:
+        refuse(f"{path}.name", "must not be empty")
+    parameters = _json_object(tool.parameters_json or "{}", f"{path}.parameters_json")
+    function = {"name": tool.name, "description": tool.description, "parameters": parameters}
+    return {"type": "function", "function": function}
+
+
+def _json_object(text: str, path: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        refuse(path, f"must be JSON: {error}")
+    if not isinstance(found, dict):
+        refuse(path, "must be a JSON object")
+    if _deeper_than(found, MAX_JSON_DEPTH):
+        refuse(path, f"must not be nested deeper than {MAX_JSON_DEPTH} levels")
+    return found
+
+
+def _deeper_than(value: Any, depth: int) -> bool:
+    inner = value.values() if isinstance(value, Mapping) else value
+    if not isinstance(value, Mapping | list):
+        return False
+    return depth == 0 or any(_deeper_than(item, depth - 1) for item in inner)
+
+
+def _with_integers(value: Any) -> Any:
+    """A Struct has floats only: those without a fraction as integers."""
+    if isinstance(value, dict):
+        return {key: _with_integers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_with_integers(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
