@@ -11,7 +11,6 @@ import logging
 import os
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeVar
 
 import ray
@@ -37,6 +36,7 @@ from kvmesh.cluster.rank_actors import RankActors, RankResources
 from kvmesh.cluster.ray_meters import RayMeterFactory
 from kvmesh.cluster.router_service import RouterService
 from kvmesh.cluster.routing.config import RouterConfig
+from kvmesh.cluster.version import package_version
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.model.source import resolve_model
 
@@ -124,7 +124,7 @@ class RouterReplica:
             tenants=config.router.policies(),
         )
         meters = RouterMeters(RayMeterFactory())
-        self._service = RouterService(settings, meters, groups=group_names(config))
+        self._service = RouterService(settings, meters, groups=list(config.group_engines()))
         self._listener = await listen(node_ip(), deployed.identity, TO_ROUTER, self._service.accept)
         self._running = asyncio.create_task(self._service.run())
         settle()
@@ -223,32 +223,20 @@ def limits_of(config: ClusterConfig) -> Limits:
     )
 
 
-def package_version() -> str:
-    try:
-        return version("kvmesh")
-    except PackageNotFoundError:  # run from a checkout that is not installed
-        return "0+unknown"
-
-
-def group_names(config: ClusterConfig) -> list[str]:
-    return [f"engine-{index}" for index in range(config.groups)]
-
-
 def build_app(
     config: ClusterConfig,
     keys: list[KnownKey] | None,
     identity: Identity,
     *,
-    gpus_per_rank: float,
+    gpus_per_rank: Mapping[str, float],
 ) -> serve.Application:
     """The application, with one deployment for each group, so that a handle is a group.
 
     keys: (sha256, tenant) of the accepted API keys; None accepts every caller
     identity: of all processes of the application
+    gpus_per_rank: by group
     """
     deployed = Deployed(config, identity)
-    engine_config = config.engine_config()
-    resources = RankResources(config.engine.cpus_per_rank, gpus_per_rank)
     health = {
         "health_check_period_s": config.timeouts.health_period_s,
         "health_check_timeout_s": HEALTH_TIMEOUT_S,
@@ -263,22 +251,22 @@ def build_app(
         **health,
         **stop,
     ).bind(deployed)
-    engines = {
-        group: _deployment(
+    engines = {}
+    for group, engine in config.group_engines().items():
+        resources = RankResources(engine.cpus_per_rank, gpus_per_rank[group])
+        engines[group] = _deployment(
             EngineReplica,
             name=group,
             num_replicas=1,
             ray_actor_options={"num_cpus": CONTROL_CPUS},
             placement_group_bundles=[
                 {"CPU": CONTROL_CPUS},
-                *(resources.bundle() for _ in range(engine_config.tp)),
+                *(resources.bundle() for _ in range(engine.tp)),
             ],
             placement_group_strategy="STRICT_PACK",
             **health,
             **stop,
-        ).bind(group, engine_config, resources, router, deployed)
-        for group in group_names(config)
-    }
+        ).bind(group, config.engine_config(group), resources, router, deployed)
     ingress = _deployment(
         IngressReplica,
         name="ingress",

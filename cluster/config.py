@@ -1,46 +1,70 @@
-"""The YAML file that configures a cluster, with the documentation of each field.
+"""The settings of a cluster, with the documentation of each.
 
-`load` reads it, `ClusterConfig.engine_config` makes an engine's configuration from
-it, and `default_yaml` prints the defaults with their documentation.
+`build` makes them from plain values. Those come from a file, the environment and the command
+line (config_sources.py); config_text.py prints them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
-import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import (
+    BeforeValidator,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from kvmesh.cluster.routing.fairness import TenantPolicy
-from kvmesh.workers.byte_size import Bytes
-from kvmesh.workers.config import (
-    EngineConfig,
-    EngineSettings,
-    FormatName,
-    Settings,
-    config_error,
-)
+from kvmesh.workers.config import EngineConfig, EngineSettings, FormatName
 from kvmesh.workers.errors import ConfigError
+from kvmesh.workers.quantities import Bytes, Number, Seconds, Switch, WholeNumber, reader_of
+from kvmesh.workers.settings import ConflictError, Settings, error_of, problems_of
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
-Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Port = Annotated[int, Field(ge=0, le=65535)]
+CONFIG_VERSION: Final = 1
+MAX_GROUPS = 512
+# Settings that every group must have alike, and why.
+SAME_IN_ALL_GROUPS = dict.fromkeys(
+    ("page_size", "prefix_cache"),
+    "because one hash per page stands for a prompt's prefix in all groups",
+)
+
+Port = Annotated[WholeNumber, Field(ge=0, le=65535)]
+
+
+def _known_version(version: object) -> int:
+    if str(version) != str(CONFIG_VERSION):
+        raise ValueError(f"must be {CONFIG_VERSION}, the only version that this kvmesh reads")
+    return CONFIG_VERSION
 
 
 class EngineSection(EngineSettings):
     """One group's engine."""
 
-    cpus_per_rank: float = Field(
+    cpus_per_rank: Number = Field(
         default=1.0, ge=0, description="CPUs a rank asks Ray for (logical, not threads)"
     )
+
+
+class GroupSection(EngineSection):
+    """What one group's engine has otherwise than `engine`. Other fields are those of `engine`."""
+
+    def applied_to(self, engine: EngineSection) -> EngineSection:
+        """`engine` with the fields that were set here."""
+        changes = {name: getattr(self, name) for name in self.model_fields_set}
+        return engine.model_copy(update=changes)
 
 
 class IngressSection(Settings):
     """The gRPC endpoint that clients connect to."""
 
-    replicas: int = Field(
+    replicas: WholeNumber = Field(
         default=1, ge=1, le=64, description="Ingress processes; with 2 or more, one may crash"
     )
     host: str = Field(
@@ -50,28 +74,28 @@ class IngressSection(Settings):
     http_port: Port = Field(
         default=0, description="Port of Ray Serve's HTTP health check; 0: any free one"
     )
-    max_streams: int = Field(
+    max_streams: WholeNumber = Field(
         default=1024, ge=1, description="Concurrent calls of one ingress process"
     )
     max_request_bytes: Bytes = Field(
         default=16 << 20,
         description="Maximum size of a request; a million token ids are about 4 MB",
     )
-    max_stop_strings: int = Field(default=16, ge=0, description="Maximum stop strings of a request")
-    max_stop_chars: int = Field(
+    max_stop_strings: WholeNumber = Field(
+        default=16, ge=0, description="Maximum stop strings of a request"
+    )
+    max_stop_chars: WholeNumber = Field(
         default=1024, ge=1, description="Maximum characters of a stop string"
     )
-    max_choices: int = Field(default=16, ge=1, description="Maximum n of a request")
-    default_max_tokens: int = Field(
+    max_choices: WholeNumber = Field(default=16, ge=1, description="Maximum n of a request")
+    default_max_tokens: WholeNumber = Field(
         default=256, ge=1, description="Output tokens of a request that does not set max_tokens"
     )
-    kv_divergence_nats: dict[FormatName, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = (
-        Field(
-            default_factory=dict,
-            description="By KV format: its divergence from exact KV on your model (`kvmesh eval "
-            "perplexity`, KL), for max_kv_divergence_nats; formats that are not named have the "
-            "figures of docs/kv_formats.md",
-        )
+    kv_divergence_nats: dict[FormatName, Annotated[Number, Field(ge=0)]] = Field(
+        default_factory=dict,
+        description="By KV format: its divergence from exact KV on your model (`kvmesh eval "
+        "perplexity`, KL), for max_kv_divergence_nats; formats that are not named have the "
+        "figures of docs/kv_formats.md",
     )
 
 
@@ -86,7 +110,7 @@ class TenantKey(Settings):
     sha256: str = Field(
         pattern="^[0-9a-f]{64}$", description="SHA-256 of the key, in lower-case hexadecimal"
     )
-    admin: bool = Field(
+    admin: Switch = Field(
         default=False, description="Whether it may see the loads of all tenants, as operators do"
     )
 
@@ -111,11 +135,8 @@ class AuthSection(Settings):
 class TenantSection(Settings):
     """Limits of one tenant."""
 
-    weight: float = Field(
-        default=1.0,
-        gt=0,
-        allow_inf_nan=False,
-        description="Share of KV memory relative to other tenants",
+    weight: Number = Field(
+        default=1.0, gt=0, description="Share of KV memory relative to other tenants"
     )
     quota_bytes: Bytes | None = Field(
         default=None, description="Maximum KV bytes leased to it at a time; null: no limit"
@@ -125,7 +146,9 @@ class TenantSection(Settings):
 class RouterSection(Settings):
     """Placement of requests on groups, and the queue."""
 
-    max_queued: int = Field(default=256, ge=0, description="Requests that may wait for pages")
+    max_queued: WholeNumber = Field(
+        default=256, ge=0, description="Requests that may wait for pages"
+    )
     queue_timeout_s: Seconds = Field(
         default=120.0, description="Maximum wait for pages, in seconds"
     )
@@ -178,20 +201,47 @@ class RaySection(Settings):
     object_store_bytes: Bytes = Field(
         default=200 << 20, description="Object store of a local Ray cluster; kvmesh barely uses it"
     )
-    dashboard: bool = Field(default=False, description="Start Ray's dashboard with a local cluster")
+    dashboard: Switch = Field(
+        default=False, description="Start Ray's dashboard with a local cluster"
+    )
+
+
+def _kind_of_groups(groups: object) -> str:
+    return "[list]" if isinstance(groups, list | tuple) else "[number]"
+
+
+_read_groups = reader_of(
+    "a whole number of groups, or a list with what each has otherwise than `engine`", {}, whole=True
+)
+Groups = Annotated[
+    Annotated[int, Field(ge=1, le=MAX_GROUPS), BeforeValidator(_read_groups), Tag("[number]")]
+    | Annotated[
+        tuple[GroupSection, ...],
+        Field(json_schema_extra={"minItems": 1, "maxItems": MAX_GROUPS}),
+        Tag("[list]"),
+    ],
+    Discriminator(_kind_of_groups),
+]
 
 
 class ClusterConfig(Settings):
     """The configuration of a kvmesh cluster."""
 
+    version: Annotated[Literal[1], BeforeValidator(_known_version)] = Field(
+        default=CONFIG_VERSION, description="Version of this format"
+    )
     model: str = Field(
         default=DEFAULT_MODEL,
         min_length=1,
         description="The embedded model's name, a Hugging Face directory, "
         "a GGUF file, or a hub name",
     )
-    groups: int = Field(default=1, ge=1, le=512, description="Engine replicas")
     engine: EngineSection = Field(default=EngineSection(), description="Each group's engine")
+    groups: Groups = Field(
+        default=1,
+        description="Engine replicas: their number, or a list with what each has otherwise than "
+        "`engine`, e.g. [{kv_format: int8}, {kv_format: k4v4}]",
+    )
     ingress: IngressSection = Field(
         default=IngressSection(), description="The endpoint for clients"
     )
@@ -203,85 +253,71 @@ class ClusterConfig(Settings):
     )
     ray: RaySection = Field(default=RaySection(), description="The Ray cluster")
 
-    def engine_config(self) -> EngineConfig:
-        """The configuration of each group's engine. Raises ConfigError naming the field."""
-        values = self.engine.model_dump(exclude={"cpus_per_rank"})
-        if self.engine.calibration is not None:
+    @field_validator("groups")
+    @classmethod
+    def _check_groups(
+        cls, groups: int | tuple[GroupSection, ...], info: ValidationInfo
+    ) -> int | tuple[GroupSection, ...]:
+        if isinstance(groups, tuple) and not 1 <= len(groups) <= MAX_GROUPS:
+            raise ValueError(f"must have 1 to {MAX_GROUPS} entries")
+        # Without a valid `engine`, there is nothing that groups could conflict with.
+        engine = info.data.get("engine")
+        if engine is not None and (problems := _conflicts_between(engine, groups)):
+            raise ConflictError(problems)
+        return groups
+
+    def group_engines(self) -> dict[str, EngineSection]:
+        """By name, the settings of each group's engine."""
+        return {f"engine-{i}": e for i, e in enumerate(_engines(self.engine, self.groups))}
+
+    def engine_config(self, group: str = "engine-0") -> EngineConfig:
+        """The configuration of a group's engine."""
+        engine = self.group_engines()[group]
+        values = engine.model_dump(exclude={"cpus_per_rank"})
+        if engine.calibration is not None:
             # Ranks run in other working directories.
-            values["calibration"] = str(Path(self.engine.calibration).expanduser().absolute())
-        try:
-            return EngineConfig(model=self.model, **values)
-        except ConfigError as error:
-            path = error.field if error.field == "model" else f"engine.{error.field}"
-            raise ConfigError(path, error.message) from None
+            values["calibration"] = str(Path(engine.calibration).expanduser().absolute())
+        return EngineConfig(model=self.model, **values)
+
+
+def _engines(engine: EngineSection, groups: int | tuple[GroupSection, ...]) -> list[EngineSection]:
+    if isinstance(groups, int):
+        return [engine] * groups
+    return [group.applied_to(engine) for group in groups]
+
+
+def _conflicts_between(
+    engine: EngineSection, groups: int | tuple[GroupSection, ...]
+) -> list[ConfigError]:
+    """What is wrong with the engines of groups, each of whose settings are valid alone."""
+    if isinstance(groups, int):
+        return [ConfigError(f"engine.{x.field}", x.message) for x in engine.conflicts()]
+    engines = _engines(engine, groups)
+    problems = [
+        ConfigError(f"groups.{index}.{x.field}", x.message)
+        for index, each in enumerate(engines)
+        for x in each.conflicts()
+    ]
+    for name, why in SAME_IN_ALL_GROUPS.items():
+        expected = getattr(engines[0], name)
+        problems += [
+            ConfigError(
+                f"groups.{index}.{name}",
+                f"must be the same in all groups, {why}; it is {expected} in the first one, "
+                f"got {getattr(each, name)}",
+            )
+            for index, each in enumerate(engines)
+            if getattr(each, name) != expected
+        ]
+    return problems
 
 
 def build(values: Mapping[str, Any]) -> ClusterConfig:
-    """A validated configuration. Raises ConfigError with the path of the field."""
-    try:
-        config = ClusterConfig.model_validate(values)
-    except ValidationError as error:
-        raise config_error(error) from None
-    config.engine_config()
-    return config
+    """A validated configuration.
 
-
-def load(path: Path | None, overrides: Mapping[str, Any] | None = None) -> ClusterConfig:
-    """Read `path` (None: the defaults) and apply `overrides`.
-
-    overrides: values by dotted path, e.g. {"engine.tp": 2}; None values are skipped
-    Raises ConfigError naming the file or the field.
+    Raises ConfigError with the path of the setting; ConfigErrors if several are wrong.
     """
-    values: dict[str, Any] = {}
-    if path is not None:
-        try:
-            loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
-            raise ConfigError("config", f"cannot read {path}: {reason}") from None
-        except yaml.YAMLError as error:
-            raise ConfigError("config", f"{path} is not valid YAML: {error}") from None
-        if loaded is not None and not isinstance(loaded, dict):
-            raise ConfigError(
-                "config",
-                f"{path} must contain a mapping of settings, got a {type(loaded).__name__}",
-            )
-        values = loaded or {}
-    for dotted, value in (overrides or {}).items():
-        if value is not None:
-            _put(values, dotted.split("."), value)
-    return build(values)
-
-
-def _put(values: dict[str, Any], path: list[str], value: Any) -> None:
-    for depth, part in enumerate(path[:-1], 1):
-        inner = values.setdefault(part, {})
-        if not isinstance(inner, dict):
-            raise ConfigError(".".join(path[:depth]), f"must be a mapping, got {inner!r}")
-        values = inner
-    values[path[-1]] = value
-
-
-def default_yaml() -> str:
-    """The default configuration with comments; `load` reads it back unchanged."""
-    return "\n".join(_document(ClusterConfig(), indent=0)) + "\n"
-
-
-def _document(section: BaseModel, indent: int) -> list[str]:
-    pad = "  " * indent
-    lines: list[str] = []
-    for name, info in type(section).model_fields.items():
-        value = getattr(section, name)
-        lines.append(f"{pad}# {info.description}")
-        if isinstance(value, BaseModel):
-            lines.append(f"{pad}{name}:")
-            lines.extend(_document(value, indent + 1))
-        else:
-            lines.append(f"{pad}{name}: {_scalar(value)}")
-    return lines
-
-
-def _scalar(value: object) -> str:
-    if isinstance(value, tuple):
-        value = list(value)
-    return yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()
+    try:
+        return ClusterConfig.model_validate(values)
+    except ValidationError as error:
+        raise error_of(problems_of(error, ClusterConfig)) from None

@@ -32,6 +32,14 @@ from kvmesh.cluster.routing.errors import RoutingError
 from kvmesh.workers.errors import EngineError, InvalidFieldError
 
 
+class StartError(Exception):
+    """The cluster did not start. The message is for users."""
+
+
+class RayDiedError(Exception):
+    """A process of Ray that the cluster needs has died. The message is for users."""
+
+
 class ClusterError(Exception):
     """Anything the control plane itself refuses or fails at."""
 

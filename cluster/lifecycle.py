@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import psutil
 
-from kvmesh.cluster.config import ClusterConfig
+from kvmesh.cluster.config import ClusterConfig, EngineSection
 from kvmesh.cluster.drain import RouterCalls
 from kvmesh.cluster.environment import local_variables, serve_variables
+from kvmesh.cluster.errors import RayDiedError, StartError
 from kvmesh.cluster.identity import Identity
 from kvmesh.cluster.keys import known_keys, local_key, protect_ray_token
 from kvmesh.cluster.link import Address, LinkError
@@ -49,14 +50,6 @@ POLL_S = 0.2
 RAY_PROCESSES = ("gcs_server", "raylet")
 
 Progress = Callable[[str, float | None], None]
-
-
-class StartError(Exception):
-    """The cluster did not start. The message is for users."""
-
-
-class RayDiedError(Exception):
-    """A process of Ray that the cluster needs has died. The message is for users."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,15 +132,7 @@ class Cluster:
         config = self._config
         files = resolve_model(config.model, progress=self._progress)
         facts = read_facts(files.path)
-        if facts.num_kv_heads % config.engine.tp:
-            divisors = [
-                str(n) for n in range(1, facts.num_kv_heads + 1) if facts.num_kv_heads % n == 0
-            ]
-            raise ConfigError(
-                "engine.tp",
-                f"must divide the model's {facts.num_kv_heads} KV heads: one of "
-                f"{', '.join(divisors)}; got {config.engine.tp}",
-            )
+        _check_layouts(config, facts.num_kv_heads)
         if config.ray.address is None:
             chosen = {
                 "ingress.port": config.ingress.port,
@@ -241,8 +226,7 @@ class Cluster:
         except (RayError, RuntimeError, TimeoutError, ValueError) as error:
             raise StartError(f"Serve did not start: {_last_error(str(error))}") from error
         _quieten_serve()
-        gpus_per_rank = _gpus_per_rank(config)
-        app = build_app(config, self._keys, self._identity, gpus_per_rank=gpus_per_rank)
+        app = build_app(config, self._keys, self._identity, gpus_per_rank=_gpus_per_rank(config))
         self._run(serve, app, config.timeouts.start_s)
 
     def _run(self, serve: Any, app: serve.Application, timeout_s: float) -> None:
@@ -384,28 +368,52 @@ def _with_ports(
     return config.model_copy(update={"ingress": ingress, "metrics": metrics})
 
 
+def _check_layouts(config: ClusterConfig, num_kv_heads: int) -> None:
+    """Raises ConfigError unless each group's tp divides the model's KV heads."""
+    for setting, engine in _engines_by_setting(config).items():
+        if num_kv_heads % engine.tp:
+            divisors = [str(n) for n in range(1, num_kv_heads + 1) if num_kv_heads % n == 0]
+            raise ConfigError(
+                f"{setting}.tp",
+                f"must divide the model's {num_kv_heads} KV heads: one of "
+                f"{', '.join(divisors)}; got {engine.tp}",
+            )
+
+
+def _engines_by_setting(config: ClusterConfig) -> dict[str, EngineSection]:
+    """The engines that differ, by the path at which they are configured."""
+    if isinstance(config.groups, int):
+        return {"engine": config.engine}
+    return {f"groups.{i}": e for i, e in enumerate(config.group_engines().values())}
+
+
 def _logical_cpus(config: ClusterConfig) -> int:
     """The machine's CPUs; more if the groups ask for more, which then share the machine's."""
     from kvmesh.cluster.app import CONTROL_CPUS
 
-    per_group = CONTROL_CPUS + config.engine.tp * config.engine.cpus_per_rank
-    needed = config.groups * per_group + CONTROL_CPUS * (config.ingress.replicas + 1)
+    engines = config.group_engines().values()
+    needed = sum(CONTROL_CPUS + engine.tp * engine.cpus_per_rank for engine in engines)
+    needed += CONTROL_CPUS * (config.ingress.replicas + 1)
     return max(os.cpu_count() or 1, math.ceil(needed) + 1)
 
 
-def _gpus_per_rank(config: ClusterConfig) -> float:
-    """1 if ranks run on GPUs, by the setting or the cluster's resources; else 0."""
-    if config.engine.device == "cpu":
-        return 0.0
-    gpus = _import_ray().cluster_resources().get("GPU", 0.0)
-    if config.engine.device == "cuda" or gpus:
-        needed = config.groups * config.engine.tp
-        if gpus < needed:
-            raise ConfigError(
-                "engine.tp", f"needs {needed} GPUs (groups × tp), but the cluster has {gpus:g}"
-            )
-        return 1.0
-    return 0.0
+def _gpus_per_rank(config: ClusterConfig) -> dict[str, float]:
+    """By group, 1 if its ranks run on GPUs, by the setting or the cluster's resources; else 0."""
+    engines = config.group_engines()
+    gpus = 0.0
+    if any(engine.device != "cpu" for engine in engines.values()):
+        gpus = _import_ray().cluster_resources().get("GPU", 0.0)
+    on_gpus = {
+        group: engine.device == "cuda" or (engine.device == "auto" and gpus > 0)
+        for group, engine in engines.items()
+    }
+    needed = sum(engine.tp for group, engine in engines.items() if on_gpus[group])
+    if needed > gpus:
+        raise ConfigError(
+            "groups",
+            f"need {needed} GPUs (the sum of their tp), but the cluster has {gpus:g}",
+        )
+    return {group: float(on_gpu) for group, on_gpu in on_gpus.items()}
 
 
 def _unready(serve: Any) -> str:

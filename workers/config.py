@@ -6,24 +6,24 @@ The control plane nests `EngineSettings` in its YAML file. An engine is built fr
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    ConfigDict,
+    BeforeValidator,
     Field,
     ModelWrapValidatorHandler,
     ValidationError,
+    WithJsonSchema,
     model_validator,
 )
 
 from kvmesh.kernels.formats.registry import format_names, get_format
-from kvmesh.workers.byte_size import Bytes
 from kvmesh.workers.errors import ConfigError
 from kvmesh.workers.pool_plan import DEFAULT_MAX_HOT_SHARE
+from kvmesh.workers.quantities import Bytes, Number, Seconds, Switch, WholeNumber
+from kvmesh.workers.settings import Settings, error_of, problems_of
 from kvmesh.workers.step_limit import DEFAULT_STEP_TIMEOUT_S
 
 PAGE_SIZES = (16, 32, 64, 128, 256)
@@ -46,14 +46,27 @@ def _known_page_size(page_size: int) -> int:
     return page_size
 
 
-FormatName = Annotated[str, AfterValidator(_known_format)]
-PageSize = Annotated[int, AfterValidator(_known_page_size)]
+def _text_of_alias(name: object) -> object:
+    """LMDeploy's policy numbers are names of formats, and YAML reads them as numbers."""
+    return str(name) if type(name) is int else name
 
 
-class Settings(BaseModel):
-    """Immutable settings. Unknown names are errors, and defaults are validated too."""
+def _format_spellings() -> Iterator[str | int]:
+    for name in format_names():
+        yield name
+        for alias in get_format(name).aliases:
+            yield from (alias, int(alias)) if alias.isdigit() else (alias,)
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+FormatName = Annotated[
+    str,
+    BeforeValidator(_text_of_alias),
+    AfterValidator(_known_format),
+    WithJsonSchema({"enum": list(_format_spellings())}),
+]
+PageSize = Annotated[
+    WholeNumber, AfterValidator(_known_page_size), WithJsonSchema({"enum": list(PAGE_SIZES)})
+]
 
 
 class EngineSettings(Settings):
@@ -67,10 +80,10 @@ class EngineSettings(Settings):
         description="File of `kvmesh calibrate`, the same on every node; for calibrated formats",
     )
     page_size: PageSize = Field(default=64, description=f"Tokens a page: one of {_PAGE_SIZE_LIST}")
-    sink_pages: int | None = Field(
+    sink_pages: WholeNumber | None = Field(
         default=None, ge=0, description="First pages kept exact; null: the format's default"
     )
-    recent_pages: int | None = Field(
+    recent_pages: WholeNumber | None = Field(
         default=None, ge=0, description="Latest pages kept exact; null: the format's default"
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
@@ -79,7 +92,7 @@ class EngineSettings(Settings):
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="auto: GPUs if there are any"
     )
-    tp: int = Field(
+    tp: WholeNumber = Field(
         default=1, ge=1, description="Tensor-parallel ranks; must divide the number of KV heads"
     )
     kv_memory_bytes: Bytes | None = Field(
@@ -87,41 +100,41 @@ class EngineSettings(Settings):
         description="KV memory of one rank, e.g. 512MiB; "
         "null: the GPU's free memory, or 1 GiB on CPUs",
     )
-    gpu_memory_utilization: float = Field(
+    gpu_memory_utilization: Number = Field(
         default=0.9,
         gt=0,
         le=1,
         description="Share of a GPU that weights, activations and KV may fill",
     )
-    max_num_seqs: int = Field(default=16, ge=1, description="Maximum sequences that run at a time")
-    max_hot_share: float = Field(
+    max_num_seqs: WholeNumber = Field(
+        default=16, ge=1, description="Maximum sequences that run at a time"
+    )
+    max_hot_share: Number = Field(
         default=DEFAULT_MAX_HOT_SHARE,
         gt=0,
         lt=1,
         description="Share of the KV memory that exact pages may use; more than half suits "
         "short sequences in formats with exact windows",
     )
-    max_num_batched_tokens: int = Field(
+    max_num_batched_tokens: WholeNumber = Field(
         default=512, ge=1, description="Maximum tokens of a step; longer prompts are chunked"
     )
-    max_model_len: int | None = Field(
+    max_model_len: WholeNumber | None = Field(
         default=None, ge=1, description="Maximum tokens of a sequence; null: the model's limit"
     )
-    prefix_cache: bool = Field(
+    prefix_cache: Switch = Field(
         default=True, description="Share sealed pages between equal prefixes"
     )
-    threads_per_rank: int | None = Field(
+    threads_per_rank: WholeNumber | None = Field(
         default=None,
         ge=1,
         description="CPU threads of a rank; null: the machine's, divided among the ranks",
     )
-    cuda_graphs: bool = Field(
+    cuda_graphs: Switch = Field(
         default=False, description="Run decode steps from CUDA graphs; no effect on CPUs"
     )
-    step_timeout_s: float = Field(
+    step_timeout_s: Seconds = Field(
         default=DEFAULT_STEP_TIMEOUT_S,
-        gt=0,
-        allow_inf_nan=False,
         description="Seconds without an answer after which ranks count as hung and the group is "
         "replaced; longer for steps that are slower by experience, and for the first of their kind",
     )
@@ -131,11 +144,42 @@ class EngineSettings(Settings):
         "warn or refuse to start",
     )
 
+    def conflicts(self) -> list[ConfigError]:
+        """What is wrong with fields that depend on one another."""
+        found: list[ConfigError] = []
+        fmt = get_format(self.kv_format)
+        if fmt.needs_calibration and self.calibration is None:
+            found.append(
+                ConfigError(
+                    "calibration",
+                    f"{fmt.name} needs a calibration file; make one with: "
+                    + calibrate_command("MODEL", fmt.name),
+                )
+            )
+        if self.calibration is not None and not fmt.needs_calibration:
+            found.append(
+                ConfigError(
+                    "calibration",
+                    f"must be null, because {fmt.name} needs no calibration; "
+                    f"got {self.calibration}",
+                )
+            )
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            found.append(
+                ConfigError(
+                    "max_num_batched_tokens",
+                    f"must be at least max_num_seqs ({self.max_num_seqs}), so that every "
+                    "running sequence can decode in every step; "
+                    f"got {self.max_num_batched_tokens}",
+                )
+            )
+        return found
+
 
 class EngineConfig(EngineSettings):
     """The configuration of an engine: its settings and the model.
 
-    Raises ConfigError naming the invalid field.
+    Raises ConfigError naming the invalid field; ConfigErrors if there are several.
     """
 
     model: str = Field(
@@ -150,52 +194,14 @@ class EngineConfig(EngineSettings):
         try:
             config = build(values)
         except ValidationError as error:
-            raise config_error(error) from None
-        config._check_together()
+            raise error_of(problems_of(error, cls)) from None
+        if conflicts := config.conflicts():
+            raise error_of(conflicts)
         return config
 
     def replace(self, **changes: object) -> EngineConfig:
         """A copy with some fields changed, validated like a new one."""
         return EngineConfig.model_validate({**dict(self), **changes})
-
-    def _check_together(self) -> None:
-        """Validate fields that depend on one another."""
-        fmt = get_format(self.kv_format)
-        if fmt.needs_calibration and self.calibration is None:
-            raise ConfigError(
-                "calibration",
-                f"{fmt.name} needs a calibration file; make one with: "
-                + calibrate_command(self.model, fmt.name),
-            )
-        if self.calibration is not None and not fmt.needs_calibration:
-            raise ConfigError(
-                "calibration",
-                f"must be null, because {fmt.name} needs no calibration; got {self.calibration}",
-            )
-        if self.max_num_batched_tokens < self.max_num_seqs:
-            raise ConfigError(
-                "max_num_batched_tokens",
-                f"must be at least max_num_seqs ({self.max_num_seqs}), so that every running "
-                f"sequence can decode in every step; got {self.max_num_batched_tokens}",
-            )
-
-
-def config_error(error: ValidationError) -> ConfigError:
-    """The first of pydantic's errors, with the path of its field."""
-    first = error.errors()[0]
-    path = ".".join(str(part) for part in first["loc"]) or "configuration"
-    return ConfigError(path, _message(first))
-
-
-def _message(error: Mapping[str, Any]) -> str:
-    if error["type"] == "extra_forbidden":
-        return "is not a setting; `kvmesh config` prints all settings"
-    if error["type"] == "missing":
-        return "is required"
-    message = str(error["msg"]).removeprefix("Value error, ")
-    # "Input should be ..." and "String should match ..." follow the name of the field.
-    message = re.sub(r"^\w+ should ", "must ", message)
-    return f"{message[0].lower()}{message[1:]}, got {error['input']!r}"
 
 
 def calibrate_command(model: str, kv_format: str) -> str:

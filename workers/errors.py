@@ -6,6 +6,8 @@ names the input at fault, if there is one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class EngineError(Exception):
     """Any refusal or failure of the data plane."""
@@ -49,6 +51,21 @@ class ConfigError(EngineError):
 
     def __str__(self) -> str:
         return f"{self.field}: {self.message}"
+
+
+class ConfigErrors(ConfigError):
+    """Several settings that are wrong; `field` and `message` are those of the first.
+
+    problems: one or more
+    """
+
+    def __init__(self, problems: Sequence[ConfigError]) -> None:
+        super().__init__(problems[0].field, problems[0].message)
+        self.args = (tuple(problems),)
+        self.problems = tuple(problems)
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.problems))
 
 
 class UnsupportedModelError(ConfigError):

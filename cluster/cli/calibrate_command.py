@@ -8,7 +8,9 @@ from typing import Annotated
 
 import typer
 
-from kvmesh.cluster.cli.console import err, friendly_errors, human_bytes, out
+from kvmesh.cluster.cli.console import human_bytes, notes, out
+from kvmesh.cluster.cli.exits import errors_by_option
+from kvmesh.cluster.cli.options import QuietOption
 
 
 def calibrate(
@@ -20,16 +22,11 @@ def calibrate(
     output: Annotated[Path, typer.Option(help="File to write, e.g. nuq4.safetensors.")],
     samples: Annotated[int, typer.Option(help="Number of windows of the text.")] = 128,
     context: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
+    quiet: QuietOption = False,
 ) -> None:
     """Measure a model's parameters for a KV format, for `serve --calibration`."""
-    with friendly_errors():
-        from kvmesh.workers.errors import ConfigError
-
-        try:
-            _calibrate(model, kv_format, text, output, samples, context)
-        except ConfigError as error:
-            option = f"--{error.field.replace('_', '-')}"
-            raise typer.BadParameter(error.message, param_hint=option) from None
+    with errors_by_option():
+        _calibrate(model, kv_format, text, output, samples, context)
 
 
 def _calibrate(
@@ -49,7 +46,7 @@ def _calibrate(
     contents = _read(text)
     _check_output(output)
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
-    with Progress(*columns, TimeElapsedColumn(), console=err) as progress:
+    with Progress(*columns, TimeElapsedColumn(), console=notes) as progress:
         tasks: dict[str, TaskID] = {}
 
         def report(step: str, share: float | None) -> None:

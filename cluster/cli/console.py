@@ -1,25 +1,40 @@
-"""Output for people: progress, errors in one line, readable numbers."""
+"""Output: results on stdout, errors and progress on stderr, readable numbers, JSON."""
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
+import enum
+import json
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Mapping
 from types import TracebackType
+from typing import Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.status import Status
 
-from kvmesh.client.errors import KVMeshError, UnavailableError
 
-EXIT_FAILURE = 1
-EXIT_USAGE = 2
-EXIT_INTERRUPTED = 130
+class ResultConsole(Console):
+    """Raises BrokenPipeError like any other file, instead of exiting."""
 
-out = Console(highlight=False)
+    def on_broken_pipe(self) -> NoReturn:
+        raise BrokenPipeError
+
+
+class NoteConsole(Console):
+    """Progress and hints, which `quiet` hides."""
+
+    @property
+    def is_terminal(self) -> bool:
+        return not self.quiet and super().is_terminal
+
+
+out = ResultConsole(highlight=False)
 err = Console(stderr=True, highlight=False)
+notes = NoteConsole(stderr=True, highlight=False)
 
 
 class Steps:
@@ -35,8 +50,8 @@ class Steps:
         self._shown_share = -1
 
     def __enter__(self) -> Steps:
-        if err.is_terminal:
-            self._status = err.status("")
+        if notes.is_terminal:
+            self._status = notes.status("")
             self._status.start()
         return self
 
@@ -58,62 +73,46 @@ class Steps:
             self._finish()
             self._step, self._started_s, self._shown_share = name, time.monotonic(), -1
             if self._status is None:
-                err.print(f"  {escape(name)} …")
+                notes.print(f"  {escape(name)} …")
         elif self._status is None and share is not None:
             # In a log, one line per quarter instead of one per call.
             quarter = int(share * 4)
             if quarter > self._shown_share:
                 self._shown_share = quarter
-                err.print(f"  {escape(name)}: {share:.0%}")
+                notes.print(f"  {escape(name)}: {share:.0%}")
         if self._status is not None:
             extra = f" {share:.0%}" if share is not None else ""
             suffix = f" [dim]({escape(detail)})[/dim]" if detail else ""
             self._status.update(f"{escape(name)}{extra}{suffix}")
 
     def _finish(self) -> None:
-        if self._step and err.is_terminal:
-            err.print(
+        if self._step and notes.is_terminal:
+            notes.print(
                 f"  [green]✓[/green] {escape(self._step)} "
                 f"[dim]{time.monotonic() - self._started_s:.1f} s[/dim]"
             )
         self._step = ""
 
 
-@contextlib.contextmanager
-def friendly_errors() -> Iterator[None]:
-    """Print typed errors as one line, and exit with EXIT_FAILURE."""
-    try:
-        yield
-    except KVMeshError as error:
-        fail(_client_line(error))
-    except Exception as error:
-        line = _server_line(error)
-        if line is None:
-            raise
-        fail(line)
+def print_json(value: object) -> None:
+    """Print a result for programs."""
+    typer.echo(json.dumps(jsonable(value), indent=2))
 
 
-def fail(line: str, code: int = EXIT_FAILURE) -> None:
-    err.print(f"[red]error:[/red] {escape(line)}", soft_wrap=True)
-    raise typer.Exit(code)
-
-
-def _client_line(error: KVMeshError) -> str:
-    line = str(error)
-    if isinstance(error, UnavailableError) and error.reason is None:
-        return f"{line} (is `kvmesh serve` running there? use --target for another address)"
-    if error.retry_after_s is not None:
-        return f"{line} (try again in {error.retry_after_s:.1f} s)"
-    return line
-
-
-def _server_line(error: Exception) -> str | None:
-    """The message of a server-side error that is meant for users; None for other errors."""
-    from kvmesh.workers.errors import EngineError
-
-    if isinstance(error, EngineError) or type(error).__name__ in ("StartError", "RayDiedError"):
-        return str(error)
-    return None
+def jsonable(value: object) -> Any:
+    """A result as JSON has it; numbers that JSON does not have become null."""
+    match value:
+        case enum.Enum():
+            return value.value
+        case float() if not math.isfinite(value):
+            return None
+        case Mapping():
+            return {str(key): jsonable(inner) for key, inner in value.items()}
+        case list() | tuple():
+            return [jsonable(inner) for inner in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {x.name: jsonable(getattr(value, x.name)) for x in dataclasses.fields(value)}
+    return value
 
 
 def human_bytes(size_bytes: float) -> str:

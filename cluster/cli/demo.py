@@ -7,15 +7,11 @@ from dataclasses import dataclass
 from rich.table import Table
 
 from kvmesh.client import Client, KVMeshError, Loads, Message, RetryPolicy, Stream
-from kvmesh.cluster.cli.console import (
-    EXIT_INTERRUPTED,
-    Steps,
-    human_bytes,
-    human_seconds,
-    out,
-)
+from kvmesh.cluster.cli.console import Steps, human_bytes, human_seconds, out
+from kvmesh.cluster.cli.exits import ExitCode
 from kvmesh.cluster.cli.signals import Stop, hold_signals
 from kvmesh.cluster.config import ClusterConfig
+from kvmesh.cluster.config_sources import DEFAULT, LoadedConfig
 from kvmesh.cluster.lifecycle import Cluster, Endpoint
 
 MAX_RANKS = 3
@@ -31,6 +27,15 @@ def widest_tp(model: str) -> int:
     return next(ranks for ranks in range(MAX_RANKS, 0, -1) if heads % ranks == 0)
 
 
+def with_demo_defaults(loaded: LoadedConfig) -> ClusterConfig:
+    """The settings, with as many ranks as the model's KV heads allow unless that was set."""
+    config = loaded.config
+    if loaded.source(("engine", "tp")) != DEFAULT:
+        return config
+    engine = config.engine.model_copy(update={"tp": widest_tp(config.model)})
+    return config.model_copy(update={"engine": engine})
+
+
 @dataclass(frozen=True, slots=True)
 class Cost:
     """A finished stream, and the cluster's loads before, during and after it."""
@@ -41,7 +46,7 @@ class Cost:
     after: Loads
 
 
-def run_demo(settings: ClusterConfig, question: str, max_tokens: int) -> int:
+def run_demo(settings: ClusterConfig, question: str, max_tokens: int) -> ExitCode:
     """Run the demo and return the exit code."""
     with hold_signals() as stop:
         try:
@@ -63,13 +68,15 @@ def run_demo(settings: ClusterConfig, question: str, max_tokens: int) -> int:
                         cluster.report_to(closing)
                         cluster.stop()
         except Stop:
-            return EXIT_INTERRUPTED
-    return 0
+            return ExitCode.INTERRUPTED
+    return ExitCode.DONE
 
 
 def _describe(settings: ClusterConfig) -> None:
-    ranks = f"{settings.engine.tp} tensor-parallel rank{'s' if settings.engine.tp > 1 else ''}"
-    out.print(f"[bold]{settings.model}[/bold], {ranks}, KV format {settings.engine.kv_format}")
+    out.print(f"[bold]{settings.model}[/bold]")
+    for group, engine in settings.group_engines().items():
+        ranks = f"{engine.tp} tensor-parallel rank{'s' if engine.tp > 1 else ''}"
+        out.print(f"{group}: {ranks}, KV format {engine.kv_format}")
 
 
 def _ask(endpoint: Endpoint, question: str, max_tokens: int) -> Cost:

@@ -6,16 +6,16 @@ They run the engine in this process, without Ray.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvmesh.cluster.cli.console import EXIT_USAGE, err, fail, friendly_errors, out
+from kvmesh.cluster.cli.console import notes, out, print_json
+from kvmesh.cluster.cli.exits import errors_by_option
+from kvmesh.cluster.cli.options import JsonOption, QuietOption
 
 if TYPE_CHECKING:
     from kvmesh.workers.evaluation.model import EvaluatedModel
@@ -51,7 +51,6 @@ CalibrationOption = Annotated[
         help="Files of `kvmesh calibrate`, for calibrated formats.",
     ),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @eval_app.command("perplexity")
@@ -69,12 +68,13 @@ def perplexity(
     dtype: DtypeOption = "auto",
     calibration: CalibrationOption = "",
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE.png", help="Plot bits against loss to this file.")
     ] = None,
 ) -> None:
     """Measure perplexity and the divergence from exact KV on windows of text."""
-    with _errors_by_option():
+    with _evaluating():
         draw = None if plot is None else _plotter(plot)
         from kvmesh.workers.evaluation.model import choose_formats
         from kvmesh.workers.evaluation.perplexity import measure_perplexity
@@ -89,7 +89,7 @@ def perplexity(
         if draw is not None:
             draw(report, plot)
         if as_json:
-            _print_json(report)
+            print_json(report)
         else:
             from kvmesh.cluster.cli.eval_tables import perplexity_table
 
@@ -112,9 +112,10 @@ def passkey(
     dtype: DtypeOption = "auto",
     calibration: CalibrationOption = "",
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Measure how often the model finds a number hidden in text."""
-    with _errors_by_option():
+    with _evaluating():
         from kvmesh.workers.evaluation.model import choose_formats
         from kvmesh.workers.evaluation.passkey import measure_passkey
         from kvmesh.workers.evaluation.text import read_text
@@ -133,7 +134,7 @@ def passkey(
                 meter=meter,
             )
         if as_json:
-            _print_json(report)
+            print_json(report)
         else:
             from kvmesh.cluster.cli.eval_tables import passkey_table
 
@@ -153,9 +154,10 @@ def recall(
     dtype: DtypeOption = "auto",
     calibration: CalibrationOption = "",
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Measure next-token accuracy on a passage that is repeated after LENGTH tokens."""
-    with _errors_by_option():
+    with _evaluating():
         from kvmesh.workers.evaluation.model import choose_formats
         from kvmesh.workers.evaluation.recall import measure_recall
         from kvmesh.workers.evaluation.text import read_text
@@ -168,7 +170,7 @@ def recall(
                 evaluated, formats, source, lengths=sizes, passages=passages, meter=meter
             )
         if as_json:
-            _print_json(report)
+            print_json(report)
         else:
             from kvmesh.cluster.cli.eval_tables import recall_table
 
@@ -176,20 +178,16 @@ def recall(
 
 
 @contextlib.contextmanager
-def _errors_by_option() -> Iterator[None]:
-    """Report a ConfigError with the name of its option, and exit with EXIT_USAGE."""
+def _evaluating() -> Iterator[None]:
+    """Prepare the process, and report a ConfigError with the name of its option."""
     # Before the commands import torch and Numba.
     from kvmesh.workers.cache_directory import keep_compiled_loops
-    from kvmesh.workers.errors import ConfigError
     from kvmesh.workers.threads import wait_passively
 
     wait_passively(os.environ)
     keep_compiled_loops(os.environ)
-    with friendly_errors():
-        try:
-            yield
-        except ConfigError as error:
-            fail(f"--{error.field.replace('_', '-')}: {error.message}", EXIT_USAGE)
+    with errors_by_option():
+        yield
 
 
 @contextlib.contextmanager
@@ -217,7 +215,7 @@ def _evaluated(
         TaskProgressColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
+    with Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal) as bar:
         task = bar.add_task(f"loading {config.model}", total=None)
 
         def report(step: str, share: float | None) -> None:
@@ -268,7 +266,3 @@ def _plotter(path: Path) -> Any:
             "plot", f"needs {error.name}; install it with: pip install kvmesh[plot]"
         ) from None
     return plot_perplexity
-
-
-def _print_json(report: Any) -> None:
-    typer.echo(json.dumps(asdict(report), indent=2))

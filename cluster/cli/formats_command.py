@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Annotated
 
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from kvmesh.cluster.cli.console import EXIT_USAGE, fail, out
+from kvmesh.cluster.cli.console import out, print_json
+from kvmesh.cluster.cli.options import JsonOption, QuietOption
 from kvmesh.kernels.formats.base import KVFormat
 from kvmesh.kernels.formats.registry import format_names, get_format
 from kvmesh.workers.config import PAGE_SIZES
@@ -41,15 +41,18 @@ class FormatRow:
 def formats(
     head_dim: Annotated[int, typer.Option(min=1, help="head_dim of the model.")] = 128,
     page_size: Annotated[int, typer.Option(help="Tokens a page.")] = 64,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """List the KV formats: bits, capacity, exact windows, calibration, aliases."""
     if page_size not in PAGE_SIZES:
         sizes = ", ".join(map(str, PAGE_SIZES))
-        fail(f"--page-size: must be one of {sizes}; got {page_size}", EXIT_USAGE)
+        raise typer.BadParameter(
+            f"must be one of {sizes}; got {page_size}", param_hint="--page-size"
+        )
     rows = [describe(get_format(name), head_dim, page_size) for name in format_names()]
     if as_json:
-        typer.echo(json.dumps([asdict(row) for row in rows], indent=2))
+        print_json(rows)
         return
     out.print(f"KV formats with head_dim {head_dim} and {page_size} tokens per page")
     out.print(_table(rows))

@@ -16,4 +16,6 @@ def simulate(context: typer.Context) -> None:
     """Simulate a fleet on a trace, with the router's code."""
     from kvmesh.cluster.simulator.cli import app
 
-    app(args=context.args, prog_name="kvmesh simulate")
+    # Its errors are printed like those of other commands.
+    code = app(args=context.args, prog_name="kvmesh simulate", standalone_mode=False)
+    raise typer.Exit(code or 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rich.markup import escape
 from rich.table import Table
 
 from kvmesh.client import (
@@ -26,6 +27,26 @@ def show_model(info: ModelInfo) -> None:
         f"[bold]{info.model}[/bold] ({info.model_revision}), context {info.max_model_len} tokens, "
         f"server {info.version}"
     )
+
+
+def show_groups(info: ModelInfo) -> None:
+    table = Table(box=None, pad_edge=False)
+    for name in ("group", "KV format", "dtype"):
+        table.add_column(name)
+    for name in ("KV memory", "context", "divergence from exact KV"):
+        table.add_column(name, justify="right")
+    for group in info.groups:
+        nats = group.kv_divergence_nats
+        table.add_row(
+            group.group,
+            group.kv_format,
+            group.dtype,
+            human_bytes(group.capacity_bytes),
+            str(group.max_model_len),
+            "not measured" if nats is None else f"{nats:g} nats",
+        )
+    out.print()
+    out.print(table)
 
 
 def show_tenant(loads: TenantLoads) -> None:
@@ -121,7 +142,9 @@ def show_estimate(estimate: Estimate) -> None:
 
 def show_explanation(explanation: Explanation) -> None:
     if not explanation.decisions:
-        out.print(f"request {explanation.request_id} is not known; only recent requests are kept")
+        out.print(
+            f"request {escape(explanation.request_id)} is not known; only recent requests are kept"
+        )
     for decision in explanation.decisions:
         where = f" on {decision.group}" if decision.group else ""
         out.print(f"{human_seconds(decision.age_s)} ago: [bold]{decision.outcome}[/bold]{where}")

@@ -1,26 +1,26 @@
-"""The YAML configuration: documented, strict, and with every setting of the engine."""
+"""The settings of a cluster: documented, strict, and with every setting of the engine."""
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-import yaml
 from pydantic import BaseModel
 
 from kvmesh.cluster.config import (
+    MAX_GROUPS,
+    SAME_IN_ALL_GROUPS,
     ClusterConfig,
     EngineSection,
+    GroupSection,
     TenantKey,
     TenantSection,
     build,
-    default_yaml,
-    load,
 )
 from kvmesh.cluster.routing.fairness import TenantPolicy
 from kvmesh.workers.config import PAGE_SIZES, EngineConfig
-from kvmesh.workers.errors import ConfigError
+from kvmesh.workers.errors import ConfigError, ConfigErrors
 
 HASH = "ab" * 32
 
@@ -31,12 +31,6 @@ def sections(model: type[BaseModel]) -> Iterator[tuple[str, type[BaseModel]]]:
         if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
             for path, inner in sections(info.annotation):
                 yield f"{name}.{path}" if path else name, inner
-
-
-def written(tmp_path: Path, text: str) -> Path:
-    path = tmp_path / "kvmesh.yaml"
-    path.write_text(text, encoding="utf-8")
-    return path
 
 
 def refused(values: dict[str, object]) -> ConfigError:
@@ -103,23 +97,6 @@ def test_an_unknown_field_is_refused_by_its_path(path: str) -> None:
     assert "is not a setting" in error.message
 
 
-def test_the_default_yaml_reads_back_as_the_default(tmp_path: Path) -> None:
-    assert load(written(tmp_path, default_yaml())) == ClusterConfig()
-    assert load(None) == ClusterConfig()
-
-
-def test_the_default_yaml_shows_and_documents_every_field() -> None:
-    text = default_yaml()
-    shown = yaml.safe_load(text)
-    for path, section in sections(ClusterConfig):
-        node = shown
-        for part in path.split(".") if path else []:
-            node = node[part]
-        assert set(node) == set(section.model_fields)
-        for info in section.model_fields.values():
-            assert f"# {info.description}\n" in text
-
-
 @pytest.mark.parametrize("page_size", [*PAGE_SIZES, 8, 0, 48, 512])
 def test_page_sizes(page_size: int) -> None:
     if page_size in PAGE_SIZES:
@@ -138,8 +115,26 @@ def test_the_documented_page_sizes_are_the_supported_ones() -> None:
     ("values", "field"),
     [
         ({"model": ""}, "model"),
+        ({"version": 2}, "version"),
+        ({"version": True}, "version"),
         ({"groups": 0}, "groups"),
         ({"groups": "many"}, "groups"),
+        ({"groups": True}, "groups"),
+        ({"groups": 1.5}, "groups"),
+        ({"groups": []}, "groups"),
+        ({"groups": [{}] * (MAX_GROUPS + 1)}, "groups"),
+        ({"groups": {"kv_format": "int8"}}, "groups"),
+        ({"groups": [3]}, "groups.0"),
+        ({"groups": [{}, {"tp": 0}]}, "groups.1.tp"),
+        ({"groups": [{"model": "m"}]}, "groups.0.model"),
+        ({"engine": {"tp": True}}, "engine.tp"),
+        ({"engine": {"kv_memory_bytes": True}}, "engine.kv_memory_bytes"),
+        ({"engine": {"gpu_memory_utilization": True}}, "engine.gpu_memory_utilization"),
+        ({"engine": {"prefix_cache": 1}}, "engine.prefix_cache"),
+        ({"engine": {"kv_format": True}}, "engine.kv_format"),
+        ({"ray": {"dashboard": "perhaps"}}, "ray.dashboard"),
+        ({"timeouts": {"drain_s": True}}, "timeouts.drain_s"),
+        ({"timeouts": {"drain_s": "5 fortnights"}}, "timeouts.drain_s"),
         ({"engine": {"kv_format": "int9"}}, "engine.kv_format"),
         ({"engine": {"tp": 0}}, "engine.tp"),
         ({"engine": {"dtype": "float64"}}, "engine.dtype"),
@@ -156,6 +151,8 @@ def test_the_documented_page_sizes_are_the_supported_ones() -> None:
         ({"ingress": {"port": 65536}}, "ingress.port"),
         ({"ingress": {"max_request_bytes": "1.5.2MiB"}}, "ingress.max_request_bytes"),
         ({"auth": {"mode": "maybe"}}, "auth.mode"),
+        ({"auth": {"key_file": 3}}, "auth.key_file"),
+        ({"auth": {"keys": 3}}, "auth.keys"),
         ({"auth": {"keys": [{"tenant": "a"}]}}, "auth.keys.0.sha256"),
         ({"auth": {"keys": [{"tenant": "a", "sha256": "beef"}]}}, "auth.keys.0.sha256"),
         ({"auth": {"keys": [{"tenant": "", "sha256": HASH}]}}, "auth.keys.0.tenant"),
@@ -187,7 +184,7 @@ def test_bytes_may_have_a_unit(text: str, size_bytes: int) -> None:
         ({"engine": {"dtype": "half"}}, "must be 'auto', 'float32' or 'bfloat16', got 'half'"),
         (
             {"ingress": {"max_request_bytes": "16 MB."}},
-            "must be a number of bytes, or one with a unit",
+            "must be a whole number of bytes, or one with a unit",
         ),
         ({"model": ""}, "must have at least 1 character, got ''"),
     ],
@@ -206,43 +203,104 @@ def test_tenants_have_weights_and_quotas() -> None:
     assert error.field == "router.tenants.a.weight"
 
 
-def test_a_configuration_is_frozen() -> None:
-    with pytest.raises(ValueError, match="frozen"):
-        ClusterConfig().groups = 2
+def test_a_numeric_alias_names_a_format() -> None:
+    assert build({"engine": {"kv_format": 8}}).engine.kv_format == "8"
 
 
-def test_overrides_take_precedence_over_the_file(tmp_path: Path) -> None:
-    path = written(tmp_path, "groups: 2\nengine:\n  tp: 3\n  page_size: 32\n")
-    overrides = {"engine.tp": 1, "ingress.port": 1234, "groups": None}
-    config = load(path, overrides)
-    assert (config.groups, config.engine.tp, config.engine.page_size) == (2, 1, 32)
-    assert config.ingress.port == 1234
-
-
-def test_an_override_below_a_value_names_the_whole_path(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError) as caught:
-        load(written(tmp_path, "engine: fast\n"), {"engine.tp": 1})
-    assert caught.value.field == "engine"
+def test_everything_that_is_wrong_is_reported_at_once() -> None:
+    error = refused(
+        {
+            "modle": "m",
+            "engine": {"tp": True, "page_szie": 32},
+            "ingress": {"port": -1},
+            "router": {"tenants": {"a": {"wieght": 2}}},
+            "auth": {"keys": [{"tenant": "a/b"}]},
+        }
+    )
+    assert isinstance(error, ConfigErrors)
+    assert {problem.field: problem.message for problem in error.problems} == {
+        "engine.tp": "must be a whole number, got true",
+        "engine.page_szie": "is not a setting; did you mean engine.page_size?",
+        "ingress.port": "must be greater than or equal to 0, got -1",
+        "auth.keys.0.tenant": "must match pattern '^[^/]+$', got 'a/b'",
+        "auth.keys.0.sha256": "is required",
+        "router.tenants.a.wieght": ("is not a setting; did you mean router.tenants.a.weight?"),
+        "modle": "is not a setting; did you mean model?",
+    }
+    assert str(error).count("\n") == len(error.problems) - 1
+    again = pickle.loads(pickle.dumps(error))
+    assert (again.field, str(again)) == (error.field, str(error))
 
 
 @pytest.mark.parametrize(
-    "text", ["a: [", "- 1\n- 2\n", "just text", "groups: 1\ngroups : {", "\t- tab"]
+    ("path", "suggestion"),
+    [
+        ("engine.kv_fromat", "engine.kv_format"),
+        ("engine.KV-Format", "engine.kv_format"),
+        ("kv_format", "engine.kv_format"),
+        ("engine.port", "ingress.port"),
+        ("ingres", "ingress"),
+        ("groups.0.kv_fmt", "groups.0.kv_format"),
+        ("zzz", None),
+    ],
 )
-def test_a_file_that_is_not_a_mapping_is_refused(tmp_path: Path, text: str) -> None:
-    path = written(tmp_path, text)
-    with pytest.raises(ConfigError, match=str(path)) as caught:
-        load(path)
-    assert caught.value.field == "config"
+def test_an_unknown_name_gets_a_suggestion(path: str, suggestion: str | None) -> None:
+    section, _, name = path.rpartition(".")
+    values: dict[str, object] = {name: 1}
+    if section == "groups.0":
+        values = {"groups": [values]}
+    elif section:
+        values = {section: values}
+    error = refused(values)
+    assert error.field == path
+    expected = f"did you mean {suggestion}?" if suggestion else "`kvmesh config` prints all"
+    assert error.message == f"is not a setting; {expected}"
 
 
-def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="No such file"):
-        load(tmp_path / "missing.yaml")
-    path = tmp_path / "latin.yaml"
-    path.write_bytes("model: é".encode("latin-1"))
-    with pytest.raises(ConfigError, match="not UTF-8"):
-        load(path)
+def test_a_group_overrides_the_engine() -> None:
+    config = build(
+        {
+            "engine": {"max_num_seqs": 4, "cpus_per_rank": 0.5},
+            "groups": [{"kv_format": "int8"}, {"kv_format": "k4v4", "max_num_seqs": 8}, {}],
+        }
+    )
+    engines = config.group_engines()
+    assert list(engines) == ["engine-0", "engine-1", "engine-2"]
+    assert [x.kv_format for x in engines.values()] == ["int8", "k4v4", "int8"]
+    assert [x.max_num_seqs for x in engines.values()] == [4, 8, 4]
+    assert {x.cpus_per_rank for x in engines.values()} == {0.5}
+    assert config.engine_config("engine-1").kv_format == "k4v4"
+    # As it goes to Ray's workers.
+    assert pickle.loads(pickle.dumps(config)).group_engines() == engines
+    assert list(build({"groups": 2}).group_engines()) == ["engine-0", "engine-1"]
 
 
-def test_an_empty_file_is_the_default(tmp_path: Path) -> None:
-    assert load(written(tmp_path, "# nothing set\n")) == ClusterConfig()
+def test_an_entry_of_groups_has_every_setting_of_the_engine() -> None:
+    assert GroupSection.model_fields.keys() == EngineSection.model_fields.keys()
+
+
+@pytest.mark.parametrize(("name", "value"), [("page_size", 32), ("prefix_cache", False)])
+def test_what_the_router_assumes_of_all_groups_must_not_differ(name: str, value: object) -> None:
+    assert name in SAME_IN_ALL_GROUPS
+    error = refused({"groups": [{}, {"kv_format": "k4v4"}, {name: value}]})
+    assert error.field == f"groups.2.{name}"
+    assert error.message.startswith("must be the same in all groups")
+    assert build({"groups": [{name: value}, {name: value}]}).group_engines()
+    assert build({"engine": {name: value}, "groups": [{}, {"tp": 3}]}).group_engines()
+
+
+def test_each_group_is_checked_for_what_does_not_go_together() -> None:
+    engine = {"kv_format": "nuq4", "max_num_seqs": 600}
+    error = refused({"engine": engine, "groups": [{"kv_format": "int8"}, {"max_num_seqs": 4}]})
+    assert isinstance(error, ConfigErrors)
+    assert [problem.field for problem in error.problems] == [
+        "groups.0.max_num_batched_tokens",
+        "groups.1.calibration",
+    ]
+    # What each group changes need not go together before.
+    assert build({"engine": engine, "groups": [{"kv_format": "int8", "max_num_seqs": 1}]})
+
+
+def test_a_configuration_is_frozen() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        ClusterConfig().groups = 2

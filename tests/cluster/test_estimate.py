@@ -57,6 +57,7 @@ async def test_the_views_fit_eighty_columns(
         listed = await built.ingress.list_groups(admin.ListGroupsRequest(), TENANT)
         own = await built.ingress.get_tenant_loads(pb.GetTenantLoadsRequest(), TENANT)
         status_view.show_model(mirror(ModelInfo, info))
+        status_view.show_groups(mirror(ModelInfo, info))
         groups = [mirror(GroupFacts, group) for group in listed.groups]
         status_view.show_cluster(groups, mirror(Loads, loads))
         status_view.show_tenant(mirror(TenantLoads, own))

@@ -9,10 +9,11 @@ import psutil
 import pytest
 import typer
 
-from kvmesh.cluster.cli.console import EXIT_FAILURE, friendly_errors
+from kvmesh.cluster.cli.exits import ExitCode, friendly_errors
 from kvmesh.cluster.cli.signals import hold_signals
 from kvmesh.cluster.config import ClusterConfig
-from kvmesh.cluster.lifecycle import Cluster, RayDiedError
+from kvmesh.cluster.errors import RayDiedError
+from kvmesh.cluster.lifecycle import Cluster
 
 
 def test_it_stops_waiting_and_prints_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -22,7 +23,7 @@ def test_it_stops_waiting_and_prints_one_line(capsys: pytest.CaptureFixture[str]
         cluster._ray_processes = {"raylet": psutil.Process(ended.pid)}
         with hold_signals() as stop, pytest.raises(typer.Exit) as caught, friendly_errors():
             stop.wait(cluster.check_alive)
-    assert caught.value.exit_code == EXIT_FAILURE
+    assert caught.value.exit_code == ExitCode.FAILED
     line = capsys.readouterr().err.strip()
     assert line.startswith("error: raylet, a process of Ray, has died")
     assert "\n" not in line

@@ -42,15 +42,16 @@ HEAVY = {"accelerate", "numba", "ray", "torch", "transformers", "triton"}
 TORCH_FREE = {
     "kvmesh.kernels.formats.base",
     "kvmesh.kernels.formats.registry",
-    "kvmesh.workers.byte_size",
     "kvmesh.workers.config",
     "kvmesh.workers.errors",
     "kvmesh.workers.prefix_cache",
     "kvmesh.workers.evaluation.footprint",
     "kvmesh.workers.scoring.gate",
     "kvmesh.workers.evaluation.reports",
+    "kvmesh.workers.quantities",
     "kvmesh.workers.request",
     "kvmesh.workers.sampling_params",
+    "kvmesh.workers.settings",
     "kvmesh.workers.sizes",
 }
 

@@ -20,7 +20,8 @@ from kvmesh.client.errors import UnavailableError
 from kvmesh.client.failures import error_of
 from kvmesh.client.transport import RpcFailure
 from kvmesh.cluster.config import ClusterConfig, build
-from kvmesh.cluster.lifecycle import Cluster, Endpoint, StartError
+from kvmesh.cluster.errors import StartError
+from kvmesh.cluster.lifecycle import Cluster, Endpoint
 from kvmesh.protos import pb
 from kvmesh.workers.leader import EngineLeader
 from kvmesh.workers.local import LocalProcesses
@@ -171,12 +172,15 @@ def text_request(text: str = "Once upon a time", **params: Any) -> pb.GenerateRe
 
 
 def greedy_by_engine(
-    config: ClusterConfig, prompts: Sequence[Sequence[int]], max_tokens: int
+    config: ClusterConfig,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    group: str = "engine-0",
 ) -> list[tuple[int, ...]]:
-    """The output of the engine without a cluster, one prompt after the other."""
+    """The output of a group's engine without a cluster, one prompt after the other."""
 
     async def run() -> list[tuple[int, ...]]:
-        engine_config = config.engine_config()
+        engine_config = config.engine_config(group)
         leader = EngineLeader(engine_config, LocalProcesses(engine_config))
         await leader.start()
         params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)

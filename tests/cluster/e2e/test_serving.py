@@ -31,6 +31,7 @@ from kvmesh.client import (
     NeverFitsError,
     OverCapacityError,
 )
+from kvmesh.cluster.cli.exits import ExitCode
 from kvmesh.cluster.lifecycle import Endpoint
 from kvmesh.protos import pb, pb_grpc
 from tests.cluster.e2e.harness import (
@@ -528,8 +529,8 @@ def test_the_command_line_generates_and_shows_status_and_estimates(
 
 def test_the_command_line_fails_in_one_line(endpoint: Endpoint) -> None:
     refused = kvmesh(endpoint, "generate", "x", "--temperature", "-1")
-    assert refused.returncode == 1
+    assert refused.returncode == ExitCode.REFUSED
     assert "temperature" in refused.stderr and "Traceback" not in refused.stderr
     keyless = kvmesh(endpoint, "status", "--api-key", "wrong")
-    assert keyless.returncode == 1
+    assert keyless.returncode == ExitCode.REFUSED
     assert "key" in keyless.stderr and "Traceback" not in keyless.stderr

@@ -1,0 +1,59 @@
+"""`kvmesh config`: the settings, those in effect, and what is wrong with a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvmesh.cluster.cli.console import print_json
+from kvmesh.cluster.cli.options import JsonOption, QuietOption, with_options
+from kvmesh.cluster.cli.settings_options import ServeSettings
+
+
+@with_options
+def config(
+    settings: ServeSettings,
+    effective: Annotated[
+        bool,
+        typer.Option(
+            "--effective", help="Print what `serve` would use here, and where each value is from."
+        ),
+    ] = False,
+    check: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Report all that is wrong with a file.")
+    ] = None,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print a JSON Schema of the file, for editors.")
+    ] = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Print the default configuration with comments, for `serve --config`."""
+    from kvmesh.cluster.config import ClusterConfig
+    from kvmesh.cluster.config_text import default_yaml, effective_yaml, json_schema, plain
+
+    if effective + schema + (check is not None) > 1:
+        raise typer.BadParameter("give one of --effective, --check and --schema")
+    if check is not None and settings.config is not None:
+        raise typer.BadParameter("give the file to --check or to --config", param_hint="--check")
+    if schema:
+        print_json(json_schema())
+    elif check is not None:
+        settings.load(check)
+        if as_json:
+            print_json({"file": str(check), "valid": True})
+        else:
+            typer.echo(f"{check} is valid")
+    elif effective or settings.given:
+        loaded = settings.load()
+        if as_json:
+            sources = {".".join(path): source for path, source in loaded.sources.items()}
+            print_json({"settings": plain(loaded.config), "sources": sources})
+        else:
+            typer.echo(effective_yaml(loaded), nl=False)
+    elif as_json:
+        print_json(plain(ClusterConfig()))
+    else:
+        typer.echo(default_yaml(), nl=False)

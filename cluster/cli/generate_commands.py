@@ -1,0 +1,147 @@
+"""`kvmesh generate` and `chat`: a model's output on the terminal, as it arrives."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+
+from kvmesh.cluster.cli.console import human_bytes, human_seconds, notes, out, print_json
+from kvmesh.cluster.cli.exits import CommandFailed, ExitCode
+from kvmesh.cluster.cli.options import (
+    JsonOption,
+    QuietOption,
+    ServerOptions,
+    with_options,
+    without_none,
+)
+
+if TYPE_CHECKING:
+    from kvmesh.client import Completion, Stream
+
+MaxTokensOption = Annotated[int | None, typer.Option(help="Maximum output tokens.")]
+TemperatureOption = Annotated[float | None, typer.Option(help="0 is greedy.")]
+SeedOption = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
+
+
+@with_options
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
+    connection: ServerOptions,
+    max_tokens: MaxTokensOption = None,
+    temperature: TemperatureOption = None,
+    top_p: Annotated[float | None, typer.Option(help="Nucleus sampling.")] = None,
+    seed: SeedOption = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="A string that ends the output; may be repeated.")
+    ] = None,
+    request_id: Annotated[
+        str | None, typer.Option(help="Names the request, for `abort` and `explain`.")
+    ] = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Continue a prompt and stream the output to the terminal. With --json, print it at the end."""
+    options = without_none(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        stop=stop,
+        request_id=request_id,
+    )
+    with (
+        connection.client() as client,
+        client.generate_stream(prompt, **options, **connection.limit) as stream,
+    ):
+        if as_json:
+            list(stream)
+            print_json(stream.completion)
+        else:
+            try:
+                _print_stream(stream, [])
+            finally:
+                out.print()
+            _note_usage(stream)
+        _check_finished(stream.completion)
+
+
+@with_options
+def chat(
+    connection: ServerOptions,
+    system: Annotated[str | None, typer.Option(help="A system message.")] = None,
+    max_tokens: MaxTokensOption = None,
+    temperature: TemperatureOption = None,
+    seed: SeedOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Chat with the model. An empty line or Ctrl-D quits, Ctrl-C stops an answer."""
+    from kvmesh.client import Message
+
+    options = without_none(max_tokens=max_tokens, temperature=temperature, seed=seed)
+    messages = [Message("system", system)] if system else []
+    with connection.client() as client:
+        while line := _read_line():
+            messages.append(Message("user", line))
+            pieces: list[str] = []
+            with client.chat_stream(messages, **options, **connection.limit) as stream:
+                try:
+                    _print_stream(stream, pieces)
+                except KeyboardInterrupt:
+                    stream.close()
+            out.print()
+            _note_usage(stream)
+            messages.append(Message("assistant", "".join(pieces)))
+
+
+def _read_line() -> str:
+    try:
+        return out.input("[bold cyan]you ›[/bold cyan] ").strip()
+    except (EOFError, KeyboardInterrupt):
+        return ""
+
+
+def _print_stream(stream: Stream, pieces: list[str]) -> None:
+    """Print a stream as it arrives, and add its text to `pieces`."""
+    from kvmesh.client import Delta, Queued
+    from kvmesh.cluster.cli.wait_display import WaitDisplay
+
+    named = not notes.is_terminal
+    with WaitDisplay(notes) as waiting:
+        for event in stream.events():
+            if isinstance(event, Queued) and not named:
+                named = True
+                notes.print(f"[dim]request {escape(stream.request_id)}[/dim]")
+            waiting.show(event)
+            if isinstance(event, Delta) and event.index == 0:
+                pieces.append(event.text)
+                # Rich would print it again after a Ctrl-C in the middle of this.
+                out.file.write(event.text)
+                out.file.flush()
+
+
+def _note_usage(stream: Stream) -> None:
+    usage = stream.usage
+    if usage is None or not notes.is_terminal:
+        return
+    first_s = usage.time_to_first_token_s
+    latency = f", first after {human_seconds(first_s)}" if first_s is not None else ""
+    notes.print(
+        f"[dim]{usage.prompt_tokens} + {usage.completion_tokens} tokens{latency}, "
+        f"{human_bytes(usage.kv_used_bytes)} of KV, request {escape(stream.request_id)}[/dim]"
+    )
+
+
+def _check_finished(completion: Completion) -> None:
+    """Raises CommandFailed if the output is not complete."""
+    from kvmesh.client import FinishReason
+
+    reasons = {choice.finish_reason for choice in completion.choices}
+    if FinishReason.ABORT in reasons:
+        raise CommandFailed(f"request {completion.request_id} was aborted")
+    if FinishReason.DEADLINE in reasons:
+        raise CommandFailed(
+            f"the time of request {completion.request_id} ran out before its output was complete",
+            ExitCode.DEADLINE,
+        )

@@ -1,0 +1,161 @@
+"""Options that several commands share, as dataclasses whose fields are the options."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvmesh.cluster.cli.console import notes
+
+if TYPE_CHECKING:
+    from kvmesh.client import TLS, Client
+
+
+def with_options(function: Callable[..., None]) -> Callable[..., None]:
+    """A command in which each parameter that is a dataclass stands for one option per field."""
+    signature = inspect.signature(function, eval_str=True)
+    parameters: list[inspect.Parameter] = []
+    bundles: dict[str, type] = {}
+    for parameter in signature.parameters.values():
+        bundle = parameter.annotation
+        if not dataclasses.is_dataclass(bundle):
+            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+            continue
+        assert isinstance(bundle, type)
+        bundles[parameter.name] = bundle
+        hints = typing.get_type_hints(bundle, include_extras=True)
+        parameters += [
+            inspect.Parameter(
+                field.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=field.default,
+                annotation=hints[field.name],
+            )
+            for field in dataclasses.fields(bundle)
+        ]
+
+    @functools.wraps(function)
+    def command(**values: Any) -> None:
+        for name, bundle in bundles.items():
+            fields = [field.name for field in dataclasses.fields(bundle)]
+            values[name] = bundle(**{field: values.pop(field) for field in fields})
+        function(**values)
+
+    command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {x.name: x.annotation for x in parameters}
+    return command
+
+
+def without_none(**options: object) -> Any:
+    """The options that were given; the others have defaults elsewhere."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def be_quiet(quiet: bool) -> bool:
+    notes.quiet = notes.quiet or quiet
+    return quiet
+
+
+QuietOption = Annotated[
+    bool,
+    typer.Option("--quiet", "-q", callback=be_quiet, help="Print results and errors alone."),
+]
+
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON; errors too.")]
+
+
+_connection = functools.partial(typer.Option, rich_help_panel="Connection")
+
+
+@dataclass(frozen=True, slots=True)
+class ServerOptions:
+    """Which server a command calls, and how."""
+
+    target: Annotated[
+        str | None,
+        _connection(help="host:port; default: $KVMESH_TARGET, or localhost:9000."),
+    ] = None
+    api_key: Annotated[
+        str | None,
+        _connection(
+            help="Default: $KVMESH_API_KEY, or the local server's key. Other users can see "
+            "options: prefer a file.",
+        ),
+    ] = None
+    api_key_file: Annotated[
+        Path | None,
+        _connection(help="A file with the key, of mode 0600."),
+    ] = None
+    tls: Annotated[
+        bool,
+        _connection("--tls", help="Encrypt, and check the certificate."),
+    ] = False
+    tls_ca_file: Annotated[
+        Path | None,
+        _connection(help="Certificates to trust instead of the system's (PEM)."),
+    ] = None
+    tls_cert_file: Annotated[
+        Path | None,
+        _connection(help="This client's certificate (PEM)."),
+    ] = None
+    tls_key_file: Annotated[
+        Path | None,
+        _connection(help="The certificate's private key (PEM)."),
+    ] = None
+    tls_server_name: Annotated[
+        str | None,
+        _connection(
+            help="The name in the server's certificate, if not the target's.",
+        ),
+    ] = None
+    timeout: Annotated[
+        float | None,
+        _connection(
+            help="Seconds until the call counts as failed; default: 30, or none to generate.",
+        ),
+    ] = None
+
+    def client(self) -> Client:
+        """Raises typer.BadParameter and the SDK's errors."""
+        from kvmesh.client import Client
+
+        return Client(self.target, api_key=self._key(), tls=self._tls())
+
+    @property
+    def limit(self) -> Any:
+        """The options of a call that limit its time."""
+        return without_none(timeout_s=self.timeout)
+
+    def _key(self) -> str | None:
+        from kvmesh.client.credentials import read_key_file
+
+        if self.api_key_file is None:
+            return self.api_key
+        if self.api_key is not None:
+            raise typer.BadParameter("give one of --api-key and --api-key-file")
+        key = read_key_file(self.api_key_file)
+        if key is None:
+            raise typer.BadParameter(
+                f"there is no file {self.api_key_file}", param_hint="--api-key-file"
+            )
+        return key
+
+    def _tls(self) -> TLS | bool:
+        from kvmesh.client import TLS
+
+        parts = without_none(
+            root_ca=self.tls_ca_file,
+            client_cert=self.tls_cert_file,
+            client_key=self.tls_key_file,
+            server_name=self.tls_server_name,
+        )
+        return TLS(**parts) if parts else self.tls
