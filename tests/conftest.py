@@ -19,6 +19,8 @@ wait_passively(os.environ)
 
 import torch  # noqa: E402
 
+from tests.exercised import Exercised  # noqa: E402
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
@@ -36,3 +38,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=0.0,
         help="how long the soak test loads a cluster; without this option it is skipped",
     )
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    ran = [exercised for exercised in Exercised.all if exercised.counts]
+    if ran:
+        terminalreporter.section("exercised by property tests")
+        for exercised in ran:
+            terminalreporter.write_line(str(exercised))
