@@ -245,7 +245,7 @@ class EngineMachine:
         aboard = [running[row] for row in chunks]
         on_trial = [seq.request.request_id for seq in aboard if seq.on_trial]
         assert len(on_trial) <= 1
-        assert self.engine.blame.aboard == {seq.request.request_id for seq in aboard}
+        assert self.engine.blame.aboard == frozenset(seq.request.request_id for seq in aboard)
         assert self.engine.blame.on_trial == (on_trial[0] if on_trial else None)
         for name in on_trial:
             self.live[name].tried = True

@@ -20,7 +20,8 @@ from kvmesh.workers.sampling_params import SamplingParams
 from kvmesh.workers.sizes import BLOCK_PAGES
 from tests.exercised import Exercised
 from tests.scenarios import SEEDS, check, scenarios
-from tests.workers.engine_calls import PAGE, Call, random_call, random_setup
+from tests.workers.engine_calls import PAGE as PAGE
+from tests.workers.engine_calls import Call, random_call, random_setup
 from tests.workers.engine_machine import EngineMachine
 from tests.workers.memory_executor import VOCAB, MemoryExecutor, expected_output
 
