@@ -3,16 +3,25 @@ has ended."""
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
+
 import msgspec
+import pytest
 
 from kvmesh.cluster.engine_service import _request
 from kvmesh.cluster.errors import EngineLostError, Failure
-from kvmesh.cluster.ingress.engine_links import EngineLink
+from kvmesh.cluster.identity import Identity
+from kvmesh.cluster.ingress import engine_links
+from kvmesh.cluster.ingress.engine_links import EngineLink, EngineLinks
+from kvmesh.cluster.link import Address, Link
 from kvmesh.cluster.messages import Deltas, End, NewSequence, Rejected, Submit
 from kvmesh.workers.errors import PoolCapacityError
 from kvmesh.workers.lease import LeaseTerms
 from kvmesh.workers.request import EndReason, SequenceDelta
 from kvmesh.workers.sampling_params import SamplingParams
+
+Use = Callable[[object], object]
 
 
 class Sent:
@@ -101,12 +110,9 @@ def test_nothing_is_submitted_over_a_closed_connection() -> None:
     link, sent = connected()
     sent.closed = True
     inbox = Inbox()
-    try:
+    with pytest.raises(EngineLostError):
         link.submit(submission("a"), inbox)
-    except EngineLostError:
-        assert empty(link) and not sent.messages
-    else:
-        raise AssertionError("it must be placed elsewhere")
+    assert empty(link) and not sent.messages
 
 
 def test_a_submission_becomes_the_engines_requests() -> None:
@@ -118,3 +124,31 @@ def test_a_submission_becomes_the_engines_requests() -> None:
     assert (made.request_id, made.params, made.lease) == ("a.0", params, terms)
     assert (made.resumed_tokens, made.timeout_s) == (2, 3.0)
     assert (made.cache_salt, made.suspicion) == ("salt", 2)
+
+
+async def test_all_requests_use_one_connection_to_an_engine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    opened: list[Sent] = []
+    proceed = asyncio.Event()
+
+    async def connect(address: Address, identity: Identity, messages: object, use: Use) -> Link:
+        await proceed.wait()
+        opened.append(Sent())
+        use(opened[-1])
+        return opened[-1]  # type: ignore[return-value]
+
+    monkeypatch.setattr(engine_links, "connect", connect)
+    links = EngineLinks(Identity.make())
+    address = Address("127.0.0.1", 1)
+    tasks = [asyncio.create_task(links.get(epoch, address)) for epoch in ("e0", "e0", "e1")]
+    await asyncio.sleep(0)
+    tasks[0].cancel()  # the others still wait for it
+    await asyncio.sleep(0)
+    proceed.set()
+    first, other = await asyncio.wait_for(asyncio.gather(*tasks[1:]), 10)
+    assert first is not other and len(opened) == 2
+    assert await links.get("e0", address) is first and len(opened) == 2
+    opened[0].closed = True
+    assert await links.get("e0", address) is not first
+    assert len(opened) == 3 and not links._opening
