@@ -75,6 +75,7 @@ def test_a_refused_submission_is_refused_once_and_forgotten() -> None:
     for _ in range(2):
         link.received(Rejected("a", Failure.of(error)))
     assert [str(x) for x in refused.errors] == ["no room"], "once, for both of its sequences"
+    assert [*link._sequences] == ["b"]
     link.received(Deltas([SequenceDelta("a.0", (7,)), SequenceDelta("b.0", (8,))]))
     assert not refused.deltas and [x.token_ids for x in accepted.deltas] == [(8,)]
     link.forget("a")
