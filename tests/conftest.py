@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 from kvmesh.workers.threads import wait_passively
 
@@ -24,7 +24,19 @@ from tests.exercised import Exercised  # noqa: E402
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# Without Phase.explain, which reruns a failing example for minutes to say little.
+SHRINKING = (Phase.explicit, Phase.reuse, Phase.generate, Phase.target, Phase.shrink)
+untimed = settings(
+    deadline=None,
+    phases=SHRINKING,
+    report_multiple_bugs=False,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.register_profile("untimed", untimed)
+# For mutation testing: the same examples in every run, and no interest in the smallest.
+settings.register_profile(
+    "mutants", untimed, derandomize=True, database=None, phases=[Phase.explicit, Phase.generate]
+)
 settings.load_profile("untimed")
 
 
