@@ -22,8 +22,8 @@ ARGS ?=
 PY := .venv/bin/python
 STAMP := .venv/.installed
 
-.PHONY: help venv hooks demo serve test test-fast lint format protos sdk graph bench \
-	clean distclean
+.PHONY: help venv hooks demo serve test test-fast mutants lint format protos sdk graph \
+	bench clean distclean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -64,6 +64,9 @@ test: $(STAMP) ## Run all tests
 # Coverage has a floor that a part of the tests cannot reach: with ARGS it is not measured.
 test-fast: $(STAMP) ## Run two minutes of tests, no Ray and no slow ones, with coverage
 	$(PY) -m pytest -m 'not (ray or slow)' $(or $(ARGS),--cov --cov-report=)
+
+mutants: $(STAMP) ## Which faults do tests not notice? ARGS='scheduler' for one module (minutes)
+	$(PY) -m tests.mutants $(ARGS)
 
 lint: $(STAMP) ## Run ruff and mypy, and check that the generated stubs are current
 	$(PY) -m ruff check .

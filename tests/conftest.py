@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 from kvmesh.workers.threads import wait_passively
 
@@ -19,10 +19,24 @@ wait_passively(os.environ)
 
 import torch  # noqa: E402
 
+from tests.exercised import Exercised  # noqa: E402
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# Without Phase.explain, which reruns a failing example for minutes to say little.
+SHRINKING = (Phase.explicit, Phase.reuse, Phase.generate, Phase.target, Phase.shrink)
+untimed = settings(
+    deadline=None,
+    phases=SHRINKING,
+    report_multiple_bugs=False,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.register_profile("untimed", untimed)
+# For mutation testing: the same examples in every run, and no interest in the smallest.
+settings.register_profile(
+    "mutants", untimed, derandomize=True, database=None, phases=[Phase.explicit, Phase.generate]
+)
 settings.load_profile("untimed")
 
 
@@ -36,3 +50,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=0.0,
         help="how long the soak test loads a cluster; without this option it is skipped",
     )
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    ran = [exercised for exercised in Exercised.all if exercised.counts]
+    if ran:
+        terminalreporter.section("exercised by property tests")
+        for exercised in ran:
+            terminalreporter.write_line(str(exercised))

@@ -83,6 +83,11 @@ class Arena:
         else:
             self._free.append(page)
 
+    @property
+    def named(self) -> dict[Key, int]:
+        """The named pages, by key."""
+        return {key: page for page, key in self._keys.items()}
+
     def check(self) -> None:
         """Audit: every page is in exactly one state, and the counts add up."""
         free, cached = set(self._free), set(self._cached)
@@ -91,3 +96,4 @@ class Arena:
         assert not (free & cached or free & held or cached & held), "a page is in two states"
         assert len(free) + len(cached) + len(held) == self.total, "a page is lost"
         assert cached <= self._keys.keys() <= cached | held, "a key has no page"
+        assert len(self.named) == len(self._keys), "two pages have the same key"

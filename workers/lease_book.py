@@ -157,12 +157,13 @@ class LeaseBook:
     def _want_if_due(self, held: HeldLease, tokens: int) -> None:
         terms = held.terms
         covered = self._geometry.tokens_within(terms.sealed_pages // terms.sequences)
-        if terms.sealed_pages >= terms.max_sealed_pages:
-            held.next_note_tokens = NEVER
+        asked = terms.lease_id in self._unmet
+        if asked or terms.sealed_pages >= terms.max_sealed_pages:
+            held.next_note_tokens = NEVER  # until it is extended
         elif tokens + AHEAD_TOKENS <= covered:
             held.next_note_tokens = covered - AHEAD_TOKENS + 1
         else:
-            held.next_note_tokens = NEVER  # until it is extended
+            held.next_note_tokens = NEVER
             want = LeaseWant(terms.lease_id, held.prompt_tokens, tokens + AHEAD_TOKENS)
             self._unmet[terms.lease_id] = self._pending.wants[terms.lease_id] = want
 

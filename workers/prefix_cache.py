@@ -158,5 +158,11 @@ class PrefixCache:
             self.sealed.share(page)
 
     def check(self) -> None:
+        """Audit: the index has exactly the named pages of both arenas."""
         self.hot.check()
         self.sealed.check()
+        hot = {digest: x.hot for digest, x in self._forms.items() if x.hot is not None}
+        sealed = {digest: x.sealed for digest, x in self._forms.items() if x.sealed is not None}
+        assert hot == self.hot.named and sealed == self.sealed.named, "a page cannot be found"
+        assert self._forms.keys() == hot.keys() | sealed.keys(), "an entry has no page"
+        assert self._blocks <= self._forms.keys(), "a block is reported, but not cached"

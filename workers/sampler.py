@@ -182,8 +182,9 @@ def _inverse_truncated(
         keep = (mass - values < top_p * left) & (values >= min_p * values[:, :1])
         keep &= torch.arange(size, device=device) < top_k
         keep[:, 0] = True
-        # Done if no row keeps tokens beyond the shortlist.
-        if size == vocab or not bool((keep[:, -1:] & (top_k > size)).any()):
+        # Done if no row keeps tokens beyond the shortlist, or has a top-k whose mass is not known.
+        mass_unknown = (top_p < 1) & (top_k > size) & (top_k < vocab)
+        if size == vocab or not bool((mass_unknown | keep[:, -1:] & (top_k > size)).any()):
             break
         size = vocab
     chosen = _inverse(torch.where(keep, values, torch.zeros_like(values)), draws)

@@ -3,43 +3,57 @@
 A slot holds (position, chain before it, token), where a chain is a hash over all
 tokens so far. So a page that is read in the wrong place, too early, too late or in the
 wrong form is always detected, and the sampled token depends only on the whole
-sequence.
+sequence. For sequences with penalties it also checks that it was given every token of
+the sequence once.
 """
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
 from kvmesh.workers.executor import Allocation, RankDescription
-from kvmesh.workers.plan import Chunk, SampledToken, StepPlan, StepResult
+from kvmesh.workers.plan import Chunk, RowStart, SampledToken, StepPlan, StepResult
 
-Slot = tuple[int, bytes, int]
+State = int  # the chain over a sequence's first tokens
+Slot = tuple[int, State, int]
 Page = list[Slot | None]
 
 VOCAB = 50
 EOS = 1
+NEVER_SAMPLED = VOCAB - 1
 
 
-def chain(before: bytes, token: int) -> bytes:
-    return hashlib.blake2b(before + token.to_bytes(4, "little"), digest_size=8).digest()
+START: State = 0
 
 
-def next_token(state: bytes) -> int:
-    return int.from_bytes(state, "little") % VOCAB
+def chain(before: State, token: int) -> State:
+    """Knuth's MMIX generator, with the token as its increment."""
+    return (before * 6364136223846793005 + 2 * token + 1) % 2**64
 
 
-def expected_output(prompt: list[int], max_tokens: int, ignore_eos: bool = False) -> list[int]:
+def next_token(state: State) -> int:
+    return (state >> 32) % NEVER_SAMPLED
+
+
+def expected_output(
+    prompt: Sequence[int],
+    max_tokens: int,
+    ignore_eos: bool = False,
+    stop_token_ids: Collection[int] = (),
+    min_tokens: int = 0,
+) -> list[int]:
     """What this executor's model outputs after `prompt`, computed without pages."""
-    state = b""
+    stops = {*stop_token_ids, *(() if ignore_eos else (EOS,))}
+    state = START
     for token in prompt:
         state = chain(state, token)
     output: list[int] = []
     while len(output) < max_tokens:
         token = next_token(state)
         output.append(token)
-        if token == EOS and not ignore_eos:
+        if token in stops and len(output) >= min_tokens:
             break
         state = chain(state, token)
     return output
@@ -68,6 +82,8 @@ class MemoryExecutor:
             head_dim=8,
         )
         self.plans: list[StepPlan] = []
+        # Of rows with penalties: the chain over the tokens that the sampler was given.
+        self._recorded: dict[int, State] = {}
         self.sealed_pages = 0
 
     def describe(self) -> list[RankDescription]:
@@ -91,8 +107,12 @@ class MemoryExecutor:
         for table, update in ((self._hot_table, plan.hot), (self._sealed_table, plan.sealed)):
             table[update.rows, update.pages] = update.ids
         assert len({c.row for c in plan.chunks}) == len(plan.chunks)
+        for row_start in plan.row_starts:
+            self._start_row(row_start)
         for chunk in plan.chunks:
             self._write(chunk)
+            if chunk.row in self._recorded:
+                self._record(chunk.row, chunk.tokens)
         for sealed in plan.seal_sealed:
             self._sealed[sealed] = self._empty()
         # A step of one token per sequence may seal after it has read (as ModelRunner does).
@@ -102,8 +122,28 @@ class MemoryExecutor:
         states = {chunk.row: self._read(chunk) for chunk in plan.chunks}
         if later:
             self._seal(plan)
+        for row in states.keys() & self._recorded:
+            assert self._recorded[row] == states[row], "the sampler does not know the sequence"
         tokens = [SampledToken(next_token(states[c.row])) for c in plan.chunks if c.sample]
         return StepResult(plan.step, tokens, 0.0)
+
+    def _start_row(self, start: RowStart) -> None:
+        params = start.params
+        neutral = (1.0, 0.0, 0.0)
+        self._recorded.pop(start.row, None)
+        if (
+            params.repetition_penalty,
+            params.presence_penalty,
+            params.frequency_penalty,
+        ) != neutral:
+            self._recorded[start.row] = START
+            self._record(start.row, start.history)
+        else:
+            assert not start.history, "tokens are sent twice"
+
+    def _record(self, row: int, tokens: bytes) -> None:
+        for token in np.frombuffer(tokens, np.int32):
+            self._recorded[row] = chain(self._recorded[row], int(token))
 
     def _seal(self, plan: StepPlan) -> None:
         for hot, sealed in zip(plan.seal_hot, plan.seal_sealed, strict=True):
@@ -123,9 +163,9 @@ class MemoryExecutor:
             self._hot[self._hot_table[chunk.row, page]][offset] = (position, state, int(token))
             state = chain(state, int(token))
 
-    def _state_before(self, chunk: Chunk) -> bytes:
+    def _state_before(self, chunk: Chunk) -> State:
         if chunk.start == 0:
-            return b""
+            return START
         page, offset = divmod(chunk.start - 1, self._page_size)
         slot = self._form(chunk.row, page, chunk.start // self._page_size)[offset]
         assert slot is not None
@@ -137,16 +177,16 @@ class MemoryExecutor:
             return self._hot[self._hot_table[row, page]]
         return self._sealed[self._sealed_table[row, page]]
 
-    def _read(self, chunk: Chunk) -> bytes:
+    def _read(self, chunk: Chunk) -> State:
         """Follow the chain through every key that each query of the chunk may see."""
         first, last = chunk.start // self._page_size, (chunk.end - 1) // self._page_size
-        state = b""
+        state = START
         for query_page in range(first, last + 1):
-            state = b""
-            end = min(chunk.end, (query_page + 1) * self._page_size)
-            for position in range(end):
-                page, offset = divmod(position, self._page_size)
-                slot = self._form(chunk.row, page, query_page)[offset]
-                assert slot is not None and slot[:2] == (position, state), (position, slot)
-                state = chain(state, slot[2])
+            state, position = START, 0
+            for page in range(query_page + 1):
+                slots = self._form(chunk.row, page, query_page)
+                for slot in slots[: chunk.end - position]:
+                    assert slot is not None and slot[:2] == (position, state), (position, slot)
+                    state = chain(state, slot[2])
+                    position += 1
         return state

@@ -18,7 +18,12 @@ from kvmesh.workers.channel import (
     Probe,
     RankEnd,
 )
-from kvmesh.workers.errors import ConfigError, UnsupportedModelError, WorkerDiedError
+from kvmesh.workers.errors import (
+    ConfigError,
+    RankRaisedError,
+    UnsupportedModelError,
+    WorkerDiedError,
+)
 from kvmesh.workers.executor import Allocation, RankDescription
 from kvmesh.workers.plan import (
     Chunk,
@@ -29,6 +34,7 @@ from kvmesh.workers.plan import (
     TableUpdate,
 )
 from kvmesh.workers.sampling_params import SamplingParams
+from kvmesh.workers.step_limit import MAX_NEW, MIN_NEW
 
 DESCRIPTION = RankDescription("m", "r", "float32", 50, 100, (1,), 0, 0, 4, 1, 100, 8)
 PARAMS = SamplingParams(temperature=0.5, logit_bias={3: 1.5}, stop_token_ids=(4, 5), seed=2**64 - 1)
@@ -120,13 +126,130 @@ def test_configuration_errors_of_a_rank_keep_class_and_field(kind: type[ConfigEr
     threads[0].join(10)
 
 
-def test_a_lost_rank_is_reported_with_its_own_last_message() -> None:
+def test_only_the_first_lost_rank_is_reported() -> None:
     executor = ChannelExecutor(2)
     executor.fail(WorkerDiedError("rank 0 was killed"))
     executor.fail(WorkerDiedError("rank 1 was killed"))
     with pytest.raises(WorkerDiedError, match="rank 0 was killed"):
         executor.describe()
     executor.close()
+
+
+def wait_for_message(executor: ChannelExecutor, rank: int) -> None:
+    assert executor._sockets[rank].poll(20_000)
+
+
+def test_a_lost_rank_is_reported_with_its_own_last_message() -> None:
+    """It is unread when another thread notices that the process has ended."""
+    executor = ChannelExecutor(2)
+    end = RankEnd(executor.endpoints[1])
+    end.send(Failed("OutOfMemoryError", "no room"))
+    wait_for_message(executor, 1)
+    executor.fail(WorkerDiedError("rank 1 was killed"))
+    with pytest.raises(WorkerDiedError, match="OutOfMemoryError: no room"):
+        executor.describe()
+    executor.close()
+    end.close()
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_of_several_failures_the_cause_is_reported(first: int) -> None:
+    """A rank that has lost another one fails too, and may be heard of first."""
+    executor = ChannelExecutor(2)
+    ends = [RankEnd(endpoint) for endpoint in executor.endpoints]
+    ends[first].send(Failed("WorkerDiedError", "rank 9 has ended"))
+    ends[1 - first].send(Failed("OutOfMemoryError", "no room"))
+    for rank in range(2):
+        wait_for_message(executor, rank)
+    with pytest.raises(RankRaisedError, match="no room"):
+        executor.describe()
+    executor.close()
+    for end in ends:
+        end.close()
+
+
+@pytest.mark.parametrize(
+    ("failed", "error"),
+    [
+        (Failed("ConfigError", "must be 1", "tp"), ConfigError("tp", "must be 1")),
+        (
+            Failed("UnsupportedModelError", "is new", "model"),
+            UnsupportedModelError("model", "is new"),
+        ),
+        (
+            Failed("WorkerDiedError", "rank 1 has ended"),
+            WorkerDiedError("WorkerDiedError: rank 1 has ended"),
+        ),
+        (Failed("IndexError", "7"), RankRaisedError("IndexError: 7")),
+    ],
+)
+def test_what_a_failed_rank_raises(failed: Failed, error: Exception) -> None:
+    raised = failed.error()
+    assert (type(raised), raised.args) == (type(error), error.args)
+
+
+def test_descriptions_are_sent_once_and_remembered() -> None:
+    executor = ChannelExecutor(1, start_timeout_s=0.05)
+    end = RankEnd(executor.endpoints[0])
+    end.send(DESCRIPTION)
+    wait_for_message(executor, 0)
+    assert executor.describe() == executor.describe() == [DESCRIPTION]
+    executor.close()
+    end.close()
+
+
+def test_every_rank_must_have_allocated() -> None:
+    executor = ChannelExecutor(2, start_timeout_s=0.1)
+    ends = [RankEnd(endpoint) for endpoint in executor.endpoints]
+    ends[0].send(Allocated())
+    with pytest.raises(WorkerDiedError, match="rank 1 hangs"):
+        executor.allocate(Allocation(1, 2, 3, 4))
+    assert [end.receive(10) for end in ends] == [Allocation(1, 2, 3, 4)] * 2
+    executor.close()
+    assert [end.receive(10) for end in ends] == [Close()] * 2
+    for end in ends:
+        assert end.receive(0) is None
+        end.close()
+
+
+def test_an_answer_of_another_kind_is_a_failure() -> None:
+    executor = ChannelExecutor(1)
+    end = RankEnd(executor.endpoints[0])
+    end.send(Allocated())
+    with pytest.raises(WorkerDiedError, match="rank 0 must answer with RankDescription"):
+        executor.describe()
+    executor.close()
+    end.close()
+
+
+def test_a_rank_that_is_lost_before_it_connects_ends_the_wait_to_send() -> None:
+    executor = ChannelExecutor(1)
+    executor.fail(WorkerDiedError("rank 0 was killed"))
+    with pytest.raises(WorkerDiedError, match="rank 0 was killed"):
+        executor.allocate(Allocation(1, 2, 3, 4))
+    executor.close()
+    executor.fail(WorkerDiedError("it has ended, as it should"))
+    assert str(executor._failure) == "rank 0 was killed"
+
+
+def test_an_executor_that_is_closed_expects_its_ranks_to_end() -> None:
+    executor = ChannelExecutor(1)
+    executor.close()
+    executor.fail(WorkerDiedError("it has ended, as it should"))
+    assert executor._failure is None
+
+
+def test_limits_are_learned_from_steps() -> None:
+    executor = ChannelExecutor(1, step_timeout_s=1000.0)
+    threads = start_ranks(executor, lambda end, rank: answer_everything(end, rank, []))
+    executor.describe()
+    limits_s = []
+    for _ in range(3):
+        limits_s.append(executor._step_limit.of(PLAN))
+        executor.execute(PLAN)
+    assert limits_s == [MAX_NEW * 1000.0, MIN_NEW * 1000.0, 1000.0]
+    executor.close()
+    threads[0].join(10)
 
 
 def test_the_sockets_are_in_a_private_directory_that_close_removes() -> None:

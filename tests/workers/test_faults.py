@@ -16,63 +16,16 @@ from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.engine import Engine
 from kvmesh.workers.errors import InvalidFieldError
 from kvmesh.workers.local import local_executor
-from kvmesh.workers.plan import Chunk, SampledToken, StepPlan, StepResult
-from kvmesh.workers.request import EndReason, EngineRequest, SequenceDelta
+from kvmesh.workers.plan import SampledToken, StepPlan, StepResult
+from kvmesh.workers.request import EndReason, EngineRequest
 from kvmesh.workers.sampling_params import SamplingParams
-from kvmesh.workers.sizes import BLOCK_PAGES, PageNeed
+from kvmesh.workers.sizes import BLOCK_PAGES
 from tests.model.small import make_small_model
-from tests.workers.memory_executor import VOCAB, MemoryExecutor, expected_output
+from tests.workers.memory_executor import VOCAB, expected_output
+from tests.workers.tainted_executor import BAD, TaintedExecutor
 from tests.workers.test_engine import PAGE, make_engine, request, run, tokens_of
 
-BAD = VOCAB - 1
 PARAMS = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True, logit_bias={BAD: -100})
-
-
-class TaintedExecutor(MemoryExecutor):
-    """The token BAD makes NaN of all pages that are written in its chunk, as attention does,
-    and of all that is computed from them."""
-
-    def allocate(self, allocation) -> None:  # type: ignore[no-untyped-def]
-        super().allocate(allocation)
-        self._nan_hot: set[int] = set()
-        self._nan_sealed: set[int] = set()
-        self._nan_rows: set[int] = set()
-
-    def execute(self, plan: StepPlan) -> StepResult:
-        self._nan_rows = set()
-        self._nan_sealed -= set(plan.seal_sealed)
-        result = super().execute(plan)
-        sampled = [chunk.row for chunk in plan.chunks if chunk.sample]
-        tokens = [
-            SampledToken(-1, fault="NaN") if row in self._nan_rows else token
-            for row, token in zip(sampled, result.tokens, strict=True)
-        ]
-        return StepResult(plan.step, tokens, 0.0)
-
-    def _write(self, chunk: Chunk) -> None:
-        super()._write(chunk)
-        first, last = chunk.start // self._page_size, (chunk.end - 1) // self._page_size
-        ids = [int(self._hot_table[chunk.row, page]) for page in range(first, last + 1)]
-        if chunk.start % self._page_size == 0:
-            self._nan_hot.discard(ids[0])
-        self._nan_hot -= set(ids[1:])
-        if BAD in np.frombuffer(chunk.tokens, np.int32):
-            self._nan_hot |= set(ids)
-
-    def _seal(self, plan: StepPlan) -> None:
-        super()._seal(plan)
-        for hot, sealed in zip(plan.seal_hot, plan.seal_sealed, strict=True):
-            if hot in self._nan_hot:
-                self._nan_sealed.add(sealed)
-
-    def _form(self, row: int, page: int, query_page: int):  # type: ignore[no-untyped-def]
-        hot = page < self._sink or page >= query_page - self._recent
-        table, nan = (
-            (self._hot_table, self._nan_hot) if hot else (self._sealed_table, self._nan_sealed)
-        )
-        if int(table[row, page]) in nan:
-            self._nan_rows.add(row)
-        return super()._form(row, page, query_page)
 
 
 def tainted_engine(
@@ -91,58 +44,6 @@ def tainted_engine(
         prefix_cache=prefix_cache,
     )
     return Engine(config, TaintedExecutor(PAGE, sink, recent, budget))
-
-
-def innocent(numbers: list[int], length: int) -> bool:
-    """The executor's model does not output BAD after this prompt."""
-    return BAD not in numbers + expected_output(numbers, length, ignore_eos=True)
-
-
-def letters(data: st.DataObject, max_length: int) -> list[int]:
-    """Any number of tokens; Hypothesis' own lists are mostly shorter than a page."""
-    length, salt = data.draw(st.integers(0, max_length)), data.draw(st.integers(0, 5))
-    return [(7 * salt + i * i) % BAD for i in range(length)]
-
-
-@settings(max_examples=100, deadline=None)
-@given(data=st.data())
-def test_sequences_at_fault_end_and_no_other_notices(data: st.DataObject) -> None:
-    engine = tainted_engine(
-        sink=data.draw(st.integers(0, 1), "sink"),
-        recent=data.draw(st.integers(0, 1), "recent"),
-        budget=data.draw(st.integers(70, 130), "budget"),
-        tokens=data.draw(st.sampled_from([7, 24, 128]), "tokens"),
-        prefix_cache=data.draw(st.booleans(), "prefix cache"),
-    )
-    shared = letters(data, 4 * PAGE)
-    expected: dict[str, list[int] | None] = {}
-    deltas: dict[str, list[SequenceDelta]] = {}
-    for index in range(data.draw(st.integers(1, 8), "requests")):
-        prompt = [*shared, *letters(data, 2 * PAGE), 3]
-        if data.draw(st.booleans(), "at fault"):
-            at = data.draw(st.integers(len(shared), len(prompt)), "at")
-            prompt.insert(at, BAD)
-            expected[str(index)] = None
-        elif innocent(prompt, 20):
-            expected[str(index)] = expected_output(prompt, 20, ignore_eos=True)
-        else:
-            continue
-        params = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
-        engine.add(request(str(index), prompt, params=params))
-        for _ in range(data.draw(st.integers(0, 6), "steps between")):
-            for delta in engine.step():
-                deltas.setdefault(delta.request_id, []).append(delta)
-            engine.check_integrity()
-    for name, rest in run(engine).items():
-        deltas.setdefault(name, []).extend(rest)
-    for name, output in expected.items():
-        last = deltas[name][-1]
-        if output is None:
-            assert (last.finish_reason, last.error) == (EndReason.FAULT, "NaN")
-        else:
-            assert last.finish_reason is EndReason.LENGTH
-            assert tokens_of(deltas[name]) == output
-    assert engine.loads().pool.used == PageNeed(0, 0)
 
 
 def test_pages_of_a_sequence_at_fault_are_not_shared() -> None:

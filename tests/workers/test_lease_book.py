@@ -81,8 +81,11 @@ def test_pages_are_requested_once_ahead_of_need_and_again_after_growth() -> None
 def test_a_lease_that_is_nearly_used_up_on_arrival_requests_pages_at_once() -> None:
     made = book()
     terms = replace(TERMS, sealed_pages=2)
-    made.admit(terms, requests(terms))
+    held = made.admit(terms, requests(terms))
     assert made.take_update() == AccountUpdate((terms,), (), (LeaseWant("l", 20, 36),))
+    made.note(held, 21)
+    assert made.take_update() == AccountUpdate(first_tokens=("l",)), "it has asked"
+    assert made.restate().wants == (LeaseWant("l", 20, 36),)
 
 
 def test_an_open_want_is_reported_to_a_new_router_until_it_is_met() -> None:

@@ -86,6 +86,14 @@ def test_a_nucleus_wider_than_the_shortlist_is_exact() -> None:
     assert 850 <= len(set(tokens)) <= 901
 
 
+def test_top_p_is_relative_to_a_top_k_beyond_the_shortlist() -> None:
+    logits = torch.zeros(1, VOCAB)
+    logits[0, 5] = float(np.log(10))
+    tokens = drawn(SamplingParams(top_k=400, top_p=0.25, seed=3), logits, 3000)
+    # A quarter of the weight of 400 tokens, 409: that of token 5, and of 93 others.
+    assert 80 <= len(set(tokens)) <= 94
+
+
 def test_the_result_of_a_row_does_not_depend_on_its_neighbours() -> None:
     torch.manual_seed(0)
     logits = torch.randn(4, VOCAB) * 3

@@ -1,0 +1,188 @@
+"""Mutation testing: small changes of a module that its tests do not notice.
+
+    make mutants ARGS='scheduler prefix_cache'      or: python -m tests.mutants scheduler
+
+mutmut changes one expression at a time, in a copy of the repository below build/, and runs the
+tests that reach it. What survives and is not in tests/equivalent_mutants.yaml is printed, and
+is a test to write, or an entry with the reason why no test can tell the two apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+
+from tests.repo.imports import ROOT
+
+WORK = ROOT / "build" / "mutants"
+EQUIVALENT = Path(__file__).parent / "equivalent_mutants.yaml"
+
+
+class Target(NamedTuple):
+    """A module, and the fast tests that are meant to notice its faults."""
+
+    path: str
+    tests: tuple[str, ...]
+
+
+def _workers(module: str, *tests: str) -> Target:
+    return Target(f"workers/{module}.py", tuple(f"tests/workers/test_{name}.py" for name in tests))
+
+
+ENGINE = ("arena", "prefix_cache", "sizes", "engine", "engine_thread", "blame", "faults")
+LEADER = ("lease_book", "lease_book_machine", "leader_machine", "engine_thread", "leader", "blame")
+ROUTING = tuple(
+    f"tests/routing/test_{name}.py"
+    for name in ("ledger", "queue", "placement", "router", "lost_growth", "properties")
+)
+INGRESS = tuple(
+    f"tests/cluster/test_{name}.py" for name in ("choice", "engine_links", "generation", "leases")
+)
+TARGETS = {
+    "scheduler": _workers("scheduler", *ENGINE),
+    "engine": _workers("engine", *ENGINE),
+    "sequence": _workers("sequence", *ENGINE),
+    "prefix_cache": _workers("prefix_cache", *ENGINE),
+    "arena": _workers("arena", *ENGINE),
+    "sizes": _workers("sizes", *ENGINE),
+    "sampler": _workers("sampler", "sampler_reference", "sampler", "faults"),
+    "leader": _workers("leader", *LEADER),
+    "engine_thread": _workers("engine_thread", *LEADER),
+    "lease_book": _workers("lease_book", *LEADER),
+    "blame": _workers("blame", *LEADER),
+    "channel": _workers("channel", "channel"),
+    "step_limit": _workers("step_limit", "step_limit", "channel"),
+    "ledger": Target("cluster/routing/ledger.py", ROUTING),
+    "queue": Target("cluster/routing/queue.py", ROUTING),
+    "placement": Target("cluster/routing/placement.py", ROUTING),
+    "choice": Target("cluster/ingress/choice.py", INGRESS),
+    "engine_links": Target("cluster/ingress/engine_links.py", INGRESS),
+    "generation": Target("cluster/ingress/generation.py", INGRESS),
+    "client_flows": Target(
+        "client/flows.py", tuple(f"tests/client/test_{x}.py" for x in ("streams", "retries"))
+    ),
+}
+
+
+class Change(NamedTuple):
+    """What a mutant replaces, as its diff says, without indentation."""
+
+    function: str
+    was: str
+    becomes: str
+
+
+def mutate(name: str, children: int, *, resume: bool) -> dict[str, str]:
+    """Test a module's mutants: the outcome of each, by mutmut's name of the mutant.
+
+    resume: continue a run that was interrupted, with the code and the tests that it had
+    """
+    target, work = TARGETS[name], WORK / name
+    if not resume:
+        shutil.rmtree(work, ignore_errors=True)
+    if not work.exists():
+        _copy_tracked_files(work)
+        with (work / "pyproject.toml").open("a") as file:
+            file.write(_settings(target))
+    command = ["run", "--max-children", str(children)]
+    subprocess.run([*MUTMUT, *command], cwd=work, check=True, stdout=sys.stderr)
+    lines = _output(work, "results", "--all", "true").splitlines()
+    found = [line.strip().rpartition(": ") for line in lines if "__mutmut_" in line]
+    return {mutant: outcome for mutant, _, outcome in found}
+
+
+MUTMUT = [sys.executable, "-m", "mutmut"]
+
+
+def _settings(target: Target) -> str:
+    """The module is named by its path through kvmesh/, whose links are copied as folders."""
+    arguments = ["-p", "no:cacheprovider", "--hypothesis-profile=mutants", "-m"]
+    return f"""
+[tool.mutmut]
+source_paths = ["kvmesh/{target.path}"]
+also_copy = ["kvmesh"]
+pytest_add_cli_args = {[*arguments, "not (ray or slow)"]}
+pytest_add_cli_args_test_selection = {[*target.tests]}
+"""
+
+
+def _copy_tracked_files(work: Path) -> None:
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    for name in filter(None, listed.stdout.split("\0")):
+        if (ROOT / name).exists():
+            (work / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, work / name, follow_symlinks=False)
+
+
+def _output(work: Path, *arguments: str) -> str:
+    command = [*MUTMUT, *arguments]
+    return subprocess.run(command, cwd=work, check=True, capture_output=True, text=True).stdout
+
+
+def change_of(work: Path, mutant: str) -> Change:
+    lines = _output(work, "show", mutant).splitlines()
+    was, becomes = (
+        " ".join(x[1:].strip() for x in lines if re.match(rf"\{sign}(?!\{sign})", x))
+        for sign in "-+"
+    )
+    function = mutant.rpartition(".")[2].rpartition("__mutmut_")[0]
+    return Change(function.removeprefix("x").lstrip("_").replace("ǁ", ".").strip("."), was, becomes)
+
+
+def in_text_only(change: Change) -> bool:
+    """It changes what a message says, or a name in upper case that means the same."""
+    literal = r"\"[^\"]*\"|'[^']*'"
+    was, becomes = (re.sub(literal, "''", text) for text in (change.was, change.becomes))
+    return was == becomes
+
+
+def listed_as_equivalent() -> set[Change]:
+    entries = yaml.safe_load(EQUIVALENT.read_text("utf-8"))
+    return {Change(x["function"], x["was"], x["becomes"]) for x in entries}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("modules", nargs="*", help=", ".join(TARGETS))
+    parser.add_argument("--children", type=int, default=os.cpu_count() or 1, help="processes")
+    parser.add_argument("--resume", action="store_true", help="continue an interrupted run")
+    arguments = parser.parse_args()
+    if unknown := {*arguments.modules} - TARGETS.keys():
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(TARGETS)}")
+    equivalent = listed_as_equivalent()
+    left = 0
+    for name in arguments.modules or TARGETS:
+        outcomes = mutate(name, arguments.children, resume=arguments.resume)
+        alive = [mutant for mutant, outcome in outcomes.items() if outcome == "survived"]
+        changes = [change_of(WORK / name, mutant) for mutant in alive]
+        real = [x for x in changes if x not in equivalent and not in_text_only(x)]
+        left += len(real)
+        counts = Counter(outcomes.values())
+        counts["survived"] = len(real)
+        counts["in text only"] = sum(map(in_text_only, changes))
+        counts["equivalent"] = len(changes) - len(real) - counts["in text only"]
+        print(
+            f"{name}: {len(outcomes)} mutants, " + ", ".join(f"{n} {x}" for x, n in counts.items())
+        )
+        for change in real:
+            print(f"  {change.function}\n    - {change.was}\n    + {change.becomes}")
+    sys.exit(left > 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""A prefix cache whose every answer is compared with a search that tries every length."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from kvmesh.workers.prefix_cache import Digest, PrefixCache, PrefixHit
+
+
+def watch(cache: PrefixCache, happened: Callable[[str], None]) -> None:
+    """Check what the cache does from now on, and report it to `happened`."""
+    named: set[Digest] = set()
+    match, name_sealed = cache.match, cache.name_sealed
+
+    def matching(digests: Sequence[Digest]) -> PrefixHit:
+        hit = match(digests)
+        assert hit == longest_hit(cache, digests)
+        if hit.num_pages:
+            happened("prefix hits")
+            if hit.num_pages == len(digests):
+                happened("hits of a whole prompt")
+            if any(x in named and x not in cache._forms for x in digests[hit.num_pages :]):
+                happened("partly evicted prefixes")
+        return hit
+
+    def naming(digest: Digest, page: int) -> None:
+        named.add(digest)
+        name_sealed(digest, page)
+
+    def counting(forget: Callable[[Digest], None]) -> Callable[[Digest], None]:
+        def evict(digest: Digest) -> None:
+            forget(digest)
+            happened("evictions")
+            if digest in cache._forms:
+                happened("one form evicted, the other kept")
+
+        return evict
+
+    cache.match = matching  # type: ignore[method-assign]
+    cache.name_sealed = naming  # type: ignore[method-assign]
+    for arena in (cache.hot, cache.sealed):
+        arena._on_evict = counting(arena._on_evict)
+
+
+def longest_hit(cache: PrefixCache, digests: Sequence[Digest]) -> PrefixHit:
+    """The hit of the most pages: the sink and the recent window hot, what is between sealed."""
+    sink, recent = cache._geometry.sink_pages, cache._geometry.recent_pages
+    for length in range(len(digests), 0, -1):
+        hot, sealed = dict[int, int | None](), dict[int, int | None]()
+        for page, digest in enumerate(digests[:length]):
+            forms = cache._forms.get(digest)
+            if page < sink or page >= length - recent:
+                hot[page] = forms.hot if forms else None
+            else:
+                sealed[page] = forms.sealed if forms else None
+        if None not in [*hot.values(), *sealed.values()]:
+            return PrefixHit(length, _known(hot), _known(sealed))
+    return PrefixHit(0, {}, {})
+
+
+def _known(pages: dict[int, int | None]) -> dict[int, int]:
+    return {page: page_id for page, page_id in pages.items() if page_id is not None}
