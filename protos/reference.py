@@ -26,7 +26,7 @@ PAGE = HERE.parent / "docs/grpc.md"
 HEAD = """# gRPC reference
 
 Generated from the comments in `protos/` by `make protos`; edit those. For Python there is
-[an SDK](../README.md).
+[an SDK](sdk.md).
 
 Clients in other languages are generated from `protos/kvmesh/v1/kvmesh.proto`, whose path and
 package are conventional:
