@@ -12,8 +12,6 @@ from collections.abc import Collection
 import psutil
 
 _PR_SET_CHILD_SUBREAPER = 36
-# malloc.h: M_ARENA_MAX, M_MMAP_THRESHOLD and M_TRIM_THRESHOLD
-_MALLOC_OPTIONS = {-8: 2, -3: 1 << 17, -1: 1 << 17}
 
 
 def adopt_orphans() -> None:
@@ -64,16 +62,20 @@ def is_dead(process: psutil.Process) -> bool:
 def settle() -> None:
     """Call when a process of the control plane has started: what it has made so far stays.
 
-    The garbage collector then no longer walks it, which takes it a tenth of a second. And glibc
-    returns the memory of large requests to the system: by default its thresholds rise with what is
-    freed, and each thread has a heap of its own.
+    The garbage collector then no longer walks it, which takes it a tenth of a second.
     """
     gc.collect()
     gc.freeze()
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:  # other C libraries have none
-        for option, value in _MALLOC_OPTIONS.items():
-            mallopt(option, value)
+
+
+def return_memory() -> None:
+    """Give the memory that was freed back to the system, which glibc does not by itself.
+
+    Call it after what took much. It takes milliseconds, in which other threads run.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:  # other C libraries have none
+        trim(0)
 
 
 def descendants() -> frozenset[int]:

@@ -20,6 +20,7 @@ from kvmesh.cluster.ingress import served, validate
 from kvmesh.cluster.ingress.codec import TextCodec
 from kvmesh.cluster.ingress.interruptible import InterruptedWorkError, run_interruptible
 from kvmesh.cluster.ingress.refuse import refuse
+from kvmesh.cluster.processes import return_memory
 from kvmesh.cluster.reports import ClusterStatus
 from kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.workers.errors import InvalidFieldError
@@ -108,7 +109,7 @@ class Prompts:
         if not self._codec.has_chat_template:
             refuse("prompt.chat", "must not be set: the model has no chat template; send text")
         try:
-            return await run_interruptible(
+            ids = await run_interruptible(
                 self._chats, lambda: self._codec.encode_chat(chat), self._chat_timeout_s
             )
         except InvalidFieldError as error:
@@ -118,6 +119,9 @@ class Prompts:
                 "prompt.chat",
                 f"took the model's chat template more than {self._chat_timeout_s:g} s",
             )
+        if len(ids) > LONG_PROMPT_TOKENS:
+            self._chats.submit(return_memory)
+        return ids
 
     async def _in_thread(self, tenant: str, work: Callable[[], T]) -> T:
         """Run a tenant's work when it is its turn; a caller that leaves does not end its turn."""
@@ -129,6 +133,13 @@ class Prompts:
             await turn.acquire()
         finally:
             self._waiting[tenant] -= 1
-        job = self._long.submit(work)
+        job = self._long.submit(_returning_memory, work)
         job.add_done_callback(lambda _: loop.call_soon_threadsafe(turn.release))
         return await asyncio.wrap_future(job)
+
+
+def _returning_memory(work: Callable[[], T]) -> T:
+    try:
+        return work()
+    finally:
+        return_memory()
