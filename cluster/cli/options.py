@@ -18,6 +18,8 @@ from kvmesh.cluster.cli.console import notes
 if TYPE_CHECKING:
     from kvmesh.client import TLS, Client
 
+MAX_CONNECT_S = 2.0
+
 
 def with_options(function: Callable[..., None]) -> Callable[..., None]:
     """A command in which each parameter that is a dataclass stands for one option per field."""
@@ -120,15 +122,17 @@ class ServerOptions:
     timeout: Annotated[
         float | None,
         _connection(
-            help="Seconds until the call counts as failed; default: 30, or none to generate.",
+            help="Seconds until the call counts as failed; default: 60, or none to generate.",
         ),
     ] = None
 
     def client(self) -> Client:
         """Raises typer.BadParameter and the SDK's errors."""
-        from kvmesh.client import Client
+        from kvmesh.client import Client, RetryPolicy
 
-        return Client(self.target, api_key=self._key(), tls=self._tls())
+        # People see that nothing answers, and can try again: no need to wait for a server to start.
+        retry = RetryPolicy(max_connect_s=MAX_CONNECT_S)
+        return Client(self.target, api_key=self._key(), tls=self._tls(), retry=retry)
 
     @property
     def limit(self) -> Any:

@@ -99,6 +99,29 @@ def test_a_stream_equals_a_unary_reply(client: Client) -> None:
     assert usage.kv_used_bytes == usage.kv_freed_bytes > 0
 
 
+@pytest.mark.parametrize("still_running", [False, True])
+def test_another_client_continues_a_stream(
+    endpoint: Endpoint, client: Client, still_running: bool
+) -> None:
+    """The output is that of a stream that nobody interrupted; the cursor of its end has it all."""
+    options: Any = {"max_tokens": 24, "seed": 11, "n": 2}
+    whole = client.generate(PROMPTS[0], **options)
+    stream = client.generate_stream(PROMPTS[0], **options)
+    for _ in range(3):
+        next(stream)
+    cursor = stream.cursor
+    if not still_running:
+        stream.close()
+    with Client(endpoint.target, api_key=endpoint.api_key) as other:
+        resumed = other.resume(cursor)
+        assert list(resumed), "something was left"
+        assert resumed.completion.choices == whole.choices
+        ended = other.resume(resumed.cursor)
+        assert list(ended) == []
+        assert ended.completion.choices == whole.choices
+    stream.close()
+
+
 def test_several_choices_of_one_seed_are_repeatable(client: Client) -> None:
     first, second = (
         client.generate(PROMPTS[0], max_tokens=6, temperature=1.0, n=2, seed=7) for _ in range(2)
