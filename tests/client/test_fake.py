@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from kvmesh import Choice, Client, Completion, FakeTransport, FinishReason, UnavailableError
 from kvmesh.client.fake_output import fake_output
 from kvmesh.protos import pb
+from tests.exercised import Exercised
 
 TEXT = "one two three four"
 
@@ -135,6 +136,18 @@ def test_the_requested_model_answers() -> None:
     assert client.generate("hi", model="mine").model == "mine"
 
 
+SEEN = Exercised(
+    "fake outputs",
+    {
+        "FINISH_REASON_STOP": 10,
+        "FINISH_REASON_LENGTH": 10,
+        "stop strings": 3,
+        "stop tokens": 3,
+    },
+)
+
+
+@SEEN.required
 @given(
     text=st.text("ab \n", max_size=12),
     max_tokens=st.integers(1, 8),
@@ -160,6 +173,9 @@ def test_any_output_keeps_the_contract(
     )
     output = fake_output(text, params)
     choice = output.choice
+    SEEN.add(pb.FinishReason.Name(choice.finish_reason))
+    SEEN.add("stop strings", choice.HasField("matched_stop_string"))
+    SEEN.add("stop tokens", choice.HasField("matched_stop_token_id"))
     assert "".join(output.pieces) == choice.text
     assert len(output.pieces) == len(choice.token_ids) <= max_tokens
     assert choice.finish_reason in (pb.FINISH_REASON_STOP, pb.FINISH_REASON_LENGTH)

@@ -36,6 +36,7 @@ from kvmesh.client.failures import RetryState, error_of
 from kvmesh.client.transport import RpcFailure
 from kvmesh.protos import pb
 from tests.client.servicer import ScriptedServicer, answering, serving
+from tests.exercised import Exercised
 
 
 def clients() -> tuple[FakeTransport, Client]:
@@ -267,6 +268,10 @@ def test_one_attempt_is_one_attempt_for_a_known_server_too() -> None:
     assert len(fake.server.requests) == 2
 
 
+BACKED_OFF = Exercised("back-off", {"waits": 500, "waits at the maximum": 50})
+
+
+@BACKED_OFF.required
 @given(
     failures=st.integers(1, 60),
     seed=st.integers(),
@@ -283,6 +288,8 @@ def test_back_off_grows_and_is_bounded(failures: int, seed: int, policy: RetryPo
     for attempt in range(failures):
         wait_s = state.delay_s(failure, error_of(failure), 0.0)
         bound_s = min(policy.max_backoff_s, policy.initial_backoff_s * 2**attempt)
+        BACKED_OFF.add("waits")
+        BACKED_OFF.add("waits at the maximum", bound_s == policy.max_backoff_s > 0)
         assert wait_s is not None
         assert 0 <= wait_s <= bound_s
 

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvmesh.cluster.ingress.stop_strings import StopStrings
+from tests.exercised import Exercised
 
 
 def reference(text: str, stops: list[str]) -> tuple[str, str | None]:
@@ -32,14 +33,23 @@ def fed(pieces: list[str], stops: list[str]) -> tuple[list[str], str | None]:
     return [*emitted, search.flush()], None
 
 
+SEEN = Exercised(
+    "stop strings",
+    {"matches": 100, "matches over several pieces": 30, "texts without a match": 50},
+)
+HELD = Exercised("held back text", {"pieces with text held back": 30})
 stop_lists = st.lists(st.text("ab", min_size=1, max_size=5), max_size=4)
 pieces = st.lists(st.text("ab", max_size=4), max_size=10)
 
 
+@SEEN.required
 @settings(max_examples=500, deadline=None)
 @given(pieces=pieces, stops=stop_lists)
 def test_any_split_gives_the_result_of_the_whole_text(pieces: list[str], stops: list[str]) -> None:
     emitted, matched = fed(pieces, stops)
+    SEEN.add("matches", matched is not None)
+    SEEN.add("matches over several pieces", matched is not None and matched not in pieces)
+    SEEN.add("texts without a match", matched is None)
     assert ("".join(emitted), matched) == reference("".join(pieces), stops)
 
 
@@ -64,6 +74,7 @@ def test_the_emitted_text_depends_only_on_the_text_received(
             return
 
 
+@HELD.required
 @settings(max_examples=300, deadline=None)
 @given(pieces=pieces, stops=stop_lists)
 def test_no_more_is_held_back_than_could_become_a_stop_string(
@@ -77,6 +88,7 @@ def test_no_more_is_held_back_than_could_become_a_stop_string(
         if matched is not None:
             return
         held = seen[len(emitted) :]
+        HELD.add("pieces with text held back", bool(held))
         assert emitted + held == seen
         assert not held or any(stop.startswith(held) and stop != held for stop in stops)
 
@@ -115,6 +127,9 @@ def test_overlapping_stop_strings(
 ) -> None:
     pieces = [text[at : at + size] for at in range(0, len(text), size)]
     emitted, matched = fed(pieces, stops)
+    SEEN.add("matches", matched is not None)
+    SEEN.add("matches over several pieces", matched is not None and matched not in pieces)
+    SEEN.add("texts without a match", matched is None)
     assert ("".join(emitted), matched) == expected
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -23,6 +23,7 @@ from kvmesh.cluster.ingress.validate import (
 from kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.workers.errors import InvalidFieldError
 from kvmesh.workers.request import TokenIds
+from tests.exercised import Exercised
 
 LIMITS = Limits()
 VOCAB = 100
@@ -246,18 +247,30 @@ def test_every_choice_has_its_own_seed(seed: int) -> None:
 
 # Any input gives a valid specification, or an error that names a field
 
-numbers = st.one_of(st.floats(), st.sampled_from([0.0, 0.5, 1.0, -1.0]))
-int32 = st.one_of(st.integers(-2, 40), st.integers(-(2**31), 2**31 - 1))
-uint32 = st.one_of(st.integers(0, VOCAB + 2), st.integers(0, 2**32 - 1))
+T = TypeVar("T")
+
+
+def mostly(usual: st.SearchStrategy[T], odd: st.SearchStrategy[T]) -> st.SearchStrategy[T]:
+    """A message has many fields, so each of them must be valid most of the time."""
+    return st.integers(0, 15).flatmap(lambda drawn: odd if drawn == 7 else usual)
+
+
+numbers = mostly(st.sampled_from([0.5, 1.0]), st.floats())
+int32 = mostly(st.integers(0, 8), st.integers(-(2**31), 2**31 - 1))
+uint32 = mostly(st.integers(0, VOCAB - 1), st.integers(0, 2**32 - 1))
 ids = st.lists(uint32, max_size=6)
-text = st.text(max_size=12)
+text = mostly(st.text(min_size=1, max_size=12), st.text(max_size=12))
 
 
 def messages(
-    kind: Callable[..., pb.GenerateRequest | object], **fields: st.SearchStrategy[object]
+    kind: Callable[..., pb.GenerateRequest | object],
+    always: Mapping[str, st.SearchStrategy[object]] | None = None,
+    **fields: Any,
 ) -> st.SearchStrategy[object]:
     """Messages with any of the fields set."""
-    return st.fixed_dictionaries({}, optional=fields).map(lambda given: kind(**given))
+    return st.fixed_dictionaries(dict(always or {}), optional=fields).map(
+        lambda given: kind(**given)
+    )
 
 
 prompts = st.one_of(
@@ -270,6 +283,7 @@ prompts = st.one_of(
             messages=st.lists(st.builds(pb.ChatMessage, role=text, content=text), max_size=3),
         ),
     ),
+    st.builds(pb.Prompt, text=st.just("A")),
     st.just(pb.Prompt()),
 )
 parameters = messages(
@@ -309,14 +323,14 @@ resumes = messages(
 requests = messages(
     pb.GenerateRequest,
     request_id=text,
+    always={"prompt": prompts},
     model=text,
-    prompt=prompts,
     sampling_params=parameters,
     priority=int32,
     timeout_s=numbers,
     allowed_kv_formats=st.lists(text, max_size=2),
     max_kv_divergence_nats=numbers,
-    adapter=st.sampled_from(["", "", "a"]),
+    adapter=mostly(st.just(""), st.just("a")),
     cache_salt=text,
     resume=resumes,
 )
@@ -327,6 +341,9 @@ def outcome(request: pb.GenerateRequest) -> GenerationSpec | InvalidFieldError:
         return validated(request)
     except InvalidFieldError as error:
         return error
+
+
+SEEN = Exercised("requests", {"valid": 100, "refused": 100, "refused below the request": 100})
 
 
 def check_names_a_field(error: InvalidFieldError) -> None:
@@ -353,7 +370,9 @@ def check_bytes(data: bytes) -> None:
 
 def check_valid_or_names_a_field(request: pb.GenerateRequest) -> None:
     spec = outcome(request)
+    SEEN.add("refused" if isinstance(spec, InvalidFieldError) else "valid")
     if isinstance(spec, InvalidFieldError):
+        SEEN.add("refused below the request", "." in spec.field)
         check_names_a_field(spec)
         return
     assert 1 <= spec.n <= LIMITS.max_choices
@@ -374,6 +393,7 @@ def check_valid_or_names_a_field(request: pb.GenerateRequest) -> None:
         assert params.min_tokens <= params.max_tokens <= CONTEXT - ids.size
 
 
+@SEEN.required
 @settings(max_examples=600, deadline=None)
 @given(request=requests)
 def test_any_request_is_valid_or_names_a_field(request: pb.GenerateRequest) -> None:

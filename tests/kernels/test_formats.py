@@ -20,6 +20,7 @@ from kvmesh.kernels.formats.packing import pack, packed_bytes, unpack
 from kvmesh.kernels.formats.registry import format_names, get_format
 from kvmesh.kernels.formats.rotation import rotate, rotation_matrix
 from kvmesh.kernels.formats.scales import load_scale, store_scale
+from tests.exercised import Exercised
 
 PER_TOKEN = ("int8", "int4")
 
@@ -327,6 +328,13 @@ def test_a_page_that_is_not_finite_is_sealed_and_changes_no_other(name: str, val
     assert torch.equal(sealed[[0, 3]], sound[[0, 3]])
 
 
+ROWS = Exercised(
+    "rows of two numbers",
+    {"rows of one number": 1, "numbers near the smallest": 3, "numbers over a thousand": 3},
+)
+
+
+@ROWS.required
 @given(
     st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=2, max_size=2),
     st.sampled_from(PER_TOKEN),
@@ -334,6 +342,9 @@ def test_a_page_that_is_not_finite_is_sealed_and_changes_no_other(name: str, val
 def test_any_two_numbers_in_a_row(numbers: list[float], name: str) -> None:
     fmt = get_format(name)
     row = torch.tensor(numbers).bfloat16()
+    ROWS.add("rows of one number", bool(row[0] == row[1]))
+    ROWS.add("numbers near the smallest", bool((row.abs() < 1e-30).any() and row.any()))
+    ROWS.add("numbers over a thousand", bool((row.abs() > 1e3).any()))
     row = torch.where(row.isfinite(), row, 0.0).repeat(1, 1, 16, 8)
     got, _ = fmt.decode(fmt.encode(row, row), 16, 16, torch.float32)
     x = row.double()

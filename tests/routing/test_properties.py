@@ -10,7 +10,7 @@ from collections import Counter, deque
 from dataclasses import dataclass, field, replace
 from random import Random
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     Bundle,
@@ -21,6 +21,7 @@ from hypothesis.stateful import (
     multiple,
     precondition,
     rule,
+    run_state_machine_as_test,
 )
 
 from kvmesh.cluster.routing.config import RouterConfig, RouterTuning
@@ -40,12 +41,32 @@ from kvmesh.cluster.routing.router import Router
 from kvmesh.workers.lease import AccountUpdate, LeaseEnd, LeaseTerms, LeaseWant
 from kvmesh.workers.loads import ArenaLoads, EngineInfo, EngineLoads, PoolLoads
 from kvmesh.workers.sizes import PageNeed
+from tests.exercised import Exercised
 from tests.routing.groups import FAST, grant, make_account, make_info
 
 GROUPS = {"a": (40, 30), "b": (40, 60), "c": (24, 120)}  # hot and sealed pages
 BLOCK_PAGES = 4
 GEOMETRY = make_info().geometry
 FINAL = ("done", "refused", "cancelled")
+SEEN = Exercised(
+    "router",
+    {
+        "grants": 250,
+        "requests that wait": 200,
+        "refusals": 10,
+        "growths": 80,
+        "withdrawals": 30,
+        "lost leases": 5,
+        "restarts with leases": 10,
+        "aborts of running requests": 5,
+        "cancelled while they wait": 4,
+        "newer incarnations": 60,
+        "leases given up before they arrived": 3,
+        "audits": 200,
+        "requests done": 100,
+    },
+)
+LEDGER_SEEN = Exercised("ledger", {"grants": 300, "growths": 1000, "growths refused": 50})
 
 
 @dataclass(eq=False)
@@ -223,6 +244,7 @@ class RouterMachine(RuleBasedStateMachine):
     def client_cancels(self, name: str) -> None:
         job = self.all[name]
         if job.state == "queued":
+            SEEN.add("cancelled while they wait")
             job.state = "cancelled"
             self.settle(self.router.cancel(name, self.now))
         elif job.state == "placed":
@@ -234,7 +256,9 @@ class RouterMachine(RuleBasedStateMachine):
 
     @rule(name=jobs)
     def client_aborts(self, name: str) -> None:
-        job = self.all[name]
+        job = next((x for x in self.all.values() if x.state == "running"), self.all[name])
+        name = job.request.request_id
+        SEEN.add("aborts of running requests", job.state == "running")
         known = self.router.abort(name, self.now)
         if known and job.state not in FINAL:
             job.state = "cancelled"
@@ -276,6 +300,7 @@ class RouterMachine(RuleBasedStateMachine):
         engine = self.engines[group]
         if not engine.up:
             return
+        SEEN.add("lost leases", len(engine.runs))
         lost = [run.job for run in engine.runs.values() if run.job.run is run]
         engine.up = False
         engine.runs.clear()
@@ -327,6 +352,7 @@ class RouterMachine(RuleBasedStateMachine):
     @precondition(lambda self: len(self.all) > 3)
     @rule()
     def router_restarts(self) -> None:
+        SEEN.add("restarts with leases", bool(self.leases))
         for engine in self.engines.values():
             engine.lose_connection()
         self.start_router()
@@ -455,6 +481,7 @@ class RouterMachine(RuleBasedStateMachine):
     def place(self, job: Job) -> None:
         own, *others = self.router.place(job.request, self.now)
         if isinstance(own, Enqueued):
+            SEEN.add("requests that wait")
             assert own.position in [
                 standing.position
                 for standing in self.router.standings(self.now)
@@ -472,6 +499,7 @@ class RouterMachine(RuleBasedStateMachine):
         lost_engines: frozenset[str] = frozenset(),
     ) -> None:
         """As a newer incarnation, with what it has emitted as part of the prompt."""
+        SEEN.add("newer incarnations")
         emitted = job.run.emitted if job.run is not None else 0
         old = job.request
         job.output -= emitted
@@ -497,6 +525,7 @@ class RouterMachine(RuleBasedStateMachine):
             self.place_again(job, lost_engines=lost if not engine.up else frozenset())
             return
         job.state = "running"
+        SEEN.add("leases given up before they arrived", job.connection != engine.connections)
         engine.strayed |= job.connection != engine.connections
         self.note_strays(engine)
 
@@ -518,6 +547,7 @@ class RouterMachine(RuleBasedStateMachine):
         engine = next(x for x in self.engines.values() if run in x.runs.values())
         engine.decode(run, tokens)
         if run.terms.lease_id not in engine.runs and job.run is run and job.state == "running":
+            SEEN.add("requests done")
             job.state = "done"
 
     def engine_of(self, job: Job) -> BookEngine:
@@ -533,6 +563,7 @@ class RouterMachine(RuleBasedStateMachine):
         for outcome in outcomes:
             match outcome:
                 case Granted(placement=placement):
+                    SEEN.add("grants")
                     job, engine = self.all[placement.request_id], self.engines[placement.group]
                     assert job.state == "queued"
                     assert engine.connected
@@ -545,9 +576,11 @@ class RouterMachine(RuleBasedStateMachine):
                     if isinstance(error, RequestAbortedError):
                         assert job.state in ("superseded", "cancelled")
                     else:
+                        SEEN.add("refusals")
                         assert job.state == "queued"
                         job.state = "refused"
                 case Grown() | Withdrawn():
+                    SEEN.add("growths" if isinstance(outcome, Grown) else "withdrawals")
                     engine = self.engines[outcome.group]
                     if engine.connected:  # the router hears of a broken connection later
                         engine.from_router.append(outcome)
@@ -556,6 +589,7 @@ class RouterMachine(RuleBasedStateMachine):
         for _ in range(min(count, len(engine.to_router))):
             message = engine.to_router.popleft()
             if isinstance(message, EngineLoads):
+                SEEN.add("audits")
                 assert self.router.audit(engine.name, message) == ()
             else:
                 self.note_strays(engine)
@@ -595,6 +629,7 @@ class RouterMachine(RuleBasedStateMachine):
         return list(held.values())
 
 
+@LEDGER_SEEN.required
 @settings(deadline=None)
 @given(
     maxima=st.lists(st.integers(1, 20), min_size=1, max_size=12),
@@ -612,6 +647,7 @@ def test_leases_that_grow_page_by_page_all_reach_their_maximum(
         if waiting and account.holds(PageNeed(1, 0), waiting[-1]):
             max_sealed, number = waiting.pop(), number + 1
             growing.append(grant(account, PageNeed(1, 0), number=number, max_sealed=max_sealed))
+            LEDGER_SEEN.add("grants")
             moved = True
         order.shuffle(growing)
         for lease in list(growing):
@@ -620,15 +656,24 @@ def test_leases_that_grow_page_by_page_all_reach_their_maximum(
                 growing.remove(lease)
                 moved = True
             elif account.grow(lease, lease.need.sealed + 1):
+                LEDGER_SEEN.add("growths")
                 moved = True
+            else:
+                LEDGER_SEEN.add("growths refused")
         assert moved, "no lease can continue"
         account.check_integrity()
 
 
-RouterMachine.TestCase.settings = settings(
-    max_examples=60,
-    stateful_step_count=60,
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
-)
-TestRouter = RouterMachine.TestCase
+@SEEN.required
+def test_the_router_whatever_happens() -> None:
+    """Not shrunk, which would take minutes: a failure prints its 60 steps as they were."""
+    run_state_machine_as_test(
+        RouterMachine,
+        settings=settings(
+            max_examples=60,
+            stateful_step_count=60,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+            phases=[x for x in settings().phases if x is not Phase.shrink],
+        ),
+    )

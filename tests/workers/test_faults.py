@@ -20,6 +20,7 @@ from kvmesh.workers.plan import SampledToken, StepPlan, StepResult
 from kvmesh.workers.request import EndReason, EngineRequest
 from kvmesh.workers.sampling_params import SamplingParams
 from kvmesh.workers.sizes import BLOCK_PAGES
+from tests.exercised import Exercised
 from tests.model.small import make_small_model
 from tests.workers.memory_executor import VOCAB, expected_output
 from tests.workers.tainted_executor import BAD, TaintedExecutor
@@ -192,9 +193,11 @@ FIELDS: dict[str, st.SearchStrategy[object]] = {
 ODD = st.sets(st.sampled_from(sorted(FIELDS)), max_size=3).flatmap(
     lambda names: st.fixed_dictionaries({name: FIELDS[name] for name in names})
 )
+SEEN = Exercised("odd numbers", {"refused": 30, "computed": 10})
 GOOD_PROMPT = [5, 9, 30, 8]
 
 
+@SEEN.required
 @settings(max_examples=150, deadline=None)
 @given(odd=ODD, timeout_s=st.none() | doubles())
 def test_no_bit_pattern_of_any_number_harms_the_engine_or_a_neighbour(
@@ -202,6 +205,7 @@ def test_no_bit_pattern_of_any_number_harms_the_engine_or_a_neighbour(
 ) -> None:
     good = SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True, logit_bias=BIAS)
     strange = checked(engine, odd, timeout_s)
+    SEEN.add("refused" if isinstance(strange, InvalidFieldError) else "computed")
     if isinstance(strange, InvalidFieldError):
         assert strange.field in {*odd, "timeout_s"}
         return

@@ -19,6 +19,7 @@ from kvmesh.workers.shared_prefixes import (
     PrefixSets,
     num_starts,
 )
+from tests.exercised import Exercised
 from tests.model.small import VOCAB_SIZE, make_small_model
 from tests.workers.invariance import Invariance, generate
 
@@ -136,6 +137,10 @@ def test_padding_adds_empty_sets() -> None:
     assert len(padded.starts) == num_starts(8)
 
 
+SEEN = Exercised("shared prefixes", {"sets of two": 10, "larger sets": 8})
+
+
+@SEEN.required
 @given(
     st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=12), min_size=1, max_size=10),
     st.integers(2, 5),
@@ -160,6 +165,8 @@ def test_sets_are_valid_and_save_at_least_as_much_as_one_per_first_page(
     for members, common in sets_of(whole):
         assert (ids[members, :common] == ids[members[0], :common]).all()
         assert (ids[members, :common] >= 0).all()
+        SEEN.add("sets of two", len(members) == 2)
+        SEEN.add("larger sets", len(members) > 2)
         saved += (len(members) - 1) * common
         seen += members
     assert len(seen) == len(set(seen))
