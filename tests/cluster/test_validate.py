@@ -265,6 +265,7 @@ text = mostly(st.text(min_size=1, max_size=12), st.text(max_size=12))
 def messages(
     kind: Callable[..., pb.GenerateRequest | object],
     always: Mapping[str, st.SearchStrategy[object]] | None = None,
+    /,
     **fields: Any,
 ) -> st.SearchStrategy[object]:
     """Messages with any of the fields set."""
@@ -322,8 +323,8 @@ resumes = messages(
 )
 requests = messages(
     pb.GenerateRequest,
+    {"prompt": prompts},
     request_id=text,
-    always={"prompt": prompts},
     model=text,
     sampling_params=parameters,
     priority=int32,
