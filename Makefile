@@ -22,7 +22,7 @@ ARGS ?=
 PY := .venv/bin/python
 STAMP := .venv/.installed
 
-.PHONY: help venv hooks demo serve test test-fast lint format protos graph bench \
+.PHONY: help venv hooks demo serve test test-fast lint format protos sdk graph bench \
 	clean distclean
 
 help: ## Print this list
@@ -79,6 +79,9 @@ format: $(STAMP) ## Sort imports and format
 protos: $(STAMP) ## Regenerate what follows from the wire contract
 	$(PY) protos/generate.py
 	$(PY) protos/reference.py
+
+sdk: $(STAMP) ## Write the SDK's blocking client and its methods with options
+	$(PY) -I client/generate.py
 
 graph: $(STAMP) ## Draw the import graph in CONTRIBUTING.md
 	$(PY) -m tests.repo.graph

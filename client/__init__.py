@@ -1,6 +1,7 @@
 """The SDK. Everything a user needs is importable from here and from `kvmesh`."""
 
-from kvmesh.client.async_client import AsyncClient, AsyncStream
+from kvmesh.client.async_client import AsyncClient
+from kvmesh.client.async_stream import AsyncStream
 from kvmesh.client.errors import (
     AuthenticationError,
     CapacityError,
@@ -22,18 +23,23 @@ from kvmesh.client.errors import (
     ResumeError,
     ServerError,
     UnavailableError,
+    UsageError,
 )
 from kvmesh.client.fake import AsyncFakeTransport, FakeServer, FakeTransport
 from kvmesh.client.options import (
     NO_RETRY,
     TLS,
+    UNSET,
+    ChatOptions,
     GenerateOptions,
     Message,
     Messages,
     Prompt,
     RetryPolicy,
+    Timeout,
 )
-from kvmesh.client.sync_client import Client, Stream
+from kvmesh.client.sync_client import Client
+from kvmesh.client.sync_stream import Stream
 from kvmesh.client.transport import AsyncTransport, Transport
 from kvmesh.client.types import (
     Choice,
@@ -67,12 +73,14 @@ from kvmesh.client.types import (
 __all__ = [
     "NO_RETRY",
     "TLS",
+    "UNSET",
     "AsyncClient",
     "AsyncFakeTransport",
     "AsyncStream",
     "AsyncTransport",
     "AuthenticationError",
     "CapacityError",
+    "ChatOptions",
     "Choice",
     "Client",
     "ClosedError",
@@ -121,10 +129,12 @@ __all__ = [
     "Stream",
     "StreamEvent",
     "TenantLoads",
+    "Timeout",
     "TokenLogprob",
     "TokenLogprobs",
     "Tokens",
     "Transport",
     "UnavailableError",
     "Usage",
+    "UsageError",
 ]

@@ -2,52 +2,40 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self, TypeVar, Unpack
+from typing import Any, NoReturn, Self, TypeVar
 
 from kvmesh.client import requests, responses
-from kvmesh.client.core import (
-    DEFAULT_SILENCE_TIMEOUT_S,
-    DEFAULT_TIMEOUT_S,
-    Core,
-    check_silence_timeout,
-    connection,
-)
-from kvmesh.client.errors import ClosedError
-from kvmesh.client.flows import Emit, Now, Open, Read, Send, Sleep, StreamFlow, UnaryFlow
-from kvmesh.client.grpc_transport import AsyncGrpcTransport
-from kvmesh.client.options import TLS, GenerateOptions, Messages, Prompt, RetryPolicy
-from kvmesh.client.stream_state import StreamState
-from kvmesh.client.stream_view import StreamView
-from kvmesh.client.transport import AsyncStreamCall, AsyncTransport, RpcFailure
+from kvmesh.client.async_generations import AsyncGenerations
+from kvmesh.client.async_stream import AsyncStream
+from kvmesh.client.checks import check_metadata, check_seconds
+from kvmesh.client.core import DEFAULT_SILENCE_TIMEOUT_S, CallSettings, Core, connection
+from kvmesh.client.flows import Now, Send, Sleep, UnaryFlow
+from kvmesh.client.grpc_transport import AsyncChannel, AsyncGrpcTransport, AsyncInterceptor
+from kvmesh.client.options import TLS, UNSET, Prompt, RetryPolicy, Timeout
+from kvmesh.client.transport import AsyncTransport, RpcFailure
 from kvmesh.client.types import (
     Completion,
-    Delta,
     Estimate,
     Explanation,
     GroupFacts,
     Loads,
     ModelInfo,
-    Prefilling,
-    Queued,
-    Started,
-    StreamEvent,
     TenantLoads,
     Tokens,
 )
 from kvmesh.protos import pb
 
 T = TypeVar("T")
-Event = TypeVar("Event", bound=StreamEvent)
 
 
-class AsyncClient:
+class AsyncClient(AsyncGenerations):
     """A client of one kvmesh cluster, for use in one event loop.
 
         async with AsyncClient() as client:
-            print((await client.generate("The capital of France is", max_tokens=8)).text)
+            completion = await client.generate("The capital of France is", max_tokens=8)
+            print(completion.text)
             async for delta in client.chat_stream([Message("user", "Hello!")]):
                 print(delta.text, end="", flush=True)
 
@@ -55,11 +43,18 @@ class AsyncClient:
     api_key: default $KVMESH_API_KEY, then the local server's key file; "" sends no key
     tls: True uses the system's root certificates; TLS(...) sets others; False sends the
         key and the text unencrypted
-    timeout_s: default for generations that set none; None means no limit
-    retry: how many retries to make and how long to wait between them
+    timeout_s: for calls that set none; None means no limit. Unless it is given, generations
+        have no limit, and other calls have 60 s
+    model: for calls that name none
+    metadata: sent with every call, e.g. {"traceparent": ...}. Without a traceparent, that of
+        OpenTelemetry's current span is sent, if there is one
+    retry: what is tried again, and how long to wait before
     silence_timeout_s: a stream that receives nothing for this long is taken for lost, and
         resumed. A server sends something at least every 5 s, except for version 0.1, which is
         silent while it works on a prompt; None means no limit
+    interceptors: gRPC's, for each call
+    channel: a gRPC channel of your own instead of target, tls and interceptors. You close it,
+        and its options should not limit the size of messages
     transport: replaces gRPC, e.g. AsyncFakeTransport
     """
 
@@ -69,48 +64,65 @@ class AsyncClient:
         *,
         api_key: str | None = None,
         tls: TLS | bool = False,
-        timeout_s: float | None = None,
+        timeout_s: Timeout = UNSET,
+        model: str | None = None,
+        metadata: Mapping[str, str | bytes] | None = None,
         retry: RetryPolicy = RetryPolicy(),  # noqa: B008 - frozen
         silence_timeout_s: float | None = DEFAULT_SILENCE_TIMEOUT_S,
+        interceptors: Sequence[AsyncInterceptor] = (),
+        channel: AsyncChannel | None = None,
         transport: AsyncTransport | None = None,
     ) -> None:
-        check_silence_timeout(silence_timeout_s)
+        check_seconds("silence_timeout_s", silence_timeout_s, none=True)
+        where = connection(
+            target, api_key, tls, interceptors=interceptors, channel=channel, transport=transport
+        )
+        settings = CallSettings(
+            where.api_key, timeout_s, model, check_metadata(metadata or {}), retry
+        )
         if transport is None:
-            where = connection(target, api_key, tls)
-            transport = AsyncGrpcTransport(
-                where.target, where.api_key, where.tls, silence_timeout_s
+            transport = (
+                AsyncGrpcTransport.connect(where.target, where.tls, interceptors, silence_timeout_s)
+                if channel is None
+                else AsyncGrpcTransport(channel, silence_timeout_s)
             )
         self._transport = transport
-        self._core = Core(retry, timeout_s, random.Random())
+        self._owns_connection = channel is None
+        self._core = Core(settings)
 
-    async def generate(
-        self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]
-    ) -> Completion:
-        """Continue a prompt given as text or token ids; returns the whole output."""
-        message = requests.prompt_message(prompt)
-        return responses.completion(await self._run(self._core.generate(message, options)))
+    def with_options(
+        self,
+        *,
+        timeout_s: Timeout = UNSET,
+        api_key: str | None = None,
+        model: str | None = None,
+        metadata: Mapping[str, str | bytes] | None = None,
+        retry: RetryPolicy | None = None,
+    ) -> Self:
+        """A client with other settings, over the same connection.
 
-    def generate_stream(
-        self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]
-    ) -> AsyncStream:
-        """Continue a prompt; returns a stream that yields output as it is generated."""
-        return self._stream(requests.prompt_message(prompt), options)
+        What is left out stays as it is; metadata is added to this client's. Closing the new
+        client does not close the connection.
+        """
+        other = type(self).__new__(type(self))
+        vars(other).update(vars(self))
+        other._owns_connection = False
+        other._core = self._core.with_options(
+            timeout_s=timeout_s, api_key=api_key, model=model, metadata=metadata, retry=retry
+        )
+        return other
 
-    async def chat(self, messages: Messages, **options: Unpack[GenerateOptions]) -> Completion:
-        """Answer a chat rendered with the model's template; returns the whole output."""
-        message = requests.chat_message(messages)
-        return responses.completion(await self._run(self._core.generate(message, options)))
+    def resume(self, cursor: str, *, timeout_s: Timeout = UNSET) -> AsyncStream:
+        """Continue the stream that had this `cursor`, e.g. in another process.
 
-    def chat_stream(self, messages: Messages, **options: Unpack[GenerateOptions]) -> AsyncStream:
-        """Answer a chat; returns a stream that yields output as it is generated."""
-        return self._stream(requests.chat_message(messages), options)
+        The new stream yields the output that follows, and its completion has all of it. A first
+        stream that is still running ends. Raises InvalidRequestError for a text that is no
+        cursor, and ResumeError, when it is read, if the server now serves another model.
+        """
+        return AsyncStream(self._transport, *self._core.resume(cursor, timeout_s))
 
     async def tokenize(
-        self,
-        prompt: Prompt,
-        *,
-        model: str | None = None,
-        timeout_s: float | None = DEFAULT_TIMEOUT_S,
+        self, prompt: Prompt, *, model: str | None = None, timeout_s: Timeout = UNSET
     ) -> Tokens:
         """The token ids that a generation would use for this prompt."""
         return responses.mirror(
@@ -128,7 +140,7 @@ class AsyncClient:
         allowed_kv_formats: Sequence[str] | None = None,
         max_kv_divergence_nats: float | None = None,
         model: str | None = None,
-        timeout_s: float | None = DEFAULT_TIMEOUT_S,
+        timeout_s: Timeout = UNSET,
     ) -> Estimate:
         """What a request would need and when it could start, without submitting it.
 
@@ -146,13 +158,11 @@ class AsyncClient:
         )
         return responses.mirror(Estimate, await self._run(self._core.estimate(request, timeout_s)))
 
-    async def abort(self, request_id: str, *, timeout_s: float | None = DEFAULT_TIMEOUT_S) -> bool:
+    async def abort(self, request_id: str, *, timeout_s: Timeout = UNSET) -> bool:
         """End a request made with the same key; returns whether it was found."""
         return (await self._run(self._core.abort(request_id, timeout_s))).aborted
 
-    async def explain(
-        self, request_id: str, *, timeout_s: float | None = DEFAULT_TIMEOUT_S
-    ) -> Explanation:
+    async def explain(self, request_id: str, *, timeout_s: Timeout = UNSET) -> Explanation:
         """The placement decisions for a request made with the same key, with the reasons.
 
         The list is empty if the request is not known.
@@ -160,28 +170,27 @@ class AsyncClient:
         reply = await self._run(self._core.explain(request_id, timeout_s))
         return responses.mirror(Explanation, reply)
 
-    async def model_info(self, *, timeout_s: float | None = DEFAULT_TIMEOUT_S) -> ModelInfo:
+    async def model_info(self, *, timeout_s: Timeout = UNSET) -> ModelInfo:
         """The served model and its groups."""
         return responses.mirror(ModelInfo, await self._run(self._core.model_info(timeout_s)))
 
-    async def tenant_loads(self, *, timeout_s: float | None = DEFAULT_TIMEOUT_S) -> TenantLoads:
+    async def tenant_loads(self, *, timeout_s: Timeout = UNSET) -> TenantLoads:
         """What this key's tenant is using, and may use."""
         return responses.mirror(TenantLoads, await self._run(self._core.tenant_loads(timeout_s)))
 
-    async def groups(
-        self, *, timeout_s: float | None = DEFAULT_TIMEOUT_S
-    ) -> tuple[GroupFacts, ...]:
+    async def groups(self, *, timeout_s: Timeout = UNSET) -> tuple[GroupFacts, ...]:
         """What each group is made of. Needs an admin key."""
         reply = await self._run(self._core.groups(timeout_s))
         return tuple(responses.mirror(GroupFacts, group) for group in reply.groups)
 
-    async def loads(self, *, timeout_s: float | None = DEFAULT_TIMEOUT_S) -> Loads:
+    async def loads(self, *, timeout_s: Timeout = UNSET) -> Loads:
         """The current load of the groups and the router. Needs an admin key."""
         return responses.mirror(Loads, await self._run(self._core.loads(timeout_s)))
 
     async def close(self) -> None:
         """Close the connection; calls in progress fail."""
-        await self._transport.close()
+        if self._owns_connection:
+            await self._transport.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -194,9 +203,16 @@ class AsyncClient:
     ) -> None:
         await self.close()
 
-    def _stream(self, prompt: pb.Prompt, options: GenerateOptions) -> AsyncStream:
-        state, flow = self._core.generate_stream(prompt, options)
-        return AsyncStream(self._transport, state, flow)
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "an AsyncClient holds a connection and cannot be pickled; make one in each process"
+        )
+
+    async def _complete(self, prompt: pb.Prompt, options: dict[str, Any]) -> Completion:
+        return responses.completion(await self._run(self._core.generate(prompt, options)))
+
+    def _stream(self, prompt: pb.Prompt, options: dict[str, Any]) -> AsyncStream:
+        return AsyncStream(self._transport, *self._core.generate_stream(prompt, options))
 
     async def _run(self, flow: UnaryFlow[T]) -> T:
         """Execute the steps of a unary flow."""
@@ -210,8 +226,10 @@ class AsyncClient:
                             outcome = self._transport.now()
                         case Sleep(seconds):
                             await self._transport.sleep(seconds)
-                        case Send(method, request, timeout_s):
-                            outcome = await self._transport.unary(method, request, timeout_s)
+                        case Send(method, request, timeout_s, metadata):
+                            outcome = await self._transport.unary(
+                                method, request, timeout_s, metadata
+                            )
                 except RpcFailure as failure:
                     step = flow.throw(failure)
                 else:
@@ -219,101 +237,3 @@ class AsyncClient:
         except StopIteration as stop:
             result: T = stop.value
             return result
-
-
-class AsyncStream(StreamView):
-    """Output as it is generated; can be iterated over once.
-
-        async with client.generate_stream("Once upon a time") as stream:
-            async for delta in stream:
-                print(delta.text, end="", flush=True)
-        print(stream.completion.usage)
-
-    Leaving the loop or the `async with` block ends the request on the server.
-    A lost connection is resumed where it stopped; no token is emitted twice.
-    """
-
-    def __init__(self, transport: AsyncTransport, state: StreamState, flow: StreamFlow) -> None:
-        super().__init__(state)
-        self._transport = transport
-        self._flow = flow
-        self._iterated = False
-        self._call: AsyncStreamCall | None = None
-        self._closed = False
-
-    def __aiter__(self) -> AsyncGenerator[Delta]:
-        return self._run(Delta)
-
-    def events(self) -> AsyncGenerator[StreamEvent]:
-        """Everything that is worth showing, instead of the output alone.
-
-        Queued and Prefilling may come at any time before the output ends, most often before
-        its first token, and say the same again when there is nothing new for some seconds.
-        """
-        return self._run(Queued, Started, Prefilling, Delta)
-
-    async def aclose(self) -> None:
-        """End the request on the server."""
-        self._closed = True
-        if self._call is not None:
-            self._call.cancel()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        await self.aclose()
-
-    def _run(self, *kinds: type[Event]) -> AsyncGenerator[Event]:
-        if self._iterated or self._closed:
-            raise ClosedError("a stream can only be iterated over once")
-        self._iterated = True
-        return self._execute(kinds)
-
-    async def _execute(self, kinds: tuple[type[Event], ...]) -> AsyncGenerator[Event]:
-        """Execute the steps of the flow; yields events of these kinds."""
-        try:
-            step = next(self._flow)
-            while True:
-                try:
-                    outcome: Any = None
-                    match step:
-                        case Now():
-                            outcome = self._transport.now()
-                        case Sleep(seconds):
-                            await self._transport.sleep(seconds)
-                        case Open(request, timeout_s):
-                            self._open(request, timeout_s)
-                        case Read():
-                            outcome = await self._read()
-                        case Emit(event):
-                            if isinstance(event, kinds):
-                                yield event
-                    self._check_open()
-                except RpcFailure as failure:
-                    self._check_open()
-                    step = self._flow.throw(failure)
-                else:
-                    step = self._flow.send(outcome)
-        except StopIteration:
-            return
-        finally:
-            await self.aclose()
-
-    def _open(self, request: pb.GenerateRequest, timeout_s: float | None) -> None:
-        if self._call is not None:
-            self._call.cancel()
-        self._call = self._transport.stream(request, timeout_s)
-
-    async def _read(self) -> pb.GenerateStreamResponse | None:
-        assert self._call is not None
-        return await self._call.read()
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise ClosedError("the stream has been closed")

@@ -21,15 +21,13 @@ def chat(messages: Messages) -> pb.Chat:
     return found
 
 
-def set_chat_option(prompt: pb.Prompt, name: str, value: Any) -> None:
-    """Set an option that concerns chats only; refuses it for other prompts."""
-    if not prompt.HasField("chat"):
-        raise InvalidRequestError.of(name, "needs a chat as the prompt")
+def set_chat_option(found: pb.Chat, name: str, value: Any) -> None:
+    """Set an option that concerns chats only."""
     if name == "tools":
         for position, tool in enumerate(value):
-            _add_tool(prompt.chat, tool, f"prompt.chat.tools[{position}]")
+            _add_tool(found, tool, f"prompt.chat.tools[{position}]")
     else:
-        assign(prompt.chat, name, value, f"prompt.chat.{name}")
+        assign(found, name, value, f"prompt.chat.{name}")
 
 
 def _add_message(found: pb.Chat, message: Message | Mapping[str, Any], path: str) -> None:

@@ -1,22 +1,33 @@
-"""What both clients share: their setup, and the flow of each method."""
+"""What both clients share: their settings, and the flow of each method."""
 
 from __future__ import annotations
 
 import os
 import random
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from kvmesh.client import requests, transport
-from kvmesh.client.credentials import resolve_api_key, resolve_target
+from kvmesh.client.checks import Metadata, check_metadata, check_seconds
+from kvmesh.client.credentials import checked_key, resolve_api_key, resolve_target
 from kvmesh.client.errors import InvalidRequestError
 from kvmesh.client.failures import Contact, RetryState
 from kvmesh.client.flows import StreamFlow, UnaryFlow, stream, unary
-from kvmesh.client.options import TLS, GenerateOptions, Prompt, RetryPolicy
+from kvmesh.client.options import (
+    TLS,
+    UNSET,
+    Prompt,
+    RetryPolicy,
+    Timeout,
+    Unset,
+)
 from kvmesh.client.stream_state import StreamState
+from kvmesh.client.tracing import trace_context
 from kvmesh.protos import admin, pb
 
 # For calls that generate nothing.
-DEFAULT_TIMEOUT_S = 30.0
+DEFAULT_TIMEOUT_S = 60.0
 # Of a stream; several times the 5 s that the contract promises.
 DEFAULT_SILENCE_TIMEOUT_S = 60.0
 
@@ -30,8 +41,30 @@ class Connection:
     tls: TLS | None
 
 
-def connection(target: str | None, api_key: str | None, tls: TLS | bool) -> Connection:
-    """Fill in defaults from the environment, which is read only here."""
+def connection(
+    target: str | None,
+    api_key: str | None,
+    tls: TLS | bool,
+    *,
+    interceptors: Sequence[object],
+    channel: object,
+    transport: object,
+) -> Connection:
+    """Fill in defaults from the environment, which is read only here.
+
+    Raises InvalidRequestError for arguments that exclude each other.
+    """
+    if channel is not None or transport is not None:
+        ready = "channel" if transport is None else "transport"
+        excluded = {"target": target, "tls": tls, "interceptors": interceptors, "channel": channel}
+        for name, value in excluded.items():
+            if value and name != ready:
+                raise InvalidRequestError.of(
+                    name, f"cannot be combined with {ready}, which is connected already"
+                )
+        # A channel may lead anywhere, and the key in the local server's file is for that server.
+        environ = os.environ if transport is None else {}
+        return Connection("", resolve_api_key(api_key, "", environ), None)
     resolved = resolve_target(target, os.environ)
     return Connection(
         target=resolved,
@@ -40,77 +73,138 @@ def connection(target: str | None, api_key: str | None, tls: TLS | bool) -> Conn
     )
 
 
-def check_silence_timeout(seconds: float | None) -> None:
-    # A comparison that is also false for NaN.
-    if seconds is not None and not 0 < seconds < float("inf"):
-        raise InvalidRequestError.of(
-            "silence_timeout_s", f"must be finite and greater than 0, or None, got {seconds}"
-        )
+@dataclass(frozen=True, slots=True)
+class CallSettings:
+    """What a client adds to its calls. Fields are described in `Client`."""
+
+    api_key: str | None
+    timeout_s: Timeout
+    model: str | None
+    metadata: Metadata
+    retry: RetryPolicy
+
+    def __post_init__(self) -> None:
+        if self.timeout_s is not UNSET:
+            check_seconds("timeout_s", self.timeout_s, none=True)
+        if not isinstance(self.retry, RetryPolicy):
+            raise InvalidRequestError.of("retry", f"expected a RetryPolicy, got {self.retry!r:.60}")
 
 
 class Core:
-    """Builds the flows of one client's calls.
+    """Builds the flows of one client's calls."""
 
-    timeout_s: default for generations that set none
-    """
+    def __init__(self, settings: CallSettings, contact: Contact | None = None) -> None:
+        self._settings = settings
+        self._rng = random.Random()
+        self._contact = contact or Contact()
 
-    def __init__(self, retry: RetryPolicy, timeout_s: float | None, rng: random.Random) -> None:
-        self._retry = retry
-        self._timeout_s = timeout_s
-        self._rng = rng
-        self._contact = Contact()
+    def with_options(
+        self,
+        *,
+        timeout_s: Timeout,
+        api_key: str | None,
+        model: str | None,
+        metadata: Mapping[str, str | bytes] | None,
+        retry: RetryPolicy | None,
+    ) -> Core:
+        """With other settings, of the same server. None, and UNSET for the timeout: the same."""
+        old = self._settings
+        settings = CallSettings(
+            api_key=old.api_key if api_key is None else explicit_key(api_key),
+            timeout_s=old.timeout_s if timeout_s is UNSET else timeout_s,
+            model=old.model if model is None else model,
+            metadata=tuple({**dict(old.metadata), **dict(check_metadata(metadata or {}))}.items()),
+            retry=retry or old.retry,
+        )
+        return Core(settings, self._contact)
 
     def generate(
-        self, prompt: pb.Prompt, options: GenerateOptions
+        self, prompt: pb.Prompt, options: Mapping[str, Any]
     ) -> UnaryFlow[pb.GenerateResponse]:
-        request = requests.generate_request(prompt, options)
-        return self._unary(transport.GENERATE, request, self._timeout_of(options))
+        request = requests.generate_request(prompt, self._with_model(options))
+        return self._unary(transport.GENERATE, request, options.get("timeout_s", UNSET), None)
 
     def generate_stream(
-        self, prompt: pb.Prompt, options: GenerateOptions
+        self, prompt: pb.Prompt, options: Mapping[str, Any]
     ) -> tuple[StreamState, StreamFlow]:
-        state = StreamState(requests.generate_request(prompt, options))
-        return state, stream(state, self._timeout_of(options), self._retries())
+        request = requests.generate_request(prompt, self._with_model(options))
+        return self._stream(StreamState(request), options.get("timeout_s", UNSET))
+
+    def resume(self, cursor: str, timeout_s: Timeout) -> tuple[StreamState, StreamFlow]:
+        return self._stream(StreamState.of_cursor(cursor), timeout_s)
 
     def tokenize(
-        self, prompt: Prompt, model: str | None, timeout_s: float | None
+        self, prompt: Prompt, model: str | None, timeout_s: Timeout
     ) -> UnaryFlow[pb.TokenizeResponse]:
-        request = pb.TokenizeRequest(prompt=requests.prompt_message(prompt), model=model or "")
+        request = requests.tokenize_request(prompt, model or self._settings.model)
         return self._unary(transport.TOKENIZE, request, timeout_s)
 
     def estimate(
-        self, request: pb.EstimateBudgetRequest, timeout_s: float | None
+        self, request: pb.EstimateBudgetRequest, timeout_s: Timeout
     ) -> UnaryFlow[pb.EstimateBudgetResponse]:
+        request.model = request.model or self._settings.model or ""
         return self._unary(transport.ESTIMATE_BUDGET, request, timeout_s)
 
-    def abort(self, request_id: str, timeout_s: float | None) -> UnaryFlow[pb.AbortResponse]:
-        return self._unary(transport.ABORT, pb.AbortRequest(request_id=request_id), timeout_s)
+    def abort(self, request_id: str, timeout_s: Timeout) -> UnaryFlow[pb.AbortResponse]:
+        request = requests.of_request_id(pb.AbortRequest, request_id)
+        return self._unary(transport.ABORT, request, timeout_s)
 
-    def explain(self, request_id: str, timeout_s: float | None) -> UnaryFlow[pb.ExplainResponse]:
-        return self._unary(transport.EXPLAIN, pb.ExplainRequest(request_id=request_id), timeout_s)
+    def explain(self, request_id: str, timeout_s: Timeout) -> UnaryFlow[pb.ExplainResponse]:
+        request = requests.of_request_id(pb.ExplainRequest, request_id)
+        return self._unary(transport.EXPLAIN, request, timeout_s)
 
-    def model_info(self, timeout_s: float | None) -> UnaryFlow[pb.GetModelInfoResponse]:
+    def model_info(self, timeout_s: Timeout) -> UnaryFlow[pb.GetModelInfoResponse]:
         return self._unary(transport.GET_MODEL_INFO, pb.GetModelInfoRequest(), timeout_s)
 
-    def tenant_loads(self, timeout_s: float | None) -> UnaryFlow[pb.GetTenantLoadsResponse]:
+    def tenant_loads(self, timeout_s: Timeout) -> UnaryFlow[pb.GetTenantLoadsResponse]:
         return self._unary(transport.GET_TENANT_LOADS, pb.GetTenantLoadsRequest(), timeout_s)
 
-    def loads(self, timeout_s: float | None) -> UnaryFlow[admin.GetLoadsResponse]:
+    def loads(self, timeout_s: Timeout) -> UnaryFlow[admin.GetLoadsResponse]:
         return self._unary(transport.GET_LOADS, admin.GetLoadsRequest(), timeout_s)
 
-    def groups(self, timeout_s: float | None) -> UnaryFlow[admin.ListGroupsResponse]:
+    def groups(self, timeout_s: Timeout) -> UnaryFlow[admin.ListGroupsResponse]:
         return self._unary(transport.LIST_GROUPS, admin.ListGroupsRequest(), timeout_s)
 
     def _unary(
         self,
         method: transport.Method[transport.Request, transport.Reply],
         request: transport.Request,
-        timeout_s: float | None,
+        timeout_s: Timeout,
+        default_s: float | None = DEFAULT_TIMEOUT_S,
     ) -> UnaryFlow[transport.Reply]:
-        return unary(method, request, timeout_s, self._retries())
+        limit_s = self._limit_s(timeout_s, default_s)
+        return unary(method, request, limit_s, self._metadata(), self._retries())
+
+    def _stream(self, state: StreamState, timeout_s: Timeout) -> tuple[StreamState, StreamFlow]:
+        limit_s = self._limit_s(timeout_s, None)
+        return state, stream(state, limit_s, self._metadata(), self._retries())
 
     def _retries(self) -> RetryState:
-        return RetryState(self._retry, self._rng, self._contact)
+        return RetryState(self._settings.retry, self._rng, self._contact)
 
-    def _timeout_of(self, options: GenerateOptions) -> float | None:
-        return options.get("timeout_s", self._timeout_s)
+    def _metadata(self) -> Metadata:
+        """Of a call that is made now."""
+        given = self._settings.metadata
+        key = self._settings.api_key
+        return (
+            *((("authorization", f"Bearer {key}"),) if key else ()),
+            *given,
+            *(() if "traceparent" in dict(given) else trace_context()),
+        )
+
+    def _with_model(self, options: Mapping[str, Any]) -> Mapping[str, Any]:
+        if options.get("model") is None and self._settings.model is not None:
+            return {**options, "model": self._settings.model}
+        return options
+
+    def _limit_s(self, timeout_s: Timeout, default_s: float | None) -> float | None:
+        """The call's own timeout, or the client's, or the default of its kind."""
+        for limit_s in (timeout_s, self._settings.timeout_s):
+            if not isinstance(limit_s, Unset):
+                check_seconds("timeout_s", limit_s, none=True)
+                return limit_s
+        return default_s
+
+
+def explicit_key(api_key: str) -> str | None:
+    return checked_key(api_key, "api_key") if api_key else None

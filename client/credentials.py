@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 import stat
 from collections.abc import Mapping
 from pathlib import Path
@@ -76,8 +77,7 @@ def read_key_file(path: Path) -> str | None:
 
 def checked_key(key: str, source: str) -> str:
     """`key` if it is valid in a header; raises CredentialsError naming `source`."""
-    printable = all(33 <= ord(character) <= 126 for character in key)
-    if not key or not printable or len(key) > _MAX_KEY_BYTES:
+    if not isinstance(key, str) or not re.fullmatch(f"[!-~]{{1,{_MAX_KEY_BYTES}}}", key):
         raise CredentialsError(
             f"the API key from {source} must be 1 to {_MAX_KEY_BYTES} printable ASCII characters"
         )

@@ -17,6 +17,7 @@
     ├── RequestCancelledError       the server cancelled the call
     ├── ServerError                 a server fault
     │   └── ProtocolError           the answer violates the contract
+    ├── UsageError                  the client belongs elsewhere (also a RuntimeError)
     └── ClosedError                 the client or stream is closed
 
 All carry the same attributes, empty where they do not apply, and can be
@@ -169,6 +170,10 @@ class ServerError(KVMeshError):
 
 class ProtocolError(ServerError):
     """The server's answer violates the wire contract."""
+
+
+class UsageError(KVMeshError, RuntimeError):
+    """The client belongs to another event loop, or to the process that this one forked from."""
 
 
 class ClosedError(KVMeshError):

@@ -111,7 +111,7 @@ def lost(failure: RpcFailure) -> bool:
 
 @dataclass(slots=True)
 class Contact:
-    """Whether the server has ever served the client. If not, its address may be wrong."""
+    """Whether the server has ever answered the client. If not, its address may be wrong."""
 
     made: bool = False
 
@@ -141,22 +141,25 @@ class RetryState:
     def delay_s(self, failure: RpcFailure, error: KVMeshError, now: float) -> float | None:
         """Seconds to wait before the next attempt, or None to give up."""
         self.failures += 1
+        if error.reason is not None:  # it answers, if only that it is not ready
+            self.contact.made = True
         if lost(failure) and self.lost_at is None:
             self.lost_at = now
         # The request of the lost attempt may still be ending on the server.
         ending = isinstance(error, DuplicateRequestError) and self.lost_at is not None
         if not (ending or lost(failure) or isinstance(error, OverCapacityError)):
             return None
-        outage = ending or (lost(failure) and error.reason in _OUTAGES)
-        if outage and self.contact.made and self.policy.max_attempts > 1:
+        give_up_at = self.deadline
+        if self.policy.max_attempts > 1 and (
+            ending or (lost(failure) and error.reason in _OUTAGES)
+        ):
             assert self.lost_at is not None
-            if self.deadline is None and now - self.lost_at >= self.policy.max_outage_s:
+            give_up_at = self._end_of_patience(self.lost_at)
+            if now >= give_up_at:
                 return None
         elif self.failures >= self.policy.max_attempts:
             return None
-        doublings = min(self.failures - 1, 60)  # an outage may be long, a float has a limit
-        backoff_s = min(self.policy.max_backoff_s, self.policy.initial_backoff_s * 2.0**doublings)
-        wait_s = self.rng.uniform(0, backoff_s)
+        wait_s = self.rng.uniform(0, self._max_backoff_s(now, give_up_at))
         if error.retry_after_s is not None:
             if not 0 <= error.retry_after_s <= self.policy.max_retry_after_s:
                 return None
@@ -164,6 +167,22 @@ class RetryState:
         if self.deadline is not None and now + wait_s >= self.deadline:
             return None
         return wait_s
+
+    def _end_of_patience(self, lost_at: float) -> float:
+        """When a lost server is given up, on the transport's clock."""
+        if not self.contact.made:
+            limit = lost_at + self.policy.max_connect_s
+            return limit if self.deadline is None else min(limit, self.deadline)
+        return lost_at + self.policy.max_outage_s if self.deadline is None else self.deadline
+
+    def _max_backoff_s(self, now: float, give_up_at: float | None) -> float:
+        """Grows with every failure. At the end it shrinks, so that there is a late attempt."""
+        initial_s = self.policy.initial_backoff_s
+        doublings = min(self.failures - 1, 60)  # an outage may be long, a float has a limit
+        backoff_s = min(self.policy.max_backoff_s, initial_s * 2.0**doublings)
+        if give_up_at is None:
+            return backoff_s
+        return min(backoff_s, max(initial_s, (give_up_at - now) / 2))
 
 
 def _trailer_error(failure: RpcFailure) -> pb.Error | None:

@@ -15,13 +15,14 @@ from __future__ import annotations
 import asyncio
 import copy
 import dataclasses
-import re
+import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import grpc
 
+from kvmesh.client.checks import Metadata, check_seconds
 from kvmesh.client.errors import (
     AuthenticationError,
     ClosedError,
@@ -38,6 +39,7 @@ from kvmesh.client.errors import (
     ResumeError,
     UnavailableError,
 )
+from kvmesh.client.fake_output import DEFAULT_MAX_TOKENS, FakeOutput, fake_output
 from kvmesh.client.status import TRAILER, encode
 from kvmesh.client.transport import Method, Reply, Request, RpcFailure
 from kvmesh.client.types import Prefilling, Queued
@@ -63,9 +65,13 @@ _CODES: tuple[tuple[type[KVMeshError], str, pb.ErrorReason.ValueType], ...] = (
 class FakeServer:
     """The server behind both fake transports: answers, injected failures, and a record.
 
+    It obeys max_tokens, min_tokens, stop, stop_token_ids, ignore_eos, logprobs and n, and
+    reports the seed. It does not sample: all choices of a request are the same.
+
     answers: one text per generation, in order; the last one repeats; each word of a
         text is one token
     requests: all requests received, in order, including failed ones
+    metadata: that of each request
     slept_s: total back-off time; the fake clock passes it instantly
     open_streams: streams in progress
     """
@@ -75,8 +81,11 @@ class FakeServer:
             raise ValueError("answers must not be empty; give at least one text")
         self._answers = deque(answers)
         self._failures: deque[tuple[KVMeshError, int]] = deque()
+        self._outage: tuple[KVMeshError, float] | None = None
         self._waits: list[Queued | Prefilling] = []
+        self._seeds = itertools.count(1)
         self.requests: list[Any] = []
+        self.metadata: list[dict[str, str | bytes]] = []
         self.slept_s = 0.0
         self.open_streams = 0
 
@@ -84,12 +93,17 @@ class FakeServer:
         """Make the next `times` calls fail; streams fail after `after_tokens` tokens."""
         self._failures.extend([(error, after_tokens)] * times)
 
+    def fail_for(self, error: KVMeshError, seconds: float) -> None:
+        """Make all calls fail until this much time has passed on the fake clock."""
+        check_seconds("seconds", seconds)
+        self._outage = (error, self.slept_s + seconds)
+
     def wait(self, *events: Queued | Prefilling) -> None:
         """Make the next stream that does not fail send these before its output."""
         self._waits.extend(events)
 
-    def unary(self, request: Any) -> Any:
-        self.requests.append(copy.deepcopy(request))
+    def unary(self, request: Any, metadata: Metadata = ()) -> Any:
+        self._receive(request, metadata)
         if self._failures:
             raise _failure_of(self._failures.popleft()[0])
         match request:
@@ -105,7 +119,7 @@ class FakeServer:
                 tokens = request.prompt_tokens or _prompt_tokens(request.prompt)
                 return pb.EstimateBudgetResponse(
                     prompt_tokens=tokens,
-                    max_tokens=request.max_tokens or 256,
+                    max_tokens=request.max_tokens or DEFAULT_MAX_TOKENS,
                     feasible_now=True,
                     feasible_ever=True,
                     projected_wait_s=0.0,
@@ -122,61 +136,59 @@ class FakeServer:
             case _:
                 return admin.GetLoadsResponse()
 
-    def events(self, request: pb.GenerateRequest) -> Iterator[pb.GenerateStreamResponse]:
-        self.requests.append(copy.deepcopy(request))
+    def events(
+        self, request: pb.GenerateRequest, metadata: Metadata = ()
+    ) -> Iterator[pb.GenerateStreamResponse]:
+        self._receive(request, metadata)
         failure, after_tokens = self._failures.popleft() if self._failures else (None, 0)
         if failure is not None and after_tokens == 0:
             raise _failure_of(failure)
         waits, self._waits = self._waits, []
         yield from (_wait_event(event) for event in waits if isinstance(event, Queued))
-        words = self._words()
-        seed = request.sampling_params.seed
+        output = fake_output(self._answers[0], request.sampling_params)
         yield pb.GenerateStreamResponse(
             started=pb.Started(
-                request_id=request.request_id, model="fake", group="fake", kv_format="exact",
-                seed=seed, prompt_tokens=_prompt_tokens(request.prompt),
+                request_id=request.request_id, model=request.model or "fake",
+                model_revision="fake", group="fake", kv_format="exact", seed=self._seed(request),
+                prompt_tokens=_prompt_tokens(request.prompt),
             )
         )  # fmt: skip
         yield from (_wait_event(event) for event in waits if isinstance(event, Prefilling))
-        received = len(request.resume.choices[0].token_ids) if request.resume.choices else 0
-        for position in range(received, len(words)):
-            if failure is not None and position - received == after_tokens:
+        for sent, event in enumerate(_output_events(request, output)):
+            if failure is not None and sent == after_tokens:
                 raise _failure_of(failure)
-            yield pb.GenerateStreamResponse(
-                delta=pb.Delta(text=words[position], token_ids=[position], token_offset=position)
-            )
+            yield event
         if failure is not None:
             raise _failure_of(failure)
         self._next_answer()
-        yield pb.GenerateStreamResponse(
-            choice_finished=pb.ChoiceFinished(finish_reason=pb.FINISH_REASON_STOP)
-        )
-        yield pb.GenerateStreamResponse(usage=_usage(request, len(words)))
+        yield pb.GenerateStreamResponse(usage=_usage(request, output))
 
     def sleep(self, seconds: float) -> None:
         self.slept_s += seconds
 
-    def _generate(self, request: pb.GenerateRequest) -> pb.GenerateResponse:
-        words = self._words()
-        self._next_answer()
-        return pb.GenerateResponse(
-            request_id=request.request_id,
-            model="fake",
-            seed=request.sampling_params.seed,
-            choices=[
-                pb.Choice(
-                    index=index,
-                    text="".join(words),
-                    token_ids=range(len(words)),
-                    finish_reason=pb.FINISH_REASON_STOP,
-                )
-                for index in range(_choices(request))
-            ],
-            usage=_usage(request, len(words)),
-        )
+    def _receive(self, request: Any, metadata: Metadata) -> None:
+        self.requests.append(copy.deepcopy(request))
+        self.metadata.append(dict(metadata))
+        if self._outage is not None and self.slept_s < self._outage[1]:
+            raise _failure_of(self._outage[0])
 
-    def _words(self) -> list[str]:
-        return re.findall(r"\s*\S+|\s+$", self._answers[0])
+    def _generate(self, request: pb.GenerateRequest) -> pb.GenerateResponse:
+        output = fake_output(self._answers[0], request.sampling_params)
+        self._next_answer()
+        reply = pb.GenerateResponse(
+            request_id=request.request_id,
+            model=request.model or "fake",
+            seed=self._seed(request),
+            choices=[output.choice] * _num_choices(request),
+            usage=_usage(request, output),
+        )
+        for index, choice in enumerate(reply.choices):
+            choice.index = index
+        return reply
+
+    def _seed(self, request: pb.GenerateRequest) -> int:
+        params = request.sampling_params
+        return params.seed if params.HasField("seed") else next(self._seeds)
 
     def _next_answer(self) -> None:
         if len(self._answers) > 1:
@@ -191,14 +203,20 @@ class FakeTransport:
         self._closed = False
 
     def unary(
-        self, method: Method[Request, Reply], request: Request, timeout_s: float | None
+        self,
+        method: Method[Request, Reply],
+        request: Request,
+        timeout_s: float | None,
+        metadata: Metadata,
     ) -> Reply:
         self._check_open()
-        return cast(Reply, self.server.unary(request))
+        return cast(Reply, self.server.unary(request, metadata))
 
-    def stream(self, request: pb.GenerateRequest, timeout_s: float | None) -> FakeStreamCall:
+    def stream(
+        self, request: pb.GenerateRequest, timeout_s: float | None, metadata: Metadata
+    ) -> FakeStreamCall:
         self._check_open()
-        return FakeStreamCall(self.server, request)
+        return FakeStreamCall(self.server, request, metadata)
 
     def now(self) -> float:
         return self.server.slept_s
@@ -222,13 +240,19 @@ class AsyncFakeTransport:
         self.server = self._blocking.server
 
     async def unary(
-        self, method: Method[Request, Reply], request: Request, timeout_s: float | None
+        self,
+        method: Method[Request, Reply],
+        request: Request,
+        timeout_s: float | None,
+        metadata: Metadata,
     ) -> Reply:
         await asyncio.sleep(0)
-        return self._blocking.unary(method, request, timeout_s)
+        return self._blocking.unary(method, request, timeout_s, metadata)
 
-    def stream(self, request: pb.GenerateRequest, timeout_s: float | None) -> AsyncFakeStreamCall:
-        return AsyncFakeStreamCall(self._blocking.stream(request, timeout_s))
+    def stream(
+        self, request: pb.GenerateRequest, timeout_s: float | None, metadata: Metadata
+    ) -> AsyncFakeStreamCall:
+        return AsyncFakeStreamCall(self._blocking.stream(request, timeout_s, metadata))
 
     def now(self) -> float:
         return self._blocking.now()
@@ -242,9 +266,9 @@ class AsyncFakeTransport:
 
 
 class FakeStreamCall:
-    def __init__(self, server: FakeServer, request: pb.GenerateRequest) -> None:
+    def __init__(self, server: FakeServer, request: pb.GenerateRequest, metadata: Metadata) -> None:
         self._server = server
-        self._events = server.events(request)
+        self._events = server.events(request, metadata)
         self._open = True
         server.open_streams += 1
 
@@ -291,14 +315,42 @@ def _prompt_tokens(prompt: pb.Prompt) -> int:
     return sum(len(text.split()) for text in texts)
 
 
-def _choices(request: pb.GenerateRequest) -> int:
+def _num_choices(request: pb.GenerateRequest) -> int:
     return max(1, request.sampling_params.n)
 
 
-def _usage(request: pb.GenerateRequest, completion_tokens: int) -> pb.Usage:
+def _output_events(
+    request: pb.GenerateRequest, output: FakeOutput
+) -> Iterator[pb.GenerateStreamResponse]:
+    """What the client has not received: the tokens of all choices in turn, then their ends."""
+    resumed = {choice.index: choice for choice in request.resume.choices}
+    live = [index for index in range(_num_choices(request)) if index not in resumed]
+    live += [index for index, choice in resumed.items() if not choice.finished]
+    for position, piece in enumerate(output.pieces):
+        for index in sorted(live):
+            if index not in resumed or len(resumed[index].token_ids) <= position:
+                delta = pb.Delta(
+                    index=index,
+                    text=piece,
+                    token_ids=[position],
+                    token_offset=position,
+                    logprobs=output.logprobs(position),
+                )
+                yield pb.GenerateStreamResponse(delta=delta)
+    for index in sorted(live):
+        finished = pb.ChoiceFinished(index=index, finish_reason=output.choice.finish_reason)
+        match output.choice.WhichOneof("matched_stop"):
+            case "matched_stop_string":
+                finished.matched_stop_string = output.choice.matched_stop_string
+            case "matched_stop_token_id":
+                finished.matched_stop_token_id = output.choice.matched_stop_token_id
+        yield pb.GenerateStreamResponse(choice_finished=finished)
+
+
+def _usage(request: pb.GenerateRequest, output: FakeOutput) -> pb.Usage:
     return pb.Usage(
         prompt_tokens=_prompt_tokens(request.prompt),
-        completion_tokens=completion_tokens * _choices(request),
+        completion_tokens=len(output.pieces) * _num_choices(request),
         group="fake",
         kv_format="exact",
     )

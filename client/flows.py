@@ -11,6 +11,7 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any, Generic, TypeAlias, TypeVar
 
+from kvmesh.client.checks import Metadata
 from kvmesh.client.errors import DeadlineExceededError
 from kvmesh.client.failures import RetryState, error_of
 from kvmesh.client.stream_state import StreamState
@@ -44,6 +45,7 @@ class Send(Generic[Request, Reply]):
     method: Method[Request, Reply]
     request: Request
     timeout_s: float | None
+    metadata: Metadata
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,7 @@ class Open:
 
     request: pb.GenerateRequest
     timeout_s: float | None
+    metadata: Metadata
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +79,7 @@ def unary(
     method: Method[Request, Reply],
     request: Request,
     timeout_s: float | None,
+    metadata: Metadata,
     retry: RetryState,
 ) -> UnaryFlow[Reply]:
     """One unary call, retried when that can help; returns the reply."""
@@ -87,9 +91,8 @@ def unary(
         if isinstance(request, pb.GenerateRequest) and remaining_s is not None:
             request.timeout_s, grace_s = remaining_s, GRACE_S
         try:
-            reply: Reply = yield Send(
-                method, request, None if remaining_s is None else remaining_s + grace_s
-            )
+            limit_s = None if remaining_s is None else remaining_s + grace_s
+            reply: Reply = yield Send(method, request, limit_s, metadata)
         except RpcFailure as failure:
             yield from _back_off(failure, retry)
         else:
@@ -97,17 +100,22 @@ def unary(
             return reply
 
 
-def stream(state: StreamState, timeout_s: float | None, retry: RetryState) -> StreamFlow:
+def stream(
+    state: StreamState, timeout_s: float | None, metadata: Metadata, retry: RetryState
+) -> StreamFlow:
     """One streamed generation, resumed when its connection is lost."""
     start = yield Now()
     retry.deadline = None if timeout_s is None else start + timeout_s
+    if state.continues:
+        retry.lost_at = start  # the stream that it continues may not have ended on the server
     while True:
         remaining_s = _remaining_s(retry.deadline, (yield Now()))
         request = state.request_to_send()
         if remaining_s is not None:
             request.timeout_s = remaining_s
         try:
-            yield Open(request, None if remaining_s is None else remaining_s + GRACE_S)
+            limit_s = None if remaining_s is None else remaining_s + GRACE_S
+            yield Open(request, limit_s, metadata)
             while (event := (yield Read())) is not None:
                 retry.contact.made = True
                 if (found := state.feed(event)) is not None:

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, TypeAlias
 
 import grpc
 import grpc.aio
 
-from kvmesh.client.errors import ClosedError, InvalidRequestError
+from kvmesh.client.checks import Metadata
+from kvmesh.client.errors import ClosedError, InvalidRequestError, UsageError
 from kvmesh.client.options import TLS
 from kvmesh.client.transport import GENERATE_STREAM, Method, Reply, Request, RpcFailure
 from kvmesh.protos import pb
+
+Channel: TypeAlias = grpc.Channel
+AsyncChannel: TypeAlias = grpc.aio.Channel
+Interceptor: TypeAlias = grpc.UnaryUnaryClientInterceptor | grpc.UnaryStreamClientInterceptor
+AsyncInterceptor: TypeAlias = grpc.aio.ClientInterceptor
 
 _CHANNEL_OPTIONS: tuple[tuple[str, int | str], ...] = (
     # Only the server limits sizes: a million-token prompt takes about 4 MB.
@@ -92,51 +100,62 @@ class GrpcStreamCall:
 class GrpcTransport:
     """Blocking calls over one channel; safe to use from several threads.
 
+    channel: closed with the transport
     silence_timeout_s: a stream that is silent for longer is lost; None: no limit
     """
 
-    def __init__(
-        self,
-        target: str,
-        api_key: str | None,
-        tls: TLS | None,
-        silence_timeout_s: float | None = None,
-    ) -> None:
+    def __init__(self, channel: Channel, silence_timeout_s: float | None = None) -> None:
         self._silence_timeout_s = silence_timeout_s
-        self._metadata = _metadata(api_key)
-        credentials = None if tls is None else _credentials(tls)
-        options = _options(tls)
-        self._channel = (
-            grpc.insecure_channel(target, options)
-            if credentials is None
-            else grpc.secure_channel(target, credentials, options)
-        )
+        self._channel = channel
+        self._process = os.getpid()
         self._closed = False
 
+    @classmethod
+    def connect(
+        cls,
+        target: str,
+        tls: TLS | None,
+        interceptors: Sequence[Interceptor] = (),
+        silence_timeout_s: float | None = None,
+    ) -> Self:
+        options = _options(tls)
+        channel = (
+            grpc.insecure_channel(target, options)
+            if tls is None
+            else grpc.secure_channel(target, _credentials(tls), options)
+        )
+        return cls(grpc.intercept_channel(channel, *interceptors), silence_timeout_s)
+
     def unary(
-        self, method: Method[Request, Reply], request: Request, timeout_s: float | None
+        self,
+        method: Method[Request, Reply],
+        request: Request,
+        timeout_s: float | None,
+        metadata: Metadata,
     ) -> Reply:
-        self._check_open()
+        self._check_usable()
         call = self._channel.unary_unary(
             method.path,
             request_serializer=method.request_type.SerializeToString,
             response_deserializer=method.reply_type.FromString,
         )
         try:
-            reply: Reply = call(request, timeout=timeout_s, metadata=self._metadata)
+            reply: Reply = call(request, timeout=timeout_s, metadata=metadata)
         except grpc.RpcError as error:
             raise _failure(error) from None
         return reply
 
-    def stream(self, request: pb.GenerateRequest, timeout_s: float | None) -> GrpcStreamCall:
-        self._check_open()
+    def stream(
+        self, request: pb.GenerateRequest, timeout_s: float | None, metadata: Metadata
+    ) -> GrpcStreamCall:
+        self._check_usable()
         call = self._channel.unary_stream(
             GENERATE_STREAM.path,
             request_serializer=GENERATE_STREAM.request_type.SerializeToString,
             response_deserializer=GENERATE_STREAM.reply_type.FromString,
         )
         return GrpcStreamCall(
-            call(request, timeout=timeout_s, metadata=self._metadata), self._silence_timeout_s
+            call(request, timeout=timeout_s, metadata=metadata), self._silence_timeout_s
         )
 
     def now(self) -> float:
@@ -147,11 +166,13 @@ class GrpcTransport:
 
     def close(self) -> None:
         self._closed = True
-        self._channel.close()
+        if os.getpid() == self._process:
+            self._channel.close()
 
-    def _check_open(self) -> None:
+    def _check_usable(self) -> None:
         if self._closed:
             raise ClosedError("the client has been closed")
+        check_process(self._process)
 
 
 class AsyncGrpcStreamCall:
@@ -185,27 +206,51 @@ class AsyncGrpcStreamCall:
 class AsyncGrpcTransport:
     """Calls over one channel, which belongs to the event loop of the first call.
 
+    channel: closed with the transport. If it is a function, the first call makes the channel,
+        since that needs a running loop
     silence_timeout_s: a stream that is silent for longer is lost; None: no limit
     """
 
     def __init__(
         self,
-        target: str,
-        api_key: str | None,
-        tls: TLS | None,
+        channel: AsyncChannel | Callable[[], AsyncChannel],
         silence_timeout_s: float | None = None,
     ) -> None:
         self._silence_timeout_s = silence_timeout_s
-        self._target = target
-        self._metadata = _metadata(api_key)
-        self._credentials = None if tls is None else _credentials(tls)
-        self._options = _options(tls)
-        # Made by the first call: a channel belongs to a running event loop.
-        self._channel: grpc.aio.Channel | None = None
+        self._make_channel = channel if callable(channel) else lambda: channel
+        self._channel: AsyncChannel | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._process = os.getpid()
         self._closed = False
 
+    @classmethod
+    def connect(
+        cls,
+        target: str,
+        tls: TLS | None,
+        interceptors: Sequence[AsyncInterceptor] = (),
+        silence_timeout_s: float | None = None,
+    ) -> Self:
+        options = _options(tls)
+        if tls is None:
+            return cls(
+                lambda: grpc.aio.insecure_channel(target, options, interceptors=interceptors),
+                silence_timeout_s,
+            )
+        credentials = _credentials(tls)
+        return cls(
+            lambda: grpc.aio.secure_channel(
+                target, credentials, options, interceptors=interceptors
+            ),
+            silence_timeout_s,
+        )
+
     async def unary(
-        self, method: Method[Request, Reply], request: Request, timeout_s: float | None
+        self,
+        method: Method[Request, Reply],
+        request: Request,
+        timeout_s: float | None,
+        metadata: Metadata,
     ) -> Reply:
         call = self._open_channel().unary_unary(
             method.path,
@@ -213,7 +258,7 @@ class AsyncGrpcTransport:
             response_deserializer=method.reply_type.FromString,
         )
         try:
-            reply: Reply = await call(request, timeout=timeout_s, metadata=self._metadata)
+            reply: Reply = await call(request, timeout=timeout_s, metadata=metadata)
         except grpc.RpcError as error:
             raise _failure(error) from None
         except asyncio.CancelledError:
@@ -221,14 +266,16 @@ class AsyncGrpcTransport:
             raise RpcFailure("CANCELLED", "the server cancelled the call") from None
         return reply
 
-    def stream(self, request: pb.GenerateRequest, timeout_s: float | None) -> AsyncGrpcStreamCall:
+    def stream(
+        self, request: pb.GenerateRequest, timeout_s: float | None, metadata: Metadata
+    ) -> AsyncGrpcStreamCall:
         call = self._open_channel().unary_stream(
             GENERATE_STREAM.path,
             request_serializer=GENERATE_STREAM.request_type.SerializeToString,
             response_deserializer=GENERATE_STREAM.reply_type.FromString,
         )
         return AsyncGrpcStreamCall(
-            call(request, timeout=timeout_s, metadata=self._metadata), self._silence_timeout_s
+            call(request, timeout=timeout_s, metadata=metadata), self._silence_timeout_s
         )
 
     def now(self) -> float:
@@ -239,19 +286,34 @@ class AsyncGrpcTransport:
 
     async def close(self) -> None:
         self._closed = True
-        if self._channel is not None:
+        if self._channel is not None and os.getpid() == self._process:
+            self._check_loop()
             await self._channel.close()
 
-    def _open_channel(self) -> grpc.aio.Channel:
+    def _open_channel(self) -> AsyncChannel:
         if self._closed:
             raise ClosedError("the client has been closed")
+        check_process(self._process)
         if self._channel is None:
-            self._channel = (
-                grpc.aio.insecure_channel(self._target, self._options)
-                if self._credentials is None
-                else grpc.aio.secure_channel(self._target, self._credentials, self._options)
-            )
+            self._loop = asyncio.get_running_loop()
+            self._channel = self._make_channel()
+        self._check_loop()
         return self._channel
+
+    def _check_loop(self) -> None:
+        if asyncio.get_running_loop() is not self._loop:
+            raise UsageError(
+                "this AsyncClient belongs to the event loop in which it was first used; "
+                "make another one in this loop"
+            )
+
+
+def check_process(process: int) -> None:
+    """Raise UsageError in any other process: gRPC's connections do not survive a fork."""
+    if os.getpid() != process:
+        raise UsageError(
+            f"this client was made before process {os.getpid()} was forked; make another one in it"
+        )
 
 
 def raise_if_cancelling() -> None:
@@ -277,10 +339,6 @@ def _failure(error: grpc.RpcError) -> RpcFailure:
 
 def _lost(silence_timeout_s: float | None) -> RpcFailure:
     return RpcFailure("UNAVAILABLE", f"the server has sent nothing for {silence_timeout_s:g} s")
-
-
-def _metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:
-    return () if api_key is None else (("authorization", f"Bearer {api_key}"),)
 
 
 def _options(tls: TLS | None) -> list[tuple[str, int | str]]:

@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
+import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias, TypedDict
+from typing import Any, Final, TypeAlias, TypedDict
 
+from kvmesh.client.checks import check_seconds
 from kvmesh.client.errors import InvalidRequestError
+
+
+class Unset(enum.Enum):
+    """Nothing was given, where None already has a meaning."""
+
+    UNSET = enum.auto()
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+UNSET: Final = Unset.UNSET
+# Seconds; None: no limit; UNSET: the client's.
+Timeout: TypeAlias = float | None | Unset
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,38 +49,35 @@ Prompt: TypeAlias = str | Messages | Sequence[int]
 
 
 class GenerateOptions(TypedDict, total=False):
-    """The keyword options of generate, generate_stream, chat and chat_stream.
+    """The keyword options of generate and generate_stream.
 
-    Options that are left out take the server's default, given in brackets.
+    An option that is left out, or None, takes the server's default, which is in brackets.
 
-    temperature: [1] 0 to 100; below 1e-5 it is greedy
+    temperature: [1] 0 to 100; 0 is greedy, and so is anything below 1e-5
     top_p: [1] nucleus sampling, in (0, 1]
     top_k: [0] keep the k most likely tokens; 0 keeps all
     min_p: [0] 0 to 1: minimum probability relative to the most likely token's
-    repetition_penalty: [1] 0.01 to 100
-    presence_penalty, frequency_penalty: [0, 0] -100 to 100
-    seed: 64 bits; if left out, the server chooses one and reports it
-    max_tokens, min_tokens: [256, 0] output tokens per choice
-    stop, stop_token_ids: end a choice; the text does not include the stop string
+    repetition_penalty: [1] 0.01 to 100; above 1 it discourages tokens of prompt and output
+    presence_penalty: [0] -100 to 100, subtracted from the logits of tokens of the output
+    frequency_penalty: [0] -100 to 100, subtracted once for each occurrence in the output
+    seed: [random, and reported back] 64 bits
+    max_tokens: [256] output tokens per choice
+    min_tokens: [0] no stop token or stop string ends a choice before this many tokens
+    stop: [none] strings that end a choice; its text ends before them
+    stop_token_ids: [none] token ids that end a choice
     ignore_eos: [False] continue past the model's end-of-sequence tokens
-    logit_bias: token id -> bias added to its logit, -100 to 100
-    logprobs: [none] log-probabilities of the chosen token and the k best alternatives, k <= 20
+    logit_bias: [none] token id -> bias added to its logit, -100 to 100
+    logprobs: [none] log-probabilities of the chosen tokens, and of the k best, k from 0 to 20
     n: [1] choices
-    request_id: names the request, e.g. for abort; generated if left out
-    model: checked against the served model
+    request_id: [a random one] names the request, e.g. for abort
+    model: [the client's, or any] checked against the served model
     priority: [0] higher starts sooner
-    timeout_s: from the call to the last token, including retries; at most 30 days
+    timeout_s: [the client's, or no limit] seconds from the call to the last token, including
+        retries, at most 30 days; here None means no limit
     allowed_kv_formats: [all] KV formats that are acceptable, e.g. ["exact", "int8"]
     max_kv_divergence_nats: [none] the most that the KV format may diverge from exact KV, as
         measured: see `model_info().groups`
-    cache_salt: cached prefixes are shared only between requests with the same salt
-
-    For chats only:
-
-    tools: functions that the model may call: each with name, description and parameters, a
-        JSON schema, or as OpenAI wraps them, {"type": "function", "function": ...}
-    chat_template_kwargs: variables of the model's chat template, e.g. {"enable_thinking": False}
-    continue_final_message: [False] continue the last message instead of answering it
+    cache_salt: [none] cached prefixes are shared only between requests with the same salt
     """
 
     temperature: float
@@ -85,10 +99,22 @@ class GenerateOptions(TypedDict, total=False):
     request_id: str
     model: str
     priority: int
-    timeout_s: float | None
+    timeout_s: Timeout
     allowed_kv_formats: Sequence[str]
     max_kv_divergence_nats: float
     cache_salt: str
+
+
+class ChatOptions(GenerateOptions, total=False):
+    """The keyword options of chat and chat_stream: those of `GenerateOptions`, and these.
+
+    tools: [none] functions that the model may call, each with name, description and parameters
+        (a JSON schema), or as OpenAI's API has them, {"type": "function", "function": ...}
+    chat_template_kwargs: [none] variables of the model's chat template, for instance
+        {"enable_thinking": False}
+    continue_final_message: [False] continue the last message, do not answer it
+    """
+
     tools: Sequence[Mapping[str, Any]]
     chat_template_kwargs: Mapping[str, Any]
     continue_final_message: bool
@@ -96,20 +122,25 @@ class GenerateOptions(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """How many retries a call gets, and how long it waits between them.
+    """What is tried again, how often, and after which waits. Never beyond the call's timeout.
 
-    Lost connections and refusals for lack of room are retried. The k-th wait is
-    uniform in [0, min(max_backoff_s, initial_backoff_s · 2^k)]. If the server sends
-    retry_after_s, the client waits that long and adds the jittered back-off, so that
-    requests refused together do not return together.
+    Two kinds of failure are tried again, with the same request_id:
+    - A lost server: it cannot be reached, is draining, is not ready, or its connection broke.
+      The call waits for it to return, however many attempts that takes: as long as its timeout
+      allows, or `max_outage_s` without one; `max_connect_s` if this server has never answered.
+      A stream that has output resumes where it stopped.
+    - A refusal that may pass: no room (pool, queue or quota), or an engine that was lost. The
+      call gets `max_attempts`.
+    Everything else fails at once: invalid fields, keys, models, requests that can never fit,
+    expired timeouts, server faults.
 
-    A server that has served this client before, and is lost, is expected to return: a
-    call tries again, and a stream resumes where it stopped, as long as its timeout allows.
+    The k-th wait is random, uniform in [0, min(max_backoff_s, initial_backoff_s · 2^k)]. If the
+    server sends retry_after_s, that is added, so that requests refused together do not return
+    together.
 
     max_attempts: per call; a stream that makes progress starts counting from 1 again;
-        1: never retry; not counted while the client waits for a lost server
+        1: never retry, nor wait for a lost server
     max_retry_after_s: if the server asks for a longer wait, the call fails instead
-    max_outage_s: how long a call without a timeout waits for a lost server
     """
 
     max_attempts: int = 4
@@ -117,18 +148,18 @@ class RetryPolicy:
     max_backoff_s: float = 10.0
     max_retry_after_s: float = 60.0
     max_outage_s: float = 120.0
+    # Longer than a server's restart, but its address may be wrong.
+    max_connect_s: float = 45.0
 
     def __post_init__(self) -> None:
-        if self.max_attempts < 1:
+        attempts = self.max_attempts
+        if not isinstance(attempts, int) or isinstance(attempts, bool) or attempts < 1:
             raise InvalidRequestError.of(
-                "max_attempts", f"must be at least 1, got {self.max_attempts}"
+                "max_attempts", f"expected a whole number from 1, got {attempts!r:.60}"
             )
-        for name in ("max_outage_s", "initial_backoff_s", "max_backoff_s", "max_retry_after_s"):
-            # A comparison that is also false for NaN.
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise InvalidRequestError.of(
-                    name, f"must be finite and at least 0, got {getattr(self, name)}"
-                )
+        for field in dataclasses.fields(self):
+            if field.name.endswith("_s"):
+                check_seconds(field.name, getattr(self, field.name), zero=True)
 
 
 NO_RETRY = RetryPolicy(max_attempts=1)

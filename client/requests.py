@@ -4,25 +4,14 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping, Sequence
-from typing import Final
+from typing import Any, TypeVar
 
 from kvmesh.client.chats import assign, chat, set_chat_option
 from kvmesh.client.errors import InvalidRequestError
-from kvmesh.client.options import GenerateOptions, Message, Messages, Prompt
+from kvmesh.client.options import Message, Messages, Prompt
 from kvmesh.protos import pb
 
-_REQUEST_FIELDS: Final = frozenset(
-    (
-        "request_id",
-        "model",
-        "priority",
-        "timeout_s",
-        "allowed_kv_formats",
-        "max_kv_divergence_nats",
-        "cache_salt",
-    )
-)
-_CHAT_FIELDS: Final = frozenset(("tools", "chat_template_kwargs", "continue_final_message"))
+Named = TypeVar("Named", pb.AbortRequest, pb.ExplainRequest)
 
 
 def prompt_message(prompt: Prompt) -> pb.Prompt:
@@ -42,7 +31,7 @@ def chat_message(messages: Messages) -> pb.Prompt:
     return pb.Prompt(chat=chat(messages))
 
 
-def generate_request(prompt: pb.Prompt, options: GenerateOptions) -> pb.GenerateRequest:
+def generate_request(prompt: pb.Prompt, options: Mapping[str, Any]) -> pb.GenerateRequest:
     """The message of a generation; generates a request_id if there is none.
 
     Raises InvalidRequestError for values that the message cannot hold, such as a
@@ -52,16 +41,28 @@ def generate_request(prompt: pb.Prompt, options: GenerateOptions) -> pb.Generate
     for name, value in options.items():
         if value is None or name == "timeout_s":
             continue  # timeout_s counts from the call, so it is set when the request is sent
-        if name in _CHAT_FIELDS:
-            set_chat_option(request.prompt, name, value)
-        elif name in _REQUEST_FIELDS:
+        if name in pb.GenerateRequest.DESCRIPTOR.fields_by_name:
             assign(request, name, value, name)
+        elif name in pb.Chat.DESCRIPTOR.fields_by_name:
+            set_chat_option(request.prompt.chat, name, value)
         elif name == "stop" and isinstance(value, str):
             request.sampling_params.stop.append(value)
         else:
             assign(request.sampling_params, name, value, f"sampling_params.{name}")
     if not request.request_id:
         request.request_id = secrets.token_hex(16)
+    return request
+
+
+def tokenize_request(prompt: Prompt, model: str | None) -> pb.TokenizeRequest:
+    request = pb.TokenizeRequest(prompt=prompt_message(prompt))
+    assign(request, "model", model or "", "model")
+    return request
+
+
+def of_request_id(cls: type[Named], request_id: str) -> Named:
+    request = cls()
+    assign(request, "request_id", request_id, "request_id")
     return request
 
 

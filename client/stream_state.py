@@ -4,32 +4,30 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from kvmesh.client import responses
+from kvmesh.client.cursor import decode_cursor, encode_cursor
 from kvmesh.client.errors import ClosedError, ProtocolError
-from kvmesh.client.responses import finish_reason, logprobs, matched_stop, mirror
-from kvmesh.client.types import (
-    Choice,
-    Completion,
-    Delta,
-    FinishReason,
-    Prefilling,
-    Queued,
-    Started,
-    StreamEvent,
-    TokenLogprobs,
-    Usage,
-)
+from kvmesh.client.types import Completion, Delta, Prefilling, Queued, Started, StreamEvent, Usage
 from kvmesh.protos import pb
 
 
 @dataclass(slots=True)
 class _ChoiceState:
+    """choice: all that was received, except for the text"""
+
+    choice: pb.Choice
+    # In a message, adding to a long text would copy it.
     text: list[str] = field(default_factory=list)
     text_chars: int = 0
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
-    finish_reason_number: int = 0
-    matched_stop: str | int | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.choice.finish_reason != pb.FINISH_REASON_UNSPECIFIED
+
+    def received(self) -> pb.Choice:
+        choice = pb.Choice(text="".join(self.text))
+        choice.MergeFrom(self.choice)
+        return choice
 
 
 class StreamState:
@@ -38,16 +36,38 @@ class StreamState:
     queued, started, prefilling: the latest of each event, or None
     usage: set once the stream has ended normally
     resumes: how often the stream was resumed after a lost connection
+    continues: whether another stream started it, which is the case after `of_cursor`
     """
 
-    def __init__(self, request: pb.GenerateRequest) -> None:
+    def __init__(self, request: pb.GenerateRequest, *, continues: bool = False) -> None:
         self._request = request
         self._choices: dict[int, _ChoiceState] = {}
+        self._usage: pb.Usage | None = None
         self._connections = 0
+        self.continues = continues
         self.queued: Queued | None = None
         self.started: Started | None = None
         self.prefilling: Prefilling | None = None
         self.usage: Usage | None = None
+
+    @classmethod
+    def of_cursor(cls, text: str) -> StreamState:
+        """The state of another stream that had `cursor`.
+
+        Raises InvalidRequestError for a text that is no cursor.
+        """
+        request, received = decode_cursor(text)
+        state = cls(request, continues=True)
+        for choice in received.choices:
+            found = _ChoiceState(choice, [choice.text], len(choice.text))
+            choice.ClearField("text")
+            state._choices[choice.index] = found
+        return state
+
+    @property
+    def cursor(self) -> str:
+        """Where the stream is now."""
+        return encode_cursor(self._request, self._received())
 
     @property
     def request_id(self) -> str:
@@ -65,17 +85,14 @@ class StreamState:
         """The request for the next connection: the caller's, or one that resumes."""
         request = pb.GenerateRequest()
         request.CopyFrom(self._request)
-        if self.started is None:
-            return request
-        request.sampling_params.seed = self.started.seed
-        request.resume.model_revision = self.started.model_revision
-        for index, choice in sorted(self._choices.items()):
-            request.resume.choices.add(
-                index=index,
-                token_ids=choice.token_ids,
-                text_chars=choice.text_chars,
-                finished=choice.finish_reason is not None,
-            )
+        if request.HasField("resume"):
+            for index, state in sorted(self._choices.items()):
+                request.resume.choices.add(
+                    index=index,
+                    token_ids=state.choice.token_ids,
+                    text_chars=state.text_chars,
+                    finished=state.finished,
+                )
         return request
 
     def feed(self, event: pb.GenerateStreamResponse) -> StreamEvent | None:
@@ -87,101 +104,97 @@ class StreamState:
             raise self._broken("an event after usage")
         match event.WhichOneof("event"):
             case "queued":
-                self.queued = mirror(Queued, event.queued)
+                self.queued = responses.mirror(Queued, event.queued)
                 return self.queued
             case "started":
-                self._connections += 1
-                self.started = mirror(Started, event.started)
-                return self.started
+                return self._start(event.started)
             case "prefilling":
-                self.prefilling = mirror(Prefilling, event.prefilling)
+                self.prefilling = responses.mirror(Prefilling, event.prefilling)
                 return self.prefilling
             case "delta":
                 return self._delta(event.delta)
             case "choice_finished":
                 return self._finish(event.choice_finished)
             case "usage":
-                self._end(event.usage)
-            case None:
-                pass  # a sign of life, or a newer server's event, which is safe to skip
-        return None
+                return self._end(event.usage)
+            case _:
+                return None  # a sign of life, or a newer server's event, which is safe to skip
 
     def completion(self) -> Completion:
         """The whole result; raises ClosedError before the stream has ended."""
         if self.usage is None or self.started is None:
             raise ClosedError("the stream has not ended yet", request_id=self.request_id)
-        return Completion(
-            request_id=self.started.request_id,
-            model=self.started.model,
-            seed=self.started.seed,
-            choices=tuple(
-                _choice(index, choice) for index, choice in sorted(self._choices.items())
-            ),
-            usage=self.usage,
+        return responses.completion(self._received())
+
+    def _received(self) -> pb.GenerateResponse:
+        return pb.GenerateResponse(
+            request_id=self.started.request_id if self.started else self.request_id,
+            model=self.started.model if self.started else "",
+            seed=self._request.sampling_params.seed,
+            choices=[state.received() for _, state in sorted(self._choices.items())],
+            usage=self._usage,
         )
 
+    def _start(self, started: pb.Started) -> Started:
+        self._connections += 1
+        # What the contract requires of a request that resumes this stream.
+        self._request.sampling_params.seed = started.seed
+        self._request.resume.model_revision = started.model_revision
+        self._request.resume.SetInParent()
+        self.started = responses.mirror(Started, started)
+        return self.started
+
     def _delta(self, delta: pb.Delta) -> Delta:
-        choice = self._live_choice(delta.index)
-        if delta.token_offset != len(choice.token_ids):
+        state = self._live_choice(delta.index)
+        received_tokens = len(state.choice.token_ids)
+        if delta.token_offset != received_tokens:
             raise self._broken(
-                f"choice {delta.index} has {len(choice.token_ids)} tokens, "
+                f"choice {delta.index} has {received_tokens} tokens, "
                 f"but the delta starts at token {delta.token_offset}"
             )
-        entries = logprobs(delta.token_ids, delta.logprobs)
-        choice.text.append(delta.text)
-        choice.text_chars += len(delta.text)
-        choice.token_ids.extend(delta.token_ids)
-        choice.logprobs.extend(entries)
+        state.text.append(delta.text)
+        state.text_chars += len(delta.text)
+        state.choice.token_ids.extend(delta.token_ids)
+        state.choice.logprobs.MergeFrom(delta.logprobs)
         return Delta(
             index=delta.index,
             text=delta.text,
             token_ids=tuple(delta.token_ids),
-            logprobs=entries,
+            logprobs=responses.logprobs(delta.token_ids, delta.logprobs),
         )
 
     def _finish(self, finished: pb.ChoiceFinished) -> Delta:
-        choice = self._live_choice(finished.index)
-        choice.finish_reason = finish_reason(finished.finish_reason)
-        choice.finish_reason_number = finished.finish_reason
-        choice.matched_stop = matched_stop(finished)
+        state = self._live_choice(finished.index)
+        # The fields of ChoiceFinished are among those of Choice.
+        for field_, value in finished.ListFields():
+            setattr(state.choice, field_.name, value)
         return Delta(
             index=finished.index,
             text="",
-            finish_reason=choice.finish_reason,
-            finish_reason_number=choice.finish_reason_number,
-            matched_stop=choice.matched_stop,
+            finish_reason=responses.finish_reason(finished.finish_reason),
+            finish_reason_number=finished.finish_reason,
+            matched_stop=responses.matched_stop(finished),
         )
 
-    def _end(self, usage: pb.Usage) -> None:
+    def _end(self, usage: pb.Usage) -> Usage:
         if self.started is None or not self._choices:
             raise self._broken("usage before any output")
-        unfinished = [i for i, choice in self._choices.items() if choice.finish_reason is None]
+        unfinished = [index for index, state in self._choices.items() if not state.finished]
         if unfinished:
             raise self._broken(f"usage before choice {unfinished[0]} finished")
-        self.usage = mirror(Usage, usage)
+        self._usage = usage
+        self.usage = responses.mirror(Usage, usage)
+        return self.usage
 
     def _live_choice(self, index: int) -> _ChoiceState:
         if self.started is None:
             raise self._broken("output before started")
-        choice = self._choices.setdefault(index, _ChoiceState())
-        if choice.finish_reason is not None:
+        state = self._choices.setdefault(index, _ChoiceState(pb.Choice(index=index)))
+        if state.finished:
             raise self._broken(f"output of choice {index} after it finished")
-        return choice
+        return state
 
     def _broken(self, what: str) -> ProtocolError:
         return ProtocolError(
             f"the stream violates the contract: {what}", request_id=self._request.request_id
         )
-
-
-def _choice(index: int, state: _ChoiceState) -> Choice:
-    assert state.finish_reason is not None
-    return Choice(
-        index=index,
-        text="".join(state.text),
-        token_ids=tuple(state.token_ids),
-        finish_reason=state.finish_reason,
-        finish_reason_number=state.finish_reason_number,
-        matched_stop=state.matched_stop,
-        logprobs=tuple(state.logprobs),
-    )

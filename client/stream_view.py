@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 from kvmesh.client.stream_state import StreamState
 from kvmesh.client.types import Completion, Prefilling, Queued, Started, Usage
 
@@ -15,6 +17,15 @@ class StreamView:
     @property
     def request_id(self) -> str:
         return self._state.request_id
+
+    @property
+    def cursor(self) -> str:
+        """Where the stream is now: a text from which `resume` of any client continues it.
+
+        It holds the request and the output so far, but no API key. Compute it when it is to be
+        saved, not with every delta: its size is that of the prompt and the output.
+        """
+        return self._state.cursor
 
     @property
     def queued(self) -> Queued | None:
@@ -45,3 +56,6 @@ class StreamView:
     def completion(self) -> Completion:
         """The whole output; raises ClosedError before the stream has ended."""
         return self._state.completion()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a stream cannot be pickled or copied; save its `cursor`")

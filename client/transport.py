@@ -12,6 +12,7 @@ from typing import Generic, Protocol, TypeVar
 
 from google.protobuf.message import Message
 
+from kvmesh.client.checks import Metadata
 from kvmesh.protos import admin, pb
 
 Request = TypeVar("Request", bound=Message)
@@ -74,11 +75,19 @@ class StreamCall(Protocol):
 
 
 class Transport(Protocol):
+    """metadata: of the call, the caller's key among it"""
+
     def unary(
-        self, method: Method[Request, Reply], request: Request, timeout_s: float | None
+        self,
+        method: Method[Request, Reply],
+        request: Request,
+        timeout_s: float | None,
+        metadata: Metadata,
     ) -> Reply: ...
 
-    def stream(self, request: pb.GenerateRequest, timeout_s: float | None) -> StreamCall: ...
+    def stream(
+        self, request: pb.GenerateRequest, timeout_s: float | None, metadata: Metadata
+    ) -> StreamCall: ...
 
     def now(self) -> float:
         """Seconds on a monotonic clock."""
@@ -96,10 +105,16 @@ class AsyncStreamCall(Protocol):
 
 class AsyncTransport(Protocol):
     async def unary(
-        self, method: Method[Request, Reply], request: Request, timeout_s: float | None
+        self,
+        method: Method[Request, Reply],
+        request: Request,
+        timeout_s: float | None,
+        metadata: Metadata,
     ) -> Reply: ...
 
-    def stream(self, request: pb.GenerateRequest, timeout_s: float | None) -> AsyncStreamCall: ...
+    def stream(
+        self, request: pb.GenerateRequest, timeout_s: float | None, metadata: Metadata
+    ) -> AsyncStreamCall: ...
 
     def now(self) -> float: ...
 

@@ -154,8 +154,8 @@ class Prefilling:
     total_tokens: int
 
 
-# What `Stream.events` yields.
-StreamEvent: TypeAlias = Queued | Started | Prefilling | Delta
+# What `Stream.events` yields. Usage is the last.
+StreamEvent: TypeAlias = Queued | Started | Prefilling | Delta | Usage
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -47,6 +48,7 @@ TURN_TIMEOUT_S = 1.0
 READ_TIMEOUT_S = 30.0
 HEALTH_POLL_S = 1.0
 MAX_REFLECTION_BYTES = 4096
+_TRACEPARENT = re.compile("[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}.{0,100}")
 
 Context = Any  # grpc.aio's, whose class is not public
 
@@ -282,16 +284,25 @@ def _health_reply(status: int) -> bytes:
 
 def fail(context: Context, error: Exception, request_id: str) -> str:
     """Put an error into a call's status and log what clients must not see; its metrics label."""
+    trace = _trace_id(context.invocation_metadata())
     if error_table.is_expected(error):
-        logger.info("refused request %r: %s", request_id, error)
+        logger.info("refused request %r%s: %s", request_id, trace, error)
     else:
-        logger.error("failed at request %r", request_id, exc_info=error)
+        logger.error("failed at request %r%s", request_id, trace, exc_info=error)
     wire = error_table.to_wire(error, request_id)
     message, trailer = encode(wire)
     context.set_code(error_table.status_code(wire))
     context.set_details(message)
     context.set_trailing_metadata(((TRAILER, trailer),))
     return error_table.reason_label(wire)
+
+
+def _trace_id(metadata: Any) -> str:
+    """For a log: the trace that a call belongs to, by its `traceparent` as the W3C defines it."""
+    for name, value in metadata or ():
+        if name == "traceparent" and (found := _TRACEPARENT.fullmatch(str(value))):
+            return f" of trace {found[1]}"
+    return ""
 
 
 # Serve's server

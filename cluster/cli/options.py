@@ -73,6 +73,7 @@ QuietOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON; errors too.")]
 
 
+CONNECT_S = 2.0
 _connection = functools.partial(typer.Option, rich_help_panel="Connection")
 
 
@@ -120,20 +121,22 @@ class ServerOptions:
     timeout: Annotated[
         float | None,
         _connection(
-            help="Seconds until the call counts as failed; default: 30, or none to generate.",
+            help="Seconds until the call counts as failed; default: 60, or none to generate.",
         ),
     ] = None
 
     def client(self) -> Client:
         """Raises typer.BadParameter and the SDK's errors."""
-        from kvmesh.client import Client
+        from kvmesh.client import Client, RetryPolicy
 
-        return Client(self.target, api_key=self._key(), tls=self._tls())
-
-    @property
-    def limit(self) -> Any:
-        """The options of a call that limit its time."""
-        return without_none(timeout_s=self.timeout)
+        return Client(
+            self.target,
+            api_key=self._key(),
+            tls=self._tls(),
+            # Nobody wants to look at nothing while a server that is not there may start.
+            retry=RetryPolicy(max_connect_s=CONNECT_S),
+            **without_none(timeout_s=self.timeout),
+        )
 
     def _key(self) -> str | None:
         from kvmesh.client.credentials import read_key_file

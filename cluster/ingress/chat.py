@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
-from google.protobuf import json_format
+from google.protobuf.struct_pb2 import Struct, Value
 
 from kvmesh.cluster.errors import UnsupportedFieldError
 from kvmesh.cluster.ingress.refuse import refuse
@@ -40,7 +41,7 @@ def conversation(chat: pb.Chat) -> Conversation:
     return Conversation(
         messages,
         [_tool(tool, f"prompt.chat.tools[{index}]") for index, tool in enumerate(chat.tools)],
-        _with_integers(json_format.MessageToDict(chat.chat_template_kwargs)),
+        _struct(chat.chat_template_kwargs),
         chat.continue_final_message,
     )
 
@@ -112,10 +113,26 @@ def _deeper_than(value: Any, depth: int) -> bool:
     return depth == 0 or any(_deeper_than(item, depth - 1) for item in inner)
 
 
-def _with_integers(value: Any) -> Any:
-    """A Struct has floats only: those without a fraction as integers."""
-    if isinstance(value, dict):
-        return {key: _with_integers(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_with_integers(item) for item in value]
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+def _struct(struct: Struct) -> dict[str, Any]:
+    return {name: _value(value) for name, value in struct.fields.items()}
+
+
+def _value(value: Value) -> Any:
+    """Numbers without a fraction as integers: a Struct itself has floats only."""
+    match value.WhichOneof("kind"):
+        case "struct_value":
+            return _struct(value.struct_value)
+        case "list_value":
+            return [_value(item) for item in value.list_value.values]
+        case "number_value" if math.isfinite(value.number_value):
+            number = value.number_value
+            return int(number) if number.is_integer() else number
+        case "string_value":
+            return value.string_value
+        case "bool_value":
+            return value.bool_value
+        case "null_value":
+            return None
+    raise InvalidFieldError(
+        "prompt.chat.chat_template_kwargs", "must have values, and finite numbers only"
+    )

@@ -157,7 +157,7 @@ def test_a_reason_from_a_newer_server_is_its_number() -> None:
 
 def test_an_unreachable_server_is_unavailable() -> None:
     with (
-        Client("localhost:1", retry=RetryPolicy(max_attempts=2, initial_backoff_s=0)) as client,
+        Client("localhost:1", retry=RetryPolicy(max_connect_s=0.2)) as client,
         pytest.raises(errors.UnavailableError) as caught,
     ):
         client.generate("hi")

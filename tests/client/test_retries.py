@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import random
+import socket
+import threading
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -24,10 +29,13 @@ from kvmesh import (
     RequestCancelledError,
     RetryPolicy,
     ServerError,
+    Tokens,
     UnavailableError,
 )
 from kvmesh.client.failures import RetryState, error_of
 from kvmesh.client.transport import RpcFailure
+from kvmesh.protos import pb
+from tests.client.servicer import ScriptedServicer, answering, serving
 
 
 def clients() -> tuple[FakeTransport, Client]:
@@ -73,7 +81,7 @@ def test_permanent_errors_are_not_retried(error: KVMeshError, streaming: bool) -
 
 def test_attempts_are_bounded() -> None:
     fake, client = clients()
-    fake.server.fail(UnavailableError("gone"), times=100)
+    fake.server.fail(UnavailableError("lost", reason="ENGINE_LOST"), times=100)
     with pytest.raises(UnavailableError):
         client.tokenize("hi")
     assert len(fake.server.requests) == RetryPolicy().max_attempts
@@ -115,11 +123,18 @@ def test_no_wait_extends_past_the_timeout() -> None:
     assert timeouts[1] == pytest.approx(20.0 - fake.server.slept_s)
 
 
-def test_an_expired_timeout_makes_no_call() -> None:
+@pytest.mark.parametrize("streaming", [False, True])
+def test_an_expired_timeout_makes_no_call(streaming: bool) -> None:
+    """Here the wait takes longer than it was meant to."""
     fake, client = clients()
+    fake.sleep = lambda seconds: fake.server.sleep(seconds + 30.0)  # type: ignore[method-assign]
+    fake.server.fail(UnavailableError("gone"))
     with pytest.raises(DeadlineExceededError):
-        client.generate("hi", timeout_s=0.0)
-    assert not fake.server.requests
+        if streaming:
+            list(client.generate_stream("hi", timeout_s=20.0))
+        else:
+            client.generate("hi", timeout_s=20.0)
+    assert len(fake.server.requests) == 1
 
 
 def test_retries_until_the_lost_request_has_ended() -> None:
@@ -272,13 +287,88 @@ def test_back_off_grows_and_is_bounded(failures: int, seed: int, policy: RetryPo
         assert 0 <= wait_s <= bound_s
 
 
-@pytest.mark.parametrize("attempts", [0, -1])
-def test_a_policy_without_attempts_is_refused(attempts: int) -> None:
-    with pytest.raises(InvalidRequestError, match="max_attempts"):
-        RetryPolicy(max_attempts=attempts)
+# A server that restarts, for a client that it has never answered.
+
+RESTART_S = 30.0
 
 
-@pytest.mark.parametrize("seconds", [-1.0, float("nan"), float("inf")])
-def test_a_policy_with_impossible_waits_is_refused(seconds: float) -> None:
-    with pytest.raises(InvalidRequestError, match="initial_backoff_s"):
-        RetryPolicy(initial_backoff_s=seconds)
+def restarting(seed: int, **options: Any) -> tuple[FakeTransport, Client]:
+    fake = FakeTransport(["a b c"])
+    fake.server.fail_for(GONE, RESTART_S)
+    client = Client(transport=fake, **options)
+    client._core._rng.seed(seed)
+    return fake, client
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_a_restart_is_survived_by_default(seed: int) -> None:
+    fake, client = restarting(seed)
+    call = (lambda: client.generate("hi")) if seed % 2 else client.loads
+    call()
+    assert RESTART_S <= fake.server.slept_s <= RESTART_S + RetryPolicy().max_backoff_s
+    assert len(fake.server.requests) < 40, "and without hammering the server"
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("timeout_s", [31.0, 33.0, 40.0])
+def test_the_end_of_a_timeout_is_used(timeout_s: float, seed: int) -> None:
+    """The last waits get shorter, so that a server that returns just in time is found."""
+    fake, client = restarting(seed)
+    assert client.generate("hi", timeout_s=timeout_s).text == "a b c"
+    assert RESTART_S <= fake.server.slept_s < timeout_s
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("timeout_s", [0.1, 5.0, 29.0])
+def test_a_restart_is_not_waited_for_beyond_the_timeout(timeout_s: float, seed: int) -> None:
+    fake, client = restarting(seed)
+    with pytest.raises(UnavailableError):
+        client.generate("hi", timeout_s=timeout_s)
+    assert timeout_s / 2 - 0.2 <= fake.server.slept_s < timeout_s
+
+
+@pytest.mark.parametrize("timeout_s", [None, 1000.0])
+def test_a_server_that_has_never_answered_is_not_waited_for_long(timeout_s: float | None) -> None:
+    """Its address may be wrong."""
+    fake = FakeTransport()
+    fake.server.fail_for(GONE, 10_000.0)
+    with pytest.raises(UnavailableError):
+        Client(transport=fake).generate("hi", timeout_s=timeout_s)
+    limit_s = RetryPolicy().max_connect_s
+    assert limit_s - 1.0 <= fake.server.slept_s <= limit_s + 1.0
+
+
+def test_a_server_that_says_that_it_is_not_ready_has_answered() -> None:
+    fake = FakeTransport()
+    fake.server.fail_for(UnavailableError("loading the model", reason="NOT_READY"), 100.0)
+    assert Client(transport=fake).generate("hi").text == "Hello."
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_server_that_starts_late_is_found(asynchronous: bool) -> None:
+    """On the real clock: the connection is refused until the server listens."""
+    port = free_port()
+    late = threading.Timer(0.5, lambda: late_server.enter_context(serving(SERVICER, port)))
+    with contextlib.ExitStack() as late_server:
+        late.start()
+        if asynchronous:
+            tokens = asyncio.run(tokenize(port))
+        else:
+            with Client(port) as client:
+                tokens = client.tokenize("hi")
+        late.join()
+    assert tokens.token_ids == (1, 2)
+
+
+SERVICER = ScriptedServicer(answering(pb.TokenizeResponse(token_ids=[1, 2])))
+
+
+async def tokenize(target: str) -> Tokens:
+    async with AsyncClient(target) as client:
+        return await client.tokenize("hi")
+
+
+def free_port() -> str:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{found.getsockname()[1]}"

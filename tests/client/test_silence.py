@@ -24,6 +24,7 @@ from kvmesh import (
     Started,
     StreamEvent,
     UnavailableError,
+    Usage,
 )
 from kvmesh.client import grpc_transport
 from kvmesh.protos import pb
@@ -77,7 +78,8 @@ def test_a_stream_tells_why_it_waits(asynchronous: bool) -> None:
                 events, stream = read_events(client)
     assert isinstance(events[2], Started)
     assert (*events[:2], *events[3:5]) == WAITS
-    assert [type(event) for event in events[5:]] == [Delta, Delta]
+    assert [type(event) for event in events[5:]] == [Delta, Delta, Usage]
+    assert events[-1] == stream.usage
     assert (stream.queued, stream.prefilling) == (WAITS[1], WAITS[3])
     assert stream.completion.text == "a"
 
@@ -164,13 +166,13 @@ def test_a_reader_that_pauses_is_not_a_silent_server() -> None:
     """The limit is on how long a read waits."""
     with (
         serving(ScriptedServicer(as_events)) as target,
-        Client(target, retry=NO_RETRY, silence_timeout_s=0.05) as client,
+        Client(target, retry=NO_RETRY, silence_timeout_s=0.5) as client,
         client.generate_stream("hi") as stream,
     ):
         for event in stream.events():
             if isinstance(event, Started):
                 assert stream._call is not None
-                threading.Event().wait(0.2)
+                threading.Event().wait(0.8)
         assert stream.completion.text == "a"
 
 
@@ -220,9 +222,9 @@ def test_a_long_silence_does_not_end_a_connection_with_too_many_pings(
     def attempt() -> None:
         servicer = ScriptedServicer(after_silence(silence_s, as_events))
         with serving(servicer, options=(server,)) as target:
-            transport = grpc_transport.GrpcTransport(target, None, None)
+            transport = grpc_transport.GrpcTransport.connect(target, None)
             with Client(retry=NO_RETRY, transport=transport) as client:
-                assert len(read_events(client)[0]) == 7
+                assert len(read_events(client)[0]) == 8
 
     monkeypatch.setattr(grpc_transport, "_CHANNEL_OPTIONS", scaled(tuple(options.items())))
     attempt()

@@ -250,7 +250,12 @@ def on_each_delta(target: str, asynchronous: bool, on_delta: Any) -> list[str]:
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_a_stream_without_progress_gives_up(asynchronous: bool) -> None:
-    servicer = ScriptedServicer(aborting(grpc.StatusCode.UNAVAILABLE, "gone"))
+    lost = pb.Error(
+        code=grpc.StatusCode.UNAVAILABLE.value[0],
+        reason=pb.ERROR_REASON_ENGINE_LOST,
+        message="the engine was lost",
+    )
+    servicer = ScriptedServicer(failing(lost))
     with serving(servicer) as target, pytest.raises(UnavailableError):
         collect(target, asynchronous)
     assert len(servicer.requests) == EAGER.max_attempts

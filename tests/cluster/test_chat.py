@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import pytest
-from google.protobuf.struct_pb2 import Struct
+from google.protobuf.struct_pb2 import ListValue, Struct, Value
 
 from kvmesh.cluster.errors import UnsupportedFieldError
 from kvmesh.cluster.ingress.chat import MAX_JSON_DEPTH, conversation
@@ -62,6 +63,10 @@ def tool(**fields: Any) -> pb.Chat:
     return pb.Chat(messages=[HELLO], tools=[pb.Tool(**fields)])
 
 
+def variable(value: Value) -> pb.Chat:
+    return pb.Chat(messages=[HELLO], chat_template_kwargs=Struct(fields={"x": value}))
+
+
 CALL = "messages[0].tool_calls[0]"
 
 
@@ -84,6 +89,12 @@ CALL = "messages[0].tool_calls[0]"
         (tool(), "tools[0].name"),
         (tool(name="f", parameters_json="null"), "tools[0].parameters_json"),
         (pb.Chat(messages=[HELLO], tools=[pb.Tool(name="f")] * 1001), "tools"),
+        (variable(Value()), "chat_template_kwargs"),
+        (variable(Value(number_value=math.nan)), "chat_template_kwargs"),
+        (
+            variable(Value(list_value=ListValue(values=[Value(number_value=math.inf)]))),
+            "chat_template_kwargs",
+        ),
         (
             pb.Chat(
                 messages=[HELLO, pb.ChatMessage(role="assistant")], continue_final_message=True

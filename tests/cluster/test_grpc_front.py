@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
@@ -175,6 +176,25 @@ async def test_the_contract_can_be_asked_for_with_a_key(served: Served) -> None:
     long = reflection_pb2.ServerReflectionRequest(file_by_filename="x" * 10_000)
     code, error = await failure(ask(long))
     assert code is grpc.StatusCode.INVALID_ARGUMENT and error is not None
+
+
+@pytest.mark.parametrize(
+    ("traceparent", "logged"),
+    [
+        ("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", True),
+        ("00-0af7651916cd43dd8448eb211c80319c-b7ad6b71-01", False),
+        ("forged\nline", False),
+    ],
+)
+async def test_refusals_are_logged_with_their_trace(
+    served: Served, caplog: pytest.LogCaptureFixture, traceparent: str, logged: bool
+) -> None:
+    caplog.set_level("INFO", "ray.serve")
+    headers = (*HEADERS, ("traceparent", traceparent))
+    with contextlib.suppress(ValueError):  # gRPC itself refuses the last one
+        await failure(served.call("Tokenize", b"", headers))
+        (line,) = (x for x in caplog.messages if x.startswith("refused request"))
+        assert (" of trace 0af7651916cd43dd8448eb211c80319c: " in line) == logged
 
 
 async def test_a_tenant_sees_what_it_uses_itself(served: Served) -> None:

@@ -1,4 +1,4 @@
-"""Tools, variables and continued messages in chat templates, beside transformers' own rendering."""
+"""Tools, variables and continued messages in templates, compared with transformers."""
 
 from __future__ import annotations
 
@@ -110,6 +110,14 @@ def test_what_the_template_has_no_place_for_is_named(
     with pytest.raises(InvalidFieldError) as caught:
         ChatTemplate(source, {"bos_token": "<s>"}).render(chat, True, ())
     assert caught.value.field == field
+
+
+@pytest.mark.parametrize("value", [0, "x", None, [], {}])
+def test_whatever_a_template_cannot_use_is_a_refusal(value: object) -> None:
+    source = "{{ 1 / budget }}{{ budget.split('a')[7] }}{{ budget['x'].y }}"
+    with pytest.raises(InvalidFieldError) as caught:
+        ChatTemplate(source, {}).render(Conversation(MESSAGES, (), {"budget": value}), True, ())
+    assert caught.value.field == "messages"
 
 
 def test_the_names_that_a_template_reads() -> None:

@@ -1,4 +1,4 @@
-"""The wire contract can only change so that clients of the released one go on working."""
+"""The wire contract can only change so that clients of the released one continue to work."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ def test_replies_of_today_are_read_by_old_clients() -> None:
     assert (read.prompt_tokens, read.group) == (3, "g0")
 
 
-def test_stubs_made_from_the_files_go_beside_the_sdk(tmp_path: Path) -> None:
+def test_stubs_made_from_the_files_fit_those_of_the_sdk(tmp_path: Path) -> None:
     """A second descriptor of a file is accepted only if it has the same name and content."""
     names = ("kvmesh/v1/kvmesh.proto", "kvmesh/v1alpha/admin.proto")
     protoc = [sys.executable, "-m", "grpc_tools.protoc", f"-I{PROTOS}"]

@@ -19,6 +19,30 @@ from tests.repo.imports import LAYERS, ROOT
 SKIPPED = {".git", ".venv", "build", "dist", "tests", "benchmarks", "docs", "examples", "helm"}
 # The base dependencies and their dependencies, by their names in site-packages.
 BASE_MODULES = ("google", "grpc", "typing_extensions")
+# What a user's type checker must find: the package, its types, the name of every argument.
+USE = """
+from kvmesh import AsyncClient, Client
+
+client = Client("localhost:1").with_options(model="m")
+reveal_type(client.generate("hi", temperature=0.5).usage.queue_s)
+reveal_type([delta.text for delta in client.generate_stream("hi")])
+reveal_type(next(client.resume(client.chat_stream([]).cursor)))
+client.generate("hi", temperature="hot")
+client.chat([], tempreature=1.0)
+
+async def use(client: AsyncClient) -> None:
+    reveal_type((await client.chat([], max_tokens=5)).text)
+"""
+FOUND = [
+    'use.py:5: note: Revealed type is "float"',
+    'use.py:6: note: Revealed type is "list[str]"',
+    'use.py:7: note: Revealed type is "kvmesh.client.types.Delta"',
+    'use.py:8: error: Argument "temperature" to "generate" of "Generations" has incompatible type '
+    '"str"; expected "float | None"  [arg-type]',
+    'use.py:9: error: Unexpected keyword argument "tempreature" for "chat" of "Generations"; '
+    'did you mean "temperature"?  [call-arg]',
+    'use.py:12: note: Revealed type is "str"',
+]
 TALK = """
 import sys
 import kvmesh
@@ -91,6 +115,21 @@ def install(python: Path, *what: str | Path, cwd: Path) -> None:
     )  # fmt: skip
 
 
+def editable(checkout: Path) -> Path:
+    """Built like `pip install -e` does, which would need setuptools in the environment."""
+    build = "from setuptools.build_meta import build_editable; print(build_editable('.'))"
+    return checkout / run(sys.executable, "-c", build, cwd=checkout).splitlines()[-1]
+
+
+def type_check(python: Path, cwd: Path) -> list[str]:
+    """What `mypy --strict` says about a user's file, which is not in a checkout."""
+    (cwd / "use.py").write_text(USE)
+    command = [sys.executable, "-m", "mypy", "--strict", f"--python-executable={python}", "use.py"]
+    said = subprocess.run(command, capture_output=True, text=True, cwd=cwd).stdout
+    lines = [line for line in said.splitlines() if line.startswith("use.py")]
+    return [line for line in lines if " defined in " not in line]
+
+
 def test_the_wheel_contains_only_the_package(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
@@ -139,12 +178,9 @@ def test_a_base_install_is_the_sdk(wheel: Path, bare_python: Path, tmp_path: Pat
 def test_an_editable_install_uses_the_checkout(
     checkout: Path, bare_python: Path, tmp_path: Path
 ) -> None:
-    # Built like `pip install -e` does, which would need setuptools in the environment.
-    build = "from setuptools.build_meta import build_editable; print(build_editable('.'))"
-    name = run(sys.executable, "-c", build, cwd=checkout).splitlines()[-1]
-    install(bare_python, checkout / name, cwd=tmp_path)
+    install(bare_python, editable(checkout), cwd=tmp_path)
     where = run(bare_python, "-I", "-c", TALK, cwd=tmp_path)
-    assert Path(where) == checkout / "kvmesh/__init__.py"
+    assert Path(where).resolve() == checkout / "kvmesh/__init__.py"
     added = checkout / "client/added_afterwards.py"
     added.write_text("ANSWER = 42\n")
     try:
@@ -156,6 +192,15 @@ def test_an_editable_install_uses_the_checkout(
         [bare_python, "-I", "-c", "import kernels"], capture_output=True, cwd=tmp_path
     )
     assert hidden.returncode != 0, "the top-level folders are not importable on their own"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["wheel", "editable"])
+def test_a_users_code_is_type_checked(
+    how: str, checkout: Path, wheel: Path, bare_python: Path, tmp_path: Path
+) -> None:
+    install(bare_python, wheel if how == "wheel" else editable(checkout), cwd=tmp_path)
+    assert type_check(bare_python, tmp_path) == FOUND
 
 
 def test_importing_the_sdk_here_loads_nothing_heavy() -> None:

@@ -26,6 +26,11 @@ from kvmesh.workers.errors import ConfigError, InvalidFieldError
 _OPEN, _CLOSE = "\uf8f0", "\uf8f1"
 # After the message that is to be continued. Without its space, the template has stripped it.
 _END = "\uf8f2 "
+# What a template raises on purpose, or because of what it was given.
+_REFUSALS = (
+    TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError,
+    RecursionError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +99,7 @@ class ChatTemplate:
             text = self._template.render(
                 messages=messages, add_generation_prompt=add_generation_prompt, **variables
             )
-        except (TemplateError, TypeError, ValueError, KeyError, OverflowError) as error:
+        except _REFUSALS as error:
             raise InvalidFieldError(
                 "messages", f"are refused by the model's chat template: {error}"
             ) from error

@@ -20,6 +20,7 @@ from kvmesh.client.errors import UnavailableError
 from kvmesh.client.failures import error_of
 from kvmesh.client.transport import RpcFailure
 from kvmesh.cluster.config import ClusterConfig, build
+from kvmesh.cluster.errors import StartError
 from kvmesh.cluster.lifecycle import Cluster, Endpoint
 from kvmesh.protos import pb
 from kvmesh.workers.leader import EngineLeader
@@ -54,8 +55,18 @@ def serving(config: ClusterConfig, keys: Path) -> Iterator[Endpoint]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CONFIG_HOME", str(keys))
         patch.delenv("KVMESH_API_KEY", raising=False)
-        with Cluster(config) as endpoint:
+        cluster = Cluster(config)
+        try:
+            endpoint = cluster.start_guarded()
+        except StartError as error:
+            # Ray does not always start on a busy machine; what is ours fails twice.
+            print(f"started a second time, because: {error}")
+            cluster = Cluster(config)
+            endpoint = cluster.start_guarded()
+        try:
             yield endpoint
+        finally:
+            cluster.stop()
 
 
 def wait_for(

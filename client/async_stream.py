@@ -1,0 +1,131 @@
+"""The stream of the asyncio client."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from kvmesh.client.errors import ClosedError
+from kvmesh.client.flows import Emit, Now, Open, Read, Sleep, StreamFlow
+from kvmesh.client.stream_state import StreamState
+from kvmesh.client.stream_view import StreamView
+from kvmesh.client.transport import AsyncStreamCall, AsyncTransport, RpcFailure
+from kvmesh.client.types import Delta, Prefilling, Queued, Started, StreamEvent, Usage
+from kvmesh.protos import pb
+
+Event = TypeVar("Event", bound=StreamEvent)
+
+
+class AsyncStream(StreamView):
+    """Output as it is generated; can be iterated over once.
+
+        async with client.generate_stream("Once upon a time") as stream:
+            async for delta in stream:
+                print(delta.text, end="", flush=True)
+        print(stream.completion.usage)
+
+    Leaving the loop or the `async with` block ends the request on the server; `anext(stream)`
+    takes one delta and leaves it running. A lost connection is resumed where it stopped; no
+    token is emitted twice.
+    """
+
+    def __init__(self, transport: AsyncTransport, state: StreamState, flow: StreamFlow) -> None:
+        super().__init__(state)
+        self._transport = transport
+        self._flow = flow
+        self._call: AsyncStreamCall | None = None
+        self._ended = False
+        self._closed = False
+
+    def __aiter__(self) -> AsyncGenerator[Delta]:
+        return self._iterate(Delta)
+
+    async def __anext__(self) -> Delta:
+        delta = await self._next((Delta,))
+        if delta is None:
+            raise StopAsyncIteration
+        return delta
+
+    def events(self) -> AsyncGenerator[StreamEvent]:
+        """Everything that happens, instead of the output alone; Usage is the last.
+
+        Queued and Prefilling may come at any time before the output ends, most often before
+        its first token, and say the same again when there is nothing new for some seconds.
+        """
+        return self._iterate(Queued, Started, Prefilling, Delta, Usage)
+
+    async def aclose(self) -> None:
+        """End the request on the server, and a loop over the stream with ClosedError."""
+        self._closed = True
+        if self._call is not None:
+            self._call.cancel()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+    def _iterate(self, *kinds: type[Event]) -> AsyncGenerator[Event]:
+        if self._closed:
+            raise ClosedError("the stream has ended or been closed; it can be iterated over once")
+        return self._each(kinds)
+
+    async def _each(self, kinds: tuple[type[Event], ...]) -> AsyncGenerator[Event]:
+        try:
+            while (event := await self._next(kinds)) is not None:
+                yield event
+        finally:
+            await self.aclose()
+
+    async def _next(self, kinds: tuple[type[Event], ...]) -> Event | None:
+        """Execute the flow up to its next event of these kinds; None at its end."""
+        if self._ended:
+            return None
+        self._check_open()
+        outcome: Any = None
+        failure: RpcFailure | None = None
+        try:
+            while True:
+                step = self._flow.send(outcome) if failure is None else self._flow.throw(failure)
+                outcome = failure = None
+                try:
+                    match step:
+                        case Now():
+                            outcome = self._transport.now()
+                        case Sleep(seconds):
+                            await self._transport.sleep(seconds)
+                        case Open(request, timeout_s, metadata):
+                            if self._call is not None:
+                                self._call.cancel()
+                            self._call = self._transport.stream(request, timeout_s, metadata)
+                        case Read():
+                            outcome = await self._read()
+                        case Emit(event):
+                            if isinstance(event, kinds):
+                                return event
+                    self._check_open()
+                except RpcFailure as error:
+                    self._check_open()
+                    failure = error
+        except StopIteration:  # the end of the flow
+            self._ended = True
+            await self.aclose()
+            return None
+        except BaseException:
+            await self.aclose()
+            raise
+
+    async def _read(self) -> pb.GenerateStreamResponse | None:
+        assert self._call is not None
+        return await self._call.read()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("the stream has been closed")

@@ -1,0 +1,110 @@
+"""What FakeServer answers: a scripted text, cut by the parameters that a server obeys.
+
+Each word of the text is one token, and the i-th token of an output has the id i. At the end of
+the text the output ends, as at a model's end-of-sequence token. Where the parameters do not
+allow that, the text is repeated.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kvmesh.protos import pb
+
+DEFAULT_MAX_TOKENS = 256
+# The chosen token's probability is 0.9; the k-th alternative has 0.05 / 2^k.
+_CHOSEN_LOGPROB = -0.10536
+_FIRST_ALTERNATIVE_LOGPROB = -2.99573
+_LN_2 = 0.69315
+
+
+@dataclass(frozen=True, slots=True)
+class FakeOutput:
+    """choice: all of it; pieces: the text of each token, together the choice's text"""
+
+    choice: pb.Choice
+    pieces: tuple[str, ...]
+
+    def logprobs(self, position: int) -> pb.Logprobs | None:
+        """Of one token; None if they were not requested."""
+        if not self.choice.HasField("logprobs"):
+            return None
+        columns = self.choice.logprobs
+        k = len(columns.top) // len(columns.chosen)
+        own = slice(k * position, k * (position + 1))
+        return pb.Logprobs(
+            chosen=[columns.chosen[position]],
+            chosen_bytes=[columns.chosen_bytes[position]],
+            top_token_ids=columns.top_token_ids[own],
+            top=columns.top[own],
+            top_bytes=columns.top_bytes[own],
+        )
+
+
+def fake_output(answer: str, params: pb.SamplingParams) -> FakeOutput:
+    """The output of one choice. Sampling itself is not imitated: all choices are the same."""
+    words = re.findall(r"\s*\S+|\s+$", answer)
+    max_tokens = max(1, params.max_tokens if params.HasField("max_tokens") else DEFAULT_MAX_TOKENS)
+    choice = pb.Choice()
+    starts: list[int] = []
+    while not choice.finish_reason:
+        count = len(starts)
+        can_stop = count >= params.min_tokens and not params.ignore_eos
+        if count >= len(words) and (can_stop or not words):
+            choice.finish_reason = pb.FINISH_REASON_STOP
+        elif count == max_tokens:
+            choice.finish_reason = pb.FINISH_REASON_LENGTH
+        else:
+            word = _word(words, count)
+            starts.append(len(choice.text))
+            choice.token_ids.append(count)
+            if params.HasField("logprobs"):
+                choice.logprobs.MergeFrom(_logprobs(count, word, params.logprobs))
+            choice.text += word
+            if count + 1 >= params.min_tokens:
+                _stop(choice, starts[-1], params)
+    ends = [*starts[1:], len(choice.text)] if starts else []
+    pieces = tuple(choice.text[start:end] for start, end in zip(starts, ends, strict=True))
+    return FakeOutput(choice, pieces)
+
+
+def _word(words: Sequence[str], position: int) -> str:
+    word = words[position % len(words)]
+    return f" {word}" if position and position % len(words) == 0 else word
+
+
+def _stop(choice: pb.Choice, start: int, params: pb.SamplingParams) -> None:
+    """End the choice if its last token, whose text begins at `start`, stops it."""
+    last = choice.token_ids[-1]
+    if last in params.stop_token_ids:
+        choice.text = choice.text[:start]
+        choice.matched_stop_token_id = last
+        choice.finish_reason = pb.FINISH_REASON_STOP
+        return
+    found = [
+        (position, stop)
+        for stop in params.stop
+        if (position := choice.text.find(stop, max(0, start - len(stop) + 1))) >= 0
+    ]
+    if found:
+        position, choice.matched_stop_string = min(found)
+        choice.text = choice.text[:position]
+        choice.finish_reason = pb.FINISH_REASON_STOP
+
+
+def _alternative_logprob(rank: int) -> float:
+    return _FIRST_ALTERNATIVE_LOGPROB - _LN_2 * rank
+
+
+def _logprobs(token_id: int, text: str, num_alternatives: int) -> pb.Logprobs:
+    """The chosen token, and as many alternatives, the best of which is the chosen one."""
+    ranks = range(num_alternatives)
+    return pb.Logprobs(
+        chosen=[_CHOSEN_LOGPROB],
+        chosen_bytes=[text.encode()],
+        top_token_ids=[token_id + rank for rank in ranks],
+        top=[_alternative_logprob(rank) if rank else _CHOSEN_LOGPROB for rank in ranks],
+        top_bytes=[f"<{rank}>".encode() if rank else text.encode() for rank in ranks],
+    )
