@@ -29,7 +29,7 @@ def status(
     from kvmesh.cluster.cli.status_view import show_model
 
     with connection.client() as client:
-        model, found = client.model_info(**connection.limit), _loads(client, connection)
+        model, found = client.model_info(), _loads(client)
     if as_json:
         print_json({"model": model, **found})
     else:
@@ -45,7 +45,7 @@ def models(
     from kvmesh.cluster.cli.status_view import show_groups, show_model
 
     with connection.client() as client:
-        model = client.model_info(**connection.limit)
+        model = client.model_info()
     if as_json:
         print_json(model)
     else:
@@ -59,21 +59,21 @@ def loads(
 ) -> None:
     """Show the load of the groups and the router, or with an ordinary key its tenant's."""
     with connection.client() as client:
-        found = _loads(client, connection)
+        found = _loads(client)
     if as_json:
         print_json(found)
     else:
         _show(found)
 
 
-def _loads(client: Client, connection: ServerOptions) -> dict[str, Any]:
+def _loads(client: Client) -> dict[str, Any]:
     """All loads, if the key is an admin's; else those of its tenant. What is missing is None."""
     from kvmesh.client import PermissionDeniedError
 
     try:
-        groups, found = client.groups(**connection.limit), client.loads(**connection.limit)
+        groups, found = client.groups(), client.loads()
     except PermissionDeniedError:
-        tenant = client.tenant_loads(**connection.limit)
+        tenant = client.tenant_loads()
         return {"groups": None, "loads": None, "tenant": tenant}
     return {"groups": groups, "loads": found, "tenant": None}
 
@@ -112,7 +112,6 @@ def estimate(
             max_tokens=max_tokens,
             n=n,
             allowed_kv_formats=allow_kv_format,
-            **connection.limit,
         )
     if as_json:
         print_json(found)
@@ -131,7 +130,7 @@ def explain(
     from kvmesh.cluster.cli.status_view import show_explanation
 
     with connection.client() as client:
-        found = client.explain(request_id, **connection.limit)
+        found = client.explain(request_id)
     if as_json:
         print_json(found)
     else:
@@ -147,7 +146,7 @@ def abort(
 ) -> None:
     """End a request, and free what it holds."""
     with connection.client() as client:
-        aborted = client.abort(request_id, **connection.limit)
+        aborted = client.abort(request_id)
     if as_json:
         print_json({"request_id": request_id, "aborted": aborted})
     elif aborted:
@@ -165,7 +164,7 @@ def tokenize(
 ) -> None:
     """Show a text's token ids, as a generation would use them."""
     with connection.client() as client:
-        tokens = client.tokenize(text, **connection.limit)
+        tokens = client.tokenize(text)
     if as_json:
         print_json(tokens)
         return

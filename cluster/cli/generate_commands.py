@@ -53,7 +53,7 @@ def generate(
     )
     with (
         connection.client() as client,
-        client.generate_stream(prompt, **options, **connection.limit) as stream,
+        client.generate_stream(prompt, **options) as stream,
     ):
         if as_json:
             list(stream)
@@ -85,7 +85,7 @@ def chat(
         while line := _read_line():
             messages.append(Message("user", line))
             pieces: list[str] = []
-            with client.chat_stream(messages, **options, **connection.limit) as stream:
+            with client.chat_stream(messages, **options) as stream:
                 try:
                     _print_stream(stream, pieces)
                 except KeyboardInterrupt:

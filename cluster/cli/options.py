@@ -75,6 +75,7 @@ QuietOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON; errors too.")]
 
 
+CONNECT_S = 2.0
 _connection = functools.partial(typer.Option, rich_help_panel="Connection")
 
 
@@ -130,6 +131,7 @@ class ServerOptions:
         """Raises typer.BadParameter and the SDK's errors."""
         from kvmesh.client import Client, RetryPolicy
 
+<<<<<<< HEAD
         # People see that nothing answers, and can try again: no need to wait for a server to start.
         retry = RetryPolicy(max_connect_s=MAX_CONNECT_S)
         return Client(self.target, api_key=self._key(), tls=self._tls(), retry=retry)
@@ -138,6 +140,16 @@ class ServerOptions:
     def limit(self) -> Any:
         """The options of a call that limit its time."""
         return without_none(timeout_s=self.timeout)
+=======
+        return Client(
+            self.target,
+            api_key=self._key(),
+            tls=self._tls(),
+            # Nobody wants to look at nothing while a server that is not there may start.
+            retry=RetryPolicy(max_connect_s=CONNECT_S),
+            **without_none(timeout_s=self.timeout),
+        )
+>>>>>>> h1
 
     def _key(self) -> str | None:
         from kvmesh.client.credentials import read_key_file
