@@ -20,6 +20,7 @@ from kvmesh.workers.plan import SampledToken, StepPlan, StepResult
 from kvmesh.workers.request import EndReason, EngineRequest
 from kvmesh.workers.sampling_params import SamplingParams
 from kvmesh.workers.sizes import BLOCK_PAGES
+from tests.exercised import Exercised
 from tests.model.small import make_small_model
 from tests.workers.memory_executor import VOCAB, expected_output
 from tests.workers.tainted_executor import BAD, TaintedExecutor
@@ -195,13 +196,20 @@ ODD = st.sets(st.sampled_from(sorted(FIELDS)), max_size=3).flatmap(
 GOOD_PROMPT = [5, 9, 30, 8]
 
 
-@settings(max_examples=150, deadline=None)
+SEEN = Exercised("odd numbers", {"refused": 30, "served": 30, "served with odd numbers": 10})
+
+
+@SEEN.required
+@settings(max_examples=150)
 @given(odd=ODD, timeout_s=st.none() | doubles())
 def test_no_bit_pattern_of_any_number_harms_the_engine_or_a_neighbour(
     engine: Engine, odd: dict[str, object], timeout_s: float | None
 ) -> None:
     good = SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True, logit_bias=BIAS)
     strange = checked(engine, odd, timeout_s)
+    refused = isinstance(strange, InvalidFieldError)
+    SEEN.add("refused" if refused else "served")
+    SEEN.add("served with odd numbers", not refused and bool(odd))
     if isinstance(strange, InvalidFieldError):
         assert strange.field in {*odd, "timeout_s"}
         return
