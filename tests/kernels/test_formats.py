@@ -331,7 +331,7 @@ def test_a_page_that_is_not_finite_is_sealed_and_changes_no_other(name: str, val
 
 SEEN = Exercised(
     "rows of two numbers",
-    {"equal": 15, "of both signs": 60, "far apart": 60, "subnormal": 10, "huge": 15},
+    {"equal": 12, "of both signs": 30, "far apart": 40, "subnormal": 3, "huge": 12},
 )
 
 
