@@ -103,7 +103,7 @@ def test_pages_that_running_sequences_still_need_are_not_given_away() -> None:
 def test_tokens_of_a_sequence_that_is_preempted_go_to_another_in_the_same_step() -> None:
     """The youngest decodes, so it comes first; then the oldest needs its pages."""
     bench = Bench(sealed=2, tokens=6)
-    paused = [bench.add(name, 40, lease=LeaseTerms(name, 1, 1, 0, 9)) for name in ("old", "later")]
+    paused = [bench.add(name, 20, lease=LeaseTerms(name, 1, 1, 0, 9)) for name in ("old", "later")]
     while not all(seq.paused for seq in paused):
         bench.plan()
     youngest = bench.add("youngest", 3)
