@@ -38,7 +38,16 @@ def _workers(module: str, *tests: str) -> Target:
     return Target(f"workers/{module}.py", tuple(f"tests/workers/test_{name}.py" for name in tests))
 
 
-ENGINE = ("arena", "prefix_cache", "sizes", "engine", "engine_thread", "blame", "faults")
+ENGINE = (
+    "arena",
+    "prefix_cache",
+    "sizes",
+    "scheduler",
+    "engine",
+    "engine_thread",
+    "blame",
+    "faults",
+)
 LEADER = ("lease_book", "lease_book_machine", "leader_machine", "engine_thread", "leader", "blame")
 ROUTING = tuple(
     f"tests/routing/test_{name}.py"

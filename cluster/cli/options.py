@@ -18,8 +18,6 @@ from kvmesh.cluster.cli.console import notes
 if TYPE_CHECKING:
     from kvmesh.client import TLS, Client
 
-MAX_CONNECT_S = 2.0
-
 
 def with_options(function: Callable[..., None]) -> Callable[..., None]:
     """A command in which each parameter that is a dataclass stands for one option per field."""
@@ -131,16 +129,6 @@ class ServerOptions:
         """Raises typer.BadParameter and the SDK's errors."""
         from kvmesh.client import Client, RetryPolicy
 
-<<<<<<< HEAD
-        # People see that nothing answers, and can try again: no need to wait for a server to start.
-        retry = RetryPolicy(max_connect_s=MAX_CONNECT_S)
-        return Client(self.target, api_key=self._key(), tls=self._tls(), retry=retry)
-
-    @property
-    def limit(self) -> Any:
-        """The options of a call that limit its time."""
-        return without_none(timeout_s=self.timeout)
-=======
         return Client(
             self.target,
             api_key=self._key(),
@@ -149,7 +137,6 @@ class ServerOptions:
             retry=RetryPolicy(max_connect_s=CONNECT_S),
             **without_none(timeout_s=self.timeout),
         )
->>>>>>> h1
 
     def _key(self) -> str | None:
         from kvmesh.client.credentials import read_key_file

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from random import Random
 
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import strategies as st
 
 from benchmarks.stand_in_params import params_for
 from kvmesh.kernels.formats.affine.side import Affine
@@ -21,6 +21,7 @@ from kvmesh.kernels.formats.registry import format_names, get_format
 from kvmesh.kernels.formats.rotation import rotate, rotation_matrix
 from kvmesh.kernels.formats.scales import load_scale, store_scale
 from tests.exercised import Exercised
+from tests.scenarios import SEEDS, scenarios
 
 PER_TOKEN = ("int8", "int4")
 
@@ -328,23 +329,33 @@ def test_a_page_that_is_not_finite_is_sealed_and_changes_no_other(name: str, val
     assert torch.equal(sealed[[0, 3]], sound[[0, 3]])
 
 
-ROWS = Exercised(
+SEEN = Exercised(
     "rows of two numbers",
-    {"rows of one number": 1, "numbers near the smallest": 3, "numbers over a thousand": 3},
+    {"equal": 12, "of both signs": 30, "far apart": 40, "subnormal": 3, "huge": 12},
 )
 
 
-@ROWS.required
-@given(
-    st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=2, max_size=2),
-    st.sampled_from(PER_TOKEN),
-)
-def test_any_two_numbers_in_a_row(numbers: list[float], name: str) -> None:
-    fmt = get_format(name)
+def any_number(chance: Random) -> float:
+    """Of any magnitude that fp32 has, normal or not."""
+    return chance.choice([-1, 1]) * chance.uniform(1, 2) * 2.0 ** chance.randrange(-149, 127)
+
+
+@SEEN.required
+@scenarios(200)
+@given(seed=SEEDS)
+def test_any_two_numbers_in_a_row(seed: int) -> None:
+    chance = Random(seed)
+    fmt = get_format(chance.choice(PER_TOKEN))
+    one = any_number(chance)
+    close = chance.choice([0.0, one, one * chance.uniform(-2, 2)])
+    numbers = [one, chance.choice([close, any_number(chance)])]
+    smaller, larger = sorted(map(abs, numbers))
+    SEEN.add("equal", numbers[0] == numbers[1])
+    SEEN.add("of both signs", numbers[0] * numbers[1] < 0)
+    SEEN.add("far apart", larger > 1e6 * smaller > 0)
+    SEEN.add("subnormal", larger < 2.0**-126)
+    SEEN.add("huge", larger > 1e30)
     row = torch.tensor(numbers).bfloat16()
-    ROWS.add("rows of one number", bool(row[0] == row[1]))
-    ROWS.add("numbers near the smallest", bool((row.abs() < 1e-30).any() and row.any()))
-    ROWS.add("numbers over a thousand", bool((row.abs() > 1e3).any()))
     row = torch.where(row.isfinite(), row, 0.0).repeat(1, 1, 16, 8)
     got, _ = fmt.decode(fmt.encode(row, row), 16, 16, torch.float32)
     x = row.double()

@@ -193,19 +193,23 @@ FIELDS: dict[str, st.SearchStrategy[object]] = {
 ODD = st.sets(st.sampled_from(sorted(FIELDS)), max_size=3).flatmap(
     lambda names: st.fixed_dictionaries({name: FIELDS[name] for name in names})
 )
-SEEN = Exercised("odd numbers", {"refused": 30, "computed": 10})
 GOOD_PROMPT = [5, 9, 30, 8]
 
 
+SEEN = Exercised("odd numbers", {"refused": 30, "served": 30, "served with odd numbers": 10})
+
+
 @SEEN.required
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(odd=ODD, timeout_s=st.none() | doubles())
 def test_no_bit_pattern_of_any_number_harms_the_engine_or_a_neighbour(
     engine: Engine, odd: dict[str, object], timeout_s: float | None
 ) -> None:
     good = SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True, logit_bias=BIAS)
     strange = checked(engine, odd, timeout_s)
-    SEEN.add("refused" if isinstance(strange, InvalidFieldError) else "computed")
+    refused = isinstance(strange, InvalidFieldError)
+    SEEN.add("refused" if refused else "served")
+    SEEN.add("served with odd numbers", not refused and bool(odd))
     if isinstance(strange, InvalidFieldError):
         assert strange.field in {*odd, "timeout_s"}
         return

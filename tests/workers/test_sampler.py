@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from random import Random
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given
 
 from kvmesh.workers.errors import InvalidFieldError
 from kvmesh.workers.plan import RowStart
 from kvmesh.workers.sampler import Sampler, uniform
 from kvmesh.workers.sampling_params import SamplingParams
+from tests.exercised import Exercised
+from tests.scenarios import SEEDS, scenarios
 
 VOCAB = 1000
 EOS = 7
@@ -173,19 +175,27 @@ def test_invalid_parameters_are_refused_by_name(field: str, value: object) -> No
     assert caught.value.field == field
 
 
-@settings(max_examples=100, deadline=None)
-@given(
-    temperature=st.floats(1e-3, 100),
-    top_p=st.floats(1e-6, 1),
-    top_k=st.integers(0, VOCAB + 5),
-    min_p=st.floats(0, 1),
-    seed=st.integers(0, 2**64 - 1),
-    scale=st.floats(0, 1e4),
+SEEN = Exercised(
+    "extreme sampling parameters",
+    {"cut rows": 100, "logits of thousands": 30, "tiny temperatures": 60, "tiny nuclei": 40},
 )
-def test_any_parameters_give_a_token(
-    temperature: float, top_p: float, top_k: int, min_p: float, seed: int, scale: float
-) -> None:
-    params = SamplingParams(temperature, top_p, top_k, min_p, seed=seed)
+
+
+@SEEN.required
+@scenarios(200)
+@given(seed=SEEDS)
+def test_any_parameters_give_a_token(seed: int) -> None:
+    chance = Random(seed)
+    temperature = 10.0 ** chance.uniform(-5, 2)
+    top_p = 10.0 ** chance.choice([0, chance.uniform(-300, 0)])
+    top_k = chance.choice([0, chance.randrange(VOCAB + 6)])
+    min_p = chance.choice([0.0, chance.random()])
+    scale = 10.0 ** chance.uniform(-3, 6)
+    params = SamplingParams(temperature, top_p, top_k, min_p, seed=chance.getrandbits(64))
+    SEEN.add("cut rows", top_k > 0 or top_p < 1 or min_p > 0)
+    SEEN.add("logits of thousands", scale > 1000)
+    SEEN.add("tiny temperatures", temperature < 0.1)
+    SEEN.add("tiny nuclei", top_p < 0.01)
     logits = torch.linspace(-scale, scale, VOCAB)[None]
     token = sampler_with(params).sample(logits, [0], [2])[0].token_id
     assert 0 <= token < VOCAB

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
+from random import Random
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 from hypothesis import given
-from hypothesis import strategies as st
 
+from kvmesh.workers import shared_prefixes
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.engine import Engine
 from kvmesh.workers.local import local_executor
@@ -21,6 +24,7 @@ from kvmesh.workers.shared_prefixes import (
 )
 from tests.exercised import Exercised
 from tests.model.small import VOCAB_SIZE, make_small_model
+from tests.scenarios import SEEDS, scenarios
 from tests.workers.invariance import Invariance, generate
 
 PAGES = 40
@@ -137,18 +141,29 @@ def test_padding_adds_empty_sets() -> None:
     assert len(padded.starts) == num_starts(8)
 
 
-SEEN = Exercised("shared prefixes", {"sets of two": 10, "larger sets": 8})
+SEEN = Exercised(
+    "shared prefixes",
+    {
+        "sets": 250,
+        "nested sets": 80,
+        "sequences that read alone": 200,
+        "sets too small to be worth it": 120,
+        "sets that are split": 40,
+    },
+)
 
 
 @SEEN.required
-@given(
-    st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=12), min_size=1, max_size=10),
-    st.integers(2, 5),
-)
-def test_sets_are_valid_and_save_at_least_as_much_as_one_per_first_page(
-    paths: list[list[int]], limit: int
-) -> None:
+@scenarios(300)
+@given(seed=SEEDS)
+def test_sets_are_valid_and_save_at_least_as_much_as_one_per_first_page(seed: int) -> None:
     """Each number is a branch, followed by three pages that it determines."""
+    chance = Random(seed)
+    paths = [
+        [chance.choice([0, 0, 0, 0, 1, 2]) for _ in range(chance.randrange(1, 13))]
+        for _ in range(chance.randrange(2, 13))
+    ]
+    limit = chance.randrange(2, 6)
     names: dict[tuple[int, ...], int] = {}
 
     def page_ids(path: list[int]) -> list[int]:
@@ -160,25 +175,34 @@ def test_sets_are_valid_and_save_at_least_as_much_as_one_per_first_page(
 
     ids = tables(*map(page_ids, paths))
     whole = find(ids, max_members=len(paths) + 2)
+    assert all((len(members) - 1) * n >= MIN_SAVED_PAGES for members, n in sets_of(whole))
+    # Sets that are too small to be worth it count as well.
+    with patch.object(shared_prefixes, "MIN_SAVED_PAGES", 1):
+        all_sets = sets_of(find(ids, max_members=len(paths) + 2))
+    assert {str(x) for x in sets_of(whole)} <= {str(x) for x in all_sets}
     seen: list[int] = []
-    saved = 0
-    for members, common in sets_of(whole):
+    saved: Counter[int] = Counter()
+    for members, common in all_sets:
         assert (ids[members, :common] == ids[members[0], :common]).all()
         assert (ids[members, :common] >= 0).all()
-        SEEN.add("sets of two", len(members) == 2)
-        SEEN.add("larger sets", len(members) > 2)
-        saved += (len(members) - 1) * common
+        saved[paths[members[0]][0]] += (len(members) - 1) * common
         seen += members
     assert len(seen) == len(set(seen))
+    firsts = [paths[members[0]][0] for members, _ in all_sets]
+    SEEN.add("sets", len(firsts))
+    SEEN.add("nested sets", len(firsts) - len({*firsts}))
+    SEEN.add("sequences that read alone", len(paths) - len(seen))
     for first in range(3):
         group = [i for i, path in enumerate(paths) if path[0] == first]
         if len(group) > 1:
             table = ids[group]
-            common = int((table == table[0]).all(0).argmin())
-            saved_by_one = (len(group) - 1) * common
-            assert saved >= saved_by_one or saved_by_one < 2 * MIN_SAVED_PAGES
+            same = (table == table[0]).all(0) & (table[0] >= 0)
+            common = int(np.append(same, False).argmin())
+            assert saved[first] >= (len(group) - 1) * common
     cut = find(ids, max_members=limit)
     assert all(2 <= len(members) <= limit for members, _ in sets_of(cut))
+    SEEN.add("sets too small to be worth it", len(all_sets) - len(sets_of(whole)))
+    SEEN.add("sets that are split", any(len(members) > limit for members, _ in sets_of(whole)))
     if cut is not None:
         assert len(cut.starts) <= num_starts(len(paths))
 

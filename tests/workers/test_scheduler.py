@@ -1,0 +1,209 @@
+"""What the next step computes: budgets of tokens and pages at their limits, and their order."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from kvmesh.workers.lease import LeaseTerms
+from kvmesh.workers.plan import StepPlan
+from kvmesh.workers.pool_plan import PoolPlan
+from kvmesh.workers.request import EngineRequest
+from kvmesh.workers.sampling_params import SamplingParams
+from kvmesh.workers.scheduler import Scheduler
+from kvmesh.workers.sequence import Sequence
+from kvmesh.workers.sizes import PageGeometry
+
+PAGE = 16
+
+
+class Bench:
+    """A scheduler whose steps are carried out by adding token 7 to each sampled sequence."""
+
+    def __init__(
+        self,
+        *,
+        sealed: int,
+        tokens: int = 256,
+        rows: int = 4,
+        headroom: int = 16,
+        sink: int = 0,
+        recent: int = 0,
+        prefix_cache: bool = False,
+    ) -> None:
+        self.geometry = PageGeometry(PAGE, sink, recent, 4, 1)
+        hot = rows * self.geometry.hot_per_sequence()
+        pool = PoolPlan(hot, headroom, sealed, rows)
+        self.scheduler = Scheduler(
+            self.geometry, pool, max_num_batched_tokens=tokens, prefix_cache=prefix_cache
+        )
+        self.sequences: dict[str, Sequence] = {}
+
+    def add(
+        self,
+        name: str,
+        prompt: int,
+        *,
+        max_tokens: int = 100,
+        lease: LeaseTerms | None = None,
+        suspicion: int = 0,
+        token: int | None = None,
+    ) -> Sequence:
+        """Of `prompt` tokens, which differ from those of others unless `token` is given."""
+        number = len(self.sequences) + 10 if token is None else token
+        ids = np.full(prompt, number, np.int32)
+        params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
+        item = EngineRequest(name, ids, params, lease, suspicion=suspicion)
+        seq = self.sequences[name] = Sequence(item, self.geometry, 10_000)
+        seq.arrived_s = float(len(self.sequences))
+        self.scheduler.add(seq)
+        return seq
+
+    def plan(self) -> dict[str, int]:
+        """The tokens that the next step computes, by name; it is carried out."""
+        plan = self.scheduler.schedule()
+        if plan is None:
+            return {}
+        found = self.tokens_of(plan)
+        sampled, _ = self.scheduler.commit(plan)
+        for seq in sampled:
+            seq.append(7)
+            if seq.num_tokens == seq.max_tokens_total:
+                self.scheduler.remove(seq)
+        self.scheduler.check()
+        return found
+
+    def tokens_of(self, plan: StepPlan) -> dict[str, int]:
+        rows = {seq.row: name for name, seq in self.sequences.items() if seq.row is not None}
+        return {rows[chunk.row]: chunk.num_tokens for chunk in plan.chunks}
+
+
+def test_a_sequence_is_admitted_only_if_its_next_token_fits_too() -> None:
+    """Otherwise it would compute its prompt, and be preempted by its own first token."""
+    for prompt, admitted in ((2 * PAGE - 2, True), (2 * PAGE - 1, False)):
+        bench = Bench(sealed=2)
+        bench.add("a", PAGE)
+        bench.plan()
+        bench.add("b", prompt, max_tokens=1)
+        assert ("b" in bench.plan()) == admitted, prompt
+
+
+def test_pages_that_running_sequences_still_need_are_not_given_away() -> None:
+    bench = Bench(sealed=4, tokens=PAGE)
+    bench.add("a", 3 * PAGE)  # one page a step
+    bench.add("b", PAGE + 1)
+    assert bench.plan() == {"a": PAGE}
+    bench.add("c", PAGE + 1)
+    assert bench.plan() == {"a": PAGE} and bench.plan() == {"a": PAGE}
+    assert bench.plan() == {"a": 1, "b": PAGE - 1}
+    assert bench.plan() == {"a": 1, "b": 2}
+    assert "c" not in bench.plan()
+
+
+def test_tokens_of_a_sequence_that_is_preempted_go_to_another_in_the_same_step() -> None:
+    """The youngest decodes, so it comes first; then the oldest needs its pages."""
+    bench = Bench(sealed=2, tokens=6)
+    paused = [bench.add(name, 20, lease=LeaseTerms(name, 1, 1, 0, 9)) for name in ("old", "later")]
+    while not all(seq.paused for seq in paused):
+        bench.plan()
+    youngest = bench.add("youngest", 3)
+    while len(youngest.sealed) < 2:
+        assert [*bench.plan()] == ["youngest"]
+    for seq in paused:
+        seq.extend(LeaseTerms("grown", 1, 1, 9, 9))
+    assert bench.plan() == {"old": 5, "later": 1}
+    assert youngest.preemptions == 1
+
+
+def test_hot_headroom_is_shared_by_the_chunks_of_a_step() -> None:
+    """Two pages more than sequences hold between steps: one chunk may cross two boundaries."""
+    bench = Bench(sealed=20, headroom=2)
+    bench.add("a", 5 * PAGE)
+    bench.add("b", 5 * PAGE)
+    assert bench.plan() == {"a": 3 * PAGE, "b": PAGE}
+    # `b` has its own page, and what `a` leaves of the headroom.
+    assert bench.plan() == {"a": 2 * PAGE, "b": 2 * PAGE}
+    assert bench.plan() == {"a": 1, "b": 2 * PAGE}
+
+
+@pytest.mark.parametrize(("sink", "recent"), [(1, 0), (0, 2), (1, 1)])
+def test_windows_count_as_a_sequences_own_hot_pages(sink: int, recent: int) -> None:
+    bench = Bench(sealed=20, headroom=1, sink=sink, recent=recent)
+    bench.add("a", 9 * PAGE)
+    own = sink + recent + 1
+    assert bench.plan() == {"a": (own + 1) * PAGE}
+    assert bench.plan() == {"a": 2 * PAGE}
+
+
+def test_prompts_are_computed_in_order_of_arrival_after_all_decoding() -> None:
+    bench = Bench(sealed=20, tokens=10)
+    bench.add("first", 4)
+    assert bench.plan() == {"first": 4}
+    bench.add("second", 12)
+    bench.add("third", 5)
+    assert bench.plan() == {"first": 1, "second": 9}
+    assert bench.plan() == {"first": 1, "second": 3, "third": 5}
+    assert [*bench.plan()] == ["first", "second", "third"]
+
+
+def test_rows_limit_how_many_run_and_are_used_again() -> None:
+    bench = Bench(sealed=20, rows=2)
+    for name in "abc":
+        bench.add(name, 3)
+    assert bench.plan() == {"a": 3, "b": 3}
+    bench.scheduler.remove(bench.sequences["a"])
+    assert bench.plan() == {"b": 1, "c": 3}
+    assert {seq.row for seq in bench.scheduler.running} == {0, 1}
+
+
+def test_a_preempted_sequence_waits_in_its_place_and_nothing_overtakes_it() -> None:
+    bench = Bench(sealed=3, rows=3)
+    for name in "ab":
+        bench.add(name, PAGE + 1, max_tokens=2 * PAGE)
+    bench.plan()
+    bench.add("late", 1, max_tokens=1)
+    while not bench.scheduler.preemptions_total:
+        found = bench.plan()
+    assert bench.sequences["b"].preemptions == 1
+    assert "b" not in found
+    bench.add("later", 1, max_tokens=1)
+    while bench.sequences["a"].row is not None:
+        assert [*bench.plan()] == ["a"]
+    assert [*bench.plan()] == ["b", "later"]
+
+
+def test_a_sequence_at_its_maximum_length_needs_no_more() -> None:
+    """Admission with a preempted sequence counts what each may still need, and no more."""
+    bench = Bench(sealed=4)
+    first = bench.add("first", 2 * PAGE + 1, max_tokens=PAGE)
+    bench.plan()
+    bench.scheduler.preempt_youngest()
+    fits = bench.add("fits", 1, max_tokens=PAGE - 1)  # no sealed page at all
+    assert set(bench.plan()) == {"first", "fits"}
+    assert first.preemptions == 1 and fits.preemptions == 0
+    bench.add("too long", 1, max_tokens=2 * PAGE)
+    assert "too long" not in bench.plan()
+
+
+def test_an_admission_that_failed_is_tried_again_when_pages_are_free() -> None:
+    bench = Bench(sealed=3)
+    bench.add("a", 2 * PAGE + 1)
+    bench.add("b", 2 * PAGE + 1)
+    assert [*bench.plan()] == ["a"]
+    for _ in range(3):
+        assert [*bench.plan()] == ["a"]
+    bench.scheduler.remove(bench.sequences["a"])
+    assert bench.plan() == {"b": 2 * PAGE + 1}
+
+
+def test_the_audit_finds_pages_and_rows_that_nothing_holds() -> None:
+    bench = Bench(sealed=4)
+    bench.add("a", PAGE + 1)
+    bench.plan()
+    bench.scheduler.cache.hot.take()
+    with pytest.raises(AssertionError, match=r"2 hot and 1 sealed pages are in use, 1 hot and 1"):
+        bench.scheduler.check()
+    bench = Bench(sealed=4)
+    bench.scheduler._free_rows.pop()
+    with pytest.raises(AssertionError, match="3 rows of 4"):
+        bench.scheduler.check()
