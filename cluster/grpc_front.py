@@ -14,8 +14,7 @@ import asyncio
 import contextlib
 import logging
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from functools import partial
 from typing import Any
 from weakref import WeakValueDictionary
@@ -27,6 +26,7 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from kvmesh.client.status import TRAILER, encode
+from kvmesh.cluster.contract_methods import METHODS, ContractMethod
 from kvmesh.cluster.errors import IngressBusyError, NotAllowedError, NotReadyError
 from kvmesh.cluster.ingress import error_table
 from kvmesh.cluster.ingress.authenticate import Caller
@@ -35,13 +35,9 @@ from kvmesh.cluster.ingress.service import IngressService
 from kvmesh.cluster.ingress.unknown_fields import check_known
 from kvmesh.cluster.ingress.validate import MAX_ID_CHARS, Limits
 from kvmesh.cluster.metrics import IngressMeters
-from kvmesh.v1 import kvmesh_pb2 as pb
-from kvmesh.v1alpha import admin_pb2 as admin
 
 logger = logging.getLogger("ray.serve")
 
-SERVICE = "kvmesh.v1.KVMesh"
-ADMIN_SERVICE = "kvmesh.v1alpha.Admin"
 READERS = 64  # requests that are received at the same time
 READERS_PER_TENANT = 16
 TURN_TIMEOUT_S = 1.0
@@ -51,59 +47,6 @@ MAX_REFLECTION_BYTES = 4096
 _TRACEPARENT = re.compile("[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}.{0,100}")
 
 Context = Any  # grpc.aio's, whose class is not public
-
-
-@dataclass(frozen=True, slots=True)
-class ContractMethod:
-    """A method of the contract.
-
-    call: (service, request, tenant) -> the replies
-    admin: needs an admin key
-    """
-
-    name: str
-    request: type[Message]
-    call: Callable[[IngressService, Any, str], AsyncGenerator[Message, None]]
-    admin: bool = False
-
-
-def _one(
-    call: Callable[[IngressService, Any, str], Awaitable[Message]],
-) -> Callable[[IngressService, Any, str], AsyncGenerator[Message, None]]:
-    """A unary method as one with several replies."""
-
-    async def replies(
-        service: IngressService, request: Any, tenant: str
-    ) -> AsyncGenerator[Message, None]:
-        yield await call(service, request, tenant)
-
-    return replies
-
-
-METHODS: Mapping[str, tuple[ContractMethod, ...]] = {
-    SERVICE: (
-        ContractMethod("GenerateStream", pb.GenerateRequest, IngressService.generate_stream),
-        ContractMethod("Generate", pb.GenerateRequest, _one(IngressService.generate)),
-        ContractMethod("Tokenize", pb.TokenizeRequest, _one(IngressService.tokenize)),
-        ContractMethod("Abort", pb.AbortRequest, _one(IngressService.abort)),
-        ContractMethod(
-            "EstimateBudget", pb.EstimateBudgetRequest, _one(IngressService.estimate_budget)
-        ),
-        ContractMethod("Explain", pb.ExplainRequest, _one(IngressService.explain)),
-        ContractMethod("GetModelInfo", pb.GetModelInfoRequest, _one(IngressService.get_model_info)),
-        ContractMethod(
-            "GetTenantLoads", pb.GetTenantLoadsRequest, _one(IngressService.get_tenant_loads)
-        ),
-    ),
-    ADMIN_SERVICE: (
-        ContractMethod(
-            "GetLoads", admin.GetLoadsRequest, _one(IngressService.get_loads), admin=True
-        ),
-        ContractMethod(
-            "ListGroups", admin.ListGroupsRequest, _one(IngressService.list_groups), admin=True
-        ),
-    ),
-}
 
 
 _REFLECTION: Any = reflection.aio.ReflectionServicer([*METHODS, "grpc.health.v1.Health"])

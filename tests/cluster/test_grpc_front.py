@@ -16,13 +16,8 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from kvmesh.client.status import TRAILER, decode
 from kvmesh.cluster import grpc_front
-from kvmesh.cluster.grpc_front import (
-    ADMIN_SERVICE,
-    METHODS,
-    READERS_PER_TENANT,
-    SERVICE,
-    GrpcFront,
-)
+from kvmesh.cluster.contract_methods import ADMIN_SERVICE, METHODS, SERVICE
+from kvmesh.cluster.grpc_front import READERS_PER_TENANT, GrpcFront
 from kvmesh.cluster.ingress.authenticate import Authenticator, Caller, KnownKey, hash_key
 from kvmesh.cluster.ingress.validate import Limits
 from kvmesh.cluster.metrics import IngressMeters

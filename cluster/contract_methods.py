@@ -1,0 +1,69 @@
+"""The methods of the wire contract: what each takes, and what of the ingress serves it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from google.protobuf.message import Message
+
+from kvmesh.cluster.ingress.service import IngressService
+from kvmesh.v1 import kvmesh_pb2 as pb
+from kvmesh.v1alpha import admin_pb2 as admin
+
+SERVICE = "kvmesh.v1.KVMesh"
+ADMIN_SERVICE = "kvmesh.v1alpha.Admin"
+
+
+@dataclass(frozen=True, slots=True)
+class ContractMethod:
+    """A method of the contract.
+
+    call: (service, request, tenant) -> the replies
+    admin: needs an admin key
+    """
+
+    name: str
+    request: type[Message]
+    call: Callable[[IngressService, Any, str], AsyncGenerator[Message, None]]
+    admin: bool = False
+
+
+def _one(
+    call: Callable[[IngressService, Any, str], Awaitable[Message]],
+) -> Callable[[IngressService, Any, str], AsyncGenerator[Message, None]]:
+    """A unary method as one with several replies."""
+
+    async def replies(
+        service: IngressService, request: Any, tenant: str
+    ) -> AsyncGenerator[Message, None]:
+        yield await call(service, request, tenant)
+
+    return replies
+
+
+METHODS: Mapping[str, tuple[ContractMethod, ...]] = {
+    SERVICE: (
+        ContractMethod("GenerateStream", pb.GenerateRequest, IngressService.generate_stream),
+        ContractMethod("Generate", pb.GenerateRequest, _one(IngressService.generate)),
+        ContractMethod("Tokenize", pb.TokenizeRequest, _one(IngressService.tokenize)),
+        ContractMethod("Abort", pb.AbortRequest, _one(IngressService.abort)),
+        ContractMethod(
+            "EstimateBudget", pb.EstimateBudgetRequest, _one(IngressService.estimate_budget)
+        ),
+        ContractMethod("Explain", pb.ExplainRequest, _one(IngressService.explain)),
+        ContractMethod("GetModelInfo", pb.GetModelInfoRequest, _one(IngressService.get_model_info)),
+        ContractMethod(
+            "GetTenantLoads", pb.GetTenantLoadsRequest, _one(IngressService.get_tenant_loads)
+        ),
+    ),
+    ADMIN_SERVICE: (
+        ContractMethod(
+            "GetLoads", admin.GetLoadsRequest, _one(IngressService.get_loads), admin=True
+        ),
+        ContractMethod(
+            "ListGroups", admin.ListGroupsRequest, _one(IngressService.list_groups), admin=True
+        ),
+    ),
+}
