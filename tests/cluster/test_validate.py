@@ -11,6 +11,7 @@ from google.protobuf.descriptor import Descriptor
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from kvmesh.cluster.errors import UnsupportedFieldError
 from kvmesh.cluster.grpc_front import parse
 from kvmesh.cluster.ingress.validate import (
     GenerationSpec,
@@ -93,6 +94,26 @@ def field_of(request: pb.GenerateRequest, limits: Limits = LIMITS) -> str:
 )
 def test_a_wrong_prompt_is_refused(prompt: pb.Prompt, field: str) -> None:
     assert field_of(make_request(prompt)) == field
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"adapter": "a"}, "adapter"),
+        ({"structured_output": pb.StructuredOutput(regex="a")}, "structured_output"),
+        ({"structured_output": pb.StructuredOutput()}, "structured_output"),
+        (
+            {"sampling_params": pb.SamplingParams(prompt_logprobs=0)},
+            "sampling_params.prompt_logprobs",
+        ),
+    ],
+)
+def test_fields_ahead_of_their_support_are_refused_by_name(
+    fields: Mapping[str, Any], field: str
+) -> None:
+    with pytest.raises(UnsupportedFieldError) as caught:
+        validated(pb.GenerateRequest(prompt=pb.Prompt(text="A"), **fields))
+    assert caught.value.field == field
 
 
 def test_a_request_without_any_prompt_is_refused() -> None:
