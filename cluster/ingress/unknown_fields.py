@@ -17,10 +17,11 @@ def check_known(request: Message, body: bytes) -> None:
 
     body: what the request was parsed from
     """
-    size = request.ByteSize()
     request.DiscardUnknownFields()
-    if request.ByteSize() != size:
-        path, number = next(_unknown(type(request).FromString(body), ""))
+    if request.ByteSize() == len(body):
+        return  # nothing was lost; the usual case, found at the cost of one pass
+    # Or the client has not written the fields in the usual way, which is valid as well.
+    for path, number in _unknown(type(request).FromString(body), ""):
         raise UnsupportedFieldError(
             path, f"has field number {number}, which this server does not know"
         )

@@ -251,6 +251,24 @@ async def test_what_a_newer_client_asks_for_is_refused(
     assert "999" in error.field_violations[0].description
 
 
+async def test_fields_written_in_an_unusual_way_are_accepted(served: Served) -> None:
+    served.machine.allow(MANY)
+    # A repeated field unpacked, as proto2 does, and one field twice, of which the last counts.
+    ids = b"".join(b"\x08" + bytes([token]) for token in PROMPT)
+    unusual = b"\x1a" + bytes([len(ids) + 2]) + b"\x1a" + bytes([len(ids)]) + ids
+    first = pb.GenerateRequest(priority=7).SerializeToString()
+    unusual = first + first + unusual
+    parsed = pb.GenerateRequest.FromString(unusual)
+    assert list(parsed.prompt.token_ids.ids) == PROMPT
+    assert parsed.ByteSize() != len(unusual)
+    params = pb.SamplingParams(max_tokens=3, temperature=0)
+    unusual += pb.GenerateRequest(sampling_params=params).SerializeToString()
+    tokens: list[int] = []
+    async for data in served.call("GenerateStream", unusual):
+        tokens += pb.GenerateStreamResponse.FromString(data).delta.token_ids
+    assert tokens == answer(PROMPT, 3)
+
+
 async def test_no_more_calls_than_allowed(served: Served) -> None:
     served.machine.allow(1)
     waiting = [served.call("GenerateStream", request(400)) for _ in range(MAX_CALLS)]
