@@ -139,8 +139,9 @@ def test_prompts_are_computed_in_order_of_arrival_after_all_decoding() -> None:
     bench = Bench(sealed=20, tokens=10)
     bench.add("first", 4)
     assert bench.plan() == {"first": 4}
-    bench.add("second", 12)
+    bench.add("second", 21)
     bench.add("third", 5)
+    assert bench.plan() == {"first": 1, "second": 9}
     assert bench.plan() == {"first": 1, "second": 9}
     assert bench.plan() == {"first": 1, "second": 3, "third": 5}
     assert [*bench.plan()] == ["first", "second", "third"]
