@@ -7,6 +7,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from random import Random
 
 import pytest
@@ -173,7 +174,7 @@ class LeaderMachine:
             covered[0] + terms.sealed_pages <= capacity.sealed
             and covered[1] + terms.hot_pages <= capacity.hot
         )
-        submit = lambda: self.leader.submit(items, self.clients[client % 3])  # noqa: E731
+        submit = partial(self.leader.submit, items, self.clients[client % 3])
         if self.draining is not None:
             with pytest.raises(EngineDrainingError):
                 submit()

@@ -87,7 +87,7 @@ def test_digests_cover_all_tokens_before_them_and_the_salt() -> None:
     assert digests.upto(tokens, 1) == expected[:1]
     assert digests.upto(tokens, 3) == expected
     assert digests.upto(tokens, 2) == expected, "those that are known"
-    assert PageDigests(PAGE, "salt").upto(tokens.astype(np.int64), 3) == expected  # type: ignore[arg-type]
+    assert PageDigests(PAGE, "salt").upto(tokens.astype(np.int64), 3) == expected
     assert not {*PageDigests(PAGE, "").upto(tokens, 3)} & {*expected}
 
 
