@@ -30,6 +30,7 @@ class ScriptedEnd:
         self.closed = False
 
     def receive(self, timeout_s: float) -> ToRank | None:
+        assert 0 < timeout_s < 10, "a leader that is gone is noticed within seconds"
         return self._messages.pop(0)
 
     def send(self, message: FromRank) -> None:
@@ -65,8 +66,9 @@ class FakeRank:
 
 
 def serve(messages: Sequence[ToRank | None], *, samples: bool, parent: int) -> ScriptedEnd:
-    end = ScriptedEnd(messages)
-    worker._serve(FakeRank(samples=samples), end, parent)  # type: ignore[arg-type]
+    end, rank = ScriptedEnd(messages), FakeRank(samples=samples)
+    worker._serve(rank, end, parent)  # type: ignore[arg-type]
+    assert rank.allocated == [x for x in messages if isinstance(x, Allocation)]
     return end
 
 
@@ -83,6 +85,39 @@ def test_a_rank_answers_what_it_is_asked_until_it_is_closed(samples: bool) -> No
 
 def test_a_rank_ends_when_its_leader_is_gone() -> None:
     assert serve([None, PLAN], samples=True, parent=os.getppid() + 1).unread == 1
+
+
+class FakeComm:
+    closed = False
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_a_ranks_process_joins_its_group_and_serves(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config = EngineConfig(model="m", tp=2)
+    end, comm, calls = ScriptedEnd([None, Close()]), FakeComm(), list[tuple[object, ...]]()
+
+    def connect(rank: int, tp: int, rendezvous: Path, *, device: str) -> FakeComm:
+        calls.append((rank, tp, rendezvous, device))
+        return comm
+
+    def make_rank(*arguments: object) -> FakeRank:
+        calls.append(arguments)
+        return FakeRank(samples=True)
+
+    monkeypatch.setattr(worker, "RankEnd", {"ipc://one": end}.__getitem__)
+    monkeypatch.setattr(worker, "choose_device", lambda c, rank: f"{rank} of {c.tp}")
+    monkeypatch.setattr(worker, "keep_compiled_loops", lambda environ: calls.append((environ,)))
+    monkeypatch.setattr(worker.Communicator, "connect", connect)
+    monkeypatch.setattr(worker, "Rank", make_rank)
+    worker.worker_main(config, 1, "ipc://one", tmp_path)
+    joined = (1, 2, tmp_path, "1 of 2")
+    assert calls == [(os.environ,), joined, (config, 1, comm)]
+    assert end.sent == [DESCRIPTION] and end.unread == 0
+    assert end.closed and comm.closed
 
 
 @pytest.mark.parametrize(
