@@ -38,6 +38,11 @@ def _workers(module: str, *tests: str) -> Target:
     return Target(f"workers/{module}.py", tuple(f"tests/workers/test_{name}.py" for name in tests))
 
 
+def _ingress(module: str, *tests: str) -> Target:
+    paths = (f"tests/cluster/test_{name}.py" for name in tests)
+    return Target(f"cluster/ingress/{module}.py", tuple(paths))
+
+
 ENGINE = (
     "arena",
     "prefix_cache",
@@ -46,15 +51,11 @@ ENGINE = (
     "engine",
     "engine_thread",
     "blame",
-    "faults",
 )
 LEADER = ("lease_book", "lease_book_machine", "leader_machine", "engine_thread", "leader", "blame")
 ROUTING = tuple(
     f"tests/routing/test_{name}.py"
     for name in ("ledger", "queue", "placement", "router", "lost_growth", "properties")
-)
-INGRESS = tuple(
-    f"tests/cluster/test_{name}.py" for name in ("choice", "engine_links", "generation", "leases")
 )
 TARGETS = {
     "scheduler": _workers("scheduler", *ENGINE),
@@ -63,7 +64,7 @@ TARGETS = {
     "prefix_cache": _workers("prefix_cache", *ENGINE),
     "arena": _workers("arena", *ENGINE),
     "sizes": _workers("sizes", *ENGINE),
-    "sampler": _workers("sampler", "sampler_reference", "sampler", "faults"),
+    "sampler": _workers("sampler", "sampler_reference", "sampler"),
     "leader": _workers("leader", *LEADER),
     "engine_thread": _workers("engine_thread", *LEADER),
     "lease_book": _workers("lease_book", *LEADER),
@@ -77,9 +78,9 @@ TARGETS = {
     "ledger": Target("cluster/routing/ledger.py", ROUTING),
     "queue": Target("cluster/routing/queue.py", ROUTING),
     "placement": Target("cluster/routing/placement.py", ROUTING),
-    "choice": Target("cluster/ingress/choice.py", INGRESS),
-    "engine_links": Target("cluster/ingress/engine_links.py", INGRESS),
-    "generation": Target("cluster/ingress/generation.py", INGRESS),
+    "choice": _ingress("choice", "choice", "stop_strings", "generation"),
+    "engine_links": _ingress("engine_links", "engine_links", "generation"),
+    "generation": _ingress("generation", "generation", "leases", "stream_status"),
     "client_flows": Target(
         "client/flows.py", tuple(f"tests/client/test_{x}.py" for x in ("streams", "retries"))
     ),
