@@ -16,9 +16,15 @@ from kvmesh.workers.engine import Engine
 from kvmesh.workers.errors import ConfigError, InvalidFieldError, PoolCapacityError
 from kvmesh.workers.executor import Allocation, RankDescription
 from kvmesh.workers.lease import LeaseTerms
-from kvmesh.workers.plan import StepPlan, StepResult
+from kvmesh.workers.plan import SampledToken, StepPlan, StepResult
 from kvmesh.workers.prefix_cache import PageDigests
-from kvmesh.workers.request import EndReason, EngineRequest, PrefillProgress, SequenceDelta
+from kvmesh.workers.request import (
+    EndReason,
+    EngineRequest,
+    PrefillProgress,
+    SampledLogprobs,
+    SequenceDelta,
+)
 from kvmesh.workers.sampling_params import SamplingParams
 from kvmesh.workers.sizes import BLOCK_PAGES, PageNeed
 from tests.exercised import Exercised
@@ -525,6 +531,59 @@ def test_others_continue_while_a_sequence_is_paused_and_may_preempt_it() -> None
     for delta in run(engine)["paused"]:
         deltas["paused"] += delta.token_ids
     assert deltas["paused"] == expected_output([6, 7], 200, ignore_eos=True)
+
+
+def test_a_lease_that_grows_extends_its_own_sequences_alone() -> None:
+    engine, _ = make_engine()
+    params = SamplingParams(temperature=0.0, max_tokens=90, ignore_eos=True)
+    for name, lease_id in (("a", "l1"), ("b", "l10"), ("c", "l1")):
+        lease = LeaseTerms(lease_id, 1, 1, 0, 12, sequences=2)
+        engine.add(request(name, [5, 6], params=params, lease=lease))
+    engine.add(request("free", [5, 6], 3))
+    while not engine.stalled:
+        engine.step()
+    engine.extend(LeaseTerms("l1", 1, 2, 4, 12, sequences=2))
+    while not engine.stalled:
+        engine.step()
+    written = {seq.request.request_id: seq.num_computed for seq in engine.scheduler.running}
+    within = engine.geometry.tokens_within
+    assert written == {"a": within(2), "b": within(0), "c": within(2)}
+
+
+def test_a_deadline_makes_room_for_a_sequence_that_waits_behind_paused_ones() -> None:
+    now = [0.0]
+    executor = MemoryExecutor(PAGE, 0, 0, 200)
+    config = EngineConfig(model="memory", page_size=PAGE, max_num_seqs=1, max_num_batched_tokens=16)
+    engine = Engine(config, executor, clock=lambda: now[0])
+    params = SamplingParams(temperature=0.0, max_tokens=90, ignore_eos=True)
+    lease = LeaseTerms("l", 1, 1, 0, 6)
+    engine.add(request("paused", [5, 6], params=params, lease=lease, timeout_s=9.0))
+    engine.add(request("waits", [7, 8], 3))
+    while not engine.stalled:
+        engine.step()
+    now[0] = 9.0
+    ended, token = engine.step()
+    assert (ended.request_id, ended.finish_reason) == ("paused", EndReason.DEADLINE)
+    assert token.request_id == "waits" and not engine.stalled
+
+
+def test_logprobs_are_passed_on_also_if_they_are_zero() -> None:
+    engine, executor = make_engine()
+    execute = executor.execute
+
+    def certain(plan: StepPlan) -> StepResult:
+        result = execute(plan)
+        tokens = [SampledToken(x.token_id, 0.0, [(x.token_id, 0.0)]) for x in result.tokens]
+        return StepResult(plan.step, tokens, 0.5)
+
+    engine.add(request("without", [3, 4], 1))
+    assert run(engine)["without"][0].logprobs == ()
+    executor.execute = certain  # type: ignore[method-assign]
+    engine.add(request("with", [3, 4], 1))
+    (delta,) = run(engine)["with"]
+    (token,) = delta.token_ids
+    assert delta.logprobs == (SampledLogprobs(0.0, ((token, 0.0),)),)
+    assert engine.step_host_s == 0.5
 
 
 def test_a_paused_sequence_still_has_its_deadline() -> None:
