@@ -38,6 +38,11 @@ def _workers(module: str, *tests: str) -> Target:
     return Target(f"workers/{module}.py", tuple(f"tests/workers/test_{name}.py" for name in tests))
 
 
+def _ingress(module: str, *tests: str) -> Target:
+    paths = (f"tests/cluster/test_{name}.py" for name in tests)
+    return Target(f"cluster/ingress/{module}.py", tuple(paths))
+
+
 ENGINE = (
     "arena",
     "prefix_cache",
@@ -46,15 +51,11 @@ ENGINE = (
     "engine",
     "engine_thread",
     "blame",
-    "faults",
 )
 LEADER = ("lease_book", "lease_book_machine", "leader_machine", "engine_thread", "leader", "blame")
 ROUTING = tuple(
     f"tests/routing/test_{name}.py"
     for name in ("ledger", "queue", "placement", "router", "lost_growth", "properties")
-)
-INGRESS = tuple(
-    f"tests/cluster/test_{name}.py" for name in ("choice", "engine_links", "generation", "leases")
 )
 TARGETS = {
     "scheduler": _workers("scheduler", *ENGINE),
@@ -63,19 +64,23 @@ TARGETS = {
     "prefix_cache": _workers("prefix_cache", *ENGINE),
     "arena": _workers("arena", *ENGINE),
     "sizes": _workers("sizes", *ENGINE),
-    "sampler": _workers("sampler", "sampler_reference", "sampler", "faults"),
+    "sampler": _workers("sampler", "sampler_reference", "sampler"),
     "leader": _workers("leader", *LEADER),
     "engine_thread": _workers("engine_thread", *LEADER),
     "lease_book": _workers("lease_book", *LEADER),
     "blame": _workers("blame", *LEADER),
     "channel": _workers("channel", "channel"),
     "step_limit": _workers("step_limit", "step_limit", "channel"),
+    "cached_blocks": _workers("cached_blocks", "cached_blocks", "leader"),
+    "pool_plan": _workers("pool_plan", "pool_plan", "engine"),
+    "shared_prefixes": _workers("shared_prefixes", "shared_prefixes"),
+    "worker": _workers("worker", "worker"),
     "ledger": Target("cluster/routing/ledger.py", ROUTING),
     "queue": Target("cluster/routing/queue.py", ROUTING),
     "placement": Target("cluster/routing/placement.py", ROUTING),
-    "choice": Target("cluster/ingress/choice.py", INGRESS),
-    "engine_links": Target("cluster/ingress/engine_links.py", INGRESS),
-    "generation": Target("cluster/ingress/generation.py", INGRESS),
+    "choice": _ingress("choice", "choice", "stop_strings", "generation"),
+    "engine_links": _ingress("engine_links", "engine_links", "generation"),
+    "generation": _ingress("generation", "generation", "leases", "stream_status"),
     "client_flows": Target(
         "client/flows.py", tuple(f"tests/client/test_{x}.py" for x in ("streams", "retries"))
     ),
@@ -104,7 +109,7 @@ def mutate(name: str, children: int, *, resume: bool) -> dict[str, str]:
             file.write(_settings(target))
     command = ["run", "--max-children", str(children)]
     subprocess.run([*MUTMUT, *command], cwd=work, check=True, stdout=sys.stderr)
-    lines = _output(work, "results", "--all", "true").splitlines()
+    lines = _output(work, *MUTMUT, "results", "--all", "true").splitlines()
     found = [line.strip().rpartition(": ") for line in lines if "__mutmut_" in line]
     return {mutant: outcome for mutant, _, outcome in found}
 
@@ -138,15 +143,32 @@ def _copy_tracked_files(work: Path) -> None:
             shutil.copy2(ROOT / name, work / name, follow_symlinks=False)
 
 
-def _output(work: Path, *arguments: str) -> str:
-    command = [*MUTMUT, *arguments]
+def _output(work: Path, *command: str) -> str:
     return subprocess.run(command, cwd=work, check=True, capture_output=True, text=True).stdout
 
 
-def change_of(work: Path, mutant: str) -> Change:
-    lines = _output(work, "show", mutant).splitlines()
+SHOW_ALL = """
+import sys
+from mutmut.__main__ import show
+for mutant in sys.argv[1:]:
+    show.callback(mutant)
+"""
+
+
+def changes_of(work: Path, mutants: list[str]) -> list[Change]:
+    """What each of them changes, from its diff."""
+    if not mutants:
+        return []
+    shown = _output(work, sys.executable, "-c", SHOW_ALL, *mutants)
+    diffs = re.split(r"^# .*__mutmut_\d+: survived$", shown, flags=re.MULTILINE)[1:]
+    return [_change(*pair) for pair in zip(mutants, diffs, strict=True)]
+
+
+def _change(mutant: str, diff: str) -> Change:
     was, becomes = (
-        " ".join(x[1:].strip() for x in lines if re.match(rf"\{sign}(?!\{sign})", x))
+        " ".join(
+            line.strip() for line in re.findall(rf"^\{sign}(?!\{sign})(.*)$", diff, re.MULTILINE)
+        )
         for sign in "-+"
     )
     function = mutant.rpartition(".")[2].rpartition("__mutmut_")[0]
@@ -154,7 +176,9 @@ def change_of(work: Path, mutant: str) -> Change:
 
 
 def in_text_only(change: Change) -> bool:
-    """It changes what a message says, or a name in upper case that means the same."""
+    """It changes what a message or a log says, or a name in upper case that means the same."""
+    if change.was.startswith("logger."):
+        return True
     literal = r"\"[^\"]*\"|'[^']*'"
     was, becomes = (re.sub(literal, "''", text) for text in (change.was, change.becomes))
     return was == becomes
@@ -178,7 +202,7 @@ def main() -> None:
     for name in arguments.modules or TARGETS:
         outcomes = mutate(name, arguments.children, resume=arguments.resume)
         alive = [mutant for mutant, outcome in outcomes.items() if outcome == "survived"]
-        changes = [change_of(WORK / name, mutant) for mutant in alive]
+        changes = changes_of(WORK / name, alive)
         real = [x for x in changes if x not in equivalent and not in_text_only(x)]
         left += len(real)
         counts = Counter(outcomes.values())

@@ -15,13 +15,15 @@ from hypothesis import strategies as st
 
 Call = TypeVar("Call")
 
+# Of the profile: a running test has settings of its own.
+PHASES = settings().phases
 SEEDS = st.integers(0, 2**63)
 MAX_TRIES = 150
 
 
 def scenarios(count: int) -> settings:
     """That many scenarios; of a seed there is nothing to shrink."""
-    phases = [x for x in settings().phases if x not in (Phase.target, Phase.shrink)]
+    phases = [x for x in PHASES if x not in (Phase.target, Phase.shrink)]
     return settings(max_examples=count, phases=phases)
 
 
@@ -30,7 +32,7 @@ def check(run: Callable[[Sequence[Call]], None], calls: Sequence[Call]) -> None:
     try:
         run(calls)
     except Exception:
-        if Phase.shrink not in settings().phases:
+        if Phase.shrink not in PHASES:
             raise
         fewest = _fewest(run, calls)
         note("calls:\n" + "\n".join(f"    {call}" for call in fewest))

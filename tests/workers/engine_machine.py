@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from kvmesh.workers.blame import Blame
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.engine import PROGRESS_PERIOD_S, Engine
 from kvmesh.workers.errors import PoolCapacityError
@@ -224,6 +225,7 @@ class EngineMachine:
         steps = len(self.executor.plans) - steps
         assert overdue or not (was_stalled and steps), "it could have continued before"
         assert engine.stalled == (not steps and engine.has_work)
+        assert engine.blame == Blame(), "between steps nobody knows"
         self.totals["steps"] += steps
         self.seen.add("pauses", sum(seq.paused and seq not in paused for seq in running))
         for delta in deltas:

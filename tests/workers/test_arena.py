@@ -51,7 +51,7 @@ class ArenaMachine:
         free = {p for p, n in enumerate(self.holders) if not n} - {*self.cached}
         if not free and not self.cached:
             SEEN.add("refused takes")
-            with pytest.raises(IndexError):
+            with pytest.raises(IndexError, match="no page available"):
                 self.arena.take()
             return
         page = self.arena.take()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from random import Random
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, note
@@ -13,12 +14,19 @@ from kvmesh.workers.arena import Arena
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.engine import Engine
 from kvmesh.workers.errors import ConfigError, InvalidFieldError, PoolCapacityError
+from kvmesh.workers.executor import Allocation, RankDescription
 from kvmesh.workers.lease import LeaseTerms
-from kvmesh.workers.plan import StepPlan, StepResult
+from kvmesh.workers.plan import SampledToken, StepPlan, StepResult
 from kvmesh.workers.prefix_cache import PageDigests
-from kvmesh.workers.request import EndReason, EngineRequest, PrefillProgress, SequenceDelta
+from kvmesh.workers.request import (
+    EndReason,
+    EngineRequest,
+    PrefillProgress,
+    SampledLogprobs,
+    SequenceDelta,
+)
 from kvmesh.workers.sampling_params import SamplingParams
-from kvmesh.workers.sizes import BLOCK_PAGES
+from kvmesh.workers.sizes import BLOCK_PAGES, PageNeed
 from tests.exercised import Exercised
 from tests.scenarios import SEEDS, check, scenarios
 from tests.workers.engine_calls import PAGE as PAGE
@@ -79,7 +87,7 @@ SEEN = Exercised(
         "partly evicted prefixes": 20,
         "evictions": 1500,
         "one form evicted, the other kept": 600,
-        "pages sealed for two": 20,
+        "pages sealed for two": 10,
         "blocks held": 60,
         "preemptions": 60,
         "penalised outputs that are partly cached": 4,
@@ -282,9 +290,13 @@ def test_host_work_of_a_decode_step_does_not_grow_with_context() -> None:
     engine.add(request("long", [3] * 300, 60))
     run(engine)
     decode = [plan for plan in executor.plans if plan.num_tokens == 1]
-    assert decode
+    assert len(decode) > 2 * PAGE
     for plan in decode:
-        assert len(plan.hot.ids) <= 1 and len(plan.sealed.ids) <= 1 and not plan.row_starts
+        (chunk,) = plan.chunks
+        starts_page, fills_page = chunk.start % PAGE == 0, chunk.end % PAGE == 0
+        assert len(plan.hot.ids) == starts_page
+        assert len(plan.sealed.ids) == len(plan.seal_hot) == fills_page
+        assert not plan.row_starts
 
 
 def test_resumed_tokens_are_not_emitted_again() -> None:
@@ -367,6 +379,96 @@ def test_impossible_requests_are_refused_by_field(change: dict[str, object], fie
     assert caught.value.field == field
 
 
+@pytest.mark.parametrize(
+    ("prompt", "max_tokens", "resumed", "accepted"),
+    [
+        (799, 5, 0, True),  # one token of output is left
+        (800, 5, 0, False),
+        (10, 4, 3, True),  # one more may be generated
+        (10, 4, 4, False),
+        (3, 9, 2, True),  # one token of the prompt is left
+        (3, 9, 3, False),
+        (3, 9, -1, False),
+    ],
+)
+def test_the_longest_prompts_and_outputs_that_are_accepted(
+    prompt: int, max_tokens: int, resumed: int, accepted: bool
+) -> None:
+    engine, _ = make_engine(budget=400)
+    params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
+    item = request("r", [3] * prompt, params=params, resumed_tokens=resumed)
+    if not accepted:
+        with pytest.raises(InvalidFieldError):
+            engine.check(item)
+        return
+    engine.check(item)
+    engine.add(item)
+    room = min(max_tokens - resumed, 800 - prompt)
+    assert len(tokens_of(run(engine)["r"])) == room
+
+
+def test_resumed_tokens_count_once_against_the_pool() -> None:
+    engine, _ = make_engine(budget=60)
+    limit = engine.geometry.tokens_within(engine.info.capacity.sealed)
+    for tokens, fits in ((limit, True), (limit + 1, False)):
+        item = request("r", [3] * 30, tokens - 20, resumed_tokens=10)
+        if fits:
+            engine.check(item)
+        else:
+            with pytest.raises(PoolCapacityError):
+                engine.check(item)
+
+
+class UnequalExecutor(MemoryExecutor):
+    """The second of its ranks has less memory."""
+
+    allocation: Allocation | None = None
+
+    def describe(self) -> list[RankDescription]:
+        first, second = super().describe()
+        return [first, msgspec.structs.replace(second, kv_budget_bytes=60)]
+
+    def allocate(self, allocation: Allocation) -> None:
+        self.allocation = allocation
+        super().allocate(allocation)
+
+
+def test_the_pool_is_what_the_smallest_rank_can_hold() -> None:
+    executor = UnequalExecutor(PAGE, 1, 1, 200, max_model_len=100)
+    config = EngineConfig(
+        model="memory", page_size=PAGE, max_num_seqs=2, max_num_batched_tokens=16, max_model_len=90
+    )
+    engine = Engine(config, executor)
+    # 60 bytes: hot pages of 4 bytes for two sequences and a step, then sealed ones of 1 byte.
+    assert executor.allocation == Allocation(7, 32, max_rows=2, max_pages_per_row=6)
+    info = engine.info
+    assert (info.capacity, info.max_num_seqs, info.max_model_len) == (PageNeed(6, 32), 2, 90)
+    assert info.capacity_bytes == 2 * (6 * 4 + 32)
+    assert (info.model, info.model_revision, info.dtype) == ("memory", "0", "float32")
+    assert (info.kv_format, info.tp, info.vocab_size) == ("int8", 1, VOCAB)
+    assert info.prefix_cache
+    assert info.epoch != Engine(config, UnequalExecutor(PAGE, 1, 1, 200)).info.epoch
+
+
+@pytest.mark.parametrize(("configured", "used"), [(None, 800), (800, 800), (90, 90), (801, None)])
+def test_the_context_is_configured_up_to_the_models(
+    configured: int | None, used: int | None
+) -> None:
+    config = EngineConfig(
+        model="memory",
+        page_size=PAGE,
+        max_num_seqs=4,
+        max_num_batched_tokens=16,
+        max_model_len=configured,
+    )
+    executor = MemoryExecutor(PAGE, 0, 0, 200)
+    if used is None:
+        with pytest.raises(ConfigError, match="max_model_len"):
+            Engine(config, executor)
+    else:
+        assert Engine(config, executor).info.max_model_len == used
+
+
 def test_a_request_that_exceeds_the_pool_is_refused_with_bytes() -> None:
     engine, _ = make_engine(budget=60)
     with pytest.raises(PoolCapacityError) as caught:
@@ -429,6 +531,62 @@ def test_others_continue_while_a_sequence_is_paused_and_may_preempt_it() -> None
     for delta in run(engine)["paused"]:
         deltas["paused"] += delta.token_ids
     assert deltas["paused"] == expected_output([6, 7], 200, ignore_eos=True)
+
+
+def run_until_stalled(engine: Engine) -> None:
+    while not engine.stalled:
+        engine.step()
+
+
+def test_a_lease_that_grows_extends_its_own_sequences_alone() -> None:
+    engine, _ = make_engine()
+    params = SamplingParams(temperature=0.0, max_tokens=90, ignore_eos=True)
+    for name, lease_id in (("a", "l1"), ("b", "l10"), ("c", "l1")):
+        lease = LeaseTerms(lease_id, 1, 1, 0, 12, sequences=2)
+        engine.add(request(name, [5, 6], params=params, lease=lease))
+    engine.add(request("free", [5, 6], 3))
+    run_until_stalled(engine)
+    engine.extend(LeaseTerms("l1", 1, 2, 4, 12, sequences=2))
+    run_until_stalled(engine)
+    written = {seq.request.request_id: seq.num_computed for seq in engine.scheduler.running}
+    within = engine.geometry.tokens_within
+    assert written == {"a": within(2), "b": within(0), "c": within(2)}
+
+
+def test_a_deadline_makes_room_for_a_sequence_that_waits_behind_paused_ones() -> None:
+    now = [0.0]
+    executor = MemoryExecutor(PAGE, 0, 0, 200)
+    config = EngineConfig(model="memory", page_size=PAGE, max_num_seqs=1, max_num_batched_tokens=16)
+    engine = Engine(config, executor, clock=lambda: now[0])
+    params = SamplingParams(temperature=0.0, max_tokens=90, ignore_eos=True)
+    lease = LeaseTerms("l", 1, 1, 0, 6)
+    engine.add(request("paused", [5, 6], params=params, lease=lease, timeout_s=9.0))
+    engine.add(request("waits", [7, 8], 3))
+    while not engine.stalled:
+        engine.step()
+    now[0] = 9.0
+    ended, token = engine.step()
+    assert (ended.request_id, ended.finish_reason) == ("paused", EndReason.DEADLINE)
+    assert token.request_id == "waits" and not engine.stalled
+
+
+def test_logprobs_are_passed_on_also_if_they_are_zero() -> None:
+    engine, executor = make_engine()
+    execute = executor.execute
+
+    def certain(plan: StepPlan) -> StepResult:
+        result = execute(plan)
+        tokens = [SampledToken(x.token_id, 0.0, [(x.token_id, 0.0)]) for x in result.tokens]
+        return StepResult(plan.step, tokens, 0.5)
+
+    engine.add(request("without", [3, 4], 1))
+    assert run(engine)["without"][0].logprobs == ()
+    executor.execute = certain  # type: ignore[method-assign]
+    engine.add(request("with", [3, 4], 1))
+    (delta,) = run(engine)["with"]
+    (token,) = delta.token_ids
+    assert delta.logprobs == (SampledLogprobs(0.0, ((token, 0.0),)),)
+    assert engine.step_host_s == 0.5
 
 
 def test_a_paused_sequence_still_has_its_deadline() -> None:

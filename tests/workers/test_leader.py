@@ -12,7 +12,9 @@ import pytest
 
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.errors import (
+    ConfigError,
     EngineDrainingError,
+    EngineError,
     InvalidFieldError,
     PoolCapacityError,
     WorkerDiedError,
@@ -24,7 +26,7 @@ from kvmesh.workers.lease_book import AHEAD_TOKENS
 from kvmesh.workers.plan import StepPlan, StepResult
 from kvmesh.workers.request import EndReason, SequenceDelta
 from kvmesh.workers.sampling_params import SamplingParams
-from kvmesh.workers.sizes import PageNeed
+from kvmesh.workers.sizes import BLOCK_PAGES, PageNeed
 from tests.workers.memory_executor import MemoryExecutor, expected_output
 from tests.workers.test_engine import PAGE, request, tokens_of
 
@@ -185,6 +187,66 @@ async def test_all_sequences_of_a_lease_are_accepted_or_none() -> None:
             leader.submit([good, bad], Inbox().deliver)
         assert not leader.account.book.take_update()
         assert leader._idle.is_set()
+
+
+async def test_nothing_works_before_the_start_and_a_failed_start_raises_its_reason() -> None:
+    executor = GatedExecutor()
+    leader = EngineLeader(CONFIG, executor)
+    with pytest.raises(EngineError, match="has not started"):
+        leader.submit([request("a", [3])], Inbox().deliver)
+    leader.withdraw("unknown")
+    leader.extend(LeaseTerms("unknown", 1, 1, 1, 1))
+    error = ConfigError("tp", "must be 1")
+
+    def fail() -> list[RankDescription]:
+        raise error
+
+    executor.describe = fail  # type: ignore[method-assign]
+    with pytest.raises(ConfigError, match="must be 1"):
+        await asyncio.wait_for(leader.start(), 30)
+    assert leader.failed is error
+    await leader.stop()
+
+
+async def test_stopping_ends_what_runs_and_closes_the_ranks_even_twice() -> None:
+    executor = GatedExecutor()
+    closed: list[None] = []
+    executor.close = lambda: closed.append(None)  # type: ignore[method-assign]
+    leader = EngineLeader(CONFIG, executor)
+    await leader.start()
+    inbox = Inbox()
+    leader.submit([request("a", [3, 4], params=ENDLESS)], inbox.deliver)
+    executor.allow(MANY)
+    await inbox.take()
+    await leader.stop()
+    with pytest.raises(EngineDrainingError):
+        leader.submit([request("b", [3])], inbox.deliver)
+    read = await inbox.until_end({"a"})
+    assert read["a"][-1].finish_reason is EndReason.ABORT
+    assert len(closed) == 1
+    await leader.stop()
+
+
+async def test_a_failure_is_reported_to_the_router_even_without_a_sequence() -> None:
+    changed = asyncio.Event()
+    leader = EngineLeader(CONFIG, GatedExecutor(), changed.set)
+    await leader.start()
+    await leader.drain()
+    changed.clear()
+    leader.engine_failed(WorkerDiedError("rank 1 ended"))
+    assert changed.is_set()
+    await leader.stop()
+
+
+async def test_cached_blocks_and_loads_come_with_the_reports() -> None:
+    async with running() as (leader, executor):
+        executor.allow(MANY)
+        inbox = Inbox()
+        prompt = [i % 40 for i in range(BLOCK_PAGES * PAGE + 1)]
+        leader.submit([request("a", prompt, 2)], inbox.deliver)
+        await inbox.until_end({"a"})
+        assert len(leader.account.blocks.take_changes().held) == 1
+        assert leader.account.loads.prompt_tokens_total == len(prompt)
 
 
 async def test_drain_waits_for_running_sequences() -> None:

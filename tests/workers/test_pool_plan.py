@@ -28,6 +28,34 @@ def test_hot_pages_take_no_more_than_their_share(share: float, seqs: int) -> Non
     assert budget - 100 < hot_bytes + 100 * plan.sealed_pages <= budget
 
 
+@pytest.mark.parametrize(("tokens", "pages"), [(1, 1), (64, 1), (65, 2), (130, 3)])
+def test_a_step_has_hot_pages_for_all_its_tokens(tokens: int, pages: int) -> None:
+    plan = plan_pool(40_000, GEOMETRY, max_num_seqs=2, max_num_batched_tokens=tokens)
+    assert plan.headroom_pages == pages
+    assert plan.hot_total == plan.hot_pages + pages
+
+
+def test_the_tokens_of_a_step_take_at_most_half_of_the_hot_pages() -> None:
+    plan = plan_pool(40_000, GEOMETRY, max_num_seqs=100, max_num_batched_tokens=100_000)
+    assert (plan.hot_total, plan.headroom_pages, plan.max_num_seqs) == (12 + 12, 12, 3)
+    small = plan_pool(5_000, GEOMETRY, max_num_seqs=100, max_num_batched_tokens=100_000)
+    assert (small.hot_pages, small.headroom_pages, small.max_num_seqs) == (4, 1, 1)
+
+
+@pytest.mark.parametrize(("budget", "sealed"), [(4_100, 1), (4_099, None), (4_199, 1), (4_200, 2)])
+def test_the_smallest_budget_holds_one_sequence_and_a_sealed_page(
+    budget: int, sealed: int | None
+) -> None:
+    arguments: dict[str, int] = {"max_num_seqs": 8, "max_num_batched_tokens": 64}
+    if sealed is None:
+        with pytest.raises(ConfigError, match=r"needs 4,100 bytes \(5 hot pages of 800") as caught:
+            plan_pool(budget, GEOMETRY, **arguments)
+        assert caught.value.field == "kv_memory_bytes"
+    else:
+        plan = plan_pool(budget, GEOMETRY, **arguments)
+        assert (plan.hot_total, plan.sealed_pages, plan.max_num_seqs) == (5, sealed, 1)
+
+
 def test_few_sequences_leave_the_rest_to_sealed_pages() -> None:
     plan = plan_pool(40_000, GEOMETRY, max_num_seqs=2, max_num_batched_tokens=128)
     assert (plan.hot_pages, plan.headroom_pages, plan.sealed_pages) == (8, 2, 320)

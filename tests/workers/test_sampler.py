@@ -11,8 +11,8 @@ import torch
 from hypothesis import given
 
 from kvmesh.workers.errors import InvalidFieldError
-from kvmesh.workers.plan import RowStart
-from kvmesh.workers.sampler import Sampler, uniform
+from kvmesh.workers.plan import RowStart, SampledToken
+from kvmesh.workers.sampler import NO_TOKEN, NOT_FINITE, Sampler, uniform
 from kvmesh.workers.sampling_params import SamplingParams
 from tests.exercised import Exercised
 from tests.scenarios import SEEDS, scenarios
@@ -53,6 +53,13 @@ def test_uniform_is_uniform_and_depends_on_both_arguments() -> None:
     # chi-square with 19 degrees of freedom: 43.8 is exceeded once in a thousand
     assert ((histogram - 500) ** 2 / 500).sum() < 43.8
     assert uniform(1, 2) != uniform(2, 1)
+
+
+def test_draws_are_those_of_splitmix64() -> None:
+    """Its published outputs for the seed 1234567; other versions have to draw the same."""
+    published = [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    draws = [uniform(1234567, position) for position in range(3)]
+    assert draws == [(number >> 11) / 2**53 for number in published]
 
 
 @pytest.mark.parametrize("params", [{}, {"top_k": 900}, {"top_p": 0.999999}])
@@ -127,6 +134,45 @@ def test_penalties_and_bias() -> None:
     sampler = sampler_with(SamplingParams(presence_penalty=0.5, **greedy))
     sampler.record_tokens(0, 2, np.array([1, 20], np.int32).tobytes())
     assert sampler.sample(logits.clone(), [0], [4])[0].token_id == 30
+
+
+@pytest.mark.parametrize("params", [{"temperature": 0.0}, {}, {"top_p": 0.5}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        [torch.nan],
+        [torch.inf],
+        [-torch.inf] * VOCAB,
+        [1.0, torch.nan, 3.0],
+        [1.0, torch.inf],
+    ],
+)
+def test_a_row_without_a_finite_maximum_gets_a_fault_and_its_neighbours_a_token(
+    bad: list[float], params: dict[str, float]
+) -> None:
+    logits = logits_of({10: 4.0}, {}, {10: 4.0})
+    logits[1, : len(bad)] = torch.tensor(bad)
+    row = SamplingParams(seed=1, logprobs=1, **params)  # type: ignore[arg-type]
+    sampler = sampler_with(row, row, row)
+    first, faulty, last = sampler.sample(logits.clone(), [0, 1, 2], [2, 3, 4])
+    assert faulty == SampledToken(NO_TOKEN, fault=NOT_FINITE)
+    for row_id, end, token in ((0, 2, first), (2, 4, last)):
+        assert [token] == sampler.sample(logits[:1].clone(), [row_id], [end])
+        assert token.fault is None and [token_id for token_id, _ in token.top] == [10]
+
+
+def test_negative_infinity_excludes_a_token_and_is_no_fault() -> None:
+    logits = logits_of({10: 4.0, 11: 3.0})
+    logits[0, 10] = -torch.inf
+    for params in (SamplingParams(temperature=0.0), SamplingParams(seed=1, top_p=0.5)):
+        token = sampler_with(params).sample(logits.clone(), [0], [2])[0]
+        assert (token.token_id, token.fault) == (11, None)
+
+
+def test_stop_tokens_that_are_not_finite_stay_a_fault_before_min_tokens() -> None:
+    logits = logits_of({EOS: torch.nan, 10: 4.0})
+    params = SamplingParams(temperature=0.0, min_tokens=1)
+    assert sampler_with(params).sample(logits, [0], [2])[0].fault == NOT_FINITE
 
 
 def test_min_tokens_forbids_stopping() -> None:

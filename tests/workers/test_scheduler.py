@@ -139,8 +139,9 @@ def test_prompts_are_computed_in_order_of_arrival_after_all_decoding() -> None:
     bench = Bench(sealed=20, tokens=10)
     bench.add("first", 4)
     assert bench.plan() == {"first": 4}
-    bench.add("second", 12)
+    bench.add("second", 21)
     bench.add("third", 5)
+    assert bench.plan() == {"first": 1, "second": 9}
     assert bench.plan() == {"first": 1, "second": 9}
     assert bench.plan() == {"first": 1, "second": 3, "third": 5}
     assert [*bench.plan()] == ["first", "second", "third"]
@@ -194,6 +195,16 @@ def test_an_admission_that_failed_is_tried_again_when_pages_are_free() -> None:
         assert [*bench.plan()] == ["a"]
     bench.scheduler.remove(bench.sequences["a"])
     assert bench.plan() == {"b": 2 * PAGE + 1}
+
+
+def test_nobody_shares_what_an_isolated_sequence_seals_in_the_same_step() -> None:
+    for isolated, pages in ((False, 2), (True, 4)):
+        bench = Bench(sealed=8, prefix_cache=True)
+        first = bench.add("first", 2 * PAGE + 1, token=5)
+        first.shares_pages = not isolated
+        bench.add("second", 2 * PAGE + 1, token=5)
+        assert bench.plan() == {"first": 2 * PAGE + 1, "second": 2 * PAGE + 1}
+        assert bench.scheduler.cache.sealed.used == pages
 
 
 def test_the_audit_finds_pages_and_rows_that_nothing_holds() -> None:

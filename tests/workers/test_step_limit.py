@@ -156,7 +156,7 @@ def test_steps_of_other_sizes_are_of_another_kind(other: StepPlan) -> None:
     assert limit.of(plan((98, 6), (1, 5))) == 1.0, "the longest chunk and context count"
 
 
-def test_a_new_kind_is_bounded_by_the_largest_known_limit() -> None:
+def test_a_new_kind_has_the_lowest_bound_of_the_known_steps() -> None:
     limit = StepLimit(0.001)
     for step, seconds in ((plan((100, 1)), 9.0), (plan((500, 400)), 0.2), (plan((9, 300)), 8.0)):
         limit.learn(step, seconds)

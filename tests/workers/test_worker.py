@@ -1,0 +1,144 @@
+"""What a rank's process answers, and when it ends."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from kvmesh.workers import worker
+from kvmesh.workers.channel import Allocated, Close, Divergences, Failed, FromRank, Probe, ToRank
+from kvmesh.workers.config import EngineConfig
+from kvmesh.workers.errors import ConfigError
+from kvmesh.workers.executor import Allocation, RankDescription
+from kvmesh.workers.parallel.comm import Communicator
+from kvmesh.workers.plan import SampledToken, StepPlan, StepResult, TableUpdate
+
+DESCRIPTION = RankDescription("m", "r", "float32", 50, 100, (1,), 0, 0, 4, 1, 100, 8)
+NOTHING = TableUpdate([], [], [])
+PLAN = StepPlan(1, [], [], NOTHING, NOTHING, [], [], [])
+RESULT = StepResult(1, [SampledToken(7)], 0.0)
+
+
+class ScriptedEnd:
+    """The leader's messages, one after the other; None is a pause."""
+
+    def __init__(self, messages: Sequence[ToRank | None]) -> None:
+        self._messages = list(messages)
+        self.sent: list[FromRank] = []
+        self.closed = False
+
+    def receive(self, timeout_s: float) -> ToRank | None:
+        assert 0 < timeout_s < 10, "a leader that is gone is noticed within seconds"
+        return self._messages.pop(0)
+
+    def send(self, message: FromRank) -> None:
+        self.sent.append(message)
+
+    def close(self) -> None:
+        self.closed = True
+
+    @property
+    def unread(self) -> int:
+        return len(self._messages)
+
+
+class FakeRank:
+    """samples: whether this rank answers"""
+
+    def __init__(self, *, samples: bool) -> None:
+        self._samples = samples
+        self.allocated: list[Allocation] = []
+
+    def describe(self) -> RankDescription:
+        return DESCRIPTION
+
+    def divergences(self, kv_formats: list[str]) -> list[float]:
+        return [0.5] * len(kv_formats) if self._samples else []
+
+    def allocate(self, allocation: Allocation) -> None:
+        self.allocated.append(allocation)
+
+    def execute(self, plan: StepPlan) -> StepResult | None:
+        assert plan == PLAN
+        return RESULT if self._samples else None
+
+
+def serve(messages: Sequence[ToRank | None], *, samples: bool, parent: int) -> ScriptedEnd:
+    end, rank = ScriptedEnd(messages), FakeRank(samples=samples)
+    worker._serve(rank, end, parent)  # type: ignore[arg-type]
+    assert rank.allocated == [x for x in messages if isinstance(x, Allocation)]
+    return end
+
+
+@pytest.mark.parametrize("samples", [True, False])
+def test_a_rank_answers_what_it_is_asked_until_it_is_closed(samples: bool) -> None:
+    asked = [Probe(["int4"]), Allocation(1, 2, 3, 4), None, PLAN, PLAN, Close(), PLAN]
+    end = serve(asked, samples=samples, parent=os.getppid())
+    assert end.unread == 1
+    if samples:
+        assert end.sent == [DESCRIPTION, Divergences([0.5]), Allocated(), RESULT, RESULT]
+    else:
+        assert end.sent == [DESCRIPTION, Allocated()]
+
+
+def test_a_rank_ends_when_its_leader_is_gone() -> None:
+    assert serve([None, PLAN], samples=True, parent=os.getppid() + 1).unread == 1
+
+
+class FakeComm:
+    closed = False
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_a_ranks_process_joins_its_group_and_serves(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config = EngineConfig(model="m", tp=2)
+    end, comm, calls = ScriptedEnd([None, Close()]), FakeComm(), list[tuple[object, ...]]()
+
+    def connect(rank: int, tp: int, rendezvous: Path, *, device: str) -> FakeComm:
+        calls.append((rank, tp, rendezvous, device))
+        return comm
+
+    def make_rank(*arguments: object) -> FakeRank:
+        calls.append(arguments)
+        return FakeRank(samples=True)
+
+    monkeypatch.setattr(worker, "RankEnd", {"ipc://one": end}.__getitem__)
+    monkeypatch.setattr(worker, "choose_device", lambda c, rank: f"{rank} of {c.tp}")
+    monkeypatch.setattr(worker, "keep_compiled_loops", lambda environ: calls.append((environ,)))
+    monkeypatch.setattr(Communicator, "connect", connect)
+    monkeypatch.setattr(worker, "Rank", make_rank)
+    worker.worker_main(config, 1, "ipc://one", tmp_path)
+    joined = (1, 2, tmp_path, "1 of 2")
+    assert calls == [(os.environ,), joined, (config, 1, comm)]
+    assert end.sent == [DESCRIPTION] and end.unread == 0
+    assert end.closed and comm.closed
+
+
+@pytest.mark.parametrize(
+    ("error", "failed"),
+    [
+        (ConfigError("tp", "must be 1"), Failed("ConfigError", "must be 1", "tp")),
+        (IndexError("seven"), Failed("IndexError", "seven")),
+    ],
+)
+def test_a_rank_that_fails_says_why(
+    error: Exception, failed: Failed, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    end = ScriptedEnd([])
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(worker, "RankEnd", lambda endpoint: end)
+    monkeypatch.setattr(worker, "choose_device", fail)
+    monkeypatch.setattr(worker, "keep_compiled_loops", lambda environ: None)
+    with pytest.raises(type(error)):
+        worker.worker_main(EngineConfig(model="m"), 0, "ipc://unused", tmp_path / "ranks")
+    assert end.sent == [failed] and end.closed
