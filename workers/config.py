@@ -119,6 +119,11 @@ class EngineSettings(Settings):
     max_num_batched_tokens: WholeNumber = Field(
         default=512, ge=1, description="Maximum tokens of a step; longer prompts are chunked"
     )
+    max_step_s: Seconds | None = Field(
+        default=None,
+        description="Seconds that a step may take while sequences decode: prompts are chunked to "
+        "fit; null: 0.1 on GPUs, unlimited on CPUs",
+    )
     max_model_len: WholeNumber | None = Field(
         default=None, ge=1, description="Maximum tokens of a sequence; null: the model's limit"
     )

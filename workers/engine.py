@@ -33,6 +33,7 @@ from kvmesh.workers.sampling_params import RANGES
 from kvmesh.workers.scheduler import Scheduler
 from kvmesh.workers.sequence import Sequence
 from kvmesh.workers.sizes import PageGeometry, PageNeed
+from kvmesh.workers.step_budget import DEFAULT_MAX_STEP_S, StepBudget
 
 PROGRESS_PERIOD_S = 1.0  # at least, between two reports of a sequence's progress
 
@@ -78,11 +79,13 @@ class Engine:
                 max_pages_per_row=-(-max_model_len // config.page_size),
             )
         )
+        self._step_budget = _step_budget(config, rank)
         self.scheduler = Scheduler(
             self.geometry,
             pool,
             max_num_batched_tokens=config.max_num_batched_tokens,
             prefix_cache=config.prefix_cache,
+            step_budget=self._step_budget,
         )
         self.info = EngineInfo(
             epoch=uuid.uuid4().hex,
@@ -210,6 +213,8 @@ class Engine:
         rows = {chunk.row for chunk in plan.chunks}
         self.blame = Blame.of([seq for seq in self.scheduler.running if seq.row in rows])
         result = self._executor.execute(plan)
+        if self._step_budget is not None:
+            self._step_budget.learn(plan, self._clock() - now)
         assert result.step == plan.step, "a rank sent the result of another step"
         self._totals["steps"] += 1
         self.step_host_s = result.host_s
@@ -325,6 +330,13 @@ class Engine:
             usage=seq.usage(self._clock()),
             error=error,
         )
+
+
+def _step_budget(config: EngineConfig, rank: RankDescription) -> StepBudget | None:
+    """On CPUs, where decoding alone takes long, smaller chunks cost more than they bring."""
+    if config.max_step_s is not None:
+        return StepBudget(config.max_step_s)
+    return StepBudget(DEFAULT_MAX_STEP_S) if rank.device == "cuda" else None
 
 
 def _max_model_len(config: EngineConfig, rank: RankDescription) -> int:

@@ -14,6 +14,7 @@ class RankDescription(msgspec.Struct, tag="description", frozen=True):
 
     hot_page_bytes, sealed_page_bytes: of one page on this rank
     kv_budget_bytes: its memory that is left for KV
+    device: cpu or cuda
     """
 
     model: str
@@ -28,6 +29,7 @@ class RankDescription(msgspec.Struct, tag="description", frozen=True):
     sealed_page_bytes: int
     kv_budget_bytes: int
     head_dim: int
+    device: str = "cpu"
 
 
 class Allocation(msgspec.Struct, tag="allocation", frozen=True):

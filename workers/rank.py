@@ -111,6 +111,7 @@ class Rank:
             sealed_page_bytes=sealed_bytes,
             kv_budget_bytes=self._kv_budget_bytes(),
             head_dim=self._model.head_dim,
+            device=self._device.type,
         )
 
     def allocate(self, allocation: Allocation, *, prepare_decode: bool = True) -> None:

@@ -1,8 +1,8 @@
 """Decides what the next step computes, and in which pages.
 
 Decoding sequences come first, then prompts in order of arrival, chunked to what
-is left of the step's token budget. When sealed pages run out the youngest
-running sequence is preempted: its pages are freed and it is recomputed later.
+is left of the step's tokens, and of its time (step_budget.py). When sealed pages run out the
+youngest running sequence is preempted: its pages are freed and it is recomputed later.
 
 Why preemption cannot livelock: while a preempted sequence is waiting or running,
 sequences are admitted only if all running ones and the new one fit at their
@@ -22,6 +22,7 @@ from kvmesh.workers.pool_plan import PoolPlan
 from kvmesh.workers.prefix_cache import Digest, PrefixCache
 from kvmesh.workers.sequence import Sequence
 from kvmesh.workers.sizes import BLOCK_PAGES, PageGeometry, PageNeed
+from kvmesh.workers.step_budget import StepBudget, StepWork
 
 
 class Scheduler:
@@ -35,6 +36,7 @@ class Scheduler:
         *,
         max_num_batched_tokens: int,
         prefix_cache: bool,
+        step_budget: StepBudget | None = None,
     ) -> None:
         self.geometry = geometry
         self.pool = pool
@@ -42,6 +44,7 @@ class Scheduler:
         self.waiting: list[Sequence] = []  # by arrival
         self.running: list[Sequence] = []  # by arrival
         self._max_num_batched_tokens = max_num_batched_tokens
+        self._step_budget = step_budget
         self._free_rows = list(range(pool.max_num_seqs - 1, -1, -1))
         self._step = 0
         # The last admission that failed for lack of pages, and how many were available. It
@@ -90,7 +93,7 @@ class Scheduler:
             # Still running, not preempted meanwhile.
             if seq.row is not None and draft.tokens_left and draft.takes(seq):
                 self._plan_chunk(draft, seq)
-        while draft.tokens_left and (admitted := self._admit(draft)):
+        while self._max_chunk(draft, 0) and (admitted := self._admit(draft)):
             self._plan_chunk(draft, admitted)
         if not draft.chunks:
             assert self.running or not self.waiting, "sequences are waiting, but none can run"
@@ -170,14 +173,21 @@ class Scheduler:
         tokens = seq.max_tokens_total if worst_case else seq.num_tokens + 1
         return len(seq.sealed_missing(tokens))
 
+    def _max_chunk(self, draft: _Draft, start: int) -> int:
+        """How many tokens of a prompt the step has left, from there on."""
+        if self._step_budget is None:
+            return draft.tokens_left
+        return min(draft.tokens_left, self._step_budget.chunk_tokens(draft.work, start))
+
     def _plan_chunk(self, draft: _Draft, seq: Sequence) -> None:
         start = seq.num_computed
         first = start // self.geometry.page_size
         own = self.geometry.hot_per_sequence() - len(seq.hot) + (first in seq.hot)
         last = first + own + draft.headroom_left - 1  # the last page that gets a hot page
+        count = draft.tokens_left if seq.to_compute == 1 else self._max_chunk(draft, start)
         end = min(
             start + seq.to_compute,
-            start + draft.tokens_left,
+            start + count,
             (last + 1) * self.geometry.page_size,
             seq.leased_tokens,
         )
@@ -254,6 +264,7 @@ class _Draft:
     def __init__(self, tokens_left: int, headroom_left: int) -> None:
         self.tokens_left = tokens_left
         self.headroom_left = headroom_left
+        self.work = StepWork()
         self._on_trial: Sequence | None = None
         self.row_starts: dict[int, RowStart] = {}
         self.chunks: dict[int, Chunk] = {}
@@ -305,6 +316,7 @@ class _Draft:
         self.tokens_left -= end - start
         sample = end == seq.num_tokens
         self.chunks[row] = Chunk(row, start, seq.tokens[start:end].tobytes(), sample)
+        self.work.add(self.chunks[row])
 
     def undo(self, seq: Sequence) -> None:
         """Remove a sequence that is about to lose its row and pages."""
@@ -312,6 +324,7 @@ class _Draft:
         chunk = self.chunks.pop(row, None)
         if chunk is not None:
             self.tokens_left += chunk.num_tokens
+            self.work.add(chunk, -1)
         for part in (self.row_starts, self._hot, self._sealed, self._seals):
             part.pop(row, None)
         for digest in [d for d, (sealer, _) in self._being_sealed.items() if sealer is seq]:

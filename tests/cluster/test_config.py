@@ -73,6 +73,7 @@ def test_every_engine_setting_reaches_the_engine() -> None:
         "prefix_cache": False,
         "threads_per_rank": 2,
         "cuda_graphs": True,
+        "max_step_s": 0.2,
         "step_timeout_s": 3.0,
         "kv_probe": "refuse",
     }
