@@ -198,6 +198,19 @@ def test_descriptions_are_sent_once_and_remembered() -> None:
     end.close()
 
 
+def test_answers_are_taken_in_the_order_in_which_they_were_sent() -> None:
+    executor = ChannelExecutor(1)
+    end = RankEnd(executor.endpoints[0])
+    for message in (DESCRIPTION, Divergences([0.5]), Allocated(), StepResult(1, [], 0.5)):
+        end.send(message)
+    assert executor.describe() == [DESCRIPTION]
+    assert executor.divergences(["int4"]) == [0.5]
+    executor.allocate(Allocation(1, 2, 3, 4))
+    assert executor.execute(PLAN).host_s == 0.5
+    executor.close()
+    end.close()
+
+
 def test_every_rank_must_have_allocated() -> None:
     executor = ChannelExecutor(2, start_timeout_s=0.1)
     ends = [RankEnd(endpoint) for endpoint in executor.endpoints]

@@ -88,7 +88,7 @@ class BookMachine:
         )
         if not (covered + PageNeed(sequences, pages - shared)).fits(CAPACITY):
             SEEN.add("refusals")
-            with pytest.raises(PoolCapacityError) as caught:
+            with pytest.raises(PoolCapacityError, match="the lease asks for") as caught:
                 self.book.check(terms)
             assert caught.value.retryable
             assert caught.value.needed_bytes == 100 * sequences + 10 * (pages - shared)

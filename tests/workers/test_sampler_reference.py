@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from hypothesis import given
 
-from kvmesh.workers.plan import RowStart
+from kvmesh.workers.plan import RowStart, SampledToken
 from kvmesh.workers.sampler import Sampler, uniform
 from kvmesh.workers.sampling_params import SamplingParams
 from tests.exercised import Exercised
@@ -30,6 +30,7 @@ SEEN = Exercised(
         "rows with more tokens than the shortlist": 30,
         "rows whose penalties change the token": 40,
         "rows whose stop tokens are forbidden": 40,
+        "rows with logprobs": 300,
         "histories cut in the output": 80,
         "histories cut in the prompt": 80,
     },
@@ -110,6 +111,23 @@ def drawn(weights: list[tuple[int, float]], draw: float) -> int | None:
     return None
 
 
+def check_logprobs(row: Row, token: SampledToken) -> None:
+    """They are the model's, before any parameter."""
+    count = row.params.logprobs
+    if count is None:
+        assert (token.logprob, token.top) == (None, [])
+        return
+    SEEN.add("rows with logprobs")
+    log_sum = math.log(sum(map(math.exp, row.logits)))
+    logprobs = [logit - log_sum for logit in row.logits]
+    assert token.logprob is not None
+    assert abs(token.logprob - logprobs[token.token_id]) < MARGIN
+    best = sorted(logprobs, reverse=True)[:count]
+    assert len(token.top) == len(best)
+    for (token_id, logprob), wanted in zip(token.top, best, strict=True):
+        assert abs(logprob - wanted) < MARGIN and abs(logprobs[token_id] - wanted) < MARGIN
+
+
 def random_row(chance: Random, vocab: int) -> Row:
     prompt, output = chance.randrange(1, 9), chance.randrange(12)
     tokens = [chance.randrange(min(vocab, 14)) for _ in range(prompt + output)]
@@ -124,6 +142,7 @@ def random_row(chance: Random, vocab: int) -> Row:
         seed=chance.getrandbits(64),
         min_tokens=chance.choice([0, 0, output, output + 1]),
         stop_token_ids=tuple(chance.sample(range(vocab), 2)),
+        logprobs=chance.choice([None, None, 0, 1, 3, 20]),
         logit_bias={chance.randrange(vocab): chance.uniform(-5, 5)},
     )
     logits = [chance.gauss(0, chance.choice([0.3, 3.0])) for _ in range(vocab)]
@@ -153,6 +172,7 @@ def test_tokens_are_those_of_the_definition(seed: int) -> None:
         for row, token in zip(rows, sampled, strict=True):
             expected = expected_token(row, adjusted(row))
             assert token.fault is None
+            check_logprobs(row, token)
             if expected is not None:
                 assert token.token_id == expected
                 plain = expected_token(row, adjusted(row, penalties=False))
