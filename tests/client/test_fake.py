@@ -141,8 +141,8 @@ SEEN = Exercised(
     {
         "FINISH_REASON_STOP": 10,
         "FINISH_REASON_LENGTH": 10,
-        "stop strings": 3,
-        "stop tokens": 3,
+        "stop strings": 1,
+        "stop tokens": 1,
     },
 )
 
