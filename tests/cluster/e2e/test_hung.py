@@ -31,7 +31,7 @@ from tests.cluster.e2e.streams import (
 
 pytestmark = [
     pytest.mark.ray,
-    pytest.mark.timeout(240),
+    pytest.mark.timeout(600),
     # Ray's own, at its import.
     pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
 ]

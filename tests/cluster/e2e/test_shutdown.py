@@ -18,7 +18,7 @@ from tests.cluster.e2e.streams import PROMPTS, Streams, check_complete
 
 pytestmark = [
     pytest.mark.ray,
-    pytest.mark.timeout(240),
+    pytest.mark.timeout(600),
     pytest.mark.skipif(sys.platform != "linux", reason="finding its processes needs Linux"),
 ]
 
