@@ -216,9 +216,14 @@ async def test_stopping_ends_what_runs_and_closes_the_ranks_even_twice() -> None
     await leader.start()
     inbox = Inbox()
     leader.submit([request("a", [3, 4], params=ENDLESS)], inbox.deliver)
-    executor.allow(MANY)
+    executor.allow(1)
     await inbox.take()
-    await leader.stop()
+    stopping = asyncio.create_task(leader.stop())
+    # A step is in flight or about to be; the thread must not run to the last token meanwhile.
+    while not leader._draining:
+        await asyncio.sleep(0)
+    executor.allow(2)
+    await stopping
     with pytest.raises(EngineDrainingError):
         leader.submit([request("b", [3])], inbox.deliver)
     read = await inbox.until_end({"a"})
