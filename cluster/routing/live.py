@@ -84,7 +84,6 @@ class LiveRequest:
     rank: its place among its tenant's requests; lower goes first
     due: it should have started by then; deadline: it must have, or None
     start_at: when it could start if it were first in line, by the latest forecast, or None
-    promised_at: when the start that it was promised first was due, or None
     lease: None while it waits
     """
 
@@ -96,7 +95,6 @@ class LiveRequest:
     due: float
     deadline: float | None
     start_at: float | None = None
-    promised_at: float | None = None
     lease: Lease | None = None
 
     @property
