@@ -13,7 +13,7 @@ from kvmesh.cluster.routing.fleet import Fleet
 from kvmesh.cluster.routing.forecast import earliest_start, promise
 from kvmesh.cluster.routing.live import LiveRequest
 from kvmesh.cluster.routing.outcome import BudgetEstimate, Decision, Enqueued, Granted, Refused
-from kvmesh.cluster.routing.placement import GroupChoice, prefill_s
+from kvmesh.cluster.routing.placement import GroupChoice, Promise, prefill_s
 from kvmesh.cluster.routing.queue import WaitingQueue
 from kvmesh.cluster.routing.refusals import Refusals
 from kvmesh.cluster.routing.request import PlaceRequest
@@ -22,6 +22,8 @@ from kvmesh.cluster.routing.verdict import NO_VERDICTS, Verdicts
 FRESH_S = 0.5  # what was found out about a waiting request is good for this long
 # An engine that a request has lost, but not the router within this time, is up after all.
 LOST_ENGINE_S = 15.0
+MAX_PROMISES = 4  # at a time
+DRAINS = 2.0  # times that a full group takes to free the pages of a request
 NEAR = 8  # so many at the front get a new forecast whenever the queue is read
 
 
@@ -63,6 +65,7 @@ class Admission:
             since=now,
             rank=(-request.priority, not request.resumed, due, self._arrivals),
             due=due,
+            drain_s=DRAINS * demand.page_share * self._fleet.mean_lease_s,
             deadline=None if request.timeout_s is None else now + request.timeout_s,
         )
 
@@ -97,15 +100,16 @@ class Admission:
     def admit(self, now: float) -> list[Decision]:
         """Grant whatever may go now, in the queue's order; refuse what no group can hold now.
 
-        The first that lacks pages is promised the group that has them soonest. Those
-        after it may overtake where they do not delay it.
+        The first that lacks pages is promised the group that has them soonest, and so are
+        late ones after it, another group each. Requests may overtake where they do not
+        delay those that were promised a group.
         """
         if not len(self.queue) or not self.ready(now):
             return []
         open_groups = self._chooser.open_groups(now)
         decisions: list[Decision] = []
         deferred_s: dict[str, float] = {}
-        first, promised = True, None  # first: no request before lacks pages
+        promises: dict[str, Promise] = {}
         # One pass is enough: a grant only takes room from those that were tried before.
         for live in list(islice(self._in_line(now), self._tuning.backfill_depth)):
             if not open_groups:
@@ -119,7 +123,7 @@ class Admission:
                 continue
             # What is late does not wait for a prefix.
             deferred = None if now > live.due else deferred_s
-            choice = self._chooser.choose_waiting(demand, open_groups, now, promised, deferred)
+            choice = self._chooser.choose_waiting(demand, open_groups, now, promises, deferred)
             if choice.group is not None:
                 self.queue.remove(live, now)
                 decisions.append(Granted(self._fleet.grant(live, choice, now)))
@@ -127,9 +131,8 @@ class Admission:
             elif (later := choice.better_later) is not None:
                 so_far_s = deferred_s.get(later.name, 0.0)
                 deferred_s[later.name] = so_far_s + prefill_s(later, demand)
-            elif first and not self._chooser.holds_back(demand):
-                first = False
-                promised = promise(self._fleet.groups.values(), demand, now)
+            elif not promises or (now > live.due and len(promises) < MAX_PROMISES):
+                self._promise(demand, promises, now)
         return decisions
 
     def estimate(self, request: PlaceRequest, now: float) -> BudgetEstimate:
@@ -158,6 +161,13 @@ class Admission:
             yield self._standing(live, position, now)
 
     # Within
+
+    def _promise(self, demand: RequestDemand, promises: dict[str, Promise], now: float) -> None:
+        """Promise a group to a request that lacks pages, one that is not promised yet."""
+        if not self._chooser.holds_back(demand):
+            others = [x for x in self._fleet.groups.values() if x.name not in promises]
+            if (found := promise(others, demand, now)) is not None:
+                promises[found.group] = found
 
     def _refuse(self, live: LiveRequest, now: float) -> Refused:
         """Refuse a waiting request that came before its groups were known, or they changed."""

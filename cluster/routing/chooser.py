@@ -76,19 +76,19 @@ class Chooser:
         demand: RequestDemand,
         open_groups: Sequence[Group],
         now: float,
-        promise: Promise | None,
+        promises: Mapping[str, Promise],
         deferred_s: Mapping[str, float] | None,
     ) -> GroupChoice:
         """Among open groups and, to wait for, those that hold the prefix.
 
-        promise: to a request before this one
+        promises: by group, to requests before this one
         deferred_s: see `choose`; None for a request that must not be deferred
         """
         groups = list(open_groups)
         if deferred_s is not None:
             holders = [self._groups[name] for name in demand.cached_blocks if name in self._groups]
             groups += [x for x in holders if x.account is not None and x not in open_groups]
-        return choose(groups, demand, now, self._weights_for(demand), promise, deferred_s)
+        return choose(groups, demand, now, self._weights_for(demand), promises, deferred_s)
 
     def _weights_for(self, demand: RequestDemand) -> PlacementWeights:
         if self.holds_back(demand):

@@ -73,6 +73,15 @@ class RequestDemand:
         tokens = self.cached_blocks.get(group, 0) * self.block_pages * page_size
         return min(tokens, self.request.prompt_tokens - 1)
 
+    @property
+    def page_share(self) -> float:
+        """Of a group's sealed pages, on the kind of group where the request takes least."""
+        shares = (
+            here.leased.sealed / max(kind.capacity.sealed, 1)
+            for kind, here in zip(self.kinds, self.by_kind, strict=True)
+        )
+        return min(shares, default=0.0)
+
     def sealed_blocks(self, kind: int) -> tuple[bytes, ...]:
         """Of the prompt's blocks, those that a group stores sealed: equal ones only once."""
         return self.blocks[: self.by_kind[kind].num_blocks]

@@ -1,7 +1,7 @@
 """When a request could start, by what is expected of the leases that run.
 
-The first in line that lacks pages is promised the group that has them soonest. Others may
-overtake where they do not delay it: EASY backfilling (Lifka 1995).
+A request that lacks pages is promised the group that has them soonest. Others may overtake
+where they do not delay it: EASY backfilling (Lifka 1995).
 """
 
 from __future__ import annotations

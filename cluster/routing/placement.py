@@ -25,6 +25,9 @@ class Promise:
     spare: PageNeed
 
 
+NO_PROMISES: Mapping[str, Promise] = {}
+
+
 @dataclass(frozen=True, slots=True)
 class PlacementWeights:
     """What placement weighs, in seconds of time to first token.
@@ -57,7 +60,7 @@ def choose(
     demand: RequestDemand,
     now: float,
     weights: PlacementWeights,
-    promise: Promise | None = None,
+    promises: Mapping[str, Promise] = NO_PROMISES,
     deferred_s: Mapping[str, float] | None = None,
 ) -> GroupChoice:
     """The group of lowest cost among those that can take the request now.
@@ -75,7 +78,7 @@ def choose(
     best_row, best_cost, later_cost = -1, math.inf, math.inf
     for group in groups:
         wait_s, cost = group.backlog.seconds(now), None
-        reason = _obstacle(group, demand, wait_s, now, weights, promise)
+        reason = _obstacle(group, demand, wait_s, now, weights, promises.get(group.name))
         if reason is None:
             reason, cost = Reason.WORSE, _cost_s(group, demand, wait_s, weights)
             if cost < best_cost:
@@ -137,7 +140,7 @@ def _obstacle(
             saved_s = demand.prefill_s * group.backlog.correction - prefill_s(group, demand)
         if wait_s > weights.ahead_s + saved_s:
             return Reason.BACKLOG
-    if promise is not None and promise.group == group.name:
+    if promise is not None:
         return _breach(group, demand, now, promise)
     return None
 

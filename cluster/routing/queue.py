@@ -21,7 +21,6 @@ from kvmesh.cluster.routing.rolling import RollingQuantile
 
 WAITS = 1024  # the latest waits, first come, first served, that bound those of late requests
 WAIT_QUANTILE = 0.99
-SLACK = 1.1  # times that wait
 DEPARTURES = 64  # the latest ones, that tell how fast requests leave
 MIN_DEPARTURES = 4
 URGENT_EVERY_S = 0.05  # which ones are urgent is found out anew after this time
@@ -69,11 +68,15 @@ class _Line:
             self.urgent_until = self._find_urgent(now, bound_s)
 
     def _find_urgent(self, now: float, bound_s: float) -> float:
-        """Late requests become urgent in time: the last of them once all before it have left."""
+        """Late requests become urgent in time to start: after all late ones before them.
+
+        Small ones would fill a full group again before a large one fits, so it is urgent
+        earlier, by the time in which the group frees its pages.
+        """
         until, rate = -math.inf, self._rate(now)
         bound_s = max(bound_s, len(self) / rate)
         for count, live in enumerate(self.late.values(), 1):
-            if live.since + bound_s < now + count / rate:
+            if live.since + bound_s < now + count / rate + live.drain_s:
                 until = live.since
         return until
 
@@ -143,12 +146,12 @@ class WaitingQueue:
 
         used: how much a tenant has used so far
         """
-        bound_s = SLACK * self._waits.quantile(WAIT_QUANTILE) if len(self._waits) else 0.0
+        bound_s = self._waits.quantile(WAIT_QUANTILE) if len(self._waits) else 0.0
         heap: list[_Entry] = []
         for tenant, line in self._lines.items():
             line.age(now, bound_s)
-            for followers in (line.timely, line.late):
-                heap += _entries(iter(followers.values()), used(tenant), line, now)
+            for part in (line.timely, line.late):
+                heap += _entries(iter(part.values()), used(tenant), line, now)
         heapq.heapify(heap)
         while heap:
             (_, _, used_by, *_), live, line, followers = heap[0]

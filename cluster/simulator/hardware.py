@@ -93,13 +93,13 @@ def model_shape(name: str) -> ModelShape:
 
 def _shape_of(file: Path) -> ModelShape:
     found = read_json(file)
-    config: Mapping[str, Any] = found.get("text_config", found)
+    config: Mapping[str, Any] = found.get("text_config") or found
 
     def number(*keys: str, default: int | None = None) -> int:
         """The first of the keys that is there."""
         value = next((config[key] for key in keys if config.get(key) is not None), default)
-        if type(value) is not int or value < 0:
-            raise ValueError(f"{file}: {keys[0]} must be a number of at least 0, got {value!r}")
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{file}: {keys[0]} must be a number of at least 1, got {value!r}")
         return value
 
     if config.get("kv_lora_rank"):

@@ -35,7 +35,7 @@ class EngineShape:
 
     gpus: of the group; page_size in tokens
     memory_share: of a GPU's memory that weights and KV may take
-    max_step_s: while sequences decode, chunks are as small as keeps a step within it; None: no limit
+    max_step_s: of a step while sequences decode, by smaller chunks of prompts; None: no limit
     """
 
     gpu: Gpu

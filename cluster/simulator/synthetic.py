@@ -1,4 +1,4 @@
-"""Families of made-up traces: what binds, whether arrivals are bursty, whether prompts share prefixes.
+"""Families of made-up traces: what binds, bursts or not, shared prefixes or not.
 
 A family's name says all three, as in `prefill-bursty-shared`. Traces are drawn from a seed, so
 anyone can draw the same ones.
@@ -70,7 +70,10 @@ def workload_of(family: str) -> Workload:
 
 
 def synthetic_trace(family: str, count: int, seed: int = 0, groups: int = 8) -> list[TraceRequest]:
-    """`count` requests of a family, at load 1 of `groups` engines. Raises ValueError for the name."""
+    """`count` requests of a family, at load 1 of `groups` engines.
+
+    Raises ValueError for an unknown name.
+    """
     workload, chance = workload_of(family), random.Random(f"{family} {seed}")
     _, arrivals, sharing = family.split("-")
     times = _arrivals(chance, workload.rate_rps * groups, bursty=arrivals == "bursty")

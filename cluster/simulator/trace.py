@@ -95,11 +95,11 @@ def _read_mooncake(path: Path, lines: Sequence[str]) -> list[TraceRequest]:
     """The file rounds arrivals to 3 s; here they are spread randomly over that interval."""
     rows: list[tuple[int, int, int, list[int]]] = []
     for number, line in enumerate(lines, 1):
-        with _row(path, number, "a JSON object with " + ", ".join(MOONCAKE_KEYS)):
+        with _row(path, number, "a Mooncake trace's JSON object with " + ", ".join(MOONCAKE_KEYS)):
             if line.strip():
                 row = json.loads(line)
                 stamp, prompt, output, blocks = (row[key] for key in MOONCAKE_KEYS)
-                rows.append((int(stamp), int(prompt), int(output), [int(x) for x in blocks]))
+                rows.append((int(stamp), _tokens(prompt), int(output), [int(x) for x in blocks]))
     spread = random.Random(0)
     stamps = sorted({row[0] for row in rows})
     rounding_ms = min((later - earlier for earlier, later in pairwise(stamps)), default=0)
@@ -118,16 +118,24 @@ def _read_mooncake(path: Path, lines: Sequence[str]) -> list[TraceRequest]:
 def _read_azure(path: Path, lines: Sequence[str]) -> list[TraceRequest]:
     rows: list[tuple[datetime.datetime, int, int]] = []
     for number, row in enumerate(csv.DictReader(lines), 2):
-        with _row(path, number, "columns " + ", ".join(AZURE_COLUMNS)):
+        with _row(path, number, "an Azure trace's columns " + ", ".join(AZURE_COLUMNS)):
             stamp, prompt, output = (row[key] for key in AZURE_COLUMNS)
             # seven digits of a second: one more than Python reads
             at = datetime.datetime.fromisoformat(stamp[:26])
-            rows.append((at, max(1, int(prompt)), max(1, int(output))))
+            rows.append((at, _tokens(prompt), max(1, int(output))))
     start = min((at for at, _, _ in rows), default=None)
     return [
         TraceRequest(f"r{index}", (at - start).total_seconds() if start else 0.0, prompt, output)
         for index, (at, prompt, output) in enumerate(rows)
     ]
+
+
+def _tokens(value: str | int) -> int:
+    """Of a prompt; raises ValueError for a number that none can have."""
+    count = int(value)
+    if count < 0:
+        raise ValueError(f"a prompt of {count} tokens")
+    return max(1, count)
 
 
 @contextlib.contextmanager
