@@ -80,10 +80,13 @@ def plot_families(
                         color="black" if own else None,
                         zorder=3 if own else 2,
                     )
-                axes.set_yscale("log" if measure == "ttft_p99_s" else "linear")
+                if measure == "ttft_p99_s":
+                    axes.set_yscale("log")
+                else:
+                    axes.set_ylim(bottom=0.0)
                 axes.set_title(f"{family}: {label}", fontsize="medium")
                 axes.grid(visible=True, alpha=0.3)
         for axes in grid[-1]:
             axes.set_xlabel("load")
         grid[0][0].legend(fontsize="small")
-        figure.savefig(folder / f"routing-{workload}.png", dpi=80)
+        figure.savefig(folder / f"routing-{workload}.png", dpi=64)
