@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -61,6 +62,7 @@ IDENTITY = Identity.make()
 FIRST = ord("A")
 KEY = "the-key"
 TENANT = "tenant"
+PATIENCE_S = 120.0  # with what must happen, however busy the machine is
 
 
 def text_of(tokens: Iterable[int]) -> str:
@@ -274,11 +276,17 @@ class WatchedRouter(RouterService):
 
 
 class Machine:
-    """A cluster with `groups` engines, a router and one ingress."""
+    """A cluster with `groups` engines, a router and one ingress.
 
-    def __init__(self, groups: int, config: RouterConfig, budget: int) -> None:
+    clock: of the router and of the requests
+    """
+
+    def __init__(
+        self, groups: int, config: RouterConfig, budget: int, clock: Callable[[], float]
+    ) -> None:
         names = [f"g{index}" for index in range(groups)]
-        self.router = WatchedRouter(config, names)
+        self._clock = clock
+        self.router = WatchedRouter(config, names, clock)
         self.executors = {name: GatedExecutor(budget) for name in names}
         self.engines = {
             name: WatchedEngine(name, executor, self.find_router)
@@ -293,6 +301,7 @@ class Machine:
             IngressMeters(NoMeters()),
             version="0",
         )
+        self.ingress._context = replace(self.ingress._context, clock=clock)
 
     @property
     def leaders(self) -> dict[str, EngineLeader]:
@@ -319,7 +328,9 @@ class Machine:
     async def new_router(self, config: RouterConfig | None = None) -> WatchedRouter:
         """Kill the router, and replace it with a new one."""
         self.router.die()
-        self.router = WatchedRouter(config or self.router.router.config, self.engines)
+        self.router = WatchedRouter(
+            config or self.router.router.config, self.engines, self._clock
+        )
         await self.router.listen()
         await self.until(lambda: len(self.router._groups) == len(self.engines))
         return self.router
@@ -349,8 +360,22 @@ class Machine:
     def stream(self, request: pb.GenerateRequest) -> AsyncGenerator[pb.GenerateStreamResponse]:
         return self.ingress.generate_stream(request, TENANT)
 
+    async def permit_end(self, sequences: int = 1) -> None:
+        """Permit the last steps, once the engines know that `sequences` have been ended.
+
+        A lease that is withdrawn counts as one. With permits before that, steps could use them
+        up, and the engine would not come to the end.
+        """
+
+        def ended() -> int:
+            engines = self.engines.values()
+            return sum(len(x.ended) + len(x._account.withdrawn) for x in engines)
+
+        await self.until(lambda: ended() >= sequences)
+        self.allow(3)
+
     async def until(self, holds: Callable[[], bool]) -> None:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_S):
             while not holds():
                 await asyncio.sleep(0)
 
@@ -376,7 +401,7 @@ class Machine:
             assert ends == 1 or lease_id in self.router.voided, f"{lease_id} ended {ends} times"
         for leader in self.leaders.values():
             if leader.failed is None:
-                await asyncio.wait_for(leader._idle.wait(), 20)
+                await asyncio.wait_for(leader._idle.wait(), PATIENCE_S)
                 await self.until(lambda: leader.account.loads_current)  # noqa: B023
                 loads = leader.account.loads
                 assert (loads.running, loads.waiting, loads.leases) == (0, 0, ())
@@ -391,7 +416,7 @@ class ScriptedIngress:
         self._connections: list[Link] = []
 
     async def answer(self) -> object:
-        return await asyncio.wait_for(self._answers.get(), 20)
+        return await asyncio.wait_for(self._answers.get(), PATIENCE_S)
 
     def received(self, message: object) -> None:
         if not isinstance(message, Waiting):
@@ -431,10 +456,13 @@ async def scripted_ingress(built: Machine) -> ScriptedIngress:
 
 @asynccontextmanager
 async def machine(
-    groups: int = 1, config: RouterConfig | None = None, budget: int = 400
+    groups: int = 1,
+    config: RouterConfig | None = None,
+    budget: int = 400,
+    clock: Callable[[], float] = time.monotonic,
 ) -> AsyncGenerator[Machine]:
     """A running cluster, which must be at rest in the end. budget: of each engine's memory"""
-    built = Machine(groups, config or RouterConfig(), budget)
+    built = Machine(groups, config or RouterConfig(), budget, clock)
     await built.start()
     try:
         yield built
