@@ -328,9 +328,7 @@ class Machine:
     async def new_router(self, config: RouterConfig | None = None) -> WatchedRouter:
         """Kill the router, and replace it with a new one."""
         self.router.die()
-        self.router = WatchedRouter(
-            config or self.router.router.config, self.engines, self._clock
-        )
+        self.router = WatchedRouter(config or self.router.router.config, self.engines, self._clock)
         await self.router.listen()
         await self.until(lambda: len(self.router._groups) == len(self.engines))
         return self.router

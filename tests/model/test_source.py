@@ -352,7 +352,7 @@ def test_two_processes_make_an_entry_once(tmp_path: Path) -> None:
     for maker in makers:
         maker.join(120)
     assert [maker.exitcode for maker in makers] == [0, 0]
-    assert turns.get(timeout=5) == "filled"
+    assert turns.get(timeout=60) == "filled"
     assert turns.empty()
     assert ModelStore(tmp_path).get("key") == tmp_path / "key"
 

@@ -345,7 +345,7 @@ class LeaderMachine:
             await self.call("turns", 0, 1)
         assert [*self.live] == [], "these do not end"
         if self.draining is not None:
-            await asyncio.wait_for(self.draining, 10)
+            await asyncio.wait_for(self.draining, 60)
 
 
 NUMBERS = {
