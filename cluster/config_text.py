@@ -83,6 +83,22 @@ def plain(value: object) -> Any:
     return value
 
 
+def changed(settings: Settings) -> dict[str, Any]:
+    """The settings that differ from their defaults; loading them gives the same ones."""
+    values = {}
+    for name, info in type(settings).model_fields.items():
+        value = getattr(settings, name)
+        inner = changed(value) if isinstance(value, Settings) else plain(value)
+        if value != info.default and not (isinstance(value, dict) and not value):
+            values[name] = inner
+    return values
+
+
+def block_yaml(values: dict[str, Any]) -> str:
+    """Plain values as YAML that versions 1.1 and 1.2 read alike."""
+    return str(yaml.dump(values, Dumper=SettingsDumper, sort_keys=False, allow_unicode=True))
+
+
 def _in_one_line(value: object) -> str:
     text = yaml.dump(
         value,

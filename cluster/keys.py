@@ -1,35 +1,103 @@
-"""API keys of a local server: generated on first start, and stored where the SDK looks."""
+"""API keys: those that ingresses accept, and the one that a local server generates.
+
+The local key is generated on first start, and stored where the SDK looks.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import logging
 import os
 import secrets
 import stat
 from collections.abc import Mapping
 from pathlib import Path
 
-from kvmesh.client.credentials import key_path, read_key_file
-from kvmesh.cluster.config import AuthSection
-from kvmesh.cluster.ingress.authenticate import Caller, KnownKey, hash_key
+from kvmesh.client.credentials import checked_key, key_path, read_key_file
+from kvmesh.client.errors import CredentialsError
+from kvmesh.cluster.config import AuthSection, TenantKey
+from kvmesh.cluster.ingress.authenticate import Authenticator, Caller, KnownKey, hash_key
 from kvmesh.workers.errors import ConfigError
 
+logger = logging.getLogger("ray.serve")
+
 LOCAL = Caller("local", admin=True)
+FOLLOW_PERIOD_S = 5.0
+MAX_FILE_BYTES = 1 << 20
 _KEY_BYTES = 32
 
 
-def known_keys(auth: AuthSection, environ: Mapping[str, str]) -> list[KnownKey] | None:
-    """Every accepted key, or None if no key is needed.
+def known_keys(auth: AuthSection) -> list[KnownKey] | None:
+    """Every configured key, or None if no key is needed.
 
-    Generates the local key if no keys are configured and it does not exist yet.
-    Raises the errors of `ensure_key`.
+    Raises ConfigError naming the key whose file cannot be used.
     """
     if auth.mode == "none":
         return None
-    if auth.keys:
-        return [KnownKey(key.sha256, Caller(key.tenant, key.admin)) for key in auth.keys]
+    found = []
+    for index, key in enumerate(auth.keys):
+        hashes = _hashes_in(key.file, index) if key.file is not None else [key.sha256 or ""]
+        found += [KnownKey(sha256, Caller(key.tenant, key.admin)) for sha256 in hashes]
+    return found
+
+
+def _hashes_in(path: Path, index: int) -> list[str]:
+    """The hash of each key in a file of keys, which has one a line."""
+    setting = f"auth.keys.{index}.file"
+    try:
+        with path.open("rb") as file:
+            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+            content = file.read(MAX_FILE_BYTES + 1)
+        # A Secret that is mounted for a group is readable by that group.
+        if mode & stat.S_IRWXO:
+            raise ConfigError(
+                setting, f"{path} is open to everyone (mode {mode:04o}); expected at most 0660"
+            )
+        lines = [line.strip() for line in content.decode("ascii").splitlines()]
+        keys = [checked_key(line, str(path)) for line in lines if line]
+    except OSError as error:
+        raise ConfigError(setting, f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(setting, f"{path} is not ASCII text") from None
+    except CredentialsError as error:
+        raise ConfigError(setting, str(error)) from None
+    if len(content) > MAX_FILE_BYTES or not keys:
+        raise ConfigError(setting, f"{path} must have one key a line, and at most 1 MiB")
+    return [hash_key(key) for key in keys]
+
+
+async def follow_keys(
+    auth: AuthSection, authenticator: Authenticator, period_s: float = FOLLOW_PERIOD_S
+) -> None:
+    """Accept the keys that are in files now, until cancelled.
+
+    While a file cannot be used, the former keys stay.
+    """
+    problem = ""
+    while any(key.file is not None for key in auth.keys):
+        await asyncio.sleep(period_s)
+        try:
+            authenticator.accept(known_keys(auth))
+            problem = ""
+        except ConfigError as error:
+            if str(error) != problem:
+                problem = str(error)
+                logger.error(
+                    "the API keys could not be read again, the former ones stay: %s", error
+                )
+
+
+def with_local_key(auth: AuthSection, environ: Mapping[str, str]) -> AuthSection:
+    """The settings with this machine's key by its hash, if a key is needed and none configured.
+
+    The key is generated if it does not exist yet. Raises the errors of `ensure_key`.
+    """
+    if auth.mode == "none" or auth.keys:
+        return auth
     key = ensure_key(auth.key_file or key_path(environ))
-    return [KnownKey(hash_key(key), LOCAL)]
+    local = TenantKey(tenant=LOCAL.tenant, sha256=hash_key(key), admin=LOCAL.admin)
+    return auth.model_copy(update={"keys": (local,)})
 
 
 def local_key(auth: AuthSection, environ: Mapping[str, str]) -> str | None:
