@@ -241,9 +241,11 @@ def build(args: dict[str, Any]) -> serve.Application:
     Raises ConfigError naming the setting, also if no keys are configured and some are needed.
     """
     config = build_config(args)
-    if config.auth.mode == "api_key" and not config.auth.keys:
+    auth = config.auth
+    if auth.mode == "api_key" and not auth.keys and auth.key_directory is None:
         raise ConfigError(
-            "auth.keys", "must have a key, unless auth.mode is none: none is generated on a cluster"
+            "auth.keys",
+            "must have a key, or auth.key_directory be set: none is generated on a cluster",
         )
     deployed = Deployed(config, Identity.make())
     health = {

@@ -107,24 +107,12 @@ class TenantKey(Settings):
     tenant: str = Field(
         pattern="^[^/]+$", description="Tenant whose usage is counted; must not contain a slash"
     )
-    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = Field(
-        default=None, description="SHA-256 of the key, in lower-case hexadecimal; or give `file`"
-    )
-    file: Path | None = Field(
-        default=None,
-        description="File with the tenant's keys, one a line, such as a mounted Secret; ingresses "
-        "read it again when it changes. Others must not be able to read it",
+    sha256: str = Field(
+        pattern="^[0-9a-f]{64}$", description="SHA-256 of the key, in lower-case hexadecimal"
     )
     admin: Switch = Field(
         default=False, description="Whether it may see the loads of all tenants, as operators do"
     )
-
-
-# By whether sha256 and file are missing, what is wrong with that.
-_SOURCES_OF_A_KEY: Final = {
-    (True, True): "is required, or `file`",
-    (False, False): "must not be set together with `file`",
-}
 
 
 class AuthSection(Settings):
@@ -136,24 +124,19 @@ class AuthSection(Settings):
     )
     keys: tuple[TenantKey, ...] = Field(
         default=(),
-        description="Accepted keys; empty: a key is generated on first start, in key_file",
+        description="Accepted keys; without any, also in key_directory, a key is generated on "
+        "first start, in key_file",
     )
     key_file: Path | None = Field(
         default=None,
         description="File of the generated key (mode 0600); null: where the SDK looks for it",
     )
-
-    @field_validator("keys")
-    @classmethod
-    def _check_keys(cls, keys: tuple[TenantKey, ...]) -> tuple[TenantKey, ...]:
-        problems = [
-            ConfigError(f"auth.keys.{index}.sha256", problem)
-            for index, key in enumerate(keys)
-            if (problem := _SOURCES_OF_A_KEY.get((key.sha256 is None, key.file is None)))
-        ]
-        if problems:
-            raise ConflictError(problems)
-        return keys
+    key_directory: Path | None = Field(
+        default=None,
+        description="Directory with accepted keys, such as a mounted Secret: a file for each "
+        "tenant, named after it or TENANT.admin, with one key a line; it is read again when it "
+        "changes",
+    )
 
 
 class TenantSection(Settings):

@@ -83,15 +83,21 @@ def plain(value: object) -> Any:
     return value
 
 
-def changed(settings: Settings) -> dict[str, Any]:
-    """The settings that differ from their defaults; loading them gives the same ones."""
-    values = {}
-    for name, info in type(settings).model_fields.items():
-        value = getattr(settings, name)
-        inner = changed(value) if isinstance(value, Settings) else plain(value)
-        if value != info.default and not (isinstance(value, dict) and not value):
-            values[name] = inner
-    return values
+def changed(value: object) -> Any:
+    """Like `plain`, without settings at their defaults; loading it gives the same settings."""
+    match value:
+        case GroupSection():
+            return plain(value)
+        case Settings():
+            fields = type(value).model_fields.items()
+            return {
+                name: changed(inner)
+                for name, info in fields
+                if (inner := getattr(value, name)) != info.get_default(call_default_factory=True)
+            }
+        case tuple():
+            return [changed(inner) for inner in value]
+    return plain(value)
 
 
 def block_yaml(values: dict[str, Any]) -> str:

@@ -20,9 +20,10 @@ from kvmesh.cluster.config import AuthSection, TenantKey
 from kvmesh.cluster.ingress.authenticate import Authenticator, Caller, KnownKey, hash_key
 from kvmesh.workers.errors import ConfigError
 
-logger = logging.getLogger("ray.serve")
+logger = logging.getLogger(__name__)
 
 LOCAL = Caller("local", admin=True)
+ADMIN = ".admin"
 FOLLOW_PERIOD_S = 5.0
 MAX_FILE_BYTES = 1 << 20
 _KEY_BYTES = 32
@@ -31,20 +32,35 @@ _KEY_BYTES = 32
 def known_keys(auth: AuthSection) -> list[KnownKey] | None:
     """Every configured key, or None if no key is needed.
 
-    Raises ConfigError naming the key whose file cannot be used.
+    Raises ConfigError(auth.key_directory) if there are none, or a file cannot be used.
     """
     if auth.mode == "none":
         return None
-    found = []
-    for index, key in enumerate(auth.keys):
-        hashes = _hashes_in(key.file, index) if key.file is not None else [key.sha256 or ""]
-        found += [KnownKey(sha256, Caller(key.tenant, key.admin)) for sha256 in hashes]
+    found = [KnownKey(key.sha256, Caller(key.tenant, key.admin)) for key in auth.keys]
+    if auth.key_directory is not None:
+        found += _keys_in(auth.key_directory)
+    if not found:
+        raise ConfigError("auth.key_directory", f"there are no keys in {auth.key_directory}")
     return found
 
 
-def _hashes_in(path: Path, index: int) -> list[str]:
-    """The hash of each key in a file of keys, which has one a line."""
-    setting = f"auth.keys.{index}.file"
+def _keys_in(directory: Path) -> list[KnownKey]:
+    """The keys in a directory; names that begin with a dot are Kubernetes' own."""
+    try:
+        paths = sorted(path for path in directory.iterdir() if not path.name.startswith("."))
+    except OSError as error:
+        raise ConfigError(
+            "auth.key_directory", f"cannot read {directory}: {error.strerror}"
+        ) from None
+    return [
+        KnownKey(hash_key(key), Caller(path.name.removesuffix(ADMIN), path.name.endswith(ADMIN)))
+        for path in paths
+        for key in _lines_of(path)
+    ]
+
+
+def _lines_of(path: Path) -> list[str]:
+    """The keys in a file."""
     try:
         with path.open("rb") as file:
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
@@ -52,30 +68,30 @@ def _hashes_in(path: Path, index: int) -> list[str]:
         # A Secret that is mounted for a group is readable by that group.
         if mode & stat.S_IRWXO:
             raise ConfigError(
-                setting, f"{path} is open to everyone (mode {mode:04o}); expected at most 0660"
+                "auth.key_directory",
+                f"{path} is open to everyone (mode {mode:04o}), expected at most 0660",
             )
+        if len(content) > MAX_FILE_BYTES:
+            raise ConfigError("auth.key_directory", f"{path} is larger than 1 MiB")
         lines = [line.strip() for line in content.decode("ascii").splitlines()]
-        keys = [checked_key(line, str(path)) for line in lines if line]
+        return [checked_key(line, str(path)) for line in lines if line]
     except OSError as error:
-        raise ConfigError(setting, f"cannot read {path}: {error.strerror}") from None
+        raise ConfigError("auth.key_directory", f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise ConfigError(setting, f"{path} is not ASCII text") from None
+        raise ConfigError("auth.key_directory", f"{path} is not ASCII text") from None
     except CredentialsError as error:
-        raise ConfigError(setting, str(error)) from None
-    if len(content) > MAX_FILE_BYTES or not keys:
-        raise ConfigError(setting, f"{path} must have one key a line, and at most 1 MiB")
-    return [hash_key(key) for key in keys]
+        raise ConfigError("auth.key_directory", str(error)) from None
 
 
 async def follow_keys(
     auth: AuthSection, authenticator: Authenticator, period_s: float = FOLLOW_PERIOD_S
 ) -> None:
-    """Accept the keys that are in files now, until cancelled.
+    """Accept the keys that are in the directory now, until cancelled.
 
-    While a file cannot be used, the former keys stay.
+    While one of its files cannot be used, the former keys stay.
     """
     problem = ""
-    while any(key.file is not None for key in auth.keys):
+    while auth.key_directory is not None:
         await asyncio.sleep(period_s)
         try:
             authenticator.accept(known_keys(auth))
@@ -93,7 +109,7 @@ def with_local_key(auth: AuthSection, environ: Mapping[str, str]) -> AuthSection
 
     The key is generated if it does not exist yet. Raises the errors of `ensure_key`.
     """
-    if auth.mode == "none" or auth.keys:
+    if auth.mode == "none" or auth.keys or auth.key_directory is not None:
         return auth
     key = ensure_key(auth.key_file or key_path(environ))
     local = TenantKey(tenant=LOCAL.tenant, sha256=hash_key(key), admin=LOCAL.admin)
@@ -102,7 +118,7 @@ def with_local_key(auth: AuthSection, environ: Mapping[str, str]) -> AuthSection
 
 def local_key(auth: AuthSection, environ: Mapping[str, str]) -> str | None:
     """The generated key of this machine; None if keys are configured or none is needed."""
-    if auth.mode == "none" or auth.keys:
+    if auth.mode == "none" or auth.keys or auth.key_directory is not None:
         return None
     return read_key_file(auth.key_file or key_path(environ))
 

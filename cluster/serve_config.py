@@ -31,7 +31,7 @@ def serve_config(config: ClusterConfig) -> dict[str, Any]:
 
     config: with host and ports, see `for_nodes`, and valid everywhere, see `anywhere`
     """
-    arguments = changed(config)
+    arguments: dict[str, Any] = changed(config)
     for section in _NOT_OF_THE_APPLICATION:
         arguments.pop(section, None)
     return {
@@ -73,13 +73,11 @@ def anywhere(config: ClusterConfig, environ: Mapping[str, str]) -> ClusterConfig
     Paths are absolute, and this machine's key, if one is needed, is there by its hash.
     Raises the errors of `with_local_key`.
     """
-    auth = with_local_key(config.auth, environ)
-    keys = tuple(_with_absolute(key, "file") for key in auth.keys)
     groups = config.groups
     if isinstance(groups, tuple):
         groups = tuple(_with_absolute(group, "calibration") for group in groups)
     changes: dict[str, Any] = {
-        "auth": auth.model_copy(update={"keys": keys}),
+        "auth": _with_absolute(with_local_key(config.auth, environ), "key_directory"),
         "engine": _with_absolute(config.engine, "calibration"),
         "groups": groups,
     }

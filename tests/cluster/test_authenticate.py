@@ -197,56 +197,74 @@ def test_authentication_is_on_unless_it_is_turned_off(tmp_path: Path) -> None:
     assert not key_path(environ).exists()
 
 
-# Keys in files
+# Keys in a directory
 
 
-def keys_in(path: Path) -> AuthSection:
-    return AuthSection(keys=(TenantKey(tenant="a", file=path, admin=True),))
+def write_keys(directory: Path, **files: str) -> None:
+    """files: by name, in which __ stands for a dot"""
+    for name, content in files.items():
+        path = directory / name.replace("__", ".")
+        draft = directory / ".draft"
+        draft.write_text(content)
+        draft.chmod(0o440)
+        draft.replace(path)
 
 
-def test_a_file_has_a_tenants_keys_one_a_line(tmp_path: Path) -> None:
-    path = tmp_path / "a"
-    path.write_text("old\n\n  new  \n")
-    path.chmod(0o440)
-    admin = Caller("a", admin=True)
-    assert known_keys(keys_in(path)) == [known("old", admin), known("new", admin)]
+def test_a_directory_has_a_file_for_each_tenant(tmp_path: Path) -> None:
+    write_keys(tmp_path, a="old\n\n  new  \n", ops__admin="root\n", __draft="no")
+    auth = AuthSection(
+        key_directory=tmp_path, keys=(TenantKey(tenant="b", sha256=hash_key("hashed")),)
+    )
+    assert with_local_key(auth, {}) == auth
+    assert local_key(auth, {}) is None
+    assert known_keys(auth) == [
+        known("hashed", Caller("b")),
+        known("old", Caller("a")),
+        known("new", Caller("a")),
+        known("root", Caller("ops", admin=True)),
+    ]
 
 
 @pytest.mark.parametrize(
     ("content", "mode", "problem"),
     [
-        (None, 0o600, "cannot read"),
-        (b"", 0o600, "one key a line"),
+        (None, 0o600, "there are no keys in"),
+        (b"\n", 0o600, "there are no keys in"),
         (b"k\n", 0o604, "open to everyone"),
         (b"k k\n", 0o600, "printable ASCII"),
         ("k\xe9".encode(), 0o600, "not ASCII"),
-        (b"k\n" * (1 << 20), 0o600, "at most 1 MiB"),
+        (b"k\n" * (1 << 20), 0o600, "larger than 1 MiB"),
     ],
 )
-def test_a_file_without_usable_keys_is_named(
+def test_a_directory_without_usable_keys_is_refused(
     tmp_path: Path, content: bytes | None, mode: int, problem: str
 ) -> None:
-    path = tmp_path / "a"
     if content is not None:
-        path.write_bytes(content)
-        path.chmod(mode)
+        (tmp_path / "a").write_bytes(content)
+        (tmp_path / "a").chmod(mode)
     with pytest.raises(ConfigError, match=problem) as caught:
-        known_keys(keys_in(path))
-    assert caught.value.field == "auth.keys.0.file"
-    assert str(path) in str(caught.value)
+        known_keys(AuthSection(key_directory=tmp_path))
+    assert caught.value.field == "auth.key_directory"
+    assert str(tmp_path) in str(caught.value)
 
 
-async def test_keys_are_read_again_and_a_broken_file_changes_nothing(tmp_path: Path) -> None:
-    path = tmp_path / "a"
-    path.write_text("old\n")
-    path.chmod(0o600)
-    auth = keys_in(path)
+def test_a_directory_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot read .*/none") as caught:
+        known_keys(AuthSection(key_directory=tmp_path / "none"))
+    assert caught.value.field == "auth.key_directory"
+
+
+async def test_keys_are_read_again_and_a_broken_file_changes_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_keys(tmp_path, a="old\n")
+    auth = AuthSection(key_directory=tmp_path)
     authenticator = Authenticator(known_keys(auth))
     following = asyncio.create_task(follow_keys(auth, authenticator, period_s=0.001))
 
     def accepts(key: str) -> bool:
         try:
-            return authenticator.authenticate(bearer(key)) == Caller("a", admin=True)
+            return authenticator.authenticate(bearer(key)) == Caller("a")
         except UnauthenticatedError:
             return False
 
@@ -255,19 +273,23 @@ async def test_keys_are_read_again_and_a_broken_file_changes_nothing(tmp_path: P
             while not accepts(key):
                 await asyncio.sleep(0.001)
 
-    path.write_text("old\nnew\n")
+    write_keys(tmp_path, a="old\nnew\n")
     await until_accepted("new")
     assert accepts("old")
-    path.chmod(0o644)
-    path.write_text("open\n")
-    path.chmod(0o600)
-    path.write_text("last\n")
+    write_keys(tmp_path, b="two words\n")
+    write_keys(tmp_path, a="last\n")
+    async with asyncio.timeout(20):
+        while not caplog.records:
+            await asyncio.sleep(0.001)
+    assert accepts("new") and not accepts("last")
+    assert str(tmp_path / "b") in caplog.text and "two" not in caplog.text
+    (tmp_path / "b").unlink()
     await until_accepted("last")
     assert not accepts("new") and not accepts("old")
     following.cancel()
 
 
-async def test_keys_without_files_are_not_followed() -> None:
+async def test_without_a_directory_nothing_is_followed() -> None:
     auth = AuthSection(keys=(TenantKey(tenant="a", sha256=hash_key("k")),))
     async with asyncio.timeout(20):
         await follow_keys(auth, Authenticator(known_keys(auth)))

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ import psutil
 import pytest
 import yaml
 
-from kvmesh.client import Client, UnauthenticatedError
+from kvmesh.client import AuthenticationError, Client
 from kvmesh.cluster.config import build
 from kvmesh.cluster.environment import local_variables
 from kvmesh.cluster.ports import PortBlock, take_ports
@@ -26,6 +27,7 @@ from tests.cluster.e2e.harness import SMALL_ENGINE, wait_for
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 KEY, NEXT_KEY = "a-key-of-a-test", "its-next-key"
+KVMESH = (sys.executable, "-c", "from kvmesh.cluster.cli import app; app()")
 RAY = Path(sys.executable).with_name("ray")
 SERVE = Path(sys.executable).with_name("serve")
 
@@ -34,7 +36,7 @@ def settings(directory: Path, ports: PortBlock) -> dict[str, Any]:
     return {
         "engine": dict(SMALL_ENGINE),
         "ingress": {"host": "127.0.0.1", "port": ports.single(4), "http_port": ports.single(5)},
-        "auth": {"keys": [{"tenant": "t", "file": str(directory / "keys"), "admin": True}]},
+        "auth": {"key_directory": str(directory / "keys")},
         "timeouts": {"drain_s": 5},
     }
 
@@ -89,19 +91,17 @@ def deploy(url: str, config: Path) -> None:
 
 def test_what_config_prints_is_deployed_by_rest_and_answers() -> None:
     """Keys in a file, as from a Secret, are replaced while it runs."""
-    import tempfile
-
     ports = take_ports("127.0.0.1", {})
     with tempfile.TemporaryDirectory(prefix="k", dir="/tmp") as name:
         directory = Path(name)
-        keys = directory / "keys"
+        keys = directory / "keys" / "tenant.admin"
+        keys.parent.mkdir()
         keys.write_text(f"{KEY}\n")
         keys.chmod(0o600)
         values = settings(directory, ports)
         (directory / "kvmesh.yaml").write_text(yaml.safe_dump(values))
         printed = subprocess.run(
-            [sys.executable, "-c", "from kvmesh.cluster.cli import app; app()"]
-            + ["config", "--serve", "--config", str(directory / "kvmesh.yaml")],
+            [*KVMESH, "config", "--serve", "--config", str(directory / "kvmesh.yaml")],
             capture_output=True,
             text=True,
             check=True,
@@ -137,7 +137,7 @@ def test_what_config_prints_is_deployed_by_rest_and_answers() -> None:
 def refuses(client: Client) -> bool:
     try:
         client.generate("x", max_tokens=1)
-    except UnauthenticatedError:
+    except AuthenticationError:
         return True
     return False
 
