@@ -10,6 +10,7 @@ from kvmesh.cluster.cli import client_commands, generate_commands, server_comman
 from kvmesh.cluster.cli.calibrate_command import calibrate
 from kvmesh.cluster.cli.config_command import config
 from kvmesh.cluster.cli.console import notes
+from kvmesh.cluster.cli.drain_command import drain_node
 from kvmesh.cluster.cli.eval_commands import eval_app
 from kvmesh.cluster.cli.fetch_command import fetch
 from kvmesh.cluster.cli.formats_command import formats
@@ -49,6 +50,7 @@ def main(
 app.command("demo")(server_commands.demo)
 app.command("serve")(server_commands.serve)
 app.command("config")(config)
+app.command("drain-node")(drain_node)
 app.command("fetch")(fetch)
 app.command("generate")(generate_commands.generate)
 app.command("chat")(generate_commands.chat)

@@ -1,0 +1,67 @@
+"""Moving what runs on this node of a Ray cluster elsewhere, before the node ends."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from kvmesh.cluster.errors import StartError
+
+POLL_S = 1.0
+
+
+def drain_node(timeout_s: float, report: Callable[[int], None]) -> bool:
+    """Have Serve replace this node's processes on other nodes, and wait until they have ended.
+
+    A process is replaced before it ends where the others have room for both; otherwise it drains
+    in time before the deadline. Its streams end there, or continue elsewhere.
+
+    timeout_s: after this time the node may end
+    report: called with the number of processes that are left
+    Returns whether they have all ended. Raises StartError if there is no cluster to ask.
+    """
+    import ray
+    from ray.exceptions import RayError
+    from ray.serve.context import _get_global_client
+    from ray.serve.exceptions import RayServeException
+
+    deadline = time.monotonic() + timeout_s
+    try:
+        ray.init(address="auto", namespace="serve", logging_level="ERROR", log_to_driver=False)
+        node = ray.get_runtime_context().get_node_id()
+        _announce(node, timeout_s)
+        client = _get_global_client()
+        assert client is not None, "it raises if Serve does not run"
+        while left := replicas_on(node, client.get_serve_details()):
+            report(left)
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(POLL_S)
+    except (RayError, RayServeException, ConnectionError, RuntimeError) as error:
+        raise StartError(f"the node cannot be drained: {error}") from error
+    finally:
+        ray.shutdown()
+    return True
+
+
+def _announce(node: str, timeout_s: float) -> None:
+    """Tell Ray that the node ends. Ray has a command for that, and no function."""
+    command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", f"--node-id={node}"]
+    command += ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=it ends"]
+    command += [f"--deadline-remaining-seconds={max(int(timeout_s), 1)}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError((done.stderr or done.stdout).strip())
+
+
+def replicas_on(node: str, details: Mapping[str, Any]) -> int:
+    """The number of Serve's replicas on a node. details: of Serve's state"""
+    return sum(
+        replica["node_id"] == node
+        for application in details["applications"].values()
+        for deployment in application["deployments"].values()
+        for replica in deployment["replicas"]
+    )
