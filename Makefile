@@ -22,7 +22,7 @@ ARGS ?=
 PY := .venv/bin/python
 STAMP := .venv/.installed
 
-.PHONY: help venv hooks demo serve test test-fast mutants lint format protos sdk graph \
+.PHONY: help venv hooks demo serve test test-fast mutants lint format protos sdk chart graph \
 	bench clean distclean
 
 help: ## Print this list
@@ -68,12 +68,13 @@ test-fast: $(STAMP) ## Run two minutes of tests, no Ray and no slow ones, with c
 mutants: $(STAMP) ## Which faults do tests not notice? ARGS='scheduler' for one module (minutes)
 	$(PY) -m tests.mutants $(ARGS)
 
-lint: $(STAMP) ## Run ruff and mypy, and check that the generated stubs are current
+lint: $(STAMP) ## Run ruff and mypy, and check that what is generated is current
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(PY) protos/generate.py --check
 	$(PY) protos/reference.py --check
+	$(PY) helm/generate.py --check
 
 format: $(STAMP) ## Sort imports and format
 	$(PY) -m ruff check --select I --fix .
@@ -82,6 +83,9 @@ format: $(STAMP) ## Sort imports and format
 protos: $(STAMP) ## Regenerate what follows from the wire contract
 	$(PY) protos/generate.py
 	$(PY) protos/reference.py
+
+chart: $(STAMP) ## Write the chart's schema and table of values
+	$(PY) helm/generate.py
 
 sdk: $(STAMP) ## Write the SDK's blocking client and its methods with options
 	$(PY) -I client/generate.py

@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Contact:
+class RouterContact:
     """Where the router listens, and the identity of its deployment's processes."""
 
     address: Address
@@ -49,7 +49,7 @@ class RouterCalls:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
 
-    def contact(self) -> Contact:
+    def contact(self) -> RouterContact:
         """How to connect to the router, according to Serve. Raises LinkError."""
         from ray import serve
         from ray.exceptions import RayError
@@ -57,11 +57,11 @@ class RouterCalls:
 
         from kvmesh.cluster.app import router_finder
 
-        async def find() -> Contact:
+        async def find() -> RouterContact:
             router: Any = serve.get_deployment_handle("router", self._app_name)
             address = await router_finder(router)()
             async with asyncio.timeout(ROUTER_TIMEOUT_S):
-                return Contact(address, await router.identity.remote())
+                return RouterContact(address, await router.identity.remote())
 
         try:
             return self._run(find())
@@ -72,7 +72,7 @@ class RouterCalls:
 
     def drain(
         self,
-        router: Contact,
+        router: RouterContact,
         timeout_s: float,
         hurry: threading.Event,
         report: Callable[[int], None],

@@ -20,7 +20,7 @@ import psutil
 
 from kvmesh.cluster import deployment
 from kvmesh.cluster.config import ClusterConfig
-from kvmesh.cluster.drain import Contact, RouterCalls
+from kvmesh.cluster.drain import RouterCalls, RouterContact
 from kvmesh.cluster.environment import local_variables, serve_variables
 from kvmesh.cluster.errors import RayDiedError, StartError
 from kvmesh.cluster.keys import local_key, protect_ray_token
@@ -76,7 +76,7 @@ class Cluster:
         self._ports: PortBlock | None = None
         self._environ: dict[str, str | None] = {}  # what its variables were before
         self._keep: frozenset[int] = frozenset()
-        self._router: Contact | None = None
+        self._router: RouterContact | None = None
         self._router_calls: RouterCalls | None = None
         self._ray_processes: dict[str, psutil.Process] = {}
         self._started = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 import time
@@ -30,7 +31,9 @@ def drain_node(timeout_s: float, report: Callable[[int], None]) -> bool:
 
     deadline = time.monotonic() + timeout_s
     try:
-        ray.init(address="auto", namespace="serve", logging_level="ERROR", log_to_driver=False)
+        ray.init(
+            address="auto", namespace="serve", logging_level=logging.ERROR, log_to_driver=False
+        )
         node = ray.get_runtime_context().get_node_id()
         _announce(node, timeout_s)
         client = _get_global_client()

@@ -11,7 +11,7 @@ import pytest
 
 from kvmesh.cluster import router_service
 from kvmesh.cluster.account_link import WITHDRAWN_LIMIT
-from kvmesh.cluster.drain import Contact, RouterCalls
+from kvmesh.cluster.drain import RouterCalls, RouterContact
 from kvmesh.cluster.errors import DrainingError, EngineLostError
 from kvmesh.cluster.link import Address, connect
 from kvmesh.cluster.messages import (
@@ -407,7 +407,7 @@ async def test_draining_refuses_new_requests_and_waits_for_running_ones() -> Non
             left.append(live_requests)
             loop.call_soon_threadsafe(heard.set)
 
-        router = Contact(await one.find_router(), IDENTITY)
+        router = RouterContact(await one.find_router(), IDENTITY)
         calls = RouterCalls("no app")
         draining = asyncio.create_task(
             asyncio.to_thread(calls.drain, router, 60.0, threading.Event(), report)
@@ -432,7 +432,7 @@ async def test_a_hurried_drain_does_not_wait() -> None:
         one.allow(8)
         await read_until(stream, 4)
         hurry = threading.Event()
-        router = Contact(await one.find_router(), IDENTITY)
+        router = RouterContact(await one.find_router(), IDENTITY)
         calls = RouterCalls("no app")
         waiting = asyncio.to_thread(calls.drain, router, 60.0, hurry, lambda _: hurry.set())
         await asyncio.wait_for(waiting, 20)
