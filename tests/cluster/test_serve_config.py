@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -150,3 +151,10 @@ def test_the_command_prints_it() -> None:
     assert yaml.safe_load(printed.stdout) == serve_config(expected)
     both = CliRunner().invoke(command_line, ["config", "--serve", "--schema"])
     assert both.exit_code == 2
+
+
+def test_the_variables_of_nodes_are_for_a_shell() -> None:
+    size = {"KVMESH_INGRESS__MAX_REQUEST_BYTES": "1MiB"}
+    printed = CliRunner().invoke(command_line, ["config", "--variables"], env=size).stdout
+    shell = f"{printed}\necho $RAY_SERVE_ENABLE_HA_PROXY $RAY_SERVE_GRPC_MAX_MESSAGE_SIZE"
+    assert subprocess.check_output(["sh", "-c", shell], text=True) == "1 2097152\n"

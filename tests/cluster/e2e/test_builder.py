@@ -2,37 +2,37 @@
 
 from __future__ import annotations
 
-import json
-import os
+import asyncio
 import subprocess
 import sys
 import tempfile
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import yaml
 
-from kvmesh.client import AuthenticationError, Client
+from kvmesh.client import AsyncClient, AuthenticationError, Client
 from kvmesh.cluster.config import build
-from kvmesh.cluster.environment import local_variables
 from kvmesh.cluster.ports import PortBlock, take_ports
-from kvmesh.cluster.processes import adopt_orphans, descendants, end_descendants
-from tests.cluster.e2e.harness import SMALL_ENGINE, wait_for
+from kvmesh.cluster.serve_config import serve_config
+from tests.cluster.e2e.harness import SMALL_ENGINE, greedy_by_engine, wait_for
+from tests.cluster.e2e.ray_nodes import answers, application, deploy, nodes_of, ray_nodes
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 KEY, NEXT_KEY = "a-key-of-a-test", "its-next-key"
 KVMESH = (sys.executable, "-c", "from kvmesh.cluster.cli import app; app()")
-RAY = Path(sys.executable).with_name("ray")
-SERVE = Path(sys.executable).with_name("serve")
+PROMPT = "Once upon a time there was a"
+TOKENS = 200
 
 
 def settings(directory: Path, ports: PortBlock) -> dict[str, Any]:
+    """With a key in a file, as in a mounted Secret."""
+    keys = directory / "keys" / "tenant.admin"
+    keys.parent.mkdir()
+    keys.write_text(f"{KEY}\n")
+    keys.chmod(0o600)
     return {
         "engine": dict(SMALL_ENGINE),
         "ingress": {"host": "127.0.0.1", "port": ports.single(4), "http_port": ports.single(5)},
@@ -41,63 +41,11 @@ def settings(directory: Path, ports: PortBlock) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def ray_head(directory: Path, ports: PortBlock, values: dict[str, Any]) -> Iterator[str]:
-    """A Ray cluster with nothing of kvmesh but its variables; the URL of its dashboard."""
-    variables = local_variables(build(values), directory / "p", ports)
-    environment = {**os.environ, **variables, "RAY_AUTH_MODE": "disabled"}
-    adopt_orphans()
-    keep = descendants()
-    dashboard = ports.single(7)
-    command = [RAY, "start", "--head", "--block", "--num-cpus=4", "--node-ip-address=127.0.0.1"]
-    command += [f"--port={ports.single(8)}", f"--dashboard-port={dashboard}"]
-    command += ["--object-store-memory=100000000", f"--temp-dir={directory / 'r'}"]
-    log = (directory / "ray.log").open("w")
-    head = subprocess.Popen(list(map(str, command)), env=environment, stdout=log, stderr=log)
-    try:
-        url = f"http://127.0.0.1:{dashboard}"
-        wait_for(
-            lambda: answers(f"{url}/api/serve/applications/"),
-            lambda: f"Ray's REST API: {(directory / 'ray.log').read_text()}",
-            within_s=120,
-        )
-        yield url
-    finally:
-        head.terminate()
-        psutil.wait_procs([psutil.Process(head.pid)], timeout=20)
-        end_descendants(keep)
-        log.close()
-
-
-def answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=10) as reply:
-            return bool(reply.status == 200)
-    except OSError:
-        return False
-
-
-def applications(url: str) -> dict[str, Any]:
-    with urllib.request.urlopen(f"{url}/api/serve/applications/", timeout=30) as reply:
-        found: dict[str, Any] = json.load(reply)["applications"]
-    return found
-
-
-def deploy(url: str, config: Path) -> None:
-    command = [SERVE, "deploy", "--address", url, config]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-
-
 def test_what_config_prints_is_deployed_by_rest_and_answers() -> None:
-    """Keys in a file, as from a Secret, are replaced while it runs."""
+    """Its key is replaced while it runs."""
     ports = take_ports("127.0.0.1", {})
     with tempfile.TemporaryDirectory(prefix="k", dir="/tmp") as name:
         directory = Path(name)
-        keys = directory / "keys" / "tenant.admin"
-        keys.parent.mkdir()
-        keys.write_text(f"{KEY}\n")
-        keys.chmod(0o600)
         values = settings(directory, ports)
         (directory / "kvmesh.yaml").write_text(yaml.safe_dump(values))
         printed = subprocess.run(
@@ -106,31 +54,27 @@ def test_what_config_prints_is_deployed_by_rest_and_answers() -> None:
             text=True,
             check=True,
         ).stdout
-        (directory / "serve.yaml").write_text(printed)
+        file = directory / "serve.yaml"
+        file.write_text(printed)
         assert KEY not in printed
-        with ray_head(directory, ports, values) as url:
-            deploy(url, directory / "serve.yaml")
-
-            def running() -> bool:
-                status = applications(url)["kvmesh"]
-                assert status["status"] != "DEPLOY_FAILED", status["message"]
-                return bool(status["status"] == "RUNNING")
-
-            wait_for(running, lambda: f"running: {applications(url)}", within_s=240, period_s=0.5)
+        with ray_nodes(directory, ports, values, 4) as (url, _):
+            deploy(url, file)
             target = f"127.0.0.1:{values['ingress']['port']}"
             with Client(target, api_key=KEY) as client:
                 wait_for(lambda: bool(client.groups()), "a group is up")
                 answer = client.generate("The capital of France is", max_tokens=4, temperature=0.0)
                 assert "Paris" in answer.text
-                keys.write_text(f"{NEXT_KEY}\n")
+                (directory / "keys" / "tenant.admin").write_text(f"{NEXT_KEY}\n")
                 wait_for(lambda: refuses(client), "the former key is refused")
             with Client(target, api_key=NEXT_KEY) as client:
                 assert client.generate("x", max_tokens=1).usage.completion_tokens == 1
             assert answers(f"http://127.0.0.1:{values['ingress']['http_port']}/-/healthz")
-            before = applications(url)["kvmesh"]
-            deploy(url, directory / "serve.yaml")
-            after = applications(url)["kvmesh"]
-            assert replicas(after) == replicas(before), "the same configuration changes nothing"
+            before = application(url)
+            deploy(url, file)
+            for deployment in ("router", "engine-0", "ingress"):
+                assert nodes_of(before, deployment) == nodes_of(application(url), deployment), (
+                    "the same configuration changes nothing"
+                )
     ports.release()
 
 
@@ -142,10 +86,33 @@ def refuses(client: Client) -> bool:
     return False
 
 
-def replicas(application: dict[str, Any]) -> set[str]:
-    """The ids of an application's processes."""
-    return {
-        replica["replica_id"]
-        for deployment in application["deployments"].values()
-        for replica in deployment["replicas"]
-    }
+async def test_a_node_that_is_drained_hands_its_streams_over() -> None:
+    ports = take_ports("127.0.0.1", {})
+    with tempfile.TemporaryDirectory(prefix="k", dir="/tmp") as name:
+        directory = Path(name)
+        values = settings(directory, ports)
+        file = directory / "serve.yaml"
+        # The nodes have one address here: a proxy on each would want the same port.
+        one_proxy = {**serve_config(build(values)), "proxy_location": "HeadOnly"}
+        file.write_text(yaml.safe_dump(one_proxy))
+        with ray_nodes(directory, ports, values, 0, 2, 2) as (url, gcs):
+            await asyncio.to_thread(deploy, url, file)
+            ((_, node),) = nodes_of(application(url), "engine-0").items()
+            target = f"127.0.0.1:{values['ingress']['port']}"
+            async with AsyncClient(target, api_key=KEY) as client:
+                stream = client.generate_stream(
+                    PROMPT, max_tokens=TOKENS, temperature=0.0, ignore_eos=True
+                )
+                tokens = list((await anext(stream)).token_ids)
+                drain = await asyncio.create_subprocess_exec(
+                    *KVMESH, "drain-node", f"--address={gcs}", f"--node-id={node}", "--timeout=120"
+                )
+                async for delta in stream:
+                    tokens.extend(delta.token_ids)
+                assert await asyncio.wait_for(drain.wait(), 150) == 0
+                (prompt,) = ((await client.tokenize(PROMPT)).token_ids,)
+            assert node not in nodes_of(application(url), "engine-0").values()
+            assert node not in nodes_of(application(url), "router").values()
+        expected = await asyncio.to_thread(greedy_by_engine, build(values), [prompt], TOKENS)
+        assert [tuple(tokens)] == expected
+    ports.release()
