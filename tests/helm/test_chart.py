@@ -176,6 +176,30 @@ def test_upgrades_by_server_side_apply_do_not_conflict(file: Path) -> None:
         assert all(isinstance(group[f"{name}eplicas"], int) for name in ("r", "minR", "maxR"))
 
 
+# Empty values that Go keeps, because its types have pointers there.
+KEPT_BY_GO = {"automountServiceAccountToken", "allowPrivilegeEscalation", "priority", "emptyDir"}
+KEPT_BY_GO |= {"replicas", "minReplicas", "maxReplicas", "scaleStrategy"}
+
+
+@ci_files
+def test_worker_groups_are_as_the_operator_would_write_them(file: Path) -> None:
+    """It leaves out what is empty, and shortens quantities: the list would then be its own."""
+
+    def check(value: Any, name: str) -> None:
+        assert value or name in KEPT_BY_GO, f"{name}: {value!r}"
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                check(inner, key)
+        elif isinstance(value, list):
+            for inner in value:
+                check(inner, name)
+        elif name in ("memory", "sizeLimit"):
+            assert value.endswith("Gi") and int(value[:-2]) % 1024, value
+
+    for group in cluster_of(rendered(file))["workerGroupSpecs"]:
+        check(group, "")
+
+
 @ci_files
 def test_ports_are_named_as_the_operator_wants(file: Path) -> None:
     spec = only(rendered(file), "RayService")["spec"]

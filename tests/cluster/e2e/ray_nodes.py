@@ -27,15 +27,18 @@ OBJECT_STORE = "--object-store-memory=100000000"
 
 @contextmanager
 def ray_nodes(
-    directory: Path, ports: PortBlock, values: dict[str, Any], *cpus: int
+    directory: Path, ports: PortBlock, values: dict[str, Any], *cpus: int, token: str | None = None
 ) -> Iterator[tuple[str, str]]:
     """Nodes with nothing of kvmesh but its variables; the addresses of REST API and GCS.
 
     directory: with a short path
     cpus: of the head and of each worker
+    token: that the cluster asks for, if any
     """
     variables = local_variables(build(values), directory / "p", ports)
     environment = {**os.environ, **variables, "RAY_AUTH_MODE": "disabled"}
+    if token is not None:
+        environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
     adopt_orphans()
     keep = descendants()
     gcs, url = f"127.0.0.1:{ports.single(8)}", f"http://127.0.0.1:{ports.single(7)}"
@@ -50,7 +53,7 @@ def ray_nodes(
             command += ["--node-ip-address=127.0.0.1", *role]
             started.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
             wait_for(
-                lambda: answers(f"{url}/api/serve/applications/"),
+                lambda: answers(f"{url}/api/serve/applications/", token),
                 lambda: f"Ray's REST API: {(directory / 'ray.log').read_text()}",
                 within_s=120,
             )
@@ -63,9 +66,12 @@ def ray_nodes(
         log.close()
 
 
-def answers(url: str) -> bool:
+def answers(url: str, token: str | None = None) -> bool:
+    request = urllib.request.Request(url)
+    if token is not None:
+        request.add_header("Authorization", f"Bearer {token}")
     try:
-        with urllib.request.urlopen(url, timeout=10) as reply:
+        with urllib.request.urlopen(request, timeout=10) as reply:
             return bool(reply.status == 200)
     except OSError:
         return False

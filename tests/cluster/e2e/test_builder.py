@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 import sys
 import tempfile
@@ -115,4 +116,28 @@ async def test_a_node_that_is_drained_hands_its_streams_over() -> None:
             assert node not in nodes_of(application(url), "router").values()
         expected = await asyncio.to_thread(greedy_by_engine, build(values), [prompt], TOKENS)
         assert [tuple(tokens)] == expected
+    ports.release()
+
+
+def test_a_cluster_that_asks_for_a_token_gets_it_or_says_so() -> None:
+    ports = take_ports("127.0.0.1", {})
+    with tempfile.TemporaryDirectory(prefix="k", dir="/tmp") as name:
+        directory = Path(name)
+        token = directory / "token"
+        token.write_text("a-token-of-a-test-" * 2)
+        with ray_nodes(directory, ports, {}, 1, token=token.read_text()) as (_, gcs):
+
+            def drain(**variables: str) -> str:
+                environment = {"PATH": os.environ["PATH"], "HOME": name, **variables}
+                environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+                command = [*KVMESH, "drain-node", f"--address={gcs}", "--node-id=00"]
+                return subprocess.run(
+                    command, env=environment, capture_output=True, text=True, check=False
+                ).stderr
+
+            for wrong in ({}, {"RAY_AUTH_TOKEN": "another-token-of-a-test"}):
+                said = drain(**wrong)
+                assert said.startswith("error: the Ray cluster at") and said.count("error:") == 1
+                assert "asks for another token" in said and "InvalidAuthToken" not in said
+            assert "Invalid hex ID" in drain(RAY_AUTH_TOKEN_PATH=str(token))
     ports.release()
