@@ -21,6 +21,8 @@ from kvmesh.cluster.config import build
 from kvmesh.cluster.config_sources import load
 from kvmesh.cluster.environment import serve_variables
 from kvmesh.cluster.serve_config import for_nodes, serve_config
+from kvmesh.protos import pb
+from tests.client.servicer import ScriptedServicer, answering, serving
 from tests.helm.tool import CHART, HelmError, only, render, run
 from tests.repo.imports import ROOT
 
@@ -505,3 +507,26 @@ def test_hashes_of_keys_may_be_settings() -> None:
     auth = build(serve_config_of(objects)["applications"][0]["args"]).auth
     assert [key.tenant for key in auth.keys] == ["a"]
     assert str(auth.key_directory) == "/etc/kvmesh/keys"
+
+
+def test_the_charts_own_test_asks_the_model(tmp_path: Path) -> None:
+    (pod,) = (x for x in render() if x["kind"] == "Pod")
+    assert pod["metadata"]["annotations"]["helm.sh/hook"] == "test"
+    (container,) = pod["spec"]["containers"]
+    (script,) = container["args"]
+    (tmp_path / "default.admin").write_text("the-key\n")
+    (tmp_path / "..data").mkdir()
+    choice = pb.Choice(text=" Paris.", finish_reason=pb.FINISH_REASON_LENGTH)
+    reply = pb.GenerateResponse(request_id="r", model="m", choices=[choice], usage=pb.Usage())
+    servicer = ScriptedServicer(answering(reply))
+    with serving(servicer) as target:
+        for part, ours in (
+            ("r-kvmesh-serve-svc:9000", target),
+            ("/etc/kvmesh/keys", str(tmp_path)),
+        ):
+            assert script.count(part) == 1
+            script = script.replace(part, ours)
+        command = [sys.executable, "-c", script]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.stdout, done.returncode) == (" Paris.\n", 0), done.stderr
+    assert servicer.metadata[0]["authorization"] == "Bearer the-key"
