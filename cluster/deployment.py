@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kvmesh.cluster.errors import StartError
@@ -21,10 +21,6 @@ def submit(config: Mapping[str, Any]) -> None:
     from ray.exceptions import RayError
     from ray.serve.config import HTTPOptions, gRPCOptions
 
-    # A program has no other way to what Ray's dashboard does with a configuration.
-    from ray.serve.context import _get_global_client
-    from ray.serve.schema import ServeDeploySchema
-
     _quieten_serve()
     try:
         serve.start(
@@ -32,15 +28,34 @@ def submit(config: Mapping[str, Any]) -> None:
             http_options=HTTPOptions(**config["http_options"]),
             grpc_options=gRPCOptions(**config["grpc_options"]),
         )
-        client = _get_global_client()
-        assert client is not None, "it has just been started"
-        applications = [*config["applications"], *_others(client.get_serve_details())]
-        client.deploy_apps(
-            ServeDeploySchema.model_validate({**config, "applications": applications})
-        )
+        _apply(config, config["applications"])
     except (RayError, RuntimeError, TimeoutError, ValueError) as error:
         raise StartError(f"Serve did not start: {_last_error(str(error))}") from error
     _quieten_serve()
+
+
+def withdraw() -> None:
+    """End the application, and wait until its processes have ended."""
+    from ray import serve
+
+    # First by the configuration, or Serve would start it again when its controller recovers.
+    _apply({}, [])
+    serve.delete(APP_NAME)
+
+
+def _apply(config: Mapping[str, Any], applications: Sequence[Mapping[str, Any]]) -> None:
+    """Have Serve run these applications, and those of others.
+
+    config: the rest of what Serve is given
+    """
+    # A program has no other way to what Ray's dashboard does with a configuration.
+    from ray.serve.context import _get_global_client
+    from ray.serve.schema import ServeDeploySchema
+
+    client = _get_global_client()
+    assert client is not None, "it raises if Serve does not run"
+    everything = [*applications, *_others(client.get_serve_details())]
+    client.deploy_apps(ServeDeploySchema.model_validate({**config, "applications": everything}))
 
 
 def _others(details: Mapping[str, Any]) -> list[dict[str, Any]]:

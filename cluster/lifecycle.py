@@ -285,7 +285,7 @@ class Cluster:
             if self._config.ray.address is None:
                 serve.shutdown()
             else:
-                serve.delete(APP_NAME)
+                deployment.withdraw()
 
     def _wait_for_requests(self) -> None:
         if self._router_calls is None:

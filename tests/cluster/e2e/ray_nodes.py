@@ -66,21 +66,32 @@ def ray_nodes(
         log.close()
 
 
-def answers(url: str, token: str | None = None) -> bool:
+def _ask(url: str, token: str | None) -> Any:
+    """Raises OSError."""
     request = urllib.request.Request(url)
     if token is not None:
         request.add_header("Authorization", f"Bearer {token}")
+    return urllib.request.urlopen(request, timeout=30)
+
+
+def answers(url: str, token: str | None = None) -> bool:
     try:
-        with urllib.request.urlopen(request, timeout=10) as reply:
+        with _ask(url, token) as reply:
             return bool(reply.status == 200)
     except OSError:
         return False
 
 
+def applications(url: str, token: str | None = None) -> dict[str, Any]:
+    """What Serve knows of its applications, by name."""
+    with _ask(f"{url}/api/serve/applications/", token) as reply:
+        found: dict[str, Any] = json.load(reply)["applications"]
+    return found
+
+
 def application(url: str) -> dict[str, Any]:
-    """What Serve knows of kvmesh's application."""
-    with urllib.request.urlopen(f"{url}/api/serve/applications/", timeout=30) as reply:
-        found: dict[str, Any] = json.load(reply)["applications"]["kvmesh"]
+    """What Serve knows of kvmesh's."""
+    found: dict[str, Any] = applications(url)["kvmesh"]
     return found
 
 

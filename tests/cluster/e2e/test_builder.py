@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -18,7 +19,14 @@ from kvmesh.cluster.config import build
 from kvmesh.cluster.ports import PortBlock, take_ports
 from kvmesh.cluster.serve_config import serve_config
 from tests.cluster.e2e.harness import SMALL_ENGINE, greedy_by_engine, wait_for
-from tests.cluster.e2e.ray_nodes import answers, application, deploy, nodes_of, ray_nodes
+from tests.cluster.e2e.ray_nodes import (
+    answers,
+    application,
+    applications,
+    deploy,
+    nodes_of,
+    ray_nodes,
+)
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
@@ -119,25 +127,37 @@ async def test_a_node_that_is_drained_hands_its_streams_over() -> None:
     ports.release()
 
 
-def test_a_cluster_that_asks_for_a_token_gets_it_or_says_so() -> None:
+def test_serve_joins_a_cluster_with_its_token_and_says_so_without() -> None:
     ports = take_ports("127.0.0.1", {})
     with tempfile.TemporaryDirectory(prefix="k", dir="/tmp") as name:
         directory = Path(name)
+        values = settings(directory, ports)
+        file = directory / "kvmesh.yaml"
+        file.write_text(yaml.safe_dump(values))
         token = directory / "token"
         token.write_text("a-token-of-a-test-" * 2)
-        with ray_nodes(directory, ports, {}, 1, token=token.read_text()) as (_, gcs):
+        with ray_nodes(directory, ports, values, 4, token=token.read_text()) as (url, gcs):
+            serve = [*KVMESH, "serve", f"--address={gcs}", f"--config={file}"]
 
-            def drain(**variables: str) -> str:
-                environment = {"PATH": os.environ["PATH"], "HOME": name, **variables}
-                environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-                command = [*KVMESH, "drain-node", f"--address={gcs}", "--node-id=00"]
-                return subprocess.run(
-                    command, env=environment, capture_output=True, text=True, check=False
-                ).stderr
+            def environment(**variables: str) -> dict[str, str]:
+                cache = os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))
+                base = {"PATH": os.environ["PATH"], "HOME": name, "XDG_CACHE_HOME": cache}
+                return base | {"PYTHONPATH": os.pathsep.join(sys.path), **variables}
 
             for wrong in ({}, {"RAY_AUTH_TOKEN": "another-token-of-a-test"}):
-                said = drain(**wrong)
-                assert said.startswith("error: the Ray cluster at") and said.count("error:") == 1
+                said = subprocess.run(
+                    serve, env=environment(**wrong), capture_output=True, text=True, check=False
+                ).stderr
+                assert said.count("error: the Ray cluster at") == 1
                 assert "asks for another token" in said and "InvalidAuthToken" not in said
-            assert "Invalid hex ID" in drain(RAY_AUTH_TOKEN_PATH=str(token))
+            right = environment(RAY_AUTH_TOKEN_PATH=str(token))
+            with subprocess.Popen(serve, env=right, stdout=subprocess.PIPE, text=True) as process:
+                assert process.stdout is not None
+                target = process.stdout.readline().split()[-1]
+                with Client(target, api_key=KEY) as client:
+                    answer = client.generate("The capital of France is", max_tokens=4)
+                    assert answer.usage.completion_tokens == 4
+                process.send_signal(signal.SIGTERM)
+                assert process.wait(90) == 0
+            assert "kvmesh" not in applications(url, token.read_text())
     ports.release()
