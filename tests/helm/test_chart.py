@@ -385,6 +385,25 @@ def test_a_models_volume_is_shared_and_kept() -> None:
     assert not [found for found in read_only if found["kind"] == "PersistentVolumeClaim"]
 
 
+@pytest.mark.parametrize(
+    ("hub", "name", "key"),
+    [
+        ({"token": "hf_secret"}, "r-kvmesh-hub", "token"),
+        ({"existingSecret": "mine", "existingSecretKey": "hf"}, "mine", "hf"),
+    ],
+)
+def test_the_hubs_token_is_in_workers_and_not_in_the_head(
+    hub: dict[str, str], name: str, key: str
+) -> None:
+    objects = render({"model": {"hub": hub}})
+    head, worker = containers(objects)
+    (token,) = (x for x in worker["env"] if x["name"] == "HF_TOKEN")
+    assert token["valueFrom"] == {"secretKeyRef": {"name": name, "key": key}}
+    assert "HF_TOKEN" not in texts_in(head)
+    rest = [found for found in objects if found["kind"] != "Secret"]
+    assert "hf_secret" not in json.dumps(rest)
+
+
 def test_alerts_and_dashboards_are_those_in_files(tmp_path: Path) -> None:
     """From a copy of the chart, as it may have none."""
     chart = tmp_path / "kvmesh"
