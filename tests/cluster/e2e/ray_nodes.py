@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -11,8 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-import psutil
 
 from kvmesh.cluster.config import build
 from kvmesh.cluster.environment import local_variables
@@ -61,7 +60,9 @@ def ray_nodes(
     finally:
         for process in reversed(started):
             process.terminate()
-        psutil.wait_procs([psutil.Process(process.pid) for process in started], timeout=20)
+        for process in started:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(20)
         end_descendants(keep)
         log.close()
 
