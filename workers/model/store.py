@@ -79,6 +79,7 @@ class ModelStore:
         try:
             fill(partial)
             _write_manifest(partial, name)
+            partial.chmod(0o755)  # an image or a volume may have other users
             entry = self.root / key
             shutil.rmtree(entry, ignore_errors=True)
             partial.rename(entry)
