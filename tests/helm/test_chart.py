@@ -296,6 +296,12 @@ def test_names_leave_room_for_what_the_operator_adds(
     assert max(len(found["metadata"]["name"]) for found in objects) <= 63
 
 
+@pytest.mark.parametrize("release", ["1st", "a.b"])
+def test_a_name_that_the_operator_refuses_is_refused_here(release: str) -> None:
+    with pytest.raises(HelmError, match="begins with a letter"):
+        render(release=release)
+
+
 def test_pods_do_not_change_with_the_charts_version() -> None:
     """They would be replaced, with the whole cluster, by every upgrade of the chart."""
     for group in (

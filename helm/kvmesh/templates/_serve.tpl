@@ -54,7 +54,10 @@ applications:
 {{- end -}}
 
 {{/* Fails where Ray would wait forever: a group is on one worker, and has to fit on one. */}}
-{{- define "kvmesh.checkSizes" -}}
+{{- define "kvmesh.check" -}}
+{{- if regexMatch "^[^a-z]|[.]" (include "kvmesh.fullname" .) -}}
+{{- fail (printf "fullnameOverride: a RayService's name begins with a letter and has no dot, unlike %s; choose another" (include "kvmesh.fullname" .)) -}}
+{{- end -}}
 {{- $workers := include "kvmesh.workerGroups" . | fromYaml -}}
 {{- if not $workers -}}{{- fail "workerGroups: there must be one" -}}{{- end -}}
 {{- $gpus := 0 -}}
