@@ -19,10 +19,14 @@ TORCH_INDEX ?=
 # Further arguments, e.g. make test ARGS='-k layering', make serve ARGS='--port 9001'.
 ARGS ?=
 
+# What `make image` builds: cpu or cuda.
+TARGET ?= cpu
+VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+
 PY := .venv/bin/python
 STAMP := .venv/.installed
 
-.PHONY: help venv hooks demo serve test test-fast mutants lint format protos sdk graph \
+.PHONY: help venv hooks demo serve test test-fast mutants lint format protos sdk chart image graph \
 	bench clean distclean
 
 help: ## Print this list
@@ -70,12 +74,13 @@ test-fast: $(STAMP) ## Run two minutes of tests, no Ray and no slow ones, with c
 mutants: $(STAMP) ## Which faults do tests not notice? ARGS='scheduler' for one module (minutes)
 	$(PY) -m tests.mutants $(ARGS)
 
-lint: $(STAMP) ## Run ruff and mypy, and check that the generated stubs are current
+lint: $(STAMP) ## Run ruff and mypy, and check that what is generated is current
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(PY) protos/generate.py --check
 	$(PY) protos/reference.py --check
+	$(PY) helm/generate.py --check
 
 format: $(STAMP) ## Sort imports and format
 	$(PY) -m ruff check --select I --fix .
@@ -84,6 +89,13 @@ format: $(STAMP) ## Sort imports and format
 protos: $(STAMP) ## Regenerate what follows from the wire contract
 	$(PY) protos/generate.py
 	$(PY) protos/reference.py
+
+image: ## Build the image: TARGET=cpu or cuda, ARGS='--network=host --build-arg BASE=…'
+	docker build --file docker/Dockerfile --target $(TARGET) --build-arg VERSION=$(VERSION) \
+		--tag kvmesh:$(VERSION)$(patsubst -cpu,,-$(TARGET)) $(ARGS) .
+
+chart: $(STAMP) ## Write the chart's schema and table of values
+	$(PY) helm/generate.py
 
 sdk: $(STAMP) ## Write the SDK's blocking client and its methods with options
 	$(PY) -I client/generate.py

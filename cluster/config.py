@@ -124,11 +124,18 @@ class AuthSection(Settings):
     )
     keys: tuple[TenantKey, ...] = Field(
         default=(),
-        description="Accepted keys; empty: a key is generated on first start, in key_file",
+        description="Accepted keys; without any, also in key_directory, a key is generated on "
+        "first start, in key_file",
     )
     key_file: Path | None = Field(
         default=None,
         description="File of the generated key (mode 0600); null: where the SDK looks for it",
+    )
+    key_directory: Path | None = Field(
+        default=None,
+        description="Directory with accepted keys, such as a mounted Secret: a file for each "
+        "tenant, named after it or TENANT.admin, with one key a line; it is read again when it "
+        "changes",
     )
 
 

@@ -30,10 +30,6 @@ class RankResources:
     cpus: float
     gpus: float
 
-    def bundle(self) -> dict[str, float]:
-        bundle = {"CPU": self.cpus, "GPU": self.gpus}
-        return {name: amount for name, amount in bundle.items() if amount}
-
 
 class RankActors:
     """Starts a group's ranks and watches them; `executor` exchanges messages with them.

@@ -10,7 +10,9 @@ from kvmesh.cluster.cli import client_commands, generate_commands, server_comman
 from kvmesh.cluster.cli.calibrate_command import calibrate
 from kvmesh.cluster.cli.config_command import config
 from kvmesh.cluster.cli.console import notes
+from kvmesh.cluster.cli.drain_command import drain_node
 from kvmesh.cluster.cli.eval_commands import eval_app
+from kvmesh.cluster.cli.fetch_command import fetch
 from kvmesh.cluster.cli.formats_command import formats
 from kvmesh.cluster.cli.group import EPILOG, CommandGroup
 from kvmesh.cluster.cli.options import QuietOption
@@ -48,6 +50,8 @@ def main(
 app.command("demo")(server_commands.demo)
 app.command("serve")(server_commands.serve)
 app.command("config")(config)
+app.command("drain-node")(drain_node)
+app.command("fetch")(fetch)
 app.command("generate")(generate_commands.generate)
 app.command("chat")(generate_commands.chat)
 app.command("status")(client_commands.status)

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from kvmesh.cluster import account_link, router_service
-from kvmesh.cluster.drain import RouterCalls
+from kvmesh.cluster.drain import RouterCalls, RouterContact
 from kvmesh.cluster.errors import DrainingError, EngineLostError
 from kvmesh.cluster.link import Address, connect
 from kvmesh.cluster.messages import (
@@ -417,10 +417,10 @@ async def test_draining_refuses_new_requests_and_waits_for_running_ones() -> Non
             left.append(live_requests)
             loop.call_soon_threadsafe(heard.set)
 
-        address = await one.find_router()
-        calls = RouterCalls("no app", IDENTITY)
+        router = RouterContact(await one.find_router(), IDENTITY)
+        calls = RouterCalls("no app")
         draining = asyncio.create_task(
-            asyncio.to_thread(calls.drain, address, 60.0, threading.Event(), report)
+            asyncio.to_thread(calls.drain, router, 60.0, threading.Event(), report)
         )
         await asyncio.wait_for(heard.wait(), PATIENCE_S)
         await one.until(lambda: one.router.status().draining)
@@ -442,9 +442,9 @@ async def test_a_hurried_drain_does_not_wait() -> None:
         one.allow(8)
         await read_until(stream, 4)
         hurry = threading.Event()
-        address = await one.find_router()
-        calls = RouterCalls("no app", IDENTITY)
-        waiting = asyncio.to_thread(calls.drain, address, 60.0, hurry, lambda _: hurry.set())
+        router = RouterContact(await one.find_router(), IDENTITY)
+        calls = RouterCalls("no app")
+        waiting = asyncio.to_thread(calls.drain, router, 60.0, hurry, lambda _: hurry.set())
         await asyncio.wait_for(waiting, PATIENCE_S)
         calls.close()
         await stream.aclose()
