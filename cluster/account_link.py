@@ -25,8 +25,9 @@ from kvmesh.cluster.messages import (
     Report,
     Withdraw,
 )
-from kvmesh.cluster.metrics import EngineMeters
 from kvmesh.cluster.reports import EngineReport
+from kvmesh.cluster.telemetry.gpus import Gpus
+from kvmesh.cluster.telemetry.meters import EngineMeters
 from kvmesh.workers.errors import EngineError
 from kvmesh.workers.leader import EngineLeader
 
@@ -60,14 +61,20 @@ class AccountLink:
         self.draining = False
 
     def start(
-        self, find: Callable[[], Awaitable[Address]], identity: Identity, engine: Address
+        self,
+        find: Callable[[], Awaitable[Address]],
+        identity: Identity,
+        engine: Address,
+        gpus: Gpus,
     ) -> None:
         """Keep a connection until `leave`.
 
         find: where the router listens; raises LinkError while it is not known
         engine: where the engine listens for ingresses
+        gpus: the group's
         """
         self._engine_address = engine
+        self._gpus = gpus
         following = stay_connected(find, identity, TO_ENGINE_FROM_ROUTER, self._connected)
         self._tasks = [
             asyncio.create_task(following),
@@ -156,7 +163,6 @@ class AccountLink:
         audited = account.loads_current
         if self._report_due and (audited or report_anyway):
             self._report_due = False
-            self._meters.loads(account.info, account.loads)
             latencies = self._meters.latencies()
             report = EngineReport(account.info, account.loads, latencies, self.draining)
             router.send(Report(report, audited))
@@ -164,5 +170,19 @@ class AccountLink:
     async def _report_regularly(self) -> None:
         while True:
             await asyncio.sleep(self._report_period_s)
+            if self._leader.failed is None:
+                await self._measure()
             self._report_due = True
             self._flush()
+
+    async def _measure(self) -> None:
+        account, leader = self._leader.account, self._leader
+        self._meters.report(
+            account.info,
+            account.loads,
+            account.take_steps(),
+            divergence_nats=leader.divergence_nats,
+            step_age_s=leader.step_age_s,
+            connected=self._connection is not None,
+        )
+        self._meters.gpus(await asyncio.to_thread(self._gpus.read))

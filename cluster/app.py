@@ -30,12 +30,12 @@ from kvmesh.cluster.ingress.service import IngressService
 from kvmesh.cluster.ingress.validate import Limits
 from kvmesh.cluster.link import Address, LinkError, listen
 from kvmesh.cluster.messages import TO_ROUTER
-from kvmesh.cluster.metrics import EngineMeters, IngressMeters, RouterMeters
 from kvmesh.cluster.processes import settle
 from kvmesh.cluster.rank_actors import RankActors, RankResources
-from kvmesh.cluster.ray_meters import RayMeterFactory
 from kvmesh.cluster.router_service import RouterService
 from kvmesh.cluster.routing.config import RouterConfig
+from kvmesh.cluster.telemetry.meters import EngineMeters, IngressMeters, RouterMeters
+from kvmesh.cluster.telemetry.ray_meters import ray_meter
 from kvmesh.cluster.version import package_version
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.model.source import resolve_model
@@ -77,7 +77,7 @@ class EngineReplica:
             group,
             config,
             self._actors.executor,
-            EngineMeters(RayMeterFactory(), group),
+            EngineMeters(ray_meter, group),
             deployed.identity,
             router_finder(router),
             host=node_ip(),
@@ -123,7 +123,7 @@ class RouterReplica:
             lease_ttl_s=config.router.lease_ttl_s,
             tenants=config.router.policies(),
         )
-        meters = RouterMeters(RayMeterFactory())
+        meters = RouterMeters(ray_meter, config.metered_tenants())
         self._service = RouterService(settings, meters, groups=list(config.group_engines()))
         self._listener = await listen(node_ip(), deployed.identity, TO_ROUTER, self._service.accept)
         self._running = asyncio.create_task(self._service.run())
@@ -161,7 +161,8 @@ class IngressReplica:
         """engines: bound only to make them part of the application"""
         config = deployed.config
         files = resolve_model(config.model)
-        meters, limits = IngressMeters(RayMeterFactory()), limits_of(config)
+        meters = IngressMeters(ray_meter, config.metered_tenants())
+        limits = limits_of(config)
         self._drain_s = config.timeouts.drain_s
         self._service = IngressService(
             deployed.identity,

@@ -29,6 +29,8 @@ from kvmesh.workers.settings import ConflictError, Settings, error_of, problems_
 DEFAULT_MODEL = "smollm2-135m-instruct"
 CONFIG_VERSION: Final = 1
 MAX_GROUPS = 512
+MAX_METERED_TENANTS = 100
+LOCAL_TENANT = "local"  # of the generated key
 # Settings that every group must have alike, and why.
 SAME_IN_ALL_GROUPS = dict.fromkeys(
     ("page_size", "prefix_cache"),
@@ -175,6 +177,13 @@ class MetricsSection(Settings):
     port: Port = Field(
         default=0, description="Port of the node's Prometheus endpoint; 0: any free one"
     )
+    tenants: WholeNumber = Field(
+        default=0,
+        ge=0,
+        le=MAX_METERED_TENANTS,
+        description="How many tenants have metrics of their own: the first of auth.keys; all "
+        "others are `other`. 0: metrics do not tell tenants apart",
+    )
 
 
 class TimeoutSection(Settings):
@@ -269,6 +278,11 @@ class ClusterConfig(Settings):
     def group_engines(self) -> dict[str, EngineSection]:
         """By name, the settings of each group's engine."""
         return {f"engine-{i}": e for i, e in enumerate(_engines(self.engine, self.groups))}
+
+    def metered_tenants(self) -> tuple[str, ...]:
+        """The tenants that metrics name."""
+        known = dict.fromkeys(key.tenant for key in self.auth.keys) or [LOCAL_TENANT]
+        return tuple(known)[: self.metrics.tenants]
 
     def engine_config(self, group: str = "engine-0") -> EngineConfig:
         """The configuration of a group's engine."""

@@ -34,7 +34,7 @@ from kvmesh.cluster.ingress.refuse import refuse
 from kvmesh.cluster.ingress.service import IngressService
 from kvmesh.cluster.ingress.unknown_fields import check_known
 from kvmesh.cluster.ingress.validate import MAX_ID_CHARS, Limits
-from kvmesh.cluster.metrics import IngressMeters
+from kvmesh.cluster.telemetry.meters import IngressMeters
 
 logger = logging.getLogger("ray.serve")
 
@@ -81,9 +81,10 @@ class GrpcFront:
 
     async def serve(self, method: ContractMethod, context: Context) -> None:
         self._calls += 1
-        result, request_id = "cancelled", ""
+        result, request_id, tenant = "cancelled", "", None
         try:
             caller = self._authenticate(context.invocation_metadata())
+            tenant = caller.tenant
             if method.admin and not caller.admin:
                 raise NotAllowedError()
             if self._calls > self._max_calls:
@@ -100,7 +101,7 @@ class GrpcFront:
             result = fail(context, error, request_id)
         finally:
             self._calls -= 1
-            self._meters.request(method.name, result)
+            self._meters.call(method.name, result, tenant)
 
     async def _receive(self, method: ContractMethod, tenant: str, context: Context) -> Message:
         """The call's request, when it is its turn. Raises InvalidFieldError(request)."""

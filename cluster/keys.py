@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from kvmesh.client.credentials import key_path, read_key_file
-from kvmesh.cluster.config import AuthSection
+from kvmesh.cluster.config import LOCAL_TENANT, AuthSection
 from kvmesh.cluster.ingress.authenticate import Caller, KnownKey, hash_key
 from kvmesh.workers.errors import ConfigError
 
-LOCAL = Caller("local", admin=True)
+LOCAL = Caller(LOCAL_TENANT, admin=True)
 _KEY_BYTES = 32
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 
 from kvmesh.cluster.errors import DrainingError, Failure
+from kvmesh.cluster.ingress.error_table import reason_label, to_wire
 from kvmesh.cluster.link import Address, Link
 from kvmesh.cluster.messages import (
     Abort,
@@ -42,12 +43,12 @@ from kvmesh.cluster.messages import (
     Waiting,
     Withdraw,
 )
-from kvmesh.cluster.metrics import RouterMeters
 from kvmesh.cluster.reports import ClusterStatus, EngineReport
 from kvmesh.cluster.routing.config import RouterConfig
 from kvmesh.cluster.routing.errors import RequestIdInUseError
 from kvmesh.cluster.routing.outcome import Enqueued, Granted, Grown, Outcome, Refused, Withdrawn
 from kvmesh.cluster.routing.router import Router
+from kvmesh.cluster.telemetry.meters import RouterMeters
 from kvmesh.workers.loads import EngineInfo
 
 logger = logging.getLogger(__name__)
@@ -55,6 +56,7 @@ logger = logging.getLogger(__name__)
 TICK_S = 0.25
 FRESH_TIMEOUT_S = 2.0  # how long a status waits for the engines' reports
 INFORM_PERIOD_S = 1.0  # how often waiting callers learn what has changed
+MEASURE_PERIOD_S = 1.0
 # Changes that a caller is informed of: by this share, and of a start also by this time.
 NOTICED_SHARE, NOTICED_S = 0.05, 1.0
 
@@ -72,10 +74,14 @@ class _Group:
 
 @dataclass(slots=True, eq=False)
 class _Caller:
-    """Of a waiting request. position, start_at: as it was informed last, on the service's clock"""
+    """Of a waiting request. since: when it came
+
+    position, start_at: as it was informed last; all on the service's clock
+    """
 
     peer: _RouterPeer
     call: int
+    since: float
     position: int = -1
     start_at: float = -math.inf  # also if unknown
 
@@ -129,9 +135,10 @@ class RouterService:
         self.router = Router(config, epoch, clock(), expected_groups=groups)
         self._clock = clock
         self._meters = meters
+        self._names = tuple(groups)
         self._groups: dict[str, _Group] = {}
-        self._callers: dict[str, _Caller] = {}  # of waiting requests
-        self._informed_s = clock()
+        self._callers: dict[str, _Caller] = {}  # of waiting requests, by when they came
+        self._informed_s = self._measured_s = clock()
         self._fresh: list[_FreshStatus] = []
         self._known = _Known()
         self._draining = False
@@ -154,8 +161,18 @@ class RouterService:
             self._informed_s = now
             for standing in self.router.standings(now):
                 self._callers[standing.request_id].inform(standing, now)
-        status = self.router.status(now)
-        self._meters.status(status, len(self._groups))
+        if now - self._measured_s >= MEASURE_PERIOD_S:
+            self._measured_s = now
+            self._measure(now)
+
+    def _measure(self, now: float) -> None:
+        oldest = next(iter(self._callers.values()), None)
+        self._meters.status(
+            self.status(),
+            self._names,
+            0.0 if oldest is None else now - oldest.since,
+            {tenant: self.router.tenant_status(tenant) for tenant in self._meters.tenants},
+        )
 
     @property
     def now(self) -> float:
@@ -188,9 +205,13 @@ class RouterService:
                 peer.fail(message.call, Failure.of(RequestIdInUseError(name)))
                 return
             self.settle(self.router.abort(name, self._clock()))
-        self._callers[name] = _Caller(peer, message.call)
+        now = self._clock()
+        self._callers[name] = _Caller(peer, message.call, now)
         peer.waiting[message.call] = name
-        self.settle(self.router.place(request, self._clock()))
+        started_s = time.perf_counter()
+        outcomes = self.router.place(request, now)
+        self._meters.decided(time.perf_counter() - started_s)
+        self.settle(outcomes)
 
     def cancel(self, call: int, peer: _RouterPeer) -> None:
         """The caller no longer waits. A placement already on its way comes back as a Release."""
@@ -280,6 +301,8 @@ class RouterService:
                 case Granted():
                     self._granted(outcome)
                 case Refused(request_id=name, error=error):
+                    wire = to_wire(error)
+                    self._meters.refused(wire, reason_label(wire))
                     self._refused(name, Failure.of(error))
                 case Grown(group=group, lease=lease):
                     self._groups[group].connection.send(Extend((lease,)))

@@ -38,6 +38,7 @@ from kvmesh.cluster.routing.errors import (
     RequestIdInUseError,
 )
 from kvmesh.cluster.routing.request import PlaceRequest
+from kvmesh.cluster.telemetry.meters import IngressMeters
 from kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.workers.errors import PoolCapacityError
 from kvmesh.workers.request import EndReason, SequenceDelta, SequenceUsage, TokenIds
@@ -62,6 +63,7 @@ class IngressContext:
     engines: EngineLinks
     codec: TextCodec
     queue_timeout_s: float
+    meters: IngressMeters
     waker: Waker = field(default_factory=Waker)
     clock: Callable[[], float] = time.monotonic
     silence_s: float = SILENCE_S
@@ -209,6 +211,7 @@ class Generation:
             except EngineLostError:
                 assert self._placed is not None
                 logger.warning("request %s lost group %s", self.key, self._placed.group)
+                self._context.meters.failover(self._placed.group, self._loss.name.lower())
                 self._output.absorb()
                 tokens = sum(len(choice.token_ids) for choice in self._output.choices)
                 self._failovers.note(self._placed.engine.epoch, self._loss, tokens)
@@ -247,6 +250,8 @@ class Generation:
             self._failovers.suspicion,
         )
         self._link.submit(message, self)
+        if message.suspicion:
+            self._context.meters.quarantined(placed.group)
         held.submitted = True
         try:
             remaining_s = self._remaining_s()

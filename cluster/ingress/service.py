@@ -26,8 +26,8 @@ from kvmesh.cluster.ingress.refuse import refuse
 from kvmesh.cluster.ingress.router_link import RouterLink
 from kvmesh.cluster.ingress.served import Served
 from kvmesh.cluster.link import Address
-from kvmesh.cluster.metrics import IngressMeters
 from kvmesh.cluster.routing.request import PlaceRequest
+from kvmesh.cluster.telemetry.meters import IngressMeters
 from kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.v1alpha import admin_pb2 as admin
 from kvmesh.workers.sampling_params import RANGES
@@ -63,14 +63,14 @@ class IngressService:
         self._limits = limits
         self._meters = meters
         self._version = version
-        self._served = Served(self._router, model_names)
+        self._served = Served(self._router, model_names, self._measure)
         self._divergence_nats = divergence_nats
         self._tasks: list[asyncio.Task[None]] = []
         self._running = 0
         self._idle = asyncio.Event()
         self._idle.set()
         self._draining = False
-        self._context = IngressContext(self._router, self._engines, codec, queue_timeout_s)
+        self._context = IngressContext(self._router, self._engines, codec, queue_timeout_s, meters)
 
     # Start and stop
 
@@ -137,7 +137,7 @@ class IngressService:
             async with contextlib.aclosing(generation.events()) as events:
                 async for event in events:
                     if event.HasField("usage"):
-                        self._meters.finished(event.usage)
+                        self._meters.finished(event.usage, tenant)
                     yield event
         finally:
             self._running -= 1
@@ -226,6 +226,9 @@ class IngressService:
         return admin_wire.groups(self._served.status)
 
     # Internals
+
+    def _measure(self) -> None:
+        self._meters.state(self._running, self._router.connected)
 
     def _check_open(self) -> None:
         if self._closed:
