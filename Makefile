@@ -22,8 +22,8 @@ ARGS ?=
 PY := .venv/bin/python
 STAMP := .venv/.installed
 
-.PHONY: help venv hooks demo serve test test-fast mutants lint format protos sdk graph \
-	bench clean distclean
+.PHONY: help venv hooks demo serve test test-fast mutants lint format protos sdk dashboards \
+	graph bench clean distclean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -74,6 +74,7 @@ lint: $(STAMP) ## Run ruff and mypy, and check that the generated stubs are curr
 	$(PY) -m mypy
 	$(PY) protos/generate.py --check
 	$(PY) protos/reference.py --check
+	$(PY) -m dashboards --check
 
 format: $(STAMP) ## Sort imports and format
 	$(PY) -m ruff check --select I --fix .
@@ -85,6 +86,9 @@ protos: $(STAMP) ## Regenerate what follows from the wire contract
 
 sdk: $(STAMP) ## Write the SDK's blocking client and its methods with options
 	$(PY) -I client/generate.py
+
+dashboards: $(STAMP) ## Write dashboards, alerts and docs/metrics.md
+	$(PY) -m dashboards
 
 graph: $(STAMP) ## Draw the import graph in CONTRIBUTING.md
 	$(PY) -m tests.repo.graph

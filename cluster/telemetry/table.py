@@ -22,6 +22,9 @@ RAY_LABELS = (
     "WorkerId",
     "application",
     "deployment",
+    "otel_scope_name",
+    "otel_scope_schema_url",
+    "otel_scope_version",
     "replica",
 )
 

@@ -456,8 +456,10 @@ async def test_a_queued_request_can_time_out_or_be_cancelled(
 
 # Metrics and the command line
 
-# Absent unless something is lost, waits for long, or has a GPU or a probe.
+# Absent unless something is lost, refused or found in a cache, or has a GPU or a probe.
 RARE = {
+    *("kvmesh_router_refusals_total", "kvmesh_router_refused_bytes_total"),
+    "kvmesh_cached_tokens_total",
     *("kvmesh_failovers_total", "kvmesh_quarantined_requests_total", "kvmesh_preemptions_total"),
     *("kvmesh_gpu_utilization_ratio", "kvmesh_gpu_memory_bytes", "kvmesh_group_divergence_nats"),
 }
