@@ -163,16 +163,11 @@ class RouterService:
                 self._callers[standing.request_id].inform(standing, now)
         if now - self._measured_s >= MEASURE_PERIOD_S:
             self._measured_s = now
-            self._measure(now)
+            self._measure()
 
-    def _measure(self, now: float) -> None:
-        oldest = next(iter(self._callers.values()), None)
-        self._meters.status(
-            self.status(),
-            self._names,
-            0.0 if oldest is None else now - oldest.since,
-            {tenant: self.router.tenant_status(tenant) for tenant in self._meters.tenants},
-        )
+    def _measure(self) -> None:
+        tenants = {name: self.router.tenant_status(name) for name in self._meters.tenants}
+        self._meters.status(self.status(), self._names, tenants)
 
     @property
     def now(self) -> float:
@@ -190,7 +185,24 @@ class RouterService:
             draining=self._draining,
             audits_total=self._known.audits,
             audit_faults_total=self._known.audit_faults,
+            requests=self._requests_of_reports(),
+            oldest_wait_s=self._oldest_wait_s(),
         )
+
+    def _requests_of_reports(self) -> dict[str, str]:
+        """tenant/id by lease, of the sequences that reports name."""
+        leases = self.router.fleet.leases
+        found = {}
+        for report in self._known.reports.values():
+            for sequence in report.loads.oldest:
+                lease = leases.get(sequence.lease_id)
+                if lease is not None and lease.request is not None:
+                    found[sequence.lease_id] = lease.request.request_id
+        return found
+
+    def _oldest_wait_s(self) -> float:
+        oldest = next(iter(self._callers.values()), None)
+        return 0.0 if oldest is None else self._clock() - oldest.since
 
     # Ingresses
 

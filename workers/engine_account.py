@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from kvmesh.workers.cached_blocks import CachedBlocks
 from kvmesh.workers.engine import Engine
-from kvmesh.workers.engine_thread import Report
+from kvmesh.workers.engine_thread import EngineNews
 from kvmesh.workers.lease_book import LeaseBook
 from kvmesh.workers.loads import EngineLoads, StepTime
 
@@ -29,7 +29,7 @@ class EngineAccount:
         self.loads_current = False
         self._steps: deque[StepTime] = deque(maxlen=MAX_STEPS)
 
-    def note(self, report: Report) -> None:
+    def note(self, report: EngineNews) -> None:
         """A report of the engine, made after all that the book has heard of."""
         self.loads = replace(report.loads, leases=self.book.leases)
         self.loads_current = True

@@ -26,7 +26,7 @@ LOADS_PERIOD_S = 0.05
 Command = Callable[[Engine], SequenceDelta | None]
 
 
-class Report(NamedTuple):
+class EngineNews(NamedTuple):
     """What an engine publishes from time to time.
 
     pages: cached blocks that were added or dropped since the last report
@@ -47,7 +47,7 @@ class EngineListener(Protocol):
 
     def engine_started(self, engine: Engine) -> None: ...
 
-    def engine_output(self, deltas: list[SequenceDelta], report: Report | None) -> None:
+    def engine_output(self, deltas: list[SequenceDelta], report: EngineNews | None) -> None:
         """report: made after the deltas"""
 
     def engine_failed(self, error: Exception) -> None:
@@ -125,10 +125,10 @@ class EngineThread:
     ) -> None:
         """report: in any case, not only when one is due"""
         now = time.monotonic()
-        made: Report | None = None
+        made: EngineNews | None = None
         if report or not engine.has_work or now - self._loads_made_s > LOADS_PERIOD_S:
             self._loads_made_s = now
-            made = Report.of(engine)
+            made = EngineNews.of(engine)
         self._post(self._listener.engine_output, deltas, made)
 
     def _post(self, callback: Callable[..., None], *args: object) -> None:

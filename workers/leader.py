@@ -20,7 +20,7 @@ from kvmesh.workers.blame import Blame
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.engine import Engine
 from kvmesh.workers.engine_account import EngineAccount
-from kvmesh.workers.engine_thread import EngineThread, Report
+from kvmesh.workers.engine_thread import EngineNews, EngineThread
 from kvmesh.workers.errors import (
     EngineDrainingError,
     EngineError,
@@ -186,7 +186,7 @@ class EngineLeader:
 
     # What the engine's thread posts
 
-    def engine_output(self, deltas: list[SequenceDelta], report: Report | None = None) -> None:
+    def engine_output(self, deltas: list[SequenceDelta], report: EngineNews | None = None) -> None:
         """Deliver each client's deltas.
 
         report: noted before clients see that a sequence has ended

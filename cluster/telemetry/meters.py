@@ -24,22 +24,22 @@ WINDOW = 512  # ended sequences in a latency summary
 OTHER_TENANT = "other"
 
 
-class Meter(Protocol):
+class Instrument(Protocol):
     def record(self, value: float, labels: Mapping[str, str]) -> None:
         """Add to a counter, set a gauge, or observe a value of a histogram."""
 
 
 # Makes the meter of a metric: Ray's in a cluster (ray_meters.py), others in tests.
-MeterFactory = Callable[[Metric], Meter]
+InstrumentFactory = Callable[[Metric], Instrument]
 
 
 class Meters:
     """Records metrics of the table, with labels that all of them have here."""
 
-    def __init__(self, factory: MeterFactory, **labels: str) -> None:
+    def __init__(self, factory: InstrumentFactory, **labels: str) -> None:
         self._factory = factory
         self._labels = labels
-        self._meters: dict[str, Meter] = {}
+        self._meters: dict[str, Instrument] = {}
         self._totals: dict[tuple[str, ...], float] = {}
 
     def record(self, metric: Metric, value: float, **labels: str) -> None:
@@ -59,7 +59,7 @@ class Meters:
 class EngineMeters:
     """One group's tokens, sequences, steps and pools."""
 
-    def __init__(self, factory: MeterFactory, group: str) -> None:
+    def __init__(self, factory: InstrumentFactory, group: str) -> None:
         self._meters = Meters(factory, group=group)
         # Its labels do not include a group.
         self._link = Meters(factory, process=group)
@@ -167,7 +167,7 @@ class IngressMeters:
     tenants: that have a label of their own; if there are none, nothing is said of tenants
     """
 
-    def __init__(self, factory: MeterFactory, tenants: Iterable[str] = ()) -> None:
+    def __init__(self, factory: InstrumentFactory, tenants: Iterable[str] = ()) -> None:
         self._meters = Meters(factory)
         self._tenants = frozenset(tenants)
 
@@ -218,7 +218,7 @@ class RouterMeters:
     tenants: whose use is recorded
     """
 
-    def __init__(self, factory: MeterFactory, tenants: Iterable[str] = ()) -> None:
+    def __init__(self, factory: InstrumentFactory, tenants: Iterable[str] = ()) -> None:
         self._meters = Meters(factory)
         self.tenants = tuple(tenants)
 
@@ -234,15 +234,14 @@ class RouterMeters:
         self,
         status: ClusterStatus,
         groups: Iterable[str],
-        oldest_wait_s: float,
         tenants: Mapping[str, TenantStatus],
     ) -> None:
-        """groups: that are configured; oldest_wait_s: of the waiting requests, 0 without one"""
+        """groups: that are configured"""
         record, total, router = self._meters.record, self._meters.total, status.router
         for group in groups:
             record(table.GROUP_UP, group in status.healthy, group=group)
         record(table.QUEUE_REQUESTS, router.queue_depth)
-        record(table.OLDEST_WAIT, oldest_wait_s)
+        record(table.OLDEST_WAIT, status.oldest_wait_s)
         record(table.LEASES, router.leases)
         total(table.LEASE_EVENTS, router.granted_total, event="granted")
         total(table.LEASE_EVENTS, router.released_total, event="released")

@@ -7,7 +7,7 @@ from typing import Any
 
 from ray.serve import metrics
 
-from kvmesh.cluster.telemetry.meters import Meter
+from kvmesh.cluster.telemetry.meters import Instrument
 from kvmesh.cluster.telemetry.table import Kind, Metric
 
 
@@ -19,8 +19,8 @@ class _RayMeter:
         self._record(value, tags=dict(labels))
 
 
-def ray_meter(metric: Metric) -> Meter:
-    """A `MeterFactory` over ray.serve.metrics."""
+def ray_meter(metric: Metric) -> Instrument:
+    """A `InstrumentFactory` over ray.serve.metrics."""
     # Ray's annotation of tag_keys says one key, but Ray takes any number.
     about: Any = {"description": metric.help, "tag_keys": metric.label_names}
     match metric.kind:

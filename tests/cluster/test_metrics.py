@@ -55,7 +55,9 @@ def test_labels_and_buckets(metric: Metric) -> None:
     assert bool(metric.buckets) == (metric.kind is Kind.HISTOGRAM)
     assert all(0 < low < high for low, high in pairwise(metric.buckets))
     if metric.name.startswith("kvmesh_request_") and "per_output" not in metric.name:
-        assert metric.buckets[-1] == 1800, "waits and prompts of half an hour are told apart"
+        assert metric.buckets[-1] == 1800, (
+            "waits and prompts of half an hour are in different buckets"
+        )
 
 
 def test_every_metric_is_recorded_somewhere() -> None:
@@ -128,7 +130,7 @@ async def test_a_request_is_measured_from_end_to_end() -> None:
         account = engine.leader.account
         await built.at_rest()
         await engine._account._measure()
-        built.router._measure(built.router.now)
+        built.router._measure()
     for metric in (
         table.REQUEST_QUEUE,
         table.REQUEST_DURATION,

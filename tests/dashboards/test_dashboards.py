@@ -95,8 +95,8 @@ def test_panels_do_not_overlap(dashboard: Dashboard) -> None:
     for place in places:
         assert place["x"] + place["w"] <= 24
     for a, b in combinations(places, 2):
-        beside = a["x"] + a["w"] <= b["x"] or b["x"] + b["w"] <= a["x"]
-        assert beside or a["y"] + a["h"] <= b["y"] or b["y"] + b["h"] <= a["y"], (a, b)
+        apart = a["x"] + a["w"] <= b["x"] or b["x"] + b["w"] <= a["x"]
+        assert apart or a["y"] + a["h"] <= b["y"] or b["y"] + b["h"] <= a["y"], (a, b)
 
 
 def test_alerts_say_what_to_do() -> None:
