@@ -36,6 +36,7 @@ from kvmesh.cluster.router_service import RouterService
 from kvmesh.cluster.routing.config import RouterConfig
 from kvmesh.cluster.telemetry.meters import EngineMeters, IngressMeters, RouterMeters
 from kvmesh.cluster.telemetry.ray_meters import ray_meter
+from kvmesh.cluster.telemetry.traces import make_traces
 from kvmesh.cluster.version import package_version
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.model.source import resolve_model
@@ -174,6 +175,9 @@ class IngressReplica:
             model_names=frozenset({config.model, files.name}),
             queue_timeout_s=config.router.queue_timeout_s,
             divergence_nats={**DIVERGENCE_NATS, **config.ingress.kv_divergence_nats},
+            traces=make_traces(
+                config.traces.endpoint, config.traces.sample_ratio, files.name, package_version()
+            ),
         )
         authenticate = Authenticator(keys).authenticate
         max_calls = config.ingress.max_streams

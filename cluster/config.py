@@ -186,6 +186,24 @@ class MetricsSection(Settings):
     )
 
 
+class TracesSection(Settings):
+    """OpenTelemetry traces, one for each generation. Need `pip install 'kvmesh[traces]'`."""
+
+    endpoint: str | None = Field(
+        default=None,
+        pattern="^https?://[^/]+$",
+        description="OTLP receiver (gRPC), e.g. http://collector:4317; null: no traces. Headers "
+        "for it are in the environment: OTEL_EXPORTER_OTLP_HEADERS",
+    )
+    sample_ratio: Number = Field(
+        default=1.0,
+        ge=0,
+        le=1,
+        description="Share of generations that are traced; those whose caller traces always are, "
+        "those whose caller has decided not to are not",
+    )
+
+
 class TimeoutSection(Settings):
     """Time limits, in seconds."""
 
@@ -257,6 +275,7 @@ class ClusterConfig(Settings):
     auth: AuthSection = Field(default=AuthSection(), description="Authentication")
     router: RouterSection = Field(default=RouterSection(), description="Placement and queue")
     metrics: MetricsSection = Field(default=MetricsSection(), description="Prometheus")
+    traces: TracesSection = Field(default=TracesSection(), description="OpenTelemetry traces")
     timeouts: TimeoutSection = Field(
         default=TimeoutSection(), description="Time limits, in seconds"
     )

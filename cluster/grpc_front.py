@@ -35,6 +35,7 @@ from kvmesh.cluster.ingress.service import IngressService
 from kvmesh.cluster.ingress.unknown_fields import check_known
 from kvmesh.cluster.ingress.validate import MAX_ID_CHARS, Limits
 from kvmesh.cluster.telemetry.meters import IngressMeters
+from kvmesh.cluster.telemetry.traces import note_headers
 
 logger = logging.getLogger("ray.serve")
 
@@ -85,6 +86,7 @@ class GrpcFront:
         try:
             caller = self._authenticate(context.invocation_metadata())
             tenant = caller.tenant
+            note_headers(context.invocation_metadata())
             if method.admin and not caller.admin:
                 raise NotAllowedError()
             if self._calls > self._max_calls:

@@ -39,6 +39,7 @@ from kvmesh.cluster.routing.errors import (
 )
 from kvmesh.cluster.routing.request import PlaceRequest
 from kvmesh.cluster.telemetry.meters import IngressMeters
+from kvmesh.cluster.telemetry.traces import NO_TRACE, RequestTrace
 from kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.workers.errors import PoolCapacityError
 from kvmesh.workers.request import EndReason, SequenceDelta, SequenceUsage, TokenIds
@@ -76,6 +77,7 @@ class Generation:
     tenant: as authentication found it
     page_hashes: of the prompt's full pages, as the engines' prefix caches know them
     excluded: groups whose KV format the request does not accept
+    trace: of the generation
     """
 
     def __init__(
@@ -87,7 +89,9 @@ class Generation:
         context: IngressContext,
         page_hashes: tuple[bytes, ...] = (),
         excluded: frozenset[str] = frozenset(),
+        trace: RequestTrace = NO_TRACE,
     ) -> None:
+        self._trace = trace
         self.key = f"{tenant}/{spec.request_id}"
         self._spec = spec
         self._prompt_ids = prompt_ids
@@ -131,6 +135,8 @@ class Generation:
         self._usages: list[SequenceUsage] = []
         self._first_token_s: float | None = None
         self._queue_s = 0.0
+        self._queued = False  # since it asked for a place
+        self._prefilling = True  # on this engine
 
     async def events(self) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
         """The replies, in the contract's order; closing the generator ends the request.
@@ -193,6 +199,8 @@ class Generation:
         usage.failovers = self._failovers.total
         if self._first_token_s is not None:
             usage.time_to_first_token_s = self._first_token_s
+        ends = [choice.finish for choice in self._output.choices]
+        self._trace.finish(usage, [end.reason.value for end in ends if end is not None])
         self._output.add(pb.GenerateStreamResponse(usage=usage))
 
     async def _serve(self) -> None:
@@ -200,6 +208,8 @@ class Generation:
         refusals = 0
         while True:
             request = self._place_request()
+            self._trace.phase("place", prompt_tokens=request.prompt_tokens)
+            self._queued = False
             self._status.queued()
             try:
                 async with self._context.router.place(request, self._note_waiting) as held:
@@ -211,6 +221,7 @@ class Generation:
             except EngineLostError:
                 assert self._placed is not None
                 logger.warning("request %s lost group %s", self.key, self._placed.group)
+                self._trace.event("engine lost", cause=self._loss.name.lower())
                 self._context.meters.failover(self._placed.group, self._loss.name.lower())
                 self._output.absorb()
                 tokens = sum(len(choice.token_ids) for choice in self._output.choices)
@@ -270,11 +281,12 @@ class Generation:
         if choice is None:
             return  # of a placement that was lost
         if delta.progress is not None:
+            self._trace.event("prefilling", computed_tokens=delta.progress.computed_tokens)
             if self._status.computed(delta.request_id, delta.progress):
                 self._output.send_status()
             return
-        if self._first_token_s is None and delta.token_ids:
-            self._first_token_s = self._context.clock() - self._arrived_s
+        if self._prefilling and delta.token_ids:
+            self._note_first_token()
         if delta.finish_reason is not None:
             self._live.discard(delta.request_id)
             if delta.usage is not None:
@@ -332,14 +344,26 @@ class Generation:
 
     def _note_waiting(self, waiting: Waiting) -> None:
         self._status.queued(waiting.position, waiting.start_s)
+        if not self._queued:
+            self._trace.phase("queue")
+            self._queued = True
+        self._trace.event("waiting", position=waiting.position)
         self._output.send_status()
 
     def _note_placed(self, placed: Placed) -> None:
         first, self._placed = self._placed is None, placed
+        self._prefilling = True
+        self._trace.phase("prefill", group=placed.group, kv_format=placed.engine.kv_format)
         self._queue_s += placed.queue_s
         if first:
             self._output.add(pb.GenerateStreamResponse(started=self._started()))
             self._output.catch_up()
+
+    def _note_first_token(self) -> None:
+        self._prefilling = False
+        self._trace.phase("decode")
+        if self._first_token_s is None:
+            self._first_token_s = self._context.clock() - self._arrived_s
 
     def _started(self) -> pb.Started:
         seed = self._output.choices[0].params.seed
