@@ -34,6 +34,7 @@ from kvmesh.cluster.processes import settle
 from kvmesh.cluster.rank_actors import RankActors, RankResources
 from kvmesh.cluster.router_service import RouterService
 from kvmesh.cluster.routing.config import RouterConfig
+from kvmesh.cluster.telemetry.logs import use_serve_log
 from kvmesh.cluster.telemetry.meters import EngineMeters, IngressMeters, RouterMeters
 from kvmesh.cluster.telemetry.ray_meters import ray_meter
 from kvmesh.cluster.telemetry.traces import make_traces
@@ -51,6 +52,7 @@ HEALTH_TIMEOUT_S = 5.0  # Serve replaces a process that misses three health chec
 FLUSH_S = 0.5  # time for a failed engine's last messages to reach its clients
 FIND_TIMEOUT_S = 5.0
 LIVE_POLL_S = 0.1
+LOG_LINES = {"encoding": "JSON", "enable_access_log": False}
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +74,9 @@ class EngineReplica:
         router: DeploymentHandle[Any],
         deployed: Deployed,
     ) -> None:
+        use_serve_log(group)
         self._drain_s = deployed.config.timeouts.drain_s
-        self._actors = RankActors(config, resources, deployed.config.timeouts.start_s)
+        self._actors = RankActors(group, config, resources, deployed.config.timeouts.start_s)
         self._service = EngineService(
             group,
             config,
@@ -117,6 +120,7 @@ class RouterReplica:
     """The one router."""
 
     async def __init__(self, deployed: Deployed) -> None:  # type: ignore[misc]  # Serve awaits it
+        use_serve_log()
         config = deployed.config
         self._drain_s = config.timeouts.drain_s
         settings = RouterConfig(
@@ -160,6 +164,7 @@ class IngressReplica:
         deployed: Deployed,
     ) -> None:
         """engines: bound only to make them part of the application"""
+        use_serve_log()
         config = deployed.config
         files = resolve_model(config.model)
         meters = IngressMeters(ray_meter, config.metered_tenants())
@@ -287,4 +292,4 @@ def build_app(
 
 def _deployment(cls: type, **options: Any) -> Any:
     # Serve's annotations know the decorator, not this call of it.
-    return serve.deployment(cls, **options)
+    return serve.deployment(cls, logging_config=LOG_LINES, **options)

@@ -34,6 +34,7 @@ from kvmesh.cluster.ingress.refuse import refuse
 from kvmesh.cluster.ingress.service import IngressService
 from kvmesh.cluster.ingress.unknown_fields import check_known
 from kvmesh.cluster.ingress.validate import MAX_ID_CHARS, Limits
+from kvmesh.cluster.telemetry.logs import about
 from kvmesh.cluster.telemetry.meters import IngressMeters
 from kvmesh.cluster.telemetry.traces import note_headers
 
@@ -100,7 +101,7 @@ class GrpcFront:
                     await context.write(reply.SerializeToString())
             result = "ok"
         except Exception as error:
-            result = fail(context, error, request_id)
+            result = fail(context, error, request_id, tenant or "")
         finally:
             self._calls -= 1
             self._meters.call(method.name, result, tenant)
@@ -228,13 +229,14 @@ def _health_reply(status: int) -> bytes:
     return health_pb2.HealthCheckResponse(status=status).SerializeToString()
 
 
-def fail(context: Context, error: Exception, request_id: str) -> str:
+def fail(context: Context, error: Exception, request_id: str, tenant: str = "") -> str:
     """Put an error into a call's status and log what clients must not see; its metrics label."""
     trace = _trace_id(context.invocation_metadata())
+    fields = about(f"{tenant}/{request_id}")
     if error_table.is_expected(error):
-        logger.info("refused request %r%s: %s", request_id, trace, error)
+        logger.info("refused request %r%s: %s", request_id, trace, error, extra=fields)
     else:
-        logger.error("failed at request %r%s", request_id, trace, exc_info=error)
+        logger.error("failed at request %r%s", request_id, trace, exc_info=error, extra=fields)
     wire = error_table.to_wire(error, request_id)
     message, trailer = encode(wire)
     context.set_code(error_table.status_code(wire))

@@ -58,11 +58,13 @@ class Endpoint:
 
     api_key: the local key; None if keys are configured by their hashes, or none is needed
     metrics_url: None if Ray was already running
+    dashboard_url: Ray's dashboard, None without one
     """
 
     target: str
     api_key: str | None
     metrics_url: str | None
+    dashboard_url: str | None = None
 
 
 class Cluster:
@@ -81,6 +83,7 @@ class Cluster:
         self._environ: dict[str, str | None] = {}  # what its variables were before
         self._keep: frozenset[int] = frozenset()
         self._identity = Identity.make()
+        self._dashboard_url: str | None = None
         self._router: Address | None = None
         self._router_calls: RouterCalls | None = None
         self._ray_processes: dict[str, psutil.Process] = {}
@@ -125,7 +128,8 @@ class Cluster:
         host = "127.0.0.1" if config.ingress.host in ("0.0.0.0", "::") else config.ingress.host
         target = f"{host}:{config.ingress.port}"
         self._wait_serving(target)
-        return Endpoint(target, local_key(config.auth, os.environ), metrics_url)
+        key = local_key(config.auth, os.environ)
+        return Endpoint(target, key, metrics_url, self._dashboard_url)
 
     def _prepare(self) -> ClusterConfig:
         """Check and download what is possible before anything runs, and choose free ports."""
@@ -150,9 +154,10 @@ class Cluster:
         self._keep = descendants()
         if config.ray.address is not None:
             os.environ.update(serve_variables(config))
-            _import_ray().init(
+            joined = _import_ray().init(
                 address=config.ray.address, logging_level="ERROR", log_to_driver=False
             )
+            self._note_dashboard(joined)
             self._started = True
             return None
         adopt_orphans()
@@ -169,7 +174,7 @@ class Cluster:
         scratch.mkdir()
         try:
             with _temporary_directory(scratch):
-                ray.init(
+                started = ray.init(
                     num_cpus=_logical_cpus(config),
                     object_store_memory=config.ray.object_store_bytes,
                     include_dashboard=config.ray.dashboard,
@@ -181,8 +186,14 @@ class Cluster:
                 )
         except (RuntimeError, OSError, ValueError) as error:
             raise StartError(f"Ray did not start: {error}{self._gcs_words()}") from error
+        self._note_dashboard(started)
         self._ray_processes = children_named(RAY_PROCESSES)
         return f"http://127.0.0.1:{config.metrics.port}/metrics"
+
+    def _note_dashboard(self, context: Any) -> None:
+        """context: what ray.init returns"""
+        if context.dashboard_url:
+            self._dashboard_url = f"http://{context.dashboard_url}"
 
     def _gcs_words(self) -> str:
         """The end of the log of Ray's GCS, which `stop` deletes."""

@@ -48,6 +48,7 @@ from kvmesh.cluster.routing.config import RouterConfig
 from kvmesh.cluster.routing.errors import RequestIdInUseError
 from kvmesh.cluster.routing.outcome import Enqueued, Granted, Grown, Outcome, Refused, Withdrawn
 from kvmesh.cluster.routing.router import Router
+from kvmesh.cluster.telemetry.logs import about
 from kvmesh.cluster.telemetry.meters import RouterMeters
 from kvmesh.workers.loads import EngineInfo
 
@@ -265,7 +266,9 @@ class RouterService:
                 _replace(name, former.connection)
             else:
                 former.connection.close()
-        logger.info("group %s is up with %d leases", name, len(message.leases))
+        logger.info(
+            "group %s is up with %d leases", name, len(message.leases), extra=about(group=name)
+        )
         self._groups[name] = _Group(
             name, connection, message.info, message.address, message.started_ns
         )
@@ -280,7 +283,7 @@ class RouterService:
     def group_down(self, name: str, connection: Link) -> None:
         if not self.serves(name, connection):
             return
-        logger.warning("group %s is down", name)
+        logger.warning("group %s is down", name, extra=about(group=name))
         del self._groups[name]
         self.settle(self.router.group_down(name, self._clock()))
         self._reported(name)
@@ -301,7 +304,10 @@ class RouterService:
             self._known.audits += 1
             if faults := self.router.audit(name, message.report.loads):
                 self._known.audit_faults += 1
-                logger.error("group %s and the ledger disagree: %s", name, "; ".join(faults))
+                words = "; ".join(faults)
+                logger.error(
+                    "group %s and the ledger disagree: %s", name, words, extra=about(group=name)
+                )
         self._reported(name)
 
     # Within
@@ -345,7 +351,7 @@ class RouterService:
         del caller.peer.waiting[caller.call]
         caller.peer.fail(caller.call, failure)
         for decided in self.router.explain(name, self._clock())[-1:]:
-            logger.info("request %s: %s", name, "\n".join(decided.lines()))
+            logger.info("request %s: %s", name, "\n".join(decided.lines()), extra=about(name))
 
     def _reported(self, name: str) -> None:
         for waiting in self._fresh:
@@ -361,7 +367,7 @@ class RouterService:
 
 
 def _replace(name: str, connection: Link) -> None:
-    logger.warning("an engine of group %s has been replaced", name)
+    logger.warning("an engine of group %s has been replaced", name, extra=about(group=name))
     connection.send(Replaced())
     connection.close()
 

@@ -38,6 +38,7 @@ from kvmesh.cluster.routing.errors import (
     RequestIdInUseError,
 )
 from kvmesh.cluster.routing.request import PlaceRequest
+from kvmesh.cluster.telemetry.logs import about
 from kvmesh.cluster.telemetry.meters import IngressMeters
 from kvmesh.cluster.telemetry.traces import NO_TRACE, RequestTrace
 from kvmesh.v1 import kvmesh_pb2 as pb
@@ -174,7 +175,9 @@ class Generation:
                 self._output.add(pb.GenerateStreamResponse(started=self._started()))
             self._output.end_all(EndReason.ABORT)
         except RequestFaultError as error:
-            logger.error("request %s is not tried again: %s", self.key, error.cause)
+            logger.error(
+                "request %s is not tried again: %s", self.key, error.cause, extra=self._log()
+            )
             raise
         except RequestIdInUseError:
             # With the id that the client gave, without the tenant.
@@ -220,7 +223,9 @@ class Generation:
                     return
             except EngineLostError:
                 assert self._placed is not None
-                logger.warning("request %s lost group %s", self.key, self._placed.group)
+                logger.warning(
+                    "request %s lost group %s", self.key, self._placed.group, extra=self._log()
+                )
                 self._trace.event("engine lost", cause=self._loss.name.lower())
                 self._context.meters.failover(self._placed.group, self._loss.name.lower())
                 self._output.absorb()
@@ -228,7 +233,9 @@ class Generation:
                 self._failovers.note(self._placed.engine.epoch, self._loss, tokens)
             except PoolCapacityError as error:
                 # The ledger was ahead of the group's allocator: retry after a pause.
-                logger.warning("%s was refused by its group: %s", self.key, error)
+                logger.warning(
+                    "%s was refused by its group: %s", self.key, error, extra=self._log()
+                )
                 refusals += 1
                 if not error.retryable or refusals == MAX_REFUSALS:
                     raise
@@ -358,6 +365,9 @@ class Generation:
         if first:
             self._output.add(pb.GenerateStreamResponse(started=self._started()))
             self._output.catch_up()
+
+    def _log(self) -> dict[str, str]:
+        return about(self.key, self._placed.group if self._placed else "")
 
     def _note_first_token(self) -> None:
         self._prefilling = False
