@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import time
 from pathlib import Path
@@ -9,12 +10,15 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
+from PIL import Image
 
 from dashboards.panels import Dashboard, Panel
 from dashboards.prometheus import Prometheus
 
 COLUMNS = 3
 SIZE_INCHES, DPI = (3.6, 2.0), 70
+COLOURS = 64
+LEGEND_ROOM = 1.35
 SECONDS = ((1e-3, 1e6, "µs"), (1.0, 1e3, "ms"), (float("inf"), 1.0, "s"))
 SCALES = {"bytes": (1 << 20, " MiB"), "Bps": (1 << 20, " MiB/s"), "percentunit": (0.01, "%")}
 
@@ -40,7 +44,9 @@ def draw(dashboard: Dashboard, server: Prometheus, path: Path, window_s: float) 
         _plot(ax, panel, found[panel], now)
     for ax in axes[len(shown) :]:
         ax.set_axis_off()
-    figure.savefig(path, dpi=DPI)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=DPI)
+    Image.open(drawn).convert("RGB").quantize(COLOURS).save(path, optimize=True)
 
 
 def _plot(
@@ -49,7 +55,7 @@ def _plot(
     for legend, values in sorted(found.items()):
         ax.plot([at - now for at, _ in values], [x for _, x in values], label=legend, linewidth=1)
     ax.set_title(panel.title, fontsize=8)
-    ax.set_ylim(bottom=0)
+    ax.set_ylim(0, ax.get_ylim()[1] * LEGEND_ROOM)
     ax.yaxis.set_major_formatter(FuncFormatter(lambda x, _: _written(x, panel.unit)))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.0f} s"))
     ax.tick_params(labelsize=6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import os
 import random
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -522,6 +524,34 @@ def test_metrics_have_the_labels_of_the_table(endpoint: Endpoint, client: Client
         metric = next(x for x in METRICS if name in x.samples)
         found = set(re.findall(r'(\w+)="', labels)) - {"le", "WorkerId"}
         assert found - set(RAY_LABELS) == set(metric.label_names), line
+
+
+def test_logs_name_requests_and_never_hold_what_they_say(
+    endpoint: Endpoint, client: Client
+) -> None:
+    """Of all processes, Ray's own included."""
+    secret = "xylophonewords"
+    client.generate(secret, max_tokens=4, request_id="a-good-request")
+    with pytest.raises(NeverFitsError):
+        client.generate(f"{secret} " * 1200, max_tokens=8, request_id="too-large")
+    # Below the cluster's directory, as the proxy's socket.
+    directory = Path(os.environ["RAY_SERVE_HAPROXY_SOCKET_PATH"]).parents[1]
+
+    def lines() -> list[dict[str, Any]]:
+        logs = directory.glob("ray/session_latest/logs/serve/replica_kvmesh_ingress_*.log")
+        return [json.loads(line) for path in logs for line in path.read_text().splitlines()]
+
+    def found() -> bool:
+        return any(line.get("request_id") == "too-large" for line in lines())
+
+    wait_for(found, "the refused request is in the log of the ingress")
+    (line,) = [line for line in lines() if line.get("request_id") == "too-large"]
+    assert line["tenant"] == "local"
+    assert endpoint.api_key
+    for path in directory.glob("ray/session_latest/logs/**/*"):
+        if path.is_file():
+            written = path.read_text(errors="replace")
+            assert secret not in written and endpoint.api_key not in written, path
 
 
 def kvmesh(endpoint: Endpoint, *arguments: str) -> subprocess.CompletedProcess[str]:
