@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 
@@ -89,6 +90,30 @@ def test_without_nvml_there_are_no_gpus(uuids: list[str], monkeypatch: pytest.Mo
 
     monkeypatch.setattr(pynvml, "nvmlInit", missing)
     assert Gpus(uuids).read() == []
+
+
+def test_gpus_are_read_by_nvml_until_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    import pynvml
+
+    lost = False
+
+    def memory(handle: str) -> SimpleNamespace:
+        if lost:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_GPU_IS_LOST)
+        return SimpleNamespace(used=6, free={"handle of GPU-a": 4, "handle of GPU-b": 3}[handle])
+
+    monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", lambda uuid: f"handle of {uuid}")
+    monkeypatch.setattr(
+        pynvml, "nvmlDeviceGetUtilizationRates", lambda handle: SimpleNamespace(gpu=25)
+    )
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", memory)
+    gpus = Gpus(["GPU-a", "GPU-b"])
+    assert gpus.read() == [GpuUse(0.25, 6, 4), GpuUse(0.25, 6, 3)]
+    lost = True
+    assert gpus.read() == []
+    lost = False
+    assert gpus.read() == [], "one warning is enough"
 
 
 def test_tenants_have_no_metrics_unless_they_are_asked_for() -> None:
