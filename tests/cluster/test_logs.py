@@ -11,6 +11,9 @@ from typing import Any
 import grpc
 import pytest
 
+from kvmesh.cluster.cli.server_commands import _announce
+from kvmesh.cluster.config import ClusterConfig
+from kvmesh.cluster.lifecycle import Endpoint
 from kvmesh.cluster.telemetry.logs import OUR_LOGGER, SERVE_LOGGER, about, use_serve_log
 from kvmesh.protos import pb
 from tests.cluster.machine import machine
@@ -128,3 +131,15 @@ async def test_no_line_holds_a_prompt_output_or_key(
         written = json.dumps({**vars(record), "message": record.getMessage()}, default=str)
         assert SECRET not in written, written
         assert "Bearer" not in written
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:8265", None])
+def test_serve_says_how_to_get_into_rays_dashboard(
+    url: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    endpoint = Endpoint("127.0.0.1:9000", "the-key", None, dashboard_url=url)
+    _announce(endpoint, ClusterConfig())
+    written = capsys.readouterr()
+    shown = written.out + written.err
+    assert ("ray get-auth-token" in shown) == (url is not None) == ("8265" in shown)
+    assert "the-key" not in shown

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from kvmesh.client.errors import UnavailableError
 from kvmesh.client.types import (
     GroupLoads,
     LatencySummary,
@@ -19,6 +20,7 @@ from kvmesh.client.types import (
     RouterLoads,
     SequenceLoads,
 )
+from kvmesh.cluster.cli import top_command
 from kvmesh.cluster.cli.top_view import Picture, fleet, longest_running
 from kvmesh.cluster.ingress import admin_wire
 from kvmesh.workers import engine_thread
@@ -136,3 +138,30 @@ async def test_the_oldest_sequences_are_named_as_their_clients_named_them(
 def test_of_all_groups_the_oldest_come_first() -> None:
     groups = (changed(oldest=(LONG,)), changed(group="b", oldest=(OLD,)))
     assert [group for group, _ in longest_running(groups)] == ["b", "engine-0"]
+
+
+def test_watching_outlasts_a_server_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=True, width=80, height=24, color_system=None)
+    monkeypatch.setattr(top_command, "out", console)
+    answers: list[Loads | BaseException] = [
+        Loads((GROUP,), ROUTER),
+        UnavailableError("it is gone"),
+        Loads((changed(group="back"),), ROUTER),
+        KeyboardInterrupt(),
+    ]
+
+    class Answering:
+        def loads(self) -> Loads:
+            answer = answers.pop(0)
+            if isinstance(answer, BaseException):
+                raise answer
+            return answer
+
+    before = picture(0.0, GROUP)
+    with pytest.raises(KeyboardInterrupt):
+        top_command._watch(Answering(), before, 0.0)  # type: ignore[arg-type]
+    frames = file.getvalue().split("some-model")[1:]
+    assert ["it is gone" in frame for frame in frames] == [False, True, False]
+    assert "engine-0" in frames[1] and "back" in frames[2]
+    assert file.getvalue().rstrip().endswith("\x1b[?25h\x1b[?1049l"), "the screen is as before"
