@@ -26,6 +26,7 @@ Value = str | int | float | bool | list[str]
 _headers: ContextVar[Mapping[str, str]] = ContextVar("kvmesh_trace_headers")
 _HEADERS = ("traceparent", "tracestate")
 MAX_CHARS = 128
+EXPORT_TIMEOUT_S = 5.0  # so that a receiver that is gone does not hold up a shutdown
 # Of a request, by their names in the contract.
 PARAMETERS = {
     "max_tokens": "max_tokens",
@@ -225,6 +226,8 @@ def make_traces(endpoint: str | None, sample_ratio: float, model: str, version: 
         sampler=ParentBased(TraceIdRatioBased(sample_ratio)),
         resource=Resource.create({"service.name": "kvmesh", "service.version": version}),
     )
-    exporter = OTLPSpanExporter(endpoint=endpoint, insecure=endpoint.startswith("http://"))
+    exporter = OTLPSpanExporter(
+        endpoint=endpoint, insecure=endpoint.startswith("http://"), timeout=EXPORT_TIMEOUT_S
+    )
     provider.add_span_processor(BatchSpanProcessor(exporter))
     return OpenTelemetryTraces(provider, model)
