@@ -96,7 +96,9 @@ class AccountLink:
         """The account has changed: send it soon, together with what follows."""
         if self._leader.failed is not None:
             self.leave()
-        elif self._flush_timer is None:
+            return
+        self._meters.steps(self._leader.account.take_steps())
+        if self._flush_timer is None:
             loop = asyncio.get_running_loop()
             wait_s = max(self._flushed_s + ACCOUNT_PERIOD_S - loop.time(), 0.0)
             self._flush_timer = loop.call_later(wait_s, self._flush_due)
@@ -180,7 +182,6 @@ class AccountLink:
         self._meters.report(
             account.info,
             account.loads,
-            account.take_steps(),
             divergence_nats=leader.divergence_nats,
             step_age_s=leader.step_age_s,
             connected=self._connection is not None,
