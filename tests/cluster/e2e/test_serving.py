@@ -511,10 +511,16 @@ def test_metrics_and_loads_agree(endpoint: Endpoint, client: Client) -> None:
         )
 
     wait_for(agree, "the Prometheus endpoint agrees with GetLoads", within_s=60, period_s=0.5)
-    lines = scrape(endpoint)
-    names = {line.partition("{")[0] for line in lines}
     expected = {name for x in METRICS if x.name not in RARE for name in x.samples}
-    assert expected <= names <= {name for metric in METRICS for name in metric.samples}
+
+    def names() -> set[str]:
+        return {line.partition("{")[0] for line in scrape(endpoint)}
+
+    # Each process is collected at its own time.
+    wait_for(
+        lambda: expected <= names(), lambda: f"{expected - names()}", within_s=60, period_s=0.5
+    )
+    assert names() <= {name for metric in METRICS for name in metric.samples}
 
 
 def test_metrics_have_the_labels_of_the_table(endpoint: Endpoint, client: Client) -> None:
