@@ -5,18 +5,11 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
-import threading
-from collections.abc import AsyncIterator, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
-import grpc
 import pytest
-from opentelemetry.proto.collector.trace.v1 import (
-    trace_service_pb2,
-    trace_service_pb2_grpc,
-)
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -36,6 +29,7 @@ from kvmesh.cluster.telemetry.traces import (
 from kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.workers.errors import ConfigError
 from tests.cluster.machine import TENANT, Machine, machine
+from tests.cluster.otlp import receiver
 from tests.cluster.test_generation import PROMPT, fill_engine
 
 TRACE_ID = "0af7651916cd43dd8448eb211c80319c"
@@ -208,35 +202,9 @@ async def test_spans_contain_no_text_and_no_key() -> None:
 
 # Export
 
-Batch = trace_service_pb2.ExportTraceServiceRequest
-
-
-@contextmanager
-def receiver() -> Iterator[tuple[str, list[Batch], threading.Event]]:
-    """A real OTLP receiver: its address, what has arrived, and whether anything has."""
-    batches: list[Batch] = []
-    arrived = threading.Event()
-
-    class Service(trace_service_pb2_grpc.TraceServiceServicer):
-        def Export(self, sent: Batch, context: object) -> object:
-            batches.append(sent)
-            arrived.set()
-            return trace_service_pb2.ExportTraceServiceResponse()
-
-    with ThreadPoolExecutor(2) as pool:
-        server = grpc.server(pool)
-        add: Any = trace_service_pb2_grpc.add_TraceServiceServicer_to_server
-        add(Service(), server)
-        port = server.add_insecure_port("127.0.0.1:0")
-        server.start()
-        try:
-            yield f"http://127.0.0.1:{port}", batches, arrived
-        finally:
-            server.stop(None).wait()
-
 
 async def test_traces_are_exported_by_otlp() -> None:
-    with receiver() as (endpoint, batches, arrived):
+    with receiver() as (endpoint, batches):
         traces = make_traces(endpoint, 0.0, "letters", "1.2.3")
         async with traced(traces) as built:
             built.allow(MANY)
@@ -245,7 +213,7 @@ async def test_traces_are_exported_by_otlp() -> None:
                 await run(built, request())
             note_headers(None)
         # Stopping the ingress has exported them.
-        assert arrived.is_set()
+        assert batches
     resources = [x for batch in batches for x in batch.resource_spans]
     (service,) = {
         attribute.value.string_value
