@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dashboards.queries import Query, quantiles, rate, ratio, value
+from dashboards.queries import Query, quantiles, rate, ratio, total, value
 from kvmesh.cluster.telemetry import table
 from kvmesh.cluster.telemetry.table import Metric
 
@@ -154,20 +154,20 @@ FLEET = Dashboard(
             Panel(
                 "Failovers",
                 "short",
-                (rate(table.FAILOVERS, by="cause", per="increase"),),
-                "Generations that lost their engine, by why it failed",
+                (total(table.FAILOVERS, by="cause"),),
+                "Since the start: generations that lost their engine, by why it failed",
             ),
             Panel(
                 "Quarantined",
                 "short",
-                (rate(table.QUARANTINES, by="group", per="increase"),),
-                table.QUARANTINES.help,
+                (total(table.QUARANTINES, by="group"),),
+                "Since the start: " + table.QUARANTINES.help,
             ),
             Panel(
                 "Preemptions",
                 "short",
-                (rate(table.PREEMPTIONS, by="group", per="increase"),),
-                table.PREEMPTIONS.help,
+                (total(table.PREEMPTIONS, by="group"),),
+                "Since the start: " + table.PREEMPTIONS.help,
             ),
             Panel(
                 "Refused by the router",
@@ -266,8 +266,8 @@ GROUP = Dashboard(
             Panel(
                 "Preemptions",
                 "short",
-                (rate(table.PREEMPTIONS, by="group", per="increase"),),
-                table.PREEMPTIONS.help,
+                (total(table.PREEMPTIONS, by="group"),),
+                "Since the start: " + table.PREEMPTIONS.help,
             ),
         ),
         "GPUs": (

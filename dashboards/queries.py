@@ -50,7 +50,6 @@ def rate(
     metric: Metric,
     *,
     by: str = "",
-    per: str = "rate",
     sample: str = "",
     legend: str = "",
     **labels: str,
@@ -59,8 +58,14 @@ def rate(
     assert metric.kind is not Kind.GAUGE, metric.name
     name = f"{metric.exported}_{sample}" if sample else metric.exported
     assert name in metric.samples
-    found = f"{per}({selector(metric, name, **labels)}[{RATE_INTERVAL}])"
+    found = f"rate({selector(metric, name, **labels)}[{RATE_INTERVAL}])"
     return Query(f"sum{_by(by)} ({found})", legend or _legend(by))
+
+
+def total(metric: Metric, *, by: str) -> Query:
+    """A counter of rare events, as it stands: growth is not seen in a series that is new."""
+    assert metric.kind is Kind.COUNTER, metric.name
+    return Query(f"sum{_by(by)} ({selector(metric, metric.exported)})", _legend(by))
 
 
 def quantiles(metric: Metric, by: str = "") -> tuple[Query, ...]:
