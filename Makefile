@@ -26,8 +26,8 @@ VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 PY := .venv/bin/python
 STAMP := .venv/.installed
 
-.PHONY: help venv hooks demo serve test test-fast mutants lint format protos sdk chart image graph \
-	bench clean distclean
+.PHONY: help venv hooks demo serve test test-fast mutants lint format protos sdk chart image \
+	dashboards graph bench clean distclean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -81,6 +81,7 @@ lint: $(STAMP) ## Run ruff and mypy, and check that what is generated is current
 	$(PY) protos/generate.py --check
 	$(PY) protos/reference.py --check
 	$(PY) helm/generate.py --check
+	$(PY) -m dashboards --check
 
 format: $(STAMP) ## Sort imports and format
 	$(PY) -m ruff check --select I --fix .
@@ -99,6 +100,9 @@ chart: $(STAMP) ## Write the chart's schema and table of values
 
 sdk: $(STAMP) ## Write the SDK's blocking client and its methods with options
 	$(PY) -I client/generate.py
+
+dashboards: $(STAMP) ## Write dashboards, alerts and docs/metrics.md
+	$(PY) -m dashboards
 
 graph: $(STAMP) ## Draw the import graph in CONTRIBUTING.md
 	$(PY) -m tests.repo.graph

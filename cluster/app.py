@@ -32,13 +32,15 @@ from kvmesh.cluster.ingress.validate import Limits
 from kvmesh.cluster.keys import follow_keys, known_keys
 from kvmesh.cluster.link import Address, LinkError, listen
 from kvmesh.cluster.messages import TO_ROUTER
-from kvmesh.cluster.metrics import EngineMeters, IngressMeters, RouterMeters
 from kvmesh.cluster.processes import settle
 from kvmesh.cluster.rank_actors import RankActors, RankResources
-from kvmesh.cluster.ray_meters import RayMeterFactory
 from kvmesh.cluster.resources import CONTROL_CPUS, bundles, gpus_per_rank
 from kvmesh.cluster.router_service import RouterService
 from kvmesh.cluster.routing.config import RouterConfig
+from kvmesh.cluster.telemetry.logs import use_serve_log
+from kvmesh.cluster.telemetry.meters import EngineMeters, IngressMeters, RouterMeters
+from kvmesh.cluster.telemetry.ray_meters import ray_meter
+from kvmesh.cluster.telemetry.traces import make_traces
 from kvmesh.cluster.version import package_version
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.errors import ConfigError
@@ -53,6 +55,7 @@ HEALTH_TIMEOUT_S = 5.0  # Serve replaces a process that misses three health chec
 FLUSH_S = 0.5  # time for a failed engine's last messages to reach its clients
 FIND_TIMEOUT_S = 5.0
 LIVE_POLL_S = 0.1
+LOG_LINES = {"encoding": "JSON", "enable_access_log": False}
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +77,14 @@ class EngineReplica:
         router: DeploymentHandle[Any],
         deployed: Deployed,
     ) -> None:
+        use_serve_log(group)
         self._drain_s = deployed.config.timeouts.drain_s
-        self._actors = RankActors(config, resources, deployed.config.timeouts.start_s)
+        self._actors = RankActors(group, config, resources, deployed.config.timeouts.start_s)
         self._service = EngineService(
             group,
             config,
             self._actors.executor,
-            EngineMeters(RayMeterFactory(), group),
+            EngineMeters(ray_meter, group),
             deployed.identity,
             router_finder(router),
             host=node_ip(),
@@ -119,6 +123,7 @@ class RouterReplica:
     """The one router."""
 
     async def __init__(self, deployed: Deployed) -> None:  # type: ignore[misc]  # Serve awaits it
+        use_serve_log()
         config = deployed.config
         self._identity = deployed.identity
         self._drain_s = config.timeouts.drain_s
@@ -127,7 +132,7 @@ class RouterReplica:
             lease_ttl_s=config.router.lease_ttl_s,
             tenants=config.router.policies(),
         )
-        meters = RouterMeters(RayMeterFactory())
+        meters = RouterMeters(ray_meter, config.metered_tenants())
         self._service = RouterService(settings, meters, groups=list(config.group_engines()))
         self._listener = await listen(node_ip(), deployed.identity, TO_ROUTER, self._service.accept)
         self._running = asyncio.create_task(self._service.run())
@@ -166,9 +171,11 @@ class IngressReplica:
         deployed: Deployed,
     ) -> None:
         """engines: bound only to make them part of the application"""
+        use_serve_log()
         config = deployed.config
         files = resolve_model(config.model)
-        meters, limits = IngressMeters(RayMeterFactory()), limits_of(config)
+        meters = IngressMeters(ray_meter, config.metered_tenants())
+        limits = limits_of(config)
         self._drain_s = config.timeouts.drain_s
         self._service = IngressService(
             deployed.identity,
@@ -180,6 +187,9 @@ class IngressReplica:
             model_names=frozenset({config.model, files.name}),
             queue_timeout_s=config.router.queue_timeout_s,
             divergence_nats={**DIVERGENCE_NATS, **config.ingress.kv_divergence_nats},
+            traces=make_traces(
+                config.traces.endpoint, config.traces.sample_ratio, files.name, package_version()
+            ),
         )
         authenticator = Authenticator(known_keys(config.auth))
         self._keys = asyncio.create_task(follow_keys(config.auth, authenticator))
@@ -291,4 +301,4 @@ def build(args: dict[str, Any]) -> serve.Application:
 
 def _deployment(cls: type, **options: Any) -> Any:
     # Serve's annotations know the decorator, not this call of it.
-    return serve.deployment(cls, **options)
+    return serve.deployment(cls, logging_config=LOG_LINES, **options)

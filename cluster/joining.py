@@ -7,7 +7,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Iterator
-from typing import IO
+from typing import IO, Any
 
 from kvmesh.cluster.errors import StartError
 from kvmesh.cluster.keys import use_ray_token
@@ -16,8 +16,10 @@ from kvmesh.cluster.keys import use_ray_token
 _REFUSED = b"InvalidAuthToken"
 
 
-def join_ray(address: str) -> None:
+def join_ray(address: str) -> Any:
     """Connect this process to the cluster at `address`, or to this host's for `auto`.
+
+    Returns what `ray.init` does.
 
     Raises StartError, in one line, also if the cluster asks for a token that is not here.
     """
@@ -27,7 +29,7 @@ def join_ray(address: str) -> None:
 
     with _captured_stderr() as written:
         try:
-            ray.init(address, logging_level=logging.ERROR, log_to_driver=False)
+            return ray.init(address, logging_level=logging.ERROR, log_to_driver=False)
         except (RayError, ConnectionError, RuntimeError, ValueError) as error:
             written.seek(0)
             if isinstance(error, AuthenticationError) or _REFUSED in written.read():

@@ -16,13 +16,13 @@ from pathlib import Path
 
 from kvmesh.client.credentials import checked_key, key_path, read_key_file
 from kvmesh.client.errors import CredentialsError
-from kvmesh.cluster.config import AuthSection, TenantKey
+from kvmesh.cluster.config import LOCAL_TENANT, AuthSection, TenantKey
 from kvmesh.cluster.ingress.authenticate import Authenticator, Caller, KnownKey, hash_key
 from kvmesh.workers.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-LOCAL = Caller("local", admin=True)
+LOCAL = Caller(LOCAL_TENANT, admin=True)
 ADMIN = ".admin"
 FOLLOW_PERIOD_S = 5.0
 MAX_FILE_BYTES = 1 << 20

@@ -55,11 +55,13 @@ class Endpoint:
 
     api_key: the local key; None if keys are configured by their hashes, or none is needed
     metrics_url: None if Ray was already running
+    dashboard_url: Ray's dashboard, None without one
     """
 
     target: str
     api_key: str | None
     metrics_url: str | None
+    dashboard_url: str | None = None
 
 
 class Cluster:
@@ -77,6 +79,7 @@ class Cluster:
         self._ports: PortBlock | None = None
         self._environ: dict[str, str | None] = {}  # what its variables were before
         self._keep: frozenset[int] = frozenset()
+        self._dashboard_url: str | None = None
         self._router: RouterContact | None = None
         self._router_calls: RouterCalls | None = None
         self._ray_processes: dict[str, psutil.Process] = {}
@@ -121,7 +124,8 @@ class Cluster:
         host = "127.0.0.1" if config.ingress.host in ("0.0.0.0", "::") else config.ingress.host
         target = f"{host}:{config.ingress.port}"
         self._wait_serving(target)
-        return Endpoint(target, local_key(self._config.auth, os.environ), metrics_url)
+        key = local_key(config.auth, os.environ)
+        return Endpoint(target, key, metrics_url, self._dashboard_url)
 
     def _prepare(self) -> ClusterConfig:
         """Check and download what is possible before anything runs, and choose free ports."""
@@ -145,7 +149,7 @@ class Cluster:
         self._keep = descendants()
         if config.ray.address is not None:
             os.environ.update(serve_variables(config))
-            join_ray(config.ray.address)
+            self._note_dashboard(join_ray(config.ray.address))
             self._started = True
             return None
         adopt_orphans()
@@ -162,7 +166,7 @@ class Cluster:
         scratch.mkdir()
         try:
             with _temporary_directory(scratch):
-                ray.init(
+                started = ray.init(
                     num_cpus=logical_cpus(config),
                     object_store_memory=config.ray.object_store_bytes,
                     include_dashboard=config.ray.dashboard,
@@ -174,8 +178,14 @@ class Cluster:
                 )
         except (RuntimeError, OSError, ValueError) as error:
             raise StartError(f"Ray did not start: {error}{self._gcs_words()}") from error
+        self._note_dashboard(started)
         self._ray_processes = children_named(RAY_PROCESSES)
         return f"http://127.0.0.1:{config.metrics.port}/metrics"
+
+    def _note_dashboard(self, context: Any) -> None:
+        """context: what ray.init returns"""
+        if context.dashboard_url:
+            self._dashboard_url = f"http://{context.dashboard_url}"
 
     def _gcs_words(self) -> str:
         """The end of the log of Ray's GCS, which `stop` deletes."""

@@ -17,6 +17,7 @@ from kvmesh.cluster.cli.formats_command import formats
 from kvmesh.cluster.cli.group import EPILOG, CommandGroup
 from kvmesh.cluster.cli.options import QuietOption
 from kvmesh.cluster.cli.simulate_command import PASS_THROUGH, simulate
+from kvmesh.cluster.cli.top_command import top
 from kvmesh.cluster.version import package_version
 
 app = typer.Typer(
@@ -57,6 +58,7 @@ app.command("chat")(generate_commands.chat)
 app.command("status")(client_commands.status)
 app.command("models")(client_commands.models)
 app.command("loads")(client_commands.loads)
+app.command("top")(top)
 app.command("estimate")(client_commands.estimate)
 app.command("explain")(client_commands.explain)
 app.command("abort")(client_commands.abort)

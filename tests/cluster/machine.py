@@ -42,11 +42,12 @@ from kvmesh.cluster.messages import (
     Submit,
     Waiting,
 )
-from kvmesh.cluster.metrics import EngineMeters, IngressMeters, RouterMeters
 from kvmesh.cluster.router_service import RouterService, _RouterPeer
 from kvmesh.cluster.routing.config import RouterConfig
 from kvmesh.cluster.routing.outcome import Granted, Grown, Outcome, Placement
 from kvmesh.cluster.routing.request import PlaceRequest
+from kvmesh.cluster.telemetry.meters import EngineMeters, IngressMeters, RouterMeters
+from kvmesh.cluster.telemetry.table import Kind, Metric
 from kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.workers.errors import InvalidFieldError
 from kvmesh.workers.leader import EngineLeader
@@ -102,23 +103,40 @@ class LetterCodec:
         return LetterStream()
 
 
-class NoMeters:
-    def inc(self, value: float, tags: Mapping[str, str]) -> None: ...
+class SeenMeters:
+    """Meters that keep what was recorded, by metric and labels in the table's order.
 
-    def set(self, value: float, tags: Mapping[str, str]) -> None: ...
+    Counters add up, gauges keep the latest value, histograms count.
+    """
 
-    def observe(self, value: float, tags: Mapping[str, str]) -> None: ...
+    def __init__(self) -> None:
+        self.values: dict[str, dict[tuple[str, ...], float]] = {}
 
-    def counter(self, name: str, description: str, tags: Sequence[str]) -> NoMeters:
-        return self
+    def __call__(self, metric: Metric) -> _SeenMeter:
+        return _SeenMeter(metric, self.values.setdefault(metric.name, {}))
 
-    def gauge(self, name: str, description: str, tags: Sequence[str]) -> NoMeters:
-        return self
+    def of(self, metric: Metric, *labels: str) -> float | None:
+        """labels: in the table's order; None if nothing was recorded"""
+        return self.values.get(metric.name, {}).get(labels)
 
-    def histogram(
-        self, name: str, description: str, tags: Sequence[str], buckets: Sequence[float]
-    ) -> NoMeters:
-        return self
+
+class _SeenMeter:
+    def __init__(self, metric: Metric, values: dict[tuple[str, ...], float]) -> None:
+        self._metric = metric
+        self._values = values
+
+    def record(self, value: float, labels: Mapping[str, str]) -> None:
+        assert sorted(labels) == sorted(self._metric.label_names), self._metric.name
+        key = tuple(labels[name] for name in self._metric.label_names)
+        match self._metric.kind:
+            case Kind.COUNTER:
+                assert value > 0, f"{self._metric.name}: Ray refuses {value}"
+                self._values[key] = self._values.get(key, 0.0) + value
+            case Kind.GAUGE:
+                self._values[key] = value
+            case Kind.HISTOGRAM:
+                assert value >= 0
+                self._values[key] = self._values.get(key, 0.0) + 1
 
 
 class WatchedEngine(EngineService):
@@ -130,8 +148,9 @@ class WatchedEngine(EngineService):
         executor: GatedExecutor,
         find_router: Callable[[], Awaitable[Address]],
     ) -> None:
+        self.meters = SeenMeters()
         super().__init__(
-            name, CONFIG, executor, EngineMeters(NoMeters(), name), IDENTITY, find_router
+            name, CONFIG, executor, EngineMeters(self.meters, name), IDENTITY, find_router
         )
         self.refusals: list[Exception] = []
         self.submitted: list[Submit] = []
@@ -199,7 +218,9 @@ class WatchedRouter(RouterService):
         groups: Iterable[str] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        super().__init__(config, RouterMeters(NoMeters()), groups=list(groups), clock=clock)
+        self.meters = SeenMeters()
+        meters = RouterMeters(self.meters, [TENANT])
+        super().__init__(config, meters, groups=list(groups), clock=clock)
         self.placed: list[PlaceRequest] = []
         self.granted: list[Placement] = []
         self.lease_ends: Counter[str] = Counter()
@@ -293,12 +314,13 @@ class Machine:
             for name, executor in self.executors.items()
         }
         self.replaced: list[WatchedEngine] = []
+        self.meters = SeenMeters()  # the ingress's
         self.ingress = IngressService(
             IDENTITY,
             self.find_router,
             LetterCodec(),
             Limits(),
-            IngressMeters(NoMeters()),
+            IngressMeters(self.meters, [TENANT]),
             version="0",
         )
         self.ingress._context = replace(self.ingress._context, clock=clock)

@@ -20,9 +20,9 @@ from kvmesh.cluster.contract_methods import ADMIN_SERVICE, METHODS, SERVICE
 from kvmesh.cluster.grpc_front import READERS_PER_TENANT, GrpcFront
 from kvmesh.cluster.ingress.authenticate import Authenticator, Caller, KnownKey, hash_key
 from kvmesh.cluster.ingress.validate import Limits
-from kvmesh.cluster.metrics import IngressMeters
+from kvmesh.cluster.telemetry.meters import IngressMeters
 from kvmesh.protos import pb
-from tests.cluster.machine import Machine, NoMeters, answer, machine
+from tests.cluster.machine import Machine, SeenMeters, answer, machine
 from tests.cluster.test_generation import PROMPT
 from tests.protos.test_other_versions import old
 
@@ -68,7 +68,7 @@ async def served() -> AsyncIterator[Served]:
             built.ingress,
             Authenticator(keys).authenticate,
             Limits(max_request_bytes=MAX_BYTES),
-            IngressMeters(NoMeters()),
+            IngressMeters(SeenMeters()),
             MAX_CALLS,
             TURN_S,
         )

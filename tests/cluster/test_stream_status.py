@@ -188,7 +188,7 @@ class Outbox:
 def make_caller() -> tuple[_Caller, list[Waiting]]:
     outbox = Outbox()
     peer: _RouterPeer = outbox  # type: ignore[assignment]
-    return _Caller(peer, 7), outbox.messages
+    return _Caller(peer, 7, 0.0), outbox.messages
 
 
 def test_a_caller_far_back_hears_of_changes_that_matter_to_it() -> None:

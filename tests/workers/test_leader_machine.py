@@ -15,7 +15,7 @@ from hypothesis import given
 
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.engine import Engine
-from kvmesh.workers.engine_thread import Command
+from kvmesh.workers.engine_thread import Command, EngineNews
 from kvmesh.workers.errors import (
     EngineDrainingError,
     InvalidFieldError,
@@ -71,7 +71,7 @@ class SteppedThread:
         commands, self._commands = self._commands, []
         deltas = [delta for x in commands if (delta := x(self.engine)) is not None]
         deltas += self.engine.step()
-        made = (self.engine.loads(), self.engine.take_page_changes()) if report else None
+        made = EngineNews.of(self.engine) if report else None
         self._leader.engine_output(deltas, made)
 
 
