@@ -33,7 +33,7 @@ from kvmesh.kernels.formats.registry import get_format
 GROUPS = 8
 OVERLOAD = 5.0
 MILLION = 1 << 20
-CURVE = (0.85, 0.9, 0.95, 1.05, 1.15, 1.3)
+CURVE = (0.85, 0.95, 1.05)
 CURVE_POLICIES = ("vllm-dp", "prefix-tree", "dynamo", "kvmesh")
 
 
@@ -136,8 +136,8 @@ def measure(name: str, folder: Path, rate: float | None) -> dict[str, object]:
     curve["1.00"] = [x for x in at_load if x.policy in CURVE_POLICIES]
     injected: list[tuple[float, int, Summary]] = []
     if bench.setting.inject:
-        for share in (0.5, 0.7, 0.8, 0.9, 1.0):
-            for policy in ("dynamo", "prefix-tree", "kvmesh"):
+        for share in (0.5, 0.8, 1.0):
+            for policy in ("dynamo", "kvmesh"):
                 for count in (0, 1, 3):
                     injected.append((share, count, bench.run(policy, rate * share, count)))
     best = max((x for x in at_load if x.policy in PEERS), key=lambda x: x.goodput_rps)
@@ -176,13 +176,17 @@ def main() -> None:
     parser.add_argument("traces", type=Path)
     parser.add_argument("--setting", action="append", choices=sorted(SETTINGS))
     parser.add_argument("--rate", type=float, help="use this load instead of searching for it")
+    parser.add_argument("--rates-of", type=Path, help="use the loads of an earlier result")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plots", type=Path)
     arguments = parser.parse_args()
     results = {}
+    earlier = json.loads(arguments.rates_of.read_text()) if arguments.rates_of else {}
     for name in arguments.setting or SETTINGS:
         print(name, file=sys.stderr, flush=True)
-        results[name] = measure(name, arguments.traces, arguments.rate)
+        results[name] = measure(
+            name, arguments.traces, arguments.rate or earlier.get(name, {}).get("rate")
+        )
         if arguments.plots:
             draw(name, results[name], arguments.plots)
         if arguments.json:

@@ -10,11 +10,10 @@ from kvmesh.cluster.routing.chooser import Chooser
 from kvmesh.cluster.routing.config import RouterConfig
 from kvmesh.cluster.routing.demand import RequestDemand
 from kvmesh.cluster.routing.fleet import Fleet
-from kvmesh.cluster.routing.forecast import PromisedStart, earliest_start
-from kvmesh.cluster.routing.group import Group
+from kvmesh.cluster.routing.forecast import earliest_start, promise
 from kvmesh.cluster.routing.live import LiveRequest
 from kvmesh.cluster.routing.outcome import BudgetEstimate, Decision, Enqueued, Granted, Refused
-from kvmesh.cluster.routing.placement import GroupChoice, prefill_s
+from kvmesh.cluster.routing.placement import GroupChoice, Promise, prefill_s
 from kvmesh.cluster.routing.queue import WaitingQueue
 from kvmesh.cluster.routing.refusals import Refusals
 from kvmesh.cluster.routing.request import PlaceRequest
@@ -23,13 +22,14 @@ from kvmesh.cluster.routing.verdict import NO_VERDICTS, Verdicts
 FRESH_S = 0.5  # what was found out about a waiting request is good for this long
 # An engine that a request has lost, but not the router within this time, is up after all.
 LOST_ENGINE_S = 15.0
+MAX_PROMISES = 4  # at a time
+DRAINS = 2.0  # times that a full group takes to free the pages of a request
 NEAR = 8  # so many at the front get a new forecast whenever the queue is read
 
 
 class Admission:
     """The queue, and the way out of it.
 
-    promised: the start of the longest-waiting request that lacks pages
     missing: of the expected groups, those that were not up so far
     expected_groups: those that may hold leases of a former router; until they are up, or
         `rebuild_timeout_s` has passed, every request waits
@@ -39,12 +39,11 @@ class Admission:
         self, config: RouterConfig, fleet: Fleet, now: float, expected_groups: Collection[str]
     ) -> None:
         tuning = config.tuning
-        self.queue = WaitingQueue(config.queue_limit, tuning.max_patience_s)
+        self.queue = WaitingQueue(config.queue_limit)
         self._tuning = tuning
         self._fleet = fleet
         self._chooser = Chooser(tuning, fleet.groups)
         self._refusals = Refusals(config, fleet)
-        self.promised = PromisedStart()
         self.missing = set(expected_groups)
         self._rebuild_until = now + config.rebuild_timeout_s
         self._arrivals = 0
@@ -66,20 +65,22 @@ class Admission:
             since=now,
             rank=(-request.priority, not request.resumed, due, self._arrivals),
             due=due,
+            drain_s=DRAINS * demand.page_share * self._fleet.mean_lease_s,
             deadline=None if request.timeout_s is None else now + request.timeout_s,
         )
 
     def place(self, live: LiveRequest, now: float) -> list[Decision]:
         """The request's own decision first, then those on others that waited."""
         name, demand, ahead = live.request_id, live.demand, len(self.queue)
-        choice = self._chooser.choose(demand, now, self.promised.current)
+        choice = self._chooser.choose(demand, now)
         if self.ready(now):
             error = self._refusals.hopeless(demand, choice, ahead, now)
             if error is not None:
                 return [Refused(name, error, choice.verdicts)]
             if not ahead and choice.group is not None and self._refusals.within_quota(demand):
                 self._fleet.tenants.enter(live.request.tenant)
-                return [self._grant(live, choice, now)]
+                self.queue.note_passed()
+                return [Granted(self._fleet.grant(live, choice, now))]
         if self.queue.full:
             full = self._refusals.queue_full(demand, choice, ahead, now)
             return [Refused(name, full, choice.verdicts)]
@@ -91,26 +92,26 @@ class Admission:
             return [*(x for x in decisions if x.request_id == name), *others]
         return [self._queued(live, choice, now), *others]
 
-    def give_up(self, live: LiveRequest) -> None:
+    def give_up(self, live: LiveRequest, now: float) -> None:
         """Take a waiting request out of the queue; it will not be granted."""
-        self._leave_queue(live)
+        self.queue.remove(live, now)
         self._fleet.tenants.leave(live.request.tenant)
 
     def admit(self, now: float) -> list[Decision]:
         """Grant whatever may go now, in the queue's order; refuse what no group can hold now.
 
-        The first that lacks pages is promised the group that has them soonest, and
-        keeps the promise until it starts. Those after it may overtake where they do
-        not delay it.
+        The first that lacks pages is promised the group that has them soonest, and so are
+        late ones after it, another group each. Requests may overtake where they do not
+        delay those that were promised a group.
         """
         if not len(self.queue) or not self.ready(now):
             return []
         open_groups = self._chooser.open_groups(now)
         decisions: list[Decision] = []
         deferred_s: dict[str, float] = {}
-        first = True  # no request before lacks pages
+        promises: dict[str, Promise] = {}
         # One pass is enough: a grant only takes room from those that were tried before.
-        for live in list(islice(self._candidates(now), self._tuning.backfill_depth)):
+        for live in list(islice(self._in_line(now), self._tuning.backfill_depth)):
             if not open_groups:
                 break
             demand = self._refresh(live, now)
@@ -120,28 +121,29 @@ class Admission:
                 continue
             if not self._refusals.within_quota(demand):
                 continue
-            choice = self._choose_for(live, open_groups, deferred_s, now)
+            # What is late does not wait for a prefix.
+            deferred = None if now > live.due else deferred_s
+            choice = self._chooser.choose_waiting(demand, open_groups, now, promises, deferred)
             if choice.group is not None:
-                self._leave_queue(live)
-                decisions.append(self._grant(live, choice, now))
+                self.queue.remove(live, now)
+                decisions.append(Granted(self._fleet.grant(live, choice, now)))
                 open_groups = self._chooser.open_groups(now)
             elif (later := choice.better_later) is not None:
                 so_far_s = deferred_s.get(later.name, 0.0)
                 deferred_s[later.name] = so_far_s + prefill_s(later, demand)
-            elif first and not self._chooser.holds_back(demand):
-                first = False
-                self.promised.consider(live, self._fleet.groups, now, self._chooser)
+            elif not promises or (now > live.due and len(promises) < MAX_PROMISES):
+                self._promise(demand, promises, now)
         return decisions
 
     def estimate(self, request: PlaceRequest, now: float) -> BudgetEstimate:
         """What would happen to the request, without placing it."""
         demand, ahead = self._fleet.demand(request), len(self.queue)
-        choice = self._chooser.choose(demand, now, self.promised.current)
+        choice = self._chooser.choose(demand, now)
         never = choice.verdicts.never
         group = choice.group if not ahead and self.ready(now) else None
         start_s: float | None = 0.0
         if group is None:
-            start_s = self._refusals.projected_start_s(demand, choice.verdicts, ahead, now)
+            start_s = self._refusals.projected_start_s(demand, ahead, now)
         return BudgetEstimate(
             fits_ever=not never,
             fits_now=group is not None,
@@ -154,32 +156,34 @@ class Admission:
         """Where each waiting request stands, first to last; nothing may change meanwhile."""
         for position, live in enumerate(self._in_line(now)):
             if position < NEAR:
-                choice = self._chooser.choose(self._refresh(live, now), now, None)
-                self._forecast(live, choice, now)
+                self._refresh(live, now)
+                self._forecast(live, now)
             yield self._standing(live, position, now)
 
     # Within
 
-    def _grant(self, live: LiveRequest, choice: GroupChoice, now: float) -> Granted:
-        placement = self._fleet.grant(live, choice, now)
-        self._chooser.note_grant(placement.lease.sealed_pages)
-        return Granted(placement)
+    def _promise(self, demand: RequestDemand, promises: dict[str, Promise], now: float) -> None:
+        """Promise a group to a request that lacks pages, one that is not promised yet."""
+        if not self._chooser.holds_back(demand):
+            others = [x for x in self._fleet.groups.values() if x.name not in promises]
+            if (found := promise(others, demand, now)) is not None:
+                promises[found.group] = found
 
     def _refuse(self, live: LiveRequest, now: float) -> Refused:
         """Refuse a waiting request that came before its groups were known, or they changed."""
-        self.give_up(live)
-        choice = self._chooser.choose(live.demand, now, None)
+        self.give_up(live, now)
+        choice = self._chooser.choose(live.demand, now)
         error = self._refusals.hopeless(live.demand, choice, len(self.queue), now)
         assert error is not None
         return Refused(live.request_id, error, choice.verdicts)
 
     def _queued(self, live: LiveRequest, choice: GroupChoice, now: float) -> Enqueued:
         position = next(i for i, waiting in enumerate(self._in_line(now)) if waiting is live)
-        self._forecast(live, choice, now)
+        self._forecast(live, now)
         return self._standing(live, position, now, choice.verdicts)
 
-    def _forecast(self, live: LiveRequest, choice: GroupChoice, now: float) -> None:
-        live.start_at = earliest_start(self._fleet.groups, live.demand, choice.verdicts, now)
+    def _forecast(self, live: LiveRequest, now: float) -> None:
+        live.start_at = earliest_start(self._fleet.groups.values(), live.demand, now)
 
     def _standing(
         self, live: LiveRequest, position: int, now: float, verdicts: Verdicts = NO_VERDICTS
@@ -189,17 +193,9 @@ class Admission:
             start_s = max(live.start_at - now, 0.0) + self._refusals.queue_s(position)
         return Enqueued(live.request_id, position, start_s, verdicts)
 
-    def _leave_queue(self, live: LiveRequest) -> None:
-        self.queue.remove(live)
-        self.promised.forget(live)
-
-    def _candidates(self, now: float) -> Iterator[LiveRequest]:
-        return self._in_line(now, aged_first=self._fleet.grants % self._tuning.aged_every == 0)
-
-    def _in_line(self, now: float, *, aged_first: bool = True) -> Iterator[LiveRequest]:
+    def _in_line(self, now: float) -> Iterator[LiveRequest]:
         """All that wait, first to last."""
-        counter = self._fleet.tenants.counter
-        return self.promised.in_order(self.queue.in_order(counter, now, aged_first=aged_first))
+        return self.queue.in_order(self._fleet.tenants.counter, now)
 
     def _refresh(self, live: LiveRequest, now: float) -> RequestDemand:
         """What was found out about a waiting request a moment ago is good enough to try it."""
@@ -208,16 +204,3 @@ class Admission:
                 live.request = replace(live.request, lost_engines=frozenset())
             live.demand, live.demand_at = self._fleet.demand(live.request), now
         return live.demand
-
-    def _choose_for(
-        self,
-        live: LiveRequest,
-        open_groups: list[Group],
-        deferred_s: dict[str, float],
-        now: float,
-    ) -> GroupChoice:
-        promise, waiting = self.promised.binding(live), len(self.queue)
-        deferred = None if now > live.due else deferred_s  # what is late waits for no prefix
-        return self._chooser.choose_waiting(
-            live.demand, open_groups, now, promise, waiting, deferred
-        )

@@ -10,8 +10,6 @@ from kvmesh.cluster.routing.demand import RequestDemand
 from kvmesh.cluster.routing.group import Group
 from kvmesh.cluster.routing.placement import GroupChoice, PlacementWeights, Promise, choose
 
-MAX_SCARCITY = 4.0  # beyond 1
-HOLE_MEMORY = 0.999  # how slowly the largest demand seen is forgotten, a grant
 SAMPLE_EVERY = 16  # arrivals
 SMOOTHING = 0.05  # weight of the newest sample
 
@@ -28,8 +26,7 @@ class Chooser:
         self._max_busy_share = tuning.max_busy_share
         self._arrivals = 0
         self._busy_groups = 0.0  # of those without a long prompt, a moving average
-        self._weights = PlacementWeights(tuning.ahead_s, tuning.balance_s, tuning.hole_s)
-        self._hole_pages = 0.0
+        self._weights = PlacementWeights(tuning.ahead_s, tuning.balance_s)
 
     def note_arrival(self, now: float) -> None:
         """Sample which groups compute: random arrivals see time averages. O(groups), at times."""
@@ -38,13 +35,6 @@ class Chooser:
             others = [x for x in self._groups.values() if not self._has_long(x)]
             busy = sum(group.backlog.seconds(now) > 0.0 for group in others)
             self._busy_groups += SMOOTHING * (busy - self._busy_groups)
-
-    def note_grant(self, sealed_pages: int) -> None:
-        """The hole to keep is as large as the largest recent demand."""
-        self._hole_pages = max(self._hole_pages * HOLE_MEMORY, float(sealed_pages))
-        hole = int(self._hole_pages)
-        if hole != self._weights.hole_pages:
-            self._weights = replace(self._weights, hole_pages=hole)
 
     def open_groups(self, now: float) -> list[Group]:
         """Those that could take any request at all; saves asking the others one by one."""
@@ -77,33 +67,28 @@ class Chooser:
         spare = sum(not self._has_long(group) for group in up)
         return spare < len(up) and self._busy_groups > self._max_busy_share * (spare - 1)
 
-    def choose(self, demand: RequestDemand, now: float, promise: Promise | None) -> GroupChoice:
+    def choose(self, demand: RequestDemand, now: float) -> GroupChoice:
         """Among all groups."""
-        weights = self._weights_for(demand)
-        return choose(self._groups.values(), demand, now, weights, promise)
+        return choose(self._groups.values(), demand, now, self._weights_for(demand))
 
     def choose_waiting(
         self,
         demand: RequestDemand,
         open_groups: Sequence[Group],
         now: float,
-        promise: Promise | None,
-        waiting: int,
+        promises: Mapping[str, Promise],
         deferred_s: Mapping[str, float] | None,
     ) -> GroupChoice:
         """Among open groups and, to wait for, those that hold the prefix.
 
-        waiting: requests in the queue; with them, computing gets scarce
+        promises: by group, to requests before this one
         deferred_s: see `choose`; None for a request that must not be deferred
         """
-        weights = self._weights_for(demand)
-        if deferred_s is None or not demand.cached_blocks:
-            return choose(open_groups, demand, now, weights, promise, deferred_s)
-        holders = [self._groups[name] for name in demand.cached_blocks if name in self._groups]
-        more = [x for x in holders if x.account is not None and x not in open_groups]
-        scarcity = 1.0 + min(waiting / len(self._groups), MAX_SCARCITY)
-        weights = replace(weights, scarcity=scarcity)
-        return choose([*open_groups, *more], demand, now, weights, promise, deferred_s)
+        groups = list(open_groups)
+        if deferred_s is not None:
+            holders = [self._groups[name] for name in demand.cached_blocks if name in self._groups]
+            groups += [x for x in holders if x.account is not None and x not in open_groups]
+        return choose(groups, demand, now, self._weights_for(demand), promises, deferred_s)
 
     def _weights_for(self, demand: RequestDemand) -> PlacementWeights:
         if self.holds_back(demand):

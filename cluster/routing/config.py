@@ -24,17 +24,12 @@ class RouterTuning:
     """Constants of the algorithm, for the simulator and benchmarks to vary.
 
     pace: service times of an engine, until the router has seen its own
-    lease_quantile: of the output lengths seen, that a short prompt's lease covers
     min_samples: output lengths to have seen before they are believed
-    long_share: a prompt is long, and leased for all of max_tokens, if max_tokens is
-        at most this share of it
     ahead_s: a group gets another prompt while it has less than this left to compute
-    balance_s, hole_s: see PlacementWeights
+    balance_s: see PlacementWeights
     stretch: a request is due after this many times its own prefill time; 0 is first
         come, first served
     patience_s: the earliest that a request is due after its arrival
-    max_patience_s: requests that have waited longer than this go first within their
-        priority, at one of `aged_every` grants
     long_s: a prompt that takes longer than this to compute keeps a group from all others:
         one may at any time, and more while the other groups are busy for at most
         `max_busy_share` of the time
@@ -44,16 +39,11 @@ class RouterTuning:
     """
 
     pace: Pace = TYPICAL_PACE
-    lease_quantile: float = 0.9
     min_samples: int = 32
-    long_share: float = 0.25
     ahead_s: float = 0.25
     balance_s: float = 0.5
-    hole_s: float = 0.25
     stretch: float = 4.0
-    patience_s: float = 1.0
-    max_patience_s: float = 60.0
-    aged_every: int = 4
+    patience_s: float = 1.5
     long_s: float = 60.0
     max_busy_share: float = 0.55
     backfill_depth: int = 32
@@ -61,15 +51,13 @@ class RouterTuning:
     index_limit: int = 1_000_000
 
     def __post_init__(self) -> None:
-        for name in ("ahead_s", "balance_s", "hole_s", "stretch", "patience_s", "long_share"):
+        for name in ("ahead_s", "balance_s", "stretch", "patience_s"):
             _check(self, name, getattr(self, name) >= 0, "must be at least 0")
-        for name in ("min_samples", "aged_every", "backfill_depth", "block_pages", "index_limit"):
+        for name in ("min_samples", "backfill_depth", "block_pages", "index_limit"):
             _check(self, name, getattr(self, name) >= 1, "must be at least 1")
-        for name in ("lease_quantile", "max_busy_share"):
-            _check(self, name, 0 < getattr(self, name) <= 1, "must be within (0, 1]")
+        in_range = 0 < self.max_busy_share <= 1
+        _check(self, "max_busy_share", in_range, "must be within (0, 1]")
         _check(self, "long_s", self.long_s > 0, "must be greater than 0")
-        enough = self.max_patience_s >= self.patience_s
-        _check(self, "max_patience_s", enough, f"must be at least patience_s ({self.patience_s})")
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,7 +54,6 @@ class RequestDemand:
 
     kinds, by_kind: of engines, and the demand on each; groups know their kind's index
     leased_tokens: of each sequence's output, that the lease covers at first
-    expected_tokens: of each sequence's output, for projecting its end
     prefill_s: to compute the whole prompt, uncorrected
     blocks: hashes of the prompt's runs of `block_pages` pages
     cached_blocks: by group, how many of them it holds; groups without any are missing
@@ -64,7 +63,6 @@ class RequestDemand:
     kinds: Sequence[EngineKind]
     by_kind: Sequence[KindDemand]
     leased_tokens: int
-    expected_tokens: int
     prefill_s: float
     blocks: tuple[bytes, ...]
     block_pages: int
@@ -74,6 +72,15 @@ class RequestDemand:
         """Of the prompt, on a group; its last token is computed in any case."""
         tokens = self.cached_blocks.get(group, 0) * self.block_pages * page_size
         return min(tokens, self.request.prompt_tokens - 1)
+
+    @property
+    def page_share(self) -> float:
+        """Of a group's sealed pages, on the kind of group where the request takes least."""
+        shares = (
+            here.leased.sealed / max(kind.capacity.sealed, 1)
+            for kind, here in zip(self.kinds, self.by_kind, strict=True)
+        )
+        return min(shares, default=0.0)
 
     def sealed_blocks(self, kind: int) -> tuple[bytes, ...]:
         """Of the prompt's blocks, those that a group stores sealed: equal ones only once."""
@@ -89,34 +96,27 @@ class DemandModel:
         self._tuning = tuning
 
     def demand(self, request: PlaceRequest, kinds: Sequence[EngineKind]) -> RequestDemand:
-        tuning, limit, prompt = self._tuning, request.max_tokens, request.prompt_tokens
+        tuning = self._tuning
         # Hashes are chained: the last one of each run of pages stands for all before it.
         blocks = request.page_hashes[tuning.block_pages - 1 :: tuning.block_pages]
         leased = self._leased_tokens(request)
-        usual = self._lengths.quantile(request.tenant, prompt, 0.5)
         return RequestDemand(
             request=request,
             kinds=kinds,
             by_kind=[self._on(kind, request, leased) for kind in kinds],
             leased_tokens=leased,
-            expected_tokens=min(limit, usual or limit),
-            prefill_s=tuning.pace.prefill_s(prompt),
+            prefill_s=tuning.pace.prefill_s(request.prompt_tokens),
             blocks=blocks,
             block_pages=tuning.block_pages,
             cached_blocks=self._index.match(blocks),
         )
 
     def _leased_tokens(self, request: PlaceRequest) -> int:
-        """Long prompts and resumed requests are leased in full.
-
-        For a long prompt the worst case costs little, and a resumed request is not to be
-        disturbed again.
-        """
-        limit, prompt, tuning = request.max_tokens, request.prompt_tokens, self._tuning
-        if request.resumed or limit <= tuning.long_share * prompt:
+        """The usual output; all of it for a resumed request, not to be disturbed again."""
+        limit = request.max_tokens
+        if request.resumed:
             return limit
-        usual = self._lengths.quantile(request.tenant, prompt, tuning.lease_quantile)
-        return min(limit, usual or limit)
+        return min(limit, self._lengths.median(request.tenant, request.prompt_tokens) or limit)
 
     def _on(self, kind: EngineKind, request: PlaceRequest, leased_tokens: int) -> KindDemand:
         """The demand on groups of one kind.

@@ -120,7 +120,6 @@ class Fleet:
             queue_s=now - live.since,
             leased_output_tokens=demand.leased_tokens,
             cached_tokens=cached,
-            promised_at=live.promised_at,
             verdicts=choice.verdicts,
         )
 

@@ -83,8 +83,8 @@ class LiveRequest:
     demand: what was found out about it at `demand_at`
     rank: its place among its tenant's requests; lower goes first
     due: it should have started by then; deadline: it must have, or None
+    drain_s: to free its pages on a full group: how much earlier it becomes urgent
     start_at: when it could start if it were first in line, by the latest forecast, or None
-    promised_at: when the start that it was promised first was due, or None
     lease: None while it waits
     """
 
@@ -95,8 +95,8 @@ class LiveRequest:
     rank: Rank
     due: float
     deadline: float | None
+    drain_s: float
     start_at: float | None = None
-    promised_at: float | None = None
     lease: Lease | None = None
 
     @property

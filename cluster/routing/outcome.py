@@ -20,7 +20,6 @@ class Placement:
     queue_s: how long the request waited
     leased_output_tokens: of each sequence, that the lease covers at first
     cached_tokens: of the prompt, that the group is thought to hold
-    promised_at: router's clock, when a promised start was due; None without a promise
     """
 
     request_id: str
@@ -31,7 +30,6 @@ class Placement:
     queue_s: float
     leased_output_tokens: int
     cached_tokens: int
-    promised_at: float | None = None
     verdicts: Verdicts = NO_VERDICTS
 
 
@@ -50,8 +48,7 @@ class Granted:
         return self.placement.verdicts
 
     def __str__(self) -> str:
-        promised = "" if self.placement.promised_at is None else ", as promised"
-        return f"placed after {self.placement.queue_s:.3f} s in the queue{promised}"
+        return f"placed after {self.placement.queue_s:.3f} s in the queue"
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,9 @@ class Promise:
     spare: PageNeed
 
 
+NO_PROMISES: Mapping[str, Promise] = {}
+
+
 @dataclass(frozen=True, slots=True)
 class PlacementWeights:
     """What placement weighs, in seconds of time to first token.
@@ -32,18 +35,12 @@ class PlacementWeights:
     ahead_s: prompts are given to a group only while it has less than this to
         compute before them; later decisions know more
     balance_s: what a full group costs over an empty one: its decoding is slower
-    hole_s: what a small request costs on the group whose room large ones need
-    hole_pages: sealed pages to keep free together somewhere, if possible
     longest_s: prompts that take longer to compute do not start at present
-    scarcity: what a second of computing costs; more than one where requests wait for it
     """
 
     ahead_s: float
     balance_s: float
-    hole_s: float
-    hole_pages: int = 0
     longest_s: float = math.inf
-    scarcity: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +60,7 @@ def choose(
     demand: RequestDemand,
     now: float,
     weights: PlacementWeights,
-    promise: Promise | None = None,
+    promises: Mapping[str, Promise] = NO_PROMISES,
     deferred_s: Mapping[str, float] | None = None,
 ) -> GroupChoice:
     """The group of lowest cost among those that can take the request now.
@@ -72,8 +69,7 @@ def choose(
         no group is chosen if it costs less to wait for one that holds the prefix
 
     Cost is the projected time to the first token there, less what a cached prefix
-    saves, plus what the request does to others: the fuller the group the more, and
-    more yet where it would break the hole kept for large requests.
+    saves, plus what the request does to others: the fuller the group the more.
     O(groups), besides the pages that groups share.
     """
     rows: list[Row] = []
@@ -82,7 +78,7 @@ def choose(
     best_row, best_cost, later_cost = -1, math.inf, math.inf
     for group in groups:
         wait_s, cost = group.backlog.seconds(now), None
-        reason = _obstacle(group, demand, wait_s, now, weights, promise)
+        reason = _obstacle(group, demand, wait_s, now, weights, promises.get(group.name))
         if reason is None:
             reason, cost = Reason.WORSE, _cost_s(group, demand, wait_s, weights)
             if cost < best_cost:
@@ -104,6 +100,18 @@ def choose(
     return GroupChoice(best, Verdicts(tuple(rows)))
 
 
+def lasting_obstacle(group: Group, demand: RequestDemand) -> Reason | None:
+    """Why the group does not take the request, where no lease's end would change it."""
+    request = demand.request
+    if (never := demand.by_kind[group.kind].never) is not None:
+        return never
+    if group.name in request.excluded_groups:
+        return Reason.EXCLUDED
+    if group.account is None or group.info.epoch in request.lost_engines:
+        return Reason.DOWN
+    return Reason.DRAINING if group.draining else None
+
+
 def _obstacle(
     group: Group,
     demand: RequestDemand,
@@ -113,15 +121,11 @@ def _obstacle(
     promise: Promise | None,
 ) -> Reason | None:
     """Why the group cannot take the request now, or None if it can. wait_s: its backlog"""
+    reason = lasting_obstacle(group, demand)
+    if reason is not None:
+        return reason
     here, account, request = demand.by_kind[group.kind], group.account, demand.request
-    if here.never is not None:
-        return here.never
-    if group.name in request.excluded_groups:
-        return Reason.EXCLUDED
-    if account is None or group.info.epoch in request.lost_engines:
-        return Reason.DOWN
-    if group.draining:
-        return Reason.DRAINING
+    assert account is not None
     if account.sequences + request.sequences > group.info.max_num_seqs:
         return Reason.BUSY
     if demand.prefill_s > weights.longest_s:
@@ -136,7 +140,7 @@ def _obstacle(
             saved_s = demand.prefill_s * group.backlog.correction - prefill_s(group, demand)
         if wait_s > weights.ahead_s + saved_s:
             return Reason.BACKLOG
-    if promise is not None and promise.group == group.name:
+    if promise is not None:
         return _breach(group, demand, now, promise)
     return None
 
@@ -153,7 +157,7 @@ def prefill_s(group: Group, demand: RequestDemand) -> float:
 
 def projected_s(group: Group, demand: RequestDemand, now: float) -> float:
     """How long the request would hold its lease on the group."""
-    decode_s = demand.expected_tokens * group.decode_step_s
+    decode_s = demand.leased_tokens * group.decode_step_s
     return group.backlog.seconds(now) + prefill_s(group, demand) + decode_s
 
 
@@ -176,11 +180,7 @@ def _cost_s(group: Group, demand: RequestDemand, wait_s: float, weights: Placeme
     # ones, a group of them looks empty.
     sealed, hot = free.sealed - leased.sealed, free.hot - leased.hot
     used_share = 1.0 - min(sealed / (capacity.sealed or 1), hot / (capacity.hot or 1))
-    cost = wait_s + weights.scarcity * prefill_s(group, demand)
-    cost += weights.balance_s * used_share
-    if sealed < weights.hole_pages <= free.sealed and leased.sealed < weights.hole_pages:
-        cost += weights.hole_s
-    return cost
+    return wait_s + prefill_s(group, demand) + weights.balance_s * used_share
 
 
 def _row(group: Group, demand: RequestDemand, reason: Reason, cost: float | None) -> Row:

@@ -1,41 +1,90 @@
-"""The waiting requests: bounded, fair between tenants, with deadlines."""
+"""The waiting requests: bounded, fair between tenants, with deadlines.
+
+Higher priority goes first, then requests that lost their group, then the tenant that has
+used least. A tenant's requests go by the time they are due. One that has missed it loses
+less by waiting than others would by becoming late, so it lets these pass, but only until
+it has waited as long as 99% of the requests would have if all were served in order of
+arrival. Then it is urgent, and goes first.
+"""
 
 from __future__ import annotations
 
 import heapq
 import math
+from collections import deque
 from collections.abc import Callable, Iterator
 
 from sortedcontainers import SortedDict, SortedKeyList
 
 from kvmesh.cluster.routing.live import LiveRequest, Rank
+from kvmesh.cluster.routing.rolling import RollingQuantile
+
+WAITS = 1024  # the latest waits, first come, first served, that bound those of late requests
+WAIT_QUANTILE = 0.99
+DEPARTURES = 64  # the latest ones, that tell how fast requests leave
+MIN_DEPARTURES = 4
+URGENT_EVERY_S = 0.05  # which ones are urgent is found out anew after this time
 
 
 class _Line:
-    """One tenant's requests: those not yet due by due time, those overdue by arrival."""
+    """One tenant's requests: those not yet due by due time, those overdue by arrival.
+
+    Whatever the order, as many requests leave: in order of arrival, the n-th to leave
+    would be the n-th that came.
+    """
 
     def __init__(self) -> None:
         self.timely: SortedDict[Rank, LiveRequest] = SortedDict()
         self.late: SortedDict[Rank, LiveRequest] = SortedDict()
+        self.urgent_until = -math.inf  # late requests that came by then are urgent
+        self._urgent_at = -math.inf
+        self._arrivals: deque[float] = deque()  # of as many as wait
+        self._left: deque[float] = deque(maxlen=DEPARTURES)  # since it was empty
 
-    def __bool__(self) -> bool:
-        return bool(self.timely or self.late)
+    def __len__(self) -> int:
+        return len(self.timely) + len(self.late)
 
     def put(self, live: LiveRequest) -> None:
+        if not self:
+            self._left = deque([live.since], maxlen=DEPARTURES)
         self.timely[live.rank] = live
+        self._arrivals.append(live.since)
 
-    def remove(self, live: LiveRequest) -> None:
+    def remove(self, live: LiveRequest, now: float) -> float:
+        """Returns how long the request that would have left in its place has waited."""
         if self.timely.pop(live.rank, None) is None:
             del self.late[_late_rank(live)]
+        self._left.append(now)
+        return now - self._arrivals.popleft()
 
-    def age(self, now: float) -> None:
+    def age(self, now: float, bound_s: float) -> None:
         """Those whose due time has passed join the late ones: O(log n) for each, once."""
-        overdue = [x for x in self._fronts() if x.due < now]
-        while overdue:
+        while overdue := [x for x in self._fronts() if x.due < now]:
             for live in overdue:
                 del self.timely[live.rank]
                 self.late[_late_rank(live)] = live
-            overdue = [x for x in self._fronts() if x.due < now]
+        if now - self._urgent_at >= URGENT_EVERY_S:
+            self._urgent_at = now
+            self.urgent_until = self._find_urgent(now, bound_s)
+
+    def _find_urgent(self, now: float, bound_s: float) -> float:
+        """Late requests become urgent in time to start: after all late ones before them.
+
+        Small ones would fill a full group again before a large one fits, so it is urgent
+        earlier, by the time in which the group frees its pages.
+        """
+        until, rate = -math.inf, self._rate(now)
+        bound_s = max(bound_s, len(self) / rate)
+        for count, live in enumerate(self.late.values(), 1):
+            if live.since + bound_s < now + count / rate + live.drain_s:
+                until = live.since
+        return until
+
+    def _rate(self, now: float) -> float:
+        """Requests that leave in a second."""
+        if len(self._left) <= MIN_DEPARTURES:
+            return math.inf
+        return (len(self._left) - 1) / max(now - self._left[0], 1e-9)
 
     def _fronts(self) -> list[LiveRequest]:
         """The first of each class of priority."""
@@ -49,22 +98,15 @@ class _Line:
 
 
 class WaitingQueue:
-    """At most `limit` requests; put and remove are O(log n).
+    """At most `limit` requests; put and remove are O(log n)."""
 
-    Higher priority goes first, then resumed requests, then the tenant that has used
-    least. A tenant's requests go by the time they are due, and those that have missed
-    it after those that have not: what is late already loses less by waiting than
-    others would by becoming late. So that no request starves, those that have waited
-    longer than `patience_s` have their turns, oldest first, of whichever tenant.
-    """
-
-    def __init__(self, limit: int, patience_s: float = math.inf) -> None:
+    def __init__(self, limit: int) -> None:
         if limit < 0:
             raise ValueError(f"limit must be at least 0, got {limit}")
         self.limit = limit
-        self.patience_s = patience_s
         self._lines: dict[str, _Line] = {}
         self._deadlines: SortedKeyList[LiveRequest, float] = SortedKeyList(key=_deadline)
+        self._waits = RollingQuantile(WAITS)
         self._count = 0
 
     def __len__(self) -> int:
@@ -72,12 +114,15 @@ class WaitingQueue:
 
     def count_of(self, tenant: str) -> int:
         """How many of a tenant's requests wait."""
-        line = self._lines.get(tenant)
-        return 0 if line is None else len(line.timely) + len(line.late)
+        return len(self._lines.get(tenant, ()))
 
     @property
     def full(self) -> bool:
         return self._count >= self.limit
+
+    def note_passed(self) -> None:
+        """A request came and did not have to wait."""
+        self._waits.add(0.0)
 
     def put(self, live: LiveRequest) -> None:
         """Add a request. The caller has seen that there is room."""
@@ -86,60 +131,59 @@ class WaitingQueue:
         if live.deadline is not None:
             self._deadlines.add(live)
 
-    def remove(self, live: LiveRequest) -> None:
+    def remove(self, live: LiveRequest, now: float) -> None:
         """Take a request out, wherever it stands."""
         line = self._lines[live.request.tenant]
-        line.remove(live)
+        self._waits.add(line.remove(live, now))
         self._count -= 1
         if not line:
             del self._lines[live.request.tenant]
         if live.deadline is not None:
             self._deadlines.remove(live)
 
-    def in_order(
-        self, used: Callable[[str], float], now: float, *, aged_first: bool = True
-    ) -> Iterator[LiveRequest]:
+    def in_order(self, used: Callable[[str], float], now: float) -> Iterator[LiveRequest]:
         """All that wait, first to last; the queue must not change meanwhile.
 
         used: how much a tenant has used so far
-        aged_first: whether it is the turn of those that have waited beyond patience
         """
-        aged_before = now - self.patience_s if aged_first else -math.inf
+        bound_s = self._waits.quantile(WAIT_QUANTILE) if len(self._waits) else 0.0
         heap: list[_Entry] = []
         for tenant, line in self._lines.items():
-            line.age(now)
-            for late, sorted_line in enumerate((line.timely, line.late)):
-                followers = iter(sorted_line.values())
-                if (first := next(followers, None)) is not None:
-                    heap.append(_entry(first, late, used(tenant), followers, aged_before))
+            line.age(now, bound_s)
+            for part in (line.timely, line.late):
+                heap += _entries(iter(part.values()), used(tenant), line, now)
         heapq.heapify(heap)
         while heap:
-            _, live, followers = heap[0]
+            (_, _, used_by, *_), live, line, followers = heap[0]
             yield live
-            follower = next(followers, None)
-            if follower is None:
-                heapq.heappop(heap)
+            entry = _entries(followers, used_by, line, now)
+            if entry:
+                heapq.heapreplace(heap, entry[0])
             else:
-                late, used_by = int(follower.due < now), used(follower.request.tenant)
-                heapq.heapreplace(heap, _entry(follower, late, used_by, followers, aged_before))
+                heapq.heappop(heap)
 
     def overdue(self, now: float) -> list[LiveRequest]:
         """Those whose deadline has passed, earliest first; they stay until removed."""
         return list(self._deadlines.irange_key(max_key=now))
 
 
-# -priority, not resumed, whether it is not its turn by age, used, late, at, arrival
-_Key = tuple[int, bool, int, float, int, float, int]
-_Entry = tuple[_Key, LiveRequest, Iterator[LiveRequest]]
+# -priority, not resumed, used, turn, at, arrival
+_Key = tuple[int, bool, float, int, float, int]
+_Entry = tuple[_Key, LiveRequest, _Line, Iterator[LiveRequest]]
+URGENT, TIMELY, LATE = range(3)
 
 
-def _entry(
-    live: LiveRequest, late: int, used: float, followers: Iterator[LiveRequest], aged_before: float
-) -> _Entry:
-    priority, fresh, due, arrival = live.rank
-    if live.since < aged_before:
-        return (priority, fresh, 0, 0.0, 0, live.since, arrival), live, followers
-    return (priority, fresh, 1, used, late, live.since if late else due, arrival), live, followers
+def _entries(
+    followers: Iterator[LiveRequest], used: float, line: _Line, now: float
+) -> list[_Entry]:
+    """The next of the followers, if there is one."""
+    for live in followers:
+        priority, fresh, due, arrival = live.rank
+        turn, at = TIMELY, due
+        if due < now:
+            turn, at = (URGENT if live.since <= line.urgent_until else LATE), live.since
+        return [((priority, fresh, used, turn, at, arrival), live, line, followers)]
+    return []
 
 
 def _late_rank(live: LiveRequest) -> Rank:

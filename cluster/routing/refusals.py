@@ -46,7 +46,7 @@ class Refusals:
             message = "the request alone exceeds its tenant's quota"
             return QuotaExceededError(message, self._config.max_retry_s, min_bytes, quota)
         if request.timeout_s is not None and choice.group is None:
-            start = earliest_start(self._fleet.groups, demand, verdicts, now)
+            start = earliest_start(self._fleet.groups.values(), demand, now)
             if start is not None and start - now > request.timeout_s:
                 return DeadlineUnreachableError(request.timeout_s, start - now)
         return None
@@ -57,11 +57,9 @@ class Refusals:
         message = f"the queue is full: {ahead} requests wait"
         return self._over_capacity(QueueFullError, message, demand, choice.verdicts, ahead, now)
 
-    def projected_start_s(
-        self, demand: RequestDemand, verdicts: Verdicts, ahead: int, now: float
-    ) -> float | None:
+    def projected_start_s(self, demand: RequestDemand, ahead: int, now: float) -> float | None:
         """From now: the soonest start, and what those ahead take at the fleet's rate."""
-        start = earliest_start(self._fleet.groups, demand, verdicts, now)
+        start = earliest_start(self._fleet.groups.values(), demand, now)
         return None if start is None else start - now + self.queue_s(ahead)
 
     def queue_s(self, ahead: int) -> float:
@@ -86,7 +84,7 @@ class Refusals:
     ) -> NoRoomError:
         possible = [verdict for verdict in verdicts if not verdict.never]
         nearest = min(possible, key=lambda v: v.needed_bytes - v.available_bytes, default=None)
-        start_s = self.projected_start_s(demand, verdicts, ahead, now)
+        start_s = self.projected_start_s(demand, ahead, now)
         low, high = self._config.min_retry_s, self._config.max_retry_s
         return error(
             message,

@@ -87,7 +87,7 @@ class Router:
         live = self._records.live.get(request_id)
         if live is None or live.lease is not None:
             return []
-        self.admission.give_up(live)
+        self.admission.give_up(live, now)
         del self._records.live[request_id]
         return self._continue(now)
 
@@ -192,7 +192,7 @@ class Router:
         """What time alone brings: deadlines, leases that never arrived, the end of a rebuild."""
         outcomes: list[Outcome] = []
         for live in self.admission.queue.overdue(now):
-            self.admission.give_up(live)
+            self.admission.give_up(live, now)
             assert live.request.timeout_s is not None
             error = DeadlineUnreachableError(live.request.timeout_s, None)
             refused = Refused(live.request_id, error)
@@ -257,12 +257,11 @@ class Router:
     def _abort(self, live: LiveRequest, now: float) -> list[Outcome]:
         if live.lease is not None:
             return [Withdrawn(live.lease.group, live.lease.lease_id)]
-        self.admission.give_up(live)
+        self.admission.give_up(live, now)
         refused = Refused(live.request_id, RequestAbortedError())
         self._records.note(refused, now)
         return [refused]
 
     def _void(self, group: str, now: float) -> None:
-        self.admission.promised.group_down(group)
         for lease in self.fleet.group_down(group, now):
             self._records.lease_over(lease)

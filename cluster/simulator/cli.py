@@ -12,11 +12,12 @@ from rich.console import Console
 from rich.table import Table
 
 from kvmesh.cluster.routing.config import RouterConfig
-from kvmesh.cluster.simulator.hardware import GPUS, MODELS
+from kvmesh.cluster.simulator.hardware import GPUS, MODELS, model_shape
 from kvmesh.cluster.simulator.metrics import Objective, Summary, summarize
 from kvmesh.cluster.simulator.policies import POLICIES
 from kvmesh.cluster.simulator.service_time import EngineShape, ServiceTime
-from kvmesh.cluster.simulator.simulation import Scenario, simulate
+from kvmesh.cluster.simulator.simulation import Run, Scenario, simulate
+from kvmesh.cluster.simulator.synthetic import FAMILIES, synthetic_trace, workload_of
 from kvmesh.cluster.simulator.trace import (
     FORMATS,
     TraceRequest,
@@ -31,27 +32,54 @@ from kvmesh.workers.errors import ConfigError
 app = typer.Typer(help="Simulate a fleet on a trace, with the router's own code.")
 
 QUEUE_LIMIT = 1_000_000  # the other systems' queues are unbounded
+SYNTHETIC = "synthetic:"
+SYNTHETIC_REQUESTS = 1000
+WIDTH = 80
 
 
 @app.command("simulate")
 def simulate_command(
-    trace: Annotated[Path, typer.Option(help="Trace file.", exists=True, dir_okay=False)],
+    trace: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE|synthetic:FAMILY",
+            help=f"A trace file, or a made-up trace: {', '.join(FAMILIES)}.",
+        ),
+    ] = f"{SYNTHETIC}prefill-bursty-shared",
     trace_format: Annotated[
         str | None, typer.Option(help=f"{' or '.join(FORMATS)}; by default from the file's name.")
     ] = None,
     groups: Annotated[int, typer.Option(help="Groups of the fleet.", min=1)] = 8,
-    gpu: Annotated[str, typer.Option(help=", ".join(GPUS))] = "h100",
+    gpu: Annotated[
+        str | None,
+        typer.Option(help=f"{', '.join(GPUS)}; by default what a made-up trace suits, else h100."),
+    ] = None,
     gpus_per_group: Annotated[int, typer.Option(help="GPUs of one group.", min=1)] = 1,
-    model: Annotated[str, typer.Option(help=", ".join(MODELS))] = "llama-3-8b",
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help=f"A model's directory or config.json, or one of {', '.join(MODELS)}; by default "
+            "llama-3-8b."
+        ),
+    ] = None,
     kv_format: Annotated[
-        str,
-        typer.Option(help="Format of sealed pages. Groups take turns in a comma-separated list."),
-    ] = "exact",
+        str | None,
+        typer.Option(
+            help="Format of sealed pages; groups take turns in a comma-separated list. By default "
+            "what a made-up trace suits, else exact."
+        ),
+    ] = None,
+    max_step: Annotated[
+        float, typer.Option(help="Seconds that a step may take while sequences decode.", min=0.0)
+    ] = 0.1,
     policy: Annotated[
         str, typer.Option(help=f"Comma-separated, or `all`: {', '.join(POLICIES)}.")
     ] = "kvmesh",
     rate: Annotated[float, typer.Option(help="Arrivals are this many times as fast.")] = 1.0,
-    limit: Annotated[int | None, typer.Option(help="Use only the first N requests.", min=1)] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(help="Use only the first N requests; of made-up ones 1,000.", min=1),
+    ] = None,
     inject: Annotated[
         str | None,
         typer.Option(
@@ -72,15 +100,15 @@ def simulate_command(
         float, typer.Option(help="... or this many times that of an idle engine.")
     ] = 5.0,
     tpot: Annotated[float, typer.Option(help="Objective: seconds per further token.")] = 0.1,
-    seed: Annotated[int, typer.Option(help="Seed of the random policies.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of made-up traces and random policies.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all figures, as JSON.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Write a plot to this file.")] = None,
 ) -> None:
     """Run a trace through one or several placement policies and compare them."""
     try:
-        requests = _requests(trace, trace_format, rate, limit, inject, tenants)
-        shapes = _shapes(gpu, gpus_per_group, model, kv_format, groups)
-        policies = POLICIES if policy == "all" else tuple(policy.split(","))
+        requests = _requests(trace, trace_format, limit, seed, groups)
+        requests = _changed(requests, rate, inject, tenants)
+        shapes = _shapes(trace, gpu, gpus_per_group, model, kv_format, max_step, groups)
         scenario = Scenario(
             shapes=shapes,
             requests=requests,
@@ -88,28 +116,34 @@ def simulate_command(
             router=RouterConfig(queue_limit=QUEUE_LIMIT),
             seed=seed,
         )
-        runs = [simulate(scenario, name) for name in policies]
+        runs = [simulate(scenario, name) for name in _policies(policy)]
     except (ValueError, ConfigError) as error:
-        raise typer.BadParameter(str(error)) from error
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error
     objective = Objective(ttft, ttft_stretch, tpot)
     service, chunk = ServiceTime.of(shapes[0]), shapes[0].max_num_batched_tokens
     summaries = [summarize(run, service, chunk, objective) for run in runs]
-    _show(summaries, as_json)
+    if as_json:
+        typer.echo(json.dumps([dataclasses.asdict(summary) for summary in summaries], indent=2))
+    else:
+        _show(summaries, injected=inject is not None, tenants=tenants)
     if plot is not None:
-        from kvmesh.cluster.simulator.plots import plot_runs  # matplotlib is slow to import
-
-        plot_runs(runs, plot)
+        _plot(runs, plot)
 
 
 def _requests(
-    trace: Path,
-    trace_format: str | None,
-    rate: float,
-    limit: int | None,
-    inject: str | None,
-    tenants: int,
+    trace: str, trace_format: str | None, limit: int | None, seed: int, groups: int
 ) -> list[TraceRequest]:
-    requests = at_rate(read_trace(trace, trace_format), rate)[:limit]
+    if trace.startswith(SYNTHETIC):
+        family = trace.removeprefix(SYNTHETIC)
+        return synthetic_trace(family, limit or SYNTHETIC_REQUESTS, seed, groups)
+    return read_trace(Path(trace), trace_format)[:limit]
+
+
+def _changed(
+    requests: list[TraceRequest], rate: float, inject: str | None, tenants: int
+) -> list[TraceRequest]:
+    requests = at_rate(requests, rate)
     if tenants > 1:
         requests = with_tenants(requests, tenants)
     if inject is None:
@@ -121,27 +155,47 @@ def _requests(
 
 
 def _shapes(
-    gpu: str, gpus_per_group: int, model: str, kv_format: str, groups: int
+    trace: str,
+    gpu: str | None,
+    gpus_per_group: int,
+    model: str | None,
+    kv_format: str | None,
+    max_step_s: float,
+    groups: int,
 ) -> list[EngineShape]:
-    for name, value, known in (("gpu", gpu, list(GPUS)), ("model", model, list(MODELS))):
-        if value not in known:
-            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-    formats = [get_format(name) for name in kv_format.split(",")]
+    if gpu is not None and gpu not in GPUS:
+        raise ValueError(f"gpu must be one of {', '.join(GPUS)}, got {gpu!r}")
+    shape = EngineShape(GPUS["h100"], MODELS["llama-3-8b"], get_format("exact"))
+    if trace.startswith(SYNTHETIC):
+        shape = workload_of(trace.removeprefix(SYNTHETIC)).shape
+    shape = dataclasses.replace(
+        shape,
+        gpu=GPUS[gpu] if gpu else shape.gpu,
+        model=model_shape(model) if model else shape.model,
+        gpus=gpus_per_group,
+        max_step_s=max_step_s,
+    )
+    formats = [get_format(name) for name in kv_format.split(",")] if kv_format else []
+    formats = formats or [shape.kv_format]
     return [
-        EngineShape(GPUS[gpu], MODELS[model], formats[index % len(formats)], gpus_per_group)
+        dataclasses.replace(shape, kv_format=formats[index % len(formats)])
         for index in range(groups)
     ]
 
 
-def _show(summaries: list[Summary], as_json: bool) -> None:
-    if as_json:
-        typer.echo(json.dumps([dataclasses.asdict(summary) for summary in summaries], indent=2))
-        return
-    table = Table(title="goodput: requests per second within the objective; times in seconds")
-    for column in (
-        "policy", "goodput", "share", "TTFT p50", "p90", "p99", "TPOT p50", "p99",
-        "e2e p99", "preempted", "hit", "KV used", "fairness", "refused", "long TTFT",
-    ):  # fmt: skip
+def _policies(names: str) -> tuple[str, ...]:
+    return POLICIES if names == "all" else tuple(names.split(","))
+
+
+def _show(summaries: list[Summary], *, injected: bool, tenants: int) -> None:
+    table = Table(
+        title="goodput: requests per second within the objective; times in seconds",
+        box=None,
+        padding=(0, 1, 0, 0),
+    )
+    columns = ["policy", "goodput", "share", "TTFT p50", "p90", "p99", "TPOT p99"]
+    columns += ["hits", "KV", "preempted"]
+    for column in columns:
         table.add_column(column, justify="left" if column == "policy" else "right")
     for x in summaries:
         table.add_row(
@@ -149,13 +203,27 @@ def _show(summaries: list[Summary], as_json: bool) -> None:
             f"{x.goodput_rps:.2f}",
             f"{x.attainment:.1%}",
             *(f"{x.ttft_s[name]:.2f}" for name in ("p50", "p90", "p99")),
-            *(f"{x.tpot_s[name]:.3f}" for name in ("p50", "p99")),
-            f"{x.e2e_s['p99']:.1f}",
-            str(x.preemptions),
-            f"{x.prefix_hit_share:.1%}",
+            f"{x.tpot_s['p99']:.3f}",
+            f"{x.prefix_hit_share:.0%}",
             f"{x.kv_used_share:.0%}",
-            f"{x.fairness:.3f}",
-            str(x.refused),
-            " ".join(f"{seconds:.0f}" for seconds in x.long_ttft_s) or "-",
+            str(x.preemptions),
         )
-    Console(width=160).print(table)
+    console = Console(width=WIDTH)
+    console.print(table)
+    for x in summaries:
+        more = []
+        if x.refused:
+            more.append(f"{x.refused} requests fit no group")
+        if tenants > 1:
+            more.append(f"fairness between tenants {x.fairness:.3f}")
+        if injected:
+            seconds = " ".join(f"{at:.0f}" for at in x.long_ttft_s)
+            more.append(f"TTFT of the long prompts {seconds}")
+        if more:
+            console.print(f"{x.policy}: {', '.join(more)}", highlight=False)
+
+
+def _plot(runs: list[Run], path: Path) -> None:
+    from kvmesh.cluster.simulator.plots import plot_runs  # matplotlib is slow to import
+
+    plot_runs(runs, path)

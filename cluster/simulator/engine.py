@@ -8,6 +8,7 @@ simulated together.
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections import deque
 from collections.abc import Callable
@@ -49,6 +50,7 @@ class SimEngine:
         self.busy_s = 0.0
         self._service = service
         self._budget = shape.max_num_batched_tokens
+        self._max_step_s = shape.max_step_s
         self._on_want = on_want
         self._on_first_token = on_first_token
         self._on_finish = on_finish
@@ -118,12 +120,13 @@ class SimEngine:
         self._admit(now)
         jump = self._room_to_decode(1 if self.prefilling else batch.next_stop())
         chunks, tokens, pairs = [], 0, 0.0
-        budget = self._budget - batch.size
+        budget, limit_s = self._budget - batch.size, self._limit_s()
         for seq in self.prefilling:
-            count = min(budget - tokens, seq.to_prefill)
+            done = seq.context - seq.to_prefill
+            most = min(budget - tokens, seq.to_prefill)
+            count = self._within(limit_s, most, tokens, pairs, done)
             if count <= 0:
                 break
-            done = seq.context - seq.to_prefill
             chunks.append((seq, count))
             tokens += count
             pairs += count * (done + 0.5 * count)
@@ -138,6 +141,27 @@ class SimEngine:
             duration = batch.elapsed(jump)
         self._step_ends_at = now + duration
         return self._step_ends_at
+
+    def _limit_s(self) -> float:
+        """What a step may take: without limit if nothing decodes, else at least twice that."""
+        if self._max_step_s is None or not self._batch.size:
+            return math.inf
+        return max(self._max_step_s, 2.0 * self._batch.elapsed(1))
+
+    def _within(self, limit_s: float, most: int, tokens: int, pairs: float, done: int) -> int:
+        """How many tokens of a prompt, of which `done` are computed, still fit the step.
+
+        tokens, pairs: of the prompts before it
+        """
+        size, context = self._batch.size, self._batch.context
+
+        def fits(count: int) -> bool:
+            more = pairs + count * (done + 0.5 * count)
+            return self._service.step(tokens + count, more, size, context) <= limit_s
+
+        if most <= 0 or fits(most):
+            return most
+        return bisect.bisect_left(range(1, most), True, key=lambda count: not fits(count))
 
     def _cut_short(self, now: float) -> float | None:
         """On an arrival, end a run of decode steps after the one in flight."""

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvmesh.workers.model.facts import read_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +36,7 @@ class ModelShape:
     """The numbers of a decoder that determine its cost.
 
     params: those that a token is multiplied with
+    idle_params: besides, of experts that it is not sent to, and of embeddings
     """
 
     name: str
@@ -40,6 +46,7 @@ class ModelShape:
     kv_heads: int
     head_dim: int
     max_model_len: int
+    idle_params: float = 0.0
 
 
 GPUS = {
@@ -66,3 +73,54 @@ MODELS = {
         ModelShape("smollm2-135m", 0.135e9, 30, 9, 3, 64, 8192),
     )
 }
+
+
+def model_shape(name: str) -> ModelShape:
+    """A model by its name in MODELS, its directory, or its config.json.
+
+    Raises ValueError if there is none, ConfigError if its configuration does not say what it costs.
+    """
+    path = Path(name).expanduser()
+    if name in MODELS:
+        return MODELS[name]
+    if not path.exists():
+        known = ", ".join(MODELS)
+        raise ValueError(
+            f"model must be a directory, a config.json or one of {known}; got {name!r}"
+        )
+    return _shape_of(path / "config.json" if path.is_dir() else path)
+
+
+def _shape_of(file: Path) -> ModelShape:
+    found = read_json(file)
+    config: Mapping[str, Any] = found.get("text_config") or found
+
+    def number(*keys: str, default: int | None = None) -> int:
+        """The first of the keys that is there."""
+        value = next((config[key] for key in keys if config.get(key) is not None), default)
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{file}: {keys[0]} must be a number of at least 1, got {value!r}")
+        return value
+
+    if config.get("kv_lora_rank"):
+        raise ValueError(f"{file}: latent attention (kv_lora_rank) is not modelled")
+    hidden, layers = number("hidden_size"), number("num_hidden_layers")
+    heads = number("num_attention_heads")
+    kv_heads = number("num_key_value_heads", default=heads)
+    head_dim = number("head_dim", default=hidden // heads)
+    experts = number("num_local_experts", "num_experts", default=1)
+    used = number("num_experts_per_tok", default=1)
+    width = number("moe_intermediate_size", "intermediate_size")
+    attention = 2 * hidden * head_dim * (heads + kv_heads)
+    expert, embedding = 3 * hidden * width, hidden * number("vocab_size")
+    untied = not config.get("tie_word_embeddings", False)
+    return ModelShape(
+        name=file.parent.resolve().name,
+        params=float(layers * (attention + used * expert) + embedding),
+        layers=layers,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        max_model_len=1 << 21,
+        idle_params=float(layers * (experts - used) * expert + untied * embedding),
+    )

@@ -38,8 +38,6 @@ class Summary:
     attainment: their share of all that arrived
     kv_used_share: of all pools' pages, mean over the run
     fairness: Jain's index of the tenants' mean times to first token
-    promises, promises_kept, promise_lateness_s: starts promised, share that started
-        within half a second of the promise, mean lateness of the rest
     long_wait_s: from arrival to the first computation, of each injected request
     """
 
@@ -58,15 +56,11 @@ class Summary:
     prefix_hit_share: float
     kv_used_share: float
     fairness: float
-    promises: int
-    promises_kept: float
-    promise_lateness_s: float
     long_wait_s: tuple[float, ...]
     long_ttft_s: tuple[float, ...]
     makespan_s: float
 
 
-PROMISE_SLACK_S = 0.5
 SHORT_TOKENS = 32_768
 
 
@@ -79,9 +73,6 @@ def summarize(run: Run, service: ServiceTime, chunk_tokens: int, objective: Obje
     span_s = own[-1].request.arrival_s - own[0].request.arrival_s
     prompt_tokens = sum(seq.request.prompt_tokens for seq in done)
     total_pages = sum(engine.pool.total_pages for engine in run.engines)
-    promised = [seq for seq in run.sequences if seq.promised_at is not None]
-    late = [max(0.0, seq.dispatched_at - (seq.promised_at or 0.0)) for seq in promised]
-    broken = [seconds for seconds in late if seconds > PROMISE_SLACK_S]
     short = [seq for seq in done if seq.request.prompt_tokens <= SHORT_TOKENS]
     return Summary(
         policy=run.policy,
@@ -99,9 +90,6 @@ def summarize(run: Run, service: ServiceTime, chunk_tokens: int, objective: Obje
         prefix_hit_share=sum(seq.cached_tokens for seq in done) / max(prompt_tokens, 1),
         kv_used_share=sum(x.used_page_s for x in run.engines) / (total_pages * run.ended_at),
         fairness=_jain(done),
-        promises=len(promised),
-        promises_kept=1.0 - len(broken) / len(promised) if promised else 1.0,
-        promise_lateness_s=sum(broken) / len(broken) if broken else 0.0,
         long_wait_s=tuple(seq.started_at - seq.request.arrival_s for seq in long),
         long_ttft_s=tuple(_ttft_s(seq) for seq in long),
         makespan_s=run.ended_at,

@@ -47,3 +47,43 @@ def plot_curves(
     axes.grid(visible=True, alpha=0.3)
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=120)
+
+
+MEASURES = {
+    "goodput": "share within the objective",
+    "ttft_p99_s": "TTFT p99, s",
+    "tpot_p99_s": "TPOT p99, s",
+}
+
+
+def plot_families(
+    curves: Mapping[str, Mapping[str, Sequence[Mapping[str, float]]]], folder: Path
+) -> None:
+    """A figure for each workload: its families below each other, three measures by load.
+
+    curves: by family and policy, points with `load` and the measures
+    """
+    workloads = sorted({family.split("-")[0] for family in curves})
+    for workload in workloads:
+        families = [name for name in curves if name.startswith(f"{workload}-")]
+        figure = Figure(figsize=(12, 3 * len(families)), layout="constrained")
+        grid = figure.subplots(len(families), len(MEASURES), squeeze=False, sharex=True)
+        for row, family in zip(grid, families, strict=True):
+            for axes, (measure, label) in zip(row, MEASURES.items(), strict=True):
+                for name, points in curves[family].items():
+                    own = name == "kvmesh"
+                    axes.plot(
+                        [point["load"] for point in points],
+                        [point[measure] for point in points],
+                        label=name,
+                        linewidth=2.5 if own else 1.0,
+                        color="black" if own else None,
+                        zorder=3 if own else 2,
+                    )
+                axes.set_yscale("log" if measure == "ttft_p99_s" else "linear")
+                axes.set_title(f"{family}: {label}", fontsize="medium")
+                axes.grid(visible=True, alpha=0.3)
+        for axes in grid[-1]:
+            axes.set_xlabel("load")
+        grid[0][0].legend(fontsize="small")
+        figure.savefig(folder / f"routing-{workload}.png", dpi=80)

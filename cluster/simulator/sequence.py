@@ -38,7 +38,6 @@ class SimSequence:
     recomputed_tokens: int = 0
     stalls: int = 0
     refused: bool = False
-    promised_at: float | None = None
     started_at: float = math.nan
 
     @property

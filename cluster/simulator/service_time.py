@@ -35,6 +35,7 @@ class EngineShape:
 
     gpus: of the group; page_size in tokens
     memory_share: of a GPU's memory that weights and KV may take
+    max_step_s: of a step while sequences decode, by smaller chunks of prompts; None: no limit
     """
 
     gpu: Gpu
@@ -45,6 +46,7 @@ class EngineShape:
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
     memory_share: float = 0.9
+    max_step_s: float | None = 0.1
 
     @property
     def geometry(self) -> PageGeometry:
@@ -63,7 +65,7 @@ class EngineShape:
     def pool(self) -> PoolPlan:
         """Pages as the engine itself would divide its memory. Raises ConfigError if none fit."""
         memory = int(self.gpu.memory_bytes * self.memory_share * self.gpus)
-        weights = int(self.model.params * BF16_BYTES)
+        weights = int((self.model.params + self.model.idle_params) * BF16_BYTES)
         return plan_pool(
             memory - weights,
             self.geometry,

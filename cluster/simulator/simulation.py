@@ -209,7 +209,6 @@ class _Own:
                     self._leased[placement.lease.lease_id] = seq
                     seq.lease_id = placement.lease.lease_id
                     seq.covered = placement.leased_output_tokens
-                    seq.promised_at = placement.promised_at
                     self._fleet.send(seq, int(placement.group[1:]))
                     self._report(seq, AccountUpdate(arrived=(placement.lease,)), now)
                 case Refused(request_id=request_id):

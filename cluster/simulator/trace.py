@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import datetime
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
 BLOCK_TOKENS = 512  # of a Mooncake trace's hash ids
 FORMATS = ("mooncake", "azure")
+MOONCAKE_KEYS = ("timestamp", "input_length", "output_length", "hash_ids")
+AZURE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,15 +39,16 @@ class TraceRequest:
 def read_trace(path: Path, trace_format: str | None = None) -> list[TraceRequest]:
     """Read a trace, sorted by arrival. By default the file's name determines the format.
 
-    Raises ValueError if the format is unknown or does not match the file.
+    Raises ValueError, with file and line, if there is none or it is not in the format.
     """
     name = trace_format or ("mooncake" if path.suffix == ".jsonl" else "azure")
     if name not in FORMATS:
         raise ValueError(f"trace_format must be one of {', '.join(FORMATS)}, got {name!r}")
     try:
-        requests = _read_mooncake(path) if name == "mooncake" else _read_azure(path)
-    except (KeyError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not a {name} trace: {error!r}") from error
+        lines = path.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as text: {error}") from error
+    requests = (_read_mooncake if name == "mooncake" else _read_azure)(path, lines)
     if not requests:
         raise ValueError(f"{path} has no requests")
     return sorted(requests, key=lambda request: request.arrival_s)
@@ -87,40 +91,60 @@ def inject_long(
     return sorted([*requests, *added], key=lambda request: request.arrival_s)
 
 
-def _read_mooncake(path: Path) -> list[TraceRequest]:
+def _read_mooncake(path: Path, lines: Sequence[str]) -> list[TraceRequest]:
     """The file rounds arrivals to 3 s; here they are spread randomly over that interval."""
-    rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    rows: list[tuple[int, int, int, list[int]]] = []
+    for number, line in enumerate(lines, 1):
+        with _row(path, number, "a Mooncake trace's JSON object with " + ", ".join(MOONCAKE_KEYS)):
+            if line.strip():
+                row = json.loads(line)
+                stamp, prompt, output, blocks = (row[key] for key in MOONCAKE_KEYS)
+                rows.append((int(stamp), _tokens(prompt), int(output), [int(x) for x in blocks]))
     spread = random.Random(0)
-    stamps = sorted({row["timestamp"] for row in rows})
-    steps = [later - earlier for earlier, later in pairwise(stamps)]
-    rounding_ms = min(steps, default=0)
+    stamps = sorted({row[0] for row in rows})
+    rounding_ms = min((later - earlier for earlier, later in pairwise(stamps)), default=0)
     return [
         TraceRequest(
             request_id=f"r{index}",
-            arrival_s=(row["timestamp"] + spread.random() * rounding_ms) / 1000,
-            prompt_tokens=row["input_length"],
-            output_tokens=max(1, row["output_length"]),
-            blocks=tuple(row["hash_ids"][: row["input_length"] // BLOCK_TOKENS]),
+            arrival_s=(stamp + spread.random() * rounding_ms) / 1000,
+            prompt_tokens=prompt,
+            output_tokens=max(1, output),
+            blocks=tuple(blocks[: prompt // BLOCK_TOKENS]),
         )
-        for index, row in enumerate(rows)
+        for index, (stamp, prompt, output, blocks) in enumerate(rows)
     ]
 
 
-def _read_azure(path: Path) -> list[TraceRequest]:
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    # seven digits of a second: one more than Python reads
-    times = [datetime.datetime.fromisoformat(row["TIMESTAMP"][:26]) for row in rows]
-    start = min(times, default=None)
+def _read_azure(path: Path, lines: Sequence[str]) -> list[TraceRequest]:
+    rows: list[tuple[datetime.datetime, int, int]] = []
+    for number, row in enumerate(csv.DictReader(lines), 2):
+        with _row(path, number, "an Azure trace's columns " + ", ".join(AZURE_COLUMNS)):
+            stamp, prompt, output = (row[key] for key in AZURE_COLUMNS)
+            # seven digits of a second: one more than Python reads
+            at = datetime.datetime.fromisoformat(stamp[:26])
+            rows.append((at, _tokens(prompt), max(1, int(output))))
+    start = min((at for at, _, _ in rows), default=None)
     return [
-        TraceRequest(
-            request_id=f"r{index}",
-            arrival_s=(at - start).total_seconds() if start else 0.0,
-            prompt_tokens=max(1, int(row["ContextTokens"])),
-            output_tokens=max(1, int(row["GeneratedTokens"])),
-        )
-        for index, (row, at) in enumerate(zip(rows, times, strict=True))
+        TraceRequest(f"r{index}", (at - start).total_seconds() if start else 0.0, prompt, output)
+        for index, (at, prompt, output) in enumerate(rows)
     ]
+
+
+def _tokens(value: str | int) -> int:
+    """Of a prompt; raises ValueError for a number that none can have."""
+    count = int(value)
+    if count < 0:
+        raise ValueError(f"a prompt of {count} tokens")
+    return max(1, count)
+
+
+@contextlib.contextmanager
+def _row(path: Path, number: int, expected: str) -> Iterator[None]:
+    """Raise ValueError with the place if a row is not what is expected."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}, line {number}: expected {expected}; {error!r}") from error
 
 
 def _conversation(request: TraceRequest) -> int:

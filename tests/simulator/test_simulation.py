@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import random
@@ -104,3 +105,17 @@ def test_the_command_prints_json_and_refuses_unknown_values(tmp_path: Path) -> N
     assert plot.stat().st_size > 0
     for wrong in (["--gpu", "abacus"], ["--policy", "x"], ["--inject-long", "3"], ["--rate", "0"]):
         assert CliRunner().invoke(app, [*common, *wrong]).exit_code == 2
+
+
+def test_a_bounded_step_keeps_running_streams_fluent() -> None:
+    """A long prompt comes while a short request decodes, on a small GPU."""
+    l4 = EngineShape(GPUS["l4"], MODELS["llama-3-8b"], get_format("int4"))
+    requests = [TraceRequest("runs", 0.0, 100, 60), TraceRequest("comes", 1.0, 20_000, 10)]
+    between_tokens_s, whole_s = {}, {}
+    for limit_s in (None, 0.15):
+        shape = dataclasses.replace(l4, max_step_s=limit_s)
+        runs, comes = simulate(Scenario([shape], requests, 100), "kvmesh").sequences
+        between_tokens_s[limit_s] = (runs.finished_at - runs.first_token_at) / 59
+        whole_s[limit_s] = comes.finished_at - comes.request.arrival_s
+    assert between_tokens_s[0.15] <= 0.15 < between_tokens_s[None]
+    assert whole_s[None] < whole_s[0.15], "the prompt is what pays"

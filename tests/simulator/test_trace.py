@@ -42,7 +42,7 @@ def test_an_azure_trace_starts_at_zero(tmp_path: Path) -> None:
     assert first.arrival_s == 0.0
     assert second.arrival_s == pytest.approx(4.314579)
     assert (second.prompt_tokens, second.output_tokens) == (396, 109)
-    with pytest.raises(ValueError, match="mooncake"):
+    with pytest.raises(ValueError, match="line 1: expected a Mooncake"):
         read_trace(path, "mooncake")
     with pytest.raises(ValueError, match="trace_format"):
         read_trace(path, "other")
