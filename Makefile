@@ -19,11 +19,15 @@ TORCH_INDEX ?=
 # Further arguments, e.g. make test ARGS='-k layering', make serve ARGS='--port 9001'.
 ARGS ?=
 
+# What `make image` builds: cpu or cuda.
+TARGET ?= cpu
+VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+
 PY := .venv/bin/python
 STAMP := .venv/.installed
 
-.PHONY: help venv hooks demo serve test test-fast mutants lint format protos sdk graph \
-	bench clean distclean
+.PHONY: help venv hooks demo serve test test-fast mutants lint format protos sdk chart image \
+	dashboards graph bench clean distclean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -61,19 +65,23 @@ serve: $(STAMP) ## Serve until Ctrl-C
 test: $(STAMP) ## Run all tests
 	$(PY) -m pytest $(ARGS)
 
+# In a process for each core, up to 4: each loads for itself what it tests.
 # Coverage has a floor that a part of the tests cannot reach: with ARGS it is not measured.
+WHOLE := -n logical --maxprocesses 4 --dist loadscope --cov --cov-report=
 test-fast: $(STAMP) ## Run two minutes of tests, no Ray and no slow ones, with coverage
-	$(PY) -m pytest -m 'not (ray or slow)' $(or $(ARGS),--cov --cov-report=)
+	$(PY) -m pytest -m 'not (ray or slow)' $(or $(ARGS),$(WHOLE))
 
 mutants: $(STAMP) ## Which faults do tests not notice? ARGS='scheduler' for one module (minutes)
 	$(PY) -m tests.mutants $(ARGS)
 
-lint: $(STAMP) ## Run ruff and mypy, and check that the generated stubs are current
+lint: $(STAMP) ## Run ruff and mypy, and check that what is generated is current
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(PY) protos/generate.py --check
 	$(PY) protos/reference.py --check
+	$(PY) helm/generate.py --check
+	$(PY) -m dashboards --check
 
 format: $(STAMP) ## Sort imports and format
 	$(PY) -m ruff check --select I --fix .
@@ -83,8 +91,18 @@ protos: $(STAMP) ## Regenerate what follows from the wire contract
 	$(PY) protos/generate.py
 	$(PY) protos/reference.py
 
+image: ## Build the image: TARGET=cpu or cuda, ARGS='--network=host --build-arg BASE=…'
+	docker build --file docker/Dockerfile --target $(TARGET) --build-arg VERSION=$(VERSION) \
+		--tag kvmesh:$(VERSION)$(patsubst -cpu,,-$(TARGET)) $(ARGS) .
+
+chart: $(STAMP) ## Write the chart's schema and table of values
+	$(PY) helm/generate.py
+
 sdk: $(STAMP) ## Write the SDK's blocking client and its methods with options
 	$(PY) -I client/generate.py
+
+dashboards: $(STAMP) ## Write dashboards, alerts and docs/metrics.md
+	$(PY) -m dashboards
 
 graph: $(STAMP) ## Draw the import graph in CONTRIBUTING.md
 	$(PY) -m tests.repo.graph

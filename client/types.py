@@ -307,8 +307,30 @@ class LatencySummary:
 
 
 @dataclass(frozen=True, slots=True)
+class SequenceLoads:
+    """A live sequence: one choice of a request.
+
+    tenant, request_id: empty for a request of before the router's start
+    age_s: since its group has had it
+    computed_tokens: of prompt_tokens + completion_tokens, those whose KV exists
+    cached_tokens: of the prompt, those found in the prefix cache
+    """
+
+    tenant: str
+    request_id: str
+    age_s: float
+    prompt_tokens: int
+    completion_tokens: int
+    computed_tokens: int
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class GroupLoads:
-    """What a group is running, holds, and has done since it started. Bytes over all ranks."""
+    """What a group is running, holds, and has done since it started. Bytes over all ranks.
+
+    oldest: the live sequences that it has had for longest, oldest first
+    """
 
     group: str
     kv_format: str
@@ -331,6 +353,7 @@ class GroupLoads:
     time_to_first_token: LatencySummary
     time_per_output_token: LatencySummary
     queue_time: LatencySummary
+    oldest: tuple[SequenceLoads, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -354,6 +377,7 @@ class RouterLoads:
     expired_total: leases that expired without being released
     audits_total, audit_faults_total: comparisons of engines' reports with the ledger, and
         how many found a difference
+    oldest_wait_s: how long the request that has waited longest has waited, 0 if none waits
     """
 
     epoch: int
@@ -367,6 +391,7 @@ class RouterLoads:
     refused_total: Mapping[str, int]
     audits_total: int
     audit_faults_total: int
+    oldest_wait_s: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,8 +25,9 @@ from kvmesh.cluster.messages import (
     Report,
     Withdraw,
 )
-from kvmesh.cluster.metrics import EngineMeters
 from kvmesh.cluster.reports import EngineReport
+from kvmesh.cluster.telemetry.gpus import Gpus
+from kvmesh.cluster.telemetry.meters import EngineMeters
 from kvmesh.workers.errors import EngineError
 from kvmesh.workers.leader import EngineLeader
 
@@ -60,14 +61,20 @@ class AccountLink:
         self.draining = False
 
     def start(
-        self, find: Callable[[], Awaitable[Address]], identity: Identity, engine: Address
+        self,
+        find: Callable[[], Awaitable[Address]],
+        identity: Identity,
+        engine: Address,
+        gpus: Gpus,
     ) -> None:
         """Keep a connection until `leave`.
 
         find: where the router listens; raises LinkError while it is not known
         engine: where the engine listens for ingresses
+        gpus: the group's
         """
         self._engine_address = engine
+        self._gpus = gpus
         following = stay_connected(find, identity, TO_ENGINE_FROM_ROUTER, self._connected)
         self._tasks = [
             asyncio.create_task(following),
@@ -89,7 +96,9 @@ class AccountLink:
         """The account has changed: send it soon, together with what follows."""
         if self._leader.failed is not None:
             self.leave()
-        elif self._flush_timer is None:
+            return
+        self._meters.steps(self._leader.account.take_steps())
+        if self._flush_timer is None:
             loop = asyncio.get_running_loop()
             wait_s = max(self._flushed_s + ACCOUNT_PERIOD_S - loop.time(), 0.0)
             self._flush_timer = loop.call_later(wait_s, self._flush_due)
@@ -156,7 +165,6 @@ class AccountLink:
         audited = account.loads_current
         if self._report_due and (audited or report_anyway):
             self._report_due = False
-            self._meters.loads(account.info, account.loads)
             latencies = self._meters.latencies()
             report = EngineReport(account.info, account.loads, latencies, self.draining)
             router.send(Report(report, audited))
@@ -164,5 +172,18 @@ class AccountLink:
     async def _report_regularly(self) -> None:
         while True:
             await asyncio.sleep(self._report_period_s)
+            if self._leader.failed is None:
+                await self._measure()
             self._report_due = True
             self._flush()
+
+    async def _measure(self) -> None:
+        account, leader = self._leader.account, self._leader
+        self._meters.report(
+            account.info,
+            account.loads,
+            divergence_nats=leader.divergence_nats,
+            step_age_s=leader.step_age_s,
+            connected=self._connection is not None,
+        )
+        self._meters.gpus(await asyncio.to_thread(self._gpus.read))

@@ -20,36 +20,42 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from kvmesh.cluster.config import ClusterConfig
+from kvmesh.cluster.config import build as build_config
 from kvmesh.cluster.engine_service import EngineService
 from kvmesh.cluster.grpc_front import GrpcFront, attach
 from kvmesh.cluster.identity import Identity
-from kvmesh.cluster.ingress.authenticate import Authenticator, KnownKey
+from kvmesh.cluster.ingress.authenticate import Authenticator
 from kvmesh.cluster.ingress.codec import ModelCodec
 from kvmesh.cluster.ingress.quality import DIVERGENCE_NATS
 from kvmesh.cluster.ingress.service import IngressService
 from kvmesh.cluster.ingress.validate import Limits
+from kvmesh.cluster.keys import follow_keys, known_keys
 from kvmesh.cluster.link import Address, LinkError, listen
 from kvmesh.cluster.messages import TO_ROUTER
-from kvmesh.cluster.metrics import EngineMeters, IngressMeters, RouterMeters
 from kvmesh.cluster.processes import settle
 from kvmesh.cluster.rank_actors import RankActors, RankResources
-from kvmesh.cluster.ray_meters import RayMeterFactory
+from kvmesh.cluster.resources import CONTROL_CPUS, bundles, gpus_per_rank
 from kvmesh.cluster.router_service import RouterService
 from kvmesh.cluster.routing.config import RouterConfig
+from kvmesh.cluster.telemetry.logs import use_serve_log
+from kvmesh.cluster.telemetry.meters import EngineMeters, IngressMeters, RouterMeters
+from kvmesh.cluster.telemetry.ray_meters import ray_meter
+from kvmesh.cluster.telemetry.traces import make_traces
 from kvmesh.cluster.version import package_version
 from kvmesh.workers.config import EngineConfig
+from kvmesh.workers.errors import ConfigError
 from kvmesh.workers.model.source import resolve_model
 
 logger = logging.getLogger("ray.serve")
 
 Reply = TypeVar("Reply")
 
-CONTROL_CPUS = 0.1  # of ingress, router and leaders: they ask Ray for little
 FAILURE_POLL_S = 0.25
 HEALTH_TIMEOUT_S = 5.0  # Serve replaces a process that misses three health checks in a row
 FLUSH_S = 0.5  # time for a failed engine's last messages to reach its clients
 FIND_TIMEOUT_S = 5.0
 LIVE_POLL_S = 0.1
+LOG_LINES = {"encoding": "JSON", "enable_access_log": False}
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,13 +77,14 @@ class EngineReplica:
         router: DeploymentHandle[Any],
         deployed: Deployed,
     ) -> None:
+        use_serve_log(group)
         self._drain_s = deployed.config.timeouts.drain_s
-        self._actors = RankActors(config, resources, deployed.config.timeouts.start_s)
+        self._actors = RankActors(group, config, resources, deployed.config.timeouts.start_s)
         self._service = EngineService(
             group,
             config,
             self._actors.executor,
-            EngineMeters(RayMeterFactory(), group),
+            EngineMeters(ray_meter, group),
             deployed.identity,
             router_finder(router),
             host=node_ip(),
@@ -116,14 +123,16 @@ class RouterReplica:
     """The one router."""
 
     async def __init__(self, deployed: Deployed) -> None:  # type: ignore[misc]  # Serve awaits it
+        use_serve_log()
         config = deployed.config
+        self._identity = deployed.identity
         self._drain_s = config.timeouts.drain_s
         settings = RouterConfig(
             queue_limit=config.router.max_queued,
             lease_ttl_s=config.router.lease_ttl_s,
             tenants=config.router.policies(),
         )
-        meters = RouterMeters(RayMeterFactory())
+        meters = RouterMeters(ray_meter, config.metered_tenants())
         self._service = RouterService(settings, meters, groups=list(config.group_engines()))
         self._listener = await listen(node_ip(), deployed.identity, TO_ROUTER, self._service.accept)
         self._running = asyncio.create_task(self._service.run())
@@ -132,6 +141,10 @@ class RouterReplica:
     async def address(self) -> Address:
         """The address that engines and ingresses connect to."""
         return self._listener.address
+
+    async def identity(self) -> Identity:
+        """For the program that deployed it, which connects to it directly when it stops."""
+        return self._identity
 
     async def check_health(self) -> None:
         if self._running.done():
@@ -155,13 +168,14 @@ class IngressReplica:
         self,
         router: DeploymentHandle[Any],
         engines: Mapping[str, DeploymentHandle[Any]],
-        keys: list[KnownKey] | None,
         deployed: Deployed,
     ) -> None:
         """engines: bound only to make them part of the application"""
+        use_serve_log()
         config = deployed.config
         files = resolve_model(config.model)
-        meters, limits = IngressMeters(RayMeterFactory()), limits_of(config)
+        meters = IngressMeters(ray_meter, config.metered_tenants())
+        limits = limits_of(config)
         self._drain_s = config.timeouts.drain_s
         self._service = IngressService(
             deployed.identity,
@@ -173,10 +187,14 @@ class IngressReplica:
             model_names=frozenset({config.model, files.name}),
             queue_timeout_s=config.router.queue_timeout_s,
             divergence_nats={**DIVERGENCE_NATS, **config.ingress.kv_divergence_nats},
+            traces=make_traces(
+                config.traces.endpoint, config.traces.sample_ratio, files.name, package_version()
+            ),
         )
-        authenticate = Authenticator(keys).authenticate
+        authenticator = Authenticator(known_keys(config.auth))
+        self._keys = asyncio.create_task(follow_keys(config.auth, authenticator))
         max_calls = config.ingress.max_streams
-        attach(GrpcFront(self._service, authenticate, limits, meters, max_calls))
+        attach(GrpcFront(self._service, authenticator.authenticate, limits, meters, max_calls))
         self._service.start()
         settle()
 
@@ -184,6 +202,7 @@ class IngressReplica:
         self._service.check_health()
 
     async def __del__(self) -> None:
+        self._keys.cancel()
         await self._service.drain(self._drain_s)
         await self._service.stop()
 
@@ -223,20 +242,22 @@ def limits_of(config: ClusterConfig) -> Limits:
     )
 
 
-def build_app(
-    config: ClusterConfig,
-    keys: list[KnownKey] | None,
-    identity: Identity,
-    *,
-    gpus_per_rank: Mapping[str, float],
-) -> serve.Application:
-    """The application, with one deployment for each group, so that a handle is a group.
+def build(args: dict[str, Any]) -> serve.Application:
+    """The application; Serve calls it with `args` of its configuration (serve_config.py).
 
-    keys: (sha256, tenant) of the accepted API keys; None accepts every caller
-    identity: of all processes of the application
-    gpus_per_rank: by group
+    args: the settings, as in a file of `kvmesh serve --config`
+    It has one deployment for each group, so that a handle is a group. Every call makes a new
+    identity for all processes, so that a deployment accepts no process of a former one.
+    Raises ConfigError naming the setting, also if no keys are configured and some are needed.
     """
-    deployed = Deployed(config, identity)
+    config = build_config(args)
+    auth = config.auth
+    if auth.mode == "api_key" and not auth.keys and auth.key_directory is None:
+        raise ConfigError(
+            "auth.keys",
+            "must have a key, or auth.key_directory be set: none is generated on a cluster",
+        )
+    deployed = Deployed(config, Identity.make())
     health = {
         "health_check_period_s": config.timeouts.health_period_s,
         "health_check_timeout_s": HEALTH_TIMEOUT_S,
@@ -253,16 +274,14 @@ def build_app(
     ).bind(deployed)
     engines = {}
     for group, engine in config.group_engines().items():
-        resources = RankResources(engine.cpus_per_rank, gpus_per_rank[group])
+        gpus = gpus_per_rank(engine, ray.cluster_resources())
+        resources = RankResources(engine.cpus_per_rank, gpus)
         engines[group] = _deployment(
             EngineReplica,
             name=group,
             num_replicas=1,
             ray_actor_options={"num_cpus": CONTROL_CPUS},
-            placement_group_bundles=[
-                {"CPU": CONTROL_CPUS},
-                *(resources.bundle() for _ in range(engine.tp)),
-            ],
+            placement_group_bundles=bundles(engine, gpus),
             placement_group_strategy="STRICT_PACK",
             **health,
             **stop,
@@ -276,10 +295,10 @@ def build_app(
         **health,
         **stop,
     )
-    app: serve.Application = ingress.bind(router, engines, keys, deployed)
+    app: serve.Application = ingress.bind(router, engines, deployed)
     return app
 
 
 def _deployment(cls: type, **options: Any) -> Any:
     # Serve's annotations know the decorator, not this call of it.
-    return serve.deployment(cls, **options)
+    return serve.deployment(cls, logging_config=LOG_LINES, **options)

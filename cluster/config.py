@@ -29,6 +29,8 @@ from kvmesh.workers.settings import ConflictError, Settings, error_of, problems_
 DEFAULT_MODEL = "smollm2-135m-instruct"
 CONFIG_VERSION: Final = 1
 MAX_GROUPS = 512
+MAX_METERED_TENANTS = 100
+LOCAL_TENANT = "local"  # of the generated key
 # Settings that every group must have alike, and why.
 SAME_IN_ALL_GROUPS = dict.fromkeys(
     ("page_size", "prefix_cache"),
@@ -124,11 +126,18 @@ class AuthSection(Settings):
     )
     keys: tuple[TenantKey, ...] = Field(
         default=(),
-        description="Accepted keys; empty: a key is generated on first start, in key_file",
+        description="Accepted keys; without any, also in key_directory, a key is generated on "
+        "first start, in key_file",
     )
     key_file: Path | None = Field(
         default=None,
         description="File of the generated key (mode 0600); null: where the SDK looks for it",
+    )
+    key_directory: Path | None = Field(
+        default=None,
+        description="Directory with accepted keys, such as a mounted Secret: a file for each "
+        "tenant, named after it or TENANT.admin, with one key a line; it is read again when it "
+        "changes",
     )
 
 
@@ -174,6 +183,31 @@ class MetricsSection(Settings):
 
     port: Port = Field(
         default=0, description="Port of the node's Prometheus endpoint; 0: any free one"
+    )
+    tenants: WholeNumber = Field(
+        default=0,
+        ge=0,
+        le=MAX_METERED_TENANTS,
+        description="How many tenants have metrics of their own: the first of auth.keys; all "
+        "others are `other`. 0: metrics do not tell tenants apart",
+    )
+
+
+class TracesSection(Settings):
+    """OpenTelemetry traces, one for each generation. Need `pip install 'kvmesh[traces]'`."""
+
+    endpoint: str | None = Field(
+        default=None,
+        pattern="^https?://[^/]+$",
+        description="OTLP receiver (gRPC), e.g. http://collector:4317; null: no traces. Headers "
+        "for it are in the environment: OTEL_EXPORTER_OTLP_HEADERS",
+    )
+    sample_ratio: Number = Field(
+        default=1.0,
+        ge=0,
+        le=1,
+        description="Share of generations that are traced; those whose caller traces always are, "
+        "those whose caller has decided not to are not",
     )
 
 
@@ -248,6 +282,7 @@ class ClusterConfig(Settings):
     auth: AuthSection = Field(default=AuthSection(), description="Authentication")
     router: RouterSection = Field(default=RouterSection(), description="Placement and queue")
     metrics: MetricsSection = Field(default=MetricsSection(), description="Prometheus")
+    traces: TracesSection = Field(default=TracesSection(), description="OpenTelemetry traces")
     timeouts: TimeoutSection = Field(
         default=TimeoutSection(), description="Time limits, in seconds"
     )
@@ -269,6 +304,11 @@ class ClusterConfig(Settings):
     def group_engines(self) -> dict[str, EngineSection]:
         """By name, the settings of each group's engine."""
         return {f"engine-{i}": e for i, e in enumerate(_engines(self.engine, self.groups))}
+
+    def metered_tenants(self) -> tuple[str, ...]:
+        """The tenants that metrics name."""
+        known = dict.fromkeys(key.tenant for key in self.auth.keys) or [LOCAL_TENANT]
+        return tuple(known)[: self.metrics.tenants]
 
     def engine_config(self, group: str = "engine-0") -> EngineConfig:
         """The configuration of a group's engine."""

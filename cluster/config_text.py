@@ -83,6 +83,28 @@ def plain(value: object) -> Any:
     return value
 
 
+def changed(value: object) -> Any:
+    """Like `plain`, without settings at their defaults; loading it gives the same settings."""
+    match value:
+        case GroupSection():
+            return plain(value)
+        case Settings():
+            fields = type(value).model_fields.items()
+            return {
+                name: changed(inner)
+                for name, info in fields
+                if (inner := getattr(value, name)) != info.get_default(call_default_factory=True)
+            }
+        case tuple():
+            return [changed(inner) for inner in value]
+    return plain(value)
+
+
+def block_yaml(values: dict[str, Any]) -> str:
+    """Plain values as YAML that versions 1.1 and 1.2 read alike."""
+    return str(yaml.dump(values, Dumper=SettingsDumper, sort_keys=False, allow_unicode=True))
+
+
 def _in_one_line(value: object) -> str:
     text = yaml.dump(
         value,

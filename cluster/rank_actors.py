@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import uuid
 from dataclasses import dataclass
 
 import psutil
@@ -30,36 +31,37 @@ class RankResources:
     cpus: float
     gpus: float
 
-    def bundle(self) -> dict[str, float]:
-        bundle = {"CPU": self.cpus, "GPU": self.gpus}
-        return {name: amount for name, amount in bundle.items() if amount}
-
 
 class RankActors:
     """Starts a group's ranks and watches them; `executor` exchanges messages with them.
 
     For replicas whose placement group has one bundle for each rank after their own.
 
+    group: the ranks are named after it
     start_timeout_s: a rank that has not loaded by then counts as hung
     """
 
     def __init__(
-        self, config: EngineConfig, resources: RankResources, start_timeout_s: float
+        self, group: str, config: EngineConfig, resources: RankResources, start_timeout_s: float
     ) -> None:
         self.executor = ChannelExecutor(
             config.tp, step_timeout_s=config.step_timeout_s, start_timeout_s=start_timeout_s
         )
-        group = get_current_placement_group()
-        assert group is not None, "the leader must run in a placement group"
+        bundles = get_current_placement_group()
+        assert bundles is not None, "the leader must run in a placement group"
         self._actors = []
         self._processes: list[psutil.Process] = []
         self._watchers = []
         for rank, endpoint in enumerate(self.executor.endpoints):
             strategy = PlacementGroupSchedulingStrategy(
-                placement_group=group, placement_group_bundle_index=rank + 1
+                placement_group=bundles, placement_group_bundle_index=rank + 1
             )
             actor = rank_actor(
-                num_cpus=resources.cpus, num_gpus=resources.gpus, scheduling_strategy=strategy
+                # As Ray's dashboard shows it. Ranks of the engine before may not be gone yet.
+                name=f"kvmesh {group} rank {rank} {uuid.uuid4().hex[:8]}",
+                num_cpus=resources.cpus,
+                num_gpus=resources.gpus,
+                scheduling_strategy=strategy,
             ).remote()
             self._actors.append(actor)
             process_id = actor.process_id.remote()

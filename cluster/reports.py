@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kvmesh.cluster.routing.outcome import RouterStatus
 from kvmesh.workers.loads import EngineInfo, EngineLoads
@@ -46,6 +46,8 @@ class ClusterStatus:
     reports: the latest report of each group that has ever sent one
     healthy: groups that are up
     draining: new requests are refused
+    requests: tenant/id of the requests whose sequences the reports name, by lease
+    oldest_wait_s: how long the request that has waited longest has waited, 0 if none waits
     """
 
     router: RouterStatus
@@ -54,3 +56,5 @@ class ClusterStatus:
     draining: bool = False
     audits_total: int = 0
     audit_faults_total: int = 0
+    requests: Mapping[str, str] = field(default_factory=dict)
+    oldest_wait_s: float = 0.0

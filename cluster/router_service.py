@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 
 from kvmesh.cluster.errors import DrainingError, Failure
+from kvmesh.cluster.ingress.error_table import reason_label, to_wire
 from kvmesh.cluster.link import Address, Link
 from kvmesh.cluster.messages import (
     Abort,
@@ -42,12 +43,13 @@ from kvmesh.cluster.messages import (
     Waiting,
     Withdraw,
 )
-from kvmesh.cluster.metrics import RouterMeters
 from kvmesh.cluster.reports import ClusterStatus, EngineReport
 from kvmesh.cluster.routing.config import RouterConfig
 from kvmesh.cluster.routing.errors import RequestIdInUseError
 from kvmesh.cluster.routing.outcome import Enqueued, Granted, Grown, Outcome, Refused, Withdrawn
 from kvmesh.cluster.routing.router import Router
+from kvmesh.cluster.telemetry.logs import about
+from kvmesh.cluster.telemetry.meters import RouterMeters
 from kvmesh.workers.loads import EngineInfo
 
 logger = logging.getLogger(__name__)
@@ -55,6 +57,7 @@ logger = logging.getLogger(__name__)
 TICK_S = 0.25
 FRESH_TIMEOUT_S = 2.0  # how long a status waits for the engines' reports
 INFORM_PERIOD_S = 1.0  # how often waiting callers learn what has changed
+MEASURE_PERIOD_S = 1.0
 # Changes that a caller is informed of: by this share, and of a start also by this time.
 NOTICED_SHARE, NOTICED_S = 0.05, 1.0
 
@@ -72,10 +75,14 @@ class _Group:
 
 @dataclass(slots=True, eq=False)
 class _Caller:
-    """Of a waiting request. position, start_at: as it was informed last, on the service's clock"""
+    """Of a waiting request. since: when it came
+
+    position, start_at: as it was informed last; all on the service's clock
+    """
 
     peer: _RouterPeer
     call: int
+    since: float
     position: int = -1
     start_at: float = -math.inf  # also if unknown
 
@@ -129,9 +136,10 @@ class RouterService:
         self.router = Router(config, epoch, clock(), expected_groups=groups)
         self._clock = clock
         self._meters = meters
+        self._names = tuple(groups)
         self._groups: dict[str, _Group] = {}
-        self._callers: dict[str, _Caller] = {}  # of waiting requests
-        self._informed_s = clock()
+        self._callers: dict[str, _Caller] = {}  # of waiting requests, by when they came
+        self._informed_s = self._measured_s = clock()
         self._fresh: list[_FreshStatus] = []
         self._known = _Known()
         self._draining = False
@@ -154,8 +162,13 @@ class RouterService:
             self._informed_s = now
             for standing in self.router.standings(now):
                 self._callers[standing.request_id].inform(standing, now)
-        status = self.router.status(now)
-        self._meters.status(status, len(self._groups))
+        if now - self._measured_s >= MEASURE_PERIOD_S:
+            self._measured_s = now
+            self._measure()
+
+    def _measure(self) -> None:
+        tenants = {name: self.router.tenant_status(name) for name in self._meters.tenants}
+        self._meters.status(self.status(), self._names, tenants)
 
     @property
     def now(self) -> float:
@@ -173,7 +186,24 @@ class RouterService:
             draining=self._draining,
             audits_total=self._known.audits,
             audit_faults_total=self._known.audit_faults,
+            requests=self._requests_of_reports(),
+            oldest_wait_s=self._oldest_wait_s(),
         )
+
+    def _requests_of_reports(self) -> dict[str, str]:
+        """tenant/id by lease, of the sequences that reports name."""
+        leases = self.router.fleet.leases
+        found = {}
+        for report in self._known.reports.values():
+            for sequence in report.loads.oldest:
+                lease = leases.get(sequence.lease_id)
+                if lease is not None and lease.request is not None:
+                    found[sequence.lease_id] = lease.request.request_id
+        return found
+
+    def _oldest_wait_s(self) -> float:
+        oldest = next(iter(self._callers.values()), None)
+        return 0.0 if oldest is None else self._clock() - oldest.since
 
     # Ingresses
 
@@ -188,9 +218,13 @@ class RouterService:
                 peer.fail(message.call, Failure.of(RequestIdInUseError(name)))
                 return
             self.settle(self.router.abort(name, self._clock()))
-        self._callers[name] = _Caller(peer, message.call)
+        now = self._clock()
+        self._callers[name] = _Caller(peer, message.call, now)
         peer.waiting[message.call] = name
-        self.settle(self.router.place(request, self._clock()))
+        started_s = time.perf_counter()
+        outcomes = self.router.place(request, now)
+        self._meters.decided(time.perf_counter() - started_s)
+        self.settle(outcomes)
 
     def cancel(self, call: int, peer: _RouterPeer) -> None:
         """The caller no longer waits. A placement already on its way comes back as a Release."""
@@ -232,7 +266,9 @@ class RouterService:
                 _replace(name, former.connection)
             else:
                 former.connection.close()
-        logger.info("group %s is up with %d leases", name, len(message.leases))
+        logger.info(
+            "group %s is up with %d leases", name, len(message.leases), extra=about(group=name)
+        )
         self._groups[name] = _Group(
             name, connection, message.info, message.address, message.started_ns
         )
@@ -247,7 +283,7 @@ class RouterService:
     def group_down(self, name: str, connection: Link) -> None:
         if not self.serves(name, connection):
             return
-        logger.warning("group %s is down", name)
+        logger.warning("group %s is down", name, extra=about(group=name))
         del self._groups[name]
         self.settle(self.router.group_down(name, self._clock()))
         self._reported(name)
@@ -268,7 +304,10 @@ class RouterService:
             self._known.audits += 1
             if faults := self.router.audit(name, message.report.loads):
                 self._known.audit_faults += 1
-                logger.error("group %s and the ledger disagree: %s", name, "; ".join(faults))
+                words = "; ".join(faults)
+                logger.error(
+                    "group %s and the ledger disagree: %s", name, words, extra=about(group=name)
+                )
         self._reported(name)
 
     # Within
@@ -280,6 +319,8 @@ class RouterService:
                 case Granted():
                     self._granted(outcome)
                 case Refused(request_id=name, error=error):
+                    wire = to_wire(error)
+                    self._meters.refused(wire, reason_label(wire))
                     self._refused(name, Failure.of(error))
                 case Grown(group=group, lease=lease):
                     self._groups[group].connection.send(Extend((lease,)))
@@ -310,7 +351,7 @@ class RouterService:
         del caller.peer.waiting[caller.call]
         caller.peer.fail(caller.call, failure)
         for decided in self.router.explain(name, self._clock())[-1:]:
-            logger.info("request %s: %s", name, "\n".join(decided.lines()))
+            logger.info("request %s: %s", name, "\n".join(decided.lines()), extra=about(name))
 
     def _reported(self, name: str) -> None:
         for waiting in self._fresh:
@@ -326,7 +367,7 @@ class RouterService:
 
 
 def _replace(name: str, connection: Link) -> None:
-    logger.warning("an engine of group %s has been replaced", name)
+    logger.warning("an engine of group %s has been replaced", name, extra=about(group=name))
     connection.send(Replaced())
     connection.close()
 

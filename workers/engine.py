@@ -10,6 +10,7 @@ Not thread-safe: one thread owns it (workers/leader.py).
 from __future__ import annotations
 
 import heapq
+import itertools
 import time
 import uuid
 from collections import Counter
@@ -20,8 +21,16 @@ from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.errors import ConfigError, InvalidFieldError, PoolCapacityError
 from kvmesh.workers.executor import Allocation, Executor, RankDescription
 from kvmesh.workers.lease import LeaseTerms
-from kvmesh.workers.loads import ArenaLoads, EngineInfo, EngineLoads, PoolLoads
-from kvmesh.workers.plan import SampledToken
+from kvmesh.workers.loads import (
+    OLDEST,
+    ArenaLoads,
+    EngineInfo,
+    EngineLoads,
+    PoolLoads,
+    SequenceLoad,
+    StepTime,
+)
+from kvmesh.workers.plan import SampledToken, StepPlan
 from kvmesh.workers.pool_plan import plan_pool
 from kvmesh.workers.request import (
     EndReason,
@@ -106,6 +115,9 @@ class Engine:
         self._totals: Counter[str] = Counter()
         self._outcomes: Counter[str] = Counter()
         self.step_host_s = 0.0
+        # When the current step start, by `clock`; other threads may read it.
+        self.step_start_s: float | None = None
+        self._step_times: list[StepTime] = []
         # Every live sequence waits for its lease to grow.
         self.stalled = False
         self.blame = Blame()
@@ -203,40 +215,59 @@ class Engine:
     def step(self) -> list[SequenceDelta]:
         """Compute one step; deltas of the sequences that got a token, ended or made progress."""
         deltas = self._expire()
+        start = self.step_start_s = self._clock()
         plan = self.scheduler.schedule()
         self.stalled = plan is None and self.has_work
-        if plan is None:
-            return deltas
+        if plan is not None:
+            deltas += self._run(plan, start)
+        self.step_start_s = None
+        return deltas
+
+    def _run(self, plan: StepPlan, start: float) -> list[SequenceDelta]:
+        """Carry out a plan. start: when its step began"""
+        deltas = []
         now = self._clock()
         for row_start in plan.row_starts:
             self._note_start(row_start.row, now)
         rows = {chunk.row for chunk in plan.chunks}
         self.blame = Blame.of([seq for seq in self.scheduler.running if seq.row in rows])
         result = self._executor.execute(plan)
+        done = self._clock()
         if self._step_budget is not None:
-            self._step_budget.learn(plan, self._clock() - now)
+            self._step_budget.learn(plan, done - now)
         assert result.step == plan.step, "a rank sent the result of another step"
-        self._totals["steps"] += 1
+        self._count(plan)
         self.step_host_s = result.host_s
         sampled, unfinished = self.scheduler.commit(plan)
         assert len(sampled) == len(result.tokens)
+        tokens_before = [seq.last_token_s for seq in sampled if seq.last_token_s is not None]
         for seq, token in zip(sampled, result.tokens, strict=True):
             if (fault := self._fault_of(token)) is None:
-                deltas.append(self._accept(seq, token))
+                deltas.append(self._accept(seq, token, done))
             elif seq.shares_pages:
                 self.scheduler.isolate(seq)
             else:
                 deltas.append(self._finish(seq, (), (), EndReason.FAULT, error=fault))
         for seq in unfinished:
-            if (now := self._clock()) - seq.progress_s >= PROGRESS_PERIOD_S:
-                seq.progress_s = now
+            if done - seq.progress_s >= PROGRESS_PERIOD_S:
+                seq.progress_s = done
                 deltas.append(SequenceDelta(seq.request.request_id, (), progress=seq.progress))
         self.blame = Blame()
+        device_s = max(done - now - result.host_s, 0.0)
+        host_s = max(self._clock() - start - device_s, 0.0)
+        gap_s = done - min(tokens_before) if tokens_before else None
+        self._step_times.append(StepTime(host_s, device_s, gap_s))
         return deltas
+
+    def take_step_times(self) -> list[StepTime]:
+        """Of the steps since the last call."""
+        taken, self._step_times = self._step_times, []
+        return taken
 
     def loads(self) -> EngineLoads:
         """A snapshot, except for the leases, which the leader adds."""
-        cache = self.scheduler.cache
+        cache, now = self.scheduler.cache, self._clock()
+        to_compute = (seq.to_compute for seq in self._live.values())
         return EngineLoads(
             running=len(self.scheduler.running),
             waiting=len(self.scheduler.waiting),
@@ -249,9 +280,13 @@ class Engine:
             prompt_tokens_total=self._totals["prompt"],
             completion_tokens_total=self._totals["completion"],
             cached_tokens_total=self._totals["cached"],
+            prefill_tokens_total=self._totals["prefill"],
+            decode_tokens_total=self._totals["decode"],
+            prefill_remaining_tokens=sum(count for count in to_compute if count > 1),
             preemptions_total=self.scheduler.preemptions_total,
             steps_total=self._totals["steps"],
             outcomes_total=dict(self._outcomes),
+            oldest=tuple(_load(seq, now) for seq in itertools.islice(self._live.values(), OLDEST)),
         )
 
     def check_integrity(self) -> None:
@@ -261,6 +296,12 @@ class Engine:
             cache = self.scheduler.cache
             used = PageNeed(cache.hot.used, cache.sealed.used)
             assert used == PageNeed(0, 0), f"{used} are in use without a sequence"
+
+    def _count(self, plan: StepPlan) -> None:
+        self._totals["steps"] += 1
+        decoding = sum(chunk.num_tokens == 1 for chunk in plan.chunks)
+        self._totals["decode"] += decoding
+        self._totals["prefill"] += plan.num_tokens - decoding
 
     def _expire(self) -> list[SequenceDelta]:
         deltas = []
@@ -290,12 +331,13 @@ class Engine:
             return f"the sampled token is not valid: {self._unknown_token(token.token_id)}"
         return token.fault
 
-    def _accept(self, seq: Sequence, token: SampledToken) -> SequenceDelta:
+    def _accept(self, seq: Sequence, token: SampledToken, now: float) -> SequenceDelta:
         params = seq.request.params
         seq.append(token.token_id)
         self._totals["completion"] += 1
         if seq.first_token_s is None:
-            seq.first_token_s = self._clock()
+            seq.first_token_s = now
+        seq.last_token_s = now
         ids = (token.token_id,)
         logprobs: tuple[SampledLogprobs, ...] = ()
         if token.logprob is not None:
@@ -330,6 +372,17 @@ class Engine:
             usage=seq.usage(self._clock()),
             error=error,
         )
+
+
+def _load(seq: Sequence, now: float) -> SequenceLoad:
+    return SequenceLoad(
+        lease_id="" if seq.lease is None else seq.lease.lease_id,
+        age_s=now - seq.arrived_s,
+        prompt_tokens=seq.prompt_tokens,
+        computed_tokens=seq.num_computed,
+        cached_tokens=seq.cached_tokens,
+        total_tokens=seq.num_tokens,
+    )
 
 
 def _step_budget(config: EngineConfig, rank: RankDescription) -> StepBudget | None:

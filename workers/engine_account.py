@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import replace
 
 from kvmesh.workers.cached_blocks import CachedBlocks
 from kvmesh.workers.engine import Engine
-from kvmesh.workers.engine_thread import Report
+from kvmesh.workers.engine_thread import EngineNews
 from kvmesh.workers.lease_book import LeaseBook
-from kvmesh.workers.loads import EngineLoads
+from kvmesh.workers.loads import EngineLoads, StepTime
+
+MAX_STEPS = 1 << 14  # that nobody has taken
 
 
 class EngineAccount:
@@ -24,10 +27,17 @@ class EngineAccount:
         self.blocks = CachedBlocks()
         self.loads = EngineLoads()
         self.loads_current = False
+        self._steps: deque[StepTime] = deque(maxlen=MAX_STEPS)
 
-    def note(self, report: Report) -> None:
+    def note(self, report: EngineNews) -> None:
         """A report of the engine, made after all that the book has heard of."""
-        loads, pages = report
-        self.loads = replace(loads, leases=self.book.leases)
+        self.loads = replace(report.loads, leases=self.book.leases)
         self.loads_current = True
-        self.blocks.note(pages)
+        self.blocks.note(report.pages)
+        self._steps.extend(report.steps)
+
+    def take_steps(self) -> list[StepTime]:
+        """The steps since the last call, or the latest of them."""
+        taken = list(self._steps)
+        self._steps.clear()
+        return taken

@@ -12,10 +12,10 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import NamedTuple, Protocol, Self
 
 from kvmesh.workers.engine import Engine
-from kvmesh.workers.loads import EngineLoads
+from kvmesh.workers.loads import EngineLoads, StepTime
 from kvmesh.workers.request import SequenceDelta
 
 logger = logging.getLogger(__name__)
@@ -24,8 +24,22 @@ logger = logging.getLogger(__name__)
 LOADS_PERIOD_S = 0.05
 
 Command = Callable[[Engine], SequenceDelta | None]
-# The engine's load, and the cached blocks that were added or dropped since the last report.
-Report = tuple[EngineLoads, Mapping[bytes, bool]]
+
+
+class EngineNews(NamedTuple):
+    """What an engine publishes from time to time.
+
+    pages: cached blocks that were added or dropped since the last report
+    steps: those since the last report
+    """
+
+    loads: EngineLoads
+    pages: Mapping[bytes, bool]
+    steps: list[StepTime]
+
+    @classmethod
+    def of(cls, engine: Engine) -> Self:
+        return cls(engine.loads(), engine.take_page_changes(), engine.take_step_times())
 
 
 class EngineListener(Protocol):
@@ -33,7 +47,7 @@ class EngineListener(Protocol):
 
     def engine_started(self, engine: Engine) -> None: ...
 
-    def engine_output(self, deltas: list[SequenceDelta], report: Report | None) -> None:
+    def engine_output(self, deltas: list[SequenceDelta], report: EngineNews | None) -> None:
         """report: made after the deltas"""
 
     def engine_failed(self, error: Exception) -> None:
@@ -111,10 +125,10 @@ class EngineThread:
     ) -> None:
         """report: in any case, not only when one is due"""
         now = time.monotonic()
-        made: Report | None = None
+        made: EngineNews | None = None
         if report or not engine.has_work or now - self._loads_made_s > LOADS_PERIOD_S:
             self._loads_made_s = now
-            made = engine.loads(), engine.take_page_changes()
+            made = EngineNews.of(engine)
         self._post(self._listener.engine_output, deltas, made)
 
     def _post(self, callback: Callable[..., None], *args: object) -> None:

@@ -15,6 +15,7 @@ class RankDescription(msgspec.Struct, tag="description", frozen=True):
     hot_page_bytes, sealed_page_bytes: of one page on this rank
     kv_budget_bytes: its memory that is left for KV
     device: cpu or cuda
+    gpu_uuid: as NVML writes it, "" on CPUs
     """
 
     model: str
@@ -30,6 +31,7 @@ class RankDescription(msgspec.Struct, tag="description", frozen=True):
     kv_budget_bytes: int
     head_dim: int
     device: str = "cpu"
+    gpu_uuid: str = ""
 
 
 class Allocation(msgspec.Struct, tag="allocation", frozen=True):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +20,7 @@ from kvmesh.workers.blame import Blame
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.engine import Engine
 from kvmesh.workers.engine_account import EngineAccount
-from kvmesh.workers.engine_thread import EngineThread, Report
+from kvmesh.workers.engine_thread import EngineNews, EngineThread
 from kvmesh.workers.errors import (
     EngineDrainingError,
     EngineError,
@@ -58,6 +59,7 @@ class EngineLeader:
     """Runs an Engine; all public methods belong to one event loop.
 
     on_change: called when the account has changed or there is a new report
+    divergence_nats: of the KV format, as the probe measured it; None without one
     `failed` is set when the engine cannot continue: every live sequence has then ended as
     `Blame` says, and the group must be replaced.
     """
@@ -76,6 +78,7 @@ class EngineLeader:
         self._idle.set()
         self._draining = False
         self.failed: Exception | None = None
+        self.divergence_nats: float | None = None
 
     # Life
 
@@ -156,6 +159,12 @@ class EngineLeader:
             self._thread.put(lambda engine: engine.extend(terms))
 
     @property
+    def step_age_s(self) -> float:
+        """How long the current step has taken so far, 0 between two steps."""
+        start_s = None if self._engine is None else self._engine.step_start_s
+        return 0.0 if start_s is None else max(time.monotonic() - start_s, 0.0)
+
+    @property
     def account(self) -> EngineAccount:
         """What it reports. Raises WorkerDiedError, EngineError before it has started."""
         return self._ready()[1]
@@ -165,7 +174,7 @@ class EngineLeader:
     def _make_engine(self) -> Engine:
         """In the engine's thread, when all ranks are ready."""
         head_dim = self._executor.describe()[0].head_dim
-        check_format(self._config, head_dim, self._executor.divergences)
+        self.divergence_nats = check_format(self._config, head_dim, self._executor.divergences)
         return Engine(self._config, self._executor)
 
     def _ready(self) -> tuple[Engine, EngineAccount]:
@@ -177,7 +186,7 @@ class EngineLeader:
 
     # What the engine's thread posts
 
-    def engine_output(self, deltas: list[SequenceDelta], report: Report | None = None) -> None:
+    def engine_output(self, deltas: list[SequenceDelta], report: EngineNews | None = None) -> None:
         """Deliver each client's deltas.
 
         report: noted before clients see that a sequence has ended

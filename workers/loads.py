@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from kvmesh.workers.lease import LeaseTerms
 from kvmesh.workers.sizes import PageGeometry, PageNeed
 
+OLDEST = 8
+
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
@@ -61,10 +63,44 @@ class PoolLoads:
 
 
 @dataclass(frozen=True, slots=True)
+class StepTime:
+    """How long a step took.
+
+    host_s: scheduling, preparing and accounting; device_s: the model
+    token_gap_s: since the previous token of the sequence that waited longest for one of
+        this step's, None if no sequence got a further token
+    """
+
+    host_s: float
+    device_s: float
+    token_gap_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceLoad:
+    """A live sequence.
+
+    lease_id: "" without a lease; age_s: since it was submitted
+    computed_tokens: of total_tokens, which are its prompt and output so far
+    cached_tokens: of the prompt, found in the prefix cache
+    """
+
+    lease_id: str
+    age_s: float = field(compare=False)  # differs with each look
+    prompt_tokens: int
+    computed_tokens: int
+    cached_tokens: int
+    total_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class EngineLoads:
     """A report of an engine: what it runs, holds and has done since it started.
 
     leases: of all live sequences
+    oldest: the sequences that were submitted first, at most OLDEST of them
+    prefill_remaining_tokens: to compute before live sequences get their next token
+    prefill_tokens_total, decode_tokens_total: computed in chunks of prompts, and singly
     """
 
     running: int = 0
@@ -74,6 +110,10 @@ class EngineLoads:
     prompt_tokens_total: int = 0
     completion_tokens_total: int = 0
     cached_tokens_total: int = 0
+    prefill_tokens_total: int = 0
+    decode_tokens_total: int = 0
+    prefill_remaining_tokens: int = 0
     preemptions_total: int = 0
     steps_total: int = 0
+    oldest: tuple[SequenceLoad, ...] = ()
     outcomes_total: dict[str, int] = field(default_factory=dict)

@@ -112,6 +112,7 @@ class Rank:
             kv_budget_bytes=self._kv_budget_bytes(),
             head_dim=self._model.head_dim,
             device=self._device.type,
+            gpu_uuid=_gpu_uuid(self._device),
         )
 
     def allocate(self, allocation: Allocation, *, prepare_decode: bool = True) -> None:
@@ -229,6 +230,12 @@ def _attend_to_nothing(
     layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, args: AttendArgs
 ) -> torch.Tensor:
     return torch.zeros_like(q)
+
+
+def _gpu_uuid(device: torch.device) -> str:
+    if device.type != "cuda":
+        return ""
+    return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
 
 
 def _dtype(config: EngineConfig, device: torch.device) -> torch.dtype:

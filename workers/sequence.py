@@ -44,6 +44,7 @@ class Sequence:
         self.arrived_s = 0.0
         self.started_s: float | None = None
         self.first_token_s: float | None = None
+        self.last_token_s: float | None = None
         self.progress_s = 0.0  # when its progress was reported last
 
     @property

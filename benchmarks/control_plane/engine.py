@@ -5,6 +5,7 @@ Everything else of a group is real: leader, engine, scheduler, pages, leases.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from typing import Any
@@ -54,6 +55,16 @@ class InstantEngine(_Replica):  # type: ignore[misc]
         }
 
 
-def install() -> None:
-    """Have `build_app` deploy the engine without a model. Idempotent."""
+def build(args: dict[str, Any]) -> Any:
+    """The application's builder, with the engine without a model."""
     setattr(app, NAME, InstantEngine)
+    return app.build(args)
+
+
+def install() -> None:
+    """Have clusters deploy the engine without a model. Idempotent."""
+    setattr(app, NAME, InstantEngine)  # older checkouts build the application in this process
+    with contextlib.suppress(ImportError):
+        from kvmesh.cluster import serve_config
+
+        serve_config.BUILDER = f"{__name__}:build"  # type: ignore[misc]

@@ -3,8 +3,8 @@
     python -m benchmarks.control_plane.side OUTPUT [--ingress N] [--seconds S]
 
 Measures the `kvmesh` that the import path finds, and assumes that it has
-  cluster.lifecycle.Cluster, Endpoint, APP_NAME; Cluster calls `progress` before it imports
-      cluster.app, with Serve's variables in the environment
+  cluster.lifecycle.Cluster, Endpoint; Cluster calls `progress` before it imports
+      cluster.app, with Serve's variables in the environment; its application is APP_NAME
   cluster.config.build with the sections `engine`, `ingress`, `router` and `timeouts` below
   cluster.app.EngineReplica (formerly Engine), which makes RankActors(config, resources) and
       uses its `executor` and `close`
@@ -35,9 +35,10 @@ from benchmarks.control_plane.processes import (
     spent_between,
 )
 from kvmesh.cluster.config import ClusterConfig, build
-from kvmesh.cluster.lifecycle import APP_NAME, Cluster, Endpoint
+from kvmesh.cluster.lifecycle import Cluster, Endpoint
 
 T = TypeVar("T")
+APP_NAME = "kvmesh"
 
 GROUP = "engine-0"
 IDLE_S = 5.0

@@ -10,11 +10,14 @@ from kvmesh.cluster.cli import client_commands, generate_commands, server_comman
 from kvmesh.cluster.cli.calibrate_command import calibrate
 from kvmesh.cluster.cli.config_command import config
 from kvmesh.cluster.cli.console import notes
+from kvmesh.cluster.cli.drain_command import drain_node
 from kvmesh.cluster.cli.eval_commands import eval_app
+from kvmesh.cluster.cli.fetch_command import fetch
 from kvmesh.cluster.cli.formats_command import formats
 from kvmesh.cluster.cli.group import EPILOG, CommandGroup
 from kvmesh.cluster.cli.options import QuietOption
 from kvmesh.cluster.cli.simulate_command import PASS_THROUGH, simulate
+from kvmesh.cluster.cli.top_command import top
 from kvmesh.cluster.version import package_version
 
 app = typer.Typer(
@@ -48,11 +51,14 @@ def main(
 app.command("demo")(server_commands.demo)
 app.command("serve")(server_commands.serve)
 app.command("config")(config)
+app.command("drain-node")(drain_node)
+app.command("fetch")(fetch)
 app.command("generate")(generate_commands.generate)
 app.command("chat")(generate_commands.chat)
 app.command("status")(client_commands.status)
 app.command("models")(client_commands.models)
 app.command("loads")(client_commands.loads)
+app.command("top")(top)
 app.command("estimate")(client_commands.estimate)
 app.command("explain")(client_commands.explain)
 app.command("abort")(client_commands.abort)

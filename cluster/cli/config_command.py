@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -27,6 +28,20 @@ def config(
     schema: Annotated[
         bool, typer.Option("--schema", help="Print a JSON Schema of the file, for editors.")
     ] = False,
+    for_serve: Annotated[
+        bool,
+        typer.Option(
+            "--serve",
+            help="Print the configuration of Ray Serve that runs kvmesh with the settings, for "
+            "`serve deploy` and for serveConfigV2 on Kubernetes.",
+        ),
+    ] = False,
+    variables: Annotated[
+        bool,
+        typer.Option(
+            "--variables", help="Print what a shell on every node has to run before Ray starts."
+        ),
+    ] = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -34,8 +49,10 @@ def config(
     from kvmesh.cluster.config import ClusterConfig
     from kvmesh.cluster.config_text import default_yaml, effective_yaml, json_schema, plain
 
-    if effective + schema + (check is not None) > 1:
-        raise typer.BadParameter("give one of --effective, --check and --schema")
+    if effective + schema + for_serve + variables + (check is not None) > 1:
+        raise typer.BadParameter(
+            "give one of --effective, --check, --schema, --serve and --variables"
+        )
     if check is not None and settings.config is not None:
         raise typer.BadParameter("give the file to --check or to --config", param_hint="--check")
     if schema:
@@ -46,6 +63,10 @@ def config(
             print_json({"file": str(check), "valid": True})
         else:
             typer.echo(f"{check} is valid")
+    elif variables:
+        _print_variables(settings, as_json)
+    elif for_serve:
+        _print_for_serve(settings, as_json)
     elif effective or settings.given:
         loaded = settings.load()
         if as_json:
@@ -57,3 +78,24 @@ def config(
         print_json(plain(ClusterConfig()))
     else:
         typer.echo(default_yaml(), nl=False)
+
+
+def _print_variables(settings: ServeSettings, as_json: bool) -> None:
+    from kvmesh.cluster.environment import serve_variables
+
+    variables = serve_variables(settings.load().config)
+    if as_json:
+        print_json(variables)
+    else:
+        typer.echo("\n".join(f"export {name}={value}" for name, value in variables.items()))
+
+
+def _print_for_serve(settings: ServeSettings, as_json: bool) -> None:
+    from kvmesh.cluster.config_text import block_yaml
+    from kvmesh.cluster.serve_config import anywhere, for_nodes, serve_config
+
+    deployed = serve_config(anywhere(for_nodes(settings.load()), os.environ))
+    if as_json:
+        print_json(deployed)
+    else:
+        typer.echo(block_yaml(deployed), nl=False)

@@ -51,6 +51,8 @@ def _announce(endpoint: Endpoint, config: ClusterConfig) -> None:
     notes.print(f"  Python   kvmesh.Client({argument}).generate(…)", markup=False)
     if endpoint.metrics_url:
         notes.print(f"  metrics  {endpoint.metrics_url}")
+    if endpoint.dashboard_url:
+        notes.print(f"  Ray      {endpoint.dashboard_url} asks for a token: ray get-auth-token")
     if config.auth.mode == "none":
         err.print(
             "  [yellow]anyone who can reach this port may send requests (auth: none)[/yellow]"

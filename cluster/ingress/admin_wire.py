@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from kvmesh.cluster.ingress.error_table import count_by_reason
 from kvmesh.cluster.reports import ClusterStatus, EngineReport, LatencyStats
 from kvmesh.v1alpha import admin_pb2 as admin
-from kvmesh.workers.loads import ArenaLoads
+from kvmesh.workers.loads import ArenaLoads, SequenceLoad
 from kvmesh.workers.sizes import PageNeed
 
 
@@ -35,7 +37,9 @@ def groups(status: ClusterStatus) -> admin.ListGroupsResponse:
 def loads(status: ClusterStatus) -> admin.GetLoadsResponse:
     wire = admin.GetLoadsResponse(router=_router(status))
     for group, report in sorted(status.reports.items()):
-        wire.groups.append(_group(group, report, group in status.healthy))
+        made = _group(group, report, group in status.healthy)
+        made.oldest.extend(_sequence(x, status.requests) for x in report.loads.oldest)
+        wire.groups.append(made)
     return wire
 
 
@@ -68,6 +72,20 @@ def _group(group: str, report: EngineReport, healthy: bool) -> admin.GroupLoads:
         time_to_first_token=_latency(report.latencies.time_to_first_token),
         time_per_output_token=_latency(report.latencies.time_per_output_token),
         queue_time=_latency(report.latencies.queue_time),
+    )
+
+
+def _sequence(load: SequenceLoad, requests: Mapping[str, str]) -> admin.SequenceLoads:
+    """requests: tenant/id by lease"""
+    tenant, _, request_id = requests.get(load.lease_id, "").partition("/")
+    return admin.SequenceLoads(
+        tenant=tenant,
+        request_id=request_id,
+        age_s=load.age_s,
+        prompt_tokens=load.prompt_tokens,
+        completion_tokens=load.total_tokens - load.prompt_tokens,
+        computed_tokens=load.computed_tokens,
+        cached_tokens=load.cached_tokens,
     )
 
 
@@ -104,6 +122,7 @@ def _router(status: ClusterStatus) -> admin.RouterLoads:
         refused_total=count_by_reason(router.refused_total),
         audits_total=status.audits_total,
         audit_faults_total=status.audit_faults_total,
+        oldest_wait_s=status.oldest_wait_s,
     )
     for group in router.groups:
         wire.ledger.add(

@@ -43,6 +43,10 @@ class Authenticator:
     """
 
     def __init__(self, keys: Sequence[KnownKey] | None) -> None:
+        self.accept(keys)
+
+    def accept(self, keys: Sequence[KnownKey] | None) -> None:
+        """From now on accept these keys and no others; see the constructor."""
         self._keys = None if keys is None else [(bytes.fromhex(k.sha256), k.caller) for k in keys]
 
     def authenticate(self, metadata: Iterable[tuple[str, str | bytes]]) -> Caller:

@@ -38,6 +38,9 @@ from kvmesh.cluster.routing.errors import (
     RequestIdInUseError,
 )
 from kvmesh.cluster.routing.request import PlaceRequest
+from kvmesh.cluster.telemetry.logs import about
+from kvmesh.cluster.telemetry.meters import IngressMeters
+from kvmesh.cluster.telemetry.traces import NO_TRACE, RequestTrace
 from kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.workers.errors import PoolCapacityError
 from kvmesh.workers.request import EndReason, SequenceDelta, SequenceUsage, TokenIds
@@ -62,6 +65,7 @@ class IngressContext:
     engines: EngineLinks
     codec: TextCodec
     queue_timeout_s: float
+    meters: IngressMeters
     waker: Waker = field(default_factory=Waker)
     clock: Callable[[], float] = time.monotonic
     silence_s: float = SILENCE_S
@@ -74,6 +78,7 @@ class Generation:
     tenant: as authentication found it
     page_hashes: of the prompt's full pages, as the engines' prefix caches know them
     excluded: groups whose KV format the request does not accept
+    trace: of the generation
     """
 
     def __init__(
@@ -85,7 +90,9 @@ class Generation:
         context: IngressContext,
         page_hashes: tuple[bytes, ...] = (),
         excluded: frozenset[str] = frozenset(),
+        trace: RequestTrace = NO_TRACE,
     ) -> None:
+        self._trace = trace
         self.key = f"{tenant}/{spec.request_id}"
         self._spec = spec
         self._prompt_ids = prompt_ids
@@ -129,6 +136,8 @@ class Generation:
         self._usages: list[SequenceUsage] = []
         self._first_token_s: float | None = None
         self._queue_s = 0.0
+        self._queued = False  # since it asked for a place
+        self._prefilling = True  # on this engine
 
     async def events(self) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
         """The replies, in the contract's order; closing the generator ends the request.
@@ -166,7 +175,9 @@ class Generation:
                 self._output.add(pb.GenerateStreamResponse(started=self._started()))
             self._output.end_all(EndReason.ABORT)
         except RequestFaultError as error:
-            logger.error("request %s is not tried again: %s", self.key, error.cause)
+            logger.error(
+                "request %s is not tried again: %s", self.key, error.cause, extra=self._log()
+            )
             raise
         except RequestIdInUseError:
             # With the id that the client gave, without the tenant.
@@ -191,6 +202,8 @@ class Generation:
         usage.failovers = self._failovers.total
         if self._first_token_s is not None:
             usage.time_to_first_token_s = self._first_token_s
+        ends = [choice.finish for choice in self._output.choices]
+        self._trace.finish(usage, [end.reason.value for end in ends if end is not None])
         self._output.add(pb.GenerateStreamResponse(usage=usage))
 
     async def _serve(self) -> None:
@@ -198,6 +211,8 @@ class Generation:
         refusals = 0
         while True:
             request = self._place_request()
+            self._trace.phase("place", prompt_tokens=request.prompt_tokens)
+            self._queued = False
             self._status.queued()
             try:
                 async with self._context.router.place(request, self._note_waiting) as held:
@@ -208,13 +223,19 @@ class Generation:
                     return
             except EngineLostError:
                 assert self._placed is not None
-                logger.warning("request %s lost group %s", self.key, self._placed.group)
+                logger.warning(
+                    "request %s lost group %s", self.key, self._placed.group, extra=self._log()
+                )
+                self._trace.event("engine lost", cause=self._loss.name.lower())
+                self._context.meters.failover(self._placed.group, self._loss.name.lower())
                 self._output.absorb()
                 tokens = sum(len(choice.token_ids) for choice in self._output.choices)
                 self._failovers.note(self._placed.engine.epoch, self._loss, tokens)
             except PoolCapacityError as error:
                 # The ledger was ahead of the group's allocator: retry after a pause.
-                logger.warning("%s was refused by its group: %s", self.key, error)
+                logger.warning(
+                    "%s was refused by its group: %s", self.key, error, extra=self._log()
+                )
                 refusals += 1
                 if not error.retryable or refusals == MAX_REFUSALS:
                     raise
@@ -247,6 +268,8 @@ class Generation:
             self._failovers.suspicion,
         )
         self._link.submit(message, self)
+        if message.suspicion:
+            self._context.meters.quarantined(placed.group)
         held.submitted = True
         try:
             remaining_s = self._remaining_s()
@@ -265,11 +288,12 @@ class Generation:
         if choice is None:
             return  # of a placement that was lost
         if delta.progress is not None:
+            self._trace.event("prefilling", computed_tokens=delta.progress.computed_tokens)
             if self._status.computed(delta.request_id, delta.progress):
                 self._output.send_status()
             return
-        if self._first_token_s is None and delta.token_ids:
-            self._first_token_s = self._context.clock() - self._arrived_s
+        if self._prefilling and delta.token_ids:
+            self._note_first_token()
         if delta.finish_reason is not None:
             self._live.discard(delta.request_id)
             if delta.usage is not None:
@@ -327,14 +351,29 @@ class Generation:
 
     def _note_waiting(self, waiting: Waiting) -> None:
         self._status.queued(waiting.position, waiting.start_s)
+        if not self._queued:
+            self._trace.phase("queue")
+            self._queued = True
+        self._trace.event("waiting", position=waiting.position)
         self._output.send_status()
 
     def _note_placed(self, placed: Placed) -> None:
         first, self._placed = self._placed is None, placed
+        self._prefilling = True
+        self._trace.phase("prefill", group=placed.group, kv_format=placed.engine.kv_format)
         self._queue_s += placed.queue_s
         if first:
             self._output.add(pb.GenerateStreamResponse(started=self._started()))
             self._output.catch_up()
+
+    def _log(self) -> dict[str, str]:
+        return about(self.key, self._placed.group if self._placed else "")
+
+    def _note_first_token(self) -> None:
+        self._prefilling = False
+        self._trace.phase("decode")
+        if self._first_token_s is None:
+            self._first_token_s = self._context.clock() - self._arrived_s
 
     def _started(self) -> pb.Started:
         seed = self._output.choices[0].params.seed

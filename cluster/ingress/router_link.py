@@ -82,6 +82,10 @@ class RouterLink:
         """Keep the connection; runs until cancelled."""
         await stay_connected(self._find, self._identity, TO_INGRESS_FROM_ROUTER, self._connected)
 
+    @property
+    def connected(self) -> bool:
+        return self._connection is not None
+
     @asynccontextmanager
     async def place(
         self, request: PlaceRequest, on_waiting: Callable[[Waiting], None] = _ignore

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 
 from kvmesh.cluster.errors import ContextExceededError, NotReadyError, UnknownModelError
 from kvmesh.cluster.ingress.router_link import RouterLink
@@ -19,11 +20,15 @@ class Served:
     """The cluster's status, as the router last said it.
 
     aliases: other names for the model that requests may use
+    measure: called regularly
     """
 
-    def __init__(self, router: RouterLink, aliases: frozenset[str]) -> None:
+    def __init__(
+        self, router: RouterLink, aliases: frozenset[str], measure: Callable[[], None]
+    ) -> None:
         self._router = router
         self._aliases = aliases
+        self._measure = measure
         self._status: ClusterStatus | None = None
         self._fresh: asyncio.Future[ClusterStatus] | None = None
 
@@ -34,6 +39,7 @@ class Served:
                 await self.refresh()
             except NotReadyError as error:
                 logger.warning("%s", error)
+            self._measure()
             await asyncio.sleep(REFRESH_PERIOD_S)
 
     async def refresh(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
 
 from kvmesh.cluster.errors import (
     DrainingError,
@@ -18,6 +18,7 @@ from kvmesh.cluster.identity import Identity
 from kvmesh.cluster.ingress import admin_wire, served, validate, wire
 from kvmesh.cluster.ingress.codec import TextCodec
 from kvmesh.cluster.ingress.engine_links import EngineLinks
+from kvmesh.cluster.ingress.error_table import reason_label, to_wire
 from kvmesh.cluster.ingress.estimate import estimate_reply, explain_reply
 from kvmesh.cluster.ingress.generation import Generation, IngressContext
 from kvmesh.cluster.ingress.prompts import Prompts
@@ -26,8 +27,9 @@ from kvmesh.cluster.ingress.refuse import refuse
 from kvmesh.cluster.ingress.router_link import RouterLink
 from kvmesh.cluster.ingress.served import Served
 from kvmesh.cluster.link import Address
-from kvmesh.cluster.metrics import IngressMeters
 from kvmesh.cluster.routing.request import PlaceRequest
+from kvmesh.cluster.telemetry.meters import IngressMeters
+from kvmesh.cluster.telemetry.traces import OFF, RequestTrace, Traces
 from kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.v1alpha import admin_pb2 as admin
 from kvmesh.workers.sampling_params import RANGES
@@ -55,7 +57,9 @@ class IngressService:
         model_names: frozenset[str] = frozenset(),
         queue_timeout_s: float = 120.0,
         divergence_nats: Mapping[str, float] = DIVERGENCE_NATS,
+        traces: Traces = OFF,
     ) -> None:
+        self._traces = traces
         self._router = RouterLink(identity, find_router)
         self._engines = EngineLinks(identity)
         self._codec = codec
@@ -63,14 +67,14 @@ class IngressService:
         self._limits = limits
         self._meters = meters
         self._version = version
-        self._served = Served(self._router, model_names)
+        self._served = Served(self._router, model_names, self._measure)
         self._divergence_nats = divergence_nats
         self._tasks: list[asyncio.Task[None]] = []
         self._running = 0
         self._idle = asyncio.Event()
         self._idle.set()
         self._draining = False
-        self._context = IngressContext(self._router, self._engines, codec, queue_timeout_s)
+        self._context = IngressContext(self._router, self._engines, codec, queue_timeout_s, meters)
 
     # Start and stop
 
@@ -114,6 +118,7 @@ class IngressService:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.to_thread(self._traces.close)
 
     # Calls
 
@@ -122,27 +127,22 @@ class IngressService:
     ) -> AsyncGenerator[pb.GenerateStreamResponse, None]:
         """GenerateStream; raises the errors of ingress/error_table.py."""
         self._check_open()
-        await self._context.waker.turn()  # many may arrive at once
-        making = asyncio.ensure_future(self._generation(request, tenant))
-        del request  # it may be large, and the stream long
-        try:
-            while not (await asyncio.wait((making,), timeout=self._context.silence_s))[0]:
-                yield pb.GenerateStreamResponse()  # a long prompt takes its time
-        finally:
-            making.cancel()
-        generation = making.result()
-        self._running += 1
-        self._idle.clear()
-        try:
-            async with contextlib.aclosing(generation.events()) as events:
-                async for event in events:
-                    if event.HasField("usage"):
-                        self._meters.finished(event.usage)
-                    yield event
-        finally:
-            self._running -= 1
-            if not self._running:
-                self._idle.set()
+        with self._traced(request, tenant) as trace:
+            await self._context.waker.turn()  # many may arrive at once
+            making = asyncio.ensure_future(self._generation(request, tenant, trace))
+            del request  # it may be large, and the stream long
+            try:
+                while not (await asyncio.wait((making,), timeout=self._context.silence_s))[0]:
+                    yield pb.GenerateStreamResponse()  # a long prompt takes its time
+            finally:
+                making.cancel()
+            generation = making.result()
+            with self._counted():
+                async with contextlib.aclosing(generation.events()) as events:
+                    async for event in events:
+                        if event.HasField("usage"):
+                            self._meters.finished(event.usage, tenant)
+                        yield event
 
     async def generate(self, request: pb.GenerateRequest, tenant: str) -> pb.GenerateResponse:
         """Generate: a stream's events in one reply."""
@@ -227,11 +227,42 @@ class IngressService:
 
     # Internals
 
+    @contextlib.contextmanager
+    def _traced(self, request: pb.GenerateRequest, tenant: str) -> Iterator[RequestTrace]:
+        """A generation's trace, which is over at the end of the block."""
+        trace = self._traces.begin(request, tenant)
+        del request
+        try:
+            trace.phase("tokenize")
+            yield trace
+        except Exception as error:
+            trace.fail(reason_label(to_wire(error)))
+            raise
+        finally:
+            trace.fail("cancelled")
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        """A generation runs."""
+        self._running += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._running -= 1
+            if not self._running:
+                self._idle.set()
+
+    def _measure(self) -> None:
+        self._meters.state(self._running, self._router.connected)
+
     def _check_open(self) -> None:
         if self._closed:
             raise DrainingError()
 
-    async def _generation(self, request: pb.GenerateRequest, tenant: str) -> Generation:
+    async def _generation(
+        self, request: pb.GenerateRequest, tenant: str, trace: RequestTrace
+    ) -> Generation:
         status = self._served.status_for(request.model)
         self._prompts.check_length(request.prompt, status)
         spec = validate.generation_spec(request, self._limits)
@@ -252,7 +283,7 @@ class IngressService:
         params = validate.fit_context(spec, len(ids), longest)
         hashes = await self._prompts.page_hashes(ids, tenant, spec.cache_salt, info)
         excluded = refused_groups(request, status, self._divergence_nats)
-        return Generation(spec, ids, params, tenant, self._context, hashes, excluded)
+        return Generation(spec, ids, params, tenant, self._context, hashes, excluded, trace)
 
     async def _size(
         self, request: pb.EstimateBudgetRequest, tenant: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -99,6 +100,15 @@ class ScriptedServicer(pb_grpc.KVMeshServicer):
         yield from self._act(request, context)
 
     Generate = Tokenize = Abort = EstimateBudget = Explain = GetModelInfo = GetTenantLoads = _act
+
+
+@contextmanager
+def reserved_port() -> Iterator[int]:
+    """A port that no other process gets, and on which nothing listens but servers of gRPC."""
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # as gRPC's servers do
+        holder.bind(("127.0.0.1", 0))
+        yield holder.getsockname()[1]
 
 
 @contextmanager

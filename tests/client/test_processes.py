@@ -24,7 +24,7 @@ def test_a_forked_child_makes_clients_of_its_own() -> None:
             [sys.executable, "-m", "tests.client.forking", target],
             capture_output=True,
             text=True,
-            timeout=100,
+            timeout=300,
         )
     assert result.stdout.splitlines() == [
         "this client was made before process PID was forked; make another one in it",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-import socket
 import threading
 from typing import Any
 
@@ -35,7 +34,7 @@ from kvmesh import (
 from kvmesh.client.failures import RetryState, error_of
 from kvmesh.client.transport import RpcFailure
 from kvmesh.protos import pb
-from tests.client.servicer import ScriptedServicer, answering, serving
+from tests.client.servicer import ScriptedServicer, answering, reserved_port, serving
 from tests.exercised import Exercised
 
 
@@ -354,14 +353,14 @@ def test_a_server_that_says_that_it_is_not_ready_has_answered() -> None:
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_a_server_that_starts_late_is_found(asynchronous: bool) -> None:
     """On the real clock: the connection is refused until the server listens."""
-    port = free_port()
-    late = threading.Timer(0.5, lambda: late_server.enter_context(serving(SERVICER, port)))
-    with contextlib.ExitStack() as late_server:
+    with reserved_port() as port, contextlib.ExitStack() as late_server:
+        target = f"127.0.0.1:{port}"
+        late = threading.Timer(0.5, lambda: late_server.enter_context(serving(SERVICER, target)))
         late.start()
         if asynchronous:
-            tokens = asyncio.run(tokenize(port))
+            tokens = asyncio.run(tokenize(target))
         else:
-            with Client(port) as client:
+            with Client(target) as client:
                 tokens = client.tokenize("hi")
         late.join()
     assert tokens.token_ids == (1, 2)
@@ -373,9 +372,3 @@ SERVICER = ScriptedServicer(answering(pb.TokenizeResponse(token_ids=[1, 2])))
 async def tokenize(target: str) -> Tokens:
     async with AsyncClient(target) as client:
         return await client.tokenize("hi")
-
-
-def free_port() -> str:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{found.getsockname()[1]}"

@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -41,11 +42,12 @@ from kvmesh.cluster.messages import (
     Submit,
     Waiting,
 )
-from kvmesh.cluster.metrics import EngineMeters, IngressMeters, RouterMeters
 from kvmesh.cluster.router_service import RouterService, _RouterPeer
 from kvmesh.cluster.routing.config import RouterConfig
 from kvmesh.cluster.routing.outcome import Granted, Grown, Outcome, Placement
 from kvmesh.cluster.routing.request import PlaceRequest
+from kvmesh.cluster.telemetry.meters import EngineMeters, IngressMeters, RouterMeters
+from kvmesh.cluster.telemetry.table import Kind, Metric
 from kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.workers.errors import InvalidFieldError
 from kvmesh.workers.leader import EngineLeader
@@ -61,6 +63,7 @@ IDENTITY = Identity.make()
 FIRST = ord("A")
 KEY = "the-key"
 TENANT = "tenant"
+PATIENCE_S = 120.0  # with what must happen, however busy the machine is
 
 
 def text_of(tokens: Iterable[int]) -> str:
@@ -100,23 +103,40 @@ class LetterCodec:
         return LetterStream()
 
 
-class NoMeters:
-    def inc(self, value: float, tags: Mapping[str, str]) -> None: ...
+class SeenMeters:
+    """Meters that keep what was recorded, by metric and labels in the table's order.
 
-    def set(self, value: float, tags: Mapping[str, str]) -> None: ...
+    Counters add up, gauges keep the latest value, histograms count.
+    """
 
-    def observe(self, value: float, tags: Mapping[str, str]) -> None: ...
+    def __init__(self) -> None:
+        self.values: dict[str, dict[tuple[str, ...], float]] = {}
 
-    def counter(self, name: str, description: str, tags: Sequence[str]) -> NoMeters:
-        return self
+    def __call__(self, metric: Metric) -> _SeenMeter:
+        return _SeenMeter(metric, self.values.setdefault(metric.name, {}))
 
-    def gauge(self, name: str, description: str, tags: Sequence[str]) -> NoMeters:
-        return self
+    def of(self, metric: Metric, *labels: str) -> float | None:
+        """labels: in the table's order; None if nothing was recorded"""
+        return self.values.get(metric.name, {}).get(labels)
 
-    def histogram(
-        self, name: str, description: str, tags: Sequence[str], buckets: Sequence[float]
-    ) -> NoMeters:
-        return self
+
+class _SeenMeter:
+    def __init__(self, metric: Metric, values: dict[tuple[str, ...], float]) -> None:
+        self._metric = metric
+        self._values = values
+
+    def record(self, value: float, labels: Mapping[str, str]) -> None:
+        assert sorted(labels) == sorted(self._metric.label_names), self._metric.name
+        key = tuple(labels[name] for name in self._metric.label_names)
+        match self._metric.kind:
+            case Kind.COUNTER:
+                assert value > 0, f"{self._metric.name}: Ray refuses {value}"
+                self._values[key] = self._values.get(key, 0.0) + value
+            case Kind.GAUGE:
+                self._values[key] = value
+            case Kind.HISTOGRAM:
+                assert value >= 0
+                self._values[key] = self._values.get(key, 0.0) + 1
 
 
 class WatchedEngine(EngineService):
@@ -128,8 +148,9 @@ class WatchedEngine(EngineService):
         executor: GatedExecutor,
         find_router: Callable[[], Awaitable[Address]],
     ) -> None:
+        self.meters = SeenMeters()
         super().__init__(
-            name, CONFIG, executor, EngineMeters(NoMeters(), name), IDENTITY, find_router
+            name, CONFIG, executor, EngineMeters(self.meters, name), IDENTITY, find_router
         )
         self.refusals: list[Exception] = []
         self.submitted: list[Submit] = []
@@ -197,7 +218,9 @@ class WatchedRouter(RouterService):
         groups: Iterable[str] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        super().__init__(config, RouterMeters(NoMeters()), groups=list(groups), clock=clock)
+        self.meters = SeenMeters()
+        meters = RouterMeters(self.meters, [TENANT])
+        super().__init__(config, meters, groups=list(groups), clock=clock)
         self.placed: list[PlaceRequest] = []
         self.granted: list[Placement] = []
         self.lease_ends: Counter[str] = Counter()
@@ -274,25 +297,33 @@ class WatchedRouter(RouterService):
 
 
 class Machine:
-    """A cluster with `groups` engines, a router and one ingress."""
+    """A cluster with `groups` engines, a router and one ingress.
 
-    def __init__(self, groups: int, config: RouterConfig, budget: int) -> None:
+    clock: of the router and of the requests
+    """
+
+    def __init__(
+        self, groups: int, config: RouterConfig, budget: int, clock: Callable[[], float]
+    ) -> None:
         names = [f"g{index}" for index in range(groups)]
-        self.router = WatchedRouter(config, names)
+        self._clock = clock
+        self.router = WatchedRouter(config, names, clock)
         self.executors = {name: GatedExecutor(budget) for name in names}
         self.engines = {
             name: WatchedEngine(name, executor, self.find_router)
             for name, executor in self.executors.items()
         }
         self.replaced: list[WatchedEngine] = []
+        self.meters = SeenMeters()  # the ingress's
         self.ingress = IngressService(
             IDENTITY,
             self.find_router,
             LetterCodec(),
             Limits(),
-            IngressMeters(NoMeters()),
+            IngressMeters(self.meters, [TENANT]),
             version="0",
         )
+        self.ingress._context = replace(self.ingress._context, clock=clock)
 
     @property
     def leaders(self) -> dict[str, EngineLeader]:
@@ -319,7 +350,7 @@ class Machine:
     async def new_router(self, config: RouterConfig | None = None) -> WatchedRouter:
         """Kill the router, and replace it with a new one."""
         self.router.die()
-        self.router = WatchedRouter(config or self.router.router.config, self.engines)
+        self.router = WatchedRouter(config or self.router.router.config, self.engines, self._clock)
         await self.router.listen()
         await self.until(lambda: len(self.router._groups) == len(self.engines))
         return self.router
@@ -349,8 +380,22 @@ class Machine:
     def stream(self, request: pb.GenerateRequest) -> AsyncGenerator[pb.GenerateStreamResponse]:
         return self.ingress.generate_stream(request, TENANT)
 
+    async def permit_end(self, sequences: int = 1) -> None:
+        """Permit the last steps, once the engines know that `sequences` have been ended.
+
+        A lease that is withdrawn counts as one. With permits before that, steps could use them
+        up, and the engine would not come to the end.
+        """
+
+        def ended() -> int:
+            engines = self.engines.values()
+            return sum(len(x.ended) + len(x._account.withdrawn) for x in engines)
+
+        await self.until(lambda: ended() >= sequences)
+        self.allow(3)
+
     async def until(self, holds: Callable[[], bool]) -> None:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_S):
             while not holds():
                 await asyncio.sleep(0)
 
@@ -376,7 +421,7 @@ class Machine:
             assert ends == 1 or lease_id in self.router.voided, f"{lease_id} ended {ends} times"
         for leader in self.leaders.values():
             if leader.failed is None:
-                await asyncio.wait_for(leader._idle.wait(), 20)
+                await asyncio.wait_for(leader._idle.wait(), PATIENCE_S)
                 await self.until(lambda: leader.account.loads_current)  # noqa: B023
                 loads = leader.account.loads
                 assert (loads.running, loads.waiting, loads.leases) == (0, 0, ())
@@ -391,7 +436,7 @@ class ScriptedIngress:
         self._connections: list[Link] = []
 
     async def answer(self) -> object:
-        return await asyncio.wait_for(self._answers.get(), 20)
+        return await asyncio.wait_for(self._answers.get(), PATIENCE_S)
 
     def received(self, message: object) -> None:
         if not isinstance(message, Waiting):
@@ -431,10 +476,13 @@ async def scripted_ingress(built: Machine) -> ScriptedIngress:
 
 @asynccontextmanager
 async def machine(
-    groups: int = 1, config: RouterConfig | None = None, budget: int = 400
+    groups: int = 1,
+    config: RouterConfig | None = None,
+    budget: int = 400,
+    clock: Callable[[], float] = time.monotonic,
 ) -> AsyncGenerator[Machine]:
     """A running cluster, which must be at rest in the end. budget: of each engine's memory"""
-    built = Machine(groups, config or RouterConfig(), budget)
+    built = Machine(groups, config or RouterConfig(), budget, clock)
     await built.start()
     try:
         yield built

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import os
 import stat
@@ -16,7 +17,14 @@ from kvmesh.cluster import keys
 from kvmesh.cluster.config import AuthSection, TenantKey
 from kvmesh.cluster.errors import UnauthenticatedError
 from kvmesh.cluster.ingress.authenticate import ANONYMOUS, Authenticator, Caller, KnownKey, hash_key
-from kvmesh.cluster.keys import LOCAL, ensure_key, known_keys, local_key
+from kvmesh.cluster.keys import (
+    LOCAL,
+    ensure_key,
+    follow_keys,
+    known_keys,
+    local_key,
+    with_local_key,
+)
 from kvmesh.workers.errors import ConfigError
 
 KEYS = {"alpha-key": Caller("alpha"), "beta-key": Caller("beta", admin=True)}
@@ -119,7 +127,7 @@ def test_the_first_start_creates_a_key_that_only_its_owner_can_read(tmp_path: Pa
     path = key_path(environ)
     before = os.umask(0)
     try:
-        found = known_keys(AuthSection(), environ)
+        found = known_keys(with_local_key(AuthSection(), environ))
     finally:
         os.umask(before)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
@@ -144,7 +152,7 @@ def test_a_key_that_others_may_read_is_refused(tmp_path: Path, mode: int) -> Non
     ensure_key(path)
     path.chmod(mode)
     with pytest.raises(CredentialsError, match="open to others"):
-        known_keys(AuthSection(key_file=path), {})
+        with_local_key(AuthSection(key_file=path), {})
 
 
 def test_a_key_created_by_another_server_in_between_is_used(
@@ -174,16 +182,114 @@ def test_a_key_that_cannot_be_created_is_a_configuration_error(tmp_path: Path) -
 def test_configured_keys_replace_the_local_key(tmp_path: Path) -> None:
     environ = environ_of(tmp_path)
     auth = AuthSection(keys=(TenantKey(tenant="a", sha256=hash_key("k")),))
-    assert known_keys(auth, environ) == [known("k", Caller("a"))]
+    assert known_keys(with_local_key(auth, environ)) == [known("k", Caller("a"))]
     auth = AuthSection(keys=(TenantKey(tenant="a", sha256=hash_key("k"), admin=True),))
-    assert known_keys(auth, environ) == [known("k", Caller("a", admin=True))]
+    assert known_keys(with_local_key(auth, environ)) == [known("k", Caller("a", admin=True))]
     assert local_key(auth, environ) is None
     assert not key_path(environ).exists()
 
 
 def test_authentication_is_on_unless_it_is_turned_off(tmp_path: Path) -> None:
     environ = environ_of(tmp_path)
-    assert known_keys(AuthSection(mode="none"), environ) is None
+    assert known_keys(with_local_key(AuthSection(mode="none"), environ)) is None
     assert local_key(AuthSection(mode="none"), environ) is None
     assert AuthSection().mode == "api_key"
     assert not key_path(environ).exists()
+
+
+# Keys in a directory
+
+
+def write_keys(directory: Path, **files: str) -> None:
+    """files: by name, in which __ stands for a dot"""
+    for name, content in files.items():
+        path = directory / name.replace("__", ".")
+        draft = directory / ".draft"
+        draft.write_text(content)
+        draft.chmod(0o440)
+        draft.replace(path)
+
+
+def test_a_directory_has_a_file_for_each_tenant(tmp_path: Path) -> None:
+    write_keys(tmp_path, a="old\n\n  new  \n", ops__admin="root\n", __draft="no")
+    auth = AuthSection(
+        key_directory=tmp_path, keys=(TenantKey(tenant="b", sha256=hash_key("hashed")),)
+    )
+    assert with_local_key(auth, {}) == auth
+    assert local_key(auth, {}) is None
+    assert known_keys(auth) == [
+        known("hashed", Caller("b")),
+        known("old", Caller("a")),
+        known("new", Caller("a")),
+        known("root", Caller("ops", admin=True)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "mode", "problem"),
+    [
+        (None, 0o600, "there are no keys in"),
+        (b"\n", 0o600, "there are no keys in"),
+        (b"k\n", 0o604, "open to everyone"),
+        (b"k k\n", 0o600, "printable ASCII"),
+        ("k\xe9".encode(), 0o600, "not ASCII"),
+        (b"k\n" * (1 << 20), 0o600, "larger than 1 MiB"),
+    ],
+)
+def test_a_directory_without_usable_keys_is_refused(
+    tmp_path: Path, content: bytes | None, mode: int, problem: str
+) -> None:
+    if content is not None:
+        (tmp_path / "a").write_bytes(content)
+        (tmp_path / "a").chmod(mode)
+    with pytest.raises(ConfigError, match=problem) as caught:
+        known_keys(AuthSection(key_directory=tmp_path))
+    assert caught.value.field == "auth.key_directory"
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_a_directory_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot read .*/none") as caught:
+        known_keys(AuthSection(key_directory=tmp_path / "none"))
+    assert caught.value.field == "auth.key_directory"
+
+
+async def test_keys_are_read_again_and_a_broken_file_changes_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_keys(tmp_path, a="old\n")
+    auth = AuthSection(key_directory=tmp_path)
+    authenticator = Authenticator(known_keys(auth))
+    following = asyncio.create_task(follow_keys(auth, authenticator, period_s=0.001))
+
+    def accepts(key: str) -> bool:
+        try:
+            return authenticator.authenticate(bearer(key)) == Caller("a")
+        except UnauthenticatedError:
+            return False
+
+    async def until_accepted(key: str) -> None:
+        async with asyncio.timeout(20):
+            while not accepts(key):
+                await asyncio.sleep(0.001)
+
+    write_keys(tmp_path, a="old\nnew\n")
+    await until_accepted("new")
+    assert accepts("old")
+    write_keys(tmp_path, b="two words\n")
+    write_keys(tmp_path, a="last\n")
+    async with asyncio.timeout(20):
+        while not caplog.records:
+            await asyncio.sleep(0.001)
+    assert accepts("new") and not accepts("last")
+    assert str(tmp_path / "b") in caplog.text and "two" not in caplog.text
+    (tmp_path / "b").unlink()
+    await until_accepted("last")
+    assert not accepts("new") and not accepts("old")
+    following.cancel()
+
+
+async def test_without_a_directory_nothing_is_followed() -> None:
+    auth = AuthSection(keys=(TenantKey(tenant="a", sha256=hash_key("k")),))
+    async with asyncio.timeout(20):
+        await follow_keys(auth, Authenticator(known_keys(auth)))

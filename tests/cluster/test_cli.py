@@ -92,6 +92,16 @@ def test_results_as_json_are_all_that_is_on_stdout(
     assert run(*command).exit_code == ExitCode.DONE
 
 
+def test_top_prints_one_picture_if_nobody_watches(fake: FakeServer) -> None:
+    for arguments in (("top", "--once"), ("top",)):
+        result = run(*arguments, "--interval", "0.1")
+        assert result.exit_code == ExitCode.DONE, result.output
+        assert "0 of 0 groups up" in result.stdout and "\x1b" not in result.stdout
+    fake.fail(sdk.PermissionDeniedError("this call needs an admin key"))
+    refused = run("top", "--once")
+    assert refused.exit_code != ExitCode.DONE and "admin key" in refused.stderr
+
+
 def test_json_has_the_names_of_the_sdk(fake: FakeServer) -> None:
     status = json.loads(run("status", "--json").stdout)
     assert status["model"]["model"] == "fake"

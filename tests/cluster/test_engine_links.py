@@ -147,7 +147,7 @@ async def test_all_requests_use_one_connection_to_an_engine(
     tasks[0].cancel()  # the others still wait for it
     await asyncio.sleep(0)
     proceed.set()
-    first, other = await asyncio.wait_for(asyncio.gather(*tasks[1:]), 10)
+    first, other = await asyncio.wait_for(asyncio.gather(*tasks[1:]), 60)
     assert first is not other and len(opened) == 2
     assert await links.get("e0", address) is first and len(opened) == 2
     opened[0].closed = True

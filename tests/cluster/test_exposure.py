@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from kvmesh.cluster.haproxy_launcher import hardened
-from kvmesh.cluster.keys import protect_ray_token
+from kvmesh.cluster.keys import protect_ray_token, use_ray_token
 
 
 def template() -> str:
@@ -58,3 +58,20 @@ def test_rays_token_is_its_users_alone(tmp_path: Path, monkeypatch: pytest.Monke
     token.chmod(0o644)
     protect_ray_token({"RAY_AUTH_TOKEN_PATH": "elsewhere"})
     assert stat.S_IMODE(token.stat().st_mode) == 0o644
+
+
+def test_rays_token_is_used_where_there_is_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    def mode(**environ: str) -> str | None:
+        use_ray_token(environ)
+        return environ.get("RAY_AUTH_MODE")
+
+    assert mode() is None
+    assert mode(RAY_AUTH_TOKEN="t") == "token"
+    assert mode(RAY_AUTH_TOKEN_PATH="f") == "token"
+    protect_ray_token({})
+    assert mode() == "token"
+    assert mode(RAY_AUTH_MODE="disabled") == "disabled"

@@ -24,7 +24,7 @@ from kvmesh.cluster.routing.errors import RequestIdInUseError
 from kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.workers.errors import InvalidFieldError, PoolCapacityError, WorkerDiedError
 from kvmesh.workers.sizes import PageNeed
-from tests.cluster.machine import TENANT, Machine, answer, machine, text_of
+from tests.cluster.machine import PATIENCE_S, TENANT, Machine, answer, machine, text_of
 from tests.workers.memory_executor import EOS, expected_output
 from tests.workers.test_leader import MANY
 
@@ -89,7 +89,7 @@ class Received:
 
 async def read(stream: Stream, offsets: dict[int, int] | None = None) -> Received:
     received = Received()
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_S):
         async for event in stream:
             received.take(event, offsets)
     assert received.usage is not None
@@ -99,7 +99,7 @@ async def read(stream: Stream, offsets: dict[int, int] | None = None) -> Receive
 async def read_until(stream: Stream, tokens: int) -> Received:
     """Read until a choice has this many tokens; the stream stays open."""
     received = Received()
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_S):
         while max((len(t) for t in received.tokens.values()), default=0) < tokens:
             received.take(await anext(stream))
     return received
@@ -107,20 +107,14 @@ async def read_until(stream: Stream, tokens: int) -> Received:
 
 async def read_until_finished(stream: Stream) -> Received:
     received = Received()
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_S):
         while not received.finished:
             received.take(await anext(stream))
     return received
 
 
-async def permit_end(built: Machine, sequences: int = 1) -> None:
-    """Permit the last steps, once the engine has been make_request to end `sequences`."""
-    await built.until(lambda: sum(len(x.ended) for x in built.engines.values()) >= sequences)
-    built.allow(3)
-
-
 async def rest_of(stream: Stream, received: Received) -> Received:
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_S):
         async for event in stream:
             received.take(event)
     assert received.usage is not None
@@ -177,7 +171,7 @@ async def test_tokens_that_are_ready_are_sent_together(one: Machine) -> None:
     received.started = pb.Started()
     received.take(await anext(stream))
     one.allow(MANY)
-    await asyncio.wait_for(one.leaders["g0"]._idle.wait(), 20)
+    await asyncio.wait_for(one.leaders["g0"]._idle.wait(), PATIENCE_S)
     await rest_of(stream, received)
     assert received.tokens[0] == answer(PROMPT, 40)
     assert received.deltas < 10
@@ -242,7 +236,7 @@ async def test_a_stop_string_ends_the_sequence_on_the_engine(one: Machine) -> No
     stream = one.stream(make_request(600, stop=[stop]))
     one.allow(cut + 4)
     received = await read_until_finished(stream)
-    await asyncio.gather(rest_of(stream, received), permit_end(one))
+    await asyncio.gather(rest_of(stream, received), one.permit_end())
     assert received.text[0] == whole[:cut]
     assert received.reason() == "stop"
     assert received.finished[0].matched_stop_string == stop
@@ -263,17 +257,16 @@ async def test_a_stop_string_ends_one_choice_while_others_continue(one: Machine)
     stream = one.stream(request)
     one.allow(16)
     received = Received()
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_S):
         while 0 not in received.finished:
             received.take(await anext(stream), {0: 30})
         one.allow(4)
-        while not one.engines["g0"].ended:
-            received.take(await anext(stream), {0: 30})
+        await one.until(lambda: bool(one.engines["g0"].ended))
     assert 1 not in received.finished
     assert one.engines["g0"].ended == one.engines["g0"].sequences[:1]
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_S):
         one.allow(50)  # up to the stop string, not to the end
-        ending = asyncio.ensure_future(permit_end(one, 2))
+        ending = asyncio.ensure_future(one.permit_end(2))
         async for event in stream:
             received.take(event, {0: 30})
         await ending
@@ -310,10 +303,10 @@ async def test_abort_ends_every_choice_of_a_resumed_request(one: Machine) -> Non
     await read_until(stream, 2)
     assert len(one.engines["g0"].sequences) == 2
     assert (await one.ingress.abort(pb.AbortRequest(request_id="r"), TENANT)).aborted
-    one.allow(4)
+    await one.permit_end()
     received = Received()
     received.started = pb.Started()
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_S):
         async for event in stream:
             if not event.HasField("delta"):
                 received.take(event)
@@ -333,7 +326,7 @@ async def test_a_client_that_disconnects_frees_its_pages(one: Machine, tokens: i
     else:
         await anext(stream)
     await stream.aclose()
-    await permit_end(one, sequences=2 if tokens else 0)
+    await one.permit_end(sequences=2 if tokens else 0)
     await one.at_rest()
 
 
@@ -341,11 +334,11 @@ async def test_a_client_that_disconnects_before_its_sequence_has_arrived(one: Ma
     engine = one.engines["g0"]
     engine.hold()
     reader = asyncio.ensure_future(read(one.stream(make_request(600))))
-    await asyncio.wait_for(engine.arrived.wait(), 20)
+    await asyncio.wait_for(engine.arrived.wait(), PATIENCE_S)
     await cancelled(reader)
     assert one.router.lease_ends.total() == 0  # the engine has not received it yet
     engine.deliver_held()
-    await permit_end(one)
+    await one.permit_end()
     await one.at_rest()
     assert engine.ended == engine.sequences
 
@@ -367,7 +360,7 @@ async def test_a_client_that_disconnects_as_its_lease_is_granted(one: Machine) -
     waiting = asyncio.ensure_future(read(one.stream(make_request(10, request_id="w"))))
     await one.until(lambda: one.router.status().router.queue_depth == 1)
     await holders[0].aclose()
-    await permit_end(one)
+    await one.permit_end()
     await one.until(lambda: len(one.router.granted) == 5)
     await cancelled(waiting)
     await one.until(lambda: one.router.lease_ends[one.router.granted[4].lease.lease_id] == 1)
@@ -389,7 +382,7 @@ async def test_abort_ends_a_running_request_and_keeps_its_output(one: Machine) -
     one.allow(5)
     received = await read_until(stream, 3)
     assert (await one.ingress.abort(pb.AbortRequest(request_id="r"), TENANT)).aborted
-    one.allow(3)
+    await one.permit_end()
     await rest_of(stream, received)
     assert received.reason() == "abort"
     assert received.tokens[0] == answer(PROMPT, len(received.tokens[0]))
@@ -551,36 +544,48 @@ async def test_a_final_refusal_by_the_engine_releases_the_lease(
 # Deadlines
 
 
-async def test_a_deadline_after_the_first_token_keeps_the_output(
-    one: Machine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(generation, "DEADLINE_GRACE_S", 0.0)
-    stream = one.stream(make_request(600, timeout_s=4.0))
+def skip(seconds: float) -> None:
+    """Let the event loop's clock jump."""
+    loop = asyncio.get_running_loop()
+    time_s = loop.time
+    loop.time = lambda: time_s() + seconds  # type: ignore[method-assign]
+
+
+async def test_a_deadline_after_the_first_token_keeps_the_output(one: Machine) -> None:
+    stream = one.stream(make_request(600, timeout_s=1000.0))
     one.allow(5)
     received = await read_until(stream, 3)
     # No further step runs, so the engine cannot end it.
-    await asyncio.gather(rest_of(stream, received), permit_end(one))
+    skip(1000.0 + generation.DEADLINE_GRACE_S)
+    await asyncio.gather(rest_of(stream, received), one.permit_end())
     assert received.reason() == "deadline"
     assert received.tokens[0] == answer(PROMPT, len(received.tokens[0]))
 
 
-async def test_a_deadline_before_the_first_token_is_an_error(
-    one: Machine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(generation, "DEADLINE_GRACE_S", 0.0)
+async def test_a_deadline_before_the_first_token_is_an_error(one: Machine) -> None:
+    stream = one.stream(make_request(600, timeout_s=1000.0))
+    assert (await anext(stream)).HasField("started")
+    await one.until(lambda: bool(one.engines["g0"].submitted))
+    skip(1000.0 + generation.DEADLINE_GRACE_S)
     with pytest.raises(RequestDeadlineError):
-        await read(one.stream(make_request(600, timeout_s=0.05)))
-    await permit_end(one)
+        await rest_of(stream, Received())
+    await one.permit_end()
 
 
 async def test_the_engine_ends_an_overdue_sequence(
     one: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generation, "DEADLINE_GRACE_S", 60.0)
-    stream = one.stream(make_request(700, timeout_s=1.0))
+    """The ingress gives it time for that."""
+    monkeypatch.setattr(generation, "DEADLINE_GRACE_S", 1000.0)
+    engine = one.leaders["g0"]._engine
+    assert engine is not None
+    now = 0.0
+    monkeypatch.setattr(engine, "_clock", lambda: now)
+    stream = one.stream(make_request(700, timeout_s=1000.0))
     one.allow(3)
     received = await read_until(stream, 2)
-    await asyncio.sleep(1.0)  # the deadline itself
+    skip(1100.0)
+    now = 1000.0
     one.allow(5)
     await rest_of(stream, received)
     assert received.reason() == "deadline"
@@ -691,7 +696,7 @@ async def test_more_requests_than_fit_all_end(one: Machine) -> None:
         for i, prompt in enumerate(prompts)
     ]
     read_all = asyncio.gather(*(read(one.stream(request)) for request in requests))
-    for i, received in enumerate(await asyncio.wait_for(read_all, 100)):
+    for i, received in enumerate(await asyncio.wait_for(read_all, PATIENCE_S)):
         assert received.tokens[0] == answer(prompts[i], 20 + i % 80)
 
 
@@ -715,7 +720,7 @@ async def test_requests_that_end_in_any_way_leave_nothing(two: Machine) -> None:
                     return
 
     ended = asyncio.gather(*(one_of(i) for i in range(100)), return_exceptions=True)
-    for result in await asyncio.wait_for(ended, 100):
+    for result in await asyncio.wait_for(ended, PATIENCE_S):
         if result is not None:
             assert to_wire(result).code in (4, 8), result  # deadline, over capacity
 

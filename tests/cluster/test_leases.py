@@ -9,9 +9,8 @@ from dataclasses import replace
 
 import pytest
 
-from kvmesh.cluster import router_service
-from kvmesh.cluster.account_link import WITHDRAWN_LIMIT
-from kvmesh.cluster.drain import RouterCalls
+from kvmesh.cluster import account_link, router_service
+from kvmesh.cluster.drain import RouterCalls, RouterContact
 from kvmesh.cluster.errors import DrainingError, EngineLostError
 from kvmesh.cluster.link import Address, connect
 from kvmesh.cluster.messages import (
@@ -30,7 +29,15 @@ from kvmesh.cluster.routing.request import PlaceRequest
 from kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.workers.lease import AccountUpdate, LeaseTerms, PageChanges
 from kvmesh.workers.loads import EngineLoads
-from tests.cluster.machine import IDENTITY, TENANT, Machine, answer, machine, scripted_ingress
+from tests.cluster.machine import (
+    IDENTITY,
+    PATIENCE_S,
+    TENANT,
+    Machine,
+    answer,
+    machine,
+    scripted_ingress,
+)
 from tests.cluster.test_generation import PROMPT, Received, make_request, read, read_until, rest_of
 from tests.workers.test_engine import PAGE
 from tests.workers.test_leader import MANY
@@ -131,7 +138,7 @@ async def test_a_client_that_does_not_read_does_not_delay_its_lease() -> None:
         received = Received()
         received.started = pb.Started()
         received.take(await anext(stream))
-        await asyncio.wait_for(one.leaders["g0"]._idle.wait(), 20)
+        await asyncio.wait_for(one.leaders["g0"]._idle.wait(), PATIENCE_S)
         await rest_of(stream, received)
         assert received.tokens[0] == answer(PROMPT, 200)
         assert received.deltas < 10
@@ -154,7 +161,7 @@ async def test_only_natural_ends_are_learned_from() -> None:
         received = await read_until(stream, 4)
         reply = await one.ingress.abort(pb.AbortRequest(request_id="r"), TENANT)
         assert reply.aborted
-        one.allow(3)
+        await one.permit_end()
         await rest_of(stream, received)
         await one.until(lambda: one.router.learned == [None])
 
@@ -168,7 +175,7 @@ async def test_an_abort_between_placement_and_submission_takes_effect() -> None:
         engine = one.engines["g0"]
         engine.hold()
         reading = asyncio.ensure_future(read(one.stream(make_request(40))))
-        await asyncio.wait_for(engine.arrived.wait(), 20)
+        await asyncio.wait_for(engine.arrived.wait(), PATIENCE_S)
         reply = await one.ingress.abort(pb.AbortRequest(request_id="r"), TENANT)
         assert reply.aborted
         await one.until(lambda: one.leases() == 0)
@@ -275,7 +282,7 @@ async def test_a_waiting_request_is_sent_again_to_a_new_router() -> None:
         await one.until(lambda: one.router.status().router.queue_depth == 1)
         scripted.die()
         await one.new_router()  # what was granted and never submitted is forgotten
-        received = await asyncio.wait_for(reading, 20)
+        received = await asyncio.wait_for(reading, PATIENCE_S)
         assert received.tokens[0] == answer(PROMPT, 30)
 
 
@@ -332,11 +339,14 @@ async def test_leases_with_the_same_prompt_share_its_pages() -> None:
         assert len(one.router.placed) == 4, "an engine has refused"
 
 
-async def test_withdrawn_leases_are_remembered_up_to_a_limit() -> None:
+async def test_withdrawn_leases_are_remembered_up_to_a_limit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(account_link, "WITHDRAWN_LIMIT", 10)
     async with machine() as one:
         engine = one.engines["g0"]
-        engine._account.withdraw(tuple(f"gone-{i}" for i in range(2 * WITHDRAWN_LIMIT)))
-        assert len(engine._account.withdrawn) == WITHDRAWN_LIMIT
+        engine._account.withdraw(tuple(f"gone-{i}" for i in range(25)))
+        assert [*engine._account.withdrawn] == [f"gone-{i}" for i in range(15, 25)]
 
 
 class Zombie:
@@ -368,7 +378,7 @@ async def test_an_engine_that_returns_after_its_replacement_is_sent_away() -> No
     async with machine() as one:
         zombie = Zombie(one, "g0")
         await zombie.greet()
-        await asyncio.wait_for(zombie.lost_router.wait(), 20)
+        await asyncio.wait_for(zombie.lost_router.wait(), PATIENCE_S)
         assert zombie.heard == [Replaced()]
         status = one.router.status()
         assert (status.router.leases, status.audit_faults_total) == (0, 0)
@@ -407,12 +417,12 @@ async def test_draining_refuses_new_requests_and_waits_for_running_ones() -> Non
             left.append(live_requests)
             loop.call_soon_threadsafe(heard.set)
 
-        address = await one.find_router()
-        calls = RouterCalls("no app", IDENTITY)
+        router = RouterContact(await one.find_router(), IDENTITY)
+        calls = RouterCalls("no app")
         draining = asyncio.create_task(
-            asyncio.to_thread(calls.drain, address, 60.0, threading.Event(), report)
+            asyncio.to_thread(calls.drain, router, 60.0, threading.Event(), report)
         )
-        await asyncio.wait_for(heard.wait(), 20)
+        await asyncio.wait_for(heard.wait(), PATIENCE_S)
         await one.until(lambda: one.router.status().draining)
         await one.ingress.refresh()
         with pytest.raises(DrainingError):
@@ -421,7 +431,7 @@ async def test_draining_refuses_new_requests_and_waits_for_running_ones() -> Non
         one.allow(MANY)
         await rest_of(stream, received)
         assert received.tokens[0] == answer(PROMPT, 60)
-        await asyncio.wait_for(draining, 20)
+        await asyncio.wait_for(draining, PATIENCE_S)
         calls.close()
         assert set(left) == {1}
 
@@ -432,9 +442,9 @@ async def test_a_hurried_drain_does_not_wait() -> None:
         one.allow(8)
         await read_until(stream, 4)
         hurry = threading.Event()
-        address = await one.find_router()
-        calls = RouterCalls("no app", IDENTITY)
-        waiting = asyncio.to_thread(calls.drain, address, 60.0, hurry, lambda _: hurry.set())
-        await asyncio.wait_for(waiting, 20)
+        router = RouterContact(await one.find_router(), IDENTITY)
+        calls = RouterCalls("no app")
+        waiting = asyncio.to_thread(calls.drain, router, 60.0, hurry, lambda _: hurry.set())
+        await asyncio.wait_for(waiting, PATIENCE_S)
         calls.close()
         await stream.aclose()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -9,16 +10,29 @@ import sys
 import pytest
 
 from kvmesh.cluster import ports
-from kvmesh.cluster.ports import BLOCK_SIZE, SINGLE_PORTS, take_ports
+from kvmesh.cluster.ports import SINGLE_PORTS, take_ports
 from kvmesh.workers.errors import ConfigError
 
-HOLD = """
+# Apart from the ports of clusters that run meanwhile, and of other runs of these tests.
+BLOCK_SIZE = 40
+FIRST_PORT = 10_000 + os.getpid() % 20 * 480
+END_PORT = FIRST_PORT + 480
+HOLD = f"""
 import sys
+from kvmesh.cluster import ports
 from kvmesh.cluster.ports import take_ports
-block = take_ports("127.0.0.1", {})
+ports.FIRST_PORT, ports.END_PORT, ports.BLOCK_SIZE = {FIRST_PORT}, {END_PORT}, {BLOCK_SIZE}
+block = take_ports("127.0.0.1", {{}})
 print(block.first, flush=True)
 sys.stdin.read()
 """
+
+
+@pytest.fixture(autouse=True)
+def own_ports(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ports, "FIRST_PORT", FIRST_PORT)
+    monkeypatch.setattr(ports, "END_PORT", END_PORT)
+    monkeypatch.setattr(ports, "BLOCK_SIZE", BLOCK_SIZE)
 
 
 def test_blocks_of_processes_that_start_together_do_not_overlap() -> None:
@@ -71,9 +85,10 @@ def test_parts_of_a_block_are_disjoint() -> None:
 
 
 def test_a_chosen_port_belongs_to_one_cluster_before_it_is_bound() -> None:
+    own = take_ports("127.0.0.1", {})
+    port = own.single(0)
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        probe.bind(("127.0.0.1", port))
         with pytest.raises(ConfigError, match=f"{port} is in use"):
             take_ports("127.0.0.1", {"ingress.port": port})
     block = take_ports("127.0.0.1", {"ingress.port": port})
@@ -82,6 +97,7 @@ def test_a_chosen_port_belongs_to_one_cluster_before_it_is_bound() -> None:
     assert caught.value.field == "metrics.port"
     block.release()
     take_ports("127.0.0.1", {"ingress.port": port}).release()
+    own.release()
 
 
 def test_too_many_clusters_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,7 +38,7 @@ class GatedCodec(LetterCodec):
         self.threads.append(threading.get_ident())
         if len(text) >= LONG_TEXT_CHARS:
             self.running.release()
-            assert self.gate.wait(20)
+            assert self.gate.wait(60)
         return super().encode(text[:10])
 
     def encode_chat(self, chat: Conversation) -> npt.NDArray[np.int32]:

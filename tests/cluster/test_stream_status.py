@@ -24,6 +24,7 @@ from kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.workers import engine
 from kvmesh.workers.request import PrefillProgress
 from tests.cluster.machine import (
+    PATIENCE_S,
     TENANT,
     LetterCodec,
     Machine,
@@ -46,8 +47,9 @@ LONG = [i % 50 for i in range(6 * PAGE)]
 
 
 @asynccontextmanager
-async def silent(groups: int = 1, silence_s: float = 60.0) -> AsyncIterator[Machine]:
-    async with machine(groups) as built:
+async def silent(groups: int = 1, silence_s: float = 1000.0) -> AsyncIterator[Machine]:
+    """On a clock that stands still, so that projections of the router do too."""
+    async with machine(groups, clock=lambda: 0.0) as built:
         built.ingress._context = replace(built.ingress._context, silence_s=silence_s)
         yield built
 
@@ -66,13 +68,19 @@ async def fill(built: Machine) -> tuple[ScriptedIngress, list[str]]:
 
 
 async def next_event(stream: Stream) -> pb.GenerateStreamResponse:
-    return await asyncio.wait_for(anext(stream), 20)
+    return await asyncio.wait_for(anext(stream), PATIENCE_S)
 
 
 async def next_queued(stream: Stream) -> pb.Queued:
-    event = await next_event(stream)
+    while (event := await next_event(stream)).WhichOneof("event") is None:
+        pass  # it was silent before it came to the queue
     assert event.WhichOneof("event") == "queued"
     return event.queued
+
+
+async def until_started(stream: Stream) -> None:
+    while not (event := await next_event(stream)).HasField("started"):
+        assert event.WhichOneof("event") in (None, "queued")
 
 
 def kinds(events: list[pb.GenerateStreamResponse]) -> list[str | None]:
@@ -80,7 +88,7 @@ def kinds(events: list[pb.GenerateStreamResponse]) -> list[str | None]:
 
 
 async def all_events(stream: Stream) -> list[pb.GenerateStreamResponse]:
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(PATIENCE_S):
         return [event async for event in stream]
 
 
@@ -156,7 +164,8 @@ async def test_a_waiting_stream_outlasts_its_router() -> None:
     async with silent(silence_s=0.01) as one:
         other, _ = await fill(one)
         stream = one.stream(make_request(5))
-        assert (await next_queued(stream)).HasField("projected_wait_s")
+        while not (await next_queued(stream)).HasField("projected_wait_s"):
+            pass  # the router has not answered yet
         one.router.die()
         for _ in range(3):
             await next_queued(stream)
@@ -179,7 +188,7 @@ class Outbox:
 def make_caller() -> tuple[_Caller, list[Waiting]]:
     outbox = Outbox()
     peer: _RouterPeer = outbox  # type: ignore[assignment]
-    return _Caller(peer, 7), outbox.messages
+    return _Caller(peer, 7, 0.0), outbox.messages
 
 
 def test_a_caller_far_back_hears_of_changes_that_matter_to_it() -> None:
@@ -284,7 +293,7 @@ async def test_a_stream_is_never_silent() -> None:
     """Not while its prompt waits in the engine, nor while its next token is not there."""
     async with silent(silence_s=0.01) as one:
         stream = one.stream(make_request(5, prompt=LONG))
-        assert (await next_event(stream)).HasField("started")
+        await until_started(stream)
         events = [await next_event(stream) for _ in range(3)]
         assert prefilling(events) == [(0, 0, len(LONG))] * 3
         one.allow(6 + 1)
@@ -303,7 +312,7 @@ async def test_a_stream_is_not_silent_while_its_prompt_is_tokenised() -> None:
         encode = codec.encode
 
         def slowly(text: str) -> npt.NDArray[np.int32]:
-            assert tokenising.wait(20)
+            assert tokenising.wait(PATIENCE_S)
             return encode(text)[: len(PROMPT)]
 
         codec.encode = slowly  # type: ignore[method-assign]

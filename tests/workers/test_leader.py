@@ -47,7 +47,7 @@ class GatedExecutor(MemoryExecutor):
         self.permits.release(steps)
 
     def execute(self, plan: StepPlan) -> StepResult:
-        assert self.permits.acquire(timeout=30)
+        assert self.permits.acquire(timeout=60)
         if self.error is not None:
             raise self.error
         return super().execute(plan)
@@ -75,7 +75,7 @@ class Inbox:
         self._arrived.put_nowait(deltas)
 
     async def take(self) -> list[SequenceDelta]:
-        return await asyncio.wait_for(self._arrived.get(), 30)
+        return await asyncio.wait_for(self._arrived.get(), 60)
 
     async def until_end(self, names: set[str]) -> dict[str, list[SequenceDelta]]:
         read: dict[str, list[SequenceDelta]] = {name: [] for name in names}
@@ -90,7 +90,7 @@ class Inbox:
 
 async def idle(leader: EngineLeader) -> None:
     """Wait until no sequence is left, using the drain signal."""
-    await asyncio.wait_for(leader._idle.wait(), 10)
+    await asyncio.wait_for(leader._idle.wait(), 60)
 
 
 async def test_one_client_gets_all_its_sequences() -> None:
@@ -203,7 +203,7 @@ async def test_nothing_works_before_the_start_and_a_failed_start_raises_its_reas
 
     executor.describe = fail  # type: ignore[method-assign]
     with pytest.raises(ConfigError, match="must be 1"):
-        await asyncio.wait_for(leader.start(), 30)
+        await asyncio.wait_for(leader.start(), 60)
     assert leader.failed is error
     await leader.stop()
 
@@ -259,7 +259,7 @@ async def test_drain_waits_for_running_sequences() -> None:
         executor.allow(MANY)
         inbox = Inbox()
         leader.submit([request("a", [3, 4], 20)], inbox.deliver)
-        await asyncio.wait_for(leader.drain(), 10)
+        await asyncio.wait_for(leader.drain(), 60)
         read = await inbox.until_end({"a"})
         assert tokens_of(read["a"]) == expected_output([3, 4], 20)
 

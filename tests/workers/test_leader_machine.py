@@ -15,7 +15,7 @@ from hypothesis import given
 
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.engine import Engine
-from kvmesh.workers.engine_thread import Command
+from kvmesh.workers.engine_thread import Command, EngineNews
 from kvmesh.workers.errors import (
     EngineDrainingError,
     InvalidFieldError,
@@ -24,6 +24,7 @@ from kvmesh.workers.errors import (
 )
 from kvmesh.workers.leader import EngineLeader
 from kvmesh.workers.lease import AccountUpdate, LeaseTerms
+from kvmesh.workers.lease_book import AHEAD_TOKENS
 from kvmesh.workers.request import EndReason, EngineRequest, SequenceDelta
 from kvmesh.workers.sampling_params import SamplingParams
 from tests.exercised import Exercised
@@ -43,6 +44,7 @@ SEEN = Exercised(
         "withdrawals of running leases": 60,
         "withdrawals of leases that never came": 40,
         "growths": 80,
+        "leases nearly used up": 200,
         "sequences that end by themselves": 250,
         "failures with live sequences": 15,
         "failures without": 1,
@@ -69,7 +71,7 @@ class SteppedThread:
         commands, self._commands = self._commands, []
         deltas = [delta for x in commands if (delta := x(self.engine)) is not None]
         deltas += self.engine.step()
-        made = (self.engine.loads(), self.engine.take_page_changes()) if report else None
+        made = EngineNews.of(self.engine) if report else None
         self._leader.engine_output(deltas, made)
 
 
@@ -96,6 +98,9 @@ class LeaderMachine:
         self.ended: dict[str, int | None] = {}
         self.expected_ends: dict[str, int | None] = {}
         self.outputs: dict[str, list[int | None]] = {}
+        # Since they last grew: leases that have asked for pages, and sequences with new tokens.
+        self.asked: set[str] = set()
+        self.noted: set[str] = set()
         self.terms: dict[str, LeaseTerms] = {}  # current, of leases with live sequences
         self.names = itertools.count()
         self.draining: asyncio.Task[None] | None = None
@@ -122,6 +127,7 @@ class LeaderMachine:
         assert self.emitted[name] == live.output[: len(self.emitted[name])]
         reason = delta.finish_reason
         if reason is None:
+            self.noted.add(name)
             return
         if reason is EndReason.LENGTH:
             SEEN.add("sequences that end by themselves")
@@ -233,10 +239,15 @@ class LeaderMachine:
     def grow(self, index: int, pages: int) -> None:
         for name in [*self.terms][index % max(1, len(self.terms)) :][:1]:
             SEEN.add("growths")
-            terms = self.terms[name]
-            more = min(terms.sealed_pages + pages % 3, terms.max_sealed_pages)
-            self.terms[name] = replace(terms, sealed_pages=more)
-            self.leader.extend(self.terms[name])
+            self.extend(name, pages % 3)
+
+    def extend(self, name: str, pages: int) -> None:
+        terms = self.terms[name]
+        more = min(terms.sealed_pages + pages, terms.max_sealed_pages)
+        self.terms[name] = replace(terms, sealed_pages=more)
+        self.leader.extend(self.terms[name])
+        self.asked.discard(name)
+        self.noted -= {f"{name}.{index}" for index in range(terms.sequences)}
 
     def grow_ended(self) -> None:
         for name in self.expected_ends:
@@ -293,27 +304,48 @@ class LeaderMachine:
             assert self.changes > self.changes_before, "the router is not informed"
         self.note(update)
         assert self.ended == self.expected_ends
+        self.audit_wants()
+
+    def audit_wants(self) -> None:
+        """A lease has asked for pages if a sequence is close to using it up, and not before."""
+        for name, terms in self.terms.items():
+            lengths = [
+                len(live.item.prompt_token_ids) + len(self.emitted[sequence])
+                for sequence, live in self.live.items()
+                if live.item.lease is not None
+                and live.item.lease.lease_id == name
+                and sequence in self.noted
+            ]
+            pages = terms.sealed_pages // terms.sequences
+            covered = self.leader.account.info.geometry.tokens_within(pages)
+            due = any(tokens + AHEAD_TOKENS > covered for tokens in lengths)
+            if due and terms.sealed_pages < terms.max_sealed_pages:
+                SEEN.add("leases nearly used up")
+                assert name in self.asked
+            elif lengths and terms.sequences == 1:
+                assert name not in self.asked
 
     def note(self, update: AccountUpdate) -> None:
         for name in [*(terms.lease_id for terms in update.arrived), *update.first_tokens]:
             self.reported[name] += 1
             assert self.reported[name] <= 2, "arrival and first token, once each"
+        for want in update.wants:
+            self.asked.add(want.lease_id)
+            assert want.prompt_tokens == 2 < want.tokens
         for end in update.ended:
             assert end.lease_id not in self.ended
             self.ended[end.lease_id] = end.output_tokens
 
     async def finish(self) -> None:
         for name, terms in [*self.terms.items()]:
-            self.terms[name] = replace(terms, sealed_pages=terms.max_sealed_pages)
-            if self.leader.failed is None:
-                self.leader.extend(self.terms[name])
+            self.extend(name, terms.max_sealed_pages)
         for _ in range(600):
             if not self.live:
                 break
             await self.call("turns", 0, 1)
         assert [*self.live] == [], "these do not end"
         if self.draining is not None:
-            await asyncio.wait_for(self.draining, 10)
+            await asyncio.wait_for(self.draining, 60)
 
 
 NUMBERS = {

@@ -10,9 +10,10 @@ from kvmesh.workers.plan import StepPlan
 from kvmesh.workers.pool_plan import PoolPlan
 from kvmesh.workers.request import EngineRequest
 from kvmesh.workers.sampling_params import SamplingParams
-from kvmesh.workers.scheduler import Scheduler
+from kvmesh.workers.scheduler import Scheduler, _Draft
 from kvmesh.workers.sequence import Sequence
 from kvmesh.workers.sizes import PageGeometry
+from kvmesh.workers.step_budget import StepBudget, StepWork
 
 PAGE = 16
 
@@ -30,12 +31,17 @@ class Bench:
         sink: int = 0,
         recent: int = 0,
         prefix_cache: bool = False,
+        budget: StepBudget | None = None,
     ) -> None:
         self.geometry = PageGeometry(PAGE, sink, recent, 4, 1)
         hot = rows * self.geometry.hot_per_sequence()
         pool = PoolPlan(hot, headroom, sealed, rows)
         self.scheduler = Scheduler(
-            self.geometry, pool, max_num_batched_tokens=tokens, prefix_cache=prefix_cache
+            self.geometry,
+            pool,
+            max_num_batched_tokens=tokens,
+            prefix_cache=prefix_cache,
+            step_budget=budget,
         )
         self.sequences: dict[str, Sequence] = {}
 
@@ -100,19 +106,85 @@ def test_pages_that_running_sequences_still_need_are_not_given_away() -> None:
     assert "c" not in bench.plan()
 
 
-def test_tokens_of_a_sequence_that_is_preempted_go_to_another_in_the_same_step() -> None:
+@pytest.mark.parametrize(
+    "at",
+    [
+        2 * PAGE + 1,  # its token starts a page
+        3 * PAGE,  # its token fills a page, which would be sealed
+    ],
+)
+def test_a_sequence_that_is_preempted_leaves_the_step_and_its_tokens_to_others(at: int) -> None:
     """The youngest decodes, so it comes first; then the oldest needs its pages."""
-    bench = Bench(sealed=2, tokens=6)
+    bench = Bench(sealed=at // PAGE, tokens=6)
     paused = [bench.add(name, 20, lease=LeaseTerms(name, 1, 1, 0, 9)) for name in ("old", "later")]
     while not all(seq.paused for seq in paused):
         bench.plan()
     youngest = bench.add("youngest", 3)
-    while len(youngest.sealed) < 2:
+    while youngest.num_tokens < at:
         assert [*bench.plan()] == ["youngest"]
+    row = youngest.row
     for seq in paused:
         seq.extend(LeaseTerms("grown", 1, 1, 9, 9))
-    assert bench.plan() == {"old": 5, "later": 1}
+    plan = bench.scheduler.schedule()
+    assert plan is not None
+    assert bench.tokens_of(plan) == {"old": 5, "later": 1}
     assert youngest.preemptions == 1
+    assert row not in (*plan.hot.rows, *plan.sealed.rows)
+    assert plan.seal_sealed == plan.sealed.ids, "pages of both that stay"
+
+
+def with_a_twin(*, later: bool) -> tuple[Bench, dict[str, Sequence]]:
+    """Two sequences with the same first page, of which the one decodes and the other, `twin`,
+    computes a prompt; in between one that needs a page; at last one that decodes and has two.
+
+    The next step seals the page of the twins, and the last one has to make room for it.
+    later: they came one after the other, rather than all at the same time
+    """
+    bench = Bench(sealed=3, prefix_cache=False)
+    lease = LeaseTerms("l", 1, 1, 0, 9)
+    first = bench.add("first", 10, token=5, lease=lease)
+    needy = bench.add("needy", 20, lease=lease)
+    twin = bench.add("twin", 10, token=5, lease=lease)
+    for _ in range(10):
+        twin.append(7)  # what the first one generates
+    while not (first.paused and needy.paused and twin.paused):
+        bench.plan()
+    last = bench.add("last", 3)
+    while len(last.sealed) < 2:
+        bench.plan()
+    if not later:
+        for seq in bench.sequences.values():
+            seq.arrived_s = 0.0
+    for seq in (first, needy, twin):
+        seq.extend(LeaseTerms("l", 1, 1, 9, 9))
+    return bench, bench.sequences
+
+
+def test_a_page_that_an_older_one_seals_is_still_shared_after_a_preemption() -> None:
+    bench, sequences = with_a_twin(later=True)
+    plan = bench.scheduler.schedule()
+    assert plan is not None and sequences["last"].preemptions == 1
+    assert sequences["twin"].sealed == sequences["first"].sealed
+    assert len(plan.seal_sealed) == bench.scheduler.cache.sealed.used == 2
+
+
+def test_sequences_of_the_same_age_do_not_rely_on_each_other_in_a_step() -> None:
+    """One of them may be preempted, and its page with it."""
+    bench, sequences = with_a_twin(later=False)
+    bench.scheduler.schedule()
+    assert sequences["last"].preemptions == 1
+    assert sequences["twin"].sealed != sequences["first"].sealed
+
+
+def test_steps_are_numbered_and_preemptions_counted() -> None:
+    bench = Bench(sealed=4)
+    seq = bench.add("a", 3, max_tokens=9)
+    for number in range(1, 4):
+        plan = bench.scheduler.schedule()
+        assert plan is not None and plan.step == number
+        bench.scheduler.commit(plan)
+        bench.scheduler.preempt_youngest()
+        assert seq.preemptions == bench.scheduler.preemptions_total == number
 
 
 def test_hot_headroom_is_shared_by_the_chunks_of_a_step() -> None:
@@ -207,12 +279,85 @@ def test_nobody_shares_what_an_isolated_sequence_seals_in_the_same_step() -> Non
         assert bench.scheduler.cache.sealed.used == pages
 
 
+def test_nobody_finds_what_an_isolated_sequence_has_computed() -> None:
+    bench = Bench(sealed=9, prefix_cache=True)
+    first = bench.add("first", 2 * PAGE + 1, token=5)
+    bench.plan()
+    bench.scheduler.isolate(first)
+    bench.add("second", 2 * PAGE + 1, token=5)
+    assert bench.plan() == {"first": 2 * PAGE + 2, "second": 2 * PAGE + 1}
+
+
+def test_nobody_shares_what_a_preempted_sequence_would_have_sealed_in_this_step() -> None:
+    bench = Bench(sealed=4)
+    first, second = bench.add("first", PAGE, token=5), bench.add("second", PAGE, token=5)
+    digest = first.digests(1)[0]
+    first.row, first.hot, first.sealed = 0, {0: 1}, {0: 2}
+    draft = _Draft(256, 16)
+    draft.add_chunk(first, 0, PAGE)
+    draft.seal(first, 0, digest)
+    assert draft.being_sealed(second, digest) == 2
+    assert (draft.tokens_left, draft.work.prompt_tokens) == (256 - PAGE, PAGE)
+    assert draft.plan(1).seal_pages == [0]
+    draft.undo(first)
+    assert draft.being_sealed(second, digest) is None
+    assert (draft.tokens_left, draft.work) == (256, StepWork())
+    assert not draft.plan(1).chunks and not draft.plan(1).seal_pages
+
+
+def test_a_repeated_prompt_of_whole_pages_and_a_token_computes_the_token_alone() -> None:
+    bench = Bench(sealed=9, prefix_cache=True)
+    for name, computed in (("first", 2 * PAGE + 1), ("second", 1)):
+        bench.add(name, 2 * PAGE + 1, token=5)
+        assert bench.plan()[name] == computed
+
+
+class FixedBudget(StepBudget):
+    """So many tokens of prompts in a step in which a sequence decodes. starts: it was asked for"""
+
+    def __init__(self, prompt_tokens: int) -> None:
+        super().__init__(1.0)
+        self.prompt_tokens = prompt_tokens
+        self.starts: list[int] = []
+
+    def chunk_tokens(self, work: StepWork, start: int) -> int:
+        assert start >= 0
+        self.starts.append(start)
+        return self.prompt_tokens - work.prompt_tokens if work.decoding else 10_000
+
+
+def test_the_budget_of_a_step_limits_its_prompts_and_not_its_decoding() -> None:
+    budget = FixedBudget(8)
+    bench = Bench(sealed=20, tokens=20, budget=budget)
+    bench.add("a", 3)
+    assert bench.plan() == {"a": 3}
+    bench.add("b", 20)
+    bench.add("c", 30)
+    assert bench.plan() == {"a": 1, "b": 8}
+    assert bench.plan() == {"a": 1, "b": 8}
+    assert bench.plan() == {"a": 1, "b": 4, "c": 4}
+    assert {8, 16} <= set(budget.starts)
+    budget.prompt_tokens = 0
+    assert bench.plan() == {"a": 1, "b": 1}
+    budget.prompt_tokens = 10_000
+    assert bench.plan() == {"a": 1, "b": 1, "c": 18}, "the step has no more tokens"
+
+
 def test_the_audit_finds_pages_and_rows_that_nothing_holds() -> None:
     bench = Bench(sealed=4)
     bench.add("a", PAGE + 1)
+    bench.add("b", 1)
     bench.plan()
     bench.scheduler.cache.hot.take()
-    with pytest.raises(AssertionError, match=r"2 hot and 1 sealed pages are in use, 1 hot and 1"):
+    message = (
+        "3 hot and 1 sealed pages are in use, 2 hot and 1 sealed pages held by sequences: "
+        "a holds 1 hot and 1 sealed pages, b holds 1 hot and 0 sealed pages"
+    )
+    with pytest.raises(AssertionError, match=message):
+        bench.scheduler.check()
+    bench = Bench(sealed=4)
+    bench.scheduler.cache.hot.take()
+    with pytest.raises(AssertionError, match=r"0 sealed pages held by .*: no sequence runs"):
         bench.scheduler.check()
     bench = Bench(sealed=4)
     bench.scheduler._free_rows.pop()

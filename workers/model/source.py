@@ -16,7 +16,7 @@ from kvmesh.workers.model.embedded import (
 )
 from kvmesh.workers.model.facts import read_facts, sample_digest
 from kvmesh.workers.model.gguf import check_gguf, convert_gguf, converted_bytes, is_gguf
-from kvmesh.workers.model.store import ModelStore, default_root
+from kvmesh.workers.model.store import ModelStore, default_root, installed_root
 
 Progress = Callable[[str, float | None], None]
 
@@ -89,7 +89,8 @@ def _embedded(store: ModelStore, report: Progress) -> Path:
         gguf.unlink()
         sources.rmdir()
 
-    return store.get(key) or store.make(key, EMBEDDED_NAME, fill, needed_bytes())
+    installed = ModelStore(installed_root()).get(key)
+    return installed or store.get(key) or store.make(key, EMBEDDED_NAME, fill, needed_bytes())
 
 
 def _gguf(file: Path, store: ModelStore, report: Progress) -> Path:

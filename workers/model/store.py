@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,11 @@ _DIGESTED_BYTES = 16 << 20  # larger files are checked only by their size
 def default_root() -> Path:
     """Where converted models are kept on this machine."""
     return cache_directory() / "models"
+
+
+def installed_root() -> Path:
+    """Where models are that came with this Python environment, as in an image; only read."""
+    return Path(sys.prefix) / "share" / "kvmesh" / "models"
 
 
 class ModelStore:
@@ -73,6 +79,7 @@ class ModelStore:
         try:
             fill(partial)
             _write_manifest(partial, name)
+            partial.chmod(0o755)  # an image or a volume may have other users
             entry = self.root / key
             shutil.rmtree(entry, ignore_errors=True)
             partial.rename(entry)

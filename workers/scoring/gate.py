@@ -21,15 +21,18 @@ _MEASURED_AT_ONCE = 3
 Measure = Callable[[list[str]], list[float]]
 
 
-def check_format(config: EngineConfig, head_dim: int, measure: Measure) -> None:
-    """Apply `config.kv_probe`: if the format hurts, warn or raise ConfigError(kv_format)."""
+def check_format(config: EngineConfig, head_dim: int, measure: Measure) -> float | None:
+    """Apply `config.kv_probe`: if the format hurts, warn or raise ConfigError(kv_format).
+
+    Returns the format's divergence in nats, None if it was not measured.
+    """
     chosen = get_format(config.kv_format)
     if config.kv_probe == "off" or chosen.name == "exact":
-        return
+        return None
     (kl_nats,) = measure([chosen.name])
     if kl_nats <= LIMIT_NATS:
         logger.info("KV format %s: mean KL %.4f nats from exact", chosen.name, kl_nats)
-        return
+        return kl_nats
     logger.info("KV format %s: mean KL %.3f nats; looking for one that fits", chosen.name, kl_nats)
     advice = _advice(alternatives(chosen, config.page_size, head_dim), config, head_dim, measure)
     verdict = (
@@ -39,6 +42,7 @@ def check_format(config: EngineConfig, head_dim: int, measure: Measure) -> None:
     if config.kv_probe == "refuse":
         raise ConfigError("kv_format", f"{verdict} (kv_probe: refuse)")
     logger.warning("KV format %s", verdict)
+    return kl_nats
 
 
 def alternatives(chosen: KVFormat, page_size: int, head_dim: int) -> list[KVFormat]:

@@ -237,6 +237,7 @@ class GroupLoads(_message.Message):
     TIME_TO_FIRST_TOKEN_FIELD_NUMBER: _builtins.int
     TIME_PER_OUTPUT_TOKEN_FIELD_NUMBER: _builtins.int
     QUEUE_TIME_FIELD_NUMBER: _builtins.int
+    OLDEST_FIELD_NUMBER: _builtins.int
     group: _builtins.str
     kv_format: _builtins.str
     healthy: _builtins.bool
@@ -267,6 +268,10 @@ class GroupLoads(_message.Message):
     def time_per_output_token(self) -> Global___LatencySummary: ...
     @_builtins.property
     def queue_time(self) -> Global___LatencySummary: ...
+    @_builtins.property
+    def oldest(self) -> _containers.RepeatedCompositeFieldContainer[Global___SequenceLoads]:
+        """The live sequences that the group has had for longest, oldest first."""
+
     def __init__(
         self,
         *,
@@ -291,14 +296,58 @@ class GroupLoads(_message.Message):
         time_to_first_token: Global___LatencySummary | None = ...,
         time_per_output_token: Global___LatencySummary | None = ...,
         queue_time: Global___LatencySummary | None = ...,
+        oldest: _abc.Iterable[Global___SequenceLoads] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["hot", b"hot", "queue_time", b"queue_time", "sealed", b"sealed", "time_per_output_token", b"time_per_output_token", "time_to_first_token", b"time_to_first_token"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_bytes", b"cached_bytes", "cached_tokens_total", b"cached_tokens_total", "completion_tokens_total", b"completion_tokens_total", "draining", b"draining", "free_bytes", b"free_bytes", "group", b"group", "healthy", b"healthy", "hot", b"hot", "kv_format", b"kv_format", "outcomes_total", b"outcomes_total", "preemptions_total", b"preemptions_total", "prompt_tokens_total", b"prompt_tokens_total", "queue_time", b"queue_time", "running", b"running", "sealed", b"sealed", "steps_total", b"steps_total", "time_per_output_token", b"time_per_output_token", "time_to_first_token", b"time_to_first_token", "total_bytes", b"total_bytes", "used_bytes", b"used_bytes", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_bytes", b"cached_bytes", "cached_tokens_total", b"cached_tokens_total", "completion_tokens_total", b"completion_tokens_total", "draining", b"draining", "free_bytes", b"free_bytes", "group", b"group", "healthy", b"healthy", "hot", b"hot", "kv_format", b"kv_format", "oldest", b"oldest", "outcomes_total", b"outcomes_total", "preemptions_total", b"preemptions_total", "prompt_tokens_total", b"prompt_tokens_total", "queue_time", b"queue_time", "running", b"running", "sealed", b"sealed", "steps_total", b"steps_total", "time_per_output_token", b"time_per_output_token", "time_to_first_token", b"time_to_first_token", "total_bytes", b"total_bytes", "used_bytes", b"used_bytes", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GroupLoads: _TypeAlias = GroupLoads  # noqa: Y015
+
+@_typing.final
+class SequenceLoads(_message.Message):
+    """A live sequence: one choice of a request."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    AGE_S_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    COMPLETION_TOKENS_FIELD_NUMBER: _builtins.int
+    COMPUTED_TOKENS_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    tenant: _builtins.str
+    request_id: _builtins.str
+    """As the client gave it. Both are empty for a request of before the router's start."""
+    age_s: _builtins.float
+    """Since the group has had it."""
+    prompt_tokens: _builtins.int
+    completion_tokens: _builtins.int
+    computed_tokens: _builtins.int
+    """Of prompt_tokens + completion_tokens, those whose KV exists."""
+    cached_tokens: _builtins.int
+    """Of the prompt, those found in the prefix cache."""
+    def __init__(
+        self,
+        *,
+        tenant: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+        age_s: _builtins.float = ...,
+        prompt_tokens: _builtins.int = ...,
+        completion_tokens: _builtins.int = ...,
+        computed_tokens: _builtins.int = ...,
+        cached_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_s", b"age_s", "cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "computed_tokens", b"computed_tokens", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SequenceLoads: _TypeAlias = SequenceLoads  # noqa: Y015
 
 @_typing.final
 class LatencySummary(_message.Message):
@@ -368,6 +417,7 @@ class RouterLoads(_message.Message):
     REFUSED_TOTAL_FIELD_NUMBER: _builtins.int
     AUDITS_TOTAL_FIELD_NUMBER: _builtins.int
     AUDIT_FAULTS_TOTAL_FIELD_NUMBER: _builtins.int
+    OLDEST_WAIT_S_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     queue_length: _builtins.int
     queue_capacity: _builtins.int
@@ -379,6 +429,8 @@ class RouterLoads(_message.Message):
     audits_total: _builtins.int
     """Comparisons of engines' reports with the ledger, and how many found a difference."""
     audit_faults_total: _builtins.int
+    oldest_wait_s: _builtins.float
+    """How long the request that has waited longest has waited, 0 if none waits."""
     @_builtins.property
     def ledger(self) -> _containers.RepeatedCompositeFieldContainer[Global___GroupLedger]: ...
     @_builtins.property
@@ -399,10 +451,11 @@ class RouterLoads(_message.Message):
         refused_total: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         audits_total: _builtins.int = ...,
         audit_faults_total: _builtins.int = ...,
+        oldest_wait_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["audit_faults_total", b"audit_faults_total", "audits_total", b"audits_total", "epoch", b"epoch", "expired_total", b"expired_total", "granted_total", b"granted_total", "leases", b"leases", "ledger", b"ledger", "queue_capacity", b"queue_capacity", "queue_length", b"queue_length", "refused_total", b"refused_total", "released_total", b"released_total"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["audit_faults_total", b"audit_faults_total", "audits_total", b"audits_total", "epoch", b"epoch", "expired_total", b"expired_total", "granted_total", b"granted_total", "leases", b"leases", "ledger", b"ledger", "oldest_wait_s", b"oldest_wait_s", "queue_capacity", b"queue_capacity", "queue_length", b"queue_length", "refused_total", b"refused_total", "released_total", b"released_total"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -33,6 +36,7 @@ from kvmesh.client import (
 )
 from kvmesh.cluster.cli.exits import ExitCode
 from kvmesh.cluster.lifecycle import Endpoint
+from kvmesh.cluster.telemetry.table import METRICS, RAY_LABELS
 from kvmesh.protos import pb, pb_grpc
 from tests.cluster.e2e.harness import (
     POOL_SEQUENCES,
@@ -59,7 +63,7 @@ pytestmark = [
 # One second when idle; more for busy machines.
 FREED_WITHIN_S = 5.0
 QUEUE_LIMIT = 24
-CONFIG = small_config(router={"max_queued": QUEUE_LIMIT})
+CONFIG = small_config(router={"max_queued": QUEUE_LIMIT}, metrics={"tenants": 1})
 
 
 @pytest.fixture(scope="module")
@@ -454,24 +458,13 @@ async def test_a_queued_request_can_time_out_or_be_cancelled(
 
 # Metrics and the command line
 
-METERS = (
-    "ray_kvmesh_tokens_total",
-    "ray_kvmesh_sequences_total",
-    "ray_kvmesh_time_to_first_token_seconds_bucket",
-    "ray_kvmesh_time_per_output_token_seconds_bucket",
-    "ray_kvmesh_engine_queue_seconds_bucket",
-    "ray_kvmesh_pool_pages",
-    "ray_kvmesh_pool_bytes",
-    "ray_kvmesh_sequences{",
-    "ray_kvmesh_preemptions",
-    "ray_kvmesh_requests_total",
-    "ray_kvmesh_request_time_to_first_token_seconds_bucket",
-    "ray_kvmesh_request_queue_seconds_bucket",
-    "ray_kvmesh_router_queue_length",
-    "ray_kvmesh_router_leases",
-    "ray_kvmesh_router_leased_bytes",
-    "ray_kvmesh_groups_healthy",
-)
+# Absent unless something is lost, refused or found in a cache, or has a GPU or a probe.
+RARE = {
+    *("kvmesh_router_refusals_total", "kvmesh_router_refused_bytes_total"),
+    "kvmesh_cached_tokens_total",
+    *("kvmesh_failovers_total", "kvmesh_quarantined_requests_total", "kvmesh_preemptions_total"),
+    *("kvmesh_gpu_utilization_ratio", "kvmesh_gpu_memory_bytes", "kvmesh_group_divergence_nats"),
+}
 
 
 def scrape(endpoint: Endpoint) -> list[str]:
@@ -497,30 +490,74 @@ def test_metrics_and_loads_agree(endpoint: Endpoint, client: Client) -> None:
 
     def agree() -> bool:
         lines = scrape(endpoint)
-        kinds = {
+        totals = {
             "prompt": group.prompt_tokens_total,
             "completion": group.completion_tokens_total,
             "cached": group.cached_tokens_total,
         }
         return (
             all(
-                total(lines, "ray_kvmesh_tokens_total", f'kind="{kind}"') == expected
-                for kind, expected in kinds.items()
+                total(lines, f"ray_kvmesh_{kind}_tokens_total") == expected
+                for kind, expected in totals.items()
             )
             and all(
                 total(lines, "ray_kvmesh_sequences_total", f'outcome="{outcome}"') == count
                 for outcome, count in group.outcomes_total.items()
             )
             and total(lines, "ray_kvmesh_pool_pages", 'state="used"') == 0
-            and total(lines, "ray_kvmesh_pool_pages", 'kind="hot"') == group.hot.total
-            and total(lines, "ray_kvmesh_pool_pages", 'kind="sealed"') == group.sealed.total
+            and total(lines, "ray_kvmesh_pool_pages", 'arena="hot"') == group.hot.total
+            and total(lines, "ray_kvmesh_pool_pages", 'arena="sealed"') == group.sealed.total
             and total(lines, "ray_kvmesh_router_leases") == 0
         )
 
     wait_for(agree, "the Prometheus endpoint agrees with GetLoads", within_s=60, period_s=0.5)
-    lines = scrape(endpoint)
-    missing = [name for name in METERS if not any(line.startswith(name) for line in lines)]
-    assert not missing
+    expected = {name for x in METRICS if x.name not in RARE for name in x.samples}
+
+    def names() -> set[str]:
+        return {line.partition("{")[0] for line in scrape(endpoint)}
+
+    # Each process is collected at its own time.
+    wait_for(
+        lambda: expected <= names(), lambda: f"{expected - names()}", within_s=60, period_s=0.5
+    )
+    assert names() <= {name for metric in METRICS for name in metric.samples}
+
+
+def test_metrics_have_the_labels_of_the_table(endpoint: Endpoint, client: Client) -> None:
+    client.generate("Say something", max_tokens=2)
+    for line in scrape(endpoint):
+        name, labels = re.match(r"(\w+)\{(.*)\} ", line).groups()  # type: ignore[union-attr]
+        metric = next(x for x in METRICS if name in x.samples)
+        found = set(re.findall(r'(\w+)="', labels)) - {"le", "WorkerId"}
+        assert found - set(RAY_LABELS) == set(metric.label_names), line
+
+
+def test_logs_name_requests_and_never_hold_what_they_say(
+    endpoint: Endpoint, client: Client
+) -> None:
+    """Of all processes, Ray's own included."""
+    secret = "xylophonewords"
+    client.generate(secret, max_tokens=4, request_id="a-good-request")
+    with pytest.raises(NeverFitsError):
+        client.generate(f"{secret} " * 1200, max_tokens=8, request_id="too-large")
+    # Below the cluster's directory, as the proxy's socket.
+    directory = Path(os.environ["RAY_SERVE_HAPROXY_SOCKET_PATH"]).parents[1]
+
+    def lines() -> list[dict[str, Any]]:
+        logs = directory.glob("ray/session_latest/logs/serve/replica_kvmesh_ingress_*.log")
+        return [json.loads(line) for path in logs for line in path.read_text().splitlines()]
+
+    def found() -> bool:
+        return any(line.get("request_id") == "too-large" for line in lines())
+
+    wait_for(found, "the refused request is in the log of the ingress")
+    (line,) = [line for line in lines() if line.get("request_id") == "too-large"]
+    assert line["tenant"] == "local"
+    assert endpoint.api_key
+    for path in directory.glob("ray/session_latest/logs/**/*"):
+        if path.is_file():
+            written = path.read_text(errors="replace")
+            assert secret not in written and endpoint.api_key not in written, path
 
 
 def kvmesh(endpoint: Endpoint, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -1,0 +1,114 @@
+"""The application on a Ray cluster: submitting it, and what Serve says about it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from kvmesh.cluster.errors import StartError
+from kvmesh.cluster.serve_config import APP_NAME
+
+
+def submit(config: Mapping[str, Any]) -> None:
+    """Start Serve unless it runs already, and have it run the application.
+
+    config: a `serve_config`
+    Raises StartError. Returns before the application is ready.
+    """
+    from ray import serve
+    from ray.exceptions import RayError
+    from ray.serve.config import HTTPOptions, gRPCOptions
+
+    _quieten_serve()
+    try:
+        serve.start(
+            proxy_location=config["proxy_location"],
+            http_options=HTTPOptions(**config["http_options"]),
+            grpc_options=gRPCOptions(**config["grpc_options"]),
+        )
+        _apply(config, config["applications"])
+    except (RayError, RuntimeError, TimeoutError, ValueError) as error:
+        raise StartError(f"Serve did not start: {_last_error(str(error))}") from error
+    _quieten_serve()
+
+
+def withdraw() -> None:
+    """End the application, and wait until its processes have ended."""
+    from ray import serve
+
+    # First by the configuration, or Serve would start it again when its controller recovers.
+    _apply({}, [])
+    serve.delete(APP_NAME)
+
+
+def _apply(config: Mapping[str, Any], applications: Sequence[Mapping[str, Any]]) -> None:
+    """Have Serve run these applications, and those of others.
+
+    config: the rest of what Serve is given
+    """
+    # A program has no other way to what Ray's dashboard does with a configuration.
+    from ray.serve.context import _get_global_client
+    from ray.serve.schema import ServeDeploySchema
+
+    client = _get_global_client()
+    assert client is not None, "it raises if Serve does not run"
+    everything = [*applications, *_others(client.get_serve_details())]
+    client.deploy_apps(ServeDeploySchema.model_validate({**config, "applications": everything}))
+
+
+def _others(details: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The other applications that were deployed from a configuration: one without them ends them.
+
+    details: of Serve's state
+    """
+    return [
+        application["deployed_app_config"]
+        for name, application in details["applications"].items()
+        if name != APP_NAME and application["source"] == "declarative"
+    ]
+
+
+def is_running() -> bool:
+    """Whether all deployments are healthy. Raises StartError when Serve has given up."""
+    from ray import serve
+    from ray.exceptions import RayError
+    from ray.serve.exceptions import RayServeException
+
+    try:
+        application = serve.status().applications.get(APP_NAME)
+    except (RayError, RayServeException) as error:
+        raise StartError(f"Serve has stopped: {error}") from error
+    if application is None:
+        return False
+    if application.status == "DEPLOY_FAILED":
+        for name, deployment in application.deployments.items():
+            if deployment.status in ("DEPLOY_FAILED", "UNHEALTHY") and deployment.message:
+                raise StartError(f"{name} did not start: {_last_error(deployment.message)}")
+        raise StartError(f"the application did not start: {_last_error(application.message)}")
+    return application.status == "RUNNING"
+
+
+def unready() -> str:
+    """Which deployments are not ready yet, for users."""
+    from ray import serve
+
+    with contextlib.suppress(Exception):  # a progress message must not fail the start
+        app = serve.status().applications.get(APP_NAME)
+        if app is not None:
+            waiting = [n for n, d in app.deployments.items() if d.status != "HEALTHY"]
+            return f"waiting for {', '.join(sorted(waiting))}" if waiting else "almost ready"
+    return "waiting for Serve"
+
+
+def _last_error(trace: str) -> str:
+    """The last line of a traceback that names an error."""
+    lines = [line.strip() for line in trace.splitlines() if line.strip()]
+    errors = [line for line in lines if "Error" in line]
+    return (errors or lines or ["no reason was given"])[-1]
+
+
+def _quieten_serve() -> None:
+    """Hide what Serve logs here: errors that matter are raised, or in its status."""
+    logging.getLogger("ray.serve").setLevel(logging.CRITICAL)

@@ -1,0 +1,1 @@
+"""What a cluster tells its operators: metrics, logs and traces."""

@@ -1,0 +1,221 @@
+"""The table of metrics keeps to Prometheus' conventions, and meters keep to the table."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from itertools import pairwise
+from types import SimpleNamespace
+
+import pytest
+
+from kvmesh.cluster.config import build
+from kvmesh.cluster.routing.config import RouterConfig
+from kvmesh.cluster.routing.errors import QuotaExceededError
+from kvmesh.cluster.routing.fairness import TenantPolicy
+from kvmesh.cluster.telemetry import table
+from kvmesh.cluster.telemetry.gpus import Gpus, GpuUse
+from kvmesh.cluster.telemetry.meters import EngineMeters, IngressMeters, Meters
+from kvmesh.cluster.telemetry.table import BY_NAME, METRICS, RAY_LABELS, Kind, Metric
+from kvmesh.v1 import kvmesh_pb2 as pb
+from tests.cluster.machine import TENANT, Machine, SeenMeters, machine
+from tests.cluster.test_generation import PROMPT
+from tests.repo.imports import ROOT
+
+BASE_UNITS = {"seconds", "bytes", "ratio", "nats"}
+MANY = 10_000
+
+
+def test_each_metric_is_there_once() -> None:
+    assert len(METRICS) == len(BY_NAME) > 30
+
+
+@pytest.mark.parametrize("metric", METRICS, ids=lambda metric: metric.name)
+def test_names_follow_the_conventions(metric: Metric) -> None:
+    assert re.fullmatch("kvmesh(_[a-z]+)+", metric.name)
+    stem = metric.name.removesuffix("_total")
+    assert (stem != metric.name) == (metric.kind is Kind.COUNTER)
+    assert not stem.endswith(("_bucket", "_sum", "_count", "_created"))
+    assert metric.unit in {"", *BASE_UNITS}
+    named = {unit for unit in BASE_UNITS if stem.endswith(f"_{unit}")}
+    assert named == ({metric.unit} - {""})
+    # In OpenMetrics, a counter's family has its name without _total.
+    assert stem == metric.name or stem not in BY_NAME
+    assert metric.help and not metric.help.endswith(".")
+
+
+@pytest.mark.parametrize("metric", METRICS, ids=lambda metric: metric.name)
+def test_labels_and_buckets(metric: Metric) -> None:
+    for label in metric.label_names:
+        assert re.fullmatch("[a-z_]+", label) and label not in {
+            *RAY_LABELS,
+            "le",
+            "job",
+            "instance",
+        }
+    assert bool(metric.buckets) == (metric.kind is Kind.HISTOGRAM)
+    assert all(0 < low < high for low, high in pairwise(metric.buckets))
+    if metric.name.startswith("kvmesh_request_") and "per_output" not in metric.name:
+        assert metric.buckets[-1] == 1800, "half an hour is not the last bucket"
+
+
+def test_every_metric_is_recorded_somewhere() -> None:
+    source = (ROOT / "cluster/telemetry/meters.py").read_text()
+    constants = {name for name, value in vars(table).items() if isinstance(value, Metric)}
+    assert constants == set(re.findall(r"\btable\.([A-Z_]+)", source))
+
+
+def test_totals_are_counted_by_what_they_gain() -> None:
+    seen = SeenMeters()
+    meters = Meters(seen, group="g")
+    for total in (0, 3, 3, 10):
+        meters.total(table.SEQUENCES, total, outcome="stop")
+    meters.total(table.SEQUENCES, 5, outcome="length")
+    assert seen.values == {table.SEQUENCES.name: {("g", "stop"): 10, ("g", "length"): 5}}
+
+
+def test_gpus() -> None:
+    seen = SeenMeters()
+    EngineMeters(seen, "g").gpus([GpuUse(0.5, 6, 4), GpuUse(1.0, 9, 1)])
+    assert seen.of(table.GPU_UTILIZATION, "g", "1") == 1.0
+    assert seen.of(table.GPU_MEMORY, "g", "0", "free") == 4
+
+
+@pytest.mark.parametrize("uuids", [[""], ["GPU-0000"]])
+def test_without_nvml_there_are_no_gpus(uuids: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    import pynvml
+
+    def missing() -> None:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
+
+    monkeypatch.setattr(pynvml, "nvmlInit", missing)
+    assert Gpus(uuids).read() == []
+
+
+def test_gpus_are_read_by_nvml_until_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    import pynvml
+
+    lost = False
+
+    def memory(handle: str) -> SimpleNamespace:
+        if lost:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_GPU_IS_LOST)
+        return SimpleNamespace(used=6, free={"handle of GPU-a": 4, "handle of GPU-b": 3}[handle])
+
+    monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", lambda uuid: f"handle of {uuid}")
+    monkeypatch.setattr(
+        pynvml, "nvmlDeviceGetUtilizationRates", lambda handle: SimpleNamespace(gpu=25)
+    )
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", memory)
+    gpus = Gpus(["GPU-a", "GPU-b"])
+    assert gpus.read() == [GpuUse(0.25, 6, 4), GpuUse(0.25, 6, 3)]
+    lost = True
+    assert gpus.read() == []
+    lost = False
+    assert gpus.read() == [], "one warning is enough"
+
+
+def test_tenants_have_no_metrics_unless_they_are_asked_for() -> None:
+    silent, spoken = SeenMeters(), SeenMeters()
+    for seen, tenants in ((silent, ()), (spoken, ("a",))):
+        meters = IngressMeters(seen, tenants)
+        for tenant in ("a", "b", "c", None):
+            meters.call("Generate", "ok", tenant)
+    assert table.TENANT_REQUESTS.name not in silent.values
+    assert spoken.values[table.TENANT_REQUESTS.name] == {("a", "ok"): 1, ("other", "ok"): 2}
+
+
+def test_the_number_of_tenants_is_bounded() -> None:
+    keys = [{"tenant": name, "sha256": f"{number:064x}"} for number, name in enumerate("abca")]
+    config = {"auth": {"keys": keys}}
+    assert build(config).metered_tenants() == ()
+    assert build({**config, "metrics": {"tenants": 2}}).metered_tenants() == ("a", "b")
+    assert build({**config, "metrics": {"tenants": 9}}).metered_tenants() == ("a", "b", "c")
+    assert build({"metrics": {"tenants": 9}}).metered_tenants() == ("local",)
+
+
+async def generate(built: Machine, max_tokens: int, request_id: str = "") -> pb.Usage:
+    request = pb.GenerateRequest(
+        request_id=request_id,
+        prompt=pb.Prompt(token_ids=pb.TokenIds(ids=PROMPT)),
+        sampling_params=pb.SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True),
+    )
+    events = [event async for event in built.ingress.generate_stream(request, TENANT)]
+    return events[-1].usage
+
+
+async def test_a_request_is_measured_from_end_to_end() -> None:
+    async with machine() as built:
+        built.allow(MANY)
+        usage = await generate(built, 6)
+        engine, seen = built.engines["g0"], built.meters
+        account = engine.leader.account
+        await built.at_rest()
+        await engine._account._measure()
+        built.router._measure()
+    for metric in (
+        table.REQUEST_QUEUE,
+        table.REQUEST_DURATION,
+        table.FIRST_TOKEN,
+        table.OUTPUT_TOKEN,
+    ):
+        assert seen.of(metric, "g0") == 1, metric.name
+    assert seen.of(table.TENANT_TOKENS, TENANT, "prompt") == len(PROMPT)
+    assert seen.of(table.TENANT_TOKENS, TENANT, "completion") == usage.completion_tokens == 6
+    of = engine.meters.of
+    assert of(table.PROMPT_TOKENS, "g0") == len(PROMPT)
+    assert of(table.COMPLETION_TOKENS, "g0") == 6
+    # Each token but the last one is computed: prompts in chunks, others one in a step.
+    assert of(table.COMPUTED_TOKENS, "g0", "prefill") == len(PROMPT)
+    assert of(table.COMPUTED_TOKENS, "g0", "decode") == of(table.INTER_TOKEN, "g0") == 5
+    steps = account.loads.steps_total
+    assert of(table.STEP, "g0", "host") == of(table.STEP, "g0", "device") == steps
+    assert of(table.SEQUENCES, "g0", "length") == 1
+    assert of(table.SEQUENCE_PREFILL, "g0") == of(table.SEQUENCE_QUEUE, "g0") == 1
+    assert of(table.LIVE_SEQUENCES, "g0", "running") == of(table.PREFILL_LEFT, "g0") == 0
+    assert of(table.STEP_AGE, "g0") == 0
+    router = built.router.meters.of
+    assert router(table.DECISION) == 1
+    assert router(table.LEASE_EVENTS, "granted") == router(table.LEASE_EVENTS, "released") == 1
+    assert router(table.GROUP_UP, "g0") == 1
+    assert router(table.TENANT_BYTES, TENANT) == router(table.LEDGER, "g0", "leased") == 0
+    capacity = account.info.capacity_bytes
+    assert router(table.LEDGER, "g0", "free") == capacity
+
+
+async def test_refusals_are_counted_with_their_bytes() -> None:
+    config = RouterConfig(tenants={TENANT: TenantPolicy(quota_bytes=1)})
+    async with machine(config=config) as built:
+        with pytest.raises(QuotaExceededError) as caught:
+            await generate(built, 4)
+        seen = built.router.meters
+    assert seen.of(table.REFUSALS, "quota") == 1
+    assert seen.of(table.REFUSED_BYTES, "quota") == caught.value.needed_bytes > 0
+
+
+async def test_waiting_and_prefill_are_seen_while_they_last() -> None:
+    async with machine() as built:
+        engine = built.engines["g0"]
+        running = asyncio.ensure_future(generate(built, 4))
+        await built.until(lambda: engine.leader.step_age_s > 0)
+        loads = engine.leader.account.loads
+        await engine._account._measure()
+        age_s = engine.meters.of(table.STEP_AGE, "g0")
+        built.allow(MANY)
+        await running
+    assert age_s is not None and age_s > 0, "the executor holds the step"
+    assert loads.steps_total == 0
+
+
+async def test_failovers_name_the_group_that_was_lost() -> None:
+    async with machine(groups=2) as built:
+        running = asyncio.ensure_future(generate(built, 4))
+        await built.until(lambda: any(engine.submitted for engine in built.engines.values()))
+        (lost,) = [name for name, engine in built.engines.items() if engine.submitted]
+        built.engines[lost].cut()
+        built.allow(MANY)
+        usage = await running
+    assert usage.failovers == 1 and usage.group != lost
+    assert built.meters.of(table.FAILOVERS, lost, "suspect") == 1
+    assert built.meters.of(table.QUARANTINES, usage.group) == 1

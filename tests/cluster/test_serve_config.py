@@ -1,0 +1,160 @@
+"""The configuration of Serve, and the builder that it names, without a Ray cluster."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from kvmesh.cluster.cli import app as command_line
+from kvmesh.cluster.config import AuthSection, ClusterConfig, build
+from kvmesh.cluster.config_sources import load
+from kvmesh.cluster.config_text import block_yaml, changed
+from kvmesh.cluster.deployment import _others
+from kvmesh.cluster.serve_config import anywhere, for_nodes, serve_config
+from kvmesh.workers.errors import ConfigError, ConfigErrors
+
+# Ray's own, at its import.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")
+
+HASH = "ab" * 32
+KEYS = {"keys": [{"tenant": "a", "sha256": HASH}]}
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"model": "owner/name", "engine": {"tp": 2, "kv_format": "k4v4"}, "groups": 3, "auth": KEYS},
+    {"groups": [{"kv_format": "int8"}, {}, {"tp": 1}], "engine": {"kv_memory_bytes": "1GiB"}},
+    {
+        "auth": {"key_directory": "/keys"},
+        "router": {"tenants": {"a": {"weight": 2, "quota_bytes": "1GiB"}}},
+        "ingress": {"kv_divergence_nats": {"k4v4": 0.25}},
+        "timeouts": {"request_s": "1h"},
+    },
+]
+
+
+def arguments(config: ClusterConfig) -> dict[str, Any]:
+    found: dict[str, Any] = serve_config(config)["applications"][0]["args"]
+    return found
+
+
+@pytest.mark.parametrize("values", SETTINGS)
+def test_the_builder_gets_the_same_settings(values: dict[str, Any]) -> None:
+    config = build(values)
+    assert build(changed(config)) == config
+    assert build(arguments(config)) == config
+    assert build(yaml.safe_load(block_yaml(serve_config(config)))["applications"][0]["args"])
+
+
+def test_only_what_was_set_is_printed() -> None:
+    assert changed(build({})) == {}
+    assert changed(build(SETTINGS[3])) == {
+        "auth": {"key_directory": "/keys"},
+        "router": {"tenants": {"a": {"weight": 2.0, "quota_bytes": 1 << 30}}},
+        "ingress": {"kv_divergence_nats": {"k4v4": 0.25}},
+        "timeouts": {"request_s": 3600.0},
+    }
+
+
+def test_settings_of_the_program_that_starts_a_cluster_are_not_the_applications() -> None:
+    config = build({"ray": {"address": "auto"}, "metrics": {"port": 8080}, "groups": 2})
+    assert arguments(config) == {"groups": 2}
+
+
+def test_ray_accepts_it() -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    values = serve_config(build({"ingress": {"host": "::", "http_port": 8001, "port": 9001}}))
+    deployed = ServeDeploySchema.model_validate(values)
+    assert (deployed.http_options.host, deployed.http_options.port) == ("::", 8001)
+    assert (deployed.grpc_options.port, deployed.grpc_options.enable_reflection) == (9001, False)
+    known = deployed.model_dump(exclude_unset=True)
+    assert set(known["applications"][0]) == set(values["applications"][0])
+
+
+def test_proxies_of_nodes_can_be_found() -> None:
+    def ingress_of(**variables: str) -> tuple[str, int, int]:
+        found = for_nodes(load(environ=variables)).ingress
+        return found.host, found.port, found.http_port
+
+    assert ingress_of() == ("0.0.0.0", 9000, 8000)
+    assert ingress_of(KVMESH_INGRESS__HOST="127.0.0.1", KVMESH_INGRESS__PORT="0") == (
+        "127.0.0.1",
+        9000,
+        8000,
+    )
+    assert ingress_of(KVMESH_INGRESS__PORT="9100", KVMESH_INGRESS__HTTP_PORT="8100")[1:] == (
+        9100,
+        8100,
+    )
+
+
+def test_paths_and_the_local_key_are_valid_in_other_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    engine = {"kv_format": "nuq4", "calibration": "c.safetensors"}
+    config = build({"model": "model", "engine": engine, "groups": [{"calibration": "d"}, {}]})
+    found = anywhere(config, {"XDG_CONFIG_HOME": str(tmp_path)})
+    assert found.model == str(tmp_path / "model")
+    assert found.engine.calibration == str(tmp_path / "c.safetensors")
+    assert isinstance(found.groups, tuple)
+    assert [group.calibration for group in found.groups] == [str(tmp_path / "d"), None]
+    assert found.group_engines()["engine-1"].calibration == str(tmp_path / "c.safetensors")
+    (key,) = found.auth.keys
+    assert (key.tenant, key.admin) == ("local", True)
+    assert build(arguments(found)) == found
+    configured = build({"auth": {"key_directory": "k"}})
+    assert anywhere(configured, {}).auth == AuthSection(key_directory=tmp_path / "k")
+    assert anywhere(build({"auth": {"mode": "none"}}), {}) == build({"auth": {"mode": "none"}})
+
+
+@pytest.mark.parametrize(
+    ("values", "fields"),
+    [
+        ({}, {"auth.keys"}),
+        ({"engine": {"tp": 0}, "groups": "x", "auth": KEYS}, {"engine.tp", "groups"}),
+    ],
+)
+def test_the_builder_names_what_is_wrong(values: dict[str, Any], fields: set[str]) -> None:
+    from kvmesh.cluster.app import build as builder
+
+    with pytest.raises(ConfigError) as caught:
+        builder(values)
+    error = caught.value
+    problems = error.problems if isinstance(error, ConfigErrors) else (error,)
+    assert {problem.field for problem in problems} == fields
+
+
+def test_other_applications_stay() -> None:
+    def deployed(source: str) -> dict[str, Any]:
+        return {"source": source, "deployed_app_config": {"import_path": f"{source}:app"}}
+
+    details = {
+        "applications": {
+            "kvmesh": deployed("declarative"),
+            "theirs": deployed("declarative"),
+            "by hand": deployed("imperative"),
+        }
+    }
+    assert _others(details) == [{"import_path": "declarative:app"}]
+
+
+def test_the_command_prints_it() -> None:
+    environ = {"KVMESH_AUTH__MODE": "none", "KVMESH_GROUPS": "2"}
+    printed = CliRunner().invoke(command_line, ["config", "--serve"], env=environ)
+    expected = for_nodes(load(environ=environ))
+    assert yaml.safe_load(printed.stdout) == serve_config(expected)
+    both = CliRunner().invoke(command_line, ["config", "--serve", "--schema"])
+    assert both.exit_code == 2
+
+
+def test_the_variables_of_nodes_are_for_a_shell() -> None:
+    size = {"KVMESH_INGRESS__MAX_REQUEST_BYTES": "1MiB"}
+    printed = CliRunner().invoke(command_line, ["config", "--variables"], env=size).stdout
+    shell = f"{printed}\necho $RAY_SERVE_ENABLE_HA_PROXY $RAY_SERVE_GRPC_MAX_MESSAGE_SIZE"
+    assert subprocess.check_output(["sh", "-c", shell], text=True) == "1 2097152\n"
