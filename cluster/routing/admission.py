@@ -121,9 +121,7 @@ class Admission:
                 continue
             if not self._refusals.within_quota(demand):
                 continue
-            # What is late does not wait for a prefix.
-            deferred = None if now > live.due else deferred_s
-            choice = self._chooser.choose_waiting(demand, open_groups, now, promises, deferred)
+            choice = self._chooser.choose_waiting(demand, open_groups, now, promises, deferred_s)
             if choice.group is not None:
                 self.queue.remove(live, now)
                 decisions.append(Granted(self._fleet.grant(live, choice, now)))

@@ -77,18 +77,18 @@ class Chooser:
         open_groups: Sequence[Group],
         now: float,
         promises: Mapping[str, Promise],
-        deferred_s: Mapping[str, float] | None,
+        deferred_s: Mapping[str, float],
     ) -> GroupChoice:
         """Among open groups and, to wait for, those that hold the prefix.
 
         promises: by group, to requests before this one
-        deferred_s: see `choose`; None for a request that must not be deferred
+        deferred_s: see `choose`
         """
-        groups = list(open_groups)
-        if deferred_s is not None:
-            holders = [self._groups[name] for name in demand.cached_blocks if name in self._groups]
-            groups += [x for x in holders if x.account is not None and x not in open_groups]
-        return choose(groups, demand, now, self._weights_for(demand), promises, deferred_s)
+        holders = [self._groups[name] for name in demand.cached_blocks if name in self._groups]
+        more = [x for x in holders if x.account is not None and x not in open_groups]
+        return choose(
+            [*open_groups, *more], demand, now, self._weights_for(demand), promises, deferred_s
+        )
 
     def _weights_for(self, demand: RequestDemand) -> PlacementWeights:
         if self.holds_back(demand):
