@@ -357,13 +357,13 @@ class Zombie:
         self.lost_router = asyncio.Event()
         self._built, self._name = built, name
 
-    async def greet(self) -> None:
+    async def greet(self, started_ns: int = 1) -> None:
         address = await self._built.find_router()
         router = await connect(address, IDENTITY, TO_ENGINE_FROM_ROUTER, lambda _: self)
         info = replace(self._built.leaders[self._name].account.info, epoch="zombie")
         hung = LeaseTerms("hung", 1, 1, 1, 1)
         nothing = AccountUpdate(), PageChanges((), ())
-        router.send(Hello(self._name, 1, info, Address("127.0.0.1", 1), (hung,), *nothing))
+        router.send(Hello(self._name, started_ns, info, Address("127.0.0.1", 1), (hung,), *nothing))
         router.send(AccountNews(AccountUpdate(arrived=(hung,)), nothing[1]))
         router.send(Report(EngineReport(info, EngineLoads()), audited=True))
 
@@ -383,6 +383,20 @@ async def test_an_engine_that_returns_after_its_replacement_is_sent_away() -> No
         status = one.router.status()
         assert (status.router.leases, status.audit_faults_total) == (0, 0)
         assert status.reports["g0"].info.epoch == one.leaders["g0"].account.info.epoch
+        one.allow(MANY)
+        await run_request(one, 20, "r")
+
+
+async def test_an_engine_that_connects_again_before_it_was_missed_is_not_replaced() -> None:
+    async with machine() as one:
+        first = one.router._groups["g0"].connection
+        again = Zombie(one, "g0")
+        await again.greet(one.engines["g0"]._account._started_ns)
+        await one.until(lambda: first.closed)
+        # The real engine is back too, and the last to come is the one that stays.
+        await asyncio.wait_for(again.lost_router.wait(), PATIENCE_S)
+        assert again.heard == []
+        assert one.leaders["g0"].failed is None
         one.allow(MANY)
         await run_request(one, 20, "r")
 
@@ -434,6 +448,23 @@ async def test_draining_refuses_new_requests_and_waits_for_running_ones() -> Non
         await asyncio.wait_for(draining, PATIENCE_S)
         calls.close()
         assert set(left) == {1}
+
+
+async def test_nothing_more_is_placed_on_an_engine_that_drains() -> None:
+    async with machine(groups=2) as two:
+        stream = two.stream(make_request(60))
+        two.allow(8)
+        received = await read_until(stream, 4)
+        assert received.started is not None
+        first = received.started.group
+        draining = asyncio.create_task(two.engines[first].drain(1000.0))
+        await two.until(lambda: first in two.router._known.reports)
+        await two.until(lambda: two.router._known.reports[first].draining)
+        two.allow(MANY)
+        await asyncio.gather(*(run_request(two, 20, str(i)) for i in range(6)))
+        assert [placed.group for placed in two.router.granted].count(first) == 1
+        await rest_of(stream, received)
+        await asyncio.wait_for(draining, PATIENCE_S)
 
 
 async def test_a_hurried_drain_does_not_wait() -> None:
