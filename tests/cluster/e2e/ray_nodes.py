@@ -49,7 +49,8 @@ def ray_nodes(
     try:
         for role, count in zip(roles, cpus, strict=True):
             command = [str(RAY), "start", "--block", f"--num-cpus={count}", OBJECT_STORE]
-            command += ["--node-ip-address=127.0.0.1", *role]
+            # A node's agent would have a fixed port, which only one node of a host can have.
+            command += ["--node-ip-address=127.0.0.1", "--dashboard-agent-listen-port=0", *role]
             started.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
             wait_for(
                 lambda: answers(f"{url}/api/serve/applications/", token),
