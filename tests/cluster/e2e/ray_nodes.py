@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ray.util import get_node_ip_address
+
 from kvmesh.cluster.config import build
 from kvmesh.cluster.environment import local_variables
 from kvmesh.cluster.ports import PortBlock
@@ -35,12 +37,14 @@ def ray_nodes(
     token: that the cluster asks for, if any
     """
     variables = local_variables(build(values), directory / "p", ports)
+    # Nodes find each other by this host's address: Ray replaces 127.0.0.1 by it.
+    del variables["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"]
     environment = {**os.environ, **variables, "RAY_AUTH_MODE": "disabled"}
     if token is not None:
         environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
     adopt_orphans()
     keep = descendants()
-    gcs, url = f"127.0.0.1:{ports.single(8)}", f"http://127.0.0.1:{ports.single(7)}"
+    gcs, url = f"{get_node_ip_address()}:{ports.single(8)}", f"http://127.0.0.1:{ports.single(7)}"
     roles = [["--head", f"--port={ports.single(8)}", f"--dashboard-port={ports.single(7)}"]]
     roles[0].append(f"--temp-dir={directory / 'r'}")
     roles += [[f"--address={gcs}"] for _ in cpus[1:]]
@@ -50,7 +54,7 @@ def ray_nodes(
         for role, count in zip(roles, cpus, strict=True):
             command = [str(RAY), "start", "--block", f"--num-cpus={count}", OBJECT_STORE]
             # A node's agent would have a fixed port, which only one node of a host can have.
-            command += ["--node-ip-address=127.0.0.1", "--dashboard-agent-listen-port=0", *role]
+            command += ["--dashboard-agent-listen-port=0", *role]
             started.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
             wait_for(
                 lambda: answers(f"{url}/api/serve/applications/", token),

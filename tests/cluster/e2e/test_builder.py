@@ -146,7 +146,12 @@ def test_serve_joins_a_cluster_with_its_token_and_says_so_without() -> None:
 
             for wrong in ({}, {"RAY_AUTH_TOKEN": "another-token-of-a-test"}):
                 said = subprocess.run(
-                    serve, env=environment(**wrong), capture_output=True, text=True, check=False
+                    serve,
+                    env=environment(**wrong),
+                    capture_output=True,
+                    text=True,
+                    check=False,
+                    timeout=120,
                 ).stderr
                 assert said.count("error: the Ray cluster at") == 1
                 assert "asks for another token" in said and "InvalidAuthToken" not in said
