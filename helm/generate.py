@@ -6,7 +6,6 @@ python helm/generate.py [--check]
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import re
 import sys
@@ -23,11 +22,12 @@ from kvmesh.cluster.serve_config import APP_NAME, BUILDER, GRPC_PORT, HTTP_PORT,
 
 CHART = Path(__file__).resolve().parent / "kvmesh"
 SHAPES = CHART.parent / "values.shapes.yaml"
-# Settings that the chart decides, by section.
-NOT_IN_THE_CHART = {
-    "": ("ray", "metrics"),
-    "ingress": ("host",),
-    "auth": ("key_file", "key_directory"),
+# What the chart decides itself.
+SECTIONS_OF_THE_CHART = ("ray", "metrics")
+SETTINGS_OF_THE_CHART = {
+    ("IngressSection", "host"),
+    ("AuthSection", "key_file"),
+    ("AuthSection", "key_directory"),
 }
 # Settings that the chart calculates with, which templates cannot do with units.
 PLAIN_NUMBERS = {("IngressSection", "max_request_bytes"), ("TimeoutSection", "drain_s")}
@@ -55,26 +55,20 @@ def generated() -> str:
 
 def schema() -> str:
     """values.schema.json: the chart's shapes, and the settings as the code describes them."""
-    shapes: dict[str, Any] = yaml.safe_load(SHAPES.read_text("utf-8"))
+    document: dict[str, Any] = yaml.safe_load(SHAPES.read_text("utf-8"))
     settings = json_schema()
     definitions = settings.pop("$defs")
-    sections = {name: definitions[name] for name in ("IngressSection", "AuthSection")}
-    for section, names in NOT_IN_THE_CHART.items():
-        target = settings if not section else sections[f"{section.title()}Section"]
-        for name in names:
-            target["properties"].pop(name)
+    settings.pop("$schema")
+    for name in SECTIONS_OF_THE_CHART:
+        settings["properties"].pop(name)
+        definitions.pop(f"{name.title()}Section")
+    for section, name in SETTINGS_OF_THE_CHART:
+        definitions[section]["properties"].pop(name)
     for section, name in PLAIN_NUMBERS:
         field = definitions[section]["properties"][name]
         (number,) = (kind for kind in field.pop("anyOf") if kind["type"] != "string")
-        definitions[section]["properties"][name] = {**field, **number}
-    settings.pop("$schema")
-    used = json.dumps(settings)
-    while (kept := {k: v for k, v in definitions.items() if f'/{k}"' in used}) and used != (
-        used := json.dumps([settings, kept])
-    ):
-        pass
-    document = copy.deepcopy(shapes)
-    document["$defs"] = {**document.get("$defs", {}), **kept, "Settings": settings}
+        field |= number
+    document["$defs"] |= {**definitions, "Settings": settings}
     document["properties"]["config"] = {"$ref": "#/$defs/Settings"}
     return json.dumps(document, indent=2) + "\n"
 

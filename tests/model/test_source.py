@@ -328,8 +328,8 @@ def test_an_image_has_the_embedded_model_with_its_environment(
     files = resolve_model(embedded.EMBEDDED_NAME, root=tmp_path / "store")
     assert (files.path, files.name) == (directory, embedded.EMBEDDED_NAME)
     assert not (tmp_path / "store").exists()
-    modes = {stat.S_IMODE(path.stat().st_mode) & 0o005 for path in (directory, directory.parent)}
-    assert modes == {0o005}, "the image's user can read it"
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in directory.iterdir()}
+    assert (stat.S_IMODE(directory.stat().st_mode), modes) == (0o755, {0o644}), "all can read it"
     both = CliRunner().invoke(app, ["fetch", "--installed", "--root", "x"])
     assert both.exit_code == 2
 

@@ -79,13 +79,20 @@ class ModelStore:
         try:
             fill(partial)
             _write_manifest(partial, name)
-            partial.chmod(0o755)  # an image or a volume may have other users
+            _open_to_readers(partial)
             entry = self.root / key
             shutil.rmtree(entry, ignore_errors=True)
             partial.rename(entry)
             return entry
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def _open_to_readers(path: Path) -> None:
+    """Let every user read it: those of an image and of a volume may be others."""
+    for file in path.iterdir():
+        file.chmod(0o644)
+    path.chmod(0o755)
 
 
 def _write_manifest(path: Path, name: str) -> None:

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ray.util import get_node_ip_address
+
 from kvmesh.cluster.config import build
 from kvmesh.cluster.environment import local_variables
 from kvmesh.cluster.ports import PortBlock
@@ -21,26 +23,26 @@ from tests.cluster.e2e.harness import wait_for
 
 RAY = Path(sys.executable).with_name("ray")
 SERVE = Path(sys.executable).with_name("serve")
+TOKEN = "a-token-of-a-test-" * 2  # that the nodes ask for: other hosts may reach them
 OBJECT_STORE = "--object-store-memory=100000000"
 
 
 @contextmanager
 def ray_nodes(
-    directory: Path, ports: PortBlock, values: dict[str, Any], *cpus: int, token: str | None = None
+    directory: Path, ports: PortBlock, values: dict[str, Any], *cpus: int
 ) -> Iterator[tuple[str, str]]:
     """Nodes with nothing of kvmesh but its variables; the addresses of REST API and GCS.
 
     directory: with a short path
     cpus: of the head and of each worker
-    token: that the cluster asks for, if any
     """
     variables = local_variables(build(values), directory / "p", ports)
-    environment = {**os.environ, **variables, "RAY_AUTH_MODE": "disabled"}
-    if token is not None:
-        environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
+    # Nodes find each other by this host's address: Ray replaces 127.0.0.1 by it.
+    del variables["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"]
+    environment = {**os.environ, **variables, "RAY_AUTH_TOKEN": TOKEN}
     adopt_orphans()
     keep = descendants()
-    gcs, url = f"127.0.0.1:{ports.single(8)}", f"http://127.0.0.1:{ports.single(7)}"
+    gcs, url = f"{get_node_ip_address()}:{ports.single(8)}", f"http://127.0.0.1:{ports.single(7)}"
     roles = [["--head", f"--port={ports.single(8)}", f"--dashboard-port={ports.single(7)}"]]
     roles[0].append(f"--temp-dir={directory / 'r'}")
     roles += [[f"--address={gcs}"] for _ in cpus[1:]]
@@ -49,10 +51,11 @@ def ray_nodes(
     try:
         for role, count in zip(roles, cpus, strict=True):
             command = [str(RAY), "start", "--block", f"--num-cpus={count}", OBJECT_STORE]
-            command += ["--node-ip-address=127.0.0.1", *role]
+            # A node's agent would have a fixed port, which only one node of a host can have.
+            command += ["--dashboard-agent-listen-port=0", *role]
             started.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
             wait_for(
-                lambda: answers(f"{url}/api/serve/applications/", token),
+                lambda: answers(f"{url}/api/serve/applications/"),
                 lambda: f"Ray's REST API: {(directory / 'ray.log').read_text()}",
                 within_s=120,
             )
@@ -67,25 +70,23 @@ def ray_nodes(
         log.close()
 
 
-def _ask(url: str, token: str | None) -> Any:
+def _ask(url: str) -> Any:
     """Raises OSError."""
-    request = urllib.request.Request(url)
-    if token is not None:
-        request.add_header("Authorization", f"Bearer {token}")
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {TOKEN}"})
     return urllib.request.urlopen(request, timeout=30)
 
 
-def answers(url: str, token: str | None = None) -> bool:
+def answers(url: str) -> bool:
     try:
-        with _ask(url, token) as reply:
+        with _ask(url) as reply:
             return bool(reply.status == 200)
     except OSError:
         return False
 
 
-def applications(url: str, token: str | None = None) -> dict[str, Any]:
+def applications(url: str) -> dict[str, Any]:
     """What Serve knows of its applications, by name."""
-    with _ask(f"{url}/api/serve/applications/", token) as reply:
+    with _ask(f"{url}/api/serve/applications/") as reply:
         found: dict[str, Any] = json.load(reply)["applications"]
     return found
 
@@ -99,7 +100,10 @@ def application(url: str) -> dict[str, Any]:
 def deploy(url: str, config: Path) -> None:
     """By the command of Serve, and wait until it runs."""
     command = [str(SERVE), "deploy", "--address", url, str(config)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stderr
 
     def running() -> bool:

@@ -20,6 +20,7 @@ from kvmesh.cluster.ports import PortBlock, take_ports
 from kvmesh.cluster.serve_config import serve_config
 from tests.cluster.e2e.harness import SMALL_ENGINE, greedy_by_engine, wait_for
 from tests.cluster.e2e.ray_nodes import (
+    TOKEN,
     answers,
     application,
     applications,
@@ -114,7 +115,12 @@ async def test_a_node_that_is_drained_hands_its_streams_over() -> None:
                 )
                 tokens = list((await anext(stream)).token_ids)
                 drain = await asyncio.create_subprocess_exec(
-                    *KVMESH, "drain-node", f"--address={gcs}", f"--node-id={node}", "--timeout=120"
+                    *KVMESH,
+                    "drain-node",
+                    f"--address={gcs}",
+                    f"--node-id={node}",
+                    "--timeout=120",
+                    env={**os.environ, "RAY_AUTH_TOKEN": TOKEN},
                 )
                 async for delta in stream:
                     tokens.extend(delta.token_ids)
@@ -135,8 +141,8 @@ def test_serve_joins_a_cluster_with_its_token_and_says_so_without() -> None:
         file = directory / "kvmesh.yaml"
         file.write_text(yaml.safe_dump(values))
         token = directory / "token"
-        token.write_text("a-token-of-a-test-" * 2)
-        with ray_nodes(directory, ports, values, 4, token=token.read_text()) as (url, gcs):
+        token.write_text(TOKEN)
+        with ray_nodes(directory, ports, values, 4) as (url, gcs):
             serve = [*KVMESH, "serve", f"--address={gcs}", f"--config={file}"]
 
             def environment(**variables: str) -> dict[str, str]:
@@ -146,7 +152,12 @@ def test_serve_joins_a_cluster_with_its_token_and_says_so_without() -> None:
 
             for wrong in ({}, {"RAY_AUTH_TOKEN": "another-token-of-a-test"}):
                 said = subprocess.run(
-                    serve, env=environment(**wrong), capture_output=True, text=True, check=False
+                    serve,
+                    env=environment(**wrong),
+                    capture_output=True,
+                    text=True,
+                    check=False,
+                    timeout=120,
                 ).stderr
                 assert said.count("error: the Ray cluster at") == 1
                 assert "asks for another token" in said and "InvalidAuthToken" not in said
@@ -159,5 +170,5 @@ def test_serve_joins_a_cluster_with_its_token_and_says_so_without() -> None:
                     assert answer.usage.completion_tokens == 4
                 process.send_signal(signal.SIGTERM)
                 assert process.wait(90) == 0
-            assert "kvmesh" not in applications(url, token.read_text())
+            assert "kvmesh" not in applications(url)
     ports.release()
