@@ -4,7 +4,7 @@ For each setting the benchmark finds the load at which the best of the other rul
 time to first token of five times that of idle engines. The router and the better rules run at
 loads around it; then with three prompts of 2**20 tokens added, if they fit.
 
-    python benchmarks/routing.py TRACES [--setting NAME ...] [--json FILE] [--plots DIR]
+    python benchmarks/routing.py TRACES [--setting NAME ...] [--json FILE]
 
 TRACES is a folder with mooncake_conversation.jsonl and azure_conv_2023.csv.
 """
@@ -23,7 +23,6 @@ import numpy as np
 from kvmesh.cluster.routing.config import RouterConfig
 from kvmesh.cluster.simulator.hardware import GPUS, MODELS
 from kvmesh.cluster.simulator.metrics import Objective, Summary, summarize
-from kvmesh.cluster.simulator.plots import plot_curves
 from kvmesh.cluster.simulator.policies import PEERS
 from kvmesh.cluster.simulator.service_time import EngineShape, ServiceTime
 from kvmesh.cluster.simulator.simulation import Scenario, simulate
@@ -153,17 +152,6 @@ def measure(name: str, folder: Path, rate: float | None) -> dict[str, object]:
     }
 
 
-def draw(name: str, result: dict[str, object], folder: Path) -> None:
-    curve = result["curve"]
-    assert isinstance(curve, dict)
-    points: dict[str, list[tuple[float, float]]] = {}
-    for share in sorted(curve):
-        for row in curve[share]:
-            points.setdefault(row["policy"], []).append((float(share), row["attainment"]))
-    label = "load, as a share of that at which the best peer's p99 is five times the idle one"
-    plot_curves(points, folder / f"routing-{name}.png", label, "share within the objective")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("traces", type=Path)
@@ -171,7 +159,6 @@ def main() -> None:
     parser.add_argument("--rate", type=float, help="use this load instead of searching for it")
     parser.add_argument("--rates-of", type=Path, help="use the loads of an earlier result")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--plots", type=Path)
     arguments = parser.parse_args()
     results = {}
     earlier = json.loads(arguments.rates_of.read_text()) if arguments.rates_of else {}
@@ -180,8 +167,6 @@ def main() -> None:
         results[name] = measure(
             name, arguments.traces, arguments.rate or earlier.get(name, {}).get("rate")
         )
-        if arguments.plots:
-            draw(name, results[name], arguments.plots)
         if arguments.json:
             arguments.json.write_text(json.dumps(results, indent=1) + "\n")
 

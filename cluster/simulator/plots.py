@@ -32,23 +32,6 @@ def plot_runs(runs: Sequence[Run], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def plot_curves(
-    curves: Mapping[str, Sequence[tuple[float, float]]], path: Path, xlabel: str, ylabel: str
-) -> None:
-    """Named curves of (x, y) points."""
-    figure = Figure(figsize=(8, 4.5), layout="tight")
-    axes = figure.subplots()
-    for name, points in curves.items():
-        xs, ys = zip(*points, strict=True)
-        axes.plot(xs, ys, marker="o", markersize=3, label=name)
-    axes.set_xlabel(xlabel)
-    axes.set_ylabel(ylabel)
-    axes.set_ylim(bottom=0)
-    axes.grid(visible=True, alpha=0.3)
-    axes.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
-
-
 MEASURES = {
     "goodput": "share within the objective",
     "ttft_p99_s": "TTFT p99, s",
