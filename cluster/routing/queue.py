@@ -19,11 +19,11 @@ from sortedcontainers import SortedDict, SortedKeyList
 from kvmesh.cluster.routing.live import LiveRequest, Rank
 from kvmesh.cluster.routing.rolling import RollingQuantile
 
-WAITS = 1024  # the latest waits, first come, first served, that bound those of late requests
+WAITS = 1024  # the latest waits, first come, first served, that bound how long late requests wait
 WAIT_QUANTILE = 0.99
 DEPARTURES = 64  # the latest ones, that tell how fast requests leave
 MIN_DEPARTURES = 4
-URGENT_EVERY_S = 0.05  # which ones are urgent is found out anew after this time
+URGENT_EVERY_S = 0.05  # which requests are urgent is found out again after this time
 
 
 class _Line:
