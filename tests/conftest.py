@@ -16,6 +16,8 @@ from hypothesis import HealthCheck, Phase, settings
 from kvmesh.workers.threads import wait_passively
 
 wait_passively(os.environ)
+if "PYTEST_XDIST_WORKER" in os.environ:  # there is a process for each core
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch  # noqa: E402
 
@@ -39,6 +41,8 @@ settings.register_profile(
 )
 settings.load_profile("untimed")
 
+elsewhere: list[str] = []  # what property tests in other processes have exercised
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("kvmesh")
@@ -52,9 +56,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if (output := getattr(session.config, "workeroutput", None)) is not None:
+        output["exercised"] = Exercised.shown()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: object) -> None:
+    """One of pytest-xdist's processes has run its share of the tests."""
+    elsewhere.extend(getattr(node, "workeroutput", {}).get("exercised", ()))
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    ran = [exercised for exercised in Exercised.all if exercised.counts]
-    if ran:
+    if lines := [*Exercised.shown(), *elsewhere]:
         terminalreporter.section("exercised by property tests")
-        for exercised in ran:
-            terminalreporter.write_line(str(exercised))
+        for line in sorted(lines):
+            terminalreporter.write_line(line)

@@ -68,6 +68,11 @@ class Exercised:
     def missing(self) -> list[str]:
         return [event for event, floor in self.floors.items() if self.counts[event] < floor]
 
+    @classmethod
+    def shown(cls) -> list[str]:
+        """A line for each test that has run."""
+        return [str(exercised) for exercised in cls.all if exercised.counts]
+
     def __str__(self) -> str:
         counts = (f"{self.counts[event]:,} {event}" for event in self.floors)
         return f"{self.name}: {', '.join(counts)}"
