@@ -285,7 +285,8 @@ async def test_no_more_calls_than_allowed(served: Served) -> None:
 
 async def test_a_tenant_that_sends_slowly_keeps_out_nobody_else(served: Served) -> None:
     slow = [served.open("Tokenize") for _ in range(READERS_PER_TENANT + 2)]
-    await served.machine.until(lambda: served.front._calls == len(slow))
+    # Those that wait for a turn may have been refused by then.
+    await served.machine.until(lambda: served.front._calls >= READERS_PER_TENANT)
     code, _ = await failure(served.call("Abort", b"", OTHER_HEADERS))
     assert code is grpc.StatusCode.INVALID_ARGUMENT, "the other tenant was served"
     code, error = await failure(served.call("Abort", b""))

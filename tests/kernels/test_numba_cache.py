@@ -77,9 +77,15 @@ def was_loaded(loop: Any) -> bool:
     return bool(loop.stats.cache_hits)
 
 
+def keep_in(directory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By Numba's variable: it reads them again whenever one has changed since it last looked."""
+    monkeypatch.setenv("NUMBA_CACHE_DIR", directory)
+    numba.config.reload_config()
+
+
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    keep_in(str(tmp_path), monkeypatch)
     return tmp_path / "kvmesh-loops"
 
 
@@ -112,14 +118,14 @@ def test_a_directory_that_cannot_be_written_does_no_harm(
 ) -> None:
     file = tmp_path / "file"
     file.touch()
-    monkeypatch.setattr(numba.config, "CACHE_DIR", str(file))
+    keep_in(str(file), monkeypatch)
     loop = make_loop(2)
     assert loop(np.float32(1.5)) == 3.0
     assert file.read_bytes() == b""
 
 
 def test_without_a_directory_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(numba.config, "CACHE_DIR", "")
+    keep_in("", monkeypatch)
     loop = make_loop(2)
     assert loop(3) == 6 and loop.stats.cache_path is None
 
