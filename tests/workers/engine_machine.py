@@ -234,7 +234,7 @@ class EngineMachine:
         for seq in (seq for seq, count in preemptions.items() if seq.preemptions > count):
             self.seen.add("preemptions")
             self.totals["preemptions"] += 1
-            stayed = [other for other in running if other in preemptions]
+            stayed = [other for other in running if other.preemptions == preemptions.get(other)]
             assert all(x.arrived_s <= seq.arrived_s for x in stayed), "an older one was preempted"
 
     def check_plan(self, plan: StepPlan) -> None:
