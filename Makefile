@@ -61,9 +61,11 @@ serve: $(STAMP) ## Serve until Ctrl-C
 test: $(STAMP) ## Run all tests
 	$(PY) -m pytest $(ARGS)
 
+# In a process for each core, up to 4: each loads for itself what it tests.
 # Coverage has a floor that a part of the tests cannot reach: with ARGS it is not measured.
+WHOLE := -n logical --maxprocesses 4 --dist loadscope --cov --cov-report=
 test-fast: $(STAMP) ## Run two minutes of tests, no Ray and no slow ones, with coverage
-	$(PY) -m pytest -m 'not (ray or slow)' $(or $(ARGS),--cov --cov-report=)
+	$(PY) -m pytest -m 'not (ray or slow)' $(or $(ARGS),$(WHOLE))
 
 mutants: $(STAMP) ## Which faults do tests not notice? ARGS='scheduler' for one module (minutes)
 	$(PY) -m tests.mutants $(ARGS)

@@ -9,8 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from kvmesh.cluster import router_service
-from kvmesh.cluster.account_link import WITHDRAWN_LIMIT
+from kvmesh.cluster import account_link, router_service
 from kvmesh.cluster.drain import RouterCalls
 from kvmesh.cluster.errors import DrainingError, EngineLostError
 from kvmesh.cluster.link import Address, connect
@@ -340,11 +339,14 @@ async def test_leases_with_the_same_prompt_share_its_pages() -> None:
         assert len(one.router.placed) == 4, "an engine has refused"
 
 
-async def test_withdrawn_leases_are_remembered_up_to_a_limit() -> None:
+async def test_withdrawn_leases_are_remembered_up_to_a_limit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(account_link, "WITHDRAWN_LIMIT", 10)
     async with machine() as one:
         engine = one.engines["g0"]
-        engine._account.withdraw(tuple(f"gone-{i}" for i in range(2 * WITHDRAWN_LIMIT)))
-        assert len(engine._account.withdrawn) == WITHDRAWN_LIMIT
+        engine._account.withdraw(tuple(f"gone-{i}" for i in range(25)))
+        assert [*engine._account.withdrawn] == [f"gone-{i}" for i in range(15, 25)]
 
 
 class Zombie:
