@@ -51,6 +51,7 @@ ENGINE = (
     "engine",
     "engine_thread",
     "blame",
+    "step_budget",
 )
 LEADER = ("lease_book", "lease_book_machine", "leader_machine", "engine_thread", "leader", "blame")
 ROUTING = tuple(

@@ -315,10 +315,19 @@ def test_stop_tokens_min_tokens_and_length() -> None:
     prompt = [5, 6, 7, 8]
     whole = expected_output(prompt, 30)
     stop = whole[2]
-    params = SamplingParams(temperature=0.0, max_tokens=30, stop_token_ids=(stop,))
-    engine.add(request("s", prompt, params=params))
-    last = run(engine)["s"][-1]
-    assert (last.finish_reason, last.matched_stop_token) == (EndReason.STOP, stop)
+    first = whole.index(stop) + 1
+    for min_tokens in (0, first, first + 1):
+        params = SamplingParams(
+            temperature=0.0, max_tokens=30, stop_token_ids=(stop,), min_tokens=min_tokens
+        )
+        engine.add(request("s", prompt, params=params))
+        deltas = run(engine)["s"]
+        last = deltas[-1]
+        if min_tokens <= first:
+            assert tokens_of(deltas) == whole[:first]
+            assert (last.finish_reason, last.matched_stop_token) == (EndReason.STOP, stop)
+        else:
+            assert len(tokens_of(deltas)) > first
     engine.add(request("l", prompt, 2))
     assert run(engine)["l"][-1].finish_reason is EndReason.LENGTH
 

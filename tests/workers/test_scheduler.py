@@ -10,7 +10,7 @@ from kvmesh.workers.plan import StepPlan
 from kvmesh.workers.pool_plan import PoolPlan
 from kvmesh.workers.request import EngineRequest
 from kvmesh.workers.sampling_params import SamplingParams
-from kvmesh.workers.scheduler import Scheduler
+from kvmesh.workers.scheduler import Scheduler, _Draft
 from kvmesh.workers.sequence import Sequence
 from kvmesh.workers.sizes import PageGeometry
 
@@ -271,6 +271,27 @@ def test_nobody_shares_what_an_isolated_sequence_seals_in_the_same_step() -> Non
         bench.add("second", 2 * PAGE + 1, token=5)
         assert bench.plan() == {"first": 2 * PAGE + 1, "second": 2 * PAGE + 1}
         assert bench.scheduler.cache.sealed.used == pages
+
+
+def test_nobody_finds_what_an_isolated_sequence_has_computed() -> None:
+    bench = Bench(sealed=9, prefix_cache=True)
+    first = bench.add("first", 2 * PAGE + 1, token=5)
+    bench.plan()
+    bench.scheduler.isolate(first)
+    bench.add("second", 2 * PAGE + 1, token=5)
+    assert bench.plan() == {"first": 2 * PAGE + 2, "second": 2 * PAGE + 1}
+
+
+def test_nobody_shares_what_a_preempted_sequence_would_have_sealed_in_this_step() -> None:
+    bench = Bench(sealed=4)
+    first, second = bench.add("first", PAGE, token=5), bench.add("second", PAGE, token=5)
+    digest = first.digests(1)[0]
+    first.row, first.hot, first.sealed = 0, {0: 1}, {0: 2}
+    draft = _Draft(256, 16)
+    draft.seal(first, 0, digest)
+    assert draft.being_sealed(second, digest) == 2
+    draft.undo(first)
+    assert draft.being_sealed(second, digest) is None
 
 
 def test_the_audit_finds_pages_and_rows_that_nothing_holds() -> None:
