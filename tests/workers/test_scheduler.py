@@ -13,6 +13,7 @@ from kvmesh.workers.sampling_params import SamplingParams
 from kvmesh.workers.scheduler import Scheduler, _Draft
 from kvmesh.workers.sequence import Sequence
 from kvmesh.workers.sizes import PageGeometry
+from kvmesh.workers.step_budget import StepBudget, StepWork
 
 PAGE = 16
 
@@ -30,12 +31,17 @@ class Bench:
         sink: int = 0,
         recent: int = 0,
         prefix_cache: bool = False,
+        budget: StepBudget | None = None,
     ) -> None:
         self.geometry = PageGeometry(PAGE, sink, recent, 4, 1)
         hot = rows * self.geometry.hot_per_sequence()
         pool = PoolPlan(hot, headroom, sealed, rows)
         self.scheduler = Scheduler(
-            self.geometry, pool, max_num_batched_tokens=tokens, prefix_cache=prefix_cache
+            self.geometry,
+            pool,
+            max_num_batched_tokens=tokens,
+            prefix_cache=prefix_cache,
+            step_budget=budget,
         )
         self.sequences: dict[str, Sequence] = {}
 
@@ -288,10 +294,53 @@ def test_nobody_shares_what_a_preempted_sequence_would_have_sealed_in_this_step(
     digest = first.digests(1)[0]
     first.row, first.hot, first.sealed = 0, {0: 1}, {0: 2}
     draft = _Draft(256, 16)
+    draft.add_chunk(first, 0, PAGE)
     draft.seal(first, 0, digest)
     assert draft.being_sealed(second, digest) == 2
+    assert (draft.tokens_left, draft.work.prompt_tokens) == (256 - PAGE, PAGE)
+    assert draft.plan(1).seal_pages == [0]
     draft.undo(first)
     assert draft.being_sealed(second, digest) is None
+    assert (draft.tokens_left, draft.work) == (256, StepWork())
+    assert not draft.plan(1).chunks and not draft.plan(1).seal_pages
+
+
+def test_a_repeated_prompt_of_whole_pages_and_a_token_computes_the_token_alone() -> None:
+    bench = Bench(sealed=9, prefix_cache=True)
+    for name, computed in (("first", 2 * PAGE + 1), ("second", 1)):
+        bench.add(name, 2 * PAGE + 1, token=5)
+        assert bench.plan()[name] == computed
+
+
+class FixedBudget(StepBudget):
+    """So many tokens of prompts in a step in which a sequence decodes. starts: it was asked for"""
+
+    def __init__(self, prompt_tokens: int) -> None:
+        super().__init__(1.0)
+        self.prompt_tokens = prompt_tokens
+        self.starts: list[int] = []
+
+    def chunk_tokens(self, work: StepWork, start: int) -> int:
+        assert start >= 0
+        self.starts.append(start)
+        return self.prompt_tokens - work.prompt_tokens if work.decoding else 10_000
+
+
+def test_the_budget_of_a_step_limits_its_prompts_and_not_its_decoding() -> None:
+    budget = FixedBudget(8)
+    bench = Bench(sealed=20, tokens=20, budget=budget)
+    bench.add("a", 3)
+    assert bench.plan() == {"a": 3}
+    bench.add("b", 20)
+    bench.add("c", 30)
+    assert bench.plan() == {"a": 1, "b": 8}
+    assert bench.plan() == {"a": 1, "b": 8}
+    assert bench.plan() == {"a": 1, "b": 4, "c": 4}
+    assert {8, 16} <= set(budget.starts)
+    budget.prompt_tokens = 0
+    assert bench.plan() == {"a": 1, "b": 1}
+    budget.prompt_tokens = 10_000
+    assert bench.plan() == {"a": 1, "b": 1, "c": 18}, "the step has no more tokens"
 
 
 def test_the_audit_finds_pages_and_rows_that_nothing_holds() -> None:
