@@ -140,6 +140,18 @@ def test_the_timeout_of_a_call_goes_before_the_clients() -> None:
     assert found.timeouts == [60.0, None, 300, 2, None, None, 300]
 
 
+def test_a_generation_leaves_the_server_time_to_end_it_at_its_timeout() -> None:
+    """The deadline of the call is 5 s later than the one in the request."""
+    found = Recording()
+    fake = found.wrap()
+    client = Client(transport=fake)
+    client.generate("hi", timeout_s=20)
+    list(client.generate_stream("hi", timeout_s=20))
+    list(client.chat_stream([], timeout_s=20))
+    assert [request.timeout_s for request in fake.server.requests] == [20.0] * 3
+    assert found.timeouts == [25.0] * 3
+
+
 def test_options_of_a_derived_client() -> None:
     fake = FakeTransport()
     client = Client(transport=fake, api_key="k1", model="m1", metadata={"a": "1", "b": "2"})

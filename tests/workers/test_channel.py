@@ -71,7 +71,9 @@ def start_ranks(
         body(end, rank)
         end.close()
 
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(executor.num_ranks)]
+    threads = [
+        threading.Thread(target=run, args=(i,), daemon=True) for i in range(executor.num_ranks)
+    ]
     for thread in threads:
         thread.start()
     return threads
