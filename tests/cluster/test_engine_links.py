@@ -153,3 +153,7 @@ async def test_all_requests_use_one_connection_to_an_engine(
     opened[0].closed = True
     assert await links.get("e0", address) is not first
     assert len(opened) == 3 and not links._opening
+    for connection in opened:
+        connection.closed = True
+    await links.get("e2", address)
+    assert [*links._links] == ["e2"], "connections that are closed are forgotten"

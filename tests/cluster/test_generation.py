@@ -449,7 +449,21 @@ async def test_a_request_continues_on_another_engine_when_its_own_is_lost(
         output = np.frombuffer(sequence.output, np.int32).tolist()
         assert len(output) >= 12
         assert output == expected[: len(output)]
-    assert two.router.placed[-1].resumed
+    placed = two.router.placed[-1]
+    assert placed.resumed and placed.prompt_tokens >= len(PROMPT) + 12
+    assert placed.prompt_tokens + placed.max_tokens == len(PROMPT) + 120
+
+
+async def test_a_request_is_placed_again_even_while_the_cluster_drains(two: Machine) -> None:
+    stream = two.stream(make_request(60))
+    two.allow(10)
+    received = await read_until(stream, 4)
+    assert received.started is not None
+    two.router.drain()
+    two.engines[received.started.group].cut()
+    two.allow(MANY)
+    await rest_of(stream, received)
+    assert received.tokens[0] == answer(PROMPT, 60)
 
 
 async def test_a_request_continues_on_another_engine_when_its_own_hangs(two: Machine) -> None:
@@ -636,6 +650,15 @@ async def test_a_stop_string_is_found_across_the_cut(one: Machine, cut: int) -> 
     assert received.finished[0].matched_stop_string == stop
 
 
+async def test_tokens_of_the_output_do_not_count_as_cached_prompt(one: Machine) -> None:
+    one.allow(MANY)
+    expected = answer(PROMPT, 70)
+    await read(one.stream(make_request(70, request_id="first")))
+    received = await read(one.stream(resumed(make_request(70), {0: (expected[:60], 60)})), {0: 60})
+    assert received.usage is not None
+    assert received.usage.cached_tokens == received.usage.prompt_tokens == len(PROMPT)
+
+
 async def test_a_choice_that_had_finished_is_only_counted(one: Machine) -> None:
     one.allow(MANY)
     expected = answer(PROMPT, 30)
@@ -645,6 +668,7 @@ async def test_a_choice_that_had_finished_is_only_counted(one: Machine) -> None:
     received = await read(one.stream(request), {1: 3})
     assert received.tokens == {1: expected[3:]}
     assert set(received.finished) == {1}
+    assert one.router.placed[0].sequences == 1
     assert received.usage is not None
     assert received.usage.completion_tokens == 60
 

@@ -357,13 +357,13 @@ class Zombie:
         self.lost_router = asyncio.Event()
         self._built, self._name = built, name
 
-    async def greet(self) -> None:
+    async def greet(self, started_ns: int = 1) -> None:
         address = await self._built.find_router()
         router = await connect(address, IDENTITY, TO_ENGINE_FROM_ROUTER, lambda _: self)
         info = replace(self._built.leaders[self._name].account.info, epoch="zombie")
         hung = LeaseTerms("hung", 1, 1, 1, 1)
         nothing = AccountUpdate(), PageChanges((), ())
-        router.send(Hello(self._name, 1, info, Address("127.0.0.1", 1), (hung,), *nothing))
+        router.send(Hello(self._name, started_ns, info, Address("127.0.0.1", 1), (hung,), *nothing))
         router.send(AccountNews(AccountUpdate(arrived=(hung,)), nothing[1]))
         router.send(Report(EngineReport(info, EngineLoads()), audited=True))
 
@@ -383,6 +383,20 @@ async def test_an_engine_that_returns_after_its_replacement_is_sent_away() -> No
         status = one.router.status()
         assert (status.router.leases, status.audit_faults_total) == (0, 0)
         assert status.reports["g0"].info.epoch == one.leaders["g0"].account.info.epoch
+        one.allow(MANY)
+        await run_request(one, 20, "r")
+
+
+async def test_an_engine_that_connects_again_before_it_was_missed_is_not_replaced() -> None:
+    async with machine() as one:
+        first = one.router._groups["g0"].connection
+        again = Zombie(one, "g0")
+        await again.greet(one.engines["g0"]._account._started_ns)
+        await one.until(lambda: first.closed)
+        # The real engine is back too, and the last to come is the one that stays.
+        await asyncio.wait_for(again.lost_router.wait(), PATIENCE_S)
+        assert again.heard == []
+        assert one.leaders["g0"].failed is None
         one.allow(MANY)
         await run_request(one, 20, "r")
 

@@ -15,7 +15,11 @@ import pytest
 from kvmesh.client import FinishReason
 from kvmesh.client.stream_state import StreamState
 from kvmesh.cluster import router_service
+from kvmesh.cluster.ingress.choice import RunningChoice
+from kvmesh.cluster.ingress.output import RequestOutput
 from kvmesh.cluster.ingress.stream_status import StreamStatus
+from kvmesh.cluster.ingress.validate import ResumedChoice
+from kvmesh.cluster.ingress.waker import Waker
 from kvmesh.cluster.messages import Release, Waiting
 from kvmesh.cluster.router_service import _Caller, _RouterPeer
 from kvmesh.cluster.routing.outcome import Enqueued
@@ -23,6 +27,7 @@ from kvmesh.cluster.routing.request import PlaceRequest
 from kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.workers import engine
 from kvmesh.workers.request import PrefillProgress
+from kvmesh.workers.sampling_params import SamplingParams
 from tests.cluster.machine import (
     PATIENCE_S,
     TENANT,
@@ -141,6 +146,25 @@ async def test_a_request_waits_again_after_its_engine_is_lost() -> None:
         one.allow(MANY)
         events = await all_events(stream)
         assert [x for event in events for x in event.delta.token_ids] == answer(PROMPT, 20)[3:]
+
+
+async def test_the_time_in_the_queue_is_that_of_all_placements() -> None:
+    now = 0.0
+    async with machine(clock=lambda: now) as one:
+        other, leases = await fill(one)
+        stream = one.stream(make_request(20))
+        await next_queued(stream)
+        now = 3.0
+        other.router.send(Release(leases[0]))
+        one.allow(3)
+        await read_until_tokens(stream, 3)
+        one.engines["g0"].cut()
+        await next_queued(stream)
+        now = 7.0
+        await one.replace_engine("g0")
+        one.allow(MANY)
+        (usage,) = [event.usage for event in await all_events(stream) if event.HasField("usage")]
+        assert usage.queue_s >= 3.0 + 4.0
 
 
 async def test_a_request_that_is_aborted_while_it_waits_ends_as_the_contract_says() -> None:
@@ -378,6 +402,16 @@ def test_a_projected_wait_counts_down() -> None:
     assert status.event().queued == pb.Queued(position=3, projected_wait_s=5.5, request_id="r")
     now = 30.0
     assert status.event().queued == pb.Queued(position=3, projected_wait_s=0.0, request_id="r")
+
+
+@pytest.mark.parametrize("finished", [False, True])
+async def test_there_is_no_status_once_every_choice_has_finished(finished: bool) -> None:
+    choice = RunningChoice(0, SamplingParams(), (), LetterCodec(), ResumedChoice(finished=finished))
+    status = StreamStatus("r", lambda: 0.0)
+    output = RequestOutput([choice], LetterCodec(), Waker(), lambda _: None, status)
+    output.send_status()
+    assert kinds(output.take()) == ([] if finished else ["queued"])
+    assert output.take() == []
 
 
 def test_the_most_advanced_choice_leads() -> None:
