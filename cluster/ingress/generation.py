@@ -185,7 +185,6 @@ class Generation:
         usage = wire.usage(self._usages, self._placed)
         usage.prompt_tokens = len(self._prompt_ids)
         usage.completion_tokens = sum(len(choice.token_ids) for choice in self._output.choices)
-        usage.cached_tokens = min(usage.cached_tokens, len(self._prompt_ids))
         usage.queue_s += self._queue_s
         usage.total_s = self._context.clock() - self._arrived_s
         usage.failovers = self._failovers.total

@@ -97,10 +97,10 @@ def expected_token(row: Row, logits: list[float]) -> int | None:
     found = [(token, weight) for token, weight in nucleus if weight >= params.min_p]
     SEEN.add("rows cut by min_p", len(found) < len(nucleus))
     SEEN.add("rows with more tokens than the shortlist", len(found) > 256)
-    if (token := drawn(found, draw)) is None:
+    if (chosen := drawn(found, draw)) is None:
         return None
-    as_likely = [t for t, x in weights.items() if math.isclose(x, weights[token], rel_tol=MARGIN)]
-    return token if len(as_likely) == 1 else None
+    as_likely = [x for x in weights.values() if math.isclose(x, weights[chosen], rel_tol=MARGIN)]
+    return chosen if len(as_likely) == 1 else None
 
 
 def drawn(weights: list[tuple[int, float]], draw: float) -> int | None:
