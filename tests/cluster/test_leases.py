@@ -450,6 +450,23 @@ async def test_draining_refuses_new_requests_and_waits_for_running_ones() -> Non
         assert set(left) == {1}
 
 
+async def test_nothing_more_is_placed_on_an_engine_that_drains() -> None:
+    async with machine(groups=2) as two:
+        stream = two.stream(make_request(60))
+        two.allow(8)
+        received = await read_until(stream, 4)
+        assert received.started is not None
+        first = received.started.group
+        draining = asyncio.create_task(two.engines[first].drain(1000.0))
+        await two.until(lambda: first in two.router._known.reports)
+        await two.until(lambda: two.router._known.reports[first].draining)
+        two.allow(MANY)
+        await asyncio.gather(*(run_request(two, 20, str(i)) for i in range(6)))
+        assert [placed.group for placed in two.router.granted].count(first) == 1
+        await rest_of(stream, received)
+        await asyncio.wait_for(draining, PATIENCE_S)
+
+
 async def test_a_hurried_drain_does_not_wait() -> None:
     async with machine() as one:
         stream = one.stream(make_request(60))
