@@ -40,6 +40,11 @@ from tests.client.servicer import (
     usage,
 )
 
+ENGINE_LOST = pb.Error(
+    code=grpc.StatusCode.UNAVAILABLE.value[0],
+    reason=pb.ERROR_REASON_ENGINE_LOST,
+    message="the engine was lost",
+)
 EAGER = RetryPolicy(max_attempts=3, initial_backoff_s=0.001, max_backoff_s=0.002)
 
 
@@ -251,15 +256,38 @@ def on_each_delta(target: str, asynchronous: bool, on_delta: Any) -> list[str]:
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_a_stream_without_progress_gives_up(asynchronous: bool) -> None:
-    lost = pb.Error(
-        code=grpc.StatusCode.UNAVAILABLE.value[0],
-        reason=pb.ERROR_REASON_ENGINE_LOST,
-        message="the engine was lost",
-    )
-    servicer = ScriptedServicer(failing(lost))
+    servicer = ScriptedServicer(failing(ENGINE_LOST))
     with serving(servicer) as target, pytest.raises(UnavailableError):
         collect(target, asynchronous)
     assert len(servicer.requests) == EAGER.max_attempts
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_only_output_is_progress(asynchronous: bool) -> None:
+    """A stream that is started again and again, and then lost, is not tried forever."""
+
+    def only_started(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+        yield pb.GenerateStreamResponse(queued=pb.Queued())
+        yield started(request)
+        yield from failing(ENGINE_LOST)(request, context)
+
+    servicer = ScriptedServicer(only_started)
+    with serving(servicer) as target, pytest.raises(UnavailableError):
+        collect(target, asynchronous)
+    assert len(servicer.requests) == EAGER.max_attempts
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_connection_that_is_lost_after_the_usage_was_not_needed(asynchronous: bool) -> None:
+    def complete(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+        yield from events(delta(0, "a", 1), finished(), usage())(request, context)
+        context.abort(grpc.StatusCode.UNAVAILABLE, "lost")
+
+    servicer = ScriptedServicer(complete)
+    with serving(servicer) as target:
+        _, stream = collect(target, asynchronous)
+    assert stream.completion.text == "a"
+    assert (stream.resumes, len(servicer.requests)) == (0, 1)
 
 
 def test_progress_resets_the_retry_count() -> None:
