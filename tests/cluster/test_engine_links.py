@@ -35,6 +35,9 @@ class Sent:
     def send(self, message: msgspec.Struct) -> None:
         self.messages.append(message)
 
+    def close(self) -> None:
+        self.closed = True
+
 
 class Inbox:
     def __init__(self) -> None:
@@ -125,6 +128,29 @@ def test_a_submission_becomes_the_engines_requests() -> None:
     assert (made.request_id, made.params, made.lease) == ("a.0", params, terms)
     assert (made.resumed_tokens, made.timeout_s) == (2, 3.0)
     assert (made.cache_salt, made.suspicion) == ("salt", 2)
+
+
+def test_a_link_before_its_connection_and_after_it() -> None:
+    link = EngineLink()
+    assert link.closed
+    link.end(["a.0"], EndReason.ABORT)
+    link.close()
+    link, sent = connected()
+    assert not link.closed
+    link.close()
+    assert link.closed and sent.closed
+
+
+def test_news_of_what_nobody_waits_for_is_dropped() -> None:
+    link, _ = connected()
+    inbox = Inbox()
+    link.submit(submission("a"), inbox)
+    end = SequenceDelta("a.0", (), finish_reason=EndReason.ABORT)
+    link.received(Deltas([end, end]))
+    link.received(Rejected("a", Failure.of(EngineLostError())))
+    assert len(inbox.deltas) == len(inbox.errors) == 1
+    link.received(Rejected("a", Failure.of(EngineLostError())))
+    assert empty(link) and len(inbox.errors) == 1
 
 
 async def test_all_requests_use_one_connection_to_an_engine(
