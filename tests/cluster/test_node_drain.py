@@ -15,7 +15,9 @@ def test_replicas_of_all_applications_count() -> None:
     details = {
         "applications": {
             "kvmesh": {"deployments": {"router": replicas("a"), "ingress": replicas("a", "b")}},
-            "other": {"deployments": {"x": replicas("a"), "y": replicas()}},
+            "other": {
+                "deployments": {"x": replicas("a"), "y": {"replicas": [{"state": "STARTING"}]}}
+            },
         }
     }
     assert [replicas_on(node, details) for node in ("a", "b", "c")] == [3, 1, 0]
