@@ -68,9 +68,12 @@ def _announce(gcs_address: str, node: str, timeout_s: float) -> None:
 
 
 def replicas_on(node: str, details: Mapping[str, Any]) -> int:
-    """The number of Serve's replicas on a node. details: of Serve's state"""
+    """The number of Serve's replicas on a node. details: of Serve's state
+
+    A replica that has no place yet has no node either.
+    """
     return sum(
-        replica["node_id"] == node
+        replica.get("node_id") == node
         for application in details["applications"].values()
         for deployment in application["deployments"].values()
         for replica in deployment["replicas"]

@@ -12,10 +12,11 @@ def replicas(*nodes: str) -> dict[str, Any]:
 
 
 def test_replicas_of_all_applications_count() -> None:
-    details = {
-        "applications": {
-            "kvmesh": {"deployments": {"router": replicas("a"), "ingress": replicas("a", "b")}},
-            "other": {"deployments": {"x": replicas("a"), "y": replicas()}},
-        }
-    }
+    starting = {"replicas": [{"state": "STARTING"}]}
+    deployments = (
+        {"router": replicas("a"), "ingress": replicas("a", "b")},
+        {"x": replicas("a"), "y": starting},
+    )
+    applications = {str(number): {"deployments": each} for number, each in enumerate(deployments)}
+    details = {"applications": applications}
     assert [replicas_on(node, details) for node in ("a", "b", "c")] == [3, 1, 0]
