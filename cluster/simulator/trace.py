@@ -46,8 +46,10 @@ def read_trace(path: Path, trace_format: str | None = None) -> list[TraceRequest
         raise ValueError(f"trace_format must be one of {', '.join(FORMATS)}, got {name!r}")
     try:
         lines = path.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read as text: {error}") from error
+    except OSError as error:
+        raise ValueError(f"cannot read the trace {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the trace {path} is not text: {error}") from error
     requests = (_read_mooncake if name == "mooncake" else _read_azure)(path, lines)
     if not requests:
         raise ValueError(f"{path} has no requests")

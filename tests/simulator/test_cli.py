@@ -102,7 +102,7 @@ def test_a_model_that_does_not_say_its_cost_is_named(
             b'{"timestamp": 1, "input_length": -5, "output_length": 1, "hash_ids": []}',
             "line 1",
         ),
-        ("trace.jsonl", b"\xff\xfe", "cannot be read as text"),
+        ("trace.jsonl", b"\xff\xfe", "is not text"),
         ("trace.jsonl", b"", "has no requests"),
         ("trace.csv", b"a,b\n1,2\n", "line 2"),
         ("trace.csv", b"TIMESTAMP,ContextTokens,GeneratedTokens\nnow,1,2\n", "line 2"),
