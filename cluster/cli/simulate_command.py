@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import typer
 
+from kvmesh.cluster.cli.exits import CommandFailed, ExitCode
+
 # The simulator parses every option, including --help.
 PASS_THROUGH = {
     "allow_extra_args": True,
@@ -17,5 +19,8 @@ def simulate(context: typer.Context) -> None:
     from kvmesh.cluster.simulator.cli import app
 
     # Its errors are printed like those of other commands.
-    code = app(args=context.args, prog_name="kvmesh simulate", standalone_mode=False)
+    try:
+        code = app(args=context.args, prog_name="kvmesh simulate", standalone_mode=False)
+    except ValueError as error:  # an option, or a file that it names
+        raise CommandFailed(str(error), ExitCode.USAGE) from error
     raise typer.Exit(code or 0)

@@ -27,7 +27,6 @@ from kvmesh.cluster.simulator.trace import (
     with_tenants,
 )
 from kvmesh.kernels.formats.registry import get_format
-from kvmesh.workers.errors import ConfigError
 
 app = typer.Typer(help="Simulate a fleet on a trace, with the router's own code.")
 
@@ -105,21 +104,17 @@ def simulate_command(
     plot: Annotated[Path | None, typer.Option(help="Write a plot to this file.")] = None,
 ) -> None:
     """Run a trace through one or several placement policies and compare them."""
-    try:
-        requests = _requests(trace, trace_format, limit, seed, groups)
-        requests = _changed(requests, rate, inject, tenants)
-        shapes = _shapes(trace, gpu, gpus_per_group, model, kv_format, max_step, groups)
-        scenario = Scenario(
-            shapes=shapes,
-            requests=requests,
-            max_tokens=max_tokens or max(request.output_tokens for request in requests),
-            router=RouterConfig(queue_limit=QUEUE_LIMIT),
-            seed=seed,
-        )
-        runs = [simulate(scenario, name) for name in _policies(policy)]
-    except (ValueError, ConfigError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
+    requests = _requests(trace, trace_format, limit, seed, groups)
+    requests = _changed(requests, rate, inject, tenants)
+    shapes = _shapes(trace, gpu, gpus_per_group, model, kv_format, max_step, groups)
+    scenario = Scenario(
+        shapes=shapes,
+        requests=requests,
+        max_tokens=max_tokens or max(request.output_tokens for request in requests),
+        router=RouterConfig(queue_limit=QUEUE_LIMIT),
+        seed=seed,
+    )
+    runs = [simulate(scenario, name) for name in _policies(policy)]
     objective = Objective(ttft, ttft_stretch, tpot)
     service, chunk = ServiceTime.of(shapes[0]), shapes[0].max_num_batched_tokens
     summaries = [summarize(run, service, chunk, objective) for run in runs]

@@ -295,7 +295,7 @@ def test_the_connection_may_be_encrypted(tmp_path: Path) -> None:
         ("estimate",),
         ("estimate", "a", "--prompt-tokens", "3"),
         ("formats", "--page-size", "48"),
-        ("simulate", "--trace", "no/such/file"),
+        ("simulate", "--groups", "none"),
         ("eval", "recall"),
     ],
 )

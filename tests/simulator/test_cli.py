@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from kvmesh.cluster.simulator.cli import app
+from kvmesh.cluster.cli import app
 from kvmesh.cluster.simulator.hardware import model_shape
 from kvmesh.workers.errors import ConfigError
 
@@ -24,7 +24,7 @@ QWEN = {
 
 
 def run(*arguments: str) -> Result:
-    return CliRunner().invoke(app, list(arguments))
+    return CliRunner().invoke(app, ["simulate", *arguments])
 
 
 def test_it_runs_without_a_trace_within_80_columns() -> None:

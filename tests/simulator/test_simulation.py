@@ -83,7 +83,7 @@ def test_what_fits_nowhere_is_refused_and_what_fits_one_format_goes_there() -> N
         simulate(scenario, "none")
 
 
-def test_the_command_prints_json_and_refuses_unknown_values(tmp_path: Path) -> None:
+def test_the_command_prints_json_and_draws(tmp_path: Path) -> None:
     path, plot = tmp_path / "trace.jsonl", tmp_path / "plot.png"
     rows = [
         {
@@ -103,8 +103,6 @@ def test_the_command_prints_json_and_refuses_unknown_values(tmp_path: Path) -> N
     assert [summary["policy"] for summary in summaries] == ["random", "kvmesh"]
     assert all(len(summary["long_ttft_s"]) == 1 for summary in summaries)
     assert plot.stat().st_size > 0
-    for wrong in (["--gpu", "abacus"], ["--policy", "x"], ["--inject-long", "3"], ["--rate", "0"]):
-        assert CliRunner().invoke(app, [*common, *wrong]).exit_code == 2
 
 
 def test_a_bounded_step_keeps_running_streams_fluent() -> None:
