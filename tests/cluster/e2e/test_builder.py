@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import signal
 import subprocess
@@ -14,11 +13,9 @@ from typing import Any
 import pytest
 import yaml
 
-from kvmesh.client import AsyncClient, AuthenticationError, Client
-from kvmesh.cluster.config import build
+from kvmesh.client import AuthenticationError, Client
 from kvmesh.cluster.ports import PortBlock, take_ports
-from kvmesh.cluster.serve_config import serve_config
-from tests.cluster.e2e.harness import SMALL_ENGINE, greedy_by_engine, wait_for
+from tests.cluster.e2e.harness import SMALL_ENGINE, wait_for
 from tests.cluster.e2e.ray_nodes import (
     TOKEN,
     answers,
@@ -33,8 +30,6 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 KEY, NEXT_KEY = "a-key-of-a-test", "its-next-key"
 KVMESH = (sys.executable, "-c", "from kvmesh.cluster.cli import app; app()")
-PROMPT = "Once upon a time there was a"
-TOKENS = 200
 
 
 def settings(directory: Path, ports: PortBlock) -> dict[str, Any]:
@@ -94,43 +89,6 @@ def refuses(client: Client) -> bool:
     except AuthenticationError:
         return True
     return False
-
-
-async def test_a_node_that_is_drained_hands_its_streams_over() -> None:
-    ports = take_ports("127.0.0.1", {})
-    with tempfile.TemporaryDirectory(prefix="k", dir="/tmp") as name:
-        directory = Path(name)
-        values = settings(directory, ports)
-        file = directory / "serve.yaml"
-        # The nodes have one address here: a proxy on each would want the same port.
-        one_proxy = {**serve_config(build(values)), "proxy_location": "HeadOnly"}
-        file.write_text(yaml.safe_dump(one_proxy))
-        with ray_nodes(directory, ports, values, 0, 2, 2) as (url, gcs):
-            await asyncio.to_thread(deploy, url, file)
-            ((_, node),) = nodes_of(application(url), "engine-0").items()
-            target = f"127.0.0.1:{values['ingress']['port']}"
-            async with AsyncClient(target, api_key=KEY) as client:
-                stream = client.generate_stream(
-                    PROMPT, max_tokens=TOKENS, temperature=0.0, ignore_eos=True
-                )
-                tokens = list((await anext(stream)).token_ids)
-                drain = await asyncio.create_subprocess_exec(
-                    *KVMESH,
-                    "drain-node",
-                    f"--address={gcs}",
-                    f"--node-id={node}",
-                    "--timeout=120",
-                    env={**os.environ, "RAY_AUTH_TOKEN": TOKEN},
-                )
-                async for delta in stream:
-                    tokens.extend(delta.token_ids)
-                assert await asyncio.wait_for(drain.wait(), 150) == 0
-                (prompt,) = ((await client.tokenize(PROMPT)).token_ids,)
-            assert node not in nodes_of(application(url), "engine-0").values()
-            assert node not in nodes_of(application(url), "router").values()
-        expected = await asyncio.to_thread(greedy_by_engine, build(values), [prompt], TOKENS)
-        assert [tuple(tokens)] == expected
-    ports.release()
 
 
 def test_serve_joins_a_cluster_with_its_token_and_says_so_without() -> None:
