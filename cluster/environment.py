@@ -16,6 +16,7 @@ from kvmesh.cluster.haproxy_program import haproxy_program
 from kvmesh.cluster.ports import PortBlock
 
 MARGIN_BYTES = 1 << 20
+HEALTH_CHECK_MS = 3000  # of Ray's nodes
 
 # HAProxy instead of Serve's Python proxy: it is faster and forwards cancellations.
 SERVE_VARIABLES = {
@@ -69,6 +70,11 @@ def local_variables(config: ClusterConfig, directory: Path, ports: PortBlock) ->
         "RAY_gcs_server_port_wait_time_s": str(math.ceil(config.timeouts.start_s)),
         # Without Ray's GCS its processes exit after this time: requests may end before.
         "RAY_gcs_rpc_server_reconnect_timeout_s": str(math.ceil(config.timeouts.drain_s) + 60),
+        # Without its raylet a node is dead after this many checks, and its processes are ended.
+        "RAY_health_check_period_ms": str(HEALTH_CHECK_MS),
+        "RAY_health_check_failure_threshold": str(
+            math.ceil((config.timeouts.drain_s + 60) * 1000 / HEALTH_CHECK_MS)
+        ),
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(ports.http_replicas[0]),
         "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(ports.http_replicas[-1]),
