@@ -9,6 +9,7 @@ machine is not a bug.
 from __future__ import annotations
 
 import os
+import sys
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
@@ -54,6 +55,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=0.0,
         help="how long the soak test loads a cluster; without this option it is skipped",
     )
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Ray reads once, when it is imported, whether it has to send tokens.
+
+    Imported by a module of tests, it sends none to the first cluster that the tests start, and
+    waits for that without end.
+    """
+    if "ray" in sys.modules:
+        raise pytest.UsageError("a module of tests imports Ray: import it within a function")
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

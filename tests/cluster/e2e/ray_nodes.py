@@ -13,8 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ray.util import get_node_ip_address
-
 from kvmesh.cluster.config import build
 from kvmesh.cluster.environment import local_variables
 from kvmesh.cluster.ports import PortBlock
@@ -25,6 +23,12 @@ RAY = Path(sys.executable).with_name("ray")
 SERVE = Path(sys.executable).with_name("serve")
 TOKEN = "a-token-of-a-test-" * 2  # that the nodes ask for: other hosts may reach them
 OBJECT_STORE = "--object-store-memory=100000000"
+
+
+def node_address() -> str:
+    """This host's, as Ray sees it. Asked of another process: see `pytest_collection_finish`."""
+    code = "from ray.util import get_node_ip_address as address; print(address())"
+    return subprocess.check_output([sys.executable, "-c", code], text=True).strip()
 
 
 @contextmanager
@@ -42,7 +46,7 @@ def ray_nodes(
     environment = {**os.environ, **variables, "RAY_AUTH_TOKEN": TOKEN}
     adopt_orphans()
     keep = descendants()
-    gcs, url = f"{get_node_ip_address()}:{ports.single(8)}", f"http://127.0.0.1:{ports.single(7)}"
+    gcs, url = f"{node_address()}:{ports.single(8)}", f"http://127.0.0.1:{ports.single(7)}"
     roles = [["--head", f"--port={ports.single(8)}", f"--dashboard-port={ports.single(7)}"]]
     roles[0].append(f"--temp-dir={directory / 'r'}")
     roles += [[f"--address={gcs}"] for _ in cpus[1:]]
