@@ -26,7 +26,11 @@ from tests.cluster.e2e.ray_nodes import (
     ray_nodes,
 )
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(" " in sys.executable, reason="`ray start` fails below a path with spaces"),
+]
 
 KEY, NEXT_KEY = "a-key-of-a-test", "its-next-key"
 KVMESH = (sys.executable, "-c", "from kvmesh.cluster.cli import app; app()")
