@@ -124,7 +124,8 @@ class Cluster:
         host = "127.0.0.1" if config.ingress.host in ("0.0.0.0", "::") else config.ingress.host
         target = f"{host}:{config.ingress.port}"
         self._wait_serving(target)
-        key = local_key(config.auth, os.environ)
+        # As they were given: the settings that are deployed have the key by its hash.
+        key = local_key(self._config.auth, os.environ)
         return Endpoint(target, key, metrics_url, self._dashboard_url)
 
     def _prepare(self) -> ClusterConfig:
