@@ -29,7 +29,7 @@ from kvmesh.cluster.ingress.codec import ModelCodec
 from kvmesh.cluster.ingress.quality import DIVERGENCE_NATS
 from kvmesh.cluster.ingress.service import IngressService
 from kvmesh.cluster.ingress.validate import Limits
-from kvmesh.cluster.keys import follow_keys, known_keys
+from kvmesh.cluster.keys import follow_keys, known_keys, metered_tenants
 from kvmesh.cluster.link import Address, LinkError, listen
 from kvmesh.cluster.messages import TO_ROUTER
 from kvmesh.cluster.processes import settle
@@ -132,7 +132,7 @@ class RouterReplica:
             lease_ttl_s=config.router.lease_ttl_s,
             tenants=config.router.policies(),
         )
-        meters = RouterMeters(ray_meter, config.metered_tenants())
+        meters = RouterMeters(ray_meter, metered_tenants(config.auth, config.metrics.tenants))
         self._service = RouterService(settings, meters, groups=list(config.group_engines()))
         self._listener = await listen(node_ip(), deployed.identity, TO_ROUTER, self._service.accept)
         self._running = asyncio.create_task(self._service.run())
@@ -174,7 +174,7 @@ class IngressReplica:
         use_serve_log()
         config = deployed.config
         files = resolve_model(config.model)
-        meters = IngressMeters(ray_meter, config.metered_tenants())
+        meters = IngressMeters(ray_meter, metered_tenants(config.auth, config.metrics.tenants))
         limits = limits_of(config)
         self._drain_s = config.timeouts.drain_s
         self._service = IngressService(

@@ -188,8 +188,8 @@ class MetricsSection(Settings):
         default=0,
         ge=0,
         le=MAX_METERED_TENANTS,
-        description="How many tenants have metrics of their own: the first of auth.keys; all "
-        "others are `other`. 0: metrics do not tell tenants apart",
+        description="How many tenants have metrics of their own: the first of auth.keys, then "
+        "of auth.key_directory; all others are `other`. 0: metrics do not tell tenants apart",
     )
 
 
@@ -304,11 +304,6 @@ class ClusterConfig(Settings):
     def group_engines(self) -> dict[str, EngineSection]:
         """By name, the settings of each group's engine."""
         return {f"engine-{i}": e for i, e in enumerate(_engines(self.engine, self.groups))}
-
-    def metered_tenants(self) -> tuple[str, ...]:
-        """The tenants that metrics name."""
-        known = dict.fromkeys(key.tenant for key in self.auth.keys) or [LOCAL_TENANT]
-        return tuple(known)[: self.metrics.tenants]
 
     def engine_config(self, group: str = "engine-0") -> EngineConfig:
         """The configuration of a group's engine."""

@@ -44,6 +44,18 @@ def known_keys(auth: AuthSection) -> list[KnownKey] | None:
     return found
 
 
+def metered_tenants(auth: AuthSection, count: int) -> tuple[str, ...]:
+    """The tenants that metrics name: the first `count` that have keys now.
+
+    Raises the errors of `known_keys`, unless `count` is 0.
+    """
+    if count == 0:
+        return ()
+    keys = known_keys(auth)
+    names = [LOCAL_TENANT] if keys is None else [key.caller.tenant for key in keys]
+    return tuple(dict.fromkeys(names))[:count]
+
+
 def _keys_in(directory: Path) -> list[KnownKey]:
     """The keys in a directory; names that begin with a dot are Kubernetes' own."""
     try:

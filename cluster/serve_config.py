@@ -20,8 +20,6 @@ APP_NAME: Final = "kvmesh"
 BUILDER: Final = "kvmesh.cluster.app:build"
 SERVICER: Final = "kvmesh.cluster.grpc_front.add_to_server"
 GRPC_PORT, HTTP_PORT = 9000, 8000  # where they are not chosen
-# Settings of the program that starts a cluster; the application does not use them.
-_NOT_OF_THE_APPLICATION: Final = (("ray", None), ("metrics", "port"))
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
 
@@ -32,11 +30,9 @@ def serve_config(config: ClusterConfig) -> dict[str, Any]:
     config: with host and ports, see `for_nodes`, and valid everywhere, see `anywhere`
     """
     arguments: dict[str, Any] = changed(config)
-    for section, setting in _NOT_OF_THE_APPLICATION:
-        if setting is not None:
-            arguments.get(section, {}).pop(setting, None)
-        if setting is None or not arguments.get(section):
-            arguments.pop(section, None)
+    # They are for the program that starts a cluster; the application does not use them.
+    arguments.pop("ray", None)
+    arguments.get("metrics", {}).pop("port", None)
     return {
         "proxy_location": "EveryNode",
         "http_options": {"host": config.ingress.host, "port": config.ingress.http_port},

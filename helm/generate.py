@@ -23,9 +23,10 @@ from kvmesh.cluster.serve_config import APP_NAME, BUILDER, GRPC_PORT, HTTP_PORT,
 CHART = Path(__file__).resolve().parent / "kvmesh"
 SHAPES = CHART.parent / "values.shapes.yaml"
 # What the chart decides itself.
-SECTIONS_OF_THE_CHART = ("ray", "metrics")
+SECTIONS_OF_THE_CHART = ("ray",)
 SETTINGS_OF_THE_CHART = {
     ("IngressSection", "host"),
+    ("MetricsSection", "port"),
     ("AuthSection", "key_file"),
     ("AuthSection", "key_directory"),
 }

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import re
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from kvmesh.cluster.config import build
+from kvmesh.cluster.keys import metered_tenants
 from kvmesh.cluster.routing.config import RouterConfig
 from kvmesh.cluster.routing.errors import QuotaExceededError
 from kvmesh.cluster.routing.fairness import TenantPolicy
@@ -126,13 +128,19 @@ def test_tenants_have_no_metrics_unless_they_are_asked_for() -> None:
     assert spoken.values[table.TENANT_REQUESTS.name] == {("a", "ok"): 1, ("other", "ok"): 2}
 
 
-def test_the_number_of_tenants_is_bounded() -> None:
+def test_the_number_of_tenants_is_bounded(tmp_path: Path) -> None:
     keys = [{"tenant": name, "sha256": f"{number:064x}"} for number, name in enumerate("abca")]
-    config = {"auth": {"keys": keys}}
-    assert build(config).metered_tenants() == ()
-    assert build({**config, "metrics": {"tenants": 2}}).metered_tenants() == ("a", "b")
-    assert build({**config, "metrics": {"tenants": 9}}).metered_tenants() == ("a", "b", "c")
-    assert build({"metrics": {"tenants": 9}}).metered_tenants() == ("local",)
+    auth = build({"auth": {"keys": keys}}).auth
+    assert metered_tenants(auth, 0) == ()
+    assert metered_tenants(auth, 2) == ("a", "b")
+    assert metered_tenants(auth, 9) == ("a", "b", "c")
+    for name in ("d", "e.admin"):
+        (tmp_path / name).write_text("a-key-of-" + name)
+        (tmp_path / name).chmod(0o600)
+    both = build({"auth": {"keys": keys, "key_directory": str(tmp_path)}}).auth
+    assert metered_tenants(both, 4) == ("a", "b", "c", "d")
+    assert metered_tenants(both, 9)[-1] == "e"
+    assert metered_tenants(build({"auth": {"mode": "none"}}).auth, 9) == ("local",)
 
 
 async def generate(built: Machine, max_tokens: int, request_id: str = "") -> pb.Usage:

@@ -61,7 +61,10 @@ def test_only_what_was_set_is_printed() -> None:
 
 def test_settings_of_the_program_that_starts_a_cluster_are_not_the_applications() -> None:
     config = build({"ray": {"address": "auto"}, "metrics": {"port": 8080}, "groups": 2})
-    assert arguments(config) == {"groups": 2}
+    assert arguments(config) == {"groups": 2, "metrics": {}}
+    named = build({"metrics": {"port": 8080, "tenants": 3}})
+    assert arguments(named) == {"metrics": {"tenants": 3}}
+    assert build(arguments(config)) == build({"groups": 2})
 
 
 def test_ray_accepts_it() -> None:

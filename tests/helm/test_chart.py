@@ -315,6 +315,14 @@ def test_pods_do_not_change_with_the_charts_version() -> None:
 # Single values
 
 
+def test_metrics_may_name_tenants() -> None:
+    objects = render({"config": {"metrics": {"tenants": 3}}})
+    (application,) = serve_config_of(objects)["applications"]
+    assert application["args"]["metrics"] == {"tenants": 3}
+    with pytest.raises(HelmError, match="port"):
+        render({"config": {"metrics": {"port": 8080}}})
+
+
 def test_a_change_of_settings_is_in_place_or_not() -> None:
     def cluster(change: str, seqs: int) -> dict[str, Any]:
         settings = {"engine": {"max_num_seqs": seqs}}
