@@ -15,13 +15,13 @@ import pytest
 from kvmesh.client import FinishReason
 from kvmesh.client.stream_state import StreamState
 from kvmesh.cluster import router_service
+from kvmesh.cluster.callers import Caller
 from kvmesh.cluster.ingress.choice import RunningChoice
 from kvmesh.cluster.ingress.output import RequestOutput
 from kvmesh.cluster.ingress.stream_status import StreamStatus
 from kvmesh.cluster.ingress.validate import ResumedChoice
 from kvmesh.cluster.ingress.waker import Waker
-from kvmesh.cluster.messages import Release, Waiting
-from kvmesh.cluster.router_service import _Caller, _RouterPeer
+from kvmesh.cluster.messages import CallFailed, Placed, Release, Waiting
 from kvmesh.cluster.routing.outcome import Enqueued
 from kvmesh.cluster.routing.request import PlaceRequest
 from kvmesh.v1 import kvmesh_pb2 as pb
@@ -205,14 +205,14 @@ class Outbox:
     def __init__(self) -> None:
         self.messages: list[Waiting] = []
 
-    def send(self, message: Waiting) -> None:
+    def send(self, message: CallFailed | Placed | Waiting, /) -> None:
+        assert isinstance(message, Waiting)
         self.messages.append(message)
 
 
-def make_caller() -> tuple[_Caller, list[Waiting]]:
+def make_caller() -> tuple[Caller, list[Waiting]]:
     outbox = Outbox()
-    peer: _RouterPeer = outbox  # type: ignore[assignment]
-    return _Caller(peer, 7, 0.0), outbox.messages
+    return Caller(outbox, 7, 0.0), outbox.messages
 
 
 def test_a_caller_far_back_hears_of_changes_that_matter_to_it() -> None:
@@ -356,7 +356,7 @@ async def test_a_reader_that_lags_gets_only_the_latest_status() -> None:
         other, leases = await fill(one)
         stream = one.stream(make_request(5))
         await next_queued(stream)
-        (caller,) = one.router._callers.values()
+        (caller,) = one.router.callers._by_request.values()
         for position in (9, 7, 5):
             caller.inform(Enqueued("r", position, None), 0.0)
         assert (await next_queued(stream)).position == 5
