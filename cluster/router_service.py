@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
-from kvmesh.cluster.callers import Caller, Callers
 from kvmesh.cluster.errors import DrainingError, Failure
 from kvmesh.cluster.ingress.error_table import reason_label, to_wire
 from kvmesh.cluster.link import Address, Link
@@ -58,6 +57,7 @@ from kvmesh.cluster.routing.outcome import (
 from kvmesh.cluster.routing.router import Router
 from kvmesh.cluster.telemetry.logs import about
 from kvmesh.cluster.telemetry.meters import RouterMeters
+from kvmesh.cluster.waiting_callers import WaitingCaller, WaitingCallers
 from kvmesh.workers.loads import EngineInfo
 
 logger = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ class RouterService:
         self._meters = meters
         self._names = tuple(groups)
         self._groups: dict[str, _Group] = {}
-        self.callers = Callers()
+        self.callers = WaitingCallers()
         self._informed_s = self._measured_s = clock()
         self._reports = ReportBook()
         self._draining = False
@@ -158,7 +158,7 @@ class RouterService:
                 return
             self.settle(self.router.abort(name, self.clock()))
         now = self.clock()
-        self.callers.add(name, Caller(peer, message.call, now))
+        self.callers.add(name, WaitingCaller(peer, message.call, now))
         started_s = time.perf_counter()
         outcomes = self.router.place(request, now)
         self._meters.decided(time.perf_counter() - started_s)

@@ -15,7 +15,6 @@ import pytest
 from kvmesh.client import FinishReason
 from kvmesh.client.stream_state import StreamState
 from kvmesh.cluster import router_service
-from kvmesh.cluster.callers import Caller
 from kvmesh.cluster.ingress.choice import RunningChoice
 from kvmesh.cluster.ingress.output import RequestOutput
 from kvmesh.cluster.ingress.stream_status import StreamStatus
@@ -24,6 +23,7 @@ from kvmesh.cluster.ingress.waker import Waker
 from kvmesh.cluster.messages import CallFailed, Placed, Release, Waiting
 from kvmesh.cluster.routing.outcome import Enqueued
 from kvmesh.cluster.routing.request import PlaceRequest
+from kvmesh.cluster.waiting_callers import WaitingCaller
 from kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.workers import engine
 from kvmesh.workers.request import PrefillProgress
@@ -210,9 +210,9 @@ class Outbox:
         self.messages.append(message)
 
 
-def make_caller() -> tuple[Caller, list[Waiting]]:
+def make_caller() -> tuple[WaitingCaller, list[Waiting]]:
     outbox = Outbox()
-    return Caller(outbox, 7, 0.0), outbox.messages
+    return WaitingCaller(outbox, 7, 0.0), outbox.messages
 
 
 def test_a_caller_far_back_hears_of_changes_that_matter_to_it() -> None:

@@ -21,7 +21,7 @@ class Peer(Protocol):
 
 
 @dataclass(slots=True, eq=False)
-class Caller:
+class WaitingCaller:
     """Of a waiting request. since: when it came
 
     position, start_at: as it was informed last; all on the service's clock
@@ -44,11 +44,11 @@ class Caller:
             self.peer.send(Waiting(self.call, position, start_s))
 
 
-class Callers:
+class WaitingCallers:
     """By their requests' ids, in the order in which they came."""
 
     def __init__(self) -> None:
-        self._by_request: dict[str, Caller] = {}
+        self._by_request: dict[str, WaitingCaller] = {}
         self._requests: dict[tuple[Peer, int], str] = {}
 
     def __len__(self) -> int:
@@ -57,11 +57,11 @@ class Callers:
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._by_request
 
-    def add(self, request_id: str, caller: Caller) -> None:
+    def add(self, request_id: str, caller: WaitingCaller) -> None:
         self._by_request[request_id] = caller
         self._requests[caller.peer, caller.call] = request_id
 
-    def take(self, request_id: str) -> Caller:
+    def take(self, request_id: str) -> WaitingCaller:
         """The caller, who no longer waits: the outcome is there."""
         caller = self._by_request.pop(request_id)
         del self._requests[caller.peer, caller.call]
