@@ -34,6 +34,7 @@ from kvmesh.cluster.link import Address, LinkError, listen
 from kvmesh.cluster.messages import TO_ROUTER
 from kvmesh.cluster.processes import settle
 from kvmesh.cluster.rank_actors import RankActors, RankResources
+from kvmesh.cluster.reception import Reception
 from kvmesh.cluster.resources import CONTROL_CPUS, bundles, gpus_per_rank
 from kvmesh.cluster.router_service import RouterService
 from kvmesh.cluster.routing.config import RouterConfig
@@ -193,8 +194,8 @@ class IngressReplica:
         )
         authenticator = Authenticator(known_keys(config.auth))
         self._keys = asyncio.create_task(follow_keys(config.auth, authenticator))
-        max_calls = config.ingress.max_streams
-        attach(GrpcFront(self._service, authenticator.authenticate, limits, meters, max_calls))
+        reception = Reception(authenticator.authenticate, config.ingress.max_streams)
+        attach(GrpcFront(self._service, reception, limits, meters))
         self._service.start()
         settle()
 

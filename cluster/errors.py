@@ -14,7 +14,8 @@ ClusterError
 ├── DrainingError           the server is shutting down
 └── NotReadyError           no group is up yet
 
-UnsupportedFieldError, an InvalidFieldError, is for what later servers may support.
+UnsupportedFieldError and OversizedRequestError are InvalidFieldErrors: what later servers may
+support, and what no request may be.
 
 `Failure` carries these errors, the router's and the engine's to another process, as the class
 name and its arguments, which are plain data.
@@ -66,6 +67,10 @@ class NotAllowedError(ClusterError):
 
 class UnsupportedFieldError(InvalidFieldError):
     """A field, or a value of it, that this server does not know or does not support yet."""
+
+
+class OversizedRequestError(InvalidFieldError):
+    """A request with more bytes than the server takes."""
 
 
 class NoAllowedFormatError(ClusterError):

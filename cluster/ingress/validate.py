@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from kvmesh.cluster.errors import UnsupportedFieldError
+from kvmesh.cluster.errors import OversizedRequestError, UnsupportedFieldError
 from kvmesh.cluster.ingress.chat import conversation
 from kvmesh.cluster.ingress.refuse import refuse
 from kvmesh.v1 import kvmesh_pb2 as pb
@@ -34,6 +34,14 @@ class Limits:
 
 
 Prompt = str | Conversation | TokenIds
+
+
+def check_size(num_bytes: int, limits: Limits) -> None:
+    """Raises OversizedRequestError."""
+    if num_bytes > limits.max_request_bytes:
+        raise OversizedRequestError(
+            "request", f"must have at most {limits.max_request_bytes:,} bytes, got {num_bytes:,}"
+        )
 
 
 @dataclass(frozen=True, slots=True)
