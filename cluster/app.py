@@ -19,10 +19,12 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
+from kvmesh.cluster import grpc_front, http_front
 from kvmesh.cluster.config import ClusterConfig
 from kvmesh.cluster.config import build as build_config
 from kvmesh.cluster.engine_service import EngineService
-from kvmesh.cluster.grpc_front import GrpcFront, attach
+from kvmesh.cluster.grpc_front import GrpcFront
+from kvmesh.cluster.http_front import HttpFront
 from kvmesh.cluster.identity import Identity
 from kvmesh.cluster.ingress.authenticate import Authenticator
 from kvmesh.cluster.ingress.codec import ModelCodec
@@ -163,7 +165,7 @@ class RouterReplica:
 
 
 class IngressReplica:
-    """One ingress process; grpc_front.py serves its calls."""
+    """One ingress process; grpc_front.py and http_front.py serve its calls."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self,
@@ -195,9 +197,15 @@ class IngressReplica:
         authenticator = Authenticator(known_keys(config.auth))
         self._keys = asyncio.create_task(follow_keys(config.auth, authenticator))
         reception = Reception(authenticator.authenticate, config.ingress.max_streams)
-        attach(GrpcFront(self._service, reception, limits, meters))
+        grpc_front.attach(GrpcFront(self._service, reception, limits, meters))
+        self._http = HttpFront(self._service, package_version(), reception, limits, meters)
+        http_front.attach(self._http)
         self._service.start()
         settle()
+
+    def __serve_build_asgi_app__(self) -> HttpFront:
+        """What Serve calls for a request over HTTP."""
+        return self._http
 
     async def check_health(self) -> None:
         self._service.check_health()
@@ -288,7 +296,7 @@ def build(args: dict[str, Any]) -> serve.Application:
             **stop,
         ).bind(group, config.engine_config(group), resources, router, deployed)
     ingress = _deployment(
-        IngressReplica,
+        serve.ingress()(IngressReplica),
         name="ingress",
         num_replicas=config.ingress.replicas,
         max_ongoing_requests=config.ingress.max_streams,

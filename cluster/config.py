@@ -64,7 +64,7 @@ class GroupSection(EngineSection):
 
 
 class IngressSection(Settings):
-    """The gRPC endpoint that clients connect to."""
+    """The endpoints that clients connect to: gRPC, and OpenAI's API over HTTP."""
 
     replicas: WholeNumber = Field(
         default=1, ge=1, le=64, description="Ingress processes; with 2 or more, one may crash"
@@ -74,7 +74,8 @@ class IngressSection(Settings):
     )
     port: Port = Field(default=9000, description="gRPC port; 0: any free one")
     http_port: Port = Field(
-        default=0, description="Port of Ray Serve's HTTP health check; 0: any free one"
+        default=8000,
+        description="HTTP port, of OpenAI's API and Ray Serve's health check; 0: any free one",
     )
     max_streams: WholeNumber = Field(
         default=1024, ge=1, description="Concurrent calls of one ingress process"
@@ -277,7 +278,7 @@ class ClusterConfig(Settings):
         "`engine`, e.g. [{kv_format: int8}, {kv_format: k4v4}]",
     )
     ingress: IngressSection = Field(
-        default=IngressSection(), description="The endpoint for clients"
+        default=IngressSection(), description="The endpoints for clients"
     )
     auth: AuthSection = Field(default=AuthSection(), description="Authentication")
     router: RouterSection = Field(default=RouterSection(), description="Placement and queue")

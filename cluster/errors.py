@@ -4,6 +4,7 @@ ClusterError
 ├── UnauthenticatedError    no key, or a wrong one
 ├── NotAllowedError         the key is no admin key
 ├── UnknownModelError       the request names another model
+├── UnknownPathError        there is no such call over HTTP
 ├── NoAllowedFormatError    no group has a KV format that the request accepts
 ├── ResumeMismatchError     the cursor does not belong to what is served
 ├── ContextExceededError    the prompt is longer than any group's context
@@ -94,6 +95,18 @@ class UnknownModelError(ClusterError):
 
     def __str__(self) -> str:
         return f"model {self.asked!r} is not served here; this server has {self.served!r}"
+
+
+class UnknownPathError(ClusterError):
+    """There is no such call over HTTP."""
+
+    def __init__(self, method: str, path: str) -> None:
+        super().__init__(method, path)
+        self.method = method
+        self.path = path
+
+    def __str__(self) -> str:
+        return f"there is no {self.method} {self.path} here; /openapi.json lists what there is"
 
 
 class ResumeMismatchError(ClusterError):

@@ -22,6 +22,7 @@ from kvmesh.cluster.errors import (
     ResumeMismatchError,
     UnauthenticatedError,
     UnknownModelError,
+    UnknownPathError,
     UnsupportedFieldError,
 )
 from kvmesh.cluster.routing import errors as routing
@@ -55,6 +56,7 @@ _TABLE: tuple[ErrorRow, ...] = tuple(
         (NotAllowedError, _S.PERMISSION_DENIED, pb.ERROR_REASON_NOT_ALLOWED, 403),
         (NoAllowedFormatError, _S.FAILED_PRECONDITION, pb.ERROR_REASON_KV_FORMAT, 400),
         (UnknownModelError, _S.NOT_FOUND, pb.ERROR_REASON_UNKNOWN_MODEL, 404),
+        (UnknownPathError, _S.UNIMPLEMENTED, pb.ERROR_REASON_UNSUPPORTED, 404),
         (routing.RequestIdInUseError, _S.ALREADY_EXISTS, pb.ERROR_REASON_DUPLICATE_REQUEST_ID, 409),
         (routing.ExceedsEveryGroupError, _S.FAILED_PRECONDITION, pb.ERROR_REASON_NEVER_FITS, 400),
         (ContextExceededError, _S.FAILED_PRECONDITION, pb.ERROR_REASON_NEVER_FITS, 400),
