@@ -93,7 +93,6 @@ class HttpFront:
                     call.outcome = "cancelled"
                     return
                 except Exception as error:
-                    answer.headers["connection"] = "close"  # its body will not be read
                     await call.failed(error)(scope, receive, answer.send)
                     return
                 await self._run(call, scope, receive, answer)
@@ -184,8 +183,8 @@ class Answer:
 _front: HttpFront | None = None
 
 
-def attach(front: HttpFront) -> None:
-    """Serve the calls of this process's server with `front`."""
+def attach(front: HttpFront | None) -> None:
+    """Serve the calls of this process's server with `front`; None: with nothing."""
     global _front
     _front = front
 

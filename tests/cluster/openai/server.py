@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from typing import Any
 import httpx2
 import openai
 import uvicorn
+from uvicorn.server import ServerState
 
 from kvmesh.cluster.http_front import HttpFront
 from kvmesh.cluster.ingress.authenticate import Authenticator, Caller, KnownKey, hash_key
@@ -138,7 +138,8 @@ class HttpServer:
     meters: SeenMeters
     http: httpx2.AsyncClient
 
-    def client(self, key: str = KEY, **options: Any) -> openai.AsyncOpenAI:
+    def client(self, key: str = KEY, **options: Any) -> Any:
+        """OpenAI's own, without its types: requests here have fields that they do not know."""
         options.setdefault("max_retries", 0)
         return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key=key, **options)
 
@@ -168,17 +169,24 @@ async def http_server(
         limits or Limits(max_request_bytes=MAX_BYTES),
         IngressMeters(meters, [TENANT]),
     )
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        config = uvicorn.Config(front, log_config=None, access_log=False, lifespan="on")
-        server = uvicorn.Server(config)
-        server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
-        task = asyncio.create_task(server.serve(sockets=[listener]))
-        while not server.started:
-            await asyncio.sleep(0)
-        headers = {"authorization": f"Bearer {KEY}"}
+    # Uvicorn's protocol without its server, whose clock has a tenth of a second.
+    config = uvicorn.Config(front, log_config=None, access_log=False, lifespan="off")
+    config.load()
+    state = ServerState()
+
+    def connected() -> asyncio.Protocol:
+        protocol: Any = config.http_protocol_class
+        made: asyncio.Protocol = protocol(config=config, server_state=state, app_state={})
+        return made
+
+    listener = await asyncio.get_running_loop().create_server(connected, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
+    headers = {"authorization": f"Bearer {KEY}"}
+    try:
         async with httpx2.AsyncClient(base_url=url, headers=headers, timeout=60.0) as http:
             yield HttpServer(url, front, meters, http)
-        server.should_exit = True
-        await task
+    finally:
+        listener.close()
+        for task in state.tasks:
+            task.cancel()
+        await asyncio.gather(*state.tasks, return_exceptions=True)
