@@ -14,7 +14,7 @@ from kvmesh.workers.arena import Arena
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.engine import Engine
 from kvmesh.workers.errors import ConfigError, InvalidFieldError, PoolCapacityError
-from kvmesh.workers.executor import Allocation, RankDescription
+from kvmesh.workers.executor import Allocation, MakeMasks, RankDescription
 from kvmesh.workers.lease import LeaseTerms
 from kvmesh.workers.loads import OLDEST, SequenceLoad, StepTime
 from kvmesh.workers.plan import SampledToken, StepPlan, StepResult
@@ -182,9 +182,9 @@ class TickingExecutor(MemoryExecutor):
     now_s = 0.0
     step_s = 0.4
 
-    def execute(self, plan: StepPlan) -> StepResult:
+    def execute(self, plan: StepPlan, masks: MakeMasks | None = None) -> StepResult:
         self.now_s += self.step_s
-        return super().execute(plan)
+        return super().execute(plan, masks)
 
 
 def make_ticking_engine(*, prefix_cache: bool = True) -> Engine:
