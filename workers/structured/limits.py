@@ -5,7 +5,7 @@ from __future__ import annotations
 from llguidance import LLParserLimits
 
 MAX_GRAMMAR_CHARS = 1 << 18
-# Whitespace between two tokens of JSON: enough to indent, and no way to go on forever.
+# Whitespace between two tokens of JSON: enough to indent, and no endless space.
 JSON_WHITESPACE = r"[\x20\x0A\x0D\x09]{1,32}"
 
 
