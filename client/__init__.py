@@ -26,6 +26,7 @@ from kvmesh.client.errors import (
     UsageError,
 )
 from kvmesh.client.fake import AsyncFakeTransport, FakeServer, FakeTransport
+from kvmesh.client.fake_output import FakeAnswer
 from kvmesh.client.options import (
     NO_RETRY,
     TLS,
@@ -68,6 +69,8 @@ from kvmesh.client.types import (
     TokenLogprob,
     TokenLogprobs,
     Tokens,
+    ToolCall,
+    ToolCallDelta,
     Usage,
 )
 
@@ -92,6 +95,7 @@ __all__ = [
     "DuplicateRequestError",
     "Estimate",
     "Explanation",
+    "FakeAnswer",
     "FakeServer",
     "FakeTransport",
     "FieldViolation",
@@ -135,6 +139,8 @@ __all__ = [
     "TokenLogprob",
     "TokenLogprobs",
     "Tokens",
+    "ToolCall",
+    "ToolCallDelta",
     "Transport",
     "UnavailableError",
     "Usage",

@@ -48,6 +48,8 @@ class AsyncGenerations(ABC):
         allowed_kv_formats: Sequence[str] | None = None,
         max_kv_divergence_nats: float | None = None,
         cache_salt: str | None = None,
+        max_reasoning_tokens: int | None = None,
+        structured_output: Mapping[str, Any] | None = None,
     ) -> Completion:
         """Continue a prompt given as text or token ids; returns the whole output.
 
@@ -78,6 +80,10 @@ class AsyncGenerations(ABC):
         max_kv_divergence_nats: [none] the most that the KV format may diverge from exact KV, as
             measured: see `model_info().groups`
         cache_salt: [none] cached prefixes are shared only between requests with the same salt
+        max_reasoning_tokens: [none] after this many tokens of reasoning the model has to answer
+        structured_output: [none] what the output must match, as one of {"json_schema": a mapping or
+            JSON text}, {"json_object": True}, {"regex": text}, {"grammar": Lark or GBNF},
+            {"choice": texts}
         """
         return await self._complete(
             prompt_message(prompt),
@@ -105,6 +111,8 @@ class AsyncGenerations(ABC):
                 "allowed_kv_formats": allowed_kv_formats,
                 "max_kv_divergence_nats": max_kv_divergence_nats,
                 "cache_salt": cache_salt,
+                "max_reasoning_tokens": max_reasoning_tokens,
+                "structured_output": structured_output,
             },
         )
 
@@ -135,6 +143,8 @@ class AsyncGenerations(ABC):
         allowed_kv_formats: Sequence[str] | None = None,
         max_kv_divergence_nats: float | None = None,
         cache_salt: str | None = None,
+        max_reasoning_tokens: int | None = None,
+        structured_output: Mapping[str, Any] | None = None,
     ) -> AsyncStream:
         """Continue a prompt; returns a stream that yields output as it is generated.
 
@@ -165,6 +175,10 @@ class AsyncGenerations(ABC):
         max_kv_divergence_nats: [none] the most that the KV format may diverge from exact KV, as
             measured: see `model_info().groups`
         cache_salt: [none] cached prefixes are shared only between requests with the same salt
+        max_reasoning_tokens: [none] after this many tokens of reasoning the model has to answer
+        structured_output: [none] what the output must match, as one of {"json_schema": a mapping or
+            JSON text}, {"json_object": True}, {"regex": text}, {"grammar": Lark or GBNF},
+            {"choice": texts}
         """
         return self._stream(
             prompt_message(prompt),
@@ -192,6 +206,8 @@ class AsyncGenerations(ABC):
                 "allowed_kv_formats": allowed_kv_formats,
                 "max_kv_divergence_nats": max_kv_divergence_nats,
                 "cache_salt": cache_salt,
+                "max_reasoning_tokens": max_reasoning_tokens,
+                "structured_output": structured_output,
             },
         )
 
@@ -222,9 +238,13 @@ class AsyncGenerations(ABC):
         allowed_kv_formats: Sequence[str] | None = None,
         max_kv_divergence_nats: float | None = None,
         cache_salt: str | None = None,
+        max_reasoning_tokens: int | None = None,
+        structured_output: Mapping[str, Any] | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         continue_final_message: bool | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
+        parallel_tool_calls: bool | None = None,
     ) -> Completion:
         """Answer a chat rendered with the model's template; returns the whole output.
 
@@ -255,11 +275,18 @@ class AsyncGenerations(ABC):
         max_kv_divergence_nats: [none] the most that the KV format may diverge from exact KV, as
             measured: see `model_info().groups`
         cache_salt: [none] cached prefixes are shared only between requests with the same salt
+        max_reasoning_tokens: [none] after this many tokens of reasoning the model has to answer
+        structured_output: [none] what the output must match, as one of {"json_schema": a mapping or
+            JSON text}, {"json_object": True}, {"regex": text}, {"grammar": Lark or GBNF},
+            {"choice": texts}
         tools: [none] functions that the model may call, each with name, description and parameters
             (a JSON schema), or as OpenAI's API has them, {"type": "function", "function": ...}
         chat_template_kwargs: [none] variables of the model's chat template, for instance
             {"enable_thinking": False}
         continue_final_message: [False] continue the last message, do not answer it
+        tool_choice: ["auto" with tools] "auto", "none", "required", or the tool to call, as
+            {"name": ...} or as OpenAI's API has it
+        parallel_tool_calls: [True] whether one answer may have several calls
         """
         return await self._complete(
             chat_message(messages),
@@ -287,9 +314,13 @@ class AsyncGenerations(ABC):
                 "allowed_kv_formats": allowed_kv_formats,
                 "max_kv_divergence_nats": max_kv_divergence_nats,
                 "cache_salt": cache_salt,
+                "max_reasoning_tokens": max_reasoning_tokens,
+                "structured_output": structured_output,
                 "tools": tools,
                 "chat_template_kwargs": chat_template_kwargs,
                 "continue_final_message": continue_final_message,
+                "tool_choice": tool_choice,
+                "parallel_tool_calls": parallel_tool_calls,
             },
         )
 
@@ -320,9 +351,13 @@ class AsyncGenerations(ABC):
         allowed_kv_formats: Sequence[str] | None = None,
         max_kv_divergence_nats: float | None = None,
         cache_salt: str | None = None,
+        max_reasoning_tokens: int | None = None,
+        structured_output: Mapping[str, Any] | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         continue_final_message: bool | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
+        parallel_tool_calls: bool | None = None,
     ) -> AsyncStream:
         """Answer a chat; returns a stream that yields output as it is generated.
 
@@ -353,11 +388,18 @@ class AsyncGenerations(ABC):
         max_kv_divergence_nats: [none] the most that the KV format may diverge from exact KV, as
             measured: see `model_info().groups`
         cache_salt: [none] cached prefixes are shared only between requests with the same salt
+        max_reasoning_tokens: [none] after this many tokens of reasoning the model has to answer
+        structured_output: [none] what the output must match, as one of {"json_schema": a mapping or
+            JSON text}, {"json_object": True}, {"regex": text}, {"grammar": Lark or GBNF},
+            {"choice": texts}
         tools: [none] functions that the model may call, each with name, description and parameters
             (a JSON schema), or as OpenAI's API has them, {"type": "function", "function": ...}
         chat_template_kwargs: [none] variables of the model's chat template, for instance
             {"enable_thinking": False}
         continue_final_message: [False] continue the last message, do not answer it
+        tool_choice: ["auto" with tools] "auto", "none", "required", or the tool to call, as
+            {"name": ...} or as OpenAI's API has it
+        parallel_tool_calls: [True] whether one answer may have several calls
         """
         return self._stream(
             chat_message(messages),
@@ -385,8 +427,12 @@ class AsyncGenerations(ABC):
                 "allowed_kv_formats": allowed_kv_formats,
                 "max_kv_divergence_nats": max_kv_divergence_nats,
                 "cache_salt": cache_salt,
+                "max_reasoning_tokens": max_reasoning_tokens,
+                "structured_output": structured_output,
                 "tools": tools,
                 "chat_template_kwargs": chat_template_kwargs,
                 "continue_final_message": continue_final_message,
+                "tool_choice": tool_choice,
+                "parallel_tool_calls": parallel_tool_calls,
             },
         )

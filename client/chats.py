@@ -9,8 +9,14 @@ from typing import Any
 
 from kvmesh.client.errors import InvalidRequestError
 from kvmesh.client.options import Message, Messages
+from kvmesh.client.types import ToolCall
 from kvmesh.protos import pb
 
+_TOOL_CHOICES = {
+    "auto": pb.ToolChoice.MODE_AUTO,
+    "none": pb.ToolChoice.MODE_NONE,
+    "required": pb.ToolChoice.MODE_REQUIRED,
+}
 _MESSAGE_KEYS = frozenset(field.name for field in dataclasses.fields(Message))
 
 
@@ -26,8 +32,44 @@ def set_chat_option(found: pb.Chat, name: str, value: Any) -> None:
     if name == "tools":
         for position, tool in enumerate(value):
             _add_tool(found, tool, f"prompt.chat.tools[{position}]")
+    elif name == "tool_choice":
+        _set_tool_choice(found.tool_choice, value)
     else:
         assign(found, name, value, f"prompt.chat.{name}")
+
+
+def _set_tool_choice(found: pb.ToolChoice, value: Any) -> None:
+    path = "prompt.chat.tool_choice"
+    if isinstance(value, str):
+        if value not in _TOOL_CHOICES:
+            expected = ", ".join(map(repr, _TOOL_CHOICES))
+            raise InvalidRequestError.of(path, f"must be {expected} or a tool, got {value!r:.60}")
+        found.mode = _TOOL_CHOICES[value]
+        return
+    name = _function(value, path).get("name")
+    if not isinstance(name, str) or not name:
+        raise InvalidRequestError.of(path, f"must have the tool's name, got {value!r:.60}")
+    assign(found, "name", name, f"{path}.name")
+
+
+def set_structured_output(found: pb.StructuredOutput, value: Any) -> None:
+    """Set what the output must match, from a mapping with one entry."""
+    path = "structured_output"
+    kinds = [field.name for field in pb.StructuredOutput.DESCRIPTOR.fields]
+    if not isinstance(value, Mapping) or len(value) != 1 or not value.keys() <= set(kinds):
+        raise InvalidRequestError.of(
+            path, f"must be a mapping with one of {', '.join(kinds)}; got {value!r:.60}"
+        )
+    ((kind, given),) = value.items()
+    if kind == "choice":
+        if isinstance(given, str) or not isinstance(given, Sequence):
+            raise InvalidRequestError.of(f"{path}.choice", f"must be texts, got {given!r:.60}")
+        assign(found.choice, "values", given, f"{path}.choice.values")
+        found.choice.SetInParent()
+    elif kind == "json_schema":
+        assign(found, kind, _json(given, f"{path}.{kind}"), f"{path}.{kind}")
+    else:
+        assign(found, kind, given, f"{path}.{kind}")
 
 
 def _add_message(found: pb.Chat, message: Message | Mapping[str, Any], path: str) -> None:
@@ -60,6 +102,8 @@ def _add_part(message: pb.ChatMessage, part: Any, path: str) -> None:
 
 
 def _add_call(message: pb.ChatMessage, call: Any, path: str) -> None:
+    if isinstance(call, ToolCall):
+        call = {"id": call.id, "name": call.name, "arguments": call.arguments_json}
     function = _function(call, path)
     added = message.tool_calls.add()
     assign(added, "id", call.get("id", ""), f"{path}.id")

@@ -39,7 +39,7 @@ from kvmesh.client.errors import (
     ResumeError,
     UnavailableError,
 )
-from kvmesh.client.fake_output import DEFAULT_MAX_TOKENS, FakeOutput, fake_output
+from kvmesh.client.fake_output import DEFAULT_MAX_TOKENS, FakeAnswer, FakeOutput, fake_output
 from kvmesh.client.status import TRAILER, encode
 from kvmesh.client.transport import Method, Reply, Request, RpcFailure
 from kvmesh.client.types import Prefilling, Queued
@@ -68,15 +68,14 @@ class FakeServer:
     It obeys max_tokens, min_tokens, stop, stop_token_ids, ignore_eos, logprobs and n, and
     reports the seed. It does not sample: all choices of a request are the same.
 
-    answers: one text per generation, in order; the last one repeats; each word of a
-        text is one token
+    answers: one per generation, in order; the last one repeats; each word of a text is one token
     requests: all requests received, in order, including failed ones
     metadata: that of each request
     slept_s: total back-off time; the fake clock passes it instantly
     open_streams: streams in progress
     """
 
-    def __init__(self, answers: Sequence[str] = ("Hello.",)) -> None:
+    def __init__(self, answers: Sequence[str | FakeAnswer] = ("Hello.",)) -> None:
         if not answers:
             raise ValueError("answers must not be empty; give at least one text")
         self._answers = deque(answers)
@@ -198,7 +197,7 @@ class FakeServer:
 class FakeTransport:
     """For Client(transport=...)."""
 
-    def __init__(self, answers: Sequence[str] = ("Hello.",)) -> None:
+    def __init__(self, answers: Sequence[str | FakeAnswer] = ("Hello.",)) -> None:
         self.server = FakeServer(answers)
         self._closed = False
 
@@ -235,7 +234,7 @@ class FakeTransport:
 class AsyncFakeTransport:
     """For AsyncClient(transport=...)."""
 
-    def __init__(self, answers: Sequence[str] = ("Hello.",)) -> None:
+    def __init__(self, answers: Sequence[str | FakeAnswer] = ("Hello.",)) -> None:
         self._blocking = FakeTransport(answers)
         self.server = self._blocking.server
 
@@ -338,6 +337,10 @@ def _output_events(
                 )
                 yield pb.GenerateStreamResponse(delta=delta)
     for index in sorted(live):
+        count = len(output.pieces)
+        for part in output.parts(index, resumed.get(index)):
+            part.token_offset = count
+            yield pb.GenerateStreamResponse(delta=part)
         finished = pb.ChoiceFinished(index=index, finish_reason=output.choice.finish_reason)
         match output.choice.WhichOneof("matched_stop"):
             case "matched_stop_string":

@@ -11,6 +11,7 @@ from typing import Any, Final, TypeAlias, TypedDict
 
 from kvmesh.client.checks import check_seconds
 from kvmesh.client.errors import InvalidRequestError
+from kvmesh.client.types import ToolCall
 
 
 class Unset(enum.Enum):
@@ -31,14 +32,14 @@ Timeout: TypeAlias = float | None | Unset
 class Message:
     """One message of a chat; role is "system", "user", "assistant" or one of the template's.
 
-    tool_calls: that the model made, as OpenAI's API returns them or as {"id", "name",
-        "arguments"}; arguments are JSON text or a mapping
+    tool_calls: that the model made, as `Completion.tool_calls` has them, as OpenAI's API returns
+        them, or as {"id", "name", "arguments"}; arguments are JSON text or a mapping
     tool_call_id, name: of the call that a message of the role "tool" has the result of
     """
 
     role: str
     content: str | Sequence[Mapping[str, Any]] = ""
-    tool_calls: Sequence[Mapping[str, Any]] = ()
+    tool_calls: Sequence[ToolCall | Mapping[str, Any]] = ()
     tool_call_id: str = ""
     name: str = ""
 
@@ -78,6 +79,10 @@ class GenerateOptions(TypedDict, total=False):
     max_kv_divergence_nats: [none] the most that the KV format may diverge from exact KV, as
         measured: see `model_info().groups`
     cache_salt: [none] cached prefixes are shared only between requests with the same salt
+    max_reasoning_tokens: [none] after this many tokens of reasoning the model has to answer
+    structured_output: [none] what the output must match, as one of {"json_schema": a mapping or
+        JSON text}, {"json_object": True}, {"regex": text}, {"grammar": Lark or GBNF},
+        {"choice": texts}
     """
 
     temperature: float
@@ -103,6 +108,8 @@ class GenerateOptions(TypedDict, total=False):
     allowed_kv_formats: Sequence[str]
     max_kv_divergence_nats: float
     cache_salt: str
+    max_reasoning_tokens: int
+    structured_output: Mapping[str, Any]
 
 
 class ChatOptions(GenerateOptions, total=False):
@@ -113,11 +120,16 @@ class ChatOptions(GenerateOptions, total=False):
     chat_template_kwargs: [none] variables of the model's chat template, for instance
         {"enable_thinking": False}
     continue_final_message: [False] continue the last message, do not answer it
+    tool_choice: ["auto" with tools] "auto", "none", "required", or the tool to call, as
+        {"name": ...} or as OpenAI's API has it
+    parallel_tool_calls: [True] whether one answer may have several calls
     """
 
     tools: Sequence[Mapping[str, Any]]
     chat_template_kwargs: Mapping[str, Any]
     continue_final_message: bool
+    tool_choice: str | Mapping[str, Any]
+    parallel_tool_calls: bool
 
 
 @dataclass(frozen=True, slots=True)

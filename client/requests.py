@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-from kvmesh.client.chats import assign, chat, set_chat_option
+from kvmesh.client.chats import assign, chat, set_chat_option, set_structured_output
 from kvmesh.client.errors import InvalidRequestError
 from kvmesh.client.options import Message, Messages, Prompt
 from kvmesh.protos import pb
@@ -41,7 +41,9 @@ def generate_request(prompt: pb.Prompt, options: Mapping[str, Any]) -> pb.Genera
     for name, value in options.items():
         if value is None or name == "timeout_s":
             continue  # timeout_s counts from the call, so it is set when the request is sent
-        if name in pb.GenerateRequest.DESCRIPTOR.fields_by_name:
+        if name == "structured_output":
+            set_structured_output(request.structured_output, value)
+        elif name in pb.GenerateRequest.DESCRIPTOR.fields_by_name:
             assign(request, name, value, name)
         elif name in pb.Chat.DESCRIPTOR.fields_by_name:
             set_chat_option(request.prompt.chat, name, value)

@@ -17,6 +17,7 @@ from kvmesh.client.types import (
     FinishReason,
     TokenLogprob,
     TokenLogprobs,
+    ToolCall,
     Usage,
 )
 from kvmesh.protos import pb
@@ -28,6 +29,7 @@ _FINISH_REASONS: dict[pb.FinishReason.ValueType, FinishReason] = {
     pb.FINISH_REASON_LENGTH: FinishReason.LENGTH,
     pb.FINISH_REASON_ABORT: FinishReason.ABORT,
     pb.FINISH_REASON_DEADLINE: FinishReason.DEADLINE,
+    pb.FINISH_REASON_TOOL_CALLS: FinishReason.TOOL_CALLS,
 }
 
 
@@ -88,6 +90,8 @@ def completion(reply: pb.GenerateResponse) -> Completion:
                 finish_reason_number=choice.finish_reason,
                 matched_stop=matched_stop(choice),
                 logprobs=logprobs(choice.token_ids, choice.logprobs),
+                reasoning=choice.reasoning,
+                tool_calls=tuple(mirror(ToolCall, call) for call in choice.tool_calls),
             )
             for choice in reply.choices
         ),

@@ -7,26 +7,65 @@ from dataclasses import dataclass, field
 from kvmesh.client import responses
 from kvmesh.client.cursor import decode_cursor, encode_cursor
 from kvmesh.client.errors import ClosedError, ProtocolError
-from kvmesh.client.types import Completion, Delta, Prefilling, Queued, Started, StreamEvent, Usage
+from kvmesh.client.types import (
+    Completion,
+    Delta,
+    Prefilling,
+    Queued,
+    Started,
+    StreamEvent,
+    ToolCallDelta,
+    Usage,
+)
 from kvmesh.protos import pb
 
 
 @dataclass(slots=True)
 class _ChoiceState:
-    """choice: all that was received, except for the text"""
+    """choice: all that was received, except for texts"""
 
     choice: pb.Choice
     # In a message, adding to a long text would copy it.
     text: list[str] = field(default_factory=list)
     text_chars: int = 0
+    reasoning: list[str] = field(default_factory=list)
+    reasoning_chars: int = 0
+    arguments: list[list[str]] = field(default_factory=list)  # of each call
+
+    @classmethod
+    def of(cls, choice: pb.Choice) -> _ChoiceState:
+        """What another stream has received."""
+        state = cls(choice, [choice.text], len(choice.text))
+        state.reasoning, state.reasoning_chars = [choice.reasoning], len(choice.reasoning)
+        state.arguments = [[call.arguments_json] for call in choice.tool_calls]
+        choice.ClearField("text")
+        choice.ClearField("reasoning")
+        for call in choice.tool_calls:
+            call.ClearField("arguments_json")
+        return state
+
+    def add(self, delta: pb.Delta) -> None:
+        self.text.append(delta.text)
+        self.text_chars += len(delta.text)
+        self.reasoning.append(delta.reasoning)
+        self.reasoning_chars += len(delta.reasoning)
+        for piece in delta.tool_calls:
+            if piece.index == len(self.arguments):
+                self.choice.tool_calls.add(id=piece.id, name=piece.name)
+                self.arguments.append([])
+            self.arguments[piece.index].append(piece.arguments_json)
+        self.choice.token_ids.extend(delta.token_ids)
+        self.choice.logprobs.MergeFrom(delta.logprobs)
 
     @property
     def finished(self) -> bool:
         return self.choice.finish_reason != pb.FINISH_REASON_UNSPECIFIED
 
     def received(self) -> pb.Choice:
-        choice = pb.Choice(text="".join(self.text))
+        choice = pb.Choice(text="".join(self.text), reasoning="".join(self.reasoning))
         choice.MergeFrom(self.choice)
+        for call, arguments in zip(choice.tool_calls, self.arguments, strict=True):
+            call.arguments_json = "".join(arguments)
         return choice
 
 
@@ -59,9 +98,7 @@ class StreamState:
         request, received = decode_cursor(text)
         state = cls(request, continues=True)
         for choice in received.choices:
-            found = _ChoiceState(choice, [choice.text], len(choice.text))
-            choice.ClearField("text")
-            state._choices[choice.index] = found
+            state._choices[choice.index] = _ChoiceState.of(choice)
         return state
 
     @property
@@ -92,6 +129,8 @@ class StreamState:
                     token_ids=state.choice.token_ids,
                     text_chars=state.text_chars,
                     finished=state.finished,
+                    reasoning_chars=state.reasoning_chars,
+                    tool_arguments_chars=[sum(map(len, found)) for found in state.arguments],
                 )
         return request
 
@@ -152,15 +191,21 @@ class StreamState:
                 f"choice {delta.index} has {received_tokens} tokens, "
                 f"but the delta starts at token {delta.token_offset}"
             )
-        state.text.append(delta.text)
-        state.text_chars += len(delta.text)
-        state.choice.token_ids.extend(delta.token_ids)
-        state.choice.logprobs.MergeFrom(delta.logprobs)
+        known = len(state.arguments)
+        for piece in delta.tool_calls:
+            if piece.index > known:
+                raise self._broken(
+                    f"choice {delta.index} has {known} tool calls, but call {piece.index} continues"
+                )
+            known += piece.index == known
+        state.add(delta)
         return Delta(
             index=delta.index,
             text=delta.text,
             token_ids=tuple(delta.token_ids),
             logprobs=responses.logprobs(delta.token_ids, delta.logprobs),
+            reasoning=delta.reasoning,
+            tool_calls=tuple(responses.mirror(ToolCallDelta, call) for call in delta.tool_calls),
         )
 
     def _finish(self, finished: pb.ChoiceFinished) -> Delta:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 TokenId = int
 
@@ -16,6 +17,7 @@ class FinishReason(enum.StrEnum):
     LENGTH = "length"  # max_tokens, or the context is full
     ABORT = "abort"  # aborted by request_id
     DEADLINE = "deadline"  # timeout_s expired after the first token
+    TOOL_CALLS = "tool_calls"  # like STOP, and the output ends in complete tool calls
     OTHER = "other"  # a reason that this SDK does not know, see `finish_reason_number`
 
 
@@ -42,10 +44,43 @@ class TokenLogprobs:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A tool that the model calls.
+
+    arguments_json: a JSON object; incomplete if max_tokens has cut the call
+    """
+
+    id: str
+    name: str
+    arguments_json: str
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Raises ValueError for arguments that are incomplete."""
+        found: dict[str, Any] = json.loads(self.arguments_json)
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallDelta:
+    """A tool call that starts, with its id and name, or continues.
+
+    index: of the call within its choice
+    arguments_json: what follows the pieces before
+    """
+
+    index: int
+    id: str
+    name: str
+    arguments_json: str
+
+
+@dataclass(frozen=True, slots=True)
 class Choice:
     """One output. `matched_stop` is the stop string or stop token id that ended it.
 
     finish_reason_number: the reason's number in the contract
+    reasoning: what the model thought before its answer
     """
 
     index: int
@@ -55,6 +90,8 @@ class Choice:
     matched_stop: str | int | None
     logprobs: tuple[TokenLogprobs, ...]
     finish_reason_number: int = 0
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +105,8 @@ class Delta:
     finish_reason: FinishReason | None = None
     matched_stop: str | int | None = None
     finish_reason_number: int = 0
+    reasoning: str = ""
+    tool_calls: tuple[ToolCallDelta, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +141,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """All output of a request. `text` is that of the first choice."""
+    """All output of a request. `text`, `reasoning`, `tool_calls`: those of the first choice."""
 
     request_id: str
     model: str
@@ -113,6 +152,14 @@ class Completion:
     @property
     def text(self) -> str:
         return self.choices[0].text
+
+    @property
+    def reasoning(self) -> str:
+        return self.choices[0].reasoning
+
+    @property
+    def tool_calls(self) -> tuple[ToolCall, ...]:
+        return self.choices[0].tool_calls
 
 
 @dataclass(frozen=True, slots=True)

@@ -183,7 +183,7 @@ class IngressReplica:
         self._service = IngressService(
             deployed.identity,
             router_finder(router),
-            ModelCodec(files.path),
+            ModelCodec(files.path, config.ingress.tool_parser, config.ingress.reasoning_parser),
             limits,
             meters,
             version=package_version(),

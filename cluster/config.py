@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, TypeAlias
 
 from pydantic import (
     BeforeValidator,
@@ -25,6 +25,12 @@ from kvmesh.workers.config import EngineConfig, EngineSettings, FormatName
 from kvmesh.workers.errors import ConfigError
 from kvmesh.workers.quantities import Bytes, Number, Seconds, Switch, WholeNumber, reader_of
 from kvmesh.workers.settings import ConflictError, Settings, error_of, problems_of
+
+# How models write tool calls (ingress/answers/syntaxes.py) and reasoning.
+ToolParser: TypeAlias = Literal[
+    "auto", "none", "hermes", "llama", "mistral", "mistral-v11", "deepseek", "deepseek-v31"
+]
+ReasoningParser: TypeAlias = Literal["auto", "none", "think"]
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 CONFIG_VERSION: Final = 1
@@ -93,6 +99,15 @@ class IngressSection(Settings):
     max_choices: WholeNumber = Field(default=16, ge=1, description="Maximum n of a request")
     default_max_tokens: WholeNumber = Field(
         default=256, ge=1, description="Output tokens of a request that does not set max_tokens"
+    )
+    tool_parser: ToolParser = Field(
+        default="auto",
+        description="How the model writes tool calls; auto: as its chat template shows",
+    )
+    reasoning_parser: ReasoningParser = Field(
+        default="auto",
+        description="think: the model reasons between <think> and </think>; auto: if its chat "
+        "template or its special tokens have them",
     )
     kv_divergence_nats: dict[FormatName, Annotated[Number, Field(ge=0)]] = Field(
         default_factory=dict,

@@ -20,6 +20,7 @@ from kvmesh.workers.lease import AccountUpdate, LeaseTerms, PageChanges
 from kvmesh.workers.loads import EngineInfo
 from kvmesh.workers.request import EndReason, SequenceDelta
 from kvmesh.workers.sampling_params import SamplingParams
+from kvmesh.workers.structured.constraint import OutputConstraint
 
 
 class _Message(msgspec.Struct, tag=True):
@@ -169,6 +170,7 @@ class Submit(_Message):
 
     prompt: int32 token ids, little-endian
     suspicion: how many engines have failed, perhaps because of the request
+    constraint: of every sequence's output
     """
 
     lease: LeaseTerms
@@ -177,6 +179,7 @@ class Submit(_Message):
     timeout_s: float | None = None
     cache_salt: str = ""
     suspicion: int = 0
+    constraint: OutputConstraint | None = None
 
 
 class End(_Message):

@@ -57,6 +57,8 @@ class StepPlan(msgspec.Struct, tag="step", frozen=True):
     seal_hot[i], the logical page seal_pages[i] of its sequence, is encoded into
     seal_sealed[i] in every layer, after the step's keys and values are written and
     before attention is computed.
+
+    masked: the rank that samples has to wait for the step's TokenMasks
     """
 
     step: int
@@ -67,10 +69,23 @@ class StepPlan(msgspec.Struct, tag="step", frozen=True):
     seal_hot: list[int]
     seal_sealed: list[int]
     seal_pages: list[int]
+    masked: bool = False
 
     @property
     def num_tokens(self) -> int:
         return sum(chunk.num_tokens for chunk in self.chunks)
+
+
+class TokenMasks(msgspec.Struct, tag="masks", frozen=True):
+    """Which tokens a step may sample, for those of its rows that may not sample every token.
+
+    positions: [m], among the step's chunks with `sample`; bits: [m, ceil(vocab / 32)] int32
+    as bytes, in which bit i % 32 of word i // 32 says whether token i is allowed
+    """
+
+    step: int
+    positions: list[int]
+    bits: bytes
 
 
 class SampledToken(msgspec.Struct, array_like=True, frozen=True):

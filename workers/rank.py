@@ -13,7 +13,7 @@ from kvmesh.kernels.formats.registry import get_format
 from kvmesh.workers.calibration.file import Calibration
 from kvmesh.workers.config import DEFAULT_CPU_KV_MEMORY_BYTES, EngineConfig
 from kvmesh.workers.errors import ConfigError
-from kvmesh.workers.executor import Allocation, RankDescription
+from kvmesh.workers.executor import Allocation, MakeMasks, RankDescription
 from kvmesh.workers.kv_pool import page_bytes_of
 from kvmesh.workers.model.facts import read_facts, sample_digest
 from kvmesh.workers.model.hook import AttendArgs
@@ -113,6 +113,7 @@ class Rank:
             head_dim=self._model.head_dim,
             device=self._device.type,
             gpu_uuid=_gpu_uuid(self._device),
+            model_path=str(self._files.path),
         )
 
     def allocate(self, allocation: Allocation, *, prepare_decode: bool = True) -> None:
@@ -132,10 +133,10 @@ class Rank:
             params=self._params,
         )
 
-    def execute(self, plan: StepPlan) -> StepResult | None:
-        """The result on rank 0, None on the other ranks."""
+    def execute(self, plan: StepPlan, masks: MakeMasks | None = None) -> StepResult | None:
+        """The result on rank 0, None on the other ranks. masks: if the plan is masked"""
         assert self._runner is not None, "allocate comes before execute"
-        return self._runner.execute(plan)
+        return self._runner.execute(plan, masks)
 
     def _load_calibration(self, rank: int) -> ModelParams | None:
         """This rank's calibrated parameters of every layer, if the format needs them."""

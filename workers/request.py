@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from kvmesh.workers.lease import LeaseTerms
 from kvmesh.workers.sampling_params import SamplingParams
+from kvmesh.workers.structured.constraint import OutputConstraint
 
 TokenIds = npt.NDArray[np.int32]
 
@@ -42,6 +43,7 @@ class EngineRequest:
         output, and they are not emitted again
     timeout_s: from submission to the last token, or None
     suspicion: how many engines have failed, perhaps because of its request (blame.py)
+    constraint: what the output must be, None for anything
     """
 
     request_id: str
@@ -52,6 +54,7 @@ class EngineRequest:
     timeout_s: float | None = None
     cache_salt: str = ""
     suspicion: int = 0
+    constraint: OutputConstraint | None = None
 
 
 class SampledLogprobs(msgspec.Struct, frozen=True, array_like=True, gc=False):

@@ -14,7 +14,7 @@ from kvmesh.kernels.seal import seal_layers, seal_pages
 from kvmesh.kernels.write import write_hot
 from kvmesh.workers.basis import Basis
 from kvmesh.workers.decode_graphs import DecodeGraphs
-from kvmesh.workers.executor import Allocation
+from kvmesh.workers.executor import Allocation, MakeMasks
 from kvmesh.workers.kv_pool import KVPool
 from kvmesh.workers.model.hook import AttendArgs
 from kvmesh.workers.model.load import ServedModel
@@ -97,8 +97,11 @@ class ModelRunner:
         return self._pool
 
     @torch.inference_mode()
-    def execute(self, plan: StepPlan) -> StepResult | None:
-        """Compute the plan; returns the result on the rank that samples, None on the others."""
+    def execute(self, plan: StepPlan, masks: MakeMasks | None = None) -> StepResult | None:
+        """Compute the plan; returns the result on the rank that samples, None on the others.
+
+        masks: asked for when the logits are computed, or on their way on a GPU
+        """
         start_s = time.perf_counter()
         arrays = self._prepare(plan)
         if self._graphs is not None and self._graphs.fits(arrays):
@@ -114,7 +117,11 @@ class ModelRunner:
         if not sampled:
             return StepResult(plan.step, [], host_s)
         rows, ends = [chunk.row for chunk in sampled], [chunk.end for chunk in sampled]
-        return StepResult(plan.step, self._sampler.sample(logits, rows, ends), host_s)
+        found = None
+        if plan.masked:
+            assert masks is not None, "a masked plan comes with its masks"
+            found = masks()
+        return StepResult(plan.step, self._sampler.sample(logits, rows, ends, found), host_s)
 
     @torch.inference_mode()
     def score(self, plan: StepPlan) -> torch.Tensor | None:

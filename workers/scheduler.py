@@ -96,7 +96,8 @@ class Scheduler:
         while self._max_chunk(draft, 0) and (admitted := self._admit(draft)):
             self._plan_chunk(draft, admitted)
         if not draft.chunks:
-            assert self.running or not self.waiting, "sequences are waiting, but none can run"
+            could_run = [seq for seq in self.waiting if seq.prepared]
+            assert self.running or not could_run, "sequences are waiting, but none can run"
             assert all(seq.paused for seq in self.running), "a sequence is missing from the step"
             return None
         self._step += 1
@@ -306,8 +307,8 @@ class _Draft:
         self._seals.setdefault(_row(seq), []).append((seq.hot[page], seq.sealed[page], page))
 
     def takes(self, seq: Sequence) -> bool:
-        """Whether the step may have the sequence, and not another one on trial."""
-        return self._on_trial is None or not seq.on_trial
+        """Whether the sequence can run, and not only without another one on trial."""
+        return seq.prepared and (self._on_trial is None or not seq.on_trial)
 
     def add_chunk(self, seq: Sequence, start: int, end: int) -> None:
         row = _row(seq)

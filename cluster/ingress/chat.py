@@ -38,9 +38,11 @@ def conversation(chat: pb.Chat) -> Conversation:
         refuse("prompt.chat.messages", "must have content; all messages are empty")
     if chat.continue_final_message and not messages[-1]["content"]:
         refuse("prompt.chat.continue_final_message", "needs a last message that has content")
+    tools = [_tool(tool, f"prompt.chat.tools[{index}]") for index, tool in enumerate(chat.tools)]
     return Conversation(
         messages,
-        [_tool(tool, f"prompt.chat.tools[{index}]") for index, tool in enumerate(chat.tools)],
+        # A model that does not see them does not call them.
+        tools if chat.tool_choice.mode != pb.ToolChoice.MODE_NONE else (),
         _struct(chat.chat_template_kwargs),
         chat.continue_final_message,
     )

@@ -8,6 +8,8 @@ from typing import Protocol
 
 import numpy as np
 
+from kvmesh.cluster.config import ReasoningParser, ToolParser
+from kvmesh.cluster.ingress.answers.model_form import ModelForm
 from kvmesh.workers.model.chat import Conversation
 from kvmesh.workers.model.facts import read_facts
 from kvmesh.workers.model.tokenizer import Tokenizer
@@ -42,6 +44,13 @@ class TextCodec(Protocol):
     def stream(self) -> TextStream:
         """A new incremental decoder."""
 
+    def raw_text(self, ids: Sequence[int]) -> str:
+        """The text of tokens, with special tokens' names."""
+
+    @property
+    def form(self) -> ModelForm:
+        """How the model writes reasoning and tool calls."""
+
     @property
     def has_chat_template(self) -> bool: ...
 
@@ -56,8 +65,19 @@ class TextCodec(Protocol):
 class ModelCodec:
     """`TextCodec` over the tokenizer of the model in directory `path`."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(
+        self,
+        path: Path,
+        tool_parser: ToolParser = "auto",
+        reasoning_parser: ReasoningParser = "auto",
+    ) -> None:
         self._tokenizer = Tokenizer.load(path)
+        self.form = ModelForm.of(
+            self._tokenizer.chat_template,
+            self._tokenizer.special_tokens,
+            tool_parser,
+            reasoning_parser,
+        )
         self.eos_token_ids = read_facts(path).eos_token_ids
         self.max_token_chars = self._tokenizer.max_token_chars
         self.has_chat_template = self._tokenizer.has_chat_template
@@ -70,6 +90,9 @@ class ModelCodec:
 
     def token_bytes(self, token_id: int) -> bytes:
         return self._tokenizer.token_bytes(token_id)
+
+    def raw_text(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
 
     def stream(self) -> TextStream:
         return self._tokenizer.stream()

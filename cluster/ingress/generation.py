@@ -16,11 +16,14 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 
 from kvmesh.cluster.errors import EngineLostError, RequestDeadlineError, RequestFaultError
 from kvmesh.cluster.ingress import wire
+from kvmesh.cluster.ingress.answers.call_ids import call_id
+from kvmesh.cluster.ingress.answers.plan import NO_PLAN, AnswerPlan
 from kvmesh.cluster.ingress.choice import RunningChoice
 from kvmesh.cluster.ingress.codec import TextCodec
 from kvmesh.cluster.ingress.engine_links import EngineLink, EngineLinks
@@ -79,6 +82,7 @@ class Generation:
     page_hashes: of the prompt's full pages, as the engines' prefix caches know them
     excluded: groups whose KV format the request does not accept
     trace: of the generation
+    plan: of the answer
     """
 
     def __init__(
@@ -91,6 +95,7 @@ class Generation:
         page_hashes: tuple[bytes, ...] = (),
         excluded: frozenset[str] = frozenset(),
         trace: RequestTrace = NO_TRACE,
+        plan: AnswerPlan = NO_PLAN,
     ) -> None:
         self._trace = trace
         self.key = f"{tenant}/{spec.request_id}"
@@ -100,6 +105,7 @@ class Generation:
         self._context = context
         self._page_hashes = page_hashes
         self._excluded = excluded
+        self._constraint = plan.constraint
         self._arrived_s = context.clock()
         self._deadline_s = None if spec.timeout_s is None else self._arrived_s + spec.timeout_s
         resumed = spec.resume.choices if spec.resume else (ResumedChoice(),) * spec.n
@@ -110,6 +116,8 @@ class Generation:
                 spec.stop,
                 context.codec,
                 resumed[index],
+                plan.form,
+                plan.constraint is not None and bool(plan.constraint.grammar),
             )
             for index in range(spec.n)
         ]
@@ -118,7 +126,8 @@ class Generation:
             choices,
             context.codec,
             context.waker,
-            self._end_stopped,
+            self._end_cut,
+            partial(call_id, self.key, plan.form.syntax),
             self._status,
             context.silence_s,
         )
@@ -265,6 +274,7 @@ class Generation:
             self._remaining_s(),
             cache_salt(self._tenant, self._spec.cache_salt),
             self._failovers.suspicion,
+            self._constraint,
         )
         self._link.submit(message, self)
         if message.suspicion:
@@ -380,8 +390,8 @@ class Generation:
 
     # Ending
 
-    def _end_stopped(self, choice: RunningChoice) -> None:
-        """A stop string has ended the choice: end its sequence."""
+    def _end_cut(self, choice: RunningChoice) -> None:
+        """Its text has ended the choice: end its sequence."""
         names = [name for name in self._live if self._sequences[name] is choice]
         if names and self._link is not None:
             self._link.end(names, EndReason.STOP)

@@ -28,7 +28,8 @@ class RequestOutput:
     one event per choice however many tokens have come, or when the request needs its choices
     up to date.
 
-    on_stop_string: called when a stop string has ended a choice
+    on_cut: called when a stop string, or an answer that is long enough, has ended a choice
+    call_id: of a choice's tool call, both by index
     status: what to send when there is nothing else
     silence_s: from the last event until the status is sent again
     """
@@ -38,14 +39,16 @@ class RequestOutput:
         choices: Sequence[RunningChoice],
         codec: TextCodec,
         waker: Waker,
-        on_stop_string: Callable[[RunningChoice], None],
+        on_cut: Callable[[RunningChoice], None],
+        call_id: Callable[[int, int], str],
         status: StreamStatus,
         silence_s: float = SILENCE_S,
     ) -> None:
         self.choices = choices
         self._codec = codec
         self._waker = waker
-        self._on_stop_string = on_stop_string
+        self._on_cut = on_cut
+        self._call_id = call_id
         self._deltas: list[tuple[RunningChoice, SequenceDelta]] = []
         self._events: list[pb.GenerateStreamResponse] = []
         self._ready = asyncio.Event()
@@ -120,8 +123,8 @@ class RequestOutput:
             if choice.finish is not None:
                 if choice.finish.reason is EndReason.DEADLINE and not self.has_tokens:
                     raise RequestDeadlineError()
-                if choice.finish.stop_string is not None:
-                    self._on_stop_string(choice)
+                if choice.cut:
+                    self._on_cut(choice)
             self._emit(choice, output)
 
     def catch_up(self) -> None:
@@ -156,7 +159,7 @@ class RequestOutput:
 
     def _emit(self, choice: RunningChoice, output: ChoiceOutput) -> None:
         if output:
-            delta = wire.delta(choice.index, output, self._codec)
+            delta = wire.delta(choice.index, output, self._codec, self._call_id)
             self._events.append(pb.GenerateStreamResponse(delta=delta))
         if choice.finish is not None:
             finished = wire.choice_finished(choice.index, choice.finish)

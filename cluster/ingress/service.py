@@ -16,6 +16,7 @@ from kvmesh.cluster.errors import (
 )
 from kvmesh.cluster.identity import Identity
 from kvmesh.cluster.ingress import admin_wire, served, validate, wire
+from kvmesh.cluster.ingress.answers.planner import AnswerPlanner
 from kvmesh.cluster.ingress.codec import TextCodec
 from kvmesh.cluster.ingress.engine_links import EngineLinks
 from kvmesh.cluster.ingress.error_table import reason_label, to_wire
@@ -64,6 +65,7 @@ class IngressService:
         self._engines = EngineLinks(identity)
         self._codec = codec
         self._prompts = Prompts(codec)
+        self._planner = AnswerPlanner(codec)
         self._limits = limits
         self._meters = meters
         self._version = version
@@ -115,6 +117,7 @@ class IngressService:
         self._draining = True
         self._engines.close()
         self._prompts.close()
+        self._planner.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -281,9 +284,10 @@ class IngressService:
         if len(ids) >= longest:
             raise served.context_exceeded(len(ids), status)
         params = validate.fit_context(spec, len(ids), longest)
+        plan = await self._planner.plan(spec.answer, ids, tenant)
         hashes = await self._prompts.page_hashes(ids, tenant, spec.cache_salt, info)
         excluded = refused_groups(request, status, self._divergence_nats)
-        return Generation(spec, ids, params, tenant, self._context, hashes, excluded, trace)
+        return Generation(spec, ids, params, tenant, self._context, hashes, excluded, trace, plan)
 
     async def _size(
         self, request: pb.EstimateBudgetRequest, tenant: str

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from kvmesh.cluster.errors import OversizedRequestError, UnsupportedFieldError
+from kvmesh.cluster.ingress.answers.plan import AnswerSpec
 from kvmesh.cluster.ingress.chat import conversation
 from kvmesh.cluster.ingress.refuse import refuse
+from kvmesh.cluster.ingress.structured import answer_spec
 from kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.workers.errors import InvalidFieldError
 from kvmesh.workers.model.chat import Conversation
@@ -46,7 +48,8 @@ def check_size(num_bytes: int, limits: Limits) -> None:
 
 @dataclass(frozen=True, slots=True)
 class ResumedChoice:
-    """Output that a client already has: its tokens, and how many characters of its text.
+    """Output that a client already has: its tokens, and how many characters of its text, of its
+    reasoning and of the arguments of each tool call.
 
     position: in the request's list, which need not be in the order of the choices
     """
@@ -55,6 +58,8 @@ class ResumedChoice:
     text_chars: int = 0
     finished: bool = False
     position: int = 0
+    reasoning_chars: int = 0
+    tool_arguments_chars: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +86,7 @@ class GenerationSpec:
     timeout_s: float | None
     cache_salt: str
     resume: Resume | None
+    answer: AnswerSpec = field(default_factory=AnswerSpec)
 
 
 def cache_salt(tenant: str, salt: str) -> str:
@@ -94,13 +100,12 @@ def cache_salt(tenant: str, salt: str) -> str:
 def generation_spec(request: pb.GenerateRequest, limits: Limits) -> GenerationSpec:
     """Raises InvalidFieldError naming the field by its path in the request."""
     wire = request.sampling_params
-    for field, given in (
-        ("structured_output", request.HasField("structured_output")),
+    for path, given in (
         ("adapter", bool(request.adapter)),
         ("sampling_params.prompt_logprobs", wire.HasField("prompt_logprobs")),
     ):
         if given:
-            raise UnsupportedFieldError(field, "is not supported by this server yet")
+            raise UnsupportedFieldError(path, "is not supported by this server yet")
     n = number_of_choices("sampling_params.n", wire, limits)
     params = sampling_params(wire, limits)
     if params.greedy and n > 1:
@@ -109,9 +114,11 @@ def generation_spec(request: pb.GenerateRequest, limits: Limits) -> GenerationSp
             f"must be 1 with a temperature below {MIN_TEMPERATURE:g}, where all choices would be "
             f"equal; got {n}",
         )
+    found = prompt(request.prompt)
+    answer = answer_spec(request, found if isinstance(found, Conversation) else None)
     return GenerationSpec(
         request_id=_request_id(request.request_id),
-        prompt=prompt(request.prompt),
+        prompt=found,
         params=params,
         max_tokens_given=wire.HasField("max_tokens"),
         n=n,
@@ -120,6 +127,7 @@ def generation_spec(request: pb.GenerateRequest, limits: Limits) -> GenerationSp
         timeout_s=_timeout_s(request, limits),
         cache_salt=_short("cache_salt", request.cache_salt, MAX_SALT_CHARS),
         resume=_resume(request.resume, n) if request.HasField("resume") else None,
+        answer=answer,
     )
 
 
@@ -298,6 +306,11 @@ def _resume(wire: pb.Resume, n: int) -> Resume:
             refuse(field, f"must be unique, but {choice.index} appears twice")
         seen.add(choice.index)
         choices[choice.index] = ResumedChoice(
-            tuple(choice.token_ids), choice.text_chars, choice.finished, position
+            tuple(choice.token_ids),
+            choice.text_chars,
+            choice.finished,
+            position,
+            choice.reasoning_chars,
+            tuple(choice.tool_arguments_chars),
         )
     return Resume(wire.model_revision, tuple(choices))

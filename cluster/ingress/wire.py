@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from kvmesh.cluster.ingress.choice import ChoiceFinish, ChoiceOutput
 from kvmesh.cluster.ingress.codec import TextCodec
@@ -20,13 +20,26 @@ FINISH_REASONS = {
 }
 
 
-def delta(index: int, output: ChoiceOutput, codec: TextCodec) -> pb.Delta:
+def delta(
+    index: int, output: ChoiceOutput, codec: TextCodec, call_id: Callable[[int, int], str]
+) -> pb.Delta:
+    """call_id: of a choice's call, both by index"""
     return pb.Delta(
         index=index,
         text=output.text,
         token_ids=output.token_ids,
         logprobs=logprobs(output, codec),
         token_offset=output.offset,
+        reasoning=output.reasoning,
+        tool_calls=[
+            pb.ToolCallDelta(
+                index=call.index,
+                id=call_id(index, call.index) if call.name else "",
+                name=call.name,
+                arguments_json=call.arguments,
+            )
+            for call in output.calls
+        ],
     )
 
 
@@ -45,7 +58,8 @@ def logprobs(output: ChoiceOutput, codec: TextCodec) -> pb.Logprobs | None:
 
 
 def choice_finished(index: int, finish: ChoiceFinish) -> pb.ChoiceFinished:
-    wire = pb.ChoiceFinished(index=index, finish_reason=FINISH_REASONS[finish.reason])
+    reason = pb.FINISH_REASON_TOOL_CALLS if finish.in_calls else FINISH_REASONS[finish.reason]
+    wire = pb.ChoiceFinished(index=index, finish_reason=reason)
     if finish.stop_string is not None:
         wire.matched_stop_string = finish.stop_string
     elif finish.stop_token_id is not None:
@@ -111,6 +125,8 @@ def generated(events: Iterable[pb.GenerateStreamResponse]) -> pb.GenerateRespons
             case "delta":
                 choice = choice_of(event.delta.index)
                 choice.text += event.delta.text
+                choice.reasoning += event.delta.reasoning
+                _add_calls(choice, event.delta.tool_calls)
                 choice.token_ids.extend(event.delta.token_ids)
                 choice.logprobs.MergeFrom(event.delta.logprobs)
             case "choice_finished":
@@ -126,6 +142,13 @@ def generated(events: Iterable[pb.GenerateStreamResponse]) -> pb.GenerateRespons
                 reply.usage.CopyFrom(event.usage)
     reply.choices.extend(choices[index] for index in sorted(choices))
     return reply
+
+
+def _add_calls(choice: pb.Choice, pieces: Iterable[pb.ToolCallDelta]) -> None:
+    for piece in pieces:
+        if piece.index == len(choice.tool_calls):
+            choice.tool_calls.add(id=piece.id, name=piece.name)
+        choice.tool_calls[piece.index].arguments_json += piece.arguments_json
 
 
 def model_info(

@@ -57,6 +57,10 @@ ALL_OPTIONS: ChatOptions = {
     "tools": [],
     "chat_template_kwargs": {},
     "continue_final_message": True,
+    "max_reasoning_tokens": 0,
+    "structured_output": {"regex": "[a-z]+"},
+    "tool_choice": {"name": "f"},
+    "parallel_tool_calls": False,
 }
 # Declared before servers support them.
 NOT_YET = {"prompt_logprobs"}
@@ -78,6 +82,8 @@ def test_every_option_reaches_the_server_under_its_name() -> None:
             sent = list(sent)
         elif name == "chat_template_kwargs":
             sent = dict(sent)
+        elif isinstance(value, dict) and name != "logit_bias":
+            sent = {sent.WhichOneof("kind"): getattr(sent, sent.WhichOneof("kind"))}
         assert sent == value, name
     parameters = {field.name for field in pb.SamplingParams.DESCRIPTOR.fields}
     assert parameters - NOT_YET <= ALL_OPTIONS.keys()
@@ -310,13 +316,22 @@ def test_all_fields_of_a_completion() -> None:
             ),
             pb.Choice(index=1, finish_reason=pb.FINISH_REASON_STOP, matched_stop_string="."),
             pb.Choice(index=2, finish_reason=pb.FINISH_REASON_DEADLINE),
+            pb.Choice(
+                index=3,
+                finish_reason=pb.FINISH_REASON_TOOL_CALLS,
+                reasoning="hm",
+                tool_calls=[pb.ToolCall(id="c", name="f", arguments_json='{"x": 1}')],
+            ),
         ],
         usage=pb.Usage(completion_tokens=3, time_to_first_token_s=1.0, total_s=2.0),
     )
     with serving(ScriptedServicer(answering(reply))) as target, Client(target) as client:
         completion = client.generate("hi")
     assert completion.text == "Ja."
-    first, second, third = completion.choices
+    first, second, third, fourth = completion.choices
+    assert (fourth.reasoning, fourth.finish_reason) == ("hm", "tool_calls")
+    assert fourth.tool_calls == (types.ToolCall("c", "f", '{"x": 1}'),)
+    assert fourth.tool_calls[0].arguments == {"x": 1}
     assert first.matched_stop == 0, "token 0 is a valid token"
     assert first.logprobs == (
         types.TokenLogprobs(

@@ -17,7 +17,7 @@ METHODS = ("generate", "generate_stream", "chat", "chat_stream")
 # What other arguments make up.
 NOT_OPTIONS = {"prompt", "sampling_params", "resume", "messages"}
 # In the contract ahead of the servers' support.
-NOT_YET = {"adapter", "structured_output", "prompt_logprobs"}
+NOT_YET = {"adapter", "prompt_logprobs"}
 
 
 def fields_of_the_contract(method: str) -> set[str]:

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from kvmesh.cluster.engine_service import EngineService, _Ingress
 from kvmesh.cluster.errors import Failure
 from kvmesh.cluster.identity import Identity
+from kvmesh.cluster.ingress.answers.model_form import ModelForm
 from kvmesh.cluster.ingress.service import IngressService
 from kvmesh.cluster.ingress.validate import Limits
 from kvmesh.cluster.link import (
@@ -89,6 +90,7 @@ class LetterCodec:
     has_chat_template = False
     max_token_chars = 1
     eos_token_ids = (EOS,)
+    form = ModelForm.of(None, {})
 
     def encode(self, text: str) -> npt.NDArray[np.int32]:
         return np.array([(ord(character) - FIRST) % VOCAB for character in text], dtype=np.int32)
@@ -101,6 +103,9 @@ class LetterCodec:
 
     def stream(self) -> LetterStream:
         return LetterStream()
+
+    def raw_text(self, ids: Sequence[int]) -> str:
+        return text_of(ids)
 
 
 class SeenMeters:

@@ -408,7 +408,7 @@ def test_a_projected_wait_counts_down() -> None:
 async def test_there_is_no_status_once_every_choice_has_finished(finished: bool) -> None:
     choice = RunningChoice(0, SamplingParams(), (), LetterCodec(), ResumedChoice(finished=finished))
     status = StreamStatus("r", lambda: 0.0)
-    output = RequestOutput([choice], LetterCodec(), Waker(), lambda _: None, status)
+    output = RequestOutput([choice], LetterCodec(), Waker(), lambda _: None, lambda *_: "", status)
     output.send_status()
     assert kinds(output.take()) == ([] if finished else ["queued"])
     assert output.take() == []

@@ -11,6 +11,7 @@ from kvmesh.workers.blame import Blame
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.engine import PROGRESS_PERIOD_S, Engine
 from kvmesh.workers.errors import PoolCapacityError
+from kvmesh.workers.executor import MakeMasks
 from kvmesh.workers.lease import LeaseTerms
 from kvmesh.workers.plan import StepPlan, StepResult
 from kvmesh.workers.request import EndReason, EngineRequest, SequenceDelta
@@ -69,10 +70,10 @@ class EngineMachine:
         self.executor = TaintedExecutor(PAGE, setup.sink, setup.recent, budget, CONTEXT)
         execute = self.executor.execute
 
-        def watched(plan: StepPlan) -> StepResult:
+        def watched(plan: StepPlan, masks: MakeMasks | None = None) -> StepResult:
             self.check_plan(plan)
             self.now += STEP_S
-            return execute(plan)
+            return execute(plan, masks)
 
         self.executor.execute = watched  # type: ignore[method-assign]
         self.config = EngineConfig(

@@ -14,8 +14,8 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
-from kvmesh.workers.executor import Allocation, RankDescription
-from kvmesh.workers.plan import Chunk, RowStart, SampledToken, StepPlan, StepResult
+from kvmesh.workers.executor import Allocation, MakeMasks, RankDescription
+from kvmesh.workers.plan import Chunk, RowStart, SampledToken, StepPlan, StepResult, TokenMasks
 
 State = int  # the chain over a sequence's first tokens
 Slot = tuple[int, State, int]
@@ -34,8 +34,19 @@ def chain(before: State, token: int) -> State:
     return (before * 6364136223846793005 + 2 * token + 1) % 2**64
 
 
-def next_token(state: State, top_k: int) -> int:
-    return (state >> 32 ^ top_k) % NEVER_SAMPLED
+def next_token(state: State, top_k: int, allowed: Sequence[int] | None = None) -> int:
+    drawn = state >> 32 ^ top_k
+    return drawn % NEVER_SAMPLED if allowed is None else allowed[drawn % len(allowed)]
+
+
+def allowed_tokens(masks: TokenMasks) -> dict[int, list[int]]:
+    """The token ids that masks allow, by position."""
+    packed = np.frombuffer(masks.bits, np.uint8).reshape(len(masks.positions), -1)
+    bits = np.unpackbits(packed, axis=1, bitorder="little")
+    return {
+        position: np.flatnonzero(row).tolist()
+        for position, row in zip(masks.positions, bits, strict=True)
+    }
 
 
 def expected_output(
@@ -65,7 +76,13 @@ class MemoryExecutor:
     num_ranks = 2
 
     def __init__(
-        self, page_size: int, sink: int, recent: int, budget_pages: int, max_model_len: int = 800
+        self,
+        page_size: int,
+        sink: int,
+        recent: int,
+        budget_pages: int,
+        max_model_len: int = 800,
+        model_path: str = "",
     ) -> None:
         self._page_size, self._sink, self._recent = page_size, sink, recent
         self.kl_nats: dict[str, float] = {}
@@ -82,6 +99,7 @@ class MemoryExecutor:
             sealed_page_bytes=1,
             kv_budget_bytes=budget_pages,
             head_dim=8,
+            model_path=model_path,
         )
         self.plans: list[StepPlan] = []
         self._top_k: dict[int, int] = {}  # by row
@@ -105,7 +123,7 @@ class MemoryExecutor:
     def close(self) -> None:
         pass
 
-    def execute(self, plan: StepPlan) -> StepResult:
+    def execute(self, plan: StepPlan, masks: MakeMasks | None = None) -> StepResult:
         self.plans.append(plan)
         for table, update in ((self._hot_table, plan.hot), (self._sealed_table, plan.sealed)):
             table[update.rows, update.pages] = update.ids
@@ -128,7 +146,12 @@ class MemoryExecutor:
         for row in states.keys() & self._recorded:
             assert self._recorded[row] == states[row], "the sampler does not know the sequence"
         rows = [chunk.row for chunk in plan.chunks if chunk.sample]
-        tokens = [SampledToken(next_token(states[row], self._top_k[row])) for row in rows]
+        assert plan.masked == (masks is not None)
+        allowed = {} if masks is None else allowed_tokens(masks())
+        tokens = [
+            SampledToken(next_token(states[row], self._top_k[row], allowed.get(position)))
+            for position, row in enumerate(rows)
+        ]
         return StepResult(plan.step, tokens, 0.0)
 
     def _start_row(self, start: RowStart) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvmesh.workers.executor import Allocation
+from kvmesh.workers.executor import Allocation, MakeMasks
 from kvmesh.workers.plan import Chunk, SampledToken, StepPlan, StepResult
 from tests.workers.memory_executor import NEVER_SAMPLED, MemoryExecutor, Page
 
@@ -21,10 +21,10 @@ class TaintedExecutor(MemoryExecutor):
         self._nan_sealed: set[int] = set()
         self._nan_rows: set[int] = set()
 
-    def execute(self, plan: StepPlan) -> StepResult:
+    def execute(self, plan: StepPlan, masks: MakeMasks | None = None) -> StepResult:
         self._nan_rows = set()
         self._nan_sealed -= set(plan.seal_sealed)
-        result = super().execute(plan)
+        result = super().execute(plan, masks)
         sampled = [chunk.row for chunk in plan.chunks if chunk.sample]
         tokens = [
             SampledToken(-1, fault="NaN") if row in self._nan_rows else token

@@ -33,6 +33,7 @@ class Tokenizer:
     max_token_chars: no text has fewer tokens than its characters divided by this
     eos_token_id, bos_token_id: the tokenizer's own, None if it has none
     special_tokens: text -> id of the tokens that are control tokens, not text
+    chat_template: its source, None without one
     """
 
     def __init__(self, raw: RawTokenizer, config: Mapping[str, Any], template: str | None) -> None:
@@ -50,6 +51,7 @@ class Tokenizer:
         texts = {name: _token_text(config.get(name)) for name in ("bos_token", "eos_token")}
         self.bos_token_id = self._token_id(texts["bos_token"])
         self.eos_token_id = self._token_id(texts["eos_token"])
+        self.chat_template = template
         self._chat = None
         if template is not None:
             self._chat = ChatTemplate(

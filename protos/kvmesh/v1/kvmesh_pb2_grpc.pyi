@@ -83,9 +83,9 @@ Resuming a stream
       or the server chose it. A client that never received `started` has
       received no output and simply sends its request again.
     * Text can lag behind token ids (an incomplete character, the beginning of
-      a possible stop string), hence `text_chars` in addition to the ids.
-      Detokenising the same ids gives the same text, so the server sends the
-      text from there.
+      a possible stop string), hence `text_chars` in addition to the ids, and
+      the same for reasoning and for the arguments of tool calls. Detokenising
+      the same ids gives the same text, so the server sends it from there.
     * Another model would not continue the same text: `model_revision` must
       still be the one that `started` reported, or the call fails with
       FAILED_PRECONDITION, reason RESUME_MISMATCH.
