@@ -132,7 +132,7 @@ class OpenAIRoutes:
 
         body, requests = await call.read(parse)
         echoes = [Echo()] * len(requests)
-        with openai_names():
+        with openai_names(body.renames):
             source = await self._begin(call, requests)
             if body.stream:
                 chunks = CompletionChunks(body, call.request_id, echoes)

@@ -15,6 +15,14 @@ from kvmesh.cluster.openai.call import EventSource
 from kvmesh.cluster.openai.finish import finish_of
 from kvmesh.cluster.openai.messages import ChatTool, ChatTurn, chat_of
 from kvmesh.cluster.openai.sampling import GenerationBody, put
+from kvmesh.cluster.openai.structured import (
+    RENAMES,
+    VLLM_RENAMES,
+    ResponseFormat,
+    ToolChoiceField,
+    add_format,
+    tool_choice_of,
+)
 from kvmesh.cluster.openai.tokens import MIN_LOGPROB, ScoredToken, scored, shown
 from kvmesh.cluster.openai.usage import RunningUsage, TokenUsage, token_usage
 from kvmesh.v1 import kvmesh_pb2 as pb
@@ -29,6 +37,9 @@ class ChatBody(GenerationBody):
     logprobs: bool | None = None
     top_logprobs: int | None = None
     tools: list[ChatTool] | None = None
+    tool_choice: ToolChoiceField | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: ResponseFormat | None = None
     reasoning_effort: str | None = None
     # As in vLLM.
     chat_template_kwargs: dict[str, Any] | None = None
@@ -70,12 +81,20 @@ class ChatBody(GenerationBody):
                 bool(self.continue_final_message),
             )
         )
+        chat = request.prompt.chat
+        if self.tool_choice is not None:
+            chat.tool_choice.CopyFrom(tool_choice_of(self.tool_choice))
+        if self.parallel_tool_calls is not None:
+            chat.parallel_tool_calls = self.parallel_tool_calls
+        if self.response_format is not None:
+            add_format(request, self.response_format.to_contract())
         return request
 
     @property
     def renames(self) -> tuple[tuple[str, str], ...]:
         """Of fields of the contract, for errors."""
         renames = [("^logprobs$", "top_logprobs")]
+        renames += RENAMES if self.structured_outputs is None else VLLM_RENAMES
         if self.max_tokens is None:
             renames.append(("^max_tokens$", "max_completion_tokens"))
         return tuple(renames)
@@ -99,9 +118,24 @@ class ChatLogprobs(msgspec.Struct):
     refusal: None = None
 
 
+class CalledTool(msgspec.Struct):
+    name: str
+    arguments: str
+
+
+class ReplyToolCall(msgspec.Struct):
+    id: str
+    function: CalledTool
+    type: str = "function"
+
+
 class ReplyMessage(msgspec.Struct):
+    """reasoning_content: what the model thought before, if it did"""
+
     role: str
     content: str | None
+    reasoning_content: str | msgspec.UnsetType = msgspec.UNSET
+    tool_calls: list[ReplyToolCall] | msgspec.UnsetType = msgspec.UNSET
     refusal: None = None
 
 
@@ -124,9 +158,25 @@ class ChatReply(msgspec.Struct):
     object: str = "chat.completion"
 
 
+class ToolDelta(msgspec.Struct, omit_defaults=True):
+    name: str | None = None
+    arguments: str | None = None
+
+
+class ToolCallPart(msgspec.Struct, omit_defaults=True):
+    """A tool call that begins, with an id, or continues."""
+
+    index: int
+    function: ToolDelta
+    id: str | None = None
+    type: str | None = None
+
+
 class ChatDelta(msgspec.Struct, omit_defaults=True):
     role: str | None = None
     content: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCallPart] | None = None
 
 
 class ChunkChoice(msgspec.Struct):
@@ -150,7 +200,16 @@ def chat_reply(body: ChatBody, generated: pb.GenerateResponse) -> ChatReply:
     choices = []
     for choice in generated.choices:
         finish = finish_of(choice)
-        message = ReplyMessage("assistant", choice.text)
+        calls = [
+            ReplyToolCall(call.id, CalledTool(call.name, call.arguments_json))
+            for call in choice.tool_calls
+        ]
+        message = ReplyMessage(
+            "assistant",
+            choice.text if choice.text or not calls else None,
+            choice.reasoning or msgspec.UNSET,
+            calls or msgspec.UNSET,
+        )
         choices.append(
             ChatChoice(
                 choice.index,
@@ -195,10 +254,8 @@ async def chat_chunks(body: ChatBody, source: EventSource) -> AsyncIterator[byte
             case "delta":
                 delta = event.delta
                 scores = chat_logprobs(delta.logprobs) if delta.HasField("logprobs") else None
-                if delta.text or scores:
-                    yield said(
-                        ChunkChoice(delta.index, ChatDelta(content=delta.text), None, scores)
-                    )
+                if delta.text or delta.reasoning or delta.tool_calls or scores:
+                    yield said(ChunkChoice(delta.index, chat_delta(delta), None, scores))
             case "choice_finished":
                 finish = finish_of(event.choice_finished)
                 yield said(
@@ -217,6 +274,24 @@ async def chat_chunks(body: ChatBody, source: EventSource) -> AsyncIterator[byte
                 if (comment := sse.comment(event)) is not None:
                     yield comment
     yield sse.DONE
+
+
+def chat_delta(delta: pb.Delta) -> ChatDelta:
+    calls = [
+        ToolCallPart(
+            part.index,
+            ToolDelta(part.name or None, part.arguments_json),
+            part.id or None,
+            "function" if part.id else None,
+        )
+        for part in delta.tool_calls
+    ]
+    silent = delta.reasoning or calls
+    return ChatDelta(
+        content=delta.text if delta.text or not silent else None,
+        reasoning_content=delta.reasoning or None,
+        tool_calls=calls or None,
+    )
 
 
 def chat_logprobs(columns: pb.Logprobs) -> ChatLogprobs:

@@ -15,7 +15,9 @@ from kvmesh.cluster.ingress.refuse import refuse
 from kvmesh.cluster.openai import sse
 from kvmesh.cluster.openai.call import EventSource
 from kvmesh.cluster.openai.finish import finish_of
+from kvmesh.cluster.openai.names import Renames
 from kvmesh.cluster.openai.sampling import GenerationBody, put
+from kvmesh.cluster.openai.structured import RENAMES, VLLM_RENAMES, ResponseFormat, add_format
 from kvmesh.cluster.openai.tokens import ScoredToken, TextOffsets, scored, shown
 from kvmesh.cluster.openai.usage import RunningUsage, TokenUsage, token_usage
 from kvmesh.v1 import kvmesh_pb2 as pb
@@ -50,6 +52,7 @@ class CompletionBody(GenerationBody):
     echo: bool | None = None
     best_of: int | None = None
     suffix: str | None = None
+    response_format: ResponseFormat | None = None
 
     def to_contract(self, headers: Mapping[str, str], request_id: str) -> list[pb.GenerateRequest]:
         """A request for each prompt. Raises InvalidFieldError."""
@@ -66,9 +69,16 @@ class CompletionBody(GenerationBody):
                 max(self.max_tokens, 1) if self.max_tokens is not None else None,
             )
             put(request.sampling_params, "logprobs", self.logprobs)
+            if self.response_format is not None:
+                add_format(request, self.response_format.to_contract())
             request.prompt.CopyFrom(prompt)
             requests.append(request)
         return requests
+
+    @property
+    def renames(self) -> Renames:
+        """Of fields of the contract, for errors."""
+        return RENAMES if self.structured_outputs is None else VLLM_RENAMES
 
     def _check(self) -> None:
         if self.suffix:

@@ -11,6 +11,7 @@ from kvmesh.v1 import kvmesh_pb2 as pb
 _REASONS: dict[int, str] = {
     pb.FINISH_REASON_STOP: "stop",
     pb.FINISH_REASON_LENGTH: "length",
+    pb.FINISH_REASON_TOOL_CALLS: "tool_calls",
     pb.FINISH_REASON_ABORT: "stop",
     pb.FINISH_REASON_DEADLINE: "length",
 }

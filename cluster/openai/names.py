@@ -18,6 +18,7 @@ COMMON = (
     (r"^prompt\.chat\.tools(\[\d+\])\.(name|description)$", r"tools\1.function.\2"),
     (r"(tool_calls\[\d+\])\.name$", r"\1.function.name"),
     (r"\.parts\[", ".content["),
+    (r"^prompt\.chat\.tool_choice\.name$", "tool_choice.function.name"),
     (r"^prompt\.chat\.", ""),
     (r"^prompt\.chat$", "messages"),
 )

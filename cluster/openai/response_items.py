@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+from kvmesh.cluster.openai.body import RequestBody
 from kvmesh.cluster.openai.chat import ChatToken, chat_logprobs
 from kvmesh.cluster.openai.responses import ResponseBody
 from kvmesh.cluster.openai.usage import KVUsage, token_usage
@@ -28,7 +29,32 @@ class MessageItem(msgspec.Struct):
     type: str = "message"
 
 
-OutputItem = MessageItem
+class ReasoningText(msgspec.Struct):
+    text: str = ""
+    type: str = "reasoning_text"
+
+
+class ReasoningItem(msgspec.Struct):
+    """What the model thought before it answered."""
+
+    id: str
+    status: str
+    content: list[ReasoningText]
+    summary: list[None] = []
+    type: str = "reasoning"
+
+
+class FunctionCallItem(msgspec.Struct):
+    id: str
+    call_id: str
+    name: str
+    status: str
+    arguments: str = ""
+    type: str = "function_call"
+
+
+OutputItem = MessageItem | ReasoningItem | FunctionCallItem
+IN_PROGRESS = "in_progress"
 
 
 class InputDetails(msgspec.Struct):
@@ -84,12 +110,12 @@ class ResponseReply(msgspec.Struct):
 
     def end(self, reason: pb.FinishReason.ValueType) -> None:
         """Note how the output has ended."""
-        whole = reason in (pb.FINISH_REASON_STOP, pb.FINISH_REASON_ABORT)
+        whole = reason not in (pb.FINISH_REASON_LENGTH, pb.FINISH_REASON_DEADLINE)
         self.status = "completed" if whole else "incomplete"
         if not whole:
             self.incomplete_details = IncompleteDetails("max_output_tokens")
         for item in self.output:
-            if item.status == "in_progress":
+            if item.status == IN_PROGRESS:
                 item.status = self.status
 
     def charge(self, used: pb.Usage) -> None:
@@ -105,6 +131,13 @@ class ResponseReply(msgspec.Struct):
         )
 
 
+def _plain(value: RequestBody | str | None) -> Any:
+    """A part of a request as it was."""
+    if isinstance(value, RequestBody):
+        return value.model_dump(exclude_none=True, by_alias=True)
+    return value
+
+
 def new_response(body: ResponseBody, request_id: str, model: str) -> ResponseReply:
     text_format = body.text.format if body.text and body.text.format else None
     return ResponseReply(
@@ -116,10 +149,10 @@ def new_response(body: ResponseBody, request_id: str, model: str) -> ResponseRep
         temperature=body.temperature,
         top_p=body.top_p,
         top_logprobs=body.top_logprobs or 0,
-        tools=[tool.model_dump(exclude_none=True) for tool in body.tools or []],
-        tool_choice="auto",
-        parallel_tool_calls=True,
-        text={"format": text_format.model_dump() if text_format else {"type": "text"}},
+        tools=[_plain(tool) for tool in body.tools or []],
+        tool_choice=_plain(body.tool_choice) or "auto",
+        parallel_tool_calls=body.parallel_tool_calls is not False,
+        text={"format": _plain(text_format) or {"type": "text"}},
         reasoning={"effort": body.reasoning.effort if body.reasoning else None, "summary": None},
         metadata=body.metadata or {},
         user=body.user,
@@ -128,11 +161,25 @@ def new_response(body: ResponseBody, request_id: str, model: str) -> ResponseRep
 
 def response_reply(body: ResponseBody, generated: pb.GenerateResponse) -> ResponseReply:
     """The whole output of a request."""
-    response = new_response(body, generated.request_id, generated.model)
+    request_id = generated.request_id
+    response = new_response(body, request_id, generated.model)
     (choice,) = generated.choices
-    logprobs = chat_logprobs(choice.logprobs).content if body.wants_logprobs else []
-    content = [OutputText(choice.text, logprobs)]
-    response.output = [MessageItem(f"msg_{generated.request_id}", "in_progress", content)]
+    items: list[OutputItem] = []
+    if choice.reasoning:
+        items.append(
+            ReasoningItem(f"rs_{request_id}", IN_PROGRESS, [ReasoningText(choice.reasoning)])
+        )
+    if choice.text or not (choice.reasoning or choice.tool_calls):
+        logprobs = chat_logprobs(choice.logprobs).content if body.wants_logprobs else []
+        items.append(
+            MessageItem(f"msg_{request_id}", IN_PROGRESS, [OutputText(choice.text, logprobs)])
+        )
+    for index, call in enumerate(choice.tool_calls):
+        item_id = f"fc_{request_id}_{index}"
+        items.append(
+            FunctionCallItem(item_id, call.id, call.name, IN_PROGRESS, call.arguments_json)
+        )
+    response.output = items
     response.end(choice.finish_reason)
     response.charge(generated.usage)
     return response

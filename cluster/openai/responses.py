@@ -5,13 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Discriminator, Tag
 
 from kvmesh.cluster.errors import UnsupportedFieldError
 from kvmesh.cluster.ingress.refuse import refuse
 from kvmesh.cluster.openai.body import Ignored, RequestBody, Unsupported
 from kvmesh.cluster.openai.messages import Content, FunctionTool, chat_of
 from kvmesh.cluster.openai.sampling import GenerationBody, put
+from kvmesh.cluster.openai.structured import (
+    RESPONSE_RENAMES,
+    VLLM_RENAMES,
+    TextFormat,
+    ToolChoiceField,
+    add_format,
+    tool_choice_of,
+)
 from kvmesh.v1 import kvmesh_pb2 as pb
 
 LOGPROBS = "message.output_text.logprobs"
@@ -90,14 +98,6 @@ class ResponseTool(FunctionTool):
     type: Literal["function"]
 
 
-class TextFormat(RequestBody):
-    type: Literal["text", "json_object", "json_schema"]
-    name: Ignored = None
-    description: Ignored = None
-    strict: Ignored = None
-    schema_: Any = Field(default=None, alias="schema")
-
-
 class TextSettings(RequestBody):
     format: TextFormat | None = None
     verbosity: Ignored = None
@@ -121,6 +121,8 @@ class ResponseBody(GenerationBody):
     top_logprobs: int | None = None
     include: list[str] | None = None
     tools: list[ResponseTool] | None = None
+    tool_choice: ToolChoiceField | None = None
+    parallel_tool_calls: bool | None = None
     text: TextSettings | None = None
     reasoning: ReasoningSettings | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -148,7 +150,13 @@ class ResponseBody(GenerationBody):
         if self.reasoning is not None and self.reasoning.effort is not None:
             kwargs.setdefault("reasoning_effort", self.reasoning.effort)
         chat = chat_of(self._messages(), self.tools or [], kwargs, False)
+        if self.tool_choice is not None:
+            chat.tool_choice.CopyFrom(tool_choice_of(self.tool_choice))
+        if self.parallel_tool_calls is not None:
+            chat.parallel_tool_calls = self.parallel_tool_calls
         request.prompt.chat.CopyFrom(chat)
+        if self.text is not None and self.text.format is not None:
+            add_format(request, self.text.format.to_format())
         return request
 
     def _check(self) -> None:
@@ -178,4 +186,5 @@ class ResponseBody(GenerationBody):
             ("^max_tokens$", "max_output_tokens"),
             ("^logprobs$", "top_logprobs"),
             (r"^tools(\[\d+\])\.function\.", r"tools\1."),
+            *(RESPONSE_RENAMES if self.structured_outputs is None else VLLM_RENAMES),
         )

@@ -7,6 +7,7 @@ from typing import Any
 
 from kvmesh.cluster.ingress.refuse import refuse
 from kvmesh.cluster.openai.body import Ignored, RequestBody
+from kvmesh.cluster.openai.structured import StructuredOutputs
 from kvmesh.v1 import kvmesh_pb2 as pb
 
 # Fields that have the same name and meaning in the contract.
@@ -20,6 +21,7 @@ SAMPLING = (
     "frequency_penalty",
     "min_tokens",
     "ignore_eos",
+    "max_reasoning_tokens",
     "n",
 )
 # Headers, for clients that cannot add fields to a body; a field counts more than its header.
@@ -64,9 +66,11 @@ class GenerationBody(RequestBody):
     min_tokens: int | None = None
     ignore_eos: bool | None = None
     stop_token_ids: list[int] | None = None
+    structured_outputs: StructuredOutputs | None = None
     priority: int | None = None
     cache_salt: str | None = None
     # kvmesh's own, as in its contract.
+    max_reasoning_tokens: int | None = None
     timeout_s: float | None = None
     allowed_kv_formats: list[str] | None = None
     max_kv_divergence_nats: float | None = None
@@ -110,6 +114,8 @@ class GenerationBody(RequestBody):
             if not (key.isascii() and key.isdigit()):
                 refuse("logit_bias", f"must have token ids as keys, got {key!r}")
             params.logit_bias[token_id_of("logit_bias", int(key))] = bias
+        if self.structured_outputs is not None:
+            request.structured_output.CopyFrom(self.structured_outputs.to_contract())
         self._add_own(request, headers)
         return request
 

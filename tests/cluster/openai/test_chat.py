@@ -8,6 +8,7 @@ from typing import Any
 import openai
 import pytest
 from google.protobuf.json_format import MessageToDict
+from pydantic import BaseModel
 
 from kvmesh.cluster.errors import (
     ContextExceededError,
@@ -462,3 +463,147 @@ async def test_log_probabilities_keep_every_byte(
     assert bytes(byte for token in whole for byte in token.bytes or []) == euro
     assert [token.token for token in whole] == [f"bytes:\\x{byte:02x}" for byte in euro]
     assert [top.logprob for top in whole[0].top_logprobs] == [-0.5, -9999.0]
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"response_format": {"type": "text"}}, None),
+        ({"response_format": {"type": "json_object"}}, pb.StructuredOutput(json_object=True)),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "n", "strict": True, "schema": {"b": 1, "a": 2}},
+                }
+            },
+            pb.StructuredOutput(json_schema='{"b":1,"a":2}'),
+        ),
+        ({"structured_outputs": {"json": {"a": 1}}}, pb.StructuredOutput(json_schema='{"a":1}')),
+        ({"structured_outputs": {"json": '{"a": 1}'}}, pb.StructuredOutput(json_schema='{"a": 1}')),
+        ({"structured_outputs": {"regex": "a+"}}, pb.StructuredOutput(regex="a+")),
+        ({"structured_outputs": {"grammar": "g"}}, pb.StructuredOutput(grammar="g")),
+        (
+            {"structured_outputs": {"choice": ["a", "b"]}},
+            pb.StructuredOutput(choice=pb.OutputChoices(values=["a", "b"])),
+        ),
+    ],
+)
+async def test_formats_of_answers(
+    server: HttpServer,
+    contract: ScriptedContract,
+    fields: dict[str, Any],
+    expected: pb.StructuredOutput | None,
+) -> None:
+    await sent(server, contract, **fields)
+    request = contract.requests[-1]
+    assert request.HasField("structured_output") == (expected is not None)
+    assert expected is None or request.structured_output == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema"),
+        ({"structured_outputs": {}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "a", "grammar": "b"}}, "structured_outputs"),
+        (
+            {"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}},
+            "structured_outputs",
+        ),
+        ({"tool_choice": "any"}, "tool_choice"),
+        ({"tool_choice": {"type": "custom"}}, "tool_choice.type"),
+        ({"tool_choice": {"type": "function"}}, "tool_choice.function.name"),
+    ],
+)
+async def test_formats_and_choices_that_are_not_known(
+    server: HttpServer, fields: dict[str, Any], param: str
+) -> None:
+    reply = await server.post("/v1/chat/completions", {"messages": HI, **fields})
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)
+
+
+async def test_which_field_a_bad_schema_was_in(
+    server: HttpServer, contract: ScriptedContract
+) -> None:
+    error = InvalidFieldError("structured_output.json_schema", "is wrong")
+    contract.script = lambda request: [error]
+    schema = {"type": "json_schema", "json_schema": {"schema": {}}}
+    for fields, param in (
+        ({"response_format": schema}, "response_format.json_schema.schema"),
+        ({"structured_outputs": {"json": {}}}, "structured_outputs.json"),
+    ):
+        reply = await server.post("/v1/chat/completions", {"messages": HI, **fields})
+        assert reply.json()["error"]["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("choice", "expected"),
+    [
+        ("auto", pb.ToolChoice(mode=pb.ToolChoice.MODE_AUTO)),
+        ("none", pb.ToolChoice(mode=pb.ToolChoice.MODE_NONE)),
+        ("required", pb.ToolChoice(mode=pb.ToolChoice.MODE_REQUIRED)),
+        (
+            {"type": "function", "function": {"name": "weather"}},
+            pb.ToolChoice(name="weather"),
+        ),
+    ],
+)
+async def test_choices_of_tools(
+    server: HttpServer, contract: ScriptedContract, choice: Any, expected: pb.ToolChoice
+) -> None:
+    await sent(server, contract, tools=[WEATHER], tool_choice=choice, parallel_tool_calls=False)
+    chat = contract.requests[-1].prompt.chat
+    assert chat.tool_choice == expected
+    assert chat.HasField("parallel_tool_calls") and not chat.parallel_tool_calls
+
+
+def thoughtful(request: pb.GenerateRequest) -> Iterable[Any]:
+    """Reasoning, then two calls, without text."""
+    yield started(request)
+    yield delta("", reasoning="Hm")
+    yield delta("", reasoning="m.")
+    for index, name in enumerate(("weather", "time")):
+        first = pb.ToolCallDelta(index=index, id=f"c{index}", name=name)
+        yield delta("", tool_calls=[first])
+        for piece in ("{", "}"):
+            yield delta("", tool_calls=[pb.ToolCallDelta(index=index, arguments_json=piece)])
+    yield finished(reason=pb.FINISH_REASON_TOOL_CALLS)
+    yield usage()
+
+
+async def test_reasoning_and_tool_calls(server: HttpServer, contract: ScriptedContract) -> None:
+    contract.script = thoughtful
+    async with server.client() as client:
+        reply = await client.chat.completions.create(model="m", messages=HI, tools=[WEATHER])
+        async with client.chat.completions.stream(
+            model="m", messages=HI, tools=[WEATHER]
+        ) as stream:
+            chunks = [e.chunk.choices[0] async for e in stream if e.type == "chunk"]
+            streamed = await stream.get_final_completion()
+    for completion in (reply, streamed):
+        choice = completion.choices[0]
+        assert (choice.finish_reason, choice.message.content) == ("tool_calls", None)
+        assert choice.message.reasoning_content == "Hmm."
+        assert [
+            (x.id, x.function.name, x.function.arguments) for x in choice.message.tool_calls
+        ] == [
+            ("c0", "weather", "{}"),
+            ("c1", "time", "{}"),
+        ]
+    thoughts = [getattr(choice.delta, "reasoning_content", None) for choice in chunks]
+    assert [thought for thought in thoughts if thought] == ["Hm", "m."]
+    assert all(choice.delta.content is None for choice in chunks)
+
+
+class City(BaseModel):
+    name: str
+
+
+async def test_an_answer_is_parsed(server: HttpServer, contract: ScriptedContract) -> None:
+    contract.script = words('{"name":', '"Rome"}')
+    async with server.client() as client:
+        reply = await client.chat.completions.parse(model="m", messages=HI, response_format=City)
+    assert reply.choices[0].message.parsed == City(name="Rome")
+    assert "name" in contract.requests[0].structured_output.json_schema

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator
 from typing import Any
 
 import openai
 import pytest
 from google.protobuf.json_format import MessageToDict
+from pydantic import BaseModel
 
 from kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.workers.errors import InvalidFieldError
@@ -19,6 +21,7 @@ from tests.cluster.openai.server import (
     http_server,
     started,
     usage,
+    words,
 )
 
 
@@ -189,3 +192,81 @@ async def test_a_stream_that_fails(server: HttpServer, contract: ScriptedContrac
         with pytest.raises(openai.APIError, match="internal error"):
             async for _ in stream:
                 pass
+
+
+def thoughtful(request: pb.GenerateRequest) -> list[Any]:
+    """Reasoning, text, and two calls."""
+
+    def call(index: int, arguments: str, name: str = "") -> Any:
+        first = {"id": f"c{index}", "name": name} if name else {}
+        part = pb.ToolCallDelta(index=index, arguments_json=arguments, **first)
+        return delta("", tool_calls=[part])
+
+    return [
+        started(request),
+        delta("", reasoning="Hm"),
+        delta("Let me", reasoning="m. "),
+        delta(" see."),
+        call(0, "", "weather"),
+        call(0, '{"city":'),
+        call(0, '"Rome"}'),
+        call(1, "{}", "time"),
+        finished(reason=pb.FINISH_REASON_TOOL_CALLS),
+        usage(),
+    ]
+
+
+async def test_reasoning_and_calls_are_items(
+    server: HttpServer, contract: ScriptedContract
+) -> None:
+    contract.script = thoughtful
+    async with server.client() as client:
+        whole = await client.responses.create(model="tiny", input="hi", tool_choice="required")
+        async with client.responses.stream(model="tiny", input="hi") as stream:
+            events = [event async for event in stream]
+            streamed = await stream.get_final_response()
+    assert contract.requests[0].prompt.chat.tool_choice.mode == pb.ToolChoice.MODE_REQUIRED
+    for response in (whole, streamed):
+        thought, message, *calls = response.output
+        assert (thought.type, thought.content[0].text) == ("reasoning", "Hmm. ")
+        assert message.content[0].text == response.output_text == "Let me see."
+        assert [(call.call_id, call.name, call.arguments) for call in calls] == [
+            ("c0", "weather", '{"city":"Rome"}'),
+            ("c1", "time", "{}"),
+        ]
+        assert {item.status for item in response.output} == {"completed"}
+    opened = [event.item.type for event in events if event.type == "response.output_item.added"]
+    closed = [event.item.type for event in events if event.type == "response.output_item.done"]
+    assert opened == closed == ["reasoning", "message", "function_call", "function_call"]
+    parts = [e for e in events if e.type == "response.function_call_arguments.delta"]
+    assert "".join(part.delta for part in parts) == '{"city":"Rome"}{}'
+    indexes = [event.output_index for event in events if hasattr(event, "output_index")]
+    assert indexes == sorted(indexes) and set(indexes) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize(
+    ("choice", "expected"),
+    [
+        ("none", pb.ToolChoice(mode=pb.ToolChoice.MODE_NONE)),
+        ({"type": "function", "name": "weather"}, pb.ToolChoice(name="weather")),
+    ],
+)
+async def test_choices_of_tools(
+    server: HttpServer, contract: ScriptedContract, choice: Any, expected: pb.ToolChoice
+) -> None:
+    reply = await server.post("/v1/responses", {"input": "hi", "tool_choice": choice})
+    assert contract.requests[0].prompt.chat.tool_choice == expected
+    assert reply.json()["tool_choice"] == choice
+
+
+class City(BaseModel):
+    name: str
+
+
+async def test_an_answer_is_parsed(server: HttpServer, contract: ScriptedContract) -> None:
+    contract.script = words('{"name":', '"Rome"}')
+    async with server.client() as client:
+        response = await client.responses.parse(model="tiny", input="hi", text_format=City)
+    assert response.output_parsed == City(name="Rome")
+    schema = json.loads(contract.requests[0].structured_output.json_schema)
+    assert schema["properties"]["name"]["type"] == "string"
