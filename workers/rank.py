@@ -102,7 +102,7 @@ class Rank:
             model=self._files.name,
             model_revision=self._files.revision,
             dtype=str(self._dtype).removeprefix("torch."),
-            vocab_size=facts.vocab_size,
+            vocab_size=facts.num_token_ids,
             max_model_len=facts.max_model_len,
             eos_token_ids=facts.eos_token_ids,
             sink_pages=self._sink_pages,

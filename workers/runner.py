@@ -76,7 +76,7 @@ class ModelRunner:
         min_members, max_members = sharers(fmt, self._pool.hot[0], model.num_heads)
         self._prefixes = PrefixFinder(self._sealed_ids, sink_pages, min_members, max_members)
         facts = model.facts
-        self._sampler = Sampler(facts.vocab_size, facts.eos_token_ids, device) if samples else None
+        self._sampler = Sampler.of(facts, device) if samples else None
         self._graphs: DecodeGraphs | None = None
         if prepare_decode:
             hot, sealed = self._pool.hot[0], self._pool.sealed[0]

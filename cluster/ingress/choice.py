@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from kvmesh.cluster.errors import ResumeMismatchError
 from kvmesh.cluster.ingress.codec import TextCodec
 from kvmesh.cluster.ingress.stop_strings import StopStrings
-from kvmesh.cluster.ingress.validate import ResumedChoice
+from kvmesh.cluster.ingress.validate import ResumedChoice, TextRules
 from kvmesh.workers.request import EndReason, SampledLogprobs, SequenceDelta
 from kvmesh.workers.sampling_params import SamplingParams
 
@@ -41,7 +41,9 @@ class RunningChoice:
     Tokens are processed one at a time, so that the text after a given token does
     not depend on how tokens were grouped in messages. A resumed choice is
     replayed from its tokens.
+    rules: what of the text is shown, and which strings end it
     resumed: what the client already has
+    prompt: the tokens before
     Raises ResumeMismatchError if the client has more text than those tokens decode to, or
     tokens after the end of the output.
     """
@@ -50,17 +52,20 @@ class RunningChoice:
         self,
         index: int,
         params: SamplingParams,
-        stops: Sequence[str],
+        rules: TextRules,
         codec: TextCodec,
         resumed: ResumedChoice,
+        prompt: Sequence[int] = (),
     ) -> None:
         self.index = index
         self.params = params
+        self.rules = rules
         self.token_ids: list[int] = []
         self.finish: ChoiceFinish | None = None
         self._eos = frozenset(() if params.ignore_eos else codec.eos_token_ids)
-        self._text = codec.stream()
-        self._stops = StopStrings(stops)
+        self._codec = codec
+        self._text = codec.stream(prompt, rules.skip_special_tokens)
+        self._stops = StopStrings(rules.stop)
         self._owed_text = ""
         self.already_finished = resumed.finished
         self._replay(resumed)
@@ -128,19 +133,20 @@ class RunningChoice:
         return enough and (token_id in self._eos or token_id in self.params.stop_token_ids)
 
     def _take(self, token_id: int, *, is_stop_token: bool) -> str:
-        """Text that is final after this token; a stop token adds none."""
+        """Text that is final after this token; a stop token adds none, unless it is included."""
         self.token_ids.append(token_id)
-        if is_stop_token:
+        if is_stop_token and not self.rules.include_stop:
             return ""
-        text = self._text.push((token_id,))
-        if len(self.token_ids) < self.params.min_tokens:
-            return text
-        return self._scan(text)
+        hidden = self._codec.special_text(token_id) if self.rules.skip_special_tokens else ""
+        return self._scan(self._text.push((token_id,)), hidden, may_end=not is_stop_token)
 
-    def _scan(self, text: str) -> str:
-        final, matched = self._stops.push(text)
+    def _scan(self, text: str, hidden: str = "", *, may_end: bool = True) -> str:
+        enough = len(self.token_ids) >= self.params.min_tokens
+        final, matched = self._stops.push(text, hidden, may_end=may_end and enough)
         if matched is not None:
             self.finish = ChoiceFinish(EndReason.STOP, stop_string=matched)
+            if self.rules.include_stop:
+                final += matched
         return final
 
     def _rest(self) -> str:

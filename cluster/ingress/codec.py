@@ -39,8 +39,11 @@ class TextCodec(Protocol):
     def token_bytes(self, token_id: int) -> bytes:
         """What a token adds to the text, in UTF-8; perhaps a part of a character."""
 
-    def stream(self) -> TextStream:
-        """A new incremental decoder."""
+    def special_text(self, token_id: int) -> str:
+        """The name of a special token, "" for others."""
+
+    def stream(self, prompt: Sequence[int], skip_special_tokens: bool) -> TextStream:
+        """A new incremental decoder of what follows a prompt."""
 
     @property
     def has_chat_template(self) -> bool: ...
@@ -52,13 +55,19 @@ class TextCodec(Protocol):
     @property
     def eos_token_ids(self) -> tuple[int, ...]: ...
 
+    @property
+    def unused_token_ids(self) -> frozenset[int]:
+        """Ids without a token, in the middle of the vocabulary or after its end."""
+
 
 class ModelCodec:
     """`TextCodec` over the tokenizer of the model in directory `path`."""
 
     def __init__(self, path: Path) -> None:
         self._tokenizer = Tokenizer.load(path)
-        self.eos_token_ids = read_facts(path).eos_token_ids
+        facts = read_facts(path)
+        self.eos_token_ids = facts.eos_token_ids
+        self.unused_token_ids = frozenset(facts.unused_token_ids)
         self.max_token_chars = self._tokenizer.max_token_chars
         self.has_chat_template = self._tokenizer.has_chat_template
 
@@ -71,5 +80,8 @@ class ModelCodec:
     def token_bytes(self, token_id: int) -> bytes:
         return self._tokenizer.token_bytes(token_id)
 
-    def stream(self) -> TextStream:
-        return self._tokenizer.stream()
+    def special_text(self, token_id: int) -> str:
+        return self._tokenizer.special_text(token_id)
+
+    def stream(self, prompt: Sequence[int], skip_special_tokens: bool) -> TextStream:
+        return self._tokenizer.stream(skip_special_tokens, prompt)

@@ -107,9 +107,10 @@ class Generation:
             RunningChoice(
                 index,
                 replace(params, seed=choice_seed(params.seed, index)),
-                spec.stop,
+                spec.rules,
                 context.codec,
                 resumed[index],
+                prompt_ids,
             )
             for index in range(spec.n)
         ]

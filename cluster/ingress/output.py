@@ -156,7 +156,8 @@ class RequestOutput:
 
     def _emit(self, choice: RunningChoice, output: ChoiceOutput) -> None:
         if output:
-            delta = wire.delta(choice.index, output, self._codec)
+            skip = choice.rules.skip_special_tokens
+            delta = wire.delta(choice.index, output, self._codec, skip)
             self._events.append(pb.GenerateStreamResponse(delta=delta))
         if choice.finish is not None:
             finished = wire.choice_finished(choice.index, choice.finish)

@@ -79,7 +79,8 @@ class Prompts:
         template refuses, and IngressBusyError if too many long prompts of the tenant wait.
         """
         if isinstance(prompt, np.ndarray):
-            validate.check_prompt_ids(prompt, served.any_info(status).vocab_size)
+            vocab_size = served.any_info(status).vocab_size
+            validate.check_prompt_ids(prompt, vocab_size, self._codec.unused_token_ids)
             return prompt
         if isinstance(prompt, str):
             if len(prompt) < LONG_TEXT_CHARS:

@@ -276,7 +276,7 @@ class IngressService:
                     f"the cluster now serves {info.model_revision!r}"
                 )
         ids = await self._prompts.encode(spec.prompt, tenant, status)
-        validate.check_tokens(spec, ids, info.vocab_size)
+        validate.check_tokens(spec, ids, info.vocab_size, self._codec.unused_token_ids)
         longest = served.max_model_len(status)
         if len(ids) >= longest:
             raise served.context_exceeded(len(ids), status)

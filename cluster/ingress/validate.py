@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.workers.errors import InvalidFieldError
 from kvmesh.workers.model.chat import Conversation
 from kvmesh.workers.request import TokenIds
-from kvmesh.workers.sampling_params import MIN_TEMPERATURE, RANGES, NumberRange, SamplingParams
+from kvmesh.workers.sampling_params import RANGES, NumberRange, SamplingParams
 
 MAX_ID_CHARS = 128
 MAX_SALT_CHARS = 256
@@ -51,8 +52,25 @@ class ResumedChoice:
 
 @dataclass(frozen=True, slots=True)
 class Resume:
+    """choices: one for each index below n; scores: of the prompt, that the client has"""
+
     model_revision: str
-    choices: tuple[ResumedChoice, ...]  # one for each index below n
+    choices: tuple[ResumedChoice, ...]
+    scores: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TextRules:
+    """How a choice's tokens become its text.
+
+    stop: strings that end it
+    skip_special_tokens: special tokens have no text
+    include_stop: the text has the stop string or stop token that ends it
+    """
+
+    stop: tuple[str, ...] = ()
+    skip_special_tokens: bool = True
+    include_stop: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +86,7 @@ class GenerationSpec:
     params: SamplingParams
     max_tokens_given: bool
     n: int
-    stop: tuple[str, ...]
+    rules: TextRules
     priority: int
     timeout_s: float | None
     cache_salt: str
@@ -79,8 +97,12 @@ def cache_salt(tenant: str, salt: str) -> str:
     """Prompts with different salts share no cached pages.
 
     Otherwise the time to the first token would reveal that another tenant sent the same text.
+    Each part is hashed with its length, so that no two pairs are alike.
     """
-    return f"{tenant}/{salt}"
+    digest = hashlib.sha256()
+    for part in (tenant.encode(), salt.encode()):
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()
 
 
 def generation_spec(request: pb.GenerateRequest, limits: Limits) -> GenerationSpec:
@@ -95,19 +117,17 @@ def generation_spec(request: pb.GenerateRequest, limits: Limits) -> GenerationSp
             raise UnsupportedFieldError(field, "is not supported by this server yet")
     n = number_of_choices("sampling_params.n", wire, limits)
     params = sampling_params(wire, limits)
-    if params.greedy and n > 1:
-        refuse(
-            "sampling_params.n",
-            f"must be 1 with a temperature below {MIN_TEMPERATURE:g}, where all choices would be "
-            f"equal; got {n}",
-        )
     return GenerationSpec(
         request_id=_request_id(request.request_id),
         prompt=prompt(request.prompt),
         params=params,
         max_tokens_given=wire.HasField("max_tokens"),
         n=n,
-        stop=_stop_strings(wire.stop, limits),
+        rules=TextRules(
+            _stop_strings(wire.stop, limits),
+            wire.skip_special_tokens if wire.HasField("skip_special_tokens") else True,
+            wire.include_stop_str_in_output,
+        ),
         priority=request.priority,
         timeout_s=_timeout_s(request, limits),
         cache_salt=_short("cache_salt", request.cache_salt, MAX_SALT_CHARS),
@@ -180,26 +200,39 @@ def prompt(wire: pb.Prompt) -> Prompt:
     raise InvalidFieldError("prompt", "must have one of text, chat or token_ids; none is set")
 
 
-def check_tokens(spec: GenerationSpec, prompt_ids: TokenIds, vocab_size: int) -> None:
-    """Refuse token ids that the model does not have, and a prompt of no tokens."""
+def check_tokens(
+    spec: GenerationSpec,
+    prompt_ids: TokenIds,
+    vocab_size: int,
+    unused: frozenset[int] = frozenset(),
+) -> None:
+    """Refuse token ids that the model does not have, and a prompt of no tokens.
+
+    unused: ids that have no token, though they may be below `vocab_size`
+    """
     if prompt_ids.size == 0:
         refuse("prompt", "must have at least one token")
     if isinstance(spec.prompt, np.ndarray):
-        check_prompt_ids(spec.prompt, vocab_size)
-    for token_id in spec.params.stop_token_ids:
-        if token_id >= vocab_size:
-            refuse("sampling_params.stop_token_ids", _unknown(token_id, vocab_size))
-    for token_id in spec.params.logit_bias:
-        if token_id >= vocab_size:
-            refuse("sampling_params.logit_bias", _unknown(token_id, vocab_size))
-    for choice in spec.resume.choices if spec.resume else ():
-        if choice.token_ids and max(choice.token_ids) >= vocab_size:
-            unknown = _unknown(max(choice.token_ids), vocab_size)
-            refuse(f"resume.choices[{choice.position}].token_ids", unknown)
+        check_prompt_ids(spec.prompt, vocab_size, unused)
+    for field, ids in (
+        ("sampling_params.stop_token_ids", spec.params.stop_token_ids),
+        ("sampling_params.logit_bias", spec.params.logit_bias),
+        *(
+            (f"resume.choices[{choice.position}].token_ids", choice.token_ids)
+            for choice in (spec.resume.choices if spec.resume else ())
+        ),
+    ):
+        for token_id in ids:
+            if token_id >= vocab_size or token_id in unused:
+                refuse(field, _unknown(token_id, vocab_size))
 
 
-def check_prompt_ids(ids: TokenIds, vocab_size: int) -> None:
-    unknown = np.flatnonzero((ids < 0) | (ids >= vocab_size))
+def check_prompt_ids(ids: TokenIds, vocab_size: int, unused: frozenset[int] = frozenset()) -> None:
+    """unused: ids that have no token, though they may be below `vocab_size`"""
+    bad = (ids < 0) | (ids >= vocab_size)
+    if holes := [token_id for token_id in unused if token_id < vocab_size]:
+        bad |= np.isin(ids, holes)
+    unknown = np.flatnonzero(bad)
     if unknown.size:
         at = int(unknown[0])
         refuse(f"prompt.token_ids.ids[{at}]", _unknown(int(ids[at]), vocab_size))

@@ -20,27 +20,37 @@ FINISH_REASONS = {
 }
 
 
-def delta(index: int, output: ChoiceOutput, codec: TextCodec) -> pb.Delta:
+def delta(
+    index: int, output: ChoiceOutput, codec: TextCodec, skip_special_tokens: bool
+) -> pb.Delta:
     return pb.Delta(
         index=index,
         text=output.text,
         token_ids=output.token_ids,
-        logprobs=logprobs(output, codec),
+        logprobs=logprobs(output, codec, skip_special_tokens),
         token_offset=output.offset,
     )
 
 
-def logprobs(output: ChoiceOutput, codec: TextCodec) -> pb.Logprobs | None:
+def logprobs(
+    output: ChoiceOutput, codec: TextCodec, skip_special_tokens: bool
+) -> pb.Logprobs | None:
     """As columns; None if they were not requested."""
     if not output.logprobs:
         return None
     alternatives = [pair for found in output.logprobs for pair in found.top]
+
+    def bytes_of(token_id: int) -> bytes:
+        """What the token adds to the text that the client gets."""
+        hidden = skip_special_tokens and codec.special_text(token_id)
+        return b"" if hidden else codec.token_bytes(token_id)
+
     return pb.Logprobs(
         chosen=[found.logprob for found in output.logprobs],
-        chosen_bytes=map(codec.token_bytes, output.token_ids),
+        chosen_bytes=map(bytes_of, output.token_ids),
         top_token_ids=[token_id for token_id, _ in alternatives],
         top=[logprob for _, logprob in alternatives],
-        top_bytes=[codec.token_bytes(token_id) for token_id, _ in alternatives],
+        top_bytes=[bytes_of(token_id) for token_id, _ in alternatives],
     )
 
 

@@ -89,6 +89,7 @@ class LetterCodec:
     has_chat_template = False
     max_token_chars = 1
     eos_token_ids = (EOS,)
+    unused_token_ids: frozenset[int] = frozenset()
 
     def encode(self, text: str) -> npt.NDArray[np.int32]:
         return np.array([(ord(character) - FIRST) % VOCAB for character in text], dtype=np.int32)
@@ -99,7 +100,10 @@ class LetterCodec:
     def token_bytes(self, token_id: int) -> bytes:
         return text_of([token_id]).encode()
 
-    def stream(self) -> LetterStream:
+    def special_text(self, token_id: int) -> str:
+        return ""
+
+    def stream(self, prompt: Sequence[int], skip_special_tokens: bool) -> LetterStream:
         return LetterStream()
 
 

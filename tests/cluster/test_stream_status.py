@@ -18,7 +18,7 @@ from kvmesh.cluster import router_service
 from kvmesh.cluster.ingress.choice import RunningChoice
 from kvmesh.cluster.ingress.output import RequestOutput
 from kvmesh.cluster.ingress.stream_status import StreamStatus
-from kvmesh.cluster.ingress.validate import ResumedChoice
+from kvmesh.cluster.ingress.validate import ResumedChoice, TextRules
 from kvmesh.cluster.ingress.waker import Waker
 from kvmesh.cluster.messages import Release, Waiting
 from kvmesh.cluster.router_service import _Caller, _RouterPeer
@@ -406,7 +406,9 @@ def test_a_projected_wait_counts_down() -> None:
 
 @pytest.mark.parametrize("finished", [False, True])
 async def test_there_is_no_status_once_every_choice_has_finished(finished: bool) -> None:
-    choice = RunningChoice(0, SamplingParams(), (), LetterCodec(), ResumedChoice(finished=finished))
+    choice = RunningChoice(
+        0, SamplingParams(), TextRules(), LetterCodec(), ResumedChoice(finished=finished)
+    )
     status = StreamStatus("r", lambda: 0.0)
     output = RequestOutput([choice], LetterCodec(), Waker(), lambda _: None, status)
     output.send_status()

@@ -43,7 +43,8 @@ class Tokenizer:
             for token_id, token in raw.get_added_tokens_decoder().items()
             if token.special
         }
-        self._special_ids = frozenset(self.special_tokens.values())
+        self._special_texts = {token_id: text for text, token_id in self.special_tokens.items()}
+        self._special_ids = frozenset(self._special_texts)
         self._pieces = TokenBytes(raw)
         texts = {name: _token_text(config.get(name)) for name in ("bos_token", "eos_token")}
         self.bos_token_id = self._token_id(texts["bos_token"])
@@ -127,6 +128,10 @@ class Tokenizer:
         It may end inside a character. b"" for an id that has no token.
         """
         return self._pieces.of(token_id)
+
+    def special_text(self, token_id: int) -> str:
+        """The name of a special token, "" for others."""
+        return self._special_texts.get(token_id, "")
 
     def stream(
         self, skip_special_tokens: bool = True, prompt: Sequence[int] = ()
