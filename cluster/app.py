@@ -44,6 +44,7 @@ from kvmesh.cluster.telemetry.traces import make_traces
 from kvmesh.cluster.version import package_version
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.errors import ConfigError
+from kvmesh.workers.model.generation_defaults import ignored_generation_settings
 from kvmesh.workers.model.source import resolve_model
 
 logger = logging.getLogger("ray.serve")
@@ -176,6 +177,11 @@ class IngressReplica:
         files = resolve_model(config.model)
         meters = IngressMeters(ray_meter, metered_tenants(config.auth, config.metrics.tenants))
         limits = limits_of(config)
+        if ignored := ignored_generation_settings(files.path):
+            logger.warning(
+                "generation_config.json sets %s, which kvmesh does not implement",
+                ", ".join(ignored),
+            )
         self._drain_s = config.timeouts.drain_s
         self._service = IngressService(
             deployed.identity,
@@ -186,6 +192,7 @@ class IngressReplica:
             version=package_version(),
             model_names=frozenset({config.model, files.name}),
             queue_timeout_s=config.router.queue_timeout_s,
+            defaults=config.generation.defaults(files.path),
             divergence_nats={**DIVERGENCE_NATS, **config.ingress.kv_divergence_nats},
             traces=make_traces(
                 config.traces.endpoint, config.traces.sample_ratio, files.name, package_version()

@@ -9,7 +9,7 @@ from kvmesh.cluster.errors import ResumeMismatchError
 from kvmesh.cluster.ingress.codec import TextCodec
 from kvmesh.cluster.ingress.stop_strings import StopStrings
 from kvmesh.cluster.ingress.validate import ResumedChoice, TextRules
-from kvmesh.workers.request import EndReason, SampledLogprobs, SequenceDelta
+from kvmesh.workers.request import EndReason, SampledLogprobs, SequenceDelta, TokenIds
 from kvmesh.workers.sampling_params import SamplingParams
 
 
@@ -55,7 +55,7 @@ class RunningChoice:
         rules: TextRules,
         codec: TextCodec,
         resumed: ResumedChoice,
-        prompt: Sequence[int] = (),
+        prompt: Sequence[int] | TokenIds = (),
     ) -> None:
         self.index = index
         self.params = params

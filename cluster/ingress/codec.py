@@ -42,7 +42,7 @@ class TextCodec(Protocol):
     def special_text(self, token_id: int) -> str:
         """The name of a special token, "" for others."""
 
-    def stream(self, prompt: Sequence[int], skip_special_tokens: bool) -> TextStream:
+    def stream(self, prompt: Sequence[int] | TokenIds, skip_special_tokens: bool) -> TextStream:
         """A new incremental decoder of what follows a prompt."""
 
     @property
@@ -83,5 +83,5 @@ class ModelCodec:
     def special_text(self, token_id: int) -> str:
         return self._tokenizer.special_text(token_id)
 
-    def stream(self, prompt: Sequence[int], skip_special_tokens: bool) -> TextStream:
+    def stream(self, prompt: Sequence[int] | TokenIds, skip_special_tokens: bool) -> TextStream:
         return self._tokenizer.stream(skip_special_tokens, prompt)

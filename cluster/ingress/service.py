@@ -32,6 +32,7 @@ from kvmesh.cluster.telemetry.meters import IngressMeters
 from kvmesh.cluster.telemetry.traces import OFF, RequestTrace, Traces
 from kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.v1alpha import admin_pb2 as admin
+from kvmesh.workers.model.generation_defaults import NEUTRAL, SamplingDefaults
 from kvmesh.workers.sampling_params import RANGES
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ class IngressService:
 
     find_router: where the router listens; raises LinkError while it is not known
     model_names: other names for the model that requests may use
+    defaults: of sampling parameters that a request does not set
     divergence_nats: measured divergence of KV formats
     """
 
@@ -56,6 +58,7 @@ class IngressService:
         version: str,
         model_names: frozenset[str] = frozenset(),
         queue_timeout_s: float = 120.0,
+        defaults: SamplingDefaults = NEUTRAL,
         divergence_nats: Mapping[str, float] = DIVERGENCE_NATS,
         traces: Traces = OFF,
     ) -> None:
@@ -65,6 +68,7 @@ class IngressService:
         self._codec = codec
         self._prompts = Prompts(codec)
         self._limits = limits
+        self._defaults = defaults
         self._meters = meters
         self._version = version
         self._served = Served(self._router, model_names, self._measure)
@@ -204,8 +208,11 @@ class IngressService:
         self, request: pb.GetModelInfoRequest, tenant: str
     ) -> pb.GetModelInfoResponse:
         self._check_open()
+        wire_defaults = pb.SamplingParams(
+            max_tokens=self._limits.default_max_tokens, **self._defaults.given()
+        )
         return wire.model_info(
-            self._served.status, self._codec, self._version, self._divergence_nats
+            self._served.status, self._codec, self._version, self._divergence_nats, wire_defaults
         )
 
     async def get_tenant_loads(
@@ -265,7 +272,7 @@ class IngressService:
     ) -> Generation:
         status = self._served.status_for(request.model)
         self._prompts.check_length(request.prompt, status)
-        spec = validate.generation_spec(request, self._limits)
+        spec = validate.generation_spec(request, self._limits, self._defaults)
         info = served.any_info(status)
         if spec.resume is not None:
             if not request.sampling_params.HasField("seed"):

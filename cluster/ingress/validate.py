@@ -15,6 +15,7 @@ from kvmesh.cluster.ingress.refuse import refuse
 from kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.workers.errors import InvalidFieldError
 from kvmesh.workers.model.chat import Conversation
+from kvmesh.workers.model.generation_defaults import NEUTRAL, SamplingDefaults
 from kvmesh.workers.request import TokenIds
 from kvmesh.workers.sampling_params import RANGES, NumberRange, SamplingParams
 
@@ -105,7 +106,11 @@ def cache_salt(tenant: str, salt: str) -> str:
     return digest.hexdigest()
 
 
-def generation_spec(request: pb.GenerateRequest, limits: Limits) -> GenerationSpec:
+def generation_spec(
+    request: pb.GenerateRequest,
+    limits: Limits,
+    defaults: SamplingDefaults = NEUTRAL,
+) -> GenerationSpec:
     """Raises InvalidFieldError naming the field by its path in the request."""
     wire = request.sampling_params
     for field, given in (
@@ -116,7 +121,7 @@ def generation_spec(request: pb.GenerateRequest, limits: Limits) -> GenerationSp
         if given:
             raise UnsupportedFieldError(field, "is not supported by this server yet")
     n = number_of_choices("sampling_params.n", wire, limits)
-    params = sampling_params(wire, limits)
+    params = sampling_params(wire, limits, defaults)
     return GenerationSpec(
         request_id=_request_id(request.request_id),
         prompt=prompt(request.prompt),
@@ -143,7 +148,9 @@ def number_of_choices(
     return n
 
 
-def sampling_params(wire: pb.SamplingParams, limits: Limits) -> SamplingParams:
+def sampling_params(
+    wire: pb.SamplingParams, limits: Limits, defaults: SamplingDefaults
+) -> SamplingParams:
     """The wire's parameters with defaults, and with a random seed if none is given."""
     given = {
         name: getattr(wire, name)
@@ -163,7 +170,7 @@ def sampling_params(wire: pb.SamplingParams, limits: Limits) -> SamplingParams:
         )
         if wire.HasField(name)
     }
-    given.setdefault("seed", secrets.randbits(64))
+    given = {**defaults.given(), "seed": secrets.randbits(64), **given}
     if "max_tokens" not in given:
         # The default must not conflict with a larger min_tokens.
         given["max_tokens"] = max(limits.default_max_tokens, given.get("min_tokens", 0))

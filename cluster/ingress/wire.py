@@ -143,6 +143,7 @@ def model_info(
     codec: TextCodec,
     version: str,
     divergence_nats: Mapping[str, float],
+    defaults: pb.SamplingParams,
 ) -> pb.GetModelInfoResponse:
     """The model and its groups. What the groups have in common is read from the first."""
     first = next(iter(status.reports.values())).info
@@ -154,6 +155,7 @@ def model_info(
         version=version,
         has_chat_template=codec.has_chat_template,
         eos_token_ids=codec.eos_token_ids,
+        default_sampling_params=defaults,
     )
     for group, report in sorted(status.reports.items()):
         info = report.info

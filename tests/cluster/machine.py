@@ -53,7 +53,7 @@ from kvmesh.workers.errors import InvalidFieldError
 from kvmesh.workers.leader import EngineLeader
 from kvmesh.workers.lease import LeaseTerms
 from kvmesh.workers.model.chat import Conversation
-from kvmesh.workers.request import EndReason
+from kvmesh.workers.request import EndReason, TokenIds
 from kvmesh.workers.sampling_params import SamplingParams
 from kvmesh.workers.sizes import PageNeed
 from tests.workers.memory_executor import EOS, VOCAB, expected_output
@@ -103,7 +103,7 @@ class LetterCodec:
     def special_text(self, token_id: int) -> str:
         return ""
 
-    def stream(self, prompt: Sequence[int], skip_special_tokens: bool) -> LetterStream:
+    def stream(self, prompt: Sequence[int] | TokenIds, skip_special_tokens: bool) -> LetterStream:
         return LetterStream()
 
 

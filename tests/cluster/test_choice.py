@@ -8,7 +8,7 @@ import pytest
 
 from kvmesh.cluster.ingress.choice import ChoiceFinish, RunningChoice
 from kvmesh.cluster.ingress.validate import ResumedChoice, TextRules
-from kvmesh.workers.request import EndReason, SequenceDelta
+from kvmesh.workers.request import EndReason, SequenceDelta, TokenIds
 from kvmesh.workers.sampling_params import SamplingParams
 from tests.cluster.machine import LetterCodec, LetterStream, text_of
 
@@ -72,7 +72,7 @@ class NamedCodec(LetterCodec):
     def special_text(self, token_id: int) -> str:
         return "<|end|>" if token_id == self.special else ""
 
-    def stream(self, prompt: Sequence[int], skip_special_tokens: bool) -> NamedStream:
+    def stream(self, prompt: Sequence[int] | TokenIds, skip_special_tokens: bool) -> NamedStream:
         return NamedStream(self.special, skip_special_tokens)
 
 

@@ -6,6 +6,7 @@ import codecs
 from collections.abc import Iterable, Sequence, Set
 
 from kvmesh.workers.model.token_bytes import TokenBytes
+from kvmesh.workers.request import TokenIds
 
 _MAX_CHARACTER_BYTES = 4
 
@@ -31,7 +32,10 @@ class DetokenizerStream:
     """
 
     def __init__(
-        self, pieces: TokenBytes, hidden: Set[int] = frozenset(), prompt: Sequence[int] = ()
+        self,
+        pieces: TokenBytes,
+        hidden: Set[int] = frozenset(),
+        prompt: Sequence[int] | TokenIds = (),
     ) -> None:
         self._pieces = pieces
         self._hidden = hidden
@@ -59,11 +63,12 @@ class DetokenizerStream:
                 self._at_start = False
         return b"".join(found)
 
-    def _follow(self, prompt: Sequence[int]) -> None:
+    def _follow(self, prompt: Sequence[int] | TokenIds) -> None:
         """Take the prompt as emitted, reading only its end."""
         tail: list[bytes] = []
         size = 0
-        for token in reversed(prompt):
+        for at in reversed(range(len(prompt))):
+            token = int(prompt[at])
             if token in self._hidden:
                 continue
             self._at_start = False

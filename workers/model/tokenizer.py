@@ -18,6 +18,7 @@ from kvmesh.workers.model.chat import ChatTemplate, Conversation
 from kvmesh.workers.model.detokenizer import DetokenizerStream
 from kvmesh.workers.model.facts import read_json
 from kvmesh.workers.model.token_bytes import TokenBytes
+from kvmesh.workers.request import TokenIds
 
 _MAX_COMPOSED = 4
 
@@ -134,7 +135,7 @@ class Tokenizer:
         return self._special_texts.get(token_id, "")
 
     def stream(
-        self, skip_special_tokens: bool = True, prompt: Sequence[int] = ()
+        self, skip_special_tokens: bool = True, prompt: Sequence[int] | TokenIds = ()
     ) -> DetokenizerStream:
         """A detokeniser for one sequence of output tokens after a prompt."""
         hidden = self._special_ids if skip_special_tokens else frozenset()
