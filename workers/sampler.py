@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from kvmesh.workers.model.facts import ModelFacts
-from kvmesh.workers.plan import RowStart, SampledToken
+from kvmesh.workers.plan import RowStart, SampledToken, TokenScores
 from kvmesh.workers.sampling_params import SamplingParams
 
 # Rows with top-k, top-p or min-p first consider this many of the most likely tokens; a row
@@ -137,6 +137,23 @@ class Sampler:
         for i in (i for i, row_is_sound in enumerate(sound) if not row_is_sound):
             sampled[i] = SampledToken(NO_TOKEN, fault=NOT_FINITE)
         return sampled
+
+    def score(self, row_id: int, logits: torch.Tensor, targets: torch.Tensor) -> TokenScores:
+        """Log-probabilities of given tokens, and of as many alternatives as the row wants.
+
+        logits: [n, vocab_size] fp32, changed in place; targets: [n] int64
+        """
+        self._hide_unused(logits)
+        logprobs = torch.log_softmax(logits, dim=-1)
+        chosen = logprobs.gather(1, targets[:, None]).squeeze(1)
+        count = min(self._rows[row_id].params.prompt_logprobs or 0, self._num_used)
+        top, ids = torch.topk(logprobs, count, dim=-1)
+        return TokenScores(
+            chosen.cpu().numpy().tobytes(),
+            ids.to(torch.int32).cpu().numpy().tobytes(),
+            top.cpu().numpy().tobytes(),
+            bool(torch.isfinite(chosen).all()),
+        )
 
     def _hide_unused(self, logits: torch.Tensor) -> None:
         """In place. logits: [n, vocab_size]"""

@@ -10,12 +10,13 @@ the sequence once.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Sequence
 
 import numpy as np
 
 from kvmesh.workers.executor import Allocation, RankDescription
-from kvmesh.workers.plan import Chunk, RowStart, SampledToken, StepPlan, StepResult
+from kvmesh.workers.plan import Chunk, RowStart, SampledToken, StepPlan, StepResult, TokenScores
 
 State = int  # the chain over a sequence's first tokens
 Slot = tuple[int, State, int]
@@ -36,6 +37,20 @@ def chain(before: State, token: int) -> State:
 
 def next_token(state: State, top_k: int) -> int:
     return (state >> 32 ^ top_k) % NEVER_SAMPLED
+
+
+def score(before: State, token: int) -> float:
+    """A log-probability that only these tokens have."""
+    return -float(chain(before, token) >> 40)
+
+
+def expected_scores(prompt: Sequence[int]) -> list[float]:
+    """What this executor's model scores the prompt's tokens, from the second on."""
+    state, scores = START, []
+    for token, following in itertools.pairwise(prompt):
+        state = chain(state, token)
+        scores.append(score(state, following))
+    return scores
 
 
 def expected_output(
@@ -129,7 +144,26 @@ class MemoryExecutor:
             assert self._recorded[row] == states[row], "the sampler does not know the sequence"
         rows = [chunk.row for chunk in plan.chunks if chunk.sample]
         tokens = [SampledToken(next_token(states[row], self._top_k[row])) for row in rows]
-        return StepResult(plan.step, tokens, 0.0)
+        scores = [self._score(chunk) for chunk in plan.chunks if chunk.targets]
+        return StepResult(plan.step, tokens, 0.0, scores)
+
+    def _score(self, chunk: Chunk) -> TokenScores:
+        """Scores that depend on all tokens up to and with the target; one alternative each."""
+        targets = np.frombuffer(chunk.targets, np.int32)
+        assert chunk.start <= chunk.score_start
+        assert chunk.score_start + len(targets) <= chunk.end
+        within = np.frombuffer(chunk.tokens, np.int32)
+        first = chunk.score_start - chunk.start
+        inner = within[first + 1 : first + 1 + len(targets)]
+        assert (targets[: len(inner)] == inner).all(), "targets are not the tokens that follow"
+        state = self._state_before(chunk)
+        logprobs = []
+        for position, token in enumerate(within, chunk.start):
+            state = chain(state, int(token))
+            if chunk.score_start <= position < chunk.score_start + len(targets):
+                logprobs.append(score(state, int(targets[position - chunk.score_start])))
+        values = np.array(logprobs, np.float32)
+        return TokenScores(values.tobytes(), targets.tobytes(), values.tobytes())
 
     def _start_row(self, start: RowStart) -> None:
         params = start.params
