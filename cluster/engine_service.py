@@ -165,6 +165,7 @@ def _request(message: Submit, sequence: NewSequence) -> EngineRequest:
         timeout_s=message.timeout_s,
         cache_salt=message.cache_salt,
         suspicion=message.suspicion,
+        scored_tokens=sequence.scored,
     )
 
 

@@ -13,9 +13,11 @@ from kvmesh.cluster.errors import RequestDeadlineError
 from kvmesh.cluster.ingress import wire
 from kvmesh.cluster.ingress.choice import ChoiceOutput, RunningChoice
 from kvmesh.cluster.ingress.codec import TextCodec
+from kvmesh.cluster.ingress.prompt_scores import PromptScores
 from kvmesh.cluster.ingress.stream_status import StreamStatus
 from kvmesh.cluster.ingress.waker import Waker
 from kvmesh.v1 import kvmesh_pb2 as pb
+from kvmesh.workers.plan import TokenScores
 from kvmesh.workers.request import EndReason, SequenceDelta
 
 SILENCE_S = 4.0  # the contract's 5 s, less what the way may take
@@ -30,6 +32,7 @@ class RequestOutput:
 
     on_stop_string: called when a stop string has ended a choice
     status: what to send when there is nothing else
+    scores: of the prompt
     silence_s: from the last event until the status is sent again
     """
 
@@ -40,9 +43,11 @@ class RequestOutput:
         waker: Waker,
         on_stop_string: Callable[[RunningChoice], None],
         status: StreamStatus,
+        scores: PromptScores,
         silence_s: float = SILENCE_S,
     ) -> None:
         self.choices = choices
+        self.scores = scores
         self._codec = codec
         self._waker = waker
         self._on_stop_string = on_stop_string
@@ -68,6 +73,11 @@ class RequestOutput:
     def put(self, choice: RunningChoice, delta: SequenceDelta) -> None:
         """Collect a delta of a choice."""
         self._deltas.append((choice, delta))
+        self.wake()
+
+    def put_scores(self, scores: TokenScores) -> None:
+        """Log-probabilities of the next tokens of the prompt."""
+        self.scores.put(scores)
         self.wake()
 
     def add(self, event: pb.GenerateStreamResponse) -> None:
@@ -108,6 +118,7 @@ class RequestOutput:
 
         Raises RequestDeadlineError if the engine has ended the request without any output.
         """
+        self._events += self.scores.take()
         deltas, self._deltas = self._deltas, []
         if deltas:
             self._status.generating()

@@ -16,7 +16,7 @@ from typing import TypeVar
 import numpy as np
 
 from kvmesh.cluster.errors import IngressBusyError
-from kvmesh.cluster.ingress import served, validate
+from kvmesh.cluster.ingress import served, validate, wire
 from kvmesh.cluster.ingress.codec import TextCodec
 from kvmesh.cluster.ingress.interruptible import InterruptedWorkError, run_interruptible
 from kvmesh.cluster.ingress.refuse import refuse
@@ -87,6 +87,26 @@ class Prompts:
                 return self._codec.encode(prompt)
             return await self._in_thread(tenant, lambda: self._codec.encode(prompt))
         return await self._encode_chat(prompt)
+
+    async def decode(
+        self, request: pb.DetokenizeRequest, tenant: str, status: ClusterStatus
+    ) -> pb.DetokenizeResponse:
+        """The text of token ids, and what each adds to it."""
+        vocab_size, ids = served.any_info(status).vocab_size, request.token_ids
+        for at, token_id in enumerate(ids):
+            if token_id >= vocab_size or token_id in self._codec.unused_token_ids:
+                refuse(f"token_ids[{at}]", validate.unknown_token(token_id, vocab_size))
+        skip = request.skip_special_tokens
+
+        def decode() -> pb.DetokenizeResponse:
+            stream = self._codec.stream((), skip)
+            text = stream.push(ids) + stream.flush()
+            pieces = [wire.shown_bytes(token_id, self._codec, skip) for token_id in ids]
+            return pb.DetokenizeResponse(text=text, token_bytes=pieces)
+
+        if len(ids) < LONG_TEXT_CHARS:
+            return decode()
+        return await self._in_thread(tenant, decode)
 
     async def page_hashes(
         self, ids: TokenIds, tenant: str, salt: str, info: EngineInfo

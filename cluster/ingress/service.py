@@ -152,9 +152,16 @@ class IngressService:
         """Generate: a stream's events in one reply."""
         if request.HasField("resume"):
             refuse("resume", "must not be set for Generate; only GenerateStream can resume")
+        params = pb.SamplingParams()
+        params.CopyFrom(request.sampling_params)
         async with contextlib.aclosing(self.generate_stream(request, tenant)) as events:
             del request
-            return wire.generated([event async for event in events])
+            received = []
+            async for event in events:
+                if event.HasField("started"):
+                    validate.check_reply(params, event.started.prompt_tokens)
+                received.append(event)
+            return wire.generated(received)
 
     async def tokenize(self, request: pb.TokenizeRequest, tenant: str) -> pb.TokenizeResponse:
         self._check_open()
@@ -163,6 +170,12 @@ class IngressService:
         return pb.TokenizeResponse(
             token_ids=ids.tolist(), max_model_len=served.max_model_len(status)
         )
+
+    async def detokenize(self, request: pb.DetokenizeRequest, tenant: str) -> pb.DetokenizeResponse:
+        """The text of token ids, as a generation would have sent it."""
+        self._check_open()
+        status = self._served.status_for(request.model)
+        return await self._prompts.decode(request, tenant, status)
 
     async def abort(self, request: pb.AbortRequest, tenant: str) -> pb.AbortResponse:
         """Abort, by a request id of the caller's own tenant."""

@@ -20,6 +20,7 @@ from kvmesh.workers.request import TokenIds
 from kvmesh.workers.sampling_params import RANGES, NumberRange, SamplingParams
 
 MAX_ID_CHARS = 128
+MAX_REPLY_ENTRIES = 1 << 18  # log-probabilities of a prompt in one message, about 4 MB
 MAX_SALT_CHARS = 256
 
 
@@ -116,12 +117,13 @@ def generation_spec(
     for field, given in (
         ("structured_output", request.HasField("structured_output")),
         ("adapter", bool(request.adapter)),
-        ("sampling_params.prompt_logprobs", wire.HasField("prompt_logprobs")),
     ):
         if given:
             raise UnsupportedFieldError(field, "is not supported by this server yet")
     n = number_of_choices("sampling_params.n", wire, limits)
     params = sampling_params(wire, limits, defaults)
+    if params.max_tokens == 0 and n > 1:
+        refuse("sampling_params.n", f"must be 1 with max_tokens 0, without output; got {n}")
     return GenerationSpec(
         request_id=_request_id(request.request_id),
         prompt=prompt(request.prompt),
@@ -167,6 +169,7 @@ def sampling_params(
             "min_tokens",
             "ignore_eos",
             "logprobs",
+            "prompt_logprobs",
         )
         if wire.HasField(name)
     }
@@ -221,6 +224,11 @@ def check_tokens(
         refuse("prompt", "must have at least one token")
     if isinstance(spec.prompt, np.ndarray):
         check_prompt_ids(spec.prompt, vocab_size, unused)
+    if spec.resume is not None and spec.resume.scores > len(prompt_ids) - 1:
+        refuse(
+            "resume.prompt_logprobs_received",
+            f"must be less than the prompt's tokens ({len(prompt_ids)}), got {spec.resume.scores}",
+        )
     for field, ids in (
         ("sampling_params.stop_token_ids", spec.params.stop_token_ids),
         ("sampling_params.logit_bias", spec.params.logit_bias),
@@ -231,7 +239,7 @@ def check_tokens(
     ):
         for token_id in ids:
             if token_id >= vocab_size or token_id in unused:
-                refuse(field, _unknown(token_id, vocab_size))
+                refuse(field, unknown_token(token_id, vocab_size))
 
 
 def check_prompt_ids(ids: TokenIds, vocab_size: int, unused: frozenset[int] = frozenset()) -> None:
@@ -242,7 +250,7 @@ def check_prompt_ids(ids: TokenIds, vocab_size: int, unused: frozenset[int] = fr
     unknown = np.flatnonzero(bad)
     if unknown.size:
         at = int(unknown[0])
-        refuse(f"prompt.token_ids.ids[{at}]", _unknown(int(ids[at]), vocab_size))
+        refuse(f"prompt.token_ids.ids[{at}]", unknown_token(int(ids[at]), vocab_size))
 
 
 def fit_context(spec: GenerationSpec, prompt_tokens: int, max_model_len: int) -> SamplingParams:
@@ -268,6 +276,18 @@ def fit_context(spec: GenerationSpec, prompt_tokens: int, max_model_len: int) ->
     return replace(params, max_tokens=available)
 
 
+def check_reply(params: pb.SamplingParams, prompt_tokens: int) -> None:
+    """Refuse log-probabilities of a prompt that one message cannot hold."""
+    entries = prompt_tokens * (1 + params.prompt_logprobs)
+    if params.HasField("prompt_logprobs") and entries > MAX_REPLY_ENTRIES:
+        refuse(
+            "sampling_params.prompt_logprobs",
+            f"must be requested with GenerateStream for a prompt of {prompt_tokens:,} tokens: one "
+            f"reply holds at most {MAX_REPLY_ENTRIES:,} log-probabilities, this one would have "
+            f"{entries:,}",
+        )
+
+
 def choice_seed(seed: int, index: int) -> int:
     """A choice's seed: the request's own for the first, mixed (SplitMix64) for the others."""
     if index == 0:
@@ -279,7 +299,8 @@ def choice_seed(seed: int, index: int) -> int:
     return mixed ^ (mixed >> 31)
 
 
-def _unknown(token_id: int, vocab_size: int) -> str:
+def unknown_token(token_id: int, vocab_size: int) -> str:
+    """What is wrong with an id that no token has."""
     return f"{token_id} is not a valid token id; the vocabulary has {vocab_size:,} tokens"
 
 
@@ -332,4 +353,4 @@ def _resume(wire: pb.Resume, n: int) -> Resume:
         choices[choice.index] = ResumedChoice(
             tuple(choice.token_ids), choice.text_chars, choice.finished, position
         )
-    return Resume(wire.model_revision, tuple(choices))
+    return Resume(wire.model_revision, tuple(choices), wire.prompt_logprobs_received)

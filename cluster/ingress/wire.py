@@ -39,19 +39,20 @@ def logprobs(
     if not output.logprobs:
         return None
     alternatives = [pair for found in output.logprobs for pair in found.top]
-
-    def bytes_of(token_id: int) -> bytes:
-        """What the token adds to the text that the client gets."""
-        hidden = skip_special_tokens and codec.special_text(token_id)
-        return b"" if hidden else codec.token_bytes(token_id)
-
+    skip = skip_special_tokens
     return pb.Logprobs(
         chosen=[found.logprob for found in output.logprobs],
-        chosen_bytes=map(bytes_of, output.token_ids),
+        chosen_bytes=[shown_bytes(token_id, codec, skip) for token_id in output.token_ids],
         top_token_ids=[token_id for token_id, _ in alternatives],
         top=[logprob for _, logprob in alternatives],
-        top_bytes=[bytes_of(token_id) for token_id, _ in alternatives],
+        top_bytes=[shown_bytes(token_id, codec, skip) for token_id, _ in alternatives],
     )
+
+
+def shown_bytes(token_id: int, codec: TextCodec, skip_special_tokens: bool) -> bytes:
+    """What the token adds to the text that the client gets."""
+    hidden = skip_special_tokens and codec.special_text(token_id)
+    return b"" if hidden else codec.token_bytes(token_id)
 
 
 def choice_finished(index: int, finish: ChoiceFinish) -> pb.ChoiceFinished:
@@ -123,6 +124,8 @@ def generated(events: Iterable[pb.GenerateStreamResponse]) -> pb.GenerateRespons
                 choice.text += event.delta.text
                 choice.token_ids.extend(event.delta.token_ids)
                 choice.logprobs.MergeFrom(event.delta.logprobs)
+            case "prompt_logprobs":
+                reply.prompt_logprobs.MergeFrom(event.prompt_logprobs)
             case "choice_finished":
                 finished = event.choice_finished
                 choice = choice_of(finished.index)

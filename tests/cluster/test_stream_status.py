@@ -17,6 +17,7 @@ from kvmesh.client.stream_state import StreamState
 from kvmesh.cluster import router_service
 from kvmesh.cluster.ingress.choice import RunningChoice
 from kvmesh.cluster.ingress.output import RequestOutput
+from kvmesh.cluster.ingress.prompt_scores import PromptScores
 from kvmesh.cluster.ingress.stream_status import StreamStatus
 from kvmesh.cluster.ingress.validate import ResumedChoice, TextRules
 from kvmesh.cluster.ingress.waker import Waker
@@ -410,7 +411,8 @@ async def test_there_is_no_status_once_every_choice_has_finished(finished: bool)
         0, SamplingParams(), TextRules(), LetterCodec(), ResumedChoice(finished=finished)
     )
     status = StreamStatus("r", lambda: 0.0)
-    output = RequestOutput([choice], LetterCodec(), Waker(), lambda _: None, status)
+    scores = PromptScores(np.zeros(1, np.int32), LetterCodec(), skip_special_tokens=True)
+    output = RequestOutput([choice], LetterCodec(), Waker(), lambda _: None, status, scores)
     output.send_status()
     assert kinds(output.take()) == ([] if finished else ["queued"])
     assert output.take() == []
