@@ -175,6 +175,8 @@ class IngressReplica:
         use_serve_log()
         config = deployed.config
         files = resolve_model(config.model)
+        self._codec = ModelCodec(files.path)
+        self._codec.prepare()
         meters = IngressMeters(ray_meter, metered_tenants(config.auth, config.metrics.tenants))
         limits = limits_of(config)
         if ignored := ignored_generation_settings(files.path):
@@ -186,7 +188,7 @@ class IngressReplica:
         self._service = IngressService(
             deployed.identity,
             router_finder(router),
-            ModelCodec(files.path),
+            self._codec,
             limits,
             meters,
             version=package_version(),
@@ -212,6 +214,7 @@ class IngressReplica:
         self._keys.cancel()
         await self._service.drain(self._drain_s)
         await self._service.stop()
+        self._codec.close()
 
 
 def router_finder(router: DeploymentHandle[Any]) -> Callable[[], Awaitable[Address]]:

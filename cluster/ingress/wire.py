@@ -156,7 +156,8 @@ def model_info(
         max_model_len=max(report.info.max_model_len for report in status.reports.values()),
         vocab_size=first.vocab_size,
         version=version,
-        has_chat_template=codec.has_chat_template,
+        has_chat_template=bool(codec.chat_template_names),
+        chat_template_names=codec.chat_template_names,
         eos_token_ids=codec.eos_token_ids,
         default_sampling_params=defaults,
     )

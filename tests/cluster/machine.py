@@ -52,7 +52,7 @@ from kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.workers.errors import InvalidFieldError
 from kvmesh.workers.leader import EngineLeader
 from kvmesh.workers.lease import LeaseTerms
-from kvmesh.workers.model.chat import Conversation
+from kvmesh.workers.model.chat import Conversation, PromptPiece
 from kvmesh.workers.request import EndReason, TokenIds
 from kvmesh.workers.sampling_params import SamplingParams
 from kvmesh.workers.sizes import PageNeed
@@ -86,7 +86,7 @@ class LetterStream:
 class LetterCodec:
     """`TextCodec` of a model whose tokens are characters."""
 
-    has_chat_template = False
+    chat_template_names: tuple[str, ...] = ()
     max_token_chars = 1
     eos_token_ids = (EOS,)
     unused_token_ids: frozenset[int] = frozenset()
@@ -94,8 +94,11 @@ class LetterCodec:
     def encode(self, text: str) -> npt.NDArray[np.int32]:
         return np.array([(ord(character) - FIRST) % VOCAB for character in text], dtype=np.int32)
 
-    def encode_chat(self, chat: Conversation) -> npt.NDArray[np.int32]:
+    def render_chat(self, chat: Conversation) -> list[PromptPiece]:
         raise InvalidFieldError("messages", "there is no chat template")
+
+    def encode_pieces(self, pieces: Sequence[PromptPiece]) -> npt.NDArray[np.int32]:
+        return self.encode("".join(piece.text for piece in pieces))
 
     def token_bytes(self, token_id: int) -> bytes:
         return text_of([token_id]).encode()

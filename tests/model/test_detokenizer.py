@@ -84,7 +84,7 @@ def no_decoder() -> tokenizers.Tokenizer:
 
 
 KINDS = (byte_level, llama, gemma, unigram, word_piece, no_decoder)
-MADE = {kind.__name__: Tokenizer(kind(), {}, None) for kind in KINDS}
+MADE = {kind.__name__: Tokenizer(kind(), {}, {}) for kind in KINDS}
 
 
 def streamed(
@@ -194,7 +194,7 @@ def test_a_prompt_that_begins_with_the_bos_token_has_it_once() -> None:
     raw.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", raw.token_to_id("<s>"))]
     )
-    tokenizer = Tokenizer(raw, {"bos_token": "<s>"}, None)
+    tokenizer = Tokenizer(raw, {"bos_token": "<s>"}, {})
     bos = raw.token_to_id("<s>")
     plain = tokenizer.encode("the sea")
     assert plain[0] == bos
@@ -204,4 +204,4 @@ def test_a_prompt_that_begins_with_the_bos_token_has_it_once() -> None:
     # Only at the beginning, and only where the tokenizer adds one.
     assert tokenizer.encode("the<s>sea").count(bos) == 2
     assert tokenizer.encode("<s>the", add_special_tokens=False).count(bos) == 1
-    assert Tokenizer(byte_level(), {}, None).encode("<s><s>the").count(bos) == 2
+    assert Tokenizer(byte_level(), {}, {}).encode("<s><s>the").count(bos) == 2

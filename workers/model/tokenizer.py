@@ -13,14 +13,16 @@ from typing import Any
 
 from tokenizers import Tokenizer as RawTokenizer
 
-from kvmesh.workers.errors import ConfigError, InvalidFieldError
-from kvmesh.workers.model.chat import ChatTemplate, Conversation
+from kvmesh.workers.errors import ConfigError
+from kvmesh.workers.model.chat import DEFAULT, ChatTemplates, Conversation, PromptPiece
 from kvmesh.workers.model.detokenizer import DetokenizerStream
 from kvmesh.workers.model.facts import read_json
 from kvmesh.workers.model.token_bytes import TokenBytes
 from kvmesh.workers.request import TokenIds
 
 _MAX_COMPOSED = 4
+# What templates may read, as transformers names it.
+_TOKEN_NAMES = tuple(f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 
 
 class Tokenizer:
@@ -32,7 +34,9 @@ class Tokenizer:
     special_tokens: text -> id of the tokens that are control tokens, not text
     """
 
-    def __init__(self, raw: RawTokenizer, config: Mapping[str, Any], template: str | None) -> None:
+    def __init__(
+        self, raw: RawTokenizer, config: Mapping[str, Any], templates: Mapping[str, str]
+    ) -> None:
         self._raw = raw
         self._literal: RawTokenizer | None = None
         self.vocab_size: int = raw.get_vocab_size(with_added_tokens=True)
@@ -47,14 +51,13 @@ class Tokenizer:
         self._special_texts = {token_id: text for text, token_id in self.special_tokens.items()}
         self._special_ids = frozenset(self._special_texts)
         self._pieces = TokenBytes(raw)
-        texts = {name: _token_text(config.get(name)) for name in ("bos_token", "eos_token")}
+        texts = {name: _token_text(config.get(name)) for name in _TOKEN_NAMES}
         self.bos_token_id = self._token_id(texts["bos_token"])
         self.eos_token_id = self._token_id(texts["eos_token"])
-        self._chat = None
-        if template is not None:
-            self._chat = ChatTemplate(
-                template, {name: text for name, text in texts.items() if text is not None}
-            )
+        variables: dict[str, Any] = {name: text for name, text in texts.items() if text is not None}
+        if isinstance(extra := config.get("additional_special_tokens"), list):
+            variables["additional_special_tokens"] = [_token_text(token) for token in extra]
+        self.chat_templates = ChatTemplates(templates, variables)
 
     @classmethod
     def load(cls, path: Path) -> Tokenizer:
@@ -70,11 +73,7 @@ class Tokenizer:
         raw.no_padding()
         config_file = path / "tokenizer_config.json"
         config = read_json(config_file) if config_file.exists() else {}
-        return cls(raw, config, _read_template(path, config))
-
-    @property
-    def has_chat_template(self) -> bool:
-        return self._chat is not None
+        return cls(raw, config, _read_templates(path, config))
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Ids of `text`, in which the texts of special tokens become those tokens.
@@ -104,11 +103,16 @@ class Tokenizer:
         """
         if not isinstance(chat, Conversation):
             chat = Conversation(chat)
-        if self._chat is None:
-            raise InvalidFieldError(
-                "messages", "need a chat template, and the model has no chat template; send text"
-            )
-        pieces = self._chat.render(chat, add_generation_prompt, tuple(self.special_tokens))
+        names = tuple(self.special_tokens)
+        return self.encode_pieces(self.chat_templates.render(chat, add_generation_prompt, names))
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether a chat can be encoded without naming a template."""
+        return DEFAULT in self.chat_templates.names
+
+    def encode_pieces(self, pieces: Sequence[PromptPiece]) -> list[int]:
+        """Ids of a rendered chat."""
         ids: list[int] = []
         for piece in pieces:
             ids += (
@@ -172,12 +176,23 @@ def _token_text(token: object) -> str | None:
     return text if isinstance(text, str) else None
 
 
-def _read_template(path: Path, config: Mapping[str, Any]) -> str | None:
-    file = path / "chat_template.jinja"
-    if file.exists():
-        return file.read_text(encoding="utf-8")
-    template = config.get("chat_template")
-    if isinstance(template, list):  # several named templates
-        named = {entry.get("name"): entry.get("template") for entry in template}
-        template = named.get("default")
-    return template if isinstance(template, str) else None
+def _read_templates(path: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """The model's chat templates by name, from all places where transformers looks for them."""
+    found: dict[str, str] = {}
+    declared = config.get("chat_template")
+    if isinstance(declared, str):
+        found[DEFAULT] = declared
+    elif isinstance(declared, dict):
+        found.update({str(name): str(source) for name, source in declared.items()})
+    elif isinstance(declared, list):  # of {"name": ..., "template": ...}
+        found.update({str(entry["name"]): str(entry["template"]) for entry in declared})
+    for name, file in (
+        (DEFAULT, path / "chat_template.jinja"),
+        *(
+            (each.stem, each)
+            for each in sorted((path / "additional_chat_templates").glob("*.jinja"))
+        ),
+    ):
+        if file.exists():
+            found[name] = file.read_text(encoding="utf-8")
+    return found
