@@ -131,7 +131,7 @@ EXTENSIONS = [
     "{% for m in messages %}{% if m.role == 'user' %}{% continue %}{% endif %}x{% endfor %}",
     "{{ messages | tojson(indent=2, separators=(',', ':'), sort_keys=True) }}",
     "{{ messages | tojson(ensure_ascii=True) }}{{ strftime_now('%') }}",
-    "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}",
+    "{% set n = namespace(i=0) %}{% for m in messages %}{% set n.i = n.i + 1 %}{% endfor %}{{n.i}}",
     "{% macro f(x) %}[{{ x }}]{% endmacro %}{{ f(messages[0].content) }}{{ dict(a=1) }}",
     "{{ tools is none }}{{ tools is defined }}{{ documents is none }}",
     "{{ bos_token }}{{ messages[0].content | trim | upper | replace('O', 0) }}{{ eos_token }}",
@@ -165,7 +165,7 @@ PARTS = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
             True,
         ),
         (
-            "{% macro show(content) %}{% for p in content %}<{{ p.text }}>{% endfor %}{% endmacro %}"
+            "{% macro show(content) %}{% for p in content %}<{{p.text}}>{% endfor %}{% endmacro %}"
             "{% for m in messages %}{{ show(m.content) }}{% endfor %}",
             True,
         ),
@@ -180,9 +180,7 @@ def test_parts_go_to_templates_that_read_them(source: str, reads_parts: bool) ->
 
 def test_the_last_part_is_continued() -> None:
     chat = Conversation([{"role": "assistant", "content": PARTS}], continue_final_message=True)
-    source = (
-        "{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}<|end|>{% endfor %}"
-    )
+    source = "{% for m in messages %}{% for p in m.content %}{{p.text}}{% endfor %}<e>{% endfor %}"
     (piece,) = ChatTemplate(source, {}).render(chat, True, ())
     assert piece.text == "onetwo"
     assert rendered(chat).endswith("one\ntwo")

@@ -17,6 +17,7 @@ from typing import Any
 
 from kvmesh.workers.errors import ConfigError, UnsupportedModelError
 from kvmesh.workers.model.architectures import ARCHITECTURES, Architecture
+from kvmesh.workers.model.config_keys import keys_not_implemented
 from kvmesh.workers.model.tensors import TensorInfo, read_tensors
 
 NAME_FILE = "kvmesh.json"
@@ -155,6 +156,11 @@ def _check_supported(config: Mapping[str, Any], path: Path) -> Architecture:
         reason = (
             f"its RoPE scaling {_rope(config)[0]!r} is not one of {', '.join(_ROPE_TYPES)}"
             " (scaling that depends on the sequence's length would invalidate cached keys)"
+        )
+    elif unknown := sorted(keys_not_implemented(config, architecture)):
+        reason = (
+            f"{', '.join(unknown)} in its config.json may change what it computes, and "
+            f"{'is' if len(unknown) == 1 else 'are'} not implemented"
         )
     if reason is not None:
         raise UnsupportedModelError("model", f"{path} ({architecture.name}): {reason}")
