@@ -47,6 +47,7 @@ from kvmesh.cluster.telemetry.traces import make_traces
 from kvmesh.cluster.version import package_version
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.errors import ConfigError
+from kvmesh.workers.model.generation_defaults import ignored_generation_settings
 from kvmesh.workers.model.source import resolve_model
 
 logger = logging.getLogger("ray.serve")
@@ -177,18 +178,28 @@ class IngressReplica:
         use_serve_log()
         config = deployed.config
         files = resolve_model(config.model)
+        self._codec = ModelCodec(
+            files.path, config.ingress.tool_parser, config.ingress.reasoning_parser
+        )
+        self._codec.prepare()
         meters = IngressMeters(ray_meter, metered_tenants(config.auth, config.metrics.tenants))
         limits = limits_of(config)
+        if ignored := ignored_generation_settings(files.path):
+            logger.warning(
+                "generation_config.json sets %s, which kvmesh does not implement",
+                ", ".join(ignored),
+            )
         self._drain_s = config.timeouts.drain_s
         self._service = IngressService(
             deployed.identity,
             router_finder(router),
-            ModelCodec(files.path, config.ingress.tool_parser, config.ingress.reasoning_parser),
+            self._codec,
             limits,
             meters,
             version=package_version(),
             model_names=frozenset({config.model, files.name}),
             queue_timeout_s=config.router.queue_timeout_s,
+            defaults=config.generation.defaults(files.path),
             divergence_nats={**DIVERGENCE_NATS, **config.ingress.kv_divergence_nats},
             traces=make_traces(
                 config.traces.endpoint, config.traces.sample_ratio, files.name, package_version()
@@ -214,6 +225,7 @@ class IngressReplica:
         self._keys.cancel()
         await self._service.drain(self._drain_s)
         await self._service.stop()
+        self._codec.close()
 
 
 def router_finder(router: DeploymentHandle[Any]) -> Callable[[], Awaitable[Address]]:

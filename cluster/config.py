@@ -23,6 +23,11 @@ from pydantic import (
 from kvmesh.cluster.routing.fairness import TenantPolicy
 from kvmesh.workers.config import EngineConfig, EngineSettings, FormatName
 from kvmesh.workers.errors import ConfigError
+from kvmesh.workers.model.generation_defaults import (
+    NEUTRAL,
+    SamplingDefaults,
+    read_sampling_defaults,
+)
 from kvmesh.workers.quantities import Bytes, Number, Seconds, Switch, WholeNumber, reader_of
 from kvmesh.workers.settings import ConflictError, Settings, error_of, problems_of
 
@@ -115,6 +120,54 @@ class IngressSection(Settings):
         "perplexity`, KL), for max_kv_divergence_nats; formats that are not named have the "
         "figures of docs/kv_formats.md",
     )
+
+
+class GenerationSection(Settings):
+    """Sampling of requests that set nothing themselves."""
+
+    source: Literal["model", "neutral"] = Field(
+        default="model",
+        description="Where defaults come from that are null here. model: its "
+        "generation_config.json, if it has one; neutral: sampling from the whole distribution",
+    )
+    temperature: Number | None = Field(
+        default=None, ge=0, le=100, description="Default temperature; null: that of `source`"
+    )
+    top_p: Number | None = Field(
+        default=None, gt=0, le=1, description="Default top_p; null: that of `source`"
+    )
+    top_k: WholeNumber | None = Field(
+        default=None, ge=0, description="Default top_k; 0: all tokens; null: that of `source`"
+    )
+    min_p: Number | None = Field(
+        default=None, ge=0, le=1, description="Default min_p; null: that of `source`"
+    )
+    repetition_penalty: Number | None = Field(
+        default=None,
+        ge=0.01,
+        le=100,
+        description="Default repetition_penalty; null: that of `source`",
+    )
+    presence_penalty: Number | None = Field(
+        default=None,
+        ge=-100,
+        le=100,
+        description="Default presence_penalty; null: that of `source`",
+    )
+    frequency_penalty: Number | None = Field(
+        default=None,
+        ge=-100,
+        le=100,
+        description="Default frequency_penalty; null: that of `source`",
+    )
+
+    def defaults(self, model: Path) -> SamplingDefaults:
+        """What requests get that set nothing themselves.
+
+        model: its directory; raises ConfigError if its values are wrong, and needed
+        """
+        own = read_sampling_defaults(model) if self.source == "model" else NEUTRAL
+        return own.overridden_by(SamplingDefaults(**self.model_dump(exclude={"source"})))
 
 
 class TenantKey(Settings):
@@ -294,6 +347,9 @@ class ClusterConfig(Settings):
     )
     ingress: IngressSection = Field(
         default=IngressSection(), description="The endpoints for clients"
+    )
+    generation: GenerationSection = Field(
+        default=GenerationSection(), description="Sampling of requests that set nothing themselves"
     )
     auth: AuthSection = Field(default=AuthSection(), description="Authentication")
     router: RouterSection = Field(default=RouterSection(), description="Placement and queue")

@@ -166,6 +166,7 @@ def _request(message: Submit, sequence: NewSequence) -> EngineRequest:
         cache_salt=message.cache_salt,
         suspicion=message.suspicion,
         constraint=message.constraint,
+        scored_tokens=sequence.scored,
     )
 
 

@@ -158,11 +158,13 @@ class NewSequence(msgspec.Struct, frozen=True):
     """One choice of a request.
 
     output: int32 token ids that the client already has, little-endian
+    scored: how many tokens of the prompt the client has log-probabilities of
     """
 
     request_id: str
     params: SamplingParams
     output: bytes = b""
+    scored: int = 0
 
 
 class Submit(_Message):

@@ -50,6 +50,7 @@ from kvmesh.workers.structured.grammars import Grammars
 from kvmesh.workers.structured.masks import MaskMaker
 from kvmesh.workers.structured.state import OutputState
 
+NOT_SOUND = "the prompt's log-probabilities are not finite numbers"
 PROGRESS_PERIOD_S = 1.0  # at least, between two reports of a sequence's progress
 _PREPARE_S = 0.05  # an idle engine looks for commands while it waits for a grammar
 
@@ -154,12 +155,19 @@ class Engine:
                     raise InvalidFieldError(field, self._unknown_token(token_id))
         if request.timeout_s is not None:
             RANGES["timeout_s"].check("timeout_s", request.timeout_s)
-        resumable = min(len(prompt), request.params.max_tokens) - 1
+        resumable = max(min(len(prompt), request.params.max_tokens) - 1, 0)
         if not 0 <= request.resumed_tokens <= resumable:
             raise InvalidFieldError(
                 "resumed_tokens",
                 f"must be from 0 to {resumable}, less than the prompt's tokens and than "
                 f"max_tokens; got {request.resumed_tokens}",
+            )
+        scorable = len(prompt) - request.resumed_tokens - 1
+        if not 0 <= request.scored_tokens <= scorable:
+            raise InvalidFieldError(
+                "scored_tokens",
+                f"must be from 0 to {scorable}, less than the prompt's tokens; "
+                f"got {request.scored_tokens}",
             )
         total = len(prompt) - request.resumed_tokens + request.params.max_tokens
         if len(prompt) >= self.info.max_model_len:
@@ -257,8 +265,11 @@ class Engine:
         self.step_host_s = result.host_s
         sampled, unfinished = self.scheduler.commit(plan)
         assert len(sampled) == len(result.tokens)
+        deltas += self._take_scores(plan, result)
         tokens_before = [seq.last_token_s for seq in sampled if seq.last_token_s is not None]
         for seq, token in zip(sampled, result.tokens, strict=True):
+            if seq.row is None:  # its scores were not sound
+                continue
             if seq.output_state is not None and (fault := seq.output_state.fault) is not None:
                 deltas.append(self._finish(seq, (), (), EndReason.FAULT, error=fault))
                 continue
@@ -269,7 +280,7 @@ class Engine:
             else:
                 deltas.append(self._finish(seq, (), (), EndReason.FAULT, error=fault))
         for seq in unfinished:
-            if done - seq.progress_s >= PROGRESS_PERIOD_S:
+            if seq.row is not None and done - seq.progress_s >= PROGRESS_PERIOD_S:
                 seq.progress_s = done
                 deltas.append(SequenceDelta(seq.request.request_id, (), progress=seq.progress))
         self.blame = Blame()
@@ -294,6 +305,22 @@ class Engine:
             return self._executor.execute(plan)
         masks = self._masks.start(plan.step, states)
         return self._executor.execute(msgspec.structs.replace(plan, masked=True), masks.result)
+
+    def _take_scores(self, plan: StepPlan, result: StepResult) -> list[SequenceDelta]:
+        """Deltas with the scores of prompts' tokens; call after `commit`."""
+        by_row = {seq.row: seq for seq in self.scheduler.running}
+        scored = [chunk for chunk in plan.chunks if chunk.targets]
+        deltas = []
+        for chunk, scores in zip(scored, result.scores, strict=True):
+            seq = by_row[chunk.row]
+            if scores.sound:
+                deltas.append(SequenceDelta(seq.request.request_id, (), scores=scores))
+            elif seq.shares_pages:
+                seq.num_scored -= scores.num_tokens
+                self.scheduler.isolate(seq)
+            else:
+                deltas.append(self._finish(seq, (), (), EndReason.FAULT, error=NOT_SOUND))
+        return deltas
 
     def take_step_times(self) -> list[StepTime]:
         """Of the steps since the last call."""
@@ -381,6 +408,8 @@ class Engine:
 
     def _accept(self, seq: Sequence, token: SampledToken, now: float) -> SequenceDelta:
         params = seq.request.params
+        if params.max_tokens == 0:  # only its prompt was wanted
+            return self._finish(seq, (), (), EndReason.LENGTH)
         seq.append(token.token_id)
         self._totals["completion"] += 1
         if seq.first_token_s is None:

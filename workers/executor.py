@@ -16,6 +16,7 @@ MakeMasks = Callable[[], TokenMasks]
 class RankDescription(msgspec.Struct, tag="description", frozen=True):
     """What a rank reports once its weights are loaded.
 
+    vocab_size: all tokens have ids below it
     hot_page_bytes, sealed_page_bytes: of one page on this rank
     kv_budget_bytes: its memory that is left for KV
     device: cpu or cuda

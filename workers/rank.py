@@ -22,7 +22,7 @@ from kvmesh.workers.model.shards import check_tp
 from kvmesh.workers.model.source import ModelFiles, resolve_model
 from kvmesh.workers.parallel.comm import Communicator
 from kvmesh.workers.plan import StepPlan, StepResult
-from kvmesh.workers.runner import ModelRunner
+from kvmesh.workers.runner import SCORED_ROWS, ModelRunner
 from kvmesh.workers.scoring.probe import code_versions, measure_divergences
 from kvmesh.workers.scoring.probe_cache import ProbeCache
 
@@ -102,7 +102,7 @@ class Rank:
             model=self._files.name,
             model_revision=self._files.revision,
             dtype=str(self._dtype).removeprefix("torch."),
-            vocab_size=facts.vocab_size,
+            vocab_size=facts.num_token_ids,
             max_model_len=facts.max_model_len,
             eos_token_ids=facts.eos_token_ids,
             sink_pages=self._sink_pages,
@@ -221,7 +221,8 @@ class Rank:
         tokens = torch.zeros(
             self._config.max_num_batched_tokens, dtype=torch.int64, device=self._device
         )
-        rows = torch.zeros(self._config.max_num_seqs, dtype=torch.int64, device=self._device)
+        num_rows = max(self._config.max_num_seqs, SCORED_ROWS)
+        rows = torch.zeros(num_rows, dtype=torch.int64, device=self._device)
         logits = self._model.forward(tokens, tokens, _attend_to_nothing, rows)
         if logits is not None:
             torch.log_softmax(logits, dim=-1)

@@ -35,6 +35,8 @@ class Sequence:
         self.extend(request.lease)
         self.num_tokens = given
         self.num_computed = 0
+        # Positions of the prompt, from the first on, whose next token's score is known.
+        self.num_scored = request.scored_tokens
         self.row: int | None = None
         self.hot: dict[int, int] = {}
         self.sealed: dict[int, int] = {}
@@ -59,6 +61,11 @@ class Sequence:
     @property
     def num_output(self) -> int:
         return self.num_tokens - self.prompt_tokens
+
+    @property
+    def to_score(self) -> int:
+        """How many positions have a score in the end: all of the prompt's but the last."""
+        return 0 if self.request.params.prompt_logprobs is None else self.prompt_tokens - 1
 
     @property
     def to_compute(self) -> int:

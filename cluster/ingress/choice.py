@@ -10,8 +10,8 @@ from kvmesh.cluster.ingress.answers.pieces import CallPiece, Pieces
 from kvmesh.cluster.ingress.answers.reader import PLAIN, AnswerForm, AnswerReader
 from kvmesh.cluster.ingress.codec import TextCodec
 from kvmesh.cluster.ingress.stop_strings import StopStrings
-from kvmesh.cluster.ingress.validate import ResumedChoice
-from kvmesh.workers.request import EndReason, SampledLogprobs, SequenceDelta
+from kvmesh.cluster.ingress.validate import ResumedChoice, TextRules
+from kvmesh.workers.request import EndReason, SampledLogprobs, SequenceDelta, TokenIds
 from kvmesh.workers.sampling_params import SamplingParams
 
 
@@ -51,7 +51,9 @@ class RunningChoice:
     Tokens are processed one at a time, so that the text after a given token does
     not depend on how tokens were grouped in messages. A resumed choice is
     replayed from its tokens.
+    rules: what of the text is shown, and which strings end it
     resumed: what the client already has
+    prompt: the tokens before
     form: what the answer consists of
     grammar: whether the output has one, which alone decides where it ends
     Raises ResumeMismatchError if the client has more text than those tokens decode to, or
@@ -62,21 +64,24 @@ class RunningChoice:
         self,
         index: int,
         params: SamplingParams,
-        stops: Sequence[str],
+        rules: TextRules,
         codec: TextCodec,
         resumed: ResumedChoice,
+        prompt: Sequence[int] | TokenIds = (),
         form: AnswerForm = PLAIN,
         grammar: bool = False,
     ) -> None:
         self.index = index
         self.params = params
+        self.rules = rules
         self.token_ids: list[int] = []
         self.finish: ChoiceFinish | None = None
         self.cut = False  # by its text, which the engine does not know
         self._grammar = grammar
         self._eos = frozenset(() if params.ignore_eos and not grammar else codec.eos_token_ids)
-        self._text = codec.stream()
-        self._stops = StopStrings(stops)
+        self._codec = codec
+        self._text = codec.stream(prompt, rules.skip_special_tokens)
+        self._stops = StopStrings(rules.stop)
         self._markers = form.markers
         self._reader = AnswerReader(form) if form else None
         self._owed = Pieces()
@@ -163,16 +168,18 @@ class RunningChoice:
         return enough and token_id in self.params.stop_token_ids
 
     def _take(self, token_id: int, *, is_stop_token: bool) -> Pieces:
-        """What is final after this token; a stop token adds nothing."""
+        """What is final after this token; a stop token adds nothing, unless it is included."""
         self.token_ids.append(token_id)
-        if is_stop_token:
+        if is_stop_token and not self.rules.include_stop:
             return Pieces()
+        hidden = ""
         if (marker := self._markers.get(token_id)) is not None:
             text = self._text.flush() + marker
         else:
             text = self._text.push((token_id,))
-        if len(self.token_ids) >= self.params.min_tokens:
-            text = self._scan(text)
+            if self.rules.skip_special_tokens:
+                hidden = self._codec.special_text(token_id)
+        text = self._scan(text, hidden, may_end=not is_stop_token)
         if self._reader is None:
             return Pieces(text=text)
         pieces = self._reader.push(text)
@@ -181,11 +188,14 @@ class RunningChoice:
             self.cut = True
         return pieces
 
-    def _scan(self, text: str) -> str:
-        final, matched = self._stops.push(text)
+    def _scan(self, text: str, hidden: str = "", *, may_end: bool = True) -> str:
+        enough = len(self.token_ids) >= self.params.min_tokens
+        final, matched = self._stops.push(text, hidden, may_end=may_end and enough)
         if matched is not None:
             self.finish = ChoiceFinish(EndReason.STOP, stop_string=matched)
             self.cut = True
+            if self.rules.include_stop:
+                final += matched
         return final
 
     def _rest(self) -> Pieces:

@@ -29,6 +29,7 @@ from kvmesh.cluster.ingress.codec import TextCodec
 from kvmesh.cluster.ingress.engine_links import EngineLink, EngineLinks
 from kvmesh.cluster.ingress.failovers import LOSSES, Failovers, Loss
 from kvmesh.cluster.ingress.output import SILENCE_S, RequestOutput
+from kvmesh.cluster.ingress.prompt_scores import PromptScores
 from kvmesh.cluster.ingress.router_link import HeldPlace, RouterLink
 from kvmesh.cluster.ingress.stream_status import StreamStatus
 from kvmesh.cluster.ingress.validate import GenerationSpec, ResumedChoice, cache_salt, choice_seed
@@ -112,10 +113,16 @@ class Generation:
         choices = [
             RunningChoice(
                 index,
-                replace(params, seed=choice_seed(params.seed, index)),
-                spec.stop,
+                replace(
+                    params,
+                    seed=choice_seed(params.seed, index),
+                    # The prompt is the same for all choices.
+                    prompt_logprobs=None if index else params.prompt_logprobs,
+                ),
+                spec.rules,
                 context.codec,
                 resumed[index],
+                prompt_ids,
                 plan.form,
                 plan.constraint is not None and bool(plan.constraint.grammar),
             )
@@ -129,6 +136,12 @@ class Generation:
             self._end_cut,
             partial(call_id, self.key, plan.form.syntax),
             self._status,
+            PromptScores(
+                prompt_ids,
+                context.codec,
+                spec.rules.skip_special_tokens,
+                spec.resume.scores if spec.resume else 0,
+            ),
             context.silence_s,
         )
         # The current placement: its sequences, those still running, and how it ends.
@@ -268,7 +281,12 @@ class Generation:
             placed.lease,
             _int32_bytes(self._prompt_ids),
             tuple(
-                NewSequence(name, choice.params, _int32_bytes(choice.token_ids))
+                NewSequence(
+                    name,
+                    choice.params,
+                    _int32_bytes(choice.token_ids),
+                    0 if choice.index else self._output.scores.received,
+                )
                 for name, choice in self._sequences.items()
             ),
             self._remaining_s(),
@@ -300,6 +318,9 @@ class Generation:
             self._trace.event("prefilling", computed_tokens=delta.progress.computed_tokens)
             if self._status.computed(delta.request_id, delta.progress):
                 self._output.send_status()
+            return
+        if delta.scores is not None:
+            self._output.put_scores(delta.scores)
             return
         if self._prefilling and delta.token_ids:
             self._note_first_token()

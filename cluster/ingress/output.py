@@ -13,9 +13,11 @@ from kvmesh.cluster.errors import RequestDeadlineError
 from kvmesh.cluster.ingress import wire
 from kvmesh.cluster.ingress.choice import ChoiceOutput, RunningChoice
 from kvmesh.cluster.ingress.codec import TextCodec
+from kvmesh.cluster.ingress.prompt_scores import PromptScores
 from kvmesh.cluster.ingress.stream_status import StreamStatus
 from kvmesh.cluster.ingress.waker import Waker
 from kvmesh.v1 import kvmesh_pb2 as pb
+from kvmesh.workers.plan import TokenScores
 from kvmesh.workers.request import EndReason, SequenceDelta
 
 SILENCE_S = 4.0  # the contract's 5 s, less what the way may take
@@ -31,6 +33,7 @@ class RequestOutput:
     on_cut: called when a stop string, or an answer that is long enough, has ended a choice
     call_id: of a choice's tool call, both by index
     status: what to send when there is nothing else
+    scores: of the prompt
     silence_s: from the last event until the status is sent again
     """
 
@@ -42,9 +45,11 @@ class RequestOutput:
         on_cut: Callable[[RunningChoice], None],
         call_id: Callable[[int, int], str],
         status: StreamStatus,
+        scores: PromptScores,
         silence_s: float = SILENCE_S,
     ) -> None:
         self.choices = choices
+        self.scores = scores
         self._codec = codec
         self._waker = waker
         self._on_cut = on_cut
@@ -71,6 +76,11 @@ class RequestOutput:
     def put(self, choice: RunningChoice, delta: SequenceDelta) -> None:
         """Collect a delta of a choice."""
         self._deltas.append((choice, delta))
+        self.wake()
+
+    def put_scores(self, scores: TokenScores) -> None:
+        """Log-probabilities of the next tokens of the prompt."""
+        self.scores.put(scores)
         self.wake()
 
     def add(self, event: pb.GenerateStreamResponse) -> None:
@@ -111,6 +121,7 @@ class RequestOutput:
 
         Raises RequestDeadlineError if the engine has ended the request without any output.
         """
+        self._events += self.scores.take()
         deltas, self._deltas = self._deltas, []
         if deltas:
             self._status.generating()
@@ -159,7 +170,8 @@ class RequestOutput:
 
     def _emit(self, choice: RunningChoice, output: ChoiceOutput) -> None:
         if output:
-            delta = wire.delta(choice.index, output, self._codec, self._call_id)
+            skip = choice.rules.skip_special_tokens
+            delta = wire.delta(choice.index, output, self._codec, self._call_id, skip)
             self._events.append(pb.GenerateStreamResponse(delta=delta))
         if choice.finish is not None:
             finished = wire.choice_finished(choice.index, choice.finish)

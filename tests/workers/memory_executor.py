@@ -10,12 +10,21 @@ the sequence once.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Sequence
 
 import numpy as np
 
 from kvmesh.workers.executor import Allocation, MakeMasks, RankDescription
-from kvmesh.workers.plan import Chunk, RowStart, SampledToken, StepPlan, StepResult, TokenMasks
+from kvmesh.workers.plan import (
+    Chunk,
+    RowStart,
+    SampledToken,
+    StepPlan,
+    StepResult,
+    TokenMasks,
+    TokenScores,
+)
 
 State = int  # the chain over a sequence's first tokens
 Slot = tuple[int, State, int]
@@ -47,6 +56,20 @@ def allowed_tokens(masks: TokenMasks) -> dict[int, list[int]]:
         position: np.flatnonzero(row).tolist()
         for position, row in zip(masks.positions, bits, strict=True)
     }
+
+
+def score(before: State, token: int) -> float:
+    """A log-probability that only these tokens have."""
+    return -float(chain(before, token) >> 40)
+
+
+def expected_scores(prompt: Sequence[int]) -> list[float]:
+    """What this executor's model scores the prompt's tokens, from the second on."""
+    state, scores = START, []
+    for token, following in itertools.pairwise(prompt):
+        state = chain(state, token)
+        scores.append(score(state, following))
+    return scores
 
 
 def expected_output(
@@ -152,7 +175,26 @@ class MemoryExecutor:
             SampledToken(next_token(states[row], self._top_k[row], allowed.get(position)))
             for position, row in enumerate(rows)
         ]
-        return StepResult(plan.step, tokens, 0.0)
+        scores = [self._score(chunk) for chunk in plan.chunks if chunk.targets]
+        return StepResult(plan.step, tokens, 0.0, scores)
+
+    def _score(self, chunk: Chunk) -> TokenScores:
+        """Scores that depend on all tokens up to and with the target; one alternative each."""
+        targets = np.frombuffer(chunk.targets, np.int32)
+        assert chunk.start <= chunk.score_start
+        assert chunk.score_start + len(targets) <= chunk.end
+        within = np.frombuffer(chunk.tokens, np.int32)
+        first = chunk.score_start - chunk.start
+        inner = within[first + 1 : first + 1 + len(targets)]
+        assert (targets[: len(inner)] == inner).all(), "targets are not the tokens that follow"
+        state = self._state_before(chunk)
+        logprobs = []
+        for position, token in enumerate(within, chunk.start):
+            state = chain(state, int(token))
+            if chunk.score_start <= position < chunk.score_start + len(targets):
+                logprobs.append(score(state, int(targets[position - chunk.score_start])))
+        values = np.array(logprobs, np.float32)
+        return TokenScores(values.tobytes(), targets.tobytes(), values.tobytes())
 
     def _start_row(self, start: RowStart) -> None:
         params = start.params

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 
 from kvmesh.workers.executor import Allocation, MakeMasks
@@ -30,7 +31,12 @@ class TaintedExecutor(MemoryExecutor):
             SampledToken(-1, fault="NaN") if row in self._nan_rows else token
             for row, token in zip(sampled, result.tokens, strict=True)
         ]
-        return StepResult(plan.step, tokens, 0.0)
+        scored = [chunk.row for chunk in plan.chunks if chunk.targets]
+        scores = [
+            msgspec.structs.replace(found, sound=row not in self._nan_rows)
+            for row, found in zip(scored, result.scores, strict=True)
+        ]
+        return StepResult(plan.step, tokens, 0.0, scores)
 
     def _write(self, chunk: Chunk) -> None:
         super()._write(chunk)

@@ -103,6 +103,8 @@ SEEN = Exercised(
         "trials": 200,
         "sequences at fault": 100,
         "recomputations for another's fault": 1,
+        "prompts scored in several pieces": 30,
+        "preemptions of sequences with scores": 5,
     },
 )
 

@@ -245,7 +245,6 @@ BAD_FIELDS: Mapping[str, tuple[pb.GenerateRequest, str]] = {
     ),
     "negative max_tokens": (text_request(max_tokens=-1), "sampling_params.max_tokens"),
     "NaN bias": (text_request(logit_bias={5: math.nan}), "sampling_params.logit_bias"),
-    "greedy choices": (text_request(temperature=0.0, n=2), "sampling_params.n"),
     "beyond the context": (text_request(max_tokens=8192), "sampling_params.max_tokens"),
     "10,000 stop strings": (
         text_request(stop=[str(number) for number in range(10_000)]),
