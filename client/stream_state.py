@@ -7,7 +7,16 @@ from dataclasses import dataclass, field
 from kvmesh.client import responses
 from kvmesh.client.cursor import decode_cursor, encode_cursor
 from kvmesh.client.errors import ClosedError, ProtocolError
-from kvmesh.client.types import Completion, Delta, Prefilling, Queued, Started, StreamEvent, Usage
+from kvmesh.client.types import (
+    Completion,
+    Delta,
+    Prefilling,
+    PromptLogprobs,
+    Queued,
+    Started,
+    StreamEvent,
+    Usage,
+)
 from kvmesh.protos import pb
 
 
@@ -44,6 +53,7 @@ class StreamState:
         self._choices: dict[int, _ChoiceState] = {}
         self._usage: pb.Usage | None = None
         self._connections = 0
+        self._prompt_logprobs = pb.Logprobs()
         self.continues = continues
         self.queued: Queued | None = None
         self.started: Started | None = None
@@ -58,6 +68,7 @@ class StreamState:
         """
         request, received = decode_cursor(text)
         state = cls(request, continues=True)
+        state._prompt_logprobs.CopyFrom(received.prompt_logprobs)
         for choice in received.choices:
             found = _ChoiceState(choice, [choice.text], len(choice.text))
             choice.ClearField("text")
@@ -86,6 +97,7 @@ class StreamState:
         request = pb.GenerateRequest()
         request.CopyFrom(self._request)
         if request.HasField("resume"):
+            request.resume.prompt_logprobs_received = len(self._prompt_logprobs.chosen)
             for index, state in sorted(self._choices.items()):
                 request.resume.choices.add(
                     index=index,
@@ -111,6 +123,9 @@ class StreamState:
             case "prefilling":
                 self.prefilling = responses.mirror(Prefilling, event.prefilling)
                 return self.prefilling
+            case "prompt_logprobs":
+                self._prompt_logprobs.MergeFrom(event.prompt_logprobs)
+                return PromptLogprobs(responses.prompt_logprobs(event.prompt_logprobs))
             case "delta":
                 return self._delta(event.delta)
             case "choice_finished":
@@ -133,6 +148,7 @@ class StreamState:
             seed=self._request.sampling_params.seed,
             choices=[state.received() for _, state in sorted(self._choices.items())],
             usage=self._usage,
+            prompt_logprobs=self._prompt_logprobs if self._prompt_logprobs.chosen else None,
         )
 
     def _start(self, started: pb.Started) -> Started:

@@ -4,7 +4,7 @@
 # Annotations are not texts, so that help() shows them without quotes.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Never
 
 from kvmesh.client.options import UNSET, Messages, Timeout
 from kvmesh.client.requests import chat_message, prompt_message
@@ -41,6 +41,9 @@ class Generations(ABC):
         ignore_eos: bool | None = None,
         logit_bias: Mapping[int, float] | None = None,
         logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
+        skip_special_tokens: bool | None = None,
+        include_stop_str_in_output: bool | None = None,
         n: int | None = None,
         request_id: str | None = None,
         model: str | None = None,
@@ -49,10 +52,12 @@ class Generations(ABC):
         allowed_kv_formats: Sequence[str] | None = None,
         max_kv_divergence_nats: float | None = None,
         cache_salt: str | None = None,
+        **unknown: Never,
     ) -> Completion:
         """Continue a prompt given as text or token ids; returns the whole output.
 
-        An option that is left out, or None, takes the server's default, which is in brackets.
+        An option that is left out, or None, takes the server's default, which is in brackets. The
+        model may have others for the first five: see `model_info().default_sampling_params`.
 
         temperature: [1] 0 to 100; 0 is greedy, and so is anything below 1e-5
         top_p: [1] nucleus sampling, in (0, 1]
@@ -62,13 +67,16 @@ class Generations(ABC):
         presence_penalty: [0] -100 to 100, subtracted from the logits of tokens of the output
         frequency_penalty: [0] -100 to 100, subtracted once for each occurrence in the output
         seed: [random, and reported back] 64 bits
-        max_tokens: [256] output tokens per choice
+        max_tokens: [256] output tokens per choice; 0 with prompt_logprobs computes only the prompt
         min_tokens: [0] no stop token or stop string ends a choice before this many tokens
         stop: [none] strings that end a choice; its text ends before them
         stop_token_ids: [none] token ids that end a choice
         ignore_eos: [False] continue past the model's end-of-sequence tokens
         logit_bias: [none] token id -> bias added to its logit, -100 to 100
         logprobs: [none] log-probabilities of the chosen tokens, and of the k best, k from 0 to 20
+        prompt_logprobs: [none] the same for the tokens of the prompt; a long prompt needs a stream
+        skip_special_tokens: [True] leave special tokens, such as end-of-turn marks, out of the text
+        include_stop_str_in_output: [False] the text ends after the stop string or stop token
         n: [1] choices
         request_id: [a random one] names the request, e.g. for abort
         model: [the client's, or any] checked against the served model
@@ -98,6 +106,9 @@ class Generations(ABC):
                 "ignore_eos": ignore_eos,
                 "logit_bias": logit_bias,
                 "logprobs": logprobs,
+                "prompt_logprobs": prompt_logprobs,
+                "skip_special_tokens": skip_special_tokens,
+                "include_stop_str_in_output": include_stop_str_in_output,
                 "n": n,
                 "request_id": request_id,
                 "model": model,
@@ -106,6 +117,7 @@ class Generations(ABC):
                 "allowed_kv_formats": allowed_kv_formats,
                 "max_kv_divergence_nats": max_kv_divergence_nats,
                 "cache_salt": cache_salt,
+                **unknown,
             },
         )
 
@@ -128,6 +140,9 @@ class Generations(ABC):
         ignore_eos: bool | None = None,
         logit_bias: Mapping[int, float] | None = None,
         logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
+        skip_special_tokens: bool | None = None,
+        include_stop_str_in_output: bool | None = None,
         n: int | None = None,
         request_id: str | None = None,
         model: str | None = None,
@@ -136,10 +151,12 @@ class Generations(ABC):
         allowed_kv_formats: Sequence[str] | None = None,
         max_kv_divergence_nats: float | None = None,
         cache_salt: str | None = None,
+        **unknown: Never,
     ) -> Stream:
         """Continue a prompt; returns a stream that yields output as it is generated.
 
-        An option that is left out, or None, takes the server's default, which is in brackets.
+        An option that is left out, or None, takes the server's default, which is in brackets. The
+        model may have others for the first five: see `model_info().default_sampling_params`.
 
         temperature: [1] 0 to 100; 0 is greedy, and so is anything below 1e-5
         top_p: [1] nucleus sampling, in (0, 1]
@@ -149,13 +166,16 @@ class Generations(ABC):
         presence_penalty: [0] -100 to 100, subtracted from the logits of tokens of the output
         frequency_penalty: [0] -100 to 100, subtracted once for each occurrence in the output
         seed: [random, and reported back] 64 bits
-        max_tokens: [256] output tokens per choice
+        max_tokens: [256] output tokens per choice; 0 with prompt_logprobs computes only the prompt
         min_tokens: [0] no stop token or stop string ends a choice before this many tokens
         stop: [none] strings that end a choice; its text ends before them
         stop_token_ids: [none] token ids that end a choice
         ignore_eos: [False] continue past the model's end-of-sequence tokens
         logit_bias: [none] token id -> bias added to its logit, -100 to 100
         logprobs: [none] log-probabilities of the chosen tokens, and of the k best, k from 0 to 20
+        prompt_logprobs: [none] the same for the tokens of the prompt; a long prompt needs a stream
+        skip_special_tokens: [True] leave special tokens, such as end-of-turn marks, out of the text
+        include_stop_str_in_output: [False] the text ends after the stop string or stop token
         n: [1] choices
         request_id: [a random one] names the request, e.g. for abort
         model: [the client's, or any] checked against the served model
@@ -185,6 +205,9 @@ class Generations(ABC):
                 "ignore_eos": ignore_eos,
                 "logit_bias": logit_bias,
                 "logprobs": logprobs,
+                "prompt_logprobs": prompt_logprobs,
+                "skip_special_tokens": skip_special_tokens,
+                "include_stop_str_in_output": include_stop_str_in_output,
                 "n": n,
                 "request_id": request_id,
                 "model": model,
@@ -193,6 +216,7 @@ class Generations(ABC):
                 "allowed_kv_formats": allowed_kv_formats,
                 "max_kv_divergence_nats": max_kv_divergence_nats,
                 "cache_salt": cache_salt,
+                **unknown,
             },
         )
 
@@ -215,6 +239,9 @@ class Generations(ABC):
         ignore_eos: bool | None = None,
         logit_bias: Mapping[int, float] | None = None,
         logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
+        skip_special_tokens: bool | None = None,
+        include_stop_str_in_output: bool | None = None,
         n: int | None = None,
         request_id: str | None = None,
         model: str | None = None,
@@ -226,10 +253,14 @@ class Generations(ABC):
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         continue_final_message: bool | None = None,
+        chat_template: str | None = None,
+        chat_template_name: str | None = None,
+        **unknown: Never,
     ) -> Completion:
         """Answer a chat rendered with the model's template; returns the whole output.
 
-        An option that is left out, or None, takes the server's default, which is in brackets.
+        An option that is left out, or None, takes the server's default, which is in brackets. The
+        model may have others for the first five: see `model_info().default_sampling_params`.
 
         temperature: [1] 0 to 100; 0 is greedy, and so is anything below 1e-5
         top_p: [1] nucleus sampling, in (0, 1]
@@ -239,13 +270,16 @@ class Generations(ABC):
         presence_penalty: [0] -100 to 100, subtracted from the logits of tokens of the output
         frequency_penalty: [0] -100 to 100, subtracted once for each occurrence in the output
         seed: [random, and reported back] 64 bits
-        max_tokens: [256] output tokens per choice
+        max_tokens: [256] output tokens per choice; 0 with prompt_logprobs computes only the prompt
         min_tokens: [0] no stop token or stop string ends a choice before this many tokens
         stop: [none] strings that end a choice; its text ends before them
         stop_token_ids: [none] token ids that end a choice
         ignore_eos: [False] continue past the model's end-of-sequence tokens
         logit_bias: [none] token id -> bias added to its logit, -100 to 100
         logprobs: [none] log-probabilities of the chosen tokens, and of the k best, k from 0 to 20
+        prompt_logprobs: [none] the same for the tokens of the prompt; a long prompt needs a stream
+        skip_special_tokens: [True] leave special tokens, such as end-of-turn marks, out of the text
+        include_stop_str_in_output: [False] the text ends after the stop string or stop token
         n: [1] choices
         request_id: [a random one] names the request, e.g. for abort
         model: [the client's, or any] checked against the served model
@@ -261,6 +295,9 @@ class Generations(ABC):
         chat_template_kwargs: [none] variables of the model's chat template, for instance
             {"enable_thinking": False}
         continue_final_message: [False] continue the last message, do not answer it
+        chat_template: [the model's] a template to use instead, in Jinja as transformers has it
+        chat_template_name: [the model's default] one of the model's own templates, see
+            `model_info().chat_template_names`
         """
         return self._complete(
             chat_message(messages),
@@ -280,6 +317,9 @@ class Generations(ABC):
                 "ignore_eos": ignore_eos,
                 "logit_bias": logit_bias,
                 "logprobs": logprobs,
+                "prompt_logprobs": prompt_logprobs,
+                "skip_special_tokens": skip_special_tokens,
+                "include_stop_str_in_output": include_stop_str_in_output,
                 "n": n,
                 "request_id": request_id,
                 "model": model,
@@ -291,6 +331,9 @@ class Generations(ABC):
                 "tools": tools,
                 "chat_template_kwargs": chat_template_kwargs,
                 "continue_final_message": continue_final_message,
+                "chat_template": chat_template,
+                "chat_template_name": chat_template_name,
+                **unknown,
             },
         )
 
@@ -313,6 +356,9 @@ class Generations(ABC):
         ignore_eos: bool | None = None,
         logit_bias: Mapping[int, float] | None = None,
         logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
+        skip_special_tokens: bool | None = None,
+        include_stop_str_in_output: bool | None = None,
         n: int | None = None,
         request_id: str | None = None,
         model: str | None = None,
@@ -324,10 +370,14 @@ class Generations(ABC):
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         continue_final_message: bool | None = None,
+        chat_template: str | None = None,
+        chat_template_name: str | None = None,
+        **unknown: Never,
     ) -> Stream:
         """Answer a chat; returns a stream that yields output as it is generated.
 
-        An option that is left out, or None, takes the server's default, which is in brackets.
+        An option that is left out, or None, takes the server's default, which is in brackets. The
+        model may have others for the first five: see `model_info().default_sampling_params`.
 
         temperature: [1] 0 to 100; 0 is greedy, and so is anything below 1e-5
         top_p: [1] nucleus sampling, in (0, 1]
@@ -337,13 +387,16 @@ class Generations(ABC):
         presence_penalty: [0] -100 to 100, subtracted from the logits of tokens of the output
         frequency_penalty: [0] -100 to 100, subtracted once for each occurrence in the output
         seed: [random, and reported back] 64 bits
-        max_tokens: [256] output tokens per choice
+        max_tokens: [256] output tokens per choice; 0 with prompt_logprobs computes only the prompt
         min_tokens: [0] no stop token or stop string ends a choice before this many tokens
         stop: [none] strings that end a choice; its text ends before them
         stop_token_ids: [none] token ids that end a choice
         ignore_eos: [False] continue past the model's end-of-sequence tokens
         logit_bias: [none] token id -> bias added to its logit, -100 to 100
         logprobs: [none] log-probabilities of the chosen tokens, and of the k best, k from 0 to 20
+        prompt_logprobs: [none] the same for the tokens of the prompt; a long prompt needs a stream
+        skip_special_tokens: [True] leave special tokens, such as end-of-turn marks, out of the text
+        include_stop_str_in_output: [False] the text ends after the stop string or stop token
         n: [1] choices
         request_id: [a random one] names the request, e.g. for abort
         model: [the client's, or any] checked against the served model
@@ -359,6 +412,9 @@ class Generations(ABC):
         chat_template_kwargs: [none] variables of the model's chat template, for instance
             {"enable_thinking": False}
         continue_final_message: [False] continue the last message, do not answer it
+        chat_template: [the model's] a template to use instead, in Jinja as transformers has it
+        chat_template_name: [the model's default] one of the model's own templates, see
+            `model_info().chat_template_names`
         """
         return self._stream(
             chat_message(messages),
@@ -378,6 +434,9 @@ class Generations(ABC):
                 "ignore_eos": ignore_eos,
                 "logit_bias": logit_bias,
                 "logprobs": logprobs,
+                "prompt_logprobs": prompt_logprobs,
+                "skip_special_tokens": skip_special_tokens,
+                "include_stop_str_in_output": include_stop_str_in_output,
                 "n": n,
                 "request_id": request_id,
                 "model": model,
@@ -389,5 +448,8 @@ class Generations(ABC):
                 "tools": tools,
                 "chat_template_kwargs": chat_template_kwargs,
                 "continue_final_message": continue_final_message,
+                "chat_template": chat_template,
+                "chat_template_name": chat_template_name,
+                **unknown,
             },
         )
