@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from typing import Any
+
+from google.protobuf.descriptor import FieldDescriptor
 
 from kvmesh.client.errors import InvalidRequestError
 from kvmesh.client.options import Message, Messages
@@ -16,6 +18,16 @@ _TOOL_CHOICES = {
     "auto": pb.ToolChoice.MODE_AUTO,
     "none": pb.ToolChoice.MODE_NONE,
     "required": pb.ToolChoice.MODE_REQUIRED,
+}
+_KINDS = {
+    FieldDescriptor.TYPE_BOOL: "True or False",
+    FieldDescriptor.TYPE_DOUBLE: "a number",
+    FieldDescriptor.TYPE_FLOAT: "a number",
+    FieldDescriptor.TYPE_INT32: "a whole number from -2^31 to 2^31 - 1",
+    FieldDescriptor.TYPE_INT64: "a whole number from -2^63 to 2^63 - 1",
+    FieldDescriptor.TYPE_STRING: "text",
+    FieldDescriptor.TYPE_UINT32: "a whole number from 0 to 2^32 - 1",
+    FieldDescriptor.TYPE_UINT64: "a whole number from 0 to 2^64 - 1",
 }
 _MESSAGE_KEYS = frozenset(field.name for field in dataclasses.fields(Message))
 
@@ -30,6 +42,8 @@ def chat(messages: Messages) -> pb.Chat:
 def set_chat_option(found: pb.Chat, name: str, value: Any) -> None:
     """Set an option that concerns chats only."""
     if name == "tools":
+        if isinstance(value, str | Mapping) or not isinstance(value, Iterable):
+            raise InvalidRequestError.of("tools", f"expected a list of tools, got {value!r:.60}")
         for position, tool in enumerate(value):
             _add_tool(found, tool, f"prompt.chat.tools[{position}]")
     elif name == "tool_choice":
@@ -138,6 +152,9 @@ def _json(value: Any, path: str) -> str:
 
 def assign(message: Any, name: str, value: object, path: str) -> None:
     """Set one field; a value that its type cannot hold raises an error naming `path`."""
+    field = message.DESCRIPTOR.fields_by_name[name]
+    if isinstance(value, bool) and field.type not in (field.TYPE_BOOL, field.TYPE_MESSAGE):
+        raise _misfit(field, value, path)
     try:
         if isinstance(value, Mapping):
             getattr(message, name).update(value)
@@ -145,5 +162,24 @@ def assign(message: Any, name: str, value: object, path: str) -> None:
             getattr(message, name).extend(value)
         else:
             setattr(message, name, value)
-    except (TypeError, ValueError, OverflowError, AttributeError) as error:
-        raise InvalidRequestError.of(path, f"cannot be sent: {error}") from error
+    except (TypeError, ValueError, OverflowError, AttributeError):
+        raise _misfit(field, value, path) from None
+
+
+def _misfit(field: FieldDescriptor, value: object, path: str) -> InvalidRequestError:
+    """Without protobuf's words, which name neither the argument nor what it may be."""
+    if field.message_type is not None and field.message_type.GetOptions().map_entry:
+        key, item = (_one(part) for part in field.message_type.fields)
+        expected = f"a mapping, from {key} to {item}"
+    elif field.is_repeated:
+        expected = f"a list, each item {_one(field)}"
+    else:
+        expected = _one(field)
+    return InvalidRequestError.of(path, f"expected {expected}; got {value!r:.60}")
+
+
+def _one(field: FieldDescriptor) -> str:
+    """What a single value of a field may be."""
+    if field.message_type is not None:
+        return "a mapping with text as keys, and values of JSON"
+    return _KINDS.get(field.type, "another type")

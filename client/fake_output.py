@@ -76,13 +76,16 @@ def fake_output(answer: str | FakeAnswer, params: pb.SamplingParams) -> FakeOutp
     if isinstance(answer, str):
         answer = FakeAnswer(answer)
     words = re.findall(r"\s*\S+|\s+$", answer.text)
-    max_tokens = max(1, params.max_tokens if params.HasField("max_tokens") else DEFAULT_MAX_TOKENS)
+    max_tokens = params.max_tokens if params.HasField("max_tokens") else DEFAULT_MAX_TOKENS
+    max_tokens = max(0 if params.HasField("prompt_logprobs") else 1, max_tokens)
     choice = pb.Choice(reasoning=answer.reasoning)
     starts: list[int] = []
     while not choice.finish_reason:
         count = len(starts)
         can_stop = count >= params.min_tokens and not params.ignore_eos
-        if count >= len(words) and (can_stop or not words):
+        if not max_tokens:
+            choice.finish_reason = pb.FINISH_REASON_LENGTH
+        elif count >= len(words) and (can_stop or not words):
             choice.finish_reason = pb.FINISH_REASON_STOP
         elif count == max_tokens:
             choice.finish_reason = pb.FINISH_REASON_LENGTH
@@ -104,6 +107,17 @@ def fake_output(answer: str | FakeAnswer, params: pb.SamplingParams) -> FakeOutp
     return FakeOutput(choice, pieces)
 
 
+def fake_prompt_logprobs(num_tokens: int, params: pb.SamplingParams) -> pb.Logprobs | None:
+    """Of a prompt's tokens but the first, whose ids are 0, 1, ...; None if not requested."""
+    if not params.HasField("prompt_logprobs"):
+        return None
+    columns = pb.Logprobs()
+    for token_id in range(1, num_tokens):
+        columns.MergeFrom(_logprobs(token_id, f" {token_id}", params.prompt_logprobs))
+        columns.chosen_token_ids.append(token_id)
+    return columns
+
+
 def _word(words: Sequence[str], position: int) -> str:
     word = words[position % len(words)]
     return f" {word}" if position and position % len(words) == 0 else word
@@ -112,8 +126,9 @@ def _word(words: Sequence[str], position: int) -> str:
 def _stop(choice: pb.Choice, start: int, params: pb.SamplingParams) -> None:
     """End the choice if its last token, whose text begins at `start`, stops it."""
     last = choice.token_ids[-1]
+    include = params.include_stop_str_in_output
     if last in params.stop_token_ids:
-        choice.text = choice.text[:start]
+        choice.text = choice.text if include else choice.text[:start]
         choice.matched_stop_token_id = last
         choice.finish_reason = pb.FINISH_REASON_STOP
         return
@@ -124,7 +139,8 @@ def _stop(choice: pb.Choice, start: int, params: pb.SamplingParams) -> None:
     ]
     if found:
         position, choice.matched_stop_string = min(found)
-        choice.text = choice.text[:position]
+        end = position + len(choice.matched_stop_string) if include else position
+        choice.text = choice.text[:end]
         choice.finish_reason = pb.FINISH_REASON_STOP
 
 

@@ -96,6 +96,7 @@ def completion(reply: pb.GenerateResponse) -> Completion:
             for choice in reply.choices
         ),
         usage=mirror(Usage, reply.usage),
+        prompt_logprobs=prompt_logprobs(reply.prompt_logprobs),
     )
 
 
@@ -121,6 +122,11 @@ def logprobs(token_ids: Sequence[int], columns: pb.Logprobs) -> tuple[TokenLogpr
     return tuple(
         TokenLogprobs(entry, top[k * index : k * (index + 1)]) for index, entry in enumerate(chosen)
     )
+
+
+def prompt_logprobs(columns: pb.Logprobs) -> tuple[TokenLogprobs, ...]:
+    """Of a prompt's tokens."""
+    return logprobs(columns.chosen_token_ids, columns)
 
 
 def _token_logprob(token_id: int, token: bytes, logprob: float) -> TokenLogprob:

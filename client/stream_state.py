@@ -11,6 +11,7 @@ from kvmesh.client.types import (
     Completion,
     Delta,
     Prefilling,
+    PromptLogprobs,
     Queued,
     Started,
     StreamEvent,
@@ -83,6 +84,7 @@ class StreamState:
         self._choices: dict[int, _ChoiceState] = {}
         self._usage: pb.Usage | None = None
         self._connections = 0
+        self._prompt_logprobs = pb.Logprobs()
         self.continues = continues
         self.queued: Queued | None = None
         self.started: Started | None = None
@@ -97,6 +99,7 @@ class StreamState:
         """
         request, received = decode_cursor(text)
         state = cls(request, continues=True)
+        state._prompt_logprobs.CopyFrom(received.prompt_logprobs)
         for choice in received.choices:
             state._choices[choice.index] = _ChoiceState.of(choice)
         return state
@@ -123,6 +126,7 @@ class StreamState:
         request = pb.GenerateRequest()
         request.CopyFrom(self._request)
         if request.HasField("resume"):
+            request.resume.prompt_logprobs_received = len(self._prompt_logprobs.chosen)
             for index, state in sorted(self._choices.items()):
                 request.resume.choices.add(
                     index=index,
@@ -150,6 +154,9 @@ class StreamState:
             case "prefilling":
                 self.prefilling = responses.mirror(Prefilling, event.prefilling)
                 return self.prefilling
+            case "prompt_logprobs":
+                self._prompt_logprobs.MergeFrom(event.prompt_logprobs)
+                return PromptLogprobs(responses.prompt_logprobs(event.prompt_logprobs))
             case "delta":
                 return self._delta(event.delta)
             case "choice_finished":
@@ -172,6 +179,7 @@ class StreamState:
             seed=self._request.sampling_params.seed,
             choices=[state.received() for _, state in sorted(self._choices.items())],
             usage=self._usage,
+            prompt_logprobs=self._prompt_logprobs if self._prompt_logprobs.chosen else None,
         )
 
     def _start(self, started: pb.Started) -> Started:

@@ -26,7 +26,8 @@ class TokenLogprob:
     """A token and the natural log of its probability under the model.
 
     text: the token on its own; U+FFFD for a part of a character
-    bytes: what the token adds to the text, in UTF-8
+    bytes: what the token adds to the text, in UTF-8: nothing if it is a special token, unless
+        the text has those
     """
 
     token_id: TokenId
@@ -141,13 +142,17 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """All output of a request. `text`, `reasoning`, `tool_calls`: those of the first choice."""
+    """All output of a request. `text`, `reasoning`, `tool_calls`: those of the first choice.
+
+    prompt_logprobs: if requested, of the prompt's tokens but the first, which nothing predicts
+    """
 
     request_id: str
     model: str
     seed: int
     choices: tuple[Choice, ...]
     usage: Usage
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
     @property
     def text(self) -> str:
@@ -201,8 +206,15 @@ class Prefilling:
     total_tokens: int
 
 
+@dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """If requested: of the next tokens of the prompt, from its second on."""
+
+    tokens: tuple[TokenLogprobs, ...]
+
+
 # What `Stream.events` yields. Usage is the last.
-StreamEvent: TypeAlias = Queued | Started | Prefilling | Delta | Usage
+StreamEvent: TypeAlias = Queued | Started | Prefilling | PromptLogprobs | Delta | Usage
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,8 +310,27 @@ class TenantLoads:
 
 
 @dataclass(frozen=True, slots=True)
+class SamplingDefaults:
+    """What a request gets that sets nothing itself; None: as the options' descriptions say."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    max_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """The served model; `version` is the server's."""
+    """The served model; `version` is the server's.
+
+    vocab_size: token ids are below it
+    default_sampling_params: from the model's generation_config.json and the server's settings
+    chat_template_names: that the option chat_template_name may have
+    """
 
     model: str
     model_revision: str
@@ -309,6 +340,8 @@ class ModelInfo:
     has_chat_template: bool
     eos_token_ids: tuple[TokenId, ...]
     groups: tuple[GroupInfo, ...]
+    default_sampling_params: SamplingDefaults = SamplingDefaults()
+    chat_template_names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -224,7 +224,7 @@ class IngressService:
         self, request: pb.GetModelInfoRequest, tenant: str
     ) -> pb.GetModelInfoResponse:
         self._check_open()
-        wire_defaults = pb.SamplingParams(
+        wire_defaults = pb.SamplingDefaults(
             max_tokens=self._limits.default_max_tokens, **self._defaults.given()
         )
         return wire.model_info(

@@ -171,7 +171,7 @@ def model_info(
     codec: TextCodec,
     version: str,
     divergence_nats: Mapping[str, float],
-    defaults: pb.SamplingParams,
+    defaults: pb.SamplingDefaults,
 ) -> pb.GetModelInfoResponse:
     """The model and its groups. What the groups have in common is read from the first."""
     first = next(iter(status.reports.values())).info

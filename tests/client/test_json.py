@@ -45,8 +45,8 @@ def results() -> dict[type, Any]:
     """One of each public result, with every field filled, itself or as a part of another."""
     fake = FakeTransport(["ein Wort, zwei"])
     client = Client(transport=fake)
-    options: Any = {"logprobs": 2, "n": 2, "stop": ["zwei"]}
-    with client.generate_stream("hi", **options) as stream:
+    options: Any = {"logprobs": 2, "prompt_logprobs": 1, "n": 2, "stop": ["zwei"]}
+    with client.generate_stream("hi there", **options) as stream:
         events = list(stream.events())
     call = kvmesh.ToolCall("c", "f", "{}")
     answer = FakeAnswer("ein Wort", "hm", (call,))

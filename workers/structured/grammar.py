@@ -34,8 +34,10 @@ _JSON_OPTIONS = {
 }
 # Formats that are enforced. By JSON Schema's own rules others only annotate.
 _FORMATS = frozenset(
-    ("date-time", "time", "date", "duration", "email", "hostname")
-    + ("ipv4", "ipv6", "uuid", "uri", "unknown")
+    (
+        *("date-time", "time", "date", "duration", "email", "hostname"),
+        *("ipv4", "ipv6", "uuid", "uri", "unknown"),
+    )
 )
 # What is data and not a schema.
 _DATA = frozenset({"const", "enum", "default", "examples", "example"})
