@@ -14,7 +14,7 @@ from transformers import LlamaConfig
 
 from kvmesh.kernels.formats.registry import get_format
 from kvmesh.workers.config import EngineConfig
-from kvmesh.workers.executor import Allocation, RankDescription
+from kvmesh.workers.executor import Allocation, MakeMasks, RankDescription
 from kvmesh.workers.kv_pool import page_bytes_of
 from kvmesh.workers.model.facts import ModelFacts
 from kvmesh.workers.model.load import ServedModel, build_model
@@ -203,8 +203,8 @@ class RandomModelExecutor:
         assert self._runner is not None, "call allocate first"
         return self._runner
 
-    def execute(self, plan: StepPlan) -> StepResult:
-        result = self.runner.execute(plan)
+    def execute(self, plan: StepPlan, masks: MakeMasks | None = None) -> StepResult:
+        result = self.runner.execute(plan, masks)
         assert result is not None
         return result
 

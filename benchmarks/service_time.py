@@ -28,6 +28,7 @@ from kvmesh.cluster.simulator.trace import TraceRequest
 from kvmesh.kernels.formats.registry import get_format
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.engine import Engine
+from kvmesh.workers.executor import MakeMasks
 from kvmesh.workers.local import local_executor
 from kvmesh.workers.model.embedded import EMBEDDED_NAME
 from kvmesh.workers.plan import StepPlan, StepResult
@@ -62,9 +63,9 @@ class RecordingExecutor:
         self.close = self._inner.close
         self.last: StepPlan | None = None
 
-    def execute(self, plan: StepPlan) -> StepResult:
+    def execute(self, plan: StepPlan, masks: MakeMasks | None = None) -> StepResult:
         self.last = plan
-        return self._inner.execute(plan)
+        return self._inner.execute(plan, masks)
 
 
 def step_of(plan: StepPlan, seconds: float) -> Step:

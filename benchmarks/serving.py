@@ -150,7 +150,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     console.log("starting a cluster")
-    config = build({"ingress": {"port": 0}, "engine": {"tp": 1}})
+    config = build({"ingress": {"port": 0, "http_port": 0}, "engine": {"tp": 1}})
     with Cluster(config) as endpoint:
         results = asyncio.run(measure(config, endpoint, args.streams, args.tokens, args.rounds))
     Console().print(

@@ -23,9 +23,11 @@ from kvmesh.client.errors import (
     ResumeError,
     ServerError,
     UnavailableError,
+    UnknownOptionError,
     UsageError,
 )
 from kvmesh.client.fake import AsyncFakeTransport, FakeServer, FakeTransport
+from kvmesh.client.fake_output import FakeAnswer
 from kvmesh.client.options import (
     NO_RETRY,
     TLS,
@@ -59,8 +61,10 @@ from kvmesh.client.types import (
     PagesLoad,
     PlacementDecision,
     Prefilling,
+    PromptLogprobs,
     Queued,
     RouterLoads,
+    SamplingDefaults,
     SequenceLoads,
     Started,
     StreamEvent,
@@ -68,6 +72,8 @@ from kvmesh.client.types import (
     TokenLogprob,
     TokenLogprobs,
     Tokens,
+    ToolCall,
+    ToolCallDelta,
     Usage,
 )
 
@@ -92,6 +98,7 @@ __all__ = [
     "DuplicateRequestError",
     "Estimate",
     "Explanation",
+    "FakeAnswer",
     "FakeServer",
     "FakeTransport",
     "FieldViolation",
@@ -119,12 +126,14 @@ __all__ = [
     "PlacementDecision",
     "Prefilling",
     "Prompt",
+    "PromptLogprobs",
     "ProtocolError",
     "Queued",
     "RequestCancelledError",
     "ResumeError",
     "RetryPolicy",
     "RouterLoads",
+    "SamplingDefaults",
     "SequenceLoads",
     "ServerError",
     "Started",
@@ -135,8 +144,11 @@ __all__ = [
     "TokenLogprob",
     "TokenLogprobs",
     "Tokens",
+    "ToolCall",
+    "ToolCallDelta",
     "Transport",
     "UnavailableError",
+    "UnknownOptionError",
     "Usage",
     "UsageError",
 ]

@@ -129,6 +129,18 @@ class AsyncClient(AsyncGenerations):
             Tokens, await self._run(self._core.tokenize(prompt, model, timeout_s))
         )
 
+    async def detokenize(
+        self,
+        token_ids: Sequence[int],
+        *,
+        skip_special_tokens: bool = False,
+        model: str | None = None,
+        timeout_s: Timeout = UNSET,
+    ) -> str:
+        """The text of token ids; bytes that are not valid UTF-8 become U+FFFD."""
+        flow = self._core.detokenize(token_ids, model, skip_special_tokens, timeout_s)
+        return (await self._run(flow)).text
+
     async def estimate(
         self,
         prompt: Prompt | None = None,

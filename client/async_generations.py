@@ -3,7 +3,7 @@
 # Annotations are not texts, so that help() shows them without quotes.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Never
 
 from kvmesh.client.async_stream import AsyncStream
 from kvmesh.client.options import UNSET, Messages, Timeout
@@ -40,6 +40,9 @@ class AsyncGenerations(ABC):
         ignore_eos: bool | None = None,
         logit_bias: Mapping[int, float] | None = None,
         logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
+        skip_special_tokens: bool | None = None,
+        include_stop_str_in_output: bool | None = None,
         n: int | None = None,
         request_id: str | None = None,
         model: str | None = None,
@@ -48,10 +51,14 @@ class AsyncGenerations(ABC):
         allowed_kv_formats: Sequence[str] | None = None,
         max_kv_divergence_nats: float | None = None,
         cache_salt: str | None = None,
+        max_reasoning_tokens: int | None = None,
+        structured_output: Mapping[str, Any] | None = None,
+        **unknown: Never,
     ) -> Completion:
         """Continue a prompt given as text or token ids; returns the whole output.
 
-        An option that is left out, or None, takes the server's default, which is in brackets.
+        An option that is left out, or None, takes the server's default, which is in brackets. The
+        model may have others for the first five: see `model_info().default_sampling_params`.
 
         temperature: [1] 0 to 100; 0 is greedy, and so is anything below 1e-5
         top_p: [1] nucleus sampling, in (0, 1]
@@ -61,13 +68,16 @@ class AsyncGenerations(ABC):
         presence_penalty: [0] -100 to 100, subtracted from the logits of tokens of the output
         frequency_penalty: [0] -100 to 100, subtracted once for each occurrence in the output
         seed: [random, and reported back] 64 bits
-        max_tokens: [256] output tokens per choice
+        max_tokens: [256] output tokens per choice; 0 with prompt_logprobs computes only the prompt
         min_tokens: [0] no stop token or stop string ends a choice before this many tokens
         stop: [none] strings that end a choice; its text ends before them
         stop_token_ids: [none] token ids that end a choice
         ignore_eos: [False] continue past the model's end-of-sequence tokens
         logit_bias: [none] token id -> bias added to its logit, -100 to 100
         logprobs: [none] log-probabilities of the chosen tokens, and of the k best, k from 0 to 20
+        prompt_logprobs: [none] the same for the tokens of the prompt; a long prompt needs a stream
+        skip_special_tokens: [True] leave special tokens, such as end-of-turn marks, out of the text
+        include_stop_str_in_output: [False] the text ends after the stop string or stop token
         n: [1] choices
         request_id: [a random one] names the request, e.g. for abort
         model: [the client's, or any] checked against the served model
@@ -78,6 +88,10 @@ class AsyncGenerations(ABC):
         max_kv_divergence_nats: [none] the most that the KV format may diverge from exact KV, as
             measured: see `model_info().groups`
         cache_salt: [none] cached prefixes are shared only between requests with the same salt
+        max_reasoning_tokens: [none] after this many tokens of reasoning the model has to answer
+        structured_output: [none] what the output must match, as one of {"json_schema": a mapping or
+            JSON text}, {"json_object": True}, {"regex": text}, {"grammar": Lark or GBNF},
+            {"choice": texts}
         """
         return await self._complete(
             prompt_message(prompt),
@@ -97,6 +111,9 @@ class AsyncGenerations(ABC):
                 "ignore_eos": ignore_eos,
                 "logit_bias": logit_bias,
                 "logprobs": logprobs,
+                "prompt_logprobs": prompt_logprobs,
+                "skip_special_tokens": skip_special_tokens,
+                "include_stop_str_in_output": include_stop_str_in_output,
                 "n": n,
                 "request_id": request_id,
                 "model": model,
@@ -105,6 +122,9 @@ class AsyncGenerations(ABC):
                 "allowed_kv_formats": allowed_kv_formats,
                 "max_kv_divergence_nats": max_kv_divergence_nats,
                 "cache_salt": cache_salt,
+                "max_reasoning_tokens": max_reasoning_tokens,
+                "structured_output": structured_output,
+                **unknown,
             },
         )
 
@@ -127,6 +147,9 @@ class AsyncGenerations(ABC):
         ignore_eos: bool | None = None,
         logit_bias: Mapping[int, float] | None = None,
         logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
+        skip_special_tokens: bool | None = None,
+        include_stop_str_in_output: bool | None = None,
         n: int | None = None,
         request_id: str | None = None,
         model: str | None = None,
@@ -135,10 +158,14 @@ class AsyncGenerations(ABC):
         allowed_kv_formats: Sequence[str] | None = None,
         max_kv_divergence_nats: float | None = None,
         cache_salt: str | None = None,
+        max_reasoning_tokens: int | None = None,
+        structured_output: Mapping[str, Any] | None = None,
+        **unknown: Never,
     ) -> AsyncStream:
         """Continue a prompt; returns a stream that yields output as it is generated.
 
-        An option that is left out, or None, takes the server's default, which is in brackets.
+        An option that is left out, or None, takes the server's default, which is in brackets. The
+        model may have others for the first five: see `model_info().default_sampling_params`.
 
         temperature: [1] 0 to 100; 0 is greedy, and so is anything below 1e-5
         top_p: [1] nucleus sampling, in (0, 1]
@@ -148,13 +175,16 @@ class AsyncGenerations(ABC):
         presence_penalty: [0] -100 to 100, subtracted from the logits of tokens of the output
         frequency_penalty: [0] -100 to 100, subtracted once for each occurrence in the output
         seed: [random, and reported back] 64 bits
-        max_tokens: [256] output tokens per choice
+        max_tokens: [256] output tokens per choice; 0 with prompt_logprobs computes only the prompt
         min_tokens: [0] no stop token or stop string ends a choice before this many tokens
         stop: [none] strings that end a choice; its text ends before them
         stop_token_ids: [none] token ids that end a choice
         ignore_eos: [False] continue past the model's end-of-sequence tokens
         logit_bias: [none] token id -> bias added to its logit, -100 to 100
         logprobs: [none] log-probabilities of the chosen tokens, and of the k best, k from 0 to 20
+        prompt_logprobs: [none] the same for the tokens of the prompt; a long prompt needs a stream
+        skip_special_tokens: [True] leave special tokens, such as end-of-turn marks, out of the text
+        include_stop_str_in_output: [False] the text ends after the stop string or stop token
         n: [1] choices
         request_id: [a random one] names the request, e.g. for abort
         model: [the client's, or any] checked against the served model
@@ -165,6 +195,10 @@ class AsyncGenerations(ABC):
         max_kv_divergence_nats: [none] the most that the KV format may diverge from exact KV, as
             measured: see `model_info().groups`
         cache_salt: [none] cached prefixes are shared only between requests with the same salt
+        max_reasoning_tokens: [none] after this many tokens of reasoning the model has to answer
+        structured_output: [none] what the output must match, as one of {"json_schema": a mapping or
+            JSON text}, {"json_object": True}, {"regex": text}, {"grammar": Lark or GBNF},
+            {"choice": texts}
         """
         return self._stream(
             prompt_message(prompt),
@@ -184,6 +218,9 @@ class AsyncGenerations(ABC):
                 "ignore_eos": ignore_eos,
                 "logit_bias": logit_bias,
                 "logprobs": logprobs,
+                "prompt_logprobs": prompt_logprobs,
+                "skip_special_tokens": skip_special_tokens,
+                "include_stop_str_in_output": include_stop_str_in_output,
                 "n": n,
                 "request_id": request_id,
                 "model": model,
@@ -192,6 +229,9 @@ class AsyncGenerations(ABC):
                 "allowed_kv_formats": allowed_kv_formats,
                 "max_kv_divergence_nats": max_kv_divergence_nats,
                 "cache_salt": cache_salt,
+                "max_reasoning_tokens": max_reasoning_tokens,
+                "structured_output": structured_output,
+                **unknown,
             },
         )
 
@@ -214,6 +254,9 @@ class AsyncGenerations(ABC):
         ignore_eos: bool | None = None,
         logit_bias: Mapping[int, float] | None = None,
         logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
+        skip_special_tokens: bool | None = None,
+        include_stop_str_in_output: bool | None = None,
         n: int | None = None,
         request_id: str | None = None,
         model: str | None = None,
@@ -222,13 +265,21 @@ class AsyncGenerations(ABC):
         allowed_kv_formats: Sequence[str] | None = None,
         max_kv_divergence_nats: float | None = None,
         cache_salt: str | None = None,
+        max_reasoning_tokens: int | None = None,
+        structured_output: Mapping[str, Any] | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         continue_final_message: bool | None = None,
+        chat_template: str | None = None,
+        chat_template_name: str | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
+        parallel_tool_calls: bool | None = None,
+        **unknown: Never,
     ) -> Completion:
         """Answer a chat rendered with the model's template; returns the whole output.
 
-        An option that is left out, or None, takes the server's default, which is in brackets.
+        An option that is left out, or None, takes the server's default, which is in brackets. The
+        model may have others for the first five: see `model_info().default_sampling_params`.
 
         temperature: [1] 0 to 100; 0 is greedy, and so is anything below 1e-5
         top_p: [1] nucleus sampling, in (0, 1]
@@ -238,13 +289,16 @@ class AsyncGenerations(ABC):
         presence_penalty: [0] -100 to 100, subtracted from the logits of tokens of the output
         frequency_penalty: [0] -100 to 100, subtracted once for each occurrence in the output
         seed: [random, and reported back] 64 bits
-        max_tokens: [256] output tokens per choice
+        max_tokens: [256] output tokens per choice; 0 with prompt_logprobs computes only the prompt
         min_tokens: [0] no stop token or stop string ends a choice before this many tokens
         stop: [none] strings that end a choice; its text ends before them
         stop_token_ids: [none] token ids that end a choice
         ignore_eos: [False] continue past the model's end-of-sequence tokens
         logit_bias: [none] token id -> bias added to its logit, -100 to 100
         logprobs: [none] log-probabilities of the chosen tokens, and of the k best, k from 0 to 20
+        prompt_logprobs: [none] the same for the tokens of the prompt; a long prompt needs a stream
+        skip_special_tokens: [True] leave special tokens, such as end-of-turn marks, out of the text
+        include_stop_str_in_output: [False] the text ends after the stop string or stop token
         n: [1] choices
         request_id: [a random one] names the request, e.g. for abort
         model: [the client's, or any] checked against the served model
@@ -255,11 +309,21 @@ class AsyncGenerations(ABC):
         max_kv_divergence_nats: [none] the most that the KV format may diverge from exact KV, as
             measured: see `model_info().groups`
         cache_salt: [none] cached prefixes are shared only between requests with the same salt
+        max_reasoning_tokens: [none] after this many tokens of reasoning the model has to answer
+        structured_output: [none] what the output must match, as one of {"json_schema": a mapping or
+            JSON text}, {"json_object": True}, {"regex": text}, {"grammar": Lark or GBNF},
+            {"choice": texts}
         tools: [none] functions that the model may call, each with name, description and parameters
             (a JSON schema), or as OpenAI's API has them, {"type": "function", "function": ...}
         chat_template_kwargs: [none] variables of the model's chat template, for instance
             {"enable_thinking": False}
         continue_final_message: [False] continue the last message, do not answer it
+        chat_template: [the model's] a template to use instead, in Jinja as transformers has it
+        chat_template_name: [the model's default] one of the model's own templates, see
+            `model_info().chat_template_names`
+        tool_choice: ["auto" with tools] "auto", "none", "required", or the tool to call, as
+            {"name": ...} or as OpenAI's API has it
+        parallel_tool_calls: [True] whether one answer may have several calls
         """
         return await self._complete(
             chat_message(messages),
@@ -279,6 +343,9 @@ class AsyncGenerations(ABC):
                 "ignore_eos": ignore_eos,
                 "logit_bias": logit_bias,
                 "logprobs": logprobs,
+                "prompt_logprobs": prompt_logprobs,
+                "skip_special_tokens": skip_special_tokens,
+                "include_stop_str_in_output": include_stop_str_in_output,
                 "n": n,
                 "request_id": request_id,
                 "model": model,
@@ -287,9 +354,16 @@ class AsyncGenerations(ABC):
                 "allowed_kv_formats": allowed_kv_formats,
                 "max_kv_divergence_nats": max_kv_divergence_nats,
                 "cache_salt": cache_salt,
+                "max_reasoning_tokens": max_reasoning_tokens,
+                "structured_output": structured_output,
                 "tools": tools,
                 "chat_template_kwargs": chat_template_kwargs,
                 "continue_final_message": continue_final_message,
+                "chat_template": chat_template,
+                "chat_template_name": chat_template_name,
+                "tool_choice": tool_choice,
+                "parallel_tool_calls": parallel_tool_calls,
+                **unknown,
             },
         )
 
@@ -312,6 +386,9 @@ class AsyncGenerations(ABC):
         ignore_eos: bool | None = None,
         logit_bias: Mapping[int, float] | None = None,
         logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
+        skip_special_tokens: bool | None = None,
+        include_stop_str_in_output: bool | None = None,
         n: int | None = None,
         request_id: str | None = None,
         model: str | None = None,
@@ -320,13 +397,21 @@ class AsyncGenerations(ABC):
         allowed_kv_formats: Sequence[str] | None = None,
         max_kv_divergence_nats: float | None = None,
         cache_salt: str | None = None,
+        max_reasoning_tokens: int | None = None,
+        structured_output: Mapping[str, Any] | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         continue_final_message: bool | None = None,
+        chat_template: str | None = None,
+        chat_template_name: str | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
+        parallel_tool_calls: bool | None = None,
+        **unknown: Never,
     ) -> AsyncStream:
         """Answer a chat; returns a stream that yields output as it is generated.
 
-        An option that is left out, or None, takes the server's default, which is in brackets.
+        An option that is left out, or None, takes the server's default, which is in brackets. The
+        model may have others for the first five: see `model_info().default_sampling_params`.
 
         temperature: [1] 0 to 100; 0 is greedy, and so is anything below 1e-5
         top_p: [1] nucleus sampling, in (0, 1]
@@ -336,13 +421,16 @@ class AsyncGenerations(ABC):
         presence_penalty: [0] -100 to 100, subtracted from the logits of tokens of the output
         frequency_penalty: [0] -100 to 100, subtracted once for each occurrence in the output
         seed: [random, and reported back] 64 bits
-        max_tokens: [256] output tokens per choice
+        max_tokens: [256] output tokens per choice; 0 with prompt_logprobs computes only the prompt
         min_tokens: [0] no stop token or stop string ends a choice before this many tokens
         stop: [none] strings that end a choice; its text ends before them
         stop_token_ids: [none] token ids that end a choice
         ignore_eos: [False] continue past the model's end-of-sequence tokens
         logit_bias: [none] token id -> bias added to its logit, -100 to 100
         logprobs: [none] log-probabilities of the chosen tokens, and of the k best, k from 0 to 20
+        prompt_logprobs: [none] the same for the tokens of the prompt; a long prompt needs a stream
+        skip_special_tokens: [True] leave special tokens, such as end-of-turn marks, out of the text
+        include_stop_str_in_output: [False] the text ends after the stop string or stop token
         n: [1] choices
         request_id: [a random one] names the request, e.g. for abort
         model: [the client's, or any] checked against the served model
@@ -353,11 +441,21 @@ class AsyncGenerations(ABC):
         max_kv_divergence_nats: [none] the most that the KV format may diverge from exact KV, as
             measured: see `model_info().groups`
         cache_salt: [none] cached prefixes are shared only between requests with the same salt
+        max_reasoning_tokens: [none] after this many tokens of reasoning the model has to answer
+        structured_output: [none] what the output must match, as one of {"json_schema": a mapping or
+            JSON text}, {"json_object": True}, {"regex": text}, {"grammar": Lark or GBNF},
+            {"choice": texts}
         tools: [none] functions that the model may call, each with name, description and parameters
             (a JSON schema), or as OpenAI's API has them, {"type": "function", "function": ...}
         chat_template_kwargs: [none] variables of the model's chat template, for instance
             {"enable_thinking": False}
         continue_final_message: [False] continue the last message, do not answer it
+        chat_template: [the model's] a template to use instead, in Jinja as transformers has it
+        chat_template_name: [the model's default] one of the model's own templates, see
+            `model_info().chat_template_names`
+        tool_choice: ["auto" with tools] "auto", "none", "required", or the tool to call, as
+            {"name": ...} or as OpenAI's API has it
+        parallel_tool_calls: [True] whether one answer may have several calls
         """
         return self._stream(
             chat_message(messages),
@@ -377,6 +475,9 @@ class AsyncGenerations(ABC):
                 "ignore_eos": ignore_eos,
                 "logit_bias": logit_bias,
                 "logprobs": logprobs,
+                "prompt_logprobs": prompt_logprobs,
+                "skip_special_tokens": skip_special_tokens,
+                "include_stop_str_in_output": include_stop_str_in_output,
                 "n": n,
                 "request_id": request_id,
                 "model": model,
@@ -385,8 +486,15 @@ class AsyncGenerations(ABC):
                 "allowed_kv_formats": allowed_kv_formats,
                 "max_kv_divergence_nats": max_kv_divergence_nats,
                 "cache_salt": cache_salt,
+                "max_reasoning_tokens": max_reasoning_tokens,
+                "structured_output": structured_output,
                 "tools": tools,
                 "chat_template_kwargs": chat_template_kwargs,
                 "continue_final_message": continue_final_message,
+                "chat_template": chat_template,
+                "chat_template_name": chat_template_name,
+                "tool_choice": tool_choice,
+                "parallel_tool_calls": parallel_tool_calls,
+                **unknown,
             },
         )

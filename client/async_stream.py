@@ -11,7 +11,15 @@ from kvmesh.client.flows import Emit, Now, Open, Read, Sleep, StreamFlow
 from kvmesh.client.stream_state import StreamState
 from kvmesh.client.stream_view import StreamView
 from kvmesh.client.transport import AsyncStreamCall, AsyncTransport, RpcFailure
-from kvmesh.client.types import Delta, Prefilling, Queued, Started, StreamEvent, Usage
+from kvmesh.client.types import (
+    Delta,
+    Prefilling,
+    PromptLogprobs,
+    Queued,
+    Started,
+    StreamEvent,
+    Usage,
+)
 from kvmesh.protos import pb
 
 Event = TypeVar("Event", bound=StreamEvent)
@@ -52,8 +60,9 @@ class AsyncStream(StreamView):
 
         Queued and Prefilling may come at any time before the output ends, most often before
         its first token, and say the same again when there is nothing new for some seconds.
+        PromptLogprobs come, if they were requested, while the prompt is computed.
         """
-        return self._iterate(Queued, Started, Prefilling, Delta, Usage)
+        return self._iterate(Queued, Started, Prefilling, PromptLogprobs, Delta, Usage)
 
     async def aclose(self) -> None:
         """End the request on the server, and a loop over the stream with ClosedError."""

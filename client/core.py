@@ -139,6 +139,17 @@ class Core:
         request = requests.tokenize_request(prompt, model or self._settings.model)
         return self._unary(transport.TOKENIZE, request, timeout_s)
 
+    def detokenize(
+        self,
+        token_ids: Sequence[int],
+        model: str | None,
+        skip_special_tokens: bool,
+        timeout_s: Timeout,
+    ) -> UnaryFlow[pb.DetokenizeResponse]:
+        model = model or self._settings.model
+        request = requests.detokenize_request(token_ids, model, skip_special_tokens)
+        return self._unary(transport.DETOKENIZE, request, timeout_s)
+
     def estimate(
         self, request: pb.EstimateBudgetRequest, timeout_s: Timeout
     ) -> UnaryFlow[pb.EstimateBudgetResponse]:

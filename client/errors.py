@@ -2,6 +2,7 @@
 
     KVMeshError
     ├── InvalidRequestError         a field is wrong; `field` names it
+    │   └── UnknownOptionError      there is no such option (also a TypeError)
     ├── AuthenticationError         the API key is missing or wrong
     │   └── CredentialsError        the key file cannot be used
     ├── PermissionDeniedError       the key does not allow this
@@ -110,6 +111,10 @@ class InvalidRequestError(KVMeshError):
     def of(cls, field: str, description: str) -> InvalidRequestError:
         """An error detected before anything was sent."""
         return cls(f"{field}: {description}", violations=(FieldViolation(field, description),))
+
+
+class UnknownOptionError(InvalidRequestError, TypeError):
+    """An argument is not an option of this method; the message says which was perhaps meant."""
 
 
 class AuthenticationError(KVMeshError):

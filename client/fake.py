@@ -39,7 +39,13 @@ from kvmesh.client.errors import (
     ResumeError,
     UnavailableError,
 )
-from kvmesh.client.fake_output import DEFAULT_MAX_TOKENS, FakeOutput, fake_output
+from kvmesh.client.fake_output import (
+    DEFAULT_MAX_TOKENS,
+    FakeAnswer,
+    FakeOutput,
+    fake_output,
+    fake_prompt_logprobs,
+)
 from kvmesh.client.status import TRAILER, encode
 from kvmesh.client.transport import Method, Reply, Request, RpcFailure
 from kvmesh.client.types import Prefilling, Queued
@@ -65,18 +71,18 @@ _CODES: tuple[tuple[type[KVMeshError], str, pb.ErrorReason.ValueType], ...] = (
 class FakeServer:
     """The server behind both fake transports: answers, injected failures, and a record.
 
-    It obeys max_tokens, min_tokens, stop, stop_token_ids, ignore_eos, logprobs and n, and
-    reports the seed. It does not sample: all choices of a request are the same.
+    It obeys max_tokens, min_tokens, stop, stop_token_ids, include_stop_str_in_output, ignore_eos,
+    logprobs, prompt_logprobs and n, and reports the seed. It does not sample: all choices of a
+    request are the same.
 
-    answers: one text per generation, in order; the last one repeats; each word of a
-        text is one token
+    answers: one per generation, in order; the last one repeats; each word of a text is one token
     requests: all requests received, in order, including failed ones
     metadata: that of each request
     slept_s: total back-off time; the fake clock passes it instantly
     open_streams: streams in progress
     """
 
-    def __init__(self, answers: Sequence[str] = ("Hello.",)) -> None:
+    def __init__(self, answers: Sequence[str | FakeAnswer] = ("Hello.",)) -> None:
         if not answers:
             raise ValueError("answers must not be empty; give at least one text")
         self._answers = deque(answers)
@@ -112,6 +118,11 @@ class FakeServer:
             case pb.TokenizeRequest():
                 return pb.TokenizeResponse(
                     token_ids=range(_prompt_tokens(request.prompt)), max_model_len=8192
+                )
+            case pb.DetokenizeRequest():
+                pieces = [f" {token}" for token in request.token_ids]
+                return pb.DetokenizeResponse(
+                    text="".join(pieces), token_bytes=[piece.encode() for piece in pieces]
                 )
             case pb.AbortRequest():
                 return pb.AbortResponse(aborted=self.open_streams > 0)
@@ -154,6 +165,9 @@ class FakeServer:
             )
         )  # fmt: skip
         yield from (_wait_event(event) for event in waits if isinstance(event, Prefilling))
+        scores = fake_prompt_logprobs(_prompt_tokens(request.prompt), request.sampling_params)
+        if scores is not None and not request.resume.prompt_logprobs_received:
+            yield pb.GenerateStreamResponse(prompt_logprobs=scores)
         for sent, event in enumerate(_output_events(request, output)):
             if failure is not None and sent == after_tokens:
                 raise _failure_of(failure)
@@ -181,6 +195,9 @@ class FakeServer:
             seed=self._seed(request),
             choices=[output.choice] * _num_choices(request),
             usage=_usage(request, output),
+            prompt_logprobs=fake_prompt_logprobs(
+                _prompt_tokens(request.prompt), request.sampling_params
+            ),
         )
         for index, choice in enumerate(reply.choices):
             choice.index = index
@@ -207,7 +224,7 @@ class FakeServer:
 class FakeTransport:
     """For Client(transport=...)."""
 
-    def __init__(self, answers: Sequence[str] = ("Hello.",)) -> None:
+    def __init__(self, answers: Sequence[str | FakeAnswer] = ("Hello.",)) -> None:
         self.server = FakeServer(answers)
         self._closed = False
 
@@ -244,7 +261,7 @@ class FakeTransport:
 class AsyncFakeTransport:
     """For AsyncClient(transport=...)."""
 
-    def __init__(self, answers: Sequence[str] = ("Hello.",)) -> None:
+    def __init__(self, answers: Sequence[str | FakeAnswer] = ("Hello.",)) -> None:
         self._blocking = FakeTransport(answers)
         self.server = self._blocking.server
 
@@ -347,6 +364,10 @@ def _output_events(
                 )
                 yield pb.GenerateStreamResponse(delta=delta)
     for index in sorted(live):
+        count = len(output.pieces)
+        for part in output.parts(index, resumed.get(index)):
+            part.token_offset = count
+            yield pb.GenerateStreamResponse(delta=part)
         finished = pb.ChoiceFinished(index=index, finish_reason=output.choice.finish_reason)
         match output.choice.WhichOneof("matched_stop"):
             case "matched_stop_string":

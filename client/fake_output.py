@@ -8,9 +8,10 @@ allow that, the text is repeated.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from kvmesh.client.types import ToolCall
 from kvmesh.protos import pb
 
 DEFAULT_MAX_TOKENS = 256
@@ -21,11 +22,38 @@ _LN_2 = 0.69315
 
 
 @dataclass(frozen=True, slots=True)
+class FakeAnswer:
+    """An answer with more than text. Only the words of the text count as tokens."""
+
+    text: str = ""
+    reasoning: str = ""
+    tool_calls: Sequence[ToolCall] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class FakeOutput:
     """choice: all of it; pieces: the text of each token, together the choice's text"""
 
     choice: pb.Choice
     pieces: tuple[str, ...]
+
+    def parts(self, index: int, had: pb.ResumedChoice | None) -> Iterator[pb.Delta]:
+        """Reasoning and calls that the client has not received, without the text's tokens."""
+        reasoning = self.choice.reasoning[had.reasoning_chars if had else 0 :]
+        if reasoning:
+            yield pb.Delta(index=index, reasoning=reasoning)
+        known = list(had.tool_arguments_chars) if had else []
+        for number, call in enumerate(self.choice.tool_calls):
+            sent = known[number] if number < len(known) else None
+            start = pb.ToolCallDelta(index=number)
+            if sent is None:
+                start.id, start.name = call.id, call.name
+                yield pb.Delta(index=index, tool_calls=[start])
+            rest = call.arguments_json[sent or 0 :]
+            for piece in (rest[: len(rest) // 2], rest[len(rest) // 2 :]):
+                if piece:
+                    part = pb.ToolCallDelta(index=number, arguments_json=piece)
+                    yield pb.Delta(index=index, tool_calls=[part])
 
     def logprobs(self, position: int) -> pb.Logprobs | None:
         """Of one token; None if they were not requested."""
@@ -43,16 +71,21 @@ class FakeOutput:
         )
 
 
-def fake_output(answer: str, params: pb.SamplingParams) -> FakeOutput:
+def fake_output(answer: str | FakeAnswer, params: pb.SamplingParams) -> FakeOutput:
     """The output of one choice. Sampling itself is not imitated: all choices are the same."""
-    words = re.findall(r"\s*\S+|\s+$", answer)
-    max_tokens = max(1, params.max_tokens if params.HasField("max_tokens") else DEFAULT_MAX_TOKENS)
-    choice = pb.Choice()
+    if isinstance(answer, str):
+        answer = FakeAnswer(answer)
+    words = re.findall(r"\s*\S+|\s+$", answer.text)
+    max_tokens = params.max_tokens if params.HasField("max_tokens") else DEFAULT_MAX_TOKENS
+    max_tokens = max(0 if params.HasField("prompt_logprobs") else 1, max_tokens)
+    choice = pb.Choice(reasoning=answer.reasoning)
     starts: list[int] = []
     while not choice.finish_reason:
         count = len(starts)
         can_stop = count >= params.min_tokens and not params.ignore_eos
-        if count >= len(words) and (can_stop or not words):
+        if not max_tokens:
+            choice.finish_reason = pb.FINISH_REASON_LENGTH
+        elif count >= len(words) and (can_stop or not words):
             choice.finish_reason = pb.FINISH_REASON_STOP
         elif count == max_tokens:
             choice.finish_reason = pb.FINISH_REASON_LENGTH
@@ -65,9 +98,24 @@ def fake_output(answer: str, params: pb.SamplingParams) -> FakeOutput:
             choice.text += word
             if count + 1 >= params.min_tokens:
                 _stop(choice, starts[-1], params)
+    if choice.finish_reason == pb.FINISH_REASON_STOP and answer.tool_calls:
+        choice.finish_reason = pb.FINISH_REASON_TOOL_CALLS
+        for call in answer.tool_calls:
+            choice.tool_calls.add(id=call.id, name=call.name, arguments_json=call.arguments_json)
     ends = [*starts[1:], len(choice.text)] if starts else []
     pieces = tuple(choice.text[start:end] for start, end in zip(starts, ends, strict=True))
     return FakeOutput(choice, pieces)
+
+
+def fake_prompt_logprobs(num_tokens: int, params: pb.SamplingParams) -> pb.Logprobs | None:
+    """Of a prompt's tokens but the first, whose ids are 0, 1, ...; None if not requested."""
+    if not params.HasField("prompt_logprobs"):
+        return None
+    columns = pb.Logprobs()
+    for token_id in range(1, num_tokens):
+        columns.MergeFrom(_logprobs(token_id, f" {token_id}", params.prompt_logprobs))
+        columns.chosen_token_ids.append(token_id)
+    return columns
 
 
 def _word(words: Sequence[str], position: int) -> str:
@@ -78,8 +126,9 @@ def _word(words: Sequence[str], position: int) -> str:
 def _stop(choice: pb.Choice, start: int, params: pb.SamplingParams) -> None:
     """End the choice if its last token, whose text begins at `start`, stops it."""
     last = choice.token_ids[-1]
+    include = params.include_stop_str_in_output
     if last in params.stop_token_ids:
-        choice.text = choice.text[:start]
+        choice.text = choice.text if include else choice.text[:start]
         choice.matched_stop_token_id = last
         choice.finish_reason = pb.FINISH_REASON_STOP
         return
@@ -90,7 +139,8 @@ def _stop(choice: pb.Choice, start: int, params: pb.SamplingParams) -> None:
     ]
     if found:
         position, choice.matched_stop_string = min(found)
-        choice.text = choice.text[:position]
+        end = position + len(choice.matched_stop_string) if include else position
+        choice.text = choice.text[:end]
         choice.finish_reason = pb.FINISH_REASON_STOP
 
 

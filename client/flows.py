@@ -16,7 +16,7 @@ from kvmesh.client.errors import DeadlineExceededError
 from kvmesh.client.failures import RetryState, error_of
 from kvmesh.client.stream_state import StreamState
 from kvmesh.client.transport import Method, Reply, Request, RpcFailure
-from kvmesh.client.types import Delta, StreamEvent
+from kvmesh.client.types import Delta, PromptLogprobs, StreamEvent
 from kvmesh.protos import pb
 
 # The server ends a request at its timeout and answers. The call's own deadline
@@ -119,7 +119,7 @@ def stream(
             while (event := (yield Read())) is not None:
                 retry.contact.made = True
                 if (found := state.feed(event)) is not None:
-                    if isinstance(found, Delta):
+                    if isinstance(found, Delta | PromptLogprobs):
                         retry.progress()
                     yield Emit(found)
             if state.ended:

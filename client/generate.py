@@ -40,7 +40,7 @@ HEAD = '''"""The methods of the asyncio client that generate. Written by `make s
 # Annotations are not texts, so that help() shows them without quotes.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Never
 
 from kvmesh.client.async_stream import AsyncStream
 from kvmesh.client.options import UNSET, Messages, Timeout
@@ -92,12 +92,13 @@ def _method(name: str, prompt: str, message: str, result: str, summary: str) -> 
         self,
         {prompt},
         *,
-{parameters}    ) -> {result}:
+{parameters}        **unknown: Never,
+    ) -> {result}:
         """{summary}
 
 {docstring}
         """
-        return {call}, {{{values}}})
+        return {call}, {{{values}, **unknown}})
 '''
 
 

@@ -11,6 +11,7 @@ from typing import Any, Final, TypeAlias, TypedDict
 
 from kvmesh.client.checks import check_seconds
 from kvmesh.client.errors import InvalidRequestError
+from kvmesh.client.types import ToolCall
 
 
 class Unset(enum.Enum):
@@ -31,14 +32,14 @@ Timeout: TypeAlias = float | None | Unset
 class Message:
     """One message of a chat; role is "system", "user", "assistant" or one of the template's.
 
-    tool_calls: that the model made, as OpenAI's API returns them or as {"id", "name",
-        "arguments"}; arguments are JSON text or a mapping
+    tool_calls: that the model made, as `Completion.tool_calls` has them, as OpenAI's API returns
+        them, or as {"id", "name", "arguments"}; arguments are JSON text or a mapping
     tool_call_id, name: of the call that a message of the role "tool" has the result of
     """
 
     role: str
     content: str | Sequence[Mapping[str, Any]] = ""
-    tool_calls: Sequence[Mapping[str, Any]] = ()
+    tool_calls: Sequence[ToolCall | Mapping[str, Any]] = ()
     tool_call_id: str = ""
     name: str = ""
 
@@ -51,7 +52,8 @@ Prompt: TypeAlias = str | Messages | Sequence[int]
 class GenerateOptions(TypedDict, total=False):
     """The keyword options of generate and generate_stream.
 
-    An option that is left out, or None, takes the server's default, which is in brackets.
+    An option that is left out, or None, takes the server's default, which is in brackets. The
+    model may have others for the first five: see `model_info().default_sampling_params`.
 
     temperature: [1] 0 to 100; 0 is greedy, and so is anything below 1e-5
     top_p: [1] nucleus sampling, in (0, 1]
@@ -61,13 +63,16 @@ class GenerateOptions(TypedDict, total=False):
     presence_penalty: [0] -100 to 100, subtracted from the logits of tokens of the output
     frequency_penalty: [0] -100 to 100, subtracted once for each occurrence in the output
     seed: [random, and reported back] 64 bits
-    max_tokens: [256] output tokens per choice
+    max_tokens: [256] output tokens per choice; 0 with prompt_logprobs computes only the prompt
     min_tokens: [0] no stop token or stop string ends a choice before this many tokens
     stop: [none] strings that end a choice; its text ends before them
     stop_token_ids: [none] token ids that end a choice
     ignore_eos: [False] continue past the model's end-of-sequence tokens
     logit_bias: [none] token id -> bias added to its logit, -100 to 100
     logprobs: [none] log-probabilities of the chosen tokens, and of the k best, k from 0 to 20
+    prompt_logprobs: [none] the same for the tokens of the prompt; a long prompt needs a stream
+    skip_special_tokens: [True] leave special tokens, such as end-of-turn marks, out of the text
+    include_stop_str_in_output: [False] the text ends after the stop string or stop token
     n: [1] choices
     request_id: [a random one] names the request, e.g. for abort
     model: [the client's, or any] checked against the served model
@@ -78,6 +83,10 @@ class GenerateOptions(TypedDict, total=False):
     max_kv_divergence_nats: [none] the most that the KV format may diverge from exact KV, as
         measured: see `model_info().groups`
     cache_salt: [none] cached prefixes are shared only between requests with the same salt
+    max_reasoning_tokens: [none] after this many tokens of reasoning the model has to answer
+    structured_output: [none] what the output must match, as one of {"json_schema": a mapping or
+        JSON text}, {"json_object": True}, {"regex": text}, {"grammar": Lark or GBNF},
+        {"choice": texts}
     """
 
     temperature: float
@@ -95,6 +104,9 @@ class GenerateOptions(TypedDict, total=False):
     ignore_eos: bool
     logit_bias: Mapping[int, float]
     logprobs: int
+    prompt_logprobs: int
+    skip_special_tokens: bool
+    include_stop_str_in_output: bool
     n: int
     request_id: str
     model: str
@@ -103,6 +115,8 @@ class GenerateOptions(TypedDict, total=False):
     allowed_kv_formats: Sequence[str]
     max_kv_divergence_nats: float
     cache_salt: str
+    max_reasoning_tokens: int
+    structured_output: Mapping[str, Any]
 
 
 class ChatOptions(GenerateOptions, total=False):
@@ -113,11 +127,21 @@ class ChatOptions(GenerateOptions, total=False):
     chat_template_kwargs: [none] variables of the model's chat template, for instance
         {"enable_thinking": False}
     continue_final_message: [False] continue the last message, do not answer it
+    chat_template: [the model's] a template to use instead, in Jinja as transformers has it
+    chat_template_name: [the model's default] one of the model's own templates, see
+        `model_info().chat_template_names`
+    tool_choice: ["auto" with tools] "auto", "none", "required", or the tool to call, as
+        {"name": ...} or as OpenAI's API has it
+    parallel_tool_calls: [True] whether one answer may have several calls
     """
 
     tools: Sequence[Mapping[str, Any]]
     chat_template_kwargs: Mapping[str, Any]
     continue_final_message: bool
+    chat_template: str
+    chat_template_name: str
+    tool_choice: str | Mapping[str, Any]
+    parallel_tool_calls: bool
 
 
 @dataclass(frozen=True, slots=True)

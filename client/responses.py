@@ -17,6 +17,7 @@ from kvmesh.client.types import (
     FinishReason,
     TokenLogprob,
     TokenLogprobs,
+    ToolCall,
     Usage,
 )
 from kvmesh.protos import pb
@@ -28,6 +29,7 @@ _FINISH_REASONS: dict[pb.FinishReason.ValueType, FinishReason] = {
     pb.FINISH_REASON_LENGTH: FinishReason.LENGTH,
     pb.FINISH_REASON_ABORT: FinishReason.ABORT,
     pb.FINISH_REASON_DEADLINE: FinishReason.DEADLINE,
+    pb.FINISH_REASON_TOOL_CALLS: FinishReason.TOOL_CALLS,
 }
 
 
@@ -88,10 +90,13 @@ def completion(reply: pb.GenerateResponse) -> Completion:
                 finish_reason_number=choice.finish_reason,
                 matched_stop=matched_stop(choice),
                 logprobs=logprobs(choice.token_ids, choice.logprobs),
+                reasoning=choice.reasoning,
+                tool_calls=tuple(mirror(ToolCall, call) for call in choice.tool_calls),
             )
             for choice in reply.choices
         ),
         usage=mirror(Usage, reply.usage),
+        prompt_logprobs=prompt_logprobs(reply.prompt_logprobs),
     )
 
 
@@ -117,6 +122,11 @@ def logprobs(token_ids: Sequence[int], columns: pb.Logprobs) -> tuple[TokenLogpr
     return tuple(
         TokenLogprobs(entry, top[k * index : k * (index + 1)]) for index, entry in enumerate(chosen)
     )
+
+
+def prompt_logprobs(columns: pb.Logprobs) -> tuple[TokenLogprobs, ...]:
+    """Of a prompt's tokens."""
+    return logprobs(columns.chosen_token_ids, columns)
 
 
 def _token_logprob(token_id: int, token: bytes, logprob: float) -> TokenLogprob:

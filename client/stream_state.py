@@ -7,26 +7,66 @@ from dataclasses import dataclass, field
 from kvmesh.client import responses
 from kvmesh.client.cursor import decode_cursor, encode_cursor
 from kvmesh.client.errors import ClosedError, ProtocolError
-from kvmesh.client.types import Completion, Delta, Prefilling, Queued, Started, StreamEvent, Usage
+from kvmesh.client.types import (
+    Completion,
+    Delta,
+    Prefilling,
+    PromptLogprobs,
+    Queued,
+    Started,
+    StreamEvent,
+    ToolCallDelta,
+    Usage,
+)
 from kvmesh.protos import pb
 
 
 @dataclass(slots=True)
 class _ChoiceState:
-    """choice: all that was received, except for the text"""
+    """choice: all that was received, except for texts"""
 
     choice: pb.Choice
     # In a message, adding to a long text would copy it.
     text: list[str] = field(default_factory=list)
     text_chars: int = 0
+    reasoning: list[str] = field(default_factory=list)
+    reasoning_chars: int = 0
+    arguments: list[list[str]] = field(default_factory=list)  # of each call
+
+    @classmethod
+    def of(cls, choice: pb.Choice) -> _ChoiceState:
+        """What another stream has received."""
+        state = cls(choice, [choice.text], len(choice.text))
+        state.reasoning, state.reasoning_chars = [choice.reasoning], len(choice.reasoning)
+        state.arguments = [[call.arguments_json] for call in choice.tool_calls]
+        choice.ClearField("text")
+        choice.ClearField("reasoning")
+        for call in choice.tool_calls:
+            call.ClearField("arguments_json")
+        return state
+
+    def add(self, delta: pb.Delta) -> None:
+        self.text.append(delta.text)
+        self.text_chars += len(delta.text)
+        self.reasoning.append(delta.reasoning)
+        self.reasoning_chars += len(delta.reasoning)
+        for piece in delta.tool_calls:
+            if piece.index == len(self.arguments):
+                self.choice.tool_calls.add(id=piece.id, name=piece.name)
+                self.arguments.append([])
+            self.arguments[piece.index].append(piece.arguments_json)
+        self.choice.token_ids.extend(delta.token_ids)
+        self.choice.logprobs.MergeFrom(delta.logprobs)
 
     @property
     def finished(self) -> bool:
         return self.choice.finish_reason != pb.FINISH_REASON_UNSPECIFIED
 
     def received(self) -> pb.Choice:
-        choice = pb.Choice(text="".join(self.text))
+        choice = pb.Choice(text="".join(self.text), reasoning="".join(self.reasoning))
         choice.MergeFrom(self.choice)
+        for call, arguments in zip(choice.tool_calls, self.arguments, strict=True):
+            call.arguments_json = "".join(arguments)
         return choice
 
 
@@ -44,6 +84,7 @@ class StreamState:
         self._choices: dict[int, _ChoiceState] = {}
         self._usage: pb.Usage | None = None
         self._connections = 0
+        self._prompt_logprobs = pb.Logprobs()
         self.continues = continues
         self.queued: Queued | None = None
         self.started: Started | None = None
@@ -58,10 +99,9 @@ class StreamState:
         """
         request, received = decode_cursor(text)
         state = cls(request, continues=True)
+        state._prompt_logprobs.CopyFrom(received.prompt_logprobs)
         for choice in received.choices:
-            found = _ChoiceState(choice, [choice.text], len(choice.text))
-            choice.ClearField("text")
-            state._choices[choice.index] = found
+            state._choices[choice.index] = _ChoiceState.of(choice)
         return state
 
     @property
@@ -86,12 +126,15 @@ class StreamState:
         request = pb.GenerateRequest()
         request.CopyFrom(self._request)
         if request.HasField("resume"):
+            request.resume.prompt_logprobs_received = len(self._prompt_logprobs.chosen)
             for index, state in sorted(self._choices.items()):
                 request.resume.choices.add(
                     index=index,
                     token_ids=state.choice.token_ids,
                     text_chars=state.text_chars,
                     finished=state.finished,
+                    reasoning_chars=state.reasoning_chars,
+                    tool_arguments_chars=[sum(map(len, found)) for found in state.arguments],
                 )
         return request
 
@@ -111,6 +154,9 @@ class StreamState:
             case "prefilling":
                 self.prefilling = responses.mirror(Prefilling, event.prefilling)
                 return self.prefilling
+            case "prompt_logprobs":
+                self._prompt_logprobs.MergeFrom(event.prompt_logprobs)
+                return PromptLogprobs(responses.prompt_logprobs(event.prompt_logprobs))
             case "delta":
                 return self._delta(event.delta)
             case "choice_finished":
@@ -133,6 +179,7 @@ class StreamState:
             seed=self._request.sampling_params.seed,
             choices=[state.received() for _, state in sorted(self._choices.items())],
             usage=self._usage,
+            prompt_logprobs=self._prompt_logprobs if self._prompt_logprobs.chosen else None,
         )
 
     def _start(self, started: pb.Started) -> Started:
@@ -152,15 +199,21 @@ class StreamState:
                 f"choice {delta.index} has {received_tokens} tokens, "
                 f"but the delta starts at token {delta.token_offset}"
             )
-        state.text.append(delta.text)
-        state.text_chars += len(delta.text)
-        state.choice.token_ids.extend(delta.token_ids)
-        state.choice.logprobs.MergeFrom(delta.logprobs)
+        known = len(state.arguments)
+        for piece in delta.tool_calls:
+            if piece.index > known:
+                raise self._broken(
+                    f"choice {delta.index} has {known} tool calls, but call {piece.index} continues"
+                )
+            known += piece.index == known
+        state.add(delta)
         return Delta(
             index=delta.index,
             text=delta.text,
             token_ids=tuple(delta.token_ids),
             logprobs=responses.logprobs(delta.token_ids, delta.logprobs),
+            reasoning=delta.reasoning,
+            tool_calls=tuple(responses.mirror(ToolCallDelta, call) for call in delta.tool_calls),
         )
 
     def _finish(self, finished: pb.ChoiceFinished) -> Delta:

@@ -128,6 +128,18 @@ class Client(Generations):
         """The token ids that a generation would use for this prompt."""
         return responses.mirror(Tokens, self._run(self._core.tokenize(prompt, model, timeout_s)))
 
+    def detokenize(
+        self,
+        token_ids: Sequence[int],
+        *,
+        skip_special_tokens: bool = False,
+        model: str | None = None,
+        timeout_s: Timeout = UNSET,
+    ) -> str:
+        """The text of token ids; bytes that are not valid UTF-8 become U+FFFD."""
+        flow = self._core.detokenize(token_ids, model, skip_special_tokens, timeout_s)
+        return (self._run(flow)).text
+
     def estimate(
         self,
         prompt: Prompt | None = None,

@@ -4,7 +4,7 @@
 # Annotations are not texts, so that help() shows them without quotes.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Never
 
 from kvmesh.client.options import UNSET, Messages, Timeout
 from kvmesh.client.requests import chat_message, prompt_message
@@ -41,6 +41,9 @@ class Generations(ABC):
         ignore_eos: bool | None = None,
         logit_bias: Mapping[int, float] | None = None,
         logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
+        skip_special_tokens: bool | None = None,
+        include_stop_str_in_output: bool | None = None,
         n: int | None = None,
         request_id: str | None = None,
         model: str | None = None,
@@ -49,10 +52,14 @@ class Generations(ABC):
         allowed_kv_formats: Sequence[str] | None = None,
         max_kv_divergence_nats: float | None = None,
         cache_salt: str | None = None,
+        max_reasoning_tokens: int | None = None,
+        structured_output: Mapping[str, Any] | None = None,
+        **unknown: Never,
     ) -> Completion:
         """Continue a prompt given as text or token ids; returns the whole output.
 
-        An option that is left out, or None, takes the server's default, which is in brackets.
+        An option that is left out, or None, takes the server's default, which is in brackets. The
+        model may have others for the first five: see `model_info().default_sampling_params`.
 
         temperature: [1] 0 to 100; 0 is greedy, and so is anything below 1e-5
         top_p: [1] nucleus sampling, in (0, 1]
@@ -62,13 +69,16 @@ class Generations(ABC):
         presence_penalty: [0] -100 to 100, subtracted from the logits of tokens of the output
         frequency_penalty: [0] -100 to 100, subtracted once for each occurrence in the output
         seed: [random, and reported back] 64 bits
-        max_tokens: [256] output tokens per choice
+        max_tokens: [256] output tokens per choice; 0 with prompt_logprobs computes only the prompt
         min_tokens: [0] no stop token or stop string ends a choice before this many tokens
         stop: [none] strings that end a choice; its text ends before them
         stop_token_ids: [none] token ids that end a choice
         ignore_eos: [False] continue past the model's end-of-sequence tokens
         logit_bias: [none] token id -> bias added to its logit, -100 to 100
         logprobs: [none] log-probabilities of the chosen tokens, and of the k best, k from 0 to 20
+        prompt_logprobs: [none] the same for the tokens of the prompt; a long prompt needs a stream
+        skip_special_tokens: [True] leave special tokens, such as end-of-turn marks, out of the text
+        include_stop_str_in_output: [False] the text ends after the stop string or stop token
         n: [1] choices
         request_id: [a random one] names the request, e.g. for abort
         model: [the client's, or any] checked against the served model
@@ -79,6 +89,10 @@ class Generations(ABC):
         max_kv_divergence_nats: [none] the most that the KV format may diverge from exact KV, as
             measured: see `model_info().groups`
         cache_salt: [none] cached prefixes are shared only between requests with the same salt
+        max_reasoning_tokens: [none] after this many tokens of reasoning the model has to answer
+        structured_output: [none] what the output must match, as one of {"json_schema": a mapping or
+            JSON text}, {"json_object": True}, {"regex": text}, {"grammar": Lark or GBNF},
+            {"choice": texts}
         """
         return self._complete(
             prompt_message(prompt),
@@ -98,6 +112,9 @@ class Generations(ABC):
                 "ignore_eos": ignore_eos,
                 "logit_bias": logit_bias,
                 "logprobs": logprobs,
+                "prompt_logprobs": prompt_logprobs,
+                "skip_special_tokens": skip_special_tokens,
+                "include_stop_str_in_output": include_stop_str_in_output,
                 "n": n,
                 "request_id": request_id,
                 "model": model,
@@ -106,6 +123,9 @@ class Generations(ABC):
                 "allowed_kv_formats": allowed_kv_formats,
                 "max_kv_divergence_nats": max_kv_divergence_nats,
                 "cache_salt": cache_salt,
+                "max_reasoning_tokens": max_reasoning_tokens,
+                "structured_output": structured_output,
+                **unknown,
             },
         )
 
@@ -128,6 +148,9 @@ class Generations(ABC):
         ignore_eos: bool | None = None,
         logit_bias: Mapping[int, float] | None = None,
         logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
+        skip_special_tokens: bool | None = None,
+        include_stop_str_in_output: bool | None = None,
         n: int | None = None,
         request_id: str | None = None,
         model: str | None = None,
@@ -136,10 +159,14 @@ class Generations(ABC):
         allowed_kv_formats: Sequence[str] | None = None,
         max_kv_divergence_nats: float | None = None,
         cache_salt: str | None = None,
+        max_reasoning_tokens: int | None = None,
+        structured_output: Mapping[str, Any] | None = None,
+        **unknown: Never,
     ) -> Stream:
         """Continue a prompt; returns a stream that yields output as it is generated.
 
-        An option that is left out, or None, takes the server's default, which is in brackets.
+        An option that is left out, or None, takes the server's default, which is in brackets. The
+        model may have others for the first five: see `model_info().default_sampling_params`.
 
         temperature: [1] 0 to 100; 0 is greedy, and so is anything below 1e-5
         top_p: [1] nucleus sampling, in (0, 1]
@@ -149,13 +176,16 @@ class Generations(ABC):
         presence_penalty: [0] -100 to 100, subtracted from the logits of tokens of the output
         frequency_penalty: [0] -100 to 100, subtracted once for each occurrence in the output
         seed: [random, and reported back] 64 bits
-        max_tokens: [256] output tokens per choice
+        max_tokens: [256] output tokens per choice; 0 with prompt_logprobs computes only the prompt
         min_tokens: [0] no stop token or stop string ends a choice before this many tokens
         stop: [none] strings that end a choice; its text ends before them
         stop_token_ids: [none] token ids that end a choice
         ignore_eos: [False] continue past the model's end-of-sequence tokens
         logit_bias: [none] token id -> bias added to its logit, -100 to 100
         logprobs: [none] log-probabilities of the chosen tokens, and of the k best, k from 0 to 20
+        prompt_logprobs: [none] the same for the tokens of the prompt; a long prompt needs a stream
+        skip_special_tokens: [True] leave special tokens, such as end-of-turn marks, out of the text
+        include_stop_str_in_output: [False] the text ends after the stop string or stop token
         n: [1] choices
         request_id: [a random one] names the request, e.g. for abort
         model: [the client's, or any] checked against the served model
@@ -166,6 +196,10 @@ class Generations(ABC):
         max_kv_divergence_nats: [none] the most that the KV format may diverge from exact KV, as
             measured: see `model_info().groups`
         cache_salt: [none] cached prefixes are shared only between requests with the same salt
+        max_reasoning_tokens: [none] after this many tokens of reasoning the model has to answer
+        structured_output: [none] what the output must match, as one of {"json_schema": a mapping or
+            JSON text}, {"json_object": True}, {"regex": text}, {"grammar": Lark or GBNF},
+            {"choice": texts}
         """
         return self._stream(
             prompt_message(prompt),
@@ -185,6 +219,9 @@ class Generations(ABC):
                 "ignore_eos": ignore_eos,
                 "logit_bias": logit_bias,
                 "logprobs": logprobs,
+                "prompt_logprobs": prompt_logprobs,
+                "skip_special_tokens": skip_special_tokens,
+                "include_stop_str_in_output": include_stop_str_in_output,
                 "n": n,
                 "request_id": request_id,
                 "model": model,
@@ -193,6 +230,9 @@ class Generations(ABC):
                 "allowed_kv_formats": allowed_kv_formats,
                 "max_kv_divergence_nats": max_kv_divergence_nats,
                 "cache_salt": cache_salt,
+                "max_reasoning_tokens": max_reasoning_tokens,
+                "structured_output": structured_output,
+                **unknown,
             },
         )
 
@@ -215,6 +255,9 @@ class Generations(ABC):
         ignore_eos: bool | None = None,
         logit_bias: Mapping[int, float] | None = None,
         logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
+        skip_special_tokens: bool | None = None,
+        include_stop_str_in_output: bool | None = None,
         n: int | None = None,
         request_id: str | None = None,
         model: str | None = None,
@@ -223,13 +266,21 @@ class Generations(ABC):
         allowed_kv_formats: Sequence[str] | None = None,
         max_kv_divergence_nats: float | None = None,
         cache_salt: str | None = None,
+        max_reasoning_tokens: int | None = None,
+        structured_output: Mapping[str, Any] | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         continue_final_message: bool | None = None,
+        chat_template: str | None = None,
+        chat_template_name: str | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
+        parallel_tool_calls: bool | None = None,
+        **unknown: Never,
     ) -> Completion:
         """Answer a chat rendered with the model's template; returns the whole output.
 
-        An option that is left out, or None, takes the server's default, which is in brackets.
+        An option that is left out, or None, takes the server's default, which is in brackets. The
+        model may have others for the first five: see `model_info().default_sampling_params`.
 
         temperature: [1] 0 to 100; 0 is greedy, and so is anything below 1e-5
         top_p: [1] nucleus sampling, in (0, 1]
@@ -239,13 +290,16 @@ class Generations(ABC):
         presence_penalty: [0] -100 to 100, subtracted from the logits of tokens of the output
         frequency_penalty: [0] -100 to 100, subtracted once for each occurrence in the output
         seed: [random, and reported back] 64 bits
-        max_tokens: [256] output tokens per choice
+        max_tokens: [256] output tokens per choice; 0 with prompt_logprobs computes only the prompt
         min_tokens: [0] no stop token or stop string ends a choice before this many tokens
         stop: [none] strings that end a choice; its text ends before them
         stop_token_ids: [none] token ids that end a choice
         ignore_eos: [False] continue past the model's end-of-sequence tokens
         logit_bias: [none] token id -> bias added to its logit, -100 to 100
         logprobs: [none] log-probabilities of the chosen tokens, and of the k best, k from 0 to 20
+        prompt_logprobs: [none] the same for the tokens of the prompt; a long prompt needs a stream
+        skip_special_tokens: [True] leave special tokens, such as end-of-turn marks, out of the text
+        include_stop_str_in_output: [False] the text ends after the stop string or stop token
         n: [1] choices
         request_id: [a random one] names the request, e.g. for abort
         model: [the client's, or any] checked against the served model
@@ -256,11 +310,21 @@ class Generations(ABC):
         max_kv_divergence_nats: [none] the most that the KV format may diverge from exact KV, as
             measured: see `model_info().groups`
         cache_salt: [none] cached prefixes are shared only between requests with the same salt
+        max_reasoning_tokens: [none] after this many tokens of reasoning the model has to answer
+        structured_output: [none] what the output must match, as one of {"json_schema": a mapping or
+            JSON text}, {"json_object": True}, {"regex": text}, {"grammar": Lark or GBNF},
+            {"choice": texts}
         tools: [none] functions that the model may call, each with name, description and parameters
             (a JSON schema), or as OpenAI's API has them, {"type": "function", "function": ...}
         chat_template_kwargs: [none] variables of the model's chat template, for instance
             {"enable_thinking": False}
         continue_final_message: [False] continue the last message, do not answer it
+        chat_template: [the model's] a template to use instead, in Jinja as transformers has it
+        chat_template_name: [the model's default] one of the model's own templates, see
+            `model_info().chat_template_names`
+        tool_choice: ["auto" with tools] "auto", "none", "required", or the tool to call, as
+            {"name": ...} or as OpenAI's API has it
+        parallel_tool_calls: [True] whether one answer may have several calls
         """
         return self._complete(
             chat_message(messages),
@@ -280,6 +344,9 @@ class Generations(ABC):
                 "ignore_eos": ignore_eos,
                 "logit_bias": logit_bias,
                 "logprobs": logprobs,
+                "prompt_logprobs": prompt_logprobs,
+                "skip_special_tokens": skip_special_tokens,
+                "include_stop_str_in_output": include_stop_str_in_output,
                 "n": n,
                 "request_id": request_id,
                 "model": model,
@@ -288,9 +355,16 @@ class Generations(ABC):
                 "allowed_kv_formats": allowed_kv_formats,
                 "max_kv_divergence_nats": max_kv_divergence_nats,
                 "cache_salt": cache_salt,
+                "max_reasoning_tokens": max_reasoning_tokens,
+                "structured_output": structured_output,
                 "tools": tools,
                 "chat_template_kwargs": chat_template_kwargs,
                 "continue_final_message": continue_final_message,
+                "chat_template": chat_template,
+                "chat_template_name": chat_template_name,
+                "tool_choice": tool_choice,
+                "parallel_tool_calls": parallel_tool_calls,
+                **unknown,
             },
         )
 
@@ -313,6 +387,9 @@ class Generations(ABC):
         ignore_eos: bool | None = None,
         logit_bias: Mapping[int, float] | None = None,
         logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
+        skip_special_tokens: bool | None = None,
+        include_stop_str_in_output: bool | None = None,
         n: int | None = None,
         request_id: str | None = None,
         model: str | None = None,
@@ -321,13 +398,21 @@ class Generations(ABC):
         allowed_kv_formats: Sequence[str] | None = None,
         max_kv_divergence_nats: float | None = None,
         cache_salt: str | None = None,
+        max_reasoning_tokens: int | None = None,
+        structured_output: Mapping[str, Any] | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         continue_final_message: bool | None = None,
+        chat_template: str | None = None,
+        chat_template_name: str | None = None,
+        tool_choice: str | Mapping[str, Any] | None = None,
+        parallel_tool_calls: bool | None = None,
+        **unknown: Never,
     ) -> Stream:
         """Answer a chat; returns a stream that yields output as it is generated.
 
-        An option that is left out, or None, takes the server's default, which is in brackets.
+        An option that is left out, or None, takes the server's default, which is in brackets. The
+        model may have others for the first five: see `model_info().default_sampling_params`.
 
         temperature: [1] 0 to 100; 0 is greedy, and so is anything below 1e-5
         top_p: [1] nucleus sampling, in (0, 1]
@@ -337,13 +422,16 @@ class Generations(ABC):
         presence_penalty: [0] -100 to 100, subtracted from the logits of tokens of the output
         frequency_penalty: [0] -100 to 100, subtracted once for each occurrence in the output
         seed: [random, and reported back] 64 bits
-        max_tokens: [256] output tokens per choice
+        max_tokens: [256] output tokens per choice; 0 with prompt_logprobs computes only the prompt
         min_tokens: [0] no stop token or stop string ends a choice before this many tokens
         stop: [none] strings that end a choice; its text ends before them
         stop_token_ids: [none] token ids that end a choice
         ignore_eos: [False] continue past the model's end-of-sequence tokens
         logit_bias: [none] token id -> bias added to its logit, -100 to 100
         logprobs: [none] log-probabilities of the chosen tokens, and of the k best, k from 0 to 20
+        prompt_logprobs: [none] the same for the tokens of the prompt; a long prompt needs a stream
+        skip_special_tokens: [True] leave special tokens, such as end-of-turn marks, out of the text
+        include_stop_str_in_output: [False] the text ends after the stop string or stop token
         n: [1] choices
         request_id: [a random one] names the request, e.g. for abort
         model: [the client's, or any] checked against the served model
@@ -354,11 +442,21 @@ class Generations(ABC):
         max_kv_divergence_nats: [none] the most that the KV format may diverge from exact KV, as
             measured: see `model_info().groups`
         cache_salt: [none] cached prefixes are shared only between requests with the same salt
+        max_reasoning_tokens: [none] after this many tokens of reasoning the model has to answer
+        structured_output: [none] what the output must match, as one of {"json_schema": a mapping or
+            JSON text}, {"json_object": True}, {"regex": text}, {"grammar": Lark or GBNF},
+            {"choice": texts}
         tools: [none] functions that the model may call, each with name, description and parameters
             (a JSON schema), or as OpenAI's API has them, {"type": "function", "function": ...}
         chat_template_kwargs: [none] variables of the model's chat template, for instance
             {"enable_thinking": False}
         continue_final_message: [False] continue the last message, do not answer it
+        chat_template: [the model's] a template to use instead, in Jinja as transformers has it
+        chat_template_name: [the model's default] one of the model's own templates, see
+            `model_info().chat_template_names`
+        tool_choice: ["auto" with tools] "auto", "none", "required", or the tool to call, as
+            {"name": ...} or as OpenAI's API has it
+        parallel_tool_calls: [True] whether one answer may have several calls
         """
         return self._stream(
             chat_message(messages),
@@ -378,6 +476,9 @@ class Generations(ABC):
                 "ignore_eos": ignore_eos,
                 "logit_bias": logit_bias,
                 "logprobs": logprobs,
+                "prompt_logprobs": prompt_logprobs,
+                "skip_special_tokens": skip_special_tokens,
+                "include_stop_str_in_output": include_stop_str_in_output,
                 "n": n,
                 "request_id": request_id,
                 "model": model,
@@ -386,8 +487,15 @@ class Generations(ABC):
                 "allowed_kv_formats": allowed_kv_formats,
                 "max_kv_divergence_nats": max_kv_divergence_nats,
                 "cache_salt": cache_salt,
+                "max_reasoning_tokens": max_reasoning_tokens,
+                "structured_output": structured_output,
                 "tools": tools,
                 "chat_template_kwargs": chat_template_kwargs,
                 "continue_final_message": continue_final_message,
+                "chat_template": chat_template,
+                "chat_template_name": chat_template_name,
+                "tool_choice": tool_choice,
+                "parallel_tool_calls": parallel_tool_calls,
+                **unknown,
             },
         )

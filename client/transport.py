@@ -53,6 +53,7 @@ class Method(Generic[Request, Reply]):
 GENERATE = Method("Generate", pb.GenerateRequest, pb.GenerateResponse)
 GENERATE_STREAM = Method("GenerateStream", pb.GenerateRequest, pb.GenerateStreamResponse)
 TOKENIZE = Method("Tokenize", pb.TokenizeRequest, pb.TokenizeResponse)
+DETOKENIZE = Method("Detokenize", pb.DetokenizeRequest, pb.DetokenizeResponse)
 ABORT = Method("Abort", pb.AbortRequest, pb.AbortResponse)
 ESTIMATE_BUDGET = Method("EstimateBudget", pb.EstimateBudgetRequest, pb.EstimateBudgetResponse)
 EXPLAIN = Method("Explain", pb.ExplainRequest, pb.ExplainResponse)

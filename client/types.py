@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 TokenId = int
 
@@ -16,6 +17,7 @@ class FinishReason(enum.StrEnum):
     LENGTH = "length"  # max_tokens, or the context is full
     ABORT = "abort"  # aborted by request_id
     DEADLINE = "deadline"  # timeout_s expired after the first token
+    TOOL_CALLS = "tool_calls"  # like STOP, and the output ends in complete tool calls
     OTHER = "other"  # a reason that this SDK does not know, see `finish_reason_number`
 
 
@@ -24,7 +26,8 @@ class TokenLogprob:
     """A token and the natural log of its probability under the model.
 
     text: the token on its own; U+FFFD for a part of a character
-    bytes: what the token adds to the text, in UTF-8
+    bytes: what the token adds to the text, in UTF-8: nothing if it is a special token, unless
+        the text has those
     """
 
     token_id: TokenId
@@ -42,10 +45,43 @@ class TokenLogprobs:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A tool that the model calls.
+
+    arguments_json: a JSON object; incomplete if max_tokens has cut the call
+    """
+
+    id: str
+    name: str
+    arguments_json: str
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Raises ValueError for arguments that are incomplete."""
+        found: dict[str, Any] = json.loads(self.arguments_json)
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallDelta:
+    """A tool call that starts, with its id and name, or continues.
+
+    index: of the call within its choice
+    arguments_json: what follows the pieces before
+    """
+
+    index: int
+    id: str
+    name: str
+    arguments_json: str
+
+
+@dataclass(frozen=True, slots=True)
 class Choice:
     """One output. `matched_stop` is the stop string or stop token id that ended it.
 
     finish_reason_number: the reason's number in the contract
+    reasoning: what the model thought before its answer
     """
 
     index: int
@@ -55,6 +91,8 @@ class Choice:
     matched_stop: str | int | None
     logprobs: tuple[TokenLogprobs, ...]
     finish_reason_number: int = 0
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +106,8 @@ class Delta:
     finish_reason: FinishReason | None = None
     matched_stop: str | int | None = None
     finish_reason_number: int = 0
+    reasoning: str = ""
+    tool_calls: tuple[ToolCallDelta, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,17 +142,29 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """All output of a request. `text` is that of the first choice."""
+    """All output of a request. `text`, `reasoning`, `tool_calls`: those of the first choice.
+
+    prompt_logprobs: if requested, of the prompt's tokens but the first, which nothing predicts
+    """
 
     request_id: str
     model: str
     seed: int
     choices: tuple[Choice, ...]
     usage: Usage
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
     @property
     def text(self) -> str:
         return self.choices[0].text
+
+    @property
+    def reasoning(self) -> str:
+        return self.choices[0].reasoning
+
+    @property
+    def tool_calls(self) -> tuple[ToolCall, ...]:
+        return self.choices[0].tool_calls
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,8 +206,15 @@ class Prefilling:
     total_tokens: int
 
 
+@dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """If requested: of the next tokens of the prompt, from its second on."""
+
+    tokens: tuple[TokenLogprobs, ...]
+
+
 # What `Stream.events` yields. Usage is the last.
-StreamEvent: TypeAlias = Queued | Started | Prefilling | Delta | Usage
+StreamEvent: TypeAlias = Queued | Started | Prefilling | PromptLogprobs | Delta | Usage
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,8 +310,27 @@ class TenantLoads:
 
 
 @dataclass(frozen=True, slots=True)
+class SamplingDefaults:
+    """What a request gets that sets nothing itself; None: as the options' descriptions say."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    max_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """The served model; `version` is the server's."""
+    """The served model; `version` is the server's.
+
+    vocab_size: token ids are below it
+    default_sampling_params: from the model's generation_config.json and the server's settings
+    chat_template_names: that the option chat_template_name may have
+    """
 
     model: str
     model_revision: str
@@ -262,6 +340,8 @@ class ModelInfo:
     has_chat_template: bool
     eos_token_ids: tuple[TokenId, ...]
     groups: tuple[GroupInfo, ...]
+    default_sampling_params: SamplingDefaults = SamplingDefaults()
+    chat_template_names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

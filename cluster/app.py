@@ -19,10 +19,12 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
+from kvmesh.cluster import grpc_front, http_front
 from kvmesh.cluster.config import ClusterConfig
 from kvmesh.cluster.config import build as build_config
 from kvmesh.cluster.engine_service import EngineService
-from kvmesh.cluster.grpc_front import GrpcFront, attach
+from kvmesh.cluster.grpc_front import GrpcFront
+from kvmesh.cluster.http_front import HttpFront
 from kvmesh.cluster.identity import Identity
 from kvmesh.cluster.ingress.authenticate import Authenticator
 from kvmesh.cluster.ingress.codec import ModelCodec
@@ -34,6 +36,7 @@ from kvmesh.cluster.link import Address, LinkError, listen
 from kvmesh.cluster.messages import TO_ROUTER
 from kvmesh.cluster.processes import settle
 from kvmesh.cluster.rank_actors import RankActors, RankResources
+from kvmesh.cluster.reception import Reception
 from kvmesh.cluster.resources import CONTROL_CPUS, bundles, gpus_per_rank
 from kvmesh.cluster.router_service import RouterService
 from kvmesh.cluster.routing.config import RouterConfig
@@ -44,6 +47,7 @@ from kvmesh.cluster.telemetry.traces import make_traces
 from kvmesh.cluster.version import package_version
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.errors import ConfigError
+from kvmesh.workers.model.generation_defaults import ignored_generation_settings
 from kvmesh.workers.model.source import resolve_model
 
 logger = logging.getLogger("ray.serve")
@@ -162,7 +166,7 @@ class RouterReplica:
 
 
 class IngressReplica:
-    """One ingress process; grpc_front.py serves its calls."""
+    """One ingress process; grpc_front.py and http_front.py serve its calls."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self,
@@ -174,18 +178,28 @@ class IngressReplica:
         use_serve_log()
         config = deployed.config
         files = resolve_model(config.model)
+        self._codec = ModelCodec(
+            files.path, config.ingress.tool_parser, config.ingress.reasoning_parser
+        )
+        self._codec.prepare()
         meters = IngressMeters(ray_meter, metered_tenants(config.auth, config.metrics.tenants))
         limits = limits_of(config)
+        if ignored := ignored_generation_settings(files.path):
+            logger.warning(
+                "generation_config.json sets %s, which kvmesh does not implement",
+                ", ".join(ignored),
+            )
         self._drain_s = config.timeouts.drain_s
         self._service = IngressService(
             deployed.identity,
             router_finder(router),
-            ModelCodec(files.path),
+            self._codec,
             limits,
             meters,
             version=package_version(),
             model_names=frozenset({config.model, files.name}),
             queue_timeout_s=config.router.queue_timeout_s,
+            defaults=config.generation.defaults(files.path),
             divergence_nats={**DIVERGENCE_NATS, **config.ingress.kv_divergence_nats},
             traces=make_traces(
                 config.traces.endpoint, config.traces.sample_ratio, files.name, package_version()
@@ -193,10 +207,16 @@ class IngressReplica:
         )
         authenticator = Authenticator(known_keys(config.auth))
         self._keys = asyncio.create_task(follow_keys(config.auth, authenticator))
-        max_calls = config.ingress.max_streams
-        attach(GrpcFront(self._service, authenticator.authenticate, limits, meters, max_calls))
+        reception = Reception(authenticator.authenticate, config.ingress.max_streams)
+        grpc_front.attach(GrpcFront(self._service, reception, limits, meters))
+        self._http = HttpFront(self._service, package_version(), reception, limits, meters)
+        http_front.attach(self._http)
         self._service.start()
         settle()
+
+    def __serve_build_asgi_app__(self) -> HttpFront:
+        """What Serve calls for a request over HTTP."""
+        return self._http
 
     async def check_health(self) -> None:
         self._service.check_health()
@@ -205,6 +225,7 @@ class IngressReplica:
         self._keys.cancel()
         await self._service.drain(self._drain_s)
         await self._service.stop()
+        self._codec.close()
 
 
 def router_finder(router: DeploymentHandle[Any]) -> Callable[[], Awaitable[Address]]:
@@ -287,7 +308,7 @@ def build(args: dict[str, Any]) -> serve.Application:
             **stop,
         ).bind(group, config.engine_config(group), resources, router, deployed)
     ingress = _deployment(
-        IngressReplica,
+        serve.ingress()(IngressReplica),
         name="ingress",
         num_replicas=config.ingress.replicas,
         max_ongoing_requests=config.ingress.max_streams,

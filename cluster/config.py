@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, TypeAlias
 
 from pydantic import (
     BeforeValidator,
@@ -23,8 +23,19 @@ from pydantic import (
 from kvmesh.cluster.routing.fairness import TenantPolicy
 from kvmesh.workers.config import EngineConfig, EngineSettings, FormatName
 from kvmesh.workers.errors import ConfigError
+from kvmesh.workers.model.generation_defaults import (
+    NEUTRAL,
+    SamplingDefaults,
+    read_sampling_defaults,
+)
 from kvmesh.workers.quantities import Bytes, Number, Seconds, Switch, WholeNumber, reader_of
 from kvmesh.workers.settings import ConflictError, Settings, error_of, problems_of
+
+# How models write tool calls (ingress/answers/syntaxes.py) and reasoning.
+ToolParser: TypeAlias = Literal[
+    "auto", "none", "hermes", "llama", "mistral", "mistral-v11", "deepseek", "deepseek-v31"
+]
+ReasoningParser: TypeAlias = Literal["auto", "none", "think"]
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 CONFIG_VERSION: Final = 1
@@ -64,7 +75,7 @@ class GroupSection(EngineSection):
 
 
 class IngressSection(Settings):
-    """The gRPC endpoint that clients connect to."""
+    """The endpoints that clients connect to: gRPC, and OpenAI's API over HTTP."""
 
     replicas: WholeNumber = Field(
         default=1, ge=1, le=64, description="Ingress processes; with 2 or more, one may crash"
@@ -74,7 +85,8 @@ class IngressSection(Settings):
     )
     port: Port = Field(default=9000, description="gRPC port; 0: any free one")
     http_port: Port = Field(
-        default=0, description="Port of Ray Serve's HTTP health check; 0: any free one"
+        default=8000,
+        description="HTTP port, of OpenAI's API and Ray Serve's health check; 0: any free one",
     )
     max_streams: WholeNumber = Field(
         default=1024, ge=1, description="Concurrent calls of one ingress process"
@@ -93,12 +105,69 @@ class IngressSection(Settings):
     default_max_tokens: WholeNumber = Field(
         default=256, ge=1, description="Output tokens of a request that does not set max_tokens"
     )
+    tool_parser: ToolParser = Field(
+        default="auto",
+        description="How the model writes tool calls; auto: as its chat template shows",
+    )
+    reasoning_parser: ReasoningParser = Field(
+        default="auto",
+        description="think: the model reasons between <think> and </think>; auto: if its chat "
+        "template or its special tokens have them",
+    )
     kv_divergence_nats: dict[FormatName, Annotated[Number, Field(ge=0)]] = Field(
         default_factory=dict,
         description="By KV format: its divergence from exact KV on your model (`kvmesh eval "
         "perplexity`, KL), for max_kv_divergence_nats; formats that are not named have the "
         "figures of docs/kv_formats.md",
     )
+
+
+class GenerationSection(Settings):
+    """Sampling of requests that set nothing themselves."""
+
+    source: Literal["model", "neutral"] = Field(
+        default="model",
+        description="Where defaults come from that are null here. model: its "
+        "generation_config.json, if it has one; neutral: sampling from the whole distribution",
+    )
+    temperature: Number | None = Field(
+        default=None, ge=0, le=100, description="Default temperature; null: that of `source`"
+    )
+    top_p: Number | None = Field(
+        default=None, gt=0, le=1, description="Default top_p; null: that of `source`"
+    )
+    top_k: WholeNumber | None = Field(
+        default=None, ge=0, description="Default top_k; 0: all tokens; null: that of `source`"
+    )
+    min_p: Number | None = Field(
+        default=None, ge=0, le=1, description="Default min_p; null: that of `source`"
+    )
+    repetition_penalty: Number | None = Field(
+        default=None,
+        ge=0.01,
+        le=100,
+        description="Default repetition_penalty; null: that of `source`",
+    )
+    presence_penalty: Number | None = Field(
+        default=None,
+        ge=-100,
+        le=100,
+        description="Default presence_penalty; null: that of `source`",
+    )
+    frequency_penalty: Number | None = Field(
+        default=None,
+        ge=-100,
+        le=100,
+        description="Default frequency_penalty; null: that of `source`",
+    )
+
+    def defaults(self, model: Path) -> SamplingDefaults:
+        """What requests get that set nothing themselves.
+
+        model: its directory; raises ConfigError if its values are wrong, and needed
+        """
+        own = read_sampling_defaults(model) if self.source == "model" else NEUTRAL
+        return own.overridden_by(SamplingDefaults(**self.model_dump(exclude={"source"})))
 
 
 class TenantKey(Settings):
@@ -277,7 +346,10 @@ class ClusterConfig(Settings):
         "`engine`, e.g. [{kv_format: int8}, {kv_format: k4v4}]",
     )
     ingress: IngressSection = Field(
-        default=IngressSection(), description="The endpoint for clients"
+        default=IngressSection(), description="The endpoints for clients"
+    )
+    generation: GenerationSection = Field(
+        default=GenerationSection(), description="Sampling of requests that set nothing themselves"
     )
     auth: AuthSection = Field(default=AuthSection(), description="Authentication")
     router: RouterSection = Field(default=RouterSection(), description="Placement and queue")

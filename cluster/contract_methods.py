@@ -48,6 +48,7 @@ METHODS: Mapping[str, tuple[ContractMethod, ...]] = {
         ContractMethod("GenerateStream", pb.GenerateRequest, IngressService.generate_stream),
         ContractMethod("Generate", pb.GenerateRequest, _one(IngressService.generate)),
         ContractMethod("Tokenize", pb.TokenizeRequest, _one(IngressService.tokenize)),
+        ContractMethod("Detokenize", pb.DetokenizeRequest, _one(IngressService.detokenize)),
         ContractMethod("Abort", pb.AbortRequest, _one(IngressService.abort)),
         ContractMethod(
             "EstimateBudget", pb.EstimateBudgetRequest, _one(IngressService.estimate_budget)

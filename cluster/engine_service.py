@@ -165,6 +165,8 @@ def _request(message: Submit, sequence: NewSequence) -> EngineRequest:
         timeout_s=message.timeout_s,
         cache_salt=message.cache_salt,
         suspicion=message.suspicion,
+        constraint=message.constraint,
+        scored_tokens=sequence.scored,
     )
 
 

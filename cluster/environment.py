@@ -38,6 +38,8 @@ SERVE_VARIABLES = {
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
     # A replica that hangs cannot end by itself.
     "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
+    # Calls over HTTP come to our front before Serve reads their bodies: see http_front.py.
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "kvmesh.cluster.http_front.middlewares",
     # No need to wait: the client resumes its stream on another replica.
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
 }

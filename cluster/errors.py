@@ -4,6 +4,7 @@ ClusterError
 ├── UnauthenticatedError    no key, or a wrong one
 ├── NotAllowedError         the key is no admin key
 ├── UnknownModelError       the request names another model
+├── UnknownPathError        there is no such call over HTTP
 ├── NoAllowedFormatError    no group has a KV format that the request accepts
 ├── ResumeMismatchError     the cursor does not belong to what is served
 ├── ContextExceededError    the prompt is longer than any group's context
@@ -14,7 +15,8 @@ ClusterError
 ├── DrainingError           the server is shutting down
 └── NotReadyError           no group is up yet
 
-UnsupportedFieldError, an InvalidFieldError, is for what later servers may support.
+UnsupportedFieldError and OversizedRequestError are InvalidFieldErrors: what later servers may
+support, and what no request may be.
 
 `Failure` carries these errors, the router's and the engine's to another process, as the class
 name and its arguments, which are plain data.
@@ -68,6 +70,10 @@ class UnsupportedFieldError(InvalidFieldError):
     """A field, or a value of it, that this server does not know or does not support yet."""
 
 
+class OversizedRequestError(InvalidFieldError):
+    """A request with more bytes than the server takes."""
+
+
 class NoAllowedFormatError(ClusterError):
     """No group's KV format is acceptable. reasons: why, by group"""
 
@@ -89,6 +95,18 @@ class UnknownModelError(ClusterError):
 
     def __str__(self) -> str:
         return f"model {self.asked!r} is not served here; this server has {self.served!r}"
+
+
+class UnknownPathError(ClusterError):
+    """There is no such call over HTTP."""
+
+    def __init__(self, method: str, path: str) -> None:
+        super().__init__(method, path)
+        self.method = method
+        self.path = path
+
+    def __str__(self) -> str:
+        return f"there is no {self.method} {self.path} here; /openapi.json lists what there is"
 
 
 class ResumeMismatchError(ClusterError):

@@ -13,11 +13,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from functools import partial
 from typing import Any
-from weakref import WeakValueDictionary
 
 import grpc
 from google.protobuf.message import DecodeError, Message
@@ -27,26 +25,19 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from kvmesh.client.status import TRAILER, encode
 from kvmesh.cluster.contract_methods import METHODS, ContractMethod
-from kvmesh.cluster.errors import IngressBusyError, NotAllowedError, NotReadyError
+from kvmesh.cluster.errors import NotReadyError
 from kvmesh.cluster.ingress import error_table
-from kvmesh.cluster.ingress.authenticate import Caller
 from kvmesh.cluster.ingress.refuse import refuse
 from kvmesh.cluster.ingress.service import IngressService
 from kvmesh.cluster.ingress.unknown_fields import check_known
-from kvmesh.cluster.ingress.validate import MAX_ID_CHARS, Limits
-from kvmesh.cluster.telemetry.logs import about
+from kvmesh.cluster.ingress.validate import MAX_ID_CHARS, Limits, check_size
+from kvmesh.cluster.reception import READ_TIMEOUT_S, Headers, Reception, report
 from kvmesh.cluster.telemetry.meters import IngressMeters
-from kvmesh.cluster.telemetry.traces import note_headers
 
 logger = logging.getLogger("ray.serve")
 
-READERS = 64  # requests that are received at the same time
-READERS_PER_TENANT = 16
-TURN_TIMEOUT_S = 1.0
-READ_TIMEOUT_S = 30.0
 HEALTH_POLL_S = 1.0
 MAX_REFLECTION_BYTES = 4096
-_TRACEPARENT = re.compile("[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}.{0,100}")
 
 Context = Any  # grpc.aio's, whose class is not public
 
@@ -55,60 +46,43 @@ _REFLECTION: Any = reflection.aio.ReflectionServicer([*METHODS, "grpc.health.v1.
 
 
 class GrpcFront:
-    """Serves calls with an IngressService; all methods belong to one event loop.
-
-    authenticate: who makes a call, by its metadata; raises UnauthenticatedError
-    max_calls: open at the same time
-    turn_timeout_s: how long a call waits until it may send its request
-    """
+    """Serves calls with an IngressService; all methods belong to one event loop."""
 
     def __init__(
         self,
         service: IngressService,
-        authenticate: Callable[[Any], Caller],
+        reception: Reception,
         limits: Limits,
         meters: IngressMeters,
-        max_calls: int,
-        turn_timeout_s: float = TURN_TIMEOUT_S,
     ) -> None:
         self._service = service
-        self._authenticate = authenticate
+        self._reception = reception
         self._limits = limits
         self._meters = meters
-        self._max_calls = max_calls
-        self._turn_timeout_s = turn_timeout_s
-        self._calls = 0
-        self._readers = asyncio.Semaphore(READERS)
-        self._tenants: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
 
     async def serve(self, method: ContractMethod, context: Context) -> None:
-        self._calls += 1
         result, request_id, tenant = "cancelled", "", None
-        try:
-            caller = self._authenticate(context.invocation_metadata())
-            tenant = caller.tenant
-            note_headers(context.invocation_metadata())
-            if method.admin and not caller.admin:
-                raise NotAllowedError()
-            if self._calls > self._max_calls:
-                raise IngressBusyError(f"this ingress already serves {self._max_calls} calls")
-            request = await self._receive(method, caller.tenant, context)
-            request_id = str(getattr(request, "request_id", ""))[:MAX_ID_CHARS]
-            replies = method.call(self._service, request, caller.tenant)
-            del request  # it may be large, and a stream long
-            async with contextlib.aclosing(replies):
-                async for reply in replies:
-                    await context.write(reply.SerializeToString())
-            result = "ok"
-        except Exception as error:
-            result = fail(context, error, request_id, tenant or "")
-        finally:
-            self._calls -= 1
-            self._meters.call(method.name, result, tenant)
+        with self._reception.call():
+            try:
+                caller = self._reception.caller(_headers(context))
+                tenant = caller.tenant
+                self._reception.admit(caller, method.admin)
+                request = await self._receive(method, caller.tenant, context)
+                request_id = str(getattr(request, "request_id", ""))[:MAX_ID_CHARS]
+                replies = method.call(self._service, request, caller.tenant)
+                del request  # it may be large, and a stream long
+                async with contextlib.aclosing(replies):
+                    async for reply in replies:
+                        await context.write(reply.SerializeToString())
+                result = "ok"
+            except Exception as error:
+                result = fail(context, error, request_id, tenant or "")
+            finally:
+                self._meters.call(method.name, result, tenant)
 
     async def _receive(self, method: ContractMethod, tenant: str, context: Context) -> Message:
         """The call's request, when it is its turn. Raises InvalidFieldError(request)."""
-        async with self._turn(tenant):
+        async with self._reception.turn(tenant):
             try:
                 async with asyncio.timeout(READ_TIMEOUT_S):
                     body = await _only_message(context)
@@ -116,32 +90,10 @@ class GrpcFront:
                 refuse("request", f"must arrive within {READ_TIMEOUT_S:g} s")
             return parse(method.request, body, self._limits)
 
-    @contextlib.asynccontextmanager
-    async def _turn(self, tenant: str) -> AsyncIterator[None]:
-        """A turn to receive a request: memory holds a bounded number of them as bytes.
-
-        No tenant has all turns, or one that sends slowly could keep out the others. Nobody waits
-        long: the proxy holds back what a client sends in all its calls while one is not read,
-        perhaps those that have a turn. Raises IngressBusyError.
-        """
-        own = self._tenants.get(tenant)
-        if own is None:
-            own = self._tenants[tenant] = asyncio.Semaphore(READERS_PER_TENANT)
-        async with contextlib.AsyncExitStack() as turns:
-            try:
-                async with asyncio.timeout(self._turn_timeout_s):
-                    for readers in (own, self._readers):
-                        await turns.enter_async_context(readers)
-            except TimeoutError:
-                raise IngressBusyError(
-                    "too many requests are being received; send them one after the other"
-                ) from None
-            yield
-
     async def reflect(self, context: Context) -> None:
         """grpc.reflection: the contract's descriptors, for tools such as grpcurl."""
         try:
-            self._authenticate(context.invocation_metadata())
+            self._reception.caller(_headers(context))
             async for reply in _REFLECTION.ServerReflectionInfo(_reflection_calls(context), None):
                 await context.write(reply.SerializeToString())
         except Exception as error:
@@ -179,10 +131,7 @@ def parse(kind: type[Message], body: object, limits: Limits) -> Message:
     """A request from its bytes. Raises InvalidFieldError(request) if it is none, or too large."""
     if not isinstance(body, bytes):
         refuse("request", "must be sent")
-    if len(body) > limits.max_request_bytes:
-        refuse(
-            "request", f"must have at most {limits.max_request_bytes:,} bytes, got {len(body):,}"
-        )
+    check_size(len(body), limits)
     try:
         request = kind.FromString(body)
     except DecodeError:
@@ -231,13 +180,7 @@ def _health_reply(status: int) -> bytes:
 
 def fail(context: Context, error: Exception, request_id: str, tenant: str = "") -> str:
     """Put an error into a call's status and log what clients must not see; its metrics label."""
-    trace = _trace_id(context.invocation_metadata())
-    fields = about(f"{tenant}/{request_id}")
-    if error_table.is_expected(error):
-        logger.info("refused request %r%s: %s", request_id, trace, error, extra=fields)
-    else:
-        logger.error("failed at request %r%s", request_id, trace, exc_info=error, extra=fields)
-    wire = error_table.to_wire(error, request_id)
+    wire = report(error, _headers(context), request_id, tenant)
     message, trailer = encode(wire)
     context.set_code(error_table.status_code(wire))
     context.set_details(message)
@@ -245,12 +188,9 @@ def fail(context: Context, error: Exception, request_id: str, tenant: str = "") 
     return error_table.reason_label(wire)
 
 
-def _trace_id(metadata: Any) -> str:
-    """For a log: the trace that a call belongs to, by its `traceparent` as the W3C defines it."""
-    for name, value in metadata or ():
-        if name == "traceparent" and (found := _TRACEPARENT.fullmatch(str(value))):
-            return f" of trace {found[1]}"
-    return ""
+def _headers(context: Context) -> Headers:
+    headers: Headers = context.invocation_metadata() or ()
+    return headers
 
 
 # Serve's server

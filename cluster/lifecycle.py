@@ -40,12 +40,14 @@ Progress = Callable[[str, float | None], None]
 class Endpoint:
     """How to connect to a cluster.
 
+    target, http_url: of gRPC, and of OpenAI's API
     api_key: the local key; None if keys are configured by their hashes, or none is needed
     metrics_url: None if Ray was already running
     dashboard_url: Ray's dashboard, None without one
     """
 
     target: str
+    http_url: str
     api_key: str | None
     metrics_url: str | None
     dashboard_url: str | None = None
@@ -106,10 +108,12 @@ class Cluster:
         self._find_router()
         host = "127.0.0.1" if config.ingress.host in ("0.0.0.0", "::") else config.ingress.host
         target = f"{host}:{config.ingress.port}"
+        http_host = f"[{host}]" if ":" in host else host
+        http_url = f"http://{http_host}:{config.ingress.http_port}"
         self._wait_serving(target)
         # As they were given: the settings that are deployed have the key by its hash.
         key = local_key(self._config.auth, os.environ)
-        return Endpoint(target, key, metrics_url, self._dashboard_url)
+        return Endpoint(target, http_url, key, metrics_url, self._dashboard_url)
 
     def _prepare(self) -> ClusterConfig:
         """Check and download what is possible before anything runs, and choose free ports."""

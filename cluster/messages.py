@@ -20,6 +20,7 @@ from kvmesh.workers.lease import AccountUpdate, LeaseTerms, PageChanges
 from kvmesh.workers.loads import EngineInfo
 from kvmesh.workers.request import EndReason, SequenceDelta
 from kvmesh.workers.sampling_params import SamplingParams
+from kvmesh.workers.structured.constraint import OutputConstraint
 
 
 class _Message(msgspec.Struct, tag=True):
@@ -157,11 +158,13 @@ class NewSequence(msgspec.Struct, frozen=True):
     """One choice of a request.
 
     output: int32 token ids that the client already has, little-endian
+    scored: how many tokens of the prompt the client has log-probabilities of
     """
 
     request_id: str
     params: SamplingParams
     output: bytes = b""
+    scored: int = 0
 
 
 class Submit(_Message):
@@ -169,6 +172,7 @@ class Submit(_Message):
 
     prompt: int32 token ids, little-endian
     suspicion: how many engines have failed, perhaps because of the request
+    constraint: of every sequence's output
     """
 
     lease: LeaseTerms
@@ -177,6 +181,7 @@ class Submit(_Message):
     timeout_s: float | None = None
     cache_salt: str = ""
     suspicion: int = 0
+    constraint: OutputConstraint | None = None
 
 
 class End(_Message):

@@ -26,8 +26,8 @@ from kvmesh.workers.errors import (
     UnsupportedModelError,
     WorkerDiedError,
 )
-from kvmesh.workers.executor import Allocation, RankDescription
-from kvmesh.workers.plan import StepPlan, StepResult
+from kvmesh.workers.executor import Allocation, MakeMasks, RankDescription
+from kvmesh.workers.plan import StepPlan, StepResult, TokenMasks
 from kvmesh.workers.step_limit import DEFAULT_STEP_TIMEOUT_S, StepLimit
 
 _POLL_S = 0.05
@@ -70,7 +70,7 @@ class Failed(msgspec.Struct, tag="failed", frozen=True):
         return died(f"{self.kind}: {self.message}")
 
 
-ToRank = StepPlan | Allocation | Probe | Close
+ToRank = StepPlan | TokenMasks | Allocation | Probe | Close
 FromRank = RankDescription | Divergences | Allocated | StepResult | Failed
 _Answer = TypeVar("_Answer", RankDescription, Divergences, Allocated, StepResult)
 
@@ -162,10 +162,12 @@ class ChannelExecutor:
         for rank in range(self.num_ranks):
             self._started(rank, Allocated)
 
-    def execute(self, plan: StepPlan) -> StepResult:
+    def execute(self, plan: StepPlan, masks: MakeMasks | None = None) -> StepResult:
         limit_s = self._step_limit.of(plan)
         before_s = time.monotonic()
         self._send(plan)
+        if masks is not None:
+            self._send(masks(), ranks=1)  # only rank 0 samples
         result = self._expect(
             0,
             StepResult,
@@ -189,9 +191,10 @@ class ChannelExecutor:
             socket.close(linger=1000)
         shutil.rmtree(self._directory, ignore_errors=True)
 
-    def _send(self, message: ToRank) -> None:
+    def _send(self, message: ToRank, ranks: int | None = None) -> None:
+        """To all ranks, or the first few."""
         data = self._encoder.encode(message)
-        for socket in self._sockets:
+        for socket in self._sockets[:ranks]:
             while not socket.poll(int(_POLL_S * 1000), zmq.POLLOUT):
                 self._raise_failure()
             socket.send(data)

@@ -15,6 +15,9 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+
+import msgspec
 
 from kvmesh.workers.blame import Blame
 from kvmesh.workers.config import EngineConfig
@@ -30,7 +33,7 @@ from kvmesh.workers.loads import (
     SequenceLoad,
     StepTime,
 )
-from kvmesh.workers.plan import SampledToken, StepPlan
+from kvmesh.workers.plan import SampledToken, StepPlan, StepResult
 from kvmesh.workers.pool_plan import plan_pool
 from kvmesh.workers.request import (
     EndReason,
@@ -43,8 +46,13 @@ from kvmesh.workers.scheduler import Scheduler
 from kvmesh.workers.sequence import Sequence
 from kvmesh.workers.sizes import PageGeometry, PageNeed
 from kvmesh.workers.step_budget import DEFAULT_MAX_STEP_S, StepBudget
+from kvmesh.workers.structured.grammars import Grammars
+from kvmesh.workers.structured.masks import MaskMaker
+from kvmesh.workers.structured.state import OutputState
 
+NOT_SOUND = "the prompt's log-probabilities are not finite numbers"
 PROGRESS_PERIOD_S = 1.0  # at least, between two reports of a sequence's progress
+_PREPARE_S = 0.05  # an idle engine looks for commands while it waits for a grammar
 
 
 class Engine:
@@ -110,6 +118,9 @@ class Engine:
             max_num_seqs=pool.max_num_seqs,
             prefix_cache=config.prefix_cache,
         )
+        self._grammars = Grammars(rank)
+        self._masks = MaskMaker(rank.vocab_size)
+        self._preparing: dict[str, Future[OutputState]] = {}
         self._live: dict[str, Sequence] = {}
         self._deadlines: list[tuple[float, str]] = []
         self._totals: Counter[str] = Counter()
@@ -144,12 +155,19 @@ class Engine:
                     raise InvalidFieldError(field, self._unknown_token(token_id))
         if request.timeout_s is not None:
             RANGES["timeout_s"].check("timeout_s", request.timeout_s)
-        resumable = min(len(prompt), request.params.max_tokens) - 1
+        resumable = max(min(len(prompt), request.params.max_tokens) - 1, 0)
         if not 0 <= request.resumed_tokens <= resumable:
             raise InvalidFieldError(
                 "resumed_tokens",
                 f"must be from 0 to {resumable}, less than the prompt's tokens and than "
                 f"max_tokens; got {request.resumed_tokens}",
+            )
+        scorable = len(prompt) - request.resumed_tokens - 1
+        if not 0 <= request.scored_tokens <= scorable:
+            raise InvalidFieldError(
+                "scored_tokens",
+                f"must be from 0 to {scorable}, less than the prompt's tokens; "
+                f"got {request.scored_tokens}",
             )
         total = len(prompt) - request.resumed_tokens + request.params.max_tokens
         if len(prompt) >= self.info.max_model_len:
@@ -178,6 +196,9 @@ class Engine:
         seq.arrived_s = seq.progress_s = self._clock()
         self._live[request.request_id] = seq
         self.scheduler.add(seq)
+        if request.constraint is not None:
+            output = seq.tokens[seq.prompt_tokens :].tolist()
+            self._preparing[request.request_id] = self._grammars.prepare(request.constraint, output)
         self._totals["prompt"] += seq.prompt_tokens
         if request.timeout_s is not None:
             heapq.heappush(self._deadlines, (seq.arrived_s + request.timeout_s, request.request_id))
@@ -214,9 +235,13 @@ class Engine:
 
     def step(self) -> list[SequenceDelta]:
         """Compute one step; deltas of the sequences that got a token, ended or made progress."""
-        deltas = self._expire()
+        deltas = self._expire() + self._note_prepared()
         start = self.step_start_s = self._clock()
         plan = self.scheduler.schedule()
+        if plan is None and self._preparing:
+            self.step_start_s = None
+            wait(self._preparing.values(), _PREPARE_S, FIRST_COMPLETED)
+            return deltas
         self.stalled = plan is None and self.has_work
         if plan is not None:
             deltas += self._run(plan, start)
@@ -231,7 +256,7 @@ class Engine:
             self._note_start(row_start.row, now)
         rows = {chunk.row for chunk in plan.chunks}
         self.blame = Blame.of([seq for seq in self.scheduler.running if seq.row in rows])
-        result = self._executor.execute(plan)
+        result = self._execute(plan)
         done = self._clock()
         if self._step_budget is not None:
             self._step_budget.learn(plan, done - now)
@@ -240,8 +265,14 @@ class Engine:
         self.step_host_s = result.host_s
         sampled, unfinished = self.scheduler.commit(plan)
         assert len(sampled) == len(result.tokens)
+        deltas += self._take_scores(plan, result)
         tokens_before = [seq.last_token_s for seq in sampled if seq.last_token_s is not None]
         for seq, token in zip(sampled, result.tokens, strict=True):
+            if seq.row is None:  # its scores were not sound
+                continue
+            if seq.output_state is not None and (fault := seq.output_state.fault) is not None:
+                deltas.append(self._finish(seq, (), (), EndReason.FAULT, error=fault))
+                continue
             if (fault := self._fault_of(token)) is None:
                 deltas.append(self._accept(seq, token, done))
             elif seq.shares_pages:
@@ -249,7 +280,7 @@ class Engine:
             else:
                 deltas.append(self._finish(seq, (), (), EndReason.FAULT, error=fault))
         for seq in unfinished:
-            if done - seq.progress_s >= PROGRESS_PERIOD_S:
+            if seq.row is not None and done - seq.progress_s >= PROGRESS_PERIOD_S:
                 seq.progress_s = done
                 deltas.append(SequenceDelta(seq.request.request_id, (), progress=seq.progress))
         self.blame = Blame()
@@ -257,6 +288,38 @@ class Engine:
         host_s = max(self._clock() - start - device_s, 0.0)
         gap_s = done - min(tokens_before) if tokens_before else None
         self._step_times.append(StepTime(host_s, device_s, gap_s))
+        return deltas
+
+    def _execute(self, plan: StepPlan) -> StepResult:
+        """Have the ranks carry out a plan, and the masks for it made meanwhile."""
+        by_row = {seq.row: seq for seq in self.scheduler.running if seq.output_state is not None}
+        if not by_row:
+            return self._executor.execute(plan)
+        sampled = (by_row.get(chunk.row) for chunk in plan.chunks if chunk.sample)
+        states = [
+            (position, seq.output_state)
+            for position, seq in enumerate(sampled)
+            if seq is not None and seq.output_state is not None and seq.output_state.needs_mask
+        ]
+        if not states:
+            return self._executor.execute(plan)
+        masks = self._masks.start(plan.step, states)
+        return self._executor.execute(msgspec.structs.replace(plan, masked=True), masks.result)
+
+    def _take_scores(self, plan: StepPlan, result: StepResult) -> list[SequenceDelta]:
+        """Deltas with the scores of prompts' tokens; call after `commit`."""
+        by_row = {seq.row: seq for seq in self.scheduler.running}
+        scored = [chunk for chunk in plan.chunks if chunk.targets]
+        deltas = []
+        for chunk, scores in zip(scored, result.scores, strict=True):
+            seq = by_row[chunk.row]
+            if scores.sound:
+                deltas.append(SequenceDelta(seq.request.request_id, (), scores=scores))
+            elif seq.shares_pages:
+                seq.num_scored -= scores.num_tokens
+                self.scheduler.isolate(seq)
+            else:
+                deltas.append(self._finish(seq, (), (), EndReason.FAULT, error=NOT_SOUND))
         return deltas
 
     def take_step_times(self) -> list[StepTime]:
@@ -315,6 +378,18 @@ class Engine:
                 deltas.append(self._finish(seq, (), (), EndReason.DEADLINE))
         return deltas
 
+    def _note_prepared(self) -> list[SequenceDelta]:
+        """Sequences whose grammars are compiled can run; those without a valid one end."""
+        deltas = []
+        for request_id in [name for name, found in self._preparing.items() if found.done()]:
+            found, seq = self._preparing.pop(request_id), self._live[request_id]
+            if (error := found.exception()) is not None:
+                deltas.append(self._finish(seq, (), (), EndReason.FAULT, error=str(error)))
+                continue
+            seq.output_state = found.result()
+            seq.prepared = True
+        return deltas
+
     def _unknown_token(self, token_id: int) -> str:
         vocabulary = f"the vocabulary has {self.info.vocab_size:,} tokens"
         return f"{token_id} is not a valid token id; {vocabulary}"
@@ -333,6 +408,8 @@ class Engine:
 
     def _accept(self, seq: Sequence, token: SampledToken, now: float) -> SequenceDelta:
         params = seq.request.params
+        if params.max_tokens == 0:  # only its prompt was wanted
+            return self._finish(seq, (), (), EndReason.LENGTH)
         seq.append(token.token_id)
         self._totals["completion"] += 1
         if seq.first_token_s is None:
@@ -342,9 +419,14 @@ class Engine:
         logprobs: tuple[SampledLogprobs, ...] = ()
         if token.logprob is not None:
             logprobs = (SampledLogprobs(token.logprob, tuple((i, p) for i, p in token.top)),)
-        if seq.num_output >= params.min_tokens and (
-            token.token_id in params.stop_token_ids
-            or (token.token_id in self._eos and not params.ignore_eos)
+        state = seq.output_state
+        if state is not None:
+            state.accept(token.token_id)
+        enough = seq.num_output >= params.min_tokens
+        # The end of sequence that a grammar allows is the grammar's own end.
+        at_end = (state is not None and state.has_grammar) or (enough and not params.ignore_eos)
+        if (token.token_id in self._eos and at_end) or (
+            token.token_id in params.stop_token_ids and enough
         ):
             return self._finish(seq, ids, logprobs, EndReason.STOP, token.token_id)
         if seq.num_tokens >= seq.max_tokens_total:
@@ -362,6 +444,7 @@ class Engine:
     ) -> SequenceDelta:
         self.scheduler.remove(seq)
         del self._live[seq.request.request_id]
+        self._preparing.pop(seq.request.request_id, None)
         self._outcomes[reason.value] += 1
         return SequenceDelta(
             seq.request.request_id,

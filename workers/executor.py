@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import msgspec
 
-from kvmesh.workers.plan import StepPlan, StepResult
+from kvmesh.workers.plan import StepPlan, StepResult, TokenMasks
+
+# Waits for the masks of a step, which are made while the ranks compute.
+MakeMasks = Callable[[], TokenMasks]
 
 
 class RankDescription(msgspec.Struct, tag="description", frozen=True):
     """What a rank reports once its weights are loaded.
 
+    vocab_size: all tokens have ids below it
     hot_page_bytes, sealed_page_bytes: of one page on this rank
     kv_budget_bytes: its memory that is left for KV
     device: cpu or cuda
     gpu_uuid: as NVML writes it, "" on CPUs
+    model_path: directory with the model's tokenizer, on the ranks' host, which is the leader's
     """
 
     model: str
@@ -32,6 +38,7 @@ class RankDescription(msgspec.Struct, tag="description", frozen=True):
     head_dim: int
     device: str = "cpu"
     gpu_uuid: str = ""
+    model_path: str = ""
 
 
 class Allocation(msgspec.Struct, tag="allocation", frozen=True):
@@ -59,8 +66,8 @@ class Executor(Protocol):
     def allocate(self, allocation: Allocation) -> None:
         """Allocate every rank's pool; called once, before the first step."""
 
-    def execute(self, plan: StepPlan) -> StepResult:
-        """Execute one step on every rank."""
+    def execute(self, plan: StepPlan, masks: MakeMasks | None = None) -> StepResult:
+        """Execute one step on every rank. masks: if the plan is masked"""
 
     def close(self) -> None:
         """End the ranks. Idempotent."""

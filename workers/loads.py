@@ -18,6 +18,7 @@ class EngineInfo:
     model_revision: digest of the weights' source
     geometry: page shapes and windows; `geometry.ranks` ranks hold each page's parts
     capacity: pages of one rank that sequences can hold, the step's headroom left out
+    vocab_size: all tokens have ids below it
     prefix_cache: equal pages of live and ended sequences are stored once
     """
 

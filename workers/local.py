@@ -13,7 +13,7 @@ from threading import Thread
 from kvmesh.workers.channel import ChannelExecutor
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.errors import WorkerDiedError
-from kvmesh.workers.executor import Allocation, RankDescription
+from kvmesh.workers.executor import Allocation, MakeMasks, RankDescription
 from kvmesh.workers.parallel.comm import Communicator
 from kvmesh.workers.plan import StepPlan, StepResult
 from kvmesh.workers.rank import Rank
@@ -39,8 +39,8 @@ class InProcessExecutor:
     def allocate(self, allocation: Allocation) -> None:
         self._rank.allocate(allocation)
 
-    def execute(self, plan: StepPlan) -> StepResult:
-        result = self._rank.execute(plan)
+    def execute(self, plan: StepPlan, masks: MakeMasks | None = None) -> StepResult:
+        result = self._rank.execute(plan, masks)
         assert result is not None
         return result
 

@@ -27,12 +27,18 @@ class RowStart(msgspec.Struct, array_like=True, frozen=True):
 
 class Chunk(msgspec.Struct, array_like=True, frozen=True):
     """Tokens [start, start + n) of the sequence in `row`; if `sample` is set, the token after
-    the last one is sampled. tokens: n int32 as bytes."""
+    the last one is sampled. tokens: n int32 as bytes.
+
+    targets: int32 tokens that follow the positions from `score_start` on, whose log-probabilities
+        are wanted
+    """
 
     row: int
     start: int
     tokens: bytes
     sample: bool
+    targets: bytes = b""
+    score_start: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -57,6 +63,8 @@ class StepPlan(msgspec.Struct, tag="step", frozen=True):
     seal_hot[i], the logical page seal_pages[i] of its sequence, is encoded into
     seal_sealed[i] in every layer, after the step's keys and values are written and
     before attention is computed.
+
+    masked: the rank that samples has to wait for the step's TokenMasks
     """
 
     step: int
@@ -67,10 +75,28 @@ class StepPlan(msgspec.Struct, tag="step", frozen=True):
     seal_hot: list[int]
     seal_sealed: list[int]
     seal_pages: list[int]
+    masked: bool = False
 
     @property
     def num_tokens(self) -> int:
         return sum(chunk.num_tokens for chunk in self.chunks)
+
+    @property
+    def scores(self) -> bool:
+        """Whether log-probabilities of given tokens are wanted."""
+        return any(chunk.targets for chunk in self.chunks)
+
+
+class TokenMasks(msgspec.Struct, tag="masks", frozen=True):
+    """Which tokens a step may sample, for those of its rows that may not sample every token.
+
+    positions: [m], among the step's chunks with `sample`; bits: [m, ceil(vocab / 32)] int32
+    as bytes, in which bit i % 32 of word i // 32 says whether token i is allowed
+    """
+
+    step: int
+    positions: list[int]
+    bits: bytes
 
 
 class SampledToken(msgspec.Struct, array_like=True, frozen=True):
@@ -85,10 +111,39 @@ class SampledToken(msgspec.Struct, array_like=True, frozen=True):
     fault: str | None = None
 
 
+class TokenScores(msgspec.Struct, array_like=True, frozen=True):
+    """Log-probabilities of n given tokens, and of the k best at each of their places.
+
+    Columns as bytes, because there may be a million: logprobs: [n] fp32; top_ids: [n, k] int32;
+    top: [n, k] fp32, best first
+    sound: whether all logits were finite numbers
+    """
+
+    logprobs: bytes
+    top_ids: bytes
+    top: bytes
+    sound: bool = True
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.logprobs) // 4
+
+    @classmethod
+    def joined(cls, parts: list[TokenScores]) -> TokenScores:
+        """Those of consecutive tokens, with as many alternatives each."""
+        return cls(
+            b"".join(part.logprobs for part in parts),
+            b"".join(part.top_ids for part in parts),
+            b"".join(part.top for part in parts),
+            all(part.sound for part in parts),
+        )
+
+
 class StepResult(msgspec.Struct, tag="result", frozen=True):
-    """tokens: one per chunk with `sample`, in the plan's order; host_s: time the rank
-    spent preparing the step before the model ran."""
+    """tokens: one per chunk with `sample`, in the plan's order; scores: one per chunk with
+    `targets`; host_s: time the rank spent preparing the step before the model ran."""
 
     step: int
     tokens: list[SampledToken]
     host_s: float
+    scores: list[TokenScores] = []

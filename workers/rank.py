@@ -13,7 +13,7 @@ from kvmesh.kernels.formats.registry import get_format
 from kvmesh.workers.calibration.file import Calibration
 from kvmesh.workers.config import DEFAULT_CPU_KV_MEMORY_BYTES, EngineConfig
 from kvmesh.workers.errors import ConfigError
-from kvmesh.workers.executor import Allocation, RankDescription
+from kvmesh.workers.executor import Allocation, MakeMasks, RankDescription
 from kvmesh.workers.kv_pool import page_bytes_of
 from kvmesh.workers.model.facts import read_facts, sample_digest
 from kvmesh.workers.model.hook import AttendArgs
@@ -22,7 +22,7 @@ from kvmesh.workers.model.shards import check_tp
 from kvmesh.workers.model.source import ModelFiles, resolve_model
 from kvmesh.workers.parallel.comm import Communicator
 from kvmesh.workers.plan import StepPlan, StepResult
-from kvmesh.workers.runner import ModelRunner
+from kvmesh.workers.runner import SCORED_ROWS, ModelRunner
 from kvmesh.workers.scoring.probe import code_versions, measure_divergences
 from kvmesh.workers.scoring.probe_cache import ProbeCache
 
@@ -102,7 +102,7 @@ class Rank:
             model=self._files.name,
             model_revision=self._files.revision,
             dtype=str(self._dtype).removeprefix("torch."),
-            vocab_size=facts.vocab_size,
+            vocab_size=facts.num_token_ids,
             max_model_len=facts.max_model_len,
             eos_token_ids=facts.eos_token_ids,
             sink_pages=self._sink_pages,
@@ -113,6 +113,7 @@ class Rank:
             head_dim=self._model.head_dim,
             device=self._device.type,
             gpu_uuid=_gpu_uuid(self._device),
+            model_path=str(self._files.path),
         )
 
     def allocate(self, allocation: Allocation, *, prepare_decode: bool = True) -> None:
@@ -132,10 +133,10 @@ class Rank:
             params=self._params,
         )
 
-    def execute(self, plan: StepPlan) -> StepResult | None:
-        """The result on rank 0, None on the other ranks."""
+    def execute(self, plan: StepPlan, masks: MakeMasks | None = None) -> StepResult | None:
+        """The result on rank 0, None on the other ranks. masks: if the plan is masked"""
         assert self._runner is not None, "allocate comes before execute"
-        return self._runner.execute(plan)
+        return self._runner.execute(plan, masks)
 
     def _load_calibration(self, rank: int) -> ModelParams | None:
         """This rank's calibrated parameters of every layer, if the format needs them."""
@@ -220,7 +221,8 @@ class Rank:
         tokens = torch.zeros(
             self._config.max_num_batched_tokens, dtype=torch.int64, device=self._device
         )
-        rows = torch.zeros(self._config.max_num_seqs, dtype=torch.int64, device=self._device)
+        num_rows = max(self._config.max_num_seqs, SCORED_ROWS)
+        rows = torch.zeros(num_rows, dtype=torch.int64, device=self._device)
         logits = self._model.forward(tokens, tokens, _attend_to_nothing, rows)
         if logits is not None:
             torch.log_softmax(logits, dim=-1)

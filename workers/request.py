@@ -10,7 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from kvmesh.workers.lease import LeaseTerms
+from kvmesh.workers.plan import TokenScores
 from kvmesh.workers.sampling_params import SamplingParams
+from kvmesh.workers.structured.constraint import OutputConstraint
 
 TokenIds = npt.NDArray[np.int32]
 
@@ -42,6 +44,9 @@ class EngineRequest:
         output, and they are not emitted again
     timeout_s: from submission to the last token, or None
     suspicion: how many engines have failed, perhaps because of its request (blame.py)
+    constraint: what the output must be, None for anything
+    scored_tokens: of the prompt's, from its second on, those whose log-probabilities the client
+        has
     """
 
     request_id: str
@@ -52,6 +57,8 @@ class EngineRequest:
     timeout_s: float | None = None
     cache_salt: str = ""
     suspicion: int = 0
+    constraint: OutputConstraint | None = None
+    scored_tokens: int = 0
 
 
 class SampledLogprobs(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -101,6 +108,7 @@ class SequenceDelta(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """New tokens of one sequence, and its end when `finish_reason` is set.
 
     progress: instead of tokens, at times, while there are many to compute before the next
+    scores: instead of tokens, log-probabilities of the next tokens of the prompt
     """
 
     request_id: str
@@ -111,3 +119,4 @@ class SequenceDelta(msgspec.Struct, frozen=True, array_like=True, gc=False):
     usage: SequenceUsage | None = None
     error: str | None = None
     progress: PrefillProgress | None = None
+    scores: TokenScores | None = None

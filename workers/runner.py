@@ -14,14 +14,18 @@ from kvmesh.kernels.seal import seal_layers, seal_pages
 from kvmesh.kernels.write import write_hot
 from kvmesh.workers.basis import Basis
 from kvmesh.workers.decode_graphs import DecodeGraphs
-from kvmesh.workers.executor import Allocation
+from kvmesh.workers.executor import Allocation, MakeMasks
 from kvmesh.workers.kv_pool import KVPool
 from kvmesh.workers.model.hook import AttendArgs
 from kvmesh.workers.model.load import ServedModel
-from kvmesh.workers.plan import StepPlan, StepResult, TableUpdate
+from kvmesh.workers.plan import SampledToken, StepPlan, StepResult, TableUpdate, TokenScores
 from kvmesh.workers.sampler import Sampler
 from kvmesh.workers.shared_prefixes import PrefixFinder
 from kvmesh.workers.step import BlockTables, StepArrays, StepTensors, ints, to_device
+
+# Rows of logits that are computed at a time to score given tokens: 78 MB in fp32 for a vocabulary
+# of 152,000 tokens, whatever the chunk's length.
+SCORED_ROWS = 128
 
 
 class ModelRunner:
@@ -76,7 +80,7 @@ class ModelRunner:
         min_members, max_members = sharers(fmt, self._pool.hot[0], model.num_heads)
         self._prefixes = PrefixFinder(self._sealed_ids, sink_pages, min_members, max_members)
         facts = model.facts
-        self._sampler = Sampler(facts.vocab_size, facts.eos_token_ids, device) if samples else None
+        self._sampler = Sampler.of(facts, device) if samples else None
         self._graphs: DecodeGraphs | None = None
         if prepare_decode:
             hot, sealed = self._pool.hot[0], self._pool.sealed[0]
@@ -97,24 +101,57 @@ class ModelRunner:
         return self._pool
 
     @torch.inference_mode()
-    def execute(self, plan: StepPlan) -> StepResult | None:
-        """Compute the plan; returns the result on the rank that samples, None on the others."""
+    def execute(self, plan: StepPlan, masks: MakeMasks | None = None) -> StepResult | None:
+        """Compute the plan; returns the result on the rank that samples, None on the others.
+
+        masks: asked for when the logits are computed, or on their way on a GPU
+        """
         start_s = time.perf_counter()
         arrays = self._prepare(plan)
-        if self._graphs is not None and self._graphs.fits(arrays):
+        scores: list[TokenScores] = []
+        if self._graphs is not None and self._graphs.fits(arrays) and not plan.scores:
             host_s = time.perf_counter() - start_s
             logits = self._graphs.run(arrays)
         else:
             step = to_device(arrays, self._tables, self._device)
             host_s = time.perf_counter() - start_s
-            logits = self._forward(step)
+            hidden = self._hidden(step)
+            if plan.scores:
+                scores = self._score_targets(plan, arrays, hidden)
+            logits = self._model.logits(hidden, step.logits_rows)
         if self._sampler is None or logits is None:
             return None
         sampled = [chunk for chunk in plan.chunks if chunk.sample]
-        if not sampled:
-            return StepResult(plan.step, [], host_s)
-        rows, ends = [chunk.row for chunk in sampled], [chunk.end for chunk in sampled]
-        return StepResult(plan.step, self._sampler.sample(logits, rows, ends), host_s)
+        tokens: list[SampledToken] = []
+        if sampled:
+            rows, ends = [chunk.row for chunk in sampled], [chunk.end for chunk in sampled]
+            found = None
+            if plan.masked:
+                assert masks is not None, "a masked plan comes with its masks"
+                found = masks()
+            tokens = self._sampler.sample(logits, rows, ends, found)
+        return StepResult(plan.step, tokens, host_s, scores)
+
+    def _score_targets(
+        self, plan: StepPlan, arrays: StepArrays, hidden: torch.Tensor
+    ) -> list[TokenScores]:
+        """Scores of each chunk's targets, a few rows of logits at a time; [] on other ranks."""
+        found: list[TokenScores] = []
+        for chunk, first in zip(plan.chunks, arrays.query_starts, strict=False):
+            targets = np.frombuffer(chunk.targets, dtype=np.int32)
+            if not targets.size:
+                continue
+            first_row = int(first) + chunk.score_start - chunk.start
+            parts: list[TokenScores] = []
+            for start in range(0, targets.size, SCORED_ROWS):
+                some = ints(targets[start : start + SCORED_ROWS], torch.int64, self._device)
+                rows = torch.arange(len(some), device=self._device) + (first_row + start)
+                logits = self._model.logits(hidden, rows)
+                if self._sampler is not None and logits is not None:
+                    parts.append(self._sampler.score(chunk.row, logits, some))
+            if parts:
+                found.append(TokenScores.joined(parts))
+        return found
 
     @torch.inference_mode()
     def score(self, plan: StepPlan) -> torch.Tensor | None:
@@ -145,6 +182,10 @@ class ModelRunner:
 
     def _forward(self, step: StepTensors) -> torch.Tensor | None:
         """Logits [n, vocab_size] fp32 of the step's sampled rows; None on ranks without logits."""
+        return self._model.logits(self._hidden(step), step.logits_rows)
+
+    def _hidden(self, step: StepTensors) -> torch.Tensor:
+        """Last hidden states [T, hidden_size] of the step's tokens."""
         # In a decode step no query reads what the step seals: those pages are still in every
         # query's exact window. So they can be sealed after the model, in all layers together.
         later = step.batch.max_query_len == 1
@@ -179,7 +220,7 @@ class ModelRunner:
             )
             return self._basis.leave(out)
 
-        logits = self._model.forward(step.input_ids, step.positions, attend, step.logits_rows)
+        hidden = self._model.hidden(step.input_ids, step.positions, attend)
         if later and step.seal_hot.shape[0]:
             seal_layers(
                 self._pool.all_hot,
@@ -190,7 +231,7 @@ class ModelRunner:
                 params=self._params,
                 positions=step.seal_positions,
             )
-        return logits
+        return hidden
 
     def _layer_params(self, layer: int) -> LayerParams:
         return NO_PARAMS if self._params is None else self._params.layers[layer]

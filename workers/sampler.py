@@ -4,6 +4,9 @@ The order of operations is the usual one: logit bias, penalties, forbidden token
 temperature, top-k, top-p, min-p on the renormalised distribution; then one uniform draw
 by inverse CDF. The uniform number at output position i depends only on (seed, i).
 
+A mask is applied with the forbidden tokens, whatever bias and penalties have made of a token.
+Where a mask allows nothing but an end of sequence, min_tokens and ignore_eos do not count.
+
 A row without a largest finite logit, because the model or an adjustment has made NaN or
 infinities, gets no token but a fault, and its neighbours are sampled as without it.
 """
@@ -15,7 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kvmesh.workers.plan import RowStart, SampledToken
+from kvmesh.workers.model.facts import ModelFacts
+from kvmesh.workers.plan import RowStart, SampledToken, TokenMasks, TokenScores
 from kvmesh.workers.sampling_params import SamplingParams
 
 # Rows with top-k, top-p or min-p first consider this many of the most likely tokens; a row
@@ -55,13 +59,31 @@ class Sampler:
     """Keeps the sampling state of every row.
 
     eos_token_ids: forbidden, like the row's stop tokens, before min_tokens are generated
+    unused_token_ids: of the vocabulary's padding; they are never sampled, nor listed as
+        alternatives, and have no part in any probability
     """
 
-    def __init__(self, vocab_size: int, eos_token_ids: tuple[int, ...], device: torch.device):
+    def __init__(
+        self,
+        vocab_size: int,
+        eos_token_ids: tuple[int, ...],
+        device: torch.device,
+        unused_token_ids: tuple[int, ...] = (),
+    ) -> None:
         self._vocab_size = vocab_size
+        unused = set(unused_token_ids)
+        self._num_used = vocab_size - len(unused)
+        # Nearly always they are the last ones, which one slice covers.
+        self._end = next((i + 1 for i in reversed(range(vocab_size)) if i not in unused), 0)
+        holes = sorted(token_id for token_id in unused if token_id < self._end)
+        self._holes = torch.tensor(holes, dtype=torch.int64, device=device) if holes else None
         self._eos = eos_token_ids
         self._device = device
         self._rows: dict[int, _Row] = {}
+
+    @classmethod
+    def of(cls, facts: ModelFacts, device: torch.device) -> Sampler:
+        return cls(facts.vocab_size, facts.eos_token_ids, device, facts.unused_token_ids)
 
     def start_row(self, start: RowStart) -> None:
         params = start.params
@@ -86,16 +108,25 @@ class Sampler:
             output = ids[max(0, row.prompt_tokens - start) :]
             row.counts.index_add_(0, output, torch.ones_like(output, dtype=row.counts.dtype))
 
-    def sample(self, logits: torch.Tensor, rows: list[int], ends: list[int]) -> list[SampledToken]:
+    def sample(
+        self,
+        logits: torch.Tensor,
+        rows: list[int],
+        ends: list[int],
+        masks: TokenMasks | None = None,
+    ) -> list[SampledToken]:
         """One token per row, or a fault.
 
         logits: [n, vocab_size] fp32, changed in place; rows: [n] row ids;
         ends: [n] current number of tokens of the sequence, prompt and output
+        masks: of those rows that may not sample every token
         """
+        self._hide_unused(logits)
         wanted = [i for i, row in enumerate(rows) if self._rows[row].params.logprobs is not None]
         raw = torch.log_softmax(logits[wanted], dim=-1) if wanted else None
+        allowed = {} if masks is None else self._unpack(masks)
         for i, (row_id, end) in enumerate(zip(rows, ends, strict=True)):
-            self._adjust(logits[i], self._rows[row_id], end)
+            self._adjust(logits[i], self._rows[row_id], end, allowed.get(i))
         # The maximum of a row with NaN is NaN. From finite maxima on, every weight is in [0, 1].
         best, tokens = logits.max(dim=-1)
         sound: list[bool] = torch.isfinite(best).tolist()
@@ -112,13 +143,50 @@ class Sampler:
         sampled = [SampledToken(token_id) for token_id in ids]
         if raw is not None:
             for i, row_logprobs in zip(wanted, raw, strict=True):
-                sampled[i] = _with_logprobs(ids[i], row_logprobs, self._rows[rows[i]].params)
+                count = min(self._rows[rows[i]].params.logprobs or 0, self._num_used)
+                sampled[i] = _with_logprobs(ids[i], row_logprobs, count)
         for i in (i for i, row_is_sound in enumerate(sound) if not row_is_sound):
             sampled[i] = SampledToken(NO_TOKEN, fault=NOT_FINITE)
         return sampled
 
-    def _adjust(self, logits: torch.Tensor, row: _Row, end: int) -> None:
-        """Apply bias, penalties and forbidden tokens in place. logits: [vocab_size]."""
+    def score(self, row_id: int, logits: torch.Tensor, targets: torch.Tensor) -> TokenScores:
+        """Log-probabilities of given tokens, and of as many alternatives as the row wants.
+
+        logits: [n, vocab_size] fp32, changed in place; targets: [n] int64
+        """
+        self._hide_unused(logits)
+        logprobs = torch.log_softmax(logits, dim=-1)
+        chosen = logprobs.gather(1, targets[:, None]).squeeze(1)
+        count = min(self._rows[row_id].params.prompt_logprobs or 0, self._num_used)
+        top, ids = torch.topk(logprobs, count, dim=-1)
+        return TokenScores(
+            chosen.cpu().numpy().tobytes(),
+            ids.to(torch.int32).cpu().numpy().tobytes(),
+            top.cpu().numpy().tobytes(),
+            bool(torch.isfinite(chosen).all()),
+        )
+
+    def _hide_unused(self, logits: torch.Tensor) -> None:
+        """In place. logits: [n, vocab_size]"""
+        logits[:, self._end :] = -torch.inf
+        if self._holes is not None:
+            logits.index_fill_(1, self._holes, -torch.inf)
+
+    def _unpack(self, masks: TokenMasks) -> dict[int, torch.Tensor]:
+        """For each masked row [vocab_size] bool: which tokens are allowed."""
+        packed = torch.frombuffer(bytearray(masks.bits), dtype=torch.uint8).to(self._device)
+        shifts = torch.arange(8, dtype=torch.uint8, device=self._device)
+        bits = (packed.view(len(masks.positions), -1, 1) >> shifts) & 1
+        allowed = bits.flatten(1)[:, : self._vocab_size].to(torch.bool)
+        return dict(zip(masks.positions, allowed, strict=True))
+
+    def _adjust(
+        self, logits: torch.Tensor, row: _Row, end: int, allowed: torch.Tensor | None
+    ) -> None:
+        """Apply bias, penalties and forbidden tokens in place.
+
+        logits: [vocab_size]; allowed: [vocab_size] bool, None for all
+        """
         params = row.params
         if params.logit_bias:
             ids = torch.tensor(list(params.logit_bias), device=self._device)
@@ -131,9 +199,23 @@ class Sampler:
         if row.counts is not None:
             logits.sub_(row.counts, alpha=params.frequency_penalty)
             logits.sub_((row.counts > 0).to(logits.dtype), alpha=params.presence_penalty)
+        forbidden: tuple[int, ...] = ()
         if end - row.prompt_tokens < params.min_tokens:
+            forbidden = self._eos + params.stop_token_ids
+        elif allowed is not None and params.ignore_eos:
+            forbidden = self._eos
+        if forbidden and (allowed is None or _allows_others(allowed, forbidden)):
             # Added, not assigned: NaN stays NaN.
-            logits[list(self._eos + params.stop_token_ids)] -= torch.inf
+            logits[list(forbidden)] -= torch.inf
+        if allowed is not None:
+            logits.masked_fill_(~(allowed | logits.isnan()), -torch.inf)
+
+
+def _allows_others(allowed: torch.Tensor, forbidden: tuple[int, ...]) -> bool:
+    """Whether a mask, [vocab_size] bool, allows more than the forbidden tokens."""
+    others = allowed.clone()
+    others[list(forbidden)] = False
+    return bool(others.any())
 
 
 def _draw(logits: torch.Tensor, params: list[SamplingParams], draws: list[float]) -> torch.Tensor:
@@ -191,9 +273,10 @@ def _inverse_truncated(
     return ids.gather(1, chosen[:, None]).squeeze(-1)
 
 
-def _with_logprobs(token_id: int, logprobs: torch.Tensor, params: SamplingParams) -> SampledToken:
+def _with_logprobs(token_id: int, logprobs: torch.Tensor, count: int) -> SampledToken:
+    """count: of the best tokens, which are listed"""
     top: list[tuple[int, float]] = []
-    if params.logprobs:
-        values, ids = torch.topk(logprobs, min(params.logprobs, logprobs.shape[0]))
+    if count:
+        values, ids = torch.topk(logprobs, count)
         top = list(zip(ids.tolist(), values.tolist(), strict=True))
     return SampledToken(token_id, float(logprobs[token_id]), top)

@@ -83,6 +83,7 @@ class SamplingParams:
     stop_token_ids: end the sequence, like the model's end-of-sequence tokens
     logit_bias: token id -> bias added to its logit
     logprobs: None for none, n for the chosen token's and the n best alternatives'
+    prompt_logprobs: the same for the tokens of the prompt; max_tokens may then be 0
     Raises InvalidFieldError naming the field.
     """
 
@@ -100,10 +101,13 @@ class SamplingParams:
     ignore_eos: bool = False
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
+        only_prompt = self.prompt_logprobs is not None and self.max_tokens == 0
         for name in _NUMBERS:
-            RANGES[name].check(name, getattr(self, name))
+            if not (only_prompt and name == "max_tokens"):
+                RANGES[name].check(name, getattr(self, name))
         if self.min_tokens > self.max_tokens:
             raise InvalidFieldError(
                 "min_tokens",
@@ -121,8 +125,9 @@ class SamplingParams:
             )
         for token_id, bias in self.logit_bias.items():
             RANGES["logit_bias"].check("logit_bias", bias, f" for token {token_id}")
-        if self.logprobs is not None:
-            RANGES["logprobs"].check("logprobs", self.logprobs)
+        for name in ("logprobs", "prompt_logprobs"):
+            if (count := getattr(self, name)) is not None:
+                RANGES["logprobs"].check(name, count)
 
     @property
     def greedy(self) -> bool:

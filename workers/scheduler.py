@@ -96,7 +96,8 @@ class Scheduler:
         while self._max_chunk(draft, 0) and (admitted := self._admit(draft)):
             self._plan_chunk(draft, admitted)
         if not draft.chunks:
-            assert self.running or not self.waiting, "sequences are waiting, but none can run"
+            could_run = [seq for seq in self.waiting if seq.prepared]
+            assert self.running or not could_run, "sequences are waiting, but none can run"
             assert all(seq.paused for seq in self.running), "a sequence is missing from the step"
             return None
         self._step += 1
@@ -115,6 +116,7 @@ class Scheduler:
             seq = by_row[chunk.row]
             first_full = seq.num_computed // self.geometry.page_size
             seq.num_computed = chunk.end
+            seq.num_scored += len(chunk.targets) // 4
             self._publish(seq, first_full)
             (sampled if chunk.sample else unfinished).append(seq)
         return sampled, unfinished
@@ -148,7 +150,10 @@ class Scheduler:
         if self._failed_admission == (seq, self.cache.sealed.available - reserved):
             return None
         # One token must be computed, or the step would lose the row and its tables.
-        full_pages = (min(seq.num_tokens, seq.leased_tokens) - 1) // self.geometry.page_size
+        reusable = min(seq.num_tokens, seq.leased_tokens) - 1
+        if seq.num_scored < seq.to_score:  # positions without a score are computed
+            reusable = min(reusable, seq.num_scored)
+        full_pages = reusable // self.geometry.page_size
         known = seq.digests(full_pages)[:full_pages] if seq.shares_pages else ()
         hit = self.cache.match(known)
         self.cache.share(hit)
@@ -306,8 +311,8 @@ class _Draft:
         self._seals.setdefault(_row(seq), []).append((seq.hot[page], seq.sealed[page], page))
 
     def takes(self, seq: Sequence) -> bool:
-        """Whether the step may have the sequence, and not another one on trial."""
-        return self._on_trial is None or not seq.on_trial
+        """Whether the sequence can run, and not only without another one on trial."""
+        return seq.prepared and (self._on_trial is None or not seq.on_trial)
 
     def add_chunk(self, seq: Sequence, start: int, end: int) -> None:
         row = _row(seq)
@@ -315,7 +320,11 @@ class _Draft:
             self._on_trial = seq
         self.tokens_left -= end - start
         sample = end == seq.num_tokens
-        self.chunks[row] = Chunk(row, start, seq.tokens[start:end].tobytes(), sample)
+        score_start, score_end = max(start, seq.num_scored), min(end, seq.to_score)
+        targets = seq.tokens[score_start + 1 : score_end + 1].tobytes()
+        self.chunks[row] = Chunk(
+            row, start, seq.tokens[start:end].tobytes(), sample, targets, score_start
+        )
         self.work.add(self.chunks[row])
 
     def undo(self, seq: Sequence) -> None:

@@ -8,6 +8,7 @@ from kvmesh.workers.lease import LeaseTerms
 from kvmesh.workers.prefix_cache import Digest, PageDigests
 from kvmesh.workers.request import EngineRequest, PrefillProgress, SequenceUsage, TokenIds
 from kvmesh.workers.sizes import PageGeometry, PageNeed
+from kvmesh.workers.structured.state import OutputState
 
 
 class Sequence:
@@ -19,6 +20,7 @@ class Sequence:
 
     hot, sealed: logical page -> page id of the forms it holds
     shares_pages: whether it uses other sequences' pages and they use its own
+    output_state: within its constraint, None without one; `prepared` once it is there
     """
 
     def __init__(self, request: EngineRequest, geometry: PageGeometry, max_model_len: int) -> None:
@@ -33,11 +35,15 @@ class Sequence:
         self.extend(request.lease)
         self.num_tokens = given
         self.num_computed = 0
+        # Positions of the prompt, from the first on, whose next token's score is known.
+        self.num_scored = request.scored_tokens
         self.row: int | None = None
         self.hot: dict[int, int] = {}
         self.sealed: dict[int, int] = {}
         self._digests = PageDigests(geometry.page_size, request.cache_salt)
         self.shares_pages = True
+        self.output_state: OutputState | None = None
+        self.prepared = request.constraint is None
         self.cached_tokens = 0
         self.preemptions = 0
         self.peak = PageNeed(0, 0)
@@ -55,6 +61,11 @@ class Sequence:
     @property
     def num_output(self) -> int:
         return self.num_tokens - self.prompt_tokens
+
+    @property
+    def to_score(self) -> int:
+        """How many positions have a score in the end: all of the prompt's but the last."""
+        return 0 if self.request.params.prompt_logprobs is None else self.prompt_tokens - 1
 
     @property
     def to_compute(self) -> int:

@@ -9,9 +9,10 @@ from pathlib import Path
 from kvmesh.workers.cache_directory import keep_compiled_loops
 from kvmesh.workers.channel import Allocated, Close, Divergences, Failed, Probe, RankEnd
 from kvmesh.workers.config import EngineConfig
-from kvmesh.workers.errors import ConfigError
+from kvmesh.workers.errors import ConfigError, WorkerDiedError
 from kvmesh.workers.executor import Allocation
 from kvmesh.workers.parallel.comm import Communicator
+from kvmesh.workers.plan import StepPlan, TokenMasks
 from kvmesh.workers.rank import Rank, choose_device
 
 logger = logging.getLogger(__name__)
@@ -62,5 +63,17 @@ def _serve(rank: Rank, end: RankEnd, parent: int) -> None:
             kl_nats = rank.divergences(message.kv_formats)
             if kl_nats:
                 end.send(Divergences(kl_nats))
-        elif (result := rank.execute(message)) is not None:
-            end.send(result)
+        elif isinstance(message, StepPlan):
+            result = rank.execute(message, lambda: _masks(end, parent))
+            if result is not None:
+                end.send(result)
+
+
+def _masks(end: RankEnd, parent: int) -> TokenMasks:
+    """The masks that follow a plan. Raises WorkerDiedError if the leader is gone."""
+    while (message := end.receive(_PARENT_CHECK_S)) is None:
+        if os.getppid() != parent:
+            raise WorkerDiedError("the leader is gone")
+    if not isinstance(message, TokenMasks):
+        raise WorkerDiedError(f"masks must follow a masked plan, got {type(message).__name__}")
+    return message

@@ -8,7 +8,7 @@ import time
 from benchmarks.control_plane.tokens import FIRST_ID, NUM_IDS, successor
 from kvmesh.kernels.formats.registry import get_format
 from kvmesh.workers.config import DEFAULT_CPU_KV_MEMORY_BYTES, EngineConfig
-from kvmesh.workers.executor import Allocation, RankDescription
+from kvmesh.workers.executor import Allocation, MakeMasks, RankDescription
 from kvmesh.workers.model.facts import read_facts
 from kvmesh.workers.model.source import resolve_model
 from kvmesh.workers.plan import SampledToken, StepPlan, StepResult
@@ -68,7 +68,7 @@ class InstantExecutor:
     def allocate(self, allocation: Allocation) -> None:
         """There is no pool to allocate."""
 
-    def execute(self, plan: StepPlan) -> StepResult:
+    def execute(self, plan: StepPlan, masks: MakeMasks | None = None) -> StepResult:
         began_s, began_ns = time.monotonic(), time.thread_time_ns()
         for chunk in plan.chunks:
             if chunk.start == 0:

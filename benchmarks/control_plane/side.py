@@ -66,7 +66,7 @@ def configure(ingress: int) -> ClusterConfig:
     """Room for 256 streams of 256 tokens at a time, with pages to spare."""
     return build(
         {
-            "ingress": {"port": 0, "replicas": ingress},
+            "ingress": {"port": 0, "http_port": 0, "replicas": ingress},
             "router": {"max_queued": 1024},
             "timeouts": {"drain_s": 5.0},
             "engine": {

@@ -176,3 +176,22 @@ def tokenize(
         return
     out.print(f"{len(tokens.token_ids)} tokens; the context holds {tokens.max_model_len}")
     out.print(" ".join(map(str, tokens.token_ids)), soft_wrap=True)
+
+
+@with_options
+def detokenize(
+    token_ids: Annotated[list[int], typer.Argument(help="Token ids.", min=0)],
+    connection: ServerOptions,
+    skip_special_tokens: Annotated[
+        bool, typer.Option("--skip-special-tokens", help="Leave special tokens out.")
+    ] = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Show the text of token ids."""
+    with connection.client() as client:
+        text = client.detokenize(token_ids, skip_special_tokens=skip_special_tokens)
+    if as_json:
+        print_json({"text": text})
+    else:
+        out.print(text, markup=False, highlight=False, soft_wrap=True)

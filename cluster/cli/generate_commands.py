@@ -44,6 +44,19 @@ def generate(
     stop: Annotated[
         list[str] | None, typer.Option(help="A string that ends the output; may be repeated.")
     ] = None,
+    include_stop: Annotated[
+        bool, typer.Option("--include-stop", help="Print the string that ends the output, too.")
+    ] = False,
+    special_tokens: Annotated[
+        bool, typer.Option("--special-tokens", help="Print special tokens, too.")
+    ] = False,
+    prompt_logprobs: Annotated[
+        int | None,
+        typer.Option(
+            help="With --json: log-probabilities of the prompt's tokens and of this many "
+            "alternatives. --max-tokens may then be 0."
+        ),
+    ] = None,
     request_id: Annotated[
         str | None, typer.Option(help="Names the request, for `abort` and `explain`.")
     ] = None,
@@ -57,6 +70,9 @@ def generate(
         top_p=top_p,
         seed=seed,
         stop=stop,
+        include_stop_str_in_output=include_stop or None,
+        skip_special_tokens=False if special_tokens else None,
+        prompt_logprobs=prompt_logprobs,
         request_id=request_id,
     )
     with (
@@ -82,6 +98,9 @@ def chat(
     max_tokens: MaxTokensOption = None,
     temperature: TemperatureOption = None,
     seed: SeedOption = None,
+    template: Annotated[
+        str | None, typer.Option(help="Name of one of the model's chat templates.")
+    ] = None,
     quiet: QuietOption = False,
 ) -> None:
     """Chat with the model. Ctrl-C stops an answer, and Ctrl-D ends the chat.
@@ -92,7 +111,9 @@ def chat(
     from kvmesh.cluster.cli.line_input import message_reader
 
     read = message_reader()
-    options = without_none(max_tokens=max_tokens, temperature=temperature, seed=seed)
+    options = without_none(
+        max_tokens=max_tokens, temperature=temperature, seed=seed, chat_template_name=template
+    )
     messages = [Message("system", system)] if system else []
     with connection.client() as client:
         while (line := _next(read)) is not None:

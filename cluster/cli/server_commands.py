@@ -47,6 +47,7 @@ def _announce(endpoint: Endpoint, config: ClusterConfig) -> None:
     notes.print(f"  status   kvmesh status{target}")
     argument = "" if local else f'"{endpoint.target}"'
     notes.print(f"  Python   kvmesh.Client({argument}).generate(…)", markup=False)
+    notes.print(f"  OpenAI   {endpoint.http_url}/v1", markup=False)
     if endpoint.metrics_url:
         notes.print(f"  metrics  {endpoint.metrics_url}")
     if endpoint.dashboard_url:
@@ -68,6 +69,7 @@ def demo(
     from kvmesh.cluster.cli.demo import run_demo
 
     config = settings.load().config
-    ingress = config.ingress.model_copy(update={"port": 0})  # free even while another one serves
+    # Free ones, even while another one serves.
+    ingress = config.ingress.model_copy(update={"port": 0, "http_port": 0})
     config = config.model_copy(update={"ingress": ingress})
     raise typer.Exit(run_demo(config, question, max_tokens))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 from rich.table import Table
@@ -26,6 +27,12 @@ def show_model(info: ModelInfo) -> None:
         f"[bold]{info.model}[/bold] ({info.model_revision}), context {info.max_model_len} tokens, "
         f"server {info.version}"
     )
+    given = dataclasses.asdict(info.default_sampling_params).items()
+    defaults = ", ".join(f"{name} {value:g}" for name, value in given if value is not None)
+    out.print(f"defaults: {defaults or 'none'}", highlight=False)
+    if len(info.chat_template_names) > 1:
+        names = ", ".join(info.chat_template_names)
+        out.print(f"chat templates: {names}", markup=False, highlight=False)
 
 
 def show_groups(info: ModelInfo) -> None:

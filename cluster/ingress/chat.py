@@ -34,15 +34,21 @@ def conversation(chat: pb.Chat) -> Conversation:
         _message(message, f"prompt.chat.messages[{index}]")
         for index, message in enumerate(chat.messages)
     ]
-    if not any(message["content"] or "tool_calls" in message for message in messages):
+    if not any(_has_text(message["content"]) or "tool_calls" in message for message in messages):
         refuse("prompt.chat.messages", "must have content; all messages are empty")
-    if chat.continue_final_message and not messages[-1]["content"]:
+    if chat.chat_template and chat.chat_template_name:
+        refuse("prompt.chat.chat_template_name", "must not be set together with chat_template")
+    if chat.continue_final_message and not _has_text(messages[-1]["content"]):
         refuse("prompt.chat.continue_final_message", "needs a last message that has content")
+    tools = [_tool(tool, f"prompt.chat.tools[{index}]") for index, tool in enumerate(chat.tools)]
     return Conversation(
         messages,
-        [_tool(tool, f"prompt.chat.tools[{index}]") for index, tool in enumerate(chat.tools)],
+        # A model that does not see them does not call them.
+        tools if chat.tool_choice.mode != pb.ToolChoice.MODE_NONE else (),
         _struct(chat.chat_template_kwargs),
         chat.continue_final_message,
+        chat.chat_template,
+        chat.chat_template_name,
     )
 
 
@@ -54,9 +60,10 @@ def _message(message: pb.ChatMessage, path: str) -> dict[str, Any]:
         refuse(f"{path}.parts", "must not be set together with content")
     found: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.parts:
-        found["content"] = "\n".join(
-            _text(part, f"{path}.parts[{index}]") for index, part in enumerate(message.parts)
-        )
+        found["content"] = [
+            {"type": "text", "text": _text(part, f"{path}.parts[{index}]")}
+            for index, part in enumerate(message.parts)
+        ]
     if message.tool_calls:
         found["tool_calls"] = [
             _tool_call(call, f"{path}.tool_calls[{index}]")
@@ -66,6 +73,10 @@ def _message(message: pb.ChatMessage, path: str) -> dict[str, Any]:
         if value := getattr(message, name):
             found[name] = value
     return found
+
+
+def _has_text(content: str | list[dict[str, str]]) -> bool:
+    return bool(content if isinstance(content, str) else any(part["text"] for part in content))
 
 
 def _text(part: pb.ContentPart, path: str) -> str:

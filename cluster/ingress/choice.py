@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvmesh.cluster.errors import ResumeMismatchError
+from kvmesh.cluster.ingress.answers.pieces import CallPiece, Pieces
+from kvmesh.cluster.ingress.answers.reader import PLAIN, AnswerForm, AnswerReader
 from kvmesh.cluster.ingress.codec import TextCodec
 from kvmesh.cluster.ingress.stop_strings import StopStrings
-from kvmesh.cluster.ingress.validate import ResumedChoice
-from kvmesh.workers.request import EndReason, SampledLogprobs, SequenceDelta
+from kvmesh.cluster.ingress.validate import ResumedChoice, TextRules
+from kvmesh.workers.request import EndReason, SampledLogprobs, SequenceDelta, TokenIds
 from kvmesh.workers.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
 class ChoiceFinish:
-    """Why a choice ended, and the stop string or stop token if one ended it."""
+    """Why a choice ended, and the stop string or stop token if one ended it.
+
+    in_calls: whether the answer ends in complete tool calls
+    """
 
     reason: EndReason
     stop_string: str | None = None
     stop_token_id: int | None = None
+    in_calls: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,18 +36,26 @@ class ChoiceOutput:
     token_ids: tuple[int, ...]
     text: str
     logprobs: tuple[SampledLogprobs, ...]
+    reasoning: str = ""
+    calls: tuple[CallPiece, ...] = ()
 
     def __bool__(self) -> bool:
-        return bool(self.token_ids or self.text)
+        return bool(self.token_ids or self.text or self.reasoning or self.calls)
 
 
 class RunningChoice:
-    """Turns a sequence's tokens into text, up to a stop string.
+    """Turns a sequence's tokens into text, up to a stop string, and the text into an answer.
+
+        tokens ──► text ──► up to a stop string ──► reasoning, text, tool calls
 
     Tokens are processed one at a time, so that the text after a given token does
     not depend on how tokens were grouped in messages. A resumed choice is
     replayed from its tokens.
+    rules: what of the text is shown, and which strings end it
     resumed: what the client already has
+    prompt: the tokens before
+    form: what the answer consists of
+    grammar: whether the output has one, which alone decides where it ends
     Raises ResumeMismatchError if the client has more text than those tokens decode to, or
     tokens after the end of the output.
     """
@@ -50,23 +64,32 @@ class RunningChoice:
         self,
         index: int,
         params: SamplingParams,
-        stops: Sequence[str],
+        rules: TextRules,
         codec: TextCodec,
         resumed: ResumedChoice,
+        prompt: Sequence[int] | TokenIds = (),
+        form: AnswerForm = PLAIN,
+        grammar: bool = False,
     ) -> None:
         self.index = index
         self.params = params
+        self.rules = rules
         self.token_ids: list[int] = []
         self.finish: ChoiceFinish | None = None
-        self._eos = frozenset(() if params.ignore_eos else codec.eos_token_ids)
-        self._text = codec.stream()
-        self._stops = StopStrings(stops)
-        self._owed_text = ""
+        self.cut = False  # by its text, which the engine does not know
+        self._grammar = grammar
+        self._eos = frozenset(() if params.ignore_eos and not grammar else codec.eos_token_ids)
+        self._codec = codec
+        self._text = codec.stream(prompt, rules.skip_special_tokens)
+        self._stops = StopStrings(rules.stop)
+        self._markers = form.markers
+        self._reader = AnswerReader(form) if form else None
+        self._owed = Pieces()
         self.already_finished = resumed.finished
         self._replay(resumed)
 
     def _replay(self, resumed: ResumedChoice) -> None:
-        text = ""
+        pieces = Pieces()
         for token_id in resumed.token_ids:
             if self.finish is not None:
                 raise ResumeMismatchError(
@@ -74,7 +97,7 @@ class RunningChoice:
                     f"{len(resumed.token_ids)} tokens"
                 )
             stop_token = self._stop_token(token_id)
-            text += self._take(token_id, is_stop_token=stop_token)
+            pieces.add(self._take(token_id, is_stop_token=stop_token))
             if stop_token:
                 self.finish = ChoiceFinish(EndReason.STOP, stop_token_id=token_id)
             elif len(self.token_ids) >= self.params.max_tokens and self.finish is None:
@@ -82,26 +105,28 @@ class RunningChoice:
         if resumed.finished and self.finish is None:
             # It ended for a reason that its tokens do not show, e.g. a deadline.
             self.finish = ChoiceFinish(EndReason.ABORT)
-        if self.finish is not None and self.finish.stop_string is None:
-            text += self._rest()
-        if resumed.text_chars > len(text):
-            raise ResumeMismatchError(
-                f"the resumed tokens decode to {len(text)} characters, but the client "
-                f"received {resumed.text_chars}"
+        if self.finish is not None:
+            pieces.add(self._rest())
+        try:
+            self._owed = pieces.without(
+                resumed.reasoning_chars, resumed.text_chars, resumed.tool_arguments_chars
             )
-        self._owed_text = text[resumed.text_chars :]
+        except ValueError as error:
+            raise ResumeMismatchError(
+                f"the resumed tokens decode to {error}, but the client has received more"
+            ) from None
 
     def owed(self) -> ChoiceOutput:
-        """Text of the resumed tokens that the client has not received."""
-        owed, self._owed_text = self._owed_text, ""
-        return ChoiceOutput(len(self.token_ids), (), owed, ())
+        """Output of the resumed tokens that the client has not received."""
+        owed, self._owed = self._owed, Pieces()
+        return self._output(len(self.token_ids), owed)
 
     def accept(self, deltas: Sequence[SequenceDelta]) -> ChoiceOutput:
         """Add tokens from the engine; sets `finish` at the end of the output.
 
         Tokens after a stop string are dropped.
         """
-        offset, text = len(self.token_ids), ""
+        offset, pieces = len(self.token_ids), Pieces()
         logprobs: list[SampledLogprobs] = []
         for delta in deltas:
             for position, token_id in enumerate(delta.token_ids):
@@ -109,40 +134,80 @@ class RunningChoice:
                     break
                 last = position == len(delta.token_ids) - 1
                 is_stop_token = last and delta.matched_stop_token == token_id
-                text += self._take(token_id, is_stop_token=is_stop_token)
+                pieces.add(self._take(token_id, is_stop_token=is_stop_token))
                 logprobs.extend(delta.logprobs[position : position + 1])
             if delta.finish_reason is not None and self.finish is None:
                 self.finish = ChoiceFinish(
                     delta.finish_reason, stop_token_id=delta.matched_stop_token
                 )
-                text += self._rest()
-        return ChoiceOutput(offset, tuple(self.token_ids[offset:]), text, tuple(logprobs))
+        if self.finish is not None:
+            pieces.add(self._rest())
+        return self._output(offset, pieces, tuple(logprobs))
 
     def end(self, reason: EndReason) -> ChoiceOutput:
         """End the choice for a reason other than its tokens."""
         self.finish = ChoiceFinish(reason)
-        return ChoiceOutput(len(self.token_ids), (), self._rest(), ())
+        return self._output(len(self.token_ids), self._rest())
+
+    def _output(
+        self, offset: int, pieces: Pieces, logprobs: tuple[SampledLogprobs, ...] = ()
+    ) -> ChoiceOutput:
+        return ChoiceOutput(
+            offset,
+            tuple(self.token_ids[offset:]),
+            pieces.text,
+            logprobs,
+            pieces.reasoning,
+            tuple(pieces.merged_calls()),
+        )
 
     def _stop_token(self, token_id: int) -> bool:
         enough = len(self.token_ids) + 1 >= self.params.min_tokens
-        return enough and (token_id in self._eos or token_id in self.params.stop_token_ids)
+        if token_id in self._eos and (enough or self._grammar):
+            return True
+        return enough and token_id in self.params.stop_token_ids
 
-    def _take(self, token_id: int, *, is_stop_token: bool) -> str:
-        """Text that is final after this token; a stop token adds none."""
+    def _take(self, token_id: int, *, is_stop_token: bool) -> Pieces:
+        """What is final after this token; a stop token adds nothing, unless it is included."""
         self.token_ids.append(token_id)
-        if is_stop_token:
-            return ""
-        text = self._text.push((token_id,))
-        if len(self.token_ids) < self.params.min_tokens:
-            return text
-        return self._scan(text)
+        if is_stop_token and not self.rules.include_stop:
+            return Pieces()
+        hidden = ""
+        if (marker := self._markers.get(token_id)) is not None:
+            text = self._text.flush() + marker
+        else:
+            text = self._text.push((token_id,))
+            if self.rules.skip_special_tokens:
+                hidden = self._codec.special_text(token_id)
+        text = self._scan(text, hidden, may_end=not is_stop_token)
+        if self._reader is None:
+            return Pieces(text=text)
+        pieces = self._reader.push(text)
+        if self._reader.has_enough() and self.finish is None:
+            self.finish = ChoiceFinish(EndReason.STOP)
+            self.cut = True
+        return pieces
 
-    def _scan(self, text: str) -> str:
-        final, matched = self._stops.push(text)
+    def _scan(self, text: str, hidden: str = "", *, may_end: bool = True) -> str:
+        enough = len(self.token_ids) >= self.params.min_tokens
+        final, matched = self._stops.push(text, hidden, may_end=may_end and enough)
         if matched is not None:
             self.finish = ChoiceFinish(EndReason.STOP, stop_string=matched)
+            self.cut = True
+            if self.rules.include_stop:
+                final += matched
         return final
 
-    def _rest(self) -> str:
-        """At the end: the text that the decoder and the search for stop strings have held back."""
-        return self._scan(self._text.flush()) + self._stops.flush()
+    def _rest(self) -> Pieces:
+        """At the end: what decoder, search for stop strings and reader have held back."""
+        assert self.finish is not None
+        text = ""
+        if self.finish.stop_string is None:
+            text = self._scan(self._text.flush()) + self._stops.flush()
+        if self._reader is None:
+            return Pieces(text=text)
+        pieces = self._reader.push(text)
+        pieces.add(self._reader.finish())
+        if self.finish.reason is EndReason.STOP and self._reader.ends_in_calls:
+            self.finish = replace(self.finish, in_calls=True)
+        return pieces

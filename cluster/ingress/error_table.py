@@ -1,9 +1,10 @@
-"""The table that maps every error to its form on the wire."""
+"""The table that maps every error to its form on the wire, over gRPC and over HTTP."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import grpc
 
@@ -15,11 +16,13 @@ from kvmesh.cluster.errors import (
     NoAllowedFormatError,
     NotAllowedError,
     NotReadyError,
+    OversizedRequestError,
     RequestDeadlineError,
     RequestFaultError,
     ResumeMismatchError,
     UnauthenticatedError,
     UnknownModelError,
+    UnknownPathError,
     UnsupportedFieldError,
 )
 from kvmesh.cluster.routing import errors as routing
@@ -30,74 +33,87 @@ RETRY_LOST_ENGINE_S = 1.0
 RETRY_NOT_READY_S = 2.0
 
 _S = grpc.StatusCode
+CLIENT_LEFT = 499  # of a call whose client does not wait for its end, in nginx' words
+
+
+class ErrorRow(NamedTuple):
+    """What an error is on the wire: its code and status by protocol, and one reason."""
+
+    kind: type[BaseException]
+    code: grpc.StatusCode
+    reason: pb.ErrorReason.ValueType
+    http_status: int
+
 
 # The first row whose class matches decides; order subclasses before their parents.
-_TABLE: tuple[tuple[type[BaseException], grpc.StatusCode, pb.ErrorReason.ValueType], ...] = (
-    (UnsupportedFieldError, _S.INVALID_ARGUMENT, pb.ERROR_REASON_UNSUPPORTED),
-    (InvalidFieldError, _S.INVALID_ARGUMENT, pb.ERROR_REASON_INVALID_FIELD),
-    (UnauthenticatedError, _S.UNAUTHENTICATED, pb.ERROR_REASON_WRONG_KEY),
-    (NotAllowedError, _S.PERMISSION_DENIED, pb.ERROR_REASON_NOT_ALLOWED),
-    (NoAllowedFormatError, _S.FAILED_PRECONDITION, pb.ERROR_REASON_KV_FORMAT),
-    (UnknownModelError, _S.NOT_FOUND, pb.ERROR_REASON_UNKNOWN_MODEL),
-    (routing.RequestIdInUseError, _S.ALREADY_EXISTS, pb.ERROR_REASON_DUPLICATE_REQUEST_ID),
-    (routing.ExceedsEveryGroupError, _S.FAILED_PRECONDITION, pb.ERROR_REASON_NEVER_FITS),
-    (ContextExceededError, _S.FAILED_PRECONDITION, pb.ERROR_REASON_NEVER_FITS),
-    (ResumeMismatchError, _S.FAILED_PRECONDITION, pb.ERROR_REASON_RESUME_MISMATCH),
-    (routing.QueueFullError, _S.RESOURCE_EXHAUSTED, pb.ERROR_REASON_QUEUE_FULL),
-    (routing.QuotaExceededError, _S.RESOURCE_EXHAUSTED, pb.ERROR_REASON_QUOTA),
-    (routing.NoGroupError, _S.UNAVAILABLE, pb.ERROR_REASON_NOT_READY),
-    (routing.NoRoomError, _S.RESOURCE_EXHAUSTED, pb.ERROR_REASON_OVER_CAPACITY),
-    (PoolCapacityError, _S.RESOURCE_EXHAUSTED, pb.ERROR_REASON_OVER_CAPACITY),
-    (
-        routing.DeadlineUnreachableError,
-        _S.DEADLINE_EXCEEDED,
-        pb.ERROR_REASON_DEADLINE_UNREACHABLE,
-    ),
-    (RequestDeadlineError, _S.DEADLINE_EXCEEDED, pb.ERROR_REASON_DEADLINE_EXCEEDED),
-    (EngineLostError, _S.UNAVAILABLE, pb.ERROR_REASON_ENGINE_LOST),
-    (WorkerDiedError, _S.UNAVAILABLE, pb.ERROR_REASON_ENGINE_LOST),
-    (IngressBusyError, _S.RESOURCE_EXHAUSTED, pb.ERROR_REASON_QUEUE_FULL),
-    (RequestFaultError, _S.INTERNAL, pb.ERROR_REASON_REQUEST_FAULT),
-    (DrainingError, _S.UNAVAILABLE, pb.ERROR_REASON_DRAINING),
-    (NotReadyError, _S.UNAVAILABLE, pb.ERROR_REASON_NOT_READY),
+_TABLE: tuple[ErrorRow, ...] = tuple(
+    ErrorRow(*row)
+    for row in (
+        (UnsupportedFieldError, _S.INVALID_ARGUMENT, pb.ERROR_REASON_UNSUPPORTED, 400),
+        (OversizedRequestError, _S.INVALID_ARGUMENT, pb.ERROR_REASON_INVALID_FIELD, 413),
+        (InvalidFieldError, _S.INVALID_ARGUMENT, pb.ERROR_REASON_INVALID_FIELD, 400),
+        (UnauthenticatedError, _S.UNAUTHENTICATED, pb.ERROR_REASON_WRONG_KEY, 401),
+        (NotAllowedError, _S.PERMISSION_DENIED, pb.ERROR_REASON_NOT_ALLOWED, 403),
+        (NoAllowedFormatError, _S.FAILED_PRECONDITION, pb.ERROR_REASON_KV_FORMAT, 400),
+        (UnknownModelError, _S.NOT_FOUND, pb.ERROR_REASON_UNKNOWN_MODEL, 404),
+        (UnknownPathError, _S.UNIMPLEMENTED, pb.ERROR_REASON_UNSUPPORTED, 404),
+        (routing.RequestIdInUseError, _S.ALREADY_EXISTS, pb.ERROR_REASON_DUPLICATE_REQUEST_ID, 409),
+        (routing.ExceedsEveryGroupError, _S.FAILED_PRECONDITION, pb.ERROR_REASON_NEVER_FITS, 400),
+        (ContextExceededError, _S.FAILED_PRECONDITION, pb.ERROR_REASON_NEVER_FITS, 400),
+        (ResumeMismatchError, _S.FAILED_PRECONDITION, pb.ERROR_REASON_RESUME_MISMATCH, 400),
+        (routing.QueueFullError, _S.RESOURCE_EXHAUSTED, pb.ERROR_REASON_QUEUE_FULL, 429),
+        (routing.QuotaExceededError, _S.RESOURCE_EXHAUSTED, pb.ERROR_REASON_QUOTA, 429),
+        (routing.NoGroupError, _S.UNAVAILABLE, pb.ERROR_REASON_NOT_READY, 503),
+        (routing.NoRoomError, _S.RESOURCE_EXHAUSTED, pb.ERROR_REASON_OVER_CAPACITY, 429),
+        (PoolCapacityError, _S.RESOURCE_EXHAUSTED, pb.ERROR_REASON_OVER_CAPACITY, 429),
+        (
+            routing.DeadlineUnreachableError,
+            _S.DEADLINE_EXCEEDED,
+            pb.ERROR_REASON_DEADLINE_UNREACHABLE,
+            504,
+        ),
+        (RequestDeadlineError, _S.DEADLINE_EXCEEDED, pb.ERROR_REASON_DEADLINE_EXCEEDED, 504),
+        (EngineLostError, _S.UNAVAILABLE, pb.ERROR_REASON_ENGINE_LOST, 503),
+        (WorkerDiedError, _S.UNAVAILABLE, pb.ERROR_REASON_ENGINE_LOST, 503),
+        (IngressBusyError, _S.RESOURCE_EXHAUSTED, pb.ERROR_REASON_QUEUE_FULL, 429),
+        (RequestFaultError, _S.INTERNAL, pb.ERROR_REASON_REQUEST_FAULT, 500),
+        (DrainingError, _S.UNAVAILABLE, pb.ERROR_REASON_DRAINING, 503),
+        (NotReadyError, _S.UNAVAILABLE, pb.ERROR_REASON_NOT_READY, 503),
+    )
 )
+# Of errors that the table does not list: bugs of the server.
+_BUG = ErrorRow(Exception, _S.INTERNAL, pb.ERROR_REASON_INTERNAL, 500)
 
 
 def is_expected(error: BaseException) -> bool:
     """Whether the table lists the error; others are bugs of the server."""
-    return any(isinstance(error, row[0]) for row in _TABLE)
+    return _row_of(error) is not _BUG
+
+
+def http_status(error: BaseException) -> int:
+    """The status of an HTTP reply that reports the error."""
+    return _row_of(_as_seen(error)).http_status
 
 
 def to_wire(error: BaseException, request_id: str = "") -> pb.Error:
     """The error as clients see it. Errors that are not in the table do not reveal their cause."""
-    if isinstance(error, PoolCapacityError) and not error.retryable:
-        error = routing.ExceedsEveryGroupError(
-            {"": error.needed_bytes}, {"": error.available_bytes}, {"": error.message}
-        )
-    if isinstance(error, WorkerDiedError):
-        # Its message names ranks, processes and files, which belong in the log only.
-        error = EngineLostError()
-    for kind, code, reason in _TABLE:
-        if isinstance(error, kind):
-            wire = pb.Error(
-                code=code.value[0], reason=reason, message=str(error), request_id=request_id
-            )
-            _fill(wire, error)
-            return wire
-    return pb.Error(
-        code=_S.INTERNAL.value[0],
-        reason=pb.ERROR_REASON_INTERNAL,
-        message="internal error; see the server log",
-        request_id=request_id,
-    )
+    error = _as_seen(error)
+    row = _row_of(error)
+    wire = pb.Error(code=row.code.value[0], reason=row.reason, request_id=request_id)
+    if row is _BUG:
+        wire.message = "internal error; see the server log"
+    else:
+        wire.message = str(error)
+        _fill(wire, error)
+    return wire
 
 
 def count_by_reason(refused: Mapping[str, int]) -> dict[str, int]:
     """Counts by the error's class name as counts by ErrorReason name."""
     reasons: Counter[str] = Counter()
     for name, count in refused.items():
-        reason = next((row[2] for row in _TABLE if row[0].__name__ == name), None)
-        reasons[pb.ErrorReason.Name(reason or pb.ERROR_REASON_INTERNAL)] += count
+        row = next((row for row in _TABLE if row.kind.__name__ == name), _BUG)
+        reasons[pb.ErrorReason.Name(row.reason)] += count
     return dict(reasons)
 
 
@@ -108,6 +124,22 @@ def status_code(wire: pb.Error) -> grpc.StatusCode:
 def reason_label(wire: pb.Error) -> str:
     """A label for metrics, e.g. ``queue_full``."""
     return pb.ErrorReason.Name(wire.reason).removeprefix("ERROR_REASON_").lower()
+
+
+def _row_of(error: BaseException) -> ErrorRow:
+    return next((row for row in _TABLE if isinstance(error, row.kind)), _BUG)
+
+
+def _as_seen(error: BaseException) -> BaseException:
+    """The error that clients see in place of this one."""
+    if isinstance(error, PoolCapacityError) and not error.retryable:
+        return routing.ExceedsEveryGroupError(
+            {"": error.needed_bytes}, {"": error.available_bytes}, {"": error.message}
+        )
+    if isinstance(error, WorkerDiedError):
+        # Its message names ranks, processes and files, which belong in the log only.
+        return EngineLostError()
+    return error
 
 
 def _fill(wire: pb.Error, error: BaseException) -> None:

@@ -16,16 +16,20 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 
 from kvmesh.cluster.errors import EngineLostError, RequestDeadlineError, RequestFaultError
 from kvmesh.cluster.ingress import wire
+from kvmesh.cluster.ingress.answers.call_ids import call_id
+from kvmesh.cluster.ingress.answers.plan import NO_PLAN, AnswerPlan
 from kvmesh.cluster.ingress.choice import RunningChoice
 from kvmesh.cluster.ingress.codec import TextCodec
 from kvmesh.cluster.ingress.engine_links import EngineLink, EngineLinks
 from kvmesh.cluster.ingress.failovers import LOSSES, Failovers, Loss
 from kvmesh.cluster.ingress.output import SILENCE_S, RequestOutput
+from kvmesh.cluster.ingress.prompt_scores import PromptScores
 from kvmesh.cluster.ingress.router_link import HeldPlace, RouterLink
 from kvmesh.cluster.ingress.stream_status import StreamStatus
 from kvmesh.cluster.ingress.validate import GenerationSpec, ResumedChoice, cache_salt, choice_seed
@@ -79,6 +83,7 @@ class Generation:
     page_hashes: of the prompt's full pages, as the engines' prefix caches know them
     excluded: groups whose KV format the request does not accept
     trace: of the generation
+    plan: of the answer
     """
 
     def __init__(
@@ -91,6 +96,7 @@ class Generation:
         page_hashes: tuple[bytes, ...] = (),
         excluded: frozenset[str] = frozenset(),
         trace: RequestTrace = NO_TRACE,
+        plan: AnswerPlan = NO_PLAN,
     ) -> None:
         self._trace = trace
         self.key = f"{tenant}/{spec.request_id}"
@@ -100,16 +106,25 @@ class Generation:
         self._context = context
         self._page_hashes = page_hashes
         self._excluded = excluded
+        self._constraint = plan.constraint
         self._arrived_s = context.clock()
         self._deadline_s = None if spec.timeout_s is None else self._arrived_s + spec.timeout_s
         resumed = spec.resume.choices if spec.resume else (ResumedChoice(),) * spec.n
         choices = [
             RunningChoice(
                 index,
-                replace(params, seed=choice_seed(params.seed, index)),
-                spec.stop,
+                replace(
+                    params,
+                    seed=choice_seed(params.seed, index),
+                    # The prompt is the same for all choices.
+                    prompt_logprobs=None if index else params.prompt_logprobs,
+                ),
+                spec.rules,
                 context.codec,
                 resumed[index],
+                prompt_ids,
+                plan.form,
+                plan.constraint is not None and bool(plan.constraint.grammar),
             )
             for index in range(spec.n)
         ]
@@ -118,8 +133,15 @@ class Generation:
             choices,
             context.codec,
             context.waker,
-            self._end_stopped,
+            self._end_cut,
+            partial(call_id, self.key, plan.form.syntax),
             self._status,
+            PromptScores(
+                prompt_ids,
+                context.codec,
+                spec.rules.skip_special_tokens,
+                spec.resume.scores if spec.resume else 0,
+            ),
             context.silence_s,
         )
         # The current placement: its sequences, those still running, and how it ends.
@@ -259,12 +281,18 @@ class Generation:
             placed.lease,
             _int32_bytes(self._prompt_ids),
             tuple(
-                NewSequence(name, choice.params, _int32_bytes(choice.token_ids))
+                NewSequence(
+                    name,
+                    choice.params,
+                    _int32_bytes(choice.token_ids),
+                    0 if choice.index else self._output.scores.received,
+                )
                 for name, choice in self._sequences.items()
             ),
             self._remaining_s(),
             cache_salt(self._tenant, self._spec.cache_salt),
             self._failovers.suspicion,
+            self._constraint,
         )
         self._link.submit(message, self)
         if message.suspicion:
@@ -290,6 +318,9 @@ class Generation:
             self._trace.event("prefilling", computed_tokens=delta.progress.computed_tokens)
             if self._status.computed(delta.request_id, delta.progress):
                 self._output.send_status()
+            return
+        if delta.scores is not None:
+            self._output.put_scores(delta.scores)
             return
         if self._prefilling and delta.token_ids:
             self._note_first_token()
@@ -380,8 +411,8 @@ class Generation:
 
     # Ending
 
-    def _end_stopped(self, choice: RunningChoice) -> None:
-        """A stop string has ended the choice: end its sequence."""
+    def _end_cut(self, choice: RunningChoice) -> None:
+        """Its text has ended the choice: end its sequence."""
         names = [name for name in self._live if self._sequences[name] is choice]
         if names and self._link is not None:
             self._link.end(names, EndReason.STOP)

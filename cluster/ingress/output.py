@@ -13,9 +13,11 @@ from kvmesh.cluster.errors import RequestDeadlineError
 from kvmesh.cluster.ingress import wire
 from kvmesh.cluster.ingress.choice import ChoiceOutput, RunningChoice
 from kvmesh.cluster.ingress.codec import TextCodec
+from kvmesh.cluster.ingress.prompt_scores import PromptScores
 from kvmesh.cluster.ingress.stream_status import StreamStatus
 from kvmesh.cluster.ingress.waker import Waker
 from kvmesh.v1 import kvmesh_pb2 as pb
+from kvmesh.workers.plan import TokenScores
 from kvmesh.workers.request import EndReason, SequenceDelta
 
 SILENCE_S = 4.0  # the contract's 5 s, less what the way may take
@@ -28,8 +30,10 @@ class RequestOutput:
     one event per choice however many tokens have come, or when the request needs its choices
     up to date.
 
-    on_stop_string: called when a stop string has ended a choice
+    on_cut: called when a stop string, or an answer that is long enough, has ended a choice
+    call_id: of a choice's tool call, both by index
     status: what to send when there is nothing else
+    scores: of the prompt
     silence_s: from the last event until the status is sent again
     """
 
@@ -38,14 +42,18 @@ class RequestOutput:
         choices: Sequence[RunningChoice],
         codec: TextCodec,
         waker: Waker,
-        on_stop_string: Callable[[RunningChoice], None],
+        on_cut: Callable[[RunningChoice], None],
+        call_id: Callable[[int, int], str],
         status: StreamStatus,
+        scores: PromptScores,
         silence_s: float = SILENCE_S,
     ) -> None:
         self.choices = choices
+        self.scores = scores
         self._codec = codec
         self._waker = waker
-        self._on_stop_string = on_stop_string
+        self._on_cut = on_cut
+        self._call_id = call_id
         self._deltas: list[tuple[RunningChoice, SequenceDelta]] = []
         self._events: list[pb.GenerateStreamResponse] = []
         self._ready = asyncio.Event()
@@ -68,6 +76,11 @@ class RequestOutput:
     def put(self, choice: RunningChoice, delta: SequenceDelta) -> None:
         """Collect a delta of a choice."""
         self._deltas.append((choice, delta))
+        self.wake()
+
+    def put_scores(self, scores: TokenScores) -> None:
+        """Log-probabilities of the next tokens of the prompt."""
+        self.scores.put(scores)
         self.wake()
 
     def add(self, event: pb.GenerateStreamResponse) -> None:
@@ -108,6 +121,7 @@ class RequestOutput:
 
         Raises RequestDeadlineError if the engine has ended the request without any output.
         """
+        self._events += self.scores.take()
         deltas, self._deltas = self._deltas, []
         if deltas:
             self._status.generating()
@@ -120,8 +134,8 @@ class RequestOutput:
             if choice.finish is not None:
                 if choice.finish.reason is EndReason.DEADLINE and not self.has_tokens:
                     raise RequestDeadlineError()
-                if choice.finish.stop_string is not None:
-                    self._on_stop_string(choice)
+                if choice.cut:
+                    self._on_cut(choice)
             self._emit(choice, output)
 
     def catch_up(self) -> None:
@@ -156,7 +170,8 @@ class RequestOutput:
 
     def _emit(self, choice: RunningChoice, output: ChoiceOutput) -> None:
         if output:
-            delta = wire.delta(choice.index, output, self._codec)
+            skip = choice.rules.skip_special_tokens
+            delta = wire.delta(choice.index, output, self._codec, self._call_id, skip)
             self._events.append(pb.GenerateStreamResponse(delta=delta))
         if choice.finish is not None:
             finished = wire.choice_finished(choice.index, choice.finish)

@@ -2,7 +2,8 @@
 
 The tokenizer and the hashes release the interpreter's lock while they work. Long prompts are
 computed in LONG_THREADS threads, one at a time of each tenant, so that nobody has all of them.
-Chats have a thread of their own, because the model's template may take any time.
+Chats have a thread of their own, because a template may take long, and those with a template of
+their own another one.
 """
 
 from __future__ import annotations
@@ -16,9 +17,8 @@ from typing import TypeVar
 import numpy as np
 
 from kvmesh.cluster.errors import IngressBusyError
-from kvmesh.cluster.ingress import served, validate
+from kvmesh.cluster.ingress import served, validate, wire
 from kvmesh.cluster.ingress.codec import TextCodec
-from kvmesh.cluster.ingress.interruptible import InterruptedWorkError, run_interruptible
 from kvmesh.cluster.ingress.refuse import refuse
 from kvmesh.cluster.processes import return_memory
 from kvmesh.cluster.reports import ClusterStatus
@@ -33,22 +33,18 @@ LONG_TEXT_CHARS = 4096  # tokenising longer texts would delay every stream
 LONG_PROMPT_TOKENS = 1 << 16  # and so would hashing longer prompts
 LONG_THREADS = 2
 MAX_WAITING = 16  # long prompts of one tenant that wait for a thread
-CHAT_TIMEOUT_S = 10.0
 
 T = TypeVar("T")
 
 
 class Prompts:
-    """All methods belong to one event loop.
+    """All methods belong to one event loop."""
 
-    chat_timeout_s: for the model's template and tokenizer, after which a chat is refused
-    """
-
-    def __init__(self, codec: TextCodec, chat_timeout_s: float = CHAT_TIMEOUT_S) -> None:
+    def __init__(self, codec: TextCodec) -> None:
         self._codec = codec
-        self._chat_timeout_s = chat_timeout_s
         self._long = ThreadPoolExecutor(LONG_THREADS, "kvmesh-long-prompts")
         self._chats = ThreadPoolExecutor(1, "kvmesh-chats")
+        self._given_chats = ThreadPoolExecutor(1, "kvmesh-given-chats")
         self._turns: defaultdict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(1))
         self._waiting: Counter[str] = Counter()  # by tenant
 
@@ -79,13 +75,34 @@ class Prompts:
         template refuses, and IngressBusyError if too many long prompts of the tenant wait.
         """
         if isinstance(prompt, np.ndarray):
-            validate.check_prompt_ids(prompt, served.any_info(status).vocab_size)
+            vocab_size = served.any_info(status).vocab_size
+            validate.check_prompt_ids(prompt, vocab_size, self._codec.unused_token_ids)
             return prompt
         if isinstance(prompt, str):
             if len(prompt) < LONG_TEXT_CHARS:
                 return self._codec.encode(prompt)
             return await self._in_thread(tenant, lambda: self._codec.encode(prompt))
-        return await self._encode_chat(prompt)
+        return await self._encode_chat(prompt, tenant, status)
+
+    async def decode(
+        self, request: pb.DetokenizeRequest, tenant: str, status: ClusterStatus
+    ) -> pb.DetokenizeResponse:
+        """The text of token ids, and what each adds to it."""
+        vocab_size, ids = served.any_info(status).vocab_size, request.token_ids
+        for at, token_id in enumerate(ids):
+            if token_id >= vocab_size or token_id in self._codec.unused_token_ids:
+                refuse(f"token_ids[{at}]", validate.unknown_token(token_id, vocab_size))
+        skip = request.skip_special_tokens
+
+        def decode() -> pb.DetokenizeResponse:
+            stream = self._codec.stream((), skip)
+            text = stream.push(ids) + stream.flush()
+            pieces = [wire.shown_bytes(token_id, self._codec, skip) for token_id in ids]
+            return pb.DetokenizeResponse(text=text, token_bytes=pieces)
+
+        if len(ids) < LONG_TEXT_CHARS:
+            return decode()
+        return await self._in_thread(tenant, decode)
 
     async def page_hashes(
         self, ids: TokenIds, tenant: str, salt: str, info: EngineInfo
@@ -103,28 +120,42 @@ class Prompts:
     def close(self) -> None:
         """Wait for nothing: what runs ends by itself."""
         self._long.shutdown(wait=False, cancel_futures=True)
+        self._given_chats.shutdown(wait=False, cancel_futures=True)
         self._chats.shutdown(wait=False, cancel_futures=True)
 
-    async def _encode_chat(self, chat: Conversation) -> TokenIds:
-        if not self._codec.has_chat_template:
+    async def _encode_chat(
+        self, chat: Conversation, tenant: str, status: ClusterStatus
+    ) -> TokenIds:
+        if not self._codec.chat_template_names and not chat.template:
             refuse("prompt.chat", "must not be set: the model has no chat template; send text")
+        longest = served.max_model_len(status)
+
+        def encode() -> TokenIds:
+            pieces = self._codec.render_chat(chat)
+            chars = sum(len(piece.text) for piece in pieces)
+            tokens = -(-chars // self._codec.max_token_chars)
+            if tokens > longest:
+                raise served.context_exceeded(tokens, status)
+            return self._codec.encode_pieces(pieces)
+
         try:
-            ids = await run_interruptible(
-                self._chats, lambda: self._codec.encode_chat(chat), self._chat_timeout_s
-            )
+            if chat.template:
+                ids = await self._in_thread(tenant, encode, self._given_chats)
+            else:
+                ids = await asyncio.get_running_loop().run_in_executor(self._chats, encode)
         except InvalidFieldError as error:
             refuse(f"prompt.chat.{error.field}", error.message)
-        except InterruptedWorkError:
-            refuse(
-                "prompt.chat",
-                f"took the model's chat template more than {self._chat_timeout_s:g} s",
-            )
         if len(ids) > LONG_PROMPT_TOKENS:
             self._chats.submit(return_memory)
         return ids
 
-    async def _in_thread(self, tenant: str, work: Callable[[], T]) -> T:
-        """Run a tenant's work when it is its turn; a caller that leaves does not end its turn."""
+    async def _in_thread(
+        self, tenant: str, work: Callable[[], T], executor: ThreadPoolExecutor | None = None
+    ) -> T:
+        """Run a tenant's work when it is its turn; a caller that leaves does not end its turn.
+
+        executor: by default that of long prompts
+        """
         if self._waiting[tenant] >= MAX_WAITING:
             raise IngressBusyError(f"{MAX_WAITING} long prompts wait to be tokenised already")
         turn, loop = self._turns[tenant], asyncio.get_running_loop()
@@ -133,7 +164,7 @@ class Prompts:
             await turn.acquire()
         finally:
             self._waiting[tenant] -= 1
-        job = self._long.submit(_returning_memory, work)
+        job = (executor or self._long).submit(_returning_memory, work)
         job.add_done_callback(lambda _: loop.call_soon_threadsafe(turn.release))
         return await asyncio.wrap_future(job)
 

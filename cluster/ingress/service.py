@@ -16,6 +16,7 @@ from kvmesh.cluster.errors import (
 )
 from kvmesh.cluster.identity import Identity
 from kvmesh.cluster.ingress import admin_wire, served, validate, wire
+from kvmesh.cluster.ingress.answers.planner import AnswerPlanner
 from kvmesh.cluster.ingress.codec import TextCodec
 from kvmesh.cluster.ingress.engine_links import EngineLinks
 from kvmesh.cluster.ingress.error_table import reason_label, to_wire
@@ -32,6 +33,7 @@ from kvmesh.cluster.telemetry.meters import IngressMeters
 from kvmesh.cluster.telemetry.traces import OFF, RequestTrace, Traces
 from kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.v1alpha import admin_pb2 as admin
+from kvmesh.workers.model.generation_defaults import NEUTRAL, SamplingDefaults
 from kvmesh.workers.sampling_params import RANGES
 
 logger = logging.getLogger(__name__)
@@ -42,6 +44,7 @@ class IngressService:
 
     find_router: where the router listens; raises LinkError while it is not known
     model_names: other names for the model that requests may use
+    defaults: of sampling parameters that a request does not set
     divergence_nats: measured divergence of KV formats
     """
 
@@ -56,6 +59,7 @@ class IngressService:
         version: str,
         model_names: frozenset[str] = frozenset(),
         queue_timeout_s: float = 120.0,
+        defaults: SamplingDefaults = NEUTRAL,
         divergence_nats: Mapping[str, float] = DIVERGENCE_NATS,
         traces: Traces = OFF,
     ) -> None:
@@ -64,7 +68,9 @@ class IngressService:
         self._engines = EngineLinks(identity)
         self._codec = codec
         self._prompts = Prompts(codec)
+        self._planner = AnswerPlanner(codec)
         self._limits = limits
+        self._defaults = defaults
         self._meters = meters
         self._version = version
         self._served = Served(self._router, model_names, self._measure)
@@ -115,6 +121,7 @@ class IngressService:
         self._draining = True
         self._engines.close()
         self._prompts.close()
+        self._planner.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -148,9 +155,16 @@ class IngressService:
         """Generate: a stream's events in one reply."""
         if request.HasField("resume"):
             refuse("resume", "must not be set for Generate; only GenerateStream can resume")
+        params = pb.SamplingParams()
+        params.CopyFrom(request.sampling_params)
         async with contextlib.aclosing(self.generate_stream(request, tenant)) as events:
             del request
-            return wire.generated([event async for event in events])
+            received = []
+            async for event in events:
+                if event.HasField("started"):
+                    validate.check_reply(params, event.started.prompt_tokens)
+                received.append(event)
+            return wire.generated(received)
 
     async def tokenize(self, request: pb.TokenizeRequest, tenant: str) -> pb.TokenizeResponse:
         self._check_open()
@@ -159,6 +173,12 @@ class IngressService:
         return pb.TokenizeResponse(
             token_ids=ids.tolist(), max_model_len=served.max_model_len(status)
         )
+
+    async def detokenize(self, request: pb.DetokenizeRequest, tenant: str) -> pb.DetokenizeResponse:
+        """The text of token ids, as a generation would have sent it."""
+        self._check_open()
+        status = self._served.status_for(request.model)
+        return await self._prompts.decode(request, tenant, status)
 
     async def abort(self, request: pb.AbortRequest, tenant: str) -> pb.AbortResponse:
         """Abort, by a request id of the caller's own tenant."""
@@ -204,8 +224,11 @@ class IngressService:
         self, request: pb.GetModelInfoRequest, tenant: str
     ) -> pb.GetModelInfoResponse:
         self._check_open()
+        wire_defaults = pb.SamplingDefaults(
+            max_tokens=self._limits.default_max_tokens, **self._defaults.given()
+        )
         return wire.model_info(
-            self._served.status, self._codec, self._version, self._divergence_nats
+            self._served.status, self._codec, self._version, self._divergence_nats, wire_defaults
         )
 
     async def get_tenant_loads(
@@ -265,7 +288,7 @@ class IngressService:
     ) -> Generation:
         status = self._served.status_for(request.model)
         self._prompts.check_length(request.prompt, status)
-        spec = validate.generation_spec(request, self._limits)
+        spec = validate.generation_spec(request, self._limits, self._defaults)
         info = served.any_info(status)
         if spec.resume is not None:
             if not request.sampling_params.HasField("seed"):
@@ -276,14 +299,15 @@ class IngressService:
                     f"the cluster now serves {info.model_revision!r}"
                 )
         ids = await self._prompts.encode(spec.prompt, tenant, status)
-        validate.check_tokens(spec, ids, info.vocab_size)
+        validate.check_tokens(spec, ids, info.vocab_size, self._codec.unused_token_ids)
         longest = served.max_model_len(status)
         if len(ids) >= longest:
             raise served.context_exceeded(len(ids), status)
         params = validate.fit_context(spec, len(ids), longest)
+        plan = await self._planner.plan(spec.answer, ids, tenant)
         hashes = await self._prompts.page_hashes(ids, tenant, spec.cache_salt, info)
         excluded = refused_groups(request, status, self._divergence_nats)
-        return Generation(spec, ids, params, tenant, self._context, hashes, excluded, trace)
+        return Generation(spec, ids, params, tenant, self._context, hashes, excluded, trace, plan)
 
     async def _size(
         self, request: pb.EstimateBudgetRequest, tenant: str

@@ -2,11 +2,14 @@
 
 emitted so far | held back: could be the start of a stop string
                             ^ always shorter than the longest stop string
+
+Some of the text may be hidden: special tokens that the output does not show. A stop string is
+found in what is shown, and in the whole text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 
 class StopStrings:
@@ -21,44 +24,66 @@ class StopStrings:
             raise ValueError(f"stops must not contain an empty string, got {tuple(stops)!r}")
         self._stops = tuple(stops)
         self._held = ""
+        self._shown: list[bool] = []  # for each character held back
         self._longest = max((len(stop) for stop in self._stops), default=0)
 
-    def push(self, text: str) -> tuple[str, str | None]:
-        """(text that is final now, the stop string found or None).
+    def push(self, text: str, hidden: str = "", *, may_end: bool = True) -> tuple[str, str | None]:
+        """(text to show that is final now, the stop string found or None).
+
+        hidden: follows `text`, and is not shown
+        may_end: otherwise a stop string that becomes complete is ordinary text
 
         If several stop strings match, the one that completes first ends the text; of
         those that complete at the same character, the one that starts first.
         """
         if not self._stops:
             return text, None
-        buffer = self._held + text
-        # Matches are ordered by where they complete, so that the result does
-        # not depend on how much text arrived at once.
-        found = self._first_complete(buffer)
-        if found is not None:
-            start, stop = found
-            self._held = ""
-            return buffer[:start], stop
-        keep = self._possible_start(buffer)
-        self._held = buffer[keep:]
-        return buffer[:keep], None
+        received = len(self._held)
+        buffer = self._held + text + hidden
+        shown = self._shown + [True] * len(text) + [False] * len(hidden)
+        matched = None
+        keep = self._possible_start(buffer, shown)
+        if may_end:
+            # Matches are ordered by where they complete, so that the result does
+            # not depend on how much text arrived at once.
+            found = min(self._complete(buffer, shown, received), default=None)
+            if found is not None:
+                _, keep, matched = found
+        final = "".join(c for c, is_shown in zip(buffer[:keep], shown, strict=False) if is_shown)
+        self._held, self._shown = ("", []) if matched else (buffer[keep:], shown[keep:])
+        return final, matched
 
     def flush(self) -> str:
         """The text held back; for the end, when no more follows."""
-        held, self._held = self._held, ""
+        held = "".join(c for c, is_shown in zip(self._held, self._shown, strict=True) if is_shown)
+        self._held, self._shown = "", []
         return held
 
-    def _first_complete(self, buffer: str) -> tuple[int, str] | None:
-        best: tuple[int, int, str] | None = None
-        for stop in self._stops:
-            start = buffer.find(stop)
-            if start >= 0 and (best is None or (start + len(stop), start) < best[:2]):
-                best = (start + len(stop), start, stop)
-        return None if best is None else (best[1], best[2])
+    def _complete(
+        self, buffer: str, shown: list[bool], received: int
+    ) -> Iterator[tuple[int, int, str]]:
+        """(end, start, stop) of the matches that end after the first `received` characters."""
+        for text, at in _views(buffer, shown):
+            before = sum(position < received for position in at)
+            for stop in self._stops:
+                start = text.find(stop, max(0, before - len(stop) + 1))
+                if start >= 0:
+                    yield at[start + len(stop) - 1], at[start], stop
 
-    def _possible_start(self, buffer: str) -> int:
+    def _possible_start(self, buffer: str, shown: list[bool]) -> int:
         """Where the longest suffix starts that is a proper prefix of a stop string."""
-        for start in range(max(0, len(buffer) - self._longest + 1), len(buffer)):
-            if any(stop.startswith(buffer[start:]) for stop in self._stops):
-                return start
-        return len(buffer)
+        found = len(buffer)
+        for text, at in _views(buffer, shown):
+            for start in range(max(0, len(text) - self._longest + 1), len(text)):
+                if any(stop.startswith(text[start:]) for stop in self._stops):
+                    found = min(found, at[start])
+                    break
+        return found
+
+
+def _views(buffer: str, shown: list[bool]) -> Iterator[tuple[str, Sequence[int]]]:
+    """The whole text and what is shown of it, with the positions of their characters."""
+    yield buffer, range(len(buffer))
+    if not all(shown):
+        at = [position for position, is_shown in enumerate(shown) if is_shown]
+        yield "".join(buffer[position] for position in at), at

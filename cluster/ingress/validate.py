@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from kvmesh.cluster.errors import UnsupportedFieldError
+from kvmesh.cluster.errors import OversizedRequestError, UnsupportedFieldError
+from kvmesh.cluster.ingress.answers.plan import AnswerSpec
 from kvmesh.cluster.ingress.chat import conversation
 from kvmesh.cluster.ingress.refuse import refuse
+from kvmesh.cluster.ingress.structured import answer_spec
 from kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.workers.errors import InvalidFieldError
 from kvmesh.workers.model.chat import Conversation
+from kvmesh.workers.model.generation_defaults import NEUTRAL, SamplingDefaults
 from kvmesh.workers.request import TokenIds
-from kvmesh.workers.sampling_params import MIN_TEMPERATURE, RANGES, NumberRange, SamplingParams
+from kvmesh.workers.sampling_params import RANGES, NumberRange, SamplingParams
 
 MAX_ID_CHARS = 128
+MAX_REPLY_ENTRIES = 1 << 18  # log-probabilities of a prompt in one message, about 4 MB
 MAX_SALT_CHARS = 256
 
 
@@ -36,9 +41,18 @@ class Limits:
 Prompt = str | Conversation | TokenIds
 
 
+def check_size(num_bytes: int, limits: Limits) -> None:
+    """Raises OversizedRequestError."""
+    if num_bytes > limits.max_request_bytes:
+        raise OversizedRequestError(
+            "request", f"must have at most {limits.max_request_bytes:,} bytes, got {num_bytes:,}"
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class ResumedChoice:
-    """Output that a client already has: its tokens, and how many characters of its text.
+    """Output that a client already has: its tokens, and how many characters of its text, of its
+    reasoning and of the arguments of each tool call.
 
     position: in the request's list, which need not be in the order of the choices
     """
@@ -47,12 +61,31 @@ class ResumedChoice:
     text_chars: int = 0
     finished: bool = False
     position: int = 0
+    reasoning_chars: int = 0
+    tool_arguments_chars: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Resume:
+    """choices: one for each index below n; scores: of the prompt, that the client has"""
+
     model_revision: str
-    choices: tuple[ResumedChoice, ...]  # one for each index below n
+    choices: tuple[ResumedChoice, ...]
+    scores: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TextRules:
+    """How a choice's tokens become its text.
+
+    stop: strings that end it
+    skip_special_tokens: special tokens have no text
+    include_stop: the text has the stop string or stop token that ends it
+    """
+
+    stop: tuple[str, ...] = ()
+    skip_special_tokens: bool = True
+    include_stop: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,50 +101,58 @@ class GenerationSpec:
     params: SamplingParams
     max_tokens_given: bool
     n: int
-    stop: tuple[str, ...]
+    rules: TextRules
     priority: int
     timeout_s: float | None
     cache_salt: str
     resume: Resume | None
+    answer: AnswerSpec = field(default_factory=AnswerSpec)
 
 
 def cache_salt(tenant: str, salt: str) -> str:
     """Prompts with different salts share no cached pages.
 
     Otherwise the time to the first token would reveal that another tenant sent the same text.
+    Each part is hashed with its length, so that no two pairs are alike.
     """
-    return f"{tenant}/{salt}"
+    digest = hashlib.sha256()
+    for part in (tenant.encode(), salt.encode()):
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()
 
 
-def generation_spec(request: pb.GenerateRequest, limits: Limits) -> GenerationSpec:
+def generation_spec(
+    request: pb.GenerateRequest,
+    limits: Limits,
+    defaults: SamplingDefaults = NEUTRAL,
+) -> GenerationSpec:
     """Raises InvalidFieldError naming the field by its path in the request."""
     wire = request.sampling_params
-    for field, given in (
-        ("structured_output", request.HasField("structured_output")),
-        ("adapter", bool(request.adapter)),
-        ("sampling_params.prompt_logprobs", wire.HasField("prompt_logprobs")),
-    ):
+    for path, given in (("adapter", bool(request.adapter)),):
         if given:
-            raise UnsupportedFieldError(field, "is not supported by this server yet")
+            raise UnsupportedFieldError(path, "is not supported by this server yet")
     n = number_of_choices("sampling_params.n", wire, limits)
-    params = sampling_params(wire, limits)
-    if params.greedy and n > 1:
-        refuse(
-            "sampling_params.n",
-            f"must be 1 with a temperature below {MIN_TEMPERATURE:g}, where all choices would be "
-            f"equal; got {n}",
-        )
+    params = sampling_params(wire, limits, defaults)
+    if params.max_tokens == 0 and n > 1:
+        refuse("sampling_params.n", f"must be 1 with max_tokens 0, without output; got {n}")
+    found = prompt(request.prompt)
+    answer = answer_spec(request, found if isinstance(found, Conversation) else None)
     return GenerationSpec(
         request_id=_request_id(request.request_id),
-        prompt=prompt(request.prompt),
+        prompt=found,
         params=params,
         max_tokens_given=wire.HasField("max_tokens"),
         n=n,
-        stop=_stop_strings(wire.stop, limits),
+        rules=TextRules(
+            _stop_strings(wire.stop, limits),
+            wire.skip_special_tokens if wire.HasField("skip_special_tokens") else True,
+            wire.include_stop_str_in_output,
+        ),
         priority=request.priority,
         timeout_s=_timeout_s(request, limits),
         cache_salt=_short("cache_salt", request.cache_salt, MAX_SALT_CHARS),
         resume=_resume(request.resume, n) if request.HasField("resume") else None,
+        answer=answer,
     )
 
 
@@ -123,7 +164,9 @@ def number_of_choices(
     return n
 
 
-def sampling_params(wire: pb.SamplingParams, limits: Limits) -> SamplingParams:
+def sampling_params(
+    wire: pb.SamplingParams, limits: Limits, defaults: SamplingDefaults
+) -> SamplingParams:
     """The wire's parameters with defaults, and with a random seed if none is given."""
     given = {
         name: getattr(wire, name)
@@ -140,10 +183,11 @@ def sampling_params(wire: pb.SamplingParams, limits: Limits) -> SamplingParams:
             "min_tokens",
             "ignore_eos",
             "logprobs",
+            "prompt_logprobs",
         )
         if wire.HasField(name)
     }
-    given.setdefault("seed", secrets.randbits(64))
+    given = {**defaults.given(), "seed": secrets.randbits(64), **given}
     if "max_tokens" not in given:
         # The default must not conflict with a larger min_tokens.
         given["max_tokens"] = max(limits.default_max_tokens, given.get("min_tokens", 0))
@@ -180,29 +224,47 @@ def prompt(wire: pb.Prompt) -> Prompt:
     raise InvalidFieldError("prompt", "must have one of text, chat or token_ids; none is set")
 
 
-def check_tokens(spec: GenerationSpec, prompt_ids: TokenIds, vocab_size: int) -> None:
-    """Refuse token ids that the model does not have, and a prompt of no tokens."""
+def check_tokens(
+    spec: GenerationSpec,
+    prompt_ids: TokenIds,
+    vocab_size: int,
+    unused: frozenset[int] = frozenset(),
+) -> None:
+    """Refuse token ids that the model does not have, and a prompt of no tokens.
+
+    unused: ids that have no token, though they may be below `vocab_size`
+    """
     if prompt_ids.size == 0:
         refuse("prompt", "must have at least one token")
     if isinstance(spec.prompt, np.ndarray):
-        check_prompt_ids(spec.prompt, vocab_size)
-    for token_id in spec.params.stop_token_ids:
-        if token_id >= vocab_size:
-            refuse("sampling_params.stop_token_ids", _unknown(token_id, vocab_size))
-    for token_id in spec.params.logit_bias:
-        if token_id >= vocab_size:
-            refuse("sampling_params.logit_bias", _unknown(token_id, vocab_size))
-    for choice in spec.resume.choices if spec.resume else ():
-        if choice.token_ids and max(choice.token_ids) >= vocab_size:
-            unknown = _unknown(max(choice.token_ids), vocab_size)
-            refuse(f"resume.choices[{choice.position}].token_ids", unknown)
+        check_prompt_ids(spec.prompt, vocab_size, unused)
+    if spec.resume is not None and spec.resume.scores > len(prompt_ids) - 1:
+        refuse(
+            "resume.prompt_logprobs_received",
+            f"must be less than the prompt's tokens ({len(prompt_ids)}), got {spec.resume.scores}",
+        )
+    for name, ids in (
+        ("sampling_params.stop_token_ids", spec.params.stop_token_ids),
+        ("sampling_params.logit_bias", spec.params.logit_bias),
+        *(
+            (f"resume.choices[{choice.position}].token_ids", choice.token_ids)
+            for choice in (spec.resume.choices if spec.resume else ())
+        ),
+    ):
+        for token_id in ids:
+            if token_id >= vocab_size or token_id in unused:
+                refuse(name, unknown_token(token_id, vocab_size))
 
 
-def check_prompt_ids(ids: TokenIds, vocab_size: int) -> None:
-    unknown = np.flatnonzero((ids < 0) | (ids >= vocab_size))
+def check_prompt_ids(ids: TokenIds, vocab_size: int, unused: frozenset[int] = frozenset()) -> None:
+    """unused: ids that have no token, though they may be below `vocab_size`"""
+    bad = (ids < 0) | (ids >= vocab_size)
+    if holes := [token_id for token_id in unused if token_id < vocab_size]:
+        bad |= np.isin(ids, holes)
+    unknown = np.flatnonzero(bad)
     if unknown.size:
         at = int(unknown[0])
-        refuse(f"prompt.token_ids.ids[{at}]", _unknown(int(ids[at]), vocab_size))
+        refuse(f"prompt.token_ids.ids[{at}]", unknown_token(int(ids[at]), vocab_size))
 
 
 def fit_context(spec: GenerationSpec, prompt_tokens: int, max_model_len: int) -> SamplingParams:
@@ -228,6 +290,18 @@ def fit_context(spec: GenerationSpec, prompt_tokens: int, max_model_len: int) ->
     return replace(params, max_tokens=available)
 
 
+def check_reply(params: pb.SamplingParams, prompt_tokens: int) -> None:
+    """Refuse log-probabilities of a prompt that one message cannot hold."""
+    entries = prompt_tokens * (1 + params.prompt_logprobs)
+    if params.HasField("prompt_logprobs") and entries > MAX_REPLY_ENTRIES:
+        refuse(
+            "sampling_params.prompt_logprobs",
+            f"must be requested with GenerateStream for a prompt of {prompt_tokens:,} tokens: one "
+            f"reply holds at most {MAX_REPLY_ENTRIES:,} log-probabilities, this one would have "
+            f"{entries:,}",
+        )
+
+
 def choice_seed(seed: int, index: int) -> int:
     """A choice's seed: the request's own for the first, mixed (SplitMix64) for the others."""
     if index == 0:
@@ -239,7 +313,8 @@ def choice_seed(seed: int, index: int) -> int:
     return mixed ^ (mixed >> 31)
 
 
-def _unknown(token_id: int, vocab_size: int) -> str:
+def unknown_token(token_id: int, vocab_size: int) -> str:
+    """What is wrong with an id that no token has."""
     return f"{token_id} is not a valid token id; the vocabulary has {vocab_size:,} tokens"
 
 
@@ -290,6 +365,11 @@ def _resume(wire: pb.Resume, n: int) -> Resume:
             refuse(field, f"must be unique, but {choice.index} appears twice")
         seen.add(choice.index)
         choices[choice.index] = ResumedChoice(
-            tuple(choice.token_ids), choice.text_chars, choice.finished, position
+            tuple(choice.token_ids),
+            choice.text_chars,
+            choice.finished,
+            position,
+            choice.reasoning_chars,
+            tuple(choice.tool_arguments_chars),
         )
-    return Resume(wire.model_revision, tuple(choices))
+    return Resume(wire.model_revision, tuple(choices), wire.prompt_logprobs_received)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from kvmesh.cluster.ingress.choice import ChoiceFinish, ChoiceOutput
 from kvmesh.cluster.ingress.codec import TextCodec
@@ -20,32 +20,59 @@ FINISH_REASONS = {
 }
 
 
-def delta(index: int, output: ChoiceOutput, codec: TextCodec) -> pb.Delta:
+def delta(
+    index: int,
+    output: ChoiceOutput,
+    codec: TextCodec,
+    call_id: Callable[[int, int], str],
+    skip_special_tokens: bool,
+) -> pb.Delta:
+    """call_id: of a choice's call, both by index"""
     return pb.Delta(
         index=index,
         text=output.text,
         token_ids=output.token_ids,
-        logprobs=logprobs(output, codec),
+        logprobs=logprobs(output, codec, skip_special_tokens),
         token_offset=output.offset,
+        reasoning=output.reasoning,
+        tool_calls=[
+            pb.ToolCallDelta(
+                index=call.index,
+                id=call_id(index, call.index) if call.name else "",
+                name=call.name,
+                arguments_json=call.arguments,
+            )
+            for call in output.calls
+        ],
     )
 
 
-def logprobs(output: ChoiceOutput, codec: TextCodec) -> pb.Logprobs | None:
+def logprobs(
+    output: ChoiceOutput, codec: TextCodec, skip_special_tokens: bool
+) -> pb.Logprobs | None:
     """As columns; None if they were not requested."""
     if not output.logprobs:
         return None
     alternatives = [pair for found in output.logprobs for pair in found.top]
+    skip = skip_special_tokens
     return pb.Logprobs(
         chosen=[found.logprob for found in output.logprobs],
-        chosen_bytes=map(codec.token_bytes, output.token_ids),
+        chosen_bytes=[shown_bytes(token_id, codec, skip) for token_id in output.token_ids],
         top_token_ids=[token_id for token_id, _ in alternatives],
         top=[logprob for _, logprob in alternatives],
-        top_bytes=[codec.token_bytes(token_id) for token_id, _ in alternatives],
+        top_bytes=[shown_bytes(token_id, codec, skip) for token_id, _ in alternatives],
     )
 
 
+def shown_bytes(token_id: int, codec: TextCodec, skip_special_tokens: bool) -> bytes:
+    """What the token adds to the text that the client gets."""
+    hidden = skip_special_tokens and codec.special_text(token_id)
+    return b"" if hidden else codec.token_bytes(token_id)
+
+
 def choice_finished(index: int, finish: ChoiceFinish) -> pb.ChoiceFinished:
-    wire = pb.ChoiceFinished(index=index, finish_reason=FINISH_REASONS[finish.reason])
+    reason = pb.FINISH_REASON_TOOL_CALLS if finish.in_calls else FINISH_REASONS[finish.reason]
+    wire = pb.ChoiceFinished(index=index, finish_reason=reason)
     if finish.stop_string is not None:
         wire.matched_stop_string = finish.stop_string
     elif finish.stop_token_id is not None:
@@ -111,8 +138,12 @@ def generated(events: Iterable[pb.GenerateStreamResponse]) -> pb.GenerateRespons
             case "delta":
                 choice = choice_of(event.delta.index)
                 choice.text += event.delta.text
+                choice.reasoning += event.delta.reasoning
+                _add_calls(choice, event.delta.tool_calls)
                 choice.token_ids.extend(event.delta.token_ids)
                 choice.logprobs.MergeFrom(event.delta.logprobs)
+            case "prompt_logprobs":
+                reply.prompt_logprobs.MergeFrom(event.prompt_logprobs)
             case "choice_finished":
                 finished = event.choice_finished
                 choice = choice_of(finished.index)
@@ -128,11 +159,19 @@ def generated(events: Iterable[pb.GenerateStreamResponse]) -> pb.GenerateRespons
     return reply
 
 
+def _add_calls(choice: pb.Choice, pieces: Iterable[pb.ToolCallDelta]) -> None:
+    for piece in pieces:
+        if piece.index == len(choice.tool_calls):
+            choice.tool_calls.add(id=piece.id, name=piece.name)
+        choice.tool_calls[piece.index].arguments_json += piece.arguments_json
+
+
 def model_info(
     status: ClusterStatus,
     codec: TextCodec,
     version: str,
     divergence_nats: Mapping[str, float],
+    defaults: pb.SamplingDefaults,
 ) -> pb.GetModelInfoResponse:
     """The model and its groups. What the groups have in common is read from the first."""
     first = next(iter(status.reports.values())).info
@@ -142,8 +181,10 @@ def model_info(
         max_model_len=max(report.info.max_model_len for report in status.reports.values()),
         vocab_size=first.vocab_size,
         version=version,
-        has_chat_template=codec.has_chat_template,
+        has_chat_template=bool(codec.chat_template_names),
+        chat_template_names=codec.chat_template_names,
         eos_token_ids=codec.eos_token_ids,
+        default_sampling_params=defaults,
     )
     for group, report in sorted(status.reports.items()):
         info = report.info

@@ -91,7 +91,7 @@ REQUESTS = Metric(
     "ingress",
     "Calls that have ended",
     labels={
-        "method": "of the wire contract",
+        "method": "of the wire contract, or the path of OpenAI's API",
         "outcome": "`ok`, `cancelled`, or the error's reason in lower case",
     },
 )

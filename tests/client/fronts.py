@@ -35,7 +35,8 @@ class FrontedServer(pb_grpc.KVMeshServicer):
             context.set_trailing_metadata(failure.trailers)
             context.abort(grpc.StatusCode[failure.code], failure.details)
 
-    Generate = Tokenize = Abort = EstimateBudget = Explain = GetModelInfo = GetTenantLoads = _unary
+    Generate = Tokenize = Detokenize = Abort = _unary
+    EstimateBudget = Explain = GetModelInfo = GetTenantLoads = _unary
 
 
 @contextmanager

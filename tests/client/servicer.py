@@ -99,7 +99,8 @@ class ScriptedServicer(pb_grpc.KVMeshServicer):
         context.add_callback(self.ended.set)
         yield from self._act(request, context)
 
-    Generate = Tokenize = Abort = EstimateBudget = Explain = GetModelInfo = GetTenantLoads = _act
+    Generate = Tokenize = Detokenize = Abort = _act
+    EstimateBudget = Explain = GetModelInfo = GetTenantLoads = _act
 
 
 @contextmanager

@@ -46,6 +46,9 @@ ALL_OPTIONS: ChatOptions = {
     "ignore_eos": True,
     "logit_bias": {5: -100.0, 6: 1.5},
     "logprobs": 0,
+    "prompt_logprobs": 1,
+    "skip_special_tokens": False,
+    "include_stop_str_in_output": True,
     "n": 2,
     "request_id": "mine",
     "model": "some-model",
@@ -57,9 +60,13 @@ ALL_OPTIONS: ChatOptions = {
     "tools": [],
     "chat_template_kwargs": {},
     "continue_final_message": True,
+    "chat_template": "{{ messages }}",
+    "chat_template_name": "rag",
+    "max_reasoning_tokens": 0,
+    "structured_output": {"regex": "[a-z]+"},
+    "tool_choice": {"name": "f"},
+    "parallel_tool_calls": False,
 }
-# Declared before servers support them.
-NOT_YET = {"prompt_logprobs"}
 
 
 def test_every_option_reaches_the_server_under_its_name() -> None:
@@ -78,9 +85,11 @@ def test_every_option_reaches_the_server_under_its_name() -> None:
             sent = list(sent)
         elif name == "chat_template_kwargs":
             sent = dict(sent)
+        elif isinstance(value, dict) and name != "logit_bias":
+            sent = {sent.WhichOneof("kind"): getattr(sent, sent.WhichOneof("kind"))}
         assert sent == value, name
     parameters = {field.name for field in pb.SamplingParams.DESCRIPTOR.fields}
-    assert parameters - NOT_YET <= ALL_OPTIONS.keys()
+    assert parameters <= ALL_OPTIONS.keys()
 
 
 def test_messages_may_be_as_openais_api_has_them() -> None:
@@ -234,7 +243,10 @@ def filled(message: Any, start: int = 1) -> Any:
             value = getattr(message, field.name)
             filled(value.add() if field.is_repeated else value, number + 1)
         elif field.is_repeated:
-            getattr(message, field.name).extend([number, number + 1])
+            values: list[Any] = [number, number + 1]
+            if field.type == field.TYPE_STRING:
+                values = [f"text {value}" for value in values]
+            getattr(message, field.name).extend(values)
         elif field.type == field.TYPE_STRING:
             setattr(message, field.name, f"text {number}")
         elif field.type == field.TYPE_BOOL:
@@ -310,13 +322,22 @@ def test_all_fields_of_a_completion() -> None:
             ),
             pb.Choice(index=1, finish_reason=pb.FINISH_REASON_STOP, matched_stop_string="."),
             pb.Choice(index=2, finish_reason=pb.FINISH_REASON_DEADLINE),
+            pb.Choice(
+                index=3,
+                finish_reason=pb.FINISH_REASON_TOOL_CALLS,
+                reasoning="hm",
+                tool_calls=[pb.ToolCall(id="c", name="f", arguments_json='{"x": 1}')],
+            ),
         ],
         usage=pb.Usage(completion_tokens=3, time_to_first_token_s=1.0, total_s=2.0),
     )
     with serving(ScriptedServicer(answering(reply))) as target, Client(target) as client:
         completion = client.generate("hi")
     assert completion.text == "Ja."
-    first, second, third = completion.choices
+    first, second, third, fourth = completion.choices
+    assert (fourth.reasoning, fourth.finish_reason) == ("hm", "tool_calls")
+    assert fourth.tool_calls == (types.ToolCall("c", "f", '{"x": 1}'),)
+    assert fourth.tool_calls[0].arguments == {"x": 1}
     assert first.matched_stop == 0, "token 0 is a valid token"
     assert first.logprobs == (
         types.TokenLogprobs(
@@ -424,7 +445,7 @@ def test_both_clients_have_the_same_interface() -> None:
         }
 
     assert surface(Client) == surface(AsyncClient)
-    assert len(surface(Client)) <= 15
+    assert len(surface(Client)) <= 16
     for name in surface(Client):
         blocking, asynchronous = getattr(Client, name), getattr(AsyncClient, name)
         assert blocking.__doc__ == asynchronous.__doc__

@@ -14,6 +14,7 @@ import kvmesh
 from kvmesh import (
     Client,
     Completion,
+    FakeAnswer,
     FakeTransport,
     FieldViolation,
     FinishReason,
@@ -44,10 +45,15 @@ def results() -> dict[type, Any]:
     """One of each public result, with every field filled, itself or as a part of another."""
     fake = FakeTransport(["ein Wort, zwei"])
     client = Client(transport=fake)
-    options: Any = {"logprobs": 2, "n": 2, "stop": ["zwei"]}
-    with client.generate_stream("hi", **options) as stream:
+    options: Any = {"logprobs": 2, "prompt_logprobs": 1, "n": 2, "stop": ["zwei"]}
+    with client.generate_stream("hi there", **options) as stream:
         events = list(stream.events())
+    call = kvmesh.ToolCall("c", "f", "{}")
+    answer = FakeAnswer("ein Wort", "hm", (call,))
+    with Client(transport=FakeTransport([answer])).generate_stream("hi") as stream_of_calls:
+        events += list(stream_of_calls.events())
     roots: list[Any] = [
+        answer,
         *(responses.mirror(cls, filled(message())) for cls, message in MESSAGES.items()),
         *events,
         stream.completion,
@@ -109,5 +115,6 @@ def test_enums_are_texts() -> None:
         "length",
         "abort",
         "deadline",
+        "tool_calls",
         "other",
     ]

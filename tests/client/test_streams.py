@@ -429,3 +429,48 @@ def test_a_silent_server_exceeds_the_deadline(
     # None arrives if the machine is too busy for it.
     assert len(servicer.requests) <= 1
     assert all(0 < request.timeout_s <= 0.3 for request in servicer.requests)
+
+
+def prompt_logprobs(*token_ids: int) -> pb.GenerateStreamResponse:
+    columns = pb.Logprobs(
+        chosen=[-float(token) for token in token_ids],
+        chosen_bytes=[b"%d" % token for token in token_ids],
+        chosen_token_ids=token_ids,
+    )
+    return pb.GenerateStreamResponse(prompt_logprobs=columns)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_resumed_stream_asks_for_the_prompts_logprobs_that_it_lacks(asynchronous: bool) -> None:
+    def broken(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+        yield started(request)
+        yield prompt_logprobs(1, 2)
+        yield prompt_logprobs(3)
+        context.abort(grpc.StatusCode.UNAVAILABLE, "gone")
+
+    servicer = ScriptedServicer(
+        broken, events(prompt_logprobs(4, 5), delta(0, "a", 7), finished(), usage())
+    )
+    with serving(servicer) as target:
+        _, stream = collect(target, asynchronous, prompt_logprobs=0)
+    assert servicer.requests[1].resume.prompt_logprobs_received == 3
+    found = stream.completion.prompt_logprobs
+    assert [entry.chosen.token_id for entry in found] == [1, 2, 3, 4, 5]
+    assert [entry.chosen.logprob for entry in found] == [-1, -2, -3, -4, -5]
+    assert [entry.chosen.text for entry in found] == ["1", "2", "3", "4", "5"]
+
+
+def test_a_cursor_has_the_prompts_logprobs() -> None:
+    servicer = ScriptedServicer(
+        events(prompt_logprobs(1, 2), delta(0, "a", 7), delta(1, "b", 8)),
+        events(delta(1, "b", 8), finished(), usage()),
+    )
+    with serving(servicer) as target, Client(target, retry=EAGER) as client:
+        with client.generate_stream("hi", prompt_logprobs=0) as stream:
+            next(stream)
+            cursor = stream.cursor
+        with client.resume(cursor) as other:
+            received = servicer.requests
+            list(other.events())
+    assert received[-1].resume.prompt_logprobs_received == 2
+    assert [entry.chosen.token_id for entry in other.completion.prompt_logprobs] == [1, 2]

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from kvmesh.cluster.engine_service import EngineService, _Ingress
 from kvmesh.cluster.errors import Failure
 from kvmesh.cluster.identity import Identity
+from kvmesh.cluster.ingress.answers.model_form import ModelForm
 from kvmesh.cluster.ingress.service import IngressService
 from kvmesh.cluster.ingress.validate import Limits
 from kvmesh.cluster.link import (
@@ -52,8 +53,8 @@ from kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.workers.errors import InvalidFieldError
 from kvmesh.workers.leader import EngineLeader
 from kvmesh.workers.lease import LeaseTerms
-from kvmesh.workers.model.chat import Conversation
-from kvmesh.workers.request import EndReason
+from kvmesh.workers.model.chat import Conversation, PromptPiece
+from kvmesh.workers.request import EndReason, TokenIds
 from kvmesh.workers.sampling_params import SamplingParams
 from kvmesh.workers.sizes import PageNeed
 from tests.workers.memory_executor import EOS, VOCAB, expected_output
@@ -86,21 +87,32 @@ class LetterStream:
 class LetterCodec:
     """`TextCodec` of a model whose tokens are characters."""
 
-    has_chat_template = False
+    chat_template_names: tuple[str, ...] = ()
     max_token_chars = 1
     eos_token_ids = (EOS,)
+    form = ModelForm.of(None, {})
+    unused_token_ids: frozenset[int] = frozenset()
 
     def encode(self, text: str) -> npt.NDArray[np.int32]:
         return np.array([(ord(character) - FIRST) % VOCAB for character in text], dtype=np.int32)
 
-    def encode_chat(self, chat: Conversation) -> npt.NDArray[np.int32]:
+    def render_chat(self, chat: Conversation) -> list[PromptPiece]:
         raise InvalidFieldError("messages", "there is no chat template")
+
+    def encode_pieces(self, pieces: Sequence[PromptPiece]) -> npt.NDArray[np.int32]:
+        return self.encode("".join(piece.text for piece in pieces))
 
     def token_bytes(self, token_id: int) -> bytes:
         return text_of([token_id]).encode()
 
-    def stream(self) -> LetterStream:
+    def special_text(self, token_id: int) -> str:
+        return ""
+
+    def stream(self, prompt: Sequence[int] | TokenIds, skip_special_tokens: bool) -> LetterStream:
         return LetterStream()
+
+    def raw_text(self, ids: Sequence[int]) -> str:
+        return text_of(ids)
 
 
 class SeenMeters:

@@ -38,7 +38,8 @@ def test_messages_are_as_templates_expect_them() -> None:
         )
     )
     user, assistant, tool = found.messages
-    assert user == {"role": "user", "content": "one\ntwo"}
+    texts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+    assert user == {"role": "user", "content": texts}
     assert assistant["tool_calls"] == [
         {"id": "c", "type": "function", "function": {"name": "f", "arguments": {"x": 1.5}}}
     ]
@@ -119,3 +120,27 @@ def test_images_are_not_supported_yet() -> None:
 def test_json_as_deep_as_allowed_is_accepted() -> None:
     found = conversation(call(name="f", arguments_json=deep(MAX_JSON_DEPTH - 1)))
     assert found.messages[0]["tool_calls"]
+
+
+def test_a_template_is_given_or_named() -> None:
+    found = conversation(pb.Chat(messages=[HELLO], chat_template="{{ 1 }}"))
+    assert (found.template, found.template_name) == ("{{ 1 }}", "")
+    found = conversation(pb.Chat(messages=[HELLO], chat_template_name="rag"))
+    assert (found.template, found.template_name) == ("", "rag")
+    with pytest.raises(InvalidFieldError) as caught:
+        conversation(pb.Chat(messages=[HELLO], chat_template="x", chat_template_name="rag"))
+    assert caught.value.field == "prompt.chat.chat_template_name"
+
+
+@pytest.mark.parametrize("continued", [False, True])
+def test_parts_without_text_are_empty(continued: bool) -> None:
+    empty = pb.ChatMessage(role="user", parts=[pb.ContentPart(text=""), pb.ContentPart(text="")])
+    with pytest.raises(InvalidFieldError) as caught:
+        conversation(pb.Chat(messages=[empty]))
+    assert caught.value.field == "prompt.chat.messages"
+    chat = pb.Chat(messages=[HELLO, empty], continue_final_message=continued)
+    if continued:
+        with pytest.raises(InvalidFieldError):
+            conversation(chat)
+    else:
+        assert conversation(chat)

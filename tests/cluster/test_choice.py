@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 
 from kvmesh.cluster.ingress.choice import ChoiceFinish, RunningChoice
-from kvmesh.cluster.ingress.validate import ResumedChoice
-from kvmesh.workers.request import EndReason, SequenceDelta
+from kvmesh.cluster.ingress.validate import ResumedChoice, TextRules
+from kvmesh.workers.request import EndReason, SequenceDelta, TokenIds
 from kvmesh.workers.sampling_params import SamplingParams
-from tests.cluster.machine import LetterCodec
+from tests.cluster.machine import LetterCodec, LetterStream, text_of
 
 CODEC = LetterCodec()
 ABCD = CODEC.encode("abcd").tolist()
@@ -20,7 +22,7 @@ def choice(stops: tuple[str, ...] = (), resumed: int = 0, **params: object) -> R
     had = (
         ResumedChoice(tuple(ABCD[:resumed]), text_chars=resumed - 1) if resumed else ResumedChoice()
     )
-    return RunningChoice(0, settings, stops, CODEC, had)
+    return RunningChoice(0, settings, TextRules(stops), CODEC, had)
 
 
 def accepted(made: RunningChoice, tokens: list[int], pieces: int) -> str:
@@ -60,3 +62,121 @@ def test_a_resumed_choice_ends_at_its_stop_token_from_min_tokens_on(
     made = choice(resumed=2, min_tokens=min_tokens, stop_token_ids=(ABCD[1],))
     stopped = ChoiceFinish(EndReason.STOP, stop_token_id=ABCD[1])
     assert made.finish == (stopped if ends else None)
+
+
+class NamedCodec(LetterCodec):
+    """Of which the token 25 is special, and has a name of several letters."""
+
+    special = 25
+
+    def special_text(self, token_id: int) -> str:
+        return "<|end|>" if token_id == self.special else ""
+
+    def stream(self, prompt: Sequence[int] | TokenIds, skip_special_tokens: bool) -> NamedStream:
+        return NamedStream(self.special, skip_special_tokens)
+
+
+class NamedStream(LetterStream):
+    def __init__(self, special: int, skip: bool) -> None:
+        self._special, self._name = special, "" if skip else "<|end|>"
+
+    def push(self, ids: Sequence[int]) -> str:
+        return "".join(self._name if i == self._special else text_of([i]) for i in ids)
+
+
+def ended(tokens: str, pieces: int = 1, **rules: object) -> tuple[str, object, int]:
+    """Text, match, and number of tokens of an output; Z is the special token.
+
+    rules: of the text, and min_tokens
+    """
+    codec = NamedCodec()
+    min_tokens = int(str(rules.pop("min_tokens", 0)))
+    ids = [25 if letter == "Z" else int(codec.encode(letter)[0]) for letter in tokens]
+    params = SamplingParams(max_tokens=40, min_tokens=min_tokens)
+    made = RunningChoice(0, params, TextRules(**rules), codec, ResumedChoice())  # type: ignore[arg-type]
+    text = ""
+    for start in range(0, len(ids), pieces):
+        if made.finish is None:
+            text += made.accept([SequenceDelta("r", tuple(ids[start : start + pieces]))]).text
+    if made.finish is None:
+        text += made.end(EndReason.LENGTH).text
+    assert made.finish is not None
+    return text, made.finish.stop_string, len(made.token_ids)
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 3, 50])
+@pytest.mark.parametrize(
+    ("tokens", "rules", "expected"),
+    [
+        # A special token's text is found, whether it is shown or not.
+        ("abZcd", {"stop": ("<|end|>",)}, ("ab", "<|end|>", 3)),
+        ("abZcd", {"stop": ("<|end|>",), "skip_special_tokens": False}, ("ab", "<|end|>", 3)),
+        ("abZcd", {"stop": ("<|end|>",), "include_stop": True}, ("ab<|end|>", "<|end|>", 3)),
+        ("abZcd", {"stop": ("b<|e",)}, ("a", "b<|e", 3)),
+        ("abZcd", {"stop": ("d|>c", ">c")}, ("ab", "d|>c", 4)),
+        # So is one that only what is shown has.
+        ("abZcd", {"stop": ("bc",)}, ("a", "bc", 4)),
+        ("abZZcd", {"stop": ("bck", "bcd")}, ("a", "bcd", 6)),
+        ("abZcd", {"stop": ("bc",), "skip_special_tokens": False}, ("ab<|end|>cd", None, 5)),
+        # Without a match, everything that is shown, and nothing else.
+        ("abZcd", {"stop": ("bZ", "<|end|>k")}, ("abcd", None, 5)),
+        ("abZ", {"stop": ("<|end|>k",)}, ("ab", None, 3)),
+        ("abZ", {"skip_special_tokens": False}, ("ab<|end|>", None, 3)),
+        # Before min_tokens a stop string may begin, but not be complete.
+        ("abSTOPklm", {"stop": ("STOP",), "min_tokens": 4}, ("ab", "STOP", 6)),
+        ("abSTOPklm", {"stop": ("STOP",), "min_tokens": 6}, ("ab", "STOP", 6)),
+        ("abSTOPklm", {"stop": ("STOP",), "min_tokens": 7}, ("abSTOPklm", None, 9)),
+        ("abSTOPkSTOP", {"stop": ("STOP",), "min_tokens": 7}, ("abSTOPk", "STOP", 11)),
+        ("aaaa", {"stop": ("aa",), "min_tokens": 3}, ("a", "aa", 3)),
+        ("abck", {"stop": ("b", "abcd"), "min_tokens": 3}, ("abck", None, 4)),
+        ("abZcd", {"stop": ("<|end|>",), "min_tokens": 4}, ("abcd", None, 5)),
+        ("abab", {"stop": ("ab",), "include_stop": True}, ("ab", "ab", 2)),
+    ],
+)
+def test_stop_strings_special_tokens_and_min_tokens(
+    tokens: str, rules: dict[str, object], expected: tuple[str, object, int], pieces: int
+) -> None:
+    assert ended(tokens, pieces, **dict(rules)) == expected
+
+
+@pytest.mark.parametrize("tokens", ["abZcd", "abSTOPklm", "abSTZOPklm", "STOSTOP", "aZbZSTOP"])
+@pytest.mark.parametrize("stop", ["STOP", "<|end|>", "b<|end|>c", "TO", "bc"])
+@pytest.mark.parametrize("skip", [True, False])
+@pytest.mark.parametrize("min_tokens", [0, 4])
+def test_a_choice_resumed_anywhere_has_the_text_of_one_that_was_not(
+    tokens: str, stop: str, skip: bool, min_tokens: int
+) -> None:
+    codec = NamedCodec()
+    ids = [25 if letter == "Z" else int(codec.encode(letter)[0]) for letter in tokens]
+    params = SamplingParams(max_tokens=40, min_tokens=min_tokens)
+    rules = TextRules((stop,), skip)
+
+    def run(resumed: int, text_chars: int) -> tuple[str, list[int], ChoiceFinish | None]:
+        had = ResumedChoice(tuple(ids[:resumed]), text_chars)
+        made = RunningChoice(0, params, rules, codec, had)
+        text = made.owed().text
+        for token in ids[resumed:]:
+            if made.finish is None:
+                text += made.accept([SequenceDelta("r", (token,))]).text
+        if made.finish is None:
+            text += made.end(EndReason.LENGTH).text
+        return text, made.token_ids, made.finish
+
+    whole, kept, finish = run(0, 0)
+    sent = ""
+    made = RunningChoice(0, params, rules, codec, ResumedChoice())
+    for resumed, token in enumerate(kept):
+        assert run(resumed, len(sent)) == (whole[len(sent) :], kept, finish)
+        sent += made.accept([SequenceDelta("r", (token,))]).text
+
+
+@pytest.mark.parametrize(("include", "text"), [(False, "ab"), (True, "abS")])
+def test_a_stop_token_is_in_the_text_if_stops_are_included(include: bool, text: str) -> None:
+    codec = LetterCodec()
+    ids = codec.encode("abS").tolist()
+    params = SamplingParams(max_tokens=9, stop_token_ids=(ids[-1],))
+    made = RunningChoice(0, params, TextRules(include_stop=include), codec, ResumedChoice())
+    end = SequenceDelta("r", (ids[2],), (), EndReason.STOP, ids[2])
+    found = made.accept([SequenceDelta("r", tuple(ids[:2])), end]).text
+    assert found == text
+    assert made.finish == ChoiceFinish(EndReason.STOP, stop_token_id=ids[2])

@@ -16,6 +16,7 @@ from kvmesh.cluster import errors as cluster
 from kvmesh.cluster.errors import Failure
 from kvmesh.cluster.ingress.error_table import (
     count_by_reason,
+    http_status,
     is_expected,
     reason_label,
     status_code,
@@ -27,38 +28,56 @@ from kvmesh.workers.errors import InvalidFieldError, PoolCapacityError, WorkerDi
 S = grpc.StatusCode
 SECRETS = "rank 1 (pid 4242) at 10.1.2.3:6379 died, see /var/tmp/engine.log"
 
-# error, code, reason
-TABLE: list[tuple[Exception, grpc.StatusCode, str]] = [
-    (InvalidFieldError("prompt.text", "must not be empty"), S.INVALID_ARGUMENT, "invalid_field"),
-    (cluster.UnauthenticatedError(missing=True), S.UNAUTHENTICATED, "missing_key"),
-    (cluster.UnauthenticatedError(missing=False), S.UNAUTHENTICATED, "wrong_key"),
-    (cluster.NotAllowedError(), S.PERMISSION_DENIED, "not_allowed"),
-    (cluster.UnsupportedFieldError("adapter", "is new"), S.INVALID_ARGUMENT, "unsupported"),
-    (cluster.NoAllowedFormatError({"g0": "int4"}), S.FAILED_PRECONDITION, "kv_format"),
-    (cluster.UnknownModelError("a", "b"), S.NOT_FOUND, "unknown_model"),
-    (cluster.ResumeMismatchError("other"), S.FAILED_PRECONDITION, "resume_mismatch"),
-    (cluster.ContextExceededError(9, 8, 700, 600), S.FAILED_PRECONDITION, "never_fits"),
-    (cluster.RequestDeadlineError(), S.DEADLINE_EXCEEDED, "deadline_exceeded"),
-    (cluster.EngineLostError(), S.UNAVAILABLE, "engine_lost"),
-    (cluster.RequestFaultError("no token"), S.INTERNAL, "request_fault"),
-    (cluster.IngressBusyError("busy"), S.RESOURCE_EXHAUSTED, "queue_full"),
-    (cluster.DrainingError(), S.UNAVAILABLE, "draining"),
-    (cluster.NotReadyError(), S.UNAVAILABLE, "not_ready"),
-    (routing.RequestIdInUseError("r"), S.ALREADY_EXISTS, "duplicate_request_id"),
+# error, code, reason, status over HTTP
+TABLE: list[tuple[Exception, grpc.StatusCode, str, int]] = [
+    (
+        InvalidFieldError("prompt.text", "must not be empty"),
+        S.INVALID_ARGUMENT,
+        "invalid_field",
+        400,
+    ),
+    (
+        cluster.OversizedRequestError("request", "is large"),
+        S.INVALID_ARGUMENT,
+        "invalid_field",
+        413,
+    ),
+    (cluster.UnknownPathError("GET", "/v2"), S.UNIMPLEMENTED, "unsupported", 404),
+    (cluster.UnauthenticatedError(missing=True), S.UNAUTHENTICATED, "missing_key", 401),
+    (cluster.UnauthenticatedError(missing=False), S.UNAUTHENTICATED, "wrong_key", 401),
+    (cluster.NotAllowedError(), S.PERMISSION_DENIED, "not_allowed", 403),
+    (cluster.UnsupportedFieldError("adapter", "is new"), S.INVALID_ARGUMENT, "unsupported", 400),
+    (cluster.NoAllowedFormatError({"g0": "int4"}), S.FAILED_PRECONDITION, "kv_format", 400),
+    (cluster.UnknownModelError("a", "b"), S.NOT_FOUND, "unknown_model", 404),
+    (cluster.ResumeMismatchError("other"), S.FAILED_PRECONDITION, "resume_mismatch", 400),
+    (cluster.ContextExceededError(9, 8, 700, 600), S.FAILED_PRECONDITION, "never_fits", 400),
+    (cluster.RequestDeadlineError(), S.DEADLINE_EXCEEDED, "deadline_exceeded", 504),
+    (cluster.EngineLostError(), S.UNAVAILABLE, "engine_lost", 503),
+    (cluster.RequestFaultError("no token"), S.INTERNAL, "request_fault", 500),
+    (cluster.IngressBusyError("busy"), S.RESOURCE_EXHAUSTED, "queue_full", 429),
+    (cluster.DrainingError(), S.UNAVAILABLE, "draining", 503),
+    (cluster.NotReadyError(), S.UNAVAILABLE, "not_ready", 503),
+    (routing.RequestIdInUseError("r"), S.ALREADY_EXISTS, "duplicate_request_id", 409),
     (
         routing.ExceedsEveryGroupError({"g0": 900}, {"g0": 500}, {"g0": "pages"}),
         S.FAILED_PRECONDITION,
         "never_fits",
+        400,
     ),
-    (routing.DeadlineUnreachableError(1.0, 3.0), S.DEADLINE_EXCEEDED, "deadline_unreachable"),
-    (routing.DeadlineUnreachableError(1.0, None), S.DEADLINE_EXCEEDED, "deadline_unreachable"),
-    (routing.NoRoomError("full", 2.5, 90, 50), S.RESOURCE_EXHAUSTED, "over_capacity"),
-    (routing.QueueFullError("full", 2.5, 90, 50), S.RESOURCE_EXHAUSTED, "queue_full"),
-    (routing.QuotaExceededError("quota", 2.5, 90, 50), S.RESOURCE_EXHAUSTED, "quota"),
-    (routing.NoGroupError("no group is up", 2.5, 0, 0), S.UNAVAILABLE, "not_ready"),
-    (PoolCapacityError("full", 90, 50, retryable=True), S.RESOURCE_EXHAUSTED, "over_capacity"),
-    (PoolCapacityError("too long", 90, 50, retryable=False), S.FAILED_PRECONDITION, "never_fits"),
-    (WorkerDiedError(SECRETS), S.UNAVAILABLE, "engine_lost"),
+    (routing.DeadlineUnreachableError(1.0, 3.0), S.DEADLINE_EXCEEDED, "deadline_unreachable", 504),
+    (routing.DeadlineUnreachableError(1.0, None), S.DEADLINE_EXCEEDED, "deadline_unreachable", 504),
+    (routing.NoRoomError("full", 2.5, 90, 50), S.RESOURCE_EXHAUSTED, "over_capacity", 429),
+    (routing.QueueFullError("full", 2.5, 90, 50), S.RESOURCE_EXHAUSTED, "queue_full", 429),
+    (routing.QuotaExceededError("quota", 2.5, 90, 50), S.RESOURCE_EXHAUSTED, "quota", 429),
+    (routing.NoGroupError("no group is up", 2.5, 0, 0), S.UNAVAILABLE, "not_ready", 503),
+    (PoolCapacityError("full", 90, 50, retryable=True), S.RESOURCE_EXHAUSTED, "over_capacity", 429),
+    (
+        PoolCapacityError("too long", 90, 50, retryable=False),
+        S.FAILED_PRECONDITION,
+        "never_fits",
+        400,
+    ),
+    (WorkerDiedError(SECRETS), S.UNAVAILABLE, "engine_lost", 503),
 ]
 # Never reaches a client as an error: its choices finish with ABORT.
 INTERNAL_ERRORS = {routing.RequestAbortedError, routing.LedgerError}
@@ -71,12 +90,15 @@ def internals_in(text: str) -> list[str]:
     )
 
 
-@pytest.mark.parametrize(("error", "code", "reason"), TABLE)
-def test_every_error_of_the_table(error: Exception, code: grpc.StatusCode, reason: str) -> None:
+@pytest.mark.parametrize(("error", "code", "reason", "status"), TABLE)
+def test_every_error_of_the_table(
+    error: Exception, code: grpc.StatusCode, reason: str, status: int
+) -> None:
     wire = to_wire(error, "request-1")
     assert is_expected(error)
     assert status_code(wire) is code
     assert reason_label(wire) == reason
+    assert http_status(error) == status
     assert wire.request_id == "request-1"
     assert wire.message
     assert not internals_in(wire.message)
@@ -90,12 +112,10 @@ def test_every_class_of_the_trees_has_a_row(module: object) -> None:
         for value in vars(module).values()
         if inspect.isclass(value) and issubclass(value, root) and value is not root
     }
-    assert classes - INTERNAL_ERRORS == {type(e) for e, _, _ in TABLE if isinstance(e, root)}
+    assert classes - INTERNAL_ERRORS == {type(e) for e, *_ in TABLE if isinstance(e, root)}
 
 
-@pytest.mark.parametrize(
-    "error", [*(error for error, _, _ in TABLE), routing.RequestAbortedError()]
-)
+@pytest.mark.parametrize("error", [*(error for error, *_ in TABLE), routing.RequestAbortedError()])
 def test_errors_can_be_sent_to_another_process(error: Exception) -> None:
     carried = msgspec.msgpack.encode(Failure.of(error))  # type: ignore[arg-type]
     for again in (
@@ -185,7 +205,7 @@ def test_never_fits_has_the_bytes_of_the_closest_group() -> None:
     assert (wire.needed_bytes, wire.available_bytes) == (700, 600)
 
 
-@pytest.mark.parametrize(("error", "code", "reason"), TABLE)
+@pytest.mark.parametrize(("error", "code", "reason"), [row[:3] for row in TABLE])
 def test_the_trailer_carries_the_error(
     error: Exception, code: grpc.StatusCode, reason: str
 ) -> None:

@@ -25,7 +25,7 @@ from kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.workers.errors import InvalidFieldError, PoolCapacityError, WorkerDiedError
 from kvmesh.workers.sizes import PageNeed
 from tests.cluster.machine import PATIENCE_S, TENANT, Machine, answer, machine, text_of
-from tests.workers.memory_executor import EOS, expected_output
+from tests.workers.memory_executor import EOS, expected_output, expected_scores
 from tests.workers.test_leader import MANY
 
 PROMPT = [3, 14, 15, 9, 26]
@@ -753,3 +753,115 @@ async def cancelled(task: asyncio.Future[Received]) -> None:
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+
+
+async def scored(stream: Stream) -> tuple[Received, pb.Logprobs, list[int]]:
+    """Of a stream with log-probabilities of its prompt: those, and the sizes of their events."""
+    received, columns, sizes = Received(), pb.Logprobs(), []
+    async with asyncio.timeout(PATIENCE_S):
+        async for event in stream:
+            if event.HasField("prompt_logprobs"):
+                assert received.started is not None
+                assert not received.tokens, "the prompt comes before the output"
+                sizes.append(len(event.prompt_logprobs.chosen))
+                columns.MergeFrom(event.prompt_logprobs)
+            received.take(event)
+    return received, columns, sizes
+
+
+LONG_PROMPT = [(i * i + 3) % 40 for i in range(150)]
+
+
+@pytest.mark.parametrize("n", [1, 3])
+async def test_the_prompts_logprobs_come_before_the_output(n: int) -> None:
+    async with machine() as built:
+        built.allow(MANY)
+        request = make_request(3, prompt=LONG_PROMPT, prompt_logprobs=1, n=n)
+        received, columns, sizes = await scored(built.stream(request))
+        assert columns.chosen == pytest.approx(expected_scores(LONG_PROMPT))
+        assert list(columns.chosen_token_ids) == LONG_PROMPT[1:]
+        assert list(columns.top_token_ids) == LONG_PROMPT[1:]
+        assert columns.chosen_bytes == [text_of([token]).encode() for token in LONG_PROMPT[1:]]
+        assert len(sizes) > 1
+        assert received.tokens[0] == answer(LONG_PROMPT, 3)
+        assert len(received.tokens) == n
+        reply = await built.ingress.generate(request, TENANT)
+        assert reply.prompt_logprobs == columns
+
+
+async def test_a_prompt_alone_is_scored_with_max_tokens_0() -> None:
+    async with machine() as built:
+        built.allow(MANY)
+        request = make_request(0, prompt=LONG_PROMPT, prompt_logprobs=0)
+        received, columns, _ = await scored(built.stream(request))
+        assert columns.chosen == pytest.approx(expected_scores(LONG_PROMPT))
+        assert received.reason() == "length"
+        assert received.tokens == {}
+        assert received.usage is not None
+        assert received.usage.completion_tokens == 0
+        for refused, field in (
+            (make_request(0), "max_tokens"),
+            (make_request(0, prompt_logprobs=0, n=2), "n"),
+            (make_request(1, prompt_logprobs=21), "prompt_logprobs"),
+        ):
+            with pytest.raises(InvalidFieldError) as caught:
+                await read(built.stream(refused))
+            assert caught.value.field == f"sampling_params.{field}"
+
+
+async def test_a_long_prompts_logprobs_come_in_events_of_limited_size(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("kvmesh.cluster.ingress.prompt_scores.EVENT_ENTRIES", 10)
+    monkeypatch.setattr("kvmesh.cluster.ingress.validate.MAX_REPLY_ENTRIES", 250)
+    async with machine() as built:
+        built.allow(MANY)
+        request = make_request(1, prompt=LONG_PROMPT, prompt_logprobs=1)
+        _, columns, sizes = await scored(built.stream(request))
+        assert max(sizes) == 5
+        assert columns.chosen == pytest.approx(expected_scores(LONG_PROMPT))
+        with pytest.raises(InvalidFieldError, match="GenerateStream") as caught:
+            await built.ingress.generate(request, TENANT)
+        assert caught.value.field == "sampling_params.prompt_logprobs"
+        assert len((await built.ingress.generate(make_request(1), TENANT)).choices) == 1
+
+
+@pytest.mark.parametrize("received", [0, 1, 77, 149])
+async def test_a_resumed_stream_gets_the_logprobs_that_it_lacks(received: int) -> None:
+    async with machine() as built:
+        built.allow(MANY)
+        request = make_request(2, prompt=LONG_PROMPT, prompt_logprobs=0)
+        request.resume.model_revision = "0"
+        request.resume.prompt_logprobs_received = received
+        _, columns, _ = await scored(built.stream(request))
+        assert columns.chosen == pytest.approx(expected_scores(LONG_PROMPT)[received:])
+        request.resume.prompt_logprobs_received = len(LONG_PROMPT)
+        with pytest.raises(InvalidFieldError) as caught:
+            await read(built.stream(request))
+        assert caught.value.field == "resume.prompt_logprobs_received"
+
+
+@pytest.mark.parametrize("way", ["fails", "vanishes"])
+async def test_logprobs_of_a_prompt_continue_on_another_engine(two: Machine, way: str) -> None:
+    stream = two.stream(make_request(5, prompt=LONG_PROMPT, prompt_logprobs=0))
+    two.allow(3)
+    received, columns = Received(), pb.Logprobs()
+    async with asyncio.timeout(PATIENCE_S):
+        while not columns.chosen:
+            event = await anext(stream)
+            columns.MergeFrom(event.prompt_logprobs)
+            received.take(event)
+        assert received.started is not None
+        first = received.started.group
+        if way == "fails":
+            await fail_engine(two, first)
+        else:
+            two.engines[first].cut()
+        two.allow(MANY)
+        async for event in stream:
+            columns.MergeFrom(event.prompt_logprobs)
+            received.take(event)
+    assert columns.chosen == pytest.approx(expected_scores(LONG_PROMPT))
+    assert received.tokens[0] == answer(LONG_PROMPT, 5)
+    assert received.usage is not None
+    assert received.usage.failovers == 1

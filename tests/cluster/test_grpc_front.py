@@ -17,9 +17,10 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 from kvmesh.client.status import TRAILER, decode
 from kvmesh.cluster import grpc_front
 from kvmesh.cluster.contract_methods import ADMIN_SERVICE, METHODS, SERVICE
-from kvmesh.cluster.grpc_front import READERS_PER_TENANT, GrpcFront
+from kvmesh.cluster.grpc_front import GrpcFront
 from kvmesh.cluster.ingress.authenticate import Authenticator, Caller, KnownKey, hash_key
 from kvmesh.cluster.ingress.validate import Limits
+from kvmesh.cluster.reception import READERS_PER_TENANT, Reception
 from kvmesh.cluster.telemetry.meters import IngressMeters
 from kvmesh.protos import pb
 from tests.cluster.machine import Machine, SeenMeters, answer, machine
@@ -66,11 +67,9 @@ async def served() -> AsyncIterator[Served]:
         ]
         front = GrpcFront(
             built.ingress,
-            Authenticator(keys).authenticate,
+            Reception(Authenticator(keys).authenticate, MAX_CALLS, TURN_S),
             Limits(max_request_bytes=MAX_BYTES),
             IngressMeters(SeenMeters()),
-            MAX_CALLS,
-            TURN_S,
         )
         server = grpc.aio.server()
         grpc_front.add_to_server(None, server)
@@ -272,13 +271,13 @@ async def test_fields_written_in_an_unusual_way_are_accepted(served: Served) -> 
 async def test_no_more_calls_than_allowed(served: Served) -> None:
     served.machine.allow(1)
     waiting = [served.call("GenerateStream", request(400)) for _ in range(MAX_CALLS)]
-    await served.machine.until(lambda: served.front._calls == MAX_CALLS)
+    await served.machine.until(lambda: served.front._reception._calls == MAX_CALLS)
     code, error = await failure(served.call("GetModelInfo", b""))
     assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert error is not None and error.retry_after_s > 0
     for call in waiting:
         call.cancel()
-    await served.machine.until(lambda: served.front._calls == 0)
+    await served.machine.until(lambda: served.front._reception._calls == 0)
     async for _ in served.call("GetModelInfo", b""):
         pass
 
@@ -286,7 +285,7 @@ async def test_no_more_calls_than_allowed(served: Served) -> None:
 async def test_a_tenant_that_sends_slowly_keeps_out_nobody_else(served: Served) -> None:
     slow = [served.open("Tokenize") for _ in range(READERS_PER_TENANT + 2)]
     # Those that wait for a turn may have been refused by then.
-    await served.machine.until(lambda: served.front._calls >= READERS_PER_TENANT)
+    await served.machine.until(lambda: served.front._reception._calls >= READERS_PER_TENANT)
     code, _ = await failure(served.call("Abort", b"", OTHER_HEADERS))
     assert code is grpc.StatusCode.INVALID_ARGUMENT, "the other tenant was served"
     code, error = await failure(served.call("Abort", b""))
@@ -294,7 +293,7 @@ async def test_a_tenant_that_sends_slowly_keeps_out_nobody_else(served: Served) 
     assert error is not None and error.retry_after_s > 0
     for call in slow:
         call.cancel()
-    await served.machine.until(lambda: served.front._calls == 0)
+    await served.machine.until(lambda: served.front._reception._calls == 0)
     code, _ = await failure(served.call("Abort", b""))
     assert code is grpc.StatusCode.INVALID_ARGUMENT, "its turns are free again"
 
@@ -336,7 +335,7 @@ async def test_a_client_that_leaves_ends_its_request(served: Served) -> None:
     call.cancel()
     served.machine.allow(MANY)
     await served.machine.until(lambda: served.machine.leases() == 0)
-    await served.machine.until(lambda: served.front._calls == 0)
+    await served.machine.until(lambda: served.front._reception._calls == 0)
 
 
 async def test_health_knows_its_services(served: Served) -> None:

@@ -137,7 +137,9 @@ async def test_no_line_holds_a_prompt_output_or_key(
 def test_serve_says_how_to_get_into_rays_dashboard(
     url: str | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    endpoint = Endpoint("127.0.0.1:9000", "the-key", None, dashboard_url=url)
+    endpoint = Endpoint(
+        "127.0.0.1:9000", "http://127.0.0.1:8000", "the-key", None, dashboard_url=url
+    )
     _announce(endpoint, ClusterConfig())
     written = capsys.readouterr()
     shown = written.out + written.err

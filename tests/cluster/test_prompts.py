@@ -15,8 +15,7 @@ from kvmesh.cluster.errors import ContextExceededError, IngressBusyError
 from kvmesh.cluster.ingress.prompts import LONG_TEXT_CHARS, MAX_WAITING, Prompts
 from kvmesh.cluster.reports import ClusterStatus
 from kvmesh.protos import pb
-from kvmesh.workers.errors import InvalidFieldError
-from kvmesh.workers.model.chat import ChatTemplate, Conversation
+from kvmesh.workers.model.chat import Conversation, PromptPiece
 from kvmesh.workers.model.tokenizer import Tokenizer
 from tests.cluster.machine import LetterCodec, Machine, machine
 
@@ -26,7 +25,7 @@ LONG = "a" * LONG_TEXT_CHARS
 class GatedCodec(LetterCodec):
     """Long texts wait in their thread until the gate is open. threads: of each call"""
 
-    has_chat_template = True
+    chat_template_names = ("default",)
     max_token_chars = 1000
 
     def __init__(self) -> None:
@@ -41,11 +40,8 @@ class GatedCodec(LetterCodec):
             assert self.gate.wait(60)
         return super().encode(text[:10])
 
-    def encode_chat(self, chat: Conversation) -> npt.NDArray[np.int32]:
-        self.threads.append(threading.get_ident())
-        source = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
-        ChatTemplate(source, {}).render(chat, True, ())
-        return np.array([], np.int32)
+    def render_chat(self, chat: Conversation) -> list[PromptPiece]:
+        return [PromptPiece(chat.messages[0]["content"] * 1000, literal=False)]
 
 
 @pytest.fixture
@@ -84,7 +80,7 @@ class BytesCodec(LetterCodec):
         vocab = {character: index for index, character in enumerate(alphabet)}
         raw = RawTokenizer(models.BPE(vocab=vocab, merges=[]))
         raw.pre_tokenizer = pre_tokenizers.ByteLevel()
-        self._tokenizer = Tokenizer(raw, {}, None)
+        self._tokenizer = Tokenizer(raw, {}, {})
 
     def encode(self, text: str) -> npt.NDArray[np.int32]:
         return np.array(self._tokenizer.encode(text), np.int32)
@@ -157,9 +153,10 @@ async def test_what_no_context_holds_is_refused_as_it_arrives(status: ClusterSta
     prompts.check_length(pb.Prompt(text=text[1:]), status)
 
 
-async def test_a_template_that_does_not_end_is_interrupted(status: ClusterStatus) -> None:
-    prompts = Prompts(GatedCodec(), chat_timeout_s=0.05)
-    for _ in range(2):  # the thread serves on
-        with pytest.raises(InvalidFieldError) as caught:
-            await prompts.encode(Conversation([{"role": "user", "content": "hello"}]), "t", status)
-        assert caught.value.field == "prompt.chat"
+async def test_a_template_may_not_make_a_prompt_that_no_context_holds(
+    status: ClusterStatus,
+) -> None:
+    codec = GatedCodec()
+    text = "a" * codec.max_token_chars
+    with pytest.raises(ContextExceededError):
+        await Prompts(codec).encode(Conversation([{"role": "user", "content": text}]), "t", status)

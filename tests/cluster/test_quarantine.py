@@ -13,6 +13,7 @@ from kvmesh.cluster.ingress.error_table import status_code, to_wire
 from kvmesh.cluster.ingress.failovers import MAX_FAILOVERS, Failovers, Loss
 from kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.workers.errors import WorkerDiedError
+from kvmesh.workers.executor import MakeMasks
 from kvmesh.workers.plan import SampledToken, StepPlan, StepResult
 from tests.cluster.machine import Machine, WatchedEngine, answer, machine
 from tests.cluster.test_generation import Received, make_request, read, read_until, rest_of
@@ -38,13 +39,13 @@ def _watch(executor: GatedExecutor, act: Fails) -> None:
     execute = executor.execute
     rows: set[int] = set()
 
-    def watched(plan: StepPlan) -> StepResult:
+    def watched(plan: StepPlan, masks: MakeMasks | None = None) -> StepResult:
         for start in plan.row_starts:
             rows.discard(start.row)
             if start.params.seed == POISON:
                 rows.add(start.row)
         act(plan, rows)
-        return execute(plan)
+        return execute(plan, masks)
 
     executor.execute = watched  # type: ignore[method-assign]
 
@@ -125,7 +126,7 @@ def _fault(executor: GatedExecutor) -> None:
     _watch(executor, note)
     execute = executor.execute
 
-    def faulty(plan: StepPlan) -> StepResult:
+    def faulty(plan: StepPlan, masks: MakeMasks | None = None) -> StepResult:
         result = execute(plan)
         rows = [chunk.row for chunk in plan.chunks if chunk.sample]
         tokens = [

@@ -17,8 +17,9 @@ from kvmesh.client.stream_state import StreamState
 from kvmesh.cluster import router_service
 from kvmesh.cluster.ingress.choice import RunningChoice
 from kvmesh.cluster.ingress.output import RequestOutput
+from kvmesh.cluster.ingress.prompt_scores import PromptScores
 from kvmesh.cluster.ingress.stream_status import StreamStatus
-from kvmesh.cluster.ingress.validate import ResumedChoice
+from kvmesh.cluster.ingress.validate import ResumedChoice, TextRules
 from kvmesh.cluster.ingress.waker import Waker
 from kvmesh.cluster.messages import CallFailed, Placed, Release, Waiting
 from kvmesh.cluster.routing.outcome import Enqueued
@@ -406,9 +407,14 @@ def test_a_projected_wait_counts_down() -> None:
 
 @pytest.mark.parametrize("finished", [False, True])
 async def test_there_is_no_status_once_every_choice_has_finished(finished: bool) -> None:
-    choice = RunningChoice(0, SamplingParams(), (), LetterCodec(), ResumedChoice(finished=finished))
+    choice = RunningChoice(
+        0, SamplingParams(), TextRules(), LetterCodec(), ResumedChoice(finished=finished)
+    )
     status = StreamStatus("r", lambda: 0.0)
-    output = RequestOutput([choice], LetterCodec(), Waker(), lambda _: None, status)
+    scores = PromptScores(np.zeros(1, np.int32), LetterCodec(), skip_special_tokens=True)
+    output = RequestOutput(
+        [choice], LetterCodec(), Waker(), lambda _: None, lambda *_: "", status, scores
+    )
     output.send_status()
     assert kinds(output.take()) == ([] if finished else ["queued"])
     assert output.take() == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import ssl
 import subprocess
 import time
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
+from urllib.request import urlopen
 
 import pytest
 
@@ -33,8 +35,13 @@ ONCE = RetryPolicy(max_attempts=1)
 
 
 class Healthy(BaseHTTPRequestHandler):
+    """Serve's health, and a call of OpenAI's API."""
+
+    protocol_version = "HTTP/1.1"
+
     def do_GET(self) -> None:
-        self.send_response(200 if self.path == "/-/healthz" else 404)
+        self.send_response(200 if self.path in ("/-/healthz", "/v1/models") else 404)
+        self.send_header("content-length", "0")
         self.end_headers()
 
     def log_message(self, *_: object) -> None:
@@ -63,6 +70,7 @@ def front(directory: Path, target: str, identity: Identity) -> Iterator[str]:
         ("bind :443 ", f"bind 127.0.0.1:{port} "),
         ("/etc/haproxy/kvmesh.pem", str(certificate)),
         ("127.0.0.1:9000", target),
+        ("127.0.0.1:8000", f"127.0.0.1:{health.server_port}"),
         ("port 8000", f"port {health.server_port}"),
     ):
         assert text.count(part) == 1
@@ -109,6 +117,8 @@ def test_calls_and_streams_pass_with_tls_and_nothing_without(tmp_path: Path) -> 
         with Client(secure, api_key="k", tls=TLS(root_ca=identity.cert), retry=patient) as client:
             assert client.tenant_loads().running == 0
             assert "".join(d.text for d in client.generate_stream("x")) == "Paris"
+        trusted = ssl.create_default_context(cadata=identity.cert.decode())
+        assert urlopen(f"https://{secure}/v1/models", context=trusted).status == 200
         other = TLS(root_ca=self_signed("localhost").cert)
         for tls in (None, other):
             with (

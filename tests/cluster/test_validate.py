@@ -16,6 +16,7 @@ from kvmesh.cluster.grpc_front import parse
 from kvmesh.cluster.ingress.validate import (
     GenerationSpec,
     Limits,
+    cache_salt,
     check_tokens,
     choice_seed,
     fit_context,
@@ -153,7 +154,6 @@ def test_a_penalty_out_of_range_is_refused(name: str, value: float) -> None:
         ({"n": 0}, "n"),
         ({"n": -1}, "n"),
         ({"n": 17}, "n"),
-        ({"n": 2, "temperature": 0.0}, "n"),
         ({"logit_bias": {3: NAN}}, "logit_bias"),
         ({"logit_bias": {3: 101.0}}, "logit_bias"),
         ({"logit_bias": dict.fromkeys(range(1025), 0.0)}, "logit_bias"),
@@ -323,6 +323,8 @@ parameters = messages(
     ),
     **dict.fromkeys(("top_k", "max_tokens", "min_tokens", "logprobs", "n"), int32),
     seed=st.integers(0, 2**64 - 1),
+    skip_special_tokens=st.booleans(),
+    include_stop_str_in_output=st.booleans(),
     stop=st.lists(text, max_size=20),
     stop_token_ids=ids,
     ignore_eos=st.booleans(),
@@ -400,8 +402,8 @@ def check_valid_or_names_a_field(request: pb.GenerateRequest) -> None:
     assert 1 <= spec.n <= LIMITS.max_choices
     assert not (spec.params.greedy and spec.n > 1)
     assert spec.request_id
-    assert len(spec.stop) <= LIMITS.max_stop_strings
-    assert all(0 < len(stop) <= LIMITS.max_stop_chars for stop in spec.stop)
+    assert len(spec.rules.stop) <= LIMITS.max_stop_strings
+    assert all(0 < len(stop) <= LIMITS.max_stop_chars for stop in spec.rules.stop)
     assert spec.timeout_s is None or 0 < spec.timeout_s <= 30 * 86400
     assert spec.resume is None or len(spec.resume.choices) == spec.n
     ids = encoded(spec)
@@ -438,3 +440,10 @@ def test_a_damaged_request_is_valid_or_names_a_field(request: object, data: st.D
 @example(b"")
 def test_any_bytes_are_valid_or_name_a_field(data: bytes) -> None:
     check_bytes(data)
+
+
+def test_no_two_tenants_share_a_salt() -> None:
+    pairs = [("a", "b/c"), ("a/b", "c"), ("a", "/bc"), ("ab", "c"), ("", "abc"), ("abc", "")]
+    pairs += [("a\x00", "b"), ("a", "\x00b"), ("é", ""), ("", "é")]
+    assert len({cache_salt(tenant, salt) for tenant, salt in pairs}) == len(pairs)
+    assert cache_salt("a", "b") == cache_salt("a", "b")

@@ -33,7 +33,7 @@ CI = sorted((CHART / "ci").glob("*-values.yaml"))
 DEFINITIONS = ROOT.parent / "shared/kubernetes"
 KUBERNETES = "1.36"
 KINDS = {"RayService", "PodMonitor", "PrometheusRule"}
-NOT_CHECKED = {"GRPCRoute"}  # there is no definition of it here
+NOT_CHECKED = {"GRPCRoute", "HTTPRoute"}  # there is no definition of them here
 HASH = "0" * 64
 EVERYTHING: dict[str, Any] = {
     "metrics": {
@@ -367,6 +367,30 @@ def test_ports_may_be_others() -> None:
     assert {"ports": [{"port": 9100}, {"port": 8100}]} in policy
 
 
+def test_each_protocol_has_ways_in_of_its_own() -> None:
+    gateways = {"enabled": True, "parentRefs": [{"name": "g"}], "hostnames": ["a.example"]}
+    ingress = {"enabled": True, "host": "a.example", "tlsSecret": "t"}
+    objects = render(
+        {
+            "grpcRoute": gateways,
+            "httpRoute": gateways,
+            "ingress": ingress,
+            "httpIngress": ingress,
+            "config": {"ingress": {"http_port": 8100}},
+        }
+    )
+    for kind, port in (("GRPCRoute", 9000), ("HTTPRoute", 8100)):
+        (rule,) = only(objects, kind)["spec"]["rules"]
+        assert rule["backendRefs"] == [{"name": "r-kvmesh-serve-svc", "port": port}]
+    ports = {
+        found["metadata"]["name"]: path["backend"]["service"]["port"]["name"]
+        for found in objects
+        if found["kind"] == "Ingress"
+        for path in found["spec"]["rules"][0]["http"]["paths"]
+    }
+    assert ports == {"r-kvmesh": "serve-grpc", "r-kvmesh-http": "serve"}
+
+
 def test_workers_may_be_scaled_by_ray() -> None:
     sizes = {"replicas": 2, "minReplicas": 0, "maxReplicas": 5}
 
@@ -477,6 +501,8 @@ def test_notes_warn_of_what_is_off() -> None:
         ({"gcsFaultTolerance": {"enabled": True}}, "redisAddress"),
         ({"ingress": {"enabled": True, "host": "h"}}, "tlsSecret"),
         ({"grpcRoute": {"enabled": True}}, "parentRefs"),
+        ({"httpRoute": {"enabled": True}}, "parentRefs"),
+        ({"httpIngress": {"enabled": True}}, "host"),
         ({"fullnameOverride": "x" * 48}, "/fullnameOverride"),
         ({"workerGroups": {"workers": None}}, "there must be one"),
         ({"config": {"engine": {"tp": 9}}}, "engine-0 is on one worker and needs 9.1 CPUs"),

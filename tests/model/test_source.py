@@ -420,3 +420,20 @@ def test_a_damaged_entry_is_made_again(tmp_path: Path, damage: str) -> None:
     assert models.get("key") is None
     models.make("key", "name", _fill, 0)
     assert models.get("key") == entry
+
+
+def test_ids_beyond_the_tokenizer_and_within_it_are_known_as_unused(tmp_path: Path) -> None:
+    make_small_tokenizer(tmp_path)
+    make_small_model("LlamaForCausalLM", tmp_path, vocab_size=384)
+    facts = read_facts(tmp_path)
+    assert (facts.vocab_size, facts.num_token_ids) == (384, 320)
+    assert facts.unused_token_ids == tuple(range(320, 384))
+    file = tmp_path / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    tokenizer["added_tokens"].append(
+        {**tokenizer["added_tokens"][0], "id": 350, "content": "<far>", "special": False}
+    )
+    file.write_text(json.dumps(tokenizer))
+    facts = read_facts(tmp_path)
+    assert facts.num_token_ids == 351
+    assert facts.unused_token_ids == (*range(320, 350), *range(351, 384))

@@ -32,6 +32,9 @@ KINDS = [
     "suspect",
     "salt",
     "too long",
+    "scores",
+    "scores",
+    "scores alone",
     "fault",
     "fault",
 ]
@@ -73,6 +76,8 @@ class Submit:
 
     def params(self, max_tokens: int) -> SamplingParams:
         kinds = self.kinds
+        if "scores alone" in kinds:
+            max_tokens = 0
         return SamplingParams(
             temperature=0.0,
             max_tokens=max_tokens,
@@ -82,6 +87,7 @@ class Submit:
             stop_token_ids=(3, 13, 23) if "stop tokens" in kinds else (),
             repetition_penalty=1.5 if "repetition_penalty" in kinds else 1.0,
             presence_penalty=0.5 if "presence_penalty" in kinds else 0.0,
+            prompt_logprobs=1 if {"scores", "scores alone"} & set(kinds) else None,
             frequency_penalty=-0.5 if "frequency_penalty" in kinds else 0.0,
         )
 

@@ -9,8 +9,9 @@ import numpy as np
 
 from kvmesh.workers.blame import Blame
 from kvmesh.workers.config import EngineConfig
-from kvmesh.workers.engine import PROGRESS_PERIOD_S, Engine
+from kvmesh.workers.engine import NOT_SOUND, PROGRESS_PERIOD_S, Engine
 from kvmesh.workers.errors import PoolCapacityError
+from kvmesh.workers.executor import MakeMasks
 from kvmesh.workers.lease import LeaseTerms
 from kvmesh.workers.plan import StepPlan, StepResult
 from kvmesh.workers.request import EndReason, EngineRequest, SequenceDelta
@@ -18,7 +19,7 @@ from kvmesh.workers.sequence import Sequence
 from kvmesh.workers.sizes import BLOCK_PAGES, PageNeed
 from tests.exercised import Exercised
 from tests.workers.engine_calls import CONTEXT, PAGE, Abort, Call, Grow, Setup, Steps, Submit, Wait
-from tests.workers.memory_executor import EOS, expected_output
+from tests.workers.memory_executor import EOS, expected_output, expected_scores
 from tests.workers.tainted_executor import BAD, TaintedExecutor
 from tests.workers.watched_cache import watch
 
@@ -31,6 +32,7 @@ class Wanted:
     """A live sequence, and what is expected of it.
 
     output: of the model, resumed tokens included; emitted: of these, what has come
+    scores: of the prompt, that have come, and those that the client had
     """
 
     request: EngineRequest
@@ -42,12 +44,16 @@ class Wanted:
     started_s: float | None = None
     first_token_s: float | None = None
     cached_tokens: int = 0
+    scores: list[float] = field(default_factory=list)
+    score_pieces: int = 0
     tried: bool = False
     peak: PageNeed = field(default_factory=lambda: PageNeed(0, 0))
 
     @property
     def stopped(self) -> bool:
         """Whether its last token ends it."""
+        if not self.output:
+            return False
         params, last = self.request.params, self.output[-1]
         is_stop = last in params.stop_token_ids or (last == EOS and not params.ignore_eos)
         return is_stop and len(self.output) >= params.min_tokens
@@ -69,10 +75,10 @@ class EngineMachine:
         self.executor = TaintedExecutor(PAGE, setup.sink, setup.recent, budget, CONTEXT)
         execute = self.executor.execute
 
-        def watched(plan: StepPlan) -> StepResult:
+        def watched(plan: StepPlan, masks: MakeMasks | None = None) -> StepResult:
             self.check_plan(plan)
             self.now += STEP_S
-            return execute(plan)
+            return execute(plan, masks)
 
         self.executor.execute = watched  # type: ignore[method-assign]
         self.config = EngineConfig(
@@ -139,7 +145,12 @@ class EngineMachine:
             limit = min(params.max_tokens, CONTEXT - len(prompt))
             ends = params.ignore_eos, params.stop_token_ids, params.min_tokens
             output = expected_output(prompt, limit, *ends, params.top_k)
-            resumed = min(PAGE + 3, len(output) - 1) if "resumed" in call.kinds else 0
+            resumed = 0
+            if "resumed" in call.kinds and output:
+                resumed = min(PAGE + 3, len(output) - 1)
+            scored = 0
+            if "resumed" in call.kinds and params.prompt_logprobs is not None:
+                scored = len(prompt) - 1 if resumed else min(PAGE + 5, len(prompt) - 1)
             item = EngineRequest(
                 name,
                 np.array(prompt + output[:resumed], np.int32),
@@ -149,8 +160,11 @@ class EngineMachine:
                 timeout_s=4.0 if "timeout" in call.kinds else None,
                 cache_salt="salt" if "salt" in call.kinds else "",
                 suspicion=2 if "suspect" in call.kinds else 0,
+                scored_tokens=scored,
             )
-            wanted.append(Wanted(item, prompt, output, output[:resumed], self.now, self.now))
+            found = Wanted(item, prompt, output, output[:resumed], self.now, self.now)
+            found.scores = expected_scores(prompt)[:scored]
+            wanted.append(found)
         if all(map(self.accepted, wanted)):
             self.engine.add_all([x.request for x in wanted])
             for x in wanted:
@@ -233,6 +247,7 @@ class EngineMachine:
         assert not overdue & self.live.keys(), "a deadline has passed"
         for seq in (seq for seq, count in preemptions.items() if seq.preemptions > count):
             self.seen.add("preemptions")
+            self.seen.add("preemptions of sequences with scores", seq.num_scored > 0)
             self.totals["preemptions"] += 1
             stayed = [other for other in running if other.preemptions == preemptions.get(other)]
             assert all(x.arrived_s <= seq.arrived_s for x in stayed), "an older one was preempted"
@@ -291,6 +306,14 @@ class EngineMachine:
         if delta.progress is not None:
             self.check_progress(wanted, delta)
             return
+        if delta.scores is not None:
+            self.check_scores(wanted, delta)
+            return
+        if wanted.request.params.prompt_logprobs is not None and (
+            delta.token_ids or delta.finish_reason is EndReason.LENGTH
+        ):
+            assert wanted.scores == expected_scores(wanted.prompt), "scores come before output"
+            self.seen.add("prompts scored in several pieces", wanted.score_pieces > 1)
         if delta.token_ids:
             wanted.first_token_s = wanted.first_token_s or self.now
             wanted.emitted += delta.token_ids
@@ -302,7 +325,7 @@ class EngineMachine:
             self.check_end(delta, EndReason.DEADLINE, before_s)
         elif delta.finish_reason is EndReason.FAULT:
             self.seen.add("sequences at fault")
-            assert BAD in wanted.prompt and delta.error == "NaN"
+            assert BAD in wanted.prompt and delta.error in ("NaN", NOT_SOUND)
             self.check_end(delta, EndReason.FAULT, self.now)
         elif wanted.emitted != wanted.output:
             assert delta.finish_reason is None
@@ -313,6 +336,13 @@ class EngineMachine:
         else:
             assert delta.matched_stop_token is None
             self.check_end(delta, EndReason.LENGTH, self.now)
+
+    def check_scores(self, wanted: Wanted, delta: SequenceDelta) -> None:
+        scores = delta.scores
+        assert scores is not None and not delta.token_ids and delta.finish_reason is None
+        wanted.scores += np.frombuffer(scores.logprobs, np.float32).tolist()
+        wanted.score_pieces += 1
+        assert wanted.scores == expected_scores(wanted.prompt)[: len(wanted.scores)]
 
     def check_progress(self, wanted: Wanted, delta: SequenceDelta) -> None:
         progress = delta.progress

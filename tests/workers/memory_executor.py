@@ -10,12 +10,21 @@ the sequence once.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Sequence
 
 import numpy as np
 
-from kvmesh.workers.executor import Allocation, RankDescription
-from kvmesh.workers.plan import Chunk, RowStart, SampledToken, StepPlan, StepResult
+from kvmesh.workers.executor import Allocation, MakeMasks, RankDescription
+from kvmesh.workers.plan import (
+    Chunk,
+    RowStart,
+    SampledToken,
+    StepPlan,
+    StepResult,
+    TokenMasks,
+    TokenScores,
+)
 
 State = int  # the chain over a sequence's first tokens
 Slot = tuple[int, State, int]
@@ -34,8 +43,33 @@ def chain(before: State, token: int) -> State:
     return (before * 6364136223846793005 + 2 * token + 1) % 2**64
 
 
-def next_token(state: State, top_k: int) -> int:
-    return (state >> 32 ^ top_k) % NEVER_SAMPLED
+def next_token(state: State, top_k: int, allowed: Sequence[int] | None = None) -> int:
+    drawn = state >> 32 ^ top_k
+    return drawn % NEVER_SAMPLED if allowed is None else allowed[drawn % len(allowed)]
+
+
+def allowed_tokens(masks: TokenMasks) -> dict[int, list[int]]:
+    """The token ids that masks allow, by position."""
+    packed = np.frombuffer(masks.bits, np.uint8).reshape(len(masks.positions), -1)
+    bits = np.unpackbits(packed, axis=1, bitorder="little")
+    return {
+        position: np.flatnonzero(row).tolist()
+        for position, row in zip(masks.positions, bits, strict=True)
+    }
+
+
+def score(before: State, token: int) -> float:
+    """A log-probability that only these tokens have."""
+    return -float(chain(before, token) >> 40)
+
+
+def expected_scores(prompt: Sequence[int]) -> list[float]:
+    """What this executor's model scores the prompt's tokens, from the second on."""
+    state, scores = START, []
+    for token, following in itertools.pairwise(prompt):
+        state = chain(state, token)
+        scores.append(score(state, following))
+    return scores
 
 
 def expected_output(
@@ -65,7 +99,13 @@ class MemoryExecutor:
     num_ranks = 2
 
     def __init__(
-        self, page_size: int, sink: int, recent: int, budget_pages: int, max_model_len: int = 800
+        self,
+        page_size: int,
+        sink: int,
+        recent: int,
+        budget_pages: int,
+        max_model_len: int = 800,
+        model_path: str = "",
     ) -> None:
         self._page_size, self._sink, self._recent = page_size, sink, recent
         self.kl_nats: dict[str, float] = {}
@@ -82,6 +122,7 @@ class MemoryExecutor:
             sealed_page_bytes=1,
             kv_budget_bytes=budget_pages,
             head_dim=8,
+            model_path=model_path,
         )
         self.plans: list[StepPlan] = []
         self._top_k: dict[int, int] = {}  # by row
@@ -105,7 +146,7 @@ class MemoryExecutor:
     def close(self) -> None:
         pass
 
-    def execute(self, plan: StepPlan) -> StepResult:
+    def execute(self, plan: StepPlan, masks: MakeMasks | None = None) -> StepResult:
         self.plans.append(plan)
         for table, update in ((self._hot_table, plan.hot), (self._sealed_table, plan.sealed)):
             table[update.rows, update.pages] = update.ids
@@ -128,8 +169,32 @@ class MemoryExecutor:
         for row in states.keys() & self._recorded:
             assert self._recorded[row] == states[row], "the sampler does not know the sequence"
         rows = [chunk.row for chunk in plan.chunks if chunk.sample]
-        tokens = [SampledToken(next_token(states[row], self._top_k[row])) for row in rows]
-        return StepResult(plan.step, tokens, 0.0)
+        assert plan.masked == (masks is not None)
+        allowed = {} if masks is None else allowed_tokens(masks())
+        tokens = [
+            SampledToken(next_token(states[row], self._top_k[row], allowed.get(position)))
+            for position, row in enumerate(rows)
+        ]
+        scores = [self._score(chunk) for chunk in plan.chunks if chunk.targets]
+        return StepResult(plan.step, tokens, 0.0, scores)
+
+    def _score(self, chunk: Chunk) -> TokenScores:
+        """Scores that depend on all tokens up to and with the target; one alternative each."""
+        targets = np.frombuffer(chunk.targets, np.int32)
+        assert chunk.start <= chunk.score_start
+        assert chunk.score_start + len(targets) <= chunk.end
+        within = np.frombuffer(chunk.tokens, np.int32)
+        first = chunk.score_start - chunk.start
+        inner = within[first + 1 : first + 1 + len(targets)]
+        assert (targets[: len(inner)] == inner).all(), "targets are not the tokens that follow"
+        state = self._state_before(chunk)
+        logprobs = []
+        for position, token in enumerate(within, chunk.start):
+            state = chain(state, int(token))
+            if chunk.score_start <= position < chunk.score_start + len(targets):
+                logprobs.append(score(state, int(targets[position - chunk.score_start])))
+        values = np.array(logprobs, np.float32)
+        return TokenScores(values.tobytes(), targets.tobytes(), values.tobytes())
 
     def _start_row(self, start: RowStart) -> None:
         params = start.params

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 
-from kvmesh.workers.executor import Allocation
+from kvmesh.workers.executor import Allocation, MakeMasks
 from kvmesh.workers.plan import Chunk, SampledToken, StepPlan, StepResult
 from tests.workers.memory_executor import NEVER_SAMPLED, MemoryExecutor, Page
 
@@ -21,16 +22,21 @@ class TaintedExecutor(MemoryExecutor):
         self._nan_sealed: set[int] = set()
         self._nan_rows: set[int] = set()
 
-    def execute(self, plan: StepPlan) -> StepResult:
+    def execute(self, plan: StepPlan, masks: MakeMasks | None = None) -> StepResult:
         self._nan_rows = set()
         self._nan_sealed -= set(plan.seal_sealed)
-        result = super().execute(plan)
+        result = super().execute(plan, masks)
         sampled = [chunk.row for chunk in plan.chunks if chunk.sample]
         tokens = [
             SampledToken(-1, fault="NaN") if row in self._nan_rows else token
             for row, token in zip(sampled, result.tokens, strict=True)
         ]
-        return StepResult(plan.step, tokens, 0.0)
+        scored = [chunk.row for chunk in plan.chunks if chunk.targets]
+        scores = [
+            msgspec.structs.replace(found, sound=row not in self._nan_rows)
+            for row, found in zip(scored, result.scores, strict=True)
+        ]
+        return StepResult(plan.step, tokens, 0.0, scores)
 
     def _write(self, chunk: Chunk) -> None:
         super()._write(chunk)

@@ -14,7 +14,7 @@ from kvmesh.workers.arena import Arena
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.engine import Engine
 from kvmesh.workers.errors import ConfigError, InvalidFieldError, PoolCapacityError
-from kvmesh.workers.executor import Allocation, RankDescription
+from kvmesh.workers.executor import Allocation, MakeMasks, RankDescription
 from kvmesh.workers.lease import LeaseTerms
 from kvmesh.workers.loads import OLDEST, SequenceLoad, StepTime
 from kvmesh.workers.plan import SampledToken, StepPlan, StepResult
@@ -103,6 +103,8 @@ SEEN = Exercised(
         "trials": 200,
         "sequences at fault": 100,
         "recomputations for another's fault": 1,
+        "prompts scored in several pieces": 30,
+        "preemptions of sequences with scores": 5,
     },
 )
 
@@ -182,9 +184,9 @@ class TickingExecutor(MemoryExecutor):
     now_s = 0.0
     step_s = 0.4
 
-    def execute(self, plan: StepPlan) -> StepResult:
+    def execute(self, plan: StepPlan, masks: MakeMasks | None = None) -> StepResult:
         self.now_s += self.step_s
-        return super().execute(plan)
+        return super().execute(plan, masks)
 
 
 def make_ticking_engine(*, prefix_cache: bool = True) -> Engine:
@@ -584,7 +586,7 @@ def test_logprobs_are_passed_on_also_if_they_are_zero() -> None:
     engine, executor = make_engine()
     execute = executor.execute
 
-    def certain(plan: StepPlan) -> StepResult:
+    def certain(plan: StepPlan, masks: MakeMasks | None = None) -> StepResult:
         result = execute(plan)
         tokens = [SampledToken(x.token_id, 0.0, [(x.token_id, 0.0)]) for x in result.tokens]
         return StepResult(plan.step, tokens, 0.5)
@@ -604,7 +606,7 @@ def test_the_parts_of_a_step_are_timed_and_the_longest_wait_for_a_token() -> Non
     executor = MemoryExecutor(PAGE, 0, 0, 200)
     execute = executor.execute
 
-    def slow(plan: StepPlan) -> StepResult:
+    def slow(plan: StepPlan, masks: MakeMasks | None = None) -> StepResult:
         now[0] += 4.0
         return StepResult(plan.step, execute(plan).tokens, host_s=1.0)
 
@@ -650,9 +652,9 @@ def test_a_step_has_an_age_only_while_it_runs() -> None:
     engine, executor = make_engine()
     execute, seen = executor.execute, []
 
-    def watch(plan: StepPlan) -> StepResult:
+    def watch(plan: StepPlan, masks: MakeMasks | None = None) -> StepResult:
         seen.append(engine.step_start_s)
-        return execute(plan)
+        return execute(plan, masks)
 
     executor.execute = watch  # type: ignore[method-assign]
     engine.add(request("r", [3, 4], 1))

@@ -10,6 +10,7 @@ import pytest
 from kvmesh.workers import engine_thread
 from kvmesh.workers.engine import Engine
 from kvmesh.workers.engine_thread import LOADS_PERIOD_S, EngineNews, EngineThread
+from kvmesh.workers.executor import MakeMasks
 from kvmesh.workers.lease import LeaseTerms
 from kvmesh.workers.loads import EngineLoads
 from kvmesh.workers.plan import StepPlan, StepResult
@@ -124,10 +125,10 @@ def test_reports_of_a_busy_engine_are_made_once_in_a_period(
     engine, executor = make_engine()
     execute = executor.execute
 
-    def ticking(plan: StepPlan) -> StepResult:
+    def ticking(plan: StepPlan, masks: MakeMasks | None = None) -> StepResult:
         steps[0] += 1
         now[0] += 0.3 * LOADS_PERIOD_S
-        return execute(plan)
+        return execute(plan, masks)
 
     executor.execute = ticking  # type: ignore[method-assign]
     listener = run(

@@ -15,6 +15,7 @@ from kvmesh.kernels.formats.registry import format_names, get_format
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.engine import Engine
 from kvmesh.workers.errors import InvalidFieldError
+from kvmesh.workers.executor import MakeMasks
 from kvmesh.workers.local import local_executor
 from kvmesh.workers.plan import SampledToken, StepPlan, StepResult
 from kvmesh.workers.request import EndReason, EngineRequest
@@ -67,7 +68,7 @@ def test_a_token_that_the_vocabulary_does_not_have_ends_only_its_sequence() -> N
     engine, executor = make_engine()
     execute = executor.execute
 
-    def wrong(plan: StepPlan) -> StepResult:
+    def wrong(plan: StepPlan, masks: MakeMasks | None = None) -> StepResult:
         result = execute(plan)
         rows = [chunk.row for chunk in plan.chunks if chunk.sample]
         tokens = [

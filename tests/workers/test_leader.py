@@ -19,7 +19,7 @@ from kvmesh.workers.errors import (
     PoolCapacityError,
     WorkerDiedError,
 )
-from kvmesh.workers.executor import RankDescription
+from kvmesh.workers.executor import MakeMasks, RankDescription
 from kvmesh.workers.leader import EngineLeader
 from kvmesh.workers.lease import AccountUpdate, LeaseEnd, LeaseTerms
 from kvmesh.workers.lease_book import AHEAD_TOKENS
@@ -46,11 +46,11 @@ class GatedExecutor(MemoryExecutor):
     def allow(self, steps: int) -> None:
         self.permits.release(steps)
 
-    def execute(self, plan: StepPlan) -> StepResult:
+    def execute(self, plan: StepPlan, masks: MakeMasks | None = None) -> StepResult:
         assert self.permits.acquire(timeout=60)
         if self.error is not None:
             raise self.error
-        return super().execute(plan)
+        return super().execute(plan, masks)
 
 
 @asynccontextmanager

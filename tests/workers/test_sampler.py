@@ -245,3 +245,40 @@ def test_any_parameters_give_a_token(seed: int) -> None:
     logits = torch.linspace(-scale, scale, VOCAB)[None]
     token = sampler_with(params).sample(logits, [0], [2])[0].token_id
     assert 0 <= token < VOCAB
+
+
+@pytest.mark.parametrize("unused", [tuple(range(900, VOCAB)), (3, 4, 500, *range(990, VOCAB))])
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(temperature=0.0, logprobs=20),
+        SamplingParams(temperature=100.0, logprobs=20),
+        SamplingParams(temperature=100.0, top_p=0.99, logprobs=20),
+        SamplingParams(temperature=100.0, top_k=990, min_p=0.01, logprobs=20),
+        SamplingParams(temperature=5.0, min_tokens=10, repetition_penalty=2.0, logprobs=20),
+    ],
+)
+def test_ids_without_a_token_are_never_sampled_nor_listed(
+    unused: tuple[int, ...], params: SamplingParams
+) -> None:
+    sampler = Sampler(VOCAB, (EOS,), CPU, unused)
+    history = np.array([1, 2], np.int32).tobytes()
+    for row in range(200):
+        sampler.start_row(RowStart(row, params, 2, history))
+    logits = torch.zeros(200, VOCAB)
+    logits[:, list(unused)] = 5.0
+    logits[:100, list(unused)] = torch.nan  # padding may contain anything
+    sampled = sampler.sample(logits, list(range(200)), [2 + row for row in range(200)])
+    for token in sampled:
+        assert token.fault is None
+        assert not {token.token_id, *(i for i, _ in token.top)} & set(unused)
+        # All used tokens are equally likely.
+        assert token.logprob == pytest.approx(-np.log(VOCAB - len(unused)), rel=1e-5)
+        assert len(token.top) == 20
+
+
+def test_no_more_alternatives_are_listed_than_there_are_tokens() -> None:
+    sampler = Sampler(VOCAB, (EOS,), CPU, tuple(range(5, VOCAB)))
+    sampler.start_row(RowStart(0, SamplingParams(temperature=0.0, logprobs=20), 1, b""))
+    (token,) = sampler.sample(torch.randn(1, VOCAB), [0], [1])
+    assert sorted(i for i, _ in token.top) == [0, 1, 2, 3, 4]

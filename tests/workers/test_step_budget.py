@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.engine import Engine
+from kvmesh.workers.executor import MakeMasks
 from kvmesh.workers.plan import Chunk, StepPlan, StepResult, TableUpdate
 from kvmesh.workers.request import EngineRequest
 from kvmesh.workers.sampling_params import SamplingParams
@@ -102,14 +103,14 @@ class TimedExecutor(MemoryExecutor):
     def __post_init__(self) -> None:
         super().__init__(16, 0, 0, 400)
 
-    def execute(self, plan: StepPlan) -> StepResult:
+    def execute(self, plan: StepPlan, masks: MakeMasks | None = None) -> StepResult:
         work = StepWork()
         for chunk in plan.chunks:
             work.add(chunk)
         taken = seconds(work)
         self.now += taken
         self.steps.append((work.decoding, taken))
-        return super().execute(plan)
+        return super().execute(plan, masks)
 
 
 def serve(max_step_s: float | None) -> tuple[TimedExecutor, dict[str, list[int]]]:

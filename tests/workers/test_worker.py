@@ -12,7 +12,7 @@ from kvmesh.workers import worker
 from kvmesh.workers.channel import Allocated, Close, Divergences, Failed, FromRank, Probe, ToRank
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.errors import ConfigError
-from kvmesh.workers.executor import Allocation, RankDescription
+from kvmesh.workers.executor import Allocation, MakeMasks, RankDescription
 from kvmesh.workers.parallel.comm import Communicator
 from kvmesh.workers.plan import SampledToken, StepPlan, StepResult, TableUpdate
 
@@ -61,7 +61,7 @@ class FakeRank:
     def allocate(self, allocation: Allocation) -> None:
         self.allocated.append(allocation)
 
-    def execute(self, plan: StepPlan) -> StepResult | None:
+    def execute(self, plan: StepPlan, masks: MakeMasks | None = None) -> StepResult | None:
         assert plan == PLAN
         return RESULT if self._samples else None
 

@@ -1,4 +1,7 @@
-"""Chat templates: render a conversation to prompt text, in a sandbox.
+"""Chat templates: render a conversation to prompt text, with transformers' own renderer.
+
+It has a sandbox, but no limit on time or memory: template_process.py has those.
+transformers is imported when the first chat is rendered, as it takes a second.
 
 The template belongs to the model, the messages to the user. A message that contains the
 text of a special token ("<|im_end|>") must not become that token, or it could speak in
@@ -9,28 +12,22 @@ their texts are encoded as ordinary text.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
-from typing import Any, NoReturn
+from typing import Any
 
-from jinja2 import TemplateError, meta
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2 import TemplateError, TemplateSyntaxError, meta, nodes
 
-from kvmesh.workers.errors import ConfigError, InvalidFieldError
+from kvmesh.workers.errors import InvalidFieldError
 
 # A placeholder is <open> digits <close>; private-use characters have no meaning elsewhere.
 _OPEN, _CLOSE = "\uf8f0", "\uf8f1"
 # After the message that is to be continued. Without its space, the template has stripped it.
 _END = "\uf8f2 "
-# What a template raises on purpose, or because of what it was given.
-_REFUSALS = (
-    TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError,
-    RecursionError,
-)  # fmt: skip
+DEFAULT = "default"
+FOR_TOOLS = "tool_use"  # as transformers names it
+MAX_TEMPLATE_CHARS = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,38 +42,47 @@ class PromptPiece:
 class Conversation:
     """A chat as templates take it.
 
-    messages: each with `role` and `content`, perhaps `tool_calls`, `tool_call_id` and `name`
+    messages: each with `role` and `content` (text, or a list of parts as OpenAI's API has it),
+        perhaps `tool_calls`, `tool_call_id` and `name`
     tools: functions that the model may call
     variables: the template's own, such as enable_thinking
     continue_final_message: let the model continue the last message
+    template: source of a template to use, "" for one of the model's own
+    template_name: which of these, "" for its default
     """
 
     messages: Sequence[Mapping[str, Any]]
     tools: Sequence[Mapping[str, Any]] = ()
     variables: Mapping[str, Any] = field(default_factory=dict)
     continue_final_message: bool = False
+    template: str = ""
+    template_name: str = ""
 
 
-class ChatTemplate:
-    """A model's Jinja template, compiled once; `variables` are bos_token, eos_token, ...
+class ChatTemplates:
+    """A model's templates, by name; one without a name is DEFAULT.
 
-    names: of the variables that the template reads and no message contains
+    variables: that all of them may read: bos_token, eos_token, ...
     """
 
-    def __init__(self, source: str, variables: Mapping[str, str]) -> None:
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-        )
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _raise_exception
-        environment.globals["strftime_now"] = _strftime_now
-        try:
-            self._template = environment.from_string(source)
-            self.names = frozenset(meta.find_undeclared_variables(environment.parse(source)))
-        except TemplateError as error:
-            raise ConfigError("model", f"has a malformed chat template: {error}") from error
+    def __init__(self, sources: Mapping[str, str], variables: Mapping[str, Any]) -> None:
+        self._sources = dict(sources)
         self._variables = dict(variables)
-        self.names -= {*variables, *environment.globals, "messages", "add_generation_prompt"}
+        self._known: dict[str, ChatTemplate] = {}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._sources)
+
+    @property
+    def for_tools(self) -> str | None:
+        """The source of the template that chats with tools use by default; None without one."""
+        return self._sources.get(FOR_TOOLS, self._sources.get(DEFAULT))
+
+    @property
+    def parts(self) -> tuple[dict[str, str], dict[str, Any]]:
+        """What these were made of."""
+        return dict(self._sources), dict(self._variables)
 
     def render(
         self, chat: Conversation, add_generation_prompt: bool, special_tokens: Sequence[str]
@@ -86,36 +92,173 @@ class ChatTemplate:
         Raises InvalidFieldError naming the part of the conversation, for instance `messages` with
         the template's own reason.
         """
+        return self._chosen(chat).render(chat, add_generation_prompt, special_tokens)
+
+    def _chosen(self, chat: Conversation) -> ChatTemplate:
+        if chat.template:
+            if len(chat.template) > MAX_TEMPLATE_CHARS:
+                raise InvalidFieldError(
+                    "chat_template",
+                    f"must have at most {MAX_TEMPLATE_CHARS:,} characters, "
+                    f"got {len(chat.template):,}",
+                )
+            return ChatTemplate(chat.template, self._variables, "")
+        name = self._name_for(chat)
+        if name not in self._known:
+            self._known[name] = ChatTemplate(self._sources[name], self._variables, name)
+        return self._known[name]
+
+    def _name_for(self, chat: Conversation) -> str:
+        offered = ", ".join(self._sources)
+        if chat.template_name:
+            if chat.template_name not in self._sources:
+                expected = f"expected one of {offered}" if offered else "it has none"
+                raise InvalidFieldError(
+                    "chat_template_name",
+                    f"{chat.template_name!r:.60} is not a template of the model; {expected}",
+                )
+            return chat.template_name
+        if chat.tools and FOR_TOOLS in self._sources:
+            return FOR_TOOLS
+        if DEFAULT in self._sources:
+            return DEFAULT
+        if self._sources:
+            raise InvalidFieldError(
+                "chat_template_name",
+                f"must be one of {offered}: the model has several chat templates, but no default",
+            )
+        raise InvalidFieldError(
+            "messages",
+            "need a chat template, and the model has no chat template; send text, or a template "
+            "as chat_template",
+        )
+
+
+class ChatTemplate:
+    """A Jinja template; `variables` are bos_token, eos_token, ...
+
+    name: of one of the model's own, "" for one that a request has brought
+    Compiled by the first use; raises InvalidFieldError then if that fails.
+    """
+
+    def __init__(self, source: str, variables: Mapping[str, Any], name: str = DEFAULT) -> None:
+        self._source = source
+        self._variables = dict(variables)
+        self._is_given = not name
+        self._label = f"the model's chat template {name!r}" if name else "the given chat template"
+        self._names: frozenset[str] | None = None
+        self._reads_parts = False
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Of the variables that the template reads and no message contains."""
+        if self._names is None:
+            self._parse()
+        assert self._names is not None
+        return self._names
+
+    def _parse(self) -> None:
+        # The environment, with all extensions, is only reachable through a compiled template.
+        from transformers.utils.chat_template_utils import _compile_jinja_template
+
+        try:
+            environment = _compile_jinja_template(self._source).environment
+            tree = environment.parse(self._source)
+        except Exception as error:
+            field = "chat_template" if self._is_given else "messages"
+            raise InvalidFieldError(
+                field, f"cannot be used: {self._label} is malformed: {_reason(error)}"
+            ) from error
+        names = frozenset(meta.find_undeclared_variables(tree))
+        own = {*self._variables, *environment.globals, "messages", "add_generation_prompt"}
+        self._names = names - own
+        self._reads_parts = _reads_parts(tree)
+
+    def render(
+        self, chat: Conversation, add_generation_prompt: bool, special_tokens: Sequence[str]
+    ) -> list[PromptPiece]:
+        """See ChatTemplates.render."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
         self._check_names(chat)
         guard = _Guard(special_tokens)
-        messages = [guard.protect(message) for message in chat.messages]
+        messages = [guard.protect(self._fitting(message)) for message in chat.messages]
         if chat.continue_final_message:
-            messages[-1]["content"] += _END
+            _mark_end(messages[-1])
             add_generation_prompt = False
         variables = {**guard.protect(chat.variables), **self._variables}
-        if chat.tools:
-            variables["tools"] = guard.protect(chat.tools)
         try:
-            text = self._template.render(
-                messages=messages, add_generation_prompt=add_generation_prompt, **variables
+            (text,), _ = render_jinja_template(
+                [messages],
+                tools=guard.protect(list(chat.tools)) or None,
+                chat_template=self._source,
+                add_generation_prompt=add_generation_prompt,
+                **variables,
             )
-        except _REFUSALS as error:
+        except Exception as error:  # whatever the template does
             raise InvalidFieldError(
-                "messages", f"are refused by the model's chat template: {error}"
+                "messages", f"are refused by {self._label}: {_reason(error)}"
             ) from error
         return guard.restore(_before_end(text) if chat.continue_final_message else text)
 
+    def _fitting(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Parts joined by line breaks, unless the template reads them."""
+        content = message.get("content")
+        if isinstance(content, str) or content is None or self._reads_parts:
+            return message
+        return {**message, "content": "\n".join(part["text"] for part in content)}
+
     def _check_names(self, chat: Conversation) -> None:
         if chat.tools and "tools" not in self.names:
-            raise InvalidFieldError("tools", "have no place in the model's chat template")
+            raise InvalidFieldError("tools", f"have no place in {self._label}")
         names = self.names - {"tools"}
         for name in chat.variables:
             if name not in names:
                 raise InvalidFieldError(
                     "chat_template_kwargs",
-                    f"has {name!r}, but the model's chat template reads "
-                    f"{', '.join(sorted(names)) or 'none'}",
+                    f"has {name!r}, but {self._label} reads {', '.join(sorted(names)) or 'none'}",
                 )
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong in a template, in one line; its own words if it has raised them."""
+    text = " ".join(str(error).split())
+    if isinstance(error, TemplateSyntaxError):
+        return f"line {error.lineno}: {text}"
+    if isinstance(error, TemplateError):
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _reads_parts(tree: nodes.Template) -> bool:
+    """Whether the template goes through a message's content part by part."""
+
+    def is_content(node: nodes.Node, names: frozenset[str]) -> bool:
+        while isinstance(node, nodes.Filter) and node.node is not None:
+            node = node.node
+        match node:
+            case nodes.Getattr(attr="content"):
+                return True
+            case nodes.Getitem(arg=nodes.Const(value="content")):
+                return True
+            case nodes.Name(name=name):
+                return name in names
+        return False
+
+    names = {"content"}  # of variables, or of a macro's parameter
+    for assigned in tree.find_all(nodes.Assign):
+        if isinstance(assigned.target, nodes.Name) and is_content(assigned.node, frozenset()):
+            names.add(assigned.target.name)
+    return any(is_content(loop.iter, frozenset(names)) for loop in tree.find_all(nodes.For))
+
+
+def _mark_end(message: dict[str, Any]) -> None:
+    """Put _END after the content of a message."""
+    content = message["content"]
+    if isinstance(content, str):
+        message["content"] = content + _END
+    else:
+        content[-1]["text"] += _END
 
 
 def _before_end(text: str) -> str:
@@ -161,16 +304,3 @@ class _Guard:
             if part:
                 pieces.append(PromptPiece(part, literal))
         return pieces
-
-
-def _to_json(value: Any, indent: int | None = None) -> str:
-    # Unlike Jinja's own filter this does not escape for HTML, because prompts are not HTML.
-    return json.dumps(value, ensure_ascii=False, indent=indent)
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise TemplateError(message)
-
-
-def _strftime_now(pattern: str) -> str:
-    return datetime.now().strftime(pattern)

@@ -11,11 +11,13 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from kvmesh.workers.errors import ConfigError, UnsupportedModelError
 from kvmesh.workers.model.architectures import ARCHITECTURES, Architecture
+from kvmesh.workers.model.config_keys import keys_not_implemented
 from kvmesh.workers.model.tensors import TensorInfo, read_tensors
 
 NAME_FILE = "kvmesh.json"
@@ -35,6 +37,8 @@ class ModelFacts:
     max_model_len: positions that the model supports, in tokens
     weight_bytes: of the checkpoint as stored, in `dtype`
     sliding_windows: per layer in tokens, None for the whole context
+    vocab_size: width of the logits
+    unused_token_ids: those below it that the tokenizer has no token for
     """
 
     name: str
@@ -52,6 +56,13 @@ class ModelFacts:
     weight_bytes: int
     dtype: str
     sliding_windows: tuple[int | None, ...]
+    unused_token_ids: tuple[int, ...] = ()
+
+    @property
+    def num_token_ids(self) -> int:
+        """All tokens have ids below it: `vocab_size` without its padding."""
+        unused = set(self.unused_token_ids)
+        return next((i + 1 for i in reversed(range(self.vocab_size)) if i not in unused), 0)
 
 
 def read_facts(path: Path) -> ModelFacts:
@@ -83,6 +94,7 @@ def read_facts(path: Path) -> ModelFacts:
         weight_bytes=sum(tensor.num_bytes for tensor in tensors.values()),
         dtype=_DTYPE_NAMES[max((t.dtype for t in tensors.values()), default="F32")],
         sliding_windows=architecture.sliding_windows(config),
+        unused_token_ids=_unused_token_ids(path, integers["vocab_size"]),
     )
 
 
@@ -145,6 +157,11 @@ def _check_supported(config: Mapping[str, Any], path: Path) -> Architecture:
             f"its RoPE scaling {_rope(config)[0]!r} is not one of {', '.join(_ROPE_TYPES)}"
             " (scaling that depends on the sequence's length would invalidate cached keys)"
         )
+    elif unknown := sorted(keys_not_implemented(config, architecture)):
+        reason = (
+            f"{', '.join(unknown)} in its config.json may change what it computes, and "
+            f"{'is' if len(unknown) == 1 else 'are'} not implemented"
+        )
     if reason is not None:
         raise UnsupportedModelError("model", f"{path} ({architecture.name}): {reason}")
     return architecture
@@ -206,6 +223,25 @@ def _tokenizer_eos(path: Path) -> list[int]:
         return [int(i) for i, token in decoder.items() if token.get("content") == text]
     added = read_json(path / "tokenizer.json").get("added_tokens", [])
     return [int(token["id"]) for token in added if token.get("content") == text]
+
+
+def _unused_token_ids(path: Path, vocab_size: int) -> tuple[int, ...]:
+    """Ids that the tokenizer does not use; none without a tokenizer."""
+    file = path / "tokenizer.json"
+    if not file.exists():
+        return ()
+    stat = file.stat()
+    return _unused_of(file, stat.st_mtime_ns, stat.st_size, vocab_size)
+
+
+@lru_cache(maxsize=8)
+def _unused_of(file: Path, mtime_ns: int, size: int, vocab_size: int) -> tuple[int, ...]:
+    """mtime_ns, size: of the file, which is large and read several times"""
+    tokenizer = read_json(file)
+    vocabulary = (tokenizer.get("model") or {}).get("vocab") or {}
+    used = set(vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary)))
+    used.update(token["id"] for token in tokenizer.get("added_tokens") or ())
+    return tuple(token_id for token_id in range(vocab_size) if token_id not in used)
 
 
 def _name(path: Path) -> str:

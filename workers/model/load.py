@@ -61,13 +61,24 @@ class ServedModel:
         self, input_ids: Tensor, positions: Tensor, attend: Attend, logits_rows: Tensor
     ) -> Tensor | None:
         """`forward`, differentiable if `attend` returns tensors that require gradients."""
+        return self.logits(self.hidden(input_ids, positions, attend), logits_rows)
+
+    def hidden(self, input_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """The tokens' last hidden states, [T, hidden_size]; see `forward`."""
         with self._slot.holding(attend):
-            hidden = self._body(
+            states: Tensor = self._body(
                 input_ids=input_ids.unsqueeze(0),
                 position_ids=positions.unsqueeze(0),
                 use_cache=False,
             ).last_hidden_state
-        logits = self._head(hidden[0].index_select(0, logits_rows))
+        return states[0]
+
+    def logits(self, hidden: Tensor, rows: Tensor) -> Tensor | None:
+        """[n, vocab_size] fp32 of the `rows` of `hidden`, on rank 0; None on the other ranks.
+
+        Every rank must call it with the same number of rows.
+        """
+        logits = self._head(hidden.index_select(0, rows))
         return None if logits is None else self._finish(logits)
 
     def _finish(self, logits: Tensor) -> Tensor:

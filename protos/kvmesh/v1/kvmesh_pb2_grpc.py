@@ -49,6 +49,11 @@ class KVMeshStub:
                 request_serializer=kvmesh_dot_v1_dot_kvmesh__pb2.TokenizeRequest.SerializeToString,
                 response_deserializer=kvmesh_dot_v1_dot_kvmesh__pb2.TokenizeResponse.FromString,
                 _registered_method=True)
+        self.Detokenize = channel.unary_unary(
+                '/kvmesh.v1.KVMesh/Detokenize',
+                request_serializer=kvmesh_dot_v1_dot_kvmesh__pb2.DetokenizeRequest.SerializeToString,
+                response_deserializer=kvmesh_dot_v1_dot_kvmesh__pb2.DetokenizeResponse.FromString,
+                _registered_method=True)
         self.Abort = channel.unary_unary(
                 '/kvmesh.v1.KVMesh/Abort',
                 request_serializer=kvmesh_dot_v1_dot_kvmesh__pb2.AbortRequest.SerializeToString,
@@ -87,7 +92,8 @@ class KVMeshServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GenerateStream(self, request, context):
-        """Events in this order: queued*, started, (delta | choice_finished)*, usage.
+        """Events in this order: queued*, started, prompt_logprobs*,
+        (delta | choice_finished)*, usage.
         After `started`, `prefilling` may come at any point before `usage`, and so may
         `queued`: a request that loses its engine waits and is prefilled again.
         A stream is never silent for more than 5 seconds. When there is nothing new to
@@ -103,6 +109,13 @@ class KVMeshServicer:
 
     def Tokenize(self, request, context):
         """The token ids that Generate would use for this prompt.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Detokenize(self, request, context):
+        """The text of token ids.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -162,6 +175,11 @@ def add_KVMeshServicer_to_server(servicer, server):
                     servicer.Tokenize,
                     request_deserializer=kvmesh_dot_v1_dot_kvmesh__pb2.TokenizeRequest.FromString,
                     response_serializer=kvmesh_dot_v1_dot_kvmesh__pb2.TokenizeResponse.SerializeToString,
+            ),
+            'Detokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Detokenize,
+                    request_deserializer=kvmesh_dot_v1_dot_kvmesh__pb2.DetokenizeRequest.FromString,
+                    response_serializer=kvmesh_dot_v1_dot_kvmesh__pb2.DetokenizeResponse.SerializeToString,
             ),
             'Abort': grpc.unary_unary_rpc_method_handler(
                     servicer.Abort,
@@ -270,6 +288,33 @@ class KVMesh:
             '/kvmesh.v1.KVMesh/Tokenize',
             kvmesh_dot_v1_dot_kvmesh__pb2.TokenizeRequest.SerializeToString,
             kvmesh_dot_v1_dot_kvmesh__pb2.TokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Detokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvmesh.v1.KVMesh/Detokenize',
+            kvmesh_dot_v1_dot_kvmesh__pb2.DetokenizeRequest.SerializeToString,
+            kvmesh_dot_v1_dot_kvmesh__pb2.DetokenizeResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -83,9 +83,9 @@ Resuming a stream
       or the server chose it. A client that never received `started` has
       received no output and simply sends its request again.
     * Text can lag behind token ids (an incomplete character, the beginning of
-      a possible stop string), hence `text_chars` in addition to the ids.
-      Detokenising the same ids gives the same text, so the server sends the
-      text from there.
+      a possible stop string), hence `text_chars` in addition to the ids, and
+      the same for reasoning and for the arguments of tool calls. Detokenising
+      the same ids gives the same text, so the server sends it from there.
     * Another model would not continue the same text: `model_revision` must
       still be the one that `started` reported, or the call fails with
       FAILED_PRECONDITION, reason RESUME_MISMATCH.
@@ -124,7 +124,8 @@ class KVMeshStub:
     Generate: _grpc.UnaryUnaryMultiCallable[_kvmesh_pb2.GenerateRequest, _kvmesh_pb2.GenerateResponse]
     """One request, one reply with all of the output."""
     GenerateStream: _grpc.UnaryStreamMultiCallable[_kvmesh_pb2.GenerateRequest, _kvmesh_pb2.GenerateStreamResponse]
-    """Events in this order: queued*, started, (delta | choice_finished)*, usage.
+    """Events in this order: queued*, started, prompt_logprobs*,
+    (delta | choice_finished)*, usage.
     After `started`, `prefilling` may come at any point before `usage`, and so may
     `queued`: a request that loses its engine waits and is prefilled again.
     A stream is never silent for more than 5 seconds. When there is nothing new to
@@ -136,6 +137,8 @@ class KVMeshStub:
     """
     Tokenize: _grpc.UnaryUnaryMultiCallable[_kvmesh_pb2.TokenizeRequest, _kvmesh_pb2.TokenizeResponse]
     """The token ids that Generate would use for this prompt."""
+    Detokenize: _grpc.UnaryUnaryMultiCallable[_kvmesh_pb2.DetokenizeRequest, _kvmesh_pb2.DetokenizeResponse]
+    """The text of token ids."""
     Abort: _grpc.UnaryUnaryMultiCallable[_kvmesh_pb2.AbortRequest, _kvmesh_pb2.AbortResponse]
     """Ends a request of the same tenant, queued or running. It is not an error if
     there is none.
@@ -157,7 +160,8 @@ class KVMeshAsyncStub(KVMeshStub):
     Generate: _aio.UnaryUnaryMultiCallable[_kvmesh_pb2.GenerateRequest, _kvmesh_pb2.GenerateResponse]  # type: ignore[assignment]
     """One request, one reply with all of the output."""
     GenerateStream: _aio.UnaryStreamMultiCallable[_kvmesh_pb2.GenerateRequest, _kvmesh_pb2.GenerateStreamResponse]  # type: ignore[assignment]
-    """Events in this order: queued*, started, (delta | choice_finished)*, usage.
+    """Events in this order: queued*, started, prompt_logprobs*,
+    (delta | choice_finished)*, usage.
     After `started`, `prefilling` may come at any point before `usage`, and so may
     `queued`: a request that loses its engine waits and is prefilled again.
     A stream is never silent for more than 5 seconds. When there is nothing new to
@@ -169,6 +173,8 @@ class KVMeshAsyncStub(KVMeshStub):
     """
     Tokenize: _aio.UnaryUnaryMultiCallable[_kvmesh_pb2.TokenizeRequest, _kvmesh_pb2.TokenizeResponse]  # type: ignore[assignment]
     """The token ids that Generate would use for this prompt."""
+    Detokenize: _aio.UnaryUnaryMultiCallable[_kvmesh_pb2.DetokenizeRequest, _kvmesh_pb2.DetokenizeResponse]  # type: ignore[assignment]
+    """The text of token ids."""
     Abort: _aio.UnaryUnaryMultiCallable[_kvmesh_pb2.AbortRequest, _kvmesh_pb2.AbortResponse]  # type: ignore[assignment]
     """Ends a request of the same tenant, queued or running. It is not an error if
     there is none.
@@ -199,7 +205,8 @@ class KVMeshServicer(metaclass=_abc_1.ABCMeta):
         request: _kvmesh_pb2.GenerateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_kvmesh_pb2.GenerateStreamResponse], _abc.AsyncIterator[_kvmesh_pb2.GenerateStreamResponse]]:
-        """Events in this order: queued*, started, (delta | choice_finished)*, usage.
+        """Events in this order: queued*, started, prompt_logprobs*,
+        (delta | choice_finished)*, usage.
         After `started`, `prefilling` may come at any point before `usage`, and so may
         `queued`: a request that loses its engine waits and is prefilled again.
         A stream is never silent for more than 5 seconds. When there is nothing new to
@@ -217,6 +224,14 @@ class KVMeshServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_kvmesh_pb2.TokenizeResponse, _abc.Awaitable[_kvmesh_pb2.TokenizeResponse]]:
         """The token ids that Generate would use for this prompt."""
+
+    @_abc_1.abstractmethod
+    def Detokenize(
+        self,
+        request: _kvmesh_pb2.DetokenizeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_kvmesh_pb2.DetokenizeResponse, _abc.Awaitable[_kvmesh_pb2.DetokenizeResponse]]:
+        """The text of token ids."""
 
     @_abc_1.abstractmethod
     def Abort(

@@ -46,7 +46,7 @@ SMALL_ENGINE: Mapping[str, Any] = {
 
 
 def small_config(**sections: Any) -> ClusterConfig:
-    return build({"engine": SMALL_ENGINE, "ingress": {"port": 0}, **sections})
+    return build({"engine": SMALL_ENGINE, "ingress": {"port": 0, "http_port": 0}, **sections})
 
 
 @contextmanager

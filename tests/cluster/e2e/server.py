@@ -36,7 +36,7 @@ class Server:
         # On a busy machine, thirty streams take longer than the default of drain_s.
         sections = {
             "engine": dict(SMALL_ENGINE),
-            "ingress": {"port": 0},
+            "ingress": {"port": 0, "http_port": 0},
             "timeouts": {"drain_s": 120},
         }
         config.write_text(yaml.safe_dump(sections))
@@ -92,7 +92,9 @@ class Server:
 
     def endpoint(self) -> Endpoint:
         target = self.wait_for_output(r"ready at (\S+)")[1]
-        return Endpoint(target, read_key_file(self._directory / "kvmesh" / "api_key"), None)
+        http_url = self.wait_for_output(r"OpenAI +(\S+)/v1")[1]
+        key = read_key_file(self._directory / "kvmesh" / "api_key")
+        return Endpoint(target, http_url, key, None)
 
     def client(self) -> Client:
         endpoint = self.endpoint()

@@ -42,7 +42,7 @@ TOKENS = 24
 CONFIG = small_config(
     engine={**SMALL_ENGINE, "kv_memory_bytes": "24MiB"},
     groups=GROUPS,
-    ingress={"port": 0, "replicas": 2},
+    ingress={"port": 0, "http_port": 0, "replicas": 2},
 )
 
 

@@ -42,7 +42,7 @@ THIRTY = [PROMPTS[number % len(PROMPTS)] for number in range(30)]
 CONFIG = small_config(
     engine={**SMALL_ENGINE, "kv_memory_bytes": "24MiB", "step_timeout_s": 2.0},
     groups=GROUPS,
-    ingress={"port": 0, "replicas": 2},
+    ingress={"port": 0, "http_port": 0, "replicas": 2},
 )
 
 

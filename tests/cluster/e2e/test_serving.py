@@ -1,8 +1,9 @@
-"""One group over gRPC: output, refusals, cancellation, over capacity, metrics, command line."""
+"""One group over gRPC and HTTP: output, refusals, cancellation, capacity, metrics, command line."""
 
 from __future__ import annotations
 
 import asyncio
+import http.client
 import json
 import math
 import os
@@ -11,12 +12,14 @@ import re
 import signal
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import grpc
+import openai
 import pytest
 from google.rpc.error_details_pb2 import BadRequest
 from grpc_status import rpc_status
@@ -30,6 +33,7 @@ from kvmesh.client import (
     FinishReason,
     InvalidRequestError,
     KVMeshError,
+    Message,
     ModelNotFoundError,
     NeverFitsError,
     OverCapacityError,
@@ -103,6 +107,81 @@ def test_a_stream_equals_a_unary_reply(client: Client) -> None:
     assert usage.kv_used_bytes == usage.kv_freed_bytes > 0
 
 
+async def test_openais_clients_get_the_same_output(endpoint: Endpoint, client: Client) -> None:
+    """One blocking, one asynchronous, whole and streamed, in every one of its APIs."""
+    greedy: Any = {"model": "smollm2-135m-instruct", "temperature": 0.0}
+    expected = client.generate(PROMPTS[0], max_tokens=12, temperature=0.0).text
+    messages: Any = [{"role": "user", "content": "What is the capital of France?"}]
+    said = client.chat([Message("user", messages[0]["content"])], max_tokens=12, temperature=0.0)
+    url = f"{endpoint.http_url}/v1"
+    with openai.OpenAI(base_url=url, api_key=endpoint.api_key, max_retries=0) as blocking:
+        (model,) = blocking.models.list().data
+        assert model.id == greedy["model"]
+        ids = list(client.tokenize(PROMPTS[0]).token_ids)
+        for prompt in (PROMPTS[0], ids, [PROMPTS[0]], [ids, ids]):
+            for choice in blocking.completions.create(
+                prompt=prompt, max_tokens=12, **greedy
+            ).choices:
+                assert choice.text == expected
+        chunks = blocking.completions.create(
+            prompt=PROMPTS[0], max_tokens=12, stream=True, logprobs=2, **greedy
+        )
+        choices = [chunk.choices[0] for chunk in chunks]
+        assert "".join(choice.text for choice in choices) == expected
+        tokens = [token for x in choices if x.logprobs for token in x.logprobs.tokens or []]
+        assert "".join(tokens) == expected
+    async with openai.AsyncOpenAI(base_url=url, api_key=endpoint.api_key) as unblocking:
+        whole = await unblocking.chat.completions.create(messages=messages, max_tokens=12, **greedy)
+        assert whole.choices[0].message.content == said.text
+        stream = await unblocking.chat.completions.create(
+            messages=messages, max_completion_tokens=12, stream=True, **greedy
+        )
+        parts = [chunk.choices[0].delta.content or "" async for chunk in stream]
+        assert "".join(parts) == said.text
+        response = await unblocking.responses.create(
+            input=messages[0]["content"], max_output_tokens=12, **greedy
+        )
+        assert response.output_text == said.text
+    wait_idle(client)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_leaving_over_http_frees_pages(endpoint: Endpoint, client: Client, stream: bool) -> None:
+    body = {"prompt": "x", "max_tokens": 700, "ignore_eos": True, "stream": stream}
+    headers = {"authorization": f"Bearer {endpoint.api_key}", "content-type": "application/json"}
+    call = http.client.HTTPConnection(endpoint.http_url.removeprefix("http://"))
+    call.request("POST", "/v1/completions", json.dumps(body), headers)
+    wait_for(lambda: used_pages(client.loads()) > 0, "it runs")
+    if stream:
+        assert call.getresponse().status == 200
+    call.close()
+    wait_idle(client, FREED_WITHIN_S * 4)
+
+
+def test_refusals_over_http(endpoint: Endpoint) -> None:
+    url = f"{endpoint.http_url}/v1"
+    with (
+        openai.OpenAI(base_url=url, api_key="wrong", max_retries=0) as stranger,
+        pytest.raises(openai.AuthenticationError),
+    ):
+        stranger.models.list()
+    with openai.OpenAI(base_url=url, api_key=endpoint.api_key, max_retries=0) as client:
+        with pytest.raises(openai.NotFoundError):
+            client.completions.create(model="other", prompt="x")
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.completions.create(model="", prompt=[5] * 5000, max_tokens=5)
+        assert caught.value.code == "context_length_exceeded"
+    assert urllib.request.urlopen(f"{endpoint.http_url}/health").status == 200
+    assert urllib.request.urlopen(f"{endpoint.http_url}/-/healthz").status == 200
+    with pytest.raises(urllib.error.HTTPError, match="413"):
+        request = urllib.request.Request(
+            f"{url}/completions",
+            b" " * (CONFIG.ingress.max_request_bytes + 1),
+            {"authorization": f"Bearer {endpoint.api_key}"},
+        )
+        urllib.request.urlopen(request)
+
+
 @pytest.mark.parametrize("still_running", [False, True])
 def test_another_client_continues_a_stream(
     endpoint: Endpoint, client: Client, still_running: bool
@@ -166,7 +245,6 @@ BAD_FIELDS: Mapping[str, tuple[pb.GenerateRequest, str]] = {
     ),
     "negative max_tokens": (text_request(max_tokens=-1), "sampling_params.max_tokens"),
     "NaN bias": (text_request(logit_bias={5: math.nan}), "sampling_params.logit_bias"),
-    "greedy choices": (text_request(temperature=0.0, n=2), "sampling_params.n"),
     "beyond the context": (text_request(max_tokens=8192), "sampling_params.max_tokens"),
     "10,000 stop strings": (
         text_request(stop=[str(number) for number in range(10_000)]),

@@ -40,7 +40,7 @@ CURVE_POINTS = 8
 GROWTH_SHARE = 0.03
 GROWTH_BYTES = 16 << 20
 GROWTH_FILES = 8
-CONFIG = small_config(ingress={"port": 0, "replicas": 2})
+CONFIG = small_config(ingress={"port": 0, "http_port": 0, "replicas": 2})
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,67 @@
+"""Plans answers; what takes long is computed outside the event loop, and kept."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections import Counter, OrderedDict, defaultdict
+from concurrent.futures import ThreadPoolExecutor
+
+from kvmesh.cluster.errors import IngressBusyError
+from kvmesh.cluster.ingress.answers.model_form import TAIL_TOKENS
+from kvmesh.cluster.ingress.answers.plan import AnswerPlan, AnswerSpec, plan_answer
+from kvmesh.cluster.ingress.codec import TextCodec
+from kvmesh.cluster.ingress.interruptible import InterruptedWorkError, run_interruptible
+from kvmesh.cluster.ingress.refuse import refuse
+from kvmesh.workers.request import TokenIds
+
+GRAMMAR_TIMEOUT_S = 10.0
+MAX_WAITING = 64  # grammars of one tenant that wait for a thread
+_KEPT = 256
+_THREADS = 2
+
+
+class AnswerPlanner:
+    """All methods belong to one event loop. New grammars of a tenant are tried one at a time."""
+
+    def __init__(self, codec: TextCodec) -> None:
+        self._codec = codec
+        self._threads = ThreadPoolExecutor(_THREADS, "kvmesh-grammars")
+        self._turns: defaultdict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(1))
+        self._waiting: Counter[str] = Counter()  # by tenant
+        self._kept: OrderedDict[bytes, AnswerPlan] = OrderedDict()
+
+    async def plan(self, spec: AnswerSpec, prompt: TokenIds, tenant: str) -> AnswerPlan:
+        """Raises InvalidFieldError naming the field that cannot be enforced, and IngressBusyError
+        if too many grammars of the tenant wait."""
+        model, reasoning = self._codec.form, None
+        if spec.is_chat and model.think is not None:
+            tail = self._codec.raw_text(prompt[-TAIL_TOKENS:].tolist())
+            reasoning = model.reasoning(tail, spec.continued)
+        if not spec.needs_grammar:
+            return plan_answer(spec, model, reasoning)
+        key = hashlib.sha256(f"{spec.key()}{reasoning}".encode()).digest()
+        if (found := self._kept.get(key)) is not None:
+            self._kept.move_to_end(key)
+            return found
+        if self._waiting[tenant] >= MAX_WAITING:
+            raise IngressBusyError(f"{MAX_WAITING} grammars wait to be compiled already")
+        self._waiting[tenant] += 1
+        try:
+            async with self._turns[tenant]:
+                found = await run_interruptible(
+                    self._threads, lambda: plan_answer(spec, model, reasoning), GRAMMAR_TIMEOUT_S
+                )
+        except InterruptedWorkError:
+            field = "prompt.chat.tools" if spec.structured is None else spec.structured.field
+            refuse(field, f"takes more than {GRAMMAR_TIMEOUT_S:g} s to compile")
+        finally:
+            self._waiting[tenant] -= 1
+        self._kept[key] = found
+        while len(self._kept) > _KEPT:
+            self._kept.popitem(last=False)
+        return found
+
+    def close(self) -> None:
+        """Wait for nothing: what runs ends by itself."""
+        self._threads.shutdown(wait=False, cancel_futures=True)

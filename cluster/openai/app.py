@@ -1,0 +1,206 @@
+"""The routes of OpenAI's HTTP API, over the calls of the wire contract."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable, Sequence
+
+from fastapi import FastAPI, Request
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from kvmesh.cluster.errors import UnknownModelError, UnknownPathError
+from kvmesh.cluster.ingress import wire
+from kvmesh.cluster.openai.body import RequestBody, read_body
+from kvmesh.cluster.openai.call import KV_BYTES, Contract, EventSource, HttpCall, reply
+from kvmesh.cluster.openai.chat import ChatBody, chat_chunks, chat_reply
+from kvmesh.cluster.openai.completions import (
+    CompletionBody,
+    CompletionChunks,
+    Echo,
+    completion_reply,
+)
+from kvmesh.cluster.openai.failures import error_headers, error_reply
+from kvmesh.cluster.openai.names import openai_names
+from kvmesh.cluster.openai.response_items import response_reply
+from kvmesh.cluster.openai.response_stream import ResponseStream
+from kvmesh.cluster.openai.responses import ResponseBody
+from kvmesh.cluster.openai.text_calls import (
+    ModelList,
+    ServerHealth,
+    ServerVersion,
+    TokenizeBody,
+    Tokenized,
+    model_card,
+)
+from kvmesh.cluster.openai.usage import kv_bytes
+from kvmesh.v1 import kvmesh_pb2 as pb
+
+CALL = "kvmesh.call"  # where the front puts the HttpCall in the scope
+# Answered without a key, as probes have none.
+KEYLESS = frozenset({"/health"})
+
+Operation = Callable[[HttpCall], Awaitable[Response]]
+
+
+def openai_app(contract: Contract, version: str) -> FastAPI:
+    """The application; the front gives it the HttpCall of each request.
+
+    version: of the server
+    """
+    app = FastAPI(title="kvmesh", version=version, docs_url=None, redoc_url=None)
+    api = OpenAIRoutes(contract, version)
+
+    def route(method: str, path: str, operation: Operation, body: type[RequestBody] | None) -> None:
+        async def handle(request: Request) -> Response:
+            call: HttpCall = request.scope[CALL]
+            try:
+                return await operation(call)
+            except Exception as error:
+                return call.failed(error)
+
+        schema = body.model_json_schema() if body else None
+        content = {"application/json": {"schema": schema}}
+        app.add_api_route(
+            path,
+            handle,
+            methods=[method],
+            name=operation.__name__,
+            summary=(operation.__doc__ or "").splitlines()[0],
+            response_class=Response,
+            openapi_extra={"requestBody": {"content": content}} if schema else None,
+        )
+
+    route("POST", "/v1/chat/completions", api.chat, ChatBody)
+    route("POST", "/v1/completions", api.complete, CompletionBody)
+    route("POST", "/v1/responses", api.respond, ResponseBody)
+    route("POST", "/tokenize", api.tokenize, TokenizeBody)
+    route("GET", "/v1/models", api.models, None)
+    route("GET", "/version", api.version, None)
+    for method in ("GET", "HEAD"):
+        route(method, "/health", api.health, None)
+
+    @app.get("/v1/models/{name:path}", response_class=Response)
+    async def model(request: Request, name: str) -> Response:
+        """One model, by its name."""
+        call: HttpCall = request.scope[CALL]
+        try:
+            return await api.model(call, name)
+        except Exception as error:
+            return call.failed(error)
+
+    @app.exception_handler(HTTPException)
+    async def no_route(request: Request, error: HTTPException) -> Response:
+        call: HttpCall = request.scope[CALL]
+        failure, _ = call.fail(UnknownPathError(request.method, request.url.path))
+        status = error.status_code
+        headers = {**error_headers(failure, status), **(error.headers or {})}
+        return reply(error_reply(failure, status), status, headers)
+
+    return app
+
+
+class OpenAIRoutes:
+    """What each route does with a call."""
+
+    def __init__(self, contract: Contract, version: str) -> None:
+        self._contract = contract
+        self._version = version
+        self._started_s = int(time.time())
+
+    async def chat(self, call: HttpCall) -> Response:
+        """Create a chat completion."""
+
+        def parse(data: bytes) -> tuple[ChatBody, pb.GenerateRequest]:
+            body = read_body(ChatBody, data)
+            return body, body.to_contract(call.headers, call.request_id)
+
+        body, request = await call.read(parse)
+        with openai_names(body.renames):
+            source = await self._begin(call, [request])
+            if body.stream:
+                return call.stream(source, chat_chunks(body, source))
+            (generated,) = await _replies(source, 1)
+        return reply(chat_reply(body, generated), headers=_kv_bytes([generated]))
+
+    async def complete(self, call: HttpCall) -> Response:
+        """Create a completion of one prompt or several."""
+
+        def parse(data: bytes) -> tuple[CompletionBody, list[pb.GenerateRequest]]:
+            body = read_body(CompletionBody, data)
+            return body, body.to_contract(call.headers, call.request_id)
+
+        body, requests = await call.read(parse)
+        echoes = [Echo()] * len(requests)
+        with openai_names(body.renames):
+            source = await self._begin(call, requests)
+            if body.stream:
+                chunks = CompletionChunks(body, call.request_id, echoes)
+                return call.stream(source, chunks.read(source))
+            generated = await _replies(source, len(requests))
+        return reply(
+            completion_reply(body, call.request_id, generated, echoes), headers=_kv_bytes(generated)
+        )
+
+    async def respond(self, call: HttpCall) -> Response:
+        """Create a response, which is not stored."""
+
+        def parse(data: bytes) -> tuple[ResponseBody, pb.GenerateRequest]:
+            body = read_body(ResponseBody, data)
+            return body, body.to_contract(call.headers, call.request_id)
+
+        body, request = await call.read(parse)
+        with openai_names(body.renames):
+            source = await self._begin(call, [request])
+            if body.stream:
+                return call.stream(source, ResponseStream(body, call.request_id).read(source))
+            (generated,) = await _replies(source, 1)
+        return reply(response_reply(body, generated), headers=_kv_bytes([generated]))
+
+    async def tokenize(self, call: HttpCall) -> Response:
+        """The token ids of a prompt or a chat."""
+
+        def parse(data: bytes) -> pb.TokenizeRequest:
+            return read_body(TokenizeBody, data).to_contract()
+
+        with openai_names():
+            found = await self._contract.tokenize(await call.read(parse), call.tenant)
+        ids = list(found.token_ids)
+        return reply(Tokenized(ids, len(ids), found.max_model_len))
+
+    async def models(self, call: HttpCall) -> Response:
+        """The served model."""
+        info = await self._contract.get_model_info(pb.GetModelInfoRequest(), call.tenant)
+        return reply(ModelList([model_card(info, self._started_s)]))
+
+    async def model(self, call: HttpCall, name: str) -> Response:
+        info = await self._contract.get_model_info(pb.GetModelInfoRequest(), call.tenant)
+        if name != info.model:
+            raise UnknownModelError(name, info.model)
+        return reply(model_card(info, self._started_s))
+
+    async def version(self, call: HttpCall) -> Response:
+        """The server's version."""
+        return reply(ServerVersion(self._version))
+
+    async def health(self, call: HttpCall) -> Response:
+        """Whether requests can be served; needs no key."""
+        ready = self._contract.ready
+        return reply(ServerHealth("ok" if ready else "not ready"), 200 if ready else 503)
+
+    async def _begin(self, call: HttpCall, requests: Sequence[pb.GenerateRequest]) -> EventSource:
+        source = await call.events(self._contract, requests)
+        await source.begin()
+        return source
+
+
+async def _replies(source: EventSource, number: int) -> list[pb.GenerateResponse]:
+    """The whole output of each prompt."""
+    events: list[list[pb.GenerateStreamResponse]] = [[] for _ in range(number)]
+    async for index, event in source:
+        events[index].append(event)
+    return [wire.generated(its) for its in events]
+
+
+def _kv_bytes(generated: Sequence[pb.GenerateResponse]) -> dict[str, str]:
+    return {KV_BYTES: str(kv_bytes([found.usage for found in generated]))}

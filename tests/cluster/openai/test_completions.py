@@ -1,0 +1,146 @@
+"""Completions: prompts of every kind, log-probabilities, and streams."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterable
+from typing import Any
+
+import pytest
+
+from kvmesh.v1 import kvmesh_pb2 as pb
+from tests.cluster.openai.server import (
+    HttpServer,
+    ScriptedContract,
+    delta,
+    finished,
+    http_server,
+    started,
+    usage,
+)
+
+
+@pytest.fixture
+async def contract() -> ScriptedContract:
+    return ScriptedContract()
+
+
+@pytest.fixture
+async def server(contract: ScriptedContract) -> AsyncIterator[HttpServer]:
+    async with http_server(contract) as running:
+        yield running
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("a", [pb.Prompt(text="a")]),
+        (["a"], [pb.Prompt(text="a")]),
+        (["a", "b"], [pb.Prompt(text="a"), pb.Prompt(text="b")]),
+        ([1, 2], [pb.Prompt(token_ids=pb.TokenIds(ids=[1, 2]))]),
+        (
+            [[1], [2, 3]],
+            [pb.Prompt(token_ids=pb.TokenIds(ids=ids)) for ids in ([1], [2, 3])],
+        ),
+    ],
+)
+async def test_prompts(
+    server: HttpServer, contract: ScriptedContract, prompt: Any, expected: list[pb.Prompt]
+) -> None:
+    async with server.client() as client:
+        reply = await client.completions.create(model="m", prompt=prompt, n=2)
+    assert sorted(str(request.prompt) for request in contract.requests) == sorted(
+        map(str, expected)
+    )
+    assert [choice.index for choice in reply.choices] == list(range(2 * len(expected)))
+    assert {choice.text for choice in reply.choices} == {"Hello there."}
+    assert reply.usage is not None
+    assert reply.usage.prompt_tokens == 5 * len(expected)
+    assert reply.usage.completion_tokens == 4 * len(expected)
+    ids = [request.request_id for request in contract.requests]
+    assert len(set(ids)) == len(expected)
+    assert all(reply.id == f"cmpl-{request_id}"[: len(reply.id)] for request_id in ids)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "message"),
+    [
+        ({"prompt": 5}, "prompt", "must be a string"),
+        ({"prompt": [1, "a"]}, "prompt[1]", "must be a whole number"),
+        ({"prompt": ["a", 1]}, "prompt[1]", "must be a string"),
+        ({"prompt": [[1], ["a"]]}, "prompt[1][0]", "must be a whole number"),
+        ({"prompt": [-1]}, "prompt", "token ids from 0"),
+        ({"prompt": [[1], [1 << 32]]}, "prompt[1]", "token ids from 0"),
+        ({"prompt": ["a"] * 1025}, "prompt", "at most 1024 prompts, got 1025"),
+        ({"suffix": "b"}, "suffix", "is not supported"),
+        ({"best_of": 3}, "best_of", "must be equal to n"),
+        ({"max_tokens": 0}, "max_tokens", "unless echo is set"),
+        ({"logprobs": True}, "logprobs", "must be a whole number"),
+        ({"messages": []}, "messages", "not a field"),
+    ],
+)
+async def test_bad_fields_are_named(
+    server: HttpServer, contract: ScriptedContract, fields: dict[str, Any], param: str, message: str
+) -> None:
+    reply = await server.post("/v1/completions", {"prompt": "a", **fields})
+    assert reply.status_code == 400
+    error = reply.json()["error"]
+    assert error["param"] == param and message in error["message"]
+    assert not contract.requests
+
+
+async def test_best_of_that_changes_nothing(server: HttpServer) -> None:
+    body = {"prompt": "a", "n": 2, "best_of": 2, "suffix": None, "echo": False}
+    assert (await server.post("/v1/completions", body)).status_code == 200
+
+
+def scores(*tokens: str, width: int = 1) -> pb.Logprobs:
+    """Each token twice as likely as the alternatives."""
+    return pb.Logprobs(
+        chosen=[-0.5] * len(tokens),
+        chosen_bytes=[token.encode() for token in tokens],
+        top=[-1.0] * len(tokens) * width,
+        top_bytes=[b"?"] * len(tokens) * width,
+        top_token_ids=[9] * len(tokens) * width,
+    )
+
+
+async def test_log_probabilities_are_columns(
+    server: HttpServer, contract: ScriptedContract
+) -> None:
+    def play(request: pb.GenerateRequest) -> Iterable[Any]:
+        yield started(request)
+        yield delta("Año", token_ids=[1, 2], logprobs=scores("A", "ño"))
+        yield delta(" 1", token_ids=[3], logprobs=scores(" 1"))
+        yield finished()
+        yield usage()
+
+    contract.script = play
+    async with server.client() as client:
+        reply = await client.completions.create(model="m", prompt="a", logprobs=1)
+        stream = await client.completions.create(model="m", prompt="a", logprobs=1, stream=True)
+        chunks = [chunk.choices[0].logprobs async for chunk in stream]
+    whole = reply.choices[0].logprobs
+    assert whole is not None
+    assert whole.tokens == ["A", "ño", " 1"]
+    assert whole.token_logprobs == [-0.5] * 3
+    assert whole.top_logprobs == [{"?": -1.0, token: -0.5} for token in whole.tokens]
+    assert whole.text_offset == [0, 1, 3]
+    assert [x.text_offset for x in chunks if x] == [[0, 1], [3]]
+    assert [x.tokens for x in chunks if x] == [["A", "ño"], [" 1"]]
+
+
+async def test_streams_of_several_prompts_have_one_end(
+    server: HttpServer, contract: ScriptedContract
+) -> None:
+    async with server.client() as client:
+        stream = await client.completions.create(
+            model="m", prompt=["a", "b"], n=2, stream=True, stream_options={"include_usage": True}
+        )
+        chunks = [chunk async for chunk in stream]
+    texts = dict.fromkeys(range(4), "")
+    for chunk in chunks[:-1]:
+        texts[chunk.choices[0].index] += chunk.choices[0].text
+    assert texts == dict.fromkeys(range(4), "Hello there.")
+    assert [chunk.choices[0].finish_reason for chunk in chunks[:-1]].count("stop") == 4
+    assert chunks[-1].usage is not None and chunks[-1].usage.completion_tokens == 8
+    assert contract.ended == 2

@@ -1,0 +1,222 @@
+"""Keys of config.json: real models load, and what kvmesh would ignore is refused by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+
+from kvmesh.workers.errors import UnsupportedModelError
+from kvmesh.workers.model.architectures import ARCHITECTURES
+from kvmesh.workers.model.config_keys import keys_not_implemented
+from kvmesh.workers.model.facts import _check_supported
+
+# Configurations with the keys that those of published models have.
+PUBLISHED: dict[str, str] = {
+    "Llama-2-7b": """{"_name_or_path": "meta-llama/Llama-2-7b-hf", "architectures":
+        ["LlamaForCausalLM"], "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu",
+        "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 11008,
+        "max_position_embeddings": 4096, "model_type": "llama", "num_attention_heads": 32,
+        "num_hidden_layers": 32, "num_key_value_heads": 32, "pretraining_tp": 1,
+        "rms_norm_eps": 1e-05, "rope_scaling": null, "tie_word_embeddings": false,
+        "torch_dtype": "float16", "transformers_version": "4.31.0.dev0", "use_cache": true,
+        "vocab_size": 32000}""",
+    "vicuna-7b-v1.5": """{"architectures": ["LlamaForCausalLM"], "bos_token_id": 1,
+        "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02,
+        "intermediate_size": 11008, "max_position_embeddings": 4096, "max_sequence_length": 2048,
+        "model_type": "llama", "num_attention_heads": 32, "num_hidden_layers": 32,
+        "pad_token_id": 0, "pretraining_tp": 1, "rms_norm_eps": 1e-05,
+        "rope_scaling": {"factor": 4.0, "type": "linear"}, "tie_word_embeddings": false,
+        "torch_dtype": "float16", "use_cache": true, "vocab_size": 32000}""",
+    "Llama-3.2-1B": """{"architectures": ["LlamaForCausalLM"], "attention_bias": false,
+        "attention_dropout": 0.0, "bos_token_id": 128000, "eos_token_id": [128001, 128008, 128009],
+        "head_dim": 64, "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02,
+        "intermediate_size": 8192, "max_position_embeddings": 131072, "mlp_bias": false,
+        "model_type": "llama", "num_attention_heads": 32, "num_hidden_layers": 16,
+        "num_key_value_heads": 8, "pretraining_tp": 1, "rms_norm_eps": 1e-05,
+        "rope_scaling": {"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192, "rope_type": "llama3"}, "rope_theta": 500000.0,
+        "tie_word_embeddings": true, "torch_dtype": "bfloat16", "transformers_version": "4.45.0",
+        "use_cache": true, "vocab_size": 128256, "unsloth_fixed": true}""",
+    "SmolLM2-135M-Instruct": """{"architectures": ["LlamaForCausalLM"], "attention_bias": false,
+        "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu",
+        "hidden_size": 576, "initializer_range": 0.041666666666666664, "intermediate_size": 1536,
+        "is_llama_config": true, "max_position_embeddings": 8192, "mlp_bias": false,
+        "model_type": "llama", "num_attention_heads": 9, "num_hidden_layers": 30,
+        "num_key_value_heads": 3, "pad_token_id": 2, "pretraining_tp": 1, "rms_norm_eps": 1e-05,
+        "rope_interleaved": false, "rope_scaling": null, "rope_theta": 100000,
+        "tie_word_embeddings": true, "torch_dtype": "bfloat16", "transformers_version":
+        "4.42.3", "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}},
+        "use_cache": true, "vocab_size": 49152}""",
+    "Mistral-7B-v0.1": """{"architectures": ["MistralForCausalLM"], "bos_token_id": 1,
+        "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02,
+        "intermediate_size": 14336, "max_position_embeddings": 32768, "model_type": "mistral",
+        "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "sliding_window": 4096,
+        "tie_word_embeddings": false, "torch_dtype": "bfloat16", "transformers_version":
+        "4.34.0.dev0", "use_cache": true, "vocab_size": 32000}""",
+    "Qwen1.5-7B-Chat": """{"architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0,
+        "bos_token_id": 151643, "eos_token_id": 151645, "hidden_act": "silu",
+        "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 11008,
+        "max_position_embeddings": 32768, "max_window_layers": 28, "model_type": "qwen2",
+        "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 32,
+        "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "sliding_window": 32768,
+        "tie_word_embeddings": false, "torch_dtype": "bfloat16", "transformers_version":
+        "4.37.0", "use_cache": true, "use_sliding_window": false, "vocab_size": 151936}""",
+    "Qwen2.5-0.5B": """{"architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0,
+        "bos_token_id": 151643, "eos_token_id": 151643, "hidden_act": "silu", "hidden_size": 896,
+        "initializer_range": 0.02, "intermediate_size": 4864, "max_position_embeddings": 32768,
+        "max_window_layers": 24, "model_type": "qwen2", "num_attention_heads": 14,
+        "num_hidden_layers": 24, "num_key_value_heads": 2, "rms_norm_eps": 1e-06,
+        "rope_theta": 1000000.0, "sliding_window": 32768, "tie_word_embeddings": true,
+        "torch_dtype": "bfloat16", "transformers_version": "4.40.1", "use_cache": true,
+        "use_mrope": false, "use_sliding_window": false, "vocab_size": 151936}""",
+    "Qwen3-4B": """{"architectures": ["Qwen3ForCausalLM"], "attention_bias": false,
+        "attention_dropout": 0.0, "bos_token_id": 151643, "eos_token_id": 151645,
+        "head_dim": 128, "hidden_act": "silu", "hidden_size": 2560, "initializer_range": 0.02,
+        "intermediate_size": 9728, "max_position_embeddings": 40960, "max_window_layers": 36,
+        "model_type": "qwen3", "num_attention_heads": 32, "num_hidden_layers": 36,
+        "num_key_value_heads": 8, "rms_norm_eps": 1e-06, "rope_scaling": null,
+        "rope_theta": 1000000, "sliding_window": null, "tie_word_embeddings": true,
+        "torch_dtype": "bfloat16", "transformers_version": "4.51.0", "use_cache": true,
+        "use_sliding_window": false, "vocab_size": 151936}""",
+    "gemma-2b": """{"architectures": ["GemmaForCausalLM"], "attention_bias": false,
+        "attention_dropout": 0.0, "bos_token_id": 2, "eos_token_id": 1, "head_dim": 256,
+        "hidden_act": "gelu", "hidden_activation": null, "hidden_size": 2048,
+        "initializer_range": 0.02, "intermediate_size": 16384, "max_position_embeddings": 8192,
+        "model_type": "gemma", "num_attention_heads": 8, "num_hidden_layers": 18,
+        "num_key_value_heads": 1, "pad_token_id": 0, "rms_norm_eps": 1e-06, "rope_scaling": null,
+        "rope_theta": 10000.0, "torch_dtype": "bfloat16", "transformers_version":
+        "4.38.0.dev0", "use_cache": true, "vocab_size": 256000}""",
+    "gemma-2-9b": """{"architectures": ["Gemma2ForCausalLM"], "attention_bias": false,
+        "attention_dropout": 0.0, "attn_logit_softcapping": 50.0, "bos_token_id": 2,
+        "cache_implementation": "hybrid", "eos_token_id": 1, "final_logit_softcapping": 30.0,
+        "head_dim": 256, "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 3584,
+        "initializer_range": 0.02, "intermediate_size": 14336, "max_position_embeddings": 8192,
+        "model_type": "gemma2", "num_attention_heads": 16, "num_hidden_layers": 42,
+        "num_key_value_heads": 8, "pad_token_id": 0, "query_pre_attn_scalar": 256,
+        "rms_norm_eps": 1e-06, "rope_theta": 10000.0, "sliding_window": 4096,
+        "sliding_window_size": 4096, "torch_dtype": "float32", "transformers_version":
+        "4.42.0.dev0", "use_cache": true, "vocab_size": 256000}""",
+    "OLMo-7B-hf": """{"architectures": ["OlmoForCausalLM"], "attention_bias": false,
+        "attention_dropout": 0.0, "clip_qkv": 8.0, "eos_token_id": 50279, "hidden_act": "silu",
+        "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 11008,
+        "max_position_embeddings": 4096, "model_type": "olmo", "num_attention_heads": 32,
+        "num_hidden_layers": 32, "num_key_value_heads": 32, "pad_token_id": 1,
+        "pretraining_tp": 1, "rope_scaling": null, "rope_theta": 10000.0,
+        "tie_word_embeddings": false, "torch_dtype": "float32", "transformers_version":
+        "4.40.0.dev0", "use_cache": true, "vocab_size": 50304}""",
+    "OLMo-2-1124-7B": """{"architectures": ["Olmo2ForCausalLM"], "attention_bias": false,
+        "attention_dropout": 0.0, "eos_token_id": 100257, "hidden_act": "silu",
+        "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 11008,
+        "max_position_embeddings": 4096, "model_type": "olmo2", "num_attention_heads": 32,
+        "num_hidden_layers": 32, "num_key_value_heads": 32, "pad_token_id": 100277,
+        "rms_norm_eps": 1e-06, "rope_scaling": null, "rope_theta": 500000,
+        "tie_word_embeddings": false, "torch_dtype": "float32", "transformers_version":
+        "4.47.0.dev0", "use_cache": false, "vocab_size": 100352}""",
+    "c4ai-command-r-v01": """{"architectures": ["CohereForCausalLM"], "attention_bias": false,
+        "attention_dropout": 0.0, "bos_token_id": 5, "eos_token_id": 255001,
+        "hidden_act": "silu", "hidden_size": 8192, "initializer_range": 0.02,
+        "intermediate_size": 22528, "layer_norm_eps": 1e-05, "logit_scale": 0.0625,
+        "max_position_embeddings": 8192, "model_max_length": 131072, "model_type": "cohere",
+        "num_attention_heads": 64, "num_hidden_layers": 40, "num_key_value_heads": 64,
+        "pad_token_id": 0, "rope_theta": 8000000.0, "torch_dtype": "float16",
+        "transformers_version": "4.38.2", "use_cache": true, "vocab_size": 256000}""",
+    "stablelm-2-1_6b": """{"architectures": ["StableLmForCausalLM"], "bos_token_id": 100257,
+        "eos_token_id": 100257, "hidden_act": "silu", "hidden_size": 2048,
+        "initializer_range": 0.02, "intermediate_size": 5632, "layer_norm_eps": 1e-05,
+        "max_position_embeddings": 4096, "model_type": "stablelm", "num_attention_heads": 32,
+        "num_hidden_layers": 24, "num_key_value_heads": 32, "partial_rotary_factor": 0.25,
+        "rope_theta": 10000, "tie_word_embeddings": false, "torch_dtype": "float16",
+        "transformers_version": "4.38.0", "use_cache": true, "use_qkv_bias": true,
+        "vocab_size": 100352}""",
+}
+HERE = Path("the model")
+
+
+def config_of(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(PUBLISHED[name])
+    return found
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_model_is_served(name: str) -> None:
+    config = config_of(name)
+    assert _check_supported(config, HERE).name == config["architectures"][0]
+
+
+def test_there_is_a_published_model_of_every_architecture() -> None:
+    assert {config_of(name)["architectures"][0] for name in PUBLISHED} == {*ARCHITECTURES}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_whatever_transformers_writes_by_itself_is_known(name: str) -> None:
+    config = getattr(transformers, name).config_class().to_dict()
+    assert [*keys_not_implemented(config, ARCHITECTURES[name])] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "key"),
+    [
+        (
+            "Qwen2.5-0.5B",
+            {"dual_chunk_attention_config": {"chunk_size": 262144, "local_size": 8192}},
+            "dual_chunk_attention_config",
+        ),
+        ("Qwen2.5-0.5B", {"use_mrope": True}, "use_mrope"),
+        ("Qwen1.5-7B-Chat", {"use_logn_attn": True}, "use_logn_attn"),
+        ("Llama-3.2-1B", {"attention_chunk_size": 8192}, "attention_chunk_size"),
+        ("Llama-3.2-1B", {"no_rope_layers": [1, 1, 1, 0]}, "no_rope_layers"),
+        ("Llama-3.2-1B", {"no_rope_layer_interval": 4}, "no_rope_layer_interval"),
+        ("Llama-3.2-1B", {"layer_types": ["sliding_attention"] * 16}, "layer_types"),
+        ("Llama-3.2-1B", {"sliding_window": 4096}, "sliding_window"),
+        ("Llama-3.2-1B", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ("Llama-3.2-1B", {"num_experts": 8}, "num_experts"),
+        ("Llama-3.2-1B", {"num_experts": 1}, "num_experts"),
+        ("Llama-3.2-1B", {"embedding_multiplier": 12.0}, "embedding_multiplier"),
+        ("Llama-3.2-1B", {"use_qk_norm": True}, "use_qk_norm"),
+        ("Llama-3.2-1B", {"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
+        ("SmolLM2-135M-Instruct", {"rope_interleaved": True}, "rope_interleaved"),
+        ("gemma-2-9b", {"sliding_window_size": 512}, "sliding_window_size"),
+        ("Qwen3-4B", {"text_config": {"hidden_size": 2}}, "text_config"),
+        (
+            "Qwen3-4B",
+            {"rope_scaling": {"rope_type": "default", "mrope_section": [16, 24, 24]}},
+            "rope_scaling.mrope_section",
+        ),
+        (
+            "Qwen3-4B",
+            {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+            "rope_parameters.partial_rotary_factor",
+        ),
+        ("Mistral-7B-v0.1", {"a_key_of_tomorrow": "x"}, "a_key_of_tomorrow"),
+    ],
+)
+def test_a_key_that_would_be_ignored_refuses_the_model(
+    name: str, changes: dict[str, Any], key: str
+) -> None:
+    with pytest.raises(UnsupportedModelError) as caught:
+        _check_supported({**config_of(name), **changes}, HERE)
+    assert caught.value.field == "model"
+    assert f": {key} in its config.json" in caught.value.message
+
+
+@pytest.mark.parametrize("value", [None, False, 0, 0.0, 1.0, [], {}, ""])
+def test_a_neutral_value_changes_nothing(value: object) -> None:
+    _check_supported({**config_of("Qwen3-4B"), "a_key_of_tomorrow": value}, HERE)
+
+
+def test_all_keys_are_named_at_once() -> None:
+    changes = {"use_logn_attn": True, "attention_chunk_size": 8192}
+    with pytest.raises(UnsupportedModelError, match="attention_chunk_size, use_logn_attn in"):
+        _check_supported({**config_of("Qwen3-4B"), **changes}, HERE)
+
+
+def test_llamas_without_windows_are_served() -> None:
+    changes = {"layer_types": ["full_attention"] * 16, "sliding_window": 4096}
+    config = {**config_of("Llama-3.2-1B"), **changes, "use_sliding_window": False}
+    _check_supported(config, HERE)
