@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import shutil
+import sys
 import tempfile
 import threading
 import time
@@ -131,6 +132,8 @@ class Cluster:
     def _prepare(self) -> ClusterConfig:
         """Check and download what is possible before anything runs, and choose free ports."""
         config = self._config
+        if config.ray.address is None:
+            _check_ray_sends_tokens()
         files = resolve_model(config.model, progress=self._progress)
         facts = read_facts(files.path)
         check_layouts(config, facts.num_kv_heads)
@@ -344,6 +347,20 @@ def _import_ray() -> Any:
     import ray
 
     return ray
+
+
+def _check_ray_sends_tokens() -> None:
+    """Raises StartError if this process cannot use a cluster that asks for tokens, as ours do.
+
+    Ray reads once, when it is imported, whether it sends them. Without them it would wait for the
+    cluster until a timeout, and not say why.
+    """
+    raylet: Any = sys.modules.get("ray._raylet")
+    if raylet and raylet.get_authentication_mode() != raylet.AuthenticationMode.TOKEN:
+        raise StartError(
+            "this process has imported Ray already, without authentication: start the cluster "
+            "before Ray is imported, or set RAY_AUTH_MODE=token before that"
+        )
 
 
 @contextlib.contextmanager

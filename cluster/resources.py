@@ -62,8 +62,9 @@ def check_nodes(config: ClusterConfig, nodes: Sequence[Resources]) -> None:
     nodes: what each has in all
     """
     total = {name: sum(node.get(name, 0.0) for node in nodes) for name in ("CPU", "GPU")}
+    # Those that come later may be on nodes that come with them.
     gpus = sum(
-        engine.tp * gpus_per_rank(engine, total) for engine in config.group_engines().values()
+        engine.tp * gpus_per_rank(engine, total) for engine in config.first_groups().values()
     )
     if gpus > total["GPU"]:
         raise ConfigError(

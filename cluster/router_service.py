@@ -11,10 +11,11 @@ import logging
 import math
 import time
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from kvmesh.cluster.errors import DrainingError, Failure
 from kvmesh.cluster.ingress.error_table import reason_label, to_wire
+from kvmesh.cluster.leaving import name_while_leaving, to_close
 from kvmesh.cluster.link import Address, Link
 from kvmesh.cluster.messages import (
     Abort,
@@ -45,12 +46,12 @@ from kvmesh.cluster.messages import (
 )
 from kvmesh.cluster.reports import ClusterStatus, EngineReport
 from kvmesh.cluster.routing.config import RouterConfig
-from kvmesh.cluster.routing.errors import RequestIdInUseError
+from kvmesh.cluster.routing.errors import RequestIdInUseError, RoutingError
 from kvmesh.cluster.routing.outcome import Enqueued, Granted, Grown, Outcome, Refused, Withdrawn
 from kvmesh.cluster.routing.router import Router
 from kvmesh.cluster.telemetry.logs import about
 from kvmesh.cluster.telemetry.meters import RouterMeters
-from kvmesh.workers.loads import EngineInfo
+from kvmesh.workers.loads import EngineInfo, EngineLoads
 
 logger = logging.getLogger(__name__)
 
@@ -64,13 +65,19 @@ NOTICED_SHARE, NOTICED_S = 0.05, 1.0
 
 @dataclass(slots=True, eq=False)
 class _Group:
-    """A group whose engine is connected. started_ns: of the engine, see Hello"""
+    """A group whose engine is connected.
+
+    started_ns, node: of the engine, see Hello
+    closed: it takes nothing new
+    """
 
     name: str
     connection: Link
     info: EngineInfo
     address: Address
     started_ns: int
+    node: str
+    closed: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -119,8 +126,11 @@ class _Known:
 class RouterService:
     """The one router of a cluster.
 
-    groups: names of the groups that are expected to come up
+    groups: names of the groups that are expected to be up
+    configured: of all groups, those that may be added later included; `groups` if None
     clock: seconds, monotonic
+    leaving_nodes: of the Ray cluster, see `nodes_leave`
+    on_refused: told why, whenever a request is refused
     """
 
     def __init__(
@@ -129,6 +139,7 @@ class RouterService:
         meters: RouterMeters,
         *,
         groups: Collection[str] = (),
+        configured: Collection[str] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         # Greater than any former router's; every lease carries the epoch of its router.
@@ -136,13 +147,17 @@ class RouterService:
         self.router = Router(config, epoch, clock(), expected_groups=groups)
         self._clock = clock
         self._meters = meters
-        self._names = tuple(groups)
+        self._configured = tuple(groups if configured is None else configured)
+        self._expected = frozenset(groups)
         self._groups: dict[str, _Group] = {}
+        self._names: dict[Link, str] = {}  # of the groups, by their connections
+        self.leaving_nodes: frozenset[str] = frozenset()
         self._callers: dict[str, _Caller] = {}  # of waiting requests, by when they came
         self._informed_s = self._measured_s = clock()
         self._fresh: list[_FreshStatus] = []
         self._known = _Known()
         self._draining = False
+        self.on_refused: Callable[[RoutingError], None] = lambda _: None
 
     def accept(self, connection: Link) -> _RouterPeer:
         """The handler of a new connection, an engine's or an ingress's."""
@@ -168,7 +183,7 @@ class RouterService:
 
     def _measure(self) -> None:
         tenants = {name: self.router.tenant_status(name) for name in self._meters.tenants}
-        self._meters.status(self.status(), self._names, tenants)
+        self._meters.status(self.status(), self._configured, self._expected, tenants)
 
     @property
     def now(self) -> float:
@@ -260,7 +275,9 @@ class RouterService:
         if former is not None and former.started_ns > message.started_ns:
             _replace(name, connection)
             return
-        if former is not None:
+        if former is not None and former.started_ns < message.started_ns and self._leaves(former):
+            self._retire(former)
+        elif former is not None:
             self.group_down(name, former.connection)
             if former.started_ns < message.started_ns:
                 _replace(name, former.connection)
@@ -270,23 +287,57 @@ class RouterService:
             "group %s is up with %d leases", name, len(message.leases), extra=about(group=name)
         )
         self._groups[name] = _Group(
-            name, connection, message.info, message.address, message.started_ns
+            name, connection, message.info, message.address, message.started_ns, message.node
         )
+        self._names[connection] = name
         self.settle(self.router.group_up(name, message.info, message.leases, now))
         self.account(name, AccountNews(message.update, message.pages))
+        self._close_leaving()
 
-    def serves(self, name: str, connection: Link) -> bool:
-        """Whether the group's engine is at the other end, and no later one."""
-        group = self._groups.get(name)
-        return group is not None and group.connection is connection
+    def name_of(self, connection: Link) -> str:
+        """The group whose engine is at the other end; "" for others, and replaced engines."""
+        return self._names.get(connection, "")
 
     def group_down(self, name: str, connection: Link) -> None:
-        if not self.serves(name, connection):
+        if self.name_of(connection) != name:
             return
-        logger.warning("group %s is down", name, extra=about(group=name))
-        del self._groups[name]
-        self.settle(self.router.group_down(name, self._clock()))
+        group = self._groups.pop(name)
+        del self._names[connection]
+        if name in self._expected:
+            logger.warning("group %s is down", name, extra=about(group=name))
+            self.settle(self.router.group_down(name, self._clock()))
+            if (report := self._known.reports.get(name)) is not None:
+                # What it had is gone; what it is made of stays known.
+                self._known.reports[name] = EngineReport(report.info, EngineLoads())
+        else:
+            logger.info("group %s has left", name, extra=about(group=name))
+            self.settle(self.router.group_leaves(name, self._clock()))
+            self._known.reports.pop(name, None)
         self._reported(name)
+        if not group.closed:
+            self._close_leaving()
+
+    def expect(self, groups: frozenset[str]) -> None:
+        """These groups are to be up from now on; others close, and are forgotten once they left."""
+        for name in self._expected - groups:
+            self.close_group(name)
+            if name not in self._groups and name in self.router.fleet.groups:
+                self.settle(self.router.group_leaves(name, self._clock()))
+                self._known.reports.pop(name, None)
+        self._expected = groups
+
+    def nodes_leave(self, nodes: frozenset[str]) -> None:
+        """These nodes of the Ray cluster end soon, and their groups with them."""
+        if nodes != self.leaving_nodes:
+            self.leaving_nodes = nodes
+            self._close_leaving()
+
+    def close_group(self, name: str) -> None:
+        """The group takes nothing new; what it has is finished, or continues elsewhere."""
+        if (group := self._groups.get(name)) is not None and not group.closed:
+            logger.info("group %s takes nothing new", name, extra=about(group=name))
+            group.closed = True
+            self.router.group_drains(name)
 
     def account(self, name: str, message: AccountNews) -> None:
         now = self._clock()
@@ -297,9 +348,10 @@ class RouterService:
             self.settle(self.router.account(name, message.update, now))
 
     def report(self, name: str, message: Report) -> None:
-        self._known.reports[name] = message.report
         if message.report.draining:
-            self.router.group_drains(name)
+            self.close_group(name)
+        closed = self._groups[name].closed
+        self._known.reports[name] = replace(message.report, draining=closed)
         if message.audited:
             self._known.audits += 1
             if faults := self.router.audit(name, message.report.loads):
@@ -312,6 +364,24 @@ class RouterService:
 
     # Within
 
+    def _leaves(self, group: _Group) -> bool:
+        return group.closed or group.node in self.leaving_nodes
+
+    def _retire(self, group: _Group) -> None:
+        """An engine that leaves ends what it has under another name."""
+        self.close_group(group.name)
+        former, group.name = group.name, name_while_leaving(group.name, self._groups)
+        self._groups[group.name] = self._groups.pop(former)
+        self._names[group.connection] = group.name
+        self.router.group_retires(former, group.name)
+        if (report := self._known.reports.pop(former, None)) is not None:
+            self._known.reports[group.name] = replace(report, draining=True)
+
+    def _close_leaving(self) -> None:
+        takes = {name: group.node for name, group in self._groups.items() if not group.closed}
+        for name in to_close(takes, self.leaving_nodes):
+            self.close_group(name)
+
     def settle(self, outcomes: Iterable[Outcome]) -> None:
         """Send each outcome to the caller or the engine that it concerns."""
         for outcome in outcomes:
@@ -319,6 +389,7 @@ class RouterService:
                 case Granted():
                     self._granted(outcome)
                 case Refused(request_id=name, error=error):
+                    self.on_refused(error)
                     wire = to_wire(error)
                     self._meters.refused(wire, reason_label(wire))
                     self._refused(name, Failure.of(error))
@@ -381,17 +452,16 @@ class _RouterPeer:
     def __init__(self, service: RouterService, connection: Link) -> None:
         self._service = service
         self._connection = connection
-        self._group = ""
         self.waiting: dict[int, str] = {}
         self.send = connection.send
 
     def received(self, message: object) -> None:
-        service = self._service
+        service, group = self._service, self._service.name_of(self._connection)
         match message:
-            case AccountNews() | Report() if not service.serves(self._group, self._connection):
+            case AccountNews() | Report() if not group:
                 pass  # of an engine that was replaced, on its way before it heard of it
             case AccountNews():
-                service.account(self._group, message)
+                service.account(group, message)
             case Place():
                 service.place(message, self)
             case Cancel(call=call):
@@ -401,7 +471,7 @@ class _RouterPeer:
             case Finished(lease_id=lease_id):
                 service.router.finished(lease_id)
             case Report():
-                service.report(self._group, message)
+                service.report(group, message)
             case Abort(call=call, request_id=request_id):
                 self.send(Aborted(call, service.abort(request_id)))
             case Drain():
@@ -415,12 +485,11 @@ class _RouterPeer:
             case AskExplanation(call=call, request_id=request_id):
                 self.send(Decisions(call, service.router.explain(request_id, service.now)))
             case Hello():
-                self._group = message.group
                 service.group_up(message, self._connection)
 
     def lost(self) -> None:
-        if self._group:
-            self._service.group_down(self._group, self._connection)
+        if group := self._service.name_of(self._connection):
+            self._service.group_down(group, self._connection)
         for call in list(self.waiting):
             self._service.cancel(call, self)
 

@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from kvmesh.workers.model.chat import Conversation
-from kvmesh.workers.model.facts import read_facts
+from kvmesh.workers.model.facts import eos_token_ids
 from kvmesh.workers.model.tokenizer import Tokenizer
 from kvmesh.workers.request import TokenIds
 
@@ -54,11 +54,11 @@ class TextCodec(Protocol):
 
 
 class ModelCodec:
-    """`TextCodec` over the tokenizer of the model in directory `path`."""
+    """`TextCodec` over the tokenizer of the model in directory `path`, which needs no weights."""
 
     def __init__(self, path: Path) -> None:
         self._tokenizer = Tokenizer.load(path)
-        self.eos_token_ids = read_facts(path).eos_token_ids
+        self.eos_token_ids = eos_token_ids(path)
         self.max_token_chars = self._tokenizer.max_token_chars
         self.has_chat_template = self._tokenizer.has_chat_template
 

@@ -363,7 +363,8 @@ class Zombie:
         info = replace(self._built.leaders[self._name].account.info, epoch="zombie")
         hung = LeaseTerms("hung", 1, 1, 1, 1)
         nothing = AccountUpdate(), PageChanges((), ())
-        router.send(Hello(self._name, started_ns, info, Address("127.0.0.1", 1), (hung,), *nothing))
+        address = Address("127.0.0.1", 1)
+        router.send(Hello(self._name, started_ns, "node", info, address, (hung,), *nothing))
         router.send(AccountNews(AccountUpdate(arrived=(hung,)), nothing[1]))
         router.send(Report(EngineReport(info, EngineLoads()), audited=True))
 

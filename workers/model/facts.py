@@ -79,7 +79,7 @@ def read_facts(path: Path) -> ModelFacts:
         intermediate_size=integers["intermediate_size"],
         vocab_size=integers["vocab_size"],
         max_model_len=_max_model_len(config),
-        eos_token_ids=_eos_token_ids(path, config),
+        eos_token_ids=eos_token_ids(path),
         weight_bytes=sum(tensor.num_bytes for tensor in tensors.values()),
         dtype=_DTYPE_NAMES[max((t.dtype for t in tensors.values()), default="F32")],
         sliding_windows=architecture.sliding_windows(config),
@@ -177,9 +177,12 @@ def _positive(config: Mapping[str, Any], key: str, path: Path) -> int:
     return value
 
 
-def _eos_token_ids(path: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
-    """The end-of-sequence tokens of generation config, configuration and tokenizer together."""
-    ids: list[int] = []
+def eos_token_ids(path: Path) -> tuple[int, ...]:
+    """The end-of-sequence tokens of generation config, configuration and tokenizer together.
+
+    path: a directory that has these; it needs no weights
+    """
+    config, ids = read_json(path / "config.json"), list[int]()
     if (path / "generation_config.json").exists():
         ids += _as_ids(read_json(path / "generation_config.json").get("eos_token_id"))
     ids = ids or _as_ids(config.get("eos_token_id"))
