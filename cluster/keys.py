@@ -105,7 +105,7 @@ async def follow_keys(
 
     While one of its files cannot be used, the former keys stay.
 
-    note: told, whenever they were read, whether all of them can be used
+    note: called whenever they were read, with whether all of them can be used
     """
     problem = ""
     while auth.key_directory is not None:

@@ -130,7 +130,7 @@ class RouterService:
     configured: of all groups, those that may be added later included; `groups` if None
     clock: seconds, monotonic
     leaving_nodes: of the Ray cluster, see `nodes_leave`
-    on_refused: told why, whenever a request is refused
+    on_refused: called with the error whenever a request is refused
     """
 
     def __init__(

@@ -114,7 +114,7 @@ def _would_hold(live: LiveRequest) -> float:
 
 
 class Autoscaler:
-    """Decides which groups run; told the time, in seconds on a monotonic clock.
+    """Decides which groups run; given the time, in seconds on a monotonic clock.
 
     groups: all that may run, in order: the first ones are added first
     wanted: those that run, or start

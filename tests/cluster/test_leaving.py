@@ -84,7 +84,7 @@ async def test_a_group_on_a_node_that_drains_takes_nothing_new() -> None:
         two.engines["g0"]._account.report_now()
         await two.until(lambda: two.router.status().reports["g0"].draining)
         assert not status.reports["g1"].draining
-        # The last one goes on, until there is another.
+        # The last one stays open until there is another.
         two.router.nodes_leave(frozenset({"node-0", "node-1"}))
         await read(two.stream(make_request(5, request_id="last")))
         await successor(two, "g0", "node-2")
@@ -155,8 +155,8 @@ async def test_groups_are_started_and_stopped_as_the_load_asks_for_them() -> Non
         assert calls == [("g1", 0)]
         draining = asyncio.create_task(two.engines["g1"].drain(1000.0))
         two.allow(MANY)
-        for stream, begun in zip(streams, received, strict=True):
-            got = await rest_of(stream, begun)
+        for stream, so_far in zip(streams, received, strict=True):
+            got = await rest_of(stream, so_far)
             assert got.tokens[0] == answer(PROMPT, 40)
             assert got.usage is not None and got.usage.failovers == 0
         await draining

@@ -1,4 +1,4 @@
-"""How many groups the autoscaler wants, told what runs and waits, and the time."""
+"""How many groups the autoscaler wants, given what runs and waits, and the time."""
 
 from __future__ import annotations
 
