@@ -63,6 +63,16 @@ FIND_TIMEOUT_S = 5.0
 STOP_S = 20.0
 LIVE_POLL_S = 0.1
 LOG_LINES = {"encoding": "JSON", "enable_access_log": False}
+# Of a group: it runs, or the router says whether it does. Only what Serve scales begins with none.
+ALWAYS: dict[str, Any] = {"num_replicas": 1}
+AT_TIMES: dict[str, Any] = {
+    "autoscaling_config": {
+        "min_replicas": 0,
+        "initial_replicas": 0,
+        "max_replicas": 1,
+        "policy": {"policy_function": "kvmesh.cluster.replica_policy:keep"},
+    }
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -336,7 +346,7 @@ def build(args: dict[str, Any]) -> serve.Application:
         engines[group] = _deployment(
             EngineReplica,
             name=group,
-            num_replicas=int(group in first),
+            **(ALWAYS if group in first else AT_TIMES),
             ray_actor_options={"num_cpus": CONTROL_CPUS},
             placement_group_bundles=bundles(engine, gpus),
             placement_group_strategy="STRICT_PACK",
@@ -356,9 +366,6 @@ def build(args: dict[str, Any]) -> serve.Application:
     return app
 
 
-def _deployment(cls: type, *, num_replicas: int, **options: Any) -> Any:
+def _deployment(cls: type, **options: Any) -> Any:
     # Serve's annotations know the decorator, not this call of it.
-    made: Any = serve.deployment(cls, logging_config=LOG_LINES, num_replicas=1, **options)
-    # Serve scales to 0, but has no option to begin there.
-    made._deployment_config.num_replicas = num_replicas
-    return made
+    return serve.deployment(cls, logging_config=LOG_LINES, **options)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Awaitable
 from typing import Any
 
 from ray import serve
@@ -11,6 +13,7 @@ from ray.serve._private.common import DeploymentID
 from kvmesh.cluster.group_scaler import ScalingError
 
 REPLICAS = "target_num_replicas"
+CALL_TIMEOUT_S = 10.0
 
 
 async def replicas_wanted(app_name: str) -> dict[str, int]:
@@ -18,20 +21,23 @@ async def replicas_wanted(app_name: str) -> dict[str, int]:
 
     Raises ScalingError.
     """
-    try:
-        details = await _controller().get_serve_instance_details.remote()
-    except RayError as error:
-        raise ScalingError(str(error)) from error
+    details = await _answer(_controller().get_serve_instance_details.remote())
     application = details["applications"].get(app_name, {"deployments": {}})
     return {name: x[REPLICAS] for name, x in application["deployments"].items()}
 
 
 async def set_replicas(app_name: str, deployment: str, count: int) -> None:
     """What Serve's REST API does at `/deployments/NAME/scale`. Raises ScalingError."""
+    identity = DeploymentID(name=deployment, app_name=app_name)
+    await _answer(_controller().update_deployment_replicas.remote(identity, count))
+
+
+async def _answer(call: Awaitable[Any]) -> Any:
     try:
-        await _controller().update_deployment_replicas.remote(
-            DeploymentID(name=deployment, app_name=app_name), count
-        )
+        async with asyncio.timeout(CALL_TIMEOUT_S):
+            return await call
+    except TimeoutError:
+        raise ScalingError("Serve's controller does not answer") from None
     except RayError as error:
         raise ScalingError(str(error)) from error
 

@@ -22,6 +22,7 @@ SMOOTHING_S = 30.0  # of which groups compute prompts: each is sampled as busy o
 # Groups are added when those that run are this full, so that they are up before requests wait, and
 # removed when the others are at most so full.
 HIGH_LOAD, LOW_LOAD = 0.8, 0.6
+CLEAR_S = 60.0  # prompts that wait are to be computed within this time, besides those that come
 MAX_FACTOR = 2  # by which the number of groups grows at a time, since what waits is a guess
 
 
@@ -133,6 +134,7 @@ class Autoscaler:
         self._groups = tuple(groups)
         self.wanted = self._always | (frozenset(wanted) & frozenset(groups))
         self._refused = False
+        self._all_up = True
         self._busy = 0.0
         self._decided_at = now
         self._short_since: float | None = None
@@ -149,21 +151,25 @@ class Autoscaler:
         weight = 1.0 - math.exp(-(now - self._decided_at) / SMOOTHING_S)
         self._busy += weight * (load.computing - self._busy)
         self._decided_at = now
-        running = len(self.wanted)
+        running, all_up = len(self.wanted), self.wanted <= load.held.keys()
+        if all_up and not self._all_up:
+            self._short_since = None  # those that are new need a moment to help
+        self._all_up = all_up
         need = self._need(load)
         if self._is_short(load, need, now):
-            # Those that start already may be enough.
-            if self.wanted <= load.held.keys():
-                target = max(math.ceil(need / HIGH_LOAD), running + 1)
+            target = math.ceil(need / HIGH_LOAD)
+            if all_up:  # else those that start may be enough
+                target = max(target, running + 1)
+            if target > running:
                 self._add(min(target, MAX_FACTOR * running) - running)
         elif self._is_spare(load, need, now):
             self._remove_one(load)
         return self.wanted
 
     def _need(self, load: FleetLoad) -> float:
-        """Groups that hold what runs and waits, and that compute what waits within `wait_s`."""
+        """Groups that hold what runs and waits, and that compute what waits soon enough."""
         holding = sum(load.held.values()) + load.waiting_held
-        return max(holding, self._busy + load.waiting_s / self.policy.wait_s)
+        return max(holding, self._busy + load.waiting_s / CLEAR_S)
 
     def _is_short(self, load: FleetLoad, need: float, now: float) -> bool:
         """Whether requests were refused, or for some time would have waited, or nearly so."""

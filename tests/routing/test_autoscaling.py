@@ -68,17 +68,19 @@ def test_as_many_as_what_waits_needs_but_twice_as_many_at_most() -> None:
     scaled = Scaled()
     assert scaled.run(6, held=1.0, wait_s=60.0, waiting_held=2.3) == "ab"
     assert scaled.run(6, held=2.0, wait_s=60.0, waiting_held=1.2) == "abcd"
-    # Prompts that take longer to compute than a request may wait.
+    # Prompts that take long to compute.
     scaled = Scaled(wanted=("b", "c"))
-    assert scaled.run(6, wait_s=6.0, waiting_s=18.0) == "abcde"
+    assert scaled.run(6, wait_s=6.0, waiting_s=220.0) == "abcde"
 
 
-def test_no_more_are_added_while_some_start() -> None:
+def test_while_some_start_no_more_are_added_than_what_waits_needs() -> None:
     scaled = Scaled()
     scaled.stall = True
-    assert scaled.run(200, held=1.0, wait_s=60.0, waiting_held=9.0) == "ab"
+    assert scaled.run(200, held=1.0, wait_s=60.0, waiting_held=0.5) == "ab"
+    assert scaled.run(200, held=1.0, wait_s=60.0, waiting_held=1.2) == "abc"
     scaled.stall = False
-    assert scaled.run(20, held=1.0, wait_s=60.0, waiting_held=9.0) == "abcde"
+    assert scaled.run(6, held=1.0, wait_s=60.0, waiting_held=1.2) == "abc", "now they are there"
+    assert scaled.run(6, held=1.0, wait_s=60.0, waiting_held=1.2) == "abcd", "and not enough"
 
 
 @pytest.mark.parametrize(
