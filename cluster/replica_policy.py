@@ -1,4 +1,4 @@
-"""What Serve's controller asks about deployments that the router scales. It imports nothing else."""
+"""What Serve's controller asks about deployments that the router scales; imports nothing else."""
 
 from __future__ import annotations
 
