@@ -50,6 +50,16 @@ def test_long_prompts_and_tenants_have_a_line_of_their_own() -> None:
     assert "fairness between tenants" in result.output
 
 
+def test_groups_that_come_and_go_have_a_line_of_their_own() -> None:
+    trace = ("--trace", "synthetic:decode-smooth-private", "--limit", "300", "--groups", "3")
+    result = run(*trace, "--rate", "0.3", "--tide", "0.9@200", "--autoscale", "1")
+    assert result.exit_code == 0
+    assert "kvmesh 1-3: groups ran for" in result.output
+    assert "kvmesh: groups ran for" not in result.output, "all of them ran all the time"
+    wrong = run(*trace, "--tide", "fast")
+    assert wrong.exit_code == 2 and "SWING@SECONDS, got 'fast'" in wrong.stderr
+
+
 def test_any_model_configuration_will_do(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     file.write_text(json.dumps(QWEN))
