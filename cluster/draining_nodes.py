@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 
 import ray
-from ray.exceptions import RaySystemError
+from ray.exceptions import RayError
 
 logger = logging.getLogger("ray.serve")
 
@@ -24,7 +24,7 @@ async def follow_draining_nodes(note: Callable[[frozenset[str]], None]) -> None:
         try:
             note(await asyncio.to_thread(draining_nodes))
             failed = False
-        except (RaySystemError, RuntimeError) as error:
+        except (RayError, RuntimeError, OSError) as error:
             if not failed:  # log the first failure only: Ray's head may be away for a while
                 logger.warning("cannot ask Ray which nodes drain: %s", error)
             failed = True
