@@ -39,15 +39,22 @@ class AccountLink:
     """Reports a group's engine, and obeys the router.
 
     group: its name
+    node: where it runs
     report_period_s: between two reports
     withdrawn: leases, oldest first; sequences of some may still arrive. Ids are never reused.
     draining: the engine accepts nothing new
     """
 
     def __init__(
-        self, group: str, leader: EngineLeader, meters: EngineMeters, report_period_s: float
+        self,
+        group: str,
+        node: str,
+        leader: EngineLeader,
+        meters: EngineMeters,
+        report_period_s: float,
     ) -> None:
         self._group = group
+        self._node = node
         self._leader = leader
         self._meters = meters
         self._report_period_s = report_period_s
@@ -85,6 +92,7 @@ class AccountLink:
         """Disconnect for good, so that requests move to other groups at once."""
         for task in self._tasks:
             task.cancel()
+        self._flush()
         if self._connection is not None:
             self._connection.close()
 
@@ -112,6 +120,7 @@ class AccountLink:
             Hello(
                 self._group,
                 self._started_ns,
+                self._node,
                 account.info,
                 self._engine_address,
                 account.book.leases,

@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import ray
@@ -22,7 +23,9 @@ from ray.serve.handle import DeploymentHandle
 from kvmesh.cluster import grpc_front, http_front
 from kvmesh.cluster.config import ClusterConfig
 from kvmesh.cluster.config import build as build_config
+from kvmesh.cluster.draining_nodes import follow_draining_nodes
 from kvmesh.cluster.engine_service import EngineService
+from kvmesh.cluster.group_scaler import GroupScaler, ScalingError
 from kvmesh.cluster.grpc_front import GrpcFront
 from kvmesh.cluster.http_front import HttpFront
 from kvmesh.cluster.identity import Identity
@@ -39,7 +42,9 @@ from kvmesh.cluster.rank_actors import RankActors, RankResources
 from kvmesh.cluster.reception import Reception
 from kvmesh.cluster.resources import CONTROL_CPUS, bundles, gpus_per_rank
 from kvmesh.cluster.router_service import RouterService
+from kvmesh.cluster.routing.autoscaling import AutoscalingPolicy
 from kvmesh.cluster.routing.config import RouterConfig
+from kvmesh.cluster.serve_replicas import replicas_wanted, set_replicas
 from kvmesh.cluster.telemetry.logs import use_serve_log
 from kvmesh.cluster.telemetry.meters import EngineMeters, IngressMeters, RouterMeters
 from kvmesh.cluster.telemetry.ray_meters import ray_meter
@@ -48,7 +53,7 @@ from kvmesh.cluster.version import package_version
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.errors import ConfigError
 from kvmesh.workers.model.generation_defaults import ignored_generation_settings
-from kvmesh.workers.model.source import resolve_model
+from kvmesh.workers.model.source import resolve_tokenizer
 
 logger = logging.getLogger("ray.serve")
 
@@ -58,8 +63,20 @@ FAILURE_POLL_S = 0.25
 HEALTH_TIMEOUT_S = 5.0  # Serve replaces a process that misses three health checks in a row
 FLUSH_S = 0.5  # time for a failed engine's last messages to reach its clients
 FIND_TIMEOUT_S = 5.0
+# Of Serve, before a process drains, and then of the process, to hand over and to end its ranks.
+STOP_S = 20.0
 LIVE_POLL_S = 0.1
 LOG_LINES = {"encoding": "JSON", "enable_access_log": False}
+# Of a group: it runs, or the router says whether it does. Only what Serve scales begins with none.
+ALWAYS: dict[str, Any] = {"num_replicas": 1}
+AT_TIMES: dict[str, Any] = {
+    "autoscaling_config": {
+        "min_replicas": 0,
+        "initial_replicas": 0,
+        "max_replicas": 1,
+        "policy": {"policy_function": "kvmesh.cluster.replica_policy:keep"},
+    }
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +109,7 @@ class EngineReplica:
             deployed.identity,
             router_finder(router),
             host=node_ip(),
+            node=node_id(),
             report_period_s=deployed.config.router.report_period_s,
         )
         try:
@@ -137,9 +155,24 @@ class RouterReplica:
             tenants=config.router.policies(),
         )
         meters = RouterMeters(ray_meter, metered_tenants(config.auth, config.metrics.tenants))
-        self._service = RouterService(settings, meters, groups=list(config.group_engines()))
+        own = serve.get_replica_context()
+        groups = list(config.group_engines())
+        running = await groups_running(own.app_name, config)
+        self._service = RouterService(settings, meters, groups=running, configured=groups)
         self._listener = await listen(node_ip(), deployed.identity, TO_ROUTER, self._service.accept)
-        self._running = asyncio.create_task(self._service.run())
+        self._find_router = router_finder(serve.get_deployment_handle(own.deployment, own.app_name))
+        self._tasks = [
+            asyncio.create_task(self._service.run()),
+            asyncio.create_task(follow_draining_nodes(self._service.groups.nodes_leave)),
+        ]
+        scaling = config.autoscaling
+        if scaling.min_groups is not None:
+            policy = AutoscalingPolicy(
+                scaling.min_groups, scaling.wait_s, scaling.up_after_s, scaling.down_after_s
+            )
+            scale = partial(set_replicas, own.app_name)
+            scaler = GroupScaler(self._service, policy, groups, running, scale)
+            self._tasks.append(asyncio.create_task(scaler.run()))
         settle()
 
     async def address(self) -> Address:
@@ -151,18 +184,33 @@ class RouterReplica:
         return self._identity
 
     async def check_health(self) -> None:
-        if self._running.done():
-            raise RuntimeError("the router's clock has stopped")
+        if any(task.done() for task in self._tasks):
+            raise RuntimeError("a task of the router has stopped")
 
     async def __del__(self) -> None:
-        """Stay while requests run, because they may still need more pages."""
+        """Stay while requests run, because they may still need more pages.
+
+        But not on a node that drains, once Serve has started another router: it rebuilds the
+        ledger from what engines say, and this one would only refuse requests.
+        """
+        clock, *others = self._tasks
+        for task in others:
+            task.cancel()
+        if node_id() in self._service.groups.leaving_nodes and await self._has_successor():
+            return
         self._service.drain()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._drain_s):
                 while self._service.status().router.live_requests:
                     await asyncio.sleep(LIVE_POLL_S)
-        self._running.cancel()
+        clock.cancel()
         self._listener.close()
+
+    async def _has_successor(self) -> bool:
+        try:
+            return await self._find_router() != self._listener.address
+        except LinkError:
+            return False
 
 
 class IngressReplica:
@@ -177,14 +225,12 @@ class IngressReplica:
         """engines: bound only to make them part of the application"""
         use_serve_log()
         config = deployed.config
-        files = resolve_model(config.model)
-        self._codec = ModelCodec(
-            files.path, config.ingress.tool_parser, config.ingress.reasoning_parser
-        )
+        path, name = resolve_tokenizer(config.model)
+        self._codec = ModelCodec(path, config.ingress.tool_parser, config.ingress.reasoning_parser)
         self._codec.prepare()
         meters = IngressMeters(ray_meter, metered_tenants(config.auth, config.metrics.tenants))
         limits = limits_of(config)
-        if ignored := ignored_generation_settings(files.path):
+        if ignored := ignored_generation_settings(path):
             logger.warning(
                 "generation_config.json sets %s, which kvmesh does not implement",
                 ", ".join(ignored),
@@ -197,16 +243,17 @@ class IngressReplica:
             limits,
             meters,
             version=package_version(),
-            model_names=frozenset({config.model, files.name}),
+            model_names=frozenset({config.model, name}),
             queue_timeout_s=config.router.queue_timeout_s,
-            defaults=config.generation.defaults(files.path),
+            defaults=config.generation.defaults(path),
             divergence_nats={**DIVERGENCE_NATS, **config.ingress.kv_divergence_nats},
             traces=make_traces(
-                config.traces.endpoint, config.traces.sample_ratio, files.name, package_version()
+                config.traces.endpoint, config.traces.sample_ratio, name, package_version()
             ),
         )
         authenticator = Authenticator(known_keys(config.auth))
-        self._keys = asyncio.create_task(follow_keys(config.auth, authenticator))
+        meters.keys(current=True)
+        self._keys = asyncio.create_task(follow_keys(config.auth, authenticator, meters.keys))
         reception = Reception(authenticator.authenticate, config.ingress.max_streams)
         grpc_front.attach(GrpcFront(self._service, reception, limits, meters))
         self._http = HttpFront(self._service, package_version(), reception, limits, meters)
@@ -247,9 +294,27 @@ def router_finder(router: DeploymentHandle[Any]) -> Callable[[], Awaitable[Addre
     return find
 
 
+async def groups_running(app_name: str, config: ClusterConfig) -> frozenset[str]:
+    """Those that Serve runs, or is to run: after a router's end, what it had decided."""
+    if config.autoscaling.min_groups is None:
+        return frozenset(config.group_engines())
+    first = frozenset(config.first_groups())
+    try:
+        replicas = await replicas_wanted(app_name)
+    except ScalingError as error:
+        logger.warning("cannot ask Serve which groups run: %s", error)
+        return first
+    return first | {group for group in config.group_engines() if replicas.get(group)}
+
+
 def node_ip() -> str:
     """This node's address in the Ray cluster."""
     return str(ray.util.get_node_ip_address())
+
+
+def node_id() -> str:
+    """This node's, in hexadecimal."""
+    return ray.get_runtime_context().get_node_id()
 
 
 def limits_of(config: ClusterConfig) -> Limits:
@@ -283,7 +348,7 @@ def build(args: dict[str, Any]) -> serve.Application:
         "health_check_period_s": config.timeouts.health_period_s,
         "health_check_timeout_s": HEALTH_TIMEOUT_S,
     }
-    stop = {"graceful_shutdown_timeout_s": config.timeouts.drain_s + 10}
+    stop = {"graceful_shutdown_timeout_s": config.timeouts.drain_s + STOP_S}
     router = _deployment(
         RouterReplica,
         name="router",
@@ -293,14 +358,14 @@ def build(args: dict[str, Any]) -> serve.Application:
         **health,
         **stop,
     ).bind(deployed)
-    engines = {}
+    engines, first = {}, config.first_groups()
     for group, engine in config.group_engines().items():
         gpus = gpus_per_rank(engine, ray.cluster_resources())
         resources = RankResources(engine.cpus_per_rank, gpus)
         engines[group] = _deployment(
             EngineReplica,
             name=group,
-            num_replicas=1,
+            **(ALWAYS if group in first else AT_TIMES),
             ray_actor_options={"num_cpus": CONTROL_CPUS},
             placement_group_bundles=bundles(engine, gpus),
             placement_group_strategy="STRICT_PACK",

@@ -7,6 +7,7 @@ line (config_sources.py); config_text.py prints them.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeAlias
 
@@ -247,6 +248,26 @@ class RouterSection(Settings):
         }
 
 
+class AutoscalingSection(Settings):
+    """How many groups run, by what waits and what leases hold."""
+
+    min_groups: Annotated[WholeNumber, Field(ge=1, le=MAX_GROUPS)] | None = Field(
+        default=None,
+        description="Groups that always run, the first ones of `groups`; the others are added and "
+        "removed with the load. null: all groups run",
+    )
+    wait_s: Seconds = Field(
+        default=5.0,
+        description="A group is added when a request that comes would wait for longer than this "
+        "many seconds, when requests are refused, or when the groups are nearly full",
+    )
+    up_after_s: Seconds = Field(default=5.0, description="... for this long")
+    down_after_s: Seconds = Field(
+        default=300.0,
+        description="A group is removed when the others have been enough for this long",
+    )
+
+
 class MetricsSection(Settings):
     """Prometheus."""
 
@@ -345,6 +366,9 @@ class ClusterConfig(Settings):
         description="Engine replicas: their number, or a list with what each has otherwise than "
         "`engine`, e.g. [{kv_format: int8}, {kv_format: k4v4}]",
     )
+    autoscaling: AutoscalingSection = Field(
+        default=AutoscalingSection(), description="Groups that come and go with the load"
+    )
     ingress: IngressSection = Field(
         default=IngressSection(), description="The endpoints for clients"
     )
@@ -373,9 +397,27 @@ class ClusterConfig(Settings):
             raise ConflictError(problems)
         return groups
 
+    @field_validator("autoscaling")
+    @classmethod
+    def _check_autoscaling(
+        cls, autoscaling: AutoscalingSection, info: ValidationInfo
+    ) -> AutoscalingSection:
+        groups, min_groups = info.data.get("groups"), autoscaling.min_groups
+        if groups is None or min_groups is None:
+            return autoscaling
+        number = groups if isinstance(groups, int) else len(groups)
+        if min_groups > number:
+            message = f"must be at most the number of groups, {number}, got {min_groups}"
+            raise ConflictError([ConfigError("autoscaling.min_groups", message)])
+        return autoscaling
+
     def group_engines(self) -> dict[str, EngineSection]:
         """By name, the settings of each group's engine."""
         return {f"engine-{i}": e for i, e in enumerate(_engines(self.engine, self.groups))}
+
+    def first_groups(self) -> dict[str, EngineSection]:
+        """Those of `group_engines` that run from the start: all, or as many as always run."""
+        return dict(islice(self.group_engines().items(), self.autoscaling.min_groups))
 
     def engine_config(self, group: str = "engine-0") -> EngineConfig:
         """The configuration of a group's engine."""

@@ -38,12 +38,15 @@ from kvmesh.workers.request import EndReason, EngineRequest, SequenceDelta, Toke
 
 logger = logging.getLogger(__name__)
 
+HAND_OVER_S = 5.0  # for the step that computes when sequences are handed over
+
 
 class EngineService:
     """One group's engine.
 
     group: its name
     host: address of this node, to listen on
+    node: this node's name in the Ray cluster
     find_router: where the router listens; raises LinkError while it is not known
     report_period_s: between two reports to the router
     """
@@ -58,11 +61,12 @@ class EngineService:
         find_router: Callable[[], Awaitable[Address]],
         *,
         host: str = "127.0.0.1",
+        node: str = "",
         report_period_s: float = 1.0,
     ) -> None:
         self._executor = executor
         self.leader = EngineLeader(config, executor, lambda: self._account.changed())
-        self._account = AccountLink(group, self.leader, meters, report_period_s)
+        self._account = AccountLink(group, node, self.leader, meters, report_period_s)
         self._meters = meters
         self._identity = identity
         self._find_router = find_router
@@ -86,14 +90,17 @@ class EngineService:
             raise EngineLostError()
 
     async def drain(self, timeout_s: float) -> None:
-        """Accept nothing new and let running sequences end, for at most this long."""
+        """Accept nothing new and let running sequences end, for at most this long.
+
+        Those that are left continue on other groups, with their tokens so far as a prefix.
+        """
         self._account.draining = True
         self._account.report_now()
         try:
-            async with asyncio.timeout(timeout_s):
-                await self.leader.drain()
+            async with asyncio.timeout(timeout_s + HAND_OVER_S):
+                await self.leader.drain(timeout_s)
         except TimeoutError:
-            pass  # the rest is aborted when the engine stops
+            logger.error("a step hangs, so the engine ends with its sequences")
 
     async def stop(self) -> None:
         self._account.leave()

@@ -17,6 +17,8 @@ from kvmesh.cluster.ports import PortBlock
 
 MARGIN_BYTES = 1 << 20
 HEALTH_CHECK_MS = 3000  # of Ray's nodes
+# A node drains for this much longer than its processes, so that others may start before they end.
+NODE_DRAIN_MARGIN_S = 45
 
 # HAProxy instead of Serve's Python proxy: it is faster and forwards cancellations.
 SERVE_VARIABLES = {
@@ -48,12 +50,19 @@ SERVE_VARIABLES = {
 # A slightly too large request reaches the ingress, which explains the error; gRPC refuses larger
 # ones at their first bytes.
 SIZE_VARIABLES = ("RAY_SERVE_GRPC_MAX_MESSAGE_SIZE", "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH")
+# How long `ray start --block` drains its node at SIGTERM, at most, before it ends it.
+DRAIN_VARIABLE = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
 
 
 def serve_variables(config: ClusterConfig) -> dict[str, str]:
     """The variables that must be set on every node of a cluster that runs `config`."""
     size = str(config.ingress.max_request_bytes + MARGIN_BYTES)
-    return {**SERVE_VARIABLES, **dict.fromkeys(SIZE_VARIABLES, size)}
+    drain_s = math.ceil(config.timeouts.drain_s) + NODE_DRAIN_MARGIN_S
+    return {
+        **SERVE_VARIABLES,
+        **dict.fromkeys(SIZE_VARIABLES, size),
+        DRAIN_VARIABLE: str(drain_s),
+    }
 
 
 def local_variables(config: ClusterConfig, directory: Path, ports: PortBlock) -> dict[str, str]:

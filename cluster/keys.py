@@ -11,7 +11,7 @@ import logging
 import os
 import secrets
 import stat
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from pathlib import Path
 
 from kvmesh.client.credentials import checked_key, key_path, read_key_file
@@ -96,11 +96,16 @@ def _lines_of(path: Path) -> list[str]:
 
 
 async def follow_keys(
-    auth: AuthSection, authenticator: Authenticator, period_s: float = FOLLOW_PERIOD_S
+    auth: AuthSection,
+    authenticator: Authenticator,
+    note: Callable[[bool], None] = lambda _: None,
+    period_s: float = FOLLOW_PERIOD_S,
 ) -> None:
     """Accept the keys that are in the directory now, until cancelled.
 
     While one of its files cannot be used, the former keys stay.
+
+    note: called whenever they were read, with whether all of them can be used
     """
     problem = ""
     while auth.key_directory is not None:
@@ -108,7 +113,9 @@ async def follow_keys(
         try:
             authenticator.accept(known_keys(auth))
             problem = ""
+            note(True)
         except ConfigError as error:
+            note(False)
             if str(error) != problem:
                 problem = str(error)
                 logger.error(

@@ -22,7 +22,7 @@ from kvmesh.cluster.errors import RayDiedError, StartError
 from kvmesh.cluster.joining import join_ray
 from kvmesh.cluster.keys import local_key
 from kvmesh.cluster.link import LinkError
-from kvmesh.cluster.local_ray import LocalRay, import_ray, muted
+from kvmesh.cluster.local_ray import LocalRay, check_ray_sends_tokens, import_ray, muted
 from kvmesh.cluster.ports import take_ports
 from kvmesh.cluster.resources import alive, check_layouts, check_nodes
 from kvmesh.cluster.serve_config import APP_NAME, anywhere, serve_config
@@ -118,6 +118,8 @@ class Cluster:
     def _prepare(self) -> ClusterConfig:
         """Check and download what is possible before anything runs, and choose free ports."""
         config = self._config
+        if config.ray.address is None:
+            check_ray_sends_tokens()
         files = resolve_model(config.model, progress=self._progress)
         facts = read_facts(files.path)
         check_layouts(config, facts.num_kv_heads)

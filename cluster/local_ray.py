@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -103,6 +104,20 @@ def import_ray() -> Any:
     import ray
 
     return ray
+
+
+def check_ray_sends_tokens() -> None:
+    """Raises StartError if this process cannot use a cluster that asks for tokens, as ours do.
+
+    Ray reads once, when it is imported, whether it sends them. Without them it would wait for the
+    cluster until a timeout, and not say why.
+    """
+    raylet: Any = sys.modules.get("ray._raylet")
+    if raylet and raylet.get_authentication_mode() != raylet.AuthenticationMode.TOKEN:
+        raise StartError(
+            "this process has imported Ray already, without authentication: start the cluster "
+            "before Ray is imported, or set RAY_AUTH_MODE=token before that"
+        )
 
 
 def _gcs_words(directory: Path) -> str:

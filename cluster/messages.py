@@ -214,10 +214,12 @@ class Hello(_Message):
     """The first message of an engine: its facts, its address, and the leases it holds.
 
     started_ns: wall clock; of two engines of a group, the later one has replaced the other
+    node: of the Ray cluster, that it runs on
     """
 
     group: str
     started_ns: int
+    node: str
     info: EngineInfo
     address: Address
     leases: tuple[LeaseTerms, ...]

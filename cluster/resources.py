@@ -59,18 +59,21 @@ def gpus_per_rank(engine: EngineSection, cluster: Resources) -> float:
 def check_nodes(config: ClusterConfig, nodes: Sequence[Resources]) -> None:
     """Raises ConfigError unless the cluster has the GPUs, and for each group a node is enough.
 
+    Groups that run only at times are not checked: their nodes may come with them.
+
     nodes: what each has in all
     """
     total = {name: sum(node.get(name, 0.0) for node in nodes) for name in ("CPU", "GPU")}
     gpus = sum(
-        engine.tp * gpus_per_rank(engine, total) for engine in config.group_engines().values()
+        engine.tp * gpus_per_rank(engine, total) for engine in config.first_groups().values()
     )
     if gpus > total["GPU"]:
         raise ConfigError(
             "groups",
             f"need {gpus:g} GPUs (the sum of their tp), but the cluster has {total['GPU']:g}",
         )
-    for setting, engine in _engines_by_setting(config).items():
+    first = len(config.first_groups())
+    for setting, engine in list(_engines_by_setting(config).items())[:first]:
         needed = _sum(bundles(engine, gpus_per_rank(engine, total)))
         if not any(_fits(needed, node) for node in nodes):
             largest = max(nodes, key=lambda node: [node.get(name, 0.0) for name in ("GPU", "CPU")])

@@ -33,6 +33,15 @@ def serve_config(config: ClusterConfig) -> dict[str, Any]:
     # They are for the program that starts a cluster; the application does not use them.
     arguments.pop("ray", None)
     arguments.get("metrics", {}).pop("port", None)
+    application: dict[str, Any] = {
+        "name": APP_NAME,
+        "route_prefix": "/",
+        "import_path": BUILDER,
+        "args": arguments,
+    }
+    if config.autoscaling.min_groups is not None:
+        # Serve then takes the router's word for how many replicas a group has.
+        application["external_scaler_enabled"] = True
     return {
         "proxy_location": "EveryNode",
         "http_options": {"host": config.ingress.host, "port": config.ingress.http_port},
@@ -42,14 +51,7 @@ def serve_config(config: ClusterConfig) -> dict[str, Any]:
             "grpc_servicer_functions": [SERVICER],
             "enable_reflection": False,
         },
-        "applications": [
-            {
-                "name": APP_NAME,
-                "route_prefix": "/",
-                "import_path": BUILDER,
-                "args": arguments,
-            }
-        ],
+        "applications": [application],
     }
 
 

@@ -57,12 +57,14 @@ ALERTS = (
     ),
     Alert(
         "KvmeshGroupDown",
-        f"{_in_clusters('max', table.GROUP_UP, 'group')} == 0",
+        f"{_in_clusters('max', table.GROUP_UP, 'group')}"
+        f" < {_in_clusters('max', table.GROUP_WANTED, 'group')}",
         "10m",
         "warning",
         "Group {{ $labels.group }} has been down for 10 minutes.",
         "See the logs of its engine in Ray's dashboard: memory, a GPU that is gone, a model that "
-        "cannot be fetched.",
+        "cannot be fetched. If Serve waits for room (`serve status`): has a node that many free "
+        "GPUs, and may Ray's autoscaler add one?",
     ),
     Alert(
         "KvmeshQueueWaitHigh",
@@ -85,11 +87,20 @@ ALERTS = (
     ),
     Alert(
         "KvmeshFailovers",
-        _grew(table.FAILOVERS, "", "10m", "group"),
+        _grew(table.FAILOVERS, '{cause!="cleared"}', "10m", "group"),
         "0m",
         "warning",
         "Requests have lost the engine of group {{ $labels.group }} and continue elsewhere.",
         "See why the engine failed: its last log lines, and the node's memory and GPUs.",
+    ),
+    Alert(
+        "KvmeshKeysStale",
+        f"{_in_clusters('min', table.KEYS_CURRENT)} == 0",
+        "5m",
+        "warning",
+        "An ingress cannot read the API keys again and uses those from before.",
+        "Its log names the file and what is wrong with it: a key that is malformed, a mode that is "
+        "open to everyone, a volume that is gone. A revoked key still works until then.",
     ),
     Alert(
         "KvmeshPoolNearlyFull",

@@ -93,8 +93,11 @@ FLEET = Dashboard(
             Panel(
                 "Groups up",
                 "short",
-                (value(table.GROUP_UP, agg="max", by="group", outer="sum", legend="up"),),
-                "Of the configured groups",
+                (
+                    value(table.GROUP_UP, agg="max", by="group", outer="sum", legend="up"),
+                    value(table.GROUP_WANTED, agg="max", by="group", outer="sum", legend="wanted"),
+                ),
+                "And how many the autoscaler wants, or are configured without it",
                 kind="stat",
             ),
             Panel(
@@ -343,6 +346,23 @@ ROUTER = Dashboard(
                 "short",
                 (value(table.GROUP_UP, agg="max", by="group"),),
                 table.GROUP_UP.help,
+            ),
+            Panel(
+                "Groups up and wanted",
+                "short",
+                (
+                    value(table.GROUP_UP, agg="max", by="group", outer="sum", legend="up"),
+                    value(table.GROUP_WANTED, agg="max", by="group", outer="sum", legend="wanted"),
+                ),
+                table.GROUP_WANTED.help
+                + ". A group that starts is wanted and not yet up; one that "
+                "ends what it has is up and no longer wanted",
+            ),
+            Panel(
+                "API keys current",
+                "short",
+                (value(table.KEYS_CURRENT, agg="min", legend="all ingresses"),),
+                table.KEYS_CURRENT.help,
             ),
             Panel(
                 "Connected to the router",

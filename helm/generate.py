@@ -17,7 +17,13 @@ import yaml
 
 from kvmesh.cluster.config import ClusterConfig
 from kvmesh.cluster.config_text import json_schema
-from kvmesh.cluster.environment import MARGIN_BYTES, SERVE_VARIABLES, SIZE_VARIABLES
+from kvmesh.cluster.environment import (
+    DRAIN_VARIABLE,
+    MARGIN_BYTES,
+    NODE_DRAIN_MARGIN_S,
+    SERVE_VARIABLES,
+    SIZE_VARIABLES,
+)
 from kvmesh.cluster.serve_config import APP_NAME, BUILDER, GRPC_PORT, HTTP_PORT, SERVICER
 
 CHART = Path(__file__).resolve().parent / "kvmesh"
@@ -46,6 +52,8 @@ def generated() -> str:
         "grpcPort": GRPC_PORT,
         "httpPort": HTTP_PORT,
         "drainSeconds": defaults.timeouts.drain_s,
+        "nodeDrainMarginSeconds": NODE_DRAIN_MARGIN_S,
+        "drainVariable": DRAIN_VARIABLE,
         "maxRequestBytes": defaults.ingress.max_request_bytes,
         "marginBytes": MARGIN_BYTES,
         "sizeVariables": list(SIZE_VARIABLES),

@@ -88,10 +88,18 @@ class EngineLeader:
         self._thread.start()
         return await self._started
 
-    async def drain(self) -> None:
-        """Take nothing new, and wait until everything taken has ended."""
+    async def drain(self, timeout_s: float | None = None) -> None:
+        """Take nothing new, and wait until everything taken has ended.
+
+        timeout_s: after it, what still runs ends as CLEARED, so that it continues elsewhere
+        """
         self._draining = True
-        await self._idle.wait()
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+        except TimeoutError:
+            self.abort(list(self._live), EndReason.CLEARED)
+            await self._idle.wait()
 
     async def stop(self) -> None:
         """End the engine's thread and let the ranks go. Idempotent."""

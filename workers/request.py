@@ -23,9 +23,9 @@ class EndReason(enum.Enum):
     ABORT = "abort"  # the client cancelled or disconnected
     DEADLINE = "deadline"  # the request's time ran out
     FAULT = "fault"  # this sequence is at fault; `SequenceDelta.error` says why, for its client
-    # The engine failed; `SequenceDelta.error` says why, for the log.
-    ERROR = "error"  # perhaps because of this sequence
-    CLEARED = "cleared"  # not because of this sequence
+    # It has to continue on another engine.
+    ERROR = "error"  # this one failed, perhaps because of the sequence; `SequenceDelta.error`
+    CLEARED = "cleared"  # this one failed because of another sequence, or it drains
 
 
 # Ends caused by the model or by its limits: the router learns from their lengths.

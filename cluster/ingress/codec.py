@@ -12,7 +12,7 @@ from kvmesh.cluster.config import ReasoningParser, ToolParser
 from kvmesh.cluster.ingress.answers.model_form import ModelForm
 from kvmesh.workers.errors import InvalidFieldError
 from kvmesh.workers.model.chat import Conversation, PromptPiece
-from kvmesh.workers.model.facts import read_facts
+from kvmesh.workers.model.facts import eos_token_ids, unused_token_ids
 from kvmesh.workers.model.template_process import TemplateProcess, TemplateTimeoutError
 from kvmesh.workers.model.tokenizer import Tokenizer
 from kvmesh.workers.request import TokenIds
@@ -79,7 +79,7 @@ class TextCodec(Protocol):
 
 
 class ModelCodec:
-    """`TextCodec` over the tokenizer of the model in directory `path`.
+    """`TextCodec` over the tokenizer of the model in directory `path`, which needs no weights.
 
     chat_timeout_s: for a chat template, after which the chat is refused
     """
@@ -101,9 +101,8 @@ class ModelCodec:
         self._own = TemplateProcess(templates, special, chat_timeout_s)
         self._given = TemplateProcess(templates, special, chat_timeout_s)
         self.chat_template_names = templates.names
-        facts = read_facts(path)
-        self.eos_token_ids = facts.eos_token_ids
-        self.unused_token_ids = frozenset(facts.unused_token_ids)
+        self.eos_token_ids = eos_token_ids(path)
+        self.unused_token_ids = frozenset(unused_token_ids(path))
         self.max_token_chars = self._tokenizer.max_token_chars
 
     def encode(self, text: str) -> TokenIds:

@@ -84,6 +84,20 @@ class Fleet:
         self.index.clear(name)
         return voided
 
+    def retire(self, name: str, as_name: str) -> None:
+        """A draining group leaves its name to another, and ends its leases under `as_name`."""
+        group = self.groups.pop(name)
+        assert group.draining and group.account is not None
+        group.name = as_name
+        group.account.rename(as_name)
+        self.groups[as_name] = group
+        self.index.clear(name)  # it gets no more prompts, so nothing is to be found there
+
+    def forget(self, name: str) -> None:
+        """A group that is down will not return."""
+        group = self.groups.pop(name)
+        assert group.account is None
+
     def pages_changed(self, name: str, held: Iterable[bytes], dropped: Iterable[bytes]) -> None:
         """A group's prefix cache gained and lost pages with these hashes."""
         group = self.groups.get(name)

@@ -41,6 +41,12 @@ class Account:
         capacity = self._info.capacity
         return PageNeed(capacity.hot - self.free.hot, capacity.sealed - self.free.sealed)
 
+    def rename(self, group: str) -> None:
+        """The group has another name from now on, and its leases with it."""
+        self._group = group
+        for lease in self._leases.values():
+            lease.group = group
+
     def by_age(self) -> Iterable[Lease]:
         """All leases, oldest first."""
         return self._leases.values()

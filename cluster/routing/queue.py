@@ -112,6 +112,12 @@ class WaitingQueue:
     def __len__(self) -> int:
         return self._count
 
+    def __iter__(self) -> Iterator[LiveRequest]:
+        """All that wait, in no order."""
+        for line in self._lines.values():
+            yield from line.timely.values()
+            yield from line.late.values()
+
     def count_of(self, tenant: str) -> int:
         """How many of a tenant's requests wait."""
         return len(self._lines.get(tenant, ()))

@@ -149,6 +149,16 @@ class Router:
         """A group's engine finishes what it has and takes nothing new; its leases stay."""
         self.fleet.groups[group].draining = True
 
+    def group_retires(self, group: str, as_name: str) -> None:
+        """A draining group ends its leases under another name, which its successor's is not."""
+        self.fleet.retire(group, as_name)
+
+    def group_leaves(self, group: str, now: float) -> list[Outcome]:
+        """Like `group_down`, of a group that will not return."""
+        outcomes = self.group_down(group, now)
+        self.fleet.forget(group)
+        return outcomes
+
     def account(self, group: str, update: AccountUpdate, now: float) -> list[Outcome]:
         """What changed in the account of a group's engine; ignored if the group is down."""
         known = self.fleet.groups.get(group)

@@ -11,10 +11,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from kvmesh.cluster.routing.autoscaling import AutoscalingPolicy
 from kvmesh.cluster.routing.config import RouterConfig
 from kvmesh.cluster.simulator.hardware import GPUS, MODELS, model_shape
 from kvmesh.cluster.simulator.metrics import Objective, Summary, summarize
-from kvmesh.cluster.simulator.policies import POLICIES
+from kvmesh.cluster.simulator.policies import OWN, POLICIES
+from kvmesh.cluster.simulator.scaling import Autoscaling
 from kvmesh.cluster.simulator.service_time import EngineShape, ServiceTime
 from kvmesh.cluster.simulator.simulation import Run, Scenario, simulate
 from kvmesh.cluster.simulator.synthetic import FAMILIES, synthetic_trace, workload_of
@@ -25,6 +27,7 @@ from kvmesh.cluster.simulator.trace import (
     inject_long,
     read_trace,
     with_tenants,
+    with_tide,
 )
 from kvmesh.kernels.formats.registry import get_format
 
@@ -100,12 +103,35 @@ def simulate_command(
     ] = 5.0,
     tpot: Annotated[float, typer.Option(help="Objective: seconds per further token.")] = 0.1,
     seed: Annotated[int, typer.Option(help="Seed of made-up traces and random policies.")] = 0,
+    autoscale: Annotated[
+        int | None,
+        typer.Option(
+            metavar="MIN",
+            help="Run kvmesh's policies again with MIN groups, to which others are added as the "
+            "load asks for them.",
+            min=1,
+        ),
+    ] = None,
+    group_start: Annotated[
+        float, typer.Option(help="Seconds that a group takes to start.", min=0.0)
+    ] = 60.0,
+    down_after: Annotated[
+        float,
+        typer.Option(help="Seconds after which a group is removed that is not needed.", min=0.0),
+    ] = 300.0,
+    tide: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SWING@SECONDS",
+            help="Let the rate of arrivals rise and fall by SWING (0 to 1) with this period.",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print all figures, as JSON.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Write a plot to this file.")] = None,
 ) -> None:
     """Run a trace through one or several placement policies and compare them."""
     requests = _requests(trace, trace_format, limit, seed, groups)
-    requests = _changed(requests, rate, inject, tenants)
+    requests = _changed(requests, rate, tide, inject, tenants)
     shapes = _shapes(trace, gpu, gpus_per_group, model, kv_format, max_step, groups)
     scenario = Scenario(
         shapes=shapes,
@@ -114,14 +140,20 @@ def simulate_command(
         router=RouterConfig(queue_limit=QUEUE_LIMIT),
         seed=seed,
     )
-    runs = [simulate(scenario, name) for name in _policies(policy)]
+    names = _policies(policy)
+    runs = [simulate(scenario, name) for name in names]
+    if autoscale is not None:
+        scaling = Autoscaling(AutoscalingPolicy(autoscale, down_after_s=down_after), group_start)
+        scaled = dataclasses.replace(scenario, scaling=scaling)
+        for run in (simulate(scaled, name) for name in names if name in OWN):
+            runs.append(dataclasses.replace(run, policy=f"{run.policy} {autoscale}-{groups}"))
     objective = Objective(ttft, ttft_stretch, tpot)
     service, chunk = ServiceTime.of(shapes[0]), shapes[0].max_num_batched_tokens
     summaries = [summarize(run, service, chunk, objective) for run in runs]
     if as_json:
         typer.echo(json.dumps([dataclasses.asdict(summary) for summary in summaries], indent=2))
     else:
-        _show(summaries, injected=inject is not None, tenants=tenants)
+        _show(summaries, groups, injected=inject is not None, tenants=tenants)
     if plot is not None:
         _plot(runs, plot)
 
@@ -136,9 +168,19 @@ def _requests(
 
 
 def _changed(
-    requests: list[TraceRequest], rate: float, inject: str | None, tenants: int
+    requests: list[TraceRequest],
+    rate: float,
+    tide: str | None,
+    inject: str | None,
+    tenants: int,
 ) -> list[TraceRequest]:
     requests = at_rate(requests, rate)
+    if tide is not None:
+        try:
+            swing, period_s = map(float, tide.split("@"))
+        except ValueError:
+            raise ValueError(f"tide must be SWING@SECONDS, got {tide!r}") from None
+        requests = with_tide(requests, period_s, swing)
     if tenants > 1:
         requests = with_tenants(requests, tenants)
     if inject is None:
@@ -182,7 +224,7 @@ def _policies(names: str) -> tuple[str, ...]:
     return POLICIES if names == "all" else tuple(names.split(","))
 
 
-def _show(summaries: list[Summary], *, injected: bool, tenants: int) -> None:
+def _show(summaries: list[Summary], groups: int, *, injected: bool, tenants: int) -> None:
     table = Table(
         title="goodput: requests per second within the objective; times in seconds",
         box=None,
@@ -207,6 +249,8 @@ def _show(summaries: list[Summary], *, injected: bool, tenants: int) -> None:
     console.print(table)
     for x in summaries:
         more = []
+        if (share := x.group_s / (groups * x.makespan_s)) < 1.0 - 1e-9:
+            more.append(f"groups ran for {x.group_s:,.0f} s in all, {share:.0%} of those of all")
         if x.refused:
             more.append(f"{x.refused} requests fit no group")
         if tenants > 1:

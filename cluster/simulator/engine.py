@@ -81,6 +81,11 @@ class SimEngine:
     def fits_ever(self, request: TraceRequest, max_tokens: int) -> bool:
         return self.pool.pages(request.prompt_tokens + max_tokens) <= self.pool.total_pages
 
+    def forget_prefixes(self) -> None:
+        """It stops, and what it cached is gone. Only when nothing is in flight."""
+        assert not self.in_flight
+        self.pool = SimPool(self.pool.total_pages, self.pool.page_size)
+
     # Events
 
     def submit(self, seq: SimSequence, now: float) -> float | None:

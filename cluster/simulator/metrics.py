@@ -39,6 +39,7 @@ class Summary:
     kv_used_share: of all pools' pages, mean over the run
     fairness: Jain's index of the tenants' mean times to first token
     long_wait_s: from arrival to the first computation, of each injected request
+    group_s: the time in which groups held GPUs, summed
     """
 
     policy: str
@@ -59,6 +60,7 @@ class Summary:
     long_wait_s: tuple[float, ...]
     long_ttft_s: tuple[float, ...]
     makespan_s: float
+    group_s: float
 
 
 SHORT_TOKENS = 32_768
@@ -93,6 +95,7 @@ def summarize(run: Run, service: ServiceTime, chunk_tokens: int, objective: Obje
         long_wait_s=tuple(seq.started_at - seq.request.arrival_s for seq in long),
         long_ttft_s=tuple(_ttft_s(seq) for seq in long),
         makespan_s=run.ended_at,
+        group_s=run.group_s,
     )
 
 

@@ -13,6 +13,7 @@ from kvmesh.cluster.routing.request import PlaceRequest
 from kvmesh.cluster.routing.router import Router
 from kvmesh.cluster.simulator.engine import SimEngine
 from kvmesh.cluster.simulator.policies import PEERS, POLICIES, WORST_CASE
+from kvmesh.cluster.simulator.scaling import Autoscaling, SimScaler
 from kvmesh.cluster.simulator.sequence import SimSequence
 from kvmesh.cluster.simulator.service_time import EngineShape, ServiceTime
 from kvmesh.cluster.simulator.trace import BLOCK_TOKENS, TraceRequest
@@ -30,6 +31,7 @@ class Scenario:
 
     shapes: one for each group
     max_tokens: what clients allow for output; the real length is the trace's
+    scaling: None if all groups run all the time; other systems' rules know no other way
     """
 
     shapes: Sequence[EngineShape]
@@ -37,6 +39,7 @@ class Scenario:
     max_tokens: int
     router: RouterConfig = field(default_factory=RouterConfig)
     seed: int = 0
+    scaling: Autoscaling | None = None
 
     def service(self, index: int) -> ServiceTime:
         return ServiceTime.of(self.shapes[index])
@@ -47,18 +50,21 @@ class Scenario:
 
 @dataclass(slots=True)
 class Run:
-    """The result of a simulation."""
+    """The result of a simulation. group_s: the time in which groups held GPUs, summed"""
 
     policy: str
     sequences: list[SimSequence]
     engines: list[SimEngine]
     ended_at: float
+    group_s: float
 
 
 class Dispatcher(Protocol):
     def arrive(self, seq: SimSequence, now: float) -> None: ...
 
     def tick(self, now: float) -> None: ...
+
+    def group_s(self, now: float) -> float: ...
 
     @property
     def idle(self) -> bool: ...
@@ -76,7 +82,7 @@ def simulate(scenario: Scenario, policy: str) -> Run:
         dispatcher = _Own(fleet, scenario, clairvoyant=policy == "clairvoyant")
     sequences = [SimSequence(request, scenario.allowed(request)) for request in scenario.requests]
     ended_at = fleet.run(sequences, dispatcher)
-    return Run(policy, sequences, fleet.engines, ended_at)
+    return Run(policy, sequences, fleet.engines, ended_at, dispatcher.group_s(ended_at))
 
 
 class _Fleet:
@@ -142,6 +148,9 @@ class _Peer:
     def tick(self, now: float) -> None:
         """Does nothing: no request waits here."""
 
+    def group_s(self, now: float) -> float:
+        return now * len(self._fleet.engines)
+
 
 class _Own:
     """The core of kvmesh's own router, with the simulation's clock."""
@@ -170,7 +179,12 @@ class _Own:
             )
             fleet.engines.append(engine)
             self._infos.append(engine_info(engine, shape))
-            self._router.group_up(f"g{index}", self._infos[-1], (), 0.0)
+        self._scaler = SimScaler(
+            self._router,
+            {f"g{engine.index}": engine for engine in fleet.engines},
+            {f"g{index}": info for index, info in enumerate(self._infos)},
+            scenario.scaling,
+        )
 
     @property
     def idle(self) -> bool:
@@ -200,6 +214,10 @@ class _Own:
                 names = [block.to_bytes(8, "little") for block in evicted]
                 self._router.fleet.pages_changed(f"g{engine.index}", (), names)
         self._settle(self._router.tick(now), now)
+        self._settle(self._scaler.tick(now), now)
+
+    def group_s(self, now: float) -> float:
+        return self._scaler.clock.total_s(now)
 
     def _settle(self, outcomes: Iterable[Outcome], now: float) -> None:
         for outcome in outcomes:
@@ -211,8 +229,10 @@ class _Own:
                     seq.covered = placement.leased_output_tokens
                     self._fleet.send(seq, int(placement.group[1:]))
                     self._report(seq, AccountUpdate(arrived=(placement.lease,)), now)
-                case Refused(request_id=request_id):
+                case Refused(request_id=request_id, error=error):
                     self._waiting.pop(request_id).refused = True
+                    if self._scaler.autoscaler is not None:
+                        self._scaler.autoscaler.note_refused(error)
                 case Grown(lease=lease):
                     seq = self._leased[lease.lease_id]
                     geometry = self._infos[seq.group].geometry

@@ -6,14 +6,18 @@ import contextlib
 import csv
 import datetime
 import json
+import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
+
 BLOCK_TOKENS = 512  # of a Mooncake trace's hash ids
 FORMATS = ("mooncake", "azure")
+TIDE_POINTS = 1000  # of each period, that arrivals are interpolated between
 MOONCAKE_KEYS = ("timestamp", "input_length", "output_length", "hash_ids")
 AZURE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 
@@ -61,6 +65,27 @@ def at_rate(requests: Sequence[TraceRequest], factor: float) -> list[TraceReques
     if not factor > 0:
         raise ValueError(f"rate must be greater than 0, got {factor}")
     return [replace(request, arrival_s=request.arrival_s / factor) for request in requests]
+
+
+def with_tide(
+    requests: Sequence[TraceRequest], period_s: float, swing: float
+) -> list[TraceRequest]:
+    """The same requests, arriving at a rate that rises and falls, from its lowest on.
+
+    period_s: from one low to the next
+    swing: the rate is between 1 - swing and 1 + swing times that of the trace
+    """
+    if not period_s > 0:
+        raise ValueError(f"the period of a tide must be greater than 0 s, got {period_s}")
+    if not 0 <= swing <= 1:
+        raise ValueError(f"the swing of a tide must be within [0, 1], got {swing}")
+    ends_s = requests[-1].arrival_s + period_s
+    times = np.linspace(0.0, ends_s, 1 + math.ceil(TIDE_POINTS * ends_s / period_s))
+    angle = 2.0 * math.pi / period_s
+    passed = times - swing / angle * np.sin(angle * times)  # of the trace's own time
+    at = np.interp([request.arrival_s for request in requests], passed, times)
+    pairs = zip(requests, at, strict=True)
+    return [replace(request, arrival_s=float(moved)) for request, moved in pairs]
 
 
 def with_tenants(requests: Sequence[TraceRequest], count: int) -> list[TraceRequest]:

@@ -7,7 +7,7 @@ engine, and histograms one value for each step or for each request.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Protocol
 
 from kvmesh.cluster.reports import ClusterStatus, EngineLatencies, LatencyStats
@@ -206,6 +206,10 @@ class IngressMeters:
         self._meters.record(table.OPEN_CALLS, open_calls)
         self._meters.record(table.ROUTER_CONNECTED, connected, process="ingress")
 
+    def keys(self, current: bool) -> None:
+        """Whether the files of keys could be used."""
+        self._meters.record(table.KEYS_CURRENT, current)
+
     def _tenant(self, tenant: str) -> str:
         return tenant if tenant in self._tenants else OTHER_TENANT
 
@@ -231,12 +235,14 @@ class RouterMeters:
     def status(
         self,
         status: ClusterStatus,
-        groups: Iterable[str],
+        groups: Collection[str],
+        wanted: Collection[str],
         tenants: Mapping[str, TenantStatus],
     ) -> None:
-        """groups: that are configured"""
+        """groups: that are configured; wanted: those of them that are to run"""
         record, total, router = self._meters.record, self._meters.total, status.router
         for group in groups:
+            record(table.GROUP_WANTED, group in wanted, group=group)
             record(table.GROUP_UP, group in status.healthy, group=group)
         record(table.QUEUE_REQUESTS, router.queue_depth)
         record(table.OLDEST_WAIT, status.oldest_wait_s)
@@ -247,6 +253,8 @@ class RouterMeters:
         total(table.AUDITS, status.audits_total - status.audit_faults_total, result="agree")
         total(table.AUDITS, status.audit_faults_total, result="differ")
         for account in router.groups:
+            if account.group not in groups:
+                continue  # it ends under a name that only it has
             free = max(account.capacity_bytes - account.used_bytes, 0)
             record(table.LEDGER, account.used_bytes, group=account.group, state="leased")
             record(table.LEDGER, free, group=account.group, state="free")

@@ -140,7 +140,7 @@ FAILOVERS = Metric(
     labels={
         **GROUP,
         "cause": "`suspect`: the engine failed, perhaps because of this request; `cleared`: it "
-        "failed for another reason; `refused`: it was gone before it had the request",
+        "failed for another reason, or drains; `refused`: it was gone before it had the request",
     },
 )
 QUARANTINES = Metric(
@@ -173,6 +173,14 @@ ROUTER_CONNECTED = Metric(
     labels={"process": "`ingress`, or the group's name"},
 )
 
+KEYS_CURRENT = Metric(
+    "kvmesh_api_keys_current",
+    GAUGE,
+    "ingress",
+    "1 if the files in `auth.key_directory` could be used when they were last read, 0 if the keys "
+    "from before are in use; always 1 without that setting",
+)
+
 # Router
 
 GROUP_UP = Metric(
@@ -180,6 +188,13 @@ GROUP_UP = Metric(
     GAUGE,
     "router",
     "1 if the engine of a configured group is connected, else 0",
+    labels=GROUP,
+)
+GROUP_WANTED = Metric(
+    "kvmesh_group_wanted",
+    GAUGE,
+    "router",
+    "1 if a configured group is to run, 0 if the autoscaler has stopped it",
     labels=GROUP,
 )
 QUEUE_REQUESTS = Metric(
@@ -310,7 +325,11 @@ SEQUENCES = Metric(
     COUNTER,
     "engine",
     "Sequences that have ended",
-    labels={**GROUP, "outcome": "`stop`, `length`, `abort`, `deadline` or `fault`"},
+    labels={
+        **GROUP,
+        "outcome": "`stop`, `length`, `abort`, `deadline` or `fault`; `cleared`: it continues on "
+        "another group, because this one drains",
+    },
 )
 LIVE_SEQUENCES = Metric(
     "kvmesh_live_sequences",

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from kvmesh.cluster.engine_service import EngineService, _Ingress
 from kvmesh.cluster.errors import Failure
+from kvmesh.cluster.group_connections import GroupConnections
 from kvmesh.cluster.identity import Identity
 from kvmesh.cluster.ingress.answers.model_form import ModelForm
 from kvmesh.cluster.ingress.service import IngressService
@@ -221,6 +222,20 @@ class WatchedEngine(EngineService):
             super().end(request_ids, reason)
 
 
+class WatchedGroups(GroupConnections):
+    """Tells the router that watches what it is told of engines."""
+
+    watcher: WatchedRouter
+
+    def account(self, name: str, message: AccountNews) -> None:
+        self.watcher.note_account(message)
+        super().account(name, message)
+
+    def down(self, connection: Link) -> None:
+        self.watcher.note_down(self.name_of(connection))
+        super().down(connection)
+
+
 class WatchedRouter(RouterService):
     """Records what was granted and how often each lease has ended; can withhold growth."""
 
@@ -233,6 +248,8 @@ class WatchedRouter(RouterService):
         self.meters = SeenMeters()
         meters = RouterMeters(self.meters, [TENANT])
         super().__init__(config, meters, groups=list(groups), clock=clock)
+        self.groups.__class__ = WatchedGroups
+        self.groups.watcher = self  # type: ignore[attr-defined]
         self.placed: list[PlaceRequest] = []
         self.granted: list[Placement] = []
         self.lease_ends: Counter[str] = Counter()
@@ -283,17 +300,15 @@ class WatchedRouter(RouterService):
     def _holds(self, lease_id: str) -> bool:
         return lease_id in self.router.fleet.leases
 
-    def account(self, name: str, message: AccountNews) -> None:
+    def note_account(self, message: AccountNews) -> None:
         self.first_tokens.update(message.update.first_tokens)
         self.wanted.update(want.lease_id for want in message.update.wants)
         for end in message.update.ended:
             self.lease_ends[end.lease_id] += self._holds(end.lease_id)
             self.learned.append(end.output_tokens)
-        super().account(name, message)
 
-    def group_down(self, name: str, connection: Link) -> None:
+    def note_down(self, name: str) -> None:
         self.voided |= {x.lease.lease_id for x in self.granted if x.group == name}
-        super().group_down(name, connection)
 
     def settle(self, outcomes: Iterable[Outcome]) -> None:
         for outcome in outcomes:
@@ -349,7 +364,7 @@ class Machine:
         for engine in self.engines.values():
             await engine.start()
         self.ingress.start()
-        await self.until(lambda: len(self.router._groups) == len(self.engines))
+        await self.until(lambda: len(self.router.groups.names) == len(self.engines))
         await self.ingress.refresh()
 
     async def stop(self) -> None:
@@ -364,7 +379,7 @@ class Machine:
         self.router.die()
         self.router = WatchedRouter(config or self.router.router.config, self.engines, self._clock)
         await self.router.listen()
-        await self.until(lambda: len(self.router._groups) == len(self.engines))
+        await self.until(lambda: len(self.router.groups.names) == len(self.engines))
         return self.router
 
     async def replace_engine(self, name: str) -> None:
@@ -374,13 +389,13 @@ class Machine:
         self.executors[name] = GatedExecutor()
         self.engines[name] = WatchedEngine(name, self.executors[name], self.find_router)
         await self.engines[name].start()
-        await self.until(lambda: name in self.router._groups)
+        await self.until(lambda: name in self.router.groups.names)
 
     def hang(self, name: str) -> None:
         """Make an engine's peers find it silent. It then continues, as after a SIGCONT."""
         epoch = self.engines[name].leader.account.info.epoch
         to_engine = self.ingress._engines._links[epoch]._connection
-        for connection in (self.router._groups[name].connection, to_engine):
+        for connection in (self.router.groups[name].connection, to_engine):
             assert connection is not None
             for _ in range(MAX_SILENT_BEATS + 1):
                 connection.beat()

@@ -260,7 +260,10 @@ async def test_keys_are_read_again_and_a_broken_file_changes_nothing(
     write_keys(tmp_path, a="old\n")
     auth = AuthSection(key_directory=tmp_path)
     authenticator = Authenticator(known_keys(auth))
-    following = asyncio.create_task(follow_keys(auth, authenticator, period_s=0.001))
+    current: list[bool] = []
+    following = asyncio.create_task(
+        follow_keys(auth, authenticator, current.append, period_s=0.001)
+    )
 
     def accepts(key: str) -> bool:
         try:
@@ -283,9 +286,11 @@ async def test_keys_are_read_again_and_a_broken_file_changes_nothing(
             await asyncio.sleep(0.001)
     assert accepts("new") and not accepts("last")
     assert str(tmp_path / "b") in caplog.text and "two" not in caplog.text
+    assert current[-1:] == [False]
     (tmp_path / "b").unlink()
     await until_accepted("last")
     assert not accepts("new") and not accepts("old")
+    assert current[-1:] == [True]
     following.cancel()
 
 

@@ -19,7 +19,7 @@ from typer.testing import CliRunner, Result
 import kvmesh.client
 from kvmesh.client import Client, FakeServer, FakeTransport, KVMeshError
 from kvmesh.client import errors as sdk
-from kvmesh.cluster.cli import app
+from kvmesh.cluster.cli.commands import app
 from kvmesh.cluster.cli.exits import ExitCode, exit_code_of
 from kvmesh.cluster.errors import StartError
 from kvmesh.protos import pb
@@ -335,7 +335,7 @@ def test_quiet_leaves_results_and_errors(fake: FakeServer) -> None:
 def start(*arguments: str, **options: Any) -> subprocess.Popen[bytes]:
     """A command in its own process."""
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "KVMESH_API_KEY": "k"}
-    code = "from kvmesh.cluster.cli import app; app()"
+    code = "from kvmesh.cluster.cli.commands import app; app()"
     return subprocess.Popen(
         [sys.executable, "-c", code, *arguments], env=environ, stderr=subprocess.PIPE, **options
     )

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner, Result
 
-from kvmesh.cluster.cli import app
+from kvmesh.cluster.cli.commands import app
 from kvmesh.cluster.cli.exits import ExitCode
 from kvmesh.cluster.cli.settings_options import FLAGS, ServeSettings
 from kvmesh.cluster.config import ClusterConfig, build

@@ -302,6 +302,14 @@ def test_each_group_is_checked_for_what_does_not_go_together() -> None:
     assert build({"engine": engine, "groups": [{"kv_format": "int8", "max_num_seqs": 1}]})
 
 
+@pytest.mark.parametrize("groups", [2, [{}, {"kv_format": "k4v4"}]])
+def test_no_more_groups_can_always_run_than_there_are(groups: object) -> None:
+    with pytest.raises(ConfigError, match="at most the number of groups, 2, got 3") as caught:
+        build({"groups": groups, "autoscaling": {"min_groups": 3}})
+    assert caught.value.field == "autoscaling.min_groups"
+    assert len(build({"groups": groups, "autoscaling": {"min_groups": 2}}).first_groups()) == 2
+
+
 def test_a_configuration_is_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
         ClusterConfig().groups = 2

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from kvmesh.cluster.cli import app
+from kvmesh.cluster.cli.commands import app
 from kvmesh.cluster.cli.eval_plot import plot_perplexity
 from kvmesh.cluster.cli.formats_command import describe
 from kvmesh.kernels.formats.registry import format_names, get_format

@@ -18,6 +18,7 @@ from kvmesh.cluster.resources import (
 from kvmesh.workers.errors import ConfigError
 
 CPUS = {"CPU": 8.0, "memory": 1e9}
+GPUS = {"CPU": 8.0, "GPU": 1.0}
 
 
 def test_each_groups_layout_must_divide_the_models_heads() -> None:
@@ -54,6 +55,13 @@ def test_a_group_needs_a_node_of_its_size() -> None:
     with pytest.raises(ConfigError, match=r"9.1 CPUs there.* has 0 GPUs and 8 CPUs") as caught:
         check_nodes(config, [CPUS, {"CPU": 4.0}])
     assert caught.value.field == "engine.tp"
+
+
+def test_groups_that_come_later_may_bring_their_nodes() -> None:
+    groups = {"groups": [{"tp": 1}, {"tp": 4}], "engine": {"device": "cuda"}}
+    with pytest.raises(ConfigError, match="5 GPUs"):
+        check_nodes(build(groups), [GPUS])
+    check_nodes(build({**groups, "autoscaling": {"min_groups": 1}}), [GPUS])
 
 
 def test_what_a_group_reserves() -> None:

@@ -363,7 +363,8 @@ class Zombie:
         info = replace(self._built.leaders[self._name].account.info, epoch="zombie")
         hung = LeaseTerms("hung", 1, 1, 1, 1)
         nothing = AccountUpdate(), PageChanges((), ())
-        router.send(Hello(self._name, started_ns, info, Address("127.0.0.1", 1), (hung,), *nothing))
+        address = Address("127.0.0.1", 1)
+        router.send(Hello(self._name, started_ns, "node", info, address, (hung,), *nothing))
         router.send(AccountNews(AccountUpdate(arrived=(hung,)), nothing[1]))
         router.send(Report(EngineReport(info, EngineLoads()), audited=True))
 
@@ -389,7 +390,7 @@ async def test_an_engine_that_returns_after_its_replacement_is_sent_away() -> No
 
 async def test_an_engine_that_connects_again_before_it_was_missed_is_not_replaced() -> None:
     async with machine() as one:
-        first = one.router._groups["g0"].connection
+        first = one.router.groups["g0"].connection
         again = Zombie(one, "g0")
         await again.greet(one.engines["g0"]._account._started_ns)
         await one.until(lambda: first.closed)
@@ -414,8 +415,8 @@ async def test_an_engine_fails_when_it_hears_that_it_was_replaced() -> None:
         one.allow(MANY)
         await rest_of(stream, received)
         assert received.tokens[0] == answer(PROMPT, 60)
-        await one.until(lambda: len(one.router._groups) == 1)
-        assert one.router._groups["g0"].info == one.leaders["g0"].account.info
+        await one.until(lambda: len(one.router.groups.names) == 1)
+        assert one.router.groups["g0"].info == one.leaders["g0"].account.info
 
 
 async def test_draining_refuses_new_requests_and_waits_for_running_ones() -> None:
@@ -458,8 +459,8 @@ async def test_nothing_more_is_placed_on_an_engine_that_drains() -> None:
         assert received.started is not None
         first = received.started.group
         draining = asyncio.create_task(two.engines[first].drain(1000.0))
-        await two.until(lambda: first in two.router._reports.latest)
-        await two.until(lambda: two.router._reports.latest[first].draining)
+        await two.until(lambda: first in two.router.reports.latest)
+        await two.until(lambda: two.router.reports.latest[first].draining)
         two.allow(MANY)
         await asyncio.gather(*(run_request(two, 20, str(i)) for i in range(6)))
         assert [placed.group for placed in two.router.granted].count(first) == 1

@@ -152,11 +152,11 @@ async def lose_two(built: Machine, lose: Callable[[str], None]) -> list[Received
         for stream, before in zip(streams, received, strict=True)
     ]
     lose("g0")
-    await built.until(lambda: "g0" not in built.router._groups)
+    await built.until(lambda: "g0" not in built.router.groups.names)
     for executor in built.executors.values():
         executor.allow(3)
     lose("g1")
-    await built.until(lambda: "g1" not in built.router._groups)
+    await built.until(lambda: "g1" not in built.router.groups.names)
     built.allow(MANY)
     done = await asyncio.gather(*rest)
     check_undisturbed(good, done)

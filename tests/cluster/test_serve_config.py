@@ -10,7 +10,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from kvmesh.cluster.cli import app as command_line
+from kvmesh.cluster.cli.commands import app as command_line
 from kvmesh.cluster.config import AuthSection, ClusterConfig, build
 from kvmesh.cluster.config_sources import load
 from kvmesh.cluster.config_text import block_yaml, changed
@@ -47,6 +47,14 @@ def test_the_builder_gets_the_same_settings(values: dict[str, Any]) -> None:
     assert build(changed(config)) == config
     assert build(arguments(config)) == config
     assert build(yaml.safe_load(block_yaml(serve_config(config)))["applications"][0]["args"])
+
+
+def test_serve_is_scaled_by_the_router_only_where_groups_come_and_go() -> None:
+    fixed, scaled = ({"groups": 3}, {"groups": 3, "autoscaling": {"min_groups": 2}})
+    assert "external_scaler_enabled" not in serve_config(build(fixed))["applications"][0]
+    assert serve_config(build(scaled))["applications"][0]["external_scaler_enabled"] is True
+    assert [*build(scaled).first_groups()] == ["engine-0", "engine-1"]
+    assert [*build(fixed).first_groups()] == ["engine-0", "engine-1", "engine-2"]
 
 
 def test_only_what_was_set_is_printed() -> None:

@@ -72,7 +72,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTransport]:
 
 @pytest.mark.parametrize("command", [["generate", "hi"], ["chat"]])
 def test_piped_commands_print_the_text_alone(fake: FakeTransport, command: list[str]) -> None:
-    from kvmesh.cluster.cli import app
+    from kvmesh.cluster.cli.commands import app
 
     result = CliRunner().invoke(app, command, input="hi\n\n")
     assert result.exit_code == 0

@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from kvmesh.cluster.cli import app
+from kvmesh.cluster.cli.commands import app
 from kvmesh.workers.errors import ConfigError, UnsupportedModelError
 from kvmesh.workers.model import embedded
 from kvmesh.workers.model.facts import read_facts

@@ -204,7 +204,7 @@ def test_the_wheel_contains_only_the_package(wheel: Path) -> None:
         "protobuf",
     }
     assert metadata["License-Expression"] == "Apache-2.0"
-    assert "kvmesh = kvmesh.cluster.command:main" in entry_points
+    assert "kvmesh = kvmesh.cluster.cli:main" in entry_points
 
 
 def test_a_base_install_is_the_sdk(wheel: Path, bare_python: Path, tmp_path: Path) -> None:

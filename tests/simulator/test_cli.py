@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from kvmesh.cluster.cli import app
+from kvmesh.cluster.cli.commands import app
 from kvmesh.cluster.simulator.hardware import model_shape
 from kvmesh.workers.errors import ConfigError
 
@@ -48,6 +48,16 @@ def test_long_prompts_and_tenants_have_a_line_of_their_own() -> None:
     result = run("--limit", "40", "--tenants", "2", "--inject-long", "1@50000")
     assert "TTFT of the long prompts" in result.output
     assert "fairness between tenants" in result.output
+
+
+def test_groups_that_come_and_go_have_a_line_of_their_own() -> None:
+    trace = ("--trace", "synthetic:decode-smooth-private", "--limit", "300", "--groups", "3")
+    result = run(*trace, "--rate", "0.3", "--tide", "0.9@200", "--autoscale", "1")
+    assert result.exit_code == 0
+    assert "kvmesh 1-3: groups ran for" in result.output
+    assert "kvmesh: groups ran for" not in result.output, "all of them ran all the time"
+    wrong = run(*trace, "--tide", "fast")
+    assert wrong.exit_code == 2 and "SWING@SECONDS, got 'fast'" in wrong.stderr
 
 
 def test_any_model_configuration_will_do(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
-from kvmesh.cluster.cli import app
+from kvmesh.cluster.cli.commands import app
 from kvmesh.kernels.formats.base import LayerParams
 from kvmesh.kernels.formats.nuq.rope import RopePairs, phases
 from kvmesh.kernels.formats.nuq.side import NonUniform

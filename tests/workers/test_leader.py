@@ -264,6 +264,22 @@ async def test_drain_waits_for_running_sequences() -> None:
         assert tokens_of(read["a"]) == expected_output([3, 4], 20)
 
 
+async def test_drain_hands_over_what_has_not_ended_in_time() -> None:
+    async with running() as (leader, executor):
+        inbox = Inbox()
+        leader.submit([request("a", [3, 4], params=ENDLESS)], inbox.deliver)
+        executor.allow(1)
+        await inbox.take()
+        draining = asyncio.create_task(leader.drain(0.0))
+        while leader._thread._commands.empty():
+            await asyncio.sleep(0)
+        executor.allow(MANY)
+        read = await inbox.until_end({"a"})
+        assert read["a"][-1].finish_reason is EndReason.CLEARED
+        await asyncio.wait_for(draining, 60)
+        assert leader.account.loads.pool.used == PageNeed(0, 0)
+
+
 async def test_the_account_of_a_lease_from_its_arrival_to_its_end() -> None:
     async with running() as (leader, executor):
         inbox = Inbox()

@@ -90,11 +90,11 @@ def read_facts(path: Path) -> ModelFacts:
         intermediate_size=integers["intermediate_size"],
         vocab_size=integers["vocab_size"],
         max_model_len=_max_model_len(config),
-        eos_token_ids=_eos_token_ids(path, config),
+        eos_token_ids=eos_token_ids(path),
         weight_bytes=sum(tensor.num_bytes for tensor in tensors.values()),
         dtype=_DTYPE_NAMES[max((t.dtype for t in tensors.values()), default="F32")],
         sliding_windows=architecture.sliding_windows(config),
-        unused_token_ids=_unused_token_ids(path, integers["vocab_size"]),
+        unused_token_ids=unused_token_ids(path),
     )
 
 
@@ -194,9 +194,12 @@ def _positive(config: Mapping[str, Any], key: str, path: Path) -> int:
     return value
 
 
-def _eos_token_ids(path: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
-    """The end-of-sequence tokens of generation config, configuration and tokenizer together."""
-    ids: list[int] = []
+def eos_token_ids(path: Path) -> tuple[int, ...]:
+    """The end-of-sequence tokens of generation config, configuration and tokenizer together.
+
+    path: a directory that has these; it needs no weights
+    """
+    config, ids = read_json(path / "config.json"), list[int]()
     if (path / "generation_config.json").exists():
         ids += _as_ids(read_json(path / "generation_config.json").get("eos_token_id"))
     ids = ids or _as_ids(config.get("eos_token_id"))
@@ -225,8 +228,12 @@ def _tokenizer_eos(path: Path) -> list[int]:
     return [int(token["id"]) for token in added if token.get("content") == text]
 
 
-def _unused_token_ids(path: Path, vocab_size: int) -> tuple[int, ...]:
-    """Ids that the tokenizer does not use; none without a tokenizer."""
+def unused_token_ids(path: Path) -> tuple[int, ...]:
+    """Ids below the width of the logits that the tokenizer does not use; none without one.
+
+    path: a directory that has the tokenizer and the configuration; it needs no weights
+    """
+    vocab_size = _positive(read_json(path / "config.json"), "vocab_size", path)
     file = path / "tokenizer.json"
     if not file.exists():
         return ()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,8 @@ from kvmesh.workers.model.store import ModelStore, default_root, installed_root
 
 Progress = Callable[[str, float | None], None]
 
-_HUB_FILES = ("*.json", "*.safetensors", "*.jinja")
+_TOKENIZER_FILES = ("*.json", "*.jinja")
+_HUB_FILES = (*_TOKENIZER_FILES, "*.safetensors")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -52,8 +53,24 @@ def resolve_model(
     Raises ConfigError (field `model`) naming what is missing or malformed, and
     UnsupportedModelError for a model that would be computed incorrectly.
     """
-    report = progress or _silent
-    store = ModelStore(root or default_root())
+    directory, name = _find(
+        name_or_path, progress or _silent, ModelStore(root or default_root()), _HUB_FILES
+    )
+    return ModelFiles(directory, name, read_facts(directory).revision)
+
+
+def resolve_tokenizer(name_or_path: str) -> tuple[Path, str]:
+    """A directory with a model's configuration and tokenizer, and what clients call the model.
+
+    Like `resolve_model`, but of a model on the hub no weights are fetched.
+    """
+    return _find(name_or_path, _silent, ModelStore(default_root()), _TOKENIZER_FILES)
+
+
+def _find(
+    name_or_path: str, report: Progress, store: ModelStore, hub_files: Sequence[str]
+) -> tuple[Path, str]:
+    """The model's directory and name. hub_files: patterns of what is fetched from the hub"""
     name = name_or_path
     path = Path(name_or_path).expanduser()
     if name_or_path == EMBEDDED_NAME:
@@ -63,14 +80,14 @@ def resolve_model(
     elif path.is_file():
         directory, name = _gguf(path, store, report), path.stem
     elif _HUB_NAME.fullmatch(name_or_path):
-        directory = _hub(name_or_path, report)
+        directory = _hub(name_or_path, report, hub_files)
     else:
         raise ConfigError(
             "model",
             f"{name_or_path!r} is not a model; expected {EMBEDDED_NAME}, a directory, a GGUF file"
             " or a name on the hub (owner/name)",
         )
-    return ModelFiles(directory, name, read_facts(directory).revision)
+    return directory, name
 
 
 def _silent(step: str, share: float | None) -> None:
@@ -109,13 +126,13 @@ def _gguf(file: Path, store: ModelStore, report: Progress) -> Path:
     return directory
 
 
-def _hub(name: str, report: Progress) -> Path:
+def _hub(name: str, report: Progress, files: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     report(f"downloading {name}", None)
     try:
-        return Path(snapshot_download(name, allow_patterns=list(_HUB_FILES)))
+        return Path(snapshot_download(name, allow_patterns=list(files)))
     except LocalEntryNotFoundError as error:
         raise ConfigError(
             "model",

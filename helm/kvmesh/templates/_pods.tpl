@@ -11,6 +11,8 @@
 - name: {{ . }}
   value: {{ $bytes | quote }}
 {{- end }}
+- name: {{ $generated.drainVariable }}
+  value: {{ add (include "kvmesh.drainSeconds" . | int64) (int64 $generated.nodeDrainMarginSeconds) | quote }}
 - name: HOME
   value: /tmp
 - name: RAY_USAGE_STATS_ENABLED

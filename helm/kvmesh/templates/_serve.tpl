@@ -28,6 +28,9 @@ applications:
   - name: {{ (include "kvmesh.generated" . | fromYaml).application }}
     route_prefix: /
     import_path: {{ (include "kvmesh.generated" . | fromYaml).builder }}
+    {{- if (.Values.config.autoscaling | default dict).min_groups }}
+    external_scaler_enabled: true
+    {{- end }}
     args:
       {{- include "kvmesh.config" . | nindent 6 }}
 {{- end -}}

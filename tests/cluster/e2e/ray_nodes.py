@@ -10,13 +10,17 @@ import sys
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from kvmesh.cluster.config import build
 from kvmesh.cluster.environment import local_variables
 from kvmesh.cluster.ports import PortBlock
 from kvmesh.cluster.processes import adopt_orphans, descendants, end_descendants
+from kvmesh.cluster.serve_config import anywhere, serve_config
 from tests.cluster.e2e.harness import wait_for
 
 RAY = Path(sys.executable).with_name("ray")
@@ -31,11 +35,29 @@ def node_address() -> str:
     return subprocess.check_output([sys.executable, "-c", code], text=True).strip()
 
 
+@dataclass
+class RayNodes:
+    """url: of the REST API; gcs: its address; commands: that run the nodes, by node id"""
+
+    url: str
+    gcs: str
+    commands: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+    def kill(self, node: str) -> None:
+        """As if its machine had lost power: every process of the node, at once."""
+        command = psutil.Process(self.commands[node].pid)
+        processes = [command, *command.children(recursive=True)]
+        for process in processes:
+            process.suspend()  # so that none sees another die
+        for process in processes:
+            process.kill()
+
+
 @contextmanager
 def ray_nodes(
     directory: Path, ports: PortBlock, values: dict[str, Any], *cpus: int
-) -> Iterator[tuple[str, str]]:
-    """Nodes with nothing of kvmesh but its variables; the addresses of REST API and GCS.
+) -> Iterator[RayNodes]:
+    """Nodes with nothing of kvmesh but its variables.
 
     directory: with a short path
     cpus: of the head and of each worker
@@ -43,31 +65,38 @@ def ray_nodes(
     variables = local_variables(build(values), directory / "p", ports)
     # Nodes find each other by this host's address: Ray replaces 127.0.0.1 by it.
     del variables["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"]
+    # A node that is lost is missed within seconds. Elsewhere Ray's defaults apply.
+    variables |= {"RAY_health_check_period_ms": "1000", "RAY_health_check_failure_threshold": "5"}
+    variables["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] = "0"  # the end of a test is no drain
     environment = {**os.environ, **variables, "RAY_AUTH_TOKEN": TOKEN}
     adopt_orphans()
     keep = descendants()
     gcs, url = f"{node_address()}:{ports.single(8)}", f"http://127.0.0.1:{ports.single(7)}"
+    nodes = RayNodes(url, gcs)
     roles = [["--head", f"--port={ports.single(8)}", f"--dashboard-port={ports.single(7)}"]]
     roles[0].append(f"--temp-dir={directory / 'r'}")
     roles += [[f"--address={gcs}"] for _ in cpus[1:]]
     log = (directory / "ray.log").open("w")
-    started = []
     try:
         for role, count in zip(roles, cpus, strict=True):
             command = [str(RAY), "start", "--block", f"--num-cpus={count}", OBJECT_STORE]
             # A node's agent would have a fixed port, which only one node of a host can have.
             command += ["--dashboard-agent-listen-port=0", *role]
-            started.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+            process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+            # One after the other: nodes that start together choose the same names for sockets.
             wait_for(
-                lambda: answers(f"{url}/api/serve/applications/"),
-                lambda: f"Ray's REST API: {(directory / 'ray.log').read_text()}",
+                lambda: len(alive_nodes(url)) > len(nodes.commands),
+                lambda: f"a node is up: {(directory / 'ray.log').read_text()}",
                 within_s=120,
             )
-        yield url, gcs
+            (node,) = alive_nodes(url) - nodes.commands.keys()
+            nodes.commands[node] = process
+        yield nodes
     finally:
-        for process in reversed(started):
+        commands = list(nodes.commands.values())
+        for process in reversed(commands):
             process.terminate()
-        for process in started:
+        for process in commands:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(20)
         end_descendants(keep)
@@ -88,6 +117,17 @@ def answers(url: str) -> bool:
         return False
 
 
+def alive_nodes(url: str) -> set[str]:
+    """Ids of the nodes that Ray's REST API knows to be alive; none while it does not answer."""
+    try:
+        with _ask(f"{url}/nodes?view=summary") as reply:
+            summary = json.load(reply)["data"]["summary"]
+    except OSError:
+        return set()
+    found = (node["raylet"] for node in summary)
+    return {raylet["nodeId"] for raylet in found if raylet.get("state") == "ALIVE"}
+
+
 def applications(url: str) -> dict[str, Any]:
     """What Serve knows of its applications, by name."""
     with _ask(f"{url}/api/serve/applications/") as reply:
@@ -99,6 +139,11 @@ def application(url: str) -> dict[str, Any]:
     """What Serve knows of kvmesh's."""
     found: dict[str, Any] = applications(url)["kvmesh"]
     return found
+
+
+def deployable(values: dict[str, Any]) -> dict[str, Any]:
+    """What Serve is given for these settings, which have host and ports."""
+    return serve_config(anywhere(build(values), os.environ))
 
 
 def deploy(url: str, config: Path) -> None:

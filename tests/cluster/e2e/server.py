@@ -52,7 +52,7 @@ class Server:
             [
                 sys.executable,
                 "-c",
-                "from kvmesh.cluster.cli import app; app()",
+                "from kvmesh.cluster.cli.commands import app; app()",
                 "serve",
                 "--config",
                 str(config),

@@ -33,7 +33,7 @@ pytestmark = [
 ]
 
 KEY, NEXT_KEY = "a-key-of-a-test", "its-next-key"
-KVMESH = (sys.executable, "-c", "from kvmesh.cluster.cli import app; app()")
+KVMESH = (sys.executable, "-c", "from kvmesh.cluster.cli.commands import app; app()")
 
 
 def settings(directory: Path, ports: PortBlock) -> dict[str, Any]:
@@ -66,7 +66,8 @@ def test_what_config_prints_is_deployed_by_rest_and_answers() -> None:
         file = directory / "serve.yaml"
         file.write_text(printed)
         assert KEY not in printed
-        with ray_nodes(directory, ports, values, 4) as (url, _):
+        with ray_nodes(directory, ports, values, 4) as nodes:
+            url = nodes.url
             deploy(url, file)
             target = f"127.0.0.1:{values['ingress']['port']}"
             with Client(target, api_key=KEY) as client:
@@ -104,8 +105,8 @@ def test_serve_joins_a_cluster_with_its_token_and_says_so_without() -> None:
         file.write_text(yaml.safe_dump(values))
         token = directory / "token"
         token.write_text(TOKEN)
-        with ray_nodes(directory, ports, values, 4) as (url, gcs):
-            serve = [*KVMESH, "serve", f"--address={gcs}", f"--config={file}"]
+        with ray_nodes(directory, ports, values, 4) as nodes:
+            serve = [*KVMESH, "serve", f"--address={nodes.gcs}", f"--config={file}"]
 
             def environment(**variables: str) -> dict[str, str]:
                 cache = os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))
@@ -132,5 +133,5 @@ def test_serve_joins_a_cluster_with_its_token_and_says_so_without() -> None:
                     assert answer.usage.completion_tokens == 4
                 process.send_signal(signal.SIGTERM)
                 assert process.wait(90) == 0
-            assert "kvmesh" not in applications(url)
+            assert "kvmesh" not in applications(nodes.url)
     ports.release()

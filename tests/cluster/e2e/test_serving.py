@@ -640,7 +640,7 @@ def test_logs_name_requests_and_never_hold_what_they_say(
 
 def kvmesh(endpoint: Endpoint, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", "from kvmesh.cluster.cli import app; app()", *arguments],
+        [sys.executable, "-c", "from kvmesh.cluster.cli.commands import app; app()", *arguments],
         env=child_environment(endpoint),
         capture_output=True,
         text=True,
