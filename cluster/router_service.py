@@ -271,10 +271,13 @@ class RouterService:
     def group_up(self, message: Hello, connection: Link) -> None:
         """The later engine of a group stays: one that hung may return after its replacement."""
         name, now = message.group, self._clock()
+        leaves = message.draining or message.node in self.leaving_nodes
         former = self._groups.get(name)
         if former is not None and former.started_ns > message.started_ns:
-            _replace(name, connection)
-            return
+            if not leaves:
+                _replace(name, connection)
+                return
+            name, former = name_while_leaving(name, self._groups), None
         if former is not None and former.started_ns < message.started_ns and self._leaves(former):
             self._retire(former)
         elif former is not None:
@@ -292,6 +295,9 @@ class RouterService:
         self._names[connection] = name
         self.settle(self.router.group_up(name, message.info, message.leases, now))
         self.account(name, AccountNews(message.update, message.pages))
+        not_wanted = name in self._configured and name not in self._expected
+        if message.draining or not_wanted or name != message.group:
+            self.close_group(name)
         self._close_leaving()
 
     def name_of(self, connection: Link) -> str:
