@@ -121,6 +121,7 @@ class AccountLink:
                 self._group,
                 self._started_ns,
                 self._node,
+                self.draining,
                 account.info,
                 self._engine_address,
                 account.book.leases,

@@ -39,9 +39,10 @@ class ConnectedGroup:
 class GroupConnections:
     """Which group is at the other end of a connection, which are expected, and which leave.
 
+    configured: names of all groups
+    expected: of those that are to be up
     settle: sends on what the router decides
     clock: seconds, monotonic
-    expected: names of the groups that are to be up
     leaving_nodes: of the Ray cluster, see `nodes_leave`
     """
 
@@ -49,6 +50,7 @@ class GroupConnections:
         self,
         router: Router,
         reports: ReportBook,
+        configured: Collection[str],
         expected: Collection[str],
         settle: Callable[[Iterable[Outcome]], None],
         clock: Callable[[], float],
@@ -57,6 +59,7 @@ class GroupConnections:
         self._reports = reports
         self._settle = settle
         self._clock = clock
+        self._configured = frozenset(configured)
         self.expected = frozenset(expected)
         self.leaving_nodes: frozenset[str] = frozenset()
         self._groups: dict[str, ConnectedGroup] = {}
@@ -80,10 +83,13 @@ class GroupConnections:
     def up(self, message: Hello, connection: Link) -> None:
         """The later engine of a group stays: one that hung may return after its replacement."""
         name, now = message.group, self._clock()
+        leaves = message.draining or message.node in self.leaving_nodes
         former = self._groups.get(name)
         if former is not None and former.started_ns > message.started_ns:
-            _replace(name, connection)
-            return
+            if not leaves:
+                _replace(name, connection)
+                return
+            name, former = name_while_leaving(name, self._groups), None
         if former is not None and former.started_ns < message.started_ns and self._leaves(former):
             self._retire(former)
         elif former is not None:
@@ -101,6 +107,9 @@ class GroupConnections:
         self._names[connection] = name
         self._settle(self._router.group_up(name, message.info, message.leases, now))
         self.account(name, AccountNews(message.update, message.pages))
+        not_wanted = name in self._configured and name not in self.expected
+        if message.draining or not_wanted or name != message.group:
+            self.close(name)
         self._close_leaving()
 
     def down(self, connection: Link) -> None:

@@ -215,11 +215,13 @@ class Hello(_Message):
 
     started_ns: wall clock; of two engines of a group, the later one has replaced the other
     node: of the Ray cluster, that it runs on
+    draining: the engine accepts nothing new
     """
 
     group: str
     started_ns: int
     node: str
+    draining: bool
     info: EngineInfo
     address: Address
     leases: tuple[LeaseTerms, ...]

@@ -92,7 +92,9 @@ class RouterService:
         self.callers = WaitingCallers()
         self._informed_s = self._measured_s = clock()
         self.reports = ReportBook()
-        self.groups = GroupConnections(self.router, self.reports, groups, self.settle, clock)
+        self.groups = GroupConnections(
+            self.router, self.reports, self._configured, groups, self.settle, clock
+        )
         self._draining = False
         self.on_refused: Callable[[RoutingError], None] = lambda _: None
 

@@ -357,14 +357,15 @@ class Zombie:
         self.lost_router = asyncio.Event()
         self._built, self._name = built, name
 
-    async def greet(self, started_ns: int = 1) -> None:
+    async def greet(self, started_ns: int = 1, *, draining: bool = False) -> None:
         address = await self._built.find_router()
         router = await connect(address, IDENTITY, TO_ENGINE_FROM_ROUTER, lambda _: self)
         info = replace(self._built.leaders[self._name].account.info, epoch="zombie")
         hung = LeaseTerms("hung", 1, 1, 1, 1)
         nothing = AccountUpdate(), PageChanges((), ())
         address = Address("127.0.0.1", 1)
-        router.send(Hello(self._name, started_ns, "node", info, address, (hung,), *nothing))
+        hello = Hello(self._name, started_ns, "n", draining, info, address, (hung,), *nothing)
+        router.send(hello)
         router.send(AccountNews(AccountUpdate(arrived=(hung,)), nothing[1]))
         router.send(Report(EngineReport(info, EngineLoads()), audited=True))
 

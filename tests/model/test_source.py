@@ -21,9 +21,9 @@ from typer.testing import CliRunner
 from kvmesh.cluster.cli.commands import app
 from kvmesh.workers.errors import ConfigError, UnsupportedModelError
 from kvmesh.workers.model import embedded
-from kvmesh.workers.model.facts import read_facts
+from kvmesh.workers.model.facts import eos_token_ids, read_facts
 from kvmesh.workers.model.load import load_model
-from kvmesh.workers.model.source import ModelFiles, resolve_model
+from kvmesh.workers.model.source import ModelFiles, resolve_model, resolve_tokenizer
 from kvmesh.workers.model.store import ModelStore
 from kvmesh.workers.model.tokenizer import Tokenizer
 from kvmesh.workers.parallel.comm import Communicator
@@ -142,6 +142,27 @@ def test_an_unknown_name_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         resolve_model(name or str(tmp_path / "missing"), root=tmp_path)
     assert caught.value.field == "model"
+
+
+def test_an_ingress_needs_and_fetches_no_weights(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+
+    def download(name: str, *, allow_patterns: list[str]) -> str:
+        asked.append(allow_patterns)
+        return str(copy)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    for file in copy.glob("*.safetensors"):
+        file.unlink()
+    assert resolve_tokenizer("owner/name") == (copy, "owner/name")
+    assert eos_token_ids(copy)
+    with pytest.raises(ConfigError):
+        resolve_model("owner/name")
+    without, everything = asked
+    assert not any("safetensors" in pattern for pattern in without)
+    assert {*everything} - {*without} == {"*.safetensors"}
 
 
 def test_the_hub_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
