@@ -38,6 +38,10 @@ class Contract(Protocol):
 
     async def tokenize(self, request: pb.TokenizeRequest, tenant: str) -> pb.TokenizeResponse: ...
 
+    async def detokenize(
+        self, request: pb.DetokenizeRequest, tenant: str
+    ) -> pb.DetokenizeResponse: ...
+
     async def get_model_info(
         self, request: pb.GetModelInfoRequest, tenant: str
     ) -> pb.GetModelInfoResponse: ...

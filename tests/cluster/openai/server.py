@@ -122,6 +122,12 @@ class ScriptedContract:
         self.requests.append(request)
         return pb.TokenizeResponse(token_ids=[1, 2, 3], max_model_len=2048)
 
+    async def detokenize(self, request: pb.DetokenizeRequest, tenant: str) -> pb.DetokenizeResponse:
+        """Each id is a letter; 0 is a special token."""
+        self.requests.append(request)
+        pieces = [bytes([64 + i]) if i else b"" for i in request.token_ids]
+        return pb.DetokenizeResponse(text=b"".join(pieces).decode(), token_bytes=pieces)
+
     async def get_model_info(
         self, request: pb.GetModelInfoRequest, tenant: str
     ) -> pb.GetModelInfoResponse:
