@@ -32,7 +32,7 @@ from kvmesh.cluster.telemetry.meters import IngressMeters
 from kvmesh.cluster.telemetry.traces import OFF, RequestTrace, Traces
 from kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.v1alpha import admin_pb2 as admin
-from kvmesh.workers.model.generation_defaults import NEUTRAL, SamplingDefaults
+from kvmesh.workers.model.generation_defaults import NEUTRAL, DefaultSampling
 from kvmesh.workers.sampling_params import RANGES
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class IngressService:
         version: str,
         model_names: frozenset[str] = frozenset(),
         queue_timeout_s: float = 120.0,
-        defaults: SamplingDefaults = NEUTRAL,
+        defaults: DefaultSampling = NEUTRAL,
         divergence_nats: Mapping[str, float] = DIVERGENCE_NATS,
         traces: Traces = OFF,
     ) -> None:
