@@ -17,7 +17,7 @@ from kvmesh.cluster.ingress.structured import answer_spec
 from kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.workers.errors import InvalidFieldError
 from kvmesh.workers.model.chat import Conversation
-from kvmesh.workers.model.generation_defaults import NEUTRAL, SamplingDefaults
+from kvmesh.workers.model.generation_defaults import NEUTRAL, DefaultSampling
 from kvmesh.workers.request import TokenIds
 from kvmesh.workers.sampling_params import RANGES, NumberRange, SamplingParams
 
@@ -124,7 +124,7 @@ def cache_salt(tenant: str, salt: str) -> str:
 def generation_spec(
     request: pb.GenerateRequest,
     limits: Limits,
-    defaults: SamplingDefaults = NEUTRAL,
+    defaults: DefaultSampling = NEUTRAL,
 ) -> GenerationSpec:
     """Raises InvalidFieldError naming the field by its path in the request."""
     wire = request.sampling_params
@@ -165,7 +165,7 @@ def number_of_choices(
 
 
 def sampling_params(
-    wire: pb.SamplingParams, limits: Limits, defaults: SamplingDefaults
+    wire: pb.SamplingParams, limits: Limits, defaults: DefaultSampling
 ) -> SamplingParams:
     """The wire's parameters with defaults, and with a random seed if none is given."""
     given = {

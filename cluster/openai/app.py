@@ -167,7 +167,7 @@ class OpenAIRoutes:
             return read_body(TokenizeBody, data).to_contract()
 
         with openai_names():
-            found = await self._contract.tokenize(await call.read(parse), call.tenant)
+            found = await self._contract.questions.tokenize(await call.read(parse), call.tenant)
         ids = list(found.token_ids)
         return reply(Tokenized(ids, len(ids), found.max_model_len))
 
@@ -178,16 +178,16 @@ class OpenAIRoutes:
             return read_body(DetokenizeBody, data).to_contract()
 
         with openai_names(((r"^token_ids(\.ids)?", "tokens"),)):
-            found = await self._contract.detokenize(await call.read(parse), call.tenant)
+            found = await self._contract.questions.detokenize(await call.read(parse), call.tenant)
         return reply(Detokenized(found.text))
 
     async def models(self, call: HttpCall) -> Response:
         """The served model."""
-        info = await self._contract.get_model_info(pb.GetModelInfoRequest(), call.tenant)
+        info = await self._contract.questions.get_model_info(pb.GetModelInfoRequest(), call.tenant)
         return reply(ModelList([model_card(info, self._started_s)]))
 
     async def model(self, call: HttpCall, name: str) -> Response:
-        info = await self._contract.get_model_info(pb.GetModelInfoRequest(), call.tenant)
+        info = await self._contract.questions.get_model_info(pb.GetModelInfoRequest(), call.tenant)
         if name != info.model:
             raise UnknownModelError(name, info.model)
         return reply(model_card(info, self._started_s))
@@ -209,12 +209,12 @@ class OpenAIRoutes:
         ids = list(prompt.token_ids.ids)
         if prompt.text and body.logprobs is not None:
             wanted = pb.TokenizeRequest(prompt=prompt, model=request.model)
-            ids = list((await self._contract.tokenize(wanted, tenant)).token_ids)
+            ids = list((await self._contract.questions.tokenize(wanted, tenant)).token_ids)
         text, first = prompt.text, None
         if ids:
             # All of them only for their text.
             wanted_ids = ids[:1] if text else ids
-            shown = await self._contract.detokenize(
+            shown = await self._contract.questions.detokenize(
                 pb.DetokenizeRequest(token_ids=wanted_ids, skip_special_tokens=True), tenant
             )
             text = text or shown.text

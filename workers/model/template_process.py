@@ -1,6 +1,6 @@
 """Renders chat templates in a process of their own, with limits on time and memory.
 
-A template is a program: it may loop for ever or double a string until no memory is left, in
+A template is a program: it may loop without end or double a string until no memory is left, in
 calls that no thread can interrupt. So a child process runs it, which is killed when it takes too
 long, cannot allocate more than it may, and is started again when it has ended.
 

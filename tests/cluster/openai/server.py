@@ -102,6 +102,10 @@ class ScriptedContract:
     ended: int = 0
     ready: bool = True
 
+    @property
+    def questions(self) -> ScriptedContract:
+        return self
+
     async def generate_stream(
         self, request: pb.GenerateRequest, tenant: str
     ) -> AsyncGenerator[Event, None]:
