@@ -45,7 +45,8 @@ _LARK_TEXT = re.compile(r'"(?:\\.|[^"\\\n])*"|/(?:\\.|[^/\\\n])+/|//[^\n]*|#[^\n
 
 @dataclass(frozen=True, slots=True)
 class Grammar:
-    """parts: name -> Lark rules, or a JSON schema; the first is the whole"""
+    """parts: name -> Lark rules, or a JSON schema; the first is the whole, and has rules, since
+    only rules can say that nothing is forced"""
 
     parts: Mapping[str, str | Mapping[str, Any]]
 
@@ -65,7 +66,7 @@ def json_schema(schema: Any) -> Grammar:
     enforced = _enforced(schema)
     # A boolean schema has no place for options; anything else is refused when it is compiled.
     found = enforced if isinstance(enforced, Mapping) else {"allOf": [enforced]}
-    return Grammar({"json": {**found, "x-guidance": _JSON_OPTIONS}})
+    return Grammar({"whole": "start: @json\n", "json": {**found, "x-guidance": _JSON_OPTIONS}})
 
 
 def regex(pattern: str) -> Grammar:
