@@ -33,10 +33,8 @@ _JSON_OPTIONS = {
     "lenient": False,
 }
 # Formats that are enforced. By JSON Schema's own rules others only annotate.
-_FORMATS = frozenset(
-    ("date-time", "time", "date", "duration", "email", "hostname")
-    + ("ipv4", "ipv6", "uuid", "uri", "unknown")
-)
+_TIMES = frozenset({"date-time", "time", "date", "duration"})
+_FORMATS = _TIMES | {"email", "hostname", "ipv4", "ipv6", "uuid", "uri", "unknown"}
 # What is data and not a schema.
 _DATA = frozenset({"const", "enum", "default", "examples", "example"})
 # What has no special tokens: strings, regular expressions, comments.
