@@ -413,3 +413,29 @@ def test_a_bug_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(kvmesh.client, "Client", broken)
     assert isinstance(run("loads").exception, KeyError)
+
+
+def test_generate_sends_what_the_output_must_match(fake: FakeServer, tmp_path: Path) -> None:
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "object"}')
+    grammar = tmp_path / "answer.lark"
+    grammar.write_text('start: "a"')
+    for options, kind, value in (
+        (["--json-schema", str(schema)], "json_schema", '{"type": "object"}'),
+        (["--json-schema", '{"type": "null"}'], "json_schema", '{"type": "null"}'),
+        (["--json-object"], "json_object", True),
+        (["--regex", "a+"], "regex", "a+"),
+        (["--grammar", str(grammar)], "grammar", 'start: "a"'),
+        (["--choice", "a", "--choice", "b"], "choice", pb.OutputChoices(values=["a", "b"])),
+    ):
+        assert run("generate", "hi", *options).exit_code == 0
+        sent = fake.requests[-1].structured_output
+        assert (sent.WhichOneof("kind"), getattr(sent, kind)) == (kind, value)
+
+
+def test_generate_takes_one_kind_of_structured_output(fake: FakeServer) -> None:
+    both = run("generate", "hi", "--regex", "a", "--json-object")
+    assert (both.exit_code, fake.requests) == (2, [])
+    missing = run("generate", "hi", "--grammar", "/no/such/file")
+    assert (missing.exit_code, fake.requests) == (2, [])
+    assert "/no/such/file cannot be read" in missing.stderr

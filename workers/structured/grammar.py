@@ -33,12 +33,8 @@ _JSON_OPTIONS = {
     "lenient": False,
 }
 # Formats that are enforced. By JSON Schema's own rules others only annotate.
-_FORMATS = frozenset(
-    (
-        *("date-time", "time", "date", "duration", "email", "hostname"),
-        *("ipv4", "ipv6", "uuid", "uri", "unknown"),
-    )
-)
+_TIMES = frozenset({"date-time", "time", "date", "duration"})
+_FORMATS = _TIMES | {"email", "hostname", "ipv4", "ipv6", "uuid", "uri", "unknown"}
 # What is data and not a schema.
 _DATA = frozenset({"const", "enum", "default", "examples", "example"})
 # What has no special tokens: strings, regular expressions, comments.
@@ -47,7 +43,8 @@ _LARK_TEXT = re.compile(r'"(?:\\.|[^"\\\n])*"|/(?:\\.|[^/\\\n])+/|//[^\n]*|#[^\n
 
 @dataclass(frozen=True, slots=True)
 class Grammar:
-    """parts: name -> Lark rules, or a JSON schema; the first is the whole"""
+    """parts: name -> Lark rules, or a JSON schema; the first is the whole, and has rules, since
+    only rules can say that nothing is forced"""
 
     parts: Mapping[str, str | Mapping[str, Any]]
 
@@ -67,7 +64,7 @@ def json_schema(schema: Any) -> Grammar:
     enforced = _enforced(schema)
     # A boolean schema has no place for options; anything else is refused when it is compiled.
     found = enforced if isinstance(enforced, Mapping) else {"allOf": [enforced]}
-    return Grammar({"json": {**found, "x-guidance": _JSON_OPTIONS}})
+    return Grammar({"whole": "start: @json\n", "json": {**found, "x-guidance": _JSON_OPTIONS}})
 
 
 def regex(pattern: str) -> Grammar:
