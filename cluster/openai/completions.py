@@ -70,7 +70,7 @@ class CompletionBody(GenerationBody):
                 params.prompt_logprobs = params.logprobs
             if self.response_format is not None:
                 add_format(request, self.response_format.to_contract())
-            request.prompt.CopyFrom(prompt)
+            _fill(request.prompt, "prompt" if len(prompts) == 1 else f"prompt[{index}]", prompt)
             requests.append(request)
         return requests
 
@@ -89,28 +89,26 @@ class CompletionBody(GenerationBody):
         if self.max_tokens == 0 and not self.echo:
             refuse("max_tokens", "must be at least 1, unless echo is set")
 
-    def _prompts(self) -> list[pb.Prompt]:
+    def _prompts(self) -> list[str | list[int]]:
         prompt: Sequence[object] = self.prompt
-        if isinstance(prompt, str):
-            return [pb.Prompt(text=prompt)]
-        if not any(isinstance(entry, str | list) for entry in prompt[:1]):
-            return [_token_prompt("prompt", prompt)]
-        found = [
-            pb.Prompt(text=entry)
-            if isinstance(entry, str)
-            else _token_prompt(f"prompt[{index}]", cast("list[int]", entry))
-            for index, entry in enumerate(prompt)
-        ]
-        if len(found) > MAX_PROMPTS:
-            refuse("prompt", f"must have at most {MAX_PROMPTS} prompts, got {len(found)}")
-        return found
+        if isinstance(prompt, str) or not any(isinstance(x, str | list) for x in prompt[:1]):
+            return [cast("str | list[int]", prompt)]
+        if len(prompt) > MAX_PROMPTS:
+            refuse("prompt", f"must have at most {MAX_PROMPTS} prompts, got {len(prompt)}")
+        return list(cast("Sequence[str | list[int]]", prompt))
 
 
-def _token_prompt(field: str, ids: Sequence[object]) -> pb.Prompt:
+def _fill(prompt: pb.Prompt, field: str, given: str | list[int]) -> None:
+    """In place: a million ids take 20 ms to copy."""
+    if isinstance(given, str):
+        prompt.text = given
+        return
     try:
-        return pb.Prompt(token_ids=pb.TokenIds(ids=ids))  # type: ignore[arg-type]
+        prompt.token_ids.ids.extend(given)
     except ValueError:
         refuse(field, "must have token ids from 0 to 2^31 - 1")
+    if not given:
+        prompt.token_ids.SetInParent()
 
 
 class CompletionLogprobs(msgspec.Struct):
