@@ -179,11 +179,9 @@ def _render(templates: ChatTemplates, special_tokens: tuple[str, ...], frame: by
         given = bool(job.chat.template)
         pieces = templates.render(job.chat, job.add_generation_prompt, special_tokens)
     except InvalidFieldError as error:
-        if not isinstance(error.__cause__, MemoryError):
-            return _Done(field=error.field, message=error.message)
-        return _Done(field=error.field, message=_TOO_LARGE)
+        return _Done(field=error.field, message=error.message)
     except MemoryError:
-        return _Done(field="messages", message=_TOO_LARGE)
+        return _Done(field="messages", message="need more memory than a chat template may have")
     finally:
         # It keeps compiled templates, and requests may bring any number of them.
         if given:
@@ -196,9 +194,6 @@ def _render(templates: ChatTemplates, special_tokens: tuple[str, ...], frame: by
             f"{MAX_RENDERED_CHARS:,} are allowed",
         )
     return _Done(pieces)
-
-
-_TOO_LARGE = f"need more memory in the chat template than {MEMORY_BYTES >> 20} MiB"
 
 
 def _limit_memory() -> None:

@@ -30,6 +30,7 @@ from kvmesh.client import (
     FinishReason,
     InvalidRequestError,
     KVMeshError,
+    Message,
     ModelNotFoundError,
     NeverFitsError,
     OverCapacityError,
