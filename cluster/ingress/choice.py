@@ -80,7 +80,7 @@ class RunningChoice:
                 )
             stop_token = self._stop_token(token_id)
             text += self._take(token_id, is_stop_token=stop_token)
-            if stop_token:
+            if stop_token and self.finish is None:
                 self.finish = ChoiceFinish(EndReason.STOP, stop_token_id=token_id)
             elif len(self.token_ids) >= self.params.max_tokens and self.finish is None:
                 self.finish = ChoiceFinish(EndReason.LENGTH)
@@ -133,12 +133,16 @@ class RunningChoice:
         return enough and (token_id in self._eos or token_id in self.params.stop_token_ids)
 
     def _take(self, token_id: int, *, is_stop_token: bool) -> str:
-        """Text that is final after this token; a stop token adds none, unless it is included."""
+        """Text that is final after this token; a stop token adds none, unless it is included.
+
+        A special token that is also a stop token may be what a stop string names.
+        """
         self.token_ids.append(token_id)
-        if is_stop_token and not self.rules.include_stop:
-            return ""
-        hidden = self._codec.special_text(token_id) if self.rules.skip_special_tokens else ""
-        return self._scan(self._text.push((token_id,)), hidden, may_end=not is_stop_token)
+        special = self._codec.special_text(token_id)
+        adds_text = not is_stop_token or self.rules.include_stop
+        text = self._text.push((token_id,)) if adds_text else ""
+        hidden = special if self.rules.skip_special_tokens or not adds_text else ""
+        return self._scan(text, hidden, may_end=not is_stop_token or bool(special))
 
     def _scan(self, text: str, hidden: str = "", *, may_end: bool = True) -> str:
         enough = len(self.token_ids) >= self.params.min_tokens

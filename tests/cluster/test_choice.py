@@ -197,3 +197,34 @@ def test_the_bytes_of_logprobs_are_those_of_the_text(skip: bool, name: bytes) ->
     columns = wire.delta(0, output, codec, skip).logprobs
     assert columns.chosen_bytes == columns.top_bytes == [b"a", name, b"b"]
     assert b"".join(columns.chosen_bytes).decode() == output.text
+
+
+@pytest.mark.parametrize(
+    ("stop", "rules", "text"),
+    [
+        ("<|end|>", {}, "ab"),
+        ("<|end|>", {"include_stop": True}, "ab<|end|>"),
+        ("<|end|>", {"include_stop": True, "skip_special_tokens": False}, "ab<|end|>"),
+        ("b<|end|>", {"skip_special_tokens": False}, "a"),
+        ("other", {}, "ab"),
+        ("other", {"include_stop": True}, "ab"),
+        ("other", {"include_stop": True, "skip_special_tokens": False}, "ab<|end|>"),
+    ],
+)
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_stop_string_may_name_the_end_of_sequence(
+    stop: str, rules: dict[str, bool], text: str, resumed: bool
+) -> None:
+    codec = NamedCodec()
+    ids = (int(codec.encode("a")[0]), int(codec.encode("b")[0]), 25)
+    params = SamplingParams(max_tokens=9, stop_token_ids=(25,))
+    had = ResumedChoice(ids) if resumed else ResumedChoice()
+    made = RunningChoice(0, params, TextRules((stop,), **rules), codec, had)
+    if resumed:
+        found = made.owed().text
+    else:
+        found = made.accept([SequenceDelta("r", ids, (), EndReason.STOP, 25)]).text
+    assert found == text
+    by_string = ChoiceFinish(EndReason.STOP, stop_string=stop)
+    by_token = ChoiceFinish(EndReason.STOP, stop_token_id=25)
+    assert made.finish == (by_token if stop == "other" else by_string)

@@ -37,6 +37,7 @@ START_TIMEOUT_S = 60.0  # of the child, on a machine that is busy
 _GRACE_S = 5.0  # after which a child whose parent is gone ends itself
 _LENGTH_BYTES = 8
 _READ_BYTES = 1 << 20
+_ENVIRONMENT = ("HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PATH", "TZ")
 
 
 class _Setup(msgspec.Struct, array_like=True):
@@ -91,8 +92,11 @@ class TemplateProcess:
                 [sys.executable, "-c", f"from {__name__} import main; main()"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                # The same modules, however this process has found them.
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                # The same modules, however this process has found them, and no secrets.
+                env={
+                    **{name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
+                    "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+                },
             )
 
     def render(self, chat: Conversation, add_generation_prompt: bool = True) -> list[PromptPiece]:
