@@ -232,6 +232,8 @@ class IngressService:
             raise served.context_exceeded(len(ids), status)
         params = validate.fit_context(spec, len(ids), longest)
         plan = await self._planner.plan(spec.answer, ids, tenant)
-        hashes = await self._prompts.page_hashes(ids, tenant, spec.cache_salt, info)
+        hashes: tuple[bytes, ...] = ()
+        if params.prompt_logprobs is None:  # otherwise nothing cached would be used
+            hashes = await self._prompts.page_hashes(ids, tenant, spec.cache_salt, info)
         excluded = refused_groups(request, status, self._divergence_nats)
         return Generation(spec, ids, params, tenant, self._context, hashes, excluded, trace, plan)

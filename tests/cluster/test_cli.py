@@ -46,6 +46,7 @@ READS = (
     ("estimate", "--prompt-tokens", "7"),
     ("explain", "r1"),
     ("tokenize", "a b c"),
+    ("detokenize", "3", "1", "2"),
 )
 
 
@@ -129,6 +130,22 @@ def test_generate_prints_its_result_as_json(fake: FakeServer) -> None:
     assert not result.stderr
     (request,) = fake.requests
     assert (request.request_id, request.sampling_params.max_tokens) == ("r1", 4)
+
+
+def test_options_of_generate_reach_the_server(fake: FakeServer) -> None:
+    options = ("--special-tokens", "--include-stop", "--stop", ".", "--prompt-logprobs", "2")
+    printed = json.loads(run("generate", "a b c", "--json", *options, "--max-tokens", "0").stdout)
+    sent = fake.requests[-1].sampling_params
+    assert (sent.skip_special_tokens, sent.include_stop_str_in_output) == (False, True)
+    assert (list(sent.stop), sent.prompt_logprobs, sent.max_tokens) == (["."], 2, 0)
+    assert [x["chosen"]["token_id"] for x in printed["prompt_logprobs"]] == [1, 2]
+    run("generate", "a b c")
+    assert not fake.requests[-1].sampling_params.ListFields(), "the server's defaults"
+    assert run("generate", "a", "--stop", "course", "--include-stop").stdout == "Paris, of course\n"
+
+
+def test_status_shows_what_requests_get_that_set_nothing(fake: FakeServer) -> None:
+    assert "defaults: temperature 0.7, top_k 20, max_tokens 256" in run("status").stdout
 
 
 def test_abort_says_whether_there_was_such_a_request(fake: FakeServer) -> None:
