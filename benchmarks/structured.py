@@ -140,8 +140,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, help="JSON file for the results")
     arguments = parser.parse_args()
-    results = {"device": conditions(), "vocabularies": [measure(size) for size in VOCABULARIES]}
-    for result in results["vocabularies"]:
+    measured = [measure(size) for size in VOCABULARIES]
+    results = {"device": conditions(), "vocabularies": measured}
+    for result in measured:
         print(f"{result['vocabulary']:,} tokens, loaded in {result['load_s']} s")
         for row in result["rows"]:
             print(

@@ -55,7 +55,7 @@ def test_a_document_that_ends_is_valid(seed: int) -> None:
             SEEN.add("objects", isinstance(found, dict))
 
 
-FREE = {"temperature": 1.5, "max_tokens": 30, "seed": 5}
+FREE: dict[str, Any] = {"temperature": 1.5, "max_tokens": 30, "seed": 5}
 
 
 def test_free_sequences_in_the_same_batch_are_as_without_it() -> None:
