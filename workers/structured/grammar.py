@@ -99,7 +99,7 @@ def lark(rules: str, **parts: Grammar) -> Grammar:
 def after_reasoning(answer: Grammar, reasoning: Reasoning, marker: Marker) -> Grammar:
     """`answer` after some reasoning: all of it, or, if it has not started, as the model likes."""
     end = marker(reasoning.end)
-    # Special tokens end a text by themselves; a text must be told to end at the first marker.
+    # Special tokens end a text by themselves; a text ends at the first marker only if it is lazy.
     lazy = "" if end.startswith("<") else "[lazy]"
     start = "start: thought LINES @answer\n"
     if not reasoning.started:
