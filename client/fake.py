@@ -139,7 +139,14 @@ class FakeServer:
             case pb.ExplainRequest():
                 return self._explain(request)
             case pb.GetModelInfoRequest():
-                return pb.GetModelInfoResponse(model="fake", max_model_len=8192, vocab_size=50000)
+                return pb.GetModelInfoResponse(
+                    model="fake",
+                    max_model_len=8192,
+                    vocab_size=50000,
+                    default_sampling_params=pb.SamplingDefaults(
+                        temperature=0.7, top_k=20, max_tokens=DEFAULT_MAX_TOKENS
+                    ),
+                )
             case pb.GetTenantLoadsRequest():
                 return pb.GetTenantLoadsResponse(tenant="fake", running=self.open_streams)
             case admin.ListGroupsRequest():

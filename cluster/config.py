@@ -26,7 +26,7 @@ from kvmesh.workers.config import EngineConfig, EngineSettings, FormatName
 from kvmesh.workers.errors import ConfigError
 from kvmesh.workers.model.generation_defaults import (
     NEUTRAL,
-    SamplingDefaults,
+    DefaultSampling,
     read_sampling_defaults,
 )
 from kvmesh.workers.quantities import Bytes, Number, Seconds, Switch, WholeNumber, reader_of
@@ -162,13 +162,13 @@ class GenerationSection(Settings):
         description="Default frequency_penalty; null: that of `source`",
     )
 
-    def defaults(self, model: Path) -> SamplingDefaults:
+    def defaults(self, model: Path) -> DefaultSampling:
         """What requests get that set nothing themselves.
 
         model: its directory; raises ConfigError if its values are wrong, and needed
         """
         own = read_sampling_defaults(model) if self.source == "model" else NEUTRAL
-        return own.overridden_by(SamplingDefaults(**self.model_dump(exclude={"source"})))
+        return own.overridden_by(DefaultSampling(**self.model_dump(exclude={"source"})))
 
 
 class TenantKey(Settings):

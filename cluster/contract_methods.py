@@ -8,6 +8,7 @@ from typing import Any
 
 from google.protobuf.message import Message
 
+from kvmesh.cluster.ingress.questions import Questions
 from kvmesh.cluster.ingress.service import IngressService
 from kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.v1alpha import admin_pb2 as admin
@@ -43,28 +44,33 @@ def _one(
     return replies
 
 
+def _asked(
+    call: Callable[[Questions, Any, str], Awaitable[Message]],
+) -> Callable[[IngressService, Any, str], AsyncGenerator[Message, None]]:
+    """A unary method of the service's questions."""
+    return _one(lambda service, request, tenant: call(service.questions, request, tenant))
+
+
 METHODS: Mapping[str, tuple[ContractMethod, ...]] = {
     SERVICE: (
         ContractMethod("GenerateStream", pb.GenerateRequest, IngressService.generate_stream),
         ContractMethod("Generate", pb.GenerateRequest, _one(IngressService.generate)),
-        ContractMethod("Tokenize", pb.TokenizeRequest, _one(IngressService.tokenize)),
-        ContractMethod("Detokenize", pb.DetokenizeRequest, _one(IngressService.detokenize)),
-        ContractMethod("Abort", pb.AbortRequest, _one(IngressService.abort)),
+        ContractMethod("Tokenize", pb.TokenizeRequest, _asked(Questions.tokenize)),
+        ContractMethod("Detokenize", pb.DetokenizeRequest, _asked(Questions.detokenize)),
+        ContractMethod("Abort", pb.AbortRequest, _asked(Questions.abort)),
         ContractMethod(
-            "EstimateBudget", pb.EstimateBudgetRequest, _one(IngressService.estimate_budget)
+            "EstimateBudget", pb.EstimateBudgetRequest, _asked(Questions.estimate_budget)
         ),
-        ContractMethod("Explain", pb.ExplainRequest, _one(IngressService.explain)),
-        ContractMethod("GetModelInfo", pb.GetModelInfoRequest, _one(IngressService.get_model_info)),
+        ContractMethod("Explain", pb.ExplainRequest, _asked(Questions.explain)),
+        ContractMethod("GetModelInfo", pb.GetModelInfoRequest, _asked(Questions.get_model_info)),
         ContractMethod(
-            "GetTenantLoads", pb.GetTenantLoadsRequest, _one(IngressService.get_tenant_loads)
+            "GetTenantLoads", pb.GetTenantLoadsRequest, _asked(Questions.get_tenant_loads)
         ),
     ),
     ADMIN_SERVICE: (
+        ContractMethod("GetLoads", admin.GetLoadsRequest, _asked(Questions.get_loads), admin=True),
         ContractMethod(
-            "GetLoads", admin.GetLoadsRequest, _one(IngressService.get_loads), admin=True
-        ),
-        ContractMethod(
-            "ListGroups", admin.ListGroupsRequest, _one(IngressService.list_groups), admin=True
+            "ListGroups", admin.ListGroupsRequest, _asked(Questions.list_groups), admin=True
         ),
     ),
 }

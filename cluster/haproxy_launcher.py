@@ -21,6 +21,13 @@ from pathlib import Path
 PR_SET_PDEATHSIG = 1
 _OPEN_TO_ALL = re.compile(r"^(\s*bind )\*?:(\d+)", re.MULTILINE)
 _SOCKET_FOR_ALL = re.compile(r"^(\s*stats socket .*) mode 666 ", re.MULTILINE)
+_ERROR_FILE = re.compile(r"^(\s*)errorfile (502|503) .*$", re.MULTILINE)
+# No replica is up, or the one that had the call has died: clients try again.
+_UNAVAILABLE = (
+    r"""\g<1>http-error status \g<2> content-type application/json hdr retry-after 1 """
+    r"""string '{"error":{"message":"the server that has the call is lost or not up yet",'"""
+    r"""'"type":"service_unavailable_error","param":null,"code":"not_ready"}}'"""
+)
 _NO_APPLICATION = re.compile(
     r'hdr grpc-status 5 hdr grpc-message "Application metadata not set\.[^"]*"'
 )
@@ -33,9 +40,11 @@ def hardened(configuration: str) -> str:
 
     Listeners without an address are moved to loopback. While no application is known, which is
     so for a moment after a restart, calls are answered with UNAVAILABLE in place of NOT_FOUND.
+    Over HTTP, 502 and 503 are what they are in place of 500, in the shape of OpenAI's errors.
     """
     closed = _OPEN_TO_ALL.sub(r"\g<1>127.0.0.1:\g<2>", configuration)
     closed = _SOCKET_FOR_ALL.sub(r"\g<1> mode 600 ", closed)
+    closed = _ERROR_FILE.sub(_UNAVAILABLE, closed)
     return _NO_APPLICATION.sub(_NOT_READY, closed)
 
 

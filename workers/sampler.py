@@ -185,7 +185,7 @@ class Sampler:
     ) -> None:
         """Apply bias, penalties and forbidden tokens in place.
 
-        logits: [vocab_size]; allowed: [vocab_size] bool, None for all
+        logits: [vocab_size]; allowed: [at most vocab_size] bool, None for all
         """
         params = row.params
         if params.logit_bias:
@@ -208,7 +208,9 @@ class Sampler:
             # Added, not assigned: NaN stays NaN.
             logits[list(forbidden)] -= torch.inf
         if allowed is not None:
-            logits.masked_fill_(~(allowed | logits.isnan()), -torch.inf)
+            # Of ids without a token, which masks do not know, nothing is left to forbid.
+            known = logits[: len(allowed)]
+            known.masked_fill_(~(allowed | known.isnan()), -torch.inf)
 
 
 def _allows_others(allowed: torch.Tensor, forbidden: tuple[int, ...]) -> bool:

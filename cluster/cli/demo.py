@@ -39,7 +39,7 @@ def run_demo(settings: ClusterConfig, question: str, max_tokens: int) -> ExitCod
         try:
             with running(settings, stop) as (cluster, endpoint):
                 try:
-                    _describe(settings)
+                    _describe(settings, endpoint)
                     cost = _ask(endpoint, question, max_tokens)
                     out.print(_table(cost))
                 except KVMeshError:
@@ -51,11 +51,12 @@ def run_demo(settings: ClusterConfig, question: str, max_tokens: int) -> ExitCod
     return ExitCode.DONE
 
 
-def _describe(settings: ClusterConfig) -> None:
+def _describe(settings: ClusterConfig, endpoint: Endpoint) -> None:
     out.print(f"[bold]{settings.model}[/bold]")
     for group, engine in settings.group_engines().items():
         ranks = f"{engine.tp} tensor-parallel ranks" if engine.tp > 1 else "one rank"
         out.print(f"{group}: {ranks}, KV format {engine.kv_format}")
+    out.print(f"gRPC at {endpoint.target}, OpenAI's API at {endpoint.http_url}/v1", markup=False)
 
 
 def _ask(endpoint: Endpoint, question: str, max_tokens: int) -> Cost:

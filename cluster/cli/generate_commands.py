@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -22,6 +22,9 @@ from kvmesh.cluster.cli.options import (
 
 if TYPE_CHECKING:
     from kvmesh.client import Completion, Stream
+
+# How a schema begins that is not the name of a file.
+_JSON = ("{", "true", "false")
 
 MaxTokensOption = Annotated[int | None, typer.Option(help="Maximum output tokens.")]
 TemperatureOption = Annotated[float | None, typer.Option(help="0 is greedy.")]
@@ -60,6 +63,23 @@ def generate(
     request_id: Annotated[
         str | None, typer.Option(help="Names the request, for `abort` and `explain`.")
     ] = None,
+    json_schema: Annotated[
+        str | None,
+        typer.Option(help="The output is JSON of this schema: a file, or JSON."),
+    ] = None,
+    json_object: Annotated[
+        bool, typer.Option("--json-object", help="The output is a JSON object.")
+    ] = False,
+    regex: Annotated[
+        str | None, typer.Option(help="The output matches this regular expression.")
+    ] = None,
+    grammar: Annotated[
+        Path | None,
+        typer.Option(help="The output matches the grammar in this file (Lark or GBNF)."),
+    ] = None,
+    choice: Annotated[
+        list[str] | None, typer.Option(help="The output is this text, or another --choice.")
+    ] = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -74,6 +94,13 @@ def generate(
         skip_special_tokens=False if special_tokens else None,
         prompt_logprobs=prompt_logprobs,
         request_id=request_id,
+        structured_output=_structured(
+            json_schema=json_schema,
+            json_object=json_object or None,
+            regex=regex,
+            grammar=grammar,
+            choice=choice or None,
+        ),
     )
     with (
         connection.client() as client,
@@ -131,6 +158,23 @@ def chat(
             messages.append(Message("assistant", "".join(pieces)))
 
 
+def _structured(**given: Any) -> dict[str, Any] | None:
+    """What the output must match, from the one option that is given."""
+    given = without_none(**given)
+    if len(given) > 1:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise typer.BadParameter(f"only one of them can be given: {names}")
+    if not given:
+        return None
+    ((kind, value),) = given.items()
+    if kind == "grammar" or (kind == "json_schema" and not value.lstrip().startswith(_JSON)):
+        try:
+            value = Path(value).read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CommandFailed(f"{value} cannot be read: {error}", ExitCode.USAGE) from None
+    return {kind: value}
+
+
 def _prompt(prompt: str | None, file: Path | None) -> str:
     """The prompt, from wherever it is given."""
     if prompt is not None and file is not None:
@@ -175,6 +219,8 @@ def _print_stream(stream: Stream, pieces: list[str]) -> None:
                 notes.print(f"[dim]request {escape(stream.request_id)}[/dim]")
             waiting.show(event)
             if isinstance(event, Delta) and event.index == 0:
+                if event.reasoning:
+                    notes.print(escape(event.reasoning), style="dim", end="")
                 pieces.append(event.text)
                 # Rich would print it again after a Ctrl-C in the middle of this.
                 out.file.write(event.text)

@@ -98,7 +98,7 @@ class RunningChoice:
                 )
             stop_token = self._stop_token(token_id)
             pieces.add(self._take(token_id, is_stop_token=stop_token))
-            if stop_token:
+            if stop_token and self.finish is None:
                 self.finish = ChoiceFinish(EndReason.STOP, stop_token_id=token_id)
             elif len(self.token_ids) >= self.params.max_tokens and self.finish is None:
                 self.finish = ChoiceFinish(EndReason.LENGTH)
@@ -168,22 +168,24 @@ class RunningChoice:
         return enough and token_id in self.params.stop_token_ids
 
     def _take(self, token_id: int, *, is_stop_token: bool) -> Pieces:
-        """What is final after this token; a stop token adds nothing, unless it is included."""
+        """What is final after this token; a stop token adds nothing, unless it is included.
+
+        A special token that is also a stop token may be what a stop string names.
+        """
         self.token_ids.append(token_id)
-        if is_stop_token and not self.rules.include_stop:
-            return Pieces()
-        hidden = ""
-        if (marker := self._markers.get(token_id)) is not None:
-            text = self._text.flush() + marker
-        else:
+        special = self._codec.special_text(token_id)
+        adds_text = not is_stop_token or self.rules.include_stop
+        hidden = special if self.rules.skip_special_tokens or not adds_text else ""
+        text = ""
+        if adds_text and (marker := self._markers.get(token_id)) is not None:
+            text, hidden = self._text.flush() + marker, ""
+        elif adds_text:
             text = self._text.push((token_id,))
-            if self.rules.skip_special_tokens:
-                hidden = self._codec.special_text(token_id)
-        text = self._scan(text, hidden, may_end=not is_stop_token)
+        text = self._scan(text, hidden, may_end=not is_stop_token or bool(special))
         if self._reader is None:
             return Pieces(text=text)
         pieces = self._reader.push(text)
-        if self._reader.has_enough() and self.finish is None:
+        if not is_stop_token and self._reader.has_enough() and self.finish is None:
             self.finish = ChoiceFinish(EndReason.STOP)
             self.cut = True
         return pieces

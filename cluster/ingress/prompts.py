@@ -76,7 +76,8 @@ class Prompts:
         """
         if isinstance(prompt, np.ndarray):
             vocab_size = served.any_info(status).vocab_size
-            validate.check_prompt_ids(prompt, vocab_size, self._codec.unused_token_ids)
+            unused = self._codec.unused_token_ids
+            validate.check_ids(validate.PROMPT_IDS, prompt, vocab_size, unused)
             return prompt
         if isinstance(prompt, str):
             if len(prompt) < LONG_TEXT_CHARS:
@@ -89,9 +90,8 @@ class Prompts:
     ) -> pb.DetokenizeResponse:
         """The text of token ids, and what each adds to it."""
         vocab_size, ids = served.any_info(status).vocab_size, request.token_ids
-        for at, token_id in enumerate(ids):
-            if token_id >= vocab_size or token_id in self._codec.unused_token_ids:
-                refuse(f"token_ids[{at}]", validate.unknown_token(token_id, vocab_size))
+        array = np.array(ids, dtype=np.int64)
+        validate.check_ids("token_ids", array, vocab_size, self._codec.unused_token_ids)
         skip = request.skip_special_tokens
 
         def decode() -> pb.DetokenizeResponse:

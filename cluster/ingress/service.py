@@ -1,6 +1,7 @@
-"""The calls of the wire contract, over a router and engines: everything but the transport.
+"""Generations of the wire contract, over a router and engines: everything but the transport.
 
-Each takes a parsed request and the tenant that it is from.
+Each takes a parsed request and the tenant that it is from. Calls that generate nothing are in
+questions.py.
 """
 
 from __future__ import annotations
@@ -15,26 +16,23 @@ from kvmesh.cluster.errors import (
     ResumeMismatchError,
 )
 from kvmesh.cluster.identity import Identity
-from kvmesh.cluster.ingress import admin_wire, served, validate, wire
+from kvmesh.cluster.ingress import served, validate, wire
 from kvmesh.cluster.ingress.answers.planner import AnswerPlanner
 from kvmesh.cluster.ingress.codec import TextCodec
 from kvmesh.cluster.ingress.engine_links import EngineLinks
 from kvmesh.cluster.ingress.error_table import reason_label, to_wire
-from kvmesh.cluster.ingress.estimate import estimate_reply, explain_reply
 from kvmesh.cluster.ingress.generation import Generation, IngressContext
 from kvmesh.cluster.ingress.prompts import Prompts
 from kvmesh.cluster.ingress.quality import DIVERGENCE_NATS, refused_groups
+from kvmesh.cluster.ingress.questions import Questions
 from kvmesh.cluster.ingress.refuse import refuse
 from kvmesh.cluster.ingress.router_link import RouterLink
 from kvmesh.cluster.ingress.served import Served
 from kvmesh.cluster.link import Address
-from kvmesh.cluster.routing.request import PlaceRequest
 from kvmesh.cluster.telemetry.meters import IngressMeters
 from kvmesh.cluster.telemetry.traces import OFF, RequestTrace, Traces
 from kvmesh.v1 import kvmesh_pb2 as pb
-from kvmesh.v1alpha import admin_pb2 as admin
-from kvmesh.workers.model.generation_defaults import NEUTRAL, SamplingDefaults
-from kvmesh.workers.sampling_params import RANGES
+from kvmesh.workers.model.generation_defaults import NEUTRAL, DefaultSampling
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +44,7 @@ class IngressService:
     model_names: other names for the model that requests may use
     defaults: of sampling parameters that a request does not set
     divergence_nats: measured divergence of KV formats
+    questions: the calls that generate nothing
     """
 
     def __init__(
@@ -59,7 +58,7 @@ class IngressService:
         version: str,
         model_names: frozenset[str] = frozenset(),
         queue_timeout_s: float = 120.0,
-        defaults: SamplingDefaults = NEUTRAL,
+        defaults: DefaultSampling = NEUTRAL,
         divergence_nats: Mapping[str, float] = DIVERGENCE_NATS,
         traces: Traces = OFF,
     ) -> None:
@@ -72,7 +71,6 @@ class IngressService:
         self._limits = limits
         self._defaults = defaults
         self._meters = meters
-        self._version = version
         self._served = Served(self._router, model_names, self._measure)
         self._divergence_nats = divergence_nats
         self._tasks: list[asyncio.Task[None]] = []
@@ -81,6 +79,17 @@ class IngressService:
         self._idle.set()
         self._draining = False
         self._context = IngressContext(self._router, self._engines, codec, queue_timeout_s, meters)
+        self.questions = Questions(
+            self._served,
+            self._router,
+            self._prompts,
+            codec,
+            limits,
+            self._check_open,
+            version=version,
+            defaults=defaults,
+            divergence_nats=divergence_nats,
+        )
 
     # Start and stop
 
@@ -166,88 +175,6 @@ class IngressService:
                 received.append(event)
             return wire.generated(received)
 
-    async def tokenize(self, request: pb.TokenizeRequest, tenant: str) -> pb.TokenizeResponse:
-        self._check_open()
-        status = self._served.status_for(request.model)
-        ids = await self._prompts.of(request.prompt, tenant, status)
-        return pb.TokenizeResponse(
-            token_ids=ids.tolist(), max_model_len=served.max_model_len(status)
-        )
-
-    async def detokenize(self, request: pb.DetokenizeRequest, tenant: str) -> pb.DetokenizeResponse:
-        """The text of token ids, as a generation would have sent it."""
-        self._check_open()
-        status = self._served.status_for(request.model)
-        return await self._prompts.decode(request, tenant, status)
-
-    async def abort(self, request: pb.AbortRequest, tenant: str) -> pb.AbortResponse:
-        """Abort, by a request id of the caller's own tenant."""
-        self._check_open()
-        if not request.request_id:
-            refuse("request_id", "must not be empty")
-        aborted = await self._router.abort(f"{tenant}/{request.request_id}")
-        return pb.AbortResponse(aborted=aborted)
-
-    async def estimate_budget(
-        self, request: pb.EstimateBudgetRequest, tenant: str
-    ) -> pb.EstimateBudgetResponse:
-        self._check_open()
-        status = self._served.status_for(request.model)
-        prompt_tokens, hashes = await self._size(request, tenant)
-        max_tokens = self._limits.default_max_tokens
-        if request.HasField("max_tokens"):
-            max_tokens = request.max_tokens
-        for field, value in (("max_tokens", max_tokens), ("prompt_tokens", prompt_tokens)):
-            RANGES[field].check(field, value)
-        n = validate.number_of_choices("n", request, self._limits)
-        place = PlaceRequest(
-            request_id="estimate",
-            prompt_tokens=prompt_tokens,
-            max_tokens=max_tokens,
-            tenant=tenant,
-            priority=request.priority,
-            page_hashes=hashes,
-            excluded_groups=refused_groups(request, status, self._divergence_nats),
-            sequences=n,
-        )
-        return estimate_reply(place, await self._router.estimate(place), status)
-
-    async def explain(self, request: pb.ExplainRequest, tenant: str) -> pb.ExplainResponse:
-        """Explain, by a request id of the caller's own tenant."""
-        self._check_open()
-        if not request.request_id:
-            refuse("request_id", "must not be empty")
-        explained = await self._router.explain(f"{tenant}/{request.request_id}")
-        return explain_reply(request.request_id, explained, self._served.status)
-
-    async def get_model_info(
-        self, request: pb.GetModelInfoRequest, tenant: str
-    ) -> pb.GetModelInfoResponse:
-        self._check_open()
-        wire_defaults = pb.SamplingDefaults(
-            max_tokens=self._limits.default_max_tokens, **self._defaults.given()
-        )
-        return wire.model_info(
-            self._served.status, self._codec, self._version, self._divergence_nats, wire_defaults
-        )
-
-    async def get_tenant_loads(
-        self, request: pb.GetTenantLoadsRequest, tenant: str
-    ) -> pb.GetTenantLoadsResponse:
-        return wire.tenant_loads(tenant, await self._router.tenant(tenant))
-
-    # Calls of operators, who may make them while the cluster drains
-
-    async def get_loads(
-        self, request: admin.GetLoadsRequest, tenant: str
-    ) -> admin.GetLoadsResponse:
-        return admin_wire.loads(await self._served.fresh())
-
-    async def list_groups(
-        self, request: admin.ListGroupsRequest, tenant: str
-    ) -> admin.ListGroupsResponse:
-        return admin_wire.groups(self._served.status)
-
     # Internals
 
     @contextlib.contextmanager
@@ -305,17 +232,8 @@ class IngressService:
             raise served.context_exceeded(len(ids), status)
         params = validate.fit_context(spec, len(ids), longest)
         plan = await self._planner.plan(spec.answer, ids, tenant)
-        hashes = await self._prompts.page_hashes(ids, tenant, spec.cache_salt, info)
+        hashes: tuple[bytes, ...] = ()
+        if params.prompt_logprobs is None:  # otherwise nothing cached would be used
+            hashes = await self._prompts.page_hashes(ids, tenant, spec.cache_salt, info)
         excluded = refused_groups(request, status, self._divergence_nats)
         return Generation(spec, ids, params, tenant, self._context, hashes, excluded, trace, plan)
-
-    async def _size(
-        self, request: pb.EstimateBudgetRequest, tenant: str
-    ) -> tuple[int, tuple[bytes, ...]]:
-        """The prompt's length, and its pages' hashes if the prompt itself is given."""
-        if request.WhichOneof("size") == "prompt_tokens":
-            return request.prompt_tokens, ()
-        status = self._served.status
-        ids = await self._prompts.of(request.prompt, tenant, status)
-        info = served.any_info(status)
-        return len(ids), await self._prompts.page_hashes(ids, tenant, "", info)

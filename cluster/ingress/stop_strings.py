@@ -49,13 +49,13 @@ class StopStrings:
             found = min(self._complete(buffer, shown, received), default=None)
             if found is not None:
                 _, keep, matched = found
-        final = "".join(c for c, is_shown in zip(buffer[:keep], shown, strict=False) if is_shown)
+        final = _visible(buffer[:keep], shown)
         self._held, self._shown = ("", []) if matched else (buffer[keep:], shown[keep:])
         return final, matched
 
     def flush(self) -> str:
         """The text held back; for the end, when no more follows."""
-        held = "".join(c for c, is_shown in zip(self._held, self._shown, strict=True) if is_shown)
+        held = _visible(self._held, self._shown)
         self._held, self._shown = "", []
         return held
 
@@ -79,6 +79,13 @@ class StopStrings:
                     found = min(found, at[start])
                     break
         return found
+
+
+def _visible(text: str, shown: list[bool]) -> str:
+    """What is shown of a text. shown: for each of its characters, and perhaps for more"""
+    if all(shown):
+        return text
+    return "".join(c for c, is_shown in zip(text, shown, strict=False) if is_shown)
 
 
 def _views(buffer: str, shown: list[bool]) -> Iterator[tuple[str, Sequence[int]]]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import numpy.typing as npt
 
 from kvmesh.cluster.errors import OversizedRequestError, UnsupportedFieldError
 from kvmesh.cluster.ingress.answers.plan import AnswerSpec
@@ -17,11 +18,12 @@ from kvmesh.cluster.ingress.structured import answer_spec
 from kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.workers.errors import InvalidFieldError
 from kvmesh.workers.model.chat import Conversation
-from kvmesh.workers.model.generation_defaults import NEUTRAL, SamplingDefaults
+from kvmesh.workers.model.generation_defaults import NEUTRAL, DefaultSampling
 from kvmesh.workers.request import TokenIds
 from kvmesh.workers.sampling_params import RANGES, NumberRange, SamplingParams
 
 MAX_ID_CHARS = 128
+PROMPT_IDS = "prompt.token_ids.ids"
 MAX_REPLY_ENTRIES = 1 << 18  # log-probabilities of a prompt in one message, about 4 MB
 MAX_SALT_CHARS = 256
 
@@ -124,7 +126,7 @@ def cache_salt(tenant: str, salt: str) -> str:
 def generation_spec(
     request: pb.GenerateRequest,
     limits: Limits,
-    defaults: SamplingDefaults = NEUTRAL,
+    defaults: DefaultSampling = NEUTRAL,
 ) -> GenerationSpec:
     """Raises InvalidFieldError naming the field by its path in the request."""
     wire = request.sampling_params
@@ -165,7 +167,7 @@ def number_of_choices(
 
 
 def sampling_params(
-    wire: pb.SamplingParams, limits: Limits, defaults: SamplingDefaults
+    wire: pb.SamplingParams, limits: Limits, defaults: DefaultSampling
 ) -> SamplingParams:
     """The wire's parameters with defaults, and with a random seed if none is given."""
     given = {
@@ -237,7 +239,7 @@ def check_tokens(
     if prompt_ids.size == 0:
         refuse("prompt", "must have at least one token")
     if isinstance(spec.prompt, np.ndarray):
-        check_prompt_ids(spec.prompt, vocab_size, unused)
+        check_ids(PROMPT_IDS, spec.prompt, vocab_size, unused)
     if spec.resume is not None and spec.resume.scores > len(prompt_ids) - 1:
         refuse(
             "resume.prompt_logprobs_received",
@@ -253,18 +255,23 @@ def check_tokens(
     ):
         for token_id in ids:
             if token_id >= vocab_size or token_id in unused:
-                refuse(name, unknown_token(token_id, vocab_size))
+                refuse(name, _unknown(token_id, vocab_size))
 
 
-def check_prompt_ids(ids: TokenIds, vocab_size: int, unused: frozenset[int] = frozenset()) -> None:
-    """unused: ids that have no token, though they may be below `vocab_size`"""
+def check_ids(
+    field: str,
+    ids: npt.NDArray[np.integer],
+    vocab_size: int,
+    unused: frozenset[int] = frozenset(),
+) -> None:
+    """Refuse ids that have no token, by their places in `field`; see `check_tokens`."""
     bad = (ids < 0) | (ids >= vocab_size)
     if holes := [token_id for token_id in unused if token_id < vocab_size]:
         bad |= np.isin(ids, holes)
     unknown = np.flatnonzero(bad)
     if unknown.size:
         at = int(unknown[0])
-        refuse(f"prompt.token_ids.ids[{at}]", unknown_token(int(ids[at]), vocab_size))
+        refuse(f"{field}[{at}]", _unknown(int(ids[at]), vocab_size))
 
 
 def fit_context(spec: GenerationSpec, prompt_tokens: int, max_model_len: int) -> SamplingParams:
@@ -313,7 +320,7 @@ def choice_seed(seed: int, index: int) -> int:
     return mixed ^ (mixed >> 31)
 
 
-def unknown_token(token_id: int, vocab_size: int) -> str:
+def _unknown(token_id: int, vocab_size: int) -> str:
     """What is wrong with an id that no token has."""
     return f"{token_id} is not a valid token id; the vocabulary has {vocab_size:,} tokens"
 

@@ -26,6 +26,8 @@ from kvmesh.cluster.openai.response_items import response_reply
 from kvmesh.cluster.openai.response_stream import ResponseStream
 from kvmesh.cluster.openai.responses import ResponseBody
 from kvmesh.cluster.openai.text_calls import (
+    DetokenizeBody,
+    Detokenized,
     ModelList,
     ServerHealth,
     ServerVersion,
@@ -75,6 +77,7 @@ def openai_app(contract: Contract, version: str) -> FastAPI:
     route("POST", "/v1/completions", api.complete, CompletionBody)
     route("POST", "/v1/responses", api.respond, ResponseBody)
     route("POST", "/tokenize", api.tokenize, TokenizeBody)
+    route("POST", "/detokenize", api.detokenize, DetokenizeBody)
     route("GET", "/v1/models", api.models, None)
     route("GET", "/version", api.version, None)
     for method in ("GET", "HEAD"):
@@ -131,8 +134,8 @@ class OpenAIRoutes:
             return body, body.to_contract(call.headers, call.request_id)
 
         body, requests = await call.read(parse)
-        echoes = [Echo()] * len(requests)
         with openai_names(body.renames):
+            echoes = [await self._echo(body, request, call.tenant) for request in requests]
             source = await self._begin(call, requests)
             if body.stream:
                 chunks = CompletionChunks(body, call.request_id, echoes)
@@ -164,17 +167,27 @@ class OpenAIRoutes:
             return read_body(TokenizeBody, data).to_contract()
 
         with openai_names():
-            found = await self._contract.tokenize(await call.read(parse), call.tenant)
+            found = await self._contract.questions.tokenize(await call.read(parse), call.tenant)
         ids = list(found.token_ids)
         return reply(Tokenized(ids, len(ids), found.max_model_len))
 
+    async def detokenize(self, call: HttpCall) -> Response:
+        """The text of token ids."""
+
+        def parse(data: bytes) -> pb.DetokenizeRequest:
+            return read_body(DetokenizeBody, data).to_contract()
+
+        with openai_names(((r"^token_ids(\.ids)?", "tokens"),)):
+            found = await self._contract.questions.detokenize(await call.read(parse), call.tenant)
+        return reply(Detokenized(found.text))
+
     async def models(self, call: HttpCall) -> Response:
         """The served model."""
-        info = await self._contract.get_model_info(pb.GetModelInfoRequest(), call.tenant)
+        info = await self._contract.questions.get_model_info(pb.GetModelInfoRequest(), call.tenant)
         return reply(ModelList([model_card(info, self._started_s)]))
 
     async def model(self, call: HttpCall, name: str) -> Response:
-        info = await self._contract.get_model_info(pb.GetModelInfoRequest(), call.tenant)
+        info = await self._contract.questions.get_model_info(pb.GetModelInfoRequest(), call.tenant)
         if name != info.model:
             raise UnknownModelError(name, info.model)
         return reply(model_card(info, self._started_s))
@@ -187,6 +200,26 @@ class OpenAIRoutes:
         """Whether requests can be served; needs no key."""
         ready = self._contract.ready
         return reply(ServerHealth("ok" if ready else "not ready"), 200 if ready else 503)
+
+    async def _echo(self, body: CompletionBody, request: pb.GenerateRequest, tenant: str) -> Echo:
+        """What the choices of a prompt begin with."""
+        if not body.echo:
+            return Echo()
+        prompt = request.prompt
+        ids = list(prompt.token_ids.ids)
+        if prompt.text and body.logprobs is not None:
+            wanted = pb.TokenizeRequest(prompt=prompt, model=request.model)
+            ids = list((await self._contract.questions.tokenize(wanted, tenant)).token_ids)
+        text, first = prompt.text, None
+        if ids:
+            # All of them only for their text.
+            wanted_ids = ids[:1] if text else ids
+            shown = await self._contract.questions.detokenize(
+                pb.DetokenizeRequest(token_ids=wanted_ids, skip_special_tokens=True), tenant
+            )
+            text = text or shown.text
+            first = shown.token_bytes[0] if body.logprobs is not None else None
+        return Echo(text, first)
 
     async def _begin(self, call: HttpCall, requests: Sequence[pb.GenerateRequest]) -> EventSource:
         source = await call.events(self._contract, requests)

@@ -26,21 +26,32 @@ Event = pb.GenerateStreamResponse
 _parsers = ThreadPoolExecutor(2, "kvmesh-json")
 
 
+class ContractQuestions(Protocol):
+    """The calls of the wire contract that generate nothing, as far as this API needs them."""
+
+    async def tokenize(self, request: pb.TokenizeRequest, tenant: str) -> pb.TokenizeResponse: ...
+
+    async def detokenize(
+        self, request: pb.DetokenizeRequest, tenant: str
+    ) -> pb.DetokenizeResponse: ...
+
+    async def get_model_info(
+        self, request: pb.GetModelInfoRequest, tenant: str
+    ) -> pb.GetModelInfoResponse: ...
+
+
 class Contract(Protocol):
     """The calls of the wire contract that this API is made of."""
 
     @property
     def ready(self) -> bool: ...
 
+    @property
+    def questions(self) -> ContractQuestions: ...
+
     def generate_stream(
         self, request: pb.GenerateRequest, tenant: str
     ) -> AsyncGenerator[Event, None]: ...
-
-    async def tokenize(self, request: pb.TokenizeRequest, tenant: str) -> pb.TokenizeResponse: ...
-
-    async def get_model_info(
-        self, request: pb.GetModelInfoRequest, tenant: str
-    ) -> pb.GetModelInfoResponse: ...
 
 
 @dataclass(slots=True)

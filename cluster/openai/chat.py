@@ -42,6 +42,8 @@ class ChatBody(GenerationBody):
     response_format: ResponseFormat | None = None
     reasoning_effort: str | None = None
     # As in vLLM.
+    chat_template: str | None = None
+    chat_template_name: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     continue_final_message: bool | None = None
     add_generation_prompt: bool | None = None
@@ -82,6 +84,8 @@ class ChatBody(GenerationBody):
             )
         )
         chat = request.prompt.chat
+        chat.chat_template = self.chat_template or ""
+        chat.chat_template_name = self.chat_template_name or ""
         if self.tool_choice is not None:
             chat.tool_choice.CopyFrom(tool_choice_of(self.tool_choice))
         if self.parallel_tool_calls is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, cast
@@ -62,16 +63,14 @@ class CompletionBody(GenerationBody):
         for index, prompt in enumerate(prompts):
             own_id = f"{request_id[:ID_CHARS]}-{index}" if len(prompts) > 1 else request_id
             request = self.base_request(headers, own_id)
-            # OpenAI's 0 asks for the prompt alone: the one token is left out of the reply.
-            put(
-                request.sampling_params,
-                "max_tokens",
-                max(self.max_tokens, 1) if self.max_tokens is not None else None,
-            )
-            put(request.sampling_params, "logprobs", self.logprobs)
+            params = request.sampling_params
+            put(params, "max_tokens", self.max_tokens)
+            put(params, "logprobs", self.logprobs)
+            if self.echo and (self.logprobs is not None or self.max_tokens == 0):
+                params.prompt_logprobs = params.logprobs
             if self.response_format is not None:
                 add_format(request, self.response_format.to_contract())
-            request.prompt.CopyFrom(prompt)
+            _fill(request.prompt, "prompt" if len(prompts) == 1 else f"prompt[{index}]", prompt)
             requests.append(request)
         return requests
 
@@ -90,28 +89,26 @@ class CompletionBody(GenerationBody):
         if self.max_tokens == 0 and not self.echo:
             refuse("max_tokens", "must be at least 1, unless echo is set")
 
-    def _prompts(self) -> list[pb.Prompt]:
+    def _prompts(self) -> list[str | list[int]]:
         prompt: Sequence[object] = self.prompt
-        if isinstance(prompt, str):
-            return [pb.Prompt(text=prompt)]
-        if not any(isinstance(entry, str | list) for entry in prompt[:1]):
-            return [_token_prompt("prompt", prompt)]
-        found = [
-            pb.Prompt(text=entry)
-            if isinstance(entry, str)
-            else _token_prompt(f"prompt[{index}]", cast("list[int]", entry))
-            for index, entry in enumerate(prompt)
-        ]
-        if len(found) > MAX_PROMPTS:
-            refuse("prompt", f"must have at most {MAX_PROMPTS} prompts, got {len(found)}")
-        return found
+        if isinstance(prompt, str) or not any(isinstance(x, str | list) for x in prompt[:1]):
+            return [cast("str | list[int]", prompt)]
+        if len(prompt) > MAX_PROMPTS:
+            refuse("prompt", f"must have at most {MAX_PROMPTS} prompts, got {len(prompt)}")
+        return list(cast("Sequence[str | list[int]]", prompt))
 
 
-def _token_prompt(field: str, ids: Sequence[object]) -> pb.Prompt:
+def _fill(prompt: pb.Prompt, field: str, given: str | list[int]) -> None:
+    """In place: a million ids take 20 ms to copy."""
+    if isinstance(given, str):
+        prompt.text = given
+        return
     try:
-        return pb.Prompt(token_ids=pb.TokenIds(ids=ids))  # type: ignore[arg-type]
+        prompt.token_ids.ids.extend(given)
     except ValueError:
         refuse(field, "must have token ids from 0 to 2^31 - 1")
+    if not given:
+        prompt.token_ids.SetInParent()
 
 
 class CompletionLogprobs(msgspec.Struct):
@@ -146,10 +143,16 @@ class CompletionReply(msgspec.Struct):
 
 @dataclass(frozen=True, slots=True)
 class Echo:
-    """What a choice begins with. tokens: None unless log-probabilities were asked for"""
+    """The prompt, with which a choice begins. first_token: its bytes, if tokens are shown"""
 
     text: str = ""
-    tokens: Sequence[ScoredToken] | None = None
+    first_token: bytes | None = None
+
+    def tokens(self, scores: pb.Logprobs) -> list[ScoredToken]:
+        """scores: of the prompt's tokens from its second on"""
+        if self.first_token is None:
+            return []
+        return [ScoredToken(self.first_token, None), *scored(scores)]
 
 
 class ScoredText:
@@ -185,7 +188,7 @@ def completion_reply(
 ) -> CompletionReply:
     """generated, echoes: of each prompt"""
     choices = [
-        _choice(body, choice, number * (body.n or 1), echo)
+        _choice(body, choice, number * (body.n or 1), echo, reply.prompt_logprobs)
         for number, (reply, echo) in enumerate(zip(generated, echoes, strict=True))
         for choice in reply.choices
     ]
@@ -198,19 +201,16 @@ def completion_reply(
     )
 
 
-def _choice(body: CompletionBody, choice: pb.Choice, first: int, echo: Echo) -> CompletionChoice:
+def _choice(
+    body: CompletionBody, choice: pb.Choice, first: int, echo: Echo, prompt: pb.Logprobs
+) -> CompletionChoice:
     finish = finish_of(choice)
-    only_echo = body.max_tokens == 0
     scores = None
     if body.logprobs is not None:
-        tokens = [*(echo.tokens or ()), *(() if only_echo else scored(choice.logprobs))]
+        tokens = [*echo.tokens(prompt), *scored(choice.logprobs)]
         scores = ScoredText(body.logprobs).columns(tokens)
     return CompletionChoice(
-        first + choice.index,
-        echo.text + ("" if only_echo else choice.text),
-        "length" if only_echo else finish.reason,
-        None if only_echo else finish.stop,
-        scores,
+        first + choice.index, echo.text + choice.text, finish.reason, finish.stop, scores
     )
 
 
@@ -223,6 +223,7 @@ class CompletionChunks:
         self._usage = RunningUsage()
         self._chunk = CompletionReply(f"cmpl-{request_id}", "", [], int(time.time()))
         self._texts: dict[int, ScoredText] = {}
+        self._prompts: defaultdict[int, pb.Logprobs] = defaultdict(pb.Logprobs)
 
     async def read(self, source: EventSource) -> AsyncIterator[bytes]:
         async for number, event in source:
@@ -236,25 +237,22 @@ class CompletionChunks:
 
     def _chunks(self, number: int, event: pb.GenerateStreamResponse) -> Iterator[bytes]:
         first = number * (self._body.n or 1)
-        only_echo = self._body.max_tokens == 0
         match event.WhichOneof("event"):
             case "started":
                 self._chunk.model = event.started.model
-            case "delta" if not only_echo:
+            case "prompt_logprobs":
+                self._prompts[number].MergeFrom(event.prompt_logprobs)
+            case "delta":
                 delta = event.delta
                 index = first + delta.index
                 yield from self._echo(number, index)
                 if delta.text or delta.HasField("logprobs"):
-                    tokens = list(scored(delta.logprobs))
-                    yield self._said(index, delta.text, tokens)
+                    yield self._said(index, delta.text, list(scored(delta.logprobs)))
             case "choice_finished":
                 finish = finish_of(event.choice_finished)
                 index = first + event.choice_finished.index
                 yield from self._echo(number, index)
-                if only_echo:
-                    yield self._said(index, "", (), "length")
-                else:
-                    yield self._said(index, "", (), finish.reason, finish.stop)
+                yield self._said(index, "", (), finish.reason, finish.stop)
             case _:
                 if (comment := sse.comment(event)) is not None:
                     yield comment
@@ -266,7 +264,7 @@ class CompletionChunks:
         self._texts[index] = ScoredText(self._body.logprobs or 0)
         if self._body.echo:
             echo = self._echoes[number]
-            yield self._said(index, echo.text, echo.tokens or ())
+            yield self._said(index, echo.text, echo.tokens(self._prompts[number]))
 
     def _said(
         self,

@@ -21,6 +21,8 @@ SAMPLING = (
     "frequency_penalty",
     "min_tokens",
     "ignore_eos",
+    "skip_special_tokens",
+    "include_stop_str_in_output",
     "max_reasoning_tokens",
     "n",
 )
@@ -66,6 +68,8 @@ class GenerationBody(RequestBody):
     min_tokens: int | None = None
     ignore_eos: bool | None = None
     stop_token_ids: list[int] | None = None
+    skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
     structured_outputs: StructuredOutputs | None = None
     priority: int | None = None
     cache_salt: str | None = None

@@ -86,15 +86,15 @@ class StructuredOutputs(RequestBody):
 
 RENAMES = (
     (r"^structured_output\.json_schema", "response_format.json_schema.schema"),
-    (r"^structured_output", "response_format"),
+    (r"^structured_output(?=[.[]|$)", "response_format"),
 )
 VLLM_RENAMES = (
     (r"^structured_output\.json_schema", "structured_outputs.json"),
-    (r"^structured_output", "structured_outputs"),
+    (r"^structured_output(?=[.[]|$)", "structured_outputs"),
 )
 RESPONSE_RENAMES = (
     (r"^structured_output\.json_schema", "text.format.schema"),
-    (r"^structured_output", "text.format"),
+    (r"^structured_output(?=[.[]|$)", "text.format"),
 )
 
 

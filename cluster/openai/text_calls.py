@@ -54,6 +54,29 @@ class Tokenized(msgspec.Struct):
     max_model_len: int
 
 
+class DetokenizeBody(RequestBody):
+    """What POST /detokenize takes. As in vLLM."""
+
+    tokens: list[int]
+    model: str | None = None
+    skip_special_tokens: bool | None = None
+
+    def to_contract(self) -> pb.DetokenizeRequest:
+        """Raises InvalidFieldError."""
+        try:
+            return pb.DetokenizeRequest(
+                token_ids=self.tokens,
+                model=self.model or "",
+                skip_special_tokens=self.skip_special_tokens,
+            )
+        except ValueError:
+            refuse("tokens", "must have token ids from 0 to 2^31 - 1")
+
+
+class Detokenized(msgspec.Struct):
+    prompt: str
+
+
 class ModelCard(msgspec.Struct):
     """A model, as OpenAI lists it. created: when the server that answers was started"""
 

@@ -151,7 +151,7 @@ def test_a_story_is_continued_by_the_next_run(
 def test_every_block_is_found() -> None:
     assert len(BLOCKS) == DOCUMENT.count("```python")
     assert DOCUMENT.count("```") == 2 * len(BLOCKS)
-    assert len(OF_OPENAI) == 4 and len(OURS) >= 9
+    assert len(OF_OPENAI) == 5 and len(OURS) >= 9
 
 
 @pytest.mark.parametrize(

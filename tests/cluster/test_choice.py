@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import pytest
 
+from kvmesh.cluster.ingress import wire
 from kvmesh.cluster.ingress.choice import ChoiceFinish, RunningChoice
 from kvmesh.cluster.ingress.validate import ResumedChoice, TextRules
-from kvmesh.workers.request import EndReason, SequenceDelta, TokenIds
+from kvmesh.workers.request import EndReason, SampledLogprobs, SequenceDelta, TokenIds
 from kvmesh.workers.sampling_params import SamplingParams
 from tests.cluster.machine import LetterCodec, LetterStream, text_of
 
@@ -71,6 +72,9 @@ class NamedCodec(LetterCodec):
 
     def special_text(self, token_id: int) -> str:
         return "<|end|>" if token_id == self.special else ""
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return (self.special_text(token_id) or text_of([token_id])).encode()
 
     def stream(self, prompt: Sequence[int] | TokenIds, skip_special_tokens: bool) -> NamedStream:
         return NamedStream(self.special, skip_special_tokens)
@@ -180,3 +184,47 @@ def test_a_stop_token_is_in_the_text_if_stops_are_included(include: bool, text: 
     found = made.accept([SequenceDelta("r", tuple(ids[:2])), end]).text
     assert found == text
     assert made.finish == ChoiceFinish(EndReason.STOP, stop_token_id=ids[2])
+
+
+@pytest.mark.parametrize(("skip", "name"), [(True, b""), (False, b"<|end|>")])
+def test_the_bytes_of_logprobs_are_those_of_the_text(skip: bool, name: bytes) -> None:
+    codec = NamedCodec()
+    ids = [int(codec.encode("a")[0]), 25, int(codec.encode("b")[0])]
+    params = SamplingParams(max_tokens=3, logprobs=1)
+    made = RunningChoice(0, params, TextRules((), skip), codec, ResumedChoice())
+    scores = tuple(SampledLogprobs(-1.0, ((token, -1.0),)) for token in ids)
+    output = made.accept([SequenceDelta("r", tuple(ids), scores, EndReason.LENGTH)])
+    columns = wire.delta(0, output, codec, lambda *_: "", skip).logprobs
+    assert columns.chosen_bytes == columns.top_bytes == [b"a", name, b"b"]
+    assert b"".join(columns.chosen_bytes).decode() == output.text
+
+
+@pytest.mark.parametrize(
+    ("stop", "rules", "text"),
+    [
+        ("<|end|>", {}, "ab"),
+        ("<|end|>", {"include_stop": True}, "ab<|end|>"),
+        ("<|end|>", {"include_stop": True, "skip_special_tokens": False}, "ab<|end|>"),
+        ("b<|end|>", {"skip_special_tokens": False}, "a"),
+        ("other", {}, "ab"),
+        ("other", {"include_stop": True}, "ab"),
+        ("other", {"include_stop": True, "skip_special_tokens": False}, "ab<|end|>"),
+    ],
+)
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_stop_string_may_name_the_end_of_sequence(
+    stop: str, rules: dict[str, bool], text: str, resumed: bool
+) -> None:
+    codec = NamedCodec()
+    ids = (int(codec.encode("a")[0]), int(codec.encode("b")[0]), 25)
+    params = SamplingParams(max_tokens=9, stop_token_ids=(25,))
+    had = ResumedChoice(ids) if resumed else ResumedChoice()
+    made = RunningChoice(0, params, TextRules((stop,), **rules), codec, had)
+    if resumed:
+        found = made.owed().text
+    else:
+        found = made.accept([SequenceDelta("r", ids, (), EndReason.STOP, 25)]).text
+    assert found == text
+    by_string = ChoiceFinish(EndReason.STOP, stop_string=stop)
+    by_token = ChoiceFinish(EndReason.STOP, stop_token_id=25)
+    assert made.finish == (by_token if stop == "other" else by_string)

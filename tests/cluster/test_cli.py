@@ -46,6 +46,7 @@ READS = (
     ("estimate", "--prompt-tokens", "7"),
     ("explain", "r1"),
     ("tokenize", "a b c"),
+    ("detokenize", "3", "1", "2"),
 )
 
 
@@ -130,6 +131,22 @@ def test_generate_prints_its_result_as_json(fake: FakeServer) -> None:
     assert not result.stderr
     (request,) = fake.requests
     assert (request.request_id, request.sampling_params.max_tokens) == ("r1", 4)
+
+
+def test_options_of_generate_reach_the_server(fake: FakeServer) -> None:
+    options = ("--special-tokens", "--include-stop", "--stop", ".", "--prompt-logprobs", "2")
+    printed = json.loads(run("generate", "a b c", "--json", *options, "--max-tokens", "0").stdout)
+    sent = fake.requests[-1].sampling_params
+    assert (sent.skip_special_tokens, sent.include_stop_str_in_output) == (False, True)
+    assert (list(sent.stop), sent.prompt_logprobs, sent.max_tokens) == (["."], 2, 0)
+    assert [x["chosen"]["token_id"] for x in printed["prompt_logprobs"]] == [1, 2]
+    run("generate", "a b c")
+    assert not fake.requests[-1].sampling_params.ListFields(), "the server's defaults"
+    assert run("generate", "a", "--stop", "course", "--include-stop").stdout == "Paris, of course\n"
+
+
+def test_status_shows_what_requests_get_that_set_nothing(fake: FakeServer) -> None:
+    assert "defaults: temperature 0.7, top_k 20, max_tokens 256" in run("status").stdout
 
 
 def test_abort_says_whether_there_was_such_a_request(fake: FakeServer) -> None:
@@ -465,3 +482,29 @@ def test_a_chat_without_a_terminal_has_a_message_a_line(fake: FakeServer) -> Non
     assert result.exit_code == ExitCode.DONE, result.output
     said = [[message.content for message in x.prompt.chat.messages] for x in fake.requests]
     assert said == [["hello"], ["hello", "Paris, of course.", long.strip()]]
+
+
+def test_generate_sends_what_the_output_must_match(fake: FakeServer, tmp_path: Path) -> None:
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "object"}')
+    grammar = tmp_path / "answer.lark"
+    grammar.write_text('start: "a"')
+    for options, kind, value in (
+        (["--json-schema", str(schema)], "json_schema", '{"type": "object"}'),
+        (["--json-schema", '{"type": "null"}'], "json_schema", '{"type": "null"}'),
+        (["--json-object"], "json_object", True),
+        (["--regex", "a+"], "regex", "a+"),
+        (["--grammar", str(grammar)], "grammar", 'start: "a"'),
+        (["--choice", "a", "--choice", "b"], "choice", pb.OutputChoices(values=["a", "b"])),
+    ):
+        assert run("generate", "hi", *options).exit_code == 0
+        sent = fake.requests[-1].structured_output
+        assert (sent.WhichOneof("kind"), getattr(sent, kind)) == (kind, value)
+
+
+def test_generate_takes_one_kind_of_structured_output(fake: FakeServer) -> None:
+    both = run("generate", "hi", "--regex", "a", "--json-object")
+    assert (both.exit_code, fake.requests) == (2, [])
+    missing = run("generate", "hi", "--grammar", "/no/such/file")
+    assert (missing.exit_code, fake.requests) == (2, [])
+    assert "/no/such/file cannot be read" in missing.stderr

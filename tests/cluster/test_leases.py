@@ -159,7 +159,7 @@ async def test_only_natural_ends_are_learned_from() -> None:
         stream = one.stream(make_request(60))
         one.allow(6)
         received = await read_until(stream, 4)
-        reply = await one.ingress.abort(pb.AbortRequest(request_id="r"), TENANT)
+        reply = await one.ingress.questions.abort(pb.AbortRequest(request_id="r"), TENANT)
         assert reply.aborted
         await one.permit_end()
         await rest_of(stream, received)
@@ -176,7 +176,7 @@ async def test_an_abort_between_placement_and_submission_takes_effect() -> None:
         engine.hold()
         reading = asyncio.ensure_future(read(one.stream(make_request(40))))
         await asyncio.wait_for(engine.arrived.wait(), PATIENCE_S)
-        reply = await one.ingress.abort(pb.AbortRequest(request_id="r"), TENANT)
+        reply = await one.ingress.questions.abort(pb.AbortRequest(request_id="r"), TENANT)
         assert reply.aborted
         await one.until(lambda: one.leases() == 0)
         engine.deliver_held()

@@ -138,23 +138,23 @@ async def test_a_draining_engine_that_connects_again_stays_next_to_its_successor
     async with machine() as one:
         old = Zombie(one, "g0")
         await old.greet(draining=True)
-        await one.until(lambda: "g0.leaving" in one.router._groups)
+        await one.until(lambda: "g0.leaving" in one.router.groups.names)
         groups = {group.group: group.sequences for group in one.router.status().router.groups}
         assert groups == {"g0": 0, "g0.leaving": 1}
-        assert one.router._groups["g0.leaving"].closed and not one.router._groups["g0"].closed
+        assert one.router.groups["g0.leaving"].closed and not one.router.groups["g0"].closed
         assert old.heard == []
-        one.router._groups["g0.leaving"].connection.abort()
-        await one.until(lambda: {*one.router._groups} == {"g0"})
+        one.router.groups["g0.leaving"].connection.abort()
+        await one.until(lambda: one.router.groups.names == {"g0"})
         assert one.leases() == 0
 
 
 async def test_a_group_that_is_not_wanted_any_more_takes_nothing_when_it_comes() -> None:
     async with machine(groups=2) as two:
-        two.router.expect(frozenset({"g0"}))
+        two.router.groups.expect(frozenset({"g0"}))
         two.engines["g1"]._account._connection.close()  # type: ignore[union-attr]
-        await two.until(lambda: "g1" not in two.router._groups)
-        await two.until(lambda: "g1" in two.router._groups)
-        assert two.router._groups["g1"].closed and not two.router._groups["g0"].closed
+        await two.until(lambda: "g1" not in two.router.groups.names)
+        await two.until(lambda: "g1" in two.router.groups.names)
+        assert two.router.groups["g1"].closed and not two.router.groups["g0"].closed
 
 
 async def test_groups_are_started_and_stopped_as_the_load_asks_for_them() -> None:

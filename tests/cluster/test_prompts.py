@@ -13,11 +13,14 @@ from tokenizers import models, pre_tokenizers
 
 from kvmesh.cluster.errors import ContextExceededError, IngressBusyError
 from kvmesh.cluster.ingress.prompts import LONG_TEXT_CHARS, MAX_WAITING, Prompts
+from kvmesh.cluster.ingress.validate import Limits, check_tokens, generation_spec
 from kvmesh.cluster.reports import ClusterStatus
 from kvmesh.protos import pb
+from kvmesh.workers.errors import InvalidFieldError
 from kvmesh.workers.model.chat import Conversation, PromptPiece
 from kvmesh.workers.model.tokenizer import Tokenizer
 from tests.cluster.machine import LetterCodec, Machine, machine
+from tests.workers.memory_executor import VOCAB
 
 LONG = "a" * LONG_TEXT_CHARS
 
@@ -160,3 +163,38 @@ async def test_a_template_may_not_make_a_prompt_that_no_context_holds(
     text = "a" * codec.max_token_chars
     with pytest.raises(ContextExceededError):
         await Prompts(codec).encode(Conversation([{"role": "user", "content": text}]), "t", status)
+
+
+@pytest.mark.parametrize("count", [3, LONG_TEXT_CHARS])
+async def test_ids_are_detokenised_or_named(status: ClusterStatus, count: int) -> None:
+    prompts = Prompts(LetterCodec())
+    request = pb.DetokenizeRequest(token_ids=[0, 2, 3] * (count // 3))
+    reply = await prompts.decode(request, "t", status)
+    assert reply.text == "ACD" * (count // 3)
+    assert list(reply.token_bytes[:3]) == [b"A", b"C", b"D"]
+    request.token_ids[1] = VOCAB
+    with pytest.raises(InvalidFieldError, match=f"{VOCAB} is not a valid token id") as caught:
+        await prompts.decode(request, "t", status)
+    assert caught.value.field == "token_ids[1]"
+
+
+async def test_ids_without_a_token_are_refused_everywhere(status: ClusterStatus) -> None:
+    codec = LetterCodec()
+    codec.unused_token_ids = frozenset({7})
+    prompts = Prompts(codec)
+    with pytest.raises(InvalidFieldError) as caught:
+        await prompts.decode(pb.DetokenizeRequest(token_ids=[1, 7]), "t", status)
+    assert caught.value.field == "token_ids[1]"
+    ids = pb.TokenIds(ids=[1, 2, 7])
+    with pytest.raises(InvalidFieldError) as caught:
+        await prompts.of(pb.Prompt(token_ids=ids), "t", status)
+    assert caught.value.field == "prompt.token_ids.ids[2]"
+    for field, params in (
+        ("stop_token_ids", pb.SamplingParams(stop_token_ids=[7])),
+        ("logit_bias", pb.SamplingParams(logit_bias={7: 1.0})),
+    ):
+        request = pb.GenerateRequest(prompt=pb.Prompt(text="A"), sampling_params=params)
+        spec = generation_spec(request, Limits())
+        with pytest.raises(InvalidFieldError) as caught:
+            check_tokens(spec, codec.encode("A"), VOCAB, codec.unused_token_ids)
+        assert caught.value.field == f"sampling_params.{field}"

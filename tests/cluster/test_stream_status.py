@@ -173,7 +173,7 @@ async def test_a_request_that_is_aborted_while_it_waits_ends_as_the_contract_say
         other, leases = await fill(one)
         stream = one.stream(make_request(5))
         await next_queued(stream)
-        await one.ingress.abort(pb.AbortRequest(request_id="r"), TENANT)
+        await one.ingress.questions.abort(pb.AbortRequest(request_id="r"), TENANT)
         events = await all_events(stream)
         assert kinds(events) == ["started", "choice_finished", "usage"]
         assert (events[0].started.seed, events[0].started.group) == (7, "")

@@ -101,12 +101,6 @@ def test_a_wrong_prompt_is_refused(prompt: pb.Prompt, field: str) -> None:
     ("fields", "field"),
     [
         ({"adapter": "a"}, "adapter"),
-        ({"structured_output": pb.StructuredOutput(regex="a")}, "structured_output"),
-        ({"structured_output": pb.StructuredOutput()}, "structured_output"),
-        (
-            {"sampling_params": pb.SamplingParams(prompt_logprobs=0)},
-            "sampling_params.prompt_logprobs",
-        ),
     ],
 )
 def test_fields_ahead_of_their_support_are_refused_by_name(

@@ -13,7 +13,7 @@ from kvmesh.cluster.ingress.validate import Limits, generation_spec
 from kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.workers.errors import ConfigError
 from kvmesh.workers.model.generation_defaults import (
-    SamplingDefaults,
+    DefaultSampling,
     ignored_generation_settings,
     read_sampling_defaults,
 )
@@ -67,7 +67,7 @@ def test_a_wrong_value_is_named(tmp_path: Path, values: dict[str, Any]) -> None:
 
 
 def test_the_embedded_model_has_defaults_of_its_own(tmp_path: Path) -> None:
-    assert read_sampling_defaults(tmp_path) == SamplingDefaults()
+    assert read_sampling_defaults(tmp_path) == DefaultSampling()
     (tmp_path / "kvmesh.json").write_text('{"name": "smollm2-135m-instruct"}')
     assert read_sampling_defaults(tmp_path).given() == {"temperature": 0.2, "top_p": 0.9}
 

@@ -106,6 +106,7 @@ def test_the_service_has_exactly_these_methods() -> None:
         "Generate",
         "GenerateStream",
         "Tokenize",
+        "Detokenize",
         "Abort",
         "EstimateBudget",
         "Explain",

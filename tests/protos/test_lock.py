@@ -43,7 +43,7 @@ def test_a_change_that_breaks_clients_is_refused(
     contract = folder / "kvmesh/v1/kvmesh.proto"
     text = contract.read_text()
     if complaint == "temperature":
-        text = text.replace("optional double top_p = 2;", "optional double top_p = 1;")
+        text = text.replace("optional double top_p = 2;", "optional double top_p = 1;", 1)
     assert old in text
     contract.write_text(text.replace(old, new, 1))
     before = (folder / "lock.binpb").read_bytes()

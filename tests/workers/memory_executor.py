@@ -12,8 +12,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Sequence
+from functools import cache
+from tempfile import TemporaryDirectory
 
 import numpy as np
+import tokenizers
 
 from kvmesh.workers.executor import Allocation, MakeMasks, RankDescription
 from kvmesh.workers.plan import (
@@ -95,7 +98,22 @@ def expected_output(
     return output
 
 
+@cache
+def letters() -> str:
+    """Directory with a tokenizer for which the tokens are the characters from A on."""
+    raw = tokenizers.Tokenizer(tokenizers.models.BPE(_NAMES, []))
+    raw.decoder = tokenizers.decoders.Fuse()
+    raw.save(f"{_LETTERS.name}/tokenizer.json")
+    return _LETTERS.name
+
+
+_LETTERS = TemporaryDirectory()
+_NAMES = {chr(ord("A") + token): token for token in range(VOCAB)}
+
+
 class MemoryExecutor:
+    """model_path: of a tokenizer, for constraints"""
+
     num_ranks = 2
 
     def __init__(
@@ -105,7 +123,7 @@ class MemoryExecutor:
         recent: int,
         budget_pages: int,
         max_model_len: int = 800,
-        model_path: str = "",
+        model_path: str | None = None,
     ) -> None:
         self._page_size, self._sink, self._recent = page_size, sink, recent
         self.kl_nats: dict[str, float] = {}
@@ -122,7 +140,7 @@ class MemoryExecutor:
             sealed_page_bytes=1,
             kv_budget_bytes=budget_pages,
             head_dim=8,
-            model_path=model_path,
+            model_path=letters() if model_path is None else model_path,
         )
         self.plans: list[StepPlan] = []
         self._top_k: dict[int, int] = {}  # by row

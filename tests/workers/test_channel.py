@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from kvmesh.workers.channel import (
@@ -32,6 +33,7 @@ from kvmesh.workers.plan import (
     StepPlan,
     StepResult,
     TableUpdate,
+    TokenMasks,
 )
 from kvmesh.workers.sampling_params import SamplingParams
 from kvmesh.workers.step_limit import MAX_NEW, MIN_NEW
@@ -95,6 +97,34 @@ def test_every_rank_gets_the_same_plan_and_close_ends_them() -> None:
     assert seen[0] == seen[1] == seen[2]
     assert seen[0] == [Probe(["int4", "int8-x"]), Allocation(1, 2, 3, 4), PLAN]
     executor.close()
+
+
+def test_masks_follow_their_plan_to_the_rank_that_samples() -> None:
+    executor = ChannelExecutor(2)
+    seen: list[list[object]] = [[], []]
+    made: list[TokenMasks] = []
+    masks = TokenMasks(2, [0], b"\1\0\0\0")
+    masked = msgspec.structs.replace(PLAN, masked=True)
+
+    def body(end: RankEnd, rank: int) -> None:
+        end.send(DESCRIPTION)
+        while not isinstance(message := end.receive(60), Close | None):
+            seen[rank].append(message)
+            if isinstance(message, TokenMasks):
+                end.send(StepResult(message.step, [], 0.0))
+
+    def make() -> TokenMasks:
+        made.append(masks)
+        return masks
+
+    threads = start_ranks(executor, body)
+    executor.describe()
+    assert executor.execute(masked, make).step == 2
+    executor.close()
+    for thread in threads:
+        thread.join(60)
+    assert seen == [[masked, masks], [masked]]
+    assert made == [masks]
 
 
 def test_a_failure_of_any_rank_ends_the_wait_for_other_ranks() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from random import Random
 
@@ -28,6 +29,8 @@ from kvmesh.workers.request import (
 )
 from kvmesh.workers.sampling_params import SamplingParams
 from kvmesh.workers.sizes import BLOCK_PAGES, PageNeed
+from kvmesh.workers.structured.constraint import OutputConstraint
+from kvmesh.workers.structured.grammar import regex
 from tests.exercised import Exercised
 from tests.scenarios import SEEDS, check, scenarios
 from tests.workers.engine_calls import PAGE as PAGE
@@ -715,3 +718,23 @@ def test_cached_block_ends_are_reported_when_they_change() -> None:
     engine.add(request("c", [8] * (free + 9) * PAGE, 1))
     run(engine)
     assert engine.take_page_changes()[ends[0]] is False
+
+
+def test_a_preempted_sequence_stays_within_its_grammar() -> None:
+    def run(*, preempted: bool) -> tuple[list[int], int]:
+        engine, _ = make_engine()
+        bound = OutputConstraint(regex("[C-Q]{20}[a-f]{20}").text())
+        engine.add(request("r", [3, 4, 5], 60, constraint=bound))
+        tokens: list[int] = []
+        while engine.has_work:
+            for delta in engine.step():
+                tokens += delta.token_ids
+            if preempted and len(tokens) in (7, 25) and engine.scheduler.running:
+                engine.scheduler.preempt_youngest()
+        return tokens, engine.scheduler.preemptions_total
+
+    undisturbed, _ = run(preempted=False)
+    assert re.fullmatch("[C-Q]{20}[a-f]{20}", "".join(chr(65 + t) for t in undisturbed[:-1]))
+    tokens, preemptions = run(preempted=True)
+    assert tokens == undisturbed
+    assert preemptions >= 2

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 
 from kvmesh.workers.errors import InvalidFieldError
-from kvmesh.workers.plan import RowStart, SampledToken
+from kvmesh.workers.plan import RowStart, SampledToken, TokenMasks
 from kvmesh.workers.sampler import NO_TOKEN, NOT_FINITE, Sampler, uniform
 from kvmesh.workers.sampling_params import SamplingParams
 from tests.exercised import Exercised
@@ -282,3 +282,66 @@ def test_no_more_alternatives_are_listed_than_there_are_tokens() -> None:
     sampler.start_row(RowStart(0, SamplingParams(temperature=0.0, logprobs=20), 1, b""))
     (token,) = sampler.sample(torch.randn(1, VOCAB), [0], [1])
     assert sorted(i for i, _ in token.top) == [0, 1, 2, 3, 4]
+
+
+def masks_of(allowed: dict[int, list[int]]) -> TokenMasks:
+    """By position among the sampled rows: the allowed tokens."""
+    bits = np.zeros((len(allowed), 32 * -(-VOCAB // 32)), np.uint8)
+    for row, tokens in zip(bits, allowed.values(), strict=True):
+        row[tokens] = 1
+    return TokenMasks(1, list(allowed), np.packbits(bits, axis=1, bitorder="little").tobytes())
+
+
+def masked(params: SamplingParams, logits: torch.Tensor, allowed: list[int]) -> SampledToken:
+    sampler = sampler_with(params)
+    (token,) = sampler.sample(logits, [0], [2], masks_of({0: allowed}))
+    return token
+
+
+def test_only_allowed_tokens_are_sampled() -> None:
+    greedy, hot = SamplingParams(temperature=0.0), SamplingParams(temperature=100.0)
+    sampler = sampler_with(greedy, hot, greedy)
+    logits = logits_of({5: 9.0, 999: 1.0}, {5: 50.0}, {5: 9.0, 31: 8.0})
+    tokens = sampler.sample(logits, [0, 1, 2], [2] * 3, masks_of({0: [31, 999], 1: [32, 64]}))
+    assert tokens[0].token_id == 999
+    assert tokens[1].token_id in (32, 64)
+    assert tokens[2].token_id == 5, "a row without a mask is free"
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(temperature=0.0, logit_bias={5: 100.0}),
+        SamplingParams(top_k=1, logit_bias={5: 100.0}),
+        SamplingParams(min_p=1.0, logit_bias={40: -100.0, 41: -100.0}),
+        SamplingParams(top_p=1e-9, repetition_penalty=100.0),
+    ],
+)
+def test_a_mask_comes_after_bias_and_penalties(params: SamplingParams) -> None:
+    assert masked(params, logits_of({5: 30.0}), [40, 41]).token_id in (40, 41)
+
+
+def test_min_tokens_and_ignore_eos_forbid_the_end_unless_nothing_else_is_allowed() -> None:
+    for params in (
+        SamplingParams(temperature=0.0, min_tokens=9),
+        SamplingParams(temperature=0.0, ignore_eos=True),
+    ):
+        assert masked(params, logits_of({EOS: 9.0}), [EOS, 3]).token_id == 3
+        assert masked(params, logits_of({3: 9.0}), [EOS]).token_id == EOS
+    stop = SamplingParams(temperature=0.0, min_tokens=9, stop_token_ids=(4,))
+    assert masked(stop, logits_of({4: 9.0}), [4, 3]).token_id == 3
+    assert masked(stop, logits_of({4: 9.0}), [4]).token_id == 4
+
+
+def test_logprobs_of_a_masked_row_are_those_before_the_mask() -> None:
+    logits = logits_of({5: 2.0, 6: 1.0})
+    expected = torch.log_softmax(logits[0], dim=-1)
+    token = masked(SamplingParams(temperature=0.0, logprobs=1), logits.clone(), [6])
+    assert token.token_id == 6
+    assert token.logprob == pytest.approx(float(expected[6]))
+    assert token.top[0][0] == 5
+
+
+def test_a_mask_does_not_hide_nan() -> None:
+    token = masked(SamplingParams(), logits_of({5: float("nan")}), [40, 41])
+    assert (token.token_id, token.fault) == (NO_TOKEN, NOT_FINITE)

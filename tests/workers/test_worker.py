@@ -11,14 +11,16 @@ import pytest
 from kvmesh.workers import worker
 from kvmesh.workers.channel import Allocated, Close, Divergences, Failed, FromRank, Probe, ToRank
 from kvmesh.workers.config import EngineConfig
-from kvmesh.workers.errors import ConfigError
+from kvmesh.workers.errors import ConfigError, WorkerDiedError
 from kvmesh.workers.executor import Allocation, MakeMasks, RankDescription
 from kvmesh.workers.parallel.comm import Communicator
-from kvmesh.workers.plan import SampledToken, StepPlan, StepResult, TableUpdate
+from kvmesh.workers.plan import SampledToken, StepPlan, StepResult, TableUpdate, TokenMasks
 
 DESCRIPTION = RankDescription("m", "r", "float32", 50, 100, (1,), 0, 0, 4, 1, 100, 8)
 NOTHING = TableUpdate([], [], [])
 PLAN = StepPlan(1, [], [], NOTHING, NOTHING, [], [], [])
+MASKED = StepPlan(2, [], [], NOTHING, NOTHING, [], [], [], masked=True)
+MASKS = TokenMasks(2, [0], b"\1\0\0\0")
 RESULT = StepResult(1, [SampledToken(7)], 0.0)
 
 
@@ -62,7 +64,10 @@ class FakeRank:
         self.allocated.append(allocation)
 
     def execute(self, plan: StepPlan, masks: MakeMasks | None = None) -> StepResult | None:
-        assert plan == PLAN
+        assert plan in (PLAN, MASKED)
+        if plan.masked and self._samples:
+            assert masks is not None
+            assert masks() == MASKS
         return RESULT if self._samples else None
 
 
@@ -82,6 +87,20 @@ def test_a_rank_answers_what_it_is_asked_until_it_is_closed(samples: bool) -> No
         assert end.sent == [DESCRIPTION, Divergences([0.5]), Allocated(), RESULT, RESULT]
     else:
         assert end.sent == [DESCRIPTION, Allocated()]
+
+
+def test_a_rank_that_samples_waits_for_the_masks() -> None:
+    end = serve([MASKED, None, MASKS, PLAN, Close()], samples=True, parent=os.getppid())
+    assert end.sent == [DESCRIPTION, RESULT, RESULT]
+    others = serve([MASKED, PLAN, Close()], samples=False, parent=os.getppid())
+    assert others.unread == 0
+
+
+def test_a_rank_ends_when_no_masks_can_come() -> None:
+    with pytest.raises(WorkerDiedError, match="the leader is gone"):
+        serve([MASKED, None], samples=True, parent=os.getppid() + 1)
+    with pytest.raises(WorkerDiedError, match="masks must follow"):
+        serve([MASKED, PLAN], samples=True, parent=os.getppid())
 
 
 def test_a_rank_ends_when_its_leader_is_gone() -> None:

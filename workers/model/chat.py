@@ -227,6 +227,8 @@ def _reason(error: Exception) -> str:
         return f"line {error.lineno}: {text}"
     if isinstance(error, TemplateError):
         return text
+    if isinstance(error, MemoryError):
+        return "it needs more memory than it may have"
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 

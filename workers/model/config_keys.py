@@ -79,6 +79,7 @@ _HARMLESS = frozenset(
     {
         "_attn_implementation",
         "_attn_implementation_autoset",
+        "_attn_implementation_internal",
         "_commit_hash",
         "_flash_attn_2_enabled",
         "_from_model_config",
@@ -162,6 +163,7 @@ _HARMLESS = frozenset(
         "use_bfloat16",
         "use_cache",
         "use_flash_attention_2",
+        "use_flash_attn",
     }
 )
 _HARMLESS_PREFIXES = ("unsloth_",)

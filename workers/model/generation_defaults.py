@@ -45,7 +45,7 @@ _NOT_IMPLEMENTED: Mapping[str, tuple[object, ...]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class SamplingDefaults:
+class DefaultSampling:
     """Values of sampling parameters for requests that do not set them; None: SamplingParams's."""
 
     temperature: float | None = None
@@ -61,21 +61,21 @@ class SamplingDefaults:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in values.items() if value is not None}
 
-    def overridden_by(self, other: SamplingDefaults) -> SamplingDefaults:
-        return SamplingDefaults(**{**self.given(), **other.given()})
+    def overridden_by(self, other: DefaultSampling) -> DefaultSampling:
+        return DefaultSampling(**{**self.given(), **other.given()})
 
 
-NEUTRAL = SamplingDefaults()
+NEUTRAL = DefaultSampling()
 
 
-def read_sampling_defaults(path: Path) -> SamplingDefaults:
+def read_sampling_defaults(path: Path) -> DefaultSampling:
     """Those of the model in directory `path`.
 
     Raises ConfigError naming a value that is out of range, and how to do without the file.
     """
     values = _read(path)
     found: dict[str, Any] = {}
-    for field in fields(SamplingDefaults):
+    for field in fields(DefaultSampling):
         value = values.get(field.name)
         if value is None:
             continue
@@ -91,7 +91,7 @@ def read_sampling_defaults(path: Path) -> SamplingDefaults:
         found[field.name] = value
     if values.get("do_sample") is False:
         found["temperature"] = 0.0
-    return SamplingDefaults(**found)
+    return DefaultSampling(**found)
 
 
 def ignored_generation_settings(path: Path) -> tuple[str, ...]:

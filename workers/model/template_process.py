@@ -1,6 +1,6 @@
 """Renders chat templates in a process of their own, with limits on time and memory.
 
-A template is a program: it may loop for ever or double a string until no memory is left, in
+A template is a program: it may loop without end or double a string until no memory is left, in
 calls that no thread can interrupt. So a child process runs it, which is killed when it takes too
 long, cannot allocate more than it may, and is started again when it has ended.
 
@@ -37,6 +37,7 @@ START_TIMEOUT_S = 60.0  # of the child, on a machine that is busy
 _GRACE_S = 5.0  # after which a child whose parent is gone ends itself
 _LENGTH_BYTES = 8
 _READ_BYTES = 1 << 20
+_ENVIRONMENT = ("HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PATH", "TZ")
 
 
 class _Setup(msgspec.Struct, array_like=True):
@@ -91,8 +92,11 @@ class TemplateProcess:
                 [sys.executable, "-c", f"from {__name__} import main; main()"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                # The same modules, however this process has found them.
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                # The same modules, however this process has found them, and no secrets.
+                env={
+                    **{name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
+                    "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+                },
             )
 
     def render(self, chat: Conversation, add_generation_prompt: bool = True) -> list[PromptPiece]:
@@ -179,11 +183,9 @@ def _render(templates: ChatTemplates, special_tokens: tuple[str, ...], frame: by
         given = bool(job.chat.template)
         pieces = templates.render(job.chat, job.add_generation_prompt, special_tokens)
     except InvalidFieldError as error:
-        if not isinstance(error.__cause__, MemoryError):
-            return _Done(field=error.field, message=error.message)
-        return _Done(field=error.field, message=_TOO_LARGE)
+        return _Done(field=error.field, message=error.message)
     except MemoryError:
-        return _Done(field="messages", message=_TOO_LARGE)
+        return _Done(field="messages", message="need more memory than a chat template may have")
     finally:
         # It keeps compiled templates, and requests may bring any number of them.
         if given:
@@ -196,9 +198,6 @@ def _render(templates: ChatTemplates, special_tokens: tuple[str, ...], frame: by
             f"{MAX_RENDERED_CHARS:,} are allowed",
         )
     return _Done(pieces)
-
-
-_TOO_LARGE = f"need more memory in the chat template than {MEMORY_BYTES >> 20} MiB"
 
 
 def _limit_memory() -> None:

@@ -21,8 +21,8 @@ _ANCHORS = ("a", "e", "A", "1", "▁a", "##a")
 class TokenBytes:
     """Bytes by token id.
 
-    by_bytes: whether invalid bytes are replaced one by one, not in sequences that could have
-        begun a character
+    by_bytes: whether invalid bytes are replaced one by one, not in sequences
+        that could be the start of a character
     """
 
     def __init__(self, raw: RawTokenizer) -> None:

@@ -33,12 +33,8 @@ _JSON_OPTIONS = {
     "lenient": False,
 }
 # Formats that are enforced. By JSON Schema's own rules others only annotate.
-_FORMATS = frozenset(
-    (
-        *("date-time", "time", "date", "duration", "email", "hostname"),
-        *("ipv4", "ipv6", "uuid", "uri", "unknown"),
-    )
-)
+_TIMES = frozenset({"date-time", "time", "date", "duration"})
+_FORMATS = _TIMES | {"email", "hostname", "ipv4", "ipv6", "uuid", "uri", "unknown"}
 # What is data and not a schema.
 _DATA = frozenset({"const", "enum", "default", "examples", "example"})
 # What has no special tokens: strings, regular expressions, comments.
@@ -47,7 +43,8 @@ _LARK_TEXT = re.compile(r'"(?:\\.|[^"\\\n])*"|/(?:\\.|[^/\\\n])+/|//[^\n]*|#[^\n
 
 @dataclass(frozen=True, slots=True)
 class Grammar:
-    """parts: name -> Lark rules, or a JSON schema; the first is the whole"""
+    """parts: name -> Lark rules, or a JSON schema; the first is the whole, and has rules, since
+    only rules can say that nothing is forced"""
 
     parts: Mapping[str, str | Mapping[str, Any]]
 
@@ -67,7 +64,7 @@ def json_schema(schema: Any) -> Grammar:
     enforced = _enforced(schema)
     # A boolean schema has no place for options; anything else is refused when it is compiled.
     found = enforced if isinstance(enforced, Mapping) else {"allOf": [enforced]}
-    return Grammar({"json": {**found, "x-guidance": _JSON_OPTIONS}})
+    return Grammar({"whole": "start: @json\n", "json": {**found, "x-guidance": _JSON_OPTIONS}})
 
 
 def regex(pattern: str) -> Grammar:
@@ -102,7 +99,7 @@ def lark(rules: str, **parts: Grammar) -> Grammar:
 def after_reasoning(answer: Grammar, reasoning: Reasoning, marker: Marker) -> Grammar:
     """`answer` after some reasoning: all of it, or, if it has not started, as the model likes."""
     end = marker(reasoning.end)
-    # Special tokens end a text by themselves; a text must be told to end at the first marker.
+    # Special tokens end a text by themselves; a text ends at the first marker only if it is lazy.
     lazy = "" if end.startswith("<") else "[lazy]"
     start = "start: thought LINES @answer\n"
     if not reasoning.started:

@@ -6,6 +6,7 @@ With a vocabulary of single bytes, so that a process without a model can do it i
 from __future__ import annotations
 
 import random
+import re
 import time
 from dataclasses import dataclass
 from functools import cache
@@ -84,5 +85,6 @@ def _reason(error: str) -> str:
     """The library's reason in one line, without its state."""
     if error.startswith(("NoExtension", "parser stopped")):
         return "no output matches"
-    lines = [line.strip() for line in error.partition("<")[0].splitlines() if line.strip()]
-    return " ".join(lines)[:300]
+    shown = re.split(r"\n<state>|\n<non-verbose|\n +\d+ \|", error)[0]
+    shown = re.sub(r"^(at )?\d+\(\d+\): (failed to compile JSON schema: )?", "", shown)
+    return " ".join(shown.split())[:300]

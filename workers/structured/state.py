@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import enum
 from collections.abc import Iterable
 
@@ -13,6 +14,8 @@ from kvmesh.workers.structured.constraint import OutputConstraint, Reasoning
 from kvmesh.workers.structured.vocabulary import Vocabulary
 
 Bits = npt.NDArray[np.int32]
+
+MAX_CHARACTER_TOKENS = 4  # of a byte each
 
 
 class _Phase(enum.Enum):
@@ -36,13 +39,18 @@ class ReasoningBudget:
         self._phase = _Phase.THINKING if reasoning.started else _Phase.UNDECIDED
         self._seen = b""  # as much as can be part of a marker
         self._count = 0
+        self._forced: list[int] = []
+        self._characters = codecs.getincrementaldecoder("utf-8")("replace")
+        self._force_if_due()
 
     def accept(self, token_id: int) -> None:
         if self._phase is _Phase.OVER:
             return
         if self._phase is _Phase.THINKING:
             self._count += 1
+        self._forced = self._forced[1:]
         self._seen += self._tokens[token_id]
+        self._characters.decode(self._tokens[token_id])
         if self._phase is _Phase.UNDECIDED:
             text = self._seen.lstrip()
             if text.startswith(self._start):
@@ -55,14 +63,21 @@ class ReasoningBudget:
                 self._phase = _Phase.OVER
             else:
                 self._seen = self._seen[-len(self._end) :]
+        self._force_if_due()
 
     @property
     def forced(self) -> int | None:
         """The token that must come next, if one must."""
-        if self._phase is not _Phase.THINKING or self._max_tokens is None:
-            return None
+        return self._forced[0] if self._forced else None
+
+    def _force_if_due(self) -> None:
+        if self._phase is not _Phase.THINKING or self._max_tokens is None or self._forced:
+            return
         over = self._count - self._max_tokens
-        return self._end_ids[over] if 0 <= over < len(self._end_ids) else None
+        # Not in the middle of a character: no grammar would allow that.
+        in_character = bool(self._characters.getstate()[0])
+        if over >= MAX_CHARACTER_TOKENS or (over >= 0 and not in_character):
+            self._forced = self._end_ids
 
 
 class OutputState:

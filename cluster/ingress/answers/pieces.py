@@ -8,7 +8,10 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class CallPiece:
-    """A tool call that starts, with its name, or goes on. arguments: what follows, of JSON text"""
+    """A tool call that starts, with its name, or continues.
+
+    arguments: the next part of their JSON text
+    """
 
     index: int
     name: str = ""

@@ -30,11 +30,11 @@ class ReasoningSplit:
         self._held += text
         reasoning = ""
         if self._state is _State.UNDECIDED:
-            begun = self._held.lstrip()
-            if begun.startswith(self._start):
-                self._held = begun[len(self._start) :]
+            opened = self._held.lstrip()
+            if opened.startswith(self._start):
+                self._held = opened[len(self._start) :]
                 self._state = _State.THINKING
-            elif self._start.startswith(begun):
+            elif self._start.startswith(opened):
                 return "", ""
             else:
                 self._state = _State.ANSWERING

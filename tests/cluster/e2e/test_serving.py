@@ -205,6 +205,59 @@ def test_another_client_continues_a_stream(
     stream.close()
 
 
+def test_the_prompt_can_be_scored_without_output(client: Client) -> None:
+    prompt = PROMPTS[0] + " Paris"
+    scored = client.generate(prompt, prompt_logprobs=1, max_tokens=0)
+    ids = client.tokenize(prompt).token_ids
+    assert [entry.chosen.token_id for entry in scored.prompt_logprobs] == list(ids[1:])
+    last = scored.prompt_logprobs[-1]
+    assert last.chosen.text == " Paris"
+    # What the model continues the shorter prompt with, and as probable.
+    whole = client.generate(PROMPTS[0], max_tokens=1, temperature=0.0, logprobs=0)
+    (entry,) = whole.choices[0].logprobs
+    assert last.top[0].token_id == entry.chosen.token_id
+    assert last.top[0].logprob == pytest.approx(entry.chosen.logprob, abs=1e-3)
+    text = b"".join(bytes(entry.chosen.bytes) for entry in scored.prompt_logprobs)
+    assert client.detokenize(ids[:1]) + text.decode() == prompt
+    assert scored.choices[0].text == ""
+    wait_idle(client)
+
+
+def test_text_shows_special_tokens_and_stops_at_them(client: Client) -> None:
+    question = [Message("user", "Say hello.")]
+    options: Any = {"max_tokens": 60, "temperature": 0.0, "ignore_eos": True}
+    shown = client.chat(question, **options, skip_special_tokens=False).text
+    name = "<|im_end|>"
+    assert name in shown
+    stopped = client.chat(question, **options, stop=[name])
+    assert stopped.choices[0].matched_stop == name
+    assert stopped.text == shown[: shown.index(name)]
+    kept = client.chat(question, **options, stop=[name], include_stop_str_in_output=True)
+    assert kept.text == stopped.text + name
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [("{{ 1 / 0 }}", "ZeroDivisionError"), ("{{ 'a' * 10 ** 10 }}", "memory"), ("{% x %}", "x")],
+)
+def test_a_template_that_fails_is_the_requests_fault(
+    client: Client, source: str, reason: str
+) -> None:
+    with pytest.raises(InvalidRequestError, match=reason) as caught:
+        client.chat([Message("user", "hi")], chat_template=source)
+    assert "the given chat template" in caught.value.message
+    echo = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    chat = client.chat([Message("user", PROMPTS[0])], chat_template=echo, max_tokens=4, seed=1)
+    assert chat.text == client.generate(PROMPTS[0], max_tokens=4, seed=1).text
+
+
+def test_the_model_says_how_it_samples(endpoint: Endpoint, client: Client) -> None:
+    defaults = client.model_info().default_sampling_params
+    assert (defaults.temperature, defaults.top_p, defaults.max_tokens) == (0.2, 0.9, 256)
+    assert "temperature 0.2, top_p 0.9" in kvmesh(endpoint, "status").stdout
+    assert client.model_info().chat_template_names == ("default",)
+
+
 def test_several_choices_of_one_seed_are_repeatable(client: Client) -> None:
     first, second = (
         client.generate(PROMPTS[0], max_tokens=6, temperature=1.0, n=2, seed=7) for _ in range(2)

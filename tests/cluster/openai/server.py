@@ -102,6 +102,10 @@ class ScriptedContract:
     ended: int = 0
     ready: bool = True
 
+    @property
+    def questions(self) -> ScriptedContract:
+        return self
+
     async def generate_stream(
         self, request: pb.GenerateRequest, tenant: str
     ) -> AsyncGenerator[Event, None]:
@@ -121,6 +125,12 @@ class ScriptedContract:
     async def tokenize(self, request: pb.TokenizeRequest, tenant: str) -> pb.TokenizeResponse:
         self.requests.append(request)
         return pb.TokenizeResponse(token_ids=[1, 2, 3], max_model_len=2048)
+
+    async def detokenize(self, request: pb.DetokenizeRequest, tenant: str) -> pb.DetokenizeResponse:
+        """Each id is a letter; 0 is a special token."""
+        self.requests.append(request)
+        pieces = [bytes([64 + i]) if i else b"" for i in request.token_ids]
+        return pb.DetokenizeResponse(text=b"".join(pieces).decode(), token_bytes=pieces)
 
     async def get_model_info(
         self, request: pb.GetModelInfoRequest, tenant: str

@@ -129,6 +129,72 @@ async def test_log_probabilities_are_columns(
     assert [x.tokens for x in chunks if x] == [["A", "ño"], [" 1"]]
 
 
+@pytest.mark.parametrize("max_tokens", [0, 4])
+async def test_echo_begins_with_the_prompts_tokens(
+    server: HttpServer, contract: ScriptedContract, max_tokens: int
+) -> None:
+    """As the harness for evaluating language models asks for log-likelihoods."""
+
+    def play(request: pb.GenerateRequest) -> Iterable[Any]:
+        params = request.sampling_params
+        assert (params.prompt_logprobs, params.logprobs, params.max_tokens) == (1, 1, max_tokens)
+        yield started(request)
+        yield pb.GenerateStreamResponse(prompt_logprobs=scores("B"))
+        yield pb.GenerateStreamResponse(prompt_logprobs=scores("C"))
+        if max_tokens:
+            yield delta(" d", token_ids=[4], logprobs=scores(" d"))
+        yield finished(reason=pb.FINISH_REASON_LENGTH)
+        yield usage()
+
+    contract.script = play
+    output = [" d"] if max_tokens else []
+    options: Any = {"model": "m", "max_tokens": max_tokens, "logprobs": 1, "echo": True}
+    for prompt, shown in (([1, 2, 3], "ABC"), ("ABC", "ABC"), ([0, 2, 3], "BC")):
+        async with server.client() as client:
+            reply = await client.completions.create(prompt=prompt, **options)
+            stream = await client.completions.create(prompt=prompt, stream=True, **options)
+            chunks = [chunk.choices[0] async for chunk in stream]
+        (choice,) = reply.choices
+        assert choice.text == "".join(x.text for x in chunks) == shown + "".join(output)
+        found = choice.logprobs
+        first = "" if prompt == [0, 2, 3] else "A"
+        assert found.tokens == [first, "B", "C", *output]
+        assert found.token_logprobs == [None, -0.5, -0.5, *(-0.5 for _ in output)]
+        assert found.top_logprobs[:2] == [None, {"?": -1.0, "B": -0.5}]
+        assert found.text_offset[1:3] == [len(first), len(first) + 1]
+        streamed = [token for x in chunks if x.logprobs for token in x.logprobs.tokens]
+        assert streamed == found.tokens
+
+
+async def test_echo_without_log_probabilities(
+    server: HttpServer, contract: ScriptedContract
+) -> None:
+    for prompt, begins in (("a b", "a b"), ([1, 2], "AB")):
+        reply = await server.post("/v1/completions", {"prompt": prompt, "echo": True})
+        (choice,) = reply.json()["choices"]
+        assert (choice["text"], choice["logprobs"]) == (f"{begins}Hello there.", None)
+        assert not contract.requests[-1].sampling_params.HasField("prompt_logprobs")
+
+
+async def test_text_of_ids(server: HttpServer, contract: ScriptedContract) -> None:
+    reply = await server.post("/detokenize", {"tokens": [1, 2]})
+    assert reply.json() == {"prompt": "AB"}
+    ids = (await server.post("/tokenize", {"prompt": "abc"})).json()
+    assert ids == {"tokens": [1, 2, 3], "count": 3, "max_model_len": 2048}
+    body = {"messages": [{"role": "user", "content": "hi"}], "add_generation_prompt": True}
+    assert (await server.post("/tokenize", body)).status_code == 200
+    assert contract.requests[-1].prompt.chat.messages[0].content == "hi"
+    for path, bad, param in (
+        ("/detokenize", {"tokens": [-1]}, "tokens"),
+        ("/detokenize", {"tokens": ["a"]}, "tokens[0]"),
+        ("/tokenize", {}, "prompt"),
+        ("/tokenize", {"prompt": "a", "messages": []}, "prompt"),
+        ("/tokenize", {"prompt": "a", "add_special_tokens": False}, "add_special_tokens"),
+    ):
+        refused = await server.post(path, bad)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
+
+
 async def test_streams_of_several_prompts_have_one_end(
     server: HttpServer, contract: ScriptedContract
 ) -> None:

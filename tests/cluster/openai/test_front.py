@@ -28,7 +28,7 @@ from tests.cluster.openai.server import (
 )
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
-POSTS = ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/tokenize"]
+POSTS = ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/tokenize", "/detokenize"]
 
 
 @pytest.fixture

@@ -1,0 +1,99 @@
+"""An engine on a tiny model with random weights, and what it generates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+from kvmesh.workers.config import EngineConfig
+from kvmesh.workers.engine import Engine
+from kvmesh.workers.local import InProcessExecutor
+from kvmesh.workers.model.tokenizer import Tokenizer
+from kvmesh.workers.request import EndReason, EngineRequest, SampledLogprobs
+from kvmesh.workers.sampling_params import SamplingParams
+from kvmesh.workers.structured.constraint import OutputConstraint
+from tests.model.small import make_small_model, make_small_tokenizer
+
+PADDING = 7  # ids of the model that its tokenizer does not have
+PROMPT = [40, 41, 42, 43, 44]
+_DIRECTORY = TemporaryDirectory()
+
+
+@dataclass
+class Output:
+    """What a sequence has got so far."""
+
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[SampledLogprobs] = field(default_factory=list)
+    end: EndReason | None = None
+    error: str | None = None
+
+    @property
+    def text(self) -> str:
+        return tokenizer().decode(self.tokens)
+
+
+@cache
+def model_path() -> Path:
+    path = Path(_DIRECTORY.name)
+    size = make_small_tokenizer(path)
+    make_small_model(
+        "LlamaForCausalLM", path, vocab_size=size + PADDING, max_position_embeddings=1024
+    )
+    return path
+
+
+@cache
+def tokenizer() -> Tokenizer:
+    return Tokenizer.load(model_path())
+
+
+@cache
+def engine() -> Engine:
+    config = EngineConfig(
+        model=str(model_path()),
+        page_size=16,
+        kv_format="exact",
+        max_num_batched_tokens=128,
+        threads_per_rank=1,
+    )
+    return Engine(config, InProcessExecutor(config))
+
+
+def request(
+    name: str,
+    constraint: OutputConstraint | None,
+    prompt: Sequence[int] = PROMPT,
+    resumed: Sequence[int] = (),
+    **params: Any,
+) -> EngineRequest:
+    values: Mapping[str, Any] = {"temperature": 1.5, "max_tokens": 100, "seed": 1, **params}
+    return EngineRequest(
+        name,
+        np.array([*prompt, *resumed], dtype=np.int32),
+        SamplingParams(**values),
+        resumed_tokens=len(resumed),
+        constraint=constraint,
+    )
+
+
+def generate(*requests: EngineRequest) -> dict[str, Output]:
+    """Run them together on the engine, to their ends."""
+    outputs = {made.request_id: Output() for made in requests}
+    for made in requests:
+        engine().check(made)
+    engine().add_all(requests)
+    while engine().has_work:
+        for delta in engine().step():
+            output = outputs[delta.request_id]
+            output.tokens += delta.token_ids
+            output.logprobs += delta.logprobs
+            output.end, output.error = delta.finish_reason, delta.error
+    engine().check_integrity()
+    return outputs
