@@ -231,6 +231,7 @@ def test_a_directory_has_a_file_for_each_tenant(tmp_path: Path) -> None:
         (None, 0o600, "there are no keys in"),
         (b"\n", 0o600, "there are no keys in"),
         (b"k\n", 0o604, "open to everyone"),
+        (b"k\n", 0o602, "open to everyone"),
         (b"k k\n", 0o600, "printable ASCII"),
         ("k\xe9".encode(), 0o600, "not ASCII"),
         (b"k\n" * (1 << 20), 0o600, "larger than 1 MiB"),
@@ -286,6 +287,12 @@ async def test_keys_are_read_again_and_a_broken_file_changes_nothing(
     (tmp_path / "b").unlink()
     await until_accepted("last")
     assert not accepts("new") and not accepts("old")
+    assert len(caplog.records) == 1, "a problem is logged once, however long it lasts"
+    write_keys(tmp_path, b="two words\n")
+    async with asyncio.timeout(20):
+        while len(caplog.records) < 2:
+            await asyncio.sleep(0.001)
+    assert accepts("last")
     following.cancel()
 
 
