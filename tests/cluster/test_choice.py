@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 
 from kvmesh.cluster.ingress.choice import ChoiceFinish, RunningChoice
 from kvmesh.cluster.ingress.validate import ResumedChoice
 from kvmesh.workers.request import EndReason, SequenceDelta
 from kvmesh.workers.sampling_params import SamplingParams
-from tests.cluster.machine import LetterCodec
+from tests.cluster.machine import LetterCodec, text_of
 
 CODEC = LetterCodec()
 ABCD = CODEC.encode("abcd").tolist()
@@ -60,3 +62,58 @@ def test_a_resumed_choice_ends_at_its_stop_token_from_min_tokens_on(
     made = choice(resumed=2, min_tokens=min_tokens, stop_token_ids=(ABCD[1],))
     stopped = ChoiceFinish(EndReason.STOP, stop_token_id=ABCD[1])
     assert made.finish == (stopped if ends else None)
+
+
+class HoldingStream:
+    """Holds back the latest character, as a decoder does until it is complete."""
+
+    def __init__(self) -> None:
+        self._held = ""
+
+    def push(self, ids: Sequence[int]) -> str:
+        text = self._held + text_of(ids)
+        self._held = text[-1:]
+        return text[:-1]
+
+    def flush(self) -> str:
+        held, self._held = self._held, ""
+        return held
+
+
+class HoldingCodec(LetterCodec):
+    def stream(self) -> HoldingStream:  # type: ignore[override]
+        return HoldingStream()
+
+
+@pytest.mark.parametrize("replayed", range(4))
+def test_nothing_follows_a_stop_string(replayed: int) -> None:
+    """Whether it is found in a replay or not, and whatever the decoder holds back."""
+    had = ResumedChoice(tuple(ABCD[:replayed]))
+    settings = SamplingParams(max_tokens=20)
+    made = RunningChoice(0, settings, ("b",), HoldingCodec(), had)
+    text = made.owed().text
+    for token in ABCD[replayed:]:
+        text += made.accept([SequenceDelta("r", (token,))]).text
+    assert text == "a"
+    assert made.finish == ChoiceFinish(EndReason.STOP, stop_string="b")
+    assert made.token_ids == ABCD[:3], "the decoder gives b with the token that follows"
+
+
+@pytest.mark.parametrize("reason", [EndReason.LENGTH, EndReason.DEADLINE])
+@pytest.mark.parametrize("stops", [(), ("x", "d!")])
+def test_at_the_end_nothing_is_held_back(reason: EndReason, stops: tuple[str, ...]) -> None:
+    made = RunningChoice(0, SamplingParams(max_tokens=4), stops, HoldingCodec(), ResumedChoice())
+    text = made.accept([SequenceDelta("r", tuple(ABCD))]).text
+    if reason is EndReason.LENGTH:
+        text += made.accept([SequenceDelta("r", (), finish_reason=reason)]).text
+    else:
+        text += made.end(reason).text
+    assert text == "abcd"
+    assert made.finish == ChoiceFinish(reason)
+    assert made.token_ids == ABCD
+    again = RunningChoice(
+        0, SamplingParams(max_tokens=4), stops, HoldingCodec(), ResumedChoice(tuple(ABCD), 1)
+    )
+    assert again.owed().text == "bcd"
+    assert again.owed().text == "", "it is owed once"
+    assert again.finish == ChoiceFinish(EndReason.LENGTH)

@@ -420,6 +420,7 @@ def test_the_most_advanced_choice_leads() -> None:
     status.placed(100)
     assert status.computed("a", PrefillProgress(32, 0, 100))
     assert not status.computed("b", PrefillProgress(16, 0, 100))
+    assert not status.computed("b", PrefillProgress(32, 0, 100))  # no further than the first
     assert status.computed("b", PrefillProgress(48, 0, 100))
     assert not status.computed("a", PrefillProgress(40, 0, 100))
     assert status.computed("b", PrefillProgress(0, 0, 100))  # it was preempted

@@ -99,3 +99,20 @@ def test_room_comes_with_the_ends_in_their_order() -> None:
     assert timeline.nth_end(1, 12.0) == 20.0
     timeline.remove(leases["c"])
     assert len(timeline) == 2
+
+
+def test_a_lease_that_has_run_very_long_may_outlast_those_after_it() -> None:
+    timeline = Timeline()
+    need = PageNeed(1, 10)
+    for number, (granted_at, ends_at) in enumerate([(0.0, 50.0), (99.0, 103.0), (99.0, 104.0)]):
+        lease = Lease(f"l{number}", "g", (1, number), need, need, 1, granted_at=granted_at)
+        timeline.add(lease, ends_at)
+    free = PageNeed(0, 0)
+    # The first is given a tenth of its age again, and no room comes with the second alone.
+    assert timeline.room_at(PageNeed(1, 10), free, 100.0) == 110.0
+    assert timeline.room_at(PageNeed(1, 20), free, 100.0) == 110.0
+    assert timeline.freed_by(103.0, 100.0) == need
+    assert timeline.freed_by(109.0, 100.0) == PageNeed(2, 20)
+    assert timeline.freed_by(110.0, 100.0) == PageNeed(3, 30)
+    assert timeline.nth_end(5, 100.0) == 104.0
+    assert Timeline().nth_end(1, 100.0) == 100.0

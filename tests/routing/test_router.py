@@ -327,6 +327,8 @@ def test_without_any_group_the_answer_is_to_come_back() -> None:
 def test_a_restarted_router_admits_only_after_the_expected_groups_are_up() -> None:
     router = Router(RouterConfig(), epoch=4, now=0.0, expected_groups=["g0", "g1"])
     assert router.group_up("g0", make_info(), [foreign(0, 4, 90)], 0.0) == []
+    found = router.admission.estimate(ask("a"), 0.2)
+    assert (found.fits_ever, found.fits_now, found.group) == (True, False, None)
     assert isinstance(router.place(ask("a"), 0.2)[0], Enqueued)
     assert not router.status(0.2).ready
     assert granted(router.group_up("g1", make_info(), (), 0.4)).group == "g1"
@@ -409,3 +411,9 @@ def test_the_log_of_decisions_is_bounded_and_keeps_the_latest() -> None:
         records.note(again, 9.0)
     assert len(records.explain("again", 9.0)) == 8
     assert not records.explain("r7", 9.0)
+    roomy = Records(max_verdicts=20)
+    roomy.note(decide(router, "first", 10), 0.0)
+    for _ in range(20):
+        roomy.note(again, 9.0)
+    assert len(roomy.explain("again", 9.0)) == 8
+    assert roomy.explain("first", 9.0), "only what is kept counts"
