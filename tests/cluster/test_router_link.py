@@ -50,10 +50,17 @@ async def nowhere() -> Address:
 
 
 def linked() -> tuple[RouterLink, Wire]:
-    link, wire = RouterLink(IDENTITY, nowhere), Wire()
+    link = RouterLink(IDENTITY, nowhere)
     assert not link.connected
+    return link, connect(link)
+
+
+def connect(link: RouterLink) -> Wire:
+    """Over a new connection; returns what the open calls are sent over."""
+    wire = Wire()
     link._connected(wire)  # type: ignore[arg-type]
-    return link, wire
+    assert link.connected
+    return wire
 
 
 def placed(call: int, lease_id: str = "l") -> Placed:
@@ -152,9 +159,7 @@ async def test_open_calls_are_made_again_over_the_next_connection() -> None:
     link.drain()  # there is nobody to tell
     other = asyncio.create_task(link.abort("tenant/c"))
     await turns()
-    again = Wire()
-    link._connected(again)  # type: ignore[arg-type]
-    assert link.connected
+    again = connect(link)
     # The same router may still know the request, of which it must not say that its id is in use.
     repeated, *rest = again.take()
     assert isinstance(place, Place) and isinstance(repeated, Place)
@@ -172,8 +177,7 @@ async def test_open_calls_are_made_again_over_the_next_connection() -> None:
     await asyncio.wait_for(waits, PATIENCE_S)
     assert wire.take() == []
     assert again.take() == [Release("l")]
-    third = Wire()
-    link._connected(third)  # type: ignore[arg-type]
+    third = connect(link)
     assert third.take() == [], "answered calls are not made again"
     link.drain()
     assert third.take() == [Drain()]

@@ -89,9 +89,7 @@ class Routed:
         )
         self.engines = {name: self.engine(name) for name in groups}
 
-    def engine(
-        self, name: str, started_ns: int = 5, leases: tuple[LeaseTerms, ...] = ()
-    ) -> FarEnd:
+    def engine(self, name: str, started_ns: int = 5, leases: tuple[LeaseTerms, ...] = ()) -> FarEnd:
         connected = FarEnd(self)
         info = make_info(max_sequences=1, epoch=f"{name}-{started_ns}")
         address = Address(name, started_ns)
@@ -270,7 +268,8 @@ def test_a_fresh_status_does_not_wait_for_a_group_that_is_lost() -> None:
     routed.engines["g0"].peer.lost()
     (_, empty) = ingress.heard
     assert status(empty, 2).healthy == frozenset()
-    assert status(*ingress.says(AskStatus(3, fresh=True)), 3).healthy == frozenset()
+    (at_once,) = ingress.says(AskStatus(3, fresh=True))
+    assert status(at_once, 3).healthy == frozenset()
 
 
 def test_a_fresh_status_waits_for_a_limited_time() -> None:

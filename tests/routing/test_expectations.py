@@ -12,7 +12,7 @@ from kvmesh.cluster.routing.pace import Backlog, Pace
 from kvmesh.cluster.routing.prefix_index import PrefixIndex
 from kvmesh.cluster.routing.timeline import Timeline
 from kvmesh.workers.sizes import PageNeed
-from tests.routing.groups import ask, make_info
+from tests.routing.groups import ask, emit, end, make_info, place, router_with
 
 
 def test_prefill_time_grows_with_context() -> None:
@@ -75,6 +75,24 @@ def test_a_lease_covers_the_usual_output_and_a_resumed_ones_all_of_it() -> None:
     (here,) = short.by_kind
     assert here.max == info.geometry.peak_need(600)
     assert here.leased == PageNeed(here.max.hot, info.geometry.peak_need(251).sealed)
+
+
+def test_a_groups_pace_is_learned_from_the_gaps_between_its_tokens() -> None:
+    router = router_with(groups={"g0": make_info()})
+    group = router.fleet.groups["g0"]
+    before_s = group.decode_step_s
+    made = place(router, "a", 160, 160, 0.0)
+    emit(router, made, 7.0)
+    emit(router, made, 8.0)
+    end(router, made, 12.0, output_tokens=11)
+    assert group.decode_step_s == pytest.approx(before_s + 0.05 * (0.5 - before_s))
+    assert router.fleet.mean_lease_s == pytest.approx(1.0 + 0.05 * (12.0 - 1.0))
+    after_s = group.decode_step_s
+    for name, now, output_tokens in (("b", 20.0, 1), ("c", 40.0, None)):
+        made = place(router, name, 160, 160, now)
+        emit(router, made, now + 1.0)
+        end(router, made, now + 2.0, output_tokens)
+    assert group.decode_step_s == after_s, "one token has no gap, and one that was cut off lies"
 
 
 def test_room_comes_with_the_ends_in_their_order() -> None:

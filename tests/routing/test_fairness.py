@@ -38,6 +38,25 @@ def test_heavy_use_is_not_forgotten_by_a_pause() -> None:
     assert tenants.counter("b") == 0.0
 
 
+def test_a_tenant_that_comes_when_all_are_idle_starts_where_they_have_stopped() -> None:
+    tenants = Tenants(limit=2)
+    for name in ("most", "less"):
+        tenants.enter(name)
+    for name, seconds in (("most", 9.0), ("less", 5.0)):
+        tenants.charge(name, 100, seconds)
+        tenants.settle(name, 100, 0.0)
+        tenants.leave(name)
+    assert tenants.counter("new") == 900.0
+    tenants.enter("new")
+    assert tenants.counter("new") == 900.0, "or it would go first for as long as they have run"
+    tenants.charge("new", 100, 1.0)
+    tenants.leave("new")  # more than are remembered: those that start level are forgotten
+    assert (tenants.live("most"), tenants.leased_bytes("most")) == (0, 0)
+    assert tenants.counter("another") == tenants.counter("less") == 1000.0
+    tenants.enter("most")
+    assert tenants.counter("most") == 1000.0
+
+
 def serve(router: Router, rounds: int) -> Counter[str]:
     """One lease at a time, a second each; every tenant always has requests waiting."""
     served: Counter[str] = Counter()
