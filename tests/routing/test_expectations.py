@@ -47,6 +47,19 @@ def test_a_backlog_with_reports_waits_for_the_first_prompt_and_learns_its_pace()
     assert len(backlog) == 0
 
 
+def test_a_backlog_starts_on_the_next_prompt_when_the_first_is_gone() -> None:
+    backlog = Backlog(Pace(1e-3))
+    for name, tokens in (("a", 5000), ("b", 2000), ("c", 1000)):
+        backlog.add(name, tokens, 0, now=0.0)
+    backlog.drop("a", now=3.0)
+    assert backlog.seconds(3.0) == pytest.approx(3.0)
+    backlog.drop("c", now=4.0)  # b is being computed, and goes on
+    assert backlog.seconds(4.0) == pytest.approx(1.0)
+    backlog.drop("unknown", now=4.5)
+    assert backlog.seconds(4.5) == pytest.approx(0.5)
+    assert backlog.longest_s == pytest.approx(2.0)
+
+
 def test_medians_are_of_the_tenants_class_then_of_all_tenants_and_roll() -> None:
     lengths = OutputLengths(window=10, min_samples=5)
     assert lengths.median("t", 100) is None

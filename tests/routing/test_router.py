@@ -362,6 +362,26 @@ def test_what_only_a_missing_group_can_hold_waits_for_it() -> None:
     assert granted(router.group_up("large", large, (), 20.0)).group == "large"
 
 
+@pytest.mark.parametrize(
+    ("now", "retry_after_s"),
+    [
+        (0.0, 1.6),  # its 160 tokens take this long
+        (1.0, 0.6),
+        (1.599, 0.25),
+        (2.0, 0.25),  # it should be over by now
+        (100.0, 5.0),  # it lasts ever longer
+    ],
+)
+def test_the_advice_when_to_come_back_is_neither_at_once_nor_never(
+    now: float, retry_after_s: float
+) -> None:
+    router = one_at_a_time(queue_limit=0, min_retry_s=0.25, max_retry_s=5.0)
+    router.place(ask("a"), 0.0)
+    error = refused(router.place(ask("b"), now)[0], QueueFullError)
+    assert isinstance(error, QueueFullError)
+    assert error.retry_after_s == pytest.approx(retry_after_s, rel=1e-3)
+
+
 def test_an_estimate_changes_nothing() -> None:
     router = one_at_a_time()
     before = router.admission.estimate(ask("a"), 0.0)
