@@ -177,6 +177,10 @@ async def test_changes_leave_together_and_once(linked: Linked) -> None:
     linked.link.changed()
     (sent,) = await router.next()
     assert sent == AccountNews(AccountUpdate(), PageChanges(held=(b"a",)))
+    linked.leader.note(pages={b"a": False})
+    linked.link.changed()
+    (sent,) = await router.next()
+    assert sent == AccountNews(AccountUpdate(), PageChanges(dropped=(b"a",)))
 
 
 async def test_a_report_is_sent_when_it_is_due_and_agrees_with_the_account(linked: Linked) -> None:

@@ -131,7 +131,10 @@ async def test_closing_notifies_both_ends_once_and_sends_queued_messages() -> No
         assert await near.next() is None
         near.connection.send(Number(8))  # dropped without an error
         assert (near.losses, far.losses) == (1, 1)
-        assert near.connection.closed
+        for end in (near, far):
+            assert end.connection.closed
+            assert end.connection._beats is not None
+            assert end.connection._beats.cancelled(), "nothing is left of it"
 
 
 async def test_a_peer_without_the_certificate_is_refused() -> None:

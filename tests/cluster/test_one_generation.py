@@ -439,7 +439,13 @@ async def test_a_request_at_fault_fails_even_if_another_of_its_choices_was_lost(
 async def test_a_refusal_by_the_engine_is_tried_again_a_few_times(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(generation, "REFUSAL_PAUSE_S", 0.0)
+    class Pause(float):
+        def __mul__(self, times: float) -> float:
+            paused.append(times)
+            return 0.0
+
+    paused: list[float] = []
+    monkeypatch.setattr(generation, "REFUSAL_PAUSE_S", Pause())
     alone = Alone()
     task = alone.read()
     for _ in range(MAX_REFUSALS):
@@ -451,6 +457,7 @@ async def test_a_refusal_by_the_engine_is_tried_again_a_few_times(
     with pytest.raises(PoolCapacityError):
         await over(task)
     assert len(alone.around.asked) == MAX_REFUSALS
+    assert paused == [2.0**number for number in range(1, MAX_REFUSALS)]
     assert alone.around.given_back == ["released"] * MAX_REFUSALS, "nothing runs under the lease"
 
 

@@ -161,6 +161,20 @@ def test_requests_that_wait_hear_it_once_a_period_if_it_changes() -> None:
     assert routed.service.status().oldest_wait_s == 0.0
 
 
+def test_the_longest_wait_is_that_of_the_first_to_come() -> None:
+    routed = Routed("g0")
+    ingress = FarEnd(routed)
+    placed(ingress, "a", 1)
+    for call in (2, 3, 4):
+        routed.now += 10.0
+        ingress.says(Place(call, ask(f"w{call}")))
+    assert routed.service.status().oldest_wait_s == 20.0
+    ingress.says(Cancel(2))
+    assert routed.service.status().oldest_wait_s == 10.0
+    ingress.says(Cancel(4), Cancel(3))
+    assert routed.service.status().oldest_wait_s == 0.0
+
+
 def test_requests_of_a_lost_ingress_wait_no_longer() -> None:
     routed = Routed("g0")
     ingress, other = FarEnd(routed), FarEnd(routed)
@@ -404,11 +418,15 @@ def test_audits_and_their_faults_are_counted(caplog: pytest.LogCaptureFixture) -
     assert "group g0 and the ledger disagree" in caplog.text
 
 
-def test_pages_of_the_prefix_cache_attract_requests() -> None:
+def test_pages_of_the_prefix_cache_attract_requests_until_they_are_dropped() -> None:
     routed = Routed("g0", "g1")
     ingress = FarEnd(routed)
     prompt = tuple(bytes([i]) for i in range(16))
     block = prompt[7]  # runs of eight pages are known by their last one
-    for name, changes in (("g1", PageChanges(held=(block,))), ("g0", PageChanges((), (block,)))):
-        routed.engines[name].says(AccountNews(NO_NEWS, changes))
-    assert placed(ingress, "a", 1, prompt=256, page_hashes=prompt).group == "g1"
+    routed.engines["g1"].says(AccountNews(NO_NEWS, PageChanges(held=(block,))))
+    first = placed(ingress, "a", 1, prompt=256, page_hashes=prompt)
+    assert first.group == "g1"
+    ingress.says(Release(first.lease.lease_id))
+    routed.engines["g1"].says(AccountNews(NO_NEWS, PageChanges((), (block, prompt[15]))))
+    # Nobody holds anything, and the group that is listed first is as good as the other.
+    assert placed(ingress, "b", 2, prompt=256, page_hashes=prompt).group == "g0"

@@ -327,8 +327,6 @@ def test_without_any_group_the_answer_is_to_come_back() -> None:
 def test_a_restarted_router_admits_only_after_the_expected_groups_are_up() -> None:
     router = Router(RouterConfig(), epoch=4, now=0.0, expected_groups=["g0", "g1"])
     assert router.group_up("g0", make_info(), [foreign(0, 4, 90)], 0.0) == []
-    found = router.admission.estimate(ask("a"), 0.2)
-    assert (found.fits_ever, found.fits_now, found.group) == (True, False, None)
     assert isinstance(router.place(ask("a"), 0.2)[0], Enqueued)
     assert not router.status(0.2).ready
     assert granted(router.group_up("g1", make_info(), (), 0.4)).group == "g1"
@@ -338,6 +336,9 @@ def test_a_restarted_router_admits_only_after_the_expected_groups_are_up() -> No
 def test_a_restarted_router_does_not_wait_indefinitely() -> None:
     router = Router(RouterConfig(rebuild_timeout_s=10.0), 2, 0.0, expected_groups=["g0", "g1"])
     router.group_up("g0", make_info(), (), 0.0)
+    found = router.admission.estimate(ask("a"), 0.2)
+    assert (found.fits_ever, found.fits_now, found.group) == (True, False, None)
+    assert router.admission.estimate(ask("a"), 10.0).group == "g0"
     router.place(ask("a"), 0.2)
     assert router.tick(9.9) == []
     assert granted(router.tick(10.0)).group == "g0"
