@@ -107,7 +107,7 @@ def ended(far: Far) -> dict[str, EndReason]:
     return {x.request_id: x.finish_reason for x in far.deltas() if x.finish_reason is not None}
 
 
-async def test_sequences_go_on_where_their_output_stops(running: Running) -> None:
+async def test_sequences_continue_where_their_output_stops(running: Running) -> None:
     running.executor.allow(MANY)
     (ingress, far), (_, other) = running.ingress(), running.ingress()
     expected = answer(PROMPT, 20)
@@ -121,7 +121,7 @@ async def test_sequences_go_on_where_their_output_stops(running: Running) -> Non
     assert running.meters.of(table.SEQUENCE_QUEUE, "g0") == 2, "each is measured once"
 
 
-async def test_sequences_end_when_they_are_told_to_and_with_their_ingress(
+async def test_sequences_end_when_it_is_asked_for_and_with_their_ingress(
     running: Running,
 ) -> None:
     (ingress, far), (stays, others) = running.ingress(), running.ingress()
@@ -141,7 +141,7 @@ async def test_what_cannot_be_accepted_is_rejected_with_the_reason(running: Runn
     ingress, far = running.ingress()
     running.service._account.received(Withdraw(("withdrawn",)))
     ingress.received(submission("withdrawn", []))
-    ingress.received(submission("invalid", max_tokens=20, *[[99]]))
+    ingress.received(submission("invalid", [99]))
     running.service.leader.submit = None  # type: ignore[method-assign, assignment]
     ingress.received(submission("bug", []))
     reasons = {name: type(error) for name, error in far.rejections()}

@@ -201,7 +201,7 @@ def resumed(*choices: ResumedChoice) -> Resume:
 # What it asks for and sends
 
 
-async def test_the_router_and_the_engine_are_told_what_the_request_is() -> None:
+async def test_the_router_and_the_engine_hear_what_the_request_is() -> None:
     alone = Alone(n=2, timeout_s=30.0)
     task = alone.read()
     placed = alone.place()

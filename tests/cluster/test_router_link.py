@@ -69,7 +69,7 @@ def placed(call: int, lease_id: str = "l") -> Placed:
 
 
 async def turns() -> None:
-    """Let all tasks go on until they wait for something else."""
+    """Let all tasks run until they wait for something else."""
     for _ in range(10):
         await asyncio.sleep(0)
 

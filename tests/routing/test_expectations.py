@@ -53,7 +53,7 @@ def test_a_backlog_starts_on_the_next_prompt_when_the_first_is_gone() -> None:
         backlog.add(name, tokens, 0, now=0.0)
     backlog.drop("a", now=3.0)
     assert backlog.seconds(3.0) == pytest.approx(3.0)
-    backlog.drop("c", now=4.0)  # b is being computed, and goes on
+    backlog.drop("c", now=4.0)  # b is still being computed
     assert backlog.seconds(4.0) == pytest.approx(1.0)
     backlog.drop("unknown", now=4.5)
     assert backlog.seconds(4.5) == pytest.approx(0.5)

@@ -105,6 +105,15 @@ def test_a_quota_holds_back_its_tenant_and_no_other() -> None:
     assert isinstance(refused.error, QuotaExceededError)
 
 
+def test_a_quota_can_be_used_up() -> None:
+    bytes_each = 4 * 1000 + 17 * 300
+    for quota_bytes, fits in ((bytes_each - 1, False), (bytes_each, True)):
+        tenants = {"t": TenantPolicy(quota_bytes=quota_bytes)}
+        router = router_with(groups={"g0": make_info()}, tenants=tenants)
+        (own,) = router.place(ask("r", tenant="t"), 0.0)
+        assert isinstance(own, Granted) == fits
+
+
 def test_excluding_every_possible_group_is_refused_and_not_queued() -> None:
     (refused,) = one_at_a_time().place(ask("r", excluded_groups=frozenset(["g0"])), 0.0)
     assert isinstance(refused, Refused)
