@@ -189,6 +189,21 @@ def test_configured_keys_replace_the_local_key(tmp_path: Path) -> None:
     assert not key_path(environ).exists()
 
 
+def test_a_local_key_is_used_only_where_no_other_is_configured(tmp_path: Path) -> None:
+    environ = environ_of(tmp_path)
+    key = ensure_key(key_path(environ))
+    assert local_key(AuthSection(), environ) == key
+    assert with_local_key(AuthSection(), environ).keys[0].sha256 == hash_key(key)
+    configured = TenantKey(tenant="a", sha256=hash_key("k"))
+    for auth in (
+        AuthSection(mode="none"),
+        AuthSection(keys=(configured,)),
+        AuthSection(key_directory=tmp_path),
+    ):
+        assert local_key(auth, environ) is None
+        assert with_local_key(auth, environ) == auth
+
+
 def test_authentication_is_on_unless_it_is_turned_off(tmp_path: Path) -> None:
     environ = environ_of(tmp_path)
     assert known_keys(with_local_key(AuthSection(mode="none"), environ)) is None

@@ -322,6 +322,18 @@ async def test_a_body_that_is_no_request(served: Served, body: bytes) -> None:
     assert [violation.field for violation in error.field_violations] == ["request"]
 
 
+async def test_a_call_that_sends_two_requests(served: Served) -> None:
+    served.machine.allow(MANY)
+    call = served.open("GenerateStream")
+    for _ in range(2):
+        await call.write(request(3))
+    await call.done_writing()
+    code, error = await failure(call)
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert error is not None and error.message == "request: must be a single message"
+    assert served.machine.router.placed == []
+
+
 async def test_a_call_that_sends_nothing(served: Served) -> None:
     call = served.open("Tokenize")
     await call.done_writing()
