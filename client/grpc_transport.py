@@ -187,7 +187,6 @@ class AsyncGrpcStreamCall:
             async with asyncio.timeout(self._silence_timeout_s):
                 event: Any = await self._call.read()
         except TimeoutError:
-            self._call.cancel()
             raise _lost(self._silence_timeout_s) from None
         except grpc.RpcError as error:
             raise _failure(error) from None

@@ -77,6 +77,9 @@ def test_a_stream_can_be_continued_from_every_point(asynchronous: bool) -> None:
         assert request.request_id == "r"
         assert request.priority == -1
         assert request.HasField("resume") == (read > 0)
+        for choice in request.resume.choices:
+            text = "".join(texts[choice.index : read : 2])
+            assert (len(choice.token_ids), choice.text_chars) == (len(text.split()), len(text))
 
 
 def test_a_cursor_is_json_and_holds_no_key() -> None:

@@ -9,7 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmesh import Choice, Client, Completion, FakeTransport, FinishReason, UnavailableError
+from kvmesh import (
+    NO_RETRY,
+    Choice,
+    Client,
+    Completion,
+    FakeTransport,
+    FinishReason,
+    UnavailableError,
+)
 from kvmesh.client.fake_output import fake_output
 from kvmesh.protos import pb
 from tests.exercised import Exercised
@@ -192,3 +200,9 @@ def test_an_outage_passes_on_the_fake_clock() -> None:
     fake.server.fail_for(UnavailableError("gone"), 30.0)
     assert Client(transport=fake).generate("hi").text == "Hello."
     assert fake.server.slept_s >= 30.0
+    once = Client(transport=fake, retry=NO_RETRY)
+    fake.server.fail_for(UnavailableError("gone"), 5.0)
+    with pytest.raises(UnavailableError):
+        once.generate("hi")
+    fake.server.sleep(5.0)
+    assert once.generate("hi").text == "Hello.", "the time is over"

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from kvmesh import AsyncClient, Client, UsageError
+from kvmesh import AsyncClient, Client, ClosedError, UsageError
+from kvmesh.client.grpc_transport import AsyncGrpcTransport, GrpcTransport
 from kvmesh.protos import pb
 from tests.client.servicer import ScriptedServicer, answering, serving
 
@@ -68,3 +69,34 @@ def test_an_async_client_may_be_made_outside_its_loop() -> None:
 
     with serving(ScriptedServicer(TOKENS)) as target:
         asyncio.run(use(AsyncClient(target)))
+
+
+class KeptChannel:
+    """A channel that is not to be closed in a forked process."""
+
+    closed = False
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.mark.parametrize("forked", [False, True])
+async def test_only_the_process_that_connected_closes_the_connection(forked: bool) -> None:
+    """In a child, gRPC's threads are gone, and closing would wait for them forever."""
+
+    async def close() -> None:
+        kept.closed = True
+
+    blocking, kept = KeptChannel(), KeptChannel()
+    first = GrpcTransport(blocking)  # type: ignore[arg-type]
+    kept.close = close  # type: ignore[assignment, method-assign]
+    second = AsyncGrpcTransport(lambda: kept)  # type: ignore[arg-type, return-value]
+    second._open_channel()
+    for transport in (first, second):
+        transport._process += forked
+    first.close()
+    await second.close()
+    assert (blocking.closed, kept.closed) == (not forked, not forked)
+    for transport in (first, second):
+        with pytest.raises(ClosedError):
+            transport.stream(pb.GenerateRequest(), None, ())

@@ -102,7 +102,15 @@ def test_the_client_waits_for_retry_after() -> None:
     assert 24.0 <= fake.server.slept_s <= 24.0 + 0.2 + 0.4
 
 
-@pytest.mark.parametrize("retry_after_s", [61.0, 1e300, float("inf"), float("nan"), -1.0])
+@pytest.mark.parametrize("retry_after_s", [0.0, 60.0])
+def test_any_other_retry_after_is_waited_for(retry_after_s: float) -> None:
+    fake, client = clients()
+    fake.server.fail(OverCapacityError("full", retry_after_s=retry_after_s))
+    assert client.generate("hi").text == "yes"
+    assert retry_after_s <= fake.server.slept_s <= retry_after_s + 0.2
+
+
+@pytest.mark.parametrize("retry_after_s", [60.5, 1e300, float("inf"), float("nan"), -1.0])
 def test_a_retry_after_that_is_too_long_is_not_waited_for(retry_after_s: float) -> None:
     fake, client = clients()
     fake.server.fail(OverCapacityError("full", retry_after_s=retry_after_s))

@@ -189,6 +189,21 @@ def test_configured_keys_replace_the_local_key(tmp_path: Path) -> None:
     assert not key_path(environ).exists()
 
 
+def test_a_local_key_is_used_only_where_no_other_is_configured(tmp_path: Path) -> None:
+    environ = environ_of(tmp_path)
+    key = ensure_key(key_path(environ))
+    assert local_key(AuthSection(), environ) == key
+    assert with_local_key(AuthSection(), environ).keys[0].sha256 == hash_key(key)
+    configured = TenantKey(tenant="a", sha256=hash_key("k"))
+    for auth in (
+        AuthSection(mode="none"),
+        AuthSection(keys=(configured,)),
+        AuthSection(key_directory=tmp_path),
+    ):
+        assert local_key(auth, environ) is None
+        assert with_local_key(auth, environ) == auth
+
+
 def test_authentication_is_on_unless_it_is_turned_off(tmp_path: Path) -> None:
     environ = environ_of(tmp_path)
     assert known_keys(with_local_key(AuthSection(mode="none"), environ)) is None
@@ -231,6 +246,7 @@ def test_a_directory_has_a_file_for_each_tenant(tmp_path: Path) -> None:
         (None, 0o600, "there are no keys in"),
         (b"\n", 0o600, "there are no keys in"),
         (b"k\n", 0o604, "open to everyone"),
+        (b"k\n", 0o602, "open to everyone"),
         (b"k k\n", 0o600, "printable ASCII"),
         ("k\xe9".encode(), 0o600, "not ASCII"),
         (b"k\n" * (1 << 20), 0o600, "larger than 1 MiB"),
@@ -291,6 +307,12 @@ async def test_keys_are_read_again_and_a_broken_file_changes_nothing(
     await until_accepted("last")
     assert not accepts("new") and not accepts("old")
     assert current[-1:] == [True]
+    assert len(caplog.records) == 1, "a problem is logged once, however long it lasts"
+    write_keys(tmp_path, b="two words\n")
+    async with asyncio.timeout(20):
+        while len(caplog.records) < 2:
+            await asyncio.sleep(0.001)
+    assert accepts("last")
     following.cancel()
 
 

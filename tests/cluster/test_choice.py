@@ -228,3 +228,57 @@ def test_a_stop_string_may_name_the_end_of_sequence(
     by_string = ChoiceFinish(EndReason.STOP, stop_string=stop)
     by_token = ChoiceFinish(EndReason.STOP, stop_token_id=25)
     assert made.finish == (by_token if stop == "other" else by_string)
+
+
+class HoldingStream(LetterStream):
+    """Holds back the latest character, as a decoder does until it is complete."""
+
+    def __init__(self) -> None:
+        self._held = ""
+
+    def push(self, ids: Sequence[int]) -> str:
+        text = self._held + text_of(ids)
+        self._held = text[-1:]
+        return text[:-1]
+
+    def flush(self) -> str:
+        held, self._held = self._held, ""
+        return held
+
+
+class HoldingCodec(LetterCodec):
+    def stream(self, prompt: Sequence[int] | TokenIds, skip_special_tokens: bool) -> HoldingStream:
+        return HoldingStream()
+
+
+@pytest.mark.parametrize("replayed", range(4))
+def test_nothing_follows_a_stop_string(replayed: int) -> None:
+    """Whether it is found in a replay or not, and whatever the decoder holds back."""
+    had = ResumedChoice(tuple(ABCD[:replayed]))
+    settings = SamplingParams(max_tokens=20)
+    made = RunningChoice(0, settings, TextRules(("b",)), HoldingCodec(), had)
+    text = made.owed().text
+    for token in ABCD[replayed:]:
+        text += made.accept([SequenceDelta("r", (token,))]).text
+    assert text == "a"
+    assert made.finish == ChoiceFinish(EndReason.STOP, stop_string="b")
+    assert made.token_ids == ABCD[:3], "the decoder gives b with the token that follows"
+
+
+@pytest.mark.parametrize("reason", [EndReason.LENGTH, EndReason.DEADLINE])
+@pytest.mark.parametrize("stops", [(), ("x", "d!")])
+def test_at_the_end_nothing_is_held_back(reason: EndReason, stops: tuple[str, ...]) -> None:
+    params, rules = SamplingParams(max_tokens=4), TextRules(stops)
+    made = RunningChoice(0, params, rules, HoldingCodec(), ResumedChoice())
+    text = made.accept([SequenceDelta("r", tuple(ABCD))]).text
+    if reason is EndReason.LENGTH:
+        text += made.accept([SequenceDelta("r", (), finish_reason=reason)]).text
+    else:
+        text += made.end(reason).text
+    assert text == "abcd"
+    assert made.finish == ChoiceFinish(reason)
+    assert made.token_ids == ABCD
+    again = RunningChoice(0, params, rules, HoldingCodec(), ResumedChoice(tuple(ABCD), 1))
+    assert again.owed().text == "bcd"
+    assert again.owed().text == "", "it is owed once"
+    assert again.finish == ChoiceFinish(EndReason.LENGTH)

@@ -14,7 +14,7 @@ from kvmesh.cluster.errors import EngineLostError, Failure
 from kvmesh.cluster.identity import Identity
 from kvmesh.cluster.ingress import engine_links
 from kvmesh.cluster.ingress.engine_links import EngineLink, EngineLinks
-from kvmesh.cluster.link import Address, Link
+from kvmesh.cluster.link import Address, Link, LinkError
 from kvmesh.cluster.messages import Deltas, End, NewSequence, Rejected, Submit
 from kvmesh.workers.errors import PoolCapacityError
 from kvmesh.workers.lease import LeaseTerms
@@ -183,3 +183,28 @@ async def test_all_requests_use_one_connection_to_an_engine(
         connection.closed = True
     await links.get("e2", address)
     assert [*links._links] == ["e2"], "connections that are closed are forgotten"
+
+
+async def test_an_engine_that_could_not_be_reached_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    failures = [LinkError("refused")]
+
+    async def connect(address: Address, identity: Identity, messages: object, use: Use) -> Link:
+        if failures:
+            raise failures.pop()
+        use(made := Sent())
+        return made  # type: ignore[return-value]
+
+    monkeypatch.setattr(engine_links, "connect", connect)
+    links = EngineLinks(Identity.make())
+    address = Address("127.0.0.1", 1)
+    tries = (asyncio.wait_for(links.get("e0", address), 60) for _ in range(2))
+    for result in await asyncio.gather(*tries, return_exceptions=True):
+        assert isinstance(result, EngineLostError)
+    assert not failures
+    assert not links._opening
+    link = await links.get("e0", address)
+    assert not link.closed
+    links.close()
+    assert link.closed

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from kvmesh.client import GroupFacts, TenantLoads
 from kvmesh.client.responses import mirror
 from kvmesh.client.types import Estimate, Explanation, Loads, ModelInfo
 from kvmesh.cluster.cli import console, status_view
+from kvmesh.cluster.ingress.estimate import estimate_reply
 from kvmesh.cluster.messages import Release
+from kvmesh.cluster.reports import ClusterStatus, EngineReport
 from kvmesh.cluster.routing.errors import ExceedsEveryGroupError
+from kvmesh.cluster.routing.outcome import BudgetEstimate, RouterStatus
 from kvmesh.cluster.routing.request import PlaceRequest
+from kvmesh.cluster.routing.verdict import Reason, Verdict
 from kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.v1alpha import admin_pb2 as admin
+from kvmesh.workers.loads import EngineLoads
 from tests.cluster.machine import TENANT, Machine, machine, scripted_ingress
 from tests.cluster.test_generation import make_request, read
+from tests.routing.groups import make_info
 from tests.workers.test_engine import PAGE
 from tests.workers.test_leader import MANY
 
@@ -106,3 +114,43 @@ async def test_an_estimate_of_a_prompt_counts_its_cached_prefix() -> None:
         request = pb.EstimateBudgetRequest(prompt=size, max_tokens=10)
         reply = await built.ingress.questions.estimate_budget(request, TENANT)
         assert reply.groups[0].cached_tokens == 16 * PAGE
+
+
+def test_groups_wait_as_long_as_what_stands_in_their_way() -> None:
+    info = make_info()
+    verdicts = [
+        Verdict("now", Reason.WORSE, 1, 2, 3, cached_pages=2, cost_s=0.5),
+        Verdict("later", Reason.FULL, 1, 2, 3),
+        Verdict("never", Reason.PAGES, 9, 8, 3),
+        Verdict("excluded", Reason.EXCLUDED, 1, 2, 3),
+        Verdict("unknown", Reason.DOWN, 1, 2, 3),
+    ]
+    reports = {
+        verdict.group: EngineReport(info, EngineLoads())
+        for verdict in verdicts
+        if verdict.group != "unknown"
+    }
+    known = ClusterStatus(RouterStatus(1, True, 0, 1, 0, 0, (), 0, 0, 0, {}), reports, frozenset())
+    request = PlaceRequest("estimate", 40, 8, sequences=3)
+    found = BudgetEstimate(True, False, None, 7.0, tuple(verdicts))
+    reply = estimate_reply(request, found, known)
+    assert (reply.prompt_tokens, reply.max_tokens, reply.group) == (40, 8, "")
+    assert (reply.feasible_now, reply.feasible_ever, reply.projected_wait_s) == (False, True, 7.0)
+    groups = {group.group: group for group in reply.groups}
+    waits = {
+        name: group.projected_wait_s
+        for name, group in groups.items()
+        if group.HasField("projected_wait_s")
+    }
+    assert waits == {"now": 0.0, "later": 7.0, "unknown": 7.0}
+    assert [name for name, group in groups.items() if group.feasible_now] == ["now"]
+    possible = [name for name, group in groups.items() if group.feasible_ever]
+    assert possible == ["now", "later", "unknown"]
+    assert groups["now"].cached_tokens == 2 * info.geometry.page_size
+    assert groups["now"].cost_s == 0.5
+    assert not groups["later"].HasField("cost_s")
+    assert (groups["unknown"].kv_format, groups["unknown"].needed_bytes) == ("", 1)
+    assert groups["now"].needed_bytes == 3 * info.geometry.bytes_of(info.geometry.peak_need(48))
+    unknown = estimate_reply(request, replace(found, projected_start_s=None), known)
+    assert not unknown.HasField("projected_wait_s")
+    assert not any(group.HasField("projected_wait_s") for group in unknown.groups)

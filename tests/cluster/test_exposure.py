@@ -82,9 +82,10 @@ def test_rays_token_is_its_users_alone(tmp_path: Path, monkeypatch: pytest.Monke
     made = token.read_text()
     assert len(made.strip()) >= 32
     assert stat.S_IMODE(token.stat().st_mode) == 0o600
-    token.chmod(0o644)
-    protect_ray_token({})
-    assert stat.S_IMODE(token.stat().st_mode) == 0o600
+    for mode in (0o644, 0o640, 0o602):
+        token.chmod(mode)
+        protect_ray_token({})
+        assert stat.S_IMODE(token.stat().st_mode) == 0o600
     assert token.read_text() == made
     token.chmod(0o644)
     protect_ray_token({"RAY_AUTH_TOKEN_PATH": "elsewhere"})

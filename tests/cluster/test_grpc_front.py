@@ -21,6 +21,7 @@ from kvmesh.cluster.grpc_front import GrpcFront
 from kvmesh.cluster.ingress.authenticate import Authenticator, Caller, KnownKey, hash_key
 from kvmesh.cluster.ingress.validate import Limits
 from kvmesh.cluster.reception import READERS_PER_TENANT, Reception
+from kvmesh.cluster.telemetry import table
 from kvmesh.cluster.telemetry.meters import IngressMeters
 from kvmesh.protos import pb
 from tests.cluster.machine import Machine, SeenMeters, answer, machine
@@ -42,6 +43,11 @@ class Served:
     front: GrpcFront
     machine: Machine
     channel: grpc.aio.Channel
+    meters: SeenMeters
+
+    def ended(self, method: str, outcome: str) -> float:
+        """Calls that have ended so."""
+        return self.meters.of(table.REQUESTS, method, outcome) or 0.0
 
     def call(self, method: str, body: bytes, headers: Any = HEADERS, service: str = SERVICE) -> Any:
         """A call of any method, to read its replies' bytes from."""
@@ -69,7 +75,7 @@ async def served() -> AsyncIterator[Served]:
             built.ingress,
             Reception(Authenticator(keys).authenticate, MAX_CALLS, TURN_S),
             Limits(max_request_bytes=MAX_BYTES),
-            IngressMeters(SeenMeters()),
+            IngressMeters(meters := SeenMeters(), ["tenant"]),
         )
         server = grpc.aio.server()
         grpc_front.add_to_server(None, server)
@@ -78,7 +84,7 @@ async def served() -> AsyncIterator[Served]:
         await server.start()
         try:
             async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-                yield Served(front, built, channel)
+                yield Served(front, built, channel, meters)
         finally:
             grpc_front._front = None
             await server.stop(None)
@@ -315,6 +321,18 @@ async def test_a_body_that_is_no_request(served: Served, body: bytes) -> None:
     assert [violation.field for violation in error.field_violations] == ["request"]
 
 
+async def test_a_call_that_sends_two_requests(served: Served) -> None:
+    served.machine.allow(MANY)
+    call = served.open("GenerateStream")
+    for _ in range(2):
+        await call.write(request(3))
+    await call.done_writing()
+    code, error = await failure(call)
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert error is not None and error.message == "request: must be a single message"
+    assert served.machine.router.placed == []
+
+
 async def test_a_call_that_sends_nothing(served: Served) -> None:
     call = served.open("Tokenize")
     await call.done_writing()
@@ -348,6 +366,49 @@ async def test_health_knows_its_services(served: Served) -> None:
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
     watched = [x.status async for x in health.Watch(health_pb2.HealthCheckRequest(service="x"))]
     assert watched == [health_pb2.HealthCheckResponse.SERVICE_UNKNOWN]
+
+
+async def test_who_watches_hears_of_changes_alone(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grpc_front, "HEALTH_POLL_S", 0.0)
+    polls = 0
+    health = served.front._health
+
+    def counted() -> int:
+        nonlocal polls
+        polls += 1
+        return health()
+
+    monkeypatch.setattr(served.front, "_health", counted)
+    stub: Any = health_pb2_grpc.HealthStub(served.channel)
+    watching = stub.Watch(health_pb2.HealthCheckRequest())
+    statuses = [(await watching.read()).status]
+    await served.machine.until(lambda: polls > 5)
+    await served.machine.ingress.drain(0.0)
+    statuses.append((await watching.read()).status)
+    serving = health_pb2.HealthCheckResponse.SERVING
+    assert statuses == [serving, health_pb2.HealthCheckResponse.NOT_SERVING]
+    watching.cancel()
+
+
+async def test_calls_are_counted_by_how_they_end(served: Served) -> None:
+    served.machine.allow(10)
+    async for _ in served.call("GenerateStream", request(3)):
+        pass
+    await failure(served.call("Abort", b""))
+    await failure(served.call("Abort", b"", (("authorization", "Bearer unknown"),)))
+    left = served.call("GenerateStream", request(400))
+    assert await left.read()
+    left.cancel()
+    await served.machine.until(lambda: served.front._reception._calls == 0)
+    assert served.ended("GenerateStream", "ok") == 1
+    assert served.ended("GenerateStream", "cancelled") == 1
+    assert served.ended("Abort", "ok") == 0
+    assert served.ended("Abort", "invalid_field") == 1
+    assert served.ended("Abort", "wrong_key") == 1
+    of_tenant = served.meters.of(table.TENANT_REQUESTS, "tenant", "invalid_field")
+    assert of_tenant == 1, "the caller of the other was not known"
 
 
 async def test_a_server_without_an_ingress_says_that_it_is_not_ready(served: Served) -> None:

@@ -131,7 +131,10 @@ async def test_closing_notifies_both_ends_once_and_sends_queued_messages() -> No
         assert await near.next() is None
         near.connection.send(Number(8))  # dropped without an error
         assert (near.losses, far.losses) == (1, 1)
-        assert near.connection.closed
+        for end in (near, far):
+            assert end.connection.closed
+            assert end.connection._beats is not None
+            assert end.connection._beats.cancelled(), "nothing is left of it"
 
 
 async def test_a_peer_without_the_certificate_is_refused() -> None:
@@ -254,15 +257,18 @@ async def test_beats_are_not_messages() -> None:
         assert [await far.next(), await far.next()] == [Number(1), Number(2)]
 
 
-async def test_a_lost_connection_is_replaced() -> None:
+async def test_a_lost_connection_is_replaced(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(link, "RECONNECT_S", 0.0)
     async with listening() as (server, listener):
         asked = 0
 
         async def find() -> Address:
             nonlocal asked
             asked += 1
-            if asked == 2:
-                raise LinkError("not known yet")
+            if asked in (2, 3, 5, 6):
+                raise LinkError(f"not known at {asked}")
             return listener.address
 
         collectors: list[Collector] = []
@@ -274,8 +280,11 @@ async def test_a_lost_connection_is_replaced() -> None:
 
         task = asyncio.create_task(link.stay_connected(find, IDENTITY, MESSAGES, handle))
         assert await (await server.collector(0)).next() == Number(1)
-        server.collectors[0].connection.abort()
-        assert await (await server.collector(1)).next() == Number(2)
-        assert asked == 3
+        for number, after in ((1, 4), (2, 7)):
+            server.collectors[number - 1].connection.abort()
+            assert await (await server.collector(number)).next() == Number(number + 1)
+            assert asked == after
         task.cancel()
-        assert await server.collectors[1].next() is None
+        assert await server.collectors[2].next() is None
+    logged = [record.message for record in caplog.records if "trying again" in record.message]
+    assert logged == [f"not known at {first}; trying again" for first in (2, 5)], "once each time"

@@ -100,6 +100,25 @@ def test_a_chosen_port_belongs_to_one_cluster_before_it_is_bound() -> None:
     own.release()
 
 
+def test_ports_that_could_not_be_taken_together_are_free_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    own = take_ports("127.0.0.1", {})
+    free, taken = own.single(0), own.single(1)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", taken))
+        with pytest.raises(ConfigError) as in_use:
+            take_ports("127.0.0.1", {"ingress.port": free, "metrics.port": taken})
+    assert in_use.value.field == "metrics.port"
+    with monkeypatch.context() as full:
+        full.setattr(ports, "END_PORT", ports.FIRST_PORT)
+        with pytest.raises(ConfigError) as too_many:  # it keeps the locks' last references
+            take_ports("127.0.0.1", {"ingress.port": free, "metrics.port": taken})
+    assert too_many.value.field == "ingress.port"
+    take_ports("127.0.0.1", {"ingress.port": free, "metrics.port": taken}).release()
+    own.release()
+
+
 def test_too_many_clusters_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ports, "END_PORT", ports.FIRST_PORT)
     with pytest.raises(ConfigError, match="consecutive ports"):

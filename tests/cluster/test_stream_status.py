@@ -226,7 +226,9 @@ def test_a_caller_far_back_hears_of_changes_that_matter_to_it() -> None:
     assert len(positions) < 200
 
 
-def test_a_caller_hears_of_a_start_that_shifts_but_not_of_passing_time() -> None:
+@pytest.mark.parametrize("start", [0.0, 1e6])
+def test_a_caller_hears_of_a_start_that_shifts_but_not_of_passing_time(start: float) -> None:
+    """start: of the router's clock, which may have run for weeks"""
     caller, received = make_caller()
     for now, start_s in [
         (0.0, None),
@@ -238,7 +240,7 @@ def test_a_caller_hears_of_a_start_that_shifts_but_not_of_passing_time() -> None
         (61.0, 50.0),
         (62.0, None),
     ]:
-        caller.inform(Enqueued("r", 3, start_s), now)
+        caller.inform(Enqueued("r", 3, start_s), start + now)
     assert [message.start_s for message in received] == [None, 100.0, 50.0, None]
 
 
@@ -426,6 +428,7 @@ def test_the_most_advanced_choice_leads() -> None:
     status.placed(100)
     assert status.computed("a", PrefillProgress(32, 0, 100))
     assert not status.computed("b", PrefillProgress(16, 0, 100))
+    assert not status.computed("b", PrefillProgress(32, 0, 100))  # no further than the first
     assert status.computed("b", PrefillProgress(48, 0, 100))
     assert not status.computed("a", PrefillProgress(40, 0, 100))
     assert status.computed("b", PrefillProgress(0, 0, 100))  # it was preempted

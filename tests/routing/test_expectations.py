@@ -12,7 +12,7 @@ from kvmesh.cluster.routing.pace import Backlog, Pace
 from kvmesh.cluster.routing.prefix_index import PrefixIndex
 from kvmesh.cluster.routing.timeline import Timeline
 from kvmesh.workers.sizes import PageNeed
-from tests.routing.groups import ask, make_info
+from tests.routing.groups import ask, emit, end, make_info, place, router_with
 
 
 def test_prefill_time_grows_with_context() -> None:
@@ -47,6 +47,19 @@ def test_a_backlog_with_reports_waits_for_the_first_prompt_and_learns_its_pace()
     assert len(backlog) == 0
 
 
+def test_a_backlog_starts_on_the_next_prompt_when_the_first_is_gone() -> None:
+    backlog = Backlog(Pace(1e-3))
+    for name, tokens in (("a", 5000), ("b", 2000), ("c", 1000)):
+        backlog.add(name, tokens, 0, now=0.0)
+    backlog.drop("a", now=3.0)
+    assert backlog.seconds(3.0) == pytest.approx(3.0)
+    backlog.drop("c", now=4.0)  # b is still being computed
+    assert backlog.seconds(4.0) == pytest.approx(1.0)
+    backlog.drop("unknown", now=4.5)
+    assert backlog.seconds(4.5) == pytest.approx(0.5)
+    assert backlog.longest_s == pytest.approx(2.0)
+
+
 def test_medians_are_of_the_tenants_class_then_of_all_tenants_and_roll() -> None:
     lengths = OutputLengths(window=10, min_samples=5)
     assert lengths.median("t", 100) is None
@@ -77,6 +90,24 @@ def test_a_lease_covers_the_usual_output_and_a_resumed_ones_all_of_it() -> None:
     assert here.leased == PageNeed(here.max.hot, info.geometry.peak_need(251).sealed)
 
 
+def test_a_groups_pace_is_learned_from_the_gaps_between_its_tokens() -> None:
+    router = router_with(groups={"g0": make_info()})
+    group = router.fleet.groups["g0"]
+    before_s = group.decode_step_s
+    made = place(router, "a", 160, 160, 0.0)
+    emit(router, made, 7.0)
+    emit(router, made, 8.0)
+    end(router, made, 12.0, output_tokens=11)
+    assert group.decode_step_s == pytest.approx(before_s + 0.05 * (0.5 - before_s))
+    assert router.fleet.mean_lease_s == pytest.approx(1.0 + 0.05 * (12.0 - 1.0))
+    after_s = group.decode_step_s
+    for name, now, output_tokens in (("b", 20.0, 1), ("c", 40.0, None)):
+        made = place(router, name, 160, 160, now)
+        emit(router, made, now + 1.0)
+        end(router, made, now + 2.0, output_tokens)
+    assert group.decode_step_s == after_s, "one token has no gap, and one that was cut off lies"
+
+
 def test_room_comes_with_the_ends_in_their_order() -> None:
     timeline = Timeline()
     leases = {}
@@ -99,3 +130,20 @@ def test_room_comes_with_the_ends_in_their_order() -> None:
     assert timeline.nth_end(1, 12.0) == 20.0
     timeline.remove(leases["c"])
     assert len(timeline) == 2
+
+
+def test_a_lease_that_has_run_very_long_may_outlast_those_after_it() -> None:
+    timeline = Timeline()
+    need = PageNeed(1, 10)
+    for number, (granted_at, ends_at) in enumerate([(0.0, 50.0), (99.0, 103.0), (99.0, 104.0)]):
+        lease = Lease(f"l{number}", "g", (1, number), need, need, 1, granted_at=granted_at)
+        timeline.add(lease, ends_at)
+    free = PageNeed(0, 0)
+    # The first is given a tenth of its age again, and no room comes with the second alone.
+    assert timeline.room_at(PageNeed(1, 10), free, 100.0) == 110.0
+    assert timeline.room_at(PageNeed(1, 20), free, 100.0) == 110.0
+    assert timeline.freed_by(103.0, 100.0) == need
+    assert timeline.freed_by(109.0, 100.0) == PageNeed(2, 20)
+    assert timeline.freed_by(110.0, 100.0) == PageNeed(3, 30)
+    assert timeline.nth_end(5, 100.0) == 104.0
+    assert Timeline().nth_end(1, 100.0) == 100.0

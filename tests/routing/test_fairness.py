@@ -38,6 +38,25 @@ def test_heavy_use_is_not_forgotten_by_a_pause() -> None:
     assert tenants.counter("b") == 0.0
 
 
+def test_a_tenant_that_comes_when_all_are_idle_starts_where_they_have_stopped() -> None:
+    tenants = Tenants(limit=2)
+    for name in ("most", "less"):
+        tenants.enter(name)
+    for name, seconds in (("most", 9.0), ("less", 5.0)):
+        tenants.charge(name, 100, seconds)
+        tenants.settle(name, 100, 0.0)
+        tenants.leave(name)
+    assert tenants.counter("new") == 900.0
+    tenants.enter("new")
+    assert tenants.counter("new") == 900.0, "or it would go first for as long as they have run"
+    tenants.charge("new", 100, 1.0)
+    tenants.leave("new")  # more than are remembered: those that start level are forgotten
+    assert (tenants.live("most"), tenants.leased_bytes("most")) == (0, 0)
+    assert tenants.counter("another") == tenants.counter("less") == 1000.0
+    tenants.enter("most")
+    assert tenants.counter("most") == 1000.0
+
+
 def serve(router: Router, rounds: int) -> Counter[str]:
     """One lease at a time, a second each; every tenant always has requests waiting."""
     served: Counter[str] = Counter()
@@ -84,6 +103,15 @@ def test_a_quota_holds_back_its_tenant_and_no_other() -> None:
     (refused,) = router.place(ask("big", 640, 640, tenant="t"), 1.0)
     assert isinstance(refused, Refused)
     assert isinstance(refused.error, QuotaExceededError)
+
+
+def test_a_quota_can_be_used_up() -> None:
+    bytes_each = 4 * 1000 + 17 * 300
+    for quota_bytes, fits in ((bytes_each - 1, False), (bytes_each, True)):
+        tenants = {"t": TenantPolicy(quota_bytes=quota_bytes)}
+        router = router_with(groups={"g0": make_info()}, tenants=tenants)
+        (own,) = router.place(ask("r", tenant="t"), 0.0)
+        assert isinstance(own, Granted) == fits
 
 
 def test_excluding_every_possible_group_is_refused_and_not_queued() -> None:

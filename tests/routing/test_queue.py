@@ -7,7 +7,7 @@ from kvmesh.cluster.routing.demand import DemandModel
 from kvmesh.cluster.routing.live import LiveRequest
 from kvmesh.cluster.routing.output_lengths import OutputLengths
 from kvmesh.cluster.routing.prefix_index import PrefixIndex
-from kvmesh.cluster.routing.queue import WaitingQueue
+from kvmesh.cluster.routing.queue import MIN_DEPARTURES, WaitingQueue, _Line
 from tests.routing.groups import ask
 
 DEMAND = DemandModel(OutputLengths(), PrefixIndex(), RouterTuning()).demand(ask("any"), [])
@@ -136,3 +136,19 @@ def test_deadlines_come_up_in_their_order() -> None:
     assert queue.overdue(5.0) == [later, late]
     queue.remove(later, 5.0)
     assert queue.overdue(5.0) == [late]
+
+
+def test_a_line_leaves_at_the_rate_since_its_first_arrival() -> None:
+    line = _Line()
+    for round_start in (10.0, 1000.0):
+        lives = [waiting(f"r{n}", n, since=round_start) for n in range(MIN_DEPARTURES + 1)]
+        for live in lives:
+            line.put(live)
+        for number, live in enumerate(lives[:MIN_DEPARTURES], 1):
+            assert line._rate(round_start + 2.0 * number) == float("inf"), "too few have left"
+            assert line.remove(live, round_start + 2.0 * number) == 2.0 * number
+        now = round_start + 2.0 * MIN_DEPARTURES
+        assert line._rate(now) == 0.5
+        assert line._rate(now + 2.0 * MIN_DEPARTURES) == 0.25
+        line.remove(lives[-1], now)
+        assert len(line) == 0, "and the next to come starts again"

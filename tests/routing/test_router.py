@@ -336,6 +336,9 @@ def test_a_restarted_router_admits_only_after_the_expected_groups_are_up() -> No
 def test_a_restarted_router_does_not_wait_indefinitely() -> None:
     router = Router(RouterConfig(rebuild_timeout_s=10.0), 2, 0.0, expected_groups=["g0", "g1"])
     router.group_up("g0", make_info(), (), 0.0)
+    found = router.admission.estimate(ask("a"), 0.2)
+    assert (found.fits_ever, found.fits_now, found.group) == (True, False, None)
+    assert router.admission.estimate(ask("a"), 10.0).group == "g0"
     router.place(ask("a"), 0.2)
     assert router.tick(9.9) == []
     assert granted(router.tick(10.0)).group == "g0"
@@ -358,6 +361,26 @@ def test_what_only_a_missing_group_can_hold_waits_for_it() -> None:
     assert router.tick(10.0) == []
     large = make_info(sealed=1000)
     assert granted(router.group_up("large", large, (), 20.0)).group == "large"
+
+
+@pytest.mark.parametrize(
+    ("now", "retry_after_s"),
+    [
+        (0.0, 1.6),  # its 160 tokens take this long
+        (1.0, 0.6),
+        (1.599, 0.25),
+        (2.0, 0.25),  # it should be over by now
+        (100.0, 5.0),  # it lasts ever longer
+    ],
+)
+def test_the_advice_when_to_come_back_is_neither_at_once_nor_never(
+    now: float, retry_after_s: float
+) -> None:
+    router = one_at_a_time(queue_limit=0, min_retry_s=0.25, max_retry_s=5.0)
+    router.place(ask("a"), 0.0)
+    error = refused(router.place(ask("b"), now)[0], QueueFullError)
+    assert isinstance(error, QueueFullError)
+    assert error.retry_after_s == pytest.approx(retry_after_s, rel=1e-3)
 
 
 def test_an_estimate_changes_nothing() -> None:
@@ -409,3 +432,9 @@ def test_the_log_of_decisions_is_bounded_and_keeps_the_latest() -> None:
         records.note(again, 9.0)
     assert len(records.explain("again", 9.0)) == 8
     assert not records.explain("r7", 9.0)
+    roomy = Records(max_verdicts=20)
+    roomy.note(decide(router, "first", 10), 0.0)
+    for _ in range(20):
+        roomy.note(again, 9.0)
+    assert len(roomy.explain("again", 9.0)) == 8
+    assert roomy.explain("first", 9.0), "only what is kept counts"

@@ -45,7 +45,7 @@ SHAPE = EngineShape(GPUS["a100-40g"], MODELS["llama-3-8b"], get_format("exact"))
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_every_request_ends_and_no_page_is_left_in_use(policy: str) -> None:
-    requests = make_trace(250, per_s=6.0)
+    requests = make_trace(150, per_s=6.0)
     scenario = Scenario([SHAPE] * 3, requests, 1600, router=RouterConfig(queue_limit=10_000))
     run = simulate(scenario, policy)
     for seq in run.sequences:

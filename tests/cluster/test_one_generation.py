@@ -1,0 +1,555 @@
+"""One request between a router and engines that the test plays."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvmesh.cluster.errors import EngineLostError, RequestDeadlineError, RequestFaultError
+from kvmesh.cluster.ingress import generation
+from kvmesh.cluster.ingress.failovers import MAX_FAILOVERS, Loss
+from kvmesh.cluster.ingress.generation import (
+    DEADLINE_GRACE_S,
+    MAX_REFUSALS,
+    Generation,
+    IngressContext,
+)
+from kvmesh.cluster.ingress.router_link import HeldPlace
+from kvmesh.cluster.ingress.validate import (
+    GenerationSpec,
+    Resume,
+    ResumedChoice,
+    TextRules,
+    choice_seed,
+)
+from kvmesh.cluster.link import Address
+from kvmesh.cluster.messages import Placed, Submit, Waiting
+from kvmesh.cluster.routing.errors import (
+    DeadlineUnreachableError,
+    NoRoomError,
+    RequestAbortedError,
+    RequestIdInUseError,
+)
+from kvmesh.cluster.routing.request import PlaceRequest
+from kvmesh.cluster.telemetry import table
+from kvmesh.cluster.telemetry.meters import IngressMeters
+from kvmesh.v1 import kvmesh_pb2 as pb
+from kvmesh.workers.errors import PoolCapacityError
+from kvmesh.workers.lease import LeaseTerms
+from kvmesh.workers.request import EndReason, PrefillProgress, SequenceDelta, SequenceUsage
+from kvmesh.workers.sampling_params import SamplingParams
+from tests.cluster.machine import PATIENCE_S, TENANT, LetterCodec, SeenMeters
+from tests.routing.groups import make_info
+
+PROMPT = [3, 14, 15, 9, 26]
+QUEUE_TIMEOUT_S = 100.0
+
+
+class Notes:
+    """A trace that keeps its phases and events."""
+
+    def __init__(self) -> None:
+        self.phases: list[str] = []
+        self.events: list[str] = []
+
+    def phase(self, name: str, **attributes: object) -> None:
+        self.phases.append(name)
+
+    def event(self, name: str, **attributes: object) -> None:
+        self.events.append(name)
+
+    def finish(self, usage: pb.Usage, finish_reasons: list[str]) -> None:
+        self.phases.append(", ".join(finish_reasons))
+
+    def fail(self, reason: str) -> None: ...
+
+
+class Surroundings:
+    """A router that answers with what the test puts, engines that keep what they are sent."""
+
+    def __init__(self) -> None:
+        self.asked: list[PlaceRequest] = []
+        self.on_waiting: Callable[[Waiting], None] | None = None
+        self.given_back: list[str] = []  # what became of each place
+        self.submitted: asyncio.Queue[Submit] = asyncio.Queue()
+        self.forgotten: list[str] = []
+        self.ended: list[tuple[list[str], EndReason]] = []
+        self.unreachable = 0  # engines that cannot be connected to
+        self._answers: asyncio.Queue[Placed | Exception] = asyncio.Queue()
+
+    @asynccontextmanager
+    async def place(
+        self, request: PlaceRequest, on_waiting: Callable[[Waiting], None]
+    ) -> AsyncIterator[HeldPlace]:
+        self.asked.append(request)
+        self.on_waiting = on_waiting
+        answer = await self._answers.get()
+        if isinstance(answer, Exception):
+            raise answer
+        held = HeldPlace(answer)
+        try:
+            yield held
+        finally:
+            self.given_back.append("finished" if held.submitted else "released")
+
+    def answer(self, *answers: Placed | Exception) -> None:
+        for answer in answers:
+            self._answers.put_nowait(answer)
+
+    async def get(self, epoch: str, address: Address) -> Surroundings:
+        if self.unreachable:
+            self.unreachable -= 1
+            raise EngineLostError()
+        return self
+
+    def submit(self, message: Submit, receiver: object) -> None:
+        self.submitted.put_nowait(message)
+
+    def forget(self, lease_id: str) -> None:
+        self.forgotten.append(lease_id)
+
+    def end(self, names: list[str], reason: EndReason) -> None:
+        self.ended.append((names, reason))
+
+
+class Alone:
+    """A generation and a client that reads it."""
+
+    def __init__(
+        self,
+        *,
+        n: int = 1,
+        timeout_s: float | None = None,
+        resume: Resume | None = None,
+        stop: tuple[str, ...] = (),
+        max_tokens: int = 20,
+    ) -> None:
+        self.now = 1000.0
+        self.around = Surroundings()
+        self.notes = Notes()
+        self.meters = SeenMeters()
+        params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, seed=7)
+        spec = GenerationSpec(
+            "r", "", params, True, n, TextRules(stop), 4, timeout_s, "salt", resume
+        )  # fmt: skip
+        around: Any = self.around
+        context = IngressContext(
+            around, around, LetterCodec(), QUEUE_TIMEOUT_S, IngressMeters(self.meters, [TENANT]),
+            clock=lambda: self.now, silence_s=1000.0,
+        )  # fmt: skip
+        self.generation = Generation(
+            spec, np.array(PROMPT, np.int32), params, TENANT, context, (b"page",),
+            frozenset({"g9"}), self.notes,
+        )  # fmt: skip
+        self.stream = self.generation.events()
+        self.received: list[pb.GenerateStreamResponse] = []
+        self._placements = 0
+
+    def place(self, epoch: str = "e0", queue_s: float = 0.0) -> Placed:
+        """The router's next answer."""
+        self._placements += 1
+        lease = LeaseTerms(f"l{self._placements}", 1, 4, 4, 8)
+        placed = Placed(
+            1, "g0", make_info(epoch=epoch), Address("g0", 1), lease, 9_000, queue_s
+        )  # fmt: skip
+        self.around.answer(placed)
+        return placed
+
+    def read(self) -> asyncio.Task[None]:
+        async def read() -> None:
+            async for event in self.stream:
+                self.received.append(event)
+
+        return asyncio.create_task(read())
+
+    async def submitted(self) -> Submit:
+        return await asyncio.wait_for(self.around.submitted.get(), PATIENCE_S)
+
+    def deliver(self, name: str, *tokens: int, end: EndReason | None = None, **rest: Any) -> None:
+        self.generation.deliver(SequenceDelta(name, tokens, finish_reason=end, **rest))
+
+    async def until(self, holds: Callable[[], bool]) -> None:
+        async with asyncio.timeout(PATIENCE_S):
+            while not holds():
+                await asyncio.sleep(0)
+
+    def kinds(self) -> list[str | None]:
+        return [event.WhichOneof("event") for event in self.received]
+
+    @property
+    def usage(self) -> pb.Usage:
+        assert self.received[-1].HasField("usage")
+        return self.received[-1].usage
+
+
+async def over(task: asyncio.Task[None]) -> None:
+    await asyncio.wait_for(task, PATIENCE_S)
+
+
+def used(**changes: Any) -> SequenceUsage:
+    values: dict[str, Any] = {
+        "prompt_tokens": 5, "completion_tokens": 1, "cached_tokens": 0, "sealed_pages": 1,
+        "hot_pages": 1, "kv_bytes": 1, "reserved_bytes": 1, "queue_s": 0.0,
+        "time_to_first_token_s": 0.1, "total_s": 0.2, "preemptions": 0,
+    }  # fmt: skip
+    return SequenceUsage(**{**values, **changes})
+
+
+def resumed(*choices: ResumedChoice) -> Resume:
+    return Resume("r", choices)
+
+
+# What it asks for and sends
+
+
+async def test_the_router_and_the_engine_hear_what_the_request_is() -> None:
+    alone = Alone(n=2, timeout_s=30.0)
+    task = alone.read()
+    placed = alone.place()
+    sent = await alone.submitted()
+    (asked,) = alone.around.asked
+    assert asked == PlaceRequest(
+        f"{TENANT}/r",
+        len(PROMPT),
+        20,
+        tenant=TENANT,
+        priority=4,
+        timeout_s=30.0,
+        page_hashes=(b"page",),
+        excluded_groups=frozenset({"g9"}),
+        sequences=2,
+    )
+    assert sent.lease == placed.lease
+    assert np.frombuffer(sent.prompt, "<i4").tolist() == PROMPT
+    assert [x.request_id for x in sent.sequences] == ["l1.0", "l1.1"]
+    assert [x.params.seed for x in sent.sequences] == [7, choice_seed(7, 1)]
+    assert [x.output for x in sent.sequences] == [b"", b""]
+    assert (sent.timeout_s, sent.suspicion, sent.cache_salt) == (30.0, 0, f"{TENANT}/salt")
+    for index in range(2):
+        alone.deliver(f"l1.{index}", 2, end=EndReason.LENGTH, usage=used())
+    await over(task)
+    assert alone.around.given_back == ["finished"]
+    assert alone.around.forgotten == ["l1"]
+
+
+async def test_after_a_loss_only_what_is_missing_is_asked_for() -> None:
+    alone = Alone(n=2, timeout_s=30.0)
+    task = alone.read()
+    alone.place()
+    await alone.submitted()
+    alone.deliver("l1.0", 5, 6, 7)
+    alone.deliver("l1.1", 8, end=EndReason.LENGTH, usage=used())
+    alone.now += 10.0
+    alone.place(epoch="e1")
+    alone.generation.lose()
+    sent = await alone.submitted()
+    alone.deliver("l1.0", 9)  # too late: it is computed again
+    asked = alone.around.asked[1]
+    assert (asked.prompt_tokens, asked.max_tokens) == (len(PROMPT) + 3, 20 - 3)
+    assert (asked.sequences, asked.resumed, asked.supersedes) == (1, True, True)
+    assert asked.lost_engines == {"e0"}
+    assert (asked.timeout_s, sent.timeout_s) == (20.0, 20.0)
+    assert [x.request_id for x in sent.sequences] == ["l2.0"]
+    assert np.frombuffer(sent.sequences[0].output, "<i4").tolist() == [5, 6, 7]
+    assert sent.suspicion == 1
+    alone.deliver("l2.0", 10, end=EndReason.LENGTH, usage=used())
+    await over(task)
+    assert alone.usage.completion_tokens == 5
+    assert alone.usage.failovers == 1
+    assert alone.around.forgotten == ["l1", "l2"]
+    assert alone.kinds().count("started") == 1
+
+
+@pytest.mark.parametrize(("timeout_s", "asked_s"), [(None, 100.0), (300.0, 100.0), (99.0, 99.0)])
+async def test_nobody_waits_longer_than_the_server_allows(
+    timeout_s: float | None, asked_s: float
+) -> None:
+    alone = Alone(timeout_s=timeout_s)
+    task = alone.read()
+    alone.place()
+    assert (await alone.submitted()).timeout_s == timeout_s
+    assert alone.around.asked[0].timeout_s == asked_s
+    alone.deliver("l1.0", 2, end=EndReason.LENGTH)
+    await over(task)
+
+
+async def test_choices_that_had_finished_are_not_submitted() -> None:
+    done = ResumedChoice((5, 6), 2, finished=True)
+    alone = Alone(n=2, resume=resumed(done, ResumedChoice((7,), 1)))
+    task = alone.read()
+    alone.place()
+    sent = await alone.submitted()
+    (asked,) = alone.around.asked
+    assert (asked.prompt_tokens, asked.max_tokens) == (len(PROMPT) + 2, 20 - 2)
+    assert (asked.sequences, asked.resumed, asked.supersedes) == (1, False, True)
+    assert [x.request_id for x in sent.sequences] == ["l1.0"]
+    assert [x.output for x in sent.sequences] == [np.array([7], "<i4").tobytes()]
+    alone.deliver("l1.0", 8, end=EndReason.LENGTH)
+    await over(task)
+    assert {x.delta.index for x in alone.received if x.HasField("delta")} == {1}
+    assert alone.usage.completion_tokens == 4
+
+
+async def test_a_request_with_nothing_left_to_compute_gives_its_place_back() -> None:
+    alone = Alone(resume=resumed(ResumedChoice(tuple(range(2, 22)), 19)))
+    task = alone.read()
+    alone.place()
+    await over(task)
+    assert alone.kinds() == ["started", "delta", "choice_finished", "usage"]
+    assert alone.around.given_back == ["released"]
+    assert alone.around.submitted.empty()
+
+
+async def test_a_stop_string_ends_its_own_sequence_alone() -> None:
+    alone = Alone(n=2, stop=("CD",))
+    task = alone.read()
+    alone.place()
+    await alone.submitted()
+    alone.deliver("l1.1", 2)
+    alone.deliver("l1.0", 5, 2, 3, 4)
+    await alone.until(lambda: bool(alone.around.ended))
+    alone.deliver("l1.0", 6)  # on its way meanwhile
+    alone.deliver("l1.0", end=EndReason.STOP)
+    alone.deliver("l1.1", end=EndReason.LENGTH)
+    await over(task)
+    assert alone.around.ended == [(["l1.0"], EndReason.STOP)]
+    deltas = [event.delta for event in alone.received if event.HasField("delta")]
+    for index, (text, tokens) in enumerate([("F", [5, 2, 3]), ("C", [2])]):
+        own = [delta for delta in deltas if delta.index == index]
+        assert "".join(delta.text for delta in own) == text
+        assert [token for delta in own for token in delta.token_ids] == tokens
+
+
+# What it reports
+
+
+async def test_usage_adds_up_all_placements() -> None:
+    alone = Alone()
+    task = alone.read()
+    alone.place(queue_s=2.0)
+    await alone.submitted()
+    alone.now += 3.0
+    alone.deliver("l1.0", 5)
+    alone.place(epoch="e1", queue_s=4.0)
+    alone.generation.lose()
+    await alone.submitted()
+    alone.now += 3.0
+    alone.deliver("l2.0", 6, end=EndReason.LENGTH, usage=used(queue_s=0.5, cached_tokens=9))
+    await over(task)
+    usage = alone.usage
+    assert usage.queue_s == 2.0 + 4.0 + 0.5
+    assert usage.time_to_first_token_s == 3.0
+    assert usage.total_s == 6.0
+    assert (usage.prompt_tokens, usage.completion_tokens) == (len(PROMPT), 2)
+    assert usage.kv_reserved_bytes == 9_000
+
+
+async def test_a_trace_has_the_phases_of_every_placement() -> None:
+    alone = Alone()
+    task = alone.read()
+    await alone.until(lambda: alone.around.on_waiting is not None)
+    for position in (1, 0):
+        alone.around.on_waiting(Waiting(1, position, None))  # type: ignore[misc]
+    alone.place()
+    await alone.submitted()
+    alone.deliver("l1.0", progress=PrefillProgress(2, 0, 5))
+    alone.deliver("l1.0", 5)
+    alone.deliver("l1.0", 6)
+    alone.place(epoch="e1")
+    alone.generation.lose()
+    await alone.submitted()
+    alone.deliver("l2.0", 7)
+    alone.deliver("l2.0", end=EndReason.LENGTH)
+    await over(task)
+    first, again = ["place", "queue", "prefill", "decode"], ["place", "prefill", "decode"]
+    assert alone.notes.phases == [*first, *again, "length"]
+    assert alone.notes.events == ["waiting", "waiting", "prefilling", "engine lost"]
+    assert alone.meters.of(table.FAILOVERS, "g0", "suspect") == 1
+
+
+# How it fails
+
+
+async def test_losses_count_since_the_latest_token_whether_or_not_it_was_read() -> None:
+    alone = Alone()
+    alone.place()
+    assert (await anext(alone.stream)).HasField("started")
+    await alone.submitted()
+    alone.deliver("l1.0", 5)
+    for _ in range(MAX_FAILOVERS):
+        alone.place()
+        alone.generation.lose(Loss.REFUSED)
+        await alone.submitted()
+    alone.generation.lose(Loss.REFUSED)
+    alone.place()
+    with pytest.raises(EngineLostError):
+        async for event in alone.stream:
+            alone.received.append(event)
+    assert len(alone.around.asked) == MAX_FAILOVERS + 1
+
+
+async def test_an_engine_that_cannot_be_reached_is_lost_without_blame() -> None:
+    alone = Alone()
+    task = alone.read()
+    alone.around.unreachable = 1
+    alone.place(epoch="e0")
+    alone.place(epoch="e1")
+    sent = await alone.submitted()
+    assert sent.suspicion == 0
+    assert alone.around.asked[1].lost_engines == {"e0"}
+    assert alone.around.given_back == ["released"]
+    alone.deliver("l2.0", 5, end=EndReason.LENGTH)
+    await over(task)
+
+
+@pytest.mark.parametrize(("reason", "suspicion"), [(EndReason.CLEARED, 0), (EndReason.ERROR, 1)])
+async def test_a_loss_is_as_suspicious_as_its_worst_sequence(
+    reason: EndReason, suspicion: int
+) -> None:
+    alone = Alone(n=2)
+    task = alone.read()
+    alone.place()
+    await alone.submitted()
+    alone.place()
+    alone.deliver("l1.0", end=reason, error="it failed")
+    alone.deliver("l1.1", end=EndReason.CLEARED, error="it failed")
+    assert (await alone.submitted()).suspicion == suspicion
+    assert (alone.meters.of(table.QUARANTINES, "g0") or 0) == suspicion
+    for index in range(2):
+        alone.deliver(f"l2.{index}", 5, end=EndReason.LENGTH)
+    await over(task)
+
+
+@pytest.mark.parametrize("fault_first", [False, True])
+async def test_a_request_at_fault_fails_even_if_another_of_its_choices_was_lost(
+    fault_first: bool,
+) -> None:
+    alone = Alone(n=2)
+    task = alone.read()
+    alone.place()
+    await alone.submitted()
+    ends = [("l1.0", EndReason.ERROR), ("l1.1", EndReason.FAULT)]
+    for name, reason in reversed(ends) if fault_first else ends:
+        alone.deliver(name, end=reason, error="NaN")
+    with pytest.raises(RequestFaultError, match="NaN"):
+        await over(task)
+    assert len(alone.around.asked) == 1
+    assert alone.around.given_back == ["finished"]
+
+
+async def test_a_refusal_by_the_engine_is_tried_again_a_few_times(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Pause(float):
+        def __mul__(self, times: float) -> float:
+            paused.append(times)
+            return 0.0
+
+    paused: list[float] = []
+    monkeypatch.setattr(generation, "REFUSAL_PAUSE_S", Pause())
+    alone = Alone()
+    task = alone.read()
+    for _ in range(MAX_REFUSALS):
+        alone.place()
+        await alone.submitted()
+        alone.generation.reject(
+            PoolCapacityError("full", needed_bytes=1, available_bytes=0, retryable=True)
+        )
+    with pytest.raises(PoolCapacityError):
+        await over(task)
+    assert len(alone.around.asked) == MAX_REFUSALS
+    assert paused == [2.0**number for number in range(1, MAX_REFUSALS)]
+    assert alone.around.given_back == ["released"] * MAX_REFUSALS, "nothing runs under the lease"
+
+
+async def test_a_client_that_leaves_lets_everything_go() -> None:
+    alone = Alone()
+    task = alone.read()
+    alone.place()
+    await alone.submitted()
+    alone.deliver("l1.0", 5)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await alone.stream.aclose()
+    await alone.until(lambda: bool(alone.around.given_back))
+    assert alone.around.forgotten == ["l1"]
+    assert alone.around.given_back == ["finished"]
+    assert alone.generation._output._timer is not None
+    assert alone.generation._output._timer.cancelled()
+
+
+@pytest.mark.parametrize("tokens", [(), (5,)])
+async def test_an_engine_that_misses_a_deadline_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, tokens: tuple[int, ...]
+) -> None:
+    monkeypatch.setattr(generation, "DEADLINE_GRACE_S", 0.0)
+    assert DEADLINE_GRACE_S > 0
+    alone = Alone(timeout_s=10.0)
+    task = alone.read()
+    await alone.until(lambda: len(alone.around.asked) == 1)
+    alone.now += 10.0  # before it has a place
+    alone.place()
+    await alone.submitted()
+    if tokens:
+        alone.deliver("l1.0", *tokens)
+        await over(task)
+        assert alone.received[-2].choice_finished.finish_reason == pb.FINISH_REASON_DEADLINE
+    else:
+        with pytest.raises(RequestDeadlineError):
+            await over(task)
+    assert alone.around.forgotten == ["l1"]
+
+
+@pytest.mark.parametrize(
+    ("refusal", "timeout_s", "expected"),
+    [
+        (RequestIdInUseError(f"{TENANT}/r"), None, RequestIdInUseError("r")),
+        (DeadlineUnreachableError(3.0, 5.0), 3.0, DeadlineUnreachableError(3.0, 5.0)),
+        (
+            DeadlineUnreachableError(QUEUE_TIMEOUT_S, 500.0),
+            None,
+            NoRoomError("no room within 100 s", 25.0, 0, 0),
+        ),
+    ],
+)
+async def test_a_refusal_is_in_the_clients_terms(
+    refusal: Exception, timeout_s: float | None, expected: Exception
+) -> None:
+    alone = Alone(timeout_s=timeout_s)
+    task = alone.read()
+    alone.around.answer(refusal)
+    with pytest.raises(type(expected)) as caught:
+        await over(task)
+    assert caught.value.args == expected.args
+
+
+async def test_output_is_kept_if_no_other_place_comes_in_time() -> None:
+    alone = Alone(timeout_s=3.0)
+    task = alone.read()
+    alone.place()
+    await alone.submitted()
+    alone.deliver("l1.0", 5)
+    alone.generation.lose()
+    alone.around.answer(DeadlineUnreachableError(2.0, None))
+    await over(task)
+    assert alone.kinds() == ["started", "delta", "choice_finished", "usage"]
+    assert alone.received[2].choice_finished.finish_reason == pb.FINISH_REASON_DEADLINE
+
+
+async def test_an_abort_keeps_what_there_is() -> None:
+    alone = Alone()
+    task = alone.read()
+    alone.place()
+    await alone.submitted()
+    alone.deliver("l1.0", 5)
+    alone.generation.lose()
+    alone.around.answer(RequestAbortedError())
+    await over(task)
+    assert alone.kinds() == ["started", "delta", "choice_finished", "usage"]
+    assert alone.received[2].choice_finished.finish_reason == pb.FINISH_REASON_ABORT

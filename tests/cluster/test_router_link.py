@@ -1,0 +1,191 @@
+"""An ingress's calls of the router, over connections that come and go."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from kvmesh.cluster.errors import DrainingError, Failure, NotReadyError
+from kvmesh.cluster.identity import Identity
+from kvmesh.cluster.ingress import router_link
+from kvmesh.cluster.ingress.router_link import RouterLink
+from kvmesh.cluster.link import Address, LinkError
+from kvmesh.cluster.messages import (
+    Abort,
+    Aborted,
+    CallFailed,
+    Cancel,
+    Drain,
+    Finished,
+    Place,
+    Placed,
+    Release,
+    Waiting,
+)
+from kvmesh.cluster.routing.request import PlaceRequest
+from kvmesh.workers.lease import LeaseTerms
+from tests.cluster.machine import PATIENCE_S
+from tests.routing.groups import ask, make_info
+
+IDENTITY = Identity.make()
+
+
+class Wire:
+    """A connection that keeps what is sent."""
+
+    def __init__(self) -> None:
+        self.sent: list[object] = []
+
+    def send(self, message: object) -> None:
+        self.sent.append(message)
+
+    def take(self) -> list[object]:
+        sent, self.sent = self.sent, []
+        return sent
+
+
+async def nowhere() -> Address:
+    raise LinkError("not known yet")
+
+
+def linked() -> tuple[RouterLink, Wire]:
+    link = RouterLink(IDENTITY, nowhere)
+    assert not link.connected
+    return link, connect(link)
+
+
+def connect(link: RouterLink) -> Wire:
+    """Over a new connection; returns what the open calls are sent over."""
+    wire = Wire()
+    link._connected(wire)  # type: ignore[arg-type]
+    assert link.connected
+    return wire
+
+
+def placed(call: int, lease_id: str = "l") -> Placed:
+    lease = LeaseTerms(lease_id, 1, 4, 4, 8)
+    return Placed(call, "g0", make_info(), Address("g0", 1), lease, 9, 0.0)
+
+
+async def turns() -> None:
+    """Let all tasks run until they wait for something else."""
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+async def hold(
+    link: RouterLink, leave: asyncio.Event, heard: list[Waiting], *, submitted: bool
+) -> Placed:
+    async with link.place(ask("a"), heard.append) as held:
+        held.submitted = submitted
+        await leave.wait()
+        return held.placed
+
+
+@pytest.mark.parametrize("submitted", [False, True])
+async def test_a_place_is_given_back_unless_the_engine_ends_it(submitted: bool) -> None:
+    link, wire = linked()
+    leave, heard = asyncio.Event(), list[Waiting]()
+    task = asyncio.create_task(hold(link, leave, heard, submitted=submitted))
+    await turns()
+    (sent,) = wire.take()
+    assert isinstance(sent, Place)
+    assert sent.request == ask("a")
+    news = [Waiting(sent.call, 1, 3.0), Waiting(sent.call, 0, None)]
+    for message in news:
+        link.received(message)
+    assert heard == news
+    link.received(placed(sent.call))
+    await turns()
+    assert wire.take() == []
+    leave.set()
+    assert await asyncio.wait_for(task, PATIENCE_S) == placed(sent.call)
+    assert wire.take() == [Finished("l") if submitted else Release("l")]
+    assert not link._open
+
+
+async def test_a_failed_placement_raises_the_routers_error() -> None:
+    link, wire = linked()
+    task = asyncio.create_task(hold(link, asyncio.Event(), [], submitted=False))
+    await turns()
+    (sent,) = wire.take()
+    link.received(CallFailed(sent.call, Failure.of(DrainingError())))  # type: ignore[attr-defined]
+    with pytest.raises(DrainingError):
+        await asyncio.wait_for(task, PATIENCE_S)
+    assert wire.take() == []
+    assert not link._open
+
+
+async def test_who_leaves_while_it_waits_gives_up_its_turn() -> None:
+    link, wire = linked()
+    task = asyncio.create_task(hold(link, asyncio.Event(), [], submitted=False))
+    await turns()
+    (sent,) = wire.take()
+    assert isinstance(sent, Place)
+    task.cancel()
+    await turns()
+    assert task.cancelled()
+    assert wire.take() == [Cancel(sent.call)]
+    link.received(Waiting(sent.call, 3, None))
+    assert wire.take() == []
+    # The answer was on its way: nobody else can give this lease back.
+    link.received(placed(sent.call, "late"))
+    assert wire.take() == [Release("late")]
+
+
+async def test_who_leaves_in_the_moment_of_the_answer_gives_the_lease_back() -> None:
+    link, wire = linked()
+    task = asyncio.create_task(hold(link, asyncio.Event(), [], submitted=False))
+    await turns()
+    (sent,) = wire.take()
+    link.received(placed(sent.call))  # type: ignore[attr-defined]
+    task.cancel()
+    await turns()
+    assert task.cancelled()
+    assert wire.take() == [Release("l")]
+
+
+async def test_open_calls_are_made_again_over_the_next_connection() -> None:
+    link, wire = linked()
+    leave = asyncio.Event()
+    waits = asyncio.create_task(hold(link, leave, [], submitted=False))
+    await turns()
+    aborts = asyncio.create_task(link.abort("tenant/b"))
+    await turns()
+    place, abort = wire.take()
+    link.lost()
+    assert not link.connected
+    link.drain()  # there is nobody to tell
+    other = asyncio.create_task(link.abort("tenant/c"))
+    await turns()
+    again = connect(link)
+    # The same router may still know the request, of which it must not say that its id is in use.
+    repeated, *rest = again.take()
+    assert isinstance(place, Place) and isinstance(repeated, Place)
+    assert repeated.call == place.call
+    assert repeated.request == PlaceRequest("a", 160, 160, supersedes=True)
+    assert isinstance(abort, Abort)
+    assert rest[0] == abort
+    assert rest[1].request_id == "tenant/c"  # type: ignore[attr-defined]
+    link.received(Aborted(abort.call, found=True))
+    link.received(Aborted(rest[1].call, found=False))  # type: ignore[attr-defined]
+    assert await asyncio.wait_for(aborts, PATIENCE_S)
+    assert not await asyncio.wait_for(other, PATIENCE_S)
+    link.received(placed(place.call))
+    leave.set()
+    await asyncio.wait_for(waits, PATIENCE_S)
+    assert wire.take() == []
+    assert again.take() == [Release("l")]
+    third = connect(link)
+    assert third.take() == [], "answered calls are not made again"
+    link.drain()
+    assert third.take() == [Drain()]
+
+
+async def test_a_router_that_does_not_answer_is_not_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(router_link, "ANSWER_TIMEOUT_S", 0.0)
+    link, _ = linked()
+    with pytest.raises(NotReadyError, match="does not answer"):
+        await link.status()
+    assert not link._open, "it is not asked again later"

@@ -1,0 +1,434 @@
+"""The router's messages, one at a time: who hears what, on a clock that the test moves."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from kvmesh.cluster.errors import DrainingError
+from kvmesh.cluster.link import Address
+from kvmesh.cluster.messages import (
+    Abort,
+    Aborted,
+    AccountNews,
+    AskReport,
+    AskStatus,
+    CallFailed,
+    Cancel,
+    Drain,
+    Extend,
+    Finished,
+    Hello,
+    Place,
+    Placed,
+    Release,
+    Replaced,
+    Report,
+    Status,
+    Waiting,
+    Withdraw,
+)
+from kvmesh.cluster.report_book import FRESH_TIMEOUT_S
+from kvmesh.cluster.reports import ClusterStatus, EngineReport
+from kvmesh.cluster.router_service import (
+    INFORM_PERIOD_S,
+    MEASURE_PERIOD_S,
+    RouterPeer,
+    RouterService,
+)
+from kvmesh.cluster.routing.config import RouterConfig, RouterTuning
+from kvmesh.cluster.routing.errors import RequestAbortedError, RequestIdInUseError
+from kvmesh.cluster.telemetry import table
+from kvmesh.cluster.telemetry.meters import RouterMeters
+from kvmesh.workers.lease import AccountUpdate, LeaseEnd, LeaseTerms, LeaseWant, PageChanges
+from kvmesh.workers.loads import ArenaLoads, EngineLoads, PoolLoads, SequenceLoad
+from tests.cluster.machine import TENANT, SeenMeters
+from tests.routing.groups import ask, make_info
+
+NO_NEWS, NO_PAGES = AccountUpdate(), PageChanges()
+
+
+class FarEnd:
+    """A peer of the router, and what it has heard."""
+
+    def __init__(self, routed: Routed) -> None:
+        self.heard: list[object] = []
+        self.closed = False
+        self.peer: RouterPeer = routed.service.accept(self)  # type: ignore[arg-type]
+
+    def send(self, message: object) -> None:
+        assert not self.closed
+        self.heard.append(message)
+
+    def close(self) -> None:
+        self.closed = True
+
+    def says(self, *messages: object) -> list[object]:
+        """What it hears at once."""
+        before = len(self.heard)
+        for message in messages:
+            self.peer.received(message)
+        return self.heard[before:]
+
+    def all_of(self, kind: type) -> list[object]:
+        return [message for message in self.heard if type(message) is kind]
+
+
+class Routed:
+    """A router whose groups run one request each."""
+
+    def __init__(self, *groups: str, **settings: object) -> None:
+        self.now = 100.0
+        self.meters = SeenMeters()
+        self.service = RouterService(
+            RouterConfig(**settings),  # type: ignore[arg-type]
+            RouterMeters(self.meters, [TENANT]),
+            groups=groups,
+            clock=lambda: self.now,
+        )
+        self.engines = {name: self.engine(name) for name in groups}
+
+    def engine(self, name: str, started_ns: int = 5, leases: tuple[LeaseTerms, ...] = ()) -> FarEnd:
+        connected = FarEnd(self)
+        info = make_info(max_sequences=1, epoch=f"{name}-{started_ns}")
+        address = Address(name, started_ns)
+        connected.peer.received(
+            Hello(name, started_ns, "node", False, info, address, leases, NO_NEWS, NO_PAGES)
+        )
+        return connected
+
+    def tick(self, seconds: float) -> None:
+        self.now += seconds
+        self.service.tick()
+
+    @property
+    def waiting(self) -> int:
+        return self.service.status().router.queue_depth
+
+
+def report(draining: bool = False, **loads: object) -> Report:
+    made = EngineLoads(**loads)  # type: ignore[arg-type]
+    return Report(EngineReport(make_info(), made, draining=draining), audited=True)
+
+
+def placed(ingress: FarEnd, name: str, call: int, **rest: object) -> Placed:
+    (answer,) = ingress.says(Place(call, ask(name, **rest)))  # type: ignore[arg-type]
+    assert isinstance(answer, Placed)
+    assert answer.call == call
+    return answer
+
+
+def failure(messages: list[object]) -> Exception:
+    (message,) = messages
+    assert isinstance(message, CallFailed)
+    return message.failure.error
+
+
+# Ingresses
+
+
+def test_a_placement_says_where_and_under_which_lease() -> None:
+    routed = Routed("g0")
+    answer = placed(FarEnd(routed), "a", 7)
+    (lease,) = routed.service.router.fleet.leases.values()
+    assert answer.lease == lease.terms
+    assert (answer.group, answer.address) == ("g0", Address("g0", 5))
+    assert answer.engine.epoch == "g0-5"
+    assert answer.lease_bytes == answer.engine.geometry.bytes_of(lease.need)
+    assert answer.queue_s == 0.0
+
+
+def test_requests_that_wait_hear_it_once_a_period_if_it_changes() -> None:
+    routed = Routed("g0")
+    ingress = FarEnd(routed)
+    first = placed(ingress, "a", 1)
+    for call in (2, 3, 4):
+        (news,) = ingress.says(Place(call, ask(f"w{call}")))
+        assert isinstance(news, Waiting)
+        assert (news.call, news.position) == (call, call - 2)
+    assert routed.service.status().oldest_wait_s == 0.0
+    routed.now += INFORM_PERIOD_S / 4
+    assert ingress.says(Cancel(2)) == [], "nobody waits for an answer"
+    routed.tick(INFORM_PERIOD_S / 4)
+    assert ingress.all_of(Waiting)[3:] == [], "too soon"
+    routed.tick(INFORM_PERIOD_S / 2)
+    moved = ingress.all_of(Waiting)[3:]
+    assert [(x.call, x.position) for x in moved if isinstance(x, Waiting)] == [(3, 0), (4, 1)]
+    assert routed.service.status().oldest_wait_s == INFORM_PERIOD_S
+    ingress.says(Cancel(3))
+    routed.tick(INFORM_PERIOD_S / 2)
+    assert len(ingress.all_of(Waiting)) == 5, "too soon after the last time"
+    assert ingress.says(Release(first.lease.lease_id))[0].call == 4  # type: ignore[attr-defined]
+    assert routed.service.status().oldest_wait_s == 0.0
+
+
+def test_the_longest_wait_is_that_of_the_first_to_come() -> None:
+    routed = Routed("g0")
+    ingress = FarEnd(routed)
+    placed(ingress, "a", 1)
+    for call in (2, 3, 4):
+        routed.now += 10.0
+        ingress.says(Place(call, ask(f"w{call}")))
+    assert routed.service.status().oldest_wait_s == 20.0
+    ingress.says(Cancel(2))
+    assert routed.service.status().oldest_wait_s == 10.0
+    ingress.says(Cancel(4), Cancel(3))
+    assert routed.service.status().oldest_wait_s == 0.0
+
+
+def test_requests_of_a_lost_ingress_wait_no_longer() -> None:
+    routed = Routed("g0")
+    ingress, other = FarEnd(routed), FarEnd(routed)
+    first = placed(other, "a", 1)
+    for call in (1, 2):
+        ingress.says(Place(call, ask(f"w{call}")))
+    other.says(Place(2, ask("b")))
+    assert routed.waiting == 3
+    ingress.peer.lost()
+    assert routed.waiting == 1
+    assert len(routed.service.callers) == 1
+    other.says(Release(first.lease.lease_id))
+    assert [x.call for x in other.all_of(Placed)] == [1, 2]  # type: ignore[attr-defined]
+    assert routed.service.router.status(routed.now).live_requests == 1
+
+
+def test_an_id_that_is_in_use_is_refused_unless_the_request_replaces_it() -> None:
+    routed = Routed("g0")
+    ingress, again = FarEnd(routed), FarEnd(routed)
+    first = placed(ingress, "run", 1)
+    assert isinstance(failure(again.says(Place(1, ask("run")))), RequestIdInUseError)
+    ingress.says(Place(2, ask("wait")))
+    assert isinstance(failure(again.says(Place(2, ask("wait")))), RequestIdInUseError)
+    assert routed.waiting == 1
+    (news,) = again.says(Place(3, ask("wait", supersedes=True)))
+    assert isinstance(news, Waiting)
+    assert isinstance(failure(ingress.heard[-1:]), RequestAbortedError)
+    (_, news) = [*again.says(Place(4, ask("wait", resumed=True)))]
+    assert isinstance(news, Waiting)
+    assert routed.waiting == 1
+    assert [x.call for x in again.all_of(CallFailed)] == [1, 2, 3]  # type: ignore[attr-defined]
+    again.says(Release(first.lease.lease_id))
+    assert again.heard[-1].call == 4  # type: ignore[attr-defined]
+
+
+def test_a_draining_router_takes_only_requests_that_run_already() -> None:
+    routed = Routed("g0")
+    ingress = FarEnd(routed)
+    assert not routed.service.status().draining
+    ingress.says(Drain())
+    assert routed.service.status().draining
+    assert isinstance(failure(ingress.says(Place(1, ask("new")))), DrainingError)
+    placed(ingress, "old", 2, resumed=True)
+
+
+def test_an_abort_says_whether_there_was_such_a_request() -> None:
+    routed = Routed("g0")
+    ingress, operator = FarEnd(routed), FarEnd(routed)
+    lease_id = placed(ingress, "run", 1).lease.lease_id
+    ingress.says(Place(2, ask("wait")))
+    assert operator.says(Abort(1, "none")) == [Aborted(1, found=False)]
+    assert operator.says(Abort(2, "wait")) == [Aborted(2, found=True)]
+    assert isinstance(failure(ingress.heard[-1:]), RequestAbortedError)
+    assert operator.says(Abort(3, "run")) == [Aborted(3, found=True)]
+    assert routed.engines["g0"].heard == [Withdraw((lease_id,))]
+
+
+def test_the_id_of_a_request_that_its_client_has_seen_end_is_free() -> None:
+    routed = Routed("g0")
+    ingress = FarEnd(routed)
+    first = placed(ingress, "a", 1)
+    assert ingress.says(Finished(first.lease.lease_id)) == []
+    (news,) = ingress.says(Place(2, ask("a")))
+    assert isinstance(news, Waiting), "its pages are not free yet"
+    ended = AccountUpdate(ended=(LeaseEnd(first.lease.lease_id),))
+    routed.engines["g0"].says(AccountNews(ended, NO_PAGES))
+    assert ingress.heard[-1].call == 2  # type: ignore[attr-defined]
+
+
+# Status
+
+
+def status(message: object, call: int) -> ClusterStatus:
+    assert isinstance(message, Status)
+    assert message.call == call
+    return message.status
+
+
+def test_a_fresh_status_waits_for_every_group() -> None:
+    routed = Routed("g0", "g1")
+    ingress = FarEnd(routed)
+    (at_once,) = ingress.says(AskStatus(1, fresh=False))
+    assert status(at_once, 1).healthy == {"g0", "g1"}
+    assert ingress.says(AskStatus(2, fresh=True)) == []
+    for engine in routed.engines.values():
+        assert engine.heard == [AskReport()]
+    routed.engines["g0"].says(report(running=3))
+    assert len(ingress.heard) == 1
+    routed.engines["g1"].says(report(running=4))
+    reports = status(ingress.heard[1], 2).reports
+    assert [reports[name].loads.running for name in ("g0", "g1")] == [3, 4]
+    routed.engines["g1"].says(report())
+    routed.tick(2 * FRESH_TIMEOUT_S)
+    assert len(ingress.heard) == 2, "it is answered once"
+
+
+def test_a_fresh_status_does_not_wait_for_a_group_that_is_lost() -> None:
+    routed = Routed("g0", "g1")
+    ingress = FarEnd(routed)
+    ingress.says(AskStatus(1, fresh=True))
+    routed.engines["g0"].says(report())
+    routed.engines["g1"].peer.lost()
+    assert status(ingress.heard[0], 1).healthy == {"g0"}
+    ingress.says(AskStatus(2, fresh=True))
+    routed.engines["g0"].peer.lost()
+    (_, empty) = ingress.heard
+    assert status(empty, 2).healthy == frozenset()
+    (at_once,) = ingress.says(AskStatus(3, fresh=True))
+    assert status(at_once, 3).healthy == frozenset()
+
+
+def test_a_fresh_status_waits_for_a_limited_time() -> None:
+    routed = Routed("g0")
+    ingress = FarEnd(routed)
+    ingress.says(AskStatus(1, fresh=True))
+    routed.tick(FRESH_TIMEOUT_S / 2)
+    ingress.says(AskStatus(2, fresh=True))
+    assert ingress.heard == []
+    routed.tick(FRESH_TIMEOUT_S / 2)
+    assert [x.call for x in ingress.heard] == [1]  # type: ignore[attr-defined]
+    routed.tick(FRESH_TIMEOUT_S / 2)
+    assert [x.call for x in ingress.heard] == [1, 2]  # type: ignore[attr-defined]
+
+
+def test_reports_name_the_requests_of_sequences() -> None:
+    routed = Routed("g0")
+    lease_id = placed(FarEnd(routed), "tenant/a", 1).lease.lease_id
+    sequences = tuple(SequenceLoad(name, 1.0, 8, 8, 0, 9) for name in (lease_id, "gone", ""))
+    routed.engines["g0"].says(report(oldest=sequences))
+    assert routed.service.status().requests == {lease_id: "tenant/a"}
+
+
+def test_the_budget_is_measured_once_a_period() -> None:
+    routed = Routed("g0")
+    ingress = FarEnd(routed)
+
+    def live() -> float | None:
+        return routed.meters.of(table.TENANT_LIVE, TENANT, "running")
+
+    placed(ingress, "a", 1, tenant=TENANT)
+    routed.tick(MEASURE_PERIOD_S / 2)
+    assert live() is None
+    routed.tick(MEASURE_PERIOD_S / 2)
+    assert live() == 1
+    assert routed.meters.of(table.GROUP_UP, "g0") == 1
+    ingress.says(Release(ingress.heard[0].lease.lease_id))  # type: ignore[attr-defined]
+    routed.engines["g0"].peer.lost()
+    routed.tick(MEASURE_PERIOD_S / 2)
+    assert live() == 1, "too soon"
+    routed.tick(MEASURE_PERIOD_S / 2)
+    assert live() == 0
+    assert routed.meters.of(table.GROUP_UP, "g0") == 0
+
+
+# Engines
+
+
+def test_news_of_leases_reach_their_own_engine() -> None:
+    tuning = RouterTuning(min_samples=1)
+    routed = Routed("g0", "g1", tuning=tuning)
+    ingress = FarEnd(routed)
+    teacher = placed(ingress, "teacher", 1)
+    ended = AccountUpdate(
+        arrived=(teacher.lease,), ended=(LeaseEnd(teacher.lease.lease_id, output_tokens=16),)
+    )
+    routed.engines[teacher.group].says(AccountNews(ended, NO_PAGES))
+    made = placed(ingress, "a", 2)
+    assert made.lease.sealed_pages < made.lease.max_sealed_pages
+    own = routed.engines[made.group]
+    (other,) = (x for x in routed.engines.values() if x is not own)
+    want = LeaseWant(made.lease.lease_id, 160, 160 + 32)
+    own.says(AccountNews(AccountUpdate(arrived=(made.lease,), wants=(want,)), NO_PAGES))
+    (extended,) = own.heard
+    assert isinstance(extended, Extend)
+    (terms,) = extended.leases
+    assert terms.lease_id == made.lease.lease_id
+    assert terms.sealed_pages > made.lease.sealed_pages
+    ingress.says(Release(made.lease.lease_id))
+    assert own.heard[1:] == [Withdraw((made.lease.lease_id,))], "its sequences have arrived"
+    assert other.heard == []
+
+
+@pytest.mark.parametrize("returned", [4, 5, 6])
+def test_the_later_engine_of_a_group_stays(returned: int) -> None:
+    """Started at 5; another connects that started at this time, which may be the same one."""
+    routed = Routed("g0")
+    ingress = FarEnd(routed)
+    before = routed.engines["g0"]
+    placed(ingress, "a", 1)
+    after = routed.engine("g0", returned)
+    left, stays = (after, before) if returned < 5 else (before, after)
+    assert left.closed
+    assert left.heard == ([] if returned == 5 else [Replaced()])
+    assert not stays.closed
+    assert stays.heard == []
+    assert len(routed.service.router.fleet.leases) == (returned < 5), "others were of the former"
+    # What is still on its way from the one that left does not count.
+    lease = LeaseTerms("late", 1, 1, 1, 1)
+    left.peer.received(AccountNews(AccountUpdate(arrived=(lease,)), NO_PAGES))
+    left.peer.received(report(running=9))
+    left.peer.lost()
+    assert "late" not in routed.service.router.fleet.leases
+    assert routed.service.status().reports == {}
+    assert routed.service.status().healthy == {"g0"}
+    stays.peer.received(AccountNews(AccountUpdate(arrived=(lease,)), NO_PAGES))
+    assert "late" in routed.service.router.fleet.leases
+
+
+def test_a_group_that_returns_is_listed_with_its_leases() -> None:
+    routed = Routed("g0")
+    ingress = FarEnd(routed)
+    made = placed(ingress, "a", 1)
+    routed.engines["g0"].peer.lost()
+    assert routed.service.router.fleet.leases == {}
+    routed.engine("g0", leases=(made.lease,))
+    assert [*routed.service.router.fleet.leases] == [made.lease.lease_id]
+
+
+def test_nothing_is_placed_on_an_engine_that_drains() -> None:
+    routed = Routed("g0", "g1")
+    ingress = FarEnd(routed)
+    routed.engines["g0"].says(report(draining=False))
+    routed.engines["g1"].says(report(draining=True))
+    assert placed(ingress, "a", 1).group == "g0"
+    (news,) = ingress.says(Place(2, ask("b")))
+    assert isinstance(news, Waiting)
+
+
+def test_audits_and_their_faults_are_counted(caplog: pytest.LogCaptureFixture) -> None:
+    routed = Routed("g0")
+    engine = routed.engines["g0"]
+    engine.says(report())
+    not_audited = Report(EngineReport(make_info(), EngineLoads(running=1)), audited=False)
+    engine.says(not_audited)
+    found = routed.service.status()
+    assert (found.audits_total, found.audit_faults_total) == (1, 0)
+    with caplog.at_level(logging.ERROR):
+        engine.says(report(pool=PoolLoads(sealed=ArenaLoads(total=9, used=3, free=6))))
+    found = routed.service.status()
+    assert (found.audits_total, found.audit_faults_total) == (2, 1)
+    assert "group g0 and the ledger disagree" in caplog.text
+
+
+def test_pages_of_the_prefix_cache_attract_requests_until_they_are_dropped() -> None:
+    routed = Routed("g0", "g1")
+    ingress = FarEnd(routed)
+    prompt = tuple(bytes([i]) for i in range(16))
+    block = prompt[7]  # runs of eight pages are known by their last one
+    routed.engines["g1"].says(AccountNews(NO_NEWS, PageChanges(held=(block,))))
+    first = placed(ingress, "a", 1, prompt=256, page_hashes=prompt)
+    assert first.group == "g1"
+    ingress.says(Release(first.lease.lease_id))
+    routed.engines["g1"].says(AccountNews(NO_NEWS, PageChanges((), (block, prompt[15]))))
+    # Nobody holds anything, and the group that is listed first is as good as the other.
+    assert placed(ingress, "b", 2, prompt=256, page_hashes=prompt).group == "g0"
