@@ -23,9 +23,9 @@ import numpy as np
 import tokenizers
 
 from benchmarks.device import conditions
+from kvmesh.workers.constraint import OutputConstraint
 from kvmesh.workers.executor import RankDescription
 from kvmesh.workers.structured import grammar
-from kvmesh.workers.structured.constraint import OutputConstraint
 from kvmesh.workers.structured.grammars import Grammars
 from kvmesh.workers.structured.masks import MaskMaker
 from kvmesh.workers.structured.state import OutputState

@@ -16,11 +16,11 @@ from kvmesh.cluster.link import Address
 from kvmesh.cluster.reports import ClusterStatus, EngineReport
 from kvmesh.cluster.routing.outcome import BudgetEstimate, Explained, TenantStatus
 from kvmesh.cluster.routing.request import PlaceRequest
+from kvmesh.workers.constraint import OutputConstraint
 from kvmesh.workers.lease import AccountUpdate, LeaseTerms, PageChanges
 from kvmesh.workers.loads import EngineInfo
 from kvmesh.workers.request import EndReason, SequenceDelta
 from kvmesh.workers.sampling_params import SamplingParams
-from kvmesh.workers.structured.constraint import OutputConstraint
 
 
 class _Message(msgspec.Struct, tag=True):

@@ -9,10 +9,10 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from kvmesh.workers.constraint import OutputConstraint
 from kvmesh.workers.lease import LeaseTerms
 from kvmesh.workers.plan import TokenScores
 from kvmesh.workers.sampling_params import SamplingParams
-from kvmesh.workers.structured.constraint import OutputConstraint
 
 TokenIds = npt.NDArray[np.int32]
 

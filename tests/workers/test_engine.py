@@ -13,6 +13,7 @@ from hypothesis import given, note
 
 from kvmesh.workers.arena import Arena
 from kvmesh.workers.config import EngineConfig
+from kvmesh.workers.constraint import OutputConstraint
 from kvmesh.workers.engine import Engine
 from kvmesh.workers.errors import ConfigError, InvalidFieldError, PoolCapacityError
 from kvmesh.workers.executor import Allocation, MakeMasks, RankDescription
@@ -29,7 +30,6 @@ from kvmesh.workers.request import (
 )
 from kvmesh.workers.sampling_params import SamplingParams
 from kvmesh.workers.sizes import BLOCK_PAGES, PageNeed
-from kvmesh.workers.structured.constraint import OutputConstraint
 from kvmesh.workers.structured.grammar import regex
 from tests.exercised import Exercised
 from tests.scenarios import SEEDS, check, scenarios

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 from llguidance import LLMatcher
 from llguidance.gbnf_to_lark import any_to_lark
 
-from kvmesh.workers.structured.constraint import Reasoning
+from kvmesh.workers.constraint import Reasoning
 from kvmesh.workers.structured.limits import JSON_WHITESPACE
 
 # How the text of a marker is written in Lark: as text, or as the special token that it is.

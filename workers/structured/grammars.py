@@ -10,9 +10,9 @@ from pathlib import Path
 
 from llguidance import LLMatcher
 
+from kvmesh.workers.constraint import OutputConstraint
 from kvmesh.workers.errors import InvalidFieldError
 from kvmesh.workers.executor import RankDescription
-from kvmesh.workers.structured.constraint import OutputConstraint
 from kvmesh.workers.structured.limits import parser_limits
 from kvmesh.workers.structured.state import OutputState
 from kvmesh.workers.structured.vocabulary import Vocabulary

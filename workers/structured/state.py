@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from llguidance import LLMatcher
 
-from kvmesh.workers.structured.constraint import OutputConstraint, Reasoning
+from kvmesh.workers.constraint import OutputConstraint, Reasoning
 from kvmesh.workers.structured.vocabulary import Vocabulary
 
 Bits = npt.NDArray[np.int32]

@@ -8,7 +8,7 @@ from typing import Self, get_args
 
 from kvmesh.cluster.config import ReasoningParser, ToolParser
 from kvmesh.cluster.ingress.answers.syntaxes import SYNTAXES, ToolSyntax, detect
-from kvmesh.workers.structured.constraint import Reasoning
+from kvmesh.workers.constraint import Reasoning
 from kvmesh.workers.structured.grammar import literal
 
 assert set(get_args(ToolParser)) == {"auto", "none", *SYNTAXES}

@@ -12,8 +12,8 @@ from kvmesh.cluster.ingress.answers.model_form import ModelForm
 from kvmesh.cluster.ingress.answers.reader import PLAIN, AnswerForm
 from kvmesh.cluster.ingress.answers.syntaxes import MAX_CALLS, ToolSyntax
 from kvmesh.cluster.ingress.refuse import refuse
+from kvmesh.workers.constraint import OutputConstraint, Reasoning
 from kvmesh.workers.structured import grammar
-from kvmesh.workers.structured.constraint import OutputConstraint, Reasoning
 from kvmesh.workers.structured.grammar import Grammar, Marker
 from kvmesh.workers.structured.rehearsal import rehearse
 

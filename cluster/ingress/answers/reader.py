@@ -9,7 +9,7 @@ from kvmesh.cluster.ingress.answers.pieces import Pieces
 from kvmesh.cluster.ingress.answers.reasoning import ReasoningSplit
 from kvmesh.cluster.ingress.answers.scanner import CallScanner
 from kvmesh.cluster.ingress.answers.syntaxes import ToolSyntax
-from kvmesh.workers.structured.constraint import Reasoning
+from kvmesh.workers.constraint import Reasoning
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 
-from kvmesh.workers.structured.constraint import Reasoning
+from kvmesh.workers.constraint import Reasoning
 
 
 class _State(enum.Enum):

@@ -15,9 +15,9 @@ from kvmesh.cluster.ingress.answers.syntaxes import SYNTAXES
 from kvmesh.cluster.ingress.choice import ChoiceOutput, RunningChoice
 from kvmesh.cluster.ingress.validate import ResumedChoice, TextRules
 from kvmesh.v1 import kvmesh_pb2 as pb
+from kvmesh.workers.constraint import Reasoning
 from kvmesh.workers.request import EndReason, SequenceDelta, TokenIds
 from kvmesh.workers.sampling_params import SamplingParams
-from kvmesh.workers.structured.constraint import Reasoning
 from tests.cluster.machine import LetterCodec
 
 EOS, SPECIAL = 1, 0

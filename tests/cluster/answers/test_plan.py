@@ -21,8 +21,8 @@ from kvmesh.cluster.ingress.answers.plan import (
 )
 from kvmesh.cluster.ingress.answers.reader import AnswerReader
 from kvmesh.cluster.ingress.answers.syntaxes import SYNTAXES
+from kvmesh.workers.constraint import Reasoning
 from kvmesh.workers.errors import InvalidFieldError
-from kvmesh.workers.structured.constraint import Reasoning
 from kvmesh.workers.structured.rehearsal import _alphabet
 
 PARAMETERS = {

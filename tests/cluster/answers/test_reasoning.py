@@ -8,7 +8,7 @@ import pytest
 
 from kvmesh.cluster.ingress.answers.model_form import ModelForm
 from kvmesh.cluster.ingress.answers.reasoning import ReasoningSplit
-from kvmesh.workers.structured.constraint import Reasoning
+from kvmesh.workers.constraint import Reasoning
 
 CASES = [
     # (started, text, reasoning, answer)

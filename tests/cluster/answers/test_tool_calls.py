@@ -12,7 +12,7 @@ from hypothesis import given
 from kvmesh.cluster.ingress.answers.pieces import Pieces
 from kvmesh.cluster.ingress.answers.reader import AnswerForm, AnswerReader
 from kvmesh.cluster.ingress.answers.syntaxes import SYNTAXES, detect
-from kvmesh.workers.structured.constraint import Reasoning
+from kvmesh.workers.constraint import Reasoning
 from tests.exercised import Exercised
 from tests.scenarios import SEEDS, scenarios
 

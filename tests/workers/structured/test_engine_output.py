@@ -12,9 +12,9 @@ import jsonschema
 import pytest
 from hypothesis import given
 
+from kvmesh.workers.constraint import OutputConstraint, Reasoning
 from kvmesh.workers.request import EndReason
 from kvmesh.workers.structured import grammar
-from kvmesh.workers.structured.constraint import OutputConstraint, Reasoning
 from kvmesh.workers.structured.grammar import Grammar
 from tests.exercised import Exercised
 from tests.scenarios import SEEDS, scenarios

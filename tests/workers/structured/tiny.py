@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from kvmesh.workers.config import EngineConfig
+from kvmesh.workers.constraint import OutputConstraint
 from kvmesh.workers.engine import Engine
 from kvmesh.workers.local import InProcessExecutor
 from kvmesh.workers.model.tokenizer import Tokenizer
 from kvmesh.workers.request import EndReason, EngineRequest, SampledLogprobs
 from kvmesh.workers.sampling_params import SamplingParams
-from kvmesh.workers.structured.constraint import OutputConstraint
 from tests.model.small import make_small_model, make_small_tokenizer
 
 PADDING = 7  # ids of the model that its tokenizer does not have
