@@ -161,10 +161,10 @@ def test_leaving_over_http_frees_pages(endpoint: Endpoint, client: Client, strea
 def test_refusals_over_http(endpoint: Endpoint) -> None:
     url = f"{endpoint.http_url}/v1"
     with (
-        openai.OpenAI(base_url=url, api_key="wrong", max_retries=0) as stranger,
+        openai.OpenAI(base_url=url, api_key="wrong", max_retries=0) as unknown,
         pytest.raises(openai.AuthenticationError),
     ):
-        stranger.models.list()
+        unknown.models.list()
     with openai.OpenAI(base_url=url, api_key=endpoint.api_key, max_retries=0) as client:
         with pytest.raises(openai.NotFoundError):
             client.completions.create(model="other", prompt="x")
