@@ -23,6 +23,7 @@ import openai
 import pytest
 from google.rpc.error_details_pb2 import BadRequest
 from grpc_status import rpc_status
+from pydantic import BaseModel
 
 from kvmesh.client import (
     NO_RETRY,
@@ -143,6 +144,31 @@ async def test_openais_clients_get_the_same_output(endpoint: Endpoint, client: C
         )
         assert response.output_text == said.text
     wait_idle(client)
+
+
+class City(BaseModel):
+    name: str
+    inhabitants: int
+
+
+def test_openais_client_parses_answers(endpoint: Endpoint) -> None:
+    url = f"{endpoint.http_url}/v1"
+    messages: Any = [{"role": "user", "content": "Which city is the capital of France?"}]
+    with openai.OpenAI(base_url=url, api_key=endpoint.api_key, max_retries=0) as client:
+        chat = client.chat.completions.parse(
+            model="", messages=messages, response_format=City, max_tokens=200, temperature=0.0
+        )
+        assert isinstance(chat.choices[0].message.parsed, City)
+        response = client.responses.parse(
+            model="", input=messages, text_format=City, max_output_tokens=200, temperature=0.0
+        )
+        assert isinstance(response.output_parsed, City)
+        scored = client.completions.create(
+            model="", prompt=PROMPTS[0], max_tokens=0, echo=True, logprobs=1
+        ).choices[0]
+        assert scored.text == PROMPTS[0] and scored.logprobs is not None
+        first, *rest = scored.logprobs.token_logprobs or []
+        assert first is None and rest and all(x is not None and x <= 0 for x in rest)
 
 
 @pytest.mark.parametrize("stream", [False, True])
