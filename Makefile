@@ -26,7 +26,7 @@ VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 PY := .venv/bin/python
 STAMP := .venv/.installed
 
-.PHONY: help venv hooks demo serve test test-fast mutants lint format protos sdk chart image \
+.PHONY: help venv hooks demo serve test test-fast test-slow mutants lint format protos sdk chart image \
 	dashboards graph bench clean distclean
 
 help: ## Print this list
@@ -62,14 +62,24 @@ demo: $(STAMP) ## Start a local cluster, ask the model a question, show the cost
 serve: $(STAMP) ## Serve until Ctrl-C
 	@exec .venv/bin/kvmesh serve $(ARGS)
 
-test: $(STAMP) ## Run all tests
+test: $(STAMP) ## Run all tests, or those of ARGS
+ifneq ($(strip $(ARGS)),)
 	$(PY) -m pytest $(ARGS)
+else
+	$(MAKE) test-fast
+	$(MAKE) test-slow
+	$(PY) -m pytest -m ray
+endif
 
 # In a process for each core, up to 4: each loads for itself what it tests.
+SPREAD := -n logical --maxprocesses 4
 # Coverage has a floor that a part of the tests cannot reach: with ARGS it is not measured.
-WHOLE := -n logical --maxprocesses 4 --dist loadscope --cov --cov-report=
+WHOLE := $(SPREAD) --dist loadscope --cov --cov-report=
 test-fast: $(STAMP) ## Run two minutes of tests, no Ray and no slow ones, with coverage
 	$(PY) -m pytest -m 'not (ray or slow)' $(or $(ARGS),$(WHOLE))
+
+test-slow: $(STAMP) ## Run the slow tests that need no Ray: interpreted kernels, whole models
+	$(PY) -m pytest -m 'slow and not ray' $(or $(ARGS),$(SPREAD) --dist worksteal)
 
 mutants: $(STAMP) ## Which faults do tests not notice? ARGS='scheduler' for one module (minutes)
 	$(PY) -m tests.mutants $(ARGS)

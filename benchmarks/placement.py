@@ -91,7 +91,7 @@ def fill(router: Router, requests: Requests, num_leases: int, seed: int) -> list
     names, chance = list(router.fleet.groups), random.Random(seed)
     while len(router.fleet.index) < INDEX_ENTRIES:
         pages = [chance.randbytes(16) for _ in range(10_000)]
-        router.pages_changed(chance.choice(names), pages, ())
+        router.fleet.pages_changed(chance.choice(names), pages, ())
     return held
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from dataclasses import dataclass, field
 
 from kvmesh.client.errors import (
@@ -60,6 +61,19 @@ _BROKEN_CONNECTION = (
     "without trailers",
 )
 
+# What gRPC writes when there is no connection, and what it means. The first match counts.
+_NO_CONNECTION = tuple(
+    (re.compile(wording), meaning)
+    for wording, meaning in (
+        (r"(?:errors resolving|DNS resolution failed for) ([^:]+)", r"there is no host {}"),
+        (r"Failed parsing HTTP/2", "what answers there does not speak gRPC"),
+        (r"http2 header with status: (\d+)", "something else answers there, with HTTP status {}"),
+        (r"(?i)handshake|certificate", "the TLS connection failed; check the certificates"),
+        (r"Failed to connect to remote host: (?:connect: )?([^():]+)", "{}"),
+        (r"connect failed: .*error: ([^()]+)", "no connection: {}"),
+    )
+)
+
 # Why a lost server is expected to return: there was no answer, or it is being replaced.
 _OUTAGES = (None, "DRAINING", "NOT_READY")
 
@@ -79,6 +93,8 @@ def error_of(failure: RpcFailure) -> KVMeshError:
     if failure.code == "RESOURCE_EXHAUSTED" and _too_large(failure):
         cls, message = InvalidRequestError, "prompt: larger than the server accepts; shorten it"
         violations = (FieldViolation("prompt", "larger than the server accepts; shorten it"),)
+    if found is None and failure.code == "UNAVAILABLE":
+        message = _plain(message)
     if found is None and failure.code in ("INTERNAL", "UNKNOWN") and lost(failure):
         cls, message = UnavailableError, f"the connection was lost ({message})"
     return cls(
@@ -95,6 +111,14 @@ def error_of(failure: RpcFailure) -> KVMeshError:
             for v in detail.groups
         ),
     )
+
+
+def _plain(details: str) -> str:
+    """Why there is no connection, without gRPC's addresses and nested errors."""
+    for wording, meaning in _NO_CONNECTION:
+        if (match := wording.search(details)) is not None:
+            return meaning.format(*(group.strip().lower() for group in match.groups()))
+    return details
 
 
 def lost(failure: RpcFailure) -> bool:

@@ -137,7 +137,7 @@ class FakeServer:
                     group="fake",
                 )
             case pb.ExplainRequest():
-                return pb.ExplainResponse(request_id=request.request_id)
+                return self._explain(request)
             case pb.GetModelInfoRequest():
                 return pb.GetModelInfoResponse(
                     model="fake",
@@ -209,6 +209,15 @@ class FakeServer:
         for index, choice in enumerate(reply.choices):
             choice.index = index
         return reply
+
+    def _explain(self, request: pb.ExplainRequest) -> pb.ExplainResponse:
+        """A decision for each time that the request was received."""
+        placed = pb.PlacementDecision(outcome="placed", group="fake")
+        received = [x for x in self.requests if isinstance(x, pb.GenerateRequest)]
+        ids = [x.request_id for x in received]
+        return pb.ExplainResponse(
+            request_id=request.request_id, decisions=[placed] * ids.count(request.request_id)
+        )
 
     def _seed(self, request: pb.GenerateRequest) -> int:
         params = request.sampling_params

@@ -5,46 +5,33 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import shutil
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import grpc
-import psutil
 
 from kvmesh.cluster import deployment
 from kvmesh.cluster.config import ClusterConfig
 from kvmesh.cluster.drain import RouterCalls, RouterContact
-from kvmesh.cluster.environment import local_variables, serve_variables
+from kvmesh.cluster.environment import serve_variables
 from kvmesh.cluster.errors import RayDiedError, StartError
 from kvmesh.cluster.joining import join_ray
-from kvmesh.cluster.keys import local_key, protect_ray_token
+from kvmesh.cluster.keys import local_key
 from kvmesh.cluster.link import LinkError
-from kvmesh.cluster.ports import PortBlock, take_ports
-from kvmesh.cluster.processes import (
-    adopt_orphans,
-    children_named,
-    descendants,
-    end_descendants,
-    is_dead,
-)
-from kvmesh.cluster.resources import alive, check_layouts, check_nodes, logical_cpus
+from kvmesh.cluster.local_ray import LocalRay, import_ray, muted
+from kvmesh.cluster.ports import take_ports
+from kvmesh.cluster.resources import alive, check_layouts, check_nodes
 from kvmesh.cluster.serve_config import APP_NAME, anywhere, serve_config
 from kvmesh.workers.model.facts import read_facts
 from kvmesh.workers.model.source import resolve_model
 
 logger = logging.getLogger(__name__)
 
-GCS_LOG_LINES = 10
 POLL_S = 0.2
-# What runs continues without them, but nothing that dies is replaced.
-RAY_PROCESSES = ("gcs_server", "raylet")
 
 Progress = Callable[[str, float | None], None]
 
@@ -77,14 +64,10 @@ class Cluster:
     def __init__(self, config: ClusterConfig, progress: Progress | None = None) -> None:
         self._config = config
         self._progress = progress or _silent
-        self._directory: Path | None = None
-        self._ports: PortBlock | None = None
-        self._environ: dict[str, str | None] = {}  # what its variables were before
-        self._keep: frozenset[int] = frozenset()
+        self._local: LocalRay | None = None
         self._dashboard_url: str | None = None
         self._router: RouterContact | None = None
         self._router_calls: RouterCalls | None = None
-        self._ray_processes: dict[str, psutil.Process] = {}
         self._started = False
         self._hurry = threading.Event()
 
@@ -145,62 +128,27 @@ class Cluster:
                 "metrics.port": config.metrics.port,
             }
             chosen = {setting: port for setting, port in chosen.items() if port}
-            self._ports = take_ports(config.ingress.host, chosen)
-            config = _with_ports(config, *map(self._ports.single, (4, 5, 6)))
+            ports = take_ports(config.ingress.host, chosen)
+            self._local = LocalRay(ports)
+            config = _with_ports(config, *map(ports.single, (4, 5, 6)))
         return anywhere(config, os.environ)
 
     def _start_ray(self, config: ClusterConfig) -> str | None:
         self._progress("starting Ray", None)
-        self._keep = descendants()
-        if config.ray.address is not None:
+        if self._local is None:
+            assert config.ray.address is not None
             os.environ.update(serve_variables(config))
             self._note_dashboard(join_ray(config.ray.address))
             self._started = True
             return None
-        adopt_orphans()
-        # Its path must be short, because Unix sockets of Ray and HAProxy are placed in it.
-        self._directory = Path(tempfile.mkdtemp(prefix="kvmesh-", dir=_short_tmp()))
-        assert self._ports is not None
-        protect_ray_token(os.environ)
-        variables = local_variables(config, self._directory / "p", self._ports)
-        self._environ = {name: os.environ.get(name) for name in variables}
-        os.environ.update(variables)
         self._started = True
-        ray = _import_ray()
-        scratch = self._directory / "t"
-        scratch.mkdir()
-        try:
-            with _temporary_directory(scratch):
-                started = ray.init(
-                    num_cpus=logical_cpus(config),
-                    object_store_memory=config.ray.object_store_bytes,
-                    include_dashboard=config.ray.dashboard,
-                    logging_level="ERROR",
-                    log_to_driver=False,
-                    _temp_dir=str(self._directory / "ray"),
-                    _metrics_export_port=config.metrics.port,
-                    _node_ip_address="127.0.0.1",
-                )
-        except (RuntimeError, OSError, ValueError) as error:
-            raise StartError(f"Ray did not start: {error}{self._gcs_words()}") from error
-        self._note_dashboard(started)
-        self._ray_processes = children_named(RAY_PROCESSES)
+        self._note_dashboard(self._local.start(config))
         return f"http://127.0.0.1:{config.metrics.port}/metrics"
 
     def _note_dashboard(self, context: Any) -> None:
         """context: what ray.init returns"""
         if context.dashboard_url:
             self._dashboard_url = f"http://{context.dashboard_url}"
-
-    def _gcs_words(self) -> str:
-        """The end of the log of Ray's GCS, which `stop` deletes."""
-        assert self._directory is not None
-        lines = [
-            line
-            for path in sorted(self._directory.glob("ray/session_latest/logs/gcs_server.*"))
-            for line in path.read_text(errors="replace").splitlines()[-GCS_LOG_LINES:]
-        ]
-        return "\n".join(["; the log of its GCS ends with:", *lines]) if lines else ""
 
     def check_alive(self) -> None:
         """Raises RayDiedError when the cluster has to be stopped and started again."""
@@ -211,11 +159,10 @@ class Cluster:
             )
 
     def _dead_part(self) -> str | None:
-        """Ray's process that has died, if one has."""
-        return next((name for name, x in self._ray_processes.items() if is_dead(x)), None)
+        return None if self._local is None else self._local.dead_part()
 
     def _deploy(self, config: ClusterConfig) -> None:
-        ray = _import_ray()
+        ray = import_ray()
         check_nodes(config, alive(ray.nodes()))
         self._progress("starting Serve", None)
         deployment.submit(serve_config(config))
@@ -260,19 +207,12 @@ class Cluster:
         if self._started:
             self._started = False
             self._shut_down()
-        if self._ports is not None:
-            self._ports.release()
-            self._ports = None
-        for name, value in self._environ.items():
-            # They are this cluster's: neither another one nor a child process may have them.
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-        self._environ = {}
+        if self._local is not None:
+            self._local.release()
+            self._local = None
 
     def _shut_down(self) -> None:
-        ray = _import_ray()
+        ray = import_ray()
         try:
             if ray.is_initialized() and not self._hurry.is_set():
                 self._progress("shutting down", None)
@@ -281,14 +221,12 @@ class Cluster:
             self._progress("stopping Ray", None)
             if self._router_calls is not None:
                 self._router_calls.close()
-            with _muted():
+            with muted():
                 if self._dead_part() is None:
                     self._stop_serving()
                     ray.shutdown()
-                if self._directory is not None:
-                    end_descendants(self._keep)
-                    shutil.rmtree(self._directory, ignore_errors=True)
-                    self._directory = None
+                if self._local is not None:
+                    self._local.end()
                 # Not before the others are gone: it waits for a dead part.
                 ray.shutdown()
 
@@ -341,55 +279,6 @@ def _with_ports(
     )
     metrics = config.metrics.model_copy(update={"port": config.metrics.port or metrics_port})
     return config.model_copy(update={"ingress": ingress, "metrics": metrics})
-
-
-def _import_ray() -> Any:
-    """Import Ray late, because it reads the environment when it is imported."""
-    import ray
-
-    return ray
-
-
-@contextlib.contextmanager
-def _muted() -> Iterator[None]:
-    """Hide what Ray prints about the deaths of its actors during shutdown, also from C++."""
-    kept: dict[int, int] = {}
-    for stream in (1, 2):
-        with contextlib.suppress(OSError):  # it was closed before we started
-            kept[stream] = os.dup(stream)
-    try:
-        with open(os.devnull, "w") as null:
-            for stream in kept:
-                os.dup2(null.fileno(), stream)
-            with contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
-                yield
-    finally:
-        for stream, copy in kept.items():
-            os.dup2(copy, stream)
-            os.close(copy)
-
-
-def _short_tmp() -> str:
-    """The temporary directory, or /tmp if its path is too long for sockets in it.
-
-    HAProxy accepts paths of up to 97 characters, and Serve adds 57 of them.
-    """
-    chosen = tempfile.gettempdir()
-    return chosen if len(chosen) <= 12 or not os.access("/tmp", os.W_OK) else "/tmp"
-
-
-@contextlib.contextmanager
-def _temporary_directory(path: Path) -> Iterator[None]:
-    """Set TMPDIR for processes started meanwhile, so that their files go with the cluster."""
-    before = os.environ.get("TMPDIR")
-    os.environ["TMPDIR"] = str(path)
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["TMPDIR"]
-        else:
-            os.environ["TMPDIR"] = before
 
 
 def _silent(step: str, share: float | None) -> None:

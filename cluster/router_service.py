@@ -1,17 +1,16 @@
 """The router as a process of a cluster: messages in, the pure router, messages out.
 
-No call blocks. A request that waits for pages is an entry of `_callers`, and the outcome that
-ends its wait is sent to its caller.
+No call blocks. A request that waits for pages has an entry in `callers`, and the outcome that
+ends its wait is sent there.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import time
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from kvmesh.cluster.errors import DrainingError, Failure
 from kvmesh.cluster.ingress.error_table import reason_label, to_wire
@@ -40,26 +39,32 @@ from kvmesh.cluster.messages import (
     Report,
     Status,
     TenantUse,
-    Waiting,
     Withdraw,
 )
-from kvmesh.cluster.reports import ClusterStatus, EngineReport
+from kvmesh.cluster.report_book import ReportBook
+from kvmesh.cluster.reports import ClusterStatus
 from kvmesh.cluster.routing.config import RouterConfig
 from kvmesh.cluster.routing.errors import RequestIdInUseError
-from kvmesh.cluster.routing.outcome import Enqueued, Granted, Grown, Outcome, Refused, Withdrawn
+from kvmesh.cluster.routing.outcome import (
+    Enqueued,
+    Granted,
+    Grown,
+    Outcome,
+    Placement,
+    Refused,
+    Withdrawn,
+)
 from kvmesh.cluster.routing.router import Router
 from kvmesh.cluster.telemetry.logs import about
 from kvmesh.cluster.telemetry.meters import RouterMeters
+from kvmesh.cluster.waiting_callers import WaitingCaller, WaitingCallers
 from kvmesh.workers.loads import EngineInfo
 
 logger = logging.getLogger(__name__)
 
 TICK_S = 0.25
-FRESH_TIMEOUT_S = 2.0  # how long a status waits for the engines' reports
 INFORM_PERIOD_S = 1.0  # how often waiting callers learn what has changed
 MEASURE_PERIOD_S = 1.0
-# Changes that a caller is informed of: by this share, and of a start also by this time.
-NOTICED_SHARE, NOTICED_S = 0.05, 1.0
 
 
 @dataclass(slots=True, eq=False)
@@ -71,49 +76,6 @@ class _Group:
     info: EngineInfo
     address: Address
     started_ns: int
-
-
-@dataclass(slots=True, eq=False)
-class _Caller:
-    """Of a waiting request. since: when it came
-
-    position, start_at: as it was informed last; all on the service's clock
-    """
-
-    peer: _RouterPeer
-    call: int
-    since: float
-    position: int = -1
-    start_at: float = -math.inf  # also if unknown
-
-    def inform(self, standing: Enqueued, now: float) -> None:
-        """Send where its request stands, unless it nearly knows that."""
-        position, start_s = standing.position, standing.projected_start_s
-        start_at = -math.inf if start_s is None else now + start_s
-        moved = abs(position - self.position) > NOTICED_SHARE * self.position
-        shift_s = abs(start_at - self.start_at)  # NaN if both are unknown
-        if moved or shift_s > max(NOTICED_S, NOTICED_SHARE * (self.start_at - now)):
-            self.position, self.start_at = position, start_at
-            self.peer.send(Waiting(self.call, position, start_s))
-
-
-@dataclass(slots=True, eq=False)
-class _FreshStatus:
-    """A status call that waits for reports of these groups until a deadline."""
-
-    peer: _RouterPeer
-    call: int
-    awaited: set[str]
-    until: float
-
-
-@dataclass(slots=True)
-class _Known:
-    """What outlives a group's connection."""
-
-    reports: dict[str, EngineReport] = field(default_factory=dict)
-    audits: int = 0
-    audit_faults: int = 0
 
 
 class RouterService:
@@ -134,19 +96,18 @@ class RouterService:
         # Greater than any former router's; every lease carries the epoch of its router.
         epoch = time.time_ns() // 1_000_000
         self.router = Router(config, epoch, clock(), expected_groups=groups)
-        self._clock = clock
+        self.clock = clock
         self._meters = meters
         self._names = tuple(groups)
         self._groups: dict[str, _Group] = {}
-        self._callers: dict[str, _Caller] = {}  # of waiting requests, by when they came
+        self.callers = WaitingCallers()
         self._informed_s = self._measured_s = clock()
-        self._fresh: list[_FreshStatus] = []
-        self._known = _Known()
+        self._reports = ReportBook()
         self._draining = False
 
-    def accept(self, connection: Link) -> _RouterPeer:
+    def accept(self, connection: Link) -> RouterPeer:
         """The handler of a new connection, an engine's or an ingress's."""
-        return _RouterPeer(self, connection)
+        return RouterPeer(self, connection)
 
     async def run(self) -> None:
         """Tick until cancelled."""
@@ -155,99 +116,62 @@ class RouterService:
             self.tick()
 
     def tick(self) -> None:
-        now = self._clock()
+        now = self.clock()
         self.settle(self.router.tick(now))
-        self._answer_fresh(now)
-        if self._callers and now - self._informed_s >= INFORM_PERIOD_S:
+        self._answer_reported(now)
+        if self.callers and now - self._informed_s >= INFORM_PERIOD_S:
             self._informed_s = now
-            for standing in self.router.standings(now):
-                self._callers[standing.request_id].inform(standing, now)
+            self.callers.inform(self.router.admission.standings(now), now)
         if now - self._measured_s >= MEASURE_PERIOD_S:
             self._measured_s = now
-            self._measure()
-
-    def _measure(self) -> None:
-        tenants = {name: self.router.tenant_status(name) for name in self._meters.tenants}
-        self._meters.status(self.status(), self._names, tenants)
-
-    @property
-    def now(self) -> float:
-        return self._clock()
+            tenants = {name: self.router.tenant_status(name) for name in self._meters.tenants}
+            self._meters.status(self.status(), self._names, tenants)
 
     def drain(self) -> None:
         """Accept nothing new; ingresses see it in the status."""
         self._draining = True
 
     def status(self) -> ClusterStatus:
+        now = self.clock()
         return ClusterStatus(
-            router=self.router.status(self._clock()),
-            reports=dict(self._known.reports),
+            router=self.router.status(now),
+            reports=dict(self._reports.latest),
             healthy=frozenset(self._groups),
             draining=self._draining,
-            audits_total=self._known.audits,
-            audit_faults_total=self._known.audit_faults,
-            requests=self._requests_of_reports(),
-            oldest_wait_s=self._oldest_wait_s(),
+            audits_total=self._reports.audits,
+            audit_faults_total=self._reports.audit_faults,
+            requests=self._reports.requests(self.router.fleet.leases),
+            oldest_wait_s=self.callers.oldest_wait_s(now),
         )
-
-    def _requests_of_reports(self) -> dict[str, str]:
-        """tenant/id by lease, of the sequences that reports name."""
-        leases = self.router.fleet.leases
-        found = {}
-        for report in self._known.reports.values():
-            for sequence in report.loads.oldest:
-                lease = leases.get(sequence.lease_id)
-                if lease is not None and lease.request is not None:
-                    found[sequence.lease_id] = lease.request.request_id
-        return found
-
-    def _oldest_wait_s(self) -> float:
-        oldest = next(iter(self._callers.values()), None)
-        return 0.0 if oldest is None else self._clock() - oldest.since
 
     # Ingresses
 
-    def place(self, message: Place, peer: _RouterPeer) -> None:
+    def place(self, message: Place, peer: RouterPeer) -> None:
         request = message.request
         name = request.request_id
         if self._draining and not request.resumed:
             peer.fail(message.call, Failure.of(DrainingError()))
             return
-        if name in self._callers:
+        if name in self.callers:
             if not (request.supersedes or request.resumed):
                 peer.fail(message.call, Failure.of(RequestIdInUseError(name)))
                 return
-            self.settle(self.router.abort(name, self._clock()))
-        now = self._clock()
-        self._callers[name] = _Caller(peer, message.call, now)
-        peer.waiting[message.call] = name
+            self.settle(self.router.abort(name, self.clock()))
+        now = self.clock()
+        self.callers.add(name, WaitingCaller(peer, message.call, now))
         started_s = time.perf_counter()
         outcomes = self.router.place(request, now)
         self._meters.decided(time.perf_counter() - started_s)
         self.settle(outcomes)
 
-    def cancel(self, call: int, peer: _RouterPeer) -> None:
-        """The caller no longer waits. A placement already on its way comes back as a Release."""
-        name = peer.waiting.pop(call, None)
-        if name is not None:
-            del self._callers[name]
-            self.settle(self.router.cancel(name, self._clock()))
-
     def release(self, lease_id: str) -> None:
-        self.settle(self.router.release(lease_id, self._clock()))
+        self.settle(self.router.release(lease_id, self.clock()))
 
-    def abort(self, request_id: str) -> bool:
-        """End a request. Returns False if there is none."""
-        outcomes = self.router.abort(request_id, self._clock())
-        self.settle(outcomes)
-        return bool(outcomes)
-
-    def ask_status(self, message: AskStatus, peer: _RouterPeer) -> None:
+    def ask_status(self, message: AskStatus, peer: RouterPeer) -> None:
         if not message.fresh or not self._groups:
             peer.send(Status(message.call, self.status()))
             return
-        until = self._clock() + FRESH_TIMEOUT_S
-        self._fresh.append(_FreshStatus(peer, message.call, set(self._groups), until))
+        self._reports.wait(peer, message.call, self._groups, self.clock())
         for group in self._groups.values():
             group.connection.send(AskReport())
 
@@ -255,7 +179,7 @@ class RouterService:
 
     def group_up(self, message: Hello, connection: Link) -> None:
         """The later engine of a group stays: one that hung may return after its replacement."""
-        name, now = message.group, self._clock()
+        name, now = message.group, self.clock()
         former = self._groups.get(name)
         if former is not None and former.started_ns > message.started_ns:
             _replace(name, connection)
@@ -285,30 +209,32 @@ class RouterService:
             return
         logger.warning("group %s is down", name, extra=about(group=name))
         del self._groups[name]
-        self.settle(self.router.group_down(name, self._clock()))
-        self._reported(name)
+        self.settle(self.router.group_down(name, self.clock()))
+        self._reports.reported(name)
+        self._answer_reported(self.clock())
 
     def account(self, name: str, message: AccountNews) -> None:
-        now = self._clock()
+        now = self.clock()
         pages = message.pages
         if pages.held or pages.dropped:
-            self.router.pages_changed(name, pages.held, pages.dropped)
+            self.router.fleet.pages_changed(name, pages.held, pages.dropped)
         if message.update:
             self.settle(self.router.account(name, message.update, now))
 
     def report(self, name: str, message: Report) -> None:
-        self._known.reports[name] = message.report
+        self._reports.latest[name] = message.report
         if message.report.draining:
             self.router.group_drains(name)
         if message.audited:
-            self._known.audits += 1
+            self._reports.audits += 1
             if faults := self.router.audit(name, message.report.loads):
-                self._known.audit_faults += 1
+                self._reports.audit_faults += 1
                 words = "; ".join(faults)
                 logger.error(
                     "group %s and the ledger disagree: %s", name, words, extra=about(group=name)
                 )
-        self._reported(name)
+        self._reports.reported(name)
+        self._answer_reported(self.clock())
 
     # Within
 
@@ -316,8 +242,8 @@ class RouterService:
         """Send each outcome to the caller or the engine that it concerns."""
         for outcome in outcomes:
             match outcome:
-                case Granted():
-                    self._granted(outcome)
+                case Granted(placement=placement):
+                    self._granted(placement)
                 case Refused(request_id=name, error=error):
                     wire = to_wire(error)
                     self._meters.refused(wire, reason_label(wire))
@@ -327,12 +253,10 @@ class RouterService:
                 case Withdrawn(group=group, lease_id=lease_id):
                     self._groups[group].connection.send(Withdraw((lease_id,)))
                 case Enqueued(request_id=name):
-                    self._callers[name].inform(outcome, self._clock())
+                    self.callers.inform([outcome], self.clock())
 
-    def _granted(self, outcome: Granted) -> None:
-        placement = outcome.placement
-        caller = self._callers.pop(placement.request_id)
-        del caller.peer.waiting[caller.call]
+    def _granted(self, placement: Placement) -> None:
+        caller = self.callers.take(placement.request_id)
         group = self._groups[placement.group]
         caller.peer.send(
             Placed(
@@ -347,23 +271,14 @@ class RouterService:
         )
 
     def _refused(self, name: str, failure: Failure) -> None:
-        caller = self._callers.pop(name)
-        del caller.peer.waiting[caller.call]
-        caller.peer.fail(caller.call, failure)
-        for decided in self.router.explain(name, self._clock())[-1:]:
+        caller = self.callers.take(name)
+        caller.peer.send(CallFailed(caller.call, failure))
+        for decided in self.router.explain(name, self.clock())[-1:]:
             logger.info("request %s: %s", name, "\n".join(decided.lines()), extra=about(name))
 
-    def _reported(self, name: str) -> None:
-        for waiting in self._fresh:
-            waiting.awaited.discard(name)
-        self._answer_fresh(self._clock())
-
-    def _answer_fresh(self, now: float) -> None:
-        done = [x for x in self._fresh if not x.awaited or now >= x.until]
-        if done:
-            self._fresh = [x for x in self._fresh if x not in done]
-            for waiting in done:
-                waiting.peer.send(Status(waiting.call, self.status()))
+    def _answer_reported(self, now: float) -> None:
+        if self._reports.due(now):
+            self._reports.answer(self.status(), now)
 
 
 def _replace(name: str, connection: Link) -> None:
@@ -372,17 +287,13 @@ def _replace(name: str, connection: Link) -> None:
     connection.close()
 
 
-class _RouterPeer:
-    """One connection: an engine's once it has sent Hello, otherwise an ingress's.
-
-    waiting: its waiting requests, by call
-    """
+class RouterPeer:
+    """One connection: an engine's once it has sent Hello, otherwise an ingress's."""
 
     def __init__(self, service: RouterService, connection: Link) -> None:
         self._service = service
         self._connection = connection
         self._group = ""
-        self.waiting: dict[int, str] = {}
         self.send = connection.send
 
     def received(self, message: object) -> None:
@@ -395,7 +306,7 @@ class _RouterPeer:
             case Place():
                 service.place(message, self)
             case Cancel(call=call):
-                service.cancel(call, self)
+                self._leave(call)
             case Release(lease_id=lease_id):
                 service.release(lease_id)
             case Finished(lease_id=lease_id):
@@ -403,17 +314,21 @@ class _RouterPeer:
             case Report():
                 service.report(self._group, message)
             case Abort(call=call, request_id=request_id):
-                self.send(Aborted(call, service.abort(request_id)))
+                outcomes = service.router.abort(request_id, service.clock())
+                service.settle(outcomes)
+                self.send(Aborted(call, found=bool(outcomes)))
             case Drain():
                 service.drain()
             case AskStatus():
                 service.ask_status(message, self)
             case AskEstimate(call=call, request=request):
-                self.send(Estimated(call, service.router.estimate(request, service.now)))
+                self.send(
+                    Estimated(call, service.router.admission.estimate(request, service.clock()))
+                )
             case AskTenant(call=call, tenant=tenant):
                 self.send(TenantUse(call, service.router.tenant_status(tenant)))
             case AskExplanation(call=call, request_id=request_id):
-                self.send(Decisions(call, service.router.explain(request_id, service.now)))
+                self.send(Decisions(call, service.router.explain(request_id, service.clock())))
             case Hello():
                 self._group = message.group
                 service.group_up(message, self._connection)
@@ -421,8 +336,14 @@ class _RouterPeer:
     def lost(self) -> None:
         if self._group:
             self._service.group_down(self._group, self._connection)
-        for call in list(self.waiting):
-            self._service.cancel(call, self)
+        for call in self._service.callers.calls_of(self):
+            self._leave(call)
+
+    def _leave(self, call: int) -> None:
+        """The caller no longer waits. A placement already on its way comes back as a Release."""
+        service = self._service
+        if (name := service.callers.leave(self, call)) is not None:
+            service.settle(service.router.cancel(name, service.clock()))
 
     def fail(self, call: int, failure: Failure) -> None:
         self.send(CallFailed(call, failure))

@@ -1,4 +1,8 @@
-"""The command line. Commands import what they need when they run, so that `--help` is fast."""
+"""The command line.
+
+Commands import what they need when they run: so `--help` is fast, and those that ask a server work
+without the packages of one.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +30,6 @@ app = typer.Typer(
     help="Distributed LLM serving on Ray with a quantised, fully accounted KV cache.",
     epilog=EPILOG,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 

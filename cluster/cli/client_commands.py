@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvmesh.cluster.cli.console import out, print_json
-from kvmesh.cluster.cli.exits import CommandFailed
+from kvmesh.cluster.cli.exits import CommandFailed, ExitCode
 from kvmesh.cluster.cli.generate_commands import MaxTokensOption
 from kvmesh.cluster.cli.options import JsonOption, QuietOption, ServerOptions, with_options
 
@@ -117,6 +117,8 @@ def estimate(
         print_json(found)
     else:
         show_estimate(found)
+    if not found.feasible_ever:
+        raise CommandFailed("no group could hold the request, even when empty", ExitCode.REFUSED)
 
 
 @with_options
@@ -135,6 +137,10 @@ def explain(
         print_json(found)
     else:
         show_explanation(found)
+    if not found.decisions:
+        raise CommandFailed(
+            f"request {request_id} is not known with this key; only recent requests are kept"
+        )
 
 
 @with_options

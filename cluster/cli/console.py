@@ -37,10 +37,13 @@ err = Console(stderr=True, highlight=False)
 notes = NoteConsole(stderr=True, highlight=False)
 
 
+WORTH_A_LINE_S = 1.0
+
+
 class Steps:
     """Shows the progress of a long start: a spinner on a terminal, lines elsewhere.
 
-    On a terminal, each finished step is printed with its duration.
+    Each finished step has its duration; elsewhere only one that took a while.
     """
 
     def __init__(self) -> None:
@@ -79,19 +82,25 @@ class Steps:
             quarter = int(share * 4)
             if quarter > self._shown_share:
                 self._shown_share = quarter
-                notes.print(f"  {escape(name)}: {share:.0%}")
+                notes.print(f"  {escape(name)}: {share:.0%} after {self._elapsed_s:.0f} s")
         if self._status is not None:
             extra = f" {share:.0%}" if share is not None else ""
             suffix = f" [dim]({escape(detail)})[/dim]" if detail else ""
             self._status.update(f"{escape(name)}{extra}{suffix}")
 
     def _finish(self) -> None:
-        if self._step and notes.is_terminal:
+        if self._step and self._status is not None:
             notes.print(
-                f"  [green]✓[/green] {escape(self._step)} "
-                f"[dim]{time.monotonic() - self._started_s:.1f} s[/dim]"
+                f"  [green]✓[/green] {escape(self._step)} [dim]{self._elapsed_s:.1f} s[/dim]"
             )
+        elif self._step and self._elapsed_s >= WORTH_A_LINE_S:
+            notes.print(f"  {escape(self._step)}: done in {self._elapsed_s:.1f} s")
         self._step = ""
+
+    @property
+    def _elapsed_s(self) -> float:
+        """Since the current step began."""
+        return time.monotonic() - self._started_s
 
 
 def print_json(value: object) -> None:

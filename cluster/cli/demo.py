@@ -6,34 +6,21 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
-from kvmesh.client import Client, KVMeshError, Loads, Message, RetryPolicy, Stream
-from kvmesh.cluster.cli.console import Steps, human_bytes, human_seconds, out
+from kvmesh.client import (
+    Client,
+    FinishReason,
+    KVMeshError,
+    Loads,
+    Message,
+    RetryPolicy,
+    Stream,
+)
+from kvmesh.cluster.cli.console import human_bytes, human_seconds, out
 from kvmesh.cluster.cli.exits import ExitCode
+from kvmesh.cluster.cli.running import running
 from kvmesh.cluster.cli.signals import Stop, hold_signals
 from kvmesh.cluster.config import ClusterConfig
-from kvmesh.cluster.config_sources import DEFAULT, LoadedConfig
-from kvmesh.cluster.lifecycle import Cluster, Endpoint
-
-MAX_RANKS = 3
-
-
-def widest_tp(model: str) -> int:
-    """The largest tp, up to MAX_RANKS, that divides the model's KV heads."""
-    from kvmesh.workers.model.facts import read_facts
-    from kvmesh.workers.model.source import resolve_model
-
-    with Steps() as steps:
-        heads = read_facts(resolve_model(model, progress=steps).path).num_kv_heads
-    return next(ranks for ranks in range(MAX_RANKS, 0, -1) if heads % ranks == 0)
-
-
-def with_demo_defaults(loaded: LoadedConfig) -> ClusterConfig:
-    """The settings, with as many ranks as the model's KV heads allow unless that was set."""
-    config = loaded.config
-    if loaded.source(("engine", "tp")) != DEFAULT:
-        return config
-    engine = config.engine.model_copy(update={"tp": widest_tp(config.model)})
-    return config.model_copy(update={"engine": engine})
+from kvmesh.cluster.lifecycle import Endpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +37,7 @@ def run_demo(settings: ClusterConfig, question: str, max_tokens: int) -> ExitCod
     """Run the demo and return the exit code."""
     with hold_signals() as stop:
         try:
-            steps = Steps()
-            cluster = Cluster(settings, steps)
-            stop.on_repeat(cluster.hurry)
-            with stop.interrupting():
-                with steps:
-                    endpoint = cluster.start_guarded()
+            with running(settings, stop) as (cluster, endpoint):
                 try:
                     _describe(settings, endpoint)
                     cost = _ask(endpoint, question, max_tokens)
@@ -63,19 +45,16 @@ def run_demo(settings: ClusterConfig, question: str, max_tokens: int) -> ExitCod
                 except KVMeshError:
                     cluster.check_alive()  # a better reason, if it raises
                     raise
-                finally:
-                    with Steps() as closing:
-                        cluster.report_to(closing)
-                        cluster.stop()
         except Stop:
             return ExitCode.INTERRUPTED
+    out.print("\nNext: [bold]kvmesh serve[/bold], and in another terminal [bold]kvmesh chat[/bold]")
     return ExitCode.DONE
 
 
 def _describe(settings: ClusterConfig, endpoint: Endpoint) -> None:
     out.print(f"[bold]{settings.model}[/bold]")
     for group, engine in settings.group_engines().items():
-        ranks = f"{engine.tp} tensor-parallel rank{'s' if engine.tp > 1 else ''}"
+        ranks = f"{engine.tp} tensor-parallel ranks" if engine.tp > 1 else "one rank"
         out.print(f"{group}: {ranks}, KV format {engine.kv_format}")
     out.print(f"gRPC at {endpoint.target}, OpenAI's API at {endpoint.http_url}/v1", markup=False)
 
@@ -95,6 +74,8 @@ def _ask(endpoint: Endpoint, question: str, max_tokens: int) -> Cost:
                 if number == 8:
                     during = client.loads()
         out.print("\n")
+        if stream.completion.choices[0].finish_reason is FinishReason.LENGTH:
+            out.print(f"[dim]The answer ends at its limit, --max-tokens {max_tokens}.[/dim]\n")
         return Cost(stream, before, during, client.loads())
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvmesh.cluster.cli.console import notes, out, print_json
+from kvmesh.cluster.cli.console import Steps, notes, out, print_json
 from kvmesh.cluster.cli.exits import errors_by_option
 from kvmesh.cluster.cli.options import JsonOption, QuietOption
 
@@ -194,7 +194,7 @@ def _evaluating() -> Iterator[None]:
 def _evaluated(
     model: str | None, settings: dict[str, Any], calibrations: list[str]
 ) -> Iterator[tuple[EvaluatedModel, Meter]]:
-    """The loaded model, and a meter that moves a progress bar."""
+    """The loaded model, and a meter that moves a progress bar, or prints lines in a log."""
     from rich.progress import (
         BarColumn,
         Progress,
@@ -209,13 +209,18 @@ def _evaluated(
     from kvmesh.workers.scoring.meter import Meter
 
     config = EngineConfig(model=model or DEFAULT_MODEL, **settings)
+    if not notes.is_terminal:
+        with Steps() as steps:
+            meter = Meter(lambda done, total: steps("computing tokens", done / max(total, 1)))
+            yield EvaluatedModel(config, steps, calibrations), meter
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         TaskProgressColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal) as bar:
+    with Progress(*columns, console=notes, transient=True) as bar:
         task = bar.add_task(f"loading {config.model}", total=None)
 
         def report(step: str, share: float | None) -> None:

@@ -91,7 +91,14 @@ def exit_code_of(error: Exception) -> ExitCode | None:
     """The exit code after an error that is meant for users; None for others."""
     if isinstance(error, CommandFailed):
         return error.code
+    if isinstance(error, ModuleNotFoundError) and _is_elsewhere(error):
+        return ExitCode.USAGE
     return next((code for kind, code in _BY_ERROR if isinstance(error, kind)), None)
+
+
+def _is_elsewhere(error: ModuleNotFoundError) -> bool:
+    """Whether what is missing is a package that is not installed, and not a part of kvmesh."""
+    return error.name is not None and error.name.partition(".")[0] != "kvmesh"
 
 
 @contextlib.contextmanager
@@ -117,6 +124,11 @@ def friendly_errors(*, as_json: bool = False) -> Iterator[None]:
 
 def as_text(error: Exception) -> str:
     """An error in a line; several wrong settings in a line each."""
+    if isinstance(error, ModuleNotFoundError):
+        return (
+            f"this command needs packages that are not here ({error.name}): "
+            "pip install 'kvmesh[serve]'"
+        )
     text = str(error)
     if isinstance(error, ConfigErrors):
         lines = "\n  ".join(map(str, error.problems))

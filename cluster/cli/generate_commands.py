@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,8 +33,13 @@ SeedOption = Annotated[int | None, typer.Option(help="Makes sampling repeatable.
 
 @with_options
 def generate(
-    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
     connection: ServerOptions,
+    prompt: Annotated[
+        str | None, typer.Argument(help="The text to continue; default: what stdin has.")
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option("--file", "-f", help="A file with the prompt; - is stdin.")
+    ] = None,
     max_tokens: MaxTokensOption = None,
     temperature: TemperatureOption = None,
     top_p: Annotated[float | None, typer.Option(help="Nucleus sampling.")] = None,
@@ -97,7 +104,7 @@ def generate(
     )
     with (
         connection.client() as client,
-        client.generate_stream(prompt, **options) as stream,
+        client.generate_stream(_prompt(prompt, file), **options) as stream,
     ):
         if as_json:
             list(stream)
@@ -123,15 +130,22 @@ def chat(
     ] = None,
     quiet: QuietOption = False,
 ) -> None:
-    """Chat with the model. An empty line or Ctrl-D quits, Ctrl-C stops an answer."""
-    from kvmesh.client import Message
+    """Chat with the model. Ctrl-C stops an answer, and Ctrl-D ends the chat.
 
+    On a terminal, Enter sends and Alt-Enter begins a line; arrow keys find earlier messages.
+    """
+    from kvmesh.client import Message
+    from kvmesh.cluster.cli.line_input import message_reader
+
+    read = message_reader()
     options = without_none(
         max_tokens=max_tokens, temperature=temperature, seed=seed, chat_template_name=template
     )
     messages = [Message("system", system)] if system else []
     with connection.client() as client:
-        while line := _read_line():
+        while (line := _next(read)) is not None:
+            if not line:
+                continue
             messages.append(Message("user", line))
             pieces: list[str] = []
             with client.chat_stream(messages, **options) as stream:
@@ -161,11 +175,35 @@ def _structured(**given: Any) -> dict[str, Any] | None:
     return {kind: value}
 
 
-def _read_line() -> str:
+def _prompt(prompt: str | None, file: Path | None) -> str:
+    """The prompt, from wherever it is given."""
+    if prompt is not None and file is not None:
+        raise typer.BadParameter("give one of PROMPT and --file")
+    if prompt is not None:
+        return prompt
+    if file is None and sys.stdin.isatty():
+        raise typer.BadParameter("give a PROMPT, --file, or text on stdin")
+    source = "stdin" if file is None or str(file) == "-" else str(file)
     try:
-        return out.input("[bold cyan]you ›[/bold cyan] ").strip()
+        data = sys.stdin.buffer.read() if source == "stdin" else Path(source).read_bytes()
+        text = data.decode("utf-8")
+    except OSError as error:
+        raise CommandFailed(f"cannot read {source}: {error.strerror}", ExitCode.USAGE) from None
+    except UnicodeDecodeError as error:
+        raise CommandFailed(
+            f"{source} must be text in UTF-8; byte {error.start} is not", ExitCode.USAGE
+        ) from None
+    if not text:
+        raise typer.BadParameter(f"{source} is empty; give a PROMPT, a file, or text on stdin")
+    return text
+
+
+def _next(read: Callable[[], str]) -> str | None:
+    """The user's next message, None when there is no more."""
+    try:
+        return read()
     except (EOFError, KeyboardInterrupt):
-        return ""
+        return None
 
 
 def _print_stream(stream: Stream, pieces: list[str]) -> None:

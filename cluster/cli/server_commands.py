@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvmesh.cluster.cli.console import Steps, err, notes, out
+from kvmesh.cluster.cli.console import err, notes, out
 from kvmesh.cluster.cli.exits import ExitCode
 from kvmesh.cluster.cli.options import QuietOption, with_options
 from kvmesh.cluster.cli.settings_options import ModelSettings, ServeSettings
@@ -24,13 +24,11 @@ def serve(settings: ServeSettings, quiet: QuietOption = False) -> None:
     from kvmesh.cluster.cli.signals import Stop, hold_signals
 
     config = settings.load().config
-    from kvmesh.cluster.lifecycle import Cluster
+    from kvmesh.cluster.cli.running import running
 
-    with hold_signals() as stop, Steps() as steps:
-        cluster = Cluster(config, steps)
-        stop.on_repeat(cluster.hurry)
+    with hold_signals() as stop:
         try:
-            with stop.interrupting(), cluster as endpoint:
+            with running(config, stop) as (cluster, endpoint):
                 stop.wait_ready()
                 _announce(endpoint, config)
                 stop.wait(cluster.check_alive)
@@ -68,12 +66,10 @@ def demo(
     quiet: QuietOption = False,
 ) -> None:
     """Start a cluster, ask one question, show the answer and its cost, and shut down."""
-    from kvmesh.cluster.cli.demo import run_demo, with_demo_defaults
+    from kvmesh.cluster.cli.demo import run_demo
 
-    loaded = settings.load()
-    config = loaded.config if settings.config is not None else with_demo_defaults(loaded)
-    ingress = config.ingress.model_copy(
-        update={"port": 0, "http_port": 0}
-    )  # free even while another one serves
+    config = settings.load().config
+    # Free even while another one serves.
+    ingress = config.ingress.model_copy(update={"port": 0, "http_port": 0})
     config = config.model_copy(update={"ingress": ingress})
     raise typer.Exit(run_demo(config, question, max_tokens))

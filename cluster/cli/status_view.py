@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from rich.markup import escape
 from rich.table import Table
 
 from kvmesh.client import (
@@ -148,10 +147,6 @@ def show_estimate(estimate: Estimate) -> None:
 
 
 def show_explanation(explanation: Explanation) -> None:
-    if not explanation.decisions:
-        out.print(
-            f"request {escape(explanation.request_id)} is not known; only recent requests are kept"
-        )
     for decision in explanation.decisions:
         where = f" on {decision.group}" if decision.group else ""
         out.print(f"{human_seconds(decision.age_s)} ago: [bold]{decision.outcome}[/bold]{where}")

@@ -9,7 +9,7 @@ requests. Every call returns what it set in motion; the caller carries it out.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 
 from kvmesh.cluster.routing.admission import Admission
 from kvmesh.cluster.routing.config import RouterConfig
@@ -21,8 +21,6 @@ from kvmesh.cluster.routing.errors import (
 from kvmesh.cluster.routing.fleet import Fleet
 from kvmesh.cluster.routing.live import LiveRequest
 from kvmesh.cluster.routing.outcome import (
-    BudgetEstimate,
-    Enqueued,
     Explained,
     Outcome,
     Refused,
@@ -177,10 +175,6 @@ class Router:
         news = update.first_tokens or update.wants or update.ended
         return self._continue(now) if news else []
 
-    def pages_changed(self, group: str, held: Iterable[bytes], dropped: Iterable[bytes]) -> None:
-        """The prefix cache of a group's engine gained and lost pages with these hashes."""
-        self.fleet.pages_changed(group, held, dropped)
-
     def audit(self, group: str, loads: EngineLoads) -> tuple[str, ...]:
         """Where an engine's report and the ledger disagree, in words; nothing if they agree."""
         known = self.fleet.groups.get(group)
@@ -205,14 +199,6 @@ class Router:
         return [*outcomes, *self._continue(now)]
 
     # Reading
-
-    def estimate(self, request: PlaceRequest, now: float) -> BudgetEstimate:
-        """What would happen to the request, without placing it."""
-        return self.admission.estimate(request, now)
-
-    def standings(self, now: float) -> Iterator[Enqueued]:
-        """Where each waiting request stands, first to last; read it before any other call."""
-        return self.admission.standings(now)
 
     def explain(self, request_id: str, now: float) -> tuple[Explained, ...]:
         """What was decided of a request, oldest first; nothing if it is not known, or no longer."""

@@ -198,7 +198,7 @@ class _Own:
             for engine in self._fleet.engines:
                 evicted, engine.pool.evicted = engine.pool.evicted, []
                 names = [block.to_bytes(8, "little") for block in evicted]
-                self._router.pages_changed(f"g{engine.index}", (), names)
+                self._router.fleet.pages_changed(f"g{engine.index}", (), names)
         self._settle(self._router.tick(now), now)
 
     def _settle(self, outcomes: Iterable[Outcome], now: float) -> None:

@@ -17,7 +17,9 @@ from grpc_status import rpc_status
 import kvmesh
 from kvmesh import Client, KVMeshError, RetryPolicy
 from kvmesh.client import errors
+from kvmesh.client.failures import error_of
 from kvmesh.client.status import MAX_ERROR_BYTES, decode, encode
+from kvmesh.client.transport import RpcFailure
 from kvmesh.protos import pb, pb_grpc
 from tests.client.servicer import ScriptedServicer, aborting, failing, serving
 
@@ -208,3 +210,42 @@ def test_the_tree_matches_the_drawing() -> None:
         assert cls.__name__ in drawn
         assert isinstance(pickle.loads(pickle.dumps(cls("sentence"))), cls)
     assert issubclass(errors.DeadlineExceededError, TimeoutError)
+
+
+@pytest.mark.parametrize(
+    ("details", "message"),
+    [
+        (
+            "failed to connect to all addresses; last error: UNKNOWN: ipv6:%5B::1%5D:1: "
+            "Failed to connect to remote host: Connection refused",
+            "connection refused",
+        ),
+        (
+            "failed to connect to all addresses; last error: UNKNOWN: ipv4:127.0.0.1:1: "
+            "Failed to connect to remote host: connect: Connection refused (111)",
+            "connection refused",
+        ),
+        (
+            "errors resolving no.such.host:9000: [field:hostname lookup error:address lookup "
+            "failed for no.such.host:9000: Domain name not found]",
+            "there is no host no.such.host",
+        ),
+        (
+            "failed to connect to all addresses; last error: INTERNAL: ipv4:127.0.0.1:80: Failed "
+            "parsing HTTP/2 (Expected SETTINGS frame as the first frame, got frame type 80)",
+            "what answers there does not speak gRPC",
+        ),
+        ("Received http2 header with status: 404", "something else answers there, with HTTP"),
+        (
+            "failed to connect to all addresses; last error: FAILED_PRECONDITION: unix:/nope: "
+            "connect failed: addr: unix:/nope error: No such file or directory",
+            "no connection: no such file or directory",
+        ),
+        ("words of a later gRPC", "words of a later gRPC"),
+    ],
+)
+def test_why_there_is_no_connection_is_said_in_plain_words(details: str, message: str) -> None:
+    error = error_of(RpcFailure("UNAVAILABLE", details))
+    assert isinstance(error, errors.UnavailableError)
+    assert str(error).startswith(message)
+    assert "last error" not in str(error)

@@ -43,7 +43,7 @@ from kvmesh.cluster.messages import (
     Submit,
     Waiting,
 )
-from kvmesh.cluster.router_service import RouterService, _RouterPeer
+from kvmesh.cluster.router_service import RouterPeer, RouterService
 from kvmesh.cluster.routing.config import RouterConfig
 from kvmesh.cluster.routing.outcome import Granted, Grown, Outcome, Placement
 from kvmesh.cluster.routing.request import PlaceRequest
@@ -261,7 +261,7 @@ class WatchedRouter(RouterService):
         for connection in self._connections:
             connection.abort()
 
-    def accept(self, connection: Link) -> _RouterPeer:
+    def accept(self, connection: Link) -> RouterPeer:
         self._connections.append(connection)
         return super().accept(connection)
 
@@ -272,7 +272,7 @@ class WatchedRouter(RouterService):
         withheld, self._withheld = self._withheld or [], None
         self.settle(withheld)
 
-    def place(self, message: Place, peer: _RouterPeer) -> None:
+    def place(self, message: Place, peer: RouterPeer) -> None:
         self.placed.append(message.request)
         super().place(message, peer)
 
@@ -426,7 +426,7 @@ class Machine:
         for group in status.groups:
             assert (group.sequences, group.used_bytes) == (0, 0)
             assert group.used == PageNeed(0, 0)
-        assert not self.router._callers
+        assert not self.router.callers
         for placement in self.router.granted:
             lease_id = placement.lease.lease_id
             ends = self.router.lease_ends[lease_id]

@@ -86,6 +86,7 @@ def output(*reasons: pb.FinishReason.ValueType) -> Action:
 def test_results_as_json_are_all_that_is_on_stdout(
     fake: FakeServer, command: tuple[str, ...]
 ) -> None:
+    run("generate", "a", "--request-id", "r1")
     result = run(*command, "--json")
     assert result.exit_code == ExitCode.DONE, result.output
     assert json.loads(result.stdout)
@@ -456,3 +457,54 @@ def test_generate_takes_one_kind_of_structured_output(fake: FakeServer) -> None:
     missing = run("generate", "hi", "--grammar", "/no/such/file")
     assert (missing.exit_code, fake.requests) == (2, [])
     assert "/no/such/file cannot be read" in missing.stderr
+
+
+def test_what_cannot_be_answered_is_no_success(
+    fake: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A script sees it by the exit code, and has what there is on stdout all the same."""
+    result = run("explain", "never-sent", "--json")
+    assert result.exit_code == ExitCode.FAILED
+    assert json.loads(result.stdout)["decisions"] == []
+    assert "never-sent is not known" in result.stderr
+    never = pb.EstimateBudgetResponse(prompt_tokens=10**9)
+    monkeypatch.setattr(fake, "unary", lambda *_: never)
+    result = run("estimate", "--prompt-tokens", "1000000000")
+    assert result.exit_code == ExitCode.REFUSED
+    assert "no group could hold the request" in result.stderr
+
+
+def test_a_prompt_comes_from_a_file_or_from_stdin(fake: FakeServer, tmp_path: Path) -> None:
+    text = "the first line\nand the second, wörtlich\n"
+    file = tmp_path / "prompt.txt"
+    file.write_text(text, "utf-8")
+    for arguments, stdin in ((("--file", str(file)), None), (("--file", "-"), text), ((), text)):
+        result = CliRunner().invoke(app, ("generate", *arguments), input=stdin)
+        assert result.exit_code == ExitCode.DONE, result.output
+        assert fake.requests[-1].prompt.text == text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stdin", "message"),
+    [
+        (("a", "--file", "b"), None, "one of PROMPT and --file"),
+        (("--file", "nowhere.txt"), None, "cannot read nowhere.txt: No such file"),
+        (("--file", "-"), b"ab\xff", "stdin must be text in UTF-8; byte 2 is not"),
+    ],
+)
+def test_a_prompt_that_cannot_be_read_is_a_usage_error(
+    fake: FakeServer, arguments: tuple[str, ...], stdin: bytes | None, message: str
+) -> None:
+    result = CliRunner().invoke(app, ("generate", *arguments), input=stdin)
+    assert result.exit_code == ExitCode.USAGE
+    assert message in result.stderr
+    assert not fake.requests
+
+
+def test_a_chat_without_a_terminal_has_a_message_a_line(fake: FakeServer) -> None:
+    """However long it is: a terminal's own line would be cut after 4,095 bytes."""
+    long = "word " * 2_000
+    result = CliRunner().invoke(app, ("chat",), input=f"hello\n\n{long}\n")
+    assert result.exit_code == ExitCode.DONE, result.output
+    said = [[message.content for message in x.prompt.chat.messages] for x in fake.requests]
+    assert said == [["hello"], ["hello", "Paris, of course.", long.strip()]]

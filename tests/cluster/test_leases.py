@@ -458,8 +458,8 @@ async def test_nothing_more_is_placed_on_an_engine_that_drains() -> None:
         assert received.started is not None
         first = received.started.group
         draining = asyncio.create_task(two.engines[first].drain(1000.0))
-        await two.until(lambda: first in two.router._known.reports)
-        await two.until(lambda: two.router._known.reports[first].draining)
+        await two.until(lambda: first in two.router._reports.latest)
+        await two.until(lambda: two.router._reports.latest[first].draining)
         two.allow(MANY)
         await asyncio.gather(*(run_request(two, 20, str(i)) for i in range(6)))
         assert [placed.group for placed in two.router.granted].count(first) == 1

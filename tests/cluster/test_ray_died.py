@@ -14,13 +14,21 @@ from kvmesh.cluster.cli.signals import hold_signals
 from kvmesh.cluster.config import ClusterConfig
 from kvmesh.cluster.errors import RayDiedError
 from kvmesh.cluster.lifecycle import Cluster
+from kvmesh.cluster.local_ray import LocalRay
+from kvmesh.cluster.ports import PortBlock
+
+
+def local_ray(**processes: psutil.Process) -> LocalRay:
+    local = LocalRay(PortBlock((), 0))  # no port is taken
+    local._processes = processes
+    return local
 
 
 def test_it_stops_waiting_and_prints_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     cluster = Cluster(ClusterConfig())
     cluster.check_alive()
     with subprocess.Popen([sys.executable, "-c", ""]) as ended:
-        cluster._ray_processes = {"raylet": psutil.Process(ended.pid)}
+        cluster._local = local_ray(raylet=psutil.Process(ended.pid))
         with hold_signals() as stop, pytest.raises(typer.Exit) as caught, friendly_errors():
             stop.wait(cluster.check_alive)
     assert caught.value.exit_code == ExitCode.FAILED
@@ -32,7 +40,7 @@ def test_it_stops_waiting_and_prints_one_line(capsys: pytest.CaptureFixture[str]
 def test_the_error_says_what_to_do() -> None:
     cluster = Cluster(ClusterConfig())
     with subprocess.Popen([sys.executable, "-c", ""]) as ended:
-        cluster._ray_processes = {"gcs_server": psutil.Process(ended.pid)}
+        cluster._local = local_ray(gcs_server=psutil.Process(ended.pid))
         ended.wait()
     with pytest.raises(RayDiedError, match=r"gcs_server.*Start it again"):
         cluster.check_alive()

@@ -21,10 +21,10 @@ from kvmesh.cluster.ingress.prompt_scores import PromptScores
 from kvmesh.cluster.ingress.stream_status import StreamStatus
 from kvmesh.cluster.ingress.validate import ResumedChoice, TextRules
 from kvmesh.cluster.ingress.waker import Waker
-from kvmesh.cluster.messages import Release, Waiting
-from kvmesh.cluster.router_service import _Caller, _RouterPeer
+from kvmesh.cluster.messages import CallFailed, Placed, Release, Waiting
 from kvmesh.cluster.routing.outcome import Enqueued
 from kvmesh.cluster.routing.request import PlaceRequest
+from kvmesh.cluster.waiting_callers import WaitingCaller
 from kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.workers import engine
 from kvmesh.workers.request import PrefillProgress
@@ -206,14 +206,14 @@ class Outbox:
     def __init__(self) -> None:
         self.messages: list[Waiting] = []
 
-    def send(self, message: Waiting) -> None:
+    def send(self, message: CallFailed | Placed | Waiting, /) -> None:
+        assert isinstance(message, Waiting)
         self.messages.append(message)
 
 
-def make_caller() -> tuple[_Caller, list[Waiting]]:
+def make_caller() -> tuple[WaitingCaller, list[Waiting]]:
     outbox = Outbox()
-    peer: _RouterPeer = outbox  # type: ignore[assignment]
-    return _Caller(peer, 7, 0.0), outbox.messages
+    return WaitingCaller(outbox, 7, 0.0), outbox.messages
 
 
 def test_a_caller_far_back_hears_of_changes_that_matter_to_it() -> None:
@@ -357,7 +357,7 @@ async def test_a_reader_that_lags_gets_only_the_latest_status() -> None:
         other, leases = await fill(one)
         stream = one.stream(make_request(5))
         await next_queued(stream)
-        (caller,) = one.router._callers.values()
+        (caller,) = one.router.callers._by_request.values()
         for position in (9, 7, 5):
             caller.inform(Enqueued("r", position, None), 0.0)
         assert (await next_queued(stream)).position == 5

@@ -25,14 +25,17 @@ def test_hooks_run_what_lint_runs() -> None:
     assert set(recipe("lint")) <= {hook["entry"] for hook in hooks}
 
 
-def test_ci_runs_every_test_once() -> None:
-    """The fast ones, and then those that they leave out."""
-    (fast,) = recipe("test-fast")
-    left_out = re.search(r"-m 'not \((.*?)\)'", fast)
-    assert left_out is not None
-    commands = (ROOT / ".ci/run").read_text("utf-8").splitlines()
-    tests = [line.removesuffix(" </dev/null") for line in commands if "make test" in line]
-    assert tests[-2:] == ["make test-fast", f"make test ARGS='-m \"{left_out[1]}\"'"]
+def test_every_test_runs_once() -> None:
+    """The fast ones, the slow ones and those with Ray."""
+    commands = "\n".join([*recipe("test-fast"), *recipe("test-slow")])
+    assert re.findall(r"pytest -m '(.*?)'", commands) == ["not (ray or slow)", "slow and not ray"]
+    whole = MAKEFILE[MAKEFILE.index("\ntest:") :].partition("else\n")[2].partition("endif")[0]
+    assert whole.split("\n\t") == [
+        "\t$(MAKE) test-fast",
+        "$(MAKE) test-slow",
+        "$(PY) -m pytest -m ray\n",
+    ]
+    assert "\nmake test </dev/null\n" in (ROOT / ".ci/run").read_text("utf-8")
 
 
 def test_help_names_every_target() -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from collections.abc import Iterable
 from email.parser import Parser
 from pathlib import Path
 
@@ -30,6 +31,23 @@ SKIPPED = {
 }
 # The base dependencies and their dependencies, by their names in site-packages.
 BASE_MODULES = ("google", "grpc", "typing_extensions")
+# Of the extra `cli`, with their dependencies.
+CLI_MODULES = (
+    "annotated_doc",
+    "annotated_types",
+    "markdown_it",
+    "mdurl",
+    "msgspec",
+    "prompt_toolkit",
+    "pydantic",
+    "pydantic_core",
+    "pygments",
+    "rich",
+    "shellingham",
+    "typer",
+    "typing_inspection",
+    "wcwidth",
+)
 # What a user's type checker must find: the package, its types, the name of every argument.
 USE = """
 from kvmesh import AsyncClient, Client
@@ -111,12 +129,25 @@ def bare_python(tmp_path: Path) -> Path:
     """A fresh environment with only the base dependencies."""
     run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv", cwd=tmp_path)
     (site,) = (tmp_path / "venv/lib").glob("python3.*/site-packages")
-    for name in BASE_MODULES:
+    add_modules(BASE_MODULES, site)
+    return tmp_path / "venv/bin/python"
+
+
+def add_modules(names: Iterable[str], site: Path) -> None:
+    """Link modules that are installed here into another environment."""
+    for name in names:
         module = importlib.import_module(name)
         source = Path(module.__file__ or next(iter(module.__path__)))
         source = source.parent if source.name == "__init__.py" else source
         (site / source.name).symlink_to(source)
-    return tmp_path / "venv/bin/python"
+
+
+def fails(*command: str | Path, cwd: Path) -> str:
+    """What a command that does not succeed says on stderr; no traceback."""
+    result = subprocess.run([str(x) for x in command], capture_output=True, text=True, cwd=cwd)
+    assert result.returncode != 0, result.stdout
+    assert "Traceback" not in result.stderr
+    return result.stderr
 
 
 def install(python: Path, *what: str | Path, cwd: Path) -> None:
@@ -173,7 +204,7 @@ def test_the_wheel_contains_only_the_package(wheel: Path) -> None:
         "protobuf",
     }
     assert metadata["License-Expression"] == "Apache-2.0"
-    assert "kvmesh = kvmesh.cluster.cli:app" in entry_points
+    assert "kvmesh = kvmesh.cluster.command:main" in entry_points
 
 
 def test_a_base_install_is_the_sdk(wheel: Path, bare_python: Path, tmp_path: Path) -> None:
@@ -184,6 +215,22 @@ def test_a_base_install_is_the_sdk(wheel: Path, bare_python: Path, tmp_path: Pat
         [bare_python, "-I", "-c", "import torch"], capture_output=True, cwd=tmp_path
     )
     assert missing.returncode != 0, "the environment must not have the other dependencies"
+    said = fails(bare_python.with_name("kvmesh"), "serve", cwd=tmp_path)
+    assert "pip install 'kvmesh[serve]'" in said and "kvmesh[cli]" in said
+
+
+def test_the_extra_cli_asks_servers_and_starts_none(
+    wheel: Path, bare_python: Path, tmp_path: Path
+) -> None:
+    install(bare_python, wheel, cwd=tmp_path)
+    (site,) = (tmp_path / "venv/lib").glob("python3.*/site-packages")
+    add_modules(CLI_MODULES, site)
+    kvmesh = bare_python.with_name("kvmesh")
+    assert "generate" in run(kvmesh, "--help", cwd=tmp_path)
+    said = fails(kvmesh, "status", "--target", "127.0.0.1:1", cwd=tmp_path)
+    assert "is `kvmesh serve` running there?" in said
+    said = fails(kvmesh, "serve", cwd=tmp_path)
+    assert "needs packages that are not here (yaml): pip install 'kvmesh[serve]'" in said
 
 
 def test_an_editable_install_uses_the_checkout(
@@ -228,4 +275,4 @@ def test_every_dependency_is_pinned() -> None:
     wanted = sum(project["optional-dependencies"].values(), project["dependencies"])
     for line in wanted:
         name = line.split(";")[0].split("[")[0].split(">")[0].strip()
-        assert name in pins, f"constraints.txt does not pin {name}"
+        assert name in pins or name == project["name"], f"constraints.txt does not pin {name}"

@@ -31,7 +31,7 @@ def test_a_cached_prefix_attracts() -> None:
         assert placement.group == first.group
         assert placement.cached_tokens == 96 * 16
         end(router, placement, 10.5)
-    router.pages_changed(first.group, (), pages)
+    router.fleet.pages_changed(first.group, (), pages)
     assert place(router, "e", 1600, 16, 20.0, page_hashes=pages).cached_tokens == 0
 
 

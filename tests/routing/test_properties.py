@@ -406,7 +406,7 @@ class RouterMachine(RuleBasedStateMachine):
                 assert all(lease.group != engine.name for lease in self.leases.values())
 
     def the_queue_reads_as_it_stands(self) -> None:
-        standings = list(self.router.standings(self.now))
+        standings = list(self.router.admission.standings(self.now))
         assert [standing.position for standing in standings] == list(range(len(standings)))
         names = [standing.request_id for standing in standings]
         assert sorted(names) == sorted(x for x, job in self.all.items() if job.state == "queued")
@@ -485,7 +485,7 @@ class RouterMachine(RuleBasedStateMachine):
             SEEN.add("requests that wait")
             assert own.position in [
                 standing.position
-                for standing in self.router.standings(self.now)
+                for standing in self.router.admission.standings(self.now)
                 if standing.request_id == own.request_id
             ]
         self.settle(others)

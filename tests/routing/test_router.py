@@ -138,15 +138,15 @@ def test_waiting_requests_know_where_they_stand() -> None:
     router = one_at_a_time()
     running = granted(router.place(ask("a"), 0.0))
     arrive(router, running, 0.0)
-    assert list(router.standings(0.0)) == []
+    assert list(router.admission.standings(0.0)) == []
     queued = [router.place(ask(name), 0.0)[0] for name in "bcd"]
-    read = list(router.standings(0.0))
+    read = list(router.admission.standings(0.0))
     assert [(x.request_id, x.position) for x in read] == [("b", 0), ("c", 1), ("d", 2)]
     for standing, enqueued in zip(read, queued, strict=True):
         assert isinstance(enqueued, Enqueued)
         assert standing.position == enqueued.position
         assert standing.projected_start_s == pytest.approx(enqueued.projected_start_s)
-    starts = [x.projected_start_s for x in router.standings(0.5)]
+    starts = [x.projected_start_s for x in router.admission.standings(0.5)]
     assert None not in starts
     assert starts == sorted(starts)  # type: ignore[type-var]
     assert 0.0 < starts[0] < read[0].projected_start_s  # type: ignore[operator]
@@ -155,7 +155,7 @@ def test_waiting_requests_know_where_they_stand() -> None:
     assert urgent.position == 0
     end(router, running, 2.0)
     router.cancel("c", 2.0)
-    read = list(router.standings(2.0))
+    read = list(router.admission.standings(2.0))
     assert [(x.request_id, x.position) for x in read] == [("b", 0), ("d", 1)]
 
 
@@ -167,7 +167,7 @@ def test_a_start_is_forecast_again_once_there_is_a_group_for_it() -> None:
     assert waiting.projected_start_s is None
     router.place(ask("b"), 0.0)
     router.group_up("g0", make_info(epoch="e1", max_sequences=1), (), 1.0)
-    (standing,) = router.standings(1.0)
+    (standing,) = router.admission.standings(1.0)
     assert (standing.request_id, standing.position) == ("b", 0)
     assert standing.projected_start_s is not None
 
@@ -362,15 +362,15 @@ def test_what_only_a_missing_group_can_hold_waits_for_it() -> None:
 
 def test_an_estimate_changes_nothing() -> None:
     router = one_at_a_time()
-    before = router.estimate(ask("a"), 0.0)
+    before = router.admission.estimate(ask("a"), 0.0)
     assert (before.fits_now, before.group, before.projected_start_s) == (True, "g0", 0.0)
     router.place(ask("b"), 0.0)
-    after = router.estimate(ask("a"), 0.0)
+    after = router.admission.estimate(ask("a"), 0.0)
     assert (after.fits_ever, after.fits_now, after.group) == (True, False, None)
     assert after.projected_start_s is not None
     assert after.projected_start_s > 0
     assert router.status(0.0).queue_depth == 0
-    never = router.estimate(ask("a", prompt=10_000), 0.0)
+    never = router.admission.estimate(ask("a", prompt=10_000), 0.0)
     assert (never.fits_ever, never.projected_start_s) == (False, None)
 
 

@@ -1,0 +1,157 @@
+"""Ray on this machine, for one cluster."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from kvmesh.cluster.config import ClusterConfig
+from kvmesh.cluster.environment import local_variables
+from kvmesh.cluster.errors import StartError
+from kvmesh.cluster.keys import protect_ray_token
+from kvmesh.cluster.ports import PortBlock
+from kvmesh.cluster.processes import (
+    adopt_orphans,
+    children_named,
+    descendants,
+    end_descendants,
+    is_dead,
+)
+from kvmesh.cluster.resources import logical_cpus
+
+GCS_LOG_LINES = 10
+# What runs continues without them, but nothing that dies is replaced.
+RAY_PROCESSES = ("gcs_server", "raylet")
+
+
+class LocalRay:
+    """Its processes, files, ports and environment variables, which all end with the cluster.
+
+    ports: taken for it, and for what the cluster's settings leave open
+    """
+
+    def __init__(self, ports: PortBlock) -> None:
+        self._ports = ports
+        self._directory: Path | None = None
+        self._environ: dict[str, str | None] = {}  # what its variables were before
+        self._keep: frozenset[int] = frozenset()
+        self._processes: dict[str, psutil.Process] = {}
+
+    def start(self, config: ClusterConfig) -> Any:
+        """What ray.init returns. Raises StartError."""
+        self._keep = descendants()
+        adopt_orphans()
+        # Its path must be short, because Unix sockets of Ray and HAProxy are placed in it.
+        self._directory = Path(tempfile.mkdtemp(prefix="kvmesh-", dir=_short_tmp()))
+        protect_ray_token(os.environ)
+        variables = local_variables(config, self._directory / "p", self._ports)
+        self._environ = {name: os.environ.get(name) for name in variables}
+        os.environ.update(variables)
+        ray = import_ray()
+        scratch = self._directory / "t"
+        scratch.mkdir()
+        try:
+            with _temporary_directory(scratch):
+                context = ray.init(
+                    num_cpus=logical_cpus(config),
+                    object_store_memory=config.ray.object_store_bytes,
+                    include_dashboard=config.ray.dashboard,
+                    logging_level="ERROR",
+                    log_to_driver=False,
+                    _temp_dir=str(self._directory / "ray"),
+                    _metrics_export_port=config.metrics.port,
+                    _node_ip_address="127.0.0.1",
+                )
+        except (RuntimeError, OSError, ValueError) as error:
+            words = _gcs_words(self._directory)
+            raise StartError(f"Ray did not start: {error}{words}") from error
+        self._processes = children_named(RAY_PROCESSES)
+        return context
+
+    def dead_part(self) -> str | None:
+        """Ray's process that has died, if one has."""
+        return next((name for name, x in self._processes.items() if is_dead(x)), None)
+
+    def end(self) -> None:
+        """End all that is left of its processes, and delete its files."""
+        if self._directory is not None:
+            end_descendants(self._keep)
+            shutil.rmtree(self._directory, ignore_errors=True)
+            self._directory = None
+
+    def release(self) -> None:
+        """Give back the ports and the environment; idempotent."""
+        self._ports.release()
+        for name, value in self._environ.items():
+            # They are this cluster's: neither another one nor a child process may have them.
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        self._environ = {}
+
+
+def import_ray() -> Any:
+    """Import Ray late, because it reads the environment when it is imported."""
+    import ray
+
+    return ray
+
+
+def _gcs_words(directory: Path) -> str:
+    """The end of the log of Ray's GCS, which `end` deletes."""
+    lines = [
+        line
+        for path in sorted(directory.glob("ray/session_latest/logs/gcs_server.*"))
+        for line in path.read_text(errors="replace").splitlines()[-GCS_LOG_LINES:]
+    ]
+    return "\n".join(["; the log of its GCS ends with:", *lines]) if lines else ""
+
+
+@contextlib.contextmanager
+def muted() -> Iterator[None]:
+    """Hide what Ray prints about the deaths of its actors during shutdown, also from C++."""
+    kept: dict[int, int] = {}
+    for stream in (1, 2):
+        with contextlib.suppress(OSError):  # it was closed before we started
+            kept[stream] = os.dup(stream)
+    try:
+        with open(os.devnull, "w") as null:
+            for stream in kept:
+                os.dup2(null.fileno(), stream)
+            with contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
+                yield
+    finally:
+        for stream, copy in kept.items():
+            os.dup2(copy, stream)
+            os.close(copy)
+
+
+def _short_tmp() -> str:
+    """The temporary directory, or /tmp if its path is too long for sockets in it.
+
+    HAProxy accepts paths of up to 97 characters, and Serve adds 57 of them.
+    """
+    chosen = tempfile.gettempdir()
+    return chosen if len(chosen) <= 12 or not os.access("/tmp", os.W_OK) else "/tmp"
+
+
+@contextlib.contextmanager
+def _temporary_directory(path: Path) -> Iterator[None]:
+    """Set TMPDIR for processes started meanwhile, so that their files go with the cluster."""
+    before = os.environ.get("TMPDIR")
+    os.environ["TMPDIR"] = str(path)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TMPDIR"]
+        else:
+            os.environ["TMPDIR"] = before
