@@ -24,6 +24,7 @@ FLAGS: Final = {
     "groups": "groups",
     "host": "ingress.host",
     "port": "ingress.port",
+    "http_port": "ingress.http_port",
     "ingress": "ingress.replicas",
     "auth": "auth.mode",
     "address": "ray.address",
@@ -107,6 +108,10 @@ class ServeSettings(ModelSettings):
     port: Annotated[
         int | None,
         _setting(help="gRPC port; 0: any free one (ingress.port)."),
+    ] = None
+    http_port: Annotated[
+        int | None,
+        _setting(help="Port of OpenAI's API; 0: any free one (ingress.http_port)."),
     ] = None
     ingress: Annotated[
         int | None,

@@ -121,9 +121,8 @@ class ModelCodec:
         try:
             return (self._given if chat.template else self._own).render(chat)
         except TemplateTimeoutError:
-            template = "the given chat template" if chat.template else "the model's chat template"
             raise InvalidFieldError(
-                "messages", f"took {template} more than {self._chat_timeout_s:g} s"
+                "messages", f"took {chat.template_label} more than {self._chat_timeout_s:g} s"
             ) from None
 
     def encode_pieces(self, pieces: Sequence[PromptPiece]) -> TokenIds:

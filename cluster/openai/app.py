@@ -13,7 +13,8 @@ from kvmesh.cluster.errors import UnknownModelError, UnknownPathError
 from kvmesh.cluster.ingress import wire
 from kvmesh.cluster.openai.body import RequestBody, read_body
 from kvmesh.cluster.openai.call import KV_BYTES, Contract, EventSource, HttpCall, reply
-from kvmesh.cluster.openai.chat import ChatBody, chat_chunks, chat_reply
+from kvmesh.cluster.openai.chat import ChatBody
+from kvmesh.cluster.openai.chat_reply import chat_chunks, chat_reply
 from kvmesh.cluster.openai.completions import (
     CompletionBody,
     CompletionChunks,

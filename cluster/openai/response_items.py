@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from kvmesh.cluster.openai.body import RequestBody
-from kvmesh.cluster.openai.chat import ChatToken, chat_logprobs
+from kvmesh.cluster.openai.chat_reply import ChatToken, chat_logprobs
 from kvmesh.cluster.openai.responses import ResponseBody
 from kvmesh.cluster.openai.usage import KVUsage, token_usage
 from kvmesh.v1 import kvmesh_pb2 as pb

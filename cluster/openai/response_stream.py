@@ -8,7 +8,7 @@ import msgspec
 
 from kvmesh.cluster.openai import sse
 from kvmesh.cluster.openai.call import EventSource
-from kvmesh.cluster.openai.chat import ChatToken, chat_logprobs
+from kvmesh.cluster.openai.chat_reply import ChatToken, chat_logprobs
 from kvmesh.cluster.openai.response_items import (
     IN_PROGRESS,
     FunctionCallItem,

@@ -44,7 +44,7 @@ class ResponseFormat(RequestBody):
 
 
 class TextFormat(SchemaFormat):
-    """As in responses: the schema is beside the type."""
+    """As in responses: the schema is next to the type."""
 
     type: Literal["text", "json_object", "json_schema"]
 
@@ -112,7 +112,7 @@ class NamedFunction(RequestBody):
 
 
 class ChoiceOfTool(RequestBody):
-    """A tool that has to be called; its name is beside the type in responses."""
+    """A tool that has to be called; its name is next to the type in responses."""
 
     type: str
     function: NamedFunction | None = None

@@ -84,6 +84,7 @@ def test_every_flag_arrives() -> None:
         "groups": 2,
         "host": "0.0.0.0",
         "port": 1,
+        "http_port": 2,
         "ingress": 2,
         "auth": "none",
         "address": "auto",

@@ -27,6 +27,7 @@ _OPEN, _CLOSE = "\uf8f0", "\uf8f1"
 _END = "\uf8f2 "
 DEFAULT = "default"
 FOR_TOOLS = "tool_use"  # as transformers names it
+GIVEN_LABEL = "the given chat template"
 MAX_TEMPLATE_CHARS = 1 << 20
 
 
@@ -57,6 +58,13 @@ class Conversation:
     continue_final_message: bool = False
     template: str = ""
     template_name: str = ""
+
+    @property
+    def template_label(self) -> str:
+        """The template in words, for those who do not know the model's."""
+        if self.template:
+            return GIVEN_LABEL
+        return f"the model's chat template {self.template_name}".rstrip()
 
 
 class ChatTemplates:
@@ -145,7 +153,7 @@ class ChatTemplate:
         self._source = source
         self._variables = dict(variables)
         self._is_given = not name
-        self._label = f"the model's chat template {name!r}" if name else "the given chat template"
+        self._label = f"the model's chat template {name!r}" if name else GIVEN_LABEL
         self._names: frozenset[str] | None = None
         self._reads_parts = False
 

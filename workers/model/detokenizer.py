@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterable, Sequence, Set
+from typing import TYPE_CHECKING
 
 from kvmesh.workers.model.token_bytes import TokenBytes
-from kvmesh.workers.request import TokenIds
+
+if TYPE_CHECKING:
+    from kvmesh.workers.request import TokenIds
 
 _MAX_CHARACTER_BYTES = 4
 

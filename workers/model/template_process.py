@@ -25,11 +25,7 @@ from typing import Any, BinaryIO
 import msgspec
 
 from kvmesh.workers.errors import InvalidFieldError
-from kvmesh.workers.model.chat import (
-    ChatTemplates,
-    Conversation,
-    PromptPiece,
-)
+from kvmesh.workers.model.chat import ChatTemplates, Conversation, PromptPiece
 
 MEMORY_BYTES = 1 << 30
 MAX_RENDERED_CHARS = 1 << 26
@@ -115,7 +111,7 @@ class TemplateProcess:
         except (OSError, EOFError, msgspec.DecodeError):
             self.close()
             raise InvalidFieldError(
-                "messages", "cannot be rendered: the chat template ended its process"
+                "messages", f"cannot be rendered: {chat.template_label} ended its process"
             ) from None
         if done.field:
             raise InvalidFieldError(done.field, done.message)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer as RawTokenizer
 
@@ -18,7 +18,9 @@ from kvmesh.workers.model.chat import DEFAULT, ChatTemplates, Conversation, Prom
 from kvmesh.workers.model.detokenizer import DetokenizerStream
 from kvmesh.workers.model.facts import read_json
 from kvmesh.workers.model.token_bytes import TokenBytes
-from kvmesh.workers.request import TokenIds
+
+if TYPE_CHECKING:
+    from kvmesh.workers.request import TokenIds
 
 _MAX_COMPOSED = 4
 # What templates may read, as transformers names it.

@@ -23,6 +23,7 @@ import openai
 import pytest
 from google.rpc.error_details_pb2 import BadRequest
 from grpc_status import rpc_status
+from pydantic import BaseModel
 
 from kvmesh.client import (
     NO_RETRY,
@@ -145,6 +146,31 @@ async def test_openais_clients_get_the_same_output(endpoint: Endpoint, client: C
     wait_idle(client)
 
 
+class City(BaseModel):
+    name: str
+    inhabitants: int
+
+
+def test_openais_client_parses_answers(endpoint: Endpoint) -> None:
+    url = f"{endpoint.http_url}/v1"
+    messages: Any = [{"role": "user", "content": "Which city is the capital of France?"}]
+    with openai.OpenAI(base_url=url, api_key=endpoint.api_key, max_retries=0) as client:
+        chat = client.chat.completions.parse(
+            model="", messages=messages, response_format=City, max_tokens=200, temperature=0.0
+        )
+        assert isinstance(chat.choices[0].message.parsed, City)
+        response = client.responses.parse(
+            model="", input=messages, text_format=City, max_output_tokens=200, temperature=0.0
+        )
+        assert isinstance(response.output_parsed, City)
+        scored = client.completions.create(
+            model="", prompt=PROMPTS[0], max_tokens=0, echo=True, logprobs=1
+        ).choices[0]
+        assert scored.text == PROMPTS[0] and scored.logprobs is not None
+        scores: list[Any] = scored.logprobs.token_logprobs or []
+        assert scores[0] is None and scores[1:] and max(scores[1:]) <= 0
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_leaving_over_http_frees_pages(endpoint: Endpoint, client: Client, stream: bool) -> None:
     body = {"prompt": "x", "max_tokens": 700, "ignore_eos": True, "stream": stream}
@@ -161,10 +187,10 @@ def test_leaving_over_http_frees_pages(endpoint: Endpoint, client: Client, strea
 def test_refusals_over_http(endpoint: Endpoint) -> None:
     url = f"{endpoint.http_url}/v1"
     with (
-        openai.OpenAI(base_url=url, api_key="wrong", max_retries=0) as stranger,
+        openai.OpenAI(base_url=url, api_key="wrong", max_retries=0) as unknown,
         pytest.raises(openai.AuthenticationError),
     ):
-        stranger.models.list()
+        unknown.models.list()
     with openai.OpenAI(base_url=url, api_key=endpoint.api_key, max_retries=0) as client:
         with pytest.raises(openai.NotFoundError):
             client.completions.create(model="other", prompt="x")
