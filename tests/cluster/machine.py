@@ -223,7 +223,7 @@ class WatchedEngine(EngineService):
 
 
 class WatchedGroups(GroupConnections):
-    """Tells the router that watches what it is told of engines."""
+    """Tells the router that watches what it is sent of engines."""
 
     watcher: WatchedRouter
 

@@ -25,6 +25,7 @@ from kvmesh.cluster.ingress.validate import (
     Resume,
     ResumedChoice,
     TextRules,
+    cache_salt,
     choice_seed,
 )
 from kvmesh.cluster.link import Address
@@ -229,7 +230,11 @@ async def test_the_router_and_the_engine_hear_what_the_request_is() -> None:
     assert [x.request_id for x in sent.sequences] == ["l1.0", "l1.1"]
     assert [x.params.seed for x in sent.sequences] == [7, choice_seed(7, 1)]
     assert [x.output for x in sent.sequences] == [b"", b""]
-    assert (sent.timeout_s, sent.suspicion, sent.cache_salt) == (30.0, 0, f"{TENANT}/salt")
+    assert (sent.timeout_s, sent.suspicion, sent.cache_salt) == (
+        30.0,
+        0,
+        cache_salt(TENANT, "salt"),
+    )
     for index in range(2):
         alone.deliver(f"l1.{index}", 2, end=EndReason.LENGTH, usage=used())
     await over(task)
