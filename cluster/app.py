@@ -159,7 +159,7 @@ class RouterReplica:
         self._find_router = router_finder(serve.get_deployment_handle(own.deployment, own.app_name))
         self._tasks = [
             asyncio.create_task(self._service.run()),
-            asyncio.create_task(follow_draining_nodes(self._service.nodes_leave)),
+            asyncio.create_task(follow_draining_nodes(self._service.membership.nodes_leave)),
         ]
         scaling = config.autoscaling
         if scaling.min_groups is not None:
@@ -192,7 +192,7 @@ class RouterReplica:
         clock, *others = self._tasks
         for task in others:
             task.cancel()
-        if node_id() in self._service.leaving_nodes and await self._has_successor():
+        if node_id() in self._service.membership.leaving_nodes and await self._has_successor():
             return
         self._service.drain()
         with contextlib.suppress(TimeoutError):

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field, replace
 
 from kvmesh.cluster.errors import DrainingError, Failure
 from kvmesh.cluster.ingress.error_table import reason_label, to_wire
-from kvmesh.cluster.leaving import name_while_leaving, to_close
-from kvmesh.cluster.link import Address, Link
+from kvmesh.cluster.link import Link
+from kvmesh.cluster.membership import Member, Membership
 from kvmesh.cluster.messages import (
     Abort,
     Aborted,
@@ -51,7 +51,7 @@ from kvmesh.cluster.routing.outcome import Enqueued, Granted, Grown, Outcome, Re
 from kvmesh.cluster.routing.router import Router
 from kvmesh.cluster.telemetry.logs import about
 from kvmesh.cluster.telemetry.meters import RouterMeters
-from kvmesh.workers.loads import EngineInfo, EngineLoads
+from kvmesh.workers.loads import EngineLoads
 
 logger = logging.getLogger(__name__)
 
@@ -61,23 +61,6 @@ INFORM_PERIOD_S = 1.0  # how often waiting callers learn what has changed
 MEASURE_PERIOD_S = 1.0
 # Changes that a caller is informed of: by this share, and of a start also by this time.
 NOTICED_SHARE, NOTICED_S = 0.05, 1.0
-
-
-@dataclass(slots=True, eq=False)
-class _Group:
-    """A group whose engine is connected.
-
-    started_ns, node: of the engine, see Hello
-    closed: it takes nothing new
-    """
-
-    name: str
-    connection: Link
-    info: EngineInfo
-    address: Address
-    started_ns: int
-    node: str
-    closed: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -129,7 +112,6 @@ class RouterService:
     groups: names of the groups that are expected to be up
     configured: of all groups, those that may be added later included; `groups` if None
     clock: seconds, monotonic
-    leaving_nodes: of the Ray cluster, see `nodes_leave`
     on_refused: called with the error whenever a request is refused
     """
 
@@ -147,11 +129,10 @@ class RouterService:
         self.router = Router(config, epoch, clock(), expected_groups=groups)
         self._clock = clock
         self._meters = meters
-        self._configured = tuple(groups if configured is None else configured)
-        self._expected = frozenset(groups)
-        self._groups: dict[str, _Group] = {}
-        self._names: dict[Link, str] = {}  # of the groups, by their connections
-        self.leaving_nodes: frozenset[str] = frozenset()
+        self.membership = Membership(
+            groups if configured is None else configured, groups, self.router.group_drains
+        )
+        self._groups = self.membership.members
         self._callers: dict[str, _Caller] = {}  # of waiting requests, by when they came
         self._informed_s = self._measured_s = clock()
         self._fresh: list[_FreshStatus] = []
@@ -183,7 +164,8 @@ class RouterService:
 
     def _measure(self) -> None:
         tenants = {name: self.router.tenant_status(name) for name in self._meters.tenants}
-        self._meters.status(self.status(), self._configured, self._expected, tenants)
+        membership = self.membership
+        self._meters.status(self.status(), membership.configured, membership.expected, tenants)
 
     @property
     def now(self) -> float:
@@ -270,15 +252,12 @@ class RouterService:
 
     def group_up(self, message: Hello, connection: Link) -> None:
         """The later engine of a group stays: one that hung may return after its replacement."""
-        name, now = message.group, self._clock()
-        leaves = message.draining or message.node in self.leaving_nodes
+        name, now = self.membership.name_for(message), self._clock()
+        if not name:
+            _replace(message.group, connection)
+            return
         former = self._groups.get(name)
-        if former is not None and former.started_ns > message.started_ns:
-            if not leaves:
-                _replace(name, connection)
-                return
-            name, former = name_while_leaving(name, self._groups), None
-        if former is not None and former.started_ns < message.started_ns and self._leaves(former):
+        if former is not None and self.membership.has_to_leave(former, message):
             self._retire(former)
         elif former is not None:
             self.group_down(name, former.connection)
@@ -289,27 +268,16 @@ class RouterService:
         logger.info(
             "group %s is up with %d leases", name, len(message.leases), extra=about(group=name)
         )
-        self._groups[name] = _Group(
-            name, connection, message.info, message.address, message.started_ns, message.node
-        )
-        self._names[connection] = name
+        self.membership.join(name, message, connection)
         self.settle(self.router.group_up(name, message.info, message.leases, now))
+        self.membership.close_unwanted(name, message)
         self.account(name, AccountNews(message.update, message.pages))
-        not_wanted = name in self._configured and name not in self._expected
-        if message.draining or not_wanted or name != message.group:
-            self.close_group(name)
-        self._close_leaving()
-
-    def name_of(self, connection: Link) -> str:
-        """The group whose engine is at the other end; "" for others, and replaced engines."""
-        return self._names.get(connection, "")
 
     def group_down(self, name: str, connection: Link) -> None:
-        if self.name_of(connection) != name:
+        if self.membership.name_of(connection) != name:
             return
-        group = self._groups.pop(name)
-        del self._names[connection]
-        if name in self._expected:
+        self.membership.leave(name)
+        if name in self.membership.expected:
             logger.warning("group %s is down", name, extra=about(group=name))
             self.settle(self.router.group_down(name, self._clock()))
             if (report := self._known.reports.get(name)) is not None:
@@ -317,33 +285,13 @@ class RouterService:
                 self._known.reports[name] = EngineReport(report.info, EngineLoads())
         else:
             logger.info("group %s has left", name, extra=about(group=name))
-            self.settle(self.router.group_leaves(name, self._clock()))
-            self._known.reports.pop(name, None)
+            self._forget(name)
         self._reported(name)
-        if not group.closed:
-            self._close_leaving()
 
     def expect(self, groups: frozenset[str]) -> None:
         """These groups are to be up from now on; others close, and are forgotten once they left."""
-        for name in self._expected - groups:
-            self.close_group(name)
-            if name not in self._groups and name in self.router.fleet.groups:
-                self.settle(self.router.group_leaves(name, self._clock()))
-                self._known.reports.pop(name, None)
-        self._expected = groups
-
-    def nodes_leave(self, nodes: frozenset[str]) -> None:
-        """These nodes of the Ray cluster end soon, and their groups with them."""
-        if nodes != self.leaving_nodes:
-            self.leaving_nodes = nodes
-            self._close_leaving()
-
-    def close_group(self, name: str) -> None:
-        """The group takes nothing new; what it has is finished, or continues elsewhere."""
-        if (group := self._groups.get(name)) is not None and not group.closed:
-            logger.info("group %s takes nothing new", name, extra=about(group=name))
-            group.closed = True
-            self.router.group_drains(name)
+        for name in self.membership.expect(groups) & self.router.fleet.groups.keys():
+            self._forget(name)
 
     def account(self, name: str, message: AccountNews) -> None:
         now = self._clock()
@@ -355,7 +303,7 @@ class RouterService:
 
     def report(self, name: str, message: Report) -> None:
         if message.report.draining:
-            self.close_group(name)
+            self.membership.close(name)
         closed = self._groups[name].closed
         self._known.reports[name] = replace(message.report, draining=closed)
         if message.audited:
@@ -370,23 +318,17 @@ class RouterService:
 
     # Within
 
-    def _leaves(self, group: _Group) -> bool:
-        return group.closed or group.node in self.leaving_nodes
-
-    def _retire(self, group: _Group) -> None:
+    def _retire(self, member: Member) -> None:
         """An engine that leaves ends what it has under another name."""
-        self.close_group(group.name)
-        former, group.name = group.name, name_while_leaving(group.name, self._groups)
-        self._groups[group.name] = self._groups.pop(former)
-        self._names[group.connection] = group.name
-        self.router.group_retires(former, group.name)
+        former, name = member.name, self.membership.rename(member)
+        self.router.group_retires(former, name)
         if (report := self._known.reports.pop(former, None)) is not None:
-            self._known.reports[group.name] = replace(report, draining=True)
+            self._known.reports[name] = replace(report, draining=True)
 
-    def _close_leaving(self) -> None:
-        takes = {name: group.node for name, group in self._groups.items() if not group.closed}
-        for name in to_close(takes, self.leaving_nodes):
-            self.close_group(name)
+    def _forget(self, name: str) -> None:
+        """The group will not return."""
+        self.settle(self.router.group_leaves(name, self._clock()))
+        self._known.reports.pop(name, None)
 
     def settle(self, outcomes: Iterable[Outcome]) -> None:
         """Send each outcome to the caller or the engine that it concerns."""
@@ -462,7 +404,8 @@ class _RouterPeer:
         self.send = connection.send
 
     def received(self, message: object) -> None:
-        service, group = self._service, self._service.name_of(self._connection)
+        service = self._service
+        group = service.membership.name_of(self._connection)
         match message:
             case AccountNews() | Report() if not group:
                 pass  # of an engine that was replaced, on its way before it heard of it
@@ -494,7 +437,7 @@ class _RouterPeer:
                 service.group_up(message, self._connection)
 
     def lost(self) -> None:
-        if group := self._service.name_of(self._connection):
+        if group := self._service.membership.name_of(self._connection):
             self._service.group_down(group, self._connection)
         for call in list(self.waiting):
             self._service.cancel(call, self)

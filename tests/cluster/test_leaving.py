@@ -76,7 +76,7 @@ async def test_a_group_on_a_node_that_drains_takes_nothing_new() -> None:
         two.allow(MANY)
         for index, group in enumerate(two.router._groups.values()):
             group.node = f"node-{index}"
-        two.router.nodes_leave(frozenset({"node-0"}))
+        two.router.membership.nodes_leave(frozenset({"node-0"}))
         assert [g.closed for g in two.router._groups.values()] == [True, False]
         for number in range(3):
             await read(two.stream(make_request(5, request_id=f"r{number}")))
@@ -86,7 +86,7 @@ async def test_a_group_on_a_node_that_drains_takes_nothing_new() -> None:
         await two.until(lambda: two.router.status().reports["g0"].draining)
         assert not status.reports["g1"].draining
         # The last one stays open until there is another.
-        two.router.nodes_leave(frozenset({"node-0", "node-1"}))
+        two.router.membership.nodes_leave(frozenset({"node-0", "node-1"}))
         await read(two.stream(make_request(5, request_id="last")))
         await successor(two, "g0", "node-2")
         assert two.router._groups["g1"].closed
@@ -105,7 +105,7 @@ async def test_an_engine_that_leaves_ends_its_sequences_next_to_its_successor(
         former = one.engines["g0"]
         if known_by == "node":
             one.router._groups["g0"].node = "old"
-            one.router.nodes_leave(frozenset({"old"}))
+            one.router.membership.nodes_leave(frozenset({"old"}))
             assert not one.router._groups["g0"].closed, "it is the only one"
         draining = asyncio.create_task(former.drain(1000.0))
         if known_by == "report":
@@ -130,6 +130,18 @@ async def test_an_engine_that_leaves_ends_its_sequences_next_to_its_successor(
         assert status.audit_faults_total == 0
         await one.at_rest()
         one.router.router.fleet.check_integrity()
+
+
+async def test_a_request_that_waits_goes_to_the_group_that_comes() -> None:
+    async with machine() as one:
+        one.allow(MANY)
+        one.router.membership.close("g0")
+        waits = asyncio.create_task(read(one.stream(make_request(5))))
+        await one.until(lambda: one.router.status().router.queue_depth == 1)
+        engine = await successor(one, "g0")
+        assert (await waits).tokens[0] == answer(PROMPT, 5)
+        assert engine.submitted
+        await one.at_rest()
 
 
 async def test_a_draining_engine_that_connects_again_stays_next_to_its_successor() -> None:
