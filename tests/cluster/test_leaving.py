@@ -200,6 +200,18 @@ async def test_groups_are_started_and_stopped_as_the_load_asks_for_them() -> Non
         assert [two.router.meters.of(table.GROUP_UP, name) for name in ("g0", "g1")] == [1, 0]
 
 
+async def test_a_request_that_waits_goes_to_the_group_that_comes() -> None:
+    async with machine() as one:
+        one.allow(MANY)
+        one.router.groups.close("g0")
+        waits = asyncio.create_task(read(one.stream(make_request(5))))
+        await one.until(lambda: one.router.status().router.queue_depth == 1)
+        engine = await successor(one, "g0")
+        assert (await waits).tokens[0] == answer(PROMPT, 5)
+        assert engine.submitted
+        await one.at_rest()
+
+
 async def test_what_a_lost_group_had_is_no_longer_reported() -> None:
     async with machine() as one:
         connection = one.router.groups["g0"].connection

@@ -297,12 +297,12 @@ PERSON = {
 }
 
 
-def test_output_matches_its_schema_beside_others_that_are_free(client: Client) -> None:
+def test_output_matches_its_schema_while_others_are_free(client: Client) -> None:
     free = client.generate("The sea at night", max_tokens=20, temperature=0.0)
     options: Any = {"max_tokens": 150, "temperature": 1.5, "n": 3, "seed": 5}
-    with client.generate_stream("The sea at night", max_tokens=20, temperature=0.0) as afterwards:
+    with client.generate_stream("The sea at night", max_tokens=20, temperature=0.0) as neighbour:
         done = client.generate("A person:", structured_output={"json_schema": PERSON}, **options)
-        assert "".join(delta.text for delta in afterwards) == free.text
+        assert "".join(delta.text for delta in neighbour) == free.text
     ended = [choice for choice in done.choices if choice.finish_reason is FinishReason.STOP]
     assert ended
     for choice in ended:
