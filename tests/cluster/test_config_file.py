@@ -70,6 +70,8 @@ groups:
   kv_format: k4v4
 - <<: [{max_num_seqs: 2}, *small]
 - *small
+- <<: {tp: 2, max_num_seqs: 8}
+  <<: *small
 """
     file = read(tmp_path, text)
     assert file.values["groups"] == [
@@ -77,6 +79,7 @@ groups:
         {"kv_format": "k4v4", "max_num_seqs": 4},
         {"kv_format": "int8", "max_num_seqs": 2},
         {"kv_format": "int8", "max_num_seqs": 4},
+        {"kv_format": "int8", "max_num_seqs": 8, "tp": 2},
     ]
     assert not file.problems
     assert file.lines[("groups", "1", "kv_format")] == 5

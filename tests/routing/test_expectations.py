@@ -73,6 +73,25 @@ def test_medians_are_of_the_tenants_class_then_of_all_tenants_and_roll() -> None
     assert lengths.median("t", 100) == 50
 
 
+def test_medians_that_were_not_used_for_longest_are_forgotten() -> None:
+    lengths = OutputLengths(window=10, min_samples=1, max_keys=3)
+    for tenant in ("a", "b", "a", "c"):  # and all of them together are the third
+        lengths.learn(tenant, 100, {"a": 10, "b": 20, "c": 30}[tenant])
+    assert (lengths.median("a", 100), lengths.median("c", 100)) == (10, 30)
+    assert lengths.median("b", 100) == lengths.median("unknown", 100) == 20
+
+
+def test_the_last_token_of_a_prompt_is_computed_even_if_all_are_cached() -> None:
+    index, blocks = PrefixIndex(), (b"0", b"1")
+    index.add("g0", blocks[:1])
+    index.add("g1", blocks)
+    tuning = RouterTuning(block_pages=1)
+    model = DemandModel(OutputLengths(), index, tuning)
+    demand = model.demand(ask("a", 32, 8, page_hashes=blocks), [EngineKind.of(make_info())])
+    cached = [demand.cached_tokens(group, 16) for group in ("g0", "g1", "g2")]
+    assert cached == [16, 31, 0]
+
+
 def test_a_lease_covers_the_usual_output_and_a_resumed_ones_all_of_it() -> None:
     lengths = OutputLengths(window=100, min_samples=10)
     for prompt in (200, 2000):

@@ -108,6 +108,18 @@ def test_the_queue_is_served_in_order_as_leases_end() -> None:
     assert (status.granted_total, status.released_total) == (4, 4)
 
 
+def test_a_request_that_was_to_replace_another_and_is_refused_leaves_that_one_known() -> None:
+    router = router_with(groups={"g0": make_info()})
+    first = granted(router.place(ask("a"), 0.0))
+    own, withdrawn = router.place(ask("a", prompt=10_000, supersedes=True), 1.0)
+    refused(own, ExceedsEveryGroupError)
+    assert withdrawn == Withdrawn("g0", first.lease.lease_id)
+    assert router.status(1.0).live_requests == 1
+    assert router.abort("a", 2.0) == [withdrawn], "it still runs, until its engine has ended it"
+    assert end(router, first, 3.0) == []
+    assert router.status(3.0).live_requests == 0
+
+
 def test_a_full_queue_refuses_with_advice() -> None:
     router = one_at_a_time(queue_limit=1)
     for name in "ab":

@@ -36,6 +36,15 @@ def test_how_sequences_end(
     assert [blame.end_of(name, error) for name in ("a", "b", "waiting")] == [a, b, waiting]
 
 
+def test_a_step_puts_its_suspect_on_trial() -> None:
+    engine, _ = make_engine()
+    engine.add(request("a", [3] * 4))
+    engine.add(request("b", [4] * 4, suspicion=2))
+    innocent, suspect = engine._live.values()
+    assert Blame.of([innocent]) == Blame(frozenset({"a"}))
+    assert Blame.of([innocent, suspect]) == Blame(STEP, "b", 2)
+
+
 def test_a_rank_that_has_lost_another_is_not_the_one_that_raised() -> None:
     assert isinstance(Failed("RuntimeError", "x").error(), RankRaisedError)
     assert not isinstance(Failed("WorkerDiedError", "x").error(), RankRaisedError)
