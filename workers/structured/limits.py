@@ -12,12 +12,13 @@ JSON_WHITESPACE = r"[\x20\x0A\x0D\x09]{1,32}"
 def parser_limits() -> LLParserLimits:
     """For engines. A mask that would take longer fails, and its sequence with it.
 
-    Measured with a vocabulary of 151,851 tokens: at most about 50 ms.
+    Of 400 schemas of MaskBench at 151,851 tokens none fails, the longest mask took 0.25 s, and
+    99% less than 2 ms. A state of the lexer takes up to 2 kB, and each sequence has its own.
     """
     return LLParserLimits(
         step_lexer_fuel=100_000,
         step_max_items=10_000,
-        max_lexer_states=100_000,
+        max_lexer_states=20_000,
         verbose_errors=False,
     )
 
@@ -27,6 +28,6 @@ def rehearsal_limits() -> LLParserLimits:
     return LLParserLimits(
         step_lexer_fuel=50_000,
         step_max_items=5_000,
-        max_lexer_states=50_000,
+        max_lexer_states=10_000,
         verbose_errors=False,
     )

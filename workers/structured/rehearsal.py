@@ -85,6 +85,8 @@ def _reason(error: str) -> str:
     """The library's reason in one line, without its state."""
     if error.startswith(("NoExtension", "parser stopped")):
         return "no output matches"
+    if "coerce_one_of" in error:
+        return "oneOf needs branches of which no value can match two; use anyOf"
     shown = re.split(r"\n<state>|\n<non-verbose|\n +\d+ \|", error)[0]
     shown = re.sub(r"^(at )?\d+\(\d+\): (failed to compile JSON schema: )?", "", shown)
     return " ".join(shown.split())[:300]

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import jsonschema
 import openai
 import pytest
 from google.rpc.error_details_pb2 import BadRequest
@@ -282,6 +283,38 @@ def test_the_model_says_how_it_samples(endpoint: Endpoint, client: Client) -> No
     assert (defaults.temperature, defaults.top_p, defaults.max_tokens) == (0.2, 0.9, 256)
     assert "temperature 0.2, top_p 0.9" in kvmesh(endpoint, "status").stdout
     assert client.model_info().chat_template_names == ("default",)
+
+
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 20},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+        "likes": {"type": "array", "items": {"enum": ["tea", "rain"]}, "maxItems": 3},
+    },
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+
+
+def test_output_matches_its_schema_while_others_are_free(client: Client) -> None:
+    free = client.generate("The sea at night", max_tokens=20, temperature=0.0)
+    options: Any = {"max_tokens": 150, "temperature": 1.5, "n": 3, "seed": 5}
+    with client.generate_stream("The sea at night", max_tokens=20, temperature=0.0) as neighbour:
+        done = client.generate("A person:", structured_output={"json_schema": PERSON}, **options)
+        assert "".join(delta.text for delta in neighbour) == free.text
+    ended = [choice for choice in done.choices if choice.finish_reason is FinishReason.STOP]
+    assert ended
+    for choice in ended:
+        jsonschema.validate(json.loads(choice.text), PERSON)
+
+
+def test_a_choice_between_texts_is_the_models(client: Client) -> None:
+    cities = [" London", " Paris", " Rome"]
+    done = client.generate(
+        "The capital of France is", structured_output={"choice": cities}, temperature=0.0
+    )
+    assert done.text == " Paris"
 
 
 def test_several_choices_of_one_seed_are_repeatable(client: Client) -> None:
