@@ -68,8 +68,9 @@ FOUND = [
     'use.py:7: note: Revealed type is "kvmesh.client.types.Delta"',
     'use.py:8: error: Argument "temperature" to "generate" of "Generations" has incompatible type '
     '"str"; expected "float | None"  [arg-type]',
-    'use.py:9: error: Unexpected keyword argument "tempreature" for "chat" of "Generations"; '
-    'did you mean "temperature"?  [call-arg]',
+    # At run time the error names the argument that was meant.
+    'use.py:9: error: Argument "tempreature" to "chat" of "Generations" has incompatible type '
+    '"float"; expected "Never"  [arg-type]',
     'use.py:12: note: Revealed type is "str"',
 ]
 TALK = """

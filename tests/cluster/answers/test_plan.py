@@ -23,6 +23,7 @@ from kvmesh.cluster.ingress.answers.reader import AnswerReader
 from kvmesh.cluster.ingress.answers.syntaxes import SYNTAXES
 from kvmesh.workers.constraint import Reasoning
 from kvmesh.workers.errors import InvalidFieldError
+from kvmesh.workers.structured import rehearsal
 from kvmesh.workers.structured.rehearsal import _alphabet
 
 PARAMETERS = {
@@ -150,7 +151,6 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("grammar", "nothing", "neither Lark nor GBNF"),
     ("grammar", "start: missing", "missing"),
     ("grammar", "root ::= root", "no output matches"),
-    ("grammar", 'start: s\ns: s s | "a" | s s s', "too long"),
 ]
 
 
@@ -161,6 +161,16 @@ def test_what_cannot_be_enforced_is_refused_by_name(kind: str, value: Any, reaso
     assert caught.value.field == f"structured_output.{kind}"
     assert reason in caught.value.message
     assert "\n" not in caught.value.message
+
+
+def test_a_grammar_that_takes_too_long_to_follow_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(rehearsal, "MAX_WALK_S", -1.0)
+    spec = AnswerSpec(StructuredSpec("grammar", 'start: s\ns: s s | "a" | s s s'))
+    with pytest.raises(InvalidFieldError, match="takes too long") as caught:
+        plan_answer(spec, model("hermes"), None)
+    assert caught.value.field == "structured_output.grammar"
 
 
 TAKEN: list[tuple[str, Any]] = [
