@@ -252,7 +252,6 @@ class IngressReplica:
             ),
         )
         authenticator = Authenticator(known_keys(config.auth))
-        meters.keys(current=True)
         self._keys = asyncio.create_task(follow_keys(config.auth, authenticator, meters.keys))
         reception = Reception(authenticator.authenticate, config.ingress.max_streams)
         grpc_front.attach(GrpcFront(self._service, reception, limits, meters))

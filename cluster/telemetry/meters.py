@@ -168,6 +168,7 @@ class IngressMeters:
     def __init__(self, factory: InstrumentFactory, tenants: Iterable[str] = ()) -> None:
         self._meters = Meters(factory)
         self._tenants = frozenset(tenants)
+        self._keys_current = True
 
     def call(self, method: str, outcome: str, tenant: str | None) -> None:
         """A call has ended. tenant: None if the caller is unknown"""
@@ -205,10 +206,12 @@ class IngressMeters:
         """connected: to the router"""
         self._meters.record(table.OPEN_CALLS, open_calls)
         self._meters.record(table.ROUTER_CONNECTED, connected, process="ingress")
+        # Ray exports a gauge only after it was set again.
+        self._meters.record(table.KEYS_CURRENT, self._keys_current)
 
     def keys(self, current: bool) -> None:
-        """Whether the files of keys could be used."""
-        self._meters.record(table.KEYS_CURRENT, current)
+        """Whether the files of keys could be used when they were read last."""
+        self._keys_current = current
 
     def _tenant(self, tenant: str) -> str:
         return tenant if tenant in self._tenants else OTHER_TENANT

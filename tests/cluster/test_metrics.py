@@ -229,3 +229,13 @@ async def test_failovers_name_the_group_that_was_lost() -> None:
     assert usage.failovers == 1 and usage.group != lost
     assert built.meters.of(table.FAILOVERS, lost, "suspect") == 1
     assert built.meters.of(table.QUARANTINES, usage.group) == 1
+
+
+def test_whether_keys_are_current_is_recorded_again_and_again() -> None:
+    seen = SeenMeters()
+    meters = IngressMeters(seen)
+    meters.state(0, connected=True)
+    assert seen.of(table.KEYS_CURRENT) == 1
+    meters.keys(current=False)
+    meters.state(0, connected=True)
+    assert seen.of(table.KEYS_CURRENT) == 0
