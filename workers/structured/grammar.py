@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from llguidance import LLMatcher
-from llguidance.gbnf_to_lark import any_to_lark
+from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from kvmesh.workers.constraint import Reasoning
 from kvmesh.workers.structured.limits import JSON_WHITESPACE
@@ -37,8 +37,11 @@ _TIMES = frozenset({"date-time", "time", "date", "duration"})
 _FORMATS = _TIMES | {"email", "hostname", "ipv4", "ipv6", "uuid", "uri", "unknown"}
 # What is data and not a schema.
 _DATA = frozenset({"const", "enum", "default", "examples", "example"})
-# What has no special tokens: strings, regular expressions, comments.
-_LARK_TEXT = re.compile(r'"(?:\\.|[^"\\\n])*"|/(?:\\.|[^/\\\n])+/|//[^\n]*|#[^\n]*')
+# What has no special tokens: strings, regular expressions, comments. Those that do not end are
+# taken to the end of their line, so that no text takes longer than its length.
+_LARK_TEXT = re.compile(r'"(?:\\.|[^"\\\n])*+"?|//[^\n]*|/(?:\\.|[^/\\\n])++/?|#[^\n]*')
+# The library's own test for it takes the square of the length, in one call that nothing interrupts.
+_LARK_START = re.compile(r"^[ \t]*(%llguidance\b|start[ \t]*:)", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +82,8 @@ def choice(values: Sequence[str]) -> Grammar:
 
 def context_free(text: str) -> Grammar:
     """Lark or GBNF. Raises ValueError if it is neither, or has what requests may not use."""
-    rules = any_to_lark(text).replace("%llguidance {}", "")
+    rules = text if _LARK_START.search(text) else gbnf_to_lark(text)
+    rules = rules.replace("%llguidance {}", "")
     bare = _LARK_TEXT.sub("", rules)
     if "%llguidance" in bare:
         raise ValueError("%llguidance is not allowed")

@@ -236,3 +236,12 @@ def test_what_a_model_cannot_do_is_refused(spec: AnswerSpec, form: ModelForm, fi
     with pytest.raises(InvalidFieldError) as caught:
         plan_answer(spec, form, None)
     assert caught.value.field.removeprefix("sampling_params.") == field
+
+
+@pytest.mark.parametrize(
+    "text", ["\n" * 200_000, 'start: "' + '\\"' * 100_000, "start: /" * 25_000]
+)
+def test_long_grammars_are_refused_in_linear_time(text: str) -> None:
+    """What takes the square of the length would run for minutes here, and hold every stream up."""
+    with pytest.raises(InvalidFieldError, match=r"structured_output\.grammar"):
+        plan_answer(AnswerSpec(StructuredSpec("grammar", text)), model("hermes"), None)

@@ -773,7 +773,7 @@ def test_the_command_line_generates_and_shows_status_and_estimates(
     for word in ("engine-0", "int8", "smollm2-135m-instruct", "0 leases"):
         assert word in status.stdout
     estimate = kvmesh(endpoint, "estimate", "--prompt-tokens", "4000")
-    assert estimate.returncode == 0, estimate.stderr
+    assert estimate.returncode == ExitCode.REFUSED, estimate.stderr
     assert "never fits" in estimate.stdout
 
 
