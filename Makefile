@@ -75,7 +75,7 @@ endif
 SPREAD := -n logical --maxprocesses 4
 # Coverage has a floor that a part of the tests cannot reach: with ARGS it is not measured.
 WHOLE := $(SPREAD) --dist loadscope --cov --cov-report=
-test-fast: $(STAMP) ## Run two minutes of tests, no Ray and no slow ones, with coverage
+test-fast: $(STAMP) ## Run the fast tests, no Ray and no slow ones, with coverage
 	$(PY) -m pytest -m 'not (ray or slow)' $(or $(ARGS),$(WHOLE))
 
 test-slow: $(STAMP) ## Run the slow tests that need no Ray: interpreted kernels, whole models
