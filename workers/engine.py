@@ -308,8 +308,8 @@ class Engine:
 
     def _take_scores(self, plan: StepPlan, result: StepResult) -> list[SequenceDelta]:
         """Deltas with the scores of prompts' tokens; call after `commit`."""
-        by_row = {seq.row: seq for seq in self.scheduler.running}
         scored = [chunk for chunk in plan.chunks if chunk.targets]
+        by_row = {seq.row: seq for seq in self.scheduler.running} if scored else {}
         deltas = []
         for chunk, scores in zip(scored, result.scores, strict=True):
             seq = by_row[chunk.row]
