@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import openai
@@ -27,7 +27,6 @@ from tests.cluster.openai.server import (
     ScriptedContract,
     delta,
     finished,
-    http_server,
     started,
     usage,
     words,
@@ -42,17 +41,6 @@ WEATHER = {
         "parameters": {"type": "object", "properties": {"b": {"type": "string"}, "a": {}}},
     },
 }
-
-
-@pytest.fixture
-async def contract() -> ScriptedContract:
-    return ScriptedContract()
-
-
-@pytest.fixture
-async def server(contract: ScriptedContract) -> AsyncIterator[HttpServer]:
-    async with http_server(contract) as running:
-        yield running
 
 
 async def sent(server: HttpServer, contract: ScriptedContract, **fields: Any) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -13,21 +13,9 @@ from tests.cluster.openai.server import (
     ScriptedContract,
     delta,
     finished,
-    http_server,
     started,
     usage,
 )
-
-
-@pytest.fixture
-async def contract() -> ScriptedContract:
-    return ScriptedContract()
-
-
-@pytest.fixture
-async def server(contract: ScriptedContract) -> AsyncIterator[HttpServer]:
-    async with http_server(contract) as running:
-        yield running
 
 
 @pytest.mark.parametrize(

@@ -31,17 +31,6 @@ CHAT = {"messages": [{"role": "user", "content": "hi"}]}
 POSTS = ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/tokenize", "/detokenize"]
 
 
-@pytest.fixture
-async def contract() -> ScriptedContract:
-    return ScriptedContract()
-
-
-@pytest.fixture
-async def server(contract: ScriptedContract) -> AsyncIterator[HttpServer]:
-    async with http_server(contract) as running:
-        yield running
-
-
 def error_of(reply: httpx2.Response) -> dict[str, Any]:
     found: dict[str, Any] = reply.json()["error"]
     assert set(found) == {"message", "type", "param", "code", "kvmesh"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
 from typing import Any
 
 import openai
@@ -18,22 +17,10 @@ from tests.cluster.openai.server import (
     ScriptedContract,
     delta,
     finished,
-    http_server,
     started,
     usage,
     words,
 )
-
-
-@pytest.fixture
-async def contract() -> ScriptedContract:
-    return ScriptedContract()
-
-
-@pytest.fixture
-async def server(contract: ScriptedContract) -> AsyncIterator[HttpServer]:
-    async with http_server(contract) as running:
-        yield running
 
 
 async def test_a_conversation_becomes_a_chat(
