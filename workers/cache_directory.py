@@ -1,7 +1,7 @@
 """The directory for files that can be recreated: models, compiled loops, probe results.
 
 <cache>/models/    converted models (workers/model/store.py)
-<cache>/numba/     compiled loops (kernels/attention/numba_cache.py)
+<cache>/numba/     compiled loops (kernels/numba_cache.py)
 <cache>/probes/    results of probes (workers/scoring/probe_cache.py)
 """
 

@@ -89,6 +89,11 @@ class EngineSettings(Settings):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="Compute dtype; auto: bfloat16 on GPUs, float32 on CPUs"
     )
+    weight_format: Literal["exact", "int8"] = Field(
+        default="exact",
+        description="How weights are stored; int8: with a scale for each 32 inputs, a quarter "
+        "of float32's memory, on CPUs only",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="auto: GPUs if there are any"
     )

@@ -76,7 +76,13 @@ class Rank:
         self._model: ServedModel = (
             shared._model
             if shared
-            else load_model(self._files.path, dtype=self._dtype, device=self._device, comm=comm)
+            else load_model(
+                self._files.path,
+                dtype=self._dtype,
+                device=self._device,
+                comm=comm,
+                weight_format=config.weight_format,
+            )
         )
 
     def _check_kernels(self) -> None:
@@ -185,6 +191,7 @@ class Rank:
             None if config.calibration is None else sample_digest(Path(config.calibration)),
             config.tp,
             self._dtype,
+            config.weight_format,
             torch.cuda.get_device_name(self._device) if cuda else "cpu",
             code_versions(),
         )

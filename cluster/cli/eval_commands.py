@@ -43,6 +43,9 @@ RecentOption = Annotated[
     typer.Option("--recent-pages", help="Latest pages kept exact; default: the format's."),
 ]
 DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16, or auto as in `serve`.")]
+WeightFormatOption = Annotated[
+    str, typer.Option("--weight-format", help="How weights are stored: exact or int8.")
+]
 CalibrationOption = Annotated[
     str,
     typer.Option(
@@ -66,6 +69,7 @@ def perplexity(
     sink_pages: SinkOption = None,
     recent_pages: RecentOption = None,
     dtype: DtypeOption = "auto",
+    weight_format: WeightFormatOption = "exact",
     calibration: CalibrationOption = "",
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -81,7 +85,7 @@ def perplexity(
         from kvmesh.workers.evaluation.text import read_text
 
         formats, source = choose_formats(_split(kv_format)), read_text(text)
-        settings = _settings(page_size, sink_pages, recent_pages, dtype)
+        settings = _settings(page_size, sink_pages, recent_pages, dtype, weight_format)
         with _evaluated(model, settings, _split(calibration)) as (evaluated, meter):
             report = measure_perplexity(
                 evaluated, formats, source, context=context, windows=windows, meter=meter
@@ -110,6 +114,7 @@ def passkey(
     sink_pages: SinkOption = None,
     recent_pages: RecentOption = None,
     dtype: DtypeOption = "auto",
+    weight_format: WeightFormatOption = "exact",
     calibration: CalibrationOption = "",
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -122,7 +127,7 @@ def passkey(
 
         formats, source = choose_formats(_split(kv_format)), read_text(text)
         sizes = _lengths(lengths)
-        settings = _settings(page_size, sink_pages, recent_pages, dtype)
+        settings = _settings(page_size, sink_pages, recent_pages, dtype, weight_format)
         with _evaluated(model, settings, _split(calibration)) as (evaluated, meter):
             report = measure_passkey(
                 evaluated,
@@ -152,6 +157,7 @@ def recall(
     sink_pages: SinkOption = None,
     recent_pages: RecentOption = None,
     dtype: DtypeOption = "auto",
+    weight_format: WeightFormatOption = "exact",
     calibration: CalibrationOption = "",
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -164,7 +170,7 @@ def recall(
 
         formats, source = choose_formats(_split(kv_format)), read_text(text)
         sizes = _lengths(lengths)
-        settings = _settings(page_size, sink_pages, recent_pages, dtype)
+        settings = _settings(page_size, sink_pages, recent_pages, dtype, weight_format)
         with _evaluated(model, settings, _split(calibration)) as (evaluated, meter):
             report = measure_recall(
                 evaluated, formats, source, lengths=sizes, passages=passages, meter=meter
@@ -234,13 +240,18 @@ def _evaluated(
 
 
 def _settings(
-    page_size: int, sink_pages: int | None, recent_pages: int | None, dtype: str
+    page_size: int,
+    sink_pages: int | None,
+    recent_pages: int | None,
+    dtype: str,
+    weight_format: str,
 ) -> dict[str, Any]:
     return {
         "page_size": page_size,
         "sink_pages": sink_pages,
         "recent_pages": recent_pages,
         "dtype": dtype,
+        "weight_format": weight_format,
     }
 
 

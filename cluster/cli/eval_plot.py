@@ -10,6 +10,7 @@ from matplotlib.text import Annotation
 from matplotlib.ticker import FuncFormatter, MultipleLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
+from kvmesh.cluster.cli.eval_tables import precision_of
 from kvmesh.workers.evaluation.reports import FormatPerplexity, PerplexityReport
 
 # Smaller losses depend on the choice of text, and may be gains.
@@ -106,7 +107,7 @@ def _frame(axes: Axes, report: PerplexityReport, rows: list[FormatPerplexity]) -
         0,
         1.025,
         f"{report.predictions:,} predictions in {report.windows} windows of {report.context} "
-        f"tokens, {report.dtype}; exact windows count as 16 bits; ▽ at most 0.01%",
+        f"tokens, {precision_of(report)}; exact windows count as 16 bits; ▽ at most 0.01%",
         transform=axes.transAxes,
         color=_MUTED,
         fontsize=9,

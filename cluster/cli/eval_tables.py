@@ -9,9 +9,14 @@ from rich.table import Table
 from kvmesh.workers.evaluation.reports import PasskeyReport, PerplexityReport, RecallReport
 
 
+def precision_of(report: PerplexityReport | PasskeyReport | RecallReport) -> str:
+    """What the model computed with."""
+    return f"{report.dtype}, {report.weight_format} weights"
+
+
 def perplexity_table(report: PerplexityReport) -> Group:
     title = (
-        f"[bold]{report.model}[/bold], {report.dtype}: {report.predictions} predictions in "
+        f"[bold]{report.model}[/bold], {precision_of(report)}: {report.predictions} predictions in "
         f"{report.windows} windows of {report.context} tokens"
     )
     table = _table()
@@ -42,7 +47,7 @@ def perplexity_table(report: PerplexityReport) -> Group:
 
 def passkey_table(report: PasskeyReport) -> Group:
     title = (
-        f"[bold]{report.model}[/bold], {report.dtype}: passkey, "
+        f"[bold]{report.model}[/bold], {precision_of(report)}: passkey, "
         f"depths: {report.depths}, seeds: {report.seeds}"
     )
     table = _table()
@@ -66,7 +71,7 @@ def passkey_table(report: PasskeyReport) -> Group:
 
 
 def recall_table(report: RecallReport) -> Group:
-    title = f"[bold]{report.model}[/bold], {report.dtype}: recall of a 256-token passage"
+    title = f"[bold]{report.model}[/bold], {precision_of(report)}: recall of a 256-token passage"
     table = _table()
     table.add_column("length", justify="right")
     table.add_column("passages", justify="right")

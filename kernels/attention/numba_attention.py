@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +14,7 @@ from kvmesh.kernels.attention.numba_loop import LOG2_E, Rule, Sequences, Tables,
 from kvmesh.kernels.attention.plan import check_queries, missing_page
 from kvmesh.kernels.formats.base import NO_PARAMS, KVFormat, LayerParams
 from kvmesh.kernels.merge import merge_states
+from kvmesh.kernels.threads import loop_threads
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 MIN_PAGES_PER_THREAD = 32  # starting a thread costs about as much as reading this many pages
@@ -95,7 +94,7 @@ def paged_attention(
         out.numpy(),
         lse.numpy(),
     )
-    others = [_threads().submit(attend, share) for share in decode.shares[1:]]
+    others = [loop_threads().submit(attend, share) for share in decode.shares[1:]]
     for row, page, is_hot in [attend(decode.shares[0]), *(other.result() for other in others)]:
         if row >= 0:
             raise missing_page("hot_tables" if is_hot else "sealed_tables", row, page)
@@ -205,8 +204,3 @@ def _assign(units: Ints, work: Ints, threads: int) -> tuple[Ints, ...]:
         assigned[idlest].append(int(unit))
         loads[idlest] += int(work[unit])
     return tuple(units[indices] for indices in assigned)
-
-
-@cache
-def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(thread_name_prefix="kvmesh-attention")

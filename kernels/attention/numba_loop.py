@@ -17,7 +17,6 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from kvmesh.kernels.attention.numba_cache import keep_on_disk
 from kvmesh.kernels.formats.base import KVFormat
 from kvmesh.kernels.formats.exact.side import Exact
 from kvmesh.kernels.formats.tiles_numba import (
@@ -29,6 +28,7 @@ from kvmesh.kernels.formats.tiles_numba import (
     float_of,
     prefetch,
 )
+from kvmesh.kernels.numba_cache import keep_on_disk
 
 LOG2_E = np.float32(1.4426950408889634)
 CACHE_LINE = 64

@@ -165,6 +165,6 @@ def test_any_losses_can_be_plotted(losses: list[float], tmp_path: Path) -> None:
         FormatPerplexity(f"f{i}", 20.0, loss, 0.0, 4.0, 4.0 + i % 2, 4.0, 1000.0, 0, 0)
         for i, loss in enumerate([0.0, *losses])
     ]
-    report = PerplexityReport("m", "r", "float32", 64, 2048, 1, 2047, rows)
+    report = PerplexityReport("m", "r", "float32", "exact", 64, 2048, 1, 2047, rows)
     plot_perplexity(report, tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(PNG)

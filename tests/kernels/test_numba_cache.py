@@ -13,7 +13,7 @@ import pytest
 
 numba = pytest.importorskip("numba")
 
-from kvmesh.kernels.attention import numba_cache  # noqa: E402
+from kvmesh.kernels import numba_cache  # noqa: E402
 from kvmesh.kernels.source_digest import source_digest  # noqa: E402
 
 # Decode from one page; how often a loop was loaded and how often compiled, and what came out.

@@ -75,6 +75,7 @@ def measure_passkey(
         model=model.name,
         model_revision=model.facts.revision,
         dtype=model.dtype,
+        weight_format=model.config.weight_format,
         page_size=model.config.page_size,
         depths=depths,
         seeds=seeds,

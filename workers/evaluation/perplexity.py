@@ -51,6 +51,7 @@ def measure_perplexity(
         model=model.name,
         model_revision=model.facts.revision,
         dtype=model.dtype,
+        weight_format=model.config.weight_format,
         page_size=model.config.page_size,
         context=context,
         windows=len(parts),

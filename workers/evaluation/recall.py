@@ -70,6 +70,7 @@ def measure_recall(
         model=model.name,
         model_revision=model.facts.revision,
         dtype=model.dtype,
+        weight_format=model.config.weight_format,
         page_size=model.config.page_size,
         passages={length: len(parts) for length, parts in windows.items()},
         figures=figures,

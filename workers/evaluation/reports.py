@@ -37,6 +37,7 @@ class PerplexityReport:
     model: str
     model_revision: str
     dtype: str
+    weight_format: str
     page_size: int
     context: int
     windows: int
@@ -63,6 +64,7 @@ class RecallReport:
     model: str
     model_revision: str
     dtype: str
+    weight_format: str
     page_size: int
     passages: dict[int, int]
     figures: list[FormatRecall]
@@ -87,6 +89,7 @@ class PasskeyReport:
     model: str
     model_revision: str
     dtype: str
+    weight_format: str
     page_size: int
     depths: int
     seeds: int

@@ -6,6 +6,7 @@ safetensors slice by slice, so that a rank never holds more than its share.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from kvmesh.kernels.linear import WeightFormat, pack
 from kvmesh.workers.errors import ConfigError, UnsupportedModelError
 from kvmesh.workers.model.architectures import ARCHITECTURES
 from kvmesh.workers.model.blocks import fuse, lean_norm
 from kvmesh.workers.model.facts import ModelFacts, read_facts
 from kvmesh.workers.model.hook import IMPLEMENTATION, Attend, AttendSlot, attach
 from kvmesh.workers.model.rope import Rope
-from kvmesh.workers.model.shards import Placer, check_tp
+from kvmesh.workers.model.shards import Pack, Placer, check_tp
 from kvmesh.workers.model.weights import WeightReader, Weights
 from kvmesh.workers.parallel.comm import Communicator
 from kvmesh.workers.parallel.linears import VocabHead
@@ -91,11 +93,17 @@ class ServedModel:
 
 
 def load_model(
-    path: Path, *, dtype: torch.dtype, device: torch.device, comm: Communicator
+    path: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    comm: Communicator,
+    weight_format: WeightFormat = "exact",
 ) -> ServedModel:
     """This rank's share of the model in directory `path`.
 
     dtype: of weights and activations, for any dtype of the checkpoint
+    weight_format: how the weights of linears are stored
     Raises ConfigError naming `tp` or `model`, UnsupportedModelError for a
     model that would be computed incorrectly.
     """
@@ -104,7 +112,15 @@ def load_model(
     config = AutoConfig.from_pretrained(path, local_files_only=True)
     _check_agreement(facts, config, path)
     with WeightReader(path, dtype, device) as reader:
-        return build_model(facts, config, reader, dtype=dtype, device=device, comm=comm)
+        return build_model(
+            facts,
+            config,
+            reader,
+            dtype=dtype,
+            device=device,
+            comm=comm,
+            weight_format=weight_format,
+        )
 
 
 def build_model(
@@ -115,6 +131,7 @@ def build_model(
     dtype: torch.dtype,
     device: torch.device,
     comm: Communicator,
+    weight_format: WeightFormat = "exact",
 ) -> ServedModel:
     """This rank's share of the model that a transformers `config` describes.
 
@@ -125,7 +142,7 @@ def build_model(
             config, dtype=dtype, attn_implementation=IMPLEMENTATION
         )
     model.eval().requires_grad_(False)
-    Placer(model, weights, comm).place()
+    Placer(model, weights, comm, _packing(weight_format, dtype, device)).place()
     _restore_buffers(model, config, device)
     slot = AttendSlot()
     for layer, window in zip(model.model.layers, facts.sliding_windows, strict=True):
@@ -135,6 +152,19 @@ def build_model(
     model.model.norm = lean_norm(model.model.norm)
     _check_complete(model, facts.name)
     return ServedModel(facts, model, slot, comm.size)
+
+
+def _packing(weight_format: WeightFormat, dtype: torch.dtype, device: torch.device) -> Pack:
+    """Weights are packed for the compiled loops of CPUs, which compute in fp32."""
+    if device.type == "cpu" and dtype == torch.float32:
+        return partial(pack, weight_format=weight_format)
+    if weight_format == "exact":
+        return lambda weight: weight
+    raise ConfigError(
+        "weight_format",
+        f"{weight_format} needs a CPU and float32, got {device.type} and"
+        f" {str(dtype).removeprefix('torch.')}; use exact",
+    )
 
 
 def _check_agreement(facts: ModelFacts, config: Any, path: Path) -> None:

@@ -8,16 +8,19 @@ no plan.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from kvmesh.kernels.linear import PackedWeight
 from kvmesh.workers.errors import ConfigError
 from kvmesh.workers.model.facts import ModelFacts
 from kvmesh.workers.model.weights import Weights
 from kvmesh.workers.parallel.comm import Communicator
 from kvmesh.workers.parallel.linears import ColumnLinear, RowLinear, SplitRMSNorm, VocabHead
+
+Pack = Callable[[Tensor], Tensor | PackedWeight]
 
 _PROJECTIONS = {
     **{f"layers.*.self_attn.{name}_proj": "rows" for name in ("q", "k", "v")},
@@ -70,12 +73,16 @@ def check_tp(facts: ModelFacts, tp: int) -> None:
 
 
 class Placer:
-    """Fills a model that was built on the meta device with a rank's weights."""
+    """Fills a model that was built on the meta device with a rank's weights.
 
-    def __init__(self, model: Any, reader: Weights, comm: Communicator) -> None:
+    pack: how the weights of linears are stored
+    """
+
+    def __init__(self, model: Any, reader: Weights, comm: Communicator, pack: Pack) -> None:
         self._model = model
         self._reader = reader
         self._comm = comm
+        self._pack = pack
         self._plan = _shard_plan(model.config)
 
     def place(self) -> None:
@@ -118,7 +125,7 @@ class Placer:
     def _column_linear(self, name: str, linear: Any) -> ColumnLinear:
         shape = linear.weight.shape
         first, end = self._share(shape[0])
-        weight = self._reader.rows(f"{name}.weight", shape, first, end)
+        weight = self._pack(self._reader.rows(f"{name}.weight", shape, first, end))
         if linear.bias is None:
             return ColumnLinear(weight, None)
         return ColumnLinear(
@@ -127,7 +134,7 @@ class Placer:
 
     def _row_linear(self, name: str, linear: Any) -> RowLinear:
         shape = linear.weight.shape
-        weight = self._reader.columns(f"{name}.weight", shape, *self._share(shape[1]))
+        weight = self._pack(self._reader.columns(f"{name}.weight", shape, *self._share(shape[1])))
         bias = linear.bias
         if bias is not None:
             bias = self._reader.whole(f"{name}.bias", bias.shape)
@@ -154,7 +161,7 @@ class Placer:
             weight = nn.functional.pad(weight, (0, 0, 0, count - (end - first)))
         if head.bias is not None:
             raise ConfigError("model", "output projections with a bias are not supported")
-        return VocabHead(weight, vocab_size, self._comm)
+        return VocabHead(self._pack(weight), vocab_size, self._comm)
 
     def _fill(self, name: str, module: nn.Module) -> None:
         for key, weight in module._parameters.items():

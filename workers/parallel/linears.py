@@ -15,30 +15,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kvmesh.kernels.linear import PackedWeight, linear, prepare
 from kvmesh.workers.parallel.comm import Communicator
 
-# Up to this many rows, W x^T is faster on CPUs, see project().
-_FEW_ROWS = 64
 
-
-def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b, like torch.nn.functional.linear.
+def project(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b.
 
     x: [..., in]; weight: [out, in]; bias: [out] or None; returns [..., out]
-
-    With few rows MKL takes 1.3 to 2.5 times as long for x W^T in float32 as for W x^T
-    followed by a transposing copy (measured on AMD EPYC, 1 to 64 rows).
     """
-    rows = x.shape[:-1].numel()
-    swapped = x.device.type == "cpu" and x.dtype == torch.float32 and 0 < rows <= _FEW_ROWS
-    if not swapped:
-        return F.linear(x, weight, bias)
-    columns = x.reshape(rows, -1).t()
-    if bias is None:
-        out = torch.mm(weight, columns)
-    else:
-        out = torch.addmm(bias.unsqueeze(1), weight, columns)
-    return out.t().contiguous().view(*x.shape[:-1], -1)
+    if isinstance(weight, PackedWeight):
+        return linear(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+def _kept(weight: Tensor | PackedWeight) -> nn.Parameter | PackedWeight:
+    """As an attribute of a module, ready to be multiplied with."""
+    if isinstance(weight, PackedWeight):
+        prepare(weight)
+        return weight
+    return nn.Parameter(weight, requires_grad=False)
 
 
 class ColumnLinear(nn.Module):
@@ -47,9 +43,9 @@ class ColumnLinear(nn.Module):
     weight: [out_local, in]; bias: [out_local] or None
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor | PackedWeight, bias: Tensor | None) -> None:
         super().__init__()
-        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.weight = _kept(weight)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -61,9 +57,13 @@ class ColumnLinear(nn.Module):
         """One linear that computes the outputs of all `parts`, concatenated."""
         biases = [part.bias.data for part in parts if part.bias is not None]
         assert len(biases) in (0, len(parts)), "parts with and without a bias cannot be joined"
-        return ColumnLinear(
-            torch.cat([part.weight.data for part in parts]), torch.cat(biases) if biases else None
-        )
+        bias = torch.cat(biases) if biases else None
+        weights = [part.weight for part in parts]
+        packed = [weight for weight in weights if isinstance(weight, PackedWeight)]
+        if packed:
+            return ColumnLinear(PackedWeight.joined(packed), bias)
+        plain = [weight.data for weight in weights if isinstance(weight, nn.Parameter)]
+        return ColumnLinear(torch.cat(plain), bias)
 
 
 class RowLinear(nn.Module):
@@ -72,9 +72,11 @@ class RowLinear(nn.Module):
     weight: [out, in_local]; bias: [out] or None, the same on every rank
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, comm: Communicator) -> None:
+    def __init__(
+        self, weight: Tensor | PackedWeight, bias: Tensor | None, comm: Communicator
+    ) -> None:
         super().__init__()
-        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.weight = _kept(weight)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self._comm = comm
 
@@ -93,9 +95,9 @@ class VocabHead(nn.Module):
         with zeros for rows beyond the vocabulary
     """
 
-    def __init__(self, weight: Tensor, vocab_size: int, comm: Communicator) -> None:
+    def __init__(self, weight: Tensor | PackedWeight, vocab_size: int, comm: Communicator) -> None:
         super().__init__()
-        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.weight = _kept(weight)
         self._vocab_size = vocab_size
         self._comm = comm
 

@@ -28,7 +28,7 @@ from kvmesh.kernels.whole_file import write_whole
 logger = logging.getLogger(__name__)
 
 _DIGEST_BYTES = hashlib.sha256().digest_size
-_KERNELS = Path(__file__).parents[1]
+_KERNELS = Path(__file__).parent
 
 
 def keep_on_disk(loop: Any, name: str) -> None:

@@ -1,0 +1,98 @@
+"""`linear` on CPUs, in compiled loops over the rows of the weight."""
+
+from __future__ import annotations
+
+from functools import cache
+from itertools import pairwise
+from typing import Any
+
+import numba
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kvmesh.kernels.linear.dots_numba import CODE_BYTES, dots
+from kvmesh.kernels.linear.packed import BLOCK, PackedWeight
+from kvmesh.kernels.numba_cache import keep_on_disk
+from kvmesh.kernels.threads import loop_threads
+
+# Handing work to a thread costs about as much as this many products.
+MIN_PRODUCTS_PER_THREAD = 1 << 19
+# Inputs that one pass over the weights multiplies with, so that they stay in the L2 cache.
+_INPUTS_PER_PASS = 64
+
+
+def linear(x: Tensor, weight: PackedWeight) -> Tensor:
+    """x: [T, in_features] fp32 -> [T, out_features]; see `kernels.linear.linear`"""
+    num_rows, in_padded = weight.codes.shape
+    out = torch.empty((x.shape[0], num_rows), dtype=torch.float32)
+    if not out.numel():
+        return out
+    more = in_padded - x.shape[1]
+    padded = (F.pad(x, (0, more)) if more else x).contiguous()
+    loop = _loop(_dtype(weight))
+    scales = 0 if weight.scales is None else weight.scales.data_ptr()
+    addresses = (weight.codes.data_ptr(), scales, padded.data_ptr(), out.data_ptr())
+    sizes = (num_rows, in_padded // BLOCK, x.shape[0])
+
+    def multiply(first: int, end: int) -> None:
+        loop(*addresses, *sizes, first, end)
+
+    products = x.shape[0] * num_rows * in_padded
+    num_threads = max(1, min(torch.get_num_threads(), products // MIN_PRODUCTS_PER_THREAD))
+    ends = [num_rows * (part + 1) // num_threads for part in range(num_threads)]
+    others = [loop_threads().submit(multiply, first, end) for first, end in pairwise(ends)]
+    multiply(0, ends[0])
+    for other in others:
+        other.result()
+    return out
+
+
+def prepare(weight: PackedWeight) -> None:
+    """Compile the loops for such weights, unless that was done before."""
+    _loop(_dtype(weight))
+
+
+def _dtype(weight: PackedWeight) -> str:
+    return str(weight.codes.dtype).removeprefix("torch.")
+
+
+@cache
+def _loop(dtype: str) -> Any:
+    """(codes, scales, x, out, num_rows, num_blocks, num_inputs, first, end): rows [first, end)."""
+    one, two, four, eight = (dots(dtype, *tile) for tile in ((1, 1), (2, 2), (2, 4), (2, 8)))
+    code_bytes = CODE_BYTES[dtype]
+
+    @numba.njit(nogil=True)
+    def multiply(  # type: ignore[no-untyped-def]
+        codes, scales, x, out, num_rows, num_blocks, num_inputs, first, end
+    ):
+        k, n = num_blocks * BLOCK, num_rows
+        row_bytes, scale_bytes = k * code_bytes, num_blocks * 4
+        for top in range(0, num_inputs, _INPUTS_PER_PASS):
+            bottom = min(top + _INPUTS_PER_PASS, num_inputs)
+            for row in range(first, end, 2):
+                paired = row + 1 < end
+                w, s = codes + row * row_bytes, scales + row * scale_bytes
+                t = top
+                while t < bottom:
+                    left = bottom - t
+                    a, o = x + t * k * 4, out + (t * n + row) * 4
+                    if paired and left >= 8:
+                        eight(w, s, num_blocks, a, o, n)
+                        t += 8
+                    elif paired and left >= 4:
+                        four(w, s, num_blocks, a, o, n)
+                        t += 4
+                    elif paired and left >= 2:
+                        two(w, s, num_blocks, a, o, n)
+                        t += 2
+                    else:
+                        one(w, s, num_blocks, a, o, n)
+                        if paired:
+                            one(w + row_bytes, s + scale_bytes, num_blocks, a, o + 4, n)
+                        t += 1
+
+    keep_on_disk(multiply, repr(("linear", dtype)))
+    multiply.compile((numba.int64,) * 9)  # now, not in the first step
+    return multiply

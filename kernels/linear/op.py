@@ -1,0 +1,44 @@
+"""The public operator `linear`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from kvmesh.kernels.linear import numba_linear, reference
+from kvmesh.kernels.linear.packed import PackedWeight
+
+
+def linear(
+    x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, backend: str | None = None
+) -> Tensor:
+    """x W^T + b, where W's weights become fp32 in registers and sums are in fp32.
+
+    x: [..., in_features] fp32, on the CPU
+    weight: [out_features, in_features]
+    bias: [out_features] fp32, or None
+    backend: None picks the compiled loops, or plain torch where gradients are needed
+    Returns [..., out_features] fp32. With the compiled loops a row's result has the same
+    bits in any batch: each sum runs over the inputs in one order.
+    """
+    if x.shape[-1] != weight.in_features:
+        raise ValueError(
+            f"x: expected [..., {weight.in_features}] for a weight of {list(weight.shape)},"
+            f" got {list(x.shape)}"
+        )
+    rows = x.reshape(-1, weight.in_features)
+    out = _implementation(x, backend)(rows, weight)
+    if bias is not None:
+        out = out + bias
+    return out.view(*x.shape[:-1], weight.shape[0])
+
+
+def _implementation(x: Tensor, backend: str | None) -> Callable[[Tensor, PackedWeight], Tensor]:
+    if backend is None:
+        backend = "reference" if x.requires_grad else "numba"
+    if backend == "reference":
+        return reference.linear
+    if backend == "numba":
+        return numba_linear.linear
+    raise ValueError(f"backend: expected None, 'numba' or 'reference', got {backend!r}")
