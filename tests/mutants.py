@@ -61,6 +61,11 @@ ROUTING = tuple(
 TARGETS = {
     "scheduler": _workers("scheduler", *ENGINE),
     "engine": _workers("engine", *ENGINE),
+    "engine_stats": _workers("engine_stats", *ENGINE),
+    "page_tables": _workers("page_tables", *ENGINE),
+    "step_draft": _workers("step_draft", *ENGINE),
+    "request_check": _workers("request_check", "request_check", "prompt_scores"),
+    "deadlines": _workers("deadlines", "deadlines"),
     "sequence": _workers("sequence", *ENGINE),
     "prefix_cache": _workers("prefix_cache", *ENGINE),
     "arena": _workers("arena", *ENGINE),
