@@ -45,7 +45,6 @@ class InstantExecutor:
         self.steps = 0
 
     def describe(self) -> list[RankDescription]:
-        self.thread_id = threading.get_native_id()
         files = resolve_model(self._config.model)
         facts = read_facts(files.path)
         fmt = get_format(self._config.kv_format)
@@ -73,6 +72,7 @@ class InstantExecutor:
         """There is no pool to allocate."""
 
     def execute(self, plan: StepPlan, masks: MakeMasks | None = None) -> StepResult:
+        self.thread_id = threading.get_native_id()
         began_s, began_ns = time.monotonic(), time.thread_time_ns()
         for chunk in plan.chunks:
             if chunk.start == 0:
