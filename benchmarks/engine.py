@@ -73,7 +73,7 @@ def run_engine(engine: Engine, prompts: list[list[int]], tokens: int) -> tuple[f
     host = []
     while engine.has_work:
         deltas = engine.step()
-        host.append(engine.step_host_s)
+        host.append(engine.stats.rank_host_s)
         if deltas and not first:
             first = time.perf_counter()
     ended = time.perf_counter()

@@ -58,6 +58,7 @@ from kvmesh.workers.kv_pool import KVPool
 from kvmesh.workers.local import InProcessExecutor
 from kvmesh.workers.model.embedded import EMBEDDED_NAME
 from kvmesh.workers.request import EngineRequest
+from kvmesh.workers.request_check import check_request
 from kvmesh.workers.sampling_params import SamplingParams
 from kvmesh.workers.sizes import PageGeometry, PageNeed
 
@@ -152,7 +153,7 @@ def run(config: EngineConfig, make_executor: MakeExecutor, requests: list[Reques
         ids = random.integers(3, engine.info.vocab_size, request.prompt).astype(np.int32)
         params = SamplingParams(temperature=0.0, max_tokens=request.output, ignore_eos=True)
         asked = EngineRequest(str(index), ids, params)
-        engine.check(asked)
+        check_request(asked, engine.info)
         engine.add(asked)
     running, given = [], 0
     saturated: float | None = None

@@ -14,7 +14,22 @@ from kvmesh.client.core import DEFAULT_SILENCE_TIMEOUT_S, CallSettings, Core, co
 from kvmesh.client.flows import Now, Send, Sleep, UnaryFlow
 from kvmesh.client.grpc_transport import AsyncChannel, AsyncGrpcTransport, AsyncInterceptor
 from kvmesh.client.options import TLS, UNSET, Prompt, RetryPolicy, Timeout
-from kvmesh.client.transport import AsyncTransport, RpcFailure
+from kvmesh.client.transport import (
+    ABORT,
+    DETOKENIZE,
+    ESTIMATE_BUDGET,
+    EXPLAIN,
+    GET_LOADS,
+    GET_MODEL_INFO,
+    GET_TENANT_LOADS,
+    LIST_GROUPS,
+    TOKENIZE,
+    AsyncTransport,
+    Method,
+    Reply,
+    Request,
+    RpcFailure,
+)
 from kvmesh.client.types import (
     Completion,
     Estimate,
@@ -25,7 +40,7 @@ from kvmesh.client.types import (
     TenantLoads,
     Tokens,
 )
-from kvmesh.protos import pb
+from kvmesh.protos import admin, pb
 
 T = TypeVar("T")
 
@@ -125,9 +140,8 @@ class AsyncClient(AsyncGenerations):
         self, prompt: Prompt, *, model: str | None = None, timeout_s: Timeout = UNSET
     ) -> Tokens:
         """The token ids that a generation would use for this prompt."""
-        return responses.mirror(
-            Tokens, await self._run(self._core.tokenize(prompt, model, timeout_s))
-        )
+        reply = await self._call(TOKENIZE, requests.tokenize_request(prompt, model), timeout_s)
+        return responses.mirror(Tokens, reply)
 
     async def detokenize(
         self,
@@ -138,8 +152,8 @@ class AsyncClient(AsyncGenerations):
         timeout_s: Timeout = UNSET,
     ) -> str:
         """The text of token ids; bytes that are not valid UTF-8 become U+FFFD."""
-        flow = self._core.detokenize(token_ids, model, skip_special_tokens, timeout_s)
-        return (await self._run(flow)).text
+        request = requests.detokenize_request(token_ids, model, skip_special_tokens)
+        return (await self._call(DETOKENIZE, request, timeout_s)).text
 
     async def estimate(
         self,
@@ -168,36 +182,42 @@ class AsyncClient(AsyncGenerations):
             max_kv_divergence_nats=max_kv_divergence_nats,
             model=model,
         )
-        return responses.mirror(Estimate, await self._run(self._core.estimate(request, timeout_s)))
+        reply = await self._call(ESTIMATE_BUDGET, request, timeout_s)
+        return responses.mirror(Estimate, reply)
 
     async def abort(self, request_id: str, *, timeout_s: Timeout = UNSET) -> bool:
         """End a request made with the same key; returns whether it was found."""
-        return (await self._run(self._core.abort(request_id, timeout_s))).aborted
+        request = requests.of_request_id(pb.AbortRequest, request_id)
+        return (await self._call(ABORT, request, timeout_s)).aborted
 
     async def explain(self, request_id: str, *, timeout_s: Timeout = UNSET) -> Explanation:
         """The placement decisions for a request made with the same key, with the reasons.
 
         The list is empty if the request is not known.
         """
-        reply = await self._run(self._core.explain(request_id, timeout_s))
+        request = requests.of_request_id(pb.ExplainRequest, request_id)
+        reply = await self._call(EXPLAIN, request, timeout_s)
         return responses.mirror(Explanation, reply)
 
     async def model_info(self, *, timeout_s: Timeout = UNSET) -> ModelInfo:
         """The served model and its groups."""
-        return responses.mirror(ModelInfo, await self._run(self._core.model_info(timeout_s)))
+        reply = await self._call(GET_MODEL_INFO, pb.GetModelInfoRequest(), timeout_s)
+        return responses.mirror(ModelInfo, reply)
 
     async def tenant_loads(self, *, timeout_s: Timeout = UNSET) -> TenantLoads:
         """What this key's tenant is using, and may use."""
-        return responses.mirror(TenantLoads, await self._run(self._core.tenant_loads(timeout_s)))
+        reply = await self._call(GET_TENANT_LOADS, pb.GetTenantLoadsRequest(), timeout_s)
+        return responses.mirror(TenantLoads, reply)
 
     async def groups(self, *, timeout_s: Timeout = UNSET) -> tuple[GroupFacts, ...]:
         """What each group is made of. Needs an admin key."""
-        reply = await self._run(self._core.groups(timeout_s))
+        reply = await self._call(LIST_GROUPS, admin.ListGroupsRequest(), timeout_s)
         return tuple(responses.mirror(GroupFacts, group) for group in reply.groups)
 
     async def loads(self, *, timeout_s: Timeout = UNSET) -> Loads:
         """The current load of the groups and the router. Needs an admin key."""
-        return responses.mirror(Loads, await self._run(self._core.loads(timeout_s)))
+        reply = await self._call(GET_LOADS, admin.GetLoadsRequest(), timeout_s)
+        return responses.mirror(Loads, reply)
 
     async def close(self) -> None:
         """Close the connection; calls in progress fail."""
@@ -225,6 +245,11 @@ class AsyncClient(AsyncGenerations):
 
     def _stream(self, prompt: pb.Prompt, options: dict[str, Any]) -> AsyncStream:
         return AsyncStream(self._transport, *self._core.generate_stream(prompt, options))
+
+    async def _call(
+        self, method: Method[Request, Reply], request: Request, timeout_s: Timeout
+    ) -> Reply:
+        return await self._run(self._core.unary(method, request, timeout_s))
 
     async def _run(self, flow: UnaryFlow[T]) -> T:
         """Execute the steps of a unary flow."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvmesh.client import requests, transport
+from kvmesh.client.chats import assign
 from kvmesh.client.checks import Metadata, check_metadata, check_seconds
 from kvmesh.client.credentials import checked_key, resolve_api_key, resolve_target
 from kvmesh.client.errors import InvalidRequestError
@@ -17,14 +18,13 @@ from kvmesh.client.flows import StreamFlow, UnaryFlow, stream, unary
 from kvmesh.client.options import (
     TLS,
     UNSET,
-    Prompt,
     RetryPolicy,
     Timeout,
     Unset,
 )
 from kvmesh.client.stream_state import StreamState
 from kvmesh.client.tracing import trace_context
-from kvmesh.protos import admin, pb
+from kvmesh.protos import pb
 
 # For calls that generate nothing.
 DEFAULT_TIMEOUT_S = 60.0
@@ -89,6 +89,29 @@ class CallSettings:
         if not isinstance(self.retry, RetryPolicy):
             raise InvalidRequestError.of("retry", f"expected a RetryPolicy, got {self.retry!r:.60}")
 
+    def limit_s(self, timeout_s: Timeout, default_s: float | None) -> float | None:
+        """The call's own timeout, or the client's, or the default of its kind."""
+        for limit_s in (timeout_s, self.timeout_s):
+            if not isinstance(limit_s, Unset):
+                check_seconds("timeout_s", limit_s, none=True)
+                return limit_s
+        return default_s
+
+    def with_model(self, request: transport.Request) -> transport.Request:
+        """The request, for the client's model if it could name one and does not."""
+        message: Any = request
+        if self.model and "model" in message.DESCRIPTOR.fields_by_name and not message.model:
+            assign(message, "model", self.model, "model")
+        return request
+
+    def call_metadata(self) -> Metadata:
+        """Of a call that is made now."""
+        return (
+            *((("authorization", f"Bearer {self.api_key}"),) if self.api_key else ()),
+            *self.metadata,
+            *(() if "traceparent" in dict(self.metadata) else trace_context()),
+        )
+
 
 class Core:
     """Builds the flows of one client's calls."""
@@ -118,103 +141,41 @@ class Core:
         )
         return Core(settings, self._contact)
 
-    def generate(
-        self, prompt: pb.Prompt, options: Mapping[str, Any]
-    ) -> UnaryFlow[pb.GenerateResponse]:
-        request = requests.generate_request(prompt, self._with_model(options))
-        return self._unary(transport.GENERATE, request, options.get("timeout_s", UNSET), None)
-
-    def generate_stream(
-        self, prompt: pb.Prompt, options: Mapping[str, Any]
-    ) -> tuple[StreamState, StreamFlow]:
-        request = requests.generate_request(prompt, self._with_model(options))
-        return self._stream(StreamState(request), options.get("timeout_s", UNSET))
-
-    def resume(self, cursor: str, timeout_s: Timeout) -> tuple[StreamState, StreamFlow]:
-        return self._stream(StreamState.of_cursor(cursor), timeout_s)
-
-    def tokenize(
-        self, prompt: Prompt, model: str | None, timeout_s: Timeout
-    ) -> UnaryFlow[pb.TokenizeResponse]:
-        request = requests.tokenize_request(prompt, model or self._settings.model)
-        return self._unary(transport.TOKENIZE, request, timeout_s)
-
-    def detokenize(
-        self,
-        token_ids: Sequence[int],
-        model: str | None,
-        skip_special_tokens: bool,
-        timeout_s: Timeout,
-    ) -> UnaryFlow[pb.DetokenizeResponse]:
-        model = model or self._settings.model
-        request = requests.detokenize_request(token_ids, model, skip_special_tokens)
-        return self._unary(transport.DETOKENIZE, request, timeout_s)
-
-    def estimate(
-        self, request: pb.EstimateBudgetRequest, timeout_s: Timeout
-    ) -> UnaryFlow[pb.EstimateBudgetResponse]:
-        request.model = request.model or self._settings.model or ""
-        return self._unary(transport.ESTIMATE_BUDGET, request, timeout_s)
-
-    def abort(self, request_id: str, timeout_s: Timeout) -> UnaryFlow[pb.AbortResponse]:
-        request = requests.of_request_id(pb.AbortRequest, request_id)
-        return self._unary(transport.ABORT, request, timeout_s)
-
-    def explain(self, request_id: str, timeout_s: Timeout) -> UnaryFlow[pb.ExplainResponse]:
-        request = requests.of_request_id(pb.ExplainRequest, request_id)
-        return self._unary(transport.EXPLAIN, request, timeout_s)
-
-    def model_info(self, timeout_s: Timeout) -> UnaryFlow[pb.GetModelInfoResponse]:
-        return self._unary(transport.GET_MODEL_INFO, pb.GetModelInfoRequest(), timeout_s)
-
-    def tenant_loads(self, timeout_s: Timeout) -> UnaryFlow[pb.GetTenantLoadsResponse]:
-        return self._unary(transport.GET_TENANT_LOADS, pb.GetTenantLoadsRequest(), timeout_s)
-
-    def loads(self, timeout_s: Timeout) -> UnaryFlow[admin.GetLoadsResponse]:
-        return self._unary(transport.GET_LOADS, admin.GetLoadsRequest(), timeout_s)
-
-    def groups(self, timeout_s: Timeout) -> UnaryFlow[admin.ListGroupsResponse]:
-        return self._unary(transport.LIST_GROUPS, admin.ListGroupsRequest(), timeout_s)
-
-    def _unary(
+    def unary(
         self,
         method: transport.Method[transport.Request, transport.Reply],
         request: transport.Request,
         timeout_s: Timeout,
         default_s: float | None = DEFAULT_TIMEOUT_S,
     ) -> UnaryFlow[transport.Reply]:
-        limit_s = self._limit_s(timeout_s, default_s)
-        return unary(method, request, limit_s, self._metadata(), self._retries())
+        """A call with one reply. default_s: its limit if neither it nor the client sets one"""
+        settings = self._settings
+        limit_s = settings.limit_s(timeout_s, default_s)
+        named = settings.with_model(request)
+        return unary(method, named, limit_s, settings.call_metadata(), self._retries())
+
+    def generate(
+        self, prompt: pb.Prompt, options: Mapping[str, Any]
+    ) -> UnaryFlow[pb.GenerateResponse]:
+        request = requests.generate_request(prompt, options)
+        return self.unary(transport.GENERATE, request, options.get("timeout_s", UNSET), None)
+
+    def generate_stream(
+        self, prompt: pb.Prompt, options: Mapping[str, Any]
+    ) -> tuple[StreamState, StreamFlow]:
+        request = self._settings.with_model(requests.generate_request(prompt, options))
+        return self._stream(StreamState(request), options.get("timeout_s", UNSET))
+
+    def resume(self, cursor: str, timeout_s: Timeout) -> tuple[StreamState, StreamFlow]:
+        return self._stream(StreamState.of_cursor(cursor), timeout_s)
 
     def _stream(self, state: StreamState, timeout_s: Timeout) -> tuple[StreamState, StreamFlow]:
-        limit_s = self._limit_s(timeout_s, None)
-        return state, stream(state, limit_s, self._metadata(), self._retries())
+        settings = self._settings
+        limit_s = settings.limit_s(timeout_s, None)
+        return state, stream(state, limit_s, settings.call_metadata(), self._retries())
 
     def _retries(self) -> RetryState:
         return RetryState(self._settings.retry, self._rng, self._contact)
-
-    def _metadata(self) -> Metadata:
-        """Of a call that is made now."""
-        given = self._settings.metadata
-        key = self._settings.api_key
-        return (
-            *((("authorization", f"Bearer {key}"),) if key else ()),
-            *given,
-            *(() if "traceparent" in dict(given) else trace_context()),
-        )
-
-    def _with_model(self, options: Mapping[str, Any]) -> Mapping[str, Any]:
-        if options.get("model") is None and self._settings.model is not None:
-            return {**options, "model": self._settings.model}
-        return options
-
-    def _limit_s(self, timeout_s: Timeout, default_s: float | None) -> float | None:
-        """The call's own timeout, or the client's, or the default of its kind."""
-        for limit_s in (timeout_s, self._settings.timeout_s):
-            if not isinstance(limit_s, Unset):
-                check_seconds("timeout_s", limit_s, none=True)
-                return limit_s
-        return default_s
 
 
 def explicit_key(api_key: str) -> str | None:

@@ -15,7 +15,22 @@ from kvmesh.client.grpc_transport import Channel, GrpcTransport, Interceptor
 from kvmesh.client.options import TLS, UNSET, Prompt, RetryPolicy, Timeout
 from kvmesh.client.sync_generations import Generations
 from kvmesh.client.sync_stream import Stream
-from kvmesh.client.transport import RpcFailure, Transport
+from kvmesh.client.transport import (
+    ABORT,
+    DETOKENIZE,
+    ESTIMATE_BUDGET,
+    EXPLAIN,
+    GET_LOADS,
+    GET_MODEL_INFO,
+    GET_TENANT_LOADS,
+    LIST_GROUPS,
+    TOKENIZE,
+    Method,
+    Reply,
+    Request,
+    RpcFailure,
+    Transport,
+)
 from kvmesh.client.types import (
     Completion,
     Estimate,
@@ -26,7 +41,7 @@ from kvmesh.client.types import (
     TenantLoads,
     Tokens,
 )
-from kvmesh.protos import pb
+from kvmesh.protos import admin, pb
 
 T = TypeVar("T")
 
@@ -126,7 +141,8 @@ class Client(Generations):
         self, prompt: Prompt, *, model: str | None = None, timeout_s: Timeout = UNSET
     ) -> Tokens:
         """The token ids that a generation would use for this prompt."""
-        return responses.mirror(Tokens, self._run(self._core.tokenize(prompt, model, timeout_s)))
+        reply = self._call(TOKENIZE, requests.tokenize_request(prompt, model), timeout_s)
+        return responses.mirror(Tokens, reply)
 
     def detokenize(
         self,
@@ -137,8 +153,8 @@ class Client(Generations):
         timeout_s: Timeout = UNSET,
     ) -> str:
         """The text of token ids; bytes that are not valid UTF-8 become U+FFFD."""
-        flow = self._core.detokenize(token_ids, model, skip_special_tokens, timeout_s)
-        return (self._run(flow)).text
+        request = requests.detokenize_request(token_ids, model, skip_special_tokens)
+        return (self._call(DETOKENIZE, request, timeout_s)).text
 
     def estimate(
         self,
@@ -167,36 +183,42 @@ class Client(Generations):
             max_kv_divergence_nats=max_kv_divergence_nats,
             model=model,
         )
-        return responses.mirror(Estimate, self._run(self._core.estimate(request, timeout_s)))
+        reply = self._call(ESTIMATE_BUDGET, request, timeout_s)
+        return responses.mirror(Estimate, reply)
 
     def abort(self, request_id: str, *, timeout_s: Timeout = UNSET) -> bool:
         """End a request made with the same key; returns whether it was found."""
-        return (self._run(self._core.abort(request_id, timeout_s))).aborted
+        request = requests.of_request_id(pb.AbortRequest, request_id)
+        return (self._call(ABORT, request, timeout_s)).aborted
 
     def explain(self, request_id: str, *, timeout_s: Timeout = UNSET) -> Explanation:
         """The placement decisions for a request made with the same key, with the reasons.
 
         The list is empty if the request is not known.
         """
-        reply = self._run(self._core.explain(request_id, timeout_s))
+        request = requests.of_request_id(pb.ExplainRequest, request_id)
+        reply = self._call(EXPLAIN, request, timeout_s)
         return responses.mirror(Explanation, reply)
 
     def model_info(self, *, timeout_s: Timeout = UNSET) -> ModelInfo:
         """The served model and its groups."""
-        return responses.mirror(ModelInfo, self._run(self._core.model_info(timeout_s)))
+        reply = self._call(GET_MODEL_INFO, pb.GetModelInfoRequest(), timeout_s)
+        return responses.mirror(ModelInfo, reply)
 
     def tenant_loads(self, *, timeout_s: Timeout = UNSET) -> TenantLoads:
         """What this key's tenant is using, and may use."""
-        return responses.mirror(TenantLoads, self._run(self._core.tenant_loads(timeout_s)))
+        reply = self._call(GET_TENANT_LOADS, pb.GetTenantLoadsRequest(), timeout_s)
+        return responses.mirror(TenantLoads, reply)
 
     def groups(self, *, timeout_s: Timeout = UNSET) -> tuple[GroupFacts, ...]:
         """What each group is made of. Needs an admin key."""
-        reply = self._run(self._core.groups(timeout_s))
+        reply = self._call(LIST_GROUPS, admin.ListGroupsRequest(), timeout_s)
         return tuple(responses.mirror(GroupFacts, group) for group in reply.groups)
 
     def loads(self, *, timeout_s: Timeout = UNSET) -> Loads:
         """The current load of the groups and the router. Needs an admin key."""
-        return responses.mirror(Loads, self._run(self._core.loads(timeout_s)))
+        reply = self._call(GET_LOADS, admin.GetLoadsRequest(), timeout_s)
+        return responses.mirror(Loads, reply)
 
     def close(self) -> None:
         """Close the connection; calls in progress fail."""
@@ -224,6 +246,9 @@ class Client(Generations):
 
     def _stream(self, prompt: pb.Prompt, options: dict[str, Any]) -> Stream:
         return Stream(self._transport, *self._core.generate_stream(prompt, options))
+
+    def _call(self, method: Method[Request, Reply], request: Request, timeout_s: Timeout) -> Reply:
+        return self._run(self._core.unary(method, request, timeout_s))
 
     def _run(self, flow: UnaryFlow[T]) -> T:
         """Execute the steps of a unary flow."""

@@ -11,6 +11,7 @@ from kvmesh.cluster.link import Address, Link
 from kvmesh.cluster.messages import AccountNews, Hello, Replaced, Report
 from kvmesh.cluster.report_book import ReportBook
 from kvmesh.cluster.reports import EngineReport
+from kvmesh.cluster.routing.audit import audit
 from kvmesh.cluster.routing.outcome import Outcome
 from kvmesh.cluster.routing.router import Router
 from kvmesh.cluster.telemetry.logs import about
@@ -146,7 +147,9 @@ class GroupConnections:
         self._reports.latest[name] = replace(message.report, draining=self._groups[name].closed)
         if message.audited:
             self._reports.audits += 1
-            if faults := self._router.audit(name, message.report.loads):
+            account = self._router.fleet.account(name)
+            assert account is not None, "it is connected"
+            if faults := audit(account, message.report.loads):
                 self._reports.audit_faults += 1
                 words = "; ".join(faults)
                 logger.error(
@@ -173,7 +176,7 @@ class GroupConnections:
         if (group := self._groups.get(name)) is not None and not group.closed:
             logger.info("group %s takes nothing new", name, extra=about(group=name))
             group.closed = True
-            self._router.group_drains(name)
+            self._router.fleet.drain(name)
 
     def _leaves(self, group: ConnectedGroup) -> bool:
         return group.closed or group.node in self.leaving_nodes
@@ -184,7 +187,7 @@ class GroupConnections:
         former, group.name = group.name, name_while_leaving(group.name, self._groups)
         self._groups[group.name] = self._groups.pop(former)
         self._names[group.connection] = group.name
-        self._router.group_retires(former, group.name)
+        self._router.fleet.retire(former, group.name)
         if (report := self._reports.latest.pop(former, None)) is not None:
             self._reports.latest[group.name] = replace(report, draining=True)
 

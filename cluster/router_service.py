@@ -54,6 +54,7 @@ from kvmesh.cluster.routing.outcome import (
     Withdrawn,
 )
 from kvmesh.cluster.routing.router import Router
+from kvmesh.cluster.routing.status import router_status, tenant_status
 from kvmesh.cluster.telemetry.logs import about
 from kvmesh.cluster.telemetry.meters import RouterMeters
 from kvmesh.cluster.waiting_callers import WaitingCaller, WaitingCallers
@@ -117,7 +118,7 @@ class RouterService:
             self.callers.inform(self.router.admission.standings(now), now)
         if now - self._measured_s >= MEASURE_PERIOD_S:
             self._measured_s = now
-            tenants = {name: self.router.tenant_status(name) for name in self._meters.tenants}
+            tenants = {name: tenant_status(self.router, name) for name in self._meters.tenants}
             self._meters.status(self.status(), self._configured, self.groups.expected, tenants)
 
     def drain(self) -> None:
@@ -127,13 +128,13 @@ class RouterService:
     def status(self) -> ClusterStatus:
         now = self.clock()
         return ClusterStatus(
-            router=self.router.status(now),
+            router=router_status(self.router, now),
             reports=dict(self.reports.latest),
             healthy=self.groups.names,
             draining=self._draining,
             audits_total=self.reports.audits,
             audit_faults_total=self.reports.audit_faults,
-            requests=self.reports.requests(self.router.fleet.leases),
+            requests=self.reports.requests(self.router.leases),
             oldest_wait_s=self.callers.oldest_wait_s(now),
         )
 
@@ -213,7 +214,7 @@ class RouterService:
     def _refused(self, name: str, failure: Failure) -> None:
         caller = self.callers.take(name)
         caller.peer.send(CallFailed(caller.call, failure))
-        for decided in self.router.explain(name, self.clock())[-1:]:
+        for decided in self.router.records.explain(name, self.clock())[-1:]:
             logger.info("request %s: %s", name, "\n".join(decided.lines()), extra=about(name))
 
 
@@ -257,9 +258,11 @@ class RouterPeer:
                     Estimated(call, service.router.admission.estimate(request, service.clock()))
                 )
             case AskTenant(call=call, tenant=tenant):
-                self.send(TenantUse(call, service.router.tenant_status(tenant)))
+                self.send(TenantUse(call, tenant_status(service.router, tenant)))
             case AskExplanation(call=call, request_id=request_id):
-                self.send(Decisions(call, service.router.explain(request_id, service.clock())))
+                self.send(
+                    Decisions(call, service.router.records.explain(request_id, service.clock()))
+                )
             case Hello():
                 groups.up(message, self._connection)
 

@@ -39,7 +39,8 @@ class EngineNews(NamedTuple):
 
     @classmethod
     def of(cls, engine: Engine) -> Self:
-        return cls(engine.loads(), engine.take_page_changes(), engine.take_step_times())
+        pages = engine.scheduler.cache.take_changes()
+        return cls(engine.loads(), pages, engine.stats.take_step_times())
 
 
 class EngineListener(Protocol):

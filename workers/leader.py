@@ -37,6 +37,7 @@ from kvmesh.workers.request import (
     EngineRequest,
     SequenceDelta,
 )
+from kvmesh.workers.request_check import check_request
 from kvmesh.workers.scoring.gate import check_format
 
 logger = logging.getLogger(__name__)
@@ -115,13 +116,13 @@ class EngineLeader:
         Raises InvalidFieldError, PoolCapacityError (never fits, or its lease exceeds what other
         leases leave), EngineDrainingError, WorkerDiedError; then none was accepted.
         """
-        engine, account = self._ready()
+        account = self.account
         if self._draining:
             raise EngineDrainingError("this group is shutting down")
         for request in requests:
             if request.request_id in self._live:
                 raise InvalidFieldError("request_id", f"{request.request_id!r} is already running")
-            engine.check(request)
+            check_request(request, account.info)
         held = None
         if (terms := requests[0].lease) is not None:
             account.book.check(terms)
@@ -132,7 +133,7 @@ class EngineLeader:
             self._live[request.request_id] = _LiveSequence(deliver, tokens, held)
         self._idle.clear()
         account.loads_current = False
-        self._thread.put(lambda engine: engine.add_all(requests))
+        self._thread.put(lambda engine: engine.add(*requests))
 
     def abort(self, request_ids: Iterable[str], reason: EndReason = EndReason.ABORT) -> None:
         """End sequences after the current step; those that are not live are skipped."""
@@ -175,7 +176,11 @@ class EngineLeader:
     @property
     def account(self) -> EngineAccount:
         """What it reports. Raises WorkerDiedError, EngineError before it has started."""
-        return self._ready()[1]
+        if self.failed is not None:
+            raise WorkerDiedError(f"the engine of this group has failed: {self.failed}")
+        if self._account is None:
+            raise EngineError("the engine has not started yet")
+        return self._account
 
     # Within
 
@@ -184,13 +189,6 @@ class EngineLeader:
         head_dim = self._executor.describe()[0].head_dim
         self.divergence_nats = check_format(self._config, head_dim, self._executor.divergences)
         return Engine(self._config, self._executor)
-
-    def _ready(self) -> tuple[Engine, EngineAccount]:
-        if self.failed is not None:
-            raise WorkerDiedError(f"the engine of this group has failed: {self.failed}")
-        if self._engine is None or self._account is None:
-            raise EngineError("the engine has not started yet")
-        return self._engine, self._account
 
     # What the engine's thread posts
 

@@ -11,6 +11,7 @@ from kvmesh.cluster.routing.config import RouterConfig
 from kvmesh.cluster.routing.demand import RequestDemand
 from kvmesh.cluster.routing.fleet import Fleet
 from kvmesh.cluster.routing.forecast import earliest_start, promise
+from kvmesh.cluster.routing.leases import Leases
 from kvmesh.cluster.routing.live import LiveRequest
 from kvmesh.cluster.routing.outcome import BudgetEstimate, Decision, Enqueued, Granted, Refused
 from kvmesh.cluster.routing.placement import GroupChoice, Promise, prefill_s
@@ -36,14 +37,20 @@ class Admission:
     """
 
     def __init__(
-        self, config: RouterConfig, fleet: Fleet, now: float, expected_groups: Collection[str]
+        self,
+        config: RouterConfig,
+        fleet: Fleet,
+        leases: Leases,
+        now: float,
+        expected_groups: Collection[str],
     ) -> None:
         tuning = config.tuning
         self.queue = WaitingQueue(config.queue_limit)
         self._tuning = tuning
         self._fleet = fleet
+        self._leases = leases
         self._chooser = Chooser(tuning, fleet.groups)
-        self._refusals = Refusals(config, fleet)
+        self._refusals = Refusals(config, fleet, leases)
         self.missing = set(expected_groups)
         self._rebuild_until = now + config.rebuild_timeout_s
         self._arrivals = 0
@@ -65,7 +72,7 @@ class Admission:
             since=now,
             rank=(-request.priority, not request.resumed, due, self._arrivals),
             due=due,
-            drain_s=DRAINS * demand.page_share * self._fleet.mean_lease_s,
+            drain_s=DRAINS * demand.page_share * self._leases.mean_s,
             deadline=None if request.timeout_s is None else now + request.timeout_s,
         )
 
@@ -80,7 +87,7 @@ class Admission:
             if not ahead and choice.group is not None and self._refusals.within_quota(demand):
                 self._fleet.tenants.enter(live.request.tenant)
                 self.queue.note_passed()
-                return [Granted(self._fleet.grant(live, choice, now))]
+                return [Granted(self._leases.grant(live, choice, now))]
         if self.queue.full:
             full = self._refusals.queue_full(demand, choice, ahead, now)
             return [Refused(name, full, choice.verdicts)]
@@ -124,7 +131,7 @@ class Admission:
             choice = self._chooser.choose_waiting(demand, open_groups, now, promises, deferred_s)
             if choice.group is not None:
                 self.queue.remove(live, now)
-                decisions.append(Granted(self._fleet.grant(live, choice, now)))
+                decisions.append(Granted(self._leases.grant(live, choice, now)))
                 open_groups = self._chooser.open_groups(now)
             elif (later := choice.better_later) is not None:
                 so_far_s = deferred_s.get(later.name, 0.0)

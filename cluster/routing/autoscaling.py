@@ -71,13 +71,13 @@ class FleetLoad:
 
 def fleet_load(router: Router, now: float) -> FleetLoad:
     """The router's load at this moment. O(groups + waiting requests)"""
-    fleet, queue = router.fleet, router.admission.queue
-    groups = [x for x in fleet.groups.values() if x.account is not None and not x.draining]
+    leases, queue = router.leases, router.admission.queue
+    groups = [x for x in router.fleet.groups.values() if x.account is not None and not x.draining]
     corrections = [group.backlog.correction for group in groups]
     correction = sum(corrections) / max(len(corrections), 1)
     waiting = list(queue)
     # As fast as leases ended so far; and no request waits less than the first of them has.
-    rate = len(fleet.leases) / fleet.mean_lease_s
+    rate = len(leases) / leases.mean_s
     oldest_s = now - min((live.since for live in waiting), default=now)
     return FleetLoad(
         held={group.name: _held(group) for group in groups},

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from sortedcontainers import SortedDict
 
 from kvmesh.cluster.routing.errors import LedgerError
 from kvmesh.cluster.routing.live import Age, Lease
 from kvmesh.cluster.routing.request import PlaceRequest
+from kvmesh.cluster.routing.shared_blocks import SharedBlocks
 from kvmesh.workers.lease import LeaseTerms
-from kvmesh.workers.loads import EngineInfo, EngineLoads
+from kvmesh.workers.loads import EngineInfo
 from kvmesh.workers.sizes import PageNeed
 
 
 class Account:
     """The leases of a group that is up, and what they leave free, in pages of one rank.
 
-    block_pages: shared blocks are runs of this many pages
+    group: its name
+    block_pages: of a run of a prompt's pages that leases may share
+    blocks: those runs, each charged once
     free: pages that no lease covers; negative after adoptions beyond the capacity,
         and nothing is granted then
     sequences: of all leases
@@ -25,15 +28,14 @@ class Account:
     """
 
     def __init__(self, group: str, info: EngineInfo, block_pages: int) -> None:
+        self.blocks = SharedBlocks(block_pages, info.geometry.sink_pages)
         self.free = info.capacity
         self.sequences = 0
         self.reserve = 0
-        self._group = group
+        self.group = group
         self._info = info
-        self._block_pages = block_pages
         self._leases: SortedDict[tuple[Age, str], Lease] = SortedDict()  # oldest first
         self._adopted = 0
-        self._holders: dict[bytes, int] = {}  # leases that hold a block; it is charged once
         self._growing: SortedDict[tuple[int, str], None] = SortedDict()  # by pages to grow
 
     @property
@@ -43,28 +45,13 @@ class Account:
 
     def rename(self, group: str) -> None:
         """The group has another name from now on, and its leases with it."""
-        self._group = group
+        self.group = group
         for lease in self._leases.values():
             lease.group = group
 
     def by_age(self) -> Iterable[Lease]:
         """All leases, oldest first."""
         return self._leases.values()
-
-    def shared_pages(self, blocks: Sequence[bytes]) -> int:
-        """How many of the blocks' sealed pages other leases pay for already.
-
-        Block hashes are chained: a lease that holds a block holds those before it, so
-        the shared ones are at the front.
-        """
-        low, high = 0, len(blocks)
-        while low < high:
-            middle = (low + high) // 2
-            if blocks[middle] in self._holders:
-                low = middle + 1
-            else:
-                high = middle
-        return max(0, low * self._block_pages - self._info.geometry.sink_pages)
 
     def holds(self, need: PageNeed, to_grow: int, shared: int = 0) -> bool:
         """Whether a new lease fits and leaves the reserve whole."""
@@ -86,15 +73,15 @@ class Account:
         blocks: hashes of the prompt's runs of pages, all within what is sealed (or the
             sink), paid for once by all leases that hold them
         """
-        shared = self.shared_pages(blocks)
+        shared = self.blocks.shared_pages(blocks)
         if not self.holds(need, max_need.sealed - need.sealed, shared):
             raise LedgerError(
-                f"{need}, to grow to {max_need}, does not fit {self._group!r}: "
+                f"{need}, to grow to {max_need}, does not fit {self.group!r}: "
                 f"{self.free} are free and {self.reserve} sealed ones are reserved"
             )
         lease = Lease(
             lease_id=f"{age[0]:x}-{age[1]}",
-            group=self._group,
+            group=self.group,
             age=age,
             need=need,
             max=max_need,
@@ -115,7 +102,7 @@ class Account:
         need = PageNeed(terms.hot_pages, terms.sealed_pages)
         lease = Lease(
             lease_id=terms.lease_id,
-            group=self._group,
+            group=self.group,
             age=(terms.epoch, terms.number),
             need=need,
             max=PageNeed(need.hot, max(need.sealed, terms.max_sealed_pages)),
@@ -161,51 +148,11 @@ class Account:
         """End a lease. Raises LedgerError if it is not here, because it has ended before."""
         if self._leases.pop((lease.age, lease.lease_id), None) is not lease:
             raise LedgerError(f"lease {lease.lease_id!r} is not in the ledger")
-        shared = 0
-        for index, block in enumerate(lease.blocks):
-            holders = self._holders.pop(block)
-            if holders > 1:
-                shared += self._sealed_pages_of(index)
-                self._holders[block] = holders - 1
+        shared = self.blocks.drop(lease.blocks)
         self._charge(-lease.need.hot, shared - lease.need.sealed)
         self.sequences -= lease.sequences
         self._adopted -= lease.adopted
         self._set_growing(lease, False)
-
-    def audit(self, loads: EngineLoads) -> tuple[str, ...]:
-        """Where the engine's own account disagrees, in words; nothing if they agree.
-
-        The words name the group, leases, their requests, and pages here and there.
-
-        loads: one moment of the engine's, sent after all updates of its account before it.
-            An extension may be on its way there: terms are never larger there than here.
-        """
-        faults: list[str] = []
-        group, covered, leases = self._group, PageNeed(0, 0), dict[str, str]()
-        for terms in loads.leases:
-            there = PageNeed(terms.hot_pages, terms.sealed_pages)
-            covered += there
-            lease = self._leases.get(((terms.epoch, terms.number), terms.lease_id))
-            leases[terms.lease_id] = f"{_named(terms.lease_id, lease)} {there}"
-            if lease is None:
-                faults.append(f"{group} has {leases[terms.lease_id]}, and it is not in the ledger")
-            elif not _within(terms, lease):
-                faults.append(
-                    f"{_named(lease.lease_id, lease)} is {lease.terms} in the ledger and {terms} "
-                    f"in {group}"
-                )
-        for lease in self._leases.values():
-            if lease.arrived and lease.lease_id not in leases:
-                faults.append(
-                    f"{_named(lease.lease_id, lease)} has arrived with {lease.need}, and {group} "
-                    "does not have it"
-                )
-        if not loads.pool.used.fits(covered):
-            faults.append(
-                f"sequences in {group} hold {loads.pool.used}, their leases cover {covered}: "
-                + ", ".join(leases.values())
-            )
-        return tuple(faults)
 
     def check_integrity(self) -> None:
         """Raise LedgerError unless the account is the sum of its leases."""
@@ -213,7 +160,7 @@ class Account:
         twice, seen = 0, set[bytes]()
         for lease in leases:
             for index, block in enumerate(lease.blocks):
-                twice += self._sealed_pages_of(index) if block in seen else 0
+                twice += self.blocks.sealed_pages(index) if block in seen else 0
                 seen.add(block)
         kept = (self.used, self.reserve, self.sequences)
         summed = (
@@ -227,12 +174,7 @@ class Account:
     def _enter(self, lease: Lease) -> None:
         if self._leases.setdefault((lease.age, lease.lease_id), lease) is not lease:
             raise LedgerError(f"lease {lease.lease_id!r} is in the ledger already")
-        shared = 0
-        for index, block in enumerate(lease.blocks):
-            holders = self._holders.get(block, 0)
-            if holders:
-                shared += self._sealed_pages_of(index)
-            self._holders[block] = holders + 1
+        shared = self.blocks.hold(lease.blocks)
         self._charge(lease.need.hot, lease.need.sealed - shared)
         self.sequences += lease.sequences
         self._adopted += lease.adopted
@@ -249,22 +191,3 @@ class Account:
             else:
                 del self._growing[(lease.to_grow, lease.lease_id)]
             self.reserve = self._growing.peekitem(-1)[0][0] if self._growing else 0
-
-    def _sealed_pages_of(self, block: int) -> int:
-        """Sealed pages of a prompt's block: pages of the sink have no sealed form."""
-        end = (block + 1) * self._block_pages
-        return min(self._block_pages, max(0, end - self._info.geometry.sink_pages))
-
-
-def _named(lease_id: str, lease: Lease | None) -> str:
-    """lease: None if the ledger does not have it"""
-    request = "unknown" if lease is None or lease.request is None else lease.request.request_id
-    return f"lease {lease_id} of request {request}"
-
-
-def _within(terms: LeaseTerms, lease: Lease) -> bool:
-    return (
-        PageNeed(terms.hot_pages, terms.sealed_pages).fits(lease.need)
-        and terms.max_sealed_pages <= lease.max.sealed
-        and terms.sequences <= lease.sequences
-    )

@@ -131,7 +131,7 @@ def _obstacle(
     if demand.prefill_s > weights.longest_s:
         return Reason.LONG
     if not account.holds(here.leased, here.to_grow):
-        shared = account.shared_pages(demand.sealed_blocks(group.kind))
+        shared = account.blocks.shared_pages(demand.sealed_blocks(group.kind))
         if not shared or not account.holds(here.leased, here.to_grow, shared):
             return Reason.FULL
     if wait_s > weights.ahead_s:

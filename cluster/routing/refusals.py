@@ -15,6 +15,7 @@ from kvmesh.cluster.routing.errors import (
 )
 from kvmesh.cluster.routing.fleet import Fleet
 from kvmesh.cluster.routing.forecast import earliest_start
+from kvmesh.cluster.routing.leases import Leases
 from kvmesh.cluster.routing.placement import GroupChoice
 from kvmesh.cluster.routing.verdict import Reason, Verdicts
 
@@ -25,9 +26,10 @@ class Refusals:
     Arguments in common: `choice` was made for `demand`; `ahead` requests wait already.
     """
 
-    def __init__(self, config: RouterConfig, fleet: Fleet) -> None:
+    def __init__(self, config: RouterConfig, fleet: Fleet, leases: Leases) -> None:
         self._config = config
         self._fleet = fleet
+        self._leases = leases
 
     def hopeless(
         self, demand: RequestDemand, choice: GroupChoice, ahead: int, now: float
@@ -64,7 +66,7 @@ class Refusals:
 
     def queue_s(self, ahead: int) -> float:
         """What those ahead take at the fleet's rate."""
-        return ahead * self._fleet.mean_lease_s / max(len(self._fleet.leases), 1)
+        return ahead * self._leases.mean_s / max(len(self._leases), 1)
 
     def within_quota(self, demand: RequestDemand) -> bool:
         """Whether the request's tenant may lease what it needs now."""

@@ -19,24 +19,19 @@ from kvmesh.cluster.routing.errors import (
     RequestIdInUseError,
 )
 from kvmesh.cluster.routing.fleet import Fleet
+from kvmesh.cluster.routing.leases import Leases
 from kvmesh.cluster.routing.live import LiveRequest
-from kvmesh.cluster.routing.outcome import (
-    Explained,
-    Outcome,
-    Refused,
-    RouterStatus,
-    TenantStatus,
-    Withdrawn,
-)
+from kvmesh.cluster.routing.outcome import Outcome, Refused, Withdrawn
 from kvmesh.cluster.routing.records import Records
 from kvmesh.cluster.routing.request import PlaceRequest
 from kvmesh.workers.lease import AccountUpdate, LeaseTerms
-from kvmesh.workers.loads import EngineInfo, EngineLoads
+from kvmesh.workers.loads import EngineInfo
 
 
 class Router:
     """Admits requests to groups so that leases never exceed what a group holds.
 
+    fleet, leases, admission, records: to be read; and what decides nothing is done there
     epoch: greater than any former router's, e.g. the time of its start
     now: seconds on a monotonic clock, in every call
     expected_groups: those that may hold leases of a former router; until they are up, or
@@ -52,9 +47,10 @@ class Router:
         expected_groups: Collection[str] = (),
     ) -> None:
         self.config = config
-        self.fleet = Fleet(config, epoch)
-        self.admission = Admission(config, self.fleet, now, expected_groups)
-        self._records = Records()
+        self.fleet = Fleet(config)
+        self.leases = Leases(self.fleet, epoch)
+        self.admission = Admission(config, self.fleet, self.leases, now, expected_groups)
+        self.records = Records()
 
     # Requests
 
@@ -66,27 +62,27 @@ class Router:
         it has the same id, so settle the others before the request's own outcome.
         """
         others: list[Outcome] = []
-        if (older := self._records.live.get(request.request_id)) is not None:
+        if (older := self.records.live.get(request.request_id)) is not None:
             if not (request.supersedes or request.resumed):
                 # Counted alone: it says nothing about the live request.
-                self._records.refused[RequestIdInUseError.__name__] += 1
+                self.records.refused[RequestIdInUseError.__name__] += 1
                 return [Refused(request.request_id, RequestIdInUseError(request.request_id))]
             others = [*self._abort(older, now), *self._continue(now)]
         live = self.admission.arrive(request, now)
         own, *more = self.admission.place(live, now)
         if not isinstance(own, Refused):
-            self._records.live[request.request_id] = live
+            self.records.live[request.request_id] = live
         for decision in (own, *more):
-            self._records.note(decision, now)
+            self.records.note(decision, now)
         return [own, *others, *more]
 
     def cancel(self, request_id: str, now: float) -> list[Outcome]:
         """The caller of a waiting request is gone. There is no outcome for itself."""
-        live = self._records.live.get(request_id)
+        live = self.records.live.get(request_id)
         if live is None or live.lease is not None:
             return []
         self.admission.give_up(live, now)
-        del self._records.live[request_id]
+        del self.records.live[request_id]
         return self._continue(now)
 
     def abort(self, request_id: str, now: float) -> list[Outcome]:
@@ -95,7 +91,7 @@ class Router:
         A waiting one is refused. A lease is withdrawn, and stays until the engine says
         that it has ended.
         """
-        live = self._records.live.get(request_id)
+        live = self.records.live.get(request_id)
         if live is None:
             return []
         return [*self._abort(live, now), *self._continue(now)]
@@ -105,13 +101,13 @@ class Router:
 
         If its sequences have arrived all the same, the engine has to end them first.
         """
-        lease = self.fleet.leases.get(lease_id)
+        lease = self.leases.get(lease_id)
         if lease is None:
             return []
         if lease.arrived:
             return [Withdrawn(lease.group, lease_id)]
-        self.fleet.release(lease, now)
-        self._records.lease_over(lease)
+        self.leases.release(lease, now)
+        self.records.lease_over(lease)
         return self._continue(now)
 
     def finished(self, lease_id: str) -> None:
@@ -119,9 +115,9 @@ class Router:
 
         The lease stays until the engine's account says that its pages are free.
         """
-        lease = self.fleet.leases.get(lease_id)
+        lease = self.leases.get(lease_id)
         if lease is not None:
-            self._records.request_over(lease)
+            self.records.request_over(lease)
 
     # Engines
 
@@ -133,7 +129,9 @@ class Router:
         Leases from before it connected are void unless it lists them.
         """
         self._void(group, now)
-        self.fleet.group_up(group, info, leases, now)
+        self.fleet.up(group, info)
+        for terms in leases:
+            self.leases.adopt(group, terms, now)
         self.admission.missing.discard(group)
         return self._continue(now)
 
@@ -145,14 +143,6 @@ class Router:
         self._void(group, now)
         return self._continue(now)
 
-    def group_drains(self, group: str) -> None:
-        """A group's engine finishes what it has and takes nothing new; its leases stay."""
-        self.fleet.groups[group].draining = True
-
-    def group_retires(self, group: str, as_name: str) -> None:
-        """A draining group ends its leases under another name, which its successor's is not."""
-        self.fleet.retire(group, as_name)
-
     def group_leaves(self, group: str, now: float) -> list[Outcome]:
         """Like `group_down`, of a group that will not return."""
         outcomes = self.group_down(group, now)
@@ -161,34 +151,28 @@ class Router:
 
     def account(self, group: str, update: AccountUpdate, now: float) -> list[Outcome]:
         """What changed in the account of a group's engine; ignored if the group is down."""
-        known = self.fleet.groups.get(group)
-        if known is None or known.account is None:
+        if self.fleet.account(group) is None:
             return []
-        leases = self.fleet.leases
+        leases = self.leases
         for terms in update.arrived:
             if (lease := leases.get(terms.lease_id)) is None:
                 # Granted by a former router, or before the group's connection broke.
-                self.fleet.adopt(group, terms, now)
+                leases.adopt(group, terms, now)
             else:
                 lease.arrived = True
         for lease_id in update.first_tokens:
             if (lease := leases.get(lease_id)) is not None:
-                self.fleet.first_token(lease, now)
+                leases.first_token(lease, now)
         for want in update.wants:
             if (lease := leases.get(want.lease_id)) is not None:
-                self.fleet.want(lease, want)
+                leases.want(lease, want)
         for end in update.ended:
             if (lease := leases.get(end.lease_id)) is not None:
-                self.fleet.end(lease, now, end.output_tokens)
-                self._records.lease_over(lease)
+                leases.end(lease, now, end.output_tokens)
+                self.records.lease_over(lease)
         # An arrival alone makes no room.
         news = update.first_tokens or update.wants or update.ended
         return self._continue(now) if news else []
-
-    def audit(self, group: str, loads: EngineLoads) -> tuple[str, ...]:
-        """Where an engine's report and the ledger disagree, in words; nothing if they agree."""
-        known = self.fleet.groups.get(group)
-        return known.account.audit(loads) if known and known.account else ()
 
     # Time
 
@@ -200,54 +184,22 @@ class Router:
             assert live.request.timeout_s is not None
             error = DeadlineUnreachableError(live.request.timeout_s, None)
             refused = Refused(live.request_id, error)
-            self._records.note(refused, now)
+            self.records.note(refused, now)
             outcomes.append(refused)
-        for lease in self.fleet.never_arrived(now - self.config.lease_ttl_s):
-            self.fleet.release(lease, now)
-            self._records.lease_over(lease, expired=True)
+        for lease in self.leases.never_arrived(now - self.config.lease_ttl_s):
+            self.leases.release(lease, now)
+            self.records.lease_over(lease, expired=True)
             outcomes.append(Withdrawn(lease.group, lease.lease_id))
         return [*outcomes, *self._continue(now)]
-
-    # Reading
-
-    def explain(self, request_id: str, now: float) -> tuple[Explained, ...]:
-        """What was decided of a request, oldest first; nothing if it is not known, or no longer."""
-        return self._records.explain(request_id, now)
-
-    def tenant_status(self, tenant: str) -> TenantStatus:
-        tenants, queued = self.fleet.tenants, self.admission.queue.count_of(tenant)
-        return TenantStatus(
-            queued=queued,
-            running=tenants.live(tenant) - queued,
-            leased_bytes=tenants.leased_bytes(tenant),
-            quota_bytes=tenants.policy(tenant).quota_bytes,
-        )
-
-    def status(self, now: float) -> RouterStatus:
-        """The budget as it stands."""
-        records, queue = self._records, self.admission.queue
-        return RouterStatus(
-            epoch=self.fleet.epoch,
-            ready=self.admission.ready(now),
-            queue_depth=len(queue),
-            queue_limit=queue.limit,
-            live_requests=len(records.live),
-            leases=len(self.fleet.leases),
-            groups=tuple(group.status() for group in self.fleet.groups.values()),
-            granted_total=records.granted,
-            released_total=records.released,
-            expired_total=records.expired,
-            refused_total=dict(records.refused),
-        )
 
     # Within
 
     def _continue(self, now: float) -> list[Outcome]:
         """Use what has become free: leases that want more come before new ones."""
-        grown = self.fleet.grow_wanting(now)
+        grown = self.leases.grow_wanting(now)
         decisions = self.admission.admit(now)
         for decision in decisions:
-            self._records.note(decision, now)
+            self.records.note(decision, now)
         return [*grown, *decisions]
 
     def _abort(self, live: LiveRequest, now: float) -> list[Outcome]:
@@ -255,9 +207,10 @@ class Router:
             return [Withdrawn(live.lease.group, live.lease.lease_id)]
         self.admission.give_up(live, now)
         refused = Refused(live.request_id, RequestAbortedError())
-        self._records.note(refused, now)
+        self.records.note(refused, now)
         return [refused]
 
     def _void(self, group: str, now: float) -> None:
-        for lease in self.fleet.group_down(group, now):
-            self._records.lease_over(lease)
+        for lease in self.leases.void(group, now):
+            self.records.lease_over(lease)
+        self.fleet.down(group)

@@ -95,7 +95,7 @@ class SimScaler:
         for name in sorted(self._running - wanted):
             self._running.discard(name)
             self._stopping.add(name)
-            self._router.group_drains(name)
+            self._router.fleet.drain(name)
         for name in self._starting.keys() - wanted:
             del self._starting[name]
             self.clock.stop(name, now)

@@ -298,7 +298,7 @@ class WatchedRouter(RouterService):
         super().release(lease_id)
 
     def _holds(self, lease_id: str) -> bool:
-        return lease_id in self.router.fleet.leases
+        return lease_id in self.router.leases
 
     def note_account(self, message: AccountNews) -> None:
         self.first_tokens.update(message.update.first_tokens)

@@ -130,7 +130,7 @@ async def test_an_engine_that_leaves_ends_its_sequences_next_to_its_successor(
         assert {*status.reports} == {"g0"}
         assert status.audit_faults_total == 0
         await one.at_rest()
-        one.router.router.fleet.check_integrity()
+        one.router.router.leases.check_integrity()
 
 
 async def test_a_draining_engine_that_connects_again_stays_next_to_its_successor() -> None:

@@ -39,6 +39,7 @@ from kvmesh.cluster.router_service import (
 )
 from kvmesh.cluster.routing.config import RouterConfig, RouterTuning
 from kvmesh.cluster.routing.errors import RequestAbortedError, RequestIdInUseError
+from kvmesh.cluster.routing.status import router_status
 from kvmesh.cluster.telemetry import table
 from kvmesh.cluster.telemetry.meters import RouterMeters
 from kvmesh.workers.lease import AccountUpdate, LeaseEnd, LeaseTerms, LeaseWant, PageChanges
@@ -131,7 +132,7 @@ def failure(messages: list[object]) -> Exception:
 def test_a_placement_says_where_and_under_which_lease() -> None:
     routed = Routed("g0")
     answer = placed(FarEnd(routed), "a", 7)
-    (lease,) = routed.service.router.fleet.leases.values()
+    (lease,) = routed.service.router.leases.values()
     assert answer.lease == lease.terms
     assert (answer.group, answer.address) == ("g0", Address("g0", 5))
     assert answer.engine.epoch == "g0-5"
@@ -190,7 +191,7 @@ def test_requests_of_a_lost_ingress_wait_no_longer() -> None:
     assert len(routed.service.callers) == 1
     other.says(Release(first.lease.lease_id))
     assert [x.call for x in other.all_of(Placed)] == [1, 2]  # type: ignore[attr-defined]
-    assert routed.service.router.status(routed.now).live_requests == 1
+    assert router_status(routed.service.router, routed.now).live_requests == 1
 
 
 def test_an_id_that_is_in_use_is_refused_unless_the_request_replaces_it() -> None:
@@ -372,17 +373,17 @@ def test_the_later_engine_of_a_group_stays(returned: int) -> None:
     assert left.heard == ([] if returned == 5 else [Replaced()])
     assert not stays.closed
     assert stays.heard == []
-    assert len(routed.service.router.fleet.leases) == (returned < 5), "others were of the former"
+    assert len(routed.service.router.leases) == (returned < 5), "others were of the former"
     # What is still on its way from the one that left does not count.
     lease = LeaseTerms("late", 1, 1, 1, 1)
     left.peer.received(AccountNews(AccountUpdate(arrived=(lease,)), NO_PAGES))
     left.peer.received(report(running=9))
     left.peer.lost()
-    assert "late" not in routed.service.router.fleet.leases
+    assert "late" not in routed.service.router.leases
     assert routed.service.status().reports == {}
     assert routed.service.status().healthy == {"g0"}
     stays.peer.received(AccountNews(AccountUpdate(arrived=(lease,)), NO_PAGES))
-    assert "late" in routed.service.router.fleet.leases
+    assert "late" in routed.service.router.leases
 
 
 def test_a_group_that_returns_is_listed_with_its_leases() -> None:
@@ -390,9 +391,9 @@ def test_a_group_that_returns_is_listed_with_its_leases() -> None:
     ingress = FarEnd(routed)
     made = placed(ingress, "a", 1)
     routed.engines["g0"].peer.lost()
-    assert routed.service.router.fleet.leases == {}
+    assert routed.service.router.leases == {}
     routed.engine("g0", leases=(made.lease,))
-    assert [*routed.service.router.fleet.leases] == [made.lease.lease_id]
+    assert [*routed.service.router.leases] == [made.lease.lease_id]
 
 
 def test_nothing_is_placed_on_an_engine_that_drains() -> None:

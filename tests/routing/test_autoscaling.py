@@ -147,7 +147,7 @@ def test_the_load_of_a_router() -> None:
     assert sorted(load.held) == ["g0", "g1"]
     assert sum(load.held.values()) > 0.0 and load.computing > 0 and load.wait_s == 0.0
     # A group that drains takes nothing, so it does not count.
-    router.group_drains("g0")
+    router.fleet.drain("g0")
     assert {*fleet_load(router, 0.0).held} == {"g1"}
     router.group_down("g1", 0.0)
     assert {*fleet_load(router, 0.0).held} == set()

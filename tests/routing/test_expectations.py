@@ -118,7 +118,7 @@ def test_a_groups_pace_is_learned_from_the_gaps_between_its_tokens() -> None:
     emit(router, made, 8.0)
     end(router, made, 12.0, output_tokens=11)
     assert group.decode_step_s == pytest.approx(before_s + 0.05 * (0.5 - before_s))
-    assert router.fleet.mean_lease_s == pytest.approx(1.0 + 0.05 * (12.0 - 1.0))
+    assert router.leases.mean_s == pytest.approx(1.0 + 0.05 * (12.0 - 1.0))
     after_s = group.decode_step_s
     for name, now, output_tokens in (("b", 20.0, 1), ("c", 40.0, None)):
         made = place(router, name, 160, 160, now)

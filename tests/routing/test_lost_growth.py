@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kvmesh.cluster.routing.outcome import Grown, Placement
 from kvmesh.cluster.routing.router import Router
+from kvmesh.cluster.routing.status import router_status
 from kvmesh.workers.lease import LeaseTerms
 from tests.routing.groups import (
     arrive,
@@ -51,15 +52,15 @@ def test_growth_that_waits_is_forgotten_with_its_engine() -> None:
     assert router.tick(4.0) == []
     assert router.group_up("g0", info_like(INFO, "e1"), (), 5.0) == []
     assert end(router, older, 6.0) == [], "of the former engine"
-    router.fleet.check_integrity()
-    assert router.status(6.0).leases == 0
+    router.leases.check_integrity()
+    assert router_status(router, 6.0).leases == 0
 
 
 def test_growth_that_waits_is_forgotten_when_its_lease_ends() -> None:
     router, older, younger = with_waiting_growth()
     assert grown([*end(router, younger, 3.0)]) == []
     assert grown([*end(router, older, 4.0)]) == []
-    router.fleet.check_integrity()
+    router.leases.check_integrity()
 
 
 def test_growth_of_a_lease_that_the_engine_brings_back_is_granted_again() -> None:
@@ -67,5 +68,5 @@ def test_growth_of_a_lease_that_the_engine_brings_back_is_granted_again() -> Non
     router.group_down("g0", 3.0)
     terms = foreign(5, hot=3, sealed=younger.lease.sealed_pages, max_sealed=30)
     router.group_up("g0", INFO, (terms,), 4.0)
-    assert router.status(4.0).leases == 1
+    assert router_status(router, 4.0).leases == 1
     assert grown([*router.tick(5.0)]) == [], "it has not asked again"

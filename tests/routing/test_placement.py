@@ -4,6 +4,7 @@ import pytest
 
 from kvmesh.cluster.routing.errors import DeadlineUnreachableError
 from kvmesh.cluster.routing.outcome import Enqueued, Grown, Refused
+from kvmesh.cluster.routing.status import router_status
 from kvmesh.cluster.routing.verdict import Reason
 from kvmesh.workers.sizes import PageNeed
 from tests.routing.groups import (
@@ -105,7 +106,7 @@ def test_growth_past_the_estimate_is_granted_with_new_terms() -> None:
     (grown,) = want(router, placement, 160, 600, 3.0)
     assert isinstance(grown, Grown)
     assert grown.lease.sealed_pages == grown.lease.max_sealed_pages
-    assert router.status(3.0).groups[0].used == PageNeed(4, grown.lease.sealed_pages)
+    assert router_status(router, 3.0).groups[0].used == PageNeed(4, grown.lease.sealed_pages)
     (again,) = want(router, placement, 160, 9000, 3.0)  # nothing beyond what it was admitted for
     assert again == grown
     end(router, placement, 4.0)

@@ -24,8 +24,10 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from kvmesh.cluster.routing.audit import audit
 from kvmesh.cluster.routing.config import RouterConfig, RouterTuning
 from kvmesh.cluster.routing.errors import RequestAbortedError
+from kvmesh.cluster.routing.leases import Leases
 from kvmesh.cluster.routing.live import Lease
 from kvmesh.cluster.routing.outcome import (
     Enqueued,
@@ -38,6 +40,7 @@ from kvmesh.cluster.routing.outcome import (
 )
 from kvmesh.cluster.routing.request import PlaceRequest
 from kvmesh.cluster.routing.router import Router
+from kvmesh.cluster.routing.status import router_status
 from kvmesh.workers.lease import AccountUpdate, LeaseEnd, LeaseTerms, LeaseWant
 from kvmesh.workers.loads import ArenaLoads, EngineInfo, EngineLoads, PoolLoads
 from kvmesh.workers.sizes import PageNeed
@@ -386,17 +389,17 @@ class RouterMachine(RuleBasedStateMachine):
 
     @invariant()
     def the_accounts_are_the_sums_of_their_leases(self) -> None:
-        self.router.fleet.check_integrity()
+        self.router.leases.check_integrity()
 
     @invariant()
     def leases_are_released_once(self) -> None:
-        status = self.router.status(self.now)
+        status = router_status(self.router, self.now)
         live = sum(not lease.adopted for lease in self.leases.values())
         assert status.granted_total == status.released_total + status.expired_total + live
 
     @invariant()
     def every_request_is_where_it_is_thought_to_be(self) -> None:
-        status = self.router.status(self.now)
+        status = router_status(self.router, self.now)
         assert status.queue_depth == sum(job.state == "queued" for job in self.all.values())
         self.the_queue_reads_as_it_stands()
         for engine in self.engines.values():
@@ -410,7 +413,7 @@ class RouterMachine(RuleBasedStateMachine):
         assert [standing.position for standing in standings] == list(range(len(standings)))
         names = [standing.request_id for standing in standings]
         assert sorted(names) == sorted(x for x, job in self.all.items() if job.state == "queued")
-        ranks = [self.router._records.live[name].rank[:2] for name in names]
+        ranks = [self.router.records.live[name].rank[:2] for name in names]
         assert ranks == sorted(ranks)
         for standing in standings:
             assert standing.projected_start_s is None or standing.projected_start_s >= 0
@@ -436,7 +439,7 @@ class RouterMachine(RuleBasedStateMachine):
             if idle and not self.leases and all(x.state in FINAL for x in self.all.values()):
                 break
         assert not Counter(job.state for job in self.all.values() if job.state not in FINAL)
-        status = self.router.status(self.now)
+        status = router_status(self.router, self.now)
         assert (status.leases, status.live_requests, status.queue_depth) == (0, 0, 0)
         for use in self.router.fleet.tenants._uses.values():
             assert (use.active, use.leased_bytes) == (0, 0)
@@ -448,8 +451,8 @@ class RouterMachine(RuleBasedStateMachine):
     # Within
 
     @property
-    def leases(self) -> dict[str, Lease]:
-        return self.router.fleet.leases
+    def leases(self) -> Leases:
+        return self.router.leases
 
     def start_router(self) -> None:
         self.epoch += 1
@@ -593,7 +596,8 @@ class RouterMachine(RuleBasedStateMachine):
             message = engine.to_router.popleft()
             if isinstance(message, EngineLoads):
                 SEEN.add("audits")
-                assert self.router.audit(engine.name, message) == ()
+                account = self.router.fleet.account(engine.name)
+                assert account is not None and audit(account, message) == ()
             else:
                 self.note_strays(engine)
                 self.settle(self.router.account(engine.name, message, self.now))

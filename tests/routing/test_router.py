@@ -19,6 +19,7 @@ from kvmesh.cluster.routing.errors import (
 from kvmesh.cluster.routing.outcome import Decision, Enqueued, Granted, Outcome, Refused, Withdrawn
 from kvmesh.cluster.routing.records import Records
 from kvmesh.cluster.routing.router import Router
+from kvmesh.cluster.routing.status import router_status
 from kvmesh.cluster.routing.verdict import Reason
 from kvmesh.workers.sizes import PageNeed
 from tests.routing.groups import (
@@ -103,7 +104,7 @@ def test_the_queue_is_served_in_order_as_leases_end() -> None:
     assert running.queue_s == 3.0
     assert end(router, running, 9.0) == []
     assert end(router, running, 9.0) == []
-    status = router.status(9.0)
+    status = router_status(router, 9.0)
     assert (status.leases, status.live_requests, status.queue_depth) == (0, 0, 0)
     assert (status.granted_total, status.released_total) == (4, 4)
 
@@ -114,10 +115,10 @@ def test_a_request_that_was_to_replace_another_and_is_refused_leaves_that_one_kn
     own, withdrawn = router.place(ask("a", prompt=10_000, supersedes=True), 1.0)
     refused(own, ExceedsEveryGroupError)
     assert withdrawn == Withdrawn("g0", first.lease.lease_id)
-    assert router.status(1.0).live_requests == 1
+    assert router_status(router, 1.0).live_requests == 1
     assert router.abort("a", 2.0) == [withdrawn], "it still runs, until its engine has ended it"
     assert end(router, first, 3.0) == []
-    assert router.status(3.0).live_requests == 0
+    assert router_status(router, 3.0).live_requests == 0
 
 
 def test_a_full_queue_refuses_with_advice() -> None:
@@ -128,7 +129,7 @@ def test_a_full_queue_refuses_with_advice() -> None:
     assert isinstance(error, QueueFullError)
     assert error.retry_after_s > 0
     assert error.needed_bytes > 0
-    assert router.status(0.0).refused_total == {"QueueFullError": 1}
+    assert router_status(router, 0.0).refused_total == {"QueueFullError": 1}
 
 
 def test_deadlines_and_cancellations_leave_the_queue() -> None:
@@ -142,7 +143,7 @@ def test_deadlines_and_cancellations_leave_the_queue() -> None:
     refused(late, DeadlineUnreachableError)
     for name in "cca":  # twice, and one that runs
         assert router.cancel(name, 6.0) == []
-    status = router.status(6.0)
+    status = router_status(router, 6.0)
     assert (status.queue_depth, status.leases, status.live_requests) == (0, 1, 1)
 
 
@@ -191,7 +192,7 @@ def test_a_live_id_is_in_use_until_its_lease_ends() -> None:
     for name in "ab":
         error = refused(router.place(ask(name), 1.0)[0], RequestIdInUseError)
         assert str(error) == f"request id {name!r} is already in use by a live request"
-    assert len(router.explain("b", 1.0)) == 1
+    assert len(router.records.explain("b", 1.0)) == 1
     running = granted(end(router, running, 2.0))
     assert isinstance(router.place(ask("a"), 3.0)[0], Enqueued)
 
@@ -207,7 +208,7 @@ def test_a_newer_incarnation_ends_the_older_one(how: str) -> None:
     queued, older = router.place(ask("a", **{how: True}), 2.0)
     assert isinstance(queued, Enqueued)
     refused(older, RequestAbortedError)
-    assert router.status(2.0).live_requests == 1
+    assert router_status(router, 2.0).live_requests == 1
     # The older lease ends through its engine, and what it held goes to the newest.
     newest = granted(end(router, first, 3.0))
     assert (newest.request_id, newest.queue_s) == ("a", 1.0)
@@ -225,7 +226,7 @@ def test_an_abort_refuses_what_waits_and_withdraws_what_runs() -> None:
     assert router.abort("b", 1.0) == []
     for _ in range(2):  # the lease stays until the engine says that it has ended
         assert router.abort("a", 2.0) == [Withdrawn("g0", running.lease.lease_id)]
-    assert router.status(2.0).leases == 1
+    assert router_status(router, 2.0).leases == 1
     assert granted(end(router, running, 3.0)).request_id == "c"
     assert router.abort("a", 4.0) == []
 
@@ -239,7 +240,7 @@ def test_an_ingress_gives_back_a_lease_once_and_only_if_it_was_not_used() -> Non
     assert router.release(first.lease.lease_id, 1.0) == []
     arrive(router, second, 1.0)
     assert router.release(second.lease.lease_id, 2.0) == [Withdrawn("g0", second.lease.lease_id)]
-    assert router.status(2.0).leases == 1
+    assert router_status(router, 2.0).leases == 1
 
 
 def test_a_lease_that_never_arrives_is_released_and_withdrawn() -> None:
@@ -251,14 +252,14 @@ def test_a_lease_that_never_arrives_is_released_and_withdrawn() -> None:
     withdrawn, next_one = router.tick(10.0)
     assert withdrawn == Withdrawn("g0", unused.lease.lease_id)
     assert granted([next_one]).request_id == "c"
-    status = router.status(10.0)
+    status = router_status(router, 10.0)
     assert (status.expired_total, status.leases, status.live_requests) == (1, 2, 2)
     # It had been on its way: until the engine has ended it, its pages count.
     arrive(router, unused, 10.1)
-    assert router.status(10.1).leases == 3
+    assert router_status(router, 10.1).leases == 3
     end(router, unused, 10.2)
-    assert router.status(10.2).leases == 2
-    router.fleet.check_integrity()
+    assert router_status(router, 10.2).leases == 2
+    router.leases.check_integrity()
 
 
 def test_a_lost_group_voids_its_leases_and_its_requests_wait_for_its_return() -> None:
@@ -272,7 +273,7 @@ def test_a_lost_group_voids_its_leases_and_its_requests_wait_for_its_return() ->
     assert [v.reason for v in waiting.verdicts] == [Reason.DOWN, Reason.PAGES]
     outcomes = router.group_up("g0", make_info(epoch="e1"), (), 2.0)
     assert granted(outcomes).engine_epoch == "e1"
-    assert router.status(2.0).released_total == 1
+    assert router_status(router, 2.0).released_total == 1
 
 
 def test_a_request_that_lost_an_engine_waits_for_another_incarnation_of_it() -> None:
@@ -307,13 +308,13 @@ def test_a_group_that_connects_again_has_the_leases_that_it_lists() -> None:
     assert router.group_down("g0", 1.0) == []
     next_one = granted(router.group_up("g0", make_info(max_sequences=3), [kept.lease], 2.0))
     assert next_one.request_id == "d"
-    assert list(router.fleet.leases) == [kept.lease.lease_id, next_one.lease.lease_id]
+    assert list(router.leases) == [kept.lease.lease_id, next_one.lease.lease_id]
     # Granted before the connection broke, submitted to the engine in the meantime:
     arrive(router, on_its_way, 3.0)
-    assert router.status(3.0).groups[0].sequences == 3
+    assert router_status(router, 3.0).groups[0].sequences == 3
     for placement in (kept, on_its_way, next_one):
         end(router, placement, 4.0, 10)
-    status = router.status(4.0)
+    status = router_status(router, 4.0)
     assert (status.leases, status.groups[0].used) == (0, PageNeed(0, 0))
     assert (status.granted_total, status.released_total) == (4, 4)
 
@@ -325,11 +326,11 @@ def test_an_engine_that_connects_twice_voids_what_it_does_not_list() -> None:
     for placement in placements:
         arrive(router, placement, 0.0)
     router.group_up("g0", make_info(), [placements[1].lease], 1.0)
-    assert list(router.fleet.leases) == [placements[1].lease.lease_id]
+    assert list(router.leases) == [placements[1].lease.lease_id]
     router.group_up("g0", make_info(epoch="e1"), (), 2.0)
-    status = router.status(2.0)
+    status = router_status(router, 2.0)
     assert (status.leases, status.groups[0].used) == (0, PageNeed(0, 0))
-    router.fleet.check_integrity()
+    router.leases.check_integrity()
 
 
 def test_without_any_group_the_answer_is_to_come_back() -> None:
@@ -340,9 +341,9 @@ def test_a_restarted_router_admits_only_after_the_expected_groups_are_up() -> No
     router = Router(RouterConfig(), epoch=4, now=0.0, expected_groups=["g0", "g1"])
     assert router.group_up("g0", make_info(), [foreign(0, 4, 90)], 0.0) == []
     assert isinstance(router.place(ask("a"), 0.2)[0], Enqueued)
-    assert not router.status(0.2).ready
+    assert not router_status(router, 0.2).ready
     assert granted(router.group_up("g1", make_info(), (), 0.4)).group == "g1"
-    assert router.status(0.4).groups[0].used.sealed == 90
+    assert router_status(router, 0.4).groups[0].used.sealed == 90
 
 
 def test_a_restarted_router_does_not_wait_indefinitely() -> None:
@@ -363,7 +364,7 @@ def test_what_never_fits_is_refused_when_the_groups_are_known() -> None:
     next_one, never = router.group_up("g0", make_info(), (), 1.0)
     refused(never, ExceedsEveryGroupError)
     assert granted([next_one]).request_id == "a"
-    assert router.status(1.0).live_requests == 1
+    assert router_status(router, 1.0).live_requests == 1
 
 
 def test_what_only_a_missing_group_can_hold_waits_for_it() -> None:
@@ -404,7 +405,7 @@ def test_an_estimate_changes_nothing() -> None:
     assert (after.fits_ever, after.fits_now, after.group) == (True, False, None)
     assert after.projected_start_s is not None
     assert after.projected_start_s > 0
-    assert router.status(0.0).queue_depth == 0
+    assert router_status(router, 0.0).queue_depth == 0
     never = router.admission.estimate(ask("a", prompt=10_000), 0.0)
     assert (never.fits_ever, never.projected_start_s) == (False, None)
 
@@ -412,7 +413,7 @@ def test_an_estimate_changes_nothing() -> None:
 def test_decisions_are_explained_in_words() -> None:
     router = router_with(groups={"g0": make_info(), "small": make_info(sealed=5)})
     router.place(ask("a"), 0.0)
-    (placed,) = router.explain("a", 2.0)
+    (placed,) = router.records.explain("a", 2.0)
     assert (placed.age_s, placed.group) == (2.0, "g0")
     outcome, chosen, too_small = placed.lines()
     assert outcome == "placed after 0.000 s in the queue"
@@ -420,16 +421,16 @@ def test_decisions_are_explained_in_words() -> None:
     assert Reason.PAGES.value in too_small
     router.group_down("g0", 1.0)
     router.place(ask("b"), 1.0)
-    (waits,) = router.explain("b", 1.0)
+    (waits,) = router.records.explain("b", 1.0)
     assert waits.outcome.startswith("queued after 0 others")
     assert waits.group == ""
     router.place(ask("c", prompt=9000), 1.0)
-    (never,) = router.explain("c", 1.0)
+    (never,) = router.records.explain("c", 1.0)
     assert never.outcome.startswith("refused: no group can hold the request")
     assert len(never.verdicts) == 2
     router.group_up("g0", make_info(epoch="e1"), (), 3.0)
-    assert [x.group for x in router.explain("b", 3.0)] == ["", "g0"]
-    assert router.explain("unknown", 3.0) == ()
+    assert [x.group for x in router.records.explain("b", 3.0)] == ["", "g0"]
+    assert router.records.explain("unknown", 3.0) == ()
 
 
 def test_the_log_of_decisions_is_bounded_and_keeps_the_latest() -> None:

@@ -15,6 +15,7 @@ from kvmesh.workers.executor import MakeMasks
 from kvmesh.workers.lease import LeaseTerms
 from kvmesh.workers.plan import StepPlan, StepResult
 from kvmesh.workers.request import EndReason, EngineRequest, SequenceDelta
+from kvmesh.workers.request_check import check_request
 from kvmesh.workers.sequence import Sequence
 from kvmesh.workers.sizes import BLOCK_PAGES, PageNeed
 from tests.exercised import Exercised
@@ -166,7 +167,7 @@ class EngineMachine:
             found.scores = expected_scores(prompt)[:scored]
             wanted.append(found)
         if all(map(self.accepted, wanted)):
-            self.engine.add_all([x.request for x in wanted])
+            self.engine.add(*(x.request for x in wanted))
             for x in wanted:
                 self.note_added(x)
 
@@ -174,7 +175,7 @@ class EngineMachine:
         total = min(len(wanted.prompt) + wanted.request.params.max_tokens, CONTEXT)
         fits = len(self.engine.geometry.sealed_range(total)) <= self.engine.info.capacity.sealed
         try:
-            self.engine.check(wanted.request)
+            check_request(wanted.request, self.engine.info)
         except PoolCapacityError:
             self.seen.add("refusals")
             assert not fits
@@ -404,7 +405,7 @@ class EngineMachine:
 
     def check_blocks(self) -> None:
         """The blocks that were reported are those that are cached."""
-        for block, held in self.engine.take_page_changes().items():
+        for block, held in self.scheduler.cache.take_changes().items():
             (self.blocks.add if held else self.blocks.discard)(block)
         found = self.scheduler.cache._forms.keys()
         assert self.blocks <= found

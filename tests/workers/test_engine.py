@@ -15,7 +15,7 @@ from kvmesh.workers.arena import Arena
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.constraint import OutputConstraint
 from kvmesh.workers.engine import Engine
-from kvmesh.workers.errors import ConfigError, InvalidFieldError, PoolCapacityError
+from kvmesh.workers.errors import ConfigError
 from kvmesh.workers.executor import Allocation, MakeMasks, RankDescription
 from kvmesh.workers.lease import LeaseTerms
 from kvmesh.workers.loads import OLDEST, SequenceLoad, StepTime
@@ -374,66 +374,6 @@ def test_a_reused_id_does_not_inherit_a_deadline() -> None:
     assert engine.deadline_s() is None
 
 
-@pytest.mark.parametrize(
-    ("change", "field"),
-    [
-        ({"prompt": []}, "prompt"),
-        ({"prompt": [VOCAB]}, "prompt.token_ids"),
-        ({"prompt": [-1]}, "prompt.token_ids"),
-        ({"prompt": [1] * 800}, "prompt"),
-        ({"params": SamplingParams(stop_token_ids=(VOCAB,))}, "stop_token_ids"),
-        ({"params": SamplingParams(logit_bias={-1: 1.0})}, "logit_bias"),
-        ({"resumed_tokens": 3}, "resumed_tokens"),
-    ],
-)
-def test_impossible_requests_are_refused_by_field(change: dict[str, object], field: str) -> None:
-    engine, _ = make_engine()
-    kwargs: dict[str, object] = {"prompt": [1, 2, 3], **change}
-    with pytest.raises(InvalidFieldError) as caught:
-        engine.check(request("bad", kwargs.pop("prompt"), **kwargs))  # type: ignore[arg-type]
-    assert caught.value.field == field
-
-
-@pytest.mark.parametrize(
-    ("prompt", "max_tokens", "resumed", "accepted"),
-    [
-        (799, 5, 0, True),  # one token of output is left
-        (800, 5, 0, False),
-        (10, 4, 3, True),  # one more may be generated
-        (10, 4, 4, False),
-        (3, 9, 2, True),  # one token of the prompt is left
-        (3, 9, 3, False),
-        (3, 9, -1, False),
-    ],
-)
-def test_the_longest_prompts_and_outputs_that_are_accepted(
-    prompt: int, max_tokens: int, resumed: int, accepted: bool
-) -> None:
-    engine, _ = make_engine(budget=400)
-    params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
-    item = request("r", [3] * prompt, params=params, resumed_tokens=resumed)
-    if not accepted:
-        with pytest.raises(InvalidFieldError):
-            engine.check(item)
-        return
-    engine.check(item)
-    engine.add(item)
-    room = min(max_tokens - resumed, 800 - prompt)
-    assert len(tokens_of(run(engine)["r"])) == room
-
-
-def test_resumed_tokens_count_once_against_the_pool() -> None:
-    engine, _ = make_engine(budget=60)
-    limit = engine.geometry.tokens_within(engine.info.capacity.sealed)
-    for tokens, fits in ((limit, True), (limit + 1, False)):
-        item = request("r", [3] * 30, tokens - 20, resumed_tokens=10)
-        if fits:
-            engine.check(item)
-        else:
-            with pytest.raises(PoolCapacityError):
-                engine.check(item)
-
-
 class UnequalExecutor(MemoryExecutor):
     """The second of its ranks has less memory."""
 
@@ -482,14 +422,6 @@ def test_the_context_is_configured_up_to_the_models(
             Engine(config, executor)
     else:
         assert Engine(config, executor).info.max_model_len == used
-
-
-def test_a_request_that_exceeds_the_pool_is_refused_with_bytes() -> None:
-    engine, _ = make_engine(budget=60)
-    with pytest.raises(PoolCapacityError) as caught:
-        engine.check(request("huge", [1] * 700, 90))
-    assert caught.value.needed_bytes > caught.value.available_bytes > 0
-    assert not caught.value.retryable
 
 
 def test_a_budget_without_room_for_one_sequence_is_a_configuration_error() -> None:
@@ -601,7 +533,7 @@ def test_logprobs_are_passed_on_also_if_they_are_zero() -> None:
     (delta,) = run(engine)["with"]
     (token,) = delta.token_ids
     assert delta.logprobs == (SampledLogprobs(0.0, ((token, 0.0),)),)
-    assert engine.step_host_s == 0.5
+    assert engine.stats.rank_host_s == 0.5
 
 
 def test_the_parts_of_a_step_are_timed_and_the_longest_wait_for_a_token() -> None:
@@ -622,12 +554,12 @@ def test_the_parts_of_a_step_are_timed_and_the_longest_wait_for_a_token() -> Non
     engine.add(request("second", [7, 8], 3))
     engine.step()
     engine.step()
-    assert engine.take_step_times() == [
+    assert engine.stats.take_step_times() == [
         StepTime(1.0, 3.0, None),  # first tokens have no predecessor
         StepTime(1.0, 3.0, 10.0),  # that of "first"
         StepTime(1.0, 3.0, 4.0),
     ]
-    assert engine.take_step_times() == []
+    assert engine.stats.take_step_times() == []
 
 
 def test_loads_name_the_oldest_sequences_and_count_tokens_by_phase() -> None:
@@ -707,17 +639,17 @@ def test_cached_block_ends_are_reported_when_they_change() -> None:
     run(engine)
     expected = PageDigests(PAGE, "").upto(np.array(prompt, np.int32), 2 * BLOCK_PAGES)
     ends = expected[BLOCK_PAGES - 1 :: BLOCK_PAGES]
-    assert engine.take_page_changes() == dict.fromkeys(ends, True)
-    assert engine.take_page_changes() == {}
+    assert engine.scheduler.cache.take_changes() == dict.fromkeys(ends, True)
+    assert engine.scheduler.cache.take_changes() == {}
     # Another prompt takes the free pages and a few more: the end is evicted first.
     free = engine.loads().pool.sealed.free
     engine.add(request("b", [7] * ((free + 2) * PAGE + 1), 1))
     run(engine)
-    changes = engine.take_page_changes()
+    changes = engine.scheduler.cache.take_changes()
     assert changes[ends[1]] is False and ends[0] not in changes
     engine.add(request("c", [8] * (free + 9) * PAGE, 1))
     run(engine)
-    assert engine.take_page_changes()[ends[0]] is False
+    assert engine.scheduler.cache.take_changes()[ends[0]] is False
 
 
 def test_a_preempted_sequence_stays_within_its_grammar() -> None:

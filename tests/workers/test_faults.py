@@ -19,6 +19,7 @@ from kvmesh.workers.executor import MakeMasks
 from kvmesh.workers.local import local_executor
 from kvmesh.workers.plan import SampledToken, StepPlan, StepResult
 from kvmesh.workers.request import EndReason, EngineRequest
+from kvmesh.workers.request_check import check_request
 from kvmesh.workers.sampling_params import SamplingParams
 from kvmesh.workers.sizes import BLOCK_PAGES
 from tests.exercised import Exercised
@@ -52,11 +53,11 @@ def test_pages_of_a_sequence_at_fault_are_not_shared() -> None:
     engine = tainted_engine(tokens=16)
     prompt = [int(i) % BAD for i in range(BLOCK_PAGES * PAGE + 5)]
     engine.add(request("bad", [*prompt, BAD], params=PARAMS))
-    while not engine.take_page_changes():
+    while not engine.scheduler.cache.take_changes():
         engine.step()  # until its first block is cached
     (delta,) = run(engine)["bad"]
     assert delta.finish_reason is EndReason.FAULT
-    assert set(engine.take_page_changes().values()) == {False}
+    assert set(engine.scheduler.cache.take_changes().values()) == {False}
     pool = engine.loads().pool
     assert (pool.hot.cached, pool.sealed.cached) == (0, 0)
     engine.add(request("good", prompt, params=PARAMS))
@@ -232,7 +233,7 @@ def checked(
         request = EngineRequest(
             "odd", np.array([5, 9, 30, 7], np.int32), params, timeout_s=timeout_s
         )
-        engine.check(request)
+        check_request(request, engine.info)
     except InvalidFieldError as error:
         return error
     return request

@@ -15,6 +15,7 @@ from kvmesh.workers.engine import Engine
 from kvmesh.workers.errors import InvalidFieldError
 from kvmesh.workers.local import local_executor
 from kvmesh.workers.request import EndReason, EngineRequest, SequenceDelta
+from kvmesh.workers.request_check import check_request
 from kvmesh.workers.sampling_params import SamplingParams
 from tests.model.small import VOCAB_SIZE, make_small_model
 
@@ -58,7 +59,7 @@ def engine(model: Path, request: pytest.FixtureRequest) -> Iterator[Engine]:
 
 def run(engine: Engine, params: SamplingParams, **kwargs: int) -> list[SequenceDelta]:
     request = EngineRequest("r", np.array(PROMPT, np.int32), params, **kwargs)  # type: ignore[arg-type]
-    engine.check(request)
+    check_request(request, engine.info)
     engine.add(request)
     deltas = []
     while engine.has_work:

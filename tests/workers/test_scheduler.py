@@ -10,10 +10,11 @@ from kvmesh.workers.plan import StepPlan
 from kvmesh.workers.pool_plan import PoolPlan
 from kvmesh.workers.request import EngineRequest
 from kvmesh.workers.sampling_params import SamplingParams
-from kvmesh.workers.scheduler import Scheduler, _Draft
+from kvmesh.workers.scheduler import Scheduler
 from kvmesh.workers.sequence import Sequence
 from kvmesh.workers.sizes import PageGeometry
 from kvmesh.workers.step_budget import StepBudget, StepWork
+from kvmesh.workers.step_draft import StepDraft
 
 PAGE = 16
 
@@ -71,11 +72,11 @@ class Bench:
         if plan is None:
             return {}
         found = self.tokens_of(plan)
-        sampled, _ = self.scheduler.commit(plan)
-        for seq in sampled:
-            seq.append(7)
-            if seq.num_tokens == seq.max_tokens_total:
-                self.scheduler.remove(seq)
+        for chunk, seq in self.scheduler.commit(plan):
+            if chunk.sample:
+                seq.append(7)
+                if seq.num_tokens == seq.max_tokens_total:
+                    self.scheduler.remove(seq)
         self.scheduler.check()
         return found
 
@@ -293,7 +294,7 @@ def test_nobody_shares_what_a_preempted_sequence_would_have_sealed_in_this_step(
     first, second = bench.add("first", PAGE, token=5), bench.add("second", PAGE, token=5)
     digest = first.digests(1)[0]
     first.row, first.hot, first.sealed = 0, {0: 1}, {0: 2}
-    draft = _Draft(256, 16)
+    draft = StepDraft(256, 16)
     draft.add_chunk(first, 0, PAGE)
     draft.seal(first, 0, digest)
     assert draft.being_sealed(second, digest) == 2

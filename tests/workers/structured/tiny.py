@@ -17,6 +17,7 @@ from kvmesh.workers.engine import Engine
 from kvmesh.workers.local import InProcessExecutor
 from kvmesh.workers.model.tokenizer import Tokenizer
 from kvmesh.workers.request import EndReason, EngineRequest, SampledLogprobs
+from kvmesh.workers.request_check import check_request
 from kvmesh.workers.sampling_params import SamplingParams
 from tests.model.small import make_small_model, make_small_tokenizer
 
@@ -87,8 +88,8 @@ def generate(*requests: EngineRequest) -> dict[str, Output]:
     """Run them together on the engine, to their ends."""
     outputs = {made.request_id: Output() for made in requests}
     for made in requests:
-        engine().check(made)
-    engine().add_all(requests)
+        check_request(made, engine().info)
+    engine().add(*requests)
     while engine().has_work:
         for delta in engine().step():
             output = outputs[delta.request_id]

@@ -1,0 +1,108 @@
+"""The pages that running sequences hold: taken, sealed, shared, and freed again."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from kvmesh.workers.prefix_cache import Digest, PrefixCache
+from kvmesh.workers.sequence import Sequence
+from kvmesh.workers.sizes import BLOCK_PAGES, PageGeometry, PageNeed
+from kvmesh.workers.step_draft import StepDraft
+
+
+class PageTables:
+    """Writes `Sequence.hot` and `Sequence.sealed`, with page ids of a prefix cache's arenas.
+
+    What the ranks have to know of a change goes into the step's draft.
+    """
+
+    def __init__(self, geometry: PageGeometry, cache: PrefixCache) -> None:
+        self._geometry = geometry
+        self._cache = cache
+
+    def reuse(self, seq: Sequence, max_pages: int) -> int:
+        """Share cached pages of a sequence's beginning; how many logical pages they are."""
+        known = seq.digests(max_pages)[:max_pages] if seq.shares_pages else ()
+        hit = self._cache.match(known)
+        self._cache.share(hit)
+        seq.hot.update(hit.hot)
+        seq.sealed.update(hit.sealed)
+        return hit.num_pages
+
+    def write(self, seq: Sequence, pages: range, draft: StepDraft) -> None:
+        """Take hot pages for those logical pages that have none."""
+        for page in pages:
+            if page not in seq.hot:
+                seq.hot[page] = self._cache.hot.take()
+                draft.set_hot(seq, page)
+
+    def seal(self, seq: Sequence, pages: range, draft: StepDraft) -> None:
+        """Have logical pages sealed, or share what is sealed with the same contents already."""
+        for page in pages:
+            digest = seq.digests(page + 1)[page]
+            found = None
+            if seq.shares_pages:
+                found = self._cache.find_sealed(digest)
+                if found is None:
+                    found = draft.being_sealed(seq, digest)
+            if found is not None:
+                seq.sealed[page] = self._cache.sealed.share(found)
+            else:
+                seq.sealed[page] = self._cache.sealed.take()
+                draft.seal(seq, page, digest)
+            draft.set_sealed(seq, page)
+
+    def publish(self, seq: Sequence, first_full: int) -> None:
+        """After a step: full pages enter the cache, and outdated hot ones are released.
+
+        first_full: the first logical page that may have become full in the step
+        """
+        num_full = seq.num_computed // self._geometry.page_size
+        due = self._geometry.sealed_range(seq.num_computed)
+        outdated = [page for page in seq.hot if page in due]
+        if seq.shares_pages:
+            digests = seq.digests(num_full)
+            for page in range(first_full, num_full):
+                self._cache.name_hot(digests[page], seq.hot[page])
+                self._note_block(digests, page)
+            for page in outdated:
+                self._cache.name_sealed(digests[page], seq.sealed[page])
+                self._note_block(digests, page)
+        for page in outdated:
+            self._cache.hot.release(seq.hot.pop(page))
+
+    def withdraw(self, seq: Sequence) -> None:
+        """Let no other sequence find its pages any more."""
+        self._cache.withdraw(seq.digests(seq.num_computed // self._geometry.page_size))
+
+    def free(self, seq: Sequence) -> None:
+        """Release all of its pages."""
+        # Last pages first, so that a cached prefix is evicted from its end.
+        for page in sorted(seq.hot, reverse=True):
+            self._cache.hot.release(seq.hot[page])
+        for page in sorted(seq.sealed, reverse=True):
+            self._cache.sealed.release(seq.sealed[page])
+        seq.hot.clear()
+        seq.sealed.clear()
+
+    def check(self, running: Collection[Sequence]) -> None:
+        """Audit: every page held by one of these is used, and nothing else is."""
+        self._cache.check()
+        hot = {page for seq in running for page in seq.hot.values()}
+        sealed = {page for seq in running for page in seq.sealed.values()}
+        used = PageNeed(self._cache.hot.used, self._cache.sealed.used)
+        held = PageNeed(len(hot), len(sealed))
+        assert used == held, f"{used} are in use, {held} held by sequences: {_holdings(running)}"
+
+    def _note_block(self, digests: list[Digest], page: int) -> None:
+        if (page + 1) % BLOCK_PAGES == 0:
+            self._cache.note_block(digests[page])
+
+
+def _holdings(running: Collection[Sequence]) -> str:
+    """What every running sequence holds, in words."""
+    holdings = [
+        f"{seq.request.request_id} holds {PageNeed(len(seq.hot), len(seq.sealed))}"
+        for seq in running
+    ]
+    return ", ".join(holdings) or "no sequence runs"

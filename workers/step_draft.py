@@ -1,0 +1,108 @@
+"""A step plan under construction."""
+
+from __future__ import annotations
+
+from kvmesh.workers.plan import Chunk, RowStart, StepPlan, TableUpdate
+from kvmesh.workers.prefix_cache import Digest
+from kvmesh.workers.sequence import Sequence
+from kvmesh.workers.step_budget import StepWork
+
+
+class StepDraft:
+    """Kept by sequence, so that one that is preempted can be removed."""
+
+    def __init__(self, tokens_left: int, headroom_left: int) -> None:
+        self.tokens_left = tokens_left
+        self.headroom_left = headroom_left
+        self.work = StepWork()
+        self._on_trial: Sequence | None = None
+        self.row_starts: dict[int, RowStart] = {}
+        self.chunks: dict[int, Chunk] = {}
+        self._hot: dict[int, list[tuple[int, int]]] = {}
+        self._sealed: dict[int, list[tuple[int, int]]] = {}
+        self._seals: dict[int, list[tuple[int, int, int]]] = {}
+        self._being_sealed: dict[Digest, tuple[Sequence, int]] = {}
+
+    def start_row(self, seq: Sequence) -> None:
+        row = _row(seq)
+        params = seq.request.params
+        penalised = (
+            params.repetition_penalty != 1.0
+            or params.presence_penalty != 0.0
+            or params.frequency_penalty != 0.0
+        )
+        history = seq.tokens[: seq.num_computed].tobytes() if penalised else b""
+        self.row_starts[row] = RowStart(row, params, seq.prompt_tokens, history)
+        self._hot[row] = list(seq.hot.items())
+        self._sealed[row] = list(seq.sealed.items())
+
+    def set_hot(self, seq: Sequence, page: int) -> None:
+        self._hot.setdefault(_row(seq), []).append((page, seq.hot[page]))
+
+    def set_sealed(self, seq: Sequence, page: int) -> None:
+        self._sealed.setdefault(_row(seq), []).append((page, seq.sealed[page]))
+
+    def being_sealed(self, seq: Sequence, digest: Digest) -> int | None:
+        """The page that an older sequence seals with these contents in the same step.
+
+        Not a younger one's: that sequence could be removed, and its page with it.
+        """
+        found = self._being_sealed.get(digest)
+        return found[1] if found is not None and found[0].arrived_s < seq.arrived_s else None
+
+    def seal(self, seq: Sequence, page: int, digest: Digest) -> None:
+        if seq.shares_pages:
+            self._being_sealed.setdefault(digest, (seq, seq.sealed[page]))
+        self._seals.setdefault(_row(seq), []).append((seq.hot[page], seq.sealed[page], page))
+
+    def takes(self, seq: Sequence) -> bool:
+        """Whether the sequence can run, and not only without another one on trial."""
+        return seq.prepared and (self._on_trial is None or not seq.on_trial)
+
+    def add_chunk(self, seq: Sequence, start: int, end: int) -> None:
+        row = _row(seq)
+        if seq.on_trial:
+            self._on_trial = seq
+        self.tokens_left -= end - start
+        sample = end == seq.num_tokens
+        score_start, score_end = max(start, seq.num_scored), min(end, seq.to_score)
+        targets = seq.tokens[score_start + 1 : score_end + 1].tobytes()
+        self.chunks[row] = Chunk(
+            row, start, seq.tokens[start:end].tobytes(), sample, targets, score_start
+        )
+        self.work.add(self.chunks[row])
+
+    def undo(self, seq: Sequence) -> None:
+        """Remove a sequence that is about to lose its row and pages."""
+        row = _row(seq)
+        chunk = self.chunks.pop(row, None)
+        if chunk is not None:
+            self.tokens_left += chunk.num_tokens
+            self.work.add(chunk, -1)
+        for part in (self.row_starts, self._hot, self._sealed, self._seals):
+            part.pop(row, None)
+        for digest in [d for d, (sealer, _) in self._being_sealed.items() if sealer is seq]:
+            del self._being_sealed[digest]
+
+    def plan(self, step: int) -> StepPlan:
+        seals = [seal for found in self._seals.values() for seal in found]
+        return StepPlan(
+            step=step,
+            row_starts=list(self.row_starts.values()),
+            chunks=list(self.chunks.values()),
+            hot=_table(self._hot),
+            sealed=_table(self._sealed),
+            seal_hot=[hot for hot, _, _ in seals],
+            seal_sealed=[sealed for _, sealed, _ in seals],
+            seal_pages=[page for _, _, page in seals],
+        )
+
+
+def _table(entries: dict[int, list[tuple[int, int]]]) -> TableUpdate:
+    flat = [(row, page, page_id) for row, pairs in entries.items() for page, page_id in pairs]
+    return TableUpdate([r for r, _, _ in flat], [p for _, p, _ in flat], [i for _, _, i in flat])
+
+
+def _row(seq: Sequence) -> int:
+    assert seq.row is not None
+    return seq.row
