@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.engine import Engine
@@ -15,7 +14,7 @@ from kvmesh.workers.local import local_executor
 from kvmesh.workers.request import EngineRequest
 from kvmesh.workers.sampling_params import SamplingParams
 from tests.model.cases import CASES, PROMPTS
-from tests.model.small import make_small_model
+from tests.model.small import make_small_model, transformers_model
 
 TOKENS = 24
 
@@ -46,7 +45,7 @@ def test_engine_output_equals_transformers(case: str, tmp_path: Path) -> None:
         for delta in engine.step():
             outputs[delta.request_id].extend(delta.token_ids)
     engine.check_integrity()
-    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager")
+    model = transformers_model(path)
     for prompt, output in zip(PROMPTS, outputs.values(), strict=True):
         generated = model.generate(
             torch.tensor([prompt]),
