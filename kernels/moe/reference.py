@@ -38,7 +38,7 @@ def expert_mlp(
         gate, up = _linear(x[places // top_k], gate_up[expert], bias).chunk(2, dim=-1)
         bias = None if down_bias is None else down_bias[expert]
         parts[places] = _linear(glu(gate, up), down[expert], bias)
-    by_token = parts.view(num_tokens, top_k, -1).float()
+    by_token = parts.view(num_tokens, top_k, x.shape[1]).float()
     return torch.bmm(weights.float().unsqueeze(1), by_token).squeeze(1).to(x.dtype)
 
 
