@@ -39,6 +39,8 @@ from kvmesh.kernels.attention.triton_launch import (
 )
 from kvmesh.kernels.formats.base import KVFormat
 from kvmesh.kernels.merge.triton_merge import BLOCK_P, merge_kernel
+from kvmesh.kernels.moe import GatedUnit
+from kvmesh.kernels.moe.triton_moe import down_kernel, gate_up_kernel, tiles, unit
 from kvmesh.kernels.seal.triton_seal import NUM_WARPS, seal_constants, seal_kernel
 from kvmesh.kernels.write.triton_write import write_kernel
 
@@ -83,6 +85,14 @@ def shared_kernels(
     yield "write", write_kernel, {**sizes, **pages}, {}
     merge = {"NUM_HEADS": NUM_KV_HEADS * group, "BLOCK_P": BLOCK_P, "DECODE": True}
     yield "merge", merge_kernel, {**sizes, **merge}, {}
+    inner = {"HIDDEN": 8 * head_dim, "WIDTH": 3 * head_dim}
+    for rows in (16, 128):
+        how = tiles(torch.bfloat16, rows)
+        options = {name: how.pop(name) for name in ("num_warps", "num_stages")}
+        gated = {**unit(GatedUnit(1.702, 7.0, 1.0)), **inner, "TOP_K": 8, "HAS_BIAS": True, **how}
+        yield f"experts, gate and up, {rows} rows", gate_up_kernel, gated, options
+        down = {**inner, "HAS_BIAS": True, **how}
+        yield f"experts, down, {rows} rows", down_kernel, down, options
 
 
 def attempt(kernel: Any, constants: dict[str, Any], options: dict[str, Any], cc: int) -> str:
@@ -91,6 +101,11 @@ def attempt(kernel: Any, constants: dict[str, Any], options: dict[str, Any], cc:
     numbers = dict.fromkeys(("q_ptr", "hot_ptr", "k_ptr", "v_ptr"), number)
     parts = dict.fromkeys(("outs_ptr", "lses_ptr"), "*fp32")
     types = {**TYPES, **numbers, **parts, "slots_ptr": "*i64"}
+    if kernel in (gate_up_kernel, down_kernel):
+        types |= dict.fromkeys(("x_ptr", "weight_ptr", "bias_ptr", "out_ptr"), number)
+        types |= {"order_ptr": "*i64", "shares_ptr": "*fp32"}
+        if kernel is down_kernel:
+            types["out_ptr"] = "*fp32"
     try:
         compiled = compile_kernel(kernel, constants, options, cc, types)
     except (triton.compiler.errors.CompilationError, RuntimeError) as error:
@@ -124,7 +139,7 @@ def main() -> None:
             outcomes.setdefault(what, {}).setdefault(outcome, []).append(name)
         for what, by_outcome in outcomes.items():
             for outcome, names in by_outcome.items():
-                print(f"sm_{capability}  {what:18} {outcome}: {', '.join(names)}", flush=True)
+                print(f"sm_{capability}  {what:32} {outcome}: {', '.join(names)}", flush=True)
     if options.output:
         report = {
             "triton": triton.__version__,

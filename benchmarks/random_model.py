@@ -95,7 +95,7 @@ class RandomWeights:
     """Tensors of any name: ones for norms, otherwise N(0, 0.02²), like Llama's initialisation."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device, seed: int = 0) -> None:
-        self._dtype = dtype
+        self.dtype = dtype
         self._device = device
         self._generator = torch.Generator(device).manual_seed(seed)
 
@@ -104,8 +104,8 @@ class RandomWeights:
 
     def whole(self, name: str, shape: torch.Size) -> torch.Tensor:
         if len(shape) == 1:
-            return torch.ones(shape, dtype=self._dtype, device=self._device)
-        weight = torch.empty(shape, dtype=self._dtype, device=self._device)
+            return torch.ones(shape, dtype=self.dtype, device=self._device)
+        weight = torch.empty(shape, dtype=self.dtype, device=self._device)
         return weight.normal_(0.0, 0.02, generator=self._generator)
 
     def rows(self, name: str, shape: torch.Size, first: int, end: int) -> torch.Tensor:
@@ -113,6 +113,13 @@ class RandomWeights:
 
     def columns(self, name: str, shape: torch.Size, first: int, end: int) -> torch.Tensor:
         return self.whole(name, torch.Size((shape[0], end - first)))
+
+    def part(self, name: str, shape: torch.Size, *index: slice) -> torch.Tensor:
+        sizes = [len(range(*at.indices(size))) for at, size in zip(index, shape, strict=False)]
+        return self.whole(name, torch.Size((*sizes, *shape[len(index) :])))
+
+    def leave(self, name: str, shape: torch.Size) -> None:
+        """Does nothing: every tensor exists."""
 
     def check_all_read(self) -> None:
         """Does nothing: every tensor exists."""
@@ -145,7 +152,7 @@ class RandomModelExecutor:
         assert config.kv_memory_bytes is not None
         self._model = model
         self._config = config
-        self._dtype = dtype
+        self.dtype = dtype
         self._device = device
         self._fmt = get_format(config.kv_format)
         self._runner: ModelRunner | None = None
@@ -158,7 +165,7 @@ class RandomModelExecutor:
             num_kv_heads=self._model.num_kv_heads,
             page_size=config.page_size,
             head_dim=facts.head_dim,
-            dtype=self._dtype,
+            dtype=self.dtype,
         )
         assert config.kv_memory_bytes is not None
         return [
@@ -192,7 +199,7 @@ class RandomModelExecutor:
             page_size=self._config.page_size,
             sink_pages=description.sink_pages,
             recent_pages=description.recent_pages,
-            dtype=self._dtype,
+            dtype=self.dtype,
             device=self._device,
             samples=True,
             cuda_graphs=self._config.cuda_graphs,

@@ -23,6 +23,7 @@ from kvmesh.kernels.formats.registry import format_names, get_format
 from kvmesh.workers.errors import ConfigError
 from kvmesh.workers.pool_plan import DEFAULT_MAX_HOT_SHARE
 from kvmesh.workers.quantities import Bytes, Number, Seconds, Switch, WholeNumber
+from kvmesh.workers.rope_override import RopeOverride
 from kvmesh.workers.settings import Settings, error_of, problems_of
 from kvmesh.workers.step_limit import DEFAULT_STEP_TIMEOUT_S
 
@@ -99,6 +100,16 @@ class EngineSettings(Settings):
     )
     tp: WholeNumber = Field(
         default=1, ge=1, description="Tensor-parallel ranks; must divide the number of KV heads"
+    )
+    expert_parallel: Switch = Field(
+        default=False,
+        description="In mixtures of experts, ranks have whole experts instead of a part of each; "
+        "tp must divide the number of experts",
+    )
+    rope: RopeOverride | None = Field(
+        default=None,
+        description="RoPE scaling instead of the model's own, to serve a longer context than it "
+        "was trained for; null: the model's own",
     )
     kv_memory_bytes: Bytes | None = Field(
         default=None,

@@ -67,7 +67,7 @@ class Rank:
         else:
             torch.set_num_threads(config.threads_per_rank or max(1, _cpus() // config.tp))
         self._files: ModelFiles = (
-            shared._files if shared else resolve_model(config.model, progress=None)
+            shared._files if shared else resolve_model(config.model, rope=config.rope)
         )
         self._sink_pages = _default(config.sink_pages, self._fmt.sink_pages)
         self._recent_pages = _default(config.recent_pages, self._fmt.recent_pages)
@@ -81,6 +81,9 @@ class Rank:
                 dtype=self._dtype,
                 device=self._device,
                 comm=comm,
+                rope=config.rope,
+                max_model_len=config.max_model_len,
+                expert_parallel=config.expert_parallel,
                 weight_format=config.weight_format,
             )
         )
@@ -148,8 +151,8 @@ class Rank:
         """This rank's calibrated parameters of every layer, if the format needs them."""
         if self._config.calibration is None:
             return None
-        facts = read_facts(self._files.path)
-        check_tp(facts, self._config.tp)
+        facts = read_facts(self._files.path, self._config.rope)
+        check_tp(facts, self._config.tp, expert_parallel=self._config.expert_parallel)
         found = Calibration.load(
             Path(self._config.calibration), self._fmt, facts, self._config.model, self._sink_pages
         )

@@ -10,6 +10,7 @@ import torch
 
 from kvmesh.kernels.attention import paged_attention, sharers, warm_up
 from kvmesh.kernels.formats.base import NO_PARAMS, KVFormat, LayerParams, ModelParams
+from kvmesh.kernels.merge import merge_sinks
 from kvmesh.kernels.seal import seal_layers, seal_pages
 from kvmesh.kernels.write import write_hot
 from kvmesh.workers.basis import Basis
@@ -207,7 +208,7 @@ class ModelRunner:
                     params=params,
                     positions=step.seal_positions,
                 )
-            out, _ = paged_attention(
+            out, lse = paged_attention(
                 q,
                 hot,
                 sealed,
@@ -218,6 +219,8 @@ class ModelRunner:
                 softcap=args.softcap,
                 sliding_window=args.sliding_window,
             )
+            if args.sinks is not None:
+                out, _ = merge_sinks(out, lse, args.sinks)
             return self._basis.leave(out)
 
         hidden = self._model.hidden(step.input_ids, step.positions, attend)

@@ -1,4 +1,4 @@
-"""The public operator `merge_states`."""
+"""The public operators `merge_states` and `merge_sinks`."""
 
 from __future__ import annotations
 
@@ -28,6 +28,26 @@ def merge_states(
             f"three dimensions, got {tuple(outs.shape)} and {tuple(lses.shape)}"
         )
     return _implementation(outs, backend)(outs, lses)
+
+
+def merge_sinks(
+    out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of queries that also see a sink: a score without a key, whose value is 0.
+
+    out: [num_tokens, num_heads, head_dim]; lse: [num_tokens, num_heads] fp32, natural log
+    sinks: [num_heads], each head's score
+    Returns out and lse like those given. It is `merge_states` with one more part, of output 0
+    and lse `sinks`; so the weights of the keys are multiplied by σ(lse - sink).
+    """
+    if sinks.shape != lse.shape[1:] or lse.shape != out.shape[:2]:
+        raise ValueError(
+            "out, lse, sinks: expected [num_tokens, num_heads, head_dim] and its dimensions, "
+            f"got {tuple(out.shape)}, {tuple(lse.shape)} and {tuple(sinks.shape)}"
+        )
+    sinks = sinks.float()
+    share = torch.sigmoid(lse - sinks).unsqueeze(-1)
+    return (out.float() * share).to(out.dtype), torch.logaddexp(lse, sinks.expand_as(lse))
 
 
 def _implementation(

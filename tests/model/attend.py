@@ -45,7 +45,11 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, args: AttendArgs) -> Tensor:
     seen = at <= ends
     if args.sliding_window is not None:
         seen &= at > ends - args.sliding_window
-    weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+    scores = scores.masked_fill(~seen, float("-inf"))
+    if args.sinks is not None:
+        sinks = args.sinks.float()[:, None, None].expand(-1, len(q), 1)
+        scores = torch.cat((scores, sinks), -1)
+    weights = scores.softmax(-1)[..., : len(k)]
     return torch.einsum("hqk,khd->qhd", weights, values).to(q.dtype)
 
 

@@ -19,6 +19,21 @@ LLAMA3 = {
     "original_max_position_embeddings": 64,
 }
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+# transformers chooses the factors by each prompt's length; test_rope.py tests the choice here.
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 0.5,
+    "short_factor": [1.2, 3.0],
+    "long_factor": [1.2, 3.0],
+    "original_max_position_embeddings": 16,
+}
+PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+BY_LAYER_TYPE = {
+    "full_attention": YARN,
+    "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+}
 
 # name -> (architecture, overrides)
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -29,6 +44,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-llama3-rope": ("LlamaForCausalLM", {"rope_parameters": LLAMA3}),
     "llama-yarn": ("LlamaForCausalLM", {"rope_parameters": YARN}),
     "llama-linear-rope": ("LlamaForCausalLM", {"rope_parameters": LINEAR}),
+    "llama-dynamic-rope": ("LlamaForCausalLM", {"rope_parameters": DYNAMIC}),
     "mistral": ("MistralForCausalLM", {"sliding_window": None}),
     "mistral-sliding": ("MistralForCausalLM", {"sliding_window": 7}),
     "qwen2": ("Qwen2ForCausalLM", {}),
@@ -58,24 +74,112 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "final_logit_softcapping": 3.0,
         },
     ),
+    "gemma3": (
+        "Gemma3ForCausalLM",
+        {
+            "head_dim": 16,
+            "num_hidden_layers": 7,
+            "sliding_window": 7,
+            "query_pre_attn_scalar": 24,
+            "final_logit_softcapping": 3.0,
+        },
+    ),
+    "gemma3-yarn": (
+        "Gemma3ForCausalLM",
+        {
+            "head_dim": 16,
+            "sliding_window": 7,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": BY_LAYER_TYPE,
+        },
+    ),
     "olmo": ("OlmoForCausalLM", {}),
     "olmo-clip": ("OlmoForCausalLM", {"clip_qkv": 0.5}),
     "olmo2": ("Olmo2ForCausalLM", {}),
+    "olmo3": ("Olmo3ForCausalLM", {"num_hidden_layers": 4, "sliding_window": 7}),
     "cohere": ("CohereForCausalLM", {"logit_scale": 0.25}),
     "cohere-qk-norm": ("CohereForCausalLM", {"use_qk_norm": True, "attention_bias": True}),
-    "stablelm": (
-        "StableLmForCausalLM",
-        {
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 1e4,
-                "partial_rotary_factor": 0.5,
-            }
-        },
+    "cohere2": (
+        "Cohere2ForCausalLM",
+        {"num_hidden_layers": 4, "sliding_window": 7, "logit_scale": 0.25},
     ),
+    "stablelm": ("StableLmForCausalLM", {"rope_parameters": PARTIAL}),
     "stablelm-norms": (
         "StableLmForCausalLM",
         {"qk_layernorm": True, "use_parallel_residual": True, "use_qkv_bias": True},
+    ),
+    "phi3": ("Phi3ForCausalLM", {}),
+    "phi3-sliding-partial": (
+        "Phi3ForCausalLM",
+        {"sliding_window": 7, "rope_parameters": PARTIAL},
+    ),
+    "phi3-longrope": (
+        "Phi3ForCausalLM",
+        {"rope_parameters": LONGROPE, "original_max_position_embeddings": 16},
+    ),
+    "smollm3": ("SmolLM3ForCausalLM", {"num_hidden_layers": 4}),
+    "smollm3-sliding": (
+        "SmolLM3ForCausalLM",
+        {
+            "no_rope_layers": [1, 0, 1],
+            "use_sliding_window": True,
+            "sliding_window": 7,
+            "mlp_bias": True,
+            "attention_bias": True,
+        },
+    ),
+    "granite": (
+        "GraniteForCausalLM",
+        {
+            "attention_multiplier": 0.3,
+            "embedding_multiplier": 2.0,
+            "logits_scaling": 1.5,
+            "residual_multiplier": 0.7,
+        },
+    ),
+    "glm": ("GlmForCausalLM", {"head_dim": 16}),
+    "glm4": ("Glm4ForCausalLM", {"head_dim": 16, "attention_bias": False}),
+    "seed-oss": ("SeedOssForCausalLM", {"head_dim": 16, "attention_out_bias": True}),
+    "ministral": (
+        "MinistralForCausalLM",
+        {
+            "head_dim": 16,
+            "sliding_window": 7,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+    "internlm2": ("InternLM2ForCausalLM", {"bias": True, "rope_parameters": DYNAMIC}),
+    "internlm3": ("InternLM3ForCausalLM", {"head_dim": 16, "rope_parameters": DYNAMIC}),
+    "qwen3-moe": (
+        "Qwen3MoeForCausalLM",
+        {
+            "head_dim": 16,
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 32,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [1],
+        },
+    ),
+    "mixtral": ("MixtralForCausalLM", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "mixtral-sliding": (
+        "MixtralForCausalLM",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 7},
+    ),
+    "olmoe": (
+        "OlmoeForCausalLM",
+        {"num_experts": 6, "num_experts_per_tok": 2, "clip_qkv": 0.5},
+    ),
+    "gpt-oss": (
+        "GptOssForCausalLM",
+        {
+            "head_dim": 16,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": 7,
+            "swiglu_limit": 0.5,
+            "rope_parameters": {**YARN, "truncate": False},
+        },
     ),
 }
 

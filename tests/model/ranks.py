@@ -83,7 +83,9 @@ def compare_models(
 ) -> None:
     """For each file of expected results, rank 0 puts (stem, largest logit error, same tokens).
 
-    Such a file contains a model's path, prompts, the logits of the first prompt and outputs."""
+    Such a file contains a model's path, prompts, the logits of the first prompt and outputs.
+    Mixtures of experts are compared once more, with the experts dealt to the ranks."""
+    from kvmesh.workers.model.facts import read_facts
     from kvmesh.workers.model.load import load_model
     from tests.model.attend import generate_greedily, prompt_logits
 
@@ -93,12 +95,16 @@ def compare_models(
         for file in expectations:
             expected = torch.load(file)
             path, prompts = Path(expected["path"]), expected["prompts"]
-            model = load_model(path, dtype=torch.float32, device=CPU, comm=comm)
-            logits = prompt_logits(model, prompts[0])
-            outputs = generate_greedily(model, prompts, TOKENS, expected["outputs"])
-            if logits is not None:
-                error = (logits - expected["logits"]).abs().max().item()
-                results.put((file.stem, error, outputs == expected["outputs"]))
+            for by_expert in (False, True) if read_facts(path).num_experts else (False,):
+                model = load_model(
+                    path, dtype=torch.float32, device=CPU, comm=comm, expert_parallel=by_expert
+                )
+                logits = prompt_logits(model, prompts[0])
+                outputs = generate_greedily(model, prompts, TOKENS, expected["outputs"])
+                if logits is not None:
+                    error = (logits - expected["logits"]).abs().max().item()
+                    name = f"{file.stem} by expert" if by_expert else file.stem
+                    results.put((name, error, outputs == expected["outputs"]))
         comm.barrier()
     finally:
         comm.close()

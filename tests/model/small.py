@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import safetensors.torch
 import tokenizers
 import torch
 import transformers
@@ -45,8 +46,14 @@ def make_small_model(
 
     overrides: of the configuration's fields
     """
-    model_class = getattr(transformers, architecture)
-    config = model_class.config_class(**{**_COMMON, **overrides})
+    if architecture == "InternLM2ForCausalLM":
+        return _make_internlm2(directory, seed, dtype, overrides)
+    if architecture == "InternLM3ForCausalLM":  # its modules are Llama's
+        model_class, config_class = transformers.LlamaForCausalLM, transformers.InternLM3Config
+    else:
+        model_class = getattr(transformers, architecture)
+        config_class = model_class.config_class
+    config = config_class(**{**_COMMON, **overrides})
     generator = torch.Generator().manual_seed(seed)
     model = model_class(config)
     with torch.no_grad():
@@ -57,7 +64,85 @@ def make_small_model(
             else:
                 weight.copy_(noise * (1.5 / weight.shape[-1] ** 0.5))
     model.to(dtype).save_pretrained(directory, safe_serialization=True)
+    if architecture == "InternLM3ForCausalLM":
+        change_config(directory, architectures=[architecture], auto_map=_OWN_CODE)
     return directory
+
+
+_OWN_CODE = {"AutoModelForCausalLM": "modeling.Model"}
+
+
+def change_config(directory: Path, **changes: Any) -> None:
+    """Keys of the model's config.json; None removes one."""
+    config = {**json.loads((directory / "config.json").read_text()), **changes}
+    kept = {key: value for key, value in config.items() if value is not None}
+    (directory / "config.json").write_text(json.dumps(kept))
+
+
+def transformers_model(directory: Path, **options: Any) -> Any:
+    """transformers' own model of one that `make_small_model` made, with eager attention."""
+    twin = directory / _TWIN
+    source = twin if twin.exists() else directory
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        source, attn_implementation="eager", trust_remote_code=False, **options
+    )
+
+
+_TWIN = "as_llama"
+
+
+def _make_internlm2(
+    directory: Path, seed: int, dtype: torch.dtype, overrides: dict[str, Any]
+) -> Path:
+    """A Llama model, and the same one as InternLM2's own code stores it."""
+    bias = overrides.pop("bias", False)
+    twin = make_small_model(
+        "LlamaForCausalLM",
+        directory / _TWIN,
+        seed=seed,
+        dtype=dtype,
+        attention_bias=bias,
+        **overrides,
+    )
+    config = json.loads((twin / "config.json").read_text())
+    kv_heads = config["num_key_value_heads"]
+    tensors = safetensors.torch.load_file(twin / "model.safetensors")
+    for layer in range(config["num_hidden_layers"]):
+        for kind in ("weight", "bias") if bias else ("weight",):
+            parts = [
+                tensors.pop(f"model.layers.{layer}.self_attn.{side}_proj.{kind}") for side in "qkv"
+            ]
+            # [KV head, its queries and its key and its value, head_dim, …]
+            by_head = [
+                part.unflatten(0, (kv_heads, -1, config["head_dim"])) for part in parts
+            ]
+            joined = torch.cat(by_head, dim=1).flatten(0, 2)
+            tensors[f"model.layers.{layer}.attention.wqkv.{kind}"] = joined.contiguous()
+    renamed = {}
+    for name, tensor in tensors.items():
+        for theirs, ours in _INTERNLM2_NAMES.items():
+            name = name.replace(theirs, ours)
+        renamed[name] = tensor
+    safetensors.torch.save_file(renamed, directory / "model.safetensors")
+    del config["attention_bias"], config["mlp_bias"]
+    rope = config.pop("rope_parameters")
+    config |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
+    config |= {"architectures": ["InternLM2ForCausalLM"], "model_type": "internlm2"}
+    config |= {"bias": bias, "auto_map": _OWN_CODE}
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+_INTERNLM2_NAMES = {
+    "model.embed_tokens": "model.tok_embeddings",
+    "lm_head": "output",
+    "self_attn.o_proj": "attention.wo",
+    "mlp.gate_proj": "feed_forward.w1",
+    "mlp.up_proj": "feed_forward.w3",
+    "mlp.down_proj": "feed_forward.w2",
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
 
 
 CHAT_TEMPLATE = (

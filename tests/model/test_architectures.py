@@ -6,21 +6,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from kvmesh.workers.model.facts import read_facts
 from kvmesh.workers.model.load import load_model
 from kvmesh.workers.parallel.comm import Communicator
 from tests.model.attend import generate_greedily, prompt_logits
 from tests.model.cases import CASES, PROMPTS
-from tests.model.small import make_small_model
+from tests.model.small import make_small_model, transformers_model
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_logits_and_greedy_output_equal_transformers(case: str, tmp_path: Path) -> None:
     architecture, overrides = CASES[case]
     path = make_small_model(architecture, tmp_path, **overrides)
-    theirs = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager")
+    theirs = transformers_model(path)
     ours = load_model(
         path, dtype=torch.float32, device=torch.device("cpu"), comm=Communicator.single()
     )
@@ -49,12 +48,8 @@ def test_logits_and_greedy_output_equal_transformers(case: str, tmp_path: Path) 
 def test_bfloat16_is_as_close_to_fp32_as_in_transformers(case: str, tmp_path: Path) -> None:
     architecture, overrides = CASES[case]
     path = make_small_model(architecture, tmp_path, dtype=torch.bfloat16, **overrides)
-    exact = AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.float32, attn_implementation="eager"
-    )
-    theirs = AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.bfloat16, attn_implementation="eager"
-    )
+    exact = transformers_model(path, dtype=torch.float32)
+    theirs = transformers_model(path, dtype=torch.bfloat16)
     ours = load_model(
         path, dtype=torch.bfloat16, device=torch.device("cpu"), comm=Communicator.single()
     )
@@ -76,5 +71,5 @@ def test_facts_agree_with_the_checkpoint(tmp_path: Path) -> None:
     assert facts.sliding_windows == (7, None, 7)
     assert facts.eos_token_ids == (2,)
     assert facts.dtype == "float32"
-    parameters = AutoModelForCausalLM.from_pretrained(path).num_parameters()
+    parameters = transformers_model(path).num_parameters()
     assert facts.weight_bytes == 4 * parameters

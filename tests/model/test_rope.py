@@ -35,8 +35,8 @@ def test_keys_of_a_token_are_equal_at_all_positions_once_rope_is_undone(
 
     positions = torch.tensor([0, 1, 2, 7, 100, 255])
     model.forward(torch.full((6,), 17), positions, attend, positions[:0])
-    back = phases(model.rope.inv_freq, positions).conj().unsqueeze(1)
-    plain = RopePairs(model.rope.interleaved).rotate(keys[0], back)
+    back = phases(model.ropes[0].inv_freq, positions).conj().unsqueeze(1)
+    plain = RopePairs(model.ropes[0].interleaved).rotate(keys[0], back)
     spread = (plain - plain[:1]).abs().amax()
     assert spread < 1e-4 * plain.abs().amax()
     assert (keys[0] - keys[0][:1]).abs().amax() > 0.1 * plain.abs().amax()

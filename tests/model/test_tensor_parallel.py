@@ -36,8 +36,11 @@ def test_two_ranks_compute_the_same_as_one(tmp_path: Path) -> None:
         )
         for case, (architecture, overrides) in CASES.items()
     ]
-    results = run_ranks(compare_models, 2, len(CASES), expectations)
-    assert {case for case, _, _ in results} == CASES.keys()
+    mixtures = [case for case in CASES if read_facts(tmp_path / case).num_experts]
+    expected = {*CASES, *(f"{case} by expert" for case in mixtures)}
+    results = run_ranks(compare_models, 2, len(expected), expectations)
+    assert {case for case, _, _ in results} == expected
+    assert mixtures
     assert [result for result in results if result[1] > 1e-4 or not result[2]] == []
 
 

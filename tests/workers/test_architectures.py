@@ -7,15 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.engine import Engine
 from kvmesh.workers.local import local_executor
-from kvmesh.workers.request import EngineRequest
+from kvmesh.workers.request import EngineRequest, SequenceUsage
 from kvmesh.workers.sampling_params import SamplingParams
 from tests.model.cases import CASES, PROMPTS
-from tests.model.small import make_small_model
+from tests.model.small import make_small_model, transformers_model
 
 TOKENS = 24
 
@@ -23,7 +22,8 @@ TOKENS = 24
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_engine_output_equals_transformers(case: str, tmp_path: Path) -> None:
-    """Prompts in chunks of 16 tokens next to decoding ones, over several pages."""
+    """Prompts in chunks of 16 tokens next to decoding ones, over several pages; with sequences
+    that are preempted; and once more with prompts that are found in the cache."""
     architecture, overrides = CASES[case]
     path = make_small_model(architecture, tmp_path, **overrides)
     config = EngineConfig(
@@ -37,17 +37,12 @@ def test_engine_output_equals_transformers(case: str, tmp_path: Path) -> None:
         threads_per_rank=1,
     )
     engine = Engine(config, local_executor(config))
-    params = SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True)
+    outputs, usages = _generate(engine, preempt_at=(4, 20))
+    assert sum(usage.preemptions for usage in usages) == 2
+    again, usages = _generate(engine)
+    assert sum(usage.cached_tokens for usage in usages) >= 32
+    model = transformers_model(path)
     for index, prompt in enumerate(PROMPTS):
-        ids = np.array(prompt, np.int32)
-        engine.add(EngineRequest(str(index), ids, params))
-    outputs: dict[str, list[int]] = {str(index): [] for index in range(len(PROMPTS))}
-    while engine.has_work:
-        for delta in engine.step():
-            outputs[delta.request_id].extend(delta.token_ids)
-    engine.check_integrity()
-    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager")
-    for prompt, output in zip(PROMPTS, outputs.values(), strict=True):
         generated = model.generate(
             torch.tensor([prompt]),
             attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
@@ -55,4 +50,27 @@ def test_engine_output_equals_transformers(case: str, tmp_path: Path) -> None:
             do_sample=False,
             eos_token_id=None,
         )
-        assert output == generated[0, len(prompt) :].tolist()
+        expected = generated[0, len(prompt) :].tolist()
+        assert outputs[index] == expected
+        assert again[index] == expected
+
+
+def _generate(
+    engine: Engine, preempt_at: tuple[int, ...] = ()
+) -> tuple[list[list[int]], list[SequenceUsage]]:
+    """Outputs and usages of all prompts; before each of the steps, the youngest is preempted."""
+    params = SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True)
+    for index, prompt in enumerate(PROMPTS):
+        engine.add(EngineRequest(str(index), np.array(prompt, np.int32), params))
+    outputs: dict[str, list[int]] = {str(index): [] for index in range(len(PROMPTS))}
+    usages: list[SequenceUsage] = []
+    step = 0
+    while engine.has_work:
+        if step in preempt_at:
+            engine.scheduler.preempt_youngest()
+        step += 1
+        for delta in engine.step():
+            outputs[delta.request_id].extend(delta.token_ids)
+            usages += [delta.usage] if delta.usage else []
+    engine.check_integrity()
+    return list(outputs.values()), usages

@@ -139,7 +139,7 @@ def our_error(width: int, draw: Callable[[torch.Generator], Tensor]) -> float:
     side, pairs = NonUniform(width), RopePairs(interleaved=False)
     positions = torch.arange(TOKENS)
     forth = phases(rope.inv_freq, positions).unsqueeze(1)
-    observer = LevelObserver(side, rope, HEADS, HEAD_DIM, samples=1)
+    observer = LevelObserver(side, [rope], HEADS, HEAD_DIM, samples=1)
     seen = draw(gen) * scale + mean
     # The narrower a channel, the more an error in it costs.
     gradient = torch.randn(seen.shape, generator=gen) / scale
@@ -183,7 +183,7 @@ def test_a_fixed_number_of_outliers_costs_little(width: int, ratio: float) -> No
 def test_constant_channels_and_gradients_of_zero() -> None:
     rope = Rope(torch.tensor([1.0, 0.1]), interleaved=False)
     for values in (False, True):
-        observer = LevelObserver(NonUniform(4, values=values), rope, 1, 4, samples=1)
+        observer = LevelObserver(NonUniform(4, values=values), [rope], 1, 4, samples=1)
         x = torch.full((200, 1, 4), 2.5)
         observer.observe(0, x, torch.zeros_like(x), torch.zeros(200, dtype=torch.int64))
         for name, tensor in observer.params(0).items():
@@ -442,7 +442,7 @@ def test_outliers_and_levels_follow_fisher_information() -> None:
     """A channel without effect on the loss gets no outlier, whatever it contains."""
     rope = Rope(torch.tensor([0.5]), interleaved=False)
     side = NonUniform(2)
-    observer = LevelObserver(side, rope, 1, 8, samples=1)
+    observer = LevelObserver(side, [rope], 1, 8, samples=1)
     x, gradient = torch.randn(2, 3000, 1, 8)
     gradient[..., 6] = 0.0
     at = torch.zeros(3000, dtype=torch.int64)

@@ -15,7 +15,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, args: AttendArgs) -> Tenso
     queries = q.transpose(0, 1)
     keys, values = (x.repeat_interleave(group, 1).transpose(0, 1) for x in (k, v))
     window = args.sliding_window
-    if args.softcap is None and (window is None or window >= len(q)):
+    plain = args.softcap is None and args.sinks is None
+    if plain and (window is None or window >= len(q)):
         out = F.scaled_dot_product_attention(
             queries, keys, values, is_causal=True, scale=args.scale
         )
@@ -27,5 +28,9 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, args: AttendArgs) -> Tenso
     unseen = at[None, :] > at[:, None]
     if window is not None:
         unseen |= at[None, :] <= at[:, None] - window
-    weights = scores.masked_fill(unseen, float("-inf")).softmax(-1)
+    scores = scores.masked_fill(unseen, float("-inf"))
+    if args.sinks is not None:  # their values are 0
+        sinks = args.sinks.float()[:, None, None].expand(-1, len(q), 1)
+        scores = torch.cat((scores, sinks), dim=-1)
+    weights = scores.softmax(-1)[..., : len(q)]
     return torch.matmul(weights, values.float()).to(q.dtype).transpose(0, 1)

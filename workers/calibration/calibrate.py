@@ -105,7 +105,7 @@ def _observer(side: Side, model: ServedModel, samples: int) -> Observer:
     if isinstance(side, Static8):
         return RangeObserver(side)
     if isinstance(side, NonUniform):
-        return LevelObserver(side, model.rope, model.num_kv_heads, model.head_dim, samples)
+        return LevelObserver(side, model.ropes, model.num_kv_heads, model.head_dim, samples)
     assert not side.calibrated, f"there is no observer for {type(side).__name__}"
     return _NoObserver()
 

@@ -19,6 +19,8 @@ Outliers are excluded from fits: they are chosen in the same way as in the codec
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -45,10 +47,10 @@ class LevelObserver:
     wants_gradients = True
 
     def __init__(
-        self, side: NonUniform, rope: Rope, num_kv_heads: int, head_dim: int, samples: int
+        self, side: NonUniform, ropes: Sequence[Rope], num_kv_heads: int, head_dim: int, samples: int
     ) -> None:
         self._side = side
-        self._rope = rope
+        self._ropes = ropes
         max_tokens = min(_MAX_TOKENS, max(1024, _MAX_NUMBERS // (num_kv_heads * head_dim)))
         self._tokens_per_window = -(-max_tokens // samples)
         self._generator = torch.Generator().manual_seed(0)
@@ -58,8 +60,8 @@ class LevelObserver:
     def observe(self, layer: int, x: Tensor, gradient: Tensor | None, positions: Tensor) -> None:
         assert gradient is not None
         if not self._side.values:
-            back = phases(self._rope.inv_freq, positions).conj().unsqueeze(1)
-            rope = RopePairs(self._rope.interleaved)
+            back = phases(self._ropes[layer].inv_freq, positions).conj().unsqueeze(1)
+            rope = RopePairs(self._ropes[layer].interleaved)
             x, gradient = rope.rotate(x, back), rope.rotate(gradient, back)
         order = torch.randperm(len(x), generator=self._generator)[: self._tokens_per_window]
         self._kept.setdefault(layer, []).append(x[order.to(x.device)].bfloat16().cpu())
@@ -72,9 +74,11 @@ class LevelObserver:
         # Relative to the layer's mean; if no channel has an effect, all count equally.
         mean = fisher.mean()
         fisher = (fisher / mean).float() if mean > 0 else torch.ones_like(fisher).float()
-        return self._fit_values(x, fisher) if self._side.values else self._fit_keys(x, fisher)
+        if self._side.values:
+            return self._fit_values(x, fisher)
+        return self._fit_keys(x, fisher, self._ropes[layer])
 
-    def _fit_keys(self, x: Tensor, fisher: Tensor) -> dict[str, Tensor]:
+    def _fit_keys(self, x: Tensor, fisher: Tensor, rope: Rope) -> dict[str, Tensor]:
         """x: [tokens, num_kv_heads, head_dim]; fisher: [num_kv_heads, head_dim]"""
         importance = fisher.sqrt()
         low, high = _percentiles(x)
@@ -94,8 +98,8 @@ class LevelObserver:
             "scale": scale,
             "zero": zero,
             "importance": importance / importance.amax(),
-            "inv_freq": self._rope.inv_freq.cpu(),
-            "interleaved": torch.tensor([self._rope.interleaved], dtype=torch.uint8),
+            "inv_freq": rope.inv_freq.cpu(),
+            "interleaved": torch.tensor([rope.interleaved], dtype=torch.uint8),
         }
 
     def _fit_values(self, x: Tensor, fisher: Tensor) -> dict[str, Tensor]:

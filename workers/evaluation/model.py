@@ -45,10 +45,10 @@ class EvaluatedModel:
         calibrations: Sequence[str] = (),
     ) -> None:
         assert config.tp == 1, "evaluation runs in one process"
-        files = resolve_model(config.model, progress=progress)
+        files = resolve_model(config.model, progress=progress, rope=config.rope)
         self.config = config
         self.name = files.name
-        self.facts: ModelFacts = read_facts(files.path)
+        self.facts: ModelFacts = read_facts(files.path, config.rope)
         self.tokenizer = Tokenizer.load(files.path)
         self._calibrations = {Calibration.format_of(Path(path)): path for path in calibrations}
         self._rank = Rank(config, 0, Communicator.single())

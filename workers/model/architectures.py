@@ -12,14 +12,31 @@ from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertKeys:
+    """Which keys of config.json describe a mixture of experts.
+
+    count: number of experts, by its names; width: the size of each one's MLP
+    """
+
+    count: tuple[str, ...] = ("num_experts", "num_local_experts")
+    width: str = "intermediate_size"
+
+
+@dataclass(frozen=True, slots=True)
 class Architecture:
-    """A causal language model of transformers.
+    """A causal language model of transformers, or one that is stored differently.
 
     model_type: its name in config.json
     kv_heads: default if the configuration has no `num_key_value_heads`; None for as many as heads
     head_dim: default if it has no `head_dim`; None for hidden_size // num_attention_heads
     interleaved_rope: RoPE's pairs are neighbouring channels, not the two halves of a head
     sliding: which layers attend through a sliding window, one of the names in `_SLIDING`
+    window: default if the configuration has no `sliding_window`
+    unrotated: which layers have no RoPE, one of the names in `_UNROTATED`
+    rope_types: the RoPE scalings that its modules compute
+    experts: if it is a mixture of experts
+    own_code: its checkpoints come with code of their own, which is never run: transformers'
+        modules, or those of another architecture, compute the same
     """
 
     name: str
@@ -28,51 +45,116 @@ class Architecture:
     head_dim: int | None = None
     interleaved_rope: bool = False
     sliding: str = "none"
+    window: int | None = 4096
+    unrotated: str = "none"
+    rope_types: tuple[str, ...] = ("default", "linear", "llama3", "yarn", "dynamic")
+    experts: ExpertKeys | None = None
+    own_code: bool = False
 
     def sliding_windows(self, config: Mapping[str, Any]) -> tuple[int | None, ...]:
         """Each layer's window in tokens, including the query; None for the whole context."""
-        return _SLIDING[self.sliding](config)
+        slides = _SLIDING[self.sliding](config)
+        window = config.get("sliding_window", self.window)
+        return tuple(window if slide else None for slide in slides)
+
+    def rotated_layers(self, config: Mapping[str, Any]) -> tuple[bool, ...]:
+        """Whether each layer rotates queries and keys by their positions."""
+        return _ROTATED[self.unrotated](config, self.sliding_windows(config))
 
 
-def _no_layer(config: Mapping[str, Any]) -> tuple[int | None, ...]:
-    return (None,) * int(config["num_hidden_layers"])
+def _layers(config: Mapping[str, Any]) -> range:
+    return range(int(config["num_hidden_layers"]))
 
 
-def _every_layer(config: Mapping[str, Any]) -> tuple[int | None, ...]:
-    return (config.get("sliding_window", 4096),) * int(config["num_hidden_layers"])
+def _no_layer(config: Mapping[str, Any]) -> tuple[bool, ...]:
+    return (False,) * len(_layers(config))
 
 
-def _by_layer_types(config: Mapping[str, Any], types: list[str]) -> tuple[int | None, ...]:
-    window = config.get("sliding_window", 4096)
-    return tuple(window if kind == "sliding_attention" else None for kind in types)
+def _every_layer(config: Mapping[str, Any]) -> tuple[bool, ...]:
+    return (True,) * len(_layers(config))
 
 
-def _upper_layers(config: Mapping[str, Any]) -> tuple[int | None, ...]:
+def _typed_or_every_layer(config: Mapping[str, Any]) -> tuple[bool, ...]:
+    return _typed(config) or _every_layer(config)
+
+
+def _if_enabled(config: Mapping[str, Any]) -> tuple[bool, ...]:
+    """Qwen3-MoE: every layer, if enabled."""
+    return (bool(config.get("use_sliding_window", False)),) * len(_layers(config))
+
+
+def _upper_layers(config: Mapping[str, Any]) -> tuple[bool, ...]:
     """Qwen2 and Qwen3: the layers from `max_window_layers` on, if enabled."""
     if not config.get("use_sliding_window", False):
         return _no_layer(config)
     first = int(config.get("max_window_layers", 28))
-    types = config.get("layer_types") or [
-        "sliding_attention" if layer >= first else "full_attention"
-        for layer in range(config["num_hidden_layers"])
-    ]
-    return _by_layer_types(config, types)
+    return _typed(config) or tuple(layer >= first for layer in _layers(config))
 
 
-def _even_layers(config: Mapping[str, Any]) -> tuple[int | None, ...]:
-    """Gemma 2: every other layer, starting with the first."""
-    types = config.get("layer_types") or [
-        "full_attention" if layer % 2 else "sliding_attention"
-        for layer in range(config["num_hidden_layers"])
-    ]
-    return _by_layer_types(config, types)
+def _unrotated_layers(config: Mapping[str, Any]) -> tuple[bool, ...]:
+    """SmolLM3: the layers without RoPE, if enabled."""
+    if not config.get("use_sliding_window", False) or config.get("sliding_window") is None:
+        return _no_layer(config)
+    return _typed(config) or tuple(not rotated for rotated in _by_no_rope_layers(config, ()))
+
+
+def _all_but_every(period: int) -> Any:
+    """All but the layers `period`, 2 * `period`, … counted from 1."""
+
+    def slides(config: Mapping[str, Any]) -> tuple[bool, ...]:
+        every = int(config.get("sliding_window_pattern") or period)
+        return _typed(config) or tuple((layer + 1) % every != 0 for layer in _layers(config))
+
+    return slides
+
+
+def _typed(config: Mapping[str, Any]) -> tuple[bool, ...] | None:
+    """What the configuration says of each layer, if it does."""
+    types = config.get("layer_types")
+    return tuple(kind == "sliding_attention" for kind in types) if types else None
 
 
 _SLIDING = {
     "none": _no_layer,
     "every layer": _every_layer,
+    "every layer unless typed": _typed_or_every_layer,
+    "every layer if enabled": _if_enabled,
     "upper layers": _upper_layers,
-    "even layers": _even_layers,
+    "unrotated layers": _unrotated_layers,
+    "all but every second": _all_but_every(2),
+    "all but every fourth": _all_but_every(4),
+    "all but every sixth": _all_but_every(6),
+}
+
+
+def _all_rotated(
+    config: Mapping[str, Any], windows: tuple[int | None, ...]
+) -> tuple[bool, ...]:
+    return (True,) * len(windows)
+
+
+def _rotated_if_sliding(
+    config: Mapping[str, Any], windows: tuple[int | None, ...]
+) -> tuple[bool, ...]:
+    """Cohere 2: only layers with a sliding window."""
+    return tuple(window is not None for window in windows)
+
+
+def _by_no_rope_layers(
+    config: Mapping[str, Any], windows: tuple[int | None, ...]
+) -> tuple[bool, ...]:
+    """SmolLM3: `no_rope_layers` has 1 for layers with RoPE; by default 0 for every fourth."""
+    flags = config.get("no_rope_layers")
+    if flags is not None:
+        return tuple(bool(flags[layer]) for layer in _layers(config))
+    interval = int(config.get("no_rope_layer_interval", 4))
+    return tuple((layer + 1) % interval != 0 for layer in _layers(config))
+
+
+_ROTATED = {
+    "none": _all_rotated,
+    "full attention": _rotated_if_sliding,
+    "no_rope_layers": _by_no_rope_layers,
 }
 
 ARCHITECTURES: Mapping[str, Architecture] = {
@@ -80,17 +162,91 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     for architecture in (
         Architecture("LlamaForCausalLM", "llama"),
         Architecture("MistralForCausalLM", "mistral", kv_heads=8, sliding="every layer"),
+        Architecture("MinistralForCausalLM", "ministral", kv_heads=8, sliding="every layer unless typed"),
         Architecture("Qwen2ForCausalLM", "qwen2", kv_heads=32, sliding="upper layers"),
         Architecture(
             "Qwen3ForCausalLM", "qwen3", kv_heads=32, head_dim=128, sliding="upper layers"
         ),
         Architecture("GemmaForCausalLM", "gemma", kv_heads=16, head_dim=256),
         Architecture(
-            "Gemma2ForCausalLM", "gemma2", kv_heads=4, head_dim=256, sliding="even layers"
+            "Gemma2ForCausalLM",
+            "gemma2",
+            kv_heads=4,
+            head_dim=256,
+            sliding="all but every second",
+        ),
+        Architecture(
+            "Gemma3ForCausalLM",
+            "gemma3_text",
+            kv_heads=4,
+            head_dim=256,
+            sliding="all but every sixth",
+            rope_types=("default", "linear", "llama3", "yarn"),
         ),
         Architecture("OlmoForCausalLM", "olmo"),
         Architecture("Olmo2ForCausalLM", "olmo2"),
+        Architecture(
+            "Olmo3ForCausalLM",
+            "olmo3",
+            sliding="all but every fourth",
+            rope_types=("default", "linear", "llama3", "yarn"),
+        ),
         Architecture("CohereForCausalLM", "cohere", interleaved_rope=True),
+        Architecture(
+            "Cohere2ForCausalLM",
+            "cohere2",
+            interleaved_rope=True,
+            sliding="all but every fourth",
+            unrotated="full attention",
+        ),
         Architecture("StableLmForCausalLM", "stablelm", kv_heads=32),
+        Architecture(
+            "Phi3ForCausalLM",
+            "phi3",
+            sliding="every layer",
+            window=None,
+            rope_types=("default", "longrope"),
+            own_code=True,
+        ),
+        Architecture(
+            "SmolLM3ForCausalLM",
+            "smollm3",
+            kv_heads=4,
+            sliding="unrotated layers",
+            unrotated="no_rope_layers",
+        ),
+        Architecture("GraniteForCausalLM", "granite"),
+        Architecture("GlmForCausalLM", "glm", kv_heads=2, head_dim=128, interleaved_rope=True),
+        Architecture("Glm4ForCausalLM", "glm4", kv_heads=2, head_dim=128, interleaved_rope=True),
+        Architecture("SeedOssForCausalLM", "seed_oss", kv_heads=8, head_dim=128),
+        Architecture("InternLM2ForCausalLM", "internlm2", own_code=True),
+        Architecture(
+            "InternLM3ForCausalLM", "internlm3", kv_heads=2, head_dim=128, own_code=True
+        ),
+        Architecture(
+            "Qwen3MoeForCausalLM",
+            "qwen3_moe",
+            kv_heads=4,
+            sliding="every layer if enabled",
+            experts=ExpertKeys(width="moe_intermediate_size"),
+        ),
+        Architecture(
+            "MixtralForCausalLM",
+            "mixtral",
+            kv_heads=8,
+            sliding="every layer",
+            window=None,
+            experts=ExpertKeys(),
+        ),
+        Architecture("OlmoeForCausalLM", "olmoe", experts=ExpertKeys()),
+        Architecture(
+            "GptOssForCausalLM",
+            "gpt_oss",
+            kv_heads=8,
+            head_dim=64,
+            sliding="all but every second",
+            window=128,
+            experts=ExpertKeys(),
+        ),
     )
 }

@@ -18,24 +18,54 @@ from kvmesh.workers.model.hook import AttendArgs, AttendSlot
 from kvmesh.workers.parallel.linears import ColumnLinear
 
 # Projections, then RoPE on halves, then attention; with nothing else in between except the norm
-# per head (q_norm, k_norm) and the clamp (clip_qkv), which FusedAttention handles.
+# per head (q_norm, k_norm), the clamp (clip_qkv) and layers without RoPE (use_rope), which
+# FusedAttention handles.
 _PLAIN_ATTENTION = frozenset(
     {
         "LlamaAttention",
         "MistralAttention",
+        "MinistralAttention",
+        "MixtralAttention",
         "Qwen2Attention",
         "Qwen3Attention",
+        "Qwen3MoeAttention",
         "GemmaAttention",
         "Gemma2Attention",
+        "Gemma3Attention",
+        "GraniteAttention",
         "OlmoAttention",
+        "Phi3Attention",
+        "SeedOssAttention",
+        "SmolLM3Attention",
     }
 )
 # x / rms(x) * weight
 _PLAIN_RMS_NORM = frozenset(
-    {"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "Olmo2RMSNorm"}
+    {
+        f"{family}RMSNorm"
+        for family in (
+            "Llama",
+            "Mistral",
+            "Ministral",
+            "Mixtral",
+            "Qwen2",
+            "Qwen3",
+            "Qwen3Moe",
+            "Olmo2",
+            "Olmo3",
+            "Olmoe",
+            "Phi3",
+            "SmolLM3",
+            "Granite",
+            "Glm",
+            "Glm4",
+            "SeedOss",
+            "GptOss",
+        )
+    }
 )
 # x / rms(x) * (1 + weight), with the sum in float32
-_CENTRED_RMS_NORM = frozenset({"GemmaRMSNorm", "Gemma2RMSNorm"})
+_CENTRED_RMS_NORM = frozenset({"GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm"})
 
 
 class RMSNorm(nn.Module):
@@ -60,14 +90,21 @@ class FusedAttention(nn.Module):
 
     def __init__(self, source: Any, sliding_window: int | None, slot: AttendSlot) -> None:
         super().__init__()
-        projections = [source.q_proj, source.k_proj, source.v_proj]
         self._head_dim: int = source.head_dim
-        self._heads = [part.weight.shape[0] // self._head_dim for part in projections]
-        self.qkv = ColumnLinear.joined(projections)
+        if hasattr(source, "qkv_proj"):
+            self.qkv: ColumnLinear = source.qkv_proj
+            group: int = source.num_key_value_groups
+            num_kv = self.qkv.weight.shape[0] // (self._head_dim * (group + 2))
+            self._heads = [group * num_kv, num_kv, num_kv]
+        else:
+            projections = [source.q_proj, source.k_proj, source.v_proj]
+            self._heads = [part.weight.shape[0] // self._head_dim for part in projections]
+            self.qkv = ColumnLinear.joined(projections)
         self.o_proj = source.o_proj
         self.q_norm = getattr(source, "q_norm", None)
         self.k_norm = getattr(source, "k_norm", None)
         self._clip: float | None = getattr(source.config, "clip_qkv", None)
+        self._rotates = bool(getattr(source, "use_rope", True))
         self._layer: int = source.layer_idx
         self._slot = slot
         self._args = AttendArgs(
@@ -90,8 +127,9 @@ class FusedAttention(nn.Module):
         qk = qkv[:, : num_q + num_k]
         if self.q_norm is not None and self.k_norm is not None:
             qk = torch.cat((self.q_norm(qk[:, :num_q]), self.k_norm(qk[:, num_q:])), dim=1)
-        cos, sin = position_embeddings
-        qk = _rotate(qk, cos[0], sin[0])
+        if self._rotates:
+            cos, sin = position_embeddings
+            qk = _rotate(qk, cos[0], sin[0])
         out = attend(self._layer, qk[:, :num_q], qk[:, num_q:], qkv[:, num_q + num_k :], self._args)
         return self.o_proj(out.reshape(out.shape[0], -1)).unsqueeze(0), None
 
@@ -101,10 +139,14 @@ class FusedMLP(nn.Module):
 
     def __init__(self, source: Any) -> None:
         super().__init__()
-        self.gate_up = ColumnLinear.joined([source.gate_proj, source.up_proj])
+        if hasattr(source, "gate_up_proj"):
+            self.gate_up: ColumnLinear = source.gate_up_proj
+            self._activation = source.activation_fn
+        else:
+            self.gate_up = ColumnLinear.joined([source.gate_proj, source.up_proj])
+            self._activation = source.act_fn
         self.down_proj = source.down_proj
-        self._width: int = source.gate_proj.weight.shape[0]
-        self._activation = source.act_fn
+        self._width = self.gate_up.weight.shape[0] // 2
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., hidden] -> like x"""
@@ -122,7 +164,8 @@ def fuse(layer: Any, sliding_window: int | None, slot: AttendSlot) -> None:
             setattr(layer.get_submodule(parent), child, lean)
     if type(layer.self_attn).__name__ in _PLAIN_ATTENTION:
         layer.self_attn = FusedAttention(layer.self_attn, sliding_window, slot)
-    layer.mlp = FusedMLP(layer.mlp)
+    if not hasattr(layer.mlp, "experts"):
+        layer.mlp = FusedMLP(layer.mlp)
 
 
 def lean_norm(module: nn.Module) -> nn.Module:
@@ -141,14 +184,16 @@ def _lean_norm(module: Any) -> nn.Module | None:
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE whose pairs are the two halves of a head.
+    """RoPE whose pairs are the two halves of the first D channels of a head.
 
-    x: [T, H, D]; cos, sin: [T, D], with two equal halves
+    x: [T, H, ≥ D]; cos, sin: [T, D], with two equal halves
     """
-    half = x.shape[-1] // 2
+    dim = cos.shape[-1]
+    half = dim // 2
     cos, sin = cos.unsqueeze(1), sin[:, :half].unsqueeze(1)
-    wide = x.to(cos.dtype)  # OLMo rotates in float32 for any dtype of the weights
+    wide = x[..., :dim].to(cos.dtype)  # OLMo rotates in float32 for any dtype of the weights
     out = wide * cos
     out[..., :half].addcmul_(wide[..., half:], sin, value=-1)
     out[..., half:].addcmul_(wide[..., :half], sin)
-    return out.to(x.dtype)
+    out = out.to(x.dtype)
+    return out if dim == x.shape[-1] else torch.cat((out, x[..., dim:]), dim=-1)

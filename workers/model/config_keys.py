@@ -7,7 +7,7 @@ contexts. So the model is refused by the name of the key, unless its value is ne
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from kvmesh.workers.model.architectures import Architecture
@@ -31,38 +31,38 @@ _COMMON = frozenset(
         "vocab_size",
     }
 )
+_SLIDING = frozenset({"layer_types", "sliding_window"})
+_SLIDING_IF_ENABLED = _SLIDING | {"max_window_layers", "use_sliding_window"}
+_RMS_NORM = frozenset({"rms_norm_eps"})
+_LLAMA = _RMS_NORM | {"attention_bias", "mlp_bias"}
+_GEMMA = _RMS_NORM | {"attention_bias", "hidden_activation"}
+_INTERNLM = _RMS_NORM | {"bias"}
 _BY_MODEL_TYPE: Mapping[str, frozenset[str]] = {
-    "llama": frozenset({"attention_bias", "mlp_bias", "rms_norm_eps"}),
-    "mistral": frozenset({"rms_norm_eps", "sliding_window"}),
-    "qwen2": frozenset(
-        {"layer_types", "max_window_layers", "rms_norm_eps", "sliding_window", "use_sliding_window"}
-    ),
-    "qwen3": frozenset(
-        {
-            "attention_bias",
-            "layer_types",
-            "max_window_layers",
-            "rms_norm_eps",
-            "sliding_window",
-            "use_sliding_window",
-        }
-    ),
-    "gemma": frozenset({"attention_bias", "hidden_activation", "rms_norm_eps"}),
-    "gemma2": frozenset(
-        {
-            "attention_bias",
-            "attn_logit_softcapping",
-            "final_logit_softcapping",
-            "hidden_activation",
-            "layer_types",
-            "query_pre_attn_scalar",
-            "rms_norm_eps",
-            "sliding_window",
-        }
-    ),
+    "llama": _LLAMA,
+    "mistral": _RMS_NORM | {"sliding_window"},
+    "ministral": _RMS_NORM | _SLIDING,
+    "qwen2": _RMS_NORM | _SLIDING_IF_ENABLED,
+    "qwen3": _RMS_NORM | _SLIDING_IF_ENABLED | {"attention_bias"},
+    "gemma": _GEMMA,
+    "gemma2": _GEMMA
+    | _SLIDING
+    | {"attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar"},
+    # transformers reads its attn_logit_softcapping and does not apply it, so neither is it here.
+    "gemma3_text": _GEMMA
+    | _SLIDING
+    | {
+        "_sliding_window_pattern",
+        "final_logit_softcapping",
+        "query_pre_attn_scalar",
+        "rope_local_base_freq",
+        "sliding_window_pattern",
+    },
     "olmo": frozenset({"attention_bias", "clip_qkv"}),
-    "olmo2": frozenset({"attention_bias", "rms_norm_eps"}),
+    "olmo2": _RMS_NORM | {"attention_bias"},
+    "olmo3": _RMS_NORM | _SLIDING | {"attention_bias"},
     "cohere": frozenset({"attention_bias", "layer_norm_eps", "logit_scale", "use_qk_norm"}),
+    "cohere2": _SLIDING
+    | {"attention_bias", "layer_norm_eps", "logit_scale", "sliding_window_pattern"},
     "stablelm": frozenset(
         {
             "layer_norm_eps",
@@ -72,11 +72,76 @@ _BY_MODEL_TYPE: Mapping[str, frozenset[str]] = {
             "use_qkv_bias",
         }
     ),
+    "phi3": _RMS_NORM | {"partial_rotary_factor", "sliding_window"},
+    "smollm3": _LLAMA
+    | _SLIDING_IF_ENABLED
+    | {"no_rope_layer_interval", "no_rope_layers"},
+    "granite": _LLAMA
+    | {"attention_multiplier", "embedding_multiplier", "logits_scaling", "residual_multiplier"},
+    "glm": _RMS_NORM | {"attention_bias", "partial_rotary_factor"},
+    "glm4": _RMS_NORM | {"attention_bias", "partial_rotary_factor"},
+    "seed_oss": _LLAMA | {"attention_out_bias"},
+    "internlm2": _INTERNLM,
+    "internlm3": _INTERNLM | {"attention_bias", "mlp_bias", "qkv_bias"},
+    "qwen3_moe": _RMS_NORM
+    | _SLIDING_IF_ENABLED
+    | {
+        "attention_bias",
+        "decoder_sparse_step",
+        "mlp_only_layers",
+        "moe_intermediate_size",
+        "norm_topk_prob",
+        "num_experts",
+        "num_experts_per_tok",
+        "num_local_experts",
+    },
+    "mixtral": _RMS_NORM | {"num_experts_per_tok", "num_local_experts", "sliding_window"},
+    "olmoe": _RMS_NORM
+    | {
+        "attention_bias",
+        "clip_qkv",
+        "norm_topk_prob",
+        "num_experts",
+        "num_experts_per_tok",
+        "num_local_experts",
+    },
+    "gpt_oss": _RMS_NORM
+    | _SLIDING
+    | {
+        "attention_bias",
+        "num_experts_per_tok",
+        "num_local_experts",
+        "quantization_config",
+        "swiglu_alpha",
+        "swiglu_limit",
+    },
+}
+# Keys that have only one implemented value: that of all checkpoints which have the key.
+_ONLY_VALUE: Mapping[str, Mapping[str, object]] = {
+    "cohere2": {
+        "order_of_interleaved_layers": "local_attn_first",
+        "position_embedding_type": "rope_gptj",
+        "use_embedding_sharing": True,
+        "use_gated_activation": True,
+        "use_parallel_block": True,
+        "use_parallel_embedding": True,
+    },
+    "phi3": {"full_attn_mod": 1, "interpolate_factor": 1},
+}
+# Keys that repeat another one.
+_REPEATED: Mapping[str, Mapping[str, str]] = {
+    "cohere2": {"layer_switch": "sliding_window_pattern"},
+    "gemma2": {"sliding_window_size": "sliding_window"},
+    "gpt_oss": {
+        "experts_per_token": "num_experts_per_tok",
+        "initial_context_length": "rope_scaling.original_max_position_embeddings",
+    },
 }
 # They say how the model was made, stored or trained, or how it generates, which
 # generation_config.json says today; a forward pass does not depend on them.
 _HARMLESS = frozenset(
     {
+        "auto_map",  # checked on its own
         "_attn_implementation",
         "_attn_implementation_autoset",
         "_attn_implementation_internal",
@@ -134,6 +199,7 @@ _HARMLESS = frozenset(
         "num_return_sequences",
         "output_attentions",
         "output_hidden_states",
+        "output_router_logits",
         "output_scores",
         "pad_token_id",
         "prefix",
@@ -142,8 +208,11 @@ _HARMLESS = frozenset(
         "remove_invalid_values",
         "repetition_penalty",
         "resid_pdrop",
+        "residual_dropout",
         "return_dict",
         "return_dict_in_generate",
+        "router_aux_loss_coef",
+        "router_jitter_noise",
         "sep_token_id",
         "seq_length",
         "suppress_tokens",
@@ -176,12 +245,14 @@ _ROPE = frozenset(
         "factor",
         "finetuned",
         "high_freq_factor",
+        "long_factor",
         "low_freq_factor",
         "mscale",
         "mscale_all_dim",
         "original_max_position_embeddings",
         "rope_theta",
         "rope_type",
+        "short_factor",
         "truncate",
         "type",
     }
@@ -193,18 +264,46 @@ _NEUTRAL: tuple[object, ...] = (None, False, 0, 0.0, 1.0, "", [], {})
 def keys_not_implemented(config: Mapping[str, Any], architecture: Architecture) -> Iterator[str]:
     """Keys of `config` that may change what the model computes, with their sections."""
     own = _BY_MODEL_TYPE[architecture.model_type]
+    types = config.get("layer_types") or ()
     for key, value in config.items():
         known = key in _COMMON or key in own or key in _HARMLESS
-        if not known and not key.startswith(_HARMLESS_PREFIXES) and not _is_neutral(key, config):
+        known = known or key.startswith(_HARMLESS_PREFIXES) or _is_redundant(key, config, architecture.model_type)
+        if not known and not _is_neutral(key, config):
             yield key
         if key in ("rope_parameters", "rope_scaling") and isinstance(value, dict):
-            yield from _rope_keys(key, value, own)
+            for section, parameters in _rope_sections(key, value, types):
+                yield from _rope_keys(section, parameters, own)
+
+
+def _rope_sections(
+    name: str, value: Mapping[str, Any], layer_types: Iterable[str]
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """RoPE's parameters, which may be given for each type of layer."""
+    by_type = {kind: value[kind] for kind in dict.fromkeys(layer_types) if kind in value}
+    if by_type:
+        for kind, parameters in by_type.items():
+            yield f"{name}.{kind}", parameters or {}
+        value = {key: of for key, of in value.items() if key not in by_type}
+    yield name, value
 
 
 def _rope_keys(section: str, parameters: Mapping[str, Any], own: frozenset[str]) -> Iterator[str]:
     for key, value in parameters.items():
         if key not in _ROPE and key not in own and not _is_plain_neutral(value):
             yield f"{section}.{key}"
+
+
+def _is_redundant(key: str, config: Mapping[str, Any], model_type: str) -> bool:
+    """Whether the key says what is computed anyway, or what another key says."""
+    value = config[key]
+    only = _ONLY_VALUE.get(model_type, {})
+    if key in only:
+        return type(value) is type(only[key]) and bool(value == only[key])
+    other = _REPEATED.get(model_type, {}).get(key)
+    if other is None:
+        return False
+    section, _, name = other.rpartition(".")
+    return bool(value == (config.get(section) or {} if section else config).get(name, value))
 
 
 def _is_neutral(key: str, config: Mapping[str, Any]) -> bool:
@@ -216,8 +315,6 @@ def _is_neutral(key: str, config: Mapping[str, Any]) -> bool:
         return not value or config.get("use_sliding_window") is False
     if key == "max_window_layers":
         return not config.get("use_sliding_window")
-    if key == "sliding_window_size":  # Gemma 2's, twice
-        return bool(value == config.get("sliding_window"))
     return _is_plain_neutral(value)
 
 

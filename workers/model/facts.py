@@ -18,11 +18,12 @@ from typing import Any
 from kvmesh.workers.errors import ConfigError, UnsupportedModelError
 from kvmesh.workers.model.architectures import ARCHITECTURES, Architecture
 from kvmesh.workers.model.config_keys import keys_not_implemented
+from kvmesh.workers.model.rope_scaling import RopeScaling
 from kvmesh.workers.model.tensors import TensorInfo, read_tensors
+from kvmesh.workers.rope_override import RopeOverride
 
 NAME_FILE = "kvmesh.json"
 
-_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 _DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _SAMPLE_BYTES = 1 << 16
 _SAMPLES_PER_FILE = 16
@@ -39,6 +40,11 @@ class ModelFacts:
     sliding_windows: per layer in tokens, None for the whole context
     vocab_size: width of the logits
     unused_token_ids: those below it that the tokenizer has no token for
+    rotated_layers: per layer, whether RoPE is applied; () for all
+    num_experts: of each mixture of experts; 0 if the model has none
+    expert_size: like intermediate_size, of one expert
+    trained_len: positions that it was trained for before its RoPE was scaled
+    rope: how RoPE is scaled, as `kvmesh status` shows it
     """
 
     name: str
@@ -57,6 +63,11 @@ class ModelFacts:
     dtype: str
     sliding_windows: tuple[int | None, ...]
     unused_token_ids: tuple[int, ...] = ()
+    rotated_layers: tuple[bool, ...] = ()
+    num_experts: int = 0
+    expert_size: int = 0
+    trained_len: int = 0
+    rope: str = "default"
 
     @property
     def num_token_ids(self) -> int:
@@ -65,9 +76,10 @@ class ModelFacts:
         return next((i + 1 for i in reversed(range(self.vocab_size)) if i not in unused), 0)
 
 
-def read_facts(path: Path) -> ModelFacts:
+def read_facts(path: Path, rope: RopeOverride | None = None) -> ModelFacts:
     """Facts of the model in directory `path`.
 
+    rope: replaces the scaling in its configuration
     Raises ConfigError naming a file that is missing or malformed, and
     UnsupportedModelError for a model that would be computed incorrectly.
     """
@@ -76,9 +88,20 @@ def read_facts(path: Path) -> ModelFacts:
     tensors = read_tensors(path)
     integers = {key: _positive(config, key, path) for key in _REQUIRED}
     heads = integers["num_attention_heads"]
+    scaling = RopeScaling.of(config)
+    max_model_len, trained_len = scaling.max_model_len(config), scaling.trained_len(config)
+    if rope is not None:
+        trained_len = rope.trained_len or trained_len
+        max_model_len = int(trained_len * rope.factor)
+    num_experts = expert_size = 0
+    if architecture.experts is not None:
+        names = architecture.experts.count
+        count = next((name for name in names if config.get(name) is not None), names[0])
+        num_experts = _positive(config, count, path)
+        expert_size = _positive(config, architecture.experts.width, path)
     return ModelFacts(
         name=_name(path),
-        revision=_revision(path, tensors),
+        revision=_revision(path, tensors, rope),
         architecture=architecture.name,
         num_layers=integers["num_hidden_layers"],
         num_heads=heads,
@@ -89,12 +112,19 @@ def read_facts(path: Path) -> ModelFacts:
         hidden_size=integers["hidden_size"],
         intermediate_size=integers["intermediate_size"],
         vocab_size=integers["vocab_size"],
-        max_model_len=_max_model_len(config),
+        max_model_len=max_model_len,
         eos_token_ids=eos_token_ids(path),
         weight_bytes=sum(tensor.num_bytes for tensor in tensors.values()),
-        dtype=_DTYPE_NAMES[max((t.dtype for t in tensors.values()), default="F32")],
+        dtype=_DTYPE_NAMES[
+            max((t.dtype for t in tensors.values() if t.dtype in _DTYPE_NAMES), default="F32")
+        ],
         sliding_windows=architecture.sliding_windows(config),
         unused_token_ids=unused_token_ids(path),
+        rotated_layers=architecture.rotated_layers(config),
+        num_experts=num_experts,
+        expert_size=expert_size,
+        trained_len=trained_len,
+        rope=str(scaling) if rope is None else f"{rope}, instead of {scaling}",
     )
 
 
@@ -144,19 +174,16 @@ def check_architecture(config: Mapping[str, Any], source: Path) -> Architecture:
 def _check_supported(config: Mapping[str, Any], path: Path) -> Architecture:
     architecture = check_architecture(config, path)
     reason = None
-    if config.get("quantization_config") is not None:
+    if config.get("quantization_config") is not None and not _is_mxfp4(config, architecture):
         reason = "its weights are quantised (quantization_config)"
-    elif config.get("auto_map"):
+    elif config.get("auto_map") and not architecture.own_code:
         reason = "it brings its own code (auto_map), which is never run"
     elif config.get("use_bidirectional_attention"):
         reason = "its attention is bidirectional (use_bidirectional_attention)"
     elif config.get("is_encoder_decoder") or config.get("add_cross_attention"):
         reason = "it has cross-attention"
-    elif _rope(config)[0] not in _ROPE_TYPES:
-        reason = (
-            f"its RoPE scaling {_rope(config)[0]!r} is not one of {', '.join(_ROPE_TYPES)}"
-            " (scaling that depends on the sequence's length would invalidate cached keys)"
-        )
+    elif (kind := RopeScaling.of(config).kind) not in architecture.rope_types:
+        reason = f"its RoPE scaling {kind!r} is not one of {', '.join(architecture.rope_types)}"
     elif unknown := sorted(keys_not_implemented(config, architecture)):
         reason = (
             f"{', '.join(unknown)} in its config.json may change what it computes, and "
@@ -167,22 +194,10 @@ def _check_supported(config: Mapping[str, Any], path: Path) -> Architecture:
     return architecture
 
 
-def _rope(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
-    """RoPE type and its parameters, from the keys of transformers 5 or of older versions."""
-    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(parameters, dict):
-        return repr(parameters), {}
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    return str(kind), parameters
-
-
-def _max_model_len(config: Mapping[str, Any]) -> int:
-    positions = int(config["max_position_embeddings"])
-    kind, parameters = _rope(config)
-    original = parameters.get("original_max_position_embeddings")
-    if kind == "yarn" and original:
-        return max(positions, int(original * parameters["factor"]))
-    return positions
+def _is_mxfp4(config: Mapping[str, Any], architecture: Architecture) -> bool:
+    """Whether only experts are quantised, in a format that is decoded when they are loaded."""
+    method = (config.get("quantization_config") or {}).get("quant_method")
+    return architecture.model_type == "gpt_oss" and method == "mxfp4"
 
 
 def _positive(config: Mapping[str, Any], key: str, path: Path) -> int:
@@ -257,8 +272,10 @@ def _name(path: Path) -> str:
     return path.resolve().name
 
 
-def _revision(path: Path, tensors: Mapping[str, TensorInfo]) -> str:
-    digest = hashlib.sha256()
+def _revision(
+    path: Path, tensors: Mapping[str, TensorInfo], rope: RopeOverride | None
+) -> str:
+    digest = hashlib.sha256(b"" if rope is None else rope.model_dump_json().encode())
     for name in ("config.json", "generation_config.json", "tokenizer.json"):
         if (path / name).exists():
             digest.update(name.encode() + (path / name).read_bytes())

@@ -28,11 +28,14 @@ class AttendArgs:
     scale: factor of the products of queries and keys
     softcap: c, where products s become c * tanh(s / c), after the scale; None for none
     sliding_window: w, where the query at position i reads the keys at (i - w, i]; None for all
+    sinks: [num_heads], of this rank; a score that each query of a head has besides those of its
+        keys, whose value is 0; None for none
     """
 
     scale: float
     softcap: float | None = None
     sliding_window: int | None = None
+    sinks: Tensor | None = None
 
 
 # (layer, q [T, Hq, D] after RoPE, k [T, Hkv, D], v [T, Hkv, D], args) -> out [T, Hq, D].
@@ -73,6 +76,7 @@ def _attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Has transformers' signature: query [1, Hq, T, D], key and value [1, Hkv, T, D]."""
@@ -80,7 +84,7 @@ def _attention(
     assert query.shape[0] == 1
     slot: AttendSlot = module.kvmesh_slot  # type: ignore[assignment]
     assert slot.attend is not None, "attention was called outside ServedModel.forward"
-    args = AttendArgs(scaling, softcap, sliding_window)
+    args = AttendArgs(scaling, softcap, sliding_window, sinks=s_aux)
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
     layer: int = module.layer_idx  # type: ignore[assignment]
     return slot.attend(layer, q, k, v, args).unsqueeze(0), None

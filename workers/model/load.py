@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from kvmesh.kernels.linear import WeightFormat, pack
 from kvmesh.workers.errors import ConfigError, UnsupportedModelError
@@ -20,11 +20,13 @@ from kvmesh.workers.model.architectures import ARCHITECTURES
 from kvmesh.workers.model.blocks import fuse, lean_norm
 from kvmesh.workers.model.facts import ModelFacts, read_facts
 from kvmesh.workers.model.hook import IMPLEMENTATION, Attend, AttendSlot, attach
-from kvmesh.workers.model.rope import Rope
+from kvmesh.workers.model.rope import Rope, fixed_rotary, override_rope
 from kvmesh.workers.model.shards import Pack, Placer, check_tp
+from kvmesh.workers.model.stored import read_config, stored_as
 from kvmesh.workers.model.weights import WeightReader, Weights
 from kvmesh.workers.parallel.comm import Communicator
 from kvmesh.workers.parallel.linears import VocabHead
+from kvmesh.workers.rope_override import RopeOverride
 
 
 class ServedModel:
@@ -38,11 +40,17 @@ class ServedModel:
         self.num_heads = facts.num_heads // tp
         self.num_kv_heads = facts.num_kv_heads // tp
         self.head_dim = facts.head_dim
-        self.rope = Rope.of(model, interleaved=ARCHITECTURES[facts.architecture].interleaved_rope)
+        self.ropes = Rope.of_layers(
+            model.model.rotary_emb,
+            model.config,
+            facts.rotated_layers or (True,) * facts.num_layers,
+            interleaved=ARCHITECTURES[facts.architecture].interleaved_rope,
+        )
         self._body: nn.Module = model.model
         self._head: VocabHead = model.lm_head
         self._slot = slot
         self._logit_scale: float | None = getattr(model, "logit_scale", None)
+        self._logit_divisor: float | None = getattr(model.config, "logits_scaling", None)
         self._logit_softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
 
     @torch.inference_mode()
@@ -87,6 +95,8 @@ class ServedModel:
         """Scale and cap logits the way the architecture's own forward does."""
         if self._logit_scale is not None:
             logits = logits * self._logit_scale
+        if self._logit_divisor is not None:
+            logits = logits / self._logit_divisor
         if self._logit_softcap is not None:
             logits = torch.tanh(logits / self._logit_softcap) * self._logit_softcap
         return logits.float()
@@ -98,27 +108,36 @@ def load_model(
     dtype: torch.dtype,
     device: torch.device,
     comm: Communicator,
+    rope: RopeOverride | None = None,
+    max_model_len: int | None = None,
+    expert_parallel: bool = False,
     weight_format: WeightFormat = "exact",
 ) -> ServedModel:
     """This rank's share of the model in directory `path`.
 
     dtype: of weights and activations, for any dtype of the checkpoint
+    rope: replaces the scaling in its configuration
+    max_model_len: tokens of the longest sequence; by default the model's limit
+    expert_parallel: ranks have whole experts instead of parts of all
     weight_format: how the weights of linears are stored
     Raises ConfigError naming `tp` or `model`, UnsupportedModelError for a
     model that would be computed incorrectly.
     """
-    facts = read_facts(path)
-    check_tp(facts, comm.size)
-    config = AutoConfig.from_pretrained(path, local_files_only=True)
-    _check_agreement(facts, config, path)
+    facts = read_facts(path, rope)
+    check_tp(facts, comm.size, expert_parallel=expert_parallel)
+    config = read_config(facts, path)
+    if rope is not None:
+        override_rope(config, rope, facts.trained_len)
     with WeightReader(path, dtype, device) as reader:
         return build_model(
             facts,
             config,
-            reader,
+            stored_as(facts, reader),
             dtype=dtype,
             device=device,
             comm=comm,
+            max_model_len=max_model_len,
+            expert_parallel=expert_parallel,
             weight_format=weight_format,
         )
 
@@ -131,19 +150,24 @@ def build_model(
     dtype: torch.dtype,
     device: torch.device,
     comm: Communicator,
+    max_model_len: int | None = None,
+    expert_parallel: bool = False,
     weight_format: WeightFormat = "exact",
 ) -> ServedModel:
     """This rank's share of the model that a transformers `config` describes.
 
     weights: on `device` and of `dtype`, from a checkpoint or any other source
+    max_model_len: tokens of the longest sequence; by default the model's limit
+    expert_parallel: ranks have whole experts instead of parts of all
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=IMPLEMENTATION
         )
     model.eval().requires_grad_(False)
-    Placer(model, weights, comm, _packing(weight_format, dtype, device)).place()
-    _restore_buffers(model, config, device)
+    packing = _packing(weight_format, dtype, device)
+    Placer(model, weights, comm, facts, packing, expert_parallel=expert_parallel).place()
+    _restore_buffers(model, config, device, max_model_len or facts.max_model_len)
     slot = AttendSlot()
     for layer, window in zip(model.model.layers, facts.sliding_windows, strict=True):
         _localise(layer.self_attn, comm)
@@ -187,18 +211,24 @@ def _check_agreement(facts: ModelFacts, config: Any, path: Path) -> None:
             )
 
 
+# One window for all layers, if any, whatever the layer types.
+_ONE_WINDOW = ("mistral", "mixtral", "phi3", "qwen3_moe")
+
+
 def _sliding_windows(config: Any) -> tuple[int | None, ...]:
     kinds = getattr(config, "layer_types", None)
-    if config.model_type == "mistral":  # one window for all layers, and no layer types
+    if config.model_type in _ONE_WINDOW:
         kinds = ["sliding_attention"] * config.num_hidden_layers
     kinds = kinds or ["full_attention"] * config.num_hidden_layers
     return tuple(config.sliding_window if kind == "sliding_attention" else None for kind in kinds)
 
 
-def _restore_buffers(model: Any, config: Any, device: torch.device) -> None:
+def _restore_buffers(
+    model: Any, config: Any, device: torch.device, max_model_len: int
+) -> None:
     """Compute what no checkpoint contains: RoPE's frequencies, Gemma's embedding scale."""
     body = model.model
-    body.rotary_emb = type(body.rotary_emb)(config=config).to(device)
+    body.rotary_emb = fixed_rotary(body.rotary_emb, config, device, max_model_len)
     factor = getattr(body.embed_tokens, "scalar_embed_scale", None)
     if factor is not None:
         body.embed_tokens.embed_scale = torch.tensor(factor, device=device)

@@ -1,9 +1,4 @@
-"""Which weights of a model a rank holds, and loading them into its modules.
-
-The plan is transformers' own (`base_model_tp_plan` of a configuration), plus what it
-does not split: norms over heads, OLMo 2's norm over all heads, and StableLM, which has
-no plan.
-"""
+"""Which weights of a model a rank holds, and loading them into its modules."""
 
 from __future__ import annotations
 
@@ -11,79 +6,125 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from kvmesh.kernels.linear import PackedWeight
-from kvmesh.workers.errors import ConfigError
+from kvmesh.kernels.moe import SWIGLU, GatedUnit
+from kvmesh.workers.errors import ConfigError, UnsupportedModelError
+from kvmesh.workers.model.expert_weights import ExpertShare, read_experts, stored_router
 from kvmesh.workers.model.facts import ModelFacts
 from kvmesh.workers.model.weights import Weights
 from kvmesh.workers.parallel.comm import Communicator
+from kvmesh.workers.parallel.experts import Experts
 from kvmesh.workers.parallel.linears import ColumnLinear, RowLinear, SplitRMSNorm, VocabHead
 
 Pack = Callable[[Tensor], Tensor | PackedWeight]
 
-_PROJECTIONS = {
+_Plan = Mapping[str, str]
+_ATTENTION: _Plan = {
     **{f"layers.*.self_attn.{name}_proj": "rows" for name in ("q", "k", "v")},
     "layers.*.self_attn.o_proj": "columns",
+}
+_MLP: _Plan = {
     "layers.*.mlp.gate_proj": "rows",
     "layers.*.mlp.up_proj": "rows",
     "layers.*.mlp.down_proj": "columns",
 }
-_FROM_TRANSFORMERS = {
-    "colwise": "rows",
-    "rowwise": "columns",
-    "replicated_with_grad_allreduce": "whole",
+_JOINED_ATTENTION: _Plan = {
+    "layers.*.self_attn.qkv_proj": "queries, keys, values",
+    "layers.*.self_attn.o_proj": "columns",
 }
-_OWN_PLANS: Mapping[str, Mapping[str, str]] = {
-    # transformers replicates queries and keys for the norm; SplitRMSNorm makes that unnecessary.
-    "olmo2": {
-        **_PROJECTIONS,
-        "layers.*.self_attn.q_norm": "split norm",
-        "layers.*.self_attn.k_norm": "split norm",
-    },
-    "stablelm": {
-        **_PROJECTIONS,
-        "layers.*.self_attn.q_layernorm.norms.*": "module per head",
-        "layers.*.self_attn.k_layernorm.norms.*": "module per head",
-    },
-    "cohere": {
-        **_PROJECTIONS,
-        "layers.*.self_attn.q_norm": "weight rows",
-        "layers.*.self_attn.k_norm": "weight rows",
-    },
+_JOINED_MLP: _Plan = {
+    "layers.*.mlp.gate_up_proj": "gate, up",
+    "layers.*.mlp.down_proj": "columns",
 }
+_EXPERTS: _Plan = {"layers.*.mlp.experts": "experts", "layers.*.mlp.gate": "router"}
 
 
-def check_tp(facts: ModelFacts, tp: int) -> None:
-    """Raises ConfigError naming `tp` and its valid values unless it divides the heads."""
+def _norms(names: str, shard: str) -> _Plan:
+    """Of queries and keys, that are not whole on every rank."""
+    return {f"layers.*.self_attn.{side}_{names}": shard for side in ("q", "k")}
+
+
+# Norms over all heads: transformers replicates queries and keys for them; SplitRMSNorm makes that
+# unnecessary. Norms per head are whole.
+_PLANS: Mapping[str, _Plan] = {
+    "olmo2": {**_ATTENTION, **_MLP, **_norms("norm", "split norm")},
+    "olmo3": {**_ATTENTION, **_MLP, **_norms("norm", "split norm")},
+    "olmoe": {**_ATTENTION, **_EXPERTS, **_norms("norm", "split norm")},
+    "stablelm": {**_ATTENTION, **_MLP, **_norms("layernorm.norms.*", "module per head")},
+    "cohere": {**_ATTENTION, **_MLP, **_norms("norm", "weight rows")},
+    "phi3": {**_JOINED_ATTENTION, **_JOINED_MLP},
+    "glm": {**_ATTENTION, **_JOINED_MLP},
+    "glm4": {**_ATTENTION, **_JOINED_MLP},
+    "qwen3_moe": {**_ATTENTION, **_MLP, **_EXPERTS},
+    "mixtral": {**_ATTENTION, **_EXPERTS},
+    "gpt_oss": {**_ATTENTION, **_EXPERTS, "layers.*.self_attn": "weight rows"},
+}
+_DENSE: _Plan = {**_ATTENTION, **_MLP}
+
+
+def check_tp(facts: ModelFacts, tp: int, *, expert_parallel: bool = False) -> None:
+    """Raises ConfigError naming `tp` and its valid values unless it divides the heads and what
+    else is split: MLPs and, if the model has any, experts.
+
+    expert_parallel: ranks have whole experts
+    """
+    split = {f"{facts.num_heads} heads": facts.num_heads}
+    if facts.num_experts and expert_parallel:
+        split[f"{facts.num_experts} experts"] = facts.num_experts
+    elif facts.num_experts:
+        split[f"experts' MLP of {facts.expert_size}"] = facts.expert_size
+    if not facts.num_experts:
+        split[f"MLP of {facts.intermediate_size}"] = facts.intermediate_size
     valid = [
         ranks
         for ranks in range(1, facts.num_kv_heads + 1)
-        if facts.num_kv_heads % ranks == 0
-        and facts.num_heads % ranks == 0
-        and facts.intermediate_size % ranks == 0
+        if all(size % ranks == 0 for size in (facts.num_kv_heads, *split.values()))
     ]
     if tp not in valid:
         raise ConfigError(
             "tp",
             f"must divide the {facts.num_kv_heads} KV heads of {facts.name}"
-            f" (and its {facts.num_heads} heads and MLP of {facts.intermediate_size}):"
-            f" {', '.join(map(str, valid))}; got {tp}",
+            f" (and its {' and '.join(split)}): {', '.join(map(str, valid))}; got {tp}",
         )
+
+
+def _gated_unit(config: Any) -> GatedUnit:
+    """Of the experts. Raises UnsupportedModelError for one that the kernels do not compute."""
+    if config.model_type == "gpt_oss":
+        return GatedUnit(config.swiglu_alpha, config.swiglu_limit, shift=1.0)
+    if config.hidden_act not in ("silu", "swish"):
+        raise UnsupportedModelError(
+            "model", f"experts with hidden_act {config.hidden_act} are not supported, only silu"
+        )
+    return SWIGLU
 
 
 class Placer:
     """Fills a model that was built on the meta device with a rank's weights.
 
-    pack: how the weights of linears are stored
+    pack: how the weights of linears are stored; those of experts stay as they are
     """
 
-    def __init__(self, model: Any, reader: Weights, comm: Communicator, pack: Pack) -> None:
+    def __init__(
+        self,
+        model: Any,
+        reader: Weights,
+        comm: Communicator,
+        facts: ModelFacts,
+        pack: Pack,
+        *,
+        expert_parallel: bool = False,
+    ) -> None:
         self._model = model
         self._reader = reader
         self._comm = comm
+        self._facts = facts
         self._pack = pack
-        self._plan = _shard_plan(model.config)
+        self._expert_parallel = expert_parallel
+        self._plan = _PLANS.get(model.config.model_type, _DENSE)
 
     def place(self) -> None:
         """Load every weight, replacing the modules whose weights are split.
@@ -101,11 +142,19 @@ class Placer:
             self._place_one(name, module, shard or "whole")
         self._reader.check_all_read()
 
-    def _place_one(self, name: str, module: nn.Module, shard: str) -> None:
+    def _place_one(self, name: str, module: Any, shard: str) -> None:
         if shard == "rows":
             self._replace(name, self._column_linear(name, module))
         elif shard == "columns":
             self._replace(name, self._row_linear(name, module))
+        elif shard == "queries, keys, values":
+            self._replace(name, self._joined_linear(name, module, self._qkv_parts()))
+        elif shard == "gate, up":
+            self._replace(name, self._joined_linear(name, module, [module.out_features // 2] * 2))
+        elif shard == "experts":
+            self._replace(name, self._experts(name))
+        elif shard == "router":
+            self._fill(stored_router(name, self._model.config.model_type), module)
         elif shard == "split norm":
             self._replace(name, self._split_norm(name, module))
         elif shard == "module per head":
@@ -131,6 +180,45 @@ class Placer:
         return ColumnLinear(
             weight, self._reader.rows(f"{name}.bias", linear.bias.shape, first, end)
         )
+
+    def _experts(self, name: str) -> Experts:
+        facts, model_type = self._facts, self._model.config.model_type
+        count, width = facts.num_experts, facts.expert_size
+        experts, part = range(count), range(width)
+        if self._expert_parallel:
+            experts = range(*self._share(count))
+        else:
+            part = range(*self._share(width))
+        share = ExpertShare(name, experts, part, facts.hidden_size, count, width)
+        return Experts(
+            **read_experts(self._reader, share, model_type),
+            comm=self._comm,
+            num_experts=count,
+            first=experts.start,
+            glu=_gated_unit(self._model.config),
+        )
+
+    def _qkv_parts(self) -> list[int]:
+        """Rows of a joined projection that are queries, keys and values."""
+        config = self._model.config
+        head_dim = getattr(config, "head_dim", None)
+        head_dim = head_dim or config.hidden_size // config.num_attention_heads
+        keys = config.num_key_value_heads * head_dim
+        return [config.num_attention_heads * head_dim, keys, keys]
+
+    def _joined_linear(self, name: str, linear: Any, parts: list[int]) -> ColumnLinear:
+        """parts: rows of the linears that are stored as one; of each, a rank has its share"""
+        shape = linear.weight.shape
+        assert linear.bias is None
+        shares, start = [], 0
+        for rows in parts:
+            first, end = self._share(rows)
+            shares.append(
+                self._reader.rows(f"{name}.weight", shape, start + first, start + end)
+            )
+            start += rows
+        assert start == shape[0]
+        return ColumnLinear(self._pack(torch.cat(shares)), None)
 
     def _row_linear(self, name: str, linear: Any) -> RowLinear:
         shape = linear.weight.shape
@@ -179,13 +267,3 @@ class Placer:
     def _replace(self, name: str, module: nn.Module) -> None:
         parent, _, child = name.rpartition(".")
         setattr(self._model.get_submodule(parent), child, module)
-
-
-def _shard_plan(config: Any) -> Mapping[str, str]:
-    """Module name with * for numbers -> its shard, relative to the base model."""
-    own = _OWN_PLANS.get(config.model_type)
-    if own is not None:
-        return own
-    return {
-        pattern: _FROM_TRANSFORMERS[style] for pattern, style in config.base_model_tp_plan.items()
-    }

@@ -17,6 +17,7 @@ from kvmesh.workers.model.embedded import (
 from kvmesh.workers.model.facts import read_facts, sample_digest
 from kvmesh.workers.model.gguf import check_gguf, convert_gguf, converted_bytes, is_gguf
 from kvmesh.workers.model.store import ModelStore, default_root, installed_root
+from kvmesh.workers.rope_override import RopeOverride
 
 Progress = Callable[[str, float | None], None]
 
@@ -43,6 +44,7 @@ def resolve_model(
     *,
     progress: Callable[[str, float | None], None] | None = None,
     root: Path | None = None,
+    rope: RopeOverride | None = None,
 ) -> ModelFiles:
     """The files of a model, downloaded and converted first if necessary.
 
@@ -50,13 +52,14 @@ def resolve_model(
         file, or a name on the hub
     progress: called with the current step and the share of it that is done, if known
     root: where converted models are kept; default_root() by default
+    rope: replaces the model's scaling, and is part of its revision
     Raises ConfigError (field `model`) naming what is missing or malformed, and
     UnsupportedModelError for a model that would be computed incorrectly.
     """
     directory, name = _find(
         name_or_path, progress or _silent, ModelStore(root or default_root()), _HUB_FILES
     )
-    return ModelFiles(directory, name, read_facts(directory).revision)
+    return ModelFiles(directory, name, read_facts(directory, rope).revision)
 
 
 def resolve_tokenizer(name_or_path: str) -> tuple[Path, str]:

@@ -17,7 +17,8 @@ from pathlib import Path
 from kvmesh.workers.errors import ConfigError, UnsupportedModelError
 
 _MAX_HEADER_BYTES = 100 << 20
-_DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+_DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "U8": 1}
+_MXFP4_SUFFIXES = ("_blocks", "_scales")
 _PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -106,11 +107,11 @@ def _read_header(file: Path) -> dict[str, TensorInfo]:
 
 def _tensor_info(file: Path, name: str, entry: Mapping[str, object], data_bytes: int) -> TensorInfo:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in _DTYPE_BYTES:
+    if dtype not in _DTYPE_BYTES or (dtype == "U8" and not name.endswith(_MXFP4_SUFFIXES)):
         raise UnsupportedModelError(
             "model",
-            f"{file}: tensor {name} has dtype {dtype}; expected F32, F16 or BF16"
-            " (quantised checkpoints are not supported)",
+            f"{file}: tensor {name} has dtype {dtype}; expected F32, F16, BF16, or U8 for MXFP4"
+            " (other quantised checkpoints are not supported)",
         )
     if not (isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2):
         raise TypeError(f"tensor {name}")

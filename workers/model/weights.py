@@ -21,6 +21,9 @@ _DERIVED_SUFFIXES = (".rotary_emb.inv_freq", ".masked_bias", ".attn.bias")
 class Weights(Protocol):
     """A source of a model's tensors, whole or in part; see WeightReader."""
 
+    @property
+    def dtype(self) -> torch.dtype: ...
+
     def __contains__(self, name: str) -> bool: ...
 
     def whole(self, name: str, shape: torch.Size) -> Tensor: ...
@@ -28,6 +31,10 @@ class Weights(Protocol):
     def rows(self, name: str, shape: torch.Size, first: int, end: int) -> Tensor: ...
 
     def columns(self, name: str, shape: torch.Size, first: int, end: int) -> Tensor: ...
+
+    def part(self, name: str, shape: torch.Size, *index: slice) -> Tensor: ...
+
+    def leave(self, name: str, shape: torch.Size) -> None: ...
 
     def check_all_read(self) -> None: ...
 
@@ -41,7 +48,7 @@ class WeightReader:
 
     def __init__(self, path: Path, dtype: torch.dtype, device: torch.device) -> None:
         self._tensors = read_tensors(path)
-        self._dtype = dtype
+        self.dtype = dtype
         self._device = device
         self._files: dict[Path, Any] = {}
         self._open = ExitStack()
@@ -79,6 +86,14 @@ class WeightReader:
         """Columns [first, end) of the tensor."""
         return self._to_place(self._slice(name, shape)[:, first:end])
 
+    def part(self, name: str, shape: torch.Size, *index: slice) -> Tensor:
+        """A part of the tensor, by a slice of each of its first dimensions."""
+        return self._to_place(self._slice(name, shape)[index])
+
+    def leave(self, name: str, shape: torch.Size) -> None:
+        """Check the tensor `name`, which other ranks read."""
+        self._slice(name, shape)
+
     def check_all_read(self) -> None:
         """Raises UnsupportedModelError naming a tensor that the model does not use."""
         rest = sorted(
@@ -106,4 +121,5 @@ class WeightReader:
         return self._files[info.file].get_slice(name)
 
     def _to_place(self, tensor: Tensor) -> Tensor:
-        return tensor.to(device=self._device, dtype=self._dtype).contiguous()
+        dtype = self.dtype if tensor.is_floating_point() else tensor.dtype
+        return tensor.to(device=self._device, dtype=dtype).contiguous()

@@ -1,0 +1,83 @@
+"""The public operator `expert_mlp`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from kvmesh.kernels.moe import reference
+from kvmesh.kernels.moe.glu import SWIGLU, GatedUnit
+
+
+def expert_mlp(
+    x: torch.Tensor,
+    experts: torch.Tensor,
+    weights: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    *,
+    glu: GatedUnit = SWIGLU,
+    gate_up_bias: torch.Tensor | None = None,
+    down_bias: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Σ over a token's experts e of weight · (glu(x · gate_eᵀ, x · up_eᵀ) · down_eᵀ)
+
+    x: [num_tokens, hidden] bf16 or fp32
+    experts: [num_tokens, top_k] int64, whose experts compute the token; ids outside
+        [0, num_experts) belong to another rank and add nothing
+    weights: [num_tokens, top_k], of the experts in the sum
+    gate_up: [num_experts, 2 * width, hidden], dtype of x; first the rows of the gate
+    down: [num_experts, hidden, width]
+    gate_up_bias: [num_experts, 2 * width] or None; down_bias: [num_experts, hidden] or None
+    backend: None picks the kernels on GPUs and plain torch elsewhere
+    Returns [num_tokens, hidden] like x. On GPUs nothing synchronises with the host and no
+    shape depends on data. A token's experts are summed in the order in which they are given,
+    so that its result depends on no other token.
+    Raises ValueError naming the argument.
+    """
+    num_experts, double, hidden = gate_up.shape if gate_up.dim() == 3 else (0, 0, 0)
+    if x.dim() != 2 or double % 2 or x.shape[1] != hidden or gate_up.dtype != x.dtype:
+        raise ValueError(
+            "x, gate_up: expected [num_tokens, hidden] and [num_experts, 2 * width, hidden] of "
+            f"one dtype, got {tuple(x.shape)} {x.dtype} and {tuple(gate_up.shape)} {gate_up.dtype}"
+        )
+    if down.shape != (num_experts, hidden, double // 2) or down.dtype != x.dtype:
+        raise ValueError(
+            f"down: expected {(num_experts, hidden, double // 2)} {x.dtype}, "
+            f"got {tuple(down.shape)} {down.dtype}"
+        )
+    if experts.dim() != 2 or experts.shape[0] != x.shape[0] or weights.shape != experts.shape:
+        raise ValueError(
+            "experts, weights: expected [num_tokens, top_k], "
+            f"got {tuple(experts.shape)} and {tuple(weights.shape)} for {x.shape[0]} tokens"
+        )
+    for name, bias, width in (
+        ("gate_up_bias", gate_up_bias, double),
+        ("down_bias", down_bias, hidden),
+    ):
+        if bias is not None and bias.shape != (num_experts, width):
+            raise ValueError(f"{name}: expected {(num_experts, width)}, got {tuple(bias.shape)}")
+    return _implementation(x, backend)(
+        x,
+        experts,
+        weights,
+        gate_up,
+        down,
+        glu=glu,
+        gate_up_bias=gate_up_bias,
+        down_bias=down_bias,
+    )
+
+
+def _implementation(x: torch.Tensor, backend: str | None) -> Callable[..., torch.Tensor]:
+    if backend is None:
+        backend = "triton" if x.is_cuda else "reference"
+    if backend == "reference":
+        return reference.expert_mlp
+    if backend == "triton":
+        from kvmesh.kernels.moe import triton_moe
+
+        return triton_moe.expert_mlp
+    raise ValueError(f"backend: expected None, 'triton' or 'reference', got {backend!r}")

@@ -1,0 +1,117 @@
+"""Checkpoints whose names and layouts differ from those of the modules that compute them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, LlamaConfig
+
+from kvmesh.workers.errors import UnsupportedModelError
+from kvmesh.workers.model.facts import ModelFacts, read_json
+from kvmesh.workers.model.weights import Weights
+
+
+def read_config(facts: ModelFacts, path: Path) -> Any:
+    """transformers' configuration of the modules that compute the model in directory `path`.
+
+    Raises UnsupportedModelError if transformers refuses the configuration.
+    """
+    try:
+        if facts.architecture == "InternLM2ForCausalLM":
+            return _as_llama(read_json(path / "config.json"))
+        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UnsupportedModelError(
+            "model", f"{path / 'config.json'} is not valid for transformers: {error}"
+        ) from error
+
+
+def stored_as(facts: ModelFacts, weights: Weights) -> Weights:
+    """The weights by the names and in the layout of the modules."""
+    if facts.architecture == "InternLM2ForCausalLM":
+        return InternLM2Weights(weights, facts)
+    return weights
+
+
+def _as_llama(values: dict[str, Any]) -> LlamaConfig:
+    """InternLM2 is Llama, with a bias on queries, keys, values and outputs or none."""
+    config = {key: value for key, value in values.items() if key not in ("auto_map", "bias")}
+    config["attention_bias"] = values.get("bias", True)
+    config["model_type"] = "llama"
+    config.setdefault("tie_word_embeddings", False)
+    return LlamaConfig(**{"rms_norm_eps": 1e-6, **config})
+
+
+class InternLM2Weights:
+    """Llama's tensors in an InternLM2 checkpoint.
+
+    Queries, keys and values are one projection, whose rows are ordered by KV head:
+
+        wqkv   [num_kv_heads, group queries + key + value, head_dim, hidden]
+    """
+
+    _NAMES = (
+        (r"^model\.embed_tokens\.", "model.tok_embeddings."),
+        (r"^lm_head\.", "output."),
+        (r"\.self_attn\.o_proj\.", ".attention.wo."),
+        (r"\.mlp\.gate_proj\.", ".feed_forward.w1."),
+        (r"\.mlp\.up_proj\.", ".feed_forward.w3."),
+        (r"\.mlp\.down_proj\.", ".feed_forward.w2."),
+        (r"\.input_layernorm\.", ".attention_norm."),
+        (r"\.post_attention_layernorm\.", ".ffn_norm."),
+    )
+
+    def __init__(self, weights: Weights, facts: ModelFacts) -> None:
+        self._weights = weights
+        self._head_dim = facts.head_dim
+        self._num_kv_heads = facts.num_kv_heads
+        self._group = facts.num_heads // facts.num_kv_heads
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._weights.dtype
+
+    def __contains__(self, name: str) -> bool:
+        return self._stored(name) in self._weights
+
+    def whole(self, name: str, shape: torch.Size) -> Tensor:
+        return self._weights.whole(self._stored(name), shape)
+
+    def rows(self, name: str, shape: torch.Size, first: int, end: int) -> Tensor:
+        part = re.search(r"\.self_attn\.([qkv])_proj\.", name)
+        if part is None:
+            return self._weights.rows(self._stored(name), shape, first, end)
+        kind = part[1]
+        slots = slice(0, self._group) if kind == "q" else self._group + (kind == "v")
+        rows_per_kv_head = self._head_dim * (self._group if kind == "q" else 1)
+        stride = (self._group + 2) * self._head_dim
+        stored = name.replace(part[0], ".attention.wqkv.")
+        joined = self._weights.rows(
+            stored,
+            torch.Size((self._num_kv_heads * stride, *shape[1:])),
+            first // rows_per_kv_head * stride,
+            end // rows_per_kv_head * stride,
+        )
+        by_head = joined.view(-1, self._group + 2, self._head_dim, *shape[1:])
+        return by_head[:, slots].reshape(end - first, *shape[1:]).contiguous()
+
+    def columns(self, name: str, shape: torch.Size, first: int, end: int) -> Tensor:
+        return self._weights.columns(self._stored(name), shape, first, end)
+
+    def part(self, name: str, shape: torch.Size, *index: slice) -> Tensor:
+        return self._weights.part(self._stored(name), shape, *index)
+
+    def leave(self, name: str, shape: torch.Size) -> None:
+        self._weights.leave(self._stored(name), shape)
+
+    def check_all_read(self) -> None:
+        self._weights.check_all_read()
+
+    def _stored(self, name: str) -> str:
+        for pattern, stored in self._NAMES:
+            name = re.sub(pattern, stored, name)
+        return name

@@ -1,0 +1,69 @@
+"""A rank's share of a layer's experts.
+
+    by width    every rank has a part of every expert: rows of gate and up, columns of down
+    by expert   every rank has some experts whole, and computes the tokens that chose them
+
+In both cases every rank has all tokens, and the ranks' partial outputs are summed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from kvmesh.kernels.moe import GatedUnit, expert_mlp
+from kvmesh.workers.parallel.comm import Communicator
+
+
+class Experts(nn.Module):
+    """Replaces the experts of a transformers mixture, between its router and its output.
+
+    gate_up: [experts of this rank, 2 * width, hidden]; down: [experts of this rank, hidden, width]
+    gate_up_bias, down_bias: [experts of this rank, 2 * width] and [experts of this rank, hidden];
+        down_bias is added once: when experts are split by width, on rank 0
+    first: the id of this rank's first expert
+    num_experts: over all ranks
+    """
+
+    def __init__(
+        self,
+        gate_up: Tensor,
+        down: Tensor,
+        comm: Communicator,
+        *,
+        num_experts: int,
+        first: int = 0,
+        glu: GatedUnit,
+        gate_up_bias: Tensor | None = None,
+        down_bias: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.gate_up = nn.Parameter(gate_up, requires_grad=False)
+        self.down = nn.Parameter(down, requires_grad=False)
+        self.gate_up_bias, self.down_bias = (
+            None if bias is None else nn.Parameter(bias, requires_grad=False)
+            for bias in (gate_up_bias, down_bias)
+        )
+        # How many tokens each expert of the layer has computed since it was loaded.
+        self.load = nn.Buffer(
+            torch.zeros(num_experts, dtype=torch.int64, device=gate_up.device), persistent=False
+        )
+        self._comm = comm
+        self._first = first
+        self._glu = glu
+
+    def forward(self, hidden_states: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+        """hidden_states: [T, hidden]; experts, weights: [T, top_k] -> like hidden_states"""
+        chosen = experts.reshape(-1)
+        self.load.scatter_add_(0, chosen, torch.ones_like(chosen))
+        out = expert_mlp(
+            hidden_states,
+            experts - self._first,
+            weights,
+            self.gate_up,
+            self.down,
+            glu=self._glu,
+            gate_up_bias=self.gate_up_bias,
+            down_bias=self.down_bias,
+        )
+        return self._comm.all_reduce(out)
