@@ -44,7 +44,7 @@ def plan_pool(
     """
     per_sequence = geometry.hot_per_sequence()
     hot_limit = int(budget_bytes * max_hot_share) // geometry.hot_page_bytes
-    wanted_headroom = -(-max_num_batched_tokens // geometry.page_size)
+    wanted_headroom = geometry.on_fullest(-(-max_num_batched_tokens // geometry.page_size))
     headroom = max(1, min(wanted_headroom, hot_limit // 2))
     seqs = min(max_num_seqs, max(1, (hot_limit - headroom) // per_sequence))
     hot = seqs * per_sequence
