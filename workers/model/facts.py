@@ -72,7 +72,7 @@ def read_facts(path: Path) -> ModelFacts:
     UnsupportedModelError for a model that would be computed incorrectly.
     """
     config = read_json(path / "config.json")
-    architecture = _check_supported(config, path)
+    architecture = check_supported(config, path)
     tensors = read_tensors(path)
     integers = {key: _positive(config, key, path) for key in _REQUIRED}
     heads = integers["num_attention_heads"]
@@ -89,7 +89,7 @@ def read_facts(path: Path) -> ModelFacts:
         hidden_size=integers["hidden_size"],
         intermediate_size=integers["intermediate_size"],
         vocab_size=integers["vocab_size"],
-        max_model_len=_max_model_len(config),
+        max_model_len=max_model_len(config),
         eos_token_ids=eos_token_ids(path),
         weight_bytes=sum(tensor.num_bytes for tensor in tensors.values()),
         dtype=_DTYPE_NAMES[max((t.dtype for t in tensors.values()), default="F32")],
@@ -141,7 +141,8 @@ def check_architecture(config: Mapping[str, Any], source: Path) -> Architecture:
     return architecture
 
 
-def _check_supported(config: Mapping[str, Any], path: Path) -> Architecture:
+def check_supported(config: Mapping[str, Any], path: Path) -> Architecture:
+    """The architecture; raises UnsupportedModelError if the model would be computed wrongly."""
     architecture = check_architecture(config, path)
     reason = None
     if config.get("quantization_config") is not None:
@@ -176,7 +177,8 @@ def _rope(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     return str(kind), parameters
 
 
-def _max_model_len(config: Mapping[str, Any]) -> int:
+def max_model_len(config: Mapping[str, Any]) -> int:
+    """Positions that the model supports, in tokens, with what RoPE's scaling adds."""
     positions = int(config["max_position_embeddings"])
     kind, parameters = _rope(config)
     original = parameters.get("original_max_position_embeddings")

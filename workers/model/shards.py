@@ -15,6 +15,7 @@ from torch import nn
 
 from kvmesh.workers.errors import ConfigError
 from kvmesh.workers.model.facts import ModelFacts
+from kvmesh.workers.model.weight_counts import divisors
 from kvmesh.workers.model.weights import Weights
 from kvmesh.workers.parallel.comm import Communicator
 from kvmesh.workers.parallel.linears import ColumnLinear, RowLinear, SplitRMSNorm, VocabHead
@@ -53,13 +54,7 @@ _OWN_PLANS: Mapping[str, Mapping[str, str]] = {
 
 def check_tp(facts: ModelFacts, tp: int) -> None:
     """Raises ConfigError naming `tp` and its valid values unless it divides the heads."""
-    valid = [
-        ranks
-        for ranks in range(1, facts.num_kv_heads + 1)
-        if facts.num_kv_heads % ranks == 0
-        and facts.num_heads % ranks == 0
-        and facts.intermediate_size % ranks == 0
-    ]
+    valid = divisors(facts.num_kv_heads, facts.num_heads, facts.intermediate_size)
     if tp not in valid:
         raise ConfigError(
             "tp",
