@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from kvmesh.cluster.simulator.hardware import Gpu
 
 GIB = 1 << 30
+_LEGEND = """weights, KV: of a GPU; longest: tokens of one sequence alone (k, M: 1,024, 1,048,576);
+at once: sequences of the wanted length, on all GPUs; TTFT, TPOT: modelled;
+limit: of the context; †: needs calibration; ‡: not served by this version"""
 
 
 def show(
@@ -42,16 +45,15 @@ def show(
     out.print(f"{gpus} × {gpu.name}, {at_once} of {target.context:,} tokens, weights in bfloat16")
     shown = best or _closest(plans)
     if every:
-        out.print(_table(plans, best))
+        out.print(_table(plans, best, "layout", "KV format", "KV\nGiB", *_RESULTS))
     else:
-        out.print(_table([x for x in plans if x.kv_format == shown.kv_format], best))
-        out.print(f"[dim]{shown.layout} in other formats[/dim]")
-        out.print(_table([x for x in plans if x.layout == shown.layout], best))
-    notes.print(
-        "[dim]weights, KV: of a GPU; longest: tokens of one sequence alone (k, M: 1,024 and\n"
-        "1,048,576); at once: sequences of the wanted length, on all GPUs; TTFT, TPOT: modelled;\n"
-        "limit: of the context; †: needs calibration; ‡: not served by this version[/dim]"
-    )
+        by_layout = [plan for plan in plans if plan.kv_format == shown.kv_format]
+        by_format = [plan for plan in plans if plan.layout == shown.layout]
+        out.print(f"\n{shown.kv_format}, by layout")
+        out.print(_table(by_layout, best, "layout", "weights\nGiB", "KV\nGiB", *_RESULTS))
+        out.print(f"{shown.layout}, by format")
+        out.print(_table(by_format, best, "KV format", "bits", *_RESULTS))
+    notes.print(f"[dim]{_LEGEND}[/dim]", soft_wrap=True)
     _show_best(model, target, best, shown)
 
 
@@ -83,28 +85,31 @@ def _closest(plans: Sequence[Plan]) -> Plan:
     return max(plans, key=lambda plan: (plan.sequences, plan.longest, plan.is_served))
 
 
-def _table(plans: Sequence[Plan], best: Plan | None) -> Table:
+def _table(plans: Sequence[Plan], best: Plan | None, *columns: str) -> Table:
+    """columns: names of _COLUMNS"""
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("layout", no_wrap=True)
-    table.add_column("KV format", no_wrap=True)
-    for name in ("weights\nGiB", "KV\nGiB", "longest", "at\nonce", "TTFT", "TPOT"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("limit")
+    for name in columns:
+        right = name not in ("layout", "KV format", "limit")
+        table.add_column(name, justify="right" if right else "left", no_wrap=True)
     for plan in plans:
-        mark = "" if plan.is_served else " ‡"
-        table.add_row(
-            f"{plan.layout}{mark}",
-            f"{plan.kv_format}{' †' if plan.needs_calibration else ''}",
-            f"{plan.memory.weight_bytes / GIB:.1f}",
-            f"{max(plan.memory.kv_bytes, 0) / GIB:.1f}",
-            human_tokens(plan.longest),
-            f"{plan.sequences:,}",
-            "–" if plan.ttft_s is None else _brief(plan.ttft_s),
-            "–" if plan.tpot_s is None else human_seconds(plan.tpot_s),
-            plan.limit.value,
-            style="bold" if plan is best else None,
-        )
+        cells = (_COLUMNS[name](plan) for name in columns)
+        table.add_row(*cells, style="bold" if plan is best else None)
     return table
+
+
+_COLUMNS: Mapping[str, Callable[[Plan], str]] = {
+    "layout": lambda plan: f"{plan.layout}{'' if plan.is_served else ' ‡'}",
+    "KV format": lambda plan: f"{plan.kv_format}{' †' if plan.needs_calibration else ''}",
+    "bits": lambda plan: f"{plan.bits:.2f}",
+    "weights\nGiB": lambda plan: f"{plan.memory.weight_bytes / GIB:.1f}",
+    "KV\nGiB": lambda plan: f"{max(plan.memory.kv_bytes, 0) / GIB:.1f}",
+    "longest": lambda plan: human_tokens(plan.longest),
+    "at\nonce": lambda plan: f"{plan.sequences:,}",
+    "TTFT": lambda plan: "–" if plan.ttft_s is None else _brief(plan.ttft_s),
+    "TPOT": lambda plan: "–" if plan.tpot_s is None else _brief(plan.tpot_s),
+    "limit": lambda plan: plan.limit.value,
+}
+_RESULTS = ("longest", "at\nonce", "TTFT", "TPOT", "limit")
 
 
 def as_fields(
@@ -150,11 +155,8 @@ def human_tokens(tokens: int) -> str:
 
 
 def _brief(seconds: float) -> str:
-    """425 -> '7:05 min'."""
-    if seconds < 60:
-        return human_seconds(seconds)
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}:{rest:02d} min"
+    """425 -> '7.1 min'."""
+    return human_seconds(seconds) if seconds < 60 else f"{seconds / 60:,.1f} min"
 
 
 def _billions(count: int) -> str:

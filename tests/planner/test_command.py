@@ -23,8 +23,11 @@ def test_it_prints_tables_within_80_columns_and_a_command_that_serve_takes() -> 
     result = run(*LONG_LLAMA, "--context", "1M", "--concurrency", "200", "--kv-format", "k2v2,int8")
     assert result.exit_code == 0, result.output
     *table, command = result.stdout.strip().splitlines()
-    assert max(map(len, table[1:])) <= 80
+    assert max(map(len, table[1:])) <= 80 and "…" not in result.stdout
     assert "nothing fits" in command
+    every = run(*LONG_LLAMA, "--context", "1M", "--all")
+    assert max(map(len, every.stdout.splitlines()[1:-1])) <= 80 and "…" not in every.stdout
+    assert "4 × tp 1 kvp 2 ‡" in every.stdout and "int8-static †" in every.stdout
 
     result = run(*LONG_LLAMA, "--context", "32k", "--concurrency", "200", "--page-size", "128")
     command = result.stdout.strip().splitlines()[-1]
