@@ -160,7 +160,9 @@ class Scheduler:
         seq.hot.update(hit.hot)
         seq.sealed.update(hit.sealed)
         if self._pages_needed(seq, worst_case) > self.cache.sealed.available - reserved:
-            self._drop_pages(seq)
+            self.cache.unshare(hit)
+            seq.hot.clear()
+            seq.sealed.clear()
             self._failed_admission = (seq, self.cache.sealed.available - reserved)
             return None
         self.waiting.remove(seq)
@@ -241,7 +243,7 @@ class Scheduler:
                 self.cache.name_sealed(digests[page], seq.sealed[page])
                 self._note_block(digests, page)
         for page in outdated:
-            self.cache.hot.release(seq.hot.pop(page))
+            self.cache.release_hot(seq.hot.pop(page), seq.num_computed, at_end=seq.ends_near(page))
 
     def _note_block(self, digests: list[Digest], page: int) -> None:
         if (page + 1) % BLOCK_PAGES == 0:
@@ -256,9 +258,9 @@ class Scheduler:
     def _drop_pages(self, seq: Sequence) -> None:
         # Last pages first, so that a cached prefix is evicted from its end.
         for page in sorted(seq.hot, reverse=True):
-            self.cache.hot.release(seq.hot[page])
+            self.cache.release_hot(seq.hot[page], seq.num_computed, at_end=True)
         for page in sorted(seq.sealed, reverse=True):
-            self.cache.sealed.release(seq.sealed[page])
+            self.cache.release_sealed(seq.sealed[page], seq.num_computed)
         seq.hot.clear()
         seq.sealed.clear()
 
