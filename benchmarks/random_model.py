@@ -15,12 +15,12 @@ from transformers import LlamaConfig
 from kvmesh.kernels.formats.registry import get_format
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.executor import Allocation, MakeMasks, RankDescription
-from kvmesh.workers.kv_pool import page_bytes_of
 from kvmesh.workers.model.facts import ModelFacts
 from kvmesh.workers.model.load import ServedModel, build_model
 from kvmesh.workers.parallel.comm import Communicator
 from kvmesh.workers.plan import StepPlan, StepResult
 from kvmesh.workers.runner import ModelRunner
+from kvmesh.workers.sizes import page_bytes_of
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ class RandomModelExecutor:
             num_kv_heads=self._model.num_kv_heads,
             page_size=config.page_size,
             head_dim=facts.head_dim,
-            dtype=self.dtype,
+            dtype_bytes=self.dtype.itemsize,
         )
         assert config.kv_memory_bytes is not None
         return [

@@ -1,13 +1,22 @@
 """Page ids of one arena: free, used (with a reference count), or cached.
 
-A page with a `key` that is no longer used stays cached; cached pages are evicted in the
-order in which they were released. A page without a key goes back to the free list at once.
-At all times free + cached + used = total.
+A page with a `key` that is no longer used stays cached. A page without a key goes back to the
+free list at once. At all times free + cached + used = total.
+
+Cached pages are evicted by what it would cost to have them again, and by age (Cao and Irani,
+GreedyDual-Size, 1997; Cherkasova, GDS-Frequency, 1998). A page that is released gets the rank
+
+    age + worth · (1 + how often it was shared)
+
+and the lowest rank is evicted first, of equal ones the one that was released first. `age` is the
+rank of the page that was evicted last, so what is not used again is overtaken in time. Worths of 0
+give the order of release. A page's worth is the largest that it was released with: so what every
+sequence that holds a page also holds is never evicted before that page, if it is released after it.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import heapq
 from collections.abc import Callable
 
 Key = bytes
@@ -22,7 +31,13 @@ class Arena:
         self._free = list(range(total - 1, -1, -1))
         self._holders = [0] * total
         self._keys: dict[int, Key] = {}
-        self._cached: OrderedDict[int, None] = OrderedDict()
+        self._worths = [0.0] * total
+        self._shares = [0] * total
+        self._age = 0.0
+        self._released = 0
+        # (rank, number of the release) of each cached page; the heap also has outdated entries.
+        self._cached: dict[int, tuple[float, int]] = {}
+        self._heap: list[tuple[float, int, int]] = []
 
     @property
     def available(self) -> int:
@@ -46,11 +61,22 @@ class Arena:
         if self._free:
             page = self._free.pop()
         elif self._cached:
-            page, _ = self._cached.popitem(last=False)
-            self._on_evict(self._keys.pop(page))
+            page = self._evict()
         else:
             raise IndexError("no page available")
         self._holders[page] = 1
+        self._worths[page] = 0.0
+        self._shares[page] = 0
+        return page
+
+    def _evict(self) -> int:
+        while True:
+            rank, number, page = heapq.heappop(self._heap)
+            if self._cached.get(page) == (rank, number):
+                break
+        del self._cached[page]
+        self._age = rank
+        self._on_evict(self._keys.pop(page))
         return page
 
     def name(self, page: int, key: Key) -> None:
@@ -70,18 +96,43 @@ class Arena:
         if self._holders[page] == 0:
             del self._cached[page]
         self._holders[page] += 1
+        self._shares[page] += 1
         return page
 
-    def release(self, page: int) -> None:
-        """Remove a holder."""
+    def release(self, page: int, worth: float = 0.0) -> None:
+        """Remove a holder. worth: what it would cost to have the page again, in any unit"""
         assert self._holders[page] > 0, f"page {page} released more often than taken"
         self._holders[page] -= 1
+        self._worths[page] = max(self._worths[page], worth)
         if self._holders[page]:
             return
         if page in self._keys:
-            self._cached[page] = None
+            self._keep(page)
         else:
             self._free.append(page)
+
+    def was_shared(self, page: int) -> bool:
+        """Whether a page has had a further holder since it was taken."""
+        return self._shares[page] > 0
+
+    def unshare(self, page: int) -> None:
+        """Remove a holder that `share` has added and that did not use the page."""
+        self._shares[page] -= 1
+        self.release(page)
+
+    def _keep(self, page: int) -> None:
+        rank = self._age + self._worths[page] * (1 + self._shares[page])
+        self._released += 1
+        self._cached[page] = rank, self._released
+        heapq.heappush(self._heap, (rank, self._released, page))
+        if len(self._heap) > 2 * self.total:
+            self._heap = [(*entry, page) for page, entry in self._cached.items()]
+            heapq.heapify(self._heap)
+
+    @property
+    def eviction_order(self) -> list[int]:
+        """The cached pages, the next to be evicted first."""
+        return sorted(self._cached, key=self._cached.__getitem__)
 
     @property
     def named(self) -> dict[Key, int]:
@@ -97,3 +148,7 @@ class Arena:
         assert len(free) + len(cached) + len(held) == self.total, "a page is lost"
         assert cached <= self._keys.keys() <= cached | held, "a key has no page"
         assert len(self.named) == len(self._keys), "two pages have the same key"
+        ranked = {(page, rank) for rank, _, page in self._heap}
+        assert ranked >= {(page, rank) for page, (rank, _) in self._cached.items()}, (
+            "a cached page cannot be evicted"
+        )

@@ -53,18 +53,3 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     # torch.zeros would write all of it, which takes up to a second for 1 GiB.
     memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(memory, dtype=dtype).view(shape)
-
-
-def page_bytes_of(
-    fmt: KVFormat,
-    *,
-    num_layers: int,
-    num_kv_heads: int,
-    page_size: int,
-    head_dim: int,
-    dtype: torch.dtype,
-) -> tuple[int, int]:
-    """Bytes of one hot and one sealed page on this rank, over all its layers and KV heads."""
-    heads = num_layers * num_kv_heads
-    hot = heads * 2 * page_size * head_dim * dtype.itemsize
-    return hot, heads * fmt.page_bytes(page_size, head_dim, dtype.itemsize)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from kvmesh.workers.prefix_cache import Digest, PrefixCache
+from kvmesh.workers.prefix_cache import Digest, PrefixCache, PrefixHit
 from kvmesh.workers.sequence import Sequence
 from kvmesh.workers.sizes import BLOCK_PAGES, PageGeometry, PageNeed
 from kvmesh.workers.step_draft import StepDraft
@@ -20,14 +20,20 @@ class PageTables:
         self._geometry = geometry
         self._cache = cache
 
-    def reuse(self, seq: Sequence, max_pages: int) -> int:
-        """Share cached pages of a sequence's beginning; how many logical pages they are."""
+    def reuse(self, seq: Sequence, max_pages: int) -> PrefixHit:
+        """Share cached pages of a sequence's beginning, and say which."""
         known = seq.digests(max_pages)[:max_pages] if seq.shares_pages else ()
         hit = self._cache.match(known)
         self._cache.share(hit)
         seq.hot.update(hit.hot)
         seq.sealed.update(hit.sealed)
-        return hit.num_pages
+        return hit
+
+    def give_back(self, seq: Sequence, hit: PrefixHit) -> None:
+        """Undo `reuse`: the sequence is not admitted yet."""
+        self._cache.unshare(hit)
+        seq.hot.clear()
+        seq.sealed.clear()
 
     def write(self, seq: Sequence, pages: range, draft: StepDraft) -> None:
         """Take hot pages for those logical pages that have none."""
@@ -69,7 +75,8 @@ class PageTables:
                 self._cache.name_sealed(digests[page], seq.sealed[page])
                 self._note_block(digests, page)
         for page in outdated:
-            self._cache.hot.release(seq.hot.pop(page))
+            near_end = seq.ends_near(page)
+            self._cache.release_hot(seq.hot.pop(page), seq.num_computed, at_end=near_end)
 
     def withdraw(self, seq: Sequence) -> None:
         """Let no other sequence find its pages any more."""
@@ -79,9 +86,9 @@ class PageTables:
         """Release all of its pages."""
         # Last pages first, so that a cached prefix is evicted from its end.
         for page in sorted(seq.hot, reverse=True):
-            self._cache.hot.release(seq.hot[page])
+            self._cache.release_hot(seq.hot[page], seq.num_computed, at_end=True)
         for page in sorted(seq.sealed, reverse=True):
-            self._cache.sealed.release(seq.sealed[page])
+            self._cache.release_sealed(seq.sealed[page], seq.num_computed)
         seq.hot.clear()
         seq.sealed.clear()
 

@@ -19,6 +19,11 @@ from kvmesh.workers.sizes import PageGeometry
 
 Digest = bytes
 
+# At this context a token costs as much in attention as in all matrix products: 2 · weights FLOPs
+# against 4 · layers · heads · head_dim for each token before it, 27,000 to 31,000 tokens for models
+# of 7 to 8 billion weights.
+ATTENTION_TOKENS = 1 << 15
+
 
 class PageDigests:
     """The digests of a growing sequence's full pages, each computed once."""
@@ -156,6 +161,27 @@ class PrefixCache:
             self.hot.share(page)
         for page in hit.sealed.values():
             self.sealed.share(page)
+
+    def unshare(self, hit: PrefixHit) -> None:
+        """Undo `share`; last pages first, as in a release."""
+        for page in reversed(hit.hot.values()):
+            self.hot.unshare(page)
+        for page in reversed(hit.sealed.values()):
+            self.sealed.unshare(page)
+
+    def release_hot(self, page: int, num_tokens: int, *, at_end: bool) -> None:
+        """Remove a holder, which has computed `num_tokens`: all of these would have to be computed
+        again by a prompt that continues from there, if the exact pages that it reads were lost.
+
+        at_end: of what its sequence has in common with others, as far as can be foreseen; a page
+            in the middle is worth keeping only if others were found to end there
+        """
+        worth_it = at_end or self.hot.was_shared(page)
+        self.hot.release(page, num_tokens if worth_it else 0.0)
+
+    def release_sealed(self, page: int, num_tokens: int) -> None:
+        """Remove a holder, which has computed `num_tokens`: the mean cost of a page of these."""
+        self.sealed.release(page, 1.0 + 0.5 * num_tokens / ATTENTION_TOKENS)
 
     def check(self) -> None:
         """Audit: the index has exactly the named pages of both arenas."""

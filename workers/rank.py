@@ -14,7 +14,6 @@ from kvmesh.workers.calibration.file import Calibration
 from kvmesh.workers.config import DEFAULT_CPU_KV_MEMORY_BYTES, EngineConfig
 from kvmesh.workers.errors import ConfigError
 from kvmesh.workers.executor import Allocation, MakeMasks, RankDescription
-from kvmesh.workers.kv_pool import page_bytes_of
 from kvmesh.workers.model.facts import read_facts, sample_digest
 from kvmesh.workers.model.hook import AttendArgs
 from kvmesh.workers.model.load import ServedModel, load_model
@@ -25,6 +24,7 @@ from kvmesh.workers.plan import StepPlan, StepResult
 from kvmesh.workers.runner import SCORED_ROWS, ModelRunner
 from kvmesh.workers.scoring.probe import code_versions, measure_divergences
 from kvmesh.workers.scoring.probe_cache import ProbeCache
+from kvmesh.workers.sizes import page_bytes_of
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -105,7 +105,7 @@ class Rank:
             num_kv_heads=self._model.num_kv_heads,
             page_size=self._config.page_size,
             head_dim=self._model.head_dim,
-            dtype=self._dtype,
+            dtype_bytes=self._dtype.itemsize,
         )
         return RankDescription(
             model=self._files.name,

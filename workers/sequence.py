@@ -7,7 +7,7 @@ import numpy as np
 from kvmesh.workers.lease import LeaseTerms
 from kvmesh.workers.prefix_cache import Digest, PageDigests
 from kvmesh.workers.request import EngineRequest, PrefillProgress, SequenceUsage, TokenIds
-from kvmesh.workers.sizes import PageGeometry, PageNeed
+from kvmesh.workers.sizes import BLOCK_PAGES, PageGeometry, PageNeed
 from kvmesh.workers.structured.state import OutputState
 
 
@@ -105,6 +105,12 @@ class Sequence:
         Pages are sealed in order, so the missing ones are a range."""
         due = self.geometry.sealed_range(num_tokens)
         return range(due.start + len(self.sealed), max(due.stop, due.start + len(self.sealed)))
+
+    def ends_near(self, page: int) -> bool:
+        """Whether the page is at the end of the prompt, where another question about the same
+        document is likely to differ."""
+        pages = self.prompt_tokens // self.geometry.page_size
+        return pages - min(BLOCK_PAGES, -(-pages // 8)) <= page < pages
 
     def note_peak(self) -> None:
         self.peak = PageNeed(

@@ -7,12 +7,19 @@ sequence of n tokens, whose next token falls into page P = n // page_size, holds
     sealed   [sink, P − recent)           one sealed page each
     hot      [0, sink) ∪ [P − recent, P]  one hot page each
 
+With kvp > 1 pages are dealt to kvp ranks in turn, and all counts are those of the rank that
+has most.
+
 Torch-free on purpose.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kvmesh.kernels.formats.base import KVFormat
 
 # Groups' prefixes are compared in blocks of this many pages: the router stores the digest of
 # each block's last page, and engines report no other digests.
@@ -21,7 +28,7 @@ BLOCK_PAGES = 8
 
 @dataclass(frozen=True, slots=True)
 class PageNeed:
-    """Pages of one rank."""
+    """Pages of one rank; if ranks hold different numbers of them, of that which has most."""
 
     hot: int
     sealed: int
@@ -45,6 +52,7 @@ class PageGeometry:
 
     hot_page_bytes, sealed_page_bytes: of one page on one rank, over all its layers and KV heads
     ranks: how many ranks hold such a page for a sequence
+    kvp: to how many ranks consecutive pages are dealt in turn; engines serve only 1
     """
 
     page_size: int
@@ -53,6 +61,11 @@ class PageGeometry:
     hot_page_bytes: int
     sealed_page_bytes: int
     ranks: int = 1
+    kvp: int = 1
+
+    def on_fullest(self, pages: int) -> int:
+        """Of that many consecutive pages, how many the rank has that has most."""
+        return -(-pages // self.kvp)
 
     def sealed_range(self, num_tokens: int) -> range:
         """Logical pages that are sealed once `num_tokens` have been written."""
@@ -62,17 +75,20 @@ class PageGeometry:
 
     def tokens_within(self, sealed_pages: int) -> int:
         """The maximum number of tokens a sequence can write with that many sealed pages."""
-        return (self.sink_pages + self.recent_pages + sealed_pages + 1) * self.page_size - 1
+        sealed = sealed_pages * self.kvp
+        return (self.sink_pages + self.recent_pages + sealed + 1) * self.page_size - 1
 
     def hot_per_sequence(self) -> int:
         """The maximum number of hot pages a sequence holds between steps: sink + recent + 1."""
-        return self.sink_pages + self.recent_pages + 1
+        return self.on_fullest(self.sink_pages) + self.on_fullest(self.recent_pages + 1)
 
     def need(self, num_tokens: int) -> PageNeed:
         """Pages that a sequence of `num_tokens` written tokens holds between steps."""
         pages = -(-num_tokens // self.page_size)
         sealed = len(self.sealed_range(num_tokens))
-        return PageNeed(hot=min(pages - sealed, self.hot_per_sequence()), sealed=sealed)
+        sink = min(pages, self.sink_pages)
+        hot = self.on_fullest(sink) + self.on_fullest(pages - sealed - sink)
+        return PageNeed(hot if sealed else self.on_fullest(pages), self.on_fullest(sealed))
 
     def peak_need(self, num_tokens: int) -> PageNeed:
         """Pages that are enough for a sequence at every length up to `num_tokens`.
@@ -81,11 +97,33 @@ class PageGeometry:
         belongs to the pool's headroom for the step in flight.
         """
         pages = -(-num_tokens // self.page_size)
+        sink = min(pages, self.sink_pages)
+        hot = self.on_fullest(sink) + self.on_fullest(pages - sink)
         return PageNeed(
-            hot=min(pages, self.hot_per_sequence()), sealed=len(self.sealed_range(num_tokens))
+            hot=min(hot, self.hot_per_sequence()),
+            sealed=self.on_fullest(len(self.sealed_range(num_tokens))),
         )
 
     def bytes_of(self, need: PageNeed) -> int:
         """Bytes over all ranks."""
         per_rank = need.hot * self.hot_page_bytes + need.sealed * self.sealed_page_bytes
         return per_rank * self.ranks
+
+
+def page_bytes_of(
+    fmt: KVFormat,
+    *,
+    num_layers: int,
+    num_kv_heads: int,
+    page_size: int,
+    head_dim: int,
+    dtype_bytes: int,
+) -> tuple[int, int]:
+    """Bytes of one hot and one sealed page over all layers and KV heads of a rank.
+
+    dtype_bytes: size of the compute dtype. Raises ValueError if the format does not support
+    head_dim.
+    """
+    heads = num_layers * num_kv_heads
+    hot = heads * 2 * page_size * head_dim * dtype_bytes
+    return hot, heads * fmt.page_bytes(page_size, head_dim, dtype_bytes)

@@ -15,6 +15,7 @@ class Gpu:
     """A device's data sheet, and the shares of it that serving reaches.
 
     flops: dense bf16, per second; bandwidth: bytes per second; memory_bytes: total
+    nvml_bytes: what nvidia-smi reports in all, which is more: a data sheet's 80 GB are 80 GiB
     prefill_share: of flops, in matrix products of prompts
     attention_share: of flops, in attention over prompts
     bandwidth_share: when weights and KV pages are read
@@ -25,6 +26,7 @@ class Gpu:
     flops: float
     bandwidth: float
     memory_bytes: int
+    nvml_bytes: int
     prefill_share: float = 0.55
     attention_share: float = 0.40
     bandwidth_share: float = 0.75
@@ -52,12 +54,12 @@ class ModelShape:
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("h100", 989e12, 3.35e12, 80 * 10**9),
-        Gpu("h200", 989e12, 4.8e12, 141 * 10**9),
-        Gpu("a100-80g", 312e12, 2.0e12, 80 * 10**9),
-        Gpu("a100-40g", 312e12, 1.55e12, 40 * 10**9),
-        Gpu("l40s", 362e12, 0.864e12, 48 * 10**9),
-        Gpu("l4", 121e12, 0.3e12, 24 * 10**9),
+        Gpu("h100", 989e12, 3.35e12, 80 * 10**9, 81559 << 20),
+        Gpu("h200", 989e12, 4.8e12, 141 * 10**9, 143771 << 20),
+        Gpu("a100-80g", 312e12, 2.0e12, 80 * 10**9, 81920 << 20),
+        Gpu("a100-40g", 312e12, 1.55e12, 40 * 10**9, 40960 << 20),
+        Gpu("l40s", 362e12, 0.864e12, 48 * 10**9, 46068 << 20),
+        Gpu("l4", 121e12, 0.3e12, 24 * 10**9, 23034 << 20),
     )
 }
 

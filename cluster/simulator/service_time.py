@@ -21,7 +21,7 @@ from kvmesh.cluster.routing.pace import Pace
 from kvmesh.cluster.simulator.hardware import Gpu, ModelShape
 from kvmesh.kernels.formats.base import KVFormat
 from kvmesh.workers.pool_plan import PoolPlan, plan_pool
-from kvmesh.workers.sizes import PageGeometry
+from kvmesh.workers.sizes import PageGeometry, page_bytes_of
 
 BF16_BYTES = 2
 # Low-bit kernels are limited by unpacking instructions rather than by memory bandwidth.
@@ -51,14 +51,20 @@ class EngineShape:
     @property
     def geometry(self) -> PageGeometry:
         """Over all GPUs of the group, as one rank."""
-        model, heads = self.model, self.model.layers * self.model.kv_heads
-        exact = 2 * self.page_size * model.head_dim * BF16_BYTES
+        hot_bytes, sealed_bytes = page_bytes_of(
+            self.kv_format,
+            num_layers=self.model.layers,
+            num_kv_heads=self.model.kv_heads,
+            page_size=self.page_size,
+            head_dim=self.model.head_dim,
+            dtype_bytes=BF16_BYTES,
+        )
         return PageGeometry(
             page_size=self.page_size,
             sink_pages=self.kv_format.sink_pages,
             recent_pages=self.kv_format.recent_pages,
-            hot_page_bytes=heads * exact,
-            sealed_page_bytes=heads * self.kv_format.page_bytes(self.page_size, model.head_dim),
+            hot_page_bytes=hot_bytes,
+            sealed_page_bytes=sealed_bytes,
         )
 
     @property

@@ -12,7 +12,7 @@ import transformers
 from kvmesh.workers.errors import UnsupportedModelError
 from kvmesh.workers.model.architectures import ARCHITECTURES
 from kvmesh.workers.model.config_keys import keys_not_implemented
-from kvmesh.workers.model.facts import _check_supported
+from kvmesh.workers.model.facts import check_supported
 
 # Configurations with the keys that those of published models have.
 PUBLISHED: dict[str, str] = {
@@ -146,7 +146,7 @@ def config_of(name: str) -> dict[str, Any]:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_model_is_served(name: str) -> None:
     config = config_of(name)
-    assert _check_supported(config, HERE).name == config["architectures"][0]
+    assert check_supported(config, HERE).name == config["architectures"][0]
 
 
 def test_there_is_a_published_model_of_every_architecture() -> None:
@@ -200,23 +200,23 @@ def test_a_key_that_would_be_ignored_refuses_the_model(
     name: str, changes: dict[str, Any], key: str
 ) -> None:
     with pytest.raises(UnsupportedModelError) as caught:
-        _check_supported({**config_of(name), **changes}, HERE)
+        check_supported({**config_of(name), **changes}, HERE)
     assert caught.value.field == "model"
     assert f": {key} in its config.json" in caught.value.message
 
 
 @pytest.mark.parametrize("value", [None, False, 0, 0.0, 1.0, [], {}, ""])
 def test_a_neutral_value_changes_nothing(value: object) -> None:
-    _check_supported({**config_of("Qwen3-4B"), "a_key_of_tomorrow": value}, HERE)
+    check_supported({**config_of("Qwen3-4B"), "a_key_of_tomorrow": value}, HERE)
 
 
 def test_all_keys_are_named_at_once() -> None:
     changes = {"use_logn_attn": True, "attention_chunk_size": 8192}
     with pytest.raises(UnsupportedModelError, match="attention_chunk_size, use_logn_attn in"):
-        _check_supported({**config_of("Qwen3-4B"), **changes}, HERE)
+        check_supported({**config_of("Qwen3-4B"), **changes}, HERE)
 
 
 def test_llamas_without_windows_are_served() -> None:
     changes = {"layer_types": ["full_attention"] * 16, "sliding_window": 4096}
     config = {**config_of("Llama-3.2-1B"), **changes, "use_sliding_window": False}
-    _check_supported(config, HERE)
+    check_supported(config, HERE)

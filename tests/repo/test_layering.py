@@ -53,6 +53,8 @@ TORCH_FREE = {
     "kvmesh.workers.sampling_params",
     "kvmesh.workers.settings",
     "kvmesh.workers.sizes",
+    "kvmesh.workers.model.weight_counts",
+    "kvmesh.cluster.planner.plan",
 }
 
 FILES = module_files()

@@ -18,6 +18,7 @@ SEEN = Exercised(
     {
         "takes": 1500,
         "evictions": 300,
+        "evictions out of the order of release": 50,
         "refused takes": 800,
         "shares of a cached page": 200,
         "names taken from a cached page": 100,
@@ -34,7 +35,10 @@ class ArenaMachine:
         self.arena = Arena(total, self.evicted.append)
         self.holders = [0] * total
         self.keys: dict[int, bytes] = {}
-        self.cached: list[int] = []  # the next to be evicted first
+        self.cached: list[int] = []  # in the order in which they were released
+        self.worths, self.shares = [0.0] * total, [0] * total
+        self.ranks: dict[int, float] = {}
+        self.age = 0.0
         self.made = 0
 
     def call(self, what: str, index: int) -> None:
@@ -45,6 +49,8 @@ class ArenaMachine:
         assert (arena.used, arena.cached, arena.free) == (used, len(self.cached), free)
         assert (arena.total, arena.available) == (len(self.holders), free + len(self.cached))
         assert arena.named == {key: page for page, key in self.keys.items()}
+        order = sorted(self.cached, key=lambda page: self.ranks[page])  # stable
+        assert arena.eviction_order == order
         arena.check()
 
     def take(self, index: int) -> None:
@@ -60,10 +66,17 @@ class ArenaMachine:
             assert page in free and not self.evicted, "a page is evicted while others are free"
         else:
             SEEN.add("evictions")
-            assert page == self.cached.pop(0)
+            lowest = min(self.ranks[other] for other in self.cached)
+            expected = next(other for other in self.cached if self.ranks[other] == lowest)
+            if expected != self.cached[0]:
+                SEEN.add("evictions out of the order of release")
+            assert page == expected
+            self.cached.remove(page)
+            self.age = lowest
             assert self.evicted == [self.keys.pop(page)]
             self.evicted.clear()
         self.holders[page] = 1
+        self.worths[page], self.shares[page] = 0.0, 0
 
     def name(self, index: int) -> None:
         for page in self.pick(index, lambda p: self.holders[p] > 0 and p not in self.keys):
@@ -85,16 +98,29 @@ class ArenaMachine:
         for page in self.pick(index, lambda p: self.holders[p] > 0 or p in self.cached):
             assert self.arena.share(page) == page
             self.holders[page] += 1
+            self.shares[page] += 1
             if page in self.cached:
                 SEEN.add("shares of a cached page")
                 self.cached.remove(page)
 
     def release(self, index: int) -> None:
         for page in self.pick(index, lambda p: self.holders[p] > 0):
-            self.arena.release(page)
-            self.holders[page] -= 1
-            if not self.holders[page] and page in self.keys:
-                self.cached.append(page)
+            worth = float(index % 4)
+            self.arena.release(page, worth)
+            self.let_go(page, worth)
+
+    def unshare(self, index: int) -> None:
+        for page in self.pick(index, lambda p: self.holders[p] > 0 and self.shares[p] > 0):
+            self.arena.unshare(page)
+            self.shares[page] -= 1
+            self.let_go(page, 0.0)
+
+    def let_go(self, page: int, worth: float) -> None:
+        self.holders[page] -= 1
+        self.worths[page] = max(self.worths[page], worth)
+        if not self.holders[page] and page in self.keys:
+            self.ranks[page] = self.age + self.worths[page] * (1 + self.shares[page])
+            self.cached.append(page)
 
     def pick(self, index: int, fits: Callable[[int], bool]) -> list[int]:
         """One of the pages that fit, if there is one."""
@@ -108,7 +134,7 @@ class ArenaMachine:
 def test_pages_are_taken_shared_and_evicted_in_order(seed: int) -> None:
     chance = Random(seed)
     total = chance.randrange(1, 7)
-    weights = {"take": 4, "name": 3, "share": 3, "release": 5, "unname": 1}
+    weights = {"take": 4, "name": 3, "share": 3, "release": 5, "unshare": 1, "unname": 1}
 
     def run(calls: Sequence[tuple[str, int]]) -> None:
         machine = ArenaMachine(total)
@@ -149,3 +175,16 @@ def test_pages_without_a_holder_cannot_be_released_or_named(misuse: str) -> None
     call = partial(arena.name, key=b"x") if misuse == "name" else arena.release
     with pytest.raises(AssertionError):
         call(0)
+
+
+def test_shares_and_releases_leave_no_trace() -> None:
+    """A page that is held again and again leaves outdated entries, which are cleared away."""
+    arena = Arena(4)
+    page = arena.take()
+    arena.name(page, b"x")
+    arena.release(page)
+    for _ in range(1000):
+        arena.release(arena.share(page))
+        assert len(arena._heap) <= 2 * 4
+    assert arena.eviction_order == [page]
+    arena.check()

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, note
 
+from kvmesh.workers import pool_plan, prefix_cache
 from kvmesh.workers.arena import Arena
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.constraint import OutputConstraint
@@ -174,11 +175,50 @@ def test_pages_are_released_in_the_order_in_which_they_can_be_spared() -> None:
 
     def in_order(arena: Arena) -> list[int]:
         """Pages of the document, the next to be evicted first."""
-        return [digests.index(arena._keys[page]) for page in arena._cached]
+        return [digests.index(arena._keys[page]) for page in arena.eviction_order]
 
     assert in_order(cache.sealed) == [4, 3, 2, 1]
     # Those that left the window while it ran, then the window, then the sink.
     assert in_order(cache.hot) == [1, 2, 3, 4, 5, 0]
+
+
+@pytest.mark.parametrize(
+    ("sink", "recent", "budget", "shorts"),
+    [(0, 0, 70, 6), (1, 0, 110, 7), (1, 1, 135, 12), (2, 2, 160, 12)],
+)
+def test_another_question_finds_a_long_document_after_many_short_prompts(
+    sink: int, recent: int, budget: int, shorts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They need more than twice the pages that are spare, and eviction in the order of release
+    would lose all of the document."""
+    monkeypatch.setattr(prefix_cache, "ATTENTION_TOKENS", 8 * PAGE)
+    monkeypatch.setattr(pool_plan, "CACHED_HOT_SHARE", 0.5)
+    engine, _ = make_engine(tokens=64, seqs=3, sink=sink, recent=recent, budget=budget)
+    total = engine.info.capacity.sealed
+    length = total * 2 // 3
+    document = [i * i % VOCAB for i in range(length * PAGE)]
+
+    def ask(question: int) -> int:
+        """How many of the document's pages were cached."""
+        name = f"question {question}"
+        engine.add(request(name, [*document, *[question] * (PAGE + 3)], 1))
+        usage = run(engine)[name][-1].usage
+        assert usage is not None
+        return usage.cached_tokens // PAGE
+
+    def short(number: int) -> None:
+        tokens = [number % 50, number // 50, *[7] * (5 * PAGE)]
+        engine.add(request(f"short {number}", tokens, 3))
+        run(engine)
+
+    assert ask(1) == 0
+    assert 5 * shorts > 2 * (total - length - 1)
+    for number in range(shorts):
+        short(number)
+    assert ask(2) == length
+    for number in range(shorts, 12 * shorts):
+        short(number)
+    assert ask(3) < length, "in the end what is not used again is evicted"
 
 
 class TickingExecutor(MemoryExecutor):

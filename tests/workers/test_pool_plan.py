@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from kvmesh.workers.config import EngineConfig
@@ -65,3 +67,18 @@ def test_few_sequences_leave_the_rest_to_sealed_pages() -> None:
 def test_a_share_of_zero_or_one_is_refused(share: float) -> None:
     with pytest.raises(ConfigError, match="max_hot_share"):
         EngineConfig(model="m", max_hot_share=share)
+
+
+def test_prefixes_have_hot_pages_of_their_own_where_windows_are_exact() -> None:
+    budget = 1_000_000
+    plan = plan_pool(budget, GEOMETRY, max_num_seqs=2, max_num_batched_tokens=128)
+    held = (2 * 4 + 2) * 800
+    assert (plan.hot_pages, plan.headroom_pages, plan.cached_pages) == (8, 2, 8)
+    assert plan.hot_total == 18
+    assert plan.sealed_pages == (budget - held - 8 * 800) // 100
+    # No more than a fiftieth of what is left.
+    few = plan_pool(100_000, GEOMETRY, max_num_seqs=2, max_num_batched_tokens=128)
+    assert few.cached_pages == 2 == int((100_000 - held) * 0.02) // 800
+    without = replace(GEOMETRY, sink_pages=0, recent_pages=0)
+    plan = plan_pool(budget, without, max_num_seqs=2, max_num_batched_tokens=128)
+    assert plan.cached_pages == 0

@@ -21,11 +21,10 @@ from kvmesh.kernels.formats.registry import get_format
 from kvmesh.kernels.seal import seal_layers, seal_pages
 from kvmesh.kernels.write import write_hot
 from kvmesh.workers import runner
-from kvmesh.workers.kv_pool import page_bytes_of
 from kvmesh.workers.model.load import ServedModel
 from kvmesh.workers.plan import StepPlan
 from kvmesh.workers.runner import ModelRunner
-from kvmesh.workers.sizes import PageGeometry
+from kvmesh.workers.sizes import PageGeometry, page_bytes_of
 
 SHAPE = SHAPES["tiny"]
 SIZE, CONTEXT = 64, 258
@@ -47,7 +46,7 @@ def plans(fmt: KVFormat, batch: int, steps: int) -> tuple[DecodeSteps, list[Step
         num_kv_heads=SHAPE.kv_heads,
         page_size=SIZE,
         head_dim=SHAPE.head_dim,
-        dtype=DTYPE,
+        dtype_bytes=DTYPE.itemsize,
     )
     geometry = PageGeometry(SIZE, 1, 0, hot_bytes, sealed_bytes)
     made = DecodeSteps(geometry, batch=batch, context=CONTEXT, steps=steps)

@@ -57,3 +57,35 @@ def test_needs_are_compared_in_both_kinds() -> None:
     assert not PageNeed(3, 6).fits(room)
     assert PageNeed(1, 2) + PageNeed(3, 5) == PageNeed(4, 7)
     assert PageNeed(1, 2) - PageNeed(3, 5) == PageNeed(-2, -3)
+
+
+DEALT = [
+    PageGeometry(PAGE, sink, recent, hot_page_bytes=10, sealed_page_bytes=3, kvp=kvp)
+    for sink in range(3)
+    for recent in range(3)
+    for kvp in (2, 3, 8)
+]
+
+
+@pytest.mark.parametrize("geometry", DEALT)
+def test_no_rank_has_more_pages_than_the_fullest(geometry: PageGeometry) -> None:
+    for tokens in range(1, 30 * PAGE):
+        query_page, written = tokens // PAGE, range(-(-tokens // PAGE))
+        first_recent = query_page - geometry.recent_pages
+        hot, sealed = [0] * geometry.kvp, [0] * geometry.kvp
+        for page in written:
+            is_hot = page < geometry.sink_pages or page >= first_recent
+            (hot if is_hot else sealed)[page % geometry.kvp] += 1
+        need, peak = geometry.need(tokens), geometry.peak_need(tokens)
+        assert max(hot) <= need.hot <= peak.hot <= geometry.hot_per_sequence()
+        assert max(sealed) == need.sealed == peak.sealed
+        spread_over_all = PageNeed(need.hot * geometry.kvp, need.sealed * geometry.kvp)
+        assert PageNeed(sum(hot), sum(sealed)).fits(spread_over_all)
+
+
+@pytest.mark.parametrize("geometry", DEALT)
+def test_tokens_within_dealt_pages_need_no_more_and_the_next_does(geometry: PageGeometry) -> None:
+    for pages in range(6):
+        tokens = geometry.tokens_within(pages)
+        assert geometry.need(tokens).sealed == pages
+        assert geometry.need(tokens + 1).sealed == pages + 1

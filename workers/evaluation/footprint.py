@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvmesh.kernels.formats.base import KVFormat
-from kvmesh.workers.sizes import PageGeometry
+from kvmesh.workers.sizes import PageGeometry, page_bytes_of
 
 HOT_BITS = 16
 
@@ -37,16 +37,23 @@ class Footprint:
         recent_pages: int | None = None,
     ) -> Footprint:
         """sink_pages, recent_pages: the format's defaults if not given"""
-        heads = num_layers * num_kv_heads
+        hot_bytes, sealed_bytes = page_bytes_of(
+            fmt,
+            num_layers=num_layers,
+            num_kv_heads=num_kv_heads,
+            page_size=page_size,
+            head_dim=head_dim,
+            dtype_bytes=HOT_BITS // 8,
+        )
         geometry = PageGeometry(
             page_size=page_size,
             sink_pages=fmt.sink_pages if sink_pages is None else sink_pages,
             recent_pages=fmt.recent_pages if recent_pages is None else recent_pages,
-            hot_page_bytes=heads * 2 * page_size * head_dim * HOT_BITS // 8,
-            sealed_page_bytes=heads * fmt.page_bytes(page_size, head_dim, HOT_BITS // 8),
+            hot_page_bytes=hot_bytes,
+            sealed_page_bytes=sealed_bytes,
         )
         bits = fmt.bits_per_element(page_size, head_dim, HOT_BITS // 8)
-        return Footprint(bits, geometry, heads * 2 * head_dim)
+        return Footprint(bits, geometry, num_layers * num_kv_heads * 2 * head_dim)
 
     def bits_at(self, context: int) -> float:
         """Mean bits per element of the keys and values of a sequence of `context` tokens."""

@@ -84,7 +84,7 @@ def read_facts(path: Path, rope: RopeOverride | None = None) -> ModelFacts:
     UnsupportedModelError for a model that would be computed incorrectly.
     """
     config = read_json(path / "config.json")
-    architecture = _check_supported(config, path)
+    architecture = check_supported(config, path)
     tensors = read_tensors(path)
     integers = {key: _positive(config, key, path) for key in _REQUIRED}
     heads = integers["num_attention_heads"]
@@ -171,7 +171,8 @@ def check_architecture(config: Mapping[str, Any], source: Path) -> Architecture:
     return architecture
 
 
-def _check_supported(config: Mapping[str, Any], path: Path) -> Architecture:
+def check_supported(config: Mapping[str, Any], path: Path) -> Architecture:
+    """The architecture; raises UnsupportedModelError if the model would be computed wrongly."""
     architecture = check_architecture(config, path)
     reason = None
     if config.get("quantization_config") is not None and not _is_mxfp4(config, architecture):

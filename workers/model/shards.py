@@ -14,6 +14,7 @@ from kvmesh.kernels.moe import SWIGLU, GatedUnit
 from kvmesh.workers.errors import ConfigError, UnsupportedModelError
 from kvmesh.workers.model.expert_weights import ExpertShare, read_experts, stored_router
 from kvmesh.workers.model.facts import ModelFacts
+from kvmesh.workers.model.weight_counts import divisors
 from kvmesh.workers.model.weights import Weights
 from kvmesh.workers.parallel.comm import Communicator
 from kvmesh.workers.parallel.experts import Experts
@@ -78,11 +79,7 @@ def check_tp(facts: ModelFacts, tp: int, *, expert_parallel: bool = False) -> No
         split[f"experts' MLP of {facts.expert_size}"] = facts.expert_size
     if not facts.num_experts:
         split[f"MLP of {facts.intermediate_size}"] = facts.intermediate_size
-    valid = [
-        ranks
-        for ranks in range(1, facts.num_kv_heads + 1)
-        if all(size % ranks == 0 for size in (facts.num_kv_heads, *split.values()))
-    ]
+    valid = divisors(facts.num_kv_heads, *split.values())
     if tp not in valid:
         raise ConfigError(
             "tp",

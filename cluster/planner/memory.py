@@ -1,0 +1,93 @@
+"""What fills a GPU's memory besides KV, before any model is loaded.
+
+    | gpu_memory_utilization · total                                     | left free |
+    | driver, context | weights | activations | KV budget                |
+
+The engine measures the second and the fourth part; here they are estimated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvmesh.cluster.planner.layout import Layout
+from kvmesh.cluster.planner.model import PlannedModel
+from kvmesh.cluster.simulator.hardware import Gpu
+from kvmesh.cluster.simulator.service_time import BF16_BYTES
+from kvmesh.workers.model.weight_counts import ModelSizes
+
+# What the driver, CUDA's context, compiled kernels and NCCL's buffers take: NVML counts 0.5 to
+# 0.9 GiB more than CUDA has, and a process with NCCL takes as much again.
+CONTEXT_BYTES = 3 << 29
+# Rows of logits of the largest step that are computed at once, see workers/runner.py.
+LOGITS_ROWS = 128
+FP32_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class RankMemory:
+    """Bytes of one GPU.
+
+    kv_bytes: the KV budget, below 0 if even the weights do not fit
+    """
+
+    total_bytes: int
+    free_bytes: int
+    context_bytes: int
+    weight_bytes: int
+    activation_bytes: int
+
+    @property
+    def kv_bytes(self) -> int:
+        taken = self.free_bytes + self.context_bytes + self.weight_bytes + self.activation_bytes
+        return self.total_bytes - taken
+
+
+def rank_memory(
+    gpu: Gpu,
+    model: PlannedModel,
+    layout: Layout,
+    *,
+    max_num_batched_tokens: int,
+    max_num_seqs: int,
+    gpu_memory_utilization: float,
+) -> RankMemory:
+    """Of the rank that has most, with weights in bfloat16; the settings as in `engine`."""
+    return RankMemory(
+        total_bytes=gpu.nvml_bytes,
+        free_bytes=round((1.0 - gpu_memory_utilization) * gpu.nvml_bytes),
+        context_bytes=CONTEXT_BYTES,
+        weight_bytes=BF16_BYTES * model.counts.of_rank(layout.tp, layout.kvp),
+        activation_bytes=activation_bytes(
+            model.sizes, layout.tp, max_num_batched_tokens, max_num_seqs
+        ),
+    )
+
+
+def activation_bytes(
+    sizes: ModelSizes, tp: int, tokens: int, max_num_seqs: int, dtype_bytes: int = BF16_BYTES
+) -> int:
+    """An upper bound of what the largest step allocates besides weights and pages.
+
+    Either in a layer, for all of its tokens, or for the rows of logits: in the compute dtype and
+    twice in fp32, as they are scored.
+    """
+    hidden = sizes.hidden_size
+    q, kv = sizes.heads * sizes.head_dim // tp, sizes.kv_heads * sizes.head_dim // tp
+    # Residual, normed input, projections; queries and keys before, during and after RoPE; output.
+    attention = 3 * hidden + (q + 2 * kv) + 3 * (q + kv) + 2 * q
+    width = max(
+        sizes.intermediate_size if sizes.expert_layers < sizes.layers else 0,
+        # Tokens are copied once for each of their experts.
+        sizes.experts_per_token * (sizes.moe_intermediate_size + hidden)
+        if sizes.expert_layers
+        else 0,
+    )
+    # Residual, normed input, output; gate, up, activation and their product.
+    mlp = 3 * hidden + 4 * -(-width // tp)
+    # Cosine and sine of each position; sums are exchanged in fp32.
+    common = 4 * sizes.head_dim * FP32_BYTES + hidden * FP32_BYTES
+    layer = tokens * (max(attention, mlp) * dtype_bytes + common)
+    rows = max(max_num_seqs, LOGITS_ROWS)
+    logits = rows * sizes.vocab_size * (2 * dtype_bytes + 2 * FP32_BYTES)
+    return max(layer, tokens * hidden * dtype_bytes + logits)

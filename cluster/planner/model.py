@@ -1,0 +1,136 @@
+"""A model to plan for, from its configuration: a file, a known name, or what the hub has cached."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvmesh.cluster.planner.known_models import KNOWN_MODELS, KnownModel
+from kvmesh.cluster.simulator.hardware import ModelShape
+from kvmesh.workers.errors import ConfigError, UnsupportedModelError
+from kvmesh.workers.model.facts import check_supported, read_json
+from kvmesh.workers.model.rope_scaling import RopeScaling
+from kvmesh.workers.model.weight_counts import ModelSizes, WeightCounts
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedModel:
+    """name: as `kvmesh serve --model` takes it
+    max_model_len: positions that the model supports, in tokens
+    obstacle: why this version does not serve the model, None if it does
+    """
+
+    name: str
+    sizes: ModelSizes
+    counts: WeightCounts
+    max_model_len: int
+    obstacle: str | None
+
+    @property
+    def shape(self) -> ModelShape:
+        """For the model of service time."""
+        sizes, counts = self.sizes, self.counts
+        return ModelShape(
+            name=self.name,
+            params=float(counts.multiplied),
+            layers=sizes.layers,
+            heads=sizes.heads,
+            kv_heads=sizes.kv_heads,
+            head_dim=sizes.head_dim,
+            max_model_len=self.max_model_len,
+            idle_params=float(counts.total - counts.multiplied),
+        )
+
+    def numbers_read(self, tokens: int) -> float:
+        """Of the weights, how many a step of that many tokens reads, with experts chosen evenly."""
+        sizes, counts = self.sizes, self.counts
+        if not counts.idle:
+            return float(counts.multiplied)
+        asleep = 1.0 - sizes.experts_per_token / sizes.experts
+        # Of the experts that one token leaves idle, `tokens` leave this share.
+        return counts.multiplied + counts.idle * (1.0 - asleep ** (tokens - 1))
+
+
+def planned_model(name: str) -> PlannedModel:
+    """The model of a directory, a config.json, one of KNOWN_MODELS, or a hub name that is cached.
+
+    Raises ConfigError naming `model` if there is none, or what its configuration lacks, and
+    UnsupportedModelError for an architecture whose weights cannot be counted.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _of_config(read_json(path / "config.json"), path / "config.json", str(path))
+    if path.suffix == ".json" or path.is_file():
+        return _of_file(path)
+    known = _known(name)
+    if known is not None:
+        return _of_config(known.config, known.hub, known.hub)
+    if _HUB_NAME.fullmatch(name) and (cached := _cached(name)) is not None:
+        return _of_config(read_json(cached), name, name)
+    raise ConfigError("model", _not_found(name))
+
+
+def _of_file(path: Path) -> PlannedModel:
+    if path.suffix == ".gguf":
+        raise ConfigError(
+            "model",
+            f"{path} is a GGUF file, whose configuration is not read here; "
+            "expected a directory or a config.json",
+        )
+    return _of_config(read_json(path), path, str(path.parent))
+
+
+def _of_config(config: Mapping[str, Any], source: Path | str, name: str) -> PlannedModel:
+    """source: what errors name; name: as `serve` takes it"""
+    sizes = ModelSizes.of(config, source)
+    positions = config.get("max_position_embeddings")
+    if type(positions) is not int or positions < 1:
+        raise ConfigError(
+            "model",
+            f"{source}: max_position_embeddings must be a positive integer, got {positions!r}",
+        )
+    return PlannedModel(
+        name=name,
+        sizes=sizes,
+        counts=WeightCounts.of(sizes, config),
+        max_model_len=RopeScaling.of(config).max_model_len(config),
+        obstacle=_obstacle(config, source),
+    )
+
+
+def _obstacle(config: Mapping[str, Any], source: Path | str) -> str | None:
+    try:
+        check_supported(config, Path(source))
+    except UnsupportedModelError as error:
+        return error.message
+    return None
+
+
+def _known(name: str) -> KnownModel | None:
+    wanted = name.lower()
+    for key, known in KNOWN_MODELS.items():
+        hub = known.hub.lower()
+        if wanted in (key, hub, hub.rpartition("/")[2]):
+            return known
+    return None
+
+
+def _cached(name: str) -> Path | None:
+    """The config.json of a model that was downloaded from the hub before."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, "config.json")
+    return Path(found) if isinstance(found, str) else None
+
+
+def _not_found(name: str) -> str:
+    known = ", ".join(KNOWN_MODELS)
+    close = difflib.get_close_matches(name.lower(), KNOWN_MODELS, n=1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    return f"must be a directory, a config.json or one of {known}; got {name!r}{hint}"

@@ -1,0 +1,294 @@
+"""What each layout and KV format can do, and which of them to serve.
+
+Pages and bytes come from the functions that the engine divides its own pool with
+(workers/sizes.py, workers/pool_plan.py), times from the service-time model of the simulator.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kvmesh.cluster.planner.layout import Layout, layouts
+from kvmesh.cluster.planner.memory import RankMemory, rank_memory
+from kvmesh.cluster.planner.model import PlannedModel
+from kvmesh.cluster.simulator.hardware import Gpu
+from kvmesh.cluster.simulator.service_time import BF16_BYTES, EngineShape, ServiceTime
+from kvmesh.kernels.formats.base import KVFormat
+from kvmesh.kernels.formats.registry import format_names, get_format
+from kvmesh.workers.config import EngineSettings
+from kvmesh.workers.errors import ConfigError
+from kvmesh.workers.pool_plan import PoolPlan, plan_pool
+from kvmesh.workers.sizes import PageGeometry, page_bytes_of
+
+# Recommended without being asked for: the most accurate first, as docs/kv_formats.md measured.
+BY_ACCURACY = ("int8", "k8v4", "k4v4", "k4v2", "k3v2", "k2v2")
+DEFAULTS = EngineSettings()
+
+
+class Limit(enum.Enum):
+    """What keeps a context from being longer: the model's positions, the KV memory, weights that
+    leave none, or exact pages, of which not even one sequence has enough."""
+
+    MODEL = "model"
+    MEMORY = "memory"
+    WEIGHTS = "weights"
+    EXACT_PAGES = "pages"
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What is to be served.
+
+    context: tokens of a sequence, prompt and output together
+    concurrency: sequences of that length that run at once, on all groups together
+    """
+
+    context: int
+    concurrency: int = 1
+    page_size: int = DEFAULTS.page_size
+    gpu_memory_utilization: float = DEFAULTS.gpu_memory_utilization
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One layout with one KV format.
+
+    bits: per element of a sealed page, including metadata
+    memory: of the GPU that has most to hold; pool: its pages, None if the weights leave no room
+    geometry: of that GPU's pages
+    longest: tokens of the longest sequence that the pool holds, whatever the model supports
+    sequence_bytes: KV of a sequence of the target's length, on all GPUs of its group
+    sequences: of that length, at once on all groups, within engine.max_num_seqs
+    max_num_seqs, max_num_batched_tokens: of an engine
+    ttft_s: to the first token of a prompt of that length on an idle group
+    tpot_s: per further token, with the target's concurrency; both None if it does not fit
+    limit: what keeps the context from being longer
+    obstacles: why this version does not serve it; empty if it does
+    """
+
+    layout: Layout
+    kv_format: str
+    bits: float
+    needs_calibration: bool
+    memory: RankMemory
+    geometry: PageGeometry
+    pool: PoolPlan | None
+    longest: int
+    sequence_bytes: int
+    sequences: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    ttft_s: float | None
+    tpot_s: float | None
+    limit: Limit
+    obstacles: tuple[str, ...]
+
+    def fits(self, target: Target) -> bool:
+        return self.sequences >= target.concurrency
+
+    @property
+    def is_served(self) -> bool:
+        return not self.obstacles
+
+
+def make_plans(
+    model: PlannedModel, gpu: Gpu, gpus: int, formats: Sequence[KVFormat], target: Target
+) -> list[Plan]:
+    """A plan for every layout and format. Raises ConfigError naming `gpus`, or `kv_format` for
+    one that does not support the model's head_dim."""
+    return [
+        _plan(model, gpu, layout, fmt, target)
+        for layout in layouts(model.sizes, gpus)
+        for fmt in formats
+    ]
+
+
+def default_formats(model: PlannedModel, page_size: int) -> list[KVFormat]:
+    """Those for serving that support the model's head_dim, in the registry's order."""
+    formats = [get_format(name) for name in format_names()]
+    return [
+        fmt
+        for fmt in formats
+        if not fmt.reference and _page_bytes(model, fmt, page_size, 1) is not None
+    ]
+
+
+def recommend(plans: Sequence[Plan], target: Target, *, all_formats: bool) -> Plan | None:
+    """The plan to serve, None if none fits.
+
+    all_formats: no formats were asked for, so that accuracy decides before size
+
+    Plans with the fewest obstacles come first; then the most accurate format; then the layout
+    that has computed the first tokens of all sequences soonest, in the smallest groups.
+    """
+    fitting = [plan for plan in plans if plan.fits(target)]
+    if all_formats:
+        fitting = [plan for plan in fitting if plan.kv_format in BY_ACCURACY]
+
+    def rank(plan: Plan) -> tuple[int, float, float, int]:
+        accuracy = BY_ACCURACY.index(plan.kv_format) if all_formats else -plan.bits
+        assert plan.ttft_s is not None
+        rounds = math.ceil(target.concurrency / plan.layout.groups)
+        return len(plan.obstacles), accuracy, rounds * plan.ttft_s, plan.layout.ranks
+
+    return min(fitting, key=rank, default=None)
+
+
+def serve_command(model: PlannedModel, plan: Plan, target: Target) -> str:
+    """What starts the plan's groups. A calibrated format also needs the file of its parameters."""
+    words = ["kvmesh serve", f"--model {model.name}", f"--kv-format {plan.kv_format}"]
+    if plan.needs_calibration:
+        words.append(f"--calibration {plan.kv_format}.safetensors")
+    words += [f"--tp {plan.layout.tp}", f"--groups {plan.layout.groups}"]
+    settings = {
+        "page_size": target.page_size,
+        "max_num_seqs": plan.max_num_seqs,
+        "max_num_batched_tokens": plan.max_num_batched_tokens,
+        "gpu_memory_utilization": target.gpu_memory_utilization,
+    }
+    words += [
+        f"--set engine.{name}={value}"
+        for name, value in settings.items()
+        if value != getattr(DEFAULTS, name)
+    ]
+    return " ".join(words)
+
+
+def _plan(model: PlannedModel, gpu: Gpu, layout: Layout, fmt: KVFormat, target: Target) -> Plan:
+    each = math.ceil(target.concurrency / layout.groups)
+    max_num_seqs = max(DEFAULTS.max_num_seqs, each)
+    max_tokens = max(DEFAULTS.max_num_batched_tokens, max_num_seqs)
+    memory = rank_memory(
+        gpu,
+        model,
+        layout,
+        max_num_batched_tokens=max_tokens,
+        max_num_seqs=max_num_seqs,
+        gpu_memory_utilization=target.gpu_memory_utilization,
+    )
+    geometry = _geometry(model, fmt, target.page_size, layout)
+    pool = _pool(memory, geometry, max_num_seqs, max_tokens)
+    longest = 0 if pool is None else geometry.tokens_within(pool.sealed_pages)
+    at_once = 0 if pool is None else layout.groups * _at_once(pool, geometry, target.context)
+    times = _times(model, gpu, layout, fmt, target, max_tokens, each) if at_once else (None, None)
+    whole = dataclasses.replace(geometry, kvp=1)
+    return Plan(
+        layout=layout,
+        kv_format=fmt.name,
+        bits=fmt.bits_per_element(target.page_size, model.sizes.head_dim),
+        needs_calibration=fmt.needs_calibration,
+        memory=memory,
+        geometry=geometry,
+        pool=pool,
+        longest=longest,
+        sequence_bytes=whole.bytes_of(whole.need(target.context)),
+        sequences=at_once,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_tokens,
+        ttft_s=times[0],
+        tpot_s=times[1],
+        limit=_limit(model, memory, pool, longest),
+        obstacles=tuple(_obstacles(model, layout, target)),
+    )
+
+
+def _page_bytes(
+    model: PlannedModel, fmt: KVFormat, page_size: int, tp: int
+) -> tuple[int, int] | None:
+    """Of one hot and one sealed page of a rank, None if the format does not support head_dim."""
+    try:
+        return page_bytes_of(
+            fmt,
+            num_layers=model.sizes.layers,
+            num_kv_heads=model.sizes.kv_heads // tp,
+            page_size=page_size,
+            head_dim=model.sizes.head_dim,
+            dtype_bytes=BF16_BYTES,
+        )
+    except ValueError:
+        return None
+
+
+def _geometry(model: PlannedModel, fmt: KVFormat, page_size: int, layout: Layout) -> PageGeometry:
+    found = _page_bytes(model, fmt, page_size, layout.tp)
+    if found is None:
+        raise ConfigError(
+            "kv_format", f"{fmt.name} does not support the model's head_dim, {model.sizes.head_dim}"
+        )
+    return PageGeometry(
+        page_size=page_size,
+        sink_pages=fmt.sink_pages,
+        recent_pages=fmt.recent_pages,
+        hot_page_bytes=found[0],
+        sealed_page_bytes=found[1],
+        ranks=layout.tp,
+        kvp=layout.kvp,
+    )
+
+
+def _pool(
+    memory: RankMemory, geometry: PageGeometry, max_num_seqs: int, max_num_batched_tokens: int
+) -> PoolPlan | None:
+    if memory.kv_bytes <= 0:
+        return None
+    try:
+        return plan_pool(
+            memory.kv_bytes,
+            geometry,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+        )
+    except ConfigError:  # not even one sequence of two pages fits
+        return None
+
+
+def _at_once(pool: PoolPlan, geometry: PageGeometry, context: int) -> int:
+    """How many sequences of that length one group runs at once."""
+    sealed = geometry.peak_need(context).sealed
+    return min(pool.max_num_seqs, pool.sealed_pages // sealed) if sealed else pool.max_num_seqs
+
+
+def _times(
+    model: PlannedModel,
+    gpu: Gpu,
+    layout: Layout,
+    fmt: KVFormat,
+    target: Target,
+    chunk_tokens: int,
+    decoding: int,
+) -> tuple[float, float]:
+    """Time to the first token of a prompt alone, and per token with `decoding` sequences."""
+    shape = EngineShape(gpu, model.shape, fmt, gpus=layout.ranks, page_size=target.page_size)
+    service = ServiceTime.of(shape)
+
+    def reading(tokens: int) -> ServiceTime:
+        """With the weights that a step of that many tokens reads."""
+        share = model.numbers_read(tokens) / model.counts.multiplied
+        return dataclasses.replace(service, weights_s=service.weights_s * share)
+
+    first_s = reading(chunk_tokens).alone(target.context, chunk_tokens)
+    return first_s, reading(decoding).step(0, 0.0, decoding, decoding * target.context)
+
+
+def _limit(model: PlannedModel, memory: RankMemory, pool: PoolPlan | None, longest: int) -> Limit:
+    if pool is None:
+        return Limit.WEIGHTS if memory.kv_bytes <= 0 else Limit.EXACT_PAGES
+    return Limit.MEMORY if longest < model.max_model_len else Limit.MODEL
+
+
+def _obstacles(model: PlannedModel, layout: Layout, target: Target) -> list[str]:
+    found = []
+    if model.obstacle is not None:
+        found.append(model.obstacle)
+    if target.context > model.max_model_len:
+        found.append(
+            f"the model's own context is {model.max_model_len:,} tokens; a longer one needs a "
+            "variant that was trained for it, or RoPE scaling in its config.json"
+        )
+    if layout.kvp > 1:
+        found.append("this version serves only layouts with kvp 1")
+    return found

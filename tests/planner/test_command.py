@@ -1,0 +1,133 @@
+"""`kvmesh plan` as people and programs use it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from kvmesh.cluster.cli.commands import app
+from kvmesh.cluster.cli.plan_view import human_tokens
+
+LONG_LLAMA = ("--model", "llama-3-8b-1048k", "--gpu", "H100", "--gpus", "8")
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["plan", *arguments])
+
+
+def test_it_prints_tables_within_80_columns_and_a_command_that_serve_takes() -> None:
+    result = run(*LONG_LLAMA, "--context", "1M", "--concurrency", "200", "--kv-format", "k2v2,int8")
+    assert result.exit_code == 0, result.output
+    *table, command = result.stdout.strip().splitlines()
+    assert max(map(len, table[1:])) <= 80 and "…" not in result.stdout
+    assert "nothing fits" in command
+    every = run(*LONG_LLAMA, "--context", "1M", "--all")
+    assert max(map(len, every.stdout.splitlines()[1:-1])) <= 80 and "…" not in every.stdout
+    assert "4 × tp 1 kvp 2 ‡" in every.stdout and "int8-static †" in every.stdout
+
+    result = run(*LONG_LLAMA, "--context", "32k", "--concurrency", "200", "--page-size", "128")
+    command = result.stdout.strip().splitlines()[-1]
+    words = shlex.split(command)
+    assert words[:2] == ["kvmesh", "serve"]
+    config = CliRunner().invoke(app, ["config", "--json", *words[2:]])
+    engine = json.loads(config.stdout)["settings"]["engine"]
+    assert (engine["kv_format"], engine["page_size"]) == ("int8", 128)
+    assert engine["max_num_seqs"] >= 200 // 8
+
+
+def test_json_has_every_plan_to_the_byte() -> None:
+    result = run(*LONG_LLAMA, "--context", "1M", "--json")
+    found = json.loads(result.stdout)
+    assert found["target"]["context"] == 1 << 20
+    plans = found["plans"]
+    assert len({plan["kv_format"] for plan in plans}) == 20
+    best = plans[found["recommended"]]
+    assert best["kv_format"] == "int8" and best["is_served"]
+    assert found["command"].endswith("--tp 8 --groups 1")
+    # 16,384 pages, less the hot one: 264 bytes for 128 numbers and their scales in 8 bits, of
+    # keys and values of 32 layers and 8 heads.
+    sealed, hot = 64 * 132, 64 * 256
+    assert best["sequence_bytes"] == 2 * 32 * 8 * (16384 * sealed)
+    assert best["geometry"]["hot_page_bytes"] == 2 * 32 * 1 * hot
+    memory = best["memory"]
+    parts = ("free_bytes", "context_bytes", "weight_bytes", "activation_bytes", "kv_bytes")
+    assert sum(memory[part] for part in parts) == memory["total_bytes"]
+
+
+def test_what_would_fit_but_is_not_served_is_said() -> None:
+    result = run("--model", "qwen3-30b-a3b", "--gpu", "h200", "--context", "1M", "--gpus", "2")
+    assert result.exit_code == 0
+    assert "kvmesh serve" not in result.stdout
+    assert "Qwen3MoeForCausalLM is not supported" in result.stdout
+    assert "40,960 tokens" in result.stdout
+
+
+def test_a_plot_is_drawn(tmp_path: Path) -> None:
+    file = tmp_path / "plot.png"
+    result = run(*LONG_LLAMA, "--plot", str(file), "--quiet")
+    assert result.exit_code == 0
+    assert file.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option", "complaint"),
+    [
+        (("--gpu", "h10"), "--gpu", "did you mean h100?"),
+        (("--gpu", "tpu-v5"), "--gpu", "got 'tpu-v5'"),
+        (("--gpus", "6"), "--gpus", "power of two"),
+        (("--gpus", "0"), "--gpus", "power of two"),
+        (("--kv-format", "int8,k4v3"), "--kv-format", "did you mean"),
+        (("--kv-format", ""), "--kv-format", "got ''"),
+        (("--context", "1.5"), "--context", "got '1.5'"),
+        (("--context", "-1"), "--context", "got '-1'"),
+        (("--context", "0"), "--context", "got '0'"),
+        (("--context", "1G"), "--context", "got '1G'"),
+        (("--context", "9" * 30), "--context", "up to"),
+        (("--concurrency", "0"), "--concurrency", "got 0"),
+        (("--page-size", "48"), "--page-size", "got 48"),
+        (("--gpu-memory-utilization", "1.5"), "--gpu-memory-utilization", "got 1.5"),
+        (("--gpu-memory-utilization", "nan"), "--gpu-memory-utilization", "got nan"),
+        (("--model", "lama-3-8b"), "--model", "did you mean llama-3-8b?"),
+        (("--model", "no/such"), "--model", "got 'no/such'"),
+        (("--model", "no/such.json"), "--model", "is missing"),
+        (("--model", "model.gguf"), "--model", "got 'model.gguf'"),
+    ],
+)
+def test_a_wrong_option_is_named(arguments: tuple[str, ...], option: str, complaint: str) -> None:
+    result = run("--model", "llama-3-8b", *arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    said = " ".join(result.stderr.replace("│", " ").split())
+    assert option in said and complaint in said
+    as_json = run("--model", "llama-3-8b", "--json", *arguments)
+    assert json.loads(as_json.stderr)["error"]["exit_code"] == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ("{", "cannot be read"),
+        ("[]", "JSON object"),
+        ("{}", "of model type None"),
+        ('{"architectures": ["DeepseekV3ForCausalLM"]}', "DeepseekV3ForCausalLM"),
+        ('{"architectures": ["LlamaForCausalLM"]}', "num_hidden_layers"),
+    ],
+)
+def test_a_wrong_configuration_is_named(tmp_path: Path, content: str, complaint: str) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(content)
+    result = run("--model", str(file))
+    assert result.exit_code == 2
+    assert complaint in " ".join(result.stderr.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("tokens", "shown"),
+    [(0, "0"), (1023, "1023"), (871_487, "851k"), (1 << 20, "1.00M"), (1_967_935, "1.87M")],
+)
+def test_tokens_are_rounded_down(tokens: int, shown: str) -> None:
+    assert human_tokens(tokens) == shown
