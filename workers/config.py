@@ -19,7 +19,7 @@ from pydantic import (
     model_validator,
 )
 
-from kvmesh.kernels.formats.registry import format_names, get_format
+from kvmesh.kernels.formats.registry import format_names, get_format, similar_format
 from kvmesh.workers.errors import ConfigError
 from kvmesh.workers.pool_plan import DEFAULT_MAX_HOT_SHARE
 from kvmesh.workers.quantities import Bytes, Number, Seconds, Switch, WholeNumber
@@ -36,7 +36,9 @@ def _known_format(name: str) -> str:
     try:
         get_format(name)
     except ValueError:
-        raise ValueError(f"must be one of {', '.join(format_names())}") from None
+        similar = similar_format(name)
+        hint = f" (did you mean {similar}?)" if similar else ""
+        raise ValueError(f"must be one of {', '.join(format_names())}{hint}") from None
     return name
 
 

@@ -9,6 +9,7 @@ import torch
 
 from kvmesh.kernels.formats.base import KVFormat
 from kvmesh.workers.executor import Allocation
+from kvmesh.workers.page_geometry import KVShape, page_bytes
 
 
 class KVPool:
@@ -44,6 +45,11 @@ class KVPool:
         self.hot_tables = torch.full(tables, -1, dtype=torch.int32, device=device)
         self.sealed_tables = torch.full(tables, -1, dtype=torch.int32, device=device)
 
+    def commit(self) -> None:
+        """Write to every page, so that the system gives the memory now and not at first use."""
+        self.all_hot.zero_()
+        self.all_sealed.zero_()
+
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Zeros. A GPU allocates them now; a CPU allocates each page of memory at its first write."""
@@ -65,6 +71,5 @@ def page_bytes_of(
     dtype: torch.dtype,
 ) -> tuple[int, int]:
     """Bytes of one hot and one sealed page on this rank, over all its layers and KV heads."""
-    heads = num_layers * num_kv_heads
-    hot = heads * 2 * page_size * head_dim * dtype.itemsize
-    return hot, heads * fmt.page_bytes(page_size, head_dim, dtype.itemsize)
+    shape = KVShape(num_layers, num_kv_heads, head_dim)
+    return page_bytes(fmt, shape, page_size, dtype.itemsize)

@@ -28,6 +28,20 @@ class PoolPlan:
     def hot_total(self) -> int:
         return self.hot_pages + self.headroom_pages
 
+    def num_bytes(self, geometry: PageGeometry) -> int:
+        """Of one rank."""
+        return (
+            self.hot_total * geometry.hot_page_bytes
+            + self.sealed_pages * geometry.sealed_page_bytes
+        )
+
+    def hot_share(self, geometry: PageGeometry) -> float:
+        """The smallest `max_hot_share` with which `plan_pool` allows so many hot pages."""
+        total = self.num_bytes(geometry)
+        hot = self.hot_total * geometry.hot_page_bytes
+        # Half a page more, as the share is a rounded number.
+        return (hot + min(geometry.hot_page_bytes, total - hot) / 2) / total
+
 
 def plan_pool(
     budget_bytes: int,
@@ -59,3 +73,16 @@ def plan_pool(
             f"of {geometry.sealed_page_bytes:,})",
         )
     return PoolPlan(hot, headroom, sealed, seqs)
+
+
+def pool_for(
+    geometry: PageGeometry, *, sequences: int, tokens: int, max_num_batched_tokens: int
+) -> PoolPlan:
+    """The smallest pool in which so many sequences of so many tokens run at a time.
+
+    `plan_pool` plans the same pool for its `num_bytes` and `hot_share`, and that many sequences.
+    """
+    need = geometry.peak_need(tokens)
+    hot = sequences * geometry.hot_per_sequence()
+    headroom = max(1, min(-(-max_num_batched_tokens // geometry.page_size), hot))
+    return PoolPlan(hot, headroom, max(1, sequences * need.sealed), sequences)

@@ -133,6 +133,11 @@ class Rank:
             params=self._params,
         )
 
+    def commit_pool(self) -> None:
+        """Take all of the pool's memory now; for measurements. Its contents are lost."""
+        assert self._runner is not None, "allocate comes before commit_pool"
+        self._runner.pool.commit()
+
     def execute(self, plan: StepPlan, masks: MakeMasks | None = None) -> StepResult | None:
         """The result on rank 0, None on the other ranks. masks: if the plan is masked"""
         assert self._runner is not None, "allocate comes before execute"
