@@ -195,7 +195,7 @@ class RandomModelExecutor:
             dtype=self._dtype,
             device=self._device,
             samples=True,
-            cuda_graphs=self._config.cuda_graphs,
+            cuda_graphs=self._config.limits(self._device.type).cuda_graphs,
         )
 
     @property

@@ -139,7 +139,8 @@ def seats(config: EngineConfig, rank: RankDescription, tokens: int) -> int:
 def run(config: EngineConfig, make_executor: MakeExecutor, requests: list[Request]) -> Run:
     executor = make_executor(config)
     (rank,) = executor.describe()
-    wanted = min(seats(config, rank, held_tokens(requests)), config.max_num_batched_tokens)
+    step_tokens = config.limits(DEVICE).max_num_batched_tokens
+    wanted = min(seats(config, rank, held_tokens(requests)), step_tokens)
     engine = Engine(config.replace(max_num_seqs=wanted), executor)
     random = np.random.default_rng(0)
     for index, request in enumerate(requests):

@@ -20,9 +20,19 @@ from pydantic import (
 )
 
 from kvmesh.kernels.formats.registry import format_names, get_format, similar_format
+from kvmesh.workers.device_limits import DeviceLimits, device_limits
 from kvmesh.workers.errors import ConfigError
 from kvmesh.workers.pool_plan import DEFAULT_MAX_HOT_SHARE
-from kvmesh.workers.quantities import Bytes, Number, Seconds, Switch, WholeNumber
+from kvmesh.workers.quantities import (
+    AUTO,
+    AutoCount,
+    AutoSwitch,
+    Bytes,
+    Number,
+    Seconds,
+    Switch,
+    WholeNumber,
+)
 from kvmesh.workers.settings import Settings, error_of, problems_of
 from kvmesh.workers.step_limit import DEFAULT_STEP_TIMEOUT_S
 
@@ -108,8 +118,10 @@ class EngineSettings(Settings):
         le=1,
         description="Share of a GPU that weights, activations and KV may fill",
     )
-    max_num_seqs: WholeNumber = Field(
-        default=16, ge=1, description="Maximum sequences that run at a time"
+    max_num_seqs: AutoCount = Field(
+        default=AUTO,
+        description="Maximum sequences that run at a time; auto: 16 on CPUs, on GPUs 64 to 256 by "
+        "their memory",
     )
     max_hot_share: Number = Field(
         default=DEFAULT_MAX_HOT_SHARE,
@@ -118,8 +130,10 @@ class EngineSettings(Settings):
         description="Share of the KV memory that exact pages may use; more than half suits "
         "short sequences in formats with exact windows",
     )
-    max_num_batched_tokens: WholeNumber = Field(
-        default=512, ge=1, description="Maximum tokens of a step; longer prompts are chunked"
+    max_num_batched_tokens: AutoCount = Field(
+        default=AUTO,
+        description="Maximum tokens of a step; longer prompts are chunked. auto: 512 on CPUs, on "
+        "GPUs 1024 to 8192 by their memory",
     )
     max_step_s: Seconds | None = Field(
         default=None,
@@ -137,8 +151,8 @@ class EngineSettings(Settings):
         ge=1,
         description="CPU threads of a rank; null: the machine's, divided among the ranks",
     )
-    cuda_graphs: Switch = Field(
-        default=False, description="Run decode steps from CUDA graphs; no effect on CPUs"
+    cuda_graphs: AutoSwitch = Field(
+        default=AUTO, description="Run decode steps from CUDA graphs; auto: on GPUs"
     )
     step_timeout_s: Seconds = Field(
         default=DEFAULT_STEP_TIMEOUT_S,
@@ -150,6 +164,23 @@ class EngineSettings(Settings):
         description="Measure at start how much the KV format degrades the model; if too much, "
         "warn or refuse to start",
     )
+
+    def limits(self, device: str, memory_bytes: int = 0) -> DeviceLimits:
+        """What is `auto`, for a device; what is given, as it is.
+
+        device: cpu or cuda; memory_bytes: all that a GPU has
+        """
+        auto = device_limits(device, memory_bytes)
+        seqs = None if self.max_num_seqs == AUTO else self.max_num_seqs
+        tokens = self.max_num_batched_tokens
+        if tokens == AUTO:
+            tokens = max(auto.max_num_batched_tokens, seqs or 0)
+        graphs = auto.cuda_graphs if self.cuda_graphs == AUTO else self.cuda_graphs
+        return DeviceLimits(
+            max_num_seqs=min(auto.max_num_seqs, tokens) if seqs is None else seqs,
+            max_num_batched_tokens=tokens,
+            cuda_graphs=graphs and device != "cpu",
+        )
 
     def conflicts(self) -> list[ConfigError]:
         """What is wrong with fields that depend on one another."""
@@ -171,13 +202,13 @@ class EngineSettings(Settings):
                     f"got {self.calibration}",
                 )
             )
-        if self.max_num_batched_tokens < self.max_num_seqs:
+        seqs, tokens = self.max_num_seqs, self.max_num_batched_tokens
+        if seqs != AUTO and tokens != AUTO and tokens < seqs:
             found.append(
                 ConfigError(
                     "max_num_batched_tokens",
-                    f"must be at least max_num_seqs ({self.max_num_seqs}), so that every "
-                    "running sequence can decode in every step; "
-                    f"got {self.max_num_batched_tokens}",
+                    f"must be at least max_num_seqs ({seqs}), so that every running sequence can "
+                    f"decode in every step; got {tokens}",
                 )
             )
         return found

@@ -81,11 +81,13 @@ class Engine:
             sealed_page_bytes=rank.sealed_page_bytes,
             ranks=executor.num_ranks,
         )
+        # What a rank decides by its own device, from the one with the least memory.
+        limits = config.limits(rank.device, min(r.memory_bytes for r in ranks))
         pool = plan_pool(
             min(r.kv_budget_bytes for r in ranks),
             self.geometry,
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_num_seqs=limits.max_num_seqs,
+            max_num_batched_tokens=limits.max_num_batched_tokens,
             max_hot_share=config.max_hot_share,
         )
         executor.allocate(
@@ -100,7 +102,7 @@ class Engine:
         self.scheduler = Scheduler(
             self.geometry,
             pool,
-            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_num_batched_tokens=limits.max_num_batched_tokens,
             prefix_cache=config.prefix_cache,
             step_budget=self._step_budget,
         )
@@ -117,6 +119,8 @@ class Engine:
             vocab_size=rank.vocab_size,
             max_num_seqs=pool.max_num_seqs,
             prefix_cache=config.prefix_cache,
+            max_num_batched_tokens=limits.max_num_batched_tokens,
+            device=rank.device,
         )
         self._grammars = Grammars(rank)
         self._masks = MaskMaker(rank.vocab_size)

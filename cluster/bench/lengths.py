@@ -73,7 +73,8 @@ class LengthDistribution:
             case _:
                 location = math.log(self.mean) - self.spread**2 / 2
                 drawn = random.lognormal(location, self.spread, count)
-        return np.clip(drawn.round(), self.low, self.high).astype(np.int64)
+        whole: Tokens = np.clip(drawn.round(), self.low, self.high).astype(np.int64)
+        return whole
 
 
 # ShareGPT's published means (Kwon et al., "Efficient Memory Management for Large Language Model

@@ -142,7 +142,7 @@ def _subject(model: str | None, dtype: str, predict: bool, page_size: int) -> Me
     from kvmesh.workers.page_geometry import KVShape
 
     name = model or DEFAULT_MODEL
-    EngineConfig(model=name, dtype=dtype, page_size=page_size)  # checks both
+    EngineConfig.model_validate({"model": name, "dtype": dtype, "page_size": page_size})
     if name in MODELS or name.endswith("config.json"):
         try:
             known = model_shape(name)
@@ -199,7 +199,9 @@ def _measured(
     figures = []
     with Steps() as steps:
         steps("loading the model", None)
-        config = EngineConfig(model=model or DEFAULT_MODEL, dtype=dtype, page_size=page_size)
+        config = EngineConfig.model_validate(
+            {"model": model or DEFAULT_MODEL, "dtype": dtype, "page_size": page_size}
+        )
         meter = PoolMeter(config, steps)
         for number, planned in enumerate(plans):
             steps("allocating pools", number / len(plans))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import AsyncGenerator
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from kvmesh.cluster.bench.load import LoadRun, ReplyRecord
 from kvmesh.cluster.bench.prompts import PromptMaker
 from kvmesh.cluster.bench.report import LoadReport, read_objectives, report_of
-from kvmesh.cluster.bench.targets import OutputChunk, ReplyFailed, TokenCounts
+from kvmesh.cluster.bench.targets import OutputChunk, Prompt, ReplyFailed, TokenCounts
 from kvmesh.cluster.bench.workload import BenchRequest
 from tests.cluster.bench.scripted_target import ScriptedTarget, TestClock
 
@@ -141,11 +142,13 @@ async def test_a_stopped_run_reports_what_there_is() -> None:
 
 async def test_a_bug_of_a_target_is_no_failure_of_a_request() -> None:
     class Broken(ScriptedTarget):
-        async def reply(self, prompt: object, output_tokens: int):  # type: ignore[no-untyped-def, override]
+        async def reply(
+            self, prompt: Prompt, output_tokens: int
+        ) -> AsyncGenerator[OutputChunk | TokenCounts, None]:
+            yield OutputChunk()
             raise KeyError("a bug")
-            yield
 
-    run = LoadRun(Broken(TestClock()), PromptMaker(0), 2)
+    run = LoadRun(Broken(TestClock(), ()), PromptMaker(0), 2)
     with pytest.raises(ExceptionGroup):
         await run.run(requests(3))
 
