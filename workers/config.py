@@ -171,13 +171,13 @@ class EngineSettings(Settings):
         device: cpu or cuda; memory_bytes: all that a GPU has
         """
         auto = device_limits(device, memory_bytes)
-        seqs = None if self.max_num_seqs == AUTO else self.max_num_seqs
-        tokens = self.max_num_batched_tokens
-        if tokens == AUTO:
-            tokens = max(auto.max_num_batched_tokens, seqs or 0)
+        seqs, tokens = self.max_num_seqs, self.max_num_batched_tokens
+        if not isinstance(tokens, int):
+            tokens = auto.max_num_batched_tokens
+            tokens = max(tokens, seqs) if isinstance(seqs, int) else tokens
         graphs = auto.cuda_graphs if self.cuda_graphs == AUTO else self.cuda_graphs
         return DeviceLimits(
-            max_num_seqs=min(auto.max_num_seqs, tokens) if seqs is None else seqs,
+            max_num_seqs=seqs if isinstance(seqs, int) else min(auto.max_num_seqs, tokens),
             max_num_batched_tokens=tokens,
             cuda_graphs=graphs and device != "cpu",
         )
@@ -203,7 +203,7 @@ class EngineSettings(Settings):
                 )
             )
         seqs, tokens = self.max_num_seqs, self.max_num_batched_tokens
-        if seqs != AUTO and tokens != AUTO and tokens < seqs:
+        if isinstance(seqs, int) and isinstance(tokens, int) and tokens < seqs:
             found.append(
                 ConfigError(
                     "max_num_batched_tokens",
