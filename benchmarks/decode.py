@@ -164,7 +164,7 @@ class Device:
             kv_format=config.kv_format,
             context=context,
             batch=batch,
-            cuda_graphs=config.cuda_graphs,
+            cuda_graphs=config.limits(DEVICE).cuda_graphs,
             ms=median_s * 1e3,
             mean_ms=statistics.mean(times) * 1e3,
             host_ms=statistics.median(hosts) * 1e3,

@@ -202,7 +202,7 @@ class RandomModelExecutor:
             dtype=self.dtype,
             device=self._device,
             samples=True,
-            cuda_graphs=self._config.cuda_graphs,
+            cuda_graphs=self._config.limits(self._device.type).cuda_graphs,
         )
 
     @property

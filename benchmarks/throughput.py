@@ -28,12 +28,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +49,11 @@ from benchmarks.random_model import (
     dtype_on,
     random_model,
 )
+from kvmesh.cluster.bench.lengths import (
+    SHAREGPT_LONGEST,
+    SHAREGPT_OUTPUTS,
+    SHAREGPT_PROMPTS,
+)
 from kvmesh.kernels.formats.registry import get_format
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.engine import Engine
@@ -63,9 +67,6 @@ from kvmesh.workers.sampling_params import SamplingParams
 from kvmesh.workers.sizes import PageGeometry, PageNeed
 
 FORMATS = ("exact", "int8", "int4", "k4v4", "k4v2", "k2v2")
-PROMPT_MEAN, PROMPT_SIGMA = 161.31, 1.0
-OUTPUT_MEAN, OUTPUT_SIGMA = 337.99, 0.7
-LONGEST = 2048
 
 MakeExecutor = Callable[[EngineConfig], Executor]
 
@@ -106,22 +107,15 @@ class Run:
     sealed_pages: int
 
 
-def mix(count: int, seed: int, longest: int = LONGEST, scale: int = 1) -> list[Request]:
+def mix(count: int, seed: int, longest: int = SHAREGPT_LONGEST, scale: int = 1) -> list[Request]:
     """longest: maximum tokens of a sequence, before everything is divided by scale"""
     random = np.random.default_rng(seed)
-    prompts = _lengths(random, count, PROMPT_MEAN, PROMPT_SIGMA, longest // 2)
-    outputs = _lengths(random, count, OUTPUT_MEAN, OUTPUT_SIGMA, longest)
+    prompts = replace(SHAREGPT_PROMPTS, high=longest // 2).draw(random, count)
+    outputs = replace(SHAREGPT_OUTPUTS, high=longest).draw(random, count)
     return [
         Request(-(-int(prompt) // scale), -(-min(int(output), longest - int(prompt)) // scale))
         for prompt, output in zip(prompts, outputs, strict=True)
     ]
-
-
-def _lengths(
-    random: np.random.Generator, count: int, mean: float, sigma: float, most: int
-) -> np.ndarray[Any, np.dtype[np.int64]]:
-    drawn = random.lognormal(math.log(mean) - sigma**2 / 2, sigma, count)
-    return np.clip(drawn.round(), 4, most).astype(np.int64)
 
 
 def held_tokens(requests: list[Request]) -> int:
@@ -146,7 +140,8 @@ def seats(config: EngineConfig, rank: RankDescription, tokens: int) -> int:
 def run(config: EngineConfig, make_executor: MakeExecutor, requests: list[Request]) -> Run:
     executor = make_executor(config)
     (rank,) = executor.describe()
-    wanted = min(seats(config, rank, held_tokens(requests)), config.max_num_batched_tokens)
+    step_tokens = config.limits(DEVICE).max_num_batched_tokens
+    wanted = min(seats(config, rank, held_tokens(requests)), step_tokens)
     engine = Engine(config.replace(max_num_seqs=wanted), executor)
     random = np.random.default_rng(0)
     for index, request in enumerate(requests):
@@ -304,7 +299,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--requests", type=int, default=24)
     parser.add_argument("--kv-memory-mb", type=float, default=160)
     parser.add_argument("--page-size", type=int, default=64)
-    parser.add_argument("--longest", type=int, default=LONGEST, help="maximum tokens of a sequence")
+    parser.add_argument(
+        "--longest", type=int, default=SHAREGPT_LONGEST, help="maximum tokens of a sequence"
+    )
     parser.add_argument("--scale", type=int, default=1, choices=(1, 2, 4))
     batched = 2048 if DEVICE == "cuda" else 256
     parser.add_argument("--max-num-batched-tokens", type=int, default=batched)

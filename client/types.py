@@ -346,7 +346,10 @@ class ModelInfo:
 
 @dataclass(frozen=True, slots=True)
 class GroupFacts:
-    """What a group is made of. Pages per rank, capacity over all ranks."""
+    """What a group is made of. Pages per rank, capacity over all ranks.
+
+    max_num_batched_tokens, device: 0 and "" from a server that does not say them
+    """
 
     group: str
     kv_format: str
@@ -362,6 +365,8 @@ class GroupFacts:
     hot_page_bytes: int
     sealed_page_bytes: int
     capacity_bytes: int
+    max_num_batched_tokens: int = 0
+    device: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,9 +4,10 @@ and a JSON Schema for editors.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, TypeAlias
 
 import yaml
 
@@ -15,6 +16,8 @@ from kvmesh.cluster.config_file import SettingsDumper
 from kvmesh.cluster.config_sources import LoadedConfig, SettingPath
 from kvmesh.workers.quantities import MAX_WHOLE
 from kvmesh.workers.settings import Settings
+
+Here: TypeAlias = Mapping[SettingPath, str | int | bool]
 
 # pydantic leaves the limits of some numbers in its own terms.
 _KEYWORDS = {
@@ -42,29 +45,35 @@ def _documented(section: Settings, indent: int) -> Iterator[str]:
             yield f"{pad}{name}: {_in_one_line(plain(value))}"
 
 
-def effective_yaml(loaded: LoadedConfig) -> str:
-    """The configuration with the source of each value; loading it gives the same one."""
-    return "\n".join(_with_sources(plain(loaded.config), (), loaded)) + "\n"
+def effective_yaml(loaded: LoadedConfig, here: Here = MappingProxyType({})) -> str:
+    """The configuration with the source of each value; loading it gives the same one.
+
+    here: what a value that is `auto` is on this machine
+    """
+    return "\n".join(_with_sources(plain(loaded.config), (), loaded, here)) + "\n"
 
 
-def _with_sources(values: dict[str, Any], path: SettingPath, loaded: LoadedConfig) -> Iterator[str]:
+def _with_sources(
+    values: dict[str, Any], path: SettingPath, loaded: LoadedConfig, here: Here
+) -> Iterator[str]:
     pad = "  " * len(path)
     for name, value in values.items():
         at, key = (*path, name), f"{pad}{_in_one_line(name)}:"
         if value and isinstance(value, dict):
             yield key
-            yield from _with_sources(value, at, loaded)
+            yield from _with_sources(value, at, loaded, here)
         elif value and isinstance(value, list):
             yield key
             for index, entry in enumerate(value):
                 dash = f"{pad}  - "
-                for line in _with_sources(entry, (*at, str(index)), loaded):
+                for line in _with_sources(entry, (*at, str(index)), loaded, here):
                     yield dash + line.removeprefix(f"{pad}    ")
                     dash = f"{pad}    "
                 if not entry:
                     yield f"{dash}{{}}  # {loaded.source((*at, str(index)))}"
         else:
-            yield f"{key} {_in_one_line(value)}  # {loaded.source(at)}"
+            found = f"; {_in_one_line(here[at])} here" if at in here else ""
+            yield f"{key} {_in_one_line(value)}  # {loaded.source(at)}{found}"
 
 
 def plain(value: object) -> Any:

@@ -130,7 +130,7 @@ def with_local_key(auth: AuthSection, environ: Mapping[str, str]) -> AuthSection
     """
     if auth.mode == "none" or auth.keys or auth.key_directory is not None:
         return auth
-    key = ensure_key(auth.key_file or key_path(environ))
+    key = ensure_key(local_key_file(auth, environ))
     local = TenantKey(tenant=LOCAL.tenant, sha256=hash_key(key), admin=LOCAL.admin)
     return auth.model_copy(update={"keys": (local,)})
 
@@ -139,7 +139,12 @@ def local_key(auth: AuthSection, environ: Mapping[str, str]) -> str | None:
     """The generated key of this machine; None if keys are configured or none is needed."""
     if auth.mode == "none" or auth.keys or auth.key_directory is not None:
         return None
-    return read_key_file(auth.key_file or key_path(environ))
+    return read_key_file(local_key_file(auth, environ))
+
+
+def local_key_file(auth: AuthSection, environ: Mapping[str, str]) -> Path:
+    """Where the generated key of this machine is."""
+    return auth.key_file or key_path(environ)
 
 
 def ensure_key(path: Path) -> str:

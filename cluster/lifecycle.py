@@ -23,9 +23,11 @@ from kvmesh.cluster.joining import join_ray
 from kvmesh.cluster.keys import local_key
 from kvmesh.cluster.link import LinkError
 from kvmesh.cluster.local_ray import LocalRay, check_ray_sends_tokens, import_ray, muted
+from kvmesh.cluster.memory_check import check_memory
 from kvmesh.cluster.ports import take_ports
-from kvmesh.cluster.resources import alive, check_layouts, check_nodes
+from kvmesh.cluster.resources import alive, check_devices, check_layouts, check_nodes
 from kvmesh.cluster.serve_config import APP_NAME, anywhere, serve_config
+from kvmesh.cluster.telemetry.gpus import local_gpu_memory
 from kvmesh.workers.model.facts import read_facts
 from kvmesh.workers.model.source import resolve_model
 
@@ -124,6 +126,9 @@ class Cluster:
         facts = read_facts(files.path)
         check_layouts(config, facts.num_kv_heads)
         if config.ray.address is None:
+            gpus = local_gpu_memory()
+            check_devices(config, len(gpus))
+            check_memory(config, facts, has_gpus=bool(gpus))
             chosen = {
                 "ingress.port": config.ingress.port,
                 "ingress.http_port": config.ingress.http_port,

@@ -17,7 +17,7 @@ Resources = Mapping[str, float]
 
 def check_layouts(config: ClusterConfig, num_kv_heads: int) -> None:
     """Raises ConfigError unless each group's tp divides the model's KV heads."""
-    for setting, engine in _engines_by_setting(config).items():
+    for setting, engine in engines_by_setting(config).items():
         if num_kv_heads % engine.tp:
             divisors = [str(n) for n in range(1, num_kv_heads + 1) if num_kv_heads % n == 0]
             raise ConfigError(
@@ -27,7 +27,17 @@ def check_layouts(config: ClusterConfig, num_kv_heads: int) -> None:
             )
 
 
-def _engines_by_setting(config: ClusterConfig) -> dict[str, EngineSection]:
+def check_devices(config: ClusterConfig, gpus: int) -> None:
+    """Raises ConfigError if a group asks for GPUs on a machine that has none."""
+    for setting, engine in engines_by_setting(config).items():
+        if engine.device == "cuda" and not gpus:
+            raise ConfigError(
+                f"{setting}.device",
+                "is cuda, but this machine has no GPU that NVIDIA's driver knows; use auto or cpu",
+            )
+
+
+def engines_by_setting(config: ClusterConfig) -> dict[str, EngineSection]:
     """The engines that differ, by the path at which they are configured."""
     if isinstance(config.groups, int):
         return {"engine": config.engine}
@@ -73,7 +83,7 @@ def check_nodes(config: ClusterConfig, nodes: Sequence[Resources]) -> None:
             f"need {gpus:g} GPUs (the sum of their tp), but the cluster has {total['GPU']:g}",
         )
     first = len(config.first_groups())
-    for setting, engine in list(_engines_by_setting(config).items())[:first]:
+    for setting, engine in list(engines_by_setting(config).items())[:first]:
         needed = _sum(bundles(engine, gpus_per_rank(engine, total)))
         if not any(_fits(needed, node) for node in nodes):
             largest = max(nodes, key=lambda node: [node.get(name, 0.0) for name in ("GPU", "CPU")])

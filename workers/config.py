@@ -19,10 +19,20 @@ from pydantic import (
     model_validator,
 )
 
-from kvmesh.kernels.formats.registry import format_names, get_format
+from kvmesh.kernels.formats.registry import format_names, get_format, similar_format
+from kvmesh.workers.device_limits import DeviceLimits, device_limits
 from kvmesh.workers.errors import ConfigError
-from kvmesh.workers.pool_plan import DEFAULT_MAX_HOT_SHARE
-from kvmesh.workers.quantities import Bytes, Number, Seconds, Switch, WholeNumber
+from kvmesh.workers.pool_plan import AUTO_MAX_HOT_SHARE, DEFAULT_MAX_HOT_SHARE
+from kvmesh.workers.quantities import (
+    AUTO,
+    AutoCount,
+    AutoSwitch,
+    Bytes,
+    Number,
+    Seconds,
+    Switch,
+    WholeNumber,
+)
 from kvmesh.workers.rope_override import RopeOverride
 from kvmesh.workers.settings import Settings, error_of, problems_of
 from kvmesh.workers.step_limit import DEFAULT_STEP_TIMEOUT_S
@@ -37,7 +47,9 @@ def _known_format(name: str) -> str:
     try:
         get_format(name)
     except ValueError:
-        raise ValueError(f"must be one of {', '.join(format_names())}") from None
+        similar = similar_format(name)
+        hint = f" (did you mean {similar}?)" if similar else ""
+        raise ValueError(f"must be one of {', '.join(format_names())}{hint}") from None
     return name
 
 
@@ -122,8 +134,10 @@ class EngineSettings(Settings):
         le=1,
         description="Share of a GPU that weights, activations and KV may fill",
     )
-    max_num_seqs: WholeNumber = Field(
-        default=16, ge=1, description="Maximum sequences that run at a time"
+    max_num_seqs: AutoCount = Field(
+        default=AUTO,
+        description="Maximum sequences that run at a time; auto: 16 on CPUs, on GPUs 64 to 256 by "
+        "their memory",
     )
     max_hot_share: Number = Field(
         default=DEFAULT_MAX_HOT_SHARE,
@@ -132,8 +146,10 @@ class EngineSettings(Settings):
         description="Share of the KV memory that exact pages may use; more than half suits "
         "short sequences in formats with exact windows",
     )
-    max_num_batched_tokens: WholeNumber = Field(
-        default=512, ge=1, description="Maximum tokens of a step; longer prompts are chunked"
+    max_num_batched_tokens: AutoCount = Field(
+        default=AUTO,
+        description="Maximum tokens of a step; longer prompts are chunked. auto: 512 on CPUs, on "
+        "GPUs 1024 to 8192 by their memory",
     )
     max_step_s: Seconds | None = Field(
         default=None,
@@ -151,8 +167,8 @@ class EngineSettings(Settings):
         ge=1,
         description="CPU threads of a rank; null: the machine's, divided among the ranks",
     )
-    cuda_graphs: Switch = Field(
-        default=False, description="Run decode steps from CUDA graphs; no effect on CPUs"
+    cuda_graphs: AutoSwitch = Field(
+        default=AUTO, description="Run decode steps from CUDA graphs; auto: on GPUs"
     )
     step_timeout_s: Seconds = Field(
         default=DEFAULT_STEP_TIMEOUT_S,
@@ -164,6 +180,32 @@ class EngineSettings(Settings):
         description="Measure at start how much the KV format degrades the model; if too much, "
         "warn or refuse to start",
     )
+
+    def limits(self, device: str, memory_bytes: int = 0) -> DeviceLimits:
+        """What is `auto`, for a device; what is given, as it is.
+
+        device: cpu or cuda; memory_bytes: all that a GPU has
+        """
+        auto = device_limits(device, memory_bytes)
+        seqs, tokens = self.max_num_seqs, self.max_num_batched_tokens
+        if not isinstance(tokens, int):
+            tokens = auto.max_num_batched_tokens
+            tokens = max(tokens, seqs) if isinstance(seqs, int) else tokens
+        graphs = auto.cuda_graphs if self.cuda_graphs == AUTO else self.cuda_graphs
+        return DeviceLimits(
+            max_num_seqs=seqs if isinstance(seqs, int) else min(auto.max_num_seqs, tokens),
+            max_num_batched_tokens=tokens,
+            cuda_graphs=graphs and device != "cpu",
+        )
+
+    def hot_share(self, device: str) -> float:
+        """At most this share of the KV memory holds exact pages, of as many sequences as fit it.
+
+        Where the number of sequences is a GPU's default, long contexts are worth more.
+        """
+        if device == "cuda" and self.max_num_seqs == AUTO:
+            return min(self.max_hot_share, AUTO_MAX_HOT_SHARE)
+        return self.max_hot_share
 
     def conflicts(self) -> list[ConfigError]:
         """What is wrong with fields that depend on one another."""
@@ -185,13 +227,13 @@ class EngineSettings(Settings):
                     f"got {self.calibration}",
                 )
             )
-        if self.max_num_batched_tokens < self.max_num_seqs:
+        seqs, tokens = self.max_num_seqs, self.max_num_batched_tokens
+        if isinstance(seqs, int) and isinstance(tokens, int) and tokens < seqs:
             found.append(
                 ConfigError(
                     "max_num_batched_tokens",
-                    f"must be at least max_num_seqs ({self.max_num_seqs}), so that every "
-                    "running sequence can decode in every step; "
-                    f"got {self.max_num_batched_tokens}",
+                    f"must be at least max_num_seqs ({seqs}), so that every running sequence can "
+                    f"decode in every step; got {tokens}",
                 )
             )
         return found

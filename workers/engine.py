@@ -17,6 +17,7 @@ from kvmesh.workers.blame import Blame
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.constrained_outputs import ConstrainedOutputs
 from kvmesh.workers.deadlines import Deadlines
+from kvmesh.workers.device_limits import DeviceLimits
 from kvmesh.workers.engine_stats import EngineStats
 from kvmesh.workers.errors import ConfigError
 from kvmesh.workers.executor import Allocation, Executor, RankDescription
@@ -61,14 +62,16 @@ class Engine:
         ranks = executor.describe()
         rank = ranks[0]
         self.geometry = _geometry(config, rank, executor.num_ranks)
+        # What a rank decides by its own device, from the one with the least memory.
+        limits = config.limits(rank.device, min(r.memory_bytes for r in ranks))
         pool = plan_pool(
             min(r.kv_budget_bytes for r in ranks),
             self.geometry,
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            max_hot_share=config.max_hot_share,
+            max_num_seqs=limits.max_num_seqs,
+            max_num_batched_tokens=limits.max_num_batched_tokens,
+            max_hot_share=config.hot_share(rank.device),
         )
-        self.info = _info(config, rank, self.geometry, pool)
+        self.info = _info(config, rank, self.geometry, pool, limits)
         executor.allocate(
             Allocation(
                 hot_pages=pool.hot_total,
@@ -81,7 +84,7 @@ class Engine:
         self.scheduler = Scheduler(
             self.geometry,
             pool,
-            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_num_batched_tokens=limits.max_num_batched_tokens,
             prefix_cache=config.prefix_cache,
             step_budget=self._step_budget,
         )
@@ -301,7 +304,11 @@ def _geometry(config: EngineConfig, rank: RankDescription, ranks: int) -> PageGe
 
 
 def _info(
-    config: EngineConfig, rank: RankDescription, geometry: PageGeometry, pool: PoolPlan
+    config: EngineConfig,
+    rank: RankDescription,
+    geometry: PageGeometry,
+    pool: PoolPlan,
+    limits: DeviceLimits,
 ) -> EngineInfo:
     """What does not change any more. Raises ConfigError(max_model_len)."""
     return EngineInfo(
@@ -317,6 +324,8 @@ def _info(
         vocab_size=rank.vocab_size,
         max_num_seqs=pool.max_num_seqs,
         prefix_cache=config.prefix_cache,
+        max_num_batched_tokens=limits.max_num_batched_tokens,
+        device=rank.device,
     )
 
 

@@ -20,6 +20,7 @@ class RankDescription(msgspec.Struct, tag="description", frozen=True):
     hot_page_bytes, sealed_page_bytes: of one page on this rank
     kv_budget_bytes: its memory that is left for KV
     device: cpu or cuda
+    memory_bytes: all that the GPU has, 0 on CPUs
     gpu_uuid: as NVML writes it, "" on CPUs
     model_path: directory with the model's tokenizer, on the ranks' host, which is the leader's
     """
@@ -39,6 +40,7 @@ class RankDescription(msgspec.Struct, tag="description", frozen=True):
     device: str = "cpu"
     gpu_uuid: str = ""
     model_path: str = ""
+    memory_bytes: int = 0
 
 
 class Allocation(msgspec.Struct, tag="allocation", frozen=True):

@@ -44,6 +44,11 @@ class KVPool:
         self.hot_tables = torch.full(tables, -1, dtype=torch.int32, device=device)
         self.sealed_tables = torch.full(tables, -1, dtype=torch.int32, device=device)
 
+    def commit(self) -> None:
+        """Write to every page, so that the system gives the memory now and not at first use."""
+        self.all_hot.zero_()
+        self.all_sealed.zero_()
+
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Zeros. A GPU allocates them now; a CPU allocates each page of memory at its first write."""

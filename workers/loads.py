@@ -20,6 +20,8 @@ class EngineInfo:
     capacity: pages of one rank that sequences can hold, the step's headroom left out
     vocab_size: all tokens have ids below it
     prefix_cache: equal pages of live and ended sequences are stored once
+    max_num_batched_tokens: of a step
+    device: of the ranks, cpu or cuda
     """
 
     epoch: str
@@ -34,6 +36,8 @@ class EngineInfo:
     vocab_size: int
     max_num_seqs: int
     prefix_cache: bool = True
+    max_num_batched_tokens: int = 512
+    device: str = "cpu"
 
     @property
     def capacity_bytes(self) -> int:

@@ -9,6 +9,8 @@ from kvmesh.workers.sizes import PageGeometry
 
 # The default.
 DEFAULT_MAX_HOT_SHARE = 0.5
+# Where `max_num_seqs` is a GPU's default.
+AUTO_MAX_HOT_SHARE = 0.125
 # Of what sequences do not hold exactly: for the exact pages of prefixes that no sequence holds. A
 # prefix cannot be used without them, so 4 pages may save the computation of thousands.
 CACHED_HOT_SHARE = 0.02
@@ -33,6 +35,20 @@ class PoolPlan:
     def hot_total(self) -> int:
         return self.hot_pages + self.headroom_pages + self.cached_pages
 
+    def num_bytes(self, geometry: PageGeometry) -> int:
+        """Of one rank."""
+        return (
+            self.hot_total * geometry.hot_page_bytes
+            + self.sealed_pages * geometry.sealed_page_bytes
+        )
+
+    def hot_share(self, geometry: PageGeometry) -> float:
+        """The smallest `max_hot_share` with which `plan_pool` allows so many hot pages."""
+        total = self.num_bytes(geometry)
+        hot = (self.hot_pages + self.headroom_pages) * geometry.hot_page_bytes
+        # Half a page more, as the share is a rounded number.
+        return (hot + min(geometry.hot_page_bytes, total - hot) / 2) / total
+
 
 def plan_pool(
     budget_bytes: int,
@@ -54,9 +70,7 @@ def plan_pool(
     seqs = min(max_num_seqs, max(1, (hot_limit - headroom) // per_sequence))
     hot = seqs * per_sequence
     left = budget_bytes - (hot + headroom) * geometry.hot_page_bytes
-    # A format without exact windows reads no hot page of a prefix.
-    wanted_cached = hot if per_sequence > 1 else 0
-    cached = min(wanted_cached, int(left * CACHED_HOT_SHARE) // geometry.hot_page_bytes)
+    cached = _cached_pages(left, hot, geometry)
     left -= cached * geometry.hot_page_bytes
     sealed = left // geometry.sealed_page_bytes
     if sealed < 1:
@@ -68,3 +82,29 @@ def plan_pool(
             f"of {geometry.sealed_page_bytes:,})",
         )
     return PoolPlan(hot, headroom, sealed, seqs, cached)
+
+
+def pool_for(
+    geometry: PageGeometry, *, sequences: int, tokens: int, max_num_batched_tokens: int
+) -> PoolPlan:
+    """The smallest pool in which so many sequences of so many tokens run at a time.
+
+    `plan_pool` plans the same pool for its `num_bytes` and `hot_share`, and that many sequences.
+    """
+    need = geometry.peak_need(tokens)
+    hot = sequences * geometry.hot_per_sequence()
+    wanted_headroom = geometry.on_fullest(-(-max_num_batched_tokens // geometry.page_size))
+    headroom = max(1, min(wanted_headroom, hot))
+    sealed = max(1, sequences * need.sealed)
+    sealed_bytes, cached, more = sealed * geometry.sealed_page_bytes, -1, 0
+    while more != cached:  # they are a share of what they are a part of
+        cached = more
+        more = _cached_pages(sealed_bytes + cached * geometry.hot_page_bytes, hot, geometry)
+    return PoolPlan(hot, headroom, sealed, sequences, cached)
+
+
+def _cached_pages(left_bytes: int, hot_pages: int, geometry: PageGeometry) -> int:
+    """How many hot pages cached prefixes get of what sequences do not hold exactly."""
+    if geometry.hot_per_sequence() == 1:
+        return 0  # a format without exact windows reads no hot page of a prefix
+    return min(hot_pages, int(left_bytes * CACHED_HOT_SHARE) // geometry.hot_page_bytes)

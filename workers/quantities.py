@@ -10,9 +10,9 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from fractions import Fraction
-from typing import Annotated
+from typing import Annotated, Final, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 MAX_WHOLE = (1 << 63) - 1
 MAX_SECONDS = 1e9  # 31 years; longer waits overflow some clocks
@@ -87,9 +87,21 @@ def _no_number(value: object) -> object:
     return value
 
 
+def _kind_of(value: object) -> str:
+    """In brackets, so that it is no part of the path in an error."""
+    return "[auto]" if value == AUTO else "[given]"
+
+
+AUTO: Final = "auto"
+Auto = Annotated[Literal["auto"], Tag("[auto]")]
 Switch = Annotated[bool, BeforeValidator(_no_number)]
+AutoSwitch = Annotated[Auto | Annotated[Switch, Tag("[given]")], Discriminator(_kind_of)]
 WholeNumber = Annotated[
     int, Field(le=MAX_WHOLE), BeforeValidator(reader_of("a whole number", {}, whole=True))
+]
+# A number of things, at least one.
+AutoCount = Annotated[
+    Auto | Annotated[WholeNumber, Field(ge=1), Tag("[given]")], Discriminator(_kind_of)
 ]
 Number = Annotated[
     float,

@@ -57,6 +57,8 @@ class Rank:
         self._rank = rank
         self._comm = comm
         self._device = choose_device(config, rank)
+        self._memory_bytes = _memory_bytes(self._device)
+        self._limits = config.limits(self._device.type, self._memory_bytes)
         self._fmt = get_format(config.kv_format)
         self._dtype = _dtype(config, self._device)
         self._samples = rank == 0
@@ -123,6 +125,7 @@ class Rank:
             device=self._device.type,
             gpu_uuid=_gpu_uuid(self._device),
             model_path=str(self._files.path),
+            memory_bytes=self._memory_bytes,
         )
 
     def allocate(self, allocation: Allocation, *, prepare_decode: bool = True) -> None:
@@ -138,9 +141,14 @@ class Rank:
             device=self._device,
             samples=self._samples,
             prepare_decode=prepare_decode,
-            cuda_graphs=self._config.cuda_graphs,
+            cuda_graphs=self._limits.cuda_graphs,
             params=self._params,
         )
+
+    def commit_pool(self) -> None:
+        """Take all of the pool's memory now; for measurements. Its contents are lost."""
+        assert self._runner is not None, "allocate comes before commit_pool"
+        self._runner.pool.commit()
 
     def execute(self, plan: StepPlan, masks: MakeMasks | None = None) -> StepResult | None:
         """The result on rank 0, None on the other ranks. masks: if the plan is masked"""
@@ -228,10 +236,9 @@ class Rank:
     @torch.inference_mode()
     def _dry_run(self) -> None:
         """The largest step without attention, whose scratch is only a few tiles per head."""
-        tokens = torch.zeros(
-            self._config.max_num_batched_tokens, dtype=torch.int64, device=self._device
-        )
-        num_rows = max(self._config.max_num_seqs, SCORED_ROWS)
+        limits = self._limits
+        tokens = torch.zeros(limits.max_num_batched_tokens, dtype=torch.int64, device=self._device)
+        num_rows = max(limits.max_num_seqs, SCORED_ROWS)
         rows = torch.zeros(num_rows, dtype=torch.int64, device=self._device)
         logits = self._model.forward(tokens, tokens, _attend_to_nothing, rows)
         if logits is not None:
@@ -248,6 +255,13 @@ def _gpu_uuid(device: torch.device) -> str:
     if device.type != "cuda":
         return ""
     return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+
+
+def _memory_bytes(device: torch.device) -> int:
+    """All that a GPU has; 0 for a CPU."""
+    if device.type != "cuda":
+        return 0
+    return int(torch.cuda.get_device_properties(device).total_memory)
 
 
 def _dtype(config: EngineConfig, device: torch.device) -> torch.dtype:

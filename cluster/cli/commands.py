@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from kvmesh.cluster.cli import client_commands, generate_commands, server_commands
+from kvmesh.cluster.cli.bench_commands import bench_app
 from kvmesh.cluster.cli.calibrate_command import calibrate
 from kvmesh.cluster.cli.config_command import config
 from kvmesh.cluster.cli.console import notes
@@ -73,3 +74,4 @@ app.command("plan")(plan)
 app.command("simulate", context_settings=PASS_THROUGH)(simulate)
 app.command("formats")(formats)
 app.add_typer(eval_app, name="eval")
+app.add_typer(bench_app, name="bench")

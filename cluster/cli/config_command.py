@@ -46,8 +46,10 @@ def config(
     quiet: QuietOption = False,
 ) -> None:
     """Print the default configuration with comments, for `serve --config`."""
+    from kvmesh.cluster.autos import autos_here
     from kvmesh.cluster.config import ClusterConfig
     from kvmesh.cluster.config_text import default_yaml, effective_yaml, json_schema, plain
+    from kvmesh.cluster.telemetry.gpus import local_gpu_memory
 
     if effective + schema + for_serve + variables + (check is not None) > 1:
         raise typer.BadParameter(
@@ -69,11 +71,13 @@ def config(
         _print_for_serve(settings, as_json)
     elif effective or settings.given:
         loaded = settings.load()
+        here = autos_here(loaded.config, local_gpu_memory())
         if as_json:
             sources = {".".join(path): source for path, source in loaded.sources.items()}
-            print_json({"settings": plain(loaded.config), "sources": sources})
+            found = {".".join(path): value for path, value in here.items()}
+            print_json({"settings": plain(loaded.config), "sources": sources, "auto": found})
         else:
-            typer.echo(effective_yaml(loaded), nl=False)
+            typer.echo(effective_yaml(loaded, here), nl=False)
     elif as_json:
         print_json(plain(ClusterConfig()))
     else:

@@ -1,4 +1,4 @@
-"""The plot of a perplexity evaluation: loss against bits."""
+"""The plot of a perplexity evaluation: divergence from exact KV against bits."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from matplotlib.transforms import Bbox
 from kvmesh.cluster.cli.eval_tables import precision_of
 from kvmesh.workers.evaluation.reports import FormatPerplexity, PerplexityReport
 
-# Smaller losses depend on the choice of text, and may be gains.
-FLOOR_PERCENT = 0.01
+# Smaller divergences depend on the choice of text.
+FLOOR_NATS = 1e-5
 _INK, _MUTED, _GRID, _POINT = "#1c2733", "#66727f", "#e4e8ec", "#1f6feb"
 # Possible positions of a label: offset from its point in points, and alignments.
 _POSITIONS = (
@@ -30,15 +30,18 @@ _POSITIONS = (
 
 
 def plot_perplexity(report: PerplexityReport, path: Path) -> None:
-    """One point per format except exact: bits per element at the measured context, and loss."""
-    rows = sorted(report.formats[1:], key=lambda row: (row.bits, _loss_percent(row)))
+    """One point per format except exact: bits per element at the measured context, and KL.
+
+    Perplexity is not shown: on some models a format that loses information has a lower one.
+    """
+    rows = sorted(report.formats[1:], key=lambda row: (row.bits, _nats(row)))
     figure = Figure(figsize=(8.4, 5.2), layout="constrained")
     axes = figure.subplots()
     _frame(axes, report, rows)
     front = _front(rows)
     axes.plot(
         [row.bits for row in front],
-        [_loss_percent(row) for row in front],
+        [_nats(row) for row in front],
         color=_POINT,
         alpha=0.25,
         linewidth=6,
@@ -47,10 +50,10 @@ def plot_perplexity(report: PerplexityReport, path: Path) -> None:
         zorder=2,
     )
     for row in rows:
-        floored = _loss_percent(row) == FLOOR_PERCENT
+        floored = _nats(row) == FLOOR_NATS
         axes.plot(
             row.bits,
-            _loss_percent(row),
+            _nats(row),
             marker="v" if floored else "o",
             markersize=8,
             markerfacecolor="white" if floored else _POINT,
@@ -63,29 +66,29 @@ def plot_perplexity(report: PerplexityReport, path: Path) -> None:
     figure.savefig(path, dpi=160)
 
 
-def _loss_percent(row: FormatPerplexity) -> float:
-    return max(row.loss * 100, FLOOR_PERCENT)
+def _nats(row: FormatPerplexity) -> float:
+    return max(row.kl_nats, FLOOR_NATS)
 
 
 def _front(rows: list[FormatPerplexity]) -> list[FormatPerplexity]:
-    """The Pareto front: formats for which no format with fewer bits has a smaller loss."""
+    """The Pareto front: formats for which no format with fewer bits diverges less."""
     front: list[FormatPerplexity] = []
     for row in rows:
-        if not front or _loss_percent(row) < _loss_percent(front[-1]):
+        if not front or _nats(row) < _nats(front[-1]):
             front.append(row)
     return front
 
 
 def _frame(axes: Axes, report: PerplexityReport, rows: list[FormatPerplexity]) -> None:
     axes.set_yscale("log")
-    highest = max([_loss_percent(row) for row in rows], default=1.0)
-    axes.set_ylim(FLOOR_PERCENT / 1.6, max(highest * 2, 1.0))
+    highest = max([_nats(row) for row in rows], default=0.1)
+    axes.set_ylim(FLOOR_NATS / 1.6, max(highest * 2, 0.1))
     widest = max([row.bits for row in rows], default=8.0)
     narrowest = min([row.bits for row in rows], default=2.0)
     margin = max(0.4, (widest - narrowest) * 0.08)
     axes.set_xlim(narrowest - margin, widest + 2 * margin)
     axes.xaxis.set_major_locator(MultipleLocator(1))
-    axes.yaxis.set_major_formatter(FuncFormatter(_percent))
+    axes.yaxis.set_major_formatter(FuncFormatter(_number))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(visible=True, which="major", color=_GRID, linewidth=0.9)
     axes.set_axisbelow(True)
@@ -98,36 +101,37 @@ def _frame(axes: Axes, report: PerplexityReport, rows: list[FormatPerplexity]) -
     axes.set_xlabel(
         f"bits per key or value element at {report.context} tokens", color=_INK, fontsize=10.5
     )
-    axes.set_ylabel("perplexity relative to exact KV", color=_INK, fontsize=10.5)
+    axes.set_ylabel("KL divergence from exact KV, nats", color=_INK, fontsize=10.5)
     axes.set_title(
-        f"{report.model}: loss of KV formats", loc="left", color=_INK, fontsize=13, pad=24,
+        f"{report.model}: divergence of KV formats", loc="left", color=_INK, fontsize=13, pad=24,
         fontweight="bold",
     )  # fmt: skip
+    floor = "; ▽ at most 0.00001" if any(_nats(row) == FLOOR_NATS for row in rows) else ""
     axes.text(
         0,
         1.025,
         f"{report.predictions:,} predictions in {report.windows} windows of {report.context} "
-        f"tokens, {precision_of(report)}; exact windows count as 16 bits; ▽ at most 0.01%",
+        f"tokens, {precision_of(report)}; exact windows count as 16 bits{floor}",
         transform=axes.transAxes,
         color=_MUTED,
         fontsize=9,
     )
 
 
-def _percent(value: float, _: int) -> str:
-    return f"+{value:g}%"
+def _number(value: float, _: int) -> str:
+    return f"{value:g}"
 
 
 def _label(axes: Axes, rows: list[FormatPerplexity]) -> None:
     """Place each format's name so that it covers neither a point nor another name."""
     taken = []
     for row in rows:
-        x, y = axes.transData.transform((row.bits, _loss_percent(row)))
+        x, y = axes.transData.transform((row.bits, _nats(row)))
         taken.append(Bbox.from_bounds(x - 6, y - 6, 12, 12))
     for row in rows:
         label = axes.annotate(
             row.kv_format,
-            (row.bits, _loss_percent(row)),
+            (row.bits, _nats(row)),
             xytext=(0, 0),
             textcoords="offset points",
             color=_INK,

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import os
 import typing
+import urllib.parse
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,7 @@ import typer
 from kvmesh.cluster.cli.console import notes
 
 if TYPE_CHECKING:
-    from kvmesh.client import TLS, Client
+    from kvmesh.client import TLS, AsyncClient, Client
 
 
 def with_options(function: Callable[..., None]) -> Callable[..., None]:
@@ -129,14 +131,27 @@ class ServerOptions:
         """Raises typer.BadParameter and the SDK's errors."""
         from kvmesh.client import Client, RetryPolicy
 
-        return Client(
-            self.target,
-            api_key=self._key(),
-            tls=self._tls(),
-            # Nobody wants to look at nothing while a server that is not there may start.
-            retry=RetryPolicy(max_connect_s=CONNECT_S),
-            **without_none(timeout_s=self.timeout),
-        )
+        # Nobody wants to look at nothing while a server that is not there may start.
+        return Client(self.target, retry=RetryPolicy(max_connect_s=CONNECT_S), **self._settings())
+
+    def async_client(self) -> AsyncClient:
+        """One that tries nothing again. Raises typer.BadParameter and the SDK's errors."""
+        from kvmesh.client import NO_RETRY, AsyncClient
+
+        return AsyncClient(self.target, retry=NO_RETRY, **self._settings())
+
+    def http_key(self, url: str) -> str | None:
+        """The key for a server with OpenAI's API: as given, $OPENAI_API_KEY, or for a server on
+        this machine the local kvmesh server's."""
+        from kvmesh.client.credentials import resolve_api_key
+
+        netloc = urllib.parse.urlsplit(url).netloc
+        key = self._key() or os.environ.get("OPENAI_API_KEY")
+        return resolve_api_key(key, netloc, os.environ)
+
+    def _settings(self) -> dict[str, Any]:
+        given: dict[str, Any] = without_none(timeout_s=self.timeout)
+        return {"api_key": self._key(), "tls": self._tls(), **given}
 
     def _key(self) -> str | None:
         from kvmesh.client.credentials import read_key_file

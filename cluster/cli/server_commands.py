@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 
-from kvmesh.cluster.cli.console import err, notes, out
+from kvmesh.cluster.cli.console import err, human_bytes, notes, out
 from kvmesh.cluster.cli.exits import ExitCode
 from kvmesh.cluster.cli.options import QuietOption, with_options
 from kvmesh.cluster.cli.settings_options import ModelSettings, ServeSettings
 
 if TYPE_CHECKING:
+    from kvmesh.client import GroupFacts
     from kvmesh.cluster.config import ClusterConfig
     from kvmesh.cluster.lifecycle import Endpoint
 
@@ -30,32 +34,66 @@ def serve(settings: ServeSettings, quiet: QuietOption = False) -> None:
         try:
             with running(config, stop) as (cluster, endpoint):
                 stop.wait_ready()
-                _announce(endpoint, config)
+                _announce(endpoint, config, _groups(endpoint))
                 stop.wait(cluster.check_alive)
                 err.print("shutting down; press Ctrl-C again to stop without waiting for requests")
         except Stop:
             raise typer.Exit(ExitCode.INTERRUPTED) from None
 
 
-def _announce(endpoint: Endpoint, config: ClusterConfig) -> None:
+def _announce(endpoint: Endpoint, config: ClusterConfig, groups: Sequence[GroupFacts]) -> None:
+    """The address on stdout; and for people where everything is, and what to do first.
+
+    groups: none if this process has no key to ask with
+    """
+    from kvmesh.cluster.keys import local_key_file
+
     out.print(f"[bold green]ready[/bold green] at {endpoint.target}")
     out.file.flush()
+    rows = [("gRPC", endpoint.target), ("OpenAI", f"{endpoint.http_url}/v1")]
+    if endpoint.metrics_url:
+        rows.append(("metrics", endpoint.metrics_url))
+    if endpoint.dashboard_url:
+        rows.append(
+            ("dashboard", f"{endpoint.dashboard_url}, asks for what `ray get-auth-token` prints")
+        )
+    if endpoint.api_key is not None:
+        rows.append(("key", str(local_key_file(config.auth, os.environ))))
+    rows += [(group.group, _in_short(group)) for group in groups]
     local = endpoint.target.endswith(":9000")
     target = "" if local else f" --target {endpoint.target}"
-    notes.print(f'  generate kvmesh generate{target} "Once upon a time"')
-    notes.print(f"  chat     kvmesh chat{target}")
-    notes.print(f"  status   kvmesh status{target}")
-    argument = "" if local else f'"{endpoint.target}"'
-    notes.print(f"  Python   kvmesh.Client({argument}).generate(…)", markup=False)
-    notes.print(f"  OpenAI   {endpoint.http_url}/v1", markup=False)
-    if endpoint.metrics_url:
-        notes.print(f"  metrics  {endpoint.metrics_url}")
-    if endpoint.dashboard_url:
-        notes.print(f"  Ray      {endpoint.dashboard_url} asks for a token: ray get-auth-token")
+    rows += [
+        ("try", f'kvmesh generate{target} "Once upon a time"'),
+        ("", f"kvmesh chat{target}"),
+        ("", f"kvmesh status{target}"),
+        ("stop", "Ctrl-C"),
+    ]
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        notes.print(f"  [dim]{name:{width}}[/dim]  {escape(value)}", soft_wrap=True)
     if config.auth.mode == "none":
         err.print(
             "  [yellow]anyone who can reach this port may send requests (auth: none)[/yellow]"
         )
+
+
+def _in_short(group: GroupFacts) -> str:
+    ranks = f"{group.tp} × " if group.tp > 1 else ""
+    return (
+        f"{ranks}{group.device} {group.dtype}, {human_bytes(group.capacity_bytes)} of KV in "
+        f"{group.kv_format}, {group.max_num_seqs} sequences at a time, "
+        f"{group.max_num_batched_tokens:,} tokens a step"
+    )
+
+
+def _groups(endpoint: Endpoint) -> Sequence[GroupFacts]:
+    """What each group is made of; none without the generated key, which is an operator's."""
+    from kvmesh.client import Client
+
+    if endpoint.api_key is None:
+        return ()
+    with Client(endpoint.target, api_key=endpoint.api_key) as client:
+        return client.groups()
 
 
 @with_options

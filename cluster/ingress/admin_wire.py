@@ -30,6 +30,8 @@ def groups(status: ClusterStatus) -> admin.ListGroupsResponse:
             hot_page_bytes=geometry.hot_page_bytes,
             sealed_page_bytes=geometry.sealed_page_bytes,
             capacity_bytes=info.capacity_bytes,
+            max_num_batched_tokens=info.max_num_batched_tokens,
+            device=info.device,
         )
     return wire
 

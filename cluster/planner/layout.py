@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvmesh.workers.errors import ConfigError
-from kvmesh.workers.model.weight_counts import ModelSizes
+from kvmesh.workers.model.sizes import ModelSizes
 
 
 @dataclass(frozen=True, slots=True)

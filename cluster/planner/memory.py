@@ -14,7 +14,7 @@ from kvmesh.cluster.planner.layout import Layout
 from kvmesh.cluster.planner.model import PlannedModel
 from kvmesh.cluster.simulator.hardware import Gpu
 from kvmesh.cluster.simulator.service_time import BF16_BYTES
-from kvmesh.workers.model.weight_counts import ModelSizes
+from kvmesh.workers.model.sizes import ModelSizes
 
 # What the driver, CUDA's context, compiled kernels and NCCL's buffers take: NVML counts 0.5 to
 # 0.9 GiB more than CUDA has, and a process with NCCL takes as much again.

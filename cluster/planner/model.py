@@ -14,7 +14,8 @@ from kvmesh.cluster.simulator.hardware import ModelShape
 from kvmesh.workers.errors import ConfigError, UnsupportedModelError
 from kvmesh.workers.model.facts import check_supported, read_json
 from kvmesh.workers.model.rope_scaling import RopeScaling
-from kvmesh.workers.model.weight_counts import ModelSizes, WeightCounts
+from kvmesh.workers.model.sizes import ModelSizes
+from kvmesh.workers.model.weight_counts import WeightCounts
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -98,7 +99,7 @@ def _of_config(config: Mapping[str, Any], source: Path | str, name: str) -> Plan
     return PlannedModel(
         name=name,
         sizes=sizes,
-        counts=WeightCounts.of(sizes, config),
+        counts=WeightCounts.of(sizes, config, source),
         max_model_len=RopeScaling.of(config).max_model_len(config),
         obstacle=_obstacle(config, source),
     )

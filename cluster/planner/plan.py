@@ -20,6 +20,7 @@ from kvmesh.cluster.simulator.service_time import BF16_BYTES, EngineShape, Servi
 from kvmesh.kernels.formats.base import KVFormat
 from kvmesh.kernels.formats.registry import format_names, get_format
 from kvmesh.workers.config import EngineSettings
+from kvmesh.workers.device_limits import DeviceLimits
 from kvmesh.workers.errors import ConfigError
 from kvmesh.workers.pool_plan import PoolPlan, plan_pool
 from kvmesh.workers.sizes import PageGeometry, page_bytes_of
@@ -63,7 +64,7 @@ class Plan:
     longest: tokens of the longest sequence that the pool holds, whatever the model supports
     sequence_bytes: KV of a sequence of the target's length, on all GPUs of its group
     sequences: of that length, at once on all groups, within engine.max_num_seqs
-    max_num_seqs, max_num_batched_tokens: of an engine
+    limits: of an engine's steps; auto: what they are by default
     ttft_s: to the first token of a prompt of that length on an idle group
     tpot_s: per further token, with the target's concurrency; both None if it does not fit
     limit: what keeps the context from being longer
@@ -80,8 +81,8 @@ class Plan:
     longest: int
     sequence_bytes: int
     sequences: int
-    max_num_seqs: int
-    max_num_batched_tokens: int
+    limits: DeviceLimits
+    auto: DeviceLimits
     ttft_s: float | None
     tpot_s: float | None
     limit: Limit
@@ -144,37 +145,59 @@ def serve_command(model: PlannedModel, plan: Plan, target: Target) -> str:
     if plan.needs_calibration:
         words.append(f"--calibration {plan.kv_format}.safetensors")
     words += [f"--tp {plan.layout.tp}", f"--groups {plan.layout.groups}"]
-    settings = {
-        "page_size": target.page_size,
-        "max_num_seqs": plan.max_num_seqs,
-        "max_num_batched_tokens": plan.max_num_batched_tokens,
-        "gpu_memory_utilization": target.gpu_memory_utilization,
-    }
-    words += [
-        f"--set engine.{name}={value}"
-        for name, value in settings.items()
-        if value != getattr(DEFAULTS, name)
+    settings = [
+        ("page_size", target.page_size, DEFAULTS.page_size),
+        ("max_num_seqs", plan.limits.max_num_seqs, plan.auto.max_num_seqs),
+        (
+            "max_num_batched_tokens",
+            plan.limits.max_num_batched_tokens,
+            plan.auto.max_num_batched_tokens,
+        ),
+        (
+            "gpu_memory_utilization",
+            target.gpu_memory_utilization,
+            DEFAULTS.gpu_memory_utilization,
+        ),
     ]
+    words += [f"--set engine.{name}={value}" for name, value, usual in settings if value != usual]
     return " ".join(words)
 
 
 def _plan(model: PlannedModel, gpu: Gpu, layout: Layout, fmt: KVFormat, target: Target) -> Plan:
+    """With the engine's own limits, or if they run too few sequences, as many as are wanted."""
+    wanted = math.ceil(target.concurrency / layout.groups)
+    plan = _plan_with(model, gpu, layout, fmt, target, DEFAULTS)
+    if plan.sequences >= target.concurrency:
+        return plan
+    settings = EngineSettings(max_num_seqs=wanted)
+    asked = _plan_with(model, gpu, layout, fmt, target, settings)
+    return asked if asked.sequences >= target.concurrency else plan
+
+
+def _plan_with(
+    model: PlannedModel,
+    gpu: Gpu,
+    layout: Layout,
+    fmt: KVFormat,
+    target: Target,
+    settings: EngineSettings,
+) -> Plan:
     each = math.ceil(target.concurrency / layout.groups)
-    max_num_seqs = max(DEFAULTS.max_num_seqs, each)
-    max_tokens = max(DEFAULTS.max_num_batched_tokens, max_num_seqs)
+    limits = settings.limits("cuda", gpu.memory_bytes)
     memory = rank_memory(
         gpu,
         model,
         layout,
-        max_num_batched_tokens=max_tokens,
-        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=limits.max_num_batched_tokens,
+        max_num_seqs=limits.max_num_seqs,
         gpu_memory_utilization=target.gpu_memory_utilization,
     )
     geometry = _geometry(model, fmt, target.page_size, layout)
-    pool = _pool(memory, geometry, max_num_seqs, max_tokens)
+    pool = _pool(memory, geometry, limits, settings.hot_share("cuda"))
     longest = 0 if pool is None else geometry.tokens_within(pool.sealed_pages)
     at_once = 0 if pool is None else layout.groups * _at_once(pool, geometry, target.context)
-    times = _times(model, gpu, layout, fmt, target, max_tokens, each) if at_once else (None, None)
+    chunk = limits.max_num_batched_tokens
+    times = _times(model, gpu, layout, fmt, target, chunk, each) if at_once else (None, None)
     whole = dataclasses.replace(geometry, kvp=1)
     return Plan(
         layout=layout,
@@ -187,8 +210,8 @@ def _plan(model: PlannedModel, gpu: Gpu, layout: Layout, fmt: KVFormat, target: 
         longest=longest,
         sequence_bytes=whole.bytes_of(whole.need(target.context)),
         sequences=at_once,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_tokens,
+        limits=limits,
+        auto=DEFAULTS.limits("cuda", gpu.memory_bytes),
         ttft_s=times[0],
         tpot_s=times[1],
         limit=_limit(model, memory, pool, longest),
@@ -231,7 +254,7 @@ def _geometry(model: PlannedModel, fmt: KVFormat, page_size: int, layout: Layout
 
 
 def _pool(
-    memory: RankMemory, geometry: PageGeometry, max_num_seqs: int, max_num_batched_tokens: int
+    memory: RankMemory, geometry: PageGeometry, limits: DeviceLimits, max_hot_share: float
 ) -> PoolPlan | None:
     if memory.kv_bytes <= 0:
         return None
@@ -239,8 +262,9 @@ def _pool(
         return plan_pool(
             memory.kv_bytes,
             geometry,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
+            max_num_seqs=limits.max_num_seqs,
+            max_num_batched_tokens=limits.max_num_batched_tokens,
+            max_hot_share=max_hot_share,
         )
     except ConfigError:  # not even one sequence of two pages fits
         return None

@@ -72,6 +72,8 @@ MODELS = {
         ModelShape("qwen2.5-7b", 7.6e9, 28, 28, 4, 128, 1 << 21),
         ModelShape("qwen2.5-14b", 14.8e9, 48, 40, 8, 128, 1 << 21),
         ModelShape("llama-2-7b", 6.7e9, 32, 32, 32, 128, 1 << 21),
+        # InternLM's first release; LMDeploy published its memory by batch.
+        ModelShape("internlm-chat-7b", 6.9e9, 32, 32, 32, 128, 1 << 21, idle_params=0.42e9),
         ModelShape("smollm2-135m", 0.135e9, 30, 9, 3, 64, 8192),
     )
 }

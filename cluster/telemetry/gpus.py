@@ -19,6 +19,21 @@ class GpuUse:
     free_bytes: int
 
 
+def local_gpu_memory() -> list[int]:
+    """The memory in bytes of each of this machine's GPUs; none without NVML.
+
+    As NVML counts them: what CUDA_VISIBLE_DEVICES hides is not left out.
+    """
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return []  # no driver, so no GPU that could be used
+    handles = map(pynvml.nvmlDeviceGetHandleByIndex, range(pynvml.nvmlDeviceGetCount()))
+    return [int(pynvml.nvmlDeviceGetMemoryInfo(handle).total) for handle in handles]
+
+
 class Gpus:
     """The GPUs of a group's ranks, in their order.
 

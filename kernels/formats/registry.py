@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+
 from kvmesh.kernels.formats.affine.side import Affine
 from kvmesh.kernels.formats.base import KVFormat, Side
 from kvmesh.kernels.formats.codebook.side import Codebook
@@ -152,7 +154,16 @@ def get_format(name: str | int) -> KVFormat:
     """
     fmt = _BY_NAME.get(str(name).strip().lower())
     if fmt is None:
+        similar = similar_format(name)
+        hint = f", did you mean {similar}?" if similar else ","
         raise ValueError(
-            f"kv format: {name!r} is not known; expected one of {', '.join(format_names())}"
+            f"kv format: {name!r} is not known{hint} expected one of {', '.join(format_names())}"
         )
     return fmt
+
+
+def similar_format(name: object) -> str | None:
+    """The format that a name probably means that is not known."""
+    known = [*format_names(), *(x for x in _BY_NAME if not x.isdigit())]
+    close = difflib.get_close_matches(str(name).strip().lower(), known, n=1, cutoff=0.6)
+    return _BY_NAME[close[0]].name if close else None

@@ -15,6 +15,7 @@ from kvmesh.cluster.cli.exits import ExitCode
 from kvmesh.cluster.cli.settings_options import FLAGS, ServeSettings
 from kvmesh.cluster.config import ClusterConfig, build
 from kvmesh.cluster.config_text import default_yaml, json_schema
+from kvmesh.cluster.telemetry import gpus
 from kvmesh.workers.settings import paths_of
 from tests.repo.imports import ROOT
 
@@ -49,7 +50,10 @@ def test_the_defaults_are_printed() -> None:
     assert json.loads(run("config", "--schema").stdout) == json_schema()
 
 
-def test_the_effective_settings_have_their_sources(file: Path) -> None:
+def test_the_effective_settings_have_their_sources(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpus, "local_gpu_memory", list)
     arguments = ("--config", str(file), "--set", "engine.kv_memory_bytes=8Gi", "--tp", "3")
     environ = {"KVMESH_GROUPS": "4"}
     result = run("config", "--effective", *arguments, **environ)
@@ -60,6 +64,8 @@ def test_the_effective_settings_have_their_sources(file: Path) -> None:
         "  kv_memory_bytes: 8589934592  # --set",
         "groups: 4  # KVMESH_GROUPS",
         "  port: 9000  # default",
+        "  max_num_seqs: auto  # default; 16 here",
+        "  max_num_batched_tokens: auto  # default; 512 here",
     ):
         assert f"\n{line}\n" in result.stdout
     printed = json.loads(run("config", "--effective", "--json", *arguments, **environ).stdout)
@@ -69,6 +75,8 @@ def test_the_effective_settings_have_their_sources(file: Path) -> None:
         "engine.kv_memory_bytes": "--set",
         "groups": "KVMESH_GROUPS",
     }
+    assert printed["auto"]["engine.max_num_seqs"] == 16
+    assert "engine.tp" not in printed["auto"]
     assert printed["settings"] == yaml.safe_load(result.stdout)
     # Settings that are given would otherwise be ignored.
     assert run("config", *arguments, **environ).stdout == result.stdout
@@ -143,6 +151,7 @@ def test_every_command_that_reads_settings_refuses_wrong_ones(
         (("--set", "engine.tq=1"), {}, "did you mean engine.tp? (--set)"),
         ((), {"KVMESH_ENGINE__TQ": "1"}, "did you mean KVMESH_ENGINE__TP?"),
         (("--kv-format", "int9"), {}, "engine.kv_format: must be one of"),
+        (("--kv-format", "k4v5"), {}, "(did you mean k4v4?)"),
     ):
         result = run(*command, *arguments, **environ)
         assert result.exit_code == ExitCode.USAGE

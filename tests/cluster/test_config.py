@@ -291,7 +291,7 @@ def test_what_the_router_assumes_of_all_groups_must_not_differ(name: str, value:
 
 
 def test_each_group_is_checked_for_what_does_not_go_together() -> None:
-    engine = {"kv_format": "nuq4", "max_num_seqs": 600}
+    engine = {"kv_format": "nuq4", "max_num_seqs": 600, "max_num_batched_tokens": 512}
     error = refused({"engine": engine, "groups": [{"kv_format": "int8"}, {"max_num_seqs": 4}]})
     assert isinstance(error, ConfigErrors)
     assert [problem.field for problem in error.problems] == [

@@ -140,7 +140,7 @@ def test_serve_says_how_to_get_into_rays_dashboard(
     endpoint = Endpoint(
         "127.0.0.1:9000", "http://127.0.0.1:8000", "the-key", None, dashboard_url=url
     )
-    _announce(endpoint, ClusterConfig())
+    _announce(endpoint, ClusterConfig(), [])
     written = capsys.readouterr()
     shown = written.out + written.err
     assert ("ray get-auth-token" in shown) == (url is not None) == ("8265" in shown)

@@ -113,9 +113,7 @@ def _make_internlm2(
                 tensors.pop(f"model.layers.{layer}.self_attn.{side}_proj.{kind}") for side in "qkv"
             ]
             # [KV head, its queries and its key and its value, head_dim, …]
-            by_head = [
-                part.unflatten(0, (kv_heads, -1, config["head_dim"])) for part in parts
-            ]
+            by_head = [part.unflatten(0, (kv_heads, -1, config["head_dim"])) for part in parts]
             joined = torch.cat(by_head, dim=1).flatten(0, 2)
             tensors[f"model.layers.{layer}.attention.wqkv.{kind}"] = joined.contiguous()
     renamed = {}

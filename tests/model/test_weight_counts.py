@@ -14,7 +14,9 @@ from benchmarks.random_model import RandomWeights
 from kvmesh.workers.errors import ConfigError, UnsupportedModelError
 from kvmesh.workers.model.facts import read_facts
 from kvmesh.workers.model.load import ServedModel, build_model
-from kvmesh.workers.model.weight_counts import ModelSizes, WeightCounts
+from kvmesh.workers.model.sizes import ModelSizes
+from kvmesh.workers.model.stored import read_config
+from kvmesh.workers.model.weight_counts import WeightCounts
 from kvmesh.workers.parallel.comm import Communicator
 from tests.model.cases import CASES
 from tests.model.small import VOCAB_SIZE, make_small_model
@@ -30,10 +32,10 @@ class _OneOf(Communicator):
 
 
 class _Untied(RandomWeights):
-    """A checkpoint that has no output layer of its own if it is tied."""
+    """A checkpoint that has no output layer of its own if it is tied, and no packed experts."""
 
     def __contains__(self, name: str) -> bool:
-        return name != "lm_head.weight"
+        return name != "lm_head.weight" and not name.endswith("_blocks")
 
 
 def numbers_of(model: ServedModel) -> int:
@@ -50,10 +52,11 @@ def numbers_of(model: ServedModel) -> int:
 def test_every_rank_has_as_many_numbers_as_counted(case: str, tmp_path: Path) -> None:
     architecture, overrides = CASES[case]
     path = make_small_model(architecture, tmp_path, **overrides)
-    facts, config = read_facts(path), AutoConfig.from_pretrained(path)
+    facts = read_facts(path)
+    config = read_config(facts, path)
     contents = json.loads((path / "config.json").read_text())
     sizes = ModelSizes.of(contents, path)
-    counts = WeightCounts.of(sizes, contents)
+    counts = WeightCounts.of(sizes, contents, path)
     assert sizes.tp_choices == [1, 2, 4]
     for tp in sizes.tp_choices:
         ranks = [
@@ -102,7 +105,7 @@ def test_mixtures_of_experts_are_counted_like_transformers(
         theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **config))
     contents = {**config, "architectures": [type(theirs).__name__], "model_type": model_type}
     sizes = ModelSizes.of(contents, "config.json")
-    counts = WeightCounts.of(sizes, contents)
+    counts = WeightCounts.of(sizes, contents, "config.json")
     assert counts.total == sum(weight.numel() for weight in theirs.parameters())
     assert counts.idle == idle_experts * 3 * 64 * sizes.moe_intermediate_size
     assert counts.multiplied < counts.total - counts.idle

@@ -11,6 +11,7 @@ from typer.testing import CliRunner, Result
 
 from kvmesh.cluster.cli.commands import app
 from kvmesh.cluster.cli.plan_view import human_tokens
+from kvmesh.cluster.planner.known_models import KNOWN_MODELS
 
 LONG_LLAMA = ("--model", "llama-3-8b-1048k", "--gpu", "H100", "--gpus", "8")
 
@@ -29,14 +30,14 @@ def test_it_prints_tables_within_80_columns_and_a_command_that_serve_takes() -> 
     assert max(map(len, every.stdout.splitlines()[1:-1])) <= 80 and "…" not in every.stdout
     assert "4 × tp 1 kvp 2 ‡" in every.stdout and "int8-static †" in every.stdout
 
-    result = run(*LONG_LLAMA, "--context", "32k", "--concurrency", "200", "--page-size", "128")
+    result = run(*LONG_LLAMA, "--context", "2k", "--concurrency", "2400", "--page-size", "128")
     command = result.stdout.strip().splitlines()[-1]
     words = shlex.split(command)
     assert words[:2] == ["kvmesh", "serve"]
     config = CliRunner().invoke(app, ["config", "--json", *words[2:]])
     engine = json.loads(config.stdout)["settings"]["engine"]
     assert (engine["kv_format"], engine["page_size"]) == ("int8", 128)
-    assert engine["max_num_seqs"] >= 200 // 8
+    assert engine["max_num_seqs"] == 2400 // 8
 
 
 def test_json_has_every_plan_to_the_byte() -> None:
@@ -58,11 +59,14 @@ def test_json_has_every_plan_to_the_byte() -> None:
     assert sum(memory[part] for part in parts) == memory["total_bytes"]
 
 
-def test_what_would_fit_but_is_not_served_is_said() -> None:
-    result = run("--model", "qwen3-30b-a3b", "--gpu", "h200", "--context", "1M", "--gpus", "2")
+def test_what_would_fit_but_is_not_served_is_said(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    quantised = {"quantization_config": {"quant_method": "gptq"}}
+    file.write_text(json.dumps({**KNOWN_MODELS["qwen3-30b-a3b"].config, **quantised}))
+    result = run("--model", str(file), "--gpu", "h200", "--context", "1M", "--gpus", "2")
     assert result.exit_code == 0
     assert "kvmesh serve" not in result.stdout
-    assert "Qwen3MoeForCausalLM is not supported" in result.stdout
+    assert "its weights are quantised" in " ".join(result.stdout.split())
     assert "40,960 tokens" in result.stdout
 
 

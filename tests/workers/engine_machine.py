@@ -257,7 +257,7 @@ class EngineMachine:
         """Between deciding and computing."""
         running = {seq.row: seq for seq in self.scheduler.running}
         chunks = {chunk.row: chunk for chunk in plan.chunks}
-        assert 0 < plan.num_tokens <= self.config.max_num_batched_tokens
+        assert 0 < plan.num_tokens <= self.config.limits("cpu").max_num_batched_tokens
         assert plan.step == self.totals["steps"] + 1
         for seq in self.decoding:
             assert seq.row is None or seq.row in chunks, "a sequence missed a step"

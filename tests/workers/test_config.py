@@ -28,7 +28,7 @@ from kvmesh.workers.errors import ConfigError
         ("kv_memory_bytes", 0, "must be greater than 0, got 0"),
         ("gpu_memory_utilization", float("nan"), "got nan"),
         ("max_hot_share", 1.0, "must be less than 1, got 1.0"),
-        ("max_num_batched_tokens", 15, r"must be at least max_num_seqs \(16\)"),
+        ("max_num_batched_tokens", 0, "must be greater than or equal to 1, got 0"),
         ("threads_per_rank", "two", "must be a whole number, got 'two'"),
         ("no_such", 1, "is not a setting"),
     ],
@@ -50,7 +50,8 @@ def test_a_replaced_field_is_checked() -> None:
     assert config.replace(tp=2) == EngineConfig(model="m", tp=2)
     assert config.tp == 1
     with pytest.raises(ConfigError) as caught:
-        config.replace(max_num_seqs=513)
+        config.replace(max_num_seqs=16, max_num_batched_tokens=15)
+    assert r"must be at least max_num_seqs (16)" in caught.value.message
     assert caught.value.field == "max_num_batched_tokens"
 
 

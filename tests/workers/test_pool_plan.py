@@ -6,9 +6,11 @@ from dataclasses import replace
 
 import pytest
 
+from kvmesh.kernels.formats.registry import get_format
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.errors import ConfigError
-from kvmesh.workers.pool_plan import plan_pool
+from kvmesh.workers.page_geometry import KVShape, geometry_of
+from kvmesh.workers.pool_plan import plan_pool, pool_for
 from kvmesh.workers.sizes import PageGeometry
 
 # Four hot pages per sequence, each as large as eight sealed ones.
@@ -82,3 +84,36 @@ def test_prefixes_have_hot_pages_of_their_own_where_windows_are_exact() -> None:
     without = replace(GEOMETRY, sink_pages=0, recent_pages=0)
     plan = plan_pool(budget, without, max_num_seqs=2, max_num_batched_tokens=128)
     assert plan.cached_pages == 0
+
+
+@pytest.mark.parametrize("kv_format", ["exact", "int8", "k4v4", "k2v2", "int4"])
+@pytest.mark.parametrize("sequences", [1, 3, 48])
+@pytest.mark.parametrize("tokens", [1, 63, 64, 2048, 100_000])
+@pytest.mark.parametrize("step_tokens", [1, 512, 8192])
+def test_a_pool_for_sequences_is_what_the_engine_plans(
+    kv_format: str, sequences: int, tokens: int, step_tokens: int
+) -> None:
+    geometry = geometry_of(get_format(kv_format), KVShape(2, 4, 64), page_size=64, itemsize=4, tp=2)
+    pool = pool_for(
+        geometry, sequences=sequences, tokens=tokens, max_num_batched_tokens=step_tokens
+    )
+    planned = plan_pool(
+        pool.num_bytes(geometry),
+        geometry,
+        max_num_seqs=1000,
+        max_num_batched_tokens=step_tokens,
+        max_hot_share=pool.hot_share(geometry),
+    )
+    # More sequences may run than were asked for, if hot pages are all that they need.
+    assert planned.max_num_seqs >= sequences
+    assert planned.hot_pages + planned.headroom_pages == pool.hot_pages + pool.headroom_pages
+    need = geometry.peak_need(tokens)
+    assert planned.sealed_pages == pool.sealed_pages >= sequences * need.sealed
+    exactly = plan_pool(
+        pool.num_bytes(geometry),
+        geometry,
+        max_num_seqs=sequences,
+        max_num_batched_tokens=step_tokens,
+        max_hot_share=pool.hot_share(geometry),
+    )
+    assert exactly == pool

@@ -73,9 +73,7 @@ _BY_MODEL_TYPE: Mapping[str, frozenset[str]] = {
         }
     ),
     "phi3": _RMS_NORM | {"partial_rotary_factor", "sliding_window"},
-    "smollm3": _LLAMA
-    | _SLIDING_IF_ENABLED
-    | {"no_rope_layer_interval", "no_rope_layers"},
+    "smollm3": _LLAMA | _SLIDING_IF_ENABLED | {"no_rope_layer_interval", "no_rope_layers"},
     "granite": _LLAMA
     | {"attention_multiplier", "embedding_multiplier", "logits_scaling", "residual_multiplier"},
     "glm": _RMS_NORM | {"attention_bias", "partial_rotary_factor"},
@@ -267,7 +265,11 @@ def keys_not_implemented(config: Mapping[str, Any], architecture: Architecture) 
     types = config.get("layer_types") or ()
     for key, value in config.items():
         known = key in _COMMON or key in own or key in _HARMLESS
-        known = known or key.startswith(_HARMLESS_PREFIXES) or _is_redundant(key, config, architecture.model_type)
+        known = (
+            known
+            or key.startswith(_HARMLESS_PREFIXES)
+            or _is_redundant(key, config, architecture.model_type)
+        )
         if not known and not _is_neutral(key, config):
             yield key
         if key in ("rope_parameters", "rope_scaling") and isinstance(value, dict):

@@ -223,9 +223,7 @@ def _sliding_windows(config: Any) -> tuple[int | None, ...]:
     return tuple(config.sliding_window if kind == "sliding_attention" else None for kind in kinds)
 
 
-def _restore_buffers(
-    model: Any, config: Any, device: torch.device, max_model_len: int
-) -> None:
+def _restore_buffers(model: Any, config: Any, device: torch.device, max_model_len: int) -> None:
     """Compute what no checkpoint contains: RoPE's frequencies, Gemma's embedding scale."""
     body = model.model
     body.rotary_emb = fixed_rotary(body.rotary_emb, config, device, max_model_len)

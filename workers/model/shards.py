@@ -14,7 +14,7 @@ from kvmesh.kernels.moe import SWIGLU, GatedUnit
 from kvmesh.workers.errors import ConfigError, UnsupportedModelError
 from kvmesh.workers.model.expert_weights import ExpertShare, read_experts, stored_router
 from kvmesh.workers.model.facts import ModelFacts
-from kvmesh.workers.model.weight_counts import divisors
+from kvmesh.workers.model.sizes import divisors
 from kvmesh.workers.model.weights import Weights
 from kvmesh.workers.parallel.comm import Communicator
 from kvmesh.workers.parallel.experts import Experts
@@ -64,6 +64,12 @@ _PLANS: Mapping[str, _Plan] = {
     "gpt_oss": {**_ATTENTION, **_EXPERTS, "layers.*.self_attn": "weight rows"},
 }
 _DENSE: _Plan = {**_ATTENTION, **_MLP}
+
+
+def shard_of(model_type: str, module: str) -> str:
+    """How ranks divide the weights of a module of the base model, by its name there."""
+    plan = _PLANS.get(model_type, _DENSE)
+    return plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", module), "whole")
 
 
 def check_tp(facts: ModelFacts, tp: int, *, expert_parallel: bool = False) -> None:
@@ -121,7 +127,6 @@ class Placer:
         self._facts = facts
         self._pack = pack
         self._expert_parallel = expert_parallel
-        self._plan = _PLANS.get(model.config.model_type, _DENSE)
 
     def place(self) -> None:
         """Load every weight, replacing the modules whose weights are split.
@@ -135,8 +140,8 @@ class Placer:
             if name == "lm_head":
                 self._replace(name, self._head(module))
                 continue
-            shard = self._plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", name.removeprefix("model.")))
-            self._place_one(name, module, shard or "whole")
+            shard = shard_of(self._model.config.model_type, name.removeprefix("model."))
+            self._place_one(name, module, shard)
         self._reader.check_all_read()
 
     def _place_one(self, name: str, module: Any, shard: str) -> None:
@@ -210,9 +215,7 @@ class Placer:
         shares, start = [], 0
         for rows in parts:
             first, end = self._share(rows)
-            shares.append(
-                self._reader.rows(f"{name}.weight", shape, start + first, start + end)
-            )
+            shares.append(self._reader.rows(f"{name}.weight", shape, start + first, start + end))
             start += rows
         assert start == shape[0]
         return ColumnLinear(self._pack(torch.cat(shares)), None)

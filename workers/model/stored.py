@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, LlamaConfig
+from transformers import CONFIG_MAPPING, LlamaConfig
 
 from kvmesh.workers.errors import UnsupportedModelError
+from kvmesh.workers.model.architectures import ARCHITECTURES
 from kvmesh.workers.model.facts import ModelFacts, read_json
 from kvmesh.workers.model.weights import Weights
 
@@ -20,13 +22,18 @@ def read_config(facts: ModelFacts, path: Path) -> Any:
 
     Raises UnsupportedModelError if transformers refuses the configuration.
     """
+    return config_of(facts.architecture, read_json(path / "config.json"), path / "config.json")
+
+
+def config_of(architecture: str, values: Mapping[str, Any], source: Path | str) -> Any:
+    """`read_config` for the contents of a config.json. source: the file's name, for errors"""
     try:
-        if facts.architecture == "InternLM2ForCausalLM":
-            return _as_llama(read_json(path / "config.json"))
-        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        if architecture == "InternLM2ForCausalLM":
+            return _as_llama(values)
+        return CONFIG_MAPPING[ARCHITECTURES[architecture].model_type].from_dict(dict(values))
     except (ValueError, TypeError, KeyError) as error:
         raise UnsupportedModelError(
-            "model", f"{path / 'config.json'} is not valid for transformers: {error}"
+            "model", f"{source} is not valid for transformers: {error}"
         ) from error
 
 
@@ -37,7 +44,7 @@ def stored_as(facts: ModelFacts, weights: Weights) -> Weights:
     return weights
 
 
-def _as_llama(values: dict[str, Any]) -> LlamaConfig:
+def _as_llama(values: Mapping[str, Any]) -> LlamaConfig:
     """InternLM2 is Llama, with a bias on queries, keys, values and outputs or none."""
     config = {key: value for key, value in values.items() if key not in ("auto_map", "bias")}
     config["attention_bias"] = values.get("bias", True)

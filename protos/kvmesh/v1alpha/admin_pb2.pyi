@@ -76,6 +76,8 @@ class GroupFacts(_message.Message):
     HOT_PAGE_BYTES_FIELD_NUMBER: _builtins.int
     SEALED_PAGE_BYTES_FIELD_NUMBER: _builtins.int
     CAPACITY_BYTES_FIELD_NUMBER: _builtins.int
+    MAX_NUM_BATCHED_TOKENS_FIELD_NUMBER: _builtins.int
+    DEVICE_FIELD_NUMBER: _builtins.int
     group: _builtins.str
     kv_format: _builtins.str
     dtype: _builtins.str
@@ -92,6 +94,10 @@ class GroupFacts(_message.Message):
     sealed_page_bytes: _builtins.int
     capacity_bytes: _builtins.int
     """Over all ranks."""
+    max_num_batched_tokens: _builtins.int
+    """Maximum tokens of a step."""
+    device: _builtins.str
+    """cpu or cuda."""
     def __init__(
         self,
         *,
@@ -109,10 +115,12 @@ class GroupFacts(_message.Message):
         hot_page_bytes: _builtins.int = ...,
         sealed_page_bytes: _builtins.int = ...,
         capacity_bytes: _builtins.int = ...,
+        max_num_batched_tokens: _builtins.int = ...,
+        device: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_bytes", b"capacity_bytes", "dtype", b"dtype", "group", b"group", "hot_page_bytes", b"hot_page_bytes", "hot_pages", b"hot_pages", "kv_format", b"kv_format", "kvp", b"kvp", "max_num_seqs", b"max_num_seqs", "page_size", b"page_size", "recent_pages", b"recent_pages", "sealed_page_bytes", b"sealed_page_bytes", "sealed_pages", b"sealed_pages", "sink_pages", b"sink_pages", "tp", b"tp"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_bytes", b"capacity_bytes", "device", b"device", "dtype", b"dtype", "group", b"group", "hot_page_bytes", b"hot_page_bytes", "hot_pages", b"hot_pages", "kv_format", b"kv_format", "kvp", b"kvp", "max_num_batched_tokens", b"max_num_batched_tokens", "max_num_seqs", b"max_num_seqs", "page_size", b"page_size", "recent_pages", b"recent_pages", "sealed_page_bytes", b"sealed_page_bytes", "sealed_pages", b"sealed_pages", "sink_pages", b"sink_pages", "tp", b"tp"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

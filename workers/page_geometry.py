@@ -1,0 +1,50 @@
+"""The shapes of a model's pages, from its facts and a KV format. Torch-free."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvmesh.kernels.formats.base import KVFormat
+from kvmesh.workers.sizes import PageGeometry, page_bytes_of
+
+
+@dataclass(frozen=True, slots=True)
+class KVShape:
+    """What a token's keys and values are, over all ranks."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+
+
+def geometry_of(
+    fmt: KVFormat,
+    shape: KVShape,
+    *,
+    page_size: int,
+    itemsize: int,
+    tp: int = 1,
+    sink_pages: int | None = None,
+    recent_pages: int | None = None,
+) -> PageGeometry:
+    """The pages of one of `tp` ranks, which share the KV heads.
+
+    sink_pages, recent_pages: the format's defaults if None
+    Raises ValueError if the format does not support the head_dim.
+    """
+    hot, sealed = page_bytes_of(
+        fmt,
+        num_layers=shape.num_layers,
+        num_kv_heads=shape.num_kv_heads // tp,
+        page_size=page_size,
+        head_dim=shape.head_dim,
+        dtype_bytes=itemsize,
+    )
+    return PageGeometry(
+        page_size=page_size,
+        sink_pages=fmt.sink_pages if sink_pages is None else sink_pages,
+        recent_pages=fmt.recent_pages if recent_pages is None else recent_pages,
+        hot_page_bytes=hot,
+        sealed_page_bytes=sealed,
+        ranks=tp,
+    )
