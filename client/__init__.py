@@ -38,6 +38,7 @@ from kvmesh.client.options import (
     Messages,
     Prompt,
     RetryPolicy,
+    SamplingParams,
     Timeout,
 )
 from kvmesh.client.sync_client import Client
@@ -134,6 +135,7 @@ __all__ = [
     "RetryPolicy",
     "RouterLoads",
     "SamplingDefaults",
+    "SamplingParams",
     "SequenceLoads",
     "ServerError",
     "Started",

@@ -119,6 +119,10 @@ class GenerateOptions(TypedDict, total=False):
     structured_output: Mapping[str, Any]
 
 
+# By the name that other engines have for it: SamplingParams(temperature=0.0, max_tokens=64).
+SamplingParams = GenerateOptions
+
+
 class ChatOptions(GenerateOptions, total=False):
     """The keyword options of chat and chat_stream: those of `GenerateOptions`, and these.
 

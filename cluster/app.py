@@ -30,12 +30,9 @@ from kvmesh.cluster.grpc_front import GrpcFront
 from kvmesh.cluster.http_front import HttpFront
 from kvmesh.cluster.identity import Identity
 from kvmesh.cluster.ingress.authenticate import Authenticator
-from kvmesh.cluster.ingress.codec import ModelCodec
-from kvmesh.cluster.ingress.quality import DIVERGENCE_NATS
-from kvmesh.cluster.ingress.service import IngressService
-from kvmesh.cluster.ingress.validate import Limits
 from kvmesh.cluster.keys import follow_keys, known_keys, metered_tenants
 from kvmesh.cluster.link import Address, LinkError, listen
+from kvmesh.cluster.make_ingress import limits_of, make_ingress
 from kvmesh.cluster.messages import TO_ROUTER
 from kvmesh.cluster.processes import settle
 from kvmesh.cluster.rank_actors import RankActors, RankResources
@@ -48,12 +45,9 @@ from kvmesh.cluster.serve_replicas import replicas_wanted, set_replicas
 from kvmesh.cluster.telemetry.logs import use_serve_log
 from kvmesh.cluster.telemetry.meters import EngineMeters, IngressMeters, RouterMeters
 from kvmesh.cluster.telemetry.ray_meters import ray_meter
-from kvmesh.cluster.telemetry.traces import make_traces
 from kvmesh.cluster.version import package_version
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.errors import ConfigError
-from kvmesh.workers.model.generation_defaults import ignored_generation_settings
-from kvmesh.workers.model.source import resolve_tokenizer
 
 logger = logging.getLogger("ray.serve")
 
@@ -225,31 +219,11 @@ class IngressReplica:
         """engines: bound only to make them part of the application"""
         use_serve_log()
         config = deployed.config
-        path, name = resolve_tokenizer(config.model)
-        self._codec = ModelCodec(path, config.ingress.tool_parser, config.ingress.reasoning_parser)
-        self._codec.prepare()
         meters = IngressMeters(ray_meter, metered_tenants(config.auth, config.metrics.tenants))
         limits = limits_of(config)
-        if ignored := ignored_generation_settings(path):
-            logger.warning(
-                "generation_config.json sets %s, which kvmesh does not implement",
-                ", ".join(ignored),
-            )
         self._drain_s = config.timeouts.drain_s
-        self._service = IngressService(
-            deployed.identity,
-            router_finder(router),
-            self._codec,
-            limits,
-            meters,
-            version=package_version(),
-            model_names=frozenset({config.model, name}),
-            queue_timeout_s=config.router.queue_timeout_s,
-            defaults=config.generation.defaults(path),
-            divergence_nats={**DIVERGENCE_NATS, **config.ingress.kv_divergence_nats},
-            traces=make_traces(
-                config.traces.endpoint, config.traces.sample_ratio, name, package_version()
-            ),
+        self._service, self._codec = make_ingress(
+            config, deployed.identity, router_finder(router), meters
         )
         authenticator = Authenticator(known_keys(config.auth))
         self._keys = asyncio.create_task(follow_keys(config.auth, authenticator, meters.keys))
@@ -314,17 +288,6 @@ def node_ip() -> str:
 def node_id() -> str:
     """This node's, in hexadecimal."""
     return ray.get_runtime_context().get_node_id()
-
-
-def limits_of(config: ClusterConfig) -> Limits:
-    return Limits(
-        max_request_bytes=config.ingress.max_request_bytes,
-        max_stop_strings=config.ingress.max_stop_strings,
-        max_stop_chars=config.ingress.max_stop_chars,
-        max_choices=config.ingress.max_choices,
-        default_max_tokens=config.ingress.default_max_tokens,
-        default_timeout_s=config.timeouts.request_s,
-    )
 
 
 def build(args: dict[str, Any]) -> serve.Application:

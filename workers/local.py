@@ -1,13 +1,16 @@
 """Ranks without Ray: one in this process, or several in child processes.
 
-For programs that run without Ray: benchmarks, evaluation, tests.
+For programs that run without Ray: `kvmesh.LLM` and `kvmesh run`, benchmarks, evaluation, tests.
 """
 
 from __future__ import annotations
 
-import multiprocessing
+import json
 import os
-from multiprocessing.process import BaseProcess
+import signal
+import subprocess
+import sys
+from pathlib import Path
 from threading import Thread
 
 from kvmesh.workers.channel import ChannelExecutor
@@ -19,6 +22,8 @@ from kvmesh.workers.plan import StepPlan, StepResult
 from kvmesh.workers.rank import Rank
 from kvmesh.workers.threads import wait_passively
 from kvmesh.workers.worker import worker_main
+
+CLOSE_TIMEOUT_S = 10.0
 
 
 class InProcessExecutor:
@@ -49,34 +54,49 @@ class InProcessExecutor:
 
 
 class LocalProcesses(ChannelExecutor):
-    """A group's ranks as child processes of this one."""
+    """A group's ranks as child processes of this one.
+
+    Started as programs of their own and not with multiprocessing, whose children run the main
+    module again: here a script needs no `if __name__ == "__main__"`, and may come from stdin or
+    a notebook.
+    """
 
     def __init__(self, config: EngineConfig) -> None:
         super().__init__(config.tp, step_timeout_s=config.step_timeout_s)
-        context = multiprocessing.get_context("spawn")
-        wait_passively(os.environ)  # the ranks inherit the environment
-        self._processes: list[BaseProcess] = []
+        # The same modules, however this process has found them.
+        environ = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        wait_passively(environ)
+        self._processes: list[subprocess.Popen[bytes]] = []
         for rank, endpoint in enumerate(self.endpoints):
-            process = context.Process(
-                target=worker_main,
-                args=(config, rank, endpoint, self.rendezvous),
-                name=f"kvmesh-rank-{rank}",
-                daemon=True,
+            words = [config.model_dump_json(), rank, endpoint, str(self.rendezvous)]
+            process = subprocess.Popen(
+                [sys.executable, "-c", f"from {__name__} import main; main()", json.dumps(words)],
+                stdin=subprocess.DEVNULL,
+                env=environ,
             )
-            process.start()
             self._processes.append(process)
             Thread(target=self._watch, args=(rank, process), daemon=True).start()
 
-    def _watch(self, rank: int, process: BaseProcess) -> None:
-        process.join()
-        self.fail(WorkerDiedError(f"rank {rank} ended with exit code {process.exitcode}"))
+    def _watch(self, rank: int, process: subprocess.Popen[bytes]) -> None:
+        code = process.wait()
+        self.fail(WorkerDiedError(f"rank {rank} ended with exit code {code}"))
 
     def close(self) -> None:
         super().close()
         for process in self._processes:
-            process.join(timeout=10)
-            if process.is_alive():
+            try:
+                process.wait(timeout=CLOSE_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
                 process.kill()
+                process.wait()
+
+
+def main() -> None:
+    """A rank's process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the parent
+    settings, rank, endpoint, rendezvous = json.loads(sys.argv[1])
+    config = EngineConfig.model_validate_json(settings)
+    worker_main(config, rank, endpoint, Path(rendezvous))
 
 
 def local_executor(config: EngineConfig) -> InProcessExecutor | LocalProcesses:
