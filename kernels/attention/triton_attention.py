@@ -29,13 +29,13 @@ from kvmesh.kernels.attention.triton_launch import (
 from kvmesh.kernels.attention.triton_sealed import HEADS, sealed_kernel
 from kvmesh.kernels.formats.base import NO_PARAMS, KVFormat, LayerParams
 from kvmesh.kernels.formats.tiles_triton import format_kernels
+from kvmesh.kernels.gpu import gpu_of
 from kvmesh.kernels.merge.triton_merge import merge_decode
 from kvmesh.kernels.seal.triton_seal import check_arenas
 
 LOG2_E = 1.4426950408889634
 MAX_SPLITS = 256
 MAX_PREFIX_SPLITS = 16
-INTERPRETER_PROCESSORS = 8  # the number of multiprocessors assumed when interpreting
 
 
 def paged_attention(
@@ -65,7 +65,7 @@ def paged_attention(
     tables = tuple(lse if table is None else table for table in (found.k_table, found.v_table))
     pages = _Pages(q, hot, sealed.view(torch.int8), tables, batch, scale, softcap, sliding_window)
     group = num_heads // num_kv_heads
-    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
+    capability = gpu_of(q).capability
     geometry = (found.fmt, head_dim, group, page_size)
     size = q.element_size()
     prefix = prefix_launch(*geometry, size, capability)
@@ -136,9 +136,7 @@ class _Pages:
 
     @property
     def _processors(self) -> int:
-        if not self.q.is_cuda:
-            return INTERPRETER_PROCESSORS
-        return torch.cuda.get_device_properties(self.q.device).multi_processor_count
+        return gpu_of(self.q).processors
 
     def parts(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """out and lse for `count` parts of the keys."""
