@@ -271,8 +271,10 @@ def main() -> None:
     parser.add_argument("--check", type=Path, help="fail if a count exceeds this committed table's")
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
-    print(f"{'case':27} tp  a layer  torch  step  torch  waits   fill  compiled  calls/layer"
-          "  calls/step  host kB  µs/layer  µs/step")
+    print(
+        f"{'case':27} tp  a layer  torch  step  torch  waits   fill  compiled  calls/layer"
+        "  calls/step  host kB  µs/layer  µs/step"
+    )
     for case in CASES:
         if options.case and not any(part in case.name for part in options.case):
             continue
@@ -286,7 +288,9 @@ def main() -> None:
             flush=True,
         )
     if options.output:
-        options.output.write_text(json.dumps({"format": options.format, "rows": rows}, indent=1) + "\n")
+        options.output.write_text(
+            json.dumps({"format": options.format, "rows": rows}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -54,12 +54,15 @@ class Launch:
 class StandInGpu:
     """Triton's active driver while the context lasts, and the record of what reached it.
 
-    compiles: compile variants with ptxas instead of only noting them
+    compiles: compile variants with ptxas instead of only noting them; they are in `kernels`
+    capability: 90 for sm_90
     """
 
-    def __init__(self, *, compiles: bool = False) -> None:
+    def __init__(self, *, compiles: bool = False, capability: int = CAPABILITY) -> None:
         self.launches: list[Launch] = []
         self.compiled: list[str] = []
+        self.kernels: list[Any] = []
+        self._capability = capability
         self._compiles = compiles
         self._stack = ExitStack()
         self.utils = SimpleNamespace(
@@ -72,7 +75,9 @@ class StandInGpu:
 
     def __enter__(self) -> Self:
         if triton.knobs.runtime.interpret:
-            raise RuntimeError("TRITON_INTERPRET is set: the interpreter has no driver to stand in for")
+            raise RuntimeError(
+                "TRITON_INTERPRET is set: the interpreter has no driver to stand in for"
+            )
         before = driver._active
         self._stack.callback(driver.set_active, before)
         driver.set_active(self)
@@ -106,7 +111,7 @@ class StandInGpu:
         return 0
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", CAPABILITY, 32)
+        return GPUTarget("cuda", self._capability, 32)
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
         return self._launcher(source.fn.__name__, metadata.num_warps)
@@ -127,7 +132,8 @@ class StandInGpu:
         name = source.fn.__name__
         self.compiled.append(name)
         if self._compiles:
-            return self._real_compile(source, target=target, options=options)
+            self.kernels.append(self._real_compile(source, target=target, options=options))
+            return self.kernels[-1]
         return SimpleNamespace(
             run=self._launcher(name, options["num_warps"]),
             function=1,
@@ -136,7 +142,18 @@ class StandInGpu:
         )
 
 
-_FREE = ("view", "expand", "select", "slice", "split", "unbind", "transpose", "permute", "t", "alias")
+_FREE = (
+    "view",
+    "expand",
+    "select",
+    "slice",
+    "split",
+    "unbind",
+    "transpose",
+    "permute",
+    "t",
+    "alias",
+)
 _FREE += ("unsqueeze", "squeeze", "detach", "as_strided", "empty", "empty_like", "empty_strided")
 _FREE += ("new_empty", "_unsafe_view", "reshape", "lift_fresh", "unfold", "diagonal", "set_")
 _READS = ("_local_scalar_dense", "is_nonzero", "equal")

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from kvmesh.kernels import gpu
 from kvmesh.kernels.attention import paged_attention, sharers, warm_up
 from kvmesh.kernels.formats.base import NO_PARAMS, KVFormat, LayerParams, ModelParams
 from kvmesh.kernels.seal import seal_layers, seal_pages
@@ -21,7 +22,15 @@ from kvmesh.workers.model.load import ServedModel
 from kvmesh.workers.plan import SampledToken, StepPlan, StepResult, TableUpdate, TokenScores
 from kvmesh.workers.sampler import Sampler
 from kvmesh.workers.shared_prefixes import PrefixFinder
-from kvmesh.workers.step import BlockTables, StepArrays, StepTensors, ints, to_device
+from kvmesh.workers.step import (
+    BlockTables,
+    StepArrays,
+    StepTensors,
+    Works,
+    decode_works,
+    ints,
+    to_device,
+)
 
 # Rows of logits that are computed at a time to score given tokens: 78 MB in fp32 for a vocabulary
 # of 152,000 tokens, whatever the chunk's length.
@@ -81,6 +90,9 @@ class ModelRunner:
         self._prefixes = PrefixFinder(self._sealed_ids, sink_pages, min_members, max_members)
         facts = model.facts
         self._sampler = Sampler.of(facts, device) if samples else None
+        # The layers' sliding windows, and whether attention's kernels need to know the work ahead.
+        self._windows = frozenset(facts.sliding_windows)
+        self._divides = gpu.runs_kernels(self._pool.hot_tables)
         self._graphs: DecodeGraphs | None = None
         if prepare_decode:
             hot, sealed = self._pool.hot[0], self._pool.sealed[0]
@@ -91,7 +103,7 @@ class ModelRunner:
                     self._forward,
                     self._tables,
                     max_rows=allocation.max_rows,
-                    max_seq_len=allocation.max_pages_per_row * page_size,
+                    sliding_windows=self._windows,
                     min_members=min_members,
                 )
 
@@ -108,12 +120,15 @@ class ModelRunner:
         """
         start_s = time.perf_counter()
         arrays = self._prepare(plan)
+        works: Works = {}
+        if self._divides:
+            works = decode_works(arrays, self._tables, self._windows)
         scores: list[TokenScores] = []
-        if self._graphs is not None and self._graphs.fits(arrays) and not plan.scores:
+        if self._graphs is not None and self._graphs.fits(arrays, works) and not plan.scores:
             host_s = time.perf_counter() - start_s
-            logits = self._graphs.run(arrays)
+            logits = self._graphs.run(arrays, works)
         else:
-            step = to_device(arrays, self._tables, self._device)
+            step = to_device(arrays, self._tables, self._device, works)
             host_s = time.perf_counter() - start_s
             hidden = self._hidden(step)
             if plan.scores:

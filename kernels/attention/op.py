@@ -136,7 +136,9 @@ def warm_up(
 
 def _implementation(fmt: KVFormat, hot: torch.Tensor, backend: str | None) -> Callable[..., Result]:
     if backend is None:
-        backend = "triton" if gpu.runs_kernels(hot) else _cpu_backend(fmt, *hot.shape[3:], hot.dtype)
+        backend = (
+            "triton" if gpu.runs_kernels(hot) else _cpu_backend(fmt, *hot.shape[3:], hot.dtype)
+        )
     if backend == "reference":
         return reference.paged_attention
     # Imported here: a machine with a GPU may lack Numba, and one without may lack Triton.
