@@ -1,6 +1,7 @@
 """What a step launches on a GPU and what it costs the host, counted without a GPU.
 
-    python -m benchmarks.launches [--format k4v4] [--case NAME ...] [--output FILE] [--check FILE]
+    python -m benchmarks.launches [--format k4v4] [--case NAME ...] [--rounds N] [--workload STEPS]
+        [--output FILE] [--check FILE]
 
 Steps of a Llama-3-8B's attention geometry (its matrices are small) run through `ModelRunner` over
 a stand-in for an H100's Triton driver (`stand_in_gpu.py`). Per case, for one rank of `tp`:
@@ -13,7 +14,9 @@ a stand-in for an H100's Triton driver (`stand_in_gpu.py`). Per case, for one ra
     host kB    the most that the host allocates in a step
     µs a layer, µs a step   median host time on this machine; not in the table that is compared
 
-`--check` fails if a count has grown. Counts are the same in every run; times are not.
+`--workload` also runs so many steps of sequences that come, grow, share prefixes, seal and go, and
+fails if a kernel is compiled in any of them. `--check` fails if a count exceeds that of a
+committed table. Counts are the same in every run; times are not.
 """
 
 from __future__ import annotations
@@ -208,8 +211,8 @@ class _Counts:
 
 
 def _count(case: Case, kv_format: str, layers: int, rounds: int) -> _Counts:
-    counted = Counted(case, kv_format, layers)
     with StandInGpu() as gpu, products_counted() as products, torch.inference_mode():
+        counted = Counted(case, kv_format, layers)
         for _ in range(2):
             counted.runner.execute(counted.plan())
         gpu.clear()
@@ -262,6 +265,84 @@ def measure(case: Case, kv_format: str, rounds: int = 0) -> tuple[Row, Times]:
     ), Times(round((three.host_s - one.host_s) / 2 * 1e6), round(one.host_s * 1e6))
 
 
+def compiled_in_workload(kv_format: str, steps: int) -> list[str]:
+    """Names of the kernels that are compiled in a mixed workload, after warm-up."""
+    random = np.random.default_rng(0)
+    fmt = get_format(kv_format)
+    shape = ModelShape("counted", 2, 32, 8, 128, 256, 512, VOCAB, 2**17)
+    rows, pages = 24, 2**17 // PAGE_SIZE
+    model = random_model(shape, torch.bfloat16, torch.device("cpu"))
+    windows = (fmt.sink_pages, fmt.recent_pages)
+    with StandInGpu() as gpu, products_counted(), torch.inference_mode():
+        runner = ModelRunner(
+            model,
+            fmt,
+            Allocation(64, 64, rows, pages),
+            page_size=PAGE_SIZE,
+            sink_pages=windows[0],
+            recent_pages=windows[1],
+            dtype=torch.bfloat16,
+            device=torch.device("cpu"),
+            samples=True,
+            cuda_graphs=False,
+        )
+        assert gpu.compiled, "warm-up compiled nothing"
+        geometry = PageGeometry(PAGE_SIZE, *windows, 1, 1)
+        lengths = np.zeros(rows, dtype=np.int64)
+        gpu.clear()
+        for step in range(1, steps + 1):
+            present = np.sort(random.permutation(rows)[: random.integers(1, rows + 1)])
+            starts, chunks, hot, sealed, seals = [], [], [], [], []
+            for row in present.tolist():
+                old = int(lengths[row])
+                decodes = old > 0 and random.random() < 0.8
+                new = 1 if decodes else int(random.choice([1, 5, 64, 200, 513]))
+                if old + new >= 2**17 or random.random() < 0.05:
+                    old = 0
+                if not old:
+                    greedy = random.random() < 0.5
+                    starts.append(RowStart(row, GREEDY if greedy else NUCLEUS, new, b""))
+                    if random.random() < 0.5:  # most of its prompt has been computed before
+                        old = int(random.integers(1, 2**16))
+                        sealed += [(row, page, page % 64) for page in geometry.sealed_range(old)]
+                        hot += [(row, page, page % 64) for page in range(-(-old // PAGE_SIZE))]
+                end = old + new
+                hot += [
+                    (row, page, page % 64) for page in range(old // PAGE_SIZE, end // PAGE_SIZE + 1)
+                ]
+                for page in range(geometry.sealed_range(old).stop, geometry.sealed_range(end).stop):
+                    sealed.append((row, page, page % 64))
+                    seals.append(page)
+                tokens = np.full(new, 7, dtype=np.int32).tobytes()
+                chunks.append(Chunk(row, old, tokens, True))
+                lengths[row] = end
+            ids = [page % 64 for page in seals]
+            runner.execute(
+                StepPlan(step, starts, chunks, _table(hot), _table(sealed), ids, ids, seals)
+            )
+        kinds = {launch.kernel for launch in gpu.launches}
+        print(f"{steps} mixed steps: {len(gpu.launches)} launches of {', '.join(sorted(kinds))}")
+        return gpu.compiled
+
+
+def grown(rows: list[dict[str, Any]], committed: Path) -> list[str]:
+    """What exceeds the committed table. Calls may vary with the version of torch or Python."""
+    table = json.loads(committed.read_text())
+    known = {(row["case"], row["tp"]): row for row in table["rows"]}
+    found = []
+    for row in rows:
+        before = known[row["case"], row["tp"]]
+        for name, count in row.items():
+            slack = 1.1 if name.startswith(("calls", "host")) else 1.0
+            if name not in ("case", "tp", "fill") and count > slack * before[name] + 8 * (
+                slack > 1
+            ):
+                found.append(
+                    f"{row['case']}, tp {row['tp']}: {name} was {before[name]}, is {count}"
+                )
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--format", default="k4v4")
@@ -269,7 +350,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--check", type=Path, help="fail if a count exceeds this committed table's")
+    parser.add_argument("--workload", type=int, default=0, help="steps of a mixed workload")
     options = parser.parse_args()
+    if options.workload:
+        late = compiled_in_workload(options.format, options.workload)
+        if late:
+            raise SystemExit(f"compiled after warm-up: {', '.join(late)}")
     rows: list[dict[str, Any]] = []
     print(
         f"{'case':27} tp  a layer  torch  step  torch  waits   fill  compiled  calls/layer"
@@ -291,6 +377,10 @@ def main() -> None:
         options.output.write_text(
             json.dumps({"format": options.format, "rows": rows}, indent=1) + "\n"
         )
+    if options.check:
+        more = grown(rows, options.check)
+        if more:
+            raise SystemExit("\n".join(more))
 
 
 if __name__ == "__main__":

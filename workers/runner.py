@@ -31,6 +31,7 @@ from kvmesh.workers.step import (
     ints,
     to_device,
 )
+from kvmesh.workers.warm_up import warm_up_steps
 
 # Rows of logits that are computed at a time to score given tokens: 78 MB in fp32 for a vocabulary
 # of 152,000 tokens, whatever the chunk's length.
@@ -94,7 +95,9 @@ class ModelRunner:
         self._windows = frozenset(facts.sliding_windows)
         self._divides = gpu.runs_kernels(self._pool.hot_tables)
         self._graphs: DecodeGraphs | None = None
-        if prepare_decode:
+        if prepare_decode and self._divides:
+            self._warm_up(min_members)
+        elif prepare_decode:
             hot, sealed = self._pool.hot[0], self._pool.sealed[0]
             warm_up(hot, sealed, model.num_heads, fmt=fmt, params=self._layer_params(0))
         if prepare_decode and cuda_graphs and device.type == "cuda":
@@ -247,6 +250,19 @@ class ModelRunner:
                 positions=step.seal_positions,
             )
         return hidden
+
+    @torch.inference_mode()
+    def _warm_up(self, min_members: int) -> None:
+        """Compile every kernel. All ranks of a group take the same steps."""
+        pages = (self._pool.hot_tables, self._pool.sealed_tables)
+        for table in pages:
+            table.fill_(0)
+        for arrays in warm_up_steps(self._tables, min_members):
+            works = decode_works(arrays, self._tables, self._windows)
+            self._forward(to_device(arrays, self._tables, self._device, works))
+        for table in pages:
+            table.fill_(-1)
+        self._pool.all_hot.select(1, 0).zero_()
 
     def _layer_params(self, layer: int) -> LayerParams:
         return NO_PARAMS if self._params is None else self._params.layers[layer]

@@ -164,6 +164,9 @@ class StepBuffer:
 
     | int64: input_ids, positions, slots, logits_rows, seal_positions | int32: all others |
 
+    Each array begins at a multiple of 16 bytes, whatever the step: Triton compiles a kernel again
+    for pointers that are aligned and for pointers that are not.
+
     sizes: of the int64 arrays and of the int32 arrays
     """
 
@@ -174,7 +177,7 @@ class StepBuffer:
     def of(cls, arrays: StepArrays, works: Works, *, pinned: bool) -> StepBuffer:
         parts = _parts(arrays, works)
         sizes = tuple([len(array) for array in part] for part in parts)
-        num_bytes = 8 * sum(sizes[0]) + 4 * sum(sizes[1])
+        num_bytes = 8 * sum(_aligned(sizes[0], 2)) + 4 * sum(_aligned(sizes[1], 4))
         made = cls(torch.empty(num_bytes, dtype=torch.uint8, pin_memory=pinned), sizes)
         made._fill(parts)
         return made
@@ -184,9 +187,11 @@ class StepBuffer:
         self._fill(_parts(arrays, works))
 
     def _fill(self, parts: tuple[list[Ints], list[Ints]]) -> None:
-        wide, narrow = (view.numpy() for view in _typed(self.host, self.sizes))
-        np.concatenate(parts[0], out=wide)
-        np.concatenate(parts[1], out=narrow, casting="same_kind")
+        for view, arrays, step in zip(_typed(self.host, self.sizes), parts, (2, 4), strict=True):
+            target, start = view.numpy(), 0
+            for array in arrays:
+                target[start : start + len(array)] = array
+                start += -(-len(array) // step) * step
 
     def tensors(
         self, buffer: torch.Tensor, arrays: StepArrays, works: Works, tables: BlockTables
@@ -196,8 +201,13 @@ class StepBuffer:
         arrays, works: as given, or of the same sizes: with upper bounds
         """
         wide, narrow = (
-            view.split(sizes)
-            for view, sizes in zip(_typed(buffer, self.sizes), self.sizes, strict=True)
+            [
+                part[:size]
+                for part, size in zip(view.split(_aligned(sizes, step)), sizes, strict=True)
+            ]
+            for view, sizes, step in zip(
+                _typed(buffer, self.sizes), self.sizes, (2, 4), strict=True
+            )
         )
         input_ids, positions, slots, logits_rows, seal_positions = wide
         query_starts, seq_lens, rows, seal_hot, seal_sealed, *more = narrow
@@ -237,10 +247,14 @@ def _parts(arrays: StepArrays, works: Works) -> tuple[list[Ints], list[Ints]]:
     return wide, narrow
 
 
+def _aligned(sizes: list[int], step: int) -> list[int]:
+    return [-(-size // step) * step for size in sizes]
+
+
 def _typed(
     buffer: torch.Tensor, sizes: tuple[list[int], list[int]]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    middle = 8 * sum(sizes[0])
+    middle = 8 * sum(_aligned(sizes[0], 2))
     return buffer[:middle].view(torch.int64), buffer[middle:].view(torch.int32)
 
 

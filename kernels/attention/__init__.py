@@ -2,9 +2,17 @@
 
 from kvmesh.kernels.attention.batch import AttentionBatch, GivenDecodeWork, SharedPrefixes
 from kvmesh.kernels.attention.op import paged_attention, sharers, warm_up
-from kvmesh.kernels.attention.work import DecodeWork, Lengths, Round, Windows, workspace_bytes
+from kvmesh.kernels.attention.work import (
+    PREFILL_CHUNK_TOKENS,
+    DecodeWork,
+    Lengths,
+    Round,
+    Windows,
+    workspace_bytes,
+)
 
 __all__ = [
+    "PREFILL_CHUNK_TOKENS",
     "AttentionBatch",
     "DecodeWork",
     "GivenDecodeWork",
