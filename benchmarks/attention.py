@@ -55,10 +55,9 @@ from benchmarks.kernel_formats import FORMATS, as_served
 from benchmarks.stand_in_params import params_for
 from kvmesh.kernels.attention import AttentionBatch, paged_attention, triton_attention
 from kvmesh.kernels.attention.triton_launch import (
+    Geometry,
     Launch,
     decode_launch,
-    integer_launch,
-    one_warp_launch,
     takes_integer_path,
 )
 from kvmesh.kernels.formats.base import KVFormat
@@ -232,13 +231,14 @@ def _naive(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dtype: torch.dtype
 def launch_of(fmt: KVFormat, shape: Shape) -> tuple[str, Launch]:
     """The path that decode takes, and how it is compiled."""
     fmt = as_served(fmt.name, shape.head_dim)
-    geometry = (fmt, shape.head_dim, shape.group, PAGE_SIZE)
-    if takes_integer_path(
+    integer = takes_integer_path(
         fmt, shape.head_dim, PAGE_SIZE, dtype=torch.bfloat16, capability=CAPABILITY
-    ):
-        return "integer", integer_launch(*geometry)
-    one_warp = one_warp_launch(*geometry)
-    return ("plain", decode_launch(*geometry)) if one_warp is None else ("one warp", one_warp)
+    )
+    geometry = Geometry(shape.kv_heads, shape.group, shape.head_dim, PAGE_SIZE)
+    launch = decode_launch(fmt, geometry, CAPABILITY, integer=integer)
+    if integer:
+        return "integer", launch
+    return "plain" if launch.options["num_warps"] > 1 else "one warp", launch
 
 
 def measure(
@@ -314,23 +314,21 @@ def tune(names: list[str], bandwidth: float) -> list[Row]:
         fmt = get_format(name)
         path, launch = launch_of(fmt, shape)
         if path != "plain":
-            attribute = "integer_launch" if path == "integer" else "one_warp_launch"
             tried = [
                 {"num_warps": 1, "num_stages": stages, **registers}
                 for stages in (2, 3, 4, 5)
                 for registers in ({}, {"maxnreg": 168}, {"maxnreg": 208})
             ]
         else:
-            attribute = "decode_launch"
             tried = [
                 {"num_warps": warps, "num_stages": stages}
                 for warps in (1, 2, 4, 8)
                 for stages in (2, 3, 4)
             ]
-        chosen = getattr(triton_attention, attribute)
+        chosen = triton_attention.decode_launch
         for options in tried:
             other = replace(launch, options=options)
-            setattr(triton_attention, attribute, lambda *_, other=other, **__: other)
+            triton_attention.decode_launch = lambda *_, other=other, **__: other
             try:
                 row = measure(fmt, shape, bandwidth, None, rounds=5)
                 if row is not None:
@@ -340,7 +338,7 @@ def tune(names: list[str], bandwidth: float) -> list[Row]:
             except triton.runtime.errors.OutOfResources as error:
                 print(f"{name} {options}: {error}", file=sys.stderr)
             finally:
-                setattr(triton_attention, attribute, chosen)
+                triton_attention.decode_launch = chosen
     return rows
 
 

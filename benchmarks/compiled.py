@@ -15,7 +15,8 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +27,21 @@ import torch
 import triton
 
 from benchmarks.kernel_formats import FORMATS, as_served
-from benchmarks.sass import TYPES, compile_kernel
+from benchmarks.sass import compile_kernel, compile_launch
+from kvmesh.kernels.attention.triton_decode import decode_merge_kernel
 from kvmesh.kernels.attention.triton_launch import (
-    Launch,
+    Geometry,
     decode_launch,
-    integer_launch,
-    one_warp_launch,
     prefill_launch,
     prefix_launch,
     shared_kib,
     takes_integer_path,
 )
+from kvmesh.kernels.attention.triton_parts import BatchPointers
+from kvmesh.kernels.attention.triton_prefill import prefill_merge_kernel
 from kvmesh.kernels.formats.base import KVFormat
-from kvmesh.kernels.merge.triton_merge import BLOCK_P, merge_kernel
+from kvmesh.kernels.formats.registry import get_format
+from kvmesh.kernels.merge.triton_merge import BLOCK_D, BLOCK_P, merge_kernel
 from kvmesh.kernels.moe import GatedUnit
 from kvmesh.kernels.moe.triton_moe import down_kernel, gate_up_kernel, tiles, unit
 from kvmesh.kernels.seal.triton_seal import NUM_WARPS, seal_constants, seal_kernel
@@ -46,68 +49,116 @@ from kvmesh.kernels.write.triton_write import write_kernel
 
 CAPABILITIES = (70, 75, 80, 89, 90)
 NUM_KV_HEADS = 8
+Compile = Callable[[], Any]
 
 
 def kernels_of(
     fmt: KVFormat, capability: int, head_dim: int, group: int, page_size: int
-) -> Iterator[tuple[str, Any, dict[str, Any], dict[str, Any]]]:
-    """Name, kernel, constants and options of every kernel that this format runs on the GPU."""
-    geometry = (fmt, head_dim, group, page_size)
+) -> Iterator[tuple[str, Compile]]:
+    """Every kernel that this format runs on the GPU."""
     gpu = divmod(capability, 10)
-    launches: dict[str, Launch | None] = {
-        "decode": decode_launch(*geometry, capability=gpu),
-        "decode, hot pages": decode_launch(*geometry, hot_only=True, capability=gpu),
-        "decode, one warp": one_warp_launch(*geometry),
-        "shared prefixes": prefix_launch(*geometry, capability=gpu),
-        "prefill": prefill_launch(*geometry, capability=gpu),
+    geometry = Geometry(NUM_KV_HEADS, group, head_dim, page_size)
+    some = {"softcap": True, "window": True}
+    launches = {
+        "decode": decode_launch(fmt, geometry, gpu, integer=False, prefixes=True, **some),
+        "shared prefixes": prefix_launch(fmt, geometry, gpu, softcap=True),
+        "prefill": prefill_launch(fmt, geometry, gpu, **some),
     }
     if takes_integer_path(fmt, head_dim, page_size, dtype=torch.bfloat16, capability=gpu):
-        launches["decode, integer"] = integer_launch(*geometry)
+        launches["decode, integer"] = decode_launch(
+            fmt, geometry, gpu, integer=True, prefixes=True, softcap=True
+        )
     for name, launch in launches.items():
-        if launch is None:
-            continue
-        features = {"HAS_SOFTCAP": True, "HAS_WINDOW": True, "HAS_PREFIXES": name != "prefill"}
-        taken = {key: value for key, value in features.items() if key in launch.kernel.arg_names}
-        constants = {**launch.constants, **taken, "NUM_KV_HEADS": NUM_KV_HEADS}
-        yield name, launch.kernel, constants, launch.options
-    warps: dict[str, Any] = {"num_warps": NUM_WARPS}
-    constants = {**seal_constants(fmt, page_size, head_dim, 2), "NUM_KV_HEADS": NUM_KV_HEADS}
-    yield "seal", seal_kernel, constants, warps
+        yield name, partial(compile_launch, launch, capability)
+    yield "seal", partial(compile_seal, fmt, capability, geometry)
 
 
 def shared_kernels(
-    head_dim: int, group: int, page_size: int
-) -> Iterator[tuple[str, Any, dict[str, Any], dict[str, Any]]]:
+    capability: int, head_dim: int, group: int, page_size: int
+) -> Iterator[tuple[str, Compile]]:
     """Kernels that all formats share."""
-    block_d = triton.next_power_of_2(head_dim)
-    sizes = {"HEAD_DIM": head_dim, "BLOCK_D": block_d}
-    pages = {"NUM_KV_HEADS": NUM_KV_HEADS, "PAGE_SIZE": page_size}
-    yield "write", write_kernel, {**sizes, **pages}, {}
-    merge = {"NUM_HEADS": NUM_KV_HEADS * group, "BLOCK_P": BLOCK_P, "DECODE": True}
-    yield "merge", merge_kernel, {**sizes, **merge}, {}
-    inner = {"HIDDEN": 8 * head_dim, "WIDTH": 3 * head_dim}
+    number = torch.empty(16, dtype=torch.bfloat16 if capability >= 80 else torch.float16)
+    ids = torch.empty(16, dtype=torch.int64)
+    sizes = {"HEAD_DIM": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim)}
+    pages = {**sizes, "NUM_KV_HEADS": NUM_KV_HEADS, "PAGE_SIZE": page_size}
+    write = (write_kernel, (number, number, number, ids, 128, 16, 128, 16), pages, {"num_warps": 1})
+    yield "write", partial(compile_kernel, *write, capability)
+    sums = torch.empty(16)
+    blocks = {"HEAD_DIM": head_dim, "BLOCK_D": BLOCK_D, "BLOCK_P": BLOCK_P}
+    merge = (merge_kernel, (sums, sums, number, sums, 8, 8), blocks, {"num_warps": 4})
+    yield "merge", partial(compile_kernel, *merge, capability)
+    geometry = Geometry(NUM_KV_HEADS, group, head_dim, page_size)
+    ints = torch.empty(16, dtype=torch.int32)
+    batch = BatchPointers(*[ints] * len(BatchPointers._fields))
+    fmt, gpu = get_format("exact"), divmod(capability, 10)
+    for name, kernel, launch, where in (
+        (
+            "merge, decode",
+            decode_merge_kernel,
+            decode_launch(fmt, geometry, gpu, integer=False),
+            (0, 0, 2, 2, 2),
+        ),
+        (
+            "merge, prefill",
+            prefill_merge_kernel,
+            prefill_launch(fmt, geometry, gpu),
+            (0, 0, 2, 0, (2, 2)),
+        ),
+    ):
+        arguments = (sums, sums, number, sums, batch, *where, launch.form, BLOCK_D, BLOCK_P)
+        how = (kernel, arguments, {}, {"num_warps": 4})
+        yield name, partial(compile_kernel, *how, capability)
+    yield from expert_kernels(capability, head_dim)
+
+
+def expert_kernels(capability: int, head_dim: int) -> Iterator[tuple[str, Compile]]:
+    """Both products of a mixture's experts, with few and many rows for each."""
+    number = torch.empty(16, dtype=torch.bfloat16 if capability >= 80 else torch.float16)
+    ints, order, sums = (
+        torch.empty(16, dtype=kind) for kind in (torch.int32, torch.int64, torch.float32)
+    )
+    groups = (order, ints, ints, ints)
+    inner = {"HIDDEN": 8 * head_dim, "WIDTH": 3 * head_dim, "HAS_BIAS": True}
     for rows in (16, 128):
         how = tiles(torch.bfloat16, rows)
         options = {name: how.pop(name) for name in ("num_warps", "num_stages")}
-        gated = {**unit(GatedUnit(1.702, 7.0, 1.0)), **inner, "TOP_K": 8, "HAS_BIAS": True, **how}
-        yield f"experts, gate and up, {rows} rows", gate_up_kernel, gated, options
-        down = {**inner, "HAS_BIAS": True, **how}
-        yield f"experts, down, {rows} rows", down_kernel, down, options
+        gated = {**unit(GatedUnit(1.702, 7.0, 1.0)), **inner, "TOP_K": 8, **how}
+        gate_up = (gate_up_kernel, (number, *groups, number, number, number, 8), gated, options)
+        yield f"experts, gate and up, {rows} rows", partial(compile_kernel, *gate_up, capability)
+        down = (
+            down_kernel,
+            (number, *groups, number, number, sums, sums, 8),
+            {**inner, **how},
+            options,
+        )
+        yield f"experts, down, {rows} rows", partial(compile_kernel, *down, capability)
 
 
-def attempt(kernel: Any, constants: dict[str, Any], options: dict[str, Any], cc: int) -> str:
+def compile_seal(fmt: KVFormat, capability: int, geometry: Geometry) -> Any:
+    number = torch.empty(16, dtype=torch.bfloat16 if capability >= 80 else torch.float16)
+    ids, table = torch.empty(16, dtype=torch.int32), torch.empty(16)
+    arguments = (
+        number,
+        torch.empty(16, dtype=torch.int8),
+        ids,
+        ids,
+        torch.empty(16, dtype=torch.int64),
+        table,
+        table,
+        64,
+        64,
+        8,
+        8,
+    )
+    constants = seal_constants(fmt, geometry.page_size, geometry.head_dim, 2)
+    constants["NUM_KV_HEADS"] = geometry.num_kv_heads
+    return compile_kernel(seal_kernel, arguments, constants, {"num_warps": NUM_WARPS}, capability)
+
+
+def attempt(compile_it: Compile, cc: int) -> str:
     """The outcome: "tensor cores", "compiled" (without tensor cores), or the compiler's reason."""
-    number = "*bf16" if cc >= 80 else "*fp16"
-    numbers = dict.fromkeys(("q_ptr", "hot_ptr", "k_ptr", "v_ptr"), number)
-    parts = dict.fromkeys(("outs_ptr", "lses_ptr"), "*fp32")
-    types = {**TYPES, **numbers, **parts, "slots_ptr": "*i64"}
-    if kernel in (gate_up_kernel, down_kernel):
-        types |= dict.fromkeys(("x_ptr", "weight_ptr", "bias_ptr", "out_ptr"), number)
-        types |= {"order_ptr": "*i64", "shares_ptr": "*fp32"}
-        if kernel is down_kernel:
-            types["out_ptr"] = "*fp32"
     try:
-        compiled = compile_kernel(kernel, constants, options, cc, types)
+        compiled = compile_it()
     except (triton.compiler.errors.CompilationError, RuntimeError) as error:
         return (str(error).strip().splitlines() or [type(error).__name__])[-1][:200]
     if compiled.metadata.shared > shared_kib(divmod(cc, 10)) * 1024:
@@ -130,12 +181,12 @@ def main() -> None:
     for capability in options.capability:
         outcomes = found.setdefault(f"sm_{capability}", {})
         geometry = (head_dim, group, options.page_size)
-        work = [("all", *one) for one in shared_kernels(*geometry)]
+        work = [("all", *one) for one in shared_kernels(capability, *geometry)]
         for name in options.format:
             fmt = as_served(name, head_dim)
             work += [(name, *one) for one in kernels_of(fmt, capability, *geometry)]
-        for name, what, kernel, constants, how in work:
-            outcome = attempt(kernel, constants, how, capability)
+        for name, what, compile_it in work:
+            outcome = attempt(compile_it, capability)
             outcomes.setdefault(what, {}).setdefault(outcome, []).append(name)
         for what, by_outcome in outcomes.items():
             for outcome, names in by_outcome.items():

@@ -4,7 +4,7 @@
         [--dump DIR]
 
 Triton compiles for a GPU that need not be present and ships a disassembler. The loop over
-sealed pages is the first backward branch whose body contains tensor-core instructions;
+sealed pages is a backward branch whose body contains tensor-core instructions;
 every thread of the program runs it once per tile:
 
     instructions per element = instructions * threads / (tile's tokens * head_dim * 2)
@@ -40,19 +40,18 @@ os.environ.pop("TRITON_INTERPRET", None)  # the interpreter's functions cannot b
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from benchmarks.kernel_formats import FORMATS, as_served
+from benchmarks.stand_in_gpu import StandInGpu
 from benchmarks.styles import STYLES, style_kernel
 from kvmesh.kernels.attention.triton_launch import (
+    Geometry,
     Launch,
     decode_launch,
-    integer_launch,
-    one_warp_launch,
     prefill_launch,
     takes_integer_path,
 )
+from kvmesh.kernels.attention.triton_parts import BatchPointers
 from kvmesh.kernels.formats.registry import get_format
 
 # name: capability, multiprocessors, boost clock Hz, memory bytes per second
@@ -63,9 +62,7 @@ GPUS = {
     "H200": (90, 132, 1.755e9, 4.8e12),
 }
 TOLERANCE = 1.05
-POINTERS = {"q_ptr": "*bf16", "hot_ptr": "*bf16", "sealed_ptr": "*i8", "out_ptr": "*fp32"}
-TYPES = {**POINTERS, "lse_ptr": "*fp32", "qk_scale": "fp32", "softcap": "fp32"}
-TYPES |= {"k_table_ptr": "*fp32", "v_table_ptr": "*fp32", "positions_ptr": "*i64"}
+NUM_KV_HEADS = 8
 
 
 @dataclass(frozen=True)
@@ -91,66 +88,58 @@ class Row:
 
 
 def compile_launch(launch: Launch, capability: int) -> Any:
-    """The kernel compiled for that GPU, as the operator would launch it."""
-    return compile_kernel(launch.kernel, launch.constants, launch.options, capability, TYPES)
+    """The kernel compiled for that GPU, as the operator launches it."""
+    number = torch.bfloat16 if capability >= 80 else torch.float16
+    some, ints = torch.empty(16, dtype=number), torch.empty(16, dtype=torch.int32)
+    sums = torch.empty(16)
+    pages = (some, some, torch.empty(16, dtype=torch.int8), sums, sums)
+    batch = BatchPointers(*[ints] * len(BatchPointers._fields))
+    ends: tuple[Any, ...] = (0, 2, 2)
+    if launch.kernel.fn.__name__ == "prefill_kernel":
+        ends = (0, 2)
+    more = (False,) if len(ends) == 2 else ()
+    arguments = (*pages, batch, (sums, sums), 64, *ends, (1.0, 0.0, 2), (2, 2), *more, launch.form)
+    return compile_kernel(launch.kernel, arguments, {}, launch.options, capability)
 
 
 def compile_kernel(
     kernel: Any,
+    arguments: tuple[Any, ...],
     constants: dict[str, Any],
     options: dict[str, Any],
     capability: int,
-    types: dict[str, str],
 ) -> Any:
-    """types: of arguments that are not int32 or pointers to int32"""
-    signature = {}
-    for argument in kernel.arg_names:
-        default = "*i32" if argument.endswith("_ptr") else "i32"
-        signature[argument] = "constexpr" if argument in constants else types.get(argument, default)
-    names = list(kernel.arg_names)
-    source = ASTSource(
-        fn=kernel,
-        signature=signature,
-        constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={
-            (index,): [["tt.divisibility", 16]]
-            for index, name in enumerate(names)
-            if signature[name].startswith("*")
-        },
-    )
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    """arguments, constants: of a launch, by position and by name"""
+    with StandInGpu(compiles=True, capability=capability) as gpu:
+        kernel[(1, 1, 1)](*arguments, **constants, **options)
+        return gpu.kernels[-1]
 
 
 def launch_of(
     name: str, capability: int, head_dim: int, group: int, page_size: int
 ) -> tuple[str, Launch]:
     fmt = as_served(name, head_dim)
-    if takes_integer_path(
-        fmt,
-        head_dim,
-        page_size,
-        dtype=torch.bfloat16,
-        capability=(capability // 10, capability % 10),
-    ):
-        path, launch = "integer", integer_launch(fmt, head_dim, group, page_size)
-    else:
-        geometry = (fmt, head_dim, group, page_size)
-        path, launch = "plain", one_warp_launch(*geometry) or decode_launch(*geometry)
-    return path, with_constants(launch, NUM_KV_HEADS=8)
+    gpu = divmod(capability, 10)
+    integer = takes_integer_path(fmt, head_dim, page_size, dtype=torch.bfloat16, capability=gpu)
+    geometry = Geometry(NUM_KV_HEADS, group, head_dim, page_size)
+    launch = decode_launch(fmt, geometry, gpu, integer=integer)
+    return "integer" if integer else "plain", launch
 
 
 def prefill_of(
     name: str, capability: int, head_dim: int, group: int, page_size: int
 ) -> tuple[str, Launch]:
-    gpu = divmod(capability, 10)
     fmt = as_served(name, head_dim)
-    launch = prefill_launch(fmt, head_dim, group, page_size, capability=gpu)
-    return "prefill", with_constants(launch, NUM_KV_HEADS=8)
+    geometry = Geometry(NUM_KV_HEADS, group, head_dim, page_size)
+    return "prefill", prefill_launch(fmt, geometry, divmod(capability, 10))
 
 
-def with_constants(launch: Launch, **constants: Any) -> Launch:
-    merged = {**launch.constants, **constants}
-    return Launch(launch.kernel, merged, launch.tokens, launch.programs, launch.options)
+@dataclass(frozen=True)
+class StyleForm:
+    """What `measure` asks a `Form`."""
+
+    block_n: int
+    constants: dict[str, Any]
 
 
 def style_launch(style: str, head_dim: int, group: int, page_size: int) -> Launch:
@@ -162,7 +151,15 @@ def style_launch(style: str, head_dim: int, group: int, page_size: int) -> Launc
         "TOKENS": page_size,
         "HEAD_DIM": head_dim,
     }
-    return Launch(style_kernel, constants, page_size, 2, {"num_warps": 4, "num_stages": 3})
+    form: Any = StyleForm(page_size, constants)
+    return Launch(style_kernel, form, 2, {"num_warps": 4, "num_stages": 3})
+
+
+def compile_style(launch: Launch, capability: int) -> Any:
+    some, table = torch.empty(16, dtype=torch.bfloat16), torch.empty(16, dtype=torch.int32)
+    arguments = (some, torch.empty(16, dtype=torch.int8), torch.empty(16), table, 8, 1.0)
+    form: Any = launch.form
+    return compile_kernel(launch.kernel, arguments, form.constants, launch.options, capability)
 
 
 def disassemble(cubin: bytes) -> tuple[list[str], str]:
@@ -183,8 +180,9 @@ def disassemble(cubin: bytes) -> tuple[list[str], str]:
     return code.stdout.splitlines(), usage.stdout + usage.stderr
 
 
-def sealed_loop(lines: list[str]) -> int:
-    """Instructions of the first innermost loop with tensor-core instructions."""
+def sealed_loops(lines: list[str]) -> list[int]:
+    """Instructions of the innermost loops with tensor-core instructions, in order."""
+    found: list[tuple[int, int]] = []
     labels: dict[str, int] = {}
     is_instruction = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s")
     for index, line in enumerate(lines):
@@ -195,8 +193,12 @@ def sealed_loop(lines: list[str]) -> int:
         if branch and branch[1] in labels:
             body = lines[labels[branch[1]] : index + 1]
             if any(re.search(r"\b[HIQ]G?MMA\b", text) for text in body):
-                return sum(bool(is_instruction.match(text)) for text in body)
-    raise SystemExit("no loop with tensor-core instructions found")
+                count = sum(bool(is_instruction.match(text)) for text in body)
+                if not any(labels[branch[1]] < first for first, _ in found):
+                    found.append((labels[branch[1]], count))
+    if not found:
+        raise SystemExit("no loop with tensor-core instructions found")
+    return [count for _, count in found]
 
 
 def measure(
@@ -211,17 +213,23 @@ def measure(
     dump: Path | None,
 ) -> Row:
     """bits: stored per element, including metadata"""
-    compiled = compile_launch(launch, capability)
+    if path == "style":
+        compiled = compile_style(launch, capability)
+    else:
+        compiled = compile_launch(launch, capability)
     lines, usage = disassemble(compiled.asm["cubin"])
     if dump:
         dump.mkdir(parents=True, exist_ok=True)
         (dump / f"{name}-sm{capability}-d{head_dim}-g{group}.sass").write_text("\n".join(lines))
     threads = launch.options["num_warps"] * 32
-    instructions = sealed_loop(lines) * threads / (launch.tokens * head_dim * 2)
-    instructions *= -(-group // launch.constants.get("HEADS", group))
+    # In decode the loop over hot pages comes first, in prefill the one over sealed pages.
+    loop = sealed_loops(lines)[0 if path == "prefill" else -1]
+    instructions = loop * threads / (launch.form.block_n * head_dim * 2)
+    if path in ("integer", "plain"):
+        instructions *= launch.form.head_parts
     digits = 2
     if path == "prefill":
-        instructions, digits = instructions / launch.constants["BLOCK_M"], 4
+        instructions, digits = instructions / launch.form.block_m, 4
     bound = {
         gpu: round(128 * clock * processors * bits / 8 / instructions / bandwidth, 2)
         for gpu, (cc, processors, clock, bandwidth) in GPUS.items()

@@ -1,9 +1,11 @@
-"""Decode steps replayed from CUDA graphs, for batch sizes that are powers of two.
+"""Decode steps replayed from CUDA graphs, for some batch sizes and amounts of attention.
 
-Each size has one graph for steps whose sequences share prefixes, if that is possible, and
-one for other steps. A graph's inputs are fixed tensors: a step is padded to the next size,
-copied into them with one transfer, and replayed. Lengths and block tables are read on the
-device, so a graph stays valid as sequences grow, end and change rows.
+A size has graphs for steps whose sequences share prefixes, if that is possible, and for other
+steps, each for few and for many parts of attention: a part that does not exist costs a program
+that ends at once. A graph's inputs are fixed tensors: a step is padded to the next size, copied
+into them with one transfer, and replayed. Lengths and block tables are read on the device, so a
+graph stays valid as sequences grow, end and change rows. Steps beyond the largest graph are
+limited by the device, not by launches.
 """
 
 from __future__ import annotations
@@ -15,29 +17,41 @@ from typing import Any
 import numpy as np
 import torch
 
-from kvmesh.kernels.attention import SharedPrefixes
+from kvmesh.kernels.attention import DecodeWork, Round
 from kvmesh.workers.shared_prefixes import PrefixSets, num_starts
-from kvmesh.workers.step import BlockTables, StepArrays, StepTensors
+from kvmesh.workers.step import BlockTables, StepArrays, StepBuffer, StepTensors, Works, in_order
 
 Forward = Callable[[StepTensors], torch.Tensor | None]
 
-# Larger batches are limited by the device, not by launches.
-_MAX_SIZE = 256
+# In steps of 8 up to 64, then with at most an eighth of padding.
+SIZES = (1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, 257, 32))
+# Parts of attention, beyond one for each sequence.
+PARTS = (512, 4096)
+
+
+@dataclass(frozen=True, slots=True)
+class _Key:
+    """size: sequences; shares: whether there are shared prefixes; parts: one of PARTS"""
+
+    size: int
+    shares: bool
+    parts: int
 
 
 @dataclass(frozen=True, slots=True)
 class _Graph:
-    """staging: [n] int64 on the host, pinned; inputs: the same on the device."""
+    """inputs: the buffer on the device"""
 
     graph: torch.cuda.CUDAGraph
-    staging: torch.Tensor
+    buffer: StepBuffer
     inputs: torch.Tensor
     logits: torch.Tensor | None
 
 
 class DecodeGraphs:
-    """Captures every size at construction; all ranks of a group capture in the same order.
+    """Captures every graph at construction; all ranks of a group capture in the same order.
 
+    sliding_windows: of the model's layers
     min_members: minimum number of sequences in a set of shared prefixes
     """
 
@@ -47,111 +61,95 @@ class DecodeGraphs:
         tables: BlockTables,
         *,
         max_rows: int,
-        max_seq_len: int,
+        sliding_windows: frozenset[int | None],
         min_members: int,
     ) -> None:
         self._forward = forward
         self._tables = tables
-        self._max_seq_len = max_seq_len
+        self._windows = sliding_windows
         self._pool: Any = None  # torch's handle of the graphs' shared memory
-        self._graphs: dict[tuple[int, bool], _Graph] = {}
-        largest = min(_MAX_SIZE, 1 << (max_rows - 1).bit_length())
-        size = largest
-        while size:  # largest first, so that the smaller graphs reuse its memory in the pool
-            for shares in (True, False) if size >= min_members else (False,):
-                self._graphs[size, shares] = self._capture(size, shares)
-            size //= 2
+        self._graphs: dict[_Key, _Graph] = {}
+        self._sizes = sizes_for(max_rows)
+        for size in reversed(self._sizes):  # so that smaller graphs reuse the memory of larger ones
+            for parts in reversed(PARTS):
+                for shares in (True, False) if size >= min_members else (False,):
+                    key = _Key(size, shares, parts)
+                    self._graphs[key] = self._capture(key)
 
-    def run(self, arrays: StepArrays) -> torch.Tensor | None:
+    def run(self, arrays: StepArrays, works: Works) -> torch.Tensor | None:
         """Logits [S, vocab_size] of a decode step, valid until the next run; None on ranks
         without logits. Call only if `fits`."""
-        count = len(arrays.rows)
-        graph = self._graphs[_key(arrays)]
-        _fill(graph.staging.numpy(), arrays.padded(_bucket(count)))
-        graph.inputs.copy_(graph.staging, non_blocking=True)
+        key = self._key(arrays, works)
+        assert key is not None
+        graph = self._graphs[key]
+        graph.buffer.refill(arrays.padded(key.size), padded(works, key.size))
+        graph.inputs.copy_(graph.buffer.host, non_blocking=True)
         graph.graph.replay()
-        return None if graph.logits is None else graph.logits[:count]
+        return None if graph.logits is None else graph.logits[: len(arrays.rows)]
 
-    def fits(self, arrays: StepArrays) -> bool:
+    def fits(self, arrays: StepArrays, works: Works) -> bool:
         """Whether a graph covers the step."""
-        return arrays.is_decode and _key(arrays) in self._graphs
+        return arrays.is_decode and self._key(arrays, works) in self._graphs
 
-    def _capture(self, size: int, shares: bool) -> _Graph:
-        device = self._tables.hot.device
+    def _key(self, arrays: StepArrays, works: Works) -> _Key | None:
+        return key_of(arrays, works, self._sizes)
+
+    def _capture(self, key: _Key) -> _Graph:
+        device, size = self._tables.hot.device, key.size
         empty = np.zeros(0, dtype=np.int64)
         zero = np.zeros(1, dtype=np.int64)
-        prefixes = PrefixSets(empty, empty, zero) if shares else None
+        prefixes = PrefixSets(empty, empty, zero) if key.shares else None
         nothing = StepArrays(*(empty,) * 4, zero, *(empty,) * 5, prefixes).padded(size)
-        staging = torch.empty(sum(_part_sizes(size, shares)), dtype=torch.int64, pin_memory=True)
-        _fill(staging.numpy(), nothing)
-        inputs = staging.to(device)
+        rounds = (Round(0, size, 0, size + key.parts),)
+        no_work = DecodeWork(zero, zero)
+        bounds = padded(dict.fromkeys(in_order(self._windows), (no_work, rounds)), size)
+        buffer = StepBuffer.of(nothing, bounds, pinned=True)
+        inputs = buffer.host.to(device)
+
+        def forward() -> torch.Tensor | None:
+            return self._forward(buffer.tensors(inputs, nothing, bounds, self._tables))
+
         # Run twice on a side stream, to compile kernels and initialise libraries before capturing.
         side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
             for _ in range(2):
-                self._forward(self._views(inputs, size, shares))
+                forward()
         torch.cuda.current_stream(device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            logits = self._forward(self._views(inputs, size, shares))
+            logits = forward()
         self._pool = graph.pool()
-        return _Graph(graph, staging, inputs, logits)
+        return _Graph(graph, buffer, inputs, logits)
 
-    def _views(self, inputs: torch.Tensor, size: int, shares: bool) -> StepTensors:
-        """The packed inputs as a step; the casts are part of the graph."""
-        parts = inputs.split(_part_sizes(size, shares))
-        ids, positions, slots, logits_rows, starts, lens, rows = parts[:7]
-        seal_hot, seal_sealed, seal_positions = parts[7:10]
-        prefixes = SharedPrefixes(*(part.int() for part in parts[10:])) if shares else None
-        return StepTensors(
-            input_ids=ids,
-            positions=positions,
-            slots=slots,
-            logits_rows=logits_rows,
-            seal_hot=seal_hot.int(),
-            seal_sealed=seal_sealed.int(),
-            seal_positions=seal_positions,
-            batch=self._tables.batch(
-                starts.int(),
-                lens.int(),
-                rows.int(),
-                max_query_len=1,
-                max_seq_len=self._max_seq_len,
-                prefixes=prefixes,
-            ),
+
+def sizes_for(max_rows: int) -> tuple[int, ...]:
+    """Sizes of which the largest covers max_rows sequences, if any does."""
+    count = next((i + 1 for i, size in enumerate(SIZES) if size >= max_rows), len(SIZES))
+    return SIZES[:count]
+
+
+def key_of(arrays: StepArrays, works: Works, sizes: tuple[int, ...]) -> _Key | None:
+    """The smallest graph that covers a decode step, or None."""
+    count = len(arrays.rows)
+    size = next((size for size in sizes if size >= count), None)
+    slots = max((work.num_slots for work, _ in works.values()), default=0)
+    parts = next((parts for parts in PARTS if slots <= count + parts), None)
+    if size is None or parts is None:
+        return None
+    return _Key(size, arrays.prefixes is not None, parts)
+
+
+def padded(works: Works, size: int) -> Works:
+    """Padded to `size` sequences without work, with as many sets as they could form."""
+
+    def longer(starts: np.ndarray[Any, Any], length: int) -> np.ndarray[Any, Any]:
+        return np.append(starts, np.full(length - len(starts), starts[-1], dtype=starts.dtype))
+
+    return {
+        window: (
+            DecodeWork(longer(work.starts, size + 1), longer(work.set_starts, num_starts(size))),
+            rounds,
         )
-
-
-def _bucket(count: int) -> int:
-    return 1 << (count - 1).bit_length()
-
-
-def _key(arrays: StepArrays) -> tuple[int, bool]:
-    return _bucket(len(arrays.rows)), arrays.prefixes is not None
-
-
-def _part_sizes(size: int, shares: bool) -> list[int]:
-    """Sizes of StepArrays' fields, in order, for a padded decode step."""
-    prefixes = [size, size, num_starts(size)] if shares else []
-    return [size, size, size, size, size + 1, size, size, size, size, size, *prefixes]
-
-
-def _fill(staging: np.ndarray[tuple[int, ...], np.dtype[np.int64]], arrays: StepArrays) -> None:
-    prefixes = arrays.prefixes
-    np.concatenate(
-        (
-            arrays.input_ids,
-            arrays.positions,
-            arrays.slots,
-            arrays.logits_rows,
-            arrays.query_starts,
-            arrays.seq_lens,
-            arrays.rows,
-            arrays.seal_hot,
-            arrays.seal_sealed,
-            arrays.seal_positions,
-            *(() if prefixes is None else (prefixes.pages, prefixes.members, prefixes.starts)),
-        ),
-        out=staging,
-    )
+        for window, (work, rounds) in works.items()
+    }

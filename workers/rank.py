@@ -8,6 +8,7 @@ from typing import Self
 
 import torch
 
+from kvmesh.kernels.attention import workspace_bytes
 from kvmesh.kernels.formats.base import ModelParams
 from kvmesh.kernels.formats.registry import get_format
 from kvmesh.workers.calibration.file import Calibration
@@ -235,11 +236,14 @@ class Rank:
 
     @torch.inference_mode()
     def _dry_run(self) -> None:
-        """The largest step without attention, whose scratch is only a few tiles per head."""
+        """The largest step without attention, and the results of attention's parts."""
         limits = self._limits
         tokens = torch.zeros(limits.max_num_batched_tokens, dtype=torch.int64, device=self._device)
         num_rows = max(limits.max_num_seqs, SCORED_ROWS)
         rows = torch.zeros(num_rows, dtype=torch.int64, device=self._device)
+        facts = self._model.facts
+        scratch = workspace_bytes(self._model.num_heads, self._model.head_dim, facts.max_model_len)
+        _parts = torch.empty(scratch, dtype=torch.uint8, device=self._device)
         logits = self._model.forward(tokens, tokens, _attend_to_nothing, rows)
         if logits is not None:
             torch.log_softmax(logits, dim=-1)

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from kvmesh.kernels import gpu
 from kvmesh.kernels.attention import paged_attention, sharers, warm_up
 from kvmesh.kernels.formats.base import NO_PARAMS, KVFormat, LayerParams, ModelParams
 from kvmesh.kernels.merge import merge_sinks
@@ -22,7 +23,16 @@ from kvmesh.workers.model.load import ServedModel
 from kvmesh.workers.plan import SampledToken, StepPlan, StepResult, TableUpdate, TokenScores
 from kvmesh.workers.sampler import Sampler
 from kvmesh.workers.shared_prefixes import PrefixFinder
-from kvmesh.workers.step import BlockTables, StepArrays, StepTensors, ints, to_device
+from kvmesh.workers.step import (
+    BlockTables,
+    StepArrays,
+    StepTensors,
+    Works,
+    decode_works,
+    ints,
+    to_device,
+)
+from kvmesh.workers.warm_up import warm_up_steps
 
 # Rows of logits that are computed at a time to score given tokens: 78 MB in fp32 for a vocabulary
 # of 152,000 tokens, whatever the chunk's length.
@@ -82,8 +92,13 @@ class ModelRunner:
         self._prefixes = PrefixFinder(self._sealed_ids, sink_pages, min_members, max_members)
         facts = model.facts
         self._sampler = Sampler.of(facts, device) if samples else None
+        # The layers' sliding windows, and whether attention's kernels need to know the work ahead.
+        self._windows = frozenset(facts.sliding_windows)
+        self._divides = gpu.runs_kernels(self._pool.hot_tables)
         self._graphs: DecodeGraphs | None = None
-        if prepare_decode:
+        if prepare_decode and self._divides:
+            self._warm_up(min_members)
+        elif prepare_decode:
             hot, sealed = self._pool.hot[0], self._pool.sealed[0]
             warm_up(hot, sealed, model.num_heads, fmt=fmt, params=self._layer_params(0))
         if prepare_decode and cuda_graphs and device.type == "cuda":
@@ -92,7 +107,7 @@ class ModelRunner:
                     self._forward,
                     self._tables,
                     max_rows=allocation.max_rows,
-                    max_seq_len=allocation.max_pages_per_row * page_size,
+                    sliding_windows=self._windows,
                     min_members=min_members,
                 )
 
@@ -109,12 +124,15 @@ class ModelRunner:
         """
         start_s = time.perf_counter()
         arrays = self._prepare(plan)
+        works: Works = {}
+        if self._divides:
+            works = decode_works(arrays, self._tables, self._windows)
         scores: list[TokenScores] = []
-        if self._graphs is not None and self._graphs.fits(arrays) and not plan.scores:
+        if self._graphs is not None and self._graphs.fits(arrays, works) and not plan.scores:
             host_s = time.perf_counter() - start_s
-            logits = self._graphs.run(arrays)
+            logits = self._graphs.run(arrays, works)
         else:
-            step = to_device(arrays, self._tables, self._device)
+            step = to_device(arrays, self._tables, self._device, works)
             host_s = time.perf_counter() - start_s
             hidden = self._hidden(step)
             if plan.scores:
@@ -235,6 +253,19 @@ class ModelRunner:
                 positions=step.seal_positions,
             )
         return hidden
+
+    @torch.inference_mode()
+    def _warm_up(self, min_members: int) -> None:
+        """Compile every kernel. All ranks of a group take the same steps."""
+        pages = (self._pool.hot_tables, self._pool.sealed_tables)
+        for table in pages:
+            table.fill_(0)
+        for arrays in warm_up_steps(self._tables, min_members):
+            works = decode_works(arrays, self._tables, self._windows)
+            self._forward(to_device(arrays, self._tables, self._device, works))
+        for table in pages:
+            table.fill_(-1)
+        self._pool.all_hot.select(1, 0).zero_()
 
     def _layer_params(self, layer: int) -> LayerParams:
         return NO_PARAMS if self._params is None else self._params.layers[layer]

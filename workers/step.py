@@ -12,11 +12,21 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvmesh.kernels.attention import AttentionBatch, SharedPrefixes
+from kvmesh.kernels.attention import (
+    AttentionBatch,
+    DecodeWork,
+    GivenDecodeWork,
+    Lengths,
+    Round,
+    SharedPrefixes,
+    Windows,
+)
 from kvmesh.workers.plan import StepPlan
 from kvmesh.workers.shared_prefixes import PrefixSets
 
 Ints = npt.NDArray[np.int64]
+# By sliding window: the work, and its rounds or, for a captured graph, upper bounds of them.
+Works = dict[int | None, tuple[DecodeWork, tuple[Round, ...]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +74,12 @@ class StepArrays:
             seal_sealed=np.array(plan.seal_sealed, dtype=np.int64),
             seal_positions=np.array(plan.seal_pages, dtype=np.int64) * page_size,
         )
+
+    @property
+    def attention_lengths(self) -> Lengths:
+        sets = self.prefixes
+        more = () if sets is None else (sets.pages, sets.members, sets.starts)
+        return Lengths(self.query_starts, self.seq_lens, *more)
 
     @property
     def is_decode(self) -> bool:
@@ -122,6 +138,8 @@ class BlockTables:
         max_query_len: int,
         max_seq_len: int,
         prefixes: SharedPrefixes | None,
+        lengths: Lengths | None = None,
+        decode_work: dict[int | None, GivenDecodeWork] | None = None,
     ) -> AttentionBatch:
         return AttentionBatch(
             query_starts=query_starts,
@@ -135,36 +153,138 @@ class BlockTables:
             max_query_len=max_query_len,
             max_seq_len=max_seq_len,
             prefixes=prefixes,
+            lengths=lengths,
+            decode_work=decode_work or {},
         )
 
 
-def to_device(arrays: StepArrays, tables: BlockTables, device: torch.device) -> StepTensors:
-    """The step's tensors, with the step's own shapes."""
-    lengths = np.diff(arrays.query_starts)
-    return StepTensors(
-        input_ids=ints(arrays.input_ids, torch.int64, device),
-        positions=ints(arrays.positions, torch.int64, device),
-        slots=ints(arrays.slots, torch.int64, device),
-        logits_rows=ints(arrays.logits_rows, torch.int64, device),
-        seal_hot=ints(arrays.seal_hot, torch.int32, device),
-        seal_sealed=ints(arrays.seal_sealed, torch.int32, device),
-        seal_positions=ints(arrays.seal_positions, torch.int64, device),
-        batch=tables.batch(
-            ints(arrays.query_starts, torch.int32, device),
-            ints(arrays.seq_lens, torch.int32, device),
-            ints(arrays.rows, torch.int32, device),
+@dataclass(frozen=True, slots=True)
+class StepBuffer:
+    """A step's arrays in one buffer, so that one transfer takes them to the device.
+
+    | int64: input_ids, positions, slots, logits_rows, seal_positions | int32: all others |
+
+    Each array begins at a multiple of 16 bytes, whatever the step: Triton compiles a kernel again
+    for pointers that are aligned and for pointers that are not.
+
+    sizes: of the int64 arrays and of the int32 arrays
+    """
+
+    host: torch.Tensor
+    sizes: tuple[list[int], list[int]]
+
+    @classmethod
+    def of(cls, arrays: StepArrays, works: Works, *, pinned: bool) -> StepBuffer:
+        parts = _parts(arrays, works)
+        sizes = tuple([len(array) for array in part] for part in parts)
+        num_bytes = 8 * sum(_aligned(sizes[0], 2)) + 4 * sum(_aligned(sizes[1], 4))
+        made = cls(torch.empty(num_bytes, dtype=torch.uint8, pin_memory=pinned), sizes)
+        made._fill(parts)
+        return made
+
+    def refill(self, arrays: StepArrays, works: Works) -> None:
+        """With another step of the same sizes."""
+        self._fill(_parts(arrays, works))
+
+    def _fill(self, parts: tuple[list[Ints], list[Ints]]) -> None:
+        for view, arrays, step in zip(_typed(self.host, self.sizes), parts, (2, 4), strict=True):
+            target, start = view.numpy(), 0
+            for array in arrays:
+                target[start : start + len(array)] = array
+                start += -(-len(array) // step) * step
+
+    def tensors(
+        self, buffer: torch.Tensor, arrays: StepArrays, works: Works, tables: BlockTables
+    ) -> StepTensors:
+        """The step in `buffer`, a copy of `host` on the device, as views; no device is read.
+
+        arrays, works: as given, or of the same sizes: with upper bounds
+        """
+        wide, narrow = (
+            [
+                part[:size]
+                for part, size in zip(view.split(_aligned(sizes, step)), sizes, strict=True)
+            ]
+            for view, sizes, step in zip(
+                _typed(buffer, self.sizes), self.sizes, (2, 4), strict=True
+            )
+        )
+        input_ids, positions, slots, logits_rows, seal_positions = wide
+        query_starts, seq_lens, rows, seal_hot, seal_sealed, *more = narrow
+        prefixes = None
+        if arrays.prefixes is not None:
+            prefixes, more = SharedPrefixes(*more[:3]), more[3:]
+        decode_work = {
+            window: GivenDecodeWork(starts, set_chunks, rounds)
+            for (window, (_, rounds)), starts, set_chunks in zip(
+                works.items(), more[::2], more[1::2], strict=True
+            )
+        }
+        lengths = np.diff(arrays.query_starts)
+        batch = tables.batch(
+            query_starts,
+            seq_lens,
+            rows,
             max_query_len=int(lengths.max()),
             max_seq_len=int(arrays.seq_lens.max()),
-            prefixes=_shared(arrays.prefixes, device),
-        ),
-    )
+            prefixes=prefixes,
+            lengths=arrays.attention_lengths,
+            decode_work=decode_work,
+        )
+        return StepTensors(
+            input_ids, positions, slots, logits_rows, seal_hot, seal_sealed, seal_positions, batch
+        )
 
 
-def _shared(sets: PrefixSets | None, device: torch.device) -> SharedPrefixes | None:
-    if sets is None:
-        return None
-    arrays = (sets.pages, sets.members, sets.starts)
-    return SharedPrefixes(*(ints(array, torch.int32, device) for array in arrays))
+def _parts(arrays: StepArrays, works: Works) -> tuple[list[Ints], list[Ints]]:
+    a, sets = arrays, arrays.prefixes
+    wide = [a.input_ids, a.positions, a.slots, a.logits_rows, a.seal_positions]
+    narrow = [a.query_starts, a.seq_lens, a.rows, a.seal_hot, a.seal_sealed]
+    if sets is not None:
+        narrow += [sets.pages, sets.members, sets.starts]
+    for work, _ in works.values():
+        narrow += [work.starts, work.set_starts]
+    return wide, narrow
+
+
+def _aligned(sizes: list[int], step: int) -> list[int]:
+    return [-(-size // step) * step for size in sizes]
+
+
+def _typed(
+    buffer: torch.Tensor, sizes: tuple[list[int], list[int]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    middle = 8 * sum(_aligned(sizes[0], 2))
+    return buffer[:middle].view(torch.int64), buffer[middle:].view(torch.int32)
+
+
+def to_device(
+    arrays: StepArrays, tables: BlockTables, device: torch.device, works: Works | None = None
+) -> StepTensors:
+    """The step's tensors, with the step's own shapes, copied without blocking."""
+    buffer = StepBuffer.of(arrays, works or {}, pinned=device.type != "cpu")
+    there = buffer.host
+    if device.type != "cpu":
+        there = there.to(device, non_blocking=True)
+    return buffer.tensors(there, arrays, works or {}, tables)
+
+
+def in_order(sliding_windows: frozenset[int | None]) -> list[int | None]:
+    """The same on every rank and in every step."""
+    return sorted(sliding_windows, key=lambda window: window or 0)
+
+
+def decode_works(
+    arrays: StepArrays, tables: BlockTables, sliding_windows: frozenset[int | None]
+) -> Works:
+    """How attention divides the step's decoding sequences, for the layers' sliding windows."""
+    works: Works = {}
+    lengths = arrays.attention_lengths
+    for window in in_order(sliding_windows):
+        windows = Windows(tables.page_size, tables.sink_pages, tables.recent_pages, window)
+        work = DecodeWork.of(lengths, windows)
+        works[window] = work, tuple(work.rounds())
+    return works
 
 
 def ints(values: npt.ArrayLike, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

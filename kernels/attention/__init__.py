@@ -1,6 +1,27 @@
 """Attention over hot and sealed pages."""
 
-from kvmesh.kernels.attention.batch import AttentionBatch, SharedPrefixes
+from kvmesh.kernels.attention.batch import AttentionBatch, GivenDecodeWork, SharedPrefixes
 from kvmesh.kernels.attention.op import paged_attention, sharers, warm_up
+from kvmesh.kernels.attention.work import (
+    PREFILL_CHUNK_TOKENS,
+    DecodeWork,
+    Lengths,
+    Round,
+    Windows,
+    workspace_bytes,
+)
 
-__all__ = ["AttentionBatch", "SharedPrefixes", "paged_attention", "sharers", "warm_up"]
+__all__ = [
+    "PREFILL_CHUNK_TOKENS",
+    "AttentionBatch",
+    "DecodeWork",
+    "GivenDecodeWork",
+    "Lengths",
+    "Round",
+    "SharedPrefixes",
+    "Windows",
+    "paged_attention",
+    "sharers",
+    "warm_up",
+    "workspace_bytes",
+]

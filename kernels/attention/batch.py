@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from kvmesh.kernels.attention.work import Lengths, Round
+
 
 @dataclass(frozen=True, eq=False, slots=True)
 class SharedPrefixes:
@@ -28,6 +30,19 @@ class SharedPrefixes:
 
 
 @dataclass(frozen=True, eq=False, slots=True)
+class GivenDecodeWork:
+    """`DecodeWork` on the device. In a captured graph its contents change between replays.
+
+    starts: [num_seqs + 1] int32; set_chunks: [num_sets + 1] int32
+    rounds: the work's, or one round of as many slots as there may be
+    """
+
+    starts: torch.Tensor
+    set_chunks: torch.Tensor
+    rounds: tuple[Round, ...]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
 class AttentionBatch:
     """The sequences of one step, where their pages are, and which form each query reads.
 
@@ -43,6 +58,9 @@ class AttentionBatch:
         id; -1 where the page does not exist in that form
     max_query_len, max_seq_len: upper bounds, known to the host
     prefixes: pages to read once for several sequences; affects only rounding
+    lengths: the sequences' lengths as the host knows them; without them, a backend that needs
+        them waits for the device
+    decode_work: the step's `DecodeWork` by sliding window; derived where it is missing
     plans: what a backend derives from the above once per step; private to the backend
     """
 
@@ -57,6 +75,8 @@ class AttentionBatch:
     max_query_len: int
     max_seq_len: int
     prefixes: SharedPrefixes | None = None
+    lengths: Lengths | None = None
+    decode_work: dict[int | None, GivenDecodeWork] = field(default_factory=dict)
     plans: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:

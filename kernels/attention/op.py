@@ -9,6 +9,7 @@ from functools import cache
 
 import torch
 
+from kvmesh.kernels import gpu
 from kvmesh.kernels.attention import reference
 from kvmesh.kernels.attention.batch import AttentionBatch
 from kvmesh.kernels.formats.base import NO_PARAMS, KVFormat, LayerParams
@@ -96,11 +97,11 @@ def sharers(fmt: KVFormat, hot: torch.Tensor, num_heads: int) -> tuple[int, int]
     """
     num_kv_heads, page_size, head_dim = hot.shape[2:]
     group = num_heads // num_kv_heads
-    if not hot.is_cuda:
+    if not gpu.runs_kernels(hot):
         return 2, max(2, CPU_SHARED_ROWS // group)
     from kvmesh.kernels.attention import triton_launch
 
-    capability = torch.cuda.get_device_capability(hot.device)
+    capability = gpu.gpu_of(hot).capability
     return triton_launch.sharers(fmt, head_dim, group, page_size, hot.dtype, capability)
 
 
@@ -135,7 +136,9 @@ def warm_up(
 
 def _implementation(fmt: KVFormat, hot: torch.Tensor, backend: str | None) -> Callable[..., Result]:
     if backend is None:
-        backend = "triton" if hot.is_cuda else _cpu_backend(fmt, *hot.shape[3:], hot.dtype)
+        backend = (
+            "triton" if gpu.runs_kernels(hot) else _cpu_backend(fmt, *hot.shape[3:], hot.dtype)
+        )
     if backend == "reference":
         return reference.paged_attention
     # Imported here: a machine with a GPU may lack Numba, and one without may lack Triton.

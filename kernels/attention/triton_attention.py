@@ -1,41 +1,39 @@
 """`paged_attention` in Triton; the same signature as the public operator.
 
-Decode runs in parts that `merge_kernel` combines by log-sum-exp (FlashDecoding). The parts
-are the splits of the plain loop or, if `takes_integer_path`, the splits of the integer loop
-over sealed pages plus one part of the plain loop over hot pages. In both cases the parts of
-shared prefixes are added. Prefill is the plain loop. Grids and loop bounds follow from the
-host's upper bounds and from lengths read on the device: nothing is read back, so a captured
-graph stays correct for other lengths.
+Decode and prefill compute parts of the keys, which are merged by log-sum-exp (FlashDecoding):
+`work.py` says which parts, and a kernel's programs go through them. What all layers of a step
+have in common is prepared once (`_Step`), so that a layer costs the host its launches: two in
+decode, one more where sequences share prefixes, one in prefill, two if its keys are many.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 import triton
 
-from kvmesh.kernels.attention.batch import AttentionBatch, SharedPrefixes
+from kvmesh.kernels.attention.batch import AttentionBatch, GivenDecodeWork
+from kvmesh.kernels.attention.triton_decode import decode_merge_kernel
 from kvmesh.kernels.attention.triton_launch import (
-    MIN_TILES_PER_SPLIT,
+    Geometry,
     Launch,
     decode_launch,
-    integer_launch,
-    one_warp_launch,
     prefill_launch,
     prefix_launch,
     takes_integer_path,
 )
-from kvmesh.kernels.attention.triton_sealed import HEADS, sealed_kernel
-from kvmesh.kernels.formats.base import NO_PARAMS, KVFormat, LayerParams
-from kvmesh.kernels.formats.tiles_triton import format_kernels
-from kvmesh.kernels.merge.triton_merge import merge_decode
+from kvmesh.kernels.attention.triton_parts import BatchPointers
+from kvmesh.kernels.attention.triton_prefill import prefill_merge_kernel
+from kvmesh.kernels.attention.work import DecodeWork, Lengths, PrefillWork, Round, Slab, Windows
+from kvmesh.kernels.formats.base import NO_PARAMS, CompiledParams, KVFormat, LayerParams
+from kvmesh.kernels.gpu import gpu_of
+from kvmesh.kernels.merge.triton_merge import BLOCK_D, BLOCK_P
 from kvmesh.kernels.seal.triton_seal import check_arenas
 
 LOG2_E = 1.4426950408889634
-MAX_SPLITS = 256
-MAX_PREFIX_SPLITS = 16
-INTERPRETER_PROCESSORS = 8  # the number of multiprocessors assumed when interpreting
 
 
 def paged_attention(
@@ -50,213 +48,296 @@ def paged_attention(
     softcap: float | None = None,
     sliding_window: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    num_tokens, num_heads, head_dim = q.shape
-    num_kv_heads, page_size = hot.shape[2:4]
-    format_kernels(fmt)
-    check_arenas(hot, sealed)
+    found = params.compiled(fmt, batch.page_size)
+    key = (id(found.fmt), q.shape, scale, softcap, sliding_window)
+    step = batch.plans.get(key)
+    if step is None:
+        check_arenas(hot, sealed)
+        step = batch.plans[key] = _Step.of(q, hot, batch, found, scale, softcap, sliding_window)
     q = q.contiguous()
-    # Rows of no sequence stay 0 and -inf; a decode step with all rows in use has none.
-    out = torch.zeros_like(q)
-    lse = torch.full((num_tokens, num_heads), -torch.inf, dtype=torch.float32, device=q.device)
-    if num_tokens == 0 or batch.num_seqs == 0:
-        return out, lse
-    found = params.compiled(fmt, page_size)
+    out = torch.empty_like(q)
+    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     # Kernels never read the placeholder passed for a table that a side does not have.
-    tables = tuple(lse if table is None else table for table in (found.k_table, found.v_table))
-    pages = _Pages(q, hot, sealed.view(torch.int8), tables, batch, scale, softcap, sliding_window)
-    group = num_heads // num_kv_heads
-    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
-    geometry = (found.fmt, head_dim, group, page_size)
-    size = q.element_size()
-    prefix = prefix_launch(*geometry, size, capability)
-    shared_splits = pages.num_prefix_splits(prefix) if pages.prefixes else 0
-    integer = takes_integer_path(
-        fmt,
-        head_dim,
-        page_size,
-        dtype=q.dtype,
-        sliding_window=sliding_window,
-        capability=capability,
+    tables = (
+        lse if found.k_table is None else found.k_table,
+        lse if found.v_table is None else found.v_table,
     )
-    sealed_launch = integer_launch(*geometry) if integer else one_warp_launch(*geometry, size)
-    if sealed_launch is not None:
-        splits = pages.num_splits(sealed_launch)
-        parts, part_lses = pages.parts(splits + 1 + shared_splits)
-        attend = pages.attend_sealed if integer else pages.attend
-        attend(sealed_launch, parts, part_lses, splits)
-        hot_launch = decode_launch(*geometry, size, hot_only=True, capability=capability)
-        pages.attend(hot_launch, parts[splits:], part_lses[splits:], 1)
-        splits += 1
-    else:
-        plain = decode_launch(*geometry, size, capability=capability)
-        splits = pages.num_splits(plain)
-        parts, part_lses = pages.parts(splits + shared_splits)
-        pages.attend(plain, parts, part_lses, splits)
-    if shared_splits:
-        part_lses[splits:].fill_(-torch.inf)  # for sequences that share nothing
-        pages.attend_prefixes(prefix, parts[splits:], part_lses[splits:], shared_splits)
-    merge_decode(parts, part_lses, out, lse, batch.query_starts)
-    if batch.max_query_len > 1:
-        prefill = prefill_launch(*geometry, size, capability)
-        blocks = triton.cdiv(batch.max_query_len, prefill.constants["BLOCK_Q"])
-        pages.attend(prefill, out, lse, blocks)
+    step.run(_Layer(q, hot, sealed.view(torch.int8), out, lse, tables))
     return out, lse
 
 
 @dataclass(frozen=True, slots=True)
-class _Pages:
-    """One layer's arguments, and the launches of its kernels."""
-
+class _Layer:
     q: torch.Tensor
     hot: torch.Tensor
     sealed: torch.Tensor
-    tables: tuple[torch.Tensor, ...]
-    batch: AttentionBatch
-    scale: float
-    softcap: float | None
-    sliding_window: int | None
+    out: torch.Tensor
+    lse: torch.Tensor
+    tables: tuple[torch.Tensor, torch.Tensor]
 
-    def num_splits(self, launch: Launch) -> int:
-        """Enough to fill the device, but each split gets at least a few tiles."""
-        programs = self._programs(launch) * self.batch.num_seqs
-        wanted = launch.programs * self._processors // programs
-        tiles = triton.cdiv(self.batch.max_seq_len, launch.tokens)
-        return max(1, min(wanted, tiles // MIN_TILES_PER_SPLIT, MAX_SPLITS))  # type: ignore[no-any-return]
 
-    def num_prefix_splits(self, launch: Launch) -> int:
-        """Enough for one set to fill the device; more parts would cost more merging."""
-        wanted = launch.programs * self._processors // self.hot.shape[2]
-        tiles = triton.cdiv(self.batch.max_seq_len, launch.tokens)
-        return max(1, min(wanted, tiles // MIN_TILES_PER_SPLIT, MAX_PREFIX_SPLITS))  # type: ignore[no-any-return]
+@dataclass(frozen=True, slots=True)
+class _Decode:
+    """num_sets: 0 without shared prefixes; num_rows: of q, if the merge clears those of no sequence"""
 
-    @property
-    def prefixes(self) -> SharedPrefixes | None:
-        """The batch's prefixes, or None with a window, which may begin after them."""
-        return None if self.sliding_window is not None else self.batch.prefixes
+    launch: Launch
+    prefix: Launch | None
+    batch: BatchPointers
+    rounds: tuple[Round, ...]
+    prefix_grid: int
+    num_seqs: int
+    num_sets: int
+    num_rows: int
+    outs: torch.Tensor
+    lses: torch.Tensor
 
-    @property
-    def _processors(self) -> int:
-        if not self.q.is_cuda:
-            return INTERPRETER_PROCESSORS
-        return torch.cuda.get_device_properties(self.q.device).multi_processor_count
 
-    def parts(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """out and lse for `count` parts of the keys."""
-        shape = (count, self.batch.num_seqs, *self.q.shape[1:])
-        parts = torch.empty(shape, dtype=torch.float32, device=self.q.device)
-        return parts, torch.empty(shape[:3], dtype=torch.float32, device=self.q.device)
+@dataclass(frozen=True, slots=True)
+class _Prefill:
+    launch: Launch
+    batch: BatchPointers
+    slabs: tuple[Slab, ...]
+    num_seqs: int
+    outs: torch.Tensor | None
+    lses: torch.Tensor | None
 
-    def attend(
-        self, launch: Launch, out: torch.Tensor, lse: torch.Tensor, first_programs: int
-    ) -> None:
-        """first_programs: splits for decode, blocks of queries for prefill"""
-        batch = self.batch
-        launch.kernel[(first_programs, self.hot.shape[2], batch.num_seqs)](
-            self.q,
-            self.hot,
-            self.sealed,
-            out,
-            lse,
-            batch.query_starts,
-            batch.seq_lens,
-            batch.rows,
-            batch.hot_tables,
-            batch.sealed_tables,
-            self._prefix_pages,
-            *self.tables,
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """What layers of one kind have in common in a step.
+
+    first_unused: the first row of no sequence, if the decode part does not clear it
+    """
+
+    decode: _Decode | None
+    prefill: _Prefill | None
+    softmax: tuple[float, float, int]
+    windows: tuple[int, int]
+    stride_table: int
+    first_unused: int | None
+
+    @classmethod
+    def of(
+        cls,
+        q: torch.Tensor,
+        hot: torch.Tensor,
+        batch: AttentionBatch,
+        found: CompiledParams,
+        scale: float,
+        softcap: float | None,
+        sliding_window: int | None,
+    ) -> _Step:
+        fmt, geometry, gpu = found.fmt, Geometry.of(hot, q.shape[1]), gpu_of(q)
+        lengths = Lengths.of(batch)
+        windows = Windows(batch.page_size, batch.sink_pages, batch.recent_pages, sliding_window)
+        flags = {"softcap": softcap is not None, "window": sliding_window is not None}
+        decode = prefill = None
+        chunked = batch.max_query_len > 1
+        if not chunked or bool((lengths.counts == 1).any()):
+            prefixes = batch.prefixes if sliding_window is None else None
+            integer = takes_integer_path(
+                fmt,
+                geometry.head_dim,
+                geometry.page_size,
+                dtype=q.dtype,
+                sliding_window=sliding_window,
+                capability=gpu.capability,
+            )
+            launch = decode_launch(
+                fmt,
+                geometry,
+                gpu.capability,
+                integer=integer,
+                prefixes=prefixes is not None,
+                **flags,
+            )
+            work = batch.decode_work.get(sliding_window)
+            prefix = None
+            if prefixes is not None:
+                prefix = prefix_launch(fmt, geometry, gpu.capability, softcap=flags["softcap"])
+            decode = _decode(q, batch, lengths, windows, launch, prefix, gpu.processors, work)
+        if chunked:
+            launch = prefill_launch(fmt, geometry, gpu.capability, **flags)
+            prefill = _prefill(q, batch, lengths, windows, launch)
+        used = int(lengths.query_starts[-1])
+        cleared = not chunked or used == q.shape[0]
+        qk_scale = scale if softcap is not None else scale * LOG2_E
+        return cls(
+            decode,
+            prefill,
+            (qk_scale, softcap or 0.0, sliding_window or 0),
+            (batch.sink_pages, batch.recent_pages),
             batch.hot_tables.stride(0),
-            batch.num_seqs * self.q.shape[1],
-            self._qk_scale,
-            self.softcap or 0.0,
-            self.sliding_window or 0,
-            batch.sink_pages,
-            batch.recent_pages,
-            first_programs,
-            **{
-                **launch.constants,
-                "HAS_SOFTCAP": self.softcap is not None,
-                "HAS_WINDOW": self.sliding_window is not None,
-                "HAS_PREFIXES": launch.constants["DECODE"] and self.prefixes is not None,
-                "NUM_KV_HEADS": self.hot.shape[2],
-            },
-            **launch.options,
+            None if cleared else used,
         )
 
-    def attend_sealed(
-        self, launch: Launch, out: torch.Tensor, lse: torch.Tensor, num_splits: int
-    ) -> None:
-        batch = self.batch
-        launch.kernel[(num_splits, self._programs(launch), batch.num_seqs)](
-            self.q,
-            self.sealed,
-            out,
-            lse,
-            batch.query_starts,
-            batch.seq_lens,
-            batch.rows,
-            batch.sealed_tables,
-            self._prefix_pages,
-            *self.tables,
-            batch.sealed_tables.stride(0),
-            batch.num_seqs * self.q.shape[1],
-            self._qk_scale,
-            self.softcap or 0.0,
-            batch.sink_pages,
-            batch.recent_pages,
-            num_splits,
-            **{
-                **launch.constants,
-                "HAS_SOFTCAP": self.softcap is not None,
-                "HAS_PREFIXES": self.prefixes is not None,
-                "NUM_KV_HEADS": self.hot.shape[2],
-                "STAGES": launch.options["num_stages"],
-            },
-            **launch.options,
-        )
+    def run(self, layer: _Layer) -> None:
+        if self.first_unused is not None:
+            layer.out[self.first_unused :] = 0.0
+            layer.lse[self.first_unused :] = -torch.inf
+        if self.decode is not None:
+            self._run_decode(self.decode, layer)
+        if self.prefill is not None:
+            self._run_prefill(self.prefill, layer)
 
-    def attend_prefixes(
-        self, launch: Launch, out: torch.Tensor, lse: torch.Tensor, num_splits: int
-    ) -> None:
-        batch, prefixes = self.batch, self.prefixes
-        assert prefixes is not None
-        launch.kernel[(num_splits, self.hot.shape[2], prefixes.starts.shape[0] - 1)](
-            self.q,
-            self.sealed,
-            out,
-            lse,
-            batch.query_starts,
-            batch.rows,
-            batch.sealed_tables,
-            prefixes.pages,
-            prefixes.members,
-            prefixes.starts,
-            *self.tables,
-            batch.sealed_tables.stride(0),
-            batch.num_seqs * self.q.shape[1],
-            self._qk_scale,
-            self.softcap or 0.0,
-            batch.sink_pages,
-            num_splits,
-            **{
-                **launch.constants,
-                "HAS_SOFTCAP": self.softcap is not None,
-                "NUM_KV_HEADS": self.hot.shape[2],
-            },
-            **launch.options,
-        )
+    def _run_decode(self, work: _Decode, layer: _Layer) -> None:
+        form = work.launch.form
+        pages = (layer.q, layer.hot, layer.sealed, work.outs, work.lses, work.batch, layer.tables)
+        for part in work.rounds:
+            num_slots = part.end_slot - part.first_slot
+            slots = (self.stride_table, part.first_slot, num_slots)
+            work.launch.kernel[(max(1, num_slots), form.num_kv_heads * form.head_parts)](
+                *pages,
+                *slots,
+                work.num_seqs,
+                self.softmax,
+                self.windows,
+                form,
+                **work.launch.options,
+            )
+            if work.prefix is not None:
+                work.prefix.kernel[(work.prefix_grid, form.num_kv_heads)](
+                    *pages,
+                    *slots,
+                    work.num_sets,
+                    self.softmax,
+                    self.windows,
+                    work.prefix.form,
+                    **work.prefix.options,
+                )
+            # The first round also clears rows that belong to no sequence.
+            num_rows = work.num_rows if part.first_seq == 0 else 0
+            num_seqs = part.end_seq - part.first_seq
+            grid = (max(num_seqs, num_rows), form.num_heads, triton.cdiv(form.head_dim, BLOCK_D))
+            decode_merge_kernel[grid](
+                work.outs,
+                work.lses,
+                layer.out,
+                layer.lse,
+                work.batch,
+                part.first_slot,
+                part.first_seq,
+                part.end_seq,
+                work.num_seqs,
+                num_rows,
+                form,
+                BLOCK_D,
+                BLOCK_P,
+                num_warps=4,
+            )
 
-    @property
-    def _prefix_pages(self) -> torch.Tensor:
-        """The table of prefix pages; kernels without HAS_PREFIXES do not read the placeholder."""
-        return self.batch.seq_lens if self.prefixes is None else self.prefixes.pages
+    def _run_prefill(self, work: _Prefill, layer: _Layer) -> None:
+        form = work.launch.form
+        for slab in work.slabs:
+            outs, lses = (layer.out, layer.lse) if slab.direct else (work.outs, work.lses)
+            work.launch.kernel[(slab.end - slab.first, form.num_kv_heads)](
+                layer.q,
+                layer.hot,
+                layer.sealed,
+                outs,
+                lses,
+                work.batch,
+                layer.tables,
+                self.stride_table,
+                slab.first,
+                work.num_seqs,
+                self.softmax,
+                self.windows,
+                slab.direct,
+                form,
+                **work.launch.options,
+            )
+            if slab.direct:
+                continue
+            num_tokens = slab.end_token - slab.first_token
+            prefill_merge_kernel[(num_tokens, form.num_heads, triton.cdiv(form.head_dim, BLOCK_D))](
+                outs,
+                lses,
+                layer.out,
+                layer.lse,
+                work.batch,
+                slab.first,
+                slab.first_token,
+                work.num_seqs,
+                self.softmax[2],
+                self.windows,
+                form,
+                BLOCK_D,
+                BLOCK_P,
+                num_warps=4,
+            )
 
-    def _programs(self, launch: Launch) -> int:
-        """Number of programs of one split of one sequence."""
-        num_kv_heads = self.hot.shape[2]
-        if launch.kernel is sealed_kernel:
-            return num_kv_heads * triton.cdiv(self.q.shape[1] // num_kv_heads, HEADS)  # type: ignore[no-any-return]
-        return num_kv_heads
 
-    @property
-    def _qk_scale(self) -> float:
-        return self.scale if self.softcap is not None else self.scale * LOG2_E
+def _decode(
+    q: torch.Tensor,
+    batch: AttentionBatch,
+    lengths: Lengths,
+    windows: Windows,
+    launch: Launch,
+    prefix: Launch | None,
+    processors: int,
+    given: GivenDecodeWork | None,
+) -> _Decode:
+    form, num_seqs = launch.form, batch.num_seqs
+    prefix_grid = num_sets = 0
+    if given is None:
+        work = DecodeWork.of(lengths, windows)
+        starts, set_chunks = (_upload(x, q.device) for x in (work.starts, work.set_starts))
+        given = GivenDecodeWork(starts, set_chunks, tuple(work.rounds()))
+    slots = max((part.end_slot - part.first_slot for part in given.rounds), default=0)
+    if prefix is not None:
+        num_sets = given.set_chunks.shape[0] - 1
+        prefix_grid = prefix.fill(processors)
+    outs = torch.empty((max(slots, 1), form.num_heads, form.head_dim), device=q.device)
+    return _Decode(
+        launch,
+        prefix,
+        _pointers(batch, given.starts, given.set_chunks),
+        given.rounds,
+        prefix_grid,
+        num_seqs,
+        num_sets,
+        q.shape[0] if batch.max_query_len == 1 else 0,
+        outs,
+        torch.empty(outs.shape[:2], device=q.device),
+    )
+
+
+def _prefill(
+    q: torch.Tensor, batch: AttentionBatch, lengths: Lengths, windows: Windows, launch: Launch
+) -> _Prefill:
+    form = launch.form
+    item = form.num_kv_heads * form.block_m
+    work = PrefillWork.of(lengths, windows, form.block_q, item * form.head_dim * 4)
+    starts = _upload(work.starts, q.device)
+    held = max((slab.end - slab.first for slab in work.slabs if not slab.direct), default=0)
+    outs = lses = None
+    if held:
+        outs = torch.empty((held * item, form.head_dim), device=q.device)
+        lses = torch.empty(held * item, device=q.device)
+    pointers = _pointers(batch, starts, starts)
+    return _Prefill(launch, pointers, work.slabs, batch.num_seqs, outs, lses)
+
+
+def _pointers(
+    batch: AttentionBatch, starts: torch.Tensor, set_chunks: torch.Tensor
+) -> BatchPointers:
+    prefixes = batch.prefixes
+    members = (starts,) * 3
+    if prefixes is not None:
+        members = (prefixes.pages, prefixes.members, prefixes.starts)
+    return BatchPointers(
+        batch.query_starts,
+        batch.seq_lens,
+        batch.rows,
+        batch.hot_tables,
+        batch.sealed_tables,
+        starts,
+        *members,
+        set_chunks,
+    )
+
+
+def _upload(values: np.ndarray[Any, Any], device: torch.device) -> torch.Tensor:
+    host = torch.from_numpy(values.astype(np.int32))
+    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)

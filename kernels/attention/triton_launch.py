@@ -5,7 +5,7 @@ The choices rest on instruction counts of the machine code (`benchmarks/sass.py`
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from functools import cache
 from typing import Any
 
@@ -13,34 +13,35 @@ import torch
 import triton
 from triton.runtime.interpreter import InterpretedFunction
 
-from kvmesh.kernels.attention.triton_loop import attention_kernel
+from kvmesh.kernels.attention import work
+from kvmesh.kernels.attention.triton_decode import decode_kernel
+from kvmesh.kernels.attention.triton_form import Form, form_of
+from kvmesh.kernels.attention.triton_prefill import prefill_kernel
 from kvmesh.kernels.attention.triton_prefix import prefix_kernel
-from kvmesh.kernels.attention.triton_sealed import HEADS, sealed_kernel
+from kvmesh.kernels.attention.triton_sealed import HEADS
 from kvmesh.kernels.attention.triton_sides import TOKENS, token_run
 from kvmesh.kernels.formats.affine.side import Affine
 from kvmesh.kernels.formats.base import KVFormat, Side
 from kvmesh.kernels.formats.codebook.side import Codebook
 from kvmesh.kernels.formats.static8.side import Static8
 from kvmesh.kernels.formats.tiles_triton import format_kernels
+from kvmesh.kernels.gpu import Capability
 
 MAX_BLOCK_N = 64
-MIN_TILES_PER_SPLIT = 4
 # Programs that a multiprocessor holds at a time. With four warps its shared memory is the limit;
 # with one warp the limit is its 65536 registers, of which a thread takes 170 to 250.
-PLAIN_PROGRAMS, INTEGER_PROGRAMS = 4, 9
+PLAIN_PROGRAMS, ONE_WARP_PROGRAMS = 4, 9
+# Hot keys of a tile that one warp reads: 16 rows, keys and sums fit in its registers.
+ONE_WARP_HOT_N = 16
 # Maximum registers per thread. Without a limit the compiler picks 168 for some formats and
 # spills; with a higher limit it rarely uses them all. Two runs of tokens need the maximum.
 INTEGER_REGISTERS, INTEGER_REGISTERS_OF_TOKEN_RUNS = 208, 255
 NUM_STAGES = 3
-# Features that few layers or batches have; the launcher sets those that one has.
-FLAGS = {"HAS_WINDOW": False, "HAS_PREFIXES": False}
 INTEGER_HEAD_DIMS = (64, 128)
 INTEGER_CAPABILITY = (8, 0)
 # With this many query rows, the integer loop (eight rows at a time) costs as much as the plain
 # loop over one tile of them all.
 MIN_SHARED_ROWS = 64
-
-Capability = tuple[int, int]  # of a GPU; None for the interpreter, which supports everything
 
 
 def takes_integer_path(
@@ -79,57 +80,92 @@ def _has_integer_codes(side: Side, page_size: int, head_dim: int) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Launch:
-    """How a kernel is compiled: constants other than the layer's flags, warps and stages.
+class Geometry:
+    """A layer's heads and pages on one rank. group: query heads per KV head"""
 
-    tokens: per tile; programs: how many a multiprocessor holds at a time
-    """
+    num_kv_heads: int
+    group: int
+    head_dim: int
+    page_size: int
+    dtype_bytes: int = 2
+
+    @classmethod
+    def of(cls, hot: torch.Tensor, num_heads: int) -> Geometry:
+        """hot: as in `paged_attention`"""
+        num_kv_heads, page_size, head_dim = hot.shape[2:]
+        group = num_heads // num_kv_heads
+        return cls(num_kv_heads, group, head_dim, page_size, hot.element_size())
+
+    def form(self, fmt: KVFormat, **shape: Any) -> Form:
+        sizes = {item.name: getattr(self, item.name) for item in fields(self)}
+        return form_of(fmt, **sizes, **shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """How a kernel is compiled. programs: how many a multiprocessor holds at a time"""
 
     kernel: Any
-    constants: dict[str, Any]
-    tokens: int
+    form: Form
     programs: int
     options: dict[str, Any]
+
+    def fill(self, processors: int) -> int:
+        """Programs for each KV head that fill the device once."""
+        return max(1, self.programs * processors // self.form.num_kv_heads)
 
 
 @cache
 def decode_launch(
     fmt: KVFormat,
-    head_dim: int,
-    group: int,
-    page_size: int,
-    dtype_bytes: int = 2,
-    hot_only: bool = False,
-    capability: Capability | None = None,
+    geometry: Geometry,
+    capability: Capability | None,
+    *,
+    integer: bool,
+    softcap: bool = False,
+    window: bool = False,
+    prefixes: bool = False,
 ) -> Launch:
-    """The plain loop; group: query heads per KV head."""
-    shape = _decode_shape(group) | {"HOT_ONLY": hot_only, "SEALED_ONLY": False}
-    geometry = (fmt, head_dim, group, page_size, dtype_bytes)
-    launch = _plain_launch(attention_kernel, *geometry, shape, capability)
-    if head_dim > 128 and shared_kib(capability) < 160:
-        return replace(launch, options={**launch.options, "num_stages": 1})
-    return launch
-
-
-@cache
-def one_warp_launch(
-    fmt: KVFormat, head_dim: int, group: int, page_size: int, dtype_bytes: int = 2
-) -> Launch | None:
-    """The plain loop over sealed pages only, with one warp per program; None if the format does
-    not suit it. Hot pages would need more registers than one warp has."""
+    """integer: sealed pages are read by the integer loop (`takes_integer_path`)"""
+    page_size, head_dim, group = geometry.page_size, geometry.head_dim, geometry.group
     k, v = format_kernels(fmt)
-    if not (k.one_warp and v.one_warp and head_dim <= max(INTEGER_HEAD_DIMS)):
-        return None
-    shape = _decode_shape(group) | {"HOT_ONLY": False, "SEALED_ONLY": True}
-    geometry = (fmt, head_dim, group, page_size, dtype_bytes)
-    launch = _plain_launch(attention_kernel, *geometry, shape, None)
-    options = {**launch.options, "num_warps": 1}
-    return replace(launch, programs=INTEGER_PROGRAMS, options=options)
-
-
-def _decode_shape(group: int) -> dict[str, Any]:
-    block_m = max(16, triton.next_power_of_2(group))
-    return {"DECODE": True, "BLOCK_Q": 1, "BLOCK_M": block_m, **FLAGS}
+    flags = {"has_softcap": softcap, "has_window": window, "has_prefixes": prefixes}
+    shape: dict[str, Any] = {**flags, "chunk_pages": max(1, work.DECODE_CHUNK_TOKENS // page_size)}
+    if integer:
+        registers = INTEGER_REGISTERS
+        if token_run(fmt.k, page_size, head_dim) < TOKENS:
+            registers = INTEGER_REGISTERS_OF_TOKEN_RUNS
+        form = geometry.form(
+            fmt,
+            **shape,
+            integer=True,
+            ptx=not isinstance(decode_kernel, InterpretedFunction),
+            heads=HEADS,
+            block_m=16,
+            block_n=TOKENS,
+            hot_n=ONE_WARP_HOT_N,
+            stages=NUM_STAGES,
+        )
+        options = {"num_warps": 1, "num_stages": NUM_STAGES, "maxnreg": registers}
+        return Launch(decode_kernel, form, ONE_WARP_PROGRAMS, options)
+    one_warp = k.one_warp and v.one_warp and head_dim <= max(INTEGER_HEAD_DIMS)
+    tokens = _tile_tokens(geometry, capability)
+    form = geometry.form(
+        fmt,
+        **shape,
+        heads=group,
+        block_m=max(16, triton.next_power_of_2(group)),
+        block_n=tokens,
+        hot_n=ONE_WARP_HOT_N if one_warp else tokens,
+    )
+    stages = 1 if k.looks_up or v.looks_up else NUM_STAGES
+    if one_warp:
+        options = {"num_warps": 1, "num_stages": stages}
+        return Launch(decode_kernel, form, ONE_WARP_PROGRAMS, options)
+    if head_dim > 128 and shared_kib(capability) < 160:
+        stages = 1
+    options = {"num_warps": 4, "num_stages": stages}
+    return Launch(decode_kernel, form, PLAIN_PROGRAMS, options)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,51 +196,51 @@ def shared_kib(capability: Capability | None) -> int:
 @cache
 def prefill_launch(
     fmt: KVFormat,
-    head_dim: int,
-    group: int,
-    page_size: int,
-    dtype_bytes: int = 2,
-    capability: Capability | None = None,
+    geometry: Geometry,
+    capability: Capability | None,
+    *,
+    softcap: bool = False,
+    window: bool = False,
 ) -> Launch:
-    """group: query heads per KV head"""
-    block = row_block(head_dim, capability)
-    block_q = max(1, block.rows // group)
-    block_m = max(16, triton.next_power_of_2(block_q * group))
-    shape = {"DECODE": False, "BLOCK_Q": block_q, "BLOCK_M": block_m, **FLAGS}
-    shape |= {"HOT_ONLY": False, "SEALED_ONLY": False}
-    geometry = (fmt, head_dim, group, page_size, dtype_bytes)
-    launch = _plain_launch(attention_kernel, *geometry, shape, capability)
-    return _with_rows(launch, block, fmt)
+    block_q = max(1, row_block(geometry.head_dim, capability).rows // geometry.group)
+    shape = {
+        "block_q": block_q,
+        "block_m": max(16, triton.next_power_of_2(block_q * geometry.group)),
+        "chunk_pages": max(1, work.PREFILL_CHUNK_TOKENS // geometry.page_size),
+        "has_softcap": softcap,
+        "has_window": window,
+    }
+    return _many_rows(prefill_kernel, fmt, geometry, capability, shape)
 
 
 @cache
 def prefix_launch(
-    fmt: KVFormat,
-    head_dim: int,
-    group: int,
-    page_size: int,
-    dtype_bytes: int = 2,
-    capability: Capability | None = None,
+    fmt: KVFormat, geometry: Geometry, capability: Capability | None, *, softcap: bool = False
 ) -> Launch:
-    """Shared prefixes; group: query heads per KV head"""
-    max_members = _max_sharers(head_dim, group, capability)
-    shape = {"BLOCK_M": max(16, triton.next_power_of_2(max_members * group))}
-    geometry = (fmt, head_dim, group, page_size, dtype_bytes)
-    launch = _plain_launch(prefix_kernel, *geometry, shape, capability)
-    return _with_rows(launch, row_block(head_dim, capability), fmt)
+    """Shared prefixes; its form's chunks are those of decode."""
+    max_members = _max_sharers(geometry.head_dim, geometry.group, capability)
+    shape = {
+        "block_m": max(16, triton.next_power_of_2(max_members * geometry.group)),
+        "chunk_pages": max(1, work.DECODE_CHUNK_TOKENS // geometry.page_size),
+        "has_softcap": softcap,
+    }
+    return _many_rows(prefix_kernel, fmt, geometry, capability, shape)
 
 
-def _with_rows(launch: Launch, block: RowBlock, fmt: KVFormat) -> Launch:
-    """For many rows, for which folding scales does not pay."""
-    dense: dict[str, Any] = {}
-    for side, kernels in zip("KV", format_kernels(fmt), strict=True):
-        if kernels.load_dense is not None:
-            dense |= {f"LOAD_{side}": kernels.load_dense, f"{side}_FOLDED": False}
-    stages = min(block.stages, launch.options["num_stages"])
+def _many_rows(
+    kernel: Any,
+    fmt: KVFormat,
+    geometry: Geometry,
+    capability: Capability | None,
+    shape: dict[str, Any],
+) -> Launch:
+    k, v = format_kernels(fmt)
+    block = row_block(geometry.head_dim, capability)
+    tokens = _tile_tokens(geometry, capability)
+    form = geometry.form(fmt, **shape, block_n=tokens, hot_n=tokens, dense=True)
+    stages = min(block.stages, 1 if k.looks_up or v.looks_up else NUM_STAGES)
     options = {"num_warps": block.warps, "num_stages": stages}
-    constants = {**launch.constants, **dense}
-    programs = max(1, 2 * 4 // block.warps)
-    return replace(launch, constants=constants, programs=programs, options=options)
+    return Launch(kernel, form, max(1, 2 * 4 // block.warps), options)
 
 
 def sharers(
@@ -226,65 +262,7 @@ def _max_sharers(head_dim: int, group: int, capability: Capability | None) -> in
     return max(2, row_block(head_dim, capability).rows // group)
 
 
-def _plain_launch(
-    kernel: Any,
-    fmt: KVFormat,
-    head_dim: int,
-    group: int,
-    page_size: int,
-    dtype_bytes: int,
-    shape: dict[str, Any],
-    capability: Capability | None,
-) -> Launch:
-    k, v = format_kernels(fmt)
-    # A full tile of wide heads does not fit a T4.
-    max_tokens = MAX_BLOCK_N if head_dim <= 128 or shared_kib(capability) > 64 else MAX_BLOCK_N // 2
-    tokens = min(max_tokens, page_size & -page_size)
-    constants = {
-        "LOAD_K": k.load,
-        "LOAD_K_CENTRE": k.load_centre,
-        "LOAD_V": v.load,
-        "K_FOLDED": k.folded,
-        "V_FOLDED": v.folded,
-        "K_SIDE": fmt.k,
-        "V_SIDE": fmt.v,
-        "K_BYTES": fmt.k.num_bytes(page_size, head_dim, dtype_bytes),
-        "PAGE_BYTES": fmt.page_bytes(page_size, head_dim, dtype_bytes),
-        "HAS_SOFTCAP": False,
-        "GROUP": group,
-        "PAGE_SIZE": page_size,
-        "HEAD_DIM": head_dim,
-        "BLOCK_D": triton.next_power_of_2(head_dim),
-        "BLOCK_N": tokens,
-        "PRECISION": "ieee",
-        **shape,
-    }
-    stages = 1 if k.looks_up or v.looks_up else NUM_STAGES
-    options = {"num_warps": 4, "num_stages": stages}
-    return Launch(kernel, constants, tokens, PLAIN_PROGRAMS, options)
-
-
-@cache
-def integer_launch(fmt: KVFormat, head_dim: int, group: int, page_size: int) -> Launch:
-    """The integer loop over sealed pages; group: query heads per KV head."""
-    constants = {
-        "K_SIDE": fmt.k,
-        "V_SIDE": fmt.v,
-        "K_BYTES": fmt.k.num_bytes(page_size, head_dim),
-        "PAGE_BYTES": fmt.page_bytes(page_size, head_dim),
-        "HAS_PREFIXES": False,
-        "HAS_SOFTCAP": False,
-        "GROUP": group,
-        "PAGE_SIZE": page_size,
-        "HEAD_DIM": head_dim,
-        "MIN_TILES": MIN_TILES_PER_SPLIT,
-        "HEADS": HEADS,
-        "TOKENS": TOKENS,
-        "STAGES": NUM_STAGES,
-        "PTX": not isinstance(sealed_kernel, InterpretedFunction),
-    }
-    registers = INTEGER_REGISTERS
-    if token_run(fmt.k, page_size, head_dim) < TOKENS:
-        registers = INTEGER_REGISTERS_OF_TOKEN_RUNS
-    options = {"num_warps": 1, "num_stages": NUM_STAGES, "maxnreg": registers}
-    return Launch(sealed_kernel, constants, TOKENS, INTEGER_PROGRAMS, options)
+def _tile_tokens(geometry: Geometry, capability: Capability | None) -> int:
+    """A power of two that divides the page; a full tile of wide heads does not fit a T4."""
+    wide = geometry.head_dim > 128 and shared_kib(capability) <= 64
+    return min(MAX_BLOCK_N // 2 if wide else MAX_BLOCK_N, geometry.page_size & -geometry.page_size)

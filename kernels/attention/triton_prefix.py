@@ -1,8 +1,8 @@
 """Decode attention over prefixes that several sequences share: each page is read once for all.
 
 As in FlashInfer's cascade, the rows of a tile are (sequence, query head of one KV
-head's group) pairs: up to 64 of them for the cost of unpacking one tile of keys. Other
-kernels compute the rest of each sequence; the parts are merged by log-sum-exp.
+head's group) pairs: up to 64 of them for the cost of unpacking one tile of keys. The results go
+into each member's slots, next to those of its other parts (`work.py`).
 """
 
 from __future__ import annotations
@@ -10,130 +10,69 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvmesh.kernels.attention.triton_loop import attend_tile, finished, load_keys
+from kvmesh.kernels.attention.triton_loop import (
+    attend_sealed,
+    load_queries,
+    no_keys,
+    store_finished,
+)
+from kvmesh.kernels.attention.triton_parts import find
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "first_slot", "max_slots", "num_sets"])
 def prefix_kernel(
     q_ptr,
+    hot_ptr,
     sealed_ptr,
     out_ptr,
     lse_ptr,
-    query_starts_ptr,
-    rows_ptr,
-    sealed_tables_ptr,
-    prefix_pages_ptr,
-    members_ptr,
-    set_starts_ptr,
-    k_table_ptr,
-    v_table_ptr,
+    batch,
+    tables,
     stride_table,
-    stride_split,
-    qk_scale,
-    softcap,
-    sink_pages,
-    num_splits,
-    LOAD_K: tl.constexpr,
-    LOAD_K_CENTRE: tl.constexpr,
-    LOAD_V: tl.constexpr,
-    K_FOLDED: tl.constexpr,
-    V_FOLDED: tl.constexpr,
-    K_SIDE: tl.constexpr,
-    V_SIDE: tl.constexpr,
-    K_BYTES: tl.constexpr,
-    PAGE_BYTES: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    NUM_KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
+    first_slot,
+    max_slots,
+    num_sets,
+    softmax,
+    windows,
+    FORM: tl.constexpr,
 ):
-    """Program (split, KV head, set of `SharedPrefixes`).
+    """Programs (n-th of a fixed number, KV head), which go through the chunks of all sets; the
+    arguments are those of `decode_kernel`.
 
-    out, lse: partial, fp32 [num_splits, num_seqs, num_heads, HEAD_DIM] and without
-        HEAD_DIM; written for sequences that share a prefix, lse -inf where a split has no tile
+    Members whose slots are not those to be computed are masked.
     """
-    split = tl.program_id(0)
     head = tl.program_id(1)
-    members_from = tl.load(set_starts_ptr + tl.program_id(2))
-    num_members = tl.load(set_starts_ptr + tl.program_id(2) + 1) - members_from
-    if num_members > 0:
-        DTYPE: tl.constexpr = q_ptr.dtype.element_ty
-        NUM_HEADS: tl.constexpr = NUM_KV_HEADS * GROUP
-        offs_m = tl.arange(0, BLOCK_M)
-        offs_d = tl.arange(0, BLOCK_D)
-        mask_m = offs_m // GROUP < num_members
-        mask_q = mask_m[:, None] & (offs_d < HEAD_DIM)[None, :]
-        seq = tl.load(members_ptr + members_from + offs_m // GROUP, mask=mask_m, other=0)
-        q_head = head * GROUP + offs_m % GROUP
-        token = tl.load(query_starts_ptr + seq, mask=mask_m, other=0).to(tl.int64)
-        q_row = token * NUM_HEADS + q_head
-        q = load_keys(q_ptr, q_row, mask_m, K_SIDE, HEAD_DIM, BLOCK_D)
-        q_sum = tl.sum(q[0].to(tl.float32), 1)
-
-        first_seq = tl.load(members_ptr + members_from)
-        num_pages = tl.load(prefix_pages_ptr + first_seq)
-        first_key = sink_pages * PAGE_SIZE
-        end_key = first_key + num_pages * PAGE_SIZE
-        num_tiles = num_pages * (PAGE_SIZE // BLOCK_N)
-        per_split = (num_tiles + num_splits - 1) // num_splits
-        tile_from = split * per_split
-        tile_end = tl.minimum(tile_from + per_split, num_tiles)
-
-        table = tl.load(rows_ptr + first_seq).to(tl.int64) * stride_table
-        acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
-        acc_offset = tl.zeros([BLOCK_M], dtype=tl.float32)
-        total = tl.zeros([BLOCK_M], dtype=tl.float32)
-        top = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
-        for tile in range(tile_from, tile_end):
-            key = first_key + tile * BLOCK_N
-            page = tl.load(sealed_tables_ptr + table + key // PAGE_SIZE).to(tl.int64)
-            page_ptr = sealed_ptr + (page * NUM_KV_HEADS + head) * PAGE_BYTES
-            # Every row sees all of every page, so nothing is masked.
-            acc, acc_offset, top, total = attend_tile(
-                q,
-                q_sum,
-                offs_m,
-                acc,
-                acc_offset,
-                top,
-                total,
-                page_ptr,
-                page_ptr + K_BYTES,
-                k_table_ptr,
-                v_table_ptr,
-                head,
-                key,
-                first_key,
-                end_key,
-                qk_scale,
-                softcap,
-                0,
-                sink_pages,
-                0,
-                LOAD_K,
-                LOAD_K_CENTRE,
-                LOAD_V,
-                K_FOLDED,
-                V_FOLDED,
-                K_SIDE,
-                V_SIDE,
-                False,
-                True,
-                HAS_SOFTCAP,
-                False,
-                PAGE_SIZE,
-                HEAD_DIM,
-                BLOCK_D,
-                BLOCK_N,
-                DTYPE,
-                PRECISION,
-            )
-        out, lse = finished(acc, acc_offset, top, total)
-        out_row = split.to(tl.int64) * stride_split + seq * NUM_HEADS + q_head
-        tl.store(out_ptr + out_row[:, None] * HEAD_DIM + offs_d[None, :], out, mask=mask_q)
-        tl.store(lse_ptr + out_row, lse, mask=mask_m)
+    sink_pages, _ = windows
+    PAGES: tl.constexpr = FORM.chunk_pages
+    DTYPE: tl.constexpr = q_ptr.dtype.element_ty
+    BLOCK_M: tl.constexpr = FORM.block_m
+    offs_m = tl.arange(0, BLOCK_M)
+    total = tl.load(batch.set_chunks + num_sets)
+    for number in tl.range(tl.program_id(0), total, tl.num_programs(0), num_stages=1):
+        members = find(batch.set_chunks, num_sets, number)
+        part = number - tl.load(batch.set_chunks + members)
+        members_from = tl.load(batch.set_starts + members)
+        num_members = tl.load(batch.set_starts + members + 1) - members_from
+        mask_m = offs_m // FORM.group < num_members
+        member = members_from + offs_m // FORM.group
+        seq = tl.load(batch.members + member, mask=mask_m, other=0)
+        slot = tl.load(batch.starts + seq, mask=mask_m, other=0) + 1 + part - first_slot
+        mask_m = mask_m & (slot >= 0) & (slot < max_slots)
+        q_head = head * FORM.group + offs_m % FORM.group
+        query = tl.load(batch.query_starts + seq, mask=mask_m, other=0).to(tl.int64)
+        # Every row sees all of every page, so nothing is masked.
+        q = load_queries(q_ptr, query * FORM.num_heads + q_head, mask_m, offs_m, FORM)
+        first_seq = tl.load(batch.members + members_from)
+        end_page = sink_pages + tl.load(batch.prefix_pages + first_seq)
+        chunk = sink_pages // PAGES + part
+        from_page = tl.maximum(sink_pages, chunk * PAGES)
+        end_page = tl.minimum(end_page, (chunk + 1) * PAGES)
+        row = tl.load(batch.rows + first_seq).to(tl.int64) * stride_table
+        pages = (hot_ptr, sealed_ptr, batch.hot_tables + row, batch.sealed_tables + row)
+        span = (from_page * FORM.page_size, end_page * FORM.page_size)
+        state = no_keys(FORM)
+        state = attend_sealed(
+            q, state, pages, tables, head, span, softmax, windows, False, DTYPE, FORM
+        )
+        rows = slot.to(tl.int64) * FORM.num_heads + q_head
+        store_finished(state, out_ptr, lse_ptr, rows, mask_m, FORM)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from kvmesh.kernels import gpu
 from kvmesh.kernels.merge import reference
 
 
@@ -54,7 +55,7 @@ def _implementation(
     outs: torch.Tensor, backend: str | None
 ) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     if backend is None:
-        backend = "triton" if outs.is_cuda else "reference"
+        backend = "triton" if gpu.runs_kernels(outs) else "reference"
     if backend == "reference":
         return reference.merge_states
     if backend == "triton":

@@ -6,6 +6,7 @@ from types import ModuleType
 
 import torch
 
+from kvmesh.kernels import gpu
 from kvmesh.kernels.formats.base import NO_PARAMS, KVFormat, LayerParams, ModelParams
 from kvmesh.kernels.seal import reference
 
@@ -110,7 +111,7 @@ def _check(
 
 def _implementation(hot: torch.Tensor, backend: str | None) -> ModuleType:
     if backend is None:
-        backend = "triton" if hot.is_cuda else "reference"
+        backend = "triton" if gpu.runs_kernels(hot) else "reference"
     if backend == "reference":
         return reference
     if backend == "triton":

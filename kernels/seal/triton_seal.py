@@ -25,8 +25,16 @@ from kvmesh.kernels.formats.tiles_triton import format_kernels
 NUM_WARPS = 8
 
 
-# One binary for pools of any size.
-@triton.jit(do_not_specialize=["num_hot_pages", "num_sealed_pages"])
+# One binary for pools of any size, and for ids wherever they lie in a step's buffer.
+@triton.jit(
+    do_not_specialize=[
+        "hot_ids_ptr",
+        "sealed_ids_ptr",
+        "positions_ptr",
+        "num_hot_pages",
+        "num_sealed_pages",
+    ]
+)
 def seal_kernel(
     hot_ptr,
     sealed_ptr,

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from kvmesh.kernels import gpu
 from kvmesh.kernels.write import reference
 
 
@@ -42,7 +43,7 @@ def write_hot(
 
 def _implementation(k: torch.Tensor, backend: str | None) -> Callable[..., None]:
     if backend is None:
-        backend = "triton" if k.is_cuda else "reference"
+        backend = "triton" if gpu.runs_kernels(k) else "reference"
     if backend == "reference":
         return reference.write_hot
     if backend == "triton":

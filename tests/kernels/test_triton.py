@@ -292,10 +292,7 @@ def test_integer_path_with_other_shapes(
 
 @EVERY_DTYPE
 @pytest.mark.parametrize("name", ["int4", "k2v2", "kivi4"])
-def test_integer_path_splits_long_sequences_and_shares_pages(
-    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(triton_attention, "MIN_TILES_PER_SPLIT", 2)
+def test_integer_path_splits_long_sequences_and_shares_pages(name: str, dtype: torch.dtype) -> None:
     case = make_case(
         get_format(name),
         Shape(2, 1, 64, 64),

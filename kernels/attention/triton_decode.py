@@ -1,0 +1,238 @@
+"""Decode: a program for each part of each sequence, and the merge of the parts.
+
+A part (`work.py`) is a sequence's hot pages or a chunk of its sealed pages. Sealed pages are read
+by the integer loop (`triton_sealed.py`) or the plain one. Grids follow from upper bounds and
+everything else from what is read on the device, so a captured graph stays correct as sequences
+grow. A loop over parts within a program would save the programs that find nothing to do, but in a
+single warp it costs the sealed loop registers that it does not have.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kvmesh.kernels.attention.triton_loop import (
+    attend_hot,
+    attend_sealed,
+    load_queries,
+    no_keys,
+    store_finished,
+)
+from kvmesh.kernels.attention.triton_parts import find, num_chunks
+from kvmesh.kernels.attention.triton_sealed import integer_part
+from kvmesh.kernels.merge.triton_merge import merge_row
+
+
+@triton.jit(do_not_specialize=["batch", "first_slot", "max_slots", "num_seqs"])
+def decode_kernel(
+    q_ptr,
+    hot_ptr,
+    sealed_ptr,
+    out_ptr,
+    lse_ptr,
+    batch,
+    tables,
+    stride_table,
+    first_slot,
+    max_slots,
+    num_seqs,
+    softmax,
+    windows,
+    FORM: tl.constexpr,
+):
+    """Program (slot from first_slot on, KV head and a part of its query heads).
+
+    batch: `BatchPointers`; tables, softmax, windows: as in `triton_loop.py`
+    max_slots: slots from first_slot + max_slots on are computed in another round
+    out, lse: fp32 [slots, query heads, HEAD_DIM], and without HEAD_DIM, from first_slot on; slots
+        of shared prefixes are not written
+    """
+    head = tl.program_id(1) // FORM.head_parts
+    head_part = tl.program_id(1) % FORM.head_parts
+    sink_pages, recent_pages = windows
+    PAGE_SIZE: tl.constexpr = FORM.page_size
+    PAGES: tl.constexpr = FORM.chunk_pages
+    end_slot = tl.minimum(tl.load(batch.starts + num_seqs), first_slot + max_slots)
+    slot = first_slot + tl.program_id(0)
+    if slot < end_slot:
+        seq = find(batch.starts, num_seqs, slot)
+        part = slot - tl.load(batch.starts + seq)
+        position = tl.load(batch.seq_lens + seq) - 1
+        query = tl.load(batch.query_starts + seq).to(tl.int64)
+        row = tl.load(batch.rows + seq).to(tl.int64) * stride_table
+        out_row = (slot - first_slot).to(tl.int64) * FORM.num_heads
+        seen_from = 0
+        first_page = sink_pages
+        if FORM.has_window:
+            seen_from = tl.maximum(position - softmax[2] + 1, 0)
+            first_page = tl.maximum(first_page, seen_from // PAGE_SIZE)
+        num_shared = 0
+        if FORM.has_prefixes:
+            shared_pages = tl.load(batch.prefix_pages + seq)
+            first_page += shared_pages
+            num_shared = num_chunks(sink_pages, sink_pages + shared_pages, PAGES)
+            num_shared = tl.where(shared_pages > 0, num_shared, 0)
+        pages = (hot_ptr, sealed_ptr, batch.hot_tables + row, batch.sealed_tables + row)
+        if part == 0:
+            recent_from = (position // PAGE_SIZE - recent_pages) * PAGE_SIZE
+            _plain_part(
+                q_ptr,
+                out_ptr,
+                lse_ptr,
+                query,
+                out_row,
+                position,
+                pages,
+                tables,
+                head,
+                head_part,
+                (seen_from, recent_from),
+                softmax,
+                windows,
+                True,
+                FORM,
+            )
+        elif part > num_shared:
+            chunk = first_page // PAGES + part - 1 - num_shared
+            from_page = tl.maximum(first_page, chunk * PAGES)
+            end_page = tl.minimum(position // PAGE_SIZE - recent_pages, (chunk + 1) * PAGES)
+            if FORM.integer:
+                integer_part(
+                    q_ptr,
+                    out_ptr,
+                    lse_ptr,
+                    query,
+                    out_row,
+                    pages,
+                    tables,
+                    head,
+                    head_part,
+                    from_page,
+                    end_page,
+                    softmax,
+                    FORM,
+                )
+            else:
+                span = (tl.maximum(from_page * PAGE_SIZE, seen_from), end_page * PAGE_SIZE)
+                _plain_part(
+                    q_ptr,
+                    out_ptr,
+                    lse_ptr,
+                    query,
+                    out_row,
+                    position,
+                    pages,
+                    tables,
+                    head,
+                    head_part,
+                    span,
+                    softmax,
+                    windows,
+                    False,
+                    FORM,
+                )
+
+
+@triton.jit
+def _plain_part(
+    q_ptr,
+    out_ptr,
+    lse_ptr,
+    query,
+    out_row,
+    position,
+    pages,
+    tables,
+    head,
+    head_part,
+    span,
+    softmax,
+    windows,
+    HOT: tl.constexpr,
+    FORM: tl.constexpr,
+):
+    """One part by the plain loop; span: of sealed positions, or where the hot ones start."""
+    DTYPE: tl.constexpr = q_ptr.dtype.element_ty
+    BLOCK_M: tl.constexpr = FORM.block_m
+    offs_m = tl.arange(0, BLOCK_M)
+    group_head = head_part * FORM.heads + offs_m
+    mask_m = (offs_m < FORM.heads) & (group_head < FORM.group)
+    q_head = head * FORM.group + group_head
+    q_pos = position + offs_m * 0
+    MASKED: tl.constexpr = FORM.has_window  # otherwise the query sees all of every sealed page
+    q = load_queries(q_ptr, query * FORM.num_heads + q_head, mask_m, q_pos, FORM)
+    state = no_keys(FORM)
+    if HOT:
+        state = attend_hot(
+            q,
+            state,
+            pages,
+            tables,
+            head,
+            span[0],
+            span[1],
+            position + 1,
+            softmax,
+            windows,
+            DTYPE,
+            FORM,
+        )
+    else:
+        state = attend_sealed(
+            q, state, pages, tables, head, span, softmax, windows, MASKED, DTYPE, FORM
+        )
+    store_finished(state, out_ptr, lse_ptr, out_row + q_head, mask_m, FORM)
+
+
+@triton.jit(
+    do_not_specialize=["batch", "first_slot", "first_seq", "end_seq", "num_seqs", "num_tokens"]
+)
+def decode_merge_kernel(
+    outs_ptr,
+    lses_ptr,
+    out_ptr,
+    lse_ptr,
+    batch,
+    first_slot,
+    first_seq,
+    end_seq,
+    num_seqs,
+    num_tokens,
+    FORM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """Program (sequence of [first_seq, end_seq), query head, block of channels).
+
+    outs, lses: as `decode_kernel` writes them; out, lse: the operator's. Program n also clears
+    row n < num_tokens if it belongs to no sequence.
+    """
+    seq = first_seq + tl.program_id(0)
+    head = tl.program_id(1)
+    HEAD_DIM: tl.constexpr = FORM.head_dim
+    NUM_HEADS: tl.constexpr = FORM.num_heads
+    if seq < end_seq:
+        start = tl.load(batch.starts + seq)
+        num_parts = tl.load(batch.starts + seq + 1) - start
+        if num_parts > 0:
+            token = tl.load(batch.query_starts + seq).to(tl.int64)
+            merge_row(
+                outs_ptr,
+                lses_ptr,
+                out_ptr,
+                lse_ptr,
+                (start - first_slot).to(tl.int64) * FORM.num_heads + head,
+                NUM_HEADS,
+                num_parts,
+                token * FORM.num_heads + head,
+                HEAD_DIM,
+                BLOCK_D,
+                BLOCK_P,
+            )
+    if (seq >= tl.load(batch.query_starts + num_seqs)) & (seq < num_tokens):
+        offs_d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
+        at = seq.to(tl.int64) * FORM.num_heads + head
+        nothing = tl.zeros([BLOCK_D], out_ptr.dtype.element_ty)
+        tl.store(out_ptr + at * FORM.head_dim + offs_d, nothing, mask=offs_d < FORM.head_dim)
+        tl.store(lse_ptr + at, float("-inf"))

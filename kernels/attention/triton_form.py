@@ -1,0 +1,109 @@
+"""What kernels know about pages and layers when they are compiled: one value instead of thirty."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any
+
+import triton
+from triton.runtime.jit import JITCallable
+
+from kvmesh.kernels.formats.base import KVFormat
+from kvmesh.kernels.formats.tiles_triton import format_kernels
+
+
+@dataclass(frozen=True, eq=False)
+class Form:
+    """The compile-time arguments of an attention kernel. Equal arguments must be the same object
+    (`triton_launch.py` caches them): a launch looks the compiled variant up by identity.
+
+    group: query heads per KV head; chunk_pages: sealed pages of a part (`work.py`)
+    block_m: rows of a tile; block_q: query tokens of a tile in prefill; heads: query heads of a
+        program in decode
+    block_n: tokens of a tile of sealed keys; hot_n: of hot keys
+    load_k, load_v, k_folded, v_folded, load_k_centre: as in `SideKernels`
+    integer: sealed pages are read by the integer loop; ptx: with inline PTX; stages: of that loop
+    """
+
+    k_side: Any
+    v_side: Any
+    load_k: Any
+    load_v: Any
+    load_k_centre: Any
+    k_folded: bool
+    v_folded: bool
+    k_bytes: int
+    page_bytes: int
+    num_kv_heads: int
+    group: int
+    page_size: int
+    head_dim: int
+    block_d: int
+    block_m: int
+    block_n: int
+    hot_n: int
+    chunk_pages: int
+    heads: int = 0
+    block_q: int = 1
+    has_softcap: bool = False
+    has_window: bool = False
+    has_prefixes: bool = False
+    integer: bool = False
+    ptx: bool = False
+    stages: int = 1
+
+    @property
+    def num_heads(self) -> int:
+        return self.num_kv_heads * self.group
+
+    @property
+    def head_parts(self) -> int:
+        """Programs that share a KV head's query heads, in decode."""
+        return -(-self.group // self.heads)
+
+    @cached_property
+    def cache_key(self) -> str:
+        """Names the form in Triton's cache on disk: with the sources of the sides' functions."""
+        parts = []
+        for item in fields(self):
+            value = getattr(self, item.name)
+            parts.append(value.cache_key if isinstance(value, JITCallable) else repr(value))
+        return hashlib.sha256("|".join(parts).encode()).hexdigest()
+
+
+def form_of(
+    fmt: KVFormat,
+    *,
+    num_kv_heads: int,
+    group: int,
+    page_size: int,
+    head_dim: int,
+    dtype_bytes: int,
+    dense: bool = False,
+    **shape: Any,
+) -> Form:
+    """dense: tiles for many rows, for which folding scales does not pay; shape: other fields.
+
+    Raises ValueError like `format_kernels`.
+    """
+    k, v = format_kernels(fmt)
+    dense_k, dense_v = (dense and side.load_dense is not None for side in (k, v))
+    return Form(
+        k_side=fmt.k,
+        v_side=fmt.v,
+        load_k=k.load_dense if dense_k else k.load,
+        load_v=v.load_dense if dense_v else v.load,
+        load_k_centre=k.load_centre,
+        k_folded=k.folded and not dense_k,
+        v_folded=v.folded and not dense_v,
+        k_bytes=fmt.k.num_bytes(page_size, head_dim, dtype_bytes),
+        page_bytes=fmt.page_bytes(page_size, head_dim, dtype_bytes),
+        num_kv_heads=num_kv_heads,
+        group=group,
+        page_size=page_size,
+        head_dim=head_dim,
+        block_d=triton.next_power_of_2(head_dim),
+        **shape,
+    )

@@ -1,0 +1,45 @@
+"""What the launchers ask about the GPU that holds a tensor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+Capability = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """capability: of its multiprocessors, None for Triton's interpreter, which supports everything
+    processors: number of multiprocessors
+    """
+
+    capability: Capability | None
+    processors: int
+
+
+INTERPRETER = Gpu(None, 8)
+
+
+def runs_kernels(x: torch.Tensor) -> bool:
+    """Whether operators on this tensor pick the Triton kernels by themselves."""
+    return x.is_cuda
+
+
+def gpu_of(x: torch.Tensor) -> Gpu:
+    """The GPU for which kernels on this tensor are compiled. Triton's driver knows it."""
+    return _gpu_of(x.device.index or 0)
+
+
+@cache
+def _gpu_of(device: int) -> Gpu:
+    import triton
+    from triton.runtime.driver import driver
+
+    if triton.knobs.runtime.interpret:
+        return INTERPRETER
+    arch = int(driver.active.get_current_target().arch)
+    properties = driver.active.utils.get_device_properties(device)
+    return Gpu((arch // 10, arch % 10), int(properties["multiprocessor_count"]))
