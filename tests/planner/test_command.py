@@ -61,12 +61,12 @@ def test_json_has_every_plan_to_the_byte() -> None:
 
 def test_what_would_fit_but_is_not_served_is_said(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
-    quantised = {"quantization_config": {"quant_method": "gptq"}}
+    quantised = {"quantization_config": {"quant_method": "bitsandbytes"}}
     file.write_text(json.dumps({**KNOWN_MODELS["qwen3-30b-a3b"].config, **quantised}))
     result = run("--model", str(file), "--gpu", "h200", "--context", "1M", "--gpus", "2")
     assert result.exit_code == 0
     assert "kvmesh serve" not in result.stdout
-    assert "its weights are quantised" in " ".join(result.stdout.split())
+    assert "its weights are quantised by bitsandbytes" in " ".join(result.stdout.split())
     assert "40,960 tokens" in result.stdout
 
 

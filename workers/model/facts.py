@@ -18,6 +18,7 @@ from typing import Any
 from kvmesh.workers.errors import ConfigError, UnsupportedModelError
 from kvmesh.workers.model.architectures import ARCHITECTURES, Architecture
 from kvmesh.workers.model.config_keys import keys_not_implemented
+from kvmesh.workers.model.quantisation import quantisation_of, why_not_read
 from kvmesh.workers.model.rope_scaling import RopeScaling
 from kvmesh.workers.model.tensors import TensorInfo, read_tensors
 from kvmesh.workers.rope_override import RopeOverride
@@ -175,8 +176,12 @@ def check_supported(config: Mapping[str, Any], path: Path) -> Architecture:
     """The architecture; raises UnsupportedModelError if the model would be computed wrongly."""
     architecture = check_architecture(config, path)
     reason = None
-    if config.get("quantization_config") is not None and not _is_mxfp4(config, architecture):
-        reason = "its weights are quantised (quantization_config)"
+    quantisation = quantisation_of(config)
+    refused = None
+    if quantisation is not None and not _is_mxfp4(quantisation, architecture):
+        refused = why_not_read(quantisation)
+    if refused is not None:
+        reason = refused
     elif config.get("auto_map") and not architecture.own_code:
         reason = "it brings its own code (auto_map), which is never run"
     elif config.get("use_bidirectional_attention"):
@@ -195,10 +200,9 @@ def check_supported(config: Mapping[str, Any], path: Path) -> Architecture:
     return architecture
 
 
-def _is_mxfp4(config: Mapping[str, Any], architecture: Architecture) -> bool:
-    """Whether only experts are quantised, in a format that is decoded when they are loaded."""
-    method = (config.get("quantization_config") or {}).get("quant_method")
-    return architecture.model_type == "gpt_oss" and method == "mxfp4"
+def _is_mxfp4(quantisation: Mapping[str, Any], architecture: Architecture) -> bool:
+    """Whether only experts are quantised, in a format that their own reader decodes."""
+    return architecture.model_type == "gpt_oss" and quantisation.get("quant_method") == "mxfp4"
 
 
 def _positive(config: Mapping[str, Any], key: str, path: Path) -> int:

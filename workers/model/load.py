@@ -132,7 +132,7 @@ def load_model(
         return build_model(
             facts,
             config,
-            stored_as(facts, reader),
+            stored_as(facts, reader, path),
             dtype=dtype,
             device=device,
             comm=comm,

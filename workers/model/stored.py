@@ -14,7 +14,9 @@ from transformers import CONFIG_MAPPING, LlamaConfig
 from kvmesh.workers.errors import UnsupportedModelError
 from kvmesh.workers.model.architectures import ARCHITECTURES
 from kvmesh.workers.model.facts import ModelFacts, read_json
-from kvmesh.workers.model.weights import Weights
+from kvmesh.workers.model.quantisation import quantisation_of, why_not_read
+from kvmesh.workers.model.quantised_weights import QuantisedWeights
+from kvmesh.workers.model.weights import WeightReader, Weights
 
 
 def read_config(facts: ModelFacts, path: Path) -> Any:
@@ -37,8 +39,12 @@ def config_of(architecture: str, values: Mapping[str, Any], source: Path | str) 
         ) from error
 
 
-def stored_as(facts: ModelFacts, weights: Weights) -> Weights:
-    """The weights by the names and in the layout of the modules."""
+def stored_as(facts: ModelFacts, reader: WeightReader, path: Path) -> Weights:
+    """The weights in directory `path` by the names and in the layout of the modules."""
+    weights: Weights = reader
+    quantisation = quantisation_of(read_json(path / "config.json"))
+    if quantisation is not None and why_not_read(quantisation) is None:
+        weights = QuantisedWeights(reader, quantisation)
     if facts.architecture == "InternLM2ForCausalLM":
         return InternLM2Weights(weights, facts)
     return weights

@@ -17,8 +17,18 @@ from pathlib import Path
 from kvmesh.workers.errors import ConfigError, UnsupportedModelError
 
 _MAX_HEADER_BYTES = 100 << 20
-_DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "U8": 1}
-_MXFP4_SUFFIXES = ("_blocks", "_scales")
+PLAIN_DTYPES = frozenset({"F32", "F16", "BF16"})
+# The others are those of quantised weights.
+_DTYPE_BYTES = {
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I64": 8,
+    "I32": 4,
+    "I8": 1,
+    "U8": 1,
+    "F8_E4M3": 1,
+}
 _PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -39,7 +49,7 @@ def read_tensors(path: Path) -> Mapping[str, TensorInfo]:
     """Tensors of the checkpoint in directory `path`, by name.
 
     Raises ConfigError naming the file that is missing, truncated or malformed,
-    and UnsupportedModelError for weights that are not floating-point safetensors.
+    and UnsupportedModelError for weights of other dtypes, or that are not safetensors.
     """
     tensors: dict[str, TensorInfo] = {}
     for file in _weight_files(path):
@@ -107,11 +117,10 @@ def _read_header(file: Path) -> dict[str, TensorInfo]:
 
 def _tensor_info(file: Path, name: str, entry: Mapping[str, object], data_bytes: int) -> TensorInfo:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in _DTYPE_BYTES or (dtype == "U8" and not name.endswith(_MXFP4_SUFFIXES)):
+    if dtype not in _DTYPE_BYTES:
         raise UnsupportedModelError(
             "model",
-            f"{file}: tensor {name} has dtype {dtype}; expected F32, F16, BF16, or U8 for MXFP4"
-            " (other quantised checkpoints are not supported)",
+            f"{file}: tensor {name} has dtype {dtype}; expected one of {', '.join(_DTYPE_BYTES)}",
         )
     if not (isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2):
         raise TypeError(f"tensor {name}")

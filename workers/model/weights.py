@@ -12,10 +12,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kvmesh.workers.errors import ConfigError, UnsupportedModelError
-from kvmesh.workers.model.tensors import read_tensors
+from kvmesh.workers.model.tensors import PLAIN_DTYPES, read_tensors
 
 # In old checkpoints: recomputed from the configuration, never loaded.
 _DERIVED_SUFFIXES = (".rotary_emb.inv_freq", ".masked_bias", ".attn.bias")
+# In quantised checkpoints: scales of activations, and of KV caches in other engines' formats.
+_ACTIVATION_SUFFIXES = tuple(
+    f".{what}_{kind}"
+    for what in ("input", "output", "q", "k", "v")
+    for kind in ("scale", "zero_point", "global_scale")
+)
 
 
 class Weights(Protocol):
@@ -87,19 +93,25 @@ class WeightReader:
         return self._to_place(self._slice(name, shape)[:, first:end])
 
     def part(self, name: str, shape: torch.Size, *index: slice) -> Tensor:
-        """A part of the tensor, by a slice of each of its first dimensions."""
-        return self._to_place(self._slice(name, shape)[index])
+        """A part of the tensor, by a slice of each of its first dimensions; of MXFP4 as stored."""
+        return self._to_place(self._slice(name, shape, ("U8",))[index])
 
     def leave(self, name: str, shape: torch.Size) -> None:
         """Check the tensor `name`, which other ranks read."""
-        self._slice(name, shape)
+        self._slice(name, shape, ("U8",))
+
+    def raw(self, name: str) -> Tensor:
+        """The tensor as it is stored, of any dtype."""
+        info = self._tensors[name]
+        self._read.add(name)
+        return self._files[info.file].get_tensor(name).to(self._device)
 
     def check_all_read(self) -> None:
         """Raises UnsupportedModelError naming a tensor that the model does not use."""
         rest = sorted(
             name
             for name in self._tensors.keys() - self._read
-            if not name.endswith(_DERIVED_SUFFIXES)
+            if not name.endswith(_DERIVED_SUFFIXES + _ACTIVATION_SUFFIXES)
         )
         if rest:
             raise UnsupportedModelError(
@@ -108,7 +120,7 @@ class WeightReader:
                 f" {rest[0]}" + (f" and {len(rest) - 1} more" if len(rest) > 1 else ""),
             )
 
-    def _slice(self, name: str, shape: torch.Size) -> Any:
+    def _slice(self, name: str, shape: torch.Size, others: tuple[str, ...] = ()) -> Any:
         info = self._tensors.get(name)
         if info is None:
             raise ConfigError("model", f"the checkpoint has no tensor {name}")
@@ -116,6 +128,12 @@ class WeightReader:
             raise ConfigError(
                 "model",
                 f"{info.file}: tensor {name} has shape {list(info.shape)}, expected {list(shape)}",
+            )
+        if info.dtype not in PLAIN_DTYPES and info.dtype not in others:
+            raise UnsupportedModelError(
+                "model",
+                f"{info.file}: tensor {name} is {info.dtype}, but config.json does not say how it "
+                "is quantised; expected F32, F16 or BF16",
             )
         self._read.add(name)
         return self._files[info.file].get_slice(name)
