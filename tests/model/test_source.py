@@ -239,8 +239,8 @@ def _spoil_offsets(path: Path) -> None:
 
 
 def _spoil_dtype(path: Path) -> None:
-    header = b'{"w":{"dtype":"I8","shape":[4],"data_offsets":[0,4]}}'
-    (path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+    header = b'{"w":{"dtype":"F64","shape":[1],"data_offsets":[0,8]}}'
+    (path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
 
 
 def _spoil_empty(path: Path) -> None:
