@@ -174,14 +174,16 @@ def test_the_hub_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"architectures": ["GptOssForCausalLM"]}, "GptOssForCausalLM"),
-        ({"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}, "Mixtral"),
+        ({"architectures": ["DeepseekV3ForCausalLM"]}, "DeepseekV3ForCausalLM"),
+        ({"architectures": ["Qwen3NextForCausalLM"], "model_type": "qwen3_next"}, "Qwen3Next"),
+        ({"architectures": ["DbrxForCausalLM"], "model_type": "dbrx"}, "Dbrx"),
         ({"architectures": None, "model_type": "bloom"}, "bloom"),
         ({"model_type": "qwen2"}, "qwen2"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantised"),
         ({"auto_map": {"AutoModelForCausalLM": "evil.Model"}}, "own code"),
         ({"use_bidirectional_attention": True}, "bidirectional"),
-        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2}}, "dynamic"),
+        ({"quantization_config": {"quant_method": "mxfp4"}}, "quantised"),
+        ({"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4}}, "proportional"),
         ({"rope_parameters": None, "rope_scaling": {"type": "longrope"}}, "longrope"),
     ],
 )
