@@ -31,6 +31,7 @@ class ServedModel:
     """One rank's share of a model, ready to run.
 
     num_heads, num_kv_heads: of this rank; facts: of the whole model
+    rotary_emb: cosines and sines of positions; ropes: each layer's frequencies
     """
 
     def __init__(self, facts: ModelFacts, model: Any, slot: AttendSlot, tp: int) -> None:
@@ -44,6 +45,7 @@ class ServedModel:
             facts.rotated_layers or (True,) * facts.num_layers,
             interleaved=ARCHITECTURES[facts.architecture].interleaved_rope,
         )
+        self.rotary_emb: nn.Module = model.model.rotary_emb
         self._body: nn.Module = model.model
         self._head: VocabHead = model.lm_head
         self._slot = slot
