@@ -117,6 +117,7 @@ class Engine:
             vocab_size=rank.vocab_size,
             max_num_seqs=pool.max_num_seqs,
             prefix_cache=config.prefix_cache,
+            rope=rank.rope,
         )
         self._grammars = Grammars(rank)
         self._masks = MaskMaker(rank.vocab_size)
@@ -126,6 +127,7 @@ class Engine:
         self._totals: Counter[str] = Counter()
         self._outcomes: Counter[str] = Counter()
         self.step_host_s = 0.0
+        self._expert_imbalance: float | None = None
         # When the current step start, by `clock`; other threads may read it.
         self.step_start_s: float | None = None
         self._step_times: list[StepTime] = []
@@ -263,6 +265,7 @@ class Engine:
         assert result.step == plan.step, "a rank sent the result of another step"
         self._count(plan)
         self.step_host_s = result.host_s
+        self._expert_imbalance = result.expert_imbalance or self._expert_imbalance
         sampled, unfinished = self.scheduler.commit(plan)
         assert len(sampled) == len(result.tokens)
         deltas += self._take_scores(plan, result)
@@ -347,6 +350,7 @@ class Engine:
             decode_tokens_total=self._totals["decode"],
             prefill_remaining_tokens=sum(count for count in to_compute if count > 1),
             preemptions_total=self.scheduler.preemptions_total,
+            expert_imbalance=self._expert_imbalance,
             steps_total=self._totals["steps"],
             outcomes_total=dict(self._outcomes),
             oldest=tuple(_load(seq, now) for seq in itertools.islice(self._live.values(), OLDEST)),

@@ -21,6 +21,7 @@ class RankDescription(msgspec.Struct, tag="description", frozen=True):
     kv_budget_bytes: its memory that is left for KV
     device: cpu or cuda
     gpu_uuid: as NVML writes it, "" on CPUs
+    rope: how positions are scaled, see ModelFacts
     model_path: directory with the model's tokenizer, on the ranks' host, which is the leader's
     """
 
@@ -39,6 +40,7 @@ class RankDescription(msgspec.Struct, tag="description", frozen=True):
     device: str = "cpu"
     gpu_uuid: str = ""
     model_path: str = ""
+    rope: str = "default"
 
 
 class Allocation(msgspec.Struct, tag="allocation", frozen=True):

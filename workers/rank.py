@@ -122,6 +122,7 @@ class Rank:
             device=self._device.type,
             gpu_uuid=_gpu_uuid(self._device),
             model_path=str(self._files.path),
+            rope=facts.rope,
         )
 
     def allocate(self, allocation: Allocation, *, prepare_decode: bool = True) -> None:

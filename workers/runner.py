@@ -16,6 +16,7 @@ from kvmesh.kernels.write import write_hot
 from kvmesh.workers.basis import Basis
 from kvmesh.workers.decode_graphs import DecodeGraphs
 from kvmesh.workers.executor import Allocation, MakeMasks
+from kvmesh.workers.expert_load import ExpertLoad
 from kvmesh.workers.kv_pool import KVPool
 from kvmesh.workers.model.hook import AttendArgs
 from kvmesh.workers.model.load import ServedModel
@@ -82,6 +83,7 @@ class ModelRunner:
         self._prefixes = PrefixFinder(self._sealed_ids, sink_pages, min_members, max_members)
         facts = model.facts
         self._sampler = Sampler.of(facts, device) if samples else None
+        self._expert_load = ExpertLoad(model)
         self._graphs: DecodeGraphs | None = None
         if prepare_decode:
             hot, sealed = self._pool.hot[0], self._pool.sealed[0]
@@ -131,7 +133,7 @@ class ModelRunner:
                 assert masks is not None, "a masked plan comes with its masks"
                 found = masks()
             tokens = self._sampler.sample(logits, rows, ends, found)
-        return StepResult(plan.step, tokens, host_s, scores)
+        return StepResult(plan.step, tokens, host_s, scores, self._expert_load.after_step())
 
     def _score_targets(
         self, plan: StepPlan, arrays: StepArrays, hidden: torch.Tensor

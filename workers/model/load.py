@@ -23,6 +23,7 @@ from kvmesh.workers.model.shards import Placer, check_tp
 from kvmesh.workers.model.stored import read_config, stored_as
 from kvmesh.workers.model.weights import WeightReader, Weights
 from kvmesh.workers.parallel.comm import Communicator
+from kvmesh.workers.parallel.experts import Experts
 from kvmesh.workers.parallel.linears import VocabHead
 from kvmesh.workers.rope_override import RopeOverride
 
@@ -90,6 +91,12 @@ class ServedModel:
         """
         logits = self._head(hidden.index_select(0, rows))
         return None if logits is None else self._finish(logits)
+
+    def expert_tokens(self) -> Tensor | None:
+        """[layers with experts, num_experts] int64 on the host: how many tokens each expert has
+        computed since the model was loaded, on all ranks. None if the model has no experts."""
+        loads = [part.load for part in self._body.modules() if isinstance(part, Experts)]
+        return torch.stack(loads).cpu() if loads else None
 
     def _finish(self, logits: Tensor) -> Tensor:
         """Scale and cap logits the way the architecture's own forward does."""
