@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from kvmesh.workers.errors import ConfigError, UnsupportedModelError
+from kvmesh.workers.expert_load import PERIOD_STEPS, ExpertLoad
 from kvmesh.workers.model.facts import read_facts
 from kvmesh.workers.model.load import load_model
 from kvmesh.workers.model.mxfp4 import decode_mxfp4
@@ -148,3 +149,28 @@ def test_tp_divides_experts_or_their_width(tmp_path: Path) -> None:
         check_tp(facts, 8)
     with pytest.raises(ConfigError, match=r"6 experts\): 1, 2; got 4"):
         check_tp(facts, 4, expert_parallel=True)
+
+
+def test_tokens_of_experts_are_counted_over_steps(tmp_path: Path) -> None:
+    architecture, overrides = CASES["qwen3-moe"]  # its layer 1 has no experts
+    path = make_small_model(architecture, tmp_path, **overrides)
+    model = load_model(path, dtype=torch.float32, device=CPU, comm=Communicator.single())
+    load = ExpertLoad(model)
+    prompt = PROMPTS[0]
+    prompt_logits(model, prompt)
+    counts = model.expert_tokens()
+    assert counts is not None
+    assert counts.shape == (2, 6)
+    assert counts.sum(-1).tolist() == [3 * len(prompt)] * 2
+    seen = [load.after_step() for _ in range(PERIOD_STEPS)]
+    expected = (counts.amax(-1) / counts.double().mean(-1)).mean().item()
+    assert seen == [None] * (PERIOD_STEPS - 1) + [pytest.approx(expected)]
+    assert 1 < expected <= 2  # at most all tokens to the same half of the experts
+    assert [load.after_step() for _ in range(PERIOD_STEPS)][-1] is None, "no token since"
+    dense = load_model(
+        make_small_model("LlamaForCausalLM", tmp_path / "dense", num_hidden_layers=1),
+        dtype=torch.float32,
+        device=CPU,
+        comm=Communicator.single(),
+    )
+    assert [*map(ExpertLoad.after_step, [ExpertLoad(dense)] * PERIOD_STEPS)][-1] is None

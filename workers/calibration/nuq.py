@@ -47,7 +47,12 @@ class LevelObserver:
     wants_gradients = True
 
     def __init__(
-        self, side: NonUniform, ropes: Sequence[Rope], num_kv_heads: int, head_dim: int, samples: int
+        self,
+        side: NonUniform,
+        ropes: Sequence[Rope],
+        num_kv_heads: int,
+        head_dim: int,
+        samples: int,
     ) -> None:
         self._side = side
         self._ropes = ropes

@@ -127,9 +127,7 @@ _SLIDING = {
 }
 
 
-def _all_rotated(
-    config: Mapping[str, Any], windows: tuple[int | None, ...]
-) -> tuple[bool, ...]:
+def _all_rotated(config: Mapping[str, Any], windows: tuple[int | None, ...]) -> tuple[bool, ...]:
     return (True,) * len(windows)
 
 
@@ -162,7 +160,9 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     for architecture in (
         Architecture("LlamaForCausalLM", "llama"),
         Architecture("MistralForCausalLM", "mistral", kv_heads=8, sliding="every layer"),
-        Architecture("MinistralForCausalLM", "ministral", kv_heads=8, sliding="every layer unless typed"),
+        Architecture(
+            "MinistralForCausalLM", "ministral", kv_heads=8, sliding="every layer unless typed"
+        ),
         Architecture("Qwen2ForCausalLM", "qwen2", kv_heads=32, sliding="upper layers"),
         Architecture(
             "Qwen3ForCausalLM", "qwen3", kv_heads=32, head_dim=128, sliding="upper layers"
@@ -220,9 +220,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         Architecture("Glm4ForCausalLM", "glm4", kv_heads=2, head_dim=128, interleaved_rope=True),
         Architecture("SeedOssForCausalLM", "seed_oss", kv_heads=8, head_dim=128),
         Architecture("InternLM2ForCausalLM", "internlm2", own_code=True),
-        Architecture(
-            "InternLM3ForCausalLM", "internlm3", kv_heads=2, head_dim=128, own_code=True
-        ),
+        Architecture("InternLM3ForCausalLM", "internlm3", kv_heads=2, head_dim=128, own_code=True),
         Architecture(
             "Qwen3MoeForCausalLM",
             "qwen3_moe",

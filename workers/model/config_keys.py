@@ -73,9 +73,7 @@ _BY_MODEL_TYPE: Mapping[str, frozenset[str]] = {
         }
     ),
     "phi3": _RMS_NORM | {"partial_rotary_factor", "sliding_window"},
-    "smollm3": _LLAMA
-    | _SLIDING_IF_ENABLED
-    | {"no_rope_layer_interval", "no_rope_layers"},
+    "smollm3": _LLAMA | _SLIDING_IF_ENABLED | {"no_rope_layer_interval", "no_rope_layers"},
     "granite": _LLAMA
     | {"attention_multiplier", "embedding_multiplier", "logits_scaling", "residual_multiplier"},
     "glm": _RMS_NORM | {"attention_bias", "partial_rotary_factor"},

@@ -1,9 +1,9 @@
 """Reads a rank's experts from a checkpoint, in whichever of the published layouts.
 
-    one by one   each expert's gate, up and down are tensors of their own, as nn.Linear has them
-    joined       gate_up_proj [experts, 2 * width, hidden] and down_proj [experts, hidden, width]
-    GPT-OSS      gate_up_proj [experts, hidden, 2 * width], whose columns are gate, up, gate, …,
-                 down_proj [experts, width, hidden], and biases; or both products in MXFP4
+one by one   each expert's gate, up and down are tensors of their own, as nn.Linear has them
+joined       gate_up_proj [experts, 2 * width, hidden] and down_proj [experts, hidden, width]
+GPT-OSS      gate_up_proj [experts, hidden, 2 * width], whose columns are gate, up, gate, …,
+             down_proj [experts, width, hidden], and biases; or both products in MXFP4
 """
 
 from __future__ import annotations

@@ -272,9 +272,7 @@ def _name(path: Path) -> str:
     return path.resolve().name
 
 
-def _revision(
-    path: Path, tensors: Mapping[str, TensorInfo], rope: RopeOverride | None
-) -> str:
+def _revision(path: Path, tensors: Mapping[str, TensorInfo], rope: RopeOverride | None) -> str:
     digest = hashlib.sha256(b"" if rope is None else rope.model_dump_json().encode())
     for name in ("config.json", "generation_config.json", "tokenizer.json"):
         if (path / name).exists():

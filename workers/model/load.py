@@ -95,7 +95,7 @@ class ServedModel:
     def expert_tokens(self) -> Tensor | None:
         """[layers with experts, num_experts] int64 on the host: how many tokens each expert has
         computed since the model was loaded, on all ranks. None if the model has no experts."""
-        loads = [part.load for part in self._body.modules() if isinstance(part, Experts)]
+        loads: list[Tensor] = [part.load for part in self._body.modules() if isinstance(part, Experts)]
         return torch.stack(loads).cpu() if loads else None
 
     def _finish(self, logits: Tensor) -> Tensor:
@@ -212,9 +212,7 @@ def _sliding_windows(config: Any) -> tuple[int | None, ...]:
     return tuple(config.sliding_window if kind == "sliding_attention" else None for kind in kinds)
 
 
-def _restore_buffers(
-    model: Any, config: Any, device: torch.device, max_model_len: int
-) -> None:
+def _restore_buffers(model: Any, config: Any, device: torch.device, max_model_len: int) -> None:
     """Compute what no checkpoint contains: RoPE's frequencies, Gemma's embedding scale."""
     body = model.model
     body.rotary_emb = fixed_rotary(body.rotary_emb, config, device, max_model_len)

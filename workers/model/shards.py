@@ -206,9 +206,7 @@ class Placer:
         shares, start = [], 0
         for rows in parts:
             first, end = self._share(rows)
-            shares.append(
-                self._reader.rows(f"{name}.weight", shape, start + first, start + end)
-            )
+            shares.append(self._reader.rows(f"{name}.weight", shape, start + first, start + end))
             start += rows
         assert start == shape[0]
         return ColumnLinear(torch.cat(shares), None)
