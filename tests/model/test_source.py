@@ -111,9 +111,7 @@ def test_a_gguf_of_another_architecture_computes_the_same(
         overrides |= {"norm_topk_prob": True}
     source = tmp_path / "source"
     vocab_size = make_small_tokenizer(source)
-    make_small_model(
-        architecture, source, vocab_size=vocab_size, num_hidden_layers=2, **overrides
-    )
+    make_small_model(architecture, source, vocab_size=vocab_size, num_hidden_layers=2, **overrides)
     files = resolve_model(str(make_small_gguf(tmp_path / "a.gguf", source)), root=tmp_path / "s")
     torch.testing.assert_close(_logits(files.path), _logits(source), rtol=0, atol=1e-6)
     text = "The ranks agree: 日本語 👩‍👩‍👧 naïve 1234<|im_end|>"

@@ -81,7 +81,7 @@ _READ = frozenset(
     }
 )
 # Values that say nothing.
-_NEUTRAL = (None, 0, 0.0, False, "", "none", [])
+_NEUTRAL: tuple[object, ...] = (None, 0, 0.0, False, "", "none", [])
 
 
 def convert_gguf(file: Path, target: Path) -> None:

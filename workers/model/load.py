@@ -95,7 +95,8 @@ class ServedModel:
     def expert_tokens(self) -> Tensor | None:
         """[layers with experts, num_experts] int64 on the host: how many tokens each expert has
         computed since the model was loaded, on all ranks. None if the model has no experts."""
-        loads: list[Tensor] = [part.load for part in self._body.modules() if isinstance(part, Experts)]
+        experts = (part for part in self._body.modules() if isinstance(part, Experts))
+        loads: list[Tensor] = [part.load for part in experts]
         return torch.stack(loads).cpu() if loads else None
 
     def _finish(self, logits: Tensor) -> Tensor:
