@@ -13,6 +13,7 @@ import transformers
 from kvmesh.workers.errors import UnsupportedModelError
 from kvmesh.workers.model.architectures import ARCHITECTURES
 from kvmesh.workers.model.config_keys import keys_not_implemented
+from kvmesh.workers.model.dbrx_keys import standard_keys
 from kvmesh.workers.model.facts import _check_supported
 
 # Configurations with the keys that those of published models have.
@@ -354,13 +355,21 @@ PUBLISHED: dict[str, str] = {
         "rope_theta": 150000, "router_aux_loss_coef": 0.9, "sliding_window": 128, "swiglu_limit":
         7.0, "tie_word_embeddings": false, "transformers_version": "4.55.0.dev0", "use_cache": true,
         "vocab_size": 201088}""",
+    "dbrx-base": """{"architectures": ["DbrxForCausalLM"], "attn_config": {"clip_qkv": 8,
+        "kv_n_heads": 8, "model_type": "", "rope_theta": 500000}, "auto_map": {"AutoConfig":
+        "configuration_dbrx.DbrxConfig", "AutoModelForCausalLM": "modeling_dbrx.DbrxForCausalLM"},
+        "d_model": 6144, "emb_pdrop": 0.0, "ffn_config": {"ffn_hidden_size": 10752, "model_type":
+        "", "moe_jitter_eps": 0.01, "moe_loss_weight": 0.05, "moe_num_experts": 16, "moe_top_k": 4},
+        "initializer_range": 0.02, "max_seq_len": 32768, "model_type": "dbrx", "n_heads": 48,
+        "n_layers": 40, "output_router_logits": false, "resid_pdrop": 0.0, "router_aux_loss_coef":
+        0.05, "tie_word_embeddings": false, "torch_dtype": "bfloat16", "transformers_version":
+        "4.40.0.dev0", "use_cache": true, "vocab_size": 100352}""",
 }
 HERE = Path("the model")
 
 
 def config_of(name: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(PUBLISHED[name])
-    return found
+    return standard_keys(json.loads(PUBLISHED[name]), HERE)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -383,6 +392,7 @@ def test_whatever_transformers_writes_by_itself_is_known(name: str) -> None:
     config = config_class().to_dict()
     if name == "InternLM2ForCausalLM":
         del config["attention_bias"], config["mlp_bias"]
+    config = standard_keys(config, HERE)
     assert [*keys_not_implemented(config, ARCHITECTURES[name])] == []
 
 
@@ -455,3 +465,22 @@ def test_llamas_without_windows_are_served() -> None:
     changes = {"layer_types": ["full_attention"] * 16, "sliding_window": 4096}
     config = {**config_of("Llama-3.2-1B"), **changes, "use_sliding_window": False}
     _check_supported(config, HERE)
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "reason"),
+    [
+        ("ffn_config", {"moe_normalize_expert_weights": 2.0}, "moe_normalize_expert_weights"),
+        ("ffn_config", {"hidden_size": 64}, "hidden_size"),
+        ("ffn_config", {"shared_experts": 2}, "shared_experts"),
+        ("attn_config", {"qk_ln": True}, "qk_ln"),
+        (None, {"rope_parameters": {"rope_theta": 1e4}}, "rope_theta"),
+    ],
+)
+def test_what_sections_of_dbrx_say_is_not_ignored(
+    section: str | None, changes: dict[str, Any], reason: str
+) -> None:
+    config = json.loads(PUBLISHED["dbrx-base"])
+    (config if section is None else config[section]).update(changes)
+    with pytest.raises(UnsupportedModelError, match=reason):
+        _check_supported(standard_keys(config, HERE), HERE)

@@ -203,7 +203,7 @@ def test_the_hub_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     [
         ({"architectures": ["DeepseekV3ForCausalLM"]}, "DeepseekV3ForCausalLM"),
         ({"architectures": ["Qwen3NextForCausalLM"], "model_type": "qwen3_next"}, "Qwen3Next"),
-        ({"architectures": ["DbrxForCausalLM"], "model_type": "dbrx"}, "Dbrx"),
+        ({"architectures": ["Llama4ForCausalLM"], "model_type": "llama4_text"}, "Llama4"),
         ({"architectures": None, "model_type": "bloom"}, "bloom"),
         ({"model_type": "qwen2"}, "qwen2"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantised"),

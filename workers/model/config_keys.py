@@ -94,6 +94,7 @@ _BY_MODEL_TYPE: Mapping[str, frozenset[str]] = {
         "num_local_experts",
     },
     "mixtral": _RMS_NORM | {"num_experts_per_tok", "num_local_experts", "sliding_window"},
+    "dbrx": frozenset({"clip_qkv", "num_experts_per_tok", "num_local_experts"}),
     "olmoe": _RMS_NORM
     | {
         "attention_bias",
@@ -164,6 +165,7 @@ _HARMLESS = frozenset(
         "do_sample",
         "dtype",
         "early_stopping",
+        "emb_pdrop",
         "embd_pdrop",
         "encoder_no_repeat_ngram_size",
         "eos_token_id",

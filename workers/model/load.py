@@ -20,7 +20,7 @@ from kvmesh.workers.model.facts import ModelFacts, read_facts
 from kvmesh.workers.model.hook import IMPLEMENTATION, Attend, AttendSlot, attach
 from kvmesh.workers.model.rope import Rope, fixed_rotary, override_rope
 from kvmesh.workers.model.shards import Placer, check_tp
-from kvmesh.workers.model.stored import read_config, stored_as
+from kvmesh.workers.model.stored import adapt, read_config, stored_as
 from kvmesh.workers.model.weights import WeightReader, Weights
 from kvmesh.workers.parallel.comm import Communicator
 from kvmesh.workers.parallel.experts import Experts
@@ -168,6 +168,7 @@ def build_model(
         model = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=IMPLEMENTATION
         )
+    adapt(facts, model)
     model.eval().requires_grad_(False)
     Placer(model, weights, comm, facts, expert_parallel=expert_parallel).place()
     _restore_buffers(model, config, device, max_model_len or facts.max_model_len)
