@@ -288,6 +288,7 @@ class GroupInfo:
     dtype: of weights, and of pages that are not quantised
     capacity_bytes: of KV, over all ranks
     kv_divergence_nats: of its format from exact KV, as measured; None if it was not
+    rope: how positions are scaled, and instead of what if the operator chose it
     """
 
     group: str
@@ -296,6 +297,7 @@ class GroupInfo:
     capacity_bytes: int
     max_model_len: int
     kv_divergence_nats: float | None
+    rope: str = ""
 
 
 @dataclass(frozen=True, slots=True)

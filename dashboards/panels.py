@@ -210,6 +210,13 @@ GROUP = Dashboard(
                 table.DIVERGENCE.help,
                 kind="stat",
             ),
+            Panel(
+                "Expert imbalance",
+                "short",
+                (value(table.EXPERT_IMBALANCE, agg="max", by="group"),),
+                table.EXPERT_IMBALANCE.help,
+                kind="stat",
+            ),
         ),
         "Work": (
             Panel(

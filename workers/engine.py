@@ -161,6 +161,8 @@ class Engine:
             result, ranks_s = self._execute(plan)
             deltas += self._commit(plan, result)
             self.stats.step_done(plan, self._clock() - start_s, ranks_s, result.host_s)
+            if result.expert_imbalance is not None:
+                self.stats.expert_imbalance = result.expert_imbalance
         self.step_start_s = None
         self.stalled = plan is None and self.has_work and not self._constrained.preparing
         if plan is None and self._constrained.preparing:
@@ -326,6 +328,7 @@ def _info(
         prefix_cache=config.prefix_cache,
         max_num_batched_tokens=limits.max_num_batched_tokens,
         device=rank.device,
+        rope=rank.rope,
     )
 
 

@@ -24,10 +24,12 @@ class EngineStats:
     """Of one engine, which reports every event here.
 
     rank_host_s: time in which a rank prepared the latest step
+    expert_imbalance: how unevenly experts are used, as measured last; see ExpertLoad
     """
 
     def __init__(self) -> None:
         self.rank_host_s = 0.0
+        self.expert_imbalance: float | None = None
         self._totals: Counter[str] = Counter()
         self._outcomes: Counter[str] = Counter()
         self._step_times: list[StepTime] = []
@@ -93,6 +95,7 @@ class EngineStats:
             steps_total=self._totals["steps"],
             outcomes_total=dict(self._outcomes),
             oldest=tuple(_load(seq, now) for seq in itertools.islice(live, OLDEST)),
+            expert_imbalance=self.expert_imbalance,
         )
 
 

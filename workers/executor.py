@@ -22,6 +22,7 @@ class RankDescription(msgspec.Struct, tag="description", frozen=True):
     device: cpu or cuda
     memory_bytes: all that the GPU has, 0 on CPUs
     gpu_uuid: as NVML writes it, "" on CPUs
+    rope: how positions are scaled, see ModelFacts
     model_path: directory with the model's tokenizer, on the ranks' host, which is the leader's
     """
 
@@ -41,6 +42,7 @@ class RankDescription(msgspec.Struct, tag="description", frozen=True):
     gpu_uuid: str = ""
     model_path: str = ""
     memory_bytes: int = 0
+    rope: str = "default"
 
 
 class Allocation(msgspec.Struct, tag="allocation", frozen=True):

@@ -19,6 +19,7 @@ class EngineInfo:
     geometry: page shapes and windows; `geometry.ranks` ranks hold each page's parts
     capacity: pages of one rank that sequences can hold, the step's headroom left out
     vocab_size: all tokens have ids below it
+    rope: how positions are scaled, and instead of what if an operator chose it
     prefix_cache: equal pages of live and ended sequences are stored once
     max_num_batched_tokens: of a step
     device: of the ranks, cpu or cuda
@@ -38,6 +39,7 @@ class EngineInfo:
     prefix_cache: bool = True
     max_num_batched_tokens: int = 512
     device: str = "cpu"
+    rope: str = "default"
 
     @property
     def capacity_bytes(self) -> int:
@@ -105,6 +107,8 @@ class EngineLoads:
     leases: of all live sequences
     oldest: the sequences that were submitted first, at most OLDEST of them
     prefill_remaining_tokens: to compute before live sequences get their next token
+    expert_imbalance: tokens of the busiest expert relative to the mean, as measured last; None
+        for models without experts
     prefill_tokens_total, decode_tokens_total: computed in chunks of prompts, and singly
     """
 
@@ -122,3 +126,4 @@ class EngineLoads:
     steps_total: int = 0
     oldest: tuple[SequenceLoad, ...] = ()
     outcomes_total: dict[str, int] = field(default_factory=dict)
+    expert_imbalance: float | None = None

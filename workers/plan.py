@@ -141,9 +141,11 @@ class TokenScores(msgspec.Struct, array_like=True, frozen=True):
 
 class StepResult(msgspec.Struct, tag="result", frozen=True):
     """tokens: one per chunk with `sample`, in the plan's order; scores: one per chunk with
-    `targets`; host_s: time the rank spent preparing the step before the model ran."""
+    `targets`; host_s: time the rank spent preparing the step before the model ran;
+    expert_imbalance: see ExpertLoad, now and then."""
 
     step: int
     tokens: list[SampledToken]
     host_s: float
     scores: list[TokenScores] = []
+    expert_imbalance: float | None = None

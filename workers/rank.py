@@ -127,6 +127,7 @@ class Rank:
             gpu_uuid=_gpu_uuid(self._device),
             model_path=str(self._files.path),
             memory_bytes=self._memory_bytes,
+            rope=facts.rope,
         )
 
     def allocate(self, allocation: Allocation, *, prepare_decode: bool = True) -> None:

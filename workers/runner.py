@@ -17,6 +17,7 @@ from kvmesh.kernels.write import write_hot
 from kvmesh.workers.basis import Basis
 from kvmesh.workers.decode_graphs import DecodeGraphs
 from kvmesh.workers.executor import Allocation, MakeMasks
+from kvmesh.workers.expert_load import ExpertLoad
 from kvmesh.workers.kv_pool import KVPool
 from kvmesh.workers.model.hook import AttendArgs
 from kvmesh.workers.model.load import ServedModel
@@ -95,6 +96,7 @@ class ModelRunner:
         # The layers' sliding windows, and whether attention's kernels need to know the work ahead.
         self._windows = frozenset(facts.sliding_windows)
         self._divides = gpu.runs_kernels(self._pool.hot_tables)
+        self._expert_load = ExpertLoad(model)
         self._graphs: DecodeGraphs | None = None
         if prepare_decode and self._divides:
             self._warm_up(min_members)
@@ -149,7 +151,7 @@ class ModelRunner:
                 assert masks is not None, "a masked plan comes with its masks"
                 found = masks()
             tokens = self._sampler.sample(logits, rows, ends, found)
-        return StepResult(plan.step, tokens, host_s, scores)
+        return StepResult(plan.step, tokens, host_s, scores, self._expert_load.after_step())
 
     def _score_targets(
         self, plan: StepPlan, arrays: StepArrays, hidden: torch.Tensor

@@ -37,7 +37,7 @@ def show_model(info: ModelInfo) -> None:
 
 def show_groups(info: ModelInfo) -> None:
     table = Table(box=None, pad_edge=False)
-    for name in ("group", "KV format", "dtype"):
+    for name in ("group", "KV format", "dtype", "RoPE"):
         table.add_column(name)
     for name in ("KV memory", "context", "divergence from exact KV"):
         table.add_column(name, justify="right")
@@ -47,6 +47,7 @@ def show_groups(info: ModelInfo) -> None:
             group.group,
             group.kv_format,
             group.dtype,
+            group.rope,
             human_bytes(group.capacity_bytes),
             str(group.max_model_len),
             "not measured" if nats is None else f"{nats:g} nats",

@@ -195,6 +195,7 @@ def model_info(
             capacity_bytes=info.capacity_bytes,
             max_model_len=info.max_model_len,
             kv_divergence_nats=divergence_nats.get(info.kv_format),
+            rope=info.rope,
         )
     return wire
 

@@ -12,6 +12,7 @@ from typing import Any
 from kvmesh.cluster.planner.known_models import KNOWN_MODELS, KnownModel
 from kvmesh.cluster.simulator.hardware import ModelShape
 from kvmesh.workers.errors import ConfigError, UnsupportedModelError
+from kvmesh.workers.model.dbrx_keys import standard_keys
 from kvmesh.workers.model.facts import check_supported, read_json
 from kvmesh.workers.model.rope_scaling import RopeScaling
 from kvmesh.workers.model.sizes import ModelSizes
@@ -89,6 +90,7 @@ def _of_file(path: Path) -> PlannedModel:
 
 def _of_config(config: Mapping[str, Any], source: Path | str, name: str) -> PlannedModel:
     """source: what errors name; name: as `serve` takes it"""
+    config = standard_keys(config, Path(source))
     sizes = ModelSizes.of(config, source)
     positions = config.get("max_position_embeddings")
     if type(positions) is not int or positions < 1:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvmesh.workers.model.dbrx_keys import standard_keys
 from kvmesh.workers.model.facts import read_json
 
 
@@ -96,7 +97,7 @@ def model_shape(name: str) -> ModelShape:
 
 
 def _shape_of(file: Path) -> ModelShape:
-    found = read_json(file)
+    found = standard_keys(read_json(file), file)
     config: Mapping[str, Any] = found.get("text_config") or found
 
     def number(*keys: str, default: int | None = None) -> int:

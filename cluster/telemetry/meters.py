@@ -103,6 +103,8 @@ class EngineMeters:
         record(table.LIVE_SEQUENCES, loads.waiting, state="waiting")
         record(table.PREFILL_LEFT, loads.prefill_remaining_tokens)
         record(table.STEP_AGE, step_age_s)
+        if loads.expert_imbalance is not None:
+            record(table.EXPERT_IMBALANCE, loads.expert_imbalance)
         self._link.record(table.ROUTER_CONNECTED, connected)
 
     def steps(self, steps: Iterable[StepTime]) -> None:

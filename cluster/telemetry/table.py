@@ -386,6 +386,15 @@ STEP_AGE = Metric(
 PREEMPTIONS = Metric(
     "kvmesh_preemptions_total", COUNTER, "engine", "Sequences preempted", labels=GROUP
 )
+EXPERT_IMBALANCE = Metric(
+    "kvmesh_expert_imbalance_ratio",
+    GAUGE,
+    "engine",
+    "Tokens of a layer's busiest expert relative to the mean of its experts, over the last 64 "
+    "steps and all layers; absent for models without experts",
+    unit="ratio",
+    labels=GROUP,
+)
 POOL_PAGES = Metric(
     "kvmesh_pool_pages",
     GAUGE,

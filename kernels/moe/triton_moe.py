@@ -200,7 +200,7 @@ def expert_mlp(
 def block_rows(assignments: int, num_experts: int) -> int:
     """Rows of a tile, from shapes alone: about as many as an expert has assignments."""
     mean = -(-assignments // num_experts)
-    return min(128, max(16, triton.next_power_of_2(mean)))
+    return min(128, max(16, 1 << (mean - 1).bit_length()))
 
 
 def tiles(dtype: torch.dtype, block_m: int) -> dict[str, object]:

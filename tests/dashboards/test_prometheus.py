@@ -40,9 +40,15 @@ CONFIG = small_config(
     metrics={"tenants": 1},
     router={"max_queued": 6},
 )
-# What a healthy cluster without GPUs does not have.
+# What a healthy cluster without GPUs, of a model without experts, does not have.
 ABSENT = {
-    metric.exported for metric in (table.GPU_UTILIZATION, table.GPU_MEMORY, table.PREEMPTIONS)
+    metric.exported
+    for metric in (
+        table.EXPERT_IMBALANCE,
+        table.GPU_UTILIZATION,
+        table.GPU_MEMORY,
+        table.PREEMPTIONS,
+    )
 }
 WINDOW_S = 120.0
 

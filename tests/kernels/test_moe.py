@@ -5,6 +5,8 @@ Without a GPU the kernels run in Triton's interpreter, in fp32, at shapes that n
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -19,7 +21,7 @@ HIDDEN, WIDTH, EXPERTS, TOP_K = 70, 36, 5, 2
 
 def make(
     num_tokens: int, dtype: torch.dtype = torch.float32, biases: bool = False
-) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
     """Arguments of expert_mlp; expert 3 is never chosen."""
     scores = torch.randn(num_tokens, EXPERTS)
     scores[:, 3] = -torch.inf
@@ -79,11 +81,11 @@ def test_experts_of_other_ranks_add_nothing() -> None:
     assert not expert_mlp(x, experts + EXPERTS, weights, gate_up, down).any()
 
 
-def test_a_token_depends_on_no_other(num_tokens: int = 9) -> None:
+def test_a_token_depends_on_no_other() -> None:
     """Up to rounding, which the sizes of products change."""
-    (x, experts, weights, *rest), _ = make(num_tokens)
+    (x, experts, weights, *rest), _ = make(9)
     whole = expert_mlp(x, experts, weights, *rest)
-    for token in range(num_tokens):
+    for token in range(9):
         one = slice(token, token + 1)
         alone = expert_mlp(x[one], experts[one], weights[one], *rest)
         torch.testing.assert_close(alone, whole[one], atol=1e-6, rtol=0)
@@ -114,9 +116,9 @@ def test_kernels_are_as_close_as_torch(
 @pytest.mark.parametrize(
     ("change", "name"),
     [
-        (lambda a: a[:0] + (a[0][:, 1:],) + a[1:], "x, gate_up"),
-        (lambda a: a[:1] + (a[1][1:],) + a[2:], "experts, weights"),
-        (lambda a: a[:4] + (a[4].mT,), "down"),
+        (lambda a: (a[0][:, 1:], *a[1:]), "x, gate_up"),
+        (lambda a: (a[0], a[1][1:], *a[2:]), "experts, weights"),
+        (lambda a: (*a[:4], a[4].mT), "down"),
     ],
 )
 def test_wrong_shapes_are_named(change: object, name: str) -> None:

@@ -166,6 +166,17 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "MixtralForCausalLM",
         {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 7},
     ),
+    "dbrx": (
+        "DbrxForCausalLM",
+        {
+            "d_model": 64,
+            "n_heads": 8,
+            "n_layers": 3,
+            "max_seq_len": 256,
+            "attn_config": {"kv_n_heads": 4, "clip_qkv": 0.5, "rope_theta": 10000.0},
+            "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2},
+        },
+    ),
     "olmoe": (
         "OlmoeForCausalLM",
         {"num_experts": 6, "num_experts_per_tok": 2, "clip_qkv": 0.5},

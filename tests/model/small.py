@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import safetensors.torch
 import tokenizers
 import torch
@@ -174,15 +175,22 @@ def make_small_tokenizer(directory: Path) -> int:
     return int(raw.get_vocab_size())
 
 
+# Model type -> its name in GGUF; of transformers' names for parts of layers, those that the gguf
+# package does not know.
+_GGUF_NAMES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "qwen3_moe": "qwen3moe"}
+
+
 def make_small_gguf(file: Path, source: Path, leave_out: str = "", **metadata: Any) -> Path:
-    """The Llama model in directory `source` as a GGUF file, including its tokenizer.
+    """The model in directory `source` as a GGUF file, including its tokenizer, as llama.cpp
+    writes it.
 
     leave_out: name of a tensor; metadata: further keys, with __ for dots
     """
     model = transformers.AutoModelForCausalLM.from_pretrained(source)
     config = model.config
     raw = json.loads((source / "tokenizer.json").read_text())["model"]
-    writer = gguf.GGUFWriter(file, "llama")
+    architecture = _GGUF_NAMES[config.model_type]
+    writer = gguf.GGUFWriter(file, architecture)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -191,7 +199,15 @@ def make_small_gguf(file: Path, source: Path, leave_out: str = "", **metadata: A
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_rope_dimension_count(config.head_dim)
+    if architecture == "llama":
+        writer.add_rope_dimension_count(config.head_dim)
+    elif architecture != "qwen2":
+        writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)
+    if architecture == "qwen3moe":
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
@@ -202,18 +218,27 @@ def make_small_gguf(file: Path, source: Path, leave_out: str = "", **metadata: A
     writer.add_eos_token_id(2)
     writer.add_chat_template(CHAT_TEMPLATE)
     for key, value in metadata.items():
-        writer.add_string(key.replace("__", "."), value)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+        add = writer.add_string if isinstance(value, str) else writer.add_uint32
+        add(key.replace("__", "."), value)
+    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(kinds[architecture], config.num_hidden_layers)
     for name, weight in model.state_dict().items():
         if name == leave_out:
             continue
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
         array = weight.numpy()
+        if name.endswith("experts.gate_up_proj"):
+            layer = name.split(".")[2]
+            for part, rows in zip(("gate", "up"), np.split(array, 2, axis=1), strict=True):
+                writer.add_tensor(f"blk.{layer}.ffn_{part}_exps.weight", rows.copy())
+            continue
+        name = name.replace("experts.down_proj", "experts.down_proj.weight")
         for projection, count in heads.items():
-            if projection in name:  # GGUF's Llama rotates neighbours, transformers halves
+            # GGUF's Llama rotates neighbours, transformers halves
+            if projection in name and architecture == "llama":
                 array = array.reshape(count, 2, -1, array.shape[-1]).swapaxes(1, 2)
                 array = array.reshape(weight.shape)
-        gguf_name = names.get_name(name, (".weight",))
+        gguf_name = names.get_name(name, (".weight", ".bias"))
         assert gguf_name is not None
         writer.add_tensor(gguf_name, array.copy())
     writer.write_header_to_file()

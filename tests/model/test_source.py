@@ -97,10 +97,37 @@ def test_a_gguf_file_computes_the_same_as_its_source(
     assert resolve_model(str(gguf_file), root=tmp_path) == files
 
 
+@pytest.mark.parametrize("architecture", ["Qwen2ForCausalLM", "Qwen3ForCausalLM", "qwen3-moe"])
+def test_a_gguf_of_another_architecture_computes_the_same(
+    architecture: str, tmp_path: Path
+) -> None:
+    """With sizes that are no defaults of transformers' configurations."""
+    overrides: dict[str, Any] = {"rope_parameters": {"rope_type": "default", "rope_theta": 3e4}}
+    if architecture != "Qwen2ForCausalLM":
+        overrides |= {"head_dim": 16, "rms_norm_eps": 1e-3}
+    if architecture == "qwen3-moe":
+        architecture = "Qwen3MoeForCausalLM"
+        overrides |= {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 32}
+        overrides |= {"norm_topk_prob": True}
+    source = tmp_path / "source"
+    vocab_size = make_small_tokenizer(source)
+    make_small_model(architecture, source, vocab_size=vocab_size, num_hidden_layers=2, **overrides)
+    files = resolve_model(str(make_small_gguf(tmp_path / "a.gguf", source)), root=tmp_path / "s")
+    torch.testing.assert_close(_logits(files.path), _logits(source), rtol=0, atol=1e-6)
+    text = "The ranks agree: 日本語 👩‍👩‍👧 naïve 1234<|im_end|>"
+    ours, theirs = Tokenizer.load(files.path), Tokenizer.load(source)
+    ids = ours.encode(text, add_special_tokens=False)
+    assert ours.decode(ids, skip_special_tokens=False) == text
+    assert ids[-1] == theirs.encode(text)[-1]
+
+
 @pytest.mark.parametrize(
     ("metadata", "reason"),
     [
-        ({"llama__rope__scaling__type": "yarn"}, "RoPE scaling"),
+        ({"llama__rope__scaling__type": "yarn"}, r"llama\.rope\.scaling\.type would be lost"),
+        ({"llama__expert_count": 8}, r"llama\.expert_count would be lost"),
+        ({"llama__attention__sliding_window": 64}, r"sliding_window would be lost"),
+        ({"llama__attention__value_length": 4}, r"value_length is 4, but its head_dim is 8"),
         ({"general__architecture": "falcon"}, "falcon"),
     ],
 )
@@ -117,7 +144,7 @@ def test_a_gguf_that_would_lose_something_is_refused(
         file = make_small_gguf(tmp_path / "other.gguf", llama, **metadata)
     with pytest.raises(UnsupportedModelError, match=reason):
         resolve_model(str(file), root=tmp_path / "store")
-    assert not (tmp_path / "store").exists()
+    assert [path for path in tmp_path.glob("store/*") if path.is_dir()] == []
 
 
 def test_a_gguf_without_all_its_weights_is_refused(llama: Path, tmp_path: Path) -> None:
@@ -174,14 +201,16 @@ def test_the_hub_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"architectures": ["GptOssForCausalLM"]}, "GptOssForCausalLM"),
-        ({"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}, "Mixtral"),
+        ({"architectures": ["DeepseekV3ForCausalLM"]}, "DeepseekV3ForCausalLM"),
+        ({"architectures": ["Qwen3NextForCausalLM"], "model_type": "qwen3_next"}, "Qwen3Next"),
+        ({"architectures": ["Llama4ForCausalLM"], "model_type": "llama4_text"}, "Llama4"),
         ({"architectures": None, "model_type": "bloom"}, "bloom"),
         ({"model_type": "qwen2"}, "qwen2"),
         ({"quantization_config": {"quant_method": "hqq"}}, "quantised by hqq"),
         ({"auto_map": {"AutoModelForCausalLM": "evil.Model"}}, "own code"),
         ({"use_bidirectional_attention": True}, "bidirectional"),
-        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2}}, "dynamic"),
+        ({"quantization_config": {"quant_method": "mxfp4"}}, "quantised"),
+        ({"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4}}, "proportional"),
         ({"rope_parameters": None, "rope_scaling": {"type": "longrope"}}, "longrope"),
     ],
 )

@@ -241,9 +241,12 @@ def test_gradients_match_finite_differences(case: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("window", [None, 5, 40])
-def test_attention_of_a_window(softcap: float | None, window: int | None) -> None:
+@pytest.mark.parametrize("sinks", [None, torch.tensor([-1.0, 0.0, 1.0, 2.0, 3.0, -torch.inf])])
+def test_attention_of_a_window(
+    softcap: float | None, window: int | None, sinks: Tensor | None
+) -> None:
     q, (k, v) = torch.randn(33, 6, 8), torch.randn(2, 33, 2, 8)
-    args = AttendArgs(0.3, softcap, window)
+    args = AttendArgs(0.3, softcap, window, sinks)
     got = causal_attention(q, k, v, args)
     torch.testing.assert_close(got, _attention(q, k, v, args), atol=1e-5, rtol=0)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,22 +20,49 @@ TOKENS = 12
 SELF_SUFFICIENT = [name for name in format_names() if not get_format(name).needs_calibration]
 
 
+# Experts do not see pages: a format of each kind is enough.
+ONE_OF_A_KIND = ["exact", "k4v2", "fp8", "kivi2"]
+MODELS: dict[str, dict[str, Any]] = {
+    "LlamaForCausalLM": {},
+    "Qwen3MoeForCausalLM": {
+        "head_dim": 32,
+        "num_hidden_layers": 2,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+    },
+}
+
+
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_small_model(
-        "LlamaForCausalLM",
-        tmp_path_factory.mktemp("small"),
-        hidden_size=128,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-    )
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {
+        architecture: make_small_model(
+            architecture,
+            tmp_path_factory.mktemp("small"),
+            hidden_size=128,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=512,
+            **overrides,
+        )
+        for architecture, overrides in MODELS.items()
+    }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SELF_SUFFICIENT)
-def test_output_depends_only_on_the_prompt(name: str, model: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "architecture"),
+    [
+        *((name, "LlamaForCausalLM") for name in SELF_SUFFICIENT),
+        *((name, "Qwen3MoeForCausalLM") for name in ONE_OF_A_KIND),
+    ],
+)
+def test_output_depends_only_on_the_prompt(
+    name: str, architecture: str, models: dict[str, Path]
+) -> None:
     """Pages of 16 tokens, prompts of up to 13 pages: most are sealed in every format."""
+    model = models[architecture]
     config = EngineConfig(
         model=str(model),
         kv_format=name,

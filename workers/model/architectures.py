@@ -236,6 +236,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             window=None,
             experts=ExpertKeys(),
         ),
+        Architecture("DbrxForCausalLM", "dbrx", kv_heads=1, experts=ExpertKeys(), own_code=True),
         Architecture("OlmoeForCausalLM", "olmoe", experts=ExpertKeys()),
         Architecture(
             "GptOssForCausalLM",

@@ -96,6 +96,7 @@ _BY_MODEL_TYPE: Mapping[str, frozenset[str]] = {
         "num_local_experts",
     },
     "mixtral": _RMS_NORM | {"num_experts_per_tok", "num_local_experts", "sliding_window"},
+    "dbrx": frozenset({"clip_qkv", "num_experts_per_tok", "num_local_experts"}),
     "olmoe": _RMS_NORM
     | {
         "attention_bias",
@@ -165,6 +166,7 @@ _HARMLESS = frozenset(
         "do_sample",
         "dtype",
         "early_stopping",
+        "emb_pdrop",
         "embd_pdrop",
         "encoder_no_repeat_ngram_size",
         "eos_token_id",
@@ -266,13 +268,10 @@ def keys_not_implemented(config: Mapping[str, Any], architecture: Architecture) 
     types = config.get("layer_types") or ()
     for key, value in config.items():
         known = key in _COMMON or key in own or key in _HARMLESS
-        known = (
-            known
-            or key.startswith(_HARMLESS_PREFIXES)
-            or _is_redundant(key, config, architecture.model_type)
-        )
-        if not known and not _is_neutral(key, config):
-            yield key
+        if not known and not key.startswith(_HARMLESS_PREFIXES):
+            redundant = _is_redundant(key, config, architecture.model_type)
+            if not (_is_neutral(key, config) if redundant is None else redundant):
+                yield key
         if key in ("rope_parameters", "rope_scaling") and isinstance(value, dict):
             for section, parameters in _rope_sections(key, value, types):
                 yield from _rope_keys(section, parameters, own)
@@ -296,15 +295,16 @@ def _rope_keys(section: str, parameters: Mapping[str, Any], own: frozenset[str])
             yield f"{section}.{key}"
 
 
-def _is_redundant(key: str, config: Mapping[str, Any], model_type: str) -> bool:
-    """Whether the key says what is computed anyway, or what another key says."""
+def _is_redundant(key: str, config: Mapping[str, Any], model_type: str) -> bool | None:
+    """Whether the key says what is computed anyway, or what another key says; None if it is not
+    a key of this kind."""
     value = config[key]
     only = _ONLY_VALUE.get(model_type, {})
     if key in only:
         return type(value) is type(only[key]) and bool(value == only[key])
     other = _REPEATED.get(model_type, {}).get(key)
-    if other is None:
-        return False
+    if other is None or value is None:
+        return None
     section, _, name = other.rpartition(".")
     return bool(value == (config.get(section) or {} if section else config).get(name, value))
 

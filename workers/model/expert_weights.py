@@ -52,9 +52,11 @@ def read_experts(weights: Weights, share: ExpertShare, model_type: str) -> dict[
     return _read_one_by_one(weights, share, *_ONE_BY_ONE[model_type])
 
 
-def stored_router(name: str, model_type: str) -> str:
-    """How checkpoints name the router that is `name` in transformers."""
-    block, _ = _ONE_BY_ONE.get(model_type, (".mlp.", ("", "", "")))
+def stored_router(weights: Weights, name: str, model_type: str) -> str:
+    """How the checkpoint names the router that is `name` in transformers."""
+    if f"{name}.weight" in weights or model_type not in _ONE_BY_ONE:
+        return name
+    block, _ = _ONE_BY_ONE[model_type]
     return name.replace(".mlp.", block)
 
 

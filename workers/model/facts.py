@@ -18,6 +18,7 @@ from typing import Any
 from kvmesh.workers.errors import ConfigError, UnsupportedModelError
 from kvmesh.workers.model.architectures import ARCHITECTURES, Architecture
 from kvmesh.workers.model.config_keys import keys_not_implemented
+from kvmesh.workers.model.dbrx_keys import standard_keys
 from kvmesh.workers.model.quantisation import quantisation_of, why_not_read
 from kvmesh.workers.model.rope_scaling import RopeScaling
 from kvmesh.workers.model.tensors import TensorInfo, read_tensors
@@ -84,7 +85,7 @@ def read_facts(path: Path, rope: RopeOverride | None = None) -> ModelFacts:
     Raises ConfigError naming a file that is missing or malformed, and
     UnsupportedModelError for a model that would be computed incorrectly.
     """
-    config = read_json(path / "config.json")
+    config = standard_keys(read_json(path / "config.json"), path)
     architecture = check_supported(config, path)
     tensors = read_tensors(path)
     integers = {key: _positive(config, key, path) for key in _REQUIRED}

@@ -22,9 +22,10 @@ from kvmesh.workers.model.facts import ModelFacts, read_facts
 from kvmesh.workers.model.hook import IMPLEMENTATION, Attend, AttendSlot, attach
 from kvmesh.workers.model.rope import Rope, fixed_rotary, override_rope
 from kvmesh.workers.model.shards import Pack, Placer, check_tp
-from kvmesh.workers.model.stored import read_config, stored_as
+from kvmesh.workers.model.stored import adapt, read_config, stored_as
 from kvmesh.workers.model.weights import WeightReader, Weights
 from kvmesh.workers.parallel.comm import Communicator
+from kvmesh.workers.parallel.experts import Experts
 from kvmesh.workers.parallel.linears import VocabHead
 from kvmesh.workers.rope_override import RopeOverride
 
@@ -33,6 +34,7 @@ class ServedModel:
     """One rank's share of a model, ready to run.
 
     num_heads, num_kv_heads: of this rank; facts: of the whole model
+    rotary_emb: cosines and sines of positions; ropes: each layer's frequencies
     """
 
     def __init__(self, facts: ModelFacts, model: Any, slot: AttendSlot, tp: int) -> None:
@@ -46,6 +48,7 @@ class ServedModel:
             facts.rotated_layers or (True,) * facts.num_layers,
             interleaved=ARCHITECTURES[facts.architecture].interleaved_rope,
         )
+        self.rotary_emb: nn.Module = model.model.rotary_emb
         self._body: nn.Module = model.model
         self._head: VocabHead = model.lm_head
         self._slot = slot
@@ -90,6 +93,13 @@ class ServedModel:
         """
         logits = self._head(hidden.index_select(0, rows))
         return None if logits is None else self._finish(logits)
+
+    def expert_tokens(self) -> Tensor | None:
+        """[layers with experts, num_experts] int64 on the host: how many tokens each expert has
+        computed since the model was loaded, on all ranks. None if the model has no experts."""
+        experts = (part for part in self._body.modules() if isinstance(part, Experts))
+        loads: list[Tensor] = [part.load for part in experts]
+        return torch.stack(loads).cpu() if loads else None
 
     def _finish(self, logits: Tensor) -> Tensor:
         """Scale and cap logits the way the architecture's own forward does."""
@@ -164,6 +174,7 @@ def build_model(
         model = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=IMPLEMENTATION
         )
+    adapt(facts, model)
     model.eval().requires_grad_(False)
     packing = _packing(weight_format, dtype, device)
     Placer(model, weights, comm, facts, packing, expert_parallel=expert_parallel).place()

@@ -156,7 +156,8 @@ class Placer:
         elif shard == "experts":
             self._replace(name, self._experts(name))
         elif shard == "router":
-            self._fill(stored_router(name, self._model.config.model_type), module)
+            model_type = self._model.config.model_type
+            self._fill(stored_router(self._reader, name, model_type), module)
         elif shard == "split norm":
             self._replace(name, self._split_norm(name, module))
         elif shard == "module per head":

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import CONFIG_MAPPING, LlamaConfig
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, LlamaConfig, MixtralConfig
 
 from kvmesh.workers.errors import UnsupportedModelError
 from kvmesh.workers.model.architectures import ARCHITECTURES
+from kvmesh.workers.model.dbrx_keys import standard_keys
 from kvmesh.workers.model.facts import ModelFacts, read_json
 from kvmesh.workers.model.quantisation import quantisation_of, why_not_read
 from kvmesh.workers.model.quantised_weights import QuantisedWeights
@@ -32,6 +33,8 @@ def config_of(architecture: str, values: Mapping[str, Any], source: Path | str) 
     try:
         if architecture == "InternLM2ForCausalLM":
             return _as_llama(values)
+        if architecture == "DbrxForCausalLM":
+            return _as_mixtral(standard_keys(values, Path(source)))
         return CONFIG_MAPPING[ARCHITECTURES[architecture].model_type].from_dict(dict(values))
     except (ValueError, TypeError, KeyError) as error:
         raise UnsupportedModelError(
@@ -47,7 +50,34 @@ def stored_as(facts: ModelFacts, reader: WeightReader, path: Path) -> Weights:
         weights = QuantisedWeights(reader, quantisation)
     if facts.architecture == "InternLM2ForCausalLM":
         return InternLM2Weights(weights, facts)
+    if facts.architecture == "DbrxForCausalLM":
+        return DbrxWeights(weights, facts)
     return weights
+
+
+def adapt(facts: ModelFacts, model: Any) -> None:
+    """Replace what differs in modules of another architecture; before weights are loaded."""
+    if facts.architecture != "DbrxForCausalLM":
+        return
+    for parent, name in [
+        *((layer, "input_layernorm") for layer in model.model.layers),
+        *((layer, "post_attention_layernorm") for layer in model.model.layers),
+        (model.model, "norm"),
+    ]:
+        weight = getattr(parent, name).weight
+        norm = nn.LayerNorm(weight.shape, bias=False, device=weight.device, dtype=weight.dtype)
+        setattr(parent, name, norm)
+
+
+def _as_mixtral(values: Mapping[str, Any]) -> MixtralConfig:
+    """DBRX is Mixtral with other norms and clipped projections."""
+    names = ("auto_map", "architectures", "model_type", "clip_qkv")
+    config = MixtralConfig(
+        **{key: value for key, value in values.items() if key not in names},
+        sliding_window=None,
+    )
+    config.clip_qkv = values.get("clip_qkv")
+    return config
 
 
 def _as_llama(values: Mapping[str, Any]) -> LlamaConfig:
@@ -128,3 +158,88 @@ class InternLM2Weights:
         for pattern, stored in self._NAMES:
             name = re.sub(pattern, stored, name)
         return name
+
+
+class DbrxWeights:
+    """Mixtral's tensors in a DBRX checkpoint.
+
+    Queries, keys and values are one projection, in this order; experts are rows of three tensors:
+
+        w1, v1   [num_experts * width, hidden], gate and up
+        w2       [num_experts * width, hidden], down, transposed
+    """
+
+    _NAMES = (
+        (r"^model\.embed_tokens\.", "transformer.wte."),
+        (r"^model\.norm\.", "transformer.norm_f."),
+        (r"^model\.layers\.", "transformer.blocks."),
+        (r"\.self_attn\.o_proj\.", ".norm_attn_norm.attn.out_proj."),
+        (r"\.mlp\.gate\.", ".ffn.router.layer."),
+        (r"\.input_layernorm\.", ".norm_attn_norm.norm_1."),
+        (r"\.post_attention_layernorm\.", ".norm_attn_norm.norm_2."),
+    )
+    _EXPERT = re.compile(r"^model\.layers\.(\d+)\.block_sparse_moe\.experts\.(\d+)\.w([123])\.")
+
+    def __init__(self, weights: Weights, facts: ModelFacts) -> None:
+        self._weights = weights
+        self._num_experts, self._width = facts.num_experts, facts.expert_size
+        queries, keys = (heads * facts.head_dim for heads in (facts.num_heads, facts.num_kv_heads))
+        self._starts = {"q": 0, "k": queries, "v": queries + keys}
+        self._joined_rows = queries + 2 * keys
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._weights.dtype
+
+    def __contains__(self, name: str) -> bool:
+        return self._stored(name) in self._weights
+
+    def whole(self, name: str, shape: torch.Size) -> Tensor:
+        return self._weights.whole(self._stored(name), shape)
+
+    def rows(self, name: str, shape: torch.Size, first: int, end: int) -> Tensor:
+        if self._EXPERT.match(name):
+            return self._of_expert(name, shape[1], first, end)
+        part = re.search(r"\.self_attn\.([qkv])_proj\.", name)
+        if part is None:
+            return self._weights.rows(self._stored(name), shape, first, end)
+        stored = self._stored(name.replace(part[0], ".norm_attn_norm.attn.Wqkv."))
+        start = self._starts[part[1]]
+        joined = torch.Size((self._joined_rows, *shape[1:]))
+        return self._weights.rows(stored, joined, start + first, start + end)
+
+    def columns(self, name: str, shape: torch.Size, first: int, end: int) -> Tensor:
+        if self._EXPERT.match(name):
+            return self._of_expert(name, shape[0], first, end).t()
+        return self._weights.columns(self._stored(name), shape, first, end)
+
+    def part(self, name: str, shape: torch.Size, *index: slice) -> Tensor:
+        return self._weights.part(self._stored(name), shape, *index)
+
+    def leave(self, name: str, shape: torch.Size) -> None:
+        assert self._EXPERT.match(name), "only experts are left to other ranks"
+        # The rank's own experts are rows of the same tensor, whose shape is checked then.
+
+    def check_all_read(self) -> None:
+        self._weights.check_all_read()
+
+    def _of_expert(self, name: str, hidden: int, first: int, end: int) -> Tensor:
+        found = self._EXPERT.match(name)
+        assert found is not None
+        layer, expert, kind = found.groups()
+        start = int(expert) * self._width
+        return self._weights.rows(
+            f"transformer.blocks.{layer}.ffn.experts.mlp.{_DBRX_EXPERT[kind]}",
+            torch.Size((self._num_experts * self._width, hidden)),
+            start + first,
+            start + end,
+        )
+
+    def _stored(self, name: str) -> str:
+        for pattern, stored in self._NAMES:
+            name = re.sub(pattern, stored, name)
+        return name
+
+
+# Mixtral's w1, w3 and w2 are gate, up and down.
+_DBRX_EXPERT = {"1": "w1", "3": "v1", "2": "w2"}

@@ -2083,6 +2083,7 @@ class GroupInfo(_message.Message):
     CAPACITY_BYTES_FIELD_NUMBER: _builtins.int
     MAX_MODEL_LEN_FIELD_NUMBER: _builtins.int
     KV_DIVERGENCE_NATS_FIELD_NUMBER: _builtins.int
+    ROPE_FIELD_NUMBER: _builtins.int
     group: _builtins.str
     kv_format: _builtins.str
     dtype: _builtins.str
@@ -2095,6 +2096,10 @@ class GroupInfo(_message.Message):
     """Mean divergence of the next token's distribution from exact KV, in nats, as
     measured for the format; unset if it was not.
     """
+    rope: _builtins.str
+    """How positions are scaled: "default", "yarn, factor 4", and so on; with "instead of" the
+    model's own if the operator chose it.
+    """
     def __init__(
         self,
         *,
@@ -2104,10 +2109,11 @@ class GroupInfo(_message.Message):
         capacity_bytes: _builtins.int = ...,
         max_model_len: _builtins.int = ...,
         kv_divergence_nats: _builtins.float | None = ...,
+        rope: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_kv_divergence_nats", b"_kv_divergence_nats", "kv_divergence_nats", b"kv_divergence_nats"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_kv_divergence_nats", b"_kv_divergence_nats", "capacity_bytes", b"capacity_bytes", "dtype", b"dtype", "group", b"group", "kv_divergence_nats", b"kv_divergence_nats", "kv_format", b"kv_format", "max_model_len", b"max_model_len"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_kv_divergence_nats", b"_kv_divergence_nats", "capacity_bytes", b"capacity_bytes", "dtype", b"dtype", "group", b"group", "kv_divergence_nats", b"kv_divergence_nats", "kv_format", b"kv_format", "max_model_len", b"max_model_len", "rope", b"rope"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__kv_divergence_nats: _TypeAlias = _typing.Literal["kv_divergence_nats"]  # noqa: Y015
     _WhichOneofArgType__kv_divergence_nats: _TypeAlias = _typing.Literal["_kv_divergence_nats", b"_kv_divergence_nats"]  # noqa: Y015
