@@ -16,9 +16,10 @@ from kvmesh.workers.config import EngineConfig
 
 
 class InstantRanks:
-    """Replaces RankActors."""
+    """Replaces RankActors, whose arguments were others in older checkouts."""
 
-    def __init__(self, config: EngineConfig, *_: object) -> None:
+    def __init__(self, *arguments: object) -> None:
+        (config,) = (each for each in arguments if isinstance(each, EngineConfig))
         self.executor = InstantExecutor(config)
         made.append(self.executor)
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import threading
 import time
+from typing import TYPE_CHECKING
 
 from benchmarks.control_plane.tokens import FIRST_ID, NUM_IDS, successor
 from kvmesh.kernels.formats.registry import get_format
 from kvmesh.workers.config import DEFAULT_CPU_KV_MEMORY_BYTES, EngineConfig
-from kvmesh.workers.executor import Allocation, MakeMasks, RankDescription
+from kvmesh.workers.executor import Allocation, RankDescription
 from kvmesh.workers.model.facts import read_facts
 from kvmesh.workers.model.source import resolve_model
 from kvmesh.workers.plan import SampledToken, StepPlan, StepResult
+
+if TYPE_CHECKING:  # older checkouts have no masks
+    from kvmesh.workers.executor import MakeMasks
 
 PAGE_BYTES = 1024  # no page exists, so any size will do
 # A round trip to a real rank takes about this long, during which the engine's thread does not

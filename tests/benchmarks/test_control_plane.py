@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
@@ -78,6 +79,16 @@ def test_executor_continues_each_prompt_and_reads_the_step_duration() -> None:
     result = executor.execute(_plan([_chunk(1, PROMPT_TOKENS, [first[1]])]))
     assert [token.token_id for token in result.tokens] == chain(prompts[1][-1], 2)[1:]
     assert (executor.num_tokens, executor.steps) == (3, 2)
+
+
+def test_the_stand_in_for_ranks_finds_their_configuration() -> None:
+    from benchmarks.control_plane.engine import InstantRanks
+    from kvmesh.cluster.rank_actors import RankActors
+
+    parameters = inspect.signature(RankActors).parameters
+    config = EngineConfig(model="any")
+    given = [config if x.annotation == "EngineConfig" else None for x in parameters.values()]
+    assert InstantRanks(*given).executor.num_ranks == config.tp
 
 
 def _chunk(row: int, start: int, ids: list[int]) -> Chunk:
