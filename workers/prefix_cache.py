@@ -38,7 +38,7 @@ class PageDigests:
         first = len(self._digests) * self._page_size
         new = np.ascontiguousarray(tokens[first : num_pages * self._page_size], dtype=np.int32)
         bytes_of_page = 4 * self._page_size
-        contents = memoryview(new).cast("B")
+        contents = new.data.cast("B")
         for start in range(0, len(contents), bytes_of_page):
             digest = hashlib.blake2b(self._last, digest_size=16)
             digest.update(contents[start : start + bytes_of_page])

@@ -115,7 +115,8 @@ class Tokenizer:
             chat = Conversation(chat)
         names = tuple(self.special_tokens)
         pieces = self.chat_templates.render(chat, add_generation_prompt, names)
-        return self.encode_pieces(pieces).tolist()
+        ids: list[int] = self.encode_pieces(pieces).tolist()
+        return ids
 
     @property
     def has_chat_template(self) -> bool:
