@@ -73,13 +73,13 @@ def prompts() -> dict[str, bytes]:
     ids = np.random.default_rng(0).integers(FIRST_ID, FIRST_ID + NUM_IDS, PROMPT_TOKENS)
     ids[0] = 0  # the ranks' time of a step
     sentence = "The ledger of the long journey has {} pages, and page {} is the last but one. "
-    count = TEXT_BYTES // len(sentence)
+    count = TEXT_BYTES // (len(sentence) - 4)
     text = "".join(sentence.format(number * 7919 % 104_729, number) for number in range(count))
     again = ids.copy()
     again[-1000:] = FIRST_ID
     return {
         "ids": _request(pb.Prompt(token_ids=pb.TokenIds(ids=ids.tolist()))),
-        "text": _request(pb.Prompt(text=text)),
+        "text": _request(pb.Prompt(text=text[:TEXT_BYTES])),
         "ids with another end": _request(pb.Prompt(token_ids=pb.TokenIds(ids=again.tolist()))),
     }
 
