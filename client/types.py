@@ -169,7 +169,10 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """Which group runs a stream, and what is reserved. Pages per rank, bytes over all ranks."""
+    """Which group runs a stream, and what is reserved. Pages per rank, bytes over all ranks.
+
+    cached_tokens: of the prompt, that the group is thought to have in its prefix cache
+    """
 
     request_id: str
     model: str
@@ -181,6 +184,7 @@ class Started:
     kv_hot_pages: int
     kv_sealed_pages: int
     kv_reserved_bytes: int
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

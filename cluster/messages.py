@@ -106,7 +106,10 @@ class Waiting(_Message):
 
 
 class Placed(_Message):
-    """A lease on a group, and where its engine listens."""
+    """A lease on a group, and where its engine listens.
+
+    cached_tokens: of the prompt, that the group is thought to hold
+    """
 
     call: int
     group: str
@@ -115,6 +118,7 @@ class Placed(_Message):
     lease: LeaseTerms
     lease_bytes: int
     queue_s: float
+    cached_tokens: int = 0
 
 
 class Aborted(_Message):

@@ -208,6 +208,7 @@ class RouterService:
                 placement.lease,
                 placement.lease_bytes,
                 placement.queue_s,
+                placement.cached_tokens,
             )
         )
 

@@ -35,8 +35,8 @@ class Arena:
         self._shares = [0] * total
         self._age = 0.0
         self._released = 0
-        # (rank, number of the release) of each cached page; the heap also has outdated entries.
-        self._cached: dict[int, tuple[float, int]] = {}
+        # (rank, number of the release, page) of each cached page; the heap also has outdated ones.
+        self._cached: dict[int, tuple[float, int, int]] = {}
         self._heap: list[tuple[float, int, int]] = []
 
     @property
@@ -71,8 +71,9 @@ class Arena:
 
     def _evict(self) -> int:
         while True:
-            rank, number, page = heapq.heappop(self._heap)
-            if self._cached.get(page) == (rank, number):
+            entry = heapq.heappop(self._heap)
+            rank, _, page = entry
+            if self._cached.get(page) is entry:
                 break
         del self._cached[page]
         self._age = rank
@@ -123,10 +124,10 @@ class Arena:
     def _keep(self, page: int) -> None:
         rank = self._age + self._worths[page] * (1 + self._shares[page])
         self._released += 1
-        self._cached[page] = rank, self._released
-        heapq.heappush(self._heap, (rank, self._released, page))
+        entry = self._cached[page] = rank, self._released, page
+        heapq.heappush(self._heap, entry)
         if len(self._heap) > 2 * self.total:
-            self._heap = [(*entry, page) for page, entry in self._cached.items()]
+            self._heap = list(self._cached.values())
             heapq.heapify(self._heap)
 
     @property
@@ -148,7 +149,4 @@ class Arena:
         assert len(free) + len(cached) + len(held) == self.total, "a page is lost"
         assert cached <= self._keys.keys() <= cached | held, "a key has no page"
         assert len(self.named) == len(self._keys), "two pages have the same key"
-        ranked = {(page, rank) for rank, _, page in self._heap}
-        assert ranked >= {(page, rank) for page, (rank, _) in self._cached.items()}, (
-            "a cached page cannot be evicted"
-        )
+        assert set(self._heap) >= set(self._cached.values()), "a cached page cannot be evicted"

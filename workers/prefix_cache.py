@@ -35,10 +35,14 @@ class PageDigests:
 
     def upto(self, tokens: TokenIds, num_pages: int) -> list[Digest]:
         """Digests of the first `num_pages` pages of `tokens` ([>= num_pages·page_size] int32)."""
-        for page in range(len(self._digests), num_pages):
-            first = page * self._page_size
-            block = np.ascontiguousarray(tokens[first : first + self._page_size], dtype=np.int32)
-            self._last = hashlib.blake2b(self._last + block.tobytes(), digest_size=16).digest()
+        first = len(self._digests) * self._page_size
+        new = np.ascontiguousarray(tokens[first : num_pages * self._page_size], dtype=np.int32)
+        bytes_of_page = 4 * self._page_size
+        contents = new.data.cast("B")
+        for start in range(0, len(contents), bytes_of_page):
+            digest = hashlib.blake2b(self._last, digest_size=16)
+            digest.update(contents[start : start + bytes_of_page])
+            self._last = digest.digest()
             self._digests.append(self._last)
         return self._digests
 

@@ -18,8 +18,9 @@ class StepDraft:
         self._on_trial: Sequence | None = None
         self.row_starts: dict[int, RowStart] = {}
         self.chunks: dict[int, Chunk] = {}
-        self._hot: dict[int, list[tuple[int, int]]] = {}
-        self._sealed: dict[int, list[tuple[int, int]]] = {}
+        # Row -> logical page -> page id. No tuples: a million tokens have 16,384 pages.
+        self._hot: dict[int, dict[int, int]] = {}
+        self._sealed: dict[int, dict[int, int]] = {}
         self._seals: dict[int, list[tuple[int, int, int]]] = {}
         self._being_sealed: dict[Digest, tuple[Sequence, int]] = {}
 
@@ -33,14 +34,14 @@ class StepDraft:
         )
         history = seq.tokens[: seq.num_computed].tobytes() if penalised else b""
         self.row_starts[row] = RowStart(row, params, seq.prompt_tokens, history)
-        self._hot[row] = list(seq.hot.items())
-        self._sealed[row] = list(seq.sealed.items())
+        self._hot[row] = dict(seq.hot)
+        self._sealed[row] = dict(seq.sealed)
 
     def set_hot(self, seq: Sequence, page: int) -> None:
-        self._hot.setdefault(_row(seq), []).append((page, seq.hot[page]))
+        self._hot.setdefault(_row(seq), {})[page] = seq.hot[page]
 
     def set_sealed(self, seq: Sequence, page: int) -> None:
-        self._sealed.setdefault(_row(seq), []).append((page, seq.sealed[page]))
+        self._sealed.setdefault(_row(seq), {})[page] = seq.sealed[page]
 
     def being_sealed(self, seq: Sequence, digest: Digest) -> int | None:
         """The page that an older sequence seals with these contents in the same step.
@@ -98,9 +99,13 @@ class StepDraft:
         )
 
 
-def _table(entries: dict[int, list[tuple[int, int]]]) -> TableUpdate:
-    flat = [(row, page, page_id) for row, pairs in entries.items() for page, page_id in pairs]
-    return TableUpdate([r for r, _, _ in flat], [p for _, p, _ in flat], [i for _, _, i in flat])
+def _table(entries: dict[int, dict[int, int]]) -> TableUpdate:
+    update = TableUpdate([], [], [])
+    for row, ids in entries.items():
+        update.rows.extend([row] * len(ids))
+        update.pages.extend(ids.keys())
+        update.ids.extend(ids.values())
+    return update
 
 
 def _row(seq: Sequence) -> int:

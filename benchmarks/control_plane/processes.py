@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 
@@ -95,6 +96,23 @@ class ClusterProcesses:
                 memory["rss"][kind] += found.rss
                 memory["pss"][kind] += found.pss
         return {name: dict(by_kind) for name, by_kind in memory.items()}
+
+    def reset_peaks(self) -> None:
+        """Forget the processes' peaks of resident memory (Linux, proc(5): clear_refs)."""
+        for process, _ in self._found():
+            with contextlib.suppress(OSError):
+                Path(f"/proc/{process.pid}/clear_refs").write_text("5")
+
+    def peak_bytes(self) -> dict[str, int]:
+        """The largest resident memory of a process of each kind, now or since `reset_peaks`."""
+        peaks: Counter[str] = Counter()
+        for process, kind in self._found():
+            with contextlib.suppress(OSError):
+                status = Path(f"/proc/{process.pid}/status").read_text()
+                found = re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)
+                if found is not None:  # a process that ends has none
+                    peaks[kind] = max(peaks[kind], int(found[1]) << 10)
+        return dict(peaks)
 
     def _found(self) -> Iterator[tuple[psutil.Process, str]]:
         for process in psutil.Process().children(recursive=True):

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
-
 from kvmesh.cluster.config import ReasoningParser, ToolParser
 from kvmesh.cluster.ingress.answers.model_form import ModelForm
 from kvmesh.workers.errors import InvalidFieldError
@@ -106,7 +104,7 @@ class ModelCodec:
         self.max_token_chars = self._tokenizer.max_token_chars
 
     def encode(self, text: str) -> TokenIds:
-        return np.array(self._tokenizer.encode(text), dtype=np.int32)
+        return self._tokenizer.encode_array(text)
 
     def prepare(self) -> None:
         """Start what the first chat would wait for, without waiting."""
@@ -126,7 +124,7 @@ class ModelCodec:
             ) from None
 
     def encode_pieces(self, pieces: Sequence[PromptPiece]) -> TokenIds:
-        return np.array(self._tokenizer.encode_pieces(pieces), dtype=np.int32)
+        return self._tokenizer.encode_pieces(pieces)
 
     def token_bytes(self, token_id: int) -> bytes:
         return self._tokenizer.token_bytes(token_id)

@@ -95,6 +95,7 @@ def started(placed: Placed | None, request_id: str, prompt_tokens: int, seed: in
         kv_hot_pages=placed.lease.hot_pages,
         kv_sealed_pages=placed.lease.sealed_pages,
         kv_reserved_bytes=placed.lease_bytes,
+        cached_tokens=placed.cached_tokens,
     )
 
 

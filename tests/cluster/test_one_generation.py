@@ -156,7 +156,7 @@ class Alone:
         self._placements += 1
         lease = LeaseTerms(f"l{self._placements}", 1, 4, 4, 8)
         placed = Placed(
-            1, "g0", make_info(epoch=epoch), Address("g0", 1), lease, 9_000, queue_s
+            1, "g0", make_info(epoch=epoch), Address("g0", 1), lease, 9_000, queue_s, 512
         )  # fmt: skip
         self.around.answer(placed)
         return placed
@@ -352,6 +352,9 @@ async def test_usage_adds_up_all_placements() -> None:
     assert usage.total_s == 6.0
     assert (usage.prompt_tokens, usage.completion_tokens) == (len(PROMPT), 2)
     assert usage.kv_reserved_bytes == 9_000
+    (started, *_) = [event.started for event in alone.received if event.HasField("started")]
+    assert started.cached_tokens == 512, "as the router thinks"
+    assert usage.cached_tokens == 9, "as the engine found"
 
 
 async def test_a_trace_has_the_phases_of_every_placement() -> None:

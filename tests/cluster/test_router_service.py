@@ -429,6 +429,7 @@ def test_pages_of_the_prefix_cache_attract_requests_until_they_are_dropped() -> 
     routed.engines["g1"].says(AccountNews(NO_NEWS, PageChanges(held=(block,))))
     first = placed(ingress, "a", 1, prompt=256, page_hashes=prompt)
     assert first.group == "g1"
+    assert first.cached_tokens == 8 * first.engine.geometry.page_size
     ingress.says(Release(first.lease.lease_id))
     routed.engines["g1"].says(AccountNews(NO_NEWS, PageChanges((), (block, prompt[15]))))
     # Nobody holds anything, and the group that is listed first is as good as the other.

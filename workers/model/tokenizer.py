@@ -7,16 +7,18 @@ prompts from the model's own Jinja template in a sandbox.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from tokenizers import Tokenizer as RawTokenizer
 
 from kvmesh.workers.errors import ConfigError
 from kvmesh.workers.model.chat import DEFAULT, ChatTemplates, Conversation, PromptPiece
 from kvmesh.workers.model.detokenizer import DetokenizerStream
 from kvmesh.workers.model.facts import read_json
+from kvmesh.workers.model.long_text import PIECE_CHARS, encode_in_pieces
 from kvmesh.workers.model.token_bytes import TokenBytes
 
 if TYPE_CHECKING:
@@ -89,6 +91,12 @@ class Tokenizer:
             del ids[: len(start)]
         return ids
 
+    def encode_array(self, text: str) -> TokenIds:
+        """`encode(text)`, as int32, with little memory for a long text."""
+        if len(text) < 2 * PIECE_CHARS or self._has_end_ids:
+            return np.array(self.encode(text), dtype=np.int32)
+        return encode_in_pieces(text, self.encode, partial(_ids, self._raw))
+
     def encode_chat(
         self,
         chat: Conversation | Sequence[Mapping[str, Any]],
@@ -106,23 +114,23 @@ class Tokenizer:
         if not isinstance(chat, Conversation):
             chat = Conversation(chat)
         names = tuple(self.special_tokens)
-        return self.encode_pieces(self.chat_templates.render(chat, add_generation_prompt, names))
+        pieces = self.chat_templates.render(chat, add_generation_prompt, names)
+        ids: list[int] = self.encode_pieces(pieces).tolist()
+        return ids
 
     @property
     def has_chat_template(self) -> bool:
         """Whether a chat can be encoded without naming a template."""
         return DEFAULT in self.chat_templates.names
 
-    def encode_pieces(self, pieces: Sequence[PromptPiece]) -> list[int]:
-        """Ids of a rendered chat."""
-        ids: list[int] = []
+    def encode_pieces(self, pieces: Sequence[PromptPiece]) -> TokenIds:
+        """Ids of a rendered chat, int32."""
+        parts = [np.array([], dtype=np.int32)]
         for piece in pieces:
-            ids += (
-                self._encode_literal(piece.text)
-                if piece.literal
-                else self.encode(piece.text, add_special_tokens=False)
-            )
-        return ids
+            raw = self._literal_tokenizer() if piece.literal else self._raw
+            encode = partial(_ids, raw)
+            parts.append(encode_in_pieces(piece.text, encode, encode))
+        return np.concatenate(parts)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of `ids`; bytes that are not valid UTF-8 become U+FFFD."""
@@ -154,19 +162,27 @@ class Tokenizer:
         whole = _ids(self._raw, "a", add_special_tokens=True)
         return next((whole[:at] for at in range(len(whole)) if whole[at:][: len(bare)] == bare), [])
 
-    def _encode_literal(self, text: str) -> list[int]:
+    @cached_property
+    def _has_end_ids(self) -> bool:
+        """Whether the tokenizer puts special tokens after a text."""
+        bare = _ids(self._raw, "a", add_special_tokens=False)
+        return _ids(self._raw, "a", add_special_tokens=True) != [*self._start_ids, *bare]
+
+    def _literal_tokenizer(self) -> RawTokenizer:
+        """It takes the texts of special tokens for ordinary text."""
         if self._literal is None:
             # A copy, because other threads may be using the tokenizer with its setting.
-            self._literal = RawTokenizer.from_str(self._raw.to_str())
-            self._literal.encode_special_tokens = True
-        return _ids(self._literal, text, add_special_tokens=False)
+            literal = RawTokenizer.from_str(self._raw.to_str())
+            literal.encode_special_tokens = True
+            self._literal = literal
+        return self._literal
 
     def _token_id(self, text: str | None) -> int | None:
         token_id: int | None = None if text is None else self._raw.token_to_id(text)
         return token_id
 
 
-def _ids(raw: RawTokenizer, text: str, add_special_tokens: bool) -> list[int]:
+def _ids(raw: RawTokenizer, text: str, add_special_tokens: bool = False) -> list[int]:
     # `encode` holds the interpreter's lock while it works, for batches it is released.
     batch = raw.encode_batch_fast([text], add_special_tokens=add_special_tokens)
     ids: list[int] = batch[0].ids

@@ -1381,6 +1381,7 @@ class Started(_message.Message):
     KV_HOT_PAGES_FIELD_NUMBER: _builtins.int
     KV_SEALED_PAGES_FIELD_NUMBER: _builtins.int
     KV_RESERVED_BYTES_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     model: _builtins.str
     model_revision: _builtins.str
@@ -1393,6 +1394,10 @@ class Started(_message.Message):
     """Reserved pages, per rank."""
     kv_sealed_pages: _builtins.int
     kv_reserved_bytes: _builtins.int
+    cached_tokens: _builtins.int
+    """Prompt tokens that the group's prefix cache is thought to have, in whole blocks of
+    pages. What it then had is in Prefilling and in Usage.
+    """
     def __init__(
         self,
         *,
@@ -1406,10 +1411,11 @@ class Started(_message.Message):
         kv_hot_pages: _builtins.int = ...,
         kv_sealed_pages: _builtins.int = ...,
         kv_reserved_bytes: _builtins.int = ...,
+        cached_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["group", b"group", "kv_format", b"kv_format", "kv_hot_pages", b"kv_hot_pages", "kv_reserved_bytes", b"kv_reserved_bytes", "kv_sealed_pages", b"kv_sealed_pages", "model", b"model", "model_revision", b"model_revision", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "seed", b"seed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "group", b"group", "kv_format", b"kv_format", "kv_hot_pages", b"kv_hot_pages", "kv_reserved_bytes", b"kv_reserved_bytes", "kv_sealed_pages", b"kv_sealed_pages", "model", b"model", "model_revision", b"model_revision", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "seed", b"seed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
