@@ -61,7 +61,10 @@ class ReplyQueue:
             self._waker.wake(self._ready)
 
     async def wait(self) -> None:
-        """Until the reader is woken."""
+        """Until the reader is woken, and it is its turn."""
+        if self._ready.is_set():
+            # Its turn came while it was still sending, as were others that continue now.
+            await self._waker.turn()
         await self._ready.wait()
         self._ready.clear()
         self._woken = False
