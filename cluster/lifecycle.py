@@ -6,25 +6,23 @@ import contextlib
 import logging
 import os
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-import grpc
-
 from kvmesh.cluster import deployment
 from kvmesh.cluster.config import ClusterConfig
 from kvmesh.cluster.drain import RouterCalls, RouterContact
 from kvmesh.cluster.environment import serve_variables
-from kvmesh.cluster.errors import RayDiedError, StartError
+from kvmesh.cluster.errors import RayDiedError
 from kvmesh.cluster.joining import join_ray
 from kvmesh.cluster.keys import local_key
 from kvmesh.cluster.link import LinkError
 from kvmesh.cluster.local_ray import LocalRay, check_ray_sends_tokens, import_ray, muted
 from kvmesh.cluster.memory_check import check_memory
 from kvmesh.cluster.ports import take_ports
+from kvmesh.cluster.readiness import until_running, until_serving
 from kvmesh.cluster.resources import alive, check_devices, check_layouts, check_nodes
 from kvmesh.cluster.serve_config import APP_NAME, anywhere, serve_config
 from kvmesh.cluster.telemetry.gpus import local_gpu_memory
@@ -32,8 +30,6 @@ from kvmesh.workers.model.facts import read_facts
 from kvmesh.workers.model.source import resolve_model
 
 logger = logging.getLogger(__name__)
-
-POLL_S = 0.2
 
 Progress = Callable[[str, float | None], None]
 
@@ -112,7 +108,9 @@ class Cluster:
         target = f"{host}:{config.ingress.port}"
         http_host = f"[{host}]" if ":" in host else host
         http_url = f"http://{http_host}:{config.ingress.http_port}"
-        self._wait_serving(target)
+        self._progress("waiting for the first report", None)
+        for _ in until_serving(target, config.ingress.replicas, config.timeouts.start_s):
+            self.check_alive()
         # As they were given: the settings that are deployed have the key by its hash.
         key = local_key(self._config.auth, os.environ)
         return Endpoint(target, http_url, key, metrics_url, self._dashboard_url)
@@ -145,17 +143,12 @@ class Cluster:
         if self._local is None:
             assert config.ray.address is not None
             os.environ.update(serve_variables(config))
-            self._note_dashboard(join_ray(config.ray.address))
+            self._dashboard_url = _dashboard_url(join_ray(config.ray.address))
             self._started = True
             return None
         self._started = True
-        self._note_dashboard(self._local.start(config))
+        self._dashboard_url = _dashboard_url(self._local.start(config))
         return f"http://127.0.0.1:{config.metrics.port}/metrics"
-
-    def _note_dashboard(self, context: Any) -> None:
-        """context: what ray.init returns"""
-        if context.dashboard_url:
-            self._dashboard_url = f"http://{context.dashboard_url}"
 
     def check_alive(self) -> None:
         """Raises RayDiedError when the cluster has to be stopped and started again."""
@@ -173,41 +166,9 @@ class Cluster:
         check_nodes(config, alive(ray.nodes()))
         self._progress("starting Serve", None)
         deployment.submit(serve_config(config))
-        timeout_s = config.timeouts.start_s
-        deadline = time.monotonic() + timeout_s
-        while not deployment.is_running():
+        for waiting in until_running(config.timeouts.start_s):
             self.check_alive()
-            if time.monotonic() > deadline:
-                raise StartError(
-                    f"not ready within {timeout_s:g} s (timeouts.start_s); {deployment.unready()}"
-                )
-            self._progress(f"loading the model, {deployment.unready()}", None)
-            time.sleep(POLL_S)
-
-    def _wait_serving(self, target: str) -> None:
-        """Wait until health checks through the proxy return SERVING, from every ingress.
-
-        The proxy gives consecutive calls to one ingress after the other.
-        """
-        self._progress("waiting for the first report", None)
-        from grpc_health.v1 import health_pb2, health_pb2_grpc
-
-        deadline = time.monotonic() + self._config.timeouts.start_s
-        in_a_row = 0
-        with grpc.insecure_channel(target) as channel:
-            stub: Any = health_pb2_grpc.HealthStub(channel)
-            while time.monotonic() < deadline:
-                with contextlib.suppress(grpc.RpcError):
-                    reply = stub.Check(health_pb2.HealthCheckRequest(), timeout=2.0)
-                    if reply.status == health_pb2.HealthCheckResponse.SERVING:
-                        in_a_row += 1
-                        if in_a_row > self._config.ingress.replicas:
-                            return
-                        continue
-                in_a_row = 0
-                self.check_alive()
-                time.sleep(POLL_S)
-        raise StartError("the cluster was deployed, but its health check does not return SERVING")
+            self._progress(f"loading the model, {waiting}", None)
 
     def stop(self) -> None:
         """Wait for requests, shut down, and end all processes. Idempotent."""
@@ -272,6 +233,11 @@ class Cluster:
             self._router = self._router_calls.contact()
         except LinkError as error:
             logger.warning("%s", error)
+
+
+def _dashboard_url(context: Any) -> str | None:
+    """context: what ray.init returns"""
+    return f"http://{context.dashboard_url}" if context.dashboard_url else None
 
 
 def _with_ports(

@@ -89,7 +89,8 @@ TARGETS = {
     "placement": Target("cluster/routing/placement.py", ROUTING),
     "choice": _ingress("choice", "choice", "stop_strings", "generation"),
     "engine_links": _ingress("engine_links", "engine_links", "generation"),
-    "generation": _ingress("generation", "generation", "leases", "stream_status"),
+    "generation": _ingress("generation", "one_generation", "generation", "leases", "stream_status"),
+    "attempt": _ingress("attempt", "one_generation", "generation", "leases"),
     "client_flows": Target(
         "client/flows.py", tuple(f"tests/client/test_{x}.py" for x in ("streams", "retries"))
     ),

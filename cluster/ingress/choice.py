@@ -9,8 +9,9 @@ from kvmesh.cluster.errors import ResumeMismatchError
 from kvmesh.cluster.ingress.answers.pieces import CallPiece, Pieces
 from kvmesh.cluster.ingress.answers.reader import PLAIN, AnswerForm, AnswerReader
 from kvmesh.cluster.ingress.codec import TextCodec
+from kvmesh.cluster.ingress.resume import ResumedChoice
 from kvmesh.cluster.ingress.stop_strings import StopStrings
-from kvmesh.cluster.ingress.validate import ResumedChoice, TextRules
+from kvmesh.cluster.ingress.validate import TextRules
 from kvmesh.workers.request import EndReason, SampledLogprobs, SequenceDelta, TokenIds
 from kvmesh.workers.sampling_params import SamplingParams
 
@@ -213,3 +214,14 @@ class RunningChoice:
         if self.finish.reason is EndReason.STOP and self._reader.ends_in_calls:
             self.finish = replace(self.finish, in_calls=True)
         return pieces
+
+
+def choice_seed(seed: int, index: int) -> int:
+    """A choice's seed: the request's own for the first, mixed (SplitMix64) for the others."""
+    if index == 0:
+        return seed
+    mask = (1 << 64) - 1
+    mixed = (seed + index * 0x9E3779B97F4A7C15) & mask
+    mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & mask
+    return mixed ^ (mixed >> 31)

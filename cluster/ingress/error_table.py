@@ -33,7 +33,6 @@ RETRY_LOST_ENGINE_S = 1.0
 RETRY_NOT_READY_S = 2.0
 
 _S = grpc.StatusCode
-CLIENT_LEFT = 499  # of a call whose client does not wait for its end, in nginx' words
 
 
 class ErrorRow(NamedTuple):

@@ -9,6 +9,7 @@ their own another one.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ import numpy as np
 from kvmesh.cluster.errors import IngressBusyError
 from kvmesh.cluster.ingress import served, validate, wire
 from kvmesh.cluster.ingress.codec import TextCodec
+from kvmesh.cluster.ingress.model_checks import PROMPT_IDS, check_ids
 from kvmesh.cluster.ingress.refuse import refuse
 from kvmesh.cluster.processes import return_memory
 from kvmesh.cluster.reports import ClusterStatus
@@ -77,7 +79,7 @@ class Prompts:
         if isinstance(prompt, np.ndarray):
             vocab_size = served.any_info(status).vocab_size
             unused = self._codec.unused_token_ids
-            validate.check_ids(validate.PROMPT_IDS, prompt, vocab_size, unused)
+            check_ids(PROMPT_IDS, prompt, vocab_size, unused)
             return prompt
         if isinstance(prompt, str):
             if len(prompt) < LONG_TEXT_CHARS:
@@ -91,7 +93,7 @@ class Prompts:
         """The text of token ids, and what each adds to it."""
         vocab_size, ids = served.any_info(status).vocab_size, request.token_ids
         array = np.array(ids, dtype=np.int64)
-        validate.check_ids("token_ids", array, vocab_size, self._codec.unused_token_ids)
+        check_ids("token_ids", array, vocab_size, self._codec.unused_token_ids)
         skip = request.skip_special_tokens
 
         def decode() -> pb.DetokenizeResponse:
@@ -111,7 +113,7 @@ class Prompts:
         if not info.prefix_cache:
             return ()
         page_size = info.geometry.page_size
-        digests = PageDigests(page_size, validate.cache_salt(tenant, salt))
+        digests = PageDigests(page_size, cache_salt(tenant, salt))
         pages = len(ids) // page_size
         if len(ids) < LONG_PROMPT_TOKENS:
             return tuple(digests.upto(ids, pages))
@@ -174,3 +176,15 @@ def _returning_memory(work: Callable[[], T]) -> T:
         return work()
     finally:
         return_memory()
+
+
+def cache_salt(tenant: str, salt: str) -> str:
+    """Prompts with different salts share no cached pages.
+
+    Otherwise the time to the first token would reveal that another tenant sent the same text.
+    Each part is hashed with its length, so that no two pairs are alike.
+    """
+    digest = hashlib.sha256()
+    for part in (tenant.encode(), salt.encode()):
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()

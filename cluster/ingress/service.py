@@ -11,19 +11,18 @@ import contextlib
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
 
-from kvmesh.cluster.errors import (
-    DrainingError,
-    ResumeMismatchError,
-)
+from kvmesh.cluster.errors import DrainingError
 from kvmesh.cluster.identity import Identity
-from kvmesh.cluster.ingress import served, validate, wire
+from kvmesh.cluster.ingress import validate, wire
 from kvmesh.cluster.ingress.answers.planner import AnswerPlanner
 from kvmesh.cluster.ingress.codec import TextCodec
 from kvmesh.cluster.ingress.engine_links import EngineLinks
 from kvmesh.cluster.ingress.error_table import reason_label, to_wire
 from kvmesh.cluster.ingress.generation import Generation, IngressContext
+from kvmesh.cluster.ingress.model_checks import check_reply
+from kvmesh.cluster.ingress.prepare import Preparation
 from kvmesh.cluster.ingress.prompts import Prompts
-from kvmesh.cluster.ingress.quality import DIVERGENCE_NATS, refused_groups
+from kvmesh.cluster.ingress.quality import DIVERGENCE_NATS
 from kvmesh.cluster.ingress.questions import Questions
 from kvmesh.cluster.ingress.refuse import refuse
 from kvmesh.cluster.ingress.router_link import RouterLink
@@ -65,14 +64,19 @@ class IngressService:
         self._traces = traces
         self._router = RouterLink(identity, find_router)
         self._engines = EngineLinks(identity)
-        self._codec = codec
         self._prompts = Prompts(codec)
         self._planner = AnswerPlanner(codec)
-        self._limits = limits
-        self._defaults = defaults
         self._meters = meters
         self._served = Served(self._router, model_names, self._measure)
-        self._divergence_nats = divergence_nats
+        self._preparation = Preparation(
+            self._served,
+            self._prompts,
+            self._planner,
+            codec,
+            limits,
+            defaults=defaults,
+            divergence_nats=divergence_nats,
+        )
         self._tasks: list[asyncio.Task[None]] = []
         self._running = 0
         self._idle = asyncio.Event()
@@ -145,14 +149,14 @@ class IngressService:
         self._check_open()
         with self._traced(request, tenant) as trace:
             await self._context.waker.turn()  # many may arrive at once
-            making = asyncio.ensure_future(self._generation(request, tenant, trace))
+            preparing = asyncio.ensure_future(self._preparation.prepare(request, tenant))
             del request  # it may be large, and the stream long
             try:
-                while not (await asyncio.wait((making,), timeout=self._context.silence_s))[0]:
+                while not (await asyncio.wait((preparing,), timeout=self._context.silence_s))[0]:
                     yield pb.GenerateStreamResponse()  # a long prompt takes its time
             finally:
-                making.cancel()
-            generation = making.result()
+                preparing.cancel()
+            generation = Generation(preparing.result(), self._context, trace)
             with self._counted():
                 async with contextlib.aclosing(generation.events()) as events:
                     async for event in events:
@@ -171,7 +175,7 @@ class IngressService:
             received = []
             async for event in events:
                 if event.HasField("started"):
-                    validate.check_reply(params, event.started.prompt_tokens)
+                    check_reply(params, event.started.prompt_tokens)
                 received.append(event)
             return wire.generated(received)
 
@@ -209,31 +213,3 @@ class IngressService:
     def _check_open(self) -> None:
         if self._closed:
             raise DrainingError()
-
-    async def _generation(
-        self, request: pb.GenerateRequest, tenant: str, trace: RequestTrace
-    ) -> Generation:
-        status = self._served.status_for(request.model)
-        self._prompts.check_length(request.prompt, status)
-        spec = validate.generation_spec(request, self._limits, self._defaults)
-        info = served.any_info(status)
-        if spec.resume is not None:
-            if not request.sampling_params.HasField("seed"):
-                refuse("sampling_params.seed", "must be set to the seed that `started` reported")
-            if spec.resume.model_revision != info.model_revision:
-                raise ResumeMismatchError(
-                    f"the stream started on model revision {spec.resume.model_revision!r}, but "
-                    f"the cluster now serves {info.model_revision!r}"
-                )
-        ids = await self._prompts.encode(spec.prompt, tenant, status)
-        validate.check_tokens(spec, ids, info.vocab_size, self._codec.unused_token_ids)
-        longest = served.max_model_len(status)
-        if len(ids) >= longest:
-            raise served.context_exceeded(len(ids), status)
-        params = validate.fit_context(spec, len(ids), longest)
-        plan = await self._planner.plan(spec.answer, ids, tenant)
-        hashes: tuple[bytes, ...] = ()
-        if params.prompt_logprobs is None:  # otherwise nothing cached would be used
-            hashes = await self._prompts.page_hashes(ids, tenant, spec.cache_salt, info)
-        excluded = refused_groups(request, status, self._divergence_nats)
-        return Generation(spec, ids, params, tenant, self._context, hashes, excluded, trace, plan)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 
 from kvmesh.cluster.errors import OversizedRequestError, UnsupportedFieldError
 from kvmesh.cluster.ingress.answers.plan import AnswerSpec
 from kvmesh.cluster.ingress.chat import conversation
 from kvmesh.cluster.ingress.refuse import refuse
+from kvmesh.cluster.ingress.resume import Resume, read_resume
 from kvmesh.cluster.ingress.structured import answer_spec
 from kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.workers.errors import InvalidFieldError
@@ -23,8 +22,6 @@ from kvmesh.workers.request import TokenIds
 from kvmesh.workers.sampling_params import RANGES, NumberRange, SamplingParams
 
 MAX_ID_CHARS = 128
-PROMPT_IDS = "prompt.token_ids.ids"
-MAX_REPLY_ENTRIES = 1 << 18  # log-probabilities of a prompt in one message, about 4 MB
 MAX_SALT_CHARS = 256
 
 
@@ -52,31 +49,6 @@ def check_size(num_bytes: int, limits: Limits) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class ResumedChoice:
-    """Output that a client already has: its tokens, and how many characters of its text, of its
-    reasoning and of the arguments of each tool call.
-
-    position: in the request's list, which need not be in the order of the choices
-    """
-
-    token_ids: tuple[int, ...] = ()
-    text_chars: int = 0
-    finished: bool = False
-    position: int = 0
-    reasoning_chars: int = 0
-    tool_arguments_chars: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Resume:
-    """choices: one for each index below n; scores: of the prompt, that the client has"""
-
-    model_revision: str
-    choices: tuple[ResumedChoice, ...]
-    scores: int = 0
-
-
-@dataclass(frozen=True, slots=True)
 class TextRules:
     """How a choice's tokens become its text.
 
@@ -90,7 +62,7 @@ class TextRules:
     include_stop: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationSpec:
     """A well-formed request. Checks that depend on the model follow after tokenising.
 
@@ -101,26 +73,14 @@ class GenerationSpec:
     request_id: str
     prompt: Prompt
     params: SamplingParams
-    max_tokens_given: bool
-    n: int
+    max_tokens_given: bool = True
+    n: int = 1
     rules: TextRules
-    priority: int
-    timeout_s: float | None
-    cache_salt: str
-    resume: Resume | None
+    priority: int = 0
+    timeout_s: float | None = None
+    cache_salt: str = ""
+    resume: Resume | None = None
     answer: AnswerSpec = field(default_factory=AnswerSpec)
-
-
-def cache_salt(tenant: str, salt: str) -> str:
-    """Prompts with different salts share no cached pages.
-
-    Otherwise the time to the first token would reveal that another tenant sent the same text.
-    Each part is hashed with its length, so that no two pairs are alike.
-    """
-    digest = hashlib.sha256()
-    for part in (tenant.encode(), salt.encode()):
-        digest.update(len(part).to_bytes(8, "little") + part)
-    return digest.hexdigest()
 
 
 def generation_spec(
@@ -130,9 +90,8 @@ def generation_spec(
 ) -> GenerationSpec:
     """Raises InvalidFieldError naming the field by its path in the request."""
     wire = request.sampling_params
-    for path, given in (("adapter", bool(request.adapter)),):
-        if given:
-            raise UnsupportedFieldError(path, "is not supported by this server yet")
+    if request.adapter:
+        raise UnsupportedFieldError("adapter", "is not supported by this server yet")
     n = number_of_choices("sampling_params.n", wire, limits)
     params = sampling_params(wire, limits, defaults)
     if params.max_tokens == 0 and n > 1:
@@ -153,7 +112,7 @@ def generation_spec(
         priority=request.priority,
         timeout_s=_timeout_s(request, limits),
         cache_salt=_short("cache_salt", request.cache_salt, MAX_SALT_CHARS),
-        resume=_resume(request.resume, n) if request.HasField("resume") else None,
+        resume=read_resume(request.resume, n) if request.HasField("resume") else None,
         answer=answer,
     )
 
@@ -226,105 +185,6 @@ def prompt(wire: pb.Prompt) -> Prompt:
     raise InvalidFieldError("prompt", "must have one of text, chat or token_ids; none is set")
 
 
-def check_tokens(
-    spec: GenerationSpec,
-    prompt_ids: TokenIds,
-    vocab_size: int,
-    unused: frozenset[int] = frozenset(),
-) -> None:
-    """Refuse token ids that the model does not have, and a prompt of no tokens.
-
-    unused: ids that have no token, though they may be below `vocab_size`
-    """
-    if prompt_ids.size == 0:
-        refuse("prompt", "must have at least one token")
-    if isinstance(spec.prompt, np.ndarray):
-        check_ids(PROMPT_IDS, spec.prompt, vocab_size, unused)
-    if spec.resume is not None and spec.resume.scores > len(prompt_ids) - 1:
-        refuse(
-            "resume.prompt_logprobs_received",
-            f"must be less than the prompt's tokens ({len(prompt_ids)}), got {spec.resume.scores}",
-        )
-    for name, ids in (
-        ("sampling_params.stop_token_ids", spec.params.stop_token_ids),
-        ("sampling_params.logit_bias", spec.params.logit_bias),
-        *(
-            (f"resume.choices[{choice.position}].token_ids", choice.token_ids)
-            for choice in (spec.resume.choices if spec.resume else ())
-        ),
-    ):
-        for token_id in ids:
-            if token_id >= vocab_size or token_id in unused:
-                refuse(name, _unknown(token_id, vocab_size))
-
-
-def check_ids(
-    field: str,
-    ids: npt.NDArray[np.integer],
-    vocab_size: int,
-    unused: frozenset[int] = frozenset(),
-) -> None:
-    """Refuse ids that have no token, by their places in `field`; see `check_tokens`."""
-    bad = (ids < 0) | (ids >= vocab_size)
-    if holes := [token_id for token_id in unused if token_id < vocab_size]:
-        bad |= np.isin(ids, holes)
-    unknown = np.flatnonzero(bad)
-    if unknown.size:
-        at = int(unknown[0])
-        refuse(f"{field}[{at}]", _unknown(int(ids[at]), vocab_size))
-
-
-def fit_context(spec: GenerationSpec, prompt_tokens: int, max_model_len: int) -> SamplingParams:
-    """The parameters, with a max_tokens that fits in the context after the prompt.
-
-    A default is lowered to what fits; an explicit value that does not fit is refused.
-    prompt_tokens: less than max_model_len
-    """
-    available = max_model_len - prompt_tokens
-    params = spec.params
-    if params.max_tokens <= available:
-        return params
-    if spec.max_tokens_given:
-        refuse(
-            "sampling_params.max_tokens",
-            f"must be at most {available}: the prompt has {prompt_tokens} tokens and the context "
-            f"holds {max_model_len}; got {params.max_tokens}",
-        )
-    if params.min_tokens > available:
-        refuse(
-            "sampling_params.min_tokens", f"must be at most {available}, got {params.min_tokens}"
-        )
-    return replace(params, max_tokens=available)
-
-
-def check_reply(params: pb.SamplingParams, prompt_tokens: int) -> None:
-    """Refuse log-probabilities of a prompt that one message cannot hold."""
-    entries = prompt_tokens * (1 + params.prompt_logprobs)
-    if params.HasField("prompt_logprobs") and entries > MAX_REPLY_ENTRIES:
-        refuse(
-            "sampling_params.prompt_logprobs",
-            f"must be requested with GenerateStream for a prompt of {prompt_tokens:,} tokens: one "
-            f"reply holds at most {MAX_REPLY_ENTRIES:,} log-probabilities, this one would have "
-            f"{entries:,}",
-        )
-
-
-def choice_seed(seed: int, index: int) -> int:
-    """A choice's seed: the request's own for the first, mixed (SplitMix64) for the others."""
-    if index == 0:
-        return seed
-    mask = (1 << 64) - 1
-    mixed = (seed + index * 0x9E3779B97F4A7C15) & mask
-    mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & mask
-    mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & mask
-    return mixed ^ (mixed >> 31)
-
-
-def _unknown(token_id: int, vocab_size: int) -> str:
-    """What is wrong with an id that no token has."""
-    return f"{token_id} is not a valid token id; the vocabulary has {vocab_size:,} tokens"
-
-
 def _request_id(request_id: str) -> str:
     if not request_id:
         return secrets.token_hex(16)
@@ -359,24 +219,3 @@ def _timeout_s(request: pb.GenerateRequest, limits: Limits) -> float | None:
     if limits.default_timeout_s is not None:
         return min(timeout_s, limits.default_timeout_s)
     return timeout_s
-
-
-def _resume(wire: pb.Resume, n: int) -> Resume:
-    choices = [ResumedChoice()] * n
-    seen: set[int] = set()
-    for position, choice in enumerate(wire.choices):
-        field = f"resume.choices[{position}].index"
-        if choice.index >= n:
-            refuse(field, f"must be less than n ({n}), got {choice.index}")
-        if choice.index in seen:
-            refuse(field, f"must be unique, but {choice.index} appears twice")
-        seen.add(choice.index)
-        choices[choice.index] = ResumedChoice(
-            tuple(choice.token_ids),
-            choice.text_chars,
-            choice.finished,
-            position,
-            choice.reasoning_chars,
-            tuple(choice.tool_arguments_chars),
-        )
-    return Resume(wire.model_revision, tuple(choices), wire.prompt_logprobs_received)

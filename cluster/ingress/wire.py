@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 
 from kvmesh.cluster.ingress.choice import ChoiceFinish, ChoiceOutput
 from kvmesh.cluster.ingress.codec import TextCodec
@@ -10,7 +10,7 @@ from kvmesh.cluster.messages import Placed
 from kvmesh.cluster.reports import ClusterStatus
 from kvmesh.cluster.routing.outcome import TenantStatus
 from kvmesh.v1 import kvmesh_pb2 as pb
-from kvmesh.workers.request import EndReason, SequenceUsage
+from kvmesh.workers.request import EndReason
 
 FINISH_REASONS = {
     EndReason.STOP: pb.FINISH_REASON_STOP,
@@ -97,29 +97,6 @@ def started(placed: Placed | None, request_id: str, prompt_tokens: int, seed: in
         kv_reserved_bytes=placed.lease_bytes,
         cached_tokens=placed.cached_tokens,
     )
-
-
-def usage(sequences: Sequence[SequenceUsage], placed: Placed | None) -> pb.Usage:
-    """What the sequences of a request cost together. placed: the latest placement, if any"""
-    used_bytes = sum(sequence.kv_bytes for sequence in sequences)
-    wire = pb.Usage(
-        cached_tokens=max((sequence.cached_tokens for sequence in sequences), default=0),
-        queue_s=max((sequence.queue_s for sequence in sequences), default=0.0),
-        kv_hot_pages=sum(sequence.hot_pages for sequence in sequences),
-        kv_sealed_pages=sum(sequence.sealed_pages for sequence in sequences),
-        # A sequence's usage comes with its end, when its pages have been freed.
-        kv_used_bytes=used_bytes,
-        kv_freed_bytes=used_bytes,
-        preemptions=sum(sequence.preemptions for sequence in sequences),
-    )
-    if wire.cached_tokens:
-        wire.cached_tokens_by_tier["device"] = wire.cached_tokens
-    if placed is not None:
-        reserved_bytes = sum(sequence.reserved_bytes for sequence in sequences)
-        wire.kv_reserved_bytes = max(reserved_bytes, placed.lease_bytes)
-        wire.group = placed.group
-        wire.kv_format = placed.engine.kv_format
-    return wire
 
 
 def generated(events: Iterable[pb.GenerateStreamResponse]) -> pb.GenerateResponse:

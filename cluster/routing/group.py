@@ -43,7 +43,6 @@ class Group:
         return GroupStatus(
             group=self.name,
             up=account is not None,
-            engine_epoch=info.epoch,
             kv_format=info.kv_format,
             sequences=account.sequences if account else 0,
             max_sequences=info.max_num_seqs,

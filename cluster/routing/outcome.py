@@ -148,7 +148,6 @@ class GroupStatus:
 
     group: str
     up: bool
-    engine_epoch: str
     kv_format: str
     sequences: int
     max_sequences: int

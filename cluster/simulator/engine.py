@@ -89,7 +89,6 @@ class SimEngine:
     # Events
 
     def submit(self, seq: SimSequence, now: float) -> float | None:
-        seq.dispatched_at = now
         self.waiting.append(seq)
         if self._waking:  # sent because a sequence ended in this step
             return None

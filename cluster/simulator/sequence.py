@@ -29,7 +29,6 @@ class SimSequence:
     held_blocks: tuple[int, ...] = ()
     decoding: bool = False
     epoch: int = 0  # times it has started to decode; heap entries of earlier ones are stale
-    dispatched_at: float = math.nan
     first_token_at: float = math.nan
     finished_at: float = math.nan
     cached_tokens: int = 0

@@ -8,7 +8,8 @@ import pytest
 
 from kvmesh.cluster.ingress import wire
 from kvmesh.cluster.ingress.choice import ChoiceFinish, RunningChoice
-from kvmesh.cluster.ingress.validate import ResumedChoice, TextRules
+from kvmesh.cluster.ingress.resume import ResumedChoice
+from kvmesh.cluster.ingress.validate import TextRules
 from kvmesh.workers.request import EndReason, SampledLogprobs, SequenceDelta, TokenIds
 from kvmesh.workers.sampling_params import SamplingParams
 from tests.cluster.machine import LetterCodec, LetterStream, text_of

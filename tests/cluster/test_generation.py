@@ -813,7 +813,7 @@ async def test_a_long_prompts_logprobs_come_in_events_of_limited_size(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("kvmesh.cluster.ingress.prompt_scores.EVENT_ENTRIES", 10)
-    monkeypatch.setattr("kvmesh.cluster.ingress.validate.MAX_REPLY_ENTRIES", 250)
+    monkeypatch.setattr("kvmesh.cluster.ingress.model_checks.MAX_REPLY_ENTRIES", 250)
     async with machine() as built:
         built.allow(MANY)
         request = make_request(1, prompt=LONG_PROMPT, prompt_logprobs=1)

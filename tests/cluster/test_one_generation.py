@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -12,6 +14,9 @@ import pytest
 
 from kvmesh.cluster.errors import EngineLostError, RequestDeadlineError, RequestFaultError
 from kvmesh.cluster.ingress import generation
+from kvmesh.cluster.ingress.attempt import Attempt
+from kvmesh.cluster.ingress.choice import choice_seed
+from kvmesh.cluster.ingress.engine_links import Receiver
 from kvmesh.cluster.ingress.failovers import MAX_FAILOVERS, Loss
 from kvmesh.cluster.ingress.generation import (
     DEADLINE_GRACE_S,
@@ -19,15 +24,11 @@ from kvmesh.cluster.ingress.generation import (
     Generation,
     IngressContext,
 )
+from kvmesh.cluster.ingress.prepare import PreparedRequest
+from kvmesh.cluster.ingress.prompts import cache_salt
+from kvmesh.cluster.ingress.resume import Resume, ResumedChoice
 from kvmesh.cluster.ingress.router_link import HeldPlace
-from kvmesh.cluster.ingress.validate import (
-    GenerationSpec,
-    Resume,
-    ResumedChoice,
-    TextRules,
-    cache_salt,
-    choice_seed,
-)
+from kvmesh.cluster.ingress.validate import GenerationSpec, TextRules
 from kvmesh.cluster.link import Address
 from kvmesh.cluster.messages import Placed, Submit, Waiting
 from kvmesh.cluster.routing.errors import (
@@ -78,6 +79,7 @@ class Surroundings:
         self.on_waiting: Callable[[Waiting], None] | None = None
         self.given_back: list[str] = []  # what became of each place
         self.submitted: asyncio.Queue[Submit] = asyncio.Queue()
+        self.receiver: Receiver | None = None  # of what was submitted last
         self.forgotten: list[str] = []
         self.ended: list[tuple[list[str], EndReason]] = []
         self.unreachable = 0  # engines that cannot be connected to
@@ -108,7 +110,8 @@ class Surroundings:
             raise EngineLostError()
         return self
 
-    def submit(self, message: Submit, receiver: object) -> None:
+    def submit(self, message: Submit, receiver: Receiver) -> None:
+        self.receiver = receiver
         self.submitted.put_nowait(message)
 
     def forget(self, lease_id: str) -> None:
@@ -136,17 +139,30 @@ class Alone:
         self.meters = SeenMeters()
         params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, seed=7)
         spec = GenerationSpec(
-            "r", "", params, True, n, TextRules(stop), 4, timeout_s, "salt", resume
-        )  # fmt: skip
+            request_id="r",
+            prompt="",
+            params=params,
+            n=n,
+            rules=TextRules(stop),
+            priority=4,
+            timeout_s=timeout_s,
+            cache_salt="salt",
+            resume=resume,
+        )
         around: Any = self.around
         context = IngressContext(
             around, around, LetterCodec(), QUEUE_TIMEOUT_S, IngressMeters(self.meters, [TENANT]),
             clock=lambda: self.now, silence_s=1000.0,
         )  # fmt: skip
-        self.generation = Generation(
-            spec, np.array(PROMPT, np.int32), params, TENANT, context, (b"page",),
-            frozenset({"g9"}), self.notes,
-        )  # fmt: skip
+        request = PreparedRequest(
+            spec=spec,
+            tenant=TENANT,
+            prompt_ids=np.array(PROMPT, np.int32),
+            params=params,
+            page_hashes=(b"page",),
+            excluded_groups=frozenset({"g9"}),
+        )
+        self.generation = Generation(request, context, self.notes)
         self.stream = self.generation.events()
         self.received: list[pb.GenerateStreamResponse] = []
         self._placements = 0
@@ -171,8 +187,16 @@ class Alone:
     async def submitted(self) -> Submit:
         return await asyncio.wait_for(self.around.submitted.get(), PATIENCE_S)
 
+    @property
+    def attempt(self) -> Attempt:
+        """The one that was submitted last."""
+        attempt = self.around.receiver
+        assert isinstance(attempt, Attempt)
+        return attempt
+
     def deliver(self, name: str, *tokens: int, end: EndReason | None = None, **rest: Any) -> None:
-        self.generation.deliver(SequenceDelta(name, tokens, finish_reason=end, **rest))
+        if name.partition(".")[0] not in self.around.forgotten:  # or the link drops it
+            self.attempt.deliver(SequenceDelta(name, tokens, finish_reason=end, **rest))
 
     async def until(self, holds: Callable[[], bool]) -> None:
         async with asyncio.timeout(PATIENCE_S):
@@ -251,7 +275,7 @@ async def test_after_a_loss_only_what_is_missing_is_asked_for() -> None:
     alone.deliver("l1.1", 8, end=EndReason.LENGTH, usage=used())
     alone.now += 10.0
     alone.place(epoch="e1")
-    alone.generation.lose()
+    alone.attempt.lose()
     sent = await alone.submitted()
     alone.deliver("l1.0", 9)  # too late: it is computed again
     asked = alone.around.asked[1]
@@ -341,7 +365,7 @@ async def test_usage_adds_up_all_placements() -> None:
     alone.now += 3.0
     alone.deliver("l1.0", 5)
     alone.place(epoch="e1", queue_s=4.0)
-    alone.generation.lose()
+    alone.attempt.lose()
     await alone.submitted()
     alone.now += 3.0
     alone.deliver("l2.0", 6, end=EndReason.LENGTH, usage=used(queue_s=0.5, cached_tokens=9))
@@ -369,7 +393,7 @@ async def test_a_trace_has_the_phases_of_every_placement() -> None:
     alone.deliver("l1.0", 5)
     alone.deliver("l1.0", 6)
     alone.place(epoch="e1")
-    alone.generation.lose()
+    alone.attempt.lose()
     await alone.submitted()
     alone.deliver("l2.0", 7)
     alone.deliver("l2.0", end=EndReason.LENGTH)
@@ -391,9 +415,9 @@ async def test_losses_count_since_the_latest_token_whether_or_not_it_was_read() 
     alone.deliver("l1.0", 5)
     for _ in range(MAX_FAILOVERS):
         alone.place()
-        alone.generation.lose(Loss.REFUSED)
+        alone.attempt.lose(Loss.REFUSED)
         await alone.submitted()
-    alone.generation.lose(Loss.REFUSED)
+    alone.attempt.lose(Loss.REFUSED)
     alone.place()
     with pytest.raises(EngineLostError):
         async for event in alone.stream:
@@ -465,7 +489,7 @@ async def test_a_refusal_by_the_engine_is_tried_again_a_few_times(
     for _ in range(MAX_REFUSALS):
         alone.place()
         await alone.submitted()
-        alone.generation.reject(
+        alone.attempt.reject(
             PoolCapacityError("full", needed_bytes=1, available_bytes=0, retryable=True)
         )
     with pytest.raises(PoolCapacityError):
@@ -488,8 +512,7 @@ async def test_a_client_that_leaves_lets_everything_go() -> None:
     await alone.until(lambda: bool(alone.around.given_back))
     assert alone.around.forgotten == ["l1"]
     assert alone.around.given_back == ["finished"]
-    assert alone.generation._output._timer is not None
-    assert alone.generation._output._timer.cancelled()
+    assert alone.generation._output.queue._timer is None
 
 
 @pytest.mark.parametrize("tokens", [(), (5,)])
@@ -543,7 +566,7 @@ async def test_output_is_kept_if_no_other_place_comes_in_time() -> None:
     alone.place()
     await alone.submitted()
     alone.deliver("l1.0", 5)
-    alone.generation.lose()
+    alone.attempt.lose()
     alone.around.answer(DeadlineUnreachableError(2.0, None))
     await over(task)
     assert alone.kinds() == ["started", "delta", "choice_finished", "usage"]
@@ -556,8 +579,26 @@ async def test_an_abort_keeps_what_there_is() -> None:
     alone.place()
     await alone.submitted()
     alone.deliver("l1.0", 5)
-    alone.generation.lose()
+    alone.attempt.lose()
     alone.around.answer(RequestAbortedError())
     await over(task)
     assert alone.kinds() == ["started", "delta", "choice_finished", "usage"]
     assert alone.received[2].choice_finished.finish_reason == pb.FINISH_REASON_ABORT
+
+
+async def test_what_is_over_is_freed_without_the_garbage_collector() -> None:
+    """A full collection would hold up every stream, and long prompts would stay until then."""
+    alone = Alone()
+    task = alone.read()
+    alone.place()
+    await alone.submitted()
+    alone.deliver("l1.0", 5, end=EndReason.LENGTH, usage=used())
+    await over(task)
+    gc.disable()
+    try:
+        request, output = weakref.ref(alone.generation), weakref.ref(alone.generation._output)
+        alone.around.receiver = alone.around.on_waiting = None
+        del alone.generation, alone.stream
+        assert (request(), output()) == (None, None)
+    finally:
+        gc.enable()

@@ -30,3 +30,30 @@ def test_a_child_is_dead_before_anyone_has_waited_for_it_and_after() -> None:
 def process_ended(pid: int) -> None:
     """Wait until the process has ended, without reaping it."""
     os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+
+
+SETTLED = """
+import asyncio, gc, weakref
+from kvmesh.cluster.processes import settle
+
+class Cycle:
+    def __init__(self): self.me = self
+
+async def main():
+    settle(0.01)
+    assert gc.get_threshold()[2] > 1_000_000, "full collections come by time alone"
+    cycle = Cycle()
+    gc.collect(1)  # it is old
+    left = weakref.ref(cycle)
+    del cycle
+    async with asyncio.timeout(60):
+        while left() is not None:
+            await asyncio.sleep(0.01)
+
+asyncio.run(main())
+"""
+
+
+def test_a_settled_process_collects_old_garbage_at_regular_times() -> None:
+    done = subprocess.run([sys.executable, "-c", SETTLED], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -12,8 +12,9 @@ from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import models, pre_tokenizers
 
 from kvmesh.cluster.errors import ContextExceededError, IngressBusyError
+from kvmesh.cluster.ingress.model_checks import check_tokens
 from kvmesh.cluster.ingress.prompts import LONG_TEXT_CHARS, MAX_WAITING, Prompts
-from kvmesh.cluster.ingress.validate import Limits, check_tokens, generation_spec
+from kvmesh.cluster.ingress.validate import Limits, generation_spec
 from kvmesh.cluster.reports import ClusterStatus
 from kvmesh.protos import pb
 from kvmesh.workers.errors import InvalidFieldError

@@ -18,8 +18,10 @@ from kvmesh.cluster import router_service
 from kvmesh.cluster.ingress.choice import RunningChoice
 from kvmesh.cluster.ingress.output import RequestOutput
 from kvmesh.cluster.ingress.prompt_scores import PromptScores
+from kvmesh.cluster.ingress.reply_queue import ReplyQueue
+from kvmesh.cluster.ingress.resume import ResumedChoice
 from kvmesh.cluster.ingress.stream_status import StreamStatus
-from kvmesh.cluster.ingress.validate import ResumedChoice, TextRules
+from kvmesh.cluster.ingress.validate import TextRules
 from kvmesh.cluster.ingress.waker import Waker
 from kvmesh.cluster.messages import CallFailed, Placed, Release, Waiting
 from kvmesh.cluster.routing.outcome import Enqueued
@@ -334,7 +336,7 @@ async def test_a_stream_is_never_silent() -> None:
 async def test_a_stream_is_not_silent_while_its_prompt_is_tokenised() -> None:
     tokenising = threading.Event()
     async with silent(silence_s=0.01) as one:
-        codec = one.ingress._codec
+        codec = one.ingress._context.codec
         assert isinstance(codec, LetterCodec)
         encode = codec.encode
 
@@ -414,10 +416,9 @@ async def test_there_is_no_status_once_every_choice_has_finished(finished: bool)
     )
     status = StreamStatus("r", lambda: 0.0)
     scores = PromptScores(np.zeros(1, np.int32), LetterCodec(), skip_special_tokens=True)
-    output = RequestOutput(
-        [choice], LetterCodec(), Waker(), lambda _: None, lambda *_: "", status, scores
-    )
-    output.send_status()
+    queue = ReplyQueue(Waker(), status)
+    output = RequestOutput([choice], LetterCodec(), queue, lambda *_: "", scores)
+    queue.send_status()
     assert kinds(output.take()) == ([] if finished else ["queued"])
     assert output.take() == []
 

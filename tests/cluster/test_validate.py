@@ -13,15 +13,10 @@ from hypothesis import strategies as st
 
 from kvmesh.cluster.errors import UnsupportedFieldError
 from kvmesh.cluster.grpc_front import parse
-from kvmesh.cluster.ingress.validate import (
-    GenerationSpec,
-    Limits,
-    cache_salt,
-    check_tokens,
-    choice_seed,
-    fit_context,
-    generation_spec,
-)
+from kvmesh.cluster.ingress.choice import choice_seed
+from kvmesh.cluster.ingress.model_checks import check_tokens, fit_context
+from kvmesh.cluster.ingress.prompts import cache_salt
+from kvmesh.cluster.ingress.validate import GenerationSpec, Limits, generation_spec
 from kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.workers.errors import InvalidFieldError
 from kvmesh.workers.request import TokenIds

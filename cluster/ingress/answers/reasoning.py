@@ -58,10 +58,6 @@ class ReasoningSplit:
             return self._begin(held), ""
         return "", held
 
-    @property
-    def thinking(self) -> bool:
-        return self._state is _State.THINKING
-
     def _begin(self, text: str) -> str:
         if self._at_beginning:
             text = text.lstrip("\n")

@@ -13,7 +13,8 @@ from kvmesh.cluster.ingress.answers.pieces import Pieces
 from kvmesh.cluster.ingress.answers.reader import AnswerForm
 from kvmesh.cluster.ingress.answers.syntaxes import SYNTAXES
 from kvmesh.cluster.ingress.choice import ChoiceOutput, RunningChoice
-from kvmesh.cluster.ingress.validate import ResumedChoice, TextRules
+from kvmesh.cluster.ingress.resume import ResumedChoice
+from kvmesh.cluster.ingress.validate import TextRules
 from kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.workers.constraint import Reasoning
 from kvmesh.workers.request import EndReason, SequenceDelta, TokenIds

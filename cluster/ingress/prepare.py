@@ -1,0 +1,103 @@
+"""From a request on the wire to one that can be placed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from kvmesh.cluster.errors import ResumeMismatchError
+from kvmesh.cluster.ingress import served, validate
+from kvmesh.cluster.ingress.answers.plan import NO_PLAN, AnswerPlan
+from kvmesh.cluster.ingress.answers.planner import AnswerPlanner
+from kvmesh.cluster.ingress.codec import TextCodec
+from kvmesh.cluster.ingress.model_checks import check_tokens, fit_context
+from kvmesh.cluster.ingress.prompts import Prompts
+from kvmesh.cluster.ingress.quality import refused_groups
+from kvmesh.cluster.ingress.refuse import refuse
+from kvmesh.cluster.ingress.served import Served
+from kvmesh.v1 import kvmesh_pb2 as pb
+from kvmesh.workers.model.generation_defaults import DefaultSampling
+from kvmesh.workers.request import TokenIds
+from kvmesh.workers.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreparedRequest:
+    """A request that the model can serve, and its prompt as tokens.
+
+    tenant: as authentication found it
+    params: the request's, with a max_tokens that the context holds
+    page_hashes: of the prompt's full pages, as the engines' prefix caches know them
+    excluded_groups: those whose KV format the request does not accept
+    plan: of the answer
+    """
+
+    spec: validate.GenerationSpec
+    tenant: str
+    prompt_ids: TokenIds
+    params: SamplingParams
+    page_hashes: tuple[bytes, ...] = ()
+    excluded_groups: frozenset[str] = frozenset()
+    plan: AnswerPlan = NO_PLAN
+
+    @property
+    def key(self) -> str:
+        """Its id among those of all tenants."""
+        return f"{self.tenant}/{self.spec.request_id}"
+
+
+class Preparation:
+    """Of the requests of an ingress process, whose parts these are."""
+
+    def __init__(
+        self,
+        served: Served,
+        prompts: Prompts,
+        planner: AnswerPlanner,
+        codec: TextCodec,
+        limits: validate.Limits,
+        *,
+        defaults: DefaultSampling,
+        divergence_nats: Mapping[str, float],
+    ) -> None:
+        self._served = served
+        self._prompts = prompts
+        self._planner = planner
+        self._codec = codec
+        self._limits = limits
+        self._defaults = defaults
+        self._divergence_nats = divergence_nats
+
+    async def prepare(self, request: pb.GenerateRequest, tenant: str) -> PreparedRequest:
+        """Raises the errors of ingress/error_table.py."""
+        status = self._served.status_for(request.model)
+        info = served.any_info(status)
+        self._prompts.check_length(request.prompt, status)
+        spec = validate.generation_spec(request, self._limits, self._defaults)
+        if spec.resume is not None:
+            if not request.sampling_params.HasField("seed"):
+                refuse("sampling_params.seed", "must be set to the seed that `started` reported")
+            if spec.resume.model_revision != info.model_revision:
+                raise ResumeMismatchError(
+                    f"the stream started on model revision {spec.resume.model_revision!r}, but "
+                    f"the cluster now serves {info.model_revision!r}"
+                )
+        ids = await self._prompts.encode(spec.prompt, tenant, status)
+        check_tokens(spec, ids, info.vocab_size, self._codec.unused_token_ids)
+        longest = served.max_model_len(status)
+        if len(ids) >= longest:
+            raise served.context_exceeded(len(ids), status)
+        params = fit_context(spec, len(ids), longest)
+        plan = await self._planner.plan(spec.answer, ids, tenant)
+        hashes: tuple[bytes, ...] = ()
+        if params.prompt_logprobs is None:  # otherwise nothing cached would be used
+            hashes = await self._prompts.page_hashes(ids, tenant, spec.cache_salt, info)
+        return PreparedRequest(
+            spec=spec,
+            tenant=tenant,
+            prompt_ids=ids,
+            params=params,
+            page_hashes=hashes,
+            excluded_groups=refused_groups(request, status, self._divergence_nats),
+            plan=plan,
+        )

@@ -1,0 +1,61 @@
+"""Waiting for a cluster asks every ingress, and gives up in the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from kvmesh.cluster.errors import StartError
+from kvmesh.cluster.readiness import until_serving
+
+PATIENCE_S = 120.0
+
+
+class Ingresses(health_pb2_grpc.HealthServicer):
+    """Answers as the ingresses behind a proxy do, in turns. serving: whether each one serves"""
+
+    def __init__(self, count: int) -> None:
+        self.serving = [False] * count
+        self.asked = 0
+
+    def Check(
+        self, request: health_pb2.HealthCheckRequest, context: Any
+    ) -> health_pb2.HealthCheckResponse:
+        serving = self.serving[self.asked % len(self.serving)]
+        self.asked += 1
+        reply = health_pb2.HealthCheckResponse
+        return reply(status=reply.SERVING if serving else reply.NOT_SERVING)
+
+
+@pytest.fixture
+def ingresses() -> Iterator[tuple[Ingresses, str]]:
+    servicer = Ingresses(2)
+    server = grpc.server(ThreadPoolExecutor(1))
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    yield servicer, f"127.0.0.1:{port}"
+    server.stop(None)
+
+
+def test_a_cluster_serves_once_all_of_its_ingresses_do(ingresses: tuple[Ingresses, str]) -> None:
+    servicer, target = ingresses
+    waits = until_serving(target, 2, PATIENCE_S)
+    for index in range(2):
+        next(waits)
+        servicer.serving[index] = True
+    servicer.asked = 0
+    assert list(waits) == []
+    assert servicer.asked == 3, "each was asked, and the first one twice"
+
+
+def test_a_cluster_that_never_serves_did_not_start(ingresses: tuple[Ingresses, str]) -> None:
+    _, target = ingresses
+    waits = until_serving(target, 2, 0.3)
+    with pytest.raises(StartError, match="does not return SERVING"):
+        list(waits)
