@@ -47,8 +47,11 @@ def _known_format(name: str) -> str:
         get_format(name)
     except ValueError:
         similar = similar_format(name)
-        hint = f" (did you mean {similar}?)" if similar else ""
-        raise ValueError(f"must be one of {', '.join(format_names())}{hint}") from None
+        if similar is None:
+            raise ValueError(f"must be one of {', '.join(format_names())}") from None
+        raise ValueError(
+            f"must be a KV format (did you mean {similar}? `kvmesh formats` lists all)"
+        ) from None
     return name
 
 

@@ -32,9 +32,10 @@ class NoteConsole(Console):
         return not self.quiet and super().is_terminal
 
 
-out = ResultConsole(highlight=False)
-err = Console(stderr=True, highlight=False)
-notes = NoteConsole(stderr=True, highlight=False)
+# Without emoji, which would replace a part of an address such as `127.0.0.1:1234: ...`.
+out = ResultConsole(highlight=False, emoji=False)
+err = Console(stderr=True, highlight=False, emoji=False)
+notes = NoteConsole(stderr=True, highlight=False, emoji=False)
 
 
 WORTH_A_LINE_S = 1.0
