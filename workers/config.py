@@ -174,16 +174,15 @@ class EngineSettings(Settings):
         device: cpu or cuda; memory_bytes: all that a GPU has
         """
         auto = device_limits(device, memory_bytes)
-        seqs, tokens = self.max_num_seqs, self.max_num_batched_tokens
-        if not isinstance(tokens, int):
-            tokens = auto.max_num_batched_tokens
-            tokens = max(tokens, seqs) if isinstance(seqs, int) else tokens
+        given_seqs, given_tokens = self.max_num_seqs, self.max_num_batched_tokens
+        # Every running sequence must be able to decode in every step.
+        min_tokens = given_seqs if isinstance(given_seqs, int) else 1
+        tokens = max(auto.max_num_batched_tokens, min_tokens)
+        tokens = given_tokens if isinstance(given_tokens, int) else tokens
+        seqs = min(auto.max_num_seqs, tokens)
+        seqs = given_seqs if isinstance(given_seqs, int) else seqs
         graphs = auto.cuda_graphs if self.cuda_graphs == AUTO else self.cuda_graphs
-        return DeviceLimits(
-            max_num_seqs=seqs if isinstance(seqs, int) else min(auto.max_num_seqs, tokens),
-            max_num_batched_tokens=tokens,
-            cuda_graphs=graphs and device != "cpu",
-        )
+        return DeviceLimits(seqs, tokens, graphs and device != "cpu")
 
     def conflicts(self) -> list[ConfigError]:
         """What is wrong with fields that depend on one another."""

@@ -7,10 +7,11 @@ import subprocess
 import sys
 
 import pytest
+import typer
 
+from kvmesh.cluster.cli.exits import friendly_errors
 from kvmesh.cluster.errors import StartError
 from kvmesh.cluster.joining import join_ray
-from tests.cluster.test_cli import run
 
 
 def free_port() -> int:
@@ -46,7 +47,8 @@ def test_no_cluster_on_this_machine() -> None:
     )
 
 
-def test_an_address_is_shown_as_it_is() -> None:
+def test_an_address_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     """Rich would make one of its emoji of `:1234:`."""
-    result = run("generate", "a", "--target", "127.0.0.1:1234")
-    assert "127.0.0.1:1234" in result.stderr
+    with pytest.raises(typer.Exit), friendly_errors():
+        raise StartError("no Ray cluster is at 127.0.0.1:1234: connection refused")
+    assert "at 127.0.0.1:1234: connection" in capsys.readouterr().err
