@@ -62,4 +62,4 @@ def test_status_shows_what_auto_became(capsys: pytest.CaptureFixture[str]) -> No
     reply = admin.GetLoadsResponse(groups=[admin.GroupLoads(group="engine-0", kv_format="k4v4")])
     show_cluster([GROUP], mirror(Loads, reply))
     shown = " ".join(capsys.readouterr().out.split())
-    assert "cuda bfloat16: up to 256 sequences at a time, 8,192 tokens a step" in shown
+    assert "at most on cuda in bfloat16: 256 sequences, 8,192 tokens a step" in shown
