@@ -23,7 +23,7 @@ from kvmesh.cluster.local_ray import LocalRay, check_ray_sends_tokens, import_ra
 from kvmesh.cluster.memory_check import check_memory
 from kvmesh.cluster.ports import take_ports
 from kvmesh.cluster.readiness import until_running, until_serving
-from kvmesh.cluster.resources import alive, check_devices, check_layouts, check_nodes
+from kvmesh.cluster.resources import alive, check_devices, check_layouts, check_nodes, logical_cpus
 from kvmesh.cluster.serve_config import APP_NAME, anywhere, serve_config
 from kvmesh.cluster.telemetry.gpus import local_gpu_memory
 from kvmesh.workers.model.facts import read_facts
@@ -126,6 +126,7 @@ class Cluster:
         if config.ray.address is None:
             gpus = local_gpu_memory()
             check_devices(config, len(gpus))
+            check_nodes(config, [{"CPU": logical_cpus(config), "GPU": len(gpus)}])
             check_memory(config, facts, has_gpus=bool(gpus))
             chosen = {
                 "ingress.port": config.ingress.port,

@@ -27,7 +27,6 @@ from kvmesh.cluster.processes import (
 )
 from kvmesh.cluster.resources import logical_cpus
 
-GCS_LOG_LINES = 10
 # What runs continues without them, but nothing that dies is replaced.
 RAY_PROCESSES = ("gcs_server", "raylet")
 
@@ -71,8 +70,8 @@ class LocalRay:
                     _node_ip_address="127.0.0.1",
                 )
         except (RuntimeError, OSError, ValueError) as error:
-            words = _gcs_words(self._directory)
-            raise StartError(f"Ray did not start: {error}{words}") from error
+            words = " ".join(str(error).split()) + _gcs_words(self._directory)
+            raise StartError(f"Ray did not start: {words}") from error
         self._processes = children_named(RAY_PROCESSES)
         return context
 
@@ -121,13 +120,14 @@ def check_ray_sends_tokens() -> None:
 
 
 def _gcs_words(directory: Path) -> str:
-    """The end of the log of Ray's GCS, which `end` deletes."""
+    """The last line that Ray's GCS has logged, in a log that `end` deletes."""
     lines = [
-        line
+        line.strip()
         for path in sorted(directory.glob("ray/session_latest/logs/gcs_server.*"))
-        for line in path.read_text(errors="replace").splitlines()[-GCS_LOG_LINES:]
+        for line in path.read_text(errors="replace").splitlines()
+        if line.strip()
     ]
-    return "\n".join(["; the log of its GCS ends with:", *lines]) if lines else ""
+    return f"; the log of its GCS ends with: {lines[-1]}" if lines else ""
 
 
 @contextlib.contextmanager

@@ -48,8 +48,11 @@ def _known_format(name: str) -> str:
         get_format(name)
     except ValueError:
         similar = similar_format(name)
-        hint = f" (did you mean {similar}?)" if similar else ""
-        raise ValueError(f"must be one of {', '.join(format_names())}{hint}") from None
+        if similar is None:
+            raise ValueError(f"must be one of {', '.join(format_names())}") from None
+        raise ValueError(
+            f"must be a KV format (did you mean {similar}? `kvmesh formats` lists all)"
+        ) from None
     return name
 
 
@@ -187,16 +190,15 @@ class EngineSettings(Settings):
         device: cpu or cuda; memory_bytes: all that a GPU has
         """
         auto = device_limits(device, memory_bytes)
-        seqs, tokens = self.max_num_seqs, self.max_num_batched_tokens
-        if not isinstance(tokens, int):
-            tokens = auto.max_num_batched_tokens
-            tokens = max(tokens, seqs) if isinstance(seqs, int) else tokens
+        given_seqs, given_tokens = self.max_num_seqs, self.max_num_batched_tokens
+        # Every running sequence must be able to decode in every step.
+        min_tokens = given_seqs if isinstance(given_seqs, int) else 1
+        tokens = max(auto.max_num_batched_tokens, min_tokens)
+        tokens = given_tokens if isinstance(given_tokens, int) else tokens
+        seqs = min(auto.max_num_seqs, tokens)
+        seqs = given_seqs if isinstance(given_seqs, int) else seqs
         graphs = auto.cuda_graphs if self.cuda_graphs == AUTO else self.cuda_graphs
-        return DeviceLimits(
-            max_num_seqs=seqs if isinstance(seqs, int) else min(auto.max_num_seqs, tokens),
-            max_num_batched_tokens=tokens,
-            cuda_graphs=graphs and device != "cpu",
-        )
+        return DeviceLimits(seqs, tokens, graphs and device != "cpu")
 
     def hot_share(self, device: str) -> float:
         """At most this share of the KV memory holds exact pages, of as many sequences as fit it.

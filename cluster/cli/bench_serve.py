@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,6 +17,7 @@ from kvmesh.cluster.cli.bench_options import LoadOptions, WorkloadOptions, as_op
 from kvmesh.cluster.cli.console import jsonable, notes, print_json
 from kvmesh.cluster.cli.exits import CommandFailed, ExitCode
 from kvmesh.cluster.cli.options import JsonOption, QuietOption, ServerOptions, with_options
+from kvmesh.cluster.version import package_version
 
 if TYPE_CHECKING:
     from kvmesh.cluster.bench.load import LoadRun
@@ -69,7 +71,13 @@ def bench_serve(
     if draw is not None:
         draw(run.records, report, server, png)
     if as_json:
-        conditions = {"server": server, "workload": workload, "load": load}
+        conditions = {
+            "kvmesh": package_version(),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "server": server,
+            "workload": workload,
+            "load": load,
+        }
         print_json({"conditions": jsonable(conditions), **jsonable(report)})
     else:
         show_load(report, server, planned)

@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.status import Status
+from rich.text import Text
 
 
 class ResultConsole(Console):
@@ -32,12 +33,28 @@ class NoteConsole(Console):
         return not self.quiet and super().is_terminal
 
 
-out = ResultConsole(highlight=False)
-err = Console(stderr=True, highlight=False)
-notes = NoteConsole(stderr=True, highlight=False)
+# Without emoji, which would replace a part of an address such as `127.0.0.1:1234: ...`.
+out = ResultConsole(highlight=False, emoji=False)
+err = Console(stderr=True, highlight=False, emoji=False)
+notes = NoteConsole(stderr=True, highlight=False, emoji=False)
 
 
 WORTH_A_LINE_S = 1.0
+
+
+class RunningStep:
+    """A step on a terminal: with how long it has taken when it is drawn, once that is long.
+
+    started_s: of time.monotonic()
+    """
+
+    def __init__(self, step: str, detail: str, started_s: float) -> None:
+        self._step, self._detail, self._started_s = step, detail, started_s
+
+    def __rich__(self) -> Text:
+        elapsed_s = time.monotonic() - self._started_s
+        after = f" {human_wait(elapsed_s)}" if elapsed_s >= WORTH_A_LINE_S else ""
+        return Text.assemble(self._step, (self._detail + after, "dim"))
 
 
 class Steps:
@@ -85,8 +102,8 @@ class Steps:
                 notes.print(f"  {escape(name)}: {share:.0%} after {self._elapsed_s:.0f} s")
         if self._status is not None:
             extra = f" {share:.0%}" if share is not None else ""
-            suffix = f" [dim]({escape(detail)})[/dim]" if detail else ""
-            self._status.update(f"{escape(name)}{extra}{suffix}")
+            suffix = f" ({detail})" if detail else ""
+            self._status.update(RunningStep(f"{name}{extra}", suffix, self._started_s))
 
     def _finish(self) -> None:
         if self._step and self._status is not None:

@@ -95,10 +95,10 @@ def _group(group: GroupLoads, fact: GroupFacts | None, account: GroupLedger | No
     table.add_row("hot pages per rank", _pages(group.hot))
     table.add_row("sealed pages per rank", _pages(group.sealed))
     if fact:
-        device = f"{fact.device} {fact.dtype}: " if fact.device else ""
+        device = f"on {fact.device} in {fact.dtype}: " if fact.device else ""
         tokens = fact.max_num_batched_tokens
         step = f", {tokens:,} tokens a step" if tokens else ""
-        table.add_row("runs", f"{device}up to {fact.max_num_seqs} sequences at a time{step}")
+        table.add_row("at most", f"{device}{fact.max_num_seqs} sequences{step}")
     table.add_row(
         "sequences",
         f"{group.running} running, {group.waiting} waiting, {group.preemptions_total} preempted",

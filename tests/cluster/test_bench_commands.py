@@ -40,8 +40,8 @@ def generations(server: FakeServer) -> list[Any]:
 
 
 def test_a_run_is_shown(server: FakeServer) -> None:
-    result = bench("--requests", "12", "--input", "uniform:5,9", "--output", "4",
-                   "--goodput", "ttft:60000", "tpot:60000")  # fmt: skip
+    result = bench("--requests", "12", "--goodput", "ttft:60000", "tpot:60000",
+                   "--input", "uniform:5,9", "--output", "4")  # fmt: skip
     assert result.exit_code == ExitCode.DONE, result.output
     assert "12 of 12 requests" in result.stdout
     for name in ("TTFT", "TPOT", "ITL", "E2E", "p50", "p99"):

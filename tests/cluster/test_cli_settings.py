@@ -150,8 +150,8 @@ def test_every_command_that_reads_settings_refuses_wrong_ones(
         (("--set", "engine.tp=0"), {}, "engine.tp: must be greater than or equal to 1"),
         (("--set", "engine.tq=1"), {}, "did you mean engine.tp? (--set)"),
         ((), {"KVMESH_ENGINE__TQ": "1"}, "did you mean KVMESH_ENGINE__TP?"),
-        (("--kv-format", "int9"), {}, "engine.kv_format: must be one of"),
-        (("--kv-format", "k4v5"), {}, "(did you mean k4v4?)"),
+        (("--kv-format", "zip"), {}, "engine.kv_format: must be one of"),
+        (("--kv-format", "k4v5"), {}, "(did you mean k4v4? `kvmesh formats` lists all)"),
     ):
         result = run(*command, *arguments, **environ)
         assert result.exit_code == ExitCode.USAGE

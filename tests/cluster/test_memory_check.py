@@ -116,13 +116,15 @@ def test_what_auto_is_here() -> None:
         (("engine.kv_memory_bytes=1KiB",), "engine.kv_memory_bytes: 1,024 bytes cannot hold"),
         (("engine.max_model_len=100000000",), "engine.max_model_len: must be at most"),
         (("engine.tp=3",), "engine.tp: must divide the model's"),
+        (("groups=2",), "groups: need 2 GPUs (the sum of their tp), but the cluster has 1"),
         (("engine.device=cuda",), "engine.device: is cuda, but this machine has no GPU"),
     ],
 )
 def test_serve_refuses_before_ray_starts(
     model: Path, settings: tuple[str, ...], problem: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lifecycle, "local_gpu_memory", list)
+    gpus = [80 * GB] if "GPUs" in problem else []
+    monkeypatch.setattr(lifecycle, "local_gpu_memory", lambda: gpus)
     monkeypatch.setattr(lifecycle, "take_ports", lambda *_: pytest.fail("Ray would start"))
     sets = [part for setting in settings for part in ("--set", setting)]
     result = run("serve", "--model", str(model), *sets)

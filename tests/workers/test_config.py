@@ -16,7 +16,8 @@ from kvmesh.workers.errors import ConfigError
     ("field", "value", "message"),
     [
         ("model", "", "must have at least 1 character"),
-        ("kv_format", "int9", "must be one of exact, int8, .*, got 'int9'"),
+        ("kv_format", "int9", r"did you mean int8\? .*, got 'int9'"),
+        ("kv_format", "zip", "must be one of exact, int8, .*, got 'zip'"),
         ("page_size", 48, "must be one of 16, 32, 64, 128, 256, got 48"),
         ("sink_pages", -1, "must be greater than or equal to 0, got -1"),
         ("dtype", "half", "must be 'auto', 'float32' or 'bfloat16', got 'half'"),

@@ -1,0 +1,54 @@
+"""Joining a Ray cluster that is not there: one line, without waiting for Ray."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+
+import pytest
+import typer
+
+from kvmesh.cluster.cli.exits import friendly_errors
+from kvmesh.cluster.errors import StartError
+from kvmesh.cluster.joining import join_ray
+
+
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port: int = taken.getsockname()[1]
+        return port
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "no.such.host.invalid"])
+def test_nothing_listens_there(host: str) -> None:
+    with pytest.raises(StartError, match=rf"no Ray cluster is at {host}:\d+: ") as caught:
+        join_ray(f"{host}:{free_port()}")
+    assert "\n" not in str(caught.value)
+
+
+def test_no_cluster_on_this_machine() -> None:
+    """In a process of its own, as the tests' must not import Ray."""
+    program = "from kvmesh.cluster.joining import join_ray; join_ray('auto')"
+    found = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        env={"PATH": "", "HOME": "/nonexistent", "RAY_TMPDIR": "/nonexistent",
+             "PYTHONPATH": ":".join(sys.path)},
+    )  # fmt: skip
+    assert (
+        found.stderr.strip()
+        .splitlines()[-1]
+        .startswith(
+            "kvmesh.cluster.errors.StartError: no Ray cluster runs on this machine: start one with"
+        )
+    )
+
+
+def test_an_address_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    """Rich would make one of its emoji of `:1234:`."""
+    with pytest.raises(typer.Exit), friendly_errors():
+        raise StartError("no Ray cluster is at 127.0.0.1:1234: connection refused")
+    assert "at 127.0.0.1:1234: connection" in capsys.readouterr().err
