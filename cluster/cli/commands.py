@@ -22,6 +22,7 @@ from kvmesh.cluster.cli.formats_command import formats
 from kvmesh.cluster.cli.group import EPILOG, CommandGroup
 from kvmesh.cluster.cli.options import QuietOption
 from kvmesh.cluster.cli.plan_command import plan
+from kvmesh.cluster.cli.run_command import run
 from kvmesh.cluster.cli.simulate_command import PASS_THROUGH, simulate
 from kvmesh.cluster.cli.top_command import top
 from kvmesh.cluster.version import package_version
@@ -71,6 +72,7 @@ app.command("tokenize")(client_commands.tokenize)
 app.command("detokenize")(client_commands.detokenize)
 app.command("calibrate")(calibrate)
 app.command("plan")(plan)
+app.command("run")(run)
 app.command("simulate", context_settings=PASS_THROUGH)(simulate)
 app.command("formats")(formats)
 app.add_typer(eval_app, name="eval")

@@ -12,6 +12,7 @@ from kvmesh.client.errors import InvalidRequestError
 from kvmesh.client.options import Message
 from kvmesh.cluster.config import ClusterConfig, build
 from kvmesh.cluster.config_file import read_file
+from kvmesh.kernels.formats.registry import get_format
 from kvmesh.workers.errors import ConfigError, ConfigErrors
 from kvmesh.workers.settings import error_of
 
@@ -123,7 +124,7 @@ def _format(kv_format: str | int | None, quant_policy: int | None) -> str | int 
             f"must be 0, 4, 8 or 42, as LMDeploy has it; got {quant_policy!r}. "
             "kv_format has all formats",
         )
-    return quant_policy
+    return get_format(quant_policy).name
 
 
 def _values(config: str | os.PathLike[str] | Mapping[str, Any] | None) -> dict[str, Any]:

@@ -13,11 +13,12 @@ the same connections, on the loopback interface and with both ends authenticated
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 
 from kvmesh.cluster.config import ClusterConfig
 from kvmesh.cluster.engine_service import EngineService
@@ -55,6 +56,11 @@ READY_POLL_S = 0.01
 # at its second failure, so more than this many have another cause.
 MAX_RESTARTS = 3
 
+
+class EngineFailedError(EngineError):
+    """The engine has ended for good."""
+
+
 MakeExecutor = Callable[[EngineConfig], Executor]
 
 
@@ -64,7 +70,6 @@ class LocalCluster:
     progress: called with the step of the start, and the share of it that is done if known
     make_executor: called in a thread
     ingress: serves the calls of the contract, for the tenant TENANT
-    failed: why the engine ended for good; what runs then has failed, and so does all that follows
     """
 
     ingress: IngressService
@@ -86,7 +91,8 @@ class LocalCluster:
         self._listener: Listener | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._meters = _AnswerCount(_no_instrument)
-        self.failed: Exception | None = None
+        self._limits: set[asyncio.Timeout] = set()  # of the calls that run
+        self._failed: Exception | None = None
 
     @property
     def info(self) -> EngineInfo:
@@ -172,6 +178,25 @@ class LocalCluster:
 
     # Failures
 
+    @contextlib.asynccontextmanager
+    async def call(self) -> AsyncIterator[None]:
+        """A call to the ingress, in one task; EngineFailedError ends it when nothing else will."""
+        self._check()
+        try:
+            async with asyncio.timeout(None) as limit:
+                self._limits.add(limit)
+                try:
+                    yield
+                finally:
+                    self._limits.discard(limit)
+        except TimeoutError:
+            self._check()
+            raise
+
+    def _check(self) -> None:
+        if self._failed is not None:
+            raise EngineFailedError(f"the engine has failed: {self._failed}") from self._failed
+
     async def _guard(self) -> None:
         """Replace the engine when it has failed, as Serve does with a replica.
 
@@ -193,9 +218,10 @@ class LocalCluster:
                 await self._replace_engine()
             except Exception as error:
                 logger.error("the engine has failed: %s", error)
-                self.failed = error
-                # What waits for the engine is refused.
-                self._router.groups.expect(frozenset())
+                self._failed = error
+                now = asyncio.get_running_loop().time()
+                for limit in self._limits:
+                    limit.reschedule(now)
                 return
 
     async def _replace_engine(self) -> None:

@@ -21,7 +21,7 @@ from kvmesh.client.status import TRAILER, encode
 from kvmesh.client.transport import GENERATE_STREAM, Method, Reply, Request, RpcFailure
 from kvmesh.cluster.contract_methods import METHODS
 from kvmesh.cluster.ingress.error_table import status_code
-from kvmesh.cluster.offline.local_cluster import TENANT, LocalCluster
+from kvmesh.cluster.offline.local_cluster import TENANT, EngineFailedError, LocalCluster
 from kvmesh.cluster.offline.loop_thread import LoopThread
 from kvmesh.cluster.reception import report
 from kvmesh.v1 import kvmesh_pb2 as pb
@@ -33,15 +33,15 @@ async def replies(
     """The replies of one call, for one task. Raises RpcFailure."""
     (found,) = [x for x in METHODS[method.service] if x.name == method.name]
     try:
-        async with asyncio.timeout(timeout_s):
-            async with contextlib.aclosing(found.call(cluster.ingress, request, TENANT)) as events:
-                async for event in events:
-                    yield event
+        events = found.call(cluster.ingress, request, TENANT)
+        async with asyncio.timeout(timeout_s), cluster.call(), contextlib.aclosing(events):
+            async for event in events:
+                yield event
     except TimeoutError:
         raise RpcFailure("DEADLINE_EXCEEDED", "the call took too long") from None
+    except EngineFailedError as error:
+        raise RpcFailure("INTERNAL", str(error)) from error
     except Exception as error:
-        if cluster.failed is not None:
-            raise RpcFailure("INTERNAL", f"the engine has failed: {cluster.failed}") from None
         wire = report(error, (), str(getattr(request, "request_id", "")), TENANT)
         message, trailer = encode(wire)
         raise RpcFailure(status_code(wire).name, message, ((TRAILER, trailer),)) from error

@@ -1,0 +1,144 @@
+"""Answers by a server of OpenAI's API over HTTP, such as `kvmesh serve`."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import secrets
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Final, Self
+
+import aiohttp
+import msgspec
+
+from kvmesh.cluster.batch.errors import BatchRunError
+from kvmesh.cluster.batch.line_request import LineRequest
+from kvmesh.cluster.batch.output_file import LineResponse
+from kvmesh.cluster.batch.run import error_body
+
+# Refusals that pass: no room, a proxy without its server, a server that restarts.
+PASSING: Final = (429, 502, 503)
+MAX_OUTAGE_S: Final = 600.0
+CONNECT_S: Final = 5.0
+FIRST_PAUSE_S: Final = 0.5
+MAX_PAUSE_S: Final = 15.0
+_REFUSED_KEY: Final = (401, 403)
+
+
+class ServedAnswers:
+    """base: the server's URL, without /v1. A server that is lost, or has no room, is asked again,
+    until none of the requests got an answer for MAX_OUTAGE_S.
+    """
+
+    def __init__(
+        self, base: str, api_key: str | None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._base = base
+        self._headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+        self._clock = clock
+        self._answered_s = clock()
+        self.pause_s = FIRST_PAUSE_S
+
+    async def __aenter__(self) -> Self:
+        # Without a limit of time: a long output takes as long as it takes.
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S)
+        connector = aiohttp.TCPConnector(limit=0)
+        self._session = aiohttp.ClientSession(timeout=timeout, connector=connector)
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self._session.close()
+
+    async def model(self) -> str:
+        """What the server serves. Raises BatchRunError if it is no such server."""
+        url = f"{self._base}/v1/models"
+        try:
+            async with self._session.get(url, headers=self._headers) as reply:
+                data, status = await reply.read(), reply.status
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            raise self._unreachable(error) from None
+        if status in _REFUSED_KEY:
+            raise BatchRunError(f"{self._base} refuses the key: {_message(data)}")
+        try:
+            models: Any = msgspec.json.decode(data)["data"]
+            return str(models[0]["id"])
+        except (msgspec.DecodeError, KeyError, IndexError, TypeError):
+            raise self._unreachable(f"GET {url} has status {status} and no models") from None
+
+    async def answer(self, request: LineRequest) -> LineResponse:
+        pause_s = self.pause_s
+        while True:
+            wait_s = 0.0
+            # Another id for each attempt: a server may still be ending the one before.
+            request_id = secrets.token_hex(16)
+            try:
+                async with self._session.post(
+                    self._base + request.url,
+                    data=request.body,
+                    headers={
+                        **self._headers,
+                        "content-type": "application/json",
+                        "x-request-id": request_id,
+                    },
+                ) as reply:
+                    data = await reply.read()
+            except (aiohttp.ClientError, OSError, TimeoutError) as error:
+                trouble: object = error
+            else:
+                if reply.status in _REFUSED_KEY:
+                    raise BatchRunError(f"{self._base} refuses the key: {_message(data)}")
+                lasting = reply.headers.get("x-should-retry") == "false"
+                if reply.status not in PASSING or lasting:
+                    self._answered_s = self._clock()
+                    request_id = reply.headers.get("x-request-id", request_id)
+                    return LineResponse(reply.status, request_id, _json(data))
+                trouble = _message(data)
+                wait_s = _seconds(reply.headers.get("retry-after"))
+            if self._clock() - self._answered_s > MAX_OUTAGE_S:
+                raise self._unreachable(trouble)
+            await asyncio.sleep(wait_s + random.uniform(0, pause_s))
+            pause_s = min(pause_s * 2, MAX_PAUSE_S)
+
+    def _unreachable(self, why: object) -> BatchRunError:
+        return BatchRunError(
+            f"{self._base} does not answer as OpenAI's API ({why}); `kvmesh serve` prints the "
+            "address of its own",
+            unreachable=True,
+        )
+
+
+def base_url(address: str) -> str:
+    """A server's URL from HOST:PORT, or from a URL, perhaps with /v1 at its end."""
+    url = address if "://" in address else f"http://{address}"
+    return url.rstrip("/").removesuffix("/v1")
+
+
+def _json(data: bytes) -> msgspec.Raw:
+    """A body as it is, or as an error if it is not JSON."""
+    try:
+        msgspec.json.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        body: msgspec.Raw = error_body(data[:500].decode(errors="replace"))
+        return body
+    return msgspec.Raw(data)
+
+
+def _message(data: bytes) -> str:
+    try:
+        return str(msgspec.json.decode(data)["error"]["message"])
+    except (msgspec.DecodeError, KeyError, TypeError):
+        return data[:200].decode(errors="replace")
+
+
+def _seconds(text: str | None) -> float:
+    try:
+        return min(max(float(text or 0), 0.0), MAX_PAUSE_S)
+    except ValueError:  # a date
+        return 0.0

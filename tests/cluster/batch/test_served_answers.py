@@ -1,0 +1,153 @@
+"""Requests of a file, answered by a server over HTTP."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import AsyncIterator, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvmesh.cluster.batch import served_answers
+from kvmesh.cluster.batch.errors import BatchRunError
+from kvmesh.cluster.batch.line_request import LineRequest
+from kvmesh.cluster.batch.output_file import OutputFile
+from kvmesh.cluster.batch.run import BatchRun
+from kvmesh.cluster.batch.served_answers import ServedAnswers, base_url
+from kvmesh.cluster.errors import NotReadyError, RequestFaultError
+from kvmesh.cluster.routing.errors import QueueFullError
+from kvmesh.v1 import kvmesh_pb2 as pb
+from tests.cluster.batch.test_batch_run import Files, asking
+from tests.cluster.openai.server import (
+    KEY,
+    MODEL,
+    Event,
+    HttpServer,
+    ScriptedContract,
+    http_server,
+    words,
+)
+
+FULL = QueueFullError("the queue is full", 0.0, 0, 0)
+
+
+@pytest.fixture
+async def contract() -> ScriptedContract:
+    return ScriptedContract()
+
+
+@pytest.fixture
+async def server(contract: ScriptedContract) -> AsyncIterator[HttpServer]:
+    async with http_server(contract) as running:
+        yield running
+
+
+@pytest.fixture
+async def answers(server: HttpServer) -> AsyncIterator[ServedAnswers]:
+    async with ServedAnswers(base_url(server.url), KEY) as made:
+        made.pause_s = 0.0
+        yield made
+
+
+def refusing(*errors: Exception) -> Any:
+    """A script that raises these, one for each request, and then answers."""
+    left = iter(errors)
+
+    def play(request: pb.GenerateRequest) -> Iterable[Event | Exception]:
+        if (error := next(left, None)) is not None:
+            yield error
+        yield from words("Hello")(request)
+
+    return play
+
+
+def request(**body: Any) -> LineRequest:
+    found = {"prompt": "p", **body}
+    return LineRequest("batch_req_1_00", "a", "/v1/completions", json.dumps(found).encode(), b"")
+
+
+async def test_a_file_is_answered_by_a_server(
+    tmp_path: Path, answers: ServedAnswers, contract: ScriptedContract
+) -> None:
+    files = Files(tmp_path)
+    chat = {"messages": [{"role": "user", "content": "Hi"}], "model": ""}
+    files.ask(
+        [
+            asking("a"),
+            asking("b", url="/v1/chat/completions", body=chat),
+            asking("c", url="/v1/responses", body={"input": "Hi"}),
+            asking("d", body={"prompt": "p", "temperature": "hot"}),
+        ]
+    )
+    assert await answers.model() == MODEL
+    with contextlib.closing(OutputFile(str(files.target))) as output:
+        run = BatchRun(str(files.source), output)
+        await run.run(answers, at_once=2)
+    found = files.by_id()
+    assert [found[x]["response"]["status_code"] for x in "abcd"] == [200, 200, 200, 400]
+    assert found["a"]["response"]["body"]["choices"][0]["text"] == "Hello there."
+    assert found["d"]["response"]["body"]["error"]["param"] == "temperature"
+    assert found["a"]["response"]["request_id"] in {x.request_id for x in contract.requests}
+    assert run.counts.failed == 1 and run.counts.tokens == 6
+
+
+async def test_refusals_that_pass_are_tried_again(
+    answers: ServedAnswers, contract: ScriptedContract
+) -> None:
+    contract.script = refusing(FULL, NotReadyError(), FULL)
+    served_answers_max = served_answers.MAX_PAUSE_S
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(served_answers, "MAX_PAUSE_S", 0.0)  # of what the server asks for, too
+        assert (await answers.answer(request())).status_code == 200
+    assert served_answers_max > 0
+    assert len(contract.requests) == 4
+    assert len({x.request_id for x in contract.requests}) == 4
+
+
+async def test_faults_of_a_request_are_its_answer(
+    answers: ServedAnswers, contract: ScriptedContract
+) -> None:
+    contract.script = refusing(RequestFaultError("it fails"))
+    assert (await answers.answer(request())).status_code == 500
+    assert len(contract.requests) == 1
+
+
+async def test_a_server_that_stays_away_ends_the_run(
+    server: HttpServer, contract: ScriptedContract, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(served_answers, "MAX_PAUSE_S", 0.0)
+    times = iter([0.0, *(100.0 * n for n in range(100))])
+    contract.script = refusing(*[FULL] * 100)
+    async with ServedAnswers(base_url(server.url), KEY, lambda: next(times)) as answers:
+        answers.pause_s = 0.0
+        with pytest.raises(BatchRunError, match="the queue is full") as caught:
+            await answers.answer(request())
+    assert caught.value.unreachable
+    assert len(contract.requests) == 8  # at 0, 100, … and 700 s, when more than 600 have passed
+
+
+async def test_what_is_no_such_server_is_named(server: HttpServer) -> None:
+    async with ServedAnswers(base_url(server.url), "another-key") as answers:
+        for call in (answers.model(), answers.answer(request())):
+            with pytest.raises(BatchRunError, match="refuses the key"):
+                await call
+    async with ServedAnswers("http://127.0.0.1:1", None) as answers:
+        with pytest.raises(BatchRunError, match="does not answer as OpenAI's API") as caught:
+            await answers.model()
+        assert caught.value.unreachable
+    async with ServedAnswers(f"{server.url}/elsewhere", KEY) as answers:
+        with pytest.raises(BatchRunError, match="status 404 and no models"):
+            await answers.model()
+
+
+@pytest.mark.parametrize(
+    "address", ["h:1", "http://h:1", "http://h:1/", "http://h:1/v1", "http://h:1/v1/"]
+)
+def test_an_address_may_have_several_forms(address: str) -> None:
+    assert base_url(address) == "http://h:1"
+
+
+def test_a_body_that_is_not_json_becomes_an_error() -> None:
+    assert json.loads(bytes(served_answers._json(b"<html>"))) == {"error": {"message": "<html>"}}
