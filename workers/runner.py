@@ -126,6 +126,12 @@ class ModelRunner:
         """
         start_s = time.perf_counter()
         arrays = self._prepare(plan)
+        sampling = None
+        if self._sampler is not None:
+            sampled = [chunk for chunk in plan.chunks if chunk.sample]
+            if sampled:
+                rows, ends = [chunk.row for chunk in sampled], [chunk.end for chunk in sampled]
+                sampling = self._sampler.prepare(rows, ends)
         works: Works = {}
         if self._divides:
             works = decode_works(arrays, self._tables, self._windows)
@@ -142,15 +148,13 @@ class ModelRunner:
             logits = self._model.logits(hidden, step.logits_rows)
         if self._sampler is None or logits is None:
             return None
-        sampled = [chunk for chunk in plan.chunks if chunk.sample]
         tokens: list[SampledToken] = []
-        if sampled:
-            rows, ends = [chunk.row for chunk in sampled], [chunk.end for chunk in sampled]
+        if sampling is not None:
             found = None
             if plan.masked:
                 assert masks is not None, "a masked plan comes with its masks"
                 found = masks()
-            tokens = self._sampler.sample(logits, rows, ends, found)
+            tokens = self._sampler.sample(logits, sampling, found)
         return StepResult(plan.step, tokens, host_s, scores, self._expert_load.after_step())
 
     def _score_targets(

@@ -2,7 +2,8 @@
 
 The order of operations is the usual one: logit bias, penalties, forbidden tokens; then
 temperature, top-k, top-p, min-p on the renormalised distribution; then one uniform draw
-by inverse CDF. The uniform number at output position i depends only on (seed, i).
+by inverse CDF (`kernels/sample`). The uniform number at output position i depends only on
+(seed, i).
 
 A mask is applied with the forbidden tokens, whatever bias and penalties have made of a token.
 Where a mask allows nothing but an end of sequence, min_tokens and ignore_eos do not count.
@@ -16,15 +17,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
+from kvmesh.kernels.sample import SampleParams, sample_tokens
 from kvmesh.workers.model.facts import ModelFacts
 from kvmesh.workers.plan import RowStart, SampledToken, TokenMasks, TokenScores
 from kvmesh.workers.sampling_params import SamplingParams
+from kvmesh.workers.step import ints
 
-# Rows with top-k, top-p or min-p first consider this many of the most likely tokens; a row
-# whose nucleus is wider is sorted completely.
-_SHORTLIST = 256
 NO_TOKEN = -1
 NOT_FINITE = "no token could be sampled: no logit is allowed, or some are not finite numbers"
 
@@ -32,13 +33,36 @@ NOT_FINITE = "no token could be sampled: no logit is allowed, or some are not fi
 def uniform(seed: int, position: int) -> float:
     """A draw in [0, 1) from two 64-bit integers: SplitMix64's finaliser (Steele et al. 2014)
     applied to the position's Weyl step, 53 bits of the result."""
-    z = (seed + (position + 1) * 0x9E3779B97F4A7C15) & _MASK
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
-    return ((z ^ (z >> 31)) >> 11) * 2.0**-53
+    return float(uniforms(np.array([seed & _MASK], np.uint64), np.array([position]))[0])
+
+
+def uniforms(seeds: npt.NDArray[np.uint64], positions: Ints) -> npt.NDArray[np.float64]:
+    """`uniform` of each seed and position."""
+    steps = (positions + 1).astype(np.uint64)
+    with np.errstate(over="ignore"):
+        z = seeds + steps * np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        z ^= z >> np.uint64(31)
+    return (z >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 _MASK = (1 << 64) - 1
+Ints = npt.NDArray[np.int64]
+
+# What `Sampler` keeps of each row for `prepare`.
+_NUMBERS = np.dtype(
+    [
+        ("seed", np.uint64),
+        ("prompt_tokens", np.int64),
+        ("temperature", np.float64),
+        ("top_k", np.float64),
+        ("top_p", np.float64),
+        ("min_p", np.float64),
+        ("adjusted", np.bool_),
+        ("logprobs", np.int64),
+    ]
+)
 
 
 @dataclass(slots=True)
@@ -47,12 +71,32 @@ class _Row:
 
     seen: [vocab] bool, tokens of prompt or output; counts: [vocab] fp32, in the output.
     Both are kept only if a penalty needs them.
+    bias: ids and values of logit_bias on the device; forbidden: ids of ends of sequence, and those
+        with the row's stop tokens
     """
 
     params: SamplingParams
     prompt_tokens: int
     seen: torch.Tensor | None = None
     counts: torch.Tensor | None = None
+    bias: tuple[torch.Tensor, torch.Tensor] | None = None
+    stops: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How a step's rows are sampled, prepared before their logits exist.
+
+    rows, ends: as given; params: on the device
+    adjusted: places of rows whose logits change before they are sampled, masks aside
+    logprobs: places of rows that want log-probabilities, and how many alternatives
+    """
+
+    rows: list[int]
+    ends: list[int]
+    params: SampleParams
+    adjusted: list[int]
+    logprobs: dict[int, int]
 
 
 class Sampler:
@@ -79,7 +123,9 @@ class Sampler:
         self._holes = torch.tensor(holes, dtype=torch.int64, device=device) if holes else None
         self._eos = eos_token_ids
         self._device = device
+        self._eos_ids = ints(eos_token_ids, torch.int64, device)
         self._rows: dict[int, _Row] = {}
+        self._numbers = np.zeros(16, dtype=_NUMBERS)
 
     @classmethod
     def of(cls, facts: ModelFacts, device: torch.device) -> Sampler:
@@ -92,16 +138,56 @@ class Sampler:
             row.seen = torch.zeros(self._vocab_size, dtype=torch.bool, device=self._device)
         if params.presence_penalty != 0.0 or params.frequency_penalty != 0.0:
             row.counts = torch.zeros(self._vocab_size, device=self._device)
+        if params.logit_bias:
+            values = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32)
+            row.bias = (
+                ints(list(params.logit_bias), torch.int64, self._device),
+                values.to(self._device, non_blocking=True),
+            )
+        row.stops = self._eos_ids
+        if params.stop_token_ids:
+            row.stops = ints(self._eos + params.stop_token_ids, torch.int64, self._device)
         self._rows[start.row] = row
+        if start.row >= len(self._numbers):
+            more = np.zeros(2 * start.row, dtype=_NUMBERS)
+            more[: len(self._numbers)] = self._numbers
+            self._numbers = more
+        self._numbers[start.row] = (
+            params.seed & _MASK,
+            start.prompt_tokens,
+            0.0 if params.greedy else params.temperature,
+            params.top_k,
+            params.top_p,
+            params.min_p,
+            bool(row.bias or params.min_tokens) or row.seen is not None or row.counts is not None,
+            -1 if params.logprobs is None else min(params.logprobs, self._num_used),
+        )
         self.record_tokens(start.row, 0, start.history)
+
+    def prepare(self, rows: list[int], ends: list[int]) -> Sampling:
+        """What sampling these rows needs on the device, on its way without waiting.
+
+        rows: [n] row ids; ends: [n] current number of tokens of the sequence, prompt and output
+        """
+        numbers = self._numbers[rows]
+        draws = uniforms(numbers["seed"], np.array(ends) - numbers["prompt_tokens"])
+        names = ("temperature", "top_k", "top_p", "min_p")
+        params = SampleParams.of(draws, *(numbers[name] for name in names), self._device)
+        wanted = np.flatnonzero(numbers["logprobs"] >= 0)
+        return Sampling(
+            rows,
+            ends,
+            params,
+            np.flatnonzero(numbers["adjusted"]).tolist(),
+            dict(zip(wanted.tolist(), numbers["logprobs"][wanted].tolist(), strict=True)),
+        )
 
     def record_tokens(self, row_id: int, start: int, tokens: bytes) -> None:
         """Count the int32 tokens at positions [start, start + n) for the row's penalties."""
         row = self._rows[row_id]
         if (row.seen is None and row.counts is None) or not tokens:
             return
-        ids = torch.from_numpy(np.frombuffer(tokens, dtype=np.int32).astype(np.int64))
-        ids = ids.to(self._device)
+        ids = ints(np.frombuffer(tokens, dtype=np.int32), torch.int64, self._device)
         if row.seen is not None:
             row.seen[ids] = True
         if row.counts is not None:
@@ -109,44 +195,42 @@ class Sampler:
             row.counts.index_add_(0, output, torch.ones_like(output, dtype=row.counts.dtype))
 
     def sample(
-        self,
-        logits: torch.Tensor,
-        rows: list[int],
-        ends: list[int],
-        masks: TokenMasks | None = None,
+        self, logits: torch.Tensor, sampling: Sampling, masks: TokenMasks | None = None
     ) -> list[SampledToken]:
-        """One token per row, or a fault.
+        """One token per row, or a fault. Waits for the device once.
 
-        logits: [n, vocab_size] fp32, changed in place; rows: [n] row ids;
-        ends: [n] current number of tokens of the sequence, prompt and output
+        logits: [n, vocab_size] fp32, changed in place; sampling: from `prepare`
         masks: of those rows that may not sample every token
         """
         self._hide_unused(logits)
-        wanted = [i for i, row in enumerate(rows) if self._rows[row].params.logprobs is not None]
-        raw = torch.log_softmax(logits[wanted], dim=-1) if wanted else None
+        wanted = list(sampling.logprobs)
+        most = max(sampling.logprobs.values(), default=0)
+        raw = None
+        if wanted:
+            raw = torch.log_softmax(logits[wanted] if len(wanted) < len(logits) else logits, -1)
         allowed = {} if masks is None else self._unpack(masks)
-        for i, (row_id, end) in enumerate(zip(rows, ends, strict=True)):
-            self._adjust(logits[i], self._rows[row_id], end, allowed.get(i))
-        # The maximum of a row with NaN is NaN. From finite maxima on, every weight is in [0, 1].
-        best, tokens = logits.max(dim=-1)
-        sound: list[bool] = torch.isfinite(best).tolist()
-        drawn = [i for i, row in enumerate(rows) if sound[i] and not self._rows[row].params.greedy]
-        if drawn:
-            states = [self._rows[rows[i]] for i in drawn]
-            draws = [
-                uniform(state.params.seed, ends[i] - state.prompt_tokens)
-                for i, state in zip(drawn, states, strict=True)
-            ]
-            picked = _draw(logits[drawn], [state.params for state in states], draws)
-            tokens[drawn] = picked.to(tokens.device)
-        ids: list[int] = tokens.tolist()
-        sampled = [SampledToken(token_id) for token_id in ids]
-        if raw is not None:
-            for i, row_logprobs in zip(wanted, raw, strict=True):
-                count = min(self._rows[rows[i]].params.logprobs or 0, self._num_used)
-                sampled[i] = _with_logprobs(ids[i], row_logprobs, count)
-        for i in (i for i, row_is_sound in enumerate(sound) if not row_is_sound):
-            sampled[i] = SampledToken(NO_TOKEN, fault=NOT_FINITE)
+        for i in {*sampling.adjusted, *allowed}:
+            row = self._rows[sampling.rows[i]]
+            self._adjust(logits[i], row, sampling.ends[i], allowed.get(i))
+        tokens = sample_tokens(logits, sampling.params)
+        if raw is None:
+            return [_sampled(token_id) for token_id in tokens.tolist()]
+        # Everything that the host reads, in one transfer: whole numbers up to 2^53 are exact.
+        top, top_ids = torch.topk(raw, most, dim=-1)
+        picked = tokens[wanted] if len(wanted) < len(tokens) else tokens
+        chosen = raw.gather(1, picked.long().clamp(min=0)[:, None])
+        columns = torch.cat((chosen.double(), top.double(), top_ids.double()), 1).flatten()
+        ids, found = _together(tokens, columns)
+        sampled = [_sampled(token_id) for token_id in ids]
+        width = 1 + 2 * most
+        for i, start in zip(wanted, range(0, len(found), width), strict=True):
+            if ids[i] == NO_TOKEN:
+                continue
+            count = sampling.logprobs[i]
+            values = found[start + 1 : start + 1 + count]
+            best = map(int, found[start + 1 + most : start + 1 + most + count])
+            pairs = list(zip(best, values, strict=True))
+            sampled[i] = SampledToken(ids[i], found[start], pairs)
         return sampled
 
     def score(self, row_id: int, logits: torch.Tensor, targets: torch.Tensor) -> TokenScores:
@@ -172,26 +256,22 @@ class Sampler:
         if self._holes is not None:
             logits.index_fill_(1, self._holes, -torch.inf)
 
-    def _unpack(self, masks: TokenMasks) -> dict[int, torch.Tensor]:
-        """For each masked row [vocab_size] bool: which tokens are allowed."""
-        packed = torch.frombuffer(bytearray(masks.bits), dtype=torch.uint8).to(self._device)
+    def _unpack(self, masks: TokenMasks) -> dict[int, _Mask]:
+        """The mask of each masked row."""
+        host = np.frombuffer(masks.bits, dtype=np.uint8).reshape(len(masks.positions), -1)
+        packed = torch.from_numpy(host.copy())
+        if self._device.type != "cpu":
+            packed = packed.pin_memory().to(self._device, non_blocking=True)
         shifts = torch.arange(8, dtype=torch.uint8, device=self._device)
-        bits = (packed.view(len(masks.positions), -1, 1) >> shifts) & 1
+        bits = (packed[:, :, None] >> shifts) & 1
         allowed = bits.flatten(1)[:, : self._vocab_size].to(torch.bool)
-        return dict(zip(masks.positions, allowed, strict=True))
+        return {position: _Mask(host[i], allowed[i]) for i, position in enumerate(masks.positions)}
 
-    def _adjust(
-        self, logits: torch.Tensor, row: _Row, end: int, allowed: torch.Tensor | None
-    ) -> None:
-        """Apply bias, penalties and forbidden tokens in place.
-
-        logits: [vocab_size]; allowed: [at most vocab_size] bool, None for all
-        """
+    def _adjust(self, logits: torch.Tensor, row: _Row, end: int, mask: _Mask | None) -> None:
+        """Apply bias, penalties and forbidden tokens in place. logits: [vocab_size]"""
         params = row.params
-        if params.logit_bias:
-            ids = torch.tensor(list(params.logit_bias), device=self._device)
-            values = logits.new_tensor(list(params.logit_bias.values()))
-            logits.index_add_(0, ids, values)
+        if row.bias is not None:
+            logits.index_add_(0, *row.bias)
         if row.seen is not None:
             penalty = params.repetition_penalty
             penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
@@ -199,86 +279,44 @@ class Sampler:
         if row.counts is not None:
             logits.sub_(row.counts, alpha=params.frequency_penalty)
             logits.sub_((row.counts > 0).to(logits.dtype), alpha=params.presence_penalty)
-        forbidden: tuple[int, ...] = ()
+        forbidden, ids = (), None
         if end - row.prompt_tokens < params.min_tokens:
-            forbidden = self._eos + params.stop_token_ids
-        elif allowed is not None and params.ignore_eos:
-            forbidden = self._eos
-        if forbidden and (allowed is None or _allows_others(allowed, forbidden)):
+            forbidden, ids = self._eos + params.stop_token_ids, row.stops
+        elif mask is not None and params.ignore_eos:
+            forbidden, ids = self._eos, self._eos_ids
+        if ids is not None and forbidden and (mask is None or mask.allows_others(forbidden)):
             # Added, not assigned: NaN stays NaN.
-            logits[list(forbidden)] -= torch.inf
-        if allowed is not None:
+            logits.index_add_(0, ids, logits.new_full((len(forbidden),), -torch.inf))
+        if mask is not None:
             # Of ids without a token, which masks do not know, nothing is left to forbid.
-            known = logits[: len(allowed)]
-            known.masked_fill_(~(allowed | known.isnan()), -torch.inf)
+            known = logits[: len(mask.allowed)]
+            known.masked_fill_(~(mask.allowed | known.isnan()), -torch.inf)
 
 
-def _allows_others(allowed: torch.Tensor, forbidden: tuple[int, ...]) -> bool:
-    """Whether a mask, [vocab_size] bool, allows more than the forbidden tokens."""
-    others = allowed.clone()
-    others[list(forbidden)] = False
-    return bool(others.any())
+@dataclass(frozen=True, slots=True)
+class _Mask:
+    """bits: [words] uint8 on the host; allowed: [at most vocab_size] bool on the device"""
+
+    bits: npt.NDArray[np.uint8]
+    allowed: torch.Tensor
+
+    def allows_others(self, forbidden: tuple[int, ...]) -> bool:
+        """Whether it allows more than the forbidden tokens."""
+        others = self.bits.copy()
+        for token_id in forbidden:
+            if token_id < 8 * len(others):
+                others[token_id // 8] &= 255 ^ (1 << token_id % 8)
+        known = np.unpackbits(others, bitorder="little")[: len(self.allowed)]
+        return bool(known.any())
 
 
-def _draw(logits: torch.Tensor, params: list[SamplingParams], draws: list[float]) -> torch.Tensor:
-    """Token ids [n] drawn from logits [n, vocab] with the uniform numbers `draws`."""
-    device = logits.device
-    temperature = torch.tensor([p.temperature for p in params], device=device)
-    # Weights relative to the most likely token's, which cannot overflow at any temperature.
-    best = logits.amax(dim=-1, keepdim=True)
-    weights = torch.exp((logits - best) / temperature[:, None])
-    at = torch.tensor(draws, dtype=torch.float64, device=device)
-    picked = torch.empty(len(params), dtype=torch.int64, device=device)
-    cut = [i for i, p in enumerate(params) if p.top_k > 0 or p.top_p < 1.0 or p.min_p > 0.0]
-    whole = [i for i in range(len(params)) if i not in set(cut)]
-    if whole:
-        picked[whole] = _inverse(weights[whole], at[whole])
-    if cut:
-        picked[cut] = _inverse_truncated(weights[cut], [params[i] for i in cut], at[cut])
-    return picked
+def _sampled(token_id: int) -> SampledToken:
+    if token_id == NO_TOKEN:
+        return SampledToken(NO_TOKEN, fault=NOT_FINITE)
+    return SampledToken(token_id)
 
 
-def _inverse(weights: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
-    """Indices [n] where the cumulative weights [n, m], not normalised, exceed draws of the sum."""
-    cumulated = torch.cumsum(weights, dim=-1, dtype=torch.float64)
-    total = cumulated[:, -1:].contiguous()
-    index = torch.searchsorted(cumulated, total * draws[:, None], right=True)
-    # A draw close to 1 can round up to the sum; take the last token with a weight in that case.
-    return torch.minimum(index, torch.searchsorted(cumulated, total)).squeeze(-1)
-
-
-def _inverse_truncated(
-    weights: torch.Tensor, params: list[SamplingParams], draws: torch.Tensor
-) -> torch.Tensor:
-    device, vocab = weights.device, weights.shape[-1]
-    top_k = torch.tensor(
-        [p.top_k if 0 < p.top_k < vocab else vocab for p in params], device=device
-    )[:, None]
-    top_p = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device)[:, None]
-    min_p = torch.tensor([p.min_p for p in params], device=device)[:, None]
-    total = weights.sum(dim=-1, keepdim=True, dtype=torch.float64)
-    size = min(_SHORTLIST, vocab)
-    while True:
-        values, ids = torch.topk(weights, size, dim=-1)
-        mass = torch.cumsum(values, dim=-1, dtype=torch.float64)
-        # top-p applies after top-k: keep tokens whose preceding cumulative probability is < p.
-        left = torch.where(top_k <= size, mass.gather(1, top_k.clamp(max=size) - 1), total)
-        keep = (mass - values < top_p * left) & (values >= min_p * values[:, :1])
-        keep &= torch.arange(size, device=device) < top_k
-        keep[:, 0] = True
-        # Done if no row keeps tokens beyond the shortlist, or has a top-k whose mass is not known.
-        mass_unknown = (top_p < 1) & (top_k > size) & (top_k < vocab)
-        if size == vocab or not bool((mass_unknown | keep[:, -1:] & (top_k > size)).any()):
-            break
-        size = vocab
-    chosen = _inverse(torch.where(keep, values, torch.zeros_like(values)), draws)
-    return ids.gather(1, chosen[:, None]).squeeze(-1)
-
-
-def _with_logprobs(token_id: int, logprobs: torch.Tensor, count: int) -> SampledToken:
-    """count: of the best tokens, which are listed"""
-    top: list[tuple[int, float]] = []
-    if count:
-        values, ids = torch.topk(logprobs, count)
-        top = list(zip(ids.tolist(), values.tolist(), strict=True))
-    return SampledToken(token_id, float(logprobs[token_id]), top)
+def _together(tokens: torch.Tensor, columns: torch.Tensor) -> tuple[list[int], list[float]]:
+    """Token ids and other numbers, read from the device in one transfer."""
+    both: list[float] = torch.cat((tokens.double(), columns)).tolist()
+    return [int(x) for x in both[: len(tokens)]], both[len(tokens) :]

@@ -31,6 +31,16 @@ def sampler_with(*params: SamplingParams, history: list[int] | None = None) -> S
     return sampler
 
 
+def sample(
+    sampler: Sampler,
+    logits: torch.Tensor,
+    rows: list[int],
+    ends: list[int],
+    masks: TokenMasks | None = None,
+) -> list[SampledToken]:
+    return sampler.sample(logits, sampler.prepare(rows, ends), masks)
+
+
 def logits_of(*rows: dict[int, float]) -> torch.Tensor:
     logits = torch.full((len(rows), VOCAB), -10.0)
     for row, values in enumerate(rows):
@@ -42,7 +52,7 @@ def logits_of(*rows: dict[int, float]) -> torch.Tensor:
 def drawn(params: SamplingParams, logits: torch.Tensor, n: int) -> list[int]:
     sampler = sampler_with(*[params] * n)
     ends = [2 + i for i in range(n)]  # another position, another draw
-    rows = sampler.sample(logits.expand(n, -1).clone(), list(range(n)), ends)
+    rows = sample(sampler, logits.expand(n, -1).clone(), list(range(n)), ends)
     return [token.token_id for token in rows]
 
 
@@ -112,9 +122,9 @@ def test_the_result_of_a_row_does_not_depend_on_its_neighbours() -> None:
         SamplingParams(seed=3, top_k=700, temperature=2.0),
         SamplingParams(temperature=0.0),
     ]
-    together = sampler_with(*kinds).sample(logits.clone(), [0, 1, 2, 3], [5, 6, 7, 8])
+    together = sample(sampler_with(*kinds), logits.clone(), [0, 1, 2, 3], [5, 6, 7, 8])
     for row, params in enumerate(kinds):
-        alone = sampler_with(params).sample(logits[row : row + 1].clone(), [0], [5 + row])
+        alone = sample(sampler_with(params), logits[row : row + 1].clone(), [0], [5 + row])
         assert alone[0].token_id == together[row].token_id
 
 
@@ -128,12 +138,12 @@ def test_penalties_and_bias() -> None:
         (SamplingParams(logit_bias={1: -100.0, 20: -100.0}, **greedy), 30),
     ]
     for params, token in cases:
-        assert sampler_with(params).sample(logits.clone(), [0], [2])[0].token_id == token
+        assert sample(sampler_with(params), logits.clone(), [0], [2])[0].token_id == token
     repeated = sampler_with(SamplingParams(frequency_penalty=0.3, **greedy), history=[1, 1])
-    assert repeated.sample(logits.clone(), [0], [4])[0].token_id == 20
+    assert sample(repeated, logits.clone(), [0], [4])[0].token_id == 20
     sampler = sampler_with(SamplingParams(presence_penalty=0.5, **greedy))
     sampler.record_tokens(0, 2, np.array([1, 20], np.int32).tobytes())
-    assert sampler.sample(logits.clone(), [0], [4])[0].token_id == 30
+    assert sample(sampler, logits.clone(), [0], [4])[0].token_id == 30
 
 
 @pytest.mark.parametrize("params", [{"temperature": 0.0}, {}, {"top_p": 0.5}])
@@ -154,10 +164,10 @@ def test_a_row_without_a_finite_maximum_gets_a_fault_and_its_neighbours_a_token(
     logits[1, : len(bad)] = torch.tensor(bad)
     row = SamplingParams(seed=1, logprobs=1, **params)  # type: ignore[arg-type]
     sampler = sampler_with(row, row, row)
-    first, faulty, last = sampler.sample(logits.clone(), [0, 1, 2], [2, 3, 4])
+    first, faulty, last = sample(sampler, logits.clone(), [0, 1, 2], [2, 3, 4])
     assert faulty == SampledToken(NO_TOKEN, fault=NOT_FINITE)
     for row_id, end, token in ((0, 2, first), (2, 4, last)):
-        assert [token] == sampler.sample(logits[:1].clone(), [row_id], [end])
+        assert [token] == sample(sampler, logits[:1].clone(), [row_id], [end])
         assert token.fault is None and [token_id for token_id, _ in token.top] == [10]
 
 
@@ -165,21 +175,21 @@ def test_negative_infinity_excludes_a_token_and_is_no_fault() -> None:
     logits = logits_of({10: 4.0, 11: 3.0})
     logits[0, 10] = -torch.inf
     for params in (SamplingParams(temperature=0.0), SamplingParams(seed=1, top_p=0.5)):
-        token = sampler_with(params).sample(logits.clone(), [0], [2])[0]
+        token = sample(sampler_with(params), logits.clone(), [0], [2])[0]
         assert (token.token_id, token.fault) == (11, None)
 
 
 def test_stop_tokens_that_are_not_finite_stay_a_fault_before_min_tokens() -> None:
     logits = logits_of({EOS: torch.nan, 10: 4.0})
     params = SamplingParams(temperature=0.0, min_tokens=1)
-    assert sampler_with(params).sample(logits, [0], [2])[0].fault == NOT_FINITE
+    assert sample(sampler_with(params), logits, [0], [2])[0].fault == NOT_FINITE
 
 
 def test_min_tokens_forbids_stopping() -> None:
     logits = logits_of({EOS: 9.0, 50: 8.0, 60: 7.0})
     params = SamplingParams(temperature=0.0, min_tokens=2, stop_token_ids=(50,))
     sampler = sampler_with(params)
-    assert [sampler.sample(logits.clone(), [0], [end])[0].token_id for end in (2, 3, 4)] == [
+    assert [sample(sampler, logits.clone(), [0], [end])[0].token_id for end in (2, 3, 4)] == [
         60,
         60,
         EOS,
@@ -189,7 +199,7 @@ def test_min_tokens_forbids_stopping() -> None:
 def test_logprobs_are_those_of_the_model() -> None:
     logits = logits_of({3: 2.0, 4: 1.0})
     params = SamplingParams(temperature=0.0, logprobs=2, logit_bias={3: -50.0})
-    token = sampler_with(params).sample(logits.clone(), [0], [2])[0]
+    token = sample(sampler_with(params), logits.clone(), [0], [2])[0]
     reference = torch.log_softmax(logits[0], 0)
     assert token.token_id == 4
     assert token.logprob == pytest.approx(float(reference[4]))
@@ -243,7 +253,7 @@ def test_any_parameters_give_a_token(seed: int) -> None:
     SEEN.add("tiny temperatures", temperature < 0.1)
     SEEN.add("tiny nuclei", top_p < 0.01)
     logits = torch.linspace(-scale, scale, VOCAB)[None]
-    token = sampler_with(params).sample(logits, [0], [2])[0].token_id
+    token = sample(sampler_with(params), logits, [0], [2])[0].token_id
     assert 0 <= token < VOCAB
 
 
@@ -268,7 +278,7 @@ def test_ids_without_a_token_are_never_sampled_nor_listed(
     logits = torch.zeros(200, VOCAB)
     logits[:, list(unused)] = 5.0
     logits[:100, list(unused)] = torch.nan  # padding may contain anything
-    sampled = sampler.sample(logits, list(range(200)), [2 + row for row in range(200)])
+    sampled = sample(sampler, logits, list(range(200)), [2 + row for row in range(200)])
     for token in sampled:
         assert token.fault is None
         assert not {token.token_id, *(i for i, _ in token.top)} & set(unused)
@@ -280,7 +290,7 @@ def test_ids_without_a_token_are_never_sampled_nor_listed(
 def test_no_more_alternatives_are_listed_than_there_are_tokens() -> None:
     sampler = Sampler(VOCAB, (EOS,), CPU, tuple(range(5, VOCAB)))
     sampler.start_row(RowStart(0, SamplingParams(temperature=0.0, logprobs=20), 1, b""))
-    (token,) = sampler.sample(torch.randn(1, VOCAB), [0], [1])
+    (token,) = sample(sampler, torch.randn(1, VOCAB), [0], [1])
     assert sorted(i for i, _ in token.top) == [0, 1, 2, 3, 4]
 
 
@@ -294,7 +304,7 @@ def masks_of(allowed: dict[int, list[int]]) -> TokenMasks:
 
 def masked(params: SamplingParams, logits: torch.Tensor, allowed: list[int]) -> SampledToken:
     sampler = sampler_with(params)
-    (token,) = sampler.sample(logits, [0], [2], masks_of({0: allowed}))
+    (token,) = sample(sampler, logits, [0], [2], masks_of({0: allowed}))
     return token
 
 
@@ -302,7 +312,7 @@ def test_only_allowed_tokens_are_sampled() -> None:
     greedy, hot = SamplingParams(temperature=0.0), SamplingParams(temperature=100.0)
     sampler = sampler_with(greedy, hot, greedy)
     logits = logits_of({5: 9.0, 999: 1.0}, {5: 50.0}, {5: 9.0, 31: 8.0})
-    tokens = sampler.sample(logits, [0, 1, 2], [2] * 3, masks_of({0: [31, 999], 1: [32, 64]}))
+    tokens = sample(sampler, logits, [0, 1, 2], [2] * 3, masks_of({0: [31, 999], 1: [32, 64]}))
     assert tokens[0].token_id == 999
     assert tokens[1].token_id in (32, 64)
     assert tokens[2].token_id == 5, "a row without a mask is free"

@@ -1,0 +1,5 @@
+"""Sampling one token from each row of logits."""
+
+from kvmesh.kernels.sample.op import SampleParams, sample_tokens
+
+__all__ = ["SampleParams", "sample_tokens"]
