@@ -1,4 +1,4 @@
-"""How many numbers a model's weights are on each rank, from its configuration alone.
+"""How many numbers a model's weights have on each rank, from its configuration alone.
 
     tp     heads of queries, keys and values                                    divided by tp
     all    output and MLP projections, experts, rows of the output layer        divided by tp · kvp
@@ -17,28 +17,62 @@ from typing import Any
 from kvmesh.workers.errors import ConfigError, UnsupportedModelError
 from kvmesh.workers.model.architectures import ARCHITECTURES
 
-# Architectures whose weights can be counted besides those that are served.
-_MIXTURES: Mapping[str, str] = {
-    "MixtralForCausalLM": "mixtral",
-    "Qwen3MoeForCausalLM": "qwen3_moe",
-}
-# transformers' default of tie_word_embeddings is false for the others.
-_TIED_BY_DEFAULT = frozenset({"gemma", "gemma2", "cohere"})
+# Whether a configuration asks for something: the key that says so, or what holds for all of them.
+_Rule = str | bool
 
 
 @dataclass(frozen=True, slots=True)
-class _Norms:
-    """Weights of a layer's norms, in vectors of the hidden size, and of the final norm."""
+class _Kind:
+    """What the weights of a model type have besides matrices.
 
-    of_layer: int = 2
-    final: int = 1
+    layer_norms, final_norms: vectors of the hidden size
+    qkv_bias, out_bias, mlp_bias: biases of the projections
+    norms_of_all: norms of queries and keys that have a number for each of their channels
+    norms_of_one: norms of queries and keys that all heads share
+    tied: transformers' default of tie_word_embeddings
+    """
+
+    layer_norms: int = 2
+    final_norms: int = 1
+    qkv_bias: _Rule = "attention_bias"
+    out_bias: _Rule = "attention_bias"
+    mlp_bias: _Rule = False
+    norms_of_all: _Rule = False
+    norms_of_one: bool = False
+    tied: bool = False
+    experts: bool = False
 
 
-_NORMS: Mapping[str, _Norms] = {
-    "gemma2": _Norms(of_layer=4),
-    "olmo": _Norms(0, 0),
-    "cohere": _Norms(of_layer=1),
-    "stablelm": _Norms(of_layer=4, final=2),  # with biases
+_NO_BIAS = _Kind(qkv_bias=False, out_bias=False)
+_KINDS: Mapping[str, _Kind] = {
+    "llama": _Kind(mlp_bias="mlp_bias"),
+    "mistral": _NO_BIAS,
+    "ministral": _NO_BIAS,
+    "qwen2": _Kind(qkv_bias=True, out_bias=False),
+    "qwen3": _Kind(norms_of_one=True),
+    "qwen3_moe": _Kind(norms_of_one=True, experts=True),
+    "mixtral": replace(_NO_BIAS, experts=True),
+    "gemma": _Kind(tied=True),
+    "gemma2": _Kind(layer_norms=4, tied=True),
+    "gemma3_text": _Kind(layer_norms=4, norms_of_one=True, tied=True),
+    "olmo": _Kind(layer_norms=0, final_norms=0),
+    "olmo2": _Kind(norms_of_all=True),
+    "olmo3": _Kind(norms_of_all=True),
+    "olmoe": _Kind(norms_of_all=True, experts=True),
+    "cohere": _Kind(layer_norms=1, norms_of_all="use_qk_norm", tied=True),
+    "cohere2": _Kind(layer_norms=1, tied=True),
+    # Its norms have biases.
+    "stablelm": _Kind(4, 2, qkv_bias="use_qkv_bias", out_bias=False, norms_of_all="qk_layernorm"),
+    "phi3": _NO_BIAS,
+    "smollm3": _Kind(mlp_bias="mlp_bias", tied=True),
+    "granite": _Kind(mlp_bias="mlp_bias"),
+    "glm": _Kind(out_bias=False),
+    "glm4": _Kind(layer_norms=4, out_bias=False),
+}
+# Architectures whose weights can be counted, besides those that are served.
+_OTHERS: Mapping[str, str] = {
+    "MixtralForCausalLM": "mixtral",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
 }
 
 
@@ -95,9 +129,9 @@ class ModelSizes:
             hidden_size=hidden,
             intermediate_size=number("intermediate_size"),
             vocab_size=number("vocab_size"),
-            tied=bool(config.get("tie_word_embeddings", model_type in _TIED_BY_DEFAULT)),
+            tied=bool(config.get("tie_word_embeddings", _KINDS[model_type].tied)),
         )
-        if model_type not in _MIXTURES.values():
+        if not _KINDS[model_type].experts:
             return sizes
         dense = config.get("mlp_only_layers") or []
         every = number("decoder_sparse_step", default=1)
@@ -142,21 +176,23 @@ class WeightCounts:
     @classmethod
     def of(cls, sizes: ModelSizes, config: Mapping[str, Any]) -> WeightCounts:
         """config: says which projections have biases, and which heads have norms"""
-        hidden, kind = sizes.hidden_size, sizes.model_type
+        hidden, kind = sizes.hidden_size, _KINDS[sizes.model_type]
         q, kv = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
-        qkv_bias, bias = _has_biases(config, kind)
-        mlp_bias = kind == "llama" and bool(config.get("mlp_bias"))
-        norms = _NORMS.get(kind, _Norms())
-        of_layer = norms.of_layer
-        if kind == "stablelm" and config.get("use_parallel_residual"):
-            of_layer = 2
-        heads_norm, common_norm = _head_norms(sizes, config)
+
+        def says(rule: _Rule) -> bool:
+            return bool(config.get(rule)) if isinstance(rule, str) else rule
+
+        mlp_bias = says(kind.mlp_bias)
+        norms = kind.layer_norms
+        if sizes.model_type == "stablelm" and config.get("use_parallel_residual"):
+            norms = 2
         dense = sizes.layers - sizes.expert_layers
         expert = 3 * hidden * sizes.moe_intermediate_size
         mlp = 3 * hidden * sizes.intermediate_size
         mlp += 2 * sizes.intermediate_size * mlp_bias
-        attention = (hidden + qkv_bias) * (q + 2 * kv) + heads_norm
-        whole = of_layer * hidden + common_norm + hidden * bias
+        attention = (hidden + says(kind.qkv_bias)) * (q + 2 * kv)
+        attention += (q + kv) * says(kind.norms_of_all)
+        whole = (norms + says(kind.out_bias)) * hidden + 2 * sizes.head_dim * kind.norms_of_one
         return cls(
             tp=sizes.layers * attention,
             all=sizes.layers * q * hidden + dense * mlp
@@ -164,7 +200,7 @@ class WeightCounts:
             whole=sizes.layers * whole
             + dense * hidden * mlp_bias
             + sizes.expert_layers * sizes.experts * hidden
-            + (norms.final + sizes.vocab_size) * hidden,
+            + (kind.final_norms + sizes.vocab_size) * hidden,
             vocab_size=sizes.vocab_size,
             hidden_size=hidden,
             tied=sizes.tied,
@@ -203,36 +239,15 @@ def _architecture_of(config: Mapping[str, Any], source: Path | str) -> tuple[str
     """Its name and model type; raises UnsupportedModelError if it cannot be counted."""
     names = config.get("architectures") or []
     name = str(names[0]) if names else f"of model type {config.get('model_type')}"
-    if name in ARCHITECTURES:
-        return name, ARCHITECTURES[name].model_type
-    if name in _MIXTURES:
-        return name, _MIXTURES[name]
-    known = ", ".join((*ARCHITECTURES, *_MIXTURES))
-    raise UnsupportedModelError(
-        "model", f"{source}: architecture {name} is not known; expected one of {known}"
-    )
-
-
-def _has_biases(config: Mapping[str, Any], kind: str) -> tuple[bool, bool]:
-    """Of queries, keys and values; of the output projection."""
-    if kind == "qwen2":
-        return True, False
-    if kind == "stablelm":
-        return bool(config.get("use_qkv_bias")), False
-    bias = bool(config.get("attention_bias"))
-    return bias, bias
-
-
-def _head_norms(sizes: ModelSizes, config: Mapping[str, Any]) -> tuple[int, int]:
-    """Numbers in a layer's norms of queries and keys: those of each head, and common ones."""
-    each = (sizes.heads + sizes.kv_heads) * sizes.head_dim
-    match sizes.model_type:
-        case "olmo2":
-            return each, 0
-        case "cohere":
-            return each * bool(config.get("use_qk_norm")), 0
-        case "stablelm":
-            return each * bool(config.get("qk_layernorm")), 0
-        case "qwen3" | "qwen3_moe":
-            return 0, 2 * sizes.head_dim
-    return 0, 0
+    served = ARCHITECTURES.get(name)
+    model_type = _OTHERS.get(name) if served is None else served.model_type
+    if model_type is None:
+        known = ", ".join(dict.fromkeys((*ARCHITECTURES, *_OTHERS)))
+        raise UnsupportedModelError(
+            "model", f"{source}: architecture {name} is not known; expected one of {known}"
+        )
+    if model_type not in _KINDS:
+        raise UnsupportedModelError(
+            "model", f"{source}: the weights of {name} are not counted yet, so it cannot be planned"
+        )
+    return name, model_type
