@@ -31,6 +31,7 @@ from kvmesh.workers.executor import Allocation, MakeMasks, RankDescription
 from kvmesh.workers.plan import SampledToken, StepPlan, StepResult
 from kvmesh.workers.prefix_cache import PageDigests
 from kvmesh.workers.request import EngineRequest
+from kvmesh.workers.request_check import check_request
 from kvmesh.workers.sampling_params import SamplingParams
 from kvmesh.workers.step import StepArrays
 
@@ -121,7 +122,7 @@ def measure(context: int) -> dict[str, float]:
     while engine.has_work:
         engine.step()
     again = np.append(ids, np.int32(5))
-    engine.check(request("again", again, 1))
+    check_request(request("again", again, 1), engine.info)
     engine.add(request("again", again, 1))
     admit_s = _seconds(engine.step)
     assert engine.loads().cached_tokens_total >= context - 4 * PAGE

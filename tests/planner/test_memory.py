@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kvmesh.cluster.planner.memory import activation_bytes
 from kvmesh.workers.model.hook import AttendArgs
 from kvmesh.workers.model.load import load_model
-from kvmesh.workers.model.weight_counts import ModelSizes
+from kvmesh.workers.model.sizes import ModelSizes
 from kvmesh.workers.parallel.comm import Communicator
 from tests.model.cases import CASES
 from tests.model.small import make_small_model

@@ -621,10 +621,10 @@ def test_the_longest_wait_is_that_of_a_sequence_that_was_paused() -> None:
     last_s: dict[str, float] = {}
     while last_s.get("paused", 0.0) >= now[0] - 3.0:
         last_s |= {delta.request_id: now[0] for delta in engine.step()}
-    engine.take_step_times()
+    engine.stats.take_step_times()
     engine.extend(LeaseTerms("l", 1, 1, 12, 12))
     assert {delta.request_id for delta in engine.step()} == {"paused", "other"}
-    assert [x.token_gap_s for x in engine.take_step_times()] == [now[0] - last_s["paused"]]
+    assert [x.token_gap_s for x in engine.stats.take_step_times()] == [now[0] - last_s["paused"]]
 
 
 def test_loads_name_the_oldest_sequences_and_count_tokens_by_phase() -> None:

@@ -148,8 +148,9 @@ def _awq(parts: Mapping[str, Tensor], shape: torch.Size) -> Tensor:
 
 
 def _awq_codes(packed: Tensor, num_outputs: int) -> Tensor:
-    codes = unpacked(packed, _AWQ_BITS, num_outputs).unflatten(1, (-1, len(_AWQ_PLACES)))
-    return codes[..., _AWQ_PLACES].flatten(1)
+    codes = unpacked(packed, _AWQ_BITS, num_outputs)
+    eights = codes.view(codes.shape[0], -1, len(_AWQ_PLACES))
+    return eights[..., _AWQ_PLACES].flatten(1)
 
 
 def _packed(parts: Mapping[str, Tensor], shape: torch.Size) -> Tensor:

@@ -104,7 +104,8 @@ class WeightReader:
         """The tensor as it is stored, of any dtype."""
         info = self._tensors[name]
         self._read.add(name)
-        return self._files[info.file].get_tensor(name).to(self._device)
+        tensor: Tensor = self._files[info.file].get_tensor(name)
+        return tensor.to(self._device)
 
     def check_all_read(self) -> None:
         """Raises UnsupportedModelError naming a tensor that the model does not use."""
