@@ -12,22 +12,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.random_model import RandomWeights
 from kvmesh.workers.errors import ConfigError, UnsupportedModelError
-from kvmesh.workers.model import weight_counts
-from kvmesh.workers.model.architectures import ARCHITECTURES
 from kvmesh.workers.model.facts import read_facts
 from kvmesh.workers.model.load import ServedModel, build_model
-<<<<<<< HEAD
 from kvmesh.workers.model.sizes import ModelSizes
 from kvmesh.workers.model.stored import read_config
 from kvmesh.workers.model.weight_counts import WeightCounts
-=======
-from kvmesh.workers.model.weight_counts import (
-    _KINDS,
-    ModelSizes,
-    WeightCounts,
-    _architecture_of,
-)
->>>>>>> plan
 from kvmesh.workers.parallel.comm import Communicator
 from tests.model.cases import CASES
 from tests.model.small import VOCAB_SIZE, make_small_model
@@ -59,14 +48,7 @@ def numbers_of(model: ServedModel) -> int:
     return sum(stored.values()) // 2
 
 
-COUNTED = [name for name, (made, _) in CASES.items() if ARCHITECTURES[made].model_type in _KINDS]
-
-
-def test_most_architectures_are_counted() -> None:
-    assert len(COUNTED) >= 20
-
-
-@pytest.mark.parametrize("case", COUNTED)
+@pytest.mark.parametrize("case", CASES)
 def test_every_rank_has_as_many_numbers_as_counted(case: str, tmp_path: Path) -> None:
     architecture, overrides = CASES[case]
     path = make_small_model(architecture, tmp_path, **overrides)
@@ -127,40 +109,6 @@ def test_mixtures_of_experts_are_counted_like_transformers(
     assert counts.total == sum(weight.numel() for weight in theirs.parameters())
     assert counts.idle == idle_experts * 3 * 64 * sizes.moe_intermediate_size
     assert counts.multiplied < counts.total - counts.idle
-
-
-# Model types that are not served yet, or not in CASES; their architecture's name is made up.
-OTHERS: dict[str, dict[str, Any]] = {
-    "ministral": {"head_dim": 8},
-    "gemma3_text": {"head_dim": 16, "attention_bias": True},
-    "olmo3": {"attention_bias": True},
-    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
-    "cohere2": {"attention_bias": True},
-    "phi3": {"pad_token_id": 0},
-    "smollm3": {"mlp_bias": True, "pad_token_id": 0},
-    "granite": {"attention_bias": True, "mlp_bias": True},
-    "glm": {"head_dim": 8, "attention_bias": True, "pad_token_id": 0},
-    "glm4": {"head_dim": 8, "attention_bias": True, "pad_token_id": 0},
-}
-
-
-@pytest.mark.parametrize("model_type", OTHERS)
-def test_other_types_are_counted_like_transformers(
-    model_type: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = MIXTURE | OTHERS[model_type]
-    with torch.device("meta"):
-        theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **config))
-    monkeypatch.setattr(weight_counts, "_OTHERS", {"Some": model_type})
-    contents = {**config, "architectures": ["Some"]}
-    counts = WeightCounts.of(ModelSizes.of(contents, "config.json"), contents)
-    assert counts.total == sum(weight.numel() for weight in theirs.parameters())
-
-
-def test_an_architecture_without_counts_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weight_counts, "_OTHERS", {"NewForCausalLM": "new"})
-    with pytest.raises(UnsupportedModelError, match="NewForCausalLM are not counted"):
-        _architecture_of({"architectures": ["NewForCausalLM"]}, "config.json")
 
 
 @pytest.mark.parametrize(
