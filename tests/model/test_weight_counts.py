@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.random_model import RandomWeights
 from kvmesh.workers.errors import ConfigError, UnsupportedModelError
+from kvmesh.workers.model.dbrx_keys import standard_keys
 from kvmesh.workers.model.facts import read_facts
 from kvmesh.workers.model.load import ServedModel, build_model
 from kvmesh.workers.model.sizes import ModelSizes
@@ -54,7 +55,7 @@ def test_every_rank_has_as_many_numbers_as_counted(case: str, tmp_path: Path) ->
     path = make_small_model(architecture, tmp_path, **overrides)
     facts = read_facts(path)
     config = read_config(facts, path)
-    contents = json.loads((path / "config.json").read_text())
+    contents = standard_keys(json.loads((path / "config.json").read_text()), path)
     sizes = ModelSizes.of(contents, path)
     counts = WeightCounts.of(sizes, contents, path)
     assert sizes.tp_choices == [1, 2, 4]
