@@ -46,7 +46,8 @@ def merge_sinks(
             "out, lse, sinks: expected [num_tokens, num_heads, head_dim] and its dimensions, "
             f"got {tuple(out.shape)}, {tuple(lse.shape)} and {tuple(sinks.shape)}"
         )
-    sinks = sinks.float()
+    # -inf for both would give NaN; NaN of lse, which is a fault, stays.
+    sinks = sinks.float().clamp_min(-1e30)
     share = torch.sigmoid(lse - sinks).unsqueeze(-1)
     return (out.float() * share).to(out.dtype), torch.logaddexp(lse, sinks.expand_as(lse))
 

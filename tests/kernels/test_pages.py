@@ -8,7 +8,7 @@ import torch
 from benchmarks.stand_in_params import model_params_for, params_for
 from kvmesh.kernels.formats.base import NO_PARAMS
 from kvmesh.kernels.formats.registry import format_names, get_format
-from kvmesh.kernels.merge import merge_states
+from kvmesh.kernels.merge import merge_sinks, merge_states
 from kvmesh.kernels.seal import seal_layers, seal_pages
 from kvmesh.kernels.write import write_hot
 
@@ -140,3 +140,22 @@ def test_merge_survives_large_lses() -> None:
 def test_merge_refuses_wrong_shapes() -> None:
     with pytest.raises(ValueError, match="outs, lses"):
         merge_states(torch.zeros(2, 3, 1, 8), torch.zeros(2, 3))
+
+
+def test_a_sink_is_one_more_part_of_output_zero() -> None:
+    out, lse = torch.randn(4, 3, 80), torch.randn(4, 3) * 10
+    lse[1] = -torch.inf  # a row of no sequence
+    out[1] = 0.0
+    sinks = torch.tensor([-30.0, 0.5, 30.0])
+    parts = torch.stack((out, torch.zeros_like(out)))
+    lses = torch.stack((lse, sinks.expand_as(lse)))
+    got_out, got_lse = merge_sinks(out, lse, sinks)
+    want_out, want_lse = merge_states(parts, lses)
+    torch.testing.assert_close(got_out, want_out, atol=1e-6, rtol=0)
+    torch.testing.assert_close(got_lse, want_lse, atol=4e-6, rtol=0)
+    none = torch.full((3,), -torch.inf)
+    assert torch.equal(merge_sinks(out, lse, none)[0], out)
+    lse[0, 0] = torch.nan
+    assert merge_sinks(out, lse, sinks)[0][0, 0].isnan().all(), "a fault is not hidden"
+    with pytest.raises(ValueError, match="sinks"):
+        merge_sinks(out, lse, sinks[:2])

@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import transformers
 
-from kvmesh.workers.errors import UnsupportedModelError
+from kvmesh.workers.errors import ConfigError, UnsupportedModelError
 from kvmesh.workers.model.architectures import ARCHITECTURES
 from kvmesh.workers.model.config_keys import keys_not_implemented
 from kvmesh.workers.model.dbrx_keys import standard_keys
-from kvmesh.workers.model.facts import check_supported
+from kvmesh.workers.model.facts import check_supported, read_facts
+from kvmesh.workers.rope_override import RopeOverride
+from tests.model.small import change_config, make_small_model
 
 # Configurations with the keys that those of published models have.
 PUBLISHED: dict[str, str] = {
@@ -400,7 +402,7 @@ def test_whatever_transformers_writes_by_itself_is_known(name: str) -> None:
     ("name", "changes", "key"),
     [
         (
-            "Qwen2.5-0.5B",
+            "Llama-3.2-1B",
             {"dual_chunk_attention_config": {"chunk_size": 262144, "local_size": 8192}},
             "dual_chunk_attention_config",
         ),
@@ -484,3 +486,16 @@ def test_what_sections_of_dbrx_say_is_not_ignored(
     (config if section is None else config[section]).update(changes)
     with pytest.raises(UnsupportedModelError, match=reason):
         check_supported(standard_keys(config, HERE), HERE)
+
+
+def test_dual_chunk_attention_is_served_within_its_first_chunk(tmp_path: Path) -> None:
+    path = make_small_model("Qwen2ForCausalLM", tmp_path, num_hidden_layers=1)
+    chunks = {"chunk_size": 100, "local_size": 20, "original_max_position_embeddings": 100}
+    change_config(path, dual_chunk_attention_config=chunks)
+    assert read_facts(path).max_model_len == 80
+    assert read_facts(path, RopeOverride(type="linear", factor=2.0)).max_model_len == 160
+    change_config(path, dual_chunk_attention_config={**chunks, "chunk_size": 1000})
+    assert read_facts(path).max_model_len == 256
+    change_config(path, dual_chunk_attention_config={"chunk_size": 100})
+    with pytest.raises(ConfigError, match="local_size"):
+        read_facts(path)

@@ -1,6 +1,6 @@
 """Which keys of a config.json kvmesh implements, or knows to be harmless: an allow-list.
 
-Any other key may change what the model computes, as `dual_chunk_attention_config` or
+Any other key may change what the model computes, as `attention_chunk_size` or
 `no_rope_layers` do, and what is computed without it would be wrong, perhaps only in long
 contexts. So the model is refused by the name of the key, unless its value is neutral.
 """
@@ -36,6 +36,7 @@ _COMMON = frozenset(
 _SLIDING = frozenset({"layer_types", "sliding_window"})
 _SLIDING_IF_ENABLED = _SLIDING | {"max_window_layers", "use_sliding_window"}
 _RMS_NORM = frozenset({"rms_norm_eps"})
+_QWEN = _RMS_NORM | _SLIDING_IF_ENABLED | {"dual_chunk_attention_config"}
 _LLAMA = _RMS_NORM | {"attention_bias", "mlp_bias"}
 _GEMMA = _RMS_NORM | {"attention_bias", "hidden_activation"}
 _INTERNLM = _RMS_NORM | {"bias"}
@@ -43,8 +44,8 @@ _BY_MODEL_TYPE: Mapping[str, frozenset[str]] = {
     "llama": _LLAMA,
     "mistral": _RMS_NORM | {"sliding_window"},
     "ministral": _RMS_NORM | _SLIDING,
-    "qwen2": _RMS_NORM | _SLIDING_IF_ENABLED,
-    "qwen3": _RMS_NORM | _SLIDING_IF_ENABLED | {"attention_bias"},
+    "qwen2": _QWEN,
+    "qwen3": _QWEN | {"attention_bias"},
     "gemma": _GEMMA,
     "gemma2": _GEMMA
     | _SLIDING
@@ -83,8 +84,7 @@ _BY_MODEL_TYPE: Mapping[str, frozenset[str]] = {
     "seed_oss": _LLAMA | {"attention_out_bias"},
     "internlm2": _INTERNLM,
     "internlm3": _INTERNLM | {"attention_bias", "mlp_bias", "qkv_bias"},
-    "qwen3_moe": _RMS_NORM
-    | _SLIDING_IF_ENABLED
+    "qwen3_moe": _QWEN
     | {
         "attention_bias",
         "decoder_sparse_step",

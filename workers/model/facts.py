@@ -91,7 +91,12 @@ def read_facts(path: Path, rope: RopeOverride | None = None) -> ModelFacts:
     integers = {key: _positive(config, key, path) for key in _REQUIRED}
     heads = integers["num_attention_heads"]
     scaling = RopeScaling.of(config)
-    max_model_len, trained_len = scaling.max_model_len(config), scaling.trained_len(config)
+    try:
+        max_model_len, trained_len = scaling.max_model_len(config), scaling.trained_len(config)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            "model", f"{path / 'config.json'}: its positions cannot be read: {error!r}"
+        ) from error
     if rope is not None:
         trained_len = rope.trained_len or trained_len
         max_model_len = int(trained_len * rope.factor)

@@ -39,19 +39,29 @@ class RopeScaling:
         return cls(_ALIASES.get(kind, kind), parameters)
 
     def max_model_len(self, config: Mapping[str, Any]) -> int:
-        """Positions that the model supports."""
-        positions = int(config["max_position_embeddings"])
+        """Positions that the model supports, without attention in two chunks."""
+        positions = _positions(config)
         original = self.parameters.get("original_max_position_embeddings")
         if self.kind == "yarn" and original:
-            return max(positions, int(original * self.parameters["factor"]))
+            return max(positions, _positions(config, int(original * self.parameters["factor"])))
         return positions
 
     def trained_len(self, config: Mapping[str, Any]) -> int:
         """Positions that the model was trained for before its RoPE was scaled."""
         original = self.parameters.get("original_max_position_embeddings")
         original = original or config.get("original_max_position_embeddings")
-        return int(original or config["max_position_embeddings"])
+        return _positions(config, int(original or config["max_position_embeddings"]))
 
     def __str__(self) -> str:
         factor = self.parameters.get("factor")
         return f"{self.kind}, factor {factor:g}" if factor else self.kind
+
+
+def _positions(config: Mapping[str, Any], positions: int | None = None) -> int:
+    """Of `positions`, by default those of the configuration, how many plain attention has."""
+    positions = positions or int(config["max_position_embeddings"])
+    chunks = config.get("dual_chunk_attention_config")
+    if not chunks:
+        return positions
+    # Within the first chunk it is plain attention (arXiv 2402.17463).
+    return min(positions, int(chunks["chunk_size"]) - int(chunks["local_size"]))
