@@ -79,7 +79,8 @@ def prompts() -> dict[str, bytes]:
     again[-1000:] = FIRST_ID
     return {
         "ids": _request(pb.Prompt(token_ids=pb.TokenIds(ids=ids.tolist()))),
-        "text": _request(pb.Prompt(text=text[:TEXT_BYTES])),
+        # A first token of 0 again, and a last one from which the ranks' output continues.
+        "text": _request(pb.Prompt(text=f"<|endoftext|>{text[:TEXT_BYTES]}, said the ledger")),
         "ids with another end": _request(pb.Prompt(token_ids=pb.TokenIds(ids=again.tolist()))),
     }
 

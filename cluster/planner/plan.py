@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -141,7 +142,7 @@ def recommend(plans: Sequence[Plan], target: Target, *, all_formats: bool) -> Pl
 
 def serve_command(model: PlannedModel, plan: Plan, target: Target) -> str:
     """What starts the plan's groups. A calibrated format also needs the file of its parameters."""
-    words = ["kvmesh serve", f"--model {model.name}", f"--kv-format {plan.kv_format}"]
+    words = ["kvmesh serve", f"--model {shlex.quote(model.name)}", f"--kv-format {plan.kv_format}"]
     if plan.needs_calibration:
         words.append(f"--calibration {plan.kv_format}.safetensors")
     words += [f"--tp {plan.layout.tp}", f"--groups {plan.layout.groups}"]

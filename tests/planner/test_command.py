@@ -12,6 +12,7 @@ from typer.testing import CliRunner, Result
 from kvmesh.cluster.cli.commands import app
 from kvmesh.cluster.cli.plan_view import human_tokens
 from kvmesh.cluster.planner.known_models import KNOWN_MODELS
+from tests.model.small import make_small_model
 
 LONG_LLAMA = ("--model", "llama-3-8b-1048k", "--gpu", "H100", "--gpus", "8")
 
@@ -38,6 +39,12 @@ def test_it_prints_tables_within_80_columns_and_a_command_that_serve_takes() -> 
     engine = json.loads(config.stdout)["settings"]["engine"]
     assert (engine["kv_format"], engine["page_size"]) == ("int8", 128)
     assert engine["max_num_seqs"] == 2400 // 8
+
+
+def test_the_command_quotes_a_directory(tmp_path: Path) -> None:
+    path = make_small_model("LlamaForCausalLM", tmp_path / "my model")
+    found = json.loads(run("--model", str(path), "--json").stdout)
+    assert shlex.split(found["command"])[:4] == ["kvmesh", "serve", "--model", str(path)]
 
 
 def test_json_has_every_plan_to_the_byte() -> None:
