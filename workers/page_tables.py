@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from kvmesh.workers.prefix_cache import Digest, PrefixCache
+from kvmesh.workers.prefix_cache import Digest, PrefixCache, PrefixHit
 from kvmesh.workers.sequence import Sequence
 from kvmesh.workers.sizes import BLOCK_PAGES, PageGeometry, PageNeed
 from kvmesh.workers.step_draft import StepDraft
@@ -20,14 +20,14 @@ class PageTables:
         self._geometry = geometry
         self._cache = cache
 
-    def reuse(self, seq: Sequence, max_pages: int) -> int:
-        """Share cached pages of a sequence's beginning; how many logical pages they are."""
+    def reuse(self, seq: Sequence, max_pages: int) -> PrefixHit:
+        """Share cached pages of a sequence's beginning, of which it holds none so far."""
         known = seq.digests(max_pages)[:max_pages] if seq.shares_pages else ()
         hit = self._cache.match(known)
         self._cache.share(hit)
         seq.hot.update(hit.hot)
         seq.sealed.update(hit.sealed)
-        return hit.num_pages
+        return hit
 
     def write(self, seq: Sequence, pages: range, draft: StepDraft) -> None:
         """Take hot pages for those logical pages that have none."""

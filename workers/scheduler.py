@@ -139,13 +139,13 @@ class Scheduler:
         reusable = min(seq.num_tokens, seq.leased_tokens) - 1
         if seq.num_scored < seq.to_score:  # positions without a score are computed
             reusable = min(reusable, seq.num_scored)
-        reused = self._pages.reuse(seq, reusable // self.geometry.page_size)
+        hit = self._pages.reuse(seq, reusable // self.geometry.page_size)
         if self._pages_needed(seq, worst_case) > self.cache.sealed.available - reserved:
             self._pages.free(seq)
             self._failed_admission = (seq, self.cache.sealed.available - reserved)
             return None
         self.waiting.remove(seq)
-        seq.num_computed = reused * self.geometry.page_size
+        seq.num_computed = hit.num_pages * self.geometry.page_size
         if seq.started_s is None:  # pages that it computed before a preemption do not count
             seq.cached_tokens = min(seq.num_computed, seq.prompt_tokens)
         seq.row = self._free_rows.pop()
