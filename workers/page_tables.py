@@ -21,7 +21,7 @@ class PageTables:
         self._cache = cache
 
     def reuse(self, seq: Sequence, max_pages: int) -> PrefixHit:
-        """Share cached pages of a sequence's beginning, and say which."""
+        """Share cached pages of a sequence's beginning, of which it holds none so far."""
         known = seq.digests(max_pages)[:max_pages] if seq.shares_pages else ()
         hit = self._cache.match(known)
         self._cache.share(hit)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import os
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -89,6 +91,18 @@ def test_the_stand_in_for_ranks_finds_their_configuration() -> None:
     config = EngineConfig(model="any")
     given = [config if x.annotation == "EngineConfig" else None for x in parameters.values()]
     assert InstantRanks(*given).executor.num_ranks == config.tp
+
+
+async def test_a_turn_of_the_event_loop_is_measured_by_its_cpu_time() -> None:
+    from benchmarks.control_plane.turns import Turns
+
+    turns = Turns()
+    until_s = time.thread_time() + 0.05
+    while time.thread_time() < until_s:
+        pass
+    await asyncio.sleep(0.01)
+    longest = turns.take()
+    assert longest["max_s"] >= 0.05 > longest["p99_s"] >= 0.0
 
 
 def _chunk(row: int, start: int, ids: list[int]) -> Chunk:
