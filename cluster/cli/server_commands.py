@@ -34,7 +34,7 @@ def serve(settings: ServeSettings, quiet: QuietOption = False) -> None:
         try:
             with running(config, stop) as (cluster, endpoint):
                 stop.wait_ready()
-                _announce(endpoint, config, _groups(endpoint))
+                _announce(endpoint, config, _groups(endpoint, config))
                 stop.wait(cluster.check_alive)
                 err.print("shutting down; press Ctrl-C again to stop without waiting for requests")
         except Stop:
@@ -86,13 +86,16 @@ def _in_short(group: GroupFacts) -> str:
     )
 
 
-def _groups(endpoint: Endpoint) -> Sequence[GroupFacts]:
-    """What each group is made of; none without the generated key, which is an operator's."""
+def _groups(endpoint: Endpoint, config: ClusterConfig) -> Sequence[GroupFacts]:
+    """What each group is made of; none if that needs a key which only its owner has.
+
+    The generated key is an operator's, and without authentication everyone is one.
+    """
     from kvmesh.client import Client
 
-    if endpoint.api_key is None:
+    if endpoint.api_key is None and config.auth.mode != "none":
         return ()
-    with Client(endpoint.target, api_key=endpoint.api_key) as client:
+    with Client(endpoint.target, api_key=endpoint.api_key or "") as client:
         return client.groups()
 
 
