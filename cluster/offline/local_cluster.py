@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 GROUP = "engine-0"
 TENANT = "local"
-# Whoever calls bounds what is in flight, and what waits here loses nothing by waiting.
+# Callers bound what is in flight, and what waits here loses nothing by waiting.
 QUEUE_LIMIT = 1 << 20
 QUEUE_TIMEOUT_S = 30 * 24 * 3600.0
 GUARD_PERIOD_S = 0.25

@@ -97,9 +97,11 @@ def test_threads_and_a_running_loop_share_one(llm: LLM) -> None:
     expected = llm.generate("x", max_tokens=5, **GREEDY).choices
 
     async def ask() -> Any:
-        blocking = llm.generate("x", max_tokens=5, **GREEDY)
-        others = [asyncio.to_thread(llm.generate, "x", max_tokens=5, **GREEDY) for _ in range(5)]
-        return [blocking, *await asyncio.gather(*others)]
+        def generate() -> Any:
+            return llm.generate("x", max_tokens=5, **GREEDY)
+
+        others = [asyncio.to_thread(generate) for _ in range(5)]
+        return [generate(), *await asyncio.gather(*others)]
 
     assert all(found.choices == expected for found in asyncio.run(ask()))
 
