@@ -6,6 +6,7 @@ import asyncio
 import gc
 import os
 import pickle
+import re
 import subprocess
 import sys
 import threading
@@ -14,7 +15,6 @@ from typing import Any
 
 import pytest
 
-import kvmesh
 from kvmesh import LLM, ClosedError, ServerError, UsageError
 from kvmesh.cluster.offline import llm as llm_module
 from kvmesh.cluster.offline.local_cluster import LocalCluster
@@ -27,6 +27,7 @@ from tests.cluster.offline.tiny_llm import ENGINE, GREEDY, tiny_llm
 from tests.repo.imports import ROOT
 from tests.workers.structured.tiny import model_path
 
+DOCUMENT = (ROOT / "docs/offline.md").read_text("utf-8")
 LONG: dict[str, Any] = {"max_tokens": 900, "ignore_eos": True}
 
 
@@ -247,10 +248,10 @@ def test_a_program_ends_without_closing_one_that_computes() -> None:
     assert said == "the end\n"
 
 
-def test_the_sdk_alone_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [x for x in sys.modules if x.startswith("kvmesh.cluster.offline")]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "yaml", None)
-    monkeypatch.delitem(sys.modules, "kvmesh.cluster.config_file", raising=False)
-    with pytest.raises(ImportError, match=r"kvmesh.LLM needs .*: pip install 'kvmesh\[serve\]'"):
-        _ = kvmesh.LLM
+def test_the_page_about_it_is_right(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (block,) = re.findall(r"^```python\n(.*?)^```$", DOCUMENT, re.MULTILINE | re.DOTALL)
+    monkeypatch.setattr(llm_module, "LLM", lambda model, kv_format: tiny_llm())
+    exec(compile(block, "docs/offline.md", "exec"), {"__name__": "__main__"})
+    assert float(capsys.readouterr().out.rsplit("\n", 2)[-2]) < 0
