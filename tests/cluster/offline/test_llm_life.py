@@ -10,8 +10,9 @@ import re
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -22,6 +23,7 @@ from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.executor import MakeMasks
 from kvmesh.workers.local import InProcessExecutor
 from kvmesh.workers.plan import StepPlan, StepResult
+from kvmesh.workers.rank import Rank
 from tests.cluster.offline.test_llm import idle
 from tests.cluster.offline.tiny_llm import ENGINE, GREEDY, tiny_llm
 from tests.repo.imports import ROOT
@@ -154,6 +156,12 @@ class FailingExecutor(InProcessExecutor):
 
     steps = 0
     failing: frozenset[int] | range = frozenset()
+    made: ClassVar[list[weakref.ref[Rank]]] = []
+
+    def __init__(self, config: EngineConfig) -> None:
+        assert not any(former() for former in self.made), "two would need twice the memory"
+        super().__init__(config)
+        self.made.append(weakref.ref(self.rank))
 
     def execute(self, plan: StepPlan, masks: MakeMasks | None = None) -> StepResult:
         FailingExecutor.steps += 1
@@ -169,6 +177,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> type[FailingExecutor]:
 
     monkeypatch.setattr(llm_module, "LocalCluster", make)
     monkeypatch.setattr(FailingExecutor, "steps", 0)
+    monkeypatch.setattr(FailingExecutor, "made", [])
     return FailingExecutor
 
 
@@ -181,6 +190,7 @@ def test_output_continues_on_a_new_engine(
         found = made.generate(["a", "b"], max_tokens=12, **GREEDY)
     assert [x.choices for x in found] == [x.choices for x in expected]
     assert max(x.usage.failovers for x in found) == 1
+    assert len(failing.made) == 2
 
 
 def test_engines_that_fail_in_vain_are_given_up(
