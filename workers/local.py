@@ -33,24 +33,30 @@ class InProcessExecutor:
 
     def __init__(self, config: EngineConfig) -> None:
         assert config.tp == 1, "tp > 1 needs LocalProcesses"
-        self._rank = Rank(config, 0, Communicator.single())
+        self._rank: Rank | None = Rank(config, 0, Communicator.single())
+
+    @property
+    def rank(self) -> Rank:
+        assert self._rank is not None, "it is closed"
+        return self._rank
 
     def describe(self) -> list[RankDescription]:
-        return [self._rank.describe()]
+        return [self.rank.describe()]
 
     def divergences(self, kv_formats: list[str]) -> list[float]:
-        return self._rank.divergences(kv_formats)
+        return self.rank.divergences(kv_formats)
 
     def allocate(self, allocation: Allocation) -> None:
-        self._rank.allocate(allocation)
+        self.rank.allocate(allocation)
 
     def execute(self, plan: StepPlan, masks: MakeMasks | None = None) -> StepResult:
-        result = self._rank.execute(plan, masks)
+        result = self.rank.execute(plan, masks)
         assert result is not None
         return result
 
     def close(self) -> None:
-        """Does nothing: there is nothing to close."""
+        """Let weights and pages go, even if something still refers to this."""
+        self._rank = None
 
 
 class LocalProcesses(ChannelExecutor):

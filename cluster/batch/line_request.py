@@ -38,14 +38,14 @@ class LineError(Exception):
         self.custom_id = custom_id
 
 
-class _Line(msgspec.Struct):
+class _LineFields(msgspec.Struct):
     custom_id: Any = None
     method: Any = None
     url: Any = None
     body: msgspec.Raw = msgspec.Raw()
 
 
-class _Body(msgspec.Struct):
+class _BodyFields(msgspec.Struct):
     """What a request's order depends on; the rest is read when it is served."""
 
     stream: Any = None
@@ -56,8 +56,8 @@ class _Body(msgspec.Struct):
     input: msgspec.Raw = msgspec.Raw()
 
 
-_line_decoder = msgspec.json.Decoder(_Line)
-_body_decoder = msgspec.json.Decoder(_Body)
+_line_decoder = msgspec.json.Decoder(_LineFields)
+_body_decoder = msgspec.json.Decoder(_BodyFields)
 
 
 def read_request(line: InputLine) -> LineRequest:

@@ -73,19 +73,19 @@ def run(
 
     config = None if address is not None else settings.load().config
     _check_different(source, output)
-    counts, begun = None, False
+    counts, started = None, False
     try:
         with contextlib.closing(OutputFile(output)) as target, RunDisplay() as display:
             batch = BatchRun(source, target, display.show)
             counts = batch.counts
             batch.survey()
-            begun = True
+            started = True
             if counts.before:
                 notes.print(f"  {progress_of(counts)} already")
             if counts.before != counts.lines:
                 asyncio.run(_answer(batch, target, config, address, api_key_file, at_once))
     except BatchRunError as error:
-        left = f" ({progress_of(counts)}; run it again to continue)" if counts and begun else ""
+        left = f" ({progress_of(counts)}; run it again to continue)" if counts and started else ""
         code = ExitCode.UNREACHABLE if error.unreachable else ExitCode.FAILED
         raise CommandFailed(f"{error}{left}", code) from None
     except KeyboardInterrupt:

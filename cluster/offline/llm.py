@@ -196,12 +196,32 @@ class LLM:
         found = self._completions(messages, sampling_params, options, chats=True)
         return self._all(found, on_error)
 
+    @overload
     def iterate(
         self,
         prompts: Iterable[Prompt],
         sampling_params: OneOrEach = None,
         *,
-        on_error: Literal["raise", "return"] = "raise",
+        on_error: Literal["raise"] = "raise",
+        **options: Any,
+    ) -> Iterator[Completion]: ...
+
+    @overload
+    def iterate(
+        self,
+        prompts: Iterable[Prompt],
+        sampling_params: OneOrEach = None,
+        *,
+        on_error: Literal["return"],
+        **options: Any,
+    ) -> Iterator[Completion | KVMeshError]: ...
+
+    def iterate(
+        self,
+        prompts: Iterable[Prompt],
+        sampling_params: OneOrEach = None,
+        *,
+        on_error: str = "raise",
         **options: Any,
     ) -> Iterator[Any]:
         """Like `generate`, for any number of prompts: gives each Completion once done, in order.

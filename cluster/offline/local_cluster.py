@@ -18,6 +18,7 @@ import gc
 import logging
 import os
 import sys
+import traceback
 from collections.abc import AsyncIterator, Callable, Mapping
 
 from kvmesh.cluster.config import ClusterConfig
@@ -47,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 GROUP = "engine-0"
 TENANT = "local"
-# Whoever calls bounds what is in flight, and what waits here loses nothing by waiting.
+# Callers bound what is in flight, and what waits here loses nothing by waiting.
 QUEUE_LIMIT = 1 << 20
 QUEUE_TIMEOUT_S = 30 * 24 * 3600.0
 GUARD_PERIOD_S = 0.25
@@ -207,8 +208,9 @@ class LocalCluster:
         while True:
             await asyncio.sleep(GUARD_PERIOD_S)
             assert self._engine is not None
-            if (cause := self._engine.leader.failed) is None:
+            if self._engine.leader.failed is None:
                 continue
+            cause = _without_frames(self._engine.leader.failed)
             in_vain = in_vain + 1 if self._meters.answered == answered else 1
             answered = self._meters.answered
             try:
@@ -234,6 +236,15 @@ class LocalCluster:
     async def _find_router(self) -> Address:
         assert self._listener is not None
         return self._listener.address
+
+
+def _without_frames(error: BaseException) -> str:
+    """What an error says. Its frames, which hold the weights and pages of its engine, let go."""
+    at: BaseException | None = error
+    while at is not None:
+        traceback.clear_frames(at.__traceback__)
+        at = at.__cause__ or at.__context__
+    return str(error)
 
 
 def use_local_defaults() -> None:

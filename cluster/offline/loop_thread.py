@@ -18,6 +18,7 @@ class DaemonThreads(ThreadPoolExecutor):
 
     def submit(self, call: Callable[..., T], /, *args: Any, **options: Any) -> Future[T]:
         future: Future[T] = Future()
+        future.set_running_or_notify_cancel()  # from now on it cannot be cancelled
 
         def run() -> None:
             try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -218,6 +219,12 @@ def test_a_base_install_is_the_sdk(wheel: Path, bare_python: Path, tmp_path: Pat
     assert missing.returncode != 0, "the environment must not have the other dependencies"
     said = fails(bare_python.with_name("kvmesh"), "serve", cwd=tmp_path)
     assert "pip install 'kvmesh[serve]'" in said and "kvmesh[cli]" in said
+    program = (
+        "import kvmesh\nfrom kvmesh import *\nassert 'LLM' not in dir(kvmesh)\n"
+        "try:\n    from kvmesh import LLM\nexcept ImportError as error:\n    print(error)"
+    )
+    said = run(bare_python, "-I", "-c", program, cwd=tmp_path)
+    assert re.fullmatch(r"kvmesh\.LLM needs .*: pip install 'kvmesh\[serve\]'", said)
 
 
 def test_the_extra_cli_asks_servers_and_starts_none(

@@ -40,4 +40,4 @@ async def echo(source: str, target: str, answers: EchoAnswers | None = None) -> 
 
 
 if __name__ == "__main__":
-    asyncio.run(echo(*sys.argv[1:]))
+    asyncio.run(echo(sys.argv[1], sys.argv[2]))

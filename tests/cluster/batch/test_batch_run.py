@@ -157,7 +157,8 @@ def test_killed_runs_lose_and_repeat_nothing(files: Files) -> None:
     """Killed with their output at some size, wherever that cuts; the last one ends by itself."""
     files.ask([asking(f"r{n}", f"prompt {n % 7} {n}") for n in range(3000)])
     files.target.touch()
-    command = [sys.executable, "-m", "tests.cluster.batch.echo_run", files.source, files.target]
+    command = [sys.executable, "-m", "tests.cluster.batch.echo_run"]
+    command += [str(files.source), str(files.target)]
     for goal in (1000, 150_000, 310_001, None):
         process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
         while goal is not None and files.target.stat().st_size < goal:

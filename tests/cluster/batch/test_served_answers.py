@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator, Iterable
@@ -55,7 +56,7 @@ def refusing(*errors: Exception) -> Any:
     """A script that raises these, one for each request, and then answers."""
     left = iter(errors)
 
-    def play(request: pb.GenerateRequest) -> Iterable[Event | Exception]:
+    def play(request: pb.GenerateRequest) -> Iterable[Event | Exception | asyncio.Event]:
         if (error := next(left, None)) is not None:
             yield error
         yield from words("Hello")(request)

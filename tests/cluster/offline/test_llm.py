@@ -86,7 +86,8 @@ def test_a_prompt_may_be_text_ids_or_a_chat(llm: LLM) -> None:
 
 
 def test_nothing_gives_nothing(llm: LLM) -> None:
-    assert llm.generate([]) == llm.chat([]) == llm.score([]) == list(llm.iterate([])) == []
+    found: list[Any] = [llm.generate([]), llm.chat([]), llm.score([]), list(llm.iterate([]))]
+    assert found == [[], [], [], []]
 
 
 def test_options_mean_what_they_do_in_the_sdk(llm: LLM) -> None:

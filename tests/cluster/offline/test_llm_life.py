@@ -6,15 +6,16 @@ import asyncio
 import gc
 import os
 import pickle
+import re
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
-import kvmesh
 from kvmesh import LLM, ClosedError, ServerError, UsageError
 from kvmesh.cluster.offline import llm as llm_module
 from kvmesh.cluster.offline.local_cluster import LocalCluster
@@ -22,11 +23,13 @@ from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.executor import MakeMasks
 from kvmesh.workers.local import InProcessExecutor
 from kvmesh.workers.plan import StepPlan, StepResult
+from kvmesh.workers.rank import Rank
 from tests.cluster.offline.test_llm import idle
 from tests.cluster.offline.tiny_llm import ENGINE, GREEDY, tiny_llm
 from tests.repo.imports import ROOT
 from tests.workers.structured.tiny import model_path
 
+DOCUMENT = (ROOT / "docs/offline.md").read_text("utf-8")
 LONG: dict[str, Any] = {"max_tokens": 900, "ignore_eos": True}
 
 
@@ -97,9 +100,11 @@ def test_threads_and_a_running_loop_share_one(llm: LLM) -> None:
     expected = llm.generate("x", max_tokens=5, **GREEDY).choices
 
     async def ask() -> Any:
-        blocking = llm.generate("x", max_tokens=5, **GREEDY)
-        others = [asyncio.to_thread(llm.generate, "x", max_tokens=5, **GREEDY) for _ in range(5)]
-        return [blocking, *await asyncio.gather(*others)]
+        def generate() -> Any:
+            return llm.generate("x", max_tokens=5, **GREEDY)
+
+        others = [asyncio.to_thread(generate) for _ in range(5)]
+        return [generate(), *await asyncio.gather(*others)]
 
     assert all(found.choices == expected for found in asyncio.run(ask()))
 
@@ -151,6 +156,12 @@ class FailingExecutor(InProcessExecutor):
 
     steps = 0
     failing: frozenset[int] | range = frozenset()
+    made: ClassVar[list[weakref.ref[Rank]]] = []
+
+    def __init__(self, config: EngineConfig) -> None:
+        assert not any(former() for former in self.made), "two would need twice the memory"
+        super().__init__(config)
+        self.made.append(weakref.ref(self.rank))
 
     def execute(self, plan: StepPlan, masks: MakeMasks | None = None) -> StepResult:
         FailingExecutor.steps += 1
@@ -166,6 +177,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> type[FailingExecutor]:
 
     monkeypatch.setattr(llm_module, "LocalCluster", make)
     monkeypatch.setattr(FailingExecutor, "steps", 0)
+    monkeypatch.setattr(FailingExecutor, "made", [])
     return FailingExecutor
 
 
@@ -178,6 +190,7 @@ def test_output_continues_on_a_new_engine(
         found = made.generate(["a", "b"], max_tokens=12, **GREEDY)
     assert [x.choices for x in found] == [x.choices for x in expected]
     assert max(x.usage.failovers for x in found) == 1
+    assert len(failing.made) == 2
 
 
 def test_engines_that_fail_in_vain_are_given_up(
@@ -245,10 +258,10 @@ def test_a_program_ends_without_closing_one_that_computes() -> None:
     assert said == "the end\n"
 
 
-def test_the_sdk_alone_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [x for x in sys.modules if x.startswith("kvmesh.cluster.offline")]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "yaml", None)
-    monkeypatch.delitem(sys.modules, "kvmesh.cluster.config_file", raising=False)
-    with pytest.raises(ImportError, match=r"kvmesh.LLM needs .*: pip install 'kvmesh\[serve\]'"):
-        _ = kvmesh.LLM
+def test_the_page_about_it_is_right(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (block,) = re.findall(r"^```python\n(.*?)^```$", DOCUMENT, re.MULTILINE | re.DOTALL)
+    monkeypatch.setattr(llm_module, "LLM", lambda model, kv_format: tiny_llm())
+    exec(compile(block, "docs/offline.md", "exec"), {"__name__": "__main__"})
+    assert float(capsys.readouterr().out.rsplit("\n", 2)[-2]) < 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvmesh import LLM
+from kvmesh import LLM, SamplingParams
 from tests.workers.structured.tiny import model_path
 
 ENGINE: dict[str, Any] = {
@@ -16,7 +16,7 @@ ENGINE: dict[str, Any] = {
     "threads_per_rank": 1,
     "kv_probe": "off",
 }
-GREEDY: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True}
+GREEDY = SamplingParams(temperature=0.0, ignore_eos=True)
 
 
 def tiny_llm(**settings: Any) -> LLM:
