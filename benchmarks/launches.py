@@ -1,6 +1,6 @@
 """What a step launches on a GPU and what it costs the host, counted without a GPU.
 
-    python -m benchmarks.launches [--format k4v4] [--case NAME ...] [--rounds N] [--workload STEPS]
+    python -m benchmarks.launches [--format int8] [--case NAME ...] [--rounds N] [--workload STEPS]
         [--output FILE] [--check FILE]
 
 Steps of a Llama-3-8B's attention geometry (its matrices are small) run through `ModelRunner` over
@@ -345,7 +345,7 @@ def grown(rows: list[dict[str, Any]], committed: Path) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--format", default="k4v4")
+    parser.add_argument("--format", default="int8")
     parser.add_argument("--case", nargs="*", help="substrings of the cases' names")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--output", type=Path)

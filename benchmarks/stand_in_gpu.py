@@ -1,4 +1,4 @@
-"""A stand-in for an H100's Triton driver, on a machine without a GPU: launches are recorded, not run.
+"""A stand-in for an H100's Triton driver, on a machine without a GPU: it records launches.
 
 Everything before a launch is real: the operators, the launchers, Triton's binder and its choice
 of the variant to compile. Kernels do not run, so tensors (on the CPU) hold meaningless numbers.
@@ -87,9 +87,7 @@ class StandInGpu:
         for function in _triton_jit_function_registry.values():
             function.device_caches.clear()
         self._stack.enter_context(mock.patch.object(triton.compiler, "compile", self._compile))
-        self._stack.enter_context(
-            mock.patch.object(kernels_gpu, "runs_kernels", lambda _tensor: True)
-        )
+        self._stack.enter_context(mock.patch.object(kernels_gpu, "runs_kernels", return_value=True))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -153,6 +151,11 @@ _FREE = (
     "permute",
     "t",
     "alias",
+    "numpy_T",
+    "split_with_sizes",
+    "resolve_conj",
+    "resolve_neg",
+    "chunk",
 )
 _FREE += ("unsqueeze", "squeeze", "detach", "as_strided", "empty", "empty_like", "empty_strided")
 _FREE += ("new_empty", "_unsafe_view", "reshape", "lift_fresh", "unfold", "diagonal", "set_")
@@ -220,5 +223,11 @@ def products_counted() -> Iterator[Counter[str]]:
         counts["linear"] += 1
         return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
-    with mock.patch.object(linears, "project", project):
+    def add_product(target: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
+        counts["linear"] += 1
+
+    with (
+        mock.patch.object(linears, "project", project),
+        mock.patch.object(linears, "add_product", add_product),
+    ):
         yield counts

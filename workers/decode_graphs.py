@@ -102,7 +102,7 @@ class DecodeGraphs:
         nothing = StepArrays(*(empty,) * 4, zero, *(empty,) * 5, prefixes).padded(size)
         rounds = (Round(0, size, 0, size + key.parts),)
         no_work = DecodeWork(zero, zero)
-        bounds = padded({window: (no_work, rounds) for window in in_order(self._windows)}, size)
+        bounds = padded(dict.fromkeys(in_order(self._windows), (no_work, rounds)), size)
         buffer = StepBuffer.of(nothing, bounds, pinned=True)
         inputs = buffer.host.to(device)
 

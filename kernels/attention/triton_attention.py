@@ -78,7 +78,7 @@ class _Layer:
 
 @dataclass(frozen=True, slots=True)
 class _Decode:
-    """num_sets: 0 without shared prefixes; num_rows: of q, if the merge clears those of no sequence"""
+    """num_sets: 0 without shared prefixes; num_rows: of q, if the merge clears unused ones"""
 
     launch: Launch
     prefix: Launch | None
