@@ -6,7 +6,7 @@ In this order, in about ten minutes on an H100; torch, triton and transformers a
 
     correct    every served format's decode and prefill kernels against plain torch in fp64
     ceilings   a large copy's bandwidth, and a large bf16 product's FLOPs
-    decode     attention's share of the bandwidth by batch and context, beside SDPA and FlashInfer
+    decode     attention's share of the bandwidth by batch and context, compared with SDPA and FlashInfer
     prefill    attention's share of the product's FLOPs, for a chunk after a prefix
     step       time per output token of a Llama-3-8B with random weights, with CUDA graphs
     requests   requests per second at a ShareGPT-like mix, by format

@@ -140,25 +140,11 @@ class StandInGpu:
         )
 
 
-_FREE = (
-    "view",
-    "expand",
-    "select",
-    "slice",
-    "split",
-    "unbind",
-    "transpose",
-    "permute",
-    "t",
-    "alias",
-    "numpy_T",
-    "split_with_sizes",
-    "resolve_conj",
-    "resolve_neg",
-    "chunk",
+_FREE = frozenset(
+    """
+    _unsafe_view alias as_strided chunk detach diagonal empty empty_like empty_strided expand lift_fresh new_empty numpy_T permute reshape resolve_conj resolve_neg select set_ slice split split_with_sizes squeeze t transpose unbind unfold unsqueeze view
+    """.split()
 )
-_FREE += ("unsqueeze", "squeeze", "detach", "as_strided", "empty", "empty_like", "empty_strided")
-_FREE += ("new_empty", "_unsafe_view", "reshape", "lift_fresh", "unfold", "diagonal", "set_")
 _READS = ("_local_scalar_dense", "is_nonzero", "equal")
 
 
@@ -166,7 +152,7 @@ class TorchOps(TorchDispatchMode):
     """Counts operators of torch that launch a kernel on a GPU, and those that wait for one."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.launched: Counter[str] = Counter()
         self.waited: Counter[str] = Counter()
 

@@ -1,4 +1,4 @@
-"""The script for a first GPU runs on any machine at tiny shapes, and goes on where it ended."""
+"""The script for a first GPU runs on any machine at tiny shapes, and continues where it ended."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def test_the_host_does_not_work_more_for_longer_contexts() -> None:
     assert long["host_bytes"] <= short["host_bytes"] + 1024
 
 
-def test_a_long_sequence_fills_the_gpu_whatever_is_beside_it() -> None:
+def test_a_long_sequence_fills_the_gpu_whatever_is_next_to_it() -> None:
     for case in ("decode 1 x 1M", "decode 1M + 15 short", "decode 1M + 255 short"):
         assert rows()[case, 8]["fill"] >= 9  # programs of one warp for each multiprocessor
     assert rows()["prefill 512 at 1M", 8]["fill"] >= 2

@@ -19,11 +19,12 @@ def close(got: torch.Tensor, want: torch.Tensor) -> None:
 @pytest.mark.parametrize("size", [64, 576])
 def test_norms_and_residuals(size: int) -> None:
     x, residual, weight = torch.randn(3, size), torch.randn(3, size), torch.randn(size)
-    there = [tensor.to(DEVICE) for tensor in (x, residual.clone(), weight)]
-    close(rms_norm(there[0], there[2], 1e-5, backend="triton"), rms_norm(x, weight, 1e-5))
-    got = add_rms_norm(*there, 1e-5, backend="triton")
+    x_there, sum_there = x.to(DEVICE), residual.clone().to(DEVICE)
+    weight_there = weight.to(DEVICE)
+    close(rms_norm(x_there, weight_there, 1e-5, backend="triton"), rms_norm(x, weight, 1e-5))
+    got = add_rms_norm(x_there, sum_there, weight_there, 1e-5, backend="triton")
     close(got, add_rms_norm(x, residual, weight, 1e-5))
-    close(there[1], residual)
+    close(sum_there, residual)
 
 
 @pytest.mark.parametrize("size", [96, 2500])
@@ -38,13 +39,14 @@ def test_queries_and_keys_are_rotated_and_written(head_dim: int) -> None:
     angles = torch.rand(4, head_dim // 2).repeat(1, 2) * 6
     hot, slots = torch.full((5, 2, 2, 16, head_dim), 9.0), torch.tensor([0, 79, -1, 33])
     there, hot_there = qkv.to(DEVICE), hot.clone().to(DEVICE)
-    more = (angles.cos(), angles.sin())
-    want = rope_write(qkv[:, :5], qkv[:, 5:7], qkv[:, 7:], *more, hot, slots)
+    cos, sin = angles.cos(), angles.sin()
+    want = rope_write(qkv[:, :5], qkv[:, 5:7], qkv[:, 7:], cos, sin, hot, slots)
     got = rope_write(
         there[:, :5],
         there[:, 5:7],
         there[:, 7:],
-        *(x.to(DEVICE) for x in more),
+        cos.to(DEVICE),
+        sin.to(DEVICE),
         hot_there,
         slots.to(DEVICE),
         backend="triton",
