@@ -1,6 +1,6 @@
 """What a step launches on a GPU and what it costs the host, counted without a GPU.
 
-    python -m benchmarks.launches [--format k4v4] [--case NAME ...] [--rounds N] [--workload STEPS]
+    python -m benchmarks.launches [--format int8] [--case NAME ...] [--rounds N] [--workload STEPS]
         [--output FILE] [--check FILE]
 
 Steps of a Llama-3-8B's attention geometry (its matrices are small) run through `ModelRunner` over
@@ -8,7 +8,7 @@ a stand-in for an H100's Triton driver (`stand_in_gpu.py`). Per case, for one ra
 
     a layer    launches of Triton kernels and of torch's operators that one more layer adds
     step       those of a whole step with one layer
-    fill       programs of the kernel that reads most pages, per multiprocessor
+    fill       programs of the largest launch of attention, per multiprocessor
     compiled   variants that Triton had to compile in the step, after warm-up
     calls      of Python and C functions that one more layer, and the rest of a step, cost
     host kB    the most that the host allocates in a step
@@ -248,7 +248,7 @@ def _count(case: Case, kv_format: str, layers: int, rounds: int) -> _Counts:
 def measure(case: Case, kv_format: str, rounds: int = 0) -> tuple[Row, Times]:
     """rounds: of timed steps"""
     one, three = (_count(case, kv_format, layers, rounds) for layers in (1, 3))
-    reads = {k: n for k, n in one.programs.items() if "merge" not in k and "write" not in k}
+    reads = [one.programs.get(f"{name}_kernel", 0) for name in ("decode", "prefill", "prefix")]
     return Row(
         case=case.name,
         tp=case.tp,
@@ -257,7 +257,7 @@ def measure(case: Case, kv_format: str, rounds: int = 0) -> tuple[Row, Times]:
         kernels_a_step=one.kernels.total(),
         torch_a_step=one.torch_ops.total(),
         waits_a_step=one.waits,
-        fill=round(max(reads.values()) / PROCESSORS, 2),
+        fill=round(max(reads) / PROCESSORS, 2),
         compiled=one.compiled,
         calls_a_layer=(three.calls - one.calls) // 2,
         calls_a_step=one.calls,
@@ -345,7 +345,7 @@ def grown(rows: list[dict[str, Any]], committed: Path) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--format", default="k4v4")
+    parser.add_argument("--format", default="int8")
     parser.add_argument("--case", nargs="*", help="substrings of the cases' names")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--output", type=Path)

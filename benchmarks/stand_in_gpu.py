@@ -1,4 +1,4 @@
-"""A stand-in for an H100's Triton driver, on a machine without a GPU: launches are recorded, not run.
+"""A stand-in for an H100's Triton driver, on a machine without a GPU: it records launches.
 
 Everything before a launch is real: the operators, the launchers, Triton's binder and its choice
 of the variant to compile. Kernels do not run, so tensors (on the CPU) hold meaningless numbers.
@@ -87,9 +87,7 @@ class StandInGpu:
         for function in _triton_jit_function_registry.values():
             function.device_caches.clear()
         self._stack.enter_context(mock.patch.object(triton.compiler, "compile", self._compile))
-        self._stack.enter_context(
-            mock.patch.object(kernels_gpu, "runs_kernels", lambda _tensor: True)
-        )
+        self._stack.enter_context(mock.patch.object(kernels_gpu, "runs_kernels", return_value=True))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -142,20 +140,39 @@ class StandInGpu:
         )
 
 
-_FREE = (
-    "view",
-    "expand",
-    "select",
-    "slice",
-    "split",
-    "unbind",
-    "transpose",
-    "permute",
-    "t",
-    "alias",
+_FREE = frozenset(
+    [
+        "_unsafe_view",
+        "alias",
+        "as_strided",
+        "chunk",
+        "detach",
+        "diagonal",
+        "empty",
+        "empty_like",
+        "empty_strided",
+        "expand",
+        "lift_fresh",
+        "new_empty",
+        "numpy_T",
+        "permute",
+        "reshape",
+        "resolve_conj",
+        "resolve_neg",
+        "select",
+        "set_",
+        "slice",
+        "split",
+        "split_with_sizes",
+        "squeeze",
+        "t",
+        "transpose",
+        "unbind",
+        "unfold",
+        "unsqueeze",
+        "view",
+    ]
 )
-_FREE += ("unsqueeze", "squeeze", "detach", "as_strided", "empty", "empty_like", "empty_strided")
-_FREE += ("new_empty", "_unsafe_view", "reshape", "lift_fresh", "unfold", "diagonal", "set_")
 _READS = ("_local_scalar_dense", "is_nonzero", "equal")
 
 
@@ -163,7 +180,7 @@ class TorchOps(TorchDispatchMode):
     """Counts operators of torch that launch a kernel on a GPU, and those that wait for one."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.launched: Counter[str] = Counter()
         self.waited: Counter[str] = Counter()
 
@@ -220,5 +237,11 @@ def products_counted() -> Iterator[Counter[str]]:
         counts["linear"] += 1
         return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
-    with mock.patch.object(linears, "project", project):
+    def add_product(target: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
+        counts["linear"] += 1
+
+    with (
+        mock.patch.object(linears, "project", project),
+        mock.patch.object(linears, "add_product", add_product),
+    ):
         yield counts

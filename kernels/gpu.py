@@ -11,7 +11,7 @@ Capability = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
-class Gpu:
+class GpuDevice:
     """capability: of its multiprocessors, None for Triton's interpreter, which supports everything
     processors: number of multiprocessors
     """
@@ -20,7 +20,7 @@ class Gpu:
     processors: int
 
 
-INTERPRETER = Gpu(None, 8)
+INTERPRETER = GpuDevice(None, 8)
 
 
 def runs_kernels(x: torch.Tensor) -> bool:
@@ -28,13 +28,13 @@ def runs_kernels(x: torch.Tensor) -> bool:
     return x.is_cuda
 
 
-def gpu_of(x: torch.Tensor) -> Gpu:
+def gpu_of(x: torch.Tensor) -> GpuDevice:
     """The GPU for which kernels on this tensor are compiled. Triton's driver knows it."""
     return _gpu_of(x.device.index or 0)
 
 
 @cache
-def _gpu_of(device: int) -> Gpu:
+def _gpu_of(device: int) -> GpuDevice:
     import triton
     from triton.runtime.driver import driver
 
@@ -42,4 +42,4 @@ def _gpu_of(device: int) -> Gpu:
         return INTERPRETER
     arch = int(driver.active.get_current_target().arch)
     properties = driver.active.utils.get_device_properties(device)
-    return Gpu((arch // 10, arch % 10), int(properties["multiprocessor_count"]))
+    return GpuDevice((arch // 10, arch % 10), int(properties["multiprocessor_count"]))

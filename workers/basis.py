@@ -25,15 +25,22 @@ class Basis:
         self._v = matrix(fmt.v.rotated)
         self._v_back = None if self._v is None else self._v.T.contiguous()
 
+    @property
+    def keeps_keys(self) -> bool:
+        """Whether keys are stored unchanged."""
+        return self._k is None
+
+    def enter_values(self, v: torch.Tensor) -> torch.Tensor:
+        """v: [tokens, num_kv_heads, head_dim]"""
+        return v if self._v is None else rotate(v, self._v)
+
     def enter(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q [tokens, num_heads, head_dim], k and v [tokens, num_kv_heads, head_dim]."""
         if self._k is not None:
             q, k = rotate(q, self._k), rotate(k, self._k)
-        if self._v is not None:
-            v = rotate(v, self._v)
-        return q, k, v
+        return q, k, self.enter_values(v)
 
     def leave(self, out: torch.Tensor) -> torch.Tensor:
         """out [tokens, num_heads, head_dim], in the basis of the values."""

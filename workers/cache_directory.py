@@ -2,6 +2,7 @@
 
 <cache>/models/    converted models (workers/model/store.py)
 <cache>/numba/     compiled loops (kernels/numba_cache.py)
+<cache>/triton/    kernels that Triton has compiled
 <cache>/probes/    results of probes (workers/scoring/probe_cache.py)
 """
 
@@ -19,8 +20,10 @@ def cache_directory() -> Path:
 
 
 def keep_compiled_loops(environ: MutableMapping[str, str]) -> None:
-    """Keep compiled loops on disk: set NUMBA_CACHE_DIR unless the user has.
+    """Keep compiled loops and kernels on disk: set NUMBA_CACHE_DIR and TRITON_CACHE_DIR unless the
+    user has, for example to a volume that containers share.
 
-    Call it at the start of a process, because Numba reads the variable when it is imported.
+    Call it at the start of a process, because both are read when their library is imported.
     """
     environ.setdefault("NUMBA_CACHE_DIR", str(cache_directory() / "numba"))
+    environ.setdefault("TRITON_CACHE_DIR", str(cache_directory() / "triton"))

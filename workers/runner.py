@@ -12,6 +12,7 @@ from kvmesh.kernels import gpu
 from kvmesh.kernels.attention import paged_attention, sharers, warm_up
 from kvmesh.kernels.formats.base import NO_PARAMS, KVFormat, LayerParams, ModelParams
 from kvmesh.kernels.merge import merge_sinks
+from kvmesh.kernels.pointwise import rope_write
 from kvmesh.kernels.seal import seal_layers, seal_pages
 from kvmesh.kernels.write import write_hot
 from kvmesh.workers.basis import Basis
@@ -220,8 +221,12 @@ class ModelRunner:
         ) -> torch.Tensor:
             hot, sealed = self._pool.hot[layer], self._pool.sealed[layer]
             params = self._layer_params(layer)
-            q, k, v = self._basis.enter(q, k, v)
-            write_hot(k, v, hot, step.slots)
+            if args.rope is not None:
+                v = self._basis.enter_values(v)
+                q = rope_write(q, k, v, *args.rope, hot, step.slots)
+            else:
+                q, k, v = self._basis.enter(q, k, v)
+                write_hot(k, v, hot, step.slots)
             if step.seal_hot.shape[0] and not later:
                 seal_pages(
                     hot,
@@ -247,7 +252,9 @@ class ModelRunner:
                 out, _ = merge_sinks(out, lse, args.sinks)
             return self._basis.leave(out)
 
-        hidden = self._model.hidden(step.input_ids, step.positions, attend)
+        hidden = self._model.hidden(
+            step.input_ids, step.positions, attend, rotates=self._divides and self._basis.keeps_keys
+        )
         if later and step.seal_hot.shape[0]:
             seal_layers(
                 self._pool.all_hot,
@@ -268,7 +275,9 @@ class ModelRunner:
             table.fill_(0)
         for arrays in warm_up_steps(self._tables, min_members):
             works = decode_works(arrays, self._tables, self._windows)
-            self._forward(to_device(arrays, self._tables, self._device, works))
+            logits = self._forward(to_device(arrays, self._tables, self._device, works))
+            if self._sampler is not None and logits is not None:
+                self._sampler.warm_up(logits)
         for table in pages:
             table.fill_(-1)
         self._pool.all_hot.select(1, 0).zero_()

@@ -233,6 +233,12 @@ class Sampler:
             sampled[i] = SampledToken(ids[i], found[start], pairs)
         return sampled
 
+    def warm_up(self, logits: torch.Tensor) -> None:
+        """Compile what `sample` launches. logits: as there"""
+        nothing = np.zeros(len(logits))
+        params = SampleParams.of(nothing, nothing, nothing, nothing, nothing, self._device)
+        sample_tokens(logits, params)
+
     def score(self, row_id: int, logits: torch.Tensor, targets: torch.Tensor) -> TokenScores:
         """Log-probabilities of given tokens, and of as many alternatives as the row wants.
 

@@ -62,12 +62,12 @@ def paged_attention(
         lse if found.k_table is None else found.k_table,
         lse if found.v_table is None else found.v_table,
     )
-    step.run(_Layer(q, hot, sealed.view(torch.int8), out, lse, tables))
+    step.run(_LayerTensors(q, hot, sealed.view(torch.int8), out, lse, tables))
     return out, lse
 
 
 @dataclass(frozen=True, slots=True)
-class _Layer:
+class _LayerTensors:
     q: torch.Tensor
     hot: torch.Tensor
     sealed: torch.Tensor
@@ -77,8 +77,8 @@ class _Layer:
 
 
 @dataclass(frozen=True, slots=True)
-class _Decode:
-    """num_sets: 0 without shared prefixes; num_rows: of q, if the merge clears those of no sequence"""
+class _DecodeLaunches:
+    """num_sets: 0 without shared prefixes; num_rows: of q, if the merge clears unused ones"""
 
     launch: Launch
     prefix: Launch | None
@@ -93,7 +93,7 @@ class _Decode:
 
 
 @dataclass(frozen=True, slots=True)
-class _Prefill:
+class _PrefillLaunches:
     launch: Launch
     batch: BatchPointers
     slabs: tuple[Slab, ...]
@@ -109,8 +109,8 @@ class _Step:
     first_unused: the first row of no sequence, if the decode part does not clear it
     """
 
-    decode: _Decode | None
-    prefill: _Prefill | None
+    decode: _DecodeLaunches | None
+    prefill: _PrefillLaunches | None
     softmax: tuple[float, float, int]
     windows: tuple[int, int]
     stride_table: int
@@ -171,7 +171,7 @@ class _Step:
             None if cleared else used,
         )
 
-    def run(self, layer: _Layer) -> None:
+    def run(self, layer: _LayerTensors) -> None:
         if self.first_unused is not None:
             layer.out[self.first_unused :] = 0.0
             layer.lse[self.first_unused :] = -torch.inf
@@ -180,7 +180,7 @@ class _Step:
         if self.prefill is not None:
             self._run_prefill(self.prefill, layer)
 
-    def _run_decode(self, work: _Decode, layer: _Layer) -> None:
+    def _run_decode(self, work: _DecodeLaunches, layer: _LayerTensors) -> None:
         form = work.launch.form
         pages = (layer.q, layer.hot, layer.sealed, work.outs, work.lses, work.batch, layer.tables)
         for part in work.rounds:
@@ -226,7 +226,7 @@ class _Step:
                 num_warps=4,
             )
 
-    def _run_prefill(self, work: _Prefill, layer: _Layer) -> None:
+    def _run_prefill(self, work: _PrefillLaunches, layer: _LayerTensors) -> None:
         form = work.launch.form
         for slab in work.slabs:
             outs, lses = (layer.out, layer.lse) if slab.direct else (work.outs, work.lses)
@@ -277,7 +277,7 @@ def _decode(
     prefix: Launch | None,
     processors: int,
     given: GivenDecodeWork | None,
-) -> _Decode:
+) -> _DecodeLaunches:
     form, num_seqs = launch.form, batch.num_seqs
     prefix_grid = num_sets = 0
     if given is None:
@@ -289,7 +289,7 @@ def _decode(
         num_sets = given.set_chunks.shape[0] - 1
         prefix_grid = prefix.fill(processors)
     outs = torch.empty((max(slots, 1), form.num_heads, form.head_dim), device=q.device)
-    return _Decode(
+    return _DecodeLaunches(
         launch,
         prefix,
         _pointers(batch, given.starts, given.set_chunks),
@@ -305,7 +305,7 @@ def _decode(
 
 def _prefill(
     q: torch.Tensor, batch: AttentionBatch, lengths: Lengths, windows: Windows, launch: Launch
-) -> _Prefill:
+) -> _PrefillLaunches:
     form = launch.form
     item = form.num_kv_heads * form.block_m
     work = PrefillWork.of(lengths, windows, form.block_q, item * form.head_dim * 4)
@@ -316,7 +316,7 @@ def _prefill(
         outs = torch.empty((held * item, form.head_dim), device=q.device)
         lses = torch.empty(held * item, device=q.device)
     pointers = _pointers(batch, starts, starts)
-    return _Prefill(launch, pointers, work.slabs, batch.num_seqs, outs, lses)
+    return _PrefillLaunches(launch, pointers, work.slabs, batch.num_seqs, outs, lses)
 
 
 def _pointers(

@@ -25,6 +25,7 @@ class Form:
     block_n: tokens of a tile of sealed keys; hot_n: of hot keys
     load_k, load_v, k_folded, v_folded, load_k_centre: as in `SideKernels`
     integer: sealed pages are read by the integer loop; ptx: with inline PTX; stages: of that loop
+    hot_stages: of the loop over hot keys
     """
 
     k_side: Any
@@ -53,6 +54,7 @@ class Form:
     integer: bool = False
     ptx: bool = False
     stages: int = 1
+    hot_stages: int = 1
 
     @property
     def num_heads(self) -> int:

@@ -150,6 +150,9 @@ def decode_launch(
         return Launch(decode_kernel, form, ONE_WARP_PROGRAMS, options)
     one_warp = k.one_warp and v.one_warp and head_dim <= max(INTEGER_HEAD_DIMS)
     tokens = _tile_tokens(geometry, capability)
+    stages = 1 if k.looks_up or v.looks_up else NUM_STAGES
+    if head_dim > 128 and shared_kib(capability) < 160:
+        stages = 1
     form = geometry.form(
         fmt,
         **shape,
@@ -157,13 +160,11 @@ def decode_launch(
         block_m=max(16, triton.next_power_of_2(group)),
         block_n=tokens,
         hot_n=ONE_WARP_HOT_N if one_warp else tokens,
+        hot_stages=1 if one_warp else stages,
     )
-    stages = 1 if k.looks_up or v.looks_up else NUM_STAGES
     if one_warp:
         options = {"num_warps": 1, "num_stages": stages}
         return Launch(decode_kernel, form, ONE_WARP_PROGRAMS, options)
-    if head_dim > 128 and shared_kib(capability) < 160:
-        stages = 1
     options = {"num_warps": 4, "num_stages": stages}
     return Launch(decode_kernel, form, PLAIN_PROGRAMS, options)
 
@@ -237,8 +238,8 @@ def _many_rows(
     k, v = format_kernels(fmt)
     block = row_block(geometry.head_dim, capability)
     tokens = _tile_tokens(geometry, capability)
-    form = geometry.form(fmt, **shape, block_n=tokens, hot_n=tokens, dense=True)
     stages = min(block.stages, 1 if k.looks_up or v.looks_up else NUM_STAGES)
+    form = geometry.form(fmt, **shape, block_n=tokens, hot_n=tokens, hot_stages=stages, dense=True)
     options = {"num_warps": block.warps, "num_stages": stages}
     return Launch(kernel, form, max(1, 2 * 4 // block.warps), options)
 

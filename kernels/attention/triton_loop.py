@@ -18,7 +18,7 @@ In all functions here:
 
     q         (tiles, from `load_keys`; sums over channels [rows] fp32; positions [rows])
     state     (acc [rows, BLOCK_D], acc_offset [rows], top [rows], total [rows]), all fp32
-    pages     (hot_ptr, sealed_ptr, hot_table_ptr, sealed_table_ptr): the tables at the sequence's row
+    pages     (hot_ptr, sealed_ptr, hot_table_ptr, sealed_table_ptr): tables at the sequence's row
     tables    (k_table_ptr, v_table_ptr): the layer's tables of the sides
     softmax   (qk_scale, softcap, sliding window)
     windows   (sink_pages, recent_pages)
@@ -277,7 +277,7 @@ def attend_hot(
     recent_tile = recent_from // BLOCK_N
     num_sink = tl.maximum((sink_end + BLOCK_N - 1) // BLOCK_N - sink_tile, 0)
     num_recent = tl.maximum((end_key - 1) // BLOCK_N + 1 - recent_tile, 0)
-    for index in range(num_sink + num_recent):
+    for index in tl.range(0, num_sink + num_recent, num_stages=FORM.hot_stages):
         in_sink = index < num_sink
         first_key = tl.where(in_sink, sink_tile + index, recent_tile + index - num_sink) * BLOCK_N
         start = tl.where(in_sink, seen_from, recent_from)

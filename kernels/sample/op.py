@@ -51,9 +51,9 @@ def sample_tokens(
     """One token of each row.
 
     The weights e^((logit - best) / temperature) are cut by top-k, then top-p of what is left, then
-    min-p; of tokens with the same weight those with the lowest ids are kept. The token is the first,
-    in the order of the vocabulary, at which the sum of the kept weights exceeds the row's draw
-    times their total.
+    min-p; of tokens with the same weight those with the lowest ids are kept. The token is the
+    first, in the order of the vocabulary, at which the sum of the kept weights exceeds the row's
+    draw times their total.
 
     logits: [n, vocab_size] fp32; -inf for tokens that may not be sampled
     backend: None picks the kernel on GPUs and plain torch elsewhere

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
@@ -24,11 +26,12 @@ KINDS = [
 ]
 
 
-def params_of(rows: list[tuple[float, ...]], device: torch.device) -> SampleParams:
-    return SampleParams.of(*(np.array(column) for column in zip(*rows, strict=True)), device)
+def params_of(rows: Sequence[tuple[float, ...]], device: torch.device) -> SampleParams:
+    draws, temperature, top_k, top_p, min_p = np.array(rows, dtype=np.float64).T
+    return SampleParams.of(draws, temperature, top_k, top_p, min_p, device)
 
 
-def sampled(logits: torch.Tensor, rows: list[tuple[float, ...]], backend: str) -> list[int]:
+def sampled(logits: torch.Tensor, rows: Sequence[tuple[float, ...]], backend: str) -> list[int]:
     where = DEVICE if backend == "triton" else torch.device("cpu")
     found = sample_tokens(logits.to(where), params_of(rows, where), backend=backend)
     return found.tolist()

@@ -32,12 +32,12 @@ def test_a_sequence_has_a_part_for_its_hot_pages_and_one_for_each_chunk() -> Non
     assert np.diff(DecodeWork.of(lengths_of((64 * 12, 1)), WINDOWS).starts).tolist() == [1 + 2]
 
 
-def test_a_long_sequence_gets_its_parts_whatever_is_beside_it() -> None:
+def test_a_long_sequence_gets_its_parts_whatever_is_next_to_it() -> None:
     long, short = (2**20, 1), (4096, 1)
     alone = DecodeWork.of(lengths_of(long), WINDOWS)
-    beside = DecodeWork.of(lengths_of(*[short] * 255, long), WINDOWS)
+    together = DecodeWork.of(lengths_of(*[short] * 255, long), WINDOWS)
     assert alone.num_slots == 1 + 2**20 // work.DECODE_CHUNK_TOKENS
-    assert np.diff(beside.starts)[-1] == alone.num_slots
+    assert np.diff(together.starts)[-1] == alone.num_slots
 
 
 def test_a_window_has_no_parts_before_it() -> None:

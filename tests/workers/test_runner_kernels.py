@@ -9,22 +9,26 @@ from __future__ import annotations
 
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
 from benchmarks.decode_steps import DecodeSteps
 from benchmarks.random_model import SHAPES, dtype_on, random_model
 from benchmarks.stand_in_params import model_params_for
-from kvmesh.kernels.attention import paged_attention
+from kvmesh.kernels import gpu
+from kvmesh.kernels.attention import DecodeWork, Windows, paged_attention
 from kvmesh.kernels.formats.base import KVFormat
 from kvmesh.kernels.formats.registry import get_format
 from kvmesh.kernels.seal import seal_layers, seal_pages
 from kvmesh.kernels.write import write_hot
 from kvmesh.workers import runner
+from kvmesh.workers.decode_graphs import key_of, padded, sizes_for
 from kvmesh.workers.model.load import ServedModel
 from kvmesh.workers.plan import StepPlan
 from kvmesh.workers.runner import ModelRunner
 from kvmesh.workers.sizes import PageGeometry, page_bytes_of
+from kvmesh.workers.step import StepArrays, Works
 
 SHAPE = SHAPES["tiny"]
 SIZE, CONTEXT = 64, 258
@@ -108,6 +112,43 @@ def test_decode_steps_equal_those_of_plain_torch(
     for want, got in zip(*logits, strict=True):
         assert want is not None and got is not None
         assert (got - want).abs().max() < ROUNDING * want.std()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kv_format", ["exact", "k4v4"])
+def test_a_rank_with_kernels_equals_one_of_plain_torch(
+    kv_format: str, model: ServedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All kernels of a GPU's rank, its fused layers, its warm-up, and its single transfer."""
+    fmt = get_format(kv_format)
+    steps, made = plans(fmt, batch=2, steps=3)
+    plain = filled_rank(model, fmt, steps)
+    want = [plain.score(plan) for plan in made]
+    monkeypatch.setattr(gpu, "runs_kernels", lambda _tensor: True)
+    rank = filled_rank(random_model(SHAPE, DTYPE, DEVICE), fmt, steps)
+    for plan, logits in zip(made, want, strict=True):
+        result = rank.execute(plan)
+        assert result is not None and logits is not None
+        for row, token in zip(logits, result.tokens, strict=True):
+            assert row.max() - row[token.token_id] < 0.05 * row.std()
+
+
+def test_graphs_are_chosen_by_size_and_work() -> None:
+    """Which graph covers a decode step, and what its padding holds."""
+    assert sizes_for(3) == (1, 2, 4)
+    assert sizes_for(33)[-1] == 40
+    assert sizes_for(300)[-1] == 256
+    count, none = 3, np.zeros(0, np.int64)
+    ends = np.array([2**20, 100, 70])
+    step = StepArrays(*[ends] * 4, np.arange(count + 1), ends, ends, none, none, none)
+    windows = Windows(64, 1, 1, None)
+    work = DecodeWork.of(step.attention_lengths, windows)
+    works: Works = {None: (work, tuple(work.rounds()))}
+    key = key_of(step, works, sizes_for(16))
+    assert key is not None and (key.size, key.parts) == (4, 4096)
+    longer = padded(works, key.size)[None][0]
+    assert longer.starts.tolist() == [*work.starts, work.num_slots]
+    assert key_of(step, works, sizes_for(2)) is None
 
 
 @pytest.mark.gpu

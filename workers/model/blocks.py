@@ -8,12 +8,16 @@ exactly this; any other class runs unchanged.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kvmesh.kernels import gpu
+from kvmesh.kernels.pointwise import add_rms_norm, rms_norm, silu_mul
+from kvmesh.kernels.pointwise.reference import rotate
 from kvmesh.workers.model.hook import AttendArgs, AttendSlot
 from kvmesh.workers.parallel.linears import ColumnLinear
 
@@ -38,6 +42,10 @@ _PLAIN_ATTENTION = frozenset(
         "SeedOssAttention",
         "SmolLM3Attention",
     }
+)
+# hidden + attention(norm(hidden)), then that + mlp(norm(that))
+_PLAIN_LAYER = frozenset(
+    {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
 )
 # x / rms(x) * weight
 _PLAIN_RMS_NORM = frozenset(
@@ -75,10 +83,10 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
         self._shape = tuple(weight.shape)
-        self._eps = eps
+        self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self._shape, self.weight, self._eps)
+        return F.rms_norm(x, self._shape, self.weight, self.eps)
 
 
 class FusedAttention(nn.Module):
@@ -117,9 +125,13 @@ class FusedAttention(nn.Module):
         self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **_kwargs: Any
     ) -> tuple[Tensor, None]:
         """hidden_states: [1, T, hidden] -> ([1, T, hidden], None), as the decoder layer expects"""
+        return self.o_proj(self.heads(hidden_states[0], position_embeddings)).unsqueeze(0), None
+
+    def heads(self, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
+        """Attention before its output projection: [T, hidden] -> [T, num_heads * head_dim]"""
         attend = self._slot.attend
         assert attend is not None, "attention was called outside ServedModel.forward"
-        qkv = self.qkv(hidden_states[0])
+        qkv = self.qkv(hidden)
         if self._clip is not None:
             qkv = qkv.clamp_(-self._clip, self._clip)
         num_q, num_k, _ = self._heads
@@ -127,11 +139,15 @@ class FusedAttention(nn.Module):
         qk = qkv[:, : num_q + num_k]
         if self.q_norm is not None and self.k_norm is not None:
             qk = torch.cat((self.q_norm(qk[:, :num_q]), self.k_norm(qk[:, num_q:])), dim=1)
+        args = self._args
         if self._rotates:
-            cos, sin = position_embeddings
-            qk = _rotate(qk, cos[0], sin[0])
-        out = attend(self._layer, qk[:, :num_q], qk[:, num_q:], qkv[:, num_q + num_k :], self._args)
-        return self.o_proj(out.reshape(out.shape[0], -1)).unsqueeze(0), None
+            cos, sin = position_embeddings[0][0], position_embeddings[1][0]
+            if self._slot.rotates and cos.shape[-1] == self._head_dim:
+                args = replace(args, rope=(cos, sin))
+            else:
+                qk = rotate(qk, cos, sin)
+        out = attend(self._layer, qk[:, :num_q], qk[:, num_q:], qkv[:, num_q + num_k :], args)
+        return out.reshape(out.shape[0], -1)
 
 
 class FusedMLP(nn.Module):
@@ -141,18 +157,68 @@ class FusedMLP(nn.Module):
         super().__init__()
         if hasattr(source, "gate_up_proj"):
             self.gate_up: ColumnLinear = source.gate_up_proj
-            self._activation = source.activation_fn
+            self.activation = source.activation_fn
         else:
             self.gate_up = ColumnLinear.joined([source.gate_proj, source.up_proj])
-            self._activation = source.act_fn
+            self.activation = source.act_fn
         self.down_proj = source.down_proj
         self._width = self.gate_up.weight.shape[0] // 2
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., hidden] -> like x"""
-        both = self.gate_up(x)
+        return self.down_proj(self.activated(self.gate_up(x)))  # type: ignore[no-any-return]
+
+    def activated(self, both: Tensor) -> Tensor:
+        """Gate and up, [..., 2 * width] -> [..., width]"""
         gate, up = both[..., : self._width], both[..., self._width :]
-        return self.down_proj(self._activation(gate) * up)  # type: ignore[no-any-return]
+        return self.activation(gate) * up  # type: ignore[no-any-return]
+
+
+class FusedLayer(nn.Module):
+    """A decoder layer for GPUs, in inference: ten launches in decode, of which five are products.
+
+    Each residual is added by the product before it or, on several ranks, by the norm after it.
+    """
+
+    def __init__(self, source: Any) -> None:
+        super().__init__()
+        self.plain = source
+        self._activates = type(source.mlp.activation).__name__ in ("SiLUActivation", "SiLU")
+
+    def forward(
+        self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **kwargs: Any
+    ) -> Tensor:
+        """[1, T, hidden] -> [1, T, hidden], in the same memory"""
+        if not torch.is_inference_mode_enabled():  # gradients are wanted
+            kwargs["position_embeddings"] = position_embeddings
+            return self.plain(hidden_states, **kwargs)  # type: ignore[no-any-return]
+        layer, residual = self.plain, hidden_states[0]
+        before, after = layer.input_layernorm, layer.post_attention_layernorm
+        x = rms_norm(residual, before.weight, before.eps)
+        heads = layer.self_attn.heads(x, position_embeddings)
+        x = layer.self_attn.o_proj.onto(heads, residual)
+        if x is None:
+            x = rms_norm(residual, after.weight, after.eps)
+        else:
+            x = add_rms_norm(x, residual, after.weight, after.eps)
+        both = layer.mlp.gate_up(x)
+        x = silu_mul(both) if self._activates else layer.mlp.activated(both)
+        x = layer.mlp.down_proj.onto(x, residual)
+        if x is not None:
+            residual += x
+        return hidden_states
+
+
+def fused_layer(layer: Any) -> nn.Module:
+    """The layer, after `fuse`, as it runs on its device."""
+    fits = (
+        type(layer).__name__ in _PLAIN_LAYER
+        and isinstance(layer.self_attn, FusedAttention)
+        and isinstance(layer.input_layernorm, RMSNorm)
+        and isinstance(layer.post_attention_layernorm, RMSNorm)
+        and gpu.runs_kernels(layer.input_layernorm.weight)
+    )
+    return FusedLayer(layer) if fits else layer
 
 
 def fuse(layer: Any, sliding_window: int | None, slot: AttendSlot) -> None:
@@ -181,19 +247,3 @@ def _lean_norm(module: Any) -> nn.Module | None:
     if kind in _CENTRED_RMS_NORM and module.weight.dtype == torch.float32:
         return RMSNorm(1.0 + module.weight.data, module.eps)
     return None
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE whose pairs are the two halves of the first D channels of a head.
-
-    x: [T, H, ≥ D]; cos, sin: [T, D], with two equal halves
-    """
-    dim = cos.shape[-1]
-    half = dim // 2
-    cos, sin = cos.unsqueeze(1), sin[:, :half].unsqueeze(1)
-    wide = x[..., :dim].to(cos.dtype)  # OLMo rotates in float32 for any dtype of the weights
-    out = wide * cos
-    out[..., :half].addcmul_(wide[..., half:], sin, value=-1)
-    out[..., half:].addcmul_(wide[..., :half], sin)
-    out = out.to(x.dtype)
-    return out if dim == x.shape[-1] else torch.cat((out, x[..., dim:]), dim=-1)

@@ -30,15 +30,17 @@ class AttendArgs:
     sliding_window: w, where the query at position i reads the keys at (i - w, i]; None for all
     sinks: [num_heads], of this rank; a score that each query of a head has besides those of its
         keys, whose value is 0; None for none
+    rope: cos and sin, [T, D] each, if queries and keys have yet to be rotated
     """
 
     scale: float
     softcap: float | None = None
     sliding_window: int | None = None
     sinks: Tensor | None = None
+    rope: tuple[Tensor, Tensor] | None = None
 
 
-# (layer, q [T, Hq, D] after RoPE, k [T, Hkv, D], v [T, Hkv, D], args) -> out [T, Hq, D].
+# (layer, q [T, Hq, D], k [T, Hkv, D], v [T, Hkv, D], args) -> out [T, Hq, D].
 # Heads are the rank's; the tensors may be strided views.
 Attend = Callable[[int, Tensor, Tensor, Tensor, AttendArgs], Tensor]
 
@@ -46,19 +48,21 @@ Attend = Callable[[int, Tensor, Tensor, Tensor, AttendArgs], Tensor]
 class AttendSlot:
     """Holds the `attend` of the forward pass in progress; one per model."""
 
-    __slots__ = ("attend",)
+    __slots__ = ("attend", "rotates")
 
     def __init__(self) -> None:
         self.attend: Attend | None = None
+        self.rotates = False
 
     @contextmanager
-    def holding(self, attend: Attend) -> Iterator[None]:
+    def holding(self, attend: Attend, *, rotates: bool = False) -> Iterator[None]:
+        """rotates: `attend` applies RoPE itself where it gets `AttendArgs.rope`"""
         assert self.attend is None, "a forward pass of this model is already running"
-        self.attend = attend
+        self.attend, self.rotates = attend, rotates
         try:
             yield
         finally:
-            self.attend = None
+            self.attend, self.rotates = None, False
 
 
 def attach(attention: nn.Module, slot: AttendSlot) -> None:

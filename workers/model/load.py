@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from kvmesh.kernels.linear import WeightFormat, pack
 from kvmesh.workers.errors import ConfigError, UnsupportedModelError
 from kvmesh.workers.model.architectures import ARCHITECTURES
-from kvmesh.workers.model.blocks import fuse, lean_norm
+from kvmesh.workers.model.blocks import fuse, fused_layer, lean_norm
 from kvmesh.workers.model.facts import ModelFacts, read_facts
 from kvmesh.workers.model.hook import IMPLEMENTATION, Attend, AttendSlot, attach
 from kvmesh.workers.model.rope import Rope, fixed_rotary, override_rope
@@ -76,9 +76,14 @@ class ServedModel:
         """`forward`, differentiable if `attend` returns tensors that require gradients."""
         return self.logits(self.hidden(input_ids, positions, attend), logits_rows)
 
-    def hidden(self, input_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """The tokens' last hidden states, [T, hidden_size]; see `forward`."""
-        with self._slot.holding(attend):
+    def hidden(
+        self, input_ids: Tensor, positions: Tensor, attend: Attend, *, rotates: bool = False
+    ) -> Tensor:
+        """The tokens' last hidden states, [T, hidden_size]; see `forward`.
+
+        rotates: see `AttendSlot.holding`
+        """
+        with self._slot.holding(attend, rotates=rotates):
             states: Tensor = self._body(
                 input_ids=input_ids.unsqueeze(0),
                 position_ids=positions.unsqueeze(0),
@@ -184,6 +189,7 @@ def build_model(
         _localise(layer.self_attn, comm)
         attach(layer.self_attn, slot)
         fuse(layer, window, slot)
+    model.model.layers = nn.ModuleList(fused_layer(layer) for layer in model.model.layers)
     model.model.norm = lean_norm(model.model.norm)
     _check_complete(model, facts.name)
     return ServedModel(facts, model, slot, comm.size)

@@ -37,6 +37,11 @@ def _kept(weight: Tensor | PackedWeight) -> nn.Parameter | PackedWeight:
     return nn.Parameter(weight, requires_grad=False)
 
 
+def add_product(target: Tensor, x: Tensor, weight: Tensor) -> None:
+    """target += x W^T, in place. target: [T, out]; x: [T, in]; weight: [out, in]"""
+    target.addmm_(x, weight.t())
+
+
 class ColumnLinear(nn.Module):
     """A rank's rows of a linear.
 
@@ -86,6 +91,17 @@ class RowLinear(nn.Module):
             return project(x, self.weight, self.bias)
         out = self._comm.all_reduce(project(x, self.weight))
         return out if self.bias is None else out.add_(self.bias)
+
+    def onto(self, x: Tensor, residual: Tensor) -> Tensor | None:
+        """Add the output to `residual`, [T, out], in the product itself; on several ranks return
+        the output instead. x: [T, in_local]"""
+        if self._comm.size > 1:
+            return self(x)  # type: ignore[no-any-return]
+        assert not isinstance(self.weight, PackedWeight), "only GPUs add products"
+        add_product(residual, x, self.weight)
+        if self.bias is not None:
+            residual += self.bias
+        return None
 
 
 class VocabHead(nn.Module):

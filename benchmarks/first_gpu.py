@@ -1,0 +1,232 @@
+"""What runs first where there is a GPU: is it right, and how near is it to what the device allows?
+
+    python -m benchmarks.first_gpu --output FILE [--only SECTION ...] [--dry-run]
+
+In this order, in about ten minutes on an H100; torch, triton and transformers are enough:
+
+    correct    every served format's decode and prefill kernels against plain torch in fp64
+    ceilings   a large copy's bandwidth, and a large bf16 product's FLOPs
+    decode     attention's share of the bandwidth by batch and context, compared with SDPA and FlashInfer
+    prefill    attention's share of the product's FLOPs, for a chunk after a prefix
+    step       time per output token of a Llama-3-8B with random weights, with CUDA graphs
+    requests   requests per second at a ShareGPT-like mix, by format
+
+A section that FILE has from the same device is not run again: delete it there to repeat it. A
+section that is wrong ends the run, so that nothing is timed that is not right. `--dry-run` runs
+everything at tiny shapes on any machine; its figures mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
+
+from benchmarks import attention, decode, throughput
+from benchmarks.baselines import Shape
+from benchmarks.device import DEVICE, conditions, copy_bandwidth, seconds
+from benchmarks.random_model import SHAPES, dtype_on, random_model
+from kvmesh.kernels.attention import AttentionBatch, paged_attention
+from kvmesh.kernels.formats.registry import get_format
+from kvmesh.kernels.seal import seal_pages
+
+SERVED = ("exact", "int8", "int4", "k8v4", "k4v4", "k4v2", "k3v2", "k2v2", "fp8")
+PAGE_SIZE = attention.PAGE_SIZE
+Rows = list[dict[str, Any]]
+
+
+class ChunkCase:
+    """A chunk of new tokens after a prefix, over pages that repeat a few random ones."""
+
+    def __init__(self, kv_format: str, shape: Shape, chunk: int) -> None:
+        fmt = self.fmt = get_format(kv_format)
+        self.shape, self.chunk = shape, chunk
+        pages = -(-(shape.context + chunk) // PAGE_SIZE)
+        count = min(pages, 16)
+        content = (count, 2, shape.kv_heads, PAGE_SIZE, shape.head_dim)
+        self.hot = torch.randn(content, device=DEVICE).to(attention.DTYPE)
+        page_bytes = fmt.page_bytes(PAGE_SIZE, shape.head_dim, attention.DTYPE.itemsize)
+        self.sealed = torch.zeros(
+            count, shape.kv_heads, page_bytes, dtype=torch.uint8, device=DEVICE
+        )
+        ids = torch.arange(count, dtype=torch.int32, device=DEVICE)
+        seal_pages(self.hot, self.sealed, ids, ids, fmt=fmt, backend="triton")
+        table = (torch.arange(pages, device=DEVICE) % count).int()[None, :]
+        self.q = torch.randn(chunk, shape.kv_heads * shape.group, shape.head_dim, device=DEVICE).to(
+            attention.DTYPE
+        )
+        length = shape.context + chunk
+        self.batch = AttentionBatch(
+            query_starts=torch.tensor([0, chunk], dtype=torch.int32, device=DEVICE),
+            seq_lens=torch.tensor([length], dtype=torch.int32, device=DEVICE),
+            rows=torch.zeros(1, dtype=torch.int32, device=DEVICE),
+            hot_tables=table,
+            sealed_tables=table,
+            page_size=PAGE_SIZE,
+            sink_pages=1,
+            recent_pages=1,
+            max_query_len=chunk,
+            max_seq_len=length,
+        )
+
+    def attend(self, backend: str = "triton") -> torch.Tensor:
+        scale = self.shape.head_dim**-0.5
+        pages = (self.q, self.hot, self.sealed, self.batch)
+        return paged_attention(*pages, fmt=self.fmt, scale=scale, backend=backend)[0]
+
+    @property
+    def flops(self) -> float:
+        """Two products; half of the chunk's own keys are masked."""
+        keys = self.shape.context + self.chunk / 2
+        return 4.0 * self.chunk * keys * self.q.shape[1] * self.shape.head_dim
+
+
+def correct(tiny: bool) -> Rows:
+    rows: Rows = []
+    formats = ("int8",) if tiny else SERVED
+    shape = attention.TINY if tiny else Shape(2, 4200, 8, 4, 128)
+    for name in formats:
+        error, allowed = attention.Case(get_format(name), shape).errors()
+        rows.append({"kernel": "decode", "format": name, "error": error, "allowed": allowed})
+        case = ChunkCase(name, Shape(1, 130 if tiny else 9000, 1, 2, 64 if tiny else 128), 70)
+        want = case.attend("reference").double()
+        error = float((case.attend().double() - want).abs().max())
+        allowed = 2e-3 if tiny else 2e-2
+        rows.append({"kernel": "prefill", "format": name, "error": error, "allowed": allowed})
+    wrong = [row for row in rows if not row["error"] <= row["allowed"]]
+    if wrong:
+        raise SystemExit(f"wrong results: {wrong}")
+    return rows
+
+
+def ceilings(tiny: bool) -> Rows:
+    size = 256 if tiny else 8192
+    a, b = (torch.randn(size, size, device=DEVICE).to(attention.DTYPE) for _ in range(2))
+    took_s = seconds(lambda: a @ b)
+    gb_per_s = copy_bandwidth() / 1e9
+    return [{"copy_gb_per_s": gb_per_s, "matmul_tflops": 2 * size**3 / took_s / 1e12}]
+
+
+def decode_attention(tiny: bool) -> Rows:
+    bandwidth = copy_bandwidth()
+    shapes = [attention.TINY]
+    if not tiny:
+        grid = {1: (4096, 32768, 131072, 1048576), 16: (4096, 32768), 256: (4096,)}
+        shapes = [Shape(b, n, 8, 4, 128) for b, lengths in grid.items() for n in lengths]
+    rows: Rows = []
+    for shape in shapes:
+        baselines = attention.measure_baselines(shape)
+        for name in ("int8",) if tiny else ("exact", "int8", "k4v4", "k2v2"):
+            row = attention.measure(get_format(name), shape, bandwidth, baselines)
+            if row is not None:
+                attention.show(row)
+                rows.append(asdict(row))
+    return rows
+
+
+def prefill_attention(tiny: bool) -> Rows:
+    ceiling = ceilings(tiny)[0]["matmul_tflops"]
+    rows: Rows = []
+    for context in (200,) if tiny else (0, 32768, 131072, 1048576):
+        for heads in (1,) if tiny else (8, 1):
+            shape = Shape(1, context, heads, 4, 64 if tiny else 128)
+            for name in ("int8",) if tiny else ("exact", "int8", "k4v4"):
+                case = ChunkCase(name, shape, 40 if tiny else 8192)
+                rounds = 1 if context > 2**17 or tiny else 5
+                tflops = case.flops / seconds(case.attend, rounds) / 1e12
+                row = {"format": name, "context": context, "kv_heads": heads, "chunk": case.chunk}
+                rows.append({**row, "tflops": tflops, "share": tflops / ceiling})
+                print(rows[-1], flush=True)
+    return rows
+
+
+def decode_step(tiny: bool) -> Rows:
+    shape = SHAPES["tiny" if tiny else "llama-3-8b"]
+    dtype = dtype_on(DEVICE)
+    model = random_model(shape, dtype, torch.device(DEVICE))
+    device = decode.Device(shape, model, dtype, copy_bandwidth(), 2 if tiny else 32)
+    grid = ((256, 1),) if tiny else ((1024, 1), (131072, 1), (1048576, 1), (4096, 64))
+    rows: Rows = []
+    for context, batch in grid:
+        for name in ("exact",) if tiny else ("exact", "int8", "k4v4", "k2v2"):
+            row = device.measure(name, context, batch, not tiny, None)
+            if row is not None:
+                decode.show(row)
+                rows.append(asdict(row))
+    return rows
+
+
+def requests(tiny: bool) -> Rows:
+    arguments = ["--model", "tiny", "--requests", "3", "--kv-memory-mb", "4", "--scale", "4"]
+    if not tiny:
+        arguments = ["--model", "llama-3-8b", "--requests", "200", "--kv-memory-mb", "20000"]
+    formats = ("exact",) if tiny else ("exact", "int8", "k4v4")
+    return [throughput.main([*arguments, "--rounds", "1", "--format", *formats])]
+
+
+SECTIONS: dict[str, Callable[[bool], Rows]] = {
+    "correct": correct,
+    "ceilings": ceilings,
+    "decode": decode_attention,
+    "prefill": prefill_attention,
+    "step": decode_step,
+    "requests": requests,
+}
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report in a few lines."""
+    lines = []
+    for name, section in report["sections"].items():
+        lines.append(f"{name}  ({section['seconds']:.0f} s)")
+        for row in section["rows"]:
+            shown = {
+                key: round(value, 4) if isinstance(value, float) else value
+                for key, value in row.items()
+                if isinstance(value, str | int | float) and value != ""
+            }
+            lines.append("   " + "  ".join(f"{key} {value}" for key, value in shown.items()))
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--dry-run", action="store_true")
+    options = parser.parse_args(arguments)
+    if DEVICE == "cpu" and not options.dry_run:
+        raise SystemExit("this benchmark needs a CUDA GPU; without one use --dry-run")
+    report: dict[str, Any] = {"conditions": conditions(), "sections": {}}
+    if options.output.exists():
+        known = json.loads(options.output.read_text())
+        if known["conditions"]["device"] == report["conditions"]["device"]:
+            report = known
+    for name in options.only:
+        if name in report["sections"]:
+            print(f"{name}: already in {options.output}", file=sys.stderr)
+            continue
+        print(f"{name} ...", flush=True)
+        torch.manual_seed(0)
+        start_s = time.perf_counter()
+        rows = SECTIONS[name](options.dry_run)
+        took_s = time.perf_counter() - start_s
+        report["sections"][name] = {"seconds": round(took_s, 1), "rows": rows}
+        options.output.write_text(json.dumps(report, indent=1) + "\n")
+    print(table(report))
+    return report
+
+
+if __name__ == "__main__":
+    main()
