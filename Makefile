@@ -67,14 +67,15 @@ ifneq ($(strip $(ARGS)),)
 	$(PY) -m pytest $(ARGS)
 else
 	$(MAKE) test-fast
-	$(MAKE) test-slow
-	$(PY) -m pytest -m ray
+	$(PY) -m pytest -m 'slow or ray' $(REST)
 endif
 
 # In a process for each core, up to 4: each loads for itself what it tests.
 SPREAD := -n logical --maxprocesses 4
 # Coverage has a floor that a part of the tests cannot reach: with ARGS it is not measured.
 WHOLE := $(SPREAD) --dist loadscope --cov --cov-report=
+# One process runs all tests that start a cluster, which wait a lot; the others run slow ones.
+REST = -n $$(( $$($(PY) -c 'import os; print(min(os.cpu_count() or 1, 4))') + 1 )) --dist loadgroup
 test-fast: $(STAMP) ## Run the fast tests, no Ray and no slow ones, with coverage
 	$(PY) -m pytest -m 'not (ray or slow)' $(or $(ARGS),$(WHOLE))
 

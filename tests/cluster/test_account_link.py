@@ -97,13 +97,21 @@ class RouterEnd:
 
 
 class Linked:
-    """An account link and its surroundings."""
+    """An account link and its surroundings. report_period_s: by default, none is due in a test"""
 
-    def __init__(self) -> None:
+    def __init__(self, report_period_s: float = 1000.0) -> None:
         self.leader = FakeLeader()
         self.meters = SeenMeters()
         meters = EngineMeters(self.meters, "g0")
-        self.link = AccountLink("g0", "node", self.leader, meters, 1000.0)  # type: ignore[arg-type]
+        self.link = AccountLink("g0", "node", self.leader, meters, report_period_s)  # type: ignore[arg-type]
+
+    def start(self) -> None:
+        nowhere: asyncio.Future[Address] = asyncio.get_running_loop().create_future()
+
+        async def find() -> Address:
+            return await nowhere
+
+        self.link.start(find, Identity.make(), ENGINE, Gpus([]))
 
     def connect(self) -> RouterEnd:
         router = RouterEnd()
@@ -114,12 +122,7 @@ class Linked:
 @pytest.fixture
 async def linked() -> AsyncIterator[Linked]:
     made = Linked()
-    nowhere: asyncio.Future[Address] = asyncio.get_running_loop().create_future()
-
-    async def find() -> Address:
-        return await nowhere
-
-    made.link.start(find, Identity.make(), ENGINE, Gpus([]))
+    made.start()
     yield made
     made.link.leave()
 
@@ -218,6 +221,36 @@ async def test_a_report_is_sent_when_it_is_due_and_agrees_with_the_account(linke
     linked.link.report_now()
     (report,) = router.take()
     assert report.report.draining  # type: ignore[attr-defined]
+
+
+async def test_reports_are_sent_and_measured_regularly() -> None:
+    linked = Linked(report_period_s=0.001)
+    linked.start()
+    router = linked.connect()
+    router.take()
+    linked.leader.note(running=1)
+    for _ in range(3):
+        for report in await router.next():
+            assert loads(report).running == 1
+    assert linked.meters.of(table.ROUTER_CONNECTED, "g0") == 1
+    linked.link.lost()
+    while linked.meters.of(table.ROUTER_CONNECTED, "g0") == 1:
+        await asyncio.sleep(0)
+    router.take()
+    linked.leader.failed = EngineError("failed")
+    linked.link.leave()
+    assert router.sent == [], "nobody is connected any more"
+
+
+async def test_the_last_changes_are_sent_before_it_leaves(linked: Linked) -> None:
+    router = linked.connect()
+    router.take()
+    linked.leader.admit(1)
+    linked.link.changed()
+    linked.link.leave()
+    (sent,) = router.take()
+    assert news(sent).arrived == (terms(1),)
+    assert router.closed
 
 
 async def test_what_happens_without_a_connection_is_in_the_next_hello(linked: Linked) -> None:

@@ -65,13 +65,17 @@ def test_shapes(name: str, heads: int, kv_heads: int, head_dim: int, page_size: 
     check(make_case(get_format(name), shape, [(1000, 1), (300, 40), (63, 63), (65, 1)]))
 
 
+WINDOWS = (1, 16, 40, 1000)
+SOFTCAPS = (None, 20.0)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", format_names())
-@pytest.mark.parametrize("softcap", [None, 20.0])
-@pytest.mark.parametrize("window", [1, 16, 40, 1000])
-def test_softcap_and_sliding_window(name: str, softcap: float | None, window: int) -> None:
-    shape = Shape(sink_pages=1, recent_pages=1)
-    case = make_case(get_format(name), shape, MIXED)
+@pytest.mark.parametrize("window", WINDOWS)
+def test_softcap_and_sliding_window(name: str, window: int) -> None:
+    """Every pair of a format, a window and a softcap, but not every three of them."""
+    softcap = SOFTCAPS[(format_names().index(name) + WINDOWS.index(window)) % 2]
+    case = make_case(get_format(name), Shape(sink_pages=1, recent_pages=1), MIXED)
     check(case, softcap=softcap, sliding_window=window)
 
 

@@ -157,7 +157,7 @@ def test_a_model_that_computes_nan_ends_the_sequence_alone(name: str, model: Pat
     assert None not in expected
     bad = [[*good[1][:50], token, *good[1][50:]] for token in (NAN, INF)]
     engine = make_model_engine(model, name)
-    for _ in range(3):
+    for _ in range(2):
         found = outputs(engine, [good[0], *bad, good[1], good[2], *bad])
         assert found == [expected[0], None, None, expected[1], expected[2], None, None]
 

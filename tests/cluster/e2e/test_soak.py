@@ -20,8 +20,8 @@ import pytest
 from kvmesh.client import AsyncClient, Client, OverCapacityError
 from kvmesh.cluster.lifecycle import Endpoint
 from tests.cluster.e2e.harness import serving, small_config, wait_idle
-from tests.cluster.e2e.mutants import mutants
-from tests.cluster.e2e.test_fuzz import call
+from tests.cluster.e2e.one_group.mutants import mutants
+from tests.cluster.e2e.one_group.test_fuzz import call
 
 pytestmark = [
     pytest.mark.ray,

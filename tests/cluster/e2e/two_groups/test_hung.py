@@ -11,23 +11,16 @@ import pytest
 from kvmesh.client import Client
 from kvmesh.cluster.lifecycle import Endpoint
 from tests.cluster.e2e.harness import (
-    SMALL_ENGINE,
-    check_accounts,
-    greedy_by_engine,
     processes_named,
-    serving,
-    small_config,
     wait_for,
-    wait_idle,
 )
 from tests.cluster.e2e.streams import (
-    PATIENT,
     PROMPTS,
     Streams,
     check_complete,
-    is_complete,
     kill,
 )
+from tests.cluster.e2e.two_groups.config import GROUPS, TOKENS
 
 pytestmark = [
     pytest.mark.ray,
@@ -36,44 +29,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
 ]
 
-GROUPS = 2
-TOKENS = 24
 THIRTY = [PROMPTS[number % len(PROMPTS)] for number in range(30)]
-CONFIG = small_config(
-    engine={**SMALL_ENGINE, "kv_memory_bytes": "24MiB", "step_timeout_s": 2.0},
-    groups=GROUPS,
-    ingress={"port": 0, "http_port": 0, "replicas": 2},
-)
-
-
-@pytest.fixture(scope="module")
-def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
-    with serving(CONFIG, tmp_path_factory.mktemp("config")) as endpoint:
-        yield endpoint
-
-
-@pytest.fixture(scope="module")
-def expected(endpoint: Endpoint) -> dict[str, tuple[int, ...]]:
-    """The output for each prompt when nothing hangs."""
-    with Client(endpoint.target, api_key=endpoint.api_key) as client:
-        ids = [client.tokenize(prompt).token_ids for prompt in PROMPTS]
-    return dict(zip(PROMPTS, greedy_by_engine(CONFIG, ids, TOKENS), strict=True))
-
-
-@pytest.fixture
-def client(endpoint: Endpoint) -> Iterator[Client]:
-    """The cluster is complete before and after the test."""
-
-    def wait_complete() -> None:
-        wait_for(lambda: is_complete(endpoint, GROUPS), "every part is up", 120, 0.5)
-
-    wait_complete()
-    with Client(endpoint.target, api_key=endpoint.api_key, retry=PATIENT) as client:
-        wait_idle(client)
-        yield client
-        wait_complete()
-        wait_idle(client)
-        check_accounts(client.loads())
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """Mutated requests: each ends with a documented status, and the server serves on.
 
-pytest tests/cluster/e2e/test_fuzz.py --fuzz-cases 100000 --fuzz-seed 7
+pytest tests/cluster/e2e/one_group/test_fuzz.py --fuzz-cases 100000 --fuzz-seed 7
 """
 
 from __future__ import annotations
@@ -19,14 +19,8 @@ from kvmesh.client import Client
 from kvmesh.client.status import TRAILER, decode
 from kvmesh.cluster.lifecycle import Endpoint
 from kvmesh.protos import pb
-from tests.cluster.e2e.harness import (
-    check_accounts,
-    processes_named,
-    serving,
-    small_config,
-    wait_idle,
-)
-from tests.cluster.e2e.mutants import Mutant, mutants
+from tests.cluster.e2e.harness import check_accounts, processes_named, wait_idle
+from tests.cluster.e2e.one_group.mutants import Mutant, mutants
 
 pytestmark = [
     pytest.mark.ray,
@@ -52,13 +46,6 @@ DOCUMENTED = frozenset(
         "DEADLINE_EXCEEDED",
     }
 )
-CONFIG = small_config(router={"max_queued": 256})
-
-
-@pytest.fixture(scope="module")
-def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
-    with serving(CONFIG, tmp_path_factory.mktemp("config")) as endpoint:
-        yield endpoint
 
 
 def test_mutated_requests(endpoint: Endpoint, pytestconfig: pytest.Config) -> None:

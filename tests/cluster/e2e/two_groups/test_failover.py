@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 
 import pytest
 
 from kvmesh.client import NO_RETRY, AsyncClient, Client, KVMeshError
 from kvmesh.cluster.lifecycle import Endpoint
 from tests.cluster.e2e.harness import (
-    PAGE_TOKENS,
-    SMALL_ENGINE,
-    check_accounts,
-    greedy_by_engine,
     processes_named,
-    serving,
-    small_config,
     wait_for,
     wait_idle,
 )
 from tests.cluster.e2e.streams import (
-    PATIENT,
     PROMPTS,
     Streams,
     check_complete,
@@ -29,6 +21,7 @@ from tests.cluster.e2e.streams import (
     kill,
     loads,
 )
+from tests.cluster.e2e.two_groups.config import GROUPS, TOKENS
 
 pytestmark = [
     pytest.mark.ray,
@@ -36,47 +29,6 @@ pytestmark = [
     # Ray's own, at its import.
     pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
 ]
-
-GROUPS = 2
-TOKENS = 24
-CONFIG = small_config(
-    engine={**SMALL_ENGINE, "kv_memory_bytes": "24MiB"},
-    groups=GROUPS,
-    ingress={"port": 0, "http_port": 0, "replicas": 2},
-)
-
-
-@pytest.fixture(scope="module")
-def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
-    with serving(CONFIG, tmp_path_factory.mktemp("config")) as endpoint:
-        yield endpoint
-
-
-@pytest.fixture(scope="module")
-def expected(endpoint: Endpoint) -> dict[str, tuple[int, ...]]:
-    """The output for each prompt when nothing dies."""
-    with Client(endpoint.target, api_key=endpoint.api_key) as client:
-        ids = [client.tokenize(prompt).token_ids for prompt in PROMPTS]
-    answers = greedy_by_engine(CONFIG, ids, TOKENS)
-    assert TOKENS > PAGE_TOKENS, "what is resumed has sealed pages"
-    return dict(zip(PROMPTS, answers, strict=True))
-
-
-@pytest.fixture
-def client(endpoint: Endpoint) -> Iterator[Client]:
-    """The cluster is complete before and after the test."""
-    wait_for(lambda: is_complete(endpoint, GROUPS), "every part is up", within_s=120, period_s=0.5)
-    with Client(endpoint.target, api_key=endpoint.api_key, retry=PATIENT) as client:
-        wait_idle(client)
-        yield client
-        wait_for(
-            lambda: is_complete(endpoint, GROUPS),
-            "every part is up again",
-            within_s=120,
-            period_s=0.5,
-        )
-        wait_idle(client)
-        check_accounts(client.loads())
 
 
 async def test_streams_survive_the_death_of_a_rank(

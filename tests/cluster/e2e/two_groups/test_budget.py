@@ -12,60 +12,40 @@ from dataclasses import dataclass
 
 import pytest
 
-from kvmesh.client import AsyncClient, Client, Completion, RetryPolicy
+from kvmesh.client import AsyncClient, Client, Completion
 from kvmesh.cluster.lifecycle import Endpoint
 from tests.cluster.e2e.harness import (
     PAGE_TOKENS,
-    SMALL_ENGINE,
-    check_accounts,
     processes_named,
-    serving,
-    small_config,
-    wait_for,
     wait_idle,
 )
+from tests.cluster.e2e.streams import PATIENT
+from tests.cluster.e2e.two_groups.config import GROUPS
 
 pytestmark = [
     pytest.mark.ray,
+    pytest.mark.usefixtures("audited"),
     pytest.mark.timeout(900),
     # Ray's own, at its import.
     pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
 ]
 
-GROUPS = 2
 REQUESTS = 200
 SHORT_REQUESTS = 66  # the first of them
-CONFIG = small_config(
-    groups=GROUPS,
-    engine=SMALL_ENGINE,
-    # Half a minute's load on an idle machine; on a busy one no request may be refused either.
-    router={"report_period_s": 0.1, "max_queued": REQUESTS, "queue_timeout_s": 900.0},
-)
-PATIENT = RetryPolicy(max_attempts=12, max_backoff_s=5.0)
 VOCAB = 49_152
 SHORT_TOKENS = 4
 LONG_TOKENS = 40
 
 
-@pytest.fixture(scope="module")
-def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
-    with serving(CONFIG, tmp_path_factory.mktemp("config")) as endpoint:
-        yield endpoint
-
-
 @pytest.fixture
-def client(endpoint: Endpoint) -> Iterator[Client]:
-    """Idle before and after the test, and every audit without a fault."""
-    with Client(endpoint.target, api_key=endpoint.api_key, retry=PATIENT) as client:
-        wait_for(lambda: len(client.loads().router.ledger) == GROUPS, "both groups are up")
-        wait_idle(client)
-        yield client
-        wait_idle(client)
-        loads = client.loads()
-        check_accounts(loads)
-        assert loads.router.audits_total > 0
-        assert loads.router.audit_faults_total == 0
-        assert sum(group.preemptions_total for group in loads.groups) == 0
+def audited(client: Client) -> Iterator[None]:
+    """Every audit is without a fault, and there are some; nothing is preempted."""
+    yield
+    wait_idle(client)
+    loads = client.loads()
+    assert loads.router.audits_total > 0
+    assert loads.router.audit_faults_total == 0
+    assert sum(group.preemptions_total for group in loads.groups) == 0
 
 
 @dataclass(frozen=True, slots=True)
