@@ -81,7 +81,7 @@ def test_ctrl_c_while_it_starts_leaves_nothing() -> None:
         check_gone(serve)
 
 
-THIRTY = [PROMPTS[number % len(PROMPTS)] for number in range(30)]
+MANY = PROMPTS * 4  # more than the group holds at once, so that some wait
 TOKENS = 24
 
 
@@ -91,8 +91,8 @@ async def test_streams_end_when_a_process_of_ray_dies_and_nothing_is_left(name: 
         endpoint = await asyncio.to_thread(serve.endpoint)
         with Client(endpoint.target, api_key=endpoint.api_key) as client:
             ids = [client.tokenize(prompt).token_ids for prompt in PROMPTS]
-        streams = Streams(endpoint, THIRTY, TOKENS)
-        await streams.received(len(THIRTY) * TOKENS // 3)
+        streams = Streams(endpoint, MANY, TOKENS)
+        await streams.received(len(MANY) * TOKENS // 3)
         serve.kill(name)
         streamed = await streams.ends()
         assert await asyncio.to_thread(serve.wait_ended) == 1
@@ -104,4 +104,4 @@ async def test_streams_end_when_a_process_of_ray_dies_and_nothing_is_left(name: 
     config = build({"engine": SMALL_ENGINE})
     answers = await asyncio.to_thread(greedy_by_engine, config, ids, TOKENS)
     expected = dict(zip(PROMPTS, answers, strict=True))
-    check_complete(streamed, THIRTY, expected)
+    check_complete(streamed, MANY, expected)

@@ -13,10 +13,12 @@ import pytest
 
 from kvmesh.cluster.http_front import FrontFirst, Message, Scope, attach
 from kvmesh.cluster.ingress.validate import Limits
+from kvmesh.cluster.openai import call as call_module
 from kvmesh.cluster.telemetry import table
 from kvmesh.v1 import kvmesh_pb2 as pb
 from tests.cluster.machine import PATIENCE_S
 from tests.cluster.openai.server import (
+    KEY,
     MAX_BYTES,
     TENANT,
     HttpServer,
@@ -186,6 +188,47 @@ async def test_a_client_that_leaves_ends_its_request(
     await until(lambda: contract.ended == 1)
     await until(lambda: server.meters.of(table.REQUESTS, "/v1/completions", "cancelled") == 1)
     assert server.front._reception._calls == 0
+
+
+async def test_a_client_that_leaves_while_it_is_sent_to_ends_its_request(
+    server: HttpServer, contract: ScriptedContract, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody waits for the next event then. It is not left to the garbage collector to end it."""
+    kept: list[Any] = []
+    merged = call_module._merged
+
+    def keep(*streams: Any) -> Any:
+        kept.append(merged(*streams))
+        return kept[-1]
+
+    monkeypatch.setattr(call_module, "_merged", keep)
+    sending, left, never = asyncio.Event(), asyncio.Event(), asyncio.Event()
+    body = iter([json.dumps({"prompt": "a", "stream": True}).encode()])
+
+    async def receive() -> Message:
+        if (part := next(body, None)) is not None:
+            return {"type": "http.request", "body": part}
+        await left.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        if message.get("body"):
+            sending.set()
+            await never.wait()
+
+    scope: Scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/v1/completions",
+        "query_string": b"",
+        "headers": [(b"authorization", f"Bearer {KEY}".encode())],
+    }
+    serving = asyncio.create_task(server.front(scope, receive, send))
+    await sending.wait()
+    assert (len(kept), contract.ended) == (1, 0)
+    left.set()
+    await serving
+    assert contract.ended == 1
 
 
 async def test_a_client_that_leaves_one_of_several_prompts(
