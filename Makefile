@@ -26,7 +26,7 @@ VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 PY := .venv/bin/python
 STAMP := .venv/.installed
 
-.PHONY: help venv hooks demo serve test test-fast test-slow mutants lint format protos sdk chart image \
+.PHONY: help venv hooks demo serve test test-fast test-slow coverage mutants lint format protos sdk chart image \
 	dashboards graph bench clean distclean
 
 help: ## Print this list
@@ -66,18 +66,20 @@ test: $(STAMP) ## Run all tests, or those of ARGS
 ifneq ($(strip $(ARGS)),)
 	$(PY) -m pytest $(ARGS)
 else
-	$(MAKE) test-fast
+	$(MAKE) coverage
 	$(PY) -m pytest -m 'slow or ray' $(REST)
 endif
 
 # In a process for each core, up to 4: each loads for itself what it tests.
 SPREAD := -n logical --maxprocesses 4
-# Coverage has a floor that a part of the tests cannot reach: with ARGS it is not measured.
-WHOLE := $(SPREAD) --dist loadscope --cov --cov-report=
+BY_FILE := $(SPREAD) --dist loadscope
 # One process runs all tests that start a cluster, which wait a lot; the others run slow ones.
 REST = -n $$(( $$($(PY) -c 'import os; print(min(os.cpu_count() or 1, 4))') + 1 )) --dist loadgroup
-test-fast: $(STAMP) ## Run the fast tests, no Ray and no slow ones, with coverage
-	$(PY) -m pytest -m 'not (ray or slow)' $(or $(ARGS),$(WHOLE))
+test-fast: $(STAMP) ## Run the fast tests: no Ray and no slow ones
+	$(PY) -m pytest -m 'not (ray or slow)' $(or $(ARGS),$(BY_FILE))
+
+coverage: $(STAMP) ## Run the fast tests, and fail if they execute too little of the code
+	$(PY) -m pytest -m 'not (ray or slow)' $(BY_FILE) --cov --cov-report=
 
 test-slow: $(STAMP) ## Run the slow tests that need no Ray: interpreted kernels, whole models
 	$(PY) -m pytest -m 'slow and not ray' $(or $(ARGS),$(SPREAD) --dist worksteal)

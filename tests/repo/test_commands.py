@@ -27,13 +27,16 @@ def test_hooks_run_what_lint_runs() -> None:
 
 def test_every_test_runs_once() -> None:
     """The fast ones, the slow ones and those with Ray."""
-    commands = "\n".join([*recipe("test-fast"), *recipe("test-slow")])
-    assert re.findall(r"pytest -m '(.*?)'", commands) == ["not (ray or slow)", "slow and not ray"]
+    targets = ("test-fast", "coverage", "test-slow")
+    assert [re.findall(r"pytest -m '(.*?)'", "".join(recipe(name))) for name in targets] == [
+        ["not (ray or slow)"],
+        ["not (ray or slow)"],
+        ["slow and not ray"],
+    ]
     whole = MAKEFILE[MAKEFILE.index("\ntest:") :].partition("else\n")[2].partition("endif")[0]
     assert whole.split("\n\t") == [
-        "\t$(MAKE) test-fast",
-        "$(MAKE) test-slow",
-        "$(PY) -m pytest -m ray\n",
+        "\t$(MAKE) coverage",
+        "$(PY) -m pytest -m 'slow or ray' $(REST)\n",
     ]
     assert "\nmake test </dev/null\n" in (ROOT / ".ci/run").read_text("utf-8")
 
