@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import stat
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -184,6 +185,32 @@ def test_a_lost_rank_is_reported_with_its_own_last_message() -> None:
     end.close()
 
 
+class ArrivedMessages:
+    """A socket, whose messages have all arrived."""
+
+    def __init__(self, *messages: Failed | RankDescription) -> None:
+        self._messages = [msgspec.msgpack.encode(message) for message in messages]
+
+    def poll(self, timeout_ms: int) -> bool:
+        return bool(self._messages)
+
+    def recv(self) -> bytes:
+        return self._messages.pop(0)
+
+
+def test_a_reason_is_found_after_other_messages_of_a_lost_rank(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    executor = ChannelExecutor(2)
+    with monkeypatch.context() as patch:
+        arrived = ArrivedMessages(DESCRIPTION, Failed("OutOfMemoryError", "no room"))
+        patch.setattr(executor, "_sockets", [ArrivedMessages(), arrived])
+        executor.fail(WorkerDiedError("rank 1 was killed"))
+        with pytest.raises(RankRaisedError, match="OutOfMemoryError: no room"):
+            executor.describe()
+    executor.close()
+
+
 @pytest.mark.parametrize("first", [0, 1])
 def test_of_several_failures_the_cause_is_reported(first: int) -> None:
     """A rank that has lost another one fails too, and may be heard of first."""
@@ -294,6 +321,19 @@ def test_limits_are_learned_from_steps() -> None:
         limits_s.append(executor._step_limit.of(PLAN))
         executor.execute(PLAN)
     assert limits_s == [MAX_NEW * 1000.0, MIN_NEW * 1000.0, 1000.0]
+    executor.close()
+    threads[0].join(60)
+
+
+def test_a_step_is_learned_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    executor = ChannelExecutor(1)
+    threads = start_ranks(executor, lambda end, rank: answer_everything(end, rank, []))
+    executor.describe()
+    learned_s: list[float] = []
+    monkeypatch.setattr(executor._step_limit, "learn", lambda plan, s: learned_s.append(s))
+    started_s = time.monotonic()
+    executor.execute(PLAN)
+    assert 0.0 <= learned_s[0] <= time.monotonic() - started_s
     executor.close()
     threads[0].join(60)
 

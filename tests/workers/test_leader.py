@@ -256,10 +256,14 @@ async def test_cached_blocks_and_loads_come_with_the_reports() -> None:
 
 async def test_drain_waits_for_running_sequences() -> None:
     async with running() as (leader, executor):
-        executor.allow(MANY)
         inbox = Inbox()
         leader.submit([request("a", [3, 4], 20)], inbox.deliver)
-        await asyncio.wait_for(leader.drain(), 60)
+        draining = asyncio.create_task(leader.drain())
+        while not leader._draining:
+            await asyncio.sleep(0)
+        assert not draining.done()
+        executor.allow(MANY)
+        await asyncio.wait_for(draining, 60)
         read = await inbox.until_end({"a"})
         assert tokens_of(read["a"]) == expected_output([3, 4], 20)
 
@@ -272,6 +276,7 @@ async def test_drain_hands_over_what_has_not_ended_in_time() -> None:
         await inbox.take()
         draining = asyncio.create_task(leader.drain(0.0))
         while leader._thread._commands.empty():
+            assert not draining.done(), "it waits for what it has cleared"
             await asyncio.sleep(0)
         executor.allow(MANY)
         read = await inbox.until_end({"a"})
