@@ -4,6 +4,7 @@ import pytest
 
 from kvmesh.cluster.routing.errors import DeadlineUnreachableError
 from kvmesh.cluster.routing.outcome import Enqueued, Grown, Refused
+from kvmesh.cluster.routing.placement import GroupChoice, PlacementWeights, choose
 from kvmesh.cluster.routing.verdict import Reason
 from kvmesh.workers.sizes import PageNeed
 from tests.routing.groups import (
@@ -33,6 +34,29 @@ def test_a_cached_prefix_attracts() -> None:
         end(router, placement, 10.5)
     router.fleet.pages_changed(first.group, (), pages)
     assert place(router, "e", 1600, 16, 20.0, page_hashes=pages).cached_tokens == 0
+
+
+def test_the_group_of_a_cached_prefix_is_worth_waiting_for_until_others_wait_for_it() -> None:
+    infos = {name: make_info(sealed=1000) for name in ("g0", "g1")}
+    router = router_with(pace=SLOW, groups=infos, ahead_s=10.0)
+    only = {name: {"excluded_groups": frozenset(infos.keys() - {name})} for name in infos}
+    pages = tuple(b"%d" % page for page in range(100))
+    end(router, place(router, "a", 1600, 16, 0.0, page_hashes=pages, **only["g0"]), 5.0)
+    emit(router, place(router, "full", 8000, 16, 10.0, **only["g1"]), 19.0)
+    place(router, "computes", 2500, 16, 20.0, **only["g0"])
+    demand = router.fleet.demand(ask("b", 1600, 16, page_hashes=pages))
+    weights = PlacementWeights(ahead_s=0.5, balance_s=10.0)
+
+    def chosen(deferred_s: dict[str, float] | None) -> GroupChoice:
+        groups = router.fleet.groups.values()
+        return choose(groups, demand, 20.0, weights, deferred_s=deferred_s)
+
+    waits = chosen({})
+    assert waits.group is None and waits.better_later is router.fleet.groups["g0"]
+    assert [verdict.reason for verdict in waits.verdicts] == [Reason.BACKLOG, Reason.WORSE]
+    for deferred_s in ({"g0": 5.0}, None):  # None: it must be placed now
+        assert chosen(deferred_s).group is router.fleet.groups["g1"]
+    assert chosen({"g1": 5.0}).better_later is router.fleet.groups["g0"]
 
 
 def test_prompts_go_where_they_will_be_computed_first() -> None:
