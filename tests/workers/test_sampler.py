@@ -57,7 +57,7 @@ def test_uniform_is_uniform_and_depends_on_both_arguments() -> None:
 
 @pytest.mark.parametrize("params", [{}, {"top_k": 3}])
 def test_the_smallest_draw_gives_a_token_that_is_possible(
-    monkeypatch: pytest.MonkeyPatch, params: dict[str, int]
+    monkeypatch: pytest.MonkeyPatch, params: dict[str, Any]
 ) -> None:
     monkeypatch.setattr("kvmesh.workers.sampler.uniform", lambda seed, position: 0.0)
     logits = torch.full((VOCAB,), -torch.inf)
