@@ -69,7 +69,7 @@ class LocalRay:
                     _metrics_export_port=config.metrics.port,
                     _node_ip_address="127.0.0.1",
                 )
-        except (RuntimeError, OSError, ValueError) as error:
+        except Exception as error:  # the class that Ray raises when its node is not up in time
             words = " ".join(str(error).split()) + _gcs_words(self._directory)
             raise StartError(f"Ray did not start: {words}") from error
         self._processes = children_named(RAY_PROCESSES)

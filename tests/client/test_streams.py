@@ -309,21 +309,23 @@ def test_progress_resets_the_retry_count() -> None:
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 @pytest.mark.parametrize(
-    "broken",
+    ("broken", "what"),
     [
-        events(delta(1, "gap", 5)),
-        events(delta(0, "a", 5), delta(0, "a", 5)),
-        events(finished(), delta(0, "late", 5)),
-        events(delta(0, "a", 5), usage()),
-        events(usage()),
-        events(finished(), usage(), delta(0, "later", 5)),
-        lambda request, context: iter([delta(0, "unannounced", 5)]),
+        (events(delta(1, "gap", 5)), "has 0 tokens, but the delta starts at token 1"),
+        (events(delta(0, "a", 5), delta(0, "a", 5)), "has 1 tokens, but the delta starts at"),
+        (events(finished(), delta(0, "late", 5)), "output of choice 0 after it finished"),
+        (events(delta(0, "a", 5), usage()), "usage before choice 0 finished"),
+        (events(usage()), "usage before any output"),
+        (events(finished(), usage(), delta(0, "later", 5)), "an event after usage"),
+        (lambda request, context: iter([delta(0, "unannounced", 5)]), "output before started"),
     ],
     ids=["gap", "repeat", "late", "unfinished", "empty", "after-usage", "not-started"],
 )
-def test_a_stream_that_violates_the_contract_is_refused(broken: Action, asynchronous: bool) -> None:
+def test_a_stream_that_violates_the_contract_is_refused(
+    broken: Action, what: str, asynchronous: bool
+) -> None:
     servicer = ScriptedServicer(broken)
-    with serving(servicer) as target, pytest.raises(ProtocolError):
+    with serving(servicer) as target, pytest.raises(ProtocolError, match=what):
         collect(target, asynchronous)
     assert servicer.ended.wait(60)
 

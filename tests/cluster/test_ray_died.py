@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import typer
 
+from kvmesh.cluster import local_ray as local_ray_module
 from kvmesh.cluster.cli.exits import ExitCode, friendly_errors
 from kvmesh.cluster.cli.signals import hold_signals
 from kvmesh.cluster.config import ClusterConfig
-from kvmesh.cluster.errors import RayDiedError
+from kvmesh.cluster.errors import RayDiedError, StartError
 from kvmesh.cluster.lifecycle import Cluster
 from kvmesh.cluster.local_ray import LocalRay
 from kvmesh.cluster.ports import PortBlock
@@ -22,6 +26,24 @@ def local_ray(**processes: psutil.Process) -> LocalRay:
     local = LocalRay(PortBlock((), 0))  # no port is taken
     local._processes = processes
     return local
+
+
+@pytest.mark.parametrize("error", [Exception("timed out"), RuntimeError("no GCS"), OSError("full")])
+def test_it_says_why_ray_has_not_started(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception
+) -> None:
+    def init(**options: object) -> None:
+        raise error
+
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    monkeypatch.setattr(local_ray_module, "import_ray", lambda: SimpleNamespace(init=init))
+    before = dict(os.environ)
+    local = local_ray()
+    with pytest.raises(StartError, match=f"^Ray did not start: {error}$"):
+        local.start(ClusterConfig())
+    local.end()
+    local.release()
+    assert dict(os.environ) == before
 
 
 def test_it_stops_waiting_and_prints_one_line(capsys: pytest.CaptureFixture[str]) -> None:

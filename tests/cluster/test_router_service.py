@@ -140,6 +140,17 @@ def test_a_placement_says_where_and_under_which_lease() -> None:
     assert answer.queue_s == 0.0
 
 
+def test_a_placement_says_how_long_the_request_has_waited() -> None:
+    routed = Routed("g0")
+    ingress = FarEnd(routed)
+    first = placed(ingress, "a", 1)
+    ingress.says(Place(2, ask("b")))
+    routed.now += 7.0
+    ingress.says(Release(first.lease.lease_id))
+    (answer,) = (x for x in ingress.all_of(Placed) if isinstance(x, Placed) and x.call == 2)
+    assert answer.queue_s == 7.0
+
+
 def test_requests_that_wait_hear_it_once_a_period_if_it_changes() -> None:
     routed = Routed("g0")
     ingress = FarEnd(routed)

@@ -4,6 +4,7 @@ import pytest
 
 from kvmesh.cluster.routing.errors import DeadlineUnreachableError
 from kvmesh.cluster.routing.outcome import Enqueued, Grown, Refused
+from kvmesh.cluster.routing.placement import GroupChoice, PlacementWeights, choose, prefill_s
 from kvmesh.cluster.routing.status import router_status
 from kvmesh.cluster.routing.verdict import Reason
 from kvmesh.workers.sizes import PageNeed
@@ -34,6 +35,61 @@ def test_a_cached_prefix_attracts() -> None:
         end(router, placement, 10.5)
     router.fleet.pages_changed(first.group, (), pages)
     assert place(router, "e", 1600, 16, 20.0, page_hashes=pages).cached_tokens == 0
+
+
+def test_the_group_of_a_cached_prefix_is_worth_waiting_for_until_others_wait_for_it() -> None:
+    infos = {name: make_info(sealed=1000) for name in ("g0", "g1")}
+    router = router_with(pace=SLOW, groups=infos, ahead_s=10.0)
+    only = {name: {"excluded_groups": frozenset(infos.keys() - {name})} for name in infos}
+    pages = tuple(b"%d" % page for page in range(100))
+    end(router, place(router, "a", 1600, 16, 0.0, page_hashes=pages, **only["g0"]), 5.0)
+    emit(router, place(router, "full", 8000, 16, 10.0, **only["g1"]), 19.0)
+    place(router, "computes", 2500, 16, 20.0, **only["g0"])
+    demand = router.fleet.demand(ask("b", 1600, 16, page_hashes=pages))
+    weights = PlacementWeights(ahead_s=0.5, balance_s=10.0)
+
+    def chosen(deferred_s: dict[str, float] | None) -> GroupChoice:
+        groups = router.fleet.groups.values()
+        return choose(groups, demand, 20.0, weights, deferred_s=deferred_s)
+
+    waits = chosen({})
+    assert waits.group is None and waits.better_later is router.fleet.groups["g0"]
+    assert [verdict.reason for verdict in waits.verdicts] == [Reason.BACKLOG, Reason.WORSE]
+    for deferred_s in ({"g0": 5.0}, None):  # None: it must be placed now
+        assert chosen(deferred_s).group is router.fleet.groups["g1"]
+    assert chosen({"g1": 5.0}).better_later is router.fleet.groups["g0"]
+
+
+def test_what_is_left_of_a_cached_prompt_takes_as_long_as_others_have_taken() -> None:
+    router = router_with(pace=SLOW, groups={"g0": make_info(sealed=1000)})
+    pages = tuple(b"%d" % page for page in range(100))
+    first = place(router, "a", 1600, 16, 0.0, page_hashes=pages)
+    emit(router, first, 3.2)  # twice as long as predicted
+    end(router, first, 5.0)
+    group = router.fleet.groups["g0"]
+    assert group.backlog.correction > 1.0
+    for hashes, cached in ((pages, 96 * 16), ((), 0)):
+        demand = router.fleet.demand(ask("b", 1600, 16, page_hashes=hashes))
+        predicted_s = group.backlog.pace.prefill_s(1600 - cached, cached)
+        assert prefill_s(group, demand) == pytest.approx(predicted_s * group.backlog.correction)
+
+
+def test_a_group_has_room_for_every_sequence_of_a_request_or_none() -> None:
+    router = router_with(groups={"g0": make_info(max_sequences=4, sealed=1000)})
+    first = place(router, "a", 160, 16, 0.0, sequences=2)
+    (waiting,) = router.place(ask("b", 160, 16, sequences=3), 0.0)
+    assert isinstance(waiting, Enqueued)
+    assert [verdict.reason for verdict in waiting.verdicts] == [Reason.BUSY]
+    assert granted(end(router, first, 1.0)).request_id == "b"
+
+
+def test_a_request_is_due_after_a_multiple_of_its_prefill_and_not_at_once() -> None:
+    router = router_with(
+        pace=SLOW, groups={"g0": make_info(sealed=1000)}, stretch=4.0, patience_s=1.5
+    )
+    for prompt_tokens, due in ((100, 11.5), (1000, 14.0)):
+        live = router.admission.arrive(ask(str(prompt_tokens), prompt_tokens, 16), 10.0)
+        assert live.due == pytest.approx(due, rel=1e-3)
 
 
 def test_prompts_go_where_they_will_be_computed_first() -> None:
@@ -111,6 +167,11 @@ def test_growth_past_the_estimate_is_granted_with_new_terms() -> None:
     assert again == grown
     end(router, placement, 4.0)
     assert want(router, placement, 160, 600, 5.0) == []
+
+
+def test_a_request_goes_where_it_takes_the_smaller_share_of_the_pages() -> None:
+    router = router_with(groups={"g0": make_info(sealed=100), "g1": make_info(sealed=1000)})
+    assert place(router, "a", 960, 16, 0.0).group == "g1"
 
 
 def test_short_requests_that_hold_no_sealed_page_are_spread() -> None:

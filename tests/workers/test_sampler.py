@@ -65,6 +65,16 @@ def test_uniform_is_uniform_and_depends_on_both_arguments() -> None:
     assert uniform(1, 2) != uniform(2, 1)
 
 
+@pytest.mark.parametrize("params", [{}, {"top_k": 3}])
+def test_the_smallest_draw_gives_a_token_that_is_possible(
+    monkeypatch: pytest.MonkeyPatch, params: dict[str, Any]
+) -> None:
+    monkeypatch.setattr("kvmesh.workers.sampler.uniform", lambda seed, position: 0.0)
+    logits = torch.full((VOCAB,), -torch.inf)
+    logits[[5, 6]] = 1.0
+    assert drawn(SamplingParams(temperature=1.0, **params), logits, 1) == [5]
+
+
 def test_draws_are_those_of_splitmix64() -> None:
     """Its published outputs for the seed 1234567; other versions have to draw the same."""
     published = [6457827717110365317, 3203168211198807973, 9817491932198370423]

@@ -32,6 +32,7 @@ POLL_S = 0.05
 PATIENCE_S = 60.0
 PAGE_TOKENS = 16
 POOL_SEQUENCES = 4
+START_ATTEMPTS = 3
 
 # Small pages and a small pool: four sequences at once, of about 800 tokens at most.
 SMALL_ENGINE: Mapping[str, Any] = {
@@ -55,14 +56,16 @@ def serving(config: ClusterConfig, keys: Path) -> Iterator[Endpoint]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CONFIG_HOME", str(keys))
         patch.delenv("KVMESH_API_KEY", raising=False)
-        cluster = Cluster(config)
-        try:
-            endpoint = cluster.start_guarded()
-        except StartError as error:
-            # Ray does not always start on a busy machine; what is ours fails twice.
-            print(f"started a second time, because: {error}")
+        for attempts_left in reversed(range(START_ATTEMPTS)):
             cluster = Cluster(config)
-            endpoint = cluster.start_guarded()
+            try:
+                endpoint = cluster.start_guarded()
+                break
+            except StartError as error:
+                # Ray gives its node 30 s, too little on a busy machine; what is ours fails again.
+                print(f"started again, because: {error}")
+                if not attempts_left:
+                    raise
         try:
             yield endpoint
         finally:

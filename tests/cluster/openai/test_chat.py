@@ -586,6 +586,9 @@ async def test_reasoning_and_tool_calls(server: HttpServer, contract: ScriptedCo
             ("c0", "weather", "{}"),
             ("c1", "time", "{}"),
         ]
+    parts = [part for choice in chunks for part in choice.delta.tool_calls or []]
+    first, rest = ("c0", "function"), (None, None)
+    assert [(part.id, part.type) for part in parts[:3]] == [first, rest, rest]
     thoughts = [getattr(choice.delta, "reasoning_content", None) for choice in chunks]
     assert [thought for thought in thoughts if thought] == ["Hm", "m."]
     assert all(choice.delta.content is None for choice in chunks)
