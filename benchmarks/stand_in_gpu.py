@@ -141,9 +141,37 @@ class StandInGpu:
 
 
 _FREE = frozenset(
-    """
-    _unsafe_view alias as_strided chunk detach diagonal empty empty_like empty_strided expand lift_fresh new_empty numpy_T permute reshape resolve_conj resolve_neg select set_ slice split split_with_sizes squeeze t transpose unbind unfold unsqueeze view
-    """.split()
+    {
+        "_unsafe_view",
+        "alias",
+        "as_strided",
+        "chunk",
+        "detach",
+        "diagonal",
+        "empty",
+        "empty_like",
+        "empty_strided",
+        "expand",
+        "lift_fresh",
+        "new_empty",
+        "numpy_T",
+        "permute",
+        "reshape",
+        "resolve_conj",
+        "resolve_neg",
+        "select",
+        "set_",
+        "slice",
+        "split",
+        "split_with_sizes",
+        "squeeze",
+        "t",
+        "transpose",
+        "unbind",
+        "unfold",
+        "unsqueeze",
+        "view",
+    }
 )
 _READS = ("_local_scalar_dense", "is_nonzero", "equal")
 
