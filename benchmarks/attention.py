@@ -325,10 +325,11 @@ def tune(names: list[str], bandwidth: float) -> list[Row]:
                 for warps in (1, 2, 4, 8)
                 for stages in (2, 3, 4)
             ]
-        chosen = triton_attention.decode_launch
+        attribute = "decode_launch"
+        chosen = getattr(triton_attention, attribute)
         for options in tried:
             other = replace(launch, options=options)
-            triton_attention.decode_launch = lambda *_, other=other, **__: other
+            setattr(triton_attention, attribute, lambda *_, other=other, **__: other)
             try:
                 row = measure(fmt, shape, bandwidth, None, rounds=5)
                 if row is not None:
@@ -338,7 +339,7 @@ def tune(names: list[str], bandwidth: float) -> list[Row]:
             except triton.runtime.errors.OutOfResources as error:
                 print(f"{name} {options}: {error}", file=sys.stderr)
             finally:
-                triton_attention.decode_launch = chosen
+                setattr(triton_attention, attribute, chosen)
     return rows
 
 

@@ -106,8 +106,8 @@ def shared_kernels(
         ),
     ):
         arguments = (sums, sums, number, sums, batch, *where, launch.form, BLOCK_D, BLOCK_P)
-        how = (kernel, arguments, {}, {"num_warps": 4})
-        yield name, partial(compile_kernel, *how, capability)
+        how: dict[str, Any] = {"num_warps": 4}
+        yield name, partial(compile_kernel, kernel, arguments, {}, how, capability)
     yield from expert_kernels(capability, head_dim)
 
 

@@ -6,7 +6,7 @@ In this order, in about ten minutes on an H100; torch, triton and transformers a
 
     correct    every served format's decode and prefill kernels against plain torch in fp64
     ceilings   a large copy's bandwidth, and a large bf16 product's FLOPs
-    decode     attention's share of the bandwidth by batch and context, compared with SDPA and FlashInfer
+    decode     attention's share of the bandwidth by batch and context; SDPA and FlashInfer
     prefill    attention's share of the product's FLOPs, for a chunk after a prefix
     step       time per output token of a Llama-3-8B with random weights, with CUDA graphs
     requests   requests per second at a ShareGPT-like mix, by format
@@ -34,7 +34,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
 
 from benchmarks import attention, decode, throughput
-from benchmarks.baselines import Shape
+from benchmarks.baselines import Shape, measure_baselines
 from benchmarks.device import DEVICE, conditions, copy_bandwidth, seconds
 from benchmarks.random_model import SHAPES, dtype_on, random_model
 from kvmesh.kernels.attention import AttentionBatch, paged_attention
@@ -126,7 +126,7 @@ def decode_attention(tiny: bool) -> Rows:
         shapes = [Shape(b, n, 8, 4, 128) for b, lengths in grid.items() for n in lengths]
     rows: Rows = []
     for shape in shapes:
-        baselines = attention.measure_baselines(shape)
+        baselines = measure_baselines(shape)
         for name in ("int8",) if tiny else ("exact", "int8", "k4v4", "k2v2"):
             row = attention.measure(get_format(name), shape, bandwidth, baselines)
             if row is not None:

@@ -141,7 +141,7 @@ class StandInGpu:
 
 
 _FREE = frozenset(
-    [
+    {
         "_unsafe_view",
         "alias",
         "as_strided",
@@ -171,7 +171,7 @@ _FREE = frozenset(
         "unfold",
         "unsqueeze",
         "view",
-    ]
+    }
 )
 _READS = ("_local_scalar_dense", "is_nonzero", "equal")
 

@@ -44,7 +44,8 @@ def uniforms(seeds: npt.NDArray[np.uint64], positions: Ints) -> npt.NDArray[np.f
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         z ^= z >> np.uint64(31)
-    return (z >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    draws: npt.NDArray[np.float64] = (z >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return draws
 
 
 _MASK = (1 << 64) - 1
@@ -171,8 +172,14 @@ class Sampler:
         """
         numbers = self._numbers[rows]
         draws = uniforms(numbers["seed"], np.array(ends) - numbers["prompt_tokens"])
-        names = ("temperature", "top_k", "top_p", "min_p")
-        params = SampleParams.of(draws, *(numbers[name] for name in names), self._device)
+        params = SampleParams.of(
+            draws,
+            numbers["temperature"],
+            numbers["top_k"],
+            numbers["top_p"],
+            numbers["min_p"],
+            self._device,
+        )
         wanted = np.flatnonzero(numbers["logprobs"] >= 0)
         return Sampling(
             rows,
@@ -285,7 +292,8 @@ class Sampler:
         if row.counts is not None:
             logits.sub_(row.counts, alpha=params.frequency_penalty)
             logits.sub_((row.counts > 0).to(logits.dtype), alpha=params.presence_penalty)
-        forbidden, ids = (), None
+        forbidden: tuple[int, ...] = ()
+        ids: torch.Tensor | None = None
         if end - row.prompt_tokens < params.min_tokens:
             forbidden, ids = self._eos + params.stop_token_ids, row.stops
         elif mask is not None and params.ignore_eos:

@@ -176,7 +176,7 @@ class StepBuffer:
     @classmethod
     def of(cls, arrays: StepArrays, works: Works, *, pinned: bool) -> StepBuffer:
         parts = _parts(arrays, works)
-        sizes = tuple([len(array) for array in part] for part in parts)
+        sizes = ([len(array) for array in parts[0]], [len(array) for array in parts[1]])
         num_bytes = 8 * sum(_aligned(sizes[0], 2)) + 4 * sum(_aligned(sizes[1], 4))
         made = cls(torch.empty(num_bytes, dtype=torch.uint8, pin_memory=pinned), sizes)
         made._fill(parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,9 +24,17 @@ def test_a_dry_run_fills_every_section(tmp_path: Path) -> None:
 def test_sections_of_the_same_device_are_not_run_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    output, runs = tmp_path / "first.json", []
-    made = {name: lambda _tiny, name=name: runs.append(name) or [{}] for name in ("a", "b")}
-    monkeypatch.setattr(first_gpu, "SECTIONS", made)
+    output = tmp_path / "first.json"
+    runs: list[str] = []
+
+    def section(name: str) -> Callable[[bool], first_gpu.Rows]:
+        def run(_tiny: bool) -> first_gpu.Rows:
+            runs.append(name)
+            return [{}]
+
+        return run
+
+    monkeypatch.setattr(first_gpu, "SECTIONS", {name: section(name) for name in ("a", "b")})
     monkeypatch.setattr(first_gpu, "conditions", lambda: {"device": "some GPU"})
     first_gpu.main(["--dry-run", "--output", str(output), "--only", "a"])
     first_gpu.main(["--dry-run", "--output", str(output), "--only", "a", "b"])

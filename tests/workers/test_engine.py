@@ -627,31 +627,6 @@ def test_the_longest_wait_is_that_of_a_sequence_that_was_paused() -> None:
     assert [x.token_gap_s for x in engine.stats.take_step_times()] == [now[0] - last_s["paused"]]
 
 
-def test_the_longest_wait_is_that_of_a_sequence_that_was_paused() -> None:
-    now = [0.0]
-    executor = MemoryExecutor(PAGE, 0, 0, 200)
-    execute = executor.execute
-
-    def slow(plan: StepPlan, masks: MakeMasks | None = None) -> StepResult:
-        now[0] += 1.0
-        return execute(plan)
-
-    executor.execute = slow  # type: ignore[method-assign]
-    config = EngineConfig(model="memory", page_size=PAGE, max_num_seqs=2, max_num_batched_tokens=16)
-    engine = Engine(config, executor, clock=lambda: now[0])
-    params = SamplingParams(temperature=0.0, max_tokens=90, ignore_eos=True)
-    lease = LeaseTerms("l", 1, 1, 0, 12)
-    engine.add(request("paused", [5, 6], params=params, lease=lease))
-    engine.add(request("other", [7, 8], params=params))
-    last_s: dict[str, float] = {}
-    while last_s.get("paused", 0.0) >= now[0] - 3.0:
-        last_s |= {delta.request_id: now[0] for delta in engine.step()}
-    engine.take_step_times()
-    engine.extend(LeaseTerms("l", 1, 1, 12, 12))
-    assert {delta.request_id for delta in engine.step()} == {"paused", "other"}
-    assert [x.token_gap_s for x in engine.take_step_times()] == [now[0] - last_s["paused"]]
-
-
 def test_loads_name_the_oldest_sequences_and_count_tokens_by_phase() -> None:
     now = [0.0]
     executor = MemoryExecutor(PAGE, 0, 0, 400)

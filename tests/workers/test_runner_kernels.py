@@ -140,7 +140,8 @@ def test_graphs_are_chosen_by_size_and_work() -> None:
     assert sizes_for(300)[-1] == 256
     count, none = 3, np.zeros(0, np.int64)
     ends = np.array([2**20, 100, 70])
-    step = StepArrays(*[ends] * 4, np.arange(count + 1), ends, ends, none, none, none)
+    starts = np.arange(count + 1)
+    step = StepArrays(ends, ends, ends, ends, starts, ends, ends, none, none, none)
     windows = Windows(64, 1, 1, None)
     work = DecodeWork.of(step.attention_lengths, windows)
     works: Works = {None: (work, tuple(work.rounds()))}
