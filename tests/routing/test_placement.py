@@ -168,6 +168,11 @@ def test_growth_past_the_estimate_is_granted_with_new_terms() -> None:
     assert want(router, placement, 160, 600, 5.0) == []
 
 
+def test_a_request_goes_where_it_takes_the_smaller_share_of_the_pages() -> None:
+    router = router_with(groups={"g0": make_info(sealed=100), "g1": make_info(sealed=1000)})
+    assert place(router, "a", 960, 16, 0.0).group == "g1"
+
+
 def test_short_requests_that_hold_no_sealed_page_are_spread() -> None:
     """By sealed pages alone, every group would look as empty as the first."""
     router = router_with(groups={f"g{index}": make_info() for index in range(3)})
