@@ -63,10 +63,13 @@ def test_a_queue_orders_by_priority_then_use_then_due_time() -> None:
 def test_late_requests_let_those_of_their_own_priority_pass() -> None:
     """Whatever waits with a higher one."""
     queue = WaitingQueue(100)
-    queue.put(waiting("urgent", 0, priority=1, due=90.0))
-    queue.put(waiting("late", 1, due=2.0))
-    queue.put(waiting("timely", 2, due=80.0))
-    assert names(queue, {"x": 0.0}, 3.0) == ["urgent", "timely", "late"]
+    former = waiting("former", 0, since=-30.0)
+    queue.put(former)
+    queue.remove(former, 0.0)  # so late ones wait for as long before they are urgent
+    queue.put(waiting("higher", 1, priority=1, due=90.0))
+    queue.put(waiting("late", 2, due=2.0))
+    queue.put(waiting("timely", 3, due=80.0))
+    assert names(queue, {"x": 0.0}, 3.0) == ["higher", "timely", "late"]
 
 
 class Steady:
