@@ -26,7 +26,7 @@ VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 PY := .venv/bin/python
 STAMP := .venv/.installed
 
-.PHONY: help venv hooks demo serve test test-fast test-slow coverage mutants lint format protos sdk chart image \
+.PHONY: help venv hooks demo serve test test-fast test-slow test-ray coverage mutants lint format protos sdk chart image \
 	dashboards graph bench clean distclean
 
 help: ## Print this list
@@ -67,14 +67,12 @@ ifneq ($(strip $(ARGS)),)
 	$(PY) -m pytest $(ARGS)
 else
 	$(MAKE) coverage
-	$(PY) -m pytest -m 'slow or ray' $(REST)
+	$(MAKE) -j2 --output-sync=target test-slow test-ray
 endif
 
 # In a process for each core, up to 4: each loads for itself what it tests.
 SPREAD := -n logical --maxprocesses 4
 BY_FILE := $(SPREAD) --dist loadscope
-# One process runs all tests that start a cluster, which wait a lot; the others run slow ones.
-REST = -n $$(( $$($(PY) -c 'import os; print(min(os.cpu_count() or 1, 4))') + 1 )) --dist loadgroup
 test-fast: $(STAMP) ## Run the fast tests: no Ray and no slow ones
 	$(PY) -m pytest -m 'not (ray or slow)' $(or $(ARGS),$(BY_FILE))
 
@@ -83,6 +81,9 @@ coverage: $(STAMP) ## Run the fast tests, and fail if they execute too little of
 
 test-slow: $(STAMP) ## Run the slow tests that need no Ray: interpreted kernels, whole models
 	$(PY) -m pytest -m 'slow and not ray' $(or $(ARGS),$(SPREAD) --dist worksteal)
+
+test-ray: $(STAMP) ## Run the tests that start a Ray cluster, one after the other: they wait a lot
+	$(PY) -m pytest -m ray $(ARGS)
 
 mutants: $(STAMP) ## Which faults do tests not notice? ARGS='scheduler' for one module (minutes)
 	$(PY) -m tests.mutants $(ARGS)

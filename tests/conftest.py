@@ -57,14 +57,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several processes, one of them runs all tests that start a cluster, in order."""
-    for item in items:
-        if item.get_closest_marker("ray") is not None:
-            item.add_marker(pytest.mark.xdist_group("ray"))
-
-
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Ray reads once, when it is imported, whether it has to send tokens.
 
