@@ -12,6 +12,7 @@ to hash them. Each figure is the smallest of five rounds.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import time
@@ -24,7 +25,6 @@ import msgspec
 import numpy as np
 
 from benchmarks.control_plane.__main__ import HERE, commit_of, conditions
-from kvmesh.cluster.processes import settle
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.engine import Engine
 from kvmesh.workers.executor import Allocation, MakeMasks, RankDescription
@@ -99,7 +99,8 @@ def _over_the_wire(plan: StepPlan) -> StepPlan:
 
 
 def measure(context: int) -> dict[str, float]:
-    settle()  # as in a replica
+    gc.collect()
+    gc.freeze()  # as in a replica
     executor = AnsweringExecutor()
     config = EngineConfig(model="none", page_size=PAGE, max_num_seqs=4, max_num_batched_tokens=8192)
     engine = Engine(config, executor)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvmesh.cluster.planner.known_models import KNOWN_MODELS, KnownModel
 from kvmesh.cluster.simulator.hardware import ModelShape
@@ -16,7 +16,9 @@ from kvmesh.workers.model.dbrx_keys import standard_keys
 from kvmesh.workers.model.facts import check_supported, read_json
 from kvmesh.workers.model.rope_scaling import RopeScaling
 from kvmesh.workers.model.sizes import ModelSizes
-from kvmesh.workers.model.weight_counts import WeightCounts
+
+if TYPE_CHECKING:
+    from kvmesh.workers.model.weight_counts import WeightCounts
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -90,6 +92,9 @@ def _of_file(path: Path) -> PlannedModel:
 
 def _of_config(config: Mapping[str, Any], source: Path | str, name: str) -> PlannedModel:
     """source: what errors name; name: as `serve` takes it"""
+    # Imported here: it loads torch and transformers.
+    from kvmesh.workers.model.weight_counts import WeightCounts
+
     config = standard_keys(config, Path(source))
     sizes = ModelSizes.of(config, source)
     positions = config.get("max_position_embeddings")

@@ -3,7 +3,7 @@
 Numba does not vectorise a sum of floats in blocks, so its LLVM is written here, for any
 processor: 16 weights are loaded, widened to fp32 and scaled once, then multiplied with 16
 numbers of every input. An output has one accumulator of 16 lanes, which are added at the
-end; so its bits do not depend on what else is computed beside it.
+end; so its bits do not depend on what else is computed.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from kvmesh.cluster.config import (
 from kvmesh.cluster.routing.fairness import TenantPolicy
 from kvmesh.workers.config import PAGE_SIZES, EngineConfig
 from kvmesh.workers.errors import ConfigError, ConfigErrors
+from kvmesh.workers.rope_override import RopeOverride
 
 HASH = "ab" * 32
 
@@ -76,6 +77,9 @@ def test_every_engine_setting_reaches_the_engine() -> None:
         "max_step_s": 0.2,
         "step_timeout_s": 3.0,
         "kv_probe": "refuse",
+        "weight_format": "int8",
+        "rope": RopeOverride(type="linear", factor=2.0).model_dump(),
+        "expert_parallel": True,
     }
     built = build({"model": "m", "engine": values}).engine_config()
     assert built.model_dump() == {**values, "model": "m", "kv_memory_bytes": 64 << 20}

@@ -125,6 +125,8 @@ def test_serve_refuses_before_ray_starts(
 ) -> None:
     gpus = [80 * GB] if "GPUs" in problem else []
     monkeypatch.setattr(lifecycle, "local_gpu_memory", lambda: gpus)
+    # Another test of this process may have imported Ray.
+    monkeypatch.setattr(lifecycle, "check_ray_sends_tokens", lambda: None)
     monkeypatch.setattr(lifecycle, "take_ports", lambda *_: pytest.fail("Ray would start"))
     sets = [part for setting in settings for part in ("--set", setting)]
     result = run("serve", "--model", str(model), *sets)

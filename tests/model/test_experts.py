@@ -78,7 +78,7 @@ def test_a_model_with_mxfp4_experts_computes_what_transformers_does(
     packed, plain = mxfp4_model
     with torch.inference_mode():
         expected = transformers_model(plain)(torch.tensor([PROMPTS[0]])).logits[0]
-    torch.testing.assert_close(logits_of(packed), expected, rtol=0, atol=2e-5)
+    torch.testing.assert_close(logits_of(packed), expected, rtol=0, atol=5e-5)
     assert torch.equal(logits_of(packed), logits_of(plain))
     assert read_facts(packed).dtype == "float32"
 

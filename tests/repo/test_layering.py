@@ -53,7 +53,7 @@ TORCH_FREE = {
     "kvmesh.workers.sampling_params",
     "kvmesh.workers.settings",
     "kvmesh.workers.sizes",
-    "kvmesh.workers.model.weight_counts",
+    "kvmesh.workers.model.sizes",
     "kvmesh.cluster.planner.plan",
 }
 

@@ -81,5 +81,7 @@ class GpuRanks(MemoryExecutor):
 def test_the_smallest_gpu_of_a_group_decides_and_the_router_sees_it() -> None:
     executor = GpuRanks(page_size=16, sink=1, recent=1, budget_pages=10_000)
     info = Engine(config(page_size=16), executor).info
-    assert (info.max_num_batched_tokens, info.max_num_seqs) == (2048, 128)
+    # By itself; exact pages of so many sequences would take more than their share of the memory.
+    assert info.max_num_batched_tokens == 2048
+    assert info.max_num_seqs == 61 < 128
     assert info.device == "cuda"

@@ -69,7 +69,9 @@ def test_uniform_is_uniform_and_depends_on_both_arguments() -> None:
 def test_the_smallest_draw_gives_a_token_that_is_possible(
     monkeypatch: pytest.MonkeyPatch, params: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr("kvmesh.workers.sampler.uniform", lambda seed, position: 0.0)
+    monkeypatch.setattr(
+        "kvmesh.workers.sampler.uniforms", lambda seeds, positions: np.zeros(len(seeds))
+    )
     logits = torch.full((VOCAB,), -torch.inf)
     logits[[5, 6]] = 1.0
     assert drawn(SamplingParams(temperature=1.0, **params), logits, 1) == [5]

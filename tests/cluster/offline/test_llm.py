@@ -186,7 +186,7 @@ def test_wrong_arguments_are_named(
     [
         ({"quant_policy": 5}, "quant_policy", "must be 0, 4, 8 or 42"),
         ({"quant_policy": 8, "kv_format": "int8"}, "quant_policy", "cannot be combined"),
-        ({"kv_format": "int9"}, "kv_format", "must be one of"),
+        ({"kv_format": "int9"}, "kv_format", "did you mean int8?"),
         ({"kv_fromat": "int8"}, "kv_fromat", "did you mean kv_format?"),
         ({"max_num_seqs": 0}, "max_num_seqs", "greater than or equal to 1"),
         ({"tp": 3}, "engine.tp", "must divide the model's 4 KV heads"),
