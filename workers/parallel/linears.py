@@ -97,8 +97,10 @@ class RowLinear(nn.Module):
         the output instead. x: [T, in_local]"""
         if self._comm.size > 1:
             return self(x)  # type: ignore[no-any-return]
-        assert not isinstance(self.weight, PackedWeight), "only GPUs add products"
-        add_product(residual, x, self.weight)
+        if isinstance(self.weight, PackedWeight):
+            residual += linear(x, self.weight)
+        else:
+            add_product(residual, x, self.weight)
         if self.bias is not None:
             residual += self.bias
         return None
