@@ -40,7 +40,8 @@ CONFIG = small_config(
     metrics={"tenants": 1},
     router={"max_queued": 6},
 )
-# What a healthy cluster without GPUs, of a model without experts, does not have.
+# What a healthy cluster without GPUs, of a model without experts, does not have; and quarantines,
+# which it has if the engine dies within a step.
 ABSENT = {
     metric.exported
     for metric in (
@@ -48,6 +49,7 @@ ABSENT = {
         table.GPU_UTILIZATION,
         table.GPU_MEMORY,
         table.PREEMPTIONS,
+        table.QUARANTINES,
     )
 }
 WINDOW_S = 120.0
