@@ -67,7 +67,7 @@ ifneq ($(strip $(ARGS)),)
 	$(PY) -m pytest $(ARGS)
 else
 	$(MAKE) coverage
-	$(MAKE) -j2 test-slow test-ray
+	$(MAKE) test-slow test-ray
 endif
 
 # In a process for each core, up to 4: each loads for itself what it tests.

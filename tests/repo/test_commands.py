@@ -37,7 +37,7 @@ def test_every_test_runs_once() -> None:
     whole = MAKEFILE[MAKEFILE.index("\ntest:") :].partition("else\n")[2].partition("endif")[0]
     assert whole.split("\n\t") == [
         "\t$(MAKE) coverage",
-        "$(MAKE) -j2 test-slow test-ray\n",
+        "$(MAKE) test-slow test-ray\n",
     ]
     assert "\nmake test </dev/null\n" in (ROOT / ".ci/run").read_text("utf-8")
 
