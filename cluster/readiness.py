@@ -18,8 +18,7 @@ POLL_S = 0.2
 def until_running(timeout_s: float) -> Iterator[str]:
     """Wait for all deployments; yields what it waits for. Raises StartError."""
     deadline = time.monotonic() + timeout_s
-    while not deployment.is_running():
-        waiting = deployment.unready()
+    while (waiting := deployment.waiting_for()) is not None:
         if time.monotonic() > deadline:
             raise StartError(f"not ready within {timeout_s:g} s (timeouts.start_s); {waiting}")
         yield waiting
