@@ -82,8 +82,8 @@ coverage: $(STAMP) ## Run the fast tests, and fail if they execute too little of
 test-slow: $(STAMP) ## Run the slow tests that need no Ray: interpreted kernels, whole models
 	$(PY) -m pytest -m 'slow and not ray' $(or $(ARGS),$(SPREAD) --dist worksteal)
 
-test-ray: $(STAMP) ## Run the tests that start a Ray cluster, one after the other: they wait a lot
-	$(PY) -m pytest -m ray $(ARGS)
+test-ray: $(STAMP) ## Run the tests that start a Ray cluster, two at a time: they wait a lot
+	$(PY) -m pytest -m ray $(or $(ARGS),-n 2 --dist loadgroup)
 
 mutants: $(STAMP) ## Which faults do tests not notice? ARGS='scheduler' for one module (minutes)
 	$(PY) -m tests.mutants $(ARGS)

@@ -57,6 +57,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that share a cluster stay in one process: those of a file, or of a folder below e2e."""
+    for item in items:
+        if item.get_closest_marker("ray"):
+            shared = item.path if item.path.parent.name == "e2e" else item.path.parent
+            item.add_marker(pytest.mark.xdist_group(str(shared)))
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Ray reads once, when it is imported, whether it has to send tokens.
 

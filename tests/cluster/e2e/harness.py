@@ -1,4 +1,4 @@
-"""A cluster on the embedded model, and helpers that wait for its state."""
+"""A cluster on a small model, and helpers that wait for its state."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from kvmesh.workers.leader import EngineLeader
 from kvmesh.workers.local import LocalProcesses
 from kvmesh.workers.request import EngineRequest, SequenceDelta
 from kvmesh.workers.sampling_params import SamplingParams
+from tests.cluster.e2e.shallow import LAYERS, make_shallow, shallow_path
 
 POLL_S = 0.05
 PATIENCE_S = 60.0
@@ -35,24 +36,27 @@ POOL_SEQUENCES = 4
 START_ATTEMPTS = 3
 
 # Small pages and a small pool: four sequences at once, of about 800 tokens at most.
+KV_LAYER_BYTES = 560 << 10
 SMALL_ENGINE: Mapping[str, Any] = {
     "tp": 1,
     "threads_per_rank": 1,
     "page_size": PAGE_TOKENS,
     "max_num_seqs": POOL_SEQUENCES,
     "max_num_batched_tokens": 128,
-    "kv_memory_bytes": "16MiB",
+    "kv_memory_bytes": LAYERS * KV_LAYER_BYTES,
     "kv_probe": "off",
 }
+SMALL: Mapping[str, Any] = {"model": str(shallow_path()), "engine": SMALL_ENGINE}
 
 
 def small_config(**sections: Any) -> ClusterConfig:
-    return build({"engine": SMALL_ENGINE, "ingress": {"port": 0, "http_port": 0}, **sections})
+    return build({**SMALL, "ingress": {"port": 0, "http_port": 0}, **sections})
 
 
 @contextmanager
 def serving(config: ClusterConfig, keys: Path) -> Iterator[Endpoint]:
     """A running cluster, whose API key is created below the directory `keys`."""
+    make_shallow()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CONFIG_HOME", str(keys))
         patch.delenv("KVMESH_API_KEY", raising=False)

@@ -20,7 +20,8 @@ import yaml
 from kvmesh.client import NO_RETRY, Client
 from kvmesh.client.credentials import read_key_file
 from kvmesh.cluster.lifecycle import Endpoint
-from tests.cluster.e2e.harness import SMALL_ENGINE, wait_for
+from tests.cluster.e2e.harness import SMALL, wait_for
+from tests.cluster.e2e.shallow import make_shallow
 
 READY_WITHIN_S = 120.0
 GONE_WITHIN_S = 60.0
@@ -31,11 +32,13 @@ class Server:
     """`kvmesh serve`, in its own process group, as in a terminal."""
 
     def __init__(self, directory: Path) -> None:
+        make_shallow()
         self._directory = directory
         config = directory / "kvmesh.yaml"
         # On a busy machine, thirty streams take longer than the default of drain_s.
         sections = {
-            "engine": dict(SMALL_ENGINE),
+            **SMALL,
+            "engine": dict(SMALL["engine"]),
             "ingress": {"port": 0, "http_port": 0},
             "timeouts": {"drain_s": 120},
         }

@@ -10,6 +10,7 @@ import pytest
 from kvmesh.client import Client
 from kvmesh.cluster.lifecycle import Endpoint
 from tests.cluster.e2e.harness import (
+    KV_LAYER_BYTES,
     SMALL_ENGINE,
     check_accounts,
     greedy_by_engine,
@@ -19,6 +20,7 @@ from tests.cluster.e2e.harness import (
     wait_for,
     wait_idle,
 )
+from tests.cluster.e2e.shallow import LAYERS
 from tests.cluster.e2e.streams import PATIENT, PROMPTS, Streams, check_complete, loads
 
 pytestmark = [
@@ -33,7 +35,7 @@ NOISE_NATS = 0.05
 # Four sequences fill a group; one in each is little enough for one group alone.
 CONFIG = small_config(
     groups=2,
-    engine={**SMALL_ENGINE, "kv_memory_bytes": "24MiB"},
+    engine={**SMALL_ENGINE, "kv_memory_bytes": 3 * LAYERS * KV_LAYER_BYTES // 2},
     autoscaling={"min_groups": 1, "wait_s": 0.5, "up_after_s": 0.5, "down_after_s": 5},
     timeouts={"drain_s": 1},
 )

@@ -28,8 +28,8 @@ pytestmark = [
 ]
 
 DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "security.md"
-CLUSTERS = 3
-CALLS = 34  # of each
+CLUSTERS = 2
+CALLS = 50  # of each
 LOOPBACK = ("127.0.0.1", "::ffff:127.0.0.1", "::1")
 
 

@@ -35,6 +35,7 @@ from tests.cluster.e2e.ray_nodes import (
     nodes_of,
     ray_nodes,
 )
+from tests.cluster.e2e.shallow import make_shallow, shallow_path
 from tests.cluster.e2e.streams import PATIENT, PROMPTS, Streams, check_complete
 
 pytestmark = [
@@ -79,6 +80,7 @@ def cluster() -> Iterator[Cluster]:
 
     Proxies of several nodes would have the same ports here, so that there is one on the head alone.
     """
+    make_shallow()
     ports = take_ports("127.0.0.1", {})
     with tempfile.TemporaryDirectory(prefix="k", dir="/tmp") as name:
         directory = Path(name)
@@ -87,6 +89,7 @@ def cluster() -> Iterator[Cluster]:
         keys.write_text(f"{KEY}\n")
         keys.chmod(0o600)
         values = {
+            "model": str(shallow_path()),
             "engine": dict(SMALL_ENGINE),
             "groups": GROUPS,
             "ingress": {

@@ -11,8 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from kvmesh.client import Client, KVMeshError
-from kvmesh.cluster.config import build
-from tests.cluster.e2e.harness import SMALL_ENGINE, greedy_by_engine
+from tests.cluster.e2e.harness import greedy_by_engine, small_config
 from tests.cluster.e2e.server import Server, serving_process
 from tests.cluster.e2e.streams import PROMPTS, Streams, check_complete
 
@@ -101,7 +100,7 @@ async def test_streams_end_when_a_process_of_ray_dies_and_nothing_is_left(name: 
         check_gone(serve)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", int(endpoint.target.rpartition(":")[2])))
-    config = build({"engine": SMALL_ENGINE})
+    config = small_config()
     answers = await asyncio.to_thread(greedy_by_engine, config, ids, TOKENS)
     expected = dict(zip(PROMPTS, answers, strict=True))
     check_complete(streamed, MANY, expected)

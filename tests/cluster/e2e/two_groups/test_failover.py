@@ -106,7 +106,7 @@ async def test_a_new_router_takes_over_the_leases_of_live_streams(
 ) -> None:
     async with AsyncClient(endpoint.target, api_key=endpoint.api_key) as many:
         streams = [
-            many.generate_stream("Count:", max_tokens=400, ignore_eos=True) for _ in range(2)
+            many.generate_stream("Count:", max_tokens=2500, ignore_eos=True) for _ in range(2)
         ]
         iterators = [aiter(stream) for stream in streams]
         for iterator in iterators:

@@ -1,0 +1,48 @@
+"""The embedded model without most of its layers, for tests in which many tokens are computed.
+
+What it writes makes no sense, but depends on every token before; a step takes a fifth of the time.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from kvmesh.workers.model.source import resolve_model
+from kvmesh.workers.model.store import ModelStore, default_root
+
+LAYERS = 4
+KEY = f"smollm2-first-{LAYERS}-layers-1"
+WEIGHTS = "model.safetensors"
+MAX_BYTES = 200 << 20
+
+
+def shallow_path() -> Path:
+    """Where the model is once it is made."""
+    return default_root() / KEY
+
+
+def make_shallow() -> None:
+    """Make it, if no run of the tests has done so before."""
+    whole = resolve_model("smollm2-135m-instruct").path
+    ModelStore(default_root()).make(KEY, KEY, lambda directory: _fill(whole, directory), MAX_BYTES)
+
+
+def _fill(whole: Path, directory: Path) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(whole / name, directory)
+    shutil.copy(whole / "chat_template.jinja", directory)
+    config = json.loads((whole / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "num_hidden_layers": LAYERS}))
+    left_out = tuple(f"model.layers.{n}." for n in range(LAYERS, config["num_hidden_layers"]))
+    with safe_open(whole / WEIGHTS, "pt") as file:
+        kept = {
+            name: file.get_tensor(name)
+            for name in file.keys()  # noqa: SIM118 - it is no mapping
+            if not name.startswith(left_out)
+        }
+    save_file(kept, directory / WEIGHTS, metadata={"format": "pt"})
