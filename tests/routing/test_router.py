@@ -451,3 +451,18 @@ def test_the_log_of_decisions_is_bounded_and_keeps_the_latest() -> None:
         roomy.note(again, 9.0)
     assert len(roomy.explain("again", 9.0)) == 8
     assert roomy.explain("first", 9.0), "only what is kept counts"
+
+
+def test_an_estimate_is_of_the_end_of_the_queue() -> None:
+    """Those that wait go first, even where the request would have room."""
+    router = router_with(groups={"g0": make_info(sealed=30)})
+    granted(router.place(ask("running", prompt=300), 0.0))
+    alone = router.admission.estimate(ask("small", prompt=16, out=16), 0.0)
+    assert (alone.fits_now, alone.projected_start_s) == (True, 0.0)
+    starts = []
+    for number in range(3):
+        assert isinstance(router.place(ask(f"large-{number}", prompt=300), 0.0)[0], Enqueued)
+        found = router.admission.estimate(ask("small", prompt=16, out=16), 0.0)
+        assert (found.fits_ever, found.fits_now, found.group) == (True, False, None)
+        starts.append(found.projected_start_s)
+    assert starts[0] < starts[1] < starts[2]
