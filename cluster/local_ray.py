@@ -72,7 +72,7 @@ class LocalRay:
         except Exception as error:  # the class that Ray raises when its node is not up in time
             words = " ".join(str(error).split()) + _gcs_words(self._directory)
             raise StartError(f"Ray did not start: {words}") from error
-        self._processes = children_named(RAY_PROCESSES)
+        self._processes = children_named(RAY_PROCESSES, self._keep)
         return context
 
     def dead_part(self) -> str | None:

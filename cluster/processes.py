@@ -44,12 +44,15 @@ def end_descendants(keep: frozenset[int], timeout_s: float = 3.0) -> list[str]:
     return ended
 
 
-def children_named(names: Collection[str]) -> dict[str, psutil.Process]:
-    """Direct children of this process by the names of their executables."""
+def children_named(names: Collection[str], keep: frozenset[int]) -> dict[str, psutil.Process]:
+    """Direct children of this process by the names of their executables, except those in `keep`.
+
+    keep: process ids of descendants that were there before, some of them dead perhaps
+    """
     found: dict[str, psutil.Process] = {}
     for child in psutil.Process().children():
         with contextlib.suppress(psutil.NoSuchProcess):
-            if child.name() in names:
+            if child.pid not in keep and child.name() in names:
                 found[child.name()] = child
     return found
 

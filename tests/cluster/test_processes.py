@@ -15,10 +15,11 @@ def test_a_child_is_dead_before_anyone_has_waited_for_it_and_after() -> None:
     code = "import sys; sys.stdin.read()"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE) as child:
         process = psutil.Process(child.pid)
-        assert children_named({process.name()})[process.name()].pid in {
-            x.pid for x in psutil.Process().children()
-        }
-        assert children_named({"no such name"}) == {}
+        name = process.name()
+        others = frozenset(x.pid for x in psutil.Process().children()) - {child.pid}
+        assert children_named({name}, others) == {name: process}
+        assert children_named({"no such name"}, others) == {}
+        assert children_named({name}, others | {child.pid}) == {}, "it was there before"
         assert not is_dead(process)
         child.kill()
         process_ended(child.pid)
