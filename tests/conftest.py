@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import PurePath
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
@@ -57,13 +59,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that share a cluster stay in one process: those of a file, or of a folder below e2e."""
-    for item in items:
-        if item.get_closest_marker("ray"):
-            shared = item.path if item.path.parent.name == "e2e" else item.path.parent
-            item.add_marker(pytest.mark.xdist_group(str(shared)))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object | None:
+    """With --dist=loadgroup, tests that share a cluster stay in one process.
+
+    pytest-xdist reads the groups of this mode from a place where pytest 9.2 has none any more.
+    """
+    if config.getoption("dist") != "loadgroup":
+        return None
+    from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]
+
+    class ByCluster(LoadScopeScheduling):  # type: ignore[misc, unused-ignore]
+        """Those of a folder; of tests/cluster/e2e itself, those of a file."""
+
+        def _split_scope(self, nodeid: str) -> str:
+            file = PurePath(nodeid.partition("::")[0])
+            return str(file if file.parent.name == "e2e" else file.parent)
+
+    return ByCluster(config, log)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

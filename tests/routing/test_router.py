@@ -459,10 +459,11 @@ def test_an_estimate_is_of_the_end_of_the_queue() -> None:
     granted(router.place(ask("running", prompt=300), 0.0))
     alone = router.admission.estimate(ask("small", prompt=16, out=16), 0.0)
     assert (alone.fits_now, alone.projected_start_s) == (True, 0.0)
-    starts = []
+    starts: list[float] = []
     for number in range(3):
         assert isinstance(router.place(ask(f"large-{number}", prompt=300), 0.0)[0], Enqueued)
         found = router.admission.estimate(ask("small", prompt=16, out=16), 0.0)
         assert (found.fits_ever, found.fits_now, found.group) == (True, False, None)
+        assert found.projected_start_s is not None
         starts.append(found.projected_start_s)
     assert starts[0] < starts[1] < starts[2]

@@ -49,7 +49,7 @@ pytestmark = [
 KEY = "a-key-of-a-test"
 KVMESH = (sys.executable, "-c", "from kvmesh.cluster.cli.commands import app; app()")
 GROUPS = 2
-TOKENS = 24
+TOKENS = 40
 STREAMS = 30
 
 
@@ -151,7 +151,11 @@ async def test_a_node_is_lost_under_streams(
     prompts = list(islice(cycle(PROMPTS), STREAMS))
     streams = Streams(cluster.endpoint, prompts, TOKENS)
     await streams.received(3)
-    assert sum(group.running > 0 for group in cluster.loads().groups) == GROUPS
+
+    def all_run() -> bool:
+        return all(group.running > 0 for group in cluster.loads().groups)
+
+    await asyncio.to_thread(wait_for, all_run, "every group has streams")
     cluster.nodes.kill(node)
     streamed = await streams.ends()
     check_complete(streamed, prompts, expected)
