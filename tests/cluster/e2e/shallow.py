@@ -40,12 +40,11 @@ def _fill(whole: Path, directory: Path) -> None:
     shutil.copy(whole / "chat_template.jinja", directory)
     config = json.loads((whole / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps({**config, "num_hidden_layers": LAYERS}))
+    kept = {}
     with safe_open(whole / WEIGHTS, "pt") as file:
-        kept = {
-            name: file.get_tensor(stored)
-            for stored in file.keys()  # noqa: SIM118 - it is no mapping
-            if (name := _renumbered(stored)) is not None
-        }
+        for stored in file.keys():  # noqa: SIM118 - it is no mapping
+            if (name := _renumbered(stored)) is not None:
+                kept[name] = file.get_tensor(stored)
     save_file(kept, directory / WEIGHTS, metadata={"format": "pt"})
 
 
