@@ -16,6 +16,12 @@ from kvmesh.workers.model.store import ModelStore, default_root
 KEPT = (0, 9, 19, 29)
 LAYERS = len(KEPT)
 KEY = f"smollm2-of-{LAYERS}-layers-1"
+COPIED = (
+    "chat_template.jinja",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
 WEIGHTS = "model.safetensors"
 MAX_BYTES = 200 << 20
 
@@ -35,9 +41,8 @@ def _fill(whole: Path, directory: Path) -> None:
     from safetensors import safe_open
     from safetensors.torch import save_file
 
-    for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(whole / name, directory)
-    shutil.copy(whole / "chat_template.jinja", directory)
+    for file_name in COPIED:
+        shutil.copy(whole / file_name, directory)
     config = json.loads((whole / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps({**config, "num_hidden_layers": LAYERS}))
     kept = {}
