@@ -70,8 +70,6 @@ class ModelRunner:
         self._fmt = fmt
         self._basis = Basis(fmt, model.head_dim, dtype, device)
         self._params = params
-        if params is not None:
-            params.compiled(fmt, page_size)  # before a captured graph needs them
         self._device = device
         self._pool = KVPool(
             allocation,

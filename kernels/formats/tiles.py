@@ -6,9 +6,13 @@ Keys are stored by token, values by channel in blocks of tokens (packing.py).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+
+from kvmesh.kernels.formats.base import Params
 
 BF16_MAX = 3.3895313892515355e38
 
@@ -27,6 +31,32 @@ class DenseTile:
 
     def dense(self) -> torch.Tensor:
         return self.x
+
+
+def loads_decoded(decode: Callable[..., torch.Tensor]) -> Callable[..., DenseTile]:
+    """`SideCodec.load` for a side whose numbers are decoded before they are multiplied.
+
+    decode: `SideCodec.decode` of the side
+    """
+
+    def load(
+        side: Any,
+        pages: torch.Tensor,
+        rows: int,
+        page_size: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        params: Params,
+    ) -> DenseTile:
+        # Rows are by head, and calibrated parameters are of heads.
+        heads = params["scale"].shape[0] if "scale" in params else 1
+        by_page = pages.view(rows // heads, heads, -1, pages.shape[-1]).transpose(1, 2)
+        x = decode(side, by_page.flatten(0, 1), page_size, head_dim, dtype, params)
+        x = x.unflatten(0, (rows // heads, -1)).transpose(1, 2)
+        # Torch's attention on CPUs gives wrong results for other strides.
+        return DenseTile(x.reshape(rows, -1, head_dim).contiguous())
+
+    return load
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +117,10 @@ class TokenValues:
 
 @dataclass(frozen=True, slots=True)
 class ChannelKeys:
-    """x = codes * scale + offset, with one scale and offset per channel and run of tokens.
+    """x = codes * scale + offset, with one scale and offset per channel and page.
 
-    codes: [rows, runs, tokens per run, head_dim] fp32
-    scale, offset: [rows, runs, head_dim] fp32
+    codes: [rows, pages, page_size, head_dim] fp32
+    scale, offset: [rows, pages, head_dim] fp32
     """
 
     codes: torch.Tensor
@@ -98,12 +128,12 @@ class ChannelKeys:
     offset: torch.Tensor
 
     def scores(self, q: torch.Tensor) -> torch.Tensor:
-        # q·x = (q scale)·codes + q·offset, with the query scaled once per run
-        rows, runs, tokens, head_dim = self.codes.shape
-        scaled = (q.unsqueeze(1) * self.scale.unsqueeze(2)).view(rows * runs, -1, head_dim)
-        products = torch.bmm(scaled, self.codes.view(rows * runs, tokens, head_dim).mT)
-        products = products.view(rows, runs, -1, tokens).transpose(1, 2)
-        shift = torch.bmm(q, self.offset.mT)  # [rows, queries, runs]
+        # q·x = (q scale)·codes + q·offset, with the query scaled once per page
+        rows, pages, tokens, head_dim = self.codes.shape
+        scaled = (q.unsqueeze(1) * self.scale.unsqueeze(2)).view(rows * pages, -1, head_dim)
+        products = torch.bmm(scaled, self.codes.view(rows * pages, tokens, head_dim).mT)
+        products = products.view(rows, pages, -1, tokens).transpose(1, 2)
+        shift = torch.bmm(q, self.offset.mT)  # [rows, queries, pages]
         return (products + shift.unsqueeze(-1)).flatten(2)
 
     def weighted(self, weights: torch.Tensor) -> torch.Tensor:

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from benchmarks.stand_in_params import params_for
+from kvmesh.kernels.formats.comparison.static8.side import Static8
 from kvmesh.kernels.formats.registry import get_format
-from kvmesh.kernels.formats.static8.side import Static8
 
 NAMES = ("int8-static", "int8-static-layer")
 
@@ -34,7 +34,8 @@ def test_the_error_is_half_a_step_within_the_range_and_numbers_outside_are_clipp
 
 
 @pytest.mark.parametrize("values", [False, True])
-def test_folded_tiles_equal_dense_ones(values: bool) -> None:
+def test_tiles_hold_the_numbers_of_each_head(values: bool) -> None:
+    """`load` has pages in another order than `decode`: by sequence, then by head."""
     side = Static8(values=values)
     fmt = get_format("int8-static")
     params = params_for(fmt, 3, 64).k

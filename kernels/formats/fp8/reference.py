@@ -17,7 +17,7 @@ import torch
 from kvmesh.kernels.formats.base import Params
 from kvmesh.kernels.formats.fp8.side import PADDING_BYTES, SCALE_BYTES, Fp8
 from kvmesh.kernels.formats.packing import BLOCK_TOKENS
-from kvmesh.kernels.formats.tiles import BF16_MAX, DenseTile
+from kvmesh.kernels.formats.tiles import BF16_MAX, loads_decoded
 
 E4M3_MAX = 448.0
 SCALE_FLOOR = 2.0**-100
@@ -42,19 +42,6 @@ def encode(
     return torch.cat((stored.flatten(-2), *parts, padded_scale), -1)
 
 
-def load(
-    side: Fp8,
-    pages: torch.Tensor,
-    rows: int,
-    page_size: int,
-    head_dim: int,
-    dtype: torch.dtype,
-    params: Params,
-) -> DenseTile:
-    x = decode(side, pages.unsqueeze(1), page_size, head_dim, dtype, params)
-    return DenseTile(x.contiguous().view(rows, -1, head_dim))
-
-
 def decode(
     side: Fp8,
     pages: torch.Tensor,
@@ -75,3 +62,6 @@ def decode(
         centre = pages[..., end:start].contiguous().view(torch.bfloat16).float()
         half = half + centre[..., None, :] * 0.5
     return half.clamp_(-0.5 * BF16_MAX, 0.5 * BF16_MAX).mul_(2.0)  # type: ignore[no-any-return]
+
+
+load = loads_decoded(decode)
