@@ -89,6 +89,8 @@ class Rank:
                 weight_format=config.weight_format,
             )
         )
+        if self._device.type == "cuda" and self._fmt.v.rotated and shared is None:
+            self._model.rotate_values(True)  # saves two launches a layer
 
     def describe(self) -> RankDescription:
         facts = self._model.facts

@@ -161,7 +161,7 @@ def load_numbers(
 def _numbers(x, WIDTH: tl.constexpr, MIDDLE: tl.constexpr, DTYPE: tl.constexpr):
     """Bytes from `_load_bytes` -> planes of codes minus MIDDLE, in DTYPE"""
     if DTYPE == tl.bfloat16:  # noqa: SIM300
-        TWO: tl.constexpr = (DTYPE, DTYPE)
+        TWO: tl.constexpr = (tl.bfloat16, tl.bfloat16)
         if WIDTH == 4:
             return tl.inline_asm_elementwise(
                 _ptx(WIDTH, MIDDLE),
