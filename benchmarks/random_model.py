@@ -128,7 +128,7 @@ class RandomWeights:
 def random_model(
     shape: ModelShape, dtype: torch.dtype, device: torch.device, kv_format: str = "exact"
 ) -> ServedModel:
-    """kv_format: that the model is served in; a rotation of its values is folded into the weights"""
+    """kv_format: that the model is served in, whose rotation of values is folded into weights"""
     model = build_model(
         shape.facts(dtype),
         shape.config(),

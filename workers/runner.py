@@ -68,9 +68,7 @@ class ModelRunner:
     ) -> None:
         self._model = model
         self._fmt = fmt
-        self._basis = Basis(
-            fmt, model.head_dim, dtype, device, values_rotated=model.values_rotated
-        )
+        self._basis = Basis(fmt, model.head_dim, dtype, device, values_rotated=model.values_rotated)
         self._params = params
         self._device = device
         self._pool = KVPool(

@@ -27,24 +27,6 @@ Params = Mapping[str, "torch.Tensor"]
 Dims = tuple[str | int, ...]
 
 
-class SideTile(Protocol):
-    """One side of selected sealed pages for the reference attention, with a row of pages per
-    (sequence, KV head).
-
-    The tile may keep codes as they are and fold scales and offsets into the
-    scores and the weights, so that a single query dequantises nothing.
-    """
-
-    def scores(self, q: torch.Tensor) -> torch.Tensor:
-        """Keys: q [rows, queries, head_dim] fp32 -> q·k, [rows, queries, tokens] fp32."""
-
-    def weighted(self, weights: torch.Tensor) -> torch.Tensor:
-        """Values: weights [rows, queries, tokens] fp32 -> [rows, queries, head_dim] fp32."""
-
-    def dense(self) -> torch.Tensor:
-        """The numbers, [rows, tokens, head_dim] fp32, contiguous."""
-
-
 class SideCodec(Protocol):
     """What a side's `reference` module supplies; `side` is the side itself.
 
@@ -60,18 +42,6 @@ class SideCodec(Protocol):
         positions: [n] int64, of each page's first token; given if the side needs it
         """
 
-    def load(
-        self,
-        side: Side,
-        pages: torch.Tensor,
-        rows: int,
-        page_size: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        params: Params,
-    ) -> SideTile:
-        """pages [rows * pages per row, num_bytes] uint8; rows are (sequence, KV head), by head."""
-
     def decode(
         self,
         side: Side,
@@ -82,7 +52,7 @@ class SideCodec(Protocol):
         params: Params,
     ) -> torch.Tensor:
         """pages [n, num_kv_heads, num_bytes] -> [n, num_kv_heads, page_size, head_dim] fp32,
-        finite for any input of `encode`."""
+        finite for any input of `encode`. Without parameters of heads there may be any number."""
 
 
 @dataclass(frozen=True, slots=True)

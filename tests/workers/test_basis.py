@@ -19,8 +19,9 @@ CPU = torch.device("cpu")
 
 
 def loaded(folder: Path, architecture: str, dtype: torch.dtype) -> ServedModel:
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
-    path = make_small_model(architecture, folder, **heads)
+    path = make_small_model(
+        architecture, folder, num_attention_heads=4, num_key_value_heads=2, head_dim=32
+    )
     return load_model(path, dtype=dtype, device=CPU, comm=Communicator.single())
 
 

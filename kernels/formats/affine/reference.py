@@ -36,21 +36,14 @@ from collections.abc import Callable
 import torch
 
 from kvmesh.kernels.formats.affine.side import OFFSET_BYTES, Affine
-from kvmesh.kernels.formats.base import Params, SideTile
+from kvmesh.kernels.formats.base import Params
 from kvmesh.kernels.formats.packing import (
     by_token,
     pack,
     packed_bytes,
     unpack,
 )
-from kvmesh.kernels.formats.scales import load_scale, rounded_scale, store_scale
-from kvmesh.kernels.formats.tiles import (
-    BF16_MAX,
-    ChannelKeys,
-    TokenKeys,
-    TokenValues,
-    saturated,
-)
+from kvmesh.kernels.formats.scales import BF16_MAX, load_scale, rounded_scale, store_scale
 
 SCALE_FLOOR = 2.0**-125  # its half is still a normal fp32 number
 SCALE_CEILING = 2.0**126
@@ -84,31 +77,6 @@ def encode_on(
     return torch.cat((packed, offsets, scales), dim=-1)
 
 
-def load(
-    side: Affine,
-    pages: torch.Tensor,
-    rows: int,
-    page_size: int,
-    head_dim: int,
-    dtype: torch.dtype,
-    params: Params,
-) -> SideTile:
-    offset, scale = _meta(side, pages, page_size, head_dim)
-    table = unpack(pages, side.width, page_size, head_dim, values=side.values)
-    if side.along == "token":
-        scale, offset = scale.view(rows, -1), offset.view(rows, -1)
-        codes = table.float()
-        if side.values:
-            return TokenValues(codes.view(rows, -1, *codes.shape[-2:]), scale, offset)
-        return TokenKeys(codes.view(rows, -1, head_dim), scale, offset)
-    codes = by_token(table, values=side.values).float()
-    return ChannelKeys(
-        codes.view(rows, -1, page_size, head_dim),
-        scale.view(rows, -1, head_dim),
-        offset.view(rows, -1, head_dim),
-    )
-
-
 def decode(
     side: Affine,
     pages: torch.Tensor,
@@ -117,22 +85,24 @@ def decode(
     dtype: torch.dtype,
     params: Params,
 ) -> torch.Tensor:
-    offset, scale = _meta(side, pages, page_size, head_dim)
-    table = unpack(pages, side.width, page_size, head_dim, values=side.values)
-    codes = _to_runs(side, by_token(table, values=side.values).float())
-    shape = codes.shape[:-1]
-    x = saturated(codes, scale.view(shape)[..., None], offset.view(shape)[..., None])
-    return _from_runs(side, x, page_size, head_dim)
-
-
-def _meta(side: Affine, pages: torch.Tensor, page_size: int, head_dim: int) -> Grid:
-    """Offsets and scales, each [..., runs] fp32."""
     start = packed_bytes(side.width, page_size, head_dim)
     middle = start + side.runs(page_size, head_dim) * OFFSET_BYTES
-    return (
-        load_scale(pages[..., start:middle], "bf16"),
-        load_scale(pages[..., middle:], side.scale),
-    )
+    table = unpack(pages, side.width, page_size, head_dim, values=side.values)
+    codes = by_token(table, values=side.values).float()
+    along_token, run = side.along == "token", side.run_length(page_size, head_dim)
+    runs = codes.unflatten(-1 if along_token else -2, (-1, run))
+
+    def halves(stored: torch.Tensor, kind: str) -> torch.Tensor:
+        """Half of each run's number, to be broadcast over its codes."""
+        numbers = load_scale(stored, kind) * 0.5
+        if along_token:
+            return numbers.unflatten(-1, (page_size, -1)).unsqueeze(-1)  # type: ignore[no-any-return]
+        return numbers.unflatten(-1, (-1, head_dim)).unsqueeze(-2)  # type: ignore[no-any-return]
+
+    # In halves, which are finite even for runs that span almost all of fp32's range.
+    runs.mul_(halves(pages[..., middle:], side.scale))
+    runs.add_(halves(pages[..., start:middle], "bf16"))
+    return codes.clamp_(-0.5 * BF16_MAX, 0.5 * BF16_MAX).mul_(2.0)
 
 
 def _to_runs(side: Affine, x: torch.Tensor) -> torch.Tensor:

@@ -14,11 +14,10 @@ from functools import cache
 
 import torch
 
-from kvmesh.kernels.formats.base import Params, SideTile
+from kvmesh.kernels.formats.base import Params
 from kvmesh.kernels.formats.codebook.side import UNIFORM_STEP, Codebook
 from kvmesh.kernels.formats.packing import by_token, pack, packed_bytes, unpack
-from kvmesh.kernels.formats.scales import SCALE_BYTES, load_scale, store_scale
-from kvmesh.kernels.formats.tiles import BF16_MAX, TokenKeys, TokenValues
+from kvmesh.kernels.formats.scales import BF16_MAX, load_scale, store_scale
 
 SCALE_FLOOR = 2.0**-125
 
@@ -55,23 +54,6 @@ def encode(
     return torch.cat((packed, store_scale(scale.squeeze(-1), side.scale)), dim=-1)
 
 
-def load(
-    side: Codebook,
-    pages: torch.Tensor,
-    rows: int,
-    page_size: int,
-    head_dim: int,
-    dtype: torch.dtype,
-    params: Params,
-) -> SideTile:
-    scale = _scales(side, pages, page_size, head_dim).view(rows, -1) * UNIFORM_STEP[side.width]
-    table = unpack(pages, side.width, page_size, head_dim, values=side.values)
-    chosen = table.float().sub_((2**side.width - 1) / 2)
-    if side.values:
-        return TokenValues(chosen.view(rows, -1, *table.shape[-2:]), scale, None)
-    return TokenKeys(chosen.view(rows, -1, head_dim), scale, None)
-
-
 def decode(
     side: Codebook,
     pages: torch.Tensor,
@@ -81,12 +63,7 @@ def decode(
     params: Params,
 ) -> torch.Tensor:
     table = unpack(pages, side.width, page_size, head_dim, values=side.values)
-    codes = by_token(table, values=side.values)
-    scale = _scales(side, pages, page_size, head_dim)
-    return levels(side.width).to(pages.device)[codes.int()] * scale[..., None]
-
-
-def _scales(side: Codebook, pages: torch.Tensor, page_size: int, head_dim: int) -> torch.Tensor:
     start = packed_bytes(side.width, page_size, head_dim)
-    end = start + page_size * SCALE_BYTES[side.scale]
-    return load_scale(pages[..., start:end], side.scale)
+    scale = load_scale(pages[..., start:], side.scale) * UNIFORM_STEP[side.width]
+    middle = (2**side.width - 1) / 2
+    return by_token(table, values=side.values).float().sub_(middle).mul_(scale[..., None])

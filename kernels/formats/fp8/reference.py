@@ -17,7 +17,7 @@ import torch
 from kvmesh.kernels.formats.base import Params
 from kvmesh.kernels.formats.fp8.side import PADDING_BYTES, SCALE_BYTES, Fp8
 from kvmesh.kernels.formats.packing import BLOCK_TOKENS
-from kvmesh.kernels.formats.tiles import BF16_MAX, loads_decoded
+from kvmesh.kernels.formats.scales import BF16_MAX
 
 E4M3_MAX = 448.0
 SCALE_FLOOR = 2.0**-100
@@ -62,6 +62,3 @@ def decode(
         centre = pages[..., end:start].contiguous().view(torch.bfloat16).float()
         half = half + centre[..., None, :] * 0.5
     return half.clamp_(-0.5 * BF16_MAX, 0.5 * BF16_MAX).mul_(2.0)  # type: ignore[no-any-return]
-
-
-load = loads_decoded(decode)

@@ -22,11 +22,10 @@ from kvmesh.kernels.formats.affine.reference import (
 from kvmesh.kernels.formats.affine.side import Affine
 from kvmesh.kernels.formats.base import Params
 from kvmesh.kernels.formats.comparison.grouped.side import Grouped
-from kvmesh.kernels.formats.tiles import loads_decoded
+
+__all__ = ["decode", "encode"]
 
 ROUNDS, NORM, BETA, KAPPA = 20, 0.7, 10.0, 1.01
-
-load = loads_decoded(decode)
 
 
 def encode(

@@ -43,8 +43,14 @@ from kvmesh.kernels.formats.comparison.nuq.side import (
     NonUniform,
 )
 from kvmesh.kernels.formats.packing import by_token, pack, packed_bytes, unpack
-from kvmesh.kernels.formats.scales import E5M3_MAX, E5M3_MIN, load_scale, rounded_scale, store_scale
-from kvmesh.kernels.formats.tiles import BF16_MAX, loads_decoded
+from kvmesh.kernels.formats.scales import (
+    BF16_MAX,
+    E5M3_MAX,
+    E5M3_MIN,
+    load_scale,
+    rounded_scale,
+    store_scale,
+)
 
 # Rotating a pair of two such numbers stays finite, with room to add the level.
 MAX_INPUT = 0.25 * BF16_MAX
@@ -218,6 +224,3 @@ def _token_phases(params: Params, page_size: int) -> torch.Tensor:
     """Of a page's tokens relative to its first: [page_size, planes]."""
     inv_freq = params["inv_freq"]
     return phases(inv_freq, torch.arange(page_size, device=inv_freq.device))
-
-
-load = loads_decoded(decode)

@@ -18,7 +18,6 @@ import torch
 from kvmesh.kernels.formats.base import Params
 from kvmesh.kernels.formats.comparison.static8.side import Static8
 from kvmesh.kernels.formats.packing import by_token, pack, unpack
-from kvmesh.kernels.formats.tiles import loads_decoded
 
 HALF_RANGE = 128.0  # packing.py takes codes from 0
 
@@ -43,6 +42,3 @@ def decode(
     table = unpack(pages, 8, page_size, head_dim, values=side.values)
     codes = by_token(table, values=side.values).float().sub_(HALF_RANGE)
     return codes.mul_(params["scale"].unsqueeze(1)).add_(params["zero"].unsqueeze(1))
-
-
-load = loads_decoded(decode)

@@ -18,8 +18,7 @@ import torch
 from kvmesh.kernels.formats.base import Params
 from kvmesh.kernels.formats.comparison.turboquant.side import LEVELS, NORM_BYTES, LloydMax
 from kvmesh.kernels.formats.packing import by_token, pack, packed_bytes, unpack
-from kvmesh.kernels.formats.scales import load_scale, rounded_scale, store_scale
-from kvmesh.kernels.formats.tiles import BF16_MAX, loads_decoded
+from kvmesh.kernels.formats.scales import BF16_MAX, load_scale, rounded_scale, store_scale
 
 NORM_FLOOR = 2.0**-125
 _QJL_SEED = 20240606
@@ -82,9 +81,6 @@ def decode(
     if side.residual == "sign":
         return x + signs * (left / math.sqrt(head_dim))
     return x + (signs @ _projection(x)) * (left * (math.sqrt(math.pi / 2) / head_dim))
-
-
-load = loads_decoded(decode)
 
 
 @cache
