@@ -51,7 +51,7 @@ from benchmarks.device import (
     free_bytes,
     seconds,
 )
-from benchmarks.kernel_formats import FORMATS, as_served
+from benchmarks.kernel_formats import FORMATS
 from benchmarks.stand_in_params import params_for
 from kvmesh.kernels.attention import AttentionBatch, paged_attention, triton_attention
 from kvmesh.kernels.attention.triton_launch import (
@@ -230,7 +230,6 @@ def _naive(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dtype: torch.dtype
 
 def launch_of(fmt: KVFormat, shape: Shape) -> tuple[str, Launch]:
     """The path that decode takes, and how it is compiled."""
-    fmt = as_served(fmt.name, shape.head_dim)
     integer = takes_integer_path(
         fmt, shape.head_dim, PAGE_SIZE, dtype=torch.bfloat16, capability=CAPABILITY
     )

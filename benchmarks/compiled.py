@@ -26,7 +26,7 @@ os.environ.pop("TRITON_INTERPRET", None)  # the interpreter's functions cannot b
 import torch
 import triton
 
-from benchmarks.kernel_formats import FORMATS, as_served
+from benchmarks.kernel_formats import FORMATS
 from benchmarks.sass import compile_kernel, compile_launch
 from kvmesh.kernels.attention.triton_decode import decode_merge_kernel
 from kvmesh.kernels.attention.triton_launch import (
@@ -136,20 +136,8 @@ def expert_kernels(capability: int, head_dim: int) -> Iterator[tuple[str, Compil
 
 def compile_seal(fmt: KVFormat, capability: int, geometry: Geometry) -> Any:
     number = torch.empty(16, dtype=torch.bfloat16 if capability >= 80 else torch.float16)
-    ids, table = torch.empty(16, dtype=torch.int32), torch.empty(16)
-    arguments = (
-        number,
-        torch.empty(16, dtype=torch.int8),
-        ids,
-        ids,
-        torch.empty(16, dtype=torch.int64),
-        table,
-        table,
-        64,
-        64,
-        8,
-        8,
-    )
+    ids = torch.empty(16, dtype=torch.int32)
+    arguments = (number, torch.empty(16, dtype=torch.int8), ids, ids, 8, 8)
     constants = seal_constants(fmt, geometry.page_size, geometry.head_dim, 2)
     constants["NUM_KV_HEADS"] = geometry.num_kv_heads
     return compile_kernel(seal_kernel, arguments, constants, {"num_warps": NUM_WARPS}, capability)
@@ -183,7 +171,7 @@ def main() -> None:
         geometry = (head_dim, group, options.page_size)
         work = [("all", *one) for one in shared_kernels(capability, *geometry)]
         for name in options.format:
-            fmt = as_served(name, head_dim)
+            fmt = get_format(name)
             work += [(name, *one) for one in kernels_of(fmt, capability, *geometry)]
         for name, what, compile_it in work:
             outcome = attempt(compile_it, capability)

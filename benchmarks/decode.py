@@ -54,7 +54,7 @@ from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.model.load import ServedModel
 from kvmesh.workers.sizes import PageGeometry
 
-FORMATS = ("exact", "int8", "fp8", "k8v4", "int4", "k4v4", "k4v2", "k3v3", "k3v2", "k2v2")
+FORMATS = ("exact", "int8", "fp8", "k8v4", "int4", "k4v4", "k4v2", "k3v2", "k2v2")
 CONTEXTS = {"llama-3-8b": (32768, 131072, 524288, 1048576), "tiny": (256, 1024)}
 BATCHES = (1, 8)
 PAGE_SIZE = 64

@@ -61,13 +61,17 @@ NUCLEUS = SamplingParams(temperature=0.7, top_p=0.9, seed=3)
 
 @dataclass(frozen=True)
 class Case:
-    """sequences: (tokens before the step, new tokens); shared: so many first tokens are the same"""
+    """sequences: (tokens before the step, new tokens); shared: so many first tokens are the same
+
+    kv_format: None for the one that is asked for
+    """
 
     name: str
     tp: int
     sequences: tuple[tuple[int, int], ...]
     shared: int = 0
     params: SamplingParams = GREEDY
+    kv_format: str | None = None
 
 
 def _decode(*lengths: int) -> tuple[tuple[int, int], ...]:
@@ -82,6 +86,7 @@ def _spread(count: int, length: int) -> tuple[int, ...]:
 MILLION = 2**20
 CASES = (
     Case("decode 1 x 4k", 1, _decode(4096)),
+    Case("decode 1 x 4k, k4v4", 1, _decode(4096), kv_format="k4v4"),
     Case("decode 1 x 1M", 1, _decode(MILLION)),
     Case("decode 1 x 1M", 8, _decode(MILLION)),
     Case("decode 256 x 4k", 1, _decode(*_spread(256, 4096))),
@@ -104,7 +109,7 @@ class Counted:
             "counted", layers, 32 // case.tp, 8 // case.tp, 128, 256, 512, VOCAB, 2 * MILLION
         )
         fmt = get_format(kv_format)
-        model = random_model(shape, torch.bfloat16, torch.device("cpu"))
+        model = random_model(shape, torch.bfloat16, torch.device("cpu"), kv_format)
         # A sequence holds a hot page for every new page of its chunk.
         chunk = max(new for _, new in case.sequences)
         self._geometry = PageGeometry(PAGE_SIZE, fmt.sink_pages, fmt.recent_pages, 1, 1)
@@ -247,6 +252,7 @@ def _count(case: Case, kv_format: str, layers: int, rounds: int) -> _Counts:
 
 def measure(case: Case, kv_format: str, rounds: int = 0) -> tuple[Row, Times]:
     """rounds: of timed steps"""
+    kv_format = case.kv_format or kv_format
     one, three = (_count(case, kv_format, layers, rounds) for layers in (1, 3))
     reads = [one.programs.get(f"{name}_kernel", 0) for name in ("decode", "prefill", "prefix")]
     return Row(
@@ -271,7 +277,7 @@ def compiled_in_workload(kv_format: str, steps: int) -> list[str]:
     fmt = get_format(kv_format)
     shape = ModelShape("counted", 2, 32, 8, 128, 256, 512, VOCAB, 2**17)
     rows, pages = 24, 2**17 // PAGE_SIZE
-    model = random_model(shape, torch.bfloat16, torch.device("cpu"))
+    model = random_model(shape, torch.bfloat16, torch.device("cpu"), kv_format)
     windows = (fmt.sink_pages, fmt.recent_pages)
     with StandInGpu() as gpu, products_counted(), torch.inference_mode():
         runner = ModelRunner(

@@ -125,8 +125,11 @@ class RandomWeights:
         """Does nothing: every tensor exists."""
 
 
-def random_model(shape: ModelShape, dtype: torch.dtype, device: torch.device) -> ServedModel:
-    return build_model(
+def random_model(
+    shape: ModelShape, dtype: torch.dtype, device: torch.device, kv_format: str = "exact"
+) -> ServedModel:
+    """kv_format: that the model is served in, whose rotation of values is folded into weights"""
+    model = build_model(
         shape.facts(dtype),
         shape.config(),
         RandomWeights(dtype, device),
@@ -134,6 +137,8 @@ def random_model(shape: ModelShape, dtype: torch.dtype, device: torch.device) ->
         device=device,
         comm=Communicator.single(),
     )
+    model.rotate_values(get_format(kv_format).v.rotated)
+    return model
 
 
 class RandomModelExecutor:
@@ -192,6 +197,7 @@ class RandomModelExecutor:
 
     def allocate(self, allocation: Allocation) -> None:
         (description,) = self.describe()
+        self._model.rotate_values(self._fmt.v.rotated)
         self._runner = ModelRunner(
             self._model,
             self._fmt,

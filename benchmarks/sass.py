@@ -41,7 +41,7 @@ os.environ.pop("TRITON_INTERPRET", None)  # the interpreter's functions cannot b
 import torch
 import triton
 
-from benchmarks.kernel_formats import FORMATS, as_served
+from benchmarks.kernel_formats import FORMATS
 from benchmarks.stand_in_gpu import StandInGpu
 from benchmarks.styles import STYLES, style_kernel
 from kvmesh.kernels.attention.triton_launch import (
@@ -98,7 +98,7 @@ def compile_launch(launch: Launch, capability: int) -> Any:
     if launch.kernel.fn.__name__ == "prefill_kernel":
         ends = (0, 2)
     more = (False,) if len(ends) == 2 else ()
-    arguments = (*pages, batch, (sums, sums), 64, *ends, (1.0, 0.0, 2), (2, 2), *more, launch.form)
+    arguments = (*pages, batch, 64, *ends, (1.0, 0.0, 2), (2, 2), *more, launch.form)
     return compile_kernel(launch.kernel, arguments, {}, launch.options, capability)
 
 
@@ -118,7 +118,7 @@ def compile_kernel(
 def launch_of(
     name: str, capability: int, head_dim: int, group: int, page_size: int
 ) -> tuple[str, Launch]:
-    fmt = as_served(name, head_dim)
+    fmt = get_format(name)
     gpu = divmod(capability, 10)
     integer = takes_integer_path(fmt, head_dim, page_size, dtype=torch.bfloat16, capability=gpu)
     geometry = Geometry(NUM_KV_HEADS, group, head_dim, page_size)
@@ -129,7 +129,7 @@ def launch_of(
 def prefill_of(
     name: str, capability: int, head_dim: int, group: int, page_size: int
 ) -> tuple[str, Launch]:
-    fmt = as_served(name, head_dim)
+    fmt = get_format(name)
     geometry = Geometry(NUM_KV_HEADS, group, head_dim, page_size)
     return "prefill", prefill_launch(fmt, geometry, divmod(capability, 10))
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from kvmesh.kernels.formats.base import NO_PARAMS, KVFormat, LayerParams, ModelParams, Side
-from kvmesh.kernels.formats.nuq.side import NonUniform
-from kvmesh.kernels.formats.static8.side import Static8
+from kvmesh.kernels.formats.comparison.nuq.side import NonUniform
+from kvmesh.kernels.formats.comparison.static8.side import Static8
 
 
 def model_params_for(

@@ -28,6 +28,16 @@ def runs_kernels(x: torch.Tensor) -> bool:
     return x.is_cuda
 
 
+def picks_kernel(x: torch.Tensor, backend: str | None) -> bool:
+    """Whether an operator runs its Triton kernel: `backend` is "triton", or None on a GPU.
+
+    Raises ValueError for another backend than those and "reference".
+    """
+    if backend not in (None, "triton", "reference"):
+        raise ValueError(f"backend: expected None, 'triton' or 'reference', got {backend!r}")
+    return runs_kernels(x) if backend is None else backend == "triton"
+
+
 def gpu_of(x: torch.Tensor) -> GpuDevice:
     """The GPU for which kernels on this tensor are compiled. Triton's driver knows it."""
     return _gpu_of(x.device.index or 0)

@@ -1,7 +1,8 @@
 """The basis in which a format stores keys and values: rotated, or unchanged.
 
 Hot and sealed pages use the same basis, so attention is not aware of it: queries are
-rotated like the keys, and the output is rotated back from the basis of the values.
+rotated like the keys, and the output is rotated back from the basis of the values. If the
+model's weights already include the values' rotation, there is nothing to do for values.
 """
 
 from __future__ import annotations
@@ -13,17 +14,28 @@ from kvmesh.kernels.formats.rotation import rotate, rotation_matrix
 
 
 class Basis:
-    """Rotations of a format's sides, for one head_dim and dtype."""
+    """Rotations of a format's sides, for one head_dim and dtype.
+
+    values_rotated: whether the model's values are rotated, see `ServedModel`
+    """
 
     def __init__(
-        self, fmt: KVFormat, head_dim: int, dtype: torch.dtype, device: torch.device
+        self,
+        fmt: KVFormat,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        values_rotated: bool = False,
     ) -> None:
-        def matrix(rotated: bool) -> torch.Tensor | None:
-            return rotation_matrix(head_dim).to(device, dtype) if rotated else None
-
-        self._k = matrix(fmt.k.rotated)
-        self._v = matrix(fmt.v.rotated)
-        self._v_back = None if self._v is None else self._v.T.contiguous()
+        self._k = self._v = self._v_back = None
+        if fmt.k.rotated:
+            self._k = rotation_matrix(head_dim).to(device, dtype)
+        # Unquantised values are as good in any basis.
+        if fmt.v.width and fmt.v.rotated != values_rotated:
+            there = rotation_matrix(head_dim).to(device, dtype)
+            back = there.T.contiguous()
+            self._v, self._v_back = (back, there) if values_rotated else (there, back)
 
     @property
     def keeps_keys(self) -> bool:

@@ -198,7 +198,9 @@ class EngineSettings(Settings):
         seqs = min(auto.max_num_seqs, tokens)
         seqs = given_seqs if isinstance(given_seqs, int) else seqs
         graphs = auto.cuda_graphs if self.cuda_graphs == AUTO else self.cuda_graphs
-        return DeviceLimits(seqs, tokens, graphs and device != "cpu")
+        # A graph cannot hold what plain torch decides as it reads pages.
+        graphs = graphs and device != "cpu" and not get_format(self.kv_format).comparison
+        return DeviceLimits(seqs, tokens, graphs)
 
     def hot_share(self, device: str) -> float:
         """At most this share of the KV memory holds exact pages, of as many sequences as fit it.
@@ -227,6 +229,14 @@ class EngineSettings(Settings):
                     "calibration",
                     f"must be null, because {fmt.name} needs no calibration; "
                     f"got {self.calibration}",
+                )
+            )
+        if self.cuda_graphs is True and fmt.comparison:
+            found.append(
+                ConfigError(
+                    "cuda_graphs",
+                    f"must be auto or false with {fmt.name}, which is for comparison: it has no "
+                    "kernels that a graph could hold",
                 )
             )
         seqs, tokens = self.max_num_seqs, self.max_num_batched_tokens

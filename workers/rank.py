@@ -66,7 +66,6 @@ class Rank:
         self._runner: ModelRunner | None = None
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
-            self._check_kernels()
         else:
             torch.set_num_threads(config.threads_per_rank or max(1, _cpus() // config.tp))
         self._files: ModelFiles = (
@@ -90,15 +89,8 @@ class Rank:
                 weight_format=config.weight_format,
             )
         )
-
-    def _check_kernels(self) -> None:
-        """Raises ConfigError for a format that only CPUs support, before the model is loaded."""
-        # Imported here: a machine without a GPU may lack Triton.
-        from kvmesh.kernels.formats.tiles_triton import why_no_kernels
-
-        reason = why_no_kernels(self._fmt)
-        if reason:
-            raise ConfigError("kv_format", f"{self._fmt.name} has no GPU kernels, because {reason}")
+        if self._device.type == "cuda" and self._fmt.v.rotated and shared is None:
+            self._model.rotate_values(True)  # saves two launches a layer
 
     def describe(self) -> RankDescription:
         facts = self._model.facts
@@ -243,7 +235,14 @@ class Rank:
         num_rows = max(limits.max_num_seqs, SCORED_ROWS)
         rows = torch.zeros(num_rows, dtype=torch.int64, device=self._device)
         facts = self._model.facts
-        scratch = workspace_bytes(self._model.num_heads, self._model.head_dim, facts.max_model_len)
+        scratch = workspace_bytes(
+            self._fmt,
+            num_heads=self._model.num_heads,
+            num_kv_heads=self._model.num_kv_heads,
+            head_dim=self._model.head_dim,
+            dtype_bytes=self._dtype.itemsize,
+            max_seq_len=facts.max_model_len,
+        )
         _parts = torch.empty(scratch, dtype=torch.uint8, device=self._device)
         logits = self._model.forward(tokens, tokens, _attend_to_nothing, rows)
         if logits is not None:

@@ -68,10 +68,8 @@ class ModelRunner:
     ) -> None:
         self._model = model
         self._fmt = fmt
-        self._basis = Basis(fmt, model.head_dim, dtype, device)
+        self._basis = Basis(fmt, model.head_dim, dtype, device, values_rotated=model.values_rotated)
         self._params = params
-        if params is not None:
-            params.compiled(fmt, page_size)  # before a captured graph needs them
         self._device = device
         self._pool = KVPool(
             allocation,

@@ -25,6 +25,7 @@ class FormatRow:
     k_bits, v_bits, bits: of keys, values and both, per element of a sealed page including
         metadata; None if the format does not support the head_dim
     capacity: tokens of sealed pages in the memory of one bfloat16 token
+    comparison: whether it is there to compare with, and slow
     """
 
     name: str
@@ -35,6 +36,7 @@ class FormatRow:
     sink_pages: int
     recent_pages: int
     needs_calibration: bool
+    comparison: bool
     aliases: tuple[str, ...]
 
 
@@ -55,7 +57,9 @@ def formats(
         print_json(rows)
         return
     out.print(f"KV formats with head_dim {head_dim} and {page_size} tokens per page")
-    out.print(_table(rows))
+    out.print(_table([row for row in rows if not row.comparison]))
+    out.print("To compare with, in plain torch: served and evaluated by name, but slowly")
+    out.print(_table([row for row in rows if row.comparison]))
     out.print(
         "[dim]bits: per element of a sealed page, including metadata; capacity: relative to\n"
         "bf16; exact pages: first + latest, not sealed, besides the page being written[/dim]"
@@ -76,6 +80,7 @@ def describe(fmt: KVFormat, head_dim: int, page_size: int) -> FormatRow:
         sink_pages=fmt.sink_pages,
         recent_pages=fmt.recent_pages,
         needs_calibration=fmt.needs_calibration,
+        comparison=fmt.comparison,
         aliases=fmt.aliases,
     )
 

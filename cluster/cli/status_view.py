@@ -20,6 +20,7 @@ from kvmesh.client import (
     TenantLoads,
 )
 from kvmesh.cluster.cli.console import human_bytes, human_seconds, out
+from kvmesh.kernels.formats.registry import is_for_comparison
 
 
 def show_model(info: ModelInfo) -> None:
@@ -45,7 +46,7 @@ def show_groups(info: ModelInfo) -> None:
         nats = group.kv_divergence_nats
         table.add_row(
             group.group,
-            group.kv_format,
+            _format(group.kv_format),
             group.dtype,
             group.rope,
             human_bytes(group.capacity_bytes),
@@ -82,10 +83,16 @@ def show_cluster(groups: Sequence[GroupFacts], loads: Loads) -> None:
         out.print(f"  rejected {count}: {reason}")
 
 
+def _format(name: str) -> str:
+    return f"{name} (for comparison, slow)" if is_for_comparison(name) else name
+
+
 def _group(group: GroupLoads, fact: GroupFacts | None, account: GroupLedger | None) -> Table:
     """One group as a table of two columns, which fits a narrow terminal or a log."""
     ranks = f", tp {fact.tp}" if fact else ""
-    title = f"[bold]{group.group}[/bold] {_state(group)} [dim]{group.kv_format}{ranks}[/dim]"
+    title = (
+        f"[bold]{group.group}[/bold] {_state(group)} [dim]{_format(group.kv_format)}{ranks}[/dim]"
+    )
     table = Table(title=title, title_justify="left", title_style="", show_header=False, box=None)
     table.add_column(style="dim")
     table.add_column()

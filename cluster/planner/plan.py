@@ -115,7 +115,7 @@ def default_formats(model: PlannedModel, page_size: int) -> list[KVFormat]:
     return [
         fmt
         for fmt in formats
-        if not fmt.reference and _page_bytes(model, fmt, page_size, 1) is not None
+        if not fmt.comparison and _page_bytes(model, fmt, page_size, 1) is not None
     ]
 
 

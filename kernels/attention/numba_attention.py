@@ -10,7 +10,7 @@ import torch
 
 from kvmesh.kernels.attention import reference
 from kvmesh.kernels.attention.batch import AttentionBatch
-from kvmesh.kernels.attention.numba_loop import LOG2_E, Rule, Sequences, Tables, decode_loop
+from kvmesh.kernels.attention.numba_loop import LOG2_E, Rule, Sequences, decode_loop
 from kvmesh.kernels.attention.plan import check_queries, missing_page
 from kvmesh.kernels.formats.base import NO_PARAMS, KVFormat, LayerParams
 from kvmesh.kernels.merge import merge_states
@@ -53,8 +53,7 @@ def paged_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     num_tokens, num_heads, head_dim = q.shape
     num_pages, _, num_kv_heads, page_size, _ = hot.shape
-    compiled = params.compiled(fmt, page_size)
-    loop = decode_loop(compiled.fmt, page_size, head_dim, DTYPES[hot.dtype])
+    loop = decode_loop(fmt, page_size, head_dim, DTYPES[hot.dtype])
     if loop is None:
         raise ValueError(f"fmt: {fmt.name} has no compiled loop; use the reference backend")
     decode = _decode_of(batch, num_kv_heads)
@@ -72,7 +71,6 @@ def paged_attention(
         np.float32(scale if softcap else scale * LOG2_E),
         np.float32(softcap or 0.0),
     )
-    tables = Tables(_numbers(compiled.k_table), _numbers(compiled.v_table))
     largest = int(np.diff(decode.sequences.group_starts).max(initial=0))
 
     def attend(share: Ints) -> tuple[int, int, bool]:
@@ -82,7 +80,6 @@ def paged_attention(
             share,
             decode.sequences,
             rule,
-            tables,
             *arrays,
             loop.scratch(largest * num_heads // num_kv_heads),
         )
@@ -118,10 +115,6 @@ def paged_attention(
             sliding_window=sliding_window,
         )
     return out, lse
-
-
-def _numbers(table: torch.Tensor | None) -> npt.NDArray[np.float32]:
-    return np.empty(0, np.float32) if table is None else table.numpy()
 
 
 def _decode_of(batch: AttentionBatch, num_kv_heads: int) -> _Decode:

@@ -249,13 +249,6 @@ class Rule(NamedTuple):
     softcap: Any
 
 
-class Tables(NamedTuple):
-    """The layer's parameters for the sides, fp32, see `Side.table`; empty if there are none."""
-
-    k: Any
-    v: Any
-
-
 class Scratch(NamedTuple):
     """A thread's memory for one group: tiles, and a row for each of its query heads."""
 
@@ -275,7 +268,7 @@ class Scratch(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class DecodeLoop:
-    """attend: (units, Sequences, Rule, Tables, q, hot, sealed, out, lse, Scratch) ->
+    """attend: (units, Sequences, Rule, q, hot, sealed, out, lse, Scratch) ->
         (row, page, is_hot)
 
     units [n, 3] int64: group, KV head and split
@@ -319,7 +312,6 @@ class DecodeLoop:
 def decode_loop(fmt: KVFormat, page_size: int, head_dim: int, dtype: str) -> DecodeLoop | None:
     """The loop for a format, or None if a side has no Numba function.
 
-    fmt: of `LayerParams.compiled`, to run the loop; any format, to check that a loop exists
     dtype: of hot pages, "float32" or "bfloat16"
     """
     dtype_bytes = {"float32": 4, "bfloat16": 2}[dtype]
@@ -334,7 +326,7 @@ def decode_loop(fmt: KVFormat, page_size: int, head_dim: int, dtype: str) -> Dec
     absorb = _absorber(page_size, head_dim)
 
     @compiled
-    def attend(units, batch, rule, params, q, hot, sealed, out, lse, scratch):  # type: ignore[no-untyped-def]
+    def attend(units, batch, rule, q, hot, sealed, out, lse, scratch):  # type: ignore[no-untyped-def]
         num_kv_heads, page_bytes = sealed.shape[1:]
         group_heads = q.shape[1] // num_kv_heads
         split_count, sink, window = rule.splits, rule.sink_pages, rule.window
@@ -384,8 +376,8 @@ def decode_loop(fmt: KVFormat, page_size: int, head_dim: int, dtype: str) -> Dec
                     if page_id < 0 or page_id >= num_pages:
                         return row, page, is_hot
                     if is_hot:
-                        k = load_hot(hot[page_id, 0, head], k_tile, k_numbers, params.k, head)
-                        v = load_hot(hot[page_id, 1, head], v_hot_tile, v_numbers, params.v, head)
+                        k = load_hot(hot[page_id, 0, head], k_tile, k_numbers)
+                        v = load_hot(hot[page_id, 1, head], v_hot_tile, v_numbers)
                     else:
                         # Prefetch the next page, probably sealed too, while computing this one.
                         if index + 1 < end_index and page + 1 < recent_from:
@@ -394,8 +386,8 @@ def decode_loop(fmt: KVFormat, page_size: int, head_dim: int, dtype: str) -> Dec
                             for at in range(start, start + page_bytes, CACHE_LINE):
                                 prefetch(sealed, at)
                         part = sealed[page_id, head]
-                        k = load_k(part[:k_bytes], k_tile, k_numbers, params.k, head)
-                        v = load_v(part[k_bytes:], v_tile, v_numbers, params.v, head)
+                        k = load_k(part[:k_bytes], k_tile, k_numbers)
+                        v = load_v(part[k_bytes:], v_tile, v_numbers)
                     absorb(
                         queries[block],
                         k,

@@ -45,7 +45,8 @@ def paged_attention(
     scale: factor of q·k; softcap c: scores become c * tanh(score / c)
     sliding_window w: key j is visible to query i if i - j < w
     backend: None picks "triton" on GPUs, and on CPUs "numba" or, for formats without
-        compiled loops, "reference" (plain torch)
+        compiled loops, "reference" (plain torch). For "triton", plain torch decodes the pages of
+        formats for comparison
     Returns out: like q; lse: [num_tokens, num_heads] fp32, natural log, mergeable
     with `merge_states`. Rows of q that belong to no sequence get 0 and -inf.
     Raises ValueError naming the argument. A page that is missing in the form a query
@@ -101,6 +102,8 @@ def sharers(fmt: KVFormat, hot: torch.Tensor, num_heads: int) -> tuple[int, int]
         return 2, max(2, CPU_SHARED_ROWS // group)
     from kvmesh.kernels.attention import triton_launch
 
+    if fmt.comparison:  # pages are decoded for each sequence
+        return 2, 2
     capability = gpu.gpu_of(hot).capability
     return triton_launch.sharers(fmt, head_dim, group, page_size, hot.dtype, capability)
 
@@ -146,6 +149,10 @@ def _implementation(fmt: KVFormat, hot: torch.Tensor, backend: str | None) -> Ca
         from kvmesh.kernels.attention import numba_attention
 
         return numba_attention.paged_attention
+    if backend == "triton" and fmt.comparison:
+        from kvmesh.kernels.attention import decoded
+
+        return decoded.paged_attention
     if backend == "triton":
         from kvmesh.kernels.attention import triton_attention
 

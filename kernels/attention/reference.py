@@ -23,7 +23,6 @@ from kvmesh.kernels.formats.base import (
     LayerParams,
     Params,
     Side,
-    SideTile,
 )
 
 # Maximum number of scores of one block, if they have to be stored: 32 MiB of fp32.
@@ -104,30 +103,24 @@ class _Layer:
         rows = group.size * self.num_kv_heads
         # The query heads of a group share a KV head, so they are treated as its queries.
         queries = (q.float() * self.scale).reshape(rows, -1, self.head_dim)
-        k_hot, v_hot = self._hot_tokens(group.hot, rows)
-        scores = torch.bmm(queries, k_hot.mT)
-        num_sealed = 0
+        k, v = self._hot_tokens(group.hot, rows)
+        if group.invisible_hot is not None:
+            # Slots after the last token may hold anything, and 0 * NaN is NaN.
+            by_sequence = v.view(group.size, self.num_kv_heads, -1, self.head_dim)
+            by_sequence.masked_fill_(group.invisible_hot, 0.0)
         if group.sealed is not None:
-            sealed_scores = self._sealed_keys(group.sealed).scores(queries)
-            num_sealed = sealed_scores.shape[-1]
-            scores = torch.cat((sealed_scores, scores), dim=-1)
+            k = torch.cat((self._sealed_keys(group.sealed), k), dim=1)
+            v = torch.cat((self._sealed_values(group.sealed), v), dim=1)
+        scores = torch.bmm(queries, k.mT)
         if self.softcap is not None:
             scores = scores.div_(self.softcap).tanh_().mul_(self.softcap)
         if group.invisible is not None:
             by_sequence = scores.view(group.size, self.num_kv_heads, -1, scores.shape[-1])
             by_sequence.masked_fill_(group.invisible, -torch.inf)
-        if group.invisible_hot is not None:
-            # Slots after the last token may hold anything, and 0 * NaN is NaN.
-            by_sequence = v_hot.view(group.size, self.num_kv_heads, -1, self.head_dim)
-            by_sequence.masked_fill_(group.invisible_hot, 0.0)
         weights = torch.softmax(scores, dim=-1)
         # log Σ e^s from the best key only: its weight is e^(s - lse)
         lse = scores.amax(-1).sub_(weights.amax(-1).log_())
-        if group.sealed is None:
-            out = torch.bmm(weights, v_hot)
-        else:
-            out = self._sealed_values(group.sealed).weighted(weights[..., :num_sealed])
-            out.baddbmm_(weights[..., num_sealed:], v_hot)
+        out = torch.bmm(weights, v)
         return out.view(q.shape).to(q.dtype), lse.view(q.shape[:2])
 
     def prefill(self, q: torch.Tensor, block: ChunkBlock) -> tuple[torch.Tensor, torch.Tensor]:
@@ -135,11 +128,11 @@ class _Layer:
         queries = q.float().unflatten(1, (self.num_kv_heads, -1)).permute(1, 2, 0, 3)
         k, v = self._hot_tokens(block.hot, self.num_kv_heads)
         if block.near_sealed is not None:
-            k = torch.cat((self._sealed_keys(block.near_sealed).dense(), k), dim=1)
-            v = torch.cat((self._sealed_values(block.near_sealed).dense(), v), dim=1)
+            k = torch.cat((self._sealed_keys(block.near_sealed), k), dim=1)
+            v = torch.cat((self._sealed_values(block.near_sealed), v), dim=1)
         out, lse = self._dense(queries, k, v, block.near_bias)
         for piece in block.far:
-            k, v = self._sealed_keys(piece).dense(), self._sealed_values(piece).dense()
+            k, v = self._sealed_keys(piece), self._sealed_values(piece)
             far_out, far_lse = self._dense(queries, k, v, None)
             out = torch.lerp(out, far_out, torch.sigmoid(far_lse - lse).unsqueeze(-1))
             lse = torch.logaddexp(lse, far_lse)
@@ -186,16 +179,23 @@ class _Layer:
         k, v = both.narrow(2, 0, slots.tokens).float().unbind(0)
         return k, v
 
-    def _sealed_keys(self, pages: SealedPages) -> SideTile:
-        return self._load(self.fmt.k, self.sealed_k, pages, self.params.k)
+    def _sealed_keys(self, pages: SealedPages) -> torch.Tensor:
+        return self._decoded(self.fmt.k, self.sealed_k, pages, self.params.k)
 
-    def _sealed_values(self, pages: SealedPages) -> SideTile:
-        return self._load(self.fmt.v, self.sealed_v, pages, self.params.v)
+    def _sealed_values(self, pages: SealedPages) -> torch.Tensor:
+        return self._decoded(self.fmt.v, self.sealed_v, pages, self.params.v)
 
-    def _load(
+    def _decoded(
         self, side: Side, sealed: torch.Tensor, pages: SealedPages, params: Params
-    ) -> SideTile:
-        picked = sealed.index_select(0, pages.index)
-        return side.codec().load(
-            side, picked, pages.rows, self.page_size, self.head_dim, self.dtype, params
+    ) -> torch.Tensor:
+        """[pages.rows, tokens, head_dim] fp32"""
+        # Rows are by head, and some parameters are of heads.
+        heads = self.num_kv_heads if params else 1
+        picked = sealed.index_select(0, pages.index).view(
+            pages.rows // heads, heads, -1, sealed.shape[1]
         )
+        shape = (self.page_size, self.head_dim, self.dtype, params)
+        x = side.codec().decode(side, picked.transpose(1, 2).flatten(0, 1), *shape)
+        x = x.unflatten(0, (pages.rows // heads, -1)).transpose(1, 2)
+        # Torch's attention on CPUs gives wrong results for other strides.
+        return x.reshape(pages.rows, -1, self.head_dim).contiguous()  # type: ignore[no-any-return]

@@ -28,7 +28,7 @@ from kvmesh.kernels.attention.triton_launch import (
 from kvmesh.kernels.attention.triton_parts import BatchPointers
 from kvmesh.kernels.attention.triton_prefill import prefill_merge_kernel
 from kvmesh.kernels.attention.work import DecodeWork, Lengths, PrefillWork, Round, Slab, Windows
-from kvmesh.kernels.formats.base import NO_PARAMS, CompiledParams, KVFormat, LayerParams
+from kvmesh.kernels.formats.base import NO_PARAMS, KVFormat, LayerParams
 from kvmesh.kernels.gpu import gpu_of
 from kvmesh.kernels.merge.triton_merge import BLOCK_D, BLOCK_P
 from kvmesh.kernels.seal.triton_seal import check_arenas
@@ -48,21 +48,15 @@ def paged_attention(
     softcap: float | None = None,
     sliding_window: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    found = params.compiled(fmt, batch.page_size)
-    key = (id(found.fmt), q.shape, scale, softcap, sliding_window)
+    key = (fmt.name, q.shape, scale, softcap, sliding_window)
     step = batch.plans.get(key)
     if step is None:
         check_arenas(hot, sealed)
-        step = batch.plans[key] = _Step.of(q, hot, batch, found, scale, softcap, sliding_window)
+        step = batch.plans[key] = _Step.of(q, hot, batch, fmt, scale, softcap, sliding_window)
     q = q.contiguous()
     out = torch.empty_like(q)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-    # Kernels never read the placeholder passed for a table that a side does not have.
-    tables = (
-        lse if found.k_table is None else found.k_table,
-        lse if found.v_table is None else found.v_table,
-    )
-    step.run(_LayerTensors(q, hot, sealed.view(torch.int8), out, lse, tables))
+    step.run(_LayerTensors(q, hot, sealed.view(torch.int8), out, lse))
     return out, lse
 
 
@@ -73,7 +67,6 @@ class _LayerTensors:
     sealed: torch.Tensor
     out: torch.Tensor
     lse: torch.Tensor
-    tables: tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,12 +115,12 @@ class _Step:
         q: torch.Tensor,
         hot: torch.Tensor,
         batch: AttentionBatch,
-        found: CompiledParams,
+        fmt: KVFormat,
         scale: float,
         softcap: float | None,
         sliding_window: int | None,
     ) -> _Step:
-        fmt, geometry, gpu = found.fmt, Geometry.of(hot, q.shape[1]), gpu_of(q)
+        geometry, gpu = Geometry.of(hot, q.shape[1]), gpu_of(q)
         lengths = Lengths.of(batch)
         windows = Windows(batch.page_size, batch.sink_pages, batch.recent_pages, sliding_window)
         flags = {"softcap": softcap is not None, "window": sliding_window is not None}
@@ -182,7 +175,7 @@ class _Step:
 
     def _run_decode(self, work: _DecodeLaunches, layer: _LayerTensors) -> None:
         form = work.launch.form
-        pages = (layer.q, layer.hot, layer.sealed, work.outs, work.lses, work.batch, layer.tables)
+        pages = (layer.q, layer.hot, layer.sealed, work.outs, work.lses, work.batch)
         for part in work.rounds:
             num_slots = part.end_slot - part.first_slot
             slots = (self.stride_table, part.first_slot, num_slots)
@@ -237,7 +230,6 @@ class _Step:
                 outs,
                 lses,
                 work.batch,
-                layer.tables,
                 self.stride_table,
                 slab.first,
                 work.num_seqs,

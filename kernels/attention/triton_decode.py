@@ -32,7 +32,6 @@ def decode_kernel(
     out_ptr,
     lse_ptr,
     batch,
-    tables,
     stride_table,
     first_slot,
     max_slots,
@@ -43,13 +42,12 @@ def decode_kernel(
 ):
     """Program (slot from first_slot on, KV head and a part of its query heads).
 
-    batch: `BatchPointers`; tables, softmax, windows: as in `triton_loop.py`
+    batch: `BatchPointers`; softmax, windows: as in `triton_loop.py`
     max_slots: slots from first_slot + max_slots on are computed in another round
     out, lse: fp32 [slots, query heads, HEAD_DIM], and without HEAD_DIM, from first_slot on; slots
         of shared prefixes are not written
     """
-    head = tl.program_id(1) // FORM.head_parts
-    head_part = tl.program_id(1) % FORM.head_parts
+    heads = (tl.program_id(1) // FORM.head_parts, tl.program_id(1) % FORM.head_parts)
     sink_pages, recent_pages = windows
     PAGE_SIZE: tl.constexpr = FORM.page_size
     PAGES: tl.constexpr = FORM.chunk_pages
@@ -76,23 +74,10 @@ def decode_kernel(
         pages = (hot_ptr, sealed_ptr, batch.hot_tables + row, batch.sealed_tables + row)
         if part == 0:
             recent_from = (position // PAGE_SIZE - recent_pages) * PAGE_SIZE
-            _plain_part(
-                q_ptr,
-                out_ptr,
-                lse_ptr,
-                query,
-                out_row,
-                position,
-                pages,
-                tables,
-                head,
-                head_part,
-                (seen_from, recent_from),
-                softmax,
-                windows,
-                True,
-                FORM,
-            )
+            spans = (seen_from, recent_from, position + 1)
+            q = _queries(q_ptr, query, position, heads, FORM)
+            state = attend_hot(q, no_keys(FORM), pages, heads[0], spans, softmax, windows, FORM)
+            _store(state, out_ptr, lse_ptr, out_row, heads, FORM)
         elif part > num_shared:
             chunk = first_page // PAGES + part - 1 - num_shared
             from_page = tl.maximum(first_page, chunk * PAGES)
@@ -105,9 +90,7 @@ def decode_kernel(
                     query,
                     out_row,
                     pages,
-                    tables,
-                    head,
-                    head_part,
+                    heads,
                     from_page,
                     end_page,
                     softmax,
@@ -115,73 +98,33 @@ def decode_kernel(
                 )
             else:
                 span = (tl.maximum(from_page * PAGE_SIZE, seen_from), end_page * PAGE_SIZE)
-                _plain_part(
-                    q_ptr,
-                    out_ptr,
-                    lse_ptr,
-                    query,
-                    out_row,
-                    position,
-                    pages,
-                    tables,
-                    head,
-                    head_part,
-                    span,
-                    softmax,
-                    windows,
-                    False,
-                    FORM,
+                # Without a window the query sees all of every sealed page.
+                MASKED: tl.constexpr = FORM.has_window
+                q = _queries(q_ptr, query, position, heads, FORM)
+                state = attend_sealed(
+                    q, no_keys(FORM), pages, heads[0], span, softmax, windows, MASKED, FORM
                 )
+                _store(state, out_ptr, lse_ptr, out_row, heads, FORM)
 
 
 @triton.jit
-def _plain_part(
-    q_ptr,
-    out_ptr,
-    lse_ptr,
-    query,
-    out_row,
-    position,
-    pages,
-    tables,
-    head,
-    head_part,
-    span,
-    softmax,
-    windows,
-    HOT: tl.constexpr,
-    FORM: tl.constexpr,
-):
-    """One part by the plain loop; span: of sealed positions, or where the hot ones start."""
-    DTYPE: tl.constexpr = q_ptr.dtype.element_ty
-    BLOCK_M: tl.constexpr = FORM.block_m
-    offs_m = tl.arange(0, BLOCK_M)
-    group_head = head_part * FORM.heads + offs_m
+def _query_heads(heads, FORM: tl.constexpr):
+    """The query head of each row of the plain loop, and whether it exists."""
+    offs_m = tl.arange(0, FORM.block_m)
+    group_head = heads[1] * FORM.heads + offs_m
     mask_m = (offs_m < FORM.heads) & (group_head < FORM.group)
-    q_head = head * FORM.group + group_head
-    q_pos = position + offs_m * 0
-    MASKED: tl.constexpr = FORM.has_window  # otherwise the query sees all of every sealed page
-    q = load_queries(q_ptr, query * FORM.num_heads + q_head, mask_m, q_pos, FORM)
-    state = no_keys(FORM)
-    if HOT:
-        state = attend_hot(
-            q,
-            state,
-            pages,
-            tables,
-            head,
-            span[0],
-            span[1],
-            position + 1,
-            softmax,
-            windows,
-            DTYPE,
-            FORM,
-        )
-    else:
-        state = attend_sealed(
-            q, state, pages, tables, head, span, softmax, windows, MASKED, DTYPE, FORM
-        )
+    return heads[0] * FORM.group + group_head, mask_m
+
+
+@triton.jit
+def _queries(q_ptr, query, position, heads, FORM: tl.constexpr):
+    q_head, mask_m = _query_heads(heads, FORM)
+    return load_queries(q_ptr, query * FORM.num_heads + q_head, mask_m, position + q_head * 0, FORM)
+
+
+@triton.jit
+def _store(state, out_ptr, lse_ptr, out_row, heads, FORM: tl.constexpr):
+    q_head, mask_m = _query_heads(heads, FORM)
     store_finished(state, out_ptr, lse_ptr, out_row + q_head, mask_m, FORM)
 
 

@@ -19,11 +19,10 @@ from kvmesh.kernels.attention.triton_form import Form, form_of
 from kvmesh.kernels.attention.triton_prefill import prefill_kernel
 from kvmesh.kernels.attention.triton_prefix import prefix_kernel
 from kvmesh.kernels.attention.triton_sealed import HEADS
-from kvmesh.kernels.attention.triton_sides import TOKENS, token_run
+from kvmesh.kernels.attention.triton_sides import TOKENS
 from kvmesh.kernels.formats.affine.side import Affine
 from kvmesh.kernels.formats.base import KVFormat, Side
 from kvmesh.kernels.formats.codebook.side import Codebook
-from kvmesh.kernels.formats.static8.side import Static8
 from kvmesh.kernels.formats.tiles_triton import format_kernels
 from kvmesh.kernels.gpu import Capability
 
@@ -34,8 +33,8 @@ PLAIN_PROGRAMS, ONE_WARP_PROGRAMS = 4, 9
 # Hot keys of a tile that one warp reads: 16 rows, keys and sums fit in its registers.
 ONE_WARP_HOT_N = 16
 # Maximum registers per thread. Without a limit the compiler picks 168 for some formats and
-# spills; with a higher limit it rarely uses them all. Two runs of tokens need the maximum.
-INTEGER_REGISTERS, INTEGER_REGISTERS_OF_TOKEN_RUNS = 208, 255
+# spills; with a higher limit it rarely uses them all.
+INTEGER_REGISTERS = 208
 NUM_STAGES = 3
 INTEGER_HEAD_DIMS = (64, 128)
 INTEGER_CAPABILITY = (8, 0)
@@ -62,21 +61,13 @@ def takes_integer_path(
         and page_size % TOKENS == 0
         and sliding_window is None
         and (capability is None or (capability >= INTEGER_CAPABILITY and dtype.itemsize == 2))
-        and all(_has_integer_codes(side, page_size, head_dim) for side in (fmt.k, fmt.v))
+        and all(map(_has_integer_codes, (fmt.k, fmt.v)))
     )
 
 
-def _has_integer_codes(side: Side, page_size: int, head_dim: int) -> bool:
-    """Whether codes lie on a uniform grid and a product of codes can be cut at its scales: one
-    scale per 32 or more channels of a token or, for keys, per 32 or more tokens of a channel."""
-    if isinstance(side, Affine):
-        run = side.run_length(page_size, head_dim)
-        if side.along == "token":
-            return run == head_dim or (run % 32 == 0 and (side.values or side.width != 3))
-        return not side.values and (run == 32 or run % TOKENS == 0)
-    if isinstance(side, Static8):
-        return True
-    return isinstance(side, Codebook) and side.levels == "uniform" and not side.residual
+def _has_integer_codes(side: Side) -> bool:
+    """Whether codes lie on a uniform grid."""
+    return isinstance(side, Affine) or (side.values and isinstance(side, Codebook))
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,9 +123,6 @@ def decode_launch(
     flags = {"has_softcap": softcap, "has_window": window, "has_prefixes": prefixes}
     shape: dict[str, Any] = {**flags, "chunk_pages": max(1, work.DECODE_CHUNK_TOKENS // page_size)}
     if integer:
-        registers = INTEGER_REGISTERS
-        if token_run(fmt.k, page_size, head_dim) < TOKENS:
-            registers = INTEGER_REGISTERS_OF_TOKEN_RUNS
         form = geometry.form(
             fmt,
             **shape,
@@ -146,11 +134,11 @@ def decode_launch(
             hot_n=ONE_WARP_HOT_N,
             stages=NUM_STAGES,
         )
-        options = {"num_warps": 1, "num_stages": NUM_STAGES, "maxnreg": registers}
+        options = {"num_warps": 1, "num_stages": NUM_STAGES, "maxnreg": INTEGER_REGISTERS}
         return Launch(decode_kernel, form, ONE_WARP_PROGRAMS, options)
     one_warp = k.one_warp and v.one_warp and head_dim <= max(INTEGER_HEAD_DIMS)
     tokens = _tile_tokens(geometry, capability)
-    stages = 1 if k.looks_up or v.looks_up else NUM_STAGES
+    stages = NUM_STAGES
     if head_dim > 128 and shared_kib(capability) < 160:
         stages = 1
     form = geometry.form(
@@ -235,12 +223,12 @@ def _many_rows(
     capability: Capability | None,
     shape: dict[str, Any],
 ) -> Launch:
-    k, v = format_kernels(fmt)
     block = row_block(geometry.head_dim, capability)
     tokens = _tile_tokens(geometry, capability)
-    stages = min(block.stages, 1 if k.looks_up or v.looks_up else NUM_STAGES)
-    form = geometry.form(fmt, **shape, block_n=tokens, hot_n=tokens, hot_stages=stages, dense=True)
-    options = {"num_warps": block.warps, "num_stages": stages}
+    form = geometry.form(
+        fmt, **shape, block_n=tokens, hot_n=tokens, hot_stages=block.stages, dense=True
+    )
+    options = {"num_warps": block.warps, "num_stages": block.stages}
     return Launch(kernel, form, max(1, 2 * 4 // block.warps), options)
 
 

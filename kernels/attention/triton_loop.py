@@ -16,10 +16,9 @@ and if the keys of a page have a centre, q·k^ + q·centre.
 
 In all functions here:
 
-    q         (tiles, from `load_keys`; sums over channels [rows] fp32; positions [rows])
+    q         (tile [rows, BLOCK_D]; sums over channels [rows] fp32; positions [rows])
     state     (acc [rows, BLOCK_D], acc_offset [rows], top [rows], total [rows]), all fp32
     pages     (hot_ptr, sealed_ptr, hot_table_ptr, sealed_table_ptr): tables at the sequence's row
-    tables    (k_table_ptr, v_table_ptr): the layer's tables of the sides
     softmax   (qk_scale, softcap, sliding window)
     windows   (sink_pages, recent_pages)
     FORM      see `triton_form.py`
@@ -30,46 +29,24 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvmesh.kernels.formats.pairs_triton import padded_half, pair_channels
-from kvmesh.kernels.formats.tiles_triton import rope_pairs
+from kvmesh.kernels.attention.triton_parts import page_of
 
 
 @triton.jit
-def _load_rows(ptr, rows, mask, offs_d, mask_d, HEAD_DIM: tl.constexpr):
-    """Some channels of rows of HEAD_DIM numbers; the masks say which exist."""
+def _load_rows(ptr, rows, mask, FORM: tl.constexpr):
+    """Rows of HEAD_DIM numbers, [rows, BLOCK_D]; the mask says which exist."""
+    offs_d = tl.arange(0, FORM.block_d)
     mask = mask[:, None]
-    if mask_d is not None:
-        mask = mask & mask_d[None, :]
-    return tl.load(ptr + rows[:, None] * HEAD_DIM + offs_d[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def load_keys(ptr, rows, mask, FORM: tl.constexpr):
-    """Queries or exact keys, to be multiplied with each other or with the side's tiles: a tuple of
-    one tile with all channels or, if RoPE rotates the side's keys, of two."""
-    HEAD_DIM: tl.constexpr = FORM.head_dim
-    BLOCK_D: tl.constexpr = FORM.block_d
-    ROPE: tl.constexpr = rope_pairs(FORM.k_side)
-    if ROPE is None:
-        offs_d = tl.arange(0, BLOCK_D)
-        mask_d = None if BLOCK_D == HEAD_DIM else offs_d < HEAD_DIM
-        return (_load_rows(ptr, rows, mask, offs_d, mask_d, HEAD_DIM),)
-    else:
-        PAD: tl.constexpr = padded_half(HEAD_DIM)
-        mask_d = None if 2 * PAD == HEAD_DIM else tl.arange(0, PAD) < HEAD_DIM // 2
-        first = pair_channels(0, ROPE, HEAD_DIM)
-        second = pair_channels(1, ROPE, HEAD_DIM)
-        return (
-            _load_rows(ptr, rows, mask, first, mask_d, HEAD_DIM),
-            _load_rows(ptr, rows, mask, second, mask_d, HEAD_DIM),
-        )
+    if FORM.block_d != FORM.head_dim:
+        mask = mask & (offs_d < FORM.head_dim)[None, :]
+    return tl.load(ptr + rows[:, None] * FORM.head_dim + offs_d[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
 def load_queries(q_ptr, rows, mask, positions, FORM: tl.constexpr):
     """q_ptr: [tokens, heads, HEAD_DIM] seen as rows"""
-    q = load_keys(q_ptr, rows, mask, FORM)
-    return q, tl.sum(q[0].to(tl.float32), 1), positions
+    q = _load_rows(q_ptr, rows, mask, FORM)
+    return q, tl.sum(q.to(tl.float32), 1), positions
 
 
 @triton.jit
@@ -85,28 +62,65 @@ def no_keys(FORM: tl.constexpr):
 
 
 @triton.jit
-def key_products(q, k):
-    """q, k: tuples of tiles from `load_keys` -> [rows, keys] fp32"""
-    x = tl.dot(q[0], tl.trans(k[0]), input_precision="ieee")
-    if len(q) == 2:
-        x = tl.dot(q[1], tl.trans(k[1]), x, input_precision="ieee")
-    return x
+def _scores(q, k_ptr, first_slot, mask, softmax, HOT: tl.constexpr, FORM: tl.constexpr):
+    """[rows, keys] fp32: products of queries with a tile of keys, as base-2 logarithms, or with a
+    softcap first as natural ones"""
+    q_tile, q_sum, _ = q
+    qk_scale, softcap, _ = softmax
+    DTYPE: tl.constexpr = q_tile.dtype
+    if HOT:
+        k = _load_rows(k_ptr, first_slot + tl.arange(0, FORM.hot_n), mask, FORM)
+    else:
+        k, scale, offset = FORM.load_k(k_ptr, first_slot, FORM.k_side, DTYPE, FORM)
+    scores = tl.dot(q_tile, tl.trans(k), input_precision="ieee")
+    if FORM.k_folded and not HOT:
+        scores = scores * (scale * qk_scale)[None, :]
+        if offset is not None:
+            scores += q_sum[:, None] * (offset * qk_scale)[None, :]
+    else:
+        scores = scores * qk_scale
+    if FORM.load_k_centre is not None and not HOT:
+        BLOCK_N: tl.constexpr = FORM.block_n
+        BLOCK_D: tl.constexpr = FORM.block_d
+        # The centre repeated eight times gives a product with the layout of the scores.
+        centre = FORM.load_k_centre(k_ptr, FORM).to(DTYPE)
+        centre = tl.broadcast_to(centre[None, :], [8, BLOCK_D])
+        shift = tl.dot(q_tile, tl.trans(centre), input_precision="ieee") * qk_scale
+        scores = scores.reshape(scores.shape[0], BLOCK_N // 8, 8) + shift[:, None, :]
+        scores = scores.reshape(shift.shape[0], BLOCK_N)
+    if FORM.has_softcap:
+        # tanh(x) = 2 sigmoid(2x) - 1
+        scores = (2.0 * tl.sigmoid(scores * (2.0 / softcap)) - 1.0) * (softcap * 1.4426950408889634)
+    return scores
 
 
 @triton.jit
-def attend_tile(
+def _visible(first_key, keys, mask, q_pos, softmax, windows, HOT: tl.constexpr, FORM: tl.constexpr):
+    """[rows, keys]: which keys of a page's tile each row sees in this form"""
+    sink_pages, recent_pages = windows
+    page = first_key // FORM.page_size
+    edge = q_pos // FORM.page_size - recent_pages
+    if HOT:
+        seen = (page < sink_pages) | (page >= edge)
+        visible = mask[None, :] & seen[:, None] & (keys[None, :] <= q_pos[:, None])
+    else:
+        visible = mask[None, :] & (page < edge)[:, None]
+    if FORM.has_window:
+        visible = visible & (q_pos[:, None] - keys[None, :] < softmax[2])
+    return visible
+
+
+@triton.jit
+def _attend_tile(
     q,
     state,
     page,
-    tables,
-    head,
     first_key,
     span,
     softmax,
     windows,
     HOT: tl.constexpr,
     MASKED: tl.constexpr,
-    DTYPE: tl.constexpr,
     FORM: tl.constexpr,
 ):
     """One tile of keys of one page, of which positions [span[0], span[1]) are valid.
@@ -114,70 +128,15 @@ def attend_tile(
     page: pointers to the head's keys and values in it
     MASKED: False if every row sees every key of the tile
     """
-    q_tiles, q_sum, q_pos = q
     acc, acc_offset, top, total = state
     k_ptr, v_ptr = page
-    k_table_ptr, v_table_ptr = tables
-    start_key, end_key = span
-    qk_scale, softcap, window = softmax
-    sink_pages, recent_pages = windows
-    PAGE_SIZE: tl.constexpr = FORM.page_size
-    HEAD_DIM: tl.constexpr = FORM.head_dim
-    BLOCK_D: tl.constexpr = FORM.block_d
-    BLOCK_N: tl.constexpr = FORM.hot_n if HOT else FORM.block_n
-    K_FOLDED: tl.constexpr = FORM.k_folded and not HOT
-    V_FOLDED: tl.constexpr = FORM.v_folded and not HOT
-    K_SIDE: tl.constexpr = FORM.k_side
-    V_SIDE: tl.constexpr = FORM.v_side
-    offs_n = tl.arange(0, BLOCK_N)
-    keys = first_key + offs_n
-    first_slot = first_key % PAGE_SIZE
-    mask = (keys >= start_key) & (keys < end_key)
-    if HOT:
-        k = load_keys(k_ptr, first_slot + offs_n, mask, FORM)
-        k_scale, k_offset = 1.0, 0.0
-    else:
-        k, k_scale, k_offset = FORM.load_k(
-            k_ptr,
-            k_table_ptr,
-            head,
-            first_slot,
-            K_SIDE,
-            PAGE_SIZE,
-            HEAD_DIM,
-            BLOCK_N,
-            BLOCK_D,
-            DTYPE,
-        )
-        if rope_pairs(K_SIDE) is None:
-            k = (k,)
-    scores = key_products(q_tiles, k)
-    if K_FOLDED:
-        scores = scores * (k_scale * qk_scale)[None, :]
-        if k_offset is not None:
-            scores += q_sum[:, None] * (k_offset * qk_scale)[None, :]
-    else:
-        scores = scores * qk_scale
-    if FORM.load_k_centre is not None and not HOT:
-        # The centre repeated eight times gives a product with the layout of the scores.
-        centre = FORM.load_k_centre(k_ptr, K_SIDE, PAGE_SIZE, HEAD_DIM, BLOCK_D).to(DTYPE)
-        centre = tl.broadcast_to(centre[None, :], [8, BLOCK_D])
-        shift = key_products(q_tiles, (centre,)) * qk_scale
-        scores = scores.reshape(scores.shape[0], BLOCK_N // 8, 8) + shift[:, None, :]
-        scores = scores.reshape(shift.shape[0], BLOCK_N)
-    if FORM.has_softcap:
-        # tanh(x) = 2 sigmoid(2x) - 1; scores are in natural log up to here
-        scores = (2.0 * tl.sigmoid(scores * (2.0 / softcap)) - 1.0) * (softcap * 1.4426950408889634)
+    DTYPE: tl.constexpr = q[0].dtype
+    keys = first_key + tl.arange(0, FORM.hot_n if HOT else FORM.block_n)
+    first_slot = first_key % FORM.page_size
+    mask = (keys >= span[0]) & (keys < span[1])
+    scores = _scores(q, k_ptr, first_slot, mask, softmax, HOT, FORM)
     if MASKED:
-        first_page = first_key // PAGE_SIZE
-        edge = q_pos // PAGE_SIZE - recent_pages
-        if HOT:
-            seen = (first_page < sink_pages) | (first_page >= edge)
-            visible = mask[None, :] & seen[:, None] & (keys[None, :] <= q_pos[:, None])
-        else:
-            visible = mask[None, :] & (first_page < edge)[:, None]
-        if FORM.has_window:
-            visible = visible & (q_pos[:, None] - keys[None, :] < window)
+        visible = _visible(first_key, keys, mask, q[2], softmax, windows, HOT, FORM)
         scores = tl.where(visible, scores, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, 1))
     # A row that has seen no key yet keeps -inf; subtract 0 from it, since inf - inf is NaN.
@@ -185,94 +144,47 @@ def attend_tile(
     weights = tl.exp2(scores - base[:, None])
     keep = tl.exp2(top - base)
     total = total * keep + tl.sum(weights, 1)
-    if HOT:
-        offs_d = tl.arange(0, BLOCK_D)
-        mask_d = None if BLOCK_D == HEAD_DIM else offs_d < HEAD_DIM
-        v = _load_rows(v_ptr, first_slot + offs_n, mask, offs_d, mask_d, HEAD_DIM)
-        v_scale, v_offset = 1.0, 0.0
-    else:
-        v, v_scale, v_offset = FORM.load_v(
-            v_ptr,
-            v_table_ptr,
-            head,
-            first_slot,
-            V_SIDE,
-            PAGE_SIZE,
-            HEAD_DIM,
-            BLOCK_N,
-            BLOCK_D,
-            DTYPE,
-        )
     acc_offset = acc_offset * keep
-    if V_FOLDED:
-        if v_offset is not None:
-            acc_offset += tl.sum(weights * v_offset[None, :], 1)
-        weights = weights * v_scale[None, :]
+    if HOT:
+        v = _load_rows(v_ptr, first_slot + tl.arange(0, FORM.hot_n), mask, FORM)
+    else:
+        v, scale, offset = FORM.load_v(v_ptr, first_slot, FORM.v_side, DTYPE, FORM)
+        if FORM.v_folded:
+            if offset is not None:
+                acc_offset += tl.sum(weights * offset[None, :], 1)
+            weights = weights * scale[None, :]
     acc = tl.dot(weights.to(DTYPE), v, acc * keep[:, None], input_precision="ieee")
     return acc, acc_offset, new_top, total
 
 
 @triton.jit
 def attend_sealed(
-    q,
-    state,
-    pages,
-    tables,
-    head,
-    span,
-    softmax,
-    windows,
-    MASKED: tl.constexpr,
-    DTYPE: tl.constexpr,
-    FORM: tl.constexpr,
+    q, state, pages, head, span, softmax, windows, MASKED: tl.constexpr, FORM: tl.constexpr
 ):
     """The sealed pages that contain positions [span[0], span[1]); the end is a page's."""
-    _, sealed_ptr, _, sealed_table_ptr = pages
+    _, sealed_ptr, _, table_ptr = pages
     start_key, end_key = span
     BLOCK_N: tl.constexpr = FORM.block_n
     for tile in range(start_key // BLOCK_N, end_key // BLOCK_N):
         first_key = tile * BLOCK_N
-        page = tl.load(sealed_table_ptr + first_key // FORM.page_size).to(tl.int64)
+        page = page_of(table_ptr, first_key // FORM.page_size)
         k_ptr = sealed_ptr + (page * FORM.num_kv_heads + head) * FORM.page_bytes
-        state = attend_tile(
-            q,
-            state,
-            (k_ptr, k_ptr + FORM.k_bytes),
-            tables,
-            head,
-            first_key,
-            span,
-            softmax,
-            windows,
-            False,
-            MASKED,
-            DTYPE,
-            FORM,
-        )
+        at = (k_ptr, k_ptr + FORM.k_bytes)
+        state = _attend_tile(q, state, at, first_key, span, softmax, windows, False, MASKED, FORM)
     return state
 
 
 @triton.jit
-def attend_hot(
-    q,
-    state,
-    pages,
-    tables,
-    head,
-    seen_from,
-    recent_from,
-    end_key,
-    softmax,
-    windows,
-    DTYPE: tl.constexpr,
-    FORM: tl.constexpr,
-):
-    """The hot pages of positions [seen_from, sink) and [recent_from, end_key)."""
-    hot_ptr, _, hot_table_ptr, _ = pages
-    sink_pages, _ = windows
+def attend_hot(q, state, pages, head, spans, softmax, windows, FORM: tl.constexpr):
+    """The hot pages of positions [seen_from, sink) and [recent_from, end_key).
+
+    spans: (seen_from, recent_from, end_key)
+    """
+    seen_from, recent_from, end_key = spans
+    hot_ptr, _, table_ptr, _ = pages
     BLOCK_N: tl.constexpr = FORM.hot_n
-    sink_end = tl.minimum(sink_pages * FORM.page_size, end_key)
-    recent_from = tl.maximum(tl.maximum(recent_from, sink_pages * FORM.page_size), seen_from)
+    sink_end = tl.minimum(windows[0] * FORM.page_size, end_key)
+    recent_from = tl.maximum(tl.maximum(recent_from, windows[0] * FORM.page_size), seen_from)
     sink_tile = seen_from // BLOCK_N
     recent_tile = recent_from // BLOCK_N
     num_sink = tl.maximum((sink_end + BLOCK_N - 1) // BLOCK_N - sink_tile, 0)
@@ -282,25 +194,13 @@ def attend_hot(
         first_key = tl.where(in_sink, sink_tile + index, recent_tile + index - num_sink) * BLOCK_N
         start = tl.where(in_sink, seen_from, recent_from)
         end = tl.where(in_sink, sink_end, end_key)
-        page = tl.load(hot_table_ptr + first_key // FORM.page_size).to(tl.int64)
+        page = page_of(table_ptr, first_key // FORM.page_size)
         # A hot page holds all heads' keys, then all heads' values.
         row = page * (2 * FORM.num_kv_heads) + head
         k_ptr = hot_ptr + row * (FORM.page_size * FORM.head_dim)
-        v_ptr = k_ptr + FORM.num_kv_heads * FORM.page_size * FORM.head_dim
-        state = attend_tile(
-            q,
-            state,
-            (k_ptr, v_ptr),
-            tables,
-            head,
-            first_key,
-            (start, end),
-            softmax,
-            windows,
-            True,
-            True,
-            DTYPE,
-            FORM,
+        at = (k_ptr, k_ptr + FORM.num_kv_heads * FORM.page_size * FORM.head_dim)
+        state = _attend_tile(
+            q, state, at, first_key, (start, end), softmax, windows, True, True, FORM
         )
     return state
 

@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 
 from kvmesh.kernels.formats.planes_triton import unit
-from kvmesh.kernels.formats.tiles_triton import from_bf16
 
 # 1.5 * 2^23 + 128. The lowest bits of x + MAGIC are those of x + 128 rounded to an integer.
 # The lowest bits of x + MAGIC * 2^k are those of x / 2^k + 128, rounded.
@@ -126,29 +125,6 @@ def scores(qq, planes, q_top, WIDTH: tl.constexpr, PLANES: tl.constexpr, TOP: tl
 
 
 @triton.jit
-def side_by_side(first, second, PLANES: tl.constexpr):
-    """Scores of two runs of tokens, from `scores` -> scores of both."""
-    H: tl.constexpr = first.shape[0]
-    X: tl.constexpr = first.shape[1]
-    first = first.reshape(H, PLANES, X // PLANES)
-    second = second.reshape(H, PLANES, X // PLANES)
-    return tl.join(first, second).permute(0, 1, 3, 2).reshape(H, 2 * X)
-
-
-@triton.jit
-def channels(x, R: tl.constexpr, RUNS: tl.constexpr):
-    """[HEADS, D] -> channels of run R"""
-    if RUNS == 1:
-        return x
-    else:
-        first, second = halves(x)
-        if 2 * R < RUNS:
-            return channels(first, R, RUNS // 2)
-        else:
-            return channels(second, R - RUNS // 2, RUNS // 2)
-
-
-@triton.jit
 def query_operand(q, D: tl.constexpr, PTX: tl.constexpr):
     """q [HEADS, D] fp32 in the order `chan`, magic added -> [2 HEADS, D] int8, in natural order"""
     hi, lo = split(q, PTX)
@@ -176,21 +152,12 @@ def in_score_order(x, PLANES: tl.constexpr):
 
 
 @triton.jit
-def weight_operand(w, PLANES: tl.constexpr, PARTS: tl.constexpr, PTX: tl.constexpr):
+def weight_operand(w, PLANES: tl.constexpr, PTX: tl.constexpr):
     """w [HEADS, TOKENS] fp32 in the order of scores, magic added -> [2 HEADS, TOKENS] int8, in
     natural order"""
     H: tl.constexpr = 2 * w.shape[0]
     X: tl.constexpr = w.shape[1]
-    if PARTS == 1:
-        hi, lo = split(w, PTX)
-    else:
-        # One run of tokens after the other: the four numbers of a word are combined.
-        w = w.reshape(H // 2, PLANES, 2, X // PLANES // 2)
-        first, second = tl.split(w.permute(0, 1, 3, 2))
-        hi, lo = split(first, PTX)
-        second_hi, second_lo = split(second, PTX)
-        hi = tl.join(hi, second_hi).permute(0, 1, 3, 2).reshape(H // 2, X)
-        lo = tl.join(lo, second_lo).permute(0, 1, 3, 2).reshape(H // 2, X)
+    hi, lo = split(w, PTX)
     pp = stack(hi, lo)
     if PLANES == 1:
         pp = pp.reshape(H, X // 32, 4, 4, 2).permute(0, 1, 3, 2, 4)
@@ -199,38 +166,3 @@ def weight_operand(w, PLANES: tl.constexpr, PARTS: tl.constexpr, PTX: tl.constex
     else:
         pp = pp.reshape(H, 4, X // 4).permute(0, 2, 1)
     return pp.reshape(H, X)
-
-
-@triton.jit
-def exact_operand(q, DTYPE: tl.constexpr):
-    """q [HEADS, D] fp32 in the order `chan` -> [2 HEADS, D]: the original numbers with zeros below
-    them, in the order in which a thread holds an operand."""
-    q = q.to(DTYPE)
-    q = stack(q, tl.zeros_like(q)).reshape(2 * q.shape[0], q.shape[1] // 16, 2, 4, 2)
-    return q.permute(0, 1, 3, 2, 4).reshape(q.shape[0], q.shape[1] * 16)
-
-
-@triton.jit
-def offset_products(q, offset_ptr, offs_d, PARTS: tl.constexpr, HEADS: tl.constexpr):
-    """Products of queries, from `exact_operand`, with the keys' offsets [PARTS, D], bf16
-    -> [HEADS, 8], column r for part r % PARTS"""
-    D: tl.constexpr = offs_d.shape[0]
-    bits_ptr = offset_ptr.to(tl.pointer_type(tl.int16), bitcast=True)
-    bits = tl.load(bits_ptr + tl.arange(0, PARTS)[:, None] * D + offs_d[None, :])
-    bits = bits.reshape(PARTS, D // 32, 4, 2, 4).permute(0, 1, 3, 2, 4).reshape(PARTS, D)
-    if q.dtype == tl.bfloat16:
-        offsets = bits.to(tl.bfloat16, bitcast=True)
-    else:
-        offsets = from_bf16(bits).to(q.dtype)
-    offsets = tl.broadcast_to(offsets[None, :, :], [8 // PARTS, PARTS, D]).reshape(8, D)
-    x = tl.dot(q, tl.trans(offsets), input_precision="ieee")
-    x, _ = tl.split(x.reshape(2, HEADS, 8).permute(1, 2, 0))
-    return x
-
-
-@triton.jit
-def part_columns(x, R: tl.constexpr, PARTS: tl.constexpr):
-    """x [HEADS, 8] from `offset_products` -> part R's number in all columns; PARTS is 2"""
-    even, odd = tl.split(x.reshape(x.shape[0], x.shape[1] // 2, 2))
-    one = even if R == 0 else odd
-    return tl.broadcast_to(one[:, :, None], [x.shape[0], x.shape[1] // 2, 2]).reshape(x.shape)

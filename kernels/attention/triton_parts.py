@@ -53,3 +53,10 @@ def prefill_parts(seq_len, num_queries, window, windows, FORM: tl.constexpr):
         base = tl.maximum(seen_from // FORM.page_size, sink_pages) // PAGES
     end_page = tl.maximum((seq_len - 1) // FORM.page_size - recent_pages, 0)
     return base, tl.maximum((end_page + PAGES - 1) // PAGES - base, 1)
+
+
+@triton.jit
+def page_of(table_ptr, page):
+    """The id of a sequence's logical page; table_ptr: at the sequence's row. All kernels find
+    pages here."""
+    return tl.load(table_ptr + page).to(tl.int64)

@@ -28,7 +28,6 @@ def prefill_kernel(
     out_ptr,
     lse_ptr,
     batch,
-    tables,
     stride_table,
     first_item,
     num_seqs,
@@ -39,7 +38,7 @@ def prefill_kernel(
 ):
     """Program (item, KV head); items from first_item on.
 
-    batch: `BatchPointers`; tables, softmax, windows: as in `triton_loop.py`
+    batch: `BatchPointers`; softmax, windows: as in `triton_loop.py`
     out, lse: the operator's if DIRECT; otherwise fp32 [items, KV heads, block_m, HEAD_DIM] and
         without HEAD_DIM
     """
@@ -81,26 +80,12 @@ def prefill_kernel(
 
     row = tl.load(batch.rows + seq).to(tl.int64) * stride_table
     pages = (hot_ptr, sealed_ptr, batch.hot_tables + row, batch.sealed_tables + row)
-    DTYPE: tl.constexpr = q_ptr.dtype.element_ty
-    state = no_keys(FORM)
     span = (sealed_from, sealed_end)
-    state = attend_sealed(q, state, pages, tables, head, span, softmax, windows, True, DTYPE, FORM)
+    state = attend_sealed(q, no_keys(FORM), pages, head, span, softmax, windows, True, FORM)
     if part == 0:
         recent_from = (first_pos // PAGE_SIZE - recent_pages) * PAGE_SIZE
-        state = attend_hot(
-            q,
-            state,
-            pages,
-            tables,
-            head,
-            seen_from,
-            recent_from,
-            last_pos + 1,
-            softmax,
-            windows,
-            DTYPE,
-            FORM,
-        )
+        spans = (seen_from, recent_from, last_pos + 1)
+        state = attend_hot(q, state, pages, head, spans, softmax, windows, FORM)
     if DIRECT:
         store_finished(state, out_ptr, lse_ptr, q_row, mask_m, FORM)
     else:

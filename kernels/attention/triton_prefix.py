@@ -27,7 +27,6 @@ def prefix_kernel(
     out_ptr,
     lse_ptr,
     batch,
-    tables,
     stride_table,
     first_slot,
     max_slots,
@@ -44,7 +43,6 @@ def prefix_kernel(
     head = tl.program_id(1)
     sink_pages, _ = windows
     PAGES: tl.constexpr = FORM.chunk_pages
-    DTYPE: tl.constexpr = q_ptr.dtype.element_ty
     BLOCK_M: tl.constexpr = FORM.block_m
     offs_m = tl.arange(0, BLOCK_M)
     total = tl.load(batch.set_chunks + num_sets)
@@ -70,9 +68,6 @@ def prefix_kernel(
         row = tl.load(batch.rows + first_seq).to(tl.int64) * stride_table
         pages = (hot_ptr, sealed_ptr, batch.hot_tables + row, batch.sealed_tables + row)
         span = (from_page * FORM.page_size, end_page * FORM.page_size)
-        state = no_keys(FORM)
-        state = attend_sealed(
-            q, state, pages, tables, head, span, softmax, windows, False, DTYPE, FORM
-        )
+        state = attend_sealed(q, no_keys(FORM), pages, head, span, softmax, windows, False, FORM)
         rows = slot.to(tl.int64) * FORM.num_heads + q_head
         store_finished(state, out_ptr, lse_ptr, rows, mask_m, FORM)

@@ -29,6 +29,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from kvmesh.kernels.formats.base import KVFormat
+
 if TYPE_CHECKING:
     from kvmesh.kernels.attention.batch import AttentionBatch
 
@@ -41,6 +43,9 @@ PREFILL_CHUNK_TOKENS = 4096
 MAX_SLOTS = 4096
 # Bytes of results of prefill that are held at a time, unless one block has more.
 MAX_PREFILL_BYTES = 64 << 20
+# Tokens of formats for comparison that are held decoded at a time, unless one sequence has more,
+# and those that are decoded at once.
+DECODED_TOKENS, DECODED_AT_ONCE = 65536, 16384
 
 Ints = npt.NDArray[np.int64]
 
@@ -202,13 +207,27 @@ class PrefillWork:
         return cls(starts, tuple(_joined(slabs, max_items)))
 
 
-def workspace_bytes(num_heads: int, head_dim: int, max_seq_len: int) -> int:
-    """Upper bound of what a layer's kernels allocate for results of parts, decode and prefill."""
+def workspace_bytes(
+    fmt: KVFormat,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype_bytes: int,
+    max_seq_len: int,
+) -> int:
+    """Upper bound of what a layer's attention allocates on a GPU: results of parts of decode and of
+    prefill, and decoded pages of a format for comparison."""
     slots = max(MAX_SLOTS, max_seq_len // DECODE_CHUNK_TOKENS + 2)
     # A block of prefill has at most 128 rows of a KV head.
     block = max_seq_len // PREFILL_CHUNK_TOKENS + 1
     prefill = max(MAX_PREFILL_BYTES, block * 128 * num_heads * (head_dim + 1) * 4)
-    return slots * num_heads * (head_dim + 1) * 4 + prefill
+    parts = slots * num_heads * (head_dim + 1) * 4 + prefill
+    if not fmt.comparison:
+        return parts
+    # While pages are decoded, their numbers exist a few times in fp32.
+    tokens = max(DECODED_TOKENS, max_seq_len) * dtype_bytes + DECODED_AT_ONCE * 32
+    return parts + 2 * num_kv_heads * head_dim * tokens
 
 
 def _joined(slabs: list[Slab], max_items: int) -> Iterator[Slab]:

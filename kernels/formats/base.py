@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
@@ -25,24 +25,6 @@ Params = Mapping[str, "torch.Tensor"]
 # Sizes of a parameter's dimensions: "heads" and "channels" mean the KV heads and head_dim,
 # a number means itself, any other word means any size.
 Dims = tuple[str | int, ...]
-
-
-class SideTile(Protocol):
-    """One side of selected sealed pages for the reference attention, with a row of pages per
-    (sequence, KV head).
-
-    The tile may keep codes as they are and fold scales and offsets into the
-    scores and the weights, so that a single query dequantises nothing.
-    """
-
-    def scores(self, q: torch.Tensor) -> torch.Tensor:
-        """Keys: q [rows, queries, head_dim] fp32 -> q·k, [rows, queries, tokens] fp32."""
-
-    def weighted(self, weights: torch.Tensor) -> torch.Tensor:
-        """Values: weights [rows, queries, tokens] fp32 -> [rows, queries, head_dim] fp32."""
-
-    def dense(self) -> torch.Tensor:
-        """The numbers, [rows, tokens, head_dim] fp32, contiguous."""
 
 
 class SideCodec(Protocol):
@@ -60,18 +42,6 @@ class SideCodec(Protocol):
         positions: [n] int64, of each page's first token; given if the side needs it
         """
 
-    def load(
-        self,
-        side: Side,
-        pages: torch.Tensor,
-        rows: int,
-        page_size: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        params: Params,
-    ) -> SideTile:
-        """pages [rows * pages per row, num_bytes] uint8; rows are (sequence, KV head), by head."""
-
     def decode(
         self,
         side: Side,
@@ -82,7 +52,7 @@ class SideCodec(Protocol):
         params: Params,
     ) -> torch.Tensor:
         """pages [n, num_kv_heads, num_bytes] -> [n, num_kv_heads, page_size, head_dim] fp32,
-        finite for any input of `encode`."""
+        finite for any input of `encode`. Without parameters of heads there may be any number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,18 +82,6 @@ class Side:
         """Whether encoding needs to know a page's position in the sequence."""
         return False
 
-    def bound(self, params: Params) -> Side:
-        """The side with the parameters that compiled kernels need as constants."""
-        return self
-
-    def table(self, params: Params, page_size: int) -> torch.Tensor | None:
-        """A layer's parameters as compiled kernels read them, fp32 [numbers]: first those of all
-        heads, then each head's; None if the side needs none."""
-        if not self.calibrated:
-            return None
-        result: torch.Tensor = _module(f"{self.package}.table").table(self, params, page_size)
-        return result
-
     def num_bytes(self, page_size: int, head_dim: int, dtype_bytes: int = 2) -> int:
         """Bytes of this side of one page of one layer and one KV head.
 
@@ -140,10 +98,8 @@ class Side:
         return cast(SideCodec, _module(f"{self.package}.reference"))
 
     def kernels(self) -> Any:
-        """The Triton functions of this side, a `SideKernels` of `formats/tiles_triton.py`.
-
-        Raises ValueError if there are none.
-        """
+        """The Triton functions of this side, a `SideKernels` of `formats/tiles_triton.py`; sides
+        for comparison have none."""
         return _module(f"{self.package}.triton").kernels(self)
 
     def numba_load(self, page_size: int, head_dim: int, dtype: str) -> Any | None:
@@ -164,9 +120,6 @@ class LayerParams:
 
     k: Params
     v: Params
-    _compiled: dict[tuple[KVFormat, int], CompiledParams] = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
 
     def to(self, device: torch.device | str) -> LayerParams:
         k, v = (
@@ -185,18 +138,6 @@ class LayerParams:
 
         return LayerParams(own(fmt.k, self.k), own(fmt.v, self.v))
 
-    def compiled(self, fmt: KVFormat, page_size: int) -> CompiledParams:
-        """In the form of compiled kernels; created on first use. Raises like `fmt.check_params`."""
-        result = self._compiled.get((fmt, page_size))
-        if result is None:
-            fmt.check_params(self)
-            result = self._compiled[fmt, page_size] = CompiledParams(
-                replace(fmt, k=fmt.k.bound(self.k), v=fmt.v.bound(self.v)),
-                fmt.k.table(self.k, page_size),
-                fmt.v.table(self.v, page_size),
-            )
-        return result
-
 
 def _has_heads(side: Side, name: str) -> bool:
     return side.calibrated[name][0] == "heads"
@@ -206,54 +147,13 @@ NO_PARAMS = LayerParams({}, {})
 
 
 @dataclass(frozen=True, slots=True)
-class CompiledParams:
-    """fmt: with its sides bound; k_table, v_table: see `Side.table`, or [layers, numbers]"""
-
-    fmt: KVFormat
-    k_table: torch.Tensor | None
-    v_table: torch.Tensor | None
-
-    def layer(self, index: int) -> CompiledParams:
-        tables = (self.k_table, self.v_table)
-        return CompiledParams(self.fmt, *(None if x is None else x[index] for x in tables))
-
-
-@dataclass(frozen=True, slots=True)
 class ModelParams:
     """The calibrated parameters of every layer."""
 
     layers: tuple[LayerParams, ...]
-    _compiled: dict[tuple[KVFormat, int], CompiledParams] = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
 
     def to(self, device: torch.device | str) -> ModelParams:
         return ModelParams(tuple(layer.to(device) for layer in self.layers))
-
-    def compiled(self, fmt: KVFormat, page_size: int) -> CompiledParams:
-        """In the form of compiled kernels, for all layers together; created on first use. The
-        layers' own parameters are from then on views of these. Raises ValueError if one kernel
-        cannot handle all layers."""
-        result = self._compiled.get((fmt, page_size))
-        if result is None:
-            each = [layer.compiled(fmt, page_size) for layer in self.layers]
-            if any(found.fmt != each[0].fmt for found in each):
-                raise ValueError("params: RoPE rotates different channels in different layers")
-            result = self._compiled[fmt, page_size] = CompiledParams(
-                each[0].fmt,
-                _stack([found.k_table for found in each]),
-                _stack([found.v_table for found in each]),
-            )
-            for index, layer in enumerate(self.layers):
-                layer._compiled[fmt, page_size] = result.layer(index)
-        return result
-
-
-def _stack(tables: list[torch.Tensor | None]) -> torch.Tensor | None:
-    import torch
-
-    found = [table for table in tables if table is not None]
-    return torch.stack(found) if found else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,7 +165,7 @@ class KVFormat:
         key j is read from its hot page if its page is among the first
         `sink_pages` or at most `recent_pages` before the query's page
     aliases: other names that users know (LMDeploy's ``quant_policy``, ...)
-    reference: kept for comparison, not for serving
+    comparison: kept to compare with: plain torch seals and reads its pages, so serving it is slow
     """
 
     name: str
@@ -275,7 +175,7 @@ class KVFormat:
     sink_pages: int = 0
     recent_pages: int = 0
     aliases: tuple[str, ...] = ()
-    reference: bool = False
+    comparison: bool = False
 
     def __post_init__(self) -> None:
         if self.k.values or not self.v.values:

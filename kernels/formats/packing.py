@@ -101,8 +101,8 @@ def unpack(
 
 
 def by_token(table: torch.Tensor, *, values: bool) -> torch.Tensor:
-    """A table from `unpack` -> [..., page_size, head_dim]; a copy for values."""
-    return table.mT.flatten(-3, -2) if values else table
+    """A table from `unpack` -> [..., page_size, head_dim], contiguous; a copy for values."""
+    return table.mT.contiguous().flatten(-3, -2) if values else table
 
 
 def _split(table: torch.Tensor, count: int, values: bool) -> tuple[torch.Tensor, ...]:

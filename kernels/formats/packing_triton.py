@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kvmesh.kernels.formats.packing import PLANES
 from kvmesh.kernels.formats.tiles_triton import load, padded
 
 
@@ -14,40 +15,20 @@ def packed_bytes(width: int, page_size: int, head_dim: int) -> int:
 
 
 @triton.jit
-def load_codes(
-    part_ptr,
-    first_slot,
-    SIDE: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Codes minus half their range, int32: for keys [BLOCK_N, BLOCK_D], for values transposed.
+def load_codes(part_ptr, first_slot, SIDE: tl.constexpr, FORM: tl.constexpr):
+    """Codes minus half their range, int32, of a tile of sealed keys that begins at first_slot and
+    lies in one block: for keys [block_n, block_d], for values transposed.
 
-    BLOCK_N slots starting at first_slot lie in one block; channels from HEAD_DIM on hold
-    arbitrary finite numbers
+    Channels from head_dim on hold arbitrary finite numbers.
     """
-    d = tl.arange(0, BLOCK_D)
-    mask_d = None if BLOCK_D == HEAD_DIM else d < HEAD_DIM
-    return load_codes_of(part_ptr, first_slot, d, mask_d, SIDE, PAGE_SIZE, HEAD_DIM, BLOCK_N)
-
-
-@triton.jit
-def load_codes_of(
-    part_ptr,
-    first_slot,
-    channels,
-    mask_d,
-    SIDE: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """The same for some channels; mask_d says which of them exist, None means all."""
+    PAGE_SIZE: tl.constexpr = FORM.page_size
+    HEAD_DIM: tl.constexpr = FORM.head_dim
+    BLOCK_N: tl.constexpr = FORM.block_n
+    channels = tl.arange(0, FORM.block_d)
+    mask_d = None if FORM.block_d == HEAD_DIM else channels < HEAD_DIM
     WIDTH: tl.constexpr = SIDE.width
     BITS: tl.constexpr = 2 if WIDTH == 3 else WIDTH
-    PLANES: tl.constexpr = 8 // BITS
+    P: tl.constexpr = 8 // BITS
     BLOCK: tl.constexpr = min(64, PAGE_SIZE)
     block = first_slot // BLOCK
     # Relative to the block, so that the compiler sees that each thread loads adjacent bytes.
@@ -55,14 +36,14 @@ def load_codes_of(
     if BLOCK_N != BLOCK:
         n += first_slot % BLOCK
     if SIDE.values:
-        ROWS: tl.constexpr = HEAD_DIM // PLANES
+        ROWS: tl.constexpr = HEAD_DIM // P
         COLUMNS: tl.constexpr = BLOCK
         d = channels[:, None]
         plane, row, column = d // ROWS, d % ROWS, n[None, :]
     else:
-        ROWS: tl.constexpr = BLOCK // PLANES
+        ROWS: tl.constexpr = BLOCK // P
         COLUMNS: tl.constexpr = HEAD_DIM
-        plane, row, column = n[:, None] % PLANES, n[:, None] // PLANES, channels[None, :]
+        plane, row, column = n[:, None] % P, n[:, None] // P, channels[None, :]
     mask = None
     if mask_d is not None:
         mask = mask_d[:, None] if SIDE.values else mask_d[None, :]
@@ -79,7 +60,7 @@ def load_codes_of(
             high = load(high_ptr + row * HALF + column % HALF, mask).to(tl.int32)
             codes |= ((high >> _high_bit(plane, column // HALF)) & 1) << 2
         # The top plane's highest bit is stored flipped.
-        codes = (codes ^ tl.where(plane == PLANES - 1, HALF_RANGE, 0)) - HALF_RANGE
+        codes = (codes ^ tl.where(plane == P - 1, HALF_RANGE, 0)) - HALF_RANGE
     return codes
 
 
@@ -102,8 +83,8 @@ def block_tokens(page_size: int) -> int:
 
 
 @triton.constexpr_function
-def channel_parts(side, head_dim: int) -> int:
-    return {8: 1, 4: 2, 3: 4, 2: 4}[side.width] if side.values else 2
+def channel_parts(side) -> int:
+    return PLANES[side.width] if side.values else 2
 
 
 @triton.jit
@@ -118,7 +99,7 @@ def block_slots(PAGE_SIZE: tl.constexpr):
 @triton.jit
 def block_channels(SIDE: tl.constexpr, HEAD_DIM: tl.constexpr):
     """Channels in the padded order, [D] int32, and whether they exist."""
-    PARTS: tl.constexpr = channel_parts(SIDE, HEAD_DIM)
+    PARTS: tl.constexpr = channel_parts(SIDE)
     SPAN: tl.constexpr = HEAD_DIM // PARTS
     PAD: tl.constexpr = padded(SPAN)
     offs = tl.arange(0, PARTS * PAD)
@@ -132,33 +113,33 @@ def store_codes(
     """codes [N, D] int32 of a block, in the orders of `block_slots` and `block_channels`."""
     WIDTH: tl.constexpr = SIDE.width
     BITS: tl.constexpr = 2 if WIDTH == 3 else WIDTH
-    PLANES: tl.constexpr = 8 // BITS
+    P: tl.constexpr = 8 // BITS
     BLOCK: tl.constexpr = block_tokens(PAGE_SIZE)
     HALF_N: tl.constexpr = BLOCK // 2
     PAD_N: tl.constexpr = padded(HALF_N)
     N: tl.constexpr = codes.shape[0]
     D: tl.constexpr = codes.shape[1]
-    planes = tl.arange(0, PLANES)
+    planes = tl.arange(0, P)
     low_bits = planes * BITS
-    flip = tl.where(planes == PLANES - 1, 1 << (WIDTH - 1), 0)
-    codes_ptr = part_ptr + block * (BLOCK * HEAD_DIM // PLANES)
+    flip = tl.where(planes == P - 1, 1 << (WIDTH - 1), 0)
+    codes_ptr = part_ptr + block * (BLOCK * HEAD_DIM // P)
     if SIDE.values:
-        SPAN: tl.constexpr = HEAD_DIM // PLANES
-        PAD: tl.constexpr = D // PLANES
-        x = codes.reshape(N, PLANES, PAD) ^ flip[None, :, None]
+        SPAN: tl.constexpr = HEAD_DIM // P
+        PAD: tl.constexpr = D // P
+        x = codes.reshape(N, P, PAD) ^ flip[None, :, None]
         low = tl.sum((x & ((1 << BITS) - 1)) << low_bits[None, :, None], 1)  # [N, PAD]
         slots, mask_n = block_slots(PAGE_SIZE)
         rows = tl.arange(0, PAD)
         mask = mask_n[:, None] & (rows < SPAN)[None, :]
         tl.store(codes_ptr + rows[None, :] * BLOCK + slots[:, None], low.to(tl.int8), mask=mask)
     else:
-        ROWS: tl.constexpr = N // PLANES
-        x = codes.reshape(ROWS, PLANES, D) ^ flip[None, :, None]
+        ROWS: tl.constexpr = N // P
+        x = codes.reshape(ROWS, P, D) ^ flip[None, :, None]
         low = tl.sum((x & ((1 << BITS) - 1)) << low_bits[None, :, None], 1)  # [ROWS, D]
         channels, mask_d = block_channels(SIDE, HEAD_DIM)
         at = tl.arange(0, ROWS)
-        rows = (at // (PAD_N // PLANES)) * (HALF_N // PLANES) + at % (PAD_N // PLANES)
-        mask_r = at % (PAD_N // PLANES) < HALF_N // PLANES
+        rows = (at // (PAD_N // P)) * (HALF_N // P) + at % (PAD_N // P)
+        mask_r = at % (PAD_N // P) < HALF_N // P
         mask = mask_r[:, None] & mask_d[None, :]
         tl.store(
             codes_ptr + rows[:, None] * HEAD_DIM + channels[None, :], low.to(tl.int8), mask=mask
@@ -167,15 +148,15 @@ def store_codes(
         high_ptr = part_ptr + PAGE_SIZE * HEAD_DIM // 4 + block * (BLOCK * HEAD_DIM // 8)
         halves = tl.arange(0, 2)
         if SIDE.values:
-            bit = _high_bit(planes[None, :], halves[:, None])  # [2, PLANES]
-            y = (x >> 2).reshape(2, PAD_N, PLANES, PAD) << bit[:, None, :, None]
+            bit = _high_bit(planes[None, :], halves[:, None])  # [2, P]
+            y = (x >> 2).reshape(2, PAD_N, P, PAD) << bit[:, None, :, None]
             high = tl.sum(tl.sum(y, 2), 0)  # [PAD_N, PAD]
             offs_n = tl.arange(0, PAD_N)
             mask = (offs_n < HALF_N)[:, None] & (rows < SPAN)[None, :]
             to = rows[None, :] * HALF_N + offs_n[:, None]
         else:
-            bit = _high_bit(planes[:, None], halves[None, :])  # [PLANES, 2]
-            y = (x >> 2).reshape(ROWS, PLANES, 2, D // 2) << bit[None, :, :, None]
+            bit = _high_bit(planes[:, None], halves[None, :])  # [P, 2]
+            y = (x >> 2).reshape(ROWS, P, 2, D // 2) << bit[None, :, :, None]
             high = tl.sum(tl.sum(y, 1), 1)  # [ROWS, D / 2]
             offs_d = tl.arange(0, D // 2)
             mask = mask_r[:, None] & (offs_d < HEAD_DIM // 2)[None, :]

@@ -1,4 +1,5 @@
-"""Codes as integer tensor cores take them: planes of packed bytes, without shifts.
+"""Codes of whole blocks of a page, plane by plane: as integer tensor cores take them, and as
+numbers for floating-point ones.
 
 The layout is that of `packing.py`: a byte holds codes of several rows, and one
 AND leaves those of a single row, plane p, at their bits:
@@ -20,98 +21,89 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kvmesh.kernels.formats.base import Side
+from kvmesh.kernels.formats.packing import PLANES
+from kvmesh.kernels.formats.packing_triton import load_codes
+from kvmesh.kernels.formats.planes_ptx import PlanesPtx
 
-def _three_bits() -> str:
-    """Words of four bytes: the low bits $8 and $9 of the two halves of the columns and their high
-    bits $10 become planes 0 to 3 of one half, $0 to $3, and of the other, $4 to $7."""
-    lines = ["{ .reg .b32 t, x, z;"]
-
-    def plane(register: int, low: str, high: str, low_bits: int, all_bits: int) -> None:
-        # 0xe4: low where low_bits are set, otherwise high
-        lines.append(f"lop3.b32 t, {low}, {high}, {low_bits * 0x01010101:#x}, 0xe4;")
-        lines.append(f"and.b32 ${register}, t, {all_bits * 0x01010101:#x};")
-
-    plane(0, "$8", "$10", 0x03, 0x07)
-    plane(1, "$8", "$10", 0x0C, 0x1C)
-    plane(2, "$8", "$10", 0x30, 0x70)
-    lines.append("shr.u32 x, $8, 1;")
-    plane(3, "x", "$10", 0x60, 0xE0)
-    lines.append("shl.b32 z, $10, 1;")
-    plane(4, "$9", "z", 0x03, 0x07)
-    plane(5, "$9", "z", 0x0C, 0x1C)
-    plane(6, "$9", "z", 0x30, 0x70)
-    lines.append("shr.u32 x, $9, 1; shl.b32 z, $10, 7;")
-    plane(7, "x", "z", 0x60, 0xE0)
-    return " ".join(lines) + " }"
+# What is subtracted from codes: nothing, half their range, or the midpoint of their range.
+MIDDLES = {4: (0.0, 8.0, 7.5), 3: (0.0, 4.0, 3.5), 2: (0.0, 2.0, 1.5)}
+_NUMBERS = {
+    (width, middle): (PlanesPtx(width, middle).text(), PlanesPtx(width, middle).constraints)
+    for width, middles in MIDDLES.items()
+    for middle in middles
+}
+THREE_BITS = tl.constexpr(PlanesPtx(3, None).text())
+_EIGHT = tl.constexpr(PlanesPtx(3, None).constraints)
 
 
-THREE_BITS_PTX = tl.constexpr(_three_bits())
-_EIGHT_OUT = tl.constexpr("=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r")
+@triton.constexpr_function
+def planes_of(width: int) -> int:
+    return PLANES[width]
+
+
+@triton.constexpr_function
+def _ptx(width: int, middle: float) -> str:
+    return _NUMBERS[width, float(middle)][0]
+
+
+@triton.constexpr_function
+def _constraints(width: int, middle: float) -> str:
+    return _NUMBERS[width, float(middle)][1]
 
 
 @triton.jit
-def load_planes(
-    ptr,
-    high_ptr,
-    rows,
-    STRIDE: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PTX: tl.constexpr,
-):
+def _load_bytes(ptr, high_ptr, rows, COLUMNS: tl.constexpr, WIDTH: tl.constexpr):
+    """Packed rows, [rows, COLUMNS] int8; with width 3 two halves of the columns, and the high bits
+    of both, which begin at high_ptr."""
+    row_ptr = ptr + rows[:, None] * COLUMNS
+    if WIDTH == 3:
+        HALF: tl.constexpr = COLUMNS // 2
+        offs = tl.arange(0, HALF)[None, :]
+        a, b = tl.load(row_ptr + offs), tl.load(row_ptr + HALF + offs)
+        return a, b, tl.load(high_ptr + rows[:, None] * HALF + offs)
+    else:
+        return (tl.load(row_ptr + tl.arange(0, COLUMNS)[None, :]),)
+
+
+@triton.jit
+def _planes(x, WIDTH: tl.constexpr, PTX: tl.constexpr):
+    """Bytes from `_load_bytes` -> int8 planes; with width 3 eight halves"""
+    if WIDTH == 8:
+        return x
+    elif WIDTH == 4:
+        return x[0] & 15, x[0] & -16
+    elif WIDTH == 2:
+        return x[0] & 3, x[0] & 12, x[0] & 48, x[0] & -64
+    elif PTX:
+        FOUR: tl.constexpr = (tl.int8, tl.int8, tl.int8, tl.int8)
+        return tl.inline_asm_elementwise(
+            THREE_BITS, _EIGHT, [x[0], x[1], x[2]], dtype=FOUR + FOUR, is_pure=True, pack=4
+        )
+    else:
+        a, b, y = x
+        z = y << 1
+        return (
+            (a & 3) | (y & 4),
+            (a & 12) | (y & 16),
+            (a & 48) | (y & 64),
+            ((a >> 1) & 96) | (y & -128),
+            (b & 3) | (z & 4),
+            (b & 12) | (z & 16),
+            (b & 48) | (z & 64),
+            ((b >> 1) & 96) | ((y << 7) & -128),
+        )
+
+
+@triton.jit
+def load_planes(ptr, high_ptr, rows, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, PTX: tl.constexpr):
     """Planes of a table of packed rows, each [rows, COLUMNS] int8; with width 3 eight halves.
 
     rows: the rows to load, in order
-    STRIDE: bytes from row to row; with width 3 it is COLUMNS
     high_ptr: width 3: where the table's high bits start
     PTX: whether to use instructions that the interpreter does not support
     """
-    offs = tl.arange(0, COLUMNS)[None, :]
-    row_ptr = ptr + rows[:, None] * STRIDE
-    if WIDTH == 8:
-        return (tl.load(row_ptr + offs),)
-    elif WIDTH == 4:
-        x = tl.load(row_ptr + offs)
-        return x & 15, x & -16
-    elif WIDTH == 2:
-        x = tl.load(row_ptr + offs)
-        return x & 3, x & 12, x & 48, x & -64
-    else:
-        HALF: tl.constexpr = COLUMNS // 2
-        offs = tl.arange(0, HALF)[None, :]
-        a = tl.load(row_ptr + offs)
-        b = tl.load(row_ptr + HALF + offs)
-        y = tl.load(high_ptr + rows[:, None] * HALF + offs)
-        if PTX:
-            return tl.inline_asm_elementwise(
-                THREE_BITS_PTX,
-                _EIGHT_OUT,
-                [a, b, y],
-                dtype=(
-                    tl.int8,
-                    tl.int8,
-                    tl.int8,
-                    tl.int8,
-                    tl.int8,
-                    tl.int8,
-                    tl.int8,
-                    tl.int8,
-                ),
-                is_pure=True,
-                pack=4,
-            )
-        else:
-            z = y << 1
-            return (
-                (a & 3) | (y & 4),
-                (a & 12) | (y & 16),
-                (a & 48) | (y & 64),
-                ((a >> 1) & 96) | (y & -128),
-                (b & 3) | (z & 4),
-                (b & 12) | (z & 16),
-                (b & 48) | (z & 64),
-                ((b >> 1) & 96) | ((y << 7) & -128),
-            )
+    return _planes(_load_bytes(ptr, high_ptr, rows, COLUMNS, WIDTH), WIDTH, PTX)
 
 
 @triton.jit
@@ -129,3 +121,115 @@ def unit(sums, P: tl.constexpr, WIDTH: tl.constexpr):
         return sums * 0.015625
     else:
         return sums * 0.03125
+
+
+@triton.constexpr_function
+def has_planes(side: Side, form) -> bool:
+    """Whether a tile consists of planes of a whole block of a page, without padding."""
+    whole = form.block_d == form.head_dim and form.block_n == min(64, form.page_size)
+    return side.width in MIDDLES and whole
+
+
+@triton.jit
+def load_numbers(
+    part_ptr,
+    first_slot,
+    SIDE: tl.constexpr,
+    MIDDLE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    FORM: tl.constexpr,
+):
+    """Codes minus MIDDLE of a tile of sealed keys that begins at first_slot, exact in DTYPE: for
+    keys [block_n, block_d], for values transposed."""
+    WIDTH: tl.constexpr = SIDE.width
+    if has_planes(SIDE, FORM):
+        SIZE: tl.constexpr = FORM.head_dim * FORM.block_n
+        ROWS: tl.constexpr = (FORM.head_dim if SIDE.values else FORM.block_n) // planes_of(WIDTH)
+        COLUMNS: tl.constexpr = FORM.block_n if SIDE.values else FORM.head_dim
+        block = first_slot // FORM.block_n
+        codes_ptr = part_ptr + block * (ROWS * COLUMNS)
+        high_ptr = part_ptr + FORM.page_size * FORM.head_dim // 4 + block * (SIZE // 8)
+        x = _load_bytes(codes_ptr, high_ptr, tl.arange(0, ROWS), COLUMNS, WIDTH)
+        return _together(_numbers(x, WIDTH, MIDDLE, DTYPE), SIDE.values)
+    else:
+        LESS: tl.constexpr = MIDDLE - (1 << (WIDTH - 1))
+        codes = load_codes(part_ptr, first_slot, SIDE, FORM)
+        return (codes.to(tl.float32) - LESS).to(DTYPE)
+
+
+@triton.jit
+def _numbers(x, WIDTH: tl.constexpr, MIDDLE: tl.constexpr, DTYPE: tl.constexpr):
+    """Bytes from `_load_bytes` -> planes of codes minus MIDDLE, in DTYPE"""
+    if DTYPE == tl.bfloat16:  # noqa: SIM300
+        TWO: tl.constexpr = (tl.bfloat16, tl.bfloat16)
+        if WIDTH == 4:
+            return tl.inline_asm_elementwise(
+                _ptx(WIDTH, MIDDLE),
+                _constraints(WIDTH, MIDDLE),
+                [x[0]],
+                dtype=TWO,
+                is_pure=True,
+                pack=4,
+            )
+        elif WIDTH == 2:
+            return tl.inline_asm_elementwise(
+                _ptx(WIDTH, MIDDLE),
+                _constraints(WIDTH, MIDDLE),
+                [x[0]],
+                dtype=TWO + TWO,
+                is_pure=True,
+                pack=4,
+            )
+        else:
+            y = tl.inline_asm_elementwise(
+                _ptx(WIDTH, MIDDLE),
+                _constraints(WIDTH, MIDDLE),
+                [x[0], x[1], x[2]],
+                dtype=TWO + TWO + TWO + TWO,
+                is_pure=True,
+                pack=4,
+            )
+            return _of_halves(y)
+    else:
+        PLANES: tl.constexpr = planes_of(WIDTH)
+        TOP: tl.constexpr = 1 << (WIDTH - 1)  # of the last plane
+        planes = _planes(x, WIDTH, False)
+        if WIDTH == 3:
+            planes = _of_halves(planes)
+        found = ()
+        for p in tl.static_range(PLANES):
+            LESS: tl.constexpr = MIDDLE - (TOP if p == PLANES - 1 else 0)
+            y = unit(planes[p].to(tl.float32), p, WIDTH) - LESS
+            found = found + (y.to(DTYPE),)  # noqa: RUF005
+        return found
+
+
+@triton.jit
+def _of_halves(x):
+    return (
+        _side_by_side(x[0], x[4]),
+        _side_by_side(x[1], x[5]),
+        _side_by_side(x[2], x[6]),
+        _side_by_side(x[3], x[7]),
+    )
+
+
+@triton.jit
+def _side_by_side(a, b):
+    """[rows, columns] twice -> [rows, 2 columns]"""
+    return tl.join(a, b).permute(0, 2, 1).reshape(a.shape[0], 2 * a.shape[1])
+
+
+@triton.jit
+def _together(planes, VALUES: tl.constexpr):
+    """Planes -> keys [tokens, channels], values [channels, tokens]."""
+    R: tl.constexpr = planes[0].shape[0]
+    C: tl.constexpr = planes[0].shape[1]
+    if len(planes) == 2:
+        x = tl.join(planes[0], planes[1])
+        x = x.permute(2, 0, 1) if VALUES else x.permute(0, 2, 1)
+        return x.reshape(2 * R, C)
+    else:
+        x = tl.join(tl.join(planes[0], planes[2]), tl.join(planes[1], planes[3]))
+        x = x.permute(2, 3, 0, 1) if VALUES else x.permute(0, 2, 3, 1)
+        return x.reshape(4 * R, C)

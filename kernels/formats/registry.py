@@ -1,4 +1,8 @@
-"""Every KV format by name. A new one is one line here, plus a folder if its encoding is new."""
+"""Every KV format by name. A new one is one line here, plus a folder if its encoding is new.
+
+Those to serve have kernels for GPUs and compiled loops for CPUs. Those to compare with have plain
+torch alone: they are served and evaluated by name, slowly (`formats/comparison`).
+"""
 
 from __future__ import annotations
 
@@ -7,10 +11,12 @@ import difflib
 from kvmesh.kernels.formats.affine.side import Affine
 from kvmesh.kernels.formats.base import KVFormat, Side
 from kvmesh.kernels.formats.codebook.side import Codebook
+from kvmesh.kernels.formats.comparison.grouped.side import Grouped
+from kvmesh.kernels.formats.comparison.nuq.side import NonUniform
+from kvmesh.kernels.formats.comparison.static8.side import Static8
+from kvmesh.kernels.formats.comparison.turboquant.side import LloydMax
 from kvmesh.kernels.formats.exact.side import Exact
 from kvmesh.kernels.formats.fp8.side import Fp8
-from kvmesh.kernels.formats.nuq.side import NonUniform
-from kvmesh.kernels.formats.static8.side import Static8
 
 
 def _channels(width: int) -> Side:
@@ -25,7 +31,7 @@ def _rotated(width: int) -> Side:
     return Codebook(width, scale="e5m3", rotated=True, values=True)
 
 
-_FORMATS: tuple[KVFormat, ...] = (
+_SERVED: tuple[KVFormat, ...] = (
     KVFormat(
         "exact",
         Exact(),
@@ -39,12 +45,6 @@ _FORMATS: tuple[KVFormat, ...] = (
         Affine(8, values=True),
         "one grid per token and head, like LMDeploy's policy 8",
         aliases=("8",),
-    ),
-    KVFormat(
-        "int8-static",
-        Static8(),
-        Static8(values=True),
-        "calibrated ranges per head and channel",
     ),
     KVFormat(
         "fp8",
@@ -66,7 +66,6 @@ _FORMATS: tuple[KVFormat, ...] = (
             ("k8v4", 8, 4, 1, ()),
             ("k4v4", 4, 4, 2, ()),
             ("k4v2", 4, 2, 2, ("42",)),  # replaces LMDeploy's policy 42
-            ("k3v3", 3, 3, 2, ()),
             ("k3v2", 3, 2, 4, ()),
             ("k2v2", 2, 2, 4, ()),
         )
@@ -78,27 +77,37 @@ _FORMATS: tuple[KVFormat, ...] = (
         "one grid per token and head, like LMDeploy's policy 4",
         aliases=("4",),
     ),
+)
+
+_COMPARISON: tuple[KVFormat, ...] = (
     KVFormat(
-        "kivi4",
-        Affine(4, along="channel", run=32),
-        Affine(4, run=32, values=True),
-        "KIVI: keys per channel and 32 tokens, values per token and 32 channels",
+        "k3v3",
+        _channels(3),
+        _rotated(3),
+        "like k4v2 at the same size, which is better",
+        sink_pages=1,
         recent_pages=2,
+        comparison=True,
     ),
-    KVFormat(
-        "kivi2",
-        Affine(2, along="channel", run=32),
-        Affine(2, run=32, values=True),
-        "like kivi4, in 2 bits",
-        recent_pages=2,
+    *(
+        KVFormat(
+            f"kivi{width}",
+            Grouped(width, along="channel", run=32),
+            Grouped(width, run=32, values=True),
+            "KIVI: keys per channel and 32 tokens, values per token and 32 channels",
+            recent_pages=2,
+            comparison=True,
+        )
+        for width in (4, 2)
     ),
     *(
         KVFormat(
             f"{name}{width}",
-            Affine(width, run=64, fit=fit),
-            Affine(width, run=64, fit=fit, values=True),
+            Grouped(width, fit=fit),
+            Grouped(width, fit=fit, values=True),
             summary,
             recent_pages=2,
+            comparison=True,
         )
         for name, fit, summary in (
             ("g64-int", "range", "one grid per token and 64 channels, like transformers' Quanto"),
@@ -113,38 +122,47 @@ _FORMATS: tuple[KVFormat, ...] = (
             NonUniform(width, values=True),
             "KVQuant: calibrated levels, separate outliers, keys before RoPE",
             sink_pages=1,
+            comparison=True,
         )
         for width in (4, 3, 2)
+    ),
+    KVFormat(
+        "int8-static",
+        Static8(),
+        Static8(values=True),
+        "calibrated ranges per head and channel",
+        comparison=True,
     ),
     KVFormat(
         "int8-static-layer",
         Static8(per="layer"),
         Static8(per="layer", values=True),
         "LMDeploy's offline int8: calibrated ranges per layer",
-        reference=True,
+        comparison=True,
     ),
     KVFormat(
         "turboquant-sign",
-        Codebook(3, levels="lloyd_max", norm="rms", residual="sign", rotated=True),
-        Codebook(2, levels="lloyd_max", norm="rms", rotated=True, values=True),
+        LloydMax(3, residual="sign", rotated=True),
+        LloydMax(2, rotated=True, values=True),
         "LMDeploy's policy 42: 3-bit levels and a residual sign",
-        reference=True,
+        comparison=True,
     ),
     KVFormat(
         "turboquant-qjl",
-        Codebook(3, levels="lloyd_max", norm="rms", residual="qjl", rotated=True),
-        Codebook(2, levels="lloyd_max", norm="rms", rotated=True, values=True),
+        LloydMax(3, residual="qjl", rotated=True),
+        LloydMax(2, rotated=True, values=True),
         "TurboQuant as published: 3-bit levels and a projected residual sign",
-        reference=True,
+        comparison=True,
     ),
 )
+_FORMATS = (*_SERVED, *_COMPARISON)
 
 _BY_NAME: dict[str, KVFormat] = {name: fmt for fmt in _FORMATS for name in (fmt.name, *fmt.aliases)}
 
 
-def format_names() -> tuple[str, ...]:
-    """The formats' own names, in the registry's order."""
-    return tuple(fmt.name for fmt in _FORMATS)
+def format_names(*, comparison: bool = True) -> tuple[str, ...]:
+    """The formats' own names, in the registry's order; with those for comparison, or without."""
+    return tuple(fmt.name for fmt in (_FORMATS if comparison else _SERVED))
 
 
 def get_format(name: str | int) -> KVFormat:
@@ -160,6 +178,11 @@ def get_format(name: str | int) -> KVFormat:
             f"kv format: {name!r} is not known{hint} expected one of {', '.join(format_names())}"
         )
     return fmt
+
+
+def is_for_comparison(name: str) -> bool:
+    """Whether a format of that name is known and is slow, because plain torch reads its pages."""
+    return name in _BY_NAME and _BY_NAME[name].comparison
 
 
 def similar_format(name: object) -> str | None:

@@ -31,10 +31,9 @@ DENSE, BY_TOKEN, BY_CHANNEL = 0, 1, 2
 class SideLoad:
     """How a side's part of a page becomes numbers.
 
-    load: (part, tile, numbers, table, head) -> the tile, fp32 [page_size, head_dim], or
+    load: (part, tile, numbers) -> the tile, fp32 [page_size, head_dim], or
         [head_dim, page_size] if `transposed`; it is `tile` or a view of the bytes. part
-        [num_bytes] uint8 of one head and page; numbers [numbers_size] fp32 is scratch memory;
-        table: fp32, `Side.table`, empty if there is none; head: the KV head's index in it
+        [num_bytes] uint8 of one head and page; numbers [numbers_size] fp32 is scratch memory
     grid: DENSE: the tile is keys or values. BY_TOKEN (BY_CHANNEL, for keys): they are tile *
         scale + offset, with scales of n tokens (channels) in numbers[:n], offsets in numbers[n:2n]
     """

@@ -13,8 +13,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from kvmesh.kernels.formats.base import KVFormat, Side
-from kvmesh.kernels.formats.codebook.side import Codebook
+from kvmesh.kernels.formats.base import KVFormat
 
 SCALE_FLOOR = tl.constexpr(2.0**-125)
 BF16_MAX = tl.constexpr(3.3895313892515355e38)
@@ -24,25 +23,21 @@ BF16_MAX = tl.constexpr(3.3895313892515355e38)
 class SideKernels:
     """The Triton functions of a side.
 
-    load: (part_ptr, table_ptr, head, first_slot, SIDE, PAGE_SIZE, HEAD_DIM, BLOCK_N, BLOCK_D,
-        DTYPE) -> tile, scale, offset: BLOCK_N tokens of one page of one head from first_slot on,
-        tile [BLOCK_N, BLOCK_D] in DTYPE, finite for channels from HEAD_DIM on; the numbers
-        are tile * scale[:, None] + offset[:, None]. For keys whose channels RoPE rotates in
-        pairs, tile is two tiles: the first channels of the pairs, and the second ones
-    folded: whether scale and offset, [BLOCK_N] fp32, are returned; otherwise the tile is
+    load: (part_ptr, first_slot, SIDE, DTYPE, FORM) -> tile, scale, offset: block_n tokens of one
+        page of one head from first_slot on, tile [block_n, block_d] in DTYPE, finite for channels
+        from head_dim on; the numbers are tile * scale[:, None] + offset[:, None]
+    folded: whether scale and offset, [block_n] fp32, are returned; otherwise the tile is
         the numbers. An offset may be None, for 0
     load_dense: the same for many queries, for which folding costs more: the tile is the numbers;
         None if there is only `load`
-    seal: (hot_ptr, part_ptr, table_ptr, head, position, SIDE, PAGE_SIZE, HEAD_DIM): encode one
-        page of one head, [PAGE_SIZE, HEAD_DIM] of the compute dtype, into this side's part
-    load_centre: (part_ptr, SIDE, PAGE_SIZE, HEAD_DIM, BLOCK_D) -> a vector to add to all keys
-        of a page, [BLOCK_D] fp32; None for sides without one
+    seal: (hot_ptr, part_ptr, SIDE, PAGE_SIZE, HEAD_DIM): encode one page of one head, [PAGE_SIZE,
+        HEAD_DIM] of the compute dtype, into this side's part
+    load_centre: (part_ptr, FORM) -> a vector to add to all keys of a page, [block_d] fp32; None
+        for sides without one
     one_warp: whether decode over sealed pages needs the fewest instructions with one warp per
         program
-    looks_up: whether numbers are looked up one by one; such loads must not be pipelined, as
-        each stage would take shared memory
 
-    table_ptr: the layer's table of this side (`Side.table`); position: of the page's first token
+    FORM: `attention/triton_form.py`
     """
 
     load: Any
@@ -51,34 +46,13 @@ class SideKernels:
     load_dense: Any = None
     load_centre: Any = None
     one_warp: bool = False
-    looks_up: bool = False
-
-
-def why_no_kernels(fmt: KVFormat) -> str | None:
-    """Why the format runs only on CPUs, or None if it has GPU kernels."""
-    for side in (fmt.k, fmt.v):
-        if isinstance(side, Codebook) and side.residual:
-            return "it keeps residual signs, for comparison"
-    return None
 
 
 def format_kernels(fmt: KVFormat) -> tuple[SideKernels, SideKernels]:
-    """For keys and for values. Raises ValueError for formats that run only on CPUs."""
-    reason = why_no_kernels(fmt)
-    if reason:
-        raise ValueError(f"fmt: {fmt.name} has no GPU kernels, because {reason}")
+    """For keys and for values. Raises ValueError for formats without kernels."""
+    if fmt.comparison:
+        raise ValueError(f"fmt: {fmt.name} has no kernels, because it is for comparison")
     return fmt.k.kernels(), fmt.v.kernels()
-
-
-@triton.constexpr_function
-def run_length(side: Side, page_size: int, head_dim: int) -> int:
-    return side.run_length(page_size, head_dim)
-
-
-@triton.constexpr_function
-def rope_pairs(side: Side) -> tuple[int, bool] | None:
-    """The number of channel pairs of keys that RoPE rotates, and whether they are interleaved."""
-    return getattr(side, "rope", None)
 
 
 @triton.constexpr_function

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from kvmesh.kernels import gpu
@@ -28,7 +26,11 @@ def merge_states(
             "outs, lses: expected [num_parts, num_tokens, num_heads, head_dim] and its first "
             f"three dimensions, got {tuple(outs.shape)} and {tuple(lses.shape)}"
         )
-    return _implementation(outs, backend)(outs, lses)
+    if gpu.picks_kernel(outs, backend):
+        from kvmesh.kernels.merge import triton_merge
+
+        return triton_merge.merge_states(outs, lses)
+    return reference.merge_states(outs, lses)
 
 
 def merge_sinks(
@@ -50,17 +52,3 @@ def merge_sinks(
     sinks = sinks.float().clamp_min(-1e30)
     share = torch.sigmoid(lse - sinks).unsqueeze(-1)
     return (out.float() * share).to(out.dtype), torch.logaddexp(lse, sinks.expand_as(lse))
-
-
-def _implementation(
-    outs: torch.Tensor, backend: str | None
-) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    if backend is None:
-        backend = "triton" if gpu.runs_kernels(outs) else "reference"
-    if backend == "reference":
-        return reference.merge_states
-    if backend == "triton":
-        from kvmesh.kernels.merge import triton_merge
-
-        return triton_merge.merge_states
-    raise ValueError(f"backend: expected None, 'triton' or 'reference', got {backend!r}")

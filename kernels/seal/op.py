@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 
 from kvmesh.kernels import gpu
@@ -30,15 +28,20 @@ def seal_pages(
         negative hot id is padding and is skipped
     params: this layer's calibrated parameters, if the format needs them
     positions: [n] int64, of each page's first token; only for formats that need positions
-    backend: None picks the kernels on GPUs and plain torch elsewhere
+    backend: None picks the kernels on GPUs and plain torch elsewhere; formats for comparison have
+        only plain torch
     """
     _check(hot, sealed, hot_ids, sealed_ids, fmt, "")
     if hot_ids.shape[0] == 0:
         return
     _check_positions(fmt, hot_ids, positions)
-    _implementation(hot, backend).seal_pages(
-        hot, sealed, hot_ids, sealed_ids, fmt=fmt, params=params, positions=positions
-    )
+    ids = (hot_ids, sealed_ids)
+    if _picks_kernel(hot, fmt, backend):
+        from kvmesh.kernels.seal import triton_seal
+
+        triton_seal.seal_layers(hot.unsqueeze(0), sealed.unsqueeze(0), *ids, fmt=fmt)
+    else:
+        reference.seal_pages(hot, sealed, *ids, fmt=fmt, params=params, positions=positions)
 
 
 def seal_layers(
@@ -70,9 +73,13 @@ def seal_layers(
     if hot_ids.shape[0] == 0:
         return
     _check_positions(fmt, hot_ids, positions)
-    _implementation(hot, backend).seal_layers(
-        hot, sealed, hot_ids, sealed_ids, fmt=fmt, params=params, positions=positions
-    )
+    ids = (hot_ids, sealed_ids)
+    if _picks_kernel(hot, fmt, backend):
+        from kvmesh.kernels.seal import triton_seal
+
+        triton_seal.seal_layers(hot, sealed, *ids, fmt=fmt)
+    else:
+        reference.seal_layers(hot, sealed, *ids, fmt=fmt, params=params, positions=positions)
 
 
 def _check_positions(fmt: KVFormat, hot_ids: torch.Tensor, positions: torch.Tensor | None) -> None:
@@ -109,14 +116,5 @@ def _check(
         )
 
 
-def _implementation(hot: torch.Tensor, backend: str | None) -> ModuleType:
-    if backend is None:
-        backend = "triton" if gpu.runs_kernels(hot) else "reference"
-    if backend == "reference":
-        return reference
-    if backend == "triton":
-        # Imported here: a machine without a GPU may lack Triton.
-        from kvmesh.kernels.seal import triton_seal
-
-        return triton_seal
-    raise ValueError(f"backend: expected None, 'triton' or 'reference', got {backend!r}")
+def _picks_kernel(hot: torch.Tensor, fmt: KVFormat, backend: str | None) -> bool:
+    return gpu.picks_kernel(hot, backend) and not fmt.comparison

@@ -1,4 +1,4 @@
-"""`seal_layers` and `seal_pages` as one kernel; the same signatures as the public operators.
+"""`seal_layers` as one kernel, for formats to serve.
 
 A program calls the side to encode the keys or the values of one head of one page of one layer.
 The arenas of all layers are treated as one: page p of layer l is page l * num_pages + p of it.
@@ -13,13 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kvmesh.kernels.formats.base import (
-    NO_PARAMS,
-    CompiledParams,
-    KVFormat,
-    LayerParams,
-    ModelParams,
-)
+from kvmesh.kernels.formats.base import KVFormat
 from kvmesh.kernels.formats.tiles_triton import format_kernels
 
 NUM_WARPS = 8
@@ -30,7 +24,6 @@ NUM_WARPS = 8
     do_not_specialize=[
         "hot_ids_ptr",
         "sealed_ids_ptr",
-        "positions_ptr",
         "num_hot_pages",
         "num_sealed_pages",
     ]
@@ -40,11 +33,6 @@ def seal_kernel(
     sealed_ptr,
     hot_ids_ptr,
     sealed_ids_ptr,
-    positions_ptr,
-    k_table_ptr,
-    v_table_ptr,
-    stride_k_table,
-    stride_v_table,
     num_hot_pages,
     num_sealed_pages,
     SEAL_K: tl.constexpr,
@@ -57,11 +45,7 @@ def seal_kernel(
     PAGE_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
 ):
-    """Program (page to seal, KV head, twice the layer, plus one for the values).
-
-    positions: of the pages' first tokens, if a side needs them
-    stride_k_table, stride_v_table: from one layer's table to the next
-    """
+    """Program (page to seal, KV head, twice the layer, plus one for the values)."""
     page = tl.program_id(0)
     head = tl.program_id(1)
     part = tl.program_id(2)
@@ -73,31 +57,11 @@ def seal_kernel(
         sealed_page = layer * num_sealed_pages + sealed_id
         k_ptr = hot_ptr + (hot_page * (2 * NUM_KV_HEADS) + head) * (PAGE_SIZE * HEAD_DIM)
         page_ptr = sealed_ptr + (sealed_page * NUM_KV_HEADS + head) * PAGE_BYTES
-        position = 0
-        if K_SIDE.wants_positions:
-            position = tl.load(positions_ptr + page).to(tl.int32)
         if part % 2 == 0:
-            k_table_ptr += layer * stride_k_table
-            SEAL_K(k_ptr, page_ptr, k_table_ptr, head, position, K_SIDE, PAGE_SIZE, HEAD_DIM)
+            SEAL_K(k_ptr, page_ptr, K_SIDE, PAGE_SIZE, HEAD_DIM)
         else:
             v_ptr = k_ptr + NUM_KV_HEADS * PAGE_SIZE * HEAD_DIM
-            v_table_ptr += layer * stride_v_table
-            page_ptr += K_BYTES
-            SEAL_V(v_ptr, page_ptr, v_table_ptr, head, position, V_SIDE, PAGE_SIZE, HEAD_DIM)
-
-
-def seal_pages(
-    hot: torch.Tensor,
-    sealed: torch.Tensor,
-    hot_ids: torch.Tensor,
-    sealed_ids: torch.Tensor,
-    *,
-    fmt: KVFormat,
-    params: LayerParams = NO_PARAMS,
-    positions: torch.Tensor | None = None,
-) -> None:
-    found = params.compiled(fmt, hot.shape[3])
-    _seal(hot.unsqueeze(0), sealed.unsqueeze(0), hot_ids, sealed_ids, positions, found)
+            SEAL_V(v_ptr, page_ptr + K_BYTES, V_SIDE, PAGE_SIZE, HEAD_DIM)
 
 
 def seal_layers(
@@ -107,36 +71,15 @@ def seal_layers(
     sealed_ids: torch.Tensor,
     *,
     fmt: KVFormat,
-    params: ModelParams | None = None,
-    positions: torch.Tensor | None = None,
-) -> None:
-    found = (params or NO_PARAMS).compiled(fmt, hot.shape[4])
-    _seal(hot, sealed, hot_ids, sealed_ids, positions, found)
-
-
-def _seal(
-    hot: torch.Tensor,
-    sealed: torch.Tensor,
-    hot_ids: torch.Tensor,
-    sealed_ids: torch.Tensor,
-    positions: torch.Tensor | None,
-    params: CompiledParams,
 ) -> None:
     num_layers, num_hot_pages, _, num_kv_heads, page_size, head_dim = hot.shape
-    constants = seal_constants(params.fmt, page_size, head_dim, hot.element_size())
+    constants = seal_constants(fmt, page_size, head_dim, hot.element_size())
     check_arenas(hot, sealed)
-    # Kernels never read the placeholders for positions and tables that no side has.
-    k_table, v_table = (hot if x is None else x for x in (params.k_table, params.v_table))
     seal_kernel[(hot_ids.shape[0], num_kv_heads, 2 * num_layers)](
         hot,
         sealed.view(torch.int8),
         hot_ids,
         sealed_ids,
-        hot_ids if positions is None else positions,
-        k_table,
-        v_table,
-        k_table.stride(0),
-        v_table.stride(0),
         num_hot_pages,
         sealed.shape[1],
         **constants,

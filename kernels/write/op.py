@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from kvmesh.kernels import gpu
@@ -38,16 +36,9 @@ def write_hot(
         )
     if slots.shape != k.shape[:1]:
         raise ValueError(f"slots: expected [{k.shape[0]}], got {tuple(slots.shape)}")
-    _implementation(k, backend)(k, v, hot, slots)
-
-
-def _implementation(k: torch.Tensor, backend: str | None) -> Callable[..., None]:
-    if backend is None:
-        backend = "triton" if gpu.runs_kernels(k) else "reference"
-    if backend == "reference":
-        return reference.write_hot
-    if backend == "triton":
+    if gpu.picks_kernel(k, backend):
         from kvmesh.kernels.write import triton_write
 
-        return triton_write.write_hot
-    raise ValueError(f"backend: expected None, 'triton' or 'reference', got {backend!r}")
+        triton_write.write_hot(k, v, hot, slots)
+    else:
+        reference.write_hot(k, v, hot, slots)

@@ -140,6 +140,8 @@ def test_every_format_is_listed() -> None:
     assert (int4["k_bits"], int4["v_bits"], int4["bits"]) == (4.5, 4.5, 4.5)
     assert int4["capacity"] == pytest.approx(16 / 4.5)
     assert "4" in int4["aliases"] and not int4["needs_calibration"]
+    slow = [line["name"] for line in lines if line["comparison"]]
+    assert "nuq3" in slow and "int4" not in slow
     for line in lines:
         assert line["bits"] == get_format(line["name"]).bits_per_element(32, 64)
         assert (line["k_bits"] + line["v_bits"]) / 2 == pytest.approx(line["bits"])

@@ -20,6 +20,8 @@ from tests.kernels.cases import (
     with_empty_sequences,
 )
 
+# All to serve, and one of each encoding that is for comparison.
+NAMES = [*format_names(comparison=False), "kivi4", "nuq3", "int8-static", "turboquant-sign"]
 MIXED = [(1, 1), (15, 1), (16, 1), (17, 1), (63, 1), (64, 64), (65, 9), (200, 33), (130, 1)]
 
 
@@ -47,7 +49,7 @@ def check(case: Case, **options: Unpack[AttentionOptions]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", format_names())
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("windows", [(0, 0), (1, 0), (0, 2), (2, 1)])
 def test_mixed_batch_matches_the_expected_results(name: str, windows: tuple[int, int]) -> None:
     shape = Shape(sink_pages=windows[0], recent_pages=windows[1])
@@ -55,7 +57,7 @@ def test_mixed_batch_matches_the_expected_results(name: str, windows: tuple[int,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", format_names())
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim", "page_size"),
     [(1, 1, 64, 16), (9, 3, 80, 32), (8, 2, 128, 64), (8, 1, 64, 128)],
@@ -70,16 +72,16 @@ SOFTCAPS = (None, 20.0)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", format_names())
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("window", WINDOWS)
 def test_softcap_and_sliding_window(name: str, window: int) -> None:
     """Every pair of a format, a window and a softcap, but not every three of them."""
-    softcap = SOFTCAPS[(format_names().index(name) + WINDOWS.index(window)) % 2]
+    softcap = SOFTCAPS[(NAMES.index(name) + WINDOWS.index(window)) % 2]
     case = make_case(get_format(name), Shape(sink_pages=1, recent_pages=1), MIXED)
     check(case, softcap=softcap, sliding_window=window)
 
 
-@pytest.mark.parametrize("name", format_names())
+@pytest.mark.parametrize("name", NAMES)
 def test_decode_alone_with_padding_rows(name: str) -> None:
     lengths = (300, 17, 31, 16, 1, 250, 100, 299)
     case = make_case(get_format(name), Shape(), [(n, 1) for n in lengths], padding_tokens=3)
@@ -91,7 +93,7 @@ def test_sequences_without_a_query_are_padding() -> None:
     check(with_empty_sequences(case, 2))
 
 
-@pytest.mark.parametrize("name", format_names())
+@pytest.mark.parametrize("name", NAMES)
 def test_shared_pages(name: str) -> None:
     case = make_case(
         get_format(name), Shape(), [(100, 1), (90, 20), (100, 1)], shared_prefix_pages=3
@@ -102,7 +104,7 @@ def test_shared_pages(name: str) -> None:
 
 @pytest.mark.slow
 def test_bf16_pages() -> None:
-    for name in format_names():
+    for name in NAMES:
         check(make_case(get_format(name), Shape(recent_pages=1), MIXED, dtype=torch.bfloat16))
 
 
@@ -110,7 +112,7 @@ def test_bf16_pages() -> None:
 def test_far_pages_in_parts_and_long_chunks_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planning, "MAX_FAR_TOKENS", 48)
     monkeypatch.setattr(planning, "MIN_BLOCK_TOKENS", 32)
-    for name, window in itertools.product(format_names(), (None, 90)):
+    for name, window in itertools.product(NAMES, (None, 90)):
         shape = Shape(sink_pages=1, recent_pages=1)
         check(
             make_case(get_format(name), shape, [(300, 100), (1, 1), (280, 4)]),
@@ -118,7 +120,7 @@ def test_far_pages_in_parts_and_long_chunks_in_blocks(monkeypatch: pytest.Monkey
         )
 
 
-@pytest.mark.parametrize("name", format_names())
+@pytest.mark.parametrize("name", NAMES)
 def test_chunking_and_batching_change_only_rounding(name: str) -> None:
     """Reading a page in the wrong form would cause an error as large as the quantisation error,
     1e-2 at four bits."""

@@ -15,6 +15,8 @@ from benchmarks.stand_in_params import params_for
 from kvmesh.kernels.formats.affine.side import Affine
 from kvmesh.kernels.formats.base import KVFormat, Side
 from kvmesh.kernels.formats.codebook.side import Codebook
+from kvmesh.kernels.formats.comparison.grouped.side import Grouped
+from kvmesh.kernels.formats.comparison.turboquant.side import LloydMax
 from kvmesh.kernels.formats.exact.side import Exact
 from kvmesh.kernels.formats.packing import pack, packed_bytes, unpack
 from kvmesh.kernels.formats.registry import format_names, get_format
@@ -88,7 +90,7 @@ def test_round_trip(name: str, dtype: torch.dtype, page_size: int, head_dim: int
         assert got.shape == x.shape
         assert got.dtype == dtype
         # The smallest squared error for a Gaussian, by bits; a sign per number adds about a bit.
-        sign = isinstance(side, Codebook) and side.residual != ""
+        sign = isinstance(side, LloydMax) and side.residual != ""
         most = {0: 0.0, 8: 1e-3, 4: 0.014, 3: 0.2 if sign else 0.045, 2: 0.25}[side.width]
         error = (got.float() - x.float()).square().mean() / x.float().square().mean()
         assert error <= most
@@ -115,7 +117,7 @@ def relative_error(side: Side, x: torch.Tensor) -> float:
 @pytest.mark.parametrize(("width", "mse"), [(2, 0.11748), (3, 0.03455), (4, 0.00950)])
 def test_lloyd_max_has_the_published_error(width: int, mse: float) -> None:
     """For N(0, 1) numbers of known deviation: the tables of Max (1960), to 1%."""
-    side = Codebook(width, levels="lloyd_max", norm="rms")
+    side = LloydMax(width)
     # Long rows, whose root mean square is close to that of the distribution.
     x = torch.randn(4, 4, 16, 8192, generator=torch.Generator().manual_seed(0))
     assert relative_error(side, x) == pytest.approx(mse, rel=0.01)
@@ -127,16 +129,15 @@ def test_lloyd_max_on_the_sphere_has_the_published_error(head_dim: int) -> None:
     exact = {128: (0.1160, 0.03397, 0.00932), 64: (0.1145, 0.03339, 0.00913)}[head_dim]
     x = torch.randn(64, 8, 64, head_dim, generator=torch.Generator().manual_seed(1))
     for width, mse in zip((2, 3, 4), exact, strict=True):
-        side = Codebook(width, levels="lloyd_max", norm="rms")
+        side = LloydMax(width)
         assert relative_error(side, x) == pytest.approx(mse, rel=0.01)
 
 
 @pytest.mark.parametrize("width", [2, 3, 4])
-@pytest.mark.parametrize("levels", ["uniform", "lloyd_max"])
-def test_the_eden_scale_is_unbiased(width: int, levels: str) -> None:
+def test_the_eden_scale_is_unbiased(width: int) -> None:
     """<x, x^> = |x|², up to the rounding of the scale; least squares would give less."""
     x = torch.randn(2, 2, 64, 128, generator=torch.Generator().manual_seed(2))
-    side = Codebook(width, levels=levels, scale="bf16")
+    side = Codebook(width)
     pages = side.codec().encode(side, x, {}, None)
     got = side.codec().decode(side, pages, 64, 128, torch.float32, {})
     slope = (x * got).sum(-1) / x.square().sum(-1)
@@ -147,14 +148,12 @@ def test_the_eden_scale_is_unbiased(width: int, levels: str) -> None:
 @pytest.mark.parametrize("along", ["token", "channel"])
 def test_fitting_beats_the_range(width: int, along: str) -> None:
     x = torch.randn(4, 2, 64, 64, generator=torch.Generator().manual_seed(3))
-    errors = {
-        fit: relative_error(Affine(width, along=along, fit=fit), x)
-        for fit in ("range", "half_quadratic", "least_squares")
-    }
-    assert errors["least_squares"] < errors["half_quadratic"] < errors["range"]
+    fitted = relative_error(Affine(width, along=along, fit="least_squares"), x)
+    half_quadratic = relative_error(Grouped(width, along=along, fit="half_quadratic"), x)
+    assert fitted < half_quadratic < relative_error(Affine(width, along=along), x)
     # A one-byte scale costs little accuracy.
     byte = relative_error(Affine(width, along=along, fit="least_squares", scale="e5m3"), x)
-    assert byte < 1.06 * errors["least_squares"]
+    assert byte < 1.06 * fitted
 
 
 def test_an_outlier_does_not_affect_its_neighbours() -> None:
@@ -227,8 +226,12 @@ def test_sides_are_checked() -> None:
         Affine(5)
     with pytest.raises(ValueError, match="fit"):
         Affine(4, fit="guess")
-    with pytest.raises(ValueError, match="levels"):
-        Codebook(4, levels="fancy")
+    with pytest.raises(ValueError, match=r"fit: expected one of \('range', 'half_quadratic'\)"):
+        Grouped(4, fit="least_squares")
+    with pytest.raises(ValueError, match=r"width: expected one of \(2, 3, 4\), got 8"):
+        Codebook(8)
+    with pytest.raises(ValueError, match="residual"):
+        LloydMax(4, residual="fancy")
     with pytest.raises(ValueError, match="x: set values=True"):
         KVFormat("x", Exact(), Exact(), "")
     with pytest.raises(ValueError, match="head_dim: 3-bit codes need a multiple of 8, got 20"):

@@ -26,7 +26,6 @@ DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 MILLION = 2**20
 LARGE = 8192 if DEVICE == "cpu" else 64  # tokens of a page and of a tile where tiles are large
 LONG = 131071 if DEVICE == "cuda" else 16383
-WITHOUT_CALIBRATION = [n for n in format_names() if not get_format(n).needs_calibration]
 
 
 @pytest.fixture
@@ -91,7 +90,7 @@ def far_case(name: str, shape: Shape, sequences: list[tuple[int, int]]) -> LongC
 MIXED = [(1, 1), (MILLION, 1), (64, 1), (1, 0)]  # the last one is padding
 
 
-@pytest.mark.parametrize("name", WITHOUT_CALIBRATION)
+@pytest.mark.parametrize("name", [*format_names(comparison=False), "kivi2"])
 def test_a_million_tokens_in_plain_torch(name: str) -> None:
     fmt = get_format(name)
     shape = Shape(2, 1, 64, 64, fmt.sink_pages, fmt.recent_pages)
@@ -129,7 +128,7 @@ def test_many_tiles_of_far_pages(name: str) -> None:
     check(case, "triton", integer=name != "exact")
 
 
-@pytest.mark.parametrize("name", ["k3v2", "k4v4", "kivi4", "fp8"])
+@pytest.mark.parametrize("name", ["k3v2", "k4v4", "fp8"])
 def test_far_pages_in_other_formats(name: str) -> None:
     case = far_case(name, Shape(2, 1, 64, 64, 1, 2), [(4000, 1), (64, 1), (130, 3)])
     check(case, "triton", integer=name != "fp8")
@@ -164,7 +163,7 @@ def test_last_pages_of_a_long_sequence_take_the_integer_path() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="takes minutes in the interpreter")
-@pytest.mark.parametrize("name", ["int8", "int4", "k8v4", "k4v4", "k4v2", "k3v3", "k3v2", "k2v2"])
+@pytest.mark.parametrize("name", ["int8", "int4", "k8v4", "k4v4", "k4v2", "k3v2", "k2v2"])
 def test_a_million_tokens_in_the_integer_loop(name: str) -> None:
     fmt, shape = get_format(name), Shape(8, 1, 128, 64)
     assert takes_integer_path(
@@ -180,7 +179,7 @@ BACKENDS = pytest.mark.parametrize("backend", ["reference", "triton"])
 
 
 @BACKENDS
-@pytest.mark.parametrize("name", ["exact", "int8", "kivi4"])
+@pytest.mark.parametrize("name", ["exact", "int8", "k3v2"])
 def test_sealing_far_pages_of_far_layers(name: str, backend: str) -> None:
     """The layer begins beyond 2^31 elements, and so does the page within its layer."""
     fmt, size, dim = get_format(name), 64, 64

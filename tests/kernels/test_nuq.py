@@ -7,8 +7,8 @@ import torch
 
 from benchmarks.stand_in_params import levels_for, nuq_keys, params_for
 from kvmesh.kernels.attention import paged_attention
-from kvmesh.kernels.formats.base import LayerParams, ModelParams, Params
-from kvmesh.kernels.formats.nuq.side import NonUniform
+from kvmesh.kernels.formats.base import LayerParams, Params
+from kvmesh.kernels.formats.comparison.nuq.side import NonUniform
 from kvmesh.kernels.formats.packing import packed_bytes
 from kvmesh.kernels.formats.registry import get_format
 from tests.kernels.cases import Shape, make_case, truth
@@ -180,6 +180,3 @@ def test_invalid_arguments_are_named() -> None:
     k = torch.randn(2, 1, 16, 64)
     with pytest.raises(ValueError, match=r"positions: nuq4 needs the first positions of 2 pages"):
         fmt.encode(k, k, params_for(fmt, 1, 64))
-    partial = params_for(fmt, 1, 64, rotary_dim=32)
-    with pytest.raises(ValueError, match="RoPE rotates different channels in different layers"):
-        ModelParams((params_for(fmt, 1, 64), partial)).compiled(fmt, 16)

@@ -41,16 +41,16 @@ def check(case: Case, backend: str, **options: Unpack[AttentionOptions]) -> None
 
 
 @pytest.mark.parametrize("backend", ["numba", "triton", "reference"])
-@pytest.mark.parametrize("name", ["exact", "int8", "k4v4", "kivi2", "fp8"])
+@pytest.mark.parametrize("name", ["exact", "int8", "k4v4", "fp8"])
 def test_sets_of_sequences(name: str, backend: str) -> None:
     shape = Shape(page_size=64, sink_pages=1, recent_pages=0)
     case = make_case(get_format(name), shape, SEQUENCES, shared_prefix_pages=4)
     check(with_prefixes(case, [([0, 2, 5], 3), ([1, 4], 2)], padding=1), backend)
 
 
-@pytest.mark.parametrize("backend", ["numba", "reference"])
+@pytest.mark.parametrize("backend", ["triton", "reference"])
 @pytest.mark.parametrize("name", ["nuq4", "int8-static"])
-def test_sets_of_sequences_in_calibrated_formats(name: str, backend: str) -> None:
+def test_sets_of_sequences_in_formats_for_comparison(name: str, backend: str) -> None:
     shape = Shape(page_size=64, sink_pages=1)
     case = make_case(get_format(name), shape, SEQUENCES, shared_prefix_pages=4)
     check(with_prefixes(case, [([0, 2, 5], 3), ([1, 4], 2)]), backend)

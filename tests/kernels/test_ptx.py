@@ -10,9 +10,9 @@ import torch
 
 from kvmesh.kernels.attention.triton_operands import MAGIC, SPLIT_PTX
 from kvmesh.kernels.formats.fp8.triton import E4M3_PTX
-from kvmesh.kernels.formats.numbers_ptx import MIDDLES, numbers_ptx
 from kvmesh.kernels.formats.packing import PLANES, pack
-from kvmesh.kernels.formats.planes_triton import THREE_BITS_PTX
+from kvmesh.kernels.formats.planes_ptx import PlanesPtx
+from kvmesh.kernels.formats.planes_triton import MIDDLES
 
 
 def run(ptx: str, words: dict[str, int]) -> dict[str, int]:
@@ -100,11 +100,9 @@ def test_three_bit_planes() -> None:
     codes = torch.randint(0, 8, (64, 256), dtype=torch.uint8)
     packed = pack(codes, 3, values=False)
     low, high = packed[: 16 * 256].view(16, 256), packed[16 * 256 :].view(16, 128)
+    ptx = PlanesPtx(3, None).text()
     inputs = [words(x) for x in (low[:, :128], low[:, 128:], high)]
-    outputs = [
-        run(THREE_BITS_PTX.value, {"$8": a, "$9": b, "$10": y})
-        for a, b, y in zip(*inputs, strict=True)
-    ]
+    outputs = [run(ptx, {"$8": a, "$9": b, "$10": y}) for a, b, y in zip(*inputs, strict=True)]
     for plane, unit in enumerate((1, 4, 16, 32)):
         want = codes[plane::4].int() * unit if plane < 3 else (codes[3::4].int() - 4) * 32
         for half in range(2):
@@ -122,7 +120,7 @@ def test_codes_as_bf16_numbers(width: int, middle: float) -> None:
     parts = [packed[: rows * 256].view(rows, 256)]
     if halves == 2:
         parts = [*parts[0].chunk(2, dim=1), packed[rows * 256 :].view(rows, 128)]
-    ptx, first_word = numbers_ptx(width, middle), 2 * halves * planes
+    ptx, first_word = PlanesPtx(width, middle).text(), 2 * halves * planes
     after = [
         run(ptx, {f"${first_word + i}": word for i, word in enumerate(group)})
         for group in zip(*map(words, parts), strict=True)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from benchmarks.stand_in_params import params_for
+from kvmesh.kernels.formats.comparison.static8.side import Static8
 from kvmesh.kernels.formats.registry import get_format
-from kvmesh.kernels.formats.static8.side import Static8
 
 NAMES = ("int8-static", "int8-static-layer")
 
@@ -31,24 +31,6 @@ def test_the_error_is_half_a_step_within_the_range_and_numbers_outside_are_clipp
     far = x.sign() * 1e6
     for got in fmt.decode(fmt.encode(far, far, params), 16, 64, torch.float32, params):
         torch.testing.assert_close(got, zero + scale * torch.where(far > 0, 127.0, -128.0))
-
-
-@pytest.mark.parametrize("values", [False, True])
-def test_folded_tiles_equal_dense_ones(values: bool) -> None:
-    side = Static8(values=values)
-    fmt = get_format("int8-static")
-    params = params_for(fmt, 3, 64).k
-    x = torch.randn(4, 3, 32, 64)  # 2 sequences of 2 pages each, by page
-    by_head = x.view(2, 2, 3, 32, 64).transpose(1, 2)
-    pages = side.codec().encode(side, x, params, None)
-    rows = pages.view(2, 2, 3, -1).transpose(1, 2).reshape(12, -1)
-    tile = side.codec().load(side, rows, 6, 32, 64, torch.float32, params)
-    dense = tile.dense()
-    assert dense.is_contiguous()
-    assert (dense - by_head.reshape(6, 64, 64)).abs().max() < 0.6 * 12 / 255
-    q, weights = torch.randn(6, 5, 64), torch.rand(6, 5, 64)
-    torch.testing.assert_close(tile.scores(q), q @ dense.mT, atol=1e-4, rtol=0)
-    torch.testing.assert_close(tile.weighted(weights), weights @ dense, atol=1e-4, rtol=0)
 
 
 def test_invalid_arguments_are_named() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvmesh.kernels.formats.nuq.rope import RopePairs, phases
+from kvmesh.kernels.formats.comparison.nuq.rope import RopePairs, phases
 from kvmesh.workers.model.hook import AttendArgs
 from kvmesh.workers.model.load import ServedModel, load_model
 from kvmesh.workers.parallel.comm import Communicator

@@ -19,10 +19,10 @@ from typer.testing import CliRunner
 
 from kvmesh.cluster.cli.commands import app
 from kvmesh.kernels.formats.base import LayerParams
-from kvmesh.kernels.formats.nuq.rope import RopePairs, phases
-from kvmesh.kernels.formats.nuq.side import NonUniform
+from kvmesh.kernels.formats.comparison.nuq.rope import RopePairs, phases
+from kvmesh.kernels.formats.comparison.nuq.side import NonUniform
+from kvmesh.kernels.formats.comparison.static8.side import Static8
 from kvmesh.kernels.formats.registry import get_format
-from kvmesh.kernels.formats.static8.side import Static8
 from kvmesh.workers.calibration.attention import causal_attention
 from kvmesh.workers.calibration.calibrate import _run, calibrate
 from kvmesh.workers.calibration.file import Calibration

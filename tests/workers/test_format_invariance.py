@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvmesh.kernels.formats.registry import format_names, get_format
+from kvmesh.kernels.formats.registry import format_names
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.engine import Engine
 from kvmesh.workers.local import local_executor
@@ -17,11 +17,10 @@ from tests.workers.invariance import Invariance, generate
 
 TOKENS = 12
 
-SELF_SUFFICIENT = [name for name in format_names() if not get_format(name).needs_calibration]
-
-
-# Experts do not see pages: a format of each kind is enough.
-ONE_OF_A_KIND = ["exact", "k4v2", "fp8", "kivi2"]
+# All to serve, and one of each encoding that is for comparison and needs no calibration.
+EVERY_KIND = [*format_names(comparison=False), "kivi2", "turboquant-qjl"]
+# Experts do not see pages.
+ONE_OF_A_KIND = ["exact", "k4v2", "fp8"]
 MODELS: dict[str, dict[str, Any]] = {
     "LlamaForCausalLM": {},
     "Qwen3MoeForCausalLM": {
@@ -54,7 +53,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.mark.parametrize(
     ("name", "architecture"),
     [
-        *((name, "LlamaForCausalLM") for name in SELF_SUFFICIENT),
+        *((name, "LlamaForCausalLM") for name in EVERY_KIND),
         *((name, "Qwen3MoeForCausalLM") for name in ONE_OF_A_KIND),
     ],
 )

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvmesh.kernels.formats.base import KVFormat, LayerParams, Side
-from kvmesh.kernels.formats.nuq.side import NonUniform
+from kvmesh.kernels.formats.comparison.nuq.side import NonUniform
+from kvmesh.kernels.formats.comparison.static8.side import Static8
 from kvmesh.kernels.formats.registry import get_format
-from kvmesh.kernels.formats.static8.side import Static8
 from kvmesh.workers.calibration.attention import causal_attention
 from kvmesh.workers.calibration.file import Calibration
 from kvmesh.workers.calibration.nuq import LevelObserver

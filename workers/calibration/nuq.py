@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvmesh.kernels.formats.nuq.rope import RopePairs, phases
-from kvmesh.kernels.formats.nuq.side import NonUniform
+from kvmesh.kernels.formats.comparison.nuq.rope import RopePairs, phases
+from kvmesh.kernels.formats.comparison.nuq.side import NonUniform
 from kvmesh.workers.calibration.levels import best_levels
 from kvmesh.workers.model.rope import Rope
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvmesh.kernels.formats.static8.side import Static8
+from kvmesh.kernels.formats.comparison.static8.side import Static8
 
 # For a channel that is constant.
 _MIN_SCALE = 1e-6

@@ -121,6 +121,29 @@ class FusedAttention(nn.Module):
             sliding_window=sliding_window,
         )
 
+    @property
+    def folds_values(self) -> bool:
+        """Whether nothing but the projections sees values, and their weights are plain tensors."""
+        weights = (self.qkv.weight, self.o_proj.weight)
+        return self._clip is None and all(isinstance(weight, nn.Parameter) for weight in weights)
+
+    def rotate_values(self, matrix: Tensor) -> None:
+        """Fold a rotation into the weights: values become v @ matrix.T, and the output projection
+        takes heads in that basis. matrix: [head_dim, head_dim] fp32, orthonormal"""
+        assert isinstance(self.qkv.weight, nn.Parameter), "folds_values says so"
+        dim = self._head_dim
+        first = (self._heads[0] + self._heads[1]) * dim
+        to_values = self.qkv.weight.data[first:].view(-1, dim, self.qkv.weight.shape[1])
+        for head in to_values:
+            head.copy_(matrix @ head.float())
+        if self.qkv.bias is not None:
+            bias = self.qkv.bias.data[first:].view(-1, dim)
+            bias.copy_(bias.float() @ matrix.T)
+        from_values = self.o_proj.weight.data.unflatten(1, (-1, dim))
+        for index in range(from_values.shape[1]):
+            head = from_values[:, index]
+            head.copy_(head.float() @ matrix.T)
+
     def forward(
         self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **_kwargs: Any
     ) -> tuple[Tensor, None]:

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from kvmesh.kernels.formats.rotation import rotation_matrix
 from kvmesh.kernels.linear import WeightFormat, pack
 from kvmesh.workers.errors import ConfigError, UnsupportedModelError
 from kvmesh.workers.model.architectures import ARCHITECTURES
-from kvmesh.workers.model.blocks import fuse, fused_layer, lean_norm
+from kvmesh.workers.model.blocks import FusedAttention, fuse, fused_layer, lean_norm
 from kvmesh.workers.model.facts import ModelFacts, read_facts
 from kvmesh.workers.model.hook import IMPLEMENTATION, Attend, AttendSlot, attach
 from kvmesh.workers.model.rope import Rope, fixed_rotary, override_rope
@@ -35,9 +36,12 @@ class ServedModel:
 
     num_heads, num_kv_heads: of this rank; facts: of the whole model
     rotary_emb: cosines and sines of positions; ropes: each layer's frequencies
+    values_rotated: whether `attend` gets values in the basis of `kernels/formats/rotation.py`, and
+        has to return its output in it
     """
 
     def __init__(self, facts: ModelFacts, model: Any, slot: AttendSlot, tp: int) -> None:
+        self.values_rotated = False
         self.facts = facts
         self.num_heads = facts.num_heads // tp
         self.num_kv_heads = facts.num_kv_heads // tp
@@ -98,6 +102,21 @@ class ServedModel:
         """
         logits = self._head(hidden.index_select(0, rows))
         return None if logits is None else self._finish(logits)
+
+    def rotate_values(self, rotated: bool) -> bool:
+        """Fold the rotation of values into the weights, or take it out; False if that cannot be
+        done in some layer, and nothing has changed."""
+        if rotated == self.values_rotated:
+            return True
+        attentions = [part for part in self._body.modules() if isinstance(part, FusedAttention)]
+        if len(attentions) != self.facts.num_layers or not all(a.folds_values for a in attentions):
+            return False
+        matrix = rotation_matrix(self.head_dim)
+        matrix = matrix if rotated else matrix.T
+        for attention in attentions:
+            attention.rotate_values(matrix.to(attention.o_proj.weight.device))
+        self.values_rotated = rotated
+        return True
 
     def expert_tokens(self) -> Tensor | None:
         """[layers with experts, num_experts] int64 on the host: how many tokens each expert has

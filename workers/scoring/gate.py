@@ -51,7 +51,7 @@ def alternatives(chosen: KVFormat, page_size: int, head_dim: int) -> list[KVForm
     usable = [
         fmt
         for fmt in formats
-        if not (fmt.needs_calibration or fmt.reference) and _holds(fmt, page_size, head_dim)
+        if not (fmt.needs_calibration or fmt.comparison) and _holds(fmt, page_size, head_dim)
     ]
     return sorted(usable, key=lambda fmt: fmt.bits_per_element(page_size, head_dim))
 

@@ -1,11 +1,11 @@
 """Plain-torch codec of `Affine`.
 
-    side of a page   | codes (packing.py) | offsets | scales |    runs of each, in order
+    side of a page   | codes (packing.py) | offsets | scales |    one of each per run, in order
 
     scale = (max - min) / (2^bits - 1),  code = round((x - offset) / scale)
 
-"token" runs come token by token; "channel" runs come one run of tokens after the
-other, with all channels of each.
+A run is a token, or a channel; or a part of one (`comparison/grouped`): then runs of channels
+come token by token, and runs of tokens one after the other, with all channels of each.
 
 How scale and offset are fitted to a run:
 
@@ -14,10 +14,6 @@ range           from its minimum to its maximum: LMDeploy's online int8 and int4
 least_squares   the grid with the smallest squared error, by alternating between codes for
                 the grid and the line through (code, number) (Lloyd's iteration on a
                 uniform grid); starts from the range
-half_quadratic  HQQ's solver (Badri & Shaji, 2023): the range's scale, and the offset
-                that minimises the p-norm of the error, p = 0.7, by a proximal
-                iteration. Errors are measured in steps, not in the units of the
-                numbers, so the result does not depend on those units
 
 Why offsets are bf16, and how "range" rounds. bf16 has fp32's range, so 1e38 needs no
 special case, and the minimum of bf16 numbers is itself a bf16 number. The codes are
@@ -35,41 +31,43 @@ cannot overflow.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from kvmesh.kernels.formats.affine.side import OFFSET_BYTES, Affine
-from kvmesh.kernels.formats.base import Params, SideTile
+from kvmesh.kernels.formats.base import Params
 from kvmesh.kernels.formats.packing import (
     by_token,
     pack,
     packed_bytes,
     unpack,
 )
-from kvmesh.kernels.formats.scales import load_scale, rounded_scale, store_scale
-from kvmesh.kernels.formats.tiles import (
-    BF16_MAX,
-    ChannelKeys,
-    DenseTile,
-    TokenKeys,
-    TokenValues,
-    saturated,
-)
+from kvmesh.kernels.formats.scales import BF16_MAX, load_scale, rounded_scale, store_scale
 
 SCALE_FLOOR = 2.0**-125  # its half is still a normal fp32 number
 SCALE_CEILING = 2.0**126
 FIT_ROUNDS = 6
 # Where least squares starts, as a share of the range: with few levels the best grid is narrower.
 FIRST_SHARE = {2: 0.8, 3: 0.9}
-HQQ_ROUNDS, HQQ_NORM, HQQ_BETA, HQQ_KAPPA = 20, 0.7, 10.0, 1.01
 _UPPER_HALF = -65536  # 0xFFFF0000 as int32: the bits of an fp32 number that bf16 keeps
+
+Grid = tuple[torch.Tensor, torch.Tensor]  # offsets and scales, as stored
 
 
 def encode(
     side: Affine, x: torch.Tensor, params: Params, positions: torch.Tensor | None
 ) -> torch.Tensor:
+    return encode_on(fit_range if side.fit == "range" else _fit_least_squares, side, x)
+
+
+def encode_on(
+    fit: Callable[[torch.Tensor, Affine], Grid], side: Affine, x: torch.Tensor
+) -> torch.Tensor:
+    """fit: (half of the numbers [..., run], side) -> the grid of each run, [...]"""
     page_size, head_dim = x.shape[-2:]
     half = _to_runs(side, x.float() * 0.5)
-    offset, scale = _FITS[side.fit](half, side)
+    offset, scale = fit(half, side)
     # floor(t + 0.5) rather than round-half-even, so that all backends agree
     codes = half.sub_((offset * 0.5)[..., None]).div_((scale * 0.5)[..., None])
     codes = codes.add_(0.5).floor_().clamp_(0.0, 2.0**side.width - 1).to(torch.uint8)
@@ -77,37 +75,6 @@ def encode(
     scales = store_scale(scale.flatten(2), side.scale)
     packed = pack(_from_runs(side, codes, page_size, head_dim), side.width, values=side.values)
     return torch.cat((packed, offsets, scales), dim=-1)
-
-
-def load(
-    side: Affine,
-    pages: torch.Tensor,
-    rows: int,
-    page_size: int,
-    head_dim: int,
-    dtype: torch.dtype,
-    params: Params,
-) -> SideTile:
-    offset, scale = _meta(side, pages, page_size, head_dim)
-    if side.along == "token" and side.run_length(page_size, head_dim) == head_dim:
-        scale, offset = scale.view(rows, -1), offset.view(rows, -1)
-        codes = unpack(pages, side.width, page_size, head_dim, values=side.values).float()
-        if side.values:
-            return TokenValues(codes.view(rows, -1, *codes.shape[-2:]), scale, offset)
-        return TokenKeys(codes.view(rows, -1, head_dim), scale, offset)
-    table = unpack(pages, side.width, page_size, head_dim, values=side.values)
-    codes = by_token(table, values=side.values).float()
-    if side.along == "channel":
-        tokens = side.run_length(page_size, head_dim)
-        return ChannelKeys(
-            codes.view(rows, -1, tokens, head_dim),
-            scale.view(rows, -1, head_dim),
-            offset.view(rows, -1, head_dim),
-        )
-    runs = _to_runs(side, codes)
-    x = runs.mul_(scale.view(runs.shape[:-1])[..., None])
-    x = x.add_(offset.view(runs.shape[:-1])[..., None])
-    return DenseTile(x.contiguous().view(rows, -1, head_dim))
 
 
 def decode(
@@ -118,24 +85,24 @@ def decode(
     dtype: torch.dtype,
     params: Params,
 ) -> torch.Tensor:
-    offset, scale = _meta(side, pages, page_size, head_dim)
-    table = unpack(pages, side.width, page_size, head_dim, values=side.values)
-    codes = _to_runs(side, by_token(table, values=side.values).float())
-    shape = codes.shape[:-1]
-    x = saturated(codes, scale.view(shape)[..., None], offset.view(shape)[..., None])
-    return _from_runs(side, x, page_size, head_dim)
-
-
-def _meta(
-    side: Affine, pages: torch.Tensor, page_size: int, head_dim: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Offsets and scales, each [..., runs] fp32."""
     start = packed_bytes(side.width, page_size, head_dim)
     middle = start + side.runs(page_size, head_dim) * OFFSET_BYTES
-    return (
-        load_scale(pages[..., start:middle], "bf16"),
-        load_scale(pages[..., middle:], side.scale),
-    )
+    table = unpack(pages, side.width, page_size, head_dim, values=side.values)
+    codes = by_token(table, values=side.values).float()
+    along_token, run = side.along == "token", side.run_length(page_size, head_dim)
+    runs = codes.unflatten(-1 if along_token else -2, (-1, run))
+
+    def halves(stored: torch.Tensor, kind: str) -> torch.Tensor:
+        """Half of each run's number, to be broadcast over its codes."""
+        numbers = load_scale(stored, kind) * 0.5
+        if along_token:
+            return numbers.unflatten(-1, (page_size, -1)).unsqueeze(-1)  # type: ignore[no-any-return]
+        return numbers.unflatten(-1, (-1, head_dim)).unsqueeze(-2)  # type: ignore[no-any-return]
+
+    # In halves, which are finite even for runs that span almost all of fp32's range.
+    runs.mul_(halves(pages[..., middle:], side.scale))
+    runs.add_(halves(pages[..., start:middle], "bf16"))
+    return codes.clamp_(-0.5 * BF16_MAX, 0.5 * BF16_MAX).mul_(2.0)
 
 
 def _to_runs(side: Affine, x: torch.Tensor) -> torch.Tensor:
@@ -153,7 +120,7 @@ def _from_runs(side: Affine, runs: torch.Tensor, page_size: int, head_dim: int) 
     return runs.reshape(*runs.shape[:-3], page_size, head_dim).contiguous()
 
 
-def _fit_range(half: torch.Tensor, side: Affine) -> tuple[torch.Tensor, torch.Tensor]:
+def fit_range(half: torch.Tensor, side: Affine) -> Grid:
     """half: half of the numbers, [..., run] -> offset, scale, [...], after storing and loading"""
     levels = 2.0**side.width - 1
     offset = _round_down_to_bf16(half.amin(-1) * 2.0)
@@ -162,10 +129,10 @@ def _fit_range(half: torch.Tensor, side: Affine) -> tuple[torch.Tensor, torch.Te
     return offset, rounded_scale(scale, side.scale)
 
 
-def _fit_least_squares(half: torch.Tensor, side: Affine) -> tuple[torch.Tensor, torch.Tensor]:
+def _fit_least_squares(half: torch.Tensor, side: Affine) -> Grid:
     """With x in steps, t = a q + b + error: alternates between the codes q and the line a, b."""
     levels = 2.0**side.width - 1
-    steps, mean, half_min, half_step = _in_steps(half, levels)
+    steps, mean, half_min, half_step = in_steps(half, levels)
     a = torch.full_like(mean, FIRST_SHARE.get(side.width, 1.0))
     b = (0.5 * levels) * (1.0 - a)
     for _ in range(FIT_ROUNDS):
@@ -177,30 +144,13 @@ def _fit_least_squares(half: torch.Tensor, side: Affine) -> tuple[torch.Tensor, 
         slope = (q * (steps - mean)).sum(-1, keepdim=True) / spread.clamp_min(1e-9)
         a = torch.where(spread > 1e-9, slope.clamp_min(1e-3), a)
         b = mean - a * q_mean
-    scale = _stored_scale(half_step * a.squeeze(-1) * 2.0, side)
+    scale = stored_scale(half_step * a.squeeze(-1) * 2.0, side)
     # Refit the offset so that the line through the means holds with the stored scale.
     b = mean - (scale * 0.5 / half_step).unsqueeze(-1) * q_mean
-    return _stored_offset(half_min, half_step, b.squeeze(-1)), scale
+    return stored_offset(half_min, half_step, b.squeeze(-1)), scale
 
 
-def _fit_half_quadratic(half: torch.Tensor, side: Affine) -> tuple[torch.Tensor, torch.Tensor]:
-    """The code of t is q = round(t + z); z is the mean of what the proximal step leaves."""
-    levels = 2.0**side.width - 1
-    steps, _, half_min, half_step = _in_steps(half, levels)
-    z = torch.zeros_like(steps[..., :1])
-    beta = HQQ_BETA
-    for _ in range(HQQ_ROUNDS):
-        q = steps.add(z).add_(0.5).floor_().clamp_(0.0, levels)
-        error = steps - (q - z)
-        size = error.abs()
-        kept = (size - size.clamp_min(1e-9).pow(HQQ_NORM - 1.0) / beta).clamp_min(0.0)
-        z = (q - (steps - error.sign() * kept)).mean(-1, keepdim=True)
-        beta *= HQQ_KAPPA
-    scale = _stored_scale(half_step * 2.0, side)
-    return _stored_offset(half_min, half_step, -z.squeeze(-1)), scale
-
-
-def _in_steps(
+def in_steps(
     half: torch.Tensor, levels: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The numbers in steps of the run's range above its minimum, from 0 to `levels`; their mean
@@ -211,11 +161,11 @@ def _in_steps(
     return steps, steps.mean(-1, keepdim=True), half_min, half_step
 
 
-def _stored_scale(scale: torch.Tensor, side: Affine) -> torch.Tensor:
+def stored_scale(scale: torch.Tensor, side: Affine) -> torch.Tensor:
     return rounded_scale(scale.clamp(SCALE_FLOOR, SCALE_CEILING), side.scale)
 
 
-def _stored_offset(
+def stored_offset(
     half_min: torch.Tensor, half_step: torch.Tensor, steps: torch.Tensor
 ) -> torch.Tensor:
     half = (half_min + half_step * steps).clamp(-0.5 * BF16_MAX, 0.5 * BF16_MAX)
@@ -234,10 +184,3 @@ def _round_down_to_bf16(x: torch.Tensor) -> torch.Tensor:
     # Truncating the magnitude rounds towards zero: down only for x > 0.
     away = torch.where(x < 0, 0xFFFF, 0).to(torch.int32)
     return ((bits + away) & _UPPER_HALF).view(torch.float32).clamp_min(-BF16_MAX)
-
-
-_FITS = {
-    "range": _fit_range,
-    "least_squares": _fit_least_squares,
-    "half_quadratic": _fit_half_quadratic,
-}

@@ -1,4 +1,4 @@
-"""Uniform grids with a scale and an offset per run."""
+"""Uniform grids with a scale and an offset per token, or per channel and page."""
 
 from __future__ import annotations
 
@@ -11,42 +11,36 @@ from kvmesh.kernels.formats.scales import SCALE_BYTES
 
 OFFSET_BYTES = 2  # bf16
 WIDTHS = (2, 3, 4, 8)
-FITS = ("range", "least_squares", "half_quadratic")
 
 
 @dataclass(frozen=True, slots=True)
 class Affine(Side):
     """x^ = code * scale + offset.
 
-    along: which numbers share a scale: "token", channels of one token; "channel", tokens of
-        one channel
-    run: the maximum number that share one: the run length is the largest divisor of the
-        head's channels (or the page's tokens) up to `run`; None for all
+    along: which numbers share a scale: "token", the channels of one token; "channel", the page's
+        tokens of one channel
     fit: how scale and offset are chosen, see `reference.py`
     scale: how the scale is stored, "bf16" or "e5m3"
     """
 
     along: str = "token"
-    run: int | None = None
     fit: str = "range"
     scale: str = "bf16"
 
     package: ClassVar[str] = "kvmesh.kernels.formats.affine"
+    fits: ClassVar[tuple[str, ...]] = ("range", "least_squares")
 
     def __post_init__(self) -> None:
         if self.width not in WIDTHS:
             raise ValueError(f"width: expected one of {WIDTHS}, got {self.width}")
         if self.along not in ("token", "channel"):
             raise ValueError(f"along: expected token or channel, got {self.along!r}")
-        if self.fit not in FITS:
-            raise ValueError(f"fit: expected one of {FITS}, got {self.fit!r}")
+        if self.fit not in self.fits:
+            raise ValueError(f"fit: expected one of {self.fits}, got {self.fit!r}")
 
     def run_length(self, page_size: int, head_dim: int) -> int:
         """Numbers that share a scale."""
-        whole = head_dim if self.along == "token" else page_size
-        if self.run is None:
-            return whole
-        return next(n for n in range(min(self.run, whole), 0, -1) if whole % n == 0)
+        return head_dim if self.along == "token" else page_size
 
     def runs(self, page_size: int, head_dim: int) -> int:
         """Number of scales per page."""

@@ -16,32 +16,25 @@ import triton.language as tl
 
 from kvmesh.kernels.formats.affine import reference
 from kvmesh.kernels.formats.affine.side import WIDTHS, Affine
-from kvmesh.kernels.formats.numbers_triton import (
-    fused,
-    has_planes,
-    load_number,
-    load_numbers,
-    load_planes,
-    together,
-)
 from kvmesh.kernels.formats.packing_triton import (
     block_channels,
     block_slots,
     block_tokens,
-    load_codes,
     packed_bytes,
     store_codes,
 )
+from kvmesh.kernels.formats.planes_triton import load_numbers
 from kvmesh.kernels.formats.tiles_triton import (
     BF16_MAX,
     SCALE_FLOOR,
     SideKernels,
+    as_int16,
     from_bf16,
+    load,
     load_bf16,
     load_scale,
     padded,
     rounded_scale,
-    run_length,
     store_bf16,
     store_scale,
     to_bf16,
@@ -49,10 +42,6 @@ from kvmesh.kernels.formats.tiles_triton import (
 
 SCALE_CEILING = tl.constexpr(reference.SCALE_CEILING)
 FIT_ROUNDS = tl.constexpr(reference.FIT_ROUNDS)
-HQQ_ROUNDS = tl.constexpr(reference.HQQ_ROUNDS)
-HQQ_BETA = tl.constexpr(reference.HQQ_BETA)
-HQQ_KAPPA = tl.constexpr(reference.HQQ_KAPPA)
-HQQ_POWER = tl.constexpr(reference.HQQ_NORM - 1.0)
 FIT_NUMBERS = 4096  # of a page, fitted at a time
 FIRST_SHARE = {width: reference.FIRST_SHARE.get(width, 1.0) for width in WIDTHS}
 
@@ -68,94 +57,78 @@ def fit_rows(runs: int, padded_run: int) -> int:
 
 
 @triton.jit
-def _run_index(n, d, SIDE: tl.constexpr, RUN: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """The run that the number of slot n and channel d belongs to."""
-    if SIDE.along == "token":
-        return n * (HEAD_DIM // RUN) + d // RUN
-    else:
-        return (n // RUN) * HEAD_DIM + d
-
-
-@triton.jit
-def load_folded(
-    part_ptr,
-    table_ptr,
-    head,
-    first_slot,
-    SIDE: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    DTYPE: tl.constexpr,
-):
+def load_folded(part_ptr, first_slot, SIDE: tl.constexpr, DTYPE: tl.constexpr, FORM: tl.constexpr):
     """For a grid per token."""
     HALF_RANGE: tl.constexpr = 1 << (SIDE.width - 1)
-    offset_ptr = part_ptr + packed_bytes(SIDE.width, PAGE_SIZE, HEAD_DIM)
-    slots = first_slot + tl.arange(0, BLOCK_N)
-    codes = load_numbers(
-        part_ptr, first_slot, SIDE, PAGE_SIZE, HEAD_DIM, BLOCK_N, BLOCK_D, HALF_RANGE, DTYPE
-    )
-    scale = load_scale(offset_ptr + PAGE_SIZE * 2, slots, None, SIDE.scale)
+    offset_ptr = part_ptr + packed_bytes(SIDE.width, FORM.page_size, FORM.head_dim)
+    slots = first_slot + tl.arange(0, FORM.block_n)
+    codes = load_numbers(part_ptr, first_slot, SIDE, HALF_RANGE, DTYPE, FORM)
+    scale = load_scale(offset_ptr + FORM.page_size * 2, slots, None, SIDE.scale)
     offset = load_bf16(offset_ptr, slots) + HALF_RANGE * scale
     return tl.trans(codes) if SIDE.values else codes, scale, offset
 
 
 @triton.jit
-def load_dense(
-    part_ptr,
-    table_ptr,
-    head,
-    first_slot,
-    SIDE: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    DTYPE: tl.constexpr,
-):
-    RUN: tl.constexpr = run_length(SIDE, PAGE_SIZE, HEAD_DIM)
-    offset_ptr = part_ptr + packed_bytes(SIDE.width, PAGE_SIZE, HEAD_DIM)
-    scale_ptr = offset_ptr + PAGE_SIZE * HEAD_DIM // RUN * 2
-    slots = first_slot + tl.arange(0, BLOCK_N)
-    channels = tl.arange(0, BLOCK_D)
-    if SIDE.values:  # columns are tokens
-        n, d = slots[None, :], channels[:, None]
+def load_dense(part_ptr, first_slot, SIDE: tl.constexpr, DTYPE: tl.constexpr, FORM: tl.constexpr):
+    ALONG_TOKEN: tl.constexpr = SIDE.along == "token"
+    RUNS: tl.constexpr = FORM.page_size if ALONG_TOKEN else FORM.head_dim
+    offset_ptr = part_ptr + packed_bytes(SIDE.width, FORM.page_size, FORM.head_dim)
+    scale_ptr = offset_ptr + RUNS * 2
+    mask = None
+    if ALONG_TOKEN:
+        run = first_slot + tl.arange(0, FORM.block_n)
     else:
-        n, d = slots[:, None], channels[None, :]
-    if SIDE.along == "token" and RUN == HEAD_DIM:
-        index, mask = n, None
+        run = tl.arange(0, FORM.block_d)
+        if FORM.block_d != FORM.head_dim:
+            mask = run < FORM.head_dim
+    # Columns are tokens in tiles of values, channels in tiles of keys.
+    if SIDE.values == ALONG_TOKEN:
+        run = run[None, :]
+        mask = None if mask is None else mask[None, :]
     else:
-        index = _run_index(n, d, SIDE, RUN, HEAD_DIM)
-        mask = None if BLOCK_D == HEAD_DIM else d < HEAD_DIM
-    if has_planes(SIDE, PAGE_SIZE, HEAD_DIM, BLOCK_N, BLOCK_D):
-        planes = load_planes(part_ptr, first_slot, SIDE, PAGE_SIZE, HEAD_DIM, BLOCK_N, 0, DTYPE)
-        scale = load_number(scale_ptr, index, mask, SIDE.scale, DTYPE)
-        offset = load_number(offset_ptr, index, mask, "bf16", DTYPE)
-        x = fused(together(planes, SIDE.values), scale, offset, DTYPE)
-    else:
-        HALF_RANGE: tl.constexpr = 1 << (SIDE.width - 1)
-        codes = load_codes(part_ptr, first_slot, SIDE, PAGE_SIZE, HEAD_DIM, BLOCK_N, BLOCK_D)
-        scale = load_scale(scale_ptr, index, mask, SIDE.scale)
-        offset = load_bf16(offset_ptr, index, mask) + HALF_RANGE * scale
-        x = (codes.to(tl.float32) * scale + offset).to(DTYPE)
+        run = run[:, None]
+        mask = None if mask is None else mask[:, None]
+    x = load_numbers(part_ptr, first_slot, SIDE, 0, DTYPE, FORM)
+    scale = _load_number(scale_ptr, run, mask, SIDE.scale, DTYPE)
+    offset = _load_number(offset_ptr, run, mask, "bf16", DTYPE)
+    x = _fused(x, scale, offset, DTYPE)
     return tl.trans(x) if SIDE.values else x, 1.0, 0.0
 
 
 @triton.jit
-def seal(
-    hot_ptr,
-    part_ptr,
-    table_ptr,
-    head,
-    position,
-    SIDE: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-):
-    """First the runs, whose scales and offsets are stored; then codes against the stored ones."""
-    RUN: tl.constexpr = run_length(SIDE, PAGE_SIZE, HEAD_DIM)
-    RUNS: tl.constexpr = PAGE_SIZE * HEAD_DIM // RUN
+def _load_number(ptr, index, mask, STORED: tl.constexpr, DTYPE: tl.constexpr):
+    """Stored bf16 or e5m3 numbers: as bf16 without a conversion if DTYPE is bf16, otherwise fp32"""
+    if DTYPE != tl.bfloat16:  # noqa: SIM300
+        return load_scale(ptr, index, mask, STORED)
+    elif STORED == "bf16":
+        return load(as_int16(ptr) + index, mask).to(tl.bfloat16, bitcast=True)
+    else:
+        bits = ((load(ptr + index, mask).to(tl.int16) & 255) << 4) + (107 << 7)
+        return bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def _fused(x, scale, offset, DTYPE: tl.constexpr):
+    """x * scale + offset, rounded once; scale and offset from `_load_number`, broadcast"""
+    if DTYPE == tl.bfloat16:  # noqa: SIM300
+        return tl.inline_asm_elementwise(
+            "fma.rn.bf16x2 $0, $1, $2, $3;",
+            "=r,r,r,r",
+            [x, scale, offset],
+            dtype=tl.bfloat16,
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        return (x.to(tl.float32) * scale + offset).to(DTYPE)
+
+
+@triton.jit
+def seal(hot_ptr, part_ptr, SIDE: tl.constexpr, PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """First scales and offsets, of tokens or of channels; then codes against the stored ones."""
+    ALONG_TOKEN: tl.constexpr = SIDE.along == "token"
+    RUN: tl.constexpr = HEAD_DIM if ALONG_TOKEN else PAGE_SIZE
+    RUNS: tl.constexpr = PAGE_SIZE if ALONG_TOKEN else HEAD_DIM
     LEVELS: tl.constexpr = (1 << SIDE.width) - 1.0
     offset_ptr = part_ptr + packed_bytes(SIDE.width, PAGE_SIZE, HEAD_DIM)
     scale_ptr = offset_ptr + RUNS * 2
@@ -165,11 +138,10 @@ def seal(
         runs = first + tl.arange(0, ROWS)
         mask_r = runs < RUNS
         mask = mask_r[:, None] & (offs_i < RUN)[None, :]
-        if SIDE.along == "token":
-            at = runs[:, None] * RUN + offs_i[None, :]
+        if ALONG_TOKEN:
+            at = runs[:, None] * HEAD_DIM + offs_i[None, :]
         else:
-            token = (runs // HEAD_DIM * RUN)[:, None] + offs_i[None, :]
-            at = token * HEAD_DIM + (runs % HEAD_DIM)[:, None]
+            at = offs_i[None, :] * HEAD_DIM + runs[:, None]
         half = tl.load(hot_ptr + at, mask=mask, other=0.0).to(tl.float32) * 0.5
         lowest = tl.min(tl.where(mask, half, float("inf")), 1)
         highest = tl.max(tl.where(mask, half, float("-inf")), 1)
@@ -177,10 +149,8 @@ def seal(
         highest = tl.where(mask_r, highest, 0.0)
         if SIDE.fit == "range":
             offset, scale = _fit_range(lowest, highest, LEVELS, SIDE.scale)
-        elif SIDE.fit == "least_squares":
-            offset, scale = _fit_least_squares(half, lowest, highest, mask, RUN, LEVELS, SIDE)
         else:
-            offset, scale = _fit_half_quadratic(half, lowest, highest, mask, RUN, LEVELS, SIDE)
+            offset, scale = _fit_least_squares(half, lowest, highest, mask, RUN, LEVELS, SIDE)
         store_bf16(offset_ptr, runs, offset, mask_r)
         store_scale(scale_ptr, runs, scale, mask_r, SIDE.scale)
     tl.debug_barrier()  # other threads read what one thread has stored
@@ -193,9 +163,9 @@ def seal(
         n = (block * BLOCK + slots)[:, None]
         d = channels[None, :]
         half = tl.load(hot_ptr + n * HEAD_DIM + d, mask=mask, other=0.0).to(tl.float32) * 0.5
-        index = _run_index(n, d, SIDE, RUN, HEAD_DIM)
-        half_offset = load_bf16(offset_ptr, index, mask) * 0.5
-        half_scale = load_scale(scale_ptr, index, mask, SIDE.scale) * 0.5
+        run = tl.broadcast_to(n if ALONG_TOKEN else d, mask.shape)
+        half_offset = load_bf16(offset_ptr, run, mask) * 0.5
+        half_scale = load_scale(scale_ptr, run, mask, SIDE.scale) * 0.5
         half_scale = tl.where(mask, half_scale, 1.0)
         codes = tl.floor(tl.math.div_rn(half - half_offset, half_scale) + 0.5)
         codes = tl.minimum(tl.maximum(codes, 0.0), LEVELS).to(tl.int32)
@@ -236,26 +206,6 @@ def _fit_least_squares(
 
 
 @triton.jit
-def _fit_half_quadratic(
-    half, lowest, highest, mask, RUN: tl.constexpr, LEVELS: tl.constexpr, SIDE: tl.constexpr
-):
-    steps, half_step = _in_steps(half, lowest, highest, mask, LEVELS)
-    z = tl.zeros_like(half_step)
-    inverse_beta = 1.0 / HQQ_BETA
-    for _ in range(HQQ_ROUNDS):
-        q = tl.floor(steps + z[:, None] + 0.5)
-        q = tl.minimum(tl.maximum(q, 0.0), LEVELS)
-        error = steps - (q - z[:, None])
-        size = tl.abs(error)
-        power = tl.exp2(tl.log2(tl.maximum(size, 1e-9)) * HQQ_POWER)
-        kept = tl.maximum(size - power * inverse_beta, 0.0)
-        kept = tl.where(error < 0.0, -kept, kept)
-        z = tl.sum(tl.where(mask, q - (steps - kept), 0.0), 1) / RUN
-        inverse_beta = inverse_beta / HQQ_KAPPA
-    return _stored_offset(lowest, half_step, -z), _stored_scale(half_step * 2.0, SIDE.scale)
-
-
-@triton.jit
 def _in_steps(half, lowest, highest, mask, LEVELS: tl.constexpr):
     """The numbers in steps of the run's range above its minimum, and half a step."""
     half_step = tl.maximum((highest - lowest) / LEVELS, 0.5 * SCALE_FLOOR)
@@ -290,6 +240,6 @@ def _round_down_to_bf16(x):
 
 
 def kernels(side: Affine) -> SideKernels:
-    if side.along == "token" and side.run is None:
+    if side.along == "token":
         return SideKernels(load_folded, folded=True, seal=seal, load_dense=load_dense)
     return SideKernels(load_dense, folded=False, seal=seal)

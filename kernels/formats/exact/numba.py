@@ -12,13 +12,13 @@ def side_load(side: Exact, page_size: int, head_dim: int, dtype: str) -> SideLoa
     if dtype == "float32":
 
         @compiled
-        def load(part, tile, numbers, table, head):  # type: ignore[no-untyped-def]
+        def load(part, tile, numbers):  # type: ignore[no-untyped-def]
             return part.view(np.float32).reshape(page_size, head_dim)
 
     else:
 
         @compiled
-        def load(part, tile, numbers, table, head):  # type: ignore[no-untyped-def]
+        def load(part, tile, numbers):  # type: ignore[no-untyped-def]
             for n in range(page_size):
                 read_bf16(part, n * 2 * head_dim, head_dim, tile[n])
             return tile

@@ -6,25 +6,12 @@ import torch
 
 from kvmesh.kernels.formats.base import Params
 from kvmesh.kernels.formats.exact.side import Exact
-from kvmesh.kernels.formats.tiles import DenseTile
 
 
 def encode(
     side: Exact, x: torch.Tensor, params: Params, positions: torch.Tensor | None
 ) -> torch.Tensor:
     return x.contiguous().flatten(-2).view(torch.uint8)
-
-
-def load(
-    side: Exact,
-    pages: torch.Tensor,
-    rows: int,
-    page_size: int,
-    head_dim: int,
-    dtype: torch.dtype,
-    params: Params,
-) -> DenseTile:
-    return DenseTile(pages.view(dtype).view(rows, -1, head_dim).float())
 
 
 def decode(

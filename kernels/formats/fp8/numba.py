@@ -22,7 +22,7 @@ def side_load(side: Fp8, page_size: int, head_dim: int, dtype: str) -> SideLoad:
     low, sign = np.int32(0x7F), np.int32(0x80)
 
     @compiled
-    def load(part, tile, numbers, table, head):  # type: ignore[no-untyped-def]
+    def load(part, tile, numbers):  # type: ignore[no-untyped-def]
         centre = numbers
         if centred:
             read_bf16(part, centre_at, head_dim, centre)

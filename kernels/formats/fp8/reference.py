@@ -17,7 +17,7 @@ import torch
 from kvmesh.kernels.formats.base import Params
 from kvmesh.kernels.formats.fp8.side import PADDING_BYTES, SCALE_BYTES, Fp8
 from kvmesh.kernels.formats.packing import BLOCK_TOKENS
-from kvmesh.kernels.formats.tiles import BF16_MAX, DenseTile
+from kvmesh.kernels.formats.scales import BF16_MAX
 
 E4M3_MAX = 448.0
 SCALE_FLOOR = 2.0**-100
@@ -40,19 +40,6 @@ def encode(
         stored = stored.unflatten(-2, (-1, min(BLOCK_TOKENS, x.shape[-2]))).mT.flatten(-3, -2)
     padded_scale = torch.nn.functional.pad(scale.view(torch.uint8), (0, PADDING_BYTES))
     return torch.cat((stored.flatten(-2), *parts, padded_scale), -1)
-
-
-def load(
-    side: Fp8,
-    pages: torch.Tensor,
-    rows: int,
-    page_size: int,
-    head_dim: int,
-    dtype: torch.dtype,
-    params: Params,
-) -> DenseTile:
-    x = decode(side, pages.unsqueeze(1), page_size, head_dim, dtype, params)
-    return DenseTile(x.contiguous().view(rows, -1, head_dim))
 
 
 def decode(

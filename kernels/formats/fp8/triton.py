@@ -77,49 +77,33 @@ def _scale_ptr(part_ptr, SIDE: tl.constexpr, PAGE_SIZE: tl.constexpr, HEAD_DIM: 
 
 
 @triton.jit
-def load_tile(
-    part_ptr,
-    table_ptr,
-    head,
-    first_slot,
-    SIDE: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    DTYPE: tl.constexpr,
-):
+def load_tile(part_ptr, first_slot, SIDE: tl.constexpr, DTYPE: tl.constexpr, FORM: tl.constexpr):
+    BLOCK_N: tl.constexpr = FORM.block_n
     offs_n = tl.arange(0, BLOCK_N)
-    offs_d = tl.arange(0, BLOCK_D)
+    offs_d = tl.arange(0, FORM.block_d)
     # Written so that the compiler sees that each thread loads adjacent bytes.
     if SIDE.values:  # columns are tokens, and a tile lies in one block
-        BLOCK: tl.constexpr = block_tokens(PAGE_SIZE)
+        BLOCK: tl.constexpr = block_tokens(FORM.page_size)
         d = offs_d[:, None]
-        row_ptr = part_ptr + first_slot // BLOCK * (BLOCK * HEAD_DIM)
+        row_ptr = part_ptr + first_slot // BLOCK * (BLOCK * FORM.head_dim)
         if BLOCK_N != BLOCK:
             row_ptr += first_slot % BLOCK
         number_ptr = row_ptr + d * BLOCK + offs_n[None, :]
     else:
         d = offs_d[None, :]
-        number_ptr = part_ptr + (first_slot + offs_n[:, None]) * HEAD_DIM + d
-    mask = None if BLOCK_D == HEAD_DIM else d < HEAD_DIM
+        number_ptr = part_ptr + (first_slot + offs_n[:, None]) * FORM.head_dim + d
+    mask = None if FORM.block_d == FORM.head_dim else d < FORM.head_dim
     x = from_e4m3(load(number_ptr, mask), DTYPE)
-    scale = tl.load(_scale_ptr(part_ptr, SIDE, PAGE_SIZE, HEAD_DIM))
+    scale = tl.load(_scale_ptr(part_ptr, SIDE, FORM.page_size, FORM.head_dim))
     scales = tl.zeros([BLOCK_N], tl.float32) + scale
     return tl.trans(x) if SIDE.values else x, scales, None
 
 
 @triton.jit
-def load_centre(
-    part_ptr,
-    SIDE: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    offs_d = tl.arange(0, BLOCK_D)
-    mask_d = None if BLOCK_D == HEAD_DIM else offs_d < HEAD_DIM
-    return load_bf16(part_ptr + PAGE_SIZE * HEAD_DIM, offs_d, mask_d)
+def load_centre(part_ptr, FORM: tl.constexpr):
+    offs_d = tl.arange(0, FORM.block_d)
+    mask_d = None if FORM.block_d == FORM.head_dim else offs_d < FORM.head_dim
+    return load_bf16(part_ptr + FORM.page_size * FORM.head_dim, offs_d, mask_d)
 
 
 @triton.jit
@@ -133,16 +117,7 @@ def _place(n, d, SIDE: tl.constexpr, PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.const
 
 
 @triton.jit
-def seal(
-    hot_ptr,
-    part_ptr,
-    table_ptr,
-    head,
-    position,
-    SIDE: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-):
+def seal(hot_ptr, part_ptr, SIDE: tl.constexpr, PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr):
     offs_d = tl.arange(0, padded(HEAD_DIM))
     mask_d = offs_d < HEAD_DIM
     half_centre = tl.zeros(offs_d.shape, tl.float32)

@@ -32,16 +32,25 @@ params
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
-from kvmesh.kernels.formats.base import Params, SideTile
-from kvmesh.kernels.formats.nuq.rope import RopePairs, phases
-from kvmesh.kernels.formats.nuq.side import POSITION_BYTES, SCALE_BYTES, VALUE_BYTES, NonUniform
+from kvmesh.kernels.formats.base import Params
+from kvmesh.kernels.formats.comparison.nuq.rope import RopePairs, phases
+from kvmesh.kernels.formats.comparison.nuq.side import (
+    POSITION_BYTES,
+    SCALE_BYTES,
+    VALUE_BYTES,
+    NonUniform,
+)
 from kvmesh.kernels.formats.packing import by_token, pack, packed_bytes, unpack
-from kvmesh.kernels.formats.scales import E5M3_MAX, E5M3_MIN, load_scale, rounded_scale, store_scale
-from kvmesh.kernels.formats.tiles import BF16_MAX, DenseTile
+from kvmesh.kernels.formats.scales import (
+    BF16_MAX,
+    E5M3_MAX,
+    E5M3_MIN,
+    load_scale,
+    rounded_scale,
+    store_scale,
+)
 
 # Rotating a pair of two such numbers stays finite, with room to add the level.
 MAX_INPUT = 0.25 * BF16_MAX
@@ -143,27 +152,6 @@ def _zero(scale: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
     return offset * (scale * (1.0 / OFFSET_STEPS))
 
 
-def load(
-    side: NonUniform,
-    pages: torch.Tensor,
-    rows: int,
-    page_size: int,
-    head_dim: int,
-    dtype: torch.dtype,
-    params: Params,
-) -> SideTile:
-    if side.values:
-        return DenseTile(_values(side, pages, page_size, head_dim, params).view(rows, -1, head_dim))
-    heads = params["scale"].shape[0]
-    by_head = pages.view(rows // heads, heads, -1, pages.shape[-1])
-    x = _keys_before_rope(side, by_head, page_size, head_dim, params)
-    rope = RopePairs(_interleaved(params))
-    x = rope.rotate(x, _token_phases(params, page_size)).view(rows, -1, page_size, head_dim)
-    # A page's position is the same for all heads.
-    phase = phases(params["inv_freq"], _positions(by_head[:, 0])).repeat_interleave(heads, 0)
-    return _RopeKeys(x, phase, rope)
-
-
 def decode(
     side: NonUniform,
     pages: torch.Tensor,
@@ -174,20 +162,12 @@ def decode(
 ) -> torch.Tensor:
     if side.values:
         return _values(side, pages, page_size, head_dim, params)
-    x = _keys_before_rope(side, pages.unsqueeze(2), page_size, head_dim, params).squeeze(2)
+    codes = unpack(pages, side.width, page_size, head_dim, values=False)
+    scale, zero = (params[name].unsqueeze(1) for name in ("scale", "zero"))
+    x = _with_outliers(side, _numbers(codes, params).mul_(scale).add_(zero), pages)
     rope = RopePairs(_interleaved(params))
     x = rope.rotate(x, _token_phases(params, page_size))
     return rope.rotate(x, phases(params["inv_freq"], _positions(pages)).unsqueeze(-2))
-
-
-def _keys_before_rope(
-    side: NonUniform, pages: torch.Tensor, page_size: int, head_dim: int, params: Params
-) -> torch.Tensor:
-    """pages [n, num_kv_heads, p, num_bytes] -> [n, num_kv_heads, p, page_size, head_dim]"""
-    codes = unpack(pages, side.width, page_size, head_dim, values=False)
-    scale, zero = (params[name][:, None, None, :] for name in ("scale", "zero"))
-    x = _numbers(codes, params).mul_(scale).add_(zero)
-    return _with_outliers(side, x, pages)
 
 
 def _values(
@@ -244,32 +224,3 @@ def _token_phases(params: Params, page_size: int) -> torch.Tensor:
     """Of a page's tokens relative to its first: [page_size, planes]."""
     inv_freq = params["inv_freq"]
     return phases(inv_freq, torch.arange(page_size, device=inv_freq.device))
-
-
-@dataclass(frozen=True, slots=True)
-class _RopeKeys:
-    """Keys rotated by their offsets in their pages. Instead of rotating the keys by the pages'
-    positions, queries are rotated back, since there are far fewer of them.
-
-    x: [rows, pages, page_size, head_dim] fp32; phase: [rows, pages, planes]
-    """
-
-    x: torch.Tensor
-    phase: torch.Tensor
-    rope: RopePairs
-
-    def scores(self, q: torch.Tensor) -> torch.Tensor:
-        rows, pages, page_size, head_dim = self.x.shape
-        phase = self.phase.conj().unsqueeze(2)
-        rotated = self.rope.rotate(q.unsqueeze(1).expand(-1, pages, -1, -1), phase)
-        products = torch.bmm(
-            rotated.view(rows * pages, -1, head_dim),
-            self.x.view(rows * pages, page_size, head_dim).mT,
-        )
-        return products.view(rows, pages, -1, page_size).transpose(1, 2).flatten(2)
-
-    def weighted(self, weights: torch.Tensor) -> torch.Tensor:
-        return torch.bmm(weights, self.dense())
-
-    def dense(self) -> torch.Tensor:
-        return self.rope.rotate(self.x, self.phase.unsqueeze(2)).flatten(1, 2)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
-from kvmesh.kernels.formats.base import Dims, Params, Side
+from kvmesh.kernels.formats.base import Dims, Side
 from kvmesh.kernels.formats.packing import packed_bytes
 
 WIDTHS = (2, 3, 4)
@@ -23,14 +23,9 @@ class NonUniform(Side):
 
     Keys have a calibrated scale and zero per channel and are encoded as they were before
     RoPE; values have a scale and zero per token, computed when the page is sealed.
-
-    rope: the number of channel pairs that RoPE rotates, and whether they are interleaved;
-        for keys whose parameters are known
     """
 
-    rope: tuple[int, bool] | None = field(default=None, kw_only=True)
-
-    package: ClassVar[str] = "kvmesh.kernels.formats.nuq"
+    package: ClassVar[str] = "kvmesh.kernels.formats.comparison.nuq"
 
     def __post_init__(self) -> None:
         if self.width not in WIDTHS:
@@ -48,12 +43,6 @@ class NonUniform(Side):
     @property
     def wants_positions(self) -> bool:
         return not self.values
-
-    def bound(self, params: Params) -> NonUniform:
-        if self.values:
-            return self
-        planes = params["inv_freq"].shape[0]
-        return replace(self, rope=(planes, bool(params["interleaved"].item())))
 
     def outliers(self, head_dim: int) -> int:
         """Outliers per token and head: the same number for every token, so that page sizes do not

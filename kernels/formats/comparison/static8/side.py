@@ -19,7 +19,7 @@ class Static8(Side):
     width: int = 8
     per: str = "channel"
 
-    package: ClassVar[str] = "kvmesh.kernels.formats.static8"
+    package: ClassVar[str] = "kvmesh.kernels.formats.comparison.static8"
 
     def __post_init__(self) -> None:
         if self.per not in ("channel", "layer"):
