@@ -30,6 +30,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kvmesh.kernels.attention.triton_parts import first_seen
 from kvmesh.kernels.formats.pairs_triton import padded_half, pair_channels
 from kvmesh.kernels.formats.tiles_triton import rope_pairs
 
@@ -177,7 +178,7 @@ def attend_tile(
         else:
             visible = mask[None, :] & (first_page < edge)[:, None]
         if FORM.has_window:
-            visible = visible & (q_pos[:, None] - keys[None, :] < window)
+            visible = visible & (keys[None, :] >= first_seen(q_pos, window)[:, None])
         scores = tl.where(visible, scores, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, 1))
     # A row that has seen no key yet keeps -inf; subtract 0 from it, since inf - inf is NaN.

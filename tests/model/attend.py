@@ -43,8 +43,9 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, args: AttendArgs) -> Tensor:
     ends = torch.arange(len(k) - len(q), len(k))[:, None]
     at = torch.arange(len(k))[None, :]
     seen = at <= ends
-    if args.sliding_window is not None:
-        seen &= at > ends - args.sliding_window
+    window = args.sliding_window
+    if window is not None:
+        seen &= at > ends - window if window > 0 else at // -window == ends // -window
     scores = scores.masked_fill(~seen, float("-inf"))
     if args.sinks is not None:
         sinks = args.sinks.float()[:, None, None].expand(-1, len(q), 1)

@@ -27,7 +27,8 @@ class AttendArgs:
 
     scale: factor of the products of queries and keys
     softcap: c, where products s become c * tanh(s / c), after the scale; None for none
-    sliding_window: w, where the query at position i reads the keys at (i - w, i]; None for all
+    sliding_window: w, where the query at position i reads the keys at (i - w, i]; None for all;
+        w < 0 for attention in chunks of -w tokens, where it reads those of its own chunk
     sinks: [num_heads], of this rank; a score that each query of a head has besides those of its
         keys, whose value is 0; None for none
     rope: cos and sin, [T, D] each, if queries and keys have yet to be rotated
