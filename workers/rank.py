@@ -18,7 +18,7 @@ from kvmesh.workers.executor import Allocation, MakeMasks, RankDescription
 from kvmesh.workers.model.facts import read_facts, sample_digest
 from kvmesh.workers.model.hook import AttendArgs
 from kvmesh.workers.model.load import ServedModel, load_model
-from kvmesh.workers.model.shards import check_tp
+from kvmesh.workers.model.sizes import check_tp
 from kvmesh.workers.model.source import ModelFiles, resolve_model
 from kvmesh.workers.parallel.comm import Communicator
 from kvmesh.workers.plan import StepPlan, StepResult

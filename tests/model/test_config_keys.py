@@ -328,6 +328,20 @@ PUBLISHED: dict[str, str] = {
         "router_aux_loss_coef": 0.02, "sliding_window": null, "tie_word_embeddings": false,
         "torch_dtype": "bfloat16", "transformers_version": "4.36.0.dev0", "use_cache": true,
         "vocab_size": 32000}""",
+    # The part of Llama-4-Scout-17B-16E-Instruct that is text.
+    "Llama-4-Scout": """{"architectures": ["Llama4ForCausalLM"], "attention_bias": false,
+        "attention_chunk_size": 8192, "attention_dropout": 0.0, "attn_scale": 0.1,
+        "attn_temperature_tuning": true, "bos_token_id": 200000, "eos_token_id": [200001, 200007,
+        200008], "floor_scale": 8192, "for_llm_compressor": false, "head_dim": 128, "hidden_act":
+        "silu", "hidden_size": 5120, "initializer_range": 0.02, "interleave_moe_layer_step": 1,
+        "intermediate_size": 8192, "intermediate_size_mlp": 16384, "max_position_embeddings":
+        10485760, "model_type": "llama4_text", "no_rope_layers": [], "num_attention_heads": 40,
+        "num_experts_per_tok": 1, "num_hidden_layers": 48, "num_key_value_heads": 8,
+        "num_local_experts": 16, "output_router_logits": false, "pad_token_id": 200018,
+        "rms_norm_eps": 1e-05, "rope_scaling": {"factor": 16.0, "high_freq_factor": 1.0,
+        "low_freq_factor": 1.0, "original_max_position_embeddings": 8192, "rope_type": "llama3"},
+        "rope_theta": 500000.0, "router_aux_loss_coef": 0.001, "router_jitter_noise": 0.0,
+        "torch_dtype": "bfloat16", "use_cache": true, "use_qk_norm": true, "vocab_size": 202048}""",
     "OLMoE-1B-7B-0924": """{"architectures": ["OlmoeForCausalLM"], "attention_bias": false,
         "attention_dropout": 0.0, "clip_qkv": null, "eos_token_id": 50279, "hidden_act": "silu",
         "hidden_size": 2048, "initializer_range": 0.02, "intermediate_size": 1024,

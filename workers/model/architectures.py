@@ -16,10 +16,24 @@ class ExpertKeys:
     """Which keys of config.json describe a mixture of experts.
 
     count: number of experts, by its names; width: the size of each one's MLP
+    dense: the size of the MLP in layers without experts; shared: of the expert that computes every
+        token, if there is one
+    step: the layers step - 1, 2 * step - 1, … have experts, unless they are listed
     """
 
     count: tuple[str, ...] = ("num_experts", "num_local_experts")
     width: str = "intermediate_size"
+    dense: str = "intermediate_size"
+    shared: str | None = None
+    step: str = "decoder_sparse_step"
+
+    def layers(self, config: Mapping[str, Any]) -> tuple[bool, ...]:
+        """Which layers have experts."""
+        if config.get("moe_layers") is not None:  # Llama 4
+            return tuple(layer in config["moe_layers"] for layer in _layers(config))
+        dense = config.get("mlp_only_layers") or ()
+        every = int(config.get(self.step) or 1)
+        return tuple(layer not in dense and (layer + 1) % every == 0 for layer in _layers(config))
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +45,8 @@ class Architecture:
     head_dim: default if it has no `head_dim`; None for hidden_size // num_attention_heads
     interleaved_rope: RoPE's pairs are neighbouring channels, not the two halves of a head
     sliding: which layers attend through a sliding window, one of the names in `_SLIDING`
-    window: default if the configuration has no `sliding_window`
+    window: default if the configuration has no `sliding_window`; if it is negative, of chunks
+        of positions, whose size is `attention_chunk_size`
     unrotated: which layers have no RoPE, one of the names in `_UNROTATED`
     rope_types: the RoPE scalings that its modules compute
     experts: if it is a mixture of experts
@@ -52,9 +67,13 @@ class Architecture:
     own_code: bool = False
 
     def sliding_windows(self, config: Mapping[str, Any]) -> tuple[int | None, ...]:
-        """Each layer's window in tokens, including the query; None for the whole context."""
+        """Each layer's window in tokens, including the query; None for the whole context, and
+        −c for attention in chunks of c tokens."""
         slides = _SLIDING[self.sliding](config)
         window = config.get("sliding_window", self.window)
+        if self.window is not None and self.window < 0:
+            chunk = config.get("attention_chunk_size", -self.window)
+            window = None if chunk is None else -chunk
         return tuple(window if slide else None for slide in slides)
 
     def rotated_layers(self, config: Mapping[str, Any]) -> tuple[bool, ...]:
@@ -98,6 +117,11 @@ def _unrotated_layers(config: Mapping[str, Any]) -> tuple[bool, ...]:
     return _typed(config) or tuple(not rotated for rotated in _by_no_rope_layers(config, ()))
 
 
+def _rotated_layers(config: Mapping[str, Any]) -> tuple[bool, ...]:
+    """Llama 4: the layers with RoPE."""
+    return _typed(config) or _by_no_rope_layers(config, ())
+
+
 def _all_but_every(period: int) -> Any:
     """All but the layers `period`, 2 * `period`, … counted from 1."""
 
@@ -111,7 +135,10 @@ def _all_but_every(period: int) -> Any:
 def _typed(config: Mapping[str, Any]) -> tuple[bool, ...] | None:
     """What the configuration says of each layer, if it does."""
     types = config.get("layer_types")
-    return tuple(kind == "sliding_attention" for kind in types) if types else None
+    return tuple(kind in _WINDOWS for kind in types) if types else None
+
+
+_WINDOWS = ("sliding_attention", "chunked_attention")
 
 
 _SLIDING = {
@@ -121,6 +148,7 @@ _SLIDING = {
     "every layer if enabled": _if_enabled,
     "upper layers": _upper_layers,
     "unrotated layers": _unrotated_layers,
+    "rotated layers": _rotated_layers,
     "all but every second": _all_but_every(2),
     "all but every fourth": _all_but_every(4),
     "all but every sixth": _all_but_every(6),
@@ -143,7 +171,7 @@ def _by_no_rope_layers(
 ) -> tuple[bool, ...]:
     """SmolLM3: `no_rope_layers` has 1 for layers with RoPE; by default 0 for every fourth."""
     flags = config.get("no_rope_layers")
-    if flags is not None:
+    if flags:
         return tuple(bool(flags[layer]) for layer in _layers(config))
     interval = int(config.get("no_rope_layer_interval", 4))
     return tuple((layer + 1) % interval != 0 for layer in _layers(config))
@@ -221,6 +249,21 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         Architecture("SeedOssForCausalLM", "seed_oss", kv_heads=8, head_dim=128),
         Architecture("InternLM2ForCausalLM", "internlm2", own_code=True),
         Architecture("InternLM3ForCausalLM", "internlm3", kv_heads=2, head_dim=128, own_code=True),
+        Architecture(
+            "Llama4ForCausalLM",
+            "llama4_text",
+            kv_heads=8,
+            head_dim=128,
+            interleaved_rope=True,
+            sliding="rotated layers",
+            window=-8192,
+            unrotated="no_rope_layers",
+            experts=ExpertKeys(
+                dense="intermediate_size_mlp",
+                shared="intermediate_size",
+                step="interleave_moe_layer_step",
+            ),
+        ),
         Architecture(
             "Qwen3MoeForCausalLM",
             "qwen3_moe",

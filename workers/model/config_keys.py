@@ -95,6 +95,23 @@ _BY_MODEL_TYPE: Mapping[str, frozenset[str]] = {
         "num_experts_per_tok",
         "num_local_experts",
     },
+    "llama4_text": _RMS_NORM
+    | {
+        "attention_bias",
+        "attention_chunk_size",
+        "attn_scale",
+        "attn_temperature_tuning",
+        "floor_scale",
+        "interleave_moe_layer_step",
+        "intermediate_size_mlp",
+        "layer_types",
+        "moe_layers",
+        "no_rope_layer_interval",
+        "no_rope_layers",
+        "num_experts_per_tok",
+        "num_local_experts",
+        "use_qk_norm",
+    },
     "mixtral": _RMS_NORM | {"num_experts_per_tok", "num_local_experts", "sliding_window"},
     "dbrx": frozenset({"clip_qkv", "num_experts_per_tok", "num_local_experts"}),
     "olmoe": _RMS_NORM

@@ -43,8 +43,10 @@ class ModelFacts:
     vocab_size: width of the logits
     unused_token_ids: those below it that the tokenizer has no token for
     rotated_layers: per layer, whether RoPE is applied; () for all
+    mlp_sizes: widths of its MLPs that are not one expert of many: of dense layers and of
+        experts that compute every token
     num_experts: of each mixture of experts; 0 if the model has none
-    expert_size: like intermediate_size, of one expert
+    expert_size: width of one expert's MLP
     trained_len: positions that it was trained for before its RoPE was scaled
     rope: how RoPE is scaled, as `kvmesh status` shows it
     """
@@ -57,7 +59,7 @@ class ModelFacts:
     num_kv_heads: int
     head_dim: int
     hidden_size: int
-    intermediate_size: int
+    mlp_sizes: tuple[int, ...]
     vocab_size: int
     max_model_len: int
     eos_token_ids: tuple[int, ...]
@@ -117,7 +119,7 @@ def read_facts(path: Path, rope: RopeOverride | None = None) -> ModelFacts:
         or architecture.head_dim
         or integers["hidden_size"] // heads,
         hidden_size=integers["hidden_size"],
-        intermediate_size=integers["intermediate_size"],
+        mlp_sizes=_mlp_sizes(config, architecture, path),
         vocab_size=integers["vocab_size"],
         max_model_len=max_model_len,
         eos_token_ids=eos_token_ids(path),
@@ -135,11 +137,22 @@ def read_facts(path: Path, rope: RopeOverride | None = None) -> ModelFacts:
     )
 
 
+def _mlp_sizes(
+    config: Mapping[str, Any], architecture: Architecture, path: Path
+) -> tuple[int, ...]:
+    experts = architecture.experts
+    if experts is None:
+        return (_positive(config, "intermediate_size", path),)
+    found = set() if experts.shared is None else {_positive(config, experts.shared, path)}
+    if not all(experts.layers(config)):
+        found.add(_positive(config, experts.dense, path))
+    return tuple(sorted(found))
+
+
 _REQUIRED = (
     "num_hidden_layers",
     "num_attention_heads",
     "hidden_size",
-    "intermediate_size",
     "vocab_size",
     "max_position_embeddings",
 )

@@ -49,21 +49,26 @@ Attend = Callable[[int, Tensor, Tensor, Tensor, AttendArgs], Tensor]
 class AttendSlot:
     """Holds the `attend` of the forward pass in progress; one per model."""
 
-    __slots__ = ("attend", "rotates")
+    __slots__ = ("attend", "positions", "rotates")
 
     def __init__(self) -> None:
         self.attend: Attend | None = None
+        self.positions: Tensor | None = None
         self.rotates = False
 
     @contextmanager
-    def holding(self, attend: Attend, *, rotates: bool = False) -> Iterator[None]:
-        """rotates: `attend` applies RoPE itself where it gets `AttendArgs.rope`"""
+    def holding(
+        self, attend: Attend, positions: Tensor, *, rotates: bool = False
+    ) -> Iterator[None]:
+        """positions: [T] int64, of the pass's tokens
+        rotates: `attend` applies RoPE itself where it gets `AttendArgs.rope`
+        """
         assert self.attend is None, "a forward pass of this model is already running"
-        self.attend, self.rotates = attend, rotates
+        self.attend, self.positions, self.rotates = attend, positions, rotates
         try:
             yield
         finally:
-            self.attend, self.rotates = None, False
+            self.attend, self.positions, self.rotates = None, None, False
 
 
 def attach(attention: nn.Module, slot: AttendSlot) -> None:

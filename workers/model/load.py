@@ -21,7 +21,8 @@ from kvmesh.workers.model.blocks import fuse, fused_layer, lean_norm
 from kvmesh.workers.model.facts import ModelFacts, read_facts
 from kvmesh.workers.model.hook import IMPLEMENTATION, Attend, AttendSlot, attach
 from kvmesh.workers.model.rope import Rope, fixed_rotary, override_rope
-from kvmesh.workers.model.shards import Pack, Placer, check_tp
+from kvmesh.workers.model.shards import Pack, Placer
+from kvmesh.workers.model.sizes import check_tp
 from kvmesh.workers.model.stored import adapt, read_config, stored_as
 from kvmesh.workers.model.weights import WeightReader, Weights
 from kvmesh.workers.parallel.comm import Communicator
@@ -83,7 +84,7 @@ class ServedModel:
 
         rotates: see `AttendSlot.holding`
         """
-        with self._slot.holding(attend, rotates=rotates):
+        with self._slot.holding(attend, positions, rotates=rotates):
             states: Tensor = self._body(
                 input_ids=input_ids.unsqueeze(0),
                 position_ids=positions.unsqueeze(0),
@@ -237,7 +238,10 @@ def _sliding_windows(config: Any) -> tuple[int | None, ...]:
     if config.model_type in _ONE_WINDOW:
         kinds = ["sliding_attention"] * config.num_hidden_layers
     kinds = kinds or ["full_attention"] * config.num_hidden_layers
-    return tuple(config.sliding_window if kind == "sliding_attention" else None for kind in kinds)
+    window = {"sliding_attention": getattr(config, "sliding_window", None)}
+    if "chunked_attention" in kinds:
+        window["chunked_attention"] = -config.attention_chunk_size
+    return tuple(window.get(kind) for kind in kinds)
 
 
 def _restore_buffers(model: Any, config: Any, device: torch.device, max_model_len: int) -> None:

@@ -14,7 +14,6 @@ from kvmesh.kernels.moe import SWIGLU, GatedUnit
 from kvmesh.workers.errors import ConfigError, UnsupportedModelError
 from kvmesh.workers.model.expert_weights import ExpertShare, read_experts, stored_router
 from kvmesh.workers.model.facts import ModelFacts
-from kvmesh.workers.model.sizes import divisors
 from kvmesh.workers.model.weights import Weights
 from kvmesh.workers.parallel.comm import Communicator
 from kvmesh.workers.parallel.experts import Experts
@@ -27,11 +26,15 @@ _ATTENTION: _Plan = {
     **{f"layers.*.self_attn.{name}_proj": "rows" for name in ("q", "k", "v")},
     "layers.*.self_attn.o_proj": "columns",
 }
-_MLP: _Plan = {
-    "layers.*.mlp.gate_proj": "rows",
-    "layers.*.mlp.up_proj": "rows",
-    "layers.*.mlp.down_proj": "columns",
-}
+
+
+def _mlp(name: str) -> _Plan:
+    """Of an MLP, by its module's name."""
+    inward: _Plan = {f"{name}.{part}_proj": "rows" for part in ("gate", "up")}
+    return {**inward, f"{name}.down_proj": "columns"}
+
+
+_MLP: _Plan = _mlp("layers.*.mlp")
 _JOINED_ATTENTION: _Plan = {
     "layers.*.self_attn.qkv_proj": "queries, keys, values",
     "layers.*.self_attn.o_proj": "columns",
@@ -61,6 +64,12 @@ _PLANS: Mapping[str, _Plan] = {
     "glm4": {**_ATTENTION, **_JOINED_MLP},
     "qwen3_moe": {**_ATTENTION, **_MLP, **_EXPERTS},
     "mixtral": {**_ATTENTION, **_EXPERTS},
+    "llama4_text": {
+        **_ATTENTION,
+        **_mlp("layers.*.feed_forward"),
+        **_mlp("layers.*.feed_forward.shared_expert"),
+        "layers.*.feed_forward.experts": "experts",
+    },
     "gpt_oss": {**_ATTENTION, **_EXPERTS, "layers.*.self_attn": "weight rows"},
 }
 _DENSE: _Plan = {**_ATTENTION, **_MLP}
@@ -70,28 +79,6 @@ def shard_of(model_type: str, module: str) -> str:
     """How ranks divide the weights of a module of the base model, by its name there."""
     plan = _PLANS.get(model_type, _DENSE)
     return plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", module), "whole")
-
-
-def check_tp(facts: ModelFacts, tp: int, *, expert_parallel: bool = False) -> None:
-    """Raises ConfigError naming `tp` and its valid values unless it divides the heads and what
-    else is split: MLPs and, if the model has any, experts.
-
-    expert_parallel: ranks have whole experts
-    """
-    split = {f"{facts.num_heads} heads": facts.num_heads}
-    if facts.num_experts and expert_parallel:
-        split[f"{facts.num_experts} experts"] = facts.num_experts
-    elif facts.num_experts:
-        split[f"experts' MLP of {facts.expert_size}"] = facts.expert_size
-    if not facts.num_experts:
-        split[f"MLP of {facts.intermediate_size}"] = facts.intermediate_size
-    valid = divisors(facts.num_kv_heads, *split.values())
-    if tp not in valid:
-        raise ConfigError(
-            "tp",
-            f"must divide the {facts.num_kv_heads} KV heads of {facts.name}"
-            f" (and its {' and '.join(split)}): {', '.join(map(str, valid))}; got {tp}",
-        )
 
 
 def _gated_unit(config: Any) -> GatedUnit:
