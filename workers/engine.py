@@ -85,7 +85,7 @@ class Engine:
             self.geometry,
             pool,
             max_num_batched_tokens=limits.max_num_batched_tokens,
-            prefix_cache=config.prefix_cache,
+            prefix_cache=self.info.prefix_cache,
             step_budget=self._step_budget,
         )
         self._eos = frozenset(rank.eos_token_ids)
@@ -301,6 +301,7 @@ def _geometry(config: EngineConfig, rank: RankDescription, ranks: int) -> PageGe
         recent_pages=rank.recent_pages,
         hot_page_bytes=rank.hot_page_bytes,
         sealed_page_bytes=rank.sealed_page_bytes,
+        state_bytes=rank.state_bytes,
         ranks=ranks,
     )
 
@@ -325,7 +326,8 @@ def _info(
         max_model_len=_max_model_len(config, rank),
         vocab_size=rank.vocab_size,
         max_num_seqs=pool.max_num_seqs,
-        prefix_cache=config.prefix_cache,
+        # The state before a prefix's end is not kept, so that a prefix cannot be continued.
+        prefix_cache=config.prefix_cache and not geometry.state_bytes,
         max_num_batched_tokens=limits.max_num_batched_tokens,
         device=rank.device,
         rope=rank.rope,

@@ -101,10 +101,10 @@ class Rank:
             raise ConfigError("kv_format", f"{self._fmt.name} has no GPU kernels, because {reason}")
 
     def describe(self) -> RankDescription:
-        facts = self._model.facts
+        facts, state = self._model.facts, self._model.state
         hot_bytes, sealed_bytes = page_bytes_of(
             self._fmt,
-            num_layers=facts.num_layers,
+            num_layers=facts.num_kv_layers,
             num_kv_heads=self._model.num_kv_heads,
             page_size=self._config.page_size,
             head_dim=self._model.head_dim,
@@ -121,6 +121,7 @@ class Rank:
             recent_pages=self._recent_pages,
             hot_page_bytes=hot_bytes,
             sealed_page_bytes=sealed_bytes,
+            state_bytes=0 if state is None else state.num_bytes(self._dtype.itemsize),
             kv_budget_bytes=self._kv_budget_bytes(),
             head_dim=self._model.head_dim,
             device=self._device.type,

@@ -43,7 +43,7 @@ class PlannedModel:
         return ModelShape(
             name=self.name,
             params=float(counts.multiplied),
-            layers=sizes.layers,
+            layers=sizes.kv_layers,
             heads=sizes.heads,
             kv_heads=sizes.kv_heads,
             head_dim=sizes.head_dim,

@@ -177,6 +177,24 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2},
         },
     ),
+    "qwen3-next": (
+        "Qwen3NextForCausalLM",
+        {
+            "head_dim": 16,
+            "num_hidden_layers": 4,
+            "layer_types": [*("linear_attention",) * 2, "full_attention", "linear_attention"],
+            "rms_norm_eps": 1e-3,  # norms of small outputs enlarge rounding
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 16,
+            "linear_num_key_heads": 4,
+            "linear_num_value_heads": 8,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 48,
+            "mlp_only_layers": [1],
+        },
+    ),
     "llama4": (
         "Llama4ForCausalLM",
         {

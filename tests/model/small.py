@@ -61,7 +61,9 @@ def make_small_model(
     with torch.no_grad():
         for name, weight in model.named_parameters():
             noise = torch.randn(weight.shape, generator=generator)
-            if weight.dim() == 1 or "norm" in name:
+            if name.endswith(".A_log"):  # memories that last, not rounding that norms enlarge
+                weight.copy_(noise * 0.2 - 2.0)
+            elif weight.dim() == 1 or "norm" in name:
                 weight.add_(noise, alpha=0.2)  # norms around their identity, biases around 0
             else:
                 weight.copy_(noise * (1.5 / weight.shape[-1] ** 0.5))

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from kvmesh.workers.model.state_shape import StateShape
+
 
 @dataclass(frozen=True, slots=True)
 class ExpertKeys:
@@ -50,6 +52,9 @@ class Architecture:
     unrotated: which layers have no RoPE, one of the names in `_UNROTATED`
     rope_types: the RoPE scalings that its modules compute
     experts: if it is a mixture of experts
+    recurrent: if some layers have a state instead of keys and values, which ones and what state:
+        one of the names in `_STATES`
+    unused_tensors: in its checkpoints, the beginnings of names of what does not compute the output
     own_code: its checkpoints come with code of their own, which is never run: transformers'
         modules, or those of another architecture, compute the same
     """
@@ -64,6 +69,8 @@ class Architecture:
     unrotated: str = "none"
     rope_types: tuple[str, ...] = ("default", "linear", "llama3", "yarn", "dynamic")
     experts: ExpertKeys | None = None
+    recurrent: str = "none"
+    unused_tensors: tuple[str, ...] = ()
     own_code: bool = False
 
     def sliding_windows(self, config: Mapping[str, Any]) -> tuple[int | None, ...]:
@@ -79,6 +86,15 @@ class Architecture:
     def rotated_layers(self, config: Mapping[str, Any]) -> tuple[bool, ...]:
         """Whether each layer rotates queries and keys by their positions."""
         return _ROTATED[self.unrotated](config, self.sliding_windows(config))
+
+    def recurrent_layers(self, config: Mapping[str, Any]) -> tuple[bool, ...]:
+        """Which layers have a state of fixed size instead of keys and values."""
+        return _no_layer(config) if self.recurrent == "none" else _not_full_attention(config)
+
+    def state(self, config: Mapping[str, Any]) -> StateShape | None:
+        """What these layers keep of a sequence; None if there are none."""
+        layers = sum(self.recurrent_layers(config))
+        return _STATES[self.recurrent](config, layers) if layers else None
 
 
 def _layers(config: Mapping[str, Any]) -> range:
@@ -177,6 +193,33 @@ def _by_no_rope_layers(
     return tuple((layer + 1) % interval != 0 for layer in _layers(config))
 
 
+def _not_full_attention(config: Mapping[str, Any]) -> tuple[bool, ...]:
+    """Qwen3-Next: all but every fourth layer, unless it says otherwise."""
+    types = config.get("layer_types")
+    if types:
+        return tuple(kind == "linear_attention" for kind in types)
+    every = int(config.get("full_attention_interval") or 4)
+    return tuple((layer + 1) % every != 0 for layer in _layers(config))
+
+
+def _delta_net(config: Mapping[str, Any], layers: int) -> StateShape:
+    """Of gated delta nets: a matrix for each head."""
+
+    def number(name: str, default: int) -> int:
+        return int(config.get(f"linear_{name}", default))
+
+    key_heads, value_heads = number("num_key_heads", 16), number("num_value_heads", 32)
+    key_dim, value_dim = number("key_head_dim", 128), number("value_head_dim", 128)
+    return StateShape(
+        layers=layers,
+        channels=2 * key_heads * key_dim + value_heads * value_dim,
+        tail=number("conv_kernel_dim", 4) - 1,
+        memory=(value_heads, key_dim, value_dim),
+        groups=key_heads,
+    )
+
+
+_STATES = {"delta nets": _delta_net}
 _ROTATED = {
     "none": _all_rotated,
     "full attention": _rotated_if_sliding,
@@ -270,6 +313,17 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             kv_heads=4,
             sliding="every layer if enabled",
             experts=ExpertKeys(width="moe_intermediate_size"),
+        ),
+        Architecture(
+            "Qwen3NextForCausalLM",
+            "qwen3_next",
+            kv_heads=2,
+            head_dim=256,
+            experts=ExpertKeys(
+                width="moe_intermediate_size", shared="shared_expert_intermediate_size"
+            ),
+            recurrent="delta nets",
+            unused_tensors=("mtp.",),  # of multi-token prediction
         ),
         Architecture(
             "MixtralForCausalLM",

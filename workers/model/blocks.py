@@ -76,7 +76,9 @@ _PLAIN_RMS_NORM = frozenset(
     }
 )
 # x / rms(x) * (1 + weight), with the sum in float32
-_CENTRED_RMS_NORM = frozenset({"GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm"})
+_CENTRED_RMS_NORM = frozenset(
+    {"GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm", "Qwen3NextRMSNorm"}
+)
 
 
 class RMSNorm(nn.Module):
@@ -233,7 +235,7 @@ def fuse(layer: Any, sliding_window: int | None, slot: AttendSlot) -> None:
             setattr(layer.get_submodule(parent), child, lean)
         if hasattr(module, "down_proj") and not isinstance(module, Experts):
             setattr(layer.get_submodule(parent), child, FusedMLP(module))
-    kind = type(layer.self_attn).__name__
+    kind = type(getattr(layer, "self_attn", None)).__name__
     if kind in _PLAIN_ATTENTION:
         layer.self_attn = FusedAttention(layer.self_attn, sliding_window, slot)
     elif kind == "Llama4TextAttention":

@@ -40,6 +40,7 @@ class ExpertShare:
 _ONE_BY_ONE: Mapping[str, tuple[str, tuple[str, str, str]]] = {
     "mixtral": (".block_sparse_moe.", ("w1", "w3", "w2")),
     "qwen3_moe": (".mlp.", ("gate_proj", "up_proj", "down_proj")),
+    "qwen3_next": (".mlp.", ("gate_proj", "up_proj", "down_proj")),
     "olmoe": (".mlp.", ("gate_proj", "up_proj", "down_proj")),
 }
 

@@ -21,6 +21,7 @@ from kvmesh.workers.model.config_keys import keys_not_implemented
 from kvmesh.workers.model.dbrx_keys import standard_keys
 from kvmesh.workers.model.quantisation import quantisation_of, why_not_read
 from kvmesh.workers.model.rope_scaling import RopeScaling
+from kvmesh.workers.model.state_shape import StateShape
 from kvmesh.workers.model.tensors import TensorInfo, read_tensors
 from kvmesh.workers.rope_override import RopeOverride
 
@@ -47,6 +48,8 @@ class ModelFacts:
         experts that compute every token
     num_experts: of each mixture of experts; 0 if the model has none
     expert_size: width of one expert's MLP
+    recurrent_layers: per layer, whether it has a state instead of keys and values; () for none
+    state: what these layers keep of a sequence
     trained_len: positions that it was trained for before its RoPE was scaled
     rope: how RoPE is scaled, as `kvmesh status` shows it
     """
@@ -70,8 +73,15 @@ class ModelFacts:
     rotated_layers: tuple[bool, ...] = ()
     num_experts: int = 0
     expert_size: int = 0
+    recurrent_layers: tuple[bool, ...] = ()
+    state: StateShape | None = None
     trained_len: int = 0
     rope: str = "default"
+
+    @property
+    def num_kv_layers(self) -> int:
+        """Layers with keys and values."""
+        return self.num_layers - sum(self.recurrent_layers)
 
     @property
     def num_token_ids(self) -> int:
@@ -132,6 +142,8 @@ def read_facts(path: Path, rope: RopeOverride | None = None) -> ModelFacts:
         rotated_layers=architecture.rotated_layers(config),
         num_experts=num_experts,
         expert_size=expert_size,
+        recurrent_layers=architecture.recurrent_layers(config),
+        state=architecture.state(config),
         trained_len=trained_len,
         rope=str(scaling) if rope is None else f"{rope}, instead of {scaling}",
     )

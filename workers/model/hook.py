@@ -18,6 +18,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from kvmesh.workers.model.recurrent_state import StepStates
+
 IMPLEMENTATION = "kvmesh"
 
 
@@ -49,26 +51,34 @@ Attend = Callable[[int, Tensor, Tensor, Tensor, AttendArgs], Tensor]
 class AttendSlot:
     """Holds the `attend` of the forward pass in progress; one per model."""
 
-    __slots__ = ("attend", "positions", "rotates")
+    __slots__ = ("attend", "positions", "rotates", "states")
 
     def __init__(self) -> None:
         self.attend: Attend | None = None
         self.positions: Tensor | None = None
+        self.states: StepStates | None = None
         self.rotates = False
 
     @contextmanager
     def holding(
-        self, attend: Attend, positions: Tensor, *, rotates: bool = False
+        self,
+        attend: Attend,
+        positions: Tensor,
+        states: StepStates | None,
+        *,
+        rotates: bool = False,
     ) -> Iterator[None]:
         """positions: [T] int64, of the pass's tokens
+        states: of its sequences, if the model has recurrent layers
         rotates: `attend` applies RoPE itself where it gets `AttendArgs.rope`
         """
         assert self.attend is None, "a forward pass of this model is already running"
-        self.attend, self.positions, self.rotates = attend, positions, rotates
+        self.attend, self.positions, self.states = attend, positions, states
+        self.rotates = rotates
         try:
             yield
         finally:
-            self.attend, self.positions, self.rotates = None, None, False
+            self.attend, self.positions, self.states, self.rotates = None, None, None, False
 
 
 def attach(attention: nn.Module, slot: AttendSlot) -> None:

@@ -64,6 +64,17 @@ _PLANS: Mapping[str, _Plan] = {
     "glm4": {**_ATTENTION, **_JOINED_MLP},
     "qwen3_moe": {**_ATTENTION, **_MLP, **_EXPERTS},
     "mixtral": {**_ATTENTION, **_EXPERTS},
+    "qwen3_next": {
+        **_ATTENTION,
+        **_MLP,
+        **_mlp("layers.*.mlp.shared_expert"),
+        **_EXPERTS,
+        "layers.*.linear_attn": "weight rows",
+        "layers.*.linear_attn.in_proj_qkvz": "rows",
+        "layers.*.linear_attn.in_proj_ba": "rows",
+        "layers.*.linear_attn.conv1d": "convolution",
+        "layers.*.linear_attn.out_proj": "columns",
+    },
     "llama4_text": {
         **_ATTENTION,
         **_mlp("layers.*.feed_forward"),
@@ -151,6 +162,8 @@ class Placer:
             self._fill(name, module)
         elif shard == "weight rows":
             self._fill_rows(name, module)
+        elif shard == "convolution":
+            self._fill_convolution(name, module)
         else:
             assert shard == "whole", f"unknown shard: {shard}"
             self._fill(name, module)
@@ -198,15 +211,19 @@ class Placer:
 
     def _joined_linear(self, name: str, linear: Any, parts: list[int]) -> ColumnLinear:
         """parts: rows of the linears that are stored as one; of each, a rank has its share"""
-        shape = linear.weight.shape
         assert linear.bias is None
+        weight = self._shares(f"{name}.weight", linear.weight.shape, parts)
+        return ColumnLinear(self._pack(weight), None)
+
+    def _shares(self, name: str, shape: torch.Size, parts: list[int]) -> Tensor:
+        """Of each part of a tensor's rows, this rank's share."""
         shares, start = [], 0
         for rows in parts:
             first, end = self._share(rows)
-            shares.append(self._reader.rows(f"{name}.weight", shape, start + first, start + end))
+            shares.append(self._reader.rows(name, shape, start + first, start + end))
             start += rows
         assert start == shape[0]
-        return ColumnLinear(self._pack(torch.cat(shares)), None)
+        return torch.cat(shares)
 
     def _row_linear(self, name: str, linear: Any) -> RowLinear:
         shape = linear.weight.shape
@@ -244,6 +261,13 @@ class Placer:
             if weight is not None:
                 value = self._reader.whole(f"{name}.{key}", weight.shape)
                 module._parameters[key] = nn.Parameter(value, requires_grad=False)
+
+    def _fill_convolution(self, name: str, module: Any) -> None:
+        """Over queries, keys and values of a gated delta net: of each, a rank has its share."""
+        config, shape = self._model.config, module.weight.shape
+        keys = config.linear_num_key_heads * config.linear_key_head_dim
+        parts = self._shares(f"{name}.weight", shape, [keys, keys, shape[0] - 2 * keys])
+        module._parameters["weight"] = nn.Parameter(parts, requires_grad=False)
 
     def _fill_rows(self, name: str, module: nn.Module) -> None:
         for key, weight in module._parameters.items():

@@ -9,6 +9,7 @@ from typing import Any
 
 from kvmesh.workers.errors import ConfigError
 from kvmesh.workers.model.facts import ModelFacts, check_architecture
+from kvmesh.workers.model.state_shape import StateShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +20,7 @@ class ModelSizes:
         shared_size: of an expert that computes every token, 0 for none
     expert_layers: how many layers have `experts` instead of one MLP
     experts_per_token: to how many of them a token is sent
+    state: what recurrent layers keep of a sequence, None if there are none
     """
 
     architecture: str
@@ -34,6 +36,7 @@ class ModelSizes:
     moe_intermediate_size: int = 0
     shared_size: int = 0
     expert_layers: int = 0
+    state: StateShape | None = None
 
     @classmethod
     def of(cls, config: Mapping[str, Any], source: Path | str) -> ModelSizes:
@@ -66,6 +69,7 @@ class ModelSizes:
                 "intermediate_size" if architecture.experts is None else architecture.experts.dense
             ),
             vocab_size=number("vocab_size"),
+            state=architecture.state(config),
         )
         keys = architecture.experts
         if keys is None:
@@ -80,6 +84,11 @@ class ModelSizes:
         )
 
     @property
+    def kv_layers(self) -> int:
+        """Layers with keys and values."""
+        return self.layers if self.state is None else self.layers - self.state.layers
+
+    @property
     def mlp_widths(self) -> list[int]:
         """Of all MLPs that ranks have a part of."""
         widths = []
@@ -92,7 +101,8 @@ class ModelSizes:
     @property
     def tp_choices(self) -> list[int]:
         """The numbers of ranks that heads, KV heads and MLPs can be divided by."""
-        return divisors(self.kv_heads, self.heads, *self.mlp_widths)
+        groups = [] if self.state is None else [self.state.groups]
+        return divisors(self.kv_heads, self.heads, *self.mlp_widths, *groups)
 
 
 def check_tp(facts: ModelFacts, tp: int, *, expert_parallel: bool = False) -> None:
@@ -107,6 +117,8 @@ def check_tp(facts: ModelFacts, tp: int, *, expert_parallel: bool = False) -> No
     elif facts.num_experts:
         split[f"experts' MLP of {facts.expert_size}"] = facts.expert_size
     split |= {f"MLP of {width}": width for width in facts.mlp_sizes}
+    if facts.state is not None:
+        split[f"{facts.state.groups} heads of recurrent layers"] = facts.state.groups
     valid = divisors(facts.num_kv_heads, *split.values())
     if tp not in valid:
         raise ConfigError(
