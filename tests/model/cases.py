@@ -195,6 +195,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "mlp_only_layers": [1],
         },
     ),
+    "recurrent-gemma": (
+        "RecurrentGemmaForCausalLM",
+        {
+            "num_hidden_layers": 4,
+            "attention_window_size": 7,
+            "block_types": ["recurrent", "attention"],
+            "logits_soft_cap": 3.0,
+        },
+    ),
     "llama4": (
         "Llama4ForCausalLM",
         {

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from kvmesh.workers.model.layer_rules import RECURRENT, ROTATED, SLIDING, STATES, layers_of
 from kvmesh.workers.model.state_shape import StateShape
 
 
@@ -32,10 +33,10 @@ class ExpertKeys:
     def layers(self, config: Mapping[str, Any]) -> tuple[bool, ...]:
         """Which layers have experts."""
         if config.get("moe_layers") is not None:  # Llama 4
-            return tuple(layer in config["moe_layers"] for layer in _layers(config))
+            return tuple(layer in config["moe_layers"] for layer in layers_of(config))
         dense = config.get("mlp_only_layers") or ()
         every = int(config.get(self.step) or 1)
-        return tuple(layer not in dense and (layer + 1) % every == 0 for layer in _layers(config))
+        return tuple(layer not in dense and (layer + 1) % every == 0 for layer in layers_of(config))
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +47,17 @@ class Architecture:
     kv_heads: default if the configuration has no `num_key_value_heads`; None for as many as heads
     head_dim: default if it has no `head_dim`; None for hidden_size // num_attention_heads
     interleaved_rope: RoPE's pairs are neighbouring channels, not the two halves of a head
-    sliding: which layers attend through a sliding window, one of the names in `_SLIDING`
+    sliding: which layers attend through a sliding window, one of the names in `SLIDING`
     window: default if the configuration has no `sliding_window`; if it is negative, of chunks
         of positions, whose size is `attention_chunk_size`
-    unrotated: which layers have no RoPE, one of the names in `_UNROTATED`
+    window_key: of the window in the configuration
+    positions: default if it has no `max_position_embeddings`
+    mlp_parts: its `intermediate_size` is that of so many parts of an MLP
+    unrotated: which layers have no RoPE, one of the names in `ROTATED`
     rope_types: the RoPE scalings that its modules compute
     experts: if it is a mixture of experts
     recurrent: if some layers have a state instead of keys and values, which ones and what state:
-        one of the names in `_STATES`
+        one of the names in `RECURRENT`
     unused_tensors: in its checkpoints, the beginnings of names of what does not compute the output
     own_code: its checkpoints come with code of their own, which is never run: transformers'
         modules, or those of another architecture, compute the same
@@ -66,6 +70,9 @@ class Architecture:
     interleaved_rope: bool = False
     sliding: str = "none"
     window: int | None = 4096
+    window_key: str = "sliding_window"
+    positions: int | None = None
+    mlp_parts: int = 1
     unrotated: str = "none"
     rope_types: tuple[str, ...] = ("default", "linear", "llama3", "yarn", "dynamic")
     experts: ExpertKeys | None = None
@@ -76,8 +83,8 @@ class Architecture:
     def sliding_windows(self, config: Mapping[str, Any]) -> tuple[int | None, ...]:
         """Each layer's window in tokens, including the query; None for the whole context, and
         −c for attention in chunks of c tokens."""
-        slides = _SLIDING[self.sliding](config)
-        window = config.get("sliding_window", self.window)
+        slides = SLIDING[self.sliding](config)
+        window = config.get(self.window_key, self.window)
         if self.window is not None and self.window < 0:
             chunk = config.get("attention_chunk_size", -self.window)
             window = None if chunk is None else -chunk
@@ -85,146 +92,17 @@ class Architecture:
 
     def rotated_layers(self, config: Mapping[str, Any]) -> tuple[bool, ...]:
         """Whether each layer rotates queries and keys by their positions."""
-        return _ROTATED[self.unrotated](config, self.sliding_windows(config))
+        return ROTATED[self.unrotated](config, self.sliding_windows(config))
 
     def recurrent_layers(self, config: Mapping[str, Any]) -> tuple[bool, ...]:
         """Which layers have a state of fixed size instead of keys and values."""
-        return _no_layer(config) if self.recurrent == "none" else _not_full_attention(config)
+        return RECURRENT[self.recurrent](config)
 
     def state(self, config: Mapping[str, Any]) -> StateShape | None:
         """What these layers keep of a sequence; None if there are none."""
         layers = sum(self.recurrent_layers(config))
-        return _STATES[self.recurrent](config, layers) if layers else None
+        return STATES[self.recurrent](config, layers) if layers else None
 
-
-def _layers(config: Mapping[str, Any]) -> range:
-    return range(int(config["num_hidden_layers"]))
-
-
-def _no_layer(config: Mapping[str, Any]) -> tuple[bool, ...]:
-    return (False,) * len(_layers(config))
-
-
-def _every_layer(config: Mapping[str, Any]) -> tuple[bool, ...]:
-    return (True,) * len(_layers(config))
-
-
-def _typed_or_every_layer(config: Mapping[str, Any]) -> tuple[bool, ...]:
-    return _typed(config) or _every_layer(config)
-
-
-def _if_enabled(config: Mapping[str, Any]) -> tuple[bool, ...]:
-    """Qwen3-MoE: every layer, if enabled."""
-    return (bool(config.get("use_sliding_window", False)),) * len(_layers(config))
-
-
-def _upper_layers(config: Mapping[str, Any]) -> tuple[bool, ...]:
-    """Qwen2 and Qwen3: the layers from `max_window_layers` on, if enabled."""
-    if not config.get("use_sliding_window", False):
-        return _no_layer(config)
-    first = int(config.get("max_window_layers", 28))
-    return _typed(config) or tuple(layer >= first for layer in _layers(config))
-
-
-def _unrotated_layers(config: Mapping[str, Any]) -> tuple[bool, ...]:
-    """SmolLM3: the layers without RoPE, if enabled."""
-    if not config.get("use_sliding_window", False) or config.get("sliding_window") is None:
-        return _no_layer(config)
-    return _typed(config) or tuple(not rotated for rotated in _by_no_rope_layers(config, ()))
-
-
-def _rotated_layers(config: Mapping[str, Any]) -> tuple[bool, ...]:
-    """Llama 4: the layers with RoPE."""
-    return _typed(config) or _by_no_rope_layers(config, ())
-
-
-def _all_but_every(period: int) -> Any:
-    """All but the layers `period`, 2 * `period`, … counted from 1."""
-
-    def slides(config: Mapping[str, Any]) -> tuple[bool, ...]:
-        every = int(config.get("sliding_window_pattern") or period)
-        return _typed(config) or tuple((layer + 1) % every != 0 for layer in _layers(config))
-
-    return slides
-
-
-def _typed(config: Mapping[str, Any]) -> tuple[bool, ...] | None:
-    """What the configuration says of each layer, if it does."""
-    types = config.get("layer_types")
-    return tuple(kind in _WINDOWS for kind in types) if types else None
-
-
-_WINDOWS = ("sliding_attention", "chunked_attention")
-
-
-_SLIDING = {
-    "none": _no_layer,
-    "every layer": _every_layer,
-    "every layer unless typed": _typed_or_every_layer,
-    "every layer if enabled": _if_enabled,
-    "upper layers": _upper_layers,
-    "unrotated layers": _unrotated_layers,
-    "rotated layers": _rotated_layers,
-    "all but every second": _all_but_every(2),
-    "all but every fourth": _all_but_every(4),
-    "all but every sixth": _all_but_every(6),
-}
-
-
-def _all_rotated(config: Mapping[str, Any], windows: tuple[int | None, ...]) -> tuple[bool, ...]:
-    return (True,) * len(windows)
-
-
-def _rotated_if_sliding(
-    config: Mapping[str, Any], windows: tuple[int | None, ...]
-) -> tuple[bool, ...]:
-    """Cohere 2: only layers with a sliding window."""
-    return tuple(window is not None for window in windows)
-
-
-def _by_no_rope_layers(
-    config: Mapping[str, Any], windows: tuple[int | None, ...]
-) -> tuple[bool, ...]:
-    """SmolLM3: `no_rope_layers` has 1 for layers with RoPE; by default 0 for every fourth."""
-    flags = config.get("no_rope_layers")
-    if flags:
-        return tuple(bool(flags[layer]) for layer in _layers(config))
-    interval = int(config.get("no_rope_layer_interval", 4))
-    return tuple((layer + 1) % interval != 0 for layer in _layers(config))
-
-
-def _not_full_attention(config: Mapping[str, Any]) -> tuple[bool, ...]:
-    """Qwen3-Next: all but every fourth layer, unless it says otherwise."""
-    types = config.get("layer_types")
-    if types:
-        return tuple(kind == "linear_attention" for kind in types)
-    every = int(config.get("full_attention_interval") or 4)
-    return tuple((layer + 1) % every != 0 for layer in _layers(config))
-
-
-def _delta_net(config: Mapping[str, Any], layers: int) -> StateShape:
-    """Of gated delta nets: a matrix for each head."""
-
-    def number(name: str, default: int) -> int:
-        return int(config.get(f"linear_{name}", default))
-
-    key_heads, value_heads = number("num_key_heads", 16), number("num_value_heads", 32)
-    key_dim, value_dim = number("key_head_dim", 128), number("value_head_dim", 128)
-    return StateShape(
-        layers=layers,
-        channels=2 * key_heads * key_dim + value_heads * value_dim,
-        tail=number("conv_kernel_dim", 4) - 1,
-        memory=(value_heads, key_dim, value_dim),
-        groups=key_heads,
-    )
-
-
-_STATES = {"delta nets": _delta_net}
-_ROTATED = {
-    "none": _all_rotated,
-    "full attention": _rotated_if_sliding,
-    "no_rope_layers": _by_no_rope_layers,
-}
 
 ARCHITECTURES: Mapping[str, Architecture] = {
     architecture.name: architecture
@@ -324,6 +202,17 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             ),
             recurrent="delta nets",
             unused_tensors=("mtp.",),  # of multi-token prediction
+        ),
+        Architecture(
+            "RecurrentGemmaForCausalLM",
+            "recurrent_gemma",
+            sliding="attention blocks",
+            window=2048,
+            window_key="attention_window_size",
+            positions=8192,  # it was trained for
+            mlp_parts=2,
+            rope_types=("default",),
+            recurrent="gated recurrences",
         ),
         Architecture(
             "MixtralForCausalLM",

@@ -77,7 +77,13 @@ _PLAIN_RMS_NORM = frozenset(
 )
 # x / rms(x) * (1 + weight), with the sum in float32
 _CENTRED_RMS_NORM = frozenset(
-    {"GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm", "Qwen3NextRMSNorm"}
+    {
+        "GemmaRMSNorm",
+        "Gemma2RMSNorm",
+        "Gemma3RMSNorm",
+        "Qwen3NextRMSNorm",
+        "RecurrentGemmaRMSNorm",
+    }
 )
 
 

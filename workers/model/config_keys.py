@@ -131,6 +131,17 @@ _BY_MODEL_TYPE: Mapping[str, frozenset[str]] = {
         "partial_rotary_factor",
         "shared_expert_intermediate_size",
     },
+    "recurrent_gemma": _RMS_NORM
+    | {
+        "attention_bias",
+        "attention_window_size",
+        "block_types",
+        "conv1d_width",
+        "hidden_activation",
+        "logits_soft_cap",
+        "lru_width",
+        "partial_rotary_factor",
+    },
     "mixtral": _RMS_NORM | {"num_experts_per_tok", "num_local_experts", "sliding_window"},
     "dbrx": frozenset({"clip_qkv", "num_experts_per_tok", "num_local_experts"}),
     "olmoe": _RMS_NORM
@@ -163,11 +174,13 @@ _ONLY_VALUE: Mapping[str, Mapping[str, object]] = {
         "use_parallel_embedding": True,
     },
     "phi3": {"full_attn_mod": 1, "interpolate_factor": 1},
+    "recurrent_gemma": {"embeddings_scale_by_sqrt_dim": True},
 }
 # Keys that repeat another one.
 _REPEATED: Mapping[str, Mapping[str, str]] = {
     "cohere2": {"layer_switch": "sliding_window_pattern"},
     "gemma2": {"sliding_window_size": "sliding_window"},
+    "recurrent_gemma": {"_block_types": "block_types", "sliding_window": "attention_window_size"},
     "gpt_oss": {
         "experts_per_token": "num_experts_per_tok",
         "initial_context_length": "rope_scaling.original_max_position_embeddings",
@@ -207,6 +220,7 @@ _HARMLESS = frozenset(
         "encoder_no_repeat_ngram_size",
         "eos_token_id",
         "exponential_decay_length_penalty",
+        "final_w_init_variance_scale",
         "finetuning_task",
         "forced_bos_token_id",
         "forced_eos_token_id",
@@ -270,6 +284,7 @@ _HARMLESS = frozenset(
         "use_cache",
         "use_flash_attention_2",
         "use_flash_attn",
+        "w_init_variance_scale",
     }
 )
 _HARMLESS_PREFIXES = ("unsloth_",)

@@ -99,6 +99,8 @@ def read_facts(path: Path, rope: RopeOverride | None = None) -> ModelFacts:
     """
     config = standard_keys(read_json(path / "config.json"), path)
     architecture = check_supported(config, path)
+    if architecture.positions is not None:
+        config = {"max_position_embeddings": architecture.positions, **config}
     tensors = read_tensors(path)
     integers = {key: _positive(config, key, path) for key in _REQUIRED}
     heads = integers["num_attention_heads"]
@@ -154,7 +156,7 @@ def _mlp_sizes(
 ) -> tuple[int, ...]:
     experts = architecture.experts
     if experts is None:
-        return (_positive(config, "intermediate_size", path),)
+        return (_positive(config, "intermediate_size", path) // architecture.mlp_parts,)
     found = set() if experts.shared is None else {_positive(config, experts.shared, path)}
     if not all(experts.layers(config)):
         found.add(_positive(config, experts.dense, path))

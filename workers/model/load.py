@@ -22,6 +22,7 @@ from kvmesh.workers.model.delta_net import GatedDeltaNet
 from kvmesh.workers.model.facts import ModelFacts, read_facts
 from kvmesh.workers.model.hook import IMPLEMENTATION, Attend, AttendSlot, attach
 from kvmesh.workers.model.recurrent_state import StepStates
+from kvmesh.workers.model.rg_lru import GatedLinearRecurrence
 from kvmesh.workers.model.rope import Rope, fixed_rotary, override_rope
 from kvmesh.workers.model.shards import Pack, Placer
 from kvmesh.workers.model.sizes import check_tp
@@ -62,7 +63,10 @@ class ServedModel:
         self._slot = slot
         self._logit_scale: float | None = getattr(model, "logit_scale", None)
         self._logit_divisor: float | None = getattr(model.config, "logits_scaling", None)
-        self._logit_softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
+        caps = ("final_logit_softcapping", "logits_soft_cap")
+        self._logit_softcap: float | None = next(
+            (getattr(model.config, name) for name in caps if hasattr(model.config, name)), None
+        )
 
     @torch.inference_mode()
     def forward(
@@ -213,17 +217,28 @@ def build_model(
     for index, layer in enumerate(model.model.layers):
         # Layers with keys, and layers with states, are counted each for themselves.
         before = sum(recurrent[:index])
-        if recurrent[index]:
-            layer.linear_attn = GatedDeltaNet(layer.linear_attn, before, slot, comm.size)
+        name = next(name for name in _MIXERS if hasattr(layer, name))
+        mixer = getattr(layer, name)
+        if name == "linear_attn":
+            layer.linear_attn = GatedDeltaNet(mixer, before, slot, comm.size)
+        elif recurrent[index]:
+            layer.temporal_block = GatedLinearRecurrence(mixer, before, slot)
         else:
-            layer.self_attn.layer_idx = index - before
-            _localise(layer.self_attn, comm)
-            attach(layer.self_attn, slot)
+            mixer.layer_idx = index - before
+            if name == "temporal_block":
+                mixer.rotary_emb = model.model.rotary_emb
+            _localise(mixer, comm)
+            attach(mixer, slot)
         fuse(layer, facts.sliding_windows[index], slot)
     model.model.layers = nn.ModuleList(fused_layer(layer) for layer in model.model.layers)
-    model.model.norm = lean_norm(model.model.norm)
+    norm = "norm" if hasattr(model.model, "norm") else "final_norm"
+    setattr(model.model, norm, lean_norm(getattr(model.model, norm)))
     _check_complete(model, facts.name)
     return ServedModel(facts, model, slot, comm.size)
+
+
+# What a layer mixes tokens with, by the names that transformers has for it.
+_MIXERS = ("self_attn", "linear_attn", "temporal_block")
 
 
 def _packing(weight_format: WeightFormat, dtype: torch.dtype, device: torch.device) -> Pack:
@@ -281,6 +296,9 @@ def _restore_buffers(model: Any, config: Any, device: torch.device, max_model_le
     factor = getattr(body.embed_tokens, "scalar_embed_scale", None)
     if factor is not None:
         body.embed_tokens.embed_scale = torch.tensor(factor, device=device)
+    if hasattr(body, "normalizer"):  # RecurrentGemma, which rounds it
+        scale = torch.tensor(config.hidden_size**0.5, dtype=torch.bfloat16, device=device)
+        body.normalizer = scale
 
 
 def _localise(attention: Any, comm: Communicator) -> None:

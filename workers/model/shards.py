@@ -75,6 +75,16 @@ _PLANS: Mapping[str, _Plan] = {
         "layers.*.linear_attn.conv1d": "convolution",
         "layers.*.linear_attn.out_proj": "columns",
     },
+    "recurrent_gemma": {
+        **{f"layers.*.temporal_block.{part}_proj": "rows" for part in ("q", "k", "v")},
+        "layers.*.temporal_block.o_proj": "columns",
+        "layers.*.temporal_block.linear_x": "rows",
+        "layers.*.temporal_block.linear_y": "rows",
+        "layers.*.temporal_block.linear_out": "columns",
+        "layers.*.temporal_block.conv_1d": "weight rows",
+        "layers.*.temporal_block.rg_lru": "weight rows",
+        **_mlp("layers.*.mlp_block"),
+    },
     "llama4_text": {
         **_ATTENTION,
         **_mlp("layers.*.feed_forward"),

@@ -67,7 +67,8 @@ class ModelSizes:
             hidden_size=hidden,
             intermediate_size=number(
                 "intermediate_size" if architecture.experts is None else architecture.experts.dense
-            ),
+            )
+            // architecture.mlp_parts,
             vocab_size=number("vocab_size"),
             state=architecture.state(config),
         )
