@@ -61,7 +61,7 @@ class ModelShape:
             num_kv_heads=self.kv_heads,
             head_dim=self.head_dim,
             hidden_size=self.hidden,
-            intermediate_size=self.intermediate,
+            mlp_sizes=(self.intermediate,),
             vocab_size=self.vocab,
             max_model_len=self.max_model_len,
             eos_token_ids=(),

@@ -122,7 +122,7 @@ class Cluster:
             check_ray_sends_tokens()
         files = resolve_model(config.model, progress=self._progress)
         facts = read_facts(files.path)
-        check_layouts(config, facts.num_kv_heads)
+        check_layouts(config, facts)
         if config.ray.address is None:
             gpus = local_gpu_memory()
             check_devices(config, len(gpus))

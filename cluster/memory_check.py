@@ -54,7 +54,7 @@ def _geometry(
     try:
         return geometry_of(
             get_format(engine.kv_format),
-            KVShape(facts.num_layers, facts.num_kv_heads, facts.head_dim),
+            KVShape.of(facts),
             page_size=engine.page_size,
             itemsize=_ITEMSIZES[dtype],
             tp=engine.tp,

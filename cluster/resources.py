@@ -9,22 +9,21 @@ from typing import Any, Final
 
 from kvmesh.cluster.config import ClusterConfig, EngineSection
 from kvmesh.workers.errors import ConfigError
+from kvmesh.workers.model.facts import ModelFacts
+from kvmesh.workers.model.sizes import check_tp
 
 CONTROL_CPUS: Final = 0.1  # of ingress, router and leaders: they ask Ray for little
 
 Resources = Mapping[str, float]
 
 
-def check_layouts(config: ClusterConfig, num_kv_heads: int) -> None:
-    """Raises ConfigError unless each group's tp divides the model's KV heads."""
+def check_layouts(config: ClusterConfig, facts: ModelFacts) -> None:
+    """Raises ConfigError unless each group's tp divides what the model splits over ranks."""
     for setting, engine in engines_by_setting(config).items():
-        if num_kv_heads % engine.tp:
-            divisors = [str(n) for n in range(1, num_kv_heads + 1) if num_kv_heads % n == 0]
-            raise ConfigError(
-                f"{setting}.tp",
-                f"must divide the model's {num_kv_heads} KV heads: one of "
-                f"{', '.join(divisors)}; got {engine.tp}",
-            )
+        try:
+            check_tp(facts, engine.tp, expert_parallel=engine.expert_parallel)
+        except ConfigError as error:
+            raise ConfigError(f"{setting}.tp", error.message) from None
 
 
 def check_devices(config: ClusterConfig, gpus: int) -> None:

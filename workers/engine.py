@@ -9,6 +9,7 @@ Not thread-safe: one thread owns it (workers/engine_thread.py).
 
 from __future__ import annotations
 
+import logging
 import time
 import uuid
 from collections.abc import Callable
@@ -36,6 +37,8 @@ from kvmesh.workers.scheduler import Scheduler
 from kvmesh.workers.sequence import Sequence
 from kvmesh.workers.sizes import PageGeometry, PageNeed
 from kvmesh.workers.step_budget import DEFAULT_MAX_STEP_S, StepBudget
+
+logger = logging.getLogger(__name__)
 
 NOT_SOUND = "the prompt's log-probabilities are not finite numbers"
 PROGRESS_PERIOD_S = 1.0  # at least, between two reports of a sequence's progress
@@ -80,12 +83,14 @@ class Engine:
                 max_pages_per_row=-(-self.info.max_model_len // config.page_size),
             )
         )
+        if config.prefix_cache and not self.info.prefix_cache:
+            logger.info("%s has recurrent layers: its prefix cache is off", rank.model)
         self._step_budget = _step_budget(config, rank)
         self.scheduler = Scheduler(
             self.geometry,
             pool,
             max_num_batched_tokens=limits.max_num_batched_tokens,
-            prefix_cache=config.prefix_cache,
+            prefix_cache=self.info.prefix_cache,
             step_budget=self._step_budget,
         )
         self._eos = frozenset(rank.eos_token_ids)
@@ -301,6 +306,7 @@ def _geometry(config: EngineConfig, rank: RankDescription, ranks: int) -> PageGe
         recent_pages=rank.recent_pages,
         hot_page_bytes=rank.hot_page_bytes,
         sealed_page_bytes=rank.sealed_page_bytes,
+        state_bytes=rank.state_bytes,
         ranks=ranks,
     )
 
@@ -325,7 +331,8 @@ def _info(
         max_model_len=_max_model_len(config, rank),
         vocab_size=rank.vocab_size,
         max_num_seqs=pool.max_num_seqs,
-        prefix_cache=config.prefix_cache,
+        # The state before a prefix's end is not kept, so that a prefix cannot be continued.
+        prefix_cache=config.prefix_cache and not geometry.state_bytes,
         max_num_batched_tokens=limits.max_num_batched_tokens,
         device=rank.device,
         rope=rank.rope,

@@ -18,6 +18,7 @@ class RankDescription(msgspec.Struct, tag="description", frozen=True):
 
     vocab_size: all tokens have ids below it
     hot_page_bytes, sealed_page_bytes: of one page on this rank
+    state_bytes: of a sequence's recurrent state on this rank
     kv_budget_bytes: its memory that is left for KV
     device: cpu or cuda
     memory_bytes: all that the GPU has, 0 on CPUs
@@ -42,6 +43,7 @@ class RankDescription(msgspec.Struct, tag="description", frozen=True):
     gpu_uuid: str = ""
     model_path: str = ""
     memory_bytes: int = 0
+    state_bytes: int = 0
     rope: str = "default"
 
 

@@ -43,8 +43,8 @@ class EngineInfo:
 
     @property
     def capacity_bytes(self) -> int:
-        """KV bytes over all ranks."""
-        return self.geometry.bytes_of(self.capacity)
+        """Bytes of KV and states over all ranks."""
+        return self.geometry.bytes_of(self.capacity, self.max_num_seqs)
 
 
 @dataclass(frozen=True, slots=True)

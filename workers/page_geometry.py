@@ -5,16 +5,26 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvmesh.kernels.formats.base import KVFormat
+from kvmesh.workers.model.facts import ModelFacts
+from kvmesh.workers.model.state_shape import StateShape
 from kvmesh.workers.sizes import PageGeometry, page_bytes_of
 
 
 @dataclass(frozen=True, slots=True)
 class KVShape:
-    """What a token's keys and values are, over all ranks."""
+    """What a token's keys and values are, over all ranks.
+
+    num_layers: of those that have any; state: what other layers keep of a sequence
+    """
 
     num_layers: int
     num_kv_heads: int
     head_dim: int
+    state: StateShape | None = None
+
+    @classmethod
+    def of(cls, facts: ModelFacts) -> KVShape:
+        return cls(facts.num_kv_layers, facts.num_kv_heads, facts.head_dim, facts.state)
 
 
 def geometry_of(
@@ -46,5 +56,6 @@ def geometry_of(
         recent_pages=fmt.recent_pages if recent_pages is None else recent_pages,
         hot_page_bytes=hot,
         sealed_page_bytes=sealed,
+        state_bytes=0 if shape.state is None else shape.state.of_rank(tp).num_bytes(itemsize),
         ranks=tp,
     )

@@ -40,12 +40,14 @@ class PoolPlan:
         return (
             self.hot_total * geometry.hot_page_bytes
             + self.sealed_pages * geometry.sealed_page_bytes
+            + self.max_num_seqs * geometry.state_bytes
         )
 
     def hot_share(self, geometry: PageGeometry) -> float:
         """The smallest `max_hot_share` with which `plan_pool` allows so many hot pages."""
         total = self.num_bytes(geometry)
         hot = (self.hot_pages + self.headroom_pages) * geometry.hot_page_bytes
+        hot += self.max_num_seqs * geometry.state_bytes
         # Half a page more, as the share is a rounded number.
         return (hot + min(geometry.hot_page_bytes, total - hot) / 2) / total
 
@@ -58,23 +60,27 @@ def plan_pool(
     max_num_batched_tokens: int,
     max_hot_share: float = DEFAULT_MAX_HOT_SHARE,
 ) -> PoolPlan:
-    """Split `budget_bytes` of one rank into hot and sealed pages.
+    """Split `budget_bytes` of one rank into hot and sealed pages, and recurrent states.
 
-    max_hot_share: maximum share of the budget for hot pages; a smaller pool runs fewer sequences
+    max_hot_share: maximum share of the budget for hot pages and states; a smaller pool runs fewer
+        sequences
     Raises ConfigError naming kv_memory_bytes if not even one sequence of two pages fits.
     """
     per_sequence = geometry.hot_per_sequence()
     hot_limit = int(budget_bytes * max_hot_share) // geometry.hot_page_bytes
     wanted_headroom = geometry.on_fullest(-(-max_num_batched_tokens // geometry.page_size))
     headroom = max(1, min(wanted_headroom, hot_limit // 2))
-    seqs = min(max_num_seqs, max(1, (hot_limit - headroom) // per_sequence))
+    hot_bytes = per_sequence * geometry.hot_page_bytes + geometry.state_bytes
+    room_bytes = int(budget_bytes * max_hot_share) - headroom * geometry.hot_page_bytes
+    seqs = min(max_num_seqs, max(1, room_bytes // hot_bytes))
     hot = seqs * per_sequence
-    left = budget_bytes - (hot + headroom) * geometry.hot_page_bytes
+    left = budget_bytes - seqs * hot_bytes - headroom * geometry.hot_page_bytes
     cached = _cached_pages(left, hot, geometry)
     left -= cached * geometry.hot_page_bytes
     sealed = left // geometry.sealed_page_bytes
     if sealed < 1:
         min_bytes = (per_sequence + 1) * geometry.hot_page_bytes + geometry.sealed_page_bytes
+        min_bytes += geometry.state_bytes
         raise ConfigError(
             "kv_memory_bytes",
             f"{budget_bytes:,} bytes cannot hold one sequence, which needs {min_bytes:,} bytes "

@@ -18,7 +18,7 @@ from kvmesh.workers.executor import Allocation, MakeMasks, RankDescription
 from kvmesh.workers.model.facts import read_facts, sample_digest
 from kvmesh.workers.model.hook import AttendArgs
 from kvmesh.workers.model.load import ServedModel, load_model
-from kvmesh.workers.model.shards import check_tp
+from kvmesh.workers.model.sizes import check_tp
 from kvmesh.workers.model.source import ModelFiles, resolve_model
 from kvmesh.workers.parallel.comm import Communicator
 from kvmesh.workers.plan import StepPlan, StepResult
@@ -93,10 +93,10 @@ class Rank:
             self._model.rotate_values(True)  # saves two launches a layer
 
     def describe(self) -> RankDescription:
-        facts = self._model.facts
+        facts, state = self._model.facts, self._model.state
         hot_bytes, sealed_bytes = page_bytes_of(
             self._fmt,
-            num_layers=facts.num_layers,
+            num_layers=facts.num_kv_layers,
             num_kv_heads=self._model.num_kv_heads,
             page_size=self._config.page_size,
             head_dim=self._model.head_dim,
@@ -113,6 +113,7 @@ class Rank:
             recent_pages=self._recent_pages,
             hot_page_bytes=hot_bytes,
             sealed_page_bytes=sealed_bytes,
+            state_bytes=0 if state is None else state.num_bytes(self._dtype.itemsize),
             kv_budget_bytes=self._kv_budget_bytes(),
             head_dim=self._model.head_dim,
             device=self._device.type,

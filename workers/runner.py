@@ -22,6 +22,7 @@ from kvmesh.workers.expert_load import ExpertLoad
 from kvmesh.workers.kv_pool import KVPool
 from kvmesh.workers.model.hook import AttendArgs
 from kvmesh.workers.model.load import ServedModel
+from kvmesh.workers.model.recurrent_state import RecurrentStates
 from kvmesh.workers.plan import SampledToken, StepPlan, StepResult, TableUpdate, TokenScores
 from kvmesh.workers.sampler import Sampler
 from kvmesh.workers.shared_prefixes import PrefixFinder
@@ -74,7 +75,7 @@ class ModelRunner:
         self._pool = KVPool(
             allocation,
             fmt,
-            num_layers=model.facts.num_layers,
+            num_layers=model.facts.num_kv_layers,
             num_kv_heads=model.num_kv_heads,
             page_size=page_size,
             head_dim=model.head_dim,
@@ -84,6 +85,9 @@ class ModelRunner:
         self._tables = BlockTables(
             self._pool.hot_tables, self._pool.sealed_tables, page_size, sink_pages, recent_pages
         )
+        self._states: RecurrentStates | None = None
+        if model.state is not None:
+            self._states = RecurrentStates(model.state, allocation.max_rows, dtype, device)
         # Host copies of the tables, so that slots and shared prefixes are found without reading
         # from the device.
         self._hot_ids = np.full(self._pool.hot_tables.shape, -1, dtype=np.int64)
@@ -250,8 +254,19 @@ class ModelRunner:
                 out, _ = merge_sinks(out, lse, args.sinks)
             return self._basis.leave(out)
 
+        states = None
+        if self._states is not None:
+            lengths = step.batch.lengths
+            assert lengths is not None, "the host knows a step's lengths"
+            states = self._states.step(
+                step.batch.rows, step.positions, step.slots, lengths.query_starts
+            )
         hidden = self._model.hidden(
-            step.input_ids, step.positions, attend, rotates=self._divides and self._basis.keeps_keys
+            step.input_ids,
+            step.positions,
+            attend,
+            states,
+            rotates=self._divides and self._basis.keeps_keys,
         )
         if later and step.seal_hot.shape[0]:
             seal_layers(

@@ -131,7 +131,7 @@ class Sequence:
             cached_tokens=self.cached_tokens,
             sealed_pages=self.peak.sealed,
             hot_pages=self.peak.hot,
-            kv_bytes=self.geometry.bytes_of(self.peak),
+            kv_bytes=self.geometry.bytes_of(self.peak, 1),
             reserved_bytes=self._reserved_bytes(),
             queue_s=started - self.arrived_s,
             time_to_first_token_s=None if first is None else first - self.arrived_s,
@@ -142,6 +142,7 @@ class Sequence:
     def _reserved_bytes(self) -> int:
         lease = self.lease
         if lease is None:
-            return self.geometry.bytes_of(self.peak)
-        whole = self.geometry.bytes_of(PageNeed(lease.hot_pages, lease.sealed_pages))
+            return self.geometry.bytes_of(self.peak, 1)
+        pages = PageNeed(lease.hot_pages, lease.sealed_pages)
+        whole = self.geometry.bytes_of(pages, lease.sequences)
         return whole // lease.sequences

@@ -51,6 +51,7 @@ class PageGeometry:
     """Shapes and windows that convert tokens to pages, and pages to bytes.
 
     hot_page_bytes, sealed_page_bytes: of one page on one rank, over all its layers and KV heads
+    state_bytes: of a sequence's recurrent state on one rank, whatever its length
     ranks: how many ranks hold such a page for a sequence
     kvp: to how many ranks consecutive pages are dealt in turn; engines serve only 1
     """
@@ -60,6 +61,7 @@ class PageGeometry:
     recent_pages: int
     hot_page_bytes: int
     sealed_page_bytes: int
+    state_bytes: int = 0
     ranks: int = 1
     kvp: int = 1
 
@@ -104,10 +106,10 @@ class PageGeometry:
             sealed=self.on_fullest(len(self.sealed_range(num_tokens))),
         )
 
-    def bytes_of(self, need: PageNeed) -> int:
-        """Bytes over all ranks."""
+    def bytes_of(self, need: PageNeed, sequences: int = 0) -> int:
+        """Bytes over all ranks. sequences: how many, whose states are added"""
         per_rank = need.hot * self.hot_page_bytes + need.sealed * self.sealed_page_bytes
-        return per_rank * self.ranks
+        return (per_rank + sequences * self.state_bytes) * self.ranks
 
 
 def page_bytes_of(

@@ -159,7 +159,7 @@ def _subject(model: str | None, dtype: str, predict: bool, page_size: int) -> Me
         dtype = "bfloat16" if predict else _dtype_here()
     itemsize = DTYPES[dtype]
     stored = {"float32": 4}.get(facts.dtype, 2)
-    shape = KVShape(facts.num_layers, facts.num_kv_heads, facts.head_dim)
+    shape = KVShape.of(facts)
     weights = facts.weight_bytes // stored * itemsize
     return MemorySubject(files.name, shape, weights, itemsize, local=True)
 

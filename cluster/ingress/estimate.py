@@ -32,7 +32,7 @@ def estimate_reply(
             geometry = report.info.geometry
             need = geometry.peak_need(request.prompt_tokens + request.max_tokens)
             # For all requested tokens; a verdict counts at most as many as the context holds.
-            group.needed_bytes = geometry.bytes_of(need) * request.sequences
+            group.needed_bytes = geometry.bytes_of(need, 1) * request.sequences
             group.hot_pages = need.hot * request.sequences
             group.sealed_pages = need.sealed * request.sequences
         if estimate.projected_start_s is not None and group.feasible_ever:

@@ -99,6 +99,6 @@ def context_exceeded(prompt_tokens: int, status: ClusterStatus) -> ContextExceed
     return ContextExceededError(
         prompt_tokens,
         info.max_model_len,
-        geometry.bytes_of(geometry.peak_need(prompt_tokens + 1)),
+        geometry.bytes_of(geometry.peak_need(prompt_tokens + 1), 1),
         info.capacity_bytes,
     )

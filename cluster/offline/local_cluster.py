@@ -118,7 +118,7 @@ class LocalCluster:
     async def _start(self) -> None:
         use_local_defaults()
         files = await asyncio.to_thread(resolve_model, self._config.model, progress=self._progress)
-        check_layouts(self._config, read_facts(files.path).num_kv_heads)
+        check_layouts(self._config, read_facts(files.path))
         self._progress("loading the model", None)
         settings = RouterConfig(queue_limit=QUEUE_LIMIT)
         self._router = RouterService(settings, RouterMeters(_no_instrument), groups=[GROUP])

@@ -33,11 +33,7 @@ def layouts(sizes: ModelSizes, gpus: int) -> list[Layout]:
     """
     if gpus < 1 or gpus & (gpus - 1):
         raise ConfigError("gpus", f"must be a power of two, so that groups are equal; got {gpus}")
-    widths = [sizes.heads * sizes.head_dim]
-    if sizes.expert_layers < sizes.layers:
-        widths.append(sizes.intermediate_size)
-    if sizes.expert_layers:
-        widths.append(sizes.moe_intermediate_size)
+    widths = [sizes.heads * sizes.head_dim, *sizes.mlp_widths]
     found = []
     ranks = 1
     while ranks <= gpus:

@@ -209,7 +209,7 @@ def _plan_with(
         geometry=geometry,
         pool=pool,
         longest=longest,
-        sequence_bytes=whole.bytes_of(whole.need(target.context)),
+        sequence_bytes=whole.bytes_of(whole.need(target.context), 1),
         sequences=at_once,
         limits=limits,
         auto=DEFAULTS.limits("cuda", gpu.memory_bytes),
@@ -227,7 +227,7 @@ def _page_bytes(
     try:
         return page_bytes_of(
             fmt,
-            num_layers=model.sizes.layers,
+            num_layers=model.sizes.kv_layers,
             num_kv_heads=model.sizes.kv_heads // tp,
             page_size=page_size,
             head_dim=model.sizes.head_dim,
@@ -238,7 +238,7 @@ def _page_bytes(
 
 
 def _geometry(model: PlannedModel, fmt: KVFormat, page_size: int, layout: Layout) -> PageGeometry:
-    found = _page_bytes(model, fmt, page_size, layout.tp)
+    found, state = _page_bytes(model, fmt, page_size, layout.tp), model.sizes.state
     if found is None:
         raise ConfigError(
             "kv_format", f"{fmt.name} does not support the model's head_dim, {model.sizes.head_dim}"
@@ -249,6 +249,7 @@ def _geometry(model: PlannedModel, fmt: KVFormat, page_size: int, layout: Layout
         recent_pages=fmt.recent_pages,
         hot_page_bytes=found[0],
         sealed_page_bytes=found[1],
+        state_bytes=0 if state is None else state.of_rank(layout.tp).num_bytes(BF16_BYTES),
         ranks=layout.tp,
         kvp=layout.kvp,
     )

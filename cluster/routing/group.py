@@ -40,14 +40,15 @@ class Group:
     def status(self) -> GroupStatus:
         account, info = self.account, self.info
         used = account.used if account else NO_PAGES
+        sequences = account.sequences if account else 0
         return GroupStatus(
             group=self.name,
             up=account is not None,
             kv_format=info.kv_format,
-            sequences=account.sequences if account else 0,
+            sequences=sequences,
             max_sequences=info.max_num_seqs,
             capacity=info.capacity,
             used=used,
             capacity_bytes=info.capacity_bytes,
-            used_bytes=info.geometry.bytes_of(used),
+            used_bytes=info.geometry.bytes_of(used, sequences),
         )

@@ -54,7 +54,7 @@ class Leases(Mapping[str, Lease]):
         self._not_arrived.append(lease)
         cached = demand.cached_tokens(group.name, group.info.geometry.page_size)
         lease.charged_s = projected_s(group, demand, now)
-        lease.charged_bytes = group.info.geometry.bytes_of(here.leased)
+        lease.charged_bytes = group.info.geometry.bytes_of(here.leased, request.sequences)
         group.timeline.add(lease, now + lease.charged_s)
         group.backlog.add(lease.lease_id, request.prompt_tokens - cached, cached, now)
         self._fleet.tenants.charge(request.tenant, lease.charged_bytes, lease.charged_s)

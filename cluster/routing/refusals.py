@@ -99,7 +99,7 @@ class Refusals:
 def _min_bytes(demand: RequestDemand) -> int:
     """What the request's lease takes on the kind of group where it is smallest."""
     return min(
-        kind.geometry.bytes_of(here.leased)
+        kind.geometry.bytes_of(here.leased, demand.request.sequences)
         for kind, here in zip(demand.kinds, demand.by_kind, strict=True)
     )
 

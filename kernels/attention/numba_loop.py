@@ -238,7 +238,7 @@ class Rule(NamedTuple):
 
     splits: the number of parts in which a group's pages are read
     scale: converts to base-2 scores, or with a softcap to natural-log scores
-    window, softcap: 0 for none
+    window: as in `window.py`, 0 for none; softcap: 0 for none
     """
 
     splits: int
@@ -357,7 +357,11 @@ def decode_loop(fmt: KVFormat, page_size: int, head_dim: int, dtype: str) -> Dec
                 else:
                     block = slice(i * group_heads, (i + 1) * group_heads)
                     last_slot = batch.seq_lens[seqs[i]] - 1
-                    first_slot = max(0, last_slot - window + 1) if window else 0
+                    first_slot = 0
+                    if window > 0:
+                        first_slot = max(0, last_slot - window + 1)
+                    elif window < 0:  # chunks of -window tokens
+                        first_slot = last_slot // -window * -window
                     first_page, last_page = first_slot // page_size, last_slot // page_size
                     num_sink = max(min(sink, last_page + 1) - first_page, 0)
                     other_page = max(sink + shared, first_page)

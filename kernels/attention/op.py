@@ -43,7 +43,8 @@ def paged_attention(
     batch: the step's sequences and tables
     params: this layer's calibrated parameters, if the format needs them
     scale: factor of q·k; softcap c: scores become c * tanh(score / c)
-    sliding_window w: key j is visible to query i if i - j < w
+    sliding_window w: key j is visible to query i if i - j < w; with w < 0, attention in chunks of
+        -w tokens, if j // -w == i // -w
     backend: None picks "triton" on GPUs, and on CPUs "numba" or, for formats without
         compiled loops, "reference" (plain torch). For "triton", plain torch decodes the pages of
         formats for comparison
@@ -76,8 +77,8 @@ def paged_attention(
         raise ValueError(f"scale: expected a finite number, got {scale}")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap: expected None or a number > 0, got {softcap}")
-    if sliding_window is not None and sliding_window < 1:
-        raise ValueError(f"sliding_window: expected None or >= 1, got {sliding_window}")
+    if sliding_window == 0:
+        raise ValueError("sliding_window: expected None, >= 1 or, for chunks, <= -1, got 0")
     return _implementation(fmt, hot, backend)(
         q,
         hot,

@@ -26,6 +26,7 @@ import numpy.typing as npt
 import torch
 
 from kvmesh.kernels.attention.batch import AttentionBatch
+from kvmesh.kernels.attention.window import first_seen
 
 MAX_GROUP_TOKENS = 4096
 MIN_BLOCK_TOKENS = 64
@@ -198,7 +199,7 @@ class _Planner:
         """The first page of which the query at that position sees any token."""
         if self.window is None:
             return np.zeros_like(positions)
-        return np.maximum(positions - self.window + 1, 0) // self.page_size
+        return first_seen(positions, self.window) // self.page_size
 
     def _sealed_range(self, positions: Ints) -> tuple[Ints, Ints]:
         pages = positions // self.page_size
@@ -242,7 +243,7 @@ class _Planner:
         padding.append(unused[:, :hot_tokens])
         invisible = np.concatenate(padding, axis=1)
         if self.window is not None:
-            invisible |= positions[:, None] - np.concatenate(keys, axis=1) >= self.window
+            invisible |= np.concatenate(keys, axis=1) < first_seen(positions, self.window)[:, None]
         tokens = self.starts[seqs]
         consecutive = bool((np.diff(tokens) == 1).all())
         unused = unused[:, :hot_tokens]
@@ -271,7 +272,7 @@ class _Planner:
         far_stop = max(sealed_first, int(first_page) - self.recent)
         far_first = sealed_first
         if self.window is not None:
-            whole = -(-max(int(positions[-1]) - self.window + 1, 0) // self.page_size)
+            whole = -(-int(first_seen(positions[-1:], self.window)[0]) // self.page_size)
             far_first = min(max(sealed_first, whole), far_stop)
         step = max(1, MAX_FAR_TOKENS // self.page_size)
         far = tuple(
@@ -300,7 +301,8 @@ class _Planner:
         seen_sealed = (sealed // self.page_size)[None, :] < edge[:, None]
         seen = np.concatenate((seen_sealed, seen_hot), axis=1)
         if self.window is not None:
-            seen &= positions[:, None] - np.concatenate((sealed, hot))[None, :] < self.window
+            keys = np.concatenate((sealed, hot))
+            seen &= keys[None, :] >= first_seen(positions, self.window)[:, None]
         return np.where(seen, np.float32(0.0), np.float32(-np.inf))
 
     def _key_positions(self, logical: Ints) -> Ints:

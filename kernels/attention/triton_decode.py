@@ -19,7 +19,7 @@ from kvmesh.kernels.attention.triton_loop import (
     no_keys,
     store_finished,
 )
-from kvmesh.kernels.attention.triton_parts import find, num_chunks
+from kvmesh.kernels.attention.triton_parts import find, first_seen, num_chunks
 from kvmesh.kernels.attention.triton_sealed import integer_part
 from kvmesh.kernels.merge.triton_merge import merge_row
 
@@ -63,7 +63,7 @@ def decode_kernel(
         seen_from = 0
         first_page = sink_pages
         if FORM.has_window:
-            seen_from = tl.maximum(position - softmax[2] + 1, 0)
+            seen_from = first_seen(position, softmax[2])
             first_page = tl.maximum(first_page, seen_from // PAGE_SIZE)
         num_shared = 0
         if FORM.has_prefixes:

@@ -29,7 +29,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvmesh.kernels.attention.triton_parts import page_of
+from kvmesh.kernels.attention.triton_parts import first_seen, page_of
 
 
 @triton.jit
@@ -106,7 +106,7 @@ def _visible(first_key, keys, mask, q_pos, softmax, windows, HOT: tl.constexpr, 
     else:
         visible = mask[None, :] & (page < edge)[:, None]
     if FORM.has_window:
-        visible = visible & (q_pos[:, None] - keys[None, :] < softmax[2])
+        visible = visible & (keys[None, :] >= first_seen(q_pos, softmax[2])[:, None])
     return visible
 
 

@@ -43,13 +43,23 @@ def num_chunks(first_page, end_page, PAGES: tl.constexpr):
 
 
 @triton.jit
+def first_seen(position, window):
+    """The first position that queries at `position` see; `window` as in `window.py`."""
+    if window > 0:
+        first = position - window + 1
+    else:
+        first = position // -window * -window
+    return tl.maximum(first, 0)
+
+
+@triton.jit
 def prefill_parts(seq_len, num_queries, window, windows, FORM: tl.constexpr):
     """First chunk, and number of parts, of the blocks of a sequence with several new tokens."""
     sink_pages, recent_pages = windows
     PAGES: tl.constexpr = FORM.chunk_pages
     base = seq_len * 0
     if FORM.has_window:
-        seen_from = tl.maximum(seq_len - num_queries - window + 1, 0)
+        seen_from = first_seen(seq_len - num_queries, window)
         base = tl.maximum(seen_from // FORM.page_size, sink_pages) // PAGES
     end_page = tl.maximum((seq_len - 1) // FORM.page_size - recent_pages, 0)
     return base, tl.maximum((end_page + PAGES - 1) // PAGES - base, 1)

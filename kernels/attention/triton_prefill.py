@@ -16,7 +16,7 @@ from kvmesh.kernels.attention.triton_loop import (
     no_keys,
     store_finished,
 )
-from kvmesh.kernels.attention.triton_parts import find, prefill_parts
+from kvmesh.kernels.attention.triton_parts import find, first_seen, prefill_parts
 from kvmesh.kernels.merge.triton_merge import merge_row
 
 
@@ -72,7 +72,7 @@ def prefill_kernel(
 
     seen_from = 0
     if FORM.has_window:
-        seen_from = tl.maximum(first_pos - softmax[2] + 1, 0)
+        seen_from = first_seen(first_pos, softmax[2])
     sealed_from = tl.maximum(sink_pages * PAGE_SIZE, seen_from)
     sealed_end = tl.maximum(last_pos // PAGE_SIZE - recent_pages, 0) * PAGE_SIZE
     sealed_from = tl.maximum(sealed_from, tl.where(part > 0, (base + part) * CHUNK, 0))

@@ -29,6 +29,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from kvmesh.kernels.attention.window import first_seen
 from kvmesh.kernels.formats.base import KVFormat
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ class Windows:
         """First and end of the sealed pages that queries at these positions read."""
         first = np.full_like(positions, self.sink_pages)
         if self.sliding_window is not None:
-            seen = np.maximum(positions - self.sliding_window + 1, 0) // self.page_size
+            seen = first_seen(positions, self.sliding_window) // self.page_size
             first = np.maximum(first, seen)
         return first, np.maximum(first, positions // self.page_size - self.recent_pages)
 

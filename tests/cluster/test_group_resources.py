@@ -16,20 +16,46 @@ from kvmesh.cluster.resources import (
     logical_cpus,
 )
 from kvmesh.workers.errors import ConfigError
+from kvmesh.workers.model.facts import ModelFacts
 
 CPUS = {"CPU": 8.0, "memory": 1e9}
 GPUS = {"CPU": 8.0, "GPU": 1.0}
 
 
-def test_each_groups_layout_must_divide_the_models_heads() -> None:
-    check_layouts(build({"engine": {"tp": 3}, "groups": [{}, {"tp": 1}]}), 3)
+FACTS = ModelFacts(
+    name="small",
+    revision="1",
+    architecture="Qwen3MoeForCausalLM",
+    num_layers=1,
+    num_heads=6,
+    num_kv_heads=6,
+    head_dim=16,
+    hidden_size=96,
+    mlp_sizes=(),
+    vocab_size=100,
+    max_model_len=100,
+    eos_token_ids=(),
+    weight_bytes=1,
+    dtype="float32",
+    sliding_windows=(None,),
+    num_experts=4,
+    expert_size=9,
+)
+
+
+def test_each_groups_layout_must_divide_what_the_model_splits() -> None:
+    check_layouts(build({"engine": {"tp": 3}, "groups": [{}, {"tp": 1}]}), FACTS)
     for values, field in (
         ({"engine": {"tp": 2}}, "engine.tp"),
         ({"engine": {"tp": 2}, "groups": [{"tp": 1}, {}]}, "groups.1.tp"),
     ):
-        with pytest.raises(ConfigError, match="one of 1, 3; got 2") as caught:
-            check_layouts(build(values), 3)
+        with pytest.raises(ConfigError, match=r"experts' MLP of 9.*: 1, 3; got 2") as caught:
+            check_layouts(build(values), FACTS)
         assert caught.value.field == field
+    by_expert = {"tp": 2, "expert_parallel": True}
+    check_layouts(build({"engine": by_expert}), FACTS)
+    with pytest.raises(ConfigError, match=r"4 experts.*: 1, 2; got 3"):
+        check_layouts(build({"engine": by_expert | {"tp": 3}}), FACTS)
 
 
 def test_groups_run_on_gpus_by_the_device_of_each() -> None:

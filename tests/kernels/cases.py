@@ -228,7 +228,10 @@ def _sequence_truth(
     is_hot = (j // size < shape.sink_pages) | (j // size >= i // size - shape.recent_pages)
     visible = j <= i
     if sliding_window is not None:
-        visible = visible & (i - j < sliding_window)
+        if sliding_window > 0:
+            visible = visible & (i - j < sliding_window)
+        else:
+            visible = visible & (i // -sliding_window == j // -sliding_window)
     forms = [x.to(q.dtype).repeat_interleave(group, 1) for x in (k, v, k_sealed, v_sealed)]
     score = torch.where(
         is_hot[None],

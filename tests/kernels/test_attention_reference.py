@@ -67,7 +67,7 @@ def test_shapes(name: str, heads: int, kv_heads: int, head_dim: int, page_size: 
     check(make_case(get_format(name), shape, [(1000, 1), (300, 40), (63, 63), (65, 1)]))
 
 
-WINDOWS = (1, 16, 40, 1000)
+WINDOWS = (1, 16, 40, 1000, -24, -64)
 SOFTCAPS = (None, 20.0)
 
 

@@ -147,6 +147,7 @@ def test_softcap_and_sliding_window(name: str, dtype: torch.dtype) -> None:
     check(case, softcap=15.0, sliding_window=37)
     check(case, softcap=15.0)
     check(case, sliding_window=1)
+    check(case, sliding_window=-40)
 
 
 @EVERY_DTYPE

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kvmesh.workers.model.hook import AttendArgs
 from kvmesh.workers.model.load import ServedModel
+from kvmesh.workers.model.recurrent_state import RecurrentStates
 
 
 class ContiguousCache:
@@ -43,8 +45,9 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, args: AttendArgs) -> Tensor:
     ends = torch.arange(len(k) - len(q), len(k))[:, None]
     at = torch.arange(len(k))[None, :]
     seen = at <= ends
-    if args.sliding_window is not None:
-        seen &= at > ends - args.sliding_window
+    window = args.sliding_window
+    if window is not None:
+        seen &= at > ends - window if window > 0 else at // -window == ends // -window
     scores = scores.masked_fill(~seen, float("-inf"))
     if args.sinks is not None:
         sinks = args.sinks.float()[:, None, None].expand(-1, len(q), 1)
@@ -75,14 +78,21 @@ def generate_greedily(
     outputs: list[list[int]] = [[] for _ in prompts]
     steps = list(prompts)
     done = [0] * len(prompts)
+    kept = None
+    if model.state is not None:
+        kept = RecurrentStates(model.state, len(prompts), torch.float32, torch.device("cpu"))
     for step in range(count):
         cache.begin([(seq, len(tokens)) for seq, tokens in enumerate(steps)])
         packed = torch.tensor([token for tokens in steps for token in tokens])
         positions = torch.cat(
             [torch.arange(start, start + len(t)) for start, t in zip(done, steps, strict=True)]
         )
-        rows = torch.tensor([len(t) for t in steps]).cumsum(0) - 1
-        logits = model.forward(packed, positions, cache.attend, rows)
+        starts = [0, *torch.tensor([len(t) for t in steps]).cumsum(0).tolist()]
+        rows = torch.tensor(starts[1:]) - 1
+        states = None
+        if kept is not None:
+            states = kept.step(torch.arange(len(steps)), positions, positions, np.array(starts))
+        logits = model.forward(packed, positions, cache.attend, rows, states)
         if logits is not None:
             chosen = logits.argmax(-1).tolist()
         else:

@@ -9,6 +9,7 @@ differ, so that a wrong mask, scale or rotation is noticed.
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,9 @@ def make_small_model(
     with torch.no_grad():
         for name, weight in model.named_parameters():
             noise = torch.randn(weight.shape, generator=generator)
-            if weight.dim() == 1 or "norm" in name:
+            if name.endswith(".A_log"):  # memories that last, not rounding that norms enlarge
+                weight.copy_(noise * 0.2 - 2.0)
+            elif weight.dim() == 1 or "norm" in name:
                 weight.add_(noise, alpha=0.2)  # norms around their identity, biases around 0
             else:
                 weight.copy_(noise * (1.5 / weight.shape[-1] ** 0.5))
@@ -175,16 +178,28 @@ def make_small_tokenizer(directory: Path) -> int:
     return int(raw.get_vocab_size())
 
 
-# Model type -> its name in GGUF; of transformers' names for parts of layers, those that the gguf
-# package does not know.
-_GGUF_NAMES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "qwen3_moe": "qwen3moe"}
+# Model type -> its name in GGUF.
+_GGUF_NAMES = {
+    "llama": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "qwen3_moe": "qwen3moe",
+    "gemma2": "gemma2",
+    "gemma3_text": "gemma3",
+    "phi3": "phi3",
+    "olmo2": "olmo2",
+    "olmo3": "olmo2",
+}
 
 
-def make_small_gguf(file: Path, source: Path, leave_out: str = "", **metadata: Any) -> Path:
+def make_small_gguf(
+    file: Path, source: Path, leave_out: str = "", *, pieces: bool = False, **metadata: Any
+) -> Path:
     """The model in directory `source` as a GGUF file, including its tokenizer, as llama.cpp
     writes it.
 
     leave_out: name of a tensor; metadata: further keys, with __ for dots
+    pieces: with a tokenizer of SentencePiece instead of the model's own
     """
     model = transformers.AutoModelForCausalLM.from_pretrained(source)
     config = model.config
@@ -198,24 +213,37 @@ def make_small_gguf(file: Path, source: Path, leave_out: str = "", **metadata: A
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    if architecture == "llama":
-        writer.add_rope_dimension_count(config.head_dim)
-    elif architecture != "qwen2":
+    _add_gguf_rope(writer, config)
+    if config.model_type in ("llama", "phi3"):
+        head_dim = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
+        rotary = config.rope_parameters.get("partial_rotary_factor", 1.0)
+        writer.add_rope_dimension_count(int(rotary * head_dim))
+    elif config.model_type not in ("qwen2", "olmo2", "olmo3"):
         writer.add_key_length(config.head_dim)
         writer.add_value_length(config.head_dim)
     if architecture == "qwen3moe":
         writer.add_expert_count(config.num_experts)
         writer.add_expert_used_count(config.num_experts_per_tok)
         writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    if config.model_type in ("gemma2", "gemma3_text", "olmo3", "phi3"):
+        writer.add_sliding_window(config.sliding_window or 0)
+    if config.model_type == "olmo3":
+        slides = [kind == "sliding_attention" for kind in config.layer_types]
+        writer.add_sliding_window_pattern(slides)
+    if config.model_type == "gemma2":
+        writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(sorted(raw["vocab"], key=raw["vocab"].__getitem__))
-    writer.add_token_types([3, 3, 3] + [1] * (len(raw["vocab"]) - 3))
-    writer.add_token_merges([" ".join(pair) for pair in raw["merges"]])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
+    if pieces:
+        _add_pieces(writer, config.vocab_size)
+    else:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("gpt-2")
+        writer.add_token_list(sorted(raw["vocab"], key=raw["vocab"].__getitem__))
+        writer.add_token_types([3, 3, 3] + [1] * (len(raw["vocab"]) - 3))
+        writer.add_token_merges([" ".join(pair) for pair in raw["merges"]])
+        writer.add_bos_token_id(1)
+        writer.add_eos_token_id(2)
     writer.add_chat_template(CHAT_TEMPLATE)
     for key, value in metadata.items():
         add = writer.add_string if isinstance(value, str) else writer.add_uint32
@@ -233,12 +261,16 @@ def make_small_gguf(file: Path, source: Path, leave_out: str = "", **metadata: A
                 writer.add_tensor(f"blk.{layer}.ffn_{part}_exps.weight", rows.copy())
             continue
         name = name.replace("experts.down_proj", "experts.down_proj.weight")
+        if architecture in ("gemma2", "gemma3") and name.endswith("norm.weight"):
+            array = array + 1
         for projection, count in heads.items():
             # GGUF's Llama rotates neighbours, transformers halves
             if projection in name and architecture == "llama":
                 array = array.reshape(count, 2, -1, array.shape[-1]).swapaxes(1, 2)
                 array = array.reshape(weight.shape)
         gguf_name = names.get_name(name, (".weight", ".bias"))
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
         assert gguf_name is not None
         writer.add_tensor(gguf_name, array.copy())
     writer.write_header_to_file()
@@ -246,3 +278,59 @@ def make_small_gguf(file: Path, source: Path, leave_out: str = "", **metadata: A
     writer.write_tensors_to_file()
     writer.close()
     return file
+
+
+def _add_gguf_rope(writer: gguf.GGUFWriter, config: Any) -> None:
+    """As llama.cpp writes it: in metadata, or as factors of every pair of channels."""
+    rope = config.rope_parameters
+    if "full_attention" in rope:
+        rope = rope["full_attention"]
+    if config.model_type != "gemma2":
+        writer.add_rope_freq_base(rope["rope_theta"])
+    if config.model_type == "phi3":
+        original = config.original_max_position_embeddings
+        writer.add_rope_scaling_orig_ctx_len(original)
+        if rope["rope_type"] == "longrope":
+            ratio = config.max_position_embeddings / original
+            writer.add_rope_scaling_attn_factors(
+                math.sqrt(1 + math.log(ratio) / math.log(original))
+            )
+            for kind in ("long", "short"):
+                factors = np.array(rope[f"{kind}_factor"], np.float32)
+                writer.add_tensor(f"rope_factors_{kind}.weight", factors)
+    elif rope["rope_type"] == "llama3":
+        frequencies = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["llama3"](config)[0]
+        pairs = torch.arange(0, config.head_dim, 2) / config.head_dim
+        divisors = rope["rope_theta"] ** -pairs / frequencies
+        writer.add_tensor("rope_freqs.weight", divisors.numpy())
+    elif rope["rope_type"] == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["factor"])
+    elif rope["rope_type"] == "yarn":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rope["factor"])
+        writer.add_rope_scaling_attn_factors(rope["attention_factor"])
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+
+
+def _add_pieces(writer: gguf.GGUFWriter, vocab_size: int) -> None:
+    """Pieces with scores: special ones, bytes, letters, a word, and some that are not used."""
+    tokens = ["<pad>", "<eos>", "<bos>", "<end_of_turn>"]
+    types = [gguf.TokenType.CONTROL] * 4
+    tokens += [f"<0x{byte:02X}>" for byte in range(256)]
+    types += [gguf.TokenType.BYTE] * 256
+    tokens += ["\u2581", *"abcdefghijklmnopqrstuvwxyz", "th", "the", "\u2581the"]
+    types += [gguf.TokenType.NORMAL] * (len(tokens) - len(types))
+    rest = range(len(tokens), vocab_size)
+    tokens += [f"<unused{index}>" for index in rest]
+    types += [gguf.TokenType.UNUSED] * len(rest)
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([-float(index) for index in range(vocab_size)])
+    writer.add_token_types(types)
+    writer.add_pad_token_id(0)
+    writer.add_eos_token_id(1)
+    writer.add_eot_token_id(3)
+    writer.add_bos_token_id(2)
+    writer.add_add_bos_token(True)

@@ -328,6 +328,43 @@ PUBLISHED: dict[str, str] = {
         "router_aux_loss_coef": 0.02, "sliding_window": null, "tie_word_embeddings": false,
         "torch_dtype": "bfloat16", "transformers_version": "4.36.0.dev0", "use_cache": true,
         "vocab_size": 32000}""",
+    # The part of Llama-4-Scout-17B-16E-Instruct that is text.
+    "Llama-4-Scout": """{"architectures": ["Llama4ForCausalLM"], "attention_bias": false,
+        "attention_chunk_size": 8192, "attention_dropout": 0.0, "attn_scale": 0.1,
+        "attn_temperature_tuning": true, "bos_token_id": 200000, "eos_token_id": [200001, 200007,
+        200008], "floor_scale": 8192, "for_llm_compressor": false, "head_dim": 128, "hidden_act":
+        "silu", "hidden_size": 5120, "initializer_range": 0.02, "interleave_moe_layer_step": 1,
+        "intermediate_size": 8192, "intermediate_size_mlp": 16384, "max_position_embeddings":
+        10485760, "model_type": "llama4_text", "no_rope_layers": [], "num_attention_heads": 40,
+        "num_experts_per_tok": 1, "num_hidden_layers": 48, "num_key_value_heads": 8,
+        "num_local_experts": 16, "output_router_logits": false, "pad_token_id": 200018,
+        "rms_norm_eps": 1e-05, "rope_scaling": {"factor": 16.0, "high_freq_factor": 1.0,
+        "low_freq_factor": 1.0, "original_max_position_embeddings": 8192, "rope_type": "llama3"},
+        "rope_theta": 500000.0, "router_aux_loss_coef": 0.001, "router_jitter_noise": 0.0,
+        "torch_dtype": "bfloat16", "use_cache": true, "use_qk_norm": true, "vocab_size": 202048}""",
+    "recurrentgemma-2b": """{"_block_types": ["recurrent", "recurrent", "attention"],
+        "architectures": ["RecurrentGemmaForCausalLM"], "attention_bias": false,
+        "attention_dropout": 0.0, "attention_window_size": 2048, "bos_token_id": 2, "conv1d_width":
+        4, "embeddings_scale_by_sqrt_dim": true, "eos_token_id": 1, "final_w_init_variance_scale":
+        0.07692307692307693, "head_dim": 256, "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_size": 2560, "intermediate_size": 15360, "logits_soft_cap": 30.0, "lru_width": 2560,
+        "model_type": "recurrent_gemma", "num_attention_heads": 10, "num_hidden_layers": 26,
+        "num_key_value_heads": 1, "pad_token_id": 0, "partial_rotary_factor": 0.5, "rms_norm_eps":
+        1e-06, "rope_theta": 10000.0, "torch_dtype": "float32", "use_cache": true, "vocab_size":
+        256000, "w_init_variance_scale": 0.01}""",
+    "Qwen3-Next-80B-A3B-Instruct": """{"architectures": ["Qwen3NextForCausalLM"],
+        "attention_dropout": 0.0, "bos_token_id": 151643, "decoder_sparse_step": 1, "eos_token_id":
+        151645, "full_attention_interval": 4, "head_dim": 256, "hidden_act": "silu", "hidden_size":
+        2048, "initializer_range": 0.02, "intermediate_size": 5120, "linear_conv_kernel_dim": 4,
+        "linear_key_head_dim": 128, "linear_num_key_heads": 16, "linear_num_value_heads": 32,
+        "linear_value_head_dim": 128, "max_position_embeddings": 262144, "mlp_only_layers": [],
+        "model_type": "qwen3_next", "moe_intermediate_size": 512, "norm_topk_prob": true,
+        "num_attention_heads": 16, "num_experts": 512, "num_experts_per_tok": 10,
+        "num_hidden_layers": 48, "num_key_value_heads": 2, "output_router_logits": false,
+        "partial_rotary_factor": 0.25, "rms_norm_eps": 1e-06, "rope_scaling": null, "rope_theta":
+        10000000, "router_aux_loss_coef": 0.001, "shared_expert_intermediate_size": 512,
+        "tie_word_embeddings": false, "torch_dtype": "bfloat16", "transformers_version":
+        "4.57.0.dev0", "use_cache": true, "use_sliding_window": false, "vocab_size": 151936}""",
     "OLMoE-1B-7B-0924": """{"architectures": ["OlmoeForCausalLM"], "attention_bias": false,
         "attention_dropout": 0.0, "clip_qkv": null, "eos_token_id": 50279, "hidden_act": "silu",
         "hidden_size": 2048, "initializer_range": 0.02, "intermediate_size": 1024,
@@ -426,6 +463,8 @@ def test_whatever_transformers_writes_by_itself_is_known(name: str) -> None:
         ("c4ai-command-r7b-12-2024", {"use_parallel_block": False}, "use_parallel_block"),
         ("Phi-4-mini-instruct", {"full_attn_mod": 2}, "full_attn_mod"),
         ("gpt-oss-20b", {"experts_per_token": 2}, "experts_per_token"),
+        ("recurrentgemma-2b", {"_block_types": ["attention"]}, "_block_types"),
+        ("recurrentgemma-2b", {"embeddings_scale_by_sqrt_dim": False}, "embeddings_scale_by"),
         ("gpt-oss-20b", {"initial_context_length": 8192}, "initial_context_length"),
         ("Mixtral-8x7B-v0.1", {"shared_expert_intermediate_size": 64}, "shared_expert"),
         ("Qwen3-30B-A3B", {"n_shared_experts": 1}, "n_shared_experts"),

@@ -16,7 +16,7 @@ from kvmesh.workers.expert_load import PERIOD_STEPS, ExpertLoad
 from kvmesh.workers.model.facts import read_facts
 from kvmesh.workers.model.load import load_model
 from kvmesh.workers.model.mxfp4 import decode_mxfp4
-from kvmesh.workers.model.shards import check_tp
+from kvmesh.workers.model.sizes import check_tp
 from kvmesh.workers.parallel.comm import Communicator
 from tests.model.attend import prompt_logits
 from tests.model.cases import CASES, PROMPTS

@@ -28,6 +28,7 @@ from kvmesh.workers.model.store import ModelStore
 from kvmesh.workers.model.tokenizer import Tokenizer
 from kvmesh.workers.parallel.comm import Communicator
 from tests.model.attend import prompt_logits
+from tests.model.cases import LLAMA3, LONGROPE, YARN
 from tests.model.small import make_small_gguf, make_small_model, make_small_tokenizer
 
 PROMPT = [5, 9, 2, 7, 7, 1]
@@ -97,28 +98,108 @@ def test_a_gguf_file_computes_the_same_as_its_source(
     assert resolve_model(str(gguf_file), root=tmp_path) == files
 
 
-@pytest.mark.parametrize("architecture", ["Qwen2ForCausalLM", "Qwen3ForCausalLM", "qwen3-moe"])
-def test_a_gguf_of_another_architecture_computes_the_same(
-    architecture: str, tmp_path: Path
-) -> None:
-    """With sizes that are no defaults of transformers' configurations."""
-    overrides: dict[str, Any] = {"rope_parameters": {"rope_type": "default", "rope_theta": 3e4}}
-    if architecture != "Qwen2ForCausalLM":
-        overrides |= {"head_dim": 16, "rms_norm_eps": 1e-3}
-    if architecture == "qwen3-moe":
-        architecture = "Qwen3MoeForCausalLM"
-        overrides |= {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 32}
-        overrides |= {"norm_topk_prob": True}
+_THETA = {"rope_type": "default", "rope_theta": 3e4}
+_HEADS = {"head_dim": 16, "rms_norm_eps": 1e-3}
+_LINEAR = {"rope_type": "linear", "rope_theta": 3e4, "factor": 2.0}
+# Case of GGUF -> architecture and sizes that are no defaults of transformers' configurations.
+_GGUF_CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama3": (
+        "LlamaForCausalLM",
+        {
+            "head_dim": 16,
+            "max_position_embeddings": 16384,
+            "rope_parameters": {**LLAMA3, "original_max_position_embeddings": 8192},
+        },
+    ),
+    "qwen2": ("Qwen2ForCausalLM", {"rope_parameters": _THETA}),
+    "qwen3": ("Qwen3ForCausalLM", {"rope_parameters": _THETA, **_HEADS}),
+    "qwen3-moe": (
+        "Qwen3MoeForCausalLM",
+        {
+            "rope_parameters": _THETA,
+            **_HEADS,
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 32,
+            "norm_topk_prob": True,
+        },
+    ),
+    "gemma2": (
+        "Gemma2ForCausalLM",
+        {
+            **_HEADS,
+            "sliding_window": 3,
+            "query_pre_attn_scalar": 16,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+        },
+    ),
+    "gemma3": (
+        "Gemma3ForCausalLM",
+        {
+            **_HEADS,
+            "num_hidden_layers": 7,
+            "sliding_window": 3,
+            "query_pre_attn_scalar": 16,
+            "rope_parameters": {
+                "full_attention": _LINEAR,
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+    ),
+    "phi3": (
+        "Phi3ForCausalLM",
+        {
+            "rope_parameters": {**LONGROPE, "rope_theta": 3e4},
+            "original_max_position_embeddings": 16,
+            "sliding_window": 3,
+        },
+    ),
+    "olmo2": ("Olmo2ForCausalLM", {"rope_parameters": _THETA, "rms_norm_eps": 1e-3}),
+    "olmo3": (
+        "Olmo3ForCausalLM",
+        {
+            "num_hidden_layers": 4,
+            "sliding_window": 3,
+            "rope_parameters": {
+                "full_attention": {**YARN, "attention_factor": 1.3},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("case", _GGUF_CASES)
+def test_a_gguf_of_another_architecture_computes_the_same(case: str, tmp_path: Path) -> None:
+    architecture, overrides = _GGUF_CASES[case]
     source = tmp_path / "source"
     vocab_size = make_small_tokenizer(source)
-    make_small_model(architecture, source, vocab_size=vocab_size, num_hidden_layers=2, **overrides)
+    sizes = {"vocab_size": vocab_size, "num_hidden_layers": 2, **overrides}
+    make_small_model(architecture, source, **sizes)
     files = resolve_model(str(make_small_gguf(tmp_path / "a.gguf", source)), root=tmp_path / "s")
-    torch.testing.assert_close(_logits(files.path), _logits(source), rtol=0, atol=1e-6)
+    torch.testing.assert_close(_logits(files.path), _logits(source), rtol=0, atol=2e-6)
     text = "The ranks agree: 日本語 👩‍👩‍👧 naïve 1234<|im_end|>"
     ours, theirs = Tokenizer.load(files.path), Tokenizer.load(source)
     ids = ours.encode(text, add_special_tokens=False)
     assert ours.decode(ids, skip_special_tokens=False) == text
     assert ids[-1] == theirs.encode(text)[-1]
+
+
+def test_a_gguf_with_pieces_keeps_its_tokens(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    vocab_size = make_small_tokenizer(source)
+    make_small_model(
+        "Gemma3ForCausalLM", source, vocab_size=vocab_size, num_hidden_layers=6, head_dim=16
+    )
+    file = make_small_gguf(tmp_path / "a.gguf", source, pieces=True)
+    path = resolve_model(str(file), root=tmp_path / "store").path
+    assert eos_token_ids(path) == (1, 3)
+    tokenizer = Tokenizer.load(path)
+    ids = tokenizer.encode("a the é<end_of_turn>", add_special_tokens=True)
+    byte, letter = 4, 4 + 256 + 1
+    assert list(ids) == [2, letter, letter + 28, letter - 1, byte + 0xC3, byte + 0xA9, 3]
+    assert tokenizer.decode(ids[1:-1]) == "a the é"
 
 
 @pytest.mark.parametrize(
@@ -132,7 +213,7 @@ def test_a_gguf_of_another_architecture_computes_the_same(
     ],
 )
 def test_a_gguf_that_would_lose_something_is_refused(
-    llama: Path, tmp_path: Path, metadata: dict[str, str], reason: str
+    llama: Path, tmp_path: Path, metadata: dict[str, Any], reason: str
 ) -> None:
     if "general__architecture" in metadata:
         file = make_small_gguf(tmp_path / "other.gguf", llama)

@@ -13,7 +13,7 @@ import pytest
 
 from kvmesh.workers.errors import ConfigError
 from kvmesh.workers.model.facts import read_facts
-from kvmesh.workers.model.shards import check_tp
+from kvmesh.workers.model.sizes import check_tp
 from kvmesh.workers.parallel.comm import Communicator
 from tests.model.cases import CASES, PROMPTS
 from tests.model.ranks import (

@@ -92,10 +92,21 @@ QWEN3_MOE = MIXTURE | {
 }
 
 
+LLAMA4 = MIXTURE | {
+    "head_dim": 16,
+    "intermediate_size": 32,
+    "intermediate_size_mlp": 48,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 1,
+    "interleave_moe_layer_step": 2,
+}
+
+
 @pytest.mark.parametrize(
     ("model_type", "config", "idle_experts"),
     [
         ("qwen3_moe", QWEN3_MOE, 1 * 4),
+        ("llama4_text", LLAMA4, 2 * 3),
         ("mixtral", MIXTURE | {"num_local_experts": 4, "num_experts_per_tok": 1}, 4 * 3),
     ],
 )

@@ -40,7 +40,8 @@ def test_engine_output_equals_transformers(case: str, tmp_path: Path) -> None:
     outputs, usages = _generate(engine, preempt_at=(4, 20))
     assert sum(usage.preemptions for usage in usages) == 2
     again, usages = _generate(engine)
-    assert sum(usage.cached_tokens for usage in usages) >= 32
+    cached = sum(usage.cached_tokens for usage in usages)
+    assert cached >= 32 if engine.info.prefix_cache else cached == 0
     model = transformers_model(path)
     for index, prompt in enumerate(PROMPTS):
         generated = model.generate(

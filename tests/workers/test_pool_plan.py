@@ -32,6 +32,18 @@ def test_hot_pages_take_no_more_than_their_share(share: float, seqs: int) -> Non
     assert budget - 100 < hot_bytes + 100 * plan.sealed_pages <= budget
 
 
+def test_states_of_sequences_are_part_of_the_memory() -> None:
+    geometry = replace(GEOMETRY, state_bytes=1_000)
+    plan = plan_pool(40_000, geometry, max_num_seqs=100, max_num_batched_tokens=128)
+    assert plan.max_num_seqs == 4  # of 4 hot pages and a state each; 5 without states
+    assert 40_000 - 100 < plan.num_bytes(geometry) <= 40_000
+    assert plan.num_bytes(geometry) - plan.num_bytes(GEOMETRY) == 4_000
+    need = geometry.need(1000)
+    assert geometry.bytes_of(need, 3) == geometry.bytes_of(need) + 3_000
+    with pytest.raises(ConfigError, match="5,100 bytes"):
+        plan_pool(5_000, geometry, max_num_seqs=1, max_num_batched_tokens=64)
+
+
 @pytest.mark.parametrize(("tokens", "pages"), [(1, 1), (64, 1), (65, 2), (130, 3)])
 def test_a_step_has_hot_pages_for_all_its_tokens(tokens: int, pages: int) -> None:
     plan = plan_pool(40_000, GEOMETRY, max_num_seqs=2, max_num_batched_tokens=tokens)

@@ -16,7 +16,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, args: AttendArgs) -> Tenso
     keys, values = (x.repeat_interleave(group, 1).transpose(0, 1) for x in (k, v))
     window = args.sliding_window
     plain = args.softcap is None and args.sinks is None
-    if plain and (window is None or window >= len(q)):
+    if plain and (window is None or abs(window) >= len(q)):
         out = F.scaled_dot_product_attention(
             queries, keys, values, is_causal=True, scale=args.scale
         )
@@ -26,8 +26,10 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, args: AttendArgs) -> Tenso
         scores = torch.tanh(scores / args.softcap) * args.softcap
     at = torch.arange(len(q), device=q.device)
     unseen = at[None, :] > at[:, None]
-    if window is not None:
+    if window is not None and window > 0:
         unseen |= at[None, :] <= at[:, None] - window
+    elif window is not None:  # chunks of -window tokens
+        unseen |= at[None, :] // -window != at[:, None] // -window
     scores = scores.masked_fill(unseen, float("-inf"))
     if args.sinks is not None:  # their values are 0
         sinks = args.sinks.float()[:, None, None].expand(-1, len(q), 1)

@@ -72,7 +72,7 @@ def calibrate(
         report("running the model", index / samples)
         tokens = torch.tensor(window, device=place)
         _run(served, tokens, observers, exact_tokens)
-    num_layers = served.facts.num_layers
+    num_layers = served.facts.num_kv_layers
     layers = []
     for layer in range(num_layers):
         report("fitting", layer / num_layers)

@@ -155,9 +155,9 @@ class Calibration:
                 f"left out the tokens of the first {self.sink_pages} pages,"
                 f" but sink_pages {sink_pages} does not keep them exact"
             )
-        if len(self.layers) != facts.num_layers:
+        if len(self.layers) != facts.num_kv_layers:
             raise _MismatchError(
-                f"has {len(self.layers)} layers, but the model has {facts.num_layers}"
+                f"has {len(self.layers)} layers, but the model has {facts.num_kv_layers}"
             )
         for index, layer in enumerate(self.layers):
             for key, side, params in (("k", fmt.k, layer.k), ("v", fmt.v, layer.v)):

@@ -91,7 +91,7 @@ def predict(
                 kv_format=fmt.name,
                 sequences=sequences,
                 tokens=tokens,
-                sequence_bytes=geometry.bytes_of(geometry.peak_need(tokens)),
+                sequence_bytes=geometry.bytes_of(geometry.peak_need(tokens), 1),
                 pool_bytes=pool * tp,
                 total_bytes=pool * tp + weight_bytes,
                 kv_memory_bytes=pool,

@@ -77,7 +77,7 @@ class EvaluatedModel:
             return Footprint.of(
                 fmt,
                 page_size=self.config.page_size,
-                num_layers=self.facts.num_layers,
+                num_layers=self.facts.num_kv_layers,
                 num_kv_heads=self.facts.num_kv_heads,
                 head_dim=self.facts.head_dim,
                 sink_pages=self.config.sink_pages,

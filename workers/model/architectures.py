@@ -10,16 +10,33 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from kvmesh.workers.model.layer_rules import RECURRENT, ROTATED, SLIDING, STATES, layers_of
+from kvmesh.workers.model.state_shape import StateShape
+
 
 @dataclass(frozen=True, slots=True)
 class ExpertKeys:
     """Which keys of config.json describe a mixture of experts.
 
     count: number of experts, by its names; width: the size of each one's MLP
+    dense: the size of the MLP in layers without experts; shared: of the expert that computes every
+        token, if there is one
+    step: the layers step - 1, 2 * step - 1, … have experts, unless they are listed
     """
 
     count: tuple[str, ...] = ("num_experts", "num_local_experts")
     width: str = "intermediate_size"
+    dense: str = "intermediate_size"
+    shared: str | None = None
+    step: str = "decoder_sparse_step"
+
+    def layers(self, config: Mapping[str, Any]) -> tuple[bool, ...]:
+        """Which layers have experts."""
+        if config.get("moe_layers") is not None:  # Llama 4
+            return tuple(layer in config["moe_layers"] for layer in layers_of(config))
+        dense = config.get("mlp_only_layers") or ()
+        every = int(config.get(self.step) or 1)
+        return tuple(layer not in dense and (layer + 1) % every == 0 for layer in layers_of(config))
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +47,18 @@ class Architecture:
     kv_heads: default if the configuration has no `num_key_value_heads`; None for as many as heads
     head_dim: default if it has no `head_dim`; None for hidden_size // num_attention_heads
     interleaved_rope: RoPE's pairs are neighbouring channels, not the two halves of a head
-    sliding: which layers attend through a sliding window, one of the names in `_SLIDING`
-    window: default if the configuration has no `sliding_window`
-    unrotated: which layers have no RoPE, one of the names in `_UNROTATED`
+    sliding: which layers attend through a sliding window, one of the names in `SLIDING`
+    window: default if the configuration has no `sliding_window`; if it is negative, of chunks
+        of positions, whose size is `attention_chunk_size`
+    window_key: of the window in the configuration
+    positions: default if it has no `max_position_embeddings`
+    mlp_parts: its `intermediate_size` is that of so many parts of an MLP
+    unrotated: which layers have no RoPE, one of the names in `ROTATED`
     rope_types: the RoPE scalings that its modules compute
     experts: if it is a mixture of experts
+    recurrent: if some layers have a state instead of keys and values, which ones and what state:
+        one of the names in `RECURRENT`
+    unused_tensors: in its checkpoints, the beginnings of names of what does not compute the output
     own_code: its checkpoints come with code of their own, which is never run: transformers'
         modules, or those of another architecture, compute the same
     """
@@ -46,114 +70,45 @@ class Architecture:
     interleaved_rope: bool = False
     sliding: str = "none"
     window: int | None = 4096
+    window_key: str = "sliding_window"
+    positions: int | None = None
+    mlp_parts: int = 1
     unrotated: str = "none"
     rope_types: tuple[str, ...] = ("default", "linear", "llama3", "yarn", "dynamic")
     experts: ExpertKeys | None = None
+    recurrent: str = "none"
+    unused_tensors: tuple[str, ...] = ()
     own_code: bool = False
 
+    def with_positions(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The configuration, with `max_position_embeddings` if the architecture implies it."""
+        if self.positions is None:
+            return config
+        return {"max_position_embeddings": self.positions, **config}
+
     def sliding_windows(self, config: Mapping[str, Any]) -> tuple[int | None, ...]:
-        """Each layer's window in tokens, including the query; None for the whole context."""
-        slides = _SLIDING[self.sliding](config)
-        window = config.get("sliding_window", self.window)
+        """Each layer's window in tokens, including the query; None for the whole context, and
+        −c for attention in chunks of c tokens."""
+        slides = SLIDING[self.sliding](config)
+        window = config.get(self.window_key, self.window)
+        if self.window is not None and self.window < 0:
+            chunk = config.get("attention_chunk_size", -self.window)
+            window = None if chunk is None else -chunk
         return tuple(window if slide else None for slide in slides)
 
     def rotated_layers(self, config: Mapping[str, Any]) -> tuple[bool, ...]:
         """Whether each layer rotates queries and keys by their positions."""
-        return _ROTATED[self.unrotated](config, self.sliding_windows(config))
+        return ROTATED[self.unrotated](config, self.sliding_windows(config))
 
+    def recurrent_layers(self, config: Mapping[str, Any]) -> tuple[bool, ...]:
+        """Which layers have a state of fixed size instead of keys and values."""
+        return RECURRENT[self.recurrent](config)
 
-def _layers(config: Mapping[str, Any]) -> range:
-    return range(int(config["num_hidden_layers"]))
+    def state(self, config: Mapping[str, Any]) -> StateShape | None:
+        """What these layers keep of a sequence; None if there are none."""
+        layers = sum(self.recurrent_layers(config))
+        return STATES[self.recurrent](config, layers) if layers else None
 
-
-def _no_layer(config: Mapping[str, Any]) -> tuple[bool, ...]:
-    return (False,) * len(_layers(config))
-
-
-def _every_layer(config: Mapping[str, Any]) -> tuple[bool, ...]:
-    return (True,) * len(_layers(config))
-
-
-def _typed_or_every_layer(config: Mapping[str, Any]) -> tuple[bool, ...]:
-    return _typed(config) or _every_layer(config)
-
-
-def _if_enabled(config: Mapping[str, Any]) -> tuple[bool, ...]:
-    """Qwen3-MoE: every layer, if enabled."""
-    return (bool(config.get("use_sliding_window", False)),) * len(_layers(config))
-
-
-def _upper_layers(config: Mapping[str, Any]) -> tuple[bool, ...]:
-    """Qwen2 and Qwen3: the layers from `max_window_layers` on, if enabled."""
-    if not config.get("use_sliding_window", False):
-        return _no_layer(config)
-    first = int(config.get("max_window_layers", 28))
-    return _typed(config) or tuple(layer >= first for layer in _layers(config))
-
-
-def _unrotated_layers(config: Mapping[str, Any]) -> tuple[bool, ...]:
-    """SmolLM3: the layers without RoPE, if enabled."""
-    if not config.get("use_sliding_window", False) or config.get("sliding_window") is None:
-        return _no_layer(config)
-    return _typed(config) or tuple(not rotated for rotated in _by_no_rope_layers(config, ()))
-
-
-def _all_but_every(period: int) -> Any:
-    """All but the layers `period`, 2 * `period`, … counted from 1."""
-
-    def slides(config: Mapping[str, Any]) -> tuple[bool, ...]:
-        every = int(config.get("sliding_window_pattern") or period)
-        return _typed(config) or tuple((layer + 1) % every != 0 for layer in _layers(config))
-
-    return slides
-
-
-def _typed(config: Mapping[str, Any]) -> tuple[bool, ...] | None:
-    """What the configuration says of each layer, if it does."""
-    types = config.get("layer_types")
-    return tuple(kind == "sliding_attention" for kind in types) if types else None
-
-
-_SLIDING = {
-    "none": _no_layer,
-    "every layer": _every_layer,
-    "every layer unless typed": _typed_or_every_layer,
-    "every layer if enabled": _if_enabled,
-    "upper layers": _upper_layers,
-    "unrotated layers": _unrotated_layers,
-    "all but every second": _all_but_every(2),
-    "all but every fourth": _all_but_every(4),
-    "all but every sixth": _all_but_every(6),
-}
-
-
-def _all_rotated(config: Mapping[str, Any], windows: tuple[int | None, ...]) -> tuple[bool, ...]:
-    return (True,) * len(windows)
-
-
-def _rotated_if_sliding(
-    config: Mapping[str, Any], windows: tuple[int | None, ...]
-) -> tuple[bool, ...]:
-    """Cohere 2: only layers with a sliding window."""
-    return tuple(window is not None for window in windows)
-
-
-def _by_no_rope_layers(
-    config: Mapping[str, Any], windows: tuple[int | None, ...]
-) -> tuple[bool, ...]:
-    """SmolLM3: `no_rope_layers` has 1 for layers with RoPE; by default 0 for every fourth."""
-    flags = config.get("no_rope_layers")
-    if flags is not None:
-        return tuple(bool(flags[layer]) for layer in _layers(config))
-    interval = int(config.get("no_rope_layer_interval", 4))
-    return tuple((layer + 1) % interval != 0 for layer in _layers(config))
-
-
-_ROTATED = {
-    "none": _all_rotated,
-    "full attention": _rotated_if_sliding,
-    "no_rope_layers": _by_no_rope_layers,
-}
 
 ARCHITECTURES: Mapping[str, Architecture] = {
     architecture.name: architecture
@@ -222,11 +177,48 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         Architecture("InternLM2ForCausalLM", "internlm2", own_code=True),
         Architecture("InternLM3ForCausalLM", "internlm3", kv_heads=2, head_dim=128, own_code=True),
         Architecture(
+            "Llama4ForCausalLM",
+            "llama4_text",
+            kv_heads=8,
+            head_dim=128,
+            interleaved_rope=True,
+            sliding="rotated layers",
+            window=-8192,
+            unrotated="no_rope_layers",
+            experts=ExpertKeys(
+                dense="intermediate_size_mlp",
+                shared="intermediate_size",
+                step="interleave_moe_layer_step",
+            ),
+        ),
+        Architecture(
             "Qwen3MoeForCausalLM",
             "qwen3_moe",
             kv_heads=4,
             sliding="every layer if enabled",
             experts=ExpertKeys(width="moe_intermediate_size"),
+        ),
+        Architecture(
+            "Qwen3NextForCausalLM",
+            "qwen3_next",
+            kv_heads=2,
+            head_dim=256,
+            experts=ExpertKeys(
+                width="moe_intermediate_size", shared="shared_expert_intermediate_size"
+            ),
+            recurrent="delta nets",
+            unused_tensors=("mtp.",),  # of multi-token prediction
+        ),
+        Architecture(
+            "RecurrentGemmaForCausalLM",
+            "recurrent_gemma",
+            sliding="attention blocks",
+            window=2048,
+            window_key="attention_window_size",
+            positions=8192,  # it was trained for
+            mlp_parts=2,
+            rope_types=("default",),
+            recurrent="gated recurrences",
         ),
         Architecture(
             "MixtralForCausalLM",

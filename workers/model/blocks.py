@@ -19,6 +19,8 @@ from kvmesh.kernels import gpu
 from kvmesh.kernels.pointwise import add_rms_norm, rms_norm, silu_mul
 from kvmesh.kernels.pointwise.reference import rotate
 from kvmesh.workers.model.hook import AttendArgs, AttendSlot
+from kvmesh.workers.model.llama4 import Llama4Attention, Llama4Mixture
+from kvmesh.workers.parallel.experts import Experts
 from kvmesh.workers.parallel.linears import ColumnLinear
 
 # Projections, then RoPE on halves, then attention; with nothing else in between except the norm
@@ -53,6 +55,7 @@ _PLAIN_RMS_NORM = frozenset(
         f"{family}RMSNorm"
         for family in (
             "Llama",
+            "Llama4Text",
             "Mistral",
             "Ministral",
             "Mixtral",
@@ -73,7 +76,15 @@ _PLAIN_RMS_NORM = frozenset(
     }
 )
 # x / rms(x) * (1 + weight), with the sum in float32
-_CENTRED_RMS_NORM = frozenset({"GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm"})
+_CENTRED_RMS_NORM = frozenset(
+    {
+        "GemmaRMSNorm",
+        "Gemma2RMSNorm",
+        "Gemma3RMSNorm",
+        "Qwen3NextRMSNorm",
+        "RecurrentGemmaRMSNorm",
+    }
+)
 
 
 class RMSNorm(nn.Module):
@@ -180,10 +191,10 @@ class FusedMLP(nn.Module):
         super().__init__()
         if hasattr(source, "gate_up_proj"):
             self.gate_up: ColumnLinear = source.gate_up_proj
-            self.activation = source.activation_fn
         else:
             self.gate_up = ColumnLinear.joined([source.gate_proj, source.up_proj])
-            self.activation = source.act_fn
+        has_name = hasattr(source, "activation_fn")
+        self.activation = source.activation_fn if has_name else source.act_fn
         self.down_proj = source.down_proj
         self._width = self.gate_up.weight.shape[0] // 2
 
@@ -251,10 +262,15 @@ def fuse(layer: Any, sliding_window: int | None, slot: AttendSlot) -> None:
         lean = _lean_norm(module)
         if lean is not None:
             setattr(layer.get_submodule(parent), child, lean)
-    if type(layer.self_attn).__name__ in _PLAIN_ATTENTION:
+        if hasattr(module, "down_proj") and not isinstance(module, Experts):
+            setattr(layer.get_submodule(parent), child, FusedMLP(module))
+    kind = type(getattr(layer, "self_attn", None)).__name__
+    if kind in _PLAIN_ATTENTION:
         layer.self_attn = FusedAttention(layer.self_attn, sliding_window, slot)
-    if not hasattr(layer.mlp, "experts"):
-        layer.mlp = FusedMLP(layer.mlp)
+    elif kind == "Llama4TextAttention":
+        layer.self_attn = Llama4Attention(layer.self_attn, sliding_window, slot)
+        if layer.is_moe_layer:
+            layer.feed_forward = Llama4Mixture(layer.feed_forward)
 
 
 def lean_norm(module: nn.Module) -> nn.Module:
@@ -265,7 +281,8 @@ def lean_norm(module: nn.Module) -> nn.Module:
 def _lean_norm(module: Any) -> nn.Module | None:
     kind = type(module).__name__
     if kind in _PLAIN_RMS_NORM:
-        return RMSNorm(module.weight.data, module.variance_epsilon)
+        epsilon = module.eps if hasattr(module, "eps") else module.variance_epsilon
+        return RMSNorm(module.weight.data, epsilon)
     # In bfloat16, 1 + weight would be rounded before the multiplication.
     if kind in _CENTRED_RMS_NORM and module.weight.dtype == torch.float32:
         return RMSNorm(1.0 + module.weight.data, module.eps)

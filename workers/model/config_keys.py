@@ -95,6 +95,53 @@ _BY_MODEL_TYPE: Mapping[str, frozenset[str]] = {
         "num_experts_per_tok",
         "num_local_experts",
     },
+    "llama4_text": _RMS_NORM
+    | {
+        "attention_bias",
+        "attention_chunk_size",
+        "attn_scale",
+        "attn_temperature_tuning",
+        "floor_scale",
+        "interleave_moe_layer_step",
+        "intermediate_size_mlp",
+        "layer_types",
+        "moe_layers",
+        "no_rope_layer_interval",
+        "no_rope_layers",
+        "num_experts_per_tok",
+        "num_local_experts",
+        "use_qk_norm",
+    },
+    "qwen3_next": _RMS_NORM
+    | {
+        "attention_bias",
+        "decoder_sparse_step",
+        "full_attention_interval",
+        "layer_types",
+        "linear_conv_kernel_dim",
+        "linear_key_head_dim",
+        "linear_num_key_heads",
+        "linear_num_value_heads",
+        "linear_value_head_dim",
+        "mlp_only_layers",
+        "moe_intermediate_size",
+        "norm_topk_prob",
+        "num_experts",
+        "num_experts_per_tok",
+        "partial_rotary_factor",
+        "shared_expert_intermediate_size",
+    },
+    "recurrent_gemma": _RMS_NORM
+    | {
+        "attention_bias",
+        "attention_window_size",
+        "block_types",
+        "conv1d_width",
+        "hidden_activation",
+        "logits_soft_cap",
+        "lru_width",
+        "partial_rotary_factor",
+    },
     "mixtral": _RMS_NORM | {"num_experts_per_tok", "num_local_experts", "sliding_window"},
     "dbrx": frozenset({"clip_qkv", "num_experts_per_tok", "num_local_experts"}),
     "olmoe": _RMS_NORM
@@ -127,11 +174,17 @@ _ONLY_VALUE: Mapping[str, Mapping[str, object]] = {
         "use_parallel_embedding": True,
     },
     "phi3": {"full_attn_mod": 1, "interpolate_factor": 1},
+    "recurrent_gemma": {
+        # transformers reads only `block_types`.
+        "_block_types": ["recurrent", "recurrent", "attention"],
+        "embeddings_scale_by_sqrt_dim": True,
+    },
 }
 # Keys that repeat another one.
 _REPEATED: Mapping[str, Mapping[str, str]] = {
     "cohere2": {"layer_switch": "sliding_window_pattern"},
     "gemma2": {"sliding_window_size": "sliding_window"},
+    "recurrent_gemma": {"sliding_window": "attention_window_size"},
     "gpt_oss": {
         "experts_per_token": "num_experts_per_tok",
         "initial_context_length": "rope_scaling.original_max_position_embeddings",
@@ -171,6 +224,7 @@ _HARMLESS = frozenset(
         "encoder_no_repeat_ngram_size",
         "eos_token_id",
         "exponential_decay_length_penalty",
+        "final_w_init_variance_scale",
         "finetuning_task",
         "forced_bos_token_id",
         "forced_eos_token_id",
@@ -234,6 +288,7 @@ _HARMLESS = frozenset(
         "use_cache",
         "use_flash_attention_2",
         "use_flash_attn",
+        "w_init_variance_scale",
     }
 )
 _HARMLESS_PREFIXES = ("unsloth_",)

@@ -2,6 +2,7 @@
 
 one by one   each expert's gate, up and down are tensors of their own, as nn.Linear has them
 joined       gate_up_proj [experts, 2 * width, hidden] and down_proj [experts, hidden, width]
+Llama 4      gate_up_proj [experts, hidden, 2 * width] and down_proj [experts, width, hidden]
 GPT-OSS      gate_up_proj [experts, hidden, 2 * width], whose columns are gate, up, gate, …,
              down_proj [experts, width, hidden], and biases; or both products in MXFP4
 """
@@ -39,6 +40,7 @@ class ExpertShare:
 _ONE_BY_ONE: Mapping[str, tuple[str, tuple[str, str, str]]] = {
     "mixtral": (".block_sparse_moe.", ("w1", "w3", "w2")),
     "qwen3_moe": (".mlp.", ("gate_proj", "up_proj", "down_proj")),
+    "qwen3_next": (".mlp.", ("gate_proj", "up_proj", "down_proj")),
     "olmoe": (".mlp.", ("gate_proj", "up_proj", "down_proj")),
 }
 
@@ -47,6 +49,8 @@ def read_experts(weights: Weights, share: ExpertShare, model_type: str) -> dict[
     """gate_up, down and, if there are any, gate_up_bias and down_bias, as `Experts` takes them."""
     if model_type == "gpt_oss":
         return _read_gpt_oss(weights, share)
+    if model_type == "llama4_text":
+        return _read_llama4(weights, share)
     if f"{share.name}.gate_up_proj" in weights:
         return _read_joined(weights, share)
     return _read_one_by_one(weights, share, *_ONE_BY_ONE[model_type])
@@ -105,6 +109,19 @@ def _read_joined(weights: Weights, share: ExpertShare) -> dict[str, Tensor]:
         width,
     )
     return {"gate_up": torch.cat(gate_up, dim=1), "down": down}
+
+
+def _read_llama4(weights: Weights, share: ExpertShare) -> dict[str, Tensor]:
+    experts, width = _slice(share.experts), _slice(share.width)
+    total, inner, hidden = share.total_experts, share.total_width, share.hidden
+    ups = slice(width.start + inner, width.stop + inner)
+    shape = torch.Size((total, hidden, 2 * inner))
+    name = f"{share.name}.gate_up_proj"
+    gate_up = [weights.part(name, shape, experts, slice(None), part).mT for part in (width, ups)]
+    down = weights.part(
+        f"{share.name}.down_proj", torch.Size((total, inner, hidden)), experts, width
+    )
+    return {"gate_up": torch.cat(gate_up, dim=1), "down": down.mT.contiguous()}
 
 
 def _read_gpt_oss(weights: Weights, share: ExpertShare) -> dict[str, Tensor]:

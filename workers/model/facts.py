@@ -21,6 +21,7 @@ from kvmesh.workers.model.config_keys import keys_not_implemented
 from kvmesh.workers.model.dbrx_keys import standard_keys
 from kvmesh.workers.model.quantisation import quantisation_of, why_not_read
 from kvmesh.workers.model.rope_scaling import RopeScaling
+from kvmesh.workers.model.state_shape import StateShape
 from kvmesh.workers.model.tensors import TensorInfo, read_tensors
 from kvmesh.workers.rope_override import RopeOverride
 
@@ -43,8 +44,12 @@ class ModelFacts:
     vocab_size: width of the logits
     unused_token_ids: those below it that the tokenizer has no token for
     rotated_layers: per layer, whether RoPE is applied; () for all
+    mlp_sizes: widths of its MLPs that are not one expert of many: of dense layers and of
+        experts that compute every token
     num_experts: of each mixture of experts; 0 if the model has none
-    expert_size: like intermediate_size, of one expert
+    expert_size: width of one expert's MLP
+    recurrent_layers: per layer, whether it has a state instead of keys and values; () for none
+    state: what these layers keep of a sequence
     trained_len: positions that it was trained for before its RoPE was scaled
     rope: how RoPE is scaled, as `kvmesh status` shows it
     """
@@ -57,7 +62,7 @@ class ModelFacts:
     num_kv_heads: int
     head_dim: int
     hidden_size: int
-    intermediate_size: int
+    mlp_sizes: tuple[int, ...]
     vocab_size: int
     max_model_len: int
     eos_token_ids: tuple[int, ...]
@@ -68,8 +73,15 @@ class ModelFacts:
     rotated_layers: tuple[bool, ...] = ()
     num_experts: int = 0
     expert_size: int = 0
+    recurrent_layers: tuple[bool, ...] = ()
+    state: StateShape | None = None
     trained_len: int = 0
     rope: str = "default"
+
+    @property
+    def num_kv_layers(self) -> int:
+        """Layers with keys and values."""
+        return self.num_layers - sum(self.recurrent_layers)
 
     @property
     def num_token_ids(self) -> int:
@@ -85,8 +97,9 @@ def read_facts(path: Path, rope: RopeOverride | None = None) -> ModelFacts:
     Raises ConfigError naming a file that is missing or malformed, and
     UnsupportedModelError for a model that would be computed incorrectly.
     """
-    config = standard_keys(read_json(path / "config.json"), path)
-    architecture = check_supported(config, path)
+    stored = standard_keys(read_json(path / "config.json"), path)
+    architecture = check_supported(stored, path)
+    config = architecture.with_positions(stored)
     tensors = read_tensors(path)
     integers = {key: _positive(config, key, path) for key in _REQUIRED}
     heads = integers["num_attention_heads"]
@@ -117,7 +130,7 @@ def read_facts(path: Path, rope: RopeOverride | None = None) -> ModelFacts:
         or architecture.head_dim
         or integers["hidden_size"] // heads,
         hidden_size=integers["hidden_size"],
-        intermediate_size=integers["intermediate_size"],
+        mlp_sizes=_mlp_sizes(config, architecture, path),
         vocab_size=integers["vocab_size"],
         max_model_len=max_model_len,
         eos_token_ids=eos_token_ids(path),
@@ -130,16 +143,29 @@ def read_facts(path: Path, rope: RopeOverride | None = None) -> ModelFacts:
         rotated_layers=architecture.rotated_layers(config),
         num_experts=num_experts,
         expert_size=expert_size,
+        recurrent_layers=architecture.recurrent_layers(config),
+        state=architecture.state(config),
         trained_len=trained_len,
         rope=str(scaling) if rope is None else f"{rope}, instead of {scaling}",
     )
+
+
+def _mlp_sizes(
+    config: Mapping[str, Any], architecture: Architecture, path: Path
+) -> tuple[int, ...]:
+    experts = architecture.experts
+    if experts is None:
+        return (_positive(config, "intermediate_size", path) // architecture.mlp_parts,)
+    found = set() if experts.shared is None else {_positive(config, experts.shared, path)}
+    if not all(experts.layers(config)):
+        found.add(_positive(config, experts.dense, path))
+    return tuple(sorted(found))
 
 
 _REQUIRED = (
     "num_hidden_layers",
     "num_attention_heads",
     "hidden_size",
-    "intermediate_size",
     "vocab_size",
     "max_position_embeddings",
 )

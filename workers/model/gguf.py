@@ -1,24 +1,27 @@
 """Converts GGUF files once to the safetensors directory that all other code reads.
 
-transformers does the reading: it dequantises, undoes the permutation of Llama's
-query and key weights, and rebuilds the tokenizer. It ignores metadata that it does not know, so
-what it does not read is set here, and what neither reads is refused by name. Weights are stored
-in float32, which represents the dequantised values exactly.
+The gguf package names and dequantises tensors, transformers rebuilds the tokenizer. Weights are
+stored in float32, which represents the dequantised values exactly.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from kvmesh.workers.errors import ConfigError, UnsupportedModelError
+from kvmesh.workers.errors import ConfigError
+from kvmesh.workers.model.architectures import ARCHITECTURES
+from kvmesh.workers.model.gguf_config import config_of_gguf
+from kvmesh.workers.model.gguf_metadata import GGUFMetadata
 
 _MAGIC = b"GGUF"
 _BYTES_PER_GGUF_BYTE = 8  # float32 from 4-bit blocks
+_SHARD_BYTES = 4 << 30
+_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+# Their norms multiply by 1 + weight, which is what the file has.
+_CENTRED_NORMS = frozenset({"gemma2", "gemma3"})
 
 
 def is_gguf(file: Path) -> bool:
@@ -32,160 +35,152 @@ def converted_bytes(file: Path) -> int:
     return file.stat().st_size * _BYTES_PER_GGUF_BYTE
 
 
-@dataclass(frozen=True, slots=True)
-class _Kind:
-    """An architecture of GGUF, and which of its metadata transformers does not read.
+def check_gguf(file: Path) -> dict[str, Any]:
+    """The config.json of the model in `file`.
 
-    config: metadata -> attribute of the configuration that it is
-    equal: metadata -> attribute that it must repeat, because no other value is represented
+    Raises UnsupportedModelError for a file whose conversion would lose something or was never
+    checked, ConfigError naming a file that is malformed.
     """
-
-    config: Mapping[str, str] = field(default_factory=dict)
-    equal: Mapping[str, str] = field(default_factory=dict)
-
-
-_WHOLE_HEADS = {
-    "attention.key_length": "head_dim",
-    "attention.value_length": "head_dim",
-    "rope.dimension_count": "head_dim",
-}
-_OWN_HEAD_DIM = {name: of for name, of in _WHOLE_HEADS.items() if name != "attention.key_length"}
-_KINDS: Mapping[str, _Kind] = {
-    "llama": _Kind(equal=_WHOLE_HEADS),
-    "qwen2": _Kind(equal=_WHOLE_HEADS),
-    "qwen3": _Kind({"attention.key_length": "head_dim"}, _OWN_HEAD_DIM),
-    "qwen3moe": _Kind(
-        {
-            "attention.key_length": "head_dim",
-            "expert_feed_forward_length": "moe_intermediate_size",
-        },
-        {
-            **_OWN_HEAD_DIM,
-            "expert_count": "num_experts",
-            "expert_used_count": "num_experts_per_tok",
-        },
-    ),
-}
-# Metadata that transformers reads for all of them.
-_READ = frozenset(
-    {
-        "attention.head_count",
-        "attention.head_count_kv",
-        "attention.layer_norm_rms_epsilon",
-        "block_count",
-        "context_length",
-        "embedding_length",
-        "feed_forward_length",
-        "rope.freq_base",
-        "vocab_size",
-    }
-)
-# Values that say nothing.
-_NEUTRAL: tuple[object, ...] = (None, 0, 0.0, False, "", "none", [])
+    return config_of_gguf(_metadata(file, _read(file)))
 
 
 def convert_gguf(file: Path, target: Path) -> None:
     """Convert the model in `file` to safetensors in directory `target`, with its tokenizer.
 
-    Raises UnsupportedModelError for a model whose conversion was not checked,
-    ConfigError naming a file that is malformed.
+    Raises as `check_gguf`, and for tensors that are missing or not of the model.
     """
-    values = check_gguf(file)
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import PreTrainedTokenizerFast
 
-    # transformers draws progress bars on stderr, and none of its settings disables them here.
-    with contextlib.redirect_stderr(io.StringIO()):
-        config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
-        _complete(file, config, values)
-        model, report = AutoModelForCausalLM.from_pretrained(
-            file.parent,
-            gguf_file=file.name,
-            config=config,
-            dtype=torch.float32,
-            output_loading_info=True,
-        )
-        _check_report(file, report)
-        # The weights are no longer quantised, but with these two set transformers does not save.
-        del model.config.quantization_config
-        model.hf_quantizer = None
-        model.save_pretrained(target)
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        tokenizer.save_pretrained(target)
+    reader = _read(file)
+    metadata = _metadata(file, reader)
+    config = config_of_gguf(metadata)
+    (target / "config.json").write_text(json.dumps(config, indent=2))
+    names = _names(file, metadata, config)
+    _save(_tensors(reader, names, metadata.architecture, config), target)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(file.parent, gguf_file=file.name)
+    tokenizer.save_pretrained(target)
 
 
-def _complete(file: Path, config: Any, values: Mapping[str, Any]) -> None:
-    """Set in `config` what transformers does not read from the metadata `values`.
-
-    Raises UnsupportedModelError for metadata that it cannot express.
-    """
-    architecture = values["general.architecture"]
-    kind = _KINDS[architecture]
-    found = {
-        name.removeprefix(f"{architecture}."): value
-        for name, value in values.items()
-        if name.startswith(f"{architecture}.")
-    }
-    for name, attribute in kind.config.items():
-        if name in found:
-            setattr(config, attribute, found[name])
-    for name, attribute in kind.equal.items():
-        own = getattr(config, attribute, None)
-        if attribute == "head_dim" and own is None:
-            own = config.hidden_size // config.num_attention_heads
-        if found.get(name, own) != own:
-            raise _refused(
-                file, f"{architecture}.{name} is {found[name]}, but its {attribute} is {own}"
-            )
-
-
-def _check_report(file: Path, report: Mapping[str, Any]) -> None:
-    """Check for mismatches, since transformers fills missing weights with random numbers."""
-    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if report[what]:
-            raise UnsupportedModelError(
-                "model", f"{file}: {what.replace('_', ' ')} in the conversion: {min(report[what])}"
-            )
-
-
-def check_gguf(file: Path) -> Mapping[str, Any]:
-    """Refuse files whose conversion would lose something or was never checked.
-
-    Returns the file's metadata without its tokenizer.
-    """
+def _read(file: Path) -> Any:
     from gguf import GGUFReader
 
     try:
-        reader = GGUFReader(file)
+        return GGUFReader(file)
+    except (ValueError, IndexError, KeyError, OSError) as error:
+        raise ConfigError("model", f"{file} is not a complete GGUF file: {error}") from error
+
+
+def _metadata(file: Path, reader: Any) -> GGUFMetadata:
+    from gguf import dequantize
+
+    try:
         values = {
             name: entry.contents()
             for name, entry in reader.fields.items()
-            if not name.startswith("tokenizer.ggml.")
+            if not name.startswith("tokenizer.ggml.") or name.endswith("_token_id")
         }
-    except (ValueError, IndexError, KeyError, OSError) as error:
+    except (ValueError, IndexError, KeyError) as error:
         raise ConfigError("model", f"{file} is not a complete GGUF file: {error}") from error
-    architecture = values.get("general.architecture")
-    kind = _KINDS.get(str(architecture))
-    if kind is None:
-        raise _refused(
-            file,
-            f"GGUF files of architecture {architecture!r} are not supported, only of"
-            f" {', '.join(_KINDS)}",
-        )
-    if any(tensor.name.startswith(("rope_freqs", "rope_factors")) for tensor in reader.tensors):
-        raise _refused(file, "its RoPE scaling would be lost in the conversion")
-    known = {*_READ, *kind.config, *kind.equal}
-    lost = sorted(
-        name
-        for name, value in values.items()
-        if name.startswith(f"{architecture}.")
-        and name.removeprefix(f"{architecture}.") not in known
-        and value not in _NEUTRAL
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    shapes = {name: tuple(int(n) for n in t.shape[::-1]) for name, t in tensors.items()}
+    factors = {
+        name: dequantize(tensors[name].data, tensors[name].tensor_type)
+        for name in _FACTORS
+        if name in tensors
+    }
+    return GGUFMetadata(file, values, shapes, factors)
+
+
+def _names(
+    file: Path, metadata: GGUFMetadata, config: Mapping[str, Any]
+) -> Mapping[str, list[str]]:
+    """The names in the file that each of the model's tensors is made of.
+
+    Raises UnsupportedModelError for tensors that are missing, of other shapes, or not used.
+    """
+    import gguf
+    import torch
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    their_names = gguf.get_tensor_name_map(
+        kinds[metadata.architecture], config["num_hidden_layers"]
     )
-    if lost:
-        raise _refused(file, f"{', '.join(lost)} would be lost in the conversion")
-    return values
+    model_type = ARCHITECTURES[config["architectures"][0]].model_type
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type].from_dict(dict(config)))
+    model.tie_weights()
+    found: dict[str, list[str]] = {}
+    unused = metadata.shapes.keys() - set(_FACTORS)
+    for name, weight in model.named_parameters():
+        if name.endswith(".experts.gate_up_proj"):
+            layer = name.split(".")[2]
+            parts = [f"blk.{layer}.ffn_{part}_exps.weight" for part in ("gate", "up")]
+        else:
+            with_suffix = name if name.endswith((".weight", ".bias")) else f"{name}.weight"
+            parts = [their_names.get_name(with_suffix, (".weight", ".bias")) or name]
+        for part in parts:
+            shape = metadata.shapes.get(part)
+            if shape is None:
+                raise metadata.refused(f"it has no tensor {part} ({name})")
+            rows = weight.shape[1] // 2 if len(parts) == 2 else None
+            expected = (
+                tuple(weight.shape) if rows is None else (len(weight), rows, *weight.shape[2:])
+            )
+            if shape != expected:
+                raise metadata.refused(f"{part} has shape {shape}, expected {expected}")
+        found[name] = parts
+        unused -= set(parts)
+    if unused:
+        raise metadata.refused(f"{min(unused)} is not a tensor of {config['architectures'][0]}")
+    return found
 
 
-def _refused(file: Path, reason: str) -> UnsupportedModelError:
-    return UnsupportedModelError("model", f"{file}: {reason}; use its safetensors weights")
+def _tensors(
+    reader: Any, names: Mapping[str, list[str]], architecture: str, config: Mapping[str, Any]
+) -> Iterator[tuple[str, Any]]:
+    """The model's tensors, [name, array], as transformers stores them."""
+    import numpy as np
+    from gguf import dequantize
+
+    stored = {tensor.name: tensor for tensor in reader.tensors}
+    for name, parts in names.items():
+        arrays = [dequantize(stored[part].data, stored[part].tensor_type) for part in parts]
+        array = arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=1)
+        if architecture in _CENTRED_NORMS and name.endswith("norm.weight"):
+            array = array - 1
+        if architecture == "llama" and ".self_attn.q_proj." in name:
+            array = _halves(array, config["num_attention_heads"])
+        if architecture == "llama" and ".self_attn.k_proj." in name:
+            array = _halves(array, config["num_key_value_heads"])
+        yield name, np.ascontiguousarray(array, dtype=np.float32)
+
+
+def _halves(array: Any, heads: int) -> Any:
+    """Rows whose pairs are neighbours, as llama.cpp rotates Llama's, as the halves of a head."""
+    by_pair = array.reshape(heads, -1, 2, *array.shape[1:])
+    return by_pair.swapaxes(1, 2).reshape(array.shape)
+
+
+def _save(tensors: Iterator[tuple[str, Any]], target: Path) -> None:
+    """Write safetensors files of limited size, so that memory holds no more than one."""
+    from safetensors.numpy import save_file
+
+    files: dict[str, str] = {}
+    for number, shard in enumerate(_shards(tensors), start=1):
+        file = f"model-{number:05}.safetensors"
+        save_file(shard, target / file, metadata={"format": "pt"})
+        files |= dict.fromkeys(shard, file)
+    index = {"metadata": {}, "weight_map": files}
+    (target / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _shards(tensors: Iterator[tuple[str, Any]]) -> Iterator[dict[str, Any]]:
+    shard: dict[str, Any] = {}
+    for name, array in tensors:
+        shard[name] = array
+        if sum(part.nbytes for part in shard.values()) >= _SHARD_BYTES:
+            yield shard
+            shard = {}
+    if shard:
+        yield shard

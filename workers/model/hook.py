@@ -18,6 +18,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from kvmesh.workers.model.recurrent_state import StepStates
+
 IMPLEMENTATION = "kvmesh"
 
 
@@ -27,7 +29,8 @@ class AttendArgs:
 
     scale: factor of the products of queries and keys
     softcap: c, where products s become c * tanh(s / c), after the scale; None for none
-    sliding_window: w, where the query at position i reads the keys at (i - w, i]; None for all
+    sliding_window: w, where the query at position i reads the keys at (i - w, i]; None for all;
+        w < 0 for attention in chunks of -w tokens, where it reads those of its own chunk
     sinks: [num_heads], of this rank; a score that each query of a head has besides those of its
         keys, whose value is 0; None for none
     rope: cos and sin, [T, D] each, if queries and keys have yet to be rotated
@@ -48,21 +51,34 @@ Attend = Callable[[int, Tensor, Tensor, Tensor, AttendArgs], Tensor]
 class AttendSlot:
     """Holds the `attend` of the forward pass in progress; one per model."""
 
-    __slots__ = ("attend", "rotates")
+    __slots__ = ("attend", "positions", "rotates", "states")
 
     def __init__(self) -> None:
         self.attend: Attend | None = None
+        self.positions: Tensor | None = None
+        self.states: StepStates | None = None
         self.rotates = False
 
     @contextmanager
-    def holding(self, attend: Attend, *, rotates: bool = False) -> Iterator[None]:
-        """rotates: `attend` applies RoPE itself where it gets `AttendArgs.rope`"""
+    def holding(
+        self,
+        attend: Attend,
+        positions: Tensor,
+        states: StepStates | None,
+        *,
+        rotates: bool = False,
+    ) -> Iterator[None]:
+        """positions: [T] int64, of the pass's tokens
+        states: of its sequences, if the model has recurrent layers
+        rotates: `attend` applies RoPE itself where it gets `AttendArgs.rope`
+        """
         assert self.attend is None, "a forward pass of this model is already running"
-        self.attend, self.rotates = attend, rotates
+        self.attend, self.positions, self.states = attend, positions, states
+        self.rotates = rotates
         try:
             yield
         finally:
-            self.attend, self.rotates = None, False
+            self.attend, self.positions, self.states, self.rotates = None, None, None, False
 
 
 def attach(attention: nn.Module, slot: AttendSlot) -> None:

@@ -19,10 +19,14 @@ from kvmesh.kernels.linear import WeightFormat, pack
 from kvmesh.workers.errors import ConfigError, UnsupportedModelError
 from kvmesh.workers.model.architectures import ARCHITECTURES
 from kvmesh.workers.model.blocks import FusedAttention, fuse, fused_layer, lean_norm
+from kvmesh.workers.model.delta_net import GatedDeltaNet
 from kvmesh.workers.model.facts import ModelFacts, read_facts
 from kvmesh.workers.model.hook import IMPLEMENTATION, Attend, AttendSlot, attach
+from kvmesh.workers.model.recurrent_state import StepStates
+from kvmesh.workers.model.rg_lru import GatedLinearRecurrence
 from kvmesh.workers.model.rope import Rope, fixed_rotary, override_rope
-from kvmesh.workers.model.shards import Pack, Placer, check_tp
+from kvmesh.workers.model.shards import Pack, Placer
+from kvmesh.workers.model.sizes import check_tp
 from kvmesh.workers.model.stored import adapt, read_config, stored_as
 from kvmesh.workers.model.weights import WeightReader, Weights
 from kvmesh.workers.parallel.comm import Communicator
@@ -38,6 +42,8 @@ class ServedModel:
     rotary_emb: cosines and sines of positions; ropes: each layer's frequencies
     values_rotated: whether `attend` gets values in the basis of `kernels/formats/rotation.py`, and
         has to return its output in it
+    rotary_emb: cosines and sines of positions; ropes: the frequencies of each layer with keys
+    state: what recurrent layers keep of a sequence, on this rank
     """
 
     def __init__(self, facts: ModelFacts, model: Any, slot: AttendSlot, tp: int) -> None:
@@ -46,33 +52,45 @@ class ServedModel:
         self.num_heads = facts.num_heads // tp
         self.num_kv_heads = facts.num_kv_heads // tp
         self.head_dim = facts.head_dim
-        self.ropes = Rope.of_layers(
+        ropes = Rope.of_layers(
             model.model.rotary_emb,
             model.config,
             facts.rotated_layers or (True,) * facts.num_layers,
             interleaved=ARCHITECTURES[facts.architecture].interleaved_rope,
         )
+        recurrent = facts.recurrent_layers or (False,) * facts.num_layers
+        self.ropes = tuple(rope for rope, state in zip(ropes, recurrent, strict=True) if not state)
+        self.state = None if facts.state is None else facts.state.of_rank(tp)
         self.rotary_emb: nn.Module = model.model.rotary_emb
+        self._dtype: torch.dtype = model.get_input_embeddings().weight.dtype
         self._body: nn.Module = model.model
         self._head: VocabHead = model.lm_head
         self._slot = slot
         self._logit_scale: float | None = getattr(model, "logit_scale", None)
         self._logit_divisor: float | None = getattr(model.config, "logits_scaling", None)
-        self._logit_softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
+        caps = ("final_logit_softcapping", "logits_soft_cap")
+        self._logit_softcap: float | None = next(
+            (getattr(model.config, name) for name in caps if hasattr(model.config, name)), None
+        )
 
     @torch.inference_mode()
     def forward(
-        self, input_ids: Tensor, positions: Tensor, attend: Attend, logits_rows: Tensor
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        attend: Attend,
+        logits_rows: Tensor,
+        states: StepStates | None = None,
     ) -> Tensor | None:
         """Logits of the tokens `logits_rows` of a step, on rank 0; None on the other ranks.
 
         input_ids, positions: [T] int64, the tokens of any number of sequences, without padding
-        attend: called once per layer; knows which token belongs to which sequence
+        attend: called once per layer with keys; knows which token belongs to which sequence
         logits_rows: [n] int64, from 0 to T - 1
         Returns [n, vocab_size] fp32. Nothing synchronises with the host and no shape
         depends on data, so a call can be captured in a CUDA graph.
         """
-        return self.forward_with_grad(input_ids, positions, attend, logits_rows)
+        return self.logits(self.hidden(input_ids, positions, attend, states), logits_rows)
 
     def forward_with_grad(
         self, input_ids: Tensor, positions: Tensor, attend: Attend, logits_rows: Tensor
@@ -81,19 +99,28 @@ class ServedModel:
         return self.logits(self.hidden(input_ids, positions, attend), logits_rows)
 
     def hidden(
-        self, input_ids: Tensor, positions: Tensor, attend: Attend, *, rotates: bool = False
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        attend: Attend,
+        states: StepStates | None = None,
+        *,
+        rotates: bool = False,
     ) -> Tensor:
         """The tokens' last hidden states, [T, hidden_size]; see `forward`.
 
+        states: of the sequences; without them, the tokens are one sequence from its beginning
         rotates: see `AttendSlot.holding`
         """
-        with self._slot.holding(attend, rotates=rotates):
-            states: Tensor = self._body(
+        if self.state is not None and states is None:
+            states = StepStates.of_one(self.state, len(input_ids), self._dtype, input_ids.device)
+        with self._slot.holding(attend, positions, states, rotates=rotates):
+            found: Tensor = self._body(
                 input_ids=input_ids.unsqueeze(0),
                 position_ids=positions.unsqueeze(0),
                 use_cache=False,
             ).last_hidden_state
-        return states[0]
+        return found[0]
 
     def logits(self, hidden: Tensor, rows: Tensor) -> Tensor | None:
         """[n, vocab_size] fp32 of the `rows` of `hidden`, on rank 0; None on the other ranks.
@@ -162,7 +189,9 @@ def load_model(
     config = read_config(facts, path)
     if rope is not None:
         override_rope(config, rope, facts.trained_len)
-    with WeightReader(path, dtype, device) as reader:
+    _check_agreement(facts, config, path)
+    unused = ARCHITECTURES[facts.architecture].unused_tensors
+    with WeightReader(path, dtype, device, unused) as reader:
         return build_model(
             facts,
             config,
@@ -204,14 +233,32 @@ def build_model(
     Placer(model, weights, comm, facts, packing, expert_parallel=expert_parallel).place()
     _restore_buffers(model, config, device, max_model_len or facts.max_model_len)
     slot = AttendSlot()
-    for layer, window in zip(model.model.layers, facts.sliding_windows, strict=True):
-        _localise(layer.self_attn, comm)
-        attach(layer.self_attn, slot)
-        fuse(layer, window, slot)
+    recurrent = facts.recurrent_layers or (False,) * facts.num_layers
+    for index, layer in enumerate(model.model.layers):
+        # Layers with keys, and layers with states, are counted each for themselves.
+        before = sum(recurrent[:index])
+        name = next(name for name in _MIXERS if hasattr(layer, name))
+        mixer = getattr(layer, name)
+        if name == "linear_attn":
+            layer.linear_attn = GatedDeltaNet(mixer, before, slot, comm.size)
+        elif recurrent[index]:
+            layer.temporal_block = GatedLinearRecurrence(mixer, before, slot)
+        else:
+            mixer.layer_idx = index - before
+            if name == "temporal_block":
+                mixer.rotary_emb = model.model.rotary_emb
+            _localise(mixer, comm)
+            attach(mixer, slot)
+        fuse(layer, facts.sliding_windows[index], slot)
     model.model.layers = nn.ModuleList(fused_layer(layer) for layer in model.model.layers)
-    model.model.norm = lean_norm(model.model.norm)
+    norm = "norm" if hasattr(model.model, "norm") else "final_norm"
+    setattr(model.model, norm, lean_norm(getattr(model.model, norm)))
     _check_complete(model, facts.name)
     return ServedModel(facts, model, slot, comm.size)
+
+
+# What a layer mixes tokens with, by the names that transformers has for it.
+_MIXERS = ("self_attn", "linear_attn", "temporal_block")
 
 
 def _packing(weight_format: WeightFormat, dtype: torch.dtype, device: torch.device) -> Pack:
@@ -256,7 +303,10 @@ def _sliding_windows(config: Any) -> tuple[int | None, ...]:
     if config.model_type in _ONE_WINDOW:
         kinds = ["sliding_attention"] * config.num_hidden_layers
     kinds = kinds or ["full_attention"] * config.num_hidden_layers
-    return tuple(config.sliding_window if kind == "sliding_attention" else None for kind in kinds)
+    window = {"sliding_attention": getattr(config, "sliding_window", None)}
+    if "chunked_attention" in kinds:
+        window["chunked_attention"] = -config.attention_chunk_size
+    return tuple(window.get(kind) for kind in kinds)
 
 
 def _restore_buffers(model: Any, config: Any, device: torch.device, max_model_len: int) -> None:
@@ -266,6 +316,9 @@ def _restore_buffers(model: Any, config: Any, device: torch.device, max_model_le
     factor = getattr(body.embed_tokens, "scalar_embed_scale", None)
     if factor is not None:
         body.embed_tokens.embed_scale = torch.tensor(factor, device=device)
+    if hasattr(body, "normalizer"):  # RecurrentGemma, which rounds it
+        scale = torch.tensor(config.hidden_size**0.5, dtype=torch.bfloat16, device=device)
+        body.normalizer = scale
 
 
 def _localise(attention: Any, comm: Communicator) -> None:

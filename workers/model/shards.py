@@ -14,7 +14,6 @@ from kvmesh.kernels.moe import SWIGLU, GatedUnit
 from kvmesh.workers.errors import ConfigError, UnsupportedModelError
 from kvmesh.workers.model.expert_weights import ExpertShare, read_experts, stored_router
 from kvmesh.workers.model.facts import ModelFacts
-from kvmesh.workers.model.sizes import divisors
 from kvmesh.workers.model.weights import Weights
 from kvmesh.workers.parallel.comm import Communicator
 from kvmesh.workers.parallel.experts import Experts
@@ -27,11 +26,15 @@ _ATTENTION: _Plan = {
     **{f"layers.*.self_attn.{name}_proj": "rows" for name in ("q", "k", "v")},
     "layers.*.self_attn.o_proj": "columns",
 }
-_MLP: _Plan = {
-    "layers.*.mlp.gate_proj": "rows",
-    "layers.*.mlp.up_proj": "rows",
-    "layers.*.mlp.down_proj": "columns",
-}
+
+
+def _mlp(name: str) -> _Plan:
+    """Of an MLP, by its module's name."""
+    inward: _Plan = {f"{name}.{part}_proj": "rows" for part in ("gate", "up")}
+    return {**inward, f"{name}.down_proj": "columns"}
+
+
+_MLP: _Plan = _mlp("layers.*.mlp")
 _JOINED_ATTENTION: _Plan = {
     "layers.*.self_attn.qkv_proj": "queries, keys, values",
     "layers.*.self_attn.o_proj": "columns",
@@ -61,6 +64,33 @@ _PLANS: Mapping[str, _Plan] = {
     "glm4": {**_ATTENTION, **_JOINED_MLP},
     "qwen3_moe": {**_ATTENTION, **_MLP, **_EXPERTS},
     "mixtral": {**_ATTENTION, **_EXPERTS},
+    "qwen3_next": {
+        **_ATTENTION,
+        **_MLP,
+        **_mlp("layers.*.mlp.shared_expert"),
+        **_EXPERTS,
+        "layers.*.linear_attn": "weight rows",
+        "layers.*.linear_attn.in_proj_qkvz": "rows",
+        "layers.*.linear_attn.in_proj_ba": "rows",
+        "layers.*.linear_attn.conv1d": "convolution",
+        "layers.*.linear_attn.out_proj": "columns",
+    },
+    "recurrent_gemma": {
+        **{f"layers.*.temporal_block.{part}_proj": "rows" for part in ("q", "k", "v")},
+        "layers.*.temporal_block.o_proj": "columns",
+        "layers.*.temporal_block.linear_x": "rows",
+        "layers.*.temporal_block.linear_y": "rows",
+        "layers.*.temporal_block.linear_out": "columns",
+        "layers.*.temporal_block.conv_1d": "weight rows",
+        "layers.*.temporal_block.rg_lru": "weight rows",
+        **_mlp("layers.*.mlp_block"),
+    },
+    "llama4_text": {
+        **_ATTENTION,
+        **_mlp("layers.*.feed_forward"),
+        **_mlp("layers.*.feed_forward.shared_expert"),
+        "layers.*.feed_forward.experts": "experts",
+    },
     "gpt_oss": {**_ATTENTION, **_EXPERTS, "layers.*.self_attn": "weight rows"},
 }
 _DENSE: _Plan = {**_ATTENTION, **_MLP}
@@ -70,28 +100,6 @@ def shard_of(model_type: str, module: str) -> str:
     """How ranks divide the weights of a module of the base model, by its name there."""
     plan = _PLANS.get(model_type, _DENSE)
     return plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", module), "whole")
-
-
-def check_tp(facts: ModelFacts, tp: int, *, expert_parallel: bool = False) -> None:
-    """Raises ConfigError naming `tp` and its valid values unless it divides the heads and what
-    else is split: MLPs and, if the model has any, experts.
-
-    expert_parallel: ranks have whole experts
-    """
-    split = {f"{facts.num_heads} heads": facts.num_heads}
-    if facts.num_experts and expert_parallel:
-        split[f"{facts.num_experts} experts"] = facts.num_experts
-    elif facts.num_experts:
-        split[f"experts' MLP of {facts.expert_size}"] = facts.expert_size
-    if not facts.num_experts:
-        split[f"MLP of {facts.intermediate_size}"] = facts.intermediate_size
-    valid = divisors(facts.num_kv_heads, *split.values())
-    if tp not in valid:
-        raise ConfigError(
-            "tp",
-            f"must divide the {facts.num_kv_heads} KV heads of {facts.name}"
-            f" (and its {' and '.join(split)}): {', '.join(map(str, valid))}; got {tp}",
-        )
 
 
 def _gated_unit(config: Any) -> GatedUnit:
@@ -164,6 +172,8 @@ class Placer:
             self._fill(name, module)
         elif shard == "weight rows":
             self._fill_rows(name, module)
+        elif shard == "convolution":
+            self._fill_convolution(name, module)
         else:
             assert shard == "whole", f"unknown shard: {shard}"
             self._fill(name, module)
@@ -211,15 +221,19 @@ class Placer:
 
     def _joined_linear(self, name: str, linear: Any, parts: list[int]) -> ColumnLinear:
         """parts: rows of the linears that are stored as one; of each, a rank has its share"""
-        shape = linear.weight.shape
         assert linear.bias is None
+        weight = self._shares(f"{name}.weight", linear.weight.shape, parts)
+        return ColumnLinear(self._pack(weight), None)
+
+    def _shares(self, name: str, shape: torch.Size, parts: list[int]) -> Tensor:
+        """Of each part of a tensor's rows, this rank's share."""
         shares, start = [], 0
         for rows in parts:
             first, end = self._share(rows)
-            shares.append(self._reader.rows(f"{name}.weight", shape, start + first, start + end))
+            shares.append(self._reader.rows(name, shape, start + first, start + end))
             start += rows
         assert start == shape[0]
-        return ColumnLinear(self._pack(torch.cat(shares)), None)
+        return torch.cat(shares)
 
     def _row_linear(self, name: str, linear: Any) -> RowLinear:
         shape = linear.weight.shape
@@ -257,6 +271,13 @@ class Placer:
             if weight is not None:
                 value = self._reader.whole(f"{name}.{key}", weight.shape)
                 module._parameters[key] = nn.Parameter(value, requires_grad=False)
+
+    def _fill_convolution(self, name: str, module: Any) -> None:
+        """Over queries, keys and values of a gated delta net: of each, a rank has its share."""
+        config, shape = self._model.config, module.weight.shape
+        keys = config.linear_num_key_heads * config.linear_key_head_dim
+        parts = self._shares(f"{name}.weight", shape, [keys, keys, shape[0] - 2 * keys])
+        module._parameters["weight"] = nn.Parameter(parts, requires_grad=False)
 
     def _fill_rows(self, name: str, module: nn.Module) -> None:
         for key, weight in module._parameters.items():

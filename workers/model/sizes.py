@@ -8,16 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from kvmesh.workers.errors import ConfigError
-from kvmesh.workers.model.facts import check_architecture
+from kvmesh.workers.model.facts import ModelFacts, check_architecture
+from kvmesh.workers.model.state_shape import StateShape
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSizes:
     """The sizes in a configuration.
 
-    intermediate_size: width of a dense layer's MLP; moe_intermediate_size: of an expert's
+    intermediate_size: width of a dense layer's MLP; moe_intermediate_size: of an expert's;
+        shared_size: of an expert that computes every token, 0 for none
     expert_layers: how many layers have `experts` instead of one MLP
     experts_per_token: to how many of them a token is sent
+    state: what recurrent layers keep of a sequence, None if there are none
     """
 
     architecture: str
@@ -31,7 +34,9 @@ class ModelSizes:
     experts: int = 1
     experts_per_token: int = 1
     moe_intermediate_size: int = 0
+    shared_size: int = 0
     expert_layers: int = 0
+    state: StateShape | None = None
 
     @classmethod
     def of(cls, config: Mapping[str, Any], source: Path | str) -> ModelSizes:
@@ -60,32 +65,68 @@ class ModelSizes:
             kv_heads=number("num_key_value_heads", default=architecture.kv_heads or heads),
             head_dim=number("head_dim", default=architecture.head_dim or hidden // heads),
             hidden_size=hidden,
-            intermediate_size=number("intermediate_size"),
+            intermediate_size=number(
+                "intermediate_size" if architecture.experts is None else architecture.experts.dense
+            )
+            // architecture.mlp_parts,
             vocab_size=number("vocab_size"),
+            state=architecture.state(config),
         )
-        if architecture.experts is None:
+        keys = architecture.experts
+        if keys is None:
             return sizes
-        dense = config.get("mlp_only_layers") or []
-        every = number("decoder_sparse_step", default=1)
         return replace(
             sizes,
-            experts=number(*architecture.experts.count),
+            experts=number(*keys.count),
             experts_per_token=number("num_experts_per_tok"),
-            moe_intermediate_size=number(architecture.experts.width),
-            expert_layers=sum(
-                layer not in dense and (layer + 1) % every == 0 for layer in range(layers)
-            ),
+            moe_intermediate_size=number(keys.width),
+            shared_size=0 if keys.shared is None else number(keys.shared),
+            expert_layers=sum(keys.layers(config)),
         )
 
     @property
-    def tp_choices(self) -> list[int]:
-        """The numbers of ranks that heads, KV heads and MLPs can be divided by."""
-        widths = [self.heads]
+    def kv_layers(self) -> int:
+        """Layers with keys and values."""
+        return self.layers if self.state is None else self.layers - self.state.layers
+
+    @property
+    def mlp_widths(self) -> list[int]:
+        """Of all MLPs that ranks have a part of."""
+        widths = []
         if self.expert_layers < self.layers:
             widths.append(self.intermediate_size)
         if self.expert_layers:
             widths.append(self.moe_intermediate_size)
-        return divisors(self.kv_heads, *widths)
+        return [*widths, self.shared_size] if self.shared_size else widths
+
+    @property
+    def tp_choices(self) -> list[int]:
+        """The numbers of ranks that heads, KV heads and MLPs can be divided by."""
+        groups = [] if self.state is None else [self.state.groups]
+        return divisors(self.kv_heads, self.heads, *self.mlp_widths, *groups)
+
+
+def check_tp(facts: ModelFacts, tp: int, *, expert_parallel: bool = False) -> None:
+    """Raises ConfigError naming `tp` and its valid values unless it divides the heads and what
+    else is split: MLPs and, if the model has any, experts.
+
+    expert_parallel: ranks have whole experts
+    """
+    split = {f"{facts.num_heads} heads": facts.num_heads}
+    if facts.num_experts and expert_parallel:
+        split[f"{facts.num_experts} experts"] = facts.num_experts
+    elif facts.num_experts:
+        split[f"experts' MLP of {facts.expert_size}"] = facts.expert_size
+    split |= {f"MLP of {width}": width for width in facts.mlp_sizes}
+    if facts.state is not None:
+        split[f"{facts.state.groups} heads of recurrent layers"] = facts.state.groups
+    valid = divisors(facts.num_kv_heads, *split.values())
+    if tp not in valid:
+        raise ConfigError(
+            "tp",
+            f"must divide the {facts.num_kv_heads} KV heads of {facts.name}"
+            f" (and its {' and '.join(split)}): {', '.join(map(str, valid))}; got {tp}",
+        )
 
 
 def divisors(kv_heads: int, *widths: int) -> list[int]:

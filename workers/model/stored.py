@@ -57,6 +57,12 @@ def stored_as(facts: ModelFacts, reader: WeightReader, path: Path) -> Weights:
 
 def adapt(facts: ModelFacts, model: Any) -> None:
     """Replace what differs in modules of another architecture; before weights are loaded."""
+    if facts.architecture == "RecurrentGemmaForCausalLM":
+        # One for all layers, as the other models have it.
+        attentions = [part for part in model.modules() if hasattr(part, "rotary_emb")]
+        model.model.rotary_emb = attentions[0].rotary_emb
+        for attention in attentions:
+            attention.rotary_emb = None
     if facts.architecture != "DbrxForCausalLM":
         return
     for parent, name in [

@@ -25,8 +25,9 @@ from kvmesh.workers.model.stored import config_of
 
 # What is done with a weight, or with a bias, of a module with that shard; the rest is whole.
 _DIVIDED_BY_TP = frozenset(
-    {"queries, keys, values", "split norm", "module per head", "weight rows"}
+    {"convolution", "queries, keys, values", "split norm", "module per head", "weight rows"}
 )
+_MIXERS = (".self_attn.", ".linear_attn.", ".temporal_block.")  # what MLPs are not
 _DIVIDED_BY_ALL = frozenset({"gate, up", "columns"})
 
 
@@ -96,7 +97,7 @@ class WeightCounts:
 def _part(shard: str, module: str, kind: str) -> str:
     """Which part of WeightCounts a parameter of that name belongs to."""
     if shard == "rows":
-        return "tp" if ".self_attn." in module else "all"
+        return "tp" if any(name in module for name in _MIXERS) else "all"
     if shard in _DIVIDED_BY_TP:
         return "tp"
     if shard in _DIVIDED_BY_ALL and kind == "weight":

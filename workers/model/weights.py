@@ -52,8 +52,13 @@ class WeightReader:
     model has used every tensor.
     """
 
-    def __init__(self, path: Path, dtype: torch.dtype, device: torch.device) -> None:
-        self._tensors = read_tensors(path)
+    def __init__(
+        self, path: Path, dtype: torch.dtype, device: torch.device, unused: tuple[str, ...] = ()
+    ) -> None:
+        """unused: beginnings of names of tensors that the model does not need"""
+        self._tensors = {
+            name: info for name, info in read_tensors(path).items() if not name.startswith(unused)
+        }
         self.dtype = dtype
         self._device = device
         self._files: dict[Path, Any] = {}

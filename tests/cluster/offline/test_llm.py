@@ -189,7 +189,7 @@ def test_wrong_arguments_are_named(
         ({"kv_format": "int9"}, "kv_format", "did you mean int8?"),
         ({"kv_fromat": "int8"}, "kv_fromat", "did you mean kv_format?"),
         ({"max_num_seqs": 0}, "max_num_seqs", "greater than or equal to 1"),
-        ({"tp": 3}, "engine.tp", "must divide the model's 4 KV heads"),
+        ({"tp": 3}, "engine.tp", "must divide the 4 KV heads"),
         ({"config": "/nowhere.yaml"}, "config", "cannot read /nowhere.yaml"),
         ({"config": {"ingress": {"prot": 1}}}, "ingress.prot", "did you mean ingress.port?"),
         ({"model": "/nowhere"}, "model", "is not a model"),

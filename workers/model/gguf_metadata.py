@@ -1,0 +1,99 @@
+"""The metadata of a GGUF file, and which of it has been read. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kvmesh.workers.errors import ConfigError, UnsupportedModelError
+
+# Values that say nothing.
+_NEUTRAL: tuple[object, ...] = (None, 0, 0.0, False, "", "none", [])
+
+
+class GGUFMetadata:
+    """A GGUF file's keys and small tensors, and which of them have been read.
+
+    values: of the metadata, by full name
+    shapes: of all tensors, in torch's order; factors: tensors of RoPE's factors
+    """
+
+    def __init__(
+        self,
+        file: Path,
+        values: Mapping[str, Any],
+        shapes: Mapping[str, tuple[int, ...]],
+        factors: Mapping[str, np.ndarray],
+    ) -> None:
+        self._file = file
+        self.architecture = str(values.get("general.architecture"))
+        prefix = f"{self.architecture}."
+        self._values = {
+            name.removeprefix(prefix): value
+            for name, value in values.items()
+            if name.startswith(prefix)
+        }
+        self._unread = {name for name, value in self._values.items() if value not in _NEUTRAL}
+        self._tokenizer = values
+        self.shapes = shapes
+        self.factors = dict(factors)
+
+    def take(self, name: str, default: Any = None) -> Any:
+        """The value of a key; it has been read."""
+        self._unread.discard(name)
+        return self._values.get(name, default)
+
+    def number(self, name: str, default: int | None = None) -> int:
+        """A positive integer. Raises ConfigError if the file has none."""
+        value = self.take(name, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+            raise ConfigError(
+                "model",
+                f"{self._file}: {self.architecture}.{name} must be a positive integer,"
+                f" got {value!r}",
+            )
+        return value
+
+    def real(self, name: str, default: float | None = None) -> float:
+        """A positive number. Raises ConfigError if the file has none."""
+        value = self.take(name, default)
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
+            raise ConfigError(
+                "model",
+                f"{self._file}: {self.architecture}.{name} must be a positive number,"
+                f" got {value!r}",
+            )
+        return float(value)
+
+    def expect(self, name: str, expected: object, what: str) -> None:
+        """Raises UnsupportedModelError if the key has another value."""
+        value = self.take(name, expected)
+        if value != expected:
+            raise self.refused(
+                f"{self.architecture}.{name} is {value}, but its {what} is {expected}"
+            )
+
+    def take_factors(self, name: str) -> list[float] | None:
+        """RoPE's factors in the tensor `name`, if the file has it."""
+        found = self.factors.pop(name, None)
+        return None if found is None else [float(value) for value in found]
+
+    def stop_tokens(self) -> list[int]:
+        """Tokens that end a sequence or a turn."""
+        ids = (self._tokenizer.get(f"tokenizer.ggml.{end}_token_id") for end in ("eos", "eot"))
+        return [*dict.fromkeys(int(i) for i in ids if i is not None)]
+
+    def check_all_read(self) -> None:
+        """Raises UnsupportedModelError naming what would be lost in the conversion."""
+        lost = sorted(f"{self.architecture}.{name}" for name in self._unread)
+        lost += sorted(self.factors)
+        if lost:
+            raise self.refused(f"{', '.join(lost)} would be lost in the conversion")
+
+    def refused(self, reason: str) -> UnsupportedModelError:
+        return UnsupportedModelError(
+            "model", f"{self._file}: {reason}; use its safetensors weights"
+        )
