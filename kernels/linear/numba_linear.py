@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvmesh.kernels.linear.dots_numba import CODE_BYTES, dots
+from kvmesh.kernels.linear.dots_numba import block_bytes, dots
 from kvmesh.kernels.linear.packed import BLOCK, PackedWeight
 from kvmesh.kernels.numba_cache import keep_on_disk
 from kvmesh.kernels.threads import loop_threads
@@ -24,21 +24,21 @@ _INPUTS_PER_PASS = 64
 
 def linear(x: Tensor, weight: PackedWeight) -> Tensor:
     """x: [T, in_features] fp32 -> [T, out_features]; see `kernels.linear.linear`"""
-    num_rows, in_padded = weight.codes.shape
+    num_rows, num_blocks = weight.shape[0], weight.num_blocks
     out = torch.empty((x.shape[0], num_rows), dtype=torch.float32)
     if not out.numel():
         return out
-    more = in_padded - x.shape[1]
+    more = num_blocks * BLOCK - x.shape[1]
     padded = (F.pad(x, (0, more)) if more else x).contiguous()
     loop = _loop(_dtype(weight))
     scales = 0 if weight.scales is None else weight.scales.data_ptr()
     addresses = (weight.codes.data_ptr(), scales, padded.data_ptr(), out.data_ptr())
-    sizes = (num_rows, in_padded // BLOCK, x.shape[0])
+    sizes = (num_rows, num_blocks, x.shape[0])
 
     def multiply(first: int, end: int) -> None:
         loop(*addresses, *sizes, first, end)
 
-    products = x.shape[0] * num_rows * in_padded
+    products = x.shape[0] * num_rows * num_blocks * BLOCK
     num_threads = max(1, min(torch.get_num_threads(), products // MIN_PRODUCTS_PER_THREAD))
     ends = [num_rows * (part + 1) // num_threads for part in range(num_threads)]
     others = [loop_threads().submit(multiply, first, end) for first, end in pairwise(ends)]
@@ -60,15 +60,29 @@ def _dtype(weight: PackedWeight) -> str:
 @cache
 def _loop(dtype: str) -> Any:
     """(codes, scales, x, out, num_rows, num_blocks, num_inputs, first, end): rows [first, end)."""
-    one, two, four, eight = (dots(dtype, *tile) for tile in ((1, 1), (2, 2), (2, 4), (2, 8)))
-    code_bytes = CODE_BYTES[dtype]
+    one, rows, two, four, eight = (
+        dots(dtype, *tile) for tile in ((1, 1), (4, 1), (2, 2), (2, 4), (2, 8))
+    )
+    code_bytes, scales_bytes = block_bytes(dtype)
 
     @numba.njit(nogil=True)
     def multiply(  # type: ignore[no-untyped-def]
         codes, scales, x, out, num_rows, num_blocks, num_inputs, first, end
     ):
         k, n = num_blocks * BLOCK, num_rows
-        row_bytes, scale_bytes = k * code_bytes, num_blocks * 4
+        row_bytes, scale_bytes = num_blocks * code_bytes, num_blocks * scales_bytes
+        if num_inputs == 1:
+            # Several rows at a time: a sum must wait for itself from one vector to the next.
+            row = first
+            while row < end:
+                w, s = codes + row * row_bytes, scales + row * scale_bytes
+                if end - row >= 4:
+                    rows(w, s, num_blocks, x, out + row * 4, n)
+                    row += 4
+                else:
+                    one(w, s, num_blocks, x, out + row * 4, n)
+                    row += 1
+            return
         for top in range(0, num_inputs, _INPUTS_PER_PASS):
             bottom = min(top + _INPUTS_PER_PASS, num_inputs)
             for row in range(first, end, 2):
