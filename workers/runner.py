@@ -20,6 +20,7 @@ from kvmesh.workers.decode_graphs import DecodeGraphs
 from kvmesh.workers.executor import Allocation, MakeMasks
 from kvmesh.workers.expert_load import ExpertLoad
 from kvmesh.workers.kv_pool import KVPool
+from kvmesh.workers.model.blocks import fuses
 from kvmesh.workers.model.hook import AttendArgs
 from kvmesh.workers.model.load import ServedModel
 from kvmesh.workers.plan import SampledToken, StepPlan, StepResult, TableUpdate, TokenScores
@@ -97,6 +98,7 @@ class ModelRunner:
         # The layers' sliding windows, and whether attention's kernels need to know the work ahead.
         self._windows = frozenset(facts.sliding_windows)
         self._divides = gpu.runs_kernels(self._pool.hot_tables)
+        self._rotates = fuses(self._pool.all_hot) and self._basis.keeps_keys
         self._expert_load = ExpertLoad(model)
         self._graphs: DecodeGraphs | None = None
         if prepare_decode and self._divides:
@@ -252,9 +254,7 @@ class ModelRunner:
                 out, _ = merge_sinks(out, lse, args.sinks)
             return self._basis.leave(out)
 
-        hidden = self._model.hidden(
-            step.input_ids, step.positions, attend, rotates=self._divides and self._basis.keeps_keys
-        )
+        hidden = self._model.hidden(step.input_ids, step.positions, attend, rotates=self._rotates)
         if later and step.seal_hot.shape[0]:
             seal_layers(
                 self._pool.all_hot,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cache
-from itertools import pairwise
 from typing import Any
 
 import numba
@@ -14,7 +13,7 @@ from torch import Tensor
 from kvmesh.kernels.linear.dots_numba import block_bytes, dots
 from kvmesh.kernels.linear.packed import BLOCK, PackedWeight
 from kvmesh.kernels.numba_cache import keep_on_disk
-from kvmesh.kernels.threads import loop_threads
+from kvmesh.kernels.threads import in_parts
 
 # Handing work to a thread costs about as much as this many products.
 MIN_PRODUCTS_PER_THREAD = 1 << 19
@@ -35,16 +34,12 @@ def linear(x: Tensor, weight: PackedWeight) -> Tensor:
     addresses = (weight.codes.data_ptr(), scales, padded.data_ptr(), out.data_ptr())
     sizes = (num_rows, num_blocks, x.shape[0])
 
-    def multiply(first: int, end: int) -> None:
-        loop(*addresses, *sizes, first, end)
-
     products = x.shape[0] * num_rows * num_blocks * BLOCK
-    num_threads = max(1, min(torch.get_num_threads(), products // MIN_PRODUCTS_PER_THREAD))
-    ends = [num_rows * (part + 1) // num_threads for part in range(num_threads)]
-    others = [loop_threads().submit(multiply, first, end) for first, end in pairwise(ends)]
-    multiply(0, ends[0])
-    for other in others:
-        other.result()
+    in_parts(
+        num_rows,
+        products // MIN_PRODUCTS_PER_THREAD,
+        lambda first, end: loop(*addresses, *sizes, first, end),
+    )
     return out
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvmesh.kernels import gpu
-from kvmesh.kernels.pointwise import add_rms_norm, rms_norm, silu_mul
+from kvmesh.kernels.pointwise import add_rms_norm, has_loops, rms_norm, silu_mul
 from kvmesh.kernels.pointwise.reference import rotate
 from kvmesh.workers.model.hook import AttendArgs, AttendSlot
 from kvmesh.workers.parallel.linears import ColumnLinear
@@ -86,6 +86,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        if has_loops(x):
+            return rms_norm(x, self.weight, self.eps)
         return F.rms_norm(x, self._shape, self.weight, self.eps)
 
 
@@ -175,9 +177,10 @@ class FusedMLP(nn.Module):
 
 
 class FusedLayer(nn.Module):
-    """A decoder layer for GPUs, in inference: ten launches in decode, of which five are products.
+    """A decoder layer in inference: ten launches of a GPU in decode, of which five are products.
 
-    Each residual is added by the product before it or, on several ranks, by the norm after it.
+    Each residual is added by the product before it or, on CPUs and on several ranks, by the norm
+    after it.
     """
 
     def __init__(self, source: Any) -> None:
@@ -209,6 +212,11 @@ class FusedLayer(nn.Module):
         return hidden_states
 
 
+def fuses(x: Tensor) -> bool:
+    """Whether the operators between products are one launch, or one loop, for tensors like x."""
+    return gpu.runs_kernels(x) or has_loops(x)
+
+
 def fused_layer(layer: Any) -> nn.Module:
     """The layer, after `fuse`, as it runs on its device."""
     fits = (
@@ -216,7 +224,7 @@ def fused_layer(layer: Any) -> nn.Module:
         and isinstance(layer.self_attn, FusedAttention)
         and isinstance(layer.input_layernorm, RMSNorm)
         and isinstance(layer.post_attention_layernorm, RMSNorm)
-        and gpu.runs_kernels(layer.input_layernorm.weight)
+        and fuses(layer.input_layernorm.weight)
     )
     return FusedLayer(layer) if fits else layer
 
