@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -10,7 +10,15 @@ import torch
 
 from kvmesh.kernels.attention import reference
 from kvmesh.kernels.attention.batch import AttentionBatch
-from kvmesh.kernels.attention.numba_loop import LOG2_E, Rule, Sequences, Tables, decode_loop
+from kvmesh.kernels.attention.numba_loop import (
+    LOG2_E,
+    DecodeLoop,
+    Rule,
+    Scratch,
+    Sequences,
+    Tables,
+    decode_loop,
+)
 from kvmesh.kernels.attention.plan import check_queries, missing_page
 from kvmesh.kernels.formats.base import NO_PARAMS, KVFormat, LayerParams
 from kvmesh.kernels.merge import merge_states
@@ -20,6 +28,7 @@ DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 MIN_PAGES_PER_THREAD = 32  # starting a thread costs about as much as reading this many pages
 
 Ints = npt.NDArray[np.int64]
+_NO_NUMBERS = np.empty(0, np.float32)
 
 
 def has_loop(fmt: KVFormat, page_size: int, head_dim: int, dtype: torch.dtype) -> bool:
@@ -32,11 +41,24 @@ class _Decode:
     """The decode part of a batch, derived once per step.
 
     shares: the work of each thread, as units of `DecodeLoop.attend`
+    largest_group: sequences of it
+    scratches: the threads' memory, by the loop; layers use it one after the other
     """
 
     sequences: Sequences
     shares: tuple[Ints, ...]
     splits: int
+    largest_group: int
+    scratches: dict[tuple[int, int], tuple[Scratch, ...]] = field(default_factory=dict)
+
+    def scratch(self, loop: DecodeLoop, group_heads: int) -> tuple[Scratch, ...]:
+        """For each share. group_heads: query heads per KV head"""
+        key = (id(loop), group_heads)
+        found = self.scratches.get(key)
+        if found is None:
+            rows = self.largest_group * group_heads
+            found = self.scratches[key] = tuple(loop.scratch(rows) for _ in self.shares)
+        return found
 
 
 def paged_attention(
@@ -73,18 +95,12 @@ def paged_attention(
         np.float32(softcap or 0.0),
     )
     tables = Tables(_numbers(compiled.k_table), _numbers(compiled.v_table))
-    largest = int(np.diff(decode.sequences.group_starts).max(initial=0))
 
-    def attend(share: Ints) -> tuple[int, int, bool]:
+    def attend(share: Ints, scratch: Scratch) -> tuple[int, int, bool]:
         if not len(share):  # nothing decodes, so the loop need not be compiled
             return -1, 0, False
         return loop.attend(  # type: ignore[no-any-return]
-            share,
-            decode.sequences,
-            rule,
-            tables,
-            *arrays,
-            loop.scratch(largest * num_heads // num_kv_heads),
+            share, decode.sequences, rule, tables, *arrays, scratch
         )
 
     arrays = (
@@ -94,8 +110,9 @@ def paged_attention(
         out.numpy(),
         lse.numpy(),
     )
-    others = [loop_threads().submit(attend, share) for share in decode.shares[1:]]
-    for row, page, is_hot in [attend(decode.shares[0]), *(other.result() for other in others)]:
+    first, *work = zip(decode.shares, decode.scratch(loop, num_heads // num_kv_heads), strict=True)
+    others = [loop_threads().submit(attend, *each) for each in work]
+    for row, page, is_hot in [attend(*first), *(other.result() for other in others)]:
         if row >= 0:
             raise missing_page("hot_tables" if is_hot else "sealed_tables", row, page)
     if decode.splits > 1:
@@ -121,7 +138,7 @@ def paged_attention(
 
 
 def _numbers(table: torch.Tensor | None) -> npt.NDArray[np.float32]:
-    return np.empty(0, np.float32) if table is None else table.numpy()
+    return _NO_NUMBERS if table is None else table.numpy()
 
 
 def _decode_of(batch: AttentionBatch, num_kv_heads: int) -> _Decode:
@@ -164,7 +181,7 @@ def _plan(batch: AttentionBatch, num_kv_heads: int, threads: int) -> _Decode:
         sealed_tables=batch.sealed_tables.numpy(),
     )
     shares = _assign(units, work[units[:, 0]], threads)
-    return _Decode(sequences, shares, splits)
+    return _Decode(sequences, shares, splits, int(np.diff(group_starts).max(initial=0)))
 
 
 def _check_tables(batch: AttentionBatch, seq_lens: Ints) -> None:

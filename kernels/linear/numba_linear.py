@@ -23,38 +23,35 @@ _INPUTS_PER_PASS = 64
 
 def linear(x: Tensor, weight: PackedWeight) -> Tensor:
     """x: [T, in_features] fp32 -> [T, out_features]; see `kernels.linear.linear`"""
-    num_rows, num_blocks = weight.shape[0], weight.num_blocks
-    out = torch.empty((x.shape[0], num_rows), dtype=torch.float32)
+    num_tokens, num_rows, num_blocks = x.shape[0], weight.codes.shape[0], weight.num_blocks
+    out = torch.empty((num_tokens, num_rows), dtype=torch.float32)
     if not out.numel():
         return out
     more = num_blocks * BLOCK - x.shape[1]
     padded = (F.pad(x, (0, more)) if more else x).contiguous()
-    loop = _loop(_dtype(weight))
+    loop = _loop(weight.codes.dtype)
     scales = 0 if weight.scales is None else weight.scales.data_ptr()
-    addresses = (weight.codes.data_ptr(), scales, padded.data_ptr(), out.data_ptr())
-    sizes = (num_rows, num_blocks, x.shape[0])
-
-    products = x.shape[0] * num_rows * num_blocks * BLOCK
-    in_parts(
-        num_rows,
-        products // MIN_PRODUCTS_PER_THREAD,
-        lambda first, end: loop(*addresses, *sizes, first, end),
+    arguments = (
+        *(weight.codes.data_ptr(), scales, padded.data_ptr(), out.data_ptr()),
+        *(num_rows, num_blocks, num_tokens),
     )
+    max_parts = num_tokens * num_rows * num_blocks * BLOCK // MIN_PRODUCTS_PER_THREAD
+    if max_parts < 2:
+        loop(*arguments, 0, num_rows)
+    else:
+        in_parts(num_rows, max_parts, lambda first, end: loop(*arguments, first, end))
     return out
 
 
 def prepare(weight: PackedWeight) -> None:
     """Compile the loops for such weights, unless that was done before."""
-    _loop(_dtype(weight))
-
-
-def _dtype(weight: PackedWeight) -> str:
-    return str(weight.codes.dtype).removeprefix("torch.")
+    _loop(weight.codes.dtype)
 
 
 @cache
-def _loop(dtype: str) -> Any:
+def _loop(codes_dtype: torch.dtype) -> Any:
     """(codes, scales, x, out, num_rows, num_blocks, num_inputs, first, end): rows [first, end)."""
+    dtype = str(codes_dtype).removeprefix("torch.")
     one, rows, two, four, eight = (
         dots(dtype, *tile) for tile in ((1, 1), (4, 1), (2, 2), (2, 4), (2, 8))
     )
