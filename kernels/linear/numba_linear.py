@@ -50,7 +50,19 @@ def prepare(weight: PackedWeight) -> None:
 
 @cache
 def _loop(codes_dtype: torch.dtype) -> Any:
-    """(codes, scales, x, out, num_rows, num_blocks, num_inputs, first, end): rows [first, end)."""
+    """`product_loop`, compiled now rather than in the first step."""
+    loop = numba.njit(nogil=True)(product_loop(codes_dtype).py_func)
+    keep_on_disk(loop, repr(("linear", codes_dtype)))
+    loop.compile((numba.int64,) * 9)
+    return loop
+
+
+@cache
+def product_loop(codes_dtype: torch.dtype) -> Any:
+    """(codes, scales, x, out, num_rows, num_blocks, num_inputs, first, end): rows [first, end).
+
+    For code that Numba compiles; the numbers of x and out are contiguous.
+    """
     dtype = str(codes_dtype).removeprefix("torch.")
     one, rows, two, four, eight = (
         dots(dtype, *tile) for tile in ((1, 1), (4, 1), (2, 2), (2, 4), (2, 8))
@@ -99,6 +111,4 @@ def _loop(codes_dtype: torch.dtype) -> Any:
                             one(w + row_bytes, s + scale_bytes, num_blocks, a, o + 4, n)
                         t += 1
 
-    keep_on_disk(multiply, repr(("linear", dtype)))
-    multiply.compile((numba.int64,) * 9)  # now, not in the first step
     return multiply

@@ -46,7 +46,7 @@ def _norm(
     size = weight.shape[0]
     added = 0 if residual is None else residual.data_ptr()
     addresses = (x.data_ptr(), added, weight.contiguous().data_ptr(), out.data_ptr())
-    loop = _norm_loop()
+    loop = _ready_norm()
     _over_tokens(x.numel() // size, size, lambda *part: loop(*addresses, size, eps, *part))
     return out
 
@@ -56,7 +56,7 @@ def silu_mul(both: torch.Tensor) -> torch.Tensor:
     size = both.shape[-1] // 2
     out = both.new_empty((*both.shape[:-1], size))
     addresses = (both.data_ptr(), out.data_ptr())
-    loop = _silu_mul_loop()
+    loop = _ready_silu_mul()
     _over_tokens(out.numel() // max(size, 1), size, lambda *part: loop(*addresses, size, *part))
     return out
 
@@ -116,7 +116,7 @@ def _integers(_context, address):  # type: ignore[no-untyped-def]
 
 
 @cache
-def _norm_loop() -> Any:
+def norm_loop() -> Any:
     """(x, residual or 0, weight, out, size, eps, first, end): of rows [first, end)"""
 
     @compiled
@@ -138,12 +138,11 @@ def _norm_loop() -> Any:
             for i in range(size):
                 result[i] = numbers[i] * scale * factors[i]
 
-    count = numba.int64
-    return _ready(norm, "norm", (*(count,) * 5, numba.float64, count, count))
+    return norm
 
 
 @cache
-def _silu_mul_loop() -> Any:
+def silu_mul_loop() -> Any:
     """(both, out, size, first, end): of rows [first, end)"""
 
     @compiled
@@ -155,7 +154,31 @@ def _silu_mul_loop() -> Any:
             for i in range(size):
                 result[i] = gate[i] * up[i] / (np.float32(1.0) + exp2(gate[i] * -LOG2_E))
 
-    return _ready(silu_mul, "silu_mul", (numba.int64,) * 5)
+    return silu_mul
+
+
+@cache
+def add_loop() -> Any:
+    """(x, target, count): target += x"""
+
+    @compiled
+    def add(x, target, count):  # type: ignore[no-untyped-def]
+        numbers, sums = carray(_floats(x), count), carray(_floats(target), count)
+        for i in range(count):
+            sums[i] += numbers[i]
+
+    return add
+
+
+@cache
+def _ready_norm() -> Any:
+    count = numba.int64
+    return _ready(norm_loop(), "norm", (*(count,) * 5, numba.float64, count, count))
+
+
+@cache
+def _ready_silu_mul() -> Any:
+    return _ready(silu_mul_loop(), "silu_mul", (numba.int64,) * 5)
 
 
 @cache
@@ -218,8 +241,9 @@ def _rope_write_loop() -> Any:
     return _ready(rope_write, "rope_write", (numba.int64,) * 18)
 
 
-def _ready(loop: Any, name: str, signature: tuple[Any, ...]) -> Any:
-    """The loop, compiled now rather than in the first step."""
+def _ready(function: Any, name: str, signature: tuple[Any, ...]) -> Any:
+    """The function, compiled now rather than in the first step."""
+    loop = compiled(function.py_func)  # loops that are called by others are not kept on disk
     keep_on_disk(loop, repr(("pointwise", name)))
     loop.compile(signature)
     return loop

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvmesh.kernels import gpu
+from kvmesh.kernels.layer import FeedForward
+from kvmesh.kernels.linear import PackedWeight
 from kvmesh.kernels.pointwise import add_rms_norm, has_loops, rms_norm, silu_mul
 from kvmesh.kernels.pointwise.reference import rotate
 from kvmesh.workers.model.hook import AttendArgs, AttendSlot
@@ -187,6 +189,7 @@ class FusedLayer(nn.Module):
         super().__init__()
         self.plain = source
         self._activates = type(source.mlp.activation).__name__ in ("SiLUActivation", "SiLU")
+        self._after = _feed_forward(source) if self._activates else None
 
     def forward(
         self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **kwargs: Any
@@ -199,6 +202,9 @@ class FusedLayer(nn.Module):
         before, after = layer.input_layernorm, layer.post_attention_layernorm
         x = rms_norm(residual, before.weight, before.eps)
         heads = layer.self_attn.heads(x, position_embeddings)
+        if self._after is not None:
+            self._after(heads, residual)
+            return hidden_states
         x = layer.self_attn.o_proj.onto(heads, residual)
         if x is None:
             x = rms_norm(residual, after.weight, after.eps)
@@ -210,6 +216,23 @@ class FusedLayer(nn.Module):
         if x is not None:
             residual += x
         return hidden_states
+
+
+def _feed_forward(layer: Any) -> FeedForward | None:
+    """All after attention in one call, if this rank has whole, packed weights and no biases."""
+    norm, mlp = layer.post_attention_layernorm, layer.mlp
+    linears = (layer.self_attn.o_proj, mlp.gate_up, mlp.down_proj)
+    o_proj, gate_up, down = (linear.weight for linear in linears)
+    sizes = (down.shape[0], down.shape[1], o_proj.shape[1])
+    if (
+        not all(
+            isinstance(linear.weight, PackedWeight) and linear.bias is None for linear in linears
+        )
+        or mlp.down_proj.is_split
+        or any(size % FeedForward.MULTIPLE for size in sizes)
+    ):
+        return None
+    return FeedForward(o_proj, norm.weight, norm.eps, gate_up, down)
 
 
 def fuses(x: Tensor) -> bool:

@@ -92,6 +92,11 @@ class RowLinear(nn.Module):
         out = self._comm.all_reduce(project(x, self.weight))
         return out if self.bias is None else out.add_(self.bias)
 
+    @property
+    def is_split(self) -> bool:
+        """Whether there are other ranks to sum with."""
+        return self._comm.size > 1
+
     def onto(self, x: Tensor, residual: Tensor) -> Tensor | None:
         """Add the output to `residual`, [T, out], in the product itself; with packed weights and
         on several ranks return the output instead. x: [T, in_local]"""
