@@ -109,7 +109,8 @@ def _gated_unit(config: Any) -> GatedUnit:
 class Placer:
     """Fills a model that was built on the meta device with a rank's weights.
 
-    pack: how the weights of linears are stored; those of experts stay as they are
+    pack, pack_head: how the weights of linears and of the output projection are stored; those of
+        experts stay as they are
     """
 
     def __init__(
@@ -119,6 +120,7 @@ class Placer:
         comm: Communicator,
         facts: ModelFacts,
         pack: Pack,
+        pack_head: Pack,
         *,
         expert_parallel: bool = False,
     ) -> None:
@@ -127,6 +129,7 @@ class Placer:
         self._comm = comm
         self._facts = facts
         self._pack = pack
+        self._pack_head = pack_head
         self._expert_parallel = expert_parallel
 
     def place(self) -> None:
@@ -252,7 +255,7 @@ class Placer:
             weight = nn.functional.pad(weight, (0, 0, 0, count - (end - first)))
         if head.bias is not None:
             raise ConfigError("model", "output projections with a bias are not supported")
-        return VocabHead(self._pack(weight), vocab_size, self._comm)
+        return VocabHead(self._pack_head(weight), vocab_size, self._comm)
 
     def _pack_embeddings(self) -> None:
         """Where linears are packed: in the same memory as a head with the same weights, if that
