@@ -105,10 +105,10 @@ class EngineSettings(Settings):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="Compute dtype; auto: bfloat16 on GPUs, float32 on CPUs"
     )
-    weight_format: Literal["exact", "int8"] = Field(
+    weight_format: Literal["exact", "int8", "int4"] = Field(
         default="exact",
-        description="How weights are stored; int8: with a scale for each 32 inputs, a quarter "
-        "of float32's memory, on CPUs only",
+        description="How weights are stored; exact: on CPUs in the fewest bits that hold their "
+        "values; int8, int4: rounded, with scales for each 32 inputs, on CPUs only",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="auto: GPUs if there are any"

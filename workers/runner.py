@@ -20,6 +20,7 @@ from kvmesh.workers.decode_graphs import DecodeGraphs
 from kvmesh.workers.executor import Allocation, MakeMasks
 from kvmesh.workers.expert_load import ExpertLoad
 from kvmesh.workers.kv_pool import KVPool
+from kvmesh.workers.model.blocks import fuses
 from kvmesh.workers.model.hook import AttendArgs
 from kvmesh.workers.model.load import ServedModel
 from kvmesh.workers.model.recurrent_state import RecurrentStates
@@ -99,6 +100,7 @@ class ModelRunner:
         # The layers' sliding windows, and whether attention's kernels need to know the work ahead.
         self._windows = frozenset(facts.sliding_windows)
         self._divides = gpu.runs_kernels(self._pool.hot_tables)
+        self._rotates = fuses(self._pool.all_hot) and self._basis.keeps_keys
         self._expert_load = ExpertLoad(model)
         self._graphs: DecodeGraphs | None = None
         if prepare_decode and self._divides:
@@ -266,7 +268,7 @@ class ModelRunner:
             step.positions,
             attend,
             states,
-            rotates=self._divides and self._basis.keeps_keys,
+            rotates=self._rotates,
         )
         if later and step.seal_hot.shape[0]:
             seal_layers(

@@ -44,7 +44,7 @@ RecentOption = Annotated[
 ]
 DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16, or auto as in `serve`.")]
 WeightFormatOption = Annotated[
-    str, typer.Option("--weight-format", help="How weights are stored: exact or int8.")
+    str, typer.Option("--weight-format", help="How weights are stored: exact, int8 or int4.")
 ]
 CalibrationOption = Annotated[
     str,

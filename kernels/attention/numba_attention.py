@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -10,7 +10,14 @@ import torch
 
 from kvmesh.kernels.attention import reference
 from kvmesh.kernels.attention.batch import AttentionBatch
-from kvmesh.kernels.attention.numba_loop import LOG2_E, Rule, Sequences, decode_loop
+from kvmesh.kernels.attention.numba_loop import (
+    LOG2_E,
+    DecodeLoop,
+    Rule,
+    Scratch,
+    Sequences,
+    decode_loop,
+)
 from kvmesh.kernels.attention.plan import check_queries, missing_page
 from kvmesh.kernels.formats.base import NO_PARAMS, KVFormat, LayerParams
 from kvmesh.kernels.merge import merge_states
@@ -32,11 +39,24 @@ class _Decode:
     """The decode part of a batch, derived once per step.
 
     shares: the work of each thread, as units of `DecodeLoop.attend`
+    largest_group: sequences of it
+    scratches: the threads' memory, by the loop; layers use it one after the other
     """
 
     sequences: Sequences
     shares: tuple[Ints, ...]
     splits: int
+    largest_group: int
+    scratches: dict[tuple[int, int], tuple[Scratch, ...]] = field(default_factory=dict)
+
+    def scratch(self, loop: DecodeLoop, group_heads: int) -> tuple[Scratch, ...]:
+        """For each share. group_heads: query heads per KV head"""
+        key = (id(loop), group_heads)
+        found = self.scratches.get(key)
+        if found is None:
+            rows = self.largest_group * group_heads
+            found = self.scratches[key] = tuple(loop.scratch(rows) for _ in self.shares)
+        return found
 
 
 def paged_attention(
@@ -71,17 +91,12 @@ def paged_attention(
         np.float32(scale if softcap else scale * LOG2_E),
         np.float32(softcap or 0.0),
     )
-    largest = int(np.diff(decode.sequences.group_starts).max(initial=0))
 
-    def attend(share: Ints) -> tuple[int, int, bool]:
+    def attend(share: Ints, scratch: Scratch) -> tuple[int, int, bool]:
         if not len(share):  # nothing decodes, so the loop need not be compiled
             return -1, 0, False
         return loop.attend(  # type: ignore[no-any-return]
-            share,
-            decode.sequences,
-            rule,
-            *arrays,
-            loop.scratch(largest * num_heads // num_kv_heads),
+            share, decode.sequences, rule, *arrays, scratch
         )
 
     arrays = (
@@ -91,8 +106,9 @@ def paged_attention(
         out.numpy(),
         lse.numpy(),
     )
-    others = [loop_threads().submit(attend, share) for share in decode.shares[1:]]
-    for row, page, is_hot in [attend(decode.shares[0]), *(other.result() for other in others)]:
+    first, *work = zip(decode.shares, decode.scratch(loop, num_heads // num_kv_heads), strict=True)
+    others = [loop_threads().submit(attend, *each) for each in work]
+    for row, page, is_hot in [attend(*first), *(other.result() for other in others)]:
         if row >= 0:
             raise missing_page("hot_tables" if is_hot else "sealed_tables", row, page)
     if decode.splits > 1:
@@ -157,7 +173,7 @@ def _plan(batch: AttentionBatch, num_kv_heads: int, threads: int) -> _Decode:
         sealed_tables=batch.sealed_tables.numpy(),
     )
     shares = _assign(units, work[units[:, 0]], threads)
-    return _Decode(sequences, shares, splits)
+    return _Decode(sequences, shares, splits, int(np.diff(group_starts).max(initial=0)))
 
 
 def _check_tables(batch: AttentionBatch, seq_lens: Ints) -> None:

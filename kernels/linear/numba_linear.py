@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cache
-from itertools import pairwise
 from typing import Any
 
 import numba
@@ -11,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvmesh.kernels.linear.dots_numba import CODE_BYTES, dots
+from kvmesh.kernels.linear.dots_numba import block_bytes, dots
 from kvmesh.kernels.linear.packed import BLOCK, PackedWeight
 from kvmesh.kernels.numba_cache import keep_on_disk
-from kvmesh.kernels.threads import loop_threads
+from kvmesh.kernels.threads import in_parts
 
 # Handing work to a thread costs about as much as this many products.
 MIN_PRODUCTS_PER_THREAD = 1 << 19
@@ -24,51 +23,70 @@ _INPUTS_PER_PASS = 64
 
 def linear(x: Tensor, weight: PackedWeight) -> Tensor:
     """x: [T, in_features] fp32 -> [T, out_features]; see `kernels.linear.linear`"""
-    num_rows, in_padded = weight.codes.shape
-    out = torch.empty((x.shape[0], num_rows), dtype=torch.float32)
+    num_tokens, num_rows, num_blocks = x.shape[0], weight.codes.shape[0], weight.num_blocks
+    out = torch.empty((num_tokens, num_rows), dtype=torch.float32)
     if not out.numel():
         return out
-    more = in_padded - x.shape[1]
+    more = num_blocks * BLOCK - x.shape[1]
     padded = (F.pad(x, (0, more)) if more else x).contiguous()
-    loop = _loop(_dtype(weight))
+    loop = _loop(weight.codes.dtype)
     scales = 0 if weight.scales is None else weight.scales.data_ptr()
-    addresses = (weight.codes.data_ptr(), scales, padded.data_ptr(), out.data_ptr())
-    sizes = (num_rows, in_padded // BLOCK, x.shape[0])
-
-    def multiply(first: int, end: int) -> None:
-        loop(*addresses, *sizes, first, end)
-
-    products = x.shape[0] * num_rows * in_padded
-    num_threads = max(1, min(torch.get_num_threads(), products // MIN_PRODUCTS_PER_THREAD))
-    ends = [num_rows * (part + 1) // num_threads for part in range(num_threads)]
-    others = [loop_threads().submit(multiply, first, end) for first, end in pairwise(ends)]
-    multiply(0, ends[0])
-    for other in others:
-        other.result()
+    arguments = (
+        *(weight.codes.data_ptr(), scales, padded.data_ptr(), out.data_ptr()),
+        *(num_rows, num_blocks, num_tokens),
+    )
+    max_parts = num_tokens * num_rows * num_blocks * BLOCK // MIN_PRODUCTS_PER_THREAD
+    if max_parts < 2:
+        loop(*arguments, 0, num_rows)
+    else:
+        in_parts(num_rows, max_parts, lambda first, end: loop(*arguments, first, end))
     return out
 
 
 def prepare(weight: PackedWeight) -> None:
     """Compile the loops for such weights, unless that was done before."""
-    _loop(_dtype(weight))
-
-
-def _dtype(weight: PackedWeight) -> str:
-    return str(weight.codes.dtype).removeprefix("torch.")
+    _loop(weight.codes.dtype)
 
 
 @cache
-def _loop(dtype: str) -> Any:
-    """(codes, scales, x, out, num_rows, num_blocks, num_inputs, first, end): rows [first, end)."""
-    one, two, four, eight = (dots(dtype, *tile) for tile in ((1, 1), (2, 2), (2, 4), (2, 8)))
-    code_bytes = CODE_BYTES[dtype]
+def _loop(codes_dtype: torch.dtype) -> Any:
+    """`product_loop`, compiled now rather than in the first step."""
+    loop = numba.njit(nogil=True)(product_loop(codes_dtype).py_func)
+    keep_on_disk(loop, repr(("linear", codes_dtype)))
+    loop.compile((numba.int64,) * 9)
+    return loop
+
+
+@cache
+def product_loop(codes_dtype: torch.dtype) -> Any:
+    """(codes, scales, x, out, num_rows, num_blocks, num_inputs, first, end): rows [first, end).
+
+    For code that Numba compiles; the numbers of x and out are contiguous.
+    """
+    dtype = str(codes_dtype).removeprefix("torch.")
+    one, rows, two, four, eight = (
+        dots(dtype, *tile) for tile in ((1, 1), (4, 1), (2, 2), (2, 4), (2, 8))
+    )
+    code_bytes, scales_bytes = block_bytes(dtype)
 
     @numba.njit(nogil=True)
     def multiply(  # type: ignore[no-untyped-def]
         codes, scales, x, out, num_rows, num_blocks, num_inputs, first, end
     ):
         k, n = num_blocks * BLOCK, num_rows
-        row_bytes, scale_bytes = k * code_bytes, num_blocks * 4
+        row_bytes, scale_bytes = num_blocks * code_bytes, num_blocks * scales_bytes
+        if num_inputs == 1:
+            # Several rows at a time: a sum must wait for itself from one vector to the next.
+            row = first
+            while row < end:
+                w, s = codes + row * row_bytes, scales + row * scale_bytes
+                if end - row >= 4:
+                    rows(w, s, num_blocks, x, out + row * 4, n)
+                    row += 4
+                else:
+                    one(w, s, num_blocks, x, out + row * 4, n)
+                    row += 1
+            return
         for top in range(0, num_inputs, _INPUTS_PER_PASS):
             bottom = min(top + _INPUTS_PER_PASS, num_inputs)
             for row in range(first, end, 2):
@@ -93,6 +111,4 @@ def _loop(dtype: str) -> Any:
                             one(w + row_bytes, s + scale_bytes, num_blocks, a, o + 4, n)
                         t += 1
 
-    keep_on_disk(multiply, repr(("linear", dtype)))
-    multiply.compile((numba.int64,) * 9)  # now, not in the first step
     return multiply

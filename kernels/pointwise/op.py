@@ -1,4 +1,4 @@
-"""The public operators: each one launch on a GPU."""
+"""The public operators: each one launch on a GPU, and one compiled loop on a CPU."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ def rms_norm(
 ) -> torch.Tensor:
     """x / rms(x) * weight over the last dimension, computed in fp32 and rounded once.
 
-    x: [rows, size]; weight: [size]
-    backend: None picks the kernels on GPUs and plain torch elsewhere; so for all operators here
+    x: [..., size]; weight: [size]
+    backend: None picks the kernels on GPUs, the compiled loops on CPUs, and plain torch where
+        there are none (`has_loops`); so for all operators here
     """
     return _implementation(x, backend).rms_norm(x, weight, eps)  # type: ignore[no-any-return]
 
@@ -29,7 +30,7 @@ def add_rms_norm(
     *,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """`rms_norm` of residual + x, which is left in `residual`. x, residual: [rows, size]"""
+    """`rms_norm` of residual + x, which is left in `residual`. x, residual: [..., size]"""
     if x.shape != residual.shape or x.dtype != residual.dtype:
         raise ValueError(
             f"residual: expected {tuple(x.shape)} {x.dtype} like x, "
@@ -75,13 +76,25 @@ def rope_write(
     )
 
 
+def has_loops(x: torch.Tensor) -> bool:
+    """Whether there are compiled loops for tensors like x: fp32 on CPUs, without gradients."""
+    return x.dtype == torch.float32 and x.device.type == "cpu" and not x.requires_grad
+
+
 def _implementation(x: torch.Tensor, backend: str | None) -> ModuleType:
     if backend is None:
-        backend = "triton" if gpu.runs_kernels(x) else "reference"
+        backend = "numba" if has_loops(x) else "reference"
+        if gpu.runs_kernels(x):
+            backend = "triton"
     if backend == "reference":
         return reference
+    # Imported here: a machine with a GPU may lack Numba, and one without may lack Triton.
+    if backend == "numba":
+        from kvmesh.kernels.pointwise import numba_pointwise
+
+        return numba_pointwise
     if backend == "triton":
         from kvmesh.kernels.pointwise import triton_pointwise
 
         return triton_pointwise
-    raise ValueError(f"backend: expected None, 'triton' or 'reference', got {backend!r}")
+    raise ValueError(f"backend: expected None, 'triton', 'numba' or 'reference', got {backend!r}")

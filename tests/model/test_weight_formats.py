@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from kvmesh.kernels.linear import pack, unpack
+from kvmesh.kernels.linear import PackedWeight, WeightFormat, pack, unpack
 from kvmesh.workers.errors import ConfigError
 from kvmesh.workers.model.load import load_model
 from kvmesh.workers.parallel.comm import Communicator
@@ -20,8 +20,13 @@ from tests.model.small import make_small_model
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("case", ["llama", "qwen2", "gemma2", "stablelm"])
-def test_int8_computes_with_the_rounded_weights(case: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("case", "weight_format"),
+    [("llama", "int8"), ("qwen2", "int4"), ("gemma2", "int8"), ("stablelm", "int8")],
+)
+def test_rounded_weights_are_what_is_computed_with(
+    case: str, weight_format: WeightFormat, tmp_path: Path
+) -> None:
     architecture, overrides = CASES[case]
     path = make_small_model(architecture, tmp_path, **overrides)
     theirs = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager")
@@ -29,13 +34,14 @@ def test_int8_computes_with_the_rounded_weights(case: str, tmp_path: Path) -> No
     head.weight = nn.Parameter(head.weight.detach().clone())  # it is no longer the embeddings
     for module in theirs.modules():
         if isinstance(module, nn.Linear):
-            module.weight.data = unpack(pack(module.weight.data, "int8"))
+            kept = "int8" if module is head else weight_format
+            module.weight.data = unpack(pack(module.weight.data, kept))
     ours = load_model(
         path,
         dtype=torch.float32,
         device=CPU,
         comm=Communicator.single(),
-        weight_format="int8",
+        weight_format=weight_format,
     )
     with torch.inference_mode():
         expected = theirs(torch.tensor([PROMPTS[0]])).logits[0]
@@ -64,3 +70,39 @@ def test_int8_is_refused_where_there_is_no_loop_for_it(tmp_path: Path) -> None:
             weight_format="int8",
         )
     assert caught.value.field == "weight_format"
+
+
+def test_weights_that_had_few_bits_before_keep_their_values_in_as_many(tmp_path: Path) -> None:
+    """As in a GGUF file: linears in 4 bits with offsets, embeddings that are the head in 8."""
+    path = make_small_model("LlamaForCausalLM", tmp_path, tie_word_embeddings=True)
+    theirs = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager")
+    head = theirs.get_output_embeddings()
+    for module in theirs.modules():
+        if isinstance(module, nn.Linear):
+            module.weight.data = _rounded(module.weight.data, 127 if module is head else 15)
+    theirs.save_pretrained(path)
+    ours = load_model(path, dtype=torch.float32, device=CPU, comm=Communicator.single())
+    found = [
+        module.weight.codes.dtype
+        for module in (*ours._body.modules(), ours._head)
+        if isinstance(getattr(module, "weight", None), PackedWeight)
+    ]
+    assert set(found[1:-1]) == {torch.uint8}
+    assert found[0] == found[-1] == torch.int8
+    assert ours._body.embed_tokens.weight is ours._head.weight
+    with torch.inference_mode():
+        expected = theirs(torch.tensor([PROMPTS[0]])).logits[0]
+    logits = prompt_logits(ours, PROMPTS[0])
+    assert logits is not None
+    torch.testing.assert_close(logits, expected, rtol=0, atol=3e-5 * max(1.0, expected.std()))
+
+
+def _rounded(weight: torch.Tensor, steps: int) -> torch.Tensor:
+    """As GGUF's Q4_1 and Q8_0 do, for 15 and 127 steps, with scales in fp16."""
+    blocks = weight.unflatten(1, (-1, 32))
+    low, high = blocks.aminmax(dim=-1, keepdim=True)
+    if steps == 127:
+        low, high = torch.zeros_like(low), blocks.abs().amax(-1, keepdim=True)
+    factor, low = ((high - low) / steps).half().float(), low.half().float()
+    codes = ((blocks - low) / factor).round().clamp(-steps if steps == 127 else 0, steps)
+    return (codes * factor + low).flatten(1)

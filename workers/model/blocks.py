@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvmesh.kernels import gpu
-from kvmesh.kernels.pointwise import add_rms_norm, rms_norm, silu_mul
+from kvmesh.kernels.layer import FeedForward
+from kvmesh.kernels.linear import PackedWeight
+from kvmesh.kernels.pointwise import add_rms_norm, has_loops, rms_norm, silu_mul
 from kvmesh.kernels.pointwise.reference import rotate
 from kvmesh.workers.model.hook import AttendArgs, AttendSlot
 from kvmesh.workers.model.llama4 import Llama4Attention, Llama4Mixture
@@ -97,6 +99,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        if has_loops(x):
+            return rms_norm(x, self.weight, self.eps)
         return F.rms_norm(x, self._shape, self.weight, self.eps)
 
 
@@ -209,15 +213,17 @@ class FusedMLP(nn.Module):
 
 
 class FusedLayer(nn.Module):
-    """A decoder layer for GPUs, in inference: ten launches in decode, of which five are products.
+    """A decoder layer in inference: ten launches of a GPU in decode, of which five are products.
 
-    Each residual is added by the product before it or, on several ranks, by the norm after it.
+    Each residual is added by the product before it or, on CPUs and on several ranks, by the norm
+    after it.
     """
 
     def __init__(self, source: Any) -> None:
         super().__init__()
         self.plain = source
         self._activates = type(source.mlp.activation).__name__ in ("SiLUActivation", "SiLU")
+        self._after = _feed_forward(source) if self._activates else None
 
     def forward(
         self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **kwargs: Any
@@ -230,6 +236,9 @@ class FusedLayer(nn.Module):
         before, after = layer.input_layernorm, layer.post_attention_layernorm
         x = rms_norm(residual, before.weight, before.eps)
         heads = layer.self_attn.heads(x, position_embeddings)
+        if self._after is not None:
+            self._after(heads, residual)
+            return hidden_states
         x = layer.self_attn.o_proj.onto(heads, residual)
         if x is None:
             x = rms_norm(residual, after.weight, after.eps)
@@ -243,6 +252,28 @@ class FusedLayer(nn.Module):
         return hidden_states
 
 
+def _feed_forward(layer: Any) -> FeedForward | None:
+    """All after attention in one call, if this rank has whole, packed weights and no biases."""
+    norm, mlp = layer.post_attention_layernorm, layer.mlp
+    linears = (layer.self_attn.o_proj, mlp.gate_up, mlp.down_proj)
+    o_proj, gate_up, down = (linear.weight for linear in linears)
+    sizes = (down.shape[0], down.shape[1], o_proj.shape[1])
+    if (
+        not all(
+            isinstance(linear.weight, PackedWeight) and linear.bias is None for linear in linears
+        )
+        or mlp.down_proj.is_split
+        or any(size % FeedForward.MULTIPLE for size in sizes)
+    ):
+        return None
+    return FeedForward(o_proj, norm.weight, norm.eps, gate_up, down)
+
+
+def fuses(x: Tensor) -> bool:
+    """Whether the operators between products are one launch, or one loop, for tensors like x."""
+    return gpu.runs_kernels(x) or has_loops(x)
+
+
 def fused_layer(layer: Any) -> nn.Module:
     """The layer, after `fuse`, as it runs on its device."""
     fits = (
@@ -250,7 +281,7 @@ def fused_layer(layer: Any) -> nn.Module:
         and isinstance(layer.self_attn, FusedAttention)
         and isinstance(layer.input_layernorm, RMSNorm)
         and isinstance(layer.post_attention_layernorm, RMSNorm)
-        and gpu.runs_kernels(layer.input_layernorm.weight)
+        and fuses(layer.input_layernorm.weight)
     )
     return FusedLayer(layer) if fits else layer
 

@@ -230,7 +230,9 @@ def build_model(
     adapt(facts, model)
     model.eval().requires_grad_(False)
     packing = _packing(weight_format, dtype, device)
-    Placer(model, weights, comm, facts, packing, expert_parallel=expert_parallel).place()
+    # The largest product has the largest say in what a token is.
+    head = _packing("int8", dtype, device) if weight_format == "int4" else packing
+    Placer(model, weights, comm, facts, packing, head, expert_parallel=expert_parallel).place()
     _restore_buffers(model, config, device, max_model_len or facts.max_model_len)
     slot = AttendSlot()
     recurrent = facts.recurrent_layers or (False,) * facts.num_layers

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvmesh.kernels.linear import PackedWeight
+from kvmesh.kernels.linear import PackedWeight, pack, unpack
 from kvmesh.kernels.moe import SWIGLU, GatedUnit
 from kvmesh.workers.errors import ConfigError, UnsupportedModelError
+from kvmesh.workers.model.embedding import PackedEmbedding
 from kvmesh.workers.model.expert_weights import ExpertShare, read_experts, stored_router
 from kvmesh.workers.model.facts import ModelFacts
 from kvmesh.workers.model.weights import Weights
@@ -116,7 +117,8 @@ def _gated_unit(config: Any) -> GatedUnit:
 class Placer:
     """Fills a model that was built on the meta device with a rank's weights.
 
-    pack: how the weights of linears are stored; those of experts stay as they are
+    pack, pack_head: how the weights of linears and of the output projection are stored; those of
+        experts stay as they are
     """
 
     def __init__(
@@ -126,6 +128,7 @@ class Placer:
         comm: Communicator,
         facts: ModelFacts,
         pack: Pack,
+        pack_head: Pack,
         *,
         expert_parallel: bool = False,
     ) -> None:
@@ -134,6 +137,7 @@ class Placer:
         self._comm = comm
         self._facts = facts
         self._pack = pack
+        self._pack_head = pack_head
         self._expert_parallel = expert_parallel
 
     def place(self) -> None:
@@ -151,6 +155,7 @@ class Placer:
             shard = shard_of(self._model.config.model_type, name.removeprefix("model."))
             self._place_one(name, module, shard)
         self._reader.check_all_read()
+        self._pack_embeddings()
 
     def _place_one(self, name: str, module: Any, shard: str) -> None:
         if shard == "rows":
@@ -264,12 +269,24 @@ class Placer:
             weight = nn.functional.pad(weight, (0, 0, 0, count - (end - first)))
         if head.bias is not None:
             raise ConfigError("model", "output projections with a bias are not supported")
-        return VocabHead(self._pack(weight), vocab_size, self._comm)
+        return VocabHead(self._pack_head(weight), vocab_size, self._comm)
+
+    def _pack_embeddings(self) -> None:
+        """Where linears are packed: in the same memory as a head with the same weights, if that
+        is exact, otherwise for themselves."""
+        embedding, head = self._model.get_input_embeddings(), self._model.lm_head.weight
+        if type(embedding) is not nn.Embedding or not isinstance(head, PackedWeight):
+            return
+        plain = embedding.weight.data
+        shared = head.shape == plain.shape and unpack(head).equal(plain)
+        self._model.set_input_embeddings(PackedEmbedding(head if shared else pack(plain, "exact")))
 
     def _fill(self, name: str, module: nn.Module) -> None:
         for key, weight in module._parameters.items():
             if weight is not None:
                 value = self._reader.whole(f"{name}.{key}", weight.shape)
+                if value.dim() == 1:  # it would keep the whole file mapped
+                    value = value.clone()
                 module._parameters[key] = nn.Parameter(value, requires_grad=False)
 
     def _fill_convolution(self, name: str, module: Any) -> None:

@@ -92,15 +92,17 @@ class RowLinear(nn.Module):
         out = self._comm.all_reduce(project(x, self.weight))
         return out if self.bias is None else out.add_(self.bias)
 
+    @property
+    def is_split(self) -> bool:
+        """Whether there are other ranks to sum with."""
+        return self._comm.size > 1
+
     def onto(self, x: Tensor, residual: Tensor) -> Tensor | None:
-        """Add the output to `residual`, [T, out], in the product itself; on several ranks return
-        the output instead. x: [T, in_local]"""
-        if self._comm.size > 1:
+        """Add the output to `residual`, [T, out], in the product itself; with packed weights and
+        on several ranks return the output instead. x: [T, in_local]"""
+        if self._comm.size > 1 or isinstance(self.weight, PackedWeight):
             return self(x)  # type: ignore[no-any-return]
-        if isinstance(self.weight, PackedWeight):
-            residual += linear(x, self.weight)
-        else:
-            add_product(residual, x, self.weight)
+        add_product(residual, x, self.weight)
         if self.bias is not None:
             residual += self.bias
         return None
