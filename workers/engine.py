@@ -1,8 +1,14 @@
-"""The engine: sequences in, tokens out, one step at a time.
+"""The engine: sequences in, tokens out, step by step.
 
-    add / abort ──► Scheduler.schedule() ──► StepPlan ──► Executor.execute() ──► StepResult
-                        ▲                                                            │
-                        └── Scheduler.commit(), stop conditions, SequenceDelta ◄─────┘
+    add / abort ──► Scheduler.schedule() ──► StepPlan ──► Executor.submit()
+                        ▲                                       ┊
+                        │                             the ranks compute it
+                        │                                       ┊
+                        └── Scheduler.commit() ◄── StepResult ◄── Executor.result()
+                            stop conditions, SequenceDelta
+
+Where ranks compute by themselves, a step is submitted before the result of the one before is read
+(docs/adr/0033): they never wait for the engine.
 
 Not thread-safe: one thread owns it (workers/engine_thread.py).
 """
@@ -11,7 +17,9 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from kvmesh.workers.blame import Blame
 from kvmesh.workers.config import EngineConfig
@@ -20,10 +28,10 @@ from kvmesh.workers.deadlines import Deadlines
 from kvmesh.workers.device_limits import DeviceLimits
 from kvmesh.workers.engine_stats import EngineStats
 from kvmesh.workers.errors import ConfigError
-from kvmesh.workers.executor import Allocation, Executor, RankDescription
+from kvmesh.workers.executor import Allocation, Executor, MakeMasks, RankDescription
 from kvmesh.workers.lease import LeaseTerms
 from kvmesh.workers.loads import EngineInfo, EngineLoads
-from kvmesh.workers.plan import SampledToken, StepPlan, StepResult, TokenScores
+from kvmesh.workers.plan import SampledToken, StepPlan, StepResult
 from kvmesh.workers.pool_plan import PoolPlan, plan_pool
 from kvmesh.workers.request import (
     EndReason,
@@ -92,6 +100,9 @@ class Engine:
         self._live: dict[str, Sequence] = {}
         self._deadlines = Deadlines()
         self._constrained = ConstrainedOutputs(rank)
+        self._submitted: deque[_Submitted] = deque()
+        self._result_s = 0.0  # when the latest result was read
+        self._suspects: dict[str, Sequence] = {}
         self.stats = EngineStats()
         self.step_start_s: float | None = None
         self.stalled = False
@@ -103,6 +114,11 @@ class Engine:
     def has_work(self) -> bool:
         return bool(self._live)
 
+    @property
+    def awaits_result(self) -> bool:
+        """Whether a step is in flight, perhaps of sequences all of which have ended."""
+        return bool(self._submitted)
+
     def add(self, *requests: EngineRequest) -> None:
         """Queue requests that have passed `check_request`; their ids must not be live."""
         self.stalled = False
@@ -113,6 +129,8 @@ class Engine:
             seq.arrived_s = seq.progress_s = self._clock()
             if request.timeout_s is not None:
                 self._deadlines.add(name, seq.arrived_s + request.timeout_s)
+            if request.suspicion:
+                self._suspects[name] = seq
             self.scheduler.add(seq)
             self._constrained.add(seq)
             self.stats.arrived(seq)
@@ -153,19 +171,20 @@ class Engine:
     # A step
 
     def step(self) -> list[SequenceDelta]:
-        """Compute one step; deltas of the sequences that got a token, ended or made progress."""
+        """Submit what the ranks can take, and wait for the result of the oldest step in flight;
+        deltas of the sequences that got a token, ended or made progress."""
         deltas = self._end_due()
-        start_s = self.step_start_s = self._clock()
-        plan = self.scheduler.schedule()
-        if plan is not None:
-            result, ranks_s = self._execute(plan)
-            deltas += self._commit(plan, result)
-            self.stats.step_done(plan, self._clock() - start_s, ranks_s, result.host_s)
-            if result.expert_imbalance is not None:
-                self.stats.expert_imbalance = result.expert_imbalance
+        self.step_start_s = self._clock()
+        while len(self._submitted) < self._max_in_flight() and self._submit():
+            pass
+        if idle := not self._submitted:
+            self.stalled = self.has_work and not self._constrained.preparing
+        else:
+            self.stalled = False
+            deltas += self._take_result()
         self.step_start_s = None
-        self.stalled = plan is None and self.has_work and not self._constrained.preparing
-        if plan is None and self._constrained.preparing:
+        self.blame = Blame()
+        if idle and self._constrained.preparing:
             self._constrained.wait()
         return deltas
 
@@ -179,50 +198,85 @@ class Engine:
             deltas.append(self._finish(seq, EndReason.FAULT, error=error))
         return deltas
 
-    def _execute(self, plan: StepPlan) -> tuple[StepResult, float]:
-        """Have the ranks carry out a plan; their result, and how many seconds they took."""
-        rows = {chunk.row for chunk in plan.chunks}
-        aboard = {seq.row: seq for seq in self.scheduler.running if seq.row in rows}
+    def _max_in_flight(self) -> int:
+        """While a sequence may be on trial, steps are computed alone: who fails is to blame."""
+        tried = any(seq.on_trial for seq in self._suspects.values())
+        return 1 if tried else self._executor.max_in_flight
+
+    def _submit(self) -> bool:
+        """Decide a step and give it to the ranks; False if there is nothing to compute."""
+        start_s = self._clock()
+        if self.scheduler.schedule() is None:
+            return False
+        step = self.scheduler.in_flight[-1]
         now = self._clock()
-        for seq in aboard.values():
+        for seq in step.sequences:
             if seq.started_s is None:
                 seq.started_s = now
                 self.stats.started(seq)
-        self.blame = Blame.of(aboard.values())
-        result = self._executor.execute(*self._constrained.masked(plan, aboard))
-        ranks_s = self._clock() - now
-        assert result.step == plan.step, "a rank sent the result of another step"
+        self._submitted.append(_Submitted(self._constrained.masked(step), start_s, now))
+        self._start_masks()
+        self._note_blame()
+        self._executor.submit(self._submitted[-1].plan)
+        return True
+
+    def _start_masks(self) -> None:
+        """Of the oldest step, if it needs any: the tokens before it are known."""
+        oldest = self._submitted[0]
+        if oldest.plan.masked and oldest.masks is None:
+            oldest.masks = self._constrained.start(self.scheduler.in_flight[0])
+
+    def _note_blame(self) -> None:
+        steps = self.scheduler.in_flight
+        self.blame = Blame.of([seq for step in steps for seq in step.sequences])
+
+    def _take_result(self) -> list[SequenceDelta]:
+        """Wait for the oldest step, and commit it."""
+        self._note_blame()
+        step = self._submitted[0]
+        result = self._executor.result(step.masks)
+        now = self._clock()
+        assert result.step == step.plan.step, "a rank sent the result of another step"
+        # The ranks began with it when they had it, and had computed the one before.
+        ranks_s = now - max(step.submitted_s, self._result_s)
         if self._step_budget is not None:
-            self._step_budget.learn(plan, ranks_s)
-        return result, ranks_s
+            self._step_budget.learn(step.plan, ranks_s)
+        deltas = self._commit(step.plan, result)
+        self._submitted.popleft()
+        if self._submitted:
+            self._start_masks()
+        whole_s = self._clock() - max(step.start_s, self._result_s)
+        self._result_s = now
+        self.stats.step_done(step.plan, whole_s, ranks_s, result.host_s)
+        if result.expert_imbalance is not None:
+            self.stats.expert_imbalance = result.expert_imbalance
+        return deltas
 
     def _commit(self, plan: StepPlan, result: StepResult) -> list[SequenceDelta]:
-        """Advance the sequences of a plan that was carried out, and end those that are complete."""
+        """Take what a plan has computed, and end the sequences that are complete."""
         now = self._clock()
         tokens, scores = iter(result.tokens), iter(result.scores)
         deltas: list[SequenceDelta | None] = []
         for chunk, seq in self.scheduler.commit(plan):
-            if chunk.targets:
-                deltas.append(self._take_scores(seq, next(scores)))
+            found = next(scores) if chunk.targets else None
             token = next(tokens) if chunk.sample else None
-            if seq.row is None:
-                continue  # its scores were not sound
+            if seq is None:
+                continue  # it has ended meanwhile
+            if found is not None and not found.sound:
+                seq.num_scored = chunk.score_start
+                deltas.append(self._fault(seq, NOT_SOUND))
+                continue
+            if found is not None:
+                deltas.append(SequenceDelta(seq.request.request_id, (), scores=found))
             if token is not None:
                 deltas.append(self._take_token(seq, token, now))
-            elif now - seq.progress_s >= PROGRESS_PERIOD_S:
+            elif seq.row is not None and now - seq.progress_s >= PROGRESS_PERIOD_S:
                 seq.progress_s = now
-                deltas.append(SequenceDelta(seq.request.request_id, (), progress=seq.progress))
+                progress = seq.progress(chunk.end)
+                deltas.append(SequenceDelta(seq.request.request_id, (), progress=progress))
         left = next(tokens, None), next(scores, None)
         assert left == (None, None), f"the ranks computed what was not planned: {left}"
-        self.blame = Blame()
         return [delta for delta in deltas if delta is not None]
-
-    def _take_scores(self, seq: Sequence, scores: TokenScores) -> SequenceDelta | None:
-        """Log-probabilities of the next tokens of its prompt."""
-        if scores.sound:
-            return SequenceDelta(seq.request.request_id, (), scores=scores)
-        seq.num_scored -= scores.num_tokens
-        return self._fault(seq, NOT_SOUND)
 
     def _take_token(self, seq: Sequence, token: SampledToken, now: float) -> SequenceDelta | None:
         state = seq.output_state
@@ -269,6 +323,7 @@ class Engine:
         self.scheduler.remove(seq)
         self._deadlines.remove(name)
         self._constrained.remove(seq)
+        self._suspects.pop(name, None)
         del self._live[name]
         self.stats.ended(reason)
         ids = last.token_ids if last is not None else ()
@@ -281,6 +336,20 @@ class Engine:
             usage=seq.usage(self._clock()),
             error=error,
         )
+
+
+@dataclass(slots=True, eq=False)
+class _Submitted:
+    """A step in flight.
+
+    start_s, submitted_s: when it began to be decided, and when the ranks got it
+    masks: once all tokens before it are known, if it needs them
+    """
+
+    plan: StepPlan
+    start_s: float
+    submitted_s: float
+    masks: MakeMasks | None = None
 
 
 def _end_of(seq: Sequence, token_id: int, eos: frozenset[int]) -> EndReason | None:

@@ -42,7 +42,7 @@ def choose_device(config: EngineConfig, rank: int) -> torch.device:
 
 
 class Rank:
-    """Loads the model on construction. Call `allocate` once, then `execute` for every step.
+    """Loads the model on construction. Call `allocate` once, then `runner` computes steps.
 
     shared: a rank that has loaded the same model, whose weights are reused
     """
@@ -145,6 +145,7 @@ class Rank:
             prepare_decode=prepare_decode,
             cuda_graphs=self._limits.cuda_graphs,
             params=self._params,
+            comm=self._comm,
         )
 
     def commit_pool(self) -> None:
@@ -154,8 +155,22 @@ class Rank:
 
     def execute(self, plan: StepPlan, masks: MakeMasks | None = None) -> StepResult | None:
         """The result on rank 0, None on the other ranks. masks: if the plan is masked"""
-        assert self._runner is not None, "allocate comes before execute"
-        return self._runner.execute(plan, masks)
+        return self.runner.execute(plan, masks)
+
+    @property
+    def runner(self) -> ModelRunner:
+        assert self._runner is not None, "allocate comes before the first step"
+        return self._runner
+
+    @property
+    def samples(self) -> bool:
+        """Whether this rank answers."""
+        return self._samples
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether a step that is launched is not computed yet."""
+        return self._device.type == "cuda"
 
     def _load_calibration(self, rank: int) -> ModelParams | None:
         """This rank's calibrated parameters of every layer, if the format needs them."""

@@ -65,6 +65,9 @@ class Communicator:
         """Sum `tensor` over the ranks in place and return it; contiguous, of any shape."""
         return tensor
 
+    def broadcast(self, tensor: torch.Tensor) -> None:
+        """Give every rank rank 0's tensor, in place; contiguous, of any shape."""
+
     def gather_logits(self, part: torch.Tensor) -> torch.Tensor | None:
         """The parts [n, v], concatenated along the last dimension, on rank 0; otherwise None."""
         return part
@@ -116,6 +119,12 @@ class _ProcessGroup(Communicator):
         else:
             dist.all_reduce(tensor)
         return tensor
+
+    def broadcast(self, tensor: torch.Tensor) -> None:
+        if self._same_host is not None:
+            tensor.copy_(self._same_host.all_gather(tensor)[0])
+        else:
+            dist.broadcast(tensor, src=0)
 
     def gather_logits(self, part: torch.Tensor) -> torch.Tensor | None:
         # NCCL has no gather, but its all-gather is a single kernel.
