@@ -154,8 +154,9 @@ class ModelRunner:
         if self._sampler is not None:
             sampled = [chunk for chunk in plan.chunks if chunk.sample]
             if sampled:
-                rows, ends = [chunk.row for chunk in sampled], [chunk.end for chunk in sampled]
-                sampling = self._sampler.prepare(rows, ends)
+                sampling = self._sampler.prepare(
+                    [chunk.row for chunk in sampled], [chunk.end for chunk in sampled]
+                )
         works: Works = {}
         if self._divides:
             works = decode_works(arrays, self._tables, self._windows)

@@ -17,6 +17,7 @@ from kvmesh.workers.channel import (
     Close,
     Divergences,
     Failed,
+    Flush,
     Probe,
     RankEnd,
 )
@@ -62,7 +63,7 @@ def answer_everything(end: RankEnd, rank: int, seen: list[object]) -> None:
         elif isinstance(message, Probe):
             if rank == 0:
                 end.send(Divergences([len(name) / 100 for name in message.kv_formats]))
-        elif rank == 0:
+        elif rank == 0 and not isinstance(message, Flush):
             end.send(StepResult(message.step, [SampledToken(9, -0.5, [(9, -0.5)])], 0.0))
 
 

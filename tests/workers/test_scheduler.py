@@ -73,6 +73,7 @@ class Bench:
             return {}
         found = self.tokens_of(plan)
         for chunk, seq in self.scheduler.commit(plan):
+            assert seq is not None
             if chunk.sample:
                 seq.append(7)
                 if seq.num_tokens == seq.max_tokens_total:

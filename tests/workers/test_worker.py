@@ -135,7 +135,7 @@ def test_masks_without_a_step_end_a_rank() -> None:
 
 
 def test_a_rank_that_runs_ahead_answers_a_step_after_it_has_launched_the_next_one() -> None:
-    asked = [ALLOCATE, PLAN, PLAN, PLAN, Flush(), PLAN, Flush(), Flush(), Close()]
+    asked: list[ToRank] = [ALLOCATE, PLAN, PLAN, PLAN, Flush(), PLAN, Flush(), Flush(), Close()]
     end = serve(asked, samples=True, parent=os.getppid(), runs_ahead=True)
     launch, result = ["launch", "sample"], ["result"]
     expected = launch + (launch + result) * 2 + result + launch + result
