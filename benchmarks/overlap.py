@@ -1,27 +1,30 @@
-"""What steps in flight hide: decode with rank processes, with one step in flight and with two.
+"""What a second step in flight hides: how long ranks have no step, between their steps.
 
-    python -m benchmarks.overlap [--tp 1] [--sequences 1 8] [--tokens 96] [--pairs 5] [--json FILE]
+    python -m benchmarks.overlap [--sequences 1 16 256] [--step-ms 6] [--steps 150] [--pairs 4]
+        [--json FILE]
 
-One engine over `tp` rank processes of the embedded model decodes the same prompts again and again,
-in turn with one step in flight and with two (ABBA), greedily and, with `--top-p`, sampled. Tokens
-must be the same. Per step:
+An engine decodes over a rank in another process, which speaks the channel's protocol and takes
+`--step-ms` for a step, asleep, so that the leader is the only one that needs a CPU, as next to a
+GPU. The same sequences decode in turn with one step in flight and with two. Per step:
 
-    wall ms        from one result to the next, median over the runs of a kind
-    ranks ms       CPU time of the rank processes; of the leader: CPU time of the engine's thread
-    idle ms        for which rank 0 had no step: wall, less what it spent between a plan and its
-                   answer; only without overlap does the leader's work add to it
+    idle        share of the steps whose plan was not there when the one before had ended
+    gap ms      from an answer of the rank to the next plan: the device is idle; median
+    leader ms   CPU time of the engine's thread: to decide, encode, send, receive and commit
+    period ms   from one plan to the next, median
+
+With two in flight the next plan should be there when a step ends. Run it on a quiet machine: the
+leader and the rank need a CPU each.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
+import platform
 import statistics
+import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -29,134 +32,135 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
+from kvmesh.workers.channel import Allocated, ChannelExecutor, Close, RankEnd
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.engine import Engine
-from kvmesh.workers.local import LocalProcesses
-from kvmesh.workers.model.embedded import EMBEDDED_NAME
+from kvmesh.workers.executor import Allocation, RankDescription
+from kvmesh.workers.plan import SampledToken, StepPlan, StepResult
 from kvmesh.workers.request import EngineRequest
 from kvmesh.workers.sampling_params import SamplingParams
 
-TICK_S = 1 / os.sysconf("SC_CLK_TCK")
+CONTEXT = 4096
+DESCRIPTION = RankDescription(
+    model="none",
+    model_revision="none",
+    dtype="bfloat16",
+    vocab_size=50_000,
+    max_model_len=2 * CONTEXT,
+    eos_token_ids=(),
+    sink_pages=1,
+    recent_pages=2,
+    hot_page_bytes=4,
+    sealed_page_bytes=1,
+    kv_budget_bytes=1 << 16,
+    head_dim=64,
+)
 
 
 @dataclass(frozen=True)
-class Run:
-    """Of one kind: medians of milliseconds per step, over runs."""
+class Row:
+    """Figures of one kind of run, as in the file's description."""
 
     sequences: int
     in_flight: int
-    wall_ms: float
-    ranks_cpu_ms: float
-    leader_cpu_ms: float
+    gap_ms: float
+    idle: float
+    period_ms: float
+    leader_ms: float
 
 
-def cpu_s(pid: int) -> float:
-    """User and system time of a process."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) * TICK_S
+def rank(endpoint: str, step_s: float) -> None:
+    """A rank's process: steps take their time, and their gaps go to stdout when it is closed."""
+    end = RankEnd(endpoint)
+    end.send(DESCRIPTION)
+    times: list[tuple[int, bool, float, float]] = []
+    ended_s = time.perf_counter()
+    while True:
+        waits = (message := end.receive(0.0)) is None
+        if waits:
+            message = end.receive(600.0)
+        if isinstance(message, Close | None):
+            break
+        if isinstance(message, Allocation):
+            end.send(Allocated())
+        elif isinstance(message, StepPlan):
+            began_s = time.perf_counter()
+            times.append((len(message.chunks), waits, began_s - ended_s, began_s))
+            time.sleep(step_s)
+            sampled = [SampledToken(7) for chunk in message.chunks if chunk.sample]
+            end.send(StepResult(message.step, sampled, 0.0))
+            ended_s = time.perf_counter()
+    end.close()
+    print(json.dumps(times))
 
 
-@contextmanager
-def started(config: EngineConfig) -> Iterator[tuple[Engine, LocalProcesses]]:
-    executor = LocalProcesses(config)
-    try:
-        yield Engine(config, executor), executor
-    finally:
-        executor.close()
-
-
-class Decoding:
-    """The same prompts, again and again."""
-
-    def __init__(self, engine: Engine, executor: LocalProcesses, top_p: float, tokens: int) -> None:
-        self._engine, self._executor = engine, executor
-        self._tokens = tokens
-        self._top_p = top_p
-        self._pids = [process.pid for process in executor._processes]
-
-    def once(self, sequences: int, in_flight: int) -> tuple[list[list[int]], Run]:
-        engine = self._engine
-        self._executor.max_in_flight = in_flight
-        random = np.random.default_rng(0)
-        for number in range(sequences):
-            params = SamplingParams(
-                temperature=0.0 if self._top_p == 1.0 else 0.8,
-                top_p=self._top_p,
-                seed=number,
-                max_tokens=self._tokens,
-                ignore_eos=True,
-            )
-            prompt = random.integers(5, 40_000, 24).astype(np.int32)
-            engine.add(EngineRequest(f"r{number}", prompt, params))
-        output: dict[str, list[int]] = {f"r{number}": [] for number in range(sequences)}
-
-        def step() -> None:
-            for delta in engine.step():
-                output[delta.request_id] += delta.token_ids
-
-        while not all(output.values()):
-            step()  # prompts
-        ranks_s, leader_s = sum(map(cpu_s, self._pids)), time.thread_time()
-        start_s, steps = time.perf_counter(), 0
-        while engine.has_work:
-            step()
-            steps += 1
-        wall_s = time.perf_counter() - start_s
-        leader_s = time.thread_time() - leader_s
-        ranks_s = sum(map(cpu_s, self._pids)) - ranks_s
-        while engine.awaits_result:
-            engine.step()
-        per_step = (1e3 * seconds / steps for seconds in (wall_s, ranks_s, leader_s))
-        return list(output.values()), Run(sequences, in_flight, *per_step)
-
-
-def medians(runs: list[Run]) -> Run:
-    wall, ranks, leader = (
-        round(statistics.median(getattr(run, name) for run in runs), 3)
-        for name in ("wall_ms", "ranks_cpu_ms", "leader_cpu_ms")
+def measure(sequences: int, in_flight: int, step_s: float, steps: int) -> Row:
+    """A run of its own: decoding alone, after all prompts."""
+    executor = ChannelExecutor(1)
+    executor.max_in_flight = in_flight
+    words = [sys.executable, __file__, "--rank", executor.endpoints[0], "--step-ms"]
+    process = subprocess.Popen([*words, str(1e3 * step_s)], stdout=subprocess.PIPE)
+    config = EngineConfig(
+        model="none",
+        page_size=64,
+        max_num_seqs=sequences,
+        max_num_batched_tokens=8192,
+        prefix_cache=False,
     )
-    return Run(runs[0].sequences, runs[0].in_flight, wall, ranks, leader)
+    engine = Engine(config, executor)
+    params = SamplingParams(temperature=0.0, max_tokens=CONTEXT, ignore_eos=True)
+    for number in range(sequences):
+        prompt = np.random.default_rng(number).integers(0, 50_000, 64).astype(np.int32)
+        engine.add(EngineRequest(f"r{number}", prompt, params))
+    while any(seq.num_output == 0 for seq in engine._live.values()):
+        engine.step()
+    leader_s = time.thread_time()
+    for _ in range(steps):
+        engine.step()
+    leader_s = time.thread_time() - leader_s
+    executor.close()
+    output, _ = process.communicate(timeout=60)
+    decoding = [found for found in json.loads(output) if found[0] == sequences][10:]
+    _, waits, gaps, starts = zip(*decoding, strict=True)
+    return Row(
+        sequences=sequences,
+        in_flight=in_flight,
+        idle=round(statistics.mean(waits), 3),
+        gap_ms=round(1e3 * statistics.median(gaps), 3),
+        period_ms=round(1e3 * float(np.median(np.diff(starts))), 3),
+        leader_ms=round(1e3 * leader_s / steps, 3),
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tp", type=int, default=1)
-    parser.add_argument("--sequences", type=int, nargs="*", default=[1, 8])
-    parser.add_argument("--tokens", type=int, default=96)
-    parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--sequences", type=int, nargs="*", default=[1, 16, 256])
+    parser.add_argument("--step-ms", type=float, default=6.0)
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--pairs", type=int, default=4)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--rank", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    config = EngineConfig(
-        model=EMBEDDED_NAME,
-        tp=options.tp,
-        device="cpu",
-        kv_memory_bytes=200 << 20,
-        kv_probe="off",
-        prefix_cache=False,
-        threads_per_rank=1,
-    )
+    step_s = options.step_ms / 1e3
+    if options.rank:
+        rank(options.rank, step_s)
+        return
     rows = []
-    with started(config) as (engine, executor):
-        decoding = Decoding(engine, executor, options.top_p, options.tokens)
-        for sequences in options.sequences:
-            decoding.once(sequences, 1)  # compiles
-            runs: dict[int, list[Run]] = {1: [], 2: []}
-            outputs = []
-            for pair in range(options.pairs):
-                for in_flight in (1, 2) if pair % 2 else (2, 1):
-                    output, run = decoding.once(sequences, in_flight)
-                    outputs.append(output)
-                    runs[in_flight].append(run)
-            assert all(output == outputs[0] for output in outputs), "tokens depend on overlap"
-            ratios = [two.wall_ms / one.wall_ms for one, two in zip(runs[1], runs[2], strict=True)]
-            ratio = statistics.median(ratios)
-            for found in runs.values():
-                rows.append(asdict(medians(found)))
-                print(medians(found))
-            print(f"{sequences} sequences: wall with overlap × {ratio:.3f} ({sorted(ratios)})")
+    for sequences in options.sequences:
+        found: dict[int, list[Row]] = {1: [], 2: []}
+        for pair in range(options.pairs):
+            for in_flight in (1, 2) if pair % 2 else (2, 1):
+                found[in_flight].append(measure(sequences, in_flight, step_s, options.steps))
+        for runs in found.values():
+            names = ("gap_ms", "gap_p99_ms", "period_ms", "leader_ms")
+            medians = {
+                name: statistics.median(getattr(run, name) for run in runs) for name in names
+            }
+            rows.append(asdict(Row(runs[0].sequences, runs[0].in_flight, **medians)))
+            print(rows[-1], flush=True)
     if options.json:
-        options.json.write_text(json.dumps({"tp": options.tp, "rows": rows}, indent=1) + "\n")
+        report = {"machine": platform.machine(), "step_ms": options.step_ms, "rows": rows}
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

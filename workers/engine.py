@@ -44,6 +44,7 @@ from kvmesh.workers.scheduler import Scheduler
 from kvmesh.workers.sequence import Sequence
 from kvmesh.workers.sizes import PageGeometry, PageNeed
 from kvmesh.workers.step_budget import DEFAULT_MAX_STEP_S, StepBudget
+from kvmesh.workers.step_in_flight import StepInFlight
 
 NOT_SOUND = "the prompt's log-probabilities are not finite numbers"
 PROGRESS_PERIOD_S = 1.0  # at least, between two reports of a sequence's progress
@@ -55,7 +56,6 @@ class Engine:
     clock: seconds, monotonic
     step_start_s: when the current step started, by `clock`; other threads may read it
     stalled: every live sequence waits for its lease to grow
-    blame: for the current step, should it fail
     Raises ConfigError if the memory is too small for one sequence.
     """
 
@@ -106,7 +106,7 @@ class Engine:
         self.stats = EngineStats()
         self.step_start_s: float | None = None
         self.stalled = False
-        self.blame = Blame()
+        self._computing: tuple[StepInFlight, ...] = ()
 
     # Between steps
 
@@ -152,6 +152,13 @@ class Engine:
                 seq.extend(lease)
                 self.stalled = False
 
+    @property
+    def blame(self) -> Blame:
+        """For the steps that are computed now, should one fail; of nobody between steps."""
+        if not self._computing:
+            return Blame()
+        return Blame.of([seq for step in self._computing for seq in step.sequences])
+
     def deadline_s(self) -> float | None:
         """Seconds until the earliest deadline, None without one."""
         return self._deadlines.left_s(self._clock())
@@ -183,7 +190,7 @@ class Engine:
             self.stalled = False
             deltas += self._take_result()
         self.step_start_s = None
-        self.blame = Blame()
+        self._computing = ()
         if idle and self._constrained.preparing:
             self._constrained.wait()
         return deltas
@@ -216,7 +223,7 @@ class Engine:
                 self.stats.started(seq)
         self._submitted.append(_Submitted(self._constrained.masked(step), start_s, now))
         self._start_masks()
-        self._note_blame()
+        self._computing = tuple(self.scheduler.in_flight)
         self._executor.submit(self._submitted[-1].plan)
         return True
 
@@ -226,13 +233,9 @@ class Engine:
         if oldest.plan.masked and oldest.masks is None:
             oldest.masks = self._constrained.start(self.scheduler.in_flight[0])
 
-    def _note_blame(self) -> None:
-        steps = self.scheduler.in_flight
-        self.blame = Blame.of([seq for step in steps for seq in step.sequences])
-
     def _take_result(self) -> list[SequenceDelta]:
         """Wait for the oldest step, and commit it."""
-        self._note_blame()
+        self._computing = tuple(self.scheduler.in_flight)
         step = self._submitted[0]
         result = self._executor.result(step.masks)
         now = self._clock()

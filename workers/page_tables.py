@@ -105,16 +105,19 @@ class PageTables:
     def _name(self, seq: Sequence, sealed_stop: int) -> None:
         """sealed_stop: pages before it are sealed"""
         num_known = self._known_pages(seq)
+        num_sealed = min(sealed_stop, num_known)
+        if num_known <= seq.num_named and num_sealed <= seq.num_sealed_named:
+            return
         digests = seq.digests(num_known)
         for page in range(seq.num_named, num_known):
             if page in seq.hot:  # not if it was outdated before its last token was known
                 self._cache.name_hot(digests[page], seq.hot[page])
             self._note_block(digests, page)
-        for page in range(seq.num_sealed_named, min(sealed_stop, num_known)):
+        for page in range(seq.num_sealed_named, num_sealed):
             self._cache.name_sealed(digests[page], seq.sealed[page])
             self._note_block(digests, page)
         seq.num_named = max(seq.num_named, num_known)
-        seq.num_sealed_named = max(seq.num_sealed_named, min(sealed_stop, num_known))
+        seq.num_sealed_named = max(seq.num_sealed_named, num_sealed)
 
     def _note_block(self, digests: list[Digest], page: int) -> None:
         if (page + 1) % BLOCK_PAGES == 0:

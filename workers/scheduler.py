@@ -107,8 +107,9 @@ class Scheduler:
     def schedule(self) -> StepPlan | None:
         """The next step, or None when there is nothing to compute."""
         draft = StepDraft(self._max_num_batched_tokens, self.pool.headroom_pages)
-        decoding = [seq for seq in self.running if seq.to_compute == 1]
-        prefilling = [seq for seq in self.running if seq.to_compute > 1]
+        left = [(seq, seq.to_compute) for seq in self.running]
+        decoding = [seq for seq, count in left if count == 1]
+        prefilling = [seq for seq, count in left if count > 1]
         for seq in decoding + prefilling:
             # Still running, not preempted meanwhile.
             if seq.row is not None and draft.tokens_left and draft.takes(seq):

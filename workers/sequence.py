@@ -110,9 +110,8 @@ class Sequence:
         return self.request.suspicion > 0 and self.num_tokens == self._given_tokens
 
     def tokens_of(self, start: int, end: int) -> bytes:
-        """The tokens at positions [start, end) as a plan has them."""
-        known = self.tokens[start:end].tobytes()
-        return known if end <= self.num_tokens else known + PENDING * (end - self.num_tokens)
+        """The tokens at positions [start, end) as a plan has them: known, or one pending."""
+        return PENDING if start >= self.num_tokens else self._tokens[start:end].tobytes()
 
     def append(self, token_id: int) -> None:
         self._tokens[self.num_tokens] = token_id
@@ -137,6 +136,8 @@ class Sequence:
 
     def note_held(self, pages: PageNeed) -> None:
         """It held so many pages in a step that has been computed."""
+        if pages.fits(self.peak):
+            return
         self.peak = PageNeed(max(self.peak.hot, pages.hot), max(self.peak.sealed, pages.sealed))
 
     def progress(self, end: int) -> PrefillProgress:

@@ -71,7 +71,9 @@ class StepDraft:
         self.tokens_left -= end - start
         sample = end == seq.length
         score_start, score_end = max(start, seq.num_scored), min(end, seq.to_score)
-        targets = seq.tokens[score_start + 1 : score_end + 1].tobytes()
+        targets = b""
+        if score_start < score_end:
+            targets = seq.tokens[score_start + 1 : score_end + 1].tobytes()
         self.chunks[row] = Chunk(
             row, start, seq.tokens_of(start, end), sample, targets, score_start
         )
