@@ -101,7 +101,7 @@ class DecodeGraphs:
         zero = np.zeros(1, dtype=np.int64)
         prefixes = PrefixSets(empty, empty, zero) if key.shares else None
         nothing = StepArrays(*(empty,) * 4, zero, *(empty,) * 5, prefixes).padded(size)
-        # A graph finds the tokens that only the ranks know, if there are any.
+        # A graph reads all tokens where sampling leaves them (last_tokens.py).
         nothing = replace(nothing, input_ids=np.full(size, -1))
         rounds = (Round(0, size, 0, size + key.parts),)
         no_work = DecodeWork(zero, zero)

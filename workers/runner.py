@@ -148,7 +148,7 @@ class ModelRunner:
         wait for the device, unless scores are wanted."""
         start_s = time.perf_counter()
         arrays = self._prepare(plan)
-        if arrays.pending:
+        if arrays.num_pending:
             self._last_tokens.share()
         sampling = None
         if self._sampler is not None:
@@ -162,6 +162,7 @@ class ModelRunner:
             works = decode_works(arrays, self._tables, self._windows)
         scores: list[TokenScores] = []
         if self._graphs is not None and self._graphs.fits(arrays, works) and not plan.scores:
+            self._last_tokens.put_known(arrays)
             host_s = time.perf_counter() - start_s
             logits, rows = self._graphs.run(arrays, works)
         else:
@@ -290,8 +291,8 @@ class ModelRunner:
             return self._basis.leave(out)
 
         input_ids = step.input_ids
-        if step.pending:
-            input_ids = self._last_tokens.put_in(input_ids)
+        if step.num_pending:
+            input_ids = self._last_tokens.put_in(step)
         hidden = self._model.hidden(
             input_ids, step.positions, attend, rotates=self._divides and self._basis.keeps_keys
         )

@@ -241,7 +241,7 @@ class Sampler:
         return row.seen is not None or row.counts is not None
 
     def record(self, row_id: int, start: int, ids: torch.Tensor) -> None:
-        """Like `record_tokens`, for a row that penalises. ids: [n] int64, on the device"""
+        """Like `record_tokens`, for a row that penalises. ids: [n] integers, on the device"""
         row = self._rows[row_id]
         if row.seen is not None:
             row.seen[ids] = True

@@ -90,9 +90,9 @@ class StepArrays:
         return len(self.input_ids) == len(self.rows) == len(self.logits_rows)
 
     @property
-    def pending(self) -> bool:
-        """Whether some tokens are known to the ranks alone."""
-        return bool((self.input_ids < 0).any())
+    def num_pending(self) -> int:
+        """How many tokens only the ranks know."""
+        return int(np.count_nonzero(self.input_ids < 0))
 
     @property
     def sampled_rows(self) -> Ints:
@@ -125,7 +125,7 @@ class StepArrays:
 class StepTensors:
     """StepArrays on a device, as int64 or int32 depending on who reads them."""
 
-    pending: bool
+    num_pending: int
     input_ids: torch.Tensor
     positions: torch.Tensor
     slots: torch.Tensor
@@ -248,7 +248,7 @@ class StepBuffer:
             decode_work=decode_work,
         )
         return StepTensors(
-            arrays.pending,
+            arrays.num_pending,
             input_ids,
             positions,
             slots,
