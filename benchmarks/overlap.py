@@ -7,13 +7,12 @@ An engine decodes over a rank in another process, which speaks the channel's pro
 `--step-ms` for a step, asleep, so that the leader is the only one that needs a CPU, as next to a
 GPU. The same sequences decode in turn with one step in flight and with two. Per step:
 
-    idle        share of the steps whose plan was not there when the one before had ended
-    gap ms      from an answer of the rank to the next plan: the device is idle; median
+    gap ms      from the end of a step to the beginning of the next: the device is idle; median
     leader ms   CPU time of the engine's thread: to decide, encode, send, receive and commit
     period ms   from one plan to the next, median
 
-With two in flight the next plan should be there when a step ends. Run it on a quiet machine: the
-leader and the rank need a CPU each.
+With two in flight the next plan is there when a step ends, and what remains of the gap is the
+rank's own part: to send an answer and decode a plan. The leader and the rank need a CPU each.
 """
 
 from __future__ import annotations
@@ -64,7 +63,6 @@ class Row:
     sequences: int
     in_flight: int
     gap_ms: float
-    idle: float
     period_ms: float
     leader_ms: float
 
@@ -73,23 +71,18 @@ def rank(endpoint: str, step_s: float) -> None:
     """A rank's process: steps take their time, and their gaps go to stdout when it is closed."""
     end = RankEnd(endpoint)
     end.send(DESCRIPTION)
-    times: list[tuple[int, bool, float, float]] = []
+    times: list[tuple[int, float, float]] = []
     ended_s = time.perf_counter()
-    while True:
-        waits = (message := end.receive(0.0)) is None
-        if waits:
-            message = end.receive(600.0)
-        if isinstance(message, Close | None):
-            break
+    while not isinstance(message := end.receive(600.0), Close | None):
         if isinstance(message, Allocation):
             end.send(Allocated())
         elif isinstance(message, StepPlan):
             began_s = time.perf_counter()
-            times.append((len(message.chunks), waits, began_s - ended_s, began_s))
+            times.append((len(message.chunks), began_s - ended_s, began_s))
             time.sleep(step_s)
+            ended_s = time.perf_counter()
             sampled = [SampledToken(7) for chunk in message.chunks if chunk.sample]
             end.send(StepResult(message.step, sampled, 0.0))
-            ended_s = time.perf_counter()
     end.close()
     print(json.dumps(times))
 
@@ -121,11 +114,10 @@ def measure(sequences: int, in_flight: int, step_s: float, steps: int) -> Row:
     executor.close()
     output, _ = process.communicate(timeout=60)
     decoding = [found for found in json.loads(output) if found[0] == sequences][10:]
-    _, waits, gaps, starts = zip(*decoding, strict=True)
+    _, gaps, starts = zip(*decoding, strict=True)
     return Row(
         sequences=sequences,
         in_flight=in_flight,
-        idle=round(statistics.mean(waits), 3),
         gap_ms=round(1e3 * statistics.median(gaps), 3),
         period_ms=round(1e3 * float(np.median(np.diff(starts))), 3),
         leader_ms=round(1e3 * leader_s / steps, 3),
@@ -152,11 +144,11 @@ def main() -> None:
             for in_flight in (1, 2) if pair % 2 else (2, 1):
                 found[in_flight].append(measure(sequences, in_flight, step_s, options.steps))
         for runs in found.values():
-            names = ("gap_ms", "gap_p99_ms", "period_ms", "leader_ms")
             medians = {
-                name: statistics.median(getattr(run, name) for run in runs) for name in names
+                name: statistics.median(getattr(run, name) for run in runs)
+                for name in ("gap_ms", "period_ms", "leader_ms")
             }
-            rows.append(asdict(Row(runs[0].sequences, runs[0].in_flight, **medians)))
+            rows.append(asdict(Row(sequences, runs[0].in_flight, **medians)))
             print(rows[-1], flush=True)
     if options.json:
         report = {"machine": platform.machine(), "step_ms": options.step_ms, "rows": rows}

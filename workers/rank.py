@@ -241,6 +241,8 @@ class Rank:
             return self._config.kv_memory_bytes
         if self._device.type == "cpu":
             return DEFAULT_CPU_KV_MEMORY_BYTES
+        # Before the first collective: the others may read their weights from a slower disk.
+        self._comm.wait_for_all()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(self._device)
         held = torch.cuda.memory_allocated(self._device)
