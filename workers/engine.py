@@ -1,14 +1,8 @@
 """The engine: sequences in, tokens out, step by step.
 
-    add / abort ──► Scheduler.schedule() ──► StepPlan ──► Executor.submit()
-                        ▲                                       ┊
-                        │                             the ranks compute it
-                        │                                       ┊
-                        └── Scheduler.commit() ◄── StepResult ◄── Executor.result()
-                            stop conditions, SequenceDelta
-
-Where ranks compute by themselves, a step is submitted before the result of the one before is read
-(docs/adr/0033): they never wait for the engine.
+    add / abort ──► Scheduler.schedule() ──► StepPlan ──► StepPipeline ──► StepResult
+                        ▲                                                      │
+                        └── Scheduler.commit(), stop conditions, SequenceDelta ◄
 
 Not thread-safe: one thread owns it (workers/engine_thread.py).
 """
@@ -17,9 +11,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from kvmesh.workers.blame import Blame
 from kvmesh.workers.config import EngineConfig
@@ -28,7 +20,7 @@ from kvmesh.workers.deadlines import Deadlines
 from kvmesh.workers.device_limits import DeviceLimits
 from kvmesh.workers.engine_stats import EngineStats
 from kvmesh.workers.errors import ConfigError
-from kvmesh.workers.executor import Allocation, Executor, MakeMasks, RankDescription
+from kvmesh.workers.executor import Allocation, Executor, RankDescription
 from kvmesh.workers.lease import LeaseTerms
 from kvmesh.workers.loads import EngineInfo, EngineLoads
 from kvmesh.workers.plan import SampledToken, StepPlan, StepResult
@@ -44,7 +36,7 @@ from kvmesh.workers.scheduler import Scheduler
 from kvmesh.workers.sequence import Sequence
 from kvmesh.workers.sizes import PageGeometry, PageNeed
 from kvmesh.workers.step_budget import DEFAULT_MAX_STEP_S, StepBudget
-from kvmesh.workers.step_in_flight import StepInFlight
+from kvmesh.workers.step_pipeline import StepPipeline
 
 NOT_SOUND = "the prompt's log-probabilities are not finite numbers"
 PROGRESS_PERIOD_S = 1.0  # at least, between two reports of a sequence's progress
@@ -65,7 +57,6 @@ class Engine:
         executor: Executor,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._executor = executor
         self._clock = clock
         ranks = executor.describe()
         rank = ranks[0]
@@ -88,25 +79,25 @@ class Engine:
                 max_pages_per_row=-(-self.info.max_model_len // config.page_size),
             )
         )
-        self._step_budget = _step_budget(config, rank)
+        step_budget = _step_budget(config, rank)
         self.scheduler = Scheduler(
             self.geometry,
             pool,
             max_num_batched_tokens=limits.max_num_batched_tokens,
             prefix_cache=config.prefix_cache,
-            step_budget=self._step_budget,
+            step_budget=step_budget,
         )
         self._eos = frozenset(rank.eos_token_ids)
         self._live: dict[str, Sequence] = {}
         self._deadlines = Deadlines()
         self._constrained = ConstrainedOutputs(rank)
-        self._submitted: deque[_Submitted] = deque()
-        self._result_s = 0.0  # when the latest result was read
         self._suspects: dict[str, Sequence] = {}
         self.stats = EngineStats()
+        self._pipeline = StepPipeline(
+            executor, self.scheduler, self._constrained, self.stats, step_budget, clock
+        )
         self.step_start_s: float | None = None
         self.stalled = False
-        self._computing: tuple[StepInFlight, ...] = ()
 
     # Between steps
 
@@ -117,7 +108,7 @@ class Engine:
     @property
     def awaits_result(self) -> bool:
         """Whether a step is in flight, perhaps of sequences all of which have ended."""
-        return bool(self._submitted)
+        return self._pipeline.busy
 
     def add(self, *requests: EngineRequest) -> None:
         """Queue requests that have passed `check_request`; their ids must not be live."""
@@ -154,10 +145,8 @@ class Engine:
 
     @property
     def blame(self) -> Blame:
-        """For the steps that are computed now, should one fail; of nobody between steps."""
-        if not self._computing:
-            return Blame()
-        return Blame.of([seq for step in self._computing for seq in step.sequences])
+        """For the steps that are computed now, should one fail."""
+        return self._pipeline.blame
 
     def deadline_s(self) -> float | None:
         """Seconds until the earliest deadline, None without one."""
@@ -182,15 +171,16 @@ class Engine:
         deltas of the sequences that got a token, ended or made progress."""
         deltas = self._end_due()
         self.step_start_s = self._clock()
-        while len(self._submitted) < self._max_in_flight() and self._submit():
-            pass
-        if idle := not self._submitted:
-            self.stalled = self.has_work and not self._constrained.preparing
-        else:
-            self.stalled = False
-            deltas += self._take_result()
+        # While a sequence may be on trial, steps are computed alone: who fails is to blame.
+        self._pipeline.fill(alone=any(seq.on_trial for seq in self._suspects.values()))
+        idle = not self._pipeline.busy
+        self.stalled = idle and self.has_work and not self._constrained.preparing
+        if not idle:
+            plan, result = self._pipeline.result()
+            deltas += self._commit(plan, result)
+            self._pipeline.committed(result)
         self.step_start_s = None
-        self._computing = ()
+        self._pipeline.rest()
         if idle and self._constrained.preparing:
             self._constrained.wait()
         return deltas
@@ -203,56 +193,6 @@ class Engine:
         ]
         for seq, error in self._constrained.take_prepared():
             deltas.append(self._finish(seq, EndReason.FAULT, error=error))
-        return deltas
-
-    def _max_in_flight(self) -> int:
-        """While a sequence may be on trial, steps are computed alone: who fails is to blame."""
-        tried = any(seq.on_trial for seq in self._suspects.values())
-        return 1 if tried else self._executor.max_in_flight
-
-    def _submit(self) -> bool:
-        """Decide a step and give it to the ranks; False if there is nothing to compute."""
-        start_s = self._clock()
-        if self.scheduler.schedule() is None:
-            return False
-        step = self.scheduler.in_flight[-1]
-        now = self._clock()
-        for seq in step.sequences:
-            if seq.started_s is None:
-                seq.started_s = now
-                self.stats.started(seq)
-        self._submitted.append(_Submitted(self._constrained.masked(step), start_s, now))
-        self._start_masks()
-        self._computing = tuple(self.scheduler.in_flight)
-        self._executor.submit(self._submitted[-1].plan)
-        return True
-
-    def _start_masks(self) -> None:
-        """Of the oldest step, if it needs any: the tokens before it are known."""
-        oldest = self._submitted[0]
-        if oldest.plan.masked and oldest.masks is None:
-            oldest.masks = self._constrained.start(self.scheduler.in_flight[0])
-
-    def _take_result(self) -> list[SequenceDelta]:
-        """Wait for the oldest step, and commit it."""
-        self._computing = tuple(self.scheduler.in_flight)
-        step = self._submitted[0]
-        result = self._executor.result(step.masks)
-        now = self._clock()
-        assert result.step == step.plan.step, "a rank sent the result of another step"
-        # The ranks began with it when they had it, and had computed the one before.
-        ranks_s = now - max(step.submitted_s, self._result_s)
-        if self._step_budget is not None:
-            self._step_budget.learn(step.plan, ranks_s)
-        deltas = self._commit(step.plan, result)
-        self._submitted.popleft()
-        if self._submitted:
-            self._start_masks()
-        whole_s = self._clock() - max(step.start_s, self._result_s)
-        self._result_s = now
-        self.stats.step_done(step.plan, whole_s, ranks_s, result.host_s)
-        if result.expert_imbalance is not None:
-            self.stats.expert_imbalance = result.expert_imbalance
         return deltas
 
     def _commit(self, plan: StepPlan, result: StepResult) -> list[SequenceDelta]:
@@ -339,20 +279,6 @@ class Engine:
             usage=seq.usage(self._clock()),
             error=error,
         )
-
-
-@dataclass(slots=True, eq=False)
-class _Submitted:
-    """A step in flight.
-
-    start_s, submitted_s: when it began to be decided, and when the ranks got it
-    masks: once all tokens before it are known, if it needs them
-    """
-
-    plan: StepPlan
-    start_s: float
-    submitted_s: float
-    masks: MakeMasks | None = None
 
 
 def _end_of(seq: Sequence, token_id: int, eos: frozenset[int]) -> EndReason | None:

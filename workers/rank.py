@@ -14,7 +14,7 @@ from kvmesh.kernels.formats.registry import get_format
 from kvmesh.workers.calibration.file import Calibration
 from kvmesh.workers.config import DEFAULT_CPU_KV_MEMORY_BYTES, EngineConfig
 from kvmesh.workers.errors import ConfigError
-from kvmesh.workers.executor import Allocation, MakeMasks, RankDescription
+from kvmesh.workers.executor import Allocation, RankDescription
 from kvmesh.workers.model.facts import read_facts, sample_digest
 from kvmesh.workers.model.hook import AttendArgs
 from kvmesh.workers.model.load import ServedModel, load_model
@@ -153,9 +153,9 @@ class Rank:
         assert self._runner is not None, "allocate comes before commit_pool"
         self._runner.pool.commit()
 
-    def execute(self, plan: StepPlan, masks: MakeMasks | None = None) -> StepResult | None:
-        """The result on rank 0, None on the other ranks. masks: if the plan is masked"""
-        return self.runner.execute(plan, masks)
+    def execute(self, plan: StepPlan) -> StepResult | None:
+        """See ModelRunner.execute."""
+        return self.runner.execute(plan)
 
     @property
     def runner(self) -> ModelRunner:

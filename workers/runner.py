@@ -17,7 +17,7 @@ from kvmesh.kernels.seal import seal_layers, seal_pages
 from kvmesh.kernels.write import write_hot
 from kvmesh.workers.basis import Basis
 from kvmesh.workers.decode_graphs import DecodeGraphs
-from kvmesh.workers.executor import Allocation, MakeMasks
+from kvmesh.workers.executor import Allocation
 from kvmesh.workers.expert_load import ExpertLoad
 from kvmesh.workers.kv_pool import KVPool
 from kvmesh.workers.last_tokens import LastTokens
@@ -133,13 +133,11 @@ class ModelRunner:
         """This rank's pages."""
         return self._pool
 
-    def execute(self, plan: StepPlan, masks: MakeMasks | None = None) -> StepResult | None:
-        """Compute the plan; returns the result on the rank that samples, None on the others.
-
-        masks: asked for when the logits are computed, or on their way on a GPU
-        """
+    def execute(self, plan: StepPlan) -> StepResult | None:
+        """Compute a plan without masks, and wait for the result; None on ranks that do not
+        sample."""
         step = self.launch(plan)
-        self.sample(step, None if masks is None else masks())
+        self.sample(step)
         return self.result(step)
 
     @torch.inference_mode()

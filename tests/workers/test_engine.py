@@ -111,12 +111,12 @@ SEEN = Exercised(
         "recomputations for another's fault": 1,
         "prompts scored in several pieces": 30,
         "preemptions of sequences with scores": 5,
-        "overlapping steps": 1,
-        "tokens computed before they are known": 1,
-        "tokens beyond the end": 1,
-        "preemptions with a token in flight": 1,
-        "aborts in flight": 1,
-        "faults while the next step was in flight": 1,
+        "overlapping steps": 8000,
+        "tokens computed before they are known": 12000,
+        "tokens beyond the end": 100,
+        "preemptions with a token in flight": 25,
+        "aborts in flight": 15,
+        "faults while the next step was in flight": 40,
     },
 )
 
