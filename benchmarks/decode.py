@@ -150,7 +150,8 @@ class Device:
             kv_bytes = steps.kv_bytes
             plan = steps.plan(tokens)
             start_s = time.perf_counter()
-            result = executor.execute(plan)  # it ends with the tokens on the host
+            executor.submit(plan)
+            result = executor.result()  # with the tokens on the host
             took_s = time.perf_counter() - start_s
             tokens = [token.token_id for token in result.tokens]
             if number >= WARM_UP:

@@ -27,9 +27,12 @@ import statistics
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -46,7 +49,8 @@ from benchmarks.stand_in_gpu import (
 )
 from kvmesh.kernels.formats.registry import get_format
 from kvmesh.workers.executor import Allocation
-from kvmesh.workers.plan import Chunk, RowStart, StepPlan, TableUpdate
+from kvmesh.workers.last_tokens import LastTokens
+from kvmesh.workers.plan import PENDING, Chunk, RowStart, StepPlan, TableUpdate
 from kvmesh.workers.runner import ModelRunner
 from kvmesh.workers.sampling_params import SamplingParams
 from kvmesh.workers.sizes import PageGeometry
@@ -64,6 +68,7 @@ class Case:
     """sequences: (tokens before the step, new tokens); shared: so many first tokens are the same
 
     kv_format: None for the one that is asked for
+    ahead: the step was decided before the tokens of the one before were known
     """
 
     name: str
@@ -72,6 +77,7 @@ class Case:
     shared: int = 0
     params: SamplingParams = GREEDY
     kv_format: str | None = None
+    ahead: bool = False
 
 
 def _decode(*lengths: int) -> tuple[tuple[int, int], ...]:
@@ -91,6 +97,7 @@ CASES = (
     Case("decode 1 x 1M", 8, _decode(MILLION)),
     Case("decode 256 x 4k", 1, _decode(*_spread(256, 4096))),
     Case("decode 256 x 4k, top-p", 1, _decode(*_spread(256, 4096)), params=NUCLEUS),
+    Case("decode 256 x 4k, ahead", 1, _decode(*_spread(256, 4096)), ahead=True),
     Case("decode 1M + 15 short", 8, _decode(MILLION, *_spread(15, 4096))),
     Case("decode 1M + 255 short", 8, _decode(MILLION, *_spread(255, 4096))),
     Case("decode 64 x 8k, shared 4k", 1, _decode(*_spread(64, 32768)[21:], *(8192,) * 21), 4096),
@@ -150,7 +157,8 @@ class Counted:
             for page in range(before.stop, due.stop):
                 sealed.append((row, page, self._sealed_id(row, page)))
                 seals.append((self._hot_id(row, page), self._sealed_id(row, page), page))
-            tokens = np.full(new, 7, dtype=np.int32).tobytes()
+            known = first or not case.ahead
+            tokens = np.full(new, 7, dtype=np.int32).tobytes() if known else PENDING
             chunks.append(Chunk(row, length, tokens, True))
             self._lengths[row] = end
         return StepPlan(
@@ -215,8 +223,26 @@ class _Counts:
     host_s: float
 
 
+@contextmanager
+def _valid_tokens() -> Iterator[None]:
+    """The sampling kernel does not run: here it leaves tokens that the next step can look up."""
+    put = LastTokens.put
+
+    def put_zeros(tokens: LastTokens, rows: torch.Tensor, sampled: torch.Tensor) -> None:
+        sampled.numpy()[:] = 0
+        put(tokens, rows, sampled)
+
+    with mock.patch.object(LastTokens, "put", put_zeros):
+        yield
+
+
 def _count(case: Case, kv_format: str, layers: int, rounds: int) -> _Counts:
-    with StandInGpu() as gpu, products_counted() as products, torch.inference_mode():
+    with (
+        StandInGpu() as gpu,
+        products_counted() as products,
+        _valid_tokens() if case.ahead else nullcontext(),
+        torch.inference_mode(),
+    ):
         counted = Counted(case, kv_format, layers)
         for _ in range(2):
             counted.runner.execute(counted.plan())

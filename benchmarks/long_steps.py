@@ -27,7 +27,7 @@ import numpy as np
 from benchmarks.control_plane.__main__ import HERE, commit_of, conditions
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.engine import Engine
-from kvmesh.workers.executor import Allocation, MakeMasks, RankDescription
+from kvmesh.workers.executor import Allocation, MakeMasks, RankDescription, StepByStep
 from kvmesh.workers.plan import SampledToken, StepPlan, StepResult
 from kvmesh.workers.prefix_cache import PageDigests
 from kvmesh.workers.request import EngineRequest
@@ -42,12 +42,13 @@ ROUNDS = 5
 STEPS = 4 * PAGE  # over several page boundaries
 
 
-class AnsweringExecutor:
+class AnsweringExecutor(StepByStep):
     """Samples the same token always, and keeps the last plan."""
 
     num_ranks = 1
 
     def __init__(self) -> None:
+        super().__init__()
         self.spent_s = 0.0
         self.plan: StepPlan | None = None
 

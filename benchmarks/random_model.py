@@ -19,6 +19,7 @@ from kvmesh.workers.model.facts import ModelFacts
 from kvmesh.workers.model.load import ServedModel, build_model
 from kvmesh.workers.parallel.comm import Communicator
 from kvmesh.workers.plan import StepPlan, StepResult
+from kvmesh.workers.rank_steps import RankSteps
 from kvmesh.workers.runner import ModelRunner
 from kvmesh.workers.sizes import page_bytes_of
 
@@ -161,6 +162,7 @@ class RandomModelExecutor:
         self._device = device
         self._fmt = get_format(config.kv_format)
         self._runner: ModelRunner | None = None
+        self.max_in_flight = 2 if device.type == "cuda" else 1
 
     def describe(self) -> list[RankDescription]:
         facts, config, fmt = self._model.facts, self._config, self._fmt
@@ -210,14 +212,20 @@ class RandomModelExecutor:
             samples=True,
             cuda_graphs=self._config.limits(self._device.type).cuda_graphs,
         )
+        self._steps = RankSteps(self._runner, samples=True)
 
     @property
     def runner(self) -> ModelRunner:
         assert self._runner is not None, "call allocate first"
         return self._runner
 
-    def execute(self, plan: StepPlan, masks: MakeMasks | None = None) -> StepResult:
-        result = self.runner.execute(plan, masks)
+    def submit(self, plan: StepPlan) -> None:
+        self._steps.submit(plan)
+
+    def result(self, masks: MakeMasks | None = None) -> StepResult:
+        if masks is not None:
+            self._steps.mask(masks())
+        result = self._steps.result()
         assert result is not None
         return result
 

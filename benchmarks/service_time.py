@@ -28,10 +28,9 @@ from kvmesh.cluster.simulator.trace import TraceRequest
 from kvmesh.kernels.formats.registry import get_format
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.engine import Engine
-from kvmesh.workers.executor import MakeMasks
 from kvmesh.workers.local import local_executor
 from kvmesh.workers.model.embedded import EMBEDDED_NAME
-from kvmesh.workers.plan import StepPlan, StepResult
+from kvmesh.workers.plan import StepPlan
 from kvmesh.workers.request import EngineRequest
 from kvmesh.workers.sampling_params import SamplingParams
 
@@ -61,11 +60,13 @@ class RecordingExecutor:
         self.divergences = self._inner.divergences
         self.allocate = self._inner.allocate
         self.close = self._inner.close
+        self.result = self._inner.result
+        self.max_in_flight = self._inner.max_in_flight
         self.last: StepPlan | None = None
 
-    def execute(self, plan: StepPlan, masks: MakeMasks | None = None) -> StepResult:
+    def submit(self, plan: StepPlan) -> None:
         self.last = plan
-        return self._inner.execute(plan, masks)
+        self._inner.submit(plan)
 
 
 def step_of(plan: StepPlan, seconds: float) -> Step:

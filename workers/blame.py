@@ -21,9 +21,9 @@ MAX_CHANCE_DEATHS = 2
 
 @dataclass(frozen=True, slots=True)
 class Blame:
-    """How every sequence ends if the step fails that is computed now.
+    """How every sequence ends if one of the steps fails that are computed now.
 
-    aboard: ids of its sequences; None between steps, when nobody knows
+    aboard: ids of their sequences; None between steps, when nobody knows
     on_trial: the suspect among them that has not proved itself, if there is one
     suspicion: of the one on trial
     """
@@ -34,7 +34,8 @@ class Blame:
 
     @staticmethod
     def of(sequences: Collection[Sequence]) -> Blame:
-        """The blame for a step of these sequences, at most one of which is on trial."""
+        """The blame for steps of these sequences, at most one of which is on trial: steps that
+        could have one are computed alone."""
         tried = next((seq.request for seq in sequences if seq.on_trial), None)
         aboard = frozenset(seq.request.request_id for seq in sequences)
         return Blame(aboard) if tried is None else Blame(aboard, tried.request_id, tried.suspicion)

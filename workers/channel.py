@@ -50,6 +50,10 @@ class Allocated(msgspec.Struct, tag="allocated", frozen=True):
     """A rank has allocated its pool."""
 
 
+class Flush(msgspec.Struct, tag="flush", frozen=True):
+    """No step follows for now: answer all of them, also where they are not computed yet."""
+
+
 class Close(msgspec.Struct, tag="close", frozen=True):
     """Ends the rank."""
 
@@ -70,7 +74,7 @@ class Failed(msgspec.Struct, tag="failed", frozen=True):
         return died(f"{self.kind}: {self.message}")
 
 
-ToRank = StepPlan | TokenMasks | Allocation | Probe | Close
+ToRank = StepPlan | TokenMasks | Flush | Allocation | Probe | Close
 FromRank = RankDescription | Divergences | Allocated | StepResult | Failed
 _Answer = TypeVar("_Answer", RankDescription, Divergences, Allocated, StepResult)
 
@@ -102,6 +106,10 @@ class RankEnd:
 class ChannelExecutor:
     """The leader's end: an Executor over ranks that were started with `endpoints`.
 
+    A rank computes one step while the leader reads the result of the one before and decides the
+    next one. Ranks on CPUs answer a step when they have computed it; on GPUs, where that would
+    make them wait, when they have launched the next one, or on Flush.
+
     Start each rank with `worker_main(config, rank, endpoints[rank], rendezvous)`, in any
     process of this host, and call `fail` when one has died: the call that waits for it
     then raises within 50 ms. One thread calls the Executor's methods. Ranks that do not
@@ -110,6 +118,8 @@ class ChannelExecutor:
     step_timeout_s: the lowest limit of a step, see step_limit.py
     start_timeout_s: for loading the model, for the probe and for allocating the pool
     """
+
+    max_in_flight = 2
 
     def __init__(
         self,
@@ -137,6 +147,8 @@ class ChannelExecutor:
         self._failure: EngineError | None = None
         self._closed = False
         self._descriptions: list[RankDescription] = []
+        self._in_flight: deque[tuple[StepPlan, float]] = deque()  # with the times of submission
+        self._result_s = 0.0  # when the latest result came
 
     @property
     def num_ranks(self) -> int:
@@ -153,6 +165,11 @@ class ChannelExecutor:
             self._descriptions = [self._started(rank, RankDescription) for rank in ranks]
         return self._descriptions
 
+    @property
+    def _runs_ahead(self) -> bool:
+        """Whether ranks launch steps on GPUs."""
+        return any(rank.device == "cuda" for rank in self._descriptions)
+
     def divergences(self, kv_formats: list[str]) -> list[float]:
         self._send(Probe(kv_formats))
         return self._started(0, Divergences).kl_nats
@@ -162,12 +179,17 @@ class ChannelExecutor:
         for rank in range(self.num_ranks):
             self._started(rank, Allocated)
 
-    def execute(self, plan: StepPlan, masks: MakeMasks | None = None) -> StepResult:
-        limit_s = self._step_limit.of(plan)
-        before_s = time.monotonic()
+    def submit(self, plan: StepPlan) -> None:
+        self._in_flight.append((plan, time.monotonic()))
         self._send(plan)
+
+    def result(self, masks: MakeMasks | None = None) -> StepResult:
+        plan, submitted_s = self._in_flight.popleft()
+        limit_s = self._step_limit.of(plan)
         if masks is not None:
             self._send(masks(), ranks=1)  # only rank 0 samples
+        if not self._in_flight and self._runs_ahead:
+            self._send(Flush(), ranks=1)
         result = self._expect(
             0,
             StepResult,
@@ -175,7 +197,9 @@ class ChannelExecutor:
             f"the group hangs: no answer to a step of {plan.num_tokens} tokens within "
             f"{limit_s:.3g} s. If it is only slow, raise engine.step_timeout_s",
         )
-        self._step_limit.learn(plan, time.monotonic() - before_s)
+        now = time.monotonic()
+        self._step_limit.learn(plan, now - max(submitted_s, self._result_s))
+        self._result_s = now
         return result
 
     def close(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 
 import msgspec
@@ -10,6 +9,7 @@ import msgspec
 from kvmesh.workers.executor import MakeMasks, RankDescription
 from kvmesh.workers.plan import StepPlan
 from kvmesh.workers.sequence import Sequence
+from kvmesh.workers.step_in_flight import StepInFlight
 from kvmesh.workers.structured.grammars import Grammars
 from kvmesh.workers.structured.masks import MaskMaker
 from kvmesh.workers.structured.state import OutputState
@@ -55,22 +55,21 @@ class ConstrainedOutputs:
                 seq.prepared = True
         return failed
 
-    def masked(
-        self, plan: StepPlan, aboard: Mapping[int, Sequence]
-    ) -> tuple[StepPlan, MakeMasks | None]:
-        """The plan, and the masks that its ranks need, which are made from now on.
+    def masked(self, step: StepInFlight) -> StepPlan:
+        """The plan, which says whether masks follow it: also where that depends on tokens which
+        are not known yet."""
+        for seq in step.sampled:
+            if seq is None or (state := seq.output_state) is None:
+                continue
+            if state.needs_mask or seq.pending > 1:
+                return msgspec.structs.replace(step.plan, masked=True)
+        return step.plan
 
-        aboard: the plan's sequences, by their rows
-        """
-        if not any(seq.output_state is not None for seq in aboard.values()):
-            return plan, None
-        sampled = (aboard[chunk.row].output_state for chunk in plan.chunks if chunk.sample)
+    def start(self, step: StepInFlight) -> MakeMasks:
+        """The masks of a masked step, which are made from now on: all earlier tokens are known."""
         states = [
-            (position, state)
-            for position, state in enumerate(sampled)
-            if state is not None and state.needs_mask
+            (position, seq.output_state)
+            for position, seq in enumerate(step.sampled)
+            if seq is not None and seq.output_state is not None and seq.output_state.needs_mask
         ]
-        if not states:
-            return plan, None
-        masks = self._masks.start(plan.step, states)
-        return msgspec.structs.replace(plan, masked=True), masks.result
+        return self._masks.start(step.plan.step, states).result

@@ -11,7 +11,7 @@ limited by the device, not by launches.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -40,11 +40,11 @@ class _Key:
 
 @dataclass(frozen=True, slots=True)
 class _Graph:
-    """inputs: the buffer on the device"""
+    """inputs: a step's buffer on the device; sampled_rows: within it"""
 
     graph: torch.cuda.CUDAGraph
-    buffer: StepBuffer
     inputs: torch.Tensor
+    sampled_rows: torch.Tensor
     logits: torch.Tensor | None
 
 
@@ -76,16 +76,17 @@ class DecodeGraphs:
                     key = _Key(size, shares, parts)
                     self._graphs[key] = self._capture(key)
 
-    def run(self, arrays: StepArrays, works: Works) -> torch.Tensor | None:
-        """Logits [S, vocab_size] of a decode step, valid until the next run; None on ranks
-        without logits. Call only if `fits`."""
+    def run(self, arrays: StepArrays, works: Works) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Logits [S, vocab_size] of a decode step, None on ranks without logits, and its sampled
+        rows; both valid until the next run. Call only if `fits`."""
         key = self._key(arrays, works)
         assert key is not None
-        graph = self._graphs[key]
-        graph.buffer.refill(arrays.padded(key.size), padded(works, key.size))
-        graph.inputs.copy_(graph.buffer.host, non_blocking=True)
+        graph, count = self._graphs[key], len(arrays.rows)
+        buffer = StepBuffer.of(arrays.padded(key.size), padded(works, key.size), pinned=True)
+        graph.inputs.copy_(buffer.host, non_blocking=True)
         graph.graph.replay()
-        return None if graph.logits is None else graph.logits[: len(arrays.rows)]
+        logits = None if graph.logits is None else graph.logits[:count]
+        return logits, graph.sampled_rows[:count]
 
     def fits(self, arrays: StepArrays, works: Works) -> bool:
         """Whether a graph covers the step."""
@@ -100,14 +101,17 @@ class DecodeGraphs:
         zero = np.zeros(1, dtype=np.int64)
         prefixes = PrefixSets(empty, empty, zero) if key.shares else None
         nothing = StepArrays(*(empty,) * 4, zero, *(empty,) * 5, prefixes).padded(size)
+        # A graph reads all tokens where sampling leaves them (last_tokens.py).
+        nothing = replace(nothing, input_ids=np.full(size, -1))
         rounds = (Round(0, size, 0, size + key.parts),)
         no_work = DecodeWork(zero, zero)
         bounds = padded(dict.fromkeys(in_order(self._windows), (no_work, rounds)), size)
         buffer = StepBuffer.of(nothing, bounds, pinned=True)
         inputs = buffer.host.to(device)
+        step = buffer.tensors(inputs, nothing, bounds, self._tables)
 
         def forward() -> torch.Tensor | None:
-            return self._forward(buffer.tensors(inputs, nothing, bounds, self._tables))
+            return self._forward(step)
 
         # Run twice on a side stream, to compile kernels and initialise libraries before capturing.
         side = torch.cuda.Stream(device)
@@ -120,7 +124,7 @@ class DecodeGraphs:
         with torch.cuda.graph(graph, pool=self._pool):
             logits = forward()
         self._pool = graph.pool()
-        return _Graph(graph, buffer, inputs, logits)
+        return _Graph(graph, inputs, step.sampled_rows, logits)
 
 
 def sizes_for(max_rows: int) -> tuple[int, ...]:

@@ -1,8 +1,8 @@
-"""The engine: sequences in, tokens out, one step at a time.
+"""The engine: sequences in, tokens out, step by step.
 
-    add / abort ──► Scheduler.schedule() ──► StepPlan ──► Executor.execute() ──► StepResult
-                        ▲                                                            │
-                        └── Scheduler.commit(), stop conditions, SequenceDelta ◄─────┘
+    add / abort ──► Scheduler.schedule() ──► StepPlan ──► StepPipeline ──► StepResult
+                        ▲                                                      │
+                        └── Scheduler.commit(), stop conditions, SequenceDelta ◄
 
 Not thread-safe: one thread owns it (workers/engine_thread.py).
 """
@@ -24,7 +24,7 @@ from kvmesh.workers.errors import ConfigError
 from kvmesh.workers.executor import Allocation, Executor, RankDescription
 from kvmesh.workers.lease import LeaseTerms
 from kvmesh.workers.loads import EngineInfo, EngineLoads
-from kvmesh.workers.plan import SampledToken, StepPlan, StepResult, TokenScores
+from kvmesh.workers.plan import SampledToken, StepPlan, StepResult
 from kvmesh.workers.pool_plan import PoolPlan, plan_pool
 from kvmesh.workers.request import (
     EndReason,
@@ -37,6 +37,7 @@ from kvmesh.workers.scheduler import Scheduler
 from kvmesh.workers.sequence import Sequence
 from kvmesh.workers.sizes import PageGeometry, PageNeed
 from kvmesh.workers.step_budget import DEFAULT_MAX_STEP_S, StepBudget
+from kvmesh.workers.step_pipeline import StepPipeline
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +51,6 @@ class Engine:
     clock: seconds, monotonic
     step_start_s: when the current step started, by `clock`; other threads may read it
     stalled: every live sequence waits for its lease to grow
-    blame: for the current step, should it fail
     Raises ConfigError if the memory is too small for one sequence.
     """
 
@@ -60,7 +60,6 @@ class Engine:
         executor: Executor,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._executor = executor
         self._clock = clock
         ranks = executor.describe()
         rank = ranks[0]
@@ -85,28 +84,36 @@ class Engine:
         )
         if config.prefix_cache and not self.info.prefix_cache:
             logger.info("%s has recurrent layers: its prefix cache is off", rank.model)
-        self._step_budget = _step_budget(config, rank)
+        step_budget = _step_budget(config, rank)
         self.scheduler = Scheduler(
             self.geometry,
             pool,
             max_num_batched_tokens=limits.max_num_batched_tokens,
             prefix_cache=self.info.prefix_cache,
-            step_budget=self._step_budget,
+            step_budget=step_budget,
         )
         self._eos = frozenset(rank.eos_token_ids)
         self._live: dict[str, Sequence] = {}
         self._deadlines = Deadlines()
         self._constrained = ConstrainedOutputs(rank)
+        self._suspects: dict[str, Sequence] = {}
         self.stats = EngineStats()
+        self._pipeline = StepPipeline(
+            executor, self.scheduler, self._constrained, self.stats, step_budget, clock
+        )
         self.step_start_s: float | None = None
         self.stalled = False
-        self.blame = Blame()
 
     # Between steps
 
     @property
     def has_work(self) -> bool:
         return bool(self._live)
+
+    @property
+    def awaits_result(self) -> bool:
+        """Whether a step is in flight, perhaps of sequences all of which have ended."""
+        return self._pipeline.busy
 
     def add(self, *requests: EngineRequest) -> None:
         """Queue requests that have passed `check_request`; their ids must not be live."""
@@ -118,6 +125,8 @@ class Engine:
             seq.arrived_s = seq.progress_s = self._clock()
             if request.timeout_s is not None:
                 self._deadlines.add(name, seq.arrived_s + request.timeout_s)
+            if request.suspicion:
+                self._suspects[name] = seq
             self.scheduler.add(seq)
             self._constrained.add(seq)
             self.stats.arrived(seq)
@@ -139,6 +148,11 @@ class Engine:
                 seq.extend(lease)
                 self.stalled = False
 
+    @property
+    def blame(self) -> Blame:
+        """For the steps that are computed now, should one fail."""
+        return self._pipeline.blame
+
     def deadline_s(self) -> float | None:
         """Seconds until the earliest deadline, None without one."""
         return self._deadlines.left_s(self._clock())
@@ -158,19 +172,21 @@ class Engine:
     # A step
 
     def step(self) -> list[SequenceDelta]:
-        """Compute one step; deltas of the sequences that got a token, ended or made progress."""
+        """Submit what the ranks can take, and wait for the result of the oldest step in flight;
+        deltas of the sequences that got a token, ended or made progress."""
         deltas = self._end_due()
-        start_s = self.step_start_s = self._clock()
-        plan = self.scheduler.schedule()
-        if plan is not None:
-            result, ranks_s = self._execute(plan)
+        self.step_start_s = self._clock()
+        # While a sequence may be on trial, steps are computed alone: who fails is to blame.
+        self._pipeline.fill(alone=any(seq.on_trial for seq in self._suspects.values()))
+        idle = not self._pipeline.busy
+        self.stalled = idle and self.has_work and not self._constrained.preparing
+        if not idle:
+            plan, result = self._pipeline.result()
             deltas += self._commit(plan, result)
-            self.stats.step_done(plan, self._clock() - start_s, ranks_s, result.host_s)
-            if result.expert_imbalance is not None:
-                self.stats.expert_imbalance = result.expert_imbalance
+            self._pipeline.committed(result)
         self.step_start_s = None
-        self.stalled = plan is None and self.has_work and not self._constrained.preparing
-        if plan is None and self._constrained.preparing:
+        self._pipeline.rest()
+        if idle and self._constrained.preparing:
             self._constrained.wait()
         return deltas
 
@@ -184,50 +200,31 @@ class Engine:
             deltas.append(self._finish(seq, EndReason.FAULT, error=error))
         return deltas
 
-    def _execute(self, plan: StepPlan) -> tuple[StepResult, float]:
-        """Have the ranks carry out a plan; their result, and how many seconds they took."""
-        rows = {chunk.row for chunk in plan.chunks}
-        aboard = {seq.row: seq for seq in self.scheduler.running if seq.row in rows}
-        now = self._clock()
-        for seq in aboard.values():
-            if seq.started_s is None:
-                seq.started_s = now
-                self.stats.started(seq)
-        self.blame = Blame.of(aboard.values())
-        result = self._executor.execute(*self._constrained.masked(plan, aboard))
-        ranks_s = self._clock() - now
-        assert result.step == plan.step, "a rank sent the result of another step"
-        if self._step_budget is not None:
-            self._step_budget.learn(plan, ranks_s)
-        return result, ranks_s
-
     def _commit(self, plan: StepPlan, result: StepResult) -> list[SequenceDelta]:
-        """Advance the sequences of a plan that was carried out, and end those that are complete."""
+        """Take what a plan has computed, and end the sequences that are complete."""
         now = self._clock()
         tokens, scores = iter(result.tokens), iter(result.scores)
         deltas: list[SequenceDelta | None] = []
         for chunk, seq in self.scheduler.commit(plan):
-            if chunk.targets:
-                deltas.append(self._take_scores(seq, next(scores)))
+            found = next(scores) if chunk.targets else None
             token = next(tokens) if chunk.sample else None
-            if seq.row is None:
-                continue  # its scores were not sound
+            if seq is None:
+                continue  # it has ended meanwhile
+            if found is not None and not found.sound:
+                seq.num_scored = chunk.score_start
+                deltas.append(self._fault(seq, NOT_SOUND))
+                continue
+            if found is not None:
+                deltas.append(SequenceDelta(seq.request.request_id, (), scores=found))
             if token is not None:
                 deltas.append(self._take_token(seq, token, now))
-            elif now - seq.progress_s >= PROGRESS_PERIOD_S:
+            elif seq.row is not None and now - seq.progress_s >= PROGRESS_PERIOD_S:
                 seq.progress_s = now
-                deltas.append(SequenceDelta(seq.request.request_id, (), progress=seq.progress))
+                progress = seq.progress(chunk.end)
+                deltas.append(SequenceDelta(seq.request.request_id, (), progress=progress))
         left = next(tokens, None), next(scores, None)
         assert left == (None, None), f"the ranks computed what was not planned: {left}"
-        self.blame = Blame()
         return [delta for delta in deltas if delta is not None]
-
-    def _take_scores(self, seq: Sequence, scores: TokenScores) -> SequenceDelta | None:
-        """Log-probabilities of the next tokens of its prompt."""
-        if scores.sound:
-            return SequenceDelta(seq.request.request_id, (), scores=scores)
-        seq.num_scored -= scores.num_tokens
-        return self._fault(seq, NOT_SOUND)
 
     def _take_token(self, seq: Sequence, token: SampledToken, now: float) -> SequenceDelta | None:
         state = seq.output_state
@@ -274,6 +271,7 @@ class Engine:
         self.scheduler.remove(seq)
         self._deadlines.remove(name)
         self._constrained.remove(seq)
+        self._suspects.pop(name, None)
         del self._live[name]
         self.stats.ended(reason)
         ids = last.token_ids if last is not None else ()

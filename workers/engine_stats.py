@@ -14,7 +14,7 @@ from kvmesh.workers.loads import (
     SequenceLoad,
     StepTime,
 )
-from kvmesh.workers.plan import StepPlan
+from kvmesh.workers.plan import StepPlan, StepResult
 from kvmesh.workers.request import EndReason
 from kvmesh.workers.scheduler import Scheduler
 from kvmesh.workers.sequence import Sequence
@@ -51,15 +51,16 @@ class EngineStats:
     def ended(self, reason: EndReason) -> None:
         self._outcomes[reason.value] += 1
 
-    def step_done(self, plan: StepPlan, whole_s: float, ranks_s: float, rank_host_s: float) -> None:
-        """A step took `whole_s`, of which the ranks took `ranks_s`, of which one prepared it for
-        `rank_host_s`."""
+    def step_done(self, plan: StepPlan, whole_s: float, ranks_s: float, result: StepResult) -> None:
+        """A step took `whole_s` after the one before, of which the ranks took `ranks_s`."""
         self._totals["steps"] += 1
         decoding = sum(chunk.num_tokens == 1 for chunk in plan.chunks)
         self._totals["decode"] += decoding
         self._totals["prefill"] += plan.num_tokens - decoding
-        self.rank_host_s = rank_host_s
-        device_s = max(ranks_s - rank_host_s, 0.0)
+        if result.expert_imbalance is not None:
+            self.expert_imbalance = result.expert_imbalance
+        self.rank_host_s = result.host_s
+        device_s = max(ranks_s - result.host_s, 0.0)
         host_s = max(whole_s - device_s, 0.0)
         self._step_times.append(StepTime(host_s, device_s, self._token_gap_s))
         self._token_gap_s = None

@@ -104,7 +104,7 @@ class EngineThread:
         while True:
             patience_s = None
             if self._commands.empty():
-                if engine.has_work and not engine.stalled:
+                if engine.awaits_result or (engine.has_work and not engine.stalled):
                     return True
                 if engine.has_work:
                     patience_s = engine.deadline_s()

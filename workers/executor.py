@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
@@ -57,10 +59,17 @@ class Allocation(msgspec.Struct, tag="allocation", frozen=True):
 
 
 class Executor(Protocol):
-    """All ranks of a group. Any method may raise WorkerDiedError."""
+    """All ranks of a group. Any method may raise WorkerDiedError.
+
+    max_in_flight: how many steps may be submitted whose results were not read: 2 where the ranks
+        compute one while the caller reads the result of the one before
+    """
 
     @property
     def num_ranks(self) -> int: ...
+
+    @property
+    def max_in_flight(self) -> int: ...
 
     def describe(self) -> list[RankDescription]:
         """One for each rank, once all have loaded the model. Blocks until then."""
@@ -72,8 +81,34 @@ class Executor(Protocol):
     def allocate(self, allocation: Allocation) -> None:
         """Allocate every rank's pool; called once, before the first step."""
 
-    def execute(self, plan: StepPlan, masks: MakeMasks | None = None) -> StepResult:
-        """Execute one step on every rank. masks: if the plan is masked"""
+    def submit(self, plan: StepPlan) -> None:
+        """Give every rank a step, which they compute after those that they have."""
+
+    def result(self, masks: MakeMasks | None = None) -> StepResult:
+        """Wait for the result of the oldest step in flight. masks: of that step, if it is masked"""
 
     def close(self) -> None:
         """End the ranks. Idempotent."""
+
+
+class StepByStep(ABC):
+    """The part of an Executor that computes each step when its result is asked for.
+
+    max_in_flight: may be set to more than 1: then a plan still waits, but without a result
+    """
+
+    max_in_flight = 1
+
+    def __init__(self) -> None:
+        self._submitted: deque[StepPlan] = deque()
+
+    @abstractmethod
+    def execute(self, plan: StepPlan, masks: MakeMasks | None = None) -> StepResult:
+        """Compute one step on every rank. masks: if the plan is masked"""
+
+    def submit(self, plan: StepPlan) -> None:
+        assert len(self._submitted) < self.max_in_flight, "too many steps in flight"
+        self._submitted.append(plan)
+
+    def result(self, masks: MakeMasks | None = None) -> StepResult:
+        return self.execute(self._submitted.popleft(), masks)

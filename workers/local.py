@@ -20,6 +20,7 @@ from kvmesh.workers.executor import Allocation, MakeMasks, RankDescription
 from kvmesh.workers.parallel.comm import Communicator
 from kvmesh.workers.plan import StepPlan, StepResult
 from kvmesh.workers.rank import Rank
+from kvmesh.workers.rank_steps import RankSteps
 from kvmesh.workers.threads import wait_passively
 from kvmesh.workers.worker import worker_main
 
@@ -27,13 +28,19 @@ CLOSE_TIMEOUT_S = 10.0
 
 
 class InProcessExecutor:
-    """The single rank of a group with tp = 1, called directly."""
+    """The single rank of a group with tp = 1, called directly.
+
+    On a CPU a step is computed when it is submitted, so there is nothing to hide behind it; on a
+    GPU it is launched.
+    """
 
     num_ranks = 1
 
     def __init__(self, config: EngineConfig) -> None:
         assert config.tp == 1, "tp > 1 needs LocalProcesses"
         self._rank: Rank | None = Rank(config, 0, Communicator.single())
+        self.max_in_flight = 2 if self._rank.runs_ahead else 1
+        self._steps: RankSteps | None = None
 
     @property
     def rank(self) -> Rank:
@@ -48,15 +55,23 @@ class InProcessExecutor:
 
     def allocate(self, allocation: Allocation) -> None:
         self.rank.allocate(allocation)
+        self._steps = RankSteps(self.rank.runner, samples=True)
 
-    def execute(self, plan: StepPlan, masks: MakeMasks | None = None) -> StepResult:
-        result = self.rank.execute(plan, masks)
+    def submit(self, plan: StepPlan) -> None:
+        assert self._steps is not None, "allocate comes before the first step"
+        self._steps.submit(plan)
+
+    def result(self, masks: MakeMasks | None = None) -> StepResult:
+        assert self._steps is not None, "allocate comes before the first step"
+        if masks is not None:
+            self._steps.mask(masks())
+        result = self._steps.result()
         assert result is not None
         return result
 
     def close(self) -> None:
         """Let weights and pages go, even if something still refers to this."""
-        self._rank = None
+        self._rank = self._steps = None
 
 
 class LocalProcesses(ChannelExecutor):

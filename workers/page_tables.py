@@ -45,9 +45,10 @@ class PageTables:
     def seal(self, seq: Sequence, pages: range, draft: StepDraft) -> None:
         """Have logical pages sealed, or share what is sealed with the same contents already."""
         for page in pages:
-            digest = seq.digests(page + 1)[page]
-            found = None
-            if seq.shares_pages:
+            digest = found = None
+            # A page that a pending token fills has no digest yet, so it is sealed for itself.
+            if seq.shares_pages and page < seq.num_tokens // self._geometry.page_size:
+                digest = seq.digests(page + 1)[page]
                 found = self._cache.find_sealed(digest)
                 if found is None:
                     found = draft.being_sealed(seq, digest)
@@ -58,32 +59,28 @@ class PageTables:
                 draft.seal(seq, page, digest)
             draft.set_sealed(seq, page)
 
-    def publish(self, seq: Sequence, first_full: int) -> None:
-        """After a step: full pages enter the cache, and outdated hot ones are released.
-
-        first_full: the first logical page that may have become full in the step
-        """
-        num_full = seq.num_computed // self._geometry.page_size
+    def publish(self, seq: Sequence) -> None:
+        """Full pages enter the cache as soon as their tokens are known, and outdated hot ones are
+        released: steps are computed in order, so a later one may write to them."""
         due = self._geometry.sealed_range(seq.num_computed)
-        outdated = [page for page in seq.hot if page in due]
         if seq.shares_pages:
-            digests = seq.digests(num_full)
-            for page in range(first_full, num_full):
-                self._cache.name_hot(digests[page], seq.hot[page])
-                self._note_block(digests, page)
-            for page in outdated:
-                self._cache.name_sealed(digests[page], seq.sealed[page])
-                self._note_block(digests, page)
-        for page in outdated:
+            self._name(seq, due.stop)
+        for page in [page for page in seq.hot if page in due]:
             near_end = seq.ends_near(page)
             self._cache.release_hot(seq.hot.pop(page), seq.num_computed, at_end=near_end)
 
+    def start(self, seq: Sequence) -> None:
+        """It begins with the pages of a hit, which have names."""
+        seq.num_named = seq.num_computed // self._geometry.page_size
+        seq.num_sealed_named = self._geometry.sealed_range(seq.num_computed).stop
+
     def withdraw(self, seq: Sequence) -> None:
         """Let no other sequence find its pages any more."""
-        self._cache.withdraw(seq.digests(seq.num_computed // self._geometry.page_size))
+        self._cache.withdraw(seq.digests(self._known_pages(seq)))
 
     def free(self, seq: Sequence) -> None:
         """Release all of its pages."""
+        self.publish(seq)
         # Last pages first, so that a cached prefix is evicted from its end.
         for page in sorted(seq.hot, reverse=True):
             self._cache.release_hot(seq.hot[page], seq.num_computed, at_end=True)
@@ -100,6 +97,27 @@ class PageTables:
         used = PageNeed(self._cache.hot.used, self._cache.sealed.used)
         held = PageNeed(len(hot), len(sealed))
         assert used == held, f"{used} are in use, {held} held by sequences: {_holdings(running)}"
+
+    def _known_pages(self, seq: Sequence) -> int:
+        """Full pages whose tokens are all known, computed or about to be."""
+        return min(seq.num_tokens, seq.num_computed) // self._geometry.page_size
+
+    def _name(self, seq: Sequence, sealed_stop: int) -> None:
+        """sealed_stop: pages before it are sealed"""
+        num_known = self._known_pages(seq)
+        num_sealed = min(sealed_stop, num_known)
+        if num_known <= seq.num_named and num_sealed <= seq.num_sealed_named:
+            return
+        digests = seq.digests(num_known)
+        for page in range(seq.num_named, num_known):
+            if page in seq.hot:  # not if it was outdated before its last token was known
+                self._cache.name_hot(digests[page], seq.hot[page])
+            self._note_block(digests, page)
+        for page in range(seq.num_sealed_named, num_sealed):
+            self._cache.name_sealed(digests[page], seq.sealed[page])
+            self._note_block(digests, page)
+        seq.num_named = max(seq.num_named, num_known)
+        seq.num_sealed_named = max(seq.num_sealed_named, num_sealed)
 
     def _note_block(self, digests: list[Digest], page: int) -> None:
         if (page + 1) % BLOCK_PAGES == 0:

@@ -11,6 +11,10 @@ import msgspec
 
 from kvmesh.workers.sampling_params import SamplingParams
 
+# In place of a token's int32: the one that the step before has sampled for this row, which the
+# leader did not know yet.
+PENDING = b"\xff\xff\xff\xff"
+
 
 class RowStart(msgspec.Struct, array_like=True, frozen=True):
     """A sequence gets a row.
@@ -27,7 +31,7 @@ class RowStart(msgspec.Struct, array_like=True, frozen=True):
 
 class Chunk(msgspec.Struct, array_like=True, frozen=True):
     """Tokens [start, start + n) of the sequence in `row`; if `sample` is set, the token after
-    the last one is sampled. tokens: n int32 as bytes.
+    the last one is sampled. tokens: n int32 as bytes, or PENDING alone.
 
     targets: int32 tokens that follow the positions from `score_start` on, whose log-probabilities
         are wanted

@@ -14,7 +14,7 @@ from kvmesh.kernels.formats.registry import get_format
 from kvmesh.workers.calibration.file import Calibration
 from kvmesh.workers.config import DEFAULT_CPU_KV_MEMORY_BYTES, EngineConfig
 from kvmesh.workers.errors import ConfigError
-from kvmesh.workers.executor import Allocation, MakeMasks, RankDescription
+from kvmesh.workers.executor import Allocation, RankDescription
 from kvmesh.workers.model.facts import read_facts, sample_digest
 from kvmesh.workers.model.hook import AttendArgs
 from kvmesh.workers.model.load import ServedModel, load_model
@@ -42,7 +42,7 @@ def choose_device(config: EngineConfig, rank: int) -> torch.device:
 
 
 class Rank:
-    """Loads the model on construction. Call `allocate` once, then `execute` for every step.
+    """Loads the model on construction. Call `allocate` once, then `runner` computes steps.
 
     shared: a rank that has loaded the same model, whose weights are reused
     """
@@ -138,6 +138,7 @@ class Rank:
             prepare_decode=prepare_decode,
             cuda_graphs=self._limits.cuda_graphs,
             params=self._params,
+            comm=self._comm,
         )
 
     def commit_pool(self) -> None:
@@ -145,10 +146,24 @@ class Rank:
         assert self._runner is not None, "allocate comes before commit_pool"
         self._runner.pool.commit()
 
-    def execute(self, plan: StepPlan, masks: MakeMasks | None = None) -> StepResult | None:
-        """The result on rank 0, None on the other ranks. masks: if the plan is masked"""
-        assert self._runner is not None, "allocate comes before execute"
-        return self._runner.execute(plan, masks)
+    def execute(self, plan: StepPlan) -> StepResult | None:
+        """See ModelRunner.execute."""
+        return self.runner.execute(plan)
+
+    @property
+    def runner(self) -> ModelRunner:
+        assert self._runner is not None, "allocate comes before the first step"
+        return self._runner
+
+    @property
+    def samples(self) -> bool:
+        """Whether this rank answers."""
+        return self._samples
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether a step that is launched is not computed yet."""
+        return self._device.type == "cuda"
 
     def _load_calibration(self, rank: int) -> ModelParams | None:
         """This rank's calibrated parameters of every layer, if the format needs them."""
@@ -219,6 +234,8 @@ class Rank:
             return self._config.kv_memory_bytes
         if self._device.type == "cpu":
             return DEFAULT_CPU_KV_MEMORY_BYTES
+        # Before the first collective: the others may read their weights from a slower disk.
+        self._comm.wait_for_all()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(self._device)
         held = torch.cuda.memory_allocated(self._device)

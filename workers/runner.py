@@ -17,14 +17,24 @@ from kvmesh.kernels.seal import seal_layers, seal_pages
 from kvmesh.kernels.write import write_hot
 from kvmesh.workers.basis import Basis
 from kvmesh.workers.decode_graphs import DecodeGraphs
-from kvmesh.workers.executor import Allocation, MakeMasks
+from kvmesh.workers.executor import Allocation
 from kvmesh.workers.expert_load import ExpertLoad
 from kvmesh.workers.kv_pool import KVPool
+from kvmesh.workers.last_tokens import LastTokens
+from kvmesh.workers.launched_step import LaunchedStep
 from kvmesh.workers.model.blocks import fuses
 from kvmesh.workers.model.hook import AttendArgs
 from kvmesh.workers.model.load import ServedModel
 from kvmesh.workers.model.recurrent_state import RecurrentStates
-from kvmesh.workers.plan import SampledToken, StepPlan, StepResult, TableUpdate, TokenScores
+from kvmesh.workers.parallel.comm import Communicator
+from kvmesh.workers.plan import (
+    PENDING,
+    StepPlan,
+    StepResult,
+    TableUpdate,
+    TokenMasks,
+    TokenScores,
+)
 from kvmesh.workers.sampler import Sampler
 from kvmesh.workers.shared_prefixes import PrefixFinder
 from kvmesh.workers.step import (
@@ -50,6 +60,7 @@ class ModelRunner:
     prepare_decode: compile decode, and capture its CUDA graphs, before the first step
     samples: whether this rank gets the logits and samples the tokens
     params: calibrated parameters for this rank's heads, if the format needs them
+    comm: the group's, if it has several ranks
     """
 
     def __init__(
@@ -67,6 +78,7 @@ class ModelRunner:
         cuda_graphs: bool,
         prepare_decode: bool = True,
         params: ModelParams | None = None,
+        comm: Communicator | None = None,
     ) -> None:
         self._model = model
         self._fmt = fmt
@@ -97,6 +109,8 @@ class ModelRunner:
         self._prefixes = PrefixFinder(self._sealed_ids, sink_pages, min_members, max_members)
         facts = model.facts
         self._sampler = Sampler.of(facts, device) if samples else None
+        comm = comm or Communicator.single()
+        self._last_tokens = LastTokens(allocation.max_rows, device, comm)
         # The layers' sliding windows, and whether attention's kernels need to know the work ahead.
         self._windows = frozenset(facts.sliding_windows)
         self._divides = gpu.runs_kernels(self._pool.hot_tables)
@@ -123,44 +137,62 @@ class ModelRunner:
         """This rank's pages."""
         return self._pool
 
-    @torch.inference_mode()
-    def execute(self, plan: StepPlan, masks: MakeMasks | None = None) -> StepResult | None:
-        """Compute the plan; returns the result on the rank that samples, None on the others.
+    def execute(self, plan: StepPlan) -> StepResult | None:
+        """Compute a plan without masks, and wait for the result; None on ranks that do not
+        sample."""
+        step = self.launch(plan)
+        self.sample(step)
+        return self.result(step)
 
-        masks: asked for when the logits are computed, or on their way on a GPU
-        """
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> LaunchedStep:
+        """Start computing the plan, after the step before has been sampled. On a GPU this does not
+        wait for the device, unless scores are wanted."""
         start_s = time.perf_counter()
         arrays = self._prepare(plan)
+        if arrays.num_pending:
+            self._last_tokens.share()
         sampling = None
         if self._sampler is not None:
             sampled = [chunk for chunk in plan.chunks if chunk.sample]
             if sampled:
-                rows, ends = [chunk.row for chunk in sampled], [chunk.end for chunk in sampled]
-                sampling = self._sampler.prepare(rows, ends)
+                sampling = self._sampler.prepare(
+                    [chunk.row for chunk in sampled], [chunk.end for chunk in sampled]
+                )
         works: Works = {}
         if self._divides:
             works = decode_works(arrays, self._tables, self._windows)
         scores: list[TokenScores] = []
         if self._graphs is not None and self._graphs.fits(arrays, works) and not plan.scores:
+            self._last_tokens.put_known(arrays)
             host_s = time.perf_counter() - start_s
-            logits = self._graphs.run(arrays, works)
+            logits, rows = self._graphs.run(arrays, works)
         else:
             step = to_device(arrays, self._tables, self._device, works)
             host_s = time.perf_counter() - start_s
             hidden = self._hidden(step)
             if plan.scores:
                 scores = self._score_targets(plan, arrays, hidden)
-            logits = self._model.logits(hidden, step.logits_rows)
-        if self._sampler is None or logits is None:
+            logits, rows = self._model.logits(hidden, step.logits_rows), step.sampled_rows
+        return LaunchedStep(plan, host_s, scores, rows, logits, sampling)
+
+    @torch.inference_mode()
+    def sample(self, step: LaunchedStep, masks: TokenMasks | None = None) -> None:
+        """Sample its tokens, where the next step finds them. masks: if the plan is masked"""
+        logits, step.logits = step.logits, None
+        if self._sampler is None or step.sampling is None or logits is None:
+            return
+        assert step.plan.masked == (masks is not None), "a masked plan comes with its masks"
+        step.sampled = self._sampler.sample(logits, step.sampling, masks)
+        self._last_tokens.put(step.rows, step.sampled.tokens)
+
+    def result(self, step: LaunchedStep) -> StepResult | None:
+        """Wait for its tokens; None on ranks that do not sample."""
+        if self._sampler is None:
             return None
-        tokens: list[SampledToken] = []
-        if sampling is not None:
-            found = None
-            if plan.masked:
-                assert masks is not None, "a masked plan comes with its masks"
-                found = masks()
-            tokens = self._sampler.sample(logits, sampling, found)
-        return StepResult(plan.step, tokens, host_s, scores, self._expert_load.after_step())
+        tokens = [] if step.sampled is None else step.sampled.read()
+        imbalance = self._expert_load.after_step()
+        return StepResult(step.plan.step, tokens, step.host_s, step.scores, imbalance)
 
     def _score_targets(
         self, plan: StepPlan, arrays: StepArrays, hidden: torch.Tensor
@@ -203,7 +235,11 @@ class ModelRunner:
             for row_start in plan.row_starts:
                 self._sampler.start_row(row_start)
             for chunk in plan.chunks:
-                self._sampler.record_tokens(chunk.row, chunk.start, chunk.tokens)
+                if chunk.tokens != PENDING:
+                    self._sampler.record_tokens(chunk.row, chunk.start, chunk.tokens)
+                elif self._sampler.penalises(chunk.row):
+                    token = self._last_tokens.of(chunk.row)
+                    self._sampler.record(chunk.row, chunk.start, token)
         arrays = StepArrays.of(plan, self._hot_ids, self._tables.page_size)
         alone = np.diff(arrays.query_starts) > 1
         pages = (arrays.seq_lens - 1) // self._tables.page_size
@@ -263,12 +299,11 @@ class ModelRunner:
             states = self._states.step(
                 step.batch.rows, step.positions, step.slots, lengths.query_starts
             )
+        input_ids = step.input_ids
+        if step.num_pending:
+            input_ids = self._last_tokens.put_in(step)
         hidden = self._model.hidden(
-            step.input_ids,
-            step.positions,
-            attend,
-            states,
-            rotates=self._rotates,
+            input_ids, step.positions, attend, states, rotates=self._rotates
         )
         if later and step.seal_hot.shape[0]:
             seal_layers(

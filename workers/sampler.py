@@ -100,6 +100,46 @@ class Sampling:
     logprobs: dict[int, int]
 
 
+class SampledRows:
+    """The tokens of a step, on their way to the host.
+
+    tokens: [n] int32, on the device; NO_TOKEN for a fault
+    """
+
+    def __init__(
+        self, tokens: torch.Tensor, columns: torch.Tensor, logprobs: dict[int, int]
+    ) -> None:
+        """columns: [n + …], what the host reads: the tokens, and for each row of `logprobs` its
+        token's log-probability, and those and the ids of the best, as many as any row wants"""
+        self.tokens = tokens
+        self._logprobs = logprobs
+        self._host = columns.to("cpu", non_blocking=True)
+        self._copied: torch.cuda.Event | None = None
+        if columns.device.type == "cuda":
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def read(self) -> list[SampledToken]:
+        """Waits until they are known, not for what was launched after them."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        values: list[float] = self._host.tolist()
+        count = len(self.tokens)
+        ids, found = [int(x) for x in values[:count]], values[count:]
+        sampled = [_sampled(token_id) for token_id in ids]
+        most = max(self._logprobs.values(), default=0)
+        for (i, wanted), start in zip(
+            self._logprobs.items(), range(0, len(found), 1 + 2 * most), strict=True
+        ):
+            if ids[i] == NO_TOKEN:
+                continue
+            best_values = found[start + 1 : start + 1 + wanted]
+            best = map(int, found[start + 1 + most : start + 1 + most + wanted])
+            pairs = list(zip(best, best_values, strict=True))
+            sampled[i] = SampledToken(ids[i], found[start], pairs)
+        return sampled
+
+
 class Sampler:
     """Keeps the sampling state of every row.
 
@@ -191,10 +231,18 @@ class Sampler:
 
     def record_tokens(self, row_id: int, start: int, tokens: bytes) -> None:
         """Count the int32 tokens at positions [start, start + n) for the row's penalties."""
+        if tokens and self.penalises(row_id):
+            ids = ints(np.frombuffer(tokens, dtype=np.int32), torch.int64, self._device)
+            self.record(row_id, start, ids)
+
+    def penalises(self, row_id: int) -> bool:
+        """Whether the row's tokens are counted."""
         row = self._rows[row_id]
-        if (row.seen is None and row.counts is None) or not tokens:
-            return
-        ids = ints(np.frombuffer(tokens, dtype=np.int32), torch.int64, self._device)
+        return row.seen is not None or row.counts is not None
+
+    def record(self, row_id: int, start: int, ids: torch.Tensor) -> None:
+        """Like `record_tokens`, for a row that penalises. ids: [n] integers, on the device"""
+        row = self._rows[row_id]
         if row.seen is not None:
             row.seen[ids] = True
         if row.counts is not None:
@@ -203,8 +251,8 @@ class Sampler:
 
     def sample(
         self, logits: torch.Tensor, sampling: Sampling, masks: TokenMasks | None = None
-    ) -> list[SampledToken]:
-        """One token per row, or a fault. Waits for the device once.
+    ) -> SampledRows:
+        """One token per row, or a fault. Does not wait for the device.
 
         logits: [n, vocab_size] fp32, changed in place; sampling: from `prepare`
         masks: of those rows that may not sample every token
@@ -221,24 +269,13 @@ class Sampler:
             self._adjust(logits[i], row, sampling.ends[i], allowed.get(i))
         tokens = sample_tokens(logits, sampling.params)
         if raw is None:
-            return [_sampled(token_id) for token_id in tokens.tolist()]
+            return SampledRows(tokens, tokens, {})
         # Everything that the host reads, in one transfer: whole numbers up to 2^53 are exact.
         top, top_ids = torch.topk(raw, most, dim=-1)
         picked = tokens[wanted] if len(wanted) < len(tokens) else tokens
         chosen = raw.gather(1, picked.long().clamp(min=0)[:, None])
         columns = torch.cat((chosen.double(), top.double(), top_ids.double()), 1).flatten()
-        ids, found = _together(tokens, columns)
-        sampled = [_sampled(token_id) for token_id in ids]
-        width = 1 + 2 * most
-        for i, start in zip(wanted, range(0, len(found), width), strict=True):
-            if ids[i] == NO_TOKEN:
-                continue
-            count = sampling.logprobs[i]
-            values = found[start + 1 : start + 1 + count]
-            best = map(int, found[start + 1 + most : start + 1 + most + count])
-            pairs = list(zip(best, values, strict=True))
-            sampled[i] = SampledToken(ids[i], found[start], pairs)
-        return sampled
+        return SampledRows(tokens, torch.cat((tokens.double(), columns)), sampling.logprobs)
 
     def warm_up(self, logits: torch.Tensor) -> None:
         """Compile what `sample` launches. logits: as there"""
@@ -271,6 +308,8 @@ class Sampler:
 
     def _unpack(self, masks: TokenMasks) -> dict[int, _Mask]:
         """The mask of each masked row."""
+        if not masks.positions:  # tokens that were not known when masks were announced need none
+            return {}
         host = np.frombuffer(masks.bits, dtype=np.uint8).reshape(len(masks.positions), -1)
         packed = torch.from_numpy(host.copy())
         if self._device.type != "cpu":
@@ -328,9 +367,3 @@ def _sampled(token_id: int) -> SampledToken:
     if token_id == NO_TOKEN:
         return SampledToken(NO_TOKEN, fault=NOT_FINITE)
     return SampledToken(token_id)
-
-
-def _together(tokens: torch.Tensor, columns: torch.Tensor) -> tuple[list[int], list[float]]:
-    """Token ids and other numbers, read from the device in one transfer."""
-    both: list[float] = torch.cat((tokens.double(), columns)).tolist()
-    return [int(x) for x in both[: len(tokens)]], both[len(tokens) :]

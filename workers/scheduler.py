@@ -11,11 +11,16 @@ sequence never is, and every sequence that fits in the pool alone completes.
 
 A step has at most one sequence on trial (blame.py). The others wait, in the order in which they
 came, and sequences that are not on trial overtake them.
+
+Steps are decided before the results of earlier ones are known: what is in flight counts as
+computed, and a sequence whose next token is still being sampled continues with that token,
+whatever it is. Only to be admitted again, after a preemption, it waits until its tokens are known.
 """
 
 from __future__ import annotations
 
 import bisect
+from collections import deque
 
 from kvmesh.workers.page_tables import PageTables
 from kvmesh.workers.plan import Chunk, StepPlan
@@ -25,11 +30,15 @@ from kvmesh.workers.sequence import Sequence
 from kvmesh.workers.sizes import PageGeometry
 from kvmesh.workers.step_budget import StepBudget
 from kvmesh.workers.step_draft import StepDraft
+from kvmesh.workers.step_in_flight import StepInFlight
 
 
 class Scheduler:
     """Owns the sequences and the page ids. `schedule` decides; `commit` records that
-    the ranks carried the plan out."""
+    the ranks carried the oldest plan out.
+
+    in_flight: steps that were decided and not committed, oldest first
+    """
 
     def __init__(
         self,
@@ -46,6 +55,7 @@ class Scheduler:
         self._pages = PageTables(geometry, self.cache)
         self.waiting: list[Sequence] = []  # by arrival
         self.running: list[Sequence] = []  # by arrival
+        self.in_flight: deque[StepInFlight] = deque()
         self._max_num_batched_tokens = max_num_batched_tokens
         self._step_budget = step_budget
         self._free_rows = list(range(pool.max_num_seqs - 1, -1, -1))
@@ -59,7 +69,11 @@ class Scheduler:
         bisect.insort(self.waiting, seq, key=_arrival)
 
     def remove(self, seq: Sequence) -> None:
-        """Remove a sequence that has ended or was cancelled; called between two steps."""
+        """Remove a sequence that has ended, was cancelled, or will be computed again: nothing that
+        is in flight for it counts."""
+        for step in self.in_flight:
+            step.forget(seq)
+        seq.pending = 0
         if seq.row is None:
             self.waiting.remove(seq)
         else:
@@ -67,7 +81,10 @@ class Scheduler:
             self._release(seq)
 
     def preempt_youngest(self) -> Sequence:
-        """Free the pages of the youngest running sequence; it waits and is recomputed."""
+        """Free the pages of the youngest running sequence; it waits and is recomputed.
+
+        It still gets the tokens that are being sampled for it.
+        """
         seq = self.running.pop()
         self._release(seq)
         seq.num_computed = 0
@@ -82,16 +99,17 @@ class Scheduler:
         It may have them from another sequence, or others from it.
         """
         self._pages.withdraw(seq)
+        seq.shares_pages = False
         self.remove(seq)
         seq.num_computed = 0
-        seq.shares_pages = False
         self.add(seq)
 
     def schedule(self) -> StepPlan | None:
         """The next step, or None when there is nothing to compute."""
         draft = StepDraft(self._max_num_batched_tokens, self.pool.headroom_pages)
-        decoding = [seq for seq in self.running if seq.to_compute == 1]
-        prefilling = [seq for seq in self.running if seq.to_compute > 1]
+        left = [(seq, seq.to_compute) for seq in self.running]
+        decoding = [seq for seq, count in left if count == 1]
+        prefilling = [seq for seq, count in left if count > 1]
         for seq in decoding + prefilling:
             # Still running, not preempted meanwhile.
             if seq.row is not None and draft.tokens_left and draft.takes(seq):
@@ -99,26 +117,32 @@ class Scheduler:
         while self._max_chunk(draft, 0) and (admitted := self._admit(draft)):
             self._plan_chunk(draft, admitted)
         if not draft.chunks:
-            could_run = [seq for seq in self.waiting if seq.prepared]
-            assert self.running or not could_run, "sequences are waiting, but none can run"
-            assert all(seq.paused for seq in self.running), "a sequence is missing from the step"
+            if not self.in_flight:
+                could_run = [seq for seq in self.waiting if seq.prepared]
+                assert self.running or not could_run, "sequences are waiting, but none can run"
+                assert all(seq.paused for seq in self.running), "a sequence is missing in the step"
             return None
         self._step += 1
-        return draft.plan(self._step)
-
-    def commit(self, plan: StepPlan) -> list[tuple[Chunk, Sequence]]:
-        """Advance by a plan that was carried out; its chunks with their sequences.
-
-        Hot pages that have left their windows are released, and full pages enter the prefix
-        cache."""
-        by_row = {seq.row: seq for seq in self.running}
-        advanced = [(chunk, by_row[chunk.row]) for chunk in plan.chunks]
-        for chunk, seq in advanced:
-            first_full = seq.num_computed // self.geometry.page_size
+        step = draft.finish(self._step)
+        for chunk, seq in zip(step.plan.chunks, step.sequences, strict=True):
             seq.num_computed = chunk.end
+            seq.pending += chunk.sample
             seq.num_scored += len(chunk.targets) // 4
-            self._pages.publish(seq, first_full)
-        return advanced
+            self._pages.publish(seq)
+        self.in_flight.append(step)
+        return step.plan
+
+    def commit(self, plan: StepPlan) -> list[tuple[Chunk, Sequence | None]]:
+        """The oldest plan in flight was carried out; its chunks with their sequences, None in place
+        of those for which it does not count."""
+        step = self.in_flight.popleft()
+        assert step.plan.step == plan.step, "steps are committed in order"
+        for one in step.aboard:
+            if one is not None:
+                one.seq.pending -= one.chunk.sample
+                one.seq.note_held(one.held)
+        sequences = (None if one is None else one.seq for one in step.aboard)
+        return list(zip(plan.chunks, sequences, strict=True))
 
     def check(self) -> None:
         """Audit: every page held by a sequence is used, every row by one, and nothing else is."""
@@ -129,7 +153,7 @@ class Scheduler:
     def _admit(self, draft: StepDraft) -> Sequence | None:
         """Give the first waiting sequence a row and its prefix, if its pages fit."""
         seq = next(filter(draft.takes, self.waiting), None)
-        if seq is None or not self._free_rows:
+        if seq is None or seq.pending or not self._free_rows:
             return None
         worst_case = any(s.preemptions for s in self.waiting + self.running)
         reserved = sum(self._pages_needed(other, worst_case) for other in self.running)
@@ -148,6 +172,7 @@ class Scheduler:
         seq.num_computed = hit.num_pages * self.geometry.page_size
         if seq.started_s is None:  # pages that it computed before a preemption do not count
             seq.cached_tokens = min(seq.num_computed, seq.prompt_tokens)
+        self._pages.start(seq)
         seq.row = self._free_rows.pop()
         bisect.insort(self.running, seq, key=_arrival)
         draft.start_row(seq)
@@ -156,7 +181,7 @@ class Scheduler:
     def _pages_needed(self, seq: Sequence, worst_case: bool) -> int:
         """Sealed pages that the sequence still needs: for its tokens and the next one, or up to
         its maximum length."""
-        tokens = seq.max_tokens_total if worst_case else seq.num_tokens + 1
+        tokens = seq.max_tokens_total if worst_case else seq.length + 1
         return len(seq.sealed_missing(tokens))
 
     def _max_chunk(self, draft: StepDraft, start: int) -> int:
@@ -181,6 +206,8 @@ class Scheduler:
             return
         missing = seq.sealed_missing(end)
         while self.cache.sealed.available < len(missing):
+            if any(other.about_to_end for other in self.running):
+                return  # there will be pages after the next result
             draft.undo(self.running[-1])
             if self.preempt_youngest() is seq:
                 return
@@ -188,7 +215,6 @@ class Scheduler:
         draft.headroom_left -= max(0, len(touched) - own)
         self._pages.write(seq, touched, draft)
         self._pages.seal(seq, missing, draft)
-        seq.note_peak()
         draft.add_chunk(seq, start, end)
 
     def _release(self, seq: Sequence) -> None:

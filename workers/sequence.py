@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from kvmesh.workers.lease import LeaseTerms
+from kvmesh.workers.plan import PENDING
 from kvmesh.workers.prefix_cache import Digest, PageDigests
 from kvmesh.workers.request import EngineRequest, PrefillProgress, SequenceUsage, TokenIds
 from kvmesh.workers.sizes import BLOCK_PAGES, PageGeometry, PageNeed
@@ -12,11 +13,12 @@ from kvmesh.workers.structured.state import OutputState
 
 
 class Sequence:
-    """Positions [0, num_computed) have their keys and values in pages.
+    """Positions [0, num_computed) have their keys and values in pages, once the steps in flight
+    have been computed. Of its tokens the last `pending` ones are still being sampled by such steps.
 
-        0          prompt_tokens              num_tokens      max_tokens_total
-        |---- prompt ----|------ output ----------|.................|
-        |-------- computed -------|-- to compute--|
+        0          prompt_tokens        num_tokens   length    max_tokens_total
+        |---- prompt ----|---- output -------|- pending -|............|
+        |-------- computed -------|------ to compute ----|
 
     hot, sealed: logical page -> page id of the forms it holds
     shares_pages: whether it uses other sequences' pages and they use its own
@@ -34,8 +36,13 @@ class Sequence:
         self._tokens[:given] = request.prompt_token_ids
         self.extend(request.lease)
         self.num_tokens = given
+        self.pending = 0
         self.num_computed = 0
-        # Positions of the prompt, from the first on, whose next token's score is known.
+        # Full pages that other sequences can find, from the first on: with their contents, and in
+        # sealed form.
+        self.num_named = 0
+        self.num_sealed_named = 0
+        # Positions of the prompt, from the first on, whose next token's score is computed.
         self.num_scored = request.scored_tokens
         self.row: int | None = None
         self.hot: dict[int, int] = {}
@@ -68,8 +75,19 @@ class Sequence:
         return 0 if self.request.params.prompt_logprobs is None else self.prompt_tokens - 1
 
     @property
+    def length(self) -> int:
+        """Tokens that it has once the steps in flight have been computed, unless one ends it."""
+        return self.num_tokens + self.pending
+
+    @property
     def to_compute(self) -> int:
-        return self.num_tokens - self.num_computed
+        """How many tokens are left to compute."""
+        return 0 if self.about_to_end else self.length - self.num_computed
+
+    @property
+    def about_to_end(self) -> bool:
+        """It ends with a token that is pending, if not before."""
+        return self.pending > 0 and self.length >= self.max_tokens_total
 
     def extend(self, lease: LeaseTerms | None) -> None:
         """Run under these terms from now on; without a lease every token may be written.
@@ -90,6 +108,10 @@ class Sequence:
     def on_trial(self) -> bool:
         """An engine may have failed because of it, and this one has yet to give it a token."""
         return self.request.suspicion > 0 and self.num_tokens == self._given_tokens
+
+    def tokens_of(self, start: int, end: int) -> bytes:
+        """The tokens at positions [start, end) as a plan has them: known, or one pending."""
+        return PENDING if start >= self.num_tokens else self._tokens[start:end].tobytes()
 
     def append(self, token_id: int) -> None:
         self._tokens[self.num_tokens] = token_id
@@ -112,15 +134,16 @@ class Sequence:
         pages = self.prompt_tokens // self.geometry.page_size
         return pages - min(BLOCK_PAGES, -(-pages // 8)) <= page < pages
 
-    def note_peak(self) -> None:
-        self.peak = PageNeed(
-            max(self.peak.hot, len(self.hot)), max(self.peak.sealed, len(self.sealed))
-        )
+    def note_held(self, pages: PageNeed) -> None:
+        """It held so many pages in a step that has been computed."""
+        if pages.fits(self.peak):
+            return
+        self.peak = PageNeed(max(self.peak.hot, pages.hot), max(self.peak.sealed, pages.sealed))
 
-    @property
-    def progress(self) -> PrefillProgress:
-        cached = min(self.cached_tokens, self.num_computed)
-        return PrefillProgress(self.num_computed, cached, self.num_tokens)
+    def progress(self, end: int) -> PrefillProgress:
+        """end: of the latest chunk that has been computed"""
+        computed = min(end, self.num_computed)
+        return PrefillProgress(computed, min(self.cached_tokens, computed), self.num_tokens)
 
     def usage(self, now: float) -> SequenceUsage:
         started = self.started_s if self.started_s is not None else now

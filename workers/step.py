@@ -33,6 +33,7 @@ Works = dict[int | None, tuple[DecodeWork, tuple[Round, ...]]]
 class StepArrays:
     """T tokens of S sequences, n sampled rows, s pages to seal; all on the host.
 
+    input_ids: [T]; ~row, which is negative, for the token that the row's last step has sampled
     slots: [T], hot page id * page_size + offset; query_starts: [S + 1]; seq_lens: [S], tokens
     including the new ones; rows: [S], block table rows; logits_rows: [n], the sampled chunks'
     last tokens; seal_positions: [s], of each page's first token
@@ -61,6 +62,8 @@ class StepArrays:
         positions = np.arange(query_starts[-1]) + np.repeat(starts - query_starts[:-1], lengths)
         pages = hot_ids[np.repeat(rows, lengths), positions // page_size]
         tokens = np.frombuffer(b"".join(chunk.tokens for chunk in plan.chunks), dtype=np.int32)
+        if (tokens < 0).any():
+            tokens = np.where(tokens < 0, ~np.repeat(rows, lengths), tokens)
         samples = np.array([chunk.sample for chunk in plan.chunks])
         return StepArrays(
             input_ids=tokens.astype(np.int64),
@@ -86,6 +89,19 @@ class StepArrays:
         """One new token per sequence, each of them sampled."""
         return len(self.input_ids) == len(self.rows) == len(self.logits_rows)
 
+    @property
+    def num_pending(self) -> int:
+        """How many tokens only the ranks know."""
+        return int(np.count_nonzero(self.input_ids < 0))
+
+    @property
+    def sampled_rows(self) -> Ints:
+        """[n], block table rows"""
+        if self.is_decode:
+            return self.rows
+        ends = self.query_starts[1:] - 1
+        return self.rows[np.searchsorted(ends, self.logits_rows)]
+
     def padded(self, size: int) -> StepArrays:
         """A decode step padded to exactly `size` sequences; the padding has no query."""
         assert self.is_decode
@@ -109,10 +125,12 @@ class StepArrays:
 class StepTensors:
     """StepArrays on a device, as int64 or int32 depending on who reads them."""
 
+    num_pending: int
     input_ids: torch.Tensor
     positions: torch.Tensor
     slots: torch.Tensor
     logits_rows: torch.Tensor
+    sampled_rows: torch.Tensor
     seal_hot: torch.Tensor
     seal_sealed: torch.Tensor
     seal_positions: torch.Tensor
@@ -162,7 +180,7 @@ class BlockTables:
 class StepBuffer:
     """A step's arrays in one buffer, so that one transfer takes them to the device.
 
-    | int64: input_ids, positions, slots, logits_rows, seal_positions | int32: all others |
+    | int64: input_ids … logits_rows, sampled_rows, seal_positions | int32: all others |
 
     Each array begins at a multiple of 16 bytes, whatever the step: Triton compiles a kernel again
     for pointers that are aligned and for pointers that are not.
@@ -178,13 +196,11 @@ class StepBuffer:
         parts = _parts(arrays, works)
         sizes = ([len(array) for array in parts[0]], [len(array) for array in parts[1]])
         num_bytes = 8 * sum(_aligned(sizes[0], 2)) + 4 * sum(_aligned(sizes[1], 4))
+        # Pinned memory comes from torch's cache, which waits for copies from it to end: a step
+        # can be prepared while the one before is on its way.
         made = cls(torch.empty(num_bytes, dtype=torch.uint8, pin_memory=pinned), sizes)
         made._fill(parts)
         return made
-
-    def refill(self, arrays: StepArrays, works: Works) -> None:
-        """With another step of the same sizes."""
-        self._fill(_parts(arrays, works))
 
     def _fill(self, parts: tuple[list[Ints], list[Ints]]) -> None:
         for view, arrays, step in zip(_typed(self.host, self.sizes), parts, (2, 4), strict=True):
@@ -209,7 +225,7 @@ class StepBuffer:
                 _typed(buffer, self.sizes), self.sizes, (2, 4), strict=True
             )
         )
-        input_ids, positions, slots, logits_rows, seal_positions = wide
+        input_ids, positions, slots, logits_rows, sampled_rows, seal_positions = wide
         query_starts, seq_lens, rows, seal_hot, seal_sealed, *more = narrow
         prefixes = None
         if arrays.prefixes is not None:
@@ -232,13 +248,22 @@ class StepBuffer:
             decode_work=decode_work,
         )
         return StepTensors(
-            input_ids, positions, slots, logits_rows, seal_hot, seal_sealed, seal_positions, batch
+            arrays.num_pending,
+            input_ids,
+            positions,
+            slots,
+            logits_rows,
+            sampled_rows,
+            seal_hot,
+            seal_sealed,
+            seal_positions,
+            batch,
         )
 
 
 def _parts(arrays: StepArrays, works: Works) -> tuple[list[Ints], list[Ints]]:
     a, sets = arrays, arrays.prefixes
-    wide = [a.input_ids, a.positions, a.slots, a.logits_rows, a.seal_positions]
+    wide = [a.input_ids, a.positions, a.slots, a.logits_rows, a.sampled_rows, a.seal_positions]
     narrow = [a.query_starts, a.seq_lens, a.rows, a.seal_hot, a.seal_sealed]
     if sets is not None:
         narrow += [sets.pages, sets.members, sets.starts]

@@ -5,7 +5,9 @@ from __future__ import annotations
 from kvmesh.workers.plan import Chunk, RowStart, StepPlan, TableUpdate
 from kvmesh.workers.prefix_cache import Digest
 from kvmesh.workers.sequence import Sequence
+from kvmesh.workers.sizes import PageNeed
 from kvmesh.workers.step_budget import StepWork
+from kvmesh.workers.step_in_flight import Aboard, StepInFlight
 
 
 class StepDraft:
@@ -18,6 +20,7 @@ class StepDraft:
         self._on_trial: Sequence | None = None
         self.row_starts: dict[int, RowStart] = {}
         self.chunks: dict[int, Chunk] = {}
+        self.aboard: dict[int, Aboard] = {}
         # Row -> logical page -> page id. No tuples: a million tokens have 16,384 pages.
         self._hot: dict[int, dict[int, int]] = {}
         self._sealed: dict[int, dict[int, int]] = {}
@@ -51,8 +54,9 @@ class StepDraft:
         found = self._being_sealed.get(digest)
         return found[1] if found is not None and found[0].arrived_s < seq.arrived_s else None
 
-    def seal(self, seq: Sequence, page: int, digest: Digest) -> None:
-        if seq.shares_pages:
+    def seal(self, seq: Sequence, page: int, digest: Digest | None) -> None:
+        """digest: None if others cannot share the page, or not yet"""
+        if digest is not None:
             self._being_sealed.setdefault(digest, (seq, seq.sealed[page]))
         self._seals.setdefault(_row(seq), []).append((seq.hot[page], seq.sealed[page], page))
 
@@ -65,13 +69,17 @@ class StepDraft:
         if seq.on_trial:
             self._on_trial = seq
         self.tokens_left -= end - start
-        sample = end == seq.num_tokens
+        sample = end == seq.length
         score_start, score_end = max(start, seq.num_scored), min(end, seq.to_score)
-        targets = seq.tokens[score_start + 1 : score_end + 1].tobytes()
+        targets = b""
+        if score_start < score_end:
+            targets = seq.tokens[score_start + 1 : score_end + 1].tobytes()
         self.chunks[row] = Chunk(
-            row, start, seq.tokens[start:end].tobytes(), sample, targets, score_start
+            row, start, seq.tokens_of(start, end), sample, targets, score_start
         )
         self.work.add(self.chunks[row])
+        held = PageNeed(len(seq.hot), len(seq.sealed))
+        self.aboard[row] = Aboard(seq, self.chunks[row], held)
 
     def undo(self, seq: Sequence) -> None:
         """Remove a sequence that is about to lose its row and pages."""
@@ -80,14 +88,14 @@ class StepDraft:
         if chunk is not None:
             self.tokens_left += chunk.num_tokens
             self.work.add(chunk, -1)
-        for part in (self.row_starts, self._hot, self._sealed, self._seals):
+        for part in (self.row_starts, self.aboard, self._hot, self._sealed, self._seals):
             part.pop(row, None)
         for digest in [d for d, (sealer, _) in self._being_sealed.items() if sealer is seq]:
             del self._being_sealed[digest]
 
-    def plan(self, step: int) -> StepPlan:
+    def finish(self, step: int) -> StepInFlight:
         seals = [seal for found in self._seals.values() for seal in found]
-        return StepPlan(
+        plan = StepPlan(
             step=step,
             row_starts=list(self.row_starts.values()),
             chunks=list(self.chunks.values()),
@@ -97,6 +105,7 @@ class StepDraft:
             seal_sealed=[sealed for _, sealed, _ in seals],
             seal_pages=[page for _, _, page in seals],
         )
+        return StepInFlight(plan, list(self.aboard.values()))
 
 
 def _table(entries: dict[int, dict[int, int]]) -> TableUpdate:

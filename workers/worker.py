@@ -7,13 +7,14 @@ import os
 from pathlib import Path
 
 from kvmesh.workers.cache_directory import keep_compiled_loops
-from kvmesh.workers.channel import Allocated, Close, Divergences, Failed, Probe, RankEnd
+from kvmesh.workers.channel import Allocated, Close, Divergences, Failed, Flush, Probe, RankEnd
 from kvmesh.workers.config import EngineConfig
-from kvmesh.workers.errors import ConfigError, WorkerDiedError
+from kvmesh.workers.errors import ConfigError
 from kvmesh.workers.executor import Allocation
 from kvmesh.workers.parallel.comm import Communicator
 from kvmesh.workers.plan import StepPlan, TokenMasks
 from kvmesh.workers.rank import Rank, choose_device
+from kvmesh.workers.rank_steps import RankSteps
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,8 @@ def worker_main(config: EngineConfig, rank: int, endpoint: str, rendezvous: Path
 
 def _serve(rank: Rank, end: RankEnd, parent: int) -> None:
     end.send(rank.describe())
+    # A step that is not computed yet is answered once the next one is launched, or on request.
+    keep = 1 if rank.runs_ahead else 0
     while True:
         message = end.receive(_PARENT_CHECK_S)
         if isinstance(message, Close):
@@ -58,22 +61,16 @@ def _serve(rank: Rank, end: RankEnd, parent: int) -> None:
                 return
         elif isinstance(message, Allocation):
             rank.allocate(message)
+            steps = RankSteps(rank.runner, samples=rank.samples)
             end.send(Allocated())
         elif isinstance(message, Probe):
             kl_nats = rank.divergences(message.kv_formats)
             if kl_nats:
                 end.send(Divergences(kl_nats))
-        elif isinstance(message, StepPlan):
-            result = rank.execute(message, lambda: _masks(end, parent))
-            if result is not None:
+        else:
+            if isinstance(message, StepPlan):
+                steps.submit(message)
+            elif isinstance(message, TokenMasks):
+                steps.mask(message)
+            for result in steps.results(0 if isinstance(message, Flush) else keep):
                 end.send(result)
-
-
-def _masks(end: RankEnd, parent: int) -> TokenMasks:
-    """The masks that follow a plan. Raises WorkerDiedError if the leader is gone."""
-    while (message := end.receive(_PARENT_CHECK_S)) is None:
-        if os.getppid() != parent:
-            raise WorkerDiedError("the leader is gone")
-    if not isinstance(message, TokenMasks):
-        raise WorkerDiedError(f"masks must follow a masked plan, got {type(message).__name__}")
-    return message

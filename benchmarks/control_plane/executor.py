@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from typing import TYPE_CHECKING
 
 from benchmarks.control_plane.tokens import FIRST_ID, NUM_IDS, successor
@@ -30,6 +31,7 @@ class InstantExecutor:
     """
 
     num_ranks = 1
+    max_in_flight = 1
 
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
@@ -39,6 +41,7 @@ class InstantExecutor:
             token_id.to_bytes(4, "little"): SampledToken(successor(token_id))
             for token_id in range(FIRST_ID, FIRST_ID + NUM_IDS)
         }
+        self._submitted: deque[StepPlan] = deque()
         self.thread_id = 0
         self.cpu_ns = 0
         self.num_tokens = 0
@@ -70,6 +73,12 @@ class InstantExecutor:
 
     def allocate(self, allocation: Allocation) -> None:
         """There is no pool to allocate."""
+
+    def submit(self, plan: StepPlan) -> None:
+        self._submitted.append(plan)
+
+    def result(self, masks: MakeMasks | None = None) -> StepResult:
+        return self.execute(self._submitted.popleft(), masks)
 
     def execute(self, plan: StepPlan, masks: MakeMasks | None = None) -> StepResult:
         self.thread_id = threading.get_native_id()

@@ -44,6 +44,10 @@ def sum_then_lose_a_rank(rank: int, size: int, rendezvous: Path, results: Any) -
     when they notice."""
     torch.set_num_threads(1)
     comm = Communicator.connect(rank, size, rendezvous, device=CPU, timeout_s=60)
+    comm.wait_for_all()
+    tokens = torch.arange(1 << 24, (1 << 24) + 9, dtype=torch.int32) + rank
+    comm.broadcast(tokens)
+    assert tokens.tolist() == [*range(1 << 24, (1 << 24) + 9)]
     generator = torch.Generator().manual_seed(rank)
     found = []
     for count in (1, 3, 576, 4097, 600_001):

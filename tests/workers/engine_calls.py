@@ -42,7 +42,7 @@ KINDS = [
 
 @dataclass(frozen=True)
 class Setup:
-    """Of an engine. chunk: tokens of a step"""
+    """Of an engine. chunk: tokens of a step; in_flight: steps"""
 
     sink: int
     recent: int
@@ -50,6 +50,7 @@ class Setup:
     chunk: int
     sealed_pages: int
     prefix_cache: bool
+    in_flight: int
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,7 @@ def random_setup(chance: Random) -> Setup:
         chunk=chance.choice([5, 16, 40, 64]),
         sealed_pages=chance.randrange(4, 15),
         prefix_cache=chance.random() < 0.8,
+        in_flight=chance.choice([1, 2, 2]),
     )
 
 

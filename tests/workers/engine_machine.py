@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -13,7 +13,7 @@ from kvmesh.workers.engine import NOT_SOUND, PROGRESS_PERIOD_S, Engine
 from kvmesh.workers.errors import PoolCapacityError
 from kvmesh.workers.executor import MakeMasks
 from kvmesh.workers.lease import LeaseTerms
-from kvmesh.workers.plan import StepPlan, StepResult
+from kvmesh.workers.plan import PENDING, StepPlan, StepResult
 from kvmesh.workers.request import EndReason, EngineRequest, SequenceDelta
 from kvmesh.workers.request_check import check_request
 from kvmesh.workers.sequence import Sequence
@@ -26,6 +26,16 @@ from tests.workers.watched_cache import watch
 
 STEP_S = 0.25
 NAMES = "abcdefghij"
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What a sequence holds in a step. shares_pages: when the step was decided"""
+
+    wanted: Wanted
+    seq: Sequence
+    shares_pages: bool
+    pages: PageNeed
 
 
 @dataclass(slots=True, eq=False)
@@ -71,16 +81,24 @@ class EngineMachine:
         self.outcomes: Counter[str] = Counter()
         self.blocks: set[bytes] = set()  # as reported
         self.decoding: list[Sequence] = []
+        self.submitted: deque[list[Held]] = deque()
+        self.steps = 0  # submitted so far
         hot = setup.rows * (setup.sink + setup.recent + 1) + -(-setup.chunk // PAGE)
         budget = 4 * hot + setup.sealed_pages
         self.executor = TaintedExecutor(PAGE, setup.sink, setup.recent, budget, CONTEXT)
-        execute = self.executor.execute
+        self.executor.max_in_flight = setup.in_flight
+        submit, execute = self.executor.submit, self.executor.execute
+
+        def watched_submit(plan: StepPlan) -> None:
+            self.check_plan(plan)
+            submit(plan)
 
         def watched(plan: StepPlan, masks: MakeMasks | None = None) -> StepResult:
-            self.check_plan(plan)
+            self.note_computed()
             self.now += STEP_S
             return execute(plan, masks)
 
+        self.executor.submit = watched_submit  # type: ignore[method-assign]
         self.executor.execute = watched  # type: ignore[method-assign]
         self.config = EngineConfig(
             model="memory",
@@ -92,6 +110,17 @@ class EngineMachine:
         )
         self.engine = Engine(self.config, self.executor, lambda: self.now)
         self.scheduler = self.engine.scheduler
+        schedule = self.scheduler.schedule
+
+        def watched_schedule() -> StepPlan | None:
+            self.decoding = [
+                seq
+                for seq in self.scheduler.running
+                if seq.to_compute == 1 and not seq.paused and not seq.on_trial
+            ]
+            return schedule()
+
+        self.scheduler.schedule = watched_schedule  # type: ignore[method-assign]
         watch(self.scheduler.cache, seen.add)
 
     # Calls
@@ -113,7 +142,7 @@ class EngineMachine:
 
     def run(self, steps: int) -> None:
         for _ in range(steps):
-            if self.engine.has_work:
+            if self.engine.has_work or self.engine.awaits_result:
                 self.step()
 
     def finish(self) -> None:
@@ -196,6 +225,7 @@ class EngineMachine:
 
     def abort(self, name: str) -> None:
         computed = self.engine._live[name].num_computed
+        self.seen.add("aborts in flight", self.engine._live[name].pending > 0)
         self.seen.add("aborts in mid-prefill", 0 < computed < len(self.live[name].prompt))
         delta = self.engine.abort(name)
         assert delta is not None
@@ -231,11 +261,9 @@ class EngineMachine:
             patience_s = engine.deadline_s()
             assert patience_s is not None and 0 <= patience_s <= max(0, min(left_s.values()))
         overdue = {name for name, seconds in left_s.items() if seconds <= 0}
-        self.decoding = [
-            seq for seq in running if seq.to_compute == 1 and not seq.paused and not seq.on_trial
-        ]
         paused = [seq for seq in running if seq.paused]
         preemptions = {seq: seq.preemptions for seq in running}
+        pending = {seq: seq.pending for seq in running}
         deltas = engine.step()
         steps = len(self.executor.plans) - steps
         assert overdue or not (was_stalled and steps), "it could have continued before"
@@ -249,6 +277,7 @@ class EngineMachine:
         for seq in (seq for seq, count in preemptions.items() if seq.preemptions > count):
             self.seen.add("preemptions")
             self.seen.add("preemptions of sequences with scores", seq.num_scored > 0)
+            self.seen.add("preemptions with a token in flight", pending[seq] > 0)
             self.totals["preemptions"] += 1
             stayed = [other for other in running if other.preemptions == preemptions.get(other)]
             assert all(x.arrived_s <= seq.arrived_s for x in stayed), "an older one was preempted"
@@ -258,22 +287,35 @@ class EngineMachine:
         running = {seq.row: seq for seq in self.scheduler.running}
         chunks = {chunk.row: chunk for chunk in plan.chunks}
         assert 0 < plan.num_tokens <= self.config.limits("cpu").max_num_batched_tokens
-        assert plan.step == self.totals["steps"] + 1
+        self.steps += 1
+        assert plan.step == self.steps
+        ending = any(seq.about_to_end for seq in self.scheduler.running)
         for seq in self.decoding:
-            assert seq.row is None or seq.row in chunks, "a sequence missed a step"
+            assert ending or seq.row is None or seq.row in chunks, "a sequence missed a step"
         aboard = [running[row] for row in chunks]
         on_trial = [seq.request.request_id for seq in aboard if seq.on_trial]
         assert len(on_trial) <= 1
-        assert self.engine.blame.aboard == frozenset(seq.request.request_id for seq in aboard)
+        if on_trial:
+            assert not self.submitted, "a step with a trial is computed alone"
+        names = {seq.request.request_id for seq in aboard}
+        earlier = {held.seq.request.request_id for step in self.submitted for held in step}
+        blamed = self.engine.blame.aboard
+        assert blamed is not None and names <= blamed <= names | earlier
         assert self.engine.blame.on_trial == (on_trial[0] if on_trial else None)
+        self.seen.add("overlapping steps", len(self.submitted))
         for name in on_trial:
             self.live[name].tried = True
+        self.submitted.append([])
         for seq in aboard:
-            wanted = self.live[seq.request.request_id]
-            hot, sealed = len(seq.hot), len(seq.sealed)
-            wanted.peak = PageNeed(max(wanted.peak.hot, hot), max(wanted.peak.sealed, sealed))
+            wanted, chunk = self.live[seq.request.request_id], chunks[seq.row or 0]
+            geometry = self.engine.geometry
+            hot = -(-chunk.end // PAGE) - len(geometry.sealed_range(chunk.start))
+            sealed = len(geometry.sealed_range(chunk.end))
+            held = Held(wanted, seq, seq.shares_pages, PageNeed(hot, sealed))
+            self.submitted[-1].append(held)
             if seq.lease is not None:
                 assert sealed <= seq.lease.sealed_pages // seq.lease.sequences
+            self.seen.add("tokens computed before they are known", chunk.tokens == PENDING)
         for start in plan.row_starts:
             seq = running[start.row]
             waiting = [x for x in self.scheduler.waiting if x.arrived_s < seq.arrived_s]
@@ -283,6 +325,19 @@ class EngineMachine:
         self.seen.add("admissions", len(plan.row_starts))
         self.seen.add("pages sealed for two", len(plan.sealed.ids) - len({*plan.sealed.ids}))
         self.seen.add("trials", len(on_trial))
+
+    def note_computed(self) -> None:
+        """The oldest step is computed, after all before it were committed."""
+        for held in self.submitted.popleft():
+            wanted, pages = held.wanted, held.pages
+            if self.engine._live.get(wanted.request.request_id) is not held.seq:
+                self.seen.add("tokens beyond the end")
+            elif held.seq.shares_pages != held.shares_pages:
+                self.seen.add("faults while the next step was in flight")
+            else:
+                wanted.peak = PageNeed(
+                    max(wanted.peak.hot, pages.hot), max(wanted.peak.sealed, pages.sealed)
+                )
 
     def note_start(self, seq: Sequence, computed: int) -> None:
         wanted = self.live[seq.request.request_id]
@@ -368,7 +423,7 @@ class EngineMachine:
         assert usage.time_to_first_token_s == (None if first_s is None else first_s - arrived_s)
         assert usage.preemptions <= 1
         peak = PageNeed(usage.hot_pages, usage.sealed_pages)
-        assert wanted.peak.fits(peak) and (usage.preemptions or wanted.peak == peak)
+        assert wanted.peak == peak
         assert usage.kv_bytes == 2 * (4 * peak.hot + peak.sealed)
         reserved_bytes = usage.kv_bytes
         if wanted.request.lease is not None:

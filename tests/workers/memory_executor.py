@@ -15,11 +15,13 @@ from collections.abc import Collection, Sequence
 from functools import cache
 from tempfile import TemporaryDirectory
 
+import msgspec
 import numpy as np
 import tokenizers
 
-from kvmesh.workers.executor import Allocation, MakeMasks, RankDescription
+from kvmesh.workers.executor import Allocation, MakeMasks, RankDescription, StepByStep
 from kvmesh.workers.plan import (
+    PENDING,
     Chunk,
     RowStart,
     SampledToken,
@@ -111,7 +113,7 @@ _LETTERS = TemporaryDirectory()
 _NAMES = {chr(ord("A") + token): token for token in range(VOCAB)}
 
 
-class MemoryExecutor:
+class MemoryExecutor(StepByStep):
     """model_path: of a tokenizer, for constraints"""
 
     num_ranks = 2
@@ -125,6 +127,7 @@ class MemoryExecutor:
         max_model_len: int = 800,
         model_path: str | None = None,
     ) -> None:
+        super().__init__()
         self._page_size, self._sink, self._recent = page_size, sink, recent
         self.kl_nats: dict[str, float] = {}
         self._description = RankDescription(
@@ -144,6 +147,7 @@ class MemoryExecutor:
         )
         self.plans: list[StepPlan] = []
         self._top_k: dict[int, int] = {}  # by row
+        self._sampled: dict[int, int] = {}  # the token that a row's last step has sampled
         # Of rows with penalties: the chain over the tokens that the sampler was given.
         self._recorded: dict[int, State] = {}
         self.sealed_pages = 0
@@ -166,6 +170,8 @@ class MemoryExecutor:
 
     def execute(self, plan: StepPlan, masks: MakeMasks | None = None) -> StepResult:
         self.plans.append(plan)
+        chunks = [self._known(chunk) for chunk in plan.chunks]
+        plan = msgspec.structs.replace(plan, chunks=chunks)
         for table, update in ((self._hot_table, plan.hot), (self._sealed_table, plan.sealed)):
             table[update.rows, update.pages] = update.ids
         assert len({c.row for c in plan.chunks}) == len(plan.chunks)
@@ -193,8 +199,15 @@ class MemoryExecutor:
             SampledToken(next_token(states[row], self._top_k[row], allowed.get(position)))
             for position, row in enumerate(rows)
         ]
+        self._sampled |= {row: x.token_id for row, x in zip(rows, tokens, strict=True)}
         scores = [self._score(chunk) for chunk in plan.chunks if chunk.targets]
         return StepResult(plan.step, tokens, 0.0, scores)
+
+    def _known(self, chunk: Chunk) -> Chunk:
+        if chunk.tokens != PENDING:
+            return chunk
+        token = self._sampled[chunk.row].to_bytes(4, "little")
+        return msgspec.structs.replace(chunk, tokens=token)
 
     def _score(self, chunk: Chunk) -> TokenScores:
         """Scores that depend on all tokens up to and with the target; one alternative each."""

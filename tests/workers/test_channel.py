@@ -17,6 +17,7 @@ from kvmesh.workers.channel import (
     Close,
     Divergences,
     Failed,
+    Flush,
     Probe,
     RankEnd,
 )
@@ -26,7 +27,7 @@ from kvmesh.workers.errors import (
     UnsupportedModelError,
     WorkerDiedError,
 )
-from kvmesh.workers.executor import Allocation, RankDescription
+from kvmesh.workers.executor import Allocation, MakeMasks, RankDescription
 from kvmesh.workers.plan import (
     Chunk,
     RowStart,
@@ -62,8 +63,15 @@ def answer_everything(end: RankEnd, rank: int, seen: list[object]) -> None:
         elif isinstance(message, Probe):
             if rank == 0:
                 end.send(Divergences([len(name) / 100 for name in message.kv_formats]))
-        elif rank == 0:
+        elif rank == 0 and not isinstance(message, Flush):
             end.send(StepResult(message.step, [SampledToken(9, -0.5, [(9, -0.5)])], 0.0))
+
+
+def execute(
+    executor: ChannelExecutor, plan: StepPlan, masks: MakeMasks | None = None
+) -> StepResult:
+    executor.submit(plan)
+    return executor.result(masks)
 
 
 def start_ranks(
@@ -89,7 +97,7 @@ def test_every_rank_gets_the_same_plan_and_close_ends_them() -> None:
     assert executor.describe() == [DESCRIPTION] * 3
     assert executor.divergences(["int4", "int8-x"]) == [0.04, 0.06]
     executor.allocate(Allocation(1, 2, 3, 4))
-    result = executor.execute(PLAN)
+    result = execute(executor, PLAN)
     assert result.tokens[0].token_id == 9 and result.tokens[0].top == [(9, -0.5)]
     executor.close()
     for thread in threads:
@@ -120,7 +128,7 @@ def test_masks_follow_their_plan_to_the_rank_that_samples() -> None:
 
     threads = start_ranks(executor, body)
     executor.describe()
-    assert executor.execute(masked, make).step == 2
+    assert execute(executor, masked, make).step == 2
     executor.close()
     for thread in threads:
         thread.join(60)
@@ -140,7 +148,7 @@ def test_a_failure_of_any_rank_ends_the_wait_for_other_ranks() -> None:
     threads = start_ranks(executor, body)
     executor.describe()
     with pytest.raises(WorkerDiedError, match="OutOfMemoryError: no room"):
-        executor.execute(PLAN)
+        execute(executor, PLAN)
     executor.close()
     for thread in threads:
         thread.join(60)
@@ -265,7 +273,7 @@ def test_answers_are_taken_in_the_order_in_which_they_were_sent() -> None:
     assert executor.describe() == [DESCRIPTION]
     assert executor.divergences(["int4"]) == [0.5]
     executor.allocate(Allocation(1, 2, 3, 4))
-    assert executor.execute(PLAN).host_s == 0.5
+    assert execute(executor, PLAN).host_s == 0.5
     executor.close()
     end.close()
 
@@ -319,7 +327,7 @@ def test_limits_are_learned_from_steps() -> None:
     limits_s = []
     for _ in range(3):
         limits_s.append(executor._step_limit.of(PLAN))
-        executor.execute(PLAN)
+        execute(executor, PLAN)
     assert limits_s == [MAX_NEW * 1000.0, MIN_NEW * 1000.0, 1000.0]
     executor.close()
     threads[0].join(60)
@@ -332,7 +340,7 @@ def test_a_step_is_learned_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     learned_s: list[float] = []
     monkeypatch.setattr(executor._step_limit, "learn", lambda plan, s: learned_s.append(s))
     started_s = time.monotonic()
-    executor.execute(PLAN)
+    execute(executor, PLAN)
     assert 0.0 <= learned_s[0] <= time.monotonic() - started_s
     executor.close()
     threads[0].join(60)
@@ -354,9 +362,9 @@ def test_a_rank_that_hangs_in_a_step_fails_it() -> None:
     executor.describe()
     ends[0].send(StepResult(PLAN.step, [], 0.0))
     wait_for_message(executor, 0)
-    executor.execute(PLAN)
+    execute(executor, PLAN)
     with pytest.raises(WorkerDiedError, match=r"no answer to a step of 1 tokens.*step_timeout_s"):
-        executor.execute(PLAN)
+        execute(executor, PLAN)
     executor.close()
     for end in ends:
         end.close()
@@ -382,6 +390,6 @@ def test_an_answer_that_has_arrived_counts_however_late_it_is_read() -> None:
     for _ in range(20):
         end.send(StepResult(PLAN.step, [], 0.0))
         wait_for_message(executor, 0)
-        assert executor.execute(PLAN).step == PLAN.step
+        assert execute(executor, PLAN).step == PLAN.step
     executor.close()
     end.close()

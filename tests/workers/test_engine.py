@@ -48,8 +48,10 @@ def make_engine(
     seqs: int = 4,
     tokens: int = 16,
     prefix_cache: bool = True,
+    in_flight: int = 1,
 ) -> tuple[Engine, MemoryExecutor]:
     executor = MemoryExecutor(PAGE, sink, recent, budget)
+    executor.max_in_flight = in_flight
     config = EngineConfig(
         model="memory",
         page_size=PAGE,
@@ -109,6 +111,12 @@ SEEN = Exercised(
         "recomputations for another's fault": 1,
         "prompts scored in several pieces": 30,
         "preemptions of sequences with scores": 5,
+        "overlapping steps": 8000,
+        "tokens computed before they are known": 12000,
+        "tokens beyond the end": 100,
+        "preemptions with a token in flight": 25,
+        "aborts in flight": 15,
+        "faults while the next step was in flight": 40,
     },
 )
 
@@ -717,9 +725,10 @@ def test_cached_block_ends_are_reported_when_they_change() -> None:
     assert engine.scheduler.cache.take_changes()[ends[0]] is False
 
 
-def test_a_preempted_sequence_stays_within_its_grammar() -> None:
+@pytest.mark.parametrize("in_flight", [1, 2])
+def test_a_preempted_sequence_stays_within_its_grammar(in_flight: int) -> None:
     def run(*, preempted: bool) -> tuple[list[int], int]:
-        engine, _ = make_engine()
+        engine, _ = make_engine(in_flight=in_flight)
         bound = OutputConstraint(regex("[C-Q]{20}[a-f]{20}").text())
         engine.add(request("r", [3, 4, 5], 60, constraint=bound))
         tokens: list[int] = []

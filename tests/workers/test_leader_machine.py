@@ -86,9 +86,11 @@ class Live:
 
 
 class LeaderMachine:
-    def __init__(self) -> None:
+    def __init__(self, in_flight: int) -> None:
         self.changes = 0
-        self.leader = EngineLeader(CONFIG, MemoryExecutor(PAGE, 0, 0, 60), self.changed)
+        executor = MemoryExecutor(PAGE, 0, 0, 60)
+        executor.max_in_flight = in_flight
+        self.leader = EngineLeader(CONFIG, executor, self.changed)
         self.thread = SteppedThread(self.leader._make_engine, self.leader)
         self.leader._thread = self.thread  # type: ignore[assignment]
         self.clients = [self.client(index) for index in range(3)]
@@ -368,9 +370,10 @@ NUMBERS = {
 @given(seed=SEEDS)
 def test_every_client_gets_its_own_and_the_router_every_change(seed: int) -> None:
     chance = Random(seed)
+    in_flight = chance.choice([1, 2])
 
     async def scenario(calls: Sequence[tuple[str, ...]]) -> None:
-        machine = LeaderMachine()
+        machine = LeaderMachine(in_flight)
         await machine.start()
         for what, *numbers in calls:
             await machine.call(what, *map(int, numbers))

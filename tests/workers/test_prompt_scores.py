@@ -54,7 +54,7 @@ def make_engine(model: Path, tp: int, chunk: int = 48) -> Engine:
 def engine(model: Path, request: pytest.FixtureRequest) -> Iterator[Engine]:
     made = make_engine(model, request.param)
     yield made
-    made._executor.close()
+    made._pipeline._executor.close()
 
 
 def run(engine: Engine, params: SamplingParams, **kwargs: int) -> list[SequenceDelta]:
@@ -127,7 +127,7 @@ def test_logits_are_never_there_for_a_whole_chunk(
 ) -> None:
     monkeypatch.setattr("kvmesh.workers.runner.SCORED_ROWS", 7)
     engine = make_engine(model, 1, chunk=100)
-    served = engine._executor._rank._model  # type: ignore[attr-defined]
+    served = engine._pipeline._executor._rank._model  # type: ignore[attr-defined]
     sizes = []
     logits = served.logits
 

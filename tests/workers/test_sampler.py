@@ -38,7 +38,7 @@ def sample(
     ends: list[int],
     masks: TokenMasks | None = None,
 ) -> list[SampledToken]:
-    return sampler.sample(logits, sampler.prepare(rows, ends), masks)
+    return sampler.sample(logits, sampler.prepare(rows, ends), masks).read()
 
 
 def logits_of(*rows: dict[int, float]) -> torch.Tensor:

@@ -73,6 +73,7 @@ class Bench:
             return {}
         found = self.tokens_of(plan)
         for chunk, seq in self.scheduler.commit(plan):
+            assert seq is not None
             if chunk.sample:
                 seq.append(7)
                 if seq.num_tokens == seq.max_tokens_total:
@@ -299,11 +300,11 @@ def test_nobody_shares_what_a_preempted_sequence_would_have_sealed_in_this_step(
     draft.seal(first, 0, digest)
     assert draft.being_sealed(second, digest) == 2
     assert (draft.tokens_left, draft.work.prompt_tokens) == (256 - PAGE, PAGE)
-    assert draft.plan(1).seal_pages == [0]
+    assert draft.finish(1).plan.seal_pages == [0]
     draft.undo(first)
     assert draft.being_sealed(second, digest) is None
     assert (draft.tokens_left, draft.work) == (256, StepWork())
-    assert not draft.plan(1).chunks and not draft.plan(1).seal_pages
+    assert not draft.finish(1).plan.chunks and not draft.finish(1).plan.seal_pages
 
 
 def test_a_repeated_prompt_of_whole_pages_and_a_token_computes_the_token_alone() -> None:

@@ -7,12 +7,23 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 from kvmesh.workers import worker
-from kvmesh.workers.channel import Allocated, Close, Divergences, Failed, FromRank, Probe, ToRank
+from kvmesh.workers.channel import (
+    Allocated,
+    Close,
+    Divergences,
+    Failed,
+    Flush,
+    FromRank,
+    Probe,
+    ToRank,
+)
 from kvmesh.workers.config import EngineConfig
-from kvmesh.workers.errors import ConfigError, WorkerDiedError
-from kvmesh.workers.executor import Allocation, MakeMasks, RankDescription
+from kvmesh.workers.errors import ConfigError
+from kvmesh.workers.executor import Allocation, RankDescription
+from kvmesh.workers.launched_step import LaunchedStep
 from kvmesh.workers.parallel.comm import Communicator
 from kvmesh.workers.plan import SampledToken, StepPlan, StepResult, TableUpdate, TokenMasks
 
@@ -31,6 +42,7 @@ class ScriptedEnd:
         self._messages = list(messages)
         self.sent: list[FromRank] = []
         self.closed = False
+        self.calls: list[str] = []
 
     def receive(self, timeout_s: float) -> ToRank | None:
         assert 0 < timeout_s < 10, "a leader that is gone is noticed within seconds"
@@ -48,33 +60,49 @@ class ScriptedEnd:
 
 
 class FakeRank:
-    """samples: whether this rank answers"""
+    """samples: whether this rank answers; runs_ahead: as a GPU does"""
 
-    def __init__(self, *, samples: bool) -> None:
-        self._samples = samples
+    def __init__(self, *, samples: bool, runs_ahead: bool = False) -> None:
+        self.samples, self.runs_ahead = samples, runs_ahead
         self.allocated: list[Allocation] = []
+        self.calls: list[str] = []
 
     def describe(self) -> RankDescription:
         return DESCRIPTION
 
     def divergences(self, kv_formats: list[str]) -> list[float]:
-        return [0.5] * len(kv_formats) if self._samples else []
+        return [0.5] * len(kv_formats) if self.samples else []
 
     def allocate(self, allocation: Allocation) -> None:
         self.allocated.append(allocation)
 
-    def execute(self, plan: StepPlan, masks: MakeMasks | None = None) -> StepResult | None:
+    @property
+    def runner(self) -> FakeRank:
+        return self
+
+    def launch(self, plan: StepPlan) -> LaunchedStep:
         assert plan in (PLAN, MASKED)
-        if plan.masked and self._samples:
-            assert masks is not None
-            assert masks() == MASKS
-        return RESULT if self._samples else None
+        self.calls.append("launch")
+        return LaunchedStep(plan, 0.0, [], torch.empty(0))
+
+    def sample(self, step: LaunchedStep, masks: TokenMasks | None = None) -> None:
+        if self.samples:
+            assert masks == (MASKS if step.plan.masked else None)
+        self.calls.append("sample")
+
+    def result(self, step: LaunchedStep) -> StepResult | None:
+        self.calls.append("result")
+        return RESULT if self.samples else None
 
 
-def serve(messages: Sequence[ToRank | None], *, samples: bool, parent: int) -> ScriptedEnd:
-    end, rank = ScriptedEnd(messages), FakeRank(samples=samples)
+def serve(
+    messages: Sequence[ToRank | None], *, samples: bool, parent: int, runs_ahead: bool = False
+) -> ScriptedEnd:
+    """The rank's end, and in `calls` what the rank was asked to do after it was allocated."""
+    end, rank = ScriptedEnd(messages), FakeRank(samples=samples, runs_ahead=runs_ahead)
     worker._serve(rank, end, parent)  # type: ignore[arg-type]
     assert rank.allocated == [x for x in messages if isinstance(x, Allocation)]
+    end.calls = rank.calls
     return end
 
 
@@ -89,18 +117,38 @@ def test_a_rank_answers_what_it_is_asked_until_it_is_closed(samples: bool) -> No
         assert end.sent == [DESCRIPTION, Allocated()]
 
 
-def test_a_rank_that_samples_waits_for_the_masks() -> None:
-    end = serve([MASKED, None, MASKS, PLAN, Close()], samples=True, parent=os.getppid())
-    assert end.sent == [DESCRIPTION, RESULT, RESULT]
-    others = serve([MASKED, PLAN, Close()], samples=False, parent=os.getppid())
-    assert others.unread == 0
+ALLOCATE = Allocation(1, 2, 3, 4)
 
 
-def test_a_rank_ends_when_no_masks_can_come() -> None:
-    with pytest.raises(WorkerDiedError, match="the leader is gone"):
-        serve([MASKED, None], samples=True, parent=os.getppid() + 1)
-    with pytest.raises(WorkerDiedError, match="masks must follow"):
-        serve([MASKED, PLAN], samples=True, parent=os.getppid())
+def test_a_rank_that_samples_waits_for_the_masks_and_starts_no_later_step_before() -> None:
+    asked = [ALLOCATE, MASKED, None, PLAN, MASKS, Close()]
+    end = serve(asked, samples=True, parent=os.getppid())
+    assert end.sent == [DESCRIPTION, Allocated(), RESULT, RESULT]
+    assert end.calls == ["launch", "sample", "launch", "sample", "result", "result"]
+    others = serve([ALLOCATE, MASKED, PLAN, Close()], samples=False, parent=os.getppid())
+    assert others.unread == 0 and others.calls == ["launch", "sample", "result"] * 2
+
+
+def test_masks_without_a_step_end_a_rank() -> None:
+    with pytest.raises(AssertionError, match="masks must follow"):
+        serve([ALLOCATE, PLAN, MASKS], samples=True, parent=os.getppid())
+
+
+def test_a_rank_that_runs_ahead_answers_a_step_after_it_has_launched_the_next_one() -> None:
+    asked: list[ToRank] = [ALLOCATE, PLAN, PLAN, PLAN, Flush(), PLAN, Flush(), Flush(), Close()]
+    end = serve(asked, samples=True, parent=os.getppid(), runs_ahead=True)
+    launch, result = ["launch", "sample"], ["result"]
+    expected = launch + (launch + result) * 2 + result + launch + result
+    assert end.calls == expected
+    assert end.sent == [DESCRIPTION, Allocated(), *[RESULT] * 4]
+    # Of a masked step the rank launches the model before it waits for the tokens that masks need.
+    masked = serve(
+        [ALLOCATE, PLAN, MASKED, MASKS, Flush(), Close()],
+        samples=True,
+        parent=os.getppid(),
+        runs_ahead=True,
+    )
+    assert masked.calls == ["launch", "sample", "launch", "result", "sample", "result"]
 
 
 def test_a_rank_ends_when_its_leader_is_gone() -> None:

@@ -6,6 +6,7 @@ import logging
 import os
 import platform
 import shutil
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from kvmesh.workers.parallel.same_host import SameHost, make_meeting_place
 logger = logging.getLogger(__name__)
 
 _TIMEOUT_S = 120.0
+_LOADED_PERIOD_S = 0.1
 
 
 class Communicator:
@@ -65,6 +67,9 @@ class Communicator:
         """Sum `tensor` over the ranks in place and return it; contiguous, of any shape."""
         return tensor
 
+    def broadcast(self, tensor: torch.Tensor) -> None:
+        """Give every rank rank 0's tensor, in place; contiguous, of any shape."""
+
     def gather_logits(self, part: torch.Tensor) -> torch.Tensor | None:
         """The parts [n, v], concatenated along the last dimension, on rank 0; otherwise None."""
         return part
@@ -75,6 +80,10 @@ class Communicator:
 
     def barrier(self) -> None:
         """Wait until every rank has called this."""
+
+    def wait_for_all(self) -> None:
+        """Like `barrier`, but for as long as the leader lives: other ranks may still load, for
+        longer than any call may take. Raises WorkerDiedError if the leader is gone."""
 
     def close(self) -> None:
         """Leave the group; the communicator cannot be used afterwards."""
@@ -93,7 +102,7 @@ class _ProcessGroup(Communicator):
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             # Their sockets know no authentication, and the ranks are on one host.
             os.environ.setdefault(name, "lo")
-        store = FileStore(str(rendezvous), size)
+        store = self._store = FileStore(str(rendezvous), size)
         store.set_timeout(timeout)
         try:
             dist.init_process_group(
@@ -117,6 +126,12 @@ class _ProcessGroup(Communicator):
             dist.all_reduce(tensor)
         return tensor
 
+    def broadcast(self, tensor: torch.Tensor) -> None:
+        if self._same_host is not None:
+            tensor.copy_(self._same_host.all_gather(tensor)[0])
+        else:
+            dist.broadcast(tensor, src=0)
+
     def gather_logits(self, part: torch.Tensor) -> torch.Tensor | None:
         # NCCL has no gather, but its all-gather is a single kernel.
         if self._on_gpu or self._same_host is not None:
@@ -138,6 +153,15 @@ class _ProcessGroup(Communicator):
 
     def barrier(self) -> None:
         dist.barrier()
+
+    def wait_for_all(self) -> None:
+        parent = os.getppid()
+        self._store.set(f"loaded {self.rank}", "yes")
+        keys = [f"loaded {rank}" for rank in range(self.size)]
+        while not self._store.check(keys):
+            if os.getppid() != parent:
+                raise WorkerDiedError("the leader is gone")
+            time.sleep(_LOADED_PERIOD_S)
 
     def close(self) -> None:
         if self._same_host is not None:

@@ -20,9 +20,8 @@ from kvmesh import LLM, ClosedError, ServerError, UsageError
 from kvmesh.cluster.offline import llm as llm_module
 from kvmesh.cluster.offline.local_cluster import LocalCluster
 from kvmesh.workers.config import EngineConfig
-from kvmesh.workers.executor import MakeMasks
 from kvmesh.workers.local import InProcessExecutor
-from kvmesh.workers.plan import StepPlan, StepResult
+from kvmesh.workers.plan import StepPlan
 from kvmesh.workers.rank import Rank
 from tests.cluster.offline.test_llm import idle
 from tests.cluster.offline.tiny_llm import ENGINE, GREEDY, tiny_llm
@@ -163,11 +162,11 @@ class FailingExecutor(InProcessExecutor):
         super().__init__(config)
         self.made.append(weakref.ref(self.rank))
 
-    def execute(self, plan: StepPlan, masks: MakeMasks | None = None) -> StepResult:
+    def submit(self, plan: StepPlan) -> None:
         FailingExecutor.steps += 1
         if self.steps in self.failing:
             raise RuntimeError("a fault of the device")
-        return super().execute(plan, masks)
+        super().submit(plan)
 
 
 @pytest.fixture

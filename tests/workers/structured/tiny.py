@@ -56,7 +56,8 @@ def tokenizer() -> Tokenizer:
 
 
 @cache
-def engine() -> Engine:
+def engine(in_flight: int = 2) -> Engine:
+    """in_flight: steps; one would do on a CPU, where two are harder"""
     config = EngineConfig(
         model=str(model_path()),
         page_size=16,
@@ -64,7 +65,9 @@ def engine() -> Engine:
         max_num_batched_tokens=128,
         threads_per_rank=1,
     )
-    return Engine(config, InProcessExecutor(config))
+    executor = InProcessExecutor(config)
+    executor.max_in_flight = in_flight
+    return Engine(config, executor)
 
 
 def request(
