@@ -41,10 +41,10 @@ from kvmesh.kernels.attention.triton_parts import BatchPointers
 from kvmesh.kernels.attention.triton_prefill import prefill_merge_kernel
 from kvmesh.kernels.formats.base import KVFormat
 from kvmesh.kernels.formats.registry import get_format
-from kvmesh.kernels.merge.triton_merge import BLOCK_D, BLOCK_P, merge_kernel
+from kvmesh.kernels.merge.triton_merge import merge_kernel
 from kvmesh.kernels.moe import GatedUnit
 from kvmesh.kernels.moe.triton_moe import down_kernel, gate_up_kernel, tiles, unit
-from kvmesh.kernels.seal.triton_seal import NUM_WARPS, seal_constants, seal_kernel
+from kvmesh.kernels.seal.triton_seal import NUM_WARPS, seal_form, seal_kernel
 from kvmesh.kernels.write.triton_write import write_kernel
 
 CAPABILITIES = (70, 75, 80, 89, 90)
@@ -84,7 +84,7 @@ def shared_kernels(
     write = (write_kernel, (number, number, number, ids, 128, 16, 128, 16), pages, {"num_warps": 1})
     yield "write", partial(compile_kernel, *write, capability)
     sums = torch.empty(16)
-    blocks = {"HEAD_DIM": head_dim, "BLOCK_D": BLOCK_D, "BLOCK_P": BLOCK_P}
+    blocks = {"HEAD_DIM": head_dim}
     merge = (merge_kernel, (sums, sums, number, sums, 8, 8), blocks, {"num_warps": 4})
     yield "merge", partial(compile_kernel, *merge, capability)
     geometry = Geometry(NUM_KV_HEADS, group, head_dim, page_size)
@@ -105,7 +105,7 @@ def shared_kernels(
             (0, 0, 2, 0, (2, 2)),
         ),
     ):
-        arguments = (sums, sums, number, sums, batch, *where, launch.form, BLOCK_D, BLOCK_P)
+        arguments = (sums, sums, number, sums, batch, *where, launch.form)
         how: dict[str, Any] = {"num_warps": 4}
         yield name, partial(compile_kernel, kernel, arguments, {}, how, capability)
     yield from expert_kernels(capability, head_dim)
@@ -137,10 +137,9 @@ def expert_kernels(capability: int, head_dim: int) -> Iterator[tuple[str, Compil
 def compile_seal(fmt: KVFormat, capability: int, geometry: Geometry) -> Any:
     number = torch.empty(16, dtype=torch.bfloat16 if capability >= 80 else torch.float16)
     ids = torch.empty(16, dtype=torch.int32)
-    arguments = (number, torch.empty(16, dtype=torch.int8), ids, ids, 8, 8)
-    constants = seal_constants(fmt, geometry.page_size, geometry.head_dim, 2)
-    constants["NUM_KV_HEADS"] = geometry.num_kv_heads
-    return compile_kernel(seal_kernel, arguments, constants, {"num_warps": NUM_WARPS}, capability)
+    form = seal_form(fmt, geometry.num_kv_heads, geometry.page_size, geometry.head_dim, 2)
+    arguments = (number, torch.empty(16, dtype=torch.int8), ids, ids, 8, 8, form)
+    return compile_kernel(seal_kernel, arguments, {}, {"num_warps": NUM_WARPS}, capability)
 
 
 def attempt(compile_it: Compile, cc: int) -> str:

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import triton
 
 from kvmesh.kernels.attention.batch import AttentionBatch, GivenDecodeWork
 from kvmesh.kernels.attention.triton_decode import decode_merge_kernel
@@ -30,7 +29,7 @@ from kvmesh.kernels.attention.triton_prefill import prefill_merge_kernel
 from kvmesh.kernels.attention.work import DecodeWork, Lengths, PrefillWork, Round, Slab, Windows
 from kvmesh.kernels.formats.base import NO_PARAMS, KVFormat, LayerParams
 from kvmesh.kernels.gpu import gpu_of
-from kvmesh.kernels.merge.triton_merge import BLOCK_D, BLOCK_P
+from kvmesh.kernels.merge.triton_merge import channel_blocks
 from kvmesh.kernels.seal.triton_seal import check_arenas
 
 LOG2_E = 1.4426950408889634
@@ -201,7 +200,11 @@ class _Step:
             # The first round also clears rows that belong to no sequence.
             num_rows = work.num_rows if part.first_seq == 0 else 0
             num_seqs = part.end_seq - part.first_seq
-            grid = (max(num_seqs, num_rows), form.num_heads, triton.cdiv(form.head_dim, BLOCK_D))
+            grid = (
+                max(num_seqs, num_rows),
+                form.num_heads,
+                channel_blocks(form.head_dim),
+            )
             decode_merge_kernel[grid](
                 work.outs,
                 work.lses,
@@ -214,8 +217,6 @@ class _Step:
                 work.num_seqs,
                 num_rows,
                 form,
-                BLOCK_D,
-                BLOCK_P,
                 num_warps=4,
             )
 
@@ -242,7 +243,7 @@ class _Step:
             if slab.direct:
                 continue
             num_tokens = slab.end_token - slab.first_token
-            prefill_merge_kernel[(num_tokens, form.num_heads, triton.cdiv(form.head_dim, BLOCK_D))](
+            prefill_merge_kernel[(num_tokens, form.num_heads, channel_blocks(form.head_dim))](
                 outs,
                 lses,
                 layer.out,
@@ -254,8 +255,6 @@ class _Step:
                 self.softmax[2],
                 self.windows,
                 form,
-                BLOCK_D,
-                BLOCK_P,
                 num_warps=4,
             )
 

@@ -21,7 +21,7 @@ from kvmesh.kernels.attention.triton_loop import (
 )
 from kvmesh.kernels.attention.triton_parts import find, first_seen, num_chunks
 from kvmesh.kernels.attention.triton_sealed import integer_part
-from kvmesh.kernels.merge.triton_merge import merge_row
+from kvmesh.kernels.merge.triton_merge import BLOCK_D, merge_row
 
 
 @triton.jit(do_not_specialize=["batch", "first_slot", "max_slots", "num_seqs"])
@@ -143,8 +143,6 @@ def decode_merge_kernel(
     num_seqs,
     num_tokens,
     FORM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_P: tl.constexpr,
 ):
     """Program (sequence of [first_seq, end_seq), query head, block of channels).
 
@@ -170,8 +168,6 @@ def decode_merge_kernel(
                 num_parts,
                 token * FORM.num_heads + head,
                 HEAD_DIM,
-                BLOCK_D,
-                BLOCK_P,
             )
     if (seq >= tl.load(batch.query_starts + num_seqs)) & (seq < num_tokens):
         offs_d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)

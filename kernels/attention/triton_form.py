@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import dataclass, fields
-from functools import cached_property
+from dataclasses import dataclass
 from typing import Any
 
 import triton
-from triton.runtime.jit import JITCallable
 
 from kvmesh.kernels.formats.base import KVFormat
-from kvmesh.kernels.formats.tiles_triton import format_kernels
+from kvmesh.kernels.formats.tiles_triton import KernelConstants, format_kernels
 
 
 @dataclass(frozen=True, eq=False)
-class Form:
-    """The compile-time arguments of an attention kernel. Equal arguments must be the same object
-    (`triton_launch.py` caches them): a launch looks the compiled variant up by identity.
+class Form(KernelConstants):
+    """The compile-time arguments of an attention kernel; `triton_launch.py` caches them.
 
     group: query heads per KV head; chunk_pages: sealed pages of a part (`work.py`)
     block_m: rows of a tile; block_q: query tokens of a tile in prefill; heads: query heads of a
@@ -64,15 +60,6 @@ class Form:
     def head_parts(self) -> int:
         """Programs that share a KV head's query heads, in decode."""
         return -(-self.group // self.heads)
-
-    @cached_property
-    def cache_key(self) -> str:
-        """Names the form in Triton's cache on disk: with the sources of the sides' functions."""
-        parts = []
-        for item in fields(self):
-            value = getattr(self, item.name)
-            parts.append(value.cache_key if isinstance(value, JITCallable) else repr(value))
-        return hashlib.sha256("|".join(parts).encode()).hexdigest()
 
 
 def form_of(

@@ -106,8 +106,6 @@ def prefill_merge_kernel(
     window,
     windows,
     FORM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_P: tl.constexpr,
 ):
     """Program (token, query head, block of channels), tokens from first_token on.
 
@@ -137,6 +135,4 @@ def prefill_merge_kernel(
             num_parts,
             token.to(tl.int64) * FORM.num_heads + head,
             HEAD_DIM,
-            BLOCK_D,
-            BLOCK_P,
         )

@@ -107,10 +107,10 @@ def block_channels(SIDE: tl.constexpr, HEAD_DIM: tl.constexpr):
 
 
 @triton.jit
-def store_codes(
-    codes, part_ptr, block, SIDE: tl.constexpr, PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr
-):
+def store_codes(codes, part_ptr, block, SIDE: tl.constexpr, FORM: tl.constexpr):
     """codes [N, D] int32 of a block, in the orders of `block_slots` and `block_channels`."""
+    PAGE_SIZE: tl.constexpr = FORM.page_size
+    HEAD_DIM: tl.constexpr = FORM.head_dim
     WIDTH: tl.constexpr = SIDE.width
     BITS: tl.constexpr = 2 if WIDTH == 3 else WIDTH
     P: tl.constexpr = 8 // BITS

@@ -7,16 +7,34 @@ another type.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import triton
 import triton.language as tl
+from triton.runtime.jit import JITCallable
 
 from kvmesh.kernels.formats.base import KVFormat
 
 SCALE_FLOOR = tl.constexpr(2.0**-125)
 BF16_MAX = tl.constexpr(3.3895313892515355e38)
+
+
+@dataclass(frozen=True, eq=False)
+class KernelConstants:
+    """What a kernel knows when it is compiled, as one argument. Equal arguments must be the same
+    object: a launch looks the compiled variant up by identity."""
+
+    @cached_property
+    def cache_key(self) -> str:
+        """Names the value in Triton's cache on disk: with the sources of the sides' functions."""
+        parts = []
+        for item in fields(self):
+            value = getattr(self, item.name)
+            parts.append(value.cache_key if isinstance(value, JITCallable) else repr(value))
+        return hashlib.sha256("|".join(parts).encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,14 +48,14 @@ class SideKernels:
         the numbers. An offset may be None, for 0
     load_dense: the same for many queries, for which folding costs more: the tile is the numbers;
         None if there is only `load`
-    seal: (hot_ptr, part_ptr, SIDE, PAGE_SIZE, HEAD_DIM): encode one page of one head, [PAGE_SIZE,
-        HEAD_DIM] of the compute dtype, into this side's part
+    seal: (hot_ptr, part_ptr, SIDE, FORM): encode one page of one head, [page_size, head_dim] of
+        the compute dtype, into this side's part
     load_centre: (part_ptr, FORM) -> a vector to add to all keys of a page, [block_d] fp32; None
         for sides without one
     one_warp: whether decode over sealed pages needs the fewest instructions with one warp per
         program
 
-    FORM: `attention/triton_form.py`
+    FORM: `attention/triton_form.py`, or for `seal` any value with page_size and head_dim
     """
 
     load: Any

@@ -8,7 +8,12 @@ import triton.language as tl
 
 # Parts that are read at a time, and channels of a program: a thousand parts are merged in eight
 # rounds, by as many programs as there are blocks of channels.
-BLOCK_P, BLOCK_D = 128, 32
+BLOCK_P, BLOCK_D = tl.constexpr(128), tl.constexpr(32)
+
+
+def channel_blocks(head_dim: int) -> int:
+    """Programs for the channels of a head: axis 2 of the grid of kernels that merge."""
+    return -(-head_dim // BLOCK_D.value)
 
 
 @triton.jit
@@ -22,8 +27,6 @@ def merge_row(
     num_parts,
     to_row,
     HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_P: tl.constexpr,
 ):
     """Rows first_row + i * stride_part, i < num_parts, of outs [rows, HEAD_DIM] and lses [rows]
     -> row `to_row` of out and lse; this program's block of channels (axis 2 of the grid).
@@ -70,8 +73,6 @@ def merge_kernel(
     num_parts,
     num_rows,
     HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_P: tl.constexpr,
 ):
     """Program (row, -, block of channels): outs [num_parts, num_rows, HEAD_DIM], lses without
     HEAD_DIM."""
@@ -86,8 +87,6 @@ def merge_kernel(
         num_parts,
         row,
         HEAD_DIM,
-        BLOCK_D,
-        BLOCK_P,
     )
 
 
@@ -97,7 +96,7 @@ def merge_states(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor, 
     lse = torch.empty_like(lses[0])
     num_parts, num_rows, head_dim = outs.shape[0], lse.numel(), outs.shape[-1]
     if num_rows:
-        merge_kernel[(num_rows, 1, triton.cdiv(head_dim, BLOCK_D))](
+        merge_kernel[(num_rows, 1, channel_blocks(head_dim))](
             outs,
             lses,
             out,
@@ -105,8 +104,6 @@ def merge_states(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor, 
             num_parts,
             num_rows,
             HEAD_DIM=head_dim,
-            BLOCK_D=BLOCK_D,
-            BLOCK_P=BLOCK_P,
             num_warps=4,
         )
     return out, lse

@@ -6,6 +6,7 @@ The arenas of all layers are treated as one: page p of layer l is page l * num_p
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -14,7 +15,7 @@ import triton
 import triton.language as tl
 
 from kvmesh.kernels.formats.base import KVFormat
-from kvmesh.kernels.formats.tiles_triton import format_kernels
+from kvmesh.kernels.formats.tiles_triton import KernelConstants, format_kernels
 
 NUM_WARPS = 8
 
@@ -35,15 +36,7 @@ def seal_kernel(
     sealed_ids_ptr,
     num_hot_pages,
     num_sealed_pages,
-    SEAL_K: tl.constexpr,
-    SEAL_V: tl.constexpr,
-    K_SIDE: tl.constexpr,
-    V_SIDE: tl.constexpr,
-    K_BYTES: tl.constexpr,
-    PAGE_BYTES: tl.constexpr,
-    NUM_KV_HEADS: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
+    FORM: tl.constexpr,
 ):
     """Program (page to seal, KV head, twice the layer, plus one for the values)."""
     page = tl.program_id(0)
@@ -55,13 +48,14 @@ def seal_kernel(
     if hot_id >= 0:
         hot_page = layer * num_hot_pages + hot_id
         sealed_page = layer * num_sealed_pages + sealed_id
-        k_ptr = hot_ptr + (hot_page * (2 * NUM_KV_HEADS) + head) * (PAGE_SIZE * HEAD_DIM)
-        page_ptr = sealed_ptr + (sealed_page * NUM_KV_HEADS + head) * PAGE_BYTES
+        SIZE: tl.constexpr = FORM.page_size * FORM.head_dim
+        k_ptr = hot_ptr + (hot_page * (2 * FORM.num_kv_heads) + head) * SIZE
+        page_ptr = sealed_ptr + (sealed_page * FORM.num_kv_heads + head) * FORM.page_bytes
         if part % 2 == 0:
-            SEAL_K(k_ptr, page_ptr, K_SIDE, PAGE_SIZE, HEAD_DIM)
+            FORM.seal_k(k_ptr, page_ptr, FORM.k_side, FORM)
         else:
-            v_ptr = k_ptr + NUM_KV_HEADS * PAGE_SIZE * HEAD_DIM
-            SEAL_V(v_ptr, page_ptr + K_BYTES, V_SIDE, PAGE_SIZE, HEAD_DIM)
+            v_ptr = k_ptr + FORM.num_kv_heads * SIZE
+            FORM.seal_v(v_ptr, page_ptr + FORM.k_bytes, FORM.v_side, FORM)
 
 
 def seal_layers(
@@ -73,7 +67,7 @@ def seal_layers(
     fmt: KVFormat,
 ) -> None:
     num_layers, num_hot_pages, _, num_kv_heads, page_size, head_dim = hot.shape
-    constants = seal_constants(fmt, page_size, head_dim, hot.element_size())
+    form = seal_form(fmt, num_kv_heads, page_size, head_dim, hot.element_size())
     check_arenas(hot, sealed)
     seal_kernel[(hot_ids.shape[0], num_kv_heads, 2 * num_layers)](
         hot,
@@ -82,28 +76,43 @@ def seal_layers(
         sealed_ids,
         num_hot_pages,
         sealed.shape[1],
-        **constants,
-        NUM_KV_HEADS=num_kv_heads,
+        form,
         num_warps=NUM_WARPS,
     )
 
 
+@dataclass(frozen=True, eq=False)
+class SealForm(KernelConstants):
+    """The compile-time arguments of `seal_kernel`; `seal_form` caches them."""
+
+    k_side: Any
+    v_side: Any
+    seal_k: Any
+    seal_v: Any
+    k_bytes: int
+    page_bytes: int
+    num_kv_heads: int
+    page_size: int
+    head_dim: int
+
+
 @cache
-def seal_constants(
-    fmt: KVFormat, page_size: int, head_dim: int, dtype_bytes: int
-) -> dict[str, Any]:
-    """The kernel's constants except NUM_KV_HEADS. Raises ValueError like `format_kernels`."""
+def seal_form(
+    fmt: KVFormat, num_kv_heads: int, page_size: int, head_dim: int, dtype_bytes: int
+) -> SealForm:
+    """Raises ValueError like `format_kernels`."""
     k, v = format_kernels(fmt)
-    return {
-        "SEAL_K": k.seal,
-        "SEAL_V": v.seal,
-        "K_SIDE": fmt.k,
-        "V_SIDE": fmt.v,
-        "K_BYTES": fmt.k.num_bytes(page_size, head_dim, dtype_bytes),
-        "PAGE_BYTES": fmt.page_bytes(page_size, head_dim, dtype_bytes),
-        "PAGE_SIZE": page_size,
-        "HEAD_DIM": head_dim,
-    }
+    return SealForm(
+        fmt.k,
+        fmt.v,
+        k.seal,
+        v.seal,
+        fmt.k.num_bytes(page_size, head_dim, dtype_bytes),
+        fmt.page_bytes(page_size, head_dim, dtype_bytes),
+        num_kv_heads,
+        page_size,
+        head_dim,
+    )
 
 
 def check_arenas(hot: torch.Tensor, sealed: torch.Tensor) -> None:

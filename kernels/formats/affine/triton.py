@@ -124,8 +124,10 @@ def _fused(x, scale, offset, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def seal(hot_ptr, part_ptr, SIDE: tl.constexpr, PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr):
+def seal(hot_ptr, part_ptr, SIDE: tl.constexpr, FORM: tl.constexpr):
     """First scales and offsets, of tokens or of channels; then codes against the stored ones."""
+    PAGE_SIZE: tl.constexpr = FORM.page_size
+    HEAD_DIM: tl.constexpr = FORM.head_dim
     ALONG_TOKEN: tl.constexpr = SIDE.along == "token"
     RUN: tl.constexpr = HEAD_DIM if ALONG_TOKEN else PAGE_SIZE
     RUNS: tl.constexpr = PAGE_SIZE if ALONG_TOKEN else HEAD_DIM
@@ -169,7 +171,7 @@ def seal(hot_ptr, part_ptr, SIDE: tl.constexpr, PAGE_SIZE: tl.constexpr, HEAD_DI
         half_scale = tl.where(mask, half_scale, 1.0)
         codes = tl.floor(tl.math.div_rn(half - half_offset, half_scale) + 0.5)
         codes = tl.minimum(tl.maximum(codes, 0.0), LEVELS).to(tl.int32)
-        store_codes(codes, part_ptr, block, SIDE, PAGE_SIZE, HEAD_DIM)
+        store_codes(codes, part_ptr, block, SIDE, FORM)
 
 
 @triton.jit

@@ -46,7 +46,9 @@ def load_tile(part_ptr, first_slot, SIDE: tl.constexpr, DTYPE: tl.constexpr, FOR
 
 
 @triton.jit
-def seal(hot_ptr, part_ptr, SIDE: tl.constexpr, PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr):
+def seal(hot_ptr, part_ptr, SIDE: tl.constexpr, FORM: tl.constexpr):
+    PAGE_SIZE: tl.constexpr = FORM.page_size
+    HEAD_DIM: tl.constexpr = FORM.head_dim
     BLOCK: tl.constexpr = block_tokens(PAGE_SIZE)
     MIDDLE: tl.constexpr = ((1 << SIDE.width) - 1) / 2
     scale_ptr = part_ptr + packed_bytes(SIDE.width, PAGE_SIZE, HEAD_DIM)
@@ -73,7 +75,7 @@ def seal(hot_ptr, part_ptr, SIDE: tl.constexpr, PAGE_SIZE: tl.constexpr, HEAD_DI
         # A quarter of bf16's maximum: the outermost level times this is still finite.
         scale = tl.minimum(tl.maximum(scale, SCALE_FLOOR), 0.25 * BF16_MAX)
         store_scale(scale_ptr, n, scale, mask_n, SIDE.scale)
-        store_codes(codes, part_ptr, block, SIDE, PAGE_SIZE, HEAD_DIM)
+        store_codes(codes, part_ptr, block, SIDE, FORM)
 
 
 def kernels(side: Codebook) -> SideKernels:

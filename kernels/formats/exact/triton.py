@@ -21,7 +21,9 @@ def load_tile(part_ptr, first_slot, SIDE: tl.constexpr, DTYPE: tl.constexpr, FOR
 
 
 @triton.jit
-def seal(hot_ptr, part_ptr, SIDE: tl.constexpr, PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr):
+def seal(hot_ptr, part_ptr, SIDE: tl.constexpr, FORM: tl.constexpr):
+    PAGE_SIZE: tl.constexpr = FORM.page_size
+    HEAD_DIM: tl.constexpr = FORM.head_dim
     to_ptr = part_ptr.to(hot_ptr.dtype, bitcast=True)
     offs_d = tl.arange(0, padded(HEAD_DIM))
     for first in range(0, PAGE_SIZE, SEAL_ROWS):

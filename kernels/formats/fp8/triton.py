@@ -117,7 +117,9 @@ def _place(n, d, SIDE: tl.constexpr, PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.const
 
 
 @triton.jit
-def seal(hot_ptr, part_ptr, SIDE: tl.constexpr, PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr):
+def seal(hot_ptr, part_ptr, SIDE: tl.constexpr, FORM: tl.constexpr):
+    PAGE_SIZE: tl.constexpr = FORM.page_size
+    HEAD_DIM: tl.constexpr = FORM.head_dim
     offs_d = tl.arange(0, padded(HEAD_DIM))
     mask_d = offs_d < HEAD_DIM
     half_centre = tl.zeros(offs_d.shape, tl.float32)
