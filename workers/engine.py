@@ -9,6 +9,7 @@ Not thread-safe: one thread owns it (workers/engine_thread.py).
 
 from __future__ import annotations
 
+import logging
 import time
 import uuid
 from collections.abc import Callable
@@ -36,6 +37,8 @@ from kvmesh.workers.scheduler import Scheduler
 from kvmesh.workers.sequence import Sequence
 from kvmesh.workers.sizes import PageGeometry, PageNeed
 from kvmesh.workers.step_budget import DEFAULT_MAX_STEP_S, StepBudget
+
+logger = logging.getLogger(__name__)
 
 NOT_SOUND = "the prompt's log-probabilities are not finite numbers"
 PROGRESS_PERIOD_S = 1.0  # at least, between two reports of a sequence's progress
@@ -80,6 +83,8 @@ class Engine:
                 max_pages_per_row=-(-self.info.max_model_len // config.page_size),
             )
         )
+        if config.prefix_cache and not self.info.prefix_cache:
+            logger.info("%s has recurrent layers: its prefix cache is off", rank.model)
         self._step_budget = _step_budget(config, rank)
         self.scheduler = Scheduler(
             self.geometry,

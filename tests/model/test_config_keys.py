@@ -342,6 +342,29 @@ PUBLISHED: dict[str, str] = {
         "low_freq_factor": 1.0, "original_max_position_embeddings": 8192, "rope_type": "llama3"},
         "rope_theta": 500000.0, "router_aux_loss_coef": 0.001, "router_jitter_noise": 0.0,
         "torch_dtype": "bfloat16", "use_cache": true, "use_qk_norm": true, "vocab_size": 202048}""",
+    "recurrentgemma-2b": """{"_block_types": ["recurrent", "recurrent", "attention"],
+        "architectures": ["RecurrentGemmaForCausalLM"], "attention_bias": false,
+        "attention_dropout": 0.0, "attention_window_size": 2048, "bos_token_id": 2, "conv1d_width":
+        4, "embeddings_scale_by_sqrt_dim": true, "eos_token_id": 1, "final_w_init_variance_scale":
+        0.07692307692307693, "head_dim": 256, "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_size": 2560, "intermediate_size": 15360, "logits_soft_cap": 30.0, "lru_width": 2560,
+        "model_type": "recurrent_gemma", "num_attention_heads": 10, "num_hidden_layers": 26,
+        "num_key_value_heads": 1, "pad_token_id": 0, "partial_rotary_factor": 0.5, "rms_norm_eps":
+        1e-06, "rope_theta": 10000.0, "torch_dtype": "float32", "use_cache": true, "vocab_size":
+        256000, "w_init_variance_scale": 0.01}""",
+    "Qwen3-Next-80B-A3B-Instruct": """{"architectures": ["Qwen3NextForCausalLM"],
+        "attention_dropout": 0.0, "bos_token_id": 151643, "decoder_sparse_step": 1, "eos_token_id":
+        151645, "full_attention_interval": 4, "head_dim": 256, "hidden_act": "silu", "hidden_size":
+        2048, "initializer_range": 0.02, "intermediate_size": 5120, "linear_conv_kernel_dim": 4,
+        "linear_key_head_dim": 128, "linear_num_key_heads": 16, "linear_num_value_heads": 32,
+        "linear_value_head_dim": 128, "max_position_embeddings": 262144, "mlp_only_layers": [],
+        "model_type": "qwen3_next", "moe_intermediate_size": 512, "norm_topk_prob": true,
+        "num_attention_heads": 16, "num_experts": 512, "num_experts_per_tok": 10,
+        "num_hidden_layers": 48, "num_key_value_heads": 2, "output_router_logits": false,
+        "partial_rotary_factor": 0.25, "rms_norm_eps": 1e-06, "rope_scaling": null, "rope_theta":
+        10000000, "router_aux_loss_coef": 0.001, "shared_expert_intermediate_size": 512,
+        "tie_word_embeddings": false, "torch_dtype": "bfloat16", "transformers_version":
+        "4.57.0.dev0", "use_cache": true, "use_sliding_window": false, "vocab_size": 151936}""",
     "OLMoE-1B-7B-0924": """{"architectures": ["OlmoeForCausalLM"], "attention_bias": false,
         "attention_dropout": 0.0, "clip_qkv": null, "eos_token_id": 50279, "hidden_act": "silu",
         "hidden_size": 2048, "initializer_range": 0.02, "intermediate_size": 1024,
@@ -440,6 +463,8 @@ def test_whatever_transformers_writes_by_itself_is_known(name: str) -> None:
         ("c4ai-command-r7b-12-2024", {"use_parallel_block": False}, "use_parallel_block"),
         ("Phi-4-mini-instruct", {"full_attn_mod": 2}, "full_attn_mod"),
         ("gpt-oss-20b", {"experts_per_token": 2}, "experts_per_token"),
+        ("recurrentgemma-2b", {"_block_types": ["attention"]}, "_block_types"),
+        ("recurrentgemma-2b", {"embeddings_scale_by_sqrt_dim": False}, "embeddings_scale_by"),
         ("gpt-oss-20b", {"initial_context_length": 8192}, "initial_context_length"),
         ("Mixtral-8x7B-v0.1", {"shared_expert_intermediate_size": 64}, "shared_expert"),
         ("Qwen3-30B-A3B", {"n_shared_experts": 1}, "n_shared_experts"),

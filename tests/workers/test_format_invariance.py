@@ -24,6 +24,19 @@ SELF_SUFFICIENT = [name for name in format_names() if not get_format(name).needs
 ONE_OF_A_KIND = ["exact", "k4v2", "fp8", "kivi2"]
 MODELS: dict[str, dict[str, Any]] = {
     "LlamaForCausalLM": {},
+    "Qwen3NextForCausalLM": {
+        "head_dim": 32,
+        "num_hidden_layers": 2,
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+    },
     "Qwen3MoeForCausalLM": {
         "head_dim": 32,
         "num_hidden_layers": 2,
@@ -56,6 +69,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     [
         *((name, "LlamaForCausalLM") for name in SELF_SUFFICIENT),
         *((name, "Qwen3MoeForCausalLM") for name in ONE_OF_A_KIND),
+        ("k4v2", "Qwen3NextForCausalLM"),
     ],
 )
 def test_output_depends_only_on_the_prompt(
@@ -86,5 +100,6 @@ def test_output_depends_only_on_the_prompt(
     engine = Engine(cached, local_executor(cached))
     alone.check(alone.one_by_one(engine))
     warm = alone.one_by_one(engine)
-    assert all(deltas[-1].usage and deltas[-1].usage.cached_tokens > 0 for deltas in warm)
+    if engine.info.prefix_cache:
+        assert all(deltas[-1].usage and deltas[-1].usage.cached_tokens > 0 for deltas in warm)
     alone.check(warm)

@@ -174,13 +174,17 @@ _ONLY_VALUE: Mapping[str, Mapping[str, object]] = {
         "use_parallel_embedding": True,
     },
     "phi3": {"full_attn_mod": 1, "interpolate_factor": 1},
-    "recurrent_gemma": {"embeddings_scale_by_sqrt_dim": True},
+    "recurrent_gemma": {
+        # transformers reads only `block_types`.
+        "_block_types": ["recurrent", "recurrent", "attention"],
+        "embeddings_scale_by_sqrt_dim": True,
+    },
 }
 # Keys that repeat another one.
 _REPEATED: Mapping[str, Mapping[str, str]] = {
     "cohere2": {"layer_switch": "sliding_window_pattern"},
     "gemma2": {"sliding_window_size": "sliding_window"},
-    "recurrent_gemma": {"_block_types": "block_types", "sliding_window": "attention_window_size"},
+    "recurrent_gemma": {"sliding_window": "attention_window_size"},
     "gpt_oss": {
         "experts_per_token": "num_experts_per_tok",
         "initial_context_length": "rope_scaling.original_max_position_embeddings",
