@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from kvmesh.cluster.planner.known_models import KNOWN_MODELS, KnownModel
 from kvmesh.cluster.simulator.hardware import ModelShape
 from kvmesh.workers.errors import ConfigError, UnsupportedModelError
+from kvmesh.workers.model.architectures import ARCHITECTURES
 from kvmesh.workers.model.dbrx_keys import standard_keys
 from kvmesh.workers.model.facts import check_supported, read_json
 from kvmesh.workers.model.rope_scaling import RopeScaling
@@ -97,7 +98,8 @@ def _of_config(config: Mapping[str, Any], source: Path | str, name: str) -> Plan
 
     config = standard_keys(config, Path(source))
     sizes = ModelSizes.of(config, source)
-    positions = config.get("max_position_embeddings")
+    with_positions = ARCHITECTURES[sizes.architecture].with_positions(config)
+    positions = with_positions.get("max_position_embeddings")
     if type(positions) is not int or positions < 1:
         raise ConfigError(
             "model",
@@ -107,7 +109,7 @@ def _of_config(config: Mapping[str, Any], source: Path | str, name: str) -> Plan
         name=name,
         sizes=sizes,
         counts=WeightCounts.of(sizes, config, source),
-        max_model_len=RopeScaling.of(config).max_model_len(config),
+        max_model_len=RopeScaling.of(config).max_model_len(with_positions),
         obstacle=_obstacle(config, source),
     )
 

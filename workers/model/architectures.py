@@ -80,6 +80,12 @@ class Architecture:
     unused_tensors: tuple[str, ...] = ()
     own_code: bool = False
 
+    def with_positions(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The configuration, with `max_position_embeddings` if the architecture implies it."""
+        if self.positions is None:
+            return config
+        return {"max_position_embeddings": self.positions, **config}
+
     def sliding_windows(self, config: Mapping[str, Any]) -> tuple[int | None, ...]:
         """Each layer's window in tokens, including the query; None for the whole context, and
         −c for attention in chunks of c tokens."""

@@ -97,10 +97,9 @@ def read_facts(path: Path, rope: RopeOverride | None = None) -> ModelFacts:
     Raises ConfigError naming a file that is missing or malformed, and
     UnsupportedModelError for a model that would be computed incorrectly.
     """
-    config = standard_keys(read_json(path / "config.json"), path)
-    architecture = check_supported(config, path)
-    if architecture.positions is not None:
-        config = {"max_position_embeddings": architecture.positions, **config}
+    stored = standard_keys(read_json(path / "config.json"), path)
+    architecture = check_supported(stored, path)
+    config = architecture.with_positions(stored)
     tensors = read_tensors(path)
     integers = {key: _positive(config, key, path) for key in _REQUIRED}
     heads = integers["num_attention_heads"]
