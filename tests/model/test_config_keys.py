@@ -106,7 +106,7 @@ PUBLISHED: dict[str, str] = {
         "rms_norm_eps": 1e-06, "rope_theta": 10000.0, "sliding_window": 4096,
         "sliding_window_size": 4096, "torch_dtype": "float32", "transformers_version":
         "4.42.0.dev0", "use_cache": true, "vocab_size": 256000}""",
-    "OLMo-7B-hf": """{"architectures": ["OlmoForCausalLM"], "attention_bias": false,
+    "OLMo-1.7-7B-hf": """{"architectures": ["OlmoForCausalLM"], "attention_bias": false,
         "attention_dropout": 0.0, "clip_qkv": 8.0, "eos_token_id": 50279, "hidden_act": "silu",
         "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 11008,
         "max_position_embeddings": 4096, "model_type": "olmo", "num_attention_heads": 32,
