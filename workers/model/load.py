@@ -46,7 +46,9 @@ class ServedModel:
     state: what recurrent layers keep of a sequence, on this rank
     """
 
-    def __init__(self, facts: ModelFacts, model: Any, slot: AttendSlot, tp: int) -> None:
+    def __init__(
+        self, facts: ModelFacts, model: Any, slot: AttendSlot, tp: int, dtype: torch.dtype
+    ) -> None:
         self.values_rotated = False
         self.facts = facts
         self.num_heads = facts.num_heads // tp
@@ -62,7 +64,7 @@ class ServedModel:
         self.ropes = tuple(rope for rope, state in zip(ropes, recurrent, strict=True) if not state)
         self.state = None if facts.state is None else facts.state.of_rank(tp)
         self.rotary_emb: nn.Module = model.model.rotary_emb
-        self._dtype: torch.dtype = model.get_input_embeddings().weight.dtype
+        self._dtype = dtype
         self._body: nn.Module = model.model
         self._head: VocabHead = model.lm_head
         self._slot = slot
@@ -256,7 +258,7 @@ def build_model(
     norm = "norm" if hasattr(model.model, "norm") else "final_norm"
     setattr(model.model, norm, lean_norm(getattr(model.model, norm)))
     _check_complete(model, facts.name)
-    return ServedModel(facts, model, slot, comm.size)
+    return ServedModel(facts, model, slot, comm.size, dtype)
 
 
 # What a layer mixes tokens with, by the names that transformers has for it.
