@@ -10,7 +10,9 @@ from kvmesh.kernels.attention import paged_attention
 from kvmesh.kernels.formats.registry import get_format
 from kvmesh.kernels.seal import seal_pages
 from kvmesh.kernels.write import write_hot
-from kvmesh.workers.plan import Chunk, StepPlan, TableUpdate
+from kvmesh.workers.last_tokens import LastTokens
+from kvmesh.workers.parallel.comm import Communicator
+from kvmesh.workers.plan import PENDING, Chunk, StepPlan, TableUpdate
 from kvmesh.workers.step import BlockTables, StepArrays, to_device
 
 PAGE = 16
@@ -41,6 +43,27 @@ def test_chunks_are_packed_with_their_positions_and_slots() -> None:
     assert arrays.rows.tolist() == [2, 0]
     assert arrays.logits_rows.tolist() == [3]
     assert not arrays.is_decode
+
+
+def test_tokens_that_only_the_ranks_know_are_put_in_from_where_sampling_left_them() -> None:
+    hot_ids = np.zeros((4, 4), dtype=np.int64)
+    tables = BlockTables(torch.zeros(4, 4), torch.zeros(4, 4), PAGE, 0, 0)
+    last = LastTokens(4, CPU, Communicator.single())
+    # A fault has no token; its sequence gets one that exists.
+    last.put(torch.tensor([3, 0, 1]), torch.tensor([40, 41, -1], dtype=torch.int32))
+    pending = [Chunk(row, 5, PENDING, True) for row in (3, 0)]
+    mixed = StepArrays.of(
+        plan_of(chunk(2, 14, [9, 8], sample=False), *pending, chunk(1, 3, [7])), hot_ids, PAGE
+    )
+    assert (mixed.num_pending, mixed.sampled_rows.tolist()) == (2, [3, 0, 1])
+    assert last.put_in(to_device(mixed, tables, CPU)).tolist() == [9, 8, 40, 41, 7]
+    alone = StepArrays.of(plan_of(*pending), hot_ids, PAGE)
+    assert alone.is_decode and alone.sampled_rows.tolist() == [3, 0]
+    assert last.put_in(to_device(alone, tables, CPU)).tolist() == [40, 41]
+    # Captured graphs read every token there: known ones are put there before.
+    decode = StepArrays.of(plan_of(chunk(2, 14, [9]), *pending), hot_ids, PAGE)
+    last.put_known(decode)
+    assert [int(last.of(row)) for row in range(4)] == [41, 0, 9, 40]
 
 
 @pytest.mark.slow
