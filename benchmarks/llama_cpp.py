@@ -1,4 +1,4 @@
-"""The embedded model on CPUs, beside llama.cpp on the same file, in one run.
+"""The embedded model on CPUs, compared with llama.cpp on the same file, in one run.
 
     pip install xllamacpp==2026.10.11549    # llama.cpp in a wheel; nothing else here needs it
     python -m benchmarks.llama_cpp [--threads N] [--rounds R] [--json FILE]
