@@ -77,7 +77,9 @@ class Engine:
                 hot_pages=pool.hot_total,
                 sealed_pages=pool.sealed_pages,
                 max_rows=pool.max_num_seqs,
-                max_pages_per_row=-(-self.info.max_model_len // config.page_size),
+                max_pages_per_row=self.geometry.on_fullest(
+                    -(-self.info.max_model_len // config.page_size)
+                ),
             )
         )
         self._step_budget = _step_budget(config, rank)
@@ -302,6 +304,7 @@ def _geometry(config: EngineConfig, rank: RankDescription, ranks: int) -> PageGe
         hot_page_bytes=rank.hot_page_bytes,
         sealed_page_bytes=rank.sealed_page_bytes,
         ranks=ranks,
+        kvp=config.kvp,
     )
 
 

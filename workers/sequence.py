@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from kvmesh.workers.deal import PageDeal
 from kvmesh.workers.lease import LeaseTerms
 from kvmesh.workers.prefix_cache import Digest, PageDigests
 from kvmesh.workers.request import EngineRequest, PrefillProgress, SequenceUsage, TokenIds
@@ -19,6 +20,7 @@ class Sequence:
         |-------- computed -------|-- to compute--|
 
     hot, sealed: logical page -> page id of the forms it holds
+    deal: the ranks to which its pages belong; decided when it gets its first page
     shares_pages: whether it uses other sequences' pages and they use its own
     output_state: within its constraint, None without one; `prepared` once it is there
     """
@@ -40,13 +42,15 @@ class Sequence:
         self.row: int | None = None
         self.hot: dict[int, int] = {}
         self.sealed: dict[int, int] = {}
+        self.deal = PageDeal(geometry.kvp)
         self._digests = PageDigests(geometry.page_size, request.cache_salt)
         self.shares_pages = True
         self.output_state: OutputState | None = None
         self.prepared = request.constraint is None
         self.cached_tokens = 0
         self.preemptions = 0
-        self.peak = PageNeed(0, 0)
+        self.peak = PageNeed(0, 0)  # of the fullest rank
+        self.peak_pages = PageNeed(0, 0)  # of all ranks that share its pages
         self.arrived_s = 0.0
         self.started_s: float | None = None
         self.first_token_s: float | None = None
@@ -112,10 +116,17 @@ class Sequence:
         pages = self.prompt_tokens // self.geometry.page_size
         return pages - min(BLOCK_PAGES, -(-pages // 8)) <= page < pages
 
+    def hot_by_rank(self) -> list[int]:
+        """How many hot pages it holds on each rank."""
+        counts = [0] * self.deal.kvp
+        for page in self.hot.values():
+            counts[page % self.deal.kvp] += 1
+        return counts
+
     def note_peak(self) -> None:
-        self.peak = PageNeed(
-            max(self.peak.hot, len(self.hot)), max(self.peak.sealed, len(self.sealed))
-        )
+        sealed = self.geometry.on_fullest(len(self.sealed))
+        self.peak = self.peak.or_more(PageNeed(max(self.hot_by_rank()), sealed))
+        self.peak_pages = self.peak_pages.or_more(PageNeed(len(self.hot), len(self.sealed)))
 
     @property
     def progress(self) -> PrefillProgress:
@@ -131,7 +142,7 @@ class Sequence:
             cached_tokens=self.cached_tokens,
             sealed_pages=self.peak.sealed,
             hot_pages=self.peak.hot,
-            kv_bytes=self.geometry.bytes_of(self.peak),
+            kv_bytes=self.geometry.bytes_held(self.peak_pages),
             reserved_bytes=self._reserved_bytes(),
             queue_s=started - self.arrived_s,
             time_to_first_token_s=None if first is None else first - self.arrived_s,
@@ -142,6 +153,6 @@ class Sequence:
     def _reserved_bytes(self) -> int:
         lease = self.lease
         if lease is None:
-            return self.geometry.bytes_of(self.peak)
+            return self.geometry.bytes_held(self.peak_pages)
         whole = self.geometry.bytes_of(PageNeed(lease.hot_pages, lease.sealed_pages))
         return whole // lease.sequences

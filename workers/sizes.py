@@ -42,6 +42,9 @@ class PageNeed:
     def __sub__(self, other: PageNeed) -> PageNeed:
         return PageNeed(self.hot - other.hot, self.sealed - other.sealed)
 
+    def or_more(self, other: PageNeed) -> PageNeed:
+        return PageNeed(max(self.hot, other.hot), max(self.sealed, other.sealed))
+
     def fits(self, room: PageNeed) -> bool:
         return self.hot <= room.hot and self.sealed <= room.sealed
 
@@ -51,8 +54,8 @@ class PageGeometry:
     """Shapes and windows that convert tokens to pages, and pages to bytes.
 
     hot_page_bytes, sealed_page_bytes: of one page on one rank, over all its layers and KV heads
-    ranks: how many ranks hold such a page for a sequence
-    kvp: to how many ranks consecutive pages are dealt in turn; engines serve only 1
+    ranks: of the group, tp · kvp
+    kvp: to how many ranks consecutive pages are dealt in turn (deal.py)
     """
 
     page_size: int
@@ -104,8 +107,13 @@ class PageGeometry:
             sealed=self.on_fullest(len(self.sealed_range(num_tokens))),
         )
 
+    def bytes_held(self, pages: PageNeed) -> int:
+        """Bytes of that many logical pages, each of which tp ranks hold a part of."""
+        part = pages.hot * self.hot_page_bytes + pages.sealed * self.sealed_page_bytes
+        return part * self.ranks // self.kvp
+
     def bytes_of(self, need: PageNeed) -> int:
-        """Bytes over all ranks."""
+        """Bytes over all ranks, if all had as many pages as the fullest."""
         per_rank = need.hot * self.hot_page_bytes + need.sealed * self.sealed_page_bytes
         return per_rank * self.ranks
 

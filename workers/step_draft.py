@@ -9,9 +9,12 @@ from kvmesh.workers.step_budget import StepWork
 
 
 class StepDraft:
-    """Kept by sequence, so that one that is preempted can be removed."""
+    """Kept by sequence, so that one that is preempted can be removed.
 
-    def __init__(self, tokens_left: int, headroom_left: int) -> None:
+    headroom_left: pages of each rank
+    """
+
+    def __init__(self, tokens_left: int, headroom_left: list[int]) -> None:
         self.tokens_left = tokens_left
         self.headroom_left = headroom_left
         self.work = StepWork()
@@ -33,7 +36,9 @@ class StepDraft:
             or params.frequency_penalty != 0.0
         )
         history = seq.tokens[: seq.num_computed].tobytes() if penalised else b""
-        self.row_starts[row] = RowStart(row, params, seq.prompt_tokens, history)
+        self.row_starts[row] = RowStart(
+            row, params, seq.prompt_tokens, history, seq.deal.offset
+        )
         self._hot[row] = dict(seq.hot)
         self._sealed[row] = dict(seq.sealed)
 

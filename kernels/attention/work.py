@@ -45,6 +45,12 @@ MAX_PREFILL_BYTES = 64 << 20
 Ints = npt.NDArray[np.int64]
 
 
+def columns_below(pages: Any, firsts: Any, stride: int) -> Any:
+    """How many of the logical pages firsts, firsts + stride, … are below `pages`; of ints or of
+    arrays alike."""
+    return np.maximum(-((firsts - pages) // stride), 0)
+
+
 @dataclass(frozen=True, slots=True)
 class Lengths:
     """What of a batch the host knows, as in `AttentionBatch` and `SharedPrefixes`.

@@ -50,6 +50,7 @@ class Setup:
     chunk: int
     sealed_pages: int
     prefix_cache: bool
+    kvp: int
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,7 @@ def random_setup(chance: Random) -> Setup:
         chunk=chance.choice([5, 16, 40, 64]),
         sealed_pages=chance.randrange(4, 15),
         prefix_cache=chance.random() < 0.8,
+        kvp=chance.choice([1, 1, 2, 3, 4]),
     )
 
 

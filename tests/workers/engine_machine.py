@@ -17,10 +17,10 @@ from kvmesh.workers.plan import StepPlan, StepResult
 from kvmesh.workers.request import EndReason, EngineRequest, SequenceDelta
 from kvmesh.workers.request_check import check_request
 from kvmesh.workers.sequence import Sequence
-from kvmesh.workers.sizes import BLOCK_PAGES, PageNeed
+from kvmesh.workers.sizes import BLOCK_PAGES, PageGeometry, PageNeed
 from tests.exercised import Exercised
 from tests.workers.engine_calls import CONTEXT, PAGE, Abort, Call, Grow, Setup, Steps, Submit, Wait
-from tests.workers.memory_executor import EOS, expected_output, expected_scores
+from tests.workers.memory_executor import EOS, TP, expected_output, expected_scores
 from tests.workers.tainted_executor import BAD, TaintedExecutor
 from tests.workers.watched_cache import watch
 
@@ -49,6 +49,7 @@ class Wanted:
     score_pieces: int = 0
     tried: bool = False
     peak: PageNeed = field(default_factory=lambda: PageNeed(0, 0))
+    peak_pages: PageNeed = field(default_factory=lambda: PageNeed(0, 0))
 
     @property
     def stopped(self) -> bool:
@@ -71,9 +72,15 @@ class EngineMachine:
         self.outcomes: Counter[str] = Counter()
         self.blocks: set[bytes] = set()  # as reported
         self.decoding: list[Sequence] = []
-        hot = setup.rows * (setup.sink + setup.recent + 1) + -(-setup.chunk // PAGE)
-        budget = 4 * hot + setup.sealed_pages
-        self.executor = TaintedExecutor(PAGE, setup.sink, setup.recent, budget, CONTEXT)
+        kvp = setup.kvp
+        geometry = PageGeometry(PAGE, setup.sink, setup.recent, 4, 1, TP * kvp, kvp)
+        headroom = -(-setup.chunk // PAGE)
+        hot = setup.rows * geometry.hot_per_sequence() + geometry.on_fullest(headroom)
+        budget = 4 * hot + geometry.on_fullest(setup.sealed_pages)
+        self.all_pages = replace(geometry, kvp=1)  # counts pages of all ranks
+        self.executor = TaintedExecutor(
+            PAGE, setup.sink, setup.recent, budget, CONTEXT, kvp=setup.kvp
+        )
         execute = self.executor.execute
 
         def watched(plan: StepPlan, masks: MakeMasks | None = None) -> StepResult:
@@ -89,6 +96,8 @@ class EngineMachine:
             max_num_batched_tokens=max(setup.chunk, setup.rows),
             max_hot_share=0.95,
             prefix_cache=setup.prefix_cache,
+            tp=TP,
+            kvp=kvp,
         )
         self.engine = Engine(self.config, self.executor, lambda: self.now)
         self.scheduler = self.engine.scheduler
@@ -173,7 +182,9 @@ class EngineMachine:
 
     def accepted(self, wanted: Wanted) -> bool:
         total = min(len(wanted.prompt) + wanted.request.params.max_tokens, CONTEXT)
-        fits = len(self.engine.geometry.sealed_range(total)) <= self.engine.info.capacity.sealed
+        geometry = self.engine.geometry
+        sealed = geometry.on_fullest(len(geometry.sealed_range(total)))
+        fits = sealed <= self.engine.info.capacity.sealed
         try:
             check_request(wanted.request, self.engine.info)
         except PoolCapacityError:
@@ -270,10 +281,11 @@ class EngineMachine:
             self.live[name].tried = True
         for seq in aboard:
             wanted = self.live[seq.request.request_id]
-            hot, sealed = len(seq.hot), len(seq.sealed)
-            wanted.peak = PageNeed(max(wanted.peak.hot, hot), max(wanted.peak.sealed, sealed))
+            fullest = self.on_fullest(seq)
+            wanted.peak = wanted.peak.or_more(fullest)
+            wanted.peak_pages = wanted.peak_pages.or_more(PageNeed(len(seq.hot), len(seq.sealed)))
             if seq.lease is not None:
-                assert sealed <= seq.lease.sealed_pages // seq.lease.sequences
+                assert fullest.sealed <= seq.lease.sealed_pages // seq.lease.sequences
         for start in plan.row_starts:
             seq = running[start.row]
             waiting = [x for x in self.scheduler.waiting if x.arrived_s < seq.arrived_s]
@@ -283,6 +295,11 @@ class EngineMachine:
         self.seen.add("admissions", len(plan.row_starts))
         self.seen.add("pages sealed for two", len(plan.sealed.ids) - len({*plan.sealed.ids}))
         self.seen.add("trials", len(on_trial))
+
+    def on_fullest(self, seq: Sequence) -> PageNeed:
+        """What the sequence holds of each form on the rank where it holds most."""
+        by_rank = (Counter(id % seq.geometry.kvp for id in x.values()) for x in (seq.hot, seq.sealed))
+        return PageNeed(*(max(counts.values(), default=0) for counts in by_rank))
 
     def note_start(self, seq: Sequence, computed: int) -> None:
         wanted = self.live[seq.request.request_id]
@@ -369,11 +386,14 @@ class EngineMachine:
         assert usage.preemptions <= 1
         peak = PageNeed(usage.hot_pages, usage.sealed_pages)
         assert wanted.peak.fits(peak) and (usage.preemptions or wanted.peak == peak)
-        assert usage.kv_bytes == 2 * (4 * peak.hot + peak.sealed)
+        all_pages = wanted.peak_pages
+        kv_bytes = TP * (4 * all_pages.hot + all_pages.sealed)
+        assert usage.kv_bytes == kv_bytes or (usage.preemptions and usage.kv_bytes > kv_bytes)
         reserved_bytes = usage.kv_bytes
         if wanted.request.lease is not None:
             terms = self.leases[wanted.request.lease.lease_id]
-            reserved_bytes = 2 * (4 * terms.hot_pages + terms.sealed_pages) // terms.sequences
+            per_rank = 4 * terms.hot_pages + terms.sealed_pages
+            reserved_bytes = self.executor.num_ranks * per_rank // terms.sequences
         assert usage.reserved_bytes == reserved_bytes
 
     def audit(self) -> None:
@@ -385,13 +405,18 @@ class EngineMachine:
             times = [seq.arrived_s for seq in line]
             assert times == sorted(times)
         for seq in scheduler.running:
-            assert PageNeed(len(seq.hot), len(seq.sealed)) == geometry.need(seq.num_computed)
+            need = self.all_pages.need(seq.num_computed)
+            assert PageNeed(len(seq.hot), len(seq.sealed)) == need
+            assert self.on_fullest(seq).fits(geometry.need(seq.num_computed))
+            self.seen.add("sequences on several ranks", geometry.kvp > 1 and need.sealed > 1)
         for seq in scheduler.waiting:
             assert (seq.row, seq.num_computed, seq.hot, seq.sealed) == (None, 0, {}, {})
-        for arena, report in ((cache.hot, loads.pool.hot), (cache.sealed, loads.pool.sealed)):
+        for dealt, report in ((cache.hot, loads.pool.hot), (cache.sealed, loads.pool.sealed)):
+            used = [sum(holders > 0 for holders in part._holders) for part in dealt.parts]
+            arena = dealt.parts[used.index(max(used))]
             assert (report.total, report.used, report.cached, report.free) == (
-                arena.total,
-                sum(holders > 0 for holders in arena._holders),
+                dealt.total,
+                max(used),
                 len(arena._cached),
                 len(arena._free),
             )

@@ -349,7 +349,7 @@ def test_the_audit_finds_pages_and_rows_that_nothing_holds() -> None:
     bench.add("a", PAGE + 1)
     bench.add("b", 1)
     bench.plan()
-    bench.scheduler.cache.hot.take()
+    bench.scheduler.cache.hot.take(0)
     message = (
         "3 hot and 1 sealed pages are in use, 2 hot and 1 sealed pages held by sequences: "
         "a holds 1 hot and 1 sealed pages, b holds 1 hot and 0 sealed pages"
@@ -357,7 +357,7 @@ def test_the_audit_finds_pages_and_rows_that_nothing_holds() -> None:
     with pytest.raises(AssertionError, match=message):
         bench.scheduler.check()
     bench = Bench(sealed=4)
-    bench.scheduler.cache.hot.take()
+    bench.scheduler.cache.hot.take(0)
     with pytest.raises(AssertionError, match=r"0 sealed pages held by .*: no sequence runs"):
         bench.scheduler.check()
     bench = Bench(sealed=4)
