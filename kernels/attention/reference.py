@@ -104,13 +104,14 @@ class _Layer:
         rows = group.size * self.num_kv_heads
         # The query heads of a group share a KV head, so they are treated as its queries.
         queries = (q.float() * self.scale).reshape(rows, -1, self.head_dim)
-        k_hot, v_hot = self._hot_tokens(group.hot, rows)
-        scores = torch.bmm(queries, k_hot.mT)
-        num_sealed = 0
+        parts, num_sealed = [], 0
         if group.sealed is not None:
-            sealed_scores = self._sealed_keys(group.sealed).scores(queries)
-            num_sealed = sealed_scores.shape[-1]
-            scores = torch.cat((sealed_scores, scores), dim=-1)
+            parts.append(self._sealed_keys(group.sealed).scores(queries))
+            num_sealed = parts[0].shape[-1]
+        if group.hot is not None:
+            k_hot, v_hot = self._hot_tokens(group.hot, rows)
+            parts.append(torch.bmm(queries, k_hot.mT))
+        scores = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
         if self.softcap is not None:
             scores = scores.div_(self.softcap).tanh_().mul_(self.softcap)
         if group.invisible is not None:
@@ -127,17 +128,28 @@ class _Layer:
             out = torch.bmm(weights, v_hot)
         else:
             out = self._sealed_values(group.sealed).weighted(weights[..., :num_sealed])
-            out.baddbmm_(weights[..., num_sealed:], v_hot)
+            if group.hot is not None:
+                out.baddbmm_(weights[..., num_sealed:], v_hot)
         return out.view(q.shape).to(q.dtype), lse.view(q.shape[:2])
 
     def prefill(self, q: torch.Tensor, block: ChunkBlock) -> tuple[torch.Tensor, torch.Tensor]:
         """q [queries, num_heads, head_dim], consecutive tokens of one sequence."""
         queries = q.float().unflatten(1, (self.num_kv_heads, -1)).permute(1, 2, 0, 3)
-        k, v = self._hot_tokens(block.hot, self.num_kv_heads)
+        out = torch.zeros_like(queries)
+        lse = torch.full(queries.shape[:-1], -torch.inf, device=q.device)
+        parts = []
         if block.near_sealed is not None:
-            k = torch.cat((self._sealed_keys(block.near_sealed).dense(), k), dim=1)
-            v = torch.cat((self._sealed_values(block.near_sealed).dense(), v), dim=1)
-        out, lse = self._dense(queries, k, v, block.near_bias)
+            near = block.near_sealed
+            parts.append((self._sealed_keys(near).dense(), self._sealed_values(near).dense()))
+        if block.hot is not None:
+            parts.append(self._hot_tokens(block.hot, self.num_kv_heads))
+        if parts:
+            keys, values = zip(*parts, strict=True)
+            k, v = torch.cat(keys, dim=1), torch.cat(values, dim=1)
+            out, lse = self._dense(queries, k, v, block.near_bias)
+            if block.near_blind is not None:
+                out = out.masked_fill(block.near_blind[:, None], 0.0)
+                lse = lse.masked_fill(block.near_blind, -torch.inf)
         for piece in block.far:
             k, v = self._sealed_keys(piece).dense(), self._sealed_values(piece).dense()
             far_out, far_lse = self._dense(queries, k, v, None)
