@@ -46,6 +46,7 @@ from benchmarks.stand_in_gpu import (
 )
 from kvmesh.kernels.formats.registry import get_format
 from kvmesh.workers.executor import Allocation
+from kvmesh.workers.parallel.comm import Communicator
 from kvmesh.workers.plan import Chunk, RowStart, StepPlan, TableUpdate
 from kvmesh.workers.runner import ModelRunner
 from kvmesh.workers.sampling_params import SamplingParams
@@ -118,6 +119,7 @@ class Counted:
             model,
             fmt,
             Allocation(rows * self._hot_each, rows * 64, rows, self._pages),
+            Communicator.single(),
             page_size=PAGE_SIZE,
             sink_pages=fmt.sink_pages,
             recent_pages=fmt.recent_pages,
@@ -278,6 +280,7 @@ def compiled_in_workload(kv_format: str, steps: int) -> list[str]:
             model,
             fmt,
             Allocation(64, 64, rows, pages),
+            Communicator.single(),
             page_size=PAGE_SIZE,
             sink_pages=windows[0],
             recent_pages=windows[1],

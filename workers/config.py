@@ -114,8 +114,10 @@ class EngineSettings(Settings):
         default="auto", description="auto: GPUs if there are any"
     )
     tp: WholeNumber = Field(
-        default=1, ge=1, description="Shares of the heads, each on ranks of its own; must divide "
-        "the number of KV heads"
+        default=1,
+        ge=1,
+        description="Shares of the heads, each on ranks of its own; must divide "
+        "the number of KV heads",
     )
     kvp: WholeNumber = Field(
         default=1,

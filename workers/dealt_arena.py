@@ -1,4 +1,4 @@
-"""The arenas of the kvp ranks to which pages are dealt, as one. With kvp = 1 it is just an arena."""
+"""The arenas of the kvp ranks to which pages are dealt, as one. With kvp = 1 it is an arena."""
 
 from __future__ import annotations
 

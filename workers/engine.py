@@ -304,7 +304,7 @@ def _geometry(config: EngineConfig, rank: RankDescription, ranks: int) -> PageGe
         hot_page_bytes=rank.hot_page_bytes,
         sealed_page_bytes=rank.sealed_page_bytes,
         ranks=ranks,
-        kvp=config.kvp,
+        kvp=rank.kvp,
     )
 
 

@@ -27,12 +27,12 @@ CLOSE_TIMEOUT_S = 10.0
 
 
 class InProcessExecutor:
-    """The single rank of a group with tp = 1, called directly."""
+    """The rank of a group that has only one, called directly."""
 
     num_ranks = 1
 
     def __init__(self, config: EngineConfig) -> None:
-        assert config.tp == 1, "tp > 1 needs LocalProcesses"
+        assert config.ranks == 1, "several ranks need LocalProcesses"
         self._rank: Rank | None = Rank(config, 0, Communicator.single())
 
     @property
@@ -68,7 +68,7 @@ class LocalProcesses(ChannelExecutor):
     """
 
     def __init__(self, config: EngineConfig) -> None:
-        super().__init__(config.tp, step_timeout_s=config.step_timeout_s)
+        super().__init__(config.ranks, step_timeout_s=config.step_timeout_s)
         # The same modules, however this process has found them.
         environ = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         wait_passively(environ)
@@ -107,4 +107,4 @@ def main() -> None:
 
 def local_executor(config: EngineConfig) -> InProcessExecutor | LocalProcesses:
     """The executor for this machine: in this process if there is only one rank."""
-    return InProcessExecutor(config) if config.tp == 1 else LocalProcesses(config)
+    return InProcessExecutor(config) if config.ranks == 1 else LocalProcesses(config)

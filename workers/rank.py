@@ -68,14 +68,14 @@ class Rank:
             torch.cuda.set_device(self._device)
             self._check_kernels()
         else:
-            torch.set_num_threads(config.threads_per_rank or max(1, _cpus() // config.tp))
+            torch.set_num_threads(config.threads_per_rank or max(1, _cpus() // config.ranks))
         self._files: ModelFiles = (
             shared._files if shared else resolve_model(config.model, rope=config.rope)
         )
         self._sink_pages = _default(config.sink_pages, self._fmt.sink_pages)
         self._recent_pages = _default(config.recent_pages, self._fmt.recent_pages)
         # Before the weights, so that a file that does not fit fails early.
-        self._params = self._load_calibration(rank)
+        self._params = self._load_calibration()
         self._model: ServedModel = (
             shared._model
             if shared
@@ -128,6 +128,7 @@ class Rank:
             model_path=str(self._files.path),
             memory_bytes=self._memory_bytes,
             rope=facts.rope,
+            kvp=self._comm.kvp,
         )
 
     def allocate(self, allocation: Allocation, *, prepare_decode: bool = True) -> None:
@@ -136,6 +137,7 @@ class Rank:
             self._model,
             self._fmt,
             allocation,
+            self._comm,
             page_size=self._config.page_size,
             sink_pages=self._sink_pages,
             recent_pages=self._recent_pages,
@@ -157,16 +159,17 @@ class Rank:
         assert self._runner is not None, "allocate comes before execute"
         return self._runner.execute(plan, masks)
 
-    def _load_calibration(self, rank: int) -> ModelParams | None:
+    def _load_calibration(self) -> ModelParams | None:
         """This rank's calibrated parameters of every layer, if the format needs them."""
         if self._config.calibration is None:
             return None
         facts = read_facts(self._files.path, self._config.rope)
-        check_tp(facts, self._config.tp, expert_parallel=self._config.expert_parallel)
+        tp, kvp = self._comm.tp, self._comm.kvp
+        check_tp(facts, tp, kvp, expert_parallel=self._config.expert_parallel)
         found = Calibration.load(
             Path(self._config.calibration), self._fmt, facts, self._config.model, self._sink_pages
         )
-        return found.for_rank(self._fmt, rank, self._config.tp, self._device)
+        return found.for_rank(self._fmt, self._comm.tp_rank, tp, self._device)
 
     def score(self, plan: StepPlan) -> torch.Tensor | None:
         """Logits of all the plan's tokens, see ModelRunner.score."""
@@ -202,7 +205,7 @@ class Rank:
             config.page_size,
             (config.sink_pages, config.recent_pages),
             None if config.calibration is None else sample_digest(Path(config.calibration)),
-            config.tp,
+            (config.tp, config.kvp),
             self._dtype,
             config.weight_format,
             torch.cuda.get_device_name(self._device) if cuda else "cpu",

@@ -22,7 +22,10 @@ from kvmesh.workers.expert_load import ExpertLoad
 from kvmesh.workers.kv_pool import KVPool
 from kvmesh.workers.model.hook import AttendArgs
 from kvmesh.workers.model.load import ServedModel
+from kvmesh.workers.parallel.comm import Communicator
+from kvmesh.workers.parallel.heads import merge_over_ranks, of_pieces
 from kvmesh.workers.plan import SampledToken, StepPlan, StepResult, TableUpdate, TokenScores
+from kvmesh.workers.rank_pages import Ints, RankPages
 from kvmesh.workers.sampler import Sampler
 from kvmesh.workers.shared_prefixes import PrefixFinder
 from kvmesh.workers.step import (
@@ -44,6 +47,7 @@ SCORED_ROWS = 128
 class ModelRunner:
     """One rank's model, pool and sampler.
 
+    comm: of the group, between whose kvp ranks pages are dealt
     sink_pages, recent_pages: windows that are read exactly, the same on every rank of the group
     prepare_decode: compile decode, and capture its CUDA graphs, before the first step
     samples: whether this rank gets the logits and samples the tokens
@@ -55,6 +59,7 @@ class ModelRunner:
         model: ServedModel,
         fmt: KVFormat,
         allocation: Allocation,
+        comm: Communicator,
         *,
         page_size: int,
         sink_pages: int,
@@ -68,6 +73,8 @@ class ModelRunner:
     ) -> None:
         self._model = model
         self._fmt = fmt
+        self._comm = comm
+        self._pages = RankPages(comm.kvp, comm.kvp_rank, allocation.max_rows)
         self._basis = Basis(fmt, model.head_dim, dtype, device)
         self._params = params
         if params is not None:
@@ -84,14 +91,19 @@ class ModelRunner:
             device=device,
         )
         self._tables = BlockTables(
-            self._pool.hot_tables, self._pool.sealed_tables, page_size, sink_pages, recent_pages
+            self._pool.hot_tables,
+            self._pool.sealed_tables,
+            page_size,
+            sink_pages,
+            recent_pages,
+            comm.kvp,
         )
         # Host copies of the tables, so that slots and shared prefixes are found without reading
         # from the device.
         self._hot_ids = np.full(self._pool.hot_tables.shape, -1, dtype=np.int64)
         self._sealed_ids = np.full(self._pool.sealed_tables.shape, -1, dtype=np.int64)
         min_members, max_members = sharers(fmt, self._pool.hot[0], model.num_heads)
-        self._prefixes = PrefixFinder(self._sealed_ids, sink_pages, min_members, max_members)
+        self._prefixes = PrefixFinder(self._sealed_ids, min_members, max_members)
         facts = model.facts
         self._sampler = Sampler.of(facts, device) if samples else None
         # The layers' sliding windows, and whether attention's kernels need to know the work ahead.
@@ -189,22 +201,23 @@ class ModelRunner:
 
     def _prepare(self, plan: StepPlan) -> StepArrays:
         """Update tables and sampler; returns the plan as arrays."""
-        self._update(self._tables.hot, plan.hot)
-        self._update(self._tables.sealed, plan.sealed)
-        self._hot_ids[plan.hot.rows, plan.hot.pages] = plan.hot.ids
-        if plan.sealed.ids:
-            self._sealed_ids[plan.sealed.rows, plan.sealed.pages] = plan.sealed.ids
+        for row_start in plan.row_starts:
+            self._pages.start_row(row_start)
+        self._update(self._tables.hot, self._hot_ids, plan.hot)
+        if self._update(self._tables.sealed, self._sealed_ids, plan.sealed):
             self._prefixes.note_update()
         if self._sampler is not None:
             for row_start in plan.row_starts:
                 self._sampler.start_row(row_start)
             for chunk in plan.chunks:
                 self._sampler.record_tokens(chunk.row, chunk.start, chunk.tokens)
-        arrays = StepArrays.of(plan, self._hot_ids, self._tables.page_size)
+        tables = self._tables
+        arrays = StepArrays.of(plan, self._hot_ids, tables.page_size, self._pages)
         alone = np.diff(arrays.query_starts) > 1
-        pages = (arrays.seq_lens - 1) // self._tables.page_size
-        stops = np.where(alone, 0, pages - self._tables.recent_pages)
-        return replace(arrays, prefixes=self._prefixes.find(arrays.rows, stops))
+        recent = (arrays.seq_lens - 1) // tables.page_size - tables.recent_pages
+        stops = np.where(alone, 0, self._pages.below(recent, arrays.rows))
+        starts = self._pages.below(tables.sink_pages, arrays.rows)
+        return replace(arrays, prefixes=self._prefixes.find(arrays.rows, starts, stops))
 
     def _forward(self, step: StepTensors) -> torch.Tensor | None:
         """Logits [n, vocab_size] fp32 of the step's sampled rows; None on ranks without logits."""
@@ -248,9 +261,14 @@ class ModelRunner:
                 softcap=args.softcap,
                 sliding_window=args.sliding_window,
             )
-            if args.sinks is not None:
-                out, _ = merge_sinks(out, lse, args.sinks)
-            return self._basis.leave(out)
+            out, sinks = self._basis.leave(out), args.sinks
+            if self._comm.kvp > 1:
+                out, lse = merge_over_ranks(out, lse, self._comm)
+                if sinks is not None:
+                    sinks = of_pieces(sinks, self._model.head_dim, self._comm)
+            if sinks is not None:
+                out, _ = merge_sinks(out, lse, sinks)
+            return out
 
         hidden = self._model.hidden(
             step.input_ids, step.positions, attend, rotates=self._divides and self._basis.keeps_keys
@@ -285,8 +303,13 @@ class ModelRunner:
     def _layer_params(self, layer: int) -> LayerParams:
         return NO_PARAMS if self._params is None else self._params.layers[layer]
 
-    def _update(self, table: torch.Tensor, update: TableUpdate) -> None:
-        if update.ids:
-            rows = ints(update.rows, torch.int64, self._device)
-            pages = ints(update.pages, torch.int64, self._device)
-            table[rows, pages] = ints(update.ids, torch.int32, self._device)
+    def _update(self, table: torch.Tensor, host_copy: Ints, update: TableUpdate) -> bool:
+        """Note which pages this rank has now; whether there are any."""
+        if not update.ids:
+            return False
+        rows, columns, ids = self._pages.entries(update)
+        if len(ids):
+            host_copy[rows, columns] = ids
+            at = ints(rows, torch.int64, self._device), ints(columns, torch.int64, self._device)
+            table[at] = ints(ids, torch.int32, self._device)
+        return len(ids) > 0

@@ -36,9 +36,7 @@ class StepDraft:
             or params.frequency_penalty != 0.0
         )
         history = seq.tokens[: seq.num_computed].tobytes() if penalised else b""
-        self.row_starts[row] = RowStart(
-            row, params, seq.prompt_tokens, history, seq.deal.offset
-        )
+        self.row_starts[row] = RowStart(row, params, seq.prompt_tokens, history, seq.deal.offset)
         self._hot[row] = dict(seq.hot)
         self._sealed[row] = dict(seq.sealed)
 

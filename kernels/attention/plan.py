@@ -350,9 +350,7 @@ class _Planner:
         keys = logical[:, :, None] * self.page_size + np.arange(self.page_size)
         return keys.reshape(len(columns), -1)
 
-    def _pages(
-        self, tables: npt.NDArray[np.int32], name: str, seqs: Ints, columns: Ints
-    ) -> Ints:
+    def _pages(self, tables: npt.NDArray[np.int32], name: str, seqs: Ints, columns: Ints) -> Ints:
         rows = self.rows[seqs]
         ids = tables[rows[:, None], columns].astype(np.int64)
         if (ids < 0).any():

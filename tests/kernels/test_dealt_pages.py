@@ -55,7 +55,9 @@ def merged(
 
 @pytest.mark.parametrize("backend", ["reference", "numba"])
 @pytest.mark.parametrize("kvp", [2, 3, 8])
-@pytest.mark.parametrize(("name", "windows"), [("int8", (0, 0)), ("k4v2", (2, 1)), ("int4", (1, 3))])
+@pytest.mark.parametrize(
+    ("name", "windows"), [("int8", (0, 0)), ("k4v2", (2, 1)), ("int4", (1, 3))]
+)
 @pytest.mark.parametrize("sliding_window", [None, 20])
 def test_parts_of_ranks_make_the_whole(
     name: str, windows: tuple[int, int], kvp: int, sliding_window: int | None, backend: str
@@ -73,7 +75,10 @@ def test_parts_of_ranks_make_the_whole(
 @pytest.mark.parametrize("backend", ["reference", "numba"])
 def test_shared_prefixes_are_counted_in_columns(backend: str) -> None:
     case = make_case(
-        get_format("k4v2"), Shape(sink_pages=1, recent_pages=1), [(200, 1)] * 3, shared_prefix_pages=9
+        get_format("k4v2"),
+        Shape(sink_pages=1, recent_pages=1),
+        [(200, 1)] * 3,
+        shared_prefix_pages=9,
     )
     want, _ = attend(case, backend)
     kvp, parts = 2, []

@@ -298,7 +298,7 @@ class EngineMachine:
 
     def on_fullest(self, seq: Sequence) -> PageNeed:
         """What the sequence holds of each form on the rank where it holds most."""
-        by_rank = (Counter(id % seq.geometry.kvp for id in x.values()) for x in (seq.hot, seq.sealed))
+        by_rank = [Counter(i % seq.deal.kvp for i in x.values()) for x in (seq.hot, seq.sealed)]
         return PageNeed(*(max(counts.values(), default=0) for counts in by_rank))
 
     def note_start(self, seq: Sequence, computed: int) -> None:

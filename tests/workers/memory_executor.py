@@ -147,6 +147,7 @@ class MemoryExecutor:
             kv_budget_bytes=budget_pages,
             head_dim=8,
             model_path=letters() if model_path is None else model_path,
+            kvp=kvp,
         )
         self.plans: list[StepPlan] = []
         self._top_k: dict[int, int] = {}  # by row

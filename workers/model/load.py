@@ -139,7 +139,7 @@ def load_model(
     model that would be computed incorrectly.
     """
     facts = read_facts(path, rope)
-    check_tp(facts, comm.size, expert_parallel=expert_parallel)
+    check_tp(facts, comm.tp, comm.kvp, expert_parallel=expert_parallel)
     config = read_config(facts, path)
     if rope is not None:
         override_rope(config, rope, facts.trained_len)
@@ -192,7 +192,7 @@ def build_model(
     model.model.layers = nn.ModuleList(fused_layer(layer) for layer in model.model.layers)
     model.model.norm = lean_norm(model.model.norm)
     _check_complete(model, facts.name)
-    return ServedModel(facts, model, slot, comm.size)
+    return ServedModel(facts, model, slot, comm.tp)
 
 
 def _packing(weight_format: WeightFormat, dtype: torch.dtype, device: torch.device) -> Pack:
@@ -253,12 +253,12 @@ def _localise(attention: Any, comm: Communicator) -> None:
     """StableLM stores its head counts and has one norm per head: keep this rank's."""
     for name in ("num_heads", "num_key_value_heads"):
         if hasattr(attention, name):
-            setattr(attention, name, getattr(attention, name) // comm.size)
+            setattr(attention, name, getattr(attention, name) // comm.tp)
     for name in ("q_layernorm", "k_layernorm"):
         norm = getattr(attention, name, None)
         if norm is not None:
-            count = len(norm.norms) // comm.size
-            norm.norms = norm.norms[comm.rank * count : (comm.rank + 1) * count]
+            count = len(norm.norms) // comm.tp
+            norm.norms = norm.norms[comm.tp_rank * count : (comm.tp_rank + 1) * count]
 
 
 def _check_complete(model: nn.Module, name_of_model: str) -> None:

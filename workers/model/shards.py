@@ -24,7 +24,7 @@ Pack = Callable[[Tensor], Tensor | PackedWeight]
 
 _Plan = Mapping[str, str]
 _ATTENTION: _Plan = {
-    **{f"layers.*.self_attn.{name}_proj": "rows" for name in ("q", "k", "v")},
+    **{f"layers.*.self_attn.{name}_proj": "rows of heads" for name in ("q", "k", "v")},
     "layers.*.self_attn.o_proj": "columns",
 }
 _MLP: _Plan = {
@@ -72,9 +72,10 @@ def shard_of(model_type: str, module: str) -> str:
     return plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", module), "whole")
 
 
-def check_tp(facts: ModelFacts, tp: int, *, expert_parallel: bool = False) -> None:
+def check_tp(facts: ModelFacts, tp: int, kvp: int = 1, *, expert_parallel: bool = False) -> None:
     """Raises ConfigError naming `tp` and its valid values unless it divides the heads and what
-    else is split: MLPs and, if the model has any, experts.
+    else is split: MLPs and, if the model has any, experts; or naming `kvp` unless it divides a
+    rank's part of what is split over all ranks: the channels of the heads, MLPs, experts.
 
     expert_parallel: ranks have whole experts
     """
@@ -92,6 +93,15 @@ def check_tp(facts: ModelFacts, tp: int, *, expert_parallel: bool = False) -> No
             f"must divide the {facts.num_kv_heads} KV heads of {facts.name}"
             f" (and its {' and '.join(split)}): {', '.join(map(str, valid))}; got {tp}",
         )
+    del split[f"{facts.num_heads} heads"]
+    split[f"{facts.num_heads * facts.head_dim} channels"] = facts.num_heads * facts.head_dim
+    valid = divisors(*(size // tp for size in split.values()))
+    if kvp not in valid:
+        raise ConfigError(
+            "kvp",
+            f"must divide the parts of {facts.name}'s {' and '.join(split)} that each of {tp} "
+            f"shares of its heads has: {', '.join(map(str, valid))}; got {kvp}",
+        )
 
 
 def _gated_unit(config: Any) -> GatedUnit:
@@ -103,6 +113,12 @@ def _gated_unit(config: Any) -> GatedUnit:
             "model", f"experts with hidden_act {config.hidden_act} are not supported, only silu"
         )
     return SWIGLU
+
+
+def _part(total: int, index: int, count: int) -> tuple[int, int]:
+    assert total % count == 0, "call check_tp first"
+    size = total // count
+    return index * size, (index + 1) * size
 
 
 class Placer:
@@ -145,14 +161,18 @@ class Placer:
         self._reader.check_all_read()
 
     def _place_one(self, name: str, module: Any, shard: str) -> None:
-        if shard == "rows":
-            self._replace(name, self._column_linear(name, module))
+        if shard in ("rows", "rows of heads"):
+            count = module.weight.shape[0]
+            share = self._share(count) if shard == "rows" else self._head_share(count)
+            self._replace(name, self._column_linear(name, module, share))
         elif shard == "columns":
             self._replace(name, self._row_linear(name, module))
         elif shard == "queries, keys, values":
-            self._replace(name, self._joined_linear(name, module, self._qkv_parts()))
+            parts = self._qkv_parts()
+            self._replace(name, self._joined_linear(name, module, parts, self._head_share))
         elif shard == "gate, up":
-            self._replace(name, self._joined_linear(name, module, [module.out_features // 2] * 2))
+            parts = [module.out_features // 2] * 2
+            self._replace(name, self._joined_linear(name, module, parts, self._share))
         elif shard == "experts":
             self._replace(name, self._experts(name))
         elif shard == "router":
@@ -169,14 +189,17 @@ class Placer:
             self._fill(name, module)
 
     def _share(self, total: int) -> tuple[int, int]:
-        """This rank's part of a dimension of `total`."""
-        assert total % self._comm.size == 0, "call check_tp first"
-        count = total // self._comm.size
-        return self._comm.rank * count, (self._comm.rank + 1) * count
+        """This rank's part of a dimension of `total` that all ranks divide."""
+        return _part(total, self._comm.rank, self._comm.size)
 
-    def _column_linear(self, name: str, linear: Any) -> ColumnLinear:
+    def _head_share(self, total: int) -> tuple[int, int]:
+        """This rank's part of a dimension that is divided with the heads; the kvp ranks that have
+        the same heads have the same part."""
+        return _part(total, self._comm.tp_rank, self._comm.tp)
+
+    def _column_linear(self, name: str, linear: Any, share: tuple[int, int]) -> ColumnLinear:
         shape = linear.weight.shape
-        first, end = self._share(shape[0])
+        first, end = share
         weight = self._pack(self._reader.rows(f"{name}.weight", shape, first, end))
         if linear.bias is None:
             return ColumnLinear(weight, None)
@@ -209,13 +232,19 @@ class Placer:
         keys = config.num_key_value_heads * head_dim
         return [config.num_attention_heads * head_dim, keys, keys]
 
-    def _joined_linear(self, name: str, linear: Any, parts: list[int]) -> ColumnLinear:
+    def _joined_linear(
+        self,
+        name: str,
+        linear: Any,
+        parts: list[int],
+        share: Callable[[int], tuple[int, int]],
+    ) -> ColumnLinear:
         """parts: rows of the linears that are stored as one; of each, a rank has its share"""
         shape = linear.weight.shape
         assert linear.bias is None
         shares, start = [], 0
         for rows in parts:
-            first, end = self._share(rows)
+            first, end = share(rows)
             shares.append(self._reader.rows(f"{name}.weight", shape, start + first, start + end))
             start += rows
         assert start == shape[0]
@@ -231,8 +260,10 @@ class Placer:
 
     def _split_norm(self, name: str, norm: Any) -> SplitRMSNorm:
         shape = norm.weight.shape
-        weight = self._reader.rows(f"{name}.weight", shape, *self._share(shape[0]))
-        return SplitRMSNorm(weight, shape[0], norm.variance_epsilon, self._comm)
+        weight = self._reader.rows(f"{name}.weight", shape, *self._head_share(shape[0]))
+        # Its sum over all ranks has every head kvp times.
+        dim = shape[0] * self._comm.kvp
+        return SplitRMSNorm(weight, dim, norm.variance_epsilon, self._comm)
 
     def _head(self, head: Any) -> VocabHead:
         """Tied to the embeddings if the configuration says so, unless the checkpoint has separate
@@ -261,7 +292,7 @@ class Placer:
     def _fill_rows(self, name: str, module: nn.Module) -> None:
         for key, weight in module._parameters.items():
             if weight is not None:
-                share = self._share(weight.shape[0])
+                share = self._head_share(weight.shape[0])
                 value = self._reader.rows(f"{name}.{key}", weight.shape, *share)
                 module._parameters[key] = nn.Parameter(value, requires_grad=False)
 
