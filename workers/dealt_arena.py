@@ -25,6 +25,11 @@ class DealtArena:
         return sum(part.used for part in self.parts)
 
     @property
+    def cached(self) -> int:
+        """Pages of all ranks together."""
+        return sum(part.cached for part in self.parts)
+
+    @property
     def available(self) -> list[int]:
         """How many pages `take` can return for each rank."""
         return [part.available for part in self.parts]

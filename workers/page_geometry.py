@@ -24,10 +24,11 @@ def geometry_of(
     page_size: int,
     itemsize: int,
     tp: int = 1,
+    kvp: int = 1,
     sink_pages: int | None = None,
     recent_pages: int | None = None,
 ) -> PageGeometry:
-    """The pages of one of `tp` ranks, which share the KV heads.
+    """The pages of one of tp · kvp ranks: `tp` share the KV heads, `kvp` those of a sequence.
 
     sink_pages, recent_pages: the format's defaults if None
     Raises ValueError if the format does not support the head_dim.
@@ -46,5 +47,6 @@ def geometry_of(
         recent_pages=fmt.recent_pages if recent_pages is None else recent_pages,
         hot_page_bytes=hot,
         sealed_page_bytes=sealed,
-        ranks=tp,
+        ranks=tp * kvp,
+        kvp=kvp,
     )

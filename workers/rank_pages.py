@@ -29,11 +29,13 @@ class RankPages:
 
     def below(self, pages: Ints | int, rows: Ints) -> Ints:
         """How many pages of each row below these logical pages are here."""
-        return columns_below(pages, self._firsts[rows], self.kvp)
+        below: Ints = columns_below(pages, self._firsts[rows], self.kvp)
+        return below
 
     def own(self, ids: list[int]) -> npt.NDArray[np.bool_]:
         """Which of a plan's page ids are pages of this rank."""
-        return np.asarray(ids, dtype=np.int64) % self.kvp == self._rank
+        ranks: Ints = np.asarray(ids, dtype=np.int64) % self.kvp
+        return np.equal(ranks, self._rank)
 
     def entries(self, update: TableUpdate) -> tuple[Ints, Ints, Ints]:
         """Rows, columns and ids of the entries of this rank's tables that change."""

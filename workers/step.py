@@ -51,8 +51,8 @@ class StepArrays:
     seal_hot: Ints
     seal_sealed: Ints
     seal_positions: Ints
-    firsts: Ints | None = None
     prefixes: PrefixSets | None = None
+    firsts: Ints | None = None
 
     @staticmethod
     def of(plan: StepPlan, hot_ids: Ints, page_size: int, pages: RankPages) -> StepArrays:

@@ -85,6 +85,8 @@ def show_cluster(groups: Sequence[GroupFacts], loads: Loads) -> None:
 def _group(group: GroupLoads, fact: GroupFacts | None, account: GroupLedger | None) -> Table:
     """One group as a table of two columns, which fits a narrow terminal or a log."""
     ranks = f", tp {fact.tp}" if fact else ""
+    if fact and fact.kvp > 1:
+        ranks += f" × kvp {fact.kvp}"
     title = f"[bold]{group.group}[/bold] {_state(group)} [dim]{group.kv_format}{ranks}[/dim]"
     table = Table(title=title, title_justify="left", title_style="", show_header=False, box=None)
     table.add_column(style="dim")

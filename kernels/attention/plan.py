@@ -323,7 +323,7 @@ class _Planner:
         if not (far or near_keys.size or hot_keys.size):
             return None
         bias = self._near_bias(positions, near_keys, hot_keys)
-        blind = np.isneginf(bias).all(1)
+        blind: Any = np.isneginf(bias).all(1)
         return ChunkBlock(
             tokens=slice(offset + start, offset + stop),
             far=far,

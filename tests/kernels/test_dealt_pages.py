@@ -25,8 +25,10 @@ def of_rank(case: Case, kvp: int, rank: int) -> Case:
         for own, table in ((hot, batch.hot_tables), (sealed, batch.sealed_tables)):
             pages = table[row, int(firsts[seq]) :: kvp]
             own[row, : len(pages)] = pages
-    tables = {"hot_tables": hot.to(torch.int32), "sealed_tables": sealed.to(torch.int32)}
-    return replace(case, batch=replace(batch, **tables, firsts=firsts, stride=kvp))
+    own_batch = replace(
+        batch, hot_tables=hot.int(), sealed_tables=sealed.int(), firsts=firsts, stride=kvp
+    )
+    return replace(case, batch=own_batch)
 
 
 def attend(case: Case, backend: str, **options: float | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -101,6 +103,7 @@ def test_a_missing_page_is_named_by_its_place_in_the_sequence(backend: str, new:
 
 def test_firsts_and_stride_belong_together() -> None:
     batch = of_rank(make_case(get_format("int8"), Shape(), [(100, 1)]), 2, 0).batch
-    for wrong in ({"stride": 1}, {"stride": 0}, {"firsts": None}, {"firsts": batch.firsts[:0]}):
+    none = torch.zeros(0, dtype=torch.int32)
+    for wrong in ({"stride": 1}, {"stride": 0}, {"firsts": None}, {"firsts": none}):
         with pytest.raises(ValueError, match="firsts"):
             replace(batch, **wrong)

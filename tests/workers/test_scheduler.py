@@ -294,7 +294,7 @@ def test_nobody_shares_what_a_preempted_sequence_would_have_sealed_in_this_step(
     first, second = bench.add("first", PAGE, token=5), bench.add("second", PAGE, token=5)
     digest = first.digests(1)[0]
     first.row, first.hot, first.sealed = 0, {0: 1}, {0: 2}
-    draft = StepDraft(256, 16)
+    draft = StepDraft(256, [16])
     draft.add_chunk(first, 0, PAGE)
     draft.seal(first, 0, digest)
     assert draft.being_sealed(second, digest) == 2

@@ -245,8 +245,8 @@ def test_output_is_the_same_when_prefixes_are_read_together(
     steps: list[PrefixSets | None] = []
     search = PrefixFinder.find
 
-    def recorded(self: PrefixFinder, rows: Ints, stops: Ints) -> PrefixSets | None:
-        steps.append(search(self, rows, stops))
+    def recorded(self: PrefixFinder, rows: Ints, starts: Ints, stops: Ints) -> PrefixSets | None:
+        steps.append(search(self, rows, starts, stops))
         return steps[-1]
 
     monkeypatch.setattr(PrefixFinder, "find", recorded)
