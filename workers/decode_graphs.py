@@ -99,7 +99,8 @@ class DecodeGraphs:
         empty = np.zeros(0, dtype=np.int64)
         zero = np.zeros(1, dtype=np.int64)
         prefixes = PrefixSets(empty, empty, zero) if key.shares else None
-        nothing = StepArrays(*(empty,) * 4, zero, *(empty,) * 5, prefixes).padded(size)
+        firsts = None if self._tables.stride == 1 else empty
+        nothing = StepArrays(*(empty,) * 4, zero, *(empty,) * 5, prefixes, firsts).padded(size)
         rounds = (Round(0, size, 0, size + key.parts),)
         no_work = DecodeWork(zero, zero)
         bounds = padded(dict.fromkeys(in_order(self._windows), (no_work, rounds)), size)

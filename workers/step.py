@@ -90,7 +90,7 @@ class StepArrays:
     def attention_lengths(self) -> Lengths:
         sets = self.prefixes
         more = () if sets is None else (sets.pages, sets.members, sets.starts)
-        return Lengths(self.query_starts, self.seq_lens, *more)
+        return Lengths(self.query_starts, self.seq_lens, *more, firsts=self.firsts)
 
     @property
     def is_decode(self) -> bool:
@@ -302,7 +302,9 @@ def decode_works(
     works: Works = {}
     lengths = arrays.attention_lengths
     for window in in_order(sliding_windows):
-        windows = Windows(tables.page_size, tables.sink_pages, tables.recent_pages, window)
+        windows = Windows(
+            tables.page_size, tables.sink_pages, tables.recent_pages, window, tables.stride
+        )
         work = DecodeWork.of(lengths, windows)
         works[window] = work, tuple(work.rounds())
     return works

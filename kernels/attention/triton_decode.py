@@ -19,7 +19,13 @@ from kvmesh.kernels.attention.triton_loop import (
     no_keys,
     store_finished,
 )
-from kvmesh.kernels.attention.triton_parts import find, num_chunks
+from kvmesh.kernels.attention.triton_parts import (
+    columns_below,
+    find,
+    first_of,
+    num_chunks,
+    slots_below,
+)
 from kvmesh.kernels.attention.triton_sealed import integer_part
 from kvmesh.kernels.merge.triton_merge import merge_row
 
@@ -62,20 +68,25 @@ def decode_kernel(
         query = tl.load(batch.query_starts + seq).to(tl.int64)
         row = tl.load(batch.rows + seq).to(tl.int64) * stride_table
         out_row = (slot - first_slot).to(tl.int64) * FORM.num_heads
+        first = first_of(batch, seq, FORM)
+        here = (sink_pages, recent_pages, first)
+        sink = columns_below(sink_pages, first, FORM)
+        recent = columns_below(position // PAGE_SIZE - recent_pages, first, FORM)
         seen_from = 0
-        first_page = sink_pages
+        first_page = sink
         if FORM.has_window:
             seen_from = tl.maximum(position - softmax[2] + 1, 0)
-            first_page = tl.maximum(first_page, seen_from // PAGE_SIZE)
+            seen_page = columns_below(seen_from // PAGE_SIZE, first, FORM)
+            first_page = tl.maximum(first_page, seen_page)
+            seen_from = slots_below(seen_from, first, FORM)
         num_shared = 0
         if FORM.has_prefixes:
             shared_pages = tl.load(batch.prefix_pages + seq)
             first_page += shared_pages
-            num_shared = num_chunks(sink_pages, sink_pages + shared_pages, PAGES)
+            num_shared = num_chunks(sink, sink + shared_pages, PAGES)
             num_shared = tl.where(shared_pages > 0, num_shared, 0)
         pages = (hot_ptr, sealed_ptr, batch.hot_tables + row, batch.sealed_tables + row)
         if part == 0:
-            recent_from = (position // PAGE_SIZE - recent_pages) * PAGE_SIZE
             _plain_part(
                 q_ptr,
                 out_ptr,
@@ -87,16 +98,16 @@ def decode_kernel(
                 tables,
                 head,
                 head_part,
-                (seen_from, recent_from),
+                (seen_from, recent * PAGE_SIZE, slots_below(position + 1, first, FORM)),
                 softmax,
-                windows,
+                here,
                 True,
                 FORM,
             )
         elif part > num_shared:
             chunk = first_page // PAGES + part - 1 - num_shared
             from_page = tl.maximum(first_page, chunk * PAGES)
-            end_page = tl.minimum(position // PAGE_SIZE - recent_pages, (chunk + 1) * PAGES)
+            end_page = tl.minimum(recent, (chunk + 1) * PAGES)
             if FORM.integer:
                 integer_part(
                     q_ptr,
@@ -128,7 +139,7 @@ def decode_kernel(
                     head_part,
                     span,
                     softmax,
-                    windows,
+                    here,
                     False,
                     FORM,
                 )
@@ -152,7 +163,7 @@ def _plain_part(
     HOT: tl.constexpr,
     FORM: tl.constexpr,
 ):
-    """One part by the plain loop; span: of sealed positions, or where the hot ones start."""
+    """One part by the plain loop; span: of sealed slots, or (seen, recent, end) of hot ones."""
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
     BLOCK_M: tl.constexpr = FORM.block_m
     offs_m = tl.arange(0, BLOCK_M)
@@ -172,7 +183,7 @@ def _plain_part(
             head,
             span[0],
             span[1],
-            position + 1,
+            span[2],
             softmax,
             windows,
             DTYPE,

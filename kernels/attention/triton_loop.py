@@ -21,7 +21,7 @@ In all functions here:
     pages     (hot_ptr, sealed_ptr, hot_table_ptr, sealed_table_ptr): tables at the sequence's row
     tables    (k_table_ptr, v_table_ptr): the layer's tables of the sides
     softmax   (qk_scale, softcap, sliding window)
-    windows   (sink_pages, recent_pages)
+    windows   (sink_pages, recent_pages, the first page of the sequence that is here)
     FORM      see `triton_form.py`
 """
 
@@ -30,6 +30,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kvmesh.kernels.attention.triton_parts import columns_below
 from kvmesh.kernels.formats.pairs_triton import padded_half, pair_channels
 from kvmesh.kernels.formats.tiles_triton import rope_pairs
 
@@ -109,7 +110,7 @@ def attend_tile(
     DTYPE: tl.constexpr,
     FORM: tl.constexpr,
 ):
-    """One tile of keys of one page, of which positions [span[0], span[1]) are valid.
+    """One tile of keys of one page, of which slots [span[0], span[1]) are valid.
 
     page: pointers to the head's keys and values in it
     MASKED: False if every row sees every key of the tile
@@ -120,7 +121,7 @@ def attend_tile(
     k_table_ptr, v_table_ptr = tables
     start_key, end_key = span
     qk_scale, softcap, window = softmax
-    sink_pages, recent_pages = windows
+    sink_pages, recent_pages, first = windows
     PAGE_SIZE: tl.constexpr = FORM.page_size
     HEAD_DIM: tl.constexpr = FORM.head_dim
     BLOCK_D: tl.constexpr = FORM.block_d
@@ -169,7 +170,9 @@ def attend_tile(
         # tanh(x) = 2 sigmoid(2x) - 1; scores are in natural log up to here
         scores = (2.0 * tl.sigmoid(scores * (2.0 / softcap)) - 1.0) * (softcap * 1.4426950408889634)
     if MASKED:
-        first_page = first_key // PAGE_SIZE
+        column = first_key // PAGE_SIZE
+        first_page = column * FORM.stride + first
+        keys += (first_page - column) * PAGE_SIZE  # from slots to positions
         edge = q_pos // PAGE_SIZE - recent_pages
         if HOT:
             seen = (first_page < sink_pages) | (first_page >= edge)
@@ -226,7 +229,7 @@ def attend_sealed(
     DTYPE: tl.constexpr,
     FORM: tl.constexpr,
 ):
-    """The sealed pages that contain positions [span[0], span[1]); the end is a page's."""
+    """The sealed pages that contain slots [span[0], span[1]); the end is a page's."""
     _, sealed_ptr, _, sealed_table_ptr = pages
     start_key, end_key = span
     BLOCK_N: tl.constexpr = FORM.block_n
@@ -267,16 +270,17 @@ def attend_hot(
     DTYPE: tl.constexpr,
     FORM: tl.constexpr,
 ):
-    """The hot pages of positions [seen_from, sink) and [recent_from, end_key)."""
+    """The hot pages of slots [seen_from, sink) and [recent_from, end_key)."""
     hot_ptr, _, hot_table_ptr, _ = pages
-    sink_pages, _ = windows
+    sink_pages, _, first = windows
     BLOCK_N: tl.constexpr = FORM.hot_n
-    sink_end = tl.minimum(sink_pages * FORM.page_size, end_key)
-    recent_from = tl.maximum(tl.maximum(recent_from, sink_pages * FORM.page_size), seen_from)
+    sink_end = columns_below(sink_pages, first, FORM) * FORM.page_size
+    recent_from = tl.maximum(tl.maximum(recent_from, sink_end), seen_from)
+    sink_end = tl.minimum(sink_end, end_key)
     sink_tile = seen_from // BLOCK_N
     recent_tile = recent_from // BLOCK_N
     num_sink = tl.maximum((sink_end + BLOCK_N - 1) // BLOCK_N - sink_tile, 0)
-    num_recent = tl.maximum((end_key - 1) // BLOCK_N + 1 - recent_tile, 0)
+    num_recent = tl.maximum((end_key + BLOCK_N - 1) // BLOCK_N - recent_tile, 0)
     for index in tl.range(0, num_sink + num_recent, num_stages=FORM.hot_stages):
         in_sink = index < num_sink
         first_key = tl.where(in_sink, sink_tile + index, recent_tile + index - num_sink) * BLOCK_N

@@ -74,6 +74,25 @@ def test_parts_of_ranks_make_the_whole(
     assert (lse.double() - want_lse).abs().max() < 1e-5
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "windows", "kvp", "sliding_window"),
+    [("int8", (1, 2), 3, None), ("exact", (0, 1), 2, 70), ("fp8", (2, 0), 4, None)],
+)
+def test_the_kernels_for_gpus_read_the_same_pages(
+    name: str, windows: tuple[int, int], kvp: int, sliding_window: int | None
+) -> None:
+    shape = Shape(page_size=32, sink_pages=windows[0], recent_pages=windows[1])
+    sequences = [(300, 40), (33, 1), (290, 1), (5, 1), (64, 1), (100, 100), (257, 1)]
+    case = make_case(get_format(name), shape, sequences)
+    options: dict[str, float | None] = {"sliding_window": sliding_window}
+    out, lse = merged(case, kvp, "triton", **options)
+    want_out, want_lse = truth(case, scale=shape.head_dim**-0.5, **options)  # type: ignore[arg-type]
+    # The integer loop rounds weights to 16 bits.
+    assert (out.double() - want_out).abs().max() < 1e-3
+    assert (lse.double() - want_lse).abs().max() < 1e-3
+
+
 @pytest.mark.parametrize("backend", ["reference", "numba"])
 def test_shared_prefixes_are_counted_in_columns(backend: str) -> None:
     case = make_case(

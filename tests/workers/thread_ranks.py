@@ -74,7 +74,7 @@ class ThreadRanks:
 
     def divergences(self, kv_formats: list[str]) -> list[float]:
         found = [self._threads.submit(rank.divergences, kv_formats) for rank in self.ranks]
-        return [x.result() for x in found][0]
+        return found[0].result()
 
     def allocate(self, allocation: Allocation) -> None:
         for rank in self.ranks:
