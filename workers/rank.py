@@ -21,6 +21,7 @@ from kvmesh.workers.model.load import ServedModel, load_model
 from kvmesh.workers.model.shards import check_tp
 from kvmesh.workers.model.source import ModelFiles, resolve_model
 from kvmesh.workers.parallel.comm import Communicator
+from kvmesh.workers.parallel.heads import merge_over_ranks
 from kvmesh.workers.plan import StepPlan, StepResult
 from kvmesh.workers.runner import SCORED_ROWS, ModelRunner
 from kvmesh.workers.scoring.probe import code_versions, measure_divergences
@@ -248,15 +249,18 @@ class Rank:
         facts = self._model.facts
         scratch = workspace_bytes(self._model.num_heads, self._model.head_dim, facts.max_model_len)
         _parts = torch.empty(scratch, dtype=torch.uint8, device=self._device)
-        logits = self._model.forward(tokens, tokens, _attend_to_nothing, rows)
+        logits = self._model.forward(tokens, tokens, self._attend_to_nothing, rows)
         if logits is not None:
             torch.log_softmax(logits, dim=-1)
 
-
-def _attend_to_nothing(
-    layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, args: AttendArgs
-) -> torch.Tensor:
-    return torch.zeros_like(q)
+    def _attend_to_nothing(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, args: AttendArgs
+    ) -> torch.Tensor:
+        out = torch.zeros_like(q)
+        if self._comm.kvp == 1:
+            return out
+        lse = torch.zeros(q.shape[:2], dtype=torch.float32, device=q.device)
+        return merge_over_ranks(out, lse, self._comm)[0]
 
 
 def _gpu_uuid(device: torch.device) -> str:

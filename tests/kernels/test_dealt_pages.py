@@ -77,13 +77,13 @@ def test_parts_of_ranks_make_the_whole(
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "windows", "kvp", "sliding_window"),
-    [("int8", (1, 2), 3, None), ("exact", (0, 1), 2, 70), ("fp8", (2, 0), 4, None)],
+    [("int8", (1, 1), 3, None), ("exact", (0, 1), 2, 70)],
 )
 def test_the_kernels_for_gpus_read_the_same_pages(
     name: str, windows: tuple[int, int], kvp: int, sliding_window: int | None
 ) -> None:
     shape = Shape(page_size=32, sink_pages=windows[0], recent_pages=windows[1])
-    sequences = [(300, 40), (33, 1), (290, 1), (5, 1), (64, 1), (100, 100), (257, 1)]
+    sequences = [(150, 40), (33, 1), (145, 1), (5, 1), (64, 1)]
     case = make_case(get_format(name), shape, sequences)
     options: dict[str, float | None] = {"sliding_window": sliding_window}
     out, lse = merged(case, kvp, "triton", **options)

@@ -40,17 +40,18 @@ def run_ranks(target: Callable[..., None], size: int, num_results: int, *args: A
 
 
 def sum_then_lose_a_rank(rank: int, size: int, rendezvous: Path, results: Any) -> None:
-    """Puts (rank, [sums, gathered parts]); then the last rank dies, and the others put their rank
-    when they notice."""
+    """Puts (rank, [sums, gathered parts], whether exchanges were right); then the last rank dies,
+    and the others put their rank when they notice."""
     torch.set_num_threads(1)
-    comm = Communicator.connect(rank, size, rendezvous, device=CPU, timeout_s=60)
+    comm = Communicator.connect(rank, size, rendezvous, device=CPU, kvp=2, timeout_s=60)
     generator = torch.Generator().manual_seed(rank)
     found = []
     for count in (1, 3, 576, 4097, 600_001):
         part = torch.randn(2, count, generator=generator)
         gathered = comm.all_gather(part)
         found.append((comm.all_reduce(part).numpy(), gathered.numpy()))
-    results.put((rank, found))
+    exchanged = [exchange(comm, count) for count in (1, 3, 200_001)]
+    results.put((rank, found, exchanged))
     comm.barrier()
     if rank == size - 1:
         results.close()
@@ -60,6 +61,19 @@ def sum_then_lose_a_rank(rank: int, size: int, rendezvous: Path, results: Any) -
         comm.all_reduce(torch.ones(3))
     except WorkerDiedError:
         results.put(rank)
+
+
+def exchange(comm: Communicator, count: int) -> bool:
+    """Whether each rank with the same heads has sent this one its part of what it had."""
+
+    def parts_of(rank: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(100 + rank)
+        return torch.randn(comm.kvp, count, 3, generator=generator)
+
+    received = comm.exchange(parts_of(comm.rank))
+    first = comm.tp_rank * comm.kvp
+    wanted = [parts_of(first + other)[comm.kvp_rank] for other in range(comm.kvp)]
+    return torch.equal(received, torch.stack(wanted))
 
 
 def save_expectation(file: Path, path: Path, prompts: list[list[int]]) -> Path:
