@@ -89,8 +89,8 @@ class StepArrays:
     @property
     def attention_lengths(self) -> Lengths:
         sets = self.prefixes
-        more = () if sets is None else (sets.pages, sets.members, sets.starts)
-        return Lengths(self.query_starts, self.seq_lens, *more, firsts=self.firsts)
+        more = (None,) * 3 if sets is None else (sets.pages, sets.members, sets.starts)
+        return Lengths(self.query_starts, self.seq_lens, *more, self.firsts)
 
     @property
     def is_decode(self) -> bool:
