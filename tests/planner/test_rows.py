@@ -46,7 +46,7 @@ def plans_of(name: str, gpu: str, gpus: int, context: int) -> list[Plan]:
 def cell(name: str, gpu: str, gpus: int) -> str:
     """Format, longest context, TTFT and TPOT of what would be recommended for a million tokens
     if the model's own context were longer; else the longest context in the smallest format."""
-    plans = [plan for plan in plans_of(name, gpu, gpus, CONTEXT) if plan.layout.kvp == 1]
+    plans = plans_of(name, gpu, gpus, CONTEXT)
     best = recommend(plans, Target(CONTEXT), all_formats=True)
     if best is not None:
         assert best.ttft_s is not None and best.tpot_s is not None
