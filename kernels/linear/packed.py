@@ -43,6 +43,11 @@ class PackedWeight:
         return torch.Size((self.codes.shape[0], self.in_features))
 
     @property
+    def device(self) -> torch.device:
+        """As of a tensor, which models of transformers may ask for."""
+        return self.codes.device
+
+    @property
     def num_blocks(self) -> int:
         """Of a row."""
         return -(-self.in_features // BLOCK)

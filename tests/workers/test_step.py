@@ -11,6 +11,7 @@ from kvmesh.kernels.formats.registry import get_format
 from kvmesh.kernels.seal import seal_pages
 from kvmesh.kernels.write import write_hot
 from kvmesh.workers.plan import Chunk, StepPlan, TableUpdate
+from kvmesh.workers.rank_pages import RankPages
 from kvmesh.workers.step import BlockTables, StepArrays, to_device
 
 PAGE = 16
@@ -31,7 +32,10 @@ def test_chunks_are_packed_with_their_positions_and_slots() -> None:
     hot_ids = np.full((3, 4), -1, dtype=np.int64)
     hot_ids[2, 0], hot_ids[2, 1], hot_ids[0, 3] = 7, 5, 2
     arrays = StepArrays.of(
-        plan_of(chunk(2, 14, [9, 8, 7], sample=False), chunk(0, 50, [4])), hot_ids, PAGE
+        plan_of(chunk(2, 14, [9, 8, 7], sample=False), chunk(0, 50, [4])),
+        hot_ids,
+        PAGE,
+        RankPages(1, 0, 3),
     )
     assert arrays.input_ids.tolist() == [9, 8, 7, 4]
     assert arrays.positions.tolist() == [14, 15, 16, 50]
@@ -62,7 +66,7 @@ def test_a_padded_decode_step_gives_the_same_results() -> None:
         0,
     )
     plan = plan_of(*(chunk(i, n - 1, [i]) for i, n in enumerate(lengths)), seal=(5, 4, 0))
-    arrays = StepArrays.of(plan, tables.hot.numpy().astype(np.int64), PAGE)
+    arrays = StepArrays.of(plan, tables.hot.numpy().astype(np.int64), PAGE, RankPages(1, 0, 3))
     assert arrays.is_decode
     q = torch.randn(4, heads, head_dim)
     k, v = torch.randn(2, 4, kv_heads, head_dim)
