@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvmesh.workers.model.architectures import ARCHITECTURES
 from kvmesh.workers.model.dbrx_keys import standard_keys
 from kvmesh.workers.model.facts import read_json
 
@@ -39,6 +40,7 @@ class ModelShape:
     """The numbers of a decoder that determine its cost.
 
     params: those that a token is multiplied with
+    layers: those with keys and values
     idle_params: besides, of experts that it is not sent to, and of embeddings
     """
 
@@ -119,10 +121,12 @@ def _shape_of(file: Path) -> ModelShape:
     attention = 2 * hidden * head_dim * (heads + kv_heads)
     expert, embedding = 3 * hidden * width, hidden * number("vocab_size")
     untied = not config.get("tie_word_embeddings", False)
+    known = ARCHITECTURES.get((config.get("architectures") or [""])[0])
+    recurrent = sum(known.recurrent_layers(config)) if known else 0
     return ModelShape(
         name=file.parent.resolve().name,
         params=float(layers * (attention + used * expert) + embedding),
-        layers=layers,
+        layers=layers - recurrent,
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,

@@ -204,8 +204,9 @@ def _uint4_codes_of(blocks: Tensor, factor: Tensor, low: Tensor) -> Tensor:
 
 def _in_halves(codes: Tensor) -> Tensor:
     """[rows, blocks, 32] uint8 -> [rows, blocks * 16]"""
-    low, high = codes.split(BLOCK // 2, dim=-1)
-    return (low | (high << 4)).flatten(1)
+    low, high = codes[..., : BLOCK // 2], codes[..., BLOCK // 2 :]
+    packed: Tensor = low | (high << 4)
+    return packed.flatten(1)
 
 
 def _divided(blocks: Tensor, factor: Tensor) -> Tensor:

@@ -14,8 +14,9 @@ import numba
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import carray, types
+from numba import types
 from numba.extending import intrinsic
+from numba.np.numpy_support import carray
 
 from kvmesh.kernels.exp2_numba import LOG2_E, exp2
 from kvmesh.kernels.formats.tiles_numba import compiled

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -17,7 +18,7 @@ def layer() -> FeedForward:
     generator = torch.Generator().manual_seed(1)
 
     def weight(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator) / shape[1] ** 0.5
+        return torch.randn(*shape, generator=generator).div_(math.sqrt(shape[1]))
 
     return FeedForward(
         pack(weight(HIDDEN, HEADS), "int8"),

@@ -48,15 +48,15 @@ def test_queries_and_keys_are_rotated_and_written(head_dim: int, backend: str) -
     qkv = torch.randn(4, 9, head_dim)  # 5 query heads and 2 KV heads, as views of a projection
     angles = torch.rand(4, head_dim // 2).repeat(1, 2) * 6
     hot, slots = torch.full((5, 2, 2, 16, head_dim), 9.0), torch.tensor([0, 79, -1, 33])
-    parts, (hot_there, *others) = (
-        there(qkv, backend).split((5, 2, 2), dim=1),
-        [there(t, backend) for t in (hot, angles.cos(), angles.sin(), slots)],
-    )
-    cos, sin, slots_there = others
-    want = rope_write(
-        *qkv.split((5, 2, 2), dim=1), angles.cos(), angles.sin(), hot, slots, backend="reference"
-    )
-    got = rope_write(*parts, cos, sin, hot_there, slots_there, backend=backend)
+    hot_there = there(hot, backend)
+
+    def written(backend: str, qkv: torch.Tensor, hot: torch.Tensor) -> torch.Tensor:
+        cos, sin, at = (there(t, backend) for t in (angles.cos(), angles.sin(), slots))
+        q, k, v = qkv[:, :5], qkv[:, 5:7], qkv[:, 7:]
+        return rope_write(q, k, v, cos, sin, hot, at, backend=backend)
+
+    want = written("reference", qkv, hot)
+    got = written(backend, there(qkv, backend), hot_there)
     close(got, want)
     close(hot_there, hot)
 

@@ -527,6 +527,19 @@ def test_what_sections_of_dbrx_say_is_not_ignored(
         check_supported(standard_keys(config, HERE), HERE)
 
 
+def test_what_a_recurrent_or_chunked_model_cannot_compute_is_named(tmp_path: Path) -> None:
+    path = make_small_model("RecurrentGemmaForCausalLM", tmp_path / "r", num_hidden_layers=1)
+    with pytest.raises(ConfigError, match="no scaling 'linear'") as caught:
+        read_facts(path, RopeOverride(type="linear", factor=2.0))
+    assert caught.value.field == "rope"
+    assert read_facts(path, RopeOverride(type="ntk", factor=2.0)).max_model_len == 512
+    overrides: dict[str, Any] = {"num_hidden_layers": 1, "head_dim": 16, "num_local_experts": 2}
+    path = make_small_model("Llama4ForCausalLM", tmp_path / "l", **overrides)
+    change_config(path, attention_chunk_size=0)
+    with pytest.raises(ConfigError, match="attention_chunk_size must be a positive"):
+        read_facts(path)
+
+
 def test_dual_chunk_attention_is_served_within_its_first_chunk(tmp_path: Path) -> None:
     path = make_small_model("Qwen2ForCausalLM", tmp_path, num_hidden_layers=1)
     chunks = {"chunk_size": 100, "local_size": 20, "original_max_position_embeddings": 100}

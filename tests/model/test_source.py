@@ -283,8 +283,8 @@ def test_the_hub_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     ("changes", "reason"),
     [
         ({"architectures": ["DeepseekV3ForCausalLM"]}, "DeepseekV3ForCausalLM"),
-        ({"architectures": ["Qwen3NextForCausalLM"], "model_type": "qwen3_next"}, "Qwen3Next"),
-        ({"architectures": ["Llama4ForCausalLM"], "model_type": "llama4_text"}, "Llama4"),
+        ({"architectures": ["JambaForCausalLM"], "model_type": "jamba"}, "Jamba"),
+        ({"architectures": ["MambaForCausalLM"], "model_type": "mamba"}, "Mamba"),
         ({"architectures": None, "model_type": "bloom"}, "bloom"),
         ({"model_type": "qwen2"}, "qwen2"),
         ({"quantization_config": {"quant_method": "hqq"}}, "quantised by hqq"),

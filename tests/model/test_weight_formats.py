@@ -82,14 +82,12 @@ def test_weights_that_had_few_bits_before_keep_their_values_in_as_many(tmp_path:
             module.weight.data = _rounded(module.weight.data, 127 if module is head else 15)
     theirs.save_pretrained(path)
     ours = load_model(path, dtype=torch.float32, device=CPU, comm=Communicator.single())
-    found = [
-        module.weight.codes.dtype
-        for module in (*ours._body.modules(), ours._head)
-        if isinstance(getattr(module, "weight", None), PackedWeight)
-    ]
-    assert set(found[1:-1]) == {torch.uint8}
-    assert found[0] == found[-1] == torch.int8
-    assert ours._body.embed_tokens.weight is ours._head.weight
+    modules = [*ours._body.modules(), ours._head]
+    weights = [getattr(module, "weight", None) for module in modules]
+    embeddings, *linears, head_weight = (w for w in weights if isinstance(w, PackedWeight))
+    assert embeddings is head_weight
+    assert head_weight.codes.dtype == torch.int8
+    assert {weight.codes.dtype for weight in linears} == {torch.uint8}
     with torch.inference_mode():
         expected = theirs(torch.tensor([PROMPTS[0]])).logits[0]
     logits = prompt_logits(ours, PROMPTS[0])
@@ -105,4 +103,5 @@ def _rounded(weight: torch.Tensor, steps: int) -> torch.Tensor:
         low, high = torch.zeros_like(low), blocks.abs().amax(-1, keepdim=True)
     factor, low = ((high - low) / steps).half().float(), low.half().float()
     codes = ((blocks - low) / factor).round().clamp(-steps if steps == 127 else 0, steps)
-    return (codes * factor + low).flatten(1)
+    rounded: torch.Tensor = codes * factor + low
+    return rounded.flatten(1)

@@ -108,6 +108,25 @@ def test_a_token_that_ends_by_its_number_is_not_computed() -> None:
     assert len(executor.plans) == 3 and not engine.awaits_result
 
 
+def test_a_page_that_an_unknown_token_fills_is_not_shared_but_found_later() -> None:
+    """Two sequences that differ only in that token decode at once."""
+    engine, executor = make_engine(in_flight=2)
+    prompt = [int(i) % 40 for i in range(PAGE - 1)]
+    outputs = {}
+    for top_k in (0, 5):
+        params = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True, top_k=top_k)
+        engine.add(request(str(top_k), prompt, params=params))
+        outputs[str(top_k)] = expected_output(prompt, 6, True, top_k=top_k)
+    assert outputs["0"][0] != outputs["5"][0]
+    deltas = run(engine)
+    assert {name: tokens_of(found) for name, found in deltas.items()} == outputs
+    assert executor.sealed_pages == 2
+    for name, output in outputs.items():
+        engine.add(request(f"again {name}", [*prompt, *output], 1))
+        usage = run(engine)[f"again {name}"][-1].usage
+        assert usage is not None and usage.cached_tokens == PAGE
+
+
 class FailingExecutor(MemoryExecutor):
     """Fails instead of computing step `fails`, once it has two steps."""
 

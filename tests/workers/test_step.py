@@ -10,11 +10,14 @@ from kvmesh.kernels.attention import paged_attention
 from kvmesh.kernels.formats.registry import get_format
 from kvmesh.kernels.seal import seal_pages
 from kvmesh.kernels.write import write_hot
-from kvmesh.workers.plan import Chunk, StepPlan, TableUpdate
+from kvmesh.workers.last_tokens import LastTokens
+from kvmesh.workers.parallel.comm import Communicator
+from kvmesh.workers.plan import PENDING, Chunk, StepPlan, TableUpdate
 from kvmesh.workers.rank_pages import RankPages
 from kvmesh.workers.step import BlockTables, StepArrays, to_device
 
 PAGE = 16
+ALL = RankPages(1, 0, 4)
 CPU = torch.device("cpu")
 NOTHING = TableUpdate([], [], [])
 
@@ -47,6 +50,27 @@ def test_chunks_are_packed_with_their_positions_and_slots() -> None:
     assert not arrays.is_decode
 
 
+def test_tokens_that_only_the_ranks_know_are_put_in_from_where_sampling_left_them() -> None:
+    hot_ids = np.zeros((4, 4), dtype=np.int64)
+    tables = BlockTables(torch.zeros(4, 4), torch.zeros(4, 4), PAGE, 0, 0)
+    last = LastTokens(4, CPU, Communicator.single())
+    # A fault has no token; its sequence gets one that exists.
+    last.put(torch.tensor([3, 0, 1]), torch.tensor([40, 41, -1], dtype=torch.int32))
+    pending = [Chunk(row, 5, PENDING, True) for row in (3, 0)]
+    mixed = StepArrays.of(
+        plan_of(chunk(2, 14, [9, 8], sample=False), *pending, chunk(1, 3, [7])), hot_ids, PAGE, ALL
+    )
+    assert (mixed.num_pending, mixed.sampled_rows.tolist()) == (2, [3, 0, 1])
+    assert last.put_in(to_device(mixed, tables, CPU)).tolist() == [9, 8, 40, 41, 7]
+    alone = StepArrays.of(plan_of(*pending), hot_ids, PAGE, ALL)
+    assert alone.is_decode and alone.sampled_rows.tolist() == [3, 0]
+    assert last.put_in(to_device(alone, tables, CPU)).tolist() == [40, 41]
+    # Captured graphs read every token there: known ones are put there before.
+    decode = StepArrays.of(plan_of(chunk(2, 14, [9]), *pending), hot_ids, PAGE, ALL)
+    last.put_known(decode)
+    assert [int(last.of(row)) for row in range(4)] == [41, 0, 9, 40]
+
+
 @pytest.mark.slow
 def test_a_padded_decode_step_gives_the_same_results() -> None:
     """Padding writes nothing, seals nothing, and its rows of the output are empty."""
@@ -66,7 +90,7 @@ def test_a_padded_decode_step_gives_the_same_results() -> None:
         0,
     )
     plan = plan_of(*(chunk(i, n - 1, [i]) for i, n in enumerate(lengths)), seal=(5, 4, 0))
-    arrays = StepArrays.of(plan, tables.hot.numpy().astype(np.int64), PAGE, RankPages(1, 0, 3))
+    arrays = StepArrays.of(plan, tables.hot.numpy().astype(np.int64), PAGE, ALL)
     assert arrays.is_decode
     q = torch.randn(4, heads, head_dim)
     k, v = torch.randn(2, 4, kv_heads, head_dim)

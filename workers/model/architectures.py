@@ -80,6 +80,11 @@ class Architecture:
     unused_tensors: tuple[str, ...] = ()
     own_code: bool = False
 
+    @property
+    def in_chunks(self) -> bool:
+        """Whether windows are chunks of positions."""
+        return self.window is not None and self.window < 0
+
     def with_positions(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
         """The configuration, with `max_position_embeddings` if the architecture implies it."""
         if self.positions is None:
@@ -91,9 +96,8 @@ class Architecture:
         −c for attention in chunks of c tokens."""
         slides = SLIDING[self.sliding](config)
         window = config.get(self.window_key, self.window)
-        if self.window is not None and self.window < 0:
-            chunk = config.get("attention_chunk_size", -self.window)
-            window = None if chunk is None else -chunk
+        if self.in_chunks:
+            window = -config["attention_chunk_size"] if "attention_chunk_size" in config else window
         return tuple(window if slide else None for slide in slides)
 
     def rotated_layers(self, config: Mapping[str, Any]) -> tuple[bool, ...]:

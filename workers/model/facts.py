@@ -100,6 +100,12 @@ def read_facts(path: Path, rope: RopeOverride | None = None) -> ModelFacts:
     stored = standard_keys(read_json(path / "config.json"), path)
     architecture = check_supported(stored, path)
     config = architecture.with_positions(stored)
+    if architecture.in_chunks and "attention_chunk_size" in config:
+        _positive(config, "attention_chunk_size", path)
+    if rope is not None and architecture.rope_types == ("default",) and rope.type != "ntk":
+        raise ConfigError(
+            "rope", f"{architecture.name} has no scaling {rope.type!r} of RoPE; use 'ntk'"
+        )
     tensors = read_tensors(path)
     integers = {key: _positive(config, key, path) for key in _REQUIRED}
     heads = integers["num_attention_heads"]
