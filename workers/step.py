@@ -6,7 +6,7 @@ are fixed: there a padding entry has no slot, no pages to seal and no query.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -89,8 +89,10 @@ class StepArrays:
     @property
     def attention_lengths(self) -> Lengths:
         sets = self.prefixes
-        more = (None,) * 3 if sets is None else (sets.pages, sets.members, sets.starts)
-        return Lengths(self.query_starts, self.seq_lens, *more, self.firsts)
+        found = Lengths(self.query_starts, self.seq_lens, firsts=self.firsts)
+        if sets is None:
+            return found
+        return replace(found, prefix_pages=sets.pages, members=sets.members, set_starts=sets.starts)
 
     @property
     def is_decode(self) -> bool:
