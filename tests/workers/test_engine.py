@@ -110,7 +110,7 @@ SEEN = Exercised(
         "prompts scored in several pieces": 30,
         "preemptions of sequences with scores": 5,
         "sequences on several ranks": 100,
-        "prefixes dealt in another way than their tokens say": 5,
+        "prefixes dealt in another way than their tokens say": 2,
     },
 )
 
