@@ -78,6 +78,10 @@ class PageGeometry:
             self.sink_pages, max(self.sink_pages, num_tokens // self.page_size - self.recent_pages)
         )
 
+    def sealed_need(self, num_tokens: int) -> int:
+        """Sealed pages of the rank that has most, once `num_tokens` have been written."""
+        return self.on_fullest(len(self.sealed_range(num_tokens)))
+
     def tokens_within(self, sealed_pages: int) -> int:
         """The maximum number of tokens a sequence can write with that many sealed pages."""
         sealed = sealed_pages * self.kvp
@@ -106,7 +110,7 @@ class PageGeometry:
         hot = self.on_fullest(sink) + self.on_fullest(pages - sink)
         return PageNeed(
             hot=min(hot, self.hot_per_sequence()),
-            sealed=self.on_fullest(len(self.sealed_range(num_tokens))),
+            sealed=self.sealed_need(num_tokens),
         )
 
     def bytes_held(self, pages: PageNeed, sequences: int = 0) -> int:

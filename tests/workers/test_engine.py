@@ -118,7 +118,7 @@ SEEN = Exercised(
         "aborts in flight": 15,
         "faults while the next step was in flight": 40,
         "sequences on several ranks": 100,
-        "prefixes dealt in another way than their tokens say": 5,
+        "prefixes dealt in another way than their tokens say": 2,
     },
 )
 
