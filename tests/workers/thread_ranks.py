@@ -56,6 +56,16 @@ class ThreadCommunicator(Communicator):
         return torch.stack([part[self.kvp_rank] for part in theirs])
 
 
+def thread_communicators(size: int, kvp: int) -> list[ThreadCommunicator]:
+    """Of the ranks of one group, each of which is to be used by a thread of its own."""
+    board = [[torch.empty(0)] * size for _ in range(2)]
+    comms = [ThreadCommunicator(rank, size, kvp, board) for rank in range(size)]
+    barriers = Barrier(size)
+    for comm in comms:
+        comm.barriers = barriers
+    return comms
+
+
 class ThreadRanks(StepByStep):
     """All ranks take each call at the same time, as processes do; plans have no masks."""
 
@@ -65,14 +75,7 @@ class ThreadRanks(StepByStep):
         super().__init__()
         self.num_ranks = config.ranks
         self._threads = ThreadPoolExecutor(self.num_ranks)
-        nothing = torch.empty(0)
-        board = [[nothing] * self.num_ranks for _ in range(2)]
-        barriers = Barrier(self.num_ranks)
-        comms = [
-            ThreadCommunicator(i, config.ranks, config.kvp, board) for i in range(config.ranks)
-        ]
-        for comm in comms:
-            comm.barriers = barriers
+        comms = thread_communicators(config.ranks, config.kvp)
         self.ranks = [Rank(config, comm.rank, comm) for comm in comms]
 
     def describe(self) -> list[RankDescription]:
