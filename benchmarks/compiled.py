@@ -1,7 +1,7 @@
 """Which kernels compile for which GPUs, and whether they use tensor cores; needs no GPU.
 
     python benchmarks/compiled.py [--output FILE] [--capability 70 75 ...] [--format NAME ...]
-        [--shape 128x8] [--page-size 64]
+        [--shape 128x8] [--page-size 64] [--stride 1]
 
 Every kernel is compiled as the operators launch it, with everything that a layer or a batch may
 need: a window, a softcap, shared prefixes. GPUs before sm_80 have no bf16; they use fp16. If a
@@ -53,11 +53,11 @@ Compile = Callable[[], Any]
 
 
 def kernels_of(
-    fmt: KVFormat, capability: int, head_dim: int, group: int, page_size: int
+    fmt: KVFormat, capability: int, head_dim: int, group: int, page_size: int, stride: int
 ) -> Iterator[tuple[str, Compile]]:
     """Every kernel that this format runs on the GPU."""
     gpu = divmod(capability, 10)
-    geometry = Geometry(NUM_KV_HEADS, group, head_dim, page_size)
+    geometry = Geometry(NUM_KV_HEADS, group, head_dim, page_size, stride=stride)
     some = {"softcap": True, "window": True}
     launches = {
         "decode": decode_launch(fmt, geometry, gpu, integer=False, prefixes=True, **some),
@@ -74,7 +74,7 @@ def kernels_of(
 
 
 def shared_kernels(
-    capability: int, head_dim: int, group: int, page_size: int
+    capability: int, head_dim: int, group: int, page_size: int, stride: int
 ) -> Iterator[tuple[str, Compile]]:
     """Kernels that all formats share."""
     number = torch.empty(16, dtype=torch.bfloat16 if capability >= 80 else torch.float16)
@@ -87,7 +87,7 @@ def shared_kernels(
     blocks = {"HEAD_DIM": head_dim}
     merge = (merge_kernel, (sums, sums, number, sums, 8, 8), blocks, {"num_warps": 4})
     yield "merge", partial(compile_kernel, *merge, capability)
-    geometry = Geometry(NUM_KV_HEADS, group, head_dim, page_size)
+    geometry = Geometry(NUM_KV_HEADS, group, head_dim, page_size, stride=stride)
     ints = torch.empty(16, dtype=torch.int32)
     batch = BatchPointers(*[ints] * len(BatchPointers._fields))
     fmt, gpu = get_format("exact"), divmod(capability, 10)
@@ -161,13 +161,14 @@ def main() -> None:
     parser.add_argument("--format", nargs="*", default=list(FORMATS))
     parser.add_argument("--shape", default="128x8")
     parser.add_argument("--page-size", type=int, default=64)
+    parser.add_argument("--stride", type=int, default=1, help="engine.kvp")
     options = parser.parse_args()
     head_dim, group = map(int, options.shape.split("x"))
     # For each GPU, kernel and outcome: the formats.
     found: dict[str, dict[str, dict[str, list[str]]]] = {}
     for capability in options.capability:
         outcomes = found.setdefault(f"sm_{capability}", {})
-        geometry = (head_dim, group, options.page_size)
+        geometry = (head_dim, group, options.page_size, options.stride)
         work = [("all", *one) for one in shared_kernels(capability, *geometry)]
         for name in options.format:
             fmt = get_format(name)

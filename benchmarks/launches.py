@@ -50,6 +50,7 @@ from benchmarks.stand_in_gpu import (
 from kvmesh.kernels.formats.registry import get_format
 from kvmesh.workers.executor import Allocation
 from kvmesh.workers.last_tokens import LastTokens
+from kvmesh.workers.parallel.comm import Communicator
 from kvmesh.workers.plan import PENDING, Chunk, RowStart, StepPlan, TableUpdate
 from kvmesh.workers.runner import ModelRunner
 from kvmesh.workers.sampling_params import SamplingParams
@@ -130,6 +131,7 @@ class Counted:
             model,
             fmt,
             Allocation(rows * self._hot_each, rows * 64, rows, self._pages),
+            Communicator.single(),
             page_size=PAGE_SIZE,
             sink_pages=fmt.sink_pages,
             recent_pages=fmt.recent_pages,
@@ -310,6 +312,7 @@ def compiled_in_workload(kv_format: str, steps: int) -> list[str]:
             model,
             fmt,
             Allocation(64, 64, rows, pages),
+            Communicator.single(),
             page_size=PAGE_SIZE,
             sink_pages=windows[0],
             recent_pages=windows[1],

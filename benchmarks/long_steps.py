@@ -30,6 +30,7 @@ from kvmesh.workers.engine import Engine
 from kvmesh.workers.executor import Allocation, MakeMasks, RankDescription, StepByStep
 from kvmesh.workers.plan import SampledToken, StepPlan, StepResult
 from kvmesh.workers.prefix_cache import PageDigests
+from kvmesh.workers.rank_pages import RankPages
 from kvmesh.workers.request import EngineRequest
 from kvmesh.workers.request_check import check_request
 from kvmesh.workers.sampling_params import SamplingParams
@@ -120,7 +121,7 @@ def measure(context: int) -> dict[str, float]:
         plan = executor.plan
         assert plan is not None
         wires.append(_seconds(partial(_over_the_wire, plan)))
-        arrays.append(_seconds(partial(StepArrays.of, plan, tables, PAGE)))
+        arrays.append(_seconds(partial(StepArrays.of, plan, tables, PAGE, RankPages(1, 0, 4))))
     while engine.has_work:
         engine.step()
     again = np.append(ids, np.int32(5))

@@ -204,6 +204,7 @@ class RandomModelExecutor:
             self._model,
             self._fmt,
             allocation,
+            Communicator.single(),
             page_size=self._config.page_size,
             sink_pages=description.sink_pages,
             recent_pages=description.recent_pages,

@@ -58,6 +58,7 @@ def _geometry(
             page_size=engine.page_size,
             itemsize=_ITEMSIZES[dtype],
             tp=engine.tp,
+            kvp=engine.kvp,
             sink_pages=engine.sink_pages,
             recent_pages=engine.recent_pages,
         )

@@ -45,7 +45,7 @@ class RankActors:
         self, group: str, config: EngineConfig, resources: RankResources, start_timeout_s: float
     ) -> None:
         self.executor = ChannelExecutor(
-            config.tp, step_timeout_s=config.step_timeout_s, start_timeout_s=start_timeout_s
+            config.ranks, step_timeout_s=config.step_timeout_s, start_timeout_s=start_timeout_s
         )
         bundles = get_current_placement_group()
         assert bundles is not None, "the leader must run in a placement group"

@@ -18,12 +18,12 @@ Resources = Mapping[str, float]
 
 
 def check_layouts(config: ClusterConfig, facts: ModelFacts) -> None:
-    """Raises ConfigError unless each group's tp divides what the model splits over ranks."""
+    """Raises ConfigError unless each group's tp and kvp divide what the model splits over ranks."""
     for setting, engine in engines_by_setting(config).items():
         try:
-            check_tp(facts, engine.tp, expert_parallel=engine.expert_parallel)
+            check_tp(facts, engine.tp, engine.kvp, expert_parallel=engine.expert_parallel)
         except ConfigError as error:
-            raise ConfigError(f"{setting}.tp", error.message) from None
+            raise ConfigError(f"{setting}.{error.field}", error.message) from None
 
 
 def check_devices(config: ClusterConfig, gpus: int) -> None:
@@ -46,7 +46,7 @@ def engines_by_setting(config: ClusterConfig) -> dict[str, EngineSection]:
 def logical_cpus(config: ClusterConfig) -> int:
     """The machine's CPUs; more if the groups ask for more, which then share the machine's."""
     engines = config.group_engines().values()
-    needed = sum(CONTROL_CPUS + engine.tp * engine.cpus_per_rank for engine in engines)
+    needed = sum(CONTROL_CPUS + engine.ranks * engine.cpus_per_rank for engine in engines)
     needed += CONTROL_CPUS * (config.ingress.replicas + 1)
     return max(os.cpu_count() or 1, math.ceil(needed) + 1)
 
@@ -55,7 +55,7 @@ def bundles(engine: EngineSection, gpus_per_rank: float) -> list[dict[str, float
     """What Ray reserves for a group on one node: for the leader, then for each rank."""
     rank = {"CPU": engine.cpus_per_rank, "GPU": gpus_per_rank}
     rank = {name: amount for name, amount in rank.items() if amount}
-    return [{"CPU": CONTROL_CPUS}, *(dict(rank) for _ in range(engine.tp))]
+    return [{"CPU": CONTROL_CPUS}, *(dict(rank) for _ in range(engine.ranks))]
 
 
 def gpus_per_rank(engine: EngineSection, cluster: Resources) -> float:
@@ -74,22 +74,23 @@ def check_nodes(config: ClusterConfig, nodes: Sequence[Resources]) -> None:
     """
     total = {name: sum(node.get(name, 0.0) for node in nodes) for name in ("CPU", "GPU")}
     gpus = sum(
-        engine.tp * gpus_per_rank(engine, total) for engine in config.first_groups().values()
+        engine.ranks * gpus_per_rank(engine, total) for engine in config.first_groups().values()
     )
     if gpus > total["GPU"]:
         raise ConfigError(
             "groups",
-            f"need {gpus:g} GPUs (the sum of their tp), but the cluster has {total['GPU']:g}",
+            f"need {gpus:g} GPUs (the sum of their tp · kvp), but the cluster has {total['GPU']:g}",
         )
     first = len(config.first_groups())
     for setting, engine in list(engines_by_setting(config).items())[:first]:
         needed = _sum(bundles(engine, gpus_per_rank(engine, total)))
         if not any(_fits(needed, node) for node in nodes):
             largest = max(nodes, key=lambda node: [node.get(name, 0.0) for name in ("GPU", "CPU")])
+            name = "tp" if engine.kvp == 1 else "kvp"
             raise ConfigError(
-                f"{setting}.tp",
+                f"{setting}.{name}",
                 f"a group is on one node: this one needs {_shown(needed)} there, but the largest "
-                f"node has {_shown(largest)}; use a smaller tp or larger nodes",
+                f"node has {_shown(largest)}; use a smaller {name} or larger nodes",
             )
 
 

@@ -114,7 +114,16 @@ class EngineSettings(Settings):
         default="auto", description="auto: GPUs if there are any"
     )
     tp: WholeNumber = Field(
-        default=1, ge=1, description="Tensor-parallel ranks; must divide the number of KV heads"
+        default=1,
+        ge=1,
+        description="Shares of the heads, each on ranks of its own; must divide "
+        "the number of KV heads",
+    )
+    kvp: WholeNumber = Field(
+        default=1,
+        ge=1,
+        description="Ranks among which the pages of a sequence are dealt, for each share of the "
+        "heads; a group has tp · kvp ranks",
     )
     expert_parallel: Switch = Field(
         default=False,
@@ -183,6 +192,11 @@ class EngineSettings(Settings):
         description="Measure at start how much the KV format degrades the model; if too much, "
         "warn or refuse to start",
     )
+
+    @property
+    def ranks(self) -> int:
+        """Of a group."""
+        return self.tp * self.kvp
 
     def limits(self, device: str, memory_bytes: int = 0) -> DeviceLimits:
         """What is `auto`, for a device; what is given, as it is.

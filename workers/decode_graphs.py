@@ -100,7 +100,8 @@ class DecodeGraphs:
         empty = np.zeros(0, dtype=np.int64)
         zero = np.zeros(1, dtype=np.int64)
         prefixes = PrefixSets(empty, empty, zero) if key.shares else None
-        nothing = StepArrays(*(empty,) * 4, zero, *(empty,) * 5, prefixes).padded(size)
+        firsts = None if self._tables.stride == 1 else empty
+        nothing = StepArrays(*(empty,) * 4, zero, *(empty,) * 5, prefixes, firsts).padded(size)
         # A graph reads all tokens where sampling leaves them (last_tokens.py).
         nothing = replace(nothing, input_ids=np.full(size, -1))
         rounds = (Round(0, size, 0, size + key.parts),)

@@ -79,7 +79,9 @@ class Engine:
                 hot_pages=pool.hot_total,
                 sealed_pages=pool.sealed_pages,
                 max_rows=pool.max_num_seqs,
-                max_pages_per_row=-(-self.info.max_model_len // config.page_size),
+                max_pages_per_row=self.geometry.on_fullest(
+                    -(-self.info.max_model_len // config.page_size)
+                ),
             )
         )
         if config.prefix_cache and not self.info.prefix_cache:
@@ -306,6 +308,7 @@ def _geometry(config: EngineConfig, rank: RankDescription, ranks: int) -> PageGe
         sealed_page_bytes=rank.sealed_page_bytes,
         state_bytes=rank.state_bytes,
         ranks=ranks,
+        kvp=rank.kvp,
     )
 
 

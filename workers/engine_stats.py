@@ -83,7 +83,7 @@ class EngineStats:
             pool=PoolLoads(
                 *(
                     ArenaLoads(arena.total, arena.used, arena.cached, arena.free)
-                    for arena in (cache.hot, cache.sealed)
+                    for arena in (cache.hot.fullest, cache.sealed.fullest)
                 )
             ),
             prompt_tokens_total=self._totals["prompt"],

@@ -24,6 +24,7 @@ class RankDescription(msgspec.Struct, tag="description", frozen=True):
     kv_budget_bytes: its memory that is left for KV
     device: cpu or cuda
     memory_bytes: all that the GPU has, 0 on CPUs
+    kvp: the ranks to which pages are dealt
     gpu_uuid: as NVML writes it, "" on CPUs
     rope: how positions are scaled, see ModelFacts
     model_path: directory with the model's tokenizer, on the ranks' host, which is the leader's
@@ -47,6 +48,7 @@ class RankDescription(msgspec.Struct, tag="description", frozen=True):
     memory_bytes: int = 0
     state_bytes: int = 0
     rope: str = "default"
+    kvp: int = 1
 
 
 class Allocation(msgspec.Struct, tag="allocation", frozen=True):

@@ -28,7 +28,7 @@ CLOSE_TIMEOUT_S = 10.0
 
 
 class InProcessExecutor:
-    """The single rank of a group with tp = 1, called directly.
+    """The rank of a group that has only one, called directly.
 
     On a CPU a step is computed when it is submitted, so there is nothing to hide behind it; on a
     GPU it is launched.
@@ -37,7 +37,7 @@ class InProcessExecutor:
     num_ranks = 1
 
     def __init__(self, config: EngineConfig) -> None:
-        assert config.tp == 1, "tp > 1 needs LocalProcesses"
+        assert config.ranks == 1, "several ranks need LocalProcesses"
         self._rank: Rank | None = Rank(config, 0, Communicator.single())
         self.max_in_flight = 2 if self._rank.runs_ahead else 1
         self._steps: RankSteps | None = None
@@ -83,7 +83,7 @@ class LocalProcesses(ChannelExecutor):
     """
 
     def __init__(self, config: EngineConfig) -> None:
-        super().__init__(config.tp, step_timeout_s=config.step_timeout_s)
+        super().__init__(config.ranks, step_timeout_s=config.step_timeout_s)
         # The same modules, however this process has found them.
         environ = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         wait_passively(environ)
@@ -122,4 +122,4 @@ def main() -> None:
 
 def local_executor(config: EngineConfig) -> InProcessExecutor | LocalProcesses:
     """The executor for this machine: in this process if there is only one rank."""
-    return InProcessExecutor(config) if config.tp == 1 else LocalProcesses(config)
+    return InProcessExecutor(config) if config.ranks == 1 else LocalProcesses(config)

@@ -34,10 +34,11 @@ def geometry_of(
     page_size: int,
     itemsize: int,
     tp: int = 1,
+    kvp: int = 1,
     sink_pages: int | None = None,
     recent_pages: int | None = None,
 ) -> PageGeometry:
-    """The pages of one of `tp` ranks, which share the KV heads.
+    """The pages of one of tp · kvp ranks: `tp` share the KV heads, `kvp` those of a sequence.
 
     sink_pages, recent_pages: the format's defaults if None
     Raises ValueError if the format does not support the head_dim.
@@ -56,6 +57,7 @@ def geometry_of(
         recent_pages=fmt.recent_pages if recent_pages is None else recent_pages,
         hot_page_bytes=hot,
         sealed_page_bytes=sealed,
-        state_bytes=0 if shape.state is None else shape.state.of_rank(tp).num_bytes(itemsize),
-        ranks=tp,
+        state_bytes=0 if shape.state is None else shape.state.of_rank(tp * kvp).num_bytes(itemsize),
+        ranks=tp * kvp,
+        kvp=kvp,
     )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Collection
 
+from kvmesh.workers.deal import PageDeal
 from kvmesh.workers.prefix_cache import Digest, PrefixCache, PrefixHit
 from kvmesh.workers.sequence import Sequence
 from kvmesh.workers.sizes import BLOCK_PAGES, PageGeometry, PageNeed
@@ -21,9 +23,16 @@ class PageTables:
         self._cache = cache
 
     def reuse(self, seq: Sequence, max_pages: int) -> PrefixHit:
-        """Share cached pages of a sequence's beginning, of which it holds none so far."""
+        """Share cached pages of a sequence's beginning, of which it holds none so far.
+
+        This decides how its pages are dealt: like those that are cached or, if none are, by its
+        first tokens, so that sequences that have these in common can share pages later.
+        """
         known = seq.digests(max_pages)[:max_pages] if seq.shares_pages else ()
-        hit = self._cache.match(known)
+        kvp = self._geometry.kvp
+        beginning = seq.tokens[: self._geometry.page_size]
+        hit = self._cache.match(known, zlib.crc32(beginning.tobytes()) % kvp if kvp > 1 else 0)
+        seq.deal = PageDeal(kvp, hit.offset)
         self._cache.share(hit)
         seq.hot.update(hit.hot)
         seq.sealed.update(hit.sealed)
@@ -39,7 +48,7 @@ class PageTables:
         """Take hot pages for those logical pages that have none."""
         for page in pages:
             if page not in seq.hot:
-                seq.hot[page] = self._cache.hot.take()
+                seq.hot[page] = self._cache.hot.take(seq.deal.rank_of(page))
                 draft.set_hot(seq, page)
 
     def seal(self, seq: Sequence, pages: range, draft: StepDraft) -> None:
@@ -52,10 +61,11 @@ class PageTables:
                 found = self._cache.find_sealed(digest)
                 if found is None:
                     found = draft.being_sealed(seq, digest)
-            if found is not None:
+            rank = seq.deal.rank_of(page)
+            if found is not None and found % seq.deal.kvp == rank:
                 seq.sealed[page] = self._cache.sealed.share(found)
             else:
-                seq.sealed[page] = self._cache.sealed.take()
+                seq.sealed[page] = self._cache.sealed.take(rank)
                 draft.seal(seq, page, digest)
             draft.set_sealed(seq, page)
 

@@ -21,12 +21,14 @@ class RowStart(msgspec.Struct, array_like=True, frozen=True):
 
     prompt_tokens: position at which its output begins
     history: int32 bytes of the tokens before its first chunk, if penalties need them
+    offset: how its pages are dealt to ranks, see deal.py; page ids in plans name a rank too
     """
 
     row: int
     params: SamplingParams
     prompt_tokens: int
     history: bytes
+    offset: int = 0
 
 
 class Chunk(msgspec.Struct, array_like=True, frozen=True):

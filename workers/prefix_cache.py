@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvmesh.workers.arena import Arena
+from kvmesh.workers.dealt_arena import DealtArena
 from kvmesh.workers.request import TokenIds
 from kvmesh.workers.sizes import PageGeometry
 
@@ -55,11 +55,15 @@ class _Forms:
 
 @dataclass(frozen=True, slots=True)
 class PrefixHit:
-    """Pages to share: the first `num_pages` logical pages, in the forms that will be read."""
+    """Pages to share: the first `num_pages` logical pages, in the forms that will be read.
+
+    offset: of the deal of a sequence that shares them
+    """
 
     num_pages: int
     hot: dict[int, int]
     sealed: dict[int, int]
+    offset: int = 0
 
 
 class PrefixCache:
@@ -73,8 +77,8 @@ class PrefixCache:
         self._forms: dict[Digest, _Forms] = {}
         self._blocks: set[Digest] = set()
         self._changes: dict[Digest, bool] = {}
-        self.hot = Arena(hot_total, self._forget_hot)
-        self.sealed = Arena(sealed_total, self._forget_sealed)
+        self.hot = DealtArena(hot_total, geometry.kvp, self._forget_hot)
+        self.sealed = DealtArena(sealed_total, geometry.kvp, self._forget_sealed)
 
     def _forget_hot(self, digest: Digest) -> None:
         forms = self._forms[digest]
@@ -129,9 +133,27 @@ class PrefixCache:
         forms = self._forms.get(digest)
         return forms.sealed if forms else None
 
-    def match(self, digests: Seq[Digest]) -> PrefixHit:
+    def match(self, digests: Seq[Digest], offset: int = 0) -> PrefixHit:
         """The longest usable prefix of n pages: the query page after it reads pages [0, sink) and
-        [n − recent, n) exactly, the others sealed. Does not share the pages yet."""
+        [n − recent, n) exactly, the others sealed. Does not share the pages yet.
+
+        offset: by which the pages are dealt if the first is not cached; if it is, they have to
+            belong to the ranks that follow the rank of that one
+        """
+        offsets = {offset}
+        if digests and (first := self._forms.get(digests[0])) is not None:
+            kvp = self._geometry.kvp
+            offsets = {page % kvp for page in (first.hot, first.sealed) if page is not None}
+        hits = [self._match(digests, each) for each in sorted(offsets)]
+        return max(hits, key=lambda hit: hit.num_pages)
+
+    def _match(self, digests: Seq[Digest], offset: int) -> PrefixHit:
+        """The longest prefix among the pages that are dealt by this offset."""
+        kvp = self._geometry.kvp
+
+        def own(page_id: int | None, page: int) -> bool:
+            return page_id is not None and page_id % kvp == (page + offset) % kvp
+
         sink, recent = self._geometry.sink_pages, self._geometry.recent_pages
         best = 0
         hot_run = 0  # consecutive hot pages that end here
@@ -140,10 +162,11 @@ class PrefixCache:
             forms = self._forms.get(digest)
             if forms is None:
                 break
-            hot_run = hot_run + 1 if forms.hot is not None else 0
-            if page < sink and forms.hot is None:
+            is_hot = own(forms.hot, page)
+            hot_run = hot_run + 1 if is_hot else 0
+            if page < sink and not is_hot:
                 break
-            if page == sealed_run and forms.sealed is not None:
+            if page == sealed_run and own(forms.sealed, page):
                 sealed_run += 1
             length = page + 1
             if length - recent <= sealed_run and hot_run >= min(recent, max(0, length - sink)):
@@ -158,6 +181,7 @@ class PrefixCache:
             best,
             {p: page for p, page in hot.items() if page is not None},
             {p: page for p, page in sealed.items() if page is not None},
+            offset,
         )
 
     def share(self, hit: PrefixHit) -> None:

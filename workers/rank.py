@@ -21,6 +21,7 @@ from kvmesh.workers.model.load import ServedModel, load_model
 from kvmesh.workers.model.sizes import check_tp
 from kvmesh.workers.model.source import ModelFiles, resolve_model
 from kvmesh.workers.parallel.comm import Communicator
+from kvmesh.workers.parallel.heads import merge_over_ranks
 from kvmesh.workers.plan import StepPlan, StepResult
 from kvmesh.workers.runner import SCORED_ROWS, ModelRunner
 from kvmesh.workers.scoring.probe import code_versions, measure_divergences
@@ -67,14 +68,14 @@ class Rank:
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
         else:
-            torch.set_num_threads(config.threads_per_rank or max(1, _cpus() // config.tp))
+            torch.set_num_threads(config.threads_per_rank or max(1, _cpus() // config.ranks))
         self._files: ModelFiles = (
             shared._files if shared else resolve_model(config.model, rope=config.rope)
         )
         self._sink_pages = _default(config.sink_pages, self._fmt.sink_pages)
         self._recent_pages = _default(config.recent_pages, self._fmt.recent_pages)
         # Before the weights, so that a file that does not fit fails early.
-        self._params = self._load_calibration(rank)
+        self._params = self._load_calibration()
         self._model: ServedModel = (
             shared._model
             if shared
@@ -121,6 +122,7 @@ class Rank:
             model_path=str(self._files.path),
             memory_bytes=self._memory_bytes,
             rope=facts.rope,
+            kvp=self._comm.kvp,
         )
 
     def allocate(self, allocation: Allocation, *, prepare_decode: bool = True) -> None:
@@ -129,6 +131,7 @@ class Rank:
             self._model,
             self._fmt,
             allocation,
+            self._comm,
             page_size=self._config.page_size,
             sink_pages=self._sink_pages,
             recent_pages=self._recent_pages,
@@ -138,7 +141,6 @@ class Rank:
             prepare_decode=prepare_decode,
             cuda_graphs=self._limits.cuda_graphs,
             params=self._params,
-            comm=self._comm,
         )
 
     def commit_pool(self) -> None:
@@ -165,16 +167,17 @@ class Rank:
         """Whether a step that is launched is not computed yet."""
         return self._device.type == "cuda"
 
-    def _load_calibration(self, rank: int) -> ModelParams | None:
+    def _load_calibration(self) -> ModelParams | None:
         """This rank's calibrated parameters of every layer, if the format needs them."""
         if self._config.calibration is None:
             return None
         facts = read_facts(self._files.path, self._config.rope)
-        check_tp(facts, self._config.tp, expert_parallel=self._config.expert_parallel)
+        tp, kvp = self._comm.tp, self._comm.kvp
+        check_tp(facts, tp, kvp, expert_parallel=self._config.expert_parallel)
         found = Calibration.load(
             Path(self._config.calibration), self._fmt, facts, self._config.model, self._sink_pages
         )
-        return found.for_rank(self._fmt, rank, self._config.tp, self._device)
+        return found.for_rank(self._fmt, self._comm.tp_rank, tp, self._device)
 
     def score(self, plan: StepPlan) -> torch.Tensor | None:
         """Logits of all the plan's tokens, see ModelRunner.score."""
@@ -210,7 +213,7 @@ class Rank:
             config.page_size,
             (config.sink_pages, config.recent_pages),
             None if config.calibration is None else sample_digest(Path(config.calibration)),
-            config.tp,
+            (config.tp, config.kvp),
             self._dtype,
             config.weight_format,
             torch.cuda.get_device_name(self._device) if cuda else "cpu",
@@ -262,15 +265,18 @@ class Rank:
             max_seq_len=facts.max_model_len,
         )
         _parts = torch.empty(scratch, dtype=torch.uint8, device=self._device)
-        logits = self._model.forward(tokens, tokens, _attend_to_nothing, rows)
+        logits = self._model.forward(tokens, tokens, self._attend_to_nothing, rows)
         if logits is not None:
             torch.log_softmax(logits, dim=-1)
 
-
-def _attend_to_nothing(
-    layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, args: AttendArgs
-) -> torch.Tensor:
-    return torch.zeros_like(q)
+    def _attend_to_nothing(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, args: AttendArgs
+    ) -> torch.Tensor:
+        out = torch.zeros_like(q)
+        if self._comm.kvp == 1:
+            return out
+        lse = torch.zeros(q.shape[:2], dtype=torch.float32, device=q.device)
+        return merge_over_ranks(out, lse, self._comm)[0]
 
 
 def _gpu_uuid(device: torch.device) -> str:

@@ -27,6 +27,7 @@ from kvmesh.workers.model.hook import AttendArgs
 from kvmesh.workers.model.load import ServedModel
 from kvmesh.workers.model.recurrent_state import RecurrentStates
 from kvmesh.workers.parallel.comm import Communicator
+from kvmesh.workers.parallel.heads import merge_over_ranks, of_pieces
 from kvmesh.workers.plan import (
     PENDING,
     StepPlan,
@@ -35,6 +36,7 @@ from kvmesh.workers.plan import (
     TokenMasks,
     TokenScores,
 )
+from kvmesh.workers.rank_pages import Ints, RankPages
 from kvmesh.workers.sampler import Sampler
 from kvmesh.workers.shared_prefixes import PrefixFinder
 from kvmesh.workers.step import (
@@ -56,11 +58,11 @@ SCORED_ROWS = 128
 class ModelRunner:
     """One rank's model, pool and sampler.
 
+    comm: of the group, between whose kvp ranks pages are dealt
     sink_pages, recent_pages: windows that are read exactly, the same on every rank of the group
     prepare_decode: compile decode, and capture its CUDA graphs, before the first step
     samples: whether this rank gets the logits and samples the tokens
     params: calibrated parameters for this rank's heads, if the format needs them
-    comm: the group's, if it has several ranks
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class ModelRunner:
         model: ServedModel,
         fmt: KVFormat,
         allocation: Allocation,
+        comm: Communicator,
         *,
         page_size: int,
         sink_pages: int,
@@ -78,10 +81,11 @@ class ModelRunner:
         cuda_graphs: bool,
         prepare_decode: bool = True,
         params: ModelParams | None = None,
-        comm: Communicator | None = None,
     ) -> None:
         self._model = model
         self._fmt = fmt
+        self._comm = comm
+        self._pages = RankPages(comm.kvp, comm.kvp_rank, allocation.max_rows)
         self._basis = Basis(fmt, model.head_dim, dtype, device, values_rotated=model.values_rotated)
         self._params = params
         self._device = device
@@ -96,7 +100,12 @@ class ModelRunner:
             device=device,
         )
         self._tables = BlockTables(
-            self._pool.hot_tables, self._pool.sealed_tables, page_size, sink_pages, recent_pages
+            self._pool.hot_tables,
+            self._pool.sealed_tables,
+            page_size,
+            sink_pages,
+            recent_pages,
+            comm.kvp,
         )
         self._states: RecurrentStates | None = None
         if model.state is not None:
@@ -106,10 +115,9 @@ class ModelRunner:
         self._hot_ids = np.full(self._pool.hot_tables.shape, -1, dtype=np.int64)
         self._sealed_ids = np.full(self._pool.sealed_tables.shape, -1, dtype=np.int64)
         min_members, max_members = sharers(fmt, self._pool.hot[0], model.num_heads)
-        self._prefixes = PrefixFinder(self._sealed_ids, sink_pages, min_members, max_members)
+        self._prefixes = PrefixFinder(self._sealed_ids, min_members, max_members)
         facts = model.facts
         self._sampler = Sampler.of(facts, device) if samples else None
-        comm = comm or Communicator.single()
         self._last_tokens = LastTokens(allocation.max_rows, device, comm)
         # The layers' sliding windows, and whether attention's kernels need to know the work ahead.
         self._windows = frozenset(facts.sliding_windows)
@@ -225,11 +233,10 @@ class ModelRunner:
 
     def _prepare(self, plan: StepPlan) -> StepArrays:
         """Update tables and sampler; returns the plan as arrays."""
-        self._update(self._tables.hot, plan.hot)
-        self._update(self._tables.sealed, plan.sealed)
-        self._hot_ids[plan.hot.rows, plan.hot.pages] = plan.hot.ids
-        if plan.sealed.ids:
-            self._sealed_ids[plan.sealed.rows, plan.sealed.pages] = plan.sealed.ids
+        for row_start in plan.row_starts:
+            self._pages.start_row(row_start)
+        self._update(self._tables.hot, self._hot_ids, plan.hot)
+        if self._update(self._tables.sealed, self._sealed_ids, plan.sealed):
             self._prefixes.note_update()
         if self._sampler is not None:
             for row_start in plan.row_starts:
@@ -240,11 +247,13 @@ class ModelRunner:
                 elif self._sampler.penalises(chunk.row):
                     token = self._last_tokens.of(chunk.row)
                     self._sampler.record(chunk.row, chunk.start, token)
-        arrays = StepArrays.of(plan, self._hot_ids, self._tables.page_size)
+        tables = self._tables
+        arrays = StepArrays.of(plan, self._hot_ids, tables.page_size, self._pages)
         alone = np.diff(arrays.query_starts) > 1
-        pages = (arrays.seq_lens - 1) // self._tables.page_size
-        stops = np.where(alone, 0, pages - self._tables.recent_pages)
-        return replace(arrays, prefixes=self._prefixes.find(arrays.rows, stops))
+        recent = (arrays.seq_lens - 1) // tables.page_size - tables.recent_pages
+        stops = np.where(alone, 0, self._pages.below(recent, arrays.rows))
+        starts = self._pages.below(tables.sink_pages, arrays.rows)
+        return replace(arrays, prefixes=self._prefixes.find(arrays.rows, starts, stops))
 
     def _forward(self, step: StepTensors) -> torch.Tensor | None:
         """Logits [n, vocab_size] fp32 of the step's sampled rows; None on ranks without logits."""
@@ -288,16 +297,21 @@ class ModelRunner:
                 softcap=args.softcap,
                 sliding_window=args.sliding_window,
             )
-            if args.sinks is not None:
-                out, _ = merge_sinks(out, lse, args.sinks)
-            return self._basis.leave(out)
+            out, sinks = self._basis.leave(out), args.sinks
+            if self._comm.kvp > 1:
+                out, lse = merge_over_ranks(out, lse, self._comm)
+                if sinks is not None:
+                    sinks = of_pieces(sinks, self._model.head_dim, self._comm)
+            if sinks is not None:
+                out, _ = merge_sinks(out, lse, sinks)
+            return out
 
         states = None
         if self._states is not None:
             lengths = step.batch.lengths
             assert lengths is not None, "the host knows a step's lengths"
             states = self._states.step(
-                step.batch.rows, step.positions, step.slots, lengths.query_starts
+                step.batch.rows, step.positions, step.batch.query_starts, lengths.query_starts
             )
         input_ids = step.input_ids
         if step.num_pending:
@@ -335,8 +349,13 @@ class ModelRunner:
     def _layer_params(self, layer: int) -> LayerParams:
         return NO_PARAMS if self._params is None else self._params.layers[layer]
 
-    def _update(self, table: torch.Tensor, update: TableUpdate) -> None:
-        if update.ids:
-            rows = ints(update.rows, torch.int64, self._device)
-            pages = ints(update.pages, torch.int64, self._device)
-            table[rows, pages] = ints(update.ids, torch.int32, self._device)
+    def _update(self, table: torch.Tensor, host_copy: Ints, update: TableUpdate) -> bool:
+        """Note which pages this rank has now; whether there are any."""
+        if not update.ids:
+            return False
+        rows, columns, ids = self._pages.entries(update)
+        if len(ids):
+            host_copy[rows, columns] = ids
+            at = ints(rows, torch.int64, self._device), ints(columns, torch.int64, self._device)
+            table[at] = ints(ids, torch.int32, self._device)
+        return len(ids) > 0

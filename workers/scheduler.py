@@ -22,6 +22,7 @@ from __future__ import annotations
 import bisect
 from collections import deque
 
+from kvmesh.workers.deal import fits
 from kvmesh.workers.page_tables import PageTables
 from kvmesh.workers.plan import Chunk, StepPlan
 from kvmesh.workers.pool_plan import PoolPlan
@@ -60,9 +61,9 @@ class Scheduler:
         self._step_budget = step_budget
         self._free_rows = list(range(pool.max_num_seqs - 1, -1, -1))
         self._step = 0
-        # The last admission that failed for lack of pages, and how many were available. It
-        # is not retried (a whole prompt is hashed and matched) until that number has changed.
-        self._failed_admission: tuple[Sequence, int] | None = None
+        # The last admission that failed for lack of pages, and how many each rank had. It is
+        # not retried (a whole prompt is hashed and matched) until these numbers have changed.
+        self._failed_admission: tuple[Sequence, list[int]] | None = None
         self.preemptions_total = 0
 
     def add(self, seq: Sequence) -> None:
@@ -106,7 +107,9 @@ class Scheduler:
 
     def schedule(self) -> StepPlan | None:
         """The next step, or None when there is nothing to compute."""
-        draft = StepDraft(self._max_num_batched_tokens, self.pool.headroom_pages)
+        draft = StepDraft(
+            self._max_num_batched_tokens, [self.pool.headroom_pages] * self.geometry.kvp
+        )
         left = [(seq, seq.to_compute) for seq in self.running]
         decoding = [seq for seq, count in left if count == 1]
         prefilling = [seq for seq, count in left if count > 1]
@@ -140,7 +143,7 @@ class Scheduler:
         for one in step.aboard:
             if one is not None:
                 one.seq.pending -= one.chunk.sample
-                one.seq.note_held(one.held)
+                one.seq.note_held(one.held, one.held_on_fullest)
         sequences = (None if one is None else one.seq for one in step.aboard)
         return list(zip(plan.chunks, sequences, strict=True))
 
@@ -156,17 +159,17 @@ class Scheduler:
         if seq is None or seq.pending or not self._free_rows:
             return None
         worst_case = any(s.preemptions for s in self.waiting + self.running)
-        reserved = sum(self._pages_needed(other, worst_case) for other in self.running)
-        if self._failed_admission == (seq, self.cache.sealed.available - reserved):
+        reserved = [self._pages_needed(other, worst_case) for other in self.running]
+        if self._failed_admission == (seq, self._room(reserved)):
             return None
         # One token must be computed, or the step would lose the row and its tables.
         reusable = min(seq.num_tokens, seq.leased_tokens) - 1
         if seq.num_scored < seq.to_score:  # positions without a score are computed
             reusable = min(reusable, seq.num_scored)
         hit = self._pages.reuse(seq, reusable // self.geometry.page_size)
-        if self._pages_needed(seq, worst_case) > self.cache.sealed.available - reserved:
+        if not fits(self._pages_needed(seq, worst_case), self._room(reserved)):
             self._pages.give_back(seq, hit)
-            self._failed_admission = (seq, self.cache.sealed.available - reserved)
+            self._failed_admission = (seq, self._room(reserved))
             return None
         self.waiting.remove(seq)
         seq.num_computed = hit.num_pages * self.geometry.page_size
@@ -178,11 +181,17 @@ class Scheduler:
         draft.start_row(seq)
         return seq
 
-    def _pages_needed(self, seq: Sequence, worst_case: bool) -> int:
-        """Sealed pages that the sequence still needs: for its tokens and the next one, or up to
-        its maximum length."""
+    def _pages_needed(self, seq: Sequence, worst_case: bool) -> list[int]:
+        """Sealed pages of each rank that the sequence still needs: for its tokens and the next
+        one, or up to its maximum length."""
         tokens = seq.max_tokens_total if worst_case else seq.length + 1
-        return len(seq.sealed_missing(tokens))
+        return seq.deal.counts(seq.sealed_missing(tokens))
+
+    def _room(self, reserved: list[list[int]]) -> list[int]:
+        """Sealed pages that each rank has besides those reserved for running sequences."""
+        taken = map(sum, zip(*reserved, strict=True)) if reserved else [0] * self.geometry.kvp
+        available = self.cache.sealed.available
+        return [count - other for count, other in zip(available, taken, strict=True)]
 
     def _max_chunk(self, draft: StepDraft, start: int) -> int:
         """How many tokens of a prompt the step has left, from there on."""
@@ -193,8 +202,14 @@ class Scheduler:
     def _plan_chunk(self, draft: StepDraft, seq: Sequence) -> None:
         start = seq.num_computed
         first = start // self.geometry.page_size
-        own = self.geometry.hot_per_sequence() - len(seq.hot) + (first in seq.hot)
-        last = first + own + draft.headroom_left - 1  # the last page that gets a hot page
+        first_new = first + (first in seq.hot)
+        # Hot pages of each rank that are the sequence's own; more are from the headroom.
+        own = [self.geometry.hot_per_sequence() - held for held in seq.hot_by_rank()]
+        kvp = seq.deal.kvp
+        last = -1 + min(  # the last page that gets a hot page
+            seq.deal.first_from(first_new, rank) + kvp * (own[rank] + draft.headroom_left[rank])
+            for rank in range(kvp)
+        )
         count = draft.tokens_left if seq.to_compute == 1 else self._max_chunk(draft, start)
         end = min(
             start + seq.to_compute,
@@ -205,14 +220,15 @@ class Scheduler:
         if end <= start:  # paused
             return
         missing = seq.sealed_missing(end)
-        while self.cache.sealed.available < len(missing):
+        while not fits(seq.deal.counts(missing), self.cache.sealed.available):
             if any(other.about_to_end for other in self.running):
                 return  # there will be pages after the next result
             draft.undo(self.running[-1])
             if self.preempt_youngest() is seq:
                 return
         touched = range(first, (end - 1) // self.geometry.page_size + 1)
-        draft.headroom_left -= max(0, len(touched) - own)
+        for rank, count in enumerate(seq.deal.counts(range(first_new, touched.stop))):
+            draft.headroom_left[rank] -= max(0, count - own[rank])
         self._pages.write(seq, touched, draft)
         self._pages.seal(seq, missing, draft)
         draft.add_chunk(seq, start, end)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from kvmesh.workers.deal import PageDeal
 from kvmesh.workers.lease import LeaseTerms
 from kvmesh.workers.plan import PENDING
 from kvmesh.workers.prefix_cache import Digest, PageDigests
@@ -21,6 +22,7 @@ class Sequence:
         |-------- computed -------|------ to compute ----|
 
     hot, sealed: logical page -> page id of the forms it holds
+    deal: the ranks to which its pages belong; decided when it gets its first page
     shares_pages: whether it uses other sequences' pages and they use its own
     output_state: within its constraint, None without one; `prepared` once it is there
     """
@@ -47,13 +49,15 @@ class Sequence:
         self.row: int | None = None
         self.hot: dict[int, int] = {}
         self.sealed: dict[int, int] = {}
+        self.deal = PageDeal(geometry.kvp)
         self._digests = PageDigests(geometry.page_size, request.cache_salt)
         self.shares_pages = True
         self.output_state: OutputState | None = None
         self.prepared = request.constraint is None
         self.cached_tokens = 0
         self.preemptions = 0
-        self.peak = PageNeed(0, 0)
+        self.peak = PageNeed(0, 0)  # of the fullest rank
+        self.peak_pages = PageNeed(0, 0)  # of all ranks that share its pages
         self.arrived_s = 0.0
         self.started_s: float | None = None
         self.first_token_s: float | None = None
@@ -134,11 +138,21 @@ class Sequence:
         pages = self.prompt_tokens // self.geometry.page_size
         return pages - min(BLOCK_PAGES, -(-pages // 8)) <= page < pages
 
-    def note_held(self, pages: PageNeed) -> None:
-        """It held so many pages in a step that has been computed."""
-        if pages.fits(self.peak):
+    def hot_by_rank(self) -> list[int]:
+        """How many hot pages it holds on each rank."""
+        if self.deal.kvp == 1:
+            return [len(self.hot)]
+        counts = [0] * self.deal.kvp
+        for page in self.hot.values():
+            counts[page % self.deal.kvp] += 1
+        return counts
+
+    def note_held(self, pages: PageNeed, fullest: PageNeed) -> None:
+        """It held so many pages in a step that has been computed, and so many on one rank."""
+        if pages.fits(self.peak_pages) and fullest.fits(self.peak):
             return
-        self.peak = PageNeed(max(self.peak.hot, pages.hot), max(self.peak.sealed, pages.sealed))
+        self.peak_pages = self.peak_pages.or_more(pages)
+        self.peak = self.peak.or_more(fullest)
 
     def progress(self, end: int) -> PrefillProgress:
         """end: of the latest chunk that has been computed"""
@@ -154,7 +168,7 @@ class Sequence:
             cached_tokens=self.cached_tokens,
             sealed_pages=self.peak.sealed,
             hot_pages=self.peak.hot,
-            kv_bytes=self.geometry.bytes_of(self.peak, 1),
+            kv_bytes=self.geometry.bytes_held(self.peak_pages, 1),
             reserved_bytes=self._reserved_bytes(),
             queue_s=started - self.arrived_s,
             time_to_first_token_s=None if first is None else first - self.arrived_s,
@@ -165,7 +179,7 @@ class Sequence:
     def _reserved_bytes(self) -> int:
         lease = self.lease
         if lease is None:
-            return self.geometry.bytes_of(self.peak, 1)
+            return self.geometry.bytes_held(self.peak_pages, 1)
         pages = PageNeed(lease.hot_pages, lease.sealed_pages)
         whole = self.geometry.bytes_of(pages, lease.sequences)
         return whole // lease.sequences

@@ -47,37 +47,35 @@ class PrefixFinder:
     """Finds sets in a host copy of the sealed tables, and caches the last answer.
 
     sealed_ids: [rows, pages], updated by the caller, who then calls `note_update`
-    first_page: where sealed pages begin, after the sink
     min_members, max_members: of a set
     """
 
-    def __init__(
-        self, sealed_ids: Ints, first_page: int, min_members: int, max_members: int
-    ) -> None:
+    def __init__(self, sealed_ids: Ints, min_members: int, max_members: int) -> None:
         self._ids = sealed_ids
-        self._first = first_page
         self._min_members = min_members
         self._max_members = max_members
-        self._asked: tuple[bytes, bytes] | None = None
+        self._asked: tuple[bytes, ...] | None = None
         self._found: PrefixSets | None = None
 
     def note_update(self) -> None:
         self._asked = None
 
-    def find(self, rows: Ints, stops: Ints) -> PrefixSets | None:
+    def find(self, rows: Ints, starts: Ints, stops: Ints) -> PrefixSets | None:
         """The sets of a step's sequences, or None if they share nothing.
 
         rows: [S] of the tables
+        starts: [S], where sealed pages begin, after the sink; equal for sequences that share pages
         stops: [S], the first page that a sequence does not read sealed; 0 for a sequence
             with several new tokens, which does not share
         """
-        asked = (rows.tobytes(), stops.tobytes())
+        asked = tuple(x.tobytes() for x in (rows, starts, stops))
         if asked != self._asked:
-            self._asked, self._found = asked, self._search(rows, stops)
+            self._asked, self._found = asked, self._search(rows, starts, stops)
         return self._found
 
-    def _search(self, rows: Ints, stops: Ints) -> PrefixSets | None:
-        counts = stops - self._first
+    def _search(self, rows: Ints, starts: Ints, stops: Ints) -> PrefixSets | None:
+        counts = stops - starts
+        self._starts = starts
         sharing = np.flatnonzero(counts > 0)
         found: list[tuple[list[int], int]] = []
         for members in self._with_same_page(rows, sharing, 0):
@@ -99,7 +97,7 @@ class PrefixFinder:
 
     def _with_same_page(self, rows: Ints, members: Ints, place: int) -> list[Ints]:
         """Members with the same page `place` pages after the sink, in groups that can be sets."""
-        ids = self._ids[rows[members], self._first + place]
+        ids = self._ids[rows[members], self._starts[members] + place]
         order = np.argsort(ids, kind="stable")
         cuts = np.flatnonzero(np.diff(ids[order])) + 1
         return [part for part in np.split(members[order], cuts) if len(part) >= self._min_members]
@@ -108,7 +106,8 @@ class PrefixFinder:
         self, rows: Ints, counts: Ints, members: Ints, known: int
     ) -> tuple[int, list[tuple[list[int], int]]]:
         """The sets among members that share at least `known` pages, and the reads they save."""
-        table = self._ids[rows[members], self._first : self._first + int(counts[members].min())]
+        start = int(self._starts[members[0]])
+        table = self._ids[rows[members], start : start + int(counts[members].min())]
         differ = np.flatnonzero((table[:, known:] != table[0, known:]).any(0))
         common = known + int(differ[0]) if len(differ) else table.shape[1]
         saved, sets = 0, []

@@ -42,6 +42,9 @@ class PageNeed:
     def __sub__(self, other: PageNeed) -> PageNeed:
         return PageNeed(self.hot - other.hot, self.sealed - other.sealed)
 
+    def or_more(self, other: PageNeed) -> PageNeed:
+        return PageNeed(max(self.hot, other.hot), max(self.sealed, other.sealed))
+
     def fits(self, room: PageNeed) -> bool:
         return self.hot <= room.hot and self.sealed <= room.sealed
 
@@ -52,8 +55,8 @@ class PageGeometry:
 
     hot_page_bytes, sealed_page_bytes: of one page on one rank, over all its layers and KV heads
     state_bytes: of a sequence's recurrent state on one rank, whatever its length
-    ranks: how many ranks hold such a page for a sequence
-    kvp: to how many ranks consecutive pages are dealt in turn; engines serve only 1
+    ranks: of the group, tp · kvp
+    kvp: to how many ranks consecutive pages are dealt in turn (deal.py)
     """
 
     page_size: int
@@ -74,6 +77,10 @@ class PageGeometry:
         return range(
             self.sink_pages, max(self.sink_pages, num_tokens // self.page_size - self.recent_pages)
         )
+
+    def sealed_need(self, num_tokens: int) -> int:
+        """Sealed pages of the rank that has most, once `num_tokens` have been written."""
+        return self.on_fullest(len(self.sealed_range(num_tokens)))
 
     def tokens_within(self, sealed_pages: int) -> int:
         """The maximum number of tokens a sequence can write with that many sealed pages."""
@@ -103,11 +110,18 @@ class PageGeometry:
         hot = self.on_fullest(sink) + self.on_fullest(pages - sink)
         return PageNeed(
             hot=min(hot, self.hot_per_sequence()),
-            sealed=self.on_fullest(len(self.sealed_range(num_tokens))),
+            sealed=self.sealed_need(num_tokens),
         )
 
+    def bytes_held(self, pages: PageNeed, sequences: int = 0) -> int:
+        """Bytes of that many logical pages, each of which tp ranks hold a part of. sequences: how
+        many, whose states are added"""
+        part = pages.hot * self.hot_page_bytes + pages.sealed * self.sealed_page_bytes
+        return part * self.ranks // self.kvp + sequences * self.state_bytes * self.ranks
+
     def bytes_of(self, need: PageNeed, sequences: int = 0) -> int:
-        """Bytes over all ranks. sequences: how many, whose states are added"""
+        """Bytes over all ranks, if all had as many pages as the fullest. sequences: how many,
+        whose states are added"""
         per_rank = need.hot * self.hot_page_bytes + need.sealed * self.sealed_page_bytes
         return (per_rank + sequences * self.state_bytes) * self.ranks
 

@@ -6,7 +6,7 @@ are fixed: there a padding entry has no slot, no pages to seal and no query.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,7 @@ from kvmesh.kernels.attention import (
     Windows,
 )
 from kvmesh.workers.plan import StepPlan
+from kvmesh.workers.rank_pages import RankPages
 from kvmesh.workers.shared_prefixes import PrefixSets
 
 Ints = npt.NDArray[np.int64]
@@ -37,6 +38,8 @@ class StepArrays:
     slots: [T], hot page id * page_size + offset; query_starts: [S + 1]; seq_lens: [S], tokens
     including the new ones; rows: [S], block table rows; logits_rows: [n], the sampled chunks'
     last tokens; seal_positions: [s], of each page's first token
+    firsts: [S], the first page of each sequence that is on this rank; None if all pages are. A
+        token of another rank's page has slot -1
     """
 
     input_ids: Ints
@@ -50,17 +53,24 @@ class StepArrays:
     seal_sealed: Ints
     seal_positions: Ints
     prefixes: PrefixSets | None = None
+    firsts: Ints | None = None
 
     @staticmethod
-    def of(plan: StepPlan, hot_ids: Ints, page_size: int) -> StepArrays:
-        """hot_ids: [rows, pages], the hot page of each logical page. Sets no prefixes."""
+    def of(plan: StepPlan, hot_ids: Ints, page_size: int, pages: RankPages) -> StepArrays:
+        """hot_ids: [rows, columns], the rank's table of hot pages; pages: those that it has.
+        Sets no prefixes."""
         lengths = np.array([chunk.num_tokens for chunk in plan.chunks])
         starts = np.array([chunk.start for chunk in plan.chunks])
         rows = np.array([chunk.row for chunk in plan.chunks])
         query_starts = np.concatenate(([0], np.cumsum(lengths)))
         # Position of each packed token: its index in its chunk plus the chunk's start.
         positions = np.arange(query_starts[-1]) + np.repeat(starts - query_starts[:-1], lengths)
-        pages = hot_ids[np.repeat(rows, lengths), positions // page_size]
+        hot = pages.page_ids(hot_ids, np.repeat(rows, lengths), positions // page_size)
+        own = pages.own(plan.seal_hot)
+        seal_hot, seal_sealed, seal_pages = (
+            np.array(x, dtype=np.int64)[own]
+            for x in (plan.seal_hot, plan.seal_sealed, plan.seal_pages)
+        )
         tokens = np.frombuffer(b"".join(chunk.tokens for chunk in plan.chunks), dtype=np.int32)
         if (tokens < 0).any():
             tokens = np.where(tokens < 0, ~np.repeat(rows, lengths), tokens)
@@ -68,21 +78,24 @@ class StepArrays:
         return StepArrays(
             input_ids=tokens.astype(np.int64),
             positions=positions,
-            slots=pages * page_size + positions % page_size,
+            slots=np.where(hot < 0, -1, hot * page_size + positions % page_size),
             logits_rows=query_starts[1:][samples] - 1,
             query_starts=query_starts,
             seq_lens=starts + lengths,
             rows=rows,
-            seal_hot=np.array(plan.seal_hot, dtype=np.int64),
-            seal_sealed=np.array(plan.seal_sealed, dtype=np.int64),
-            seal_positions=np.array(plan.seal_pages, dtype=np.int64) * page_size,
+            seal_hot=seal_hot // pages.kvp,
+            seal_sealed=seal_sealed // pages.kvp,
+            seal_positions=seal_pages * page_size,
+            firsts=None if pages.kvp == 1 else pages.firsts(rows),
         )
 
     @property
     def attention_lengths(self) -> Lengths:
         sets = self.prefixes
-        more = () if sets is None else (sets.pages, sets.members, sets.starts)
-        return Lengths(self.query_starts, self.seq_lens, *more)
+        found = Lengths(self.query_starts, self.seq_lens, firsts=self.firsts)
+        if sets is None:
+            return found
+        return replace(found, prefix_pages=sets.pages, members=sets.members, set_starts=sets.starts)
 
     @property
     def is_decode(self) -> bool:
@@ -117,6 +130,7 @@ class StepArrays:
             seal_hot=_pad(self.seal_hot, size, -1),
             seal_sealed=_pad(self.seal_sealed, size, -1),
             seal_positions=_pad(self.seal_positions, size, 0),
+            firsts=None if self.firsts is None else _pad(self.firsts, size, 0),
             prefixes=None if self.prefixes is None else self.prefixes.padded(size),
         )
 
@@ -146,6 +160,7 @@ class BlockTables:
     page_size: int
     sink_pages: int
     recent_pages: int
+    stride: int = 1
 
     def batch(
         self,
@@ -155,6 +170,7 @@ class BlockTables:
         *,
         max_query_len: int,
         max_seq_len: int,
+        firsts: torch.Tensor | None,
         prefixes: SharedPrefixes | None,
         lengths: Lengths | None = None,
         decode_work: dict[int | None, GivenDecodeWork] | None = None,
@@ -170,6 +186,8 @@ class BlockTables:
             recent_pages=self.recent_pages,
             max_query_len=max_query_len,
             max_seq_len=max_seq_len,
+            firsts=firsts,
+            stride=self.stride,
             prefixes=prefixes,
             lengths=lengths,
             decode_work=decode_work or {},
@@ -227,7 +245,9 @@ class StepBuffer:
         )
         input_ids, positions, slots, logits_rows, sampled_rows, seal_positions = wide
         query_starts, seq_lens, rows, seal_hot, seal_sealed, *more = narrow
-        prefixes = None
+        firsts = prefixes = None
+        if arrays.firsts is not None:
+            firsts, *more = more
         if arrays.prefixes is not None:
             prefixes, more = SharedPrefixes(*more[:3]), more[3:]
         decode_work = {
@@ -243,6 +263,7 @@ class StepBuffer:
             rows,
             max_query_len=int(lengths.max()),
             max_seq_len=int(arrays.seq_lens.max()),
+            firsts=firsts,
             prefixes=prefixes,
             lengths=arrays.attention_lengths,
             decode_work=decode_work,
@@ -265,6 +286,8 @@ def _parts(arrays: StepArrays, works: Works) -> tuple[list[Ints], list[Ints]]:
     a, sets = arrays, arrays.prefixes
     wide = [a.input_ids, a.positions, a.slots, a.logits_rows, a.sampled_rows, a.seal_positions]
     narrow = [a.query_starts, a.seq_lens, a.rows, a.seal_hot, a.seal_sealed]
+    if a.firsts is not None:
+        narrow.append(a.firsts)
     if sets is not None:
         narrow += [sets.pages, sets.members, sets.starts]
     for work, _ in works.values():
@@ -306,7 +329,9 @@ def decode_works(
     works: Works = {}
     lengths = arrays.attention_lengths
     for window in in_order(sliding_windows):
-        windows = Windows(tables.page_size, tables.sink_pages, tables.recent_pages, window)
+        windows = Windows(
+            tables.page_size, tables.sink_pages, tables.recent_pages, window, tables.stride
+        )
         work = DecodeWork.of(lengths, windows)
         works[window] = work, tuple(work.rounds())
     return works

@@ -11,9 +11,12 @@ from kvmesh.workers.step_in_flight import Aboard, StepInFlight
 
 
 class StepDraft:
-    """Kept by sequence, so that one that is preempted can be removed."""
+    """Kept by sequence, so that one that is preempted can be removed.
 
-    def __init__(self, tokens_left: int, headroom_left: int) -> None:
+    headroom_left: pages of each rank
+    """
+
+    def __init__(self, tokens_left: int, headroom_left: list[int]) -> None:
         self.tokens_left = tokens_left
         self.headroom_left = headroom_left
         self.work = StepWork()
@@ -36,7 +39,7 @@ class StepDraft:
             or params.frequency_penalty != 0.0
         )
         history = seq.tokens[: seq.num_computed].tobytes() if penalised else b""
-        self.row_starts[row] = RowStart(row, params, seq.prompt_tokens, history)
+        self.row_starts[row] = RowStart(row, params, seq.prompt_tokens, history, seq.deal.offset)
         self._hot[row] = dict(seq.hot)
         self._sealed[row] = dict(seq.sealed)
 
@@ -79,7 +82,9 @@ class StepDraft:
         )
         self.work.add(self.chunks[row])
         held = PageNeed(len(seq.hot), len(seq.sealed))
-        self.aboard[row] = Aboard(seq, self.chunks[row], held)
+        sealed = seq.geometry.on_fullest(len(seq.sealed))
+        on_fullest = PageNeed(max(seq.hot_by_rank()), sealed)
+        self.aboard[row] = Aboard(seq, self.chunks[row], held, on_fullest)
 
     def undo(self, seq: Sequence) -> None:
         """Remove a sequence that is about to lose its row and pages."""

@@ -12,11 +12,15 @@ from kvmesh.workers.sizes import PageNeed
 
 @dataclass(frozen=True, slots=True)
 class Aboard:
-    """A sequence of a step, with its chunk. held: its pages during the step"""
+    """A sequence of a step, with its chunk.
+
+    held: its pages during the step; held_on_fullest: those of the rank that has most
+    """
 
     seq: Sequence
     chunk: Chunk
     held: PageNeed
+    held_on_fullest: PageNeed
 
 
 @dataclass(slots=True, eq=False)

@@ -23,7 +23,7 @@ def warm_up_steps(tables: BlockTables, min_members: int) -> Iterator[StepArrays]
     """
     num_rows, max_pages = tables.hot.shape
     size, exact = tables.page_size, tables.sink_pages + tables.recent_pages
-    longest = max_pages * size
+    longest = max_pages * size  # at least
     yield _step(tables, [1], 1, seals=True)
     if longest > 1:
         yield _step(tables, [2], 2, seals=True)
@@ -66,4 +66,5 @@ def _step(
         seal_sealed=page,
         seal_positions=page,
         prefixes=prefixes,
+        firsts=None if tables.stride == 1 else np.zeros_like(ends),
     )

@@ -31,7 +31,13 @@ def worker_main(config: EngineConfig, rank: int, endpoint: str, rendezvous: Path
     parent = os.getppid()
     end = RankEnd(endpoint)
     try:
-        comm = Communicator.connect(rank, config.tp, rendezvous, device=choose_device(config, rank))
+        comm = Communicator.connect(
+            rank,
+            config.ranks,
+            rendezvous,
+            device=choose_device(config, rank),
+            kvp=config.kvp,
+        )
         try:
             _serve(Rank(config, rank, comm), end, parent)
         finally:

@@ -54,7 +54,7 @@ def run_demo(settings: ClusterConfig, question: str, max_tokens: int) -> ExitCod
 def _describe(settings: ClusterConfig, endpoint: Endpoint) -> None:
     out.print(f"[bold]{settings.model}[/bold]")
     for group, engine in settings.group_engines().items():
-        ranks = f"{engine.tp} tensor-parallel ranks" if engine.tp > 1 else "one rank"
+        ranks = f"{engine.ranks} ranks" if engine.ranks > 1 else "one rank"
         out.print(f"{group}: {ranks}, KV format {engine.kv_format}")
     out.print(f"gRPC at {endpoint.target}, OpenAI's API at {endpoint.http_url}/v1", markup=False)
 

@@ -78,7 +78,8 @@ def _announce(endpoint: Endpoint, config: ClusterConfig, groups: Sequence[GroupF
 
 
 def _in_short(group: GroupFacts) -> str:
-    ranks = f"{group.tp} × " if group.tp > 1 else ""
+    counts = [count for count in (group.tp, group.kvp) if count > 1]
+    ranks = "".join(f"{count} × " for count in counts)
     return (
         f"{ranks}{group.device} {group.dtype}, {human_bytes(group.capacity_bytes)} of KV in "
         f"{group.kv_format}, {group.max_num_seqs} sequences at a time, "

@@ -20,6 +20,7 @@ FLAGS: Final = {
     "kv_format": "engine.kv_format",
     "calibration": "engine.calibration",
     "tp": "engine.tp",
+    "kvp": "engine.kvp",
     "kv_memory": "engine.kv_memory_bytes",
     "groups": "groups",
     "host": "ingress.host",
@@ -62,7 +63,11 @@ class ModelSettings:
     ] = None
     tp: Annotated[
         int | None,
-        _setting(help="Tensor-parallel ranks per group (engine.tp)."),
+        _setting(help="Shares of the heads, each on ranks of its own (engine.tp)."),
+    ] = None
+    kvp: Annotated[
+        int | None,
+        _setting(help="Ranks among which a sequence's pages are dealt (engine.kvp)."),
     ] = None
 
     def load(self, path: Path | None = None) -> LoadedConfig:

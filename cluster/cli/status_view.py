@@ -90,6 +90,8 @@ def _format(name: str) -> str:
 def _group(group: GroupLoads, fact: GroupFacts | None, account: GroupLedger | None) -> Table:
     """One group as a table of two columns, which fits a narrow terminal or a log."""
     ranks = f", tp {fact.tp}" if fact else ""
+    if fact and fact.kvp > 1:
+        ranks += f" × kvp {fact.kvp}"
     title = (
         f"[bold]{group.group}[/bold] {_state(group)} [dim]{_format(group.kv_format)}{ranks}[/dim]"
     )

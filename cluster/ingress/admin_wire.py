@@ -20,7 +20,7 @@ def groups(status: ClusterStatus) -> admin.ListGroupsResponse:
             kv_format=info.kv_format,
             dtype=info.dtype,
             tp=info.tp,
-            kvp=1,
+            kvp=geometry.kvp,
             page_size=geometry.page_size,
             sink_pages=geometry.sink_pages,
             recent_pages=geometry.recent_pages,

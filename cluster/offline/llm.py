@@ -58,7 +58,8 @@ class LLM:
         default is that of `config`, or the embedded model
     kv_format: how the KV cache is stored, see `kvmesh formats`; the default is int8, as in `serve`
     quant_policy: the same, as LMDeploy has it: 0 (exact), 4, 8, or 42
-    tp: tensor-parallel ranks. One rank runs in this process, several in child processes
+    tp: shares of the heads; kvp, one of `settings`: ranks among which a sequence's pages are dealt.
+        One rank runs in this process, several in child processes
     config: other settings: a file of `kvmesh serve --config`, or its values. What concerns ports,
         keys, Ray and several groups is not used
     settings: any of `engine`, by name, e.g. max_num_seqs=64 or kv_memory_bytes="4GiB"; they

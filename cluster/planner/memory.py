@@ -59,13 +59,19 @@ def rank_memory(
         context_bytes=CONTEXT_BYTES,
         weight_bytes=BF16_BYTES * model.counts.of_rank(layout.tp, layout.kvp),
         activation_bytes=activation_bytes(
-            model.sizes, layout.tp, max_num_batched_tokens, max_num_seqs
+            model.sizes, layout.tp, max_num_batched_tokens, max_num_seqs, kvp=layout.kvp
         ),
     )
 
 
 def activation_bytes(
-    sizes: ModelSizes, tp: int, tokens: int, max_num_seqs: int, dtype_bytes: int = BF16_BYTES
+    sizes: ModelSizes,
+    tp: int,
+    tokens: int,
+    max_num_seqs: int,
+    dtype_bytes: int = BF16_BYTES,
+    *,
+    kvp: int = 1,
 ) -> int:
     """An upper bound of what the largest step allocates besides weights and pages.
 
@@ -76,6 +82,8 @@ def activation_bytes(
     q, kv = sizes.heads * sizes.head_dim // tp, sizes.kv_heads * sizes.head_dim // tp
     # Residual, normed input, projections; queries and keys before, during and after RoPE; output.
     attention = 3 * hidden + (q + 2 * kv) + 3 * (q + kv) + 2 * q
+    if kvp > 1:  # what ranks exchange: in fp32, packed, in order, received, in parts, merged
+        attention += 6 * q * FP32_BYTES // dtype_bytes
     width = max(
         sizes.intermediate_size if sizes.expert_layers < sizes.layers else 0,
         # Tokens are copied once for each of their experts.
@@ -84,7 +92,7 @@ def activation_bytes(
         else 0,
     )
     # Residual, normed input, output; gate, up, activation and their product.
-    mlp = 3 * hidden + 4 * -(-width // tp)
+    mlp = 3 * hidden + 4 * -(-width // (tp * kvp))
     # Cosine and sine of each position; sums are exchanged in fp32.
     common = 4 * sizes.head_dim * FP32_BYTES + hidden * FP32_BYTES
     layer = tokens * (max(attention, mlp) * dtype_bytes + common)

@@ -145,7 +145,10 @@ def serve_command(model: PlannedModel, plan: Plan, target: Target) -> str:
     words = ["kvmesh serve", f"--model {shlex.quote(model.name)}", f"--kv-format {plan.kv_format}"]
     if plan.needs_calibration:
         words.append(f"--calibration {plan.kv_format}.safetensors")
-    words += [f"--tp {plan.layout.tp}", f"--groups {plan.layout.groups}"]
+    words.append(f"--tp {plan.layout.tp}")
+    if plan.layout.kvp > 1:
+        words.append(f"--kvp {plan.layout.kvp}")
+    words.append(f"--groups {plan.layout.groups}")
     settings = [
         ("page_size", target.page_size, DEFAULTS.page_size),
         ("max_num_seqs", plan.limits.max_num_seqs, plan.auto.max_num_seqs),
@@ -209,14 +212,14 @@ def _plan_with(
         geometry=geometry,
         pool=pool,
         longest=longest,
-        sequence_bytes=whole.bytes_of(whole.need(target.context), 1),
+        sequence_bytes=geometry.bytes_held(whole.need(target.context), 1),
         sequences=at_once,
         limits=limits,
         auto=DEFAULTS.limits("cuda", gpu.memory_bytes),
         ttft_s=times[0],
         tpot_s=times[1],
         limit=_limit(model, memory, pool, longest),
-        obstacles=tuple(_obstacles(model, layout, target)),
+        obstacles=tuple(_obstacles(model, target)),
     )
 
 
@@ -249,8 +252,8 @@ def _geometry(model: PlannedModel, fmt: KVFormat, page_size: int, layout: Layout
         recent_pages=fmt.recent_pages,
         hot_page_bytes=found[0],
         sealed_page_bytes=found[1],
-        state_bytes=0 if state is None else state.of_rank(layout.tp).num_bytes(BF16_BYTES),
-        ranks=layout.tp,
+        state_bytes=0 if state is None else state.of_rank(layout.ranks).num_bytes(BF16_BYTES),
+        ranks=layout.ranks,
         kvp=layout.kvp,
     )
 
@@ -306,7 +309,7 @@ def _limit(model: PlannedModel, memory: RankMemory, pool: PoolPlan | None, longe
     return Limit.MEMORY if longest < model.max_model_len else Limit.MODEL
 
 
-def _obstacles(model: PlannedModel, layout: Layout, target: Target) -> list[str]:
+def _obstacles(model: PlannedModel, target: Target) -> list[str]:
     found = []
     if model.obstacle is not None:
         found.append(model.obstacle)
@@ -315,6 +318,4 @@ def _obstacles(model: PlannedModel, layout: Layout, target: Target) -> list[str]
             f"the model's own context is {model.max_model_len:,} tokens; a longer one needs a "
             "variant that was trained for it, or RoPE scaling in its config.json"
         )
-    if layout.kvp > 1:
-        found.append("this version serves only layouts with kvp 1")
     return found

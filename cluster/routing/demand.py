@@ -130,7 +130,7 @@ class DemandModel:
         peak = geometry.peak_need(min(total, kind.max_model_len))
         max_need = PageNeed(peak.hot * sequences, peak.sealed * sequences)
         covered = min(prompt + leased_tokens, kind.max_model_len)
-        leased = PageNeed(max_need.hot, len(geometry.sealed_range(covered)) * sequences)
+        leased = PageNeed(max_need.hot, geometry.sealed_need(covered) * sequences)
         num_blocks = geometry.sealed_range(prompt).stop // self._tuning.block_pages
         return KindDemand(max_need, leased, num_blocks, _never(kind, total, sequences, max_need))
 

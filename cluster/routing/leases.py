@@ -172,7 +172,7 @@ class Leases(Mapping[str, Lease]):
         output = want.tokens - want.prompt_tokens
         for target in (int(output * GROWTH), output):
             tokens = min(want.prompt_tokens + target, max_tokens)
-            sealed = len(geometry.sealed_range(tokens)) * lease.sequences
+            sealed = geometry.sealed_need(tokens) * lease.sequences
             if self._account(lease.group).grow(lease, max(lease.need.sealed, sealed)):
                 more_s = max(tokens - want.tokens, 0) * group.decode_step_s
                 group.timeline.remove(lease)

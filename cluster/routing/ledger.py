@@ -28,7 +28,7 @@ class Account:
     """
 
     def __init__(self, group: str, info: EngineInfo, block_pages: int) -> None:
-        self.blocks = SharedBlocks(block_pages, info.geometry.sink_pages)
+        self.blocks = SharedBlocks(block_pages, info.geometry.sink_pages, info.geometry.kvp)
         self.free = info.capacity
         self.sequences = 0
         self.reserve = 0

@@ -11,13 +11,18 @@ class SharedBlocks:
     Hashes are chained: a lease that holds a block holds those before it. So the blocks that a
     prompt shares with others are at its front.
 
+    Pages are counted as on the rank that has fewest of them, because they are taken off the
+    needs of leases, which are those of the fullest rank.
+
     block_pages: of a block
     sink_pages: the first pages of a prompt, which have no sealed form
+    kvp: to how many ranks consecutive pages are dealt
     """
 
-    def __init__(self, block_pages: int, sink_pages: int) -> None:
+    def __init__(self, block_pages: int, sink_pages: int, kvp: int = 1) -> None:
         self._block_pages = block_pages
         self._sink_pages = sink_pages
+        self._kvp = kvp
         self._holders: dict[bytes, int] = {}
 
     def shared_pages(self, blocks: Sequence[bytes]) -> int:
@@ -29,7 +34,10 @@ class SharedBlocks:
                 low = middle + 1
             else:
                 high = middle
-        return max(0, low * self._block_pages - self._sink_pages)
+        first = self._sink_pages // self._block_pages  # the first block with sealed pages
+        if low <= first:
+            return 0
+        return self.sealed_pages(first) + (low - first - 1) * (self._block_pages // self._kvp)
 
     def hold(self, blocks: Sequence[bytes]) -> int:
         """A new lease holds these; how many of their sealed pages others pay for."""
@@ -52,6 +60,6 @@ class SharedBlocks:
         return shared
 
     def sealed_pages(self, index: int) -> int:
-        """Sealed pages of a prompt's block, by its index."""
+        """Sealed pages of a prompt's block, by its index, that every rank has."""
         end = (index + 1) * self._block_pages
-        return min(self._block_pages, max(0, end - self._sink_pages))
+        return min(self._block_pages, max(0, end - self._sink_pages)) // self._kvp

@@ -8,6 +8,7 @@ from kvmesh.kernels.attention.work import (
     Lengths,
     Round,
     Windows,
+    columns_below,
     workspace_bytes,
 )
 
@@ -20,6 +21,7 @@ __all__ = [
     "Round",
     "SharedPrefixes",
     "Windows",
+    "columns_below",
     "paged_attention",
     "sharers",
     "warm_up",

@@ -57,7 +57,11 @@ class AttentionBatch:
     hot_tables, sealed_tables: [num_rows, max_pages] int32, logical page -> page
         id; -1 where the page does not exist in that form
     max_query_len, max_seq_len: upper bounds, known to the host
-    prefixes: pages to read once for several sequences; affects only rounding
+    firsts, stride: where only every stride-th page of a sequence is here: [num_seqs] int32, the
+        first of them; column c of its tables is then its logical page firsts + stride · c, and
+        only those pages are read. None and 1 where all pages are here
+    prefixes: pages to read once for several sequences; affects only rounding. Pages are counted
+        in columns, after those of sink pages
     lengths: the sequences' lengths as the host knows them; without them, a backend that needs
         them waits for the device
     decode_work: the step's `DecodeWork` by sliding window; derived where it is missing
@@ -74,6 +78,8 @@ class AttentionBatch:
     recent_pages: int
     max_query_len: int
     max_seq_len: int
+    firsts: torch.Tensor | None = None
+    stride: int = 1
     prefixes: SharedPrefixes | None = None
     lengths: Lengths | None = None
     decode_work: dict[int | None, GivenDecodeWork] = field(default_factory=dict)
@@ -91,6 +97,10 @@ class AttentionBatch:
                 "hot_tables, sealed_tables: expected equal shapes [num_rows, max_pages], "
                 f"got {tuple(self.hot_tables.shape)} and {tuple(self.sealed_tables.shape)}"
             )
+        if (self.firsts is None) != (self.stride == 1) or self.stride < 1:
+            raise ValueError(f"firsts: expected with a stride above 1 alone, got {self.stride}")
+        if self.firsts is not None and self.firsts.shape != (num_seqs,):
+            raise ValueError(f"firsts: expected [{num_seqs}], got {tuple(self.firsts.shape)}")
         if self.page_size < 1 or self.sink_pages < 0 or self.recent_pages < 0:
             raise ValueError(
                 "page_size, sink_pages, recent_pages: expected >= 1, >= 0, >= 0, "

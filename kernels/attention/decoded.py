@@ -65,10 +65,13 @@ def _divide(
     batch: AttentionBatch, sliding_window: int | None
 ) -> Iterator[tuple[slice, torch.Tensor, AttentionBatch]]:
     lengths = Lengths.of(batch)
-    windows = Windows(batch.page_size, batch.sink_pages, batch.recent_pages, sliding_window)
+    windows = Windows(
+        batch.page_size, batch.sink_pages, batch.recent_pages, sliding_window, batch.stride
+    )
     # From the first page that the first new token reads to the last one that the last reads.
-    first, _ = windows.sealed_pages(lengths.seq_lens - lengths.counts)
-    _, end = windows.sealed_pages(lengths.seq_lens - 1)
+    past = lengths.seq_lens - lengths.counts
+    first, _ = windows.sealed_pages(replace(lengths, seq_lens=past + 1))
+    _, end = windows.sealed_pages(lengths)
     counts = (end - first).clip(min=0) * (lengths.counts > 0)
     start = 0
     while start < batch.num_seqs:
@@ -95,10 +98,12 @@ def _divide(
                 rows=torch.arange(stop - start, dtype=torch.int32, device=rows.device),
                 hot_tables=batch.hot_tables[rows],
                 sealed_tables=tables,
+                firsts=None if batch.firsts is None else batch.firsts[start:stop],
                 prefixes=None,
                 lengths=Lengths(
                     lengths.query_starts[start : stop + 1] - tokens.start,
                     lengths.seq_lens[start:stop],
+                    firsts=None if lengths.firsts is None else lengths.firsts[start:stop],
                 ),
                 decode_work={},
             )

@@ -18,7 +18,8 @@ from kvmesh.kernels.attention.numba_loop import (
     Sequences,
     decode_loop,
 )
-from kvmesh.kernels.attention.plan import check_queries, missing_page
+from kvmesh.kernels.attention.plan import check_queries, firsts_of, missing_page
+from kvmesh.kernels.attention.work import columns_below
 from kvmesh.kernels.formats.base import NO_PARAMS, KVFormat, LayerParams
 from kvmesh.kernels.merge import merge_states
 from kvmesh.kernels.threads import loop_threads
@@ -87,6 +88,7 @@ def paged_attention(
         decode.splits,
         batch.sink_pages,
         batch.recent_pages,
+        batch.stride,
         sliding_window or 0,
         np.float32(scale if softcap else scale * LOG2_E),
         np.float32(softcap or 0.0),
@@ -151,7 +153,7 @@ def _plan(batch: AttentionBatch, num_kv_heads: int, threads: int) -> _Decode:
     _check_tables(batch, seq_lens)
     group_starts, members, shared_pages = _groups(batch, np.flatnonzero(counts == 1))
     # The pages to read, by group; a split of them is a unit of work.
-    own = -(-seq_lens // batch.page_size)[members]
+    own = -(-seq_lens // (batch.page_size * batch.stride))[members]
     firsts = group_starts[:-1]
     work = np.add.reduceat(own, firsts) if len(members) else own
     work -= shared_pages * (np.diff(group_starts) - 1)
@@ -169,6 +171,7 @@ def _plan(batch: AttentionBatch, num_kv_heads: int, threads: int) -> _Decode:
         tokens=starts[:-1],
         seq_lens=seq_lens,
         table_rows=batch.rows.numpy().astype(np.int64),
+        firsts=firsts_of(batch),
         hot_tables=batch.hot_tables.numpy(),
         sealed_tables=batch.sealed_tables.numpy(),
     )
@@ -179,8 +182,9 @@ def _plan(batch: AttentionBatch, num_kv_heads: int, threads: int) -> _Decode:
 def _check_tables(batch: AttentionBatch, seq_lens: Ints) -> None:
     """Check the tables' bounds, because compiled loops do not."""
     num_rows, max_pages = batch.hot_tables.shape
-    longest = int(seq_lens.max(initial=0))
-    if longest > max_pages * batch.page_size:
+    pages = -(-seq_lens // batch.page_size)
+    if int(columns_below(pages, firsts_of(batch), batch.stride).max(initial=0)) > max_pages:
+        longest = int(seq_lens.max())
         raise ValueError(
             f"seq_lens: {longest} tokens do not fit {max_pages} pages of {batch.page_size} tokens"
         )

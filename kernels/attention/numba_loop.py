@@ -220,7 +220,7 @@ class Sequences(NamedTuple):
 
     group_starts [groups + 1], members: the decoding sequences, group by group
     shared_pages [groups]: how many sealed pages after the sink the whole group shares
-    tokens, seq_lens, table_rows: for every sequence; tokens: its row of q
+    tokens, seq_lens, table_rows, firsts: for every sequence; tokens: its row of q
     """
 
     group_starts: Any
@@ -229,6 +229,7 @@ class Sequences(NamedTuple):
     tokens: Any
     seq_lens: Any
     table_rows: Any
+    firsts: Any
     hot_tables: Any
     sealed_tables: Any
 
@@ -237,6 +238,7 @@ class Rule(NamedTuple):
     """Which keys are visible, and what scores are multiplied by.
 
     splits: the number of parts in which a group's pages are read
+    stride: see `AttentionBatch`
     scale: converts to base-2 scores, or with a softcap to natural-log scores
     window: as in `window.py`, 0 for none; softcap: 0 for none
     """
@@ -244,6 +246,7 @@ class Rule(NamedTuple):
     splits: int
     sink_pages: int
     recent_pages: int
+    stride: int
     window: int
     scale: Any
     softcap: Any
@@ -264,6 +267,12 @@ class Scratch(NamedTuple):
     acc: Any
     top: Any
     total: Any
+
+
+@compiled
+def _columns_below(page, first, stride):  # type: ignore[no-untyped-def]
+    """See work.py."""
+    return max(-((first - page) // stride), 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,7 +338,7 @@ def decode_loop(fmt: KVFormat, page_size: int, head_dim: int, dtype: str) -> Dec
     def attend(units, batch, rule, q, hot, sealed, out, lse, scratch):  # type: ignore[no-untyped-def]
         num_kv_heads, page_bytes = sealed.shape[1:]
         group_heads = q.shape[1] // num_kv_heads
-        split_count, sink, window = rule.splits, rule.sink_pages, rule.window
+        split_count, stride, window = rule.splits, rule.stride, rule.window
         k_tile, v_tile, v_hot_tile = scratch.k_tile, scratch.v_tile, scratch.v_hot_tile
         k_numbers, v_numbers = scratch.k_numbers, scratch.v_numbers
         for u in range(units.shape[0]):
@@ -349,24 +358,29 @@ def decode_loop(fmt: KVFormat, page_size: int, head_dim: int, dtype: str) -> Dec
             # First what all sequences read, then for each its own pages: sink, then others.
             for i in range(-1, len(seqs)):
                 row = batch.table_rows[seqs[max(i, 0)]]
+                # Pages are counted in columns of the tables.
+                first = batch.firsts[seqs[max(i, 0)]]
+                sink = _columns_below(rule.sink_pages, first, stride)
+                last_slot = batch.seq_lens[seqs[max(i, 0)]] - 1
+                first_slot = 0
+                if window > 0:
+                    first_slot = max(0, last_slot - window + 1)
+                elif window < 0:  # chunks of -window tokens
+                    first_slot = last_slot // -window * -window
                 if i < 0:
                     block = slice(0, rows)
-                    first_slot, last_slot = 0, (sink + shared) * page_size - 1
                     first_page, num_sink, other_page, num_other = sink, 0, sink, shared
                     recent_from = sink + shared
                 else:
                     block = slice(i * group_heads, (i + 1) * group_heads)
-                    last_slot = batch.seq_lens[seqs[i]] - 1
-                    first_slot = 0
-                    if window > 0:
-                        first_slot = max(0, last_slot - window + 1)
-                    elif window < 0:  # chunks of -window tokens
-                        first_slot = last_slot // -window * -window
-                    first_page, last_page = first_slot // page_size, last_slot // page_size
-                    num_sink = max(min(sink, last_page + 1) - first_page, 0)
+                    last_page = last_slot // page_size
+                    first_page = _columns_below(first_slot // page_size, first, stride)
+                    end_page = _columns_below(last_page + 1, first, stride)
+                    num_sink = max(min(sink, end_page) - first_page, 0)
                     other_page = max(sink + shared, first_page)
-                    num_other = max(last_page + 1 - other_page, 0)
-                    recent_from = max(last_page - rule.recent_pages, sink)
+                    num_other = max(end_page - other_page, 0)
+                    recent_from = _columns_below(last_page - rule.recent_pages, first, stride)
+                    recent_from = max(recent_from, sink)
                 count = num_sink + num_other
                 end_index = count * (split + 1) // split_count
                 for index in range(count * split // split_count, end_index):
@@ -378,7 +392,8 @@ def decode_loop(fmt: KVFormat, page_size: int, head_dim: int, dtype: str) -> Dec
                     page_id = tables[row, page]
                     num_pages = hot.shape[0] if is_hot else sealed.shape[0]
                     if page_id < 0 or page_id >= num_pages:
-                        return row, page, is_hot
+                        return row, first + stride * page, is_hot
+                    start_slot = (first + stride * page) * page_size
                     if is_hot:
                         k = load_hot(hot[page_id, 0, head], k_tile, k_numbers)
                         v = load_hot(hot[page_id, 1, head], v_hot_tile, v_numbers)
@@ -401,8 +416,8 @@ def decode_loop(fmt: KVFormat, page_size: int, head_dim: int, dtype: str) -> Dec
                         v_transposed and not is_hot,
                         DENSE if is_hot else v_grid,
                         v_numbers,
-                        max(first_slot - page * page_size, 0),
-                        min(last_slot + 1 - page * page_size, page_size),
+                        max(first_slot - start_slot, 0),
+                        min(last_slot + 1 - start_slot, page_size),
                         rule.softcap,
                         scratch.scaled[block],
                         scratch.part[block],

@@ -12,6 +12,9 @@ the pages of a block's first and last query, logical pages fall into
     0      sink          P0 - recent     P1 - recent          P1
     | hot   | sealed      | sealed and hot | hot               |
              far: no mask   near: masked by position, both forms side by side
+
+Pages are counted in columns of the tables, see `AttentionBatch`. Where not all pages are here, a
+query may have no key; then its rows of the results stay 0 and -inf.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ import torch
 
 from kvmesh.kernels.attention.batch import AttentionBatch
 from kvmesh.kernels.attention.window import first_seen
+from kvmesh.kernels.attention.work import columns_below
 
 MAX_GROUP_TOKENS = 4096
 MIN_BLOCK_TOKENS = 64
@@ -76,7 +80,7 @@ class DecodeGroup:
     tokens: torch.Tensor | slice
     size: int
     sealed: SealedPages | None
-    hot: HotSlots
+    hot: HotSlots | None
     invisible: torch.Tensor | None
     invisible_hot: torch.Tensor | None
 
@@ -88,13 +92,15 @@ class ChunkBlock:
     tokens: rows of q
     far: parts of the sealed pages that every query sees whole; num_kv_heads rows each
     near_bias: [queries, keys] fp32, 0 or -inf, over near sealed then hot keys
+    near_blind: [queries] bool: those that see none of these keys; None if all see one
     """
 
     tokens: slice
     far: tuple[SealedPages, ...]
     near_sealed: SealedPages | None
-    hot: HotSlots
+    hot: HotSlots | None
     near_bias: torch.Tensor
+    near_blind: torch.Tensor | None
 
 
 def decode_groups(
@@ -109,6 +115,13 @@ def chunk_blocks(
 ) -> tuple[ChunkBlock, ...]:
     """The batch's sequences with several new tokens in blocks, derived on first use."""
     return _once(batch, _Planner.blocks, num_kv_heads, sliding_window)  # type: ignore[no-any-return]
+
+
+def firsts_of(batch: AttentionBatch) -> Ints:
+    """The first logical page of each sequence that is here: 0 where all are."""
+    if batch.firsts is None:
+        return np.zeros(batch.num_seqs, np.int64)
+    return _ints(batch.firsts)
 
 
 def check_queries(counts: Ints, lens: Ints) -> None:
@@ -147,6 +160,8 @@ class _Planner:
         self.starts = _ints(batch.query_starts)
         self.lens = _ints(batch.seq_lens)
         self.rows = _ints(batch.rows)
+        self.firsts = firsts_of(batch)
+        self.stride = batch.stride
         self.hot_tables = batch.hot_tables.cpu().numpy()
         self.sealed_tables = batch.sealed_tables.cpu().numpy()
 
@@ -155,14 +170,25 @@ class _Planner:
 
     def groups(self) -> tuple[DecodeGroup, ...]:
         decode = np.flatnonzero(self.counts == 1)
-        return tuple(self._group(seqs) for seqs in self._similar(decode))
+        if not len(decode):
+            return ()
+        # A group's sequences all have hot pages, or none has.
+        first, stop = self._sealed_range(decode, self.lens[decode] - 1)
+        _, hot = self._hot_pages(decode, self.lens[decode] - 1)
+        parts = (decode[hot > 0], decode[(hot == 0) & (stop > first)])
+        return tuple(self._group(seqs) for part in parts for seqs in self._similar(part))
 
     def blocks(self) -> tuple[ChunkBlock, ...]:
-        return tuple(
+        blocks = (
             self._block(int(seq), start, stop)
             for seq in np.flatnonzero(self.counts > 1)
             for start, stop in self._cuts(int(self.lens[seq]), int(self.counts[seq]))
         )
+        return tuple(block for block in blocks if block is not None)
+
+    def _below(self, pages: Any, seqs: Any) -> Any:
+        """How many columns of the sequences have pages below these."""
+        return columns_below(pages, self.firsts[seqs], self.stride)
 
     def _cuts(self, length: int, count: int) -> list[tuple[int, int]]:
         """Blocks of a sequence's new tokens, cut at page boundaries.
@@ -180,7 +206,7 @@ class _Planner:
         """Sequences with one new token, grouped by similar numbers of sealed pages."""
         if len(seqs) == 0:
             return []
-        first, stop = self._sealed_range(self.lens[seqs] - 1)
+        first, stop = self._sealed_range(seqs, self.lens[seqs] - 1)
         sealed = stop - first
         order = np.argsort(-sealed, kind="stable")
         groups: list[list[int]] = []
@@ -201,42 +227,43 @@ class _Planner:
             return np.zeros_like(positions)
         return first_seen(positions, self.window) // self.page_size
 
-    def _sealed_range(self, positions: Ints) -> tuple[Ints, Ints]:
+    def _sealed_range(self, seqs: Ints, positions: Ints) -> tuple[Ints, Ints]:
+        """Columns of the sealed pages that each sequence's query reads: first and end."""
         pages = positions // self.page_size
         first = np.maximum(self._first_page(positions), self.sink)
-        return first, np.maximum(first, pages - self.recent)
+        stop = np.maximum(first, pages - self.recent)
+        return self._below(first, seqs), self._below(stop, seqs)
 
-    def _hot_pages(self, positions: Ints) -> tuple[Ints, Ints]:
-        """Logical hot pages [n, longest] of each query, padded by its last, and their count."""
+    def _hot_pages(self, seqs: Ints, positions: Ints) -> tuple[Ints, Ints]:
+        """Columns [n, longest] of each query's hot pages, padded by its last, and their count."""
         pages = positions // self.page_size
-        seen = self._first_page(positions)
-        sinks = np.maximum(np.minimum(self.sink, pages + 1) - seen, 0)
-        recent = np.maximum(np.maximum(self.sink, pages - self.recent), seen)
-        counts = sinks + np.maximum(pages + 1 - recent, 0)
+        seen = self._below(self._first_page(positions), seqs)
+        sinks = np.maximum(self._below(np.minimum(self.sink, pages + 1), seqs) - seen, 0)
+        recent = np.maximum(self._below(np.maximum(self.sink, pages - self.recent), seqs), seen)
+        counts = sinks + np.maximum(self._below(pages + 1, seqs) - recent, 0)
         place = np.minimum(np.arange(counts.max())[None, :], counts[:, None] - 1)
         in_sink = place < sinks[:, None]
-        logical = np.where(in_sink, seen[:, None] + place, (recent - sinks)[:, None] + place)
-        return logical, counts
+        columns = np.where(in_sink, seen[:, None] + place, (recent - sinks)[:, None] + place)
+        return columns, counts
 
     def _group(self, seqs: Ints) -> DecodeGroup:
         positions = self.lens[seqs] - 1
-        table_rows = self.rows[seqs][:, None]
-        first, stop = self._sealed_range(positions)
+        first, stop = self._sealed_range(seqs, positions)
         num_sealed = int((stop - first).max())
         keys: list[Ints] = []
         padding: list[npt.NDArray[np.bool_]] = []
         sealed = None
         if num_sealed:
             place = np.arange(num_sealed)[None, :]
-            logical = np.minimum(first[:, None] + place, stop[:, None] - 1)
-            sealed = self._sealed(table_rows, logical)
-            keys.append(self._key_positions(logical))
+            columns = np.minimum(first[:, None] + place, stop[:, None] - 1)
+            sealed = self._sealed(seqs, columns)
+            keys.append(self._key_positions(seqs, columns))
             padding.append(np.repeat(place >= (stop - first)[:, None], self.page_size, axis=1))
-        logical, counts = self._hot_pages(positions)
+        columns, counts = self._hot_pages(seqs, positions)
         hot_padding = np.repeat(
-            np.arange(logical.shape[1])[None, :] >= counts[:, None], self.page_size, axis=1
+            np.arange(columns.shape[1])[None, :] >= counts[:, None], self.page_size, axis=1
         )
-        hot_keys = self._key_positions(logical)
+        hot_keys = self._key_positions(seqs, columns)
         unused = hot_padding | (hot_keys > positions[:, None])
         hot_tokens = int((~unused).sum(1).max())
         keys.append(hot_keys[:, :hot_tokens])
@@ -253,16 +280,17 @@ class _Planner:
             else self._tensor(tokens),
             size=len(seqs),
             sealed=sealed,
-            hot=self._hot(table_rows, logical, hot_tokens),
+            hot=self._hot(seqs, columns, hot_tokens) if hot_tokens else None,
             invisible=self._tensor(invisible[:, None, None, :]) if invisible.any() else None,
             invisible_hot=self._tensor(unused[:, None, :, None]) if unused.any() else None,
         )
 
-    def _block(self, seq: int, start: int, stop: int) -> ChunkBlock:
+    def _block(self, seq: int, start: int, stop: int) -> ChunkBlock | None:
+        """None if these queries have no key here."""
         offset = int(self.starts[seq])
         past = int(self.lens[seq] - (self.starts[seq + 1] - self.starts[seq]))
         positions = past + np.arange(start, stop)
-        row = self.rows[seq : seq + 1][:, None]
+        one = np.array([seq])
         first_page, last_page = positions[[0, -1]] // self.page_size
         seen = int(self._first_page(positions[:1])[0])
         # Sealed pages that any query sees; every query sees those below far_stop in
@@ -275,22 +303,35 @@ class _Planner:
             whole = -(-int(first_seen(positions[-1:], self.window)[0]) // self.page_size)
             far_first = min(max(sealed_first, whole), far_stop)
         step = max(1, MAX_FAR_TOKENS // self.page_size)
+
+        def columns(*spans: tuple[int, int]) -> Ints:
+            """[1, pages]: those of the pages in these spans that are here."""
+            return np.concatenate(
+                [np.arange(self._below(a, seq), self._below(b, seq)) for a, b in spans]
+            )[None, :]
+
+        far_columns = columns((far_first, far_stop))
         far = tuple(
-            self._sealed(row, np.arange(page, min(page + step, far_stop))[None, :])
-            for page in range(far_first, far_stop, step)
+            self._sealed(one, far_columns[:, place : place + step])
+            for place in range(0, far_columns.shape[1], step)
         )
-        near = np.r_[sealed_first:far_first, far_stop:sealed_stop][None, :].astype(np.int64)
+        near = columns((sealed_first, far_first), (far_stop, sealed_stop))
         hot_first = max(self.sink, int(first_page) - self.recent, seen)
-        hot = np.r_[min(seen, self.sink) : self.sink, hot_first : last_page + 1]
-        hot = hot[hot <= last_page][None, :].astype(np.int64)
-        near_keys, hot_keys = self._key_positions(near)[0], self._key_positions(hot)[0]
-        hot_keys = hot_keys[: len(hot_keys) - (self.page_size - 1 - positions[-1] % self.page_size)]
+        sink_stop = min(self.sink, int(last_page) + 1)
+        hot = columns((min(seen, sink_stop), sink_stop), (hot_first, int(last_page) + 1))
+        near_keys, hot_keys = self._key_positions(one, near)[0], self._key_positions(one, hot)[0]
+        hot_keys = hot_keys[: np.count_nonzero(hot_keys <= positions[-1])]
+        if not (far or near_keys.size or hot_keys.size):
+            return None
+        bias = self._near_bias(positions, near_keys, hot_keys)
+        blind: Any = np.isneginf(bias).all(1)
         return ChunkBlock(
             tokens=slice(offset + start, offset + stop),
             far=far,
-            near_sealed=self._sealed(row, near) if near.size else None,
-            hot=self._hot(row, hot, len(hot_keys)),
-            near_bias=self._tensor(self._near_bias(positions, near_keys, hot_keys)),
+            near_sealed=self._sealed(one, near) if near.size else None,
+            hot=self._hot(one, hot, len(hot_keys)) if hot_keys.size else None,
+            near_bias=self._tensor(bias),
+            near_blind=self._tensor(blind) if blind.any() else None,
         )
 
     def _near_bias(self, positions: Ints, sealed: Ints, hot: Ints) -> npt.NDArray[np.float32]:
@@ -305,26 +346,29 @@ class _Planner:
             seen &= keys[None, :] >= first_seen(positions, self.window)[:, None]
         return np.where(seen, np.float32(0.0), np.float32(-np.inf))
 
-    def _key_positions(self, logical: Ints) -> Ints:
-        """[n, pages] -> [n, pages * page_size]"""
+    def _key_positions(self, seqs: Ints, columns: Ints) -> Ints:
+        """[n, pages] of n sequences -> [n, pages * page_size]"""
+        logical = self.firsts[seqs][:, None] + self.stride * columns
         keys = logical[:, :, None] * self.page_size + np.arange(self.page_size)
-        return keys.reshape(len(logical), -1)
+        return keys.reshape(len(columns), -1)
 
-    def _pages(self, tables: npt.NDArray[np.int32], name: str, rows: Ints, logical: Ints) -> Ints:
-        ids = tables[rows, logical].astype(np.int64)
+    def _pages(self, tables: npt.NDArray[np.int32], name: str, seqs: Ints, columns: Ints) -> Ints:
+        rows = self.rows[seqs]
+        ids = tables[rows[:, None], columns].astype(np.int64)
         if (ids < 0).any():
-            at = tuple(int(i[0]) for i in np.nonzero(ids < 0))
-            raise missing_page(name, int(rows[at[0], 0]), int(logical[at]))
+            seq, place = (int(i[0]) for i in np.nonzero(ids < 0))
+            page = self.firsts[seqs[seq]] + self.stride * columns[seq, place]
+            raise missing_page(name, int(rows[seq]), int(page))
         return ids
 
-    def _sealed(self, rows: Ints, logical: Ints) -> SealedPages:
-        ids = self._pages(self.sealed_tables, "sealed_tables", rows, logical)
+    def _sealed(self, seqs: Ints, columns: Ints) -> SealedPages:
+        ids = self._pages(self.sealed_tables, "sealed_tables", seqs, columns)
         index = ids[:, None, :] * self.num_kv_heads + np.arange(self.num_kv_heads)[None, :, None]
         index = index.reshape(-1, ids.shape[1])
         return SealedPages(self._tensor(index.reshape(-1)), len(index))
 
-    def _hot(self, rows: Ints, logical: Ints, tokens: int) -> HotSlots:
-        ids = self._pages(self.hot_tables, "hot_tables", rows, logical)
+    def _hot(self, seqs: Ints, columns: Ints, tokens: int) -> HotSlots:
+        ids = self._pages(self.hot_tables, "hot_tables", seqs, columns)
         k = ids[:, None, :] * (2 * self.num_kv_heads) + np.arange(self.num_kv_heads)[None, :, None]
         index = np.stack((k, k + self.num_kv_heads)).reshape(-1)
         return HotSlots(self._tensor(index), int(ids[0, 0]) if ids.size == 1 else None, tokens)

@@ -103,14 +103,17 @@ class _Layer:
         rows = group.size * self.num_kv_heads
         # The query heads of a group share a KV head, so they are treated as its queries.
         queries = (q.float() * self.scale).reshape(rows, -1, self.head_dim)
-        k, v = self._hot_tokens(group.hot, rows)
-        if group.invisible_hot is not None:
-            # Slots after the last token may hold anything, and 0 * NaN is NaN.
-            by_sequence = v.view(group.size, self.num_kv_heads, -1, self.head_dim)
-            by_sequence.masked_fill_(group.invisible_hot, 0.0)
+        parts = []
         if group.sealed is not None:
-            k = torch.cat((self._sealed_keys(group.sealed), k), dim=1)
-            v = torch.cat((self._sealed_values(group.sealed), v), dim=1)
+            parts.append((self._sealed_keys(group.sealed), self._sealed_values(group.sealed)))
+        if group.hot is not None:
+            k_hot, v_hot = self._hot_tokens(group.hot, rows)
+            if group.invisible_hot is not None:
+                # Slots after the last token may hold anything, and 0 * NaN is NaN.
+                by_sequence = v_hot.view(group.size, self.num_kv_heads, -1, self.head_dim)
+                by_sequence.masked_fill_(group.invisible_hot, 0.0)
+            parts.append((k_hot, v_hot))
+        k, v = (torch.cat(side, dim=1) for side in zip(*parts, strict=True))
         scores = torch.bmm(queries, k.mT)
         if self.softcap is not None:
             scores = scores.div_(self.softcap).tanh_().mul_(self.softcap)
@@ -126,11 +129,21 @@ class _Layer:
     def prefill(self, q: torch.Tensor, block: ChunkBlock) -> tuple[torch.Tensor, torch.Tensor]:
         """q [queries, num_heads, head_dim], consecutive tokens of one sequence."""
         queries = q.float().unflatten(1, (self.num_kv_heads, -1)).permute(1, 2, 0, 3)
-        k, v = self._hot_tokens(block.hot, self.num_kv_heads)
+        out = torch.zeros_like(queries)
+        lse = torch.full(queries.shape[:-1], -torch.inf, device=q.device)
+        parts = []
         if block.near_sealed is not None:
-            k = torch.cat((self._sealed_keys(block.near_sealed), k), dim=1)
-            v = torch.cat((self._sealed_values(block.near_sealed), v), dim=1)
-        out, lse = self._dense(queries, k, v, block.near_bias)
+            near = block.near_sealed
+            parts.append((self._sealed_keys(near), self._sealed_values(near)))
+        if block.hot is not None:
+            parts.append(self._hot_tokens(block.hot, self.num_kv_heads))
+        if parts:
+            keys, values = zip(*parts, strict=True)
+            k, v = torch.cat(keys, dim=1), torch.cat(values, dim=1)
+            out, lse = self._dense(queries, k, v, block.near_bias)
+            if block.near_blind is not None:
+                out = out.masked_fill(block.near_blind[:, None], 0.0)
+                lse = lse.masked_fill(block.near_blind, -torch.inf)
         for piece in block.far:
             k, v = self._sealed_keys(piece), self._sealed_values(piece)
             far_out, far_lse = self._dense(queries, k, v, None)

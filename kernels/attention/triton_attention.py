@@ -119,9 +119,11 @@ class _Step:
         softcap: float | None,
         sliding_window: int | None,
     ) -> _Step:
-        geometry, gpu = Geometry.of(hot, q.shape[1]), gpu_of(q)
+        geometry, gpu = Geometry.of(hot, q.shape[1], batch.stride), gpu_of(q)
         lengths = Lengths.of(batch)
-        windows = Windows(batch.page_size, batch.sink_pages, batch.recent_pages, sliding_window)
+        windows = Windows(
+            batch.page_size, batch.sink_pages, batch.recent_pages, sliding_window, batch.stride
+        )
         flags = {"softcap": softcap is not None, "window": sliding_window is not None}
         decode = prefill = None
         chunked = batch.max_query_len > 1
@@ -321,6 +323,7 @@ def _pointers(
         batch.query_starts,
         batch.seq_lens,
         batch.rows,
+        starts if batch.firsts is None else batch.firsts,
         batch.hot_tables,
         batch.sealed_tables,
         starts,

@@ -19,7 +19,14 @@ from kvmesh.kernels.attention.triton_loop import (
     no_keys,
     store_finished,
 )
-from kvmesh.kernels.attention.triton_parts import find, first_seen, num_chunks
+from kvmesh.kernels.attention.triton_parts import (
+    columns_below,
+    find,
+    first_of,
+    first_seen,
+    num_chunks,
+    slots_below,
+)
 from kvmesh.kernels.attention.triton_sealed import integer_part
 from kvmesh.kernels.merge.triton_merge import BLOCK_D, merge_row
 
@@ -60,28 +67,33 @@ def decode_kernel(
         query = tl.load(batch.query_starts + seq).to(tl.int64)
         row = tl.load(batch.rows + seq).to(tl.int64) * stride_table
         out_row = (slot - first_slot).to(tl.int64) * FORM.num_heads
+        first = first_of(batch, seq, FORM)
+        here = (sink_pages, recent_pages, first)
+        sink = columns_below(sink_pages, first, FORM)
+        recent = columns_below(position // PAGE_SIZE - recent_pages, first, FORM)
         seen_from = 0
-        first_page = sink_pages
+        first_page = sink
         if FORM.has_window:
             seen_from = first_seen(position, softmax[2])
-            first_page = tl.maximum(first_page, seen_from // PAGE_SIZE)
+            seen_page = columns_below(seen_from // PAGE_SIZE, first, FORM)
+            first_page = tl.maximum(first_page, seen_page)
+            seen_from = slots_below(seen_from, first, FORM)
         num_shared = 0
         if FORM.has_prefixes:
             shared_pages = tl.load(batch.prefix_pages + seq)
             first_page += shared_pages
-            num_shared = num_chunks(sink_pages, sink_pages + shared_pages, PAGES)
+            num_shared = num_chunks(sink, sink + shared_pages, PAGES)
             num_shared = tl.where(shared_pages > 0, num_shared, 0)
         pages = (hot_ptr, sealed_ptr, batch.hot_tables + row, batch.sealed_tables + row)
         if part == 0:
-            recent_from = (position // PAGE_SIZE - recent_pages) * PAGE_SIZE
-            spans = (seen_from, recent_from, position + 1)
+            spans = (seen_from, recent * PAGE_SIZE, slots_below(position + 1, first, FORM))
             q = _queries(q_ptr, query, position, heads, FORM)
-            state = attend_hot(q, no_keys(FORM), pages, heads[0], spans, softmax, windows, FORM)
+            state = attend_hot(q, no_keys(FORM), pages, heads[0], spans, softmax, here, FORM)
             _store(state, out_ptr, lse_ptr, out_row, heads, FORM)
         elif part > num_shared:
             chunk = first_page // PAGES + part - 1 - num_shared
             from_page = tl.maximum(first_page, chunk * PAGES)
-            end_page = tl.minimum(position // PAGE_SIZE - recent_pages, (chunk + 1) * PAGES)
+            end_page = tl.minimum(recent, (chunk + 1) * PAGES)
             if FORM.integer:
                 integer_part(
                     q_ptr,
@@ -102,7 +114,7 @@ def decode_kernel(
                 MASKED: tl.constexpr = FORM.has_window
                 q = _queries(q_ptr, query, position, heads, FORM)
                 state = attend_sealed(
-                    q, no_keys(FORM), pages, heads[0], span, softmax, windows, MASKED, FORM
+                    q, no_keys(FORM), pages, heads[0], span, softmax, here, MASKED, FORM
                 )
                 _store(state, out_ptr, lse_ptr, out_row, heads, FORM)
 

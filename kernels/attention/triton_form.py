@@ -21,7 +21,7 @@ class Form(KernelConstants):
     block_n: tokens of a tile of sealed keys; hot_n: of hot keys
     load_k, load_v, k_folded, v_folded, load_k_centre: as in `SideKernels`
     integer: sealed pages are read by the integer loop; ptx: with inline PTX; stages: of that loop
-    hot_stages: of the loop over hot keys
+    hot_stages: of the loop over hot keys; stride: of `AttentionBatch`
     """
 
     k_side: Any
@@ -51,6 +51,7 @@ class Form(KernelConstants):
     ptx: bool = False
     stages: int = 1
     hot_stages: int = 1
+    stride: int = 1
 
     @property
     def num_heads(self) -> int:

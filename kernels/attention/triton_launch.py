@@ -72,20 +72,22 @@ def _has_integer_codes(side: Side) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """A layer's heads and pages on one rank. group: query heads per KV head"""
+    """A layer's heads and pages on one rank. group: query heads per KV head; stride: as in
+    `AttentionBatch`"""
 
     num_kv_heads: int
     group: int
     head_dim: int
     page_size: int
     dtype_bytes: int = 2
+    stride: int = 1
 
     @classmethod
-    def of(cls, hot: torch.Tensor, num_heads: int) -> Geometry:
+    def of(cls, hot: torch.Tensor, num_heads: int, stride: int = 1) -> Geometry:
         """hot: as in `paged_attention`"""
         num_kv_heads, page_size, head_dim = hot.shape[2:]
         group = num_heads // num_kv_heads
-        return cls(num_kv_heads, group, head_dim, page_size, hot.element_size())
+        return cls(num_kv_heads, group, head_dim, page_size, hot.element_size(), stride)
 
     def form(self, fmt: KVFormat, **shape: Any) -> Form:
         sizes = {item.name: getattr(self, item.name) for item in fields(self)}

@@ -20,7 +20,7 @@ In all functions here:
     state     (acc [rows, BLOCK_D], acc_offset [rows], top [rows], total [rows]), all fp32
     pages     (hot_ptr, sealed_ptr, hot_table_ptr, sealed_table_ptr): tables at the sequence's row
     softmax   (qk_scale, softcap, sliding window)
-    windows   (sink_pages, recent_pages)
+    windows   (sink_pages, recent_pages, the first page of the sequence that is here)
     FORM      see `triton_form.py`
 """
 
@@ -29,7 +29,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvmesh.kernels.attention.triton_parts import first_seen, page_of
+from kvmesh.kernels.attention.triton_parts import columns_below, first_seen, page_of
 
 
 @triton.jit
@@ -95,10 +95,9 @@ def _scores(q, k_ptr, first_slot, mask, softmax, HOT: tl.constexpr, FORM: tl.con
 
 
 @triton.jit
-def _visible(first_key, keys, mask, q_pos, softmax, windows, HOT: tl.constexpr, FORM: tl.constexpr):
-    """[rows, keys]: which keys of a page's tile each row sees in this form"""
-    sink_pages, recent_pages = windows
-    page = first_key // FORM.page_size
+def _visible(page, keys, mask, q_pos, softmax, windows, HOT: tl.constexpr, FORM: tl.constexpr):
+    """[rows, keys]: which keys of a page's tile each row sees in this form; keys: positions"""
+    sink_pages, recent_pages, _ = windows
     edge = q_pos // FORM.page_size - recent_pages
     if HOT:
         seen = (page < sink_pages) | (page >= edge)
@@ -123,7 +122,7 @@ def _attend_tile(
     MASKED: tl.constexpr,
     FORM: tl.constexpr,
 ):
-    """One tile of keys of one page, of which positions [span[0], span[1]) are valid.
+    """One tile of keys of one page, of which slots [span[0], span[1]) are valid.
 
     page: pointers to the head's keys and values in it
     MASKED: False if every row sees every key of the tile
@@ -136,7 +135,10 @@ def _attend_tile(
     mask = (keys >= span[0]) & (keys < span[1])
     scores = _scores(q, k_ptr, first_slot, mask, softmax, HOT, FORM)
     if MASKED:
-        visible = _visible(first_key, keys, mask, q[2], softmax, windows, HOT, FORM)
+        column = first_key // FORM.page_size
+        page = column * FORM.stride + windows[2]
+        keys += (page - column) * FORM.page_size  # from slots to positions
+        visible = _visible(page, keys, mask, q[2], softmax, windows, HOT, FORM)
         scores = tl.where(visible, scores, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, 1))
     # A row that has seen no key yet keeps -inf; subtract 0 from it, since inf - inf is NaN.
@@ -161,7 +163,7 @@ def _attend_tile(
 def attend_sealed(
     q, state, pages, head, span, softmax, windows, MASKED: tl.constexpr, FORM: tl.constexpr
 ):
-    """The sealed pages that contain positions [span[0], span[1]); the end is a page's."""
+    """The sealed pages that contain slots [span[0], span[1]); the end is a page's."""
     _, sealed_ptr, _, table_ptr = pages
     start_key, end_key = span
     BLOCK_N: tl.constexpr = FORM.block_n
@@ -176,19 +178,20 @@ def attend_sealed(
 
 @triton.jit
 def attend_hot(q, state, pages, head, spans, softmax, windows, FORM: tl.constexpr):
-    """The hot pages of positions [seen_from, sink) and [recent_from, end_key).
+    """The hot pages of slots [seen_from, sink) and [recent_from, end_key).
 
     spans: (seen_from, recent_from, end_key)
     """
     seen_from, recent_from, end_key = spans
     hot_ptr, _, table_ptr, _ = pages
     BLOCK_N: tl.constexpr = FORM.hot_n
-    sink_end = tl.minimum(windows[0] * FORM.page_size, end_key)
-    recent_from = tl.maximum(tl.maximum(recent_from, windows[0] * FORM.page_size), seen_from)
+    sink_end = columns_below(windows[0], windows[2], FORM) * FORM.page_size
+    recent_from = tl.maximum(tl.maximum(recent_from, sink_end), seen_from)
+    sink_end = tl.minimum(sink_end, end_key)
     sink_tile = seen_from // BLOCK_N
     recent_tile = recent_from // BLOCK_N
     num_sink = tl.maximum((sink_end + BLOCK_N - 1) // BLOCK_N - sink_tile, 0)
-    num_recent = tl.maximum((end_key - 1) // BLOCK_N + 1 - recent_tile, 0)
+    num_recent = tl.maximum((end_key + BLOCK_N - 1) // BLOCK_N - recent_tile, 0)
     for index in tl.range(0, num_sink + num_recent, num_stages=FORM.hot_stages):
         in_sink = index < num_sink
         first_key = tl.where(in_sink, sink_tile + index, recent_tile + index - num_sink) * BLOCK_N

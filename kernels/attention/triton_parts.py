@@ -1,4 +1,8 @@
-"""Where a part of the work lies, found on the device (`work.py`), and the arguments of a batch."""
+"""Where a part of the work lies, found on the device (`work.py`), and the arguments of a batch.
+
+Parts are divided, and loops count, in columns of the tables and their slots. Where all pages are
+here, those are pages and positions.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,7 @@ class BatchPointers(NamedTuple):
     query_starts: Any
     seq_lens: Any
     rows: Any
+    firsts: Any
     hot_tables: Any
     sealed_tables: Any
     starts: Any
@@ -22,6 +27,37 @@ class BatchPointers(NamedTuple):
     members: Any
     set_starts: Any
     set_chunks: Any
+
+
+@triton.jit
+def first_of(batch, seq, FORM: tl.constexpr):
+    """The first page of a sequence that is here."""
+    if FORM.stride == 1:
+        return seq * 0
+    else:
+        return tl.load(batch.firsts + seq)
+
+
+@triton.jit
+def columns_below(page, first, FORM: tl.constexpr):
+    """How many of a sequence's pages below `page` are here."""
+    STRIDE: tl.constexpr = FORM.stride
+    if STRIDE == 1:
+        return page
+    else:
+        return tl.maximum(page - first + STRIDE - 1, 0) // STRIDE
+
+
+@triton.jit
+def slots_below(position, first, FORM: tl.constexpr):
+    """How many of a sequence's positions below `position`, at least 0, are here."""
+    STRIDE: tl.constexpr = FORM.stride
+    if STRIDE == 1:
+        return position
+    else:
+        page = position // FORM.page_size
+        within = tl.where(page % STRIDE == first, position % FORM.page_size, 0)
+        return columns_below(page, first, FORM) * FORM.page_size + within
 
 
 @triton.jit
@@ -53,15 +89,20 @@ def first_seen(position, window):
 
 
 @triton.jit
-def prefill_parts(seq_len, num_queries, window, windows, FORM: tl.constexpr):
-    """First chunk, and number of parts, of the blocks of a sequence with several new tokens."""
+def prefill_parts(seq_len, num_queries, first, window, windows, FORM: tl.constexpr):
+    """First chunk, and number of parts, of the blocks of a sequence with several new tokens.
+
+    first: its first page that is here
+    """
     sink_pages, recent_pages = windows
     PAGES: tl.constexpr = FORM.chunk_pages
     base = seq_len * 0
     if FORM.has_window:
         seen_from = first_seen(seq_len - num_queries, window)
-        base = tl.maximum(seen_from // FORM.page_size, sink_pages) // PAGES
+        base = tl.maximum(seen_from // FORM.page_size, sink_pages)
+        base = columns_below(base, first, FORM) // PAGES
     end_page = tl.maximum((seq_len - 1) // FORM.page_size - recent_pages, 0)
+    end_page = columns_below(end_page, first, FORM)
     return base, tl.maximum((end_page + PAGES - 1) // PAGES - base, 1)
 
 

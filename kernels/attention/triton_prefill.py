@@ -16,7 +16,14 @@ from kvmesh.kernels.attention.triton_loop import (
     no_keys,
     store_finished,
 )
-from kvmesh.kernels.attention.triton_parts import find, first_seen, prefill_parts
+from kvmesh.kernels.attention.triton_parts import (
+    columns_below,
+    find,
+    first_of,
+    first_seen,
+    prefill_parts,
+    slots_below,
+)
 from kvmesh.kernels.merge.triton_merge import merge_row
 
 
@@ -50,7 +57,9 @@ def prefill_kernel(
     num_queries = tl.load(batch.query_starts + seq + 1) - query_start
     seq_len = tl.load(batch.seq_lens + seq)
     sink_pages, recent_pages = windows
-    base, num_parts = prefill_parts(seq_len, num_queries, softmax[2], windows, FORM)
+    first = first_of(batch, seq, FORM)
+    base, num_parts = prefill_parts(seq_len, num_queries, first, softmax[2], windows, FORM)
+    here = (sink_pages, recent_pages, first)
     local = item - tl.load(batch.starts + seq)
     part = local % num_parts
     first_query = local // num_parts * FORM.block_q
@@ -72,20 +81,22 @@ def prefill_kernel(
 
     seen_from = 0
     if FORM.has_window:
-        seen_from = first_seen(first_pos, softmax[2])
-    sealed_from = tl.maximum(sink_pages * PAGE_SIZE, seen_from)
-    sealed_end = tl.maximum(last_pos // PAGE_SIZE - recent_pages, 0) * PAGE_SIZE
+        seen_from = slots_below(first_seen(first_pos, softmax[2]), first, FORM)
+    sealed_from = tl.maximum(columns_below(sink_pages, first, FORM) * PAGE_SIZE, seen_from)
+    sealed_end = tl.maximum(last_pos // PAGE_SIZE - recent_pages, 0)
+    sealed_end = columns_below(sealed_end, first, FORM) * PAGE_SIZE
     sealed_from = tl.maximum(sealed_from, tl.where(part > 0, (base + part) * CHUNK, 0))
     sealed_end = tl.minimum(sealed_end, (base + part + 1) * CHUNK)
 
     row = tl.load(batch.rows + seq).to(tl.int64) * stride_table
     pages = (hot_ptr, sealed_ptr, batch.hot_tables + row, batch.sealed_tables + row)
     span = (sealed_from, sealed_end)
-    state = attend_sealed(q, no_keys(FORM), pages, head, span, softmax, windows, True, FORM)
+    state = attend_sealed(q, no_keys(FORM), pages, head, span, softmax, here, True, FORM)
     if part == 0:
-        recent_from = (first_pos // PAGE_SIZE - recent_pages) * PAGE_SIZE
-        spans = (seen_from, recent_from, last_pos + 1)
-        state = attend_hot(q, state, pages, head, spans, softmax, windows, FORM)
+        recent_from = columns_below(first_pos // PAGE_SIZE - recent_pages, first, FORM)
+        end_key = slots_below(last_pos + 1, first, FORM)
+        spans = (seen_from, recent_from * PAGE_SIZE, end_key)
+        state = attend_hot(q, state, pages, head, spans, softmax, here, FORM)
     if DIRECT:
         store_finished(state, out_ptr, lse_ptr, q_row, mask_m, FORM)
     else:
@@ -118,7 +129,8 @@ def prefill_merge_kernel(
     num_queries = tl.load(batch.query_starts + seq + 1) - query_start
     if num_queries > 1:  # decoding sequences may lie between
         seq_len = tl.load(batch.seq_lens + seq)
-        _, num_parts = prefill_parts(seq_len, num_queries, window, windows, FORM)
+        first = first_of(batch, seq, FORM)
+        _, num_parts = prefill_parts(seq_len, num_queries, first, window, windows, FORM)
         query = token - query_start
         item = tl.load(batch.starts + seq) - first_item + query // FORM.block_q * num_parts
         row = query % FORM.block_q * FORM.group + head % FORM.group

@@ -16,7 +16,7 @@ from kvmesh.kernels.attention.triton_loop import (
     no_keys,
     store_finished,
 )
-from kvmesh.kernels.attention.triton_parts import find
+from kvmesh.kernels.attention.triton_parts import columns_below, find, first_of
 
 
 @triton.jit(do_not_specialize=["batch", "first_slot", "max_slots", "num_sets"])
@@ -41,7 +41,7 @@ def prefix_kernel(
     Members whose slots are not those to be computed are masked.
     """
     head = tl.program_id(1)
-    sink_pages, _ = windows
+    sink_pages, recent_pages = windows
     PAGES: tl.constexpr = FORM.chunk_pages
     BLOCK_M: tl.constexpr = FORM.block_m
     offs_m = tl.arange(0, BLOCK_M)
@@ -61,13 +61,16 @@ def prefix_kernel(
         # Every row sees all of every page, so nothing is masked.
         q = load_queries(q_ptr, query * FORM.num_heads + q_head, mask_m, offs_m, FORM)
         first_seq = tl.load(batch.members + members_from)
-        end_page = sink_pages + tl.load(batch.prefix_pages + first_seq)
-        chunk = sink_pages // PAGES + part
-        from_page = tl.maximum(sink_pages, chunk * PAGES)
+        first = first_of(batch, first_seq, FORM)
+        sink = columns_below(sink_pages, first, FORM)
+        end_page = sink + tl.load(batch.prefix_pages + first_seq)
+        chunk = sink // PAGES + part
+        from_page = tl.maximum(sink, chunk * PAGES)
         end_page = tl.minimum(end_page, (chunk + 1) * PAGES)
         row = tl.load(batch.rows + first_seq).to(tl.int64) * stride_table
         pages = (hot_ptr, sealed_ptr, batch.hot_tables + row, batch.sealed_tables + row)
         span = (from_page * FORM.page_size, end_page * FORM.page_size)
-        state = attend_sealed(q, no_keys(FORM), pages, head, span, softmax, windows, False, FORM)
+        here = (sink_pages, recent_pages, first)
+        state = attend_sealed(q, no_keys(FORM), pages, head, span, softmax, here, False, FORM)
         rows = slot.to(tl.int64) * FORM.num_heads + q_head
         store_finished(state, out_ptr, lse_ptr, rows, mask_m, FORM)

@@ -22,7 +22,7 @@ the rest follows from its length. So the host's work does not depend on the leng
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -51,11 +51,18 @@ DECODED_TOKENS, DECODED_AT_ONCE = 65536, 16384
 Ints = npt.NDArray[np.int64]
 
 
+def columns_below(pages: Any, firsts: Any, stride: int) -> Any:
+    """How many of the logical pages firsts, firsts + stride, … are below `pages`; of ints or of
+    arrays alike."""
+    return np.maximum(-((firsts - pages) // stride), 0)
+
+
 @dataclass(frozen=True, slots=True)
 class Lengths:
     """What of a batch the host knows, as in `AttentionBatch` and `SharedPrefixes`.
 
     prefix_pages: [num_seqs], set_starts: [num_sets + 1], members: as there; None without prefixes
+    firsts: [num_seqs], as there; None where all pages are here
     """
 
     query_starts: Ints
@@ -63,6 +70,7 @@ class Lengths:
     prefix_pages: Ints | None = None
     members: Ints | None = None
     set_starts: Ints | None = None
+    firsts: Ints | None = None
 
     @classmethod
     def of(cls, batch: AttentionBatch) -> Lengths:
@@ -71,7 +79,8 @@ class Lengths:
             return batch.lengths
         prefixes = batch.prefixes
         more = () if prefixes is None else (prefixes.pages, prefixes.members, prefixes.starts)
-        return cls(*(_host(x) for x in (batch.query_starts, batch.seq_lens, *more)))
+        found = cls(*(_host(x) for x in (batch.query_starts, batch.seq_lens, *more)))
+        return found if batch.firsts is None else replace(found, firsts=_host(batch.firsts))
 
     @property
     def counts(self) -> Ints:
@@ -87,17 +96,29 @@ class Windows:
     sink_pages: int
     recent_pages: int
     sliding_window: int | None
+    stride: int = 1
 
     def chunk_pages(self, tokens: int) -> int:
         return max(1, tokens // self.page_size)
 
-    def sealed_pages(self, positions: Ints) -> tuple[Ints, Ints]:
-        """First and end of the sealed pages that queries at these positions read."""
+    def sink_columns(self, lengths: Lengths) -> Any:
+        """How many sink pages of each sequence are here."""
+        if lengths.firsts is None:
+            return self.sink_pages
+        return columns_below(self.sink_pages, lengths.firsts, self.stride)
+
+    def sealed_pages(self, lengths: Lengths) -> tuple[Ints, Ints]:
+        """Columns of the sealed pages that the sequences' last queries read: first and end."""
+        positions = lengths.seq_lens - 1
         first = np.full_like(positions, self.sink_pages)
         if self.sliding_window is not None:
             seen = first_seen(positions, self.sliding_window) // self.page_size
             first = np.maximum(first, seen)
-        return first, np.maximum(first, positions // self.page_size - self.recent_pages)
+        end = np.maximum(first, positions // self.page_size - self.recent_pages)
+        if lengths.firsts is None:
+            return first, end
+        first, end = (columns_below(x, lengths.firsts, self.stride) for x in (first, end))
+        return first, end
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,13 +147,13 @@ class DecodeWork:
     def of(cls, lengths: Lengths, windows: Windows) -> DecodeWork:
         chunk = windows.chunk_pages(DECODE_CHUNK_TOKENS)
         decodes = lengths.counts == 1
-        first, end = windows.sealed_pages(lengths.seq_lens - 1)
+        first, end = windows.sealed_pages(lengths)
         shared = np.zeros_like(first)
         set_chunks = np.zeros(0, np.int64)
         pages = lengths.prefix_pages
         if pages is not None and windows.sliding_window is None:
             first = first + pages
-            sink = windows.sink_pages
+            sink = windows.sink_columns(lengths)
             shared = np.where(pages > 0, -(-(sink + pages) // chunk) - sink // chunk, 0)
             assert lengths.members is not None and lengths.set_starts is not None
             sizes = np.diff(lengths.set_starts)
@@ -185,7 +206,7 @@ class PrefillWork:
         """block_q: queries of a block; item_bytes: of an item's results"""
         chunk = windows.chunk_pages(PREFILL_CHUNK_TOKENS)
         counts = lengths.counts
-        _, end = windows.sealed_pages(lengths.seq_lens - 1)
+        _, end = windows.sealed_pages(lengths)
         parts = np.maximum(-(-end // chunk), 1)
         blocks = np.where(counts > 1, -(-counts // block_q), 0)
         starts = _starts(blocks * parts)

@@ -88,6 +88,7 @@ def test_every_flag_arrives() -> None:
         "kv_format": "nuq4",
         "calibration": "/file",
         "tp": 3,
+        "kvp": 2,
         "kv_memory": "1Gi",
         "groups": 2,
         "host": "0.0.0.0",

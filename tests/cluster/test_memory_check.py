@@ -116,7 +116,7 @@ def test_what_auto_is_here() -> None:
         (("engine.kv_memory_bytes=1KiB",), "engine.kv_memory_bytes: 1,024 bytes cannot hold"),
         (("engine.max_model_len=100000000",), "engine.max_model_len: must be at most"),
         (("engine.tp=3",), "engine.tp: must divide the 4 KV heads"),
-        (("groups=2",), "groups: need 2 GPUs (the sum of their tp), but the cluster has 1"),
+        (("groups=2",), "groups: need 2 GPUs (the sum of their tp · kvp), but the cluster has 1"),
         (("engine.device=cuda",), "engine.device: is cuda, but this machine has no GPU"),
     ],
 )

@@ -9,12 +9,21 @@ from torch import Tensor
 from kvmesh.workers.model.hook import AttendArgs
 from kvmesh.workers.model.load import ServedModel
 from kvmesh.workers.model.recurrent_state import RecurrentStates
+from kvmesh.workers.parallel.comm import Communicator
+from kvmesh.workers.parallel.heads import merge_over_ranks
+
+ALONE = Communicator.single()
 
 
 class ContiguousCache:
-    """Keys and values of several sequences, and attention over them, one loop per sequence."""
+    """Keys and values of several sequences, and attention over them, one loop per sequence.
 
-    def __init__(self) -> None:
+    comm: every one of its kvp ranks has all pages, so merging what they have found changes nothing
+        but that each gets its part of the channels
+    """
+
+    def __init__(self, comm: Communicator) -> None:
+        self._comm = comm
         self._kv: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self._lengths: list[tuple[int, int]] = []
 
@@ -33,7 +42,10 @@ class ContiguousCache:
                 keys, values = torch.cat((old_keys, keys)), torch.cat((old_values, values))
             self._kv[layer, seq] = keys, values
             outs.append(_attention(q[part], keys, values, args))
-        return torch.cat(outs)
+        out = torch.cat(outs)
+        if self._comm.kvp == 1:
+            return out
+        return merge_over_ranks(out, torch.zeros(out.shape[:2]), self._comm)[0]
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, args: AttendArgs) -> Tensor:
@@ -56,9 +68,11 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, args: AttendArgs) -> Tensor:
     return torch.einsum("hqk,khd->qhd", weights, values).to(q.dtype)
 
 
-def prompt_logits(model: ServedModel, prompt: list[int]) -> Tensor | None:
+def prompt_logits(
+    model: ServedModel, prompt: list[int], comm: Communicator = ALONE
+) -> Tensor | None:
     """Logits of every position of `prompt`: [tokens, vocab_size] on rank 0."""
-    cache = ContiguousCache()
+    cache = ContiguousCache(comm)
     cache.begin([(0, len(prompt))])
     positions = torch.arange(len(prompt))
     return model.forward(torch.tensor(prompt), positions, cache.attend, positions)
@@ -69,12 +83,13 @@ def generate_greedily(
     prompts: list[list[int]],
     count: int,
     tokens_of: list[list[int]] | None = None,
+    comm: Communicator = ALONE,
 ) -> list[list[int]]:
     """`count` tokens for each prompt, all packed in one batch.
 
     tokens_of: the tokens that rank 0 chose, for ranks without logits
     """
-    cache = ContiguousCache()
+    cache = ContiguousCache(comm)
     outputs: list[list[int]] = [[] for _ in prompts]
     steps = list(prompts)
     done = [0] * len(prompts)
@@ -91,7 +106,8 @@ def generate_greedily(
         rows = torch.tensor(starts[1:]) - 1
         states = None
         if kept is not None:
-            states = kept.step(torch.arange(len(steps)), positions, positions, np.array(starts))
+            query_starts = torch.tensor(starts)
+            states = kept.step(torch.arange(len(steps)), positions, query_starts, np.array(starts))
         logits = model.forward(packed, positions, cache.attend, rows, states)
         if logits is not None:
             chosen = logits.argmax(-1).tolist()

@@ -64,6 +64,6 @@ def test_three_ranks_compute_the_same_as_one(path: Path, tmp_path: Path) -> None
     tokenizer = Tokenizer.load(path)
     prompts = [tokenizer.encode(text) for text in QUESTIONS[:2]]
     expectation = save_expectation(tmp_path / "embedded.pt", path, prompts)
-    [(_, error, same_tokens)] = run_ranks(compare_models, 3, 1, [expectation])
+    [(_, _, error, same_tokens)] = run_ranks(compare_models, 3, 1, [expectation])
     assert error < 1e-3
     assert same_tokens

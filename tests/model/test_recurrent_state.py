@@ -16,9 +16,8 @@ SHAPE = StateShape(layers=2, channels=4, tail=3, memory=(4, 2, 5), groups=2)
 def step_of(
     states: RecurrentStates, rows: list[int], positions: list[int], starts: list[int]
 ) -> StepStates:
-    slots = torch.tensor([-1 if position < 0 else 7 for position in positions])
-    ids = torch.tensor(rows, dtype=torch.int32)
-    return states.step(ids, torch.tensor(positions).clamp(min=0), slots, np.array(starts))
+    ids, query_starts = (torch.tensor(x, dtype=torch.int32) for x in (rows, starts))
+    return states.step(ids, torch.tensor(positions), query_starts, np.array(starts))
 
 
 def test_the_bytes_of_ranks_are_parts_of_all() -> None:
@@ -42,7 +41,7 @@ def test_a_state_is_kept_in_its_row_and_is_zero_where_a_sequence_begins() -> Non
 
 def test_padding_of_graphs_changes_no_row() -> None:
     states = RecurrentStates(SHAPE, 2, torch.float32, CPU)
-    step = step_of(states, [1, 0, 0], [5, -1, -1], [0, 1, 1, 1])
+    step = step_of(states, [1, 0, 0], [5, 0, 0], [0, 1, 1, 1])
     (part,) = step.parts
     assert part.length == 1
     tails, memories = step.read(0)

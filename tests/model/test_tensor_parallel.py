@@ -5,8 +5,8 @@ All architectures run in one pair of processes, since starting them takes most o
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -36,20 +36,19 @@ def test_two_ranks_compute_the_same_as_one(tmp_path: Path) -> None:
         )
         for case, (architecture, overrides) in CASES.items()
     ]
-    mixtures = [case for case in CASES if read_facts(tmp_path / case).num_experts]
-    expected = {*CASES, *(f"{case} by expert" for case in mixtures)}
-    results = run_ranks(compare_models, 2, len(expected), expectations)
-    assert {case for case, _, _ in results} == expected
-    assert mixtures
-    assert [result for result in results if result[1] > 1e-4 or not result[2]] == []
+    results = run_ranks(compare_models, 2, 2 * len(CASES), expectations, (1, 2))
+    assert {(case, kvp) for case, kvp, _, _ in results} == {*product(CASES, (1, 2))}
+    assert [result for result in results if result[2] > 1e-4 or not result[3]] == []
 
 
 @pytest.mark.slow
 def test_sums_are_bitwise_equal_and_a_lost_rank_is_noticed() -> None:
-    size = 3
+    size = 4
     results = run_ranks(sum_then_lose_a_rank, size, size + (size - 1))
-    sums: dict[int, Any] = dict(result for result in results if isinstance(result, tuple))
-    assert sorted(result for result in results if isinstance(result, int)) == [0, 1]
+    answers = [result for result in results if isinstance(result, tuple)]
+    sums = {rank: found for rank, found, _ in answers}
+    assert all(all(exchanged) for _, _, exchanged in answers)
+    assert sorted(result for result in results if isinstance(result, int)) == [0, 1, 2]
     for (total, gathered), *others in zip(*(sums[rank] for rank in range(size)), strict=True):
         parts = np.split(gathered, size, axis=-1)
         np.testing.assert_allclose(total, sum(parts), rtol=0, atol=1e-5)
@@ -68,7 +67,20 @@ def test_tp_must_divide_the_kv_heads(tmp_path: Path) -> None:
         assert caught.value.field == "tp"
 
 
+def test_kvp_must_divide_what_a_share_of_the_heads_has(tmp_path: Path) -> None:
+    """Of 8 heads with 8 channels each, and an MLP of 96."""
+    facts = read_facts(make_small_model("LlamaForCausalLM", tmp_path))
+    for tp, kvp in ((1, 2), (4, 8), (1, 32)):
+        check_tp(facts, tp, kvp)
+    for tp, kvp in ((1, 3), (4, 16)):
+        with pytest.raises(ConfigError, match=f"1, 2, 4.*; got {kvp}") as caught:
+            check_tp(facts, tp, kvp)
+        assert caught.value.field == "kvp"
+
+
 def test_a_rank_outside_its_group_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="rank"):
         Communicator.connect(2, 2, tmp_path / "ranks", device=CPU)
+    with pytest.raises(ConfigError, match="kvp: must divide the 3 ranks"):
+        Communicator.connect(2, 3, tmp_path / "ranks", device=CPU, kvp=2)
     assert Communicator.connect(0, 1, tmp_path / "unused", device=CPU).size == 1

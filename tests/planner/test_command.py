@@ -31,7 +31,7 @@ def test_it_prints_tables_within_80_columns_and_a_command_that_serve_takes() -> 
     formats = ("--kv-format", "k4v4,int8-static")
     every = run(*LONG_LLAMA, "--context", "1M", "--all", *formats)
     assert max(map(len, every.stdout.splitlines()[1:-1])) <= 80 and "…" not in every.stdout
-    assert "4 × tp 1 kvp 2 ‡" in every.stdout and "int8-static †" in every.stdout
+    assert "4 × tp 1 kvp 2 " in every.stdout and "int8-static †" in every.stdout
 
     result = run(*LONG_LLAMA, "--context", "2k", "--concurrency", "2400", "--page-size", "128")
     command = result.stdout.strip().splitlines()[-1]

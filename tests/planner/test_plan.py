@@ -12,7 +12,15 @@ import pytest
 from kvmesh.cluster.planner.layout import Layout, layouts
 from kvmesh.cluster.planner.memory import CONTEXT_BYTES
 from kvmesh.cluster.planner.model import PlannedModel, planned_model
-from kvmesh.cluster.planner.plan import DEFAULTS, Limit, Plan, Target, make_plans, recommend
+from kvmesh.cluster.planner.plan import (
+    DEFAULTS,
+    Limit,
+    Plan,
+    Target,
+    make_plans,
+    recommend,
+    serve_command,
+)
 from kvmesh.cluster.simulator.hardware import GPUS
 from kvmesh.kernels.formats.registry import get_format
 from kvmesh.workers.config import EngineConfig
@@ -105,6 +113,17 @@ def test_what_is_served_is_recommended_first() -> None:
     alone = Target(40_000)
     best = recommend(make_plans(model, GPUS["h100"], 8, formats, alone), alone, all_formats=True)
     assert best is not None and best.layout == Layout(1, 8)
+
+
+def test_pages_are_dealt_where_kv_heads_are_few() -> None:
+    model, target = planned_model("qwen2.5-7b-1m"), Target(1_000_000)
+    plans = make_plans(model, GPUS["h100"], 8, [get_format("int8")], target)
+    best = recommend(plans, target, all_formats=False)
+    assert best is not None and best.layout == Layout(1, 4, 2)
+    assert "--tp 4 --kvp 2 --groups 1" in serve_command(model, best, target)
+    # All ranks together hold the pages of a sequence once.
+    whole = next(plan for plan in plans if plan.layout == Layout(2, 4))
+    assert best.sequence_bytes == whole.sequence_bytes
 
 
 def test_only_a_smaller_format_holds_more() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from kvmesh.cluster.routing.audit import audit
 from kvmesh.cluster.routing.errors import LedgerError
 from kvmesh.cluster.routing.ledger import Account
+from kvmesh.cluster.routing.shared_blocks import SharedBlocks
 from kvmesh.workers.lease import LeaseTerms
 from kvmesh.workers.loads import ArenaLoads, EngineLoads, PoolLoads
 from kvmesh.workers.sizes import PageNeed
@@ -163,3 +165,18 @@ def test_an_audit_finds_what_engine_and_ledger_disagree_about(account: Account) 
     assert fault == (
         "g0 has lease 3-1 of request unknown 1 hot and 2 sealed pages, and it is not in the ledger"
     )
+
+
+@pytest.mark.parametrize("kvp", [1, 2, 3, 8])
+@pytest.mark.parametrize("sink", [0, 1, 8, 11])
+def test_shared_pages_are_those_that_every_rank_has(kvp: int, sink: int) -> None:
+    """Counted for whole prefixes and block by block alike, never more than a rank has of them."""
+    block_pages, names = 8, [bytes([number]) for number in range(6)]
+    blocks = SharedBlocks(block_pages, sink, kvp)
+    assert blocks.hold(names[:4]) == 0
+    shared = blocks.shared_pages(names)
+    assert shared == blocks.hold(names[:4]) == blocks.drop(names[:4])
+    for offset in range(kvp):
+        sealed = Counter((page + offset) % kvp for page in range(sink, 4 * block_pages))
+        assert shared <= min(sealed[rank] for rank in range(kvp))
+    assert shared >= (4 * block_pages - sink) // kvp - 4

@@ -51,6 +51,7 @@ class Setup:
     sealed_pages: int
     prefix_cache: bool
     in_flight: int
+    kvp: int
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,7 @@ def random_setup(chance: Random) -> Setup:
         sealed_pages=chance.randrange(4, 15),
         prefix_cache=chance.random() < 0.8,
         in_flight=chance.choice([1, 2, 2]),
+        kvp=chance.choice([1, 1, 2, 3, 4]),
     )
 
 

@@ -13,14 +13,14 @@ from kvmesh.workers.engine import NOT_SOUND, PROGRESS_PERIOD_S, Engine
 from kvmesh.workers.errors import PoolCapacityError
 from kvmesh.workers.executor import MakeMasks
 from kvmesh.workers.lease import LeaseTerms
-from kvmesh.workers.plan import PENDING, StepPlan, StepResult
+from kvmesh.workers.plan import PENDING, Chunk, StepPlan, StepResult
 from kvmesh.workers.request import EndReason, EngineRequest, SequenceDelta
 from kvmesh.workers.request_check import check_request
 from kvmesh.workers.sequence import Sequence
-from kvmesh.workers.sizes import BLOCK_PAGES, PageNeed
+from kvmesh.workers.sizes import BLOCK_PAGES, PageGeometry, PageNeed
 from tests.exercised import Exercised
 from tests.workers.engine_calls import CONTEXT, PAGE, Abort, Call, Grow, Setup, Steps, Submit, Wait
-from tests.workers.memory_executor import EOS, expected_output, expected_scores
+from tests.workers.memory_executor import EOS, TP, expected_output, expected_scores
 from tests.workers.tainted_executor import BAD, TaintedExecutor
 from tests.workers.watched_cache import watch
 
@@ -30,12 +30,24 @@ NAMES = "abcdefghij"
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """What a sequence holds in a step. shares_pages: when the step was decided"""
+    """What a sequence holds in a step.
+
+    shares_pages: when the step was decided; fullest: pages of the rank that has most
+    """
 
     wanted: Wanted
     seq: Sequence
     shares_pages: bool
     pages: PageNeed
+    fullest: PageNeed
+
+    @classmethod
+    def of(cls, wanted: Wanted, seq: Sequence, chunk: Chunk) -> Held:
+        begin, sealed = (seq.geometry.sealed_range(x) for x in (chunk.start, chunk.end))
+        hot = [page for page in range(-(-chunk.end // PAGE)) if page not in begin]
+        ranks = (Counter(map(seq.deal.rank_of, pages)) for pages in (hot, sealed))
+        fullest = PageNeed(*(max(counts.values(), default=0) for counts in ranks))
+        return cls(wanted, seq, seq.shares_pages, PageNeed(len(hot), len(sealed)), fullest)
 
 
 @dataclass(slots=True, eq=False)
@@ -59,6 +71,7 @@ class Wanted:
     score_pieces: int = 0
     tried: bool = False
     peak: PageNeed = field(default_factory=lambda: PageNeed(0, 0))
+    peak_pages: PageNeed = field(default_factory=lambda: PageNeed(0, 0))
 
     @property
     def stopped(self) -> bool:
@@ -83,9 +96,15 @@ class EngineMachine:
         self.decoding: list[Sequence] = []
         self.submitted: deque[list[Held]] = deque()
         self.steps = 0  # submitted so far
-        hot = setup.rows * (setup.sink + setup.recent + 1) + -(-setup.chunk // PAGE)
-        budget = 4 * hot + setup.sealed_pages
-        self.executor = TaintedExecutor(PAGE, setup.sink, setup.recent, budget, CONTEXT)
+        kvp = setup.kvp
+        geometry = PageGeometry(PAGE, setup.sink, setup.recent, 4, 1, ranks=TP * kvp, kvp=kvp)
+        headroom = -(-setup.chunk // PAGE)
+        hot = setup.rows * geometry.hot_per_sequence() + geometry.on_fullest(headroom)
+        budget = 4 * hot + geometry.on_fullest(setup.sealed_pages)
+        self.all_pages = replace(geometry, kvp=1)  # counts pages of all ranks
+        self.executor = TaintedExecutor(
+            PAGE, setup.sink, setup.recent, budget, CONTEXT, kvp=setup.kvp
+        )
         self.executor.max_in_flight = setup.in_flight
         submit, execute = self.executor.submit, self.executor.execute
 
@@ -107,6 +126,8 @@ class EngineMachine:
             max_num_batched_tokens=max(setup.chunk, setup.rows),
             max_hot_share=0.95,
             prefix_cache=setup.prefix_cache,
+            tp=TP,
+            kvp=kvp,
         )
         self.engine = Engine(self.config, self.executor, lambda: self.now)
         self.scheduler = self.engine.scheduler
@@ -202,7 +223,9 @@ class EngineMachine:
 
     def accepted(self, wanted: Wanted) -> bool:
         total = min(len(wanted.prompt) + wanted.request.params.max_tokens, CONTEXT)
-        fits = len(self.engine.geometry.sealed_range(total)) <= self.engine.info.capacity.sealed
+        geometry = self.engine.geometry
+        sealed = geometry.on_fullest(len(geometry.sealed_range(total)))
+        fits = sealed <= self.engine.info.capacity.sealed
         try:
             check_request(wanted.request, self.engine.info)
         except PoolCapacityError:
@@ -308,13 +331,10 @@ class EngineMachine:
         self.submitted.append([])
         for seq in aboard:
             wanted, chunk = self.live[seq.request.request_id], chunks[seq.row or 0]
-            geometry = self.engine.geometry
-            hot = -(-chunk.end // PAGE) - len(geometry.sealed_range(chunk.start))
-            sealed = len(geometry.sealed_range(chunk.end))
-            held = Held(wanted, seq, seq.shares_pages, PageNeed(hot, sealed))
+            held = Held.of(wanted, seq, chunk)
             self.submitted[-1].append(held)
             if seq.lease is not None:
-                assert sealed <= seq.lease.sealed_pages // seq.lease.sequences
+                assert held.fullest.sealed <= seq.lease.sealed_pages // seq.lease.sequences
             self.seen.add("tokens computed before they are known", chunk.tokens == PENDING)
         for start in plan.row_starts:
             seq = running[start.row]
@@ -329,15 +349,19 @@ class EngineMachine:
     def note_computed(self) -> None:
         """The oldest step is computed, after all before it were committed."""
         for held in self.submitted.popleft():
-            wanted, pages = held.wanted, held.pages
+            wanted = held.wanted
             if self.engine._live.get(wanted.request.request_id) is not held.seq:
                 self.seen.add("tokens beyond the end")
             elif held.seq.shares_pages != held.shares_pages:
                 self.seen.add("faults while the next step was in flight")
             else:
-                wanted.peak = PageNeed(
-                    max(wanted.peak.hot, pages.hot), max(wanted.peak.sealed, pages.sealed)
-                )
+                wanted.peak = wanted.peak.or_more(held.fullest)
+                wanted.peak_pages = wanted.peak_pages.or_more(held.pages)
+
+    def on_fullest(self, seq: Sequence) -> PageNeed:
+        """What the sequence holds of each form on the rank where it holds most."""
+        by_rank = [Counter(i % seq.deal.kvp for i in x.values()) for x in (seq.hot, seq.sealed)]
+        return PageNeed(*(max(counts.values(), default=0) for counts in by_rank))
 
     def note_start(self, seq: Sequence, computed: int) -> None:
         wanted = self.live[seq.request.request_id]
@@ -424,11 +448,13 @@ class EngineMachine:
         assert usage.preemptions <= 1
         peak = PageNeed(usage.hot_pages, usage.sealed_pages)
         assert wanted.peak == peak
-        assert usage.kv_bytes == 2 * (4 * peak.hot + peak.sealed)
+        all_pages = wanted.peak_pages
+        assert usage.kv_bytes == TP * (4 * all_pages.hot + all_pages.sealed)
         reserved_bytes = usage.kv_bytes
         if wanted.request.lease is not None:
             terms = self.leases[wanted.request.lease.lease_id]
-            reserved_bytes = 2 * (4 * terms.hot_pages + terms.sealed_pages) // terms.sequences
+            per_rank = 4 * terms.hot_pages + terms.sealed_pages
+            reserved_bytes = self.executor.num_ranks * per_rank // terms.sequences
         assert usage.reserved_bytes == reserved_bytes
 
     def audit(self) -> None:
@@ -440,13 +466,18 @@ class EngineMachine:
             times = [seq.arrived_s for seq in line]
             assert times == sorted(times)
         for seq in scheduler.running:
-            assert PageNeed(len(seq.hot), len(seq.sealed)) == geometry.need(seq.num_computed)
+            need = self.all_pages.need(seq.num_computed)
+            assert PageNeed(len(seq.hot), len(seq.sealed)) == need
+            assert self.on_fullest(seq).fits(geometry.need(seq.num_computed))
+            self.seen.add("sequences on several ranks", geometry.kvp > 1 and need.sealed > 1)
         for seq in scheduler.waiting:
             assert (seq.row, seq.num_computed, seq.hot, seq.sealed) == (None, 0, {}, {})
-        for arena, report in ((cache.hot, loads.pool.hot), (cache.sealed, loads.pool.sealed)):
+        for dealt, report in ((cache.hot, loads.pool.hot), (cache.sealed, loads.pool.sealed)):
+            used = [sum(holders > 0 for holders in part._holders) for part in dealt.parts]
+            arena = dealt.parts[used.index(max(used))]
             assert (report.total, report.used, report.cached, report.free) == (
-                arena.total,
-                sum(holders > 0 for holders in arena._holders),
+                dealt.total,
+                max(used),
                 len(arena._cached),
                 len(arena._free),
             )

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from copy import copy
+
 import numpy as np
 
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.engine import Engine
+from kvmesh.workers.executor import Executor
 from kvmesh.workers.local import local_executor
 from kvmesh.workers.request import EngineRequest, SampledLogprobs, SequenceDelta
 from kvmesh.workers.sampling_params import SamplingParams
@@ -45,15 +49,27 @@ class Invariance:
         self.config = config
         self.prompts = prompts
         self.max_tokens = max_tokens
-        engine = Engine(config, local_executor(config))
-        self.alone = self.one_by_one(engine)
+        self.make_executor: Callable[[EngineConfig], Executor] = local_executor
+        self.alone = self.one_by_one(self.make_engine())
+
+    def under(
+        self, make_executor: Callable[[EngineConfig], Executor], **changes: object
+    ) -> Invariance:
+        """The same expected outputs, for engines of another configuration."""
+        other = copy(self)
+        other.config = self.config.replace(**changes)
+        other.make_executor = make_executor
+        return other
+
+    def make_engine(self) -> Engine:
+        return Engine(self.config, self.make_executor(self.config))
 
     def one_by_one(self, engine: Engine) -> list[list[SequenceDelta]]:
         return [generate(engine, [prompt], self.max_tokens)[0] for prompt in self.prompts]
 
     def preempted(self, steps: tuple[int, ...]) -> list[list[SequenceDelta]]:
         """All prompts at once; before each of `steps` the two youngest are preempted."""
-        engine = Engine(self.config, local_executor(self.config))
+        engine = self.make_engine()
         params = SamplingParams(temperature=0.0, max_tokens=self.max_tokens, logprobs=2)
         deltas: dict[str, list[SequenceDelta]] = {}
         for index, prompt in enumerate(self.prompts):

@@ -35,6 +35,7 @@ State = int  # the chain over a sequence's first tokens
 Slot = tuple[int, State, int]
 Page = list[Slot | None]
 
+TP = 2  # ranks that have equal pages
 VOCAB = 50
 EOS = 1
 NEVER_SAMPLED = VOCAB - 1
@@ -114,9 +115,11 @@ _NAMES = {chr(ord("A") + token): token for token in range(VOCAB)}
 
 
 class MemoryExecutor(StepByStep):
-    """model_path: of a tokenizer, for constraints"""
+    """model_path: of a tokenizer, for constraints
 
-    num_ranks = 2
+    With kvp > 1 it holds the pages of all kvp ranks, as many of each, and checks that every page
+    that is written, sealed or read belongs to the rank that its sequence's offset says.
+    """
 
     def __init__(
         self,
@@ -126,8 +129,11 @@ class MemoryExecutor(StepByStep):
         budget_pages: int,
         max_model_len: int = 800,
         model_path: str | None = None,
+        kvp: int = 1,
     ) -> None:
         super().__init__()
+        self.num_ranks = TP * kvp
+        self._kvp = kvp
         self._page_size, self._sink, self._recent = page_size, sink, recent
         self.kl_nats: dict[str, float] = {}
         self._description = RankDescription(
@@ -144,6 +150,7 @@ class MemoryExecutor(StepByStep):
             kv_budget_bytes=budget_pages,
             head_dim=8,
             model_path=letters() if model_path is None else model_path,
+            kvp=kvp,
         )
         self.plans: list[StepPlan] = []
         self._top_k: dict[int, int] = {}  # by row
@@ -153,15 +160,17 @@ class MemoryExecutor(StepByStep):
         self.sealed_pages = 0
 
     def describe(self) -> list[RankDescription]:
-        return [self._description, self._description]
+        return [self._description] * self.num_ranks
 
     def divergences(self, kv_formats: list[str]) -> list[float]:
         return [self.kl_nats.get(name, 0.0) for name in kv_formats]
 
     def allocate(self, allocation: Allocation) -> None:
-        self._hot: list[Page] = [self._empty() for _ in range(allocation.hot_pages)]
-        self._sealed: list[Page] = [self._empty() for _ in range(allocation.sealed_pages)]
-        shape = (allocation.max_rows, allocation.max_pages_per_row)
+        kvp = self._kvp
+        self._hot: list[Page] = [self._empty() for _ in range(kvp * allocation.hot_pages)]
+        self._sealed: list[Page] = [self._empty() for _ in range(kvp * allocation.sealed_pages)]
+        shape = (allocation.max_rows, kvp * allocation.max_pages_per_row)
+        self._offsets = np.zeros(allocation.max_rows, np.int64)
         self._hot_table = np.full(shape, -1)
         self._sealed_table = np.full(shape, -1)
 
@@ -172,6 +181,11 @@ class MemoryExecutor(StepByStep):
         self.plans.append(plan)
         chunks = [self._known(chunk) for chunk in plan.chunks]
         plan = msgspec.structs.replace(plan, chunks=chunks)
+        for row_start in plan.row_starts:
+            self._offsets[row_start.row] = row_start.offset
+        for update in (plan.hot, plan.sealed):
+            ranks = (self._offsets[update.rows] + np.array(update.pages, np.int64)) % self._kvp
+            assert (ranks == np.array(update.ids, np.int64) % self._kvp).all(), "a foreign page"
         for table, update in ((self._hot_table, plan.hot), (self._sealed_table, plan.sealed)):
             table[update.rows, update.pages] = update.ids
         assert len({c.row for c in plan.chunks}) == len(plan.chunks)
@@ -249,6 +263,7 @@ class MemoryExecutor(StepByStep):
     def _seal(self, plan: StepPlan) -> None:
         for hot, sealed in zip(plan.seal_hot, plan.seal_sealed, strict=True):
             assert None not in self._hot[hot], "a page is sealed before it is full"
+            assert hot % self._kvp == sealed % self._kvp, "no rank has both pages"
             self._sealed[sealed] = list(self._hot[hot])
             self.sealed_pages += 1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,20 +14,27 @@ from kvmesh.workers.basis import Basis
 from kvmesh.workers.model.hook import AttendArgs
 from kvmesh.workers.model.load import ServedModel, load_model
 from kvmesh.workers.parallel.comm import Communicator
+from kvmesh.workers.parallel.heads import merge_over_ranks
 from tests.model.small import VOCAB_SIZE, make_small_model
+from tests.workers.thread_ranks import thread_communicators
 
 CPU = torch.device("cpu")
 
 
-def loaded(folder: Path, architecture: str, dtype: torch.dtype) -> ServedModel:
+ALONE = Communicator.single()
+
+
+def loaded(
+    folder: Path, architecture: str, dtype: torch.dtype, comm: Communicator = ALONE
+) -> ServedModel:
     path = make_small_model(
         architecture, folder, num_attention_heads=4, num_key_value_heads=2, head_dim=32
     )
-    return load_model(path, dtype=dtype, device=CPU, comm=Communicator.single())
+    return load_model(path, dtype=dtype, device=CPU, comm=comm)
 
 
-def logits(model: ServedModel, kv_format: str) -> torch.Tensor:
-    """Of a prompt, with exact attention over what the format would store."""
+def logits(model: ServedModel, kv_format: str, comm: Communicator = ALONE) -> torch.Tensor | None:
+    """Of a prompt, with exact attention over what the format would store; on rank 0."""
     basis = Basis(
         get_format(kv_format),
         model.head_dim,
@@ -42,12 +50,13 @@ def logits(model: ServedModel, kv_format: str) -> torch.Tensor:
         out = F.scaled_dot_product_attention(
             q[None], k[None], v[None], is_causal=True, scale=args.scale, enable_gqa=True
         )
-        return basis.leave(out[0].transpose(0, 1))
+        out = basis.leave(out[0].transpose(0, 1))
+        if comm.kvp == 1:
+            return out
+        return merge_over_ranks(out, torch.zeros(out.shape[:2]), comm)[0]
 
     positions = torch.arange(20)
-    found = model.forward(positions % VOCAB_SIZE, positions, attend, positions)
-    assert found is not None
-    return found
+    return model.forward(positions % VOCAB_SIZE, positions, attend, positions)
 
 
 @pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen2ForCausalLM"])
@@ -68,6 +77,24 @@ def test_a_folded_rotation_changes_only_the_basis(architecture: str, tmp_path: P
     assert folded.enter_values(x) is x and folded.leave(x) is x
     assert model.rotate_values(False)
     torch.testing.assert_close(logits(model, "k4v4"), want, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("kvp", "folds"), [(2, True), (8, False)])
+def test_a_rotation_is_folded_where_ranks_have_whole_heads(
+    kvp: int, folds: bool, tmp_path: Path
+) -> None:
+    """Of 4 heads, which ranks merge in the basis in which they have them."""
+    alone = loaded(tmp_path, "LlamaForCausalLM", torch.bfloat16)
+    comms = thread_communicators(kvp, kvp)
+    ranks = [loaded(tmp_path, "LlamaForCausalLM", torch.bfloat16, comm) for comm in comms]
+    for model in (alone, *ranks):
+        model._body.float()
+        model._head.float()
+    assert [model.rotate_values(True) for model in ranks] == [folds] * kvp
+    with ThreadPoolExecutor(kvp) as threads:
+        found = [*threads.map(logits, ranks, ["k4v4"] * kvp, comms)]
+    torch.testing.assert_close(found[0], logits(alone, "exact"), atol=1e-4, rtol=0)
+    assert found[1:] == [None] * (kvp - 1)
 
 
 @pytest.mark.parametrize(

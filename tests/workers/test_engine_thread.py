@@ -187,7 +187,7 @@ def test_an_error_is_posted_and_ends_the_thread(where: str) -> None:
 
 def test_an_audit_that_fails_when_idle_is_a_failure() -> None:
     engine, _ = make_engine()
-    engine.scheduler.cache.sealed.take()
+    engine.scheduler.cache.sealed.take(0)
     listener = run(lambda: engine, then=lambda *_: None)
     (failure,) = listener.failures
     assert isinstance(failure, AssertionError)

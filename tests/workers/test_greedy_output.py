@@ -61,11 +61,11 @@ def reference(prompts: list[list[int]]) -> list[list[int]]:
     return outputs
 
 
-@pytest.mark.parametrize("tp", [1, 3])
+@pytest.mark.parametrize(("tp", "kvp"), [(1, 1), (1, 3)])
 def test_exact_fp32_equals_transformers(
-    tp: int, prompts: list[list[int]], reference: list[list[int]]
+    tp: int, kvp: int, prompts: list[list[int]], reference: list[list[int]]
 ) -> None:
-    config = CONFIG.replace(tp=tp, threads_per_rank=1)
+    config = CONFIG.replace(tp=tp, kvp=kvp, threads_per_rank=1)
     executor = local_executor(config)
     try:
         engine = Engine(config, executor)

@@ -45,7 +45,7 @@ def hold(cache: PrefixCache, number: int, forms: str = "hs") -> dict[str, int]:
         ("s", cache.sealed, cache.name_sealed),
     ):
         if form in forms:
-            pages[form] = arena.take()
+            pages[form] = arena.take(0)
             name(digest(number), pages[form])
     return pages
 
@@ -108,12 +108,12 @@ def test_the_first_page_with_given_contents_is_the_one_that_is_found() -> None:
 def test_a_form_stays_when_the_other_is_evicted(evicted: str, kept: str) -> None:
     cache = make_cache(sink=1, hot=1 if evicted == "h" else 2, sealed=1 if evicted == "s" else 2)
     release(cache, hold(cache, 1))
-    {"h": cache.hot, "s": cache.sealed}[evicted].take()
+    {"h": cache.hot, "s": cache.sealed}[evicted].take(0)
     cache.check()
     assert (cache.find_sealed(digest(1)) is None) == (evicted == "s")
     assert cache.match([digest(1)]).num_pages == (kept == "h"), "the sink is read hot"
-    {"h": cache.hot, "s": cache.sealed}[kept].take()
-    {"h": cache.hot, "s": cache.sealed}[kept].take()
+    {"h": cache.hot, "s": cache.sealed}[kept].take(0)
+    {"h": cache.hot, "s": cache.sealed}[kept].take(0)
     cache.check()
     assert not cache._forms
 
@@ -171,15 +171,15 @@ def test_a_block_is_reported_when_it_is_cached_and_when_its_last_form_is_gone() 
     cache.note_block(digest(1))
     assert cache.take_changes() == {}, "it was reported"
     release(cache, pages)
-    cache.hot.take()
+    cache.hot.take(0)
     assert cache.take_changes() == {}, "its sealed form is still there"
-    sealed = cache.sealed.take()
+    sealed = cache.sealed.take(0)
     assert cache.take_changes() == {digest(1): False}
     cache.sealed.release(sealed)
     again = hold(cache, 1, "s")
     cache.note_block(digest(1))
     release(cache, again)
-    cache.sealed.take()
+    cache.sealed.take(0)
     assert cache.take_changes() == {digest(1): False}, "the latest state"
 
 
@@ -194,8 +194,8 @@ def test_a_block_is_reported_when_it_is_cached_and_when_its_last_form_is_gone() 
             "no page",
         ),
         (lambda cache: cache._blocks.add(digest(2)), "not cached"),
-        (lambda cache: cache.hot._free.pop(), "lost"),
-        (lambda cache: cache.sealed._free.pop(), "lost"),
+        (lambda cache: cache.hot.parts[0]._free.pop(), "lost"),
+        (lambda cache: cache.sealed.parts[0]._free.pop(), "lost"),
     ],
 )
 def test_the_audit_finds_damage(damage, message: str) -> None:  # type: ignore[no-untyped-def]

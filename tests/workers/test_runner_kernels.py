@@ -25,6 +25,7 @@ from kvmesh.kernels.write import write_hot
 from kvmesh.workers import runner
 from kvmesh.workers.decode_graphs import key_of, padded, sizes_for
 from kvmesh.workers.model.load import ServedModel
+from kvmesh.workers.parallel.comm import Communicator
 from kvmesh.workers.plan import StepPlan
 from kvmesh.workers.runner import ModelRunner
 from kvmesh.workers.sizes import PageGeometry, page_bytes_of
@@ -69,6 +70,7 @@ def filled_rank(
         model,
         fmt,
         steps.allocation,
+        Communicator.single(),
         page_size=SIZE,
         sink_pages=1,
         recent_pages=0,

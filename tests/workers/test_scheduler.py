@@ -295,7 +295,7 @@ def test_nobody_shares_what_a_preempted_sequence_would_have_sealed_in_this_step(
     first, second = bench.add("first", PAGE, token=5), bench.add("second", PAGE, token=5)
     digest = first.digests(1)[0]
     first.row, first.hot, first.sealed = 0, {0: 1}, {0: 2}
-    draft = StepDraft(256, 16)
+    draft = StepDraft(256, [16])
     draft.add_chunk(first, 0, PAGE)
     draft.seal(first, 0, digest)
     assert draft.being_sealed(second, digest) == 2
@@ -350,7 +350,7 @@ def test_the_audit_finds_pages_and_rows_that_nothing_holds() -> None:
     bench.add("a", PAGE + 1)
     bench.add("b", 1)
     bench.plan()
-    bench.scheduler.cache.hot.take()
+    bench.scheduler.cache.hot.take(0)
     message = (
         "3 hot and 1 sealed pages are in use, 2 hot and 1 sealed pages held by sequences: "
         "a holds 1 hot and 1 sealed pages, b holds 1 hot and 0 sealed pages"
@@ -358,7 +358,7 @@ def test_the_audit_finds_pages_and_rows_that_nothing_holds() -> None:
     with pytest.raises(AssertionError, match=message):
         bench.scheduler.check()
     bench = Bench(sealed=4)
-    bench.scheduler.cache.hot.take()
+    bench.scheduler.cache.hot.take(0)
     with pytest.raises(AssertionError, match=r"0 sealed pages held by .*: no sequence runs"):
         bench.scheduler.check()
     bench = Bench(sealed=4)

@@ -41,7 +41,8 @@ def find(
     ids: Ints, *, first_page: int = 0, min_members: int = 2, max_members: int = 8
 ) -> PrefixSets | None:
     stops = first_page + (ids[:, first_page:] >= 0).sum(1)
-    return PrefixFinder(ids, first_page, min_members, max_members).find(np.arange(len(ids)), stops)
+    starts = np.full_like(stops, first_page)
+    return PrefixFinder(ids, min_members, max_members).find(np.arange(len(ids)), starts, stops)
 
 
 def sets_of(found: PrefixSets | None) -> list[tuple[list[int], int]]:
@@ -120,14 +121,14 @@ def test_a_nested_set_must_be_large_enough_too() -> None:
 def test_an_answer_is_cached_until_sequences_or_tables_change() -> None:
     shared = own(100)
     ids = tables(shared + own(200), shared + own(300))
-    finder = PrefixFinder(ids, 0, 2, 8)
-    rows, stops = np.arange(2), np.array([20, 20])
-    found = finder.find(rows, stops)
-    assert finder.find(rows, stops) is found
-    assert finder.find(rows, np.array([20, 0])) is None
+    finder = PrefixFinder(ids, 2, 8)
+    rows, starts, stops = np.arange(2), np.zeros(2, np.int64), np.array([20, 20])
+    found = finder.find(rows, starts, stops)
+    assert finder.find(rows, starts, stops) is found
+    assert finder.find(rows, starts, np.array([20, 0])) is None
     ids[1, 4] = 999
     finder.note_update()
-    assert sets_of(finder.find(rows, stops)) == []
+    assert sets_of(finder.find(rows, starts, stops)) == []
 
 
 def test_padding_adds_empty_sets() -> None:
@@ -244,8 +245,8 @@ def test_output_is_the_same_when_prefixes_are_read_together(
     steps: list[PrefixSets | None] = []
     search = PrefixFinder.find
 
-    def recorded(self: PrefixFinder, rows: Ints, stops: Ints) -> PrefixSets | None:
-        steps.append(search(self, rows, stops))
+    def recorded(self: PrefixFinder, rows: Ints, starts: Ints, stops: Ints) -> PrefixSets | None:
+        steps.append(search(self, rows, starts, stops))
         return steps[-1]
 
     monkeypatch.setattr(PrefixFinder, "find", recorded)

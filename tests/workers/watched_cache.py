@@ -12,11 +12,16 @@ def watch(cache: PrefixCache, happened: Callable[[str], None]) -> None:
     named: set[Digest] = set()
     match, name_sealed = cache.match, cache.name_sealed
 
-    def matching(digests: Sequence[Digest]) -> PrefixHit:
-        hit = match(digests)
-        assert hit == longest_hit(cache, digests)
+    def matching(digests: Sequence[Digest], offset: int = 0) -> PrefixHit:
+        hit = match(digests, offset)
+        assert hit == longest_hit(cache, digests, hit.offset)
+        kvp = cache._geometry.kvp
+        others = [longest_hit(cache, digests, each).num_pages for each in range(kvp)]
+        assert hit.num_pages == max(others)
         if hit.num_pages:
             happened("prefix hits")
+            if hit.offset != offset:
+                happened("prefixes dealt in another way than their tokens say")
             if hit.num_pages == len(digests):
                 happened("hits of a whole prompt")
             if any(x in named and x not in cache._forms for x in digests[hit.num_pages :]):
@@ -38,24 +43,27 @@ def watch(cache: PrefixCache, happened: Callable[[str], None]) -> None:
 
     cache.match = matching  # type: ignore[method-assign]
     cache.name_sealed = naming  # type: ignore[method-assign]
-    for arena in (cache.hot, cache.sealed):
+    for arena in (*cache.hot.parts, *cache.sealed.parts):
         arena._on_evict = counting(arena._on_evict)
 
 
-def longest_hit(cache: PrefixCache, digests: Sequence[Digest]) -> PrefixHit:
-    """The hit of the most pages: the sink and the recent window hot, what is between sealed."""
+def longest_hit(cache: PrefixCache, digests: Sequence[Digest], offset: int = 0) -> PrefixHit:
+    """The hit of the most pages: the sink and the recent window hot, what is between sealed, each
+    on the rank to which this offset deals it."""
+    kvp = cache._geometry.kvp
     sink, recent = cache._geometry.sink_pages, cache._geometry.recent_pages
     for length in range(len(digests), 0, -1):
         hot, sealed = dict[int, int | None](), dict[int, int | None]()
         for page, digest in enumerate(digests[:length]):
             forms = cache._forms.get(digest)
-            if page < sink or page >= length - recent:
-                hot[page] = forms.hot if forms else None
-            else:
-                sealed[page] = forms.sealed if forms else None
+            exact = page < sink or page >= length - recent
+            found = None if forms is None else forms.hot if exact else forms.sealed
+            if found is not None and found % kvp != (page + offset) % kvp:
+                found = None
+            (hot if exact else sealed)[page] = found
         if None not in [*hot.values(), *sealed.values()]:
-            return PrefixHit(length, _known(hot), _known(sealed))
-    return PrefixHit(0, {}, {})
+            return PrefixHit(length, _known(hot), _known(sealed), offset)
+    return PrefixHit(0, {}, {}, offset)
 
 
 def _known(pages: dict[int, int | None]) -> dict[int, int]:

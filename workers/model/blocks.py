@@ -20,8 +20,10 @@ from kvmesh.kernels.layer import FeedForward
 from kvmesh.kernels.linear import PackedWeight
 from kvmesh.kernels.pointwise import add_rms_norm, has_loops, rms_norm, silu_mul
 from kvmesh.kernels.pointwise.reference import rotate
+from kvmesh.workers.model.gated_attention import GatedAttention
 from kvmesh.workers.model.hook import AttendArgs, AttendSlot
 from kvmesh.workers.model.llama4 import Llama4Attention, Llama4Mixture
+from kvmesh.workers.parallel.comm import Communicator
 from kvmesh.workers.parallel.experts import Experts
 from kvmesh.workers.parallel.linears import ColumnLinear
 
@@ -138,9 +140,11 @@ class FusedAttention(nn.Module):
 
     @property
     def folds_values(self) -> bool:
-        """Whether nothing but the projections sees values, and their weights are plain tensors."""
+        """Whether nothing but the projections sees values, and their weights are plain tensors, of
+        whole heads: kvp ranks may each have a part of one."""
         weights = (self.qkv.weight, self.o_proj.weight)
-        return self._clip is None and all(isinstance(weight, nn.Parameter) for weight in weights)
+        plain = all(isinstance(weight, nn.Parameter) for weight in weights)
+        return self._clip is None and plain and self.o_proj.weight.shape[1] % self._head_dim == 0
 
     def rotate_values(self, matrix: Tensor) -> None:
         """Fold a rotation into the weights: values become v @ matrix.T, and the output projection
@@ -286,7 +290,7 @@ def fused_layer(layer: Any) -> nn.Module:
     return FusedLayer(layer) if fits else layer
 
 
-def fuse(layer: Any, sliding_window: int | None, slot: AttendSlot) -> None:
+def fuse(layer: Any, sliding_window: int | None, slot: AttendSlot, comm: Communicator) -> None:
     """Replace the blocks of a decoder layer where the tables allow it, reusing its weights."""
     for name, module in list(layer.named_modules()):
         parent, _, child = name.rpartition(".")
@@ -298,6 +302,8 @@ def fuse(layer: Any, sliding_window: int | None, slot: AttendSlot) -> None:
     kind = type(getattr(layer, "self_attn", None)).__name__
     if kind in _PLAIN_ATTENTION:
         layer.self_attn = FusedAttention(layer.self_attn, sliding_window, slot)
+    elif kind == "Qwen3NextAttention":
+        layer.self_attn = GatedAttention(layer.self_attn, sliding_window, slot, comm)
     elif kind == "Llama4TextAttention":
         layer.self_attn = Llama4Attention(layer.self_attn, sliding_window, slot)
         if layer.is_moe_layer:

@@ -47,12 +47,17 @@ class ServedModel:
     """
 
     def __init__(
-        self, facts: ModelFacts, model: Any, slot: AttendSlot, tp: int, dtype: torch.dtype
+        self,
+        facts: ModelFacts,
+        model: Any,
+        slot: AttendSlot,
+        comm: Communicator,
+        dtype: torch.dtype,
     ) -> None:
         self.values_rotated = False
         self.facts = facts
-        self.num_heads = facts.num_heads // tp
-        self.num_kv_heads = facts.num_kv_heads // tp
+        self.num_heads = facts.num_heads // comm.tp
+        self.num_kv_heads = facts.num_kv_heads // comm.tp
         self.head_dim = facts.head_dim
         ropes = Rope.of_layers(
             model.model.rotary_emb,
@@ -62,7 +67,7 @@ class ServedModel:
         )
         recurrent = facts.recurrent_layers or (False,) * facts.num_layers
         self.ropes = tuple(rope for rope, state in zip(ropes, recurrent, strict=True) if not state)
-        self.state = None if facts.state is None else facts.state.of_rank(tp)
+        self.state = None if facts.state is None else facts.state.of_rank(comm.size)
         self.rotary_emb: nn.Module = model.model.rotary_emb
         self._dtype = dtype
         self._body: nn.Module = model.model
@@ -187,7 +192,7 @@ def load_model(
     model that would be computed incorrectly.
     """
     facts = read_facts(path, rope)
-    check_tp(facts, comm.size, expert_parallel=expert_parallel)
+    check_tp(facts, comm.tp, comm.kvp, expert_parallel=expert_parallel)
     config = read_config(facts, path)
     if rope is not None:
         override_rope(config, rope, facts.trained_len)
@@ -253,12 +258,12 @@ def build_model(
                 mixer.rotary_emb = model.model.rotary_emb
             _localise(mixer, comm)
             attach(mixer, slot)
-        fuse(layer, facts.sliding_windows[index], slot)
+        fuse(layer, facts.sliding_windows[index], slot, comm)
     model.model.layers = nn.ModuleList(fused_layer(layer) for layer in model.model.layers)
     norm = "norm" if hasattr(model.model, "norm") else "final_norm"
     setattr(model.model, norm, lean_norm(getattr(model.model, norm)))
     _check_complete(model, facts.name)
-    return ServedModel(facts, model, slot, comm.size, dtype)
+    return ServedModel(facts, model, slot, comm, dtype)
 
 
 # What a layer mixes tokens with, by the names that transformers has for it.
@@ -329,12 +334,12 @@ def _localise(attention: Any, comm: Communicator) -> None:
     """StableLM stores its head counts and has one norm per head: keep this rank's."""
     for name in ("num_heads", "num_key_value_heads"):
         if hasattr(attention, name):
-            setattr(attention, name, getattr(attention, name) // comm.size)
+            setattr(attention, name, getattr(attention, name) // comm.tp)
     for name in ("q_layernorm", "k_layernorm"):
         norm = getattr(attention, name, None)
         if norm is not None:
-            count = len(norm.norms) // comm.size
-            norm.norms = norm.norms[comm.rank * count : (comm.rank + 1) * count]
+            count = len(norm.norms) // comm.tp
+            norm.norms = norm.norms[comm.tp_rank * count : (comm.tp_rank + 1) * count]
 
 
 def _check_complete(model: nn.Module, name_of_model: str) -> None:

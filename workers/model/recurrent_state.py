@@ -83,13 +83,15 @@ class RecurrentStates:
         self.tails = torch.zeros(*each, shape.channels, shape.tail, dtype=dtype, device=device)
         self.memories = torch.zeros(*each, *shape.memory, dtype=torch.float32, device=device)
 
-    def step(self, rows: Tensor, positions: Tensor, slots: Tensor, starts: Ints) -> StepStates:
-        """rows: [S] int32; positions, slots: [T] int64, of `StepTensors`; starts: [S + 1], the
-        step's `query_starts` on the host"""
+    def step(
+        self, rows: Tensor, positions: Tensor, query_starts: Tensor, starts: Ints
+    ) -> StepStates:
+        """rows: [S] int32, positions: [T] int64, query_starts: [S + 1] int32, of `StepTensors`;
+        starts: the latter on the host"""
         rows = rows.long()
         if len(positions) == len(rows):  # it may be padded
             begins = positions == 0
-            rows = torch.where(slots < 0, self.tails.shape[1] - 1, rows)
+            rows = torch.where(query_starts.diff() == 0, self.tails.shape[1] - 1, rows)
             starts = np.arange(len(rows) + 1)
         else:
             first = torch.tensor(starts[:-1], device=positions.device)

@@ -21,10 +21,11 @@ from kvmesh.workers.parallel.experts import Experts
 from kvmesh.workers.parallel.linears import ColumnLinear, RowLinear, SplitRMSNorm, VocabHead
 
 Pack = Callable[[Tensor], Tensor | PackedWeight]
+Share = Callable[[int], tuple[int, int]]  # of that many rows, a rank's first and end
 
 _Plan = Mapping[str, str]
 _ATTENTION: _Plan = {
-    **{f"layers.*.self_attn.{name}_proj": "rows" for name in ("q", "k", "v")},
+    **{f"layers.*.self_attn.{name}_proj": "rows of heads" for name in ("q", "k", "v")},
     "layers.*.self_attn.o_proj": "columns",
 }
 
@@ -59,7 +60,7 @@ _PLANS: Mapping[str, _Plan] = {
     "olmo3": {**_ATTENTION, **_MLP, **_norms("norm", "split norm")},
     "olmoe": {**_ATTENTION, **_EXPERTS, **_norms("norm", "split norm")},
     "stablelm": {**_ATTENTION, **_MLP, **_norms("layernorm.norms.*", "module per head")},
-    "cohere": {**_ATTENTION, **_MLP, **_norms("norm", "weight rows")},
+    "cohere": {**_ATTENTION, **_MLP, **_norms("norm", "weight rows of heads")},
     "phi3": {**_JOINED_ATTENTION, **_JOINED_MLP},
     "glm": {**_ATTENTION, **_JOINED_MLP},
     "glm4": {**_ATTENTION, **_JOINED_MLP},
@@ -77,7 +78,7 @@ _PLANS: Mapping[str, _Plan] = {
         "layers.*.linear_attn.out_proj": "columns",
     },
     "recurrent_gemma": {
-        **{f"layers.*.temporal_block.{part}_proj": "rows" for part in ("q", "k", "v")},
+        **{f"layers.*.temporal_block.{part}_proj": "rows of heads" for part in "qkv"},
         "layers.*.temporal_block.o_proj": "columns",
         "layers.*.temporal_block.linear_x": "rows",
         "layers.*.temporal_block.linear_y": "rows",
@@ -92,7 +93,7 @@ _PLANS: Mapping[str, _Plan] = {
         **_mlp("layers.*.feed_forward.shared_expert"),
         "layers.*.feed_forward.experts": "experts",
     },
-    "gpt_oss": {**_ATTENTION, **_EXPERTS, "layers.*.self_attn": "weight rows"},
+    "gpt_oss": {**_ATTENTION, **_EXPERTS, "layers.*.self_attn": "weight rows of heads"},
 }
 _DENSE: _Plan = {**_ATTENTION, **_MLP}
 
@@ -112,6 +113,12 @@ def _gated_unit(config: Any) -> GatedUnit:
             "model", f"experts with hidden_act {config.hidden_act} are not supported, only silu"
         )
     return SWIGLU
+
+
+def _part(total: int, index: int, count: int) -> tuple[int, int]:
+    assert total % count == 0, "call check_tp first"
+    size = total // count
+    return index * size, (index + 1) * size
 
 
 class Placer:
@@ -158,14 +165,18 @@ class Placer:
         self._pack_embeddings()
 
     def _place_one(self, name: str, module: Any, shard: str) -> None:
-        if shard == "rows":
-            self._replace(name, self._column_linear(name, module))
+        if shard in ("rows", "rows of heads"):
+            count = module.weight.shape[0]
+            share = self._share(count) if shard == "rows" else self._head_share(count)
+            self._replace(name, self._column_linear(name, module, share))
         elif shard == "columns":
             self._replace(name, self._row_linear(name, module))
         elif shard == "queries, keys, values":
-            self._replace(name, self._joined_linear(name, module, self._qkv_parts()))
+            parts = self._qkv_parts()
+            self._replace(name, self._joined_linear(name, module, parts, self._head_share))
         elif shard == "gate, up":
-            self._replace(name, self._joined_linear(name, module, [module.out_features // 2] * 2))
+            parts = [module.out_features // 2] * 2
+            self._replace(name, self._joined_linear(name, module, parts, self._share))
         elif shard == "experts":
             self._replace(name, self._experts(name))
         elif shard == "router":
@@ -176,7 +187,9 @@ class Placer:
         elif shard == "module per head":
             self._fill(name, module)
         elif shard == "weight rows":
-            self._fill_rows(name, module)
+            self._fill_rows(name, module, self._share)
+        elif shard == "weight rows of heads":
+            self._fill_rows(name, module, self._head_share)
         elif shard == "convolution":
             self._fill_convolution(name, module)
         else:
@@ -184,14 +197,17 @@ class Placer:
             self._fill(name, module)
 
     def _share(self, total: int) -> tuple[int, int]:
-        """This rank's part of a dimension of `total`."""
-        assert total % self._comm.size == 0, "call check_tp first"
-        count = total // self._comm.size
-        return self._comm.rank * count, (self._comm.rank + 1) * count
+        """This rank's part of a dimension of `total` that all ranks divide."""
+        return _part(total, self._comm.rank, self._comm.size)
 
-    def _column_linear(self, name: str, linear: Any) -> ColumnLinear:
+    def _head_share(self, total: int) -> tuple[int, int]:
+        """This rank's part of a dimension that is divided with the heads; the kvp ranks that have
+        the same heads have the same part."""
+        return _part(total, self._comm.tp_rank, self._comm.tp)
+
+    def _column_linear(self, name: str, linear: Any, share: tuple[int, int]) -> ColumnLinear:
         shape = linear.weight.shape
-        first, end = self._share(shape[0])
+        first, end = share
         weight = self._pack(self._reader.rows(f"{name}.weight", shape, first, end))
         if linear.bias is None:
             return ColumnLinear(weight, None)
@@ -224,17 +240,19 @@ class Placer:
         keys = config.num_key_value_heads * head_dim
         return [config.num_attention_heads * head_dim, keys, keys]
 
-    def _joined_linear(self, name: str, linear: Any, parts: list[int]) -> ColumnLinear:
+    def _joined_linear(
+        self, name: str, linear: Any, parts: list[int], share: Share
+    ) -> ColumnLinear:
         """parts: rows of the linears that are stored as one; of each, a rank has its share"""
         assert linear.bias is None
-        weight = self._shares(f"{name}.weight", linear.weight.shape, parts)
+        weight = self._shares(f"{name}.weight", linear.weight.shape, parts, share)
         return ColumnLinear(self._pack(weight), None)
 
-    def _shares(self, name: str, shape: torch.Size, parts: list[int]) -> Tensor:
+    def _shares(self, name: str, shape: torch.Size, parts: list[int], share: Share) -> Tensor:
         """Of each part of a tensor's rows, this rank's share."""
         shares, start = [], 0
         for rows in parts:
-            first, end = self._share(rows)
+            first, end = share(rows)
             shares.append(self._reader.rows(name, shape, start + first, start + end))
             start += rows
         assert start == shape[0]
@@ -250,8 +268,10 @@ class Placer:
 
     def _split_norm(self, name: str, norm: Any) -> SplitRMSNorm:
         shape = norm.weight.shape
-        weight = self._reader.rows(f"{name}.weight", shape, *self._share(shape[0]))
-        return SplitRMSNorm(weight, shape[0], norm.variance_epsilon, self._comm)
+        weight = self._reader.rows(f"{name}.weight", shape, *self._head_share(shape[0]))
+        # Its sum over all ranks has every head kvp times.
+        dim = shape[0] * self._comm.kvp
+        return SplitRMSNorm(weight, dim, norm.variance_epsilon, self._comm)
 
     def _head(self, head: Any) -> VocabHead:
         """Tied to the embeddings if the configuration says so, unless the checkpoint has separate
@@ -293,14 +313,15 @@ class Placer:
         """Over queries, keys and values of a gated delta net: of each, a rank has its share."""
         config, shape = self._model.config, module.weight.shape
         keys = config.linear_num_key_heads * config.linear_key_head_dim
-        parts = self._shares(f"{name}.weight", shape, [keys, keys, shape[0] - 2 * keys])
-        module._parameters["weight"] = nn.Parameter(parts, requires_grad=False)
+        parts = [keys, keys, shape[0] - 2 * keys]
+        weight = self._shares(f"{name}.weight", shape, parts, self._share)
+        module._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
 
-    def _fill_rows(self, name: str, module: nn.Module) -> None:
+    def _fill_rows(self, name: str, module: nn.Module, share: Share) -> None:
         for key, weight in module._parameters.items():
             if weight is not None:
-                share = self._share(weight.shape[0])
-                value = self._reader.rows(f"{name}.{key}", weight.shape, *share)
+                part = share(weight.shape[0])
+                value = self._reader.rows(f"{name}.{key}", weight.shape, *part)
                 module._parameters[key] = nn.Parameter(value, requires_grad=False)
 
     def _replace(self, name: str, module: nn.Module) -> None:

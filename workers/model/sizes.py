@@ -106,9 +106,11 @@ class ModelSizes:
         return divisors(self.kv_heads, self.heads, *self.mlp_widths, *groups)
 
 
-def check_tp(facts: ModelFacts, tp: int, *, expert_parallel: bool = False) -> None:
+def check_tp(facts: ModelFacts, tp: int, kvp: int = 1, *, expert_parallel: bool = False) -> None:
     """Raises ConfigError naming `tp` and its valid values unless it divides the heads and what
-    else is split: MLPs and, if the model has any, experts.
+    else is split: MLPs and, if the model has any, experts and recurrent layers; or naming `kvp`
+    unless it divides a rank's part of what is split over all ranks: the channels of the heads and
+    all but the heads.
 
     expert_parallel: ranks have whole experts
     """
@@ -127,12 +129,21 @@ def check_tp(facts: ModelFacts, tp: int, *, expert_parallel: bool = False) -> No
             f"must divide the {facts.num_kv_heads} KV heads of {facts.name}"
             f" (and its {' and '.join(split)}): {', '.join(map(str, valid))}; got {tp}",
         )
+    del split[f"{facts.num_heads} heads"]
+    split[f"{facts.num_heads * facts.head_dim} channels"] = facts.num_heads * facts.head_dim
+    valid = divisors(*(size // tp for size in split.values()))
+    if kvp not in valid:
+        raise ConfigError(
+            "kvp",
+            f"must divide the parts of {facts.name}'s {' and '.join(split)} that each of {tp} "
+            f"shares of its heads has: {', '.join(map(str, valid))}; got {kvp}",
+        )
 
 
-def divisors(kv_heads: int, *widths: int) -> list[int]:
-    """The numbers of tensor-parallel ranks that divide KV heads and all `widths`."""
+def divisors(first: int, *widths: int) -> list[int]:
+    """The numbers of ranks that divide all of these."""
     return [
         ranks
-        for ranks in range(1, kv_heads + 1)
-        if kv_heads % ranks == 0 and all(width % ranks == 0 for width in widths)
+        for ranks in range(1, first + 1)
+        if first % ranks == 0 and all(width % ranks == 0 for width in widths)
     ]

@@ -23,14 +23,14 @@ class StateShape:
     memory: tuple[int, ...]
     groups: int
 
-    def of_rank(self, tp: int) -> StateShape:
-        """One of `tp` equal parts."""
+    def of_rank(self, ranks: int) -> StateShape:
+        """One of that many equal parts."""
         first, *rest = self.memory
         return replace(
             self,
-            channels=self.channels // tp,
-            memory=(first // tp, *rest),
-            groups=self.groups // tp,
+            channels=self.channels // ranks,
+            memory=(first // ranks, *rest),
+            groups=self.groups // ranks,
         )
 
     def num_bytes(self, itemsize: int) -> int:

@@ -1,11 +1,11 @@
 """How many numbers a model's weights are on each rank, from its configuration alone.
 
     tp     queries, keys and values, and what belongs to their heads            divided by tp
-    all    output and MLP projections, experts, rows of the output layer        divided by tp · kvp
+    all    output and MLP projections, recurrent layers, experts, rows of the
+           output layer                                                         divided by tp · kvp
     whole  embeddings, norms, biases after a sum, routers of experts            on every rank
 
-Its modules are built without memory, on torch's meta device, and divided as `shards.py` does it,
-where kvp is 1.
+Its modules are built without memory, on torch's meta device, and divided as `shards.py` does it.
 """
 
 from __future__ import annotations
@@ -25,10 +25,16 @@ from kvmesh.workers.model.stored import config_of
 
 # What is done with a weight, or with a bias, of a module with that shard; the rest is whole.
 _DIVIDED_BY_TP = frozenset(
-    {"convolution", "queries, keys, values", "split norm", "module per head", "weight rows"}
+    {
+        "rows of heads",
+        "queries, keys, values",
+        "split norm",
+        "module per head",
+        "weight rows of heads",
+    }
 )
-_MIXERS = (".self_attn.", ".linear_attn.", ".temporal_block.")  # what MLPs are not
-_DIVIDED_BY_ALL = frozenset({"gate, up", "columns"})
+_DIVIDED_BY_ALL = frozenset({"rows", "weight rows", "convolution"})
+_WEIGHTS_DIVIDED_BY_ALL = frozenset({"gate, up", "columns"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +67,7 @@ class WeightCounts:
         for name, weight in body.named_parameters():
             module, _, kind = name.rpartition(".")
             shard = shard_of(theirs.model_type, module)
-            counts[_part(shard, module, kind)] += weight.numel()
+            counts[_part(shard, kind)] += weight.numel()
             if shard == "experts":
                 counts["experts"] += weight.numel()
         idle = counts["experts"] * (sizes.experts - sizes.experts_per_token) // sizes.experts
@@ -94,13 +100,11 @@ class WeightCounts:
         return self.tp + self.all - self.idle + self.vocab_size * self.hidden_size
 
 
-def _part(shard: str, module: str, kind: str) -> str:
+def _part(shard: str, kind: str) -> str:
     """Which part of WeightCounts a parameter of that name belongs to."""
-    if shard == "rows":
-        return "tp" if any(name in module for name in _MIXERS) else "all"
     if shard in _DIVIDED_BY_TP:
         return "tp"
-    if shard in _DIVIDED_BY_ALL and kind == "weight":
+    if shard in _DIVIDED_BY_ALL or (shard in _WEIGHTS_DIVIDED_BY_ALL and kind == "weight"):
         return "all"
     if shard == "experts" and kind != "down_proj_bias":
         return "all"

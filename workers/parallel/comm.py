@@ -26,12 +26,33 @@ _LOADED_PERIOD_S = 0.1
 class Communicator:
     """The ranks of one group. With one rank, every call is a no-op without torch.distributed.
 
+    A group's size is tp · kvp. Rank t · kvp + k has share t of the heads, and of their pages those
+    that are dealt to k:
+
+        tp 2, kvp 3     share 0: ranks 0 1 2     share 1: ranks 3 4 5
+
     A sum has the same bits on every rank: each part of it is summed on one rank, in a
     fixed order, and sent to the others.
     """
 
     rank = 0
     size = 1
+    kvp = 1
+
+    @property
+    def tp(self) -> int:
+        """Shares of the heads."""
+        return self.size // self.kvp
+
+    @property
+    def tp_rank(self) -> int:
+        """This rank's share of the heads."""
+        return self.rank // self.kvp
+
+    @property
+    def kvp_rank(self) -> int:
+        """Which pages of its heads this rank has."""
+        return self.rank % self.kvp
 
     @staticmethod
     def single() -> Communicator:
@@ -45,6 +66,7 @@ class Communicator:
         rendezvous: Path,
         *,
         device: torch.device,
+        kvp: int = 1,
         timeout_s: float = _TIMEOUT_S,
     ) -> Communicator:
         """Meet the other ranks through the file `rendezvous`, which must not exist before.
@@ -59,9 +81,11 @@ class Communicator:
         """
         if not 0 <= rank < size:
             raise ConfigError("rank", f"must be from 0 to {size - 1}, got {rank}")
+        if kvp < 1 or size % kvp:
+            raise ConfigError("kvp", f"must divide the {size} ranks of the group; got {kvp}")
         if size == 1:
             return Communicator.single()
-        return _ProcessGroup(rank, size, rendezvous, device, timeout_s)
+        return _ProcessGroup(rank, size, kvp, rendezvous, device, timeout_s)
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum `tensor` over the ranks in place and return it; contiguous, of any shape."""
@@ -78,6 +102,14 @@ class Communicator:
         """The ranks' parts [..., v], concatenated along the last dimension, on every rank."""
         return part
 
+    def exchange(self, parts: torch.Tensor) -> torch.Tensor:
+        """Between the kvp ranks of a share of the heads: parts[k] goes to the k-th of them.
+
+        parts: [kvp, ...], contiguous and of the same shape on every rank of the group
+        Returns like parts: [k] is what the k-th of them had for this one.
+        """
+        return parts
+
     def barrier(self) -> None:
         """Wait until every rank has called this."""
 
@@ -93,10 +125,17 @@ class _ProcessGroup(Communicator):
     """Ranks in separate processes, over torch.distributed and, on one host, shared memory."""
 
     def __init__(
-        self, rank: int, size: int, rendezvous: Path, device: torch.device, timeout_s: float
+        self,
+        rank: int,
+        size: int,
+        kvp: int,
+        rendezvous: Path,
+        device: torch.device,
+        timeout_s: float,
     ) -> None:
         self.rank = rank
         self.size = size
+        self.kvp = kvp
         self._on_gpu = device.type == "cuda"
         timeout = timedelta(seconds=timeout_s)
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
@@ -118,6 +157,11 @@ class _ProcessGroup(Communicator):
                 f"rank {rank} of {size} could not connect to the others at {rendezvous}: {error}"
             ) from error
         self._same_host = None if self._on_gpu else _meet_on_host(rank, size, store, timeout_s)
+        self._share: dist.ProcessGroup | None = None  # the ranks with the same heads
+        if self._same_host is None and 1 < kvp < size:
+            # Every rank has to take part in making every group.
+            groups = [dist.new_group(list(range(i, i + kvp))) for i in range(0, size, kvp)]
+            self._share = groups[self.tp_rank]
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         if self._same_host is not None:
@@ -150,6 +194,14 @@ class _ProcessGroup(Communicator):
         parts = [torch.empty_like(part) for _ in range(self.size)]
         dist.all_gather(parts, part.contiguous())
         return torch.cat(parts, dim=-1)
+
+    def exchange(self, parts: torch.Tensor) -> torch.Tensor:
+        if self._same_host is not None:
+            first = self.tp_rank * self.kvp
+            return self._same_host.exchange(parts, range(first, first + self.kvp))
+        received = torch.empty_like(parts)
+        dist.all_to_all_single(received, parts, group=self._share)
+        return received
 
     def barrier(self) -> None:
         dist.barrier()

@@ -137,7 +137,7 @@ class VocabHead(nn.Module):
 class SplitRMSNorm(nn.Module):
     """RMS norm over a dimension that is split over the ranks (OLMo 2's queries and keys).
 
-    weight: [dim_local]; dim: over all ranks
+    weight: [dim_local]; dim: over all ranks, counted as often as there are ranks that have it
     """
 
     def __init__(self, weight: Tensor, dim: int, eps: float, comm: Communicator) -> None:

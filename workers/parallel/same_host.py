@@ -123,6 +123,22 @@ class SameHost:
             flat_gathered[:, start : start + step] = parts
         return gathered
 
+    def exchange(self, parts: Tensor, among: range) -> Tensor:
+        """Of ranks `among`, to which this one belongs: what each had for this one, in order.
+
+        parts: [len(among), ...], what this one has for each of them; contiguous. All ranks of the
+        group take part at the same time, with equal shapes, also those of other ranges.
+        """
+        received = torch.empty_like(parts)
+        count, own = len(among), among.index(self._rank)
+        flat, flat_received = parts.view(count, -1), received.view(count, -1)
+        step = _BUFFER_BYTES // (count * parts.element_size())
+        for start in range(0, flat.shape[1], step):
+            some = flat[:, start : start + step]
+            theirs = self._exchange(some.reshape(-1))[among.start : among.stop]
+            flat_received[:, start : start + step] = theirs.view(count, *some.shape)[:, own]
+        return received
+
     def _exchange(self, part: Tensor) -> Tensor:
         """[size, n]: every rank's `part` [n]; valid until the call after the next."""
         buffer = self._buffers[self._turn][:, : part.numel() * part.element_size()]

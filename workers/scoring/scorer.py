@@ -71,12 +71,13 @@ class Scorer:
             recent_pages=description.recent_pages,
             hot_page_bytes=description.hot_page_bytes,
             sealed_page_bytes=description.sealed_page_bytes,
+            kvp=description.kvp,
         )
-        pages = -(-context // page_size)
+        pages = self._geometry.on_fullest(-(-context // page_size))
         pool = PoolPlan(
             hot_pages=self._geometry.hot_per_sequence(),
             # A chunk that begins within a page touches one page more than it fills.
-            headroom_pages=-(-chunk_tokens // page_size) + 1,
+            headroom_pages=self._geometry.on_fullest(-(-chunk_tokens // page_size) + 1),
             sealed_pages=pages,
             max_num_seqs=1,
         )

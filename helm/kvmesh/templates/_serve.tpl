@@ -35,7 +35,7 @@ applications:
       {{- include "kvmesh.config" . | nindent 6 }}
 {{- end -}}
 
-{{/* Groups of kvmesh with what each needs, as YAML: {groups: [{name, device, tp, cpus}]}. */}}
+{{/* Groups of kvmesh with what each needs, as YAML: {groups: [{name, device, ranks, cpus}]}. */}}
 {{- define "kvmesh.needs" -}}
 {{- $config := include "kvmesh.config" . | fromYaml -}}
 {{- $each := list -}}
@@ -47,11 +47,11 @@ applications:
 {{- $found := list -}}
 {{- range $index, $group := $each -}}
 {{- $engine := merge (deepCopy ($group | default dict)) $config.engine -}}
-{{- $tp := $engine.tp | default 1 | int -}}
+{{- $ranks := mul ($engine.tp | default 1 | int) ($engine.kvp | default 1 | int) -}}
 {{- $perRank := 1.0 -}}
 {{- if hasKey $engine "cpus_per_rank" -}}{{- $perRank = $engine.cpus_per_rank | float64 -}}{{- end -}}
-{{- $cpus := addf 0.1 (mulf $tp $perRank) -}}
-{{- $found = append $found (dict "name" (printf "engine-%d" $index) "device" $engine.device "tp" $tp "cpus" $cpus) -}}
+{{- $cpus := addf 0.1 (mulf $ranks $perRank) -}}
+{{- $found = append $found (dict "name" (printf "engine-%d" $index) "device" $engine.device "ranks" $ranks "cpus" $cpus) -}}
 {{- end -}}
 {{- dict "groups" $found | toYaml -}}
 {{- end -}}
@@ -79,14 +79,14 @@ applications:
 {{- $fits := false -}}
 {{- range $workers -}}
 {{- $enough := ge (.cpus | float64) ($need.cpus | float64) -}}
-{{- if eq $need.device "cuda" -}}{{- $enough = and $enough (ge (int .gpu.count) (int $need.tp)) -}}{{- end -}}
+{{- if eq $need.device "cuda" -}}{{- $enough = and $enough (ge (int .gpu.count) (int $need.ranks)) -}}{{- end -}}
 {{- if $enough -}}{{- $fits = true -}}{{- end -}}
 {{- end -}}
 {{- if not $fits -}}
-{{- fail (printf "workerGroups: %s is on one worker and needs %v CPUs%s, but no worker has that; give a worker more cpus or gpu.count, or use a smaller tp" $need.name $need.cpus (ternary (printf " and %d GPUs" (int $need.tp)) "" (eq $need.device "cuda"))) -}}
+{{- fail (printf "workerGroups: %s is on one worker and needs %v CPUs%s, but no worker has that; give a worker more cpus or gpu.count, or use a smaller tp or kvp" $need.name $need.cpus (ternary (printf " and %d GPUs" (int $need.ranks)) "" (eq $need.device "cuda"))) -}}
 {{- end -}}
 {{- $neededCpus = addf $neededCpus $need.cpus -}}
-{{- if eq $need.device "cuda" -}}{{- $neededGpus = add $neededGpus $need.tp -}}{{- end -}}
+{{- if eq $need.device "cuda" -}}{{- $neededGpus = add $neededGpus $need.ranks -}}{{- end -}}
 {{- end -}}
 {{- if or (gt (int $neededGpus) (int $gpus)) (gt (float64 $neededCpus) (float64 $cpus)) -}}
 {{- fail (printf "workerGroups: all groups and the ingresses need %v CPUs and %d GPUs, but the workers have %v and %d; add replicas, cpus or gpu.count" $neededCpus (int $neededGpus) $cpus (int $gpus)) -}}
