@@ -6,13 +6,20 @@ Here the file's name is a digest of everything the loop depends on, so that a fi
 is never out of date, and processes that write the same file write the same code.
 
 <NUMBA_CACHE_DIR>/kvmesh-loops/<digest>    SHA-256 of the pickle, then the pickle
+
+Numba counts the functions that a process compiles, and their numbers are part of their symbols. A
+loaded loop would call this process's function of the same name and number in place of its own, so
+here every process counts from a number of its own.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
+import os
 import pickle
+import secrets
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +27,7 @@ from typing import Any
 import llvmlite
 import numba
 from numba.core import serialize
+from numba.core.bytecode import FunctionIdentity
 from numba.core.compiler import CompileResult
 
 from kvmesh.kernels.source_digest import source_digest
@@ -29,6 +37,15 @@ logger = logging.getLogger(__name__)
 
 _DIGEST_BYTES = hashlib.sha256().digest_size
 _KERNELS = Path(__file__).parent
+
+
+def _count_from_own_number() -> None:
+    FunctionIdentity._unique_ids = itertools.count(secrets.randbits(60))
+
+
+_count_from_own_number()
+os.register_at_fork(after_in_child=_count_from_own_number)
+source_digest(_KERNELS)  # remembered now, since the files may be others when a loop is compiled
 
 
 def keep_on_disk(loop: Any, name: str) -> None:

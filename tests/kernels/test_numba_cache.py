@@ -64,6 +64,41 @@ def test_a_second_process_loads_what_the_first_compiled(tmp_path: Path) -> None:
     assert loaded == compiled
 
 
+# Loops that are compiled or loaded one after the other, made of a function that is not inlined.
+NAMESAKES = """
+import sys, numba
+from kvmesh.kernels.numba_cache import keep_on_disk
+
+def make(factor):
+    @numba.njit
+    def inner(x):
+        return factor if x < 2 else inner(x - 1) + inner(x - 2)
+
+    @numba.njit
+    def outer(x):
+        return inner(x)
+
+    keep_on_disk(outer, str(factor))
+    return outer
+
+for loop in map(make, map(int, sys.argv[1:])):
+    print(loop(10), bool(loop.stats.cache_hits))
+"""
+
+
+@pytest.mark.slow
+def test_a_loaded_loop_does_not_call_a_namesake_of_its_functions(tmp_path: Path) -> None:
+    environ = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+
+    def run(*factors: str) -> str:
+        command = [sys.executable, "-c", NAMESAKES, *factors]
+        done = subprocess.run(command, env=environ, capture_output=True, text=True, check=True)
+        return done.stdout
+
+    assert run("2") == "178 False\n"
+    assert run("5", "2") == "445 False\n178 True\n"
+
+
 def make_loop(factor: int, name: str = "loop") -> Any:
     @numba.njit
     def times(x):  # type: ignore[no-untyped-def]
