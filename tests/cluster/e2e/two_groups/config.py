@@ -6,7 +6,8 @@ from tests.cluster.e2e.harness import KV_LAYER_BYTES, SMALL_ENGINE, small_config
 from tests.cluster.e2e.shallow import LAYERS
 
 GROUPS = 2
-TOKENS = 24  # of each greedy stream: what is resumed has sealed pages
+# Of each greedy stream: what is resumed has sealed pages, and none ends before the last starts.
+TOKENS = 64
 CONFIG = small_config(
     groups=GROUPS,
     # Room for a stream that outlives the start of a router.
