@@ -24,7 +24,7 @@ def in_parts(count: int, max_parts: int, work: Callable[[int, int], object]) -> 
 
     max_parts: how many are worth a thread
     """
-    parts = max(1, min(torch.get_num_threads(), max_parts))
+    parts = max(1, min(torch.get_num_threads(), max_parts, count))
     ends = [count * (part + 1) // parts for part in range(parts)]
     others = [loop_threads().submit(work, first, end) for first, end in pairwise(ends)]
     work(0, ends[0])

@@ -1,4 +1,4 @@
-"""A layer after attention, as one compiled loop over tokens."""
+"""A layer after attention, as one compiled loop over tokens, or over rows of the weights."""
 
 from __future__ import annotations
 
@@ -10,14 +10,22 @@ import torch
 from torch import Tensor
 
 from kvmesh.kernels.linear import PackedWeight
-from kvmesh.kernels.linear.numba_linear import MIN_PRODUCTS_PER_THREAD, product_loop
+from kvmesh.kernels.linear.numba_linear import MIN_PRODUCTS_PER_THREAD, linear, product_loop
 from kvmesh.kernels.linear.packed import BLOCK
 from kvmesh.kernels.numba_cache import keep_on_disk
-from kvmesh.kernels.pointwise.numba_pointwise import add_loop, norm_loop, silu_mul_loop
+from kvmesh.kernels.pointwise.numba_pointwise import (
+    add_loop,
+    add_rms_norm,
+    norm_loop,
+    silu_mul,
+    silu_mul_loop,
+)
 from kvmesh.kernels.threads import in_parts
 
 # Tokens at a time, so that their numbers stay in the L2 cache.
 _TOKENS = 32
+# A layer of fewer products than this takes less time in one call than spread over two threads.
+MIN_PRODUCTS_BY_ROWS = 1 << 23
 
 
 def feed_forward(
@@ -31,6 +39,11 @@ def feed_forward(
 ) -> None:
     num_tokens, hidden = residual.shape
     products = gate_up.codes.shape[0] * hidden + hidden * (down.in_features + heads.shape[1])
+    if num_tokens < torch.get_num_threads() and products >= MIN_PRODUCTS_BY_ROWS:
+        # Too few tokens for all threads, but not too few rows; the bits are the same.
+        x = add_rms_norm(linear(heads, o_proj), residual, norm, eps)
+        residual += linear(silu_mul(linear(x, gate_up)), down)
+        return
     loop = _loop(o_proj.codes.dtype, gate_up.codes.dtype, down.codes.dtype)
     arguments = (
         *(heads.data_ptr(), residual.data_ptr(), norm.data_ptr(), eps),

@@ -50,7 +50,10 @@ def test_it_is_the_operators_one_after_the_other(tokens: int) -> None:
 def test_a_token_has_the_same_bits_in_any_batch(
     threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also where few tokens are spread over threads by the rows of the weights."""
     monkeypatch.setattr("kvmesh.kernels.layer.numba_layer.MIN_PRODUCTS_PER_THREAD", 1)
+    monkeypatch.setattr("kvmesh.kernels.layer.numba_layer.MIN_PRODUCTS_BY_ROWS", 1)
+    monkeypatch.setattr("kvmesh.kernels.linear.numba_linear.MIN_PRODUCTS_PER_THREAD", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     heads, whole = inputs(70)
     layer()(heads, whole)
