@@ -8,7 +8,7 @@ from kvmesh.kernels.formats.tiles_numba import compiled, float_of
 
 LOG2_E = np.float32(1.4426950408889634)
 # 2^f for |f| <= 1/2, relative error 2e-7: the polynomial of Cephes' exp2f (Moshier).
-_C0, _C1, _C2, _C3, _C4, _C5 = (
+EXP2_COEFFICIENTS = tuple(
     np.float32(c)
     for c in (
         1.535336188319500e-4,
@@ -19,6 +19,7 @@ _C0, _C1, _C2, _C3, _C4, _C5 = (
         6.931472028550421e-1,
     )
 )
+_C0, _C1, _C2, _C3, _C4, _C5 = EXP2_COEFFICIENTS
 
 
 @compiled

@@ -11,7 +11,6 @@ import torch
 from kvmesh.kernels.attention import reference
 from kvmesh.kernels.attention.batch import AttentionBatch
 from kvmesh.kernels.attention.numba_loop import (
-    LOG2_E,
     DecodeLoop,
     Rule,
     Scratch,
@@ -20,6 +19,7 @@ from kvmesh.kernels.attention.numba_loop import (
 )
 from kvmesh.kernels.attention.plan import check_queries, firsts_of, missing_page
 from kvmesh.kernels.attention.work import columns_below
+from kvmesh.kernels.exp2_numba import LOG2_E
 from kvmesh.kernels.formats.base import NO_PARAMS, KVFormat, LayerParams
 from kvmesh.kernels.merge import merge_states
 from kvmesh.kernels.threads import loop_threads

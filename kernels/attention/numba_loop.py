@@ -17,6 +17,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
+from kvmesh.kernels.exp2_numba import EXP2_COEFFICIENTS, LOG2_E
 from kvmesh.kernels.formats.base import KVFormat
 from kvmesh.kernels.formats.exact.side import Exact
 from kvmesh.kernels.formats.tiles_numba import (
@@ -30,22 +31,9 @@ from kvmesh.kernels.formats.tiles_numba import (
 )
 from kvmesh.kernels.numba_cache import keep_on_disk
 
-LOG2_E = np.float32(1.4426950408889634)
 CACHE_LINE = 64
 LN_2 = 0.6931471805599453
-# 2^f for |f| <= 1/2, relative error 2e-7: the polynomial of Cephes' exp2f (Moshier).
-_EXP2 = tuple(
-    np.float32(c)
-    for c in (
-        1.535336188319500e-4,
-        1.339887440266574e-3,
-        9.618437357674640e-3,
-        5.550332471162809e-2,
-        2.402264791363012e-1,
-        6.931472028550421e-1,
-    )
-)
-_C0, _C1, _C2, _C3, _C4, _C5 = _EXP2
+_C0, _C1, _C2, _C3, _C4, _C5 = EXP2_COEFFICIENTS
 
 
 @numba.njit(nogil=True, fastmath=True)
