@@ -72,6 +72,8 @@ class PageTables:
     def publish(self, seq: Sequence) -> None:
         """Full pages enter the cache as soon as their tokens are known, and outdated hot ones are
         released: steps are computed in order, so a later one may write to them."""
+        if seq.num_named == seq.num_computed // self._geometry.page_size:
+            return  # no page has become full since
         due = self._geometry.sealed_range(seq.num_computed)
         if seq.shares_pages:
             self._name(seq, due.stop)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from kvmesh.workers.deal import PageDeal
@@ -11,6 +13,20 @@ from kvmesh.workers.prefix_cache import Digest, PageDigests
 from kvmesh.workers.request import EngineRequest, PrefillProgress, SequenceUsage, TokenIds
 from kvmesh.workers.sizes import BLOCK_PAGES, PageGeometry, PageNeed
 from kvmesh.workers.structured.state import OutputState
+
+
+@dataclass(frozen=True, slots=True)
+class HeldPages:
+    """What a sequence holds.
+
+    pages: on all ranks that share its pages; on_fullest: on the one that has most
+    """
+
+    pages: PageNeed
+    on_fullest: PageNeed
+
+    def or_more(self, other: HeldPages) -> HeldPages:
+        return HeldPages(self.pages.or_more(other.pages), self.on_fullest.or_more(other.on_fullest))
 
 
 class Sequence:
@@ -56,8 +72,7 @@ class Sequence:
         self.prepared = request.constraint is None
         self.cached_tokens = 0
         self.preemptions = 0
-        self.peak = PageNeed(0, 0)  # of the fullest rank
-        self.peak_pages = PageNeed(0, 0)  # of all ranks that share its pages
+        self.peak = HeldPages(PageNeed(0, 0), PageNeed(0, 0))
         self.arrived_s = 0.0
         self.started_s: float | None = None
         self.first_token_s: float | None = None
@@ -147,12 +162,14 @@ class Sequence:
             counts[page % self.deal.kvp] += 1
         return counts
 
-    def note_held(self, pages: PageNeed, fullest: PageNeed) -> None:
-        """It held so many pages in a step that has been computed, and so many on one rank."""
-        if pages.fits(self.peak_pages) and fullest.fits(self.peak):
-            return
-        self.peak_pages = self.peak_pages.or_more(pages)
-        self.peak = self.peak.or_more(fullest)
+    def held_pages(self) -> HeldPages:
+        sealed = len(self.sealed)
+        on_fullest = PageNeed(max(self.hot_by_rank()), self.geometry.on_fullest(sealed))
+        return HeldPages(PageNeed(len(self.hot), sealed), on_fullest)
+
+    def note_held(self, held: HeldPages) -> None:
+        """It held these in a step that has been computed."""
+        self.peak = self.peak.or_more(held)
 
     def progress(self, end: int) -> PrefillProgress:
         """end: of the latest chunk that has been computed"""
@@ -166,9 +183,9 @@ class Sequence:
             prompt_tokens=self.prompt_tokens,
             completion_tokens=self.num_output,
             cached_tokens=self.cached_tokens,
-            sealed_pages=self.peak.sealed,
-            hot_pages=self.peak.hot,
-            kv_bytes=self.geometry.bytes_held(self.peak_pages, 1),
+            sealed_pages=self.peak.on_fullest.sealed,
+            hot_pages=self.peak.on_fullest.hot,
+            kv_bytes=self.geometry.bytes_held(self.peak.pages, 1),
             reserved_bytes=self._reserved_bytes(),
             queue_s=started - self.arrived_s,
             time_to_first_token_s=None if first is None else first - self.arrived_s,
@@ -179,7 +196,7 @@ class Sequence:
     def _reserved_bytes(self) -> int:
         lease = self.lease
         if lease is None:
-            return self.geometry.bytes_held(self.peak_pages, 1)
+            return self.geometry.bytes_held(self.peak.pages, 1)
         pages = PageNeed(lease.hot_pages, lease.sealed_pages)
         whole = self.geometry.bytes_of(pages, lease.sequences)
         return whole // lease.sequences
