@@ -31,7 +31,7 @@ def perplexity_table(report: PerplexityReport) -> Group:
             f"{row.perplexity:.3f}",
             "–" if exact else f"{row.loss:+.2%}",
             "–" if exact else f"{row.kl_nats:.5f}",
-            "–" if exact or row.kl_error_nats is None else f"{row.kl_error_nats:.5f}",
+            "–" if exact or row.kl_error_nats is None else f"{row.kl_error_nats:.0e}",
             f"{row.sealed_bits:.2f}",
             f"{row.bits:.2f}",
             f"{row.bits_at_32k:.2f}",
