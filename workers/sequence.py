@@ -10,8 +10,8 @@ from kvmesh.workers.deal import PageDeal
 from kvmesh.workers.lease import LeaseTerms
 from kvmesh.workers.plan import PENDING
 from kvmesh.workers.prefix_cache import Digest, PageDigests
-from kvmesh.workers.request import EngineRequest, PrefillProgress, SequenceUsage, TokenIds
-from kvmesh.workers.sizes import BLOCK_PAGES, PageGeometry, PageNeed
+from kvmesh.workers.request import EngineRequest, PrefillProgress, TokenIds
+from kvmesh.workers.sizes import PageGeometry, PageNeed
 from kvmesh.workers.structured.state import OutputState
 
 
@@ -147,12 +147,6 @@ class Sequence:
         due = self.geometry.sealed_range(num_tokens)
         return range(due.start + len(self.sealed), max(due.stop, due.start + len(self.sealed)))
 
-    def ends_near(self, page: int) -> bool:
-        """Whether the page is at the end of the prompt, where another question about the same
-        document is likely to differ."""
-        pages = self.prompt_tokens // self.geometry.page_size
-        return pages - min(BLOCK_PAGES, -(-pages // 8)) <= page < pages
-
     def hot_by_rank(self) -> list[int]:
         """How many hot pages it holds on each rank."""
         if self.deal.kvp == 1:
@@ -175,28 +169,3 @@ class Sequence:
         """end: of the latest chunk that has been computed"""
         computed = min(end, self.num_computed)
         return PrefillProgress(computed, min(self.cached_tokens, computed), self.num_tokens)
-
-    def usage(self, now: float) -> SequenceUsage:
-        started = self.started_s if self.started_s is not None else now
-        first = self.first_token_s
-        return SequenceUsage(
-            prompt_tokens=self.prompt_tokens,
-            completion_tokens=self.num_output,
-            cached_tokens=self.cached_tokens,
-            sealed_pages=self.peak.on_fullest.sealed,
-            hot_pages=self.peak.on_fullest.hot,
-            kv_bytes=self.geometry.bytes_held(self.peak.pages, 1),
-            reserved_bytes=self._reserved_bytes(),
-            queue_s=started - self.arrived_s,
-            time_to_first_token_s=None if first is None else first - self.arrived_s,
-            total_s=now - self.arrived_s,
-            preemptions=self.preemptions,
-        )
-
-    def _reserved_bytes(self) -> int:
-        lease = self.lease
-        if lease is None:
-            return self.geometry.bytes_held(self.peak.pages, 1)
-        pages = PageNeed(lease.hot_pages, lease.sealed_pages)
-        whole = self.geometry.bytes_of(pages, lease.sequences)
-        return whole // lease.sequences
