@@ -239,14 +239,17 @@ def workspace_bytes(
     max_seq_len: int,
 ) -> int:
     """Upper bound of what a layer's attention allocates on a GPU: results of parts of decode and of
-    prefill, and decoded pages of a format for comparison."""
+    prefill, and decoded pages of a format without kernels."""
     slots = max(MAX_SLOTS, max_seq_len // DECODE_CHUNK_TOKENS + 2)
     # A block of prefill has at most 128 rows of a KV head.
     block = max_seq_len // PREFILL_CHUNK_TOKENS + 1
     prefill = max(MAX_PREFILL_BYTES, block * 128 * num_heads * (head_dim + 1) * 4)
     parts = slots * num_heads * (head_dim + 1) * 4 + prefill
-    if not fmt.comparison:
+    if fmt.has_kernels:
         return parts
+    if fmt.values_in_keys:
+        # Of one sequence: codes, keys in fp32, both once more as parts are joined; scores, twice.
+        return parts + (16 * num_kv_heads * head_dim + 8 * num_heads) * max_seq_len
     # While pages are decoded, their numbers exist a few times in fp32.
     tokens = max(DECODED_TOKENS, max_seq_len) * dtype_bytes + DECODED_AT_ONCE * 32
     return parts + 2 * num_kv_heads * head_dim * tokens

@@ -55,7 +55,10 @@ def override_rope(config: Any, override: RopeOverride, trained_len: int) -> None
     """
     nested = SCALED_LAYERS in config.rope_parameters
     own = config.rope_parameters[SCALED_LAYERS] if nested else config.rope_parameters
-    kept = {key: own[key] for key in ("rope_theta", "partial_rotary_factor") if key in own}
+    names = ["rope_theta", "partial_rotary_factor"]
+    if override.type == "yarn":  # how much it scales the softmax of latent attention
+        names += ["mscale", "mscale_all_dim"]
+    kept = {key: own[key] for key in names if key in own}
     kind, theta = override.type, kept["rope_theta"]
     if override.type == "ntk":
         head_dim = getattr(config, "head_dim", None)
