@@ -280,19 +280,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
         },
     ),
-    "deepseek-v3-halves": (
-        "DeepseekV3ForCausalLM",
-        {
-            **_LATENT,
-            "first_k_dense_replace": 0,
-            "n_group": 1,
-            "topk_group": 1,
-            "norm_topk_prob": False,
-            "q_lora_rank": None,
-            "rope_interleave": False,
-        },
+    "glm4-moe-lite": (
+        "Glm4MoeLiteForCausalLM",
+        {**_LATENT, "n_shared_experts": 1, "norm_topk_prob": False, "rope_interleave": False},
     ),
-    "glm4-moe-lite": ("Glm4MoeLiteForCausalLM", {**_LATENT, "n_shared_experts": 1}),
     "olmoe": (
         "OlmoeForCausalLM",
         {"num_experts": 6, "num_experts_per_tok": 2, "clip_qkv": 0.5},
