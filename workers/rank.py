@@ -76,8 +76,8 @@ class Rank:
         if self._device.type == "cuda" and config.cuda_graphs is True and not self._fmt.has_kernels:
             raise ConfigError(
                 "cuda_graphs",
-                "must be auto or false for this model: on GPUs plain torch computes its latent "
-                "attention, and a graph cannot hold what it decides as it reads pages",
+                "must be auto or false for this model: a graph cannot hold attention over latents, "
+                "whose parts the host decides on in every step",
             )
         self._sink_pages = _default(config.sink_pages, self._fmt.sink_pages)
         self._recent_pages = _default(config.recent_pages, self._fmt.recent_pages)

@@ -48,7 +48,7 @@ def paged_attention(
         -w tokens, if j // -w == i // -w
     backend: None picks "triton" on GPUs, and on CPUs "numba" or, for formats without
         compiled loops, "reference" (plain torch). For "triton", plain torch decodes the pages of
-        formats for comparison, and does all of it where values are in keys
+        formats for comparison
     Returns out: like q, or with as many channels as values have; lse: [num_tokens, num_heads]
     fp32, natural log, mergeable with `merge_states`. Rows of q that belong to no sequence get 0
     and -inf.
@@ -158,7 +158,9 @@ def _implementation(fmt: KVFormat, hot: torch.Tensor, backend: str | None) -> Ca
 
         return numba_attention.paged_attention
     if backend == "triton" and fmt.values_in_keys:
-        return reference.paged_attention
+        from kvmesh.kernels.attention import latent
+
+        return latent.paged_attention
     if backend == "triton" and fmt.comparison:
         from kvmesh.kernels.attention import decoded
 

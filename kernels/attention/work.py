@@ -49,6 +49,9 @@ MAX_PREFILL_BYTES = 64 << 20
 DECODED_TOKENS, DECODED_AT_ONCE = 65536, 16384
 
 Ints = npt.NDArray[np.int64]
+# Keys of latents that a program reads for a decoding sequence, and bytes of results that are held
+# at a time, unless one sequence has more.
+LATENT_PART_TOKENS, MAX_LATENT_BYTES = 1024, 256 << 20
 
 
 def columns_below(pages: Any, firsts: Any, stride: int) -> Any:
@@ -248,8 +251,9 @@ def workspace_bytes(
     if fmt.has_kernels:
         return parts
     if fmt.values_in_keys:
-        # Of one sequence: codes, keys in fp32, both once more as parts are joined; scores, twice.
-        return parts + (16 * num_kv_heads * head_dim + 8 * num_heads) * max_seq_len
+        parts = max_seq_len // LATENT_PART_TOKENS + 1
+        # Merged, they exist once more.
+        return 2 * max(MAX_LATENT_BYTES, parts * num_heads * (head_dim + 1) * 4)
     # While pages are decoded, their numbers exist a few times in fp32.
     tokens = max(DECODED_TOKENS, max_seq_len) * dtype_bytes + DECODED_AT_ONCE * 32
     return parts + 2 * num_kv_heads * head_dim * tokens

@@ -225,7 +225,7 @@ class KVFormat:
 
     @property
     def has_kernels(self) -> bool:
-        """Whether Triton kernels seal and read its pages; otherwise plain torch does."""
+        """Whether Triton kernels seal its pages, and read them so that a CUDA graph can hold it."""
         return not (self.comparison or self.values_in_keys)
 
     @property

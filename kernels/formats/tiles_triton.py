@@ -69,7 +69,7 @@ class SideKernels:
 def format_kernels(fmt: KVFormat) -> tuple[SideKernels, SideKernels]:
     """For keys and for values. Raises ValueError for formats without kernels."""
     if not fmt.has_kernels:
-        why = "values in keys have none" if fmt.values_in_keys else "it is for comparison"
+        why = "its values are in keys" if fmt.values_in_keys else "it is for comparison"
         raise ValueError(f"fmt: {fmt.name} has no kernels, because {why}")
     return fmt.k.kernels(), fmt.v.kernels()
 
