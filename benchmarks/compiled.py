@@ -28,7 +28,7 @@ import triton
 
 from benchmarks.kernel_formats import FORMATS
 from benchmarks.sass import compile_kernel, compile_launch
-from kvmesh.kernels.attention.latent import form_of, launch_options
+from kvmesh.kernels.attention.latent_form import form_of, launch_options
 from kvmesh.kernels.attention.triton_decode import decode_merge_kernel
 from kvmesh.kernels.attention.triton_latent import latent_kernel
 from kvmesh.kernels.attention.triton_launch import (

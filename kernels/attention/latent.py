@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 import torch
 
 from kvmesh.kernels.attention.batch import AttentionBatch
-from kvmesh.kernels.attention.triton_latent import LatentForm, code_of, latent_kernel
-from kvmesh.kernels.attention.triton_launch import shared_kib
+from kvmesh.kernels.attention.latent_form import form_of, launch_options
+from kvmesh.kernels.attention.triton_latent import latent_kernel
 from kvmesh.kernels.attention.work import LATENT_PART_TOKENS, MAX_LATENT_BYTES, Lengths
 from kvmesh.kernels.formats.base import NO_PARAMS, KVFormat, LayerParams
-from kvmesh.kernels.gpu import Capability, gpu_of
+from kvmesh.kernels.gpu import gpu_of
 from kvmesh.kernels.merge import merge_states
 
 LOG2_E = math.log2(math.e)
@@ -99,55 +98,6 @@ def paged_attention(
         out[rows.tokens.long()] = merged[0].to(q.dtype)
         lse[rows.tokens.long()] = merged[1]
     return out, lse
-
-
-@cache
-def form_of(
-    fmt: KVFormat,
-    num_heads: int,
-    head_dim: int,
-    page_size: int,
-    itemsize: int,
-    windows: tuple[int, int, int],
-    capability: Capability | None,
-) -> LatentForm:
-    """itemsize: of the compute dtype; windows: sink pages, recent pages and stride"""
-    values, is_large = fmt.values_in_keys, _is_large(capability)
-    code, width = code_of(fmt.k)
-    sink_pages, recent_pages, stride = windows
-    return LatentForm(
-        code=code,
-        width=width,
-        num_heads=num_heads,
-        heads=32 if num_heads > 16 and is_large else 16,
-        head_dim=head_dim,
-        values=values,
-        block_v=_block(values),
-        block_r=_block(head_dim - values),
-        block_n=math.gcd(page_size, 32 if is_large else 16),
-        page_size=page_size,
-        page_bytes=fmt.page_bytes(page_size, head_dim, itemsize),
-        sink_pages=sink_pages,
-        recent_pages=recent_pages,
-        stride=stride,
-    )
-
-
-def _block(channels: int) -> int:
-    """Channels of a tile: a power of two, and enough for tensor cores."""
-    return max(16, 1 << max(0, channels - 1).bit_length())
-
-
-def _is_large(capability: Capability | None) -> bool:
-    """Whether shared memory holds the queries of 32 heads and two tiles of 32 keys, 160 KiB."""
-    return shared_kib(capability) > 160
-
-
-def launch_options(form: LatentForm, capability: Capability | None) -> dict[str, int]:
-    return {
-        "num_warps": 8 if form.heads > 16 else 4,
-        "num_stages": 2 if _is_large(capability) else 1,
-    }
 
 
 def _rows_of(batch: AttentionBatch, row_numbers: int) -> tuple[_Rows, ...]:

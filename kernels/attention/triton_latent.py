@@ -9,44 +9,18 @@ is loaded once, in two pieces, and used twice:
 
 As all heads read the same keys, a program of 32 heads does 32 times as much with a byte as
 attention with a KV head for each: products are the bound, and decoding codes costs little.
+
+FORM is a `LatentForm` (latent_form.py).
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
-from typing import Any
 
 import triton
 import triton.language as tl
 
 from kvmesh.kernels.attention.triton_parts import columns_below
 from kvmesh.kernels.formats.fp8.triton import from_e4m3
-from kvmesh.kernels.formats.tiles_triton import KernelConstants, load_bf16
-
-
-@dataclass(frozen=True, eq=False)
-class LatentForm(KernelConstants):
-    """What the kernel knows when it is compiled.
-
-    code: how sealed pages store numbers: "dense", "grid" (per token, of `width` bits) or "e4m3"
-    heads: of a program, `num_heads` of a query; block_v, block_r: channels, padded
-    block_n: tokens of a tile, which lies in one page
-    """
-
-    code: str
-    width: int
-    num_heads: int
-    heads: int
-    head_dim: int
-    values: int
-    block_v: int
-    block_r: int
-    block_n: int
-    page_size: int
-    page_bytes: int
-    sink_pages: int
-    recent_pages: int
-    stride: int
+from kvmesh.kernels.formats.tiles_triton import load_bf16
 
 
 @triton.jit
@@ -236,11 +210,3 @@ def latent_kernel(
     lse = (top + tl.log2(tl.where(some, total, 1.0))) * 0.6931471805599453
     lse = tl.where(some, lse, float("-inf"))
     tl.store(lse_ptr + out_row, lse, mask=heads < FORM.num_heads)
-
-
-def code_of(side: Any) -> tuple[str, int]:
-    """`code` and `width` of a side of keys that `treats_sides_alike` allows."""
-    kind = type(side).__name__
-    if kind == "Exact":
-        return "dense", 0
-    return ("e4m3", 8) if kind == "Fp8" else ("grid", side.width)

@@ -82,7 +82,7 @@ class Architecture:
     recurrent: if some layers have a state instead of keys and values, which ones and what state:
         one of the names in `RECURRENT`
     latent: keys and values are one vector, whose first `kv_lora_rank` channels are the value and
-        whose last `qk_rope_head_dim` channels RoPE turns
+        whose last `qk_rope_head_dim` channels RoPE turns; they are stored as two halves
     unused_tensors: in its checkpoints, the beginnings of names of what does not compute the output
     own_code: its checkpoints come with code of their own, which is never run: transformers'
         modules, or those of another architecture, compute the same
@@ -269,7 +269,6 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         Architecture(
             "DeepseekV2ForCausalLM",
             "deepseek_v2",
-            interleaved_rope=True,
             rope_types=_LATENT_ROPES,
             experts=_DEEPSEEK_EXPERTS,
             latent=True,
@@ -278,7 +277,6 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         Architecture(
             "DeepseekV3ForCausalLM",
             "deepseek_v3",
-            interleaved_rope=True,
             rope_types=_LATENT_ROPES,
             experts=replace(_DEEPSEEK_EXPERTS, first=3),
             latent=True,
@@ -287,7 +285,6 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         Architecture(
             "Glm4MoeLiteForCausalLM",
             "glm4_moe_lite",
-            interleaved_rope=True,
             rope_types=_LATENT_ROPES,
             experts=replace(_DEEPSEEK_EXPERTS, first=1),
             latent=True,

@@ -22,6 +22,7 @@ class Rope:
     inv_freq: [rotary_dim / 2] fp32; channels from rotary_dim on are not rotated
     interleaved: pair i is channels 2i and 2i + 1, otherwise i and i + rotary_dim / 2
 
+    Where values are in keys, channels are counted after those of the value.
     A factor on the rotated channels, such as YaRN's attention scaling, is not included:
     it commutes with the rotation.
     """
