@@ -59,13 +59,9 @@ def test_wide_heads_fit_into_shared_memory(capability: str, names: list[str]) ->
     run(script, "--capability", capability, "--shape", "256x4", "--format", *names)
 
 
-@pytest.mark.parametrize(
-    ("capability", "name", "heads"), [("89", "fp8", "128"), ("90", "int8", "16")]
-)
-def test_attention_over_latents_compiles(capability: str, name: str, heads: str) -> None:
-    """It also fits into shared memory."""
+def test_attention_over_latents_fits_into_shared_memory() -> None:
     script = str(ROOT / "benchmarks" / "compiled.py")
-    run(script, "--capability", capability, "--latent", heads, "--format", name)
+    run(script, "--capability", "89", "--latent", "128", "--format", "fp8")
 
 
 def test_the_record_of_what_compiles_has_no_failure() -> None:

@@ -36,6 +36,7 @@ BY_LAYER_TYPE = {
 }
 
 _LATENT = {
+    "num_hidden_layers": 2,
     "num_key_value_heads": 8,
     "q_lora_rank": 24,
     "kv_lora_rank": 32,

@@ -41,12 +41,12 @@ def test_layers_that_predict_further_tokens_are_left_out(path: Path) -> None:
     expected = logits_of(path)
     file = path / "model.safetensors"
     tensors = safetensors.torch.load_file(file)
-    tensors["model.layers.3.eh_proj.weight"] = torch.ones(64, 128)
+    tensors["model.layers.2.eh_proj.weight"] = torch.ones(64, 128)
     safetensors.torch.save_file(tensors, file, {"format": "pt"})
     change_config(path, num_mtp_layers=None, num_nextn_predict_layers=1)
     assert logits_of(path).equal(expected)
     change_config(path, num_nextn_predict_layers=0)
-    with pytest.raises(UnsupportedModelError, match=r"no place for tensor model\.layers\.3"):
+    with pytest.raises(UnsupportedModelError, match=r"no place for tensor model\.layers\.2"):
         logits_of(path)
 
 
@@ -79,7 +79,7 @@ def test_ranks_divide_heads_and_each_has_all_latents(path: Path) -> None:
         )
         for tp, kvp in ((1, 1), (4, 1), (1, 4))
     )
-    assert one.hot_page_bytes == one.sealed_page_bytes == 3 * 16 * 40 * 2
+    assert one.hot_page_bytes == one.sealed_page_bytes == 2 * 16 * 40 * 2
     assert shares.hot_page_bytes == dealt.hot_page_bytes == one.hot_page_bytes
     tokens = 16 * 8
     of_one, of_shares, of_dealt = (
