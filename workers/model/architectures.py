@@ -112,9 +112,10 @@ class Architecture:
         return self.window is not None and self.window < 0
 
     def unused(self, config: Mapping[str, Any]) -> tuple[str, ...]:
-        """`unused_tensors`, and those of layers that predict further tokens."""
-        layers, more = layers_of(config), int(config.get("num_nextn_predict_layers") or 0)
-        extra = (f"model.layers.{layers.stop + index}." for index in range(more))
+        """`unused_tensors`, and those of layers that predict further tokens, after all others."""
+        more = int(config.get("num_nextn_predict_layers") or 0)
+        own = layers_of(config).stop if more else 0
+        extra = (f"model.layers.{own + index}." for index in range(more))
         return (*self.unused_tensors, *extra)
 
     def with_positions(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
