@@ -1,7 +1,7 @@
 """Which kernels compile for which GPUs, and whether they use tensor cores; needs no GPU.
 
     python benchmarks/compiled.py [--output FILE] [--capability 70 75 ...] [--format NAME ...]
-        [--shape 128x8] [--page-size 64] [--stride 1]
+        [--shape 128x8] [--page-size 64] [--stride 1] [--latent HEADS]
 
 Every kernel is compiled as the operators launch it, with everything that a layer or a batch may
 need: a window, a softcap, shared prefixes. GPUs before sm_80 have no bf16; they use fp16. If a
@@ -28,7 +28,9 @@ import triton
 
 from benchmarks.kernel_formats import FORMATS
 from benchmarks.sass import compile_kernel, compile_launch
+from kvmesh.kernels.attention.latent_form import form_of, launch_options
 from kvmesh.kernels.attention.triton_decode import decode_merge_kernel
+from kvmesh.kernels.attention.triton_latent import latent_kernel
 from kvmesh.kernels.attention.triton_launch import (
     Geometry,
     decode_launch,
@@ -40,7 +42,7 @@ from kvmesh.kernels.attention.triton_launch import (
 from kvmesh.kernels.attention.triton_parts import BatchPointers
 from kvmesh.kernels.attention.triton_prefill import prefill_merge_kernel
 from kvmesh.kernels.formats.base import KVFormat
-from kvmesh.kernels.formats.registry import get_format
+from kvmesh.kernels.formats.registry import format_of_model, get_format
 from kvmesh.kernels.merge.triton_merge import merge_kernel
 from kvmesh.kernels.moe import GatedUnit
 from kvmesh.kernels.moe.triton_moe import down_kernel, gate_up_kernel, tiles, unit
@@ -49,6 +51,7 @@ from kvmesh.kernels.write.triton_write import write_kernel
 
 CAPABILITIES = (70, 75, 80, 89, 90)
 NUM_KV_HEADS = 8
+LATENT_DIM, LATENT_VALUES = 576, 512
 Compile = Callable[[], Any]
 
 
@@ -73,6 +76,21 @@ def kernels_of(
     yield "seal", partial(compile_seal, fmt, capability, geometry)
 
 
+def latent_kernels(
+    fmt: KVFormat, capability: int, num_heads: int, page_size: int, stride: int
+) -> Iterator[tuple[str, Compile]]:
+    """Of pages whose values are in keys, with DeepSeek's channels; GPUs before sm_80 use fp16."""
+    stored = format_of_model(fmt, LATENT_VALUES)
+    number = torch.empty(16, dtype=torch.bfloat16 if capability >= 80 else torch.float16)
+    sums, ints = torch.empty(16), torch.empty(16, dtype=torch.int32)
+    pages = (number, number, torch.empty(16, dtype=torch.int8), sums, sums)
+    arguments = (*pages, *[ints] * 8, 64, LATENT_DIM * num_heads, LATENT_DIM, 16, 1.0)
+    windows, gpu = (1, 2, stride), divmod(capability, 10)
+    form = form_of(stored, num_heads, LATENT_DIM, page_size, 2, windows, gpu)
+    how = (latent_kernel, arguments, {"FORM": form}, launch_options(form, gpu))
+    yield f"latents, {num_heads} heads", partial(compile_kernel, *how, capability)
+
+
 def shared_kernels(
     capability: int, head_dim: int, group: int, page_size: int, stride: int
 ) -> Iterator[tuple[str, Compile]]:
@@ -80,7 +98,7 @@ def shared_kernels(
     number = torch.empty(16, dtype=torch.bfloat16 if capability >= 80 else torch.float16)
     ids = torch.empty(16, dtype=torch.int64)
     sizes = {"HEAD_DIM": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim)}
-    pages = {**sizes, "NUM_KV_HEADS": NUM_KV_HEADS, "PAGE_SIZE": page_size}
+    pages = {**sizes, "SIDES": 2, "NUM_KV_HEADS": NUM_KV_HEADS, "PAGE_SIZE": page_size}
     write = (write_kernel, (number, number, number, ids, 128, 16, 128, 16), pages, {"num_warps": 1})
     yield "write", partial(compile_kernel, *write, capability)
     sums = torch.empty(16)
@@ -162,6 +180,7 @@ def main() -> None:
     parser.add_argument("--shape", default="128x8")
     parser.add_argument("--page-size", type=int, default=64)
     parser.add_argument("--stride", type=int, default=1, help="engine.kvp")
+    parser.add_argument("--latent", type=int, help="only attention over latents, of so many heads")
     options = parser.parse_args()
     head_dim, group = map(int, options.shape.split("x"))
     # For each GPU, kernel and outcome: the formats.
@@ -169,10 +188,16 @@ def main() -> None:
     for capability in options.capability:
         outcomes = found.setdefault(f"sm_{capability}", {})
         geometry = (head_dim, group, options.page_size, options.stride)
-        work = [("all", *one) for one in shared_kernels(capability, *geometry)]
-        for name in options.format:
-            fmt = get_format(name)
-            work += [(name, *one) for one in kernels_of(fmt, capability, *geometry)]
+        work: list[tuple[str, str, Compile]] = []
+        if options.latent:
+            where = (capability, options.latent, *geometry[2:])
+            for name in options.format:
+                work += [(name, *one) for one in latent_kernels(get_format(name), *where)]
+        else:
+            work += [("all", *one) for one in shared_kernels(capability, *geometry)]
+            for name in options.format:
+                fmt = get_format(name)
+                work += [(name, *one) for one in kernels_of(fmt, capability, *geometry)]
         for name, what, compile_it in work:
             outcome = attempt(compile_it, capability)
             outcomes.setdefault(what, {}).setdefault(outcome, []).append(name)

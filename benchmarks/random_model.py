@@ -103,10 +103,11 @@ class RandomWeights:
     def __contains__(self, name: str) -> bool:
         return True
 
-    def whole(self, name: str, shape: torch.Size) -> torch.Tensor:
+    def whole(self, name: str, shape: torch.Size, dtype: torch.dtype | None = None) -> torch.Tensor:
+        dtype = dtype or self.dtype
         if len(shape) == 1:
-            return torch.ones(shape, dtype=self.dtype, device=self._device)
-        weight = torch.empty(shape, dtype=self.dtype, device=self._device)
+            return torch.ones(shape, dtype=dtype, device=self._device)
+        weight = torch.empty(shape, dtype=dtype, device=self._device)
         return weight.normal_(0.0, 0.02, generator=self._generator)
 
     def rows(self, name: str, shape: torch.Size, first: int, end: int) -> torch.Tensor:

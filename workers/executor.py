@@ -26,6 +26,7 @@ class RankDescription(msgspec.Struct, tag="description", frozen=True):
     memory_bytes: all that the GPU has, 0 on CPUs
     kvp: the ranks to which pages are dealt
     gpu_uuid: as NVML writes it, "" on CPUs
+    values_in_keys: how many channels of a key are its value, see ModelFacts
     rope: how positions are scaled, see ModelFacts
     model_path: directory with the model's tokenizer, on the ranks' host, which is the leader's
     """
@@ -49,6 +50,7 @@ class RankDescription(msgspec.Struct, tag="description", frozen=True):
     state_bytes: int = 0
     rope: str = "default"
     kvp: int = 1
+    values_in_keys: int = 0
 
 
 class Allocation(msgspec.Struct, tag="allocation", frozen=True):

@@ -15,7 +15,8 @@ class KVPool:
     """Hot and sealed pages of every layer.
 
     all_hot, all_sealed: the pages of all layers, [num_layers, ...] of
-    hot: per layer [hot_pages, 2, num_kv_heads, page_size, head_dim] of the compute dtype
+    hot: per layer [hot_pages, 2, num_kv_heads, page_size, head_dim] of the compute dtype; 1
+        instead of 2 if the format's values are in keys
     sealed: per layer [sealed_pages, num_kv_heads, page_bytes] uint8
     hot_tables, sealed_tables: [max_rows, max_pages_per_row] int32, logical page -> page id,
         −1 if the row's page never existed in that form
@@ -34,7 +35,8 @@ class KVPool:
         device: torch.device,
     ) -> None:
         page_bytes = fmt.page_bytes(page_size, head_dim, dtype.itemsize)
-        hot_shape = (allocation.hot_pages, 2, num_kv_heads, page_size, head_dim)
+        sides = fmt.stored_sides
+        hot_shape = (allocation.hot_pages, sides, num_kv_heads, page_size, head_dim)
         sealed_shape = (allocation.sealed_pages, num_kv_heads, page_bytes)
         tables = (allocation.max_rows, allocation.max_pages_per_row)
         self.all_hot = _zeros((num_layers, *hot_shape), dtype, device)

@@ -186,8 +186,10 @@ class EngineLeader:
 
     def _make_engine(self) -> Engine:
         """In the engine's thread, when all ranks are ready."""
-        head_dim = self._executor.describe()[0].head_dim
-        self.divergence_nats = check_format(self._config, head_dim, self._executor.divergences)
+        rank = self._executor.describe()[0]
+        self.divergence_nats = check_format(
+            self._config, rank.head_dim, self._executor.divergences, rank.values_in_keys
+        )
         return Engine(self._config, self._executor)
 
     # What the engine's thread posts

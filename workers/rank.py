@@ -20,6 +20,7 @@ from kvmesh.workers.model.hook import AttendArgs
 from kvmesh.workers.model.load import ServedModel, load_model
 from kvmesh.workers.model.sizes import check_tp
 from kvmesh.workers.model.source import ModelFiles, resolve_model
+from kvmesh.workers.page_geometry import format_for
 from kvmesh.workers.parallel.comm import Communicator
 from kvmesh.workers.parallel.heads import merge_over_ranks
 from kvmesh.workers.plan import StepPlan, StepResult
@@ -61,7 +62,6 @@ class Rank:
         self._device = choose_device(config, rank)
         self._memory_bytes = _memory_bytes(self._device)
         self._limits = config.limits(self._device.type, self._memory_bytes)
-        self._fmt = get_format(config.kv_format)
         self._dtype = _dtype(config, self._device)
         self._samples = rank == 0
         self._runner: ModelRunner | None = None
@@ -72,6 +72,13 @@ class Rank:
         self._files: ModelFiles = (
             shared._files if shared else resolve_model(config.model, rope=config.rope)
         )
+        self._fmt = format_for(config.kv_format, self._files.path)
+        if self._device.type == "cuda" and config.cuda_graphs is True and not self._fmt.has_kernels:
+            raise ConfigError(
+                "cuda_graphs",
+                "must be auto or false for this model: a graph cannot hold attention over latents, "
+                "whose parts the host decides on in every step",
+            )
         self._sink_pages = _default(config.sink_pages, self._fmt.sink_pages)
         self._recent_pages = _default(config.recent_pages, self._fmt.recent_pages)
         # Before the weights, so that a file that does not fit fails early.
@@ -123,6 +130,7 @@ class Rank:
             memory_bytes=self._memory_bytes,
             rope=facts.rope,
             kvp=self._comm.kvp,
+            values_in_keys=facts.values_in_keys,
         )
 
     def allocate(self, allocation: Allocation, *, prepare_decode: bool = True) -> None:
@@ -139,7 +147,7 @@ class Rank:
             device=self._device,
             samples=self._samples,
             prepare_decode=prepare_decode,
-            cuda_graphs=self._limits.cuda_graphs,
+            cuda_graphs=self._limits.cuda_graphs and self._fmt.has_kernels,
             params=self._params,
         )
 
@@ -225,7 +233,7 @@ class Rank:
 
         calibration: file for that format; by default this rank's file if the format is its own
         """
-        if calibration is None and get_format(kv_format) == self._fmt:
+        if calibration is None and get_format(kv_format).name == self._fmt.name:
             calibration = self._config.calibration
         config = self._config.replace(kv_format=kv_format, calibration=calibration)
         return type(self)(config, self._rank, self._comm, shared=self)
@@ -272,7 +280,7 @@ class Rank:
     def _attend_to_nothing(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, args: AttendArgs
     ) -> torch.Tensor:
-        out = torch.zeros_like(q)
+        out = q.new_zeros(*q.shape[:2], v.shape[2])
         if self._comm.kvp == 1:
             return out
         lse = torch.zeros(q.shape[:2], dtype=torch.float32, device=q.device)

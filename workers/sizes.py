@@ -126,6 +126,12 @@ class PageGeometry:
         return (per_rank + sequences * self.state_bytes) * self.ranks
 
 
+def kv_heads_of_rank(num_kv_heads: int, tp: int) -> int:
+    """Of tp ranks that divide a model's KV heads. The only head of latent attention is whole on
+    every one of them."""
+    return max(1, num_kv_heads // tp)
+
+
 def page_bytes_of(
     fmt: KVFormat,
     *,
@@ -141,5 +147,5 @@ def page_bytes_of(
     head_dim.
     """
     heads = num_layers * num_kv_heads
-    hot = heads * 2 * page_size * head_dim * dtype_bytes
+    hot = heads * fmt.stored_sides * page_size * head_dim * dtype_bytes
     return hot, heads * fmt.page_bytes(page_size, head_dim, dtype_bytes)

@@ -149,7 +149,7 @@ def _subject(model: str | None, dtype: str, predict: bool, page_size: int) -> Me
         except ValueError as error:
             raise ConfigError("model", str(error)) from None
         itemsize = DTYPES.get(dtype, DTYPES["bfloat16"])
-        shape = KVShape(known.layers, known.kv_heads, known.head_dim)
+        shape = known.kv
         weights = int((known.params + known.idle_params) * itemsize)
         return MemorySubject(known.name, shape, weights, itemsize, local=False)
     with Steps() as steps:

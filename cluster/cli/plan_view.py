@@ -36,9 +36,12 @@ def show(
     """best: the recommended plan; every: print all plans, not only its format and its layout"""
     counts, sizes = model.counts, model.sizes
     experts = f", of which a token uses {_billions(counts.multiplied)}" if counts.idle else ""
+    heads = f"{sizes.kv_heads} KV heads of {sizes.head_dim}"
+    if sizes.values_in_keys:
+        heads = f"latents of {sizes.head_dim} channels"
     out.print(
         f"{escape(model.name)}: {_billions(counts.total)} weights{experts}; {sizes.layers} layers, "
-        f"{sizes.kv_heads} KV heads of {sizes.head_dim}; context {model.max_model_len:,} tokens",
+        f"{heads}; context {model.max_model_len:,} tokens",
         soft_wrap=True,
     )
     at_once = "one sequence" if target.concurrency == 1 else f"{target.concurrency} sequences"

@@ -79,6 +79,27 @@ _QWEN_3_8B = {
     "vocab_size": 151936,
     "max_position_embeddings": 40960,
 }
+_DEEPSEEK_V2_LITE = {
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "model_type": "deepseek_v2",
+    "hidden_size": 2048,
+    "intermediate_size": 10944,
+    "moe_intermediate_size": 1408,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "num_hidden_layers": 27,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 64,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 6,
+    "kv_lora_rank": 512,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "vocab_size": 102400,
+    "max_position_embeddings": 163840,
+}
 
 KNOWN_MODELS: Mapping[str, KnownModel] = {
     "llama-7b": KnownModel("huggyllama/llama-7b", _LLAMA_7B | {"max_position_embeddings": 2048}),
@@ -127,6 +148,29 @@ KNOWN_MODELS: Mapping[str, KnownModel] = {
             "num_experts_per_tok": 8,
             "moe_intermediate_size": 768,
             "decoder_sparse_step": 1,
+        },
+    ),
+    "deepseek-v2-lite": KnownModel("deepseek-ai/DeepSeek-V2-Lite", _DEEPSEEK_V2_LITE),
+    "deepseek-v3": KnownModel(
+        "deepseek-ai/DeepSeek-V3",
+        _DEEPSEEK_V2_LITE
+        | {
+            "architectures": ["DeepseekV3ForCausalLM"],
+            "model_type": "deepseek_v3",
+            "hidden_size": 7168,
+            "intermediate_size": 18432,
+            "moe_intermediate_size": 2048,
+            "num_attention_heads": 128,
+            "num_key_value_heads": 128,
+            "num_hidden_layers": 61,
+            "first_k_dense_replace": 3,
+            "n_routed_experts": 256,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 8,
+            "n_group": 8,
+            "topk_group": 4,
+            "q_lora_rank": 1536,
+            "vocab_size": 129280,
         },
     ),
     "smollm2-135m-instruct": KnownModel(

@@ -33,7 +33,7 @@ def layouts(sizes: ModelSizes, gpus: int) -> list[Layout]:
     """
     if gpus < 1 or gpus & (gpus - 1):
         raise ConfigError("gpus", f"must be a power of two, so that groups are equal; got {gpus}")
-    widths = [sizes.heads * sizes.head_dim, *sizes.mlp_widths]
+    widths = [sizes.kvp_width, *sizes.mlp_widths]
     if sizes.state is not None:
         widths.append(sizes.state.groups)
     found = []

@@ -15,6 +15,7 @@ from kvmesh.cluster.planner.model import PlannedModel
 from kvmesh.cluster.simulator.hardware import Gpu
 from kvmesh.cluster.simulator.service_time import BF16_BYTES
 from kvmesh.workers.model.sizes import ModelSizes
+from kvmesh.workers.sizes import kv_heads_of_rank
 
 # What the driver, CUDA's context, compiled kernels and NCCL's buffers take: NVML counts 0.5 to
 # 0.9 GiB more than CUDA has, and a process with NCCL takes as much again.
@@ -79,7 +80,8 @@ def activation_bytes(
     twice in fp32, as they are scored.
     """
     hidden = sizes.hidden_size
-    q, kv = sizes.heads * sizes.head_dim // tp, sizes.kv_heads * sizes.head_dim // tp
+    q = sizes.heads * sizes.head_dim // tp
+    kv = kv_heads_of_rank(sizes.kv_heads, tp) * sizes.head_dim
     # Residual, normed input, projections; queries and keys before, during and after RoPE; output.
     attention = 3 * hidden + (q + 2 * kv) + 3 * (q + kv) + 2 * q
     if kvp > 1:  # what ranks exchange: in fp32, packed, in order, received, in parts, merged

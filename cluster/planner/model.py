@@ -50,6 +50,7 @@ class PlannedModel:
             head_dim=sizes.head_dim,
             max_model_len=self.max_model_len,
             idle_params=float(counts.total - counts.multiplied),
+            values_in_keys=sizes.values_in_keys,
         )
 
     def numbers_read(self, tokens: int) -> float:

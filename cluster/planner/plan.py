@@ -11,7 +11,7 @@ import enum
 import math
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvmesh.cluster.planner.layout import Layout, layouts
 from kvmesh.cluster.planner.memory import RankMemory, rank_memory
@@ -19,12 +19,13 @@ from kvmesh.cluster.planner.model import PlannedModel
 from kvmesh.cluster.simulator.hardware import Gpu
 from kvmesh.cluster.simulator.service_time import BF16_BYTES, EngineShape, ServiceTime
 from kvmesh.kernels.formats.base import KVFormat
-from kvmesh.kernels.formats.registry import format_names, get_format
+from kvmesh.kernels.formats.registry import format_names, format_of_model, get_format
 from kvmesh.workers.config import EngineSettings
 from kvmesh.workers.device_limits import DeviceLimits
 from kvmesh.workers.errors import ConfigError
+from kvmesh.workers.page_geometry import geometry_of
 from kvmesh.workers.pool_plan import PoolPlan, plan_pool
-from kvmesh.workers.sizes import PageGeometry, page_bytes_of
+from kvmesh.workers.sizes import PageGeometry
 
 # Recommended without being asked for: the most accurate first, as docs/kv_formats.md measured.
 BY_ACCURACY = ("int8", "k8v4", "k4v4", "k4v2", "k3v2", "k2v2")
@@ -112,11 +113,7 @@ def make_plans(
 def default_formats(model: PlannedModel, page_size: int) -> list[KVFormat]:
     """Those for serving that support the model's head_dim, in the registry's order."""
     formats = [get_format(name) for name in format_names()]
-    return [
-        fmt
-        for fmt in formats
-        if not fmt.comparison and _page_bytes(model, fmt, page_size, 1) is not None
-    ]
+    return [fmt for fmt in formats if not fmt.comparison and _supports(model, fmt, page_size)]
 
 
 def recommend(plans: Sequence[Plan], target: Target, *, all_formats: bool) -> Plan | None:
@@ -206,7 +203,9 @@ def _plan_with(
     return Plan(
         layout=layout,
         kv_format=fmt.name,
-        bits=fmt.bits_per_element(target.page_size, model.sizes.head_dim),
+        bits=format_of_model(fmt, model.sizes.values_in_keys).bits_per_element(
+            target.page_size, model.sizes.head_dim
+        ),
         needs_calibration=fmt.needs_calibration,
         memory=memory,
         geometry=geometry,
@@ -223,39 +222,26 @@ def _plan_with(
     )
 
 
-def _page_bytes(
-    model: PlannedModel, fmt: KVFormat, page_size: int, tp: int
-) -> tuple[int, int] | None:
-    """Of one hot and one sealed page of a rank, None if the format does not support head_dim."""
+def _supports(model: PlannedModel, fmt: KVFormat, page_size: int) -> bool:
     try:
-        return page_bytes_of(
-            fmt,
-            num_layers=model.sizes.kv_layers,
-            num_kv_heads=model.sizes.kv_heads // tp,
-            page_size=page_size,
-            head_dim=model.sizes.head_dim,
-            dtype_bytes=BF16_BYTES,
-        )
-    except ValueError:
-        return None
+        _geometry(model, fmt, page_size, Layout(1, 1))
+    except ConfigError:
+        return False
+    return True
 
 
 def _geometry(model: PlannedModel, fmt: KVFormat, page_size: int, layout: Layout) -> PageGeometry:
-    found, state = _page_bytes(model, fmt, page_size, layout.tp), model.sizes.state
-    if found is None:
-        raise ConfigError(
-            "kv_format", f"{fmt.name} does not support the model's head_dim, {model.sizes.head_dim}"
+    try:
+        return geometry_of(
+            fmt,
+            replace(model.shape.kv, state=model.sizes.state),
+            page_size=page_size,
+            itemsize=BF16_BYTES,
+            tp=layout.tp,
+            kvp=layout.kvp,
         )
-    return PageGeometry(
-        page_size=page_size,
-        sink_pages=fmt.sink_pages,
-        recent_pages=fmt.recent_pages,
-        hot_page_bytes=found[0],
-        sealed_page_bytes=found[1],
-        state_bytes=0 if state is None else state.of_rank(layout.ranks).num_bytes(BF16_BYTES),
-        ranks=layout.ranks,
-        kvp=layout.kvp,
-    )
+    except ValueError as error:
+        raise ConfigError("kv_format", f"{fmt.name} does not fit the model: {error}") from None
 
 
 def _pool(

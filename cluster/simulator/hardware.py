@@ -10,6 +10,7 @@ from typing import Any
 from kvmesh.workers.model.architectures import ARCHITECTURES
 from kvmesh.workers.model.dbrx_keys import standard_keys
 from kvmesh.workers.model.facts import read_json
+from kvmesh.workers.page_geometry import KVShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,7 @@ class ModelShape:
     params: those that a token is multiplied with
     layers: those with keys and values
     idle_params: besides, of experts that it is not sent to, and of embeddings
+    values_in_keys: how many channels of a key are its value; 0 if values are of their own
     """
 
     name: str
@@ -52,6 +54,14 @@ class ModelShape:
     head_dim: int
     max_model_len: int
     idle_params: float = 0.0
+    values_in_keys: int = 0
+
+    @property
+    def kv(self) -> KVShape:
+        """What a token's keys and values are."""
+        return KVShape(
+            self.layers, self.kv_heads, self.head_dim, values_in_keys=self.values_in_keys
+        )
 
 
 GPUS = {

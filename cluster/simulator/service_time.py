@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from kvmesh.cluster.routing.pace import Pace
 from kvmesh.cluster.simulator.hardware import Gpu, ModelShape
 from kvmesh.kernels.formats.base import KVFormat
+from kvmesh.workers.page_geometry import geometry_of
 from kvmesh.workers.pool_plan import PoolPlan, plan_pool
-from kvmesh.workers.sizes import PageGeometry, page_bytes_of
+from kvmesh.workers.sizes import PageGeometry
 
 BF16_BYTES = 2
 # Low-bit kernels are limited by unpacking instructions rather than by memory bandwidth.
@@ -51,20 +52,8 @@ class EngineShape:
     @property
     def geometry(self) -> PageGeometry:
         """Over all GPUs of the group, as one rank."""
-        hot_bytes, sealed_bytes = page_bytes_of(
-            self.kv_format,
-            num_layers=self.model.layers,
-            num_kv_heads=self.model.kv_heads,
-            page_size=self.page_size,
-            head_dim=self.model.head_dim,
-            dtype_bytes=BF16_BYTES,
-        )
-        return PageGeometry(
-            page_size=self.page_size,
-            sink_pages=self.kv_format.sink_pages,
-            recent_pages=self.kv_format.recent_pages,
-            hot_page_bytes=hot_bytes,
-            sealed_page_bytes=sealed_bytes,
+        return geometry_of(
+            self.kv_format, self.model.kv, page_size=self.page_size, itemsize=BF16_BYTES
         )
 
     @property

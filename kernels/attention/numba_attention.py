@@ -73,12 +73,12 @@ def paged_attention(
     sliding_window: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     num_tokens, num_heads, head_dim = q.shape
-    num_pages, _, num_kv_heads, page_size, _ = hot.shape
+    num_pages, sides, num_kv_heads, page_size, _ = hot.shape
     loop = decode_loop(fmt, page_size, head_dim, DTYPES[hot.dtype])
     if loop is None:
         raise ValueError(f"fmt: {fmt.name} has no compiled loop; use the reference backend")
     decode = _decode_of(batch, num_kv_heads)
-    shape = (decode.splits, num_tokens, num_heads, head_dim)
+    shape = (decode.splits, num_tokens, num_heads, loop.value_dim)
     out = torch.empty(shape, dtype=torch.float32)
     lse = torch.empty(shape[:3], dtype=torch.float32)
     if decode.sequences.members.size < num_tokens:  # some rows do not decode
@@ -103,7 +103,7 @@ def paged_attention(
 
     arrays = (
         q.float().contiguous().numpy(),
-        hot.view(num_pages, 2, num_kv_heads, -1).view(torch.uint8).numpy(),
+        hot.view(num_pages, sides, num_kv_heads, -1).view(torch.uint8).numpy(),
         sealed.numpy(),
         out.numpy(),
         lse.numpy(),

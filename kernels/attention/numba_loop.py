@@ -92,40 +92,40 @@ def _products(length: int) -> Any:
 
 
 @cache
-def _sums(head_dim: int) -> Any:
-    """(w, x, out): out[r] = Σ w[r, i] x[i], rows of `head_dim` numbers."""
+def _sums(length: int) -> Any:
+    """(w, x, out): out[r] = Σ w[r, i] x[i], of the first `length` numbers of rows."""
 
     @compiled
     def sums(w, x, out):  # type: ignore[no-untyped-def]
         count = x.shape[0]
         whole = count // 4 * 4
         for r in range(w.shape[0]):
-            for d in range(head_dim):
+            for d in range(length):
                 out[r, d] = 0.0
             for i in range(0, whole, 4):
                 w0, w1, w2, w3 = w[r, i], w[r, i + 1], w[r, i + 2], w[r, i + 3]
-                for d in range(head_dim):
+                for d in range(length):
                     out[r, d] += (w0 * x[i, d] + w1 * x[i + 1, d]) + (
                         w2 * x[i + 2, d] + w3 * x[i + 3, d]
                     )
             for i in range(whole, count):
-                for d in range(head_dim):
+                for d in range(length):
                     out[r, d] += w[r, i] * x[i, d]
 
     return sums
 
 
 @cache
-def _absorber(page_size: int, head_dim: int) -> Any:
+def _absorber(page_size: int, head_dim: int, value_dim: int) -> Any:
     """Adds tokens first to end of a page to the running softmax of some rows.
 
     q [rows, head_dim], times the scale; k by token; v by token, or by channel if v_transposed
     k_grid, v_grid, k_numbers, v_numbers: the meaning of k and v, see `SideLoad`
-    scaled, part [rows, head_dim], scores [rows, page_size]: scratch
-    acc [rows, head_dim], top and total [rows]: the state; all but top are fp64, since fp32 sums
+    scaled [rows, head_dim], part [rows, value_dim], scores [rows, page_size]: scratch
+    acc [rows, value_dim], top and total [rows]: the state; all but top are fp64, since fp32 sums
         over a million tokens would lose three digits
     """
-    products, weigh, sums = _products(head_dim), _products(page_size), _sums(head_dim)
+    products, weigh, sums = _products(head_dim), _products(page_size), _sums(value_dim)
 
     @compiled
     def absorb(  # type: ignore[no-untyped-def]
@@ -180,7 +180,7 @@ def _absorber(page_size: int, head_dim: int) -> Any:
                 keep = 2.0 ** np.float64(top[r] - row_top)
                 top[r] = row_top
                 total[r] *= keep
-                for d in range(head_dim):
+                for d in range(value_dim):
                     acc[r, d] *= keep
             total[r] += _exp2_below(row, top[r])
             if v_grid == BY_TOKEN:
@@ -188,7 +188,7 @@ def _absorber(page_size: int, head_dim: int) -> Any:
                 for i in range(row.shape[0]):
                     shift += row[i] * v_offset[i]
                     row[i] *= v_scale[i]
-                for d in range(head_dim):
+                for d in range(value_dim):
                     acc[r, d] += shift
         if v_transposed:
             scores[:, :first] = 0.0
@@ -197,7 +197,7 @@ def _absorber(page_size: int, head_dim: int) -> Any:
         else:
             sums(scores[:, first:end], v[first:end], part)
         for r in range(rows):
-            for d in range(head_dim):
+            for d in range(value_dim):
                 acc[r, d] += part[r, d]
 
     return absorb
@@ -270,8 +270,9 @@ class DecodeLoop:
 
     units [n, 3] int64: group, KV head and split
     q [num_tokens, num_heads, head_dim] fp32
-    hot [pages, 2, num_kv_heads, bytes], sealed [pages, num_kv_heads, bytes], uint8
-    out [splits, num_tokens, num_heads, head_dim] fp32, lse [splits, num_tokens, num_heads]:
+    hot [pages, 2, num_kv_heads, bytes], sealed [pages, num_kv_heads, bytes], uint8; 1 instead of 2
+        where values are the first value_dim channels of keys
+    out [splits, num_tokens, num_heads, value_dim] fp32, lse [splits, num_tokens, num_heads]:
         normalised; -inf where a split has no key
     Returns the table row and logical page of a missing page; row -1 if none is missing
     """
@@ -279,6 +280,7 @@ class DecodeLoop:
     attend: Any
     page_size: int
     head_dim: int
+    value_dim: int
     k: SideLoad
     v: SideLoad
 
@@ -297,9 +299,9 @@ class DecodeLoop:
             v_numbers=empty(self.v.numbers_size),
             queries=empty(rows, self.head_dim),
             scaled=empty(rows, self.head_dim),
-            part=empty(rows, self.head_dim),
+            part=empty(rows, self.value_dim),
             scores=empty(rows, self.page_size),
-            acc=empty(rows, self.head_dim, dtype=np.float64),
+            acc=empty(rows, self.value_dim, dtype=np.float64),
             top=empty(rows),
             total=empty(rows, dtype=np.float64),
         )
@@ -313,14 +315,16 @@ def decode_loop(fmt: KVFormat, page_size: int, head_dim: int, dtype: str) -> Dec
     """
     dtype_bytes = {"float32": 4, "bfloat16": 2}[dtype]
     geometry = (page_size, head_dim, dtype)
-    k, v = fmt.k.numba_load(*geometry), fmt.v.numba_load(*geometry)
+    in_keys, value_dim = fmt.values_in_keys > 0, fmt.values_in_keys or head_dim
+    k = fmt.k.numba_load(*geometry)
+    v = k if in_keys else fmt.v.numba_load(*geometry)
     if k is None or v is None:
         return None
     exact: Any = Exact().numba_load(*geometry)
     load_k, load_v, load_hot = k.load, v.load, exact.load
     k_grid, v_grid, v_transposed = k.grid, v.grid, v.transposed
     k_bytes = fmt.k.num_bytes(page_size, head_dim, dtype_bytes)
-    absorb = _absorber(page_size, head_dim)
+    absorb = _absorber(page_size, head_dim, value_dim)
 
     @compiled
     def attend(units, batch, rule, q, hot, sealed, out, lse, scratch):  # type: ignore[no-untyped-def]
@@ -339,6 +343,7 @@ def decode_loop(fmt: KVFormat, page_size: int, head_dim: int, dtype: str) -> Dec
                 at = q[batch.tokens[seqs[r // group_heads]], head * group_heads + r % group_heads]
                 for d in range(head_dim):
                     queries[r, d] = at[d] * rule.scale
+                for d in range(value_dim):
                     acc[r, d] = 0.0
                 top[r] = -np.inf
                 total[r] = 0.0
@@ -384,7 +389,7 @@ def decode_loop(fmt: KVFormat, page_size: int, head_dim: int, dtype: str) -> Dec
                     start_slot = (first + stride * page) * page_size
                     if is_hot:
                         k = load_hot(hot[page_id, 0, head], k_tile, k_numbers)
-                        v = load_hot(hot[page_id, 1, head], v_hot_tile, v_numbers)
+                        v = k if in_keys else load_hot(hot[page_id, 1, head], v_hot_tile, v_numbers)
                     else:
                         # Prefetch the next page, probably sealed too, while computing this one.
                         if index + 1 < end_index and page + 1 < recent_from:
@@ -394,7 +399,7 @@ def decode_loop(fmt: KVFormat, page_size: int, head_dim: int, dtype: str) -> Dec
                                 prefetch(sealed, at)
                         part = sealed[page_id, head]
                         k = load_k(part[:k_bytes], k_tile, k_numbers)
-                        v = load_v(part[k_bytes:], v_tile, v_numbers)
+                        v = k if in_keys else load_v(part[k_bytes:], v_tile, v_numbers)
                     absorb(
                         queries[block],
                         k,
@@ -403,7 +408,7 @@ def decode_loop(fmt: KVFormat, page_size: int, head_dim: int, dtype: str) -> Dec
                         v,
                         v_transposed and not is_hot,
                         DENSE if is_hot else v_grid,
-                        v_numbers,
+                        k_numbers if in_keys else v_numbers,
                         max(first_slot - start_slot, 0),
                         min(last_slot + 1 - start_slot, page_size),
                         rule.softcap,
@@ -418,10 +423,10 @@ def decode_loop(fmt: KVFormat, page_size: int, head_dim: int, dtype: str) -> Dec
                 token = batch.tokens[seqs[r // group_heads]]
                 q_head = head * group_heads + r % group_heads
                 share = 1.0 / total[r] if total[r] > 0.0 else 0.0
-                for d in range(head_dim):
+                for d in range(value_dim):
                     out[split, token, q_head, d] = acc[r, d] * share
                 lse[split, token, q_head] = (top[r] + math.log2(total[r])) * LN_2
         return -1, 0, False
 
     keep_on_disk(attend, repr((fmt.k, fmt.v, geometry)))
-    return DecodeLoop(attend, page_size, head_dim, k, v)
+    return DecodeLoop(attend, page_size, head_dim, value_dim, k, v)

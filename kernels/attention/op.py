@@ -38,7 +38,8 @@ def paged_attention(
     q: [num_tokens, num_heads, head_dim] bf16 or fp32; query head h reads KV head
         h // (num_heads / num_kv_heads)
     hot: [num_hot_pages, 2, num_kv_heads, page_size, head_dim], dtype of q;
-        already holds the new tokens' keys and values (`write_hot`)
+        already holds the new tokens' keys and values (`write_hot`). If the format's values
+        are in keys, the second dimension is 1, and values are the first channels of keys
     sealed: [num_sealed_pages, num_kv_heads, page_bytes] uint8 in format `fmt`
     batch: the step's sequences and tables
     params: this layer's calibrated parameters, if the format needs them
@@ -48,8 +49,9 @@ def paged_attention(
     backend: None picks "triton" on GPUs, and on CPUs "numba" or, for formats without
         compiled loops, "reference" (plain torch). For "triton", plain torch decodes the pages of
         formats for comparison
-    Returns out: like q; lse: [num_tokens, num_heads] fp32, natural log, mergeable
-    with `merge_states`. Rows of q that belong to no sequence get 0 and -inf.
+    Returns out: like q, or with as many channels as values have; lse: [num_tokens, num_heads]
+    fp32, natural log, mergeable with `merge_states`. Rows of q that belong to no sequence get 0
+    and -inf.
     Raises ValueError naming the argument. A page that is missing in the form a query
     reads is an error on CPUs and is not detected on GPUs.
     """
@@ -58,6 +60,11 @@ def paged_attention(
             "q, hot: expected [num_tokens, num_heads, head_dim] and [num_hot_pages, 2, "
             "num_kv_heads, page_size, head_dim] of one dtype, "
             f"got {tuple(q.shape)} {q.dtype} and {tuple(hot.shape)} {hot.dtype}"
+        )
+    if hot.shape[1] != fmt.stored_sides:
+        raise ValueError(
+            f"hot: expected a second dimension of {fmt.stored_sides} for format {fmt.name} with "
+            f"values {'in' if fmt.values_in_keys else 'besides'} keys, got {tuple(hot.shape)}"
         )
     num_kv_heads, page_size, head_dim = hot.shape[2:]
     if q.shape[1] % num_kv_heads:
@@ -103,7 +110,7 @@ def sharers(fmt: KVFormat, hot: torch.Tensor, num_heads: int) -> tuple[int, int]
         return 2, max(2, CPU_SHARED_ROWS // group)
     from kvmesh.kernels.attention import triton_launch
 
-    if fmt.comparison:  # pages are decoded for each sequence
+    if not fmt.has_kernels:  # pages are decoded for each sequence
         return 2, 2
     capability = gpu.gpu_of(hot).capability
     return triton_launch.sharers(fmt, head_dim, group, page_size, hot.dtype, capability)
@@ -150,6 +157,10 @@ def _implementation(fmt: KVFormat, hot: torch.Tensor, backend: str | None) -> Ca
         from kvmesh.kernels.attention import numba_attention
 
         return numba_attention.paged_attention
+    if backend == "triton" and fmt.values_in_keys:
+        from kvmesh.kernels.attention import latent
+
+        return latent.paged_attention
     if backend == "triton" and fmt.comparison:
         from kvmesh.kernels.attention import decoded
 

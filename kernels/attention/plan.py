@@ -44,8 +44,9 @@ Ints = npt.NDArray[np.int64]
 class HotSlots:
     """Hot pages to read, for each (sequence, KV head) in order.
 
-    index: [2 * rows * pages] int64 rows of hot viewed as [num_hot_pages * 2 *
-        num_kv_heads, page_size * head_dim]: all keys, then all values
+    index: [sides * rows * pages] int64 rows of hot viewed as [num_hot_pages * sides *
+        num_kv_heads, page_size * head_dim]: all keys, then all values; sides: 1 if values are
+        in keys, otherwise 2
     only_page: the page's id if there is only one, which then needs no gathering
     tokens: how many of a row's slots are used; the rest are cut off
     """
@@ -104,17 +105,17 @@ class ChunkBlock:
 
 
 def decode_groups(
-    batch: AttentionBatch, num_kv_heads: int, sliding_window: int | None
+    batch: AttentionBatch, sides: int, num_kv_heads: int, sliding_window: int | None
 ) -> tuple[DecodeGroup, ...]:
     """The batch's decoding sequences in groups, derived on first use."""
-    return _once(batch, _Planner.groups, num_kv_heads, sliding_window)  # type: ignore[no-any-return]
+    return _once(batch, _Planner.groups, sides, num_kv_heads, sliding_window)  # type: ignore[no-any-return]
 
 
 def chunk_blocks(
-    batch: AttentionBatch, num_kv_heads: int, sliding_window: int | None
+    batch: AttentionBatch, sides: int, num_kv_heads: int, sliding_window: int | None
 ) -> tuple[ChunkBlock, ...]:
     """The batch's sequences with several new tokens in blocks, derived on first use."""
-    return _once(batch, _Planner.blocks, num_kv_heads, sliding_window)  # type: ignore[no-any-return]
+    return _once(batch, _Planner.blocks, sides, num_kv_heads, sliding_window)  # type: ignore[no-any-return]
 
 
 def firsts_of(batch: AttentionBatch) -> Ints:
@@ -149,8 +150,9 @@ def _once(batch: AttentionBatch, make: Callable[[_Planner], Any], *geometry: int
 
 class _Planner:
     def __init__(
-        self, batch: AttentionBatch, num_kv_heads: int, sliding_window: int | None
+        self, batch: AttentionBatch, sides: int, num_kv_heads: int, sliding_window: int | None
     ) -> None:
+        self.sides = sides
         self.num_kv_heads = num_kv_heads
         self.window = sliding_window
         self.page_size = batch.page_size
@@ -369,8 +371,9 @@ class _Planner:
 
     def _hot(self, seqs: Ints, columns: Ints, tokens: int) -> HotSlots:
         ids = self._pages(self.hot_tables, "hot_tables", seqs, columns)
-        k = ids[:, None, :] * (2 * self.num_kv_heads) + np.arange(self.num_kv_heads)[None, :, None]
-        index = np.stack((k, k + self.num_kv_heads)).reshape(-1)
+        heads = np.arange(self.num_kv_heads)[None, :, None]
+        k = ids[:, None, :] * (self.sides * self.num_kv_heads) + heads
+        index = np.stack([k + side * self.num_kv_heads for side in range(self.sides)]).reshape(-1)
         return HotSlots(self._tensor(index), int(ids[0, 0]) if ids.size == 1 else None, tokens)
 
     def _tensor(self, array: npt.NDArray[np.generic]) -> torch.Tensor:

@@ -41,16 +41,16 @@ def paged_attention(
     softcap: float | None = None,
     sliding_window: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    num_tokens, num_heads, _ = q.shape
-    groups = decode_groups(batch, hot.shape[2], sliding_window)
+    num_tokens, num_heads, head_dim = q.shape
+    groups = decode_groups(batch, hot.shape[1], hot.shape[2], sliding_window)
     layer = _Layer(hot, sealed, fmt, params, scale, softcap)
     if len(groups) == 1 and groups[0].size == num_tokens:
         return layer.decode(q, groups[0])
-    out = torch.zeros_like(q)
+    out = q.new_zeros(num_tokens, num_heads, fmt.values_in_keys or head_dim)
     lse = torch.full((num_tokens, num_heads), -torch.inf, dtype=torch.float32, device=q.device)
     for group in groups:
         out[group.tokens], lse[group.tokens] = layer.decode(q[group.tokens], group)
-    for block in chunk_blocks(batch, hot.shape[2], sliding_window):
+    for block in chunk_blocks(batch, hot.shape[1], hot.shape[2], sliding_window):
         out[block.tokens], lse[block.tokens] = layer.prefill(q[block.tokens], block)
     return out, lse
 
@@ -71,12 +71,16 @@ def attend_chunks(
 ) -> None:
     """Compute the sequences with several new tokens, writing into out and lse."""
     layer = _Layer(hot, sealed, fmt, params, scale, softcap)
-    for block in chunk_blocks(batch, hot.shape[2], sliding_window):
+    for block in chunk_blocks(batch, hot.shape[1], hot.shape[2], sliding_window):
         out[block.tokens], lse[block.tokens] = layer.prefill(q[block.tokens], block)
 
 
 class _Layer:
-    """One layer's pages, and attention over parts of them."""
+    """One layer's pages, and attention over parts of them.
+
+    Where values are in keys, it sums whole keys: torch's attention on CPUs wants values as wide as
+    keys, and what is too much is cut off at the end.
+    """
 
     def __init__(
         self,
@@ -87,7 +91,8 @@ class _Layer:
         scale: float,
         softcap: float | None,
     ) -> None:
-        self.num_kv_heads, self.page_size, self.head_dim = hot.shape[2:]
+        self.sides, self.num_kv_heads, self.page_size, self.head_dim = hot.shape[1:]
+        self.value_dim = fmt.values_in_keys or self.head_dim
         self.hot = hot
         self.dtype = hot.dtype
         pages = sealed.view(-1, sealed.shape[-1])
@@ -105,7 +110,7 @@ class _Layer:
         queries = (q.float() * self.scale).reshape(rows, -1, self.head_dim)
         parts = []
         if group.sealed is not None:
-            parts.append((self._sealed_keys(group.sealed), self._sealed_values(group.sealed)))
+            parts.append(self._sealed_tokens(group.sealed))
         if group.hot is not None:
             k_hot, v_hot = self._hot_tokens(group.hot, rows)
             if group.invisible_hot is not None:
@@ -123,8 +128,8 @@ class _Layer:
         weights = torch.softmax(scores, dim=-1)
         # log Σ e^s from the best key only: its weight is e^(s - lse)
         lse = scores.amax(-1).sub_(weights.amax(-1).log_())
-        out = torch.bmm(weights, v)
-        return out.view(q.shape).to(q.dtype), lse.view(q.shape[:2])
+        out = torch.bmm(weights, v).view(q.shape)
+        return out[..., : self.value_dim].to(q.dtype), lse.view(q.shape[:2])
 
     def prefill(self, q: torch.Tensor, block: ChunkBlock) -> tuple[torch.Tensor, torch.Tensor]:
         """q [queries, num_heads, head_dim], consecutive tokens of one sequence."""
@@ -133,8 +138,7 @@ class _Layer:
         lse = torch.full(queries.shape[:-1], -torch.inf, device=q.device)
         parts = []
         if block.near_sealed is not None:
-            near = block.near_sealed
-            parts.append((self._sealed_keys(near), self._sealed_values(near)))
+            parts.append(self._sealed_tokens(block.near_sealed))
         if block.hot is not None:
             parts.append(self._hot_tokens(block.hot, self.num_kv_heads))
         if parts:
@@ -145,12 +149,12 @@ class _Layer:
                 out = out.masked_fill(block.near_blind[:, None], 0.0)
                 lse = lse.masked_fill(block.near_blind, -torch.inf)
         for piece in block.far:
-            k, v = self._sealed_keys(piece), self._sealed_values(piece)
+            k, v = self._sealed_tokens(piece)
             far_out, far_lse = self._dense(queries, k, v, None)
             out = torch.lerp(out, far_out, torch.sigmoid(far_lse - lse).unsqueeze(-1))
             lse = torch.logaddexp(lse, far_lse)
         return (
-            out.permute(2, 0, 1, 3).reshape(q.shape).to(q.dtype),
+            out.permute(2, 0, 1, 3).reshape(q.shape)[..., : self.value_dim].to(q.dtype),
             lse.permute(2, 0, 1).reshape(q.shape[:2]),
         )
 
@@ -188,15 +192,17 @@ class _Layer:
             both = self.hot.select(0, slots.only_page)
         else:
             page_rows = self.hot.view(-1, self.page_size * self.head_dim)
-            both = page_rows.index_select(0, slots.index).view(2, rows, -1, self.head_dim)
-        k, v = both.narrow(2, 0, slots.tokens).float().unbind(0)
-        return k, v
+            both = page_rows.index_select(0, slots.index)
+            both = both.view(self.sides, rows, -1, self.head_dim)
+        sides = both.narrow(2, 0, slots.tokens).float()
+        return sides[0], sides[-1]
 
-    def _sealed_keys(self, pages: SealedPages) -> torch.Tensor:
-        return self._decoded(self.fmt.k, self.sealed_k, pages, self.params.k)
-
-    def _sealed_values(self, pages: SealedPages) -> torch.Tensor:
-        return self._decoded(self.fmt.v, self.sealed_v, pages, self.params.v)
+    def _sealed_tokens(self, pages: SealedPages) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values, each [pages.rows, tokens, head_dim] fp32."""
+        k = self._decoded(self.fmt.k, self.sealed_k, pages, self.params.k)
+        if self.sides == 1:
+            return k, k
+        return k, self._decoded(self.fmt.v, self.sealed_v, pages, self.params.v)
 
     def _decoded(
         self, side: Side, sealed: torch.Tensor, pages: SealedPages, params: Params

@@ -49,6 +49,9 @@ MAX_PREFILL_BYTES = 64 << 20
 DECODED_TOKENS, DECODED_AT_ONCE = 65536, 16384
 
 Ints = npt.NDArray[np.int64]
+# Keys of latents that a program reads for a decoding sequence, and bytes of results that are held
+# at a time, unless one sequence has more.
+LATENT_PART_TOKENS, MAX_LATENT_BYTES = 1024, 256 << 20
 
 
 def columns_below(pages: Any, firsts: Any, stride: int) -> Any:
@@ -239,14 +242,18 @@ def workspace_bytes(
     max_seq_len: int,
 ) -> int:
     """Upper bound of what a layer's attention allocates on a GPU: results of parts of decode and of
-    prefill, and decoded pages of a format for comparison."""
+    prefill, and decoded pages of a format without kernels."""
     slots = max(MAX_SLOTS, max_seq_len // DECODE_CHUNK_TOKENS + 2)
     # A block of prefill has at most 128 rows of a KV head.
     block = max_seq_len // PREFILL_CHUNK_TOKENS + 1
     prefill = max(MAX_PREFILL_BYTES, block * 128 * num_heads * (head_dim + 1) * 4)
     parts = slots * num_heads * (head_dim + 1) * 4 + prefill
-    if not fmt.comparison:
+    if fmt.has_kernels:
         return parts
+    if fmt.values_in_keys:
+        parts = max_seq_len // LATENT_PART_TOKENS + 1
+        # Merged, they exist once more.
+        return 2 * max(MAX_LATENT_BYTES, parts * num_heads * (head_dim + 1) * 4)
     # While pages are decoded, their numbers exist a few times in fp32.
     tokens = max(DECODED_TOKENS, max_seq_len) * dtype_bytes + DECODED_AT_ONCE * 32
     return parts + 2 * num_kv_heads * head_dim * tokens

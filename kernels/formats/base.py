@@ -115,6 +115,22 @@ class Side:
 
 
 @dataclass(frozen=True, slots=True)
+class InKeys(Side):
+    """Values that are the first `channels` channels of the keys, and take no bytes of their own:
+    those of latent attention."""
+
+    width: int = 0
+    channels: int = field(default=0, kw_only=True)
+
+    def num_bytes(self, page_size: int, head_dim: int, dtype_bytes: int = 2) -> int:
+        if not 0 < self.channels <= head_dim:
+            raise ValueError(
+                f"channels: values are from 1 to {head_dim} channels of a key, got {self.channels}"
+            )
+        return 0
+
+
+@dataclass(frozen=True, slots=True)
 class LayerParams:
     """The calibrated parameters of one layer, by the sides' parameter names."""
 
@@ -197,6 +213,27 @@ class KVFormat:
     def wants_positions(self) -> bool:
         return self.k.wants_positions or self.v.wants_positions
 
+    @property
+    def values_in_keys(self) -> int:
+        """How many channels of a key are its value; 0 if values are stored for themselves."""
+        return self.v.channels if isinstance(self.v, InKeys) else 0
+
+    @property
+    def stored_sides(self) -> int:
+        """How many numbers a page stores for each channel, in whatever form it is."""
+        return 1 if self.values_in_keys else 2
+
+    @property
+    def has_kernels(self) -> bool:
+        """Whether Triton kernels seal its pages, and read them so that a CUDA graph can hold it."""
+        return not (self.comparison or self.values_in_keys)
+
+    @property
+    def treats_sides_alike(self) -> bool:
+        """Whether keys and values are stored by one encoding, in the model's own basis."""
+        rotated = self.k.rotated or self.v.rotated
+        return self.k.width == self.v.width and not (rotated or self.comparison)
+
     def check_params(self, params: LayerParams) -> None:
         """Raises ValueError naming the calibrated parameters that are missing."""
         for side, found in ((self.k, params.k), (self.v, params.v)):
@@ -216,8 +253,8 @@ class KVFormat:
         )
 
     def bits_per_element(self, page_size: int, head_dim: int, dtype_bytes: int = 2) -> float:
-        """Stored bits per key or value element, including metadata."""
-        elements = 2 * page_size * head_dim
+        """Stored bits per number of a page, including metadata."""
+        elements = self.stored_sides * page_size * head_dim
         return 8 * self.page_bytes(page_size, head_dim, dtype_bytes) / elements
 
     def encode(
@@ -230,12 +267,12 @@ class KVFormat:
         """Seal whole pages.
 
         k, v: [n, num_kv_heads, page_size, head_dim] of the compute dtype, in the
-            sides' bases
+            sides' bases; v is not looked at if values are in keys
         positions: [n] int64, of each page's first token, if `wants_positions`
         Returns [n, num_kv_heads, page_bytes] uint8. Each page is encoded from its
         own numbers only: the same page gives the same bytes in any batch.
         """
-        if k.shape != v.shape or k.dim() != 4:
+        if k.dim() != 4 or (k.shape != v.shape and not self.values_in_keys):
             raise ValueError(
                 "k, v: expected equal shapes [n, num_kv_heads, page_size, head_dim], "
                 f"got {tuple(k.shape)} and {tuple(v.shape)}"
@@ -245,10 +282,10 @@ class KVFormat:
             raise ValueError(
                 f"positions: {self.name} needs the first positions of {k.shape[0]} pages"
             )
-        return _join(
-            self.k.codec().encode(self.k, k, params.k, positions),
-            self.v.codec().encode(self.v, v, params.v, positions),
-        )
+        encoded = self.k.codec().encode(self.k, k, params.k, positions)
+        if self.values_in_keys:
+            return encoded
+        return _join(encoded, self.v.codec().encode(self.v, v, params.v, positions))
 
     def decode(
         self,
@@ -262,7 +299,8 @@ class KVFormat:
 
         pages: [n, num_kv_heads, page_bytes] uint8
         dtype: of the result; for `exact` also the compute dtype that was stored
-        Returns k, v: [n, num_kv_heads, page_size, head_dim] of `dtype`
+        Returns k, v: [n, num_kv_heads, page_size, head_dim] of `dtype`; values that are in keys
+        have that many channels and are a view
         """
         expected = self.page_bytes(page_size, head_dim, dtype.itemsize)
         if pages.dim() != 3 or pages.shape[-1] != expected:
@@ -273,6 +311,9 @@ class KVFormat:
         at = self.k.num_bytes(page_size, head_dim, dtype.itemsize)
         shape = (page_size, head_dim, dtype)
         k = self.k.codec().decode(self.k, pages[..., :at].contiguous(), *shape, params.k)
+        if self.values_in_keys:
+            k = k.to(dtype).contiguous()
+            return k, k[..., : self.values_in_keys]
         v = self.v.codec().decode(self.v, pages[..., at:].contiguous(), *shape, params.v)
         return k.to(dtype).contiguous(), v.to(dtype).contiguous()
 

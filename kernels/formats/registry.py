@@ -7,9 +7,10 @@ torch alone: they are served and evaluated by name, slowly (`formats/comparison`
 from __future__ import annotations
 
 import difflib
+from dataclasses import replace
 
 from kvmesh.kernels.formats.affine.side import Affine
-from kvmesh.kernels.formats.base import KVFormat, Side
+from kvmesh.kernels.formats.base import InKeys, KVFormat, Side
 from kvmesh.kernels.formats.codebook.side import Codebook
 from kvmesh.kernels.formats.comparison.grouped.side import Grouped
 from kvmesh.kernels.formats.comparison.nuq.side import NonUniform
@@ -163,6 +164,23 @@ _BY_NAME: dict[str, KVFormat] = {name: fmt for fmt in _FORMATS for name in (fmt.
 def format_names(*, comparison: bool = True) -> tuple[str, ...]:
     """The formats' own names, in the registry's order; with those for comparison, or without."""
     return tuple(fmt.name for fmt in (_FORMATS if comparison else _SERVED))
+
+
+def format_of_model(fmt: KVFormat, values_in_keys: int) -> KVFormat:
+    """The format for pages of a model in whose keys the first so many channels are their values,
+    which its keys' side then stores; the format itself for 0.
+
+    Raises ValueError naming those that can store such pages.
+    """
+    if fmt.values_in_keys == values_in_keys:
+        return fmt
+    if not fmt.treats_sides_alike:
+        usable = ", ".join(other.name for other in _FORMATS if other.treats_sides_alike)
+        raise ValueError(
+            f"{fmt.name} stores keys and values differently, and this model's values are a part "
+            f"of its keys (latent attention); use one of {usable}"
+        )
+    return replace(fmt, v=InKeys(channels=values_in_keys, values=True))
 
 
 def get_format(name: str | int) -> KVFormat:

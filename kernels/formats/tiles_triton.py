@@ -68,8 +68,9 @@ class SideKernels:
 
 def format_kernels(fmt: KVFormat) -> tuple[SideKernels, SideKernels]:
     """For keys and for values. Raises ValueError for formats without kernels."""
-    if fmt.comparison:
-        raise ValueError(f"fmt: {fmt.name} has no kernels, because it is for comparison")
+    if not fmt.has_kernels:
+        why = "its values are in keys" if fmt.values_in_keys else "it is for comparison"
+        raise ValueError(f"fmt: {fmt.name} has no kernels, because {why}")
     return fmt.k.kernels(), fmt.v.kernels()
 
 

@@ -107,6 +107,7 @@ def rope_write_kernel(
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    x = x.contiguous()  # it may be a part of a projection
     return _norm(x, x, weight, eps, add=False)
 
 

@@ -22,14 +22,15 @@ def seal_pages(
 ) -> None:
     """Encode full hot pages of one layer into sealed pages, in place.
 
-    hot: [num_hot_pages, 2, num_kv_heads, page_size, head_dim] of the compute dtype
+    hot: [num_hot_pages, 2, num_kv_heads, page_size, head_dim] of the compute dtype; 1 instead of
+        2 if the format's values are in keys
     sealed: [num_sealed_pages, num_kv_heads, page_bytes] uint8
     hot_ids, sealed_ids: [n] int32, page n of one is encoded into page n of the other; a
         negative hot id is padding and is skipped
     params: this layer's calibrated parameters, if the format needs them
     positions: [n] int64, of each page's first token; only for formats that need positions
-    backend: None picks the kernels on GPUs and plain torch elsewhere; formats for comparison have
-        only plain torch
+    backend: None picks the kernels on GPUs and plain torch elsewhere; formats without kernels
+        have only plain torch
     """
     _check(hot, sealed, hot_ids, sealed_ids, fmt, "")
     if hot_ids.shape[0] == 0:
@@ -103,7 +104,12 @@ def _check(
             "hot_ids, sealed_ids: expected equal shapes [n], "
             f"got {tuple(hot_ids.shape)} and {tuple(sealed_ids.shape)}"
         )
-    num_kv_heads, page_size, head_dim = hot.shape[-3:]
+    sides, num_kv_heads, page_size, head_dim = hot.shape[-4:]
+    if sides != fmt.stored_sides:
+        raise ValueError(
+            f"hot: expected {fmt.stored_sides} in place of 2 for format {fmt.name}, "
+            f"got {tuple(hot.shape)}"
+        )
     page_bytes = fmt.page_bytes(page_size, head_dim, hot.element_size())
     if (
         sealed.dtype != torch.uint8
@@ -117,4 +123,4 @@ def _check(
 
 
 def _picks_kernel(hot: torch.Tensor, fmt: KVFormat, backend: str | None) -> bool:
-    return gpu.picks_kernel(hot, backend) and not fmt.comparison
+    return gpu.picks_kernel(hot, backend) and fmt.has_kernels

@@ -22,7 +22,7 @@ def seal_pages(
         hot_ids, sealed_ids = hot_ids[wanted], sealed_ids[wanted]
         positions = None if positions is None else positions[wanted]
     full = hot.index_select(0, hot_ids)
-    pages = fmt.encode(full[:, 0], full[:, 1], params, positions)
+    pages = fmt.encode(full[:, 0], full[:, -1], params, positions)
     sealed.index_copy_(0, sealed_ids.long(), pages)
 
 
@@ -46,6 +46,6 @@ def seal_layers(
     wanted = hot_ids >= 0
     hot_ids, sealed_ids = hot_ids[wanted], sealed_ids[wanted]
     full = hot.index_select(1, hot_ids)  # [num_layers, n, 2, num_kv_heads, page_size, head_dim]
-    k, v = full.flatten(0, 1).unbind(1)
-    pages = fmt.encode(k, v, NO_PARAMS)
+    sides = full.flatten(0, 1).unbind(1)
+    pages = fmt.encode(sides[0], sides[-1], NO_PARAMS)
     sealed.index_copy_(1, sealed_ids.long(), pages.unflatten(0, full.shape[:2]))

@@ -19,17 +19,18 @@ def write_hot(
     """Write the keys and values of new tokens into hot pages, in place.
 
     k, v: [num_tokens, num_kv_heads, head_dim] of the compute dtype
-    hot: [num_hot_pages, 2, num_kv_heads, page_size, head_dim] of the compute dtype
+    hot: [num_hot_pages, 2, num_kv_heads, page_size, head_dim] of the compute dtype; or with a
+        second dimension of 1, where values are in keys, and v is not looked at
     slots: [num_tokens] int64, hot page id * page_size + offset; a negative slot
         is padding and is skipped
     backend: None picks the kernels on GPUs and plain torch elsewhere
     """
-    if k.shape != v.shape or k.dim() != 3 or hot.dim() != 5:
+    if k.dim() != 3 or hot.dim() != 5 or (k.shape != v.shape and hot.shape[1] != 1):
         raise ValueError(
             "k, v: expected equal shapes [num_tokens, num_kv_heads, head_dim], "
             f"got {tuple(k.shape)} and {tuple(v.shape)}"
         )
-    if hot.shape[2] != k.shape[1] or hot.shape[4] != k.shape[2] or hot.shape[1] != 2:
+    if hot.shape[2] != k.shape[1] or hot.shape[4] != k.shape[2] or hot.shape[1] not in (1, 2):
         raise ValueError(
             "hot: expected [num_hot_pages, 2, num_kv_heads, page_size, head_dim] for "
             f"k {tuple(k.shape)}, got {tuple(hot.shape)}"

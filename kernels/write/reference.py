@@ -11,7 +11,8 @@ def write_hot(k: torch.Tensor, v: torch.Tensor, hot: torch.Tensor, slots: torch.
         slot = int(slots)
         if slot >= 0:
             page, offset = divmod(slot, page_size)
-            torch.cat((k, v), out=hot.select(0, page).select(2, offset))
+            both = (k, v) if hot.shape[1] == 2 else (k,)
+            torch.cat(both, out=hot.select(0, page).select(2, offset))
         return
     if slots.numel() and int(slots.min()) < 0:
         keep = slots >= 0
@@ -20,4 +21,5 @@ def write_hot(k: torch.Tensor, v: torch.Tensor, hot: torch.Tensor, slots: torch.
     index = (pages, slots - pages * page_size)
     # [num_hot_pages, page_size, num_kv_heads, head_dim]: makes the two indices adjacent
     hot[:, 0].transpose(1, 2).index_put_(index, k)
-    hot[:, 1].transpose(1, 2).index_put_(index, v)
+    if hot.shape[1] == 2:
+        hot[:, 1].transpose(1, 2).index_put_(index, v)

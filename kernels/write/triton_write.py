@@ -17,6 +17,7 @@ def write_kernel(
     stride_k_head,
     stride_v_token,
     stride_v_head,
+    SIDES: tl.constexpr,  # 1 if values are in keys
     NUM_KV_HEADS: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -28,12 +29,13 @@ def write_kernel(
     if slot >= 0:
         offs_d = tl.arange(0, BLOCK_D)
         mask_d = offs_d < HEAD_DIM
-        page_row = slot // PAGE_SIZE * (2 * NUM_KV_HEADS) + head
+        page_row = slot // PAGE_SIZE * (SIDES * NUM_KV_HEADS) + head
         out_ptr = hot_ptr + (page_row * PAGE_SIZE + slot % PAGE_SIZE) * HEAD_DIM + offs_d
         k = tl.load(k_ptr + token * stride_k_token + head * stride_k_head + offs_d, mask=mask_d)
-        v = tl.load(v_ptr + token * stride_v_token + head * stride_v_head + offs_d, mask=mask_d)
         tl.store(out_ptr, k, mask=mask_d)
-        tl.store(out_ptr + NUM_KV_HEADS * PAGE_SIZE * HEAD_DIM, v, mask=mask_d)
+        if SIDES == 2:
+            v = tl.load(v_ptr + token * stride_v_token + head * stride_v_head + offs_d, mask=mask_d)
+            tl.store(out_ptr + NUM_KV_HEADS * PAGE_SIZE * HEAD_DIM, v, mask=mask_d)
 
 
 def write_hot(k: torch.Tensor, v: torch.Tensor, hot: torch.Tensor, slots: torch.Tensor) -> None:
@@ -49,6 +51,7 @@ def write_hot(k: torch.Tensor, v: torch.Tensor, hot: torch.Tensor, slots: torch.
         k.stride(1),
         v.stride(0),
         v.stride(1),
+        SIDES=hot.shape[1],
         NUM_KV_HEADS=num_kv_heads,
         PAGE_SIZE=hot.shape[3],
         HEAD_DIM=head_dim,

@@ -82,7 +82,8 @@ def make_case(
     params: LayerParams | None = None,
     first_position: int = 0,
 ) -> Case:
-    """sequences: (total tokens, new tokens). The pools are shuffled; every page and slot that no
+    """fmt: if its values are in keys, so are those of the case. sequences: (total tokens, new
+    tokens). The pools are shuffled; every page and slot that no
     query may read is NaN (hot) or 0xFF (sealed: NaN scales), and table rows are permuted.
 
     shared_prefix_pages: how many first sealed pages all sequences share
@@ -100,7 +101,8 @@ def make_case(
         common = min(length, prefix.shape[1])
         both[:, :common] = prefix[:, :common]
         keys.append(both[0].to(dtype))
-        values.append(both[1].to(dtype))
+        in_keys = fmt.values_in_keys
+        values.append(both[0, ..., :in_keys].to(dtype) if in_keys else both[1].to(dtype))
 
     max_pages = max(-(-length // size) for length, _ in sequences)
     num_rows = len(sequences) + 2
@@ -110,7 +112,7 @@ def make_case(
     total = sum(-(-length // size) for length, _ in sequences) + 3
     hot_free = torch.randperm(total, generator=gen).tolist()
     sealed_free = torch.randperm(total, generator=gen).tolist()
-    hot = torch.full((total, 2, heads, size, dim), float("nan"), dtype=dtype)
+    hot = torch.full((total, fmt.stored_sides, heads, size, dim), float("nan"), dtype=dtype)
     staging = torch.full_like(hot, float("nan"))
     sealed = torch.full(
         (total, heads, fmt.page_bytes(size, dim, dtype.itemsize)), 0xFF, dtype=torch.uint8

@@ -59,6 +59,11 @@ def test_wide_heads_fit_into_shared_memory(capability: str, names: list[str]) ->
     run(script, "--capability", capability, "--shape", "256x4", "--format", *names)
 
 
+def test_attention_over_latents_fits_into_shared_memory() -> None:
+    script = str(ROOT / "benchmarks" / "compiled.py")
+    run(script, "--capability", "89", "--latent", "128", "--format", "fp8")
+
+
 def test_the_record_of_what_compiles_has_no_failure() -> None:
     """It also names the GPUs for which the compiler uses tensor cores."""
     kernels = json.loads(COMPILED.read_text())["kernels"]

@@ -35,6 +35,20 @@ BY_LAYER_TYPE = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
 }
 
+_LATENT = {
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 8,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "n_routed_experts": 6,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 32,
+}
+
 # name -> (architecture, overrides)
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", {}),
@@ -235,6 +249,41 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "use_qk_norm": False,
             "attention_bias": True,
         },
+    ),
+    "deepseek-v2": (
+        "DeepseekV2ForCausalLM",
+        {
+            **_LATENT,
+            "q_lora_rank": None,
+            "first_k_dense_replace": 1,
+            "rope_parameters": {**YARN, "mscale": 0.707, "mscale_all_dim": 0.5},
+        },
+    ),
+    "deepseek-v2-groups": (
+        "DeepseekV2ForCausalLM",
+        {
+            **_LATENT,
+            "attention_bias": True,
+            "topk_method": "group_limited_greedy",
+            "n_group": 3,
+            "topk_group": 2,
+            "routed_scaling_factor": 1.5,
+        },
+    ),
+    "deepseek-v3": (
+        "DeepseekV3ForCausalLM",
+        {
+            **_LATENT,
+            "first_k_dense_replace": 1,
+            "n_shared_experts": 1,
+            "n_group": 3,
+            "topk_group": 2,
+            "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
+        },
+    ),
+    "glm4-moe-lite": (
+        "Glm4MoeLiteForCausalLM",
+        {**_LATENT, "n_shared_experts": 1, "norm_topk_prob": False, "rope_interleave": False},
     ),
     "olmoe": (
         "OlmoeForCausalLM",

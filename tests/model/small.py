@@ -67,6 +67,9 @@ def make_small_model(
                 weight.add_(noise, alpha=0.2)  # norms around their identity, biases around 0
             else:
                 weight.copy_(noise * (1.5 / weight.shape[-1] ** 0.5))
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.1)
     model.to(dtype).save_pretrained(directory, safe_serialization=True)
     if architecture == "InternLM3ForCausalLM":
         change_config(directory, architectures=[architecture], auto_map=_OWN_CODE)

@@ -56,11 +56,15 @@ def test_bfloat16_is_as_close_to_fp32_as_in_transformers(case: str, tmp_path: Pa
     prompt = torch.tensor([PROMPTS[0]])
     with torch.inference_mode():
         truth = exact(prompt).logits[0]
-        their_error = (theirs(prompt).logits[0].float() - truth).square().mean().sqrt()
+        their_error = _typical(theirs(prompt).logits[0].float() - truth)
     logits = prompt_logits(ours, PROMPTS[0])
     assert logits is not None
-    our_error = (logits - truth).square().mean().sqrt()
-    assert our_error <= 1.5 * their_error
+    assert _typical(logits - truth) <= 1.5 * their_error
+
+
+def _typical(errors: torch.Tensor) -> torch.Tensor:
+    """Of a token: where rounding chooses another expert, here or there, one differs a lot."""
+    return errors.square().mean(-1).sqrt().median()
 
 
 def test_facts_agree_with_the_checkpoint(tmp_path: Path) -> None:

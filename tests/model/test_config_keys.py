@@ -394,6 +394,97 @@ PUBLISHED: dict[str, str] = {
         "rope_theta": 150000, "router_aux_loss_coef": 0.9, "sliding_window": 128, "swiglu_limit":
         7.0, "tie_word_embeddings": false, "transformers_version": "4.55.0.dev0", "use_cache": true,
         "vocab_size": 201088}""",
+    "DeepSeek-V2-Lite": """{"architectures": ["DeepseekV2ForCausalLM"], "attention_bias": false,
+        "attention_dropout": 0.0, "auto_map": {"AutoConfig":
+        "configuration_deepseek.DeepseekV2Config", "AutoModel":
+        "modeling_deepseek.DeepseekV2Model", "AutoModelForCausalLM":
+        "modeling_deepseek.DeepseekV2ForCausalLM"}, "aux_loss_alpha": 0.001, "bos_token_id":
+        100000, "eos_token_id": 100001, "first_k_dense_replace": 1, "hidden_act": "silu",
+        "hidden_size": 2048, "initializer_range": 0.02, "intermediate_size": 10944,
+        "kv_lora_rank": 512, "max_position_embeddings": 163840, "model_type": "deepseek_v2",
+        "moe_intermediate_size": 1408, "moe_layer_freq": 1, "n_group": 1, "n_routed_experts":
+        64, "n_shared_experts": 2, "norm_topk_prob": false, "num_attention_heads": 16,
+        "num_experts_per_tok": 6, "num_hidden_layers": 27, "num_key_value_heads": 16,
+        "pretraining_tp": 1, "q_lora_rank": null, "qk_nope_head_dim": 128, "qk_rope_head_dim":
+        64, "rms_norm_eps": 1e-06, "rope_scaling": {"beta_fast": 32, "beta_slow": 1, "factor":
+        40, "mscale": 0.707, "mscale_all_dim": 0.707, "original_max_position_embeddings": 4096,
+        "type": "yarn"}, "rope_theta": 10000, "routed_scaling_factor": 1.0, "scoring_func":
+        "softmax", "seq_aux": true, "tie_word_embeddings": false, "topk_group": 1,
+        "topk_method": "greedy", "torch_dtype": "bfloat16", "transformers_version": "4.33.1",
+        "use_cache": true, "v_head_dim": 128, "vocab_size": 102400}""",
+    "DeepSeek-V2": """{"architectures": ["DeepseekV2ForCausalLM"], "attention_bias": false,
+        "attention_dropout": 0.0, "auto_map": {"AutoConfig":
+        "configuration_deepseek.DeepseekV2Config", "AutoModel":
+        "modeling_deepseek.DeepseekV2Model", "AutoModelForCausalLM":
+        "modeling_deepseek.DeepseekV2ForCausalLM"}, "aux_loss_alpha": 0.001, "bos_token_id":
+        100000, "eos_token_id": 100001, "ep_size": 1, "first_k_dense_replace": 1, "hidden_act":
+        "silu", "hidden_size": 5120, "initializer_range": 0.02, "intermediate_size": 12288,
+        "kv_lora_rank": 512, "max_position_embeddings": 163840, "model_type": "deepseek_v2",
+        "moe_intermediate_size": 1536, "moe_layer_freq": 1, "n_group": 8, "n_routed_experts":
+        160, "n_shared_experts": 2, "norm_topk_prob": false, "num_attention_heads": 128,
+        "num_experts_per_tok": 6, "num_hidden_layers": 60, "num_key_value_heads": 128,
+        "pretraining_tp": 1, "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim":
+        64, "rms_norm_eps": 1e-06, "rope_scaling": {"beta_fast": 32, "beta_slow": 1, "factor":
+        40, "mscale": 1.0, "mscale_all_dim": 1.0, "original_max_position_embeddings": 4096,
+        "type": "yarn"}, "rope_theta": 10000, "routed_scaling_factor": 16.0, "scoring_func":
+        "softmax", "seq_aux": true, "tie_word_embeddings": false, "topk_group": 3,
+        "topk_method": "group_limited_greedy", "torch_dtype": "bfloat16",
+        "transformers_version": "4.39.3", "use_cache": true, "v_head_dim": 128, "vocab_size":
+        102400}""",
+    "DeepSeek-V3": """{"architectures": ["DeepseekV3ForCausalLM"], "attention_bias": false,
+        "attention_dropout": 0.0, "auto_map": {"AutoConfig":
+        "configuration_deepseek.DeepseekV3Config", "AutoModel":
+        "modeling_deepseek.DeepseekV3Model", "AutoModelForCausalLM":
+        "modeling_deepseek.DeepseekV3ForCausalLM"}, "bos_token_id": 0, "eos_token_id": 1,
+        "ep_size": 1, "first_k_dense_replace": 3, "hidden_act": "silu", "hidden_size": 7168,
+        "initializer_range": 0.02, "intermediate_size": 18432, "kv_lora_rank": 512,
+        "max_position_embeddings": 163840, "model_type": "deepseek_v3", "moe_intermediate_size":
+        2048, "moe_layer_freq": 1, "n_group": 8, "n_routed_experts": 256, "n_shared_experts": 1,
+        "norm_topk_prob": true, "num_attention_heads": 128, "num_experts_per_tok": 8,
+        "num_hidden_layers": 61, "num_key_value_heads": 128, "num_nextn_predict_layers": 1,
+        "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
+        "quantization_config": {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method":
+        "fp8", "weight_block_size": [128, 128]}, "rms_norm_eps": 1e-06, "rope_scaling":
+        {"beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 4096, "type": "yarn"}, "rope_theta": 10000,
+        "routed_scaling_factor": 2.5, "scoring_func": "sigmoid", "tie_word_embeddings": false,
+        "topk_group": 4, "topk_method": "noaux_tc", "torch_dtype": "bfloat16",
+        "transformers_version": "4.33.1", "use_cache": true, "v_head_dim": 128, "vocab_size":
+        129280}""",
+    "DeepSeek-R1": """{"architectures": ["DeepseekV3ForCausalLM"], "attention_bias": false,
+        "attention_dropout": 0.0, "auto_map": {"AutoConfig":
+        "configuration_deepseek.DeepseekV3Config", "AutoModel":
+        "modeling_deepseek.DeepseekV3Model", "AutoModelForCausalLM":
+        "modeling_deepseek.DeepseekV3ForCausalLM"}, "aux_loss_alpha": 0.001, "bos_token_id": 0,
+        "eos_token_id": 1, "ep_size": 1, "first_k_dense_replace": 3, "hidden_act": "silu",
+        "hidden_size": 7168, "initializer_range": 0.02, "intermediate_size": 18432,
+        "kv_lora_rank": 512, "max_position_embeddings": 163840, "model_type": "deepseek_v3",
+        "moe_intermediate_size": 2048, "moe_layer_freq": 1, "n_group": 8, "n_routed_experts":
+        256, "n_shared_experts": 1, "norm_topk_prob": true, "num_attention_heads": 128,
+        "num_experts_per_tok": 8, "num_hidden_layers": 61, "num_key_value_heads": 128,
+        "num_nextn_predict_layers": 1, "pretraining_tp": 1, "q_lora_rank": 1536,
+        "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "quantization_config":
+        {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8",
+        "weight_block_size": [128, 128]}, "rms_norm_eps": 1e-06, "rope_scaling": {"beta_fast":
+        32, "beta_slow": 1, "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 4096, "type": "yarn"}, "rope_theta": 10000,
+        "routed_scaling_factor": 2.5, "scoring_func": "sigmoid", "seq_aux": true,
+        "tie_word_embeddings": false, "topk_group": 4, "topk_method": "noaux_tc", "torch_dtype":
+        "bfloat16", "transformers_version": "4.46.3", "use_cache": true, "v_head_dim": 128,
+        "vocab_size": 129280}""",
+    "GLM-4.7-Flash": """{"architectures": ["Glm4MoeLiteForCausalLM"], "attention_bias": false,
+        "attention_dropout": 0.0, "dtype": "bfloat16", "eos_token_id": [154820, 154827, 154829],
+        "first_k_dense_replace": 1, "hidden_act": "silu", "hidden_size": 2048,
+        "intermediate_size": 10240, "kv_lora_rank": 512, "max_position_embeddings": 202752,
+        "model_type": "glm4_moe_lite", "moe_intermediate_size": 1536, "n_group": 1,
+        "n_routed_experts": 64, "n_shared_experts": 1, "norm_topk_prob": true,
+        "num_attention_heads": 20, "num_experts_per_tok": 4, "num_hidden_layers": 47,
+        "num_key_value_heads": 20, "num_nextn_predict_layers": 1, "pad_token_id": 154820,
+        "partial_rotary_factor": 1.0, "q_lora_rank": 768, "qk_nope_head_dim": 192,
+        "qk_rope_head_dim": 64, "rms_norm_eps": 1e-05, "rope_scaling": null, "rope_theta":
+        1000000, "routed_scaling_factor": 1.8, "tie_word_embeddings": false, "topk_group": 1,
+        "topk_method": "noaux_tc", "transformers_version": "5.0.0rc0", "v_head_dim": 256,
+        "vocab_size": 154880}""",
     "dbrx-base": """{"architectures": ["DbrxForCausalLM"], "attn_config": {"clip_qkv": 8,
         "kv_n_heads": 8, "model_type": "", "rope_theta": 500000}, "auto_map": {"AutoConfig":
         "configuration_dbrx.DbrxConfig", "AutoModelForCausalLM": "modeling_dbrx.DbrxForCausalLM"},
@@ -466,6 +557,11 @@ def test_whatever_transformers_writes_by_itself_is_known(name: str) -> None:
         ("recurrentgemma-2b", {"_block_types": ["attention"]}, "_block_types"),
         ("recurrentgemma-2b", {"embeddings_scale_by_sqrt_dim": False}, "embeddings_scale_by"),
         ("gpt-oss-20b", {"initial_context_length": 8192}, "initial_context_length"),
+        ("DeepSeek-V2", {"norm_topk_prob": True}, "norm_topk_prob"),
+        ("DeepSeek-V2-Lite", {"topk_method": "noaux_tc"}, "topk_method"),
+        ("DeepSeek-V3", {"scoring_func": "softmax"}, "scoring_func"),
+        ("DeepSeek-R1", {"index_topk": 2048}, "index_topk"),
+        ("GLM-4.7-Flash", {"first_k_dense_replace": 2}, "first_k_dense_replace"),
         ("Mixtral-8x7B-v0.1", {"shared_expert_intermediate_size": 64}, "shared_expert"),
         ("Qwen3-30B-A3B", {"n_shared_experts": 1}, "n_shared_experts"),
         ("Qwen3-4B", {"text_config": {"hidden_size": 2}}, "text_config"),

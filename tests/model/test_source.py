@@ -282,7 +282,7 @@ def test_the_hub_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"architectures": ["DeepseekV3ForCausalLM"]}, "DeepseekV3ForCausalLM"),
+        ({"architectures": ["DeepseekV32ForCausalLM"]}, "DeepseekV32ForCausalLM"),
         ({"architectures": ["JambaForCausalLM"], "model_type": "jamba"}, "Jamba"),
         ({"architectures": ["MambaForCausalLM"], "model_type": "mamba"}, "Mamba"),
         ({"architectures": None, "model_type": "bloom"}, "bloom"),

@@ -126,7 +126,7 @@ def test_a_wrong_option_is_named(arguments: tuple[str, ...], option: str, compla
         ("{", "cannot be read"),
         ("[]", "JSON object"),
         ("{}", "of model type None"),
-        ('{"architectures": ["DeepseekV3ForCausalLM"]}', "DeepseekV3ForCausalLM"),
+        ('{"architectures": ["DeepseekV32ForCausalLM"]}', "DeepseekV32ForCausalLM"),
         ('{"architectures": ["LlamaForCausalLM"]}', "num_hidden_layers"),
     ],
 )

@@ -12,6 +12,7 @@ from kvmesh.kernels.formats.registry import format_names
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.engine import Engine
 from kvmesh.workers.local import local_executor
+from tests.model.cases import CASES
 from tests.model.small import VOCAB_SIZE, make_small_model
 from tests.workers.invariance import Invariance, generate
 
@@ -36,6 +37,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 32,
         "shared_expert_intermediate_size": 32,
     },
+    "DeepseekV3ForCausalLM": CASES["deepseek-v3"][1],
     "Qwen3MoeForCausalLM": {
         "head_dim": 32,
         "num_hidden_layers": 2,
@@ -52,11 +54,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         architecture: make_small_model(
             architecture,
             tmp_path_factory.mktemp("small"),
-            hidden_size=128,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=512,
-            **overrides,
+            **{
+                "hidden_size": 128,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "max_position_embeddings": 512,
+                **overrides,
+            },
         )
         for architecture, overrides in MODELS.items()
     }
@@ -69,6 +73,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         *((name, "LlamaForCausalLM") for name in EVERY_KIND),
         *((name, "Qwen3MoeForCausalLM") for name in ONE_OF_A_KIND),
         ("k4v2", "Qwen3NextForCausalLM"),
+        ("int8", "DeepseekV3ForCausalLM"),
     ],
 )
 def test_output_depends_only_on_the_prompt(

@@ -32,6 +32,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "Llama4ForCausalLM": CASES["llama4"][1],
     "Qwen3NextForCausalLM": CASES["qwen3-next"][1],
     "RecurrentGemmaForCausalLM": CASES["recurrent-gemma"][1],
+    "DeepseekV2ForCausalLM": {**CASES["deepseek-v2"][1], "num_attention_heads": 8},
 }
 
 
@@ -102,6 +103,7 @@ def test_every_format_gives_the_tokens_of_one_rank(
         ("Llama4ForCausalLM", (2, 2)),
         ("Qwen3NextForCausalLM", (2, 2)),
         ("RecurrentGemmaForCausalLM", (1, 3)),
+        ("DeepseekV2ForCausalLM", (2, 2)),
     ],
 )
 def test_windows_sinks_norms_states_and_preemption_change_no_token(

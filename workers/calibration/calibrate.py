@@ -25,6 +25,7 @@ from kvmesh.workers.model.hook import AttendArgs
 from kvmesh.workers.model.load import ServedModel, load_model
 from kvmesh.workers.model.source import resolve_model
 from kvmesh.workers.model.tokenizer import Tokenizer
+from kvmesh.workers.page_geometry import format_for
 from kvmesh.workers.parallel.comm import Communicator
 
 Progress = Callable[[str, float | None], None]
@@ -57,6 +58,7 @@ def calibrate(
     if context < 2 * exact_tokens + 2:
         raise ConfigError("context", f"must be at least {2 * exact_tokens + 2}, got {context}")
     files = resolve_model(model, progress=report, root=root)
+    format_for(kv_format, files.path)
     report("reading the text", None)
     windows = windows_of(text, Tokenizer.load(files.path), samples, context)
     place = _device(device)

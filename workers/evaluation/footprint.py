@@ -53,7 +53,8 @@ class Footprint:
             sealed_page_bytes=sealed_bytes,
         )
         bits = fmt.bits_per_element(page_size, head_dim, HOT_BITS // 8)
-        return Footprint(bits, geometry, num_layers * num_kv_heads * 2 * head_dim)
+        elements = num_layers * num_kv_heads * fmt.stored_sides * head_dim
+        return Footprint(bits, geometry, elements)
 
     def bits_at(self, context: int) -> float:
         """Mean bits per element of the keys and values of a sequence of `context` tokens."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kvmesh.kernels.formats.base import KVFormat
-from kvmesh.kernels.formats.registry import get_format
+from kvmesh.kernels.formats.registry import format_of_model, get_format
 from kvmesh.workers.calibration.file import Calibration
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.errors import ConfigError
@@ -72,10 +72,10 @@ class EvaluatedModel:
         )
 
     def footprint(self, fmt: KVFormat) -> Footprint:
-        """Raises ConfigError(kv_format) if the format does not support the model's head_dim."""
+        """Raises ConfigError(kv_format) if the format does not support the model."""
         try:
             return Footprint.of(
-                fmt,
+                format_of_model(fmt, self.facts.values_in_keys),
                 page_size=self.config.page_size,
                 num_layers=self.facts.num_kv_layers,
                 num_kv_heads=self.facts.num_kv_heads,

@@ -6,8 +6,8 @@ weights, see tests/model/. Torch-free.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kvmesh.workers.model.layer_rules import RECURRENT, ROTATED, SLIDING, STATES, layers_of
@@ -20,23 +20,46 @@ class ExpertKeys:
 
     count: number of experts, by its names; width: the size of each one's MLP
     dense: the size of the MLP in layers without experts; shared: of the expert that computes every
-        token, if there is one
+        token, if there is one; shared_count: how many of these are stored as one
     step: the layers step - 1, 2 * step - 1, … have experts, unless they are listed
+    first: default if the configuration has no `first_k_dense_replace`: layers before it have none
     """
 
     count: tuple[str, ...] = ("num_experts", "num_local_experts")
     width: str = "intermediate_size"
     dense: str = "intermediate_size"
     shared: str | None = None
+    shared_count: str | None = None
     step: str = "decoder_sparse_step"
+    first: int = 0
 
     def layers(self, config: Mapping[str, Any]) -> tuple[bool, ...]:
         """Which layers have experts."""
         if config.get("moe_layers") is not None:  # Llama 4
             return tuple(layer in config["moe_layers"] for layer in layers_of(config))
+        if config.get("mlp_layer_types") is not None:  # GLM-4 MoE Lite
+            return tuple(kind == "sparse" for kind in config["mlp_layer_types"])
         dense = config.get("mlp_only_layers") or ()
         every = int(config.get(self.step) or 1)
-        return tuple(layer not in dense and (layer + 1) % every == 0 for layer in layers_of(config))
+        first = int(config.get("first_k_dense_replace", self.first) or 0)
+        return tuple(
+            layer >= first and layer not in dense and (layer + 1) % every == 0
+            for layer in layers_of(config)
+        )
+
+    def shared_width(self, number: Callable[[str], int]) -> int:
+        """Of the expert that computes every token, 0 for none. number: reads a key"""
+        if self.shared is None:
+            return 0
+        return number(self.shared) * (number(self.shared_count) if self.shared_count else 1)
+
+
+_DEEPSEEK_EXPERTS = ExpertKeys(
+    count=("n_routed_experts",),
+    width="moe_intermediate_size",
+    shared="moe_intermediate_size",
+    shared_count="n_shared_experts",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +81,8 @@ class Architecture:
     experts: if it is a mixture of experts
     recurrent: if some layers have a state instead of keys and values, which ones and what state:
         one of the names in `RECURRENT`
+    latent: keys and values are one vector, whose first `kv_lora_rank` channels are the value and
+        whose last `qk_rope_head_dim` channels RoPE turns; they are stored as two halves
     unused_tensors: in its checkpoints, the beginnings of names of what does not compute the output
     own_code: its checkpoints come with code of their own, which is never run: transformers'
         modules, or those of another architecture, compute the same
@@ -77,6 +102,7 @@ class Architecture:
     rope_types: tuple[str, ...] = ("default", "linear", "llama3", "yarn", "dynamic")
     experts: ExpertKeys | None = None
     recurrent: str = "none"
+    latent: bool = False
     unused_tensors: tuple[str, ...] = ()
     own_code: bool = False
 
@@ -84,6 +110,13 @@ class Architecture:
     def in_chunks(self) -> bool:
         """Whether windows are chunks of positions."""
         return self.window is not None and self.window < 0
+
+    def unused(self, config: Mapping[str, Any]) -> tuple[str, ...]:
+        """`unused_tensors`, and those of layers that predict further tokens, after all others."""
+        more = int(config.get("num_nextn_predict_layers") or 0)
+        own = layers_of(config).stop if more else 0
+        extra = (f"model.layers.{own + index}." for index in range(more))
+        return (*self.unused_tensors, *extra)
 
     def with_positions(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
         """The configuration, with `max_position_embeddings` if the architecture implies it."""
@@ -113,6 +146,8 @@ class Architecture:
         layers = sum(self.recurrent_layers(config))
         return STATES[self.recurrent](config, layers) if layers else None
 
+
+_LATENT_ROPES = ("default", "linear", "yarn", "dynamic")
 
 ARCHITECTURES: Mapping[str, Architecture] = {
     architecture.name: architecture
@@ -231,6 +266,29 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             sliding="every layer",
             window=None,
             experts=ExpertKeys(),
+        ),
+        Architecture(
+            "DeepseekV2ForCausalLM",
+            "deepseek_v2",
+            rope_types=_LATENT_ROPES,
+            experts=_DEEPSEEK_EXPERTS,
+            latent=True,
+            own_code=True,
+        ),
+        Architecture(
+            "DeepseekV3ForCausalLM",
+            "deepseek_v3",
+            rope_types=_LATENT_ROPES,
+            experts=replace(_DEEPSEEK_EXPERTS, first=3),
+            latent=True,
+            own_code=True,
+        ),
+        Architecture(
+            "Glm4MoeLiteForCausalLM",
+            "glm4_moe_lite",
+            rope_types=_LATENT_ROPES,
+            experts=replace(_DEEPSEEK_EXPERTS, first=1),
+            latent=True,
         ),
         Architecture("DbrxForCausalLM", "dbrx", kv_heads=1, experts=ExpertKeys(), own_code=True),
         Architecture("OlmoeForCausalLM", "olmoe", experts=ExpertKeys()),

@@ -22,6 +22,7 @@ from kvmesh.kernels.pointwise import add_rms_norm, has_loops, rms_norm, silu_mul
 from kvmesh.kernels.pointwise.reference import rotate
 from kvmesh.workers.model.gated_attention import GatedAttention
 from kvmesh.workers.model.hook import AttendArgs, AttendSlot, Entry, WrittenAttend
+from kvmesh.workers.model.latent_attention import LATENT_ATTENTION, LatentAttention
 from kvmesh.workers.model.llama4 import Llama4Attention, Llama4Mixture
 from kvmesh.workers.parallel.comm import Communicator
 from kvmesh.workers.parallel.experts import Experts
@@ -76,6 +77,9 @@ _PLAIN_RMS_NORM = frozenset(
             "Glm4",
             "SeedOss",
             "GptOss",
+            "DeepseekV2",
+            "DeepseekV3",
+            "Glm4MoeLite",
         )
     }
 )
@@ -335,6 +339,8 @@ def fuse(layer: Any, sliding_window: int | None, slot: AttendSlot, comm: Communi
     kind = type(getattr(layer, "self_attn", None)).__name__
     if kind in _PLAIN_ATTENTION:
         layer.self_attn = FusedAttention(layer.self_attn, sliding_window, slot)
+    elif kind in LATENT_ATTENTION:
+        layer.self_attn = LatentAttention(layer.self_attn, slot, comm)
     elif kind == "Qwen3NextAttention":
         layer.self_attn = GatedAttention(layer.self_attn, sliding_window, slot, comm)
     elif kind == "Llama4TextAttention":

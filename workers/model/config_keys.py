@@ -40,6 +40,26 @@ _QWEN = _RMS_NORM | _SLIDING_IF_ENABLED | {"dual_chunk_attention_config"}
 _LLAMA = _RMS_NORM | {"attention_bias", "mlp_bias"}
 _GEMMA = _RMS_NORM | {"attention_bias", "hidden_activation"}
 _INTERNLM = _RMS_NORM | {"bias"}
+_LATENT = _RMS_NORM | {
+    "attention_bias",
+    "kv_lora_rank",
+    "moe_intermediate_size",
+    "n_group",
+    "n_routed_experts",
+    "n_shared_experts",
+    "num_experts",
+    "num_experts_per_tok",
+    "num_local_experts",
+    "num_mtp_layers",  # as num_nextn_predict_layers: of layers that are not used
+    "num_nextn_predict_layers",
+    "q_lora_rank",
+    "qk_head_dim",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "routed_scaling_factor",
+    "topk_group",
+    "v_head_dim",
+}
 _BY_MODEL_TYPE: Mapping[str, frozenset[str]] = {
     "llama": _LLAMA,
     "mistral": _RMS_NORM | {"sliding_window"},
@@ -144,6 +164,10 @@ _BY_MODEL_TYPE: Mapping[str, frozenset[str]] = {
     },
     "mixtral": _RMS_NORM | {"num_experts_per_tok", "num_local_experts", "sliding_window"},
     "dbrx": frozenset({"clip_qkv", "num_experts_per_tok", "num_local_experts"}),
+    # Without norm_topk_prob, which transformers does not read.
+    "deepseek_v2": _LATENT | {"first_k_dense_replace", "mlp_bias"},
+    "deepseek_v3": _LATENT | {"first_k_dense_replace", "norm_topk_prob", "rope_interleave"},
+    "glm4_moe_lite": _LATENT | {"mlp_layer_types", "norm_topk_prob", "rope_interleave"},
     "olmoe": _RMS_NORM
     | {
         "attention_bias",
@@ -163,7 +187,14 @@ _BY_MODEL_TYPE: Mapping[str, frozenset[str]] = {
         "swiglu_limit",
     },
 }
-# Keys that have only one implemented value: that of all checkpoints which have the key.
+# How DeepSeek V3 chooses experts.
+_NO_AUXILIARY_LOSS: dict[str, object] = {
+    "moe_layer_freq": 1,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+}
+# Keys that have only one implemented value, that of all checkpoints which have the key, or in a
+# tuple a few.
 _ONLY_VALUE: Mapping[str, Mapping[str, object]] = {
     "cohere2": {
         "order_of_interleaved_layers": "local_attn_first",
@@ -173,6 +204,15 @@ _ONLY_VALUE: Mapping[str, Mapping[str, object]] = {
         "use_parallel_block": True,
         "use_parallel_embedding": True,
     },
+    "deepseek_v2": {
+        "moe_layer_freq": 1,
+        "rope_interleave": True,
+        "scoring_func": "softmax",
+        "topk_method": ("greedy", "group_limited_greedy"),
+    },
+    "deepseek_v3": _NO_AUXILIARY_LOSS,
+    # transformers reads `mlp_layer_types` instead.
+    "glm4_moe_lite": _NO_AUXILIARY_LOSS | {"first_k_dense_replace": 1},
     "phi3": {"full_attn_mod": 1, "interpolate_factor": 1},
     "recurrent_gemma": {
         # transformers reads only `block_types`.
@@ -207,6 +247,7 @@ _HARMLESS = frozenset(
         "attention_dropout",
         "attn_implementation",
         "attn_pdrop",
+        "aux_loss_alpha",
         "bad_words_ids",
         "base_model_name_or_path",
         "begin_suppress_tokens",
@@ -222,6 +263,7 @@ _HARMLESS = frozenset(
         "emb_pdrop",
         "embd_pdrop",
         "encoder_no_repeat_ngram_size",
+        "ep_size",
         "eos_token_id",
         "exponential_decay_length_penalty",
         "final_w_init_variance_scale",
@@ -269,6 +311,7 @@ _HARMLESS = frozenset(
         "router_aux_loss_coef",
         "router_jitter_noise",
         "sep_token_id",
+        "seq_aux",
         "seq_length",
         "suppress_tokens",
         "task_specific_params",
@@ -356,7 +399,9 @@ def _is_redundant(key: str, config: Mapping[str, Any], model_type: str) -> bool 
     value = config[key]
     only = _ONLY_VALUE.get(model_type, {})
     if key in only:
-        return type(value) is type(only[key]) and bool(value == only[key])
+        wanted = only[key]
+        choices = wanted if isinstance(wanted, tuple) else (wanted,)
+        return any(type(value) is type(choice) and bool(value == choice) for choice in choices)
     other = _REPEATED.get(model_type, {}).get(key)
     if other is None or value is None:
         return None

@@ -42,6 +42,9 @@ _ONE_BY_ONE: Mapping[str, tuple[str, tuple[str, str, str]]] = {
     "qwen3_moe": (".mlp.", ("gate_proj", "up_proj", "down_proj")),
     "qwen3_next": (".mlp.", ("gate_proj", "up_proj", "down_proj")),
     "olmoe": (".mlp.", ("gate_proj", "up_proj", "down_proj")),
+    "deepseek_v2": (".mlp.", ("gate_proj", "up_proj", "down_proj")),
+    "deepseek_v3": (".mlp.", ("gate_proj", "up_proj", "down_proj")),
+    "glm4_moe_lite": (".mlp.", ("gate_proj", "up_proj", "down_proj")),
 }
 
 

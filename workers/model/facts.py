@@ -48,6 +48,7 @@ class ModelFacts:
         experts that compute every token
     num_experts: of each mixture of experts; 0 if the model has none
     expert_size: width of one expert's MLP
+    values_in_keys: how many channels of a key are its value; 0 if values are of their own
     recurrent_layers: per layer, whether it has a state instead of keys and values; () for none
     state: what these layers keep of a sequence
     trained_len: positions that it was trained for before its RoPE was scaled
@@ -73,6 +74,7 @@ class ModelFacts:
     rotated_layers: tuple[bool, ...] = ()
     num_experts: int = 0
     expert_size: int = 0
+    values_in_keys: int = 0
     recurrent_layers: tuple[bool, ...] = ()
     state: StateShape | None = None
     trained_len: int = 0
@@ -119,6 +121,12 @@ def read_facts(path: Path, rope: RopeOverride | None = None) -> ModelFacts:
     if rope is not None:
         trained_len = rope.trained_len or trained_len
         max_model_len = int(trained_len * rope.factor)
+    num_kv_heads = config.get("num_key_value_heads") or architecture.kv_heads or heads
+    head_dim = config.get("head_dim") or architecture.head_dim or integers["hidden_size"] // heads
+    values_in_keys = 0
+    if architecture.latent:
+        num_kv_heads, values_in_keys = 1, _positive(config, "kv_lora_rank", path)
+        head_dim = values_in_keys + _positive(config, "qk_rope_head_dim", path)
     num_experts = expert_size = 0
     if architecture.experts is not None:
         names = architecture.experts.count
@@ -131,10 +139,8 @@ def read_facts(path: Path, rope: RopeOverride | None = None) -> ModelFacts:
         architecture=architecture.name,
         num_layers=integers["num_hidden_layers"],
         num_heads=heads,
-        num_kv_heads=config.get("num_key_value_heads") or architecture.kv_heads or heads,
-        head_dim=config.get("head_dim")
-        or architecture.head_dim
-        or integers["hidden_size"] // heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
         hidden_size=integers["hidden_size"],
         mlp_sizes=_mlp_sizes(config, architecture, path),
         vocab_size=integers["vocab_size"],
@@ -149,6 +155,7 @@ def read_facts(path: Path, rope: RopeOverride | None = None) -> ModelFacts:
         rotated_layers=architecture.rotated_layers(config),
         num_experts=num_experts,
         expert_size=expert_size,
+        values_in_keys=values_in_keys,
         recurrent_layers=architecture.recurrent_layers(config),
         state=architecture.state(config),
         trained_len=trained_len,
@@ -162,7 +169,8 @@ def _mlp_sizes(
     experts = architecture.experts
     if experts is None:
         return (_positive(config, "intermediate_size", path) // architecture.mlp_parts,)
-    found = set() if experts.shared is None else {_positive(config, experts.shared, path)}
+    shared = experts.shared_width(lambda key: _positive(config, key, path))
+    found = {shared} if shared else set()
     if not all(experts.layers(config)):
         found.add(_positive(config, experts.dense, path))
     return tuple(sorted(found))

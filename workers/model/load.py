@@ -20,7 +20,7 @@ from kvmesh.workers.errors import ConfigError, UnsupportedModelError
 from kvmesh.workers.model.architectures import ARCHITECTURES
 from kvmesh.workers.model.blocks import FusedAttention, fuse, fused_layer, lean_norm
 from kvmesh.workers.model.delta_net import GatedDeltaNet
-from kvmesh.workers.model.facts import ModelFacts, read_facts
+from kvmesh.workers.model.facts import ModelFacts, read_facts, read_json
 from kvmesh.workers.model.hook import IMPLEMENTATION, Attend, AttendSlot, Entry, attach
 from kvmesh.workers.model.recurrent_state import StepStates
 from kvmesh.workers.model.rg_lru import GatedLinearRecurrence
@@ -33,6 +33,7 @@ from kvmesh.workers.parallel.comm import Communicator
 from kvmesh.workers.parallel.experts import Experts
 from kvmesh.workers.parallel.linears import VocabHead
 from kvmesh.workers.rope_override import RopeOverride
+from kvmesh.workers.sizes import kv_heads_of_rank
 
 
 class ServedModel:
@@ -57,7 +58,7 @@ class ServedModel:
         self.values_rotated = False
         self.facts = facts
         self.num_heads = facts.num_heads // comm.tp
-        self.num_kv_heads = facts.num_kv_heads // comm.tp
+        self.num_kv_heads = kv_heads_of_rank(facts.num_kv_heads, comm.tp)
         self.head_dim = facts.head_dim
         ropes = Rope.of_layers(
             model.model.rotary_emb,
@@ -196,7 +197,7 @@ def load_model(
     if rope is not None:
         override_rope(config, rope, facts.trained_len)
     _check_agreement(facts, config, path)
-    unused = ARCHITECTURES[facts.architecture].unused_tensors
+    unused = ARCHITECTURES[facts.architecture].unused(read_json(path / "config.json"))
     with WeightReader(path, dtype, device, unused) as reader:
         return build_model(
             facts,
@@ -284,12 +285,16 @@ def _packing(weight_format: WeightFormat, dtype: torch.dtype, device: torch.devi
 
 def _check_agreement(facts: ModelFacts, config: Any, path: Path) -> None:
     """Check that `facts`, used by the control plane, agree with `config`, used by the model."""
+    num_kv_heads = config.num_key_value_heads
+    head_dim = getattr(config, "head_dim", None)
+    head_dim = head_dim or config.hidden_size // config.num_attention_heads
+    if facts.values_in_keys:  # head_dim is that of the channels that RoPE turns
+        num_kv_heads, head_dim = 1, config.kv_lora_rank + head_dim
     pairs = {
         "num_layers": config.num_hidden_layers,
         "num_heads": config.num_attention_heads,
-        "num_kv_heads": config.num_key_value_heads,
-        "head_dim": getattr(config, "head_dim", None)
-        or config.hidden_size // config.num_attention_heads,
+        "num_kv_heads": num_kv_heads,
+        "head_dim": head_dim,
         "vocab_size": config.vocab_size,
         "sliding_windows": _sliding_windows(config),
     }

@@ -52,9 +52,9 @@ class QuantisedWeights:
     def __contains__(self, name: str) -> bool:
         return name in self._reader or self._is_quantised(name)
 
-    def whole(self, name: str, shape: torch.Size) -> Tensor:
+    def whole(self, name: str, shape: torch.Size, dtype: torch.dtype | None = None) -> Tensor:
         if not self._is_quantised(name):
-            return self._reader.whole(name, shape)
+            return self._reader.whole(name, shape, dtype)
         return self._decoded(name, shape)
 
     def rows(self, name: str, shape: torch.Size, first: int, end: int) -> Tensor:

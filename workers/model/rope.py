@@ -22,6 +22,7 @@ class Rope:
     inv_freq: [rotary_dim / 2] fp32; channels from rotary_dim on are not rotated
     interleaved: pair i is channels 2i and 2i + 1, otherwise i and i + rotary_dim / 2
 
+    Where values are in keys, channels are counted after those of the value.
     A factor on the rotated channels, such as YaRN's attention scaling, is not included:
     it commutes with the rotation.
     """
@@ -55,7 +56,10 @@ def override_rope(config: Any, override: RopeOverride, trained_len: int) -> None
     """
     nested = SCALED_LAYERS in config.rope_parameters
     own = config.rope_parameters[SCALED_LAYERS] if nested else config.rope_parameters
-    kept = {key: own[key] for key in ("rope_theta", "partial_rotary_factor") if key in own}
+    names = ["rope_theta", "partial_rotary_factor"]
+    if override.type == "yarn":  # how much it scales the softmax of latent attention
+        names += ["mscale", "mscale_all_dim"]
+    kept = {key: own[key] for key in names if key in own}
     kind, theta = override.type, kept["rope_theta"]
     if override.type == "ntk":
         head_dim = getattr(config, "head_dim", None)

@@ -53,6 +53,19 @@ def _norms(names: str, shard: str) -> _Plan:
     return {f"layers.*.self_attn.{side}_{names}": shard for side in ("q", "k")}
 
 
+_LATENT: _Plan = {
+    "layers.*.self_attn.q_proj": "rows of heads",
+    "layers.*.self_attn.q_a_proj": "every row",
+    "layers.*.self_attn.q_b_proj": "rows of heads",
+    "layers.*.self_attn.kv_a_proj_with_mqa": "every row",
+    "layers.*.self_attn.kv_b_proj": "weight rows of heads",
+    "layers.*.self_attn.o_proj": "columns",
+    **_MLP,
+    **_mlp("layers.*.mlp.shared_experts"),
+    **_EXPERTS,
+}
+
+
 # Norms over all heads: transformers replicates queries and keys for them; SplitRMSNorm makes that
 # unnecessary. Norms per head are whole.
 _PLANS: Mapping[str, _Plan] = {
@@ -93,6 +106,9 @@ _PLANS: Mapping[str, _Plan] = {
         **_mlp("layers.*.feed_forward.shared_expert"),
         "layers.*.feed_forward.experts": "experts",
     },
+    "deepseek_v2": _LATENT,
+    "deepseek_v3": _LATENT,
+    "glm4_moe_lite": _LATENT,
     "gpt_oss": {**_ATTENTION, **_EXPERTS, "layers.*.self_attn": "weight rows of heads"},
 }
 _DENSE: _Plan = {**_ATTENTION, **_MLP}
@@ -169,6 +185,9 @@ class Placer:
             count = module.weight.shape[0]
             share = self._share(count) if shard == "rows" else self._head_share(count)
             self._replace(name, self._column_linear(name, module, share))
+        elif shard == "every row":
+            every = (0, module.weight.shape[0])
+            self._replace(name, self._column_linear(name, module, every))
         elif shard == "columns":
             self._replace(name, self._row_linear(name, module))
         elif shard == "queries, keys, values":
@@ -181,7 +200,7 @@ class Placer:
             self._replace(name, self._experts(name))
         elif shard == "router":
             model_type = self._model.config.model_type
-            self._fill(stored_router(self._reader, name, model_type), module)
+            self._fill_router(stored_router(self._reader, name, model_type), module)
         elif shard == "split norm":
             self._replace(name, self._split_norm(name, module))
         elif shard == "module per head":
@@ -308,6 +327,14 @@ class Placer:
                 if value.dim() == 1:  # it would keep the whole file mapped
                     value = value.clone()
                 module._parameters[key] = nn.Parameter(value, requires_grad=False)
+
+    def _fill_router(self, name: str, router: nn.Module) -> None:
+        """Biases that only choose experts, not weights of a sum, stay exact: in bfloat16 other
+        experts could be chosen."""
+        self._fill(name, router)
+        for key, bias in router.named_buffers():
+            value = self._reader.whole(f"{name}.{key}", bias.shape, torch.float32)
+            setattr(router, key, value.clone())
 
     def _fill_convolution(self, name: str, module: Any) -> None:
         """Over queries, keys and values of a gated delta net: of each, a rank has its share."""

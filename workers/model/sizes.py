@@ -21,6 +21,7 @@ class ModelSizes:
     expert_layers: how many layers have `experts` instead of one MLP
     experts_per_token: to how many of them a token is sent
     state: what recurrent layers keep of a sequence, None if there are none
+    values_in_keys: how many channels of a key are its value; 0 if values are of their own
     """
 
     architecture: str
@@ -37,6 +38,7 @@ class ModelSizes:
     shared_size: int = 0
     expert_layers: int = 0
     state: StateShape | None = None
+    values_in_keys: int = 0
 
     @classmethod
     def of(cls, config: Mapping[str, Any], source: Path | str) -> ModelSizes:
@@ -72,6 +74,10 @@ class ModelSizes:
             vocab_size=number("vocab_size"),
             state=architecture.state(config),
         )
+        if architecture.latent:
+            rank = number("kv_lora_rank")
+            width = rank + number("qk_rope_head_dim")
+            sizes = replace(sizes, kv_heads=1, head_dim=width, values_in_keys=rank)
         keys = architecture.experts
         if keys is None:
             return sizes
@@ -80,7 +86,7 @@ class ModelSizes:
             experts=number(*keys.count),
             experts_per_token=number("num_experts_per_tok"),
             moe_intermediate_size=number(keys.width),
-            shared_size=0 if keys.shared is None else number(keys.shared),
+            shared_size=keys.shared_width(number),
             expert_layers=sum(keys.layers(config)),
         )
 
@@ -103,7 +109,14 @@ class ModelSizes:
     def tp_choices(self) -> list[int]:
         """The numbers of ranks that heads, KV heads and MLPs can be divided by."""
         groups = [] if self.state is None else [self.state.groups]
-        return divisors(self.kv_heads, self.heads, *self.mlp_widths, *groups)
+        first = self.heads if self.values_in_keys else self.kv_heads
+        return divisors(first, self.heads, *self.mlp_widths, *groups)
+
+    @property
+    def kvp_width(self) -> int:
+        """Of what attention returns, what all ranks must divide: channels, or for latents, which
+        a matrix of each head makes values of, heads."""
+        return self.heads if self.values_in_keys else self.heads * self.head_dim
 
 
 def check_tp(facts: ModelFacts, tp: int, kvp: int = 1, *, expert_parallel: bool = False) -> None:
@@ -122,15 +135,18 @@ def check_tp(facts: ModelFacts, tp: int, kvp: int = 1, *, expert_parallel: bool 
     split |= {f"MLP of {width}": width for width in facts.mlp_sizes}
     if facts.state is not None:
         split[f"{facts.state.groups} heads of recurrent layers"] = facts.state.groups
-    valid = divisors(facts.num_kv_heads, *split.values())
+    latent = facts.values_in_keys > 0  # and every rank has all of it
+    valid = divisors(facts.num_heads if latent else facts.num_kv_heads, *split.values())
     if tp not in valid:
+        of_keys = "" if latent else f"{facts.num_kv_heads} KV heads of "
         raise ConfigError(
             "tp",
-            f"must divide the {facts.num_kv_heads} KV heads of {facts.name}"
+            f"must divide the {of_keys}{facts.name}"
             f" (and its {' and '.join(split)}): {', '.join(map(str, valid))}; got {tp}",
         )
-    del split[f"{facts.num_heads} heads"]
-    split[f"{facts.num_heads * facts.head_dim} channels"] = facts.num_heads * facts.head_dim
+    if not latent:  # a part of the channels may end in a head
+        del split[f"{facts.num_heads} heads"]
+        split[f"{facts.num_heads * facts.head_dim} channels"] = facts.num_heads * facts.head_dim
     valid = divisors(*(size // tp for size in split.values()))
     if kvp not in valid:
         raise ConfigError(

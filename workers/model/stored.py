@@ -127,8 +127,8 @@ class InternLM2Weights:
     def __contains__(self, name: str) -> bool:
         return self._stored(name) in self._weights
 
-    def whole(self, name: str, shape: torch.Size) -> Tensor:
-        return self._weights.whole(self._stored(name), shape)
+    def whole(self, name: str, shape: torch.Size, dtype: torch.dtype | None = None) -> Tensor:
+        return self._weights.whole(self._stored(name), shape, dtype)
 
     def rows(self, name: str, shape: torch.Size, first: int, end: int) -> Tensor:
         part = re.search(r"\.self_attn\.([qkv])_proj\.", name)
@@ -200,8 +200,8 @@ class DbrxWeights:
     def __contains__(self, name: str) -> bool:
         return self._stored(name) in self._weights
 
-    def whole(self, name: str, shape: torch.Size) -> Tensor:
-        return self._weights.whole(self._stored(name), shape)
+    def whole(self, name: str, shape: torch.Size, dtype: torch.dtype | None = None) -> Tensor:
+        return self._weights.whole(self._stored(name), shape, dtype)
 
     def rows(self, name: str, shape: torch.Size, first: int, end: int) -> Tensor:
         if self._EXPERT.match(name):

@@ -32,7 +32,7 @@ class Weights(Protocol):
 
     def __contains__(self, name: str) -> bool: ...
 
-    def whole(self, name: str, shape: torch.Size) -> Tensor: ...
+    def whole(self, name: str, shape: torch.Size, dtype: torch.dtype | None = None) -> Tensor: ...
 
     def rows(self, name: str, shape: torch.Size, first: int, end: int) -> Tensor: ...
 
@@ -85,9 +85,9 @@ class WeightReader:
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
 
-    def whole(self, name: str, shape: torch.Size) -> Tensor:
-        """The tensor `name`, which must have `shape`."""
-        return self._to_place(self._slice(name, shape)[:])
+    def whole(self, name: str, shape: torch.Size, dtype: torch.dtype | None = None) -> Tensor:
+        """The tensor `name`, which must have `shape`; of another dtype if one is given."""
+        return self._to_place(self._slice(name, shape)[:], dtype)
 
     def rows(self, name: str, shape: torch.Size, first: int, end: int) -> Tensor:
         """Rows [first, end) of the tensor."""
@@ -144,6 +144,7 @@ class WeightReader:
         self._read.add(name)
         return self._files[info.file].get_slice(name)
 
-    def _to_place(self, tensor: Tensor) -> Tensor:
-        dtype = self.dtype if tensor.is_floating_point() else tensor.dtype
-        return tensor.to(device=self._device, dtype=dtype).contiguous()
+    def _to_place(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        wanted = dtype or self.dtype
+        wanted = wanted if tensor.is_floating_point() else tensor.dtype
+        return tensor.to(device=self._device, dtype=wanted).contiguous()

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 
 from kvmesh.kernels.formats.base import KVFormat
-from kvmesh.kernels.formats.registry import format_names, get_format
+from kvmesh.kernels.formats.registry import format_names, format_of_model, get_format
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.errors import ConfigError
 
@@ -21,9 +21,12 @@ _MEASURED_AT_ONCE = 3
 Measure = Callable[[list[str]], list[float]]
 
 
-def check_format(config: EngineConfig, head_dim: int, measure: Measure) -> float | None:
+def check_format(
+    config: EngineConfig, head_dim: int, measure: Measure, values_in_keys: int = 0
+) -> float | None:
     """Apply `config.kv_probe`: if the format hurts, warn or raise ConfigError(kv_format).
 
+    head_dim, values_in_keys: of the model, see `ModelFacts`
     Returns the format's divergence in nats, None if it was not measured.
     """
     chosen = get_format(config.kv_format)
@@ -34,7 +37,8 @@ def check_format(config: EngineConfig, head_dim: int, measure: Measure) -> float
         logger.info("KV format %s: mean KL %.4f nats from exact", chosen.name, kl_nats)
         return kl_nats
     logger.info("KV format %s: mean KL %.3f nats; looking for one that fits", chosen.name, kl_nats)
-    advice = _advice(alternatives(chosen, config.page_size, head_dim), config, head_dim, measure)
+    others = alternatives(chosen, config.page_size, head_dim, values_in_keys)
+    advice = _advice(others, config, head_dim, measure)
     verdict = (
         f"{chosen.name} hurts this model: on a short text its next-token distribution is "
         f"{kl_nats:.3f} nats from that of exact KV (mean KL; the limit is {LIMIT_NATS}); {advice}"
@@ -45,23 +49,22 @@ def check_format(config: EngineConfig, head_dim: int, measure: Measure) -> float
     return kl_nats
 
 
-def alternatives(chosen: KVFormat, page_size: int, head_dim: int) -> list[KVFormat]:
+def alternatives(
+    chosen: KVFormat, page_size: int, head_dim: int, values_in_keys: int = 0
+) -> list[KVFormat]:
     """Formats to serve instead, without calibration, fewest bits first; `exact` last."""
     formats = [get_format(name) for name in format_names() if name != chosen.name]
-    usable = [
-        fmt
-        for fmt in formats
-        if not (fmt.needs_calibration or fmt.comparison) and _holds(fmt, page_size, head_dim)
-    ]
+    usable = []
+    for fmt in formats:
+        if fmt.needs_calibration or fmt.comparison:
+            continue
+        try:
+            found = format_of_model(fmt, values_in_keys)
+            found.page_bytes(page_size, head_dim)
+        except ValueError:  # not every format supports every model
+            continue
+        usable.append(found)
     return sorted(usable, key=lambda fmt: fmt.bits_per_element(page_size, head_dim))
-
-
-def _holds(fmt: KVFormat, page_size: int, head_dim: int) -> bool:
-    try:
-        fmt.page_bytes(page_size, head_dim)
-    except ValueError:  # not every format supports every head_dim
-        return False
-    return True
 
 
 def _advice(formats: list[KVFormat], config: EngineConfig, head_dim: int, measure: Measure) -> str:
