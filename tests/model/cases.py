@@ -204,6 +204,48 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "logits_soft_cap": 3.0,
         },
     ),
+    "granite-hybrid": (
+        "GraniteMoeHybridForCausalLM",
+        {
+            "num_hidden_layers": 4,
+            "layer_types": [*("mamba",) * 2, "attention", "mamba"],
+            "mamba_n_heads": 16,
+            "mamba_d_head": 8,
+            "mamba_d_state": 16,
+            "mamba_n_groups": 1,  # a norm over all ranks' channels
+            "attention_multiplier": 0.3,
+            "embedding_multiplier": 2.0,
+            "logits_scaling": 1.5,
+            "residual_multiplier": 0.7,
+            "intermediate_size": 32,
+            "shared_intermediate_size": 48,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+        },
+    ),
+    "granite-hybrid-dense": (
+        "GraniteMoeHybridForCausalLM",
+        {
+            "layer_types": ["mamba", "attention", "attention"],
+            "position_embedding_type": "rope",
+            "mamba_n_heads": 8,
+            "mamba_d_state": 8,
+            "mamba_n_groups": 2,
+            "mamba_conv_bias": False,
+            "shared_intermediate_size": 96,
+            "num_local_experts": 0,
+        },
+    ),
+    "bamba": (
+        "BambaForCausalLM",
+        {
+            "attn_layer_indices": [1],
+            "mamba_n_heads": 16,
+            "mamba_d_state": 16,
+            "mamba_n_groups": 4,
+            "mamba_d_conv": 3,
+        },
+    ),
     "llama4": (
         "Llama4ForCausalLM",
         {

@@ -365,6 +365,35 @@ PUBLISHED: dict[str, str] = {
         10000000, "router_aux_loss_coef": 0.001, "shared_expert_intermediate_size": 512,
         "tie_word_embeddings": false, "torch_dtype": "bfloat16", "transformers_version":
         "4.57.0.dev0", "use_cache": true, "use_sliding_window": false, "vocab_size": 151936}""",
+    "granite-4.0-h-350m": """{"architectures": ["GraniteMoeHybridForCausalLM"], "attention_bias":
+        false, "attention_dropout": 0.0, "attention_multiplier": 0.015625, "bos_token_id": 100257,
+        "embedding_multiplier": 12, "eos_token_id": 100257, "hidden_act": "silu", "hidden_size":
+        768, "initializer_range": 0.1, "intermediate_size": 2048, "layer_types": ["mamba", "mamba",
+        "mamba", "mamba", "mamba", "mamba", "mamba", "mamba", "mamba", "mamba", "attention",
+        "mamba", "mamba", "attention", "mamba", "mamba", "mamba", "attention", "mamba", "mamba",
+        "mamba", "mamba", "mamba", "mamba", "mamba", "mamba", "mamba", "attention", "mamba",
+        "mamba", "mamba", "mamba"], "logits_scaling": 3, "mamba_chunk_size": 256,
+        "mamba_conv_bias": true, "mamba_d_conv": 4, "mamba_d_head": 32, "mamba_d_state": 128,
+        "mamba_expand": 2, "mamba_n_groups": 1, "mamba_n_heads": 48, "mamba_proj_bias": false,
+        "max_position_embeddings": 32768, "model_type": "granitemoehybrid",
+        "normalization_function": "rmsnorm", "num_attention_heads": 12, "num_experts_per_tok": 0,
+        "num_hidden_layers": 32, "num_key_value_heads": 4, "num_local_experts": 0,
+        "output_router_logits": false, "pad_token_id": 100256, "position_embedding_type": "nope",
+        "residual_multiplier": 0.246, "rms_norm_eps": 1e-05, "rope_scaling": null, "rope_theta":
+        10000, "router_aux_loss_coef": 0.0, "shared_intermediate_size": 2048,
+        "tie_word_embeddings": true, "torch_dtype": "bfloat16", "use_cache": true, "vocab_size":
+        100352}""",
+    "Bamba-9B-v2": """{"architectures": ["BambaForCausalLM"], "attention_bias": false,
+        "attention_dropout": 0.0, "attn_layer_indices": [9, 18, 27], "bos_token_id": 128000,
+        "eos_token_id": 128001, "hidden_act": "silu", "hidden_size": 4096, "initializer_range":
+        0.02, "intermediate_size": 14336, "mamba_chunk_size": 256, "mamba_conv_bias": true,
+        "mamba_d_conv": 4, "mamba_d_head": 64, "mamba_d_state": 128, "mamba_expand": 2,
+        "mamba_n_groups": 1, "mamba_n_heads": 128, "mamba_proj_bias": false,
+        "max_position_embeddings": 4096, "mlp_bias": false, "model_type": "bamba",
+        "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8,
+        "num_logits_to_keep": 1, "pad_token_id": 0, "rms_norm_eps": 1e-05, "rope_scaling": null,
+        "rope_theta": 10000.0, "tie_word_embeddings": false, "torch_dtype": "bfloat16", "use_cache":
+        true, "vocab_size": 128256}""",
     "OLMoE-1B-7B-0924": """{"architectures": ["OlmoeForCausalLM"], "attention_bias": false,
         "attention_dropout": 0.0, "clip_qkv": null, "eos_token_id": 50279, "hidden_act": "silu",
         "hidden_size": 2048, "initializer_range": 0.02, "intermediate_size": 1024,
@@ -479,6 +508,10 @@ def test_whatever_transformers_writes_by_itself_is_known(name: str) -> None:
             {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
             "rope_parameters.partial_rotary_factor",
         ),
+        ("granite-4.0-h-350m", {"position_embedding_type": "alibi"}, "position_embedding_type"),
+        ("granite-4.0-h-350m", {"time_step_limit": [0.0, 0.1]}, "time_step_limit"),
+        ("granite-4.0-h-350m", {"mamba_proj_bias": True}, "mamba_proj_bias"),
+        ("Bamba-9B-v2", {"partial_rotary_factor": 1.0}, "partial_rotary_factor"),
         ("Mistral-7B-v0.1", {"a_key_of_tomorrow": "x"}, "a_key_of_tomorrow"),
     ],
 )
@@ -528,11 +561,14 @@ def test_what_sections_of_dbrx_say_is_not_ignored(
 
 
 def test_what_a_recurrent_or_chunked_model_cannot_compute_is_named(tmp_path: Path) -> None:
-    path = make_small_model("RecurrentGemmaForCausalLM", tmp_path / "r", num_hidden_layers=1)
+    path = make_small_model("RecurrentGemmaForCausalLM", tmp_path / "r")
     with pytest.raises(ConfigError, match="no scaling 'linear'") as caught:
         read_facts(path, RopeOverride(type="linear", factor=2.0))
     assert caught.value.field == "rope"
     assert read_facts(path, RopeOverride(type="ntk", factor=2.0)).max_model_len == 512
+    change_config(path, block_types=["recurrent"])
+    with pytest.raises(UnsupportedModelError, match="none of its layers has keys"):
+        read_facts(path)
     overrides: dict[str, Any] = {"num_hidden_layers": 1, "head_dim": 16, "num_local_experts": 2}
     path = make_small_model("Llama4ForCausalLM", tmp_path / "l", **overrides)
     change_config(path, attention_chunk_size=0)

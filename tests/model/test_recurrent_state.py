@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
+from kvmesh.workers.model.linear_scan import linear_scan
+from kvmesh.workers.model.mamba2 import scan_chunks, step_once
 from kvmesh.workers.model.recurrent_state import RecurrentStates, StepStates
-from kvmesh.workers.model.rg_lru import linear_scan
 from kvmesh.workers.model.state_shape import StateShape
 
 CPU = torch.device("cpu")
@@ -61,6 +63,40 @@ def test_chunks_of_one_token_are_computed_together() -> None:
         (slice(1, 4), slice(1, 2)),
         (slice(5, 7), slice(3, 4)),
     ]
+
+
+def test_groups_that_heads_share_are_whole_on_every_rank_or_common_to_some() -> None:
+    shape = StateShape(2, 6 * 8 + 3 * 10, 3, (6, 8, 5), 6, shared_groups=3, shared_channels=10)
+    assert [ranks for ranks in range(1, 13) if shape.divides_by(ranks)] == [1, 3, 6]
+    assert [shape.shared_of(rank, 3) for rank in range(3)] == [(0, 1), (1, 2), (2, 3)]
+    assert [shape.shared_of(rank, 6)[0] for rank in range(6)] == [0, 0, 1, 1, 2, 2]
+    assert shape.of_rank(1) == shape
+    part = shape.of_rank(6)
+    assert (part.channels, part.memory, part.shared_groups) == (8 + 10, (1, 8, 5), 1)
+
+
+@pytest.mark.parametrize("tokens", [2, 64, 65, 70 * 16 + 3])
+def test_chunks_of_mamba_2_equal_its_recurrence(tokens: int) -> None:
+    """Also where they end within a chunk of their own, and go on from there."""
+    torch.manual_seed(0)
+    n, heads, dim, groups, size = 2, 4, 3, 2, 5
+    x = torch.randn(n, tokens, heads, dim)
+    log_decay = -3.0 * torch.rand(n, tokens, heads)
+    b, c = torch.randn(2, n, tokens, groups, size)
+    memory = torch.randn(n, heads, dim, size)
+    expected, state = [], memory
+    for t in range(tokens):
+        one = slice(t, t + 1)
+        out, state = step_once(x[:, one], log_decay[:, one], b[:, one], c[:, one], state)
+        expected.append(out)
+    outs, after = [], memory
+    for part in (slice(0, tokens // 3), slice(tokens // 3, tokens)):
+        if part.start < part.stop:
+            inputs = (tensor[:, part] for tensor in (x, log_decay, b, c))
+            out, after = scan_chunks(*inputs, after)
+            outs.append(out)
+    torch.testing.assert_close(torch.cat(outs, 1), torch.cat(expected, 1), rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(after, state, rtol=1e-5, atol=2e-5)
 
 
 def test_a_scan_equals_a_loop() -> None:

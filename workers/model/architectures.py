@@ -22,6 +22,7 @@ class ExpertKeys:
     dense: the size of the MLP in layers without experts; shared: of the expert that computes every
         token, if there is one
     step: the layers step - 1, 2 * step - 1, … have experts, unless they are listed
+    without: the size of the MLP of a model that says it has 0 experts; None if it must have some
     """
 
     count: tuple[str, ...] = ("num_experts", "num_local_experts")
@@ -29,6 +30,7 @@ class ExpertKeys:
     dense: str = "intermediate_size"
     shared: str | None = None
     step: str = "decoder_sparse_step"
+    without: str | None = None
 
     def layers(self, config: Mapping[str, Any]) -> tuple[bool, ...]:
         """Which layers have experts."""
@@ -79,6 +81,20 @@ class Architecture:
     recurrent: str = "none"
     unused_tensors: tuple[str, ...] = ()
     own_code: bool = False
+
+    def experts_in(self, config: Mapping[str, Any]) -> ExpertKeys | None:
+        """The keys of its experts, None if a model with this configuration has none."""
+        keys = self.experts
+        if keys is not None and keys.without and config.get(keys.count[-1]) == 0:
+            return None
+        return keys
+
+    def mlp_key(self, config: Mapping[str, Any]) -> str:
+        """Of the size of a layer's MLP, in a model or in layers without experts."""
+        if self.experts is None:
+            return "intermediate_size"
+        found = self.experts_in(config)
+        return found.dense if found else str(self.experts.without)
 
     @property
     def in_chunks(self) -> bool:
@@ -223,6 +239,21 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             mlp_parts=2,
             rope_types=("default",),
             recurrent="gated recurrences",
+        ),
+        Architecture(
+            "GraniteMoeHybridForCausalLM",
+            "granitemoehybrid",
+            unrotated="all unless it says rope",
+            experts=ExpertKeys(
+                shared="shared_intermediate_size", without="shared_intermediate_size"
+            ),
+            recurrent="mamba",
+        ),
+        Architecture(
+            "BambaForCausalLM",
+            "bamba",
+            kv_heads=8,
+            recurrent="mamba unless listed",
         ),
         Architecture(
             "MixtralForCausalLM",

@@ -42,13 +42,17 @@ _PLAIN_ATTENTION = frozenset(
         "GemmaAttention",
         "Gemma2Attention",
         "Gemma3Attention",
+        "BambaAttention",
         "GraniteAttention",
+        "GraniteMoeHybridAttention",
         "OlmoAttention",
         "Phi3Attention",
         "SeedOssAttention",
         "SmolLM3Attention",
     }
 )
+# Attention whose output is gated.
+_GATED_ATTENTION = frozenset({"Qwen3NextAttention", "Qwen3_5Attention", "Qwen3_5MoeAttention"})
 # hidden + attention(norm(hidden)), then that + mlp(norm(that))
 _PLAIN_LAYER = frozenset(
     {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
@@ -71,7 +75,9 @@ _PLAIN_RMS_NORM = frozenset(
             "Olmoe",
             "Phi3",
             "SmolLM3",
+            "Bamba",
             "Granite",
+            "GraniteMoeHybrid",
             "Glm",
             "Glm4",
             "SeedOss",
@@ -86,6 +92,8 @@ _CENTRED_RMS_NORM = frozenset(
         "Gemma2RMSNorm",
         "Gemma3RMSNorm",
         "Qwen3NextRMSNorm",
+        "Qwen3_5MoeRMSNorm",
+        "Qwen3_5RMSNorm",
         "RecurrentGemmaRMSNorm",
     }
 )
@@ -302,7 +310,7 @@ def fuse(layer: Any, sliding_window: int | None, slot: AttendSlot, comm: Communi
     kind = type(getattr(layer, "self_attn", None)).__name__
     if kind in _PLAIN_ATTENTION:
         layer.self_attn = FusedAttention(layer.self_attn, sliding_window, slot)
-    elif kind == "Qwen3NextAttention":
+    elif kind in _GATED_ATTENTION:
         layer.self_attn = GatedAttention(layer.self_attn, sliding_window, slot, comm)
     elif kind == "Llama4TextAttention":
         layer.self_attn = Llama4Attention(layer.self_attn, sliding_window, slot)

@@ -7,6 +7,7 @@ contexts. So the model is refused by the name of the key, unless its value is ne
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -40,6 +41,23 @@ _QWEN = _RMS_NORM | _SLIDING_IF_ENABLED | {"dual_chunk_attention_config"}
 _LLAMA = _RMS_NORM | {"attention_bias", "mlp_bias"}
 _GEMMA = _RMS_NORM | {"attention_bias", "hidden_activation"}
 _INTERNLM = _RMS_NORM | {"bias"}
+_GRANITE = _LLAMA | {
+    "attention_multiplier",
+    "embedding_multiplier",
+    "logits_scaling",
+    "residual_multiplier",
+}
+_MAMBA2 = frozenset(
+    {
+        "mamba_conv_bias",
+        "mamba_d_conv",
+        "mamba_d_head",
+        "mamba_d_state",
+        "mamba_expand",
+        "mamba_n_groups",
+        "mamba_n_heads",
+    }
+)
 _BY_MODEL_TYPE: Mapping[str, frozenset[str]] = {
     "llama": _LLAMA,
     "mistral": _RMS_NORM | {"sliding_window"},
@@ -77,8 +95,19 @@ _BY_MODEL_TYPE: Mapping[str, frozenset[str]] = {
     ),
     "phi3": _RMS_NORM | {"partial_rotary_factor", "sliding_window"},
     "smollm3": _LLAMA | _SLIDING_IF_ENABLED | {"no_rope_layer_interval", "no_rope_layers"},
-    "granite": _LLAMA
-    | {"attention_multiplier", "embedding_multiplier", "logits_scaling", "residual_multiplier"},
+    "granite": _GRANITE,
+    "granitemoehybrid": (_GRANITE - {"mlp_bias"})
+    | _MAMBA2
+    | {
+        "layer_types",
+        "layers_block_type",
+        "num_experts_per_tok",
+        "num_local_experts",
+        "shared_intermediate_size",
+    },
+    "bamba": _LLAMA
+    | _MAMBA2
+    | {"attn_layer_indices", "layers_block_type", "partial_rotary_factor"},
     "glm": _RMS_NORM | {"attention_bias", "partial_rotary_factor"},
     "glm4": _RMS_NORM | {"attention_bias", "partial_rotary_factor"},
     "seed_oss": _LLAMA | {"attention_out_bias"},
@@ -163,21 +192,32 @@ _BY_MODEL_TYPE: Mapping[str, frozenset[str]] = {
         "swiglu_limit",
     },
 }
-# Keys that have only one implemented value: that of all checkpoints which have the key.
-_ONLY_VALUE: Mapping[str, Mapping[str, object]] = {
+# No limit, as older and newer versions of transformers write it.
+_ANY_STEP = ([0.0, math.inf], (0.0, math.inf), [0.0, {"__float__": "Infinity"}])
+# Keys of which only these values are implemented: those of all checkpoints that have the key.
+_ONLY_VALUES: Mapping[str, Mapping[str, tuple[object, ...]]] = {
     "cohere2": {
-        "order_of_interleaved_layers": "local_attn_first",
-        "position_embedding_type": "rope_gptj",
-        "use_embedding_sharing": True,
-        "use_gated_activation": True,
-        "use_parallel_block": True,
-        "use_parallel_embedding": True,
+        "order_of_interleaved_layers": ("local_attn_first",),
+        "position_embedding_type": ("rope_gptj",),
+        "use_embedding_sharing": (True,),
+        "use_gated_activation": (True,),
+        "use_parallel_block": (True,),
+        "use_parallel_embedding": (True,),
     },
-    "phi3": {"full_attn_mod": 1, "interpolate_factor": 1},
+    "phi3": {"full_attn_mod": (1,), "interpolate_factor": (1,)},
     "recurrent_gemma": {
         # transformers reads only `block_types`.
-        "_block_types": ["recurrent", "recurrent", "attention"],
-        "embeddings_scale_by_sqrt_dim": True,
+        "_block_types": (["recurrent", "recurrent", "attention"],),
+        "embeddings_scale_by_sqrt_dim": (True,),
+    },
+    "granitemoehybrid": {
+        "normalization_function": ("rmsnorm",),
+        "position_embedding_type": (None, "nope", "rope"),
+        "time_step_limit": _ANY_STEP,
+    },
+    "bamba": {
+        "partial_rotary_factor": (0.5,),  # what transformers takes, whatever it is
+        "time_step_limit": _ANY_STEP,
     },
 }
 # Keys that repeat another one.
@@ -234,11 +274,13 @@ _HARMLESS = frozenset(
         "id2label",
         "initializer_range",
         "is_decoder",
+        "init_method",
         "is_llama_config",
         "label2id",
         "language",
         "length_penalty",
         "license",
+        "mamba_chunk_size",  # of tokens that are computed together
         "max_length",
         "max_seq_len",
         "max_sequence_length",
@@ -251,6 +293,7 @@ _HARMLESS = frozenset(
         "no_repeat_ngram_size",
         "num_beam_groups",
         "num_beams",
+        "num_logits_to_keep",
         "num_return_sequences",
         "output_attentions",
         "output_hidden_states",
@@ -289,6 +332,7 @@ _HARMLESS = frozenset(
         "use_flash_attention_2",
         "use_flash_attn",
         "w_init_variance_scale",
+        "z_loss_coefficient",
     }
 )
 _HARMLESS_PREFIXES = ("unsloth_",)
@@ -323,6 +367,7 @@ def keys_not_implemented(config: Mapping[str, Any], architecture: Architecture) 
     types = config.get("layer_types") or ()
     for key, value in config.items():
         known = key in _COMMON or key in own or key in _HARMLESS
+        known = known and key not in _ONLY_VALUES.get(architecture.model_type, {})
         if not known and not key.startswith(_HARMLESS_PREFIXES):
             redundant = _is_redundant(key, config, architecture.model_type)
             if not (_is_neutral(key, config) if redundant is None else redundant):
@@ -354,9 +399,9 @@ def _is_redundant(key: str, config: Mapping[str, Any], model_type: str) -> bool 
     """Whether the key says what is computed anyway, or what another key says; None if it is not
     a key of this kind."""
     value = config[key]
-    only = _ONLY_VALUE.get(model_type, {})
+    only = _ONLY_VALUES.get(model_type, {})
     if key in only:
-        return type(value) is type(only[key]) and bool(value == only[key])
+        return any(type(value) is type(known) and value == known for known in only[key])
     other = _REPEATED.get(model_type, {}).get(key)
     if other is None or value is None:
         return None

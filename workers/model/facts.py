@@ -106,6 +106,8 @@ def read_facts(path: Path, rope: RopeOverride | None = None) -> ModelFacts:
         raise ConfigError(
             "rope", f"{architecture.name} has no scaling {rope.type!r} of RoPE; use 'ntk'"
         )
+    if rope is not None and not any(architecture.rotated_layers(config)):
+        raise ConfigError("rope", f"{path} ({architecture.name}) has no RoPE to scale")
     tensors = read_tensors(path)
     integers = {key: _positive(config, key, path) for key in _REQUIRED}
     heads = integers["num_attention_heads"]
@@ -119,12 +121,18 @@ def read_facts(path: Path, rope: RopeOverride | None = None) -> ModelFacts:
     if rope is not None:
         trained_len = rope.trained_len or trained_len
         max_model_len = int(trained_len * rope.factor)
+    recurrent = architecture.recurrent_layers(config)
+    if all(recurrent):
+        raise UnsupportedModelError(
+            "model", f"{path} ({architecture.name}): none of its layers has keys and values"
+        )
     num_experts = expert_size = 0
-    if architecture.experts is not None:
-        names = architecture.experts.count
+    experts = architecture.experts_in(config)
+    if experts is not None:
+        names = experts.count
         count = next((name for name in names if config.get(name) is not None), names[0])
         num_experts = _positive(config, count, path)
-        expert_size = _positive(config, architecture.experts.width, path)
+        expert_size = _positive(config, experts.width, path)
     return ModelFacts(
         name=_name(path),
         revision=_revision(path, tensors, rope),
@@ -149,7 +157,7 @@ def read_facts(path: Path, rope: RopeOverride | None = None) -> ModelFacts:
         rotated_layers=architecture.rotated_layers(config),
         num_experts=num_experts,
         expert_size=expert_size,
-        recurrent_layers=architecture.recurrent_layers(config),
+        recurrent_layers=recurrent,
         state=architecture.state(config),
         trained_len=trained_len,
         rope=str(scaling) if rope is None else f"{rope}, instead of {scaling}",
@@ -159,12 +167,12 @@ def read_facts(path: Path, rope: RopeOverride | None = None) -> ModelFacts:
 def _mlp_sizes(
     config: Mapping[str, Any], architecture: Architecture, path: Path
 ) -> tuple[int, ...]:
-    experts = architecture.experts
+    experts, dense = architecture.experts_in(config), architecture.mlp_key(config)
     if experts is None:
-        return (_positive(config, "intermediate_size", path) // architecture.mlp_parts,)
+        return (_positive(config, dense, path) // architecture.mlp_parts,)
     found = set() if experts.shared is None else {_positive(config, experts.shared, path)}
     if not all(experts.layers(config)):
-        found.add(_positive(config, experts.dense, path))
+        found.add(_positive(config, dense, path))
     return tuple(sorted(found))
 
 

@@ -22,6 +22,7 @@ from kvmesh.workers.model.blocks import FusedAttention, fuse, fused_layer, lean_
 from kvmesh.workers.model.delta_net import GatedDeltaNet
 from kvmesh.workers.model.facts import ModelFacts, read_facts
 from kvmesh.workers.model.hook import IMPLEMENTATION, Attend, AttendSlot, attach
+from kvmesh.workers.model.mamba2 import Mamba2Mixer
 from kvmesh.workers.model.recurrent_state import StepStates
 from kvmesh.workers.model.rg_lru import GatedLinearRecurrence
 from kvmesh.workers.model.rope import Rope, fixed_rotary, override_rope
@@ -246,10 +247,12 @@ def build_model(
     for index, layer in enumerate(model.model.layers):
         # Layers with keys, and layers with states, are counted each for themselves.
         before = sum(recurrent[:index])
-        name = next(name for name in _MIXERS if hasattr(layer, name))
+        name = next(name for name in _MIXERS if getattr(layer, name, None) is not None)
         mixer = getattr(layer, name)
         if name == "linear_attn":
             layer.linear_attn = GatedDeltaNet(mixer, before, slot, comm.size)
+        elif name == "mamba":
+            layer.mamba = Mamba2Mixer(mixer, before, slot, comm)
         elif recurrent[index]:
             layer.temporal_block = GatedLinearRecurrence(mixer, before, slot)
         else:
@@ -260,14 +263,15 @@ def build_model(
             attach(mixer, slot)
         fuse(layer, facts.sliding_windows[index], slot, comm)
     model.model.layers = nn.ModuleList(fused_layer(layer) for layer in model.model.layers)
-    norm = "norm" if hasattr(model.model, "norm") else "final_norm"
+    norm = next(name for name in _LAST_NORMS if hasattr(model.model, name))
     setattr(model.model, norm, lean_norm(getattr(model.model, norm)))
     _check_complete(model, facts.name)
     return ServedModel(facts, model, slot, comm, dtype)
 
 
 # What a layer mixes tokens with, by the names that transformers has for it.
-_MIXERS = ("self_attn", "linear_attn", "temporal_block")
+_MIXERS = ("self_attn", "linear_attn", "temporal_block", "mamba")
+_LAST_NORMS = ("norm", "final_norm", "final_layernorm")
 
 
 def _packing(weight_format: WeightFormat, dtype: torch.dtype, device: torch.device) -> Pack:

@@ -65,14 +65,11 @@ class ModelSizes:
             kv_heads=number("num_key_value_heads", default=architecture.kv_heads or heads),
             head_dim=number("head_dim", default=architecture.head_dim or hidden // heads),
             hidden_size=hidden,
-            intermediate_size=number(
-                "intermediate_size" if architecture.experts is None else architecture.experts.dense
-            )
-            // architecture.mlp_parts,
+            intermediate_size=number(architecture.mlp_key(config)) // architecture.mlp_parts,
             vocab_size=number("vocab_size"),
             state=architecture.state(config),
         )
-        keys = architecture.experts
+        keys = architecture.experts_in(config)
         if keys is None:
             return sizes
         return replace(
@@ -102,8 +99,8 @@ class ModelSizes:
     @property
     def tp_choices(self) -> list[int]:
         """The numbers of ranks that heads, KV heads and MLPs can be divided by."""
-        groups = [] if self.state is None else [self.state.groups]
-        return divisors(self.kv_heads, self.heads, *self.mlp_widths, *groups)
+        choices = divisors(self.kv_heads, self.heads, *self.mlp_widths)
+        return [ranks for ranks in choices if _divides(self.state, ranks)]
 
 
 def check_tp(facts: ModelFacts, tp: int, kvp: int = 1, *, expert_parallel: bool = False) -> None:
@@ -121,8 +118,9 @@ def check_tp(facts: ModelFacts, tp: int, kvp: int = 1, *, expert_parallel: bool 
         split[f"experts' MLP of {facts.expert_size}"] = facts.expert_size
     split |= {f"MLP of {width}": width for width in facts.mlp_sizes}
     if facts.state is not None:
-        split[f"{facts.state.groups} heads of recurrent layers"] = facts.state.groups
-    valid = divisors(facts.num_kv_heads, *split.values())
+        split[_state_name(facts.state)] = facts.state.groups
+    choices = divisors(facts.num_kv_heads, *split.values())
+    valid = [ranks for ranks in choices if _divides(facts.state, ranks)]
     if tp not in valid:
         raise ConfigError(
             "tp",
@@ -131,13 +129,23 @@ def check_tp(facts: ModelFacts, tp: int, kvp: int = 1, *, expert_parallel: bool 
         )
     del split[f"{facts.num_heads} heads"]
     split[f"{facts.num_heads * facts.head_dim} channels"] = facts.num_heads * facts.head_dim
-    valid = divisors(*(size // tp for size in split.values()))
+    choices = divisors(*(size // tp for size in split.values()))
+    valid = [ranks for ranks in choices if _divides(facts.state, tp * ranks)]
     if kvp not in valid:
         raise ConfigError(
             "kvp",
             f"must divide the parts of {facts.name}'s {' and '.join(split)} that each of {tp} "
             f"shares of its heads has: {', '.join(map(str, valid))}; got {kvp}",
         )
+
+
+def _divides(state: StateShape | None, ranks: int) -> bool:
+    return state is None or state.divides_by(ranks)
+
+
+def _state_name(state: StateShape) -> str:
+    groups = f", in {state.shared_groups} groups" if state.shared_groups > 1 else ""
+    return f"{state.groups} heads of recurrent layers{groups}"
 
 
 def divisors(first: int, *widths: int) -> list[int]:

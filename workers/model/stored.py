@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, LlamaConfig, MixtralConfig
+from transformers.models.granitemoehybrid.modeling_granitemoehybrid import (
+    GraniteMoeHybridRotaryEmbedding,
+)
 
 from kvmesh.workers.errors import UnsupportedModelError
 from kvmesh.workers.model.architectures import ARCHITECTURES
@@ -35,7 +38,9 @@ def config_of(architecture: str, values: Mapping[str, Any], source: Path | str) 
             return _as_llama(values)
         if architecture == "DbrxForCausalLM":
             return _as_mixtral(standard_keys(values, Path(source)))
-        return CONFIG_MAPPING[ARCHITECTURES[architecture].model_type].from_dict(dict(values))
+        # It can have but one value, and infinity has more than one form in JSON.
+        known = {key: value for key, value in values.items() if key != "time_step_limit"}
+        return CONFIG_MAPPING[ARCHITECTURES[architecture].model_type].from_dict(known)
     except (ValueError, TypeError, KeyError) as error:
         raise UnsupportedModelError(
             "model", f"{source} is not valid for transformers: {error}"
@@ -63,6 +68,12 @@ def adapt(facts: ModelFacts, model: Any) -> None:
         model.model.rotary_emb = attentions[0].rotary_emb
         for attention in attentions:
             attention.rotary_emb = None
+    if facts.architecture == "GraniteMoeHybridForCausalLM":
+        for layer in model.model.layers:
+            if layer.self_attn is not None:
+                layer.self_attn.use_rope = model.model.rotary_emb is not None
+        if model.model.rotary_emb is None:  # whatever it computes is not used
+            model.model.rotary_emb = GraniteMoeHybridRotaryEmbedding(model.config)
     if facts.architecture != "DbrxForCausalLM":
         return
     for parent, name in [
