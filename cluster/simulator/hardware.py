@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from kvmesh.workers.model.architectures import ARCHITECTURES
-from kvmesh.workers.model.dbrx_keys import standard_keys
 from kvmesh.workers.model.facts import read_json
+from kvmesh.workers.model.standard_keys import standard_keys
 
 
 @dataclass(frozen=True, slots=True)

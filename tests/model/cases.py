@@ -204,6 +204,42 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "logits_soft_cap": 3.0,
         },
     ),
+    "qwen3.5": (
+        "Qwen3_5ForCausalLM",
+        {
+            "head_dim": 16,
+            "num_hidden_layers": 4,
+            "layer_types": [*("linear_attention",) * 2, "full_attention", "linear_attention"],
+            "rms_norm_eps": 1e-3,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 16,
+            "linear_num_key_heads": 4,
+            "linear_num_value_heads": 8,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "partial_rotary_factor": 0.5,
+                "mrope_section": [2, 1, 1],
+                "mrope_interleaved": True,
+            },
+        },
+    ),
+    "qwen3.5-moe": (
+        "Qwen3_5MoeForCausalLM",
+        {
+            "head_dim": 16,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+            "rms_norm_eps": 1e-3,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 16,
+            "linear_num_key_heads": 4,
+            "linear_num_value_heads": 4,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 48,
+        },
+    ),
     "granite-hybrid": (
         "GraniteMoeHybridForCausalLM",
         {

@@ -13,8 +13,11 @@ import transformers
 from kvmesh.workers.errors import ConfigError, UnsupportedModelError
 from kvmesh.workers.model.architectures import ARCHITECTURES
 from kvmesh.workers.model.config_keys import keys_not_implemented
-from kvmesh.workers.model.dbrx_keys import standard_keys
 from kvmesh.workers.model.facts import check_supported, read_facts
+from kvmesh.workers.model.sizes import ModelSizes
+from kvmesh.workers.model.standard_keys import standard_keys
+from kvmesh.workers.model.text_part import WRAPPERS
+from kvmesh.workers.model.weight_counts import WeightCounts
 from kvmesh.workers.rope_override import RopeOverride
 from tests.model.small import change_config, make_small_model
 
@@ -365,6 +368,31 @@ PUBLISHED: dict[str, str] = {
         10000000, "router_aux_loss_coef": 0.001, "shared_expert_intermediate_size": 512,
         "tie_word_embeddings": false, "torch_dtype": "bfloat16", "transformers_version":
         "4.57.0.dev0", "use_cache": true, "use_sliding_window": false, "vocab_size": 151936}""",
+    # The parts of Qwen3.5-27B and Qwen3.5-35B-A3B that are text.
+    "Qwen3.5-27B": """{"architectures": ["Qwen3_5ForCausalLM"], "attention_bias": false,
+        "attention_dropout": 0.0, "attn_output_gate": true, "dtype": "bfloat16", "eos_token_id":
+        248044, "full_attention_interval": 4, "head_dim": 256, "hidden_act": "silu", "hidden_size":
+        5120, "initializer_range": 0.02, "intermediate_size": 17408, "linear_conv_kernel_dim": 4,
+        "linear_key_head_dim": 128, "linear_num_key_heads": 16, "linear_num_value_heads": 48,
+        "linear_value_head_dim": 128, "mamba_ssm_dtype": "float32", "max_position_embeddings":
+        262144, "mlp_only_layers": [], "model_type": "qwen3_5_text", "mtp_num_hidden_layers": 1,
+        "mtp_use_dedicated_embeddings": false, "num_attention_heads": 24, "num_hidden_layers": 64,
+        "num_key_value_heads": 4, "rms_norm_eps": 1e-06, "rope_parameters": {"mrope_interleaved":
+        true, "mrope_section": [11, 11, 10], "partial_rotary_factor": 0.25, "rope_theta": 10000000,
+        "rope_type": "default"}, "use_cache": true, "vocab_size": 248320}""",
+    "Qwen3.5-35B-A3B": """{"architectures": ["Qwen3_5MoeForCausalLM"], "attention_bias": false,
+        "attention_dropout": 0.0, "attn_output_gate": true, "dtype": "bfloat16", "eos_token_id":
+        248044, "full_attention_interval": 4, "head_dim": 256, "hidden_act": "silu", "hidden_size":
+        2048, "initializer_range": 0.02, "linear_conv_kernel_dim": 4, "linear_key_head_dim": 128,
+        "linear_num_key_heads": 16, "linear_num_value_heads": 32, "linear_value_head_dim": 128,
+        "mamba_ssm_dtype": "float32", "max_position_embeddings": 262144, "model_type":
+        "qwen3_5_moe_text", "moe_intermediate_size": 512, "mtp_num_hidden_layers": 1,
+        "num_attention_heads": 16, "num_experts": 256, "num_experts_per_tok": 8,
+        "num_hidden_layers": 40, "num_key_value_heads": 2, "rms_norm_eps": 1e-06,
+        "rope_parameters": {"mrope_interleaved": true, "mrope_section": [11, 11, 10],
+        "partial_rotary_factor": 0.25, "rope_theta": 10000000, "rope_type": "default"},
+        "router_aux_loss_coef": 0.001, "shared_expert_intermediate_size": 512, "use_cache": true,
+        "vocab_size": 248320}""",
     "granite-4.0-h-350m": """{"architectures": ["GraniteMoeHybridForCausalLM"], "attention_bias":
         false, "attention_dropout": 0.0, "attention_multiplier": 0.015625, "bos_token_id": 100257,
         "embedding_multiplier": 12, "eos_token_id": 100257, "hidden_act": "silu", "hidden_size":
@@ -450,6 +478,97 @@ def test_there_is_a_published_model_of_every_architecture() -> None:
     assert {config_of(name)["architectures"][0] for name in PUBLISHED} == {*ARCHITECTURES}
 
 
+def with_images(text: str, model_type: str, name: str, **others: Any) -> dict[str, Any]:
+    """The config.json of a checkpoint with images around a text model's."""
+    config = json.loads(PUBLISHED[text])
+    del config["architectures"]
+    vision = {"hidden_size": 1408, "num_hidden_layers": 34}
+    around = {"text_config": config, "vision_config": vision, "transformers_version": "4.51.0.dev0"}
+    return {"architectures": [name], "model_type": model_type, **around, **others}
+
+
+PUBLISHED_WITH_IMAGES = {
+    "Llama-4-Scout-17B-16E-Instruct": with_images(
+        "Llama-4-Scout",
+        "llama4",
+        "Llama4ForConditionalGeneration",
+        boi_token_index=200080,
+        eoi_token_index=200081,
+        image_token_index=200092,
+        torch_dtype="bfloat16",
+    ),
+    # It leaves most of its text model's keys to defaults.
+    "gemma-3-4b-it": {
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "boi_token_index": 255999,
+        "eoi_token_index": 256000,
+        "eos_token_id": [1, 106],
+        "image_token_index": 262144,
+        "initializer_range": 0.02,
+        "mm_tokens_per_image": 256,
+        "model_type": "gemma3",
+        "text_config": {
+            "hidden_size": 2560,
+            "intermediate_size": 10240,
+            "model_type": "gemma3_text",
+            "num_hidden_layers": 34,
+            "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+            "sliding_window": 1024,
+        },
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.50.0.dev0",
+        "vision_config": {"model_type": "siglip_vision_model", "vision_use_head": False},
+    },
+    "Mistral-Small-3.1-24B-Instruct-2503": with_images(
+        "Mistral-Small-24B-Instruct-2501",
+        "mistral3",
+        "Mistral3ForConditionalGeneration",
+        image_token_index=10,
+        multimodal_projector_bias=False,
+        projector_hidden_act="gelu",
+        spatial_merge_size=2,
+        vision_feature_layer=-1,
+    ),
+    "Qwen3.5-27B": with_images(
+        "Qwen3.5-27B",
+        "qwen3_5",
+        "Qwen3_5ForConditionalGeneration",
+        image_token_id=248056,
+        video_token_id=248057,
+        vision_start_token_id=248053,
+        vision_end_token_id=248054,
+        tie_word_embeddings=False,
+    ),
+    "Qwen3.5-35B-A3B": with_images(
+        "Qwen3.5-35B-A3B",
+        "qwen3_5_moe",
+        "Qwen3_5MoeForConditionalGeneration",
+        image_token_id=248056,
+        video_token_id=248057,
+        vision_start_token_id=248053,
+        vision_end_token_id=248054,
+        language_model_only=False,
+        tie_word_embeddings=False,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED_WITH_IMAGES)
+def test_the_text_of_a_published_model_with_images_is_served(name: str) -> None:
+    config = standard_keys(PUBLISHED_WITH_IMAGES[name], HERE)
+    assert check_supported(config, HERE).name == config["architectures"][0]
+    sizes = ModelSizes.of(config, HERE)
+    assert WeightCounts.of(sizes, config, HERE).total > 3e9
+
+
+def test_gemma_3s_defaults_are_those_of_transformers() -> None:
+    config = standard_keys(PUBLISHED_WITH_IMAGES["gemma-3-4b-it"], HERE)
+    theirs = transformers.Gemma3Config.from_dict(PUBLISHED_WITH_IMAGES["gemma-3-4b-it"])
+    for key, value in WRAPPERS["Gemma3ForConditionalGeneration"].defaults.items():
+        assert config[key] == getattr(theirs.text_config, key), (key, value)
+    assert config["tie_word_embeddings"]
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_whatever_transformers_writes_by_itself_is_known(name: str) -> None:
     classes = {
@@ -512,6 +631,8 @@ def test_whatever_transformers_writes_by_itself_is_known(name: str) -> None:
         ("granite-4.0-h-350m", {"time_step_limit": [0.0, 0.1]}, "time_step_limit"),
         ("granite-4.0-h-350m", {"mamba_proj_bias": True}, "mamba_proj_bias"),
         ("Bamba-9B-v2", {"partial_rotary_factor": 1.0}, "partial_rotary_factor"),
+        ("Qwen3.5-27B", {"attn_output_gate": False}, "attn_output_gate"),
+        ("Qwen3.5-27B", {"output_gate_type": "sigmoid"}, "output_gate_type"),
         ("Mistral-7B-v0.1", {"a_key_of_tomorrow": "x"}, "a_key_of_tomorrow"),
     ],
 )

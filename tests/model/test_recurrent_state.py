@@ -92,8 +92,7 @@ def test_chunks_of_mamba_2_equal_its_recurrence(tokens: int) -> None:
     outs, after = [], memory
     for part in (slice(0, tokens // 3), slice(tokens // 3, tokens)):
         if part.start < part.stop:
-            inputs = (tensor[:, part] for tensor in (x, log_decay, b, c))
-            out, after = scan_chunks(*inputs, after)
+            out, after = scan_chunks(x[:, part], log_decay[:, part], b[:, part], c[:, part], after)
             outs.append(out)
     torch.testing.assert_close(torch.cat(outs, 1), torch.cat(expected, 1), rtol=1e-5, atol=2e-5)
     torch.testing.assert_close(after, state, rtol=1e-5, atol=2e-5)

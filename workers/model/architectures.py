@@ -230,6 +230,25 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             unused_tensors=("mtp.",),  # of multi-token prediction
         ),
         Architecture(
+            "Qwen3_5ForCausalLM",
+            "qwen3_5_text",
+            kv_heads=4,
+            head_dim=256,
+            recurrent="delta nets",
+            unused_tensors=("mtp.",),
+        ),
+        Architecture(
+            "Qwen3_5MoeForCausalLM",
+            "qwen3_5_moe_text",
+            kv_heads=2,
+            head_dim=256,
+            experts=ExpertKeys(
+                width="moe_intermediate_size", shared="shared_expert_intermediate_size"
+            ),
+            recurrent="delta nets",
+            unused_tensors=("mtp.",),
+        ),
+        Architecture(
             "RecurrentGemmaForCausalLM",
             "recurrent_gemma",
             sliding="attention blocks",

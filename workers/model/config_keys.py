@@ -47,6 +47,24 @@ _GRANITE = _LLAMA | {
     "logits_scaling",
     "residual_multiplier",
 }
+_DELTA_NET = _RMS_NORM | {
+    "attention_bias",
+    "full_attention_interval",
+    "layer_types",
+    "linear_conv_kernel_dim",
+    "linear_key_head_dim",
+    "linear_num_key_heads",
+    "linear_num_value_heads",
+    "linear_value_head_dim",
+    "partial_rotary_factor",
+}
+# Positions of text are the same in all three sections of its RoPE.
+_QWEN3_5 = _DELTA_NET | {"mrope_interleaved", "mrope_section"}
+_QWEN3_5_VALUES: Mapping[str, tuple[object, ...]] = {
+    "attn_output_gate": (True,),
+    "mamba_ssm_dtype": ("float32",),
+    "output_gate_type": ("swish",),
+}
 _MAMBA2 = frozenset(
     {
         "mamba_conv_bias",
@@ -141,23 +159,22 @@ _BY_MODEL_TYPE: Mapping[str, frozenset[str]] = {
         "num_local_experts",
         "use_qk_norm",
     },
-    "qwen3_next": _RMS_NORM
+    "qwen3_next": _DELTA_NET
     | {
-        "attention_bias",
         "decoder_sparse_step",
-        "full_attention_interval",
-        "layer_types",
-        "linear_conv_kernel_dim",
-        "linear_key_head_dim",
-        "linear_num_key_heads",
-        "linear_num_value_heads",
-        "linear_value_head_dim",
         "mlp_only_layers",
         "moe_intermediate_size",
         "norm_topk_prob",
         "num_experts",
         "num_experts_per_tok",
-        "partial_rotary_factor",
+        "shared_expert_intermediate_size",
+    },
+    "qwen3_5_text": _QWEN3_5,
+    "qwen3_5_moe_text": _QWEN3_5
+    | {
+        "moe_intermediate_size",
+        "num_experts",
+        "num_experts_per_tok",
         "shared_expert_intermediate_size",
     },
     "recurrent_gemma": _RMS_NORM
@@ -210,6 +227,8 @@ _ONLY_VALUES: Mapping[str, Mapping[str, tuple[object, ...]]] = {
         "_block_types": (["recurrent", "recurrent", "attention"],),
         "embeddings_scale_by_sqrt_dim": (True,),
     },
+    "qwen3_5_text": _QWEN3_5_VALUES,
+    "qwen3_5_moe_text": _QWEN3_5_VALUES,
     "granitemoehybrid": {
         "normalization_function": ("rmsnorm",),
         "position_embedding_type": (None, "nope", "rope"),
@@ -335,7 +354,7 @@ _HARMLESS = frozenset(
         "z_loss_coefficient",
     }
 )
-_HARMLESS_PREFIXES = ("unsloth_",)
+_HARMLESS_PREFIXES = ("unsloth_", "mtp_")  # of multi-token prediction, which is not done
 # Of RoPE's parameters; YaRN's and Llama 3's among them.
 _ROPE = frozenset(
     {
@@ -375,6 +394,12 @@ def keys_not_implemented(config: Mapping[str, Any], architecture: Architecture) 
         if key in ("rope_parameters", "rope_scaling") and isinstance(value, dict):
             for section, parameters in _rope_sections(key, value, types):
                 yield from _rope_keys(section, parameters, own)
+
+
+def is_harmless(key: str, value: object) -> bool:
+    """Whether no forward pass depends on a key, or not on this value of it."""
+    known = key in _HARMLESS or key.startswith(_HARMLESS_PREFIXES)
+    return known or _is_plain_neutral(value)
 
 
 def _rope_sections(

@@ -42,6 +42,7 @@ _ONE_BY_ONE: Mapping[str, tuple[str, tuple[str, str, str]]] = {
     "mixtral": (".block_sparse_moe.", ("w1", "w3", "w2")),
     "qwen3_moe": (".mlp.", ("gate_proj", "up_proj", "down_proj")),
     "qwen3_next": (".mlp.", ("gate_proj", "up_proj", "down_proj")),
+    "qwen3_5_moe_text": (".mlp.", ("gate_proj", "up_proj", "down_proj")),
     "olmoe": (".mlp.", ("gate_proj", "up_proj", "down_proj")),
 }
 

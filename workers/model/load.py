@@ -6,6 +6,7 @@ safetensors slice by slice, so that a rank never holds more than its share.
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ from kvmesh.workers.parallel.comm import Communicator
 from kvmesh.workers.parallel.experts import Experts
 from kvmesh.workers.parallel.linears import VocabHead
 from kvmesh.workers.rope_override import RopeOverride
+
+logger = logging.getLogger(__name__)
 
 
 class ServedModel:
@@ -198,6 +201,13 @@ def load_model(
     if rope is not None:
         override_rope(config, rope, facts.trained_len)
     _check_agreement(facts, config, path)
+    if facts.text_of and comm.rank == 0:
+        logger.info(
+            "%s is a %s: text only; its %s is served, and weights for anything else are not read",
+            facts.name,
+            facts.text_of,
+            facts.architecture,
+        )
     unused = ARCHITECTURES[facts.architecture].unused_tensors
     with WeightReader(path, dtype, device, unused) as reader:
         return build_model(

@@ -109,7 +109,7 @@ class GatedGroupNorm(nn.Module):
         squares = by_group.square().sum(-1, keepdim=True)
         if self._comm.size > self._groups:
             squares = self._over_ranks(squares)
-        normed = by_group * torch.rsqrt(squares / self._group_size + self._eps)
+        normed: Tensor = by_group * torch.rsqrt(squares / self._group_size + self._eps)
         return self.weight * normed.flatten(-2).to(gate.dtype)
 
     def _over_ranks(self, squares: Tensor) -> Tensor:
@@ -181,7 +181,7 @@ def _in_chunks(x: Tensor, size: int) -> Tensor:
     missing = -x.shape[1] % size
     if missing:
         x = torch.cat((x, x.new_zeros(x.shape[0], missing, *x.shape[2:])), dim=1)
-    return x.unflatten(1, (-1, size))
+    return x.view(x.shape[0], -1, size, *x.shape[2:])
 
 
 def _decays(logs: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -85,6 +85,13 @@ _PLANS: Mapping[str, _Plan] = {
     "qwen3_next": {
         **_ATTENTION,
         **_MLP,
+        **_mlp("layers.*.mlp.shared_expert"),
+        **_EXPERTS,
+        **_DELTA_NET,
+    },
+    "qwen3_5_text": {**_ATTENTION, **_MLP, **_DELTA_NET},
+    "qwen3_5_moe_text": {
+        **_ATTENTION,
         **_mlp("layers.*.mlp.shared_expert"),
         **_EXPERTS,
         **_DELTA_NET,
@@ -193,18 +200,16 @@ class Placer:
         elif shard == "columns":
             self._replace(name, self._row_linear(name, module))
         elif shard == "queries, keys, values":
-            parts = [(rows, self._head_share) for rows in self._qkv_parts()]
-            self._replace(name, self._joined_linear(name, module, parts))
+            qkv = [(rows, self._head_share) for rows in self._qkv_parts()]
+            self._replace(name, self._joined_linear(name, module, qkv))
         elif shard == "gate, up":
-            parts = [(module.out_features // 2, self._share)] * 2
-            self._replace(name, self._joined_linear(name, module, parts))
+            halves = [(module.out_features // 2, self._share)] * 2
+            self._replace(name, self._joined_linear(name, module, halves))
         elif shard == "channels":
             self._replace(name, self._joined_linear(name, module, self._channels()))
         elif shard == "gate, channels, steps":
-            (gate, share), *_ = channels = self._channels()
-            steps = self._state.memory[0]
-            parts = [(gate, share), *channels, (steps, share)]
-            self._replace(name, self._joined_linear(name, module, parts))
+            channels, steps = self._channels(), (self._state.memory[0], self._share)
+            self._replace(name, self._joined_linear(name, module, [channels[0], *channels, steps]))
         elif shard == "experts":
             self._replace(name, self._experts(name))
         elif shard == "router":
@@ -293,14 +298,14 @@ class Placer:
         return first * size, end * size
 
     def _joined_linear(
-        self, name: str, linear: Any, parts: list[tuple[int, Share]]
+        self, name: str, linear: Any, parts: Sequence[tuple[int, Share]]
     ) -> ColumnLinear:
         """parts: rows of the linears that are stored as one, and what a rank has of each"""
         assert linear.bias is None
         weight = self._shares(f"{name}.weight", linear.weight.shape, parts)
         return ColumnLinear(self._pack(weight), None)
 
-    def _shares(self, name: str, shape: torch.Size, parts: list[tuple[int, Share]]) -> Tensor:
+    def _shares(self, name: str, shape: torch.Size, parts: Sequence[tuple[int, Share]]) -> Tensor:
         """Of each part of a tensor's rows, this rank's share."""
         shares, start = [], 0
         for rows, share in parts:

@@ -16,8 +16,9 @@ from kvmesh.workers.model.state_shape import StateShape
 class ModelSizes:
     """The sizes in a configuration.
 
-    intermediate_size: width of a dense layer's MLP; moe_intermediate_size: of an expert's;
-        shared_size: of an expert that computes every token, 0 for none
+    intermediate_size: width of a dense layer's MLP, 0 if there is none
+    moe_intermediate_size: of an expert's; shared_size: of an expert that computes every token,
+        0 for none
     expert_layers: how many layers have `experts` instead of one MLP
     experts_per_token: to how many of them a token is sent
     state: what recurrent layers keep of a sequence, None if there are none
@@ -65,11 +66,14 @@ class ModelSizes:
             kv_heads=number("num_key_value_heads", default=architecture.kv_heads or heads),
             head_dim=number("head_dim", default=architecture.head_dim or hidden // heads),
             hidden_size=hidden,
-            intermediate_size=number(architecture.mlp_key(config)) // architecture.mlp_parts,
+            intermediate_size=0,
             vocab_size=number("vocab_size"),
             state=architecture.state(config),
         )
         keys = architecture.experts_in(config)
+        if keys is None or not all(keys.layers(config)):
+            width = number(architecture.mlp_key(config)) // architecture.mlp_parts
+            sizes = replace(sizes, intermediate_size=width)
         if keys is None:
             return sizes
         return replace(
