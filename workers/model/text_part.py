@@ -1,7 +1,7 @@
 """The text model inside a checkpoint of several modalities, such as text and images. Torch-free.
 
-Only checkpoints are listed whose text model computes text as it does on its own: in them, what is
-not text is put in the place of certain tokens. Those tokens are refused in prompts, and the weights
+Only checkpoints are listed whose text model computes text as it does on its own: in them, certain
+tokens stand for what is not text. Those tokens are refused in prompts, and the weights
 of other modalities are not read.
 """
 
