@@ -110,11 +110,11 @@ def read_facts(path: Path, rope: RopeOverride | None = None) -> ModelFacts:
         raise ConfigError(
             "rope", f"{architecture.name} has no scaling {rope.type!r} of RoPE; use 'ntk'"
         )
-    if rope is not None and not any(architecture.rotated_layers(config)):
-        raise ConfigError("rope", f"{path} ({architecture.name}) has no RoPE to scale")
     tensors = read_tensors(path)
     used = text_tensors(tensors, architecture.unused_tensors)
     integers = {key: _positive(config, key, path) for key in _REQUIRED}
+    if rope is not None and not any(architecture.rotated_layers(config)):
+        raise ConfigError("rope", f"{path} ({architecture.name}) has no RoPE to scale")
     heads = integers["num_attention_heads"]
     scaling = RopeScaling.of(config)
     try:
