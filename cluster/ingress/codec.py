@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -10,8 +10,9 @@ from kvmesh.cluster.config import ReasoningParser, ToolParser
 from kvmesh.cluster.ingress.answers.model_form import ModelForm
 from kvmesh.workers.errors import InvalidFieldError
 from kvmesh.workers.model.chat import Conversation, PromptPiece
-from kvmesh.workers.model.facts import eos_token_ids, unused_token_ids
+from kvmesh.workers.model.facts import eos_token_ids, read_json, unused_token_ids
 from kvmesh.workers.model.template_process import TemplateProcess, TemplateTimeoutError
+from kvmesh.workers.model.text_part import placeholder_tokens
 from kvmesh.workers.model.tokenizer import Tokenizer
 from kvmesh.workers.request import TokenIds
 
@@ -75,6 +76,10 @@ class TextCodec(Protocol):
     def unused_token_ids(self) -> frozenset[int]:
         """Ids without a token, in the middle of the vocabulary or after its end."""
 
+    @property
+    def placeholder_tokens(self) -> Mapping[int, str]:
+        """Ids that stand for what is not text, and the keys of config.json that say so."""
+
 
 class ModelCodec:
     """`TextCodec` over the tokenizer of the model in directory `path`, which needs no weights.
@@ -101,6 +106,7 @@ class ModelCodec:
         self.chat_template_names = templates.names
         self.eos_token_ids = eos_token_ids(path)
         self.unused_token_ids = frozenset(unused_token_ids(path))
+        self.placeholder_tokens = placeholder_tokens(read_json(path / "config.json"))
         self.max_token_chars = self._tokenizer.max_token_chars
 
     def encode(self, text: str) -> TokenIds:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
 
 from kvmesh.cluster.ingress.refuse import refuse
-from kvmesh.cluster.ingress.validate import GenerationSpec
+from kvmesh.cluster.ingress.validate import GenerationSpec, Prompt
 from kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.workers.request import TokenIds
 from kvmesh.workers.sampling_params import SamplingParams
 
 PROMPT_IDS = "prompt.token_ids.ids"
+NO_PLACEHOLDERS: Mapping[int, str] = MappingProxyType({})
 MAX_REPLY_ENTRIES = 1 << 18  # log-probabilities of a prompt in one message, about 4 MB
 
 
@@ -22,15 +25,24 @@ def check_tokens(
     prompt_ids: TokenIds,
     vocab_size: int,
     unused: frozenset[int] = frozenset(),
+    placeholders: Mapping[int, str] = NO_PLACEHOLDERS,
 ) -> None:
-    """Refuse token ids that the model does not have, and a prompt of no tokens.
+    """Refuse token ids that the model does not have, and a prompt of no tokens, or not of text.
 
     unused: ids that have no token, though they may be below `vocab_size`
+    placeholders: those that stand for an image or the like, and the keys of config.json for them
     """
     if prompt_ids.size == 0:
         refuse("prompt", "must have at least one token")
     if isinstance(spec.prompt, np.ndarray):
         check_ids(PROMPT_IDS, spec.prompt, vocab_size, unused)
+    for token_id, key in placeholders.items():
+        if (found := np.flatnonzero(prompt_ids == token_id)).size:
+            refuse(
+                _place(spec.prompt, int(found[0])),
+                f"has token {token_id}, which stands for something other than text ({key} in the "
+                "model's config.json); only text is served",
+            )
     if spec.resume is not None and spec.resume.scores > len(prompt_ids) - 1:
         refuse(
             "resume.prompt_logprobs_received",
@@ -47,6 +59,13 @@ def check_tokens(
         for token_id in ids:
             if token_id >= vocab_size or token_id in unused:
                 refuse(name, _unknown(token_id, vocab_size))
+
+
+def _place(prompt: Prompt, at: int) -> str:
+    """The field that token `at` of a prompt is from."""
+    if isinstance(prompt, np.ndarray):
+        return f"{PROMPT_IDS}[{at}]"
+    return "prompt.text" if isinstance(prompt, str) else "prompt.chat"
 
 
 def check_ids(

@@ -83,7 +83,8 @@ class Preparation:
                     f"the cluster now serves {info.model_revision!r}"
                 )
         ids = await self._prompts.encode(spec.prompt, tenant, status)
-        check_tokens(spec, ids, info.vocab_size, self._codec.unused_token_ids)
+        codec = self._codec
+        check_tokens(spec, ids, info.vocab_size, codec.unused_token_ids, codec.placeholder_tokens)
         longest = served.max_model_len(status)
         if len(ids) >= longest:
             raise served.context_exceeded(len(ids), status)

@@ -34,13 +34,13 @@ def layouts(sizes: ModelSizes, gpus: int) -> list[Layout]:
     if gpus < 1 or gpus & (gpus - 1):
         raise ConfigError("gpus", f"must be a power of two, so that groups are equal; got {gpus}")
     widths = [sizes.kvp_width, *sizes.mlp_widths]
-    if sizes.state is not None:
-        widths.append(sizes.state.groups)
+    state = sizes.state
     found = []
     ranks = 1
     while ranks <= gpus:
         for tp in sizes.tp_choices:
             dealt = ranks % tp == 0 and all(width % ranks == 0 for width in widths)
+            dealt = dealt and (state is None or state.divides_by(ranks))
             if dealt or ranks == tp:
                 found.append(Layout(gpus // ranks, tp, ranks // tp))
         ranks *= 2

@@ -13,10 +13,10 @@ from kvmesh.cluster.planner.known_models import KNOWN_MODELS, KnownModel
 from kvmesh.cluster.simulator.hardware import ModelShape
 from kvmesh.workers.errors import ConfigError, UnsupportedModelError
 from kvmesh.workers.model.architectures import ARCHITECTURES
-from kvmesh.workers.model.dbrx_keys import standard_keys
 from kvmesh.workers.model.facts import check_supported, read_json
 from kvmesh.workers.model.rope_scaling import RopeScaling
 from kvmesh.workers.model.sizes import ModelSizes
+from kvmesh.workers.model.standard_keys import standard_keys
 
 if TYPE_CHECKING:
     from kvmesh.workers.model.weight_counts import WeightCounts

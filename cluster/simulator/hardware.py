@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from kvmesh.workers.model.architectures import ARCHITECTURES
-from kvmesh.workers.model.dbrx_keys import standard_keys
 from kvmesh.workers.model.facts import read_json
+from kvmesh.workers.model.standard_keys import standard_keys
 from kvmesh.workers.page_geometry import KVShape
 
 
@@ -114,7 +114,7 @@ def _shape_of(file: Path) -> ModelShape:
 
     def number(*keys: str, default: int | None = None) -> int:
         """The first of the keys that is there."""
-        value = next((config[key] for key in keys if config.get(key) is not None), default)
+        value = next((config[key] for key in keys if config.get(key)), default)
         if type(value) is not int or value < 1:
             raise ValueError(f"{file}: {keys[0]} must be a number of at least 1, got {value!r}")
         return value
@@ -127,11 +127,12 @@ def _shape_of(file: Path) -> ModelShape:
     head_dim = number("head_dim", default=hidden // heads)
     experts = number("num_local_experts", "num_experts", default=1)
     used = number("num_experts_per_tok", default=1)
-    width = number("moe_intermediate_size", "intermediate_size")
+    known = ARCHITECTURES.get((config.get("architectures") or [""])[0])
+    dense = known.mlp_key(config) if known and not known.experts_in(config) else "intermediate_size"
+    width = number("moe_intermediate_size", dense)
     attention = 2 * hidden * head_dim * (heads + kv_heads)
     expert, embedding = 3 * hidden * width, hidden * number("vocab_size")
     untied = not config.get("tie_word_embeddings", False)
-    known = ARCHITECTURES.get((config.get("architectures") or [""])[0])
     recurrent = sum(known.recurrent_layers(config)) if known else 0
     return ModelShape(
         name=file.parent.resolve().name,

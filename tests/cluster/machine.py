@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
@@ -93,6 +94,7 @@ class LetterCodec:
     eos_token_ids = (EOS,)
     form = ModelForm.of(None, {})
     unused_token_ids: frozenset[int] = frozenset()
+    placeholder_tokens: Mapping[int, str] = MappingProxyType({})
 
     def encode(self, text: str) -> npt.NDArray[np.int32]:
         return np.array([(ord(character) - FIRST) % VOCAB for character in text], dtype=np.int32)

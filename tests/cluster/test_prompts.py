@@ -199,3 +199,22 @@ async def test_ids_without_a_token_are_refused_everywhere(status: ClusterStatus)
         with pytest.raises(InvalidFieldError) as caught:
             check_tokens(spec, codec.encode("A"), VOCAB, codec.unused_token_ids)
         assert caught.value.field == f"sampling_params.{field}"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "field"),
+    [
+        (pb.Prompt(token_ids=pb.TokenIds(ids=[1, 2, 7])), "prompt.token_ids.ids[2]"),
+        (pb.Prompt(text="AH"), "prompt.text"),
+    ],
+)
+async def test_what_stands_for_an_image_is_refused_in_prompts(
+    status: ClusterStatus, prompt: pb.Prompt, field: str
+) -> None:
+    codec = LetterCodec()
+    spec = generation_spec(pb.GenerateRequest(prompt=prompt), Limits())
+    ids = await Prompts(codec).encode(spec.prompt, "t", status)
+    check_tokens(spec, ids, VOCAB)
+    with pytest.raises(InvalidFieldError, match=r"token 7, .*\(image_token_index") as caught:
+        check_tokens(spec, ids, VOCAB, placeholders={7: "image_token_index"})
+    assert caught.value.field == field

@@ -55,7 +55,11 @@ def make_small_model(
     else:
         model_class = getattr(transformers, architecture)
         config_class = model_class.config_class
-    config = config_class(**{**_COMMON, **overrides})
+    if "text_config" in overrides:  # of several modalities
+        text = {**_COMMON, **overrides["text_config"]}
+        config = config_class(**{**overrides, "text_config": text})
+    else:
+        config = config_class(**{**_COMMON, **overrides})
     generator = torch.Generator().manual_seed(seed)
     model = model_class(config)
     with torch.no_grad():
@@ -70,7 +74,9 @@ def make_small_model(
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.1)
-    model.to(dtype).save_pretrained(directory, safe_serialization=True)
+    if dtype != torch.float32:  # RoPE of some vision models is complex
+        model.to(dtype)
+    model.save_pretrained(directory, safe_serialization=True)
     if architecture == "InternLM3ForCausalLM":
         change_config(directory, architectures=[architecture], auto_map=_OWN_CODE)
     return directory

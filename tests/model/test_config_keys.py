@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,12 @@ import transformers
 from kvmesh.workers.errors import ConfigError, UnsupportedModelError
 from kvmesh.workers.model.architectures import ARCHITECTURES
 from kvmesh.workers.model.config_keys import keys_not_implemented
-from kvmesh.workers.model.dbrx_keys import standard_keys
 from kvmesh.workers.model.facts import check_supported, read_facts
+from kvmesh.workers.model.sizes import ModelSizes
+from kvmesh.workers.model.standard_keys import standard_keys
+from kvmesh.workers.model.stored import config_of as transformers_config
+from kvmesh.workers.model.text_part import WRAPPERS
+from kvmesh.workers.model.weight_counts import WeightCounts
 from kvmesh.workers.rope_override import RopeOverride
 from tests.model.small import change_config, make_small_model
 
@@ -365,6 +370,60 @@ PUBLISHED: dict[str, str] = {
         10000000, "router_aux_loss_coef": 0.001, "shared_expert_intermediate_size": 512,
         "tie_word_embeddings": false, "torch_dtype": "bfloat16", "transformers_version":
         "4.57.0.dev0", "use_cache": true, "use_sliding_window": false, "vocab_size": 151936}""",
+    # The parts of Qwen3.5-27B and Qwen3.5-35B-A3B that are text.
+    "Qwen3.5-27B": """{"architectures": ["Qwen3_5ForCausalLM"], "attention_bias": false,
+        "attention_dropout": 0.0, "attn_output_gate": true, "dtype": "bfloat16", "eos_token_id":
+        248044, "full_attention_interval": 4, "head_dim": 256, "hidden_act": "silu", "hidden_size":
+        5120, "initializer_range": 0.02, "intermediate_size": 17408, "linear_conv_kernel_dim": 4,
+        "linear_key_head_dim": 128, "linear_num_key_heads": 16, "linear_num_value_heads": 48,
+        "linear_value_head_dim": 128, "mamba_ssm_dtype": "float32", "max_position_embeddings":
+        262144, "mlp_only_layers": [], "model_type": "qwen3_5_text", "mtp_num_hidden_layers": 1,
+        "mtp_use_dedicated_embeddings": false, "num_attention_heads": 24, "num_hidden_layers": 64,
+        "num_key_value_heads": 4, "rms_norm_eps": 1e-06, "rope_parameters": {"mrope_interleaved":
+        true, "mrope_section": [11, 11, 10], "partial_rotary_factor": 0.25, "rope_theta": 10000000,
+        "rope_type": "default"}, "use_cache": true, "vocab_size": 248320}""",
+    "Qwen3.5-35B-A3B": """{"architectures": ["Qwen3_5MoeForCausalLM"], "attention_bias": false,
+        "attention_dropout": 0.0, "attn_output_gate": true, "dtype": "bfloat16", "eos_token_id":
+        248044, "full_attention_interval": 4, "head_dim": 256, "hidden_act": "silu", "hidden_size":
+        2048, "initializer_range": 0.02, "linear_conv_kernel_dim": 4, "linear_key_head_dim": 128,
+        "linear_num_key_heads": 16, "linear_num_value_heads": 32, "linear_value_head_dim": 128,
+        "mamba_ssm_dtype": "float32", "max_position_embeddings": 262144, "model_type":
+        "qwen3_5_moe_text", "moe_intermediate_size": 512, "mtp_num_hidden_layers": 1,
+        "num_attention_heads": 16, "num_experts": 256, "num_experts_per_tok": 8,
+        "num_hidden_layers": 40, "num_key_value_heads": 2, "rms_norm_eps": 1e-06,
+        "rope_parameters": {"mrope_interleaved": true, "mrope_section": [11, 11, 10],
+        "partial_rotary_factor": 0.25, "rope_theta": 10000000, "rope_type": "default"},
+        "router_aux_loss_coef": 0.001, "shared_expert_intermediate_size": 512, "use_cache": true,
+        "vocab_size": 248320}""",
+    "granite-4.0-h-350m": """{"architectures": ["GraniteMoeHybridForCausalLM"], "attention_bias":
+        false, "attention_dropout": 0.0, "attention_multiplier": 0.015625, "bos_token_id": 100257,
+        "embedding_multiplier": 12, "eos_token_id": 100257, "hidden_act": "silu", "hidden_size":
+        768, "initializer_range": 0.1, "intermediate_size": 2048, "layer_types": ["mamba", "mamba",
+        "mamba", "mamba", "mamba", "mamba", "mamba", "mamba", "mamba", "mamba", "attention",
+        "mamba", "mamba", "attention", "mamba", "mamba", "mamba", "attention", "mamba", "mamba",
+        "mamba", "mamba", "mamba", "mamba", "mamba", "mamba", "mamba", "attention", "mamba",
+        "mamba", "mamba", "mamba"], "logits_scaling": 3, "mamba_chunk_size": 256,
+        "mamba_conv_bias": true, "mamba_d_conv": 4, "mamba_d_head": 32, "mamba_d_state": 128,
+        "mamba_expand": 2, "mamba_n_groups": 1, "mamba_n_heads": 48, "mamba_proj_bias": false,
+        "max_position_embeddings": 32768, "model_type": "granitemoehybrid",
+        "normalization_function": "rmsnorm", "num_attention_heads": 12, "num_experts_per_tok": 0,
+        "num_hidden_layers": 32, "num_key_value_heads": 4, "num_local_experts": 0,
+        "output_router_logits": false, "pad_token_id": 100256, "position_embedding_type": "nope",
+        "residual_multiplier": 0.246, "rms_norm_eps": 1e-05, "rope_scaling": null, "rope_theta":
+        10000, "router_aux_loss_coef": 0.0, "shared_intermediate_size": 2048,
+        "tie_word_embeddings": true, "torch_dtype": "bfloat16", "use_cache": true, "vocab_size":
+        100352}""",
+    "Bamba-9B-v2": """{"architectures": ["BambaForCausalLM"], "attention_bias": false,
+        "attention_dropout": 0.0, "attn_layer_indices": [9, 18, 27], "bos_token_id": 128000,
+        "eos_token_id": 128001, "hidden_act": "silu", "hidden_size": 4096, "initializer_range":
+        0.02, "intermediate_size": 14336, "mamba_chunk_size": 256, "mamba_conv_bias": true,
+        "mamba_d_conv": 4, "mamba_d_head": 64, "mamba_d_state": 128, "mamba_expand": 2,
+        "mamba_n_groups": 1, "mamba_n_heads": 128, "mamba_proj_bias": false,
+        "max_position_embeddings": 4096, "mlp_bias": false, "model_type": "bamba",
+        "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8,
+        "num_logits_to_keep": 1, "pad_token_id": 0, "rms_norm_eps": 1e-05, "rope_scaling": null,
+        "rope_theta": 10000.0, "tie_word_embeddings": false, "torch_dtype": "bfloat16", "use_cache":
+        true, "vocab_size": 128256}""",
     "OLMoE-1B-7B-0924": """{"architectures": ["OlmoeForCausalLM"], "attention_bias": false,
         "attention_dropout": 0.0, "clip_qkv": null, "eos_token_id": 50279, "hidden_act": "silu",
         "hidden_size": 2048, "initializer_range": 0.02, "intermediate_size": 1024,
@@ -512,6 +571,98 @@ def test_there_is_a_published_model_of_every_architecture() -> None:
     assert {config_of(name)["architectures"][0] for name in PUBLISHED} == {*ARCHITECTURES}
 
 
+def with_images(text: str, model_type: str, name: str, **others: Any) -> dict[str, Any]:
+    """The config.json of a checkpoint with images around a text model's."""
+    config = json.loads(PUBLISHED[text])
+    del config["architectures"]
+    vision = {"hidden_size": 1408, "num_hidden_layers": 34}
+    around = {"text_config": config, "vision_config": vision, "transformers_version": "4.51.0.dev0"}
+    return {"architectures": [name], "model_type": model_type, **around, **others}
+
+
+PUBLISHED_WITH_IMAGES = {
+    "Llama-4-Scout-17B-16E-Instruct": with_images(
+        "Llama-4-Scout",
+        "llama4",
+        "Llama4ForConditionalGeneration",
+        boi_token_index=200080,
+        eoi_token_index=200081,
+        image_token_index=200092,
+        torch_dtype="bfloat16",
+    ),
+    # It leaves most of its text model's keys to defaults.
+    "gemma-3-4b-it": {
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "boi_token_index": 255999,
+        "eoi_token_index": 256000,
+        "eos_token_id": [1, 106],
+        "image_token_index": 262144,
+        "initializer_range": 0.02,
+        "mm_tokens_per_image": 256,
+        "model_type": "gemma3",
+        "text_config": {
+            "hidden_size": 2560,
+            "intermediate_size": 10240,
+            "model_type": "gemma3_text",
+            "num_hidden_layers": 34,
+            "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+            "sliding_window": 1024,
+        },
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.50.0.dev0",
+        "vision_config": {"model_type": "siglip_vision_model", "vision_use_head": False},
+    },
+    "Mistral-Small-3.1-24B-Instruct-2503": with_images(
+        "Mistral-Small-24B-Instruct-2501",
+        "mistral3",
+        "Mistral3ForConditionalGeneration",
+        image_token_index=10,
+        multimodal_projector_bias=False,
+        projector_hidden_act="gelu",
+        spatial_merge_size=2,
+        vision_feature_layer=-1,
+    ),
+    "Qwen3.5-27B": with_images(
+        "Qwen3.5-27B",
+        "qwen3_5",
+        "Qwen3_5ForConditionalGeneration",
+        image_token_id=248056,
+        video_token_id=248057,
+        vision_start_token_id=248053,
+        vision_end_token_id=248054,
+        tie_word_embeddings=False,
+    ),
+    "Qwen3.5-35B-A3B": with_images(
+        "Qwen3.5-35B-A3B",
+        "qwen3_5_moe",
+        "Qwen3_5MoeForConditionalGeneration",
+        image_token_id=248056,
+        video_token_id=248057,
+        vision_start_token_id=248053,
+        vision_end_token_id=248054,
+        language_model_only=False,
+        tie_word_embeddings=False,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED_WITH_IMAGES)
+def test_the_text_of_a_published_model_with_images_is_served(name: str) -> None:
+    config = standard_keys(PUBLISHED_WITH_IMAGES[name], HERE)
+    assert check_supported(config, HERE).name == config["architectures"][0]
+    assert ModelSizes.of(config, HERE).layers >= 34
+
+
+def test_gemma_3s_defaults_are_those_of_transformers() -> None:
+    config = standard_keys(PUBLISHED_WITH_IMAGES["gemma-3-4b-it"], HERE)
+    theirs = transformers.Gemma3Config.from_dict(PUBLISHED_WITH_IMAGES["gemma-3-4b-it"])
+    for key, value in WRAPPERS["Gemma3ForConditionalGeneration"].defaults.items():
+        assert config[key] == getattr(theirs.text_config, key), (key, value)
+    counts = WeightCounts.of(ModelSizes.of(config, HERE), config, HERE)
+    assert counts.tied
+    assert 3.8e9 < counts.total < 4e9  # 4.3e9 with images
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_whatever_transformers_writes_by_itself_is_known(name: str) -> None:
     classes = {
@@ -575,6 +726,12 @@ def test_whatever_transformers_writes_by_itself_is_known(name: str) -> None:
             {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
             "rope_parameters.partial_rotary_factor",
         ),
+        ("granite-4.0-h-350m", {"position_embedding_type": "alibi"}, "position_embedding_type"),
+        ("granite-4.0-h-350m", {"time_step_limit": [0.0, 0.1]}, "time_step_limit"),
+        ("granite-4.0-h-350m", {"mamba_proj_bias": True}, "mamba_proj_bias"),
+        ("Bamba-9B-v2", {"partial_rotary_factor": 1.0}, "partial_rotary_factor"),
+        ("Qwen3.5-27B", {"attn_output_gate": False}, "attn_output_gate"),
+        ("Qwen3.5-27B", {"output_gate_type": "sigmoid"}, "output_gate_type"),
         ("Mistral-7B-v0.1", {"a_key_of_tomorrow": "x"}, "a_key_of_tomorrow"),
     ],
 )
@@ -596,6 +753,19 @@ def test_all_keys_are_named_at_once() -> None:
     changes = {"use_logn_attn": True, "attention_chunk_size": 8192}
     with pytest.raises(UnsupportedModelError, match="attention_chunk_size, use_logn_attn in"):
         check_supported({**config_of("Qwen3-4B"), **changes}, HERE)
+
+
+@pytest.mark.parametrize("limit", [[0.0, math.inf], [0.0, {"__float__": "Infinity"}]])
+def test_infinity_is_read_in_all_its_forms(limit: list[object]) -> None:
+    config = {**config_of("granite-4.0-h-350m"), "time_step_limit": limit}
+    name = check_supported(config, HERE).name
+    assert transformers_config(name, config, HERE).time_step_limit == (0.0, math.inf)
+
+
+def test_a_number_that_meant_yes_in_early_llama_4_is_read() -> None:
+    config = {**config_of("Llama-4-Scout"), "attn_temperature_tuning": 4}
+    name = check_supported(config, HERE).name
+    assert transformers_config(name, config, HERE).attn_temperature_tuning is True
 
 
 def test_llamas_without_windows_are_served() -> None:
@@ -624,11 +794,24 @@ def test_what_sections_of_dbrx_say_is_not_ignored(
 
 
 def test_what_a_recurrent_or_chunked_model_cannot_compute_is_named(tmp_path: Path) -> None:
-    path = make_small_model("RecurrentGemmaForCausalLM", tmp_path / "r", num_hidden_layers=1)
+    path = make_small_model("RecurrentGemmaForCausalLM", tmp_path / "r")
     with pytest.raises(ConfigError, match="no scaling 'linear'") as caught:
         read_facts(path, RopeOverride(type="linear", factor=2.0))
     assert caught.value.field == "rope"
     assert read_facts(path, RopeOverride(type="ntk", factor=2.0)).max_model_len == 512
+    granite: dict[str, Any] = {"mamba_n_heads": 8, "layer_types": ["mamba", "attention", "mamba"]}
+    nope = make_small_model("GraniteMoeHybridForCausalLM", tmp_path / "g", **granite)
+    with pytest.raises(ConfigError, match="has no RoPE to scale") as caught:
+        read_facts(nope, RopeOverride(type="ntk", factor=2.0))
+    assert caught.value.field == "rope"
+    for key, value in (("mamba_n_heads", 0), ("mamba_d_state", "many"), ("mamba_n_groups", 3)):
+        change_config(nope, **{key: value})
+        with pytest.raises(ConfigError, match=f"{key} must"):
+            read_facts(nope)
+        change_config(nope, mamba_n_heads=8, mamba_d_state=256, mamba_n_groups=1)
+    change_config(path, block_types=["recurrent"])
+    with pytest.raises(UnsupportedModelError, match="none of its layers has keys"):
+        read_facts(path)
     overrides: dict[str, Any] = {"num_hidden_layers": 1, "head_dim": 16, "num_local_experts": 2}
     path = make_small_model("Llama4ForCausalLM", tmp_path / "l", **overrides)
     change_config(path, attention_chunk_size=0)

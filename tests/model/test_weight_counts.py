@@ -12,10 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.random_model import RandomWeights
 from kvmesh.workers.errors import ConfigError, UnsupportedModelError
-from kvmesh.workers.model.dbrx_keys import standard_keys
 from kvmesh.workers.model.facts import read_facts
 from kvmesh.workers.model.load import ServedModel, build_model
 from kvmesh.workers.model.sizes import ModelSizes
+from kvmesh.workers.model.standard_keys import standard_keys
 from kvmesh.workers.model.stored import read_config
 from kvmesh.workers.model.weight_counts import WeightCounts
 from kvmesh.workers.parallel.comm import Communicator

@@ -23,6 +23,7 @@ class ExpertKeys:
         token, if there is one; shared_count: how many of these are stored as one
     step: the layers step - 1, 2 * step - 1, … have experts, unless they are listed
     first: default if the configuration has no `first_k_dense_replace`: layers before it have none
+    without: the size of the MLP of a model that says it has 0 experts; None if it must have some
     """
 
     count: tuple[str, ...] = ("num_experts", "num_local_experts")
@@ -32,6 +33,7 @@ class ExpertKeys:
     shared_count: str | None = None
     step: str = "decoder_sparse_step"
     first: int = 0
+    without: str | None = None
 
     def layers(self, config: Mapping[str, Any]) -> tuple[bool, ...]:
         """Which layers have experts."""
@@ -105,6 +107,20 @@ class Architecture:
     latent: bool = False
     unused_tensors: tuple[str, ...] = ()
     own_code: bool = False
+
+    def experts_in(self, config: Mapping[str, Any]) -> ExpertKeys | None:
+        """The keys of its experts, None if a model with this configuration has none."""
+        keys = self.experts
+        if keys is not None and keys.without and config.get(keys.count[-1]) == 0:
+            return None
+        return keys
+
+    def mlp_key(self, config: Mapping[str, Any]) -> str:
+        """Of the size of a layer's MLP, in a model or in layers without experts."""
+        if self.experts is None:
+            return "intermediate_size"
+        found = self.experts_in(config)
+        return found.dense if found else str(self.experts.without)
 
     @property
     def in_chunks(self) -> bool:
@@ -249,6 +265,25 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             unused_tensors=("mtp.",),  # of multi-token prediction
         ),
         Architecture(
+            "Qwen3_5ForCausalLM",
+            "qwen3_5_text",
+            kv_heads=4,
+            head_dim=256,
+            recurrent="delta nets",
+            unused_tensors=("mtp.",),
+        ),
+        Architecture(
+            "Qwen3_5MoeForCausalLM",
+            "qwen3_5_moe_text",
+            kv_heads=2,
+            head_dim=256,
+            experts=ExpertKeys(
+                width="moe_intermediate_size", shared="shared_expert_intermediate_size"
+            ),
+            recurrent="delta nets",
+            unused_tensors=("mtp.",),
+        ),
+        Architecture(
             "RecurrentGemmaForCausalLM",
             "recurrent_gemma",
             sliding="attention blocks",
@@ -258,6 +293,21 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             mlp_parts=2,
             rope_types=("default",),
             recurrent="gated recurrences",
+        ),
+        Architecture(
+            "GraniteMoeHybridForCausalLM",
+            "granitemoehybrid",
+            unrotated="all unless it says rope",
+            experts=ExpertKeys(
+                shared="shared_intermediate_size", without="shared_intermediate_size"
+            ),
+            recurrent="mamba",
+        ),
+        Architecture(
+            "BambaForCausalLM",
+            "bamba",
+            kv_heads=8,
+            recurrent="mamba unless listed",
         ),
         Architecture(
             "MixtralForCausalLM",

@@ -43,13 +43,17 @@ _PLAIN_ATTENTION = frozenset(
         "GemmaAttention",
         "Gemma2Attention",
         "Gemma3Attention",
+        "BambaAttention",
         "GraniteAttention",
+        "GraniteMoeHybridAttention",
         "OlmoAttention",
         "Phi3Attention",
         "SeedOssAttention",
         "SmolLM3Attention",
     }
 )
+# Attention whose output is gated.
+_GATED_ATTENTION = frozenset({"Qwen3NextAttention", "Qwen3_5Attention", "Qwen3_5MoeAttention"})
 # hidden + attention(norm(hidden)), then that + mlp(norm(that))
 _PLAIN_LAYER = frozenset(
     {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
@@ -72,7 +76,9 @@ _PLAIN_RMS_NORM = frozenset(
             "Olmoe",
             "Phi3",
             "SmolLM3",
+            "Bamba",
             "Granite",
+            "GraniteMoeHybrid",
             "Glm",
             "Glm4",
             "SeedOss",
@@ -90,6 +96,8 @@ _CENTRED_RMS_NORM = frozenset(
         "Gemma2RMSNorm",
         "Gemma3RMSNorm",
         "Qwen3NextRMSNorm",
+        "Qwen3_5MoeRMSNorm",
+        "Qwen3_5RMSNorm",
         "RecurrentGemmaRMSNorm",
     }
 )
@@ -341,7 +349,7 @@ def fuse(layer: Any, sliding_window: int | None, slot: AttendSlot, comm: Communi
         layer.self_attn = FusedAttention(layer.self_attn, sliding_window, slot)
     elif kind in LATENT_ATTENTION:
         layer.self_attn = LatentAttention(layer.self_attn, slot, comm)
-    elif kind == "Qwen3NextAttention":
+    elif kind in _GATED_ATTENTION:
         layer.self_attn = GatedAttention(layer.self_attn, sliding_window, slot, comm)
     elif kind == "Llama4TextAttention":
         layer.self_attn = Llama4Attention(layer.self_attn, sliding_window, slot)

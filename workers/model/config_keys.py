@@ -7,6 +7,7 @@ contexts. So the model is refused by the name of the key, unless its value is ne
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -60,6 +61,41 @@ _LATENT = _RMS_NORM | {
     "topk_group",
     "v_head_dim",
 }
+_GRANITE = _LLAMA | {
+    "attention_multiplier",
+    "embedding_multiplier",
+    "logits_scaling",
+    "residual_multiplier",
+}
+_DELTA_NET = _RMS_NORM | {
+    "attention_bias",
+    "full_attention_interval",
+    "layer_types",
+    "linear_conv_kernel_dim",
+    "linear_key_head_dim",
+    "linear_num_key_heads",
+    "linear_num_value_heads",
+    "linear_value_head_dim",
+    "partial_rotary_factor",
+}
+# Positions of text are the same in all three sections of its RoPE.
+_QWEN3_5 = _DELTA_NET | {"mrope_interleaved", "mrope_section"}
+_QWEN3_5_VALUES: Mapping[str, tuple[object, ...]] = {
+    "attn_output_gate": (True,),
+    "mamba_ssm_dtype": ("float32",),
+    "output_gate_type": ("swish",),
+}
+_MAMBA2 = frozenset(
+    {
+        "mamba_conv_bias",
+        "mamba_d_conv",
+        "mamba_d_head",
+        "mamba_d_state",
+        "mamba_expand",
+        "mamba_n_groups",
+        "mamba_n_heads",
+    }
+)
 _BY_MODEL_TYPE: Mapping[str, frozenset[str]] = {
     "llama": _LLAMA,
     "mistral": _RMS_NORM | {"sliding_window"},
@@ -97,8 +133,19 @@ _BY_MODEL_TYPE: Mapping[str, frozenset[str]] = {
     ),
     "phi3": _RMS_NORM | {"partial_rotary_factor", "sliding_window"},
     "smollm3": _LLAMA | _SLIDING_IF_ENABLED | {"no_rope_layer_interval", "no_rope_layers"},
-    "granite": _LLAMA
-    | {"attention_multiplier", "embedding_multiplier", "logits_scaling", "residual_multiplier"},
+    "granite": _GRANITE,
+    "granitemoehybrid": (_GRANITE - {"mlp_bias"})
+    | _MAMBA2
+    | {
+        "layer_types",
+        "layers_block_type",
+        "num_experts_per_tok",
+        "num_local_experts",
+        "shared_intermediate_size",
+    },
+    "bamba": _LLAMA
+    | _MAMBA2
+    | {"attn_layer_indices", "layers_block_type", "partial_rotary_factor"},
     "glm": _RMS_NORM | {"attention_bias", "partial_rotary_factor"},
     "glm4": _RMS_NORM | {"attention_bias", "partial_rotary_factor"},
     "seed_oss": _LLAMA | {"attention_out_bias"},
@@ -132,23 +179,22 @@ _BY_MODEL_TYPE: Mapping[str, frozenset[str]] = {
         "num_local_experts",
         "use_qk_norm",
     },
-    "qwen3_next": _RMS_NORM
+    "qwen3_next": _DELTA_NET
     | {
-        "attention_bias",
         "decoder_sparse_step",
-        "full_attention_interval",
-        "layer_types",
-        "linear_conv_kernel_dim",
-        "linear_key_head_dim",
-        "linear_num_key_heads",
-        "linear_num_value_heads",
-        "linear_value_head_dim",
         "mlp_only_layers",
         "moe_intermediate_size",
         "norm_topk_prob",
         "num_experts",
         "num_experts_per_tok",
-        "partial_rotary_factor",
+        "shared_expert_intermediate_size",
+    },
+    "qwen3_5_text": _QWEN3_5,
+    "qwen3_5_moe_text": _QWEN3_5
+    | {
+        "moe_intermediate_size",
+        "num_experts",
+        "num_experts_per_tok",
         "shared_expert_intermediate_size",
     },
     "recurrent_gemma": _RMS_NORM
@@ -188,36 +234,48 @@ _BY_MODEL_TYPE: Mapping[str, frozenset[str]] = {
     },
 }
 # How DeepSeek V3 chooses experts.
-_NO_AUXILIARY_LOSS: dict[str, object] = {
-    "moe_layer_freq": 1,
-    "scoring_func": "sigmoid",
-    "topk_method": "noaux_tc",
+_NO_AUXILIARY_LOSS: Mapping[str, tuple[object, ...]] = {
+    "moe_layer_freq": (1,),
+    "scoring_func": ("sigmoid",),
+    "topk_method": ("noaux_tc",),
 }
-# Keys that have only one implemented value, that of all checkpoints which have the key, or in a
-# tuple a few.
-_ONLY_VALUE: Mapping[str, Mapping[str, object]] = {
+# No limit, as older and newer versions of transformers write it.
+_ANY_STEP = ([0.0, math.inf], (0.0, math.inf), [0.0, {"__float__": "Infinity"}])
+# Keys of which only these values are implemented: those of all checkpoints that have the key.
+_ONLY_VALUES: Mapping[str, Mapping[str, tuple[object, ...]]] = {
     "cohere2": {
-        "order_of_interleaved_layers": "local_attn_first",
-        "position_embedding_type": "rope_gptj",
-        "use_embedding_sharing": True,
-        "use_gated_activation": True,
-        "use_parallel_block": True,
-        "use_parallel_embedding": True,
+        "order_of_interleaved_layers": ("local_attn_first",),
+        "position_embedding_type": ("rope_gptj",),
+        "use_embedding_sharing": (True,),
+        "use_gated_activation": (True,),
+        "use_parallel_block": (True,),
+        "use_parallel_embedding": (True,),
     },
     "deepseek_v2": {
-        "moe_layer_freq": 1,
-        "rope_interleave": True,
-        "scoring_func": "softmax",
+        "moe_layer_freq": (1,),
+        "rope_interleave": (True,),
+        "scoring_func": ("softmax",),
         "topk_method": ("greedy", "group_limited_greedy"),
     },
     "deepseek_v3": _NO_AUXILIARY_LOSS,
     # transformers reads `mlp_layer_types` instead.
-    "glm4_moe_lite": _NO_AUXILIARY_LOSS | {"first_k_dense_replace": 1},
-    "phi3": {"full_attn_mod": 1, "interpolate_factor": 1},
+    "glm4_moe_lite": {**_NO_AUXILIARY_LOSS, "first_k_dense_replace": (1,)},
+    "phi3": {"full_attn_mod": (1,), "interpolate_factor": (1,)},
     "recurrent_gemma": {
         # transformers reads only `block_types`.
-        "_block_types": ["recurrent", "recurrent", "attention"],
-        "embeddings_scale_by_sqrt_dim": True,
+        "_block_types": (["recurrent", "recurrent", "attention"],),
+        "embeddings_scale_by_sqrt_dim": (True,),
+    },
+    "qwen3_5_text": _QWEN3_5_VALUES,
+    "qwen3_5_moe_text": _QWEN3_5_VALUES,
+    "granitemoehybrid": {
+        "normalization_function": ("rmsnorm",),
+        "position_embedding_type": (None, "nope", "rope"),
+        "time_step_limit": _ANY_STEP,
+    },
+    "bamba": {
+        "partial_rotary_factor": (0.5,),  # what transformers takes, whatever it is
+        "time_step_limit": _ANY_STEP,
     },
 }
 # Keys that repeat another one.
@@ -276,11 +334,13 @@ _HARMLESS = frozenset(
         "id2label",
         "initializer_range",
         "is_decoder",
+        "init_method",
         "is_llama_config",
         "label2id",
         "language",
         "length_penalty",
         "license",
+        "mamba_chunk_size",  # of tokens that are computed together
         "max_length",
         "max_seq_len",
         "max_sequence_length",
@@ -293,6 +353,7 @@ _HARMLESS = frozenset(
         "no_repeat_ngram_size",
         "num_beam_groups",
         "num_beams",
+        "num_logits_to_keep",
         "num_return_sequences",
         "output_attentions",
         "output_hidden_states",
@@ -332,9 +393,10 @@ _HARMLESS = frozenset(
         "use_flash_attention_2",
         "use_flash_attn",
         "w_init_variance_scale",
+        "z_loss_coefficient",
     }
 )
-_HARMLESS_PREFIXES = ("unsloth_",)
+_HARMLESS_PREFIXES = ("unsloth_", "mtp_")  # of multi-token prediction, which is not done
 # Of RoPE's parameters; YaRN's and Llama 3's among them.
 _ROPE = frozenset(
     {
@@ -366,6 +428,7 @@ def keys_not_implemented(config: Mapping[str, Any], architecture: Architecture) 
     types = config.get("layer_types") or ()
     for key, value in config.items():
         known = key in _COMMON or key in own or key in _HARMLESS
+        known = known and key not in _ONLY_VALUES.get(architecture.model_type, {})
         if not known and not key.startswith(_HARMLESS_PREFIXES):
             redundant = _is_redundant(key, config, architecture.model_type)
             if not (_is_neutral(key, config) if redundant is None else redundant):
@@ -373,6 +436,12 @@ def keys_not_implemented(config: Mapping[str, Any], architecture: Architecture) 
         if key in ("rope_parameters", "rope_scaling") and isinstance(value, dict):
             for section, parameters in _rope_sections(key, value, types):
                 yield from _rope_keys(section, parameters, own)
+
+
+def is_harmless(key: str, value: object) -> bool:
+    """Whether no forward pass depends on a key, or not on this value of it."""
+    known = key in _HARMLESS or key.startswith(_HARMLESS_PREFIXES)
+    return known or _is_plain_neutral(value)
 
 
 def _rope_sections(
@@ -397,11 +466,9 @@ def _is_redundant(key: str, config: Mapping[str, Any], model_type: str) -> bool 
     """Whether the key says what is computed anyway, or what another key says; None if it is not
     a key of this kind."""
     value = config[key]
-    only = _ONLY_VALUE.get(model_type, {})
+    only = _ONLY_VALUES.get(model_type, {})
     if key in only:
-        wanted = only[key]
-        choices = wanted if isinstance(wanted, tuple) else (wanted,)
-        return any(type(value) is type(choice) and bool(value == choice) for choice in choices)
+        return any(type(value) is type(known) and value == known for known in only[key])
     other = _REPEATED.get(model_type, {}).get(key)
     if other is None or value is None:
         return None

@@ -36,7 +36,7 @@ _OTHER = frozenset(
 )
 
 
-def standard_keys(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
+def dbrx_in_standard_keys(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """The configuration `config`, of the model in directory `path`; changed only if it is DBRX's.
 
     Raises UnsupportedModelError for values that are not implemented.

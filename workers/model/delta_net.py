@@ -20,10 +20,14 @@ from transformers.models.qwen3_next.modeling_qwen3_next import (
 
 from kvmesh.workers.model.hook import AttendSlot
 from kvmesh.workers.model.recurrent_state import StatePart
+from kvmesh.workers.model.short_convolution import convolve
+from kvmesh.workers.parallel.linears import ColumnLinear
 
 
 class GatedDeltaNet(nn.Module):
-    """Of Qwen3-Next, from hidden states to hidden states, with this rank's heads.
+    """From hidden states to hidden states, with this rank's heads.
+
+    Qwen3-Next's projections are ordered by key heads; Qwen3.5's are one after another.
 
     layer: number among the layers with states; ranks: how many share the heads
     """
@@ -33,8 +37,14 @@ class GatedDeltaNet(nn.Module):
         self._key_heads: int = source.num_k_heads // ranks
         self._group: int = source.num_v_heads // source.num_k_heads
         self._key_dim, self._value_dim = source.head_k_dim, source.head_v_dim
-        self.in_proj_qkvz = source.in_proj_qkvz
-        self.in_proj_ba = source.in_proj_ba
+        self._joined: ColumnLinear | None = None
+        self._widths: list[int] = []
+        if hasattr(source, "in_proj_qkvz"):
+            self.in_proj_qkvz, self.in_proj_ba = source.in_proj_qkvz, source.in_proj_ba
+        else:
+            parts = [getattr(source, f"in_proj_{name}") for name in ("qkv", "z", "b", "a")]
+            self._widths = [part.weight.shape[0] for part in parts]
+            self._joined = ColumnLinear.joined(parts)
         self.conv1d: nn.Conv1d = source.conv1d
         self.A_log: nn.Parameter = source.A_log
         self.dt_bias: nn.Parameter = source.dt_bias
@@ -48,36 +58,39 @@ class GatedDeltaNet(nn.Module):
         states = self._slot.states
         assert states is not None, "a recurrent layer was called outside ServedModel.forward"
         x = hidden_states[0]
-        by_head = self.in_proj_qkvz(x).view(len(x), self._key_heads, -1)
-        values = self._group * self._value_dim
-        *mixed, z = by_head.split((self._key_dim, self._key_dim, values, values), dim=-1)
-        b, a = self.in_proj_ba(x).view(len(x), self._key_heads, -1).split(self._group, dim=-1)
-        beta, decay = b.flatten(1).sigmoid(), self._decay(a.flatten(1))
-        inputs = torch.cat([part.flatten(1) for part in mixed], dim=-1)
+        inputs, z, b, a = self._project(x)
+        beta, decay = b.sigmoid(), self._decay(a)
         tails, memories = states.read(self._layer)
         new_tails, new_memories = torch.empty_like(tails), torch.empty_like(memories)
         out = x.new_empty(len(x), self._key_heads * self._group, self._value_dim)
         for part in states.parts:
             seqs, tokens = part.seqs, part.tokens
-            convolved, new_tails[seqs] = self._convolve(inputs[tokens], tails[seqs], part)
+            convolved, new_tails[seqs] = convolve(
+                self.conv1d, inputs[tokens], tails[seqs], part.length
+            )
             out[tokens], new_memories[seqs] = self._recur(
-                convolved, decay[tokens], beta[tokens], memories[seqs], part
+                F.silu(convolved), decay[tokens], beta[tokens], memories[seqs], part
             )
         states.write(self._layer, new_tails, new_memories)
         z = z.reshape(-1, self._value_dim)
         normed = self.norm(out.view(-1, self._value_dim), z)
         return self.out_proj(normed.view(1, len(x), -1))  # type: ignore[no-any-return]
 
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """[T, hidden] -> inputs of the convolution: queries, keys and values; gates of the
+        output; and of each value head a gate of writing, and one of forgetting"""
+        if self._joined is not None:
+            return self._joined(x).split(self._widths, dim=-1)  # type: ignore[no-any-return]
+        by_head = self.in_proj_qkvz(x).view(len(x), self._key_heads, -1)
+        values = self._group * self._value_dim
+        *mixed, z = by_head.split((self._key_dim, self._key_dim, values, values), dim=-1)
+        b, a = self.in_proj_ba(x).view(len(x), self._key_heads, -1).split(self._group, dim=-1)
+        inputs = torch.cat([part.flatten(1) for part in mixed], dim=-1)
+        return inputs, z.flatten(1), b.flatten(1), a.flatten(1)
+
     def _decay(self, a: Tensor) -> Tensor:
         """[T, value heads] -> its logarithm, fp32"""
         return -self.A_log.float().exp() * F.softplus(a.float() + self.dt_bias)
-
-    def _convolve(self, x: Tensor, tail: Tensor, part: StatePart) -> tuple[Tensor, Tensor]:
-        """x: [n * length, channels]; tail: [n, channels, kernel - 1] -> like x, like tail"""
-        x = x.view(-1, part.length, x.shape[-1]).transpose(1, 2)
-        x = torch.cat((tail, x), dim=-1)
-        out = F.silu(F.conv1d(x, self.conv1d.weight, groups=x.shape[1]))
-        return out.transpose(1, 2).flatten(0, 1), x[..., x.shape[-1] - tail.shape[-1] :]
 
     def _recur(
         self, x: Tensor, decay: Tensor, beta: Tensor, memory: Tensor, part: StatePart

@@ -1,7 +1,8 @@
 """Reads a rank's experts from a checkpoint, in whichever of the published layouts.
 
 one by one   each expert's gate, up and down are tensors of their own, as nn.Linear has them
-joined       gate_up_proj [experts, 2 * width, hidden] and down_proj [experts, hidden, width]
+joined       gate_up_proj [experts, 2 * width, hidden] and down_proj [experts, hidden, width];
+             Granite calls them input_linear and output_linear
 Llama 4      gate_up_proj [experts, hidden, 2 * width] and down_proj [experts, width, hidden]
 GPT-OSS      gate_up_proj [experts, hidden, 2 * width], whose columns are gate, up, gate, …,
              down_proj [experts, width, hidden], and biases; or both products in MXFP4
@@ -41,6 +42,7 @@ _ONE_BY_ONE: Mapping[str, tuple[str, tuple[str, str, str]]] = {
     "mixtral": (".block_sparse_moe.", ("w1", "w3", "w2")),
     "qwen3_moe": (".mlp.", ("gate_proj", "up_proj", "down_proj")),
     "qwen3_next": (".mlp.", ("gate_proj", "up_proj", "down_proj")),
+    "qwen3_5_moe_text": (".mlp.", ("gate_proj", "up_proj", "down_proj")),
     "olmoe": (".mlp.", ("gate_proj", "up_proj", "down_proj")),
     "deepseek_v2": (".mlp.", ("gate_proj", "up_proj", "down_proj")),
     "deepseek_v3": (".mlp.", ("gate_proj", "up_proj", "down_proj")),
@@ -55,12 +57,18 @@ def read_experts(weights: Weights, share: ExpertShare, model_type: str) -> dict[
     if model_type == "llama4_text":
         return _read_llama4(weights, share)
     if f"{share.name}.gate_up_proj" in weights:
-        return _read_joined(weights, share)
+        return _read_joined(weights, share, f"{share.name}.gate_up_proj", f"{share.name}.down_proj")
+    if model_type == "granitemoehybrid":
+        block = share.name.removesuffix(".experts")
+        names = (f"{block}.{part}_linear.weight" for part in ("input", "output"))
+        return _read_joined(weights, share, *names)
     return _read_one_by_one(weights, share, *_ONE_BY_ONE[model_type])
 
 
 def stored_router(weights: Weights, name: str, model_type: str) -> str:
     """How the checkpoint names the router that is `name` in transformers."""
+    if model_type == "granitemoehybrid" and f"{name}.weight" not in weights:
+        return f"{name}.layer"
     if f"{name}.weight" in weights or model_type not in _ONE_BY_ONE:
         return name
     block, _ = _ONE_BY_ONE[model_type]
@@ -98,14 +106,16 @@ def _read_one_by_one(
     return {"gate_up": gate_up, "down": downs}
 
 
-def _read_joined(weights: Weights, share: ExpertShare) -> dict[str, Tensor]:
+def _read_joined(
+    weights: Weights, share: ExpertShare, inward: str, outward: str
+) -> dict[str, Tensor]:
+    """inward, outward: the tensors' names"""
     experts, width = _slice(share.experts), _slice(share.width)
     shape = torch.Size((share.total_experts, 2 * share.total_width, share.hidden))
     ups = slice(width.start + share.total_width, width.stop + share.total_width)
-    name = f"{share.name}.gate_up_proj"
-    gate_up = [weights.part(name, shape, experts, rows) for rows in (width, ups)]
+    gate_up = [weights.part(inward, shape, experts, rows) for rows in (width, ups)]
     down = weights.part(
-        f"{share.name}.down_proj",
+        outward,
         torch.Size((share.total_experts, share.hidden, share.total_width)),
         experts,
         slice(None),

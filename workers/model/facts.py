@@ -18,11 +18,12 @@ from typing import Any
 from kvmesh.workers.errors import ConfigError, UnsupportedModelError
 from kvmesh.workers.model.architectures import ARCHITECTURES, Architecture
 from kvmesh.workers.model.config_keys import keys_not_implemented
-from kvmesh.workers.model.dbrx_keys import standard_keys
 from kvmesh.workers.model.quantisation import quantisation_of, why_not_read
 from kvmesh.workers.model.rope_scaling import RopeScaling
+from kvmesh.workers.model.standard_keys import standard_keys
 from kvmesh.workers.model.state_shape import StateShape
 from kvmesh.workers.model.tensors import TensorInfo, read_tensors
+from kvmesh.workers.model.text_part import text_tensors, wrapper_of
 from kvmesh.workers.rope_override import RopeOverride
 
 NAME_FILE = "kvmesh.json"
@@ -39,7 +40,7 @@ class ModelFacts:
     revision: digest of configuration, tokenizer and weights (weights by header, size
         and samples), the same wherever the same files are stored
     max_model_len: positions that the model supports, in tokens
-    weight_bytes: of the checkpoint as stored, in `dtype`
+    weight_bytes: of the text model in the checkpoint as stored, in `dtype`
     sliding_windows: per layer in tokens, None for the whole context
     vocab_size: width of the logits
     unused_token_ids: those below it that the tokenizer has no token for
@@ -53,6 +54,7 @@ class ModelFacts:
     state: what these layers keep of a sequence
     trained_len: positions that it was trained for before its RoPE was scaled
     rope: how RoPE is scaled, as `kvmesh status` shows it
+    text_of: the class of the checkpoint if it has other modalities than text
     """
 
     name: str
@@ -79,6 +81,7 @@ class ModelFacts:
     state: StateShape | None = None
     trained_len: int = 0
     rope: str = "default"
+    text_of: str = ""
 
     @property
     def num_kv_layers(self) -> int:
@@ -99,7 +102,8 @@ def read_facts(path: Path, rope: RopeOverride | None = None) -> ModelFacts:
     Raises ConfigError naming a file that is missing or malformed, and
     UnsupportedModelError for a model that would be computed incorrectly.
     """
-    stored = standard_keys(read_json(path / "config.json"), path)
+    contents = read_json(path / "config.json")
+    stored = standard_keys(contents, path)
     architecture = check_supported(stored, path)
     config = architecture.with_positions(stored)
     if architecture.in_chunks and "attention_chunk_size" in config:
@@ -109,7 +113,10 @@ def read_facts(path: Path, rope: RopeOverride | None = None) -> ModelFacts:
             "rope", f"{architecture.name} has no scaling {rope.type!r} of RoPE; use 'ntk'"
         )
     tensors = read_tensors(path)
+    used = text_tensors(tensors, architecture.unused(config))
     integers = {key: _positive(config, key, path) for key in _REQUIRED}
+    if rope is not None and not any(architecture.rotated_layers(config)):
+        raise ConfigError("rope", f"{path} ({architecture.name}) has no RoPE to scale")
     heads = integers["num_attention_heads"]
     scaling = RopeScaling.of(config)
     try:
@@ -127,12 +134,18 @@ def read_facts(path: Path, rope: RopeOverride | None = None) -> ModelFacts:
     if architecture.latent:
         num_kv_heads, values_in_keys = 1, _positive(config, "kv_lora_rank", path)
         head_dim = values_in_keys + _positive(config, "qk_rope_head_dim", path)
+    recurrent = architecture.recurrent_layers(config)
+    if all(recurrent):
+        raise UnsupportedModelError(
+            "model", f"{path} ({architecture.name}): none of its layers has keys and values"
+        )
     num_experts = expert_size = 0
-    if architecture.experts is not None:
-        names = architecture.experts.count
+    experts = architecture.experts_in(config)
+    if experts is not None:
+        names = experts.count
         count = next((name for name in names if config.get(name) is not None), names[0])
         num_experts = _positive(config, count, path)
-        expert_size = _positive(config, architecture.experts.width, path)
+        expert_size = _positive(config, experts.width, path)
     return ModelFacts(
         name=_name(path),
         revision=_revision(path, tensors, rope),
@@ -146,9 +159,9 @@ def read_facts(path: Path, rope: RopeOverride | None = None) -> ModelFacts:
         vocab_size=integers["vocab_size"],
         max_model_len=max_model_len,
         eos_token_ids=eos_token_ids(path),
-        weight_bytes=sum(tensor.num_bytes for tensor in tensors.values()),
+        weight_bytes=sum(tensor.num_bytes for _, tensor in used.values()),
         dtype=_DTYPE_NAMES[
-            max((t.dtype for t in tensors.values() if t.dtype in _DTYPE_NAMES), default="F32")
+            max((t.dtype for _, t in used.values() if t.dtype in _DTYPE_NAMES), default="F32")
         ],
         sliding_windows=architecture.sliding_windows(config),
         unused_token_ids=unused_token_ids(path),
@@ -156,23 +169,24 @@ def read_facts(path: Path, rope: RopeOverride | None = None) -> ModelFacts:
         num_experts=num_experts,
         expert_size=expert_size,
         values_in_keys=values_in_keys,
-        recurrent_layers=architecture.recurrent_layers(config),
+        recurrent_layers=recurrent,
         state=architecture.state(config),
         trained_len=trained_len,
         rope=str(scaling) if rope is None else f"{rope}, instead of {scaling}",
+        text_of=contents["architectures"][0] if wrapper_of(contents) else "",
     )
 
 
 def _mlp_sizes(
     config: Mapping[str, Any], architecture: Architecture, path: Path
 ) -> tuple[int, ...]:
-    experts = architecture.experts
+    experts, dense = architecture.experts_in(config), architecture.mlp_key(config)
     if experts is None:
-        return (_positive(config, "intermediate_size", path) // architecture.mlp_parts,)
+        return (_positive(config, dense, path) // architecture.mlp_parts,)
     shared = experts.shared_width(lambda key: _positive(config, key, path))
     found = {shared} if shared else set()
     if not all(experts.layers(config)):
-        found.add(_positive(config, experts.dense, path))
+        found.add(_positive(config, dense, path))
     return tuple(sorted(found))
 
 
@@ -265,7 +279,7 @@ def eos_token_ids(path: Path) -> tuple[int, ...]:
 
     path: a directory that has these; it needs no weights
     """
-    config, ids = read_json(path / "config.json"), list[int]()
+    config, ids = standard_keys(read_json(path / "config.json"), path), list[int]()
     if (path / "generation_config.json").exists():
         ids += _as_ids(read_json(path / "generation_config.json").get("eos_token_id"))
     ids = ids or _as_ids(config.get("eos_token_id"))
@@ -299,7 +313,8 @@ def unused_token_ids(path: Path) -> tuple[int, ...]:
 
     path: a directory that has the tokenizer and the configuration; it needs no weights
     """
-    vocab_size = _positive(read_json(path / "config.json"), "vocab_size", path)
+    config = standard_keys(read_json(path / "config.json"), path)
+    vocab_size = _positive(config, "vocab_size", path)
     file = path / "tokenizer.json"
     if not file.exists():
         return ()

@@ -1,4 +1,4 @@
-"""Qwen3-Next's attention, whose output is gated by another projection of the same inputs.
+"""Attention whose output is gated by another projection of the same inputs (Qwen3-Next, Qwen3.5).
 
 transformers gates all channels of a rank's heads; with pages dealt to ranks, attention returns
 this rank's part of them (workers/parallel/heads.py).

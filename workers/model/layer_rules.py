@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from kvmesh.workers.errors import ConfigError
 from kvmesh.workers.model.state_shape import StateShape
 
 
@@ -93,6 +94,13 @@ def _by_no_rope_layers(
     return tuple((layer + 1) % interval != 0 for layer in layers_of(config))
 
 
+def _rotated_if_rope(
+    config: Mapping[str, Any], windows: tuple[int | None, ...]
+) -> tuple[bool, ...]:
+    """Granite 4: no layer, unless it says 'rope'."""
+    return (config.get("position_embedding_type") == "rope",) * len(windows)
+
+
 def _not_full_attention(config: Mapping[str, Any]) -> tuple[bool, ...]:
     """Qwen3-Next: all but every fourth layer, unless it says otherwise."""
     types = config.get("layer_types")
@@ -136,6 +144,48 @@ def _gated_recurrence(config: Mapping[str, Any], layers: int) -> StateShape:
     return StateShape(layers, width, tail, (width,), int(config["num_attention_heads"]))
 
 
+def _mamba_layers(config: Mapping[str, Any]) -> tuple[bool, ...]:
+    """Granite 4: all layers, unless it says otherwise, by the names of any version."""
+    types = config.get("layer_types") or config.get("layers_block_type")
+    if not types:
+        return _every_layer(config)
+    return tuple(kind in ("mamba", "linear_attention") for kind in types)
+
+
+def _layers_without_attention(config: Mapping[str, Any]) -> tuple[bool, ...]:
+    """Bamba: all but those that are listed."""
+    listed = config.get("attn_layer_indices") or ()
+    return tuple(layer not in listed for layer in layers_of(config))
+
+
+def _mamba2(config: Mapping[str, Any], layers: int) -> StateShape:
+    """Of Mamba-2: a matrix for each head; groups of heads share what is written and read."""
+
+    def number(name: str, default: int) -> int:
+        value = config.get(f"mamba_{name}", default)
+        if type(value) is not int or value < 1:
+            raise ConfigError("model", f"mamba_{name} must be a positive integer, got {value!r}")
+        return value
+
+    heads, groups, state = number("n_heads", 128), number("n_groups", 1), number("d_state", 256)
+    if heads % groups:
+        raise ConfigError("model", f"mamba_n_groups must divide mamba_n_heads, got {groups}")
+    head_dim = config.get("mamba_d_head", "auto")
+    if head_dim == "auto":
+        head_dim = number("expand", 2) * int(config["hidden_size"]) // heads
+    else:
+        head_dim = number("d_head", 0)
+    return StateShape(
+        layers=layers,
+        channels=heads * head_dim + groups * 2 * state,
+        tail=number("d_conv", 4) - 1,
+        memory=(heads, head_dim, state),
+        groups=heads,
+        shared_groups=groups,
+        shared_channels=2 * state,
+    )
+
+
 # Layers that attend through a window.
 SLIDING = {
     "none": _no_layer,
@@ -155,11 +205,19 @@ ROTATED = {
     "none": _all_rotated,
     "full attention": _rotated_if_sliding,
     "no_rope_layers": _by_no_rope_layers,
+    "all unless it says rope": _rotated_if_rope,
 }
 # Layers with a state instead of keys and values, and that state.
 RECURRENT = {
     "none": _no_layer,
     "delta nets": _not_full_attention,
     "gated recurrences": _recurrent_blocks,
+    "mamba": _mamba_layers,
+    "mamba unless listed": _layers_without_attention,
 }
-STATES = {"delta nets": _delta_net, "gated recurrences": _gated_recurrence}
+STATES = {
+    "delta nets": _delta_net,
+    "gated recurrences": _gated_recurrence,
+    "mamba": _mamba2,
+    "mamba unless listed": _mamba2,
+}

@@ -6,6 +6,7 @@ safetensors slice by slice, so that a rank never holds more than its share.
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,13 @@ from kvmesh.workers.model.blocks import FusedAttention, fuse, fused_layer, lean_
 from kvmesh.workers.model.delta_net import GatedDeltaNet
 from kvmesh.workers.model.facts import ModelFacts, read_facts, read_json
 from kvmesh.workers.model.hook import IMPLEMENTATION, Attend, AttendSlot, Entry, attach
+from kvmesh.workers.model.mamba2 import Mamba2Mixer
 from kvmesh.workers.model.recurrent_state import StepStates
 from kvmesh.workers.model.rg_lru import GatedLinearRecurrence
 from kvmesh.workers.model.rope import Rope, fixed_rotary, override_rope
 from kvmesh.workers.model.shards import Pack, Placer
 from kvmesh.workers.model.sizes import check_tp
+from kvmesh.workers.model.standard_keys import standard_keys
 from kvmesh.workers.model.stored import adapt, read_config, stored_as
 from kvmesh.workers.model.weights import WeightReader, Weights
 from kvmesh.workers.parallel.comm import Communicator
@@ -34,6 +37,8 @@ from kvmesh.workers.parallel.experts import Experts
 from kvmesh.workers.parallel.linears import VocabHead
 from kvmesh.workers.rope_override import RopeOverride
 from kvmesh.workers.sizes import kv_heads_of_rank
+
+logger = logging.getLogger(__name__)
 
 
 class ServedModel:
@@ -197,7 +202,15 @@ def load_model(
     if rope is not None:
         override_rope(config, rope, facts.trained_len)
     _check_agreement(facts, config, path)
-    unused = ARCHITECTURES[facts.architecture].unused(read_json(path / "config.json"))
+    if facts.text_of and comm.rank == 0:
+        logger.info(
+            "%s is a %s: text only; its %s is served, and weights for anything else are not read",
+            facts.name,
+            facts.text_of,
+            facts.architecture,
+        )
+    keys = standard_keys(read_json(path / "config.json"), path)
+    unused = ARCHITECTURES[facts.architecture].unused(keys)
     with WeightReader(path, dtype, device, unused) as reader:
         return build_model(
             facts,
@@ -246,10 +259,12 @@ def build_model(
     for index, layer in enumerate(model.model.layers):
         # Layers with keys, and layers with states, are counted each for themselves.
         before = sum(recurrent[:index])
-        name = next(name for name in _MIXERS if hasattr(layer, name))
+        name = next(name for name in _MIXERS if getattr(layer, name, None) is not None)
         mixer = getattr(layer, name)
         if name == "linear_attn":
             layer.linear_attn = GatedDeltaNet(mixer, before, slot, comm.size)
+        elif name == "mamba":
+            layer.mamba = Mamba2Mixer(mixer, before, slot, comm)
         elif recurrent[index]:
             layer.temporal_block = GatedLinearRecurrence(mixer, before, slot)
         else:
@@ -260,14 +275,15 @@ def build_model(
             attach(mixer, slot)
         fuse(layer, facts.sliding_windows[index], slot, comm)
     model.model.layers = nn.ModuleList(fused_layer(layer) for layer in model.model.layers)
-    norm = "norm" if hasattr(model.model, "norm") else "final_norm"
+    norm = next(name for name in _LAST_NORMS if hasattr(model.model, name))
     setattr(model.model, norm, lean_norm(getattr(model.model, norm)))
     _check_complete(model, facts.name)
     return ServedModel(facts, model, slot, comm, dtype)
 
 
 # What a layer mixes tokens with, by the names that transformers has for it.
-_MIXERS = ("self_attn", "linear_attn", "temporal_block")
+_MIXERS = ("self_attn", "linear_attn", "temporal_block", "mamba")
+_LAST_NORMS = ("norm", "final_norm", "final_layernorm")
 
 
 def _packing(weight_format: WeightFormat, dtype: torch.dtype, device: torch.device) -> Pack:

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvmesh.workers.model.hook import AttendSlot
+from kvmesh.workers.model.linear_scan import linear_scan
+from kvmesh.workers.model.short_convolution import convolve
 
 _SHARPNESS = 8.0
 
@@ -44,13 +46,9 @@ class GatedLinearRecurrence(nn.Module):
         new_tails, new_memories = torch.empty_like(tails), torch.empty_like(memories)
         out = torch.empty_like(x)
         for part in states.parts:
-            inputs = x[part.tokens].view(-1, part.length, x.shape[-1]).transpose(1, 2)
-            inputs = torch.cat((tails[part.seqs], inputs), dim=-1)
-            new_tails[part.seqs] = inputs[..., part.length :]
-            convolved = F.conv1d(
-                inputs, self.conv_1d.weight, self.conv_1d.bias, groups=inputs.shape[1]
+            convolved, new_tails[part.seqs] = convolve(
+                self.conv_1d, x[part.tokens], tails[part.seqs], part.length
             )
-            convolved = convolved.transpose(1, 2).flatten(0, 1)
             keep, gated = self._gates(convolved, positions[part.tokens])
             by_seq = (-1, part.length, x.shape[-1])
             scanned = linear_scan(keep.view(by_seq), gated.view(by_seq), memories[part.seqs])
@@ -75,19 +73,3 @@ class GatedLinearRecurrence(nn.Module):
         root = torch.sqrt(1 - torch.exp(2 * log_keep))
         root = torch.where((positions == 0)[:, None], torch.ones_like(root), root)
         return torch.exp(log_keep).float(), (x * enter * root.to(x.dtype)).float()
-
-
-def linear_scan(keep: Tensor, added: Tensor, before: Tensor) -> Tensor:
-    """h_t = keep_t · h_{t−1} + added_t, in log2(T) passes (Hillis and Steele, 1986).
-
-    keep, added: [n, T, channels] fp32; before: [n, channels], h_{−1} -> like added
-    """
-    first = added[:, :1] + keep[:, :1] * before[:, None]
-    found = torch.cat((first, added[:, 1:]), dim=1)
-    step = 1
-    while step < found.shape[1]:
-        later = found[:, step:] + keep[:, step:] * found[:, :-step]
-        found = torch.cat((found[:, :step], later), dim=1)
-        keep = torch.cat((keep[:, :step], keep[:, step:] * keep[:, :-step]), dim=1)
-        step *= 2
-    return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from kvmesh.workers.errors import ConfigError, UnsupportedModelError
 from kvmesh.workers.model.embedding import PackedEmbedding
 from kvmesh.workers.model.expert_weights import ExpertShare, read_experts, stored_router
 from kvmesh.workers.model.facts import ModelFacts
+from kvmesh.workers.model.state_shape import StateShape
 from kvmesh.workers.model.weights import Weights
 from kvmesh.workers.parallel.comm import Communicator
 from kvmesh.workers.parallel.experts import Experts
@@ -44,6 +45,21 @@ _JOINED_ATTENTION: _Plan = {
 _JOINED_MLP: _Plan = {
     "layers.*.mlp.gate_up_proj": "gate, up",
     "layers.*.mlp.down_proj": "columns",
+}
+_MAMBA2: _Plan = {
+    "layers.*.mamba": "weight rows",
+    "layers.*.mamba.in_proj": "gate, channels, steps",
+    "layers.*.mamba.conv1d": "convolution",
+    "layers.*.mamba.norm": "weight rows",
+    "layers.*.mamba.out_proj": "columns",
+}
+_DELTA_NET: _Plan = {
+    "layers.*.linear_attn": "weight rows",
+    "layers.*.linear_attn.conv1d": "convolution",
+    "layers.*.linear_attn.out_proj": "columns",
+    # Of Qwen3-Next, by key heads, and of Qwen3.5, one after another.
+    **{f"layers.*.linear_attn.in_proj_{name}": "rows" for name in ("qkvz", "ba", "z", "b", "a")},
+    "layers.*.linear_attn.in_proj_qkv": "channels",
 }
 _EXPERTS: _Plan = {"layers.*.mlp.experts": "experts", "layers.*.mlp.gate": "router"}
 
@@ -84,12 +100,24 @@ _PLANS: Mapping[str, _Plan] = {
         **_MLP,
         **_mlp("layers.*.mlp.shared_expert"),
         **_EXPERTS,
-        "layers.*.linear_attn": "weight rows",
-        "layers.*.linear_attn.in_proj_qkvz": "rows",
-        "layers.*.linear_attn.in_proj_ba": "rows",
-        "layers.*.linear_attn.conv1d": "convolution",
-        "layers.*.linear_attn.out_proj": "columns",
+        **_DELTA_NET,
     },
+    "qwen3_5_text": {**_ATTENTION, **_MLP, **_DELTA_NET},
+    "qwen3_5_moe_text": {
+        **_ATTENTION,
+        **_mlp("layers.*.mlp.shared_expert"),
+        **_EXPERTS,
+        **_DELTA_NET,
+    },
+    "granitemoehybrid": {
+        **_ATTENTION,
+        **_MAMBA2,
+        "layers.*.shared_mlp.input_linear": "gate, up",
+        "layers.*.shared_mlp.output_linear": "columns",
+        "layers.*.block_sparse_moe.experts": "experts",
+        "layers.*.block_sparse_moe.router": "router",
+    },
+    "bamba": {**_ATTENTION, **_MAMBA2, **_mlp("layers.*.feed_forward")},
     "recurrent_gemma": {
         **{f"layers.*.temporal_block.{part}_proj": "rows of heads" for part in "qkv"},
         "layers.*.temporal_block.o_proj": "columns",
@@ -191,11 +219,16 @@ class Placer:
         elif shard == "columns":
             self._replace(name, self._row_linear(name, module))
         elif shard == "queries, keys, values":
-            parts = self._qkv_parts()
-            self._replace(name, self._joined_linear(name, module, parts, self._head_share))
+            qkv = [(rows, self._head_share) for rows in self._qkv_parts()]
+            self._replace(name, self._joined_linear(name, module, qkv))
         elif shard == "gate, up":
-            parts = [module.out_features // 2] * 2
-            self._replace(name, self._joined_linear(name, module, parts, self._share))
+            halves = [(module.out_features // 2, self._share)] * 2
+            self._replace(name, self._joined_linear(name, module, halves))
+        elif shard == "channels":
+            self._replace(name, self._joined_linear(name, module, self._channels()))
+        elif shard == "gate, channels, steps":
+            channels, steps = self._channels(), (self._state.memory[0], self._share)
+            self._replace(name, self._joined_linear(name, module, [channels[0], *channels, steps]))
         elif shard == "experts":
             self._replace(name, self._experts(name))
         elif shard == "router":
@@ -259,18 +292,42 @@ class Placer:
         keys = config.num_key_value_heads * head_dim
         return [config.num_attention_heads * head_dim, keys, keys]
 
+    @property
+    def _state(self) -> StateShape:
+        assert self._facts.state is not None
+        return self._facts.state
+
+    def _channels(self) -> list[tuple[int, Share]]:
+        """Rows of a convolution before a recurrence, and what ranks have of each: queries, keys
+        and values of delta nets; of Mamba-2, x of all heads, and B and C of groups of them."""
+        state = self._state
+        if state.shared_groups:
+            grouped = state.shared_groups * state.shared_channels
+            each = (grouped // 2, self._group_share)
+            return [(state.channels - grouped, self._share), each, each]
+        heads, _, value_dim = state.memory
+        values = heads * value_dim
+        keys = (state.channels - values) // 2
+        return [(keys, self._share), (keys, self._share), (values, self._share)]
+
+    def _group_share(self, total: int) -> tuple[int, int]:
+        """This rank's part of rows that groups of a recurrent layer's heads share."""
+        first, end = self._state.shared_of(self._comm.rank, self._comm.size)
+        size = total // self._state.shared_groups
+        return first * size, end * size
+
     def _joined_linear(
-        self, name: str, linear: Any, parts: list[int], share: Share
+        self, name: str, linear: Any, parts: Sequence[tuple[int, Share]]
     ) -> ColumnLinear:
-        """parts: rows of the linears that are stored as one; of each, a rank has its share"""
+        """parts: rows of the linears that are stored as one, and what a rank has of each"""
         assert linear.bias is None
-        weight = self._shares(f"{name}.weight", linear.weight.shape, parts, share)
+        weight = self._shares(f"{name}.weight", linear.weight.shape, parts)
         return ColumnLinear(self._pack(weight), None)
 
-    def _shares(self, name: str, shape: torch.Size, parts: list[int], share: Share) -> Tensor:
+    def _shares(self, name: str, shape: torch.Size, parts: Sequence[tuple[int, Share]]) -> Tensor:
         """Of each part of a tensor's rows, this rank's share."""
         shares, start = [], 0
-        for rows in parts:
+        for rows, share in parts:
             first, end = share(rows)
             shares.append(self._reader.rows(name, shape, start + first, start + end))
             start += rows
@@ -337,12 +394,11 @@ class Placer:
             setattr(router, key, value.clone())
 
     def _fill_convolution(self, name: str, module: Any) -> None:
-        """Over queries, keys and values of a gated delta net: of each, a rank has its share."""
-        config, shape = self._model.config, module.weight.shape
-        keys = config.linear_num_key_heads * config.linear_key_head_dim
-        parts = [keys, keys, shape[0] - 2 * keys]
-        weight = self._shares(f"{name}.weight", shape, parts, self._share)
-        module._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+        """Before a recurrence: a rank has its channels."""
+        for key, weight in module._parameters.items():
+            if weight is not None:
+                value = self._shares(f"{name}.{key}", weight.shape, self._channels())
+                module._parameters[key] = nn.Parameter(value, requires_grad=False)
 
     def _fill_rows(self, name: str, module: nn.Module, share: Share) -> None:
         for key, weight in module._parameters.items():

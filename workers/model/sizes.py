@@ -16,8 +16,9 @@ from kvmesh.workers.model.state_shape import StateShape
 class ModelSizes:
     """The sizes in a configuration.
 
-    intermediate_size: width of a dense layer's MLP; moe_intermediate_size: of an expert's;
-        shared_size: of an expert that computes every token, 0 for none
+    intermediate_size: width of a dense layer's MLP, 0 if there is none
+    moe_intermediate_size: of an expert's; shared_size: of an expert that computes every token,
+        0 for none
     expert_layers: how many layers have `experts` instead of one MLP
     experts_per_token: to how many of them a token is sent
     state: what recurrent layers keep of a sequence, None if there are none
@@ -67,10 +68,7 @@ class ModelSizes:
             kv_heads=number("num_key_value_heads", default=architecture.kv_heads or heads),
             head_dim=number("head_dim", default=architecture.head_dim or hidden // heads),
             hidden_size=hidden,
-            intermediate_size=number(
-                "intermediate_size" if architecture.experts is None else architecture.experts.dense
-            )
-            // architecture.mlp_parts,
+            intermediate_size=0,
             vocab_size=number("vocab_size"),
             state=architecture.state(config),
         )
@@ -78,7 +76,10 @@ class ModelSizes:
             rank = number("kv_lora_rank")
             width = rank + number("qk_rope_head_dim")
             sizes = replace(sizes, kv_heads=1, head_dim=width, values_in_keys=rank)
-        keys = architecture.experts
+        keys = architecture.experts_in(config)
+        if keys is None or not all(keys.layers(config)):
+            width = number(architecture.mlp_key(config)) // architecture.mlp_parts
+            sizes = replace(sizes, intermediate_size=width)
         if keys is None:
             return sizes
         return replace(
@@ -108,9 +109,9 @@ class ModelSizes:
     @property
     def tp_choices(self) -> list[int]:
         """The numbers of ranks that heads, KV heads and MLPs can be divided by."""
-        groups = [] if self.state is None else [self.state.groups]
         first = self.heads if self.values_in_keys else self.kv_heads
-        return divisors(first, self.heads, *self.mlp_widths, *groups)
+        choices = divisors(first, self.heads, *self.mlp_widths)
+        return [ranks for ranks in choices if _divides(self.state, ranks)]
 
     @property
     def kvp_width(self) -> int:
@@ -134,9 +135,10 @@ def check_tp(facts: ModelFacts, tp: int, kvp: int = 1, *, expert_parallel: bool 
         split[f"experts' MLP of {facts.expert_size}"] = facts.expert_size
     split |= {f"MLP of {width}": width for width in facts.mlp_sizes}
     if facts.state is not None:
-        split[f"{facts.state.groups} heads of recurrent layers"] = facts.state.groups
+        split[_state_name(facts.state)] = facts.state.groups
     latent = facts.values_in_keys > 0  # and every rank has all of it
-    valid = divisors(facts.num_heads if latent else facts.num_kv_heads, *split.values())
+    choices = divisors(facts.num_heads if latent else facts.num_kv_heads, *split.values())
+    valid = [ranks for ranks in choices if _divides(facts.state, ranks)]
     if tp not in valid:
         of_keys = "" if latent else f"{facts.num_kv_heads} KV heads of "
         raise ConfigError(
@@ -147,13 +149,23 @@ def check_tp(facts: ModelFacts, tp: int, kvp: int = 1, *, expert_parallel: bool 
     if not latent:  # a part of the channels may end in a head
         del split[f"{facts.num_heads} heads"]
         split[f"{facts.num_heads * facts.head_dim} channels"] = facts.num_heads * facts.head_dim
-    valid = divisors(*(size // tp for size in split.values()))
+    choices = divisors(*(size // tp for size in split.values()))
+    valid = [ranks for ranks in choices if _divides(facts.state, tp * ranks)]
     if kvp not in valid:
         raise ConfigError(
             "kvp",
             f"must divide the parts of {facts.name}'s {' and '.join(split)} that each of {tp} "
             f"shares of its heads has: {', '.join(map(str, valid))}; got {kvp}",
         )
+
+
+def _divides(state: StateShape | None, ranks: int) -> bool:
+    return state is None or state.divides_by(ranks)
+
+
+def _state_name(state: StateShape) -> str:
+    groups = f", in {state.shared_groups} groups" if state.shared_groups > 1 else ""
+    return f"{state.groups} heads of recurrent layers{groups}"
 
 
 def divisors(first: int, *widths: int) -> list[int]:

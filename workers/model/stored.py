@@ -10,13 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, LlamaConfig, MixtralConfig
+from transformers.models.granitemoehybrid.modeling_granitemoehybrid import (
+    GraniteMoeHybridRotaryEmbedding,
+)
 
 from kvmesh.workers.errors import UnsupportedModelError
 from kvmesh.workers.model.architectures import ARCHITECTURES
-from kvmesh.workers.model.dbrx_keys import standard_keys
 from kvmesh.workers.model.facts import ModelFacts, read_json
 from kvmesh.workers.model.quantisation import quantisation_of, why_not_read
 from kvmesh.workers.model.quantised_weights import QuantisedWeights
+from kvmesh.workers.model.standard_keys import standard_keys
 from kvmesh.workers.model.weights import WeightReader, Weights
 
 
@@ -30,12 +33,17 @@ def read_config(facts: ModelFacts, path: Path) -> Any:
 
 def config_of(architecture: str, values: Mapping[str, Any], source: Path | str) -> Any:
     """`read_config` for the contents of a config.json. source: the file's name, for errors"""
+    values = standard_keys(values, Path(source))
     try:
         if architecture == "InternLM2ForCausalLM":
             return _as_llama(values)
         if architecture == "DbrxForCausalLM":
-            return _as_mixtral(standard_keys(values, Path(source)))
-        return CONFIG_MAPPING[ARCHITECTURES[architecture].model_type].from_dict(dict(values))
+            return _as_mixtral(values)
+        # It can have but one value, and infinity has more than one form in JSON.
+        known = {key: value for key, value in values.items() if key != "time_step_limit"}
+        if type(known.get("attn_temperature_tuning")) is int:  # of early checkpoints of Llama 4
+            known["attn_temperature_tuning"] = bool(known["attn_temperature_tuning"])
+        return CONFIG_MAPPING[ARCHITECTURES[architecture].model_type].from_dict(known)
     except (ValueError, TypeError, KeyError) as error:
         raise UnsupportedModelError(
             "model", f"{source} is not valid for transformers: {error}"
@@ -45,7 +53,7 @@ def config_of(architecture: str, values: Mapping[str, Any], source: Path | str) 
 def stored_as(facts: ModelFacts, reader: WeightReader, path: Path) -> Weights:
     """The weights in directory `path` by the names and in the layout of the modules."""
     weights: Weights = reader
-    quantisation = quantisation_of(read_json(path / "config.json"))
+    quantisation = quantisation_of(standard_keys(read_json(path / "config.json"), path))
     if quantisation is not None and why_not_read(quantisation) is None:
         weights = QuantisedWeights(reader, quantisation)
     if facts.architecture == "InternLM2ForCausalLM":
@@ -63,6 +71,12 @@ def adapt(facts: ModelFacts, model: Any) -> None:
         model.model.rotary_emb = attentions[0].rotary_emb
         for attention in attentions:
             attention.rotary_emb = None
+    if facts.architecture == "GraniteMoeHybridForCausalLM":
+        for layer in model.model.layers:
+            if layer.self_attn is not None:
+                layer.self_attn.use_rope = model.model.rotary_emb is not None
+        if model.model.rotary_emb is None:  # whatever it computes is not used
+            model.model.rotary_emb = GraniteMoeHybridRotaryEmbedding(model.config)
     if facts.architecture != "DbrxForCausalLM":
         return
     for parent, name in [

@@ -3,6 +3,8 @@
     tp     queries, keys and values, and what belongs to their heads            divided by tp
     all    output and MLP projections, recurrent layers, experts, rows of the
            output layer                                                         divided by tp · kvp
+    shared what heads of recurrent layers have in common, in groups: a rank
+           has those of its heads, at least one
     whole  embeddings, norms, biases after a sum, routers of experts            on every rank
 
 Its modules are built without memory, on torch's meta device, and divided as `shards.py` does it.
@@ -33,7 +35,10 @@ _DIVIDED_BY_TP = frozenset(
         "weight rows of heads",
     }
 )
-_DIVIDED_BY_ALL = frozenset({"rows", "weight rows", "convolution"})
+_DIVIDED_BY_ALL = frozenset(
+    {"rows", "weight rows", "convolution", "channels", "gate, channels, steps"}
+)
+_PARTLY_SHARED = frozenset({"convolution", "gate, channels, steps"})
 _WEIGHTS_DIVIDED_BY_ALL = frozenset({"gate, up", "columns"})
 
 
@@ -44,6 +49,7 @@ class WeightCounts:
     vocab_size, hidden_size: of the output layer, whose rows are divided over all ranks
     tied: the output layer's rows are those of the embeddings
     idle: of `all`, those of the experts that a token is not sent to
+    shared_groups: that divide `shared`
     """
 
     tp: int
@@ -53,6 +59,8 @@ class WeightCounts:
     hidden_size: int
     tied: bool
     idle: int
+    shared: int = 0
+    shared_groups: int = 1
 
     @classmethod
     def of(cls, sizes: ModelSizes, config: Mapping[str, Any], source: Path | str) -> WeightCounts:
@@ -64,10 +72,16 @@ class WeightCounts:
         with torch.device("meta"):
             body = AutoModelForCausalLM.from_config(theirs).model
         counts: Counter[str] = Counter()
+        state = sizes.state
+        groups, channels = (state.shared_groups, state.shared_channels) if state else (0, 0)
         for name, weight in body.named_parameters():
             module, _, kind = name.rpartition(".")
             shard = shard_of(theirs.model_type, module)
             counts[_part(shard, kind)] += weight.numel()
+            if groups and shard in _PARTLY_SHARED:
+                shared = groups * channels * weight.numel() // len(weight)
+                counts["all"] -= shared
+                counts["shared"] += shared
             if shard == "experts":
                 counts["experts"] += weight.numel()
         idle = counts["experts"] * (sizes.experts - sizes.experts_per_token) // sizes.experts
@@ -79,6 +93,8 @@ class WeightCounts:
             hidden_size=sizes.hidden_size,
             tied=theirs.tie_word_embeddings,
             idle=idle,
+            shared=counts["shared"],
+            shared_groups=groups or 1,
         )
 
     def of_rank(self, tp: int, kvp: int = 1) -> int:
@@ -87,7 +103,9 @@ class WeightCounts:
         rows = -(-self.vocab_size // ranks)
         # Tied rows are not stored twice, except on the last rank, where they are padded.
         own = self.hidden_size * rows if not self.tied or self.vocab_size % ranks else 0
-        return self.tp // tp + self.all // ranks + self.whole + own
+        groups = max(self.shared_groups // ranks, 1)
+        shared = self.shared // self.shared_groups * groups
+        return self.tp // tp + self.all // ranks + shared + self.whole + own
 
     @property
     def total(self) -> int:
@@ -97,7 +115,7 @@ class WeightCounts:
     @property
     def multiplied(self) -> int:
         """Numbers that a token is multiplied with: without embeddings and idle experts."""
-        return self.tp + self.all - self.idle + self.vocab_size * self.hidden_size
+        return self.tp + self.all + self.shared - self.idle + self.vocab_size * self.hidden_size
 
 
 def _part(shard: str, kind: str) -> str:

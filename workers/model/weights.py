@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kvmesh.workers.errors import ConfigError, UnsupportedModelError
 from kvmesh.workers.model.tensors import PLAIN_DTYPES, read_tensors
+from kvmesh.workers.model.text_part import text_tensors
 
 # In old checkpoints: recomputed from the configuration, never loaded.
 _DERIVED_SUFFIXES = (".rotary_emb.inv_freq", ".masked_bias", ".attn.bias")
@@ -46,7 +47,8 @@ class Weights(Protocol):
 
 
 class WeightReader:
-    """Tensors of the checkpoint in `path`, converted to `dtype` on `device`, whole or in part.
+    """Tensors of the text model of the checkpoint in `path`, by the names that it has on its own,
+    converted to `dtype` on `device`, whole or in part.
 
     A context manager: the files are open inside it. `check_all_read` checks that the
     model has used every tensor.
@@ -56,9 +58,9 @@ class WeightReader:
         self, path: Path, dtype: torch.dtype, device: torch.device, unused: tuple[str, ...] = ()
     ) -> None:
         """unused: beginnings of names of tensors that the model does not need"""
-        self._tensors = {
-            name: info for name, info in read_tensors(path).items() if not name.startswith(unused)
-        }
+        found = text_tensors(read_tensors(path), unused)
+        self._tensors = {name: info for name, (_, info) in found.items()}
+        self._stored = {name: stored for name, (stored, _) in found.items()}
         self.dtype = dtype
         self._device = device
         self._files: dict[Path, Any] = {}
@@ -109,7 +111,7 @@ class WeightReader:
         """The tensor as it is stored, of any dtype."""
         info = self._tensors[name]
         self._read.add(name)
-        tensor: Tensor = self._files[info.file].get_tensor(name)
+        tensor: Tensor = self._files[info.file].get_tensor(self._stored[name])
         return tensor.to(self._device)
 
     def check_all_read(self) -> None:
@@ -142,7 +144,7 @@ class WeightReader:
                 "is quantised; expected F32, F16 or BF16",
             )
         self._read.add(name)
-        return self._files[info.file].get_slice(name)
+        return self._files[info.file].get_slice(self._stored[name])
 
     def _to_place(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         wanted = dtype or self.dtype
