@@ -8,9 +8,9 @@ from pathlib import Path
 from kvmesh.kernels.formats.base import KVFormat
 from kvmesh.kernels.formats.registry import format_of_model, get_format
 from kvmesh.workers.errors import ConfigError
-from kvmesh.workers.model.dbrx_keys import standard_keys
 from kvmesh.workers.model.facts import ModelFacts, read_json
 from kvmesh.workers.model.sizes import ModelSizes
+from kvmesh.workers.model.standard_keys import standard_keys
 from kvmesh.workers.model.state_shape import StateShape
 from kvmesh.workers.sizes import PageGeometry, kv_heads_of_rank, page_bytes_of
 
