@@ -83,6 +83,7 @@ class Surroundings:
         self.forgotten: list[str] = []
         self.ended: list[tuple[list[str], EndReason]] = []
         self.unreachable = 0  # engines that cannot be connected to
+        self.closed = 0  # connections that close before the submission
         self._answers: asyncio.Queue[Placed | Exception] = asyncio.Queue()
 
     @asynccontextmanager
@@ -111,6 +112,9 @@ class Surroundings:
         return self
 
     def submit(self, message: Submit, receiver: Receiver) -> None:
+        if self.closed:
+            self.closed -= 1
+            raise EngineLostError()
         self.receiver = receiver
         self.submitted.put_nowait(message)
 
@@ -425,10 +429,11 @@ async def test_losses_count_since_the_latest_token_whether_or_not_it_was_read() 
     assert len(alone.around.asked) == MAX_FAILOVERS + 1
 
 
-async def test_an_engine_that_cannot_be_reached_is_lost_without_blame() -> None:
+@pytest.mark.parametrize("when", ["unreachable", "closed"])
+async def test_an_engine_that_cannot_be_reached_is_lost_without_blame(when: str) -> None:
     alone = Alone()
     task = alone.read()
-    alone.around.unreachable = 1
+    setattr(alone.around, when, 1)
     alone.place(epoch="e0")
     alone.place(epoch="e1")
     sent = await alone.submitted()
