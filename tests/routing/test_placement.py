@@ -198,6 +198,14 @@ def test_growth_past_the_estimate_is_granted_with_new_terms() -> None:
     assert want(router, placement, 160, 600, 5.0) == []
 
 
+def test_growth_that_a_lease_covers_already_leaves_it_as_it_is() -> None:
+    """A want may be older than the last extension, when a router and an engine meet again."""
+    router = router_with(groups={"g0": make_info()})
+    made = place(router, "a", 160, 160, 0.0)
+    (grown,) = want(router, made, 160, 10, 1.0)
+    assert grown == Grown("g0", made.lease)
+
+
 def test_a_request_goes_where_it_takes_the_smaller_share_of_the_pages() -> None:
     router = router_with(groups={"g0": make_info(sealed=100), "g1": make_info(sealed=1000)})
     assert place(router, "a", 960, 16, 0.0).group == "g1"
