@@ -210,7 +210,7 @@ def test_clients_of_one_connection_know_its_server_together(known: str) -> None:
     other = client.with_options(model="m")
     first, second = (client, other) if known == "by the first client" else (other, client)
     first.loads()
-    fake.server.fail(GONE_FOR_3_S, times=12)
+    fake.server.fail(GONE_FOR_3_S, times=20)
     assert second.generate("hi").text == "a b c"
 
 
