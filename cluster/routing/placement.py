@@ -25,7 +25,7 @@ class Promise:
     at: float
     spare: PageNeed
 
-    def beside(self, lease: Lease) -> Promise:
+    def after_grant(self, lease: Lease) -> Promise:
         """The promise once another request has got this lease on the group."""
         return self if lease.ends_at <= self.at else replace(self, spare=self.spare - lease.need)
 

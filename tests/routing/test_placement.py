@@ -130,13 +130,13 @@ def test_a_request_that_gives_up_no_longer_holds_others_back(how: str) -> None:
     router = router_with(pace=SLOW, groups={"g0": make_info()}, ahead_s=1e9, patience_s=1.0)
     place(router, "running", 688, 320, 0.0)  # 60 sealed pages, ends at about 33 s
     assert isinstance(router.place(ask("large", 16, 1264), 1.0)[0], Enqueued)
-    # It fits beside what runs, but not beside what is promised.
+    # It fits next to what runs, but not next to what is promised.
     assert isinstance(router.place(ask("slow", 16, 600), 1.0)[0], Enqueued)
     outcomes = getattr(router, how)("large", 2.0)
     assert granted(outcomes[-1:]).request_id == "slow"
 
 
-def test_what_is_spare_beside_a_promise_is_given_away_once() -> None:
+def test_what_is_spare_besides_a_promise_is_given_away_once() -> None:
     router = router_with(
         pace=SLOW, groups={"g0": make_info(max_sequences=3)}, ahead_s=1e9, patience_s=1.0
     )
