@@ -38,6 +38,16 @@ def test_a_cached_prefix_attracts() -> None:
     assert place(router, "e", 1600, 16, 20.0, page_hashes=pages).cached_tokens == 0
 
 
+def test_an_engine_that_returns_has_nothing_cached() -> None:
+    router = router_with(groups={"g0": make_info(sealed=1000)})
+    pages = tuple(b"%d" % page for page in range(100))
+    place(router, "a", 1600, 16, 0.0, page_hashes=pages)
+    assert place(router, "b", 1600, 16, 1.0, page_hashes=pages).cached_tokens == 96 * 16
+    router.group_down("g0", 2.0)
+    router.group_up("g0", make_info(sealed=1000, epoch="e1"), (), 3.0)
+    assert place(router, "c", 1600, 16, 4.0, page_hashes=pages).cached_tokens == 0
+
+
 def test_the_group_of_a_cached_prefix_is_worth_waiting_for_until_others_wait_for_it() -> None:
     infos = {name: make_info(sealed=1000) for name in ("g0", "g1")}
     router = router_with(pace=SLOW, groups=infos, ahead_s=10.0)
