@@ -43,6 +43,10 @@ def _ingress(module: str, *tests: str) -> Target:
     return Target(f"cluster/ingress/{module}.py", tuple(paths))
 
 
+def _client(module: str, *tests: str) -> Target:
+    return Target(f"client/{module}.py", tuple(f"tests/client/test_{name}.py" for name in tests))
+
+
 ENGINE = (
     "arena",
     "prefix_cache",
@@ -62,6 +66,7 @@ TARGETS = {
     "scheduler": _workers("scheduler", *ENGINE),
     "engine": _workers("engine", *ENGINE),
     "engine_stats": _workers("engine_stats", *ENGINE),
+    "step_pipeline": _workers("step_pipeline", "overlap", *ENGINE),
     "page_tables": _workers("page_tables", *ENGINE),
     "step_draft": _workers("step_draft", *ENGINE),
     "request_check": _workers("request_check", "request_check", "prompt_scores"),
@@ -87,13 +92,17 @@ TARGETS = {
     "audit": Target("cluster/routing/audit.py", ROUTING),
     "queue": Target("cluster/routing/queue.py", ROUTING),
     "placement": Target("cluster/routing/placement.py", ROUTING),
+    "admission": Target("cluster/routing/admission.py", ROUTING),
     "choice": _ingress("choice", "choice", "stop_strings", "generation"),
     "engine_links": _ingress("engine_links", "engine_links", "generation"),
     "generation": _ingress("generation", "one_generation", "generation", "leases", "stream_status"),
+    "validate": _ingress("validate", "validate"),
+    "router_link": _ingress("router_link", "router_link"),
+    "failovers": _ingress("failovers", "one_generation"),
     "attempt": _ingress("attempt", "one_generation", "generation", "leases"),
-    "client_flows": Target(
-        "client/flows.py", tuple(f"tests/client/test_{x}.py" for x in ("streams", "retries"))
-    ),
+    "client_flows": _client("flows", "streams", "retries"),
+    "client_failures": _client("failures", "errors", "retries"),
+    "stream_state": _client("stream_state", "streams", "cursor"),
 }
 
 

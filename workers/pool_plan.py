@@ -111,6 +111,6 @@ def pool_for(
 
 def _cached_pages(left_bytes: int, hot_pages: int, geometry: PageGeometry) -> int:
     """How many hot pages cached prefixes get of what sequences do not hold exactly."""
-    if geometry.hot_per_sequence() == 1:
+    if not geometry.sink_pages + geometry.recent_pages:
         return 0  # a format without exact windows reads no hot page of a prefix
     return min(hot_pages, int(left_bytes * CACHED_HOT_SHARE) // geometry.hot_page_bytes)

@@ -114,11 +114,16 @@ class RequestOutput:
     def _accept(self, choice: RunningChoice, deltas: list[SequenceDelta]) -> None:
         output = choice.accept(deltas)
         if choice.finish is not None:
-            if choice.finish.reason is EndReason.DEADLINE and not self.num_tokens:
+            if choice.finish.reason is EndReason.DEADLINE and not self._has_tokens():
                 raise RequestDeadlineError()
             if choice.cut:
                 self._cut.append(choice)
         self._emit(choice, output)
+
+    def _has_tokens(self) -> bool:
+        """Whether any choice has some, also in deltas that are yet to be absorbed."""
+        waiting = (delta.token_ids for deltas in self._deltas for delta in deltas)
+        return self.num_tokens > 0 or any(waiting)
 
     def _emit(self, choice: RunningChoice, output: ChoiceOutput) -> None:
         if output:

@@ -102,7 +102,7 @@ class RouterLink:
         except asyncio.CancelledError:
             if answer.cancelled():
                 self._send(Cancel(call))
-            else:  # placed in the same moment in which this task was cancelled
+            elif answer.exception() is None:  # placed as this task was cancelled
                 self._send(Release(answer.result().lease.lease_id))
             raise
         assert isinstance(placed, Placed)

@@ -132,6 +132,9 @@ class Admission:
             if choice.group is not None:
                 self.queue.remove(live, now)
                 decisions.append(Granted(self._leases.grant(live, choice, now)))
+                if (kept := promises.get(choice.group.name)) is not None:
+                    assert live.lease is not None
+                    promises[kept.group] = kept.after_grant(live.lease)
                 open_groups = self._chooser.open_groups(now)
             elif (later := choice.better_later) is not None:
                 so_far_s = deferred_s.get(later.name, 0.0)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvmesh.cluster.routing.demand import RequestDemand
 from kvmesh.cluster.routing.group import NO_PAGES, Group
+from kvmesh.cluster.routing.live import Lease
 from kvmesh.cluster.routing.verdict import Reason, Row, Verdicts
 from kvmesh.workers.sizes import PageNeed
 
@@ -23,6 +24,10 @@ class Promise:
     group: str
     at: float
     spare: PageNeed
+
+    def after_grant(self, lease: Lease) -> Promise:
+        """The promise once another request has got this lease on the group."""
+        return self if lease.ends_at <= self.at else replace(self, spare=self.spare - lease.need)
 
 
 NO_PROMISES: Mapping[str, Promise] = {}

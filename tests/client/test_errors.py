@@ -249,3 +249,8 @@ def test_why_there_is_no_connection_is_said_in_plain_words(details: str, message
     assert isinstance(error, errors.UnavailableError)
     assert str(error).startswith(message)
     assert "last error" not in str(error)
+
+
+def test_a_proxy_without_the_route_is_no_model_that_is_not_found() -> None:
+    error = error_of(RpcFailure("NOT_FOUND", "no route"))
+    assert type(error) is errors.ServerError and error.code == "NOT_FOUND"

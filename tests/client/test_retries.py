@@ -194,12 +194,24 @@ def known_server(**retry: float) -> tuple[FakeTransport, Client]:
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_known_server_that_is_lost_is_waited_for(streaming: bool) -> None:
     fake, client = known_server(initial_backoff_s=0.0)
-    fake.server.fail(GONE_FOR_3_S, times=12)
+    # For longer than one that has never answered.
+    fake.server.fail(GONE_FOR_3_S, times=20)
     if streaming:
         assert len(list(client.generate_stream("hi"))) == 4
     else:
         assert client.generate("hi").text == "a b c"
-    assert fake.server.slept_s == 36.0
+    assert fake.server.slept_s == 60.0
+
+
+@pytest.mark.parametrize("known", ["by the first client", "by the other one"])
+def test_clients_of_one_connection_know_its_server_together(known: str) -> None:
+    fake = FakeTransport(["a b c"])
+    client = Client(transport=fake, retry=RetryPolicy(initial_backoff_s=0.0))
+    other = client.with_options(model="m")
+    first, second = (client, other) if known == "by the first client" else (other, client)
+    first.loads()
+    fake.server.fail(GONE_FOR_3_S, times=20)
+    assert second.generate("hi").text == "a b c"
 
 
 def test_an_outage_without_a_timeout_has_a_limit() -> None:

@@ -307,6 +307,21 @@ def test_progress_resets_the_retry_count() -> None:
     assert stream.completion.text == "x" * 9
 
 
+def test_scores_of_the_prompt_are_progress() -> None:
+    def one_score(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+        received = request.resume.prompt_logprobs_received
+        yield started(request)
+        if received < 9:
+            yield prompt_logprobs(received)
+            yield from failing(ENGINE_LOST)(request, context)
+        yield from (delta(0, "a", 1), finished(), usage())
+
+    servicer = ScriptedServicer(one_score)
+    with serving(servicer) as target:
+        _, stream = collect(target, False, prompt_logprobs=0)
+    assert len(stream.completion.prompt_logprobs) == 9
+
+
 @pytest.mark.parametrize("asynchronous", [False, True])
 @pytest.mark.parametrize(
     ("broken", "what"),

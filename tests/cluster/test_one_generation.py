@@ -83,6 +83,7 @@ class Surroundings:
         self.forgotten: list[str] = []
         self.ended: list[tuple[list[str], EndReason]] = []
         self.unreachable = 0  # engines that cannot be connected to
+        self.closed = 0  # connections that close before the submission
         self._answers: asyncio.Queue[Placed | Exception] = asyncio.Queue()
 
     @asynccontextmanager
@@ -111,6 +112,9 @@ class Surroundings:
         return self
 
     def submit(self, message: Submit, receiver: Receiver) -> None:
+        if self.closed:
+            self.closed -= 1
+            raise EngineLostError()
         self.receiver = receiver
         self.submitted.put_nowait(message)
 
@@ -425,10 +429,25 @@ async def test_losses_count_since_the_latest_token_whether_or_not_it_was_read() 
     assert len(alone.around.asked) == MAX_FAILOVERS + 1
 
 
-async def test_an_engine_that_cannot_be_reached_is_lost_without_blame() -> None:
+async def test_at_a_deadline_one_choice_that_has_output_is_enough() -> None:
+    """Here all of it comes at once, and that of the choice without output comes first."""
+    alone = Alone(n=2, timeout_s=30.0)
+    task = alone.read()
+    alone.place()
+    await alone.submitted()
+    alone.deliver("l1.0", end=EndReason.DEADLINE, usage=used())
+    alone.deliver("l1.1", 5)
+    alone.deliver("l1.1", end=EndReason.DEADLINE, usage=used())
+    await over(task)
+    assert alone.usage.completion_tokens == 1
+    assert alone.kinds().count("choice_finished") == 2
+
+
+@pytest.mark.parametrize("when", ["unreachable", "closed"])
+async def test_an_engine_that_cannot_be_reached_is_lost_without_blame(when: str) -> None:
     alone = Alone()
     task = alone.read()
-    alone.around.unreachable = 1
+    setattr(alone.around, when, 1)
     alone.place(epoch="e0")
     alone.place(epoch="e1")
     sent = await alone.submitted()

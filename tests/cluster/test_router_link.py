@@ -146,6 +146,18 @@ async def test_who_leaves_in_the_moment_of_the_answer_gives_the_lease_back() -> 
     assert wire.take() == [Release("l")]
 
 
+async def test_who_leaves_in_the_moment_of_a_refusal_has_left() -> None:
+    link, wire = linked()
+    task = asyncio.create_task(hold(link, asyncio.Event(), [], submitted=False))
+    await turns()
+    (sent,) = wire.take()
+    link.received(CallFailed(sent.call, Failure.of(DrainingError())))  # type: ignore[attr-defined]
+    task.cancel()
+    await turns()
+    assert task.cancelled()
+    assert wire.take() == []
+
+
 async def test_open_calls_are_made_again_over_the_next_connection() -> None:
     link, wire = linked()
     leave = asyncio.Event()

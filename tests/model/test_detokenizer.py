@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from kvmesh.workers.model.tokenizer import Tokenizer
+from tests.exercised import Exercised
 
 WORDS = ["the sea at night is ä wörld, of 日本 and don't 🤗 say", "sea seas seaside night nights ."]
 SPECIAL = ["<s>", "</s>", "<|im_start|>"]
@@ -100,7 +101,12 @@ def difference(before: str, whole: str) -> str:
     return whole[sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], common)) :]
 
 
+ADDED = Exercised("streamed text", {"outputs after a prompt": 40, "outputs divided": 40})
+ANY_IDS = Exercised("text of any ids", {"ids": 300, "texts without special tokens": 20})
+
+
 @pytest.mark.parametrize("kind", MADE)
+@ADDED.required
 @given(data=st.data())
 @settings(max_examples=150, deadline=None)
 def test_streamed_text_is_what_the_output_adds_to_the_prompt(
@@ -124,13 +130,16 @@ def test_streamed_text_is_what_the_output_adds_to_the_prompt(
     prompt, output = data.draw(runs), data.draw(runs)
     # The prompt may end anywhere, also within a character.
     cut = data.draw(st.integers(0, len(output)))
+    ADDED.add("outputs divided", 0 < cut < len(output))
     prompt, output = prompt + output[:cut], output[cut:]
     skip = data.draw(st.booleans())
     shown, whole = tokenizer.decode(prompt, skip), tokenizer.decode(prompt + output, skip)
+    ADDED.add("outputs after a prompt", bool(prompt and output))
     assert "".join(streamed(tokenizer, prompt, output, skip)) == difference(shown, whole)
 
 
 @pytest.mark.parametrize("kind", MADE)
+@ANY_IDS.required
 @given(data=st.data())
 @settings(max_examples=100, deadline=None)
 def test_any_ids_give_the_text_of_their_bytes(kind: str, data: st.DataObject) -> None:
@@ -139,6 +148,8 @@ def test_any_ids_give_the_text_of_their_bytes(kind: str, data: st.DataObject) ->
     skip = data.draw(st.booleans())
     pieces = streamed(tokenizer, [0], ids, skip)
     special = set(tokenizer.special_tokens.values()) if skip else set()
+    ANY_IDS.add("ids", len(ids))
+    ANY_IDS.add("texts without special tokens", skip)
     joined = b"".join(tokenizer.token_bytes(token) for token in ids if token not in special)
     errors = "kvmesh_replace_bytes" if kind in ("llama", "gemma") else "replace"
     assert "".join(pieces) == joined.decode(errors=errors)

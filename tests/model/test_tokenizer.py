@@ -19,6 +19,7 @@ from transformers import AutoTokenizer
 from kvmesh.workers.errors import ConfigError, InvalidFieldError
 from kvmesh.workers.model.chat import Conversation
 from kvmesh.workers.model.tokenizer import Tokenizer
+from tests.exercised import Exercised
 from tests.model.small import make_small_tokenizer
 
 TEXT = "Hello 🤗 wörld, 日本語のテキスト 👩‍👩‍👧 \N{REPLACEMENT CHARACTER} end  "
@@ -110,12 +111,17 @@ def test_other_threads_run_while_a_long_text_is_encoded(byte_level: Tokenizer) -
     assert during[0] > 10
 
 
+CUT = Exercised("texts in parts", {"parts": 150, "parts that end within a character": 20})
+
+
+@CUT.required
 @given(data=st.data(), text=st.text(max_size=60))
 @settings(max_examples=150, deadline=None)
 def test_any_text_in_any_parts(byte_level: Tokenizer, data: st.DataObject, text: str) -> None:
     _check_portions(byte_level, data, text)
 
 
+@CUT.required
 @given(data=st.data(), text=st.text(alphabet="hen d日🤗ü,", max_size=40))
 @settings(max_examples=150, deadline=None)
 def test_any_text_in_any_parts_with_byte_tokens(
@@ -127,6 +133,11 @@ def test_any_text_in_any_parts_with_byte_tokens(
 def _check_portions(tokenizer: Tokenizer, data: st.DataObject, text: str) -> None:
     ids = tokenizer.encode(text, add_special_tokens=False)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(ids)), max_size=8)))
+    within = [
+        cut for cut in cuts if tokenizer.decode(ids[:cut]).endswith("\N{REPLACEMENT CHARACTER}")
+    ]
+    CUT.add("parts", len(cuts))
+    CUT.add("parts that end within a character", len(within))
     stream = tokenizer.stream()
     pieces = [
         stream.push(ids[start:end])

@@ -60,6 +60,14 @@ def test_growth_needs_room(account: Account) -> None:
     account.check_integrity()
 
 
+def test_a_grant_needs_room_for_the_growth_of_its_own_lease(account: Account) -> None:
+    grant(account, PageNeed(4, 20))
+    with pytest.raises(LedgerError, match="to grow to"):
+        grant(account, PageNeed(4, 40), number=1, max_sealed=81)
+    assert grant(account, PageNeed(4, 40), number=1, max_sealed=80).to_grow == account.reserve == 40
+    account.check_integrity()
+
+
 def test_the_oldest_lease_can_always_grow_to_its_maximum(account: Account) -> None:
     old = grant(account, PageNeed(4, 30), max_sealed=50)
     young = grant(account, PageNeed(4, 40), number=1, max_sealed=60)

@@ -7,6 +7,7 @@ from kvmesh.cluster.routing.outcome import Enqueued, Grown, Refused
 from kvmesh.cluster.routing.placement import GroupChoice, PlacementWeights, choose, prefill_s
 from kvmesh.cluster.routing.status import router_status
 from kvmesh.cluster.routing.verdict import Reason
+from kvmesh.workers.lease import AccountUpdate, LeaseEnd
 from kvmesh.workers.sizes import PageNeed
 from tests.routing.groups import (
     SLOW,
@@ -35,6 +36,16 @@ def test_a_cached_prefix_attracts() -> None:
         end(router, placement, 10.5)
     router.fleet.pages_changed(first.group, (), pages)
     assert place(router, "e", 1600, 16, 20.0, page_hashes=pages).cached_tokens == 0
+
+
+def test_an_engine_that_returns_has_nothing_cached() -> None:
+    router = router_with(groups={"g0": make_info(sealed=1000)})
+    pages = tuple(b"%d" % page for page in range(100))
+    place(router, "a", 1600, 16, 0.0, page_hashes=pages)
+    assert place(router, "b", 1600, 16, 1.0, page_hashes=pages).cached_tokens == 96 * 16
+    router.group_down("g0", 2.0)
+    router.group_up("g0", make_info(sealed=1000, epoch="e1"), (), 3.0)
+    assert place(router, "c", 1600, 16, 4.0, page_hashes=pages).cached_tokens == 0
 
 
 def test_the_group_of_a_cached_prefix_is_worth_waiting_for_until_others_wait_for_it() -> None:
@@ -124,6 +135,34 @@ def test_the_first_in_line_is_promised_a_start_and_smaller_ones_pass_it_without_
     assert large.request_id == "large"
 
 
+@pytest.mark.parametrize("how", ["cancel", "abort"])
+def test_a_request_that_gives_up_no_longer_holds_others_back(how: str) -> None:
+    router = router_with(pace=SLOW, groups={"g0": make_info()}, ahead_s=1e9, patience_s=1.0)
+    place(router, "running", 688, 320, 0.0)  # 60 sealed pages, ends at about 33 s
+    assert isinstance(router.place(ask("large", 16, 1264), 1.0)[0], Enqueued)
+    # It fits next to what runs, but not next to what is promised.
+    assert isinstance(router.place(ask("slow", 16, 600), 1.0)[0], Enqueued)
+    outcomes = getattr(router, how)("large", 2.0)
+    assert granted(outcomes[-1:]).request_id == "slow"
+
+
+def test_what_is_spare_besides_a_promise_is_given_away_once() -> None:
+    router = router_with(
+        pace=SLOW, groups={"g0": make_info(max_sequences=3)}, ahead_s=1e9, patience_s=1.0
+    )
+    running = place(router, "running", 688, 320, 0.0)  # 60 sealed pages, ends at about 33 s
+    busy = [place(router, f"busy-{i}", 16, 16, 0.5) for i in range(2)]
+    # At 33 s the first of these is to have 77 pages of 100, so that 23 are spare: enough for one
+    # of the others, which would hold 19 each for longer than that. 40 are free now.
+    assert isinstance(router.place(ask("large", 16, 1264), 1.0)[0], Enqueued)
+    for name in ("slow", "slower"):
+        assert isinstance(router.place(ask(name, 16, 350), 1.0)[0], Enqueued)
+    together = AccountUpdate(ended=tuple(LeaseEnd(x.lease.lease_id) for x in busy))
+    outcomes = router.account("g0", together, 2.0)
+    assert granted(outcomes).request_id == "slow" and len(outcomes) == 1
+    assert granted(end(router, running, 30.0)).request_id == "large"
+
+
 def test_what_cannot_start_in_time_is_refused_at_once() -> None:
     router = router_with(pace=SLOW, groups={"g0": make_info()}, ahead_s=1e9)
     place(router, "running", 960, 320, 0.0)
@@ -167,6 +206,14 @@ def test_growth_past_the_estimate_is_granted_with_new_terms() -> None:
     assert again == grown
     end(router, placement, 4.0)
     assert want(router, placement, 160, 600, 5.0) == []
+
+
+def test_growth_that_a_lease_covers_already_leaves_it_as_it_is() -> None:
+    """A want may be older than the last extension, when a router and an engine meet again."""
+    router = router_with(groups={"g0": make_info()})
+    made = place(router, "a", 160, 160, 0.0)
+    (grown,) = want(router, made, 160, 10, 1.0)
+    assert grown == Grown("g0", made.lease)
 
 
 def test_a_request_goes_where_it_takes_the_smaller_share_of_the_pages() -> None:

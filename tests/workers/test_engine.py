@@ -612,6 +612,18 @@ def test_the_parts_of_a_step_are_timed_and_the_longest_wait_for_a_token() -> Non
     assert engine.stats.take_step_times() == []
 
 
+def test_a_step_in_flight_is_timed_from_the_result_of_the_one_before() -> None:
+    executor = TickingExecutor(PAGE, 0, 0, 200)
+    executor.max_in_flight = 2
+    config = EngineConfig(model="memory", page_size=PAGE, max_num_seqs=4, max_num_batched_tokens=16)
+    engine = Engine(config, executor, lambda: executor.now_s)
+    engine.add(request("r", [5, 6], params=SamplingParams(max_tokens=4, ignore_eos=True)))
+    run(engine)
+    times = engine.stats.take_step_times()
+    assert [x.device_s for x in times] == pytest.approx([executor.step_s] * 4)
+    assert [x.host_s for x in times] == pytest.approx([0.0] * 4)
+
+
 def test_the_longest_wait_is_that_of_a_sequence_that_was_paused() -> None:
     now = [0.0]
     executor = MemoryExecutor(PAGE, 0, 0, 200)

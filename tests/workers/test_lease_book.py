@@ -101,7 +101,7 @@ def test_an_open_want_is_reported_to_a_new_router_until_it_is_met() -> None:
 
 @pytest.mark.parametrize(
     ("outputs", "resumed", "learned"),
-    [((5, 9), 0, 9), ((5, None), 0, None), ((None, 5), 0, None), ((5, 9), 3, None)],
+    [((5, 9), 0, 9), ((9, 5), 0, 9), ((5, None), 0, None), ((None, 5), 0, None), ((5, 9), 3, None)],
 )
 def test_a_lease_ends_with_its_last_sequence(
     outputs: tuple[int | None, ...], resumed: int, learned: int | None

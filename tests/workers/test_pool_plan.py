@@ -96,6 +96,10 @@ def test_prefixes_have_hot_pages_of_their_own_where_windows_are_exact() -> None:
     without = replace(GEOMETRY, sink_pages=0, recent_pages=0)
     plan = plan_pool(budget, without, max_num_seqs=2, max_num_batched_tokens=128)
     assert plan.cached_pages == 0
+    # Between two ranks, one hot page each is a window of two.
+    dealt = replace(GEOMETRY, sink_pages=0, recent_pages=1, ranks=2, kvp=2)
+    plan = plan_pool(budget, dealt, max_num_seqs=2, max_num_batched_tokens=128)
+    assert plan.cached_pages == 2
 
 
 @pytest.mark.parametrize("kv_format", ["exact", "int8", "k4v4", "k2v2", "int4"])

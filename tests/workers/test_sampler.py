@@ -299,6 +299,21 @@ def test_ids_without_a_token_are_never_sampled_nor_listed(
         assert len(token.top) == 20
 
 
+def test_ids_without_a_token_have_no_part_in_the_scores_of_a_prompt() -> None:
+    unused = (30, 31, *range(990, VOCAB))
+    sampler = Sampler(VOCAB, (EOS,), CPU, unused)
+    sampler.start_row(RowStart(0, SamplingParams(prompt_logprobs=2), 1, b""))
+    logits = logits_of({5: 1.0, 6: 0.5, 30: 5.0, 995: torch.nan}, {7: 1.0, 999: 9.0})
+    without = logits.clone()
+    without[:, list(unused)] = -torch.inf
+    expected = torch.log_softmax(without, -1)
+    found = sampler.score(0, logits, torch.tensor([6, 7]))
+    assert found.sound
+    chosen = np.frombuffer(found.logprobs, np.float32)
+    assert chosen.tolist() == pytest.approx([float(expected[0, 6]), float(expected[1, 7])])
+    assert np.frombuffer(found.top_ids, np.int32)[:2].tolist() == [5, 6]
+
+
 def test_no_more_alternatives_are_listed_than_there_are_tokens() -> None:
     sampler = Sampler(VOCAB, (EOS,), CPU, tuple(range(5, VOCAB)))
     sampler.start_row(RowStart(0, SamplingParams(temperature=0.0, logprobs=20), 1, b""))

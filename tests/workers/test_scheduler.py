@@ -135,6 +135,24 @@ def test_a_sequence_that_is_preempted_leaves_the_step_and_its_tokens_to_others(a
     assert plan.seal_sealed == plan.sealed.ids, "pages of both that stay"
 
 
+def test_nobody_is_preempted_for_a_page_that_the_next_result_brings() -> None:
+    bench = Bench(sealed=1)
+    bench.add("ends", 20, max_tokens=3)  # it has the page
+    needy = bench.add("needy", 13)
+    bench.plan()
+    bench.plan()
+    last = bench.scheduler.schedule()
+    assert last is not None and bench.tokens_of(last) == {"ends": 1, "needy": 1}
+    # The token after that fills a page of the other one, which has to be sealed.
+    assert bench.scheduler.schedule() is None
+    for _, seq in bench.scheduler.commit(last):
+        assert seq is not None
+        seq.append(7)
+    bench.scheduler.remove(bench.sequences["ends"])
+    assert bench.plan() == {"needy": 1}
+    assert needy.sealed and not needy.preemptions
+
+
 def with_a_twin(*, later: bool) -> tuple[Bench, dict[str, Sequence]]:
     """Two sequences with the same first page, of which the one decodes and the other, `twin`,
     computes a prompt; in between one that needs a page; at last one that decodes and has two.

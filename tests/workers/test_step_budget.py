@@ -16,6 +16,7 @@ from kvmesh.workers.plan import StepPlan, StepResult
 from kvmesh.workers.request import EngineRequest
 from kvmesh.workers.sampling_params import SamplingParams
 from kvmesh.workers.step_budget import MIN_STRETCH, UNLIMITED, StepBudget, StepWork
+from tests.exercised import Exercised
 from tests.workers.memory_executor import MemoryExecutor, expected_output
 
 COSTS = (0.002, 1e-4, 1e-8, 1e-7)  # seconds: a step, a prompt token, a pair, a token of context
@@ -51,6 +52,10 @@ def learned(costs: tuple[float, ...] = COSTS, max_step_s: float = 0.05) -> StepB
     return budget
 
 
+FILLED = Exercised("step budget", {"chunks that fill the step": 30, "no room for more": 2})
+
+
+@FILLED.required
 @given(
     costs=st.tuples(
         st.floats(1e-4, 1e-2), st.floats(1e-6, 1e-3), st.floats(0, 1e-7), st.floats(0, 1e-6)
@@ -64,6 +69,7 @@ def test_the_largest_chunk_fills_the_step_and_no_more(
     count = learned(costs, max_step_s).chunk_tokens(work_of(*DECODING), start)
     limit_s = max(max_step_s, MIN_STRETCH * seconds(work_of(*DECODING), costs))
     assert count >= 1
+    FILLED.add("chunks that fill the step" if count > 1 else "no room for more")
     if count > 1:
         assert seconds(work_of(*DECODING, (start, count)), costs) <= 1.01 * limit_s
     assert seconds(work_of(*DECODING, (start, count + 2)), costs) >= 0.99 * limit_s

@@ -353,6 +353,16 @@ async def test_a_reply(server: HttpServer, contract: ScriptedContract) -> None:
     assert reply.usage.model_extra["kvmesh"]["kv_used_bytes"] == 2048
 
 
+async def test_an_answer_of_no_text_is_a_text(
+    server: HttpServer, contract: ScriptedContract
+) -> None:
+    """It is null for tool calls alone."""
+    contract.script = words()
+    async with server.client() as client:
+        reply = await client.chat.completions.create(model="tiny", messages=HI)
+    assert reply.choices[0].message.content == ""
+
+
 @pytest.mark.parametrize(
     ("end", "reason", "stop"),
     [

@@ -204,6 +204,15 @@ def test_what_follows_no_longer_than_the_grammar_compiles_can_be_aborted() -> No
     assert generate(request("next", matching("[a-z]{3}")))["next"].end is EndReason.STOP
 
 
+def test_a_grammar_that_fails_after_its_sequence_has_left_is_forgotten() -> None:
+    from tests.workers.structured.tiny import engine
+
+    engine().add(request("gone", OutputConstraint("start: (")))
+    assert engine().abort("gone") is not None
+    outputs = generate(request("next", matching("[a-z]{3}")))
+    assert [*outputs] == ["next"] and outputs["next"].end is EndReason.STOP
+
+
 NAMES = (f"n{index}" for index in count())
 
 
