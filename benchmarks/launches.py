@@ -331,7 +331,7 @@ def compiled_in_workload(kv_format: str, steps: int) -> list[str]:
             for row in present.tolist():
                 old = int(lengths[row])
                 decodes = old > 0 and random.random() < 0.8
-                new = 1 if decodes else int(random.choice([1, 5, 64, 200, 513]))
+                new = 1 if decodes else int(random.choice([1, 5, 64, 200, 700]))
                 if old + new >= 2**17 or random.random() < 0.05:
                     old = 0
                 if not old:

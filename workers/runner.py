@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from kvmesh.kernels import gpu
-from kvmesh.kernels.attention import paged_attention, sharers, warm_up
+from kvmesh.kernels.attention import paged_attention, sharers, warm_up, warm_up_far
 from kvmesh.kernels.formats.base import NO_PARAMS, KVFormat, LayerParams, ModelParams
 from kvmesh.kernels.merge import merge_sinks
 from kvmesh.kernels.pointwise import rope_write
@@ -342,6 +342,7 @@ class ModelRunner:
             logits = self._forward(to_device(arrays, self._tables, self._device, works))
             if self._sampler is not None and logits is not None:
                 self._sampler.warm_up(logits)
+        warm_up_far(self._pool.hot[0], self._model.num_heads, fmt=self._fmt)
         for table in pages:
             table.fill_(-1)
         self._pool.all_hot.select(1, 0).zero_()

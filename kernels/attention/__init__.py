@@ -1,7 +1,14 @@
 """Attention over hot and sealed pages."""
 
 from kvmesh.kernels.attention.batch import AttentionBatch, GivenDecodeWork, SharedPrefixes
-from kvmesh.kernels.attention.op import paged_attention, sharers, warm_up
+from kvmesh.kernels.attention.far import far_bytes
+from kvmesh.kernels.attention.op import (
+    far_attention,
+    paged_attention,
+    sharers,
+    warm_up,
+    warm_up_far,
+)
 from kvmesh.kernels.attention.work import (
     PREFILL_CHUNK_TOKENS,
     DecodeWork,
@@ -22,8 +29,11 @@ __all__ = [
     "SharedPrefixes",
     "Windows",
     "columns_below",
+    "far_attention",
+    "far_bytes",
     "paged_attention",
     "sharers",
     "warm_up",
+    "warm_up_far",
     "workspace_bytes",
 ]

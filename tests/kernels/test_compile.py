@@ -59,6 +59,12 @@ def test_wide_heads_fit_into_shared_memory(capability: str, names: list[str]) ->
     run(script, "--capability", capability, "--shape", "256x4", "--format", *names)
 
 
+def test_tiles_of_whole_blocks_compile_without_bf16() -> None:
+    script = str(ROOT / "benchmarks" / "compiled.py")
+    where = ("--capability", "75", "--kernel", "prefill", "decoded pages")
+    run(script, *where, "--format", "k3v2")
+
+
 def test_the_record_of_what_compiles_has_no_failure() -> None:
     """It also names the GPUs for which the compiler uses tensor cores."""
     kernels = json.loads(COMPILED.read_text())["kernels"]
