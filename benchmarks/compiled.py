@@ -44,6 +44,7 @@ from kvmesh.kernels.attention.triton_parts import BatchPointers
 from kvmesh.kernels.attention.triton_prefill import prefill_merge_kernel
 from kvmesh.kernels.formats.base import KVFormat
 from kvmesh.kernels.formats.registry import get_format
+from kvmesh.kernels.linear.triton_linear import OPTIONS, TILE, fixed_linear_kernel
 from kvmesh.kernels.merge.triton_merge import merge_kernel
 from kvmesh.kernels.moe import GatedUnit
 from kvmesh.kernels.moe.triton_moe import down_kernel, gate_up_kernel, tiles, unit
@@ -112,6 +113,9 @@ def shared_kernels(
         arguments = (sums, sums, number, sums, batch, *where, launch.form)
         how: dict[str, Any] = {"num_warps": 4}
         yield name, partial(compile_kernel, kernel, arguments, {}, how, capability)
+    inputs = {"IN": 8 * head_dim, "OUT": 3 * head_dim, "PRECISION": "tf32"}
+    fixed = (fixed_linear_kernel, (number, number, number, 8, 16), {**inputs, **TILE}, OPTIONS)
+    yield "fixed linear", partial(compile_kernel, *fixed, capability)
     yield from expert_kernels(capability, head_dim)
 
 

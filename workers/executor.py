@@ -27,6 +27,7 @@ class RankDescription(msgspec.Struct, tag="description", frozen=True):
     kvp: the ranks to which pages are dealt
     gpu_uuid: as NVML writes it, "" on CPUs
     rope: how positions are scaled, see ModelFacts
+    operators: that were chosen when it was loaded, such as "far keys: torch, sums: NCCL"
     model_path: directory with the model's tokenizer, on the ranks' host, which is the leader's
     """
 
@@ -49,6 +50,7 @@ class RankDescription(msgspec.Struct, tag="description", frozen=True):
     state_bytes: int = 0
     rope: str = "default"
     kvp: int = 1
+    operators: str = ""
 
 
 class Allocation(msgspec.Struct, tag="allocation", frozen=True):

@@ -90,6 +90,8 @@ class Rank:
                 weight_format=config.weight_format,
             )
         )
+        if config.deterministic and shared is None:
+            self._model.make_deterministic()
         if self._device.type == "cuda" and self._fmt.v.rotated and shared is None:
             self._model.rotate_values(True)  # saves two launches a layer
 
@@ -123,6 +125,7 @@ class Rank:
             memory_bytes=self._memory_bytes,
             rope=facts.rope,
             kvp=self._comm.kvp,
+            operators=self._operators(),
         )
 
     def allocate(self, allocation: Allocation, *, prepare_decode: bool = True) -> None:
@@ -141,6 +144,7 @@ class Rank:
             prepare_decode=prepare_decode,
             cuda_graphs=self._limits.cuda_graphs,
             params=self._params,
+            deterministic=self._config.deterministic,
         )
 
     def commit_pool(self) -> None:
@@ -274,11 +278,16 @@ class Rank:
             found += far_bytes(**sizes, max_queries=self._limits.max_num_batched_tokens)
         return found
 
+    def _operators(self) -> str:
+        """What was chosen at load, as users read it."""
+        chosen = {"far keys": self._far_attention, "sums": self._comm.sums_with}
+        return ", ".join(f"{what}: {name}" for what, name in chosen.items() if name)
+
     @property
     def _far_attention(self) -> str | None:
         """What large chunks attend to far keys with, if any layer has such keys."""
         model = self._model
-        if None not in model.facts.sliding_windows:
+        if self._config.deterministic or None not in model.facts.sliding_windows:
             return None
         group = model.num_heads // model.num_kv_heads
         return far_attention(self._device, self._dtype, group, model.head_dim)

@@ -3,6 +3,7 @@
 from kvmesh.kernels.attention.batch import AttentionBatch, GivenDecodeWork, SharedPrefixes
 from kvmesh.kernels.attention.far import far_bytes
 from kvmesh.kernels.attention.op import (
+    can_be_deterministic,
     far_attention,
     paged_attention,
     sharers,
@@ -28,6 +29,7 @@ __all__ = [
     "Round",
     "SharedPrefixes",
     "Windows",
+    "can_be_deterministic",
     "columns_below",
     "far_attention",
     "far_bytes",

@@ -150,6 +150,14 @@ def far_attention(
     return None if found is None else found.name
 
 
+def can_be_deterministic(fmt: KVFormat, hot: torch.Tensor) -> bool:
+    """Whether the kernels or loops that a deterministic batch needs exist; fmt, hot: as in
+    `paged_attention`."""
+    if gpu.runs_kernels(hot):
+        return not fmt.comparison
+    return _cpu_backend(fmt, *hot.shape[3:], hot.dtype) == "numba"
+
+
 def warm_up_far(hot: torch.Tensor, num_heads: int, *, fmt: KVFormat) -> None:
     """Compile what far keys need, before the first request; hot, fmt: as in `paged_attention`."""
     from kvmesh.kernels.attention import triton_far

@@ -131,8 +131,10 @@ class _Step:
         )
         flags = {"softcap": softcap is not None, "window": sliding_window is not None}
         decode = prefill = far = None
-        chunked = batch.max_query_len > 1
-        if not chunked or bool((lengths.counts == 1).any()):
+        # A deterministic batch is attended to by one kernel, whatever its sequences' new tokens.
+        chunked = batch.max_query_len > 1 or batch.deterministic
+        decodes = not chunked or bool((lengths.counts == 1).any())
+        if decodes and not batch.deterministic:
             prefixes = batch.prefixes if sliding_window is None else None
             integer = takes_integer_path(
                 fmt,
@@ -158,7 +160,7 @@ class _Step:
         if chunked:
             launch = prefill_launch(fmt, geometry, gpu.capability, **flags)
             far_work = FarWork.none(lengths)
-            if softcap is None:
+            if softcap is None and not batch.deterministic:
                 far_work = FarWork.of(
                     lengths,
                     windows,
@@ -338,7 +340,14 @@ def _prefill(
 ) -> _PrefillLaunches:
     form = launch.form
     item = form.num_kv_heads * form.block_m
-    work = PrefillWork.of(lengths, windows, form.block_q, item * form.head_dim * 4, far.chunks)
+    work = PrefillWork.of(
+        lengths,
+        windows,
+        form.block_q,
+        item * form.head_dim * 4,
+        far.chunks,
+        min_queries=1 if batch.deterministic else 2,
+    )
     starts = _upload(np.concatenate((work.starts, work.bases)), q.device)
     held = max((slab.end - slab.first for slab in work.slabs if not slab.direct), default=0)
     outs = lses = None

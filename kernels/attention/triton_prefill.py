@@ -125,8 +125,8 @@ def prefill_merge_kernel(
     head = tl.program_id(1)
     seq = find(batch.query_starts, num_seqs, token)
     query_start = tl.load(batch.query_starts + seq)
-    num_queries = tl.load(batch.query_starts + seq + 1) - query_start
-    if num_queries > 1:  # decoding sequences may lie between
+    # Sequences that decode, and have no items, may lie between.
+    if tl.load(batch.starts + seq + 1) > tl.load(batch.starts + seq):
         seq_len = tl.load(batch.seq_lens + seq)
         first = first_of(batch, seq, FORM)
         _, num_parts = prefill_parts(batch, num_seqs, seq, seq_len, first, windows, FORM)
