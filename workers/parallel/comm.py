@@ -197,7 +197,10 @@ class _ProcessGroup(Communicator):
             # NCCL and gloo sum the parts of a tensor in an order that depends on its size.
             parts = [torch.empty_like(tensor) for _ in range(self.size)]
             dist.all_gather(parts, tensor)
-            tensor.copy_(sum(part.float() for part in parts))
+            total = parts[0].float()
+            for part in parts[1:]:
+                total += part
+            tensor.copy_(total)
         else:
             dist.all_reduce(tensor)
         return tensor

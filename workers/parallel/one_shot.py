@@ -55,6 +55,7 @@ class OneShotSums:
     def _meet(cls, device: torch.device) -> Self:
         from torch.distributed import _symmetric_memory as symmetric_memory
 
+        assert dist.group.WORLD is not None, "the process group exists"
         name = dist.group.WORLD.group_name
         buffer = symmetric_memory.empty(MAX_BYTES // 2, dtype=torch.bfloat16, device=device)
         symmetric_memory.rendezvous(buffer, name)
