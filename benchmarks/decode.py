@@ -148,10 +148,11 @@ class Device:
         the one before are read, and takes the time from its result to the next."""
         ahead = executor.max_in_flight > 1
         count = WARM_UP + self.steps
-        times, hosts, seals = [], [], []
+        times, hosts, seals, kv_bytes = [], [], [], []
 
         def submit(tokens: list[int] | None) -> float:
             """Returns the time before."""
+            kv_bytes.append(steps.kv_bytes)
             plan = steps.plan(tokens)
             seals.append(len(plan.seal_hot))
             start_s = time.perf_counter()
@@ -162,7 +163,6 @@ class Device:
         for number in range(1, count + 1):
             if ahead and number < count:
                 submit(None)
-            kv_bytes = steps.kv_bytes
             result = executor.result()  # with the tokens on the host
             end_s = time.perf_counter()
             times.append(end_s - start_s)
@@ -184,9 +184,9 @@ class Device:
             host_ms=statistics.median(hosts) * 1e3,
             tokens_per_s=batch / median_s,
             weight_bytes=weight_bytes,
-            kv_bytes=kv_bytes,
+            kv_bytes=kv_bytes[-1],
             sealed_pages=sum(seals[WARM_UP:]),
-            share=(weight_bytes + kv_bytes) / median_s / self.bandwidth,
+            share=(weight_bytes + kv_bytes[-1]) / median_s / self.bandwidth,
             x_exact=exact_ms / (median_s * 1e3) if exact_ms else None,
             clocks=now,
         )

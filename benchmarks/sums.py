@@ -6,14 +6,16 @@ python -m benchmarks.sums [--gpus N]
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import shutil
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 
 from benchmarks.device import seconds
 from kvmesh.workers.parallel.comm import Communicator
@@ -21,17 +23,26 @@ from kvmesh.workers.parallel.one_shot import MAX_BYTES, OneShotSums
 
 # Numbers of a row of hidden states, and rows of a decode step.
 SIZE, ROWS = 4096, (1, 4, 16, 32)
+TIMEOUT_S = 120.0
 
 
 def measure(gpus: int) -> list[dict[str, Any]]:
     """A row for each number of rows: the largest difference and both times, as rank 0 sees them."""
     folder = Path(tempfile.mkdtemp())
     context = multiprocessing.get_context("spawn")
-    queue = context.SimpleQueue()
+    queue: Any = context.Queue()
+    ranks = [
+        context.Process(target=_rank, args=(rank, gpus, folder / "ranks", queue))
+        for rank in range(gpus)
+    ]
+    for process in ranks:
+        process.start()
     try:
-        multiprocessing.spawn(_rank, (gpus, folder / "ranks", queue), nprocs=gpus)
-        return list(queue.get())
+        return list(queue.get(timeout=TIMEOUT_S))
     finally:
+        for process in ranks:
+            process.join(timeout=30)
+            process.kill()
         shutil.rmtree(folder)
 
 
@@ -46,18 +57,22 @@ def _rank(rank: int, gpus: int, rendezvous: Path, queue: Any) -> None:
         part = torch.randn(rows, SIZE, device=device).bfloat16()
         want = part.clone()
         dist.all_reduce(want)
-        row["nccl_us"] = 1e6 * seconds(lambda part=part: dist.all_reduce(part.clone()))
+        row["nccl_us"] = 1e6 * seconds(partial(_sum_copy, part, dist.all_reduce))
         if one_shot is not None:
             assert rows * SIZE * 2 <= MAX_BYTES and one_shot.takes(part)
             got = part.clone()
             one_shot.all_reduce(got)
             # bf16 has 8 bits, and each of the sums is rounded.
             row["error"] = float((got - want).abs().max() / want.abs().max())
-            row["one_shot_us"] = 1e6 * seconds(lambda part=part: one_shot.all_reduce(part.clone()))
+            row["one_shot_us"] = 1e6 * seconds(partial(_sum_copy, part, one_shot.all_reduce))
         found.append(row)
     if rank == 0:
         queue.put(found)
     comm.close()
+
+
+def _sum_copy(part: torch.Tensor, all_reduce: Callable[[torch.Tensor], object]) -> None:
+    all_reduce(part.clone())
 
 
 def main() -> None:

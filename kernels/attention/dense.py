@@ -1,8 +1,8 @@
 """Attention over plain keys that every query sees, by the fastest operator that is installed.
 
 Which one is decided once per shape of heads: the first that runs on the device and agrees with
-plain torch, in its output and in its lse. cuDNN's is not among them: it prepares itself anew for
-every number of queries and of keys, while requests wait.
+plain torch, in its output and in its lse. cuDNN's is not among them: it prepares itself again
+for every number of queries and of keys, while requests wait.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import hypothesis.strategies as st
 import numpy as np
@@ -22,7 +23,7 @@ from tests.model.small import VOCAB_SIZE, make_small_model
 
 # More than a page, so that tokens that were generated are sealed.
 TOKENS = 20
-SHAPE = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+SHAPE: dict[str, Any] = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
 # Norms and linears of kvmesh, and of torch: LayerNorm without weights, one norm of all heads.
 ARCHITECTURES = ["LlamaForCausalLM", "Olmo2ForCausalLM", "CohereForCausalLM"]
 Output = list[tuple[int, SampledLogprobs]]
@@ -55,7 +56,7 @@ def config_of(model: Path, **changes: object) -> EngineConfig:
 
 
 def prompt_of(length: int, seed: int = 0) -> list[int]:
-    return np.random.default_rng(seed).integers(3, VOCAB_SIZE, length).tolist()
+    return [int(token) for token in np.random.default_rng(seed).integers(3, VOCAB_SIZE, length)]
 
 
 def generated(
@@ -161,23 +162,27 @@ def test_settings_that_it_cannot_hold_with_are_named(
 
 
 @pytest.mark.parametrize(
-    ("architecture", "overrides", "reason"),
+    ("architecture", "overrides", "changes", "reason"),
     [
         (
             "Qwen3MoeForCausalLM",
             {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+            {},
             "mixtures of experts",
         ),
-        ("LlamaForCausalLM", {"dtype": "bfloat16"}, "float32 on CPUs"),
+        ("LlamaForCausalLM", {}, {"dtype": "bfloat16"}, "float32 on CPUs"),
     ],
 )
 def test_models_that_it_cannot_hold_for_are_refused(
-    architecture: str, overrides: dict[str, object], reason: str, tmp_path: Path
+    architecture: str,
+    overrides: dict[str, Any],
+    changes: dict[str, object],
+    reason: str,
+    tmp_path: Path,
 ) -> None:
-    dtype = overrides.pop("dtype", "float32") if "dtype" in overrides else "float32"
     model = make_small_model(architecture, tmp_path, **overrides)
     with pytest.raises(ConfigError, match=reason) as caught:
-        local_executor(config_of(model, dtype=dtype))
+        local_executor(config_of(model, **changes))
     assert caught.value.field == "deterministic"
 
 
