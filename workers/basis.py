@@ -46,6 +46,11 @@ class Basis:
         """Whether keys are stored unchanged."""
         return self._k is None
 
+    @property
+    def keeps_values(self) -> bool:
+        """Whether values are stored unchanged."""
+        return self._v is None
+
     def enter_values(self, v: torch.Tensor) -> torch.Tensor:
         """v: [tokens, num_kv_heads, head_dim]"""
         return v if self._v is None else self._rotate(v, self._v)

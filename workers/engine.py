@@ -35,6 +35,7 @@ from kvmesh.workers.request import (
 from kvmesh.workers.request_check import unknown_token
 from kvmesh.workers.scheduler import Scheduler
 from kvmesh.workers.sequence import Sequence
+from kvmesh.workers.sequence_usage import usage_of
 from kvmesh.workers.sizes import PageGeometry, PageNeed
 from kvmesh.workers.step_budget import DEFAULT_MAX_STEP_S, StepBudget
 from kvmesh.workers.step_pipeline import StepPipeline
@@ -283,7 +284,7 @@ class Engine:
             last.logprobs if last is not None else (),
             finish_reason=reason,
             matched_stop_token=ids[0] if ids and reason is EndReason.STOP else None,
-            usage=seq.usage(self._clock()),
+            usage=usage_of(seq, self._clock()),
             error=error,
         )
 

@@ -14,10 +14,11 @@ from kvmesh.workers.loads import (
     SequenceLoad,
     StepTime,
 )
-from kvmesh.workers.plan import StepPlan, StepResult
+from kvmesh.workers.plan import StepResult
 from kvmesh.workers.request import EndReason
 from kvmesh.workers.scheduler import Scheduler
 from kvmesh.workers.sequence import Sequence
+from kvmesh.workers.step_budget import StepWork
 
 
 class EngineStats:
@@ -51,12 +52,11 @@ class EngineStats:
     def ended(self, reason: EndReason) -> None:
         self._outcomes[reason.value] += 1
 
-    def step_done(self, plan: StepPlan, whole_s: float, ranks_s: float, result: StepResult) -> None:
+    def step_done(self, work: StepWork, whole_s: float, ranks_s: float, result: StepResult) -> None:
         """A step took `whole_s` after the one before, of which the ranks took `ranks_s`."""
         self._totals["steps"] += 1
-        decoding = sum(chunk.num_tokens == 1 for chunk in plan.chunks)
-        self._totals["decode"] += decoding
-        self._totals["prefill"] += plan.num_tokens - decoding
+        self._totals["decode"] += work.decoding
+        self._totals["prefill"] += work.prompt_tokens
         if result.expert_imbalance is not None:
             self.expert_imbalance = result.expert_imbalance
         self.rank_host_s = result.host_s

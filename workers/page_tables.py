@@ -72,11 +72,13 @@ class PageTables:
     def publish(self, seq: Sequence) -> None:
         """Full pages enter the cache as soon as their tokens are known, and outdated hot ones are
         released: steps are computed in order, so a later one may write to them."""
+        if seq.num_named == seq.num_computed // self._geometry.page_size:
+            return  # no page has become full since
         due = self._geometry.sealed_range(seq.num_computed)
         if seq.shares_pages:
             self._name(seq, due.stop)
         for page in [page for page in seq.hot if page in due]:
-            near_end = seq.ends_near(page)
+            near_end = self._ends_near(seq, page)
             self._cache.release_hot(seq.hot.pop(page), seq.num_computed, at_end=near_end)
 
     def start(self, seq: Sequence) -> None:
@@ -107,6 +109,12 @@ class PageTables:
         used = PageNeed(self._cache.hot.used, self._cache.sealed.used)
         held = PageNeed(len(hot), len(sealed))
         assert used == held, f"{used} are in use, {held} held by sequences: {_holdings(running)}"
+
+    def _ends_near(self, seq: Sequence, page: int) -> bool:
+        """Whether the page is at the end of the prompt, where another question about the same
+        document is likely to differ."""
+        pages = seq.prompt_tokens // self._geometry.page_size
+        return pages - min(BLOCK_PAGES, -(-pages // 8)) <= page < pages
 
     def _known_pages(self, seq: Sequence) -> int:
         """Full pages whose tokens are all known, computed or about to be."""

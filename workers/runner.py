@@ -9,18 +9,9 @@ import numpy as np
 import torch
 
 from kvmesh.kernels import gpu
-from kvmesh.kernels.attention import (
-    can_be_deterministic,
-    paged_attention,
-    sharers,
-    warm_up,
-    warm_up_far,
-)
-from kvmesh.kernels.formats.base import NO_PARAMS, KVFormat, LayerParams, ModelParams
-from kvmesh.kernels.merge import merge_sinks
-from kvmesh.kernels.pointwise import rope_write
-from kvmesh.kernels.seal import seal_layers, seal_pages
-from kvmesh.kernels.write import write_hot
+from kvmesh.kernels.attention import can_be_deterministic, sharers, warm_up, warm_up_far
+from kvmesh.kernels.formats.base import NO_PARAMS, KVFormat, ModelParams
+from kvmesh.kernels.pointwise import has_loops
 from kvmesh.workers.basis import Basis
 from kvmesh.workers.decode_graphs import DecodeGraphs
 from kvmesh.workers.errors import ConfigError
@@ -30,11 +21,10 @@ from kvmesh.workers.kv_pool import KVPool
 from kvmesh.workers.last_tokens import LastTokens
 from kvmesh.workers.launched_step import LaunchedStep
 from kvmesh.workers.model.blocks import fuses
-from kvmesh.workers.model.hook import AttendArgs
+from kvmesh.workers.model.hook import Entry
 from kvmesh.workers.model.load import ServedModel
 from kvmesh.workers.model.recurrent_state import RecurrentStates
 from kvmesh.workers.parallel.comm import Communicator
-from kvmesh.workers.parallel.heads import merge_over_ranks, of_pieces
 from kvmesh.workers.plan import (
     PENDING,
     StepPlan,
@@ -55,6 +45,7 @@ from kvmesh.workers.step import (
     ints,
     to_device,
 )
+from kvmesh.workers.step_attention import RankAttention, StepAttention
 from kvmesh.workers.warm_up import warm_up_steps
 
 # Rows of logits that are computed at a time to score given tokens: 78 MB in fp32 for a vocabulary
@@ -93,10 +84,9 @@ class ModelRunner:
         deterministic: bool = False,
     ) -> None:
         self._model = model
-        self._fmt = fmt
         self._comm = comm
         self._pages = RankPages(comm.kvp, comm.kvp_rank, allocation.max_rows)
-        self._basis = Basis(
+        basis = Basis(
             fmt,
             model.head_dim,
             dtype,
@@ -104,7 +94,6 @@ class ModelRunner:
             values_rotated=model.values_rotated,
             deterministic=deterministic,
         )
-        self._params = params
         self._device = device
         self._pool = KVPool(
             allocation,
@@ -146,14 +135,16 @@ class ModelRunner:
         # The layers' sliding windows, and whether attention's kernels need to know the work ahead.
         self._windows = frozenset(facts.sliding_windows)
         self._divides = gpu.runs_kernels(self._pool.hot_tables)
-        self._rotates = fuses(self._pool.all_hot) and self._basis.keeps_keys
+        self._attention = RankAttention(fmt, self._pool, basis, comm, model.head_dim, params)
+        self._entry = _entry(self._pool.all_hot, basis)
         self._expert_load = ExpertLoad(model)
         self._graphs: DecodeGraphs | None = None
         if prepare_decode and self._divides:
             self._warm_up(min_members)
         elif prepare_decode:
             hot, sealed = self._pool.hot[0], self._pool.sealed[0]
-            warm_up(hot, sealed, model.num_heads, fmt=fmt, params=self._layer_params(0))
+            first = NO_PARAMS if params is None else params.layers[0]
+            warm_up(hot, sealed, model.num_heads, fmt=fmt, params=first)
         if prepare_decode and cuda_graphs and device.type == "cuda":
             with torch.inference_mode():
                 self._graphs = DecodeGraphs(
@@ -288,51 +279,6 @@ class ModelRunner:
 
     def _hidden(self, step: StepTensors) -> torch.Tensor:
         """Last hidden states [T, hidden_size] of the step's tokens."""
-        # In a decode step no query reads what the step seals: those pages are still in every
-        # query's exact window. So they can be sealed after the model, in all layers together.
-        later = step.batch.max_query_len == 1
-
-        def attend(
-            layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, args: AttendArgs
-        ) -> torch.Tensor:
-            hot, sealed = self._pool.hot[layer], self._pool.sealed[layer]
-            params = self._layer_params(layer)
-            if args.rope is not None:
-                v = self._basis.enter_values(v)
-                q = rope_write(q, k, v, *args.rope, hot, step.slots)
-            else:
-                q, k, v = self._basis.enter(q, k, v)
-                write_hot(k, v, hot, step.slots)
-            if step.seal_hot.shape[0] and not later:
-                seal_pages(
-                    hot,
-                    sealed,
-                    step.seal_hot,
-                    step.seal_sealed,
-                    fmt=self._fmt,
-                    params=params,
-                    positions=step.seal_positions,
-                )
-            out, lse = paged_attention(
-                q,
-                hot,
-                sealed,
-                step.batch,
-                fmt=self._fmt,
-                scale=args.scale,
-                params=params,
-                softcap=args.softcap,
-                sliding_window=args.sliding_window,
-            )
-            out, sinks = self._basis.leave(out), args.sinks
-            if self._comm.kvp > 1:
-                out, lse = merge_over_ranks(out, lse, self._comm)
-                if sinks is not None:
-                    sinks = of_pieces(sinks, self._model.head_dim, self._comm)
-            if sinks is not None:
-                out, _ = merge_sinks(out, lse, sinks)
-            return out
-
         states = None
         if self._states is not None:
             lengths = step.batch.lengths
@@ -343,19 +289,9 @@ class ModelRunner:
         input_ids = step.input_ids
         if step.num_pending:
             input_ids = self._last_tokens.put_in(step)
-        hidden = self._model.hidden(
-            input_ids, step.positions, attend, states, rotates=self._rotates
-        )
-        if later and step.seal_hot.shape[0]:
-            seal_layers(
-                self._pool.all_hot,
-                self._pool.all_sealed,
-                step.seal_hot,
-                step.seal_sealed,
-                fmt=self._fmt,
-                params=self._params,
-                positions=step.seal_positions,
-            )
+        attend = StepAttention(self._attention, step)
+        hidden = self._model.hidden(input_ids, step.positions, attend, states, self._entry)
+        attend.finish()
         return hidden
 
     @torch.inference_mode()
@@ -370,13 +306,10 @@ class ModelRunner:
             if self._sampler is not None and logits is not None:
                 self._sampler.warm_up(logits)
         if not self._tables.deterministic:
-            warm_up_far(self._pool.hot[0], self._model.num_heads, fmt=self._fmt)
+            warm_up_far(self._pool.hot[0], self._model.num_heads, fmt=self._attention.fmt)
         for table in pages:
             table.fill_(-1)
         self._pool.all_hot.select(1, 0).zero_()
-
-    def _layer_params(self, layer: int) -> LayerParams:
-        return NO_PARAMS if self._params is None else self._params.layers[layer]
 
     def _update(self, table: torch.Tensor, host_copy: Ints, update: TableUpdate) -> bool:
         """Note which pages this rank has now; whether there are any."""
@@ -388,3 +321,11 @@ class ModelRunner:
             at = ints(rows, torch.int64, self._device), ints(columns, torch.int64, self._device)
             table[at] = ints(ids, torch.int32, self._device)
         return len(ids) > 0
+
+
+def _entry(hot: torch.Tensor, basis: Basis) -> Entry:
+    """How far layers may take what goes into these pages: fused operators write keys as they are
+    after RoPE, and those for CPUs values as they are projected."""
+    if not (fuses(hot) and basis.keeps_keys):
+        return Entry.PLAIN
+    return Entry.WRITTEN if has_loops(hot) and basis.keeps_values else Entry.ROPE

@@ -143,7 +143,8 @@ class Scheduler:
         for one in step.aboard:
             if one is not None:
                 one.seq.pending -= one.chunk.sample
-                one.seq.note_held(one.held, one.held_on_fullest)
+                if one.held is not None:
+                    one.seq.note_held(one.held)
         sequences = (None if one is None else one.seq for one in step.aboard)
         return list(zip(plan.chunks, sequences, strict=True))
 
@@ -200,9 +201,15 @@ class Scheduler:
         return min(draft.tokens_left, self._step_budget.chunk_tokens(draft.work, start))
 
     def _plan_chunk(self, draft: StepDraft, seq: Sequence) -> None:
-        start = seq.num_computed
+        start, to_compute = seq.num_computed, seq.to_compute
         first = start // self.geometry.page_size
-        first_new = first + (first in seq.hot)
+        held = first in seq.hot
+        if held and to_compute == 1 and (start + 1) % self.geometry.page_size:
+            # Most steps of most sequences: a token more in a page that stays open.
+            if start < seq.leased_tokens:
+                draft.add_chunk(seq, start, start + 1)
+            return
+        first_new = first + held
         # Hot pages of each rank that are the sequence's own; more are from the headroom.
         own = [self.geometry.hot_per_sequence() - held for held in seq.hot_by_rank()]
         kvp = seq.deal.kvp
@@ -210,9 +217,9 @@ class Scheduler:
             seq.deal.first_from(first_new, rank) + kvp * (own[rank] + draft.headroom_left[rank])
             for rank in range(kvp)
         )
-        count = draft.tokens_left if seq.to_compute == 1 else self._max_chunk(draft, start)
+        count = draft.tokens_left if to_compute == 1 else self._max_chunk(draft, start)
         end = min(
-            start + seq.to_compute,
+            start + to_compute,
             start + count,
             (last + 1) * self.geometry.page_size,
             seq.leased_tokens,
@@ -231,7 +238,7 @@ class Scheduler:
             draft.headroom_left[rank] -= max(0, count - own[rank])
         self._pages.write(seq, touched, draft)
         self._pages.seal(seq, missing, draft)
-        draft.add_chunk(seq, start, end)
+        draft.add_chunk(seq, start, end, seq.held_pages())
 
     def _release(self, seq: Sequence) -> None:
         assert seq.row is not None

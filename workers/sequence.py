@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from kvmesh.workers.deal import PageDeal
 from kvmesh.workers.lease import LeaseTerms
 from kvmesh.workers.plan import PENDING
 from kvmesh.workers.prefix_cache import Digest, PageDigests
-from kvmesh.workers.request import EngineRequest, PrefillProgress, SequenceUsage, TokenIds
-from kvmesh.workers.sizes import BLOCK_PAGES, PageGeometry, PageNeed
+from kvmesh.workers.request import EngineRequest, PrefillProgress, TokenIds
+from kvmesh.workers.sizes import PageGeometry, PageNeed
 from kvmesh.workers.structured.state import OutputState
+
+
+@dataclass(frozen=True, slots=True)
+class HeldPages:
+    """What a sequence holds.
+
+    pages: on all ranks that share its pages; on_fullest: on the one that has most
+    """
+
+    pages: PageNeed
+    on_fullest: PageNeed
+
+    def or_more(self, other: HeldPages) -> HeldPages:
+        return HeldPages(self.pages.or_more(other.pages), self.on_fullest.or_more(other.on_fullest))
 
 
 class Sequence:
@@ -56,8 +72,7 @@ class Sequence:
         self.prepared = request.constraint is None
         self.cached_tokens = 0
         self.preemptions = 0
-        self.peak = PageNeed(0, 0)  # of the fullest rank
-        self.peak_pages = PageNeed(0, 0)  # of all ranks that share its pages
+        self.peak = HeldPages(PageNeed(0, 0), PageNeed(0, 0))
         self.arrived_s = 0.0
         self.started_s: float | None = None
         self.first_token_s: float | None = None
@@ -132,12 +147,6 @@ class Sequence:
         due = self.geometry.sealed_range(num_tokens)
         return range(due.start + len(self.sealed), max(due.stop, due.start + len(self.sealed)))
 
-    def ends_near(self, page: int) -> bool:
-        """Whether the page is at the end of the prompt, where another question about the same
-        document is likely to differ."""
-        pages = self.prompt_tokens // self.geometry.page_size
-        return pages - min(BLOCK_PAGES, -(-pages // 8)) <= page < pages
-
     def hot_by_rank(self) -> list[int]:
         """How many hot pages it holds on each rank."""
         if self.deal.kvp == 1:
@@ -147,39 +156,16 @@ class Sequence:
             counts[page % self.deal.kvp] += 1
         return counts
 
-    def note_held(self, pages: PageNeed, fullest: PageNeed) -> None:
-        """It held so many pages in a step that has been computed, and so many on one rank."""
-        if pages.fits(self.peak_pages) and fullest.fits(self.peak):
-            return
-        self.peak_pages = self.peak_pages.or_more(pages)
-        self.peak = self.peak.or_more(fullest)
+    def held_pages(self) -> HeldPages:
+        sealed = len(self.sealed)
+        on_fullest = PageNeed(max(self.hot_by_rank()), self.geometry.on_fullest(sealed))
+        return HeldPages(PageNeed(len(self.hot), sealed), on_fullest)
+
+    def note_held(self, held: HeldPages) -> None:
+        """It held these in a step that has been computed."""
+        self.peak = self.peak.or_more(held)
 
     def progress(self, end: int) -> PrefillProgress:
         """end: of the latest chunk that has been computed"""
         computed = min(end, self.num_computed)
         return PrefillProgress(computed, min(self.cached_tokens, computed), self.num_tokens)
-
-    def usage(self, now: float) -> SequenceUsage:
-        started = self.started_s if self.started_s is not None else now
-        first = self.first_token_s
-        return SequenceUsage(
-            prompt_tokens=self.prompt_tokens,
-            completion_tokens=self.num_output,
-            cached_tokens=self.cached_tokens,
-            sealed_pages=self.peak.sealed,
-            hot_pages=self.peak.hot,
-            kv_bytes=self.geometry.bytes_held(self.peak_pages, 1),
-            reserved_bytes=self._reserved_bytes(),
-            queue_s=started - self.arrived_s,
-            time_to_first_token_s=None if first is None else first - self.arrived_s,
-            total_s=now - self.arrived_s,
-            preemptions=self.preemptions,
-        )
-
-    def _reserved_bytes(self) -> int:
-        lease = self.lease
-        if lease is None:
-            return self.geometry.bytes_held(self.peak_pages, 1)
-        pages = PageNeed(lease.hot_pages, lease.sealed_pages)
-        whole = self.geometry.bytes_of(pages, lease.sequences)
-        return whole // lease.sequences

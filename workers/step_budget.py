@@ -17,8 +17,6 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from kvmesh.workers.plan import Chunk, StepPlan
-
 DEFAULT_MAX_STEP_S = 0.1  # on GPUs
 FADE = 0.99  # of what is known, with each step
 RIDGE = 1e-6  # of each coefficient's own weight; decides between those that always vary together
@@ -38,16 +36,16 @@ class StepWork:
     prompt_tokens: int = 0
     pairs: float = 0.0
 
-    def add(self, chunk: Chunk, sign: int = 1) -> None:
-        """Count a chunk, or with -1 no longer. One of a single token is a sequence that decodes,
-        or costs as little."""
-        count = chunk.num_tokens
+    def add(self, start: int, end: int, sign: int = 1) -> None:
+        """Count a chunk of the tokens [start, end) of a sequence, or with -1 no longer. One of a
+        single token is a sequence that decodes, or costs as little."""
+        count = end - start
         if count == 1:
             self.decoding += sign
-            self.context_tokens += sign * chunk.end
+            self.context_tokens += sign * end
         else:
             self.prompt_tokens += sign * count
-            self.pairs += sign * count * (chunk.start + 0.5 * count)
+            self.pairs += sign * count * (start + 0.5 * count)
 
     def vector(self) -> Vector:
         return np.array([1.0, self.prompt_tokens, self.pairs, self.context_tokens])
@@ -65,11 +63,8 @@ class StepBudget:
         self._sums = np.zeros(4)
         self._coefficients: Vector | None = np.zeros(4)  # None: to be fitted again
 
-    def learn(self, plan: StepPlan, seconds: float) -> None:
-        """The step was executed in this time, which is more than 0."""
-        work = StepWork()
-        for chunk in plan.chunks:
-            work.add(chunk)
+    def learn(self, work: StepWork, seconds: float) -> None:
+        """A step with this work was executed in this time, which is more than 0."""
         row = work.vector() / seconds
         self._products = FADE * self._products + np.outer(row, row)
         self._sums = FADE * self._sums + row

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from kvmesh.workers.plan import Chunk, RowStart, StepPlan, TableUpdate
 from kvmesh.workers.prefix_cache import Digest
-from kvmesh.workers.sequence import Sequence
-from kvmesh.workers.sizes import PageNeed
+from kvmesh.workers.sequence import HeldPages, Sequence
 from kvmesh.workers.step_budget import StepWork
 from kvmesh.workers.step_in_flight import Aboard, StepInFlight
 
@@ -67,7 +66,8 @@ class StepDraft:
         """Whether the sequence can run, and not only without another one on trial."""
         return seq.prepared and (self._on_trial is None or not seq.on_trial)
 
-    def add_chunk(self, seq: Sequence, start: int, end: int) -> None:
+    def add_chunk(self, seq: Sequence, start: int, end: int, held: HeldPages | None = None) -> None:
+        """held: its pages, if it has got any for this chunk"""
         row = _row(seq)
         if seq.on_trial:
             self._on_trial = seq
@@ -77,14 +77,10 @@ class StepDraft:
         targets = b""
         if score_start < score_end:
             targets = seq.tokens[score_start + 1 : score_end + 1].tobytes()
-        self.chunks[row] = Chunk(
-            row, start, seq.tokens_of(start, end), sample, targets, score_start
-        )
-        self.work.add(self.chunks[row])
-        held = PageNeed(len(seq.hot), len(seq.sealed))
-        sealed = seq.geometry.on_fullest(len(seq.sealed))
-        on_fullest = PageNeed(max(seq.hot_by_rank()), sealed)
-        self.aboard[row] = Aboard(seq, self.chunks[row], held, on_fullest)
+        chunk = Chunk(row, start, seq.tokens_of(start, end), sample, targets, score_start)
+        self.chunks[row] = chunk
+        self.aboard[row] = Aboard(seq, chunk, held)
+        self.work.add(start, end)
 
     def undo(self, seq: Sequence) -> None:
         """Remove a sequence that is about to lose its row and pages."""
@@ -92,7 +88,7 @@ class StepDraft:
         chunk = self.chunks.pop(row, None)
         if chunk is not None:
             self.tokens_left += chunk.num_tokens
-            self.work.add(chunk, -1)
+            self.work.add(chunk.start, chunk.end, -1)
         for part in (self.row_starts, self.aboard, self._hot, self._sealed, self._seals):
             part.pop(row, None)
         for digest in [d for d, (sealer, _) in self._being_sealed.items() if sealer is seq]:
@@ -110,7 +106,7 @@ class StepDraft:
             seal_sealed=[sealed for _, sealed, _ in seals],
             seal_pages=[page for _, _, page in seals],
         )
-        return StepInFlight(plan, list(self.aboard.values()))
+        return StepInFlight(plan, self.work, list(self.aboard.values()))
 
 
 def _table(entries: dict[int, dict[int, int]]) -> TableUpdate:

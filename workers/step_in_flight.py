@@ -6,21 +6,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from kvmesh.workers.plan import Chunk, StepPlan
-from kvmesh.workers.sequence import Sequence
-from kvmesh.workers.sizes import PageNeed
+from kvmesh.workers.sequence import HeldPages, Sequence
+from kvmesh.workers.step_budget import StepWork
 
 
 @dataclass(frozen=True, slots=True)
 class Aboard:
     """A sequence of a step, with its chunk.
 
-    held: its pages during the step; held_on_fullest: those of the rank that has most
+    held: its pages during the step; None if it has got none since the step before
     """
 
     seq: Sequence
     chunk: Chunk
-    held: PageNeed
-    held_on_fullest: PageNeed
+    held: HeldPages | None
 
 
 @dataclass(slots=True, eq=False)
@@ -29,6 +28,7 @@ class StepInFlight:
     will be computed again, so that what the step computes for it is of no use"""
 
     plan: StepPlan
+    work: StepWork
     aboard: list[Aboard | None]
 
     def forget(self, seq: Sequence) -> None:

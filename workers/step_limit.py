@@ -50,8 +50,8 @@ class StepLimit:
 
     def of(self, plan: StepPlan) -> float:
         """The limit of this step, in seconds."""
-        tokens, reads = plan.num_tokens, _reads(plan)
-        same_kind = self._slowest.get(_kind(plan))
+        kind, tokens, reads = _size(plan)
+        same_kind = self._slowest.get(kind)
         if same_kind is not None and not same_kind.first:
             return max(self._floor_s, SLACK * same_kind.bound_s(tokens, reads))
         bounds = [taken.bound_s(tokens, reads) for taken in self._slowest.values()]
@@ -63,7 +63,7 @@ class StepLimit:
 
     def learn(self, plan: StepPlan, seconds: float) -> None:
         """The step was executed in this time."""
-        kind, tokens, reads = _kind(plan), plan.num_tokens, _reads(plan)
+        kind, tokens, reads = _size(plan)
         before = self._slowest.get(kind)
         taken = _Taken(seconds, tokens, reads, first=before is None)
         if before is not None and not before.first:
@@ -73,11 +73,13 @@ class StepLimit:
         self._slowest[kind] = taken
 
 
-def _kind(plan: StepPlan) -> _Kind:
-    longest = max(chunk.num_tokens for chunk in plan.chunks)
-    context = max(chunk.end for chunk in plan.chunks)
-    return longest.bit_length(), context.bit_length(), bool(plan.seal_hot)
-
-
-def _reads(plan: StepPlan) -> int:
-    return sum(chunk.num_tokens * chunk.end for chunk in plan.chunks)
+def _size(plan: StepPlan) -> tuple[_Kind, int, int]:
+    """Its kind, tokens and reads, in one pass: the engine waits for this in every step."""
+    tokens = reads = longest = context = 0
+    for chunk in plan.chunks:
+        count = chunk.num_tokens
+        end = chunk.start + count
+        tokens += count
+        reads += count * end
+        longest, context = max(longest, count), max(context, end)
+    return (longest.bit_length(), context.bit_length(), bool(plan.seal_hot)), tokens, reads

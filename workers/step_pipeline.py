@@ -18,7 +18,7 @@ from kvmesh.workers.engine_stats import EngineStats
 from kvmesh.workers.executor import Executor, MakeMasks
 from kvmesh.workers.plan import StepPlan, StepResult
 from kvmesh.workers.scheduler import Scheduler
-from kvmesh.workers.step_budget import StepBudget
+from kvmesh.workers.step_budget import StepBudget, StepWork
 from kvmesh.workers.step_in_flight import StepInFlight
 
 
@@ -26,11 +26,13 @@ from kvmesh.workers.step_in_flight import StepInFlight
 class _Submitted:
     """A step that the ranks have.
 
+    work: what it computes
     start_s, submitted_s: when it began to be decided, and when the ranks got it
     masks: once all tokens before it are known, if it needs them
     """
 
     plan: StepPlan
+    work: StepWork
     start_s: float
     submitted_s: float
     masks: MakeMasks | None = None
@@ -95,7 +97,7 @@ class StepPipeline:
         self._ranks_s = now - max(step.submitted_s, self._result_s)
         self._result_s = now
         if self._step_budget is not None:
-            self._step_budget.learn(step.plan, self._ranks_s)
+            self._step_budget.learn(step.work, self._ranks_s)
         return step.plan, result
 
     def committed(self, result: StepResult) -> None:
@@ -106,7 +108,7 @@ class StepPipeline:
         now = self._clock()
         whole_s = now - max(step.start_s, self._committed_s)
         self._committed_s = now
-        self._stats.step_done(step.plan, whole_s, self._ranks_s, result)
+        self._stats.step_done(step.work, whole_s, self._ranks_s, result)
 
     def _submit(self) -> bool:
         start_s = self._clock()
@@ -119,7 +121,7 @@ class StepPipeline:
                 seq.started_s = now
                 self._stats.started(seq)
         plan = self._constrained.masked(step)
-        self._steps.append(_Submitted(plan, start_s, now))
+        self._steps.append(_Submitted(plan, step.work, start_s, now))
         self._start_masks()
         self._computing = tuple(self._scheduler.in_flight)
         self._executor.submit(plan)

@@ -21,7 +21,7 @@ def perplexity_table(report: PerplexityReport) -> Group:
     )
     table = _table()
     table.add_column("KV format", no_wrap=True)
-    for name in ("perplexity", "loss", "KL", "bits", f"at {_short(report.context)}", "at 32k"):
+    for name in ("perplexity", "loss", "KL", "±", "bits", f"at {_short(report.context)}", "at 32k"):
         table.add_column(name, justify="right")
     table.add_column("bytes per\ntoken", justify="right")
     for row in report.formats:
@@ -31,13 +31,15 @@ def perplexity_table(report: PerplexityReport) -> Group:
             f"{row.perplexity:.3f}",
             "–" if exact else f"{row.loss:+.2%}",
             "–" if exact else f"{row.kl_nats:.5f}",
+            "–" if exact or row.kl_error_nats is None else f"{row.kl_error_nats:.0e}",
             f"{row.sealed_bits:.2f}",
             f"{row.bits:.2f}",
             f"{row.bits_at_32k:.2f}",
             f"{row.bytes_per_token:,.0f}",
         )
     notes = (
-        "loss: perplexity relative to exact KV; KL: divergence from exact KV, in nats\n"
+        "loss: perplexity relative to exact KV; KL: divergence from exact KV, in nats;\n"
+        "±: its standard error over the windows\n"
         "bits: per element of a sealed page, including metadata; then the mean over\n"
         f"sequences of {_short(report.context)} and 32k tokens, with exact windows counted as "
         "16 bits"

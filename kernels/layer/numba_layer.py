@@ -23,7 +23,7 @@ from kvmesh.kernels.pointwise.numba_pointwise import (
 from kvmesh.kernels.threads import in_parts
 
 # Tokens at a time, so that their numbers stay in the L2 cache.
-_TOKENS = 32
+TOKENS = 32
 # A layer of fewer products than this takes less time in one call than spread over two threads.
 MIN_PRODUCTS_BY_ROWS = 1 << 23
 
@@ -47,19 +47,19 @@ def feed_forward(
     loop = _loop(o_proj.codes.dtype, gate_up.codes.dtype, down.codes.dtype)
     arguments = (
         *(heads.data_ptr(), residual.data_ptr(), norm.data_ptr(), eps),
-        *(_address(o_proj), _address(gate_up), _address(down)),
+        *(address_of(o_proj), address_of(gate_up), address_of(down)),
         *(heads.shape[1], hidden, down.in_features),
     )
 
     def work(first: int, end: int) -> None:
-        numbers = min(_TOKENS, end - first) * (2 * hidden + 3 * down.in_features)
+        numbers = min(TOKENS, end - first) * (2 * hidden + 3 * down.in_features)
         scratch = torch.empty(numbers, dtype=torch.float32)
         loop(*arguments, scratch.data_ptr(), first, end)
 
     in_parts(num_tokens, num_tokens * products // MIN_PRODUCTS_PER_THREAD, work)
 
 
-def _address(weight: PackedWeight) -> tuple[int, int]:
+def address_of(weight: PackedWeight) -> tuple[int, int]:
     return weight.codes.data_ptr(), 0 if weight.scales is None else weight.scales.data_ptr()
 
 
@@ -74,13 +74,13 @@ def _loop(*dtypes: torch.dtype) -> Any:
     def layer(  # type: ignore[no-untyped-def]
         heads, residual, norm, eps, o, gu, d, heads_width, hidden, width, scratch, first, end
     ):
-        most = min(_TOKENS, end - first)
+        most = min(TOKENS, end - first)
         x = scratch
         y = x + 4 * most * hidden
         both = y + 4 * most * hidden
         product = both + 8 * most * width
-        for start in range(first, end, _TOKENS):
-            count = min(_TOKENS, end - start)
+        for start in range(first, end, TOKENS):
+            count = min(TOKENS, end - start)
             there, at = heads + 4 * start * heads_width, residual + 4 * start * hidden
             o_proj(o[0], o[1], there, x, hidden, heads_width // BLOCK, count, 0, hidden)
             normed(x, at, norm, y, hidden, eps, 0, count)

@@ -78,13 +78,20 @@ def rope_write(
     addresses = tuple(tensor.data_ptr() for tensor in (q, k, v, cos, sin, hot, slots, out))
     strides = (q.stride(0), k.stride(0), v.stride(0))
     sizes = (num_heads, k.shape[1], head_dim, hot.shape[3], hot.shape[0] * hot.shape[3])
-    loop = _rope_write_loop()
-    largest = int(slots.max()) if num_tokens else -1
-    if largest >= sizes[-1]:
-        raise ValueError(f"slots: expected less than {sizes[-1]}, the slots of hot, got {largest}")
+    loop = _ready_rope_write()
     width = (num_heads + 2 * k.shape[1]) * head_dim
-    _over_tokens(num_tokens, width, lambda *part: loop(*addresses, *strides, *sizes, *part))
+
+    def work(first: int, end: int) -> None:
+        check_slot(loop(*addresses, *strides, *sizes, first, end), sizes[-1])
+
+    _over_tokens(num_tokens, width, work)
     return out
+
+
+def check_slot(slot: int, num_slots: int) -> None:
+    """Raises ValueError if `rope_write_loop` has returned a slot."""
+    if slot >= 0:
+        raise ValueError(f"slots: expected less than {num_slots}, the slots of hot, got {slot}")
 
 
 def _over_tokens(tokens: int, width: int, work: Callable[[int, int], Any]) -> None:
@@ -183,9 +190,14 @@ def _ready_silu_mul() -> Any:
 
 
 @cache
-def _rope_write_loop() -> Any:
+def _ready_rope_write() -> Any:
+    return _ready(rope_write_loop(), "rope_write", (numba.int64,) * 18)
+
+
+@cache
+def rope_write_loop() -> Any:
     """(the tensors, strides of a token in q, k, v, heads, KV heads, head_dim, page_size, slots of
-    hot, first, end): of tokens [first, end)"""
+    hot, first, end): of tokens [first, end); returns a slot that hot does not have, or else -1"""
 
     @compiled
     def rotate(x, cos, sin, out, head_dim):  # type: ignore[no-untyped-def]
@@ -229,6 +241,8 @@ def _rope_write_loop() -> Any:
             slot = places[token]
             if slot < 0:  # padding
                 continue
+            if slot >= num_slots:
+                return slot
             page, offset = slot // page_size, slot % page_size
             for head in range(num_kv_heads):
                 there = hot + 2 * page * side_bytes + (head * page_size + offset) * head_bytes
@@ -238,8 +252,9 @@ def _rope_write_loop() -> Any:
                 kept = carray(_floats(there + side_bytes), head_dim)
                 for i in range(head_dim):
                     kept[i] = values[i]
+        return -1
 
-    return _ready(rope_write, "rope_write", (numba.int64,) * 18)
+    return rope_write
 
 
 def _ready(function: Any, name: str, signature: tuple[Any, ...]) -> Any:

@@ -55,6 +55,7 @@ def test_perplexity_as_json_and_as_a_plot(model: str, tmp_path: Path) -> None:
     assert [row["kv_format"] for row in report["formats"]] == ["exact", "int8", "int4"]
     assert exact["loss"] == exact["kl_nats"] == 0.0
     assert 0.0 < int8["kl_nats"] < int4["kl_nats"]
+    assert 0.0 < int8["kl_error_nats"] < int8["kl_nats"]
     assert 16.0 == exact["bits"] > int8["bits"] > int8["sealed_bits"]
     assert plot.read_bytes().startswith(PNG)
 
@@ -164,7 +165,7 @@ def test_formats_refuses_an_unsupported_page_size() -> None:
 @pytest.mark.parametrize("losses", [[], [-0.001], [0.0001, 0.02, 0.02, 30.0]])
 def test_any_losses_can_be_plotted(losses: list[float], tmp_path: Path) -> None:
     rows = [
-        FormatPerplexity(f"f{i}", 20.0, loss, 0.0, 4.0, 4.0 + i % 2, 4.0, 1000.0, 0, 0)
+        FormatPerplexity(f"f{i}", 20.0, loss, 0.0, None, 4.0, 4.0 + i % 2, 4.0, 1000.0, 0, 0)
         for i, loss in enumerate([0.0, *losses])
     ]
     report = PerplexityReport("m", "r", "float32", "exact", 64, 2048, 1, 2047, rows)

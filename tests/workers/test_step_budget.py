@@ -12,13 +12,12 @@ from hypothesis import strategies as st
 from kvmesh.workers.config import EngineConfig
 from kvmesh.workers.engine import Engine
 from kvmesh.workers.executor import MakeMasks
-from kvmesh.workers.plan import Chunk, StepPlan, StepResult, TableUpdate
+from kvmesh.workers.plan import StepPlan, StepResult
 from kvmesh.workers.request import EngineRequest
 from kvmesh.workers.sampling_params import SamplingParams
 from kvmesh.workers.step_budget import MIN_STRETCH, UNLIMITED, StepBudget, StepWork
 from tests.workers.memory_executor import MemoryExecutor, expected_output
 
-NO_PAGES = TableUpdate([], [], [])
 COSTS = (0.002, 1e-4, 1e-8, 1e-7)  # seconds: a step, a prompt token, a pair, a token of context
 
 
@@ -26,16 +25,11 @@ def seconds(work: StepWork, costs: tuple[float, ...] = COSTS) -> float:
     return float(work.vector() @ np.array(costs))
 
 
-def plan(*chunks: tuple[int, int]) -> StepPlan:
-    """chunks: (start, tokens)"""
-    made = [Chunk(row, start, bytes(4 * n), True) for row, (start, n) in enumerate(chunks)]
-    return StepPlan(1, [], made, NO_PAGES, NO_PAGES, [], [], [])
-
-
 def work_of(*chunks: tuple[int, int]) -> StepWork:
+    """chunks: (start, tokens)"""
     work = StepWork()
-    for chunk in plan(*chunks).chunks:
-        work.add(chunk)
+    for start, count in chunks:
+        work.add(start, start + count)
     return work
 
 
@@ -53,7 +47,7 @@ SEEN = [
 def learned(costs: tuple[float, ...] = COSTS, max_step_s: float = 0.05) -> StepBudget:
     budget = StepBudget(max_step_s)
     for chunks in SEEN:
-        budget.learn(plan(*chunks), seconds(work_of(*chunks), costs))
+        budget.learn(work_of(*chunks), seconds(work_of(*chunks), costs))
     return budget
 
 
@@ -87,9 +81,9 @@ def test_prompts_have_the_whole_step_while_nothing_decodes_or_is_known() -> None
 def test_a_step_that_compiled_is_hardly_believed() -> None:
     usual = learned().chunk_tokens(work_of(*DECODING), 0)
     budget = StepBudget(0.05)
-    budget.learn(plan(*DECODING, (0, 2048)), 30.0)
+    budget.learn(work_of(*DECODING, (0, 2048)), 30.0)
     for chunks in SEEN:
-        budget.learn(plan(*chunks), seconds(work_of(*chunks)))
+        budget.learn(work_of(*chunks), seconds(work_of(*chunks)))
     assert budget.chunk_tokens(work_of(*DECODING), 0) == pytest.approx(usual, rel=0.02)
 
 
@@ -104,9 +98,7 @@ class TimedExecutor(MemoryExecutor):
         super().__init__(16, 0, 0, 400)
 
     def execute(self, plan: StepPlan, masks: MakeMasks | None = None) -> StepResult:
-        work = StepWork()
-        for chunk in plan.chunks:
-            work.add(chunk)
+        work = work_of(*((chunk.start, chunk.num_tokens) for chunk in plan.chunks))
         taken = seconds(work)
         self.now += taken
         self.steps.append((work.decoding, taken))

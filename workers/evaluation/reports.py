@@ -13,6 +13,7 @@ class FormatPerplexity:
 
     loss: perplexity divided by that of exact KV, minus 1
     kl_nats: mean KL(exact ‖ format) of the next-token distributions
+    kl_error_nats: standard error of that mean over the windows, None with a single window
     sealed_bits: per element of a sealed page, including metadata
     bits, bytes_per_token: at the measured context, including exact windows at 16 bits
     bits_at_32k: the same at 32,768 tokens
@@ -22,6 +23,7 @@ class FormatPerplexity:
     perplexity: float
     loss: float
     kl_nats: float
+    kl_error_nats: float | None
     sealed_bits: float
     bits: float
     bits_at_32k: float

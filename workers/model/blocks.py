@@ -9,19 +9,19 @@ exactly this; any other class runs unchanged.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvmesh.kernels import gpu
-from kvmesh.kernels.layer import FeedForward
+from kvmesh.kernels.layer import AttentionInput, FeedForward
 from kvmesh.kernels.linear import PackedWeight
 from kvmesh.kernels.pointwise import add_rms_norm, has_loops, rms_norm, silu_mul
 from kvmesh.kernels.pointwise.reference import rotate
 from kvmesh.workers.model.gated_attention import GatedAttention
-from kvmesh.workers.model.hook import AttendArgs, AttendSlot
+from kvmesh.workers.model.hook import AttendArgs, AttendSlot, Entry, WrittenAttend
 from kvmesh.workers.model.llama4 import Llama4Attention, Llama4Mixture
 from kvmesh.workers.parallel.comm import Communicator
 from kvmesh.workers.parallel.experts import Experts
@@ -184,12 +184,40 @@ class FusedAttention(nn.Module):
         args = self._args
         if self._rotates:
             cos, sin = position_embeddings[0][0], position_embeddings[1][0]
-            if self._slot.rotates and cos.shape[-1] == self._head_dim:
+            if self._slot.entry >= Entry.ROPE and cos.shape[-1] == self._head_dim:
                 args = replace(args, rope=(cos, sin))
             else:
                 qk = rotate(qk, cos, sin)
         out = attend(self._layer, qk[:, :num_q], qk[:, num_q:], qkv[:, num_q + num_k :], args)
         return out.reshape(out.shape[0], -1)
+
+    def input_after(self, norm: RMSNorm) -> AttentionInput | None:
+        """All from this norm up to attention in one call, where packed weights and no other
+        operators are between."""
+        plain = self._clip is None and self.q_norm is None and self.k_norm is None
+        weight = self.qkv.weight
+        if not (plain and self._rotates and isinstance(weight, PackedWeight)):
+            return None
+        if weight.in_features % AttentionInput.MULTIPLE:
+            return None
+        bias = None if self.qkv.bias is None else self.qkv.bias.data
+        num_q, num_k, _ = self._heads
+        return AttentionInput(
+            norm.weight.data, norm.eps, weight, bias, num_q, num_k, self._head_dim
+        )
+
+    def written(
+        self, inputs: AttentionInput, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor]
+    ) -> Tensor | None:
+        """`heads` of the normalised `hidden`, in the fewest calls; None if this step's `attend`
+        or RoPE needs them apart."""
+        cos, sin = position_embeddings
+        if self._slot.entry < Entry.WRITTEN or cos.shape[-1] != self._head_dim:
+            return None
+        attend = cast("WrittenAttend", self._slot.attend)
+        q = inputs(hidden, cos[0], sin[0], *attend.target(self._layer))
+        out = attend.read(self._layer, q, self._args)
+        return out.view(out.shape[0], -1)
 
 
 class FusedMLP(nn.Module):
@@ -227,6 +255,7 @@ class FusedLayer(nn.Module):
         super().__init__()
         self.plain = source
         self._activates = type(source.mlp.activation).__name__ in ("SiLUActivation", "SiLU")
+        self._before = source.self_attn.input_after(source.input_layernorm)
         self._after = _feed_forward(source) if self._activates else None
 
     def forward(
@@ -238,8 +267,12 @@ class FusedLayer(nn.Module):
             return self.plain(hidden_states, **kwargs)  # type: ignore[no-any-return]
         layer, residual = self.plain, hidden_states[0]
         before, after = layer.input_layernorm, layer.post_attention_layernorm
-        x = rms_norm(residual, before.weight, before.eps)
-        heads = layer.self_attn.heads(x, position_embeddings)
+        heads = None
+        if self._before is not None:
+            heads = layer.self_attn.written(self._before, residual, position_embeddings)
+        if heads is None:
+            x = rms_norm(residual, before.weight, before.eps)
+            heads = layer.self_attn.heads(x, position_embeddings)
         if self._after is not None:
             self._after(heads, residual)
             return hidden_states

@@ -13,7 +13,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from enum import IntEnum
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 from transformers import AttentionInterface
@@ -33,7 +34,7 @@ class AttendArgs:
         w < 0 for attention in chunks of -w tokens, where it reads those of its own chunk
     sinks: [num_heads], of this rank; a score that each query of a head has besides those of its
         keys, whose value is 0; None for none
-    rope: cos and sin, [T, D] each, if queries and keys have yet to be rotated
+    rope: cos and sin, [T, D] each, if queries and keys have yet to be rotated (`Entry.ROPE`)
     """
 
     scale: float
@@ -48,16 +49,40 @@ class AttendArgs:
 Attend = Callable[[int, Tensor, Tensor, Tensor, AttendArgs], Tensor]
 
 
+class WrittenAttend(Protocol):
+    """An `Attend` that also takes keys and values which a layer has written to their pages."""
+
+    def __call__(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, args: AttendArgs, /
+    ) -> Tensor: ...
+
+    def target(self, layer: int) -> tuple[Tensor, Tensor]:
+        """hot and slots, as in `write_hot`"""
+        ...
+
+    def read(self, layer: int, q: Tensor, args: AttendArgs) -> Tensor:
+        """[T, Hq, D] like q, once keys and values are there"""
+        ...
+
+
+class Entry(IntEnum):
+    """How far a layer may take its queries, keys and values: any level allows those below."""
+
+    PLAIN = 0  # `attend` gets them after RoPE
+    ROPE = 1  # it applies RoPE itself where it gets `AttendArgs.rope`
+    WRITTEN = 2  # it is a `WrittenAttend`
+
+
 class AttendSlot:
     """Holds the `attend` of the forward pass in progress; one per model."""
 
-    __slots__ = ("attend", "positions", "rotates", "states")
+    __slots__ = ("attend", "entry", "positions", "states")
 
     def __init__(self) -> None:
         self.attend: Attend | None = None
         self.positions: Tensor | None = None
         self.states: StepStates | None = None
-        self.rotates = False
+        self.entry = Entry.PLAIN
 
     @contextmanager
     def holding(
@@ -65,20 +90,19 @@ class AttendSlot:
         attend: Attend,
         positions: Tensor,
         states: StepStates | None,
-        *,
-        rotates: bool = False,
+        entry: Entry = Entry.PLAIN,
     ) -> Iterator[None]:
         """positions: [T] int64, of the pass's tokens
         states: of its sequences, if the model has recurrent layers
-        rotates: `attend` applies RoPE itself where it gets `AttendArgs.rope`
+        entry: what `attend` takes
         """
         assert self.attend is None, "a forward pass of this model is already running"
         self.attend, self.positions, self.states = attend, positions, states
-        self.rotates = rotates
+        self.entry = entry
         try:
             yield
         finally:
-            self.attend, self.positions, self.states, self.rotates = None, None, None, False
+            self.attend, self.positions, self.states, self.entry = None, None, None, Entry.PLAIN
 
 
 def attach(attention: nn.Module, slot: AttendSlot) -> None:

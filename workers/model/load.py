@@ -21,7 +21,7 @@ from kvmesh.workers.model.architectures import ARCHITECTURES
 from kvmesh.workers.model.blocks import FusedAttention, FusedLayer, fuse, fused_layer, lean_norm
 from kvmesh.workers.model.delta_net import GatedDeltaNet
 from kvmesh.workers.model.facts import ModelFacts, read_facts
-from kvmesh.workers.model.hook import IMPLEMENTATION, Attend, AttendSlot, attach
+from kvmesh.workers.model.hook import IMPLEMENTATION, Attend, AttendSlot, Entry, attach
 from kvmesh.workers.model.recurrent_state import StepStates
 from kvmesh.workers.model.rg_lru import GatedLinearRecurrence
 from kvmesh.workers.model.rope import Rope, fixed_rotary, override_rope
@@ -111,17 +111,16 @@ class ServedModel:
         positions: Tensor,
         attend: Attend,
         states: StepStates | None = None,
-        *,
-        rotates: bool = False,
+        entry: Entry = Entry.PLAIN,
     ) -> Tensor:
         """The tokens' last hidden states, [T, hidden_size]; see `forward`.
 
         states: of the sequences; without them, the tokens are one sequence from its beginning
-        rotates: see `AttendSlot.holding`
+        entry: what `attend` takes
         """
         if self.state is not None and states is None:
             states = StepStates.of_one(self.state, len(input_ids), self._dtype, input_ids.device)
-        with self._slot.holding(attend, positions, states, rotates=rotates):
+        with self._slot.holding(attend, positions, states, entry):
             found: Tensor = self._body(
                 input_ids=input_ids.unsqueeze(0),
                 position_ids=positions.unsqueeze(0),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +42,16 @@ class Tally:
     @property
     def accuracy(self) -> float:
         return self.hits / self.predictions
+
+    @staticmethod
+    def total(parts: Iterable[Tally]) -> Tally:
+        total = Tally()
+        for part in parts:
+            total.predictions += part.predictions
+            total.nll_nats += part.nll_nats
+            total.kl_nats += part.kl_nats
+            total.hits += part.hits
+        return total
 
     def add(self, logits: torch.Tensor, exact: torch.Tensor, targets: torch.Tensor) -> None:
         """logits, exact: [n, vocab_size] fp32, with the format's KV and with exact KV, or the same

@@ -6,8 +6,10 @@ import json
 import re
 from collections.abc import Callable, Collection
 
-from kvmesh.cluster.ingress.answers.scanner import MAX_DEPTH, CallScanner, Malformed, Reading
+from kvmesh.cluster.ingress.answers.characters import Malformed, Reading
+from kvmesh.cluster.ingress.answers.scanner import CallScanner
 
+MAX_DEPTH = 64
 _NAMES = ("name",)
 _ARGUMENTS = ("arguments", "parameters")
 _HEX = frozenset("0123456789abcdefABCDEF")

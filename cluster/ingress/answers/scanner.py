@@ -7,26 +7,13 @@ read is kept until a call has turned out to be one: if it turns out not to be,
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Generator
-from typing import TypeAlias, TypeVar
+from collections.abc import Callable
 
+from kvmesh.cluster.ingress.answers.characters import CharacterReader, Reading
 from kvmesh.cluster.ingress.answers.pieces import CallPiece, Pieces
 
-T = TypeVar("T")
-# Asks for characters; gets None at the end of the text, once and for all.
-Reading: TypeAlias = Generator[None, str | None, T]
 
-MAX_DEPTH = 64
-MAX_NAME_CHARS = 256
-_SPACE = " \t\n\r"
-
-
-class Malformed(Exception):
-    """What was read is not a call."""
-
-
-class CallScanner:
+class CallScanner(CharacterReader):
     """Text in, text and calls out.
 
     syntax: reads a whole answer
@@ -34,12 +21,10 @@ class CallScanner:
     """
 
     def __init__(self, syntax: Callable[[CallScanner], Reading[None]]) -> None:
+        super().__init__()
         self._out = Pieces()
         self._space = ""  # after text: dropped if a call follows
         self._after_call = False  # nothing but whitespace has come since
-        self._raw: list[str] = []  # read, and neither returned nor accepted yet
-        self._ahead: deque[str] = deque()  # arrived, and not read yet
-        self._ended = False
         self._started_calls = 0
         self._open_call: int | None = None
         self.complete_calls = 0
@@ -74,54 +59,7 @@ class CallScanner:
         out, self._out = self._out, Pieces()
         return out
 
-    # For syntaxes: reading
-
-    def peek(self) -> Reading[str]:
-        """The next character, "" at the end of the text."""
-        if not self._ahead and not self._ended:
-            character = yield
-            if character is None:
-                self._ended = True
-            else:
-                self._ahead.append(character)
-        return self._ahead[0] if self._ahead else ""
-
-    def read(self) -> Reading[str]:
-        character = yield from self.peek()
-        if character:
-            self._raw.append(self._ahead.popleft())
-        return character
-
-    def skip_space(self) -> Reading[None]:
-        while (character := (yield from self.peek())) and character in _SPACE:
-            yield from self.read()
-
-    def expect(self, text: str) -> Reading[None]:
-        for wanted in text:
-            if (yield from self.peek()) != wanted:
-                raise Malformed
-            yield from self.read()
-
-    def optional(self, text: str) -> Reading[bool]:
-        """Read a text if it comes next, and nothing otherwise."""
-        for index, wanted in enumerate(text):
-            if (yield from self.peek()) != wanted:
-                for _ in range(index):
-                    self._ahead.appendleft(self._raw.pop())
-                return False
-            yield from self.read()
-        return True
-
-    def read_name(self, ends: str) -> Reading[str]:
-        """Characters of a name, up to one of `ends`, which is not read."""
-        name = ""
-        while (character := (yield from self.peek())) and character not in ends:
-            if len(name) == MAX_NAME_CHARS or character.isspace():
-                raise Malformed
-            name += yield from self.read()
-        if not character or not name:
-            raise Malformed
-        return name
+    # For syntaxes
 
     def text_until(self, *markers: str) -> Reading[str]:
         """Return text up to one of the markers; the marker, or "" at the end of the text.
@@ -141,8 +79,6 @@ class CallScanner:
                 return held
         self._put_text(held)
         return ""
-
-    # For syntaxes: what was read
 
     def give_up(self) -> None:
         """What was read is no call, but text; unless the text ended within a call."""

@@ -13,8 +13,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
+from kvmesh.cluster.ingress.answers.characters import Malformed, Reading
 from kvmesh.cluster.ingress.answers.json_reading import read_arguments, read_call
-from kvmesh.cluster.ingress.answers.scanner import CallScanner, Malformed, Reading
+from kvmesh.cluster.ingress.answers.scanner import CallScanner
 from kvmesh.workers.structured.grammar import Marker, literal
 
 HERMES = ("<tool_call>", "</tool_call>")
