@@ -155,26 +155,22 @@ def attend(case: Case, **options: float | None) -> tuple[torch.Tensor, torch.Ten
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "shape", "options"),
+    ("name", "shape"),
     [
-        ("int8", Shape(6, 2, 80, 32, 1, 1), {}),
-        ("exact", Shape(2, 2, 64, 16, 0, 0), {}),
-        ("k3v2", Shape(3, 1, 64, 32, 2, 2), {}),
-        ("fp8", Shape(4, 1, 64, 16, 5, 0), {}),  # a sink longer than a chunk
-        ("kivi4", Shape(2, 1, 64, 32, 1, 1), {}),  # decoded to exact pages first
-        ("int4", Shape(2, 1, 64, 32, 1, 1), {"softcap": 15.0}),
+        ("int8", Shape(6, 2, 80, 32, 1, 1)),
+        ("exact", Shape(2, 2, 64, 16, 0, 0)),
+        ("k3v2", Shape(3, 1, 64, 32, 2, 2)),
+        ("fp8", Shape(4, 1, 64, 16, 5, 0)),  # a sink longer than a chunk
+        ("kivi4", Shape(2, 1, 64, 32, 1, 1)),  # decoded to exact pages first
     ],
 )
-def test_far_and_near_keys_make_the_whole(
-    name: str, shape: Shape, options: dict[str, float], small: list[int]
-) -> None:
-    """Among sequences that decode, that have too few queries, and that have no past; a layer with a
-    softcap has no far keys."""
+def test_far_and_near_keys_make_the_whole(name: str, shape: Shape, small: list[int]) -> None:
+    """Among sequences that decode, that have too few queries, and that have no past."""
     sequences = [(70, 1), (280, 9), (200, 3), (24, 24), (265, 12), (1, 1)]
     case = make_case(get_format(name), shape, sequences, padding_tokens=2)
-    out, lse = attend(case, **options)
-    assert small == ([] if options else [2 + (shape.num_heads >= 3 * shape.num_kv_heads)])
-    want, want_lse = truth(case, scale=shape.head_dim**-0.5, **options)  # type: ignore[arg-type]
+    out, lse = attend(case)
+    assert small == [2 + (shape.num_heads >= 3 * shape.num_kv_heads)]
+    want, want_lse = truth(case, scale=shape.head_dim**-0.5)
     count = len(want)
     # Rows that decode may take the integer path; those of chunks do not.
     chunks = torch.ones(count, dtype=torch.bool)
@@ -183,6 +179,17 @@ def test_far_and_near_keys_make_the_whole(
     assert (lse[:count].double() - want_lse)[chunks].abs().max() < 1e-5
     assert (out[:count].double() - want).abs().max() < 1e-3
     assert (out[count:] == 0).all() and lse[count:].isneginf().all()
+
+
+@pytest.mark.slow
+def test_a_layer_with_a_softcap_has_no_far_keys(small: list[int]) -> None:
+    case = make_case(get_format("exact"), Shape(1, 1, 32, 32, 1, 1), [(150, 9)])
+    out, _ = attend(case, softcap=15.0)
+    assert not small
+    want, _ = truth(case, scale=32**-0.5, softcap=15.0)
+    assert (out.double() - want).abs().max() < 5e-6
+    attend(replace(case, batch=replace(case.batch)))
+    assert small == [1]
 
 
 @pytest.mark.slow
