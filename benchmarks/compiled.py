@@ -1,7 +1,7 @@
 """Which kernels compile for which GPUs, and whether they use tensor cores; needs no GPU.
 
     python benchmarks/compiled.py [--output FILE] [--capability 70 75 ...] [--format NAME ...]
-        [--shape 128x8] [--page-size 64] [--stride 1] [--latent HEADS]
+        [--kernel NAME ...] [--shape 128x8] [--page-size 64] [--stride 1] [--latent HEADS]
 
 Every kernel is compiled as the operators launch it, with everything that a layer or a batch may
 need: a window, a softcap, shared prefixes. GPUs before sm_80 have no bf16; they use fp16. If a
@@ -33,16 +33,20 @@ from kvmesh.kernels.attention.triton_decode import decode_merge_kernel
 from kvmesh.kernels.attention.triton_latent import latent_kernel
 from kvmesh.kernels.attention.triton_launch import (
     Geometry,
+    Launch,
     decode_launch,
     prefill_launch,
     prefix_launch,
     shared_kib,
     takes_integer_path,
 )
+from kvmesh.kernels.attention.triton_pages import NUM_WARPS as PAGES_WARPS
+from kvmesh.kernels.attention.triton_pages import decode_pages_kernel
 from kvmesh.kernels.attention.triton_parts import BatchPointers
 from kvmesh.kernels.attention.triton_prefill import prefill_merge_kernel
 from kvmesh.kernels.formats.base import KVFormat
 from kvmesh.kernels.formats.registry import format_of_model, get_format
+from kvmesh.kernels.linear.triton_linear import OPTIONS, TILE, fixed_linear_kernel
 from kvmesh.kernels.merge.triton_merge import merge_kernel
 from kvmesh.kernels.moe import GatedUnit
 from kvmesh.kernels.moe.triton_moe import down_kernel, gate_up_kernel, tiles, unit
@@ -67,6 +71,7 @@ def kernels_of(
         "shared prefixes": prefix_launch(fmt, geometry, gpu, softcap=True),
         "prefill": prefill_launch(fmt, geometry, gpu, **some),
     }
+    yield "decoded pages", partial(compile_pages, prefill_launch(fmt, geometry, gpu), capability)
     if takes_integer_path(fmt, head_dim, page_size, dtype=torch.bfloat16, capability=gpu):
         launches["decode, integer"] = decode_launch(
             fmt, geometry, gpu, integer=True, prefixes=True, softcap=True
@@ -120,12 +125,15 @@ def shared_kernels(
             "merge, prefill",
             prefill_merge_kernel,
             prefill_launch(fmt, geometry, gpu),
-            (0, 0, 2, 0, (2, 2)),
+            (0, 0, 2, (2, 2)),
         ),
     ):
         arguments = (sums, sums, number, sums, batch, *where, launch.form)
         how: dict[str, Any] = {"num_warps": 4}
         yield name, partial(compile_kernel, kernel, arguments, {}, how, capability)
+    inputs = {"IN": 8 * head_dim, "OUT": 3 * head_dim, "PRECISION": "tf32"}
+    fixed = (fixed_linear_kernel, (number, number, number, 8, 16), {**inputs, **TILE}, OPTIONS)
+    yield "fixed linear", partial(compile_kernel, *fixed, capability)
     yield from expert_kernels(capability, head_dim)
 
 
@@ -150,6 +158,14 @@ def expert_kernels(capability: int, head_dim: int) -> Iterator[tuple[str, Compil
             options,
         )
         yield f"experts, down, {rows} rows", partial(compile_kernel, *down, capability)
+
+
+def compile_pages(launch: Launch, capability: int) -> Any:
+    number = torch.empty(16, dtype=torch.bfloat16 if capability >= 80 else torch.float16)
+    ids, sealed = (torch.empty(16, dtype=kind) for kind in (torch.int32, torch.int8))
+    arguments = (sealed, number, number, ids, ids, 16, 2, 2, 64, launch.form)
+    how = {"num_warps": PAGES_WARPS}
+    return compile_kernel(decode_pages_kernel, arguments, {}, how, capability)
 
 
 def compile_seal(fmt: KVFormat, capability: int, geometry: Geometry) -> Any:
@@ -177,6 +193,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     parser.add_argument("--capability", type=int, nargs="*", default=list(CAPABILITIES))
     parser.add_argument("--format", nargs="*", default=list(FORMATS))
+    parser.add_argument("--kernel", nargs="*", help="only those of these names")
     parser.add_argument("--shape", default="128x8")
     parser.add_argument("--page-size", type=int, default=64)
     parser.add_argument("--stride", type=int, default=1, help="engine.kvp")
@@ -199,6 +216,8 @@ def main() -> None:
                 fmt = get_format(name)
                 work += [(name, *one) for one in kernels_of(fmt, capability, *geometry)]
         for name, what, compile_it in work:
+            if options.kernel is not None and what not in options.kernel:
+                continue
             outcome = attempt(compile_it, capability)
             outcomes.setdefault(what, {}).setdefault(outcome, []).append(name)
         for what, by_outcome in outcomes.items():

@@ -17,7 +17,7 @@ from kvmesh.kernels.formats.base import KVFormat
 from kvmesh.kernels.seal import seal_layers
 from kvmesh.workers.executor import Allocation
 from kvmesh.workers.kv_pool import KVPool
-from kvmesh.workers.plan import Chunk, RowStart, StepPlan, TableUpdate
+from kvmesh.workers.plan import PENDING, Chunk, RowStart, StepPlan, TableUpdate
 from kvmesh.workers.sampling_params import SamplingParams
 from kvmesh.workers.sizes import PageGeometry, PageNeed
 
@@ -58,14 +58,15 @@ class DecodeSteps:
         """KV bytes that the next step reads: pages of every sequence, once each."""
         return sum(self._geometry.bytes_of(self._geometry.need(n + 1)) for n in self._lengths)
 
-    def plan(self, tokens: list[int]) -> StepPlan:
-        """The next step; tokens: one per sequence, as chosen by the previous step."""
+    def plan(self, tokens: list[int] | None) -> StepPlan:
+        """The next step; tokens: one per sequence, as chosen by the previous step; None if only the
+        ranks know them yet."""
         geometry, size = self._geometry, self._geometry.page_size
         first = self._step == 0
         self._step += 1
         row_starts, chunks = [], []
         hot, sealed, seals = [], [], []
-        for row, (length, token) in enumerate(zip(self._lengths, tokens, strict=True)):
+        for row, length in enumerate(self._lengths):
             end = length + 1
             due = geometry.sealed_range(end)
             before = geometry.sealed_range(length)
@@ -80,7 +81,8 @@ class DecodeSteps:
             for p in range(before.stop, due.stop):
                 sealed.append((row, p, self._sealed_id(row, p)))
                 seals.append((self._hot_id(row, p), self._sealed_id(row, p), p))
-            chunks.append(Chunk(row, length, np.int32(token).tobytes(), True))
+            token = PENDING if tokens is None else np.int32(tokens[row]).tobytes()
+            chunks.append(Chunk(row, length, token, True))
         self._lengths = [length + 1 for length in self._lengths]
         return StepPlan(
             step=self._step,

@@ -4,12 +4,15 @@
 
 In this order, in about ten minutes on an H100; torch, triton and transformers are enough:
 
-    correct    every served format's decode and prefill kernels against plain torch in fp64
+    correct    every served format's decode and prefill kernels against plain torch in fp64; far
+               keys; bits that must not depend on a batch
     ceilings   a large copy's bandwidth, and a large bf16 product's FLOPs
     decode     attention's share of the bandwidth by batch and context; SDPA and FlashInfer
     prefill    attention's share of the product's FLOPs, for a chunk after a prefix
     step       time per output token of a Llama-3-8B with random weights, with CUDA graphs
     requests   requests per second at a ShareGPT-like mix, by format
+    sums       of ranks, one-shot and NCCL's: whether they agree, and how long each takes; with
+               several GPUs
 
 A section that FILE has from the same device is not run again: delete it there to repeat it. A
 section that is wrong ends the run, so that nothing is timed that is not right. `--dry-run` runs
@@ -24,7 +27,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +36,13 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
 
-from benchmarks import attention, decode, throughput
+from benchmarks import attention, decode, sums, throughput
 from benchmarks.baselines import Shape, measure_baselines
 from benchmarks.device import DEVICE, conditions, copy_bandwidth, seconds
 from benchmarks.random_model import SHAPES, dtype_on, random_model
-from kvmesh.kernels.attention import AttentionBatch, paged_attention
+from kvmesh.kernels.attention import AttentionBatch, far_attention, paged_attention
 from kvmesh.kernels.formats.registry import get_format
+from kvmesh.kernels.linear import fixed_linear
 from kvmesh.kernels.seal import seal_pages
 
 SERVED = ("exact", "int8", "int4", "k8v4", "k4v4", "k4v2", "k3v2", "k2v2", "fp8")
@@ -104,10 +108,52 @@ def correct(tiny: bool) -> Rows:
         error = float((case.attend().double() - want).abs().max())
         allowed = 2e-3 if tiny else 2e-2
         rows.append({"kernel": "prefill", "format": name, "error": error, "allowed": allowed})
+        rows.append(far_keys(name, tiny))
+    rows.append(fixed_linears(tiny))
     wrong = [row for row in rows if not row["error"] <= row["allowed"]]
     if wrong:
         raise SystemExit(f"wrong results: {wrong}")
     return rows
+
+
+def far_keys(name: str, tiny: bool) -> dict[str, Any]:
+    """A large chunk as it is served, against the kernels alone, which attend to all keys of a
+    deterministic batch."""
+    shape = Shape(1, 300 if tiny else 70000, 1 if tiny else 8, 4, 64 if tiny else 128)
+    case = ChunkCase(name, shape, 8 if tiny else 8192)
+    served = case.attend().double()
+    case.batch = replace(case.batch, deterministic=True)
+    error = float((served - case.attend().double()).abs().max())
+    found = far_attention(torch.device(DEVICE), attention.DTYPE, shape.group, shape.head_dim)
+    return {
+        "kernel": f"far keys, {found}",
+        "format": name,
+        "error": error,
+        "allowed": 2e-3 if tiny else 2e-2,
+    }
+
+
+def fixed_linears(tiny: bool) -> dict[str, Any]:
+    """How many rows of a product differ in any bit from the same rows in smaller batches; and the
+    time of 16 rows, relative to the library's."""
+    outputs, size, rows = (64, 64, 70) if tiny else (14336, 4096, 4096)
+    dtype = attention.DTYPE
+    x, weight = (torch.randn(n, size, device=DEVICE).to(dtype) for n in (rows, outputs))
+    whole = fixed_linear(x, weight, backend="triton")
+    parts = ((0, 1), (0, 16), (5, 6), (64, rows))
+    wrong = sum(
+        int((fixed_linear(x[a:b], weight, backend="triton") != whole[a:b]).any(1).sum())
+        for a, b in parts
+    )
+    few = x[:16]
+    took_s = seconds(lambda: fixed_linear(few, weight, backend="triton"))
+    library_s = seconds(lambda: torch.nn.functional.linear(few, weight))
+    return {
+        "kernel": "fixed linear",
+        "error": wrong,
+        "allowed": 0,
+        "x_library": took_s / library_s,
+    }
 
 
 def ceilings(tiny: bool) -> Rows:
@@ -175,6 +221,13 @@ def requests(tiny: bool) -> Rows:
     return [throughput.main([*arguments, "--rounds", "1", "--format", *formats])]
 
 
+def rank_sums(tiny: bool) -> Rows:
+    count = torch.cuda.device_count()
+    if tiny or count < 2:
+        return [{"gpus": count, "skipped": "it needs two GPUs"}]
+    return sums.measure(min(count, 8))
+
+
 SECTIONS: dict[str, Callable[[bool], Rows]] = {
     "correct": correct,
     "ceilings": ceilings,
@@ -182,6 +235,7 @@ SECTIONS: dict[str, Callable[[bool], Rows]] = {
     "prefill": prefill_attention,
     "step": decode_step,
     "requests": requests,
+    "sums": rank_sums,
 }
 
 

@@ -70,6 +70,7 @@ class Case:
 
     kv_format: None for the one that is asked for
     ahead: the step was decided before the tokens of the one before were known
+    deterministic: as `engine.deterministic`, but for the products, which are counted
     """
 
     name: str
@@ -79,6 +80,7 @@ class Case:
     params: SamplingParams = GREEDY
     kv_format: str | None = None
     ahead: bool = False
+    deterministic: bool = False
 
 
 def _decode(*lengths: int) -> tuple[tuple[int, int], ...]:
@@ -99,6 +101,7 @@ CASES = (
     Case("decode 256 x 4k", 1, _decode(*_spread(256, 4096))),
     Case("decode 256 x 4k, top-p", 1, _decode(*_spread(256, 4096)), params=NUCLEUS),
     Case("decode 256 x 4k, ahead", 1, _decode(*_spread(256, 4096)), ahead=True),
+    Case("decode 256 x 4k, deterministic", 1, _decode(*_spread(256, 4096)), deterministic=True),
     Case("decode 1M + 15 short", 8, _decode(MILLION, *_spread(15, 4096))),
     Case("decode 1M + 255 short", 8, _decode(MILLION, *_spread(255, 4096))),
     Case("decode 64 x 8k, shared 4k", 1, _decode(*_spread(64, 32768)[21:], *(8192,) * 21), 4096),
@@ -139,6 +142,7 @@ class Counted:
             device=torch.device("cpu"),
             samples=True,
             cuda_graphs=False,
+            deterministic=case.deterministic,
         )
 
     def plan(self) -> StepPlan:
@@ -331,7 +335,7 @@ def compiled_in_workload(kv_format: str, steps: int) -> list[str]:
             for row in present.tolist():
                 old = int(lengths[row])
                 decodes = old > 0 and random.random() < 0.8
-                new = 1 if decodes else int(random.choice([1, 5, 64, 200, 513]))
+                new = 1 if decodes else int(random.choice([1, 5, 64, 200, 700]))
                 if old + new >= 2**17 or random.random() < 0.05:
                     old = 0
                 if not old:

@@ -32,6 +32,8 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import _triton_jit_function_registry
 
 from kvmesh.kernels import gpu as kernels_gpu
+from kvmesh.kernels.attention import dense, triton_attention
+from kvmesh.kernels.attention.dense import DenseAttention
 from kvmesh.workers.parallel import linears
 
 CAPABILITY, PROCESSORS, SHARED_BYTES = 90, 132, 227 * 1024  # an H100 SXM
@@ -230,17 +232,27 @@ def host_work(work: Callable[[], object]) -> HostWork:
 
 @contextmanager
 def products_counted() -> Iterator[Counter[str]]:
-    """Matrix products are counted and not computed: their time on a CPU is not the host's work."""
+    """Matrix products, and attention to far keys, are counted and not computed: their time on a
+    CPU is not the host's work."""
     counts: Counter[str] = Counter()
 
-    def project(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Any:
+    def project(
+        x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, **_: bool
+    ) -> Any:
         counts["linear"] += 1
         return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
     def add_product(target: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
         counts["linear"] += 1
 
+    def attend(q: torch.Tensor, k: torch.Tensor, _v: torch.Tensor, _scale: float) -> Any:
+        counts["attention"] += 1
+        return torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
+
+    counted = DenseAttention("counted", attend)
     with (
+        mock.patch.object(triton_attention, "dense_attention", return_value=counted),
+        mock.patch.object(dense, "dense_attention", return_value=counted),
         mock.patch.object(linears, "project", project),
         mock.patch.object(linears, "add_product", add_product),
     ):

@@ -355,6 +355,7 @@ class GroupFacts:
     """What a group is made of. Pages per rank, capacity over all ranks.
 
     max_num_batched_tokens, device: 0 and "" from a server that does not say them
+    operators: that were chosen when the group started, such as "far keys: torch, sums: NCCL"
     """
 
     group: str
@@ -373,6 +374,7 @@ class GroupFacts:
     capacity_bytes: int
     max_num_batched_tokens: int = 0
     device: str = ""
+    operators: str = ""
 
 
 @dataclass(frozen=True, slots=True)

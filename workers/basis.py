@@ -11,12 +11,14 @@ import torch
 
 from kvmesh.kernels.formats.base import KVFormat
 from kvmesh.kernels.formats.rotation import rotate, rotation_matrix
+from kvmesh.kernels.linear import fixed_linear
 
 
 class Basis:
     """Rotations of a format's sides, for one head_dim and dtype.
 
     values_rotated: whether the model's values are rotated, see `ServedModel`
+    deterministic: a rotated vector has the same bits in any batch
     """
 
     def __init__(
@@ -27,7 +29,9 @@ class Basis:
         device: torch.device,
         *,
         values_rotated: bool = False,
+        deterministic: bool = False,
     ) -> None:
+        self._deterministic = deterministic
         self._k = self._v = self._v_back = None
         if fmt.k.rotated:
             self._k = rotation_matrix(head_dim).to(device, dtype)
@@ -49,16 +53,21 @@ class Basis:
 
     def enter_values(self, v: torch.Tensor) -> torch.Tensor:
         """v: [tokens, num_kv_heads, head_dim]"""
-        return v if self._v is None else rotate(v, self._v)
+        return v if self._v is None else self._rotate(v, self._v)
 
     def enter(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q [tokens, num_heads, head_dim], k and v [tokens, num_kv_heads, head_dim]."""
         if self._k is not None:
-            q, k = rotate(q, self._k), rotate(k, self._k)
+            q, k = self._rotate(q, self._k), self._rotate(k, self._k)
         return q, k, self.enter_values(v)
 
     def leave(self, out: torch.Tensor) -> torch.Tensor:
         """out [tokens, num_heads, head_dim], in the basis of the values."""
-        return out if self._v_back is None else rotate(out, self._v_back)
+        return out if self._v_back is None else self._rotate(out, self._v_back)
+
+    def _rotate(self, x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+        if self._deterministic and x.is_cuda:
+            return fixed_linear(x, matrix)
+        return rotate(x, matrix, deterministic=self._deterministic)

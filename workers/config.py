@@ -182,6 +182,11 @@ class EngineSettings(Settings):
     cuda_graphs: AutoSwitch = Field(
         default=AUTO, description="Run decode steps from CUDA graphs; auto: on GPUs"
     )
+    deterministic: Switch = Field(
+        default=False,
+        description="A sequence's logits have the same bits with whatever it is computed, in any "
+        "chunks and from the cache; slower (docs/deterministic.md)",
+    )
     step_timeout_s: Seconds = Field(
         default=DEFAULT_STEP_TIMEOUT_S,
         description="Seconds without an answer after which ranks count as hung and the group is "
@@ -214,6 +219,8 @@ class EngineSettings(Settings):
         graphs = auto.cuda_graphs if self.cuda_graphs == AUTO else self.cuda_graphs
         # A graph cannot hold what plain torch decides as it reads pages.
         graphs = graphs and device != "cpu" and not get_format(self.kv_format).comparison
+        # Its attention is divided by the step's lengths.
+        graphs = graphs and not self.deterministic
         return DeviceLimits(seqs, tokens, graphs)
 
     def hot_share(self, device: str) -> float:
@@ -253,6 +260,8 @@ class EngineSettings(Settings):
                     "kernels that a graph could hold",
                 )
             )
+        if self.deterministic:
+            found += self._hinder_determinism()
         seqs, tokens = self.max_num_seqs, self.max_num_batched_tokens
         if isinstance(seqs, int) and isinstance(tokens, int) and tokens < seqs:
             found.append(
@@ -261,6 +270,31 @@ class EngineSettings(Settings):
                     f"must be at least max_num_seqs ({seqs}), so that every running sequence can "
                     f"decode in every step; got {tokens}",
                 )
+            )
+        return found
+
+    def _hinder_determinism(self) -> list[ConfigError]:
+        """Settings that `deterministic` cannot hold with."""
+        found = []
+        if self.kvp > 1:
+            found.append(
+                ConfigError(
+                    "kvp",
+                    "must be 1 with deterministic: which ranks a sequence's pages are dealt to "
+                    f"depends on other sequences; got {self.kvp}",
+                )
+            )
+        if get_format(self.kv_format).comparison:
+            found.append(
+                ConfigError(
+                    "kv_format",
+                    f"must be a format to serve with deterministic; {self.kv_format} is for "
+                    "comparison, and plain torch reads it",
+                )
+            )
+        if self.cuda_graphs is True:
+            found.append(
+                ConfigError("cuda_graphs", "must be auto or false with deterministic; got true")
             )
         return found
 

@@ -338,6 +338,7 @@ def _info(
         max_num_batched_tokens=limits.max_num_batched_tokens,
         device=rank.device,
         rope=rank.rope,
+        operators=rank.operators,
     )
 
 

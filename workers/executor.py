@@ -28,6 +28,7 @@ class RankDescription(msgspec.Struct, tag="description", frozen=True):
     gpu_uuid: as NVML writes it, "" on CPUs
     values_in_keys: how many channels of a key are its value, see ModelFacts
     rope: how positions are scaled, see ModelFacts
+    operators: that were chosen when it was loaded, such as "far keys: torch, sums: NCCL"
     model_path: directory with the model's tokenizer, on the ranks' host, which is the leader's
     """
 
@@ -51,6 +52,7 @@ class RankDescription(msgspec.Struct, tag="description", frozen=True):
     rope: str = "default"
     kvp: int = 1
     values_in_keys: int = 0
+    operators: str = ""
 
 
 class Allocation(msgspec.Struct, tag="allocation", frozen=True):

@@ -23,6 +23,7 @@ class EngineInfo:
     prefix_cache: equal pages of live and ended sequences are stored once
     max_num_batched_tokens: of a step
     device: of the ranks, cpu or cuda
+    operators: see RankDescription
     """
 
     epoch: str
@@ -40,6 +41,7 @@ class EngineInfo:
     max_num_batched_tokens: int = 512
     device: str = "cpu"
     rope: str = "default"
+    operators: str = ""
 
     @property
     def capacity_bytes(self) -> int:

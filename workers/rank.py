@@ -8,7 +8,7 @@ from typing import Self
 
 import torch
 
-from kvmesh.kernels.attention import workspace_bytes
+from kvmesh.kernels.attention import far_attention, far_bytes, workspace_bytes
 from kvmesh.kernels.formats.base import ModelParams
 from kvmesh.kernels.formats.registry import get_format
 from kvmesh.workers.calibration.file import Calibration
@@ -97,6 +97,8 @@ class Rank:
                 weight_format=config.weight_format,
             )
         )
+        if config.deterministic and shared is None:
+            self._model.make_deterministic()
         if self._device.type == "cuda" and self._fmt.v.rotated and shared is None:
             self._model.rotate_values(True)  # saves two launches a layer
 
@@ -131,6 +133,7 @@ class Rank:
             rope=facts.rope,
             kvp=self._comm.kvp,
             values_in_keys=facts.values_in_keys,
+            operators=self._operators(),
         )
 
     def allocate(self, allocation: Allocation, *, prepare_decode: bool = True) -> None:
@@ -149,6 +152,7 @@ class Rank:
             prepare_decode=prepare_decode,
             cuda_graphs=self._limits.cuda_graphs and self._fmt.has_kernels,
             params=self._params,
+            deterministic=self._config.deterministic,
         )
 
     def commit_pool(self) -> None:
@@ -263,19 +267,39 @@ class Rank:
         tokens = torch.zeros(limits.max_num_batched_tokens, dtype=torch.int64, device=self._device)
         num_rows = max(limits.max_num_seqs, SCORED_ROWS)
         rows = torch.zeros(num_rows, dtype=torch.int64, device=self._device)
-        facts = self._model.facts
-        scratch = workspace_bytes(
-            self._fmt,
-            num_heads=self._model.num_heads,
-            num_kv_heads=self._model.num_kv_heads,
-            head_dim=self._model.head_dim,
-            dtype_bytes=self._dtype.itemsize,
-            max_seq_len=facts.max_model_len,
-        )
-        _parts = torch.empty(scratch, dtype=torch.uint8, device=self._device)
+        _parts = torch.empty(self._attention_bytes(), dtype=torch.uint8, device=self._device)
         logits = self._model.forward(tokens, tokens, self._attend_to_nothing, rows)
         if logits is not None:
             torch.log_softmax(logits, dim=-1)
+
+    def _attention_bytes(self) -> int:
+        """What a layer's attention allocates at most."""
+        sizes = {
+            "num_heads": self._model.num_heads,
+            "num_kv_heads": self._model.num_kv_heads,
+            "head_dim": self._model.head_dim,
+            "dtype_bytes": self._dtype.itemsize,
+            "max_seq_len": self._model.facts.max_model_len,
+        }
+        found = workspace_bytes(self._fmt, **sizes)
+        if self._far_attention is not None:
+            found += far_bytes(**sizes, max_queries=self._limits.max_num_batched_tokens)
+        return found
+
+    def _operators(self) -> str:
+        """What was chosen at load, as users read it."""
+        chosen = {"far keys": self._far_attention, "sums": self._comm.sums_with}
+        return ", ".join(f"{what}: {name}" for what, name in chosen.items() if name)
+
+    @property
+    def _far_attention(self) -> str | None:
+        """What large chunks attend to far keys with, if any layer has such keys."""
+        model = self._model
+        facts = model.facts
+        if self._config.deterministic or facts.values_in_keys or None not in facts.sliding_windows:
+            return None
+        group = model.num_heads // model.num_kv_heads
+        return far_attention(self._device, self._dtype, group, model.head_dim)
 
     def _attend_to_nothing(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, args: AttendArgs

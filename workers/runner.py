@@ -9,11 +9,12 @@ import numpy as np
 import torch
 
 from kvmesh.kernels import gpu
-from kvmesh.kernels.attention import sharers, warm_up
+from kvmesh.kernels.attention import can_be_deterministic, sharers, warm_up, warm_up_far
 from kvmesh.kernels.formats.base import NO_PARAMS, KVFormat, ModelParams
 from kvmesh.kernels.pointwise import has_loops
 from kvmesh.workers.basis import Basis
 from kvmesh.workers.decode_graphs import DecodeGraphs
+from kvmesh.workers.errors import ConfigError
 from kvmesh.workers.executor import Allocation
 from kvmesh.workers.expert_load import ExpertLoad
 from kvmesh.workers.kv_pool import KVPool
@@ -60,6 +61,8 @@ class ModelRunner:
     prepare_decode: compile decode, and capture its CUDA graphs, before the first step
     samples: whether this rank gets the logits and samples the tokens
     params: calibrated parameters for this rank's heads, if the format needs them
+    deterministic: what is computed for a token has the same bits in any step; the model's products
+        must have, too
     """
 
     def __init__(
@@ -78,11 +81,19 @@ class ModelRunner:
         cuda_graphs: bool,
         prepare_decode: bool = True,
         params: ModelParams | None = None,
+        deterministic: bool = False,
     ) -> None:
         self._model = model
         self._comm = comm
         self._pages = RankPages(comm.kvp, comm.kvp_rank, allocation.max_rows)
-        basis = Basis(fmt, model.head_dim, dtype, device, values_rotated=model.values_rotated)
+        basis = Basis(
+            fmt,
+            model.head_dim,
+            dtype,
+            device,
+            values_rotated=model.values_rotated,
+            deterministic=deterministic,
+        )
         self._device = device
         self._pool = KVPool(
             allocation,
@@ -101,10 +112,17 @@ class ModelRunner:
             sink_pages,
             recent_pages,
             comm.kvp,
+            deterministic,
         )
         self._states: RecurrentStates | None = None
         if model.state is not None:
             self._states = RecurrentStates(model.state, allocation.max_rows, dtype, device)
+        if deterministic and not can_be_deterministic(fmt, self._pool.hot[0]):
+            raise ConfigError(
+                "deterministic",
+                f"must be false for {fmt.name} with {model.head_dim} channels a head and pages of "
+                f"{page_size} tokens: nothing reads them in a fixed order",
+            )
         # Host copies of the tables, so that slots and shared prefixes are found without reading
         # from the device.
         self._hot_ids = np.full(self._pool.hot_tables.shape, -1, dtype=np.int64)
@@ -250,7 +268,10 @@ class ModelRunner:
         recent = (arrays.seq_lens - 1) // tables.page_size - tables.recent_pages
         stops = np.where(alone, 0, self._pages.below(recent, arrays.rows))
         starts = self._pages.below(tables.sink_pages, arrays.rows)
-        return replace(arrays, prefixes=self._prefixes.find(arrays.rows, starts, stops))
+        prefixes = None
+        if not tables.deterministic:
+            prefixes = self._prefixes.find(arrays.rows, starts, stops)
+        return replace(arrays, prefixes=prefixes)
 
     def _forward(self, step: StepTensors) -> torch.Tensor | None:
         """Logits [n, vocab_size] fp32 of the step's sampled rows; None on ranks without logits."""
@@ -284,6 +305,8 @@ class ModelRunner:
             logits = self._forward(to_device(arrays, self._tables, self._device, works))
             if self._sampler is not None and logits is not None:
                 self._sampler.warm_up(logits)
+        if not self._tables.deterministic:
+            warm_up_far(self._pool.hot[0], self._model.num_heads, fmt=self._attention.fmt)
         for table in pages:
             table.fill_(-1)
         self._pool.all_hot.select(1, 0).zero_()

@@ -153,7 +153,10 @@ class StepTensors:
 
 @dataclass(frozen=True, slots=True)
 class BlockTables:
-    """What the attention of every step uses: block tables on the device, and the windows."""
+    """What the attention of every step uses: block tables on the device, and the windows.
+
+    stride, deterministic: as in `AttentionBatch`
+    """
 
     hot: torch.Tensor
     sealed: torch.Tensor
@@ -161,6 +164,7 @@ class BlockTables:
     sink_pages: int
     recent_pages: int
     stride: int = 1
+    deterministic: bool = False
 
     def batch(
         self,
@@ -188,6 +192,7 @@ class BlockTables:
             max_seq_len=max_seq_len,
             firsts=firsts,
             stride=self.stride,
+            deterministic=self.deterministic,
             prefixes=prefixes,
             lengths=lengths,
             decode_work=decode_work or {},

@@ -37,6 +37,7 @@ def worker_main(config: EngineConfig, rank: int, endpoint: str, rendezvous: Path
             rendezvous,
             device=choose_device(config, rank),
             kvp=config.kvp,
+            deterministic=config.deterministic,
         )
         try:
             _serve(Rank(config, rank, comm), end, parent)

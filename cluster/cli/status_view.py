@@ -108,6 +108,8 @@ def _group(group: GroupLoads, fact: GroupFacts | None, account: GroupLedger | No
         tokens = fact.max_num_batched_tokens
         step = f", {tokens:,} tokens a step" if tokens else ""
         table.add_row("at most", f"{device}{fact.max_num_seqs} sequences{step}")
+        if fact.operators:
+            table.add_row("operators", fact.operators)
     table.add_row(
         "sequences",
         f"{group.running} running, {group.waiting} waiting, {group.preemptions_total} preempted",

@@ -32,6 +32,7 @@ def groups(status: ClusterStatus) -> admin.ListGroupsResponse:
             capacity_bytes=info.capacity_bytes,
             max_num_batched_tokens=info.max_num_batched_tokens,
             device=info.device,
+            operators=info.operators,
         )
     return wire
 

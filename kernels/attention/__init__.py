@@ -1,7 +1,15 @@
 """Attention over hot and sealed pages."""
 
 from kvmesh.kernels.attention.batch import AttentionBatch, GivenDecodeWork, SharedPrefixes
-from kvmesh.kernels.attention.op import paged_attention, sharers, warm_up
+from kvmesh.kernels.attention.far import far_bytes
+from kvmesh.kernels.attention.op import (
+    can_be_deterministic,
+    far_attention,
+    paged_attention,
+    sharers,
+    warm_up,
+    warm_up_far,
+)
 from kvmesh.kernels.attention.work import (
     PREFILL_CHUNK_TOKENS,
     DecodeWork,
@@ -21,9 +29,13 @@ __all__ = [
     "Round",
     "SharedPrefixes",
     "Windows",
+    "can_be_deterministic",
     "columns_below",
+    "far_attention",
+    "far_bytes",
     "paged_attention",
     "sharers",
     "warm_up",
+    "warm_up_far",
     "workspace_bytes",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -64,6 +64,8 @@ class AttentionBatch:
         in columns, after those of sink pages
     lengths: the sequences' lengths as the host knows them; without them, a backend that needs
         them waits for the device
+    deterministic: every token is attended to in the same order of sums, whatever is computed with
+        it: by one kernel, which is not the fastest for each
     decode_work: the step's `DecodeWork` by sliding window; derived where it is missing
     plans: what a backend derives from the above once per step; private to the backend
     """
@@ -82,6 +84,7 @@ class AttentionBatch:
     stride: int = 1
     prefixes: SharedPrefixes | None = None
     lengths: Lengths | None = None
+    deterministic: bool = False
     decode_work: dict[int | None, GivenDecodeWork] = field(default_factory=dict)
     plans: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
@@ -106,6 +109,29 @@ class AttentionBatch:
                 "page_size, sink_pages, recent_pages: expected >= 1, >= 0, >= 0, "
                 f"got {self.page_size}, {self.sink_pages}, {self.recent_pages}"
             )
+
+    def by_query(self) -> AttentionBatch:
+        """Each new token as a sequence of its own that ends with it, derived on first use; without
+        `prefixes`. Here and not on the device: for CPUs."""
+        if self.max_query_len == 1 and self.prefixes is None:
+            return self
+        if "by query" not in self.plans:
+            counts = self.query_starts.diff()
+            ends = self.seq_lens.repeat_interleave(counts)
+            rows = torch.arange(len(ends), dtype=torch.int32)
+            last = self.query_starts[1:].repeat_interleave(counts) - 1
+            self.plans["by query"] = replace(
+                self,
+                query_starts=torch.arange(len(ends) + 1, dtype=torch.int32),
+                seq_lens=ends - (last - rows),
+                rows=self.rows.repeat_interleave(counts),
+                firsts=None if self.firsts is None else self.firsts.repeat_interleave(counts),
+                max_query_len=1,
+                prefixes=None,
+                lengths=None,
+                decode_work={},
+            )
+        return self.plans["by query"]  # type: ignore[no-any-return]
 
     @property
     def num_seqs(self) -> int:

@@ -72,6 +72,8 @@ def paged_attention(
     softcap: float | None = None,
     sliding_window: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    if batch.deterministic:
+        batch = batch.by_query()
     num_tokens, num_heads, head_dim = q.shape
     num_pages, sides, num_kv_heads, page_size, _ = hot.shape
     loop = decode_loop(fmt, page_size, head_dim, DTYPES[hot.dtype])
@@ -160,7 +162,7 @@ def _plan(batch: AttentionBatch, num_kv_heads: int, threads: int) -> _Decode:
     tasks = max(len(work) * num_kv_heads, 1)
     threads = max(1, min(threads, int(work.sum()) * num_kv_heads // MIN_PAGES_PER_THREAD))
     splits = 1
-    if threads > 1 and len(members) == len(counts):
+    if threads > 1 and len(members) == len(counts) and not batch.deterministic:
         splits = max(1, min(-(-2 * threads // tasks), int(work.max()) // MIN_PAGES_PER_THREAD))
     grid = tuple(np.indices((len(work), num_kv_heads, splits)))
     units = np.stack(grid, -1).reshape(-1, 3)

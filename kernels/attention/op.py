@@ -10,9 +10,10 @@ from functools import cache
 import torch
 
 from kvmesh.kernels import gpu
-from kvmesh.kernels.attention import reference
+from kvmesh.kernels.attention import dense, reference
 from kvmesh.kernels.attention.batch import AttentionBatch
 from kvmesh.kernels.formats.base import NO_PARAMS, KVFormat, LayerParams
+from kvmesh.kernels.formats.registry import get_format
 
 # Rows of queries and scores that stay in the cache next to a page.
 CPU_SHARED_ROWS = 64
@@ -143,6 +144,37 @@ def warm_up(
     )
     q = torch.zeros(1, num_heads, hot.shape[4], dtype=hot.dtype, device=hot.device)
     paged_attention(q, hot, sealed, batch, fmt=fmt, scale=1.0, params=params)
+
+
+def far_attention(
+    device: torch.device, dtype: torch.dtype, group: int, head_dim: int
+) -> str | None:
+    """What large chunks of prompts attend to far keys with (`far.py`), as users read it; None for
+    the kernels that attend to all others. group: query heads per KV head"""
+    if device.type == "cpu":
+        return None
+    found = dense.dense_attention(device, dtype, group, head_dim)
+    return None if found is None else found.name
+
+
+def can_be_deterministic(fmt: KVFormat, hot: torch.Tensor) -> bool:
+    """Whether the kernels or loops that a deterministic batch needs exist; fmt, hot: as in
+    `paged_attention`."""
+    if gpu.runs_kernels(hot):
+        return not fmt.comparison and not fmt.values_in_keys
+    return _cpu_backend(fmt, *hot.shape[3:], hot.dtype) == "numba"
+
+
+def warm_up_far(hot: torch.Tensor, num_heads: int, *, fmt: KVFormat) -> None:
+    """Compile what far keys need, before the first request; hot, fmt: as in `paged_attention`."""
+    from kvmesh.kernels.attention import triton_far
+
+    num_kv_heads, _, head_dim = hot.shape[2:]
+    found = dense.dense_attention(hot.device, hot.dtype, num_heads // num_kv_heads, head_dim)
+    if found is not None and not fmt.values_in_keys:
+        # Pages of other formats are decoded into exact ones.
+        fmt = get_format("exact") if fmt.comparison else fmt
+        triton_far.warm_up(hot, num_heads, fmt, found)
 
 
 def _implementation(fmt: KVFormat, hot: torch.Tensor, backend: str | None) -> Callable[..., Result]:

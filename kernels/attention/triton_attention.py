@@ -3,7 +3,8 @@
 Decode and prefill compute parts of the keys, which are merged by log-sum-exp (FlashDecoding):
 `work.py` says which parts, and a kernel's programs go through them. What all layers of a step
 have in common is prepared once (`_Step`), so that a layer costs the host its launches: two in
-decode, one more where sequences share prefixes, one in prefill, two if its keys are many.
+decode, one more where sequences share prefixes, one in prefill, two if its keys are many. What
+all queries of a large chunk see is left to `triton_far.py`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ import numpy as np
 import torch
 
 from kvmesh.kernels.attention.batch import AttentionBatch, GivenDecodeWork
+from kvmesh.kernels.attention.dense import dense_attention
+from kvmesh.kernels.attention.far import FarWork, workspace_numbers
 from kvmesh.kernels.attention.triton_decode import decode_merge_kernel
+from kvmesh.kernels.attention.triton_far import FarLaunches
 from kvmesh.kernels.attention.triton_launch import (
     Geometry,
     Launch,
@@ -103,6 +107,7 @@ class _Step:
 
     decode: _DecodeLaunches | None
     prefill: _PrefillLaunches | None
+    far: FarLaunches | None
     softmax: tuple[float, float, int]
     windows: tuple[int, int]
     stride_table: int
@@ -125,9 +130,11 @@ class _Step:
             batch.page_size, batch.sink_pages, batch.recent_pages, sliding_window, batch.stride
         )
         flags = {"softcap": softcap is not None, "window": sliding_window is not None}
-        decode = prefill = None
-        chunked = batch.max_query_len > 1
-        if not chunked or bool((lengths.counts == 1).any()):
+        decode = prefill = far = None
+        # A deterministic batch is attended to by one kernel, whatever its sequences' new tokens.
+        chunked = batch.max_query_len > 1 or batch.deterministic
+        decodes = not chunked or bool((lengths.counts == 1).any())
+        if decodes and not batch.deterministic:
             prefixes = batch.prefixes if sliding_window is None else None
             integer = takes_integer_path(
                 fmt,
@@ -152,13 +159,26 @@ class _Step:
             decode = _decode(q, batch, lengths, windows, launch, prefix, gpu.processors, work)
         if chunked:
             launch = prefill_launch(fmt, geometry, gpu.capability, **flags)
-            prefill = _prefill(q, batch, lengths, windows, launch)
+            far_work = FarWork.none(lengths)
+            if softcap is None and not batch.deterministic:
+                far_work = FarWork.of(
+                    lengths,
+                    windows,
+                    num_heads=q.shape[1],
+                    group=geometry.group,
+                    processors=gpu.processors,
+                )
+            if far_work.keys:
+                far = _far(q, batch, far_work, launch, scale)
+                far_work = far_work if far else FarWork.none(lengths)
+            prefill = _prefill(q, batch, lengths, windows, launch, far_work)
         used = int(lengths.query_starts[-1])
         cleared = not chunked or used == q.shape[0]
         qk_scale = scale if softcap is not None else scale * LOG2_E
         return cls(
             decode,
             prefill,
+            far,
             (qk_scale, softcap or 0.0, sliding_window or 0),
             (batch.sink_pages, batch.recent_pages),
             batch.hot_tables.stride(0),
@@ -173,6 +193,8 @@ class _Step:
             self._run_decode(self.decode, layer)
         if self.prefill is not None:
             self._run_prefill(self.prefill, layer)
+        if self.far is not None:
+            self.far.run(layer.q, layer.sealed, layer.out, layer.lse)
 
     def _run_decode(self, work: _DecodeLaunches, layer: _LayerTensors) -> None:
         form = work.launch.form
@@ -254,7 +276,6 @@ class _Step:
                 slab.first,
                 slab.first_token,
                 work.num_seqs,
-                self.softmax[2],
                 self.windows,
                 form,
                 num_warps=4,
@@ -296,13 +317,38 @@ def _decode(
     )
 
 
+def _far(
+    q: torch.Tensor, batch: AttentionBatch, work: FarWork, launch: Launch, scale: float
+) -> FarLaunches | None:
+    """None if nothing here attends to plain keys of q's dtype and width."""
+    form = launch.form
+    dense = dense_attention(q.device, q.dtype, form.group, form.head_dim)
+    if dense is None:
+        return None
+    size = workspace_numbers(work.keys, batch.page_size, form.num_kv_heads, form.head_dim)
+    workspace = torch.empty(size, dtype=q.dtype, device=q.device)
+    return FarLaunches(work.keys, dense, batch, form, scale, workspace)
+
+
 def _prefill(
-    q: torch.Tensor, batch: AttentionBatch, lengths: Lengths, windows: Windows, launch: Launch
+    q: torch.Tensor,
+    batch: AttentionBatch,
+    lengths: Lengths,
+    windows: Windows,
+    launch: Launch,
+    far: FarWork,
 ) -> _PrefillLaunches:
     form = launch.form
     item = form.num_kv_heads * form.block_m
-    work = PrefillWork.of(lengths, windows, form.block_q, item * form.head_dim * 4)
-    starts = _upload(work.starts, q.device)
+    work = PrefillWork.of(
+        lengths,
+        windows,
+        form.block_q,
+        item * form.head_dim * 4,
+        far.chunks,
+        min_queries=1 if batch.deterministic else 2,
+    )
+    starts = _upload(np.concatenate((work.starts, work.bases)), q.device)
     held = max((slab.end - slab.first for slab in work.slabs if not slab.direct), default=0)
     outs = lses = None
     if held:

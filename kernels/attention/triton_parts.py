@@ -89,19 +89,15 @@ def first_seen(position, window):
 
 
 @triton.jit
-def prefill_parts(seq_len, num_queries, first, window, windows, FORM: tl.constexpr):
+def prefill_parts(batch, num_seqs, seq, seq_len, first, windows, FORM: tl.constexpr):
     """First chunk, and number of parts, of the blocks of a sequence with several new tokens.
 
-    first: its first page that is here
+    batch: whose `starts` are followed by the sequences' first chunks; first: the sequence's first
+        page that is here
     """
-    sink_pages, recent_pages = windows
     PAGES: tl.constexpr = FORM.chunk_pages
-    base = seq_len * 0
-    if FORM.has_window:
-        seen_from = first_seen(seq_len - num_queries, window)
-        base = tl.maximum(seen_from // FORM.page_size, sink_pages)
-        base = columns_below(base, first, FORM) // PAGES
-    end_page = tl.maximum((seq_len - 1) // FORM.page_size - recent_pages, 0)
+    base = tl.load(batch.starts + num_seqs + 1 + seq)
+    end_page = tl.maximum((seq_len - 1) // FORM.page_size - windows[1], 0)
     end_page = columns_below(end_page, first, FORM)
     return base, tl.maximum((end_page + PAGES - 1) // PAGES - base, 1)
 

@@ -58,7 +58,7 @@ def prefill_kernel(
     seq_len = tl.load(batch.seq_lens + seq)
     sink_pages, recent_pages = windows
     first = first_of(batch, seq, FORM)
-    base, num_parts = prefill_parts(seq_len, num_queries, first, softmax[2], windows, FORM)
+    base, num_parts = prefill_parts(batch, num_seqs, seq, seq_len, first, windows, FORM)
     here = (sink_pages, recent_pages, first)
     local = item - tl.load(batch.starts + seq)
     part = local % num_parts
@@ -85,7 +85,7 @@ def prefill_kernel(
     sealed_from = tl.maximum(columns_below(sink_pages, first, FORM) * PAGE_SIZE, seen_from)
     sealed_end = tl.maximum(last_pos // PAGE_SIZE - recent_pages, 0)
     sealed_end = columns_below(sealed_end, first, FORM) * PAGE_SIZE
-    sealed_from = tl.maximum(sealed_from, tl.where(part > 0, (base + part) * CHUNK, 0))
+    sealed_from = tl.maximum(sealed_from, (base + part) * CHUNK)
     sealed_end = tl.minimum(sealed_end, (base + part + 1) * CHUNK)
 
     row = tl.load(batch.rows + seq).to(tl.int64) * stride_table
@@ -114,7 +114,6 @@ def prefill_merge_kernel(
     first_item,
     first_token,
     num_seqs,
-    window,
     windows,
     FORM: tl.constexpr,
 ):
@@ -126,11 +125,11 @@ def prefill_merge_kernel(
     head = tl.program_id(1)
     seq = find(batch.query_starts, num_seqs, token)
     query_start = tl.load(batch.query_starts + seq)
-    num_queries = tl.load(batch.query_starts + seq + 1) - query_start
-    if num_queries > 1:  # decoding sequences may lie between
+    # Sequences that decode, and have no items, may lie between.
+    if tl.load(batch.starts + seq + 1) > tl.load(batch.starts + seq):
         seq_len = tl.load(batch.seq_lens + seq)
         first = first_of(batch, seq, FORM)
-        _, num_parts = prefill_parts(seq_len, num_queries, first, window, windows, FORM)
+        _, num_parts = prefill_parts(batch, num_seqs, seq, seq_len, first, windows, FORM)
         query = token - query_start
         item = tl.load(batch.starts + seq) - first_item + query // FORM.block_q * num_parts
         row = query % FORM.block_q * FORM.group + head % FORM.group

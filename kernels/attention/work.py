@@ -199,19 +199,33 @@ class PrefillWork:
     """Items (sequence, block of queries, part of its keys) of sequences with several new tokens.
 
     starts: [num_seqs + 1], where each sequence's items begin; those of a block are adjacent
+    bases: [num_seqs], the first chunk of each sequence's pages that its queries read here
     """
 
     starts: Ints
+    bases: Ints
     slabs: tuple[Slab, ...]
 
     @classmethod
-    def of(cls, lengths: Lengths, windows: Windows, block_q: int, item_bytes: int) -> PrefillWork:
-        """block_q: queries of a block; item_bytes: of an item's results"""
+    def of(
+        cls,
+        lengths: Lengths,
+        windows: Windows,
+        block_q: int,
+        item_bytes: int,
+        far_chunks: Ints | int = 0,
+        min_queries: int = 2,
+    ) -> PrefillWork:
+        """block_q: queries of a block; item_bytes: of an item's results
+        far_chunks: [num_seqs], chunks at the start of each sequence that are attended to elsewhere
+            (`far.py`); min_queries: sequences with fewer new tokens have no items"""
         chunk = windows.chunk_pages(PREFILL_CHUNK_TOKENS)
         counts = lengths.counts
         _, end = windows.sealed_pages(lengths)
-        parts = np.maximum(-(-end // chunk), 1)
-        blocks = np.where(counts > 1, -(-counts // block_q), 0)
+        seen, _ = windows.sealed_pages(replace(lengths, seq_lens=lengths.seq_lens - counts + 1))
+        bases = np.maximum(seen // chunk, far_chunks)
+        parts = np.maximum(-(-end // chunk) - bases, 1)
+        blocks = np.where(counts >= min_queries, -(-counts // block_q), 0)
         starts = _starts(blocks * parts)
         max_items = max(1, MAX_PREFILL_BYTES // item_bytes)
         slabs: list[Slab] = []
@@ -229,7 +243,7 @@ class PrefillWork:
                     num_parts == 1,
                 )
                 slabs.append(slab)
-        return cls(starts, tuple(_joined(slabs, max_items)))
+        return cls(starts, bases, tuple(_joined(slabs, max_items)))
 
 
 def workspace_bytes(

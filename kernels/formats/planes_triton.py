@@ -198,8 +198,8 @@ def _numbers(x, WIDTH: tl.constexpr, MIDDLE: tl.constexpr, DTYPE: tl.constexpr):
             planes = _of_halves(planes)
         found = ()
         for p in tl.static_range(PLANES):
-            LESS: tl.constexpr = MIDDLE - (TOP if p == PLANES - 1 else 0)
-            y = unit(planes[p].to(tl.float32), p, WIDTH) - LESS
+            less = MIDDLE - (TOP if p == PLANES - 1 else 0)
+            y = unit(planes[p].to(tl.float32), p, WIDTH) - less
             found = found + (y.to(DTYPE),)  # noqa: RUF005
         return found
 

@@ -40,13 +40,16 @@ def rotation_matrix(head_dim: int) -> torch.Tensor:
     return torch.block_diag(*blocks)  # type: ignore[no-any-return]
 
 
-def rotate(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """x [..., head_dim] @ matrix.T; the matrix is contiguous and of the same dtype."""
+def rotate(x: torch.Tensor, matrix: torch.Tensor, *, deterministic: bool = False) -> torch.Tensor:
+    """x [..., head_dim] @ matrix.T; the matrix is contiguous and of the same dtype.
+
+    deterministic: a vector's result has the same bits in any batch; for fp32 on CPUs, with Numba
+    """
     rows = x.reshape(-1, x.shape[-1])
     if _HAS_NUMBA and not rows.is_cuda:
         from kvmesh.kernels.formats import rotation_numba
 
-        if rotation_numba.suits(rows):
+        if deterministic or rotation_numba.suits(rows):
             return rotation_numba.rotate(rows.contiguous(), matrix).view(x.shape)
     return x @ matrix.T
 

@@ -1,7 +1,7 @@
-"""Linears whose weights are stored in few bits."""
+"""Linears whose weights are stored in few bits, or whose bits depend on no other row."""
 
 from kvmesh.kernels.linear.numba_linear import prepare
-from kvmesh.kernels.linear.op import linear
+from kvmesh.kernels.linear.op import fixed_linear, linear
 from kvmesh.kernels.linear.packed import PackedWeight, WeightFormat, pack, unpack
 
-__all__ = ["PackedWeight", "WeightFormat", "linear", "pack", "prepare", "unpack"]
+__all__ = ["PackedWeight", "WeightFormat", "fixed_linear", "linear", "pack", "prepare", "unpack"]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch.nn.functional as F
 from torch import Tensor
 
+from kvmesh.kernels import gpu
 from kvmesh.kernels.linear import numba_linear, reference
 from kvmesh.kernels.linear.packed import PackedWeight
 
@@ -31,6 +33,34 @@ def linear(
     out = _implementation(x, backend)(rows, weight)
     if bias is not None:
         out = out + bias
+    return out.view(*x.shape[:-1], weight.shape[0])
+
+
+def fixed_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str | None = None
+) -> Tensor:
+    """x W^T + b, of weights on a GPU, with sums in fp32.
+
+    x: [..., in_features]; weight: [out_features, in_features], contiguous; bias: [out_features] or
+    None; all of one dtype
+    backend: None picks the kernel on GPUs and plain torch elsewhere
+    Returns [..., out_features] like x. With the kernel a row's result has the same bits in any
+    batch, which a library's products do not have.
+    """
+    if x.shape[-1] != weight.shape[1] or x.dtype != weight.dtype:
+        raise ValueError(
+            f"x: expected [..., {weight.shape[1]}] {weight.dtype}, got {list(x.shape)} {x.dtype}"
+        )
+    if not weight.is_contiguous():
+        raise ValueError("weight: expected a contiguous tensor")
+    if not gpu.picks_kernel(x, backend):
+        return F.linear(x, weight, bias)
+    from kvmesh.kernels.linear import triton_linear
+
+    rows = x.reshape(-1, x.shape[-1])
+    out = triton_linear.fixed_linear(rows if rows.stride(1) == 1 else rows.contiguous(), weight)
+    if bias is not None:
+        out += bias
     return out.view(*x.shape[:-1], weight.shape[0])
 
 

@@ -11,7 +11,7 @@ import pytest
 from benchmarks import decode
 from benchmarks.decode_steps import DecodeSteps
 from benchmarks.device import DEVICE
-from benchmarks.random_model import dtype_on
+from benchmarks.random_model import RandomModelExecutor, dtype_on
 from kvmesh.kernels.attention import paged_attention
 from kvmesh.workers.sizes import PageGeometry
 
@@ -85,10 +85,18 @@ def test_a_tiny_model_runs_and_is_reported(tmp_path: Path) -> None:
     assert low["kv_bytes"] < 0.5 * exact["kv_bytes"]  # 4 pages exact, the others in 3 bits
 
 
+class AheadExecutor(RandomModelExecutor):
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.max_in_flight = 2
+
+
 @pytest.mark.slow
 def test_contexts_that_do_not_fit_are_skipped(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """The format that fits runs as on a GPU, with a step submitted before the last is read."""
+    monkeypatch.setattr(decode, "RandomModelExecutor", AheadExecutor)
     free = iter([decode.MARGIN_BYTES, None])  # the exact pool does not fit, the next does
     monkeypatch.setattr(decode, "free_bytes", lambda: next(free))
     report = decode.main(

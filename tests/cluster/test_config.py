@@ -81,9 +81,12 @@ def test_every_engine_setting_reaches_the_engine() -> None:
         "weight_format": "int8",
         "rope": RopeOverride(type="linear", factor=2.0).model_dump(),
         "expert_parallel": True,
+        "deterministic": False,
     }
     built = build({"model": "m", "engine": values}).engine_config()
     assert built.model_dump() == {**values, "model": "m", "kv_memory_bytes": 64 << 20}
+    # Which most of these values exclude.
+    assert build({"model": "m", "engine": {"deterministic": True}}).engine_config().deterministic
 
 
 def test_a_calibration_file_is_found_from_every_directory(monkeypatch: pytest.MonkeyPatch) -> None:

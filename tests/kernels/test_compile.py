@@ -17,6 +17,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = ROOT / "benchmarks" / "results" / "sass.json"
+WITHOUT_PRODUCTS = ("seal", "write", "merge", "decoded pages")
 COMPILED = ROOT / "benchmarks" / "results" / "compiled.json"
 
 
@@ -64,13 +65,19 @@ def test_attention_over_latents_fits_into_shared_memory() -> None:
     run(script, "--capability", "89", "--latent", "128", "--format", "fp8")
 
 
+def test_tiles_of_whole_blocks_compile_without_bf16() -> None:
+    script = str(ROOT / "benchmarks" / "compiled.py")
+    where = ("--capability", "75", "--kernel", "prefill", "decoded pages")
+    run(script, *where, "--format", "k3v2")
+
+
 def test_the_record_of_what_compiles_has_no_failure() -> None:
     """It also names the GPUs for which the compiler uses tensor cores."""
     kernels = json.loads(COMPILED.read_text())["kernels"]
     assert set(kernels) == {"sm_70", "sm_75", "sm_80", "sm_89", "sm_90"}
     for name, outcomes in kernels.items():
         for what, by_outcome in outcomes.items():
-            multiplies = name not in ("sm_70", "sm_75") and what not in ("seal", "write", "merge")
+            multiplies = name not in ("sm_70", "sm_75") and what not in WITHOUT_PRODUCTS
             assert set(by_outcome) == {"tensor cores" if multiplies else "compiled"}
 
 

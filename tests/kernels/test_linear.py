@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvmesh.kernels.linear import PackedWeight, WeightFormat, linear, pack, unpack
+from kvmesh.kernels.linear import (
+    PackedWeight,
+    WeightFormat,
+    fixed_linear,
+    linear,
+    pack,
+    unpack,
+)
 
 # [out_features, in_features]: less than a block, whole blocks, and neither even nor whole.
 SHAPES = [(1, 7), (2, 31), (5, 64), (33, 100), (64, 576)]
@@ -192,3 +199,31 @@ def codes_and_scales_of_8_bits() -> tuple[torch.Tensor, torch.Tensor]:
     codes[:, ::32] = 127  # as the largest of its block has
     scales = torch.rand(6, 3, generator=torch.Generator().manual_seed(4)) + 0.1
     return codes.to(torch.int8), scales.half().float()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("num_outputs", "size"), [(1, 7), (70, 130)])
+def test_the_fixed_kernel_is_right_and_a_row_does_not_depend_on_others(
+    num_outputs: int, size: int
+) -> None:
+    """At rows that are strided, and more than a tile of them."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    weight, x = weights(num_outputs, size).to(device), inputs(67, 2 * size)[:, :size].to(device)
+    bias = inputs(num_outputs).to(device)
+    out = fixed_linear(x, weight, bias, backend="triton")
+    want = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
+    assert (out - want).abs().max() < 1e-5 * want.abs().max()
+    for rows in (slice(0, 1), slice(3, 20), slice(66, 67)):
+        assert torch.equal(fixed_linear(x[rows], weight, bias, backend="triton"), out[rows])
+    assert torch.equal(fixed_linear(x[None, :5], weight, bias, backend="triton")[0], out[:5])
+
+
+def test_arguments_of_fixed_linear_are_checked() -> None:
+    x, weight = inputs(3, 8), weights(4, 8)
+    for wrong_x, wrong_weight, name in (
+        (x[:, :7], weight, "x"),
+        (x.bfloat16(), weight, "x"),
+        (inputs(3, 4), weights(4, 8)[:, :4], "weight"),
+    ):
+        with pytest.raises(ValueError, match=name):
+            fixed_linear(wrong_x, wrong_weight)

@@ -74,7 +74,9 @@ def test_slabs_of_prefill_cover_every_item_once_and_no_more_than_fits() -> None:
         assert (slab.end - slab.first) * item <= work.MAX_PREFILL_BYTES
 
 
-def attend(case: Case, **options: int) -> tuple[torch.Tensor, torch.Tensor]:
+def attend(
+    case: Case, backend: str = "triton", **options: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     there = case.to(DEVICE)
     out, lse = paged_attention(
         there.q,
@@ -83,7 +85,7 @@ def attend(case: Case, **options: int) -> tuple[torch.Tensor, torch.Tensor]:
         there.batch,
         fmt=case.fmt,
         scale=case.shape.head_dim**-0.5,
-        backend="triton",
+        backend=backend,
         **options,  # type: ignore[arg-type]
     )
     return out.cpu(), lse.cpu()
@@ -132,6 +134,31 @@ def test_attention_of_a_sequence_is_bitwise_the_same_in_any_batch(
     finally:
         for cached in made:
             cached.cache_clear()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["triton", "numba"])
+def test_a_deterministic_batch_is_bitwise_the_same_token_by_token(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks of a sequence, and its tokens as they would be decoded, one after the other."""
+    if DEVICE == "cuda" and backend == "numba":
+        pytest.skip("the compiled loops are for CPUs")
+    monkeypatch.setattr(work, "PREFILL_CHUNK_TOKENS", 128)
+    triton_launch.prefill_launch.cache_clear()
+    shape = Shape(2, 1, 64, 64, sink_pages=1, recent_pages=1)
+    case = make_case(get_format("k4v4"), shape, [(330, 1), (300, 12), (70, 1), (64, 7)])
+    case = replace(case, batch=replace(case.batch, deterministic=True))
+    one_by_one = replace(case, batch=replace(case.batch.by_query()))
+    try:
+        out, lse = attend(case, backend)
+        again, again_lse = attend(one_by_one, backend)
+    finally:
+        triton_launch.prefill_launch.cache_clear()
+    assert torch.equal(out, again) and torch.equal(lse, again_lse)
+    want, want_lse = truth(case, scale=64**-0.5)
+    assert (out.double() - want).abs().max() < 5e-6
+    assert (lse.double() - want_lse).abs().max() < 1e-5
 
 
 @pytest.mark.slow

@@ -34,7 +34,7 @@ SHARED_FORMATS = {"kvmesh.kernels.formats.base", "kvmesh.kernels.formats.registr
 # Third parties, for the layers that may use only a few.
 THIRD_PARTIES = {
     "client": {"google", "grpc"},
-    "kernels": {"llvmlite", "numba", "numpy", "torch", "triton"},
+    "kernels": {"flashinfer", "llvmlite", "numba", "numpy", "torch", "triton"},
     "protos": {"google", "grpc", "grpc_tools"},
 }
 RAY_MODULES = {"kvmesh.workers.actor"}

@@ -22,7 +22,7 @@ from kvmesh.kernels.formats.base import KVFormat
 from kvmesh.kernels.formats.registry import get_format
 from kvmesh.kernels.seal import seal_layers, seal_pages
 from kvmesh.kernels.write import write_hot
-from kvmesh.workers import runner
+from kvmesh.workers import step_attention
 from kvmesh.workers.decode_graphs import key_of, padded, sizes_for
 from kvmesh.workers.model.load import ServedModel
 from kvmesh.workers.parallel.comm import Communicator
@@ -108,7 +108,9 @@ def test_decode_steps_equal_those_of_plain_torch(
     logits: list[list[torch.Tensor | None]] = []
     for backend in ("reference", "triton"):
         for operator in (paged_attention, write_hot, seal_pages, seal_layers):
-            monkeypatch.setattr(runner, operator.__name__, partial(operator, backend=backend))
+            monkeypatch.setattr(
+                step_attention, operator.__name__, partial(operator, backend=backend)
+            )
         rank = filled_rank(model, fmt, steps)
         logits.append([rank.score(plan) for plan in made])
     for want, got in zip(*logits, strict=True):

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from kvmesh.kernels.formats.rotation import rotation_matrix
-from kvmesh.kernels.linear import WeightFormat, pack
+from kvmesh.kernels.linear import PackedWeight, WeightFormat, pack
 from kvmesh.workers.errors import ConfigError, UnsupportedModelError
 from kvmesh.workers.model.architectures import ARCHITECTURES
-from kvmesh.workers.model.blocks import FusedAttention, fuse, fused_layer, lean_norm
+from kvmesh.workers.model.blocks import FusedAttention, FusedLayer, fuse, fused_layer, lean_norm
 from kvmesh.workers.model.delta_net import GatedDeltaNet
 from kvmesh.workers.model.facts import ModelFacts, read_facts, read_json
 from kvmesh.workers.model.hook import IMPLEMENTATION, Attend, AttendSlot, Entry, attach
@@ -34,7 +34,7 @@ from kvmesh.workers.model.stored import adapt, read_config, stored_as
 from kvmesh.workers.model.weights import WeightReader, Weights
 from kvmesh.workers.parallel.comm import Communicator
 from kvmesh.workers.parallel.experts import Experts
-from kvmesh.workers.parallel.linears import VocabHead
+from kvmesh.workers.parallel.linears import ColumnLinear, RowLinear, VocabHead
 from kvmesh.workers.rope_override import RopeOverride
 from kvmesh.workers.sizes import kv_heads_of_rank
 
@@ -156,6 +156,41 @@ class ServedModel:
             attention.rotate_values(matrix.to(attention.o_proj.weight.device))
         self.values_rotated = rotated
         return True
+
+    def make_deterministic(self) -> None:
+        """From now on a token's hidden states and logits have the same bits in any step, if its
+        attention has. Raises ConfigError naming `deterministic` for models with other products,
+        or other sums, than those of which that is known."""
+        if self.state is not None:
+            raise ConfigError(
+                "deterministic", "must be false for models with recurrent layers, which scan chunks"
+            )
+        if self.facts.num_experts:
+            raise ConfigError(
+                "deterministic",
+                "must be false for mixtures of experts, whose products vary in size",
+            )
+        parts = list(self._body.modules())
+        if any(isinstance(part, nn.Linear) for part in parts):
+            raise ConfigError(
+                "deterministic",
+                f"must be false for {self.facts.architecture}: it has other linears",
+            )
+        linears = [part for part in parts if isinstance(part, ColumnLinear | RowLinear)]
+        weights = [part.weight for part in (*linears, self._head)]
+        if weights[0].device.type == "cpu":
+            if not all(isinstance(weight, PackedWeight) for weight in weights):
+                raise ConfigError("deterministic", "needs dtype float32 on CPUs")
+        else:
+            layers = [type(part).__name__ for part in self._body.layers]  # type: ignore[union-attr]
+            if set(layers) != {FusedLayer.__name__}:
+                raise ConfigError(
+                    "deterministic",
+                    "on GPUs is for Llama, Mistral, Qwen2 and Qwen3, whose operators between "
+                    f"products are kvmesh's own; got {self.facts.architecture}",
+                )
+        for part in (*linears, self._head):
+            part.deterministic = True
 
     def expert_tokens(self) -> Tensor | None:
         """[layers with experts, num_experts] int64 on the host: how many tokens each expert has

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore
 
 from kvmesh.workers.errors import ConfigError, WorkerDiedError
+from kvmesh.workers.parallel.one_shot import MAX_BYTES, OneShotSums
 from kvmesh.workers.parallel.same_host import SameHost, make_meeting_place
 
 logger = logging.getLogger(__name__)
@@ -67,6 +68,7 @@ class Communicator:
         *,
         device: torch.device,
         kvp: int = 1,
+        deterministic: bool = False,
         timeout_s: float = _TIMEOUT_S,
     ) -> Communicator:
         """Meet the other ranks through the file `rendezvous`, which must not exist before.
@@ -75,6 +77,7 @@ class Communicator:
 
         device: where tensors are; NCCL between GPUs, shared memory between the CPUs
             of one host, gloo between those of several
+        deterministic: a number's sum has the same bits wherever it is in a tensor of any size
         timeout_s: for meeting and, if the backend supports it, for each call
         Raises ConfigError if rank and size are inconsistent, WorkerDiedError if
         the other ranks do not connect in time.
@@ -85,7 +88,14 @@ class Communicator:
             raise ConfigError("kvp", f"must divide the {size} ranks of the group; got {kvp}")
         if size == 1:
             return Communicator.single()
-        return _ProcessGroup(rank, size, kvp, rendezvous, device, timeout_s)
+        return _ProcessGroup(
+            rank, size, kvp, rendezvous, device, timeout_s, deterministic=deterministic
+        )
+
+    @property
+    def sums_with(self) -> str:
+        """What sums over the ranks, as users read it; "" for one rank."""
+        return ""
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum `tensor` over the ranks in place and return it; contiguous, of any shape."""
@@ -132,10 +142,13 @@ class _ProcessGroup(Communicator):
         rendezvous: Path,
         device: torch.device,
         timeout_s: float,
+        *,
+        deterministic: bool,
     ) -> None:
         self.rank = rank
         self.size = size
         self.kvp = kvp
+        self._deterministic = deterministic
         self._on_gpu = device.type == "cuda"
         timeout = timedelta(seconds=timeout_s)
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
@@ -157,15 +170,37 @@ class _ProcessGroup(Communicator):
                 f"rank {rank} of {size} could not connect to the others at {rendezvous}: {error}"
             ) from error
         self._same_host = None if self._on_gpu else _meet_on_host(rank, size, store, timeout_s)
+        self._one_shot: OneShotSums | None = None
+        if self._on_gpu and not deterministic:
+            with torch.cuda.device(device):
+                self._one_shot = OneShotSums.try_to_meet(device)
         self._share: dist.ProcessGroup | None = None  # the ranks with the same heads
         if self._same_host is None and 1 < kvp < size:
             # Every rank has to take part in making every group.
             groups = [dist.new_group(list(range(i, i + kvp))) for i in range(0, size, kvp)]
             self._share = groups[self.tp_rank]
 
+    @property
+    def sums_with(self) -> str:
+        if self._same_host is not None:
+            return "shared memory"
+        if self._one_shot is not None:
+            return f"one-shot to {MAX_BYTES >> 10} KiB, NCCL"
+        return "NCCL" if self._on_gpu else "gloo"
+
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         if self._same_host is not None:
             self._same_host.all_reduce(tensor)
+        elif self._one_shot is not None and self._one_shot.takes(tensor):
+            self._one_shot.all_reduce(tensor)
+        elif self._deterministic:
+            # NCCL and gloo sum the parts of a tensor in an order that depends on its size.
+            parts = [torch.empty_like(tensor) for _ in range(self.size)]
+            dist.all_gather(parts, tensor)
+            total = parts[0].float()
+            for part in parts[1:]:
+                total += part
+            tensor.copy_(total)
         else:
             dist.all_reduce(tensor)
         return tensor

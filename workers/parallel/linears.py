@@ -15,17 +15,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kvmesh.kernels.linear import PackedWeight, linear, prepare
+from kvmesh.kernels.linear import PackedWeight, fixed_linear, linear, prepare
 from kvmesh.workers.parallel.comm import Communicator
 
 
-def project(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None) -> Tensor:
+def project(
+    x: Tensor,
+    weight: Tensor | PackedWeight,
+    bias: Tensor | None = None,
+    *,
+    deterministic: bool = False,
+) -> Tensor:
     """x W^T + b.
 
     x: [..., in]; weight: [out, in]; bias: [out] or None; returns [..., out]
+    deterministic: a row's result has the same bits in any batch; with packed weights it always has
     """
     if isinstance(weight, PackedWeight):
         return linear(x, weight, bias)
+    if deterministic:
+        return fixed_linear(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
@@ -46,7 +55,10 @@ class ColumnLinear(nn.Module):
     """A rank's rows of a linear.
 
     weight: [out_local, in]; bias: [out_local] or None
+    deterministic: as in `project`; so for all linears here
     """
+
+    deterministic = False
 
     def __init__(self, weight: Tensor | PackedWeight, bias: Tensor | None) -> None:
         super().__init__()
@@ -55,7 +67,7 @@ class ColumnLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in] -> [..., out_local]"""
-        return project(x, self.weight, self.bias)
+        return project(x, self.weight, self.bias, deterministic=self.deterministic)
 
     @staticmethod
     def joined(parts: list[ColumnLinear]) -> ColumnLinear:
@@ -77,6 +89,8 @@ class RowLinear(nn.Module):
     weight: [out, in_local]; bias: [out] or None, the same on every rank
     """
 
+    deterministic = False
+
     def __init__(
         self, weight: Tensor | PackedWeight, bias: Tensor | None, comm: Communicator
     ) -> None:
@@ -88,8 +102,8 @@ class RowLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in_local] -> [..., out]"""
         if self._comm.size == 1:
-            return project(x, self.weight, self.bias)
-        out = self._comm.all_reduce(project(x, self.weight))
+            return project(x, self.weight, self.bias, deterministic=self.deterministic)
+        out = self._comm.all_reduce(project(x, self.weight, deterministic=self.deterministic))
         return out if self.bias is None else out.add_(self.bias)
 
     @property
@@ -98,9 +112,9 @@ class RowLinear(nn.Module):
         return self._comm.size > 1
 
     def onto(self, x: Tensor, residual: Tensor) -> Tensor | None:
-        """Add the output to `residual`, [T, out], in the product itself; with packed weights and
-        on several ranks return the output instead. x: [T, in_local]"""
-        if self._comm.size > 1 or isinstance(self.weight, PackedWeight):
+        """Add the output to `residual`, [T, out], in the product itself; with packed weights, on
+        several ranks and where it is deterministic return the output instead. x: [T, in_local]"""
+        if self._comm.size > 1 or self.deterministic or isinstance(self.weight, PackedWeight):
             return self(x)  # type: ignore[no-any-return]
         add_product(residual, x, self.weight)
         if self.bias is not None:
@@ -115,6 +129,8 @@ class VocabHead(nn.Module):
         with zeros for rows beyond the vocabulary
     """
 
+    deterministic = False
+
     def __init__(self, weight: Tensor | PackedWeight, vocab_size: int, comm: Communicator) -> None:
         super().__init__()
         self.weight = _kept(weight)
@@ -123,7 +139,8 @@ class VocabHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor | None:
         """x: [n, hidden] -> [n, vocab_size] on rank 0, None on the others"""
-        logits = self._comm.gather_logits(project(x, self.weight))
+        part = project(x, self.weight, deterministic=self.deterministic)
+        logits = self._comm.gather_logits(part)
         return None if logits is None else logits[..., : self._vocab_size]
 
     @staticmethod

@@ -78,6 +78,7 @@ class GroupFacts(_message.Message):
     CAPACITY_BYTES_FIELD_NUMBER: _builtins.int
     MAX_NUM_BATCHED_TOKENS_FIELD_NUMBER: _builtins.int
     DEVICE_FIELD_NUMBER: _builtins.int
+    OPERATORS_FIELD_NUMBER: _builtins.int
     group: _builtins.str
     kv_format: _builtins.str
     dtype: _builtins.str
@@ -98,6 +99,10 @@ class GroupFacts(_message.Message):
     """Maximum tokens of a step."""
     device: _builtins.str
     """cpu or cuda."""
+    operators: _builtins.str
+    """Operators that were chosen when the group started, such as "far keys: torch, sums: NCCL"; empty
+    where there was nothing to choose.
+    """
     def __init__(
         self,
         *,
@@ -117,10 +122,11 @@ class GroupFacts(_message.Message):
         capacity_bytes: _builtins.int = ...,
         max_num_batched_tokens: _builtins.int = ...,
         device: _builtins.str = ...,
+        operators: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_bytes", b"capacity_bytes", "device", b"device", "dtype", b"dtype", "group", b"group", "hot_page_bytes", b"hot_page_bytes", "hot_pages", b"hot_pages", "kv_format", b"kv_format", "kvp", b"kvp", "max_num_batched_tokens", b"max_num_batched_tokens", "max_num_seqs", b"max_num_seqs", "page_size", b"page_size", "recent_pages", b"recent_pages", "sealed_page_bytes", b"sealed_page_bytes", "sealed_pages", b"sealed_pages", "sink_pages", b"sink_pages", "tp", b"tp"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_bytes", b"capacity_bytes", "device", b"device", "dtype", b"dtype", "group", b"group", "hot_page_bytes", b"hot_page_bytes", "hot_pages", b"hot_pages", "kv_format", b"kv_format", "kvp", b"kvp", "max_num_batched_tokens", b"max_num_batched_tokens", "max_num_seqs", b"max_num_seqs", "operators", b"operators", "page_size", b"page_size", "recent_pages", b"recent_pages", "sealed_page_bytes", b"sealed_page_bytes", "sealed_pages", b"sealed_pages", "sink_pages", b"sink_pages", "tp", b"tp"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
