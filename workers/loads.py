@@ -23,6 +23,7 @@ class EngineInfo:
     prefix_cache: equal pages of live and ended sequences are stored once
     max_num_batched_tokens: of a step
     device: of the ranks, cpu or cuda
+    max_pinned_pages: of a prompt, that pins of one key can hold; 0 if nothing can be pinned
     """
 
     epoch: str
@@ -40,6 +41,7 @@ class EngineInfo:
     max_num_batched_tokens: int = 512
     device: str = "cpu"
     rope: str = "default"
+    max_pinned_pages: int = 0
 
     @property
     def capacity_bytes(self) -> int:
@@ -110,6 +112,8 @@ class EngineLoads:
     expert_imbalance: tokens of the busiest expert relative to the mean, as measured last; None
         for models without experts
     prefill_tokens_total, decode_tokens_total: computed in chunks of prompts, and singly
+    pinned_pages: of prompts, that stay cached for a time, over all ranks that share a sequence's
+    pinned_evictions_total: pages that were needed all the same
     """
 
     running: int = 0
@@ -127,3 +131,5 @@ class EngineLoads:
     oldest: tuple[SequenceLoad, ...] = ()
     outcomes_total: dict[str, int] = field(default_factory=dict)
     expert_imbalance: float | None = None
+    pinned_pages: int = 0
+    pinned_evictions_total: int = 0

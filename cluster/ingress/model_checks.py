@@ -7,8 +7,10 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
+from kvmesh.cluster.errors import UnsupportedFieldError
 from kvmesh.cluster.ingress.refuse import refuse
 from kvmesh.cluster.ingress.validate import GenerationSpec
+from kvmesh.cluster.reports import ClusterStatus
 from kvmesh.v1 import kvmesh_pb2 as pb
 from kvmesh.workers.request import TokenIds
 from kvmesh.workers.sampling_params import SamplingParams
@@ -47,6 +49,26 @@ def check_tokens(
         for token_id in ids:
             if token_id >= vocab_size or token_id in unused:
                 refuse(name, _unknown(token_id, vocab_size))
+
+
+def check_pin(spec: GenerationSpec, prompt_ids: TokenIds, status: ClusterStatus) -> None:
+    """Refuse to pin a prompt that no group could keep."""
+    if not spec.pin_s:
+        return
+    infos = [report.info for report in status.reports.values()]
+    longest = max(info.max_pinned_pages * info.geometry.page_size for info in infos)
+    if not longest:
+        raise UnsupportedFieldError(
+            "pin_s",
+            "is not supported here: nothing is cached after a request (engine.prefix_cache, "
+            "engine.max_pinned_share, or a model with recurrent layers)",
+        )
+    if len(prompt_ids) > longest:
+        refuse(
+            "pin_s",
+            f"must not be set for a prompt of {len(prompt_ids):,} tokens: the pins of a tenant "
+            f"hold at most {longest:,} in a group (engine.max_pinned_share_per_key)",
+        )
 
 
 def check_ids(

@@ -102,11 +102,22 @@ def make_plans(
 ) -> list[Plan]:
     """A plan for every layout and format. Raises ConfigError naming `gpus`, or `kv_format` for
     one that does not support the model's head_dim."""
-    return [
-        _plan(model, gpu, layout, fmt, target)
-        for layout in layouts(model.sizes, gpus)
-        for fmt in formats
-    ]
+    return plans_of(model, gpu, layouts(model.sizes, gpus), formats, target)
+
+
+def plans_of(
+    model: PlannedModel,
+    gpu: Gpu,
+    found: Sequence[Layout],
+    formats: Sequence[KVFormat],
+    target: Target,
+    settings: EngineSettings = DEFAULTS,
+) -> list[Plan]:
+    """A plan for each of these layouts and formats; raises ConfigError like `make_plans`.
+
+    settings: of the engines, as far as they bound steps and the KV memory
+    """
+    return [_plan(model, gpu, layout, fmt, target, settings) for layout in found for fmt in formats]
 
 
 def default_formats(model: PlannedModel, page_size: int) -> list[KVFormat]:
@@ -167,11 +178,18 @@ def serve_command(model: PlannedModel, plan: Plan, target: Target) -> str:
     return " ".join(words)
 
 
-def _plan(model: PlannedModel, gpu: Gpu, layout: Layout, fmt: KVFormat, target: Target) -> Plan:
+def _plan(
+    model: PlannedModel,
+    gpu: Gpu,
+    layout: Layout,
+    fmt: KVFormat,
+    target: Target,
+    settings: EngineSettings,
+) -> Plan:
     """With the engine's own limits, or if they run too few sequences, as many as are wanted."""
     wanted = math.ceil(target.concurrency / layout.groups)
-    plan = _plan_with(model, gpu, layout, fmt, target, DEFAULTS)
-    if plan.sequences >= target.concurrency:
+    plan = _plan_with(model, gpu, layout, fmt, target, settings)
+    if plan.sequences >= target.concurrency or settings is not DEFAULTS:
         return plan
     settings = EngineSettings(max_num_seqs=wanted)
     asked = _plan_with(model, gpu, layout, fmt, target, settings)
@@ -196,8 +214,9 @@ def _plan_with(
         max_num_seqs=limits.max_num_seqs,
         gpu_memory_utilization=target.gpu_memory_utilization,
     )
-    geometry = _geometry(model, fmt, target.page_size, layout)
-    pool = _pool(memory, geometry, limits, settings.hot_share("cuda"))
+    geometry = _geometry(model, fmt, target.page_size, layout, settings)
+    budget = memory.kv_bytes if settings.kv_memory_bytes is None else settings.kv_memory_bytes
+    pool = _pool(min(budget, memory.kv_bytes), geometry, limits, settings.hot_share("cuda"))
     longest = 0 if pool is None else geometry.tokens_within(pool.sealed_pages)
     at_once = 0 if pool is None else layout.groups * _at_once(pool, geometry, target.context)
     chunk = limits.max_num_batched_tokens
@@ -240,7 +259,9 @@ def _page_bytes(
         return None
 
 
-def _geometry(model: PlannedModel, fmt: KVFormat, page_size: int, layout: Layout) -> PageGeometry:
+def _geometry(
+    model: PlannedModel, fmt: KVFormat, page_size: int, layout: Layout, settings: EngineSettings
+) -> PageGeometry:
     found, state = _page_bytes(model, fmt, page_size, layout.tp), model.sizes.state
     if found is None:
         raise ConfigError(
@@ -248,8 +269,8 @@ def _geometry(model: PlannedModel, fmt: KVFormat, page_size: int, layout: Layout
         )
     return PageGeometry(
         page_size=page_size,
-        sink_pages=fmt.sink_pages,
-        recent_pages=fmt.recent_pages,
+        sink_pages=fmt.sink_pages if settings.sink_pages is None else settings.sink_pages,
+        recent_pages=fmt.recent_pages if settings.recent_pages is None else settings.recent_pages,
         hot_page_bytes=found[0],
         sealed_page_bytes=found[1],
         state_bytes=0 if state is None else state.of_rank(layout.ranks).num_bytes(BF16_BYTES),
@@ -259,13 +280,13 @@ def _geometry(model: PlannedModel, fmt: KVFormat, page_size: int, layout: Layout
 
 
 def _pool(
-    memory: RankMemory, geometry: PageGeometry, limits: DeviceLimits, max_hot_share: float
+    budget_bytes: int, geometry: PageGeometry, limits: DeviceLimits, max_hot_share: float
 ) -> PoolPlan | None:
-    if memory.kv_bytes <= 0:
+    if budget_bytes <= 0:
         return None
     try:
         return plan_pool(
-            memory.kv_bytes,
+            budget_bytes,
             geometry,
             max_num_seqs=limits.max_num_seqs,
             max_num_batched_tokens=limits.max_num_batched_tokens,
