@@ -130,7 +130,7 @@ def _on_gpus(config: ClusterConfig, path: Path, nodes: NodeGpus) -> tuple[Layout
 
 
 def _gpu(memory_bytes: int) -> Gpu:
-    """What plans are compared with: times matter only beside one another, memory to the byte."""
+    """What plans are compared with: times only as they compare, memory to the byte."""
     from kvmesh.cluster.simulator.hardware import GPUS
 
     nearest = min(GPUS.values(), key=lambda gpu: abs(gpu.nvml_bytes - memory_bytes))

@@ -101,8 +101,8 @@ class LedgerMachine:
 
 def random_asks(chance: Random) -> list[Ask]:
     """A sequence that begins short, and others of the same contents about when it fills a page."""
-    begun = chance.choice([1, 5, 9])
-    first = Ask(0, begun, chance.choice([PAGE, 2 * PAGE]), PAGE - begun - chance.randrange(6))
+    length = chance.choice([1, 5, 9])
+    first = Ask(0, length, chance.choice([PAGE, 2 * PAGE]), PAGE - length - chance.randrange(6))
     tokens = [5, PAGE + 5, 9 * PAGE, 17 * PAGE, 17 * PAGE + 3]
     others = [
         Ask(
