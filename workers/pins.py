@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from kvmesh.workers.deadlines import Deadlines
 from kvmesh.workers.prefix_cache import Digest, PrefixCache
@@ -38,7 +38,6 @@ class PinBounds:
 class _Pin:
     """digests: of a prompt's full pages; exact: of those whose exact form is kept as well"""
 
-    owner: str
     digests: Sequence[Digest]
     exact: Sequence[Digest]
     until_s: float
@@ -82,7 +81,9 @@ class Pins:
         """
         name = _name(owner, digests[-1])
         owned = self._owners.get(owner, _Owned())
-        if name not in owned.pins:
+        if name in owned.pins:
+            owned.pins[name] = replace(owned.pins[name], until_s=until_s)
+        else:
             more = PageNeed(
                 sum(digest not in owned.hot for digest in exact),
                 sum(digest not in owned.sealed for digest in digests),
@@ -91,9 +92,9 @@ class Pins:
                 return False
             if not (self.pages + more).fits(self._bounds.group):
                 return False
-            self._enter(owned, owner, digests, exact)
-        self._owners[owner] = owned
-        owned.pins[name] = _Pin(owner, digests, exact, until_s)
+            self._owners[owner] = owned
+            owned.pins[name] = _Pin(digests, exact, until_s)
+            self._enter(owned, digests, exact)
         self._expiries.add(name, until_s)
         for other, pin in list(owned.pins.items()):
             count = len(pin.digests)
@@ -132,9 +133,7 @@ class Pins:
         assert self._cache.hot.pinned.keys() == hot, "not the exact pages of pins are pinned"
         assert self._cache.sealed.pinned.keys() == sealed, "not the pages of pins are pinned"
 
-    def _enter(
-        self, owned: _Owned, owner: str, digests: Iterable[Digest], exact: Iterable[Digest]
-    ) -> None:
+    def _enter(self, owned: _Owned, digests: Iterable[Digest], exact: Iterable[Digest]) -> None:
         for digest in digests:
             owned.sealed[digest] += 1
             if owned.sealed[digest] == 1:

@@ -49,6 +49,13 @@ async def test_a_pinned_document_stays_while_others_come_and_go() -> None:
         assert one.leaders["g0"].account.loads.pinned_pages == 0
 
 
+async def test_a_pin_expires_while_nothing_runs() -> None:
+    async with machine(groups=1) as one:
+        one.allow(MANY)
+        assert (await usage_of(one, pinning(DOCUMENT, 0.05))).pinned_tokens == len(DOCUMENT)
+        await one.until(lambda: one.leaders["g0"].account.loads.pinned_pages == 0)
+
+
 async def test_a_question_goes_to_the_group_that_keeps_the_document() -> None:
     async with machine(groups=2) as two:
         two.allow(MANY)
